@@ -1,0 +1,175 @@
+"""The backbone's shape, read from a Hugging Face config.json in its old and its new spelling."""
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ee_tuning.errors import InputError
+
+STORED_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary positions. Fields that a kind does not use keep their defaults."""
+
+    kind: Literal["default", "linear", "llama3", "yarn"] = "default"
+    theta: float = 10000.0
+    """Base of the geometric series of wavelengths."""
+    factor: float = 1.0
+    """How many times longer the context became."""
+    original_max_position_embeddings: int = 0
+    """Context before scaling (llama3, yarn)."""
+    low_freq_factor: float = 1.0
+    """llama3: wavelengths longer than original ÷ this are divided by factor."""
+    high_freq_factor: float = 4.0
+    """llama3: wavelengths shorter than original ÷ this are left alone."""
+    beta_fast: float = 32.0
+    """yarn: rotations over the original context above which a dimension is left alone."""
+    beta_slow: float = 1.0
+    """yarn: rotations below which it is interpolated in full."""
+    truncate: bool = True
+    """yarn: round the ends of the ramp to whole dimensions."""
+    attention_factor: float = 1.0
+    """yarn: scale of queries and of keys alike."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only transformer of the Llama family."""
+
+    family: Literal["llama"] = "llama"
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    """Key and value heads."""
+    kv_channels: int
+    """Width of one head."""
+    vocab_size: int
+    """Without padding."""
+    max_position_embeddings: int
+    norm_epsilon: float
+    rope: RopeConfig
+    ties_embeddings: bool
+    """Whether the output matrix is the word embedding."""
+    init_std: float = 0.02
+    stored_dtype: str = "float32"
+    """What the weights are stored in."""
+    eos_token_ids: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+
+    def padded_vocab_size(self, tp: int) -> int:
+        """The vocabulary rounded up so that every tensor-parallel rank has as many rows."""
+        return math.ceil(self.vocab_size / tp) * tp
+
+    def check_layout(self, tp: int, num_stages: int) -> None:
+        """Raises InputError where the model can not be cut tp × num_stages ways."""
+        for name, size in (("num_attention_heads", self.num_attention_heads), ("num_key_value_heads", self.num_query_groups),
+                           ("intermediate_size", self.ffn_hidden_size)):
+            if size % tp:
+                raise InputError(f"tensor_model_parallel_size must divide the model's {name} = {size}, got {tp}; use a divisor of "
+                                 f"{math.gcd(self.num_attention_heads, self.num_query_groups, self.ffn_hidden_size)}")
+        if num_stages > self.num_layers:
+            raise InputError(f"pipeline_model_parallel_size must be at most the model's {self.num_layers} layers, got {num_stages}")
+
+    def check_exit_layers(self, exit_layers: tuple[int, ...]) -> None:
+        """Raises InputError where there are none, or they lie outside the model, repeat, or are unsorted."""
+        if not exit_layers:
+            raise InputError(f"exits.exit_layers must name at least one layer in 1..{self.num_layers}, got none; "
+                             f"for example --exit-layers {max(1, self.num_layers // 4)},{max(1, self.num_layers // 2)}")
+        outside = [layer for layer in exit_layers if not 1 <= layer <= self.num_layers]
+        if outside:
+            raise InputError(f"exit_layers must lie in 1..{self.num_layers} (the model's layers), got {outside[0]}")
+        if list(exit_layers) != sorted(set(exit_layers)):
+            wanted = ",".join(map(str, sorted(set(exit_layers))))
+            raise InputError(f"exit_layers must increase without repeats, got {','.join(map(str, exit_layers))}; write {wanted}")
+
+
+def read_model_config(folder: Path) -> ModelConfig:
+    """The shape of the model in a Hugging Face folder. Raises InputError on what is missing or what this project can not run."""
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise InputError(f"--model must be a Hugging Face folder with config.json and safetensors, but there is no folder {folder}")
+    try:
+        raw = json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"the model folder must hold config.json, but {path} can not be read: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}") from error
+    return model_config_from_hf(raw, path)
+
+
+def model_config_from_hf(raw: dict[str, Any], path: Path) -> ModelConfig:
+    """As `read_model_config`, from the parsed config.json; `path` is named in errors."""
+    _refuse_what_would_be_ignored(raw, path)
+    heads = _number(raw, "num_attention_heads", path)
+    hidden = _number(raw, "hidden_size", path)
+    max_positions = _number(raw, "max_position_embeddings", path)
+    dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
+    if dtype not in STORED_DTYPES:
+        raise InputError(f"{path}: dtype must be one of {', '.join(STORED_DTYPES)}, got {dtype}")
+    eos = raw.get("eos_token_id")
+    return ModelConfig(
+        num_layers=_number(raw, "num_hidden_layers", path), hidden_size=hidden,
+        ffn_hidden_size=_number(raw, "intermediate_size", path), num_attention_heads=heads,
+        num_query_groups=int(raw.get("num_key_value_heads") or heads), kv_channels=int(raw.get("head_dim") or hidden // heads),
+        vocab_size=_number(raw, "vocab_size", path), max_position_embeddings=max_positions,
+        norm_epsilon=float(raw.get("rms_norm_eps", 1e-6)), rope=_rope(raw, max_positions, path),
+        ties_embeddings=bool(raw.get("tie_word_embeddings", False)), init_std=float(raw.get("initializer_range", 0.02)),
+        stored_dtype=dtype, eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        bos_token_id=raw.get("bos_token_id"))
+
+
+def _refuse_what_would_be_ignored(raw: dict[str, Any], path: Path) -> None:
+    kind = raw.get("model_type")
+    if kind != "llama":
+        raise InputError(f"{path}: model_type must be llama, got {kind}; other families are not supported yet")
+    for key, allowed in (("attention_bias", (False, None)), ("mlp_bias", (False, None)), ("hidden_act", ("silu", None)),
+                         ("partial_rotary_factor", (1, 1.0, None))):
+        if raw.get(key) not in allowed:
+            raise InputError(f"{path}: {key} = {raw[key]} is not supported for model_type llama (must be {allowed[0]})")
+
+
+def _number(raw: dict[str, Any], key: str, path: Path) -> int:
+    value = raw.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"{path}: {key} must be a positive whole number, got {value!r}")
+    return value
+
+
+def _rope(raw: dict[str, Any], max_positions: int, path: Path) -> RopeConfig:
+    """transformers 5 writes rope_parameters, older ones rope_theta and rope_scaling."""
+    fields = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+    kind = fields.get("rope_type") or fields.get("type") or "default"
+    if kind not in ("default", "linear", "llama3", "yarn"):
+        raise InputError(f"{path}: rope scaling must be default, linear, llama3 or yarn, got {kind}")
+    theta = float(fields.get("rope_theta") or raw.get("rope_theta") or 10000.0)
+    if kind == "default":
+        return RopeConfig(theta=theta)
+    missing = [key for key in {"linear": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor"],
+                               "yarn": ["factor"]}[kind] if key not in fields]
+    if missing:
+        raise InputError(f"{path}: rope scaling {kind} needs {', '.join(missing)}")
+    factor = float(fields["factor"])
+    original = int(fields.get("original_max_position_embeddings") or raw.get("original_max_position_embeddings") or max_positions)
+    return RopeConfig(
+        kind=kind, theta=theta, factor=factor, original_max_position_embeddings=original,
+        low_freq_factor=float(fields.get("low_freq_factor", 1.0)), high_freq_factor=float(fields.get("high_freq_factor", 4.0)),
+        beta_fast=float(fields.get("beta_fast") or 32.0), beta_slow=float(fields.get("beta_slow") or 1.0),
+        truncate=bool(fields.get("truncate", True)),
+        attention_factor=_yarn_attention_factor(fields, factor) if kind == "yarn" else 1.0)
+
+
+def _yarn_attention_factor(fields: dict[str, Any], factor: float) -> float:
+    """Section 3.4 of arXiv 2309.00071, with DeepSeek's two-sided form where a config gives it."""
+    def scale(mscale: float) -> float:
+        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if fields.get("attention_factor") is not None:
+        return float(fields["attention_factor"])
+    if fields.get("mscale") and fields.get("mscale_all_dim"):
+        return scale(fields["mscale"]) / scale(fields["mscale_all_dim"])
+    return scale(1.0)

@@ -1,0 +1,46 @@
+"""What a machine without CUDA needs before Megatron-core runs on it. Nothing else in the package knows.
+
+Applied only where CUDA is absent, once, before a model is built.
+"""
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def device() -> torch.device:
+    """This process's device: its own GPU where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def collective_backend() -> str:
+    """The process-group backend of tensors on `device()`."""
+    return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+@functools.cache
+def prepare_device() -> torch.device:
+    """Makes this process's device current and, without CUDA, lets Megatron-core build and run on the CPU."""
+    this = device()
+    if this.type == "cuda":
+        torch.cuda.set_device(this)
+        return this
+    # Megatron-core asks for these three wherever it allocates, with no CPU in mind.
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
+    torch.cuda.synchronize = lambda *_, **__: None  # type: ignore[assignment]
+    for name in ("zeros", "empty", "tensor"):
+        setattr(torch, name, _cuda_means_cpu(getattr(torch, name)))
+    return this
+
+
+def _cuda_means_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(factory)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = "cpu"
+        return factory(*args, **kwargs)
+    return wrapped

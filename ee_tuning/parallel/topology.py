@@ -1,0 +1,154 @@
+"""Process groups, made by Megatron's parallel_state and read from it once, here. Everything else is handed the frozen Topology.
+
+Ranks are ordered as Megatron orders them: tensor fastest, then data, then pipeline.
+"""
+import os
+import socket
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ee_tuning.config import ParallelSection
+from ee_tuning.errors import InputError
+from ee_tuning.parallel.device import collective_backend, prepare_device
+
+Group = Any  # torch.distributed.ProcessGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topology:
+    """Where this process stands, and its groups. `control` groups are gloo, for CPU tensors, whatever the device."""
+
+    world_size: int
+    rank: int
+    tp: int
+    tp_rank: int
+    pp: int
+    stage: int
+    dp: int
+    dp_rank: int
+    device: torch.device
+    tp_group: Group
+    """Shards of one layer. Collectives of tensors on `device`."""
+    dp_group: Group
+    """Replicas of this stage's shard."""
+    pp_group: Group
+    """The stages of one replica, first to last, for hidden states only."""
+    stage_control: Group
+    """gloo: all tensor- and data-parallel ranks of this stage."""
+    pp_control: Group
+    """gloo: the stages of one replica, for small messages beside the hidden states."""
+    world_control: Group
+    """gloo: everybody."""
+    pp_ranks: tuple[int, ...]
+    """Global ranks of `pp_group`, by stage."""
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether token ids enter here."""
+        return self.stage == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether the final head is here."""
+        return self.stage == self.pp - 1
+
+    @property
+    def is_logging_rank(self) -> bool:
+        """Whether this process speaks for all."""
+        return self.rank == 0
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this process writes what its stage's replicas and shards have in common."""
+        return self.tp_rank == 0 and self.dp_rank == 0
+
+    def barrier(self) -> None:
+        """Waits for every rank."""
+        dist.barrier(group=self.world_control)
+
+    def broadcast_object(self, value: Any = None) -> Any:
+        """Rank 0's `value`, on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.world_control)
+        return box[0]
+
+
+def init_parallel(parallel: ParallelSection, timeout_minutes: float = 30) -> Topology:
+    """Joins the world that the launcher described (one process without a launcher) and lays TP × PP × DP over it.
+
+    Raises InputError where TP × PP does not divide the world.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    for name, size in (("tensor_model_parallel_size", tp), ("pipeline_model_parallel_size", pp)):
+        if size < 1:
+            raise InputError(f"parallel.{name} must be at least 1, got {size}")
+    if world_size % (tp * pp):
+        raise InputError(
+            f"the number of processes must be a multiple of tensor × pipeline = {tp} × {pp} = {tp * pp}, got {world_size}; "
+            f"launch with `torchrun --nproc-per-node {tp * pp} -m ee_tuning …`, or change parallel.*")
+    device = prepare_device()
+    if not dist.is_initialized():
+        _join_world(world_size, timedelta(minutes=timeout_minutes))
+    return _lay_out(tp, pp, device)
+
+
+def leave_parallel() -> None:
+    """Takes the process groups down, so that the interpreter ends without a warning."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _join_world(world_size: int, timeout: timedelta) -> None:
+    backend = collective_backend()
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+        return
+    with socket.socket() as probe:  # one process: no launcher chose a port
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=world_size, timeout=timeout)
+
+
+def _lay_out(tp: int, pp: int, device: torch.device) -> Topology:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Megatron-core tells of the libraries it does without, on every rank
+        from megatron.core import parallel_state
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()  # another layout of the same world
+    parallel_state.initialize_model_parallel(tp, pp)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    dp = world_size // (tp * pp)
+    stage, replica = rank // (tp * dp), rank % (tp * dp)
+    stages = [list(range(p * tp * dp, (p + 1) * tp * dp)) for p in range(pp)]
+    columns = [[p * tp * dp + i for p in range(pp)] for i in range(tp * dp)]
+    return Topology(
+        world_size=world_size, rank=rank, device=device,
+        tp=tp, tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pp=pp, stage=stage,
+        dp=dp, dp_rank=parallel_state.get_data_parallel_rank(),
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        stage_control=_own_group(stages, rank), pp_control=_own_group(columns, rank),
+        world_control=dist.new_group(list(range(world_size)), backend="gloo"),
+        pp_ranks=tuple(columns[replica]))
+
+
+def _own_group(partition: list[list[int]], rank: int) -> Group:
+    """A gloo group for each part; this rank's own. Every rank makes every group, in the same order."""
+    own = None
+    for ranks in partition:
+        group = dist.new_group(ranks, backend="gloo")
+        if rank in ranks:
+            own = group
+    assert own is not None
+    return own
