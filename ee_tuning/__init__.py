@@ -1,0 +1,17 @@
+"""Early-exit LLMs on Megatron-core: convert, tune and decode. `python -m ee_tuning --help` starts everything."""
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ee_tuning.generation.llm import EarlyExitLLM
+
+__version__ = "0.1.0"
+__all__ = ["EarlyExitLLM", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """`EarlyExitLLM` is imported when it is first asked for, so that `import ee_tuning` costs no torch."""
+    if name == "EarlyExitLLM":
+        from ee_tuning.generation.llm import EarlyExitLLM
+
+        return EarlyExitLLM
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,6 +2,7 @@
 
 The same file drives convert, tune and generate; a command reads the sections it needs. Keys are Megatron's where Megatron has them.
 """
+import contextlib
 import dataclasses
 import difflib
 import types
@@ -33,7 +34,7 @@ class ExitsSection:
     """The exit heads: an artifact that exists, or what to make."""
 
     path: str | None = None
-    """Exit-heads artifact to start from. Without it, `tune` converts by itself from the keys below."""
+    """Exit-heads artifact to start from. Without it, `tune` converts by itself from the other keys."""
     exit_layers: tuple[int, ...] = ()
     """Backbone layers (1-based, increasing) that are followed by an exit head."""
     architecture: Architecture = "mlp"
@@ -51,7 +52,9 @@ class ParallelSection:
     """How the model is laid out. Data parallelism is what remains of the world."""
 
     tensor_model_parallel_size: int = 1
+    """Processes that share each layer."""
     pipeline_model_parallel_size: int = 1
+    """Stages, one after the other, that the layers are divided into."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +88,7 @@ class TuningSection:
     seq_length: int = 2048
     """Tokens per sequence."""
     lr: float = 1e-4
+    """Largest learning rate."""
     min_lr: float = 1e-5
     """The cosine or linear decay ends here."""
     lr_warmup_fraction: float = 0.01
@@ -127,6 +131,7 @@ class GenerationSection:
     exit_layer: int | None = None
     """The exit of the policy `fixed`."""
     max_new_tokens: int = 100
+    """A completion ends after so many tokens."""
     temperature: float = 0.0
     """0 is greedy."""
     top_k: int = 0
@@ -158,17 +163,18 @@ class Config:
 def load_config(path: str | Path | None, overrides: dict[str, Any] | None = None) -> Config:
     """The job in the YAML file at `path` (defaults where None), with `overrides` {"section.key": value} laid over it.
 
-    Values of overrides may be strings as typed at a prompt; they are read as YAML. Raises InputError on a file that is missing or
-    not YAML, on unknown sections and keys, and on values of another type or outside their choices.
+    Values of overrides may be strings as typed at a prompt; they are read as YAML where the key is no text. Raises InputError on a
+    file that is missing or not YAML, on unknown sections and keys, and on values of another type or outside their choices.
     """
     tree = _read_yaml(Path(path)) if path is not None else {}
     for dotted, value in (overrides or {}).items():
         section, _, key = dotted.partition(".")
         if not key:
             raise InputError(f"an override is section.key=value, got {dotted!r}; for example tuning.lr=1e-4")
-        if isinstance(tree.get(section, {}), dict):
-            tree[section] = {**tree.get(section, {}), key: _parse_scalar(value)}
-    where = str(path) if path is not None else "the command line"
+        keys = {} if tree.get(section) is None else tree[section]
+        if isinstance(keys, dict):
+            tree[section] = {**keys, key: _as_typed(value, _hint(section, key))}
+    where = " and ".join([str(path)] * (path is not None) + ["the command line"] * bool(overrides)) or "the defaults"
     return _build(Config, tree, where, "")
 
 
@@ -201,6 +207,19 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise InputError(f"{path} must hold sections such as `model:` and `tuning:`, got {type(tree).__name__}")
     return tree
+
+
+def _hint(section: str, key: str) -> Any:
+    kind = typing.get_type_hints(Config).get(section)
+    return typing.get_type_hints(kind).get(key) if kind else None
+
+
+def _as_typed(value: Any, hint: Any) -> Any:
+    """A value typed at a prompt. Texts stay as they are: a folder may be called 007 or on, which YAML reads as 7 and true."""
+    if isinstance(value, list):
+        return [_as_typed(item, next(iter(typing.get_args(hint)), None)) for item in value]
+    is_text = hint is str or str in typing.get_args(hint)
+    return value if is_text and value != "null" and not str(value).startswith("[") else _parse_scalar(value)
 
 
 def _parse_scalar(value: Any) -> Any:
@@ -239,7 +258,7 @@ def _convert(value: Any, hint: Any, where: str, name: str) -> Any:
             raise InputError(f"{where}: {name} must be one of {', '.join(map(str, arguments))}, got {value!r}")
         return value
     if origin is tuple:
-        items = value if isinstance(value, list | tuple) else _split(value)
+        items = value if isinstance(value, list | tuple) else _split(value, arguments[0])
         return tuple(_convert(item, arguments[0], where, name) for item in items)
     return _convert_scalar(value, hint, where, name)
 
@@ -249,10 +268,8 @@ def _convert_scalar(value: Any, hint: type, where: str, name: str) -> Any:
     if hint is str and isinstance(value, str | int | float) and not isinstance(value, bool):
         return str(value)
     if hint is float and isinstance(value, str):  # YAML reads 1e-4 as a text
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     if isinstance(value, bool) == (hint is bool) and isinstance(value, (int, float) if hint is float else hint):
         if value != value:
             raise InputError(f"{where}: {name} must be a number, got nan")
@@ -260,7 +277,10 @@ def _convert_scalar(value: Any, hint: type, where: str, name: str) -> Any:
     raise InputError(f"{where}: {name} must be {words[hint]}, got {value!r}")
 
 
-def _split(value: Any) -> list[Any]:
+def _split(value: Any, item: Any) -> list[Any]:
     if value is None:
         return []
-    return [_parse_scalar(part.strip()) for part in value.split(",")] if isinstance(value, str) else [value]
+    if not isinstance(value, str):
+        return [value]
+    parts = [part.strip() for part in value.split(",") if part.strip()]
+    return parts if item is str else [_parse_scalar(part) for part in parts]

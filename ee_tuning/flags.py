@@ -1,0 +1,145 @@
+"""Flags of the command line: each is a config key spelled out, and says what the key's own documentation says.
+
+`FLAGS` is the one table. Values are not looked at here: they go to `load_config` as overrides, where the same rules hold for YAML,
+`--set` and flags.
+"""
+import argparse
+import ast
+import dataclasses
+import functools
+import inspect
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from ee_tuning import config as config_module
+from ee_tuning.config import Config
+from ee_tuning.errors import InputError
+
+_MODEL = {"--model": "model.path", "--dtype": "model.dtype"}
+_NEW_EXITS = {"--exit-layers": "exits.exit_layers", "--architecture": "exits.architecture", "--init": "exits.init",
+              "--exit-output": "exits.output"}
+_PARALLEL = {"--tensor-model-parallel-size": "parallel.tensor_model_parallel_size",
+             "--pipeline-model-parallel-size": "parallel.pipeline_model_parallel_size"}
+
+FLAGS: dict[str, dict[str, str]] = {
+    "convert": {**_MODEL, **_NEW_EXITS, "--seed": "exits.seed", **_PARALLEL},
+    "tune": {
+        **_MODEL, "--exits": "exits.path", **_NEW_EXITS, "--data": "data.paths", "--output": "tuning.run_folder",
+        "--train-iters": "tuning.train_iters", "--lr": "tuning.lr", "--seq-length": "tuning.seq_length",
+        "--micro-batch-size": "tuning.micro_batch_size", "--global-batch-size": "tuning.global_batch_size", "--seed": "tuning.seed",
+        "--resume": "tuning.resume", **_PARALLEL},
+    "generate": {
+        **_MODEL, "--exits": "exits.path", "--policy": "generation.policy", "--threshold": "generation.threshold",
+        "--exit-layer": "generation.exit_layer", "--max-new-tokens": "generation.max_new_tokens",
+        "--temperature": "generation.temperature", "--top-k": "generation.top_k", "--top-p": "generation.top_p",
+        "--seed": "generation.seed", "--stop": "generation.stop", "--ignore-eos": "generation.ignore_eos", **_PARALLEL},
+}
+"""Command -> flag -> config key."""
+
+_VERBATIM = {"generation.stop"}
+"""Lists whose items may hold commas: one item a flag, and the flag repeats."""
+
+_METAVARS = {"model.path": "FOLDER", "exits.path": "FOLDER", "tuning.run_folder": "FOLDER", "data.paths": "PATH"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """What there is to know about a config key."""
+
+    kind: Any
+    """Its type, without the None of an optional key."""
+    is_list: bool
+    default: Any
+    doc: str
+
+
+def add_config_flags(parser: argparse.ArgumentParser, command: str) -> None:
+    """The flags of `command`, and `--set`. What is given arrives, in its order, in the namespace's `overrides`."""
+    parser.set_defaults(overrides={})
+    for flag, name in FLAGS[command].items():
+        key = config_keys()[name]
+        options: dict[str, Any] = {"action": _Override, "key": name, "help": _help(name, key), "metavar": _metavar(name, key)}
+        if key.kind is bool:
+            options["nargs"] = 0
+        elif key.is_list and name not in _VERBATIM:
+            options["nargs"] = "+"
+        parser.add_argument(flag, **options)
+    parser.add_argument("--set", action=_Override, key=None, metavar="SECTION.KEY=VALUE",
+                        help="any key of the config, for example tuning.adam_beta2=0.99; repeatable")
+
+
+class _Override(argparse.Action):
+    """Keeps the flag's value under its config key; a later one replaces an earlier one, except in lists, which grow."""
+
+    def __init__(self, *args: Any, key: str | None, **options: Any) -> None:
+        super().__init__(*args, **options, default=argparse.SUPPRESS)
+        self.key = key
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: str | Sequence[Any] | None,
+                 option_string: str | None = None) -> None:
+        overrides = namespace.overrides = dict(namespace.overrides)  # the default dict is shared by all parses
+        if self.key is None:
+            name, equals, value = str(values).partition("=")
+            if not equals:
+                raise InputError(f"--set takes section.key=value, got {values!r}; for example --set tuning.lr=1e-4")
+            overrides[name.strip()] = value
+        elif self.nargs == 0:
+            overrides[self.key] = True
+        elif self.key in _VERBATIM:
+            overrides[self.key] = [*_items(overrides.get(self.key)), values]
+        elif isinstance(values, list):
+            words = [part.strip() for word in values for part in word.split(",") if part.strip()]
+            overrides[self.key] = [*_items(overrides.get(self.key)), *words]
+        else:
+            overrides[self.key] = values
+
+
+def _items(value: Any) -> list[Any]:
+    """Items that an earlier flag left; what --set left is replaced."""
+    return value if isinstance(value, list) else []
+
+
+@functools.cache
+def config_keys() -> dict[str, Key]:
+    """Every key "section.key" of the config, with the documentation written beneath it."""
+    documented = _documented_fields()
+    keys = {}
+    for section, kind in typing.get_type_hints(Config).items():
+        hints = typing.get_type_hints(kind)
+        for field in dataclasses.fields(kind):
+            hint, is_list = hints[field.name], False
+            if typing.get_origin(hint) in (types.UnionType, typing.Union):
+                hint = next(part for part in typing.get_args(hint) if part is not type(None))
+            if typing.get_origin(hint) is tuple:
+                hint, is_list = typing.get_args(hint)[0], True
+            doc = documented.get((kind.__name__, field.name), "")
+            keys[f"{section}.{field.name}"] = Key(kind=hint, is_list=is_list, default=field.default, doc=doc)
+    return keys
+
+
+def _documented_fields() -> dict[tuple[str, str], str]:
+    """(class, field) -> the string beneath the field. Python keeps no such strings, so the source is read."""
+    found = {}
+    for section in ast.parse(inspect.getsource(config_module)).body:
+        if not isinstance(section, ast.ClassDef):
+            continue
+        for field, beneath in zip(section.body, section.body[1:], strict=False):
+            if (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(beneath, ast.Expr)
+                    and isinstance(beneath.value, ast.Constant)):
+                found[section.name, field.target.id] = inspect.cleandoc(str(beneath.value.value))
+    return found
+
+
+def _help(name: str, key: Key) -> str:
+    default = "" if key.default in (None, "", ()) or key.default is False else f", default {key.default}"
+    return f"{key.doc} [{name}{default}]".strip().replace("%", "%%")
+
+
+def _metavar(name: str, key: Key) -> str | None:
+    if key.kind is bool:
+        return None
+    if typing.get_origin(key.kind) is Literal:
+        return "{" + ",".join(map(str, typing.get_args(key.kind))) + "}"
+    return _METAVARS.get(name) or {int: "N", float: "X", str: "TEXT"}[key.kind]

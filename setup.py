@@ -1,0 +1,47 @@
+"""Packaging: metadata, dependencies, and the `ee-tuning` command."""
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "ee_tuning" / "__init__.py").read_text())
+README = HERE / "README.md"
+assert VERSION is not None
+
+setup(
+    name="ee_tuning",
+    version=VERSION[1],
+    description="Turns a trained LLM into an early-exit LLM: convert, tune the exits alone, decode faster. On Megatron-core.",
+    long_description=README.read_text() if README.exists() else "",  # the Dockerfile's dependency layer comes without it
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["ee_tuning", "ee_tuning.*"]),
+    package_data={"ee_tuning": ["py.typed"]},
+    install_requires=[
+        "torch>=2.10.0a0",  # older ones have holes in weights_only loading; a0 lets the builds of the NVIDIA image in
+        "megatron-core>=0.16.1,<0.20",
+        "transformers>=5,<6",
+        "safetensors",
+        "pyyaml",
+        "numpy",
+        "psutil",  # megatron.core.dist_checkpointing imports it without declaring it
+        "rich",
+        "matplotlib",
+    ],
+    extras_require={
+        "te": ["transformer-engine[pytorch]"],
+        # Names that install commands may already use; the commands behind them need nothing more so far.
+        "serve": [],
+        "eval": [],
+        "dev": ["pytest", "pytest-timeout", "ruff", "mypy", "types-PyYAML", "pre-commit"],
+    },
+    entry_points={"console_scripts": ["ee-tuning = ee_tuning.cli:main"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
