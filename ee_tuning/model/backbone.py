@@ -1,0 +1,90 @@
+"""This stage of the frozen backbone: Megatron-core's embedding and layers, built one by one from the stock layer spec.
+
+Parameters carry the names a stock GPTModel gives them, with global layer indices, whatever the stage.
+"""
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of the fused libraries that are not installed
+    from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.spec_utils import build_module
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+from ee_tuning.model.attention import CausalAttention, softmax_scale
+from ee_tuning.model.config import ModelConfig
+from ee_tuning.model.rope import rotary_angles
+from ee_tuning.parallel.topology import Topology
+
+# s sequence · b micro-batch · h hidden · v/tp this rank's shard of the vocabulary
+
+
+def transformer_config(config: ModelConfig, topology: Topology, dtype: torch.dtype) -> TransformerConfig:
+    """Megatron's description of the layers. Pipelining is left out of it: stages take the layers they are given."""
+    return TransformerConfig(
+        num_layers=config.num_layers, hidden_size=config.hidden_size, ffn_hidden_size=config.ffn_hidden_size,
+        num_attention_heads=config.num_attention_heads, num_query_groups=config.num_query_groups, kv_channels=config.kv_channels,
+        layernorm_epsilon=config.norm_epsilon, normalization="RMSNorm", gated_linear_unit=True, activation_func=F.silu,
+        add_bias_linear=False, softmax_scale=softmax_scale(config), attention_dropout=0.0, hidden_dropout=0.0,
+        tensor_model_parallel_size=topology.tp, params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16,
+        perform_initialization=False, use_cpu_initialization=topology.device.type == "cpu",
+        bias_activation_fusion=False, bias_dropout_fusion=False, masked_softmax_fusion=False, gradient_accumulation_fusion=False,
+        apply_rope_fusion=False, persist_layer_norm=False)
+
+
+class Norm(nn.RMSNorm):
+    """RMSNorm built as a layer spec builds its norms."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object):
+        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=device)
+
+
+class BackboneStage(nn.Module):
+    """Layers `first_layer`..`last_layer` (1-based), after the word embedding on the first stage, before the final head where asked for.
+
+    Frozen and in evaluation mode. Weights are uninitialized until a checkpoint's reader fills every parameter.
+    """
+
+    def __init__(self, config: ModelConfig, topology: Topology, *, first_layer: int, last_layer: int, has_embedding: bool,
+                 has_output: bool, has_final_norm: bool, max_length: int, dtype: torch.dtype):
+        super().__init__()
+        self.config, self.dtype = config, dtype
+        self.first_layer, self.last_layer = first_layer, last_layer
+        megatron = transformer_config(config, topology, dtype)
+        padded = config.padded_vocab_size(topology.tp)
+        if has_embedding:
+            self.embedding = LanguageModelEmbedding(megatron, padded, config.max_position_embeddings, position_embedding_type="rope",
+                                                    tp_group=topology.tp_group)
+        self.decoder = nn.Module()
+        spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = Norm
+        spec.submodules.self_attention.submodules.core_attention = CausalAttention
+        self.decoder.layers = nn.ModuleDict(
+            {str(number - 1): build_module(spec, config=megatron, layer_number=number)
+             for number in range(first_layer, last_layer + 1)})
+        if has_final_norm:
+            self.decoder.final_layernorm = Norm(megatron, config.hidden_size, eps=config.norm_epsilon)
+        if has_output:
+            self.output_layer = nn.Linear(config.hidden_size, padded // topology.tp, bias=False, dtype=dtype, device=topology.device)
+            if config.ties_embeddings and has_embedding:
+                self.output_layer.weight = self.embedding.word_embeddings.weight
+        self.register_buffer("angles", rotary_angles(config, max_length, topology.device), persistent=False)
+        self.eval().requires_grad_(False)
+
+    def layer(self, number: int) -> nn.Module:
+        """Megatron's TransformerLayer `number`, 1-based over the whole model."""
+        return self.decoder.layers[str(number - 1)]
+
+    def embed(self, tokens: Tensor) -> Tensor:  # [b, s] -> [s, b, h]
+        """Word embeddings; first stage only."""
+        return self.embedding(tokens, None)
+
+    def run_layer(self, number: int, hidden: Tensor) -> Tensor:  # [s, b, h] -> [s, b, h]
+        """One layer over whole sequences, causally."""
+        angles = self.angles[: hidden.shape[0], None, None]
+        return self.layer(number)(hidden, attention_mask=None, rotary_pos_emb=angles)[0]

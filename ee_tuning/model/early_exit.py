@@ -1,0 +1,103 @@
+"""A stage of an early-exit model: frozen backbone layers, and the exit heads that sit on them. Exits cut the network into segments.
+
+`run_layers` is the walk over whole sequences that tuning and evaluation take; decoding walks the same layers token by token (`ragged_layer.py`).
+"""
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ee_tuning.config import Architecture
+from ee_tuning.model.backbone import BackboneStage
+from ee_tuning.model.config import ModelConfig
+from ee_tuning.model.exit_head import ExitHead, ExitInput
+from ee_tuning.parallel.topology import Topology
+from ee_tuning.parallel.vocab import VocabShard
+
+# s sequence · b micro-batch · h hidden
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """What one stage holds."""
+
+    first_layer: int
+    last_layer: int
+    exit_layers: tuple[int, ...]
+    """All exits of the model, on any stage."""
+    architecture: Architecture
+    ties_output: bool
+    """Whether exits use the backbone's frozen output matrix."""
+    has_final_head: bool
+    """Whether the model's own last norm and output matrix are wanted, on the last stage."""
+    max_length: int
+    """Positions that will be computed."""
+    dtype: torch.dtype
+
+    @property
+    def own_exits(self) -> tuple[int, ...]:
+        """The exits on this stage."""
+        return tuple(layer for layer in self.exit_layers if self.first_layer <= layer <= self.last_layer)
+
+
+class EarlyExitModel(nn.Module):
+    """One stage: `backbone` (frozen) and `exit_heads`, keyed by layer. Weights are uninitialized until they are loaded."""
+
+    def __init__(self, config: ModelConfig, topology: Topology, plan: StagePlan):
+        super().__init__()
+        self.config, self.topology, self.plan = config, topology, plan
+        self.vocab = VocabShard.of(config.vocab_size, config.padded_vocab_size(topology.tp), topology)
+        has_final = plan.has_final_head and topology.is_last_stage
+        self.backbone = BackboneStage(
+            config, topology, first_layer=plan.first_layer, last_layer=plan.last_layer, has_embedding=topology.is_first_stage,
+            has_output=has_final or (plan.ties_output and bool(plan.own_exits)), has_final_norm=has_final,
+            max_length=plan.max_length, dtype=plan.dtype)
+        tied = self.backbone.output_layer.weight if plan.ties_output and plan.own_exits else None
+        self.exit_heads = nn.ModuleDict(
+            {str(layer): ExitHead(layer, plan.architecture, config, topology, dtype=plan.dtype, tied_weight=tied)
+             for layer in plan.own_exits})
+
+    def exit_head(self, layer: int) -> ExitHead:
+        """The head after `layer`, which must be on this stage."""
+        head = self.exit_heads[str(layer)]
+        assert isinstance(head, ExitHead)
+        return head
+
+    @torch.no_grad()
+    def embed(self, tokens: Tensor) -> Tensor:  # [b, s] int64 -> [s, b, h]
+        """Word embeddings; first stage only."""
+        return self.backbone.embed(tokens)
+
+    @torch.no_grad()
+    def run_layers(self, hidden: Tensor) -> tuple[Tensor, dict[int, ExitInput]]:  # [s, b, h] -> [s, b, h], …
+        """This stage's layers over whole sequences: their output, and what each exit of this stage takes."""
+        inputs: dict[int, ExitInput] = {}
+        for number in range(self.plan.first_layer, self.plan.last_layer + 1):
+            if number not in self.plan.own_exits:
+                hidden = self.backbone.run_layer(number, hidden)
+            elif self.plan.architecture == "mlp":
+                hidden, inputs[number] = self._run_layer_with_mlp_exit(number, hidden)
+            else:
+                hidden = self.backbone.run_layer(number, hidden)
+                inputs[number] = ExitInput(hidden)
+        return hidden, inputs
+
+    @torch.no_grad()
+    def final_hidden(self, hidden: Tensor) -> Tensor:  # […, h] -> […, h]
+        """What the model's own output matrix is applied to; last stage only."""
+        return self.backbone.decoder.final_layernorm(hidden)
+
+    def _run_layer_with_mlp_exit(self, number: int, hidden: Tensor) -> tuple[Tensor, ExitInput]:
+        # The post-attention residual is what enters the norm before the MLP, in every layer spec of Megatron's.
+        seen: list[ExitInput] = []
+        hook = self.backbone.layer(number).pre_mlp_layernorm.register_forward_hook(partial(_keep, seen))
+        try:
+            hidden = self.backbone.run_layer(number, hidden)
+        finally:
+            hook.remove()
+        return hidden, seen[0]
+
+
+def _keep(seen: list[ExitInput], norm: nn.Module, arguments: tuple[Tensor, ...], normed: Tensor) -> None:
+    seen.append(ExitInput(normed, residual=arguments[0]))

@@ -1,0 +1,105 @@
+"""Exit heads: what turns the hidden states of an intermediate layer into logits.
+
+An exit head is the same module while tuning, where it is trained over whole sequences, and while decoding, where it sees a row a sequence.
+Tensor parallelism cuts the MLP by its inner width and the output matrix by vocabulary; norms are replicated.
+"""
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ee_tuning.config import Architecture
+from ee_tuning.model.config import ModelConfig
+from ee_tuning.parallel.topology import Group, Topology
+
+# … any leading dimensions · h hidden · f/tp this rank's part of the MLP's inner width · v/tp its shard of the vocabulary
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class ExitInput:
+    """What a head takes from the backbone at exit layer l: no gradient is asked of it."""
+
+    hidden: Tensor
+    """[…, h]: x_l, layer l's output, for `norm`; layer l's normed post-attention residual for `mlp`."""
+    residual: Tensor | None = None
+    """[…, h]: for `mlp`, a_l, layer l's post-attention residual."""
+
+
+class _SumOverShards(torch.autograd.Function):
+    """Forward all-reduce, backward identity: the gradient of a sum that every rank holds."""
+
+    @staticmethod
+    def forward(ctx: object, partial: Tensor, group: Group) -> Tensor:
+        partial = partial.contiguous()
+        dist.all_reduce(partial, group=group)
+        return partial
+
+    @staticmethod
+    def backward(ctx: object, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+class ExitMLP(nn.Module):
+    """W₂ (silu(gate x) · up x), as in the Llama family."""
+
+    def __init__(self, hidden_size: int, inner_size: int, group: Group | None, **tensor: object):
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, 2 * inner_size, bias=False, **tensor)  # rows of gate, then rows of up
+        self.fc2 = nn.Linear(inner_size, hidden_size, bias=False, **tensor)
+        self.group = group
+
+    def forward(self, x: Tensor) -> Tensor:  # […, h] -> […, h]
+        """See the class."""
+        gate, up = self.fc1(x).chunk(2, dim=-1)
+        out = self.fc2(F.silu(gate) * up)
+        return out if self.group is None else _SumOverShards.apply(out, self.group)
+
+
+class ExitHead(nn.Module):
+    """The head after layer `layer`: `norm`: W Norm(x); `mlp`: W Norm(a + MLP(PreMLPNorm(a))), DESIGN of EE-Tuning (arXiv 2402.00518).
+
+    `tied_weight` is the backbone's frozen output matrix [v/tp, h]; None where the head trains its own.
+    """
+
+    def __init__(self, layer: int, architecture: Architecture, config: ModelConfig, topology: Topology, *, dtype: torch.dtype,
+                 tied_weight: Tensor | None):
+        super().__init__()
+        self.layer, self.architecture = layer, architecture
+        tensor = {"dtype": dtype, "device": topology.device}
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon, **tensor)
+        if architecture == "mlp":
+            group = topology.tp_group if topology.tp > 1 else None
+            self.mlp = ExitMLP(config.hidden_size, config.ffn_hidden_size // topology.tp, group, **tensor)
+        if tied_weight is None:
+            self.output = nn.Linear(config.hidden_size, config.padded_vocab_size(topology.tp) // topology.tp, bias=False, **tensor)
+        self._tied = (tied_weight,)  # in a tuple, so that it is no parameter of the head
+
+    @property
+    def output_weight(self) -> Tensor:  # [v/tp, h]
+        """The output matrix, trained or tied."""
+        return self.output.weight if self._tied[0] is None else self._tied[0]
+
+    @staticmethod
+    def tensor_parallel_dim(parameter: str) -> int | None:
+        """The dimension along which the named parameter is cut over TP; None where every rank holds all of it."""
+        return {"mlp.fc1.weight": 0, "mlp.fc2.weight": 1, "output.weight": 0}.get(parameter)
+
+    def final_hidden(self, inputs: ExitInput) -> Tensor:  # […, h]
+        """What the output matrix is applied to."""
+        if self.architecture == "norm":
+            return self.norm(inputs.hidden)
+        assert inputs.residual is not None
+        return self.norm(inputs.residual + self.mlp(inputs.hidden))
+
+    def forward(self, inputs: ExitInput, project: Callable[[Tensor, Tensor], Result]) -> Result:
+        """`project(final hidden […, h], output weight [v/tp, h])`: logits, or a loss that never makes them.
+
+        Projecting inside forward is what `fully_shard` needs: parameters are whole only while it runs.
+        """
+        return project(self.final_hidden(inputs), self.output_weight)

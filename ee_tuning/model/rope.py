@@ -1,0 +1,53 @@
+"""Rotary position angles for every scaling a Llama configuration can name.
+
+Frequencies of our own: Megatron-core's llama3 scaling fixes three of its four numbers.
+"""
+import math
+
+import torch
+from torch import Tensor
+
+from ee_tuning.model.config import ModelConfig, RopeConfig
+
+# s positions · d width of a head
+
+
+def inverse_frequencies(rope: RopeConfig, width: int) -> Tensor:  # [d/2], float32
+    """Radians per position of each pair of dimensions of a head `width` wide."""
+    frequencies = 1.0 / rope.theta ** (torch.arange(0, width, 2).float() / width)
+    if rope.kind == "linear":
+        return frequencies / rope.factor
+    if rope.kind == "llama3":
+        return _llama3(frequencies, rope)
+    if rope.kind == "yarn":
+        return _yarn(frequencies, rope, width)
+    return frequencies
+
+
+def rotary_angles(config: ModelConfig, length: int, device: torch.device) -> Tensor:  # [s, d], float32
+    """Angle of each position and dimension; the second half of the dimensions repeats the first."""
+    positions = torch.arange(length, dtype=torch.float32)
+    half = torch.outer(positions, inverse_frequencies(config.rope, config.kv_channels))
+    return torch.cat((half, half), dim=-1).to(device)
+
+
+def _llama3(frequencies: Tensor, rope: RopeConfig) -> Tensor:
+    """Llama 3.1: long waves are stretched by `factor`, short ones kept, those between blended linearly in frequency."""
+    original, low, high = rope.original_max_position_embeddings, rope.low_freq_factor, rope.high_freq_factor
+    wavelengths = 2 * math.pi / frequencies
+    share_kept = ((original / wavelengths - low) / (high - low)).clamp(0, 1)
+    return (1 - share_kept) * frequencies / rope.factor + share_kept * frequencies
+
+
+def _yarn(frequencies: Tensor, rope: RopeConfig, width: int) -> Tensor:
+    """YaRN (arXiv 2309.00071, section 3.2): a ramp over dimensions from kept to interpolated by `factor`."""
+    def dimension_of(rotations: float) -> float:
+        return width * math.log(rope.original_max_position_embeddings / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = dimension_of(rope.beta_fast), dimension_of(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
+    span = high - low if high > low else 0.001
+    interpolated = ((torch.arange(width // 2, dtype=torch.float32) - low) / span).clamp(0, 1)
+    return frequencies / rope.factor * interpolated + frequencies * (1 - interpolated)
