@@ -1,0 +1,130 @@
+"""Who may import whom. The imports are read from the sources, those inside functions included."""
+import ast
+import functools
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "ee_tuning"
+
+LEVELS: tuple[tuple[str, ...], ...] = (
+    ("errors",), ("config",), ("parallel",), ("model",), ("checkpoint", "data"), ("tuning", "generation"), ("evaluation",), ("serving",),
+    ("flags",), ("cli",), ("__main__",))
+"""A room imports from the levels above its own line in this table, and from itself; never from a room on the same level."""
+
+MEGATRON = ("parallel/", "model/", "data/", "checkpoint/megatron.py", "tuning/state.py")
+"""Where megatron.core may be imported: few places, for it changes."""
+
+TORCH_ALONE = ("checkpoint/names.py", "tuning/loss.py", "generation/sampling.py")
+"""Mathematics that is read, tested and reused without the rest."""
+
+
+def sources() -> dict[str, Path]:
+    """Module name -> file, for every module of the package."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+SOURCES = sources()
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Full names of the modules that a file imports. Relative imports are not used in this package."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{path} imports relatively"
+            for alias in node.names:  # `from package import module` imports the module
+                full = f"{node.module}.{alias.name}"
+                yield full if full in SOURCES else node.module
+
+
+def room(module: str) -> str:
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+@functools.cache
+def graph() -> dict[str, set[str]]:
+    """Module -> modules of the package that it imports. The front door, `ee_tuning` itself, is left out: it resolves lazily."""
+    return {module: {name for name in imports(path) if name in SOURCES and name != "ee_tuning"}
+            for module, path in SOURCES.items() if module != "ee_tuning"}
+
+
+def level(name: str) -> int:
+    return next(i for i, names in enumerate(LEVELS) if name in names)
+
+
+def test_every_room_has_its_place():
+    """A new room outside the table would be guarded by nothing."""
+    unplaced = {room(module) for module in SOURCES} - {name for names in LEVELS for name in names} - {"__init__"}
+    assert not unplaced, f"give {unplaced} a level in LEVELS"
+
+
+@pytest.mark.parametrize("module", [module for module in SOURCES if module != "ee_tuning"])
+def test_imports_go_one_way(module: str):
+    """tuning that leans on generation, or a model that knows its checkpoints, can no longer be changed alone."""
+    here = room(module)
+    wrong = {name for name in graph()[module] if room(name) != here and level(room(name)) >= level(here)}
+    assert not wrong, f"{module} may not import {wrong}"
+
+
+def test_there_are_no_circles():
+    """Within a room the levels do not say who comes first; two modules that need each other are one."""
+    edges, state = graph(), dict[str, str]()
+
+    def visit(module: str, way: tuple[str, ...]) -> None:
+        assert state.get(module) != "open", f"a circle: {' -> '.join((*way, module))}"
+        if module not in state:
+            state[module] = "open"
+            for other in sorted(edges[module]):
+                visit(other, (*way, module))
+            state[module] = "done"
+
+    for module in edges:
+        visit(module, ())
+
+
+def test_the_front_door_opens_lazily():
+    """`import ee_tuning` that imports torch makes `ee-tuning --help` take seconds; only the version is for use inside."""
+    tree = ast.parse(SOURCES["ee_tuning"].read_text())
+    assert all(node.module == "typing" for node in tree.body if isinstance(node, ast.ImportFrom))
+    for module, path in SOURCES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module == "ee_tuning":
+                names = {alias.name for alias in node.names if f"ee_tuning.{alias.name}" not in SOURCES}
+                assert names <= {"__version__"}, f"{module} imports {names} through the front door"
+
+
+def test_megatron_stays_in_its_places():
+    """Each place that touches megatron.core is one more to mend when it changes."""
+    for path in SOURCES.values():
+        file = path.relative_to(PACKAGE).as_posix()
+        if any(name.split(".")[0] == "megatron" for name in imports(path)):
+            assert file.startswith(MEGATRON), f"{file} imports megatron.core; allowed in {MEGATRON}"
+
+
+@pytest.mark.parametrize("file", TORCH_ALONE)
+def test_mathematics_needs_torch_alone(file: str):
+    """A loss that pulls in Megatron through a helper can not be tested in a bare Python."""
+    waiting, seen, foreign = [PACKAGE / file], set[Path](), set[str]()
+    while waiting:
+        path = waiting.pop()
+        seen.add(path)
+        for name in imports(path):
+            if name in SOURCES:
+                waiting += [SOURCES[name]] if SOURCES[name] not in seen else []
+            elif name.split(".")[0] not in sys.stdlib_module_names:
+                foreign.add(name.split(".")[0])
+    assert foreign <= {"torch"}, f"{file} reaches {foreign - {'torch'}}"
+
+
+def test_files_stay_short():
+    """A file with one subject fits under 300 lines; a longer one has two."""
+    long = {path.relative_to(PACKAGE).as_posix(): lines for path in SOURCES.values() if (lines := len(path.read_text().splitlines())) > 300}
+    assert not long
