@@ -1,0 +1,126 @@
+"""Micro-batches of packed samples, for every replica its own, from any position on.
+
+All samples of a run stand in one endless order: epoch after epoch, each shuffled by (seed, epoch). A position is a place in that order. Of
+the next micro_batch_size × dp samples, replica r takes the r-th micro_batch_size. So the global batch of a step is the same set for every
+number of replicas and every micro-batch size, and a run goes on from its position, an int, under another layout without repeat or skip.
+Every stage and every tensor-parallel rank has a source of its own that yields the same: only hidden states travel between them.
+
+s sequence · b micro-batch
+"""
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ee_tuning.config import TuningSection
+from ee_tuning.data.tokens import PackedSamples
+from ee_tuning.errors import InputError
+
+VALIDATION_SEED = 0  # not the run's: losses of runs that differ in seed alone stay comparable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One micro-batch of one replica."""
+
+    tokens: Tensor
+    """[b, s] int64."""
+    labels: Tensor
+    """[s, b] int64: the token after each."""
+    loss_mask: Tensor
+    """[s, b] float32: 1 where a label counts; 0 in rows that merely fill a validation micro-batch."""
+
+
+def count_microbatches(tuning: TuningSection, dp: int) -> int:
+    """Micro-batches per step of one of `dp` replicas. Raises InputError where they do not divide the global batch."""
+    for name, size in (("micro_batch_size", tuning.micro_batch_size), ("global_batch_size", tuning.global_batch_size)):
+        if size < 1:
+            raise InputError(f"tuning.{name} must be at least 1, got {size}")
+    unit = tuning.micro_batch_size * dp
+    below = tuning.global_batch_size // unit * unit
+    if below != tuning.global_batch_size:
+        choice = f"{below} or {below + unit}" if below else f"{unit}"
+        raise InputError(f"tuning.global_batch_size must be a multiple of micro_batch_size × replicas = {tuning.micro_batch_size} × {dp} = "
+                         f"{unit}, got {tuning.global_batch_size}; set it to {choice}, or change tuning.micro_batch_size")
+    return tuning.global_batch_size // unit
+
+
+class SampleOrder:
+    """The endless order of the samples: a permutation of all of them per epoch."""
+
+    def __init__(self, num_samples: int, seed: int) -> None:
+        assert num_samples > 0
+        self.num_samples = num_samples
+        self.seed = seed
+        self._epoch = -1
+        self._permutation: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+
+    def sample_at(self, position: int) -> int:
+        """The index of the sample that is consumed at `position`, counted from 0 over all epochs."""
+        epoch, place = divmod(position, self.num_samples)
+        if epoch != self._epoch:
+            # RandomState, because NumPy promises that its streams never change: a run may resume under another version.
+            words = [self.seed & 0xFFFFFFFF, self.seed >> 32 & 0xFFFFFFFF, epoch]
+            self._permutation = np.random.RandomState(words).permutation(self.num_samples)
+            self._epoch = epoch
+        return int(self._permutation[place])
+
+
+class BatchSource(Iterator[Batch]):
+    """Endless training micro-batches of replica `dp_rank` among `dp`.
+
+    `position` counts the samples that all replicas together have consumed: a run stopped after `step` steps stands at
+    step × global_batch_size, and goes on from there with a source made at that position, whatever its dp.
+    Raises InputError where the batch sizes do not divide.
+    """
+
+    def __init__(self, samples: PackedSamples, tuning: TuningSection, *, dp: int, dp_rank: int, position: int = 0) -> None:
+        assert 0 <= dp_rank < dp and position >= 0
+        self.num_microbatches = count_microbatches(tuning, dp)
+        self.position = position
+        self._samples = samples
+        self._order = SampleOrder(len(samples), tuning.seed)
+        self._micro_batch_size = tuning.micro_batch_size
+        self._dp = dp
+        self._dp_rank = dp_rank
+
+    def __next__(self) -> Batch:
+        """The next micro-batch; the position moves on by those of all replicas."""
+        start = self.position + self._dp_rank * self._micro_batch_size
+        chosen = [self._order.sample_at(start + row) for row in range(self._micro_batch_size)]
+        self.position += self._micro_batch_size * self._dp
+        return _batch(self._samples, chosen, self._micro_batch_size)
+
+
+def validation_batches(samples: PackedSamples | None, tuning: TuningSection, *, dp: int, dp_rank: int) -> list[Batch]:
+    """The micro-batches of replica `dp_rank` for every validation: tuning.eval_iters of them, fewer where the samples do not reach.
+
+    Each replica has as many. Together they hold the first eval_iters × micro_batch_size × dp samples of a fixed order, each once, so
+    where the split is no larger, every layout judges by all of it. Rows beyond the last sample have loss mask 0, even whole
+    micro-batches of a replica: divide sums over all replicas. Empty where eval_iters is 0 or nothing is held out.
+    """
+    if tuning.eval_iters < 0:
+        raise InputError(f"tuning.eval_iters must be at least 0, got {tuning.eval_iters}; 0 for no validation")
+    if samples is None or tuning.eval_iters == 0:
+        return []
+    size = tuning.micro_batch_size
+    num_microbatches = min(tuning.eval_iters, -(-len(samples) // (size * dp)))
+    order = SampleOrder(len(samples), VALIDATION_SEED)
+    batches = []
+    for index in range(num_microbatches):
+        start = (index * dp + dp_rank) * size
+        chosen = [order.sample_at(position) for position in range(start, min(start + size, len(samples)))]
+        batches.append(_batch(samples, chosen, size))
+    return batches
+
+
+def _batch(samples: PackedSamples, chosen: Sequence[int], micro_batch_size: int) -> Batch:
+    """The `chosen` samples, filled up to `micro_batch_size` rows with sample 0 under loss mask 0."""
+    rows = [samples[index] for index in [*chosen, *[0] * (micro_batch_size - len(chosen))]]
+    block = torch.from_numpy(np.stack(rows).astype(np.int64))
+    loss_mask = torch.zeros(samples.seq_length, micro_batch_size)
+    loss_mask[:, :len(chosen)] = 1.0
+    return Batch(tokens=block[:, :-1].contiguous(), labels=block[:, 1:].T.contiguous(), loss_mask=loss_mask)

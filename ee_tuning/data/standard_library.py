@@ -1,0 +1,23 @@
+"""The text every Python installation carries: its standard library. The shipped model learned from it, and the demo tunes and decodes with it."""
+import hashlib
+import sysconfig
+from pathlib import Path
+
+SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__", "lib2to3", "turtledemo"}
+
+
+def is_held_out(name: str) -> bool:
+    """About one file in thirty-two, by a hash of its name, so that every Python version holds out the same files."""
+    return hashlib.sha256(name.encode()).digest()[0] % 32 == 0
+
+
+def standard_library() -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """(training files, held-out files) by name: the sources, tests left out, and the documentation topics among them."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    training: dict[str, bytes] = {}
+    held_out: dict[str, bytes] = {}
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        if SKIPPED_FOLDERS.isdisjoint(path.relative_to(root).parts):
+            (held_out if is_held_out(name) else training)[name] = path.read_bytes()
+    return training, held_out

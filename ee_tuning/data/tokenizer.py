@@ -1,0 +1,37 @@
+"""The tokenizer that belongs to a model: read from its folder, never from the network."""
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ee_tuning.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
+    """The Hugging Face tokenizer in the folder `path`.
+
+    Raises InputError where the folder is missing, has no tokenizer files, or has files that transformers can not read.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise InputError(f"the tokenizer must be a folder, got {str(path)!r}; set data.tokenizer (or model.path) to such a folder")
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise InputError(f"{folder} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}); copy the model's there, or set data.tokenizer")
+    import transformers  # takes seconds: only commands that tokenize should pay for it
+    transformers.logging.set_verbosity_error()
+    try:
+        return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # the Rust tokenizers raise bare Exception on a broken file
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"the tokenizer in {folder} can not be read: {reason}; copy its files anew, or set data.tokenizer") from error
+
+
+def end_of_text_id(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """The token that ends a document. Raises InputError where the tokenizer has none."""
+    if not isinstance(tokenizer.eos_token_id, int):
+        raise InputError(f"the tokenizer in {tokenizer.name_or_path} must have an end-of-text token, got none; "
+                         "set eos_token in its tokenizer_config.json")
+    return tokenizer.eos_token_id
