@@ -7,11 +7,9 @@ card that records data, steps, seed and held-out loss. The learning rate warms u
 last fifth; `--resume` continues from the last evaluation, also with another `--steps`.
 """
 import argparse
-import hashlib
 import json
 import math
 import platform
-import sysconfig
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,9 +19,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ee_tuning.data.standard_library import standard_library
+
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 256
-SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idlelib", "__pycache__", "lib2to3", "turtledemo"}
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -38,22 +37,6 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.add_special_tokens([END_OF_TEXT])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT,
                                    clean_up_tokenization_spaces=False, model_max_length=1024)
-
-
-def is_held_out(name: str) -> bool:
-    """About one file in thirty-two, by a hash of its name, so that every Python version holds out the same files."""
-    return hashlib.sha256(name.encode()).digest()[0] % 32 == 0
-
-
-def corpus() -> tuple[dict[str, bytes], dict[str, bytes]]:
-    """(training files, held-out files) of this Python's standard library, documentation topics included."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    training, held_out = {}, {}
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root).as_posix()
-        if SKIPPED_FOLDERS.isdisjoint(path.relative_to(root).parts):
-            (held_out if is_held_out(name) else training)[name] = path.read_bytes()
-    return training, held_out
 
 
 def stream(files: dict[str, bytes]) -> Tensor:
@@ -131,7 +114,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     torch.manual_seed(args.seed)
-    training, held_out = corpus()
+    training, held_out = standard_library()
     tokens, validation = stream(training), stream(held_out)
     config = LlamaConfig(
         vocab_size=257, hidden_size=192, intermediate_size=512, num_hidden_layers=12, num_attention_heads=4,

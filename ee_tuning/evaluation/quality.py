@@ -1,0 +1,61 @@
+"""What leaving early costs and gains: tokens, depth and speed over confidence thresholds, against the same engine at full depth."""
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from ee_tuning.generation.llm import Completion, EarlyExitLLM
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThresholdResult:
+    """Decoding at one threshold, over all prompts."""
+
+    threshold: float
+    speedup: float
+    """Tokens per second ÷ those of full depth, the same prompts and the same run."""
+    tokens_per_second: float
+    agreement: float
+    """Share of tokens equal to what the full model says after the same prefix."""
+    mean_exit_layer: float
+    exit_histogram: dict[int, int]
+    """Tokens by the layer they left at; the number of layers for those that did not leave early."""
+
+
+def measure_thresholds(llm: EarlyExitLLM, prompts: list[str], thresholds: Iterable[float], max_new_tokens: int,
+                       on_prompt: Callable[[int], None] = lambda done: None) -> tuple[list[ThresholdResult], float]:
+    """A result per threshold, and full depth's tokens per second. Greedy, one prompt at a time, past the end of text.
+
+    Every prompt is decoded at full depth and at all thresholds before the next one, so that a slow moment of the machine falls on all alike.
+    """
+    thresholds = list(thresholds)
+    full: list[Completion] = []
+    early: dict[float, list[Completion]] = {threshold: [] for threshold in thresholds}
+    options = {"max_new_tokens": max_new_tokens, "ignore_eos": True, "temperature": 0.0}
+    llm.generate(prompts[:1], policy="full", **options)  # the first pass of a process pays for allocations
+    for done, prompt in enumerate(prompts, 1):
+        full += llm.generate([prompt], policy="full", **options)
+        for threshold in thresholds:
+            early[threshold] += llm.generate([prompt], policy="threshold", threshold=threshold, **options)
+        on_prompt(done)
+    full_rate = _rate(full)
+    return [_result(llm, threshold, early[threshold], full_rate) for threshold in thresholds], full_rate
+
+
+def agreement(llm: EarlyExitLLM, completion: Completion) -> float:
+    """Share of a completion's tokens that the full model would have said, greedily, after the same prefix."""
+    assert llm.engine is not None
+    prompt = llm.tokenizer(completion.prompt)["input_ids"]
+    said = llm.engine.full_model_tokens(prompt + completion.token_ids[:-1])[len(prompt) - 1:]
+    return sum(a == b for a, b in zip(said, completion.token_ids, strict=True)) / len(said)
+
+
+def _rate(completions: list[Completion]) -> float:
+    return sum(len(c.token_ids) for c in completions) / sum(c.seconds for c in completions)
+
+
+def _result(llm: EarlyExitLLM, threshold: float, completions: list[Completion], full_rate: float) -> ThresholdResult:
+    layers = [layer for c in completions for layer in c.exit_layers]
+    agreed = sum(agreement(llm, c) * len(c.token_ids) for c in completions)
+    return ThresholdResult(
+        threshold=threshold, speedup=_rate(completions) / full_rate, tokens_per_second=_rate(completions),
+        agreement=agreed / len(layers), mean_exit_layer=sum(layers) / len(layers), exit_histogram=dict(sorted(Counter(layers).items())))

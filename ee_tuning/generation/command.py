@@ -1,0 +1,81 @@
+"""`ee-tuning generate`: prompts to completions at a terminal or as JSON. Under torchrun the first rank prints."""
+import json
+import sys
+from collections import Counter
+
+from rich.console import Console
+from rich.text import Text
+
+from ee_tuning.config import Config
+from ee_tuning.errors import InputError
+from ee_tuning.generation.llm import Completion, EarlyExitLLM
+from ee_tuning.parallel.topology import init_parallel, leave_parallel
+
+EXIT_COLOURS = ("bright_green", "green", "cyan", "bright_blue", "blue", "magenta", "bright_magenta", "yellow")
+"""By exit, shallow to deep; tokens that did not leave early keep the terminal's colour."""
+
+
+def generate(config: Config, prompts: list[str], *, as_json: bool = False, show_exits: bool = False) -> None:
+    """Loads the model and its exits, completes the prompts as one batch, and prints them."""
+    if not config.model.path:
+        raise InputError("model.path must name a Hugging Face folder, got nothing; give --model FOLDER")
+    topology = init_parallel(config.parallel)
+    llm = EarlyExitLLM.from_config(config, topology)
+    if not topology.is_logging_rank:
+        llm.generate(prompts)
+    elif as_json:
+        for completion in llm.generate(prompts):
+            print(json.dumps(as_record(completion), ensure_ascii=False), flush=True)
+    else:
+        _print_text(llm, prompts, show_exits)
+    leave_parallel()
+
+
+def as_record(completion: Completion) -> dict[str, object]:
+    """What `--json` prints of a completion."""
+    return {"prompt": completion.prompt, "text": completion.text, "token_ids": completion.token_ids,
+            "exit_layers": completion.exit_layers, "confidences": [round(c, 6) for c in completion.confidences],
+            "tokens_per_second": round(completion.tokens_per_second, 2), "finish_reason": completion.finish_reason}
+
+
+def _print_text(llm: EarlyExitLLM, prompts: list[str], show_exits: bool) -> None:
+    """One prompt streams as it is made; several come whole, one after the other."""
+    out = Console(highlight=False, soft_wrap=True)
+    colours = _colours(llm) if show_exits else {}
+    streams = len(prompts) == 1
+    shown: list[list[tuple[str, int]]] = [[] for _ in prompts]
+    completions: list[Completion] = []
+    if streams:
+        out.print(Text(prompts[0], style="dim"), end="")
+    for token in llm.stream(prompts, completions):
+        shown[token.index].append((token.text, token.exit_layer))
+        if streams and token.text:
+            out.print(Text(token.text, style=colours.get(token.exit_layer, "")), end="")
+            out.file.flush()
+    for prompt, parts in zip(prompts, shown, strict=True):
+        if not streams:
+            out.print(Text(prompt, style="dim"), end="")
+            for text, layer in parts:
+                out.print(Text(text, style=colours.get(layer, "")), end="")
+        out.print()
+    _print_summary(llm, completions, colours)
+
+
+def _colours(llm: EarlyExitLLM) -> dict[int, str]:
+    early = [layer for layer in llm.exit_layers if layer < llm.num_layers]
+    return {layer: EXIT_COLOURS[i * len(EXIT_COLOURS) // max(len(early), 1)] for i, layer in enumerate(early)}
+
+
+def _print_summary(llm: EarlyExitLLM, completions: list[Completion], colours: dict[int, str]) -> None:
+    # On stderr, so that a pipe gets the completion alone.
+    console = Console(stderr=True, highlight=False)
+    layers = [layer for c in completions for layer in c.exit_layers]
+    seconds = max(c.seconds for c in completions)
+    histogram = Counter(layers)
+    summary = Text(f"{len(layers)} tokens in {seconds:.2f} s, {len(layers) / seconds:.1f} tokens/s; "
+                   f"mean depth {sum(layers) / len(layers):.1f} of {llm.num_layers} layers; left at ")
+    for i, layer in enumerate(sorted(histogram)):
+        name = "the end" if layer == llm.num_layers else f"layer {layer}"
+        summary.append(", " if i else "").append(f"{name}: {histogram[layer]}", style=colours.get(layer, ""))
+    sys.stdout.flush()
+    console.print(summary)
