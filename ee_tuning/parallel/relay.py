@@ -1,0 +1,91 @@
+"""Hands hidden states from one pipeline stage to the next, micro-batch after micro-batch, forward only. Knows no exits.
+
+Every micro-batch is a header on `pp_control` (gloo, CPU) and hidden states on `pp_group` (gloo or NCCL). The header says whether another
+micro-batch follows, so a request to stop travels with the activations and a receive that nobody will answer is never posted.
+"""
+from collections import deque
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ee_tuning.parallel.topology import Topology
+
+
+class Received(NamedTuple):
+    """One micro-batch from the stage before."""
+
+    hidden: Tensor
+    """The relay's shape and dtype, on the topology's device; the receiver's to keep."""
+    more: bool
+    """Whether another micro-batch follows."""
+
+
+class _Transfer(NamedTuple):
+    """A header and hidden states under way, with what has to live until they have arrived."""
+
+    header: Tensor  # [2] int64: number of the micro-batch, whether another follows
+    hidden: Tensor
+    header_work: Any
+    hidden_work: Any
+
+    def wait(self) -> None:
+        self.header_work.wait()
+        self.hidden_work.wait()
+
+
+class Relay:
+    """This stage's place in the relay. One Relay serves one run: from the first micro-batch to the one sent with `more=False`.
+
+    On NCCL a receive posted ahead may not block the send behind it: they run on communicators of their own because the
+    process groups are made without `device_id`, and then PyTorch gives every unbatched pair of ranks one.
+    """
+
+    def __init__(self, topology: Topology, shape: tuple[int, ...], dtype: torch.dtype, *, max_in_flight: int = 2) -> None:
+        """`shape` and `dtype` of the hidden states of one micro-batch; `max_in_flight` sends may be unfinished at a time."""
+        assert max_in_flight >= 1, f"max_in_flight must be at least 1, got {max_in_flight}"
+        self._topology, self._shape, self._dtype, self._max_in_flight = topology, shape, dtype, max_in_flight
+        self._sending: deque[_Transfer] = deque()
+        self._num_sent = self._num_received = 0
+        self._receiving = None if topology.is_first_stage else self._post_receive()
+
+    def receive(self) -> Received:
+        """The next micro-batch of the stage before. Its successor's receive, if there is one, is under way when this returns."""
+        transfer = self._receiving
+        assert transfer is not None, "nothing to receive: this is the first stage, or the last micro-batch said so"
+        transfer.header_work.wait()
+        index, more = transfer.header.tolist()
+        assert index == self._num_received, f"micro-batch {index} arrived in place of {self._num_received}"
+        self._num_received += 1
+        self._receiving = self._post_receive() if more else None
+        transfer.hidden_work.wait()
+        return Received(transfer.hidden, bool(more))
+
+    def send(self, hidden: Tensor, *, more: bool) -> None:
+        """Sends `hidden` on and returns at once, unless more than `max_in_flight` sends are under way.
+
+        `hidden` may be read but not written by the caller afterwards.
+        """
+        assert not self._topology.is_last_stage, "the last stage has nobody to send to"
+        assert hidden.shape == self._shape and hidden.dtype == self._dtype, f"{hidden.shape} {hidden.dtype} is not what was agreed"
+        peer = self._topology.pp_ranks[self._topology.stage + 1]
+        header, hidden = torch.tensor([self._num_sent, int(more)]), hidden.detach().contiguous()
+        self._sending.append(_Transfer(header, hidden, dist.isend(header, peer, group=self._topology.pp_control),
+                                       dist.isend(hidden, peer, group=self._topology.pp_group)))
+        self._num_sent += 1
+        while len(self._sending) > self._max_in_flight:
+            self._sending.popleft().wait()
+
+    def finish(self) -> None:
+        """Waits for the sends under way."""
+        while self._sending:
+            self._sending.popleft().wait()
+
+    def _post_receive(self) -> _Transfer:
+        # A buffer of its own for each micro-batch: two live at a time, and the receiver may keep what it got.
+        peer = self._topology.pp_ranks[self._topology.stage - 1]
+        header = torch.empty(2, dtype=torch.int64)
+        hidden = torch.empty(self._shape, dtype=self._dtype, device=self._topology.device)
+        return _Transfer(header, hidden, dist.irecv(header, peer, group=self._topology.pp_control),
+                         dist.irecv(hidden, peer, group=self._topology.pp_group))

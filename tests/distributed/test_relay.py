@@ -1,0 +1,97 @@
+"""The relay between four stages: order, content, the end of a run, and that nobody waits who need not."""
+import time
+
+import pytest
+import torch
+from world import World
+
+from ee_tuning.config import ParallelSection
+from ee_tuning.parallel.relay import Relay
+from ee_tuning.parallel.topology import Topology, init_parallel
+
+SHAPE = (3, 2, 4)  # [s, b, h]
+
+
+def relay_all(topology: Topology, num_microbatches: int, dtype: torch.dtype, max_in_flight: int = 2) -> list[torch.Tensor]:
+    """What this stage held of every micro-batch; each stage adds one before it sends on."""
+    relay = Relay(topology, SHAPE, dtype, max_in_flight=max_in_flight)
+    seen = []
+    more = True
+    while more:
+        if topology.is_first_stage:
+            hidden, more = torch.full(SHAPE, 10.0 * len(seen), dtype=dtype), len(seen) < num_microbatches - 1
+        else:
+            hidden, more = relay.receive()
+        seen.append(hidden)
+        if not topology.is_last_stage:
+            relay.send(hidden + 1, more=more)
+    relay.finish()
+    return seen
+
+
+def relay_on_every_stage(num_microbatches: int, dtype: torch.dtype, max_in_flight: int) -> list[torch.Tensor]:
+    return relay_all(init_parallel(ParallelSection(pipeline_model_parallel_size=4)), num_microbatches, dtype, max_in_flight)
+
+
+@pytest.mark.parametrize(("num_microbatches", "dtype", "max_in_flight"),
+                         [(17, torch.float32, 2), (17, torch.bfloat16, 1), (1, torch.float32, 2), (5, torch.float64, 100)])
+def test_every_stage_sees_every_microbatch_in_order(world: World, num_microbatches: int, dtype: torch.dtype, max_in_flight: int) -> None:
+    """A receive posted ahead into a buffer still being read, or matched with another send, would change what a stage sees."""
+    for stage, seen in enumerate(world.run(relay_on_every_stage, num_microbatches, dtype, max_in_flight)):
+        wanted = [torch.full(SHAPE, 10.0 * i + stage, dtype=dtype) for i in range(num_microbatches)]
+        assert len(seen) == num_microbatches
+        for got, expected in zip(seen, wanted, strict=True):
+            assert torch.equal(got, expected)
+
+
+def relay_twice() -> int:
+    topology = init_parallel(ParallelSection(pipeline_model_parallel_size=2, tensor_model_parallel_size=2))
+    first = relay_all(topology, 3, torch.float32)
+    second = relay_all(topology, 4, torch.float32)
+    return len(first) + len(second)
+
+
+def test_a_second_run_follows_the_first_on_the_same_groups(world: World) -> None:
+    """A receive that nobody answers, left behind by a run that stopped, would swallow the first micro-batch of the next."""
+    assert world.run(relay_twice) == [7, 7, 7, 7]
+
+
+def idle_share(num_steps: int, drains: bool) -> float:
+    """1 - busy / elapsed of this stage, at 2 micro-batches a step that cost 15 ms each on every stage."""
+    topology = init_parallel(ParallelSection(pipeline_model_parallel_size=4))
+    relay = Relay(topology, SHAPE, torch.float32)
+    num_microbatches = 2 * num_steps
+    topology.barrier()
+    busy, began = 0.0, time.perf_counter()
+    for i in range(num_microbatches):
+        hidden = torch.zeros(SHAPE) if topology.is_first_stage else relay.receive().hidden
+        work_began = time.perf_counter()
+        time.sleep(0.015)
+        busy += time.perf_counter() - work_began
+        if not topology.is_last_stage:
+            relay.send(hidden, more=i < num_microbatches - 1)
+        if drains and i % 2:
+            topology.barrier()
+    relay.finish()
+    return 1 - busy / (time.perf_counter() - began)
+
+
+def test_stages_idle_under_a_tenth_where_draining_costs_half(world: World) -> None:
+    """Any wait for a later stage, within a step or between steps, would come back as the bubble the relay is there to avoid."""
+    # Up to three runs, because a busy machine wakes a sleeping process late and that is not the relay's doing.
+    tries = (max(world.run(idle_share, 50, False)[1:3]) for _ in range(3))
+    assert any(share < 0.10 for share in tries)
+    drained = world.run(idle_share, 15, True)
+    assert min(drained[1:3]) > 0.50, drained
+
+
+def fail_on_rank_two() -> None:
+    if init_parallel(ParallelSection()).rank == 2:
+        raise RuntimeError("rank two is out of order")
+
+
+def test_a_failing_rank_is_reported_with_its_traceback_and_the_world_recovers(world: World) -> None:
+    """A harness that swallows a rank's exception would pass every test."""
+    with pytest.raises(AssertionError, match=r"rank 2 of 4 failed(.|\n)*fail_on_rank_two(.|\n)*out of order"):
+        world.run(fail_on_rank_two)
+    assert world.run(relay_twice) == [7, 7, 7, 7]
