@@ -1,0 +1,152 @@
+"""`ee-tuning demo`: the whole way with the model that ships with the project, by the commands a user would type.
+
+The shipped model → convert → tune at TP 2 × PP 2 on four processes → decode held-out prompts over thresholds → report.json and a picture.
+"""
+import json
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from ee_tuning.config import load_config, replace, save_config
+from ee_tuning.data.standard_library import standard_library
+from ee_tuning.errors import InputError
+from ee_tuning.evaluation.quality import ThresholdResult, measure_thresholds
+from ee_tuning.evaluation.report import draw_report
+from ee_tuning.generation.llm import EarlyExitLLM
+from ee_tuning.parallel.topology import leave_parallel
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+JOB = CHECKOUT / "examples" / "tiny.yaml"
+THRESHOLDS = (1.1, 0.95, 0.9, 0.8, 0.6, 0.4, 0.2)
+TRAINING_BYTES = 3_000_000
+NUM_PROMPTS, PROMPT_BYTES, NEW_TOKENS = 12, 300, 100
+
+
+def demo(output: Path) -> None:
+    """Runs the demo into the folder `output`. Raises InputError outside a checkout of the project, which carries the model."""
+    if not JOB.is_file():
+        raise InputError(f"demo must run from a checkout of the project, which carries the model; {JOB} is not there")
+    started, console = time.monotonic(), Console(highlight=False)
+    output.mkdir(parents=True, exist_ok=True)
+    prompts = _write_text(output / "text")
+    job = _write_job(output)
+    console.rule("1 of 3: convert", align="left")
+    _run(console, [sys.executable, "-m", "ee_tuning", "convert", str(job), "--output", str(output / "converted"), "--overwrite"])
+    console.rule("2 of 3: tune the exit heads, tensor parallel 2 × pipeline parallel 2", align="left")
+    _run(console, [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "-m", "ee_tuning", "tune",
+                   str(job), "--exits", str(output / "converted")])
+    _publish(output)
+    console.rule("3 of 3: decode held-out code at each threshold", align="left")
+    report = _measure(job, output, prompts)
+    (output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    draw_report(report, output / "report.png")
+    _tell(console, report, output, time.monotonic() - started)
+
+
+def _write_text(folder: Path) -> list[str]:
+    """Training and held-out text as .jsonl; returns prompts: beginnings of functions in files that neither model nor heads learned from."""
+    folder.mkdir(exist_ok=True)
+    training, held_out = standard_library()
+    with (folder / "train.jsonl").open("w") as file:
+        size = 0
+        for name in sorted(training, key=lambda n: n[::-1]):  # neither the alphabet's beginning alone nor one package
+            if (size := size + len(training[name])) > TRAINING_BYTES:
+                break
+            file.write(json.dumps({"text": training[name].decode(errors="replace")}) + "\n")
+    texts = [text.decode(errors="replace") for _, text in sorted(held_out.items())]
+    (folder / "valid.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    prompts = []
+    for text in texts:
+        at = text.find("\n    def ", PROMPT_BYTES)
+        if at > 0:
+            end = text.index("(", at)
+            prompts.append(text[end - PROMPT_BYTES: end])
+    step = max(1, len(prompts) // NUM_PROMPTS)
+    return [p for p in prompts if p.isascii()][::step][:NUM_PROMPTS]
+
+
+def _write_job(output: Path) -> Path:
+    config = load_config(JOB)
+    text = output / "text"
+    config = replace(config, model={"path": str(CHECKOUT / config.model.path)}, tuning={"run_folder": str(output / "run")},
+                     data={"paths": (str(text / "train.jsonl"),), "valid_paths": (str(text / "valid.jsonl"),)})
+    path = output / "job.yaml"
+    save_config(config, path)
+    return path
+
+
+def _run(console: Console, command: list[str]) -> None:
+    shown = ["torchrun" if part == "torch.distributed.run" else "python" if part == sys.executable else part for part in command]
+    text = shlex.join(shown).replace("python -m torchrun --standalone", "torchrun")
+    console.print(f"$ {text}", style="bold", soft_wrap=True)
+    # One thread a process: four of them share the machine.
+    done = subprocess.run(command, env=_environment(one_thread="torch.distributed.run" in command))
+    if done.returncode:
+        raise InputError(f"the demo's command ended with exit code {done.returncode}, see above: {text}")
+
+
+def _environment(*, one_thread: bool) -> dict[str, str]:
+    import os
+
+    return {**os.environ, **({"OMP_NUM_THREADS": "1"} if one_thread else {})}
+
+
+def _publish(output: Path) -> None:
+    """runs/demo/exit_heads leads to the run's artifact."""
+    link = output / "exit_heads"
+    if link.is_symlink():
+        link.unlink()
+    link.symlink_to(Path("run") / "exit_heads")
+
+
+def _measure(job: Path, output: Path, prompts: list[str]) -> dict[str, Any]:
+    llm = EarlyExitLLM.from_config(load_config(job, {"exits.path": str(output / "exit_heads")}))
+    with Progress(transient=True) as progress:
+        task = progress.add_task("decoding", total=len(prompts))
+        results, full_rate = measure_thresholds(llm, prompts, THRESHOLDS, NEW_TOKENS,
+                                                on_prompt=lambda done: progress.update(task, completed=done))
+    before, after = _validation_losses(output / "run" / "metrics.jsonl")
+    sample = llm.generate(prompts[:1], policy="threshold", threshold=0.8, max_new_tokens=NEW_TOKENS)[0]
+    leave_parallel()
+    return {"model": Path(load_config(job).model.path).name, "num_layers": llm.num_layers, "exit_layers": list(llm.exit_layers),
+            "num_prompts": len(prompts), "new_tokens_per_prompt": NEW_TOKENS, "full_depth_tokens_per_second": round(full_rate, 2),
+            "exit_loss_before": before, "exit_loss_after": after, "thresholds": [_row(result) for result in results],
+            "sample": {"prompt": sample.prompt, "text": sample.text, "exit_layers": sample.exit_layers}}
+
+
+def _row(result: ThresholdResult) -> dict[str, Any]:
+    return {"threshold": result.threshold, "speedup": round(result.speedup, 3), "agreement": round(result.agreement, 4),
+            "mean_exit_layer": round(result.mean_exit_layer, 3), "tokens_per_second": round(result.tokens_per_second, 2),
+            "exit_histogram": {str(layer): count for layer, count in result.exit_histogram.items()}}
+
+
+def _validation_losses(metrics: Path) -> tuple[dict[str, float], dict[str, float]]:
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    losses = [record["loss"] for record in records if record["kind"] == "validation"]
+    return losses[0], losses[-1]
+
+
+def _tell(console: Console, report: dict[str, Any], output: Path, seconds: float) -> None:
+    """What happened, and what to type next."""
+    before, after = report["exit_loss_before"], report["exit_loss_after"]
+    console.rule("What happened", align="left")
+    losses = ", ".join(f"layer {layer}: {before[layer]:.2f} → {after[layer]:.2f}" for layer in before)
+    console.print(f"Exit heads were put on {report['model']} ({report['num_layers']} layers, frozen) and tuned. Held-out loss in nats per byte: "
+                  f"{losses}.", soft_wrap=True)
+    console.print("\nthreshold   speed-up   agreement   mean depth")
+    for row in report["thresholds"]:
+        console.print(f"{row['threshold']:>9g}   {row['speedup']:>7.2f}x   {100 * row['agreement']:>8.1f}%   {row['mean_exit_layer']:>10.1f}")
+    console.print(f"\nSpeed-up is against the same engine at full depth in this run ({report['full_depth_tokens_per_second']:.0f} tokens/s); agreement "
+                  f"is the share of tokens the full model would have said.\nFigures: {output}/report.json, picture: {output}/report.png; "
+                  f"{seconds:.0f} s in all.", soft_wrap=True)
+    console.rule("Next, with a model of your own", align="left")
+    console.print("ee-tuning convert --model YOUR_LLAMA --exit-layers 8,16,24 --output exits/yours\n"
+                  "torchrun --nproc-per-node 8 -m ee_tuning tune --model YOUR_LLAMA --exits exits/yours --data YOUR_TEXT.jsonl --output runs/yours "
+                  "--pipeline-model-parallel-size 4\n"
+                  "ee-tuning generate --model YOUR_LLAMA --exits runs/yours/exit_heads --prompt \"…\" --threshold 0.8 --show-exits", soft_wrap=True)
