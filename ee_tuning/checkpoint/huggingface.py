@@ -1,0 +1,39 @@
+"""The backbone, read in place from a Hugging Face folder: each rank its own slices."""
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ee_tuning.checkpoint.names import LM_HEAD, backbone_shard, backbone_tensor_shapes
+from ee_tuning.checkpoint.safetensors_reader import SafetensorsFolder, read_shard
+from ee_tuning.errors import InputError
+from ee_tuning.model.config import ModelConfig
+
+_HARMLESS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # a buffer that old versions saved
+
+
+class HuggingFaceReader(SafetensorsFolder):
+    """Tensors of `model.safetensors`, or of its shards. See SafetensorsFolder."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder, "model")
+
+    def check_complete(self, config: ModelConfig) -> None:
+        """Raises InputError where a backbone tensor is missing, has another shape, or one is there that would be ignored."""
+        expected = backbone_tensor_shapes(config)
+        for name, shape in expected.items():
+            self.check_shape(name, shape)
+        for name in self.names():
+            if name not in expected and name != LM_HEAD and not _HARMLESS.fullmatch(name):
+                raise InputError(f"{self._path(name)}: tensor {name} belongs to no {config.family} model with {config.num_layers} layers, "
+                                 "and leaving it out would change the model; config and weights do not belong together")
+
+
+def read_backbone_tensor(reader: HuggingFaceReader, config: ModelConfig, parameter: str, tp: int, tp_rank: int,
+                         dtype: torch.dtype) -> Tensor:
+    """Rank `tp_rank`'s part of a Megatron-core backbone parameter, as `dtype`, on the CPU.
+
+    Raises InputError, naming file and tensor, where a tensor is missing, broken or of another shape; KeyError on an unknown parameter.
+    """
+    return read_shard(reader, backbone_shard(parameter, config, tp, tp_rank), dtype)
