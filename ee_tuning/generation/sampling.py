@@ -51,9 +51,8 @@ def draw(distribution: Tensor,  # [v] or [n, v], nonnegative
     assert len(rows) == len(generators), (len(rows), len(generators))
     uniform = torch.cat([torch.rand(1, generator=one, dtype=torch.float64) for one in generators]).to(rows.device)
     cumulative = rows.double().cumsum(-1)
-    total = cumulative[:, -1]
-    # Below the total even where the product rounds up to it: past it lie tokens of probability 0, or none.
-    point = torch.minimum(uniform * total, total.nextafter(torch.zeros_like(total)))
+    # In float64 the largest uniform number, 1 - 2^-53, times any total is still below it: past it lie tokens of probability 0, or none.
+    point = uniform * cumulative[:, -1]
     token_ids = torch.searchsorted(cumulative, point[:, None], right=True)[:, 0]
     return token_ids if distribution.dim() == 2 else token_ids[0]
 

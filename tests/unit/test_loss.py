@@ -104,7 +104,7 @@ def test_without_gradient_the_same_loss_and_each_tokens_own() -> None:
     """Validation would report another number than training for the same weights."""
     hidden, weight, labels, mask = _inputs()
     trained = linear_cross_entropy(hidden, weight, labels, mask, vocab=_shard(V), chunk_tokens=4)
-    with torch.inference_mode() -> None:
+    with torch.inference_mode():
         assert torch.equal(linear_cross_entropy(hidden, weight, labels, mask, vocab=_shard(V), chunk_tokens=4), trained)
         each = token_losses(hidden, weight, labels, vocab=_shard(V), chunk_tokens=4)
     torch.testing.assert_close(each, F.cross_entropy((hidden @ weight.T).transpose(1, 2), labels, reduction="none").detach())
@@ -115,7 +115,7 @@ def test_a_second_backward_is_refused() -> None:
     inputs = _inputs()
     loss = linear_cross_entropy(*inputs, vocab=_shard(V), chunk_tokens=4)
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="compute the loss again") -> None:
+    with pytest.raises(RuntimeError, match="compute the loss again"):
         loss.backward()
 
 
@@ -139,7 +139,7 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits(dtype: torch.dtype) -> None:
     weight = torch.randn(500, 8).to(dtype).requires_grad_()
     labels, mask = torch.randint(500, (64, 4)), torch.ones(64, 4)
     largest = {}
-    for name in ("ours", "plain") -> None:
+    for name in ("ours", "plain"):
         with _LargestTensor() as seen:
             if name == "ours":
                 linear_cross_entropy(hidden, weight, labels, mask, vocab=_shard(500), chunk_tokens=16).backward()

@@ -49,7 +49,7 @@ def test_draws_of_a_filtered_distribution_stay_inside_it() -> None:
 
 @pytest.mark.parametrize("uniform", [0.0, 1 - 2 ** -53])
 def test_the_ends_of_the_unit_interval_draw_tokens_that_have_probability(monkeypatch: pytest.MonkeyPatch, uniform: float) -> None:
-    """0 would pick a leading token of probability 0; just below 1 rounds up to the total and would pick past the last."""
+    """0 would pick a leading token of probability 0; just below 1 would, in float32, reach the total and pick past the last."""
     monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor([uniform], dtype=torch.float64))
     distribution = torch.tensor([0.0, 0.3, 0.7 + 1e-6, 0.0])
     assert draw(distribution, torch.Generator()).item() == (1 if uniform == 0.0 else 2)

@@ -69,5 +69,5 @@ def test_log_sum_exp_keeps_float64_and_widens_16_bits() -> None:
 
 def test_a_shape_that_is_not_the_shards_is_refused() -> None:
     """Logits already gathered would be cut by the padding of one shard."""
-    with pytest.raises(AssertionError) -> None:
+    with pytest.raises(AssertionError):
         top1(torch.zeros(12), _alone(10, 16))
