@@ -87,7 +87,7 @@ def test_large_logits_do_not_overflow() -> None:
 
 
 def test_bf16_is_as_near_to_float64_as_the_plain_loss_in_bf16() -> None:
-    """Logits reduced in bf16, or a weight gradient accumulated in it over 21 chunks, would be several times further away."""
+    """A softmax or a loss computed in bf16 would be several times further away."""
     hidden, weight, labels, mask = _inputs(torch.bfloat16)
     exact_inputs = [t.detach().double().requires_grad_() for t in (hidden, weight)]
     exact = torch.autograd.grad(_plain(*exact_inputs, labels, mask), exact_inputs)
@@ -98,6 +98,15 @@ def test_bf16_is_as_near_to_float64_as_the_plain_loss_in_bf16() -> None:
     torch.testing.assert_close(loss.double(), _plain(*exact_inputs, labels, mask), rtol=3e-3, atol=0)
     for mine, theirs, right in zip(ours, plain, exact, strict=True):
         assert (mine.double() - right).norm() <= 1.3 * (theirs.double() - right).norm()
+
+
+def test_the_weights_gradient_in_bf16_keeps_growing_over_many_chunks() -> None:
+    """A bf16 sum stops growing once it is 256 times its terms: hundreds of chunks would count as a few."""
+    hidden, weight = torch.ones(1000, 1, H, dtype=torch.bfloat16), torch.zeros(V, H, dtype=torch.bfloat16, requires_grad=True)
+    labels, mask = torch.zeros(1000, 1, dtype=torch.long), torch.ones(1000, 1)
+    linear_cross_entropy(hidden, weight, labels, mask, vocab=_shard(V), chunk_tokens=1).backward()
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad[0].float(), torch.full((H,), -1000 * (1 - 1 / V)), rtol=5e-3, atol=0)
 
 
 def test_without_gradient_the_same_loss_and_each_tokens_own() -> None:
