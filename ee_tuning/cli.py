@@ -109,7 +109,7 @@ COMMANDS = (
             examples="""\
   ee-tuning demo
   ee-tuning demo --output /tmp/demo""", add_arguments=_add_demo, run=demo),
-    Command(name="convert", summary="put initialized exit heads on a model; writes a small artifact beside it, the model stays as it is",
+    Command(name="convert", summary="put initialized exit heads on a model; writes an artifact beside it, the model stays as it is",
             examples="""\
   ee-tuning convert --model Llama-2-7b-hf --exit-layers 8,16,24 --output exits/llama-2-7b
   torchrun --nproc-per-node 4 -m ee_tuning convert job.yaml --pipeline-model-parallel-size 4 --output exits/llama-2-7b
@@ -140,7 +140,7 @@ class _Parser(argparse.ArgumentParser):
     """An argparse parser whose complaints are InputErrors, and which takes no abbreviated flags."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(*args, **{**options, "allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter})
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see `{self.prog} --help`")
@@ -150,7 +150,7 @@ class _Parser(argparse.ArgumentParser):
         return [flag for action in self._actions for flag in action.option_strings]
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> _Parser:
     """The parser of every command; the chosen one's row stands in the namespace as `command`."""
     parser = _Parser(prog="ee-tuning", description="Turn a trained LLM into an early-exit LLM: convert it, tune the exits alone, "
                      "decode faster.", epilog="`ee-tuning COMMAND --help` explains a command by examples. Start with `ee-tuning demo`.")
@@ -169,7 +169,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = build_parser()
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        row = getattr(args, "parser", parser)
+        row: _Parser = getattr(args, "parser", parser)
         near = difflib.get_close_matches(unknown[0].partition("=")[0], row.flag_names(), n=1, cutoff=0.7)
         raise InputError(f"{row.prog} takes no {unknown[0]}; " + (f"did you mean {near[0]}?" if near else f"see `{row.prog} --help`"))
     return args

@@ -74,7 +74,7 @@ class _Override(argparse.Action):
     """Keeps the flag's value under its config key; a later one replaces an earlier one, except in lists, which grow."""
 
     def __init__(self, *args: Any, key: str | None, **options: Any) -> None:
-        super().__init__(*args, **options, default=argparse.SUPPRESS)
+        super().__init__(*args, **{**options, "default": argparse.SUPPRESS})
         self.key = key
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: str | Sequence[Any] | None,

@@ -92,8 +92,8 @@ def write_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out
     (output / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
     rows = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in facts.items())
     (output / "README.md").write_text(
-        "# tiny-python-llama\n\nA byte-level Llama for trying ee_tuning on a laptop: it completes Python code so that it looks like Python,\n"
-        "and knows nothing else. Trained from scratch by `tools/pretrain_tiny.py` on the sources and the documentation topics of\n"
+        "# tiny-python-llama\n\nA byte-level Llama for trying ee_tuning on a laptop: it completes Python code so that it looks like\n"
+        "Python, and knows nothing else. Trained from scratch by `tools/pretrain_tiny.py` on the sources and the documentation topics of\n"
         "the Python standard library (Python Software Foundation License); the model is under this project's Apache-2.0.\n\n"
         f"| fact | value |\n|---|---|\n{rows}\n")
 
@@ -118,7 +118,8 @@ def main() -> None:
     tokens, validation = stream(training), stream(held_out)
     config = LlamaConfig(
         vocab_size=257, hidden_size=192, intermediate_size=512, num_hidden_layers=12, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=args.seq_length, rope_theta=10000.0, tie_word_embeddings=False,
+        num_key_value_heads=2, max_position_embeddings=args.seq_length, tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         bos_token_id=END_OF_TEXT_ID, eos_token_id=END_OF_TEXT_ID, pad_token_id=None, rms_norm_eps=1e-5)
     model = LlamaForCausalLM(config)
     optimizers = optimizers_for(model)

@@ -143,7 +143,7 @@ def _number(raw: dict[str, Any], key: str, path: Path) -> int:
 def _rope(raw: dict[str, Any], max_positions: int, path: Path) -> RopeConfig:
     """transformers 5 writes rope_parameters, older ones rope_theta and rope_scaling."""
     fields = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
-    kind = fields.get("rope_type") or fields.get("type") or "default"
+    kind: Any = fields.get("rope_type") or fields.get("type") or "default"
     if kind not in ("default", "linear", "llama3", "yarn"):
         raise InputError(f"{path}: rope scaling must be default, linear, llama3 or yarn, got {kind}")
     theta = float(fields.get("rope_theta") or raw.get("rope_theta") or 10000.0)

@@ -31,7 +31,7 @@ def prepare_device() -> torch.device:
         return this
     # Megatron-core asks for these three wherever it allocates, with no CPU in mind.
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
-    torch.cuda.synchronize = lambda *_, **__: None  # type: ignore[assignment]
+    torch.cuda.synchronize = lambda *_, **__: None
     for name in ("zeros", "empty", "tensor"):
         setattr(torch, name, _cuda_means_cpu(getattr(torch, name)))
     return this
