@@ -1,7 +1,8 @@
 # On NVIDIA's PyTorch image, whose torch, Transformer Engine and NCCL are built for each other:
 #   docker build -t ee_tuning .
-#   docker run --rm --gpus all --ipc host -v "$PWD:/workspace" ee_tuning inspect MODEL
-#   docker run --rm --gpus all --ipc host -v "$PWD:/workspace" --entrypoint torchrun ee_tuning --nproc-per-node 8 -m ee_tuning tune job.yaml
+#   docker run --rm --gpus all --ipc host --user "$(id -u):$(id -g)" -v "$PWD:/workspace" ee_tuning inspect MODEL
+#   docker run --rm --gpus all --ipc host --user "$(id -u):$(id -g)" -v "$PWD:/workspace" --entrypoint torchrun ee_tuning \
+#     --nproc-per-node 8 -m ee_tuning tune job.yaml
 # Any base image with Python 3.11 or later and torch 2.10 or later will do: --build-arg BASE_IMAGE=...
 ARG BASE_IMAGE=nvcr.io/nvidia/pytorch:25.12-py3
 FROM ${BASE_IMAGE}
