@@ -20,6 +20,9 @@ def generate(config: Config, prompts: list[str], *, as_json: bool = False, show_
     if not config.model.path:
         raise InputError("model.path must name a Hugging Face folder, got nothing; give --model FOLDER")
     topology = init_parallel(config.parallel)
+    if topology.dp > 1:
+        raise InputError(f"generate takes tensor × pipeline = {topology.tp} × {topology.pp} processes, got {topology.world_size}; "
+                         f"launch {topology.num_in_replica}, or change parallel.*")
     llm = EarlyExitLLM.from_config(config, topology)
     if not topology.is_logging_rank:
         llm.generate(prompts)

@@ -215,8 +215,9 @@ class Engine:
         decided = torch.empty(len(rows), 2, dtype=torch.float64)
         if output is not None:
             decided = self._judge(head_layer, rows, output, positions)
-        if self.topology.world_size > 1:
-            dist.broadcast(decided, src=self.pieces[index].stage * self.topology.tp, group=self.topology.world_control)
+        if self.topology.num_in_replica > 1:
+            source = self.topology.first_rank_of_stage(self.pieces[index].stage)
+            dist.broadcast(decided, src=source, group=self.topology.replica_control)
         return decided.tolist()
 
     def _judge(self, head_layer: int | None, rows: list[Sequence], output: "_PieceOutput", positions: list[int]) -> Tensor:  # [r, 2]

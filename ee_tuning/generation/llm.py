@@ -79,9 +79,6 @@ class EarlyExitLLM:
     def from_config(cls, config: Config, topology: Topology | None = None) -> "EarlyExitLLM":
         """As `load`, from a job's configuration; its `generation` section becomes the default of `generate`."""
         topology = topology or init_parallel(config.parallel)
-        if topology.dp > 1:
-            raise InputError(f"decoding takes tensor × pipeline = {topology.tp} × {topology.pp} processes, got {topology.world_size}; "
-                             f"launch {topology.tp * topology.pp}")
         model, stages = load_for_generation(config, topology)
         return cls(model, stages, load_tokenizer(config.model.path), config.generation)
 

@@ -42,6 +42,8 @@ class Topology:
     """gloo: all tensor- and data-parallel ranks of this stage."""
     pp_control: Group
     """gloo: the stages of one replica, for small messages beside the hidden states."""
+    replica_control: Group
+    """gloo: all tensor- and pipeline-parallel ranks of one replica."""
     world_control: Group
     """gloo: everybody."""
     pp_ranks: tuple[int, ...]
@@ -66,6 +68,15 @@ class Topology:
     def is_writer(self) -> bool:
         """Whether this process writes what its stage's replicas and shards have in common."""
         return self.tp_rank == 0 and self.dp_rank == 0
+
+    @property
+    def num_in_replica(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return self.tp * self.pp
+
+    def first_rank_of_stage(self, stage: int) -> int:
+        """Global rank of a stage's first tensor-parallel rank, in this replica."""
+        return self.pp_ranks[stage] - self.tp_rank
 
     def barrier(self) -> None:
         """Waits for every rank."""
@@ -127,9 +138,10 @@ def _lay_out(tp: int, pp: int, device: torch.device) -> Topology:
     parallel_state.initialize_model_parallel(tp, pp)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dp = world_size // (tp * pp)
-    stage, replica = rank // (tp * dp), rank % (tp * dp)
+    stage, column = rank // (tp * dp), rank % (tp * dp)
     stages = [list(range(p * tp * dp, (p + 1) * tp * dp)) for p in range(pp)]
     columns = [[p * tp * dp + i for p in range(pp)] for i in range(tp * dp)]
+    replicas = [sorted(sum(columns[d * tp: (d + 1) * tp], [])) for d in range(dp)]
     return Topology(
         world_size=world_size, rank=rank, device=device,
         tp=tp, tp_rank=parallel_state.get_tensor_model_parallel_rank(),
@@ -138,9 +150,10 @@ def _lay_out(tp: int, pp: int, device: torch.device) -> Topology:
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
-        stage_control=_own_group(stages, rank), pp_control=_own_group(columns, rank),
+        stage_control=_own_group(stages, rank),
+        pp_control=_own_group(columns, rank),
         world_control=dist.new_group(list(range(world_size)), backend="gloo"),
-        pp_ranks=tuple(columns[replica]))
+        pp_ranks=tuple(columns[column]))
 
 
 def _own_group(partition: list[list[int]], rank: int) -> Group:

@@ -1,0 +1,56 @@
+"""Early-exit decoding as plainly as it can be said: transformers, no cache, every token read again at every step."""
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+
+
+class PlainDecoder:
+    """A Hugging Face model with the heads of an artifact, read with safetensors and applied by hand."""
+
+    def __init__(self, model: Any, artifact: Path, exit_layers: tuple[int, ...], dtype: torch.dtype):
+        self.model, self.exit_layers = model.to(dtype), exit_layers
+        self.heads = {name: tensor.to(dtype) for name, tensor in load_file(artifact / "exit_heads.safetensors").items()}
+
+    def logits(self, tokens: list[int]) -> dict[int, Tensor]:  # layer -> [s, v]
+        """Of every exit and, under the number of layers, of the final head, after each prefix of `tokens`."""
+        residuals: dict[int, Tensor] = {}
+        hooks = [layer.post_attention_layernorm.register_forward_hook(
+            lambda _, x, y, number=number: residuals.update({number: (x[0][0], y[0])}))
+            for number, layer in enumerate(self.model.model.layers, 1)]
+        with torch.no_grad():
+            out = self.model(torch.tensor([tokens]), output_hidden_states=True, use_cache=False)
+            logits = {layer: self._head(layer, out.hidden_states[layer][0], residuals[layer]) for layer in self.exit_layers}
+        for hook in hooks:
+            hook.remove()
+        return {**logits, len(self.model.model.layers): out.logits[0]}
+
+    def decode(self, prompt: list[int], num_tokens: int, threshold: float) -> tuple[list[int], list[int]]:
+        """(tokens, the layer each left at): the first exit sure enough, else the final head; the first token is the final head's."""
+        tokens, left = list(prompt), []
+        last = len(self.model.model.layers)
+        for step in range(num_tokens):
+            logits = self.logits(tokens)
+            for layer in (*self.exit_layers, last):
+                probability = logits[layer][-1].softmax(-1).max().item()
+                if layer == last or (step > 0 and probability >= threshold):
+                    break
+            tokens.append(int(logits[layer][-1].argmax()))
+            left.append(layer)
+        return tokens[len(prompt):], left
+
+    def _head(self, layer: int, hidden: Tensor, residual: tuple[Tensor, Tensor]) -> Tensor:
+        def weight(name: str) -> Tensor | None:
+            return self.heads.get(f"exits.{layer}.{name}.weight")
+
+        x = hidden
+        if weight("mlp.gate_proj") is not None:
+            a, normed = residual
+            x = a + F.linear(F.silu(F.linear(normed, weight("mlp.gate_proj"))) * F.linear(normed, weight("mlp.up_proj")),
+                             weight("mlp.down_proj"))
+        x = F.rms_norm(x, (x.shape[-1],), weight("norm"), self.model.config.rms_norm_eps)
+        output = weight("output")
+        return F.linear(x, self.model.lm_head.weight if output is None else output)
