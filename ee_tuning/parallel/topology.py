@@ -151,7 +151,7 @@ def _lay_out(tp: int, pp: int, device: torch.device) -> Topology:
         dp_group=parallel_state.get_data_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         stage_control=_own_group(stages, rank),
-        pp_control=_own_group(columns, rank),
+        pp_control=_own_group(columns, rank), replica_control=_own_group(replicas, rank),
         world_control=dist.new_group(list(range(world_size)), backend="gloo"),
         pp_ranks=tuple(columns[column]))
 
