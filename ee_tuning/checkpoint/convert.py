@@ -1,0 +1,92 @@
+"""`ee-tuning convert`: initialized exit heads for a backbone, which is read by slices and stays as it is.
+
+One process or many, at any TP × PP: each tensor is made whole by one rank, so the bytes written are the same.
+"""
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from shlex import quote
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from torch import Tensor
+
+from ee_tuning.checkpoint.aside import on_first_rank
+from ee_tuning.checkpoint.exit_heads import ExitHeadsConfig, check_output, save_exit_heads
+from ee_tuning.checkpoint.exit_init import InitialExits
+from ee_tuning.checkpoint.fingerprint import fingerprint, model_shape
+from ee_tuning.checkpoint.huggingface import HuggingFaceReader
+from ee_tuning.checkpoint.names import EMBEDDING
+from ee_tuning.config import Config
+from ee_tuning.model.config import ModelConfig, read_model_config
+from ee_tuning.parallel.topology import Topology, init_parallel, leave_parallel
+
+
+def convert(config: Config, output: Path, *, overwrite: bool = False) -> None:
+    """Writes the artifact that `config.exits` describes to `output`, and says what it wrote and what to type next.
+
+    Raises InputError where the model, the exits, the layout or `output` can not be used; then nothing is left behind.
+    """
+    _checked_model(config)  # before the processes meet, so that a wrong word is answered at once
+    topology = init_parallel(config.parallel)
+    exits = write_initial_exits(config, output, topology, overwrite=overwrite)
+    if topology.is_logging_rank:
+        _print_summary(config, exits, output)
+    leave_parallel()
+
+
+def write_initial_exits(config: Config, output: Path, topology: Topology, *, overwrite: bool = False) -> ExitHeadsConfig:
+    """As `convert`, within a world that exists, in silence where there is no terminal; all ranks call it. Returns what was written."""
+    model = _checked_model(config)
+    on_first_rank(topology, lambda: check_output(output, overwrite))
+    with HuggingFaceReader(Path(config.model.path)) as reader:
+        exits = on_first_rank(topology, lambda: initial_exits_config(config, model, reader))
+        source = InitialExits(exits, reader, model)
+        own = list(source.shapes)[topology.rank::topology.world_size]
+        save_exit_heads(output, exits, model, _with_progress(source, own, topology), topology, overwrite=overwrite)
+    return exits
+
+
+def initial_exits_config(config: Config, model: ModelConfig, reader: HuggingFaceReader) -> ExitHeadsConfig:
+    """What conversion of this model makes. Raises InputError where the weights are not those that the model's config.json describes."""
+    reader.check_complete(model)
+    section = config.exits
+    return ExitHeadsConfig(
+        exit_layers=section.exit_layers, architecture=section.architecture, output=section.output,
+        dtype=str(reader.dtype(EMBEDDING)).removeprefix("torch."), model_name=model_name(reader.folder), model_shape=model_shape(model),
+        model_fingerprint=fingerprint(reader, model), init=section.init, seed=section.seed if section.init == "random" else None)
+
+
+def model_name(folder: Path) -> str:
+    """The model's name for people: the folder's own, or org/name of a snapshot in Hugging Face's cache."""
+    folder = folder.resolve()
+    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+        return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return folder.name
+
+
+def _checked_model(config: Config) -> ModelConfig:
+    model = read_model_config(Path(config.model.path))
+    model.check_layout(config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size)
+    model.check_exit_layers(config.exits.exit_layers)
+    return model
+
+
+def _with_progress(source: InitialExits, names: list[str], topology: Topology) -> Iterator[tuple[str, Tensor]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    is_shown = topology.is_logging_rank and sys.stderr.isatty()
+    with Progress(*columns, console=Console(stderr=True), disable=not is_shown) as progress:
+        task = progress.add_task("writing exit heads", total=sum(map(source.num_bytes, names)))
+        for name in names:
+            yield name, source.full(name)
+            progress.advance(task, source.num_bytes(name))
+
+
+def _print_summary(config: Config, exits: ExitHeadsConfig, output: Path) -> None:
+    size = sum(path.stat().st_size for path in output.iterdir())
+    layers = "layer" + "s" * (len(exits.exit_layers) > 1) + " " + ", ".join(map(str, exits.exit_layers))
+    how = "copied from the model" if exits.init == "copy" else f"drawn at random, seed {exits.seed}"
+    print(f"wrote {output}: exit heads `{exits.architecture}` after {layers} of {exits.model_name}, "
+          f"{how}, output {exits.output}")
+    print(f"{size:,} bytes in {exits.dtype}; bound to fingerprint {exits.model_fingerprint[:16]}…; the model itself is as it was")
+    print(f"next: ee-tuning tune --model {quote(config.model.path)} --exits {quote(str(output))} --data YOUR_TEXTS --output runs/tune")

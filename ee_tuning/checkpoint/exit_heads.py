@@ -1,0 +1,218 @@
+"""The exit-heads artifact: a small folder beside the backbone, bound to it by a fingerprint.
+
+`exit_config.json`, `exit_heads.safetensors` (or shards and their index) with whole tensors under Hugging Face's spelling, `manifest.json`.
+Any TP × PP reads it by slices, and the same bytes are written whatever the layout.
+"""
+import dataclasses
+import json
+import shutil
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ee_tuning.checkpoint.aside import on_first_rank, refusals_named, written_aside
+from ee_tuning.checkpoint.manifest import MANIFEST, check_file, read_manifest, write_manifest
+from ee_tuning.checkpoint.names import Shape, exit_shard, exit_tensor_shapes
+from ee_tuning.checkpoint.safetensors_reader import SafetensorsFolder, TensorSource, read_shard
+from ee_tuning.checkpoint.safetensors_writer import SHARD_BYTES, SafetensorsWriter
+from ee_tuning.config import Architecture
+from ee_tuning.errors import InputError
+from ee_tuning.model.config import STORED_DTYPES, ModelConfig
+from ee_tuning.parallel.topology import Topology
+
+CONFIG, STEM = "exit_config.json", "exit_heads"
+FORMAT_VERSION = 1
+_REMEDY = "fetch or convert the exits again"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitHeadsConfig:
+    """What an artifact holds: `exit_config.json`."""
+
+    format_version: int = FORMAT_VERSION
+    exit_layers: tuple[int, ...]
+    """Backbone layers (1-based) that are followed by an exit head."""
+    architecture: Architecture
+    output: Literal["untied", "tied"]
+    """tied: the backbone's output matrix, of which nothing is stored."""
+    dtype: str
+    """What the tensors are stored in: the backbone's own."""
+    model_name: str
+    """The backbone's name, for people."""
+    model_shape: dict[str, Any]
+    """The backbone's shape, `fingerprint.model_shape`."""
+    model_fingerprint: str
+    """What binds the exits to their backbone."""
+    init: Literal["copy", "random"]
+    """How the heads began."""
+    seed: int | None = None
+    """Of random initialization."""
+    tuned: dict[str, Any] | None = None
+    """How they were tuned: steps, tokens, …; None where they were not."""
+
+    @property
+    def ties_output(self) -> bool:
+        """Whether the exits use the backbone's output matrix."""
+        return self.output == "tied"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """`dtype` as torch has it."""
+        return getattr(torch, self.dtype)
+
+    def tensor_shapes(self, config: ModelConfig) -> dict[str, Shape]:
+        """Every tensor of the artifact and its whole shape, in the order that they are stored in."""
+        return exit_tensor_shapes(self.exit_layers, self.architecture, self.ties_output, config)
+
+
+class ExitHeadsReader(SafetensorsFolder):
+    """An artifact, its manifest checked: `config` and, by slices, its tensors.
+
+    With a topology all ranks open it together: they share the checking out and agree on what it finds. Raises InputError, naming the file,
+    where anything is missing, altered or of another format.
+    """
+
+    def __init__(self, folder: Path, topology: Topology | None = None):
+        check_integrity(folder, topology)
+        self.config = read_exit_config(folder)
+        super().__init__(folder, STEM)
+        manifest = read_manifest(folder, _REMEDY)
+        for file in sorted({CONFIG, *self.files.values()} - set(manifest)):
+            raise InputError(f"{folder / MANIFEST} does not list {file}; {_REMEDY}")
+
+    def check_complete(self, config: ModelConfig) -> None:
+        """Raises InputError where a tensor is missing, has another shape than the backbone asks for, or is no part of an exit head."""
+        config.check_exit_layers(self.config.exit_layers)
+        expected = self.config.tensor_shapes(config)
+        for name, shape in expected.items():
+            self.check_shape(name, shape)
+        for name in self.names():
+            if name not in expected:
+                raise InputError(f"{self.folder / self.files[name]}: tensor {name} is no part of what {CONFIG} describes; {_REMEDY}")
+
+
+def read_exit_tensor(source: TensorSource, config: ModelConfig, layer: int, parameter: str, tp: int, tp_rank: int,
+                     dtype: torch.dtype) -> Tensor:
+    """Rank `tp_rank`'s part of a parameter (norm.weight, mlp.fc1.weight, mlp.fc2.weight, output.weight) of the head after `layer`."""
+    return read_shard(source, exit_shard(layer, parameter, config, tp, tp_rank), dtype)
+
+
+def check_bound_to(artifact: ExitHeadsReader, fingerprint: str) -> None:
+    """Raises InputError where the artifact was made for another backbone than the one with this fingerprint."""
+    bound = artifact.config.model_fingerprint
+    if bound != fingerprint:
+        raise InputError(f"exits must be used with the model they were made for: {artifact.folder} is bound to "
+                         f"{artifact.config.model_name} (fingerprint {bound[:16]}…), and this model's fingerprint is {fingerprint[:16]}…; "
+                         "give that model, or convert this one")
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Raises InputError where `output` can not become an artifact: it exists, and is neither empty nor one that may be replaced."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not overwrite:
+        raise InputError(f"{output} exists already; give --overwrite to replace an exit-heads artifact, or another --output")
+    if not output.is_dir() or not (output / CONFIG).is_file():
+        raise InputError(f"--overwrite replaces an exit-heads artifact only, and {output} is none; give another --output")
+    strangers = [p.name for p in output.iterdir() if p.name not in (CONFIG, MANIFEST, "calibration.json") and not p.name.startswith(STEM)]
+    if strangers:
+        raise InputError(f"--overwrite would remove {output / strangers[0]}, which is no part of an artifact; move it away first")
+
+
+def save_exit_heads(output: Path, exits: ExitHeadsConfig, config: ModelConfig, tensors: Iterable[tuple[str, Tensor]],
+                    topology: Topology | None = None, *, overwrite: bool = False, shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes an artifact from whole tensors named as `exits.tensor_shapes` names them, written as they come.
+
+    With a topology all ranks save together: `tensors` is drawn from on every rank (it may hold collectives), and each tensor comes from
+    exactly one rank. The folder is written aside and renamed. Raises InputError where `output` exists (check_output) or the disk refuses.
+    """
+    on_first_rank(topology, lambda: check_output(output, overwrite))
+    with written_aside(output, topology) as partial:
+        writer = SafetensorsWriter(partial, STEM, exits.tensor_shapes(config), exits.torch_dtype, shard_bytes)
+        on_first_rank(topology, lambda: _begin(partial, output, writer))
+        written = []
+        for name, tensor in tensors:
+            writer.write(name, tensor)
+            written.append(name)
+        everything = _gathered(written, topology)
+        assert sorted(everything) == sorted(writer.shapes), sorted(set(everything) ^ set(writer.shapes)) or "a tensor came from two ranks"
+        on_first_rank(topology, lambda: _finish(partial, output, exits))
+
+
+def check_integrity(folder: Path, topology: Topology | None = None) -> None:
+    """Raises InputError where a file of the artifact is not what its manifest says; all ranks share the work and raise together."""
+    if not (folder / CONFIG).is_file():
+        raise InputError(f"--exits must be an exit-heads artifact, which holds {CONFIG}, and {folder} does not; make one with "
+                         "`ee-tuning convert`")
+    rank, world = (0, 1) if topology is None else (topology.rank, topology.world_size)
+    complaints = []
+    try:
+        for name, entry in sorted(read_manifest(folder, _REMEDY).items())[rank::world]:
+            check_file(folder / name, entry, _REMEDY)
+    except InputError as error:
+        complaints.append(str(error))
+    if found := _gathered(complaints, topology):
+        raise InputError(found[0])
+
+
+def read_exit_config(folder: Path) -> ExitHeadsConfig:
+    """`exit_config.json`, strictly. Raises InputError on unknown or missing keys, wrong values, or another format version."""
+    path = folder / CONFIG
+    try:
+        tree = json.loads(path.read_text())
+        version = tree["format_version"]
+        if version != FORMAT_VERSION:
+            raise InputError(f"{path}: format_version must be {FORMAT_VERSION}, got {version}; use the ee_tuning that wrote it")
+        return _from_json(tree)
+    except OSError as error:
+        raise InputError(f"{path} can not be read: {error.strerror}; {_REMEDY}") from error
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} does not describe exit heads: {error!r}; {_REMEDY}") from error
+
+
+def _from_json(tree: dict[str, Any]) -> ExitHeadsConfig:
+    exits = ExitHeadsConfig(**{**tree, "exit_layers": tuple(tree["exit_layers"])})
+    layers = exits.exit_layers
+    if not layers or not all(type(layer) is int and layer > 0 for layer in layers) or list(layers) != sorted(set(layers)):
+        raise ValueError(f"exit_layers must be increasing layer numbers, got {layers}")
+    hints = typing.get_type_hints(ExitHeadsConfig)
+    for key, choices in (("architecture", typing.get_args(hints["architecture"])), ("output", typing.get_args(hints["output"])),
+                         ("init", typing.get_args(hints["init"])), ("dtype", STORED_DTYPES)):
+        if tree[key] not in choices:
+            raise ValueError(f"{key} must be one of {', '.join(choices)}, got {tree[key]!r}")
+    for key, kinds in (("model_name", str), ("model_fingerprint", str), ("model_shape", dict), ("tuned", dict | None),
+                       ("seed", int | None)):
+        if not isinstance(tree[key], kinds):
+            raise ValueError(f"{key} has the value {tree[key]!r}, which is of a wrong type")
+    return exits
+
+
+def _begin(partial: Path, output: Path, writer: SafetensorsWriter) -> None:
+    free = shutil.disk_usage(partial).free
+    if free < writer.num_bytes:
+        raise InputError(f"{output} takes {writer.num_bytes:,} bytes, and {free:,} are free there; make room, or choose another folder")
+    with refusals_named(output):
+        writer.create()
+
+
+def _finish(partial: Path, output: Path, exits: ExitHeadsConfig) -> None:
+    with refusals_named(output):
+        (partial / CONFIG).write_text(json.dumps(dataclasses.asdict(exits), indent=2) + "\n")
+        write_manifest(partial)
+
+
+def _gathered(items: list[str], topology: Topology | None) -> list[str]:
+    """Every rank's items, on every rank, and a barrier with it."""
+    if topology is None:
+        return items
+    parts: list[list[str]] = [[] for _ in range(topology.world_size)]
+    dist.all_gather_object(parts, items, group=topology.world_control)
+    return [item for part in parts for item in part]

@@ -1,0 +1,73 @@
+"""The first weights of exit heads: copied from the backbone, or drawn at random. A source of tensors, as a checkpoint is.
+
+Each random tensor is drawn whole, on the CPU, from the seed and its name, so every layout gets the same.
+"""
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+from ee_tuning.checkpoint.exit_heads import ExitHeadsConfig
+from ee_tuning.checkpoint.huggingface import HuggingFaceReader
+from ee_tuning.checkpoint.names import Shape, exit_copy_source
+from ee_tuning.errors import InputError
+from ee_tuning.model.config import ModelConfig
+
+
+class InitialExits:
+    """The tensors of the artifact that `exits` describes, before any tuning, in the artifact's dtype.
+
+    copy: norm <- the final norm, mlp <- the exit layer's own, output <- the final output matrix. random: N(0, the model's init_std),
+    down_proj narrower by √(2 · layer) as the reference has it, norms 1.
+    """
+
+    def __init__(self, exits: ExitHeadsConfig, reader: HuggingFaceReader, config: ModelConfig):
+        self.exits, self.reader, self.config = exits, reader, config
+        self.shapes = exits.tensor_shapes(config)
+
+    def shape(self, name: str) -> Shape:
+        """Of the whole tensor."""
+        return self.shapes[name]
+
+    def num_bytes(self, name: str) -> int:
+        """Of the whole tensor."""
+        return math.prod(self.shapes[name]) * self.exits.torch_dtype.itemsize
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The artifact's."""
+        return self.exits.torch_dtype
+
+    def check_shape(self, name: str, shape: Shape) -> None:
+        """Raises InputError where the exits have no such tensor, or the backbone's, which it is a copy of, has another shape."""
+        if self.shapes.get(name) != shape:
+            raise InputError(f"the exits after layers {self.exits.exit_layers} have no tensor {name} of shape {list(shape)}")
+        if self.exits.init == "copy":
+            self.reader.check_shape(exit_copy_source(name, self.config), shape)
+
+    def full(self, name: str) -> Tensor:
+        """The whole tensor."""
+        return self.rows(name, 0, self.shapes[name][0])
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """[stop - start, …]. Of a copy, no other rows are read."""
+        self.check_shape(name, self.shapes[name])
+        if self.exits.init == "copy":
+            return self.reader.rows(exit_copy_source(name, self.config), start, stop).to(self.exits.torch_dtype)
+        return self._drawn(name)[start:stop]
+
+    def columns(self, name: str, start: int, stop: int) -> Tensor:
+        """[n, stop - start]. Of a copy, no other columns are read."""
+        self.check_shape(name, self.shapes[name])
+        if self.exits.init == "copy":
+            return self.reader.columns(exit_copy_source(name, self.config), start, stop).to(self.exits.torch_dtype)
+        return self._drawn(name)[:, start:stop]
+
+    def _drawn(self, name: str) -> Tensor:
+        if name.endswith(".norm.weight"):
+            return torch.ones(self.shapes[name], dtype=self.exits.torch_dtype)
+        layer = int(name.split(".")[1])
+        std = self.config.init_std / (math.sqrt(2 * layer) if name.endswith(".down_proj.weight") else 1.0)
+        digest = hashlib.sha256(f"{self.exits.seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        return (torch.randn(self.shapes[name], generator=generator) * std).to(self.exits.torch_dtype)

@@ -1,0 +1,45 @@
+"""The backbone's fingerprint: what binds exit heads to the model they were made for.
+
+It is one for a model in every format: whole tensors under Hugging Face's names, as float32, without padding. A few rows of each tensor
+are read, so that taking it is cheap for 140 GB.
+"""
+import dataclasses
+import hashlib
+import json
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ee_tuning.checkpoint.names import backbone_tensor_shapes
+from ee_tuning.checkpoint.safetensors_reader import TensorSource
+from ee_tuning.model.config import ModelConfig
+
+_SHAPE_FIELDS = ("family", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
+                 "vocab_size", "ties_embeddings")
+
+
+def model_shape(config: ModelConfig) -> dict[str, Any]:
+    """What decides which tensors a backbone has and their shapes."""
+    fields = dataclasses.asdict(config)
+    return {name: fields[name] for name in _SHAPE_FIELDS}
+
+
+def fingerprint(reader: TensorSource, config: ModelConfig) -> str:
+    """sha256, in hex: the shape as canonical JSON, then per tensor in sorted name its rows 0, n/3, 2n/3, n−1 as little-endian float32.
+
+    Raises InputError where a backbone tensor is missing, broken or of another shape.
+    """
+    digest = hashlib.sha256(json.dumps(model_shape(config), sort_keys=True, separators=(",", ":")).encode())
+    for name, shape in sorted(backbone_tensor_shapes(config).items()):
+        reader.check_shape(name, shape)
+        n = shape[0]
+        for row in (0, n // 3, 2 * n // 3, n - 1):
+            digest.update(_float32_bytes(reader.rows(name, row, row + 1)))
+    return digest.hexdigest()
+
+
+def _float32_bytes(tensor: Tensor) -> bytes:
+    array = tensor.to(torch.float32).numpy()
+    return (array if sys.byteorder == "little" else array.byteswap()).tobytes()

@@ -1,0 +1,94 @@
+"""`ee-tuning inspect`: what a Hugging Face model folder or an exit-heads artifact holds."""
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any, get_args
+
+from ee_tuning.checkpoint.convert import model_name
+from ee_tuning.checkpoint.exit_heads import CONFIG, ExitHeadsReader
+from ee_tuning.checkpoint.fingerprint import fingerprint, model_shape
+from ee_tuning.checkpoint.huggingface import HuggingFaceReader
+from ee_tuning.checkpoint.names import EMBEDDING, LM_HEAD, Shape, backbone_tensor_shapes, exit_tensor_shapes
+from ee_tuning.config import Architecture
+from ee_tuning.errors import InputError
+from ee_tuning.model.config import ModelConfig, read_model_config
+
+
+def inspect_path(path: Path, *, as_json: bool) -> None:
+    """Prints what `path` holds, as a table or as one JSON object. Raises InputError where it is neither kind of folder, or not whole."""
+    if (path / CONFIG).is_file():
+        facts = artifact_facts(path)
+    elif (path / "config.json").is_file():
+        facts = model_facts(path)
+    else:
+        raise InputError(f"inspect takes a Hugging Face model folder (config.json) or an exit-heads artifact ({CONFIG}), and {path} is neither")
+    if as_json:
+        print(json.dumps(facts))
+        return
+    lines = _lines(facts)
+    width = max(len(key) for key, _ in lines)
+    for key, value in lines:
+        print(f"{key:{width}}  {value}")
+
+
+def model_facts(folder: Path) -> dict[str, Any]:
+    """A backbone: shape, parameters and bytes per part, fingerprint, and what one exit head would take. Reads no more than headers and a
+    few rows. Raises InputError where the weights are not those that config.json describes.
+    """
+    config = read_model_config(folder)
+    with HuggingFaceReader(folder) as reader:
+        reader.check_complete(config)
+        width = reader.dtype(EMBEDDING).itemsize
+        parameters = _parameters_by_part(backbone_tensor_shapes(config))
+        return {
+            "kind": "model", "path": str(folder), "name": model_name(folder), "shape": model_shape(config),
+            "dtype": str(reader.dtype(EMBEDDING)).removeprefix("torch."), "rope": dataclasses.asdict(config.rope),
+            "max_position_embeddings": config.max_position_embeddings, "parameters": parameters,
+            "bytes": sum(math.prod(shape) * reader.dtype(name).itemsize for name, shape in backbone_tensor_shapes(config).items()),
+            "fingerprint": fingerprint(reader, config), "one_exit_head_bytes": _exit_head_bytes(config, width)}
+
+
+def artifact_facts(folder: Path) -> dict[str, Any]:
+    """An artifact: its exits, what they are bound to, how they began and were tuned, their size; every file's sha256 is checked.
+
+    Raises InputError where a file is missing or altered.
+    """
+    with ExitHeadsReader(folder) as reader:
+        exits = reader.config
+        parameters = {name: math.prod(reader.shape(name)) for name in reader.names()}
+        return {
+            "kind": "exit_heads", "path": str(folder), "exit_layers": list(exits.exit_layers), "architecture": exits.architecture,
+            "output": exits.output, "dtype": exits.dtype,
+            "bound_to": {"name": exits.model_name, "fingerprint": exits.model_fingerprint, "shape": exits.model_shape},
+            "initialized": {"init": exits.init, "seed": exits.seed}, "tuned": exits.tuned,
+            "parameters": {**{f"exit {layer}": sum(n for name, n in parameters.items() if name.startswith(f"exits.{layer}."))
+                              for layer in exits.exit_layers}, "all": sum(parameters.values())},
+            "bytes": sum(file.stat().st_size for file in folder.iterdir()), "integrity": "every sha256 is as the manifest says"}
+
+
+def _parameters_by_part(shapes: dict[str, Shape]) -> dict[str, int]:
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    embedding, output = sizes[EMBEDDING], sizes.get(LM_HEAD, 0)
+    return {"embedding": embedding, "layers": sum(sizes.values()) - embedding - output, "output": output, "all": sum(sizes.values())}
+
+
+def _exit_head_bytes(config: ModelConfig, width: int) -> dict[str, int]:
+    return {f"{architecture}, {'tied' if ties_output else 'untied'}":
+            width * sum(map(math.prod, exit_tensor_shapes((1,), architecture, ties_output, config).values()))
+            for architecture in get_args(Architecture) for ties_output in (False, True)}
+
+
+def _lines(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """One line a fact; what is nested is told by its path."""
+    lines = []
+    for key, value in facts.items():
+        name = prefix + key.replace("_", " ")
+        if isinstance(value, dict):
+            lines += _lines(value, f"{name} · ")
+        elif isinstance(value, list):
+            lines.append((name, ", ".join(map(str, value))))
+        elif value is not None:
+            is_count = isinstance(value, int) and not isinstance(value, bool) and key != "seed"
+            lines.append((name, f"{value:,}" if is_count else str(value)))
+    return lines

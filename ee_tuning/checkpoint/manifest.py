@@ -1,0 +1,49 @@
+"""sha256 of every file of a folder, checked before anything in it is used: safetensors notices no flipped byte.
+
+`manifest.json` is {"files": {name: {"sha256", "bytes"}}} and is written last, so a folder without it was never finished.
+"""
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from ee_tuning.errors import InputError
+
+MANIFEST = "manifest.json"
+
+
+def write_manifest(folder: Path) -> None:
+    """Lists every file that stands in `folder` now."""
+    files = {path.name: {"sha256": _sha256(path), "bytes": path.stat().st_size}
+             for path in sorted(folder.iterdir()) if path.name != MANIFEST}
+    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n")
+
+
+def read_manifest(folder: Path, remedy: str) -> dict[str, dict[str, Any]]:
+    """File name -> {"sha256", "bytes"}. Raises InputError, ending with `remedy`, where it is missing or no manifest."""
+    path = folder / MANIFEST
+    try:
+        files = json.loads(path.read_text())["files"]
+        for name, entry in files.items():
+            if Path(name).name != name or set(entry) != {"sha256", "bytes"}:
+                raise ValueError(f"entry {name!r} must be a file of this folder with its sha256 and bytes")
+    except OSError as error:
+        raise InputError(f"the folder must hold its manifest, but {path} can not be read: {error.strerror}; {remedy}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is not a manifest: {error!r}; {remedy}") from error
+    return files
+
+
+def check_file(path: Path, entry: dict[str, Any], remedy: str) -> None:
+    """Raises InputError, ending with `remedy`, where the file is not the one that the manifest's `entry` describes."""
+    if not path.is_file():
+        raise InputError(f"{path} is missing, and the manifest names it; {remedy}")
+    if (size := path.stat().st_size) != entry["bytes"]:
+        raise InputError(f"{path} must have {entry['bytes']} bytes, as its manifest says, got {size}; {remedy}")
+    if (digest := _sha256(path)) != entry["sha256"]:
+        raise InputError(f"{path} is altered: its sha256 must be {entry['sha256']}, as its manifest says, got {digest}; {remedy}")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
