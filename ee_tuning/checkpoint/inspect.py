@@ -22,7 +22,8 @@ def inspect_path(path: Path, *, as_json: bool) -> None:
     elif (path / "config.json").is_file():
         facts = model_facts(path)
     else:
-        raise InputError(f"inspect takes a Hugging Face model folder (config.json) or an exit-heads artifact ({CONFIG}), and {path} is neither")
+        raise InputError(f"inspect takes a Hugging Face model folder (config.json) or an exit-heads artifact ({CONFIG}), and {path} is "
+                         f"{'neither' if path.exists() else 'not there'}")
     if as_json:
         print(json.dumps(facts))
         return
@@ -43,7 +44,7 @@ def model_facts(folder: Path) -> dict[str, Any]:
         parameters = _parameters_by_part(backbone_tensor_shapes(config))
         return {
             "kind": "model", "path": str(folder), "name": model_name(folder), "shape": model_shape(config),
-            "dtype": str(reader.dtype(EMBEDDING)).removeprefix("torch."), "rope": dataclasses.asdict(config.rope),
+            "dtype": str(reader.dtype(EMBEDDING)).removeprefix("torch."), "rope": _rope(config),
             "max_position_embeddings": config.max_position_embeddings, "parameters": parameters,
             "bytes": sum(math.prod(shape) * reader.dtype(name).itemsize for name, shape in backbone_tensor_shapes(config).items()),
             "fingerprint": fingerprint(reader, config), "one_exit_head_bytes": _exit_head_bytes(config, width)}
@@ -65,6 +66,12 @@ def artifact_facts(folder: Path) -> dict[str, Any]:
             "parameters": {**{f"exit {layer}": sum(n for name, n in parameters.items() if name.startswith(f"exits.{layer}."))
                               for layer in exits.exit_layers}, "all": sum(parameters.values())},
             "bytes": sum(file.stat().st_size for file in folder.iterdir()), "integrity": "every sha256 is as the manifest says"}
+
+
+def _rope(config: ModelConfig) -> dict[str, Any]:
+    """Kind, theta, and what else its kind sets."""
+    plain = dataclasses.asdict(type(config.rope)())
+    return {key: value for key, value in dataclasses.asdict(config.rope).items() if key in ("kind", "theta") or value != plain[key]}
 
 
 def _parameters_by_part(shapes: dict[str, Shape]) -> dict[str, int]:
