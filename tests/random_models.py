@@ -12,7 +12,7 @@ def random_llama(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.floa
     transformers.utils.logging.disable_progress_bar()
     shape: dict[str, Any] = {
         "vocab_size": 101, "hidden_size": 48, "intermediate_size": 88, "num_hidden_layers": 6, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 10, "max_position_embeddings": 128, "initializer_range": 0.3,
+        "num_key_value_heads": 2, "head_dim": 10, "max_position_embeddings": 128, "initializer_range": 0.2,
         "eos_token_id": 100, "bos_token_id": 100, "tie_word_embeddings": False}
     torch.manual_seed(seed)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**shape, **changes})).to(dtype).eval()

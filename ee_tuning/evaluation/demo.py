@@ -3,6 +3,7 @@
 The shipped model → convert → tune at TP 2 × PP 2 on four processes → decode held-out prompts over thresholds → report.json and a picture.
 """
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -40,7 +41,7 @@ def demo(output: Path) -> None:
     _run(console, [sys.executable, "-m", "ee_tuning", "convert", str(job), "--output", str(output / "converted"), "--overwrite"])
     console.rule("2 of 3: tune the exit heads, tensor parallel 2 × pipeline parallel 2", align="left")
     _run(console, [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "-m", "ee_tuning", "tune",
-                   str(job), "--exits", str(output / "converted")])
+                   str(job), "--exits", str(output / "converted"), "--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"])
     _publish(output)
     console.rule("3 of 3: decode held-out code at each threshold", align="left")
     report = _measure(job, output, prompts)
@@ -75,6 +76,7 @@ def _write_job(output: Path) -> Path:
     config = load_config(JOB)
     text = output / "text"
     config = replace(config, model={"path": str(CHECKOUT / config.model.path)}, tuning={"run_folder": str(output / "run")},
+                     parallel={"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1},
                      data={"paths": (str(text / "train.jsonl"),), "valid_paths": (str(text / "valid.jsonl"),)})
     path = output / "job.yaml"
     save_config(config, path)
@@ -92,8 +94,6 @@ def _run(console: Console, command: list[str]) -> None:
 
 
 def _environment(*, one_thread: bool) -> dict[str, str]:
-    import os
-
     return {**os.environ, **({"OMP_NUM_THREADS": "1"} if one_thread else {})}
 
 
@@ -135,18 +135,21 @@ def _validation_losses(metrics: Path) -> tuple[dict[str, float], dict[str, float
 def _tell(console: Console, report: dict[str, Any], output: Path, seconds: float) -> None:
     """What happened, and what to type next."""
     before, after = report["exit_loss_before"], report["exit_loss_after"]
-    console.rule("What happened", align="left")
     losses = ", ".join(f"layer {layer}: {before[layer]:.2f} → {after[layer]:.2f}" for layer in before)
-    console.print(f"Exit heads were put on {report['model']} ({report['num_layers']} layers, frozen) and tuned. Held-out loss in nats per byte: "
-                  f"{losses}.", soft_wrap=True)
-    console.print("\nthreshold   speed-up   agreement   mean depth")
+    console.rule("What happened", align="left")
+    console.print(f"Exit heads were put on {report['model']} ({report['num_layers']} layers, frozen) and tuned.\n"
+                  f"Held-out loss in nats per byte: {losses}.\n\nthreshold   speed-up   agreement   mean depth")
     for row in report["thresholds"]:
         console.print(f"{row['threshold']:>9g}   {row['speedup']:>7.2f}x   {100 * row['agreement']:>8.1f}%   {row['mean_exit_layer']:>10.1f}")
-    console.print(f"\nSpeed-up is against the same engine at full depth in this run ({report['full_depth_tokens_per_second']:.0f} tokens/s); agreement "
-                  f"is the share of tokens the full model would have said.\nFigures: {output}/report.json, picture: {output}/report.png; "
-                  f"{seconds:.0f} s in all.", soft_wrap=True)
+    console.print(f"\nSpeed-up: against the same engine at full depth in this run ({report['full_depth_tokens_per_second']:.0f} tokens/s).\n"
+                  "Agreement: share of tokens that the full model would have said after the same text.\n"
+                  f"Figures: {output}/report.json   Picture: {output}/report.png   {seconds:.0f} s in all")
     console.rule("Next, with a model of your own", align="left")
-    console.print("ee-tuning convert --model YOUR_LLAMA --exit-layers 8,16,24 --output exits/yours\n"
-                  "torchrun --nproc-per-node 8 -m ee_tuning tune --model YOUR_LLAMA --exits exits/yours --data YOUR_TEXT.jsonl --output runs/yours "
-                  "--pipeline-model-parallel-size 4\n"
-                  "ee-tuning generate --model YOUR_LLAMA --exits runs/yours/exit_heads --prompt \"…\" --threshold 0.8 --show-exits", soft_wrap=True)
+    console.print(NEXT_STEPS, soft_wrap=True, markup=False)
+
+
+NEXT_STEPS = """\
+ee-tuning convert --model YOUR_LLAMA --exit-layers 8,16,24 --output exits/yours
+torchrun --nproc-per-node 8 -m ee_tuning tune --model YOUR_LLAMA --exits exits/yours --data YOUR_TEXT.jsonl --output runs/yours \\
+    --pipeline-model-parallel-size 4
+ee-tuning generate --model YOUR_LLAMA --exits runs/yours/exit_heads --prompt "…" --threshold 0.8 --show-exits"""

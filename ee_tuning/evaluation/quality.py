@@ -25,7 +25,7 @@ def measure_thresholds(llm: EarlyExitLLM, prompts: list[str], thresholds: Iterab
                        on_prompt: Callable[[int], None] = lambda done: None) -> tuple[list[ThresholdResult], float]:
     """A result per threshold, and full depth's tokens per second. Greedy, one prompt at a time, past the end of text.
 
-    Every prompt is decoded at full depth and at all thresholds before the next one, so that a slow moment of the machine falls on all alike.
+    Every prompt is decoded at full depth and at all thresholds before the next one: a slow moment of the machine falls on all alike.
     """
     thresholds = list(thresholds)
     full: list[Completion] = []

@@ -81,4 +81,4 @@ def _print_summary(llm: EarlyExitLLM, completions: list[Completion], colours: di
         name = "the end" if layer == llm.num_layers else f"layer {layer}"
         summary.append(", " if i else "").append(f"{name}: {histogram[layer]}", style=colours.get(layer, ""))
     sys.stdout.flush()
-    console.print(summary)
+    console.print(summary, soft_wrap=True)

@@ -1,7 +1,7 @@
 """The decoding engine: a step gives every running sequence one token, and each leaves the network where its confidence lets it.
 
-A token that leaves early lacks keys and values in the deeper pieces. Its hidden state waits at their entrance (it is *pending* there), and runs
-with the next token that goes deeper, as a causal block: shallow layers never run twice, and the caches end up as a full pass leaves them.
+A token that leaves early lacks keys and values in the deeper pieces. Its hidden state waits at their entrance (it is *pending* there),
+and runs with the next token that goes deeper, as a causal block: shallow layers never run twice, and the caches end up as a full pass leaves them.
 Every rank of TP × PP runs this same loop over the same tokens; only the stage that owns a piece computes it.
 """
 import hashlib
@@ -74,7 +74,10 @@ class Sequence:
 
 
 class Engine:
-    """Decodes up to `num_slots` sequences of up to `max_length` tokens with one stage of a model; stages[p] is stage p's (first, last) layer."""
+    """Decodes up to `num_slots` sequences of up to `max_length` tokens with one stage of a model.
+
+    stages[p] is stage p's (first, last) layer.
+    """
 
     def __init__(self, model: EarlyExitModel, stages: list[tuple[int, int]], *, num_slots: int, max_length: int, max_pending: int = 16):
         self.model, self.topology, self.config = model, model.topology, model.config
@@ -182,8 +185,8 @@ class Engine:
         if index == 0:
             if not here:
                 return None
-            ids = [s.tokens[start: start + n] for s, start, n in zip(rows, starts, lengths, strict=True)]
-            flat = torch.tensor([sum(ids, [])], device=self.topology.device)
+            ids = [token for s, start, n in zip(rows, starts, lengths, strict=True) for token in s.tokens[start: start + n]]
+            flat = torch.tensor([ids], device=self.topology.device)
             return self.model.backbone.embed(flat)[:, 0]
         before = self.pieces[index - 1].stage
         hidden = None
@@ -224,7 +227,8 @@ class Engine:
         """`head_layer` None asks the model's own final head."""
         whole = positions == list(range(output.hidden.shape[0]))
 
-        def chosen(x: Tensor) -> Tensor:
+        def chosen(x: Tensor | None) -> Tensor:
+            assert x is not None
             return x if whole else x[positions]
 
         if head_layer is None:

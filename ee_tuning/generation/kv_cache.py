@@ -1,4 +1,6 @@
 """Keys and values of one stage's layers: a slot per sequence, preallocated."""
+from typing import Any
+
 import torch
 
 from ee_tuning.model.attention import LayerCache
@@ -11,7 +13,7 @@ class KVCache:
 
     def __init__(self, config: ModelConfig, topology: Topology, layers: range, *, num_slots: int, max_length: int, dtype: torch.dtype):
         shape = (num_slots, config.num_query_groups // topology.tp, max_length, config.kv_channels)
-        tensor = {"dtype": dtype, "device": topology.device}
+        tensor: dict[str, Any] = {"dtype": dtype, "device": topology.device}
         # Zeros, not empty: a masked place is multiplied by weight 0, which a stray NaN would survive.
         self.layers = {layer: LayerCache(keys=torch.zeros(shape, **tensor), values=torch.zeros(shape, **tensor)) for layer in layers}
         self.max_length = max_length

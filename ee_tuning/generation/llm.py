@@ -69,7 +69,7 @@ class EarlyExitLLM:
     @classmethod
     def load(cls, model: str | Path, exits: str | Path | None = None, *, dtype: str | None = None,
              tensor_model_parallel_size: int = 1, pipeline_model_parallel_size: int = 1) -> "EarlyExitLLM":
-        """Reads a Hugging Face folder and, where given, an exit-heads artifact bound to it. Raises InputError where they can not be used."""
+        """Reads a Hugging Face folder and, where given, an exit-heads artifact bound to it. Raises InputError where they do not fit."""
         overrides = {"model.path": str(model), "exits.path": str(exits) if exits else None, "model.dtype": dtype,
                      "parallel.tensor_model_parallel_size": tensor_model_parallel_size,
                      "parallel.pipeline_model_parallel_size": pipeline_model_parallel_size}
@@ -79,8 +79,8 @@ class EarlyExitLLM:
     def from_config(cls, config: Config, topology: Topology | None = None) -> "EarlyExitLLM":
         """As `load`, from a job's configuration; its `generation` section becomes the default of `generate`."""
         topology = topology or init_parallel(config.parallel)
-        model, stages = load_for_generation(config, topology)
-        return cls(model, stages, load_tokenizer(config.model.path), config.generation)
+        loaded = load_for_generation(config, topology)
+        return cls(loaded.model, loaded.stages, load_tokenizer(config.model.path), config.generation)
 
     @property
     def exit_layers(self) -> tuple[int, ...]:
@@ -123,7 +123,8 @@ class EarlyExitLLM:
         running = {}
         for index, ids in enumerate(prompts):
             stream = TextStream(self._decode, options.stop)
-            running[id(sequence := engine.add(ids, sampling))] = _Running(index, sequence, completions[index], stream)
+            sequence = engine.add(ids, sampling)
+            running[id(sequence)] = _Running(index, sequence, completions[index], stream)
         try:
             while engine.running:
                 yield from self._one_step(engine, policy, running, options, started)

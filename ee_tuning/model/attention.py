@@ -147,7 +147,7 @@ def ragged_attention(query: Tensor, key: Tensor, value: Tensor,  # [t, g, n/g, d
         parts = zip(query.split(batch.lengths), key.split(batch.lengths), value.split(batch.lengths), batch.slots, batch.starts,
                     strict=True)
         return torch.cat([_one_row(q, k, v, cache, slot, start, None, scale) for q, k, v, slot, start in parts])
-    t, g, per_group, d = query.shape
+    _, g, per_group, d = query.shape
     cache.keys[batch.token_slots, :, batch.positions] = key
     cache.values[batch.token_slots, :, batch.positions] = value
     end, rows = batch.mask.shape[-1], len(batch.slots)

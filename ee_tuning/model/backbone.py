@@ -3,6 +3,7 @@
 Parameters carry the names a stock GPTModel gives them, with global layer indices, whatever the stage.
 """
 import warnings
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,12 @@ from ee_tuning.parallel.topology import Topology
 
 def transformer_config(config: ModelConfig, topology: Topology, dtype: torch.dtype) -> TransformerConfig:
     """Megatron's description of the layers. Pipelining is left out of it: stages take the layers they are given."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of defaults of its own that it deprecates
+        return _transformer_config(config, topology, dtype)
+
+
+def _transformer_config(config: ModelConfig, topology: Topology, dtype: torch.dtype) -> TransformerConfig:
     return TransformerConfig(
         num_layers=config.num_layers, hidden_size=config.hidden_size, ffn_hidden_size=config.ffn_hidden_size,
         num_attention_heads=config.num_attention_heads, num_query_groups=config.num_query_groups, kv_channels=config.kv_channels,
@@ -60,25 +67,31 @@ class BackboneStage(nn.Module):
         if has_embedding:
             self.embedding = LanguageModelEmbedding(megatron, padded, config.max_position_embeddings, position_embedding_type="rope",
                                                     tp_group=topology.tp_group)
-        self.decoder = nn.Module()
         spec = get_gpt_layer_local_spec(normalization="RMSNorm")
         spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = Norm
         spec.submodules.self_attention.submodules.core_attention = CausalAttention
-        self.decoder.layers = nn.ModuleDict(
-            {str(number - 1): build_module(spec, config=megatron, layer_number=number)
-             for number in range(first_layer, last_layer + 1)})
+        layers = {str(number - 1): build_module(spec, config=megatron, layer_number=number)
+                  for number in range(first_layer, last_layer + 1)}
+        self.decoder = nn.ModuleDict({"layers": nn.ModuleDict(layers)})
         if has_final_norm:
-            self.decoder.final_layernorm = Norm(megatron, config.hidden_size, eps=config.norm_epsilon)
+            self.decoder["final_layernorm"] = Norm(megatron, config.hidden_size, eps=config.norm_epsilon)
         if has_output:
             self.output_layer = nn.Linear(config.hidden_size, padded // topology.tp, bias=False, dtype=dtype, device=topology.device)
             if config.ties_embeddings and has_embedding:
                 self.output_layer.weight = self.embedding.word_embeddings.weight
+        self.angles: Tensor
         self.register_buffer("angles", rotary_angles(config, max_length, topology.device), persistent=False)
         self.eval().requires_grad_(False)
 
-    def layer(self, number: int) -> nn.Module:
+    def layer(self, number: int) -> Any:
         """Megatron's TransformerLayer `number`, 1-based over the whole model."""
-        return self.decoder.layers[str(number - 1)]
+        layers = self.decoder["layers"]
+        assert isinstance(layers, nn.ModuleDict)
+        return layers[str(number - 1)]
+
+    def final_norm(self, hidden: Tensor) -> Tensor:  # […, h] -> […, h]
+        """The norm before the model's own output matrix; only where it was asked for."""
+        return self.decoder["final_layernorm"](hidden)
 
     def embed(self, tokens: Tensor) -> Tensor:  # [b, s] -> [s, b, h]
         """Word embeddings; first stage only."""

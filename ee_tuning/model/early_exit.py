@@ -1,6 +1,6 @@
 """A stage of an early-exit model: frozen backbone layers, and the exit heads that sit on them. Exits cut the network into segments.
 
-`run_layers` is the walk over whole sequences that tuning and evaluation take; decoding walks the same layers token by token (`ragged_layer.py`).
+`run_layers` walks whole sequences, for tuning and evaluation; decoding walks the same layers token by token (`ragged_layer.py`).
 """
 from dataclasses import dataclass
 from functools import partial
@@ -86,7 +86,7 @@ class EarlyExitModel(nn.Module):
     @torch.no_grad()
     def final_hidden(self, hidden: Tensor) -> Tensor:  # […, h] -> […, h]
         """What the model's own output matrix is applied to; last stage only."""
-        return self.backbone.decoder.final_layernorm(hidden)
+        return self.backbone.final_norm(hidden)
 
     def _run_layer_with_mlp_exit(self, number: int, hidden: Tensor) -> tuple[Tensor, ExitInput]:
         # The post-attention residual is what enters the norm before the MLP, in every layer spec of Megatron's.

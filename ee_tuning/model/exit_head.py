@@ -5,7 +5,7 @@ Tensor parallelism cuts the MLP by its inner width and the output matrix by voca
 """
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -48,7 +48,7 @@ class _SumOverShards(torch.autograd.Function):
 class ExitMLP(nn.Module):
     """W₂ (silu(gate x) · up x), as in the Llama family."""
 
-    def __init__(self, hidden_size: int, inner_size: int, group: Group | None, **tensor: object):
+    def __init__(self, hidden_size: int, inner_size: int, group: Group | None, **tensor: Any):
         super().__init__()
         self.fc1 = nn.Linear(hidden_size, 2 * inner_size, bias=False, **tensor)  # rows of gate, then rows of up
         self.fc2 = nn.Linear(inner_size, hidden_size, bias=False, **tensor)
@@ -71,7 +71,7 @@ class ExitHead(nn.Module):
                  tied_weight: Tensor | None):
         super().__init__()
         self.layer, self.architecture = layer, architecture
-        tensor = {"dtype": dtype, "device": topology.device}
+        tensor: dict[str, Any] = {"dtype": dtype, "device": topology.device}
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon, **tensor)
         if architecture == "mlp":
             group = topology.tp_group if topology.tp > 1 else None

@@ -141,7 +141,7 @@ def _lay_out(tp: int, pp: int, device: torch.device) -> Topology:
     stage, column = rank // (tp * dp), rank % (tp * dp)
     stages = [list(range(p * tp * dp, (p + 1) * tp * dp)) for p in range(pp)]
     columns = [[p * tp * dp + i for p in range(pp)] for i in range(tp * dp)]
-    replicas = [sorted(sum(columns[d * tp: (d + 1) * tp], [])) for d in range(dp)]
+    replicas = [[rank for p in range(pp) for rank in stages[p][d * tp: (d + 1) * tp]] for d in range(dp)]
     return Topology(
         world_size=world_size, rank=rank, device=device,
         tp=tp, tp_rank=parallel_state.get_tensor_model_parallel_rank(),

@@ -14,7 +14,8 @@ SHIPPED = Path(__file__).parents[2] / "examples" / "tiny-python-llama"
 ROPES = {
     "default": {"rope_type": "default"},
     "linear": {"rope_type": "linear", "factor": 2.5},
-    "llama3": {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.5, "high_freq_factor": 3.0, "original_max_position_embeddings": 32},
+    "llama3": {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.5, "high_freq_factor": 3.0,
+               "original_max_position_embeddings": 32},
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
     "yarn-spelled-out": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 20.0, "beta_slow": 2.0,
                          "attention_factor": 1.3, "truncate": False},
@@ -27,7 +28,7 @@ SHAPES = {
 
 def our_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:  # [b, s] -> [b, s, v]
     config = load_config(None, {"model.path": str(folder)})
-    model, _ = load_for_generation(config, init_parallel(ParallelSection()))
+    model = load_for_generation(config, init_parallel(ParallelSection())).model
     hidden, _ = model.run_layers(model.embed(tokens))
     return F.linear(model.final_hidden(hidden), model.backbone.output_layer.weight).transpose(0, 1)
 

@@ -1,0 +1,120 @@
+"""From a job's configuration to this stage of an early-exit model with its weights.
+
+The backbone is read in place, the heads from their artifact.
+One data-parallel replica reads each tensor and hands it on to the others.
+"""
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ee_tuning.checkpoint.aside import on_first_rank
+from ee_tuning.checkpoint.convert import initial_exits_config
+from ee_tuning.checkpoint.exit_heads import ExitHeadsConfig, ExitHeadsReader, check_bound_to, read_exit_tensor
+from ee_tuning.checkpoint.exit_init import InitialExits
+from ee_tuning.checkpoint.fingerprint import fingerprint
+from ee_tuning.checkpoint.huggingface import HuggingFaceReader, read_backbone_tensor
+from ee_tuning.checkpoint.safetensors_reader import TensorSource
+from ee_tuning.config import Config
+from ee_tuning.errors import InputError
+from ee_tuning.model.config import ModelConfig, read_model_config
+from ee_tuning.model.early_exit import EarlyExitModel, StagePlan
+from ee_tuning.model.partition import split_layers, stage_costs
+from ee_tuning.parallel.topology import Topology
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A stage with its weights, and what is known of the whole."""
+
+    model: EarlyExitModel
+    stages: list[tuple[int, int]]
+    """First and last layer, 1-based, of every stage."""
+    exits: ExitHeadsConfig | None
+    """What the heads are; None where there are none."""
+
+
+def load_for_tuning(config: Config, topology: Topology) -> LoadedModel:
+    """The layers up to the last exit and the heads, from exits.path or made as `exits` describes. No final head.
+
+    Raises InputError where model, exits and layout do not fit each other.
+    """
+    reader, model_config = _open_model(config, topology)
+    with reader:
+        exits, source = _open_exits(config, model_config, reader, topology)
+        last = max(exits.exit_layers)
+        costs = stage_costs(model_config, last, exits.exit_layers, exits.architecture, trains_heads=True, has_final_head=False)
+        return _load(config, topology, model_config, reader, exits, source, costs, has_final_head=False,
+                     max_length=config.tuning.seq_length)
+
+
+def load_for_generation(config: Config, topology: Topology) -> LoadedModel:
+    """All layers, the final head, and the heads of exits.path where it is given. Raises as `load_for_tuning`."""
+    reader, model_config = _open_model(config, topology)
+    with reader:
+        exits, source = _open_exits(config, model_config, reader, topology) if config.exits.path else (None, None)
+        costs = stage_costs(model_config, model_config.num_layers, exits.exit_layers if exits else (),
+                            exits.architecture if exits else "norm", trains_heads=False, has_final_head=True)
+        return _load(config, topology, model_config, reader, exits, source, costs, has_final_head=True,
+                     max_length=model_config.max_position_embeddings)
+
+
+def compute_dtype(config: Config, topology: Topology) -> torch.dtype:
+    """model.dtype, or float32 on a CPU and bfloat16 on a GPU."""
+    default = "float32" if topology.device.type == "cpu" else "bfloat16"
+    return getattr(torch, config.model.dtype or default)
+
+
+def _open_model(config: Config, topology: Topology) -> tuple[HuggingFaceReader, ModelConfig]:
+    if not config.model.path:
+        raise InputError("model.path must name a Hugging Face folder, got nothing; give --model FOLDER")
+    folder = Path(config.model.path)
+    model_config = read_model_config(folder)
+    model_config.check_layout(topology.tp, topology.pp)
+    reader = HuggingFaceReader(folder)
+    on_first_rank(topology, lambda: reader.check_complete(model_config))
+    return reader, model_config
+
+
+def _open_exits(config: Config, model_config: ModelConfig, reader: HuggingFaceReader,
+                topology: Topology) -> tuple[ExitHeadsConfig, TensorSource]:
+    """The artifact at exits.path, which must be bound to this model; without a path, first weights as `exits` describes them."""
+    if config.exits.path is None:
+        model_config.check_exit_layers(config.exits.exit_layers)
+        exits = on_first_rank(topology, lambda: initial_exits_config(config, model_config, reader))
+        return exits, InitialExits(exits, reader, model_config)
+    artifact = ExitHeadsReader(Path(config.exits.path), topology)
+    check_bound_to(artifact, on_first_rank(topology, lambda: fingerprint(reader, model_config)))
+    artifact.check_complete(model_config)
+    return artifact.config, artifact
+
+
+def _load(config: Config, topology: Topology, model_config: ModelConfig, reader: HuggingFaceReader, exits: ExitHeadsConfig | None,
+          source: TensorSource | None, costs: list[float], *, has_final_head: bool, max_length: int) -> LoadedModel:
+    stages = split_layers(costs, topology.pp)
+    first, last = stages[topology.stage]
+    plan = StagePlan(
+        first_layer=first, last_layer=last, exit_layers=exits.exit_layers if exits else (),
+        architecture=exits.architecture if exits else "norm", ties_output=exits.ties_output if exits else False,
+        has_final_head=has_final_head, max_length=max_length, dtype=compute_dtype(config, topology))
+    model = EarlyExitModel(model_config, topology, plan)
+    shard = (topology.tp, topology.tp_rank, plan.dtype)
+    for name, parameter in model.backbone.named_parameters():
+        _fill(parameter, partial(read_backbone_tensor, reader, model_config, name, *shard), topology)
+    for layer in plan.own_exits:
+        for name, parameter in model.exit_head(layer).named_parameters():
+            assert source is not None
+            _fill(parameter, partial(read_exit_tensor, source, model_config, layer, name, *shard), topology)
+    return LoadedModel(model, stages, exits)
+
+
+def _fill(parameter: nn.Parameter, read: Callable[[], Tensor], topology: Topology) -> None:
+    with torch.no_grad():
+        if topology.dp_rank == 0:
+            parameter.copy_(read())
+        if topology.dp > 1:
+            dist.broadcast(parameter, group_src=0, group=topology.dp_group)
