@@ -1,0 +1,99 @@
+"""Metrics of all stages on one rank, without any stage waiting: records are posted to the process groups' store and fetched by polling.
+
+Every stage posts the same sequence of records. The logging rank writes a record to metrics.jsonl once every stage's part is there.
+"""
+import json
+import math
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from ee_tuning.parallel.topology import Topology
+
+Record = dict[str, Any]
+
+
+class MetricsBoard:
+    """Where stages post, and the logging rank collects. `on_record` is called with each whole record, on the logging rank, in order."""
+
+    def __init__(self, topology: Topology, on_record: Callable[[Record], None]) -> None:
+        self._topology, self._on_record = topology, on_record
+        self._store = dist.distributed_c10d._get_default_store()
+        self._expected: deque[int] = deque()
+        self._num_posted = 0
+
+    def post(self, record: Record) -> None:
+        """This stage's part of the next record. Values that are dictionaries are united over the stages; for others the first counts."""
+        if not self._topology.is_writer:
+            return
+        self._store.set(self._key(self._num_posted, self._topology.stage), json.dumps(record))
+        if self._topology.is_logging_rank:
+            self._expected.append(self._num_posted)
+            self.poll()
+        self._num_posted += 1
+
+    def poll(self) -> None:
+        """Takes what has arrived whole. Returns at once."""
+        while self._expected and self._store.check(self._keys(self._expected[0])):
+            self._take()
+
+    def finish(self) -> None:
+        """Waits for what is still on its way to the logging rank."""
+        while self._expected:
+            self._store.wait(self._keys(self._expected[0]))
+            self._take()
+
+    def _take(self) -> None:
+        whole: Record = {}
+        for key in self._keys(self._expected.popleft()):
+            for name, value in json.loads(self._store.get(key)).items():
+                whole[name] = {**whole[name], **value} if isinstance(value, dict) and name in whole else whole.get(name, value)
+            self._store.delete_key(key)
+        self._on_record({name: _sorted_by_layer(value) if isinstance(value, dict) else value for name, value in whole.items()})
+
+    def _keys(self, index: int) -> list[str]:
+        return [self._key(index, stage) for stage in range(self._topology.pp)]
+
+    def _key(self, index: int, stage: int) -> str:
+        return f"ee_tuning/metrics/{index}/{stage}"
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object a line."""
+
+    def __init__(self, path: Path, resume_after: int | None) -> None:
+        """Begins anew, or after the records of step `resume_after`: a run that was killed may have written more."""
+        kept = []
+        if resume_after is not None and path.exists():
+            kept = [line for line in path.read_text().splitlines(keepends=True) if _is_whole_until(line, resume_after)]
+        path.write_text("".join(kept))
+        self._file = path.open("a")
+
+    def write(self, record: Record) -> None:
+        """Appends `record`; numbers that are not finite become null, which JSON has no other word for."""
+        self._file.write(json.dumps(_finite(record)) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Call it last."""
+        self._file.close()
+
+
+def _is_whole_until(line: str, step: int) -> bool:
+    try:
+        return json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError):
+        return False  # cut off when the run was killed
+
+
+def _sorted_by_layer(values: Record) -> Record:
+    return dict(sorted(values.items(), key=lambda item: int(item[0])))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

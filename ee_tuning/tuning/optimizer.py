@@ -1,0 +1,127 @@
+"""An optimizer for each exit head: sharded over its data-parallel replicas, clipped and stepped apart from all others.
+
+Weights compute in the backbone's dtype; masters, gradients' sums and Adam's moments are float32 (float64 for a float64 backbone).
+Gradients of summed losses are added up over micro-batches and replicas, and divided once by the tokens of the global batch, so every
+number of replicas takes the same step.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from ee_tuning.config import TuningSection
+from ee_tuning.model.exit_head import ExitHead
+from ee_tuning.parallel.topology import Topology
+
+
+@dataclass(frozen=True)
+class ExitUpdate:
+    """What one step did to one exit."""
+
+    loss: float
+    """Mean over the global batch's unmasked tokens, nats, before the step."""
+    grad_norm: float
+    """Before the clip. Where it is not finite, the exit was left as it was."""
+
+
+class ExitOptimizer:
+    """One exit head and its AdamW. `loss_weight` 0 freezes the head."""
+
+    def __init__(self, head: ExitHead, loss_weight: float, tuning: TuningSection, topology: Topology, mesh: DeviceMesh):
+        self.layer, self.loss_weight, self._clip, self._device = head.layer, loss_weight, tuning.clip_grad, topology.device
+        dtype = head.norm.weight.dtype
+        master = torch.promote_types(dtype, torch.float32)
+        self.head, self._sharded = head, _shard(head.to(master), dtype, master, mesh)
+        # Taken now: inside and after a forward pass the module holds whole copies in the computing dtype.
+        self.parameters: dict[str, nn.Parameter] = dict(head.named_parameters())
+        decayed = [p for p in self.parameters.values() if p.dim() > 1]
+        others = [p for p in self.parameters.values() if p.dim() <= 1]
+        groups = [{"params": decayed, "weight_decay": tuning.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        self.adam = torch.optim.AdamW([group for group in groups if group["params"]], lr=tuning.lr, eps=tuning.adam_eps,
+                                      betas=(tuning.adam_beta1, tuning.adam_beta2), fused=True)
+        for parameter in self.parameters.values():  # before the first step, so that a checkpoint always has the same tensors
+            self.adam.state[parameter] = {"step": torch.zeros((), device=topology.device), "exp_avg": torch.zeros_like(parameter),
+                                          "exp_avg_sq": torch.zeros_like(parameter)}
+
+    @property
+    def trains(self) -> bool:
+        """Whether this exit is not frozen."""
+        return self.loss_weight > 0
+
+    def begin_microbatch(self, is_last: bool) -> None:
+        """Before a forward pass that is followed by a backward pass; `is_last` of the step: only then are gradients reduced."""
+        self._sharded.set_requires_gradient_sync(is_last)
+        self._sharded.set_reshard_after_backward(is_last)
+
+    def reshard(self) -> None:
+        """After forward passes without a gradient: frees the whole weights, which the next step would leave stale."""
+        self._sharded.reshard()
+
+    def square_sums(self) -> tuple[Tensor, Tensor]:
+        """Sums of squares of this rank's part of the gradient: of parameters cut over tensor parallelism, and of replicated ones."""
+        cut = torch.zeros((), dtype=torch.float64, device=self._device)
+        replicated = torch.zeros_like(cut)
+        for name, parameter in self.parameters.items():
+            total = replicated if ExitHead.tensor_parallel_dim(name) is None else cut
+            total += _gradient(parameter).square().sum(dtype=torch.float64)
+        return cut, replicated
+
+    def update(self, square_sum: float, num_tokens: float, lr: float) -> float:
+        """Divides, clips and steps, unless the gradient is not finite. Returns the gradient's norm before the clip."""
+        scale = self.loss_weight / num_tokens if num_tokens else math.nan
+        norm = math.sqrt(square_sum) * scale if square_sum >= 0 else math.nan
+        if math.isfinite(norm):
+            if self._clip:
+                scale *= min(1.0, self._clip / (norm + 1e-6))
+            torch._foreach_mul_([_gradient(parameter) for parameter in self.parameters.values()], scale)
+            for group in self.adam.param_groups:
+                group["lr"] = lr
+            self.adam.step()
+        self.adam.zero_grad()
+        return norm
+
+
+def update_exits(exits: list[ExitOptimizer], loss_sums: dict[int, Tensor], num_tokens: Tensor, lr: float,
+                 topology: Topology) -> dict[int, ExitUpdate]:
+    """One optimizer step of this stage's trained `exits`, each for itself.
+
+    `loss_sums` (by exit layer) and `num_tokens` are this replica's. Decisions are taken on sums over all replicas and shards, so
+    every rank takes the same.
+    """
+    counts: list[Tensor] = [num_tokens.double()]
+    for each in exits:
+        sharded, replicated = each.square_sums()
+        counts += [loss_sums[each.layer].double(), replicated, sharded]
+    values = torch.stack(counts)
+    if topology.tp_rank != 0:  # what every shard has alike is counted once
+        is_cut = torch.tensor([False] + [False, False, True] * len(exits), device=values.device)
+        values = values.where(is_cut, 0.0)
+    for size, group in ((topology.dp, topology.dp_group), (topology.tp, topology.tp_group)):
+        if size > 1:
+            dist.all_reduce(values, group=group)
+    total, *rest = values.tolist()
+    updates = {}
+    for index, each in enumerate(exits):
+        loss_sum, replicated_sum, sharded_sum = rest[3 * index:3 * index + 3]
+        norm = each.update(replicated_sum + sharded_sum, total, lr)
+        updates[each.layer] = ExitUpdate(loss_sum / total if total else math.nan, norm)
+    return updates
+
+
+def _shard(head: ExitHead, dtype: torch.dtype, master: torch.dtype, mesh: DeviceMesh) -> FSDPModule:
+    policy = MixedPrecisionPolicy(param_dtype=dtype if dtype != master else None, reduce_dtype=master, cast_forward_inputs=False)
+    sharded = fully_shard(head, mesh=mesh, mp_policy=policy, reshard_after_forward=False)  # its backward follows at once
+    sharded.set_gradient_divide_factor(1.0)  # sums, not means
+    sharded.set_force_sum_reduction_for_comms(True)  # else the factor goes into an operation that gloo lacks
+    return sharded
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    gradient = parameter.grad
+    assert isinstance(gradient, DTensor)
+    return gradient.to_local()

@@ -1,0 +1,66 @@
+"""What the person who waits sees: a bar at a terminal, a line now and then elsewhere, every line in log.txt."""
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+class ProgressDisplay:
+    """Loss per exit, tokens per second, time left. Use it as a context on the logging rank."""
+
+    def __init__(self, log: Path, num_steps: int, first_step: int) -> None:
+        """Steps `first_step` + 1 up to `num_steps` are to come."""
+        self._log = log.open("a")
+        self._num_steps, self._first_step = num_steps, first_step
+        self._began = time.monotonic()
+        self._spoke = -_SECONDS_BETWEEN_LINES
+        console = Console(stderr=True)
+        self._bar = Progress(TextColumn("tuning"), BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"),
+                             TimeRemainingColumn(), console=console, disable=not console.is_terminal)
+        self._task = self._bar.add_task("", total=num_steps, completed=first_step)
+
+    def __enter__(self) -> "ProgressDisplay":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+        self._log.close()
+
+    def show(self, record: dict[str, Any]) -> None:
+        """One record of metrics.jsonl."""
+        losses = " ".join(f"{layer}: {loss:.3f}" for layer, loss in record["loss"].items())
+        if record["kind"] == "validation":
+            self.say(f"step {record['step']} · validation loss of exit {losses}")
+            return
+        self._bar.update(self._task, completed=record["step"], description=f"loss {losses} · {record['tokens_per_second']:,.0f} tokens/s")
+        line = f"step {record['step']}/{self._num_steps} · loss of exit {losses} · {record['tokens_per_second']:,.0f} tokens/s"
+        skipped = [layer for layer, norm in record["grad_norm"].items() if not norm < float("inf")]
+        if skipped:
+            self.say(f"step {record['step']} · gradient of exit {', '.join(skipped)} is not finite: not updated")
+        is_due = record["step"] == self._num_steps or time.monotonic() - self._spoke >= _SECONDS_BETWEEN_LINES
+        self._write(line)
+        if self._bar.disable and is_due:
+            self._spoke = time.monotonic()
+            print(f"{line} · {self._time_left(record['step'])} left", file=sys.stderr, flush=True)
+
+    def say(self, line: str) -> None:
+        """A line for the log and for whoever watches."""
+        self._write(line)
+        if self._bar.disable:
+            print(line, file=sys.stderr, flush=True)
+        else:
+            self._bar.console.print(line, highlight=False)
+
+    def _write(self, line: str) -> None:
+        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+        self._log.flush()
+
+    def _time_left(self, step: int) -> str:
+        seconds = (time.monotonic() - self._began) / max(step - self._first_step, 1) * (self._num_steps - step)
+        return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

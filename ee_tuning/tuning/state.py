@@ -1,0 +1,200 @@
+"""Checkpoints of a run: float32 masters, Adam's moments and step counts of every exit, the step and the position in the data.
+
+`checkpoints/step_00000100/` is Megatron-core's distributed format, with tensors under Hugging Face's names, beside `progress.json` and a
+sha256 manifest. Every rank writes and reads just the rectangles of those tensors that are its own, so a run resumes under any TP × PP × DP.
+"""
+import dataclasses
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of optional libraries that are not installed
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+from ee_tuning.checkpoint.aside import on_first_rank, refusals_named, written_aside
+from ee_tuning.checkpoint.manifest import check_file, read_manifest, write_manifest
+from ee_tuning.checkpoint.names import Shard, exit_shard, merge_shards
+from ee_tuning.errors import InputError
+from ee_tuning.model.config import ModelConfig
+from ee_tuning.model.exit_head import ExitHead
+from ee_tuning.parallel.topology import Topology
+from ee_tuning.tuning.optimizer import ExitOptimizer
+
+CHECKPOINTS, LATEST, PROGRESS = "checkpoints", "latest", "progress.json"
+_REMEDY = "write the name of another folder of checkpoints/ into checkpoints/latest, or start a new run"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a run has come, and what must not change when it goes on."""
+
+    step: int
+    """Optimizer steps taken."""
+    position: int
+    """Samples consumed by all replicas."""
+    fixed: dict[str, Any]
+    """What the exits are and the order of the data; a resumed run must agree."""
+
+
+def save_checkpoint(run_folder: Path, progress: Progress, exits: list[ExitOptimizer], config: ModelConfig, topology: Topology,
+                    keep: int) -> None:
+    """Writes a checkpoint aside, renames it into place, then points `latest` at it and removes all but `keep`. All ranks call it."""
+    folder = run_folder / CHECKPOINTS / f"step_{progress.step:08d}"
+    with written_aside(folder, topology) as partial:
+        dist_checkpointing.save(_sharded_state(exits, config, topology), str(partial))
+        topology.barrier()
+        on_first_rank(topology, lambda: _describe(partial, progress))
+    on_first_rank(topology, lambda: _point_at(folder, keep))
+
+
+def latest_checkpoint(run_folder: Path) -> Path | None:
+    """The folder that `latest` names; None where no checkpoint was written. Raises InputError where it names none."""
+    pointer = run_folder / CHECKPOINTS / LATEST
+    if not pointer.exists():
+        return None
+    name = pointer.read_text().strip()
+    folder = pointer.parent / name
+    if Path(name).name != name or not folder.is_dir():
+        raise InputError(f"{pointer} must name a folder beside it, got {name!r}; {_REMEDY}")
+    return folder
+
+
+def load_checkpoint(folder: Path, fixed: dict[str, Any], exits: list[ExitOptimizer], config: ModelConfig, topology: Topology) -> Progress:
+    """Fills the exits' masters and optimizers. All ranks call it.
+
+    Raises InputError where a file is missing or altered, or the checkpoint is of a run that differs from `fixed`.
+    """
+    def checked() -> Progress:
+        for name, entry in read_manifest(folder, _REMEDY).items():
+            check_file(folder / name, entry, _REMEDY)
+        return _read_progress(folder, fixed)
+
+    progress = on_first_rank(topology, checked)
+    state = _sharded_state(exits, config, topology)
+    loaded = dist_checkpointing.load(dict(state), str(folder))
+    with torch.no_grad():
+        for key, target in _tensors(exits, config, topology).items():
+            target.data.copy_(loaded[key])
+    for each in exits:
+        for parameter in each.parameters.values():
+            each.adam.state[parameter]["step"].copy_(loaded[_count_key(each.layer)].squeeze(0))
+    return progress
+
+
+def whole_tensors(exits: list[ExitOptimizer], config: ModelConfig, topology: Topology) -> Iterator[tuple[str, Tensor]]:
+    """The artifact's tensors, from the masters: name and whole tensor, on the rank that writes for its stage.
+
+    All ranks of a stage draw from it together: parameters are gathered over replicas and shards, one at a time.
+    """
+    for each in exits:
+        for name, parameter in each.parameters.items():
+            shard = _as_sharded(parameter.detach()).full_tensor().contiguous()
+            shards = [shard]
+            if topology.tp > 1:
+                shards = [torch.empty_like(shard) for _ in range(topology.tp)]
+                dist.all_gather(shards, shard, group=topology.tp_group)
+            if topology.is_writer:
+                plans = [exit_shard(each.layer, name, config, topology.tp, rank) for rank in range(topology.tp)]
+                yield from merge_shards(plans, shards).items()
+
+
+@dataclass(frozen=True)
+class _Rectangle:
+    """Where rows of a parameter lie in a whole Hugging Face tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    rows: slice
+    """Of the rank's part of the parameter."""
+
+
+def _rectangles(plan: Shard, first_row: int, num_rows: int) -> Iterator[_Rectangle]:
+    """Of the replica's rows first_row .. first_row + num_rows - 1 of the tensor-parallel shard that `plan` describes."""
+    row = 0
+    for piece in plan.pieces:
+        size = piece.shape[0] if piece.dim == 1 else piece.stop - piece.start
+        start, stop = max(row, first_row), min(row + size, first_row + num_rows)
+        if start < stop:
+            offset = (start, piece.start) if piece.dim == 1 else (piece.start + start - row, *[0] * (len(piece.shape) - 1))
+            yield _Rectangle(piece.name, piece.shape, offset, slice(start - first_row, stop - first_row))
+        row += size
+
+
+def _tensors(exits: list[ExitOptimizer], config: ModelConfig, topology: Topology) -> dict[Any, ShardedTensor]:
+    """This rank's part of all masters and moments, as views; keyed by tensor name, kind and offset."""
+    tensors = {}
+    for each in exits:
+        for name, parameter in each.parameters.items():
+            plan = exit_shard(each.layer, name, config, topology.tp, topology.tp_rank)
+            chunk = -(-parameter.shape[0] // topology.dp)  # fully_shard cuts rows as torch.chunk does
+            is_replicated = ExitHead.tensor_parallel_dim(name) is None
+            moments = each.adam.state[parameter]
+            for kind, value in (("master", parameter), ("exp_avg", moments["exp_avg"]), ("exp_avg_sq", moments["exp_avg_sq"])):
+                local = _as_sharded(value.detach()).to_local()
+                for part in _rectangles(plan, topology.dp_rank * chunk, local.shape[0]):
+                    data = local[part.rows]
+                    tensors[f"{part.name}.{kind}@{part.offset}"] = ShardedTensor(
+                        f"{part.name}.{kind}", data, data.dtype, tuple(data.shape), part.shape, part.offset, axis_fragmentations=None,
+                        replica_id=topology.tp_rank if is_replicated else 0)
+    return tensors
+
+
+def _sharded_state(exits: list[ExitOptimizer], config: ModelConfig, topology: Topology) -> dict[str, ShardedTensor]:
+    state = _tensors(exits, config, topology)
+    for each in exits:
+        count = next(iter(each.adam.state.values()))["step"].reshape(1).clone()
+        key = _count_key(each.layer)
+        state[key] = ShardedTensor(key, count, count.dtype, (1,), (1,), (0,), axis_fragmentations=None,
+                                   replica_id=topology.tp_rank * topology.dp + topology.dp_rank)
+    return state
+
+
+def _count_key(layer: int) -> str:
+    return f"exits.{layer}.num_updates"
+
+
+def _as_sharded(value: Tensor) -> DTensor:
+    assert isinstance(value, DTensor)
+    return value
+
+
+def _describe(partial: Path, progress: Progress) -> None:
+    with refusals_named(partial):
+        (partial / PROGRESS).write_text(json.dumps(dataclasses.asdict(progress), indent=2) + "\n")
+        write_manifest(partial)
+
+
+def _point_at(folder: Path, keep: int) -> None:
+    with refusals_named(folder.parent):
+        aside = folder.parent / f"{LATEST}.partial"
+        aside.write_text(folder.name + "\n")
+        os.replace(aside, folder.parent / LATEST)
+    others = sorted(path for path in folder.parent.glob("step_????????") if path != folder)
+    for old in others[:max(len(others) - keep + 1, 0)]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _read_progress(folder: Path, fixed: dict[str, Any]) -> Progress:
+    path = folder / PROGRESS
+    try:
+        progress = Progress(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path} can not be read: {error}; {_REMEDY}") from error
+    for key, value in fixed.items():
+        if progress.fixed.get(key) != value:
+            raise InputError(f"a resumed run must keep its {key}: {folder} has {progress.fixed.get(key)}, got {value}; "
+                             "set it back, or use another tuning.run_folder")
+    return progress

@@ -1,0 +1,68 @@
+"""One micro-batch through this stage: receive, frozen layers, send on; then the losses of the exits here.
+
+Nothing waits for a later stage: hidden states leave before the first loss is computed.
+"""
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ee_tuning.data.loader import Batch
+from ee_tuning.model.early_exit import EarlyExitModel
+from ee_tuning.model.exit_head import ExitInput
+from ee_tuning.parallel.relay import Relay
+from ee_tuning.parallel.topology import Topology
+from ee_tuning.tuning.loss import linear_cross_entropy
+from ee_tuning.tuning.optimizer import ExitOptimizer
+
+# s sequence · b micro-batch · h hidden · v/tp this rank's shard of the vocabulary
+
+
+class Passed(NamedTuple):
+    """What a micro-batch left on this stage."""
+
+    exit_inputs: dict[int, ExitInput]
+    more: bool
+    """Whether another micro-batch follows in the run."""
+
+
+class StageWalk:
+    """This stage's part in the forward-only relay."""
+
+    def __init__(self, model: EarlyExitModel, relay: Relay, topology: Topology, loss_chunk_tokens: int) -> None:
+        self._model, self._relay, self._topology = model, relay, topology
+        self._project = partial(linear_cross_entropy, vocab=model.vocab, chunk_tokens=loss_chunk_tokens)
+
+    def forward(self, batch: Batch, more: bool) -> Passed:
+        """Through the frozen layers and on. `more` is the first stage's to say; the others pass on what they hear."""
+        if self._topology.is_first_stage:
+            hidden = self._model.embed(batch.tokens.to(self._topology.device))
+        else:
+            hidden, more = self._relay.receive()
+        hidden, exit_inputs = self._model.run_layers(hidden)
+        if not self._topology.is_last_stage:
+            self._relay.send(hidden, more=more)
+        return Passed(exit_inputs, more)
+
+    def train(self, batch: Batch, exit_inputs: dict[int, ExitInput], exits: list[ExitOptimizer], is_last: bool) -> dict[int, Tensor]:
+        """Forward and at once backward of each exit; gradients add up. Summed losses, by exit layer, in nats."""
+        losses = {}
+        for each in exits:
+            each.begin_microbatch(is_last)
+            loss = self._loss_sum(each, exit_inputs[each.layer], batch)
+            loss.backward()
+            losses[each.layer] = loss.detach()
+        return losses
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch, exit_inputs: dict[int, ExitInput], exits: list[ExitOptimizer]) -> dict[int, Tensor]:
+        """Summed losses, by exit layer, in nats, without a gradient."""
+        return {each.layer: self._loss_sum(each, exit_inputs[each.layer], batch) for each in exits}
+
+    def _loss_sum(self, each: ExitOptimizer, inputs: ExitInput, batch: Batch) -> Tensor:
+        labels, loss_mask = batch.labels.to(self._topology.device), batch.loss_mask.to(self._topology.device)
+
+        def project(hidden: Tensor, weight: Tensor) -> Tensor:  # [s, b, h], [v/tp, h] -> scalar
+            return self._project(hidden, weight, labels, loss_mask)
+        return each.head(inputs, project)

@@ -1,0 +1,44 @@
+"""A wish to stop, from a signal to an agreement. A first signal asks for a checkpoint and an orderly end, a second one acts as ever."""
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ee_tuning.parallel.topology import Topology
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopRequest:
+    """While entered, SIGTERM (torchrun, Slurm), SIGINT (Ctrl-C) and SIGUSR1 are noted in place of ending the process.
+
+    A signal counts where it reaches a rank of the first stage; launchers signal all ranks.
+    """
+
+    def __init__(self) -> None:
+        self.is_asked = False
+        self._former: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python sets no handlers
+            self._former = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    def agreed(self, topology: Topology) -> bool:
+        """Whether any rank of this stage was asked; every rank of the stage must call."""
+        if topology.tp * topology.dp == 1:
+            return self.is_asked
+        asked = torch.tensor([int(self.is_asked)])
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=topology.stage_control)
+        return bool(asked.item())
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.is_asked = True
+        signal.signal(number, self._former[signal.Signals(number)])
