@@ -41,7 +41,8 @@ def demo(output: Path) -> None:
     _run(console, [sys.executable, "-m", "ee_tuning", "convert", str(job), "--output", str(output / "converted"), "--overwrite"])
     console.rule("2 of 3: tune the exit heads, tensor parallel 2 × pipeline parallel 2", align="left")
     _run(console, [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "-m", "ee_tuning", "tune",
-                   str(job), "--exits", str(output / "converted"), "--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"])
+                   str(job), "--exits", str(output / "converted"), "--tensor-model-parallel-size", "2",
+                   "--pipeline-model-parallel-size", "2"])
     _publish(output)
     console.rule("3 of 3: decode held-out code at each threshold", align="left")
     report = _measure(job, output, prompts)
@@ -51,7 +52,7 @@ def demo(output: Path) -> None:
 
 
 def _write_text(folder: Path) -> list[str]:
-    """Training and held-out text as .jsonl; returns prompts: beginnings of functions in files that neither model nor heads learned from."""
+    """Training and held-out text as .jsonl; returns prompts, from files that neither model nor heads learned from."""
     folder.mkdir(exist_ok=True)
     training, held_out = standard_library()
     with (folder / "train.jsonl").open("w") as file:
@@ -140,8 +141,10 @@ def _tell(console: Console, report: dict[str, Any], output: Path, seconds: float
     console.print(f"Exit heads were put on {report['model']} ({report['num_layers']} layers, frozen) and tuned.\n"
                   f"Held-out loss in nats per byte: {losses}.\n\nthreshold   speed-up   agreement   mean depth")
     for row in report["thresholds"]:
-        console.print(f"{row['threshold']:>9g}   {row['speedup']:>7.2f}x   {100 * row['agreement']:>8.1f}%   {row['mean_exit_layer']:>10.1f}")
-    console.print(f"\nSpeed-up: against the same engine at full depth in this run ({report['full_depth_tokens_per_second']:.0f} tokens/s).\n"
+        console.print(f"{row['threshold']:>9g}   {row['speedup']:>7.2f}x   {100 * row['agreement']:>8.1f}%   "
+                      f"{row['mean_exit_layer']:>10.1f}")
+    console.print("\nSpeed-up: against the same engine at full depth in this run "
+                  f"({report['full_depth_tokens_per_second']:.0f} tokens/s).\n"
                   "Agreement: share of tokens that the full model would have said after the same text.\n"
                   f"Figures: {output}/report.json   Picture: {output}/report.png   {seconds:.0f} s in all")
     console.rule("Next, with a model of your own", align="left")

@@ -1,7 +1,8 @@
 """The decoding engine: a step gives every running sequence one token, and each leaves the network where its confidence lets it.
 
 A token that leaves early lacks keys and values in the deeper pieces. Its hidden state waits at their entrance (it is *pending* there),
-and runs with the next token that goes deeper, as a causal block: shallow layers never run twice, and the caches end up as a full pass leaves them.
+and runs with the next token that goes deeper, as a causal block: shallow layers never run twice, and the caches end up as a full pass
+leaves them.
 Every rank of TP × PP runs this same loop over the same tokens; only the stage that owns a piece computes it.
 """
 import hashlib

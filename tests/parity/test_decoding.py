@@ -1,0 +1,138 @@
+"""Decoding with caches, pending tokens and batches says what transformers says when every token is read again at every step.
+
+In float64, where random models have no ties between tokens.
+"""
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from exits import write_exits
+from plain_decoder import PlainDecoder
+from random_models import random_llama
+
+from ee_tuning.checkpoint.load import LoadedModel, load_for_generation
+from ee_tuning.config import GenerationSection, ParallelSection, load_config
+from ee_tuning.generation.engine import Engine, Sampling
+from ee_tuning.generation.pieces import policy_of
+from ee_tuning.parallel.topology import init_parallel
+
+NEW_TOKENS = 24
+PROMPTS = [[5, 17, 80, 3, 9], [41], [7, 7, 7, 90, 12, 60, 33, 2, 51, 18, 64], [99, 1, 0]]
+HEADS = {"norm untied": {"architecture": "norm"}, "mlp untied": {"architecture": "mlp"},
+         "norm tied": {"architecture": "norm", "output": "tied"}, "mlp tied": {"architecture": "mlp", "output": "tied"}}
+
+
+@dataclass
+class Subject:
+    """A model with exits, and the plain decoder of the same."""
+
+    loaded: LoadedModel
+    plain: PlainDecoder
+
+    def decode(self, prompts: list[list[int]], *, sampling: Sampling | None = None, max_pending: int = 16,
+               **generation: Any) -> list[tuple[list[int], list[int]]]:
+        """(tokens, exit layers) of each prompt, decoded as one batch."""
+        model = self.loaded.model
+        engine = Engine(model, self.loaded.stages, num_slots=len(prompts), max_length=64, max_pending=max_pending)
+        policy = policy_of(GenerationSection(**generation), model.plan.exit_layers, model.config.num_layers)
+        sequences = [engine.add(prompt, sampling or Sampling()) for prompt in prompts]
+        left: dict[int, list[int]] = {id(s): [] for s in sequences}
+        for _ in range(NEW_TOKENS):
+            for step in engine.step(policy):
+                left[id(step.sequence)].append(step.exit_layer)
+        return [(s.tokens[s.num_prompt_tokens:], left[id(s)]) for s in sequences]
+
+
+def subject(folder: Path, heads: dict[str, str]) -> Subject:
+    reference = random_llama(folder / "model", confident=True)
+    exits = write_exits(folder / "model", folder / "exits", **heads)
+    config = load_config(None, {"model.path": str(folder / "model"), "exits.path": str(exits), "model.dtype": "float64"})
+    loaded = load_for_generation(config, init_parallel(ParallelSection()))
+    return Subject(loaded, PlainDecoder(reference, exits, (2, 4), torch.float64))
+
+
+@pytest.fixture(scope="module", params=HEADS)
+def each_kind(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    return subject(tmp_path_factory.mktemp("subject"), HEADS[request.param])
+
+
+@pytest.fixture(scope="module")
+def mlp(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    return subject(tmp_path_factory.mktemp("mlp"), HEADS["mlp untied"])
+
+
+@pytest.mark.parametrize("threshold", [0.9, 0.6, 0.3])
+def test_tokens_and_exit_layers_equal_the_plain_decoder(each_kind, threshold):
+    """A cache that lacks a skipped token, a head fed the wrong states, an exit taken out of turn."""
+    wanted = [each_kind.plain.decode(prompt, NEW_TOKENS, threshold) for prompt in PROMPTS]
+    left = {layer for _, layers in wanted for layer in layers}
+    assert len(left) > 1, "the claim is empty where every token leaves at the same place"
+    assert [each_kind.decode([prompt], threshold=threshold)[0] for prompt in PROMPTS] == wanted
+
+
+@pytest.mark.parametrize("max_pending", [1, 3, 16])
+def test_batch_equals_one_at_a_time_however_many_tokens_may_wait(mlp, max_pending):
+    """A row made to exit by its neighbour; a padded row that sees another's keys; a catch-up that drops or doubles a token."""
+    wanted = [mlp.plain.decode(prompt, NEW_TOKENS, 0.5) for prompt in PROMPTS]
+    assert mlp.decode(PROMPTS, threshold=0.5, max_pending=max_pending) == wanted
+
+
+def test_threshold_above_one_equals_the_full_model(mlp):
+    """A head consulted at confidence 1.0 would change greedy output."""
+    full = mlp.decode(PROMPTS, policy="full")
+    assert mlp.decode(PROMPTS, threshold=1.1) == full
+    assert full == [mlp.plain.decode(prompt, NEW_TOKENS, 2.0) for prompt in PROMPTS]
+
+
+def test_fixed_exit_reads_the_prompt_no_deeper(mlp):
+    """The first token from the final head, or deeper layers that run for nothing."""
+    got = mlp.decode(PROMPTS, policy="fixed", exit_layer=4)
+    for prompt, (tokens, left) in zip(PROMPTS, got, strict=True):
+        assert left == [4] * NEW_TOKENS
+        said = mlp.plain.logits(prompt + tokens[:-1])[4].argmax(-1).tolist()
+        assert tokens == said[len(prompt) - 1:]
+
+
+def test_caches_after_catch_up_equal_a_full_pass(mlp):
+    """Keys of a token that left early computed from the wrong states, or left out."""
+    model, stages = mlp.loaded.model, mlp.loaded.stages
+    engine = Engine(model, stages, num_slots=1, max_length=64, max_pending=4)
+    sequence = engine.add(PROMPTS[0], Sampling())
+    policy = policy_of(GenerationSection(threshold=0.3), (2, 4), 6)
+    while not (len(sequence.tokens) > 20 and sequence.watermarks[-1] == len(sequence.tokens) - 1):
+        engine.step(policy)
+        assert len(sequence.tokens) < 60, "the deep layers never caught up"
+    fresh = Engine(model, stages, num_slots=1, max_length=64)
+    fresh.full_model_tokens(sequence.tokens[:-1])
+    n = len(sequence.tokens) - 1
+    for layer in range(1, 7):
+        for name in ("keys", "values"):
+            mine, theirs = (getattr(e.cache.layers[layer], name)[0, :, :n] for e in (engine, fresh))
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-10)
+
+
+def test_a_sequence_that_joins_late_is_not_disturbed(mlp):
+    """A new prompt read among running ones must fill its own cache and leave theirs."""
+    model = mlp.loaded.model
+    engine = Engine(model, mlp.loaded.stages, num_slots=2, max_length=64)
+    policy = policy_of(GenerationSection(threshold=0.5), (2, 4), 6)
+    first = engine.add(PROMPTS[0], Sampling())
+    for _ in range(5):
+        engine.step(policy)
+    second = engine.add(PROMPTS[2], Sampling())
+    for _ in range(NEW_TOKENS - 5):
+        engine.step(policy)
+    for sequence, prompt in ((first, PROMPTS[0]), (second, PROMPTS[2])):
+        made = sequence.tokens[len(prompt):]
+        assert made == mlp.plain.decode(prompt, NEW_TOKENS, 0.5)[0][: len(made)]
+
+
+def test_sampling_draws_the_same_in_any_batch(mlp):
+    """Draws taken from one generator for all rows depend on the neighbours."""
+    sampling = Sampling(temperature=1.3, top_k=20, top_p=0.95, seed=11)
+    together = mlp.decode(PROMPTS, sampling=sampling, threshold=0.5)
+    assert together == [mlp.decode([prompt], sampling=sampling, threshold=0.5)[0] for prompt in PROMPTS]
+    other = mlp.decode(PROMPTS, sampling=Sampling(temperature=1.3, top_k=20, top_p=0.95, seed=12), threshold=0.5)
+    assert other != together
