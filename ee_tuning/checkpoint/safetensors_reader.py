@@ -181,7 +181,7 @@ def _read_index(path: Path) -> dict[str, str]:
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is not an index of safetensors shards: {error}; fetch it again") from error
     for name, file in files.items():
-        if Path(file).name != file:
+        if Path(file).name != file or file in ("", ".."):
             raise InputError(f"{path}: tensor {name} must be in a file of this very folder, got {file!r}; fetch the index again")
         check_inside(path.parent, path.parent / file)
     return files
