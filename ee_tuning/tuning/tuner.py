@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -54,6 +55,9 @@ def tune_within(config: Config, topology: Topology) -> None:
     is_finished = tuner.run()
     if is_finished:
         tuner.save_exit_heads(run_folder / "exit_heads")
+        if topology.is_logging_rank:
+            print(f"wrote {run_folder / 'exit_heads'}\nnext: ee-tuning generate --model {quote(config.model.path)} "
+                  f"--exits {quote(str(run_folder / 'exit_heads'))} --threshold 0.8 --show-exits --prompt \"…\"")
 
 
 class Tuner:

@@ -1,0 +1,56 @@
+"""The learning rate, and the settings that the tuner refuses."""
+from typing import Any
+
+import pytest
+
+from ee_tuning.config import TuningSection
+from ee_tuning.errors import InputError
+from ee_tuning.tuning.schedule import learning_rate
+from ee_tuning.tuning.settings import check_settings, loss_weights
+
+
+def section(**keys: Any) -> TuningSection:
+    return TuningSection(**{"train_iters": 100, "lr": 1.0, "min_lr": 0.1, "lr_warmup_fraction": 0.1, **keys})
+
+
+def test_the_rate_rises_from_zero_in_equal_parts_and_meets_its_top() -> None:
+    """A first step at rate 0 does nothing; a warm-up one step too long never reaches lr."""
+    rates = [learning_rate(step, section()) for step in range(1, 11)]
+    assert rates == pytest.approx([step / 10 for step in range(1, 11)])
+
+
+@pytest.mark.parametrize(("style", "middle", "last"), [("cosine", 0.55, 0.1), ("linear", 0.55, 0.1), ("constant", 1.0, 1.0)])
+def test_the_decay_ends_at_min_lr_with_the_last_step(style: Any, middle: float, last: float) -> None:
+    """A decay measured over all steps and not over those after the warm-up ends too high."""
+    tuning = section(lr_decay_style=style)
+    assert learning_rate(55, tuning) == pytest.approx(middle)
+    assert learning_rate(100, tuning) == pytest.approx(last)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0])
+def test_no_warm_up_and_nothing_else_have_a_rate_at_every_step(fraction: float) -> None:
+    """A division by no steps."""
+    assert all(0 < learning_rate(step, section(lr_warmup_fraction=fraction, train_iters=3)) <= 1 for step in (1, 2, 3))
+
+
+@pytest.mark.parametrize(("keys", "message"), [
+    ({"train_iters": 0}, "train_iters must be at least 1, got 0"),
+    ({"lr": 0.0}, "lr must be above 0"),
+    ({"min_lr": 2.0}, "min_lr must be at most"),
+    ({"lr_warmup_fraction": 1.5}, "lr_warmup_fraction must lie in 0..1, got 1.5"),
+    ({"adam_beta2": 1.0}, "adam_beta2 must be at least 0 and below 1, got 1.0"),
+    ({"keep_checkpoints": 0}, "keep_checkpoints must be at least 1"),
+])
+def test_settings_out_of_range_are_named(keys: dict[str, Any], message: str) -> None:
+    """A run that fails, or learns nothing, hours after it began."""
+    with pytest.raises(InputError, match=message):
+        check_settings(section(**keys))
+
+
+@pytest.mark.parametrize(("weights", "message"), [
+    ((1.0,), "one weight per exit, 2"), ((1.0, -1.0), "at least 0"), ((0.0, 0.0), "leave an exit")])
+def test_loss_weights_must_fit_the_exits(weights: tuple[float, ...], message: str) -> None:
+    """A weight that silently belongs to another exit."""
+    with pytest.raises(InputError, match=message):
+        loss_weights(section(loss_weights=weights), (2, 4))
+    assert loss_weights(section(loss_weights=(0.5, 0.0)), (2, 4)) == {2: 0.5, 4: 0.0}
