@@ -25,6 +25,7 @@ with warnings.catch_warnings():
 
 from ee_tuning.checkpoint.aside import on_first_rank, refusals_named, written_aside
 from ee_tuning.checkpoint.manifest import check_file, read_manifest, write_manifest
+from ee_tuning.checkpoint.metadata_pickle import check_metadata_pickle
 from ee_tuning.checkpoint.names import Shard, exit_shard, merge_shards
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
@@ -79,11 +80,14 @@ def load_checkpoint(folder: Path, fixed: dict[str, Any], exits: list[ExitOptimiz
     def checked() -> Progress:
         for name, entry in read_manifest(folder, _REMEDY).items():
             check_file(folder / name, entry, _REMEDY)
+        check_metadata_pickle(folder)
         return _read_progress(folder, fixed)
 
     progress = on_first_rank(topology, checked)
     state = _sharded_state(exits, config, topology)
-    loaded = dist_checkpointing.load(dict(state), str(folder))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # Megatron-core calls what torch has renamed
+        loaded = dist_checkpointing.load(dict(state), str(folder))
     with torch.no_grad():
         for key, target in _tensors(exits, config, topology).items():
             target.data.copy_(loaded[key])

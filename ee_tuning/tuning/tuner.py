@@ -108,11 +108,10 @@ class Tuner:
                     more = self._validate(walk, metrics)
                 if more and self.tuning.save_interval and self.step % self.tuning.save_interval == 0:
                     pace.pause()
-                    self._save()
+                    self._save(metrics)
                 metrics.poll()
             relay.finish()
-            self._save()
-            metrics.finish()
+            self._save(metrics)
         return self.step == num_steps
 
     def save_exit_heads(self, output: Path) -> None:
@@ -178,7 +177,8 @@ class Tuner:
             dist.all_reduce(stacked, group=self.topology.dp_group)
         return stacked.tolist()
 
-    def _save(self) -> None:
+    def _save(self, metrics: MetricsBoard) -> None:
+        metrics.finish()  # so that a run that goes on from here has the records of all steps before it
         progress = Progress(step=self.step, position=self._source.position, fixed=self._fixed())
         save_checkpoint(self.run_folder, progress, self.exits, self._model.config, self.topology, self.tuning.keep_checkpoints)
 

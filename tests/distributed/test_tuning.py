@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import pickle
 import signal
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from world import World
 
 from ee_tuning import config as job
 from ee_tuning.checkpoint.load import load_for_tuning
+from ee_tuning.checkpoint.manifest import write_manifest
 from ee_tuning.config import Config
 from ee_tuning.data.tokens import PackedSamples, Splits
 from ee_tuning.errors import InputError
@@ -223,3 +225,21 @@ def test_older_checkpoints_go_and_a_foreign_one_is_refused(model: Path, tmp_path
         make_tuner(config).resume()
 
 
+
+
+class Hostile:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch hostile",)
+
+
+def test_a_pickle_that_runs_commands_is_refused(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch unpickles a checkpoint's .metadata without a question; the manifest beside it is no protection from who wrote both."""
+    monkeypatch.chdir(tmp_path)
+    config = configure(model, tmp_path / "run", train_iters=1)
+    assert tune(config)
+    folder = tmp_path / "run" / "checkpoints" / "step_00000001"
+    (folder / ".metadata").write_bytes(pickle.dumps(Hostile()))
+    write_manifest(folder)
+    with pytest.raises(InputError, match=r"asks for posix\.system"):
+        make_tuner(config).resume()
+    assert not (tmp_path / "hostile").exists()

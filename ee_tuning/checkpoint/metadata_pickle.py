@@ -1,0 +1,35 @@
+"""`.metadata` of a distributed checkpoint is a pickle, and torch runs whatever it holds: here it is looked through first."""
+import pickle
+from pathlib import Path
+from typing import Any
+
+from ee_tuning.errors import InputError
+
+_DCP = "torch.distributed.checkpoint"
+# Whole names only: a pickle may ask for `name.attribute`, and a module of torch holds `os` among its attributes.
+_NAMES = {
+    f"{_DCP}.metadata": ("Metadata", "MetadataIndex", "ChunkStorageMetadata", "TensorStorageMetadata", "BytesStorageMetadata",
+                         "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING"),
+    f"{_DCP}.planner": ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData"),
+    f"{_DCP}.filesystem": ("_StorageInfo", "_StoragePrefix"),
+    "torch": ("Size", "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"),
+    "torch.serialization": ("_get_layout",),
+    "collections": ("OrderedDict",),
+}
+
+
+class _LookingThrough(pickle.Unpickler):
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        if global_name not in _NAMES.get(module_name, ()):
+            raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}")
+        return super().find_class(module_name, global_name)
+
+
+def check_metadata_pickle(folder: Path) -> None:
+    """Raises InputError where `.metadata` in `folder` can not be read, or asks for what no checkpoint's description needs."""
+    path = folder / ".metadata"
+    try:
+        with path.open("rb") as file:
+            _LookingThrough(file).load()
+    except Exception as error:  # a pickle that is broken on purpose may raise anything
+        raise InputError(f"{path} is not the description of a distributed checkpoint: {error}; do not load this checkpoint") from error
