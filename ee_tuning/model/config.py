@@ -67,6 +67,8 @@ class ModelConfig:
 
     def check_layout(self, tp: int, num_stages: int) -> None:
         """Raises InputError where the model can not be cut tp × num_stages ways."""
+        if tp < 1 or num_stages < 1:
+            raise InputError(f"tensor and pipeline_model_parallel_size must be at least 1, got {tp} and {num_stages}")
         for name, size in (("num_attention_heads", self.num_attention_heads), ("num_key_value_heads", self.num_query_groups),
                            ("intermediate_size", self.ffn_hidden_size)):
             if size % tp:

@@ -1,0 +1,163 @@
+"""Bad input ends in one line that names rule, value and remedy, and leaves nothing half-written."""
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from exits import write_exits
+from random_models import random_llama
+
+from ee_tuning.checkpoint.convert import convert
+from ee_tuning.config import load_config
+from ee_tuning.errors import InputError
+from ee_tuning.generation.llm import EarlyExitLLM
+from ee_tuning.parallel.topology import init_parallel
+from ee_tuning.tuning.tuner import tune_within
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """model/ with a byte tokenizer, exits/ bound to it, other/ of the same shape, text.txt"""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("shared")
+    vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|end|>"])
+    for name, seed in (("model", 0), ("other", 1)):
+        random_llama(folder / name, seed=seed, vocab_size=257, eos_token_id=256, bos_token_id=256)
+        transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>").save_pretrained(folder / name)
+    write_exits(folder / "model", folder / "exits")
+    (folder / "text.txt").write_text("early exits leave early. " * 400)
+    (folder / "more.txt").write_text("deep layers rest. " * 400)
+    return folder
+
+
+def complaint(error: pytest.ExceptionInfo[InputError]) -> str:
+    message = str(error.value)
+    assert "\n" not in message and len(message) < 500, message
+    return message
+
+
+@pytest.mark.parametrize(("overrides", "words"), [
+    ({"exits.exit_layers": [2, 7]}, ["1..6", "7"]),
+    ({"exits.exit_layers": [0, 2]}, ["1..6", "0"]),
+    ({"exits.exit_layers": [4, 2]}, ["increase", "4,2", "2,4"]),
+    ({"exits.exit_layers": []}, ["at least one", "--exit-layers"]),
+    ({"parallel.tensor_model_parallel_size": 3}, ["tensor_model_parallel_size", "3", "divi"]),
+    ({"parallel.pipeline_model_parallel_size": 2}, ["2", "1", "torchrun"]),
+    ({"parallel.pipeline_model_parallel_size": 9}, ["6 layers", "9"]),
+    ({"parallel.tensor_model_parallel_size": 0}, ["at least 1", "0"]),
+    ({"model.path": "/no/such/model"}, ["/no/such/model", "folder"]),
+])
+def test_convert_refuses(shared, tmp_path, overrides, words):
+    """A wrong word that surfaces as a traceback from inside a library, after a folder was made."""
+    config = load_config(None, {"model.path": str(shared / "model"), "exits.exit_layers": [2, 4], **overrides})
+    with pytest.raises(InputError) as error:
+        convert(config, tmp_path / "out")
+    assert all(word in complaint(error) for word in words), complaint(error)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", ["truncated", "header", "missing"])
+def test_a_damaged_model_is_refused_by_its_file(shared, tmp_path, damage):
+    """Half a download that converts to garbage."""
+    model = shutil.copytree(shared / "model", tmp_path / "model")
+    file = model / "model.safetensors"
+    content = file.read_bytes()
+    if damage == "truncated":
+        file.write_bytes(content[: len(content) * 2 // 3])
+    elif damage == "header":
+        file.write_bytes(content[:20] + b"\xff\xff" + content[22:])
+    else:
+        file.unlink()
+    with pytest.raises(InputError) as error:
+        convert(load_config(None, {"model.path": str(model), "exits.exit_layers": [2]}), tmp_path / "out")
+    assert "model.safetensors" in complaint(error)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_altered_artifact_is_refused(shared, tmp_path):
+    """A flipped byte of data that safetensors reads without a word."""
+    exits = shutil.copytree(shared / "exits", tmp_path / "exits")
+    content = bytearray((exits / "exit_heads.safetensors").read_bytes())
+    content[-5] ^= 1
+    (exits / "exit_heads.safetensors").write_bytes(content)
+    with pytest.raises(InputError) as error:
+        EarlyExitLLM.load(shared / "model", exits)
+    assert "exit_heads.safetensors" in complaint(error)
+
+
+def test_exits_of_another_backbone_are_refused(shared):
+    """Heads on a model of the same shape load well and talk nonsense."""
+    with pytest.raises(InputError) as error:
+        EarlyExitLLM.load(shared / "other", shared / "exits")
+    assert "fingerprint" in complaint(error)
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ({"threshold": "high"}, ["generation.threshold", "number", "high"]),
+    ({"threshold": float("nan")}, ["generation.threshold", "nan"]),
+    ({"threshold": -0.5}, ["at least 0", "-0.5"]),
+    ({"policy": "fixed", "exit_layer": 3}, ["2, 4", "3"]),
+    ({"policy": "fixed"}, ["--exit-layer", "2, 4"]),
+    ({"max_new_tokens": 0}, ["max_new_tokens", "at least 1", "0"]),
+    ({"temperature": -1}, ["temperature", "-1"]),
+    ({"top_p": 0}, ["top_p", "0"]),
+    ({"stop": [""]}, ["stop", "empty"]),
+    ({"treshold": 0.5}, ["treshold", "threshold"]),
+])
+def test_generate_refuses(shared, options, words):
+    """An option that is ignored, or fails after the first token."""
+    llm = EarlyExitLLM.load(shared / "model", shared / "exits")
+    with pytest.raises(InputError) as error:
+        llm.generate(["a prompt"], **options)
+    assert all(word in complaint(error) for word in words), complaint(error)
+
+
+def test_a_prompt_as_long_as_the_context_is_refused_and_one_less_answers(shared):
+    """A prompt that runs past the positions the model was made for."""
+    llm = EarlyExitLLM.load(shared / "model", shared / "exits")
+    for length in (128, 129):
+        with pytest.raises(InputError) as error:
+            llm.generate(["x" * length])
+        assert "128" in complaint(error) and str(length) in complaint(error)
+    [last] = llm.generate(["x" * 127], ignore_eos=True)
+    assert len(last.token_ids) == 1 and last.finish_reason == "length"
+    [empty] = llm.generate([""], max_new_tokens=3, ignore_eos=True)
+    assert len(empty.token_ids) == 3
+
+
+@pytest.mark.parametrize(("overrides", "words"), [
+    ({"data.paths": []}, ["data.paths"]),
+    ({"data.paths": ["EMPTY"]}, ["empty"]),
+    ({"data.paths": ["/no/such/text"]}, ["/no/such/text"]),
+    ({"tuning.seq_length": 129}, ["128", "129"]),
+    ({"tuning.global_batch_size": 3}, ["multiple", "3"]),
+    ({"tuning.micro_batch_size": 0}, ["micro_batch_size", "0"]),
+    ({"tuning.loss_weights": [1.0]}, ["loss_weights", "2"]),
+    ({"tuning.lr": -1}, ["lr", "-1"]),
+    ({"tuning.train_iters": 0}, ["train_iters", "0"]),
+])
+def test_tune_refuses(shared, tmp_path, overrides, words):
+    """An hour of waiting before a run that can not be."""
+    (tmp_path / "empty.txt").write_text("")
+    overrides = {key: [str(tmp_path / "empty.txt")] if value == ["EMPTY"] else value for key, value in overrides.items()}
+    config = load_config(None, {
+        "model.path": str(shared / "model"), "exits.path": str(shared / "exits"), "tuning.run_folder": str(tmp_path / "run"),
+        "data.paths": [str(shared / "text.txt"), str(shared / "more.txt")], "tuning.micro_batch_size": 2, "tuning.global_batch_size": 2,
+        "tuning.seq_length": 64, "tuning.train_iters": 1, **overrides})
+    with pytest.raises(InputError) as error:
+        tune_within(config, init_parallel(config.parallel))
+    assert all(word in complaint(error) for word in words), complaint(error)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_config_file_with_a_wrong_key_names_the_right_one(tmp_path):
+    """A misspelt key that is ignored."""
+    (tmp_path / "job.yaml").write_text(json.dumps({"tuning": {"train_iter": 5}}))
+    with pytest.raises(InputError) as error:
+        load_config(tmp_path / "job.yaml")
+    assert "train_iters" in complaint(error) and "job.yaml" in complaint(error)
