@@ -1,0 +1,50 @@
+"""Text that is shown while it is made adds up to the text of all tokens, cut at the first stop string."""
+import random
+
+import pytest
+
+from ee_tuning.generation.text import TextStream
+
+
+def decode(ids: list[int]) -> str:
+    return bytes(ids).decode(errors="replace")
+
+
+def shown(text: str, stop: tuple[str, ...] = ()) -> list[str]:
+    """What a stream shows for each byte of `text`, and at the end."""
+    stream, parts = TextStream(decode, stop), []
+    for byte in text.encode():
+        parts.append(stream.push(byte))
+        if stream.has_stopped:
+            break
+    return [*parts, stream.flush()]
+
+
+def test_characters_of_several_bytes_are_shown_whole():
+    """Half a character shows as a replacement mark that never goes away."""
+    text = "naïve — 速い 🚀 " * 8
+    assert "".join(shown(text)) == text
+    assert all("�" not in part for part in shown(text))
+
+
+@pytest.mark.parametrize(("text", "stop", "wanted"), [
+    ("one two three", ("two",), "one "),
+    ("aaab", ("aab",), "a"),
+    ("x = 1\n\ndef f", ("\n\n", "def"), "x = 1"),
+    ("never", ("no such",), "never"),
+    ("ends with sto", ("stop",), "ends with sto"),
+])
+def test_stop_string_is_cut_and_never_seen(text, stop, wanted):
+    """The beginning of a stop string that was already on the screen."""
+    assert "".join(shown(text, stop)) == wanted
+
+
+def test_random_texts_and_stops_agree_with_a_search_of_the_whole():
+    """A stop string that lies across the place where decoding restarts."""
+    rng = random.Random(0)
+    for _ in range(300):
+        text = "".join(rng.choice("abé ") for _ in range(rng.randrange(1, 80)))
+        stop = tuple("".join(rng.choice("abé ") for _ in range(rng.randrange(1, 5))) for _ in range(rng.randrange(3)))
+        # The stop string that is complete first wins; of those complete at the same byte, the one that begins first.
+        ends = sorted((text.find(s) + len(s), text.find(s)) for s in stop if s in text)
+        assert "".join(shown(text, stop)) == (text[: ends[0][1]] if ends else text), (text, stop)
