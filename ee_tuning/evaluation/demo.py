@@ -17,7 +17,7 @@ from rich.progress import Progress
 from ee_tuning.config import load_config, replace, save_config
 from ee_tuning.data.standard_library import standard_library
 from ee_tuning.errors import InputError
-from ee_tuning.evaluation.quality import ThresholdResult, measure_thresholds
+from ee_tuning.evaluation.quality import ThresholdResult, final_head_loss, measure_thresholds
 from ee_tuning.evaluation.report import draw_report
 from ee_tuning.generation.llm import EarlyExitLLM
 from ee_tuning.parallel.topology import leave_parallel
@@ -107,17 +107,20 @@ def _publish(output: Path) -> None:
 
 
 def _measure(job: Path, output: Path, prompts: list[str]) -> dict[str, Any]:
-    llm = EarlyExitLLM.from_config(load_config(job, {"exits.path": str(output / "exit_heads")}))
+    config = load_config(job, {"exits.path": str(output / "exit_heads")})
+    llm = EarlyExitLLM.from_config(config)
     with Progress(transient=True) as progress:
         task = progress.add_task("decoding", total=len(prompts))
         results, full_rate = measure_thresholds(llm, prompts, THRESHOLDS, NEW_TOKENS,
                                                 on_prompt=lambda done: progress.update(task, completed=done))
     before, after = _validation_losses(output / "run" / "metrics.jsonl")
     sample = llm.generate(prompts[:1], policy="threshold", threshold=0.8, max_new_tokens=NEW_TOKENS)[0]
+    final_loss = final_head_loss(llm, config)
     leave_parallel()
-    return {"model": Path(load_config(job).model.path).name, "num_layers": llm.num_layers, "exit_layers": list(llm.exit_layers),
+    return {"model": Path(config.model.path).name, "num_layers": llm.num_layers, "exit_layers": list(llm.exit_layers),
             "num_prompts": len(prompts), "new_tokens_per_prompt": NEW_TOKENS, "full_depth_tokens_per_second": round(full_rate, 2),
-            "exit_loss_before": before, "exit_loss_after": after, "thresholds": [_row(result) for result in results],
+            "exit_loss_before": before, "exit_loss_after": after, "final_loss": final_loss,
+            "thresholds": [_row(result) for result in results],
             "sample": {"prompt": sample.prompt, "text": sample.text, "exit_layers": sample.exit_layers}}
 
 
@@ -139,7 +142,8 @@ def _tell(console: Console, report: dict[str, Any], output: Path, seconds: float
     losses = ", ".join(f"layer {layer}: {before[layer]:.2f} → {after[layer]:.2f}" for layer in before)
     console.rule("What happened", align="left")
     console.print(f"Exit heads were put on {report['model']} ({report['num_layers']} layers, frozen) and tuned.\n"
-                  f"Held-out loss in nats per byte: {losses}.\n\nthreshold   speed-up   agreement   mean depth")
+                  f"Held-out loss in nats per byte: {losses}; the full model's own is {report['final_loss']:.2f}.\n\n"
+                  "threshold   speed-up   agreement   mean depth")
     for row in report["thresholds"]:
         console.print(f"{row['threshold']:>9g}   {row['speedup']:>7.2f}x   {100 * row['agreement']:>8.1f}%   "
                       f"{row['mean_exit_layer']:>10.1f}")

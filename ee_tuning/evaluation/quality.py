@@ -3,7 +3,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from ee_tuning.config import Config
+from ee_tuning.data.loader import validation_batches
+from ee_tuning.data.tokens import load_samples
 from ee_tuning.generation.llm import Completion, EarlyExitLLM
+from ee_tuning.tuning.loss import token_losses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +51,25 @@ def agreement(llm: EarlyExitLLM, completion: Completion) -> float:
     prompt = llm.tokenizer(completion.prompt)["input_ids"]
     said = llm.engine.full_model_tokens(prompt + completion.token_ids[:-1])[len(prompt) - 1:]
     return sum(a == b for a, b in zip(said, completion.token_ids, strict=True)) / len(said)
+
+
+def final_head_loss(llm: EarlyExitLLM, config: Config) -> float:
+    """The full model's own mean loss, nats per token, on what `tune` validates with: what the exits' losses come down towards.
+
+    In one process.
+    """
+    model, tuning = llm.model, config.tuning
+    splits = load_samples(config.data, config.model.path, seq_length=tuning.seq_length, vocab_size=model.config.vocab_size,
+                          max_positions=model.config.max_position_embeddings)
+    loss_sum = num_tokens = 0.0
+    for batch in validation_batches(splits.valid, tuning, dp=1, dp_rank=0):
+        hidden, _ = model.run_layers(model.embed(batch.tokens.to(llm.model.topology.device)))
+        labels, mask = batch.labels.to(hidden.device), batch.loss_mask.to(hidden.device)
+        losses = token_losses(model.final_hidden(hidden), model.backbone.output_layer.weight, labels, vocab=model.vocab,
+                              chunk_tokens=tuning.loss_chunk_tokens)
+        loss_sum += float((losses * mask).sum())
+        num_tokens += float(mask.sum())
+    return loss_sum / num_tokens
 
 
 def _rate(completions: list[Completion]) -> float:
