@@ -5,6 +5,7 @@ The shipped model → convert → tune at TP 2 × PP 2 on four processes → dec
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -35,15 +36,18 @@ def demo(output: Path) -> None:
         raise InputError(f"demo must run from a checkout of the project, which carries the model; {JOB} is not there")
     started, console = time.monotonic(), Console(highlight=False)
     output.mkdir(parents=True, exist_ok=True)
+    if (output / "job.yaml").is_file():  # a demo was here before
+        for made in ("run", "exit_heads", "converted"):
+            shutil.rmtree(output / made, ignore_errors=True)
     prompts = _write_text(output / "text")
     job = _write_job(output)
     console.rule("1 of 3: convert", align="left")
-    _run(console, [sys.executable, "-m", "ee_tuning", "convert", str(job), "--output", str(output / "converted"), "--overwrite"])
+    _run(console, [sys.executable, "-m", "ee_tuning", "convert", str(job), "--output", str(output / "converted")])
     console.rule("2 of 3: tune the exit heads, tensor parallel 2 × pipeline parallel 2", align="left")
     _run(console, [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "-m", "ee_tuning", "tune",
                    str(job), "--exits", str(output / "converted"), "--tensor-model-parallel-size", "2",
                    "--pipeline-model-parallel-size", "2"])
-    _publish(output)
+    shutil.copytree(output / "run" / "exit_heads", output / "exit_heads")
     console.rule("3 of 3: decode held-out code at each threshold", align="left")
     report = _measure(job, output, prompts)
     (output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -96,14 +100,6 @@ def _run(console: Console, command: list[str]) -> None:
 
 def _environment(*, one_thread: bool) -> dict[str, str]:
     return {**os.environ, **({"OMP_NUM_THREADS": "1"} if one_thread else {})}
-
-
-def _publish(output: Path) -> None:
-    """runs/demo/exit_heads leads to the run's artifact."""
-    link = output / "exit_heads"
-    if link.is_symlink():
-        link.unlink()
-    link.symlink_to(Path("run") / "exit_heads")
 
 
 def _measure(job: Path, output: Path, prompts: list[str]) -> dict[str, Any]:
