@@ -200,7 +200,7 @@ def _bare_step(engine: Engine, depth: int, start: int, length: int) -> float:
     batch = ragged_batch([0], [start], [length], *engine.tables, config.num_attention_heads // config.num_query_groups)
     began = time.perf_counter()
     for number in range(1, depth + 1):
-        hidden, exit_input = engine.layers[number](hidden, engine.cache.layers[number], batch)
+        hidden, exit_input = engine.layers[number](hidden, engine.cache.layer(number), batch)
     if depth == config.num_layers:
         logits = F.linear(model.final_hidden(hidden[-1:]), model.backbone.output_layer.weight)
     else:

@@ -126,6 +126,7 @@ def test_a_prompt_as_long_as_the_context_is_refused_and_one_less_answers(shared)
         assert "128" in complaint(error) and str(length) in complaint(error)
     [last] = llm.generate(["x" * 127], ignore_eos=True)
     assert len(last.token_ids) == 1 and last.finish_reason == "length"
+    assert llm.generate([]) == []
     [empty] = llm.generate([""], max_new_tokens=3, ignore_eos=True)
     assert len(empty.token_ids) == 3
 
