@@ -19,7 +19,7 @@ from ee_tuning.generation.sampling import choose_token
 from ee_tuning.model.attention import RaggedBatch, ragged_batch, rotation_tables
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.model.exit_head import ExitInput
-from ee_tuning.model.ragged_layer import RaggedLayer
+from ee_tuning.model.ragged_layer import RaggedLayer, column_major
 from ee_tuning.parallel.vocab import gather_logits, top1
 
 # t tokens of a ragged batch · r rows · h hidden
@@ -85,6 +85,9 @@ class Engine:
         self.pieces = cut_pieces(stages, model.plan.exit_layers)
         own = range(model.plan.first_layer, model.plan.last_layer + 1)
         self.layers = {number: RaggedLayer(model.backbone, number, self.topology) for number in own}
+        for layer in model.plan.own_exits:
+            if model.plan.architecture == "mlp":
+                column_major(model.exit_head(layer).mlp.fc1.weight)
         self.cache = KVCache(self.config, self.topology, num_slots=num_slots, max_length=max_length, dtype=model.plan.dtype)
         self.tables = rotation_tables(model.backbone.angles[:max_length], model.plan.dtype)
         self.max_pending = max_pending

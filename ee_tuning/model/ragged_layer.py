@@ -22,10 +22,10 @@ class RaggedLayer:
     def __init__(self, backbone: BackboneStage, number: int, topology: Topology):
         config, layer = backbone.config, backbone.layer(number)
         self.input_norm = layer.input_layernorm.weight
-        self.qkv = _column_major(layer.self_attention.linear_qkv.weight)
+        self.qkv = column_major(layer.self_attention.linear_qkv.weight)
         self.proj = layer.self_attention.linear_proj.weight
         self.mlp_norm = layer.pre_mlp_layernorm.weight
-        self.fc1, self.fc2 = _column_major(layer.mlp.linear_fc1.weight), layer.mlp.linear_fc2.weight
+        self.fc1, self.fc2 = column_major(layer.mlp.linear_fc1.weight), layer.mlp.linear_fc2.weight
         self.epsilon, self.shape = config.norm_epsilon, (config.hidden_size,)
         self.per_group = config.num_attention_heads // config.num_query_groups
         self.heads_shape = (config.num_query_groups // topology.tp, self.per_group + 2, config.kv_channels)
@@ -51,8 +51,8 @@ class RaggedLayer:
         return partial.add_(residual)
 
 
-def _column_major(weight: nn.Parameter) -> Tensor:
-    """The same matrix, its columns laid one after the other, in place.
+def column_major(weight: nn.Parameter) -> Tensor:
+    """The same matrix [tall, wide], its columns laid one after the other, in place.
 
     On a CPU a row of activations times a tall matrix reads it up to twice as fast so (benchmarks/decoding.py); wide ones gain nothing.
     """
