@@ -44,6 +44,31 @@ def test_every_stage_sees_every_microbatch_in_order(world: World, num_microbatch
             assert torch.equal(got, expected)
 
 
+def relay_with_pauses(num_microbatches: int) -> tuple[list[bool], list[float]]:
+    """Each third micro-batch is the last before a pause: whether the relay was quiet in it. And what was received."""
+    topology = init_parallel(ParallelSection(pipeline_model_parallel_size=4))
+    relay = Relay(topology, SHAPE, torch.float32)
+    quiet, seen = [relay.is_quiet], []
+    for i in range(num_microbatches):
+        pauses = i % 3 == 2
+        hidden = torch.full(SHAPE, 10.0 * i) if topology.is_first_stage else relay.receive(ahead=not pauses).hidden
+        seen.append(hidden.mean().item())
+        if not topology.is_last_stage:
+            relay.send(hidden + 1, more=i < num_microbatches - 1)
+        if pauses:
+            relay.finish()
+            quiet.append(relay.is_quiet)
+            topology.barrier()
+    relay.finish()
+    return quiet, seen
+
+
+def test_nothing_is_under_way_in_a_pause(world: World) -> None:
+    """A receive posted ahead across a pause that waits for the device never ends: its send comes after the pause."""
+    for stage, (quiet, seen) in enumerate(world.run(relay_with_pauses, 10)):
+        assert quiet == [True] * 4 and seen == [10.0 * i + stage for i in range(10)]
+
+
 def relay_twice() -> int:
     topology = init_parallel(ParallelSection(pipeline_model_parallel_size=2, tensor_model_parallel_size=2))
     first = relay_all(topology, 3, torch.float32)
