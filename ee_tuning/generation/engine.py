@@ -188,7 +188,11 @@ class Engine:
                 return None
             ids = [token for s, start, n in zip(rows, starts, lengths, strict=True) for token in s.tokens[start: start + n]]
             flat = torch.tensor([ids], device=self.topology.device)
-            return self.model.backbone.embed(flat)[:, 0]
+            positions = None
+            if self.config.position == "learned":
+                positions = torch.tensor([[p for start, n in zip(starts, lengths, strict=True) for p in range(start, start + n)]],
+                                         device=self.topology.device)
+            return self.model.backbone.embed(flat, positions)[:, 0]
         before = self.pieces[index - 1].stage
         hidden = None
         if before == stage:
