@@ -55,7 +55,9 @@ class PlainDecoder:
         if tensor("mlp.c_fc.weight") is not None:  # as gpt2 has it: [inputs, outputs]
             inner = F.gelu(normed @ tensor("mlp.c_fc.weight") + tensor("mlp.c_fc.bias"), approximate="tanh")
             x = a + inner @ tensor("mlp.c_proj.weight") + tensor("mlp.c_proj.bias")
-        if self.is_gpt2:
+        if tensor("norm.weight") is None:
+            pass
+        elif self.is_gpt2:
             x = F.layer_norm(x, (x.shape[-1],), tensor("norm.weight"), tensor("norm.bias"), self.model.config.layer_norm_epsilon)
         else:
             x = F.rms_norm(x, (x.shape[-1],), tensor("norm.weight"), self.model.config.rms_norm_eps)

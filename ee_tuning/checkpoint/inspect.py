@@ -84,7 +84,7 @@ def _parameters_by_part(config: ModelConfig) -> dict[str, int]:
 def _exit_head_bytes(config: ModelConfig, width: int) -> dict[str, int]:
     return {f"{architecture}, {'tied' if ties_output else 'untied'}":
             width * sum(map(math.prod, exit_tensor_shapes((1,), architecture, ties_output, config).values()))
-            for architecture in get_args(Architecture) for ties_output in (False, True)}
+            for architecture in get_args(Architecture) for ties_output in (False, True) if not ties_output or architecture != "embedding"}
 
 
 def _lines(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -107,7 +107,7 @@ def backbone_shard(parameter: str, config: ModelConfig, tp: int, tp_rank: int) -
 
 def exit_parameter_names(architecture: Architecture, ties_output: bool, config: ModelConfig) -> list[str]:
     """Every parameter of an exit head."""
-    names = [f"norm.{kind}" for kind in _norm_kinds(config)]
+    names = [f"norm.{kind}" for kind in _norm_kinds(config)] if architecture != "embedding" else []
     if architecture == "mlp":
         names += [f"mlp.{matrix}.{kind}" for matrix in ("fc1", "fc2") for kind in _linear_kinds(config.has_linear_bias)]
     return names + ["output.weight"] * (not ties_output)

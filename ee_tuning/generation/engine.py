@@ -240,7 +240,7 @@ class Engine:
             logits = F.linear(self.model.final_hidden(chosen(output.hidden)), self.model.backbone.output_layer.weight)
         else:
             head = self.model.exit_head(head_layer)
-            inputs = (ExitInput(chosen(output.hidden)) if head.architecture == "norm"
+            inputs = (ExitInput(chosen(output.hidden)) if head.architecture != "mlp"
                       else ExitInput(chosen(output.exit_input.hidden), chosen(output.exit_input.residual)))
             logits = head(inputs, F.linear)
         ids, confidences = top1(logits, self.model.vocab)

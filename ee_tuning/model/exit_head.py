@@ -28,7 +28,7 @@ class ExitInput:
     """What a head takes from the backbone at exit layer l: no gradient is asked of it."""
 
     hidden: Tensor
-    """[…, h]: x_l, layer l's output, for `norm`; layer l's normed post-attention residual for `mlp`."""
+    """[…, h]: x_l, layer l's output, for `embedding` and `norm`; layer l's normed post-attention residual for `mlp`."""
     residual: Tensor | None = None
     """[…, h]: for `mlp`, a_l, layer l's post-attention residual."""
 
@@ -73,7 +73,9 @@ class ExitMLP(nn.Module):
 
 
 class ExitHead(nn.Module):
-    """The head after layer `layer`: `norm`: W Norm(x); `mlp`: W Norm(a + MLP(PreMLPNorm(a))), DESIGN of EE-Tuning (arXiv 2402.00518).
+    """The head after layer `layer`: `embedding`: W x; `norm`: W Norm(x); `mlp`: W Norm(a + MLP(PreMLPNorm(a))).
+
+    The design is EE-Tuning's (arXiv 2402.00518).
 
     `tied_weight` is the backbone's frozen output matrix [v/tp, h]; None where the head trains its own.
     """
@@ -83,7 +85,8 @@ class ExitHead(nn.Module):
         super().__init__()
         self.layer, self.architecture = layer, architecture
         tensor: dict[str, Any] = {"dtype": dtype, "device": topology.device}
-        self.norm = exit_norm(config, **tensor)
+        if architecture != "embedding":
+            self.norm = exit_norm(config, **tensor)
         if architecture == "mlp":
             self.mlp = ExitMLP(config, topology, **tensor)
         if tied_weight is None:
@@ -102,6 +105,8 @@ class ExitHead(nn.Module):
 
     def final_hidden(self, inputs: ExitInput) -> Tensor:  # […, h]
         """What the output matrix is applied to."""
+        if self.architecture == "embedding":
+            return inputs.hidden
         if self.architecture == "norm":
             return self.norm(inputs.hidden)
         assert inputs.residual is not None

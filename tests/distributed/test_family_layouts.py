@@ -48,11 +48,11 @@ def tune(config: Config) -> None:
     tuner.save_exit_heads(folder / "exit_heads")
 
 
-def job_of(model: Path, run: Path, **tuning: Any) -> Config:
+def job_of(model: Path, run: Path, architecture: str = "mlp", **tuning: Any) -> Config:
     settings = {"train_iters": 3, "micro_batch_size": 1, "global_batch_size": 4, "seq_length": 12, "lr": 1e-2, "eval_iters": 1,
                 "save_interval": 0, "clip_grad": 0.5, "lr_decay_style": "constant", "lr_warmup_fraction": 0.0}
-    return job.replace(Config(), model={"path": str(model), "dtype": "float64"}, exits={"exit_layers": (2, 5)},
-                       tuning={"run_folder": str(run), **settings, **tuning})
+    return job.replace(Config(), model={"path": str(model), "dtype": "float64"},
+                       exits={"exit_layers": (2, 5), "architecture": architecture}, tuning={"run_folder": str(run), **settings, **tuning})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -65,11 +65,11 @@ def test_two_ranks_decode_what_one_decodes(world, tmp_path, family):
         assert answer == wanted
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_run_begun_by_one_rank_ends_by_two_as_it_does_by_one(world, tmp_path, family):
+@pytest.mark.parametrize(("family", "architecture"), [*((family, "mlp") for family in FAMILIES), ("gpt2", "embedding")])
+def test_a_run_begun_by_one_rank_ends_by_two_as_it_does_by_one(world, tmp_path, family, architecture):
     """A bias's gradient summed over ranks that have it alike; an artifact or a checkpoint with a matrix the wrong way round."""
     random_model(family, tmp_path / "model")
-    straight, begun = job_of(tmp_path / "model", tmp_path / "straight"), job_of(tmp_path / "model", tmp_path / "run")
+    straight, begun = (job_of(tmp_path / "model", tmp_path / run, architecture) for run in ("straight", "run"))
     tune(straight)
     tune(job.replace(begun, tuning={"train_iters": 2}))
     first = load_file(tmp_path / "run" / "exit_heads" / "exit_heads.safetensors")
