@@ -15,7 +15,7 @@ import yaml
 
 from ee_tuning.errors import InputError
 
-Architecture = Literal["norm", "mlp"]
+Architecture = Literal["embedding", "norm", "mlp"]
 DType = Literal["float32", "bfloat16", "float64"]
 
 
@@ -38,7 +38,7 @@ class ExitsSection:
     exit_layers: tuple[int, ...] = ()
     """Backbone layers (1-based, increasing) that are followed by an exit head."""
     architecture: Architecture = "mlp"
-    """norm: final norm and output matrix. mlp: layer l's MLP, trained anew, before them."""
+    """embedding: an output matrix alone. norm: final norm and output matrix. mlp: layer l's MLP, trained anew, before them."""
     init: Literal["copy", "random"] = "copy"
     """copy: from the backbone's own norm, MLP and output matrix. random: as the model was initialized."""
     output: Literal["untied", "tied"] = "untied"

@@ -13,25 +13,27 @@ class PlainDecoder:
 
     def __init__(self, model: Any, artifact: Path, exit_layers: tuple[int, ...], dtype: torch.dtype):
         self.model, self.exit_layers = model.to(dtype), exit_layers
+        self.is_gpt2 = model.config.model_type == "gpt2"
+        self.layers = model.transformer.h if self.is_gpt2 else model.model.layers
         self.heads = {name: tensor.to(dtype) for name, tensor in load_file(artifact / "exit_heads.safetensors").items()}
 
     def logits(self, tokens: list[int]) -> dict[int, Tensor]:  # layer -> [s, v]
         """Of every exit and, under the number of layers, of the final head, after each prefix of `tokens`."""
         residuals: dict[int, Tensor] = {}
-        hooks = [layer.post_attention_layernorm.register_forward_hook(
+        hooks = [(layer.ln_2 if self.is_gpt2 else layer.post_attention_layernorm).register_forward_hook(
             lambda _, x, y, number=number: residuals.update({number: (x[0][0], y[0])}))
-            for number, layer in enumerate(self.model.model.layers, 1)]
+            for number, layer in enumerate(self.layers, 1)]
         with torch.no_grad():
             out = self.model(torch.tensor([tokens]), output_hidden_states=True, use_cache=False)
             logits = {layer: self._head(layer, out.hidden_states[layer][0], residuals[layer]) for layer in self.exit_layers}
         for hook in hooks:
             hook.remove()
-        return {**logits, len(self.model.model.layers): out.logits[0]}
+        return {**logits, len(self.layers): out.logits[0]}
 
     def decode(self, prompt: list[int], num_tokens: int, threshold: float) -> tuple[list[int], list[int]]:
         """(tokens, the layer each left at): the first exit sure enough, else the final head; the first token is the final head's."""
         tokens, left = list(prompt), []
-        last = len(self.model.model.layers)
+        last = len(self.layers)
         for step in range(num_tokens):
             logits = self.logits(tokens)
             for layer in (*self.exit_layers, last):
@@ -43,14 +45,21 @@ class PlainDecoder:
         return tokens[len(prompt):], left
 
     def _head(self, layer: int, hidden: Tensor, residual: tuple[Tensor, Tensor]) -> Tensor:
-        def weight(name: str) -> Tensor | None:
-            return self.heads.get(f"exits.{layer}.{name}.weight")
+        def tensor(name: str) -> Tensor | None:
+            return self.heads.get(f"exits.{layer}.{name}")
 
-        x = hidden
-        if weight("mlp.gate_proj") is not None:
-            a, normed = residual
-            x = a + F.linear(F.silu(F.linear(normed, weight("mlp.gate_proj"))) * F.linear(normed, weight("mlp.up_proj")),
-                             weight("mlp.down_proj"))
-        x = F.rms_norm(x, (x.shape[-1],), weight("norm"), self.model.config.rms_norm_eps)
-        output = weight("output")
+        x, (a, normed) = hidden, residual
+        if tensor("mlp.gate_proj.weight") is not None:
+            x = a + F.linear(F.silu(F.linear(normed, tensor("mlp.gate_proj.weight"))) * F.linear(normed, tensor("mlp.up_proj.weight")),
+                             tensor("mlp.down_proj.weight"))
+        if tensor("mlp.c_fc.weight") is not None:  # as gpt2 has it: [inputs, outputs]
+            inner = F.gelu(normed @ tensor("mlp.c_fc.weight") + tensor("mlp.c_fc.bias"), approximate="tanh")
+            x = a + inner @ tensor("mlp.c_proj.weight") + tensor("mlp.c_proj.bias")
+        if tensor("norm.weight") is None:
+            pass
+        elif self.is_gpt2:
+            x = F.layer_norm(x, (x.shape[-1],), tensor("norm.weight"), tensor("norm.bias"), self.model.config.layer_norm_epsilon)
+        else:
+            x = F.rms_norm(x, (x.shape[-1],), tensor("norm.weight"), self.model.config.rms_norm_eps)
+        output = tensor("output.weight")
         return F.linear(x, self.model.lm_head.weight if output is None else output)

@@ -16,8 +16,9 @@ from ee_tuning.checkpoint.exit_heads import ExitHeadsConfig, check_output, save_
 from ee_tuning.checkpoint.exit_init import InitialExits
 from ee_tuning.checkpoint.fingerprint import fingerprint, model_shape
 from ee_tuning.checkpoint.huggingface import HuggingFaceReader
-from ee_tuning.checkpoint.names import EMBEDDING
+from ee_tuning.checkpoint.names import embedding_name
 from ee_tuning.config import Config
+from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig, read_model_config
 from ee_tuning.parallel.topology import Topology, init_parallel, leave_parallel
 
@@ -48,13 +49,19 @@ def write_initial_exits(config: Config, output: Path, topology: Topology, *, ove
 
 
 def initial_exits_config(config: Config, model: ModelConfig, reader: HuggingFaceReader) -> ExitHeadsConfig:
-    """What conversion of this model makes. Raises InputError where the weights are not those that the model's config.json describes."""
+    """What conversion of this model makes. Raises InputError where the weights are not those that the model's config.json describes,
+    or the exits would hold nothing.
+    """
     reader.check_complete(model)
     section = config.exits
+    if section.architecture == "embedding" and section.output == "tied":
+        raise InputError("exits.output must be untied for the architecture embedding, got tied, which leaves nothing to tune; "
+                         "use untied, or the architecture norm")
     return ExitHeadsConfig(
         exit_layers=section.exit_layers, architecture=section.architecture, output=section.output,
-        dtype=str(reader.dtype(EMBEDDING)).removeprefix("torch."), model_name=model_name(reader.folder), model_shape=model_shape(model),
-        model_fingerprint=fingerprint(reader, model), init=section.init, seed=section.seed if section.init == "random" else None)
+        dtype=str(reader.dtype(embedding_name(model))).removeprefix("torch."), model_name=model_name(reader.folder),
+        model_shape=model_shape(model), model_fingerprint=fingerprint(reader, model), init=section.init,
+        seed=section.seed if section.init == "random" else None)
 
 
 def model_name(folder: Path) -> str:

@@ -99,7 +99,7 @@ class ExitHeadsReader(SafetensorsFolder):
 
 def read_exit_tensor(source: TensorSource, config: ModelConfig, layer: int, parameter: str, tp: int, tp_rank: int,
                      dtype: torch.dtype) -> Tensor:
-    """Rank `tp_rank`'s part of a parameter (norm.weight, mlp.fc1.weight, mlp.fc2.weight, output.weight) of the head after `layer`."""
+    """Rank `tp_rank`'s part of a parameter (`exit_parameter_names`) of the head after `layer`."""
     return read_shard(source, exit_shard(layer, parameter, config, tp, tp_rank), dtype)
 
 

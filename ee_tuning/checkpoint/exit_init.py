@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ee_tuning.checkpoint.exit_heads import ExitHeadsConfig
 from ee_tuning.checkpoint.huggingface import HuggingFaceReader
-from ee_tuning.checkpoint.names import Shape, exit_copy_source
+from ee_tuning.checkpoint.names import Shape, exit_copy_source, is_residual_projection
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
 
@@ -19,7 +19,7 @@ class InitialExits:
     """The tensors of the artifact that `exits` describes, before any tuning, in the artifact's dtype.
 
     copy: norm <- the final norm, mlp <- the exit layer's own, output <- the final output matrix. random: N(0, the model's init_std),
-    down_proj narrower by √(2 · layer) as the reference has it, norms 1.
+    the MLP's last matrix narrower by √(2 · layer) as the reference has it, norms 1, biases 0.
     """
 
     def __init__(self, exits: ExitHeadsConfig, reader: HuggingFaceReader, config: ModelConfig):
@@ -66,8 +66,10 @@ class InitialExits:
     def _drawn(self, name: str) -> Tensor:
         if name.endswith(".norm.weight"):
             return torch.ones(self.shapes[name], dtype=self.exits.torch_dtype)
+        if name.endswith(".bias"):
+            return torch.zeros(self.shapes[name], dtype=self.exits.torch_dtype)
         layer = int(name.split(".")[1])
-        std = self.config.init_std / (math.sqrt(2 * layer) if name.endswith(".down_proj.weight") else 1.0)
+        std = self.config.init_std / (math.sqrt(2 * layer) if is_residual_projection(name, self.config) else 1.0)
         digest = hashlib.sha256(f"{self.exits.seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         return (torch.randn(self.shapes[name], generator=generator) * std).to(self.exits.torch_dtype)

@@ -18,12 +18,14 @@ from ee_tuning.model.config import ModelConfig
 
 _SHAPE_FIELDS = ("family", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
                  "vocab_size", "ties_embeddings")
+_FAMILY_FIELDS = ("norm", "position", "activation", "is_gated", "has_linear_bias", "has_qkv_bias", "has_qk_norm")
 
 
 def model_shape(config: ModelConfig) -> dict[str, Any]:
-    """What decides which tensors a backbone has and their shapes."""
+    """What decides which tensors a backbone has, their shapes, and how they are used; of the family's ways, those that are not Llama's."""
     fields = dataclasses.asdict(config)
-    return {name: fields[name] for name in _SHAPE_FIELDS}
+    llama = {field.name: field.default for field in dataclasses.fields(config)}
+    return {name: fields[name] for name in (*_SHAPE_FIELDS, *(name for name in _FAMILY_FIELDS if fields[name] != llama[name]))}
 
 
 def fingerprint(reader: TensorSource, config: ModelConfig) -> str:

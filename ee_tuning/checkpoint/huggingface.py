@@ -5,12 +5,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ee_tuning.checkpoint.names import LM_HEAD, backbone_shard, backbone_tensor_shapes
+from ee_tuning.checkpoint.names import backbone_shard, backbone_tensor_shapes, output_name
 from ee_tuning.checkpoint.safetensors_reader import SafetensorsFolder, read_shard
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
 
-_HARMLESS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # a buffer that old versions saved
+_HARMLESS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|transformer\.h\.\d+\.attn\.(masked_)?bias")
+"""Buffers that old versions saved."""
+_BARE = re.compile(r"(wte|wpe|ln_f|h\.\d+)\.")
+"""GPT-2's tensors where the model was saved without its output matrix, as the published ones are: `transformer.` is missing before them."""
 
 
 class HuggingFaceReader(SafetensorsFolder):
@@ -18,6 +21,17 @@ class HuggingFaceReader(SafetensorsFolder):
 
     def __init__(self, folder: Path):
         super().__init__(folder, "model")
+        is_bare = not any(name.startswith("transformer.") for name in self.files)
+        self._bare = {f"transformer.{name}": name for name in self.files if is_bare and _BARE.match(name)}
+
+    def stored_name(self, name: str) -> str:
+        """`name` itself, or how a bare GPT-2 has it."""
+        return self._bare.get(name, name)
+
+    def names(self) -> list[str]:
+        """Every tensor there is, sorted, as the family's whole models name them."""
+        called = {stored: name for name, stored in self._bare.items()}
+        return sorted(called.get(stored, stored) for stored in self.files)
 
     def check_complete(self, config: ModelConfig) -> None:
         """Raises InputError where a backbone tensor is missing, has another shape, or one is there that would be ignored."""
@@ -25,7 +39,7 @@ class HuggingFaceReader(SafetensorsFolder):
         for name, shape in expected.items():
             self.check_shape(name, shape)
         for name in self.names():
-            if name not in expected and name != LM_HEAD and not _HARMLESS.fullmatch(name):
+            if name not in expected and name != output_name(config) and not _HARMLESS.fullmatch(name):
                 raise InputError(f"{self._path(name)}: tensor {name} belongs to no {config.family} model with {config.num_layers} layers, "
                                  "and leaving it out would change the model; config and weights do not belong together")
 

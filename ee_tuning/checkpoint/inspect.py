@@ -9,7 +9,7 @@ from ee_tuning.checkpoint.convert import model_name
 from ee_tuning.checkpoint.exit_heads import CONFIG, ExitHeadsReader
 from ee_tuning.checkpoint.fingerprint import fingerprint, model_shape
 from ee_tuning.checkpoint.huggingface import HuggingFaceReader
-from ee_tuning.checkpoint.names import EMBEDDING, LM_HEAD, Shape, backbone_tensor_shapes, exit_tensor_shapes
+from ee_tuning.checkpoint.names import backbone_tensor_shapes, embedding_name, exit_tensor_shapes, output_name
 from ee_tuning.config import Architecture
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig, read_model_config
@@ -40,14 +40,13 @@ def model_facts(folder: Path) -> dict[str, Any]:
     config = read_model_config(folder)
     with HuggingFaceReader(folder) as reader:
         reader.check_complete(config)
-        width = reader.dtype(EMBEDDING).itemsize
-        parameters = _parameters_by_part(backbone_tensor_shapes(config))
+        dtype = reader.dtype(embedding_name(config))
         return {
             "kind": "model", "path": str(folder), "name": model_name(folder), "shape": model_shape(config),
-            "dtype": str(reader.dtype(EMBEDDING)).removeprefix("torch."), "rope": _rope(config),
-            "max_position_embeddings": config.max_position_embeddings, "parameters": parameters,
+            "dtype": str(dtype).removeprefix("torch."), "rope": _rope(config),
+            "max_position_embeddings": config.max_position_embeddings, "parameters": _parameters_by_part(config),
             "bytes": sum(math.prod(shape) * reader.dtype(name).itemsize for name, shape in backbone_tensor_shapes(config).items()),
-            "fingerprint": fingerprint(reader, config), "one_exit_head_bytes": _exit_head_bytes(config, width)}
+            "fingerprint": fingerprint(reader, config), "one_exit_head_bytes": _exit_head_bytes(config, dtype.itemsize)}
 
 
 def artifact_facts(folder: Path) -> dict[str, Any]:
@@ -68,22 +67,24 @@ def artifact_facts(folder: Path) -> dict[str, Any]:
             "bytes": sum(file.stat().st_size for file in folder.iterdir()), "integrity": "every sha256 is as the manifest says"}
 
 
-def _rope(config: ModelConfig) -> dict[str, Any]:
-    """Kind, theta, and what else its kind sets."""
+def _rope(config: ModelConfig) -> dict[str, Any] | None:
+    """Kind, theta, and what else its kind sets; None where positions are learned."""
+    if config.position == "learned":
+        return None
     plain = dataclasses.asdict(type(config.rope)())
     return {key: value for key, value in dataclasses.asdict(config.rope).items() if key in ("kind", "theta") or value != plain[key]}
 
 
-def _parameters_by_part(shapes: dict[str, Shape]) -> dict[str, int]:
-    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    embedding, output = sizes[EMBEDDING], sizes.get(LM_HEAD, 0)
+def _parameters_by_part(config: ModelConfig) -> dict[str, int]:
+    sizes = {name: math.prod(shape) for name, shape in backbone_tensor_shapes(config).items()}
+    embedding, output = sizes[embedding_name(config)], sizes.get(output_name(config), 0)
     return {"embedding": embedding, "layers": sum(sizes.values()) - embedding - output, "output": output, "all": sum(sizes.values())}
 
 
 def _exit_head_bytes(config: ModelConfig, width: int) -> dict[str, int]:
     return {f"{architecture}, {'tied' if ties_output else 'untied'}":
             width * sum(map(math.prod, exit_tensor_shapes((1,), architecture, ties_output, config).values()))
-            for architecture in get_args(Architecture) for ties_output in (False, True)}
+            for architecture in get_args(Architecture) for ties_output in (False, True) if not ties_output or architecture != "embedding"}
 
 
 def _lines(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -3,18 +3,17 @@
 Pure functions. A shard is a list of pieces of Hugging Face tensors laid one after the other; read so, it needs no other bytes of the
 checkpoint, and the same list read backwards (`merge_shards`) gives the Hugging Face tensors.
 """
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ee_tuning.checkpoint.spelling import SPELLINGS, Spelling
 from ee_tuning.config import Architecture
 from ee_tuning.model.config import ModelConfig
 
 Shape = tuple[int, ...]
-
-EMBEDDING, FINAL_NORM, LM_HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,23 @@ class Piece:
     dim: int
     start: int
     stop: int
+    is_transposed: bool = False
+    """Whether the parameter has the piece the other way round: columns are its rows."""
+
+    @property
+    def size(self) -> int:
+        """Rows or columns of it."""
+        return self.stop - self.start
+
+    @property
+    def cut_dim(self) -> int:
+        """The parameter's dimension that lies along `start`..`stop`."""
+        return 1 - self.dim if self.is_transposed else self.dim
+
+    @property
+    def parameter_shape(self) -> Shape:
+        """Of the whole tensor as the parameter has it round."""
+        return self.shape[::-1] if self.is_transposed else self.shape
 
 
 @dataclass(frozen=True)
@@ -40,25 +56,32 @@ class Shard:
     def shape(self) -> Shape:
         """Of this rank's parameter."""
         first = self.pieces[0]
-        if first.dim == 1:
-            return (first.shape[0], first.stop - first.start)
-        return (sum(p.stop - p.start for p in self.pieces) + self.zero_rows, *first.shape[1:])
+        if first.cut_dim == 1:
+            return (first.parameter_shape[0], first.size)
+        return (sum(p.size for p in self.pieces) + self.zero_rows, *first.parameter_shape[1:])
+
+
+def embedding_name(config: ModelConfig) -> str:
+    """The Hugging Face tensor that words are looked up in."""
+    return f"{SPELLINGS[config.family].embedding}.weight"
+
+
+def output_name(config: ModelConfig) -> str:
+    """The Hugging Face tensor of the model's own output matrix where it is not tied; some folders hold it where it is, too."""
+    return f"{SPELLINGS[config.family].output}.weight"
 
 
 def backbone_tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Every backbone tensor of the Hugging Face folder and its shape. The output matrix is absent where it is tied."""
-    shapes = {EMBEDDING: (config.vocab_size, config.hidden_size), FINAL_NORM: (config.hidden_size,)}
-    if not config.ties_embeddings:
-        shapes[LM_HEAD] = (config.vocab_size, config.hidden_size)
-    for layer in range(config.num_layers):
-        shapes.update({f"model.layers.{layer}.{name}": shape for name, shape in _layer_shapes(config).items()})
-    return shapes
+    return {piece.name: piece.shape for name in backbone_parameter_names(config) for piece in backbone_shard(name, config, 1, 0).pieces}
 
 
 def backbone_parameter_names(config: ModelConfig) -> list[str]:
     """Every Megatron-core parameter of the backbone; `output_layer.weight` stands among them even where it is tied."""
-    layers = [f"decoder.layers.{layer}.{name}" for layer in range(config.num_layers) for name in _LAYER_PARAMETERS]
-    return ["embedding.word_embeddings.weight", *layers, "decoder.final_layernorm.weight", "output_layer.weight"]
+    positions = ["embedding.position_embeddings.weight"] * (config.position == "learned")
+    layers = [f"decoder.layers.{layer}.{name}" for layer in range(config.num_layers) for name in _layer_parameter_names(config)]
+    norm = [f"decoder.final_layernorm.{kind}" for kind in _norm_kinds(config)]
+    return ["embedding.word_embeddings.weight", *positions, *layers, *norm, "output_layer.weight"]
 
 
 def backbone_shard(parameter: str, config: ModelConfig, tp: int, tp_rank: int) -> Shard:
@@ -66,50 +89,66 @@ def backbone_shard(parameter: str, config: ModelConfig, tp: int, tp_rank: int) -
 
     Raises KeyError on a name that is no backbone parameter of the family.
     """
+    spelling = SPELLINGS[config.family]
     if parameter in ("embedding.word_embeddings.weight", "output_layer.weight"):
         is_output = parameter == "output_layer.weight" and not config.ties_embeddings
-        return _vocabulary_rows(LM_HEAD if is_output else EMBEDDING, config, tp, tp_rank)
-    if parameter == "decoder.final_layernorm.weight":
-        return _whole(FINAL_NORM, (config.hidden_size,))
+        return _vocabulary_rows(output_name(config) if is_output else embedding_name(config), config, tp, tp_rank)
+    if parameter == "embedding.position_embeddings.weight" and config.position == "learned":
+        return _whole(f"{spelling.positions}.weight", (config.max_position_embeddings, config.hidden_size))
+    module, _, kind = parameter.rpartition(".")
+    if module == "decoder.final_layernorm" and kind in _norm_kinds(config):
+        return _whole(f"{spelling.final_norm}.{kind}", (config.hidden_size,))
     prefix, _, rest = parameter.partition("decoder.layers.")
     layer, _, name = rest.partition(".")
-    if prefix or name not in _LAYER_PARAMETERS or not layer.isdecimal() or int(layer) >= config.num_layers:
+    if prefix or name not in _layer_parameter_names(config) or not layer.isdecimal() or int(layer) >= config.num_layers:
         raise KeyError(f"{parameter} is no backbone parameter of a {config.family} model with {config.num_layers} layers")
-    return _LAYER_PARAMETERS[name](f"model.layers.{layer}.", config, tp, tp_rank)
+    return _layer_shard(name, f"{spelling.layers}.{layer}.", config, tp, tp_rank)
+
+
+def exit_parameter_names(architecture: Architecture, ties_output: bool, config: ModelConfig) -> list[str]:
+    """Every parameter of an exit head."""
+    names = [f"norm.{kind}" for kind in _norm_kinds(config)] if architecture != "embedding" else []
+    if architecture == "mlp":
+        names += [f"mlp.{matrix}.{kind}" for matrix in ("fc1", "fc2") for kind in _linear_kinds(config.has_linear_bias)]
+    return names + ["output.weight"] * (not ties_output)
 
 
 def exit_shard(layer: int, parameter: str, config: ModelConfig, tp: int, tp_rank: int) -> Shard:
-    """Rank `tp_rank`'s part of a parameter of the exit head after `layer` (1-based): norm.weight, mlp.fc1.weight, mlp.fc2.weight or
-    output.weight. Its pieces are named as in the exit-heads artifact. Raises KeyError on another name.
+    """Rank `tp_rank`'s part of a parameter of the exit head after `layer` (1-based), one of `exit_parameter_names`. Its pieces are named
+    as in the exit-heads artifact. Raises KeyError on another name.
     """
+    if parameter not in exit_parameter_names("mlp", False, config):
+        raise KeyError(f"{parameter} is no parameter of an exit head of a {config.family} model")
+    prefix = f"exits.{layer}."
     if parameter == "output.weight":
-        return _vocabulary_rows(f"exits.{layer}.output.weight", config, tp, tp_rank)
-    return _EXIT_PARAMETERS[parameter](f"exits.{layer}.", config, tp, tp_rank)
+        return _vocabulary_rows(f"{prefix}output.weight", config, tp, tp_rank)
+    if parameter.startswith("norm."):
+        return _whole(prefix + parameter, (config.hidden_size,))
+    _, matrix, kind = parameter.split(".")
+    return _mlp_shard(matrix, kind, prefix, config, tp, tp_rank)
 
 
 def exit_tensor_shapes(exit_layers: tuple[int, ...], architecture: Architecture, ties_output: bool,
                        config: ModelConfig) -> dict[str, Shape]:
     """Every tensor of the exit-heads artifact and its whole shape, in the artifact's order."""
-    shapes: dict[str, Shape] = {}
-    for layer in exit_layers:
-        shapes[f"exits.{layer}.norm.weight"] = (config.hidden_size,)
-        if architecture == "mlp":
-            for name, shape in _layer_shapes(config).items():
-                if name.startswith("mlp."):
-                    shapes[f"exits.{layer}.{name}"] = shape
-        if not ties_output:
-            shapes[f"exits.{layer}.output.weight"] = (config.vocab_size, config.hidden_size)
-    return shapes
+    return {piece.name: piece.shape for layer in exit_layers for name in exit_parameter_names(architecture, ties_output, config)
+            for piece in exit_shard(layer, name, config, 1, 0).pieces}
 
 
 def exit_copy_source(name: str, config: ModelConfig) -> str:
     """The backbone tensor that the artifact's tensor `name` is a copy of at copy initialization."""
+    spelling = SPELLINGS[config.family]
     _, layer, part = name.split(".", 2)
-    if part == "norm.weight":
-        return FINAL_NORM
+    if part.startswith("norm."):
+        return spelling.final_norm + part.removeprefix("norm")
     if part == "output.weight":
-        return EMBEDDING if config.ties_embeddings else LM_HEAD
-    return f"model.layers.{int(layer) - 1}.{part}"
+        return embedding_name(config) if config.ties_embeddings else output_name(config)
+    return f"{spelling.layers}.{int(layer) - 1}.{part}"
+
+
+def is_residual_projection(name: str, config: ModelConfig) -> bool:
+    """Whether the artifact's tensor `name` is the matrix whose output is added to the residual."""
+    return name.endswith(f".{SPELLINGS[config.family].down}.weight")
 
 
 def merge_shards(plans: Sequence[Shard], shards: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -119,21 +158,94 @@ def merge_shards(plans: Sequence[Shard], shards: Sequence[Tensor]) -> dict[str, 
         assert tuple(shard.shape) == plan.shape, (tuple(shard.shape), plan)
         row = 0
         for piece in plan.pieces:
-            size = piece.stop - piece.start
             whole = merged.setdefault(piece.name, torch.empty(piece.shape, dtype=shard.dtype, device=shard.device))
-            part = shard if piece.dim == 1 else shard[row:row + size]
-            whole.narrow(piece.dim, piece.start, size).copy_(part)
-            row += size
+            part = shard if piece.cut_dim == 1 else shard[row:row + piece.size]
+            whole.narrow(piece.dim, piece.start, piece.size).copy_(part.t() if piece.is_transposed else part)
+            row += piece.size
     return merged
 
 
-def _layer_shapes(config: ModelConfig) -> dict[str, Shape]:
-    h, f = config.hidden_size, config.ffn_hidden_size
-    q, kv = config.num_attention_heads * config.kv_channels, config.num_query_groups * config.kv_channels
-    return {
-        "input_layernorm.weight": (h,), "self_attn.q_proj.weight": (q, h), "self_attn.k_proj.weight": (kv, h),
-        "self_attn.v_proj.weight": (kv, h), "self_attn.o_proj.weight": (h, q), "post_attention_layernorm.weight": (h,),
-        "mlp.gate_proj.weight": (f, h), "mlp.up_proj.weight": (f, h), "mlp.down_proj.weight": (h, f)}
+def _norm_kinds(config: ModelConfig) -> tuple[str, ...]:
+    return ("weight", "bias") if config.norm == "layer" else ("weight",)
+
+
+def _linear_kinds(has_bias: bool) -> tuple[str, ...]:
+    return ("weight", "bias") if has_bias else ("weight",)
+
+
+def _layer_parameter_names(config: ModelConfig) -> list[str]:
+    norms, linears = _norm_kinds(config), _linear_kinds(config.has_linear_bias)
+    kinds = {
+        "input_layernorm": norms,
+        "self_attention.linear_qkv": _linear_kinds(config.has_linear_bias or config.has_qkv_bias),
+        "self_attention.q_layernorm": norms if config.has_qk_norm else (),
+        "self_attention.k_layernorm": norms if config.has_qk_norm else (),
+        "self_attention.linear_proj": linears,
+        "pre_mlp_layernorm": norms,
+        "mlp.linear_fc1": linears,
+        "mlp.linear_fc2": linears,
+    }
+    return [f"{module}.{kind}" for module in kinds for kind in kinds[module]]
+
+
+def _layer_shard(name: str, prefix: str, config: ModelConfig, tp: int, tp_rank: int) -> Shard:
+    spelling = SPELLINGS[config.family]
+    module, _, kind = name.rpartition(".")
+    norms = {"input_layernorm": (spelling.input_norm, config.hidden_size), "pre_mlp_layernorm": (spelling.mlp_norm, config.hidden_size),
+             "self_attention.q_layernorm": (spelling.query_norm, config.kv_channels),
+             "self_attention.k_layernorm": (spelling.key_norm, config.kv_channels)}
+    if module in norms:
+        stem, width = norms[module]
+        return _whole(f"{prefix}{stem}.{kind}", (width,))
+    if module == "self_attention.linear_qkv":
+        return Shard(tuple(_rows(prefix + stem, kind, (out, config.hidden_size), start, stop, spelling)
+                           for stem, out, start, stop in _query_key_value(config, tp, tp_rank)))
+    if module == "self_attention.linear_proj":
+        inner = config.num_attention_heads * config.kv_channels
+        return _columns(prefix + spelling.attention_output, kind, (config.hidden_size, inner), spelling, tp, tp_rank)
+    return _mlp_shard(module.removeprefix("mlp.linear_"), kind, prefix, config, tp, tp_rank)
+
+
+def _mlp_shard(matrix: str, kind: str, prefix: str, config: ModelConfig, tp: int, tp_rank: int) -> Shard:
+    spelling, inner = SPELLINGS[config.family], config.ffn_hidden_size
+    if matrix == "fc2":
+        return _columns(prefix + spelling.down, kind, (config.hidden_size, inner), spelling, tp, tp_rank)
+    start, stop = tp_rank * inner // tp, (tp_rank + 1) * inner // tp
+    return Shard(tuple(_rows(prefix + stem, kind, (inner, config.hidden_size), start, stop, spelling)
+                       for stem in ((spelling.gate, spelling.up) if config.is_gated else (spelling.up,))))
+
+
+def _query_key_value(config: ModelConfig, tp: int, tp_rank: int) -> Iterator[tuple[str, int, int, int]]:
+    """(name, its rows, first, last) in Megatron-core's order, which fuses by query group: its query heads, its key head, its value head."""
+    spelling, groups = SPELLINGS[config.family], config.num_query_groups
+    width = groups * config.kv_channels
+    sizes = {"query": config.num_attention_heads * config.kv_channels, "key": width, "value": width}
+    is_fused = spelling.query == spelling.key == spelling.value
+    for group in range(tp_rank * groups // tp, (tp_rank + 1) * groups // tp):
+        offset = 0
+        for part, size in sizes.items():
+            rows = size // groups
+            yield getattr(spelling, part), sum(sizes.values()) if is_fused else size, offset + group * rows, offset + (group + 1) * rows
+            offset += size if is_fused else 0
+
+
+def _rows(stem: str, kind: str, shape: Shape, start: int, stop: int, spelling: Spelling) -> Piece:
+    """Outputs `start`..`stop` of a linear map of `shape` [outputs, inputs]."""
+    if kind == "bias":
+        return Piece(f"{stem}.bias", shape[:1], 0, start, stop)
+    if spelling.is_transposed:
+        return Piece(f"{stem}.weight", shape[::-1], 1, start, stop, is_transposed=True)
+    return Piece(f"{stem}.weight", shape, 0, start, stop)
+
+
+def _columns(stem: str, kind: str, shape: Shape, spelling: Spelling, tp: int, tp_rank: int) -> Shard:
+    """A rank's part of the inputs of a linear map of `shape` [outputs, inputs]. Its bias, added after the ranks' sum, is whole."""
+    if kind == "bias":
+        return _whole(f"{stem}.bias", shape[:1])
+    start, stop = tp_rank * shape[1] // tp, (tp_rank + 1) * shape[1] // tp
+    if spelling.is_transposed:
+        return Shard((Piece(f"{stem}.weight", shape[::-1], 0, start, stop, is_transposed=True),))
+    return Shard((Piece(f"{stem}.weight", shape, 1, start, stop),))
 
 
 def _whole(name: str, shape: Shape) -> Shard:
@@ -145,48 +257,3 @@ def _vocabulary_rows(name: str, config: ModelConfig, tp: int, tp_rank: int) -> S
     rows = config.padded_vocab_size(tp) // tp
     start, stop = min(v, tp_rank * rows), min(v, (tp_rank + 1) * rows)
     return Shard((Piece(name, (v, config.hidden_size), 0, start, stop),), zero_rows=rows - (stop - start))
-
-
-def _replicated(tail: str) -> Callable[[str, ModelConfig, int, int], Shard]:
-    return lambda prefix, config, tp, tp_rank: _whole(prefix + tail, (config.hidden_size,))
-
-
-def _columns(tail: str) -> Callable[[str, ModelConfig, int, int], Shard]:
-    def cut(prefix: str, config: ModelConfig, tp: int, tp_rank: int) -> Shard:
-        shape = _layer_shapes(config)[tail]
-        width = shape[1] // tp
-        return Shard((Piece(prefix + tail, shape, 1, tp_rank * width, (tp_rank + 1) * width),))
-    return cut
-
-
-def _gate_and_up(prefix: str, config: ModelConfig, tp: int, tp_rank: int) -> Shard:
-    rows = config.ffn_hidden_size // tp
-    return Shard(tuple(Piece(f"{prefix}mlp.{part}_proj.weight", (config.ffn_hidden_size, config.hidden_size), 0,
-                             tp_rank * rows, (tp_rank + 1) * rows) for part in ("gate", "up")))
-
-
-def _query_key_value(prefix: str, config: ModelConfig, tp: int, tp_rank: int) -> Shard:
-    """Megatron-core fuses by query group: the group's query heads, its key head, its value head."""
-    groups = config.num_query_groups // tp
-    pieces = []
-    for group in range(tp_rank * groups, (tp_rank + 1) * groups):
-        for part in ("q", "k", "v"):
-            shape = _layer_shapes(config)[f"self_attn.{part}_proj.weight"]
-            rows = shape[0] // config.num_query_groups
-            pieces.append(Piece(f"{prefix}self_attn.{part}_proj.weight", shape, 0, group * rows, (group + 1) * rows))
-    return Shard(tuple(pieces))
-
-
-_LAYER_PARAMETERS = {
-    "input_layernorm.weight": _replicated("input_layernorm.weight"),
-    "self_attention.linear_qkv.weight": _query_key_value,
-    "self_attention.linear_proj.weight": _columns("self_attn.o_proj.weight"),
-    "pre_mlp_layernorm.weight": _replicated("post_attention_layernorm.weight"),
-    "mlp.linear_fc1.weight": _gate_and_up,
-    "mlp.linear_fc2.weight": _columns("mlp.down_proj.weight"),
-}
-_EXIT_PARAMETERS = {
-    "norm.weight": _replicated("norm.weight"),
-    "mlp.fc1.weight": _gate_and_up,
-    "mlp.fc2.weight": _columns("mlp.down_proj.weight"),
-}

@@ -39,19 +39,19 @@ def read_shard(source: TensorSource, shard: Shard, dtype: torch.dtype) -> Tensor
     row = 0
     for piece in shard.pieces:
         source.check_shape(piece.name, piece.shape)
-        if piece.dim == 1:
+        if piece.cut_dim == 1:
             out.copy_(_read_piece(source, piece))
             return out
-        size = piece.stop - piece.start
-        if size:
-            out[row:row + size].copy_(_read_piece(source, piece))
-        row += size
+        if piece.size:
+            out[row:row + piece.size].copy_(_read_piece(source, piece))
+        row += piece.size
     out[row:].zero_()
     return out
 
 
 def _read_piece(source: TensorSource, piece: Piece) -> Tensor:
-    return (source.columns if piece.dim == 1 else source.rows)(piece.name, piece.start, piece.stop)
+    part = (source.columns if piece.dim == 1 else source.rows)(piece.name, piece.start, piece.stop)
+    return part.t() if piece.is_transposed else part
 
 
 class SafetensorsFolder:
@@ -92,6 +92,10 @@ class SafetensorsFolder:
         """Every tensor there is, sorted."""
         return sorted(self.files)
 
+    def stored_name(self, name: str) -> str:
+        """What the files call the tensor `name`."""
+        return name
+
     def shape(self, name: str) -> Shape:
         """Of the whole tensor."""
         return tuple(self._slice(name).get_shape())
@@ -124,7 +128,7 @@ class SafetensorsFolder:
                              f"got {list(self.shape(name))}; config and weights are of different models")
 
     def _path(self, name: str) -> Path:
-        return self.folder / self.files[name]
+        return self.folder / self.files[self.stored_name(name)]
 
     def _read(self, name: str, part: slice | tuple[slice, slice]) -> Tensor:
         try:
@@ -133,9 +137,10 @@ class SafetensorsFolder:
             raise InputError(f"{self._path(name)}: tensor {name} can not be read: {error}; fetch the file again") from error
 
     def _slice(self, name: str) -> Any:
-        if name not in self.files:
+        stored = self.stored_name(name)
+        if stored not in self.files:
             raise InputError(f"{self.folder} holds no tensor {name}, which the model must have; config and weights do not belong together")
-        return self._file(self.files[name]).get_slice(name)
+        return self._file(self.files[stored]).get_slice(stored)
 
     def _file(self, name: str) -> Any:
         if name not in self._open:

@@ -195,7 +195,11 @@ class Engine:
                 return None
             ids = [token for s, start, n in zip(rows, starts, lengths, strict=True) for token in s.tokens[start: start + n]]
             flat = torch.tensor([ids], device=self.topology.device)
-            return self.model.backbone.embed(flat)[:, 0]
+            positions = None
+            if self.config.position == "learned":
+                positions = torch.tensor([[p for start, n in zip(starts, lengths, strict=True) for p in range(start, start + n)]],
+                                         device=self.topology.device)
+            return self.model.backbone.embed(flat, positions)[:, 0]
         before = self.pieces[index - 1].stage
         hidden = None
         if before == stage:
@@ -244,7 +248,7 @@ class Engine:
             logits = F.linear(self.model.final_hidden(chosen(output.hidden)), self.model.backbone.output_layer.weight)
         else:
             head = self.model.exit_head(head_layer)
-            inputs = (ExitInput(chosen(output.hidden)) if head.architecture == "norm"
+            inputs = (ExitInput(chosen(output.hidden)) if head.architecture != "mlp"
                       else ExitInput(chosen(output.exit_input.hidden), chosen(output.exit_input.residual)))
             logits = head(inputs, F.linear)
         ids, confidences = top1(logits, self.model.vocab)

@@ -6,7 +6,6 @@ import warnings
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 with warnings.catch_warnings():
@@ -16,8 +15,10 @@ with warnings.catch_warnings():
     from megatron.core.transformer.spec_utils import build_module
     from megatron.core.transformer.transformer_config import TransformerConfig
 
+from ee_tuning.model.activation import activation
 from ee_tuning.model.attention import CausalAttention, softmax_scale
 from ee_tuning.model.config import ModelConfig
+from ee_tuning.model.norm import backbone_norm
 from ee_tuning.model.rope import rotary_angles
 from ee_tuning.parallel.topology import Topology
 
@@ -35,20 +36,26 @@ def _transformer_config(config: ModelConfig, topology: Topology, dtype: torch.dt
     return TransformerConfig(
         num_layers=config.num_layers, hidden_size=config.hidden_size, ffn_hidden_size=config.ffn_hidden_size,
         num_attention_heads=config.num_attention_heads, num_query_groups=config.num_query_groups, kv_channels=config.kv_channels,
-        layernorm_epsilon=config.norm_epsilon, normalization="RMSNorm", gated_linear_unit=True, activation_func=F.silu,
-        add_bias_linear=False, softmax_scale=softmax_scale(config), attention_dropout=0.0, hidden_dropout=0.0,
+        layernorm_epsilon=config.norm_epsilon, normalization="RMSNorm" if config.norm == "rms" else "LayerNorm",
+        gated_linear_unit=config.is_gated, activation_func=activation(config), add_bias_linear=config.has_linear_bias,
+        add_qkv_bias=config.has_qkv_bias, qk_layernorm=config.has_qk_norm, softmax_scale=softmax_scale(config), attention_dropout=0.0,
+        hidden_dropout=0.0,
         tensor_model_parallel_size=topology.tp, params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16,
         perform_initialization=False, use_cpu_initialization=topology.device.type == "cpu",
         bias_activation_fusion=False, bias_dropout_fusion=False, masked_softmax_fusion=False, gradient_accumulation_fusion=False,
         apply_rope_fusion=False, persist_layer_norm=False)
 
 
-class Norm(nn.RMSNorm):
-    """RMSNorm built as a layer spec builds its norms."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object):
-        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=device)
+def layer_spec(config: ModelConfig) -> Any:
+    """Megatron's stock layer, with norms and a core attention of our own."""
+    norm = backbone_norm(config)
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm" if config.norm == "rms" else None, qk_layernorm=config.has_qk_norm)
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
+    attention = spec.submodules.self_attention.submodules
+    attention.core_attention = CausalAttention
+    if config.has_qk_norm:
+        attention.q_layernorm = attention.k_layernorm = norm
+    return spec
 
 
 class BackboneStage(nn.Module):
@@ -65,16 +72,16 @@ class BackboneStage(nn.Module):
         megatron = transformer_config(config, topology, dtype)
         padded = config.padded_vocab_size(topology.tp)
         if has_embedding:
-            self.embedding = LanguageModelEmbedding(megatron, padded, config.max_position_embeddings, position_embedding_type="rope",
-                                                    tp_group=topology.tp_group)
-        spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = Norm
-        spec.submodules.self_attention.submodules.core_attention = CausalAttention
+            # Megatron-core makes the embedding of positions on the CPU, as float32.
+            self.embedding = LanguageModelEmbedding(
+                megatron, padded, config.max_position_embeddings, tp_group=topology.tp_group,
+                position_embedding_type="rope" if config.position == "rope" else "learned_absolute").to(topology.device, dtype)
+        spec = layer_spec(config)
         layers = {str(number - 1): build_module(spec, config=megatron, layer_number=number)
                   for number in range(first_layer, last_layer + 1)}
         self.decoder = nn.ModuleDict({"layers": nn.ModuleDict(layers)})
         if has_final_norm:
-            self.decoder["final_layernorm"] = Norm(megatron, config.hidden_size, eps=config.norm_epsilon)
+            self.decoder["final_layernorm"] = backbone_norm(config)(megatron, config.hidden_size, eps=config.norm_epsilon)
         if has_output:
             self.output_layer = nn.Linear(config.hidden_size, padded // topology.tp, bias=False, dtype=dtype, device=topology.device)
             if config.ties_embeddings and has_embedding:
@@ -93,11 +100,13 @@ class BackboneStage(nn.Module):
         """The norm before the model's own output matrix; only where it was asked for."""
         return self.decoder["final_layernorm"](hidden)
 
-    def embed(self, tokens: Tensor) -> Tensor:  # [b, s] -> [s, b, h]
-        """Word embeddings; first stage only."""
-        return self.embedding(tokens, None)
+    def embed(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:  # [b, s], [b, s] -> [s, b, h]
+        """Embeddings; first stage only. `positions`, 0, 1, … by default, count where the model has learned them."""
+        if positions is None and self.config.position == "learned":
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        return self.embedding(tokens, positions)
 
     def run_layer(self, number: int, hidden: Tensor) -> Tensor:  # [s, b, h] -> [s, b, h]
         """One layer over whole sequences, causally."""
-        angles = self.angles[: hidden.shape[0], None, None]
+        angles = self.angles[: hidden.shape[0], None, None] if self.config.position == "rope" else None
         return self.layer(number)(hidden, attention_mask=None, rotary_pos_emb=angles)[0]

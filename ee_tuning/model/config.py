@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ee_tuning.errors import InputError
+from ee_tuning.model.families import Family, family_fields, in_llama_spelling, positive_number
 
 STORED_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -37,9 +38,10 @@ class RopeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder-only transformer of the Llama family."""
+    """A decoder-only transformer. What a field leaves unsaid is as in Llama."""
 
-    family: Literal["llama"] = "llama"
+    family: Family = "llama"
+    """How its Hugging Face folder spells its tensors."""
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
@@ -55,6 +57,19 @@ class ModelConfig:
     rope: RopeConfig
     ties_embeddings: bool
     """Whether the output matrix is the word embedding."""
+    norm: Literal["rms", "layer"] = "rms"
+    """layer: with a bias."""
+    position: Literal["rope", "learned"] = "rope"
+    """learned: an embedding of each position, added to the word's."""
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    is_gated: bool = True
+    """The MLP: down (activation(gate x) · up x); else down activation(up x)."""
+    has_linear_bias: bool = False
+    """On every linear map of a layer."""
+    has_qkv_bias: bool = False
+    """On queries, keys and values."""
+    has_qk_norm: bool = False
+    """Each head's query and key are normed before they are rotated."""
     init_std: float = 0.02
     stored_dtype: str = "float32"
     """What the weights are stored in."""
@@ -106,40 +121,23 @@ def read_model_config(folder: Path) -> ModelConfig:
 
 def model_config_from_hf(raw: dict[str, Any], path: Path) -> ModelConfig:
     """As `read_model_config`, from the parsed config.json; `path` is named in errors."""
-    _refuse_what_would_be_ignored(raw, path)
-    heads = _number(raw, "num_attention_heads", path)
-    hidden = _number(raw, "hidden_size", path)
-    max_positions = _number(raw, "max_position_embeddings", path)
+    raw = in_llama_spelling(raw, path)
+    heads = positive_number(raw, "num_attention_heads", path)
+    hidden = positive_number(raw, "hidden_size", path)
+    max_positions = positive_number(raw, "max_position_embeddings", path)
     dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
     if dtype not in STORED_DTYPES:
         raise InputError(f"{path}: dtype must be one of {', '.join(STORED_DTYPES)}, got {dtype}")
     eos = raw.get("eos_token_id")
     return ModelConfig(
-        num_layers=_number(raw, "num_hidden_layers", path), hidden_size=hidden,
-        ffn_hidden_size=_number(raw, "intermediate_size", path), num_attention_heads=heads,
+        **family_fields(raw, path), num_layers=positive_number(raw, "num_hidden_layers", path), hidden_size=hidden,
+        ffn_hidden_size=positive_number(raw, "intermediate_size", path), num_attention_heads=heads,
         num_query_groups=int(raw.get("num_key_value_heads") or heads), kv_channels=int(raw.get("head_dim") or hidden // heads),
-        vocab_size=_number(raw, "vocab_size", path), max_position_embeddings=max_positions,
+        vocab_size=positive_number(raw, "vocab_size", path), max_position_embeddings=max_positions,
         norm_epsilon=float(raw.get("rms_norm_eps", 1e-6)), rope=_rope(raw, max_positions, path),
         ties_embeddings=bool(raw.get("tie_word_embeddings", False)), init_std=float(raw.get("initializer_range", 0.02)),
         stored_dtype=dtype, eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
         bos_token_id=raw.get("bos_token_id"))
-
-
-def _refuse_what_would_be_ignored(raw: dict[str, Any], path: Path) -> None:
-    kind = raw.get("model_type")
-    if kind != "llama":
-        raise InputError(f"{path}: model_type must be llama, got {kind}; other families are not supported yet")
-    for key, allowed in (("attention_bias", (False, None)), ("mlp_bias", (False, None)), ("hidden_act", ("silu", None)),
-                         ("partial_rotary_factor", (1, 1.0, None))):
-        if raw.get(key) not in allowed:
-            raise InputError(f"{path}: {key} = {raw[key]} is not supported for model_type llama (must be {allowed[0]})")
-
-
-def _number(raw: dict[str, Any], key: str, path: Path) -> int:
-    value = raw.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{path}: {key} must be a positive whole number, got {value!r}")
-    return value
 
 
 def _rope(raw: dict[str, Any], max_positions: int, path: Path) -> RopeConfig:

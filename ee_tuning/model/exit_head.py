@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ee_tuning.config import Architecture
+from ee_tuning.model.activation import activation
 from ee_tuning.model.config import ModelConfig
+from ee_tuning.model.norm import exit_norm
 from ee_tuning.parallel.topology import Group, Topology
 
 # … any leading dimensions · h hidden · f/tp this rank's part of the MLP's inner width · v/tp its shard of the vocabulary
@@ -26,7 +28,7 @@ class ExitInput:
     """What a head takes from the backbone at exit layer l: no gradient is asked of it."""
 
     hidden: Tensor
-    """[…, h]: x_l, layer l's output, for `norm`; layer l's normed post-attention residual for `mlp`."""
+    """[…, h]: x_l, layer l's output, for `embedding` and `norm`; layer l's normed post-attention residual for `mlp`."""
     residual: Tensor | None = None
     """[…, h]: for `mlp`, a_l, layer l's post-attention residual."""
 
@@ -46,23 +48,34 @@ class _SumOverShards(torch.autograd.Function):
 
 
 class ExitMLP(nn.Module):
-    """W₂ (silu(gate x) · up x), as in the Llama family."""
+    """The family's MLP: W₂ (σ(gate x) · up x), or W₂ σ(W₁ x), each map with a bias where the family has one."""
 
-    def __init__(self, hidden_size: int, inner_size: int, group: Group | None, **tensor: Any):
+    def __init__(self, config: ModelConfig, topology: Topology, **tensor: Any):
         super().__init__()
-        self.fc1 = nn.Linear(hidden_size, 2 * inner_size, bias=False, **tensor)  # rows of gate, then rows of up
-        self.fc2 = nn.Linear(inner_size, hidden_size, bias=False, **tensor)
-        self.group = group
+        inner, has_bias = config.ffn_hidden_size // topology.tp, config.has_linear_bias
+        self.activation, self.is_gated = activation(config), config.is_gated
+        # Where gated: rows of gate, then rows of up.
+        self.fc1 = nn.Linear(config.hidden_size, (1 + self.is_gated) * inner, bias=has_bias, **tensor)
+        self.fc2 = nn.Linear(inner, config.hidden_size, bias=has_bias, **tensor)
+        self.group = topology.tp_group if topology.tp > 1 else None
 
     def forward(self, x: Tensor) -> Tensor:  # […, h] -> […, h]
         """See the class."""
-        gate, up = self.fc1(x).chunk(2, dim=-1)
-        out = self.fc2(F.silu(gate) * up)
-        return out if self.group is None else _SumOverShards.apply(out, self.group)
+        if self.is_gated:
+            gate, up = self.fc1(x).chunk(2, dim=-1)
+            inner = self.activation(gate) * up
+        else:
+            inner = self.activation(self.fc1(x))
+        if self.group is None:
+            return self.fc2(inner)
+        out = _SumOverShards.apply(F.linear(inner, self.fc2.weight), self.group)
+        return out if self.fc2.bias is None else out + self.fc2.bias
 
 
 class ExitHead(nn.Module):
-    """The head after layer `layer`: `norm`: W Norm(x); `mlp`: W Norm(a + MLP(PreMLPNorm(a))), DESIGN of EE-Tuning (arXiv 2402.00518).
+    """The head after layer `layer`: `embedding`: W x; `norm`: W Norm(x); `mlp`: W Norm(a + MLP(PreMLPNorm(a))).
+
+    The design is EE-Tuning's (arXiv 2402.00518).
 
     `tied_weight` is the backbone's frozen output matrix [v/tp, h]; None where the head trains its own.
     """
@@ -72,10 +85,10 @@ class ExitHead(nn.Module):
         super().__init__()
         self.layer, self.architecture = layer, architecture
         tensor: dict[str, Any] = {"dtype": dtype, "device": topology.device}
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon, **tensor)
+        if architecture != "embedding":
+            self.norm = exit_norm(config, **tensor)
         if architecture == "mlp":
-            group = topology.tp_group if topology.tp > 1 else None
-            self.mlp = ExitMLP(config.hidden_size, config.ffn_hidden_size // topology.tp, group, **tensor)
+            self.mlp = ExitMLP(config, topology, **tensor)
         if tied_weight is None:
             self.output = nn.Linear(config.hidden_size, config.padded_vocab_size(topology.tp) // topology.tp, bias=False, **tensor)
         self._tied = (tied_weight,)  # in a tuple, so that it is no parameter of the head
@@ -88,10 +101,12 @@ class ExitHead(nn.Module):
     @staticmethod
     def tensor_parallel_dim(parameter: str) -> int | None:
         """The dimension along which the named parameter is cut over TP; None where every rank holds all of it."""
-        return {"mlp.fc1.weight": 0, "mlp.fc2.weight": 1, "output.weight": 0}.get(parameter)
+        return {"mlp.fc1.weight": 0, "mlp.fc1.bias": 0, "mlp.fc2.weight": 1, "output.weight": 0}.get(parameter)
 
     def final_hidden(self, inputs: ExitInput) -> Tensor:  # […, h]
         """What the output matrix is applied to."""
+        if self.architecture == "embedding":
+            return inputs.hidden
         if self.architecture == "norm":
             return self.norm(inputs.hidden)
         assert inputs.residual is not None

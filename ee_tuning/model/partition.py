@@ -7,12 +7,12 @@ from ee_tuning.model.config import ModelConfig
 def layer_cost(config: ModelConfig) -> float:
     """Multiply-adds per token of one layer's forward pass, attention scores left out."""
     heads = config.kv_channels * (config.num_attention_heads + config.num_query_groups)
-    return config.hidden_size * (2 * heads + 3 * config.ffn_hidden_size)
+    return config.hidden_size * (2 * heads + _mlp_matrices(config) * config.ffn_hidden_size)
 
 
 def exit_head_cost(config: ModelConfig, architecture: Architecture) -> float:
     """Multiply-adds per token of one exit head's forward pass."""
-    mlp = 3 * config.hidden_size * config.ffn_hidden_size if architecture == "mlp" else 0
+    mlp = _mlp_matrices(config) * config.hidden_size * config.ffn_hidden_size if architecture == "mlp" else 0
     return mlp + config.hidden_size * config.vocab_size
 
 
@@ -45,6 +45,10 @@ def split_layers(costs: list[float], num_stages: int) -> list[tuple[int, int]]:
         middle = len(parts[longest]) // 2
         parts[longest:longest + 1] = [parts[longest][:middle], parts[longest][middle:]]
     return [(part[0], part[-1]) for part in parts]
+
+
+def _mlp_matrices(config: ModelConfig) -> int:
+    return 3 if config.is_gated else 2
 
 
 def _fill(costs: list[float], limit: float) -> list[list[int]]:

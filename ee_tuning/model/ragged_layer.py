@@ -8,12 +8,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ee_tuning.model.activation import activation
 from ee_tuning.model.attention import LayerCache, RaggedBatch, ragged_attention, rotate, softmax_scale
 from ee_tuning.model.backbone import BackboneStage
 from ee_tuning.model.exit_head import ExitInput
 from ee_tuning.parallel.topology import Topology
 
-# t tokens of a ragged batch · h hidden · g key-value heads of this rank · d width of a head
+# t tokens of a ragged batch · h hidden · g key-value heads of this rank · n/g query heads of each · d width of a head
 
 
 class RaggedLayer:
@@ -21,33 +22,59 @@ class RaggedLayer:
 
     def __init__(self, backbone: BackboneStage, number: int, topology: Topology):
         config, layer = backbone.config, backbone.layer(number)
-        self.input_norm = layer.input_layernorm.weight
-        self.qkv = column_major(layer.self_attention.linear_qkv.weight)
-        self.proj = layer.self_attention.linear_proj.weight
-        self.mlp_norm = layer.pre_mlp_layernorm.weight
-        self.fc1, self.fc2 = column_major(layer.mlp.linear_fc1.weight), layer.mlp.linear_fc2.weight
-        self.epsilon, self.shape = config.norm_epsilon, (config.hidden_size,)
+        attention, mlp = layer.self_attention, layer.mlp
+        self.input_norm, self.mlp_norm = layer.input_layernorm.weight, layer.pre_mlp_layernorm.weight
+        self.has_layer_norm = config.norm == "layer"
+        if self.has_layer_norm:
+            self.input_norm_bias, self.mlp_norm_bias = layer.input_layernorm.bias, layer.pre_mlp_layernorm.bias
+        self.qkv, self.qkv_bias = column_major(attention.linear_qkv.weight), attention.linear_qkv.bias
+        self.proj, self.proj_bias = attention.linear_proj.weight, attention.linear_proj.bias
+        self.fc1, self.fc1_bias = column_major(mlp.linear_fc1.weight), mlp.linear_fc1.bias
+        self.fc2, self.fc2_bias = mlp.linear_fc2.weight, mlp.linear_fc2.bias
+        self.activation, self.is_gated, self.is_rotated = activation(config), config.is_gated, config.position == "rope"
+        self.epsilon, self.shape, self.head_shape = config.norm_epsilon, (config.hidden_size,), (config.kv_channels,)
         self.per_group = config.num_attention_heads // config.num_query_groups
         self.heads_shape = (config.num_query_groups // topology.tp, self.per_group + 2, config.kv_channels)
+        self.head_norm: Tensor | None = None
+        if config.has_qk_norm:  # [n/g + 1, d]: a weight for each query head of a group, and for the key behind them
+            query, key = attention.q_layernorm.weight, attention.k_layernorm.weight
+            self.head_norm = torch.cat((query.expand(self.per_group, -1), key[None]))
         self.scale = softmax_scale(config)
         self.group = topology.tp_group if topology.tp > 1 else None
 
     def __call__(self, x: Tensor, cache: LayerCache, batch: RaggedBatch) -> tuple[Tensor, ExitInput]:  # [t, h] -> [t, h], …
         """The layer's output, and what an `mlp` exit here takes (made on the way in any case)."""
-        normed = F.rms_norm(x, self.shape, self.input_norm, self.epsilon)
-        qkv = F.linear(normed, self.qkv).view(-1, *self.heads_shape)                    # [t, g, n/g + 2, d]
-        rotated = rotate(qkv[:, :, :-1], batch)                                         # queries, and the key behind them
-        attended = ragged_attention(rotated[:, :, :-1], rotated[:, :, -1], qkv[:, :, -1], cache, batch, self.scale)
-        residual = self._project(attended, self.proj, x)
-        normed = F.rms_norm(residual, self.shape, self.mlp_norm, self.epsilon)
-        gate, up = F.linear(normed, self.fc1).chunk(2, dim=-1)
-        return self._project(F.silu(gate).mul_(up), self.fc2, residual), ExitInput(normed, residual=residual)
+        if self.has_layer_norm:
+            normed = F.layer_norm(x, self.shape, self.input_norm, self.input_norm_bias, self.epsilon)
+        else:
+            normed = F.rms_norm(x, self.shape, self.input_norm, self.epsilon)
+        qkv = F.linear(normed, self.qkv, self.qkv_bias).view(-1, *self.heads_shape)     # [t, g, n/g + 2, d]
+        heads = qkv[:, :, :-1]                                                          # queries, and the key behind them
+        if self.head_norm is not None:
+            heads = F.rms_norm(heads, self.head_shape, None, self.epsilon).mul_(self.head_norm)
+        if self.is_rotated:
+            heads = rotate(heads, batch)
+        attended = ragged_attention(heads[:, :, :-1], heads[:, :, -1], qkv[:, :, -1], cache, batch, self.scale)
+        residual = self._project(attended, self.proj, self.proj_bias, x)
+        if self.has_layer_norm:
+            normed = F.layer_norm(residual, self.shape, self.mlp_norm, self.mlp_norm_bias, self.epsilon)
+        else:
+            normed = F.rms_norm(residual, self.shape, self.mlp_norm, self.epsilon)
+        inner = F.linear(normed, self.fc1, self.fc1_bias)
+        if self.is_gated:
+            gate, up = inner.chunk(2, dim=-1)
+            inner = self.activation(gate).mul_(up)
+        else:
+            inner = self.activation(inner)
+        return self._project(inner, self.fc2, self.fc2_bias, residual), ExitInput(normed, residual=residual)
 
-    def _project(self, x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+    def _project(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
         if self.group is None:
-            return torch.addmm(residual, x, weight.t())
+            return torch.addmm(residual, x, weight.t()) if bias is None else F.linear(x, weight, bias).add_(residual)
         partial = F.linear(x, weight)
         dist.all_reduce(partial, group=self.group)
+        if bias is not None:
+            partial.add_(bias)
         return partial.add_(residual)
 
 

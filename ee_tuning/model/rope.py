@@ -25,7 +25,9 @@ def inverse_frequencies(rope: RopeConfig, width: int) -> Tensor:  # [d/2], float
 
 
 def rotary_angles(config: ModelConfig, length: int, device: torch.device) -> Tensor:  # [s, d], float32
-    """Angle of each position and dimension; the second half of the dimensions repeats the first."""
+    """Angle of each position and dimension; the second half of the dimensions repeats the first. Zeros where positions are learned."""
+    if config.position == "learned":
+        return torch.zeros(length, config.kv_channels, device=device)
     positions = torch.arange(length, dtype=torch.float32)
     half = torch.outer(positions, inverse_frequencies(config.rope, config.kv_channels))
     return torch.cat((half, half), dim=-1).to(device)

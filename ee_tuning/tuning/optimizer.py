@@ -34,7 +34,7 @@ class ExitOptimizer:
 
     def __init__(self, head: ExitHead, loss_weight: float, tuning: TuningSection, topology: Topology, mesh: DeviceMesh):
         self.layer, self.loss_weight, self._clip, self._device = head.layer, loss_weight, tuning.clip_grad, topology.device
-        dtype = head.norm.weight.dtype
+        dtype = next(head.parameters()).dtype
         master = torch.promote_types(dtype, torch.float32)
         self.head, self._sharded = head, _shard(head.to(master), dtype, master, mesh)
         # Taken now: inside and after a forward pass the module holds whole copies in the computing dtype.

@@ -115,7 +115,7 @@ def whole_tensors(exits: list[ExitOptimizer], config: ModelConfig, topology: Top
 
 @dataclass(frozen=True)
 class _Rectangle:
-    """Where rows of a parameter lie in a whole Hugging Face tensor."""
+    """Where rows of a parameter lie in a whole tensor."""
 
     name: str
     shape: tuple[int, ...]
@@ -125,14 +125,18 @@ class _Rectangle:
 
 
 def _rectangles(plan: Shard, first_row: int, num_rows: int) -> Iterator[_Rectangle]:
-    """Of the replica's rows first_row .. first_row + num_rows - 1 of the tensor-parallel shard that `plan` describes."""
+    """Of the replica's rows first_row .. first_row + num_rows - 1 of the tensor-parallel shard that `plan` describes.
+
+    Round as the parameter is, also where Hugging Face has the tensor transposed.
+    """
     row = 0
     for piece in plan.pieces:
-        size = piece.shape[0] if piece.dim == 1 else piece.stop - piece.start
+        shape, is_columns = piece.parameter_shape, piece.cut_dim == 1
+        size = shape[0] if is_columns else piece.size
         start, stop = max(row, first_row), min(row + size, first_row + num_rows)
         if start < stop:
-            offset = (start, piece.start) if piece.dim == 1 else (piece.start + start - row, *[0] * (len(piece.shape) - 1))
-            yield _Rectangle(piece.name, piece.shape, offset, slice(start - first_row, stop - first_row))
+            offset = (start, piece.start) if is_columns else (piece.start + start - row, *[0] * (len(shape) - 1))
+            yield _Rectangle(piece.name, shape, offset, slice(start - first_row, stop - first_row))
         row += size
 
 

@@ -20,7 +20,7 @@ from ee_tuning.parallel.topology import init_parallel
 
 NEW_TOKENS = 24
 PROMPTS = [[5, 17, 80, 3, 9], [41], [7, 7, 7, 90, 12, 60, 33, 2, 51, 18, 64], [99, 1, 0]]
-HEADS = {"norm untied": {"architecture": "norm"}, "mlp untied": {"architecture": "mlp"},
+HEADS = {"embedding": {"architecture": "embedding"}, "norm untied": {"architecture": "norm"}, "mlp untied": {"architecture": "mlp"},
          "norm tied": {"architecture": "norm", "output": "tied"}, "mlp tied": {"architecture": "mlp", "output": "tied"}}
 
 

@@ -118,8 +118,9 @@ def test_a_failed_replacement_keeps_the_old_artifact(llama: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(("section", "named"), [({"exit_layers": (2, 7)}, "1..6"), ({"exit_layers": (4, 2)}, "2,4"),
-                                                ({"exit_layers": ()}, "exit_layers")])
-def test_exit_layers_outside_the_model_are_refused_before_anything_is_made(llama: Path, tmp_path: Path, section: dict[str, Any],
+                                                ({"exit_layers": ()}, "exit_layers"),
+                                                ({"architecture": "embedding", "output": "tied"}, "exits.output must be untied")])
+def test_exits_that_can_not_be_are_refused_before_anything_is_made(llama: Path, tmp_path: Path, section: dict[str, Any],
                                                                            named: str) -> None:
     """A head after a layer that does not exist would be written and fail only when it is loaded."""
     assert named in refusal(lambda: convert(conversion(llama, **section), tmp_path / "exits"))

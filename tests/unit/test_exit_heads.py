@@ -81,7 +81,7 @@ def test_copies_are_the_backbone_s_own_bytes(tmp_path: Path, dtype: torch.dtype,
 
 
 @pytest.mark.parametrize(("architecture", "output", "parts"), [
-    ("norm", "tied", {"norm.weight"}), ("norm", "untied", {"norm.weight", "output.weight"}),
+    ("embedding", "untied", {"output.weight"}), ("norm", "tied", {"norm.weight"}), ("norm", "untied", {"norm.weight", "output.weight"}),
     ("mlp", "tied", {"norm.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"})])
 def test_an_artifact_holds_what_its_heads_own_and_no_more(llama: Path, architecture: str, output: str, parts: set[str]) -> None:
     """A tied output stored would be trained bytes that nobody reads."""

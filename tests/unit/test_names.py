@@ -8,6 +8,7 @@ from ee_tuning.checkpoint.names import (
     backbone_shard,
     backbone_tensor_shapes,
     exit_copy_source,
+    exit_parameter_names,
     exit_shard,
     exit_tensor_shapes,
     merge_shards,
@@ -40,11 +41,16 @@ def random_tensors(shapes: dict[str, tuple[int, ...]]) -> Tensors:
     return Tensors({name: torch.randn(shape, generator=generator) for name, shape in shapes.items()})
 
 
-@pytest.mark.parametrize("ties_embeddings", [False, True])
+GPT2 = {"family": "gpt2", "norm": "layer", "position": "learned", "activation": "gelu_tanh", "is_gated": False, "has_linear_bias": True,
+        "num_query_groups": 8, "kv_channels": 3}
+FAMILIES = [{}, {"ties_embeddings": True}, {"family": "qwen2", "has_qkv_bias": True}, {"family": "qwen3", "has_qk_norm": True}, GPT2]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tp", [1, 2, 4])
-def test_the_shards_of_all_ranks_hold_the_model_and_give_it_back(tp: int, ties_embeddings: bool) -> None:
+def test_the_shards_of_all_ranks_hold_the_model_and_give_it_back(tp: int, family: dict[str, object]) -> None:
     """A row read twice, or by nobody, would make another model of it at some tensor-parallel size."""
-    model = config(ties_embeddings=ties_embeddings)
+    model = config(**family)
     tensors = random_tensors(backbone_tensor_shapes(model))
     back: dict[str, Tensor] = {}
     for parameter in backbone_parameter_names(model):
@@ -99,13 +105,14 @@ def test_a_parameter_the_family_lacks_is_an_error(parameter: str) -> None:
         backbone_shard(parameter, config(), 1, 0)
 
 
-def test_an_exit_head_of_two_ranks_gives_its_whole_tensors_back() -> None:
+@pytest.mark.parametrize("family", [{}, GPT2])
+def test_an_exit_head_of_two_ranks_gives_its_whole_tensors_back(family: dict[str, object]) -> None:
     """Saving a tuned head with the halves of fc1 in rank order would swap rows of gate and up."""
-    model = config()
+    model = config(**family)
     shapes = exit_tensor_shapes((2,), "mlp", False, model)
     tensors = random_tensors(shapes)
     back: dict[str, Tensor] = {}
-    for parameter in ("norm.weight", "mlp.fc1.weight", "mlp.fc2.weight", "output.weight"):
+    for parameter in exit_parameter_names("mlp", False, model):
         plans = [exit_shard(2, parameter, model, 2, rank) for rank in range(2)]
         back.update(merge_shards(plans, [read_shard(tensors, plan, torch.float32) for plan in plans]))
     assert back.keys() == shapes.keys()
@@ -118,3 +125,18 @@ def test_an_exit_copies_the_layer_it_follows() -> None:
     assert exit_copy_source("exits.2.norm.weight", config()) == "model.norm.weight"
     assert exit_copy_source("exits.2.output.weight", config()) == "lm_head.weight"
     assert exit_copy_source("exits.2.output.weight", config(ties_embeddings=True)) == "model.embed_tokens.weight"
+    assert exit_copy_source("exits.2.norm.bias", config(**GPT2)) == "transformer.ln_f.bias"
+    assert exit_copy_source("exits.2.mlp.c_fc.weight", config(**GPT2)) == "transformer.h.1.mlp.c_fc.weight"
+
+
+def test_gpt2_keeps_its_matrices_the_other_way_round() -> None:
+    """c_attn holds [inputs, queries and keys and values]: read as it lies, or fused as it lies, it is another map of the same size."""
+    model = config(**GPT2)
+    tensors = random_tensors(backbone_tensor_shapes(model))
+    q, k, v = tensors["transformer.h.1.attn.c_attn.weight"].t().chunk(3)
+    fused = torch.stack([part.view(8, 3, 24) for part in (q, k, v)], dim=1).reshape(72, 24)
+    for rank, part in enumerate(fused.chunk(2)):
+        plan = backbone_shard("decoder.layers.1.self_attention.linear_qkv.weight", model, 2, rank)
+        assert torch.equal(read_shard(tensors, plan, torch.float32), part)
+    plan = backbone_shard("decoder.layers.1.mlp.linear_fc2.weight", model, 2, 1)
+    assert torch.equal(read_shard(tensors, plan, torch.float32), tensors["transformer.h.1.mlp.c_proj.weight"][20:].t())

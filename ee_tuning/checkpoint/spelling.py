@@ -1,0 +1,44 @@
+"""How the Hugging Face folders of each family name their tensors, and which way round they keep matrices. Data alone."""
+from dataclasses import dataclass, replace
+
+from ee_tuning.model.families import Family
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spelling:
+    """Names without the `.weight` and `.bias` at their end. Those of a layer follow `layers`.{its index}."""
+
+    embedding: str = "model.embed_tokens"
+    positions: str = ""
+    """The embedding of learned positions."""
+    final_norm: str = "model.norm"
+    output: str = "lm_head"
+    layers: str = "model.layers"
+    input_norm: str = "input_layernorm"
+    query: str = "self_attn.q_proj"
+    key: str = "self_attn.k_proj"
+    value: str = "self_attn.v_proj"
+    """Where the three are one name, that tensor holds all queries, then all keys, then all values."""
+    query_norm: str = "self_attn.q_norm"
+    key_norm: str = "self_attn.k_norm"
+    attention_output: str = "self_attn.o_proj"
+    mlp_norm: str = "post_attention_layernorm"
+    gate: str = "mlp.gate_proj"
+    up: str = "mlp.up_proj"
+    """The MLP's first matrix where it is not gated."""
+    down: str = "mlp.down_proj"
+    is_transposed: bool = False
+    """Whether the matrices of a layer are kept as [inputs, outputs]."""
+
+
+_LLAMA = Spelling()
+SPELLINGS: dict[Family, Spelling] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gpt2": replace(
+        _LLAMA, embedding="transformer.wte", positions="transformer.wpe", final_norm="transformer.ln_f", layers="transformer.h",
+        input_norm="ln_1", query="attn.c_attn", key="attn.c_attn", value="attn.c_attn", attention_output="attn.c_proj", mlp_norm="ln_2",
+        up="mlp.c_fc", down="mlp.c_proj", is_transposed=True),
+}

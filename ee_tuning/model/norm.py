@@ -1,0 +1,37 @@
+"""The norms of the families: as a layer spec of Megatron's builds them, and as an exit head does."""
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+from ee_tuning.model.config import ModelConfig
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm built as a layer spec builds its norms."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object):
+        super().__init__(hidden_size, eps=eps, **_tensor(config))
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm with a bias, built as a layer spec builds its norms."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object):
+        super().__init__(hidden_size, eps=eps, **_tensor(config))
+
+
+def backbone_norm(config: ModelConfig) -> type[RMSNorm] | type[LayerNorm]:
+    """The family's norm for a layer spec."""
+    return RMSNorm if config.norm == "rms" else LayerNorm
+
+
+def exit_norm(config: ModelConfig, **tensor: Any) -> nn.RMSNorm | nn.LayerNorm:
+    """The family's norm over hidden states, for an exit head; `tensor` gives dtype and device."""
+    kind = nn.RMSNorm if config.norm == "rms" else nn.LayerNorm
+    return kind(config.hidden_size, eps=config.norm_epsilon, **tensor)
+
+
+def _tensor(config: TransformerConfig) -> dict[str, Any]:
+    return {"dtype": config.params_dtype, "device": "cpu" if config.use_cpu_initialization else torch.cuda.current_device()}

@@ -1,0 +1,81 @@
+"""Each family is cut over tensor parallelism without a change: decoding, tuning, and the artifact that tuning writes."""
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from exits import write_exits
+from random_models import FAMILIES, random_model
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from ee_tuning import config as job
+from ee_tuning.checkpoint.load import load_for_generation, load_for_tuning
+from ee_tuning.config import Config, GenerationSection, ParallelSection, load_config
+from ee_tuning.data.tokens import PackedSamples, Splits
+from ee_tuning.generation.engine import Engine, Sampling
+from ee_tuning.generation.pieces import policy_of
+from ee_tuning.parallel.topology import init_parallel
+from ee_tuning.tuning.tuner import Tuner
+
+Decoded = list[tuple[list[int], list[tuple[int, float]]]]
+
+
+def decode(model: str, exits: str, tp: int) -> Decoded:
+    """Per prompt the tokens, and the exit layer and confidence of each."""
+    topology = init_parallel(ParallelSection(tensor_model_parallel_size=tp))
+    loaded = load_for_generation(load_config(None, {"model.path": model, "exits.path": exits, "model.dtype": "float64"}), topology)
+    engine = Engine(loaded.model, loaded.stages, num_slots=2, max_length=64, max_pending=4)
+    sequences = [engine.add(prompt, Sampling()) for prompt in ([5, 17, 80, 3, 9], [41])]
+    left: dict[int, list[tuple[int, float]]] = {id(s): [] for s in sequences}
+    for _ in range(10):
+        for step in engine.step(policy_of(GenerationSection(threshold=0.5), (2, 4), 6)):
+            left[id(step.sequence)].append((step.exit_layer, round(step.confidence, 9)))
+    return [(s.tokens[s.num_prompt_tokens:], left[id(s)]) for s in sequences]
+
+
+def tune(config: Config) -> None:
+    """On random tokens, in the world that exists; the artifact goes to the run folder."""
+    topology = init_parallel(config.parallel)
+    folder, length = Path(config.tuning.run_folder), config.tuning.seq_length
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens = np.random.RandomState(5).randint(0, 101, 23 * length + 1).astype(np.int32)
+    samples = Splits(train=PackedSamples(tokens, length), valid=PackedSamples(tokens[:3 * length + 1], length))
+    tuner = Tuner(load_for_tuning(config, topology), samples, config, topology)
+    if config.tuning.resume:
+        tuner.resume()
+    tuner.run()
+    tuner.save_exit_heads(folder / "exit_heads")
+
+
+def job_of(model: Path, run: Path, architecture: str = "mlp", **tuning: Any) -> Config:
+    settings = {"train_iters": 3, "micro_batch_size": 1, "global_batch_size": 4, "seq_length": 12, "lr": 1e-2, "eval_iters": 1,
+                "save_interval": 0, "clip_grad": 0.5, "lr_decay_style": "constant", "lr_warmup_fraction": 0.0}
+    return job.replace(Config(), model={"path": str(model), "dtype": "float64"},
+                       exits={"exit_layers": (2, 5), "architecture": architecture}, tuning={"run_folder": str(run), **settings, **tuning})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_ranks_decode_what_one_decodes(world, tmp_path, family):
+    """A bias added once a rank, a norm's weight cut, a fused or transposed matrix cut along the wrong side."""
+    random_model(family, tmp_path / "model", confident=True)
+    exits = write_exits(tmp_path / "model", tmp_path / "exits", init="copy")
+    wanted = decode(str(tmp_path / "model"), str(exits), 1)
+    for answer in world.run(decode, str(tmp_path / "model"), str(exits), 2):
+        assert answer == wanted
+
+
+@pytest.mark.parametrize(("family", "architecture"), [*((family, "mlp") for family in FAMILIES), ("gpt2", "embedding")])
+def test_a_run_begun_by_one_rank_ends_by_two_as_it_does_by_one(world, tmp_path, family, architecture):
+    """A bias's gradient summed over ranks that have it alike; an artifact or a checkpoint with a matrix the wrong way round."""
+    random_model(family, tmp_path / "model")
+    straight, begun = (job_of(tmp_path / "model", tmp_path / run, architecture) for run in ("straight", "run"))
+    tune(straight)
+    tune(job.replace(begun, tuning={"train_iters": 2}))
+    first = load_file(tmp_path / "run" / "exit_heads" / "exit_heads.safetensors")
+    world.run(tune, job.replace(begun, tuning={"resume": True}, parallel={"tensor_model_parallel_size": 2}))
+    wanted, got = (load_file(tmp_path / run / "exit_heads" / "exit_heads.safetensors") for run in ("straight", "run"))
+    assert wanted.keys() == got.keys()
+    for name, tensor in wanted.items():
+        assert_close(got[name], tensor, rtol=0, atol=1e-6, msg=name)
+        assert (got[name] - first[name]).abs().max() > 1e-3, f"{name} is not trained"
