@@ -64,6 +64,13 @@ def inspect(args: argparse.Namespace) -> None:
     inspect_path(args.path, as_json=args.json)
 
 
+def verify(args: argparse.Namespace) -> None:
+    """What this project wrote against its checksums."""
+    from ee_tuning.checkpoint.verify import verify_folder
+
+    verify_folder(args.path)
+
+
 def demo(args: argparse.Namespace) -> None:
     """The whole way with the shipped model."""
     from ee_tuning.evaluation.demo import demo
@@ -97,6 +104,10 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, metavar="FOLDER", help="a Hugging Face model folder or an exit-heads artifact")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", type=Path, metavar="FOLDER", help="an exit-heads artifact, an export, a run's checkpoint or a run folder")
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
@@ -133,6 +144,13 @@ The tuned artifact is OUTPUT/exit_heads.""", add_arguments=_add_tune, run=tune),
             examples="""\
   ee-tuning inspect Llama-2-7b-hf
   ee-tuning inspect runs/llama-2-7b/exit_heads --json""", add_arguments=_add_inspect, run=inspect),
+    Command(name="verify", summary="check every file of an artifact, an export or a run against its sha256",
+            examples="""\
+  ee-tuning verify runs/llama-2-7b/exit_heads
+  ee-tuning verify runs/llama-2-7b
+
+One line per file; the first that is missing or altered is named and ends it with exit code 2.
+Commands that load exits do the same; --no-verify spares them the reading.""", add_arguments=_add_verify, run=verify),
 )
 
 

@@ -74,14 +74,18 @@ class ExitHeadsConfig:
 class ExitHeadsReader(SafetensorsFolder):
     """An artifact, its manifest checked: `config` and, by slices, its tensors.
 
-    With a topology all ranks open it together: they share the checking out and agree on what it finds. Raises InputError, naming the file,
-    where anything is missing, altered or of another format.
+    With a topology all ranks open it together: they share the checking out and agree on what it finds. Without `verifies` the manifest is
+    not looked at. Raises InputError, naming the file, where anything is missing, altered or of another format.
     """
 
-    def __init__(self, folder: Path, topology: Topology | None = None):
-        check_integrity(folder, topology)
+    def __init__(self, folder: Path, topology: Topology | None = None, *, verifies: bool = True):
+        check_is_artifact(folder)
+        if verifies:
+            check_integrity(folder, topology)
         self.config = read_exit_config(folder)
         super().__init__(folder, STEM)
+        if not verifies:
+            return
         manifest = read_manifest(folder, _REMEDY)
         for file in sorted({CONFIG, *self.files.values()} - set(manifest)):
             raise InputError(f"{folder / MANIFEST} does not list {file}; {_REMEDY}")
@@ -145,11 +149,15 @@ def save_exit_heads(output: Path, exits: ExitHeadsConfig, config: ModelConfig, t
         on_first_rank(topology, lambda: _finish(partial, output, exits))
 
 
-def check_integrity(folder: Path, topology: Topology | None = None) -> None:
-    """Raises InputError where a file of the artifact is not what its manifest says; all ranks share the work and raise together."""
+def check_is_artifact(folder: Path) -> None:
+    """Raises InputError where `folder` is no exit-heads artifact at all."""
     if not (folder / CONFIG).is_file():
         raise InputError(f"--exits must be an exit-heads artifact, which holds {CONFIG}, and {folder} does not; make one with "
                          "`ee-tuning convert`")
+
+
+def check_integrity(folder: Path, topology: Topology | None = None) -> None:
+    """Raises InputError where a file of the artifact is not what its manifest says; all ranks share the work and raise together."""
     rank, world = (0, 1) if topology is None else (topology.rank, topology.world_size)
     complaints = []
     try:
