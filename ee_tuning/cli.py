@@ -16,6 +16,9 @@ from ee_tuning.config import Config, load_config
 from ee_tuning.errors import InputError
 from ee_tuning.flags import add_config_flags
 
+_EXPORT_FLAGS = {"artifact": ("only", "drop", "merge", "add")}
+"""Format -> the flags that only some formats take."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
@@ -64,6 +67,16 @@ def inspect(args: argparse.Namespace) -> None:
     inspect_path(args.path, as_json=args.json)
 
 
+def export(args: argparse.Namespace) -> None:
+    """Exits, or a model with its exits, in another form."""
+    config = load_config(args.config, args.overrides)
+    _check_export_flags(args)
+    from ee_tuning.checkpoint.export_artifact import ExitChoice, export_artifact
+
+    layers = {name: _layers(name, getattr(args, name)) for name in ("only", "drop", "add")}
+    export_artifact(config, args.output, ExitChoice(**layers, merge=args.merge), overwrite=args.overwrite)
+
+
 def verify(args: argparse.Namespace) -> None:
     """What this project wrote against its checksums."""
     from ee_tuning.checkpoint.verify import verify_folder
@@ -106,6 +119,18 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
 
 
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    _add_job(parser, "export")
+    parser.add_argument("--format", required=True, choices=_EXPORT_FLAGS, help="artifact: exits alone")
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where the export goes")
+    parser.add_argument("--overwrite", action="store_true", help="replace an export of the same format that is already there")
+    for flag, text in (("--only", "artifact: of --exits, just those after these layers"),
+                       ("--drop", "artifact: of --exits, all but those after these layers"),
+                       ("--add", "artifact: new exits after these layers, initialized from --model as convert does")):
+        parser.add_argument(flag, nargs="+", default=[], metavar="N", help=text)
+    parser.add_argument("--merge", type=Path, metavar="FOLDER", help="artifact: all exits of this artifact too")
+
+
 def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, metavar="FOLDER", help="an exit-heads artifact, an export, a run's checkpoint or a run folder")
 
@@ -144,6 +169,13 @@ The tuned artifact is OUTPUT/exit_heads.""", add_arguments=_add_tune, run=tune),
             examples="""\
   ee-tuning inspect Llama-2-7b-hf
   ee-tuning inspect runs/llama-2-7b/exit_heads --json""", add_arguments=_add_inspect, run=inspect),
+    Command(name="export", summary="write exits, or a model with its exits, in another form",
+            examples="""\
+  ee-tuning export --format artifact --exits runs/llama-2-7b/exit_heads --only 8,16 --output exits/two
+  ee-tuning export --format artifact --exits exits/two --merge exits/deep --output exits/all
+  ee-tuning export --format artifact --exits exits/two --model Llama-2-7b-hf --add 24 --output exits/three
+
+What is put together must be of one model, one architecture and one kind of output.""", add_arguments=_add_export, run=export),
     Command(name="verify", summary="check every file of an artifact, an export or a run against its sha256",
             examples="""\
   ee-tuning verify runs/llama-2-7b/exit_heads
@@ -224,6 +256,22 @@ def _speaks() -> bool:
         return distributed.distributed_c10d._get_default_store().add("ee_tuning/error", 1) == 1
     except RuntimeError:  # the store's host has gone already
         return True
+
+
+def _layers(flag: str, words: list[str]) -> tuple[int, ...]:
+    """3,6 or 3 6."""
+    parts = [part for word in words for part in word.split(",") if part.strip()]
+    for part in parts:
+        if not part.strip().isdecimal():
+            raise InputError(f"--{flag} takes layer numbers, got {part!r}; for example --{flag} 3,6")
+    return tuple(map(int, parts))
+
+
+def _check_export_flags(args: argparse.Namespace) -> None:
+    for name in dict.fromkeys(name for names in _EXPORT_FLAGS.values() for name in names):
+        if getattr(args, name) and name not in _EXPORT_FLAGS[args.format]:
+            formats = " or ".join(kind for kind, names in _EXPORT_FLAGS.items() if name in names)
+            raise InputError(f"--{name.replace('_', '-')} goes with --format {formats}, got --format {args.format}; leave one of them out")
 
 
 def _job(args: argparse.Namespace) -> Config:

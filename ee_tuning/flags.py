@@ -31,6 +31,7 @@ FLAGS: dict[str, dict[str, str]] = {
         "--train-iters": "tuning.train_iters", "--lr": "tuning.lr", "--seq-length": "tuning.seq_length",
         "--micro-batch-size": "tuning.micro_batch_size", "--global-batch-size": "tuning.global_batch_size", "--seed": "tuning.seed",
         "--resume": "tuning.resume", **_PARALLEL},
+    "export": {**_MODEL, **_EXITS, "--init": "exits.init", "--seed": "exits.seed"},
     "generate": {
         **_MODEL, **_EXITS, "--policy": "generation.policy", "--threshold": "generation.threshold",
         "--exit-layer": "generation.exit_layer", "--max-new-tokens": "generation.max_new_tokens",
