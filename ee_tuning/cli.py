@@ -16,9 +16,6 @@ from ee_tuning.config import Config, load_config
 from ee_tuning.errors import InputError
 from ee_tuning.flags import add_config_flags
 
-_EXPORT_FLAGS = {"artifact": ("only", "drop", "merge", "add")}
-"""Format -> the flags that only some formats take."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
@@ -30,7 +27,8 @@ class Command:
     examples: str
     """Shown after the flags."""
     add_arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], None]
+    run: Callable[[argparse.Namespace], int | None]
+    """May return an exit code other than 0."""
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -67,14 +65,11 @@ def inspect(args: argparse.Namespace) -> None:
     inspect_path(args.path, as_json=args.json)
 
 
-def export(args: argparse.Namespace) -> None:
-    """Exits, or a model with its exits, in another form."""
-    config = load_config(args.config, args.overrides)
-    _check_export_flags(args)
-    from ee_tuning.checkpoint.export_artifact import ExitChoice, export_artifact
+def export(args: argparse.Namespace) -> int:
+    """Exits, or a model with its exits, in another form. 1 where a check finds the export to say something else."""
+    from ee_tuning.evaluation.export import export
 
-    layers = {name: _layers(name, getattr(args, name)) for name in ("only", "drop", "add")}
-    export_artifact(config, args.output, ExitChoice(**layers, merge=args.merge), overwrite=args.overwrite)
+    return export(load_config(args.config, args.overrides), args)
 
 
 def verify(args: argparse.Namespace) -> None:
@@ -121,7 +116,9 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
     _add_job(parser, "export")
-    parser.add_argument("--format", required=True, choices=_EXPORT_FLAGS, help="artifact: exits alone")
+    parser.add_argument("--format", required=True, choices=("artifact", "hf", "megatron"),
+                        help="artifact: exits alone. hf: the model with its exits, as a folder for transformers. "
+                        "megatron: as a distributed checkpoint of Megatron-core")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where the export goes")
     parser.add_argument("--overwrite", action="store_true", help="replace an export of the same format that is already there")
     for flag, text in (("--only", "artifact: of --exits, just those after these layers"),
@@ -129,6 +126,12 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
                        ("--add", "artifact: new exits after these layers, initialized from --model as convert does")):
         parser.add_argument(flag, nargs="+", default=[], metavar="N", help=text)
     parser.add_argument("--merge", type=Path, metavar="FOLDER", help="artifact: all exits of this artifact too")
+    parser.add_argument("--link", action="store_true", help="hf: link the model's weights instead of copying them")
+    parser.add_argument("--check", action="store_true",
+                        help="hf: print how far the logits of every exit are from this project's; exit code 1 above the tolerance")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="hf: what to compare them on; default some Python source")
+    parser.add_argument("--tolerance", type=float, default=1e-3, metavar="X",
+                        help="hf: largest logit difference allowed (default %(default)s)")
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
@@ -174,8 +177,12 @@ The tuned artifact is OUTPUT/exit_heads.""", add_arguments=_add_tune, run=tune),
   ee-tuning export --format artifact --exits runs/llama-2-7b/exit_heads --only 8,16 --output exits/two
   ee-tuning export --format artifact --exits exits/two --merge exits/deep --output exits/all
   ee-tuning export --format artifact --exits exits/two --model Llama-2-7b-hf --add 24 --output exits/three
+  ee-tuning export --format hf --model Llama-2-7b-hf --exits runs/llama-2-7b/exit_heads --output llama-2-7b-early --link --check
+  torchrun --nproc-per-node 4 -m ee_tuning export --format megatron --model Llama-2-7b-hf --exits exits/two --output llama-2-7b-dist
 
-What is put together must be of one model, one architecture and one kind of output.""", add_arguments=_add_export, run=export),
+hf: transformers loads the folder as the plain model, and with trust_remote_code=True as one whose generate takes exit_threshold=0.8.
+megatron: stock Megatron-core loads the model at any tensor × pipeline size and leaves the exits alone.
+artifact: what is put together must be of one model, one architecture and one kind of output.""", add_arguments=_add_export, run=export),
     Command(name="verify", summary="check every file of an artifact, an export or a run against its sha256",
             examples="""\
   ee-tuning verify runs/llama-2-7b/exit_heads
@@ -233,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not hasattr(args, "command"):
             build_parser().print_help(sys.stderr)
             return 2
-        args.command.run(args)
+        code: int = args.command.run(args) or 0
         sys.stdout.flush()  # here, so that a reader who left is noticed here
     except InputError as error:
         if _speaks():
@@ -244,34 +251,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
         return 141
-    return 0
+    return code
 
 
 def _speaks() -> bool:
     """Whether this process prints the error: of many that met it, one; rank 0 as long as they have not joined."""
     distributed = sys.modules.get("torch.distributed")
-    if distributed is None or not distributed.is_initialized():
+    if distributed is None or not distributed.is_initialized() or distributed.get_world_size() == 1:
         return os.environ.get("RANK", "0") == "0"
     try:
         return distributed.distributed_c10d._get_default_store().add("ee_tuning/error", 1) == 1
     except RuntimeError:  # the store's host has gone already
         return True
-
-
-def _layers(flag: str, words: list[str]) -> tuple[int, ...]:
-    """3,6 or 3 6."""
-    parts = [part for word in words for part in word.split(",") if part.strip()]
-    for part in parts:
-        if not part.strip().isdecimal():
-            raise InputError(f"--{flag} takes layer numbers, got {part!r}; for example --{flag} 3,6")
-    return tuple(map(int, parts))
-
-
-def _check_export_flags(args: argparse.Namespace) -> None:
-    for name in dict.fromkeys(name for names in _EXPORT_FLAGS.values() for name in names):
-        if getattr(args, name) and name not in _EXPORT_FLAGS[args.format]:
-            formats = " or ".join(kind for kind, names in _EXPORT_FLAGS.items() if name in names)
-            raise InputError(f"--{name.replace('_', '-')} goes with --format {formats}, got --format {args.format}; leave one of them out")
 
 
 def _job(args: argparse.Namespace) -> Config:
