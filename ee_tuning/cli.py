@@ -27,7 +27,8 @@ class Command:
     examples: str
     """Shown after the flags."""
     add_arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], None]
+    run: Callable[[argparse.Namespace], int | None]
+    """May return an exit code other than 0."""
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -61,6 +62,20 @@ def inspect(args: argparse.Namespace) -> None:
     from ee_tuning.checkpoint.inspect import inspect_path
 
     inspect_path(args.path, as_json=args.json)
+
+
+def export(args: argparse.Namespace) -> int:
+    """Exits, or a model with its exits, in another form. 1 where a check finds the export to say something else."""
+    from ee_tuning.evaluation.export import export
+
+    return export(load_config(args.config, args.overrides), args)
+
+
+def verify(args: argparse.Namespace) -> None:
+    """What this project wrote against its checksums."""
+    from ee_tuning.checkpoint.verify import verify_folder
+
+    verify_folder(args.path)
 
 
 def demo(args: argparse.Namespace) -> None:
@@ -98,6 +113,30 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
 
 
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    _add_job(parser, "export")
+    parser.add_argument("--format", required=True, choices=("artifact", "hf", "megatron"),
+                        help="artifact: exits alone. hf: the model with its exits, as a folder for transformers. "
+                        "megatron: as a distributed checkpoint of Megatron-core")
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where the export goes")
+    parser.add_argument("--overwrite", action="store_true", help="replace an export of the same format that is already there")
+    for flag, text in (("--only", "artifact: of --exits, just those after these layers"),
+                       ("--drop", "artifact: of --exits, all but those after these layers"),
+                       ("--add", "artifact: new exits after these layers, initialized from --model as convert does")):
+        parser.add_argument(flag, nargs="+", default=[], metavar="N", help=text)
+    parser.add_argument("--merge", type=Path, metavar="FOLDER", help="artifact: all exits of this artifact too")
+    parser.add_argument("--link", action="store_true", help="hf: link the model's weights instead of copying them")
+    parser.add_argument("--check", action="store_true",
+                        help="hf: print how far the logits of every exit are from this project's; exit code 1 above the tolerance")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="hf: what to compare them on; default some Python source")
+    parser.add_argument("--tolerance", type=float, default=1e-3, metavar="X",
+                        help="hf: largest logit difference allowed (default %(default)s)")
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", type=Path, metavar="FOLDER", help="an exit-heads artifact, an export, a run's checkpoint or a run folder")
+
+
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), metavar="FOLDER",
                         help="where the artifacts, report.json and the picture go (default %(default)s)")
@@ -132,6 +171,24 @@ The tuned artifact is OUTPUT/exit_heads.""", add_arguments=_add_tune, run=tune),
             examples="""\
   ee-tuning inspect Llama-2-7b-hf
   ee-tuning inspect runs/llama-2-7b/exit_heads --json""", add_arguments=_add_inspect, run=inspect),
+    Command(name="export", summary="write exits, or a model with its exits, in another form",
+            examples="""\
+  ee-tuning export --format artifact --exits runs/llama-2-7b/exit_heads --only 8,16 --output exits/two
+  ee-tuning export --format artifact --exits exits/two --merge exits/deep --output exits/all
+  ee-tuning export --format artifact --exits exits/two --model Llama-2-7b-hf --add 24 --output exits/three
+  ee-tuning export --format hf --model Llama-2-7b-hf --exits runs/llama-2-7b/exit_heads --output llama-2-7b-early --link --check
+  torchrun --nproc-per-node 4 -m ee_tuning export --format megatron --model Llama-2-7b-hf --exits exits/two --output llama-2-7b-dist
+
+hf: transformers loads the folder as the plain model, and with trust_remote_code=True as one whose generate takes exit_threshold=0.8.
+megatron: stock Megatron-core loads the model at any tensor × pipeline size and leaves the exits alone.
+artifact: what is put together must be of one model, one architecture and one kind of output.""", add_arguments=_add_export, run=export),
+    Command(name="verify", summary="check every file of an artifact, an export or a run against its sha256",
+            examples="""\
+  ee-tuning verify runs/llama-2-7b/exit_heads
+  ee-tuning verify runs/llama-2-7b
+
+One line per file; the first that is missing or altered is named and ends it with exit code 2.
+Commands that load exits do the same; --no-verify spares them the reading.""", add_arguments=_add_verify, run=verify),
 )
 
 
@@ -182,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not hasattr(args, "command"):
             build_parser().print_help(sys.stderr)
             return 2
-        args.command.run(args)
+        code: int = args.command.run(args) or 0
         sys.stdout.flush()  # here, so that a reader who left is noticed here
     except InputError as error:
         if _speaks():
@@ -193,13 +250,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
         return 141
-    return 0
+    return code
 
 
 def _speaks() -> bool:
     """Whether this process prints the error: of many that met it, one; rank 0 as long as they have not joined."""
     distributed = sys.modules.get("torch.distributed")
-    if distributed is None or not distributed.is_initialized():
+    if distributed is None or not distributed.is_initialized() or distributed.get_world_size() == 1:
         return os.environ.get("RANK", "0") == "0"
     try:
         return distributed.distributed_c10d._get_default_store().add("ee_tuning/error", 1) == 1

@@ -45,6 +45,8 @@ class ExitsSection:
     """untied: each exit trains its own output matrix. tied: the backbone's frozen one."""
     seed: int = 1234
     """Of random initialization."""
+    verify: bool = True
+    """Whether every file of an artifact is checked against its sha256 before it is used."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,24 +20,27 @@ from ee_tuning.errors import InputError
 _MODEL = {"--model": "model.path", "--dtype": "model.dtype"}
 _NEW_EXITS = {"--exit-layers": "exits.exit_layers", "--architecture": "exits.architecture", "--init": "exits.init",
               "--exit-output": "exits.output"}
+_EXITS = {"--exits": "exits.path", "--no-verify": "exits.verify"}
 _PARALLEL = {"--tensor-model-parallel-size": "parallel.tensor_model_parallel_size",
              "--pipeline-model-parallel-size": "parallel.pipeline_model_parallel_size"}
 
 FLAGS: dict[str, dict[str, str]] = {
     "convert": {**_MODEL, **_NEW_EXITS, "--seed": "exits.seed", **_PARALLEL},
     "tune": {
-        **_MODEL, "--exits": "exits.path", **_NEW_EXITS, "--data": "data.paths", "--output": "tuning.run_folder",
+        **_MODEL, **_EXITS, **_NEW_EXITS, "--data": "data.paths", "--output": "tuning.run_folder",
         "--train-iters": "tuning.train_iters", "--lr": "tuning.lr", "--seq-length": "tuning.seq_length",
         "--micro-batch-size": "tuning.micro_batch_size", "--global-batch-size": "tuning.global_batch_size", "--seed": "tuning.seed",
         "--resume": "tuning.resume", **_PARALLEL},
+    "export": {**_MODEL, **_EXITS, "--init": "exits.init", "--seed": "exits.seed"},
     "generate": {
-        **_MODEL, "--exits": "exits.path", "--policy": "generation.policy", "--threshold": "generation.threshold",
+        **_MODEL, **_EXITS, "--policy": "generation.policy", "--threshold": "generation.threshold",
         "--exit-layer": "generation.exit_layer", "--max-new-tokens": "generation.max_new_tokens",
         "--temperature": "generation.temperature", "--top-k": "generation.top_k", "--top-p": "generation.top_p",
         "--seed": "generation.seed", "--stop": "generation.stop", "--ignore-eos": "generation.ignore_eos", **_PARALLEL},
 }
-"""Command -> flag -> config key."""
+"""Command -> flag -> config key. A flag `--no-…` sets its key to false, one that takes no value otherwise to true."""
 
+_NOT = "--no-"
 _METAVARS = {"model.path": "FOLDER", "exits.path": "FOLDER", "tuning.run_folder": "FOLDER", "data.paths": "PATH"}
 
 
@@ -59,7 +62,7 @@ def add_config_flags(parser: argparse.ArgumentParser, command: str) -> None:
     parser.set_defaults(overrides={})
     for flag, name in FLAGS[command].items():
         key = config_keys()[name]
-        options: dict[str, Any] = {"action": _Override, "key": name, "help": _help(name, key), "metavar": _metavar(name, key)}
+        options: dict[str, Any] = {"action": _Override, "key": name, "help": _help(flag, name, key), "metavar": _metavar(name, key)}
         if key.kind is bool:
             options["nargs"] = 0
         elif key.is_list and not key.is_verbatim:
@@ -85,7 +88,7 @@ class _Override(argparse.Action):
                 raise InputError(f"--set takes section.key=value, got {values!r}; for example --set tuning.lr=1e-4")
             overrides[name.strip()] = value
         elif self.nargs == 0:
-            overrides[self.key] = True
+            overrides[self.key] = not str(option_string).startswith(_NOT)
         elif config_keys()[self.key].is_verbatim:
             overrides[self.key] = [*_items(overrides.get(self.key)), values]
         elif isinstance(values, list):
@@ -132,7 +135,9 @@ def _documented_fields() -> dict[tuple[str, str], str]:
     return found
 
 
-def _help(name: str, key: Key) -> str:
+def _help(flag: str, name: str, key: Key) -> str:
+    if flag.startswith(_NOT):
+        return f"set to false: {key.doc[0].lower()}{key.doc[1:]} [{name}, default {key.default}]".replace("%", "%%")
     default = "" if key.default in (None, "", ()) or key.default is False else f", default {key.default}"
     return f"{key.doc} [{name}{default}]".strip().replace("%", "%%")
 

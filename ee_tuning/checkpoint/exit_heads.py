@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ee_tuning.checkpoint.aside import on_first_rank, refusals_named, written_aside
 from ee_tuning.checkpoint.manifest import MANIFEST, check_file, read_manifest, write_manifest
+from ee_tuning.checkpoint.model_card import artifact_card
 from ee_tuning.checkpoint.names import Shape, exit_shard, exit_tensor_shapes
 from ee_tuning.checkpoint.safetensors_reader import SafetensorsFolder, TensorSource, read_shard
 from ee_tuning.checkpoint.safetensors_writer import SHARD_BYTES, SafetensorsWriter
@@ -26,7 +27,7 @@ from ee_tuning.errors import InputError
 from ee_tuning.model.config import STORED_DTYPES, ModelConfig
 from ee_tuning.parallel.topology import Topology
 
-CONFIG, STEM = "exit_config.json", "exit_heads"
+CONFIG, STEM, CARD = "exit_config.json", "exit_heads", "README.md"
 FORMAT_VERSION = 1
 _REMEDY = "fetch or convert the exits again"
 
@@ -54,7 +55,9 @@ class ExitHeadsConfig:
     seed: int | None = None
     """Of random initialization."""
     tuned: dict[str, Any] | None = None
-    """How they were tuned: steps, tokens, …; None where they were not."""
+    """How they were tuned: steps, tokens, …; None where they were not, or not together."""
+    origins: dict[str, Any] | None = None
+    """Per exit layer {"init", "seed", "tuned"}, where exits that began or were tuned apart have been put together."""
 
     @property
     def ties_output(self) -> bool:
@@ -74,14 +77,18 @@ class ExitHeadsConfig:
 class ExitHeadsReader(SafetensorsFolder):
     """An artifact, its manifest checked: `config` and, by slices, its tensors.
 
-    With a topology all ranks open it together: they share the checking out and agree on what it finds. Raises InputError, naming the file,
-    where anything is missing, altered or of another format.
+    With a topology all ranks open it together: they share the checking out and agree on what it finds. Without `verifies` the manifest is
+    not looked at. Raises InputError, naming the file, where anything is missing, altered or of another format.
     """
 
-    def __init__(self, folder: Path, topology: Topology | None = None):
-        check_integrity(folder, topology)
+    def __init__(self, folder: Path, topology: Topology | None = None, *, verifies: bool = True):
+        check_is_artifact(folder)
+        if verifies:
+            check_integrity(folder, topology)
         self.config = read_exit_config(folder)
         super().__init__(folder, STEM)
+        if not verifies:
+            return
         manifest = read_manifest(folder, _REMEDY)
         for file in sorted({CONFIG, *self.files.values()} - set(manifest)):
             raise InputError(f"{folder / MANIFEST} does not list {file}; {_REMEDY}")
@@ -120,7 +127,8 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise InputError(f"{output} exists already; give --overwrite to replace an exit-heads artifact, or another --output")
     if not output.is_dir() or not (output / CONFIG).is_file():
         raise InputError(f"--overwrite replaces an exit-heads artifact only, and {output} is none; give another --output")
-    strangers = [p.name for p in output.iterdir() if p.name not in (CONFIG, MANIFEST, "calibration.json") and not p.name.startswith(STEM)]
+    own = (CONFIG, MANIFEST, CARD, "calibration.json")
+    strangers = [p.name for p in output.iterdir() if p.name not in own and not p.name.startswith(STEM)]
     if strangers:
         raise InputError(f"--overwrite would remove {output / strangers[0]}, which is no part of an artifact; move it away first")
 
@@ -145,11 +153,15 @@ def save_exit_heads(output: Path, exits: ExitHeadsConfig, config: ModelConfig, t
         on_first_rank(topology, lambda: _finish(partial, output, exits))
 
 
-def check_integrity(folder: Path, topology: Topology | None = None) -> None:
-    """Raises InputError where a file of the artifact is not what its manifest says; all ranks share the work and raise together."""
+def check_is_artifact(folder: Path) -> None:
+    """Raises InputError where `folder` is no exit-heads artifact at all."""
     if not (folder / CONFIG).is_file():
         raise InputError(f"--exits must be an exit-heads artifact, which holds {CONFIG}, and {folder} does not; make one with "
                          "`ee-tuning convert`")
+
+
+def check_integrity(folder: Path, topology: Topology | None = None) -> None:
+    """Raises InputError where a file of the artifact is not what its manifest says; all ranks share the work and raise together."""
     rank, world = (0, 1) if topology is None else (topology.rank, topology.world_size)
     complaints = []
     try:
@@ -192,7 +204,14 @@ def _from_json(tree: dict[str, Any]) -> ExitHeadsConfig:
                        ("seed", int | None)):
         if not isinstance(tree[key], kinds):
             raise ValueError(f"{key} has the value {tree[key]!r}, which is of a wrong type")
+    _check_origins(tree.get("origins"), layers)
     return exits
+
+
+def _check_origins(origins: Any, layers: tuple[int, ...]) -> None:
+    if origins is not None and not (isinstance(origins, dict) and sorted(origins) == sorted(map(str, layers)) and all(
+            isinstance(origin, dict) and set(origin) == {"init", "seed", "tuned"} for origin in origins.values())):
+        raise ValueError(f"origins must tell init, seed and tuned of the exits {layers}, got {origins!r}")
 
 
 def _begin(partial: Path, output: Path, writer: SafetensorsWriter) -> None:
@@ -205,7 +224,9 @@ def _begin(partial: Path, output: Path, writer: SafetensorsWriter) -> None:
 
 def _finish(partial: Path, output: Path, exits: ExitHeadsConfig) -> None:
     with refusals_named(output):
-        (partial / CONFIG).write_text(json.dumps(dataclasses.asdict(exits), indent=2) + "\n")
+        tree = dataclasses.asdict(exits)
+        (partial / CONFIG).write_text(json.dumps(tree, indent=2) + "\n")
+        (partial / CARD).write_text(artifact_card(tree))
         write_manifest(partial)
 
 

@@ -7,6 +7,8 @@ import dataclasses
 import hashlib
 import json
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +16,8 @@ from torch import Tensor
 
 from ee_tuning.checkpoint.names import backbone_tensor_shapes
 from ee_tuning.checkpoint.safetensors_reader import TensorSource
-from ee_tuning.model.config import ModelConfig
+from ee_tuning.errors import InputError
+from ee_tuning.model.config import ModelConfig, RopeConfig
 
 _SHAPE_FIELDS = ("family", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
                  "vocab_size", "ties_embeddings")
@@ -26,6 +29,18 @@ def model_shape(config: ModelConfig) -> dict[str, Any]:
     fields = dataclasses.asdict(config)
     llama = {field.name: field.default for field in dataclasses.fields(config)}
     return {name: fields[name] for name in (*_SHAPE_FIELDS, *(name for name in _FAMILY_FIELDS if fields[name] != llama[name]))}
+
+
+def config_of_shape(shape: Mapping[str, Any], where: Path) -> ModelConfig:
+    """What `model_shape` told of a backbone, as far as its tensors' shapes go: good for no forward pass.
+
+    Raises InputError, naming `where`, on what is no such description.
+    """
+    for name in _SHAPE_FIELDS:
+        value = shape.get(name)
+        if value is None or (name not in ("family", "ties_embeddings") and (type(value) is not int or value < 1)):
+            raise InputError(f"{where} does not describe its model: {name} must not be {value!r}; fetch or convert the exits again")
+    return ModelConfig(**{name: shape[name] for name in _SHAPE_FIELDS}, max_position_embeddings=1, norm_epsilon=1e-6, rope=RopeConfig())
 
 
 def fingerprint(reader: TensorSource, config: ModelConfig) -> str:

@@ -62,6 +62,7 @@ def artifact_facts(folder: Path) -> dict[str, Any]:
             "output": exits.output, "dtype": exits.dtype,
             "bound_to": {"name": exits.model_name, "fingerprint": exits.model_fingerprint, "shape": exits.model_shape},
             "initialized": {"init": exits.init, "seed": exits.seed}, "tuned": exits.tuned,
+            "origins": exits.origins,
             "parameters": {**{f"exit {layer}": sum(n for name, n in parameters.items() if name.startswith(f"exits.{layer}."))
                               for layer in exits.exit_layers}, "all": sum(parameters.values())},
             "bytes": sum(file.stat().st_size for file in folder.iterdir()), "integrity": "every sha256 is as the manifest says"}

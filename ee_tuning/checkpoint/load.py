@@ -87,7 +87,7 @@ def _open_exits(config: Config, model_config: ModelConfig, reader: HuggingFaceRe
         model_config.check_exit_layers(config.exits.exit_layers)
         exits = on_first_rank(topology, lambda: initial_exits_config(config, model_config, reader))
         return exits, InitialExits(exits, reader, model_config)
-    artifact = ExitHeadsReader(Path(config.exits.path), topology)
+    artifact = ExitHeadsReader(Path(config.exits.path), topology, verifies=config.exits.verify)
     check_bound_to(artifact, on_first_rank(topology, lambda: fingerprint(reader, model_config)))
     artifact.check_complete(model_config)
     return artifact.config, artifact

@@ -4,6 +4,7 @@
 """
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ from ee_tuning.errors import InputError
 MANIFEST = "manifest.json"
 
 
-def write_manifest(folder: Path) -> None:
-    """Lists every file that stands in `folder` now."""
-    files = {path.name: {"sha256": _sha256(path), "bytes": path.stat().st_size}
+def write_manifest(folder: Path, known: Mapping[str, str] | None = None) -> None:
+    """Lists every file that stands in `folder` now. `known` are sha256 by file name that were taken while writing."""
+    files = {path.name: {"sha256": (known or {}).get(path.name) or _sha256(path), "bytes": path.stat().st_size}
              for path in sorted(folder.iterdir()) if path.name != MANIFEST}
     (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n")
 
@@ -42,6 +43,21 @@ def check_file(path: Path, entry: dict[str, Any], remedy: str) -> None:
         raise InputError(f"{path} must have {entry['bytes']} bytes, as its manifest says, got {size}; {remedy}")
     if (digest := _sha256(path)) != entry["sha256"]:
         raise InputError(f"{path} is altered: its sha256 must be {entry['sha256']}, as its manifest says, got {digest}; {remedy}")
+
+
+def check_replaceable(output: Path, overwrite: bool) -> None:
+    """Raises InputError where `output` exists, unless it is empty, or may be replaced and holds nothing that its manifest does not list."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    remedy = "give another --output"
+    if not overwrite:
+        raise InputError(f"{output} exists already; give --overwrite to replace an export, or another --output")
+    if not output.is_dir():
+        raise InputError(f"--overwrite replaces an export only, and {output} is a file; {remedy}")
+    listed = read_manifest(output, f"--overwrite replaces an export only; {remedy}")
+    for path in output.iterdir():
+        if path.name not in listed and path.name != MANIFEST:
+            raise InputError(f"--overwrite would remove {path}, which its manifest does not list; move it away first")
 
 
 def _sha256(path: Path) -> str:

@@ -14,7 +14,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("flags",), ("cli",), ("__main__",))
 """A room imports from the levels above its own line in this table, and from itself; never from a room on the same level."""
 
-MEGATRON = ("parallel/", "model/", "data/", "checkpoint/megatron.py", "tuning/state.py")
+MEGATRON = ("parallel/", "model/", "data/", "checkpoint/megatron", "tuning/state.py")
 """Where megatron.core may be imported: few places, for it changes."""
 
 TORCH_ALONE = ("checkpoint/names.py", "tuning/loss.py", "generation/sampling.py")

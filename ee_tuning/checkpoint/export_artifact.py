@@ -1,0 +1,135 @@
+"""Exits are plug-and-play: take some out of an artifact, put two artifacts of one model together, add new exits to tuned ones."""
+import dataclasses
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ee_tuning.checkpoint.exit_heads import ExitHeadsConfig, ExitHeadsReader, check_bound_to, save_exit_heads
+from ee_tuning.checkpoint.exit_init import InitialExits
+from ee_tuning.checkpoint.fingerprint import config_of_shape, fingerprint
+from ee_tuning.checkpoint.huggingface import HuggingFaceReader
+from ee_tuning.config import Config
+from ee_tuning.errors import InputError
+from ee_tuning.model.config import read_model_config
+
+
+class _WholeTensors(Protocol):
+    def full(self, name: str) -> Tensor:
+        """The whole tensor."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Exits that come from one place."""
+
+    source: _WholeTensors
+    exits: ExitHeadsConfig
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitChoice:
+    """Which exits the new artifact gets."""
+
+    only: tuple[int, ...] = ()
+    """Of exits.path: just these."""
+    drop: tuple[int, ...] = ()
+    """Of exits.path: all but these."""
+    merge: Path | None = None
+    """All exits of this artifact too."""
+    add: tuple[int, ...] = ()
+    """New exits after these layers, initialized from the model."""
+
+
+def export_artifact(config: Config, output: Path, choice: ExitChoice, *, overwrite: bool = False) -> ExitHeadsConfig:
+    """Writes the artifact that `choice` makes of exits.path (and, for new exits, of the model). Returns what it holds.
+
+    Tensors are copied byte for byte, one at a time. Raises InputError where a layer is not there or there twice, the artifacts do not
+    belong together, or `output` can not be written; then nothing is left behind.
+    """
+    if config.exits.path is None:
+        raise InputError("export needs the exits to begin with, got none; give --exits FOLDER")
+    with ExitStack() as stack:
+        base = stack.enter_context(ExitHeadsReader(Path(config.exits.path), verifies=config.exits.verify))
+        model = config_of_shape(base.config.model_shape, base.folder)
+        base.check_complete(model)
+        parts = [_Part(base, base.config, _kept(base, choice))]
+        if choice.merge is not None:
+            other = stack.enter_context(ExitHeadsReader(choice.merge, verifies=config.exits.verify))
+            _check_belong_together(base, other)
+            other.check_complete(model)
+            parts.append(_Part(other, other.config, other.config.exit_layers))
+        if choice.add:
+            parts.append(_new_exits(config, base, choice.add, stack))
+        exits = _joined(parts)
+        save_exit_heads(output, exits, model, _tensors(parts, list(exits.tensor_shapes(model))), overwrite=overwrite)
+    return exits
+
+
+def origin_of(exits: ExitHeadsConfig, layer: int) -> dict[str, Any]:
+    """How one exit began and was tuned: {"init", "seed", "tuned"}."""
+    if exits.origins is None:
+        return {"init": exits.init, "seed": exits.seed, "tuned": exits.tuned}
+    own = exits.origins[str(layer)]
+    return {**own, "tuned": exits.tuned or own["tuned"]}
+
+
+def _kept(base: ExitHeadsReader, choice: ExitChoice) -> tuple[int, ...]:
+    held = base.config.exit_layers
+    if choice.only and choice.drop:
+        raise InputError("--only and --drop say the same thing from two sides; give one of them")
+    for flag, layers in (("--only", choice.only), ("--drop", choice.drop)):
+        for layer in layers:
+            if layer not in held:
+                raise InputError(f"{flag} must name exits of {base.folder}, which holds {', '.join(map(str, held))}, got {layer}")
+    return tuple(layer for layer in held if (layer in choice.only if choice.only else layer not in choice.drop))
+
+
+def _check_belong_together(base: ExitHeadsReader, other: ExitHeadsReader) -> None:
+    check_bound_to(other, base.config.model_fingerprint)
+    for key in ("architecture", "output", "dtype", "model_shape"):
+        ours, theirs = getattr(base.config, key), getattr(other.config, key)
+        if ours != theirs:
+            raise InputError(f"artifacts that are merged must have the same {key}: {base.folder} has {ours}, {other.folder} has {theirs}; "
+                             "convert and tune one of them as the other")
+
+
+def _new_exits(config: Config, base: ExitHeadsReader, layers: tuple[int, ...], stack: ExitStack) -> _Part:
+    if not config.model.path:
+        raise InputError("--add initializes exits from the model they are for, got none; give --model FOLDER")
+    folder = Path(config.model.path)
+    model = read_model_config(folder)
+    model.check_exit_layers(tuple(sorted(layers)))
+    reader = stack.enter_context(HuggingFaceReader(folder))
+    reader.check_complete(model)
+    check_bound_to(base, fingerprint(reader, model))
+    section = config.exits
+    exits = dataclasses.replace(base.config, exit_layers=tuple(sorted(layers)), init=section.init, tuned=None, origins=None,
+                                seed=section.seed if section.init == "random" else None)
+    return _Part(InitialExits(exits, reader, model), exits, exits.exit_layers)
+
+
+def _joined(parts: list[_Part]) -> ExitHeadsConfig:
+    layers = [layer for part in parts for layer in part.layers]
+    if not layers:
+        raise InputError("an artifact must hold at least one exit, and none would be left; keep one, or give --merge or --add")
+    for layer in layers:
+        if layers.count(layer) > 1:
+            raise InputError(f"each layer can have one exit, and the one after layer {layer} comes from two places; "
+                             f"leave one out, for example with --drop {layer}")
+    origins = {layer: origin_of(part.exits, layer) for part in parts for layer in part.layers}
+    first = next(iter(origins.values()))
+    base = dataclasses.replace(parts[0].exits, exit_layers=tuple(sorted(layers)), init=first["init"], seed=first["seed"])
+    if all(origin == first for origin in origins.values()):
+        return dataclasses.replace(base, tuned=first["tuned"], origins=None)
+    return dataclasses.replace(base, tuned=None, origins={str(layer): origins[layer] for layer in sorted(layers)})
+
+
+def _tensors(parts: list[_Part], names: list[str]) -> Iterator[tuple[str, Tensor]]:
+    sources = {layer: part.source for part in parts for layer in part.layers}
+    for name in names:
+        yield name, sources[int(name.split(".")[1])].full(name)

@@ -1,0 +1,58 @@
+"""README.md of what is written: a short model card, as model hubs show it. Plain functions of what the folder's config says."""
+import json
+from collections.abc import Mapping
+from typing import Any
+
+
+def artifact_card(exits: Mapping[str, Any]) -> str:
+    """The card of an exit-heads artifact, from its `exit_config.json`."""
+    name = " ".join(str(exits["model_name"]).split())
+    layers = list(exits["exit_layers"])
+    return "\n".join([
+        *_front_matter(name, "ee_tuning"), f"# Exit heads for {name}", "",
+        f"`{exits['architecture']}` heads after layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}, output matrix "
+        f"{exits['output']}, {exits['dtype']}. They let the model stop at one of these layers where it is sure of the next token; "
+        "the model itself is unchanged and not in this folder.", "",
+        *_history(exits), "",
+        "```bash", f"ee-tuning generate --model {_word(name)} --exits THIS_FOLDER --threshold 0.8 --prompt \"Once upon a time\"", "```", "",
+        f"Bound to the model with fingerprint `{exits['model_fingerprint']}`. `ee-tuning verify` checks the files.", ""])
+
+
+def export_card(name: str, exits: Mapping[str, Any] | None) -> str:
+    """The card of a merged Hugging Face folder; without exits, of a plain one."""
+    name = " ".join(name.split())
+    if exits is None:
+        return "\n".join([*_front_matter(name, "transformers"), f"# {name}", "", "The model's own files, tensor for tensor.", ""])
+    return "\n".join([
+        *_front_matter(name, "transformers"), f"# {name}, with early exits", "",
+        f"`model*.safetensors` is {name} as it was; `exit_heads*.safetensors` holds `{exits['architecture']}` exit heads after layers "
+        f"{', '.join(map(str, exits['exit_layers']))}.", "", *_history(exits), "",
+        "```python", "from transformers import AutoModelForCausalLM", "",
+        "plain = AutoModelForCausalLM.from_pretrained(FOLDER)",
+        "early = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)",
+        "early.generate(**inputs, exit_threshold=0.8)  # a token leaves at the first exit that is so sure of it; without it: plain",
+        "```", "", "`modeling_early_exit.py` needs torch, transformers and safetensors alone.", ""])
+
+
+def _front_matter(name: str, library: str) -> list[str]:
+    return ["---", f"library_name: {library}", f"base_model: {json.dumps(name)}", "tags: [early-exit, ee-tuning]", "---", ""]
+
+
+def _word(name: str) -> str:
+    return name if all(c.isalnum() or c in "-_./" for c in name) else "MODEL_FOLDER"
+
+
+def _history(exits: Mapping[str, Any]) -> list[str]:
+    """How the exits began and were tuned, in one line where that is the same for all."""
+    origins = exits.get("origins")
+    if origins is None:
+        return [_origin(exits)]
+    return [f"- layer {layer}: {_origin({**origin, 'tuned': exits['tuned'] or origin['tuned']})}" for layer, origin in origins.items()]
+
+
+def _origin(origin: Mapping[str, Any]) -> str:
+    began = "copied from the model" if origin["init"] == "copy" else f"drawn at random (seed {origin['seed']})"
+    tuned = origin["tuned"]
+    if tuned is None:
+        return f"Initialization: {began}; not tuned."
+    return f"Initialization: {began}; tuned: " + ", ".join(f"{key} {value}" for key, value in tuned.items()) + "."

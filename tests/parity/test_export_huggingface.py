@@ -1,0 +1,218 @@
+"""An exported folder, loaded by transformers in a process that can not import ee_tuning, decodes as our engine does."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from exits import write_exits
+from random_models import random_llama
+from safetensors.torch import load_file
+
+from ee_tuning import cli
+from ee_tuning.checkpoint.load import load_for_generation
+from ee_tuning.config import GenerationSection, ParallelSection, load_config
+from ee_tuning.generation.engine import Engine, Sampling
+from ee_tuning.generation.pieces import policy_of
+from ee_tuning.parallel.topology import init_parallel
+
+SHIPPED = Path(__file__).parents[2] / "examples" / "tiny-python-llama"
+PROMPTS = [[5, 17, 80, 3, 9], [41], [7, 7, 7, 90, 12, 60, 33, 2, 51, 18, 64], [99, 1, 0]]
+THRESHOLDS = (1.1, 0.8, 0.4)
+NEW_TOKENS = 24
+
+STRANGER = """
+import json, sys
+sys.modules["ee_tuning"] = None  # importing it fails
+import torch, transformers
+transformers.utils.logging.disable_progress_bar()
+folder, prompts, thresholds, count = json.loads(sys.argv[1])
+plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+early = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, trust_remote_code=True)
+width = max(map(len, prompts))
+ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+keys = dict(max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0)
+
+def told(made, width):
+    return [made.sequences[:, width:].tolist(), made.exit_layers.tolist()]
+
+def decoded(threshold, **more):
+    whole = early.generate(ids, attention_mask=mask, exit_threshold=threshold, return_dict_in_generate=True, **keys, **more)
+    return told(whole, width)
+
+def alone(threshold):
+    rows = [early.generate(torch.tensor([p]), attention_mask=torch.ones(1, len(p)).long(), exit_threshold=threshold,
+                           return_dict_in_generate=True, **keys) for p in prompts]
+    rows = [told(row, len(p)) for row, p in zip(rows, prompts)]
+    return [[row[0][0] for row in rows], [row[1][0] for row in rows]]
+
+def drawn(model, **more):
+    torch.manual_seed(5)
+    options = {**keys, "do_sample": True, "temperature": 1.3, "top_k": 20, "top_p": 0.95}
+    return model.generate(ids, attention_mask=mask, **options, **more).tolist()
+
+def until(token, model, **more):
+    return model.generate(ids, attention_mask=mask, **{**keys, "eos_token_id": token, "pad_token_id": 100}, **more).tolist()
+
+whole = plain.generate(ids, attention_mask=mask, **keys)
+end = whole[0, width + 3].item()
+early.save_pretrained(sys.argv[2])
+again = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[2], dtype=torch.float64, trust_remote_code=True)
+print(json.dumps({
+    "class": type(plain).__module__, "early_class": type(early).__name__,
+    "state": sorted(early.state_dict()) == sorted(plain.state_dict()),
+    "batch": [decoded(t) for t in thresholds], "alone": [alone(t) for t in thresholds],
+    "impatient": decoded(thresholds[-1], max_pending=1),
+    "plain": whole[:, width:].tolist(), "untold": early.generate(ids, attention_mask=mask, **keys)[:, width:].tolist(),
+    "drawn": [drawn(plain), drawn(early), drawn(early, exit_threshold=1.1)], "drawn_early": drawn(early, exit_threshold=0.4),
+    "until": [until(end, plain), until(end, early, exit_threshold=1.1)],
+    "again": told(again.generate(ids, attention_mask=mask, exit_threshold=0.4, return_dict_in_generate=True, **keys), width),
+}))
+"""
+
+
+def stranger(folder: Path, scratch: Path) -> dict[str, Any]:
+    environment = {**os.environ, "PYTHONPATH": "", "HF_HOME": str(scratch / "hub"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    job = json.dumps([str(folder), PROMPTS, THRESHOLDS, NEW_TOKENS])
+    done = subprocess.run([sys.executable, "-c", STRANGER, job, str(scratch / "again")],
+                          cwd=scratch, env=environment, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def ours(model: Path, exits: Path, threshold: float) -> list[list[list[int]]]:
+    """[tokens of each prompt, exit layers of each]."""
+    loaded = load_for_generation(load_config(None, {"model.path": str(model), "exits.path": str(exits), "model.dtype": "float64"}),
+                                 init_parallel(ParallelSection()))
+    engine = Engine(loaded.model, loaded.stages, num_slots=len(PROMPTS), max_length=64)
+    policy = policy_of(GenerationSection(threshold=threshold), loaded.model.plan.exit_layers, 6)
+    sequences = [engine.add(prompt, Sampling()) for prompt in PROMPTS]
+    left: dict[int, list[int]] = {id(s): [] for s in sequences}
+    for _ in range(NEW_TOKENS):
+        for step in engine.step(policy):
+            left[id(step.sequence)].append(step.exit_layer)
+    return [[s.tokens[s.num_prompt_tokens:] for s in sequences], [left[id(s)] for s in sequences]]
+
+
+def export(*words: str | Path, code: int = 0) -> None:
+    assert cli.main(["export", "--format", "hf", *map(str, words)]) == code
+
+
+@pytest.mark.parametrize(("architecture", "output"), [("mlp", "untied"), ("mlp", "tied"), ("norm", "untied"), ("norm", "tied")])
+def test_a_stranger_decodes_as_our_engine_does(tmp_path, architecture, output):
+    """A head fed the wrong states, a cache that lacks a skipped token, a padded row that sees its padding, one decision for a batch."""
+    random_llama(tmp_path / "model", confident=True)
+    exits = write_exits(tmp_path / "model", tmp_path / "exits", architecture=architecture, output=output)
+    export("--model", tmp_path / "model", "--exits", exits, "--output", tmp_path / "export")
+    told = stranger(tmp_path / "export", tmp_path)
+    assert told["class"] == "transformers.models.llama.modeling_llama" and told["early_class"] == "EarlyExitLlamaForCausalLM"
+    assert told["state"], "exit tensors in the state dict would end in the plain model's checkpoint"
+    wanted = [ours(tmp_path / "model", exits, threshold) for threshold in THRESHOLDS]
+    assert {layer for _, rows in wanted for left in rows for layer in left} == {2, 4, 6}, "else the claim is empty"
+    assert told["batch"] == told["alone"] == wanted
+    assert told["impatient"] == told["again"] == wanted[-1]
+    assert told["plain"] == told["untold"] == wanted[0][0]
+    assert told["drawn"][0] == told["drawn"][1] == told["drawn"][2] != told["drawn_early"]
+    assert told["until"][0] == told["until"][1]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of several shards, and exits."""
+    folder = tmp_path_factory.mktemp("llama")
+    random_llama(folder / "model").save_pretrained(folder / "model", max_shard_size="100KB")
+    (folder / "model" / "model.safetensors").unlink(missing_ok=True)
+    (folder / "model" / "LICENSE").write_text("as you like")
+    (folder / "model" / "pytorch_model.bin").write_bytes(b"another format")
+    write_exits(folder / "model", folder / "exits")
+    return folder
+
+
+@pytest.mark.parametrize("link", [[], ["--link"]])
+def test_the_backbone_s_files_are_its_own(llama, tmp_path, link):
+    """A shard written anew has other bytes, and no longer the hash that its publisher gives."""
+    export("--model", llama / "model", "--exits", llama / "exits", "--output", tmp_path / "export", *link)
+    shards = [path.name for path in (llama / "model").glob("*.safetensors")]
+    assert len(shards) > 1
+    for name in (*shards, "model.safetensors.index.json", "LICENSE"):
+        assert (tmp_path / "export" / name).read_bytes() == (llama / "model" / name).read_bytes()
+        assert (tmp_path / "export" / name).samefile(llama / "model" / name) == (bool(link) and name in shards)
+    assert not (tmp_path / "export" / "pytorch_model.bin").exists()
+    assert cli.main(["verify", str(tmp_path / "export")]) == 0
+    assert cli.main(["inspect", str(tmp_path / "export")]) == 0
+
+
+def test_another_disk_gets_a_relative_link(llama, tmp_path, monkeypatch):
+    """Hard links end at the disk's edge; an absolute one breaks when both folders move."""
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    export("--model", llama / "model", "--output", tmp_path / "export", "--link")
+    link = next((tmp_path / "export").glob("model-00001*"))
+    assert link.is_symlink() and not os.path.isabs(os.readlink(link)) and link.samefile(llama / "model" / link.name)
+
+
+def test_without_exits_the_plain_model_comes_back(llama, tmp_path):
+    """Exits of an earlier export that stay in the config would make the plain model ask for code."""
+    export("--model", llama / "model", "--exits", llama / "exits", "--output", tmp_path / "early")
+    export("--model", tmp_path / "early", "--output", tmp_path / "plain")
+    assert json.loads((tmp_path / "plain" / "config.json").read_text()) == json.loads((llama / "model" / "config.json").read_text())
+    for path in (llama / "model").glob("model*"):
+        assert (tmp_path / "plain" / path.name).read_bytes() == path.read_bytes()
+    assert not list((tmp_path / "plain").glob("*exit*"))
+    export("--model", llama / "model", "--output", tmp_path / "direct")
+    assert (tmp_path / "direct" / "config.json").read_bytes() == (llama / "model" / "config.json").read_bytes()
+
+
+def test_what_does_not_belong_together_is_refused(llama, tmp_path, capsys):
+    """Exits of another model in one folder with this one decode noise for everybody who loads it."""
+    random_llama(tmp_path / "other", seed=3)
+    output = tmp_path / "export"
+    for words, named in ((["--model", tmp_path / "other", "--exits", llama / "exits"], "fingerprint"),
+                         (["--model", llama / "model", "--check"], "--exits"), (["--model", llama / "model", "--drop", "2"], "--drop"),
+                         (["--exits", llama / "exits"], "--model")):
+        export(*words, "--output", output, code=2)
+        assert named in capsys.readouterr().err and not output.exists()
+    output.mkdir()
+    (output / "diary.txt").write_text("mine")
+    for more in ([], ["--overwrite"]):
+        export("--model", llama / "model", "--output", output, *more, code=2)
+        assert (output / "diary.txt").read_text() == "mine" and len(list(output.iterdir())) == 1
+
+
+def test_an_export_is_replaced_only_on_demand(llama, tmp_path, capsys):
+    """A second export that quietly replaces the first."""
+    export("--model", llama / "model", "--output", tmp_path / "export")
+    export("--model", llama / "model", "--output", tmp_path / "export", code=2)
+    assert "--overwrite" in capsys.readouterr().err
+    export("--model", llama / "model", "--exits", llama / "exits", "--output", tmp_path / "export", "--overwrite")
+    assert (tmp_path / "export" / "modeling_early_exit.py").exists()
+
+
+def test_check_compares_every_exit_and_finds_a_difference(tmp_path, capsys, monkeypatch):
+    """A check that can not fail; one that is content with the final head."""
+    exits = write_exits(SHIPPED, tmp_path / "exits", exit_layers=[3, 9], init="copy")
+    words = ["--model", SHIPPED, "--exits", exits, "--output", tmp_path / "export", "--check"]
+    export(*words)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["exit after layer 3", "exit after layer 9", "the model's own head"]
+    from ee_tuning.checkpoint import export_huggingface
+
+    wrong = tmp_path / "modeling_early_exit.py"
+    wrong.write_text(export_huggingface.MODELLING.read_text().replace("x = residual + F.linear(inner", "x = x + F.linear(inner"))
+    monkeypatch.setattr(export_huggingface, "MODELLING", wrong)
+    export(*words, "--overwrite", code=1)
+    lines = capsys.readouterr().out.splitlines()
+    assert ["above" in line for line in lines] == [True, True, False]
+
+
+def test_exit_tensors_are_the_artifact_s(llama, tmp_path):
+    """Heads copied under other names would be read as none."""
+    export("--model", llama / "model", "--exits", llama / "exits", "--output", tmp_path / "export")
+    got, wanted = (load_file(folder / "exit_heads.safetensors") for folder in (tmp_path / "export", llama / "exits"))
+    assert got.keys() == wanted.keys() and all(torch.equal(got[name], wanted[name]) for name in wanted)

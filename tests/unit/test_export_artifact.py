@@ -1,0 +1,130 @@
+"""Exits taken out, put together and added: each keeps its own bytes."""
+import json
+from pathlib import Path
+
+import pytest
+from random_models import random_llama
+from safetensors.torch import load_file
+
+from ee_tuning import cli
+from ee_tuning.checkpoint.exit_heads import ExitHeadsReader, read_exit_config
+from ee_tuning.checkpoint.manifest import write_manifest
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`a` and `b`, two models; `a24` (exits 2 and 4, seed 1) and `a5` (exit 5, seed 2) of a, and what can not be put together with them."""
+    folder = tmp_path_factory.mktemp("models")
+    random_llama(folder / "a")
+    random_llama(folder / "b", seed=1)
+    for name, model, layers, *more in (
+            ("a24", "a", "2,4", "--seed", "1"), ("a5", "a", "5", "--seed", "2"), ("a4", "a", "4", "--seed", "3"), ("b5", "b", "5"),
+            ("norm5", "a", "5", "--architecture", "norm"), ("tied5", "a", "5", "--exit-output", "tied")):
+        assert cli.main(["convert", "--model", str(folder / model), "--exit-layers", layers, "--init", "random", *more,
+                         "--output", str(folder / name)]) == 0
+    return folder
+
+
+def export(models: Path, output: Path, *arguments: str, code: int = 0) -> Path:
+    paths = [str(models / word) if (models / word).is_dir() else word for word in arguments]
+    assert cli.main(["export", "--format", "artifact", "--output", str(output), *paths]) == code
+    return output
+
+
+def tensors(folder: Path) -> dict[str, bytes]:
+    return {name: tensor.numpy().tobytes() for name, tensor in load_file(folder / "exit_heads.safetensors").items()}
+
+
+def of_layers(folder: Path, *layers: int) -> dict[str, bytes]:
+    return {name: data for name, data in tensors(folder).items() if int(name.split(".")[1]) in layers}
+
+
+@pytest.mark.parametrize("choice", [("--only", "4"), ("--drop", "2")])
+def test_an_exit_is_taken_out_whole(models, tmp_path, choice):
+    """Another layer's head under the right name, or a neighbour left in."""
+    taken = export(models, tmp_path / "taken", "--exits", "a24", *choice)
+    assert tensors(taken) == of_layers(models / "a24", 4)
+    assert read_exit_config(taken).exit_layers == (4,)
+
+
+def test_two_artifacts_become_one(models, tmp_path):
+    """An exit that takes the other artifact's weights; a history that speaks of one of them only."""
+    merged = export(models, tmp_path / "merged", "--exits", "a5", "--merge", "a24")
+    assert tensors(merged) == {**of_layers(models / "a24", 2, 4), **of_layers(models / "a5", 5)}
+    exits = ExitHeadsReader(merged).config
+    assert exits.exit_layers == (2, 4, 5)
+    assert exits.origins is not None and [exits.origins[layer]["seed"] for layer in ("2", "4", "5")] == [1, 1, 2]
+    back = export(models, tmp_path / "back", "--exits", str(merged), "--drop", "5")
+    assert read_exit_config(back) == read_exit_config(models / "a24") and tensors(back) == tensors(models / "a24")
+
+
+def test_an_exit_gives_way_to_another_s(models, tmp_path):
+    """--drop that also drops what is merged would leave the layer bare."""
+    merged = export(models, tmp_path / "merged", "--exits", "a24", "--drop", "4", "--merge", "a4")
+    assert tensors(merged) == {**of_layers(models / "a24", 2), **tensors(models / "a4")}
+
+
+def test_added_exits_are_those_that_convert_makes(models, tmp_path):
+    """A second initialization would drift away from the first."""
+    added = export(models, tmp_path / "added", "--exits", "a24", "--model", "a", "--add", "5", "--init", "random", "--seed", "2")
+    assert tensors(added) == {**tensors(models / "a24"), **tensors(models / "a5")}
+    copied = export(models, tmp_path / "copied", "--exits", "a24", "--model", "a", "--add", "1,6")
+    backbone = load_file(models / "a" / "model.safetensors")
+    assert tensors(copied)["exits.6.mlp.up_proj.weight"] == backbone["model.layers.5.mlp.up_proj.weight"].numpy().tobytes()
+    assert read_exit_config(copied).exit_layers == (1, 2, 4, 6)
+
+
+@pytest.mark.parametrize(("arguments", "named"), [
+    (["--exits", "a24", "--merge", "b5"], "bound to b"),
+    (["--exits", "a24", "--merge", "norm5"], "architecture"),
+    (["--exits", "a24", "--merge", "tied5"], "output"),
+    (["--exits", "a24", "--merge", "a4"], "after layer 4 comes from two places"),
+    (["--exits", "a24", "--model", "a", "--add", "2"], "after layer 2 comes from two places"),
+    (["--exits", "a24", "--model", "b", "--add", "5"], "bound to a"),
+    (["--exits", "a24", "--model", "a", "--add", "7"], "1..6"),
+    (["--exits", "a24", "--add", "5"], "--model"),
+    (["--exits", "a24", "--drop", "3"], "holds 2, 4, got 3"),
+    (["--exits", "a24", "--drop", "2,4"], "at least one exit"),
+    (["--exits", "a24", "--drop", "2", "--only", "4"], "one of them"),
+    (["--exits", "a24", "--drop", "two"], "layer numbers"),
+    (["--exits", "a"], "convert"),
+    ([], "--exits"),
+])
+def test_what_can_not_be_put_together_is_refused_by_name(models, tmp_path, capsys, arguments, named):
+    """Heads of another model decode noise; two heads after one layer can not both be asked."""
+    output = export(models, tmp_path / "refused", *arguments, code=2)
+    error = capsys.readouterr().err
+    assert named in error and error.count("\n") == 1
+    assert not output.exists() and not list(tmp_path.iterdir())
+
+
+def test_an_existing_artifact_is_replaced_only_on_demand(models, tmp_path, capsys):
+    """A tuned artifact overwritten by its own excerpt is lost."""
+    output = export(models, tmp_path / "taken", "--exits", "a24", "--only", "4")
+    export(models, output, "--exits", "a24", "--only", "2", code=2)
+    assert "--overwrite" in capsys.readouterr().err
+    export(models, output, "--exits", "a24", "--only", "2", "--overwrite")
+    assert read_exit_config(output).exit_layers == (2,)
+
+
+def test_the_card_tells_what_the_folder_holds(models, tmp_path):
+    """A card that tells of the exits that were there before; one outside the manifest could be altered unseen."""
+    merged = export(models, tmp_path / "merged", "--exits", "a5", "--merge", "a24")
+    card = (merged / "README.md").read_text()
+    assert "layers 2, 4, 5 of a" not in card and "after layers 2, 4, 5" in card and "seed 2" in card
+    assert read_exit_config(merged).model_fingerprint in card
+    assert "README.md" in json.loads((merged / "manifest.json").read_text())["files"]
+    ExitHeadsReader(merged)
+
+
+@pytest.mark.parametrize("shape", [{}, {"hidden_size": "48"}, {"num_layers": 0}])
+def test_a_broken_description_of_the_model_is_one_line(models, tmp_path, capsys, shape):
+    """A traceback for an artifact that was edited by hand."""
+    broken = export(models, tmp_path / "broken", "--exits", "a24")
+    path = broken / "exit_config.json"
+    tree = json.loads(path.read_text())
+    tree["model_shape"] = {**tree["model_shape"], **shape} if shape else {}
+    path.write_text(json.dumps(tree))
+    write_manifest(broken)
+    export(models, tmp_path / "again", "--exits", str(broken), code=2)
+    assert str(broken) in capsys.readouterr().err

@@ -1,0 +1,90 @@
+"""`ee-tuning verify` finds damage in whatever this project wrote; `--no-verify` does not look for it."""
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from random_models import random_llama
+
+from ee_tuning import cli
+from ee_tuning.checkpoint.exit_heads import ExitHeadsReader
+from ee_tuning.checkpoint.manifest import write_manifest
+from ee_tuning.flags import FLAGS
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Path:
+    random_llama(tmp_path / "model")
+    output = tmp_path / "run" / "exit_heads"
+    assert cli.main(["convert", "--model", str(tmp_path / "model"), "--exit-layers", "2,4", "--output", str(output)]) == 0
+    return output
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+
+
+def test_each_file_has_its_line(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file passed over would be taken for whole."""
+    (artifact / "notes.txt").write_text("mine")
+    capsys.readouterr()
+    assert cli.main(["verify", str(artifact)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = set(json.loads((artifact / "manifest.json").read_text())["files"])
+    assert {line.split("  ")[0] for line in lines if "whole" in line} == {str(artifact / name) for name in names}
+    assert [line for line in lines if "whole" not in line] == [f"{artifact / 'notes.txt'}  not in the manifest, not checked"]
+
+
+@pytest.mark.parametrize("damage", ["flipped", "shorter", "missing"])
+def test_damage_is_named_and_ends_with_code_2(artifact: Path, capsys: pytest.CaptureFixture[str], damage: str) -> None:
+    """safetensors, torch and JSON each pass some damage over in silence."""
+    path = artifact / "exit_heads.safetensors"
+    if damage == "flipped":
+        flip(path)
+    elif damage == "shorter":
+        path.write_bytes(path.read_bytes()[:-1])
+    else:
+        path.unlink()
+    assert cli.main(["verify", str(artifact)]) == 2
+    error = capsys.readouterr().err
+    assert str(path) in error and error.count("\n") == 1
+
+
+def test_a_run_folder_is_checked_with_all_that_is_in_it(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The checkpoints of a run are what a resumed run stands on."""
+    step = artifact.parent / "checkpoints" / "step_00000004"
+    step.mkdir(parents=True)
+    (step / "__0_0.distcp").write_bytes(b"weights")
+    write_manifest(step)
+    assert cli.main(["verify", str(artifact.parent)]) == 0
+    assert {str(artifact / "exit_config.json"), str(step / "__0_0.distcp")} <= {line.split("  ")[0]
+                                                                               for line in capsys.readouterr().out.splitlines()}
+    flip(step / "__0_0.distcp")
+    assert cli.main(["verify", str(artifact.parent)]) == 2
+    assert str(step / "__0_0.distcp") in capsys.readouterr().err
+
+
+def test_what_has_no_manifest_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 0 for a folder in which nothing was checked."""
+    for folder in (tmp_path, tmp_path / "missing"):
+        assert cli.main(["verify", str(folder)]) == 2
+        assert str(folder) in capsys.readouterr().err
+
+
+def test_unverified_exits_are_read_as_they_are(artifact: Path) -> None:
+    """--no-verify that verifies anyway spares nobody the hour; what the heads are is checked all the same."""
+    whole = ExitHeadsReader(artifact).full("exits.4.output.weight").clone()  # a view of the mapped file otherwise
+    flip(artifact / "exit_heads.safetensors")
+    altered = ExitHeadsReader(artifact, verifies=False).full("exits.4.output.weight")
+    assert altered.shape == whole.shape and not torch.equal(altered, whole)
+
+
+def test_commands_that_load_exits_take_no_verify() -> None:
+    """The flag on one command and not on another; a flag that means the opposite of its name."""
+    for command, flags in FLAGS.items():
+        assert ("--no-verify" in flags) == ("--exits" in flags)
+        if "--no-verify" in flags:
+            needed = ["--format", "artifact", "--output", "o"] if command == "export" else []
+            assert cli.parse([command, *needed, "--no-verify"]).overrides["exits.verify"] is False
