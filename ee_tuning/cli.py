@@ -61,7 +61,7 @@ def inspect(args: argparse.Namespace) -> None:
     """What a folder holds."""
     from ee_tuning.checkpoint.inspect import inspect_path
 
-    inspect_path(args.path, as_json=args.json)
+    inspect_path(args.path, as_json=args.json, config=args.config, trust_pickle=args.trust_pickle)
 
 
 def demo(args: argparse.Namespace) -> None:
@@ -95,7 +95,9 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", type=Path, metavar="FOLDER", help="a Hugging Face model folder or an exit-heads artifact")
+    parser.add_argument("path", type=Path, metavar="FOLDER", help="a model's folder (Hugging Face, Megatron) or an exit-heads artifact")
+    parser.add_argument("--config", metavar="FILE", help="shape of a Megatron checkpoint whose saved arguments lack something")
+    parser.add_argument("--trust-pickle", action="store_true", help="unpickle whatever a Megatron checkpoint asks for; it may run anything")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
 
 
@@ -212,5 +214,5 @@ def _job(args: argparse.Namespace) -> Config:
     """The config of a command that needs a model."""
     config = load_config(args.config, args.overrides)
     if not config.model.path:
-        raise InputError("model.path must name a Hugging Face folder, got none; give --model FOLDER or a config file")
+        raise InputError("model.path must name a model's folder, got none; give --model FOLDER or a config file")
     return config

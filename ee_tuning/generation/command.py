@@ -18,7 +18,7 @@ EXIT_COLOURS = ("bright_green", "green", "cyan", "bright_blue", "blue", "magenta
 def generate(config: Config, prompts: list[str], *, as_json: bool = False, show_exits: bool = False) -> None:
     """Loads the model and its exits, completes the prompts as one batch, and prints them."""
     if not config.model.path:
-        raise InputError("model.path must name a Hugging Face folder, got nothing; give --model FOLDER")
+        raise InputError("model.path must name a model's folder, got nothing; give --model FOLDER")
     topology = init_parallel(config.parallel)
     if topology.dp > 1:
         raise InputError(f"generate takes tensor × pipeline = {topology.tp} × {topology.pp} processes, got {topology.world_size}; "

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ee_tuning.checkpoint.formats import model_folder
 from ee_tuning.checkpoint.load import load_for_generation
 from ee_tuning.config import Config, GenerationSection, load_config
 from ee_tuning.data.tokenizer import load_tokenizer
@@ -64,12 +65,14 @@ class EarlyExitLLM:
 
     def __init__(self, model: EarlyExitModel, stages: list[tuple[int, int]], tokenizer: Any, defaults: GenerationSection):
         self.model, self.stages, self.tokenizer, self.defaults = model, stages, tokenizer, defaults
+        end = getattr(tokenizer, "eos_token_id", None)  # a Megatron checkpoint does not say which token ends a text
+        self.eos_token_ids = model.config.eos_token_ids or ((end,) if isinstance(end, int) else ())
         self.engine: Engine | None = None
 
     @classmethod
     def load(cls, model: str | Path, exits: str | Path | None = None, *, dtype: str | None = None,
              tensor_model_parallel_size: int = 1, pipeline_model_parallel_size: int = 1) -> "EarlyExitLLM":
-        """Reads a Hugging Face folder and, where given, an exit-heads artifact bound to it. Raises InputError where they do not fit."""
+        """Reads a model and, where given, an exit-heads artifact bound to it. Raises InputError where they do not fit."""
         overrides = {"model.path": str(model), "exits.path": str(exits) if exits else None, "model.dtype": dtype,
                      "parallel.tensor_model_parallel_size": tensor_model_parallel_size,
                      "parallel.pipeline_model_parallel_size": pipeline_model_parallel_size}
@@ -80,7 +83,7 @@ class EarlyExitLLM:
         """As `load`, from a job's configuration; its `generation` section becomes the default of `generate`."""
         topology = topology or init_parallel(config.parallel)
         loaded = load_for_generation(config, topology)
-        return cls(loaded.model, loaded.stages, load_tokenizer(config.model.path), config.generation)
+        return cls(loaded.model, loaded.stages, load_tokenizer(config.data.tokenizer or model_folder(config.model.path)), config.generation)
 
     @property
     def exit_layers(self) -> tuple[int, ...]:
@@ -136,7 +139,7 @@ class EarlyExitLLM:
                   started: float) -> Iterator[StreamedToken]:
         for step in engine.step(policy):
             job = running[id(step.sequence)]
-            shown = job.take(step, options, self.model.config.eos_token_ids, engine.cache.max_length)
+            shown = job.take(step, options, self.eos_token_ids, engine.cache.max_length)
             if job.completion.finish_reason:
                 job.completion.seconds = time.perf_counter() - started
                 engine.remove(step.sequence)
