@@ -15,6 +15,7 @@ from ee_tuning.model.backbone import transformer_config
 from ee_tuning.model.config import ModelConfig, read_model_config
 from ee_tuning.parallel.topology import init_parallel
 
+
 def saved_arguments(config: ModelConfig, **changes: Any) -> argparse.Namespace:
     """What Megatron-LM saves beside such a model, with some of what the reader has to pass over."""
     from megatron.core.transformer.enums import AttnBackend
@@ -75,8 +76,11 @@ def padded(whole: Tensor) -> Tensor:
 
 
 def save_legacy(reference: Any, config: ModelConfig, folder: Path, tp: int, stages: tuple[int, ...], *, is_old: bool,
-                **changes: Any) -> None:
-    """`mp_rank_…` folders with the weights of the transformers model `reference`, `stages` layers to each stage."""
+                exits: dict[int, dict[str, Tensor]] | None = None, **changes: Any) -> None:
+    """`mp_rank_…` folders with the weights of the transformers model `reference`, `stages` layers to each stage.
+
+    `exits`: EE-LLM's, in the old layout alone: its layer numbers (1-based) to tensors norm, gate, up, down (or no MLP) and output.
+    """
     weights = {name: tensor.detach() for name, tensor in reference.state_dict().items()}
     for rank in range(tp):
         first = 0
@@ -85,6 +89,7 @@ def save_legacy(reference: Any, config: ModelConfig, folder: Path, tp: int, stag
             for local in range(depth):
                 tensors.update({f"decoder.layers.{local}.{name}": tensor
                                 for name, tensor in _layer(weights, config, f"model.layers.{first + local}.", tp, rank).items()})
+            own = {number - first - 1: exit for number, exit in sorted((exits or {}).items()) if first < number <= first + depth}
             first += depth
             if stage == 0:
                 tensors["embedding.word_embeddings.weight"] = padded(weights["model.embed_tokens.weight"]).chunk(tp)[rank]
@@ -92,6 +97,8 @@ def save_legacy(reference: Any, config: ModelConfig, folder: Path, tp: int, stag
                 tensors["decoder.final_layernorm.weight"] = weights["model.norm.weight"]
                 tensors["output_layer.weight"] = padded(weights["lm_head.weight"]).chunk(tp)[rank]
             model = _as_old(tensors) if is_old else {**tensors, "decoder.layers.0.self_attention.linear_qkv._extra_state": None}
+            if own:
+                _add_exits(model["language_model"], own, tp, rank)
             state = {"model": {name: _cloned(part) for name, part in model.items()}, "args": saved_arguments(config, **changes),
                      "checkpoint_version": 3.0, "iteration": 7, "rng_state": [{"np_rng_state": _numpy_state()}]}
             place = folder / (f"mp_rank_{rank:02d}_{stage:03d}" if len(stages) > 1 else f"mp_rank_{rank:02d}")
@@ -126,6 +133,19 @@ def _as_old(tensors: dict[str, Tensor]) -> dict[str, Any]:
         else:
             tree["output_layer"] = {"weight": tensor}
     return {"language_model": tree}
+
+
+def _add_exits(tree: dict[str, Any], own: dict[int, dict[str, Tensor]], tp: int, rank: int) -> None:
+    """EE-LLM's additions to a stage: by local layer, exit norms and MLPs beside the layers' own; output matrices in order."""
+    encoder = tree["encoder"]
+    for local, parts in own.items():
+        encoder[f"layers.{local}.exit_norm.weight"] = parts["norm"]
+        if "gate" in parts:
+            for name in ("dense_h_to_4h", "dense_4h_to_h"):
+                encoder[f"layers.{local}.mlp.trunk.{name}.weight"] = encoder.pop(f"layers.{local}.mlp.{name}.weight")
+            encoder[f"layers.{local}.mlp.branch.dense_h_to_4h.weight"] = torch.cat([parts[n].chunk(tp)[rank] for n in ("gate", "up")])
+            encoder[f"layers.{local}.mlp.branch.dense_4h_to_h.weight"] = parts["down"].chunk(tp, dim=1)[rank]
+    tree["exit_output_layer"] = {f"{i}.weight": padded(parts["output"]).chunk(tp)[rank] for i, parts in enumerate(own.values())}
 
 
 def _cloned(part: Any) -> Any:

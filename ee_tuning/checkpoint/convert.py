@@ -6,16 +6,19 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from shlex import quote
+from typing import TypeGuard
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor
 
 from ee_tuning.checkpoint.aside import on_first_rank
+from ee_tuning.checkpoint.ee_llm import FoundExits
 from ee_tuning.checkpoint.exit_heads import ExitHeadsConfig, check_output, save_exit_heads
 from ee_tuning.checkpoint.exit_init import InitialExits
 from ee_tuning.checkpoint.fingerprint import fingerprint, model_shape
 from ee_tuning.checkpoint.formats import BackboneSource, open_model
+from ee_tuning.checkpoint.legacy import LegacyReader
 from ee_tuning.checkpoint.names import EMBEDDING
 from ee_tuning.config import Config
 from ee_tuning.model.config import ModelConfig
@@ -29,7 +32,7 @@ def convert(config: Config, output: Path, *, overwrite: bool = False) -> None:
     """
     model = open_model(config.model)
     with model.source:
-        _check(config, model.config)  # before the processes meet, so that a wrong word is answered at once
+        _check(config, model.config, model.source)  # before the processes meet, so that a wrong word is answered at once
     topology = init_parallel(config.parallel)
     exits = write_initial_exits(config, output, topology, overwrite=overwrite)
     if topology.is_logging_rank:
@@ -41,8 +44,10 @@ def write_initial_exits(config: Config, output: Path, topology: Topology, *, ove
     """As `convert`, within a world that exists, in silence where there is no terminal; all ranks call it. Returns what was written."""
     reader, model, _ = open_model(config.model)
     with reader:
-        _check(config, model)
+        _check(config, model, reader)
         on_first_rank(topology, lambda: check_output(output, overwrite))
+        if _wants_found(reader, config):
+            return _write_found(FoundExits(reader, model, model_name(reader.folder)), output, topology, overwrite=overwrite)
         exits = on_first_rank(topology, lambda: initial_exits_config(config, model, reader))
         source = InitialExits(exits, reader, model)
         own = list(source.shapes)[topology.rank::topology.world_size]
@@ -70,7 +75,22 @@ def model_name(folder: Path) -> str:
     return folder.name
 
 
-def _check(config: Config, model: ModelConfig) -> None:
+def _wants_found(reader: BackboneSource, config: Config) -> TypeGuard[LegacyReader]:
+    """Whether the exits to write are those of the checkpoint itself, EE-LLM's: none were asked for."""
+    return isinstance(reader, LegacyReader) and not config.exits.exit_layers
+
+
+def _write_found(found: FoundExits, output: Path, topology: Topology, *, overwrite: bool) -> ExitHeadsConfig:
+    found.reader.check_complete(found.config)
+    own = found.exits.exit_layers[topology.rank::topology.world_size]
+    save_exit_heads(output, found.exits, found.config, found.tensors(own), topology, overwrite=overwrite)
+    return found.exits
+
+
+def _check(config: Config, model: ModelConfig, reader: BackboneSource) -> None:
+    if _wants_found(reader, config):
+        FoundExits(reader, model, "")
+        return
     model.check_layout(config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size)
     model.check_exit_layers(config.exits.exit_layers)
 
@@ -88,7 +108,7 @@ def _with_progress(source: InitialExits, names: list[str], topology: Topology) -
 def _print_summary(config: Config, exits: ExitHeadsConfig, output: Path) -> None:
     size = sum(path.stat().st_size for path in output.iterdir())
     layers = "layer" + "s" * (len(exits.exit_layers) > 1) + " " + ", ".join(map(str, exits.exit_layers))
-    how = "copied from the model" if exits.init == "copy" else f"drawn at random, seed {exits.seed}"
+    how = {"copy": "copied from the model", "random": f"drawn at random, seed {exits.seed}", "ee_llm": "as EE-LLM tuned them"}[exits.init]
     print(f"wrote {output}: exit heads `{exits.architecture}` after {layers} of {exits.model_name}, "
           f"{how}, output {exits.output}")
     print(f"{size:,} bytes in {exits.dtype}; bound to fingerprint {exits.model_fingerprint[:16]}…; the model itself is as it was")

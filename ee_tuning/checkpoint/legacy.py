@@ -1,10 +1,10 @@
 """Megatron's older checkpoints: a folder `mp_rank_XX[_YYY]` per tensor-parallel rank and pipeline stage, all of it in one pickle each.
 
 Two layouts of keys: Megatron-core's, and the older `language_model.encoder.layers.…`, which is renamed. Stages are laid one after the
-other, tensor-parallel shards merged as they are read.
+other, tensor-parallel shards merged as they are read. EE-LLM's exits are kept apart; see ee_llm.py.
 """
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,15 @@ from ee_tuning.model.config import ModelConfig
 
 _RANK_FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
 _FILES = ("model_optim_rng.pt", "model_rng.pt")
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_LAYER = re.compile(r"(decoder\.layers|exit_output_layer)\.(\d+)\.(.+)")
+_OF_EXITS = re.compile(r"exit_output_layer\.|decoder\.layers\.\d+\.(exit_norm|exit_block|mlp\.branch)\.")
 _RENAMED = tuple((re.compile(old), new) for old, new in (
-    (r"^language_model\.(embedding|output_layer)\.", r"\1."), (r"^language_model\.(encoder|transformer)\.", "decoder."),
+    (r"^language_model\.(embedding|(exit_)?output_layer)\.", r"\1."), (r"^language_model\.(encoder|transformer)\.", "decoder."),
     (r"^word_embeddings_for_head\.", "output_layer."), (r"^decoder\.final_norm\.", "decoder.final_layernorm."),
     (r"\.input_norm\.", ".input_layernorm."), (r"\.post_attention_(layer)?norm\.", ".pre_mlp_layernorm."),
     (r"\.(self_)?attention\.query_key_value\.", ".self_attention.linear_qkv."),
     (r"\.(self_)?attention\.dense\.", ".self_attention.linear_proj."),
-    (r"\.dense_h_to_4h\.", ".linear_fc1."), (r"\.dense_4h_to_h\.", ".linear_fc2.")))
+    (r"\.mlp\.trunk\.", ".mlp."), (r"\.dense_h_to_4h\.", ".linear_fc1."), (r"\.dense_4h_to_h\.", ".linear_fc2.")))
 
 
 class LegacyCheckpoint:
@@ -46,16 +47,17 @@ class LegacyCheckpoint:
         """Per tensor-parallel rank: Megatron-core's name, with a global layer index, to tensor."""
         for rank in range(self.num_ranks):
             table: dict[str, StoredTensor] = {}
-            num_layers = 0
+            counts = {"decoder.layers": 0, "exit_output_layer": 0}
             for stage in range(self.num_stages):
-                own, depth = self._open(files, rank, stage, is_trusted)
+                own = self._open(files, rank, stage, is_trusted)
                 for key, tensor in own.items():
-                    table.setdefault(_shifted(key, num_layers), tensor)
-                num_layers += depth
+                    table.setdefault(_shifted(key, counts), tensor)
+                for kind, count in counts.items():
+                    counts[kind] = count + _depth(own, kind)
             self.tables.append(table)
 
-    def _open(self, files: dict[tuple[int, int], Path], rank: int, stage: int, is_trusted: bool) -> tuple[dict[str, StoredTensor], int]:
-        """One file's tensors under Megatron-core's names, layers numbered within the stage, and how many layers there are."""
+    def _open(self, files: dict[tuple[int, int], Path], rank: int, stage: int, is_trusted: bool) -> dict[str, StoredTensor]:
+        """One file's tensors under Megatron-core's names, layers numbered within the stage."""
         path = files.get((rank, stage))
         if path is None:
             raise InputError(f"{self.folder} must hold every tensor-parallel rank of every stage, and rank {rank} of stage {stage} is "
@@ -67,9 +69,7 @@ class LegacyCheckpoint:
         self.arguments = self.arguments or saved_arguments(content)
         if "language_model" in content["model"]:
             self._check_version(content, path)
-        tensors = {_renamed(key): tensor for key, tensor in _flattened(content["model"], "")}
-        layers = [int(match[1]) for match in map(_LAYER.match, tensors) if match]
-        return tensors, 1 + max(layers, default=-1)
+        return {_renamed(key): tensor for key, tensor in _flattened(content["model"], "")}
 
     def _check_version(self, content: dict[str, Any], path: Path) -> None:
         version = content.get("checkpoint_version", 0)
@@ -115,7 +115,7 @@ class LegacyReader(MegatronSource):
         known = {name for parameter in backbone_parameter_names(self.config) for name in (parameter, norm_alias(parameter))}
         for table in self.checkpoint.tables:
             for key, tensor in table.items():
-                if key not in known and not is_harmless(key, ties_embeddings=self.config.ties_embeddings):
+                if key not in known and not _OF_EXITS.match(key) and not is_harmless(key, ties_embeddings=self.config.ties_embeddings):
                     yield key, tensor.archive.path
 
     def _tensor(self, parameter: str, rank: int) -> StoredTensor | None:
@@ -157,6 +157,11 @@ def _renamed(key: str) -> str:
     return key
 
 
-def _shifted(key: str, num_layers: int) -> str:
+def _shifted(key: str, counts: dict[str, int]) -> str:
+    """With a layer's (or an exit's output matrix's) number counted over the stages, of which the earlier ones hold `counts`."""
     match = _LAYER.match(key)
-    return f"decoder.layers.{int(match[1]) + num_layers}.{match[2]}" if match else key
+    return f"{match[1]}.{int(match[2]) + counts[match[1]]}.{match[3]}" if match else key
+
+
+def _depth(keys: Iterable[str], kind: str) -> int:
+    return 1 + max((int(match[2]) for match in map(_LAYER.match, keys) if match and match[1] == kind), default=-1)

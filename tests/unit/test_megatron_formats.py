@@ -154,7 +154,8 @@ def test_files_that_are_missing_are_named(shared: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("changes", "words"), [
     ({"normalization": "LayerNorm"}, ["normalization", "LayerNorm"]), ({"add_qkv_bias": True}, ["add_qkv_bias"]),
     ({"num_experts": 8}, ["num_experts"]), ({"rotary_interleaved": True}, ["rotary_interleaved"]),
-    ({"num_layers": 5}, ["linear_qkv", "6 layers", "5 layers"]), ({"num_layers": 7}, ["layers.6"]), ({"ffn_hidden_size": 80}, ["linear_fc1", "160", "176"]),
+    ({"num_layers": 5}, ["linear_qkv", "6 layers", "5 layers"]), ({"num_layers": 7}, ["layers.6"]),
+    ({"ffn_hidden_size": 80}, ["linear_fc1", "160", "176"]),
     ({"vocab_size": 129}, ["129", "vocab_size"]), ({"hidden_size": "48"}, ["hidden_size", "'48'"])])
 def test_a_shape_that_is_another_models_is_refused(shared: Path, tmp_path: Path, changes: dict[str, Any], words: list[str]) -> None:
     """Saved arguments that name what this project would leave out, or a shape given by hand that cuts weights off."""
