@@ -115,8 +115,11 @@ COMMANDS = (
             examples="""\
   ee-tuning convert --model Llama-2-7b-hf --exit-layers 8,16,24 --output exits/llama-2-7b
   torchrun --nproc-per-node 4 -m ee_tuning convert job.yaml --pipeline-model-parallel-size 4 --output exits/llama-2-7b
+  ee-tuning convert --model megatron_run/iter_0040000 --exit-layers 8,16 --output exits/mine
+  ee-tuning convert --model ee_llm_checkpoint --output exits/ee_llm
 
-The bytes written do not depend on the number of processes.""", add_arguments=_add_convert, run=convert),
+The bytes written do not depend on the number of processes. Without --exit-layers, an EE-LLM checkpoint's own exits are written.""",
+            add_arguments=_add_convert, run=convert),
     Command(name="tune", summary="train the exit heads alone; the model is frozen and nothing flows backward through it",
             examples="""\
   ee-tuning tune --model Llama-2-7b-hf --exits exits/llama-2-7b --data corpus.jsonl --output runs/llama-2-7b

@@ -71,7 +71,7 @@ class StoredTensor:
         flat = self.archive.record(self.storage)
         try:
             return flat.as_strided(self.shape, self.stride, self.offset)
-        except RuntimeError as error:
+        except (RuntimeError, TypeError, ValueError) as error:
             raise self.archive.broken(f"a tensor of shape {list(self.shape)} does not fit its {flat.numel()} stored values") from error
 
     def check(self) -> None:
@@ -95,7 +95,7 @@ class Archive:
             with zipfile.ZipFile(_Window(data, start, self._stop)) as archive:
                 entries = archive.infolist()
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
-            raise self.broken(f"it is no archive of torch.save's ({error})") from error
+            raise self.broken(f"it is no archive as torch.save has written them since torch 1.6 ({error})") from error
         self._entries = {entry.filename.partition("/")[2]: entry for entry in entries}
         if "data.pkl" not in self._entries or len(self._entries) != len(entries):
             raise self.broken("its archive is not one of torch.save's")

@@ -80,6 +80,20 @@ def test_a_legacy_checkpoint_is_the_same_model(tmp_path: Path, is_old: bool, tp:
         torch.testing.assert_close(logits, reference(tokens).logits, rtol=0, atol=1e-4)
 
 
+def test_a_tied_output_matrix_is_read_once(tmp_path: Path) -> None:
+    """The copy of the embedding that Megatron keeps on its last stage taken for an output matrix, or for a tensor too many."""
+    reference = random_llama(tmp_path / "hf", tie_word_embeddings=True)
+    config = read_model_config(tmp_path / "hf")
+    save_stock_model(str(tmp_path / "hf"), str(tmp_path / "megatron"), 1, 1, None, True)
+    save_legacy(reference, config, tmp_path / "legacy", 2, (3, 3), is_old=True)
+    prints = set()
+    for name in ("hf", "megatron", "legacy"):
+        model = opened(tmp_path / name)
+        assert model.config.ties_embeddings and "lm_head.weight" not in all_rows(model)
+        prints.add(fingerprint(*model[:2]))
+    assert len(prints) == 1
+
+
 @pytest.mark.parametrize("file", ["legacy/mp_rank_01_000/model_optim_rng.pt", "megatron/common.pt", "megatron/.metadata"])
 def test_a_hostile_pickle_is_refused_by_its_file(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
     """A checkpoint from a stranger that runs commands on whoever looks at it."""
