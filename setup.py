@@ -24,6 +24,7 @@ setup(
         "megatron-core>=0.16.1,<0.20",
         "transformers>=5,<6",
         "safetensors",
+        "huggingface_hub",
         "pyyaml",
         "numpy",
         "psutil",  # megatron.core.dist_checkpointing imports it without declaring it

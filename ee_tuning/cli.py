@@ -61,7 +61,7 @@ def inspect(args: argparse.Namespace) -> None:
     """What a folder holds."""
     from ee_tuning.checkpoint.inspect import inspect_path
 
-    inspect_path(args.path, as_json=args.json)
+    inspect_path(args.path, as_json=args.json, config=args.config, trust_pickle=args.trust_pickle)
 
 
 def export(args: argparse.Namespace) -> int:
@@ -109,7 +109,9 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", type=Path, metavar="FOLDER", help="a Hugging Face model folder or an exit-heads artifact")
+    parser.add_argument("path", type=Path, metavar="FOLDER", help="a model's folder (Hugging Face, Megatron) or an exit-heads artifact")
+    parser.add_argument("--config", metavar="FILE", help="shape of a Megatron checkpoint whose saved arguments lack something")
+    parser.add_argument("--trust-pickle", action="store_true", help="unpickle whatever a Megatron checkpoint asks for; it may run anything")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
 
 
@@ -151,8 +153,11 @@ COMMANDS = (
             examples="""\
   ee-tuning convert --model Llama-2-7b-hf --exit-layers 8,16,24 --output exits/llama-2-7b
   torchrun --nproc-per-node 4 -m ee_tuning convert job.yaml --pipeline-model-parallel-size 4 --output exits/llama-2-7b
+  ee-tuning convert --model megatron_run/iter_0040000 --exit-layers 8,16 --output exits/mine
+  ee-tuning convert --model ee_llm_checkpoint --output exits/ee_llm
 
-The bytes written do not depend on the number of processes.""", add_arguments=_add_convert, run=convert),
+The bytes written do not depend on the number of processes. Without --exit-layers, an EE-LLM checkpoint's own exits are written.""",
+            add_arguments=_add_convert, run=convert),
     Command(name="tune", summary="train the exit heads alone; the model is frozen and nothing flows backward through it",
             examples="""\
   ee-tuning tune --model Llama-2-7b-hf --exits exits/llama-2-7b --data corpus.jsonl --output runs/llama-2-7b
@@ -268,5 +273,5 @@ def _job(args: argparse.Namespace) -> Config:
     """The config of a command that needs a model."""
     config = load_config(args.config, args.overrides)
     if not config.model.path:
-        raise InputError("model.path must name a Hugging Face folder, got none; give --model FOLDER or a config file")
+        raise InputError("model.path must name a model's folder, got none; give --model FOLDER or a config file")
     return config

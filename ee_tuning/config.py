@@ -24,7 +24,12 @@ class ModelSection:
     """The backbone."""
 
     path: str = ""
-    """Hugging Face folder: config.json, safetensors, tokenizer files."""
+    """Folder of the model: Hugging Face's, a Megatron checkpoint or a run's folder of them; or org/name on the Hugging Face hub."""
+    config: str | None = None
+    """Shape of a Megatron checkpoint whose saved arguments are missing or lack something: a Hugging Face config.json, or YAML with
+    Megatron's names."""
+    trust_pickle: bool = False
+    """Unpickle a Megatron checkpoint whatever its pickles ask for: they may run anything."""
     dtype: DType | None = None
     """Precision of the frozen weights and activations; default float32 on CPU, bfloat16 on CUDA."""
 

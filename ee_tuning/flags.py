@@ -17,7 +17,7 @@ from ee_tuning import config as config_module
 from ee_tuning.config import Config
 from ee_tuning.errors import InputError
 
-_MODEL = {"--model": "model.path", "--dtype": "model.dtype"}
+_MODEL = {"--model": "model.path", "--config": "model.config", "--trust-pickle": "model.trust_pickle", "--dtype": "model.dtype"}
 _NEW_EXITS = {"--exit-layers": "exits.exit_layers", "--architecture": "exits.architecture", "--init": "exits.init",
               "--exit-output": "exits.output"}
 _EXITS = {"--exits": "exits.path", "--no-verify": "exits.verify"}
@@ -27,13 +27,13 @@ _PARALLEL = {"--tensor-model-parallel-size": "parallel.tensor_model_parallel_siz
 FLAGS: dict[str, dict[str, str]] = {
     "convert": {**_MODEL, **_NEW_EXITS, "--seed": "exits.seed", **_PARALLEL},
     "tune": {
-        **_MODEL, **_EXITS, **_NEW_EXITS, "--data": "data.paths", "--output": "tuning.run_folder",
+        **_MODEL, **_EXITS, **_NEW_EXITS, "--data": "data.paths", "--tokenizer": "data.tokenizer", "--output": "tuning.run_folder",
         "--train-iters": "tuning.train_iters", "--lr": "tuning.lr", "--seq-length": "tuning.seq_length",
         "--micro-batch-size": "tuning.micro_batch_size", "--global-batch-size": "tuning.global_batch_size", "--seed": "tuning.seed",
         "--resume": "tuning.resume", **_PARALLEL},
     "export": {**_MODEL, **_EXITS, "--init": "exits.init", "--seed": "exits.seed"},
     "generate": {
-        **_MODEL, **_EXITS, "--policy": "generation.policy", "--threshold": "generation.threshold",
+        **_MODEL, **_EXITS, "--tokenizer": "data.tokenizer", "--policy": "generation.policy", "--threshold": "generation.threshold",
         "--exit-layer": "generation.exit_layer", "--max-new-tokens": "generation.max_new_tokens",
         "--temperature": "generation.temperature", "--top-k": "generation.top_k", "--top-p": "generation.top_p",
         "--seed": "generation.seed", "--stop": "generation.stop", "--ignore-eos": "generation.ignore_eos", **_PARALLEL},
@@ -41,7 +41,8 @@ FLAGS: dict[str, dict[str, str]] = {
 """Command -> flag -> config key. A flag `--no-…` sets its key to false, one that takes no value otherwise to true."""
 
 _NOT = "--no-"
-_METAVARS = {"model.path": "FOLDER", "exits.path": "FOLDER", "tuning.run_folder": "FOLDER", "data.paths": "PATH"}
+_METAVARS = {"model.path": "FOLDER", "model.config": "FILE", "exits.path": "FOLDER", "data.tokenizer": "FOLDER",
+             "tuning.run_folder": "FOLDER", "data.paths": "PATH"}
 
 
 @dataclasses.dataclass(frozen=True)

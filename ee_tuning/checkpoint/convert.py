@@ -6,20 +6,23 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from shlex import quote
+from typing import TypeGuard
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor
 
 from ee_tuning.checkpoint.aside import on_first_rank
+from ee_tuning.checkpoint.ee_llm import FoundExits
 from ee_tuning.checkpoint.exit_heads import ExitHeadsConfig, check_output, save_exit_heads
 from ee_tuning.checkpoint.exit_init import InitialExits
 from ee_tuning.checkpoint.fingerprint import fingerprint, model_shape
-from ee_tuning.checkpoint.huggingface import HuggingFaceReader
+from ee_tuning.checkpoint.formats import BackboneSource, open_model
+from ee_tuning.checkpoint.legacy import LegacyReader
 from ee_tuning.checkpoint.names import embedding_name
 from ee_tuning.config import Config
 from ee_tuning.errors import InputError
-from ee_tuning.model.config import ModelConfig, read_model_config
+from ee_tuning.model.config import ModelConfig
 from ee_tuning.parallel.topology import Topology, init_parallel, leave_parallel
 
 
@@ -28,7 +31,9 @@ def convert(config: Config, output: Path, *, overwrite: bool = False) -> None:
 
     Raises InputError where the model, the exits, the layout or `output` can not be used; then nothing is left behind.
     """
-    _checked_model(config)  # before the processes meet, so that a wrong word is answered at once
+    model = open_model(config.model)
+    with model.source:
+        _check(config, model.config, model.source)  # before the processes meet, so that a wrong word is answered at once
     topology = init_parallel(config.parallel)
     exits = write_initial_exits(config, output, topology, overwrite=overwrite)
     if topology.is_logging_rank:
@@ -38,9 +43,12 @@ def convert(config: Config, output: Path, *, overwrite: bool = False) -> None:
 
 def write_initial_exits(config: Config, output: Path, topology: Topology, *, overwrite: bool = False) -> ExitHeadsConfig:
     """As `convert`, within a world that exists, in silence where there is no terminal; all ranks call it. Returns what was written."""
-    model = _checked_model(config)
-    on_first_rank(topology, lambda: check_output(output, overwrite))
-    with HuggingFaceReader(Path(config.model.path)) as reader:
+    reader, model, _ = open_model(config.model)
+    with reader:
+        _check(config, model, reader)
+        on_first_rank(topology, lambda: check_output(output, overwrite))
+        if _wants_found(reader, config):
+            return _write_found(FoundExits(reader, model, model_name(reader.folder)), output, topology, overwrite=overwrite)
         exits = on_first_rank(topology, lambda: initial_exits_config(config, model, reader))
         source = InitialExits(exits, reader, model)
         own = list(source.shapes)[topology.rank::topology.world_size]
@@ -48,9 +56,9 @@ def write_initial_exits(config: Config, output: Path, topology: Topology, *, ove
     return exits
 
 
-def initial_exits_config(config: Config, model: ModelConfig, reader: HuggingFaceReader) -> ExitHeadsConfig:
-    """What conversion of this model makes. Raises InputError where the weights are not those that the model's config.json describes,
-    or the exits would hold nothing.
+def initial_exits_config(config: Config, model: ModelConfig, reader: BackboneSource) -> ExitHeadsConfig:
+    """What conversion of this model makes. Raises InputError where the weights are not those that the model's shape asks for, or the
+    exits would hold nothing.
     """
     reader.check_complete(model)
     section = config.exits
@@ -65,18 +73,33 @@ def initial_exits_config(config: Config, model: ModelConfig, reader: HuggingFace
 
 
 def model_name(folder: Path) -> str:
-    """The model's name for people: the folder's own, or org/name of a snapshot in Hugging Face's cache."""
+    """The model's name for people: the folder's own, or org/name of a snapshot in Hugging Face's cache, or the run's of an iteration."""
     folder = folder.resolve()
+    if folder.name == "release" or folder.name.startswith("iter_"):
+        return folder.parent.name
     if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
         return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
     return folder.name
 
 
-def _checked_model(config: Config) -> ModelConfig:
-    model = read_model_config(Path(config.model.path))
+def _wants_found(reader: BackboneSource, config: Config) -> TypeGuard[LegacyReader]:
+    """Whether the exits to write are those of the checkpoint itself, EE-LLM's: none were asked for."""
+    return isinstance(reader, LegacyReader) and not config.exits.exit_layers
+
+
+def _write_found(found: FoundExits, output: Path, topology: Topology, *, overwrite: bool) -> ExitHeadsConfig:
+    found.reader.check_complete(found.config)
+    own = found.exits.exit_layers[topology.rank::topology.world_size]
+    save_exit_heads(output, found.exits, found.config, found.tensors(own), topology, overwrite=overwrite)
+    return found.exits
+
+
+def _check(config: Config, model: ModelConfig, reader: BackboneSource) -> None:
+    if _wants_found(reader, config):
+        FoundExits(reader, model, "")
+        return
     model.check_layout(config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size)
     model.check_exit_layers(config.exits.exit_layers)
-    return model
 
 
 def _with_progress(source: InitialExits, names: list[str], topology: Topology) -> Iterator[tuple[str, Tensor]]:
@@ -92,8 +115,10 @@ def _with_progress(source: InitialExits, names: list[str], topology: Topology) -
 def _print_summary(config: Config, exits: ExitHeadsConfig, output: Path) -> None:
     size = sum(path.stat().st_size for path in output.iterdir())
     layers = "layer" + "s" * (len(exits.exit_layers) > 1) + " " + ", ".join(map(str, exits.exit_layers))
-    how = "copied from the model" if exits.init == "copy" else f"drawn at random, seed {exits.seed}"
+    how = {"copy": "copied from the model", "random": f"drawn at random, seed {exits.seed}", "ee_llm": "as EE-LLM tuned them"}[exits.init]
     print(f"wrote {output}: exit heads `{exits.architecture}` after {layers} of {exits.model_name}, "
           f"{how}, output {exits.output}")
     print(f"{size:,} bytes in {exits.dtype}; bound to fingerprint {exits.model_fingerprint[:16]}…; the model itself is as it was")
-    print(f"next: ee-tuning tune --model {quote(config.model.path)} --exits {quote(str(output))} --data YOUR_TEXTS --output runs/tune")
+    shape = f" --config {quote(config.model.config)}" if config.model.config else ""
+    print(f"next: ee-tuning tune --model {quote(config.model.path)}{shape} --exits {quote(str(output))} --data YOUR_TEXTS "
+          "--output runs/tune")

@@ -50,8 +50,8 @@ class ExitHeadsConfig:
     """The backbone's shape, `fingerprint.model_shape`."""
     model_fingerprint: str
     """What binds the exits to their backbone."""
-    init: Literal["copy", "random"]
-    """How the heads began."""
+    init: Literal["copy", "random", "ee_llm"]
+    """How the heads began; ee_llm: as they stood, tuned, in an EE-LLM checkpoint."""
     seed: int | None = None
     """Of random initialization."""
     tuned: dict[str, Any] | None = None

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ee_tuning.checkpoint.exit_heads import ExitHeadsConfig
-from ee_tuning.checkpoint.huggingface import HuggingFaceReader
 from ee_tuning.checkpoint.names import Shape, exit_copy_source, is_residual_projection
+from ee_tuning.checkpoint.safetensors_reader import TensorSource
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
 
@@ -22,7 +22,7 @@ class InitialExits:
     the MLP's last matrix narrower by √(2 · layer) as the reference has it, norms 1, biases 0.
     """
 
-    def __init__(self, exits: ExitHeadsConfig, reader: HuggingFaceReader, config: ModelConfig):
+    def __init__(self, exits: ExitHeadsConfig, reader: TensorSource, config: ModelConfig):
         self.exits, self.reader, self.config = exits, reader, config
         self.shapes = exits.tensor_shapes(config)
 

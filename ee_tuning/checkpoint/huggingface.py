@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ee_tuning.checkpoint.names import backbone_shard, backbone_tensor_shapes, output_name
-from ee_tuning.checkpoint.safetensors_reader import SafetensorsFolder, read_shard
+from ee_tuning.checkpoint.safetensors_reader import SafetensorsFolder, TensorSource, read_shard
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
 
@@ -44,7 +44,7 @@ class HuggingFaceReader(SafetensorsFolder):
                                  "and leaving it out would change the model; config and weights do not belong together")
 
 
-def read_backbone_tensor(reader: HuggingFaceReader, config: ModelConfig, parameter: str, tp: int, tp_rank: int,
+def read_backbone_tensor(reader: TensorSource, config: ModelConfig, parameter: str, tp: int, tp_rank: int,
                          dtype: torch.dtype) -> Tensor:
     """Rank `tp_rank`'s part of a Megatron-core backbone parameter, as `dtype`, on the CPU.
 

@@ -1,4 +1,4 @@
-"""`ee-tuning inspect`: what a Hugging Face model folder or an exit-heads artifact holds."""
+"""`ee-tuning inspect`: what a model, in any of the formats that can be read, or an exit-heads artifact holds."""
 import dataclasses
 import json
 import math
@@ -8,22 +8,18 @@ from typing import Any, get_args
 from ee_tuning.checkpoint.convert import model_name
 from ee_tuning.checkpoint.exit_heads import CONFIG, ExitHeadsReader
 from ee_tuning.checkpoint.fingerprint import fingerprint, model_shape
-from ee_tuning.checkpoint.huggingface import HuggingFaceReader
+from ee_tuning.checkpoint.formats import FORMATS, open_model
 from ee_tuning.checkpoint.names import backbone_tensor_shapes, embedding_name, exit_tensor_shapes, output_name
-from ee_tuning.config import Architecture
-from ee_tuning.errors import InputError
-from ee_tuning.model.config import ModelConfig, read_model_config
+from ee_tuning.config import Architecture, ModelSection
+from ee_tuning.model.config import ModelConfig
 
 
-def inspect_path(path: Path, *, as_json: bool) -> None:
-    """Prints what `path` holds, as a table or as one JSON object. Raises InputError where it is neither kind of folder, or not whole."""
-    if (path / CONFIG).is_file():
-        facts = artifact_facts(path)
-    elif (path / "config.json").is_file():
-        facts = model_facts(path)
-    else:
-        raise InputError(f"inspect takes a Hugging Face model folder (config.json) or an exit-heads artifact ({CONFIG}), and {path} is "
-                         f"{'neither' if path.exists() else 'not there'}")
+def inspect_path(path: Path, *, as_json: bool, config: str | None = None, trust_pickle: bool = False) -> None:
+    """Prints what `path` holds, as a table or as one JSON object; `config` and `trust_pickle` as in the model section of a job.
+
+    Raises InputError where it is neither a model nor an exit-heads artifact, or not whole.
+    """
+    facts = artifact_facts(path) if (path / CONFIG).is_file() else model_facts(path, config=config, trust_pickle=trust_pickle)
     if as_json:
         print(json.dumps(facts))
         return
@@ -33,20 +29,21 @@ def inspect_path(path: Path, *, as_json: bool) -> None:
         print(f"{key:{width}}  {value}")
 
 
-def model_facts(folder: Path) -> dict[str, Any]:
-    """A backbone: shape, parameters and bytes per part, fingerprint, and what one exit head would take. Reads no more than headers and a
-    few rows. Raises InputError where the weights are not those that config.json describes.
+def model_facts(path: Path, *, config: str | None = None, trust_pickle: bool = False) -> dict[str, Any]:
+    """A backbone: format, shape, parameters and bytes per part, fingerprint, and what one exit head would take.
+
+    Reads no more than headers and a few rows. Raises InputError where the weights are not those that its shape asks for.
     """
-    config = read_model_config(folder)
-    with HuggingFaceReader(folder) as reader:
-        reader.check_complete(config)
-        dtype = reader.dtype(embedding_name(config))
+    reader, model, kind = open_model(ModelSection(path=str(path), config=config, trust_pickle=trust_pickle))
+    with reader:
+        reader.check_complete(model)
+        dtype = reader.dtype(embedding_name(model))
         return {
-            "kind": "model", "path": str(folder), "name": model_name(folder), "shape": model_shape(config),
-            "dtype": str(dtype).removeprefix("torch."), "rope": _rope(config),
-            "max_position_embeddings": config.max_position_embeddings, "parameters": _parameters_by_part(config),
-            "bytes": sum(math.prod(shape) * reader.dtype(name).itemsize for name, shape in backbone_tensor_shapes(config).items()),
-            "fingerprint": fingerprint(reader, config), "one_exit_head_bytes": _exit_head_bytes(config, dtype.itemsize)}
+            "kind": "model", "format": FORMATS[kind], "path": str(reader.folder), "name": model_name(reader.folder),
+            "shape": model_shape(model), "dtype": str(dtype).removeprefix("torch."), "rope": _rope(model),
+            "max_position_embeddings": model.max_position_embeddings, "parameters": _parameters_by_part(model),
+            "bytes": sum(math.prod(shape) * reader.dtype(name).itemsize for name, shape in backbone_tensor_shapes(model).items()),
+            "fingerprint": fingerprint(reader, model), "one_exit_head_bytes": _exit_head_bytes(model, dtype.itemsize)}
 
 
 def artifact_facts(folder: Path) -> dict[str, Any]:

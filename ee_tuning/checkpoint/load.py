@@ -1,6 +1,6 @@
 """From a job's configuration to this stage of an early-exit model with its weights.
 
-The backbone is read in place, the heads from their artifact.
+The backbone is read in place, from whichever format it is in, the heads from their artifact.
 One data-parallel replica reads each tensor and hands it on to the others.
 """
 from collections.abc import Callable
@@ -17,11 +17,11 @@ from ee_tuning.checkpoint.convert import initial_exits_config
 from ee_tuning.checkpoint.exit_heads import ExitHeadsConfig, ExitHeadsReader, check_bound_to, read_exit_tensor
 from ee_tuning.checkpoint.exit_init import InitialExits
 from ee_tuning.checkpoint.fingerprint import fingerprint
-from ee_tuning.checkpoint.huggingface import HuggingFaceReader, read_backbone_tensor
+from ee_tuning.checkpoint.formats import BackboneSource, open_model
+from ee_tuning.checkpoint.huggingface import read_backbone_tensor
 from ee_tuning.checkpoint.safetensors_reader import TensorSource
 from ee_tuning.config import Config
-from ee_tuning.errors import InputError
-from ee_tuning.model.config import ModelConfig, read_model_config
+from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.early_exit import EarlyExitModel, StagePlan
 from ee_tuning.model.partition import split_layers, stage_costs
 from ee_tuning.parallel.topology import Topology
@@ -69,18 +69,14 @@ def compute_dtype(config: Config, topology: Topology) -> torch.dtype:
     return getattr(torch, config.model.dtype or default)
 
 
-def _open_model(config: Config, topology: Topology) -> tuple[HuggingFaceReader, ModelConfig]:
-    if not config.model.path:
-        raise InputError("model.path must name a Hugging Face folder, got nothing; give --model FOLDER")
-    folder = Path(config.model.path)
-    model_config = read_model_config(folder)
+def _open_model(config: Config, topology: Topology) -> tuple[BackboneSource, ModelConfig]:
+    reader, model_config, _ = open_model(config.model)
     model_config.check_layout(topology.tp, topology.pp)
-    reader = HuggingFaceReader(folder)
     on_first_rank(topology, lambda: reader.check_complete(model_config))
     return reader, model_config
 
 
-def _open_exits(config: Config, model_config: ModelConfig, reader: HuggingFaceReader,
+def _open_exits(config: Config, model_config: ModelConfig, reader: BackboneSource,
                 topology: Topology) -> tuple[ExitHeadsConfig, TensorSource]:
     """The artifact at exits.path, which must be bound to this model; without a path, first weights as `exits` describes them."""
     if config.exits.path is None:
@@ -93,7 +89,7 @@ def _open_exits(config: Config, model_config: ModelConfig, reader: HuggingFaceRe
     return artifact.config, artifact
 
 
-def _load(config: Config, topology: Topology, model_config: ModelConfig, reader: HuggingFaceReader, exits: ExitHeadsConfig | None,
+def _load(config: Config, topology: Topology, model_config: ModelConfig, reader: BackboneSource, exits: ExitHeadsConfig | None,
           source: TensorSource | None, costs: list[float], *, has_final_head: bool, max_length: int) -> LoadedModel:
     stages = split_layers(costs, topology.pp)
     first, last = stages[topology.stage]

@@ -5,6 +5,7 @@ from typing import Any
 
 from ee_tuning.errors import InputError
 
+METADATA = ".metadata"
 _DCP = "torch.distributed.checkpoint"
 # Whole names only: a pickle may ask for `name.attribute`, and a module of torch holds `os` among its attributes.
 _NAMES = {
@@ -16,10 +17,18 @@ _NAMES = {
     "torch.serialization": ("_get_layout",),
     "collections": ("OrderedDict",),
 }
+# Classes without content that Megatron-core 0.15 left in its own checkpoints.
+_EMPTY = {("megatron.core.dist_checkpointing.strategies.torch", name) for name in ("MCoreMetadata", "MCoreSavePlan")}
+
+
+class _Empty:
+    """Takes the place of one of `_EMPTY`: a plain holder of attributes."""
 
 
 class _LookingThrough(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str) -> Any:
+        if (module_name, global_name) in _EMPTY:
+            return _Empty
         if global_name not in _NAMES.get(module_name, ()):
             raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}")
         return super().find_class(module_name, global_name)
@@ -27,9 +36,14 @@ class _LookingThrough(pickle.Unpickler):
 
 def check_metadata_pickle(folder: Path) -> None:
     """Raises InputError where `.metadata` in `folder` can not be read, or asks for what no checkpoint's description needs."""
-    path = folder / ".metadata"
+    read_metadata_pickle(folder)
+
+
+def read_metadata_pickle(folder: Path) -> Any:
+    """The description of a distributed checkpoint (torch's `Metadata`, its fields as yet unchecked). Raises as `check_metadata_pickle`."""
+    path = folder / METADATA
     try:
         with path.open("rb") as file:
-            _LookingThrough(file).load()
+            return _LookingThrough(file).load()
     except Exception as error:  # a pickle that is broken on purpose may raise anything
         raise InputError(f"{path} is not the description of a distributed checkpoint: {error}; do not load this checkpoint") from error

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ee_tuning.checkpoint.formats import model_folder
 from ee_tuning.checkpoint.load import load_for_generation
 from ee_tuning.config import Config, GenerationSection, load_config
 from ee_tuning.data.tokenizer import load_tokenizer
@@ -72,7 +73,7 @@ class EarlyExitLLM:
     @classmethod
     def load(cls, model: str | Path, exits: str | Path | None = None, *, dtype: str | None = None,
              tensor_model_parallel_size: int = 1, pipeline_model_parallel_size: int = 1) -> "EarlyExitLLM":
-        """Reads a Hugging Face folder and, where given, an exit-heads artifact bound to it. Raises InputError where they do not fit."""
+        """Reads a model and, where given, an exit-heads artifact bound to it. Raises InputError where they do not fit."""
         overrides = {"model.path": str(model), "exits.path": str(exits) if exits else None, "model.dtype": dtype,
                      "parallel.tensor_model_parallel_size": tensor_model_parallel_size,
                      "parallel.pipeline_model_parallel_size": pipeline_model_parallel_size}
@@ -83,8 +84,10 @@ class EarlyExitLLM:
         """As `load`, from a job's configuration; its `generation` section becomes the default of `generate`."""
         topology = topology or init_parallel(config.parallel)
         loaded = load_for_generation(config, topology)
-        return cls(loaded.model, loaded.stages, load_tokenizer(config.model.path), config.generation,
-                   _stop_token_ids(Path(config.model.path), loaded.model.config.eos_token_ids))
+        folder = model_folder(config.model.path)
+        tokenizer = load_tokenizer(config.data.tokenizer or folder)
+        return cls(loaded.model, loaded.stages, tokenizer, config.generation,
+                   _stop_token_ids(folder, loaded.model.config.eos_token_ids, tokenizer))
 
     @property
     def exit_layers(self) -> tuple[int, ...]:
@@ -209,12 +212,17 @@ class _Running:
         return shown
 
 
-def _stop_token_ids(folder: Path, from_config: tuple[int, ...]) -> tuple[int, ...]:
-    """Tokens that end a completion: generation_config.json's where it names any, as transformers has it, else config.json's."""
+def _stop_token_ids(folder: Path, from_config: tuple[int, ...], tokenizer: Any) -> tuple[int, ...]:
+    """Tokens that end a completion: generation_config.json's where it names any, as transformers has it, else config.json's.
+
+    A Megatron checkpoint names none: then the tokenizer's end of text.
+    """
     try:
         named = json.loads((folder / "generation_config.json").read_text()).get("eos_token_id")
     except (OSError, ValueError, AttributeError):  # models without one are many
         named = None
+    if named is None and not from_config:
+        named = getattr(tokenizer, "eos_token_id", None)
     return tuple(named) if isinstance(named, list) else from_config if named is None else (named,)
 
 

@@ -17,11 +17,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ee_tuning.checkpoint.aside import on_first_rank
 from ee_tuning.checkpoint.exit_heads import save_exit_heads
+from ee_tuning.checkpoint.formats import open_model
 from ee_tuning.checkpoint.load import LoadedModel, load_for_tuning
 from ee_tuning.config import Config
 from ee_tuning.data.loader import BatchSource, count_microbatches, validation_batches
 from ee_tuning.data.tokens import Splits, load_samples
-from ee_tuning.model.config import read_model_config
 from ee_tuning.parallel.relay import Relay
 from ee_tuning.parallel.topology import Topology, init_parallel, leave_parallel
 from ee_tuning.tuning.metrics import METRICS, MetricsBoard, MetricsFile, Record, holds_validation
@@ -247,8 +247,10 @@ class _Pace:
 
 
 def _load_samples(config: Config) -> Splits:
-    model = read_model_config(Path(config.model.path))
-    return load_samples(config.data, config.model.path, seq_length=config.tuning.seq_length, vocab_size=model.vocab_size,
+    source, model, _ = open_model(config.model)
+    with source:
+        folder = source.folder
+    return load_samples(config.data, folder, seq_length=config.tuning.seq_length, vocab_size=model.vocab_size,
                         max_positions=model.max_position_embeddings, needs_validation=config.tuning.eval_iters > 0)
 
 

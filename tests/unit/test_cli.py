@@ -151,7 +151,7 @@ def test_an_error_that_one_rank_meets_is_said_by_that_rank(tmp_path: Path):
     """A damaged file that only the last rank reads, and an exit code 2 that nobody explains."""
     script = (
         "import os, sys, types\nimport torch.distributed as dist\nfrom ee_tuning import cli\nfrom ee_tuning.errors import InputError\n"
-        "def inspect_path(path, as_json):\n"
+        "def inspect_path(path, as_json, **_):\n"
         "    dist.init_process_group('gloo', init_method='file://' + sys.argv[1], rank=int(os.environ['RANK']), world_size=2)\n"
         "    dist.barrier()\n    if os.environ['RANK'] == '1' or sys.argv[2] == 'all':\n        raise InputError('damaged')\n"
         "sys.modules['ee_tuning.checkpoint.inspect'] = fake = types.ModuleType('fake')\nfake.inspect_path = inspect_path\n"
@@ -174,7 +174,7 @@ def test_an_interrupt_is_quiet_and_a_bug_is_not(monkeypatch: pytest.MonkeyPatch,
 
 def test_a_reader_who_leaves_is_no_error():
     """`ee-tuning … | head -1` that ends in a traceback."""
-    script = ("import sys, types\nfrom ee_tuning import cli\ndef inspect_path(path, as_json):\n    print('x' * 10_000_000)\n"
+    script = ("import sys, types\nfrom ee_tuning import cli\ndef inspect_path(path, as_json, **_):\n    print('x' * 10_000_000)\n"
               "sys.modules['ee_tuning.checkpoint.inspect'] = fake = types.ModuleType('fake')\nfake.inspect_path = inspect_path\n"
               "sys.exit(cli.main(['inspect', 'folder']))\n")
     writer = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -160,4 +160,4 @@ def test_inspect_counts_what_is_there(llama: Path, tmp_path: Path) -> None:
 def test_inspect_refuses_what_is_neither(tmp_path: Path) -> None:
     """An empty answer would look like an empty model."""
     assert "neither" in refusal(lambda: inspect_path(tmp_path, as_json=False))
-    assert "not there" in refusal(lambda: inspect_path(tmp_path / "nowhere", as_json=True))
+    assert "there is no folder" in refusal(lambda: inspect_path(tmp_path / "nowhere", as_json=True))

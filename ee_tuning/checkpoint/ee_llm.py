@@ -1,0 +1,86 @@
+"""The exits of an EE-LLM checkpoint: a legacy Megatron one whose layers carry exit norms, exit MLPs (`mlp.branch`) and output matrices.
+
+What its saved arguments say is followed as its code does: with `pre_exit`, exit n reads the input of layer n, so it sits after layer n − 1,
+and its exit MLP is never run. The exit temperature divides logits in its loss alone, never in decoding: it is noted, no weight is scaled.
+"""
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ee_tuning.checkpoint.exit_heads import ExitHeadsConfig
+from ee_tuning.checkpoint.fingerprint import fingerprint, model_shape
+from ee_tuning.checkpoint.legacy import LegacyReader
+from ee_tuning.checkpoint.names import embedding_name, exit_shard, merge_shards
+from ee_tuning.checkpoint.torch_file import StoredTensor
+from ee_tuning.errors import InputError
+from ee_tuning.model.config import ModelConfig
+
+
+class FoundExits:
+    """The exits in a legacy checkpoint. Raises InputError where there are none, or of a kind that this project has no head for."""
+
+    def __init__(self, reader: LegacyReader, config: ModelConfig, model_name: str):
+        self.reader, self.config = reader, config
+        arguments = reader.checkpoint.arguments or {}
+        numbers = arguments.get("exit_layer_nums")
+        if not isinstance(numbers, list | tuple) or not numbers or not all(type(number) is int for number in numbers):
+            raise InputError(f"{reader.folder} holds no exits (its saved exit_layer_nums is {numbers!r}); say where to put new ones: "
+                             "--exit-layers 8,16")
+        is_before = bool(arguments.get("pre_exit"))
+        self._numbers = {number - is_before: (index, number) for index, number in enumerate(sorted(numbers))}
+        config.check_exit_layers(tuple(self._numbers))
+        for key, wanted in (("use_exit_block", False), ("use_exit_norm", True)):
+            if bool(arguments.get(key)) != wanted:
+                raise InputError(f"{reader.folder}: its exits have {key} = {arguments.get(key)}, and no head here is built so (must be "
+                                 f"{wanted}); say where to put new ones: --exit-layers 8,16")
+        dtype = reader.dtype(embedding_name(config))
+        self.exits = ExitHeadsConfig(
+            exit_layers=tuple(self._numbers), architecture="mlp" if arguments.get("use_exit_mlp") and not is_before else "norm",
+            output="untied" if arguments.get("untie_exit_output_weights") else "tied", dtype=str(dtype).removeprefix("torch."),
+            model_name=model_name, model_shape=model_shape(config), model_fingerprint=fingerprint(reader, config), init="ee_llm",
+            tuned={"by": "EE-LLM", "exit_layer_nums": list(numbers), "pre_exit": is_before, **_plain(arguments, "exit_layer_temperature"),
+                   **_plain(arguments, "exit_layer_weight")})
+        if self.exits.ties_output and not config.ties_embeddings:
+            raise InputError(f"{reader.folder}: its exits have no output matrices of their own, and nor do its embeddings serve as one")
+
+    def tensors(self, layers: tuple[int, ...]) -> Iterator[tuple[str, Tensor]]:
+        """The artifact's tensors of the exits after `layers`, whole."""
+        for layer in layers:
+            index, number = self._numbers[layer]
+            prefix = f"decoder.layers.{number - 1}."
+            yield f"exits.{layer}.norm.weight", self._read(f"{prefix}exit_norm.weight")[0]
+            if self.exits.architecture == "mlp":
+                for own, theirs in (("mlp.fc1.weight", "linear_fc1"), ("mlp.fc2.weight", "linear_fc2")):
+                    shards = self._read(f"{prefix}mlp.branch.{theirs}.weight")
+                    plans = [exit_shard(layer, own, self.config, len(shards), rank) for rank in range(len(shards))]
+                    for plan, shard in zip(plans, shards, strict=True):
+                        self._check(tuple(shard.shape) == plan.shape, f"{prefix}mlp.branch.{theirs}.weight", plan.shape)
+                    yield from merge_shards(plans, shards).items()
+            if not self.exits.ties_output:
+                whole = torch.cat(self._read(f"exit_output_layer.{index}.weight"))
+                size = self.config.vocab_size
+                self._check(len(whole) >= size, f"exit_output_layer.{index}.weight", (size, self.config.hidden_size))
+                yield f"exits.{layer}.output.weight", whole[:size]
+
+    def _read(self, key: str) -> list[Tensor]:
+        """Every rank's shard."""
+        shards: list[StoredTensor] = []
+        for table in self.reader.checkpoint.tables:
+            if key not in table:
+                raise InputError(f"{self.reader.folder} must hold {key}, as its saved arguments say, and does not; fetch the whole folder")
+            table[key].check()
+            shards.append(table[key])
+        return [shard.mapped().clone() for shard in shards]
+
+    def _check(self, holds: bool, key: str, shape: tuple[int, ...]) -> None:
+        if not holds:
+            raise InputError(f"{self.reader.folder}: {key} must have shape {list(shape)}, as its saved arguments say; fetch it again")
+
+
+def _plain(arguments: dict[str, Any], key: str) -> dict[str, Any]:
+    """A list of numbers among the arguments, or nothing."""
+    value = arguments.get(key)
+    is_plain = isinstance(value, list) and all(isinstance(number, int | float) for number in value)
+    return {key: value} if is_plain else {}

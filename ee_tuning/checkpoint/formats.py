@@ -1,0 +1,109 @@
+"""Every way in: which of the formats a folder is in, its backbone as a source of tensors, and the model's shape.
+
+Hugging Face folders, Megatron-core's distributed checkpoints, legacy Megatron's `mp_rank_XX` folders; a Megatron run's folder, of which the
+latest iteration is taken; a name on the Hugging Face hub.
+"""
+import re
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, NamedTuple, Protocol, Self
+
+from ee_tuning.checkpoint.huggingface import HuggingFaceReader
+from ee_tuning.checkpoint.legacy import LegacyCheckpoint, LegacyReader, is_legacy
+from ee_tuning.checkpoint.megatron import MegatronReader
+from ee_tuning.checkpoint.metadata_pickle import METADATA
+from ee_tuning.checkpoint.safetensors_reader import TensorSource
+from ee_tuning.checkpoint.torch_file import Archive, map_file, saved_arguments
+from ee_tuning.config import ModelSection
+from ee_tuning.errors import InputError
+from ee_tuning.model.config import ModelConfig, read_model_config
+from ee_tuning.model.megatron_args import read_megatron_config
+
+Kind = Literal["huggingface", "megatron", "legacy_megatron"]
+FORMATS: dict[Kind, str] = {"huggingface": "Hugging Face safetensors", "megatron": "Megatron-core distributed checkpoint",
+                            "legacy_megatron": "legacy Megatron checkpoint (mp_rank folders)"}
+"""For people."""
+
+_LATEST, _COMMON = "latest_checkpointed_iteration.txt", "common.pt"
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt"]
+
+
+class BackboneSource(TensorSource, Protocol):
+    """A model's tensors under Hugging Face's names, wherever they come from. A context manager."""
+
+    folder: Path
+
+    def check_complete(self, config: ModelConfig) -> None:
+        """Raises InputError where a backbone tensor is missing, has another shape, or one is there that would be ignored."""
+    def __enter__(self) -> Self: ...
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
+
+
+class OpenModel(NamedTuple):
+    """A backbone, ready to be read."""
+
+    source: BackboneSource
+    config: ModelConfig
+    kind: Kind
+
+
+def open_model(model: ModelSection) -> OpenModel:
+    """The backbone that model.path names, in whichever format it is. No weights are read yet.
+
+    Raises InputError where it is in none, not whole, of a kind that this project can not run, or not to be trusted.
+    """
+    folder = model_folder(model.path)
+    shape = Path(model.config) if model.config else None
+    if (folder / METADATA).is_file():
+        common = folder / _COMMON
+        saved = saved_arguments(Archive(common, map_file(common), is_trusted=model.trust_pickle).content) if common.is_file() else None
+        config = read_megatron_config(saved, shape, common)
+        return OpenModel(MegatronReader(folder, config), config, "megatron")
+    if is_legacy(folder):
+        checkpoint = LegacyCheckpoint(folder, is_trusted=model.trust_pickle)
+        config = read_megatron_config(checkpoint.arguments, shape, folder)
+        return OpenModel(LegacyReader(checkpoint, config), config, "legacy_megatron")
+    if shape is not None:
+        raise InputError(f"model.config is the shape of a Megatron checkpoint, and {folder} is none; a Hugging Face folder has its own "
+                         "config.json; leave --config out")
+    config = read_model_config(folder)
+    return OpenModel(HuggingFaceReader(folder), config, "huggingface")
+
+
+def model_folder(path: str) -> Path:
+    """The folder that holds the model: `path`, the latest iteration in it, or what the hub's `org/name` was fetched to."""
+    if not path:
+        raise InputError("model.path must name a model's folder, got nothing; give --model FOLDER")
+    folder = Path(path)
+    if not folder.exists() and _HUB_NAME.fullmatch(path):
+        return _fetched(path)
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {folder}; give the folder of a model (Hugging Face's, or a Megatron checkpoint), or a name "
+                         "on the Hugging Face hub")
+    if (folder / "config.json").is_file() or (folder / METADATA).is_file() or is_legacy(folder):
+        return folder
+    latest = folder / _LATEST
+    if latest.is_file():
+        word = latest.read_text(errors="replace").strip()
+        iteration = folder / ("release" if word == "release" else f"iter_{int(word):07d}" if word.isdecimal() else "?")
+        if not iteration.is_dir():
+            raise InputError(f"{latest} says {word[:40]!r}, and there is no such iteration; give the folder of one that is there")
+        return iteration
+    iterations = sorted(entry.name for entry in folder.glob("iter_*"))
+    if iterations:
+        raise InputError(f"{folder} holds iterations ({', '.join(iterations[-3:])}) and no {_LATEST}; give the folder of one of them")
+    raise InputError(f"{folder} is neither a Hugging Face folder (config.json and safetensors) nor a Megatron checkpoint ({METADATA}, "
+                     f"mp_rank_00 or {_LATEST}); give the folder of a model")
+
+
+def _fetched(name: str) -> Path:
+    """A snapshot of the hub's model in Hugging Face's cache, fetched where it is not there yet."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"there is no folder {name}, and the Hugging Face hub does not give a model of that name ({reason}); "
+                         "check the name and the network, or give a folder") from error

@@ -1,0 +1,167 @@
+"""Megatron's older checkpoints: a folder `mp_rank_XX[_YYY]` per tensor-parallel rank and pipeline stage, all of it in one pickle each.
+
+Two layouts of keys: Megatron-core's, and the older `language_model.encoder.layers.…`, which is renamed. Stages are laid one after the
+other, tensor-parallel shards merged as they are read. EE-LLM's exits are kept apart; see ee_llm.py.
+"""
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ee_tuning.checkpoint.megatron_source import MegatronSource, is_harmless, norm_alias
+from ee_tuning.checkpoint.names import Shape, backbone_parameter_names
+from ee_tuning.checkpoint.safetensors_reader import check_inside
+from ee_tuning.checkpoint.torch_file import Archive, StoredTensor, map_file, saved_arguments
+from ee_tuning.errors import InputError
+from ee_tuning.model.config import ModelConfig
+
+_RANK_FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
+_FILES = ("model_optim_rng.pt", "model_rng.pt")
+_LAYER = re.compile(r"(decoder\.layers|exit_output_layer)\.(\d+)\.(.+)")
+_OF_EXITS = re.compile(r"exit_output_layer\.|decoder\.layers\.\d+\.(exit_norm|exit_block|mlp\.branch)\.")
+_RENAMED = tuple((re.compile(old), new) for old, new in (
+    (r"^language_model\.(embedding|(exit_)?output_layer)\.", r"\1."), (r"^language_model\.(encoder|transformer)\.", "decoder."),
+    (r"^word_embeddings_for_head\.", "output_layer."), (r"^decoder\.final_norm\.", "decoder.final_layernorm."),
+    (r"\.input_norm\.", ".input_layernorm."), (r"\.post_attention_(layer)?norm\.", ".pre_mlp_layernorm."),
+    (r"\.(self_)?attention\.query_key_value\.", ".self_attention.linear_qkv."),
+    (r"\.(self_)?attention\.dense\.", ".self_attention.linear_proj."),
+    (r"\.mlp\.trunk\.", ".mlp."), (r"\.dense_h_to_4h\.", ".linear_fc1."), (r"\.dense_4h_to_h\.", ".linear_fc2.")))
+
+
+class LegacyCheckpoint:
+    """The files of all ranks, opened. Raises InputError where one is missing or not sound, or asks for what is not on the list of names
+    (Archive), unless `is_trusted`.
+    """
+
+    def __init__(self, folder: Path, *, is_trusted: bool = False):
+        self.folder = folder
+        files = _find(folder)
+        self.num_ranks = 1 + max(rank for rank, _ in files)
+        self.num_stages = 1 + max(stage for _, stage in files)
+        self.arguments: dict[str, Any] | None = None
+        """Those that Megatron saved with the model, if it did."""
+        self.tables: list[dict[str, StoredTensor]] = []
+        """Per tensor-parallel rank: Megatron-core's name, with a global layer index, to tensor."""
+        for rank in range(self.num_ranks):
+            table: dict[str, StoredTensor] = {}
+            counts = {"decoder.layers": 0, "exit_output_layer": 0}
+            for stage in range(self.num_stages):
+                own = self._open(files, rank, stage, is_trusted)
+                for key, tensor in own.items():
+                    table.setdefault(_shifted(key, counts), tensor)
+                for kind, count in counts.items():
+                    counts[kind] = count + _depth(own, kind)
+            self.tables.append(table)
+
+    def _open(self, files: dict[tuple[int, int], Path], rank: int, stage: int, is_trusted: bool) -> dict[str, StoredTensor]:
+        """One file's tensors under Megatron-core's names, layers numbered within the stage."""
+        path = files.get((rank, stage))
+        if path is None:
+            raise InputError(f"{self.folder} must hold every tensor-parallel rank of every stage, and rank {rank} of stage {stage} is "
+                             "missing; fetch the whole folder")
+        content = Archive(path, map_file(path), is_trusted=is_trusted).content
+        if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+            which = ", a virtual pipeline's, which is not supported" if isinstance(content, dict) and "model0" in content else ""
+            raise InputError(f"{path} must hold a Megatron model under `model`, and does not{which}; give a Megatron checkpoint")
+        self.arguments = self.arguments or saved_arguments(content)
+        if "language_model" in content["model"]:
+            self._check_version(content, path)
+        return {_renamed(key): tensor for key, tensor in _flattened(content["model"], "")}
+
+    def _check_version(self, content: dict[str, Any], path: Path) -> None:
+        version = content.get("checkpoint_version", 0)
+        if not isinstance(version, int | float) or version < 2:
+            raise InputError(f"{path}: checkpoint_version must be at least 2.0, got {version}: before it, queries, keys and values stood "
+                             "in another order; load and save the model with a later Megatron-LM")
+
+
+class LegacyReader(MegatronSource):
+    """A backbone in a legacy checkpoint; see TensorSource."""
+
+    def __init__(self, checkpoint: LegacyCheckpoint, config: ModelConfig):
+        super().__init__(checkpoint.folder, config)
+        self.checkpoint, self.num_ranks = checkpoint, checkpoint.num_ranks
+
+    def stored_shape(self, parameter: str, rank: int) -> Shape | None:
+        """Of rank's shard."""
+        tensor = self._tensor(parameter, rank)
+        return tensor.shape if tensor else None
+
+    def stored_dtype(self, parameter: str) -> torch.dtype:
+        """Of a parameter that is there."""
+        tensor = self._tensor(parameter, 0)
+        assert tensor is not None
+        return tensor.dtype
+
+    def read(self, parameter: str, rank: int, rows: slice, columns: slice | None) -> Tensor:
+        """A rectangle. A single row is read unchecked, or a fingerprint would read all of the checkpoint."""
+        tensor = self._tensor(parameter, rank)
+        assert tensor is not None
+        if rows.stop - rows.start > 1:
+            tensor.check()
+        part = tensor.mapped()[rows]
+        return (part[:, columns] if columns else part).clone(memory_format=torch.contiguous_format)
+
+    def path(self, parameter: str, rank: int) -> Path:
+        """The file that the shard is in; the folder where there is none."""
+        tensor = self._tensor(parameter, rank)
+        return tensor.archive.path if tensor else self.folder
+
+    def strangers(self) -> Iterator[tuple[str, Path]]:
+        """Tensors of the model that `config` does not know."""
+        known = {name for parameter in backbone_parameter_names(self.config) for name in (parameter, norm_alias(parameter))}
+        for table in self.checkpoint.tables:
+            for key, tensor in table.items():
+                if key not in known and not _OF_EXITS.match(key) and not is_harmless(key, ties_embeddings=self.config.ties_embeddings):
+                    yield key, tensor.archive.path
+
+    def _tensor(self, parameter: str, rank: int) -> StoredTensor | None:
+        table = self.checkpoint.tables[rank]
+        return table.get(parameter) or table.get(norm_alias(parameter))
+
+
+def is_legacy(folder: Path) -> bool:
+    """Whether there are `mp_rank_XX` folders in it."""
+    return next(folder.glob("mp_rank_*"), None) is not None
+
+
+def _find(folder: Path) -> dict[tuple[int, int], Path]:
+    """(Tensor-parallel rank, stage) -> file."""
+    files = {}
+    for path in sorted(folder.glob("mp_rank_*")):
+        match = _RANK_FOLDER.fullmatch(path.name)
+        if match is None:
+            raise InputError(f"{path} is of no tensor-parallel rank and stage (mp_rank_XX or mp_rank_XX_YYY); experts are not supported")
+        file = next((path / name for name in _FILES if (path / name).is_file()), None)
+        if file is None:
+            raise InputError(f"{path} must hold {' or '.join(_FILES)}, and holds neither; fetch the whole folder")
+        check_inside(folder, file)
+        files[int(match[1]), int(match[2] or 0)] = file
+    return files
+
+
+def _flattened(tree: dict[Any, Any], prefix: str) -> Iterator[tuple[str, StoredTensor]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flattened(value, f"{prefix}{key}.")
+        elif isinstance(value, StoredTensor):
+            yield f"{prefix}{key}", value
+
+
+def _renamed(key: str) -> str:
+    for old, new in _RENAMED:
+        key = old.sub(new, key)
+    return key
+
+
+def _shifted(key: str, counts: dict[str, int]) -> str:
+    """With a layer's (or an exit's output matrix's) number counted over the stages, of which the earlier ones hold `counts`."""
+    match = _LAYER.match(key)
+    return f"{match[1]}.{int(match[2]) + counts[match[1]]}.{match[3]}" if match else key
+
+
+def _depth(keys: Iterable[str], kind: str) -> int:
+    return 1 + max((int(match[2]) for match in map(_LAYER.match, keys) if match and match[1] == kind), default=-1)

@@ -1,0 +1,178 @@
+"""Megatron-core's distributed checkpoints: `.metadata`, `.distcp` files, `common.pt`.
+
+Read by slices, whatever layout wrote them: each rank copies the rectangles it needs out of the mapped files. Layers may be stacked in one
+tensor (`decoder.layers.mlp.…`) or stand alone (`decoder.layers.3.mlp.…`); norms may have the local spec's names or Transformer Engine's.
+"""
+import math
+import mmap
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from ee_tuning.checkpoint.megatron_source import MegatronSource, is_harmless, norm_alias
+from ee_tuning.checkpoint.metadata_pickle import METADATA, read_metadata_pickle
+from ee_tuning.checkpoint.names import Shape, backbone_parameter_names
+from ee_tuning.checkpoint.safetensors_reader import check_inside
+from ee_tuning.checkpoint.torch_file import Archive, StoredTensor, map_file
+from ee_tuning.errors import InputError
+from ee_tuning.model.config import ModelConfig
+
+_MODEL = re.compile(r"(embedding|decoder|output_layer)\.")
+_FINAL_NORM = "decoder.final_layernorm.weight"
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """A rectangle of a stored tensor, and the stretch of a file that it lies in."""
+
+    offsets: Shape
+    sizes: Shape
+    file: str
+    start: int
+    length: int
+
+
+class DistributedCheckpoint:
+    """The tensors of a distributed checkpoint, by rectangles. Raises InputError, naming the file, where anything in it is not sound."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        metadata = read_metadata_pickle(folder)
+        self.shapes: dict[str, Shape] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        self._chunks: dict[str, list[_Chunk]] = {}
+        try:
+            places = {(index.fqn, tuple(index.offset)): info for index, info in metadata.storage_data.items() if index.offset is not None}
+            for key, entry in metadata.state_dict_metadata.items():
+                if isinstance(entry, TensorStorageMetadata):
+                    self.shapes[key], self.dtypes[key] = tuple(entry.size), entry.properties.dtype
+                    self._chunks[key] = [_chunk(chunk, places[key, tuple(chunk.offsets)]) for chunk in entry.chunks]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{folder / METADATA} does not describe a distributed checkpoint: {error!r}; fetch it again") from error
+        self._files: dict[str, mmap.mmap] = {}
+        self._items: dict[tuple[str, int], StoredTensor] = {}
+
+    def rectangle(self, key: str, lower: Shape, upper: Shape, *, is_checked: bool) -> Tensor:
+        """[upper - lower]: copied out of the chunks that it meets. `is_checked`: those chunks' checksums are compared first."""
+        out = torch.empty([high - low for low, high in zip(lower, upper, strict=True)], dtype=self.dtypes[key])
+        boxes: list[tuple[Shape, Shape]] = []
+        for chunk in self._chunks[key]:
+            low = tuple(map(max, lower, chunk.offsets))
+            high = tuple(min(end, offset + size) for end, offset, size in zip(upper, chunk.offsets, chunk.sizes, strict=True))
+            if any(map(int.__ge__, low, high)):
+                continue
+            if any(all(map(int.__lt__, low, other_high)) and all(map(int.__lt__, other_low, high)) for other_low, other_high in boxes):
+                raise InputError(f"{self.folder / METADATA}: two chunks of {key} overlap; fetch the checkpoint again")
+            boxes.append((low, high))
+            stored = self._item(key, chunk)
+            if is_checked:
+                stored.check()
+            source = stored.mapped().reshape(chunk.sizes)[_slices(low, high, chunk.offsets)]
+            out[_slices(low, high, lower)].copy_(source)
+        if sum(math.prod(map(int.__sub__, high, low)) for low, high in boxes) != out.numel():
+            raise InputError(f"{self.folder / METADATA}: no file holds all of {key}; fetch the checkpoint again")
+        return out
+
+    def _item(self, key: str, chunk: _Chunk) -> StoredTensor:
+        place = (chunk.file, chunk.start)
+        if place not in self._items:
+            path = self.folder / chunk.file
+            if chunk.file not in self._files:
+                if Path(chunk.file).name != chunk.file or chunk.file in ("", ".."):
+                    raise InputError(f"{self.folder / METADATA}: {key} must be in a file of this very folder, got {chunk.file!r}")
+                check_inside(self.folder, path)
+                self._files[chunk.file] = map_file(path)
+            archive = Archive(path, self._files[chunk.file], chunk.start, chunk.start + chunk.length)
+            stored = archive.content
+            if (not isinstance(stored, StoredTensor) or math.prod(stored.shape) != math.prod(chunk.sizes)
+                    or stored.dtype != self.dtypes[key]):
+                raise archive.broken(f"bytes {chunk.start} to {chunk.start + chunk.length} do not hold the part of {key} that "
+                                     f"{METADATA} says they do")
+            self._items[place] = stored
+        return self._items[place]
+
+
+class MegatronReader(MegatronSource):
+    """A backbone in a distributed checkpoint of a stock GPTModel; see TensorSource."""
+
+    def __init__(self, folder: Path, config: ModelConfig):
+        super().__init__(folder, config)
+        self.checkpoint = DistributedCheckpoint(folder)
+        self._prefix = next((key.removesuffix(_FINAL_NORM) for key in self.checkpoint.shapes if key.endswith(_FINAL_NORM)), "")
+
+    def stored_shape(self, parameter: str, rank: int) -> Shape | None:
+        """Of the whole parameter: a distributed checkpoint's tensors are whole, whatever wrote them."""
+        shapes = []
+        for key, layer in self._places(parameter):
+            shape = self.checkpoint.shapes[key]
+            if layer is not None and layer >= shape[0]:
+                return None
+            shapes.append(shape if layer is None else shape[1:])
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:]) if shapes and all(shapes) else None
+
+    def stored_dtype(self, parameter: str) -> torch.dtype:
+        """Of a parameter that is there."""
+        return self.checkpoint.dtypes[self._places(parameter)[0][0]]
+
+    def path(self, parameter: str, rank: int) -> Path:
+        """The description: which of the files a parameter lies in differs from row to row."""
+        return self.folder / METADATA
+
+    def read(self, parameter: str, rank: int, rows: slice, columns: slice | None) -> Tensor:
+        """A rectangle. A single row is read unchecked, or a fingerprint would read all of the checkpoint."""
+        parts, row = [], 0
+        for key, layer in self._places(parameter):
+            shape = self.checkpoint.shapes[key][layer is not None:]
+            lower, upper = max(rows.start - row, 0), min(rows.stop - row, shape[0])
+            row += shape[0]
+            if lower >= upper:
+                continue
+            width = [(columns.start, columns.stop) if columns else (0, size) for size in shape[1:]]
+            stack = [] if layer is None else [(layer, layer + 1)]
+            bounds = [*stack, (lower, upper), *width]
+            part = self.checkpoint.rectangle(key, tuple(low for low, _ in bounds), tuple(high for _, high in bounds),
+                                             is_checked=rows.stop - rows.start > 1)
+            parts.append(part if layer is None else part[0])
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def strangers(self) -> Iterator[tuple[str, Path]]:
+        """Tensors of the model that `config` does not know."""
+        known = {key for parameter in backbone_parameter_names(self.config) for key, _ in self._places(parameter)}
+        for key in sorted(self.checkpoint.shapes):
+            name = key.removeprefix(self._prefix)
+            if (key.startswith(self._prefix) and _MODEL.match(name) and key not in known
+                    and not is_harmless(name, ties_embeddings=self.config.ties_embeddings)):
+                yield key, self.folder / METADATA
+        for key, shape in self.checkpoint.shapes.items():
+            if key in known and re.match(r"decoder\.layers\.\D", key.removeprefix(self._prefix)) and shape[0] != self.config.num_layers:
+                yield f"{key} of {shape[0]} layers", self.folder / METADATA
+
+    def _places(self, parameter: str) -> list[tuple[str, int | None]]:
+        """The tensor, or tensors one below the other, that a parameter lies in, and which entry of a stack of layers. None where absent."""
+        for name in (parameter, norm_alias(parameter)):
+            stacked = re.sub(r"^decoder\.layers\.\d+\.", "decoder.layers.", name)
+            for key, layer in ((name, None), (stacked, int(name.split(".")[2]) if stacked != name else None)):
+                key = self._prefix + key
+                for keys in ([key], [f"{key}_w", f"{key}_v"]):  # a gated MLP's halves may stand apart
+                    if all(each in self.checkpoint.shapes for each in keys):
+                        return [(each, layer) for each in keys]
+        return []
+
+
+def _chunk(chunk: Any, info: Any) -> _Chunk:
+    if getattr(info, "transform_descriptors", None):
+        raise ValueError(f"it was written with {info.transform_descriptors}, which is not supported")
+    offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
+    if len(offsets) != len(sizes) or not all(isinstance(n, int) and n >= 0 for n in (*offsets, *sizes, info.offset, info.length)):
+        raise ValueError("a chunk of a negative size")
+    return _Chunk(offsets, sizes, str(info.relative_path), info.offset, info.length)
+
+
+def _slices(low: Shape, high: Shape, origin: Shape) -> tuple[slice, ...]:
+    return tuple(slice(start - zero, stop - zero) for start, stop, zero in zip(low, high, origin, strict=True))

@@ -1,0 +1,209 @@
+"""Megatron's parameters, fused and sharded as a checkpoint of its own holds them, seen as whole tensors under Hugging Face's names.
+
+The key maps of `names.py` read backwards: where each stretch of a Hugging Face tensor lies among the shards.
+"""
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from ee_tuning.checkpoint.names import Piece, Shape, backbone_parameter_names, backbone_shard, backbone_tensor_shapes
+from ee_tuning.checkpoint.safetensors_reader import DTYPES
+from ee_tuning.errors import InputError
+from ee_tuning.model.config import ModelConfig
+
+VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+_FUSED_NORMS = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_", "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+"""Names of a layer's norms in the local layer spec, and what Transformer Engine's fused modules call them."""
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Rows (`dim` 0) or columns (`dim` 1) `start`..`stop` of a Hugging Face tensor: in rank `rank`'s `parameter` from row `row` on."""
+
+    dim: int
+    start: int
+    stop: int
+    parameter: str
+    rank: int
+    row: int
+
+
+class MegatronSource(ABC):
+    """A backbone in a Megatron checkpoint; see TensorSource. A context manager."""
+
+    num_ranks = 1
+    """Tensor-parallel shards that the stored parameters are cut into."""
+
+    def __init__(self, folder: Path, config: ModelConfig):
+        self.folder, self.config = folder, config
+        self._shapes = backbone_tensor_shapes(config)
+        self._stretches: dict[str, list[Stretch]] | None = None
+
+    @abstractmethod
+    def stored_shape(self, parameter: str, rank: int) -> Shape | None:
+        """Of rank's shard, None where there is none."""
+
+    @abstractmethod
+    def stored_dtype(self, parameter: str) -> torch.dtype:
+        """Of a parameter that is there."""
+
+    @abstractmethod
+    def read(self, parameter: str, rank: int, rows: slice, columns: slice | None) -> Tensor:
+        """A rectangle of rank's shard; `columns` is None for vectors and where all are wanted."""
+
+    @abstractmethod
+    def path(self, parameter: str, rank: int) -> Path:
+        """The file that the shard is in, for errors."""
+
+    @abstractmethod
+    def strangers(self) -> Iterator[tuple[str, Path]]:
+        """Tensors of the model that `config` does not know, and their files."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Nothing: files are mapped, not held open."""
+        return None
+
+    def names(self) -> list[str]:
+        """Every tensor there is, sorted."""
+        return sorted(self._shapes)
+
+    def shape(self, name: str) -> Shape:
+        """Of the whole tensor."""
+        self._parts(name)
+        return self._shapes[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """As stored; one of float64, float32, float16 and bfloat16."""
+        part = self._parts(name)[0]
+        dtype = self.stored_dtype(part.parameter)
+        if dtype not in DTYPES.values():
+            raise InputError(f"{self.path(part.parameter, part.rank)}: {part.parameter} is stored as {dtype}, which is not supported; "
+                             "save the model in bfloat16, float16 or float32")
+        return dtype
+
+    def check_shape(self, name: str, shape: Shape) -> None:
+        """Raises InputError where the tensor is missing, has another shape, or is stored as something that is no plain float."""
+        self.dtype(name)
+        if self.shape(name) != shape:
+            raise InputError(f"{self.folder}: tensor {name} must have shape {list(shape)}, got {list(self.shape(name))}; config and "
+                             "weights are of different models")
+
+    def check_complete(self, config: ModelConfig) -> None:
+        """Raises InputError where a backbone tensor is missing, has another shape, or one is there that would be ignored."""
+        for name, shape in backbone_tensor_shapes(config).items():
+            self.check_shape(name, shape)
+        for key, path in self.strangers():
+            raise InputError(f"{path}: tensor {key} belongs to no {config.family} model with {config.num_layers} layers, and leaving it "
+                             "out would change the model; the shape (saved arguments, or --config) and the weights do not belong together")
+
+    def full(self, name: str) -> Tensor:
+        """The whole tensor, as stored."""
+        return self.rows(name, 0, self.shape(name)[0])
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """[stop - start, …]: these rows, as stored."""
+        parts = self._parts(name)
+        if parts[0].dim == 1:
+            return torch.cat([self.read(p.parameter, p.rank, slice(start, stop), None) for p in parts], dim=1)
+        found = []
+        for part in parts:
+            first, last = max(start, part.start), min(stop, part.stop)
+            if first < last:
+                shift = part.row - part.start
+                found.append(self.read(part.parameter, part.rank, slice(first + shift, last + shift), None))
+        return torch.cat(found) if found else torch.empty(0, *self.shape(name)[1:], dtype=self.dtype(name))
+
+    def columns(self, name: str, start: int, stop: int) -> Tensor:
+        """[n, stop - start]: these columns, as stored."""
+        found, parts = [], self._parts(name)
+        for part in parts:
+            if part.dim == 0:
+                found.append(self.read(part.parameter, part.rank, slice(part.row, part.row + part.stop - part.start), slice(start, stop)))
+                continue
+            first, last = max(start, part.start), min(stop, part.stop)
+            if first < last:
+                rows = slice(0, self.shape(name)[0])
+                found.append(self.read(part.parameter, part.rank, rows, slice(first - part.start, last - part.start)))
+        return torch.cat(found, dim=parts[0].dim)
+
+    def _parts(self, name: str) -> list[Stretch]:
+        if self._stretches is None:
+            self._stretches = self._plan()
+        if name not in self._stretches:
+            raise InputError(f"{self.folder} holds no tensor {name}, which the model must have; shape and weights do not belong together")
+        return self._stretches[name]
+
+    def _plan(self) -> dict[str, list[Stretch]]:
+        """Every Hugging Face tensor's stretches, in order. All shapes are checked on the way."""
+        plan: dict[str, list[Stretch]] = {}
+        for parameter in backbone_parameter_names(self.config):
+            if parameter == "output_layer.weight" and self.config.ties_embeddings:
+                continue
+            seen = set()
+            for rank, pieces in enumerate(self._pieces(parameter)):
+                row = 0
+                for piece in pieces:
+                    place = (piece.name, piece.dim, piece.start)
+                    if place not in seen and piece.start < piece.stop:  # every rank holds what is replicated: the first one's is read
+                        plan.setdefault(piece.name, []).append(Stretch(piece.dim, piece.start, piece.stop, parameter, rank, row))
+                        seen.add(place)
+                    row += piece.stop - piece.start
+        for stretches in plan.values():
+            stretches.sort(key=lambda stretch: stretch.start)
+        return plan
+
+    def _pieces(self, parameter: str) -> list[tuple[Piece, ...]]:
+        """Per rank, what its shard is made of."""
+        shapes = [self.stored_shape(parameter, rank) for rank in range(self.num_ranks)]
+        known = []
+        for rank, shape in enumerate(shapes):
+            if shape is None:
+                raise InputError(f"{self.path(parameter, rank)} holds no parameter {parameter}, which the model must have; shape and "
+                                 "weights do not belong together")
+            known.append(shape)
+        if parameter in VOCABULARY:
+            return self._vocabulary(parameter, known)
+        plans = [backbone_shard(parameter, self.config, self.num_ranks, rank) for rank in range(self.num_ranks)]
+        for rank, (shape, shard) in enumerate(zip(known, plans, strict=True)):
+            if shape != shard.shape:
+                raise InputError(f"{self.path(parameter, rank)}: {parameter} must have shape {list(shard.shape)}, got {list(shape)}; the "
+                                 "shape (saved arguments, or --config) and the weights are of different models")
+        return [shard.pieces for shard in plans]
+
+    def _vocabulary(self, parameter: str, shapes: list[Shape]) -> list[tuple[Piece, ...]]:
+        """Megatron pads the vocabulary as each run was told to, so the stored shapes say who has which rows."""
+        size, width = self.config.vocab_size, self.config.hidden_size
+        name = next(iter(backbone_shard(parameter, self.config, 1, 0).pieces)).name
+        if sum(shape[0] for shape in shapes) < size or any(shape[1:] != (width,) for shape in shapes):
+            raise InputError(f"{self.path(parameter, 0)}: {parameter} must have at least {size} rows of {width}, got "
+                             f"{sum(shape[0] for shape in shapes)} of {list(shapes[0][1:])}; give the model's own vocab_size by --config")
+        pieces: list[tuple[Piece, ...]] = []
+        start = 0
+        for shape in shapes:
+            pieces.append((Piece(name, (size, width), 0, min(start, size), min(start + shape[0], size)),))
+            start += shape[0]
+        return pieces
+
+
+def norm_alias(parameter: str) -> str:
+    """The name that Transformer Engine's fused modules give a layer's norm; any other parameter's own."""
+    for local, fused in _FUSED_NORMS.items():
+        parameter = parameter.replace(f".{local}", f".{fused}")
+    return parameter
+
+
+def is_harmless(key: str, *, ties_embeddings: bool) -> bool:
+    """Whether a key of a model that no parameter is known for may be left out: states of fused modules, buffers, a tied copy."""
+    return "_extra_state" in key or key.endswith("inv_freq") or (ties_embeddings and key == "output_layer.weight")

@@ -1,0 +1,243 @@
+"""What `torch.save` wrote, without letting its pickle do anything: tensors stay on the disk and are read by slices.
+
+A file, or a stretch of one, is a zip archive with a pickle and a record of raw bytes per storage. The pickle is read by an unpickler that
+knows a short list of names; what is only carried along (random states, enumerations) becomes a blank. Records are mapped into memory, so
+that a slice costs no more than its bytes, and each has a CRC-32, which `StoredTensor.check` compares.
+"""
+import argparse
+import collections
+import io
+import mmap
+import pickle
+import struct
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ee_tuning.errors import InputError
+
+_STORAGES = {f"torch.{name}Storage": dtype for name, dtype in (
+    ("Double", torch.float64), ("Float", torch.float32), ("Half", torch.float16), ("BFloat16", torch.bfloat16), ("Long", torch.int64),
+    ("Int", torch.int32), ("Short", torch.int16), ("Char", torch.int8), ("Byte", torch.uint8), ("Bool", torch.bool))}
+_DTYPES = {str(dtype): dtype for dtype in _STORAGES.values()}
+_KNOWN: dict[str, Any] = {"collections.OrderedDict": collections.OrderedDict, "argparse.Namespace": argparse.Namespace,
+                          "builtins.set": set, "torch.Size": tuple}
+_BLANKS = {"numpy.ndarray", "numpy.dtype", "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct",
+           "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "_codecs.encode", "_io.BytesIO", "torch.device",
+           "datetime.timedelta", "pathlib.PosixPath", "builtins.slice", "collections.defaultdict", "types.SimpleNamespace"}
+# Enumerations among Megatron's saved arguments, wherever its versions keep them. None of them decides the model's shape.
+_BLANKS |= {f"megatron.{module}.{name}"
+            for module in ("core.enums", "core.transformer.enums", "core.rerun_state_machine", "model.enums", "legacy.model.enums")
+            for name in ("ModelType", "LayerType", "AttnType", "AttnMaskType", "AttnBackend", "CudaGraphScope", "Fp8Recipe", "Fp4Recipe",
+                         "PositionEmbeddingType", "RerunMode", "RerunState", "RerunDiagnostic")}
+
+
+class _Blank:
+    """Stands for an object that nobody looks at: takes whatever the pickle gives it."""
+
+    def __init__(self, *_: Any, **__: Any):
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+@dataclass(frozen=True)
+class _Storage:
+    record: str
+    dtype: torch.dtype
+    num_elements: int
+
+
+class StoredTensor:
+    """A tensor on the disk."""
+
+    def __init__(self, archive: "Archive", storage: _Storage, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]):
+        self.archive, self.storage, self.offset, self.shape, self.stride = archive, storage, offset, shape, stride
+        self.dtype = storage.dtype
+
+    def mapped(self) -> Tensor:
+        """The tensor, its bytes still on the disk: to be sliced and copied from, never written to. Raises InputError where it is broken."""
+        flat = self.archive.record(self.storage)
+        try:
+            return flat.as_strided(self.shape, self.stride, self.offset)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise self.archive.broken(f"a tensor of shape {list(self.shape)} does not fit its {flat.numel()} stored values") from error
+
+    def check(self) -> None:
+        """Raises InputError where the stored bytes are not those that were written. Reads them all, once."""
+        self.archive.check_record(self.storage.record)
+
+
+class Archive:
+    """The archive in bytes `start`..`stop` of a file that is mapped as `data`; `content` is what was saved.
+
+    Raises InputError, naming `path`, where it is broken or asks for a name that is not on the list; `is_trusted` lets it ask for any.
+    """
+
+    def __init__(self, path: Path, data: mmap.mmap, start: int = 0, stop: int | None = None, *, is_trusted: bool = False):
+        self.path, self._data, self._start = path, data, start
+        self._stop = len(data) if stop is None else stop
+        self._checked: set[str] = set()
+        if not 0 <= start < self._stop <= len(data):
+            raise self.broken(f"bytes {start} to {self._stop} are said to hold a tensor, and the file has {len(data)}")
+        try:
+            with zipfile.ZipFile(_Window(data, start, self._stop)) as archive:
+                entries = archive.infolist()
+        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
+            raise self.broken(f"it is no archive as torch.save has written them since torch 1.6 ({error})") from error
+        self._entries = {entry.filename.partition("/")[2]: entry for entry in entries}
+        if "data.pkl" not in self._entries or len(self._entries) != len(entries):
+            raise self.broken("its archive is not one of torch.save's")
+        self.content = self._unpickle(is_trusted)
+
+    def broken(self, reason: str) -> InputError:
+        """The error to raise: what is wrong with this file."""
+        return InputError(f"{self.path} is broken: {reason}; fetch the file again")
+
+    def record(self, storage: _Storage) -> Tensor:  # [n]
+        """The values of a storage, mapped."""
+        begin, end = self._place(f"data/{storage.record}")
+        if end - begin != storage.num_elements * storage.dtype.itemsize:
+            raise self.broken(f"record {storage.record} must have {storage.num_elements * storage.dtype.itemsize} bytes, got {end - begin}")
+        if begin == end:
+            return torch.empty(0, dtype=storage.dtype)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given buffer is not writable")
+            return torch.frombuffer(self._data, dtype=storage.dtype, count=storage.num_elements, offset=begin)
+
+    def check_record(self, record: str) -> None:
+        """Raises InputError where the record's bytes do not give its CRC-32."""
+        self._check(f"data/{record}")
+
+    def _check(self, name: str) -> None:
+        if name in self._checked:
+            return
+        begin, end = self._place(name)
+        crc = 0
+        with memoryview(self._data) as view:
+            for position in range(begin, end, 1 << 24):
+                crc = zlib.crc32(view[position:min(end, position + (1 << 24))], crc)
+        if crc != self._entries[name].CRC:
+            raise self.broken(f"the bytes of its record {name} are not those that were written")
+        self._checked.add(name)
+
+    def _place(self, name: str) -> tuple[int, int]:
+        """Where the bytes of an entry lie in the file."""
+        entry = self._entries.get(name)
+        if entry is None or entry.compress_type != zipfile.ZIP_STORED:
+            raise self.broken(f"record {name} is missing, or compressed")
+        local = self._start + entry.header_offset
+        if local + 30 > self._stop or self._data[local:local + 4] != b"PK\x03\x04":
+            raise self.broken(f"record {name} has no header")
+        name_length, extra_length = struct.unpack("<HH", self._data[local + 26:local + 30])
+        begin = local + 30 + name_length + extra_length
+        if begin + entry.file_size > self._stop:
+            raise self.broken(f"record {name} ends beyond the end of the file")
+        return begin, begin + entry.file_size
+
+    def _unpickle(self, is_trusted: bool) -> Any:
+        self._check("data.pkl")
+        begin, end = self._place("data.pkl")
+        if "byteorder" in self._entries:
+            where = self._place("byteorder")
+            if self._data[where[0]:where[1]] != b"little":
+                raise self.broken("its numbers are not little-endian")
+        try:
+            return _Unpickler(io.BytesIO(self._data[begin:end]), self, is_trusted).load()
+        except _NotAllowed as error:
+            raise InputError(f"{self.path} holds a pickle that asks for {error}, and unpickling may run anything; do not load this file, "
+                             "or, if you trust whoever wrote it, give --trust-pickle") from error
+        except Exception as error:  # a pickle that is broken on purpose may raise anything
+            raise self.broken(f"its pickle can not be read ({error!r})") from error
+
+
+class _NotAllowed(pickle.UnpicklingError):
+    """Names what a pickle asked for."""
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, archive: Archive, is_trusted: bool):
+        super().__init__(file)
+        self._archive, self._is_trusted = archive, is_trusted
+        self._rebuild: dict[str, Callable[..., Any]] = {
+            "torch._utils._rebuild_tensor_v2": self._tensor, "torch._utils._rebuild_parameter": lambda tensor, *_: tensor}
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        name = f"{module_name}.{global_name}"
+        for table in (_KNOWN, _DTYPES, _STORAGES, self._rebuild):
+            if name in table:
+                return table[name]
+        if name in _BLANKS:
+            return _Blank
+        if self._is_trusted:
+            return super().find_class(module_name, global_name)
+        raise _NotAllowed(name)
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        kind, dtype, record, _, num_elements = pid
+        if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(record, str) or not isinstance(num_elements, int):
+            raise ValueError(f"a storage can not be {pid!r}")
+        return _Storage(record, dtype, num_elements)
+
+    def _tensor(self, storage: _Storage, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> StoredTensor:
+        if not isinstance(storage, _Storage) or not all(isinstance(n, int) and n >= 0 for n in (offset, *shape, *stride)):
+            raise ValueError("a tensor without storage, or of a negative size")
+        return StoredTensor(self._archive, storage, offset, tuple(shape), tuple(stride))
+
+
+class _Window(io.RawIOBase):
+    """Bytes `start`..`stop` of a mapped file, as a file of their own."""
+
+    def __init__(self, data: mmap.mmap, start: int, stop: int):
+        self._data, self._start, self._stop, self._position = data, start, stop, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._stop - self._start}[whence]
+        if base + offset < 0:
+            raise OSError("a position before the beginning")
+        self._position = base + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        here = self._start + self._position
+        chunk = self._data[here:min(self._stop, here + len(buffer))]
+        buffer[:len(chunk)] = chunk
+        self._position += len(chunk)
+        return len(chunk)
+
+
+def map_file(path: Path) -> mmap.mmap:
+    """The file's bytes, mapped. Raises InputError where it can not be opened or is empty."""
+    try:
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise InputError(f"{path} can not be read: {error.strerror}; fetch the file again") from error
+    except ValueError as error:
+        raise InputError(f"{path} is empty; fetch the file again") from error
+
+
+def saved_arguments(content: Any) -> dict[str, Any] | None:
+    """The arguments that Megatron saved within `content`; None where it holds none."""
+    arguments = content.get("args") if isinstance(content, dict) else None
+    return vars(arguments) if isinstance(arguments, argparse.Namespace) else None

@@ -1,0 +1,109 @@
+"""The backbone's shape from the arguments that Megatron saves with a model, or from a file that spells them out."""
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ee_tuning.errors import InputError
+from ee_tuning.model.config import STORED_DTYPES, ModelConfig, RopeConfig, model_config_from_hf
+
+_REQUIRED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "max_position_embeddings")
+_WHERE_LLAMA = {
+    "normalization": ("RMSNorm",), "swiglu": (True,), "add_bias_linear": (False,), "add_qkv_bias": (False,), "qk_layernorm": (False,),
+    "position_embedding_type": ("rope",), "rotary_percent": (1.0,), "rotary_interleaved": (False,), "num_experts": (None,),
+    "multi_latent_attention": (False,), "apply_layernorm_1p": (False,), "apply_residual_connection_post_layernorm": (False,),
+    "squared_relu": (False,), "openai_gelu": (False,), "quick_geglu": (False,),
+    "window_size": (None,), "softmax_type": ("vanilla",), "attention_output_gate": (False,), "linear_attention_freq": (None,),
+    "no_rope_freq": (None,), "qk_l2_norm": (False,), "heterogeneous_layers_config_path": (None,)}
+"""Arguments that change what the layers compute, and the values that make a Llama of them; absent is as good."""
+_OPTIONAL = ("num_query_groups", "group_query_attention", "kv_channels", "vocab_size", "padded_vocab_size", "norm_epsilon",
+             "layernorm_epsilon", "rotary_base", "rotary_seq_len_interpolation_factor", "use_rope_scaling", "rope_scaling_factor",
+             "untie_embeddings_and_output_weights", "init_method_std", "params_dtype", "use_rotary_position_embeddings")
+
+
+def read_megatron_config(saved: Mapping[str, Any] | None, shape: Path | None, where: Path) -> ModelConfig:
+    """The shape of a Megatron model: the arguments `saved` with it (None where there are none), those in the file `shape` laid over them.
+
+    `shape` is JSON or YAML under Megatron's names, or a Hugging Face config.json (a file that has a model_type), which then says
+    everything. `where` is named in errors. Raises InputError on what is missing, or what this project can not run.
+    """
+    if shape is None:
+        if saved is None:
+            raise InputError(f"{where} holds no saved arguments, so the model's shape must be given: --config FILE, a Hugging Face "
+                             "config.json, or YAML with Megatron's names (num_layers, hidden_size, …)")
+        return model_config_from_megatron(saved, where)
+    fields = _read(shape)
+    if "model_type" in fields:
+        return model_config_from_hf(fields, shape)
+    known = {*_REQUIRED, *_OPTIONAL, *_WHERE_LLAMA}
+    for key in fields:
+        if key not in known:
+            raise InputError(f"{shape}: unknown key {key}; known keys: {', '.join(sorted(known))}")
+    return model_config_from_megatron({**(saved or {}), **fields}, shape)
+
+
+def model_config_from_megatron(arguments: Mapping[str, Any], path: Path) -> ModelConfig:
+    """As `read_megatron_config`, from parsed arguments; `path` is named in errors."""
+    _refuse_what_would_be_ignored(arguments, path)
+    numbers: dict[str, Any] = {key: _number(arguments, key, path) for key in _REQUIRED}
+    heads = numbers["num_attention_heads"]
+    has_groups = arguments.get("group_query_attention", "num_query_groups" in arguments)
+    vocabulary = "vocab_size" if arguments.get("vocab_size") is not None else "padded_vocab_size"
+    dtype = str(arguments.get("params_dtype") or "float32").removeprefix("torch.")
+    epsilon = arguments.get("norm_epsilon", arguments.get("layernorm_epsilon", 1e-5))
+    return ModelConfig(
+        **numbers, num_query_groups=_number(arguments, "num_query_groups", path) if has_groups else heads,
+        kv_channels=_number(arguments, "kv_channels", path) if arguments.get("kv_channels") else numbers["hidden_size"] // heads,
+        vocab_size=_number(arguments, vocabulary, path), norm_epsilon=_real(epsilon, "norm_epsilon", path),
+        rope=_rope(arguments, path), ties_embeddings=not arguments.get("untie_embeddings_and_output_weights", False),
+        init_std=_real(arguments.get("init_method_std", 0.02), "init_method_std", path),
+        stored_dtype=dtype if dtype in STORED_DTYPES else "float32")
+
+
+def _read(shape: Path) -> dict[str, Any]:
+    try:
+        text = shape.read_text()
+        fields = json.loads(text) if shape.suffix == ".json" else yaml.safe_load(text)
+    except OSError as error:
+        raise InputError(f"model.config must be a file, but {shape} can not be read: {error.strerror}") from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise InputError(f"{shape} is neither YAML nor JSON: {' '.join(str(error).split())}") from error
+    if not isinstance(fields, dict):
+        raise InputError(f"{shape} must hold keys such as num_layers, got {type(fields).__name__}")
+    return fields
+
+
+def _refuse_what_would_be_ignored(arguments: Mapping[str, Any], path: Path) -> None:
+    for key, allowed in _WHERE_LLAMA.items():
+        value = arguments.get(key, allowed[0])
+        if key == "position_embedding_type" and arguments.get("use_rotary_position_embeddings"):
+            continue
+        if value not in allowed:
+            raise InputError(f"{path}: {key} = {value} is not supported (must be {allowed[0]})")
+
+
+def _number(arguments: Mapping[str, Any], key: str, path: Path) -> int:
+    value = arguments.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"{path}: {key} must be a positive whole number, got {value!r}; spell it out in a file given by --config")
+    return value
+
+
+def _real(value: Any, key: str, path: Path) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise InputError(f"{path}: {key} must be a number, got {value!r}; spell it out in a file given by --config")
+    return float(value)
+
+
+def _rope(arguments: Mapping[str, Any], path: Path) -> RopeConfig:
+    theta = _real(arguments.get("rotary_base", 10000), "rotary_base", path)
+    interpolation = arguments.get("rotary_seq_len_interpolation_factor")
+    if arguments.get("use_rope_scaling"):  # Megatron fixes the other three numbers of Llama 3.1's scaling
+        return RopeConfig(kind="llama3", theta=theta, factor=_real(arguments.get("rope_scaling_factor", 8.0), "rope_scaling_factor", path),
+                          original_max_position_embeddings=8192, low_freq_factor=1.0, high_freq_factor=4.0)
+    if interpolation is not None and interpolation != 1:
+        return RopeConfig(kind="linear", theta=theta, factor=_real(interpolation, "rotary_seq_len_interpolation_factor", path))
+    return RopeConfig(theta=theta)
