@@ -6,7 +6,7 @@ fifteen calls a layer where Megatron's own forward makes over a hundred. Tests h
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ee_tuning.model.attention import LayerCache, RaggedBatch, ragged_attention, rotate, softmax_scale
 from ee_tuning.model.backbone import BackboneStage
@@ -51,7 +51,7 @@ class RaggedLayer:
         return partial.add_(residual)
 
 
-def column_major(weight: nn.Parameter) -> Tensor:
+def column_major(weight: Tensor) -> Tensor:
     """The same matrix [tall, wide], its columns laid one after the other, in place.
 
     On a CPU a row of activations times a tall matrix reads it up to twice as fast so (benchmarks/decoding.py); wide ones gain nothing.
