@@ -119,8 +119,25 @@ def read_model_config(folder: Path) -> ModelConfig:
     return model_config_from_hf(raw, path)
 
 
-def model_config_from_hf(raw: dict[str, Any], path: Path) -> ModelConfig:
+def model_config_from_hf(raw: Any, path: Path) -> ModelConfig:
     """As `read_model_config`, from the parsed config.json; `path` is named in errors."""
+    if not isinstance(raw, dict):
+        raise InputError(f"{path} must hold a JSON object, got {type(raw).__name__}; fetch the model's own config.json")
+    try:
+        config = _from_object(raw, path)
+    except InputError:
+        raise
+    except (TypeError, ValueError, AttributeError, KeyError, OverflowError) as error:
+        raise InputError(f"{path} has a value of a wrong type ({error!r}); fetch the model's own config.json") from error
+    if config.num_attention_heads % config.num_query_groups:
+        raise InputError(f"{path}: num_attention_heads = {config.num_attention_heads} must be a multiple of num_key_value_heads = "
+                         f"{config.num_query_groups}")
+    if config.position == "rope" and config.kv_channels % 2:
+        raise InputError(f"{path}: the width of a head must be even to be rotated, got {config.kv_channels}")
+    return config
+
+
+def _from_object(raw: dict[str, Any], path: Path) -> ModelConfig:
     raw = in_llama_spelling(raw, path)
     heads = positive_number(raw, "num_attention_heads", path)
     hidden = positive_number(raw, "hidden_size", path)
@@ -153,8 +170,8 @@ def _rope(raw: dict[str, Any], max_positions: int, path: Path) -> RopeConfig:
                                "yarn": ["factor"]}[kind] if key not in fields]
     if missing:
         raise InputError(f"{path}: rope scaling {kind} needs {', '.join(missing)}")
-    factor = float(fields["factor"])
     original = int(fields.get("original_max_position_embeddings") or raw.get("original_max_position_embeddings") or max_positions)
+    factor = max_positions / original if kind == "yarn" and fields["factor"] is None else float(fields["factor"])
     return RopeConfig(
         kind=kind, theta=theta, factor=factor, original_max_position_embeddings=original,
         low_freq_factor=float(fields.get("low_freq_factor", 1.0)), high_freq_factor=float(fields.get("high_freq_factor", 4.0)),

@@ -68,6 +68,22 @@ def test_convert_refuses(shared, tmp_path, overrides, words):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("changes", [
+    {"num_key_value_heads": "two"}, {"num_key_value_heads": 3}, {"head_dim": 9}, {"rope_scaling": [1]}, {"rms_norm_eps": "small"},
+    {"rope_parameters": {"rope_type": "linear", "factor": "x"}}, {"rope_parameters": {"rope_type": "linear", "factor": None}},
+    {"rope_parameters": {"rope_type": "dynamic", "factor": 2}}, {"vocab_size": -1}, {"model_type": "other"}, {"mlp_bias": True}, None,
+])
+def test_a_config_that_makes_no_sense_is_refused_by_its_file(shared, tmp_path, changes):
+    """A traceback from a conversion deep inside, for a file that was edited by hand."""
+    model = shutil.copytree(shared / "model", tmp_path / "model")
+    raw = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps([] if changes is None else {**raw, **changes}))
+    with pytest.raises(InputError) as error:
+        convert(load_config(None, {"model.path": str(model), "exits.exit_layers": [2]}), tmp_path / "out")
+    assert "config.json" in complaint(error)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("damage", ["truncated", "header", "missing"])
 def test_a_damaged_model_is_refused_by_its_file(shared, tmp_path, damage):
     """Half a download that converts to garbage."""
