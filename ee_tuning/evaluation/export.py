@@ -1,5 +1,6 @@
 """`ee-tuning export`: which writer gets the job, and the check that may follow."""
 import argparse
+import os
 from pathlib import Path
 
 from ee_tuning.config import Config
@@ -18,6 +19,8 @@ def export(config: Config, flags: argparse.Namespace) -> int:
         if getattr(flags, name) and name not in FLAGS[flags.format]:
             formats = " or ".join(kind for kind, names in FLAGS.items() if name in names)
             raise InputError(f"--{name} goes with --format {formats}, got --format {flags.format}; leave one of them out")
+    if flags.format != "megatron" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(f"--format {flags.format} is written by one process, got {os.environ['WORLD_SIZE']}; start it without torchrun")
     if flags.format == "artifact":
         from ee_tuning.checkpoint.export_artifact import ExitChoice, export_artifact
 

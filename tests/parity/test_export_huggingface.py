@@ -216,3 +216,21 @@ def test_exit_tensors_are_the_artifact_s(llama, tmp_path):
     export("--model", llama / "model", "--exits", llama / "exits", "--output", tmp_path / "export")
     got, wanted = (load_file(folder / "exit_heads.safetensors") for folder in (tmp_path / "export", llama / "exits"))
     assert got.keys() == wanted.keys() and all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("place", ["model-00002", "exit_heads", "config.json"])
+def test_a_killed_export_leaves_nothing_that_loads(llama, tmp_path, place):
+    """Half a folder under the name that was asked for, taken for a whole one."""
+    script = ("import os, sys\nfrom ee_tuning import cli\nfrom ee_tuning.checkpoint import export_huggingface as writer\n"
+              "placed = writer._placed\n"
+              "def dies(source, target, *more):\n    if target.name.startswith(sys.argv[1]):\n        os._exit(9)\n"
+              "    return placed(source, target, *more)\n"
+              "writer._placed = dies\nsys.exit(cli.main(sys.argv[2:]))\n")
+    words = ["export", "--format", "hf", "--model", llama / "model", "--output", tmp_path / "export"]
+    words += [] if place == "config.json" else ["--exits", llama / "exits"]
+    done = subprocess.run([sys.executable, "-c", script, place, *map(str, words)], cwd=SHIPPED.parents[1], capture_output=True, timeout=120)
+    assert done.returncode == 9
+    assert not (tmp_path / "export").exists()
+    assert not list(tmp_path.glob("*/config.json")), "what was left behind could be loaded"
+    export(*words[3:])
+    assert cli.main(["verify", str(tmp_path / "export")]) == 0 and [path.name for path in tmp_path.iterdir()] == ["export"]

@@ -128,3 +128,12 @@ def test_a_broken_description_of_the_model_is_one_line(models, tmp_path, capsys,
     write_manifest(broken)
     export(models, tmp_path / "again", "--exits", str(broken), code=2)
     assert str(broken) in capsys.readouterr().err
+
+
+def test_a_format_refuses_the_flags_of_another(models, tmp_path, capsys, monkeypatch):
+    """--link passed over in silence; four processes that each write the same folder."""
+    export(models, tmp_path / "refused", "--exits", "a24", "--link", code=2)
+    assert "--format hf" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    export(models, tmp_path / "refused", "--exits", "a24", code=2)
+    assert "one process" in capsys.readouterr().err and not list(tmp_path.iterdir())
