@@ -51,10 +51,9 @@ def generate(args: argparse.Namespace) -> None:
     config = _job(args)
     if not args.prompt:
         raise InputError("generate needs a prompt, got none; give --prompt TEXT, or --prompt - to read standard input")
-    prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompt]
     from ee_tuning.generation.command import generate
 
-    generate(config, prompts, as_json=args.json, show_exits=args.show_exits)
+    generate(config, args.prompt, as_json=args.json, show_exits=args.show_exits)
 
 
 def inspect(args: argparse.Namespace) -> None:

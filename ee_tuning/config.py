@@ -145,7 +145,7 @@ class GenerationSection:
     """Sample among the likeliest tokens that reach this probability together."""
     seed: int = 0
     """Of sampling, per prompt: the same seed gives a prompt the same tokens in any batch."""
-    stop: tuple[str, ...] = ()
+    stop: tuple[str, ...] = field(default=(), metadata={"verbatim": True})
     """Strings that end a completion; they are left out of it."""
     ignore_eos: bool = False
     """Go on past the end-of-text token."""
@@ -223,8 +223,8 @@ def _as_typed(value: Any, hint: Any) -> Any:
     """A value typed at a prompt. Texts stay as they are: a folder may be called 007 or on, which YAML reads as 7 and true."""
     if isinstance(value, list):
         return [_as_typed(item, next(iter(typing.get_args(hint)), None)) for item in value]
-    is_text = hint is str or str in typing.get_args(hint)
-    return value if is_text and value != "null" and not str(value).startswith("[") else _parse_scalar(value)
+    is_text = hint is str or (str in typing.get_args(hint) and value != "null" and not str(value).startswith("["))
+    return value if is_text else _parse_scalar(value)
 
 
 def _parse_scalar(value: Any) -> Any:
@@ -246,6 +246,8 @@ def _build(kind: type, tree: Any, where: str, prefix: str) -> Any:
             hint = f"did you mean {prefix}{near[0]}? " if near else ""
             raise InputError(f"{where}: unknown key {prefix}{key}; {hint}known keys: {', '.join(known)}")
     hints = typing.get_type_hints(kind)
+    # A lone text is one item where items may hold commas and spaces.
+    tree = {key: [value] if isinstance(value, str) and known[key].metadata.get("verbatim") else value for key, value in tree.items()}
     return kind(**{key: _convert(value, hints[key], where, prefix + key) for key, value in tree.items()})
 
 

@@ -40,9 +40,6 @@ FLAGS: dict[str, dict[str, str]] = {
 }
 """Command -> flag -> config key."""
 
-_VERBATIM = {"generation.stop"}
-"""Lists whose items may hold commas: one item a flag, and the flag repeats."""
-
 _METAVARS = {"model.path": "FOLDER", "model.config": "FILE", "exits.path": "FOLDER", "data.tokenizer": "FOLDER",
              "tuning.run_folder": "FOLDER", "data.paths": "PATH"}
 
@@ -56,6 +53,8 @@ class Key:
     is_list: bool
     default: Any
     doc: str
+    is_verbatim: bool
+    """Whether items of the list may hold commas: one item a flag, and the flag repeats."""
 
 
 def add_config_flags(parser: argparse.ArgumentParser, command: str) -> None:
@@ -66,7 +65,7 @@ def add_config_flags(parser: argparse.ArgumentParser, command: str) -> None:
         options: dict[str, Any] = {"action": _Override, "key": name, "help": _help(name, key), "metavar": _metavar(name, key)}
         if key.kind is bool:
             options["nargs"] = 0
-        elif key.is_list and name not in _VERBATIM:
+        elif key.is_list and not key.is_verbatim:
             options["nargs"] = "+"
         parser.add_argument(flag, **options)
     parser.add_argument("--set", action=_Override, key=None, metavar="SECTION.KEY=VALUE",
@@ -90,7 +89,7 @@ class _Override(argparse.Action):
             overrides[name.strip()] = value
         elif self.nargs == 0:
             overrides[self.key] = True
-        elif self.key in _VERBATIM:
+        elif config_keys()[self.key].is_verbatim:
             overrides[self.key] = [*_items(overrides.get(self.key)), values]
         elif isinstance(values, list):
             words = [part.strip() for word in values for part in word.split(",") if part.strip()]
@@ -118,7 +117,8 @@ def config_keys() -> dict[str, Key]:
             if typing.get_origin(hint) is tuple:
                 hint, is_list = typing.get_args(hint)[0], True
             doc = documented.get((kind.__name__, field.name), "")
-            keys[f"{section}.{field.name}"] = Key(kind=hint, is_list=is_list, default=field.default, doc=doc)
+            keys[f"{section}.{field.name}"] = Key(kind=hint, is_list=is_list, default=field.default, doc=doc,
+                                                       is_verbatim=bool(field.metadata.get("verbatim")))
     return keys
 
 

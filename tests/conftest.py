@@ -1,9 +1,13 @@
-"""Makes modules that several test folders share importable."""
+"""Makes modules that several test folders share importable, and the CPU the device of all tests but tests/gpu."""
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
+# Before torch is imported: these tests compare CPU with CPU. tests/gpu starts processes that see what was to be seen.
+os.environ.setdefault("EE_TUNING_TEST_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 sys.path.insert(0, str(Path(__file__).parent))
 
 

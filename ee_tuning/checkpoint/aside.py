@@ -1,9 +1,10 @@
-"""Folders written aside and renamed into place when they are whole, by all processes of a world together."""
+"""What is written aside and renamed into place when it is whole: folders, by all processes of a world together, and single files."""
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -34,10 +35,12 @@ def written_aside(output: Path, topology: Topology | None) -> Iterator[Path]:
     """A new folder `<output>.partial-…`, the same on every rank, which becomes `output` when the block ends well.
 
     An `output` that exists is replaced then. When the block fails, or the process is killed, `output` is as it was. The block must end with
-    rank 0 knowing that every rank has written. Raises InputError where the disk refuses.
+    rank 0 knowing that every rank has written. Raises InputError where the disk refuses. One writer at a time writes an `output`: what
+    an earlier one left behind is removed.
     """
     def make() -> Path:
-        partial = output.with_name(f"{output.name}.partial-{secrets.token_hex(4)}")
+        remove_leftovers(output)
+        partial = _partial(output)
         with refusals_named(output):
             partial.mkdir(parents=True)
         return partial
@@ -54,6 +57,37 @@ def written_aside(output: Path, topology: Topology | None) -> Iterator[Path]:
 
 
 @contextmanager
+def file_written_aside(output: Path) -> Iterator[Path]:
+    """A path for the block to write a file to, in one process; the file becomes `output`, replacing it, when the block ends well.
+
+    Raises InputError where the disk refuses.
+    """
+    remove_leftovers(output)
+    partial = _partial(output)
+    try:
+        with refusals_named(output):
+            yield partial
+            _sync(partial)
+            partial.replace(output)
+            _sync(output.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def remove_leftovers(output: Path) -> None:
+    """Removes what writers of `output` that were killed left beside it."""
+    ours = re.compile(re.escape(output.name) + r"\.partial-[0-9a-f]{8}")
+    for path in output.parent.glob("*.partial-*"):
+        if not ours.fullmatch(path.name) or path.is_symlink():
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                path.unlink()
+
+
+@contextmanager
 def refusals_named(output: Path) -> Iterator[None]:
     """Turns what the file system refuses into an InputError that names `output`."""
     try:
@@ -64,7 +98,8 @@ def refusals_named(output: Path) -> Iterator[None]:
 
 def _put_in_place(partial: Path, output: Path) -> None:
     with refusals_named(output):
-        _sync(partial)
+        for path in (*partial.iterdir(), partial):  # else a power cut could leave a name without its content
+            _sync(path)
         if not output.exists():
             partial.rename(output)
         else:
@@ -79,8 +114,12 @@ def _put_in_place(partial: Path, output: Path) -> None:
         _sync(output.parent)
 
 
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _partial(output: Path) -> Path:
+    return output.with_name(f"{output.name}.partial-{secrets.token_hex(4)}")
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -1,4 +1,4 @@
-"""The text every Python installation carries: its standard library. The shipped model learned from it, and the demo tunes and decodes with it."""
+"""The text every Python installation carries, its standard library: the shipped model learned from it, the demo tunes with it."""
 import hashlib
 import sysconfig
 from pathlib import Path

@@ -26,6 +26,7 @@ from ee_tuning.parallel.topology import leave_parallel
 CHECKOUT = Path(__file__).resolve().parents[2]
 JOB = CHECKOUT / "examples" / "tiny.yaml"
 THRESHOLDS = (1.1, 0.95, 0.9, 0.8, 0.6, 0.4, 0.2)
+MARK = ".ee_tuning_demo"
 TRAINING_BYTES = 3_000_000
 NUM_PROMPTS, PROMPT_BYTES, NEW_TOKENS = 12, 300, 100
 
@@ -36,9 +37,13 @@ def demo(output: Path) -> None:
         raise InputError(f"demo must run from a checkout of the project, which carries the model; {JOB} is not there")
     started, console = time.monotonic(), Console(highlight=False)
     output.mkdir(parents=True, exist_ok=True)
-    if (output / "job.yaml").is_file():  # a demo was here before
+    if (output / MARK).is_file():  # a demo was here before
         for made in ("run", "exit_heads", "converted"):
             shutil.rmtree(output / made, ignore_errors=True)
+    elif any(output.iterdir()):
+        raise InputError(f"demo must write into a new folder or that of an earlier demo, and {output} holds something else; give another "
+                         "--output")
+    (output / MARK).touch()
     prompts = _write_text(output / "text")
     job = _write_job(output)
     console.rule("1 of 3: convert", align="left")

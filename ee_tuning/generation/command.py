@@ -6,6 +6,7 @@ from collections import Counter
 from rich.console import Console
 from rich.text import Text
 
+from ee_tuning.checkpoint.aside import on_first_rank
 from ee_tuning.config import Config
 from ee_tuning.errors import InputError
 from ee_tuning.generation.llm import Completion, EarlyExitLLM
@@ -16,13 +17,14 @@ EXIT_COLOURS = ("bright_green", "green", "cyan", "bright_blue", "blue", "magenta
 
 
 def generate(config: Config, prompts: list[str], *, as_json: bool = False, show_exits: bool = False) -> None:
-    """Loads the model and its exits, completes the prompts as one batch, and prints them."""
-    if not config.model.path:
-        raise InputError("model.path must name a model's folder, got nothing; give --model FOLDER")
+    """Loads the model and its exits, completes the prompts as one batch, and prints them. The prompt `-` is standard input."""
     topology = init_parallel(config.parallel)
     if topology.dp > 1:
         raise InputError(f"generate takes tensor × pipeline = {topology.tp} × {topology.pp} processes, got {topology.world_size}; "
                          f"launch {topology.num_in_replica}, or change parallel.*")
+    if "-" in prompts:  # all ranks share one standard input: the first reads it
+        text = on_first_rank(topology, _read_standard_input)
+        prompts = [text if prompt == "-" else prompt for prompt in prompts]
     llm = EarlyExitLLM.from_config(config, topology)
     if not topology.is_logging_rank:
         llm.generate(prompts)
@@ -41,26 +43,40 @@ def as_record(completion: Completion) -> dict[str, object]:
             "tokens_per_second": round(completion.tokens_per_second, 2), "finish_reason": completion.finish_reason}
 
 
+def _read_standard_input() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise InputError(f"a prompt must be UTF-8 text, but standard input is not: {error}; convert it first") from error
+
+
 def _print_text(llm: EarlyExitLLM, prompts: list[str], show_exits: bool) -> None:
-    """One prompt streams as it is made; several come whole, one after the other."""
+    """One prompt streams as it is made; several come whole, one after the other. A pipe gets the completions alone, as they are."""
     out = Console(highlight=False, soft_wrap=True)
     colours = _colours(llm) if show_exits else {}
-    streams = len(prompts) == 1
+
+    def show(text: str, style: str = "") -> None:
+        if out.is_terminal:
+            out.print(Text(text, style=style), end="")
+        elif style != "dim":
+            sys.stdout.write(text)  # rich would turn tabs into spaces
+        sys.stdout.flush()
+
     shown: list[list[tuple[str, int]]] = [[] for _ in prompts]
     completions: list[Completion] = []
+    streams = len(prompts) == 1
     if streams:
-        out.print(Text(prompts[0], style="dim"), end="")
+        show(prompts[0], "dim")
     for token in llm.stream(prompts, completions):
         shown[token.index].append((token.text, token.exit_layer))
-        if streams and token.text:
-            out.print(Text(token.text, style=colours.get(token.exit_layer, "")), end="")
-            out.file.flush()
+        if streams:
+            show(token.text, colours.get(token.exit_layer, ""))
     for prompt, parts in zip(prompts, shown, strict=True):
         if not streams:
-            out.print(Text(prompt, style="dim"), end="")
+            show(prompt, "dim")
             for text, layer in parts:
-                out.print(Text(text, style=colours.get(layer, "")), end="")
-        out.print()
+                show(text, colours.get(layer, ""))
+        show("\n")
     _print_summary(llm, completions, colours)
 
 
@@ -80,5 +96,4 @@ def _print_summary(llm: EarlyExitLLM, completions: list[Completion], colours: di
     for i, layer in enumerate(sorted(histogram)):
         name = "the end" if layer == llm.num_layers else f"layer {layer}"
         summary.append(", " if i else "").append(f"{name}: {histogram[layer]}", style=colours.get(layer, ""))
-    sys.stdout.flush()
     console.print(summary, soft_wrap=True)

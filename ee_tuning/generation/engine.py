@@ -19,7 +19,7 @@ from ee_tuning.generation.sampling import choose_token
 from ee_tuning.model.attention import RaggedBatch, ragged_batch, rotation_tables
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.model.exit_head import ExitInput
-from ee_tuning.model.ragged_layer import RaggedLayer
+from ee_tuning.model.ragged_layer import RaggedLayer, column_major
 from ee_tuning.parallel.vocab import gather_logits, top1
 
 # t tokens of a ragged batch · r rows · h hidden
@@ -85,7 +85,10 @@ class Engine:
         self.pieces = cut_pieces(stages, model.plan.exit_layers)
         own = range(model.plan.first_layer, model.plan.last_layer + 1)
         self.layers = {number: RaggedLayer(model.backbone, number, self.topology) for number in own}
-        self.cache = KVCache(self.config, self.topology, own, num_slots=num_slots, max_length=max_length, dtype=model.plan.dtype)
+        for layer in model.plan.own_exits:
+            if model.plan.architecture == "mlp":
+                column_major(model.exit_head(layer).mlp.fc1.weight)
+        self.cache = KVCache(self.config, self.topology, num_slots=num_slots, max_length=max_length, dtype=model.plan.dtype)
         self.tables = rotation_tables(model.backbone.angles[:max_length], model.plan.dtype)
         self.max_pending = max_pending
         self.running: list[Sequence] = []
@@ -124,7 +127,8 @@ class Engine:
         try:
             for piece in range(len(self.pieces)):
                 output = self._run_piece(piece, [sequence])
-            decided = self._decide(len(self.pieces) - 1, [sequence] * len(tokens), output, list(range(len(tokens))), head_layer=None)
+            decided = self._decide(len(self.pieces) - 1, [sequence] * len(tokens), output, list(range(len(tokens))),
+                                   head_layer=None, threshold=-1.0)
         finally:
             self.remove(sequence)
         return [int(token) for token, _ in decided]
@@ -139,13 +143,13 @@ class Engine:
             # Rows that left wait here with their states: they ride along, for the weights are read anyway.
             rows = [s for s in (going if reads_prompt else self.running) if not s.is_new or reads_prompt]
             rows = [s for s in rows if s.num_pending(index)]
-            output = self._run_piece(index, rows)
             must_leave = index == last or (policy.fixed_exit is not None and piece.exit_layer == policy.fixed_exit)
+            output = self._run_piece(index, rows, keeps_states=not must_leave)
             if not must_leave and (reads_prompt or piece.exit_layer not in policy.consulted):
                 continue
             head_layer = None if index == last and policy.fixed_exit is None else piece.exit_layer
             positions = [output.last_tokens[rows.index(s)] for s in going] if output is not None else []
-            decided = self._decide(index, going, output, positions, head_layer)
+            decided = self._decide(index, going, output, positions, head_layer, -1.0 if must_leave else policy.threshold)
             stays = []
             for sequence, (token, confidence) in zip(going, decided, strict=True):
                 if must_leave or confidence >= policy.threshold:
@@ -163,8 +167,11 @@ class Engine:
                     self._run_piece(deeper, [s for s in self.running if s.num_pending(deeper)])
                 return
 
-    def _run_piece(self, index: int, rows: list[Sequence]) -> "_PieceOutput | None":
-        """One pass of `rows`' pending tokens through a piece: its output on the stage that owns it, None elsewhere."""
+    def _run_piece(self, index: int, rows: list[Sequence], *, keeps_states: bool = True) -> "_PieceOutput | None":
+        """One pass of `rows`' pending tokens through a piece: its output on the stage that owns it, None elsewhere.
+
+        The output waits for the next piece, unless there will be none.
+        """
         piece, starts = self.pieces[index], [s.watermarks[index] for s in rows]
         lengths = [s.num_pending(index) for s in rows]
         for sequence in rows:
@@ -174,8 +181,8 @@ class Engine:
             return None
         batch = self._describe([s.slot for s in rows], starts, lengths)
         for number in range(piece.first_layer, piece.last_layer + 1):
-            hidden, exit_input = self.layers[number](hidden, self.cache.layers[number], batch)
-        if index + 1 < len(self.pieces):
+            hidden, exit_input = self.layers[number](hidden, self.cache.layer(number), batch)
+        if index + 1 < len(self.pieces) and keeps_states:
             for sequence, states in zip(rows, hidden.split(lengths), strict=True):
                 sequence.boundary[index + 1].append(states)
         return _PieceOutput(hidden, exit_input, batch.last_tokens)
@@ -214,18 +221,19 @@ class Engine:
         return self._batch[1]
 
     def _decide(self, index: int, rows: list[Sequence], output: "_PieceOutput | None", positions: list[int],
-                head_layer: int | None) -> list[tuple[float, float]]:
+                head_layer: int | None, threshold: float) -> list[tuple[float, float]]:
         """(token id, confidence) of each row from the states at `positions` of the pass; decided once, the same on every rank."""
         decided = torch.empty(len(rows), 2, dtype=torch.float64)
         if output is not None:
-            decided = self._judge(head_layer, rows, output, positions)
+            decided = self._judge(head_layer, rows, output, positions, threshold)
         if self.topology.num_in_replica > 1:
             source = self.topology.first_rank_of_stage(self.pieces[index].stage)
             dist.broadcast(decided, src=source, group=self.topology.replica_control)
         return decided.tolist()
 
-    def _judge(self, head_layer: int | None, rows: list[Sequence], output: "_PieceOutput", positions: list[int]) -> Tensor:  # [r, 2]
-        """`head_layer` None asks the model's own final head."""
+    def _judge(self, head_layer: int | None, rows: list[Sequence], output: "_PieceOutput", positions: list[int],
+               threshold: float) -> Tensor:  # [r, 2]
+        """`head_layer` None asks the model's own final head. Tokens are drawn for rows that are at least as sure as `threshold`."""
         whole = positions == list(range(output.hidden.shape[0]))
 
         def chosen(x: Tensor | None) -> Tensor:
@@ -241,7 +249,7 @@ class Engine:
             logits = head(inputs, F.linear)
         ids, confidences = top1(logits, self.model.vocab)
         decided = torch.stack((ids.double(), confidences.double()), dim=-1).cpu()
-        sampled = [i for i, s in enumerate(rows) if s.sampling.temperature > 0]
+        sampled = [i for i, s in enumerate(rows) if s.sampling.temperature > 0 and decided[i, 1] >= threshold]
         if sampled:
             full = gather_logits(logits[sampled], self.model.vocab).cpu()
             for i, row_logits in zip(sampled, full, strict=True):
@@ -249,9 +257,9 @@ class Engine:
         return decided
 
     def _draw(self, logits: Tensor, sequence: Sequence) -> int:
-        # Seeded by request and position: the same token whatever the batch, the layout, or the exit that asks.
-        sampling, position = sequence.sampling, len(sequence.tokens)
-        digest = hashlib.blake2b(f"{sampling.seed}:{position}".encode(), digest_size=8).digest()
+        # Seeded by the request's seed, its prompt and the position: the same token whatever the batch, the layout, or the exit that asks.
+        sampling, prompt = sequence.sampling, sequence.tokens[: sequence.num_prompt_tokens]
+        digest = hashlib.blake2b(f"{sampling.seed}:{prompt}:{len(sequence.tokens)}".encode(), digest_size=8).digest()
         self._generator.manual_seed(int.from_bytes(digest, "little") >> 1)
         return int(choose_token(logits, sampling.temperature, sampling.top_k, sampling.top_p, self._generator))
 

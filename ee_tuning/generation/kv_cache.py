@@ -1,4 +1,4 @@
-"""Keys and values of one stage's layers: a slot per sequence, preallocated."""
+"""Keys and values of one stage's layers: a slot per sequence, preallocated when a layer first runs."""
 from typing import Any
 
 import torch
@@ -11,15 +11,17 @@ from ee_tuning.parallel.topology import Topology
 class KVCache:
     """[slots, g, positions, d] keys and values for each layer of a stage; slots are lent to sequences and taken back."""
 
-    def __init__(self, config: ModelConfig, topology: Topology, layers: range, *, num_slots: int, max_length: int, dtype: torch.dtype):
-        shape = (num_slots, config.num_query_groups // topology.tp, max_length, config.kv_channels)
-        tensor: dict[str, Any] = {"dtype": dtype, "device": topology.device}
-        # Zeros, not empty: a masked place is multiplied by weight 0, which a stray NaN would survive.
-        self.layers = {layer: LayerCache(keys=torch.zeros(shape, **tensor), values=torch.zeros(shape, **tensor)) for layer in layers}
+    def __init__(self, config: ModelConfig, topology: Topology, *, num_slots: int, max_length: int, dtype: torch.dtype):
+        self._shape = (num_slots, config.num_query_groups // topology.tp, max_length, config.kv_channels)
+        self._tensor: dict[str, Any] = {"dtype": dtype, "device": topology.device}
+        self._layers: dict[int, LayerCache] = {}
         self.max_length = max_length
         self.free = list(range(num_slots))[::-1]
 
-    @property
-    def num_bytes(self) -> int:
-        """Memory held."""
-        return sum(c.keys.nbytes + c.values.nbytes for c in self.layers.values())
+    def layer(self, number: int) -> LayerCache:
+        """Of layer `number`. Layers that a fixed exit never reaches take no memory."""
+        if number not in self._layers:
+            # Zeros, not empty: a masked place is multiplied by weight 0, which a stray NaN would survive.
+            keys, values = torch.zeros(self._shape, **self._tensor), torch.zeros(self._shape, **self._tensor)
+            self._layers[number] = LayerCache(keys=keys, values=values)
+        return self._layers[number]

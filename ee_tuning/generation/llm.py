@@ -7,6 +7,7 @@
 Under torchrun every rank makes the same calls with the same arguments, and every rank gets the same answers.
 """
 import dataclasses
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -63,10 +64,10 @@ class StreamedToken:
 class EarlyExitLLM:
     """A model with exit heads, ready to decode."""
 
-    def __init__(self, model: EarlyExitModel, stages: list[tuple[int, int]], tokenizer: Any, defaults: GenerationSection):
+    def __init__(self, model: EarlyExitModel, stages: list[tuple[int, int]], tokenizer: Any, defaults: GenerationSection,
+                 stop_token_ids: tuple[int, ...]):
         self.model, self.stages, self.tokenizer, self.defaults = model, stages, tokenizer, defaults
-        end = getattr(tokenizer, "eos_token_id", None)  # a Megatron checkpoint does not say which token ends a text
-        self.eos_token_ids = model.config.eos_token_ids or ((end,) if isinstance(end, int) else ())
+        self.stop_token_ids = stop_token_ids
         self.engine: Engine | None = None
 
     @classmethod
@@ -83,7 +84,12 @@ class EarlyExitLLM:
         """As `load`, from a job's configuration; its `generation` section becomes the default of `generate`."""
         topology = topology or init_parallel(config.parallel)
         loaded = load_for_generation(config, topology)
-        return cls(loaded.model, loaded.stages, load_tokenizer(config.data.tokenizer or model_folder(config.model.path)), config.generation)
+        folder = model_folder(config.model.path)
+        tokenizer = load_tokenizer(config.data.tokenizer or folder)
+        stops = _stop_token_ids(folder, loaded.model.config.eos_token_ids)
+        if not stops and tokenizer.eos_token_id is not None:  # a Megatron checkpoint does not say which token ends a text
+            stops = (tokenizer.eos_token_id,)
+        return cls(loaded.model, loaded.stages, tokenizer, config.generation, stops)
 
     @property
     def exit_layers(self) -> tuple[int, ...]:
@@ -117,6 +123,8 @@ class EarlyExitLLM:
         return dataclasses.replace(self.defaults, **{key: getattr(resolved, key) for key in options})
 
     def _run(self, completions: list[Completion], options: GenerationSection) -> Iterator[StreamedToken]:
+        if not completions:
+            return
         policy = policy_of(options, self.exit_layers, self.num_layers)
         prompts = [self._prompt_ids(c.prompt) for c in completions]
         check_sampling(options)
@@ -125,7 +133,7 @@ class EarlyExitLLM:
         started = time.perf_counter()
         running = {}
         for index, ids in enumerate(prompts):
-            stream = TextStream(self._decode, options.stop)
+            stream = TextStream(self._decode, ids, options.stop)
             sequence = engine.add(ids, sampling)
             running[id(sequence)] = _Running(index, sequence, completions[index], stream)
         try:
@@ -139,14 +147,17 @@ class EarlyExitLLM:
                   started: float) -> Iterator[StreamedToken]:
         for step in engine.step(policy):
             job = running[id(step.sequence)]
-            shown = job.take(step, options, self.eos_token_ids, engine.cache.max_length)
+            shown = job.take(step, options, self.stop_token_ids, engine.cache.max_length)
             if job.completion.finish_reason:
                 job.completion.seconds = time.perf_counter() - started
                 engine.remove(step.sequence)
             yield StreamedToken(job.index, shown, step.exit_layer, step.confidence, bool(job.completion.finish_reason))
 
     def _prompt_ids(self, prompt: str) -> list[int]:
-        ids = self.tokenizer(prompt)["input_ids"]
+        try:
+            ids = self.tokenizer(prompt)["input_ids"]
+        except (TypeError, ValueError, UnicodeError) as error:
+            raise InputError(f"a prompt must be UTF-8 text, got {prompt!r:.80}: {' '.join(str(error).split())}") from error
         if not ids and self.model.config.bos_token_id is not None:
             ids = [self.model.config.bos_token_id]
         limit = self.model.config.max_position_embeddings
@@ -154,6 +165,9 @@ class EarlyExitLLM:
             raise InputError("a prompt must hold at least one token, got an empty one; this model has no beginning-of-text token")
         if len(ids) >= limit:
             raise InputError(f"a prompt must be shorter than the model's context of {limit} tokens, got {len(ids)}; shorten it")
+        if max(ids) >= self.model.config.vocab_size:
+            raise InputError(f"token ids must lie below the model's vocabulary of {self.model.config.vocab_size}, but its tokenizer gave "
+                             f"{max(ids)}; use the tokenizer that the model was trained with")
         return ids
 
     def _decode(self, ids: list[int]) -> str:
@@ -166,6 +180,7 @@ class EarlyExitLLM:
         engine = self.engine
         if (engine is None or engine.running or len(engine.cache.free) < len(prompts) or engine.cache.max_length < wanted
                 or engine.max_pending != options.max_pending):
+            self.engine = engine = None  # before the new caches are made
             self.engine = engine = Engine(self.model, self.stages, num_slots=len(prompts), max_length=wanted,
                                           max_pending=options.max_pending)
         return engine
@@ -197,6 +212,15 @@ class _Running:
             shown += self.stream.flush()
             done.text = self.stream.text
         return shown
+
+
+def _stop_token_ids(folder: Path, from_config: tuple[int, ...]) -> tuple[int, ...]:
+    """Tokens that end a completion: generation_config.json's where it names any, as transformers has it, else config.json's."""
+    try:
+        named = json.loads((folder / "generation_config.json").read_text()).get("eos_token_id")
+    except (OSError, ValueError, AttributeError):  # models without one are many
+        named = None
+    return tuple(named) if isinstance(named, list) else from_config if named is None else (named,)
 
 
 def check_sampling(options: GenerationSection) -> None:

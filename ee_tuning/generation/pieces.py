@@ -54,5 +54,6 @@ def policy_of(generation: GenerationSection, exit_layers: tuple[int, ...], num_l
         raise InputError("policy threshold needs exit heads, got none; give --exits FOLDER, or --policy full")
     if generation.threshold < 0:
         raise InputError(f"--threshold must be at least 0, got {generation.threshold}; 1.1 never exits, 0.8 is a good start")
-    # A layer that is the last one anyway is no way to leave early.
-    return Policy(consulted=frozenset(exit_layers) - {num_layers}, threshold=generation.threshold)
+    # No probability is above 1, and a layer that is the last one anyway is no way to leave early.
+    useful = frozenset() if generation.threshold > 1 else frozenset(exit_layers) - {num_layers}
+    return Policy(consulted=useful, threshold=generation.threshold)

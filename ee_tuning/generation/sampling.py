@@ -1,7 +1,7 @@
 """From logits to the next token: greedy, or drawn after temperature, top-k and top-p, processed as transformers does.
 
-Needs torch alone. Every sequence draws from a generator of its own, one number per token, so that a prompt's tokens are the same
-in any batch.
+Needs torch alone. Rows draw from generators that the caller seeds for each, one number per token, so that a prompt's tokens are the
+same in any batch.
 """
 # n sequences · v vocabulary, padding left out
 from collections.abc import Sequence

@@ -2,56 +2,56 @@
 from collections.abc import Callable
 
 REPLACEMENT = "�"
+CONTEXT_TOKENS = 4
+"""Tokens of the prompt that are decoded with the completion: some tokenizers drop the space that a text begins with."""
 
 
 class TextStream:
-    """The text of one completion. `decode(ids)` is the tokenizer's."""
+    """The text of one completion of the prompt `prompt_ids`. `decode(ids)` is the tokenizer's."""
 
-    def __init__(self, decode: Callable[[list[int]], str], stop: tuple[str, ...] = ()):
-        self.decode, self.stop = decode, stop
+    def __init__(self, decode: Callable[[list[int]], str], prompt_ids: list[int], stop: tuple[str, ...] = ()):
         self.text = ""
+        """Without the prompt, and without the stop string where one was met."""
         self.has_stopped = False
-        self._ids: list[int] = []
+        self._decode, self._stop = decode, stop
+        self._ids = prompt_ids[-CONTEXT_TOKENS:]
         self._settled = 0
-        """Ids before this one are in `text` for good; decoding restarts here, so that a long completion costs no more per token."""
-        self._settled_text = ""
+        """Ids before this one have their text in `_before` for good: decoding restarts here, so that length costs nothing."""
+        self._before = ""
+        self._prompt_length = len(decode(self._ids))
         self._shown = 0
 
     def push(self, token_id: int) -> str:
         """Adds a token; returns the text that can be shown now."""
         self._ids.append(token_id)
-        tail = self.decode(self._ids[self._settled:])
-        if tail.endswith(REPLACEMENT):  # a character's later bytes are still to come
-            return ""
-        self.text = self._settled_text + tail
-        self._settle(tail)
-        return self._show(self._first_stop())
+        tail = self._decode(self._ids[self._settled:])
+        whole = tail.rstrip(REPLACEMENT)  # a character's later bytes are still to come
+        self.text = (self._before + whole)[self._prompt_length:]
+        if whole == tail:
+            self._settle(tail)
+        return self._show(is_last=False)
 
     def flush(self) -> str:
         """The text held back, at the end of the completion."""
         if not self.has_stopped:
-            self.text = self._settled_text + self.decode(self._ids[self._settled:])
-        shown, self._shown = self.text[self._shown:], len(self.text)
-        return shown
+            self.text = (self._before + self._decode(self._ids[self._settled:]))[self._prompt_length:]
+        return self._show(is_last=True)
 
     def _settle(self, tail: str) -> None:
-        # Two tokens of context stay: some tokenizers join a token to its neighbour with a space.
         if len(self._ids) - self._settled > 16:
-            kept = self.decode(self._ids[-2:])
-            if tail.endswith(kept):
-                self._settled_text += tail[: len(tail) - len(kept)]
-                self._settled = len(self._ids) - 2
+            kept = self._decode(self._ids[-CONTEXT_TOKENS:])
+            if kept and tail.endswith(kept):
+                self._before += tail[: len(tail) - len(kept)]
+                self._settled = len(self._ids) - CONTEXT_TOKENS
 
-    def _first_stop(self) -> int | None:
-        found = [at for at in (self.text.find(s, max(0, self._shown - len(s))) for s in self.stop) if at >= 0]
-        return min(found) if found else None
-
-    def _show(self, stop_at: int | None) -> str:
-        if stop_at is not None:
-            self.text, self.has_stopped = self.text[:stop_at], True
-            return self.flush()
-        end = len(self.text) - max((_overlap(self.text, s) for s in self.stop), default=0)
-        shown, self._shown = self.text[self._shown:end], max(self._shown, end)
+    def _show(self, *, is_last: bool) -> str:
+        if not self.has_stopped:
+            found = [at for at in (self.text.find(s, max(0, self._shown - len(s))) for s in self._stop) if at >= 0]
+            if found:
+                self.text, self.has_stopped = self.text[: min(found)], True
+        held = 0 if is_last or self.has_stopped else max((_overlap(self.text, s) for s in self._stop), default=0)
+        end = max(self._shown, len(self.text) - held)
+        shown, self._shown = self.text[self._shown:end], end
         return shown
 
 

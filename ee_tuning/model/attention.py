@@ -78,11 +78,6 @@ class RaggedBatch:
     """[t] int64: padded place of each token."""
 
     @property
-    def num_tokens(self) -> int:
-        """t"""
-        return sum(self.lengths)
-
-    @property
     def last_tokens(self) -> list[int]:
         """Index of each row's last token."""
         ends, total = [], 0
@@ -167,7 +162,7 @@ def _one_row(query: Tensor, key: Tensor, value: Tensor, cache: LayerCache, slot:
     cache.values[slot, :, start:end] = value.transpose(0, 1)
     keys, values = cache.keys[slot, None, :, :end], cache.values[slot, None, :, :end]
     if t == 1:
-        return F.scaled_dot_product_attention(query.transpose(0, 1).view(1, g, per_group, d), keys, values, scale=scale).view(1, -1)
+        return F.scaled_dot_product_attention(query.transpose(0, 1).view(1, g, per_group, d), keys, values, scale=scale).reshape(1, -1)
     if start == 0:
         heads = query.reshape(t, g * per_group, d).transpose(0, 1)[None]
         out = F.scaled_dot_product_attention(heads, keys, values, is_causal=True, scale=scale, enable_gqa=per_group > 1)

@@ -29,6 +29,8 @@ def prepare_device() -> torch.device:
     if this.type == "cuda":
         torch.cuda.set_device(this)
         return this
+    with torch.device("meta"):  # torch notes, at the first use, which functions such a context steers: they must still be its own
+        torch.empty(0)
     # Megatron-core asks for these three wherever it allocates, with no CPU in mind.
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda *_, **__: None

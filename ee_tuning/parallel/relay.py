@@ -48,17 +48,29 @@ class Relay:
         self._topology, self._shape, self._dtype, self._max_in_flight = topology, shape, dtype, max_in_flight
         self._sending: deque[_Transfer] = deque()
         self._num_sent = self._num_received = 0
-        self._receiving = None if topology.is_first_stage else self._post_receive()
+        self._receiving: _Transfer | None = None
+        self._more_to_come = not topology.is_first_stage
 
-    def receive(self) -> Received:
-        """The next micro-batch of the stage before. Its successor's receive, if there is one, is under way when this returns."""
-        transfer = self._receiving
-        assert transfer is not None, "nothing to receive: this is the first stage, or the last micro-batch said so"
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing is under way: no receive is posted, and no send is unfinished."""
+        return self._receiving is None and not self._sending
+
+    def receive(self, *, ahead: bool = True) -> Received:
+        """The next micro-batch of the stage before. Its successor's receive, if there is one, is under way when this returns.
+
+        Not so with `ahead=False`: then the next call posts it. Before anything that waits for the whole device or for the stage before,
+        a checkpoint say, the last micro-batch must be received so: a pending NCCL receive is work on the device, and it ends only with
+        the stage before's next send.
+        """
+        assert self._more_to_come, "nothing to receive: this is the first stage, or the last micro-batch said so"
+        transfer = self._receiving or self._post_receive()
         transfer.header_work.wait()
         index, more = transfer.header.tolist()
         assert index == self._num_received, f"micro-batch {index} arrived in place of {self._num_received}"
         self._num_received += 1
-        self._receiving = self._post_receive() if more else None
+        self._more_to_come = bool(more)
+        self._receiving = self._post_receive() if more and ahead else None
         transfer.hidden_work.wait()
         return Received(transfer.hidden, bool(more))
 

@@ -3,7 +3,7 @@
 Ranks are ordered as Megatron orders them: tensor fastest, then data, then pipeline.
 """
 import os
-import socket
+import sys
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -94,7 +94,7 @@ def init_parallel(parallel: ParallelSection, timeout_minutes: float = 30) -> Top
 
     Raises InputError where TP × PP does not divide the world.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = _world_size()
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     for name, size in (("tensor_model_parallel_size", tp), ("pipeline_model_parallel_size", pp)):
         if size < 1:
@@ -105,8 +105,19 @@ def init_parallel(parallel: ParallelSection, timeout_minutes: float = 30) -> Top
             f"launch with `torchrun --nproc-per-node {tp * pp} -m ee_tuning …`, or change parallel.*")
     device = prepare_device()
     if not dist.is_initialized():
-        _join_world(world_size, timedelta(minutes=timeout_minutes))
-    return _lay_out(tp, pp, device)
+        _join_world(timedelta(minutes=timeout_minutes))
+    topology = _lay_out(tp, pp, device)
+    if topology.is_logging_rank and (warning := connection_warning(topology)):
+        print(f"ee-tuning: warning: {warning}", file=sys.stderr, flush=True)
+    return topology
+
+
+def connection_warning(topology: Topology) -> str | None:
+    """What is wrong with an inherited CUDA_DEVICE_MAX_CONNECTIONS, in one line; None where nothing is."""
+    if topology.device.type != "cuda" or topology.pp == 1 or os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") != "1":
+        return None
+    return ("CUDA_DEVICE_MAX_CONNECTIONS=1 puts all of a GPU's work in one queue, where a receive posted ahead holds up the layers behind "
+            "it; unset it")
 
 
 def leave_parallel() -> None:
@@ -118,15 +129,22 @@ def leave_parallel() -> None:
         dist.destroy_process_group()
 
 
-def _join_world(world_size: int, timeout: timedelta) -> None:
-    backend = collective_backend()
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-        return
-    with socket.socket() as probe:  # one process: no launcher chose a port
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=world_size, timeout=timeout)
+def _is_launched() -> bool:
+    # WORLD_SIZE alone is left in many a shell and container; nobody else would come to that world.
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def _world_size() -> int:
+    if dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ["WORLD_SIZE"]) if _is_launched() else 1
+
+
+def _join_world(timeout: timedelta) -> None:
+    if _is_launched():
+        dist.init_process_group(collective_backend(), timeout=timeout)
+    else:  # nobody to meet, so no port
+        dist.init_process_group(collective_backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
 def _lay_out(tp: int, pp: int, device: torch.device) -> Topology:

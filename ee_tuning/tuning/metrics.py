@@ -11,8 +11,10 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ee_tuning.checkpoint.aside import file_written_aside
 from ee_tuning.parallel.topology import Topology
 
+METRICS = "metrics.jsonl"
 Record = dict[str, Any]
 
 
@@ -68,8 +70,10 @@ class MetricsFile:
         """Begins anew, or after the records of step `resume_after`: a run that was killed may have written more."""
         kept = []
         if resume_after is not None and path.exists():
-            kept = [line for line in path.read_text().splitlines(keepends=True) if _is_whole_until(line, resume_after)]
-        path.write_text("".join(kept))
+            kept = [line for line in path.read_text().splitlines(keepends=True)
+                    if (record := _parsed(line)) and record["step"] <= resume_after]
+        with file_written_aside(path) as partial:  # killed now, a run would lose its records
+            partial.write_text("".join(kept))
         self._file = path.open("a")
 
     def write(self, record: Record) -> None:
@@ -82,11 +86,18 @@ class MetricsFile:
         self._file.close()
 
 
-def _is_whole_until(line: str, step: int) -> bool:
+def holds_validation(path: Path, step: int) -> bool:
+    """Whether the metrics.jsonl at `path` has the validation of `step`."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return any(record["kind"] == "validation" and record["step"] == step for record in map(_parsed, lines) if record)
+
+
+def _parsed(line: str) -> Record | None:
     try:
-        return json.loads(line)["step"] <= step
-    except (ValueError, KeyError, TypeError):
-        return False  # cut off when the run was killed
+        record = json.loads(line)
+    except ValueError:
+        return None  # cut off when the run was killed
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) and "kind" in record else None
 
 
 def _sorted_by_layer(values: Record) -> Record:

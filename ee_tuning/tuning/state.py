@@ -5,7 +5,6 @@ sha256 manifest. Every rank writes and reads just the rectangles of those tensor
 """
 import dataclasses
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ with warnings.catch_warnings():
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing import ShardedTensor
 
-from ee_tuning.checkpoint.aside import on_first_rank, refusals_named, written_aside
+from ee_tuning.checkpoint.aside import file_written_aside, on_first_rank, refusals_named, remove_leftovers, written_aside
 from ee_tuning.checkpoint.manifest import check_file, read_manifest, write_manifest
 from ee_tuning.checkpoint.metadata_pickle import check_metadata_pickle
 from ee_tuning.checkpoint.names import Shard, exit_shard, merge_shards
@@ -182,10 +181,10 @@ def _describe(partial: Path, progress: Progress) -> None:
 
 
 def _point_at(folder: Path, keep: int) -> None:
-    with refusals_named(folder.parent):
-        aside = folder.parent / f"{LATEST}.partial"
-        aside.write_text(folder.name + "\n")
-        os.replace(aside, folder.parent / LATEST)
+    with file_written_aside(folder.parent / LATEST) as pointer:
+        pointer.write_text(folder.name + "\n")
+    for partial in folder.parent.glob("step_????????.partial-*"):  # of a save that was killed, at a step where none may follow
+        remove_leftovers(partial.with_name(partial.name.partition(".")[0]))
     others = sorted(path for path in folder.parent.glob("step_????????") if path != folder)
     for old in others[:max(len(others) - keep + 1, 0)]:
         shutil.rmtree(old, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 Nothing waits for a later stage: hidden states leave before the first loss is computed.
 """
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -34,12 +35,15 @@ class StageWalk:
         self._model, self._relay, self._topology = model, relay, topology
         self._project = partial(linear_cross_entropy, vocab=model.vocab, chunk_tokens=loss_chunk_tokens)
 
-    def forward(self, batch: Batch, more: bool) -> Passed:
-        """Through the frozen layers and on. `more` is the first stage's to say; the others pass on what they hear."""
+    def forward(self, batch: Batch, more: bool, *, ahead: bool = True) -> Passed:
+        """Through the frozen layers and on. `more` is the first stage's to say; the others pass on what they hear.
+
+        `ahead` is as in `Relay.receive`: False for the last micro-batch before a checkpoint.
+        """
         if self._topology.is_first_stage:
             hidden = self._model.embed(batch.tokens.to(self._topology.device))
         else:
-            hidden, more = self._relay.receive()
+            hidden, more = self._relay.receive(ahead=ahead)
         hidden, exit_inputs = self._model.run_layers(hidden)
         if not self._topology.is_last_stage:
             self._relay.send(hidden, more=more)
@@ -47,10 +51,10 @@ class StageWalk:
 
     def train(self, batch: Batch, exit_inputs: dict[int, ExitInput], exits: list[ExitOptimizer], is_last: bool) -> dict[int, Tensor]:
         """Forward and at once backward of each exit; gradients add up. Summed losses, by exit layer, in nats."""
-        losses = {}
+        losses, project = {}, self._projection(batch)
         for each in exits:
             each.begin_microbatch(is_last)
-            loss = self._loss_sum(each, exit_inputs[each.layer], batch)
+            loss = each.head(exit_inputs[each.layer], project)
             loss.backward()
             losses[each.layer] = loss.detach()
         return losses
@@ -58,11 +62,13 @@ class StageWalk:
     @torch.no_grad()
     def evaluate(self, batch: Batch, exit_inputs: dict[int, ExitInput], exits: list[ExitOptimizer]) -> dict[int, Tensor]:
         """Summed losses, by exit layer, in nats, without a gradient."""
-        return {each.layer: self._loss_sum(each, exit_inputs[each.layer], batch) for each in exits}
+        project = self._projection(batch)
+        return {each.layer: each.head(exit_inputs[each.layer], project) for each in exits}
 
-    def _loss_sum(self, each: ExitOptimizer, inputs: ExitInput, batch: Batch) -> Tensor:
+    def _projection(self, batch: Batch) -> Callable[[Tensor, Tensor], Tensor]:
+        # One copy to the device serves every exit.
         labels, loss_mask = batch.labels.to(self._topology.device), batch.loss_mask.to(self._topology.device)
 
         def project(hidden: Tensor, weight: Tensor) -> Tensor:  # [s, b, h], [v/tp, h] -> scalar
             return self._project(hidden, weight, labels, loss_mask)
-        return each.head(inputs, project)
+        return project

@@ -1,6 +1,11 @@
-"""A wish to stop, from a signal to an agreement. A first signal asks for a checkpoint and an orderly end, a second one acts as ever."""
+"""A wish to stop, from a signal to an agreement.
+
+A signal asks for a checkpoint and an orderly end. Launchers repeat signals: a group kill reaches the agent and its workers, and the agent
+forwards its own. So a repeat changes nothing, but for a Ctrl-C after a while, which ends the process at once.
+"""
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -10,16 +15,20 @@ import torch.distributed as dist
 from ee_tuning.parallel.topology import Topology
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SECONDS_OF_ONE_PRESS = 2.0
+"""A Ctrl-C that follows another within this time is the same one, forwarded by the launcher."""
 
 
 class StopRequest:
     """While entered, SIGTERM (torchrun, Slurm), SIGINT (Ctrl-C) and SIGUSR1 are noted in place of ending the process.
 
-    A signal counts where it reaches a rank of the first stage; launchers signal all ranks.
+    A signal counts where it reaches a rank of the first stage; launchers signal all ranks. Repeats are ignored, except a second SIGINT
+    `SECONDS_OF_ONE_PRESS` after the first one or later: that acts as if nothing were entered.
     """
 
     def __init__(self) -> None:
         self.is_asked = False
+        self._pressed_at: float | None = None
         self._former: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -41,4 +50,10 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.is_asked = True
-        signal.signal(number, self._former[signal.Signals(number)])
+        if number != signal.SIGINT:
+            signal.signal(number, signal.SIG_IGN)
+        elif self._pressed_at is None:
+            self._pressed_at = time.monotonic()
+        elif time.monotonic() - self._pressed_at >= SECONDS_OF_ONE_PRESS:
+            signal.signal(number, self._former[signal.SIGINT])
+            signal.raise_signal(number)

@@ -15,19 +15,19 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ee_tuning.checkpoint.aside import on_first_rank, refusals_named
+from ee_tuning.checkpoint.aside import on_first_rank
 from ee_tuning.checkpoint.exit_heads import save_exit_heads
 from ee_tuning.checkpoint.formats import open_model
 from ee_tuning.checkpoint.load import LoadedModel, load_for_tuning
-from ee_tuning.config import Config, save_config
+from ee_tuning.config import Config
 from ee_tuning.data.loader import BatchSource, count_microbatches, validation_batches
 from ee_tuning.data.tokens import Splits, load_samples
-from ee_tuning.errors import InputError
 from ee_tuning.parallel.relay import Relay
 from ee_tuning.parallel.topology import Topology, init_parallel, leave_parallel
-from ee_tuning.tuning.metrics import MetricsBoard, MetricsFile, Record
+from ee_tuning.tuning.metrics import METRICS, MetricsBoard, MetricsFile, Record, holds_validation
 from ee_tuning.tuning.optimizer import ExitOptimizer, ExitUpdate, update_exits
 from ee_tuning.tuning.progress import ProgressDisplay
+from ee_tuning.tuning.run_folder import EXIT_HEADS, check_run_folder, open_run_folder
 from ee_tuning.tuning.schedule import learning_rate
 from ee_tuning.tuning.settings import check_settings, loss_weights
 from ee_tuning.tuning.state import Progress, latest_checkpoint, load_checkpoint, save_checkpoint, whole_tensors
@@ -46,18 +46,20 @@ def tune_within(config: Config, topology: Topology) -> None:
     """As `tune`, within a world that exists."""
     check_settings(config.tuning)
     count_microbatches(config.tuning, topology.dp)
-    run_folder = _open_run_folder(config, topology)
+    check_run_folder(config, topology)
     samples = _load_samples(config)
     loaded = load_for_tuning(config, topology)
     tuner = Tuner(loaded, samples, config, topology)
     if config.tuning.resume:
         tuner.resume()
+    open_run_folder(config, topology)  # only now: a job that was refused leaves nothing, and a good run its config.yaml
     is_finished = tuner.run()
     if is_finished:
-        tuner.save_exit_heads(run_folder / "exit_heads")
+        output = tuner.run_folder / EXIT_HEADS
+        tuner.save_exit_heads(output)
         if topology.is_logging_rank:
-            print(f"wrote {run_folder / 'exit_heads'}\nnext: ee-tuning generate --model {quote(config.model.path)} "
-                  f"--exits {quote(str(run_folder / 'exit_heads'))} --threshold 0.8 --show-exits --prompt \"…\"")
+            print(f"wrote {output}\nnext: ee-tuning generate --model {quote(config.model.path)} "
+                  f"--exits {quote(str(output))} --threshold 0.8 --show-exits --prompt \"…\"")
 
 
 class Tuner:
@@ -95,9 +97,10 @@ class Tuner:
         shape = (self.tuning.seq_length, self.tuning.micro_batch_size, self._model.config.hidden_size)
         relay = Relay(self.topology, shape, self._model.plan.dtype)
         walk = StageWalk(self._model, relay, self.topology, self.tuning.loss_chunk_tokens)
+        validates_first = self._validates_first()
         with self._metrics() as metrics, StopRequest() as stop:
             pace = _Pace(self.tuning.global_batch_size * self.tuning.seq_length)
-            if self.step == 0:
+            if validates_first:
                 self._validate(walk, metrics)
             more = True
             while more:
@@ -106,12 +109,11 @@ class Tuner:
                 if more and self._validates_after(self.step):
                     pace.pause()
                     more = self._validate(walk, metrics)
-                if more and self.tuning.save_interval and self.step % self.tuning.save_interval == 0:
+                if more and self._saves_after(self.step):
                     pace.pause()
-                    self._save(metrics)
+                    self._save(relay, metrics)
                 metrics.poll()
-            relay.finish()
-            self._save(metrics)
+            self._save(relay, metrics)
         return self.step == num_steps
 
     def save_exit_heads(self, output: Path) -> None:
@@ -128,11 +130,12 @@ class Tuner:
         loss_sums: dict[int, Tensor] = {}
         num_tokens = torch.zeros((), dtype=torch.float64, device=self.topology.device)
         step, num_microbatches, more = self.step + 1, self._source.num_microbatches, True
+        ends_in_save = self._saves_after(step) and not self._validates_after(step)
         for index in range(num_microbatches):
             batch, is_last = next(self._source), index == num_microbatches - 1
             if is_last and self.topology.is_first_stage:
                 more = self._follows(step, stop)
-            exit_inputs, more = walk.forward(batch, more)
+            exit_inputs, more = walk.forward(batch, more, ahead=not (is_last and ends_in_save))
             _add(loss_sums, walk.train(batch, exit_inputs, trained, is_last))
             num_tokens += batch.loss_mask.sum()
         lr = learning_rate(step, self.tuning)
@@ -149,19 +152,28 @@ class Tuner:
             return bool(self._validation)
         return not stop.agreed(self.topology)
 
+    def _validates_first(self) -> bool:
+        """Whether a validation comes before the next step: of the heads as they began, or one that a stop left out. All ranks call it."""
+        if self.step == 0:
+            return bool(self._validation)
+        return self._validates_after(self.step) and not on_first_rank(
+            self.topology, lambda: holds_validation(self.run_folder / METRICS, self.step))
+
+    def _saves_after(self, step: int) -> bool:
+        return bool(self.tuning.save_interval and step % self.tuning.save_interval == 0)
+
     def _validates_after(self, step: int) -> bool:
         interval = self.tuning.eval_interval
         return bool(self._validation) and (step == self.tuning.train_iters or bool(interval and step % interval == 0))
 
     def _validate(self, walk: StageWalk, metrics: MetricsBoard) -> bool:
         """Mean loss of every exit over the validation micro-batches, which go down the relay. Whether the run goes on."""
-        if not self._validation:
-            return True
         loss_sums: dict[int, Tensor] = {}
         num_tokens, more = torch.zeros((), dtype=torch.float64, device=self.topology.device), True
         for index, batch in enumerate(self._validation):
-            is_end = self.step == self.tuning.train_iters and index == len(self._validation) - 1
-            exit_inputs, more = walk.forward(batch, not is_end)
+            is_last = index == len(self._validation) - 1
+            exit_inputs, more = walk.forward(batch, more=not (is_last and self.step == self.tuning.train_iters),
+                                             ahead=not (is_last and self._saves_after(self.step)))
             _add(loss_sums, walk.evaluate(batch, exit_inputs, self.exits))
             num_tokens += batch.loss_mask.sum()
         for each in self.exits:
@@ -177,7 +189,9 @@ class Tuner:
             dist.all_reduce(stacked, group=self.topology.dp_group)
         return stacked.tolist()
 
-    def _save(self, metrics: MetricsBoard) -> None:
+    def _save(self, relay: Relay, metrics: MetricsBoard) -> None:
+        relay.finish()
+        assert relay.is_quiet, "saving waits for the device, and the device would wait for a micro-batch that comes after the save"
         metrics.finish()  # so that a run that goes on from here has the records of all steps before it
         progress = Progress(step=self.step, position=self._source.position, fixed=self._fixed())
         save_checkpoint(self.run_folder, progress, self.exits, self._model.config, self.topology, self.tuning.keep_checkpoints)
@@ -194,7 +208,7 @@ class Tuner:
         if not self.topology.is_logging_rank:
             yield MetricsBoard(self.topology, _ignore)
             return
-        file = MetricsFile(self.run_folder / "metrics.jsonl", resume_after=self.step or None)
+        file = MetricsFile(self.run_folder / METRICS, resume_after=self.step or None)
         with ProgressDisplay(self.run_folder / "log.txt", self.tuning.train_iters, self.step) as display:
             def take(record: Record) -> None:
                 file.write(record)
@@ -230,20 +244,6 @@ class _Pace:
         self._num_steps, self._seconds = 0, 0.0
         self.resume()
         return rate
-
-
-def _open_run_folder(config: Config, topology: Topology) -> Path:
-    folder = Path(config.tuning.run_folder)
-
-    def prepare() -> None:
-        if not config.tuning.resume and latest_checkpoint(folder) is not None:
-            raise InputError(f"tuning.run_folder must be new, and {folder} holds the checkpoints of a run; give --resume to go on with it, "
-                             "or another folder")
-        with refusals_named(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            save_config(config, folder / "config.yaml")
-    on_first_rank(topology, prepare)
-    return folder
 
 
 def _load_samples(config: Config) -> Splits:

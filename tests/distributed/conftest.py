@@ -1,7 +1,9 @@
-"""The one world of four processes that all distributed tests share."""
+"""The one world of four processes that all distributed tests share, and the model they tune."""
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from random_models import random_llama
 from world import World
 
 
@@ -11,3 +13,11 @@ def world() -> Iterator[World]:
     shared = World()
     yield shared
     shared.stop()
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of six layers. Tests leave it as it is."""
+    folder = tmp_path_factory.mktemp("llama")
+    random_llama(folder)
+    return folder

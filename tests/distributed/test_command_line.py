@@ -11,9 +11,9 @@ COMMAND, TORCHRUN = ["-m", "ee_tuning"], ["-m", "torch.distributed.run", "--stan
 TWO_BY_TWO = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]
 
 
-def run(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-                          timeout=280)
+def run(*arguments: str, code: int = 0, typed: str = "") -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,
+                          text=True, timeout=280, input=typed)
     assert done.returncode == code, done.stdout + done.stderr
     return done
 
@@ -29,10 +29,10 @@ def test_convert_tune_generate(tmp_path):
     first, last = (r["loss"] for r in (records[0], records[-1]))
     assert set(first) == {"3", "6", "9"} and all(last[layer] < first[layer] for layer in first), (first, last)
 
-    generate = ["generate", "--model", str(MODEL), "--exits", str(tuned), "--prompt", "def main(", "--prompt", "import ", "--threshold", "0.5",
-                "--max-new-tokens", "16", "--ignore-eos", "--dtype", "float64", "--json"]
-    one = [json.loads(line) for line in run(*COMMAND, *generate).stdout.splitlines()]
-    four = [json.loads(line) for line in run(*TORCHRUN, *generate, *TWO_BY_TWO).stdout.splitlines()]
+    generate = ["generate", "--model", str(MODEL), "--exits", str(tuned), "--prompt", "def main(", "--prompt", "-",
+                "--threshold", "0.5", "--max-new-tokens", "16", "--ignore-eos", "--dtype", "float64", "--json"]
+    one = [json.loads(line) for line in run(*COMMAND, *generate, typed="import ").stdout.splitlines()]
+    four = [json.loads(line) for line in run(*TORCHRUN, *generate, *TWO_BY_TWO, typed="import ").stdout.splitlines()]
     assert len(one) == 2
     for a, b in zip(one, four, strict=True):
         assert (a["token_ids"], a["exit_layers"]) == (b["token_ids"], b["exit_layers"])

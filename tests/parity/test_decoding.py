@@ -109,7 +109,7 @@ def test_caches_after_catch_up_equal_a_full_pass(mlp):
     n = len(sequence.tokens) - 1
     for layer in range(1, 7):
         for name in ("keys", "values"):
-            mine, theirs = (getattr(e.cache.layers[layer], name)[0, :, :n] for e in (engine, fresh))
+            mine, theirs = (getattr(e.cache.layer(layer), name)[0, :, :n] for e in (engine, fresh))
             torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-10)
 
 

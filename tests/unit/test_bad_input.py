@@ -8,7 +8,7 @@ from exits import write_exits
 from random_models import random_llama
 
 from ee_tuning.checkpoint.convert import convert
-from ee_tuning.config import load_config
+from ee_tuning.config import Config, load_config
 from ee_tuning.errors import InputError
 from ee_tuning.generation.llm import EarlyExitLLM
 from ee_tuning.parallel.topology import init_parallel
@@ -33,6 +33,13 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text.txt").write_text("early exits leave early. " * 400)
     (folder / "more.txt").write_text("deep layers rest. " * 400)
     return folder
+
+
+def tuning_job(shared: Path, run: Path, **overrides: object) -> Config:
+    return load_config(None, {
+        "model.path": str(shared / "model"), "exits.path": str(shared / "exits"), "tuning.run_folder": str(run),
+        "data.paths": [str(shared / "text.txt"), str(shared / "more.txt")], "tuning.micro_batch_size": 2, "tuning.global_batch_size": 2,
+        "tuning.seq_length": 64, "tuning.train_iters": 1, **overrides})
 
 
 def complaint(error: pytest.ExceptionInfo[InputError]) -> str:
@@ -126,6 +133,7 @@ def test_a_prompt_as_long_as_the_context_is_refused_and_one_less_answers(shared)
         assert "128" in complaint(error) and str(length) in complaint(error)
     [last] = llm.generate(["x" * 127], ignore_eos=True)
     assert len(last.token_ids) == 1 and last.finish_reason == "length"
+    assert llm.generate([]) == []
     [empty] = llm.generate([""], max_new_tokens=3, ignore_eos=True)
     assert len(empty.token_ids) == 3
 
@@ -145,14 +153,49 @@ def test_tune_refuses(shared, tmp_path, overrides, words):
     """An hour of waiting before a run that can not be."""
     (tmp_path / "empty.txt").write_text("")
     overrides = {key: [str(tmp_path / "empty.txt")] if value == ["EMPTY"] else value for key, value in overrides.items()}
-    config = load_config(None, {
-        "model.path": str(shared / "model"), "exits.path": str(shared / "exits"), "tuning.run_folder": str(tmp_path / "run"),
-        "data.paths": [str(shared / "text.txt"), str(shared / "more.txt")], "tuning.micro_batch_size": 2, "tuning.global_batch_size": 2,
-        "tuning.seq_length": 64, "tuning.train_iters": 1, **overrides})
+    config = tuning_job(shared, tmp_path / "run", **overrides)
     with pytest.raises(InputError) as error:
         tune_within(config, init_parallel(config.parallel))
     assert all(word in complaint(error) for word in words), complaint(error)
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_refused_resume_leaves_the_run_as_it_is(shared, tmp_path):
+    """A job that can not go on overwrites the config.yaml of the run that could."""
+    run = tmp_path / "run"
+    config = tuning_job(shared, run)
+    tune_within(config, init_parallel(config.parallel))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert run / "config.yaml" in before and load_config(run / "config.yaml") == config
+    other = tuning_job(shared, run, **{"tuning.resume": True, "tuning.seed": 7, "tuning.train_iters": 2})
+    with pytest.raises(InputError) as error:
+        tune_within(other, init_parallel(other.parallel))
+    assert "seed" in complaint(error)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("case", ["a stranger's file", "the exits that are tuned", "a file"])
+def test_a_run_folder_that_can_not_take_the_tuned_exits_is_refused_before_anything_runs(shared, tmp_path, monkeypatch, case):
+    """A finished run that can not be written, or one that replaces the exits it was given."""
+    run, overrides = tmp_path / "run", {}
+    if case == "a stranger's file":
+        (run / "exit_heads").mkdir(parents=True)
+        (run / "exit_heads" / "thesis.tex").touch()
+        words = ["exit_heads", "none"]
+    elif case == "the exits that are tuned":
+        shutil.copytree(shared / "exits", run / "exit_heads")
+        (tmp_path / "link").symlink_to(run)
+        overrides, words = {"exits.path": str(tmp_path / "link" / "exit_heads")}, ["exits.path", "elsewhere", "tuning.run_folder"]
+    else:
+        run.touch()
+        words = ["run_folder", "a file"]
+    monkeypatch.setattr("ee_tuning.tuning.tuner.load_for_tuning", lambda *_: pytest.fail("loaded before it was refused"))
+    before = sorted(tmp_path.rglob("*"))
+    config = tuning_job(shared, run, **overrides)
+    with pytest.raises(InputError) as error:
+        tune_within(config, init_parallel(config.parallel))
+    assert all(word in complaint(error) for word in words), complaint(error)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_config_file_with_a_wrong_key_names_the_right_one(tmp_path):

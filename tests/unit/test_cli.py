@@ -1,5 +1,4 @@
 """The command line teaches, answers at once, and says in one line what the user did wrong."""
-import io
 import os
 import shlex
 import subprocess
@@ -88,13 +87,14 @@ def test_two_parses_share_nothing():
     assert cli.parse(["tune", "--seed", "1"]).overrides == {"tuning.seed": "1"}
 
 
-def test_generate_takes_prompts_stops_and_standard_input(monkeypatch: pytest.MonkeyPatch):
-    """Stop strings hold commas and spaces; a prompt from a pipe arrives whole."""
+def test_generate_takes_prompts_and_stops(monkeypatch: pytest.MonkeyPatch):
+    """Stop strings hold commas and spaces, and are not read as YAML."""
     calls = stand_in(monkeypatch, "ee_tuning.generation.command", "generate")
-    monkeypatch.setattr(sys, "stdin", io.StringIO("two\nlines"))
-    assert cli.main(["generate", "--model", "m", "--prompt", "one", "--prompt", "-", "--stop", "a, b", "--stop", "c", "--json"]) == 0
+    stops = ["a, b", "[INST]", "null", " "]
+    flags = [word for stop in stops for word in ("--stop", stop)]
+    assert cli.main(["generate", "--model", "m", "--prompt", "one", "--prompt", "-", *flags, "--json"]) == 0
     config, prompts, keys = calls[0]
-    assert prompts == ["one", "two\nlines"] and config.generation.stop == ("a, b", "c")
+    assert prompts == ["one", "-"] and config.generation.stop == tuple(stops)
     assert keys == {"as_json": True, "show_exits": False}
 
 

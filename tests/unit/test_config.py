@@ -69,6 +69,7 @@ def test_a_missing_file_is_named(tmp_path: Path):
     ("exits.exit_layers", ["3", "6"], (3, 6)), ("tuning.loss_weights", "1,0.5", (1.0, 0.5)), ("generation.exit_layer", "3", 3),
     ("model.path", "007", "007"), ("model.path", "on", "on"), ("model.path", "2024-01-01", "2024-01-01"), ("exits.path", "null", None),
     ("data.paths", "007,on", ("007", "on")), ("data.paths", "[a, b]", ("a", "b")), ("generation.stop", ["a, b", "3"], ("a, b", "3")),
+    ("generation.stop", "\n\n", ("\n\n",)),
 ])
 def test_overrides_read_what_is_typed(key: str, typed: object, value: object):
     """YAML alone reads a folder called 007 as 7 and one called `on` as true."""

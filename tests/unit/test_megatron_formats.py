@@ -252,4 +252,4 @@ def test_a_megatron_checkpoint_generates_with_a_tokenizer_from_elsewhere(tmp_pat
     ours = EarlyExitLLM.from_config(load_config(None, {**overrides, "data.tokenizer": str(tmp_path / "hf")}))
     theirs = EarlyExitLLM.load(tmp_path / "hf", dtype="float64")
     said = [llm.generate(["def main():"], policy="full", max_new_tokens=12)[0].token_ids for llm in (ours, theirs)]
-    assert said[0] == said[1] and ours.eos_token_ids == theirs.eos_token_ids == (256,)
+    assert said[0] == said[1] and ours.stop_token_ids == theirs.stop_token_ids == (256,)

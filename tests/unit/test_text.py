@@ -10,9 +10,9 @@ def decode(ids: list[int]) -> str:
     return bytes(ids).decode(errors="replace")
 
 
-def shown(text: str, stop: tuple[str, ...] = ()) -> list[str]:
+def shown(text: str, stop: tuple[str, ...] = (), prompt: list[int] | None = None) -> list[str]:
     """What a stream shows for each byte of `text`, and at the end."""
-    stream, parts = TextStream(decode, stop), []
+    stream, parts = TextStream(decode, list(b"def main(") if prompt is None else prompt, stop), []
     for byte in text.encode():
         parts.append(stream.push(byte))
         if stream.has_stopped:
@@ -48,3 +48,20 @@ def test_random_texts_and_stops_agree_with_a_search_of_the_whole():
         # The stop string that is complete first wins; of those complete at the same byte, the one that begins first.
         ends = sorted((text.find(s) + len(s), text.find(s)) for s in stop if s in text)
         assert "".join(shown(text, stop)) == (text[: ends[0][1]] if ends else text), (text, stop)
+
+
+def test_space_at_the_beginning_of_a_completion_is_kept():
+    """Tokenizers of the SentencePiece kind drop the space that a text begins with, and a completion does not begin a text."""
+    words = ["The", " laws", " are", " there", " three", " of", " them"]
+    stream = TextStream(lambda ids: "".join(words[i] for i in ids).removeprefix(" "), [0, 1, 2])
+    assert [stream.push(3), stream.push(4)] == [" there", " three"]
+    for _ in range(30):
+        stream.push(5)
+    assert stream.flush() == "" and stream.text == " there three" + " of" * 30
+
+
+def test_stop_string_before_half_a_character_is_found():
+    """One token may end a stop string and begin a character whose other bytes never come."""
+    pieces = [b"go ", b"stop\xe9"]
+    stream = TextStream(lambda ids: b"".join(pieces[i] for i in ids).decode(errors="replace"), [], ("stop",))
+    assert stream.push(0) + stream.push(1) + stream.flush() == "go " and stream.has_stopped

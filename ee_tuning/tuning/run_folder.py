@@ -1,0 +1,51 @@
+"""The folder of a run: what it may be is asked before anything is loaded, and nothing is written to it until the run can begin."""
+import os
+from pathlib import Path
+
+from ee_tuning.checkpoint.aside import file_written_aside, on_first_rank, refusals_named
+from ee_tuning.checkpoint.exit_heads import check_output
+from ee_tuning.config import Config, save_config
+from ee_tuning.errors import InputError
+from ee_tuning.parallel.topology import Topology
+from ee_tuning.tuning.state import latest_checkpoint
+
+EXIT_HEADS = "exit_heads"
+"""The tuned artifact, within the folder."""
+
+
+def check_run_folder(config: Config, topology: Topology) -> None:
+    """Raises InputError where the run could not be kept in tuning.run_folder, or its artifact would replace what it must not."""
+    folder = Path(config.tuning.run_folder)
+
+    def check() -> None:
+        is_new = latest_checkpoint(folder) is None
+        if not is_new and not config.tuning.resume:
+            raise InputError(f"tuning.run_folder must be new, and {folder} holds the checkpoints of a run; give --resume to go on with it, "
+                             "or another folder")
+        with refusals_named(folder):
+            _check_writable(folder)
+            # A run that goes on has its heads in its checkpoints: then the artifact is its own, of an earlier end.
+            if is_new and config.exits.path is not None and Path(config.exits.path).resolve() == (folder / EXIT_HEADS).resolve():
+                raise InputError(f"exits.path must lie elsewhere than tuning.run_folder/{EXIT_HEADS}, which the tuned exits become, got "
+                                 f"{config.exits.path}; choose another tuning.run_folder")
+            check_output(folder / EXIT_HEADS, overwrite=True)
+    on_first_rank(topology, check)
+
+
+def open_run_folder(config: Config, topology: Topology) -> None:
+    """Makes the folder where it is missing, with the resolved job in config.yaml. Raises InputError where the disk refuses."""
+    folder = Path(config.tuning.run_folder)
+
+    def write() -> None:
+        with refusals_named(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        with file_written_aside(folder / "config.yaml") as partial:
+            save_config(config, partial)
+    on_first_rank(topology, write)
+
+
+def _check_writable(folder: Path) -> None:
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"tuning.run_folder must be a folder that can be written, got {folder}, and {existing} is "
+                         f"{'write-protected' if existing.is_dir() else 'a file'}; choose another")

@@ -1,0 +1,120 @@
+"""Checkpoints of a run: when one may be written, what stops a run, and that a resumed one is the run never stopped."""
+import os
+import pickle
+import signal
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from tuning_jobs import NUM_STEPS, checkpoint, configure, make_tuner, records, tune
+from world import World
+
+from ee_tuning import config as job
+from ee_tuning.checkpoint.manifest import write_manifest
+from ee_tuning.config import Config
+from ee_tuning.errors import InputError
+from ee_tuning.parallel.relay import Relay
+from ee_tuning.tuning import tuner as tuner_module
+from ee_tuning.tuning.state import save_checkpoint
+from ee_tuning.tuning.tuner import Tuner
+
+
+def tune_and_look_at_the_relay(config: Config) -> list[bool]:
+    """For each save of this rank, whether nothing was under way in the relay."""
+    relays: list[Relay] = []
+    seen: list[bool] = []
+
+    class Watched(Relay):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            relays.append(self)
+
+    def save(*args: Any) -> None:
+        seen.append(relays[-1].is_quiet)
+        save_checkpoint(*args)
+    with mock.patch.object(tuner_module, "Relay", Watched), mock.patch.object(tuner_module, "save_checkpoint", save):
+        tune(config)
+    return seen
+
+
+def test_nothing_is_under_way_between_stages_while_a_checkpoint_is_written(world: World, model: Path, tmp_path: Path) -> None:
+    """Saving synchronizes the device: a receive posted ahead ends with a send that comes after the save, so the run would hang."""
+    config = configure(model, tmp_path / "run", pp=4, save_interval=1)  # of the steps, each second one ends in a validation
+    assert world.run(tune_and_look_at_the_relay, config) == [[True] * NUM_STEPS] * 4
+
+
+class StoppedTuner(Tuner):
+    """Gets a signal on one rank of the first stage during its second step, twice as launchers give it."""
+
+    def _train_step(self, *args: Any) -> bool:
+        if self.step == 1 and self.topology.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super()._train_step(*args)
+
+
+def tune_until_signal(config: Config) -> tuple[bool, int]:
+    tuner = make_tuner(config, StoppedTuner)
+    return tuner.run(), tuner.step
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 2), (1, 2)])
+def test_a_run_stopped_by_a_signal_goes_on_to_the_same_bits(world: World, model: Path, tmp_path: Path, tp: int, pp: int) -> None:
+    """Moments, step counts, masters or a data position lost in a checkpoint; stages that disagree where to stop; a validation left out."""
+    whole = configure(model, tmp_path / "whole", tp=tp, pp=pp, dtype="float32")
+    parts = configure(model, tmp_path / "parts", tp=tp, pp=pp, dtype="float32")
+    assert world.run(tune, whole) == [True] * 4
+    assert world.run(tune_until_signal, parts) == [(False, 2)] * 4
+    assert world.run(tune, job.replace(parts, tuning={"resume": True})) == [True] * 4
+    got, wanted = checkpoint(parts, NUM_STEPS), checkpoint(whole, NUM_STEPS)
+    assert got.keys() == wanted.keys()
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+    assert records(parts) == records(whole)
+
+
+def test_a_run_resumes_under_another_layout(world: World, model: Path, tmp_path: Path) -> None:
+    """Checkpoint tensors that are some layout's shards and not rectangles of whole ones."""
+    config = configure(model, tmp_path / "run", lr_decay_style="constant", lr_warmup_fraction=0.0)
+    straight = job.replace(config, tuning={"run_folder": str(tmp_path / "straight")})
+    assert tune(job.replace(config, tuning={"train_iters": 2})) and tune(straight)
+    layout = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 1}
+    assert world.run(tune, job.replace(config, tuning={"resume": True}, parallel=layout)) == [True] * 4
+    got, wanted = checkpoint(config, NUM_STEPS), checkpoint(straight, NUM_STEPS)
+    for name in wanted:
+        torch.testing.assert_close(got[name], wanted[name], rtol=1e-6, atol=1e-8, msg=name)
+
+
+def test_older_checkpoints_go_and_a_foreign_one_is_refused(model: Path, tmp_path: Path) -> None:
+    """A disk filled by old checkpoints; a run that goes on from another run's heads."""
+    config = configure(model, tmp_path / "run", keep_checkpoints=2, save_interval=1)
+    assert tune(config)
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["latest", "step_00000003", "step_00000004"]
+    with pytest.raises(InputError, match="must keep its exit_layers"):
+        make_tuner(configure(model, tmp_path / "run", exits=(2,))).resume()
+    damaged = tmp_path / "run" / "checkpoints" / "step_00000004" / "__0_0.distcp"
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 2] ^= 1
+    damaged.write_bytes(data)
+    with pytest.raises(InputError, match="is altered"):
+        make_tuner(config).resume()
+
+
+class Hostile:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch hostile",)
+
+
+def test_a_pickle_that_runs_commands_is_refused(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch unpickles a checkpoint's .metadata without a question; the manifest beside it is no protection from who wrote both."""
+    monkeypatch.chdir(tmp_path)
+    config = configure(model, tmp_path / "run", train_iters=1)
+    assert tune(config)
+    folder = tmp_path / "run" / "checkpoints" / "step_00000001"
+    (folder / ".metadata").write_bytes(pickle.dumps(Hostile()))
+    write_manifest(folder)
+    with pytest.raises(InputError, match=r"asks for posix\.system"):
+        make_tuner(config).resume()
+    assert not (tmp_path / "hostile").exists()

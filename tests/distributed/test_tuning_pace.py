@@ -1,0 +1,69 @@
+"""The Tuner's whole loop, with its metrics, validations and stop agreements, keeps every stage busy."""
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from tuning_jobs import configure, make_tuner
+from world import World
+
+from ee_tuning.config import Config
+from ee_tuning.tuning import tuner as tuner_module
+from ee_tuning.tuning.step import StageWalk
+from ee_tuning.tuning.tuner import Tuner
+
+SECONDS = 0.02
+"""Of the layers of a micro-batch, and of its losses: alike on every stage, so that none has to wait for a slower one."""
+
+
+class Clock:
+    """This rank's working time, from its first work to its last."""
+
+    def __init__(self) -> None:
+        self.busy = self.ended = 0.0
+        self.began: float | None = None
+
+    def timed(self, work: Callable[..., Any], at_least: float) -> Callable[..., Any]:
+        def padded(*args: Any) -> Any:
+            began = time.perf_counter()
+            result = work(*args)
+            time.sleep(max(at_least - (time.perf_counter() - began), 0.0))
+            self.began, self.ended = began if self.began is None else self.began, time.perf_counter()
+            self.busy += self.ended - began
+            return result
+        return padded
+
+
+class DrainingTuner(Tuner):
+    """Lets every stage wait for the last one at the end of a step."""
+
+    def _train_step(self, *args: Any) -> bool:
+        more = super()._train_step(*args)
+        self.topology.barrier()
+        return more
+
+
+def idle_share(config: Config, drains: bool) -> float:
+    tuner, clock = make_tuner(config, DrainingTuner if drains else Tuner), Clock()
+    with (mock.patch.object(tuner._model, "run_layers", clock.timed(tuner._model.run_layers, SECONDS)),
+          mock.patch.object(StageWalk, "train", clock.timed(StageWalk.train, SECONDS)),
+          mock.patch.object(StageWalk, "evaluate", clock.timed(StageWalk.evaluate, SECONDS)),
+          mock.patch.object(tuner_module, "update_exits", clock.timed(tuner_module.update_exits, 0.0)),
+          mock.patch.object(tuner_module, "save_checkpoint")):
+        tuner.run()
+    assert clock.began is not None
+    return 1 - clock.busy / (clock.ended - clock.began)
+
+
+def test_no_stage_of_a_run_idles_where_draining_costs_a_third(world: World, model: Path, tmp_path: Path) -> None:
+    """A rank that waits for another one's metrics, a validation or a stop agreement that drains the relay."""
+    # An exit on every layer, so that every stage has losses and an optimizer; 4 micro-batches a step.
+    config = configure(model, tmp_path / "run", pp=4, exits=(1, 2, 3, 4, 5, 6), train_iters=9, global_batch_size=4, eval_interval=3)
+    drained = world.run(idle_share, config, True)
+    assert min(drained) > 0.25, drained
+    # Up to five runs: a machine that has far more to do than processors delays every wake-up.
+    shares: list[list[float]] = []
+    while len(shares) < 5 and not any(max(each) < 0.10 for each in shares):
+        shares.append(world.run(idle_share, config, False))
+    assert max(shares[-1]) < 0.10, shares

@@ -1,0 +1,53 @@
+"""What is written aside: whole or not at all, and no litter."""
+from pathlib import Path
+
+import pytest
+
+from ee_tuning.checkpoint.aside import file_written_aside, written_aside
+from ee_tuning.errors import InputError
+from ee_tuning.tuning.metrics import MetricsFile, holds_validation
+
+
+def test_a_writer_removes_what_a_killed_one_left_and_nothing_else(tmp_path: Path) -> None:
+    """Each killed save leaves its gigabytes for ever; or a name that only looks alike is taken for one of them."""
+    strangers = ["out.partial-0123abcg", "out.partial-0123abcd0", "other.partial-0123abcd", "out.partial", "xout.partial-0123abcd", "o"]
+    for name in ("out.partial-0123abcd", "out.partial-89efabcd", *strangers):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").touch()
+    with written_aside(tmp_path / "out", None) as partial:
+        (partial / "weights").touch()
+        assert {path.name for path in tmp_path.iterdir()} == {*strangers, partial.name}
+    assert {path.name for path in tmp_path.iterdir()} == {*strangers, "out"}
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    """A job that fails while it writes config.yaml leaves half of it in place of the good one."""
+    file = tmp_path / "config.yaml"
+    (tmp_path / "config.yaml.partial-0123abcd").touch()
+    for content in ("first", "second"):
+        with file_written_aside(file) as partial:
+            partial.write_text(content)
+        assert file.read_text() == content
+    with pytest.raises(RuntimeError), file_written_aside(file) as partial:
+        partial.write_text("thi")
+        raise RuntimeError
+    with pytest.raises(InputError, match=r"config\.yaml can not be written"), file_written_aside(file):
+        raise OSError(28, "No space left on device")
+    assert file.read_text() == "second" and list(tmp_path.iterdir()) == [file]
+
+
+def test_resuming_never_cuts_the_metrics_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run killed while it resumes loses the records of all its steps."""
+    file = tmp_path / "metrics.jsonl"
+    lines = [f'{{"kind": "{kind}", "step": {step}}}\n' for kind, step in (("train", 1), ("train", 2), ("validation", 2), ("train", 3))]
+    file.write_text("".join(lines) + '{"kind": "tra')
+    assert holds_validation(file, 2) and not holds_validation(file, 3) and not holds_validation(tmp_path / "none.jsonl", 2)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", killed)
+        MetricsFile(file, resume_after=2)
+    assert file.read_text().startswith("".join(lines))
+    MetricsFile(file, resume_after=2).close()
+    assert file.read_text() == "".join(lines[:3]) and list(tmp_path.iterdir()) == [file]
