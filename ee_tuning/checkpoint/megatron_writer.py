@@ -22,7 +22,7 @@ from ee_tuning.checkpoint.exit_heads import CONFIG, ExitHeadsReader, check_bound
 from ee_tuning.checkpoint.fingerprint import fingerprint
 from ee_tuning.checkpoint.huggingface import HuggingFaceReader, read_backbone_tensor
 from ee_tuning.checkpoint.manifest import check_replaceable, write_manifest
-from ee_tuning.checkpoint.names import EMBEDDING, backbone_parameter_names
+from ee_tuning.checkpoint.names import backbone_parameter_names, embedding_name
 from ee_tuning.config import Config
 from ee_tuning.model.config import ModelConfig, read_model_config
 from ee_tuning.parallel.topology import Topology, init_parallel, leave_parallel
@@ -86,7 +86,7 @@ def _backbone(reader: HuggingFaceReader, model: ModelConfig) -> list[_Tensor]:
         if parameter == "output_layer.weight" and model.ties_embeddings:
             continue  # a tied model saves the word embedding alone
         def read(parameter: str = parameter) -> torch.Tensor:
-            return read_backbone_tensor(reader, model, parameter, 1, 0, reader.dtype(EMBEDDING))
+            return read_backbone_tensor(reader, model, parameter, 1, 0, reader.dtype(embedding_name(model)))
         if not parameter.startswith(_LAYERS):
             tensors.append(_Tensor(parameter, read))
             continue

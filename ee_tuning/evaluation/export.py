@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ee_tuning.config import Config
 from ee_tuning.errors import InputError
+from ee_tuning.model.config import read_model_config
 
 FLAGS = {"artifact": ("only", "drop", "merge", "add"), "hf": ("link", "check", "text"), "megatron": ()}
 """Format -> the flags that only some formats take."""
@@ -29,12 +30,20 @@ def export(config: Config, flags: argparse.Namespace) -> int:
         return 0
     if not config.model.path:
         raise InputError(f"--format {flags.format} writes the model too, got none; give --model FOLDER or a config file")
+    _check_model(Path(config.model.path), flags.format)
     if flags.format == "hf":
         return _export_huggingface(config, flags)
     from ee_tuning.checkpoint.megatron_writer import export_megatron
 
     export_megatron(config, flags.output, overwrite=flags.overwrite)
     return 0
+
+
+def _check_model(folder: Path, kind: str) -> None:
+    """Raises InputError where the model is not what the merged formats are written from."""
+    family = read_model_config(folder).family
+    if family != "llama":
+        raise InputError(f"--format {kind} writes models of the family llama, got {family} in {folder}; --format artifact takes any")
 
 
 def _export_huggingface(config: Config, flags: argparse.Namespace) -> int:
