@@ -151,8 +151,9 @@ def _lay_out(tp: int, pp: int, device: torch.device) -> Topology:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Megatron-core tells of the libraries it does without, on every rank
         from megatron.core import parallel_state
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()  # another layout of the same world
+    if parallel_state.model_parallel_is_initialized():  # another layout of the same world
+        _destroy_groups(kept=parallel_state.get_data_parallel_group())
+        parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(tp, pp)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dp = world_size // (tp * pp)
@@ -172,6 +173,21 @@ def _lay_out(tp: int, pp: int, device: torch.device) -> Topology:
         pp_control=_own_group(columns, rank), replica_control=_own_group(replicas, rank),
         world_control=dist.new_group(list(range(world_size)), backend="gloo"),
         pp_ranks=tuple(columns[column]))
+
+
+_KEPT_GROUPS: list[Group] = []
+
+
+def _destroy_groups(kept: Group) -> None:
+    """Ends the process groups of a layout: each of gloo's keeps threads and sockets, and Megatron-core makes over a hundred.
+
+    `kept`, the replicas' group, stays: torch remembers device meshes by their ranks, and with them the group of the first one.
+    """
+    _KEPT_GROUPS.extend([dist.group.WORLD, kept])
+    dist.barrier()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if not any(group is each for each in _KEPT_GROUPS):
+            dist.destroy_process_group(group)
 
 
 def _own_group(partition: list[list[int]], rank: int) -> Group:
