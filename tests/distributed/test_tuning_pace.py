@@ -58,10 +58,10 @@ def idle_share(config: Config, drains: bool) -> float:
 
 def test_no_stage_of_a_run_idles_where_draining_costs_a_third(world: World, model: Path, tmp_path: Path) -> None:
     """A rank that waits for another one's metrics, a validation or a stop agreement that drains the relay."""
-    # An exit on every layer, so that every stage has losses and an optimizer; 4 micro-batches a step.
-    config = configure(model, tmp_path / "run", pp=4, exits=(1, 2, 3, 4, 5, 6), train_iters=9, global_batch_size=4, eval_interval=3)
+    # An exit on every layer, so that every stage has losses and an optimizer; 2 micro-batches a step.
+    config = configure(model, tmp_path / "run", pp=4, exits=(1, 2, 3, 4, 5, 6), train_iters=18, global_batch_size=2, eval_interval=6)
     drained = world.run(idle_share, config, True)
-    assert min(drained) > 0.20, drained  # twice the bound below: what it guards against shows
+    assert min(drained) > 0.25, drained
     # Up to five runs: a machine that has far more to do than processors delays every wake-up.
     shares: list[list[float]] = []
     while len(shares) < 5 and not any(max(each) < 0.10 for each in shares):
