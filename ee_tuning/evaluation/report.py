@@ -3,6 +3,8 @@ from pathlib import Path
 from typing import Any
 
 BACKGROUND, INK, MUTED = "#ffffff", "#1f2430", "#8a90a0"
+LABEL_HEIGHTS = (8, -15, 20, -27)
+"""Points above the curve: neighbours take turns, so that labels of thresholds that do alike do not meet."""
 BEFORE, AFTER, CURVE = "#c9ced9", "#2f6fde", "#2f6fde"
 
 
@@ -29,9 +31,8 @@ def _draw_quality_against_speed(axes: Any, report: dict[str, Any]) -> None:
     rows = report["thresholds"]
     axes.plot([row["speedup"] for row in rows], [100 * row["agreement"] for row in rows], "-o", color=CURVE)
     for i, row in enumerate(rows):
-        below = i % 2 == 1  # neighbours take turns, so that labels do not meet
         axes.annotate(f"{row['threshold']:g}", (row["speedup"], 100 * row["agreement"]), textcoords="offset points",
-                      xytext=(0, -15 if below else 8), ha="center", fontsize=9)
+                      xytext=(0, LABEL_HEIGHTS[i % len(LABEL_HEIGHTS)]), ha="center", fontsize=9)
     axes.axvline(1.0, color=MUTED, linewidth=1, linestyle=":")
     axes.margins(0.1, 0.15)
     axes.set(title="Quality against speed, by threshold", xlabel="speed-up over full depth, same run",
