@@ -8,12 +8,13 @@ import ast
 import dataclasses
 import functools
 import inspect
+import itertools
+import sys
 import types
 import typing
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from ee_tuning import config as config_module
 from ee_tuning.config import Config
 from ee_tuning.errors import InputError
 
@@ -107,32 +108,30 @@ def _items(value: Any) -> list[Any]:
 @functools.cache
 def config_keys() -> dict[str, Key]:
     """Every key "section.key" of the config, with the documentation written beneath it."""
-    documented = _documented_fields()
     keys = {}
     for section, kind in typing.get_type_hints(Config).items():
-        hints = typing.get_type_hints(kind)
+        hints, documented = typing.get_type_hints(kind), _documented_fields(kind)
         for field in dataclasses.fields(kind):
             hint, is_list = hints[field.name], False
             if typing.get_origin(hint) in (types.UnionType, typing.Union):
                 hint = next(part for part in typing.get_args(hint) if part is not type(None))
             if typing.get_origin(hint) is tuple:
                 hint, is_list = typing.get_args(hint)[0], True
-            doc = documented.get((kind.__name__, field.name), "")
+            doc = documented.get(field.name, "")
             keys[f"{section}.{field.name}"] = Key(kind=hint, is_list=is_list, default=field.default, doc=doc,
                                                        is_verbatim=bool(field.metadata.get("verbatim")))
     return keys
 
 
-def _documented_fields() -> dict[tuple[str, str], str]:
-    """(class, field) -> the string beneath the field. Python keeps no such strings, so the source is read."""
+def _documented_fields(kind: type) -> dict[str, str]:
+    """Field of a section -> the string beneath it. Python keeps no such strings, so the source is read."""
     found = {}
-    for section in ast.parse(inspect.getsource(config_module)).body:
-        if not isinstance(section, ast.ClassDef):
-            continue
-        for field, beneath in zip(section.body, section.body[1:], strict=False):
-            if (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(beneath, ast.Expr)
-                    and isinstance(beneath.value, ast.Constant)):
-                found[section.name, field.target.id] = inspect.cleandoc(str(beneath.value.value))
+    body = next(node.body for node in ast.parse(inspect.getsource(sys.modules[kind.__module__])).body
+                if isinstance(node, ast.ClassDef) and node.name == kind.__name__)
+    for field, beneath in itertools.pairwise(body):
+        if (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(beneath, ast.Expr)
+                and isinstance(beneath.value, ast.Constant)):
+            found[field.target.id] = inspect.cleandoc(str(beneath.value.value))
     return found
 
 

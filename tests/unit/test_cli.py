@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from ee_tuning import cli
+from ee_tuning.commands import Command
 from ee_tuning.config import Config
 from ee_tuning.errors import InputError
 
@@ -45,7 +46,7 @@ def test_help_imports_nothing_heavy(arguments: list[str]):
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS, ids=COMMANDS)
-def test_help_teaches_by_an_example_that_parses(command: cli.Command, capsys: pytest.CaptureFixture[str]):
+def test_help_teaches_by_an_example_that_parses(command: Command, capsys: pytest.CaptureFixture[str]):
     """An example with a flag that has been renamed is worse than none."""
     with pytest.raises(SystemExit):
         cli.main([command.name, "--help"])

@@ -1,0 +1,10 @@
+"""The table of commands. Each imports what it needs when it runs, so that `--help` answers at once."""
+from ee_tuning.commands import demo, generation, models, tuning
+from ee_tuning.commands.command import Command
+
+_ORDER = ("demo", "convert", "tune", "generate", "inspect", "export", "verify")
+"""As `ee-tuning --help` lists them: the way a user goes."""
+
+_ALL = {command.name: command for module in (demo, models, tuning, generation) for command in module.COMMANDS}
+
+COMMANDS: tuple[Command, ...] = tuple(_ALL[name] for name in _ORDER)

@@ -1,0 +1,107 @@
+"""Commands on models and exits as they lie on disk."""
+import argparse
+from pathlib import Path
+
+from ee_tuning.commands.command import Command, add_job, job_of
+from ee_tuning.config import load_config
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Backbone -> exit-heads artifact."""
+    config = job_of(args)
+    from ee_tuning.checkpoint.convert import convert
+
+    convert(config, args.output, overwrite=args.overwrite)
+
+
+def inspect(args: argparse.Namespace) -> None:
+    """What a folder holds."""
+    from ee_tuning.checkpoint.inspect import inspect_path
+
+    inspect_path(args.path, as_json=args.json, config=args.config, trust_pickle=args.trust_pickle)
+
+
+def export(args: argparse.Namespace) -> int:
+    """Exits, or a model with its exits, in another form. 1 where a check finds the export to say something else."""
+    from ee_tuning.evaluation.export import export
+
+    return export(load_config(args.config, args.overrides), args)
+
+
+def verify(args: argparse.Namespace) -> None:
+    """What this project wrote against its checksums."""
+    from ee_tuning.checkpoint.verify import verify_folder
+
+    verify_folder(args.path)
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    add_job(parser, "convert")
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where the exit-heads artifact goes")
+    parser.add_argument("--overwrite", action="store_true", help="replace an exit-heads artifact that is already there")
+
+
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", type=Path, metavar="FOLDER", help="a model's folder (Hugging Face, Megatron) or an exit-heads artifact")
+    parser.add_argument("--config", metavar="FILE", help="shape of a Megatron checkpoint whose saved arguments lack something")
+    parser.add_argument("--trust-pickle", action="store_true", help="unpickle whatever a Megatron checkpoint asks for; it may run anything")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    add_job(parser, "export")
+    parser.add_argument("--format", required=True, choices=("artifact", "hf", "megatron"),
+                        help="artifact: exits alone. hf: the model with its exits, as a folder for transformers. "
+                        "megatron: as a distributed checkpoint of Megatron-core")
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where the export goes")
+    parser.add_argument("--overwrite", action="store_true", help="replace an export of the same format that is already there")
+    for flag, text in (("--only", "artifact: of --exits, just those after these layers"),
+                       ("--drop", "artifact: of --exits, all but those after these layers"),
+                       ("--add", "artifact: new exits after these layers, initialized from --model as convert does")):
+        parser.add_argument(flag, nargs="+", default=[], metavar="N", help=text)
+    parser.add_argument("--merge", type=Path, metavar="FOLDER", help="artifact: all exits of this artifact too")
+    parser.add_argument("--link", action="store_true", help="hf: link the model's weights instead of copying them")
+    parser.add_argument("--check", action="store_true",
+                        help="hf: print how far the logits of every exit are from this project's; exit code 1 above the tolerance")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="hf: what to compare them on; default some Python source")
+    parser.add_argument("--tolerance", type=float, default=1e-3, metavar="X",
+                        help="hf: largest logit difference allowed (default %(default)s)")
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", type=Path, metavar="FOLDER", help="an exit-heads artifact, an export, a run's checkpoint or a run folder")
+
+
+COMMANDS = (
+    Command(name="convert", summary="put initialized exit heads on a model; writes an artifact beside it, the model stays as it is",
+            examples="""\
+  ee-tuning convert --model Llama-2-7b-hf --exit-layers 8,16,24 --output exits/llama-2-7b
+  torchrun --nproc-per-node 4 -m ee_tuning convert job.yaml --pipeline-model-parallel-size 4 --output exits/llama-2-7b
+  ee-tuning convert --model megatron_run/iter_0040000 --exit-layers 8,16 --output exits/mine
+  ee-tuning convert --model ee_llm_checkpoint --output exits/ee_llm
+
+The bytes written do not depend on the number of processes. Without --exit-layers, an EE-LLM checkpoint's own exits are written.""",
+            add_arguments=_add_convert, run=convert),
+    Command(name="inspect", summary="tell what a model folder or an exit-heads artifact holds",
+            examples="""\
+  ee-tuning inspect Llama-2-7b-hf
+  ee-tuning inspect runs/llama-2-7b/exit_heads --json""", add_arguments=_add_inspect, run=inspect),
+    Command(name="export", summary="write exits, or a model with its exits, in another form",
+            examples="""\
+  ee-tuning export --format artifact --exits runs/llama-2-7b/exit_heads --only 8,16 --output exits/two
+  ee-tuning export --format artifact --exits exits/two --merge exits/deep --output exits/all
+  ee-tuning export --format artifact --exits exits/two --model Llama-2-7b-hf --add 24 --output exits/three
+  ee-tuning export --format hf --model Llama-2-7b-hf --exits runs/llama-2-7b/exit_heads --output llama-2-7b-early --link --check
+  torchrun --nproc-per-node 4 -m ee_tuning export --format megatron --model Llama-2-7b-hf --exits exits/two --output llama-2-7b-dist
+
+hf: transformers loads the folder as the plain model, and with trust_remote_code=True as one whose generate takes exit_threshold=0.8.
+megatron: stock Megatron-core loads the model at any tensor × pipeline size and leaves the exits alone.
+artifact: what is put together must be of one model, one architecture and one kind of output.""", add_arguments=_add_export, run=export),
+    Command(name="verify", summary="check every file of an artifact, an export or a run against its sha256",
+            examples="""\
+  ee-tuning verify runs/llama-2-7b/exit_heads
+  ee-tuning verify runs/llama-2-7b
+
+One line per file; the first that is missing or altered is named and ends it with exit code 2.
+Commands that load exits do the same; --no-verify spares them the reading.""", add_arguments=_add_verify, run=verify),
+)

@@ -1,0 +1,51 @@
+"""Sections `model`, `exits` and `parallel`: the backbone, its exit heads, and their layout."""
+from dataclasses import dataclass
+from typing import Literal
+
+Architecture = Literal["embedding", "norm", "mlp"]
+DType = Literal["float32", "bfloat16", "float64"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSection:
+    """The backbone."""
+
+    path: str = ""
+    """Folder of the model: Hugging Face's, a Megatron checkpoint or a run's folder of them; or org/name on the Hugging Face hub."""
+    config: str | None = None
+    """Shape of a Megatron checkpoint whose saved arguments are missing or lack something: a Hugging Face config.json, or YAML with
+    Megatron's names."""
+    trust_pickle: bool = False
+    """Unpickle a Megatron checkpoint whatever its pickles ask for: they may run anything."""
+    dtype: DType | None = None
+    """Precision of the frozen weights and activations; default float32 on CPU, bfloat16 on CUDA."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitsSection:
+    """The exit heads: an artifact that exists, or what to make."""
+
+    path: str | None = None
+    """Exit-heads artifact to start from. Without it, `tune` converts by itself from the other keys."""
+    exit_layers: tuple[int, ...] = ()
+    """Backbone layers (1-based, increasing) that are followed by an exit head."""
+    architecture: Architecture = "mlp"
+    """embedding: an output matrix alone. norm: final norm and output matrix. mlp: layer l's MLP, trained anew, before them."""
+    init: Literal["copy", "random"] = "copy"
+    """copy: from the backbone's own norm, MLP and output matrix. random: as the model was initialized."""
+    output: Literal["untied", "tied"] = "untied"
+    """untied: each exit trains its own output matrix. tied: the backbone's frozen one."""
+    seed: int = 1234
+    """Of random initialization."""
+    verify: bool = True
+    """Whether every file of an artifact is checked against its sha256 before it is used."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelSection:
+    """How the model is laid out. Data parallelism is what remains of the world."""
+
+    tensor_model_parallel_size: int = 1
+    """Processes that share each layer."""
+    pipeline_model_parallel_size: int = 1
+    """Stages, one after the other, that the layers are divided into."""
