@@ -1,4 +1,7 @@
 """What is written aside and renamed into place when it is whole: folders, by all processes of a world together, and single files."""
+import ctypes
+import errno
+import fcntl
 import os
 import re
 import secrets
@@ -35,17 +38,10 @@ def written_aside(output: Path, topology: Topology | None) -> Iterator[Path]:
     """A new folder `<output>.partial-…`, the same on every rank, which becomes `output` when the block ends well.
 
     An `output` that exists is replaced then. When the block fails, or the process is killed, `output` is as it was. The block must end with
-    rank 0 knowing that every rank has written. Raises InputError where the disk refuses. One writer at a time writes an `output`: what
-    an earlier one left behind is removed.
+    rank 0 knowing that every rank has written. Raises InputError where the disk refuses. What writers of `output` that were killed left
+    is removed; of two that write it at once, the later one to end has its way.
     """
-    def make() -> Path:
-        remove_leftovers(output)
-        partial = _partial(output)
-        with refusals_named(output):
-            partial.mkdir(parents=True)
-        return partial
-
-    partial = on_first_rank(topology, make)
+    partial, lock = on_first_rank(topology, lambda: _begun(output, Path.mkdir))
     is_first = topology is None or topology.rank == 0
     try:
         with refusals_named(output):
@@ -53,7 +49,8 @@ def written_aside(output: Path, topology: Topology | None) -> Iterator[Path]:
         on_first_rank(topology, lambda: _put_in_place(partial, output))
     finally:
         if is_first:
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove(partial)
+            os.close(lock)
 
 
 @contextmanager
@@ -62,8 +59,7 @@ def file_written_aside(output: Path) -> Iterator[Path]:
 
     Raises InputError where the disk refuses.
     """
-    remove_leftovers(output)
-    partial = _partial(output)
+    partial, lock = _begun(output, lambda path: path.touch(exist_ok=False))
     try:
         with refusals_named(output):
             yield partial
@@ -71,20 +67,21 @@ def file_written_aside(output: Path) -> Iterator[Path]:
             partial.replace(output)
             _sync(output.parent)
     finally:
-        partial.unlink(missing_ok=True)
+        _remove(partial)
+        os.close(lock)
 
 
 def remove_leftovers(output: Path) -> None:
-    """Removes what writers of `output` that were killed left beside it."""
-    ours = re.compile(re.escape(output.name) + r"\.partial-[0-9a-f]{8}")
-    for path in output.parent.glob("*.partial-*"):
-        if not ours.fullmatch(path.name) or path.is_symlink():
-            continue
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
+    """Removes what writers of `output` that were killed left beside it. What a living process still writes has its lock, and stays."""
+    for path in _named(output, "replaced"):
+        if os.path.lexists(output):
+            _remove(path)
         else:
-            with suppress(OSError):
-                path.unlink()
+            path.rename(output)
+    for path in _named(output, "partial"):
+        if not path.is_symlink() and (lock := _locked(path)) is not None:
+            _remove(path)
+            os.close(lock)
 
 
 @contextmanager
@@ -96,26 +93,93 @@ def refusals_named(output: Path) -> Iterator[None]:
         raise InputError(f"{output} can not be written: {error.strerror or error}; make room, or choose another folder") from error
 
 
+def _named(output: Path, what: str) -> list[Path]:
+    name = re.compile(re.escape(output.name) + rf"\.{what}-[0-9a-f]{{8}}")
+    return [path for path in output.parent.glob(f"*.{what}-*") if name.fullmatch(path.name)]
+
+
+def _begun(output: Path, make: Callable[[Path], None]) -> tuple[Path, int]:
+    """A partial of `output` that `make` has made, and the handle that holds its lock."""
+    with refusals_named(output):
+        remove_leftovers(output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            partial = output.with_name(f"{output.name}.partial-{secrets.token_hex(4)}")
+            make(partial)
+            if (lock := _locked(partial, is_ours=True)) is not None:
+                return partial, lock
+
+
+def _locked(path: Path, *, is_ours: bool = False) -> int | None:
+    """A handle that locks `path` until it is closed or this process ends, however it ends; None where another process has it, or where it
+    is gone. A file system without locks gives none for what is there already, so that no living writer's work is removed.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_locked = True
+    except BlockingIOError:
+        is_locked = False
+    except OSError:
+        is_locked = is_ours
+    with suppress(OSError):
+        # Between its making and its locking, another writer may have taken it for a leftover, and removed it.
+        if is_locked and os.path.samestat(path.stat(), os.fstat(handle)):
+            return handle
+    os.close(handle)
+    return None
+
+
 def _put_in_place(partial: Path, output: Path) -> None:
     with refusals_named(output):
         for path in (*partial.iterdir(), partial):  # else a power cut could leave a name without its content
             _sync(path)
-        if not output.exists():
+        if not os.path.lexists(output):
             partial.rename(output)
         else:
-            old = output.with_name(f"{output.name}.replaced-{secrets.token_hex(4)}")
-            output.rename(old)
-            try:
-                partial.rename(output)
-            except OSError:
-                old.rename(output)
-                raise
-            shutil.rmtree(old, ignore_errors=True)
+            exchange(partial, output)
         _sync(output.parent)
 
 
-def _partial(output: Path) -> Path:
-    return output.with_name(f"{output.name}.partial-{secrets.token_hex(4)}")
+def exchange(first: Path, second: Path) -> None:
+    """Each path becomes the other at one stroke, so that a process killed here leaves both. Raises OSError.
+
+    Where the file system can not (some network ones), by renames: killed between them, `second` is whole, under a name `….replaced-…`.
+    """
+    if _renameat2(first, second):
+        return
+    old = second.with_name(f"{second.name}.replaced-{secrets.token_hex(4)}")
+    second.rename(old)
+    try:
+        first.rename(second)
+    except OSError:
+        old.rename(second)
+        raise
+    old.rename(first)
+
+
+def _renameat2(first: Path, second: Path) -> bool:
+    """Linux's exchange of two paths; False where it is not to be had."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if call is None:
+        return False
+    at_fdcwd, exchanges = -100, 2
+    if call(at_fdcwd, os.fsencode(first), at_fdcwd, os.fsencode(second), exchanges) == 0:
+        return True
+    if (number := ctypes.get_errno()) in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(number, os.strerror(number), str(second))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def _sync(path: Path) -> None:

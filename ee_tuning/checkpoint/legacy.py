@@ -103,7 +103,9 @@ class LegacyReader(MegatronSource):
         if rows.stop - rows.start > 1:
             tensor.check()
         part = tensor.mapped()[rows]
-        return (part[:, columns] if columns else part).clone(memory_format=torch.contiguous_format)
+        copy = (part[:, columns] if columns else part).clone(memory_format=torch.contiguous_format)
+        tensor.release()
+        return copy
 
     def path(self, parameter: str, rank: int) -> Path:
         """The file that the shard is in; the folder where there is none."""

@@ -75,6 +75,7 @@ class DistributedCheckpoint:
                 stored.check()
             source = stored.mapped().reshape(chunk.sizes)[_slices(low, high, chunk.offsets)]
             out[_slices(low, high, lower)].copy_(source)
+            stored.release()
         if sum(math.prod(map(int.__sub__, high, low)) for low, high in boxes) != out.numel():
             raise InputError(f"{self.folder / METADATA}: no file holds all of {key}; fetch the checkpoint again")
         return out

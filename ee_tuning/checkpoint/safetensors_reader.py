@@ -5,17 +5,14 @@ Nothing in the folder is trusted: what is broken, missing, doubled or points out
 import json
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ee_tuning.checkpoint.names import Piece, Shape, Shard
+from ee_tuning.checkpoint.safetensors_file import DTYPES, SafetensorsFile, StoredEntry, refuse_doubles
 from ee_tuning.errors import InputError
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""safetensors' names of the types a model may be stored in."""
 
 
 class TensorSource(Protocol):
@@ -62,14 +59,15 @@ class SafetensorsFolder:
 
     def __init__(self, folder: Path, stem: str):
         self.folder = folder
-        self._open: dict[str, Any] = {}
+        self._open: dict[str, SafetensorsFile] = {}
         single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+        self._table = single if single.exists() else index
         if not folder.is_dir():
             raise InputError(f"there is no folder {folder}; give the folder that holds {single.name}")
         self.files: dict[str, str] = {}
         """Tensor -> its file."""
         if single.exists():
-            self.files = dict.fromkeys(self._file(single.name).keys(), single.name)
+            self.files = dict.fromkeys(self._file(single.name).tensors, single.name)
         elif index.exists():
             self.files = _read_index(index)
         else:
@@ -85,7 +83,7 @@ class SafetensorsFolder:
     def close(self) -> None:
         """Closes every file."""
         for file in self._open.values():
-            file.__exit__(None, None, None)
+            file.close()
         self._open.clear()
 
     def names(self) -> list[str]:
@@ -98,11 +96,11 @@ class SafetensorsFolder:
 
     def shape(self, name: str) -> Shape:
         """Of the whole tensor."""
-        return tuple(self._slice(name).get_shape())
+        return self._entry(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
         """As stored; one of float64, float32, float16 and bfloat16."""
-        stored = self._slice(name).get_dtype()
+        stored = self._entry(name).dtype
         if stored not in DTYPES:
             raise InputError(f"{self._path(name)}: tensor {name} is stored as {stored}, which is not supported; "
                              f"convert the model to one of {', '.join(DTYPES)}")
@@ -110,15 +108,15 @@ class SafetensorsFolder:
 
     def full(self, name: str) -> Tensor:
         """The whole tensor, as stored."""
-        return self._read(name, slice(None))
+        return self._file_of(name).full(self.stored_name(name))
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """[stop - start, …]: these rows, as stored; no other bytes are read."""
-        return self._read(name, slice(start, stop))
+        return self._file_of(name).rows(self.stored_name(name), start, stop)
 
     def columns(self, name: str, start: int, stop: int) -> Tensor:
         """[n, stop - start]: these columns, as stored."""
-        return self._read(name, (slice(None), slice(start, stop)))
+        return self._file_of(name).columns(self.stored_name(name), start, stop)
 
     def check_shape(self, name: str, shape: Shape) -> None:
         """Raises InputError where the tensor is missing, has another shape, or is stored as something that is no plain float."""
@@ -130,29 +128,23 @@ class SafetensorsFolder:
     def _path(self, name: str) -> Path:
         return self.folder / self.files[self.stored_name(name)]
 
-    def _read(self, name: str, part: slice | tuple[slice, slice]) -> Tensor:
-        try:
-            return self._slice(name)[part].contiguous()
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{self._path(name)}: tensor {name} can not be read: {error}; fetch the file again") from error
+    def _entry(self, name: str) -> StoredEntry:
+        return self._file_of(name).tensors[self.stored_name(name)]
 
-    def _slice(self, name: str) -> Any:
+    def _file_of(self, name: str) -> SafetensorsFile:
         stored = self.stored_name(name)
         if stored not in self.files:
-            raise InputError(f"{self.folder} holds no tensor {name}, which the model must have; config and weights do not belong together")
-        return self._file(self.files[stored]).get_slice(stored)
+            raise InputError(f"{self._table} holds no tensor {name}, which the model must have; config and weights do not belong together")
+        return self._file(self.files[stored])
 
-    def _file(self, name: str) -> Any:
+    def _file(self, name: str) -> SafetensorsFile:
         if name not in self._open:
             path = self.folder / name
             check_inside(self.folder, path)
-            if not path.is_file():
+            if not _is_file(path):
                 raise InputError(f"{path} is missing, and the index names it; fetch the whole folder again")
-            try:
-                file = safe_open(path, framework="pt", device="cpu")
-            except (SafetensorError, OSError) as error:
-                raise InputError(f"{path} is not a whole safetensors file: {error}; fetch it again") from error
-            self._check_against_index(path, set(file.keys()))
+            file = SafetensorsFile(path)
+            self._check_against_index(path, set(file.tensors))
             self._open[name] = file
         return self._open[name]
 
@@ -162,6 +154,8 @@ class SafetensorsFolder:
                 raise InputError(f"{path} does not hold tensor {name}, and the index says it does; fetch the whole folder again")
             if file != path.name and name in held:
                 raise InputError(f"tensor {name} is in {path} and, says the index, in {self.folder / file} too; fetch the folder again")
+        if unlisted := held - self.files.keys() if self.files else ():
+            raise InputError(f"{path} holds tensor {min(unlisted)}, which the index does not name; fetch the whole folder again")
 
 
 def check_inside(folder: Path, path: Path) -> None:
@@ -171,30 +165,34 @@ def check_inside(folder: Path, path: Path) -> None:
     """
     home = folder.resolve()
     roots = [home] + [home.parent.parent / "blobs"] * (home.parent.name == "snapshots")
-    if not any(path.resolve().is_relative_to(root) for root in roots):
+    try:
+        real = path.resolve()
+        is_inside = any(real.is_relative_to(root) for root in roots)
+    except (OSError, ValueError, RuntimeError):  # a loop of links; a name that no file can have
+        is_inside = False
+    if not is_inside:
         raise InputError(f"{path} leads out of the folder {folder}, which is not followed; put the file itself into the folder")
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        tree = json.loads(path.read_text(), object_pairs_hook=_refuse_doubles)
+        tree = json.loads(path.read_text(), object_pairs_hook=refuse_doubles)
         files = tree["weight_map"]
         if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
             raise ValueError("weight_map must map tensor names to file names")
     except OSError as error:
         raise InputError(f"{path} can not be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path} is not an index of safetensors shards: {error}; fetch it again") from error
     for name, file in files.items():
         if Path(file).name != file or file in ("", ".."):
             raise InputError(f"{path}: tensor {name} must be in a file of this very folder, got {file!r}; fetch the index again")
         check_inside(path.parent, path.parent / file)
     return files
-
-
-def _refuse_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    tree = dict(pairs)
-    if len(tree) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} stands in it twice")
-    return tree

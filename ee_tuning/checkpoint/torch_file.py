@@ -78,6 +78,10 @@ class StoredTensor:
         """Raises InputError where the stored bytes are not those that were written. Reads them all, once."""
         self.archive.check_record(self.storage.record)
 
+    def release(self) -> None:
+        """Lets go of what was read of the file: mapped pages that were touched count as this process's memory until then."""
+        self.archive.release_record(self.storage.record)
+
 
 class Archive:
     """The archive in bytes `start`..`stop` of a file that is mapped as `data`; `content` is what was saved.
@@ -119,6 +123,12 @@ class Archive:
     def check_record(self, record: str) -> None:
         """Raises InputError where the record's bytes do not give its CRC-32."""
         self._check(f"data/{record}")
+
+    def release_record(self, record: str) -> None:
+        """Takes the record's pages out of this process's memory; they stay in the system's cache of the file."""
+        begin, end = self._place(f"data/{record}")
+        begin = begin // mmap.PAGESIZE * mmap.PAGESIZE
+        self._data.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
     def _check(self, name: str) -> None:
         if name in self._checked:

@@ -1,9 +1,11 @@
 """What is written aside: whole or not at all, and no litter."""
+import os
 from pathlib import Path
 
 import pytest
 
-from ee_tuning.checkpoint.aside import file_written_aside, written_aside
+from ee_tuning.checkpoint import aside
+from ee_tuning.checkpoint.aside import exchange, file_written_aside, remove_leftovers, written_aside
 from ee_tuning.errors import InputError
 from ee_tuning.tuning.metrics import MetricsFile, holds_validation
 
@@ -18,6 +20,55 @@ def test_a_writer_removes_what_a_killed_one_left_and_nothing_else(tmp_path: Path
         (partial / "weights").touch()
         assert {path.name for path in tmp_path.iterdir()} == {*strangers, partial.name}
     assert {path.name for path in tmp_path.iterdir()} == {*strangers, "out"}
+
+
+def test_what_another_process_still_writes_is_no_leftover(tmp_path: Path) -> None:
+    """Two jobs that write one output: the second one's cleaning takes the first one's files from under its hands."""
+    output = tmp_path / "out"
+    ready, go = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        with written_aside(output, None) as partial:
+            (partial / "first").touch()
+            os.write(ready[1], b"!")
+            os.read(go[0], 1)
+            (partial / "second").touch()
+        os._exit(0)
+    os.read(ready[0], 1)
+    with written_aside(output, None) as partial:
+        (partial / "other").touch()
+    assert [path.name for path in output.iterdir()] == ["other"]
+    os.write(go[1], b"!")
+    assert os.waitpid(child, 0)[1] == 0
+    assert sorted(path.name for path in output.iterdir()) == ["first", "second"] and list(tmp_path.iterdir()) == [output]
+
+
+@pytest.mark.parametrize("is_atomic", [True, False])
+def test_a_replaced_folder_is_there_at_every_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_atomic: bool) -> None:
+    """A job killed between two renames leaves no output at all; where there is no other way, the next writer brings it back."""
+    old, new = tmp_path / "out", tmp_path / "out.partial-0123abcd"
+    for folder in (old, new):
+        folder.mkdir()
+        (folder / folder.name).touch()
+    if not is_atomic:
+        monkeypatch.setattr(aside, "_renameat2", lambda *_: False)
+        real = Path.rename
+
+        def killed(path: Path, target: Path) -> Path:
+            if path == new:
+                raise KeyboardInterrupt
+            return real(path, target)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Path, "rename", killed)
+            exchange(new, old)
+        remove_leftovers(tmp_path / "another")
+        assert not old.exists()
+        remove_leftovers(old)
+        assert [path.name for path in tmp_path.iterdir()] == ["out"] and (old / "out").exists()
+        new.mkdir()
+        (new / new.name).touch()
+    exchange(new, old)
+    assert (old / new.name).exists() and (new / old.name).exists() and len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
