@@ -32,6 +32,10 @@ class Batch:
     """[s, b] int64: the token after each."""
     loss_mask: Tensor
     """[s, b] float32: 1 where a label counts; 0 in rows that merely fill a validation micro-batch."""
+    document_ids: Tensor | None = None
+    """[b, s] int64: grows by one where a document begins, where attention must stay within one (data.reset_attention_mask)."""
+    position_ids: Tensor | None = None
+    """[b, s] int64: the place of each token in its document (data.reset_position_ids)."""
 
 
 def count_microbatches(tuning: TuningSection, dp: int) -> int:

@@ -7,6 +7,7 @@ from ee_tuning.config import Config
 from ee_tuning.data.loader import validation_batches
 from ee_tuning.data.tokens import load_samples
 from ee_tuning.generation.llm import Completion, EarlyExitLLM
+from ee_tuning.model.documents import PackedDocuments
 from ee_tuning.tuning.loss import token_losses
 
 
@@ -63,7 +64,8 @@ def final_head_loss(llm: EarlyExitLLM, config: Config) -> float:
                           max_positions=model.config.max_position_embeddings)
     loss_sum = num_tokens = 0.0
     for batch in validation_batches(splits.valid, tuning, dp=1, dp_rank=0):
-        hidden, _ = model.run_layers(model.embed(batch.tokens.to(llm.model.topology.device)))
+        documents = PackedDocuments.of(batch.document_ids, batch.position_ids, model.topology.device)
+        hidden, _ = model.run_layers(model.embed(batch.tokens.to(model.topology.device), documents), documents)
         labels, mask = batch.labels.to(hidden.device), batch.loss_mask.to(hidden.device)
         losses = token_losses(model.final_hidden(hidden), model.backbone.output_layer.weight, labels, vocab=model.vocab,
                               chunk_tokens=tuning.loss_chunk_tokens)

@@ -13,6 +13,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from ee_tuning.model.config import ModelConfig
+from ee_tuning.model.documents import PackedDocuments
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:
+    varlen_attn = None  # type: ignore[assignment]
 
 # s sequence · b micro-batch · t tokens of a ragged batch · r rows (sequences) of it · g key-value heads · n query heads · d width of a head
 # c positions a cache holds
@@ -27,19 +33,33 @@ def softmax_scale(config: ModelConfig) -> float:
 
 
 class CausalAttention(MegatronModule):
-    """q [s, b, n, d], k and v [s, b, g, d] -> [s, b, n * d]. Each token sees itself and those before it."""
+    """q [s, b, n, d], k and v [s, b, g, d] -> [s, b, n * d]. A token sees itself and those before it, in its document where told apart."""
 
     def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: Any, attention_type: str, **_: Any):
         super().__init__(config)
         self.layer_number = layer_number
         self.scale = config.softmax_scale
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Tensor:
-        """See the class."""
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: PackedDocuments | None = None, **_: Any) -> Tensor:
+        """See the class. Megatron's layers hand on what they are given as `attention_mask`."""
         s, b, n, d = query.shape
+        is_grouped = key.shape[2] != n
+        if attention_mask is not None and attention_mask.starts is not None and _has_varlen(query):
+            q, k, v = (x.transpose(0, 1).reshape(b * s, -1, d) for x in (query, key, value))
+            starts, longest = attention_mask.starts, attention_mask.longest
+            out = varlen_attn(q, k, v, starts, starts, longest, longest, scale=self.scale, window_size=(-1, 0), enable_gqa=is_grouped)
+            assert isinstance(out, Tensor)
+            return out.view(b, s, n * d).transpose(0, 1)
+        mask = None if attention_mask is None else attention_mask.mask
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=k.shape[1] != n)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=is_grouped)
         return out.permute(2, 0, 1, 3).reshape(s, b, n * d)
+
+
+def _has_varlen(query: Tensor) -> bool:
+    """Whether the kernel that computes no masked block can take it: it wants a GPU, 16 bits, and heads of a multiple of 8 up to 256."""
+    d = query.shape[-1]
+    return varlen_attn is not None and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and d % 8 == 0 and d <= 256
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ with warnings.catch_warnings():
 from ee_tuning.model.activation import activation
 from ee_tuning.model.attention import CausalAttention, softmax_scale
 from ee_tuning.model.config import ModelConfig
+from ee_tuning.model.documents import PackedDocuments, rotations
 from ee_tuning.model.norm import backbone_norm
 from ee_tuning.model.rope import rotary_angles
 from ee_tuning.parallel.topology import Topology
@@ -106,7 +107,7 @@ class BackboneStage(nn.Module):
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         return self.embedding(tokens, positions)
 
-    def run_layer(self, number: int, hidden: Tensor) -> Tensor:  # [s, b, h] -> [s, b, h]
-        """One layer over whole sequences, causally."""
-        angles = self.angles[: hidden.shape[0], None, None] if self.config.position == "rope" else None
-        return self.layer(number)(hidden, attention_mask=None, rotary_pos_emb=angles)[0]
+    def run_layer(self, number: int, hidden: Tensor, documents: PackedDocuments | None = None) -> Tensor:  # [s, b, h] -> [s, b, h]
+        """One layer over whole sequences, causally; `documents` where they are told apart."""
+        angles = rotations(self.angles, hidden.shape[0], documents) if self.config.position == "rope" else None
+        return self.layer(number)(hidden, attention_mask=documents, rotary_pos_emb=angles)[0]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ee_tuning.config import Architecture
 from ee_tuning.model.backbone import BackboneStage
 from ee_tuning.model.config import ModelConfig
+from ee_tuning.model.documents import PackedDocuments
 from ee_tuning.model.exit_head import ExitHead, ExitInput
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.vocab import VocabShard
@@ -65,22 +66,27 @@ class EarlyExitModel(nn.Module):
         return head
 
     @torch.no_grad()
-    def embed(self, tokens: Tensor) -> Tensor:  # [b, s] int64 -> [s, b, h]
+    def embed(self, tokens: Tensor, documents: PackedDocuments | None = None) -> Tensor:  # [b, s] int64 -> [s, b, h]
         """Word embeddings; first stage only."""
-        return self.backbone.embed(tokens)
+        return self.backbone.embed(tokens, documents.positions if documents else None)
 
     @torch.no_grad()
-    def run_layers(self, hidden: Tensor) -> tuple[Tensor, dict[int, ExitInput]]:  # [s, b, h] -> [s, b, h], …
-        """This stage's layers over whole sequences: their output, and what each exit of this stage takes."""
+    def run_layers(self, hidden: Tensor,  # [s, b, h]
+                   documents: PackedDocuments | None = None,
+                   ) -> tuple[Tensor, dict[int, ExitInput]]:  # [s, b, h], …
+        """This stage's layers over whole sequences: their output, and what each exit of this stage takes.
+
+        `documents` tells those apart that share a row.
+        """
         inputs: dict[int, ExitInput] = {}
         for number in range(self.plan.first_layer, self.plan.last_layer + 1):
             if number not in self.plan.own_exits:
-                hidden = self.backbone.run_layer(number, hidden)
+                hidden = self.backbone.run_layer(number, hidden, documents)
             elif self.plan.architecture == "mlp":
-                hidden, inputs[number] = self._run_layer_with_mlp_exit(number, hidden)
+                hidden, inputs[number] = self._run_layer_with_mlp_exit(number, hidden, documents)
             else:
-                hidden = self.backbone.run_layer(number, hidden)
-                inputs[number] = ExitInput(hidden)
+                hidden = self.backbone.run_layer(number, hidden, documents)
+                inputs[number] = ExitInput(hidden, documents=documents)
         return hidden, inputs
 
     @torch.no_grad()
@@ -88,12 +94,12 @@ class EarlyExitModel(nn.Module):
         """What the model's own output matrix is applied to; last stage only."""
         return self.backbone.final_norm(hidden)
 
-    def _run_layer_with_mlp_exit(self, number: int, hidden: Tensor) -> tuple[Tensor, ExitInput]:
+    def _run_layer_with_mlp_exit(self, number: int, hidden: Tensor, documents: PackedDocuments | None) -> tuple[Tensor, ExitInput]:
         # The post-attention residual is what enters the norm before the MLP, in every layer spec of Megatron's.
         seen: list[ExitInput] = []
         hook = self.backbone.layer(number).pre_mlp_layernorm.register_forward_hook(partial(_keep, seen))
         try:
-            hidden = self.backbone.run_layer(number, hidden)
+            hidden = self.backbone.run_layer(number, hidden, documents)
         finally:
             hook.remove()
         return hidden, seen[0]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ee_tuning.config import Architecture
 from ee_tuning.model.activation import activation
 from ee_tuning.model.config import ModelConfig
+from ee_tuning.model.documents import PackedDocuments
 from ee_tuning.model.norm import exit_norm
 from ee_tuning.parallel.topology import Group, Topology
 
@@ -31,6 +32,8 @@ class ExitInput:
     """[…, h]: x_l, layer l's output, for `embedding` and `norm`; layer l's normed post-attention residual for `mlp`."""
     residual: Tensor | None = None
     """[…, h]: for `mlp`, a_l, layer l's post-attention residual."""
+    documents: PackedDocuments | None = None
+    """For a head that attends: which tokens of a row may see each other, where documents are told apart."""
 
 
 class _SumOverShards(torch.autograd.Function):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ee_tuning.data.loader import Batch
+from ee_tuning.model.documents import PackedDocuments
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.model.exit_head import ExitInput
 from ee_tuning.parallel.relay import Relay
@@ -40,11 +41,12 @@ class StageWalk:
 
         `ahead` is as in `Relay.receive`: False for the last micro-batch before a checkpoint.
         """
+        documents = PackedDocuments.of(batch.document_ids, batch.position_ids, self._topology.device)
         if self._topology.is_first_stage:
-            hidden = self._model.embed(batch.tokens.to(self._topology.device))
+            hidden = self._model.embed(batch.tokens.to(self._topology.device), documents)
         else:
             hidden, more = self._relay.receive(ahead=ahead)
-        hidden, exit_inputs = self._model.run_layers(hidden)
+        hidden, exit_inputs = self._model.run_layers(hidden, documents)
         if not self._topology.is_last_stage:
             self._relay.send(hidden, more=more)
         return Passed(exit_inputs, more)

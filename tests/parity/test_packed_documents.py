@@ -1,0 +1,60 @@
+"""Documents that share a row are as if each were alone: the same logits as transformers gives for one after the other."""
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from random_models import random_model
+
+from ee_tuning.checkpoint.load import load_for_generation
+from ee_tuning.config import ParallelSection, load_config
+from ee_tuning.model.documents import PackedDocuments
+from ee_tuning.parallel.topology import init_parallel
+
+LENGTHS = ((5, 1, 9, 6), (13, 8))  # of the documents in each row
+
+
+def rows() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(tokens, document ids, positions), [b, s] each"""
+    torch.manual_seed(3)
+    tokens = torch.randint(0, 100, (len(LENGTHS), sum(LENGTHS[0])))
+    ids = torch.stack([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in LENGTHS])
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in LENGTHS])
+    return tokens, ids, positions
+
+
+def our_logits(folder: Path, tokens: torch.Tensor, documents: PackedDocuments | None) -> torch.Tensor:  # [b, s, v]
+    model = load_for_generation(load_config(None, {"model.path": str(folder)}), init_parallel(ParallelSection())).model
+    hidden, _ = model.run_layers(model.embed(tokens, documents), documents)
+    return F.linear(model.final_hidden(hidden), model.backbone.output_layer.weight).transpose(0, 1)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_packed_documents_equal_documents_alone(tmp_path: Path, family: str) -> None:
+    """A document that reads its neighbour, or stands at its neighbour's positions: rotary ones forgive the second, learned ones do not."""
+    reference = random_model(family, tmp_path)
+    tokens, ids, positions = rows()
+    documents = PackedDocuments.of(ids, positions, torch.device("cpu"))
+    with torch.no_grad():
+        alone = [torch.cat([reference(part[None]).logits[0] for part in row.split(lengths)])
+                 for row, lengths in zip(tokens, LENGTHS, strict=True)]
+        torch.testing.assert_close(our_logits(tmp_path, tokens, documents), torch.stack(alone), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_positions_alone_may_begin_anew(tmp_path: Path, family: str) -> None:
+    """reset_position_ids without reset_attention_mask: all of the row is seen, from positions that begin anew."""
+    reference = random_model(family, tmp_path)
+    tokens, _, positions = rows()
+    documents = PackedDocuments.of(None, positions, torch.device("cpu"))
+    seen = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool).tril().expand(len(tokens), 1, -1, -1)
+    with torch.no_grad():
+        wanted = reference(tokens, attention_mask=seen, position_ids=positions).logits
+        torch.testing.assert_close(our_logits(tmp_path, tokens, documents), wanted, rtol=0, atol=1e-4)
+
+
+def test_where_documents_begin_is_told_to_the_kernel_row_by_row() -> None:
+    """A document that ends a row and one that begins the next, taken for one: both may have the same id."""
+    documents = PackedDocuments.of(torch.tensor([[0, 0, 1, 1, 1], [1, 1, 2, 3, 3]]), None, torch.device("cpu"))
+    assert documents is not None and documents.starts is not None
+    assert documents.starts.tolist() == [0, 2, 5, 7, 8, 10] and documents.longest == 3
