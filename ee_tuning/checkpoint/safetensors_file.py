@@ -5,6 +5,7 @@ The header is checked as a whole before anything is believed: the tensors it tel
 import itertools
 import json
 import math
+import operator
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,20 +27,26 @@ _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _REMEDY = "fetch it again"
 
 
+Part = tuple[slice, ...]
+"""Which part of each dimension, from the first on."""
+
+
 @dataclass(frozen=True)
-class StoredEntry:
+class Entry:
     """A tensor of a file, as the header tells of it."""
 
     dtype: str
     """In safetensors' spelling."""
     shape: Shape
-    start: int
+    begin: int
     """Of its bytes, from the beginning of the file."""
-    stop: int
+    end: int
 
 
 class SafetensorsFile:
     """An open file. Raises InputError, naming it, where it can not be read or its header does not describe it."""
+
+    _handle = -1
 
     def __init__(self, path: Path):
         self.path = path
@@ -48,7 +55,8 @@ class SafetensorsFile:
         except OSError as error:
             raise InputError(f"{path} can not be read: {error.strerror}; {_REMEDY}") from error
         try:
-            self.tensors = _read_header(self._handle)
+            self.entries = _read_header(self._handle)
+            """By name, in the order that they are stored in."""
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             self.close()
             raise InputError(f"{path} is not a whole safetensors file: {_told(error)}; {_REMEDY}") from error
@@ -61,41 +69,26 @@ class SafetensorsFile:
 
     __del__ = close
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """[stop - start, …]: these rows, as stored; no other bytes are read."""
-        entry = self.tensors[name]
-        assert 0 <= start <= stop <= entry.shape[0], (name, start, stop, entry)
-        out, data = self._allocated(name, (stop - start, *entry.shape[1:]))
-        self._read(name, data, entry.start + start * math.prod(entry.shape[1:]) * out.itemsize)
-        return out
-
-    def columns(self, name: str, start: int, stop: int) -> Tensor:
-        """[n, stop - start, …]: these columns, as stored. One read a row: no other bytes are read."""
-        entry = self.tensors[name]
-        assert 0 <= start <= stop <= entry.shape[1], (name, start, stop, entry)
-        out, data = self._allocated(name, (entry.shape[0], stop - start, *entry.shape[2:]))
-        column = math.prod(entry.shape[2:]) * out.itemsize
-        row, width = entry.shape[1] * column, (stop - start) * column
-        for index in range(entry.shape[0]):
-            self._read(name, data[index * width:(index + 1) * width], entry.start + index * row + start * column)
-        return out
-
-    def full(self, name: str) -> Tensor:
-        """The whole tensor, as stored."""
-        entry = self.tensors[name]
-        out, data = self._allocated(name, entry.shape)
-        self._read(name, data, entry.start)
-        return out
-
-    def _allocated(self, name: str, shape: Shape) -> tuple[Tensor, memoryview]:
-        """A tensor to be filled, and its bytes."""
-        entry = self.tensors[name]
+    def read(self, name: str, part: Part = ()) -> Tensor:
+        """This part of the tensor, as stored; no other bytes are read. Dimensions that `part` leaves out are whole."""
+        entry = self.entries[name]
         if entry.dtype not in _TORCH_DTYPES:
             raise InputError(f"{self.path}: tensor {name} is stored as {entry.dtype}, which can not be read here")
-        out = torch.empty(shape, dtype=_TORCH_DTYPES[entry.dtype])
-        return out, out.reshape(-1).view(torch.uint8).numpy().data
+        whole = [(0, size) for size in entry.shape]
+        bounds = [_bounds(each, size) for each, size in zip(part, entry.shape, strict=False)] + whole[len(part):]
+        out = torch.empty([stop - start for start, stop in bounds], dtype=_TORCH_DTYPES[entry.dtype])
+        # The last dimension that is not whole, and all after it, lie in one stretch; there is one for each index before it.
+        cut = max((dim for dim in range(len(bounds)) if bounds[dim] != whole[dim]), default=0)
+        strides = [math.prod(entry.shape[dim + 1:]) * out.itemsize for dim in range(len(bounds))]
+        data = out.reshape(-1).view(torch.uint8).numpy().data
+        done, length = 0, math.prod(out.shape[cut:]) * out.itemsize
+        for index in itertools.product(*(range(*bound) for bound in bounds[:cut])):
+            start = entry.begin + sum(map(operator.mul, (*index, *(start for start, _ in bounds[cut:cut + 1])), strides))
+            self._fill(name, data[done:done + length], start)
+            done += length
+        return out
 
-    def _read(self, name: str, data: memoryview, offset: int) -> None:
+    def _fill(self, name: str, data: memoryview, offset: int) -> None:
         done = 0
         while done < len(data):  # one call reads at most 2 GB
             try:
@@ -116,7 +109,13 @@ def refuse_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return tree
 
 
-def _read_header(handle: int) -> dict[str, StoredEntry]:
+def _bounds(part: slice, size: int) -> tuple[int, int]:
+    start, stop = part.start or 0, size if part.stop is None else part.stop
+    assert 0 <= start <= stop <= size and part.step is None, (part, size)
+    return start, stop
+
+
+def _read_header(handle: int) -> dict[str, Entry]:
     size = os.fstat(handle).st_size
     length = int.from_bytes(os.pread(handle, 8, 0), "little")
     if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
@@ -129,17 +128,17 @@ def _read_header(handle: int) -> dict[str, StoredEntry]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its __metadata__ must map texts to texts")
     entries = {name: _entry(name, fields, 8 + length) for name, fields in tree.items()}
-    in_order = sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop))
-    ends = [8 + length, *(entry.stop for _, entry in in_order)]
-    for end, (name, entry) in zip(ends, in_order, strict=False):
-        if entry.start != end:
-            raise ValueError(f"tensor {name} must begin at byte {end}, where the one before ends, and is said to begin at {entry.start}")
+    in_order = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
+    ends = [8 + length, *(entry.end for entry in in_order.values())]
+    for end, (name, entry) in zip(ends, in_order.items(), strict=False):
+        if entry.begin != end:
+            raise ValueError(f"tensor {name} must begin at byte {end}, where the one before ends, and is said to begin at {entry.begin}")
     if ends[-1] != size:
         raise ValueError(f"its tensors end at byte {ends[-1]}, and it has {size}")
-    return entries
+    return in_order
 
 
-def _entry(name: str, fields: dict[str, Any], begin: int) -> StoredEntry:
+def _entry(name: str, fields: dict[str, Any], begin: int) -> Entry:
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if dtype not in _BITS:
         raise ValueError(f"tensor {name} is of the unknown type {dtype!r}")
@@ -148,7 +147,7 @@ def _entry(name: str, fields: dict[str, Any], begin: int) -> StoredEntry:
     start, stop = offsets
     if math.prod(shape) * _BITS[dtype] != 8 * (stop - start):
         raise ValueError(f"tensor {name} of shape {shape} in {dtype} can not take {stop - start} bytes")
-    return StoredEntry(dtype, tuple(shape), begin + start, begin + stop)
+    return Entry(dtype, tuple(shape), begin + start, begin + stop)
 
 
 def _told(error: Exception) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ee_tuning.checkpoint.names import Piece, Shape, Shard
-from ee_tuning.checkpoint.safetensors_file import DTYPES, SafetensorsFile, StoredEntry, refuse_doubles
+from ee_tuning.checkpoint.safetensors_file import DTYPES, Entry, Part, SafetensorsFile, refuse_doubles
 from ee_tuning.errors import InputError
 
 
@@ -67,7 +67,7 @@ class SafetensorsFolder:
         self.files: dict[str, str] = {}
         """Tensor -> its file."""
         if single.exists():
-            self.files = dict.fromkeys(self._file(single.name).tensors, single.name)
+            self.files = dict.fromkeys(self.file(single.name).entries, single.name)
         elif index.exists():
             self.files = _read_index(index)
         else:
@@ -108,15 +108,15 @@ class SafetensorsFolder:
 
     def full(self, name: str) -> Tensor:
         """The whole tensor, as stored."""
-        return self._file_of(name).full(self.stored_name(name))
+        return self._read(name, ())
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """[stop - start, …]: these rows, as stored; no other bytes are read."""
-        return self._file_of(name).rows(self.stored_name(name), start, stop)
+        return self._read(name, (slice(start, stop),))
 
     def columns(self, name: str, start: int, stop: int) -> Tensor:
         """[n, stop - start]: these columns, as stored."""
-        return self._file_of(name).columns(self.stored_name(name), start, stop)
+        return self._read(name, (slice(None), slice(start, stop)))
 
     def check_shape(self, name: str, shape: Shape) -> None:
         """Raises InputError where the tensor is missing, has another shape, or is stored as something that is no plain float."""
@@ -128,23 +128,27 @@ class SafetensorsFolder:
     def _path(self, name: str) -> Path:
         return self.folder / self.files[self.stored_name(name)]
 
-    def _entry(self, name: str) -> StoredEntry:
-        return self._file_of(name).tensors[self.stored_name(name)]
+    def _read(self, name: str, part: Part) -> Tensor:
+        return self._file_of(name).read(self.stored_name(name), part)
+
+    def _entry(self, name: str) -> Entry:
+        return self._file_of(name).entries[self.stored_name(name)]
 
     def _file_of(self, name: str) -> SafetensorsFile:
         stored = self.stored_name(name)
         if stored not in self.files:
             raise InputError(f"{self._table} holds no tensor {name}, which the model must have; config and weights do not belong together")
-        return self._file(self.files[stored])
+        return self.file(self.files[stored])
 
-    def _file(self, name: str) -> SafetensorsFile:
+    def file(self, name: str) -> SafetensorsFile:
+        """The file of that name, opened. Raises InputError where it is missing, broken, outside the folder, or not as the index says."""
         if name not in self._open:
             path = self.folder / name
             check_inside(self.folder, path)
             if not _is_file(path):
                 raise InputError(f"{path} is missing, and the index names it; fetch the whole folder again")
             file = SafetensorsFile(path)
-            self._check_against_index(path, set(file.tensors))
+            self._check_against_index(path, set(file.entries))
             self._open[name] = file
         return self._open[name]
 
