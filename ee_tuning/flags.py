@@ -26,7 +26,8 @@ _PARALLEL = {"--tensor-model-parallel-size": "parallel.tensor_model_parallel_siz
              "--pipeline-model-parallel-size": "parallel.pipeline_model_parallel_size"}
 
 FLAGS: dict[str, dict[str, str]] = {
-    "convert": {**_MODEL, **_NEW_EXITS, "--seed": "exits.seed", **_PARALLEL},
+    "convert": {**_MODEL, **_NEW_EXITS, "--seed": "exits.seed", "--no-verify": "exits.verify",
+                **_PARALLEL},
     "tune": {
         **_MODEL, **_EXITS, **_NEW_EXITS, "--data": "data.paths", "--tokenizer": "data.tokenizer", "--output": "tuning.run_folder",
         "--train-iters": "tuning.train_iters", "--lr": "tuning.lr", "--seq-length": "tuning.seq_length",

@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
+import torch.distributed as dist
+
 from ee_tuning.errors import InputError
 from ee_tuning.parallel.topology import Topology
 
@@ -31,6 +33,15 @@ def on_first_rank(topology: Topology | None, action: Callable[[], Result]) -> Re
     if not is_done:
         raise InputError(value)
     return value
+
+
+def gathered(items: list[str], topology: Topology | None) -> list[str]:
+    """Every rank's items, on every rank, and a barrier with it."""
+    if topology is None:
+        return items
+    parts: list[list[str]] = [[] for _ in range(topology.world_size)]
+    dist.all_gather_object(parts, items, group=topology.world_control)
+    return [item for part in parts for item in part]
 
 
 @contextmanager

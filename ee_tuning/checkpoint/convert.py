@@ -17,7 +17,7 @@ from ee_tuning.checkpoint.ee_llm import FoundExits
 from ee_tuning.checkpoint.exit_heads import ExitHeadsConfig, check_output, save_exit_heads
 from ee_tuning.checkpoint.exit_init import InitialExits
 from ee_tuning.checkpoint.fingerprint import fingerprint, model_shape
-from ee_tuning.checkpoint.formats import BackboneSource, open_model
+from ee_tuning.checkpoint.formats import BackboneSource, check_model, open_model
 from ee_tuning.checkpoint.legacy import LegacyReader
 from ee_tuning.checkpoint.names import embedding_name
 from ee_tuning.config import Config
@@ -47,6 +47,7 @@ def write_initial_exits(config: Config, output: Path, topology: Topology, *, ove
     with reader:
         _check(config, model, reader)
         on_first_rank(topology, lambda: check_output(output, overwrite))
+        check_model(reader, model, topology, verifies=config.exits.verify)
         if _wants_found(reader, config):
             return _write_found(FoundExits(reader, model, model_name(reader.folder)), output, topology, overwrite=overwrite)
         exits = on_first_rank(topology, lambda: initial_exits_config(config, model, reader))

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from ee_tuning.checkpoint.aside import on_first_rank, refusals_named, written_aside
-from ee_tuning.checkpoint.manifest import MANIFEST, check_file, read_manifest, write_manifest
+from ee_tuning.checkpoint.aside import gathered, on_first_rank, refusals_named, written_aside
+from ee_tuning.checkpoint.manifest import MANIFEST, check_manifest, read_manifest, write_manifest
 from ee_tuning.checkpoint.model_card import artifact_card
 from ee_tuning.checkpoint.names import Shape, exit_shard, exit_tensor_shapes
 from ee_tuning.checkpoint.safetensors_reader import SafetensorsFolder, TensorSource, read_shard
@@ -148,7 +147,7 @@ def save_exit_heads(output: Path, exits: ExitHeadsConfig, config: ModelConfig, t
         for name, tensor in tensors:
             writer.write(name, tensor)
             written.append(name)
-        everything = _gathered(written, topology)
+        everything = gathered(written, topology)
         assert sorted(everything) == sorted(writer.shapes), sorted(set(everything) ^ set(writer.shapes)) or "a tensor came from two ranks"
         on_first_rank(topology, lambda: _finish(partial, output, exits))
 
@@ -162,15 +161,7 @@ def check_is_artifact(folder: Path) -> None:
 
 def check_integrity(folder: Path, topology: Topology | None = None) -> None:
     """Raises InputError where a file of the artifact is not what its manifest says; all ranks share the work and raise together."""
-    rank, world = (0, 1) if topology is None else (topology.rank, topology.world_size)
-    complaints = []
-    try:
-        for name, entry in sorted(read_manifest(folder, _REMEDY).items())[rank::world]:
-            check_file(folder / name, entry, _REMEDY)
-    except InputError as error:
-        complaints.append(str(error))
-    if found := _gathered(complaints, topology):
-        raise InputError(found[0])
+    check_manifest(folder, _REMEDY, topology)
 
 
 def read_exit_config(folder: Path) -> ExitHeadsConfig:
@@ -228,12 +219,3 @@ def _finish(partial: Path, output: Path, exits: ExitHeadsConfig) -> None:
         (partial / CONFIG).write_text(json.dumps(tree, indent=2) + "\n")
         (partial / CARD).write_text(artifact_card(tree))
         write_manifest(partial)
-
-
-def _gathered(items: list[str], topology: Topology | None) -> list[str]:
-    """Every rank's items, on every rank, and a barrier with it."""
-    if topology is None:
-        return items
-    parts: list[list[str]] = [[] for _ in range(topology.world_size)]
-    dist.all_gather_object(parts, items, group=topology.world_control)
-    return [item for part in parts for item in part]

@@ -8,8 +8,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, NamedTuple, Protocol, Self
 
+from ee_tuning.checkpoint.aside import on_first_rank
 from ee_tuning.checkpoint.huggingface import HuggingFaceReader
 from ee_tuning.checkpoint.legacy import LegacyCheckpoint, LegacyReader, is_legacy
+from ee_tuning.checkpoint.manifest import MANIFEST, check_manifest, holds_manifest, read_manifest
 from ee_tuning.checkpoint.megatron import MegatronReader
 from ee_tuning.checkpoint.metadata_pickle import METADATA
 from ee_tuning.checkpoint.safetensors_reader import TensorSource
@@ -18,6 +20,7 @@ from ee_tuning.config import ModelSection
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig, read_model_config
 from ee_tuning.model.megatron_args import read_megatron_config
+from ee_tuning.parallel.topology import Topology
 
 Kind = Literal["huggingface", "megatron", "legacy_megatron"]
 FORMATS: dict[Kind, str] = {"huggingface": "Hugging Face safetensors", "megatron": "Megatron-core distributed checkpoint",
@@ -25,6 +28,7 @@ FORMATS: dict[Kind, str] = {"huggingface": "Hugging Face safetensors", "megatron
 """For people."""
 
 _LATEST, _COMMON = "latest_checkpointed_iteration.txt", "common.pt"
+_REMEDY = "fetch or export the model again, or, if you changed it yourself, give --no-verify"
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt"]
 
@@ -69,6 +73,18 @@ def open_model(model: ModelSection) -> OpenModel:
                          "config.json; leave --config out")
     config = read_model_config(folder)
     return OpenModel(HuggingFaceReader(folder), config, "huggingface")
+
+
+def check_model(source: BackboneSource, config: ModelConfig, topology: Topology | None, *, verifies: bool) -> None:
+    """Raises InputError, on all ranks, where the weights are not those that `config` asks for, or `verifies` and the folder has a manifest
+    that one of its files does not agree with. All ranks share the reading.
+    """
+    if verifies and on_first_rank(topology, lambda: holds_manifest(source.folder)):
+        check_manifest(source.folder, _REMEDY, topology)
+        unlisted = set(source.files.values()) - set(read_manifest(source.folder, _REMEDY)) if isinstance(source, HuggingFaceReader) else ()
+        for file in unlisted:
+            raise InputError(f"{source.folder / MANIFEST} does not list {file}; {_REMEDY}")
+    on_first_rank(topology, lambda: source.check_complete(config))
 
 
 def model_folder(path: str) -> Path:

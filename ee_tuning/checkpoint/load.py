@@ -17,7 +17,7 @@ from ee_tuning.checkpoint.convert import initial_exits_config
 from ee_tuning.checkpoint.exit_heads import ExitHeadsConfig, ExitHeadsReader, check_bound_to, read_exit_tensor
 from ee_tuning.checkpoint.exit_init import InitialExits
 from ee_tuning.checkpoint.fingerprint import fingerprint
-from ee_tuning.checkpoint.formats import BackboneSource, open_model
+from ee_tuning.checkpoint.formats import BackboneSource, check_model, open_model
 from ee_tuning.checkpoint.huggingface import read_backbone_tensor
 from ee_tuning.checkpoint.safetensors_reader import TensorSource
 from ee_tuning.config import Config
@@ -72,7 +72,7 @@ def compute_dtype(config: Config, topology: Topology) -> torch.dtype:
 def _open_model(config: Config, topology: Topology) -> tuple[BackboneSource, ModelConfig]:
     reader, model_config, _ = open_model(config.model)
     model_config.check_layout(topology.tp, topology.pp)
-    on_first_rank(topology, lambda: reader.check_complete(model_config))
+    check_model(reader, model_config, topology, verifies=config.exits.verify)
     return reader, model_config
 
 

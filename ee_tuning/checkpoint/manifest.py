@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ee_tuning.checkpoint.aside import gathered
 from ee_tuning.errors import InputError
+from ee_tuning.parallel.topology import Topology
 
 MANIFEST = "manifest.json"
 
@@ -26,13 +28,37 @@ def read_manifest(folder: Path, remedy: str) -> dict[str, dict[str, Any]]:
     try:
         files = json.loads(path.read_text())["files"]
         for name, entry in files.items():
-            if Path(name).name != name or set(entry) != {"sha256", "bytes"}:
+            if Path(name).name != name or name in ("", "..") or set(entry) != {"sha256", "bytes"}:
                 raise ValueError(f"entry {name!r} must be a file of this folder with its sha256 and bytes")
     except OSError as error:
         raise InputError(f"the folder must hold its manifest, but {path} can not be read: {error.strerror}; {remedy}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} is not a manifest: {error!r}; {remedy}") from error
     return files
+
+
+def holds_manifest(folder: Path) -> bool:
+    """Whether this project wrote the folder's `manifest.json`, as far as can be told from one that may be broken."""
+    try:
+        tree = json.loads((folder / MANIFEST).read_text())
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, RecursionError):
+        return True
+    return isinstance(tree, dict) and "files" in tree
+
+
+def check_manifest(folder: Path, remedy: str, topology: Topology | None = None) -> None:
+    """Raises InputError where a file of the folder is not what its manifest says; all ranks share the work and raise together."""
+    rank, world = (0, 1) if topology is None else (topology.rank, topology.world_size)
+    complaints = []
+    try:
+        for name, entry in sorted(read_manifest(folder, remedy).items())[rank::world]:
+            check_file(folder / name, entry, remedy)
+    except InputError as error:
+        complaints.append(str(error))
+    if found := gathered(complaints, topology):
+        raise InputError(found[0])
 
 
 def check_file(path: Path, entry: dict[str, Any], remedy: str) -> None:

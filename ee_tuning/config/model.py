@@ -38,7 +38,7 @@ class ExitsSection:
     seed: int = 1234
     """Of random initialization."""
     verify: bool = True
-    """Whether every file of an artifact is checked against its sha256 before it is used."""
+    """Whether every file of an artifact, and of a model that has a manifest, is checked against its sha256 before it is used."""
 
 
 @dataclass(frozen=True, kw_only=True)

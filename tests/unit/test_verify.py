@@ -81,10 +81,24 @@ def test_unverified_exits_are_read_as_they_are(artifact: Path) -> None:
     assert altered.shape == whole.shape and not torch.equal(altered, whole)
 
 
-def test_commands_that_load_exits_take_no_verify() -> None:
+def test_an_exported_model_is_checked_where_it_is_used(artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A manifest beside the weights that nobody looks at; a folder whose manifest.json is another program's, refused."""
+    plain = tmp_path / "plain"
+    assert cli.main(["export", "--format", "hf", "--model", str(tmp_path / "model"), "--output", str(plain)]) == 0
+    convert = ["convert", "--model", str(plain), "--exit-layers", "2", "--output"]
+    assert cli.main([*convert, str(tmp_path / "one")]) == 0
+    flip(plain / "model.safetensors")
+    assert cli.main([*convert, str(tmp_path / "two")]) == 2
+    assert f"{plain / 'model.safetensors'} is altered" in capsys.readouterr().err and not (tmp_path / "two").exists()
+    assert cli.main([*convert, str(tmp_path / "two"), "--no-verify"]) == 0
+    (plain / "manifest.json").write_text('{"name": "a web page", "icons": []}')
+    assert cli.main([*convert, str(tmp_path / "three")]) == 0
+
+
+def test_commands_that_read_weights_take_no_verify() -> None:
     """The flag on one command and not on another; a flag that means the opposite of its name."""
     for command, flags in FLAGS.items():
-        assert ("--no-verify" in flags) == ("--exits" in flags)
+        assert ("--no-verify" in flags) == ("--model" in flags)
         if "--no-verify" in flags:
-            needed = ["--format", "artifact", "--output", "o"] if command == "export" else []
+            needed = {"export": ["--format", "artifact", "--output", "o"], "convert": ["--output", "o"]}.get(command, [])
             assert cli.parse([command, *needed, "--no-verify"]).overrides["exits.verify"] is False
