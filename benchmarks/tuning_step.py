@@ -31,7 +31,7 @@ from ee_tuning.data.loader import BatchSource
 from ee_tuning.data.tokens import Splits, load_samples
 from ee_tuning.model.config import read_model_config
 from ee_tuning.model.early_exit import EarlyExitModel
-from ee_tuning.model.exit_head import ExitHead
+from ee_tuning.model.exit_head import ExitHead, build_exit_head
 from ee_tuning.parallel.topology import init_parallel
 from ee_tuning.tuning import tuner as tuner_module
 from ee_tuning.tuning.loss import linear_cross_entropy
@@ -178,7 +178,7 @@ class BareWork:
         source = BatchSource(samples.train, config.tuning, dp=1, dp_rank=0)
         self._model, self._batches = model, [next(source) for _ in range(source.num_microbatches)]
         self._project = partial(linear_cross_entropy, vocab=model.vocab, chunk_tokens=config.tuning.loss_chunk_tokens)
-        self._heads = {layer: _copy(model.exit_head(layer), model) for layer in model.plan.own_exits}
+        self._heads = {spec.layer: _copy(model.exit_head(spec.layer), model) for spec in model.plan.own_exits}
 
     def do(self) -> tuple[float, float]:
         """Once. Seconds of the layers, and of the heads."""
@@ -196,7 +196,7 @@ class BareWork:
 
 
 def _copy(head: ExitHead, model: EarlyExitModel) -> ExitHead:
-    own = ExitHead(head.layer, head.architecture, model.config, model.topology, dtype=model.plan.dtype, tied_weight=None)
+    own = build_exit_head(head.spec, model.config, model.topology, dtype=model.plan.dtype, tied_weight=None, angles=model.backbone.angles)
     own.load_state_dict(head.state_dict())
     return own
 

@@ -19,8 +19,8 @@ from ee_tuning.config import Config
 from ee_tuning.errors import InputError
 
 _MODEL = {"--model": "model.path", "--config": "model.config", "--trust-pickle": "model.trust_pickle", "--dtype": "model.dtype"}
-_NEW_EXITS = {"--exit-layers": "exits.exit_layers", "--architecture": "exits.architecture", "--init": "exits.init",
-              "--exit-output": "exits.output"}
+_HEADS = {"--architecture": "exits.architecture", "--adapter-rank": "exits.adapter_rank", "--init": "exits.init"}
+_NEW_EXITS = {"--exit-layers": "exits.exit_layers", **_HEADS, "--exit-output": "exits.output"}
 _EXITS = {"--exits": "exits.path", "--no-verify": "exits.verify"}
 _PARALLEL = {"--tensor-model-parallel-size": "parallel.tensor_model_parallel_size",
              "--pipeline-model-parallel-size": "parallel.pipeline_model_parallel_size"}
@@ -33,7 +33,7 @@ FLAGS: dict[str, dict[str, str]] = {
         "--train-iters": "tuning.train_iters", "--lr": "tuning.lr", "--seq-length": "tuning.seq_length",
         "--micro-batch-size": "tuning.micro_batch_size", "--global-batch-size": "tuning.global_batch_size", "--seed": "tuning.seed",
         "--resume": "tuning.resume", **_PARALLEL},
-    "export": {**_MODEL, **_EXITS, "--init": "exits.init", "--seed": "exits.seed"},
+    "export": {**_MODEL, **_EXITS, **_HEADS, "--seed": "exits.seed"},
     "generate": {
         **_MODEL, **_EXITS, "--tokenizer": "data.tokenizer", "--policy": "generation.policy", "--threshold": "generation.threshold",
         "--exit-layer": "generation.exit_layer", "--max-new-tokens": "generation.max_new_tokens",
@@ -139,8 +139,12 @@ def _documented_fields(kind: type) -> dict[str, str]:
 def _help(flag: str, name: str, key: Key) -> str:
     if flag.startswith(_NOT):
         return f"set to false: {key.doc[0].lower()}{key.doc[1:]} [{name}, default {key.default}]".replace("%", "%%")
-    default = "" if key.default in (None, "", ()) or key.default is False else f", default {key.default}"
+    default = "" if key.default in (None, "", ()) or key.default is False else f", default {_plain(key.default)}"
     return f"{key.doc} [{name}{default}]".strip().replace("%", "%%")
+
+
+def _plain(default: Any) -> str:
+    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
 
 
 def _metavar(name: str, key: Key) -> str | None:

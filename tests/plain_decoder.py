@@ -1,4 +1,7 @@
 """Early-exit decoding as plainly as it can be said: transformers, no cache, every token read again at every step."""
+from collections.abc import Callable
+from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +52,36 @@ class PlainDecoder:
             return self.heads.get(f"exits.{layer}.{name}")
 
         x, (a, normed) = hidden, residual
+        if any(name.startswith(f"exits.{layer}.layer.") for name in self.heads):
+            x = self._own_layer(layer, hidden)
+        if tensor("adapter.up.weight") is not None:
+            act = partial(F.gelu, approximate="tanh") if self.is_gpt2 else F.silu
+            inner = act(F.linear(self._norm(x, tensor, "adapter.norm"), tensor("adapter.down.weight")))
+            x = x + F.linear(inner, tensor("adapter.up.weight"))
         if tensor("mlp.gate_proj.weight") is not None:
             x = a + F.linear(F.silu(F.linear(normed, tensor("mlp.gate_proj.weight"))) * F.linear(normed, tensor("mlp.up_proj.weight")),
                              tensor("mlp.down_proj.weight"))
         if tensor("mlp.c_fc.weight") is not None:  # as gpt2 has it: [inputs, outputs]
             inner = F.gelu(normed @ tensor("mlp.c_fc.weight") + tensor("mlp.c_fc.bias"), approximate="tanh")
             x = a + inner @ tensor("mlp.c_proj.weight") + tensor("mlp.c_proj.bias")
-        if tensor("norm.weight") is None:
-            pass
-        elif self.is_gpt2:
-            x = F.layer_norm(x, (x.shape[-1],), tensor("norm.weight"), tensor("norm.bias"), self.model.config.layer_norm_epsilon)
-        else:
-            x = F.rms_norm(x, (x.shape[-1],), tensor("norm.weight"), self.model.config.rms_norm_eps)
+        if tensor("norm.weight") is not None:
+            x = self._norm(x, tensor, "norm")
         output = tensor("output.weight")
         return F.linear(x, self.model.lm_head.weight if output is None else output)
+
+    def _norm(self, x: Tensor, tensor: Callable[[str], Tensor | None], name: str) -> Tensor:
+        weight, shape, config = tensor(f"{name}.weight"), (x.shape[-1],), self.model.config
+        if self.is_gpt2:
+            return F.layer_norm(x, shape, weight, tensor(f"{name}.bias"), config.layer_norm_epsilon)
+        return F.rms_norm(x, shape, weight, config.rms_norm_eps)
+
+    def _own_layer(self, exit_layer: int, hidden: Tensor) -> Tensor:  # [s, h] -> [s, h]
+        """transformers' own class of layer with the head's weights, over the whole sequence."""
+        prefix = f"exits.{exit_layer}.layer."
+        layer = deepcopy(self.layers[-1])
+        layer.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in self.heads.items() if name.startswith(prefix)})
+        positions = torch.arange(len(hidden))[None]
+        # No mask: sdpa is then causal.
+        rotation = {} if self.is_gpt2 else {"position_embeddings": self.model.model.rotary_emb(hidden[None], positions)}
+        out = layer(hidden[None], attention_mask=None, **rotation)
+        return (out[0] if isinstance(out, tuple) else out)[0]

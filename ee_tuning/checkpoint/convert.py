@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from shlex import quote
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -14,13 +14,15 @@ from torch import Tensor
 
 from ee_tuning.checkpoint.aside import on_first_rank
 from ee_tuning.checkpoint.ee_llm import FoundExits
-from ee_tuning.checkpoint.exit_heads import ExitHeadsConfig, check_output, save_exit_heads
+from ee_tuning.checkpoint.exit_config import ExitHeadsConfig
+from ee_tuning.checkpoint.exit_heads import check_output, save_exit_heads
 from ee_tuning.checkpoint.exit_init import InitialExits
 from ee_tuning.checkpoint.fingerprint import fingerprint, model_shape
 from ee_tuning.checkpoint.formats import BackboneSource, check_model, open_model
 from ee_tuning.checkpoint.legacy import LegacyReader
+from ee_tuning.checkpoint.model_card import told_architecture
 from ee_tuning.checkpoint.names import embedding_name
-from ee_tuning.config import Config
+from ee_tuning.config import Config, ExitsSection
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.parallel.topology import Topology, init_parallel, leave_parallel
@@ -63,14 +65,29 @@ def initial_exits_config(config: Config, model: ModelConfig, reader: BackboneSou
     """
     reader.check_complete(model)
     section = config.exits
-    if section.architecture == "embedding" and section.output == "tied":
+    return ExitHeadsConfig(
+        **described_heads(section), exit_layers=section.exit_layers, output=section.output,
+        dtype=str(reader.dtype(embedding_name(model))).removeprefix("torch."), model_name=model_name(reader.folder),
+        model_shape=model_shape(model), model_fingerprint=fingerprint(reader, model))
+
+
+def described_heads(section: ExitsSection) -> dict[str, Any]:
+    """Keys of ExitHeadsConfig: each exit's architecture, the adapters' rank, how they begin.
+
+    Raises InputError where the section names neither one architecture nor as many as exits, or what can not be.
+    """
+    words, layers = section.architecture, section.exit_layers
+    if len(words) not in (1, len(layers)):
+        raise InputError(f"exits.architecture must be one word or one per exit, {len(layers)} for the exits {','.join(map(str, layers))}, "
+                         f"got {len(words)}: {','.join(words)}")
+    if "embedding" in words and section.output == "tied":
         raise InputError("exits.output must be untied for the architecture embedding, got tied, which leaves nothing to tune; "
                          "use untied, or the architecture norm")
-    return ExitHeadsConfig(
-        exit_layers=section.exit_layers, architecture=section.architecture, output=section.output,
-        dtype=str(reader.dtype(embedding_name(model))).removeprefix("torch."), model_name=model_name(reader.folder),
-        model_shape=model_shape(model), model_fingerprint=fingerprint(reader, model), init=section.init,
-        seed=section.seed if section.init == "random" else None)
+    if "adapter" in words and section.adapter_rank < 1:
+        raise InputError(f"exits.adapter_rank must be at least 1, got {section.adapter_rank}")
+    return {"architecture": words * len(layers) if len(words) == 1 else words, "init": section.init,
+            "adapter_rank": section.adapter_rank if "adapter" in words else None,
+            "seed": section.seed if section.init == "random" or "adapter" in words else None}
 
 
 def model_name(folder: Path) -> str:
@@ -101,6 +118,7 @@ def _check(config: Config, model: ModelConfig, reader: BackboneSource) -> None:
         return
     model.check_layout(config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size)
     model.check_exit_layers(config.exits.exit_layers)
+    described_heads(config.exits)
 
 
 def _with_progress(source: InitialExits, names: list[str], topology: Topology) -> Iterator[tuple[str, Tensor]]:
@@ -117,7 +135,7 @@ def _print_summary(config: Config, exits: ExitHeadsConfig, output: Path) -> None
     size = sum(path.stat().st_size for path in output.iterdir())
     layers = "layer" + "s" * (len(exits.exit_layers) > 1) + " " + ", ".join(map(str, exits.exit_layers))
     how = {"copy": "copied from the model", "random": f"drawn at random, seed {exits.seed}", "ee_llm": "as EE-LLM tuned them"}[exits.init]
-    print(f"wrote {output}: exit heads `{exits.architecture}` after {layers} of {exits.model_name}, "
+    print(f"wrote {output}: exit heads {told_architecture(exits.architecture)} after {layers} of {exits.model_name}, "
           f"{how}, output {exits.output}")
     print(f"{size:,} bytes in {exits.dtype}; bound to fingerprint {exits.model_fingerprint[:16]}…; the model itself is as it was")
     shape = f" --config {quote(config.model.config)}" if config.model.config else ""

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ee_tuning.checkpoint.exit_heads import ExitHeadsConfig
+from ee_tuning.checkpoint.exit_config import ExitHeadsConfig
+from ee_tuning.checkpoint.exit_names import exit_shard
 from ee_tuning.checkpoint.fingerprint import fingerprint, model_shape
 from ee_tuning.checkpoint.legacy import LegacyReader
-from ee_tuning.checkpoint.names import embedding_name, exit_shard, merge_shards
+from ee_tuning.checkpoint.names import embedding_name, merge_shards
 from ee_tuning.checkpoint.torch_file import StoredTensor
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
@@ -37,7 +38,8 @@ class FoundExits:
                                  f"{wanted}); say where to put new ones: --exit-layers 8,16")
         dtype = reader.dtype(embedding_name(config))
         self.exits = ExitHeadsConfig(
-            exit_layers=tuple(self._numbers), architecture="mlp" if arguments.get("use_exit_mlp") and not is_before else "norm",
+            exit_layers=tuple(self._numbers),
+            architecture=("mlp" if arguments.get("use_exit_mlp") and not is_before else "norm",) * len(self._numbers),
             output="untied" if arguments.get("untie_exit_output_weights") else "tied", dtype=str(dtype).removeprefix("torch."),
             model_name=model_name, model_shape=model_shape(config), model_fingerprint=fingerprint(reader, config), init="ee_llm",
             tuned={"by": "EE-LLM", "exit_layer_nums": list(numbers), "pre_exit": is_before, **_plain(arguments, "exit_layer_temperature"),
@@ -47,14 +49,15 @@ class FoundExits:
 
     def tensors(self, layers: tuple[int, ...]) -> Iterator[tuple[str, Tensor]]:
         """The artifact's tensors of the exits after `layers`, whole."""
-        for layer in layers:
+        for head in (each for each in self.exits.heads if each.layer in layers):
+            layer = head.layer
             index, number = self._numbers[layer]
             prefix = f"decoder.layers.{number - 1}."
             yield f"exits.{layer}.norm.weight", self._read(f"{prefix}exit_norm.weight")[0]
-            if self.exits.architecture == "mlp":
+            if head.architecture == "mlp":
                 for own, theirs in (("mlp.fc1.weight", "linear_fc1"), ("mlp.fc2.weight", "linear_fc2")):
                     shards = self._read(f"{prefix}mlp.branch.{theirs}.weight")
-                    plans = [exit_shard(layer, own, self.config, len(shards), rank) for rank in range(len(shards))]
+                    plans = [exit_shard(head, own, self.config, len(shards), rank) for rank in range(len(shards))]
                     for plan, shard in zip(plans, shards, strict=True):
                         self._check(tuple(shard.shape) == plan.shape, f"{prefix}mlp.branch.{theirs}.weight", plan.shape)
                     yield from merge_shards(plans, shards).items()

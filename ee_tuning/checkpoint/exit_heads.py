@@ -3,74 +3,28 @@
 `exit_config.json`, `exit_heads.safetensors` (or shards and their index) with whole tensors under Hugging Face's spelling, `manifest.json`.
 Any TP × PP reads it by slices, and the same bytes are written whatever the layout.
 """
-import dataclasses
 import json
 import shutil
-import typing
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ee_tuning.checkpoint.aside import gathered, on_first_rank, refusals_named, written_aside
+from ee_tuning.checkpoint.exit_config import CONFIG, ExitHeadsConfig, exit_config_tree, read_exit_config
+from ee_tuning.checkpoint.exit_names import exit_shard
 from ee_tuning.checkpoint.manifest import MANIFEST, check_manifest, read_manifest, write_manifest
 from ee_tuning.checkpoint.model_card import artifact_card
-from ee_tuning.checkpoint.names import Shape, exit_shard, exit_tensor_shapes
 from ee_tuning.checkpoint.safetensors_reader import SafetensorsFolder, TensorSource, read_shard
 from ee_tuning.checkpoint.safetensors_writer import SHARD_BYTES, SafetensorsWriter
-from ee_tuning.config import Architecture
 from ee_tuning.errors import InputError
-from ee_tuning.model.config import STORED_DTYPES, ModelConfig
+from ee_tuning.model.config import ModelConfig
+from ee_tuning.model.exit_spec import ExitSpec
 from ee_tuning.parallel.topology import Topology
 
-CONFIG, STEM, CARD = "exit_config.json", "exit_heads", "README.md"
-FORMAT_VERSION = 1
+STEM, CARD = "exit_heads", "README.md"
 _REMEDY = "fetch or convert the exits again"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExitHeadsConfig:
-    """What an artifact holds: `exit_config.json`."""
-
-    format_version: int = FORMAT_VERSION
-    exit_layers: tuple[int, ...]
-    """Backbone layers (1-based) that are followed by an exit head."""
-    architecture: Architecture
-    output: Literal["untied", "tied"]
-    """tied: the backbone's output matrix, of which nothing is stored."""
-    dtype: str
-    """What the tensors are stored in: the backbone's own."""
-    model_name: str
-    """The backbone's name, for people."""
-    model_shape: dict[str, Any]
-    """The backbone's shape, `fingerprint.model_shape`."""
-    model_fingerprint: str
-    """What binds the exits to their backbone."""
-    init: Literal["copy", "random", "ee_llm"]
-    """How the heads began; ee_llm: as they stood, tuned, in an EE-LLM checkpoint."""
-    seed: int | None = None
-    """Of random initialization."""
-    tuned: dict[str, Any] | None = None
-    """How they were tuned: steps, tokens, …; None where they were not, or not together."""
-    origins: dict[str, Any] | None = None
-    """Per exit layer {"init", "seed", "tuned"}, where exits that began or were tuned apart have been put together."""
-
-    @property
-    def ties_output(self) -> bool:
-        """Whether the exits use the backbone's output matrix."""
-        return self.output == "tied"
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """`dtype` as torch has it."""
-        return getattr(torch, self.dtype)
-
-    def tensor_shapes(self, config: ModelConfig) -> dict[str, Shape]:
-        """Every tensor of the artifact and its whole shape, in the order that they are stored in."""
-        return exit_tensor_shapes(self.exit_layers, self.architecture, self.ties_output, config)
 
 
 class ExitHeadsReader(SafetensorsFolder):
@@ -103,10 +57,10 @@ class ExitHeadsReader(SafetensorsFolder):
                 raise InputError(f"{self.folder / self.files[name]}: tensor {name} is no part of what {CONFIG} describes; {_REMEDY}")
 
 
-def read_exit_tensor(source: TensorSource, config: ModelConfig, layer: int, parameter: str, tp: int, tp_rank: int,
+def read_exit_tensor(source: TensorSource, config: ModelConfig, head: ExitSpec, parameter: str, tp: int, tp_rank: int,
                      dtype: torch.dtype) -> Tensor:
-    """Rank `tp_rank`'s part of a parameter (`exit_parameter_names`) of the head after `layer`."""
-    return read_shard(source, exit_shard(layer, parameter, config, tp, tp_rank), dtype)
+    """Rank `tp_rank`'s part of a parameter (`exit_parameter_names`) of an exit head."""
+    return read_shard(source, exit_shard(head, parameter, config, tp, tp_rank), dtype)
 
 
 def check_bound_to(artifact: ExitHeadsReader, fingerprint: str) -> None:
@@ -164,47 +118,6 @@ def check_integrity(folder: Path, topology: Topology | None = None) -> None:
     check_manifest(folder, _REMEDY, topology)
 
 
-def read_exit_config(folder: Path) -> ExitHeadsConfig:
-    """`exit_config.json`, strictly. Raises InputError on unknown or missing keys, wrong values, or another format version."""
-    path = folder / CONFIG
-    try:
-        tree = json.loads(path.read_text())
-        version = tree["format_version"]
-        if version != FORMAT_VERSION:
-            raise InputError(f"{path}: format_version must be {FORMAT_VERSION}, got {version}; use the ee_tuning that wrote it")
-        return _from_json(tree)
-    except OSError as error:
-        raise InputError(f"{path} can not be read: {error.strerror}; {_REMEDY}") from error
-    except InputError:
-        raise
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} does not describe exit heads: {error!r}; {_REMEDY}") from error
-
-
-def _from_json(tree: dict[str, Any]) -> ExitHeadsConfig:
-    exits = ExitHeadsConfig(**{**tree, "exit_layers": tuple(tree["exit_layers"])})
-    layers = exits.exit_layers
-    if not layers or not all(type(layer) is int and layer > 0 for layer in layers) or list(layers) != sorted(set(layers)):
-        raise ValueError(f"exit_layers must be increasing layer numbers, got {layers}")
-    hints = typing.get_type_hints(ExitHeadsConfig)
-    for key, choices in (("architecture", typing.get_args(hints["architecture"])), ("output", typing.get_args(hints["output"])),
-                         ("init", typing.get_args(hints["init"])), ("dtype", STORED_DTYPES)):
-        if tree[key] not in choices:
-            raise ValueError(f"{key} must be one of {', '.join(choices)}, got {tree[key]!r}")
-    for key, kinds in (("model_name", str), ("model_fingerprint", str), ("model_shape", dict), ("tuned", dict | None),
-                       ("seed", int | None)):
-        if not isinstance(tree[key], kinds):
-            raise ValueError(f"{key} has the value {tree[key]!r}, which is of a wrong type")
-    _check_origins(tree.get("origins"), layers)
-    return exits
-
-
-def _check_origins(origins: Any, layers: tuple[int, ...]) -> None:
-    if origins is not None and not (isinstance(origins, dict) and sorted(origins) == sorted(map(str, layers)) and all(
-            isinstance(origin, dict) and set(origin) == {"init", "seed", "tuned"} for origin in origins.values())):
-        raise ValueError(f"origins must tell init, seed and tuned of the exits {layers}, got {origins!r}")
-
-
 def _begin(partial: Path, output: Path, writer: SafetensorsWriter) -> None:
     free = shutil.disk_usage(partial).free
     if free < writer.num_bytes:
@@ -215,7 +128,7 @@ def _begin(partial: Path, output: Path, writer: SafetensorsWriter) -> None:
 
 def _finish(partial: Path, output: Path, exits: ExitHeadsConfig) -> None:
     with refusals_named(output):
-        tree = dataclasses.asdict(exits)
+        tree = exit_config_tree(exits)
         (partial / CONFIG).write_text(json.dumps(tree, indent=2) + "\n")
         (partial / CARD).write_text(artifact_card(tree))
         write_manifest(partial)

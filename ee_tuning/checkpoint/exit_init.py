@@ -8,8 +8,9 @@ import math
 import torch
 from torch import Tensor
 
-from ee_tuning.checkpoint.exit_heads import ExitHeadsConfig
-from ee_tuning.checkpoint.names import Shape, exit_copy_source, is_residual_projection
+from ee_tuning.checkpoint.exit_config import ExitHeadsConfig
+from ee_tuning.checkpoint.exit_names import exit_copy_source, is_residual_projection
+from ee_tuning.checkpoint.names import Shape
 from ee_tuning.checkpoint.safetensors_reader import TensorSource
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
@@ -18,8 +19,9 @@ from ee_tuning.model.config import ModelConfig
 class InitialExits:
     """The tensors of the artifact that `exits` describes, before any tuning, in the artifact's dtype.
 
-    copy: norm <- the final norm, mlp <- the exit layer's own, output <- the final output matrix. random: N(0, the model's init_std),
-    the MLP's last matrix narrower by √(2 · layer) as the reference has it, norms 1, biases 0.
+    copy: norm <- the final norm, mlp <- the exit layer's own, layer <- the last transformer layer, output <- the final output matrix; an
+    adapter's norm <- the final norm, its `down` drawn, its `up` 0, so that it adds nothing yet. random: N(0, the model's init_std),
+    matrices that add to the residual narrower by √(2 · layer) as the reference has it, norms 1, biases 0.
     """
 
     def __init__(self, exits: ExitHeadsConfig, reader: TensorSource, config: ModelConfig):
@@ -42,8 +44,8 @@ class InitialExits:
         """Raises InputError where the exits have no such tensor, or the backbone's, which it is a copy of, has another shape."""
         if self.shapes.get(name) != shape:
             raise InputError(f"the exits after layers {self.exits.exit_layers} have no tensor {name} of shape {list(shape)}")
-        if self.exits.init == "copy":
-            self.reader.check_shape(exit_copy_source(name, self.config), shape)
+        if (source := self._source(name)) is not None:
+            self.reader.check_shape(source, shape)
 
     def full(self, name: str) -> Tensor:
         """The whole tensor."""
@@ -52,21 +54,25 @@ class InitialExits:
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """[stop - start, …]. Of a copy, no other rows are read."""
         self.check_shape(name, self.shapes[name])
-        if self.exits.init == "copy":
-            return self.reader.rows(exit_copy_source(name, self.config), start, stop).to(self.exits.torch_dtype)
+        if (source := self._source(name)) is not None:
+            return self.reader.rows(source, start, stop).to(self.exits.torch_dtype)
         return self._drawn(name)[start:stop]
 
     def columns(self, name: str, start: int, stop: int) -> Tensor:
         """[n, stop - start]. Of a copy, no other columns are read."""
         self.check_shape(name, self.shapes[name])
-        if self.exits.init == "copy":
-            return self.reader.columns(exit_copy_source(name, self.config), start, stop).to(self.exits.torch_dtype)
+        if (source := self._source(name)) is not None:
+            return self.reader.columns(source, start, stop).to(self.exits.torch_dtype)
         return self._drawn(name)[:, start:stop]
 
+    def _source(self, name: str) -> str | None:
+        """The backbone tensor that it is a copy of; None where it is drawn."""
+        return exit_copy_source(name, self.config) if self.exits.init == "copy" else None
+
     def _drawn(self, name: str) -> Tensor:
-        if name.endswith(".norm.weight"):
+        if name.endswith(".weight") and len(self.shapes[name]) == 1:
             return torch.ones(self.shapes[name], dtype=self.exits.torch_dtype)
-        if name.endswith(".bias"):
+        if name.endswith(".bias") or (name.endswith(".adapter.up.weight") and self.exits.init == "copy"):
             return torch.zeros(self.shapes[name], dtype=self.exits.torch_dtype)
         layer = int(name.split(".")[1])
         std = self.config.init_std / (math.sqrt(2 * layer) if is_residual_projection(name, self.config) else 1.0)

@@ -8,11 +8,13 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ee_tuning.checkpoint.exit_heads import ExitHeadsConfig, ExitHeadsReader, check_bound_to, save_exit_heads
+from ee_tuning.checkpoint.convert import described_heads
+from ee_tuning.checkpoint.exit_config import ExitHeadsConfig
+from ee_tuning.checkpoint.exit_heads import ExitHeadsReader, check_bound_to, save_exit_heads
 from ee_tuning.checkpoint.exit_init import InitialExits
 from ee_tuning.checkpoint.fingerprint import config_of_shape, fingerprint
 from ee_tuning.checkpoint.huggingface import HuggingFaceReader
-from ee_tuning.config import Config
+from ee_tuning.config import Architecture, Config
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import read_model_config
 
@@ -43,6 +45,8 @@ class ExitChoice:
     """All exits of this artifact too."""
     add: tuple[int, ...] = ()
     """New exits after these layers, initialized from the model."""
+    architecture: tuple[Architecture, ...] = ()
+    """Of the new exits, one or one each; by default what all exits of exits.path have."""
 
 
 def export_artifact(config: Config, output: Path, choice: ExitChoice, *, overwrite: bool = False) -> ExitHeadsConfig:
@@ -64,7 +68,7 @@ def export_artifact(config: Config, output: Path, choice: ExitChoice, *, overwri
             other.check_complete(model)
             parts.append(_Part(other, other.config, other.config.exit_layers))
         if choice.add:
-            parts.append(_new_exits(config, base, choice.add, stack))
+            parts.append(_new_exits(config, base, choice, stack))
         exits = _joined(parts)
         save_exit_heads(output, exits, model, _tensors(parts, list(exits.tensor_shapes(model))), overwrite=overwrite)
     return exits
@@ -91,25 +95,30 @@ def _kept(base: ExitHeadsReader, choice: ExitChoice) -> tuple[int, ...]:
 
 def _check_belong_together(base: ExitHeadsReader, other: ExitHeadsReader) -> None:
     check_bound_to(other, base.config.model_fingerprint)
-    for key in ("architecture", "output", "dtype", "model_shape"):
+    for key in ("output", "dtype", "model_shape", "adapter_rank"):
         ours, theirs = getattr(base.config, key), getattr(other.config, key)
-        if ours != theirs:
+        if ours != theirs and not (key == "adapter_rank" and None in (ours, theirs)):
             raise InputError(f"artifacts that are merged must have the same {key}: {base.folder} has {ours}, {other.folder} has {theirs}; "
                              "convert and tune one of them as the other")
 
 
-def _new_exits(config: Config, base: ExitHeadsReader, layers: tuple[int, ...], stack: ExitStack) -> _Part:
+def _new_exits(config: Config, base: ExitHeadsReader, choice: ExitChoice, stack: ExitStack) -> _Part:
     if not config.model.path:
         raise InputError("--add initializes exits from the model they are for, got none; give --model FOLDER")
     folder = Path(config.model.path)
     model = read_model_config(folder)
-    model.check_exit_layers(tuple(sorted(layers)))
+    layers = tuple(sorted(choice.add))
+    model.check_exit_layers(layers)
     reader = stack.enter_context(HuggingFaceReader(folder))
     reader.check_complete(model)
     check_bound_to(base, fingerprint(reader, model))
-    section = config.exits
-    exits = dataclasses.replace(base.config, exit_layers=tuple(sorted(layers)), init=section.init, tuned=None, origins=None,
-                                seed=section.seed if section.init == "random" else None)
+    kinds = choice.architecture or tuple(dict.fromkeys(base.config.architecture))
+    if not choice.architecture and len(kinds) > 1:
+        raise InputError(f"--add must be told the architecture of the new exits, for those of {base.folder} differ; "
+                         f"for example --architecture {kinds[0]}")
+    section = dataclasses.replace(config.exits, exit_layers=layers, architecture=kinds, output=base.config.output,
+                                  adapter_rank=base.config.adapter_rank or config.exits.adapter_rank)
+    exits = dataclasses.replace(base.config, exit_layers=layers, tuned=None, origins=None, **described_heads(section))
     return _Part(InitialExits(exits, reader, model), exits, exits.exit_layers)
 
 
@@ -123,7 +132,10 @@ def _joined(parts: list[_Part]) -> ExitHeadsConfig:
                              f"leave one out, for example with --drop {layer}")
     origins = {layer: origin_of(part.exits, layer) for part in parts for layer in part.layers}
     first = next(iter(origins.values()))
-    base = dataclasses.replace(parts[0].exits, exit_layers=tuple(sorted(layers)), init=first["init"], seed=first["seed"])
+    heads = sorted((head for part in parts for head in part.exits.heads if head.layer in part.layers), key=lambda head: head.layer)
+    base = dataclasses.replace(
+        parts[0].exits, exit_layers=tuple(head.layer for head in heads), architecture=tuple(head.architecture for head in heads),
+        adapter_rank=max(head.adapter_rank for head in heads) or None, init=first["init"], seed=first["seed"])
     if all(origin == first for origin in origins.values()):
         return dataclasses.replace(base, tuned=first["tuned"], origins=None)
     return dataclasses.replace(base, tuned=None, origins={str(layer): origins[layer] for layer in sorted(layers)})

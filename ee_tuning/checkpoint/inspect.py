@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ee_tuning.checkpoint.convert import model_name
-from ee_tuning.checkpoint.exit_heads import CONFIG, ExitHeadsReader
+from ee_tuning.checkpoint.exit_config import CONFIG, exit_config_tree
+from ee_tuning.checkpoint.exit_heads import ExitHeadsReader
+from ee_tuning.checkpoint.exit_names import exit_tensor_shapes
 from ee_tuning.checkpoint.fingerprint import fingerprint, model_shape
 from ee_tuning.checkpoint.formats import FORMATS, open_model
-from ee_tuning.checkpoint.names import backbone_tensor_shapes, embedding_name, exit_tensor_shapes, output_name
-from ee_tuning.config import Architecture, ModelSection
+from ee_tuning.checkpoint.names import backbone_tensor_shapes, embedding_name, output_name
+from ee_tuning.config import Architecture, ExitsSection, ModelSection
 from ee_tuning.model.config import ModelConfig
+from ee_tuning.model.exit_spec import ExitSpec
 
 
 def inspect_path(path: Path, *, as_json: bool, config: str | None = None, trust_pickle: bool = False) -> None:
@@ -55,7 +58,8 @@ def artifact_facts(folder: Path) -> dict[str, Any]:
         exits = reader.config
         parameters = {name: math.prod(reader.shape(name)) for name in reader.names()}
         return {
-            "kind": "exit_heads", "path": str(folder), "exit_layers": list(exits.exit_layers), "architecture": exits.architecture,
+            "kind": "exit_heads", "path": str(folder), "exit_layers": list(exits.exit_layers),
+            "architecture": exit_config_tree(exits)["architecture"], "adapter_rank": exits.adapter_rank,
             "output": exits.output, "dtype": exits.dtype,
             "bound_to": {"name": exits.model_name, "fingerprint": exits.model_fingerprint, "shape": exits.model_shape},
             "initialized": {"init": exits.init, "seed": exits.seed}, "tuned": exits.tuned,
@@ -80,8 +84,11 @@ def _parameters_by_part(config: ModelConfig) -> dict[str, int]:
 
 
 def _exit_head_bytes(config: ModelConfig, width: int) -> dict[str, int]:
-    return {f"{architecture}, {'tied' if ties_output else 'untied'}":
-            width * sum(map(math.prod, exit_tensor_shapes((1,), architecture, ties_output, config).values()))
+    def num_parameters(architecture: Architecture, ties_output: bool) -> int:
+        spec = ExitSpec(layer=1, architecture=architecture, ties_output=ties_output, adapter_rank=ExitsSection.adapter_rank)
+        return sum(map(math.prod, exit_tensor_shapes((spec,), config).values()))
+
+    return {f"{architecture}, {'tied' if ties_output else 'untied'}": width * num_parameters(architecture, ties_output)
             for architecture in get_args(Architecture) for ties_output in (False, True) if not ties_output or architecture != "embedding"}
 
 

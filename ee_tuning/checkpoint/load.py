@@ -47,7 +47,7 @@ def load_for_tuning(config: Config, topology: Topology) -> LoadedModel:
     with reader:
         exits, source = _open_exits(config, model_config, reader, topology)
         last = max(exits.exit_layers)
-        costs = stage_costs(model_config, last, exits.exit_layers, exits.architecture, trains_heads=True, has_final_head=False)
+        costs = stage_costs(model_config, last, exits.heads, trains_heads=True, has_final_head=False)
         return _load(config, topology, model_config, reader, exits, source, costs, has_final_head=False,
                      max_length=config.tuning.seq_length)
 
@@ -57,8 +57,7 @@ def load_for_generation(config: Config, topology: Topology) -> LoadedModel:
     reader, model_config = _open_model(config, topology)
     with reader:
         exits, source = _open_exits(config, model_config, reader, topology) if config.exits.path else (None, None)
-        costs = stage_costs(model_config, model_config.num_layers, exits.exit_layers if exits else (),
-                            exits.architecture if exits else "norm", trains_heads=False, has_final_head=True)
+        costs = stage_costs(model_config, model_config.num_layers, exits.heads if exits else (), trains_heads=False, has_final_head=True)
         return _load(config, topology, model_config, reader, exits, source, costs, has_final_head=True,
                      max_length=model_config.max_position_embeddings)
 
@@ -94,17 +93,16 @@ def _load(config: Config, topology: Topology, model_config: ModelConfig, reader:
     stages = split_layers(costs, topology.pp)
     first, last = stages[topology.stage]
     plan = StagePlan(
-        first_layer=first, last_layer=last, exit_layers=exits.exit_layers if exits else (),
-        architecture=exits.architecture if exits else "norm", ties_output=exits.ties_output if exits else False,
-        has_final_head=has_final_head, max_length=max_length, dtype=compute_dtype(config, topology))
+        first_layer=first, last_layer=last, exits=exits.heads if exits else (), has_final_head=has_final_head, max_length=max_length,
+        dtype=compute_dtype(config, topology))
     model = EarlyExitModel(model_config, topology, plan)
     shard = (topology.tp, topology.tp_rank, plan.dtype)
     for name, parameter in model.backbone.named_parameters():
         _fill(parameter, partial(read_backbone_tensor, reader, model_config, name, *shard), topology)
-    for layer in plan.own_exits:
-        for name, parameter in model.exit_head(layer).named_parameters():
+    for spec in plan.own_exits:
+        for name, parameter in model.exit_head(spec.layer).named_parameters():
             assert source is not None
-            _fill(parameter, partial(read_exit_tensor, source, model_config, layer, name, *shard), topology)
+            _fill(parameter, partial(read_exit_tensor, source, model_config, spec, name, *shard), topology)
     return LoadedModel(model, stages, exits)
 
 

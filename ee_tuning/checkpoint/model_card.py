@@ -1,6 +1,6 @@
 """README.md of what is written: a short model card, as model hubs show it. Plain functions of what the folder's config says."""
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -10,9 +10,9 @@ def artifact_card(exits: Mapping[str, Any]) -> str:
     layers = list(exits["exit_layers"])
     return "\n".join([
         *_front_matter(name, "ee_tuning"), f"# Exit heads for {name}", "",
-        f"`{exits['architecture']}` heads after layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}, output matrix "
-        f"{exits['output']}, {exits['dtype']}. They let the model stop at one of these layers where it is sure of the next token; "
-        "the model itself is unchanged and not in this folder.", "",
+        f"{told_architecture(exits['architecture'])} heads after layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}, "
+        f"output matrix {exits['output']}, {exits['dtype']}. They let the model stop at one of these layers where it is sure of the next "
+        "token; the model itself is unchanged and not in this folder.", "",
         *_history(exits), "",
         "```bash", f"ee-tuning generate --model {_word(name)} --exits THIS_FOLDER --threshold 0.8 --prompt \"Once upon a time\"", "```", "",
         f"Bound to the model with fingerprint `{exits['model_fingerprint']}`. `ee-tuning verify` checks the files.", ""])
@@ -25,13 +25,19 @@ def export_card(name: str, exits: Mapping[str, Any] | None) -> str:
         return "\n".join([*_front_matter(name, "transformers"), f"# {name}", "", "The model's own files, tensor for tensor.", ""])
     return "\n".join([
         *_front_matter(name, "transformers"), f"# {name}, with early exits", "",
-        f"`model*.safetensors` is {name} as it was; `exit_heads*.safetensors` holds `{exits['architecture']}` exit heads after layers "
-        f"{', '.join(map(str, exits['exit_layers']))}.", "", *_history(exits), "",
+        f"`model*.safetensors` is {name} as it was; `exit_heads*.safetensors` holds {told_architecture(exits['architecture'])} exit "
+        f"heads after layers {', '.join(map(str, exits['exit_layers']))}.", "", *_history(exits), "",
         "```python", "from transformers import AutoModelForCausalLM", "",
         "plain = AutoModelForCausalLM.from_pretrained(FOLDER)",
         "early = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)",
         "early.generate(**inputs, exit_threshold=0.8)  # a token leaves at the first exit that is so sure of it; without it: plain",
         "```", "", "`modeling_early_exit.py` needs torch, transformers and safetensors alone.", ""])
+
+
+def told_architecture(words: str | Sequence[str]) -> str:
+    """`mlp`, where all exits have one, or `norm`, `mlp` in the order of the exits."""
+    each = [words] if isinstance(words, str) else list(words)
+    return ", ".join(f"`{word}`" for word in (each if len(set(each)) > 1 else each[:1]))
 
 
 def _front_matter(name: str, library: str) -> list[str]:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ee_tuning.checkpoint.spelling import SPELLINGS, Spelling
-from ee_tuning.config import Architecture
 from ee_tuning.model.config import ModelConfig
 
 Shape = tuple[int, ...]
@@ -79,8 +78,8 @@ def backbone_tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
 def backbone_parameter_names(config: ModelConfig) -> list[str]:
     """Every Megatron-core parameter of the backbone; `output_layer.weight` stands among them even where it is tied."""
     positions = ["embedding.position_embeddings.weight"] * (config.position == "learned")
-    layers = [f"decoder.layers.{layer}.{name}" for layer in range(config.num_layers) for name in _layer_parameter_names(config)]
-    norm = [f"decoder.final_layernorm.{kind}" for kind in _norm_kinds(config)]
+    layers = [f"decoder.layers.{layer}.{name}" for layer in range(config.num_layers) for name in layer_parameter_names(config)]
+    norm = [f"decoder.final_layernorm.{kind}" for kind in norm_kinds(config)]
     return ["embedding.word_embeddings.weight", *positions, *layers, *norm, "output_layer.weight"]
 
 
@@ -92,63 +91,17 @@ def backbone_shard(parameter: str, config: ModelConfig, tp: int, tp_rank: int) -
     spelling = SPELLINGS[config.family]
     if parameter in ("embedding.word_embeddings.weight", "output_layer.weight"):
         is_output = parameter == "output_layer.weight" and not config.ties_embeddings
-        return _vocabulary_rows(output_name(config) if is_output else embedding_name(config), config, tp, tp_rank)
+        return vocabulary_rows(output_name(config) if is_output else embedding_name(config), config, tp, tp_rank)
     if parameter == "embedding.position_embeddings.weight" and config.position == "learned":
-        return _whole(f"{spelling.positions}.weight", (config.max_position_embeddings, config.hidden_size))
+        return uncut(f"{spelling.positions}.weight", (config.max_position_embeddings, config.hidden_size))
     module, _, kind = parameter.rpartition(".")
-    if module == "decoder.final_layernorm" and kind in _norm_kinds(config):
-        return _whole(f"{spelling.final_norm}.{kind}", (config.hidden_size,))
+    if module == "decoder.final_layernorm" and kind in norm_kinds(config):
+        return uncut(f"{spelling.final_norm}.{kind}", (config.hidden_size,))
     prefix, _, rest = parameter.partition("decoder.layers.")
     layer, _, name = rest.partition(".")
-    if prefix or name not in _layer_parameter_names(config) or not layer.isdecimal() or int(layer) >= config.num_layers:
+    if prefix or name not in layer_parameter_names(config) or not layer.isdecimal() or int(layer) >= config.num_layers:
         raise KeyError(f"{parameter} is no backbone parameter of a {config.family} model with {config.num_layers} layers")
-    return _layer_shard(name, f"{spelling.layers}.{layer}.", config, tp, tp_rank)
-
-
-def exit_parameter_names(architecture: Architecture, ties_output: bool, config: ModelConfig) -> list[str]:
-    """Every parameter of an exit head."""
-    names = [f"norm.{kind}" for kind in _norm_kinds(config)] if architecture != "embedding" else []
-    if architecture == "mlp":
-        names += [f"mlp.{matrix}.{kind}" for matrix in ("fc1", "fc2") for kind in _linear_kinds(config.has_linear_bias)]
-    return names + ["output.weight"] * (not ties_output)
-
-
-def exit_shard(layer: int, parameter: str, config: ModelConfig, tp: int, tp_rank: int) -> Shard:
-    """Rank `tp_rank`'s part of a parameter of the exit head after `layer` (1-based), one of `exit_parameter_names`. Its pieces are named
-    as in the exit-heads artifact. Raises KeyError on another name.
-    """
-    if parameter not in exit_parameter_names("mlp", False, config):
-        raise KeyError(f"{parameter} is no parameter of an exit head of a {config.family} model")
-    prefix = f"exits.{layer}."
-    if parameter == "output.weight":
-        return _vocabulary_rows(f"{prefix}output.weight", config, tp, tp_rank)
-    if parameter.startswith("norm."):
-        return _whole(prefix + parameter, (config.hidden_size,))
-    _, matrix, kind = parameter.split(".")
-    return _mlp_shard(matrix, kind, prefix, config, tp, tp_rank)
-
-
-def exit_tensor_shapes(exit_layers: tuple[int, ...], architecture: Architecture, ties_output: bool,
-                       config: ModelConfig) -> dict[str, Shape]:
-    """Every tensor of the exit-heads artifact and its whole shape, in the artifact's order."""
-    return {piece.name: piece.shape for layer in exit_layers for name in exit_parameter_names(architecture, ties_output, config)
-            for piece in exit_shard(layer, name, config, 1, 0).pieces}
-
-
-def exit_copy_source(name: str, config: ModelConfig) -> str:
-    """The backbone tensor that the artifact's tensor `name` is a copy of at copy initialization."""
-    spelling = SPELLINGS[config.family]
-    _, layer, part = name.split(".", 2)
-    if part.startswith("norm."):
-        return spelling.final_norm + part.removeprefix("norm")
-    if part == "output.weight":
-        return embedding_name(config) if config.ties_embeddings else output_name(config)
-    return f"{spelling.layers}.{int(layer) - 1}.{part}"
-
-
-def is_residual_projection(name: str, config: ModelConfig) -> bool:
-    """Whether the artifact's tensor `name` is the matrix whose output is added to the residual."""
-    return name.endswith(f".{SPELLINGS[config.family].down}.weight")
+    return layer_shard(name, f"{spelling.layers}.{layer}.", config, tp, tp_rank)
 
 
 def merge_shards(plans: Sequence[Shard], shards: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -165,19 +118,22 @@ def merge_shards(plans: Sequence[Shard], shards: Sequence[Tensor]) -> dict[str, 
     return merged
 
 
-def _norm_kinds(config: ModelConfig) -> tuple[str, ...]:
+def norm_kinds(config: ModelConfig) -> tuple[str, ...]:
+    """What a norm of the family consists of."""
     return ("weight", "bias") if config.norm == "layer" else ("weight",)
 
 
-def _linear_kinds(has_bias: bool) -> tuple[str, ...]:
+def linear_kinds(has_bias: bool) -> tuple[str, ...]:
+    """What a linear map consists of."""
     return ("weight", "bias") if has_bias else ("weight",)
 
 
-def _layer_parameter_names(config: ModelConfig) -> list[str]:
-    norms, linears = _norm_kinds(config), _linear_kinds(config.has_linear_bias)
+def layer_parameter_names(config: ModelConfig) -> list[str]:
+    """Every Megatron-core parameter of one layer."""
+    norms, linears = norm_kinds(config), linear_kinds(config.has_linear_bias)
     kinds = {
         "input_layernorm": norms,
-        "self_attention.linear_qkv": _linear_kinds(config.has_linear_bias or config.has_qkv_bias),
+        "self_attention.linear_qkv": linear_kinds(config.has_linear_bias or config.has_qkv_bias),
         "self_attention.q_layernorm": norms if config.has_qk_norm else (),
         "self_attention.k_layernorm": norms if config.has_qk_norm else (),
         "self_attention.linear_proj": linears,
@@ -188,7 +144,8 @@ def _layer_parameter_names(config: ModelConfig) -> list[str]:
     return [f"{module}.{kind}" for module in kinds for kind in kinds[module]]
 
 
-def _layer_shard(name: str, prefix: str, config: ModelConfig, tp: int, tp_rank: int) -> Shard:
+def layer_shard(name: str, prefix: str, config: ModelConfig, tp: int, tp_rank: int) -> Shard:
+    """Rank `tp_rank`'s part of a layer's parameter, one of `layer_parameter_names`; `prefix` begins the names of its pieces."""
     spelling = SPELLINGS[config.family]
     module, _, kind = name.rpartition(".")
     norms = {"input_layernorm": (spelling.input_norm, config.hidden_size), "pre_mlp_layernorm": (spelling.mlp_norm, config.hidden_size),
@@ -196,17 +153,18 @@ def _layer_shard(name: str, prefix: str, config: ModelConfig, tp: int, tp_rank: 
              "self_attention.k_layernorm": (spelling.key_norm, config.kv_channels)}
     if module in norms:
         stem, width = norms[module]
-        return _whole(f"{prefix}{stem}.{kind}", (width,))
+        return uncut(f"{prefix}{stem}.{kind}", (width,))
     if module == "self_attention.linear_qkv":
         return Shard(tuple(_rows(prefix + stem, kind, (out, config.hidden_size), start, stop, spelling)
                            for stem, out, start, stop in _query_key_value(config, tp, tp_rank)))
     if module == "self_attention.linear_proj":
         inner = config.num_attention_heads * config.kv_channels
         return _columns(prefix + spelling.attention_output, kind, (config.hidden_size, inner), spelling, tp, tp_rank)
-    return _mlp_shard(module.removeprefix("mlp.linear_"), kind, prefix, config, tp, tp_rank)
+    return mlp_shard(module.removeprefix("mlp.linear_"), kind, prefix, config, tp, tp_rank)
 
 
-def _mlp_shard(matrix: str, kind: str, prefix: str, config: ModelConfig, tp: int, tp_rank: int) -> Shard:
+def mlp_shard(matrix: str, kind: str, prefix: str, config: ModelConfig, tp: int, tp_rank: int) -> Shard:
+    """Of the weight or bias of an MLP's first matrix, fc1, or its last, fc2."""
     spelling, inner = SPELLINGS[config.family], config.ffn_hidden_size
     if matrix == "fc2":
         return _columns(prefix + spelling.down, kind, (config.hidden_size, inner), spelling, tp, tp_rank)
@@ -241,18 +199,20 @@ def _rows(stem: str, kind: str, shape: Shape, start: int, stop: int, spelling: S
 def _columns(stem: str, kind: str, shape: Shape, spelling: Spelling, tp: int, tp_rank: int) -> Shard:
     """A rank's part of the inputs of a linear map of `shape` [outputs, inputs]. Its bias, added after the ranks' sum, is whole."""
     if kind == "bias":
-        return _whole(f"{stem}.bias", shape[:1])
+        return uncut(f"{stem}.bias", shape[:1])
     start, stop = tp_rank * shape[1] // tp, (tp_rank + 1) * shape[1] // tp
     if spelling.is_transposed:
         return Shard((Piece(f"{stem}.weight", shape[::-1], 0, start, stop, is_transposed=True),))
     return Shard((Piece(f"{stem}.weight", shape, 1, start, stop),))
 
 
-def _whole(name: str, shape: Shape) -> Shard:
+def uncut(name: str, shape: Shape) -> Shard:
+    """A tensor that every rank holds all of."""
     return Shard((Piece(name, shape, 0, 0, shape[0]),))
 
 
-def _vocabulary_rows(name: str, config: ModelConfig, tp: int, tp_rank: int) -> Shard:
+def vocabulary_rows(name: str, config: ModelConfig, tp: int, tp_rank: int) -> Shard:
+    """Of a matrix with a row for each word of the vocabulary, padded to as many rows on every rank."""
     v = config.vocab_size
     rows = config.padded_vocab_size(tp) // tp
     start, stop = min(v, tp_rank * rows), min(v, (tp_rank + 1) * rows)

@@ -2,7 +2,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Architecture = Literal["embedding", "norm", "mlp"]
+Architecture = Literal["embedding", "norm", "mlp", "layer", "adapter"]
 DType = Literal["float32", "bfloat16", "float64"]
 
 
@@ -29,16 +29,23 @@ class ExitsSection:
     """Exit-heads artifact to start from. Without it, `tune` converts by itself from the other keys."""
     exit_layers: tuple[int, ...] = ()
     """Backbone layers (1-based, increasing) that are followed by an exit head."""
-    architecture: Architecture = "mlp"
-    """embedding: an output matrix alone. norm: final norm and output matrix. mlp: layer l's MLP, trained anew, before them."""
+    architecture: tuple[Architecture, ...] = ("mlp",)
+    """One for all exits, or one per exit. embedding: an output matrix alone. norm: final norm and output matrix. mlp: layer l's MLP,
+    trained anew, before them. layer: a whole transformer layer before them. adapter: a low-rank MLP before them."""
+    adapter_rank: int = 64
+    """Inner width of `adapter` heads."""
     init: Literal["copy", "random"] = "copy"
-    """copy: from the backbone's own norm, MLP and output matrix. random: as the model was initialized."""
+    """copy: from the backbone's own norm, MLP or last layer, and output matrix. random: as the model was initialized."""
     output: Literal["untied", "tied"] = "untied"
     """untied: each exit trains its own output matrix. tied: the backbone's frozen one."""
     seed: int = 1234
     """Of random initialization."""
     verify: bool = True
     """Whether every file of an artifact, and of a model that has a manifest, is checked against its sha256 before it is used."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.architecture, str):  # from Python, where a lone word would be taken for its letters
+            object.__setattr__(self, "architecture", (self.architecture,))
 
 
 @dataclass(frozen=True, kw_only=True)

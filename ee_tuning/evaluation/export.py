@@ -26,7 +26,9 @@ def export(config: Config, flags: argparse.Namespace) -> int:
         from ee_tuning.checkpoint.export_artifact import ExitChoice, export_artifact
 
         layers = {name: _layers(name, getattr(flags, name)) for name in ("only", "drop", "add")}
-        export_artifact(config, flags.output, ExitChoice(**layers, merge=flags.merge), overwrite=flags.overwrite)
+        architecture = config.exits.architecture if "exits.architecture" in flags.overrides else ()
+        choice = ExitChoice(**layers, merge=flags.merge, architecture=architecture)
+        export_artifact(config, flags.output, choice, overwrite=flags.overwrite)
         return 0
     if not config.model.path:
         raise InputError(f"--format {flags.format} writes the model too, got none; give --model FOLDER or a config file")

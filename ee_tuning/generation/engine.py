@@ -19,7 +19,7 @@ from ee_tuning.generation.sampling import choose_token
 from ee_tuning.model.attention import RaggedBatch, ragged_batch, rotation_tables
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.model.exit_head import ExitInput
-from ee_tuning.model.ragged_layer import RaggedLayer, column_major
+from ee_tuning.model.ragged_layer import RaggedHead, RaggedLayer
 from ee_tuning.parallel.vocab import gather_logits, top1
 
 # t tokens of a ragged batch · r rows · h hidden
@@ -84,10 +84,8 @@ class Engine:
         self.model, self.topology, self.config = model, model.topology, model.config
         self.pieces = cut_pieces(stages, model.plan.exit_layers)
         own = range(model.plan.first_layer, model.plan.last_layer + 1)
-        self.layers = {number: RaggedLayer(model.backbone, number, self.topology) for number in own}
-        for layer in model.plan.own_exits:
-            if model.plan.architecture == "mlp":
-                column_major(model.exit_head(layer).mlp.fc1.weight)
+        self.layers = {number: RaggedLayer(model.backbone.layer(number), self.config, self.topology) for number in own}
+        self.heads = {spec.layer: RaggedHead(model.exit_head(spec.layer), self.topology) for spec in model.plan.own_exits}
         self.cache = KVCache(self.config, self.topology, num_slots=num_slots, max_length=max_length, dtype=model.plan.dtype)
         self.tables = rotation_tables(model.backbone.angles[:max_length], model.plan.dtype)
         self.max_pending = max_pending
@@ -182,6 +180,9 @@ class Engine:
         batch = self._describe([s.slot for s in rows], starts, lengths)
         for number in range(piece.first_layer, piece.last_layer + 1):
             hidden, exit_input = self.layers[number](hidden, self.cache.layer(number), batch)
+        if (head := self.heads.get(piece.last_layer)) is not None:
+            cache = self.cache.exit_head(piece.last_layer) if head.needs_cache else None
+            exit_input = head.take(hidden, exit_input, cache, batch)
         if index + 1 < len(self.pieces) and keeps_states:
             for sequence, states in zip(rows, hidden.split(lengths), strict=True):
                 sequence.boundary[index + 1].append(states)
@@ -239,18 +240,11 @@ class Engine:
                threshold: float) -> Tensor:  # [r, 2]
         """`head_layer` None asks the model's own final head. Tokens are drawn for rows that are at least as sure as `threshold`."""
         whole = positions == list(range(output.hidden.shape[0]))
-
-        def chosen(x: Tensor | None) -> Tensor:
-            assert x is not None
-            return x if whole else x[positions]
-
         if head_layer is None:
-            logits = F.linear(self.model.final_hidden(chosen(output.hidden)), self.model.backbone.output_layer.weight)
+            final = self.model.final_hidden(output.hidden if whole else output.hidden[positions])
+            logits = F.linear(final, self.model.backbone.output_layer.weight)
         else:
-            head = self.model.exit_head(head_layer)
-            inputs = (ExitInput(chosen(output.hidden)) if head.architecture != "mlp"
-                      else ExitInput(chosen(output.exit_input.hidden), chosen(output.exit_input.residual)))
-            logits = head(inputs, F.linear)
+            logits = self.heads[head_layer].logits(output.exit_input if whole else output.exit_input.rows(positions))
         ids, confidences = top1(logits, self.model.vocab)
         decided = torch.stack((ids.double(), confidences.double()), dim=-1).cpu()
         sampled = [i for i, s in enumerate(rows) if s.sampling.temperature > 0 and decided[i, 1] >= threshold]

@@ -14,14 +14,21 @@ class KVCache:
     def __init__(self, config: ModelConfig, topology: Topology, *, num_slots: int, max_length: int, dtype: torch.dtype):
         self._shape = (num_slots, config.num_query_groups // topology.tp, max_length, config.kv_channels)
         self._tensor: dict[str, Any] = {"dtype": dtype, "device": topology.device}
-        self._layers: dict[int, LayerCache] = {}
+        self._layers: dict[tuple[str, int], LayerCache] = {}
         self.max_length = max_length
         self.free = list(range(num_slots))[::-1]
 
     def layer(self, number: int) -> LayerCache:
         """Of layer `number`. Layers that a fixed exit never reaches take no memory."""
-        if number not in self._layers:
+        return self._of(("layer", number))
+
+    def exit_head(self, number: int) -> LayerCache:
+        """Of the layer that the exit head after layer `number` has of its own."""
+        return self._of(("exit head", number))
+
+    def _of(self, owner: tuple[str, int]) -> LayerCache:
+        if owner not in self._layers:
             # Zeros, not empty: a masked place is multiplied by weight 0, which a stray NaN would survive.
             keys, values = torch.zeros(self._shape, **self._tensor), torch.zeros(self._shape, **self._tensor)
-            self._layers[number] = LayerCache(keys=keys, values=values)
-        return self._layers[number]
+            self._layers[owner] = LayerCache(keys=keys, values=values)
+        return self._layers[owner]

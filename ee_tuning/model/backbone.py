@@ -59,6 +59,18 @@ def layer_spec(config: ModelConfig) -> Any:
     return spec
 
 
+def build_layer(config: ModelConfig, topology: Topology, number: int, dtype: torch.dtype) -> Any:
+    """A layer as the backbone's layer `number` (1-based) is built, its weights uninitialized."""
+    return build_module(layer_spec(config), config=transformer_config(config, topology, dtype), layer_number=number)
+
+
+def apply_layer(layer: Any, hidden: Tensor, angles: Tensor, config: ModelConfig,  # [s, b, h], [positions, d]
+                documents: PackedDocuments | None) -> Tensor:  # [s, b, h]
+    """A layer (`build_layer`) over whole sequences, causally; `documents` where they are told apart."""
+    rotary = rotations(angles, hidden.shape[0], documents) if config.position == "rope" else None
+    return layer(hidden, attention_mask=documents, rotary_pos_emb=rotary)[0]
+
+
 class BackboneStage(nn.Module):
     """Layers `first_layer`..`last_layer` (1-based), after the word embedding on the first stage, before the final head where asked for.
 
@@ -77,9 +89,7 @@ class BackboneStage(nn.Module):
             self.embedding = LanguageModelEmbedding(
                 megatron, padded, config.max_position_embeddings, tp_group=topology.tp_group,
                 position_embedding_type="rope" if config.position == "rope" else "learned_absolute").to(topology.device, dtype)
-        spec = layer_spec(config)
-        layers = {str(number - 1): build_module(spec, config=megatron, layer_number=number)
-                  for number in range(first_layer, last_layer + 1)}
+        layers = {str(number - 1): build_layer(config, topology, number, dtype) for number in range(first_layer, last_layer + 1)}
         self.decoder = nn.ModuleDict({"layers": nn.ModuleDict(layers)})
         if has_final_norm:
             self.decoder["final_layernorm"] = backbone_norm(config)(megatron, config.hidden_size, eps=config.norm_epsilon)
@@ -109,5 +119,4 @@ class BackboneStage(nn.Module):
 
     def run_layer(self, number: int, hidden: Tensor, documents: PackedDocuments | None = None) -> Tensor:  # [s, b, h] -> [s, b, h]
         """One layer over whole sequences, causally; `documents` where they are told apart."""
-        angles = rotations(self.angles, hidden.shape[0], documents) if self.config.position == "rope" else None
-        return self.layer(number)(hidden, attention_mask=documents, rotary_pos_emb=angles)[0]
+        return apply_layer(self.layer(number), hidden, self.angles, self.config, documents)

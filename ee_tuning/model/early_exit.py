@@ -8,11 +8,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ee_tuning.config import Architecture
 from ee_tuning.model.backbone import BackboneStage
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.documents import PackedDocuments
-from ee_tuning.model.exit_head import ExitHead, ExitInput
+from ee_tuning.model.exit_head import ExitHead, ExitInput, build_exit_head
+from ee_tuning.model.exit_spec import ExitSpec
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.vocab import VocabShard
 
@@ -25,11 +25,8 @@ class StagePlan:
 
     first_layer: int
     last_layer: int
-    exit_layers: tuple[int, ...]
+    exits: tuple[ExitSpec, ...]
     """All exits of the model, on any stage."""
-    architecture: Architecture
-    ties_output: bool
-    """Whether exits use the backbone's frozen output matrix."""
     has_final_head: bool
     """Whether the model's own last norm and output matrix are wanted, on the last stage."""
     max_length: int
@@ -37,9 +34,19 @@ class StagePlan:
     dtype: torch.dtype
 
     @property
-    def own_exits(self) -> tuple[int, ...]:
+    def exit_layers(self) -> tuple[int, ...]:
+        """The layers that an exit follows, on any stage."""
+        return tuple(spec.layer for spec in self.exits)
+
+    @property
+    def own_exits(self) -> tuple[ExitSpec, ...]:
         """The exits on this stage."""
-        return tuple(layer for layer in self.exit_layers if self.first_layer <= layer <= self.last_layer)
+        return tuple(spec for spec in self.exits if self.first_layer <= spec.layer <= self.last_layer)
+
+    @property
+    def ties_output(self) -> bool:
+        """Whether an exit on this stage uses the backbone's frozen output matrix."""
+        return any(spec.ties_output for spec in self.own_exits)
 
 
 class EarlyExitModel(nn.Module):
@@ -52,12 +59,12 @@ class EarlyExitModel(nn.Module):
         has_final = plan.has_final_head and topology.is_last_stage
         self.backbone = BackboneStage(
             config, topology, first_layer=plan.first_layer, last_layer=plan.last_layer, has_embedding=topology.is_first_stage,
-            has_output=has_final or (plan.ties_output and bool(plan.own_exits)), has_final_norm=has_final,
+            has_output=has_final or plan.ties_output, has_final_norm=has_final,
             max_length=plan.max_length, dtype=plan.dtype)
-        tied = self.backbone.output_layer.weight if plan.ties_output and plan.own_exits else None
+        tied = self.backbone.output_layer.weight if plan.ties_output else None
         self.exit_heads = nn.ModuleDict(
-            {str(layer): ExitHead(layer, plan.architecture, config, topology, dtype=plan.dtype, tied_weight=tied)
-             for layer in plan.own_exits})
+            {str(spec.layer): build_exit_head(spec, config, topology, dtype=plan.dtype, tied_weight=tied, angles=self.backbone.angles)
+             for spec in plan.own_exits})
 
     def exit_head(self, layer: int) -> ExitHead:
         """The head after `layer`, which must be on this stage."""
@@ -80,9 +87,9 @@ class EarlyExitModel(nn.Module):
         """
         inputs: dict[int, ExitInput] = {}
         for number in range(self.plan.first_layer, self.plan.last_layer + 1):
-            if number not in self.plan.own_exits:
+            if str(number) not in self.exit_heads:
                 hidden = self.backbone.run_layer(number, hidden, documents)
-            elif self.plan.architecture == "mlp":
+            elif self.exit_head(number).takes_mlp_input:
                 hidden, inputs[number] = self._run_layer_with_mlp_exit(number, hidden, documents)
             else:
                 hidden = self.backbone.run_layer(number, hidden, documents)

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from ee_tuning.config import Architecture
 from ee_tuning.model.activation import activation
+from ee_tuning.model.backbone import apply_layer, build_layer
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.documents import PackedDocuments
+from ee_tuning.model.exit_spec import ExitSpec
 from ee_tuning.model.norm import exit_norm
 from ee_tuning.parallel.topology import Group, Topology
 
@@ -29,11 +31,20 @@ class ExitInput:
     """What a head takes from the backbone at exit layer l: no gradient is asked of it."""
 
     hidden: Tensor
-    """[…, h]: x_l, layer l's output, for `embedding` and `norm`; layer l's normed post-attention residual for `mlp`."""
+    """[…, h]: x_l, layer l's output; for `mlp`, layer l's normed post-attention residual."""
     residual: Tensor | None = None
     """[…, h]: for `mlp`, a_l, layer l's post-attention residual."""
     documents: PackedDocuments | None = None
-    """For a head that attends: which tokens of a row may see each other, where documents are told apart."""
+    """For `layer`: which tokens of a row may see each other, where documents are told apart."""
+    layer_output: Tensor | None = None
+    """[…, h]: for `layer`, its own layer's output, where decoding has run it already, for every token that passed."""
+
+    def rows(self, index: list[int]) -> "ExitInput":
+        """Of the tokens at `index` of the first dimension, in decoding."""
+        def chosen(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[index]
+
+        return ExitInput(self.hidden[index], residual=chosen(self.residual), layer_output=chosen(self.layer_output))
 
 
 class _SumOverShards(torch.autograd.Function):
@@ -76,44 +87,53 @@ class ExitMLP(nn.Module):
 
 
 class ExitHead(nn.Module):
-    """The head after layer `layer`: `embedding`: W x; `norm`: W Norm(x); `mlp`: W Norm(a + MLP(PreMLPNorm(a))).
+    """What all architectures share: the exit's place, and its output matrix. The design is EE-Tuning's (arXiv 2402.00518).
 
-    The design is EE-Tuning's (arXiv 2402.00518).
-
-    `tied_weight` is the backbone's frozen output matrix [v/tp, h]; None where the head trains its own.
+    `tied_weight` is the backbone's frozen output matrix [v/tp, h], used where the exit ties it; `angles` [positions, d] its rotations.
+    Parameters are named as in `checkpoint/exit_names.py`.
     """
 
-    def __init__(self, layer: int, architecture: Architecture, config: ModelConfig, topology: Topology, *, dtype: torch.dtype,
-                 tied_weight: Tensor | None):
+    takes_mlp_input = False
+    """Whether it reads layer l's normed post-attention residual and not its output."""
+
+    def __init__(self, spec: ExitSpec, config: ModelConfig, topology: Topology, *, dtype: torch.dtype, tied_weight: Tensor | None,
+                 angles: Tensor):
         super().__init__()
-        self.layer, self.architecture = layer, architecture
-        tensor: dict[str, Any] = {"dtype": dtype, "device": topology.device}
-        if architecture != "embedding":
-            self.norm = exit_norm(config, **tensor)
-        if architecture == "mlp":
-            self.mlp = ExitMLP(config, topology, **tensor)
-        if tied_weight is None:
-            self.output = nn.Linear(config.hidden_size, config.padded_vocab_size(topology.tp) // topology.tp, bias=False, **tensor)
-        self._tied = (tied_weight,)  # in a tuple, so that it is no parameter of the head
+        self.spec, self.config = spec, config
+        assert not spec.ties_output or tied_weight is not None
+        self._backbones = (tied_weight if spec.ties_output else None, angles)  # in a tuple, so that they are none of the head's own
+        self.build(config, topology, {"dtype": dtype, "device": topology.device})
+        if not spec.ties_output:
+            self.output = nn.Linear(config.hidden_size, config.padded_vocab_size(topology.tp) // topology.tp, bias=False, dtype=dtype,
+                                    device=topology.device)
+
+    @property
+    def exit_layer(self) -> int:
+        """The backbone layer that it follows."""
+        return self.spec.layer
 
     @property
     def output_weight(self) -> Tensor:  # [v/tp, h]
         """The output matrix, trained or tied."""
-        return self.output.weight if self._tied[0] is None else self._tied[0]
+        tied = self._backbones[0]
+        return self.output.weight if tied is None else tied
 
-    @staticmethod
-    def tensor_parallel_dim(parameter: str) -> int | None:
-        """The dimension along which the named parameter is cut over TP; None where every rank holds all of it."""
-        return {"mlp.fc1.weight": 0, "mlp.fc1.bias": 0, "mlp.fc2.weight": 1, "output.weight": 0}.get(parameter)
+    @property
+    def own_layer(self) -> nn.Module | None:
+        """A transformer layer of its own, which needs keys and values of its own in decoding."""
+        return None
+
+    @property
+    def partial_gradients(self) -> tuple[str, ...]:
+        """Parameters that every tensor-parallel rank holds alike and sees only its own share of the gradient of."""
+        return ()
+
+    def build(self, config: ModelConfig, topology: Topology, tensor: dict[str, Any]) -> None:
+        """Makes the parameters between the backbone's states and the output matrix; `tensor` is their dtype and device."""
 
     def final_hidden(self, inputs: ExitInput) -> Tensor:  # […, h]
         """What the output matrix is applied to."""
-        if self.architecture == "embedding":
-            return inputs.hidden
-        if self.architecture == "norm":
-            return self.norm(inputs.hidden)
-        assert inputs.residual is not None
-        return self.norm(inputs.residual + self.mlp(inputs.hidden))
+        raise NotImplementedError
 
     def forward(self, inputs: ExitInput, project: Callable[[Tensor, Tensor], Result]) -> Result:
         """`project(final hidden […, h], output weight [v/tp, h])`: logits, or a loss that never makes them.
@@ -121,3 +141,93 @@ class ExitHead(nn.Module):
         Projecting inside forward is what `fully_shard` needs: parameters are whole only while it runs.
         """
         return project(self.final_hidden(inputs), self.output_weight)
+
+
+class EmbeddingHead(ExitHead):
+    """W x."""
+
+    def final_hidden(self, inputs: ExitInput) -> Tensor:  # […, h]
+        """See ExitHead."""
+        return inputs.hidden
+
+
+class NormHead(ExitHead):
+    """W Norm(x)."""
+
+    def build(self, config: ModelConfig, topology: Topology, tensor: dict[str, Any]) -> None:
+        """See ExitHead."""
+        self.norm = exit_norm(config, **tensor)
+
+    def final_hidden(self, inputs: ExitInput) -> Tensor:  # […, h]
+        """See ExitHead."""
+        return self.norm(inputs.hidden)
+
+
+class MLPHead(NormHead):
+    """W Norm(a + MLP(PreMLPNorm(a))), a = layer l's post-attention residual, PreMLPNorm layer l's own, frozen."""
+
+    takes_mlp_input = True
+
+    def build(self, config: ModelConfig, topology: Topology, tensor: dict[str, Any]) -> None:
+        """See ExitHead."""
+        super().build(config, topology, tensor)
+        self.mlp = ExitMLP(config, topology, **tensor)
+
+    def final_hidden(self, inputs: ExitInput) -> Tensor:  # […, h]
+        """See ExitHead."""
+        assert inputs.residual is not None
+        return self.norm(inputs.residual + self.mlp(inputs.hidden))
+
+
+class AdapterHead(NormHead):
+    """W Norm(x + B σ(A Norm_a(x))): a bottleneck beside the residual stream.
+
+    Every tensor-parallel rank holds all of A and B: they are small, and cutting them would cost a sum over ranks in each direction.
+    """
+
+    def build(self, config: ModelConfig, topology: Topology, tensor: dict[str, Any]) -> None:
+        """See ExitHead."""
+        super().build(config, topology, tensor)
+        self.adapter = nn.ModuleDict({
+            "norm": exit_norm(config, **tensor), "down": nn.Linear(config.hidden_size, self.spec.adapter_rank, bias=False, **tensor),
+            "up": nn.Linear(self.spec.adapter_rank, config.hidden_size, bias=False, **tensor)})
+        self.activation = activation(config)
+
+    def final_hidden(self, inputs: ExitInput) -> Tensor:  # […, h]
+        """See ExitHead."""
+        x, parts = inputs.hidden, self.adapter
+        return self.norm(x + parts["up"](self.activation(parts["down"](parts["norm"](x)))))
+
+
+class LayerHead(NormHead):
+    """W Norm(Layer(x)), Layer a transformer layer as the backbone's last one is built."""
+
+    def build(self, config: ModelConfig, topology: Topology, tensor: dict[str, Any]) -> None:
+        """See ExitHead."""
+        super().build(config, topology, tensor)
+        self.layer = build_layer(config, topology, config.num_layers, tensor["dtype"])
+
+    @property
+    def own_layer(self) -> nn.Module:
+        """See ExitHead."""
+        return self.layer
+
+    @property
+    def partial_gradients(self) -> tuple[str, ...]:
+        """The norms of queries and keys: each rank norms its own heads."""
+        return tuple(name for name, _ in self.named_parameters() if "q_layernorm" in name or "k_layernorm" in name)
+
+    def final_hidden(self, inputs: ExitInput) -> Tensor:  # […, h]
+        """See ExitHead. Without `inputs.layer_output`, hidden states are whole sequences [s, b, h]."""
+        out = inputs.layer_output
+        return self.norm(apply_layer(self.layer, inputs.hidden, self._backbones[1], self.config, inputs.documents) if out is None else out)
+
+
+_CLASSES: dict[Architecture, type[ExitHead]] = {
+    "embedding": EmbeddingHead, "norm": NormHead, "mlp": MLPHead, "layer": LayerHead, "adapter": AdapterHead}
+
+
+def build_exit_head(spec: ExitSpec, config: ModelConfig, topology: Topology, *, dtype: torch.dtype, tied_weight: Tensor | None,
+                    angles: Tensor) -> ExitHead:
+    """The head that `spec` describes, as ExitHead takes it. Weights are uninitialized."""
+    return _CLASSES[spec.architecture](spec, config, topology, dtype=dtype, tied_weight=tied_weight, angles=angles)

@@ -1,7 +1,7 @@
 """Which layers each pipeline stage gets: contiguous, by cost, exits included."""
-from ee_tuning.config import Architecture
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
+from ee_tuning.model.exit_spec import ExitSpec
 
 
 def layer_cost(config: ModelConfig) -> float:
@@ -10,20 +10,26 @@ def layer_cost(config: ModelConfig) -> float:
     return config.hidden_size * (2 * heads + _mlp_matrices(config) * config.ffn_hidden_size)
 
 
-def exit_head_cost(config: ModelConfig, architecture: Architecture) -> float:
+def exit_head_cost(config: ModelConfig, spec: ExitSpec) -> float:
     """Multiply-adds per token of one exit head's forward pass."""
-    mlp = _mlp_matrices(config) * config.hidden_size * config.ffn_hidden_size if architecture == "mlp" else 0
-    return mlp + config.hidden_size * config.vocab_size
+    before = {"mlp": _mlp_matrices(config) * config.hidden_size * config.ffn_hidden_size, "layer": layer_cost(config),
+              "adapter": 2 * config.hidden_size * spec.adapter_rank}
+    return before.get(spec.architecture, 0) + final_head_cost(config)
 
 
-def stage_costs(config: ModelConfig, num_layers: int, exit_layers: tuple[int, ...], architecture: Architecture, *,
-                trains_heads: bool, has_final_head: bool) -> list[float]:
+def final_head_cost(config: ModelConfig) -> float:
+    """Multiply-adds per token of the output matrix."""
+    return config.hidden_size * config.vocab_size
+
+
+def stage_costs(config: ModelConfig, num_layers: int, exits: tuple[ExitSpec, ...], *, trains_heads: bool,
+                has_final_head: bool) -> list[float]:
     """Cost of each of the first `num_layers` layers with what hangs on it. Training a head costs three forward passes of it."""
-    passes = 3 if trains_heads else 1
-    costs = [layer_cost(config) + (passes * exit_head_cost(config, architecture) if layer in exit_layers else 0.0)
-             for layer in range(1, num_layers + 1)]
+    costs = [layer_cost(config)] * num_layers
+    for spec in exits:
+        costs[spec.layer - 1] += (3 if trains_heads else 1) * exit_head_cost(config, spec)
     if has_final_head:
-        costs[-1] += exit_head_cost(config, "norm")
+        costs[-1] += final_head_cost(config)
     return costs
 
 

@@ -3,6 +3,8 @@
 A decode step moves so few numbers that Python above the matrix products would cost several times what they do: this walk makes some
 fifteen calls a layer where Megatron's own forward makes over a hundred. Tests hold it equal to that forward.
 """
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -10,18 +12,17 @@ from torch import Tensor
 
 from ee_tuning.model.activation import activation
 from ee_tuning.model.attention import LayerCache, RaggedBatch, ragged_attention, rotate, softmax_scale
-from ee_tuning.model.backbone import BackboneStage
-from ee_tuning.model.exit_head import ExitInput
+from ee_tuning.model.config import ModelConfig
+from ee_tuning.model.exit_head import ExitHead, ExitInput, MLPHead
 from ee_tuning.parallel.topology import Topology
 
 # t tokens of a ragged batch · h hidden · g key-value heads of this rank · n/g query heads of each · d width of a head
 
 
 class RaggedLayer:
-    """Layer `number` (1-based) of a stage, for decoding. Shares the stage's weights."""
+    """A layer of the backbone's kind (`build_layer`), for decoding. Shares its weights."""
 
-    def __init__(self, backbone: BackboneStage, number: int, topology: Topology):
-        config, layer = backbone.config, backbone.layer(number)
+    def __init__(self, layer: Any, config: ModelConfig, topology: Topology):
         attention, mlp = layer.self_attention, layer.mlp
         self.input_norm, self.mlp_norm = layer.input_layernorm.weight, layer.pre_mlp_layernorm.weight
         self.has_layer_norm = config.norm == "layer"
@@ -76,6 +77,35 @@ class RaggedLayer:
         if bias is not None:
             partial.add_(bias)
         return partial.add_(residual)
+
+
+class RaggedHead:
+    """An exit head for decoding. Shares its weights.
+
+    A head with a layer of its own has to see every token that passes its exit, asked or not, or its cache would have holes.
+    """
+
+    def __init__(self, head: ExitHead, topology: Topology):
+        self.head = head
+        self.layer = None if head.own_layer is None else RaggedLayer(head.own_layer, head.config, topology)
+        if isinstance(head, MLPHead):
+            column_major(head.mlp.fc1.weight)
+
+    @property
+    def needs_cache(self) -> bool:
+        """Whether `take` is to be given a cache of the head's own."""
+        return self.layer is not None
+
+    def take(self, hidden: Tensor, inner: ExitInput, cache: LayerCache | None, batch: RaggedBatch) -> ExitInput:  # [t, h]
+        """What the head keeps of a pass through its exit: `hidden` and `inner` are what the backbone's RaggedLayer there returned."""
+        if self.layer is None:
+            return inner if self.head.takes_mlp_input else ExitInput(hidden)
+        assert cache is not None
+        return ExitInput(hidden, layer_output=self.layer(hidden, cache, batch)[0])
+
+    def logits(self, inputs: ExitInput) -> Tensor:  # [r, v/tp]
+        """Of the rows (`ExitInput.rows`) that are asked."""
+        return self.head(inputs, F.linear)
 
 
 def column_major(weight: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from ee_tuning.checkpoint.exit_names import is_replicated
 from ee_tuning.config import TuningSection
 from ee_tuning.model.exit_head import ExitHead
 from ee_tuning.parallel.topology import Topology
@@ -33,12 +34,13 @@ class ExitOptimizer:
     """One exit head and its AdamW. `loss_weight` 0 freezes the head."""
 
     def __init__(self, head: ExitHead, loss_weight: float, tuning: TuningSection, topology: Topology, mesh: DeviceMesh):
-        self.layer, self.loss_weight, self._clip, self._device = head.layer, loss_weight, tuning.clip_grad, topology.device
+        self.layer, self.loss_weight, self._clip, self._device = head.exit_layer, loss_weight, tuning.clip_grad, topology.device
         dtype = next(head.parameters()).dtype
         master = torch.promote_types(dtype, torch.float32)
         self.head, self._sharded = head, _shard(head.to(master), dtype, master, mesh)
         # Taken now: inside and after a forward pass the module holds whole copies in the computing dtype.
         self.parameters: dict[str, nn.Parameter] = dict(head.named_parameters())
+        self._replicated = {name for name in self.parameters if is_replicated(head.spec, name, head.config, topology.tp)}
         decayed = [p for p in self.parameters.values() if p.dim() > 1]
         others = [p for p in self.parameters.values() if p.dim() <= 1]
         groups = [{"params": decayed, "weight_decay": tuning.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -62,12 +64,22 @@ class ExitOptimizer:
         """After forward passes without a gradient: frees the whole weights, which the next step would leave stale."""
         self._sharded.reshard()
 
+    def sum_partial_gradients(self, topology: Topology) -> None:
+        """Over tensor parallelism: of what every rank holds alike and sees a share of the gradient of. Its replicas are summed already."""
+        shares = [_gradient(self.parameters[name]) for name in self.head.partial_gradients] if topology.tp > 1 else []
+        flat = torch.cat([share.flatten() for share in shares]) if shares else None
+        if flat is None or not flat.numel():  # a replica among many may hold no row of them; then its shards hold none either
+            return
+        dist.all_reduce(flat, group=topology.tp_group)
+        for share, summed in zip(shares, flat.split([share.numel() for share in shares]), strict=True):
+            share.copy_(summed.view_as(share))
+
     def square_sums(self) -> tuple[Tensor, Tensor]:
         """Sums of squares of this rank's part of the gradient: of parameters cut over tensor parallelism, and of replicated ones."""
         cut = torch.zeros((), dtype=torch.float64, device=self._device)
         replicated = torch.zeros_like(cut)
         for name, parameter in self.parameters.items():
-            total = replicated if ExitHead.tensor_parallel_dim(name) is None else cut
+            total = replicated if name in self._replicated else cut
             total += _gradient(parameter).square().sum(dtype=torch.float64)
         return cut, replicated
 
@@ -95,6 +107,7 @@ def update_exits(exits: list[ExitOptimizer], loss_sums: dict[int, Tensor], num_t
     """
     counts: list[Tensor] = [num_tokens.double()]
     for each in exits:
+        each.sum_partial_gradients(topology)
         sharded, replicated = each.square_sums()
         counts += [loss_sums[each.layer].double(), replicated, sharded]
     values = torch.stack(counts)

@@ -23,12 +23,12 @@ with warnings.catch_warnings():
     from megatron.core.dist_checkpointing import ShardedTensor
 
 from ee_tuning.checkpoint.aside import file_written_aside, on_first_rank, refusals_named, remove_leftovers, written_aside
+from ee_tuning.checkpoint.exit_names import exit_shard, is_replicated
 from ee_tuning.checkpoint.manifest import check_file, read_manifest, write_manifest
 from ee_tuning.checkpoint.metadata_pickle import check_metadata_pickle
-from ee_tuning.checkpoint.names import Shard, exit_shard, merge_shards
+from ee_tuning.checkpoint.names import Shard, merge_shards
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
-from ee_tuning.model.exit_head import ExitHead
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.tuning.optimizer import ExitOptimizer
 
@@ -109,7 +109,7 @@ def whole_tensors(exits: list[ExitOptimizer], config: ModelConfig, topology: Top
                 shards = [torch.empty_like(shard) for _ in range(topology.tp)]
                 dist.all_gather(shards, shard, group=topology.tp_group)
             if topology.is_writer:
-                plans = [exit_shard(each.layer, name, config, topology.tp, rank) for rank in range(topology.tp)]
+                plans = [exit_shard(each.head.spec, name, config, topology.tp, rank) for rank in range(topology.tp)]
                 yield from merge_shards(plans, shards).items()
 
 
@@ -145,9 +145,9 @@ def _tensors(exits: list[ExitOptimizer], config: ModelConfig, topology: Topology
     tensors = {}
     for each in exits:
         for name, parameter in each.parameters.items():
-            plan = exit_shard(each.layer, name, config, topology.tp, topology.tp_rank)
+            plan = exit_shard(each.head.spec, name, config, topology.tp, topology.tp_rank)
             chunk = -(-parameter.shape[0] // topology.dp)  # fully_shard cuts rows as torch.chunk does
-            is_replicated = ExitHead.tensor_parallel_dim(name) is None
+            replica_id = topology.tp_rank if is_replicated(each.head.spec, name, config, topology.tp) else 0
             moments = each.adam.state[parameter]
             for kind, value in (("master", parameter), ("exp_avg", moments["exp_avg"]), ("exp_avg_sq", moments["exp_avg_sq"])):
                 local = _as_sharded(value.detach()).to_local()
@@ -155,7 +155,7 @@ def _tensors(exits: list[ExitOptimizer], config: ModelConfig, topology: Topology
                     data = local[part.rows]
                     tensors[f"{part.name}.{kind}@{part.offset}"] = ShardedTensor(
                         f"{part.name}.{kind}", data, data.dtype, tuple(data.shape), part.shape, part.offset, axis_fragmentations=None,
-                        replica_id=topology.tp_rank if is_replicated else 0)
+                        replica_id=replica_id)
     return tensors
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ee_tuning.checkpoint.aside import on_first_rank
+from ee_tuning.checkpoint.exit_config import exit_config_tree
 from ee_tuning.checkpoint.exit_heads import save_exit_heads
 from ee_tuning.checkpoint.formats import open_model
 from ee_tuning.checkpoint.load import LoadedModel, load_for_tuning
@@ -73,8 +74,8 @@ class Tuner:
         self._model = loaded.model
         weights = loss_weights(self.tuning, loaded.exits.exit_layers)
         mesh = DeviceMesh.from_group(topology.dp_group, topology.device.type)
-        self.exits = [ExitOptimizer(loaded.model.exit_head(layer), weights[layer], self.tuning, topology, mesh)
-                      for layer in loaded.model.plan.own_exits]
+        self.exits = [ExitOptimizer(loaded.model.exit_head(spec.layer), weights[spec.layer], self.tuning, topology, mesh)
+                      for spec in loaded.model.plan.own_exits]
         self._samples = samples
         self._source = BatchSource(samples.train, self.tuning, dp=topology.dp, dp_rank=topology.dp_rank)
         self._validation = validation_batches(samples.valid, self.tuning, dp=topology.dp, dp_rank=topology.dp_rank)
@@ -198,7 +199,8 @@ class Tuner:
 
     def _fixed(self) -> dict[str, Any]:
         exits = self.exits_config
-        return {"model_fingerprint": exits.model_fingerprint, "exit_layers": list(exits.exit_layers), "architecture": exits.architecture,
+        return {"model_fingerprint": exits.model_fingerprint, "exit_layers": list(exits.exit_layers),
+                "architecture": exit_config_tree(exits)["architecture"], "adapter_rank": exits.adapter_rank,
                 "output": exits.output, "seq_length": self.tuning.seq_length, "seed": self.tuning.seed,
                 "number of training samples": len(self._samples.train)}
 

@@ -43,7 +43,8 @@ def test_exits_come_out_as_they_were_tuned(tmp_path: Path, tp: int, stages: tupl
     """Exit outputs counted over all stages instead of within one; trunk and branch confused; halves of a shard merged wrongly."""
     exits = save(tmp_path, tp, stages)
     with ExitHeadsReader(converted(tmp_path)) as artifact:
-        assert artifact.config.exit_layers == (2, 5) and artifact.config.architecture == "mlp" and artifact.config.output == "untied"
+        assert artifact.config.exit_layers == (2, 5) and artifact.config.architecture == ("mlp", "mlp")
+        assert artifact.config.output == "untied"
         assert artifact.config.tuned is not None and artifact.config.tuned["exit_layer_temperature"] == [1.0, 2.0]
         for number, parts in exits.items():
             for part, tensor in parts.items():
@@ -57,7 +58,7 @@ def test_an_exit_before_a_layer_sits_after_the_one_below(tmp_path: Path) -> None
     """pre_exit heads attached one layer too deep; a branch that EE-LLM never ran before its layer taken for the head's MLP."""
     exits = save(tmp_path, 2, (3, 3), (3, 4), pre_exit=True)
     with ExitHeadsReader(converted(tmp_path)) as artifact:
-        assert artifact.config.exit_layers == (2, 3) and artifact.config.architecture == "norm"
+        assert artifact.config.exit_layers == (2, 3) and artifact.config.architecture == ("norm", "norm")
         for number, parts in exits.items():
             assert torch.equal(artifact.full(f"exits.{number - 1}.norm.weight"), parts["norm"])
             assert torch.equal(artifact.full(f"exits.{number - 1}.output.weight"), parts["output"])

@@ -110,13 +110,15 @@ def test_random_weights_depend_on_seed_and_name_alone(llama: Path) -> None:
 
 
 @pytest.mark.parametrize("init", ["copy", "random"])
-@pytest.mark.parametrize("parameter", ["norm.weight", "mlp.fc1.weight", "mlp.fc2.weight", "output.weight"])
+@pytest.mark.parametrize("parameter", ["norm.weight", "mlp.fc1.weight", "mlp.fc2.weight", "output.weight", "adapter.down.weight",
+                                       "layer.self_attention.linear_qkv.weight", "layer.self_attention.linear_proj.weight"])
 def test_a_rank_reads_the_same_from_the_artifact_as_from_the_first_weights(llama: Path, tmp_path: Path, init: str, parameter: str) -> None:
     """Tuning without an artifact begins from these sources directly: it must begin where a converted one begins."""
-    source = first_weights(llama, init=init)
+    part = parameter.partition(".")[0]
+    source = first_weights(llama, init=init, architecture=("norm", part if part in ("layer", "adapter") else "mlp"))
     with ExitHeadsReader(save(source, tmp_path / "exits")) as reader:
         for rank in range(2):
-            place = (source.config, 4, parameter, 2, rank, torch.float64)
+            place = (source.config, source.exits.heads[1], parameter, 2, rank, torch.float64)
             assert torch.equal(read_exit_tensor(reader, *place), read_exit_tensor(source, *place))
 
 
@@ -186,7 +188,8 @@ def test_a_manifest_reads_no_file_elsewhere(artifact: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [
-    {"format_version": 2}, {"exit_layers": [4, 2]}, {"exit_layers": []}, {"exit_layers": "24"}, {"architecture": "lstm"},
+    {"format_version": 3}, {"exit_layers": [4, 2]}, {"exit_layers": []}, {"exit_layers": "24"}, {"architecture": "lstm"},
+    {"architecture": ["mlp"]}, {"architecture": ["mlp", "adapter"]}, {"adapter_rank": 8},
     {"output": "none"}, {"dtype": "cdouble"}, {"init": None}, {"model_fingerprint": 3}, {"surprise": 1}, {"tuned": "yes"}])
 def test_an_exit_config_is_read_strictly(llama: Path, tmp_path: Path, change: dict[str, Any]) -> None:
     """A key of a later version ignored would run other heads than were saved."""
@@ -195,6 +198,17 @@ def test_an_exit_config_is_read_strictly(llama: Path, tmp_path: Path, change: di
     path = folder / CONFIG
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     assert str(path) in refusal(lambda: read_exit_config(folder))
+
+
+def test_an_artifact_of_the_first_format_is_read(llama: Path, tmp_path: Path) -> None:
+    """Exits that were tuned before heads could differ would have to be tuned again."""
+    folder = save(first_weights(llama), tmp_path / "exits")
+    path = folder / CONFIG
+    tree = {**json.loads(path.read_text()), "format_version": 1}
+    del tree["adapter_rank"]
+    exits = read_exit_config(folder)
+    path.write_text(json.dumps(tree))
+    assert tree["architecture"] == "mlp" and read_exit_config(folder) == exits
 
 
 def test_exits_of_another_backbone_are_refused_by_both_names(artifact: Path) -> None:

@@ -19,7 +19,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     random_llama(folder / "b", seed=1)
     for name, model, layers, *more in (
             ("a24", "a", "2,4", "--seed", "1"), ("a5", "a", "5", "--seed", "2"), ("a4", "a", "4", "--seed", "3"), ("b5", "b", "5"),
-            ("norm5", "a", "5", "--architecture", "norm"), ("tied5", "a", "5", "--exit-output", "tied")):
+            ("norm5", "a", "5", "--architecture", "norm"), ("adapter4", "a", "4", "--architecture", "adapter", "--adapter-rank", "8"),
+            ("adapter5", "a", "5", "--architecture", "adapter"), ("tied5", "a", "5", "--exit-output", "tied")):
         assert cli.main(["convert", "--model", str(folder / model), "--exit-layers", layers, "--init", "random", *more,
                          "--output", str(folder / name)]) == 0
     return folder
@@ -58,6 +59,19 @@ def test_two_artifacts_become_one(models, tmp_path):
     assert read_exit_config(back) == read_exit_config(models / "a24") and tensors(back) == tensors(models / "a24")
 
 
+def test_exits_of_different_architectures_become_one_artifact(models, tmp_path):
+    """An exit that is read as its neighbour's architecture; a word for all where each has its own."""
+    merged = export(models, tmp_path / "merged", "--exits", "norm5", "--merge", "a24")
+    assert tensors(merged) == {**tensors(models / "a24"), **tensors(models / "norm5")}
+    assert read_exit_config(merged).architecture == ("mlp", "mlp", "norm")
+    assert json.loads((merged / "exit_config.json").read_text())["architecture"] == ["mlp", "mlp", "norm"]
+    back = export(models, tmp_path / "back", "--exits", str(merged), "--only", "5")
+    assert read_exit_config(back) == read_exit_config(models / "norm5") and tensors(back) == tensors(models / "norm5")
+    more = export(models, tmp_path / "more", "--exits", str(merged), "--model", "a", "--add", "1,6", "--architecture", "adapter,layer")
+    assert read_exit_config(more).architecture == ("adapter", "mlp", "mlp", "norm", "layer") and read_exit_config(more).adapter_rank == 64
+    export(models, tmp_path / "untold", "--exits", str(merged), "--model", "a", "--add", "1", code=2)
+
+
 def test_an_exit_gives_way_to_another_s(models, tmp_path):
     """--drop that also drops what is merged would leave the layer bare."""
     merged = export(models, tmp_path / "merged", "--exits", "a24", "--drop", "4", "--merge", "a4")
@@ -76,7 +90,7 @@ def test_added_exits_are_those_that_convert_makes(models, tmp_path):
 
 @pytest.mark.parametrize(("arguments", "named"), [
     (["--exits", "a24", "--merge", "b5"], "bound to b"),
-    (["--exits", "a24", "--merge", "norm5"], "architecture"),
+    (["--exits", "adapter4", "--merge", "adapter5"], "adapter_rank"),
     (["--exits", "a24", "--merge", "tied5"], "output"),
     (["--exits", "a24", "--merge", "a4"], "after layer 4 comes from two places"),
     (["--exits", "a24", "--model", "a", "--add", "2"], "after layer 2 comes from two places"),

@@ -1,20 +1,20 @@
 """Hugging Face's tensors against Megatron-core's shards."""
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from ee_tuning.checkpoint.exit_names import exit_copy_source, exit_parameter_names, exit_shard, exit_tensor_shapes
 from ee_tuning.checkpoint.names import (
     backbone_parameter_names,
     backbone_shard,
     backbone_tensor_shapes,
-    exit_copy_source,
-    exit_parameter_names,
-    exit_shard,
-    exit_tensor_shapes,
     merge_shards,
 )
 from ee_tuning.checkpoint.safetensors_reader import read_shard
 from ee_tuning.model.config import ModelConfig, RopeConfig
+from ee_tuning.model.exit_spec import ExitSpec
 
 
 def config(**changes: object) -> ModelConfig:
@@ -105,15 +105,17 @@ def test_a_parameter_the_family_lacks_is_an_error(parameter: str) -> None:
         backbone_shard(parameter, config(), 1, 0)
 
 
+@pytest.mark.parametrize("architecture", ["mlp", "layer", "adapter"])
 @pytest.mark.parametrize("family", [{}, GPT2])
-def test_an_exit_head_of_two_ranks_gives_its_whole_tensors_back(family: dict[str, object]) -> None:
+def test_an_exit_head_of_two_ranks_gives_its_whole_tensors_back(family: dict[str, object], architecture: Any) -> None:
     """Saving a tuned head with the halves of fc1 in rank order would swap rows of gate and up."""
     model = config(**family)
-    shapes = exit_tensor_shapes((2,), "mlp", False, model)
+    head = ExitSpec(layer=2, architecture=architecture, ties_output=False, adapter_rank=5)
+    shapes = exit_tensor_shapes((head,), model)
     tensors = random_tensors(shapes)
     back: dict[str, Tensor] = {}
-    for parameter in exit_parameter_names("mlp", False, model):
-        plans = [exit_shard(2, parameter, model, 2, rank) for rank in range(2)]
+    for parameter in exit_parameter_names(head, model):
+        plans = [exit_shard(head, parameter, model, 2, rank) for rank in range(2)]
         back.update(merge_shards(plans, [read_shard(tensors, plan, torch.float32) for plan in plans]))
     assert back.keys() == shapes.keys()
     assert all(torch.equal(back[name], tensors[name]) for name in shapes)
@@ -127,6 +129,10 @@ def test_an_exit_copies_the_layer_it_follows() -> None:
     assert exit_copy_source("exits.2.output.weight", config(ties_embeddings=True)) == "model.embed_tokens.weight"
     assert exit_copy_source("exits.2.norm.bias", config(**GPT2)) == "transformer.ln_f.bias"
     assert exit_copy_source("exits.2.mlp.c_fc.weight", config(**GPT2)) == "transformer.h.1.mlp.c_fc.weight"
+    assert exit_copy_source("exits.2.layer.attn.c_attn.bias", config(**GPT2)) == "transformer.h.2.attn.c_attn.bias"
+    assert exit_copy_source("exits.2.layer.self_attn.q_proj.weight", config()) == "model.layers.2.self_attn.q_proj.weight"
+    assert exit_copy_source("exits.2.adapter.norm.weight", config()) == "model.norm.weight"
+    assert exit_copy_source("exits.2.adapter.down.weight", config()) is None
 
 
 def test_gpt2_keeps_its_matrices_the_other_way_round() -> None:

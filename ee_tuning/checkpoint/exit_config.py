@@ -1,0 +1,126 @@
+"""`exit_config.json`: what an exit-heads artifact holds, which model it is bound to, how its heads began and were tuned."""
+import dataclasses
+import json
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ee_tuning.checkpoint.exit_names import exit_tensor_shapes
+from ee_tuning.checkpoint.names import Shape
+from ee_tuning.config import Architecture
+from ee_tuning.errors import InputError
+from ee_tuning.model.config import STORED_DTYPES, ModelConfig
+from ee_tuning.model.exit_spec import ExitSpec
+
+CONFIG = "exit_config.json"
+FORMAT_VERSION = 2
+"""Version 1 knew one architecture for all exits, and no `layer` and `adapter` heads; it is read too."""
+_REMEDY = "fetch or convert the exits again"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitHeadsConfig:
+    """What an artifact holds: `exit_config.json`."""
+
+    format_version: int = FORMAT_VERSION
+    exit_layers: tuple[int, ...]
+    """Backbone layers (1-based) that are followed by an exit head."""
+    architecture: tuple[Architecture, ...]
+    """Of each exit's head; in the file one word where all are alike."""
+    adapter_rank: int | None = None
+    """Inner width of the `adapter` heads; None where there are none."""
+    output: Literal["untied", "tied"]
+    """tied: the backbone's output matrix, of which nothing is stored."""
+    dtype: str
+    """What the tensors are stored in: the backbone's own."""
+    model_name: str
+    """The backbone's name, for people."""
+    model_shape: dict[str, Any]
+    """The backbone's shape, `fingerprint.model_shape`."""
+    model_fingerprint: str
+    """What binds the exits to their backbone."""
+    init: Literal["copy", "random", "ee_llm"]
+    """How the heads began; ee_llm: as they stood, tuned, in an EE-LLM checkpoint."""
+    seed: int | None = None
+    """Of random initialization."""
+    tuned: dict[str, Any] | None = None
+    """How they were tuned: steps, tokens, …; None where they were not, or not together."""
+    origins: dict[str, Any] | None = None
+    """Per exit layer {"init", "seed", "tuned"}, where exits that began or were tuned apart have been put together."""
+
+    @property
+    def ties_output(self) -> bool:
+        """Whether the exits use the backbone's output matrix."""
+        return self.output == "tied"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """`dtype` as torch has it."""
+        return getattr(torch, self.dtype)
+
+    @property
+    def heads(self) -> tuple[ExitSpec, ...]:
+        """Each exit by itself."""
+        return tuple(ExitSpec(layer=layer, architecture=architecture, ties_output=self.ties_output,
+                              adapter_rank=(self.adapter_rank or 0) if architecture == "adapter" else 0)
+                     for layer, architecture in zip(self.exit_layers, self.architecture, strict=True))
+
+    def tensor_shapes(self, config: ModelConfig) -> dict[str, Shape]:
+        """Every tensor of the artifact and its whole shape, in the order that they are stored in."""
+        return exit_tensor_shapes(self.heads, config)
+
+
+def exit_config_tree(exits: ExitHeadsConfig) -> dict[str, Any]:
+    """What `exit_config.json` says."""
+    words = exits.architecture
+    return {**dataclasses.asdict(exits), "architecture": words[0] if len(set(words)) == 1 else list(words)}
+
+
+def read_exit_config(folder: Path) -> ExitHeadsConfig:
+    """`exit_config.json`, strictly. Raises InputError on unknown or missing keys, wrong values, or another format version."""
+    path = folder / CONFIG
+    try:
+        tree = json.loads(path.read_text())
+        version = tree["format_version"]
+        if version not in range(1, FORMAT_VERSION + 1):
+            raise InputError(f"{path}: format_version must be at most {FORMAT_VERSION}, got {version}; use the ee_tuning that wrote it")
+        return _from_json(tree)
+    except OSError as error:
+        raise InputError(f"{path} can not be read: {error.strerror}; {_REMEDY}") from error
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} does not describe exit heads: {error!r}; {_REMEDY}") from error
+
+
+def _from_json(tree: dict[str, Any]) -> ExitHeadsConfig:
+    layers, words = tuple(tree["exit_layers"]), tree["architecture"]
+    exits = ExitHeadsConfig(**{**tree, "format_version": FORMAT_VERSION, "exit_layers": layers,
+                               "architecture": (words,) * len(layers) if isinstance(words, str) else tuple(words)})
+    if not layers or not all(type(layer) is int and layer > 0 for layer in layers) or list(layers) != sorted(set(layers)):
+        raise ValueError(f"exit_layers must be increasing layer numbers, got {layers}")
+    hints = typing.get_type_hints(ExitHeadsConfig)
+    if len(exits.architecture) != len(layers) or not set(exits.architecture) <= set(typing.get_args(Architecture)):
+        raise ValueError(f"architecture must be one of {', '.join(typing.get_args(Architecture))}, or one for each exit, got {words!r}")
+    rank = exits.adapter_rank
+    if (rank is None) == ("adapter" in exits.architecture) or not (rank is None or (type(rank) is int and rank > 0)):
+        raise ValueError(f"adapter_rank must be the inner width of the adapter heads, got {rank!r}")
+    for key, choices in (("output", typing.get_args(hints["output"])),
+                         ("init", typing.get_args(hints["init"])), ("dtype", STORED_DTYPES)):
+        if tree[key] not in choices:
+            raise ValueError(f"{key} must be one of {', '.join(choices)}, got {tree[key]!r}")
+    for key, kinds in (("model_name", str), ("model_fingerprint", str), ("model_shape", dict), ("tuned", dict | None),
+                       ("seed", int | None)):
+        if not isinstance(tree[key], kinds):
+            raise ValueError(f"{key} has the value {tree[key]!r}, which is of a wrong type")
+    _check_origins(tree.get("origins"), layers)
+    return exits
+
+
+def _check_origins(origins: Any, layers: tuple[int, ...]) -> None:
+    if origins is not None and not (isinstance(origins, dict) and sorted(origins) == sorted(map(str, layers)) and all(
+            isinstance(origin, dict) and set(origin) == {"init", "seed", "tuned"} for origin in origins.values())):
+        raise ValueError(f"origins must tell init, seed and tuned of the exits {layers}, got {origins!r}")

@@ -1,0 +1,85 @@
+"""The exit heads' parameters and the artifact's tensors: which is made of which, how they are cut, and what of the backbone they copy.
+
+Pure functions, on the same pieces as `names.py`: a `layer` head's tensors are named as the family's own layers, after `exits.{l}.layer.`.
+"""
+from collections.abc import Iterable
+
+from ee_tuning.checkpoint.names import (
+    Shape,
+    Shard,
+    embedding_name,
+    layer_parameter_names,
+    layer_shard,
+    linear_kinds,
+    mlp_shard,
+    norm_kinds,
+    output_name,
+    uncut,
+    vocabulary_rows,
+)
+from ee_tuning.checkpoint.spelling import SPELLINGS
+from ee_tuning.model.config import ModelConfig
+from ee_tuning.model.exit_spec import ExitSpec
+
+
+def exit_parameter_names(head: ExitSpec, config: ModelConfig) -> list[str]:
+    """Every parameter of an exit head."""
+    kind = head.architecture
+    names = [f"norm.{each}" for each in norm_kinds(config)] if kind != "embedding" else []
+    if kind == "mlp":
+        names += [f"mlp.{matrix}.{each}" for matrix in ("fc1", "fc2") for each in linear_kinds(config.has_linear_bias)]
+    elif kind == "layer":
+        names += [f"layer.{name}" for name in layer_parameter_names(config)]
+    elif kind == "adapter":
+        names += [f"adapter.norm.{each}" for each in norm_kinds(config)] + ["adapter.down.weight", "adapter.up.weight"]
+    return names + ["output.weight"] * (not head.ties_output)
+
+
+def exit_shard(head: ExitSpec, parameter: str, config: ModelConfig, tp: int, tp_rank: int) -> Shard:
+    """Rank `tp_rank`'s part of a parameter of an exit head, one of `exit_parameter_names`. Its pieces are named as in the exit-heads
+    artifact. Raises KeyError on another name.
+    """
+    if parameter not in exit_parameter_names(head, config):
+        raise KeyError(f"{parameter} is no parameter of an exit head `{head.architecture}` of a {config.family} model")
+    prefix, (part, _, rest) = f"exits.{head.layer}.", parameter.partition(".")
+    if part == "output":
+        return vocabulary_rows(f"{prefix}output.weight", config, tp, tp_rank)
+    if part == "layer":
+        return layer_shard(rest, f"{prefix}layer.", config, tp, tp_rank)
+    if part == "mlp":
+        matrix, _, kind = rest.partition(".")
+        return mlp_shard(matrix, kind, prefix, config, tp, tp_rank)
+    shapes = {"adapter.down.weight": (head.adapter_rank, config.hidden_size), "adapter.up.weight": (config.hidden_size, head.adapter_rank)}
+    return uncut(prefix + parameter, shapes.get(parameter, (config.hidden_size,)))
+
+
+def is_replicated(head: ExitSpec, parameter: str, config: ModelConfig, tp: int) -> bool:
+    """Whether every tensor-parallel rank holds the same of a parameter."""
+    return exit_shard(head, parameter, config, tp, 0) == exit_shard(head, parameter, config, tp, tp - 1)
+
+
+def exit_tensor_shapes(heads: Iterable[ExitSpec], config: ModelConfig) -> dict[str, Shape]:
+    """Every tensor of the exit-heads artifact and its whole shape, in the artifact's order."""
+    return {piece.name: piece.shape for head in heads for name in exit_parameter_names(head, config)
+            for piece in exit_shard(head, name, config, 1, 0).pieces}
+
+
+def exit_copy_source(name: str, config: ModelConfig) -> str | None:
+    """The backbone tensor that the artifact's tensor `name` is a copy of at copy initialization; None for the matrices of an adapter."""
+    spelling = SPELLINGS[config.family]
+    _, layer, part = name.split(".", 2)
+    if part in ("adapter.down.weight", "adapter.up.weight"):
+        return None
+    if part.startswith(("norm.", "adapter.norm.")):
+        return f"{spelling.final_norm}.{part.rpartition('.')[2]}"
+    if part == "output.weight":
+        return embedding_name(config) if config.ties_embeddings else output_name(config)
+    if part.startswith("layer."):
+        return f"{spelling.layers}.{config.num_layers - 1}.{part.removeprefix('layer.')}"
+    return f"{spelling.layers}.{int(layer) - 1}.{part}"
+
+
+def is_residual_projection(name: str, config: ModelConfig) -> bool:
+    """Whether the artifact's tensor `name` is a matrix whose output is added to the residual."""
+    spelling = SPELLINGS[config.family]
+    return name.endswith((f".{spelling.down}.weight", f".{spelling.attention_output}.weight", ".adapter.up.weight"))
