@@ -1,37 +1,65 @@
-"""Output matrix and cross-entropy in one step, chunk after chunk of tokens, over a vocabulary shard.
+"""Output matrix and loss in one step, chunk after chunk of tokens, over a vocabulary shard.
 
 The logits of a chunk become their softmax, then their own gradient, in one buffer that the next chunk uses again; both gradients are
-taken at once, in the forward pass. So a head of any vocabulary costs one chunk of logits, never sequence × batch × vocabulary.
+taken at once, in the forward pass. So a head of any vocabulary costs one chunk of logits, three where there is a teacher, never
+sequence × batch × vocabulary.
 """
 # s sequence · b micro-batch · h hidden · v vocabulary · v/tp this rank's rows, padding included · n tokens of all or of a chunk
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ee_tuning.parallel.vocab import VocabShard
+from ee_tuning.tuning.loss_chunk import PER_TOKEN, LossChunk
+from ee_tuning.tuning.objective import THRESHOLDS, Objective
+from ee_tuning.tuning.teacher import Teacher, TeacherBuffers
+
+CROSS_ENTROPY = Objective()
+STATISTICS = ("tokens", "weights", *PER_TOKEN, *(f"above_{threshold}" for threshold in THRESHOLDS))
+"""Of `ExitLoss.statistics`: sums over the tokens, each times its loss mask."""
 
 
-def linear_cross_entropy(hidden: Tensor,  # [s, b, h]
-                         weight: Tensor,  # [v/tp, h], of hidden's dtype
-                         labels: Tensor,  # [s, b], int64
-                         loss_mask: Tensor,  # [s, b], float; any weights, 0 leaves a token out
-                         *,
-                         vocab: VocabShard,
-                         chunk_tokens: int,  # tokens whose logits exist at one time
-                         ) -> Tensor:  # scalar, nats, float32 (float64 for float64 hidden states)
-    """Sum over tokens of loss_mask · cross-entropy of softmax(weight · hidden), the same on every tensor-parallel rank.
+class ExitLoss(NamedTuple):
+    """Sums over the tokens, the same on every tensor-parallel rank; float32 (float64 for float64 hidden states)."""
 
-    Differentiable, once, in hidden and weight; what does not require a gradient costs none, and without gradients only the loss is
+    loss: Tensor
+    """Scalar: of loss_mask · weight · the objective; differentiable."""
+    statistics: Tensor
+    """[len(STATISTICS)]; `weights` is that of loss_mask · weight, `agreement` that of tokens likeliest to the teacher, too."""
+
+
+def linear_loss(hidden: Tensor,  # [s, b, h]
+                weight: Tensor,  # [v/tp, h], of hidden's dtype
+                labels: Tensor,  # [s, b], int64
+                loss_mask: Tensor,  # [s, b], float; any weights, 0 leaves a token out
+                *,
+                vocab: VocabShard,
+                chunk_tokens: int,  # tokens whose logits exist at one time
+                objective: Objective = CROSS_ENTROPY,
+                teacher: Teacher | None = None,  # what it says of masked tokens does not matter
+                ) -> ExitLoss:
+    """The loss of softmax(weight · hidden), and what else is known of it by then.
+
+    Differentiable, once, in hidden and weight; what does not require a gradient costs none, and without gradients only the sums are
     computed. The gradient of hidden is already summed over the shards. In bf16, the weight's is accumulated in float32.
     A label outside of 0 .. vocabulary - 1 is allowed where loss_mask is 0 only; elsewhere the loss is NaN.
     """
     assert hidden.dtype == weight.dtype and weight.shape[0] == vocab.rows and chunk_tokens > 0
+    assert teacher is not None or not objective.wants_teacher
+    task = _Task(labels.reshape(-1), loss_mask.reshape(-1), vocab, chunk_tokens, objective, teacher)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _LinearCrossEntropy.apply(hidden, weight, labels, loss_mask, vocab, chunk_tokens)
-    return _walk(hidden, weight, labels, loss_mask, vocab, chunk_tokens, False, False).loss
+        return ExitLoss(*_LinearLoss.apply(hidden, weight, task))
+    walked = _walk(hidden, weight, task, False, False)
+    return ExitLoss(walked.loss, walked.statistics)
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor, *, vocab: VocabShard,
+                         chunk_tokens: int) -> Tensor:  # scalar, nats
+    """`linear_loss` of the cross-entropy alone, its loss alone."""
+    return linear_loss(hidden, weight, labels, loss_mask, vocab=vocab, chunk_tokens=chunk_tokens).loss
 
 
 @torch.no_grad()
@@ -43,30 +71,43 @@ def token_losses(hidden: Tensor,  # [s, b, h]
                  chunk_tokens: int,
                  ) -> Tensor:  # [s, b], nats, float32 (float64 for float64 hidden states)
     """Each token's cross-entropy, without a gradient; NaN for a label outside of the vocabulary."""
-    return _walk(hidden, weight, labels, None, vocab, chunk_tokens, False, False).per_token.view_as(labels)
+    mask = torch.ones_like(labels, dtype=torch.float32)
+    task = _Task(labels.reshape(-1), mask.reshape(-1), vocab, chunk_tokens, CROSS_ENTROPY, None)
+    return _walk(hidden, weight, task, False, False).per_token["cross_entropy"].view_as(labels)
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+@dataclass(frozen=True)
+class _Task:
+    """What there is to know beside the two matrices."""
+
+    labels: Tensor  # [n]
+    mask: Tensor  # [n]
+    vocab: VocabShard
+    chunk_tokens: int
+    objective: Objective
+    teacher: Teacher | None
+
+
+class _LinearLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor, vocab: VocabShard,
-                chunk_tokens: int) -> Tensor:
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        walked = _walk(hidden, weight, labels, loss_mask, vocab, chunk_tokens, wants_hidden, wants_weight)
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, task: _Task) -> tuple[Tensor, Tensor]:
+        walked = _walk(hidden, weight, task, *ctx.needs_input_grad[:2])
         # Held by hand and not by save_for_backward: the engine may then take the weight's gradient over without a copy.
         ctx.gradients, ctx.weight_dtype = (walked.grad_hidden, walked.grad_weight), weight.dtype
-        return walked.loss
+        ctx.mark_non_differentiable(walked.statistics)
+        return walked.loss, walked.statistics
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
-            raise RuntimeError("linear_cross_entropy went backward once already and kept no gradients; compute the loss again")
+            raise RuntimeError("linear_loss went backward once already and kept no gradients; compute the loss again")
         (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None
         if grad_hidden is not None:
             grad_hidden.mul_(grad_loss)
         if grad_weight is not None:
             grad_weight = grad_weight.mul_(grad_loss).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None
 
 
 @dataclass(frozen=True)
@@ -74,30 +115,32 @@ class _Walked:
     """What one walk over the chunks leaves."""
 
     loss: Tensor
-    per_token: Tensor  # [n], not weighed by the mask
+    statistics: Tensor  # [len(STATISTICS)]
+    per_token: dict[str, Tensor]  # [n] each, not weighed by the mask
     grad_hidden: Tensor | None  # [s, b, h]
     grad_weight: Tensor | None  # [v/tp, h], float32 at least
 
 
-def _walk(hidden: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor | None, vocab: VocabShard, chunk_tokens: int,
-          wants_hidden: bool, wants_weight: bool) -> _Walked:
-    tokens, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    accumulate = torch.promote_types(hidden.dtype, torch.float32)
-    mask = torch.ones_like(flat_labels, dtype=accumulate) if loss_mask is None else loss_mask.reshape(-1).to(accumulate)
-    true_weight = weight[:vocab.true_rows]
+def _walk(hidden: Tensor, weight: Tensor, task: _Task, wants_hidden: bool, wants_weight: bool) -> _Walked:
+    tokens, vocab = hidden.reshape(-1, hidden.shape[-1]), task.vocab
+    accumulate, differentiates = torch.promote_types(hidden.dtype, torch.float32), wants_hidden or wants_weight
+    mask, true_weight = task.mask.to(accumulate), weight[:vocab.true_rows]
     grad_tokens = tokens.new_empty(tokens.shape) if wants_hidden else None
     grad_weight = torch.zeros_like(weight, dtype=accumulate) if wants_weight else None
-    per_token = mask.new_empty(len(tokens))
-    scratch = _Scratch(min(chunk_tokens, len(tokens)), vocab.true_rows, hidden, accumulate)
+    per_token = {name: mask.new_zeros(len(tokens)) for name in PER_TOKEN}
+    scratch = _Scratch(min(task.chunk_tokens, len(tokens)), vocab.true_rows, hidden, accumulate, task.teacher is not None)
 
-    for start in range(0, len(tokens), chunk_tokens):
-        part = slice(start, start + chunk_tokens)
+    for start in range(0, len(tokens), task.chunk_tokens):
+        part = slice(start, start + task.chunk_tokens)
         logits = scratch.logits(tokens[part], true_weight)
-        target = _target_rows(flat_labels[part], vocab)
-        per_token[part], total = _exponentials_in_place(logits, flat_labels[part], target, vocab)
-        if not wants_hidden and not wants_weight:
+        teaches = None if task.teacher is None else task.teacher.chunk(part, scratch.of_teacher(len(logits)), vocab, not differentiates)
+        chunk = LossChunk(logits, task.labels[part], vocab, teaches)
+        for name, values in chunk.per_token.items():
+            per_token[name][part] = values
+        if not differentiates:
             continue
-        grad_logits = scratch.narrowed(_gradient_in_place(logits, total, target, mask[part]))
+        weights = mask[part] * per_token["confidence"][part] if task.objective.weighs_by_confidence else mask[part]
+        grad_logits = scratch.narrowed(chunk.gradient_in_place(weights[:, None], task.objective))
         if grad_tokens is not None:
             torch.mm(grad_logits, true_weight, out=grad_tokens[part])
         if grad_weight is not None:
@@ -105,63 +148,43 @@ def _walk(hidden: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor | No
 
     if grad_tokens is not None:
         vocab.sum_over_shards(grad_tokens)
-    loss = torch.where(mask == 0, 0.0, per_token * mask).sum()
-    return _Walked(loss, per_token, None if grad_tokens is None else grad_tokens.view_as(hidden), grad_weight)
+    loss, statistics = _sums(per_token, mask, task.objective)
+    return _Walked(loss, statistics, per_token, None if grad_tokens is None else grad_tokens.view_as(hidden), grad_weight)
+
+
+def _sums(per_token: dict[str, Tensor], mask: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
+    confidence = per_token["confidence"]
+    weights = mask * confidence if objective.weighs_by_confidence else mask
+    terms = [getattr(objective, name) * per_token[name] for name in ("cross_entropy", "forward_kl", "total_variation")
+             if getattr(objective, name)]
+    # Each sum leaves masked tokens out whatever they hold: 0 times NaN is NaN.
+    loss = torch.where(mask == 0, 0.0, weights * sum(terms[1:], terms[0])).sum()
+    rows = [torch.ones_like(mask), torch.where(mask == 0, 0.0, weights / mask), *per_token.values(),
+            *(confidence >= threshold for threshold in THRESHOLDS)]
+    return loss, torch.where(mask == 0, 0.0, mask * torch.stack([row.to(mask.dtype) for row in rows])).sum(-1)
 
 
 class _Scratch:
-    """The one buffer of logits; for 16-bit inputs, a second one of theirs that takes the matrix products' side."""
+    """Buffers for one chunk of logits: one of the student's, two of the teacher's; for 16-bit inputs, one more of theirs that takes the
+    matrix products' side."""
 
-    def __init__(self, num_tokens: int, num_rows: int, like: Tensor, dtype: torch.dtype) -> None:
-        self.wide = like.new_empty(num_tokens, num_rows, dtype=dtype)
-        self.narrow = self.wide if like.dtype == dtype else like.new_empty(num_tokens, num_rows)
+    def __init__(self, num_tokens: int, num_rows: int, like: Tensor, dtype: torch.dtype, has_teacher: bool) -> None:
+        self._wide = like.new_empty(1 + 2 * has_teacher, num_tokens, num_rows, dtype=dtype)
+        self._narrow = self._wide[0] if like.dtype == dtype else like.new_empty(num_tokens, num_rows)
 
     def logits(self, tokens: Tensor, weight: Tensor) -> Tensor:
-        """tokens [n, h] · weight [v, h] transposed, in the wide buffer."""
-        narrow = torch.mm(tokens, weight.t(), out=self.narrow[:len(tokens)])
-        return narrow if self.narrow is self.wide else self.wide[:len(tokens)].copy_(narrow)
+        """tokens [n, h] · weight [v, h] transposed, in the student's buffer."""
+        wide = self._wide[0, :len(tokens)]
+        narrow = torch.mm(tokens, weight.t(), out=self._narrow[:len(tokens)])
+        return wide if narrow.dtype == wide.dtype else wide.copy_(narrow)
+
+    def of_teacher(self, num_tokens: int) -> TeacherBuffers:
+        """The teacher's."""
+        return TeacherBuffers(self._wide[1, :num_tokens], self._wide[2, :num_tokens])
 
     def narrowed(self, gradient: Tensor) -> Tensor:
-        """The wide buffer's content in the inputs' dtype."""
-        return gradient if self.narrow is self.wide else self.narrow[:len(gradient)].copy_(gradient)
-
-
-@dataclass(frozen=True)
-class _Target:
-    """Where a chunk's labels lie in this shard."""
-
-    column: Tensor  # [n, 1], in range even where the label is not here
-    is_here: Tensor  # [n, 1], bool
-
-
-def _target_rows(labels: Tensor, vocab: VocabShard) -> _Target:
-    local = (labels - vocab.first)[:, None]
-    return _Target(local.clamp(0, max(vocab.true_rows - 1, 0)), (local >= 0) & (local < vocab.true_rows))
-
-
-def _exponentials_in_place(logits: Tensor, labels: Tensor, target: _Target, vocab: VocabShard) -> tuple[Tensor, Tensor]:
-    """Turns logits [n, v] into exp(logits - their largest); each token's cross-entropy [n] and the exponentials' sums [n, 1]."""
-    if vocab.true_rows:
-        largest = vocab.max_over_shards(logits.amax(-1, keepdim=True))
-        logits.sub_(largest)
-        of_target = logits.gather(-1, target.column).masked_fill_(~target.is_here, 0.0)
-    else:  # a shard of padding alone still takes part in the collectives
-        vocab.max_over_shards(logits.new_full((len(logits), 1), -torch.inf))
-        of_target = logits.new_zeros(len(logits), 1)
-    total = logits.exp_().sum(-1, keepdim=True)
-    total, of_target = vocab.sum_over_shards(torch.stack((total, of_target)))
-    losses = (total.log() - of_target).squeeze(-1)
-    # Without this a label of no shard would pass as a loss that no training lowers.
-    return losses.masked_fill_((labels < 0) | (labels >= vocab.size), torch.nan), total
-
-
-def _gradient_in_place(exponentials: Tensor, total: Tensor, target: _Target, mask: Tensor) -> Tensor:
-    """Turns exponentials [n, v] into the gradient mask · (softmax - one-hot)."""
-    scale = mask[:, None]
-    exponentials.mul_(scale / total)
-    if exponentials.shape[-1]:
-        exponentials.scatter_add_(-1, target.column, torch.where(target.is_here, -scale, 0.0))
-    return exponentials
+        """The student's buffer's content in the inputs' dtype."""
+        return gradient if self._narrow.dtype == gradient.dtype else self._narrow[:len(gradient)].copy_(gradient)
 
 
 def _add_product(grad_weight: Tensor, grad_logits: Tensor, tokens: Tensor) -> None:

@@ -1,0 +1,74 @@
+"""The loss of a chunk of tokens whose logits are here, in place: values first, then the gradient in the logits' own buffer.
+
+What runs over the vocabulary is summed over the shards in two small collectives per chunk, and two more where there is a teacher.
+"""
+# v this rank's true rows of the vocabulary · n tokens of the chunk
+import torch
+from torch import Tensor
+
+from ee_tuning.parallel.vocab import VocabShard
+from ee_tuning.tuning.objective import Objective
+from ee_tuning.tuning.teacher import TeacherChunk, likeliest_ids, row_maxima, row_products
+
+PER_TOKEN = ("cross_entropy", "forward_kl", "total_variation", "confidence", "agreement")
+"""What `LossChunk.per_token` may hold."""
+
+
+class LossChunk:
+    """A chunk's logits, turned into exponentials, and what follows from them."""
+
+    per_token: dict[str, Tensor]
+    """[n] each: `cross_entropy` in nats and `confidence`; with a teacher `forward_kl` in nats and `total_variation`, and `agreement` where
+    the teacher names its likeliest token."""
+
+    def __init__(self, logits: Tensor,  # [n, v]
+                 labels: Tensor,  # [n]
+                 vocab: VocabShard, teaches: TeacherChunk | None) -> None:
+        """Overwrites `logits`."""
+        local = (labels - vocab.first)[:, None]
+        self._column, self._is_here = local.clamp(0, max(vocab.true_rows - 1, 0)), (local >= 0) & (local < vocab.true_rows)
+        self._vocab, self._teaches, self.per_token = vocab, teaches, {}
+        shifted = logits.sub_(vocab.max_over_shards(row_maxima(logits)))
+        if teaches is not None and teaches.likeliest is not None:
+            self.per_token["agreement"] = likeliest_ids(shifted, vocab) == teaches.likeliest
+        sums = [_at_label(shifted, self._column, self._is_here)] + ([] if teaches is None else teaches.before_softmax(shifted))
+        self._exponentials = shifted.exp_()
+        sums = [shifted.sum(-1, keepdim=True), *sums] + ([] if teaches is None else teaches.beside_softmax(shifted))
+        # A shard of padding alone takes part in the collectives all the same.
+        self._total, of_label, *of_teacher = vocab.sum_over_shards(torch.stack(sums))
+        # Without the fill a label of no shard would pass as a loss that no training lowers.
+        losses = (self._total.log() - of_label).squeeze(-1).masked_fill_((labels < 0) | (labels >= vocab.size), torch.nan)
+        self.per_token.update(cross_entropy=losses, confidence=1 / self._total.squeeze(-1))  # the largest exponential is 1
+        if teaches is not None:
+            self.per_token["forward_kl"] = teaches.divergence(of_teacher, self._total).squeeze(-1)
+            self._compare(teaches)
+
+    def _compare(self, teaches: TeacherChunk) -> None:
+        """Total variation, and what its gradient needs: the sign of p - t, and that sign's mean under p."""
+        self._signs = torch.div(self._exponentials, self._total, out=teaches.spare).sub_(teaches.probabilities)
+        distance = self._signs.abs().sum(-1, keepdim=True)
+        mean_sign = row_products(self._signs.sign_(), self._exponentials) / self._total
+        distance, self._mean_sign = self._vocab.sum_over_shards(torch.stack((distance, mean_sign)))
+        self.per_token["total_variation"] = distance.squeeze(-1) / 2
+
+    def gradient_in_place(self, weights: Tensor,  # [n, 1]
+                          objective: Objective) -> Tensor:  # [n, v]
+        """Of weights · the objective by the logits. Call it last: it overwrites what it is made of."""
+        gradient, teaches = self._exponentials, self._teaches
+        scale = weights / self._total
+        if teaches is not None and objective.total_variation:  # ½ p (sign - its mean)
+            share = objective.cross_entropy + objective.forward_kl
+            gradient.mul_(self._signs.sub_(self._mean_sign).mul_(objective.total_variation / 2).add_(share).mul_(scale))
+        else:
+            gradient.mul_(scale * (objective.cross_entropy + objective.forward_kl))
+        if teaches is not None and objective.forward_kl:  # p - t
+            gradient.sub_(teaches.probabilities.mul_(weights * objective.forward_kl))
+        if objective.cross_entropy and gradient.shape[-1]:  # p - one-hot
+            gradient.scatter_add_(-1, self._column, torch.where(self._is_here, -weights * objective.cross_entropy, 0.0))
+        return gradient
+
+
+def _at_label(shifted: Tensor, column: Tensor, is_here: Tensor) -> Tensor:  # [n, v], [n, 1], [n, 1] -> [n, 1]
+    if not shifted.shape[-1]:
+        return shifted.new_zeros(len(shifted), 1)
+    return shifted.gather(-1, column).masked_fill_(~is_here, 0.0)

@@ -1,0 +1,24 @@
+"""What an exit is trained to."""
+from dataclasses import dataclass
+
+THRESHOLDS = (0.9, 0.8, 0.6)
+"""Confidences at which tokens are counted."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a token's loss is: a weighted sum of three, p being the exit's distribution and t its teacher's."""
+
+    cross_entropy: float = 1.0
+    """-log p(label)."""
+    forward_kl: float = 0.0
+    """Σ t log(t / p)."""
+    total_variation: float = 0.0
+    """½ Σ |t - p|, whose complement is the share of drafts that speculative sampling accepts (arXiv 2211.17192, section 3.5)."""
+    weighs_by_confidence: bool = False
+    """Whether a token's loss is multiplied by its largest probability, held constant: EE-Tuning's dynamic weights (arXiv 2402.00518)."""
+
+    @property
+    def wants_teacher(self) -> bool:
+        """Whether t is asked for."""
+        return self.forward_kl > 0 or self.total_variation > 0

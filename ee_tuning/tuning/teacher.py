@@ -1,0 +1,191 @@
+"""The final head as the exits' teacher: its distribution over a vocabulary shard, from its hidden states or from its likeliest tokens.
+
+A teacher is read chunk after chunk of tokens, beside the student's logits (loss.py), into buffers that the next chunk uses again.
+"""
+# s sequence · b micro-batch · h hidden · v this rank's true rows of the vocabulary · n tokens of a chunk · k tokens that are told
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ee_tuning.parallel.vocab import VocabShard
+
+
+class TeacherChunk(Protocol):
+    """A teacher's distribution for n tokens, built in three steps around the student's softmax."""
+
+    probabilities: Tensor
+    """[n, v], once `divergence` was asked."""
+    spare: Tensor
+    """[n, v], room that is free then."""
+    likeliest: Tensor | None
+    """[n] int64: the teacher's likeliest token, of equal ones the lowest id; None where nobody asked."""
+
+    def before_softmax(self, shifted: Tensor) -> list[Tensor]:
+        """Of the student's logits less their largest [n, v]: sums [n, 1] to be summed over the shards."""
+
+    def beside_softmax(self, exponentials: Tensor) -> list[Tensor]:
+        """Of their exponentials: more of these."""
+
+    def divergence(self, sums: list[Tensor], total: Tensor) -> Tensor:
+        """All these, summed, and the student's sum of exponentials [n, 1]: KL(teacher ‖ student) [n, 1] in nats."""
+
+
+class Teacher(Protocol):
+    """What `linear_loss` may be given."""
+
+    def chunk(self, part: slice, buffers: "TeacherBuffers", vocab: VocabShard, wants_likeliest: bool) -> TeacherChunk:
+        """For tokens `part` of s · b."""
+
+
+@dataclass(frozen=True)
+class TeacherBuffers:
+    """Room for one chunk, [n, v] each."""
+
+    probabilities: Tensor
+    spare: Tensor
+
+
+@dataclass(frozen=True)
+class HiddenTeacher:
+    """The whole distribution: softmax of `weight` · `hidden`."""
+
+    hidden: Tensor
+    """[s, b, h], after the final norm."""
+    weight: Tensor
+    """[v/tp, h], the backbone's frozen output matrix."""
+
+    def chunk(self, part: slice, buffers: TeacherBuffers, vocab: VocabShard, wants_likeliest: bool) -> TeacherChunk:
+        """See Teacher."""
+        tokens = self.hidden.reshape(-1, self.hidden.shape[-1])[part]
+        logits = buffers.probabilities.copy_(tokens @ self.weight[:vocab.true_rows].t())
+        largest = vocab.max_over_shards(row_maxima(logits))
+        logits.sub_(largest)
+        return _WholeChunk(logits, buffers.spare, likeliest_ids(logits, vocab) if wants_likeliest else None)
+
+
+class _WholeChunk:
+    def __init__(self, shifted: Tensor, spare: Tensor, likeliest: Tensor | None) -> None:
+        self.probabilities, self.spare, self.likeliest = shifted, spare, likeliest
+
+    def before_softmax(self, shifted: Tensor) -> list[Tensor]:
+        ratio = torch.sub(self.probabilities, shifted, out=self.spare)
+        self.probabilities.exp_()
+        return [self.probabilities.sum(-1, keepdim=True), row_products(self.probabilities, ratio)]
+
+    def beside_softmax(self, exponentials: Tensor) -> list[Tensor]:
+        return []
+
+    def divergence(self, sums: list[Tensor], total: Tensor) -> Tensor:
+        own_total, weighed_ratio = sums
+        self.probabilities.div_(own_total)
+        return weighed_ratio / own_total - own_total.log() + total.log()
+
+
+@dataclass(frozen=True)
+class TopKTeacher:
+    """The k likeliest tokens and the mass of all others, the tail.
+
+    The tail is spread as the student's own: only its mass is taught. KL and total variation are then those of the two distributions
+    over k + 1 events, lower bounds of the true ones.
+    """
+
+    ids: Tensor
+    """[n, k] int64, likeliest first."""
+    probabilities: Tensor
+    """[n, k], float32 (float64 for a float64 backbone)."""
+
+    @property
+    def tail(self) -> Tensor:  # [n, 1]
+        """Probability of all tokens that are not told."""
+        return (1 - self.probabilities.sum(-1, keepdim=True)).clamp_(min=0)
+
+    def chunk(self, part: slice, buffers: TeacherBuffers, vocab: VocabShard, wants_likeliest: bool) -> TeacherChunk:
+        """See Teacher."""
+        return _TopKChunk(TopKTeacher(self.ids[part], self.probabilities[part]), buffers, vocab)
+
+
+class _TopKChunk:
+    def __init__(self, teacher: TopKTeacher, buffers: TeacherBuffers, vocab: VocabShard) -> None:
+        self._told, self._tail = teacher.probabilities, teacher.tail
+        self.probabilities, self.spare = buffers.probabilities, buffers.spare
+        self.likeliest: Tensor | None = teacher.ids[:, 0]
+        local = teacher.ids - vocab.first
+        self._is_here = (local >= 0) & (local < vocab.true_rows)
+        self._columns = local.clamp(0, max(vocab.true_rows - 1, 0))
+
+    def before_softmax(self, shifted: Tensor) -> list[Tensor]:
+        if not shifted.shape[-1]:  # a shard of padding alone
+            return [shifted.new_zeros(len(shifted), 1)]
+        log_ratio = self._told.log() - shifted.gather(-1, self._columns)
+        return [(self._told * log_ratio).masked_fill_(~self._is_here | (self._told == 0), 0.0).sum(-1, keepdim=True)]
+
+    def beside_softmax(self, exponentials: Tensor) -> list[Tensor]:
+        self.probabilities.copy_(exponentials)
+        if exponentials.shape[-1]:
+            # Added, not set: columns of tokens that lie in another shard all point to an edge of this one.
+            told = exponentials.gather(-1, self._columns).neg_().masked_fill_(~self._is_here, 0.0)
+            self.probabilities.scatter_add_(-1, self._columns, told)
+        return [self.probabilities.sum(-1, keepdim=True)]
+
+    def divergence(self, sums: list[Tensor], total: Tensor) -> Tensor:
+        of_told, tail_sum = sums
+        tail_sum = tail_sum.clamp(min=torch.finfo(tail_sum.dtype).tiny)
+        self.probabilities.mul_(self._tail / tail_sum)
+        if self.probabilities.shape[-1]:
+            self.probabilities.scatter_add_(-1, self._columns, self._told.masked_fill(~self._is_here, 0.0))
+        of_tail = torch.xlogy(self._tail, self._tail) - self._tail * (tail_sum.log() - total.log())
+        return of_told + (1 - self._tail) * total.log() + of_tail
+
+
+@torch.no_grad()
+def top_k_teacher(hidden: Tensor,  # [s, b, h], after the final norm
+                  weight: Tensor,  # [v/tp, h]
+                  k: int, *, vocab: VocabShard, chunk_tokens: int) -> TopKTeacher:
+    """The k likeliest tokens (all, where the vocabulary is smaller) of softmax(weight · hidden), the same on every shard.
+
+    Of tokens equally likely the one with the lowest id comes first.
+    """
+    k, tokens = min(k, vocab.size), hidden.reshape(-1, hidden.shape[-1])
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    ids, probabilities = tokens.new_empty(len(tokens), k, dtype=torch.int64), tokens.new_empty(len(tokens), k, dtype=dtype)
+    for start in range(0, len(tokens), chunk_tokens):
+        part = slice(start, start + chunk_tokens)
+        logits = (tokens[part] @ weight[:vocab.true_rows].t()).to(dtype)
+        values, columns = _local_top(logits, k)
+        total = logits.logsumexp(-1)
+        if vocab.world_size > 1:
+            values, columns = (vocab.gather(each).movedim(0, 1).flatten(1) for each in (values, columns + vocab.first))
+            total = vocab.gather(total).logsumexp(0)
+        by_id = columns.argsort(-1)
+        order = by_id.gather(-1, values.gather(-1, by_id).argsort(stable=True, dim=-1, descending=True))[:, :k]
+        ids[part], probabilities[part] = columns.gather(-1, order), (values.gather(-1, order) - total[:, None]).exp()
+    return TopKTeacher(ids, probabilities)
+
+
+def _local_top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """This shard's k largest logits and their columns [n, k]; where it has fewer, the rest is -inf."""
+    values, columns = logits.topk(min(k, logits.shape[-1]), dim=-1)
+    missing = k - values.shape[-1]
+    return torch.nn.functional.pad(values, (0, missing), value=-torch.inf), torch.nn.functional.pad(columns, (0, missing))
+
+
+def row_maxima(logits: Tensor) -> Tensor:  # [n, v] -> [n, 1]
+    """The largest of each row; -inf where a shard is padding alone."""
+    return logits.amax(-1, keepdim=True) if logits.shape[-1] else logits.new_full((len(logits), 1), -torch.inf)
+
+
+def row_products(one: Tensor, other: Tensor) -> Tensor:  # [n, v], [n, v] -> [n, 1]
+    """Inner products of rows, without a matrix in between."""
+    return torch.bmm(one[:, None], other[:, :, None])[:, 0]
+
+
+def likeliest_ids(shifted: Tensor, vocab: VocabShard) -> Tensor:  # [n, v] -> [n] int64
+    """Where logits, less their largest over all shards, are 0: of several the lowest id."""
+    nowhere = float(vocab.first + vocab.rows * vocab.world_size)
+    ids = shifted.new_full((len(shifted),), nowhere, dtype=torch.float64)
+    if shifted.shape[-1]:
+        largest, column = shifted.max(-1)
+        ids = torch.where(largest == 0, (column + vocab.first).double(), ids)
+    return vocab.max_over_shards(ids.neg_()).neg_().long()
