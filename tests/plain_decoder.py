@@ -1,6 +1,5 @@
 """Early-exit decoding as plainly as it can be said: transformers, no cache, every token read again at every step."""
 from collections.abc import Callable
-from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.func import functional_call
 
 
 class PlainDecoder:
@@ -28,9 +28,11 @@ class PlainDecoder:
             for number, layer in enumerate(self.layers, 1)]
         with torch.no_grad():
             out = self.model(torch.tensor([tokens]), output_hidden_states=True, use_cache=False)
-            logits = {layer: self._head(layer, out.hidden_states[layer][0], residuals[layer]) for layer in self.exit_layers}
         for hook in hooks:
             hook.remove()
+        # A model of transformers norms the last of its hidden states.
+        states = {layer: out.hidden_states[layer][0] for layer in self.exit_layers if layer < len(self.layers)}
+        logits = {layer: self._head(layer, hidden, residuals[layer]) for layer, hidden in states.items()}
         return {**logits, len(self.layers): out.logits[0]}
 
     def decode(self, prompt: list[int], num_tokens: int, threshold: float) -> tuple[list[int], list[int]]:
@@ -78,10 +80,10 @@ class PlainDecoder:
     def _own_layer(self, exit_layer: int, hidden: Tensor) -> Tensor:  # [s, h] -> [s, h]
         """transformers' own class of layer with the head's weights, over the whole sequence."""
         prefix = f"exits.{exit_layer}.layer."
-        layer = deepcopy(self.layers[-1])
-        layer.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in self.heads.items() if name.startswith(prefix)})
+        weights = {name.removeprefix(prefix): tensor for name, tensor in self.heads.items() if name.startswith(prefix)}
+        assert weights.keys() == dict(self.layers[-1].named_parameters()).keys()
         positions = torch.arange(len(hidden))[None]
         # No mask: sdpa is then causal.
         rotation = {} if self.is_gpt2 else {"position_embeddings": self.model.model.rotary_emb(hidden[None], positions)}
-        out = layer(hidden[None], attention_mask=None, **rotation)
+        out = functional_call(self.layers[-1], weights, (hidden[None],), {"attention_mask": None, **rotation})
         return (out[0] if isinstance(out, tuple) else out)[0]

@@ -59,13 +59,14 @@ def job_of(model: Path, run: Path, architecture: str = "mlp", **tuning: Any) -> 
 def test_two_ranks_decode_what_one_decodes(world, tmp_path, family):
     """A bias added once a rank, a norm's weight cut, a fused or transposed matrix cut along the wrong side."""
     random_model(family, tmp_path / "model", confident=True)
-    exits = write_exits(tmp_path / "model", tmp_path / "exits", init="copy")
+    exits = write_exits(tmp_path / "model", tmp_path / "exits", init="copy", architecture=["layer", "mlp"])
     wanted = decode(str(tmp_path / "model"), str(exits), 1)
     for answer in world.run(decode, str(tmp_path / "model"), str(exits), 2):
         assert answer == wanted
 
 
-@pytest.mark.parametrize(("family", "architecture"), [*((family, "mlp") for family in FAMILIES), ("gpt2", "embedding")])
+@pytest.mark.parametrize(("family", "architecture"), [*((family, "mlp") for family in FAMILIES), ("gpt2", "embedding"), ("gpt2", "layer"), ("qwen2", "layer"),
+                                                      ("gpt2", "adapter")])
 def test_a_run_begun_by_one_rank_ends_by_two_as_it_does_by_one(world, tmp_path, family, architecture):
     """A bias's gradient summed over ranks that have it alike; an artifact or a checkpoint with a matrix the wrong way round."""
     random_model(family, tmp_path / "model")

@@ -115,6 +115,24 @@ def test_caches_after_catch_up_equal_a_full_pass(mlp):
             torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-10)
 
 
+def test_the_cache_of_a_layer_head_has_no_holes(tmp_path):
+    """Keys that a `layer` head makes only for tokens it is asked about: those that left before it, or rode along, would be missing."""
+    own = subject(tmp_path, {"architecture": "norm,layer"})
+    engine = Engine(own.loaded.model, own.loaded.stages, num_slots=1, max_length=64, max_pending=4)
+    sequence, steps = engine.add(PROMPTS[0], Sampling()), []
+    while len(sequence.tokens) < 40 or sequence.num_pending(1):  # nothing waits before layer 3
+        steps += engine.step(policy_of(GenerationSection(threshold=0.4), (2, 4), 6))
+        assert len(sequence.tokens) < 60, "the deep layers never caught up"
+    assert {2, 4} <= {step.exit_layer for step in steps}
+    n = sequence.watermarks[1]
+    fresh = Engine(own.loaded.model, own.loaded.stages, num_slots=1, max_length=64)
+    fresh.full_model_tokens(sequence.tokens[:n])
+    for name in ("keys", "values"):
+        mine, theirs = (getattr(e.cache.exit_head(4), name)[0, :, :n] for e in (engine, fresh))
+        assert theirs.any(dim=(0, 2)).all()
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-10)
+
+
 def test_a_sequence_that_joins_late_is_not_disturbed(mlp):
     """A new prompt read among running ones must fill its own cache and leave theirs."""
     model = mlp.loaded.model

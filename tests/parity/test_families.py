@@ -73,7 +73,8 @@ PROMPTS = [[5, 17, 80, 3, 9], [41], [7, 7, 7, 90, 12, 60, 33, 2, 51, 18, 64]]
 
 
 @pytest.mark.parametrize(("architecture", "init"), [  # drawn biases are 0
-    ("embedding", "copy"), ("norm", "random"), ("mlp", "random"), ("mlp", "copy")])
+    ("embedding", "copy"), ("norm", "random"), ("mlp", "random"), ("mlp", "copy"),
+    (["layer", "adapter"], "random"), (["adapter", "layer"], "copy")])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_decoding_equals_the_plain_decoder(tmp_path, family, architecture, init):
     """The lean layer of a decode step, or a head, that leaves out what this family has and Llama has not; positions off by one."""

@@ -40,7 +40,23 @@ def test_copied_mlp_head_equals_norm_head(model, tmp_path):
         torch.testing.assert_close(mlp[layer], norm[layer], rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("architecture", ["norm", "mlp"])
+@pytest.mark.parametrize("output", ["tied", "untied"])
+def test_copied_adapter_head_equals_norm_head(model, tmp_path, output):
+    """An `up` that is not 0 at copy initialization, or an adapter that replaces what it should add to."""
+    keys = {"init": "copy", "exit_layers": [1, 3, 6], "output": output}
+    adapter, norm = (logits(model, write_exits(model, tmp_path / kind, architecture=kind, **keys)) for kind in ("adapter", "norm"))
+    for layer in (1, 3, 6):
+        assert torch.equal(adapter[layer], norm[layer])
+
+
+def test_copied_layer_head_after_the_last_but_one_layer_equals_the_final_head(model, tmp_path):
+    """A `layer` head that copies the layer it follows, and not the last one; positions or a mask of its own."""
+    got = logits(model, write_exits(model, tmp_path / "exits", architecture="layer", init="copy", exit_layers=[2, 5]))
+    torch.testing.assert_close(got[5], got[0], rtol=0, atol=1e-10)
+    assert (got[2] - got[0]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("architecture", ["norm", "mlp", "adapter"])
 @pytest.mark.parametrize("output", ["tied", "untied"])
 def test_copied_head_after_the_last_layer_equals_the_final_head(model, tmp_path, architecture, output):
     """A head that copies the wrong norm, or the word embedding where the output matrix is another."""
