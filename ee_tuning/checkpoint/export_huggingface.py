@@ -47,6 +47,7 @@ def export_huggingface(config: Config, output: Path, *, links: bool = False, ove
             artifact = ExitHeadsReader(Path(config.exits.path), verifies=config.exits.verify)
             check_bound_to(artifact, fingerprint(reader, model))
             artifact.check_complete(model)
+            _check_heads(artifact.config)
         weights = [folder / name for name in sorted(set(reader.files.values()))]
     exit_files = [artifact.folder / name for name in sorted(set(artifact.files.values()))] if artifact else []
     described = _described_config(folder, artifact.config if artifact else None, exit_files)
@@ -65,6 +66,14 @@ def export_huggingface(config: Config, output: Path, *, links: bool = False, ove
         else:
             (partial / "config.json").write_text(json.dumps(described, indent=2) + "\n")
         write_manifest(partial, sums)
+
+
+def _check_heads(exits: ExitHeadsConfig) -> None:
+    """Raises InputError where the modelling file has no such heads."""
+    for layer, architecture in zip(exits.exit_layers, exits.architecture, strict=True):
+        if architecture in ("layer", "adapter"):
+            raise InputError(f"--format hf writes embedding, norm and mlp heads, got {architecture} after layer {layer}; "
+                             "leave that exit out (export --format artifact --drop)")
 
 
 def _described_config(folder: Path, exits: ExitHeadsConfig | None, files: list[Path]) -> dict[str, Any]:

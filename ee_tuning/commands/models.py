@@ -76,6 +76,7 @@ COMMANDS = (
     Command(name="convert", summary="put initialized exit heads on a model; writes an artifact beside it, the model stays as it is",
             examples="""\
   ee-tuning convert --model Llama-2-7b-hf --exit-layers 8,16,24 --output exits/llama-2-7b
+  ee-tuning convert --model Llama-2-7b-hf --exit-layers 8,16 --architecture adapter,mlp --exit-output tied --output exits/small
   torchrun --nproc-per-node 4 -m ee_tuning convert job.yaml --pipeline-model-parallel-size 4 --output exits/llama-2-7b
   ee-tuning convert --model megatron_run/iter_0040000 --exit-layers 8,16 --output exits/mine
   ee-tuning convert --model ee_llm_checkpoint --output exits/ee_llm
@@ -96,7 +97,8 @@ The bytes written do not depend on the number of processes. Without --exit-layer
 
 hf: transformers loads the folder as the plain model, and with trust_remote_code=True as one whose generate takes exit_threshold=0.8.
 megatron: stock Megatron-core loads the model at any tensor × pipeline size and leaves the exits alone.
-artifact: what is put together must be of one model, one architecture and one kind of output.""", add_arguments=_add_export, run=export),
+artifact: what is put together must be of one model and one kind of output; heads may differ.
+--add takes --architecture for the new exits.""", add_arguments=_add_export, run=export),
     Command(name="verify", summary="check every file of an artifact, an export or a run against its sha256",
             examples="""\
   ee-tuning verify runs/llama-2-7b/exit_heads

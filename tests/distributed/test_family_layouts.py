@@ -65,8 +65,8 @@ def test_two_ranks_decode_what_one_decodes(world, tmp_path, family):
         assert answer == wanted
 
 
-@pytest.mark.parametrize(("family", "architecture"), [*((family, "mlp") for family in FAMILIES), ("gpt2", "embedding"), ("gpt2", "layer"), ("qwen2", "layer"),
-                                                      ("gpt2", "adapter")])
+@pytest.mark.parametrize(("family", "architecture"), [
+    *((family, "mlp") for family in FAMILIES), ("gpt2", "embedding"), ("gpt2", "layer"), ("qwen2", "layer"), ("gpt2", "adapter")])
 def test_a_run_begun_by_one_rank_ends_by_two_as_it_does_by_one(world, tmp_path, family, architecture):
     """A bias's gradient summed over ranks that have it alike; an artifact or a checkpoint with a matrix the wrong way round."""
     random_model(family, tmp_path / "model")
