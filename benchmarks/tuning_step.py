@@ -28,7 +28,8 @@ from random_model import EXIT_LAYERS, SHIPPED_MODEL, num_parameters, write_rando
 from ee_tuning.checkpoint.load import load_for_tuning
 from ee_tuning.config import Config, load_config
 from ee_tuning.data.loader import BatchSource
-from ee_tuning.data.tokens import Splits, load_samples
+from ee_tuning.data.splits import load_samples
+from ee_tuning.data.tokens import Splits
 from ee_tuning.model.config import read_model_config
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.model.exit_head import ExitHead, build_exit_head

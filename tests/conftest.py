@@ -12,6 +12,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Token ids of a test are not kept in the home folder; processes that tests start inherit it."""
+    os.environ["EE_TUNING_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     """Sums in one order, whatever the machine."""
     import torch

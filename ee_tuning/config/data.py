@@ -7,12 +7,30 @@ class DataSection:
     """What the heads are tuned on."""
 
     paths: tuple[str, ...] = ()
-    """Text files, .jsonl files (one object with a text a line), or folders of either."""
+    """Text files; .jsonl files (an object with a text or with chat messages a line); .parquet files (a column of either);
+    prefixes of Megatron's .bin and .idx; or folders of these. A blend, as Megatron writes it, has a weight before each:
+    0.3 corpus_a 0.7 corpus_b."""
     text_key: str = "text"
-    """Key of the text in a .jsonl line."""
+    """Key of the text in a .jsonl line, column of the text in a .parquet file."""
     tokenizer: str | None = None
     """Folder of the tokenizer; default the model's."""
+    chat_template: str | None = None
+    """File with the Jinja template that chat messages are rendered by; default the tokenizer's own."""
     valid_paths: tuple[str, ...] = ()
     """Held-out files. Without them, valid_fraction of the documents is held out."""
     valid_fraction: float = 0.05
-    """Share of the documents held out for validation, chosen by a hash of the document."""
+    """Share of the documents held out for validation: of texts, chosen by a hash of the document; of .bin and .idx, the last ones."""
+    split: str | None = None
+    """Megatron's split of the documents of .bin and .idx into training, validation and test, for example 969,30,1; in place of
+    valid_fraction."""
+    reset_attention_mask: bool = False
+    """Whether a token sees only those of its own document, where several share a sample."""
+    reset_position_ids: bool = False
+    """Whether positions begin anew with each document in a sample."""
+    eod_mask_loss: bool = False
+    """Whether the first token of a document is no label: it follows from another document's end."""
+    cache: str | None = None
+    """Folder that keeps token ids for later runs; default $EE_TUNING_CACHE, or .cache/ee_tuning in the home folder. One process of
+    each machine tokenizes, all read the same file."""
+    workers: int = 0
+    """Processes that tokenize; 0 for one per CPU core. Little text is tokenized without any."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ee_tuning.config import TuningSection
-from ee_tuning.data.tokens import PackedSamples
+from ee_tuning.data.tokens import Samples
 from ee_tuning.errors import InputError
 
 VALIDATION_SEED = 0  # not the run's: losses of runs that differ in seed alone stay comparable
@@ -52,27 +52,6 @@ def count_microbatches(tuning: TuningSection, dp: int) -> int:
     return tuning.global_batch_size // unit
 
 
-class SampleOrder:
-    """The endless order of the samples: a permutation of all of them per epoch."""
-
-    def __init__(self, num_samples: int, seed: int) -> None:
-        assert num_samples > 0
-        self.num_samples = num_samples
-        self.seed = seed
-        self._epoch = -1
-        self._permutation: NDArray[np.int64] = np.empty(0, dtype=np.int64)
-
-    def sample_at(self, position: int) -> int:
-        """The index of the sample that is consumed at `position`, counted from 0 over all epochs."""
-        epoch, place = divmod(position, self.num_samples)
-        if epoch != self._epoch:
-            # RandomState, because NumPy promises that its streams never change: a run may resume under another version.
-            words = [self.seed & 0xFFFFFFFF, self.seed >> 32 & 0xFFFFFFFF, epoch]
-            self._permutation = np.random.RandomState(words).permutation(self.num_samples)
-            self._epoch = epoch
-        return int(self._permutation[place])
-
-
 class BatchSource(Iterator[Batch]):
     """Endless training micro-batches of replica `dp_rank` among `dp`.
 
@@ -81,12 +60,12 @@ class BatchSource(Iterator[Batch]):
     Raises InputError where the batch sizes do not divide.
     """
 
-    def __init__(self, samples: PackedSamples, tuning: TuningSection, *, dp: int, dp_rank: int, position: int = 0) -> None:
+    def __init__(self, samples: Samples, tuning: TuningSection, *, dp: int, dp_rank: int, position: int = 0) -> None:
         assert 0 <= dp_rank < dp and position >= 0
         self.num_microbatches = count_microbatches(tuning, dp)
         self.position = position
         self._samples = samples
-        self._order = SampleOrder(len(samples), tuning.seed)
+        self._order = samples.order(tuning.seed)
         self._micro_batch_size = tuning.micro_batch_size
         self._dp = dp
         self._dp_rank = dp_rank
@@ -99,7 +78,7 @@ class BatchSource(Iterator[Batch]):
         return _batch(self._samples, chosen, self._micro_batch_size)
 
 
-def validation_batches(samples: PackedSamples | None, tuning: TuningSection, *, dp: int, dp_rank: int) -> list[Batch]:
+def validation_batches(samples: Samples | None, tuning: TuningSection, *, dp: int, dp_rank: int) -> list[Batch]:
     """The micro-batches of replica `dp_rank` for every validation: tuning.eval_iters of them, fewer where the samples do not reach.
 
     Each replica has as many. Together they hold the first eval_iters × micro_batch_size × dp samples of a fixed order, each once, so
@@ -111,20 +90,26 @@ def validation_batches(samples: PackedSamples | None, tuning: TuningSection, *, 
     if samples is None or tuning.eval_iters == 0:
         return []
     size = tuning.micro_batch_size
-    num_microbatches = min(tuning.eval_iters, -(-len(samples) // (size * dp)))
-    order = SampleOrder(len(samples), VALIDATION_SEED)
+    order = samples.order(VALIDATION_SEED)
+    num_microbatches = min(tuning.eval_iters, -(-order.num_distinct // (size * dp)))
     batches = []
     for index in range(num_microbatches):
         start = (index * dp + dp_rank) * size
-        chosen = [order.sample_at(position) for position in range(start, min(start + size, len(samples)))]
+        chosen = [order.sample_at(position) for position in range(start, min(start + size, order.num_distinct))]
         batches.append(_batch(samples, chosen, size))
     return batches
 
 
-def _batch(samples: PackedSamples, chosen: Sequence[int], micro_batch_size: int) -> Batch:
+def _batch(samples: Samples, chosen: Sequence[int], micro_batch_size: int) -> Batch:
     """The `chosen` samples, filled up to `micro_batch_size` rows with sample 0 under loss mask 0."""
-    rows = [samples[index] for index in [*chosen, *[0] * (micro_batch_size - len(chosen))]]
-    block = torch.from_numpy(np.stack(rows).astype(np.int64))
-    loss_mask = torch.zeros(samples.seq_length, micro_batch_size)
-    loss_mask[:, :len(chosen)] = 1.0
-    return Batch(tokens=block[:, :-1].contiguous(), labels=block[:, 1:].T.contiguous(), loss_mask=loss_mask)
+    rows = [samples.sample(index) for index in [*chosen, *[0] * (micro_batch_size - len(chosen))]]
+    block, loss_mask = _stacked([row.tokens for row in rows]), _stacked([row.loss_mask for row in rows])
+    loss_mask[len(chosen):] = 0.0
+    ids = [row.document_ids for row in rows if row.document_ids is not None]
+    positions = [row.position_ids for row in rows if row.position_ids is not None]
+    return Batch(tokens=block[:, :-1].contiguous(), labels=block[:, 1:].T.contiguous(), loss_mask=loss_mask.T.contiguous(),
+                 document_ids=_stacked(ids) if ids else None, position_ids=_stacked(positions) if positions else None)
+
+
+def _stacked(rows: Sequence[NDArray]) -> Tensor:
+    return torch.from_numpy(np.stack(rows))

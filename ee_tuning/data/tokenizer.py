@@ -1,4 +1,5 @@
 """The tokenizer that belongs to a model: read from its folder, never from the network."""
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,6 +9,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+_COMPANIONS = ("merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json", "config.json")
 
 
 def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
@@ -15,11 +17,7 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
 
     Raises InputError where the folder is missing, has no tokenizer files, or has files that transformers can not read.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise InputError(f"the tokenizer must be a folder, got {str(path)!r}; set data.tokenizer (or model.path) to such a folder")
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise InputError(f"{folder} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}); copy the model's there, or set data.tokenizer")
+    folder = _folder(path)
     import transformers  # takes seconds: only commands that tokenize should pay for it
     transformers.logging.set_verbosity_error()
     try:
@@ -27,6 +25,22 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
     except Exception as error:  # the Rust tokenizers raise bare Exception on a broken file
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"the tokenizer in {folder} can not be read: {reason}; copy its files anew, or set data.tokenizer") from error
+
+
+def tokenizer_digests(path: str | Path) -> dict[str, str]:
+    """sha256 of each file that a tokenizer may be made of. Raises InputError where the folder is missing or has no tokenizer files."""
+    folder = _folder(path)
+    files = (folder / name for name in (*TOKENIZER_FILES, *_COMPANIONS))
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()}
+
+
+def _folder(path: str | Path) -> Path:
+    folder = Path(path)
+    if not folder.is_dir():
+        raise InputError(f"the tokenizer must be a folder, got {str(path)!r}; set data.tokenizer (or model.path) to such a folder")
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise InputError(f"{folder} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}); copy the model's there, or set data.tokenizer")
+    return folder
 
 
 def end_of_text_id(tokenizer: "PreTrainedTokenizerBase") -> int:

@@ -1,163 +1,152 @@
-"""Documents become token ids, and token ids become samples of equal length.
+"""Streams of token ids become samples of equal length.
 
-Every document is closed by the end-of-text token and laid into one stream per split. Sample i reads seq_length + 1 tokens from
-i · seq_length on: neighbours overlap by one token, so each token but the stream's first is a label exactly once.
+Sample i of a stream reads seq_length + 1 tokens from i · seq_length on: neighbours overlap by one token, so each token but the stream's
+first is a label exactly once.
 """
-import hashlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ee_tuning.config import DataSection
-from ee_tuning.data.documents import find_files, read_documents
-from ee_tuning.data.tokenizer import end_of_text_id, load_tokenizer
-from ee_tuning.errors import InputError
+from ee_tuning.data.order import BlendedOrder, Order, SampleOrder
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+# s sequence
 
-# The tokenizer works on the documents of a batch in parallel, and its results as Python lists take some hundred bytes a token.
-BATCH_CHARACTERS = 1_000_000
+
+@dataclass(frozen=True, kw_only=True)
+class DocumentRules:
+    """How documents that share a sample are told apart; as in the config's section `data`."""
+
+    reset_attention_mask: bool = False
+    reset_position_ids: bool = False
+    eod_mask_loss: bool = False
+
+
+class Sample(NamedTuple):
+    """One row of a micro-batch."""
+
+    tokens: NDArray[np.int64]
+    """[s + 1]: inputs are all but the last, labels all but the first."""
+    loss_mask: NDArray[np.float32]
+    """[s]: 1 where a label counts."""
+    document_ids: NDArray[np.int64] | None
+    """[s], where attention must stay within a document."""
+    position_ids: NDArray[np.int64] | None
+    """[s], where positions begin anew with a document."""
+
+
+class Samples(Protocol):
+    """What the heads learn from, or are judged by."""
+
+    @property
+    def seq_length(self) -> int:
+        """Inputs of each."""
+
+    def __len__(self) -> int: ...
+
+    def sample(self, index: int) -> Sample:
+        """One of them."""
+
+    def order(self, seed: int) -> Order:
+        """In which they are consumed."""
+
+    def identity(self) -> dict[str, Any]:
+        """What must not change when a run goes on from a position in their order."""
 
 
 @dataclass(frozen=True)
 class PackedSamples:
     """A stream of tokens, cut into samples."""
 
-    stream: NDArray[np.int32]
-    """[n] token ids of the documents, each closed by end of text."""
+    stream: NDArray[np.integer]
+    """[n] token ids of the documents, one after the other."""
     seq_length: int
+    counts: NDArray[np.uint8] | None = None
+    """[n]: 1 where a token counts as a label; None where all do."""
+    starts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(1, np.int64))
+    """[documents]: first token of each, in order."""
+    rules: DocumentRules = DocumentRules()
 
     def __len__(self) -> int:
         return max(0, len(self.stream) - 1) // self.seq_length
 
-    def __getitem__(self, index: int) -> NDArray[np.int32]:
-        """[seq_length + 1], a view: inputs are all but the last, labels all but the first."""
+    def sample(self, index: int) -> Sample:
+        """See Samples."""
         assert 0 <= index < len(self)
-        start = index * self.seq_length
-        return self.stream[start: start + self.seq_length + 1]
+        s, first = self.seq_length, index * self.seq_length
+        tokens = self.stream[first: first + s + 1].astype(np.int64)
+        loss_mask = np.ones(s, np.float32) if self.counts is None else self.counts[first + 1: first + s + 1].astype(np.float32)
+        begins = self._begins(first)
+        if self.rules.eod_mask_loss:
+            loss_mask[begins[1:]] = 0.0
+        return Sample(tokens, loss_mask,
+                      np.cumsum(begins[:-1], dtype=np.int64) if self.rules.reset_attention_mask else None,
+                      _places(begins[:-1]) if self.rules.reset_position_ids else None)
+
+    def order(self, seed: int) -> SampleOrder:
+        """See Samples."""
+        return SampleOrder(len(self), seed)
+
+    def identity(self) -> dict[str, Any]:
+        """See Samples."""
+        return {"number of training samples": len(self)}
+
+    def _begins(self, first: int) -> NDArray[np.bool_]:
+        """[s + 1]: where a document begins after the sample's first token."""
+        begins = np.zeros(self.seq_length + 1, dtype=bool)
+        low, high = np.searchsorted(self.starts, (first, first + self.seq_length), side="right")
+        begins[self.starts[low: high] - first] = True
+        return begins
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Samples of several streams or corpora: by weight, or all in one order."""
+
+    parts: Sequence[Samples]
+    weights: Sequence[float] | None
+    """One per part; None where the parts are one corpus."""
+
+    @property
+    def seq_length(self) -> int:
+        """See Samples."""
+        return self.parts[0].seq_length
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def sample(self, index: int) -> Sample:
+        """See Samples."""
+        for part in self.parts:
+            if index < len(part):
+                return part.sample(index)
+            index -= len(part)
+        raise AssertionError("index is within the samples")
+
+    def order(self, seed: int) -> Order:
+        """See Samples."""
+        sizes = [len(part) for part in self.parts]
+        return SampleOrder(len(self), seed) if self.weights is None else BlendedOrder(sizes, self.weights, seed)
+
+    def identity(self) -> dict[str, Any]:
+        """See Samples."""
+        total = sum(self.weights or [])
+        blend = [[round(weight / total, 12), len(part)] for weight, part in zip(self.weights or [], self.parts, strict=False)]
+        return {"number of training samples": len(self), **({"blend of training samples": blend} if blend else {})}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Splits:
     """What the heads learn from, and what they are judged by."""
 
-    train: PackedSamples
-    valid: PackedSamples | None
+    train: Samples
+    valid: Samples | None
     """None where nothing is held out."""
 
 
-def load_samples(data: DataSection, model_path: str | Path, *, seq_length: int, vocab_size: int, max_positions: int,
-                 needs_validation: bool = True) -> Splits:
-    """Reads, tokenizes, splits and packs what `data` names; equal on every rank that calls it.
-
-    The tokenizer is data.tokenizer, or the one in `model_path`. Held out are data.valid_paths (files that data.paths name too are
-    then not trained on), or else the documents that `held_out` chooses. Raises InputError on whatever can not be used: paths,
-    files, lines, the tokenizer, ids beyond `vocab_size`, `seq_length` beyond `max_positions`, a split shorter than one sample, and no
-    held-out part where `needs_validation`.
-    """
-    _check_settings(data, seq_length, max_positions, needs_validation)
-    valid_files = find_files(data.valid_paths, "data.valid_paths") if data.valid_paths else []
-    train_files = find_files(data.paths, "data.paths", leave_out=valid_files)
-    tokenizer = load_tokenizer(data.tokenizer or model_path)
-    documents, hashes = tokenize(read_documents(train_files, data.text_key), tokenizer)
-    if not documents:
-        raise InputError(f"data.paths = {', '.join(data.paths)} holds no text; give files that are not empty")
-    chosen = held_out(hashes, 0 if data.valid_paths else data.valid_fraction)
-    valid = [ids for ids, is_chosen in zip(documents, chosen, strict=True) if is_chosen]
-    train = [ids for ids, is_chosen in zip(documents, chosen, strict=True) if not is_chosen]
-    del documents  # lets _pack free them one by one
-    if data.valid_paths and needs_validation:
-        valid, _ = tokenize(read_documents(valid_files, data.text_key), tokenizer)
-    splits = Splits(train=_pack(train, seq_length, f"training data ({', '.join(data.paths)})"),
-                    valid=_pack_valid(valid, seq_length, data) if needs_validation else None)
-    for samples in (splits.train, splits.valid):
-        _check_vocabulary(samples, vocab_size, tokenizer)
-    return splits
-
-
-def tokenize(texts: Iterable[str], tokenizer: "PreTrainedTokenizerBase") -> tuple[list[NDArray[np.int32]], list[float]]:
-    """Per document its token ids, end of text included, and its `document_hash`."""
-    end = end_of_text_id(tokenizer)
-    documents, hashes = [], []
-    for batch in _batched(texts):
-        encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False)
-        documents += [np.array([*ids, end], dtype=np.int32) for ids in encoded["input_ids"]]
-        hashes += [document_hash(text) for text in batch]
-    return documents, hashes
-
-
-def document_hash(text: str) -> float:
-    """A number in [0, 1] that depends on the text alone: the same on every machine, whatever the file is called."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
-
-
-def held_out(hashes: list[float], valid_fraction: float) -> list[bool]:
-    """Which documents are held out: those whose hash lies below `valid_fraction`.
-
-    Of two different documents or more, at least one is held out and one trained on, so that a handful of files works too; of one
-    alone, none is held out.
-    """
-    if valid_fraction == 0 or len(set(hashes)) < 2:
-        return [False] * len(hashes)
-    bound = min(max(valid_fraction, np.nextafter(min(hashes), 2)), max(hashes))
-    return [place < bound for place in hashes]
-
-
-def _batched(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    num_characters = 0
-    for text in texts:
-        batch.append(text)
-        num_characters += len(text)
-        if num_characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, num_characters = [], 0
-    if batch:
-        yield batch
-
-
-def _check_settings(data: DataSection, seq_length: int, max_positions: int, needs_validation: bool) -> None:
-    if not 1 <= seq_length <= max_positions:
-        raise InputError(f"tuning.seq_length must lie in 1..{max_positions} (the model's max_position_embeddings), got {seq_length}")
-    if not 0 <= data.valid_fraction < 1:
-        raise InputError(f"data.valid_fraction must be at least 0 and below 1, got {data.valid_fraction}")
-    if needs_validation and not data.valid_paths and data.valid_fraction == 0:
-        raise InputError("validation needs held-out data, got data.valid_fraction = 0 and no data.valid_paths; "
-                         "set one of them, or tuning.eval_iters to 0")
-
-
-def _pack(documents: list[NDArray[np.int32]], seq_length: int, name: str, remedy: str = "") -> PackedSamples:
-    """One stream of `documents`, which are taken from the list as they are copied: two copies of big data would not fit."""
-    stream = np.empty(sum(map(len, documents)), dtype=np.int32)
-    if len(stream) <= seq_length:
-        raise InputError(f"a sample takes tuning.seq_length + 1 = {seq_length + 1} tokens, but the {name} holds only {len(stream)}; "
-                         f"give more text, {remedy}or a shorter tuning.seq_length")
-    stop = len(stream)
-    while documents:
-        ids = documents.pop()
-        stream[stop - len(ids): stop] = ids
-        stop -= len(ids)
-    return PackedSamples(stream, seq_length)
-
-
-def _pack_valid(documents: list[NDArray[np.int32]], seq_length: int, data: DataSection) -> PackedSamples:
-    if data.valid_paths:
-        return _pack(documents, seq_length, f"validation data ({', '.join(data.valid_paths)})")
-    tried = ", ".join(data.paths)
-    if not documents:
-        raise InputError(f"data.paths = {tried} holds a single document, so none can be held out; give data.valid_paths or more documents, "
-                         "or set tuning.eval_iters to 0")
-    return _pack(documents, seq_length, f"validation data ({data.valid_fraction:g} of the documents of {tried})",
-                 "a larger data.valid_fraction, data.valid_paths, ")
-
-
-def _check_vocabulary(samples: PackedSamples | None, vocab_size: int, tokenizer: "PreTrainedTokenizerBase") -> None:
-    largest = int(samples.stream.max()) if samples is not None else 0
-    if largest >= vocab_size:
-        raise InputError(f"token ids must lie below the model's vocabulary of {vocab_size}, but the tokenizer in {tokenizer.name_or_path} "
-                         f"gave {largest}; set data.tokenizer to the one that the model was trained with")
+def _places(begins: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """How far each token is from the last beginning at or before it, or from the first token."""
+    own = np.arange(len(begins))
+    return own - np.maximum.accumulate(np.where(begins, own, 0))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ee_tuning.config import Config
 from ee_tuning.data.loader import validation_batches
-from ee_tuning.data.tokens import load_samples
+from ee_tuning.data.splits import load_samples
 from ee_tuning.generation.llm import Completion, EarlyExitLLM
 from ee_tuning.model.documents import PackedDocuments
 from ee_tuning.tuning.loss import token_losses

@@ -84,10 +84,10 @@ class ExitOptimizer:
         return cut, replicated
 
     def update(self, square_sum: float, num_tokens: float, lr: float) -> float:
-        """Divides, clips and steps, unless the gradient is not finite. Returns the gradient's norm before the clip."""
-        scale = self.loss_weight / num_tokens if num_tokens else math.nan
+        """Divides, clips and steps, unless the gradient is not finite or of no token. Returns the gradient's norm before the clip."""
+        scale = self.loss_weight / num_tokens if num_tokens else 0.0
         norm = math.sqrt(square_sum) * scale if square_sum >= 0 else math.nan
-        if math.isfinite(norm):
+        if num_tokens and math.isfinite(norm):
             if self._clip:
                 scale *= min(1.0, self._clip / (norm + 1e-6))
             torch._foreach_mul_([_gradient(parameter) for parameter in self.parameters.values()], scale)

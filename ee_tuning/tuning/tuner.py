@@ -3,6 +3,7 @@
 `ee-tuning tune job.yaml` in one process, `torchrun --nproc-per-node N -m ee_tuning tune job.yaml` in many.
 """
 import dataclasses
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,8 @@ from ee_tuning.checkpoint.formats import open_model
 from ee_tuning.checkpoint.load import LoadedModel, load_for_tuning
 from ee_tuning.config import Config
 from ee_tuning.data.loader import BatchSource, count_microbatches, validation_batches
-from ee_tuning.data.tokens import Splits, load_samples
+from ee_tuning.data.splits import load_samples
+from ee_tuning.data.tokens import Splits
 from ee_tuning.parallel.relay import Relay
 from ee_tuning.parallel.topology import Topology, init_parallel, leave_parallel
 from ee_tuning.tuning.metrics import METRICS, MetricsBoard, MetricsFile, Record, holds_validation
@@ -48,7 +50,7 @@ def tune_within(config: Config, topology: Topology) -> None:
     check_settings(config.tuning)
     count_microbatches(config.tuning, topology.dp)
     check_run_folder(config, topology)
-    samples = _load_samples(config)
+    samples = _load_samples(config, topology)
     loaded = load_for_tuning(config, topology)
     tuner = Tuner(loaded, samples, config, topology)
     if config.tuning.resume:
@@ -180,7 +182,7 @@ class Tuner:
         for each in self.exits:
             each.reshard()
         total, *sums = self._summed_over_replicas([num_tokens, *loss_sums.values()]) if self.exits else [0.0]
-        losses = {str(layer): value / total for layer, value in zip(loss_sums, sums, strict=True)}
+        losses = {str(layer): value / total if total else math.nan for layer, value in zip(loss_sums, sums, strict=True)}
         metrics.post({"kind": "validation", "step": self.step, "loss": losses})
         return more
 
@@ -202,7 +204,7 @@ class Tuner:
         return {"model_fingerprint": exits.model_fingerprint, "exit_layers": list(exits.exit_layers),
                 "architecture": exit_config_tree(exits)["architecture"], "adapter_rank": exits.adapter_rank,
                 "output": exits.output, "seq_length": self.tuning.seq_length, "seed": self.tuning.seed,
-                "number of training samples": len(self._samples.train)}
+                **self._samples.train.identity()}
 
     @contextmanager
     def _metrics(self) -> Iterator[MetricsBoard]:
@@ -248,12 +250,12 @@ class _Pace:
         return rate
 
 
-def _load_samples(config: Config) -> Splits:
+def _load_samples(config: Config, topology: Topology) -> Splits:
     source, model, _ = open_model(config.model)
     with source:
         folder = source.folder
     return load_samples(config.data, folder, seq_length=config.tuning.seq_length, vocab_size=model.vocab_size,
-                        max_positions=model.max_position_embeddings, needs_validation=config.tuning.eval_iters > 0)
+                        max_positions=model.max_position_embeddings, needs_validation=config.tuning.eval_iters > 0, topology=topology)
 
 
 def _train_record(step: int, lr: float, updates: dict[int, ExitUpdate], tokens_per_second: float) -> Record:

@@ -11,9 +11,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ee_tuning.config import DataSection, TuningSection
+from ee_tuning.data.documents import pieces_of
+from ee_tuning.data.encoding import document_hash, recipe_of, tokenize_piece
 from ee_tuning.data.loader import Batch, BatchSource, count_microbatches, validation_batches
+from ee_tuning.data.splits import load_samples
 from ee_tuning.data.tokenizer import load_tokenizer
-from ee_tuning.data.tokens import PackedSamples, Splits, document_hash, held_out, load_samples, tokenize
+from ee_tuning.data.tokenizing import held_out
+from ee_tuning.data.tokens import PackedSamples, Samples, Splits
 from ee_tuning.errors import InputError
 
 END = 256
@@ -41,9 +45,9 @@ def load(model: Path, *, seq_length: int = 4, vocab_size: int = VOCABULARY, max_
                         needs_validation=needs_validation)
 
 
-def texts_of(samples: PackedSamples | None, model: Path) -> list[str]:
+def texts_of(samples: Samples | None, model: Path) -> list[str]:
     """The documents of a split."""
-    assert samples is not None and samples.stream[-1] == END
+    assert isinstance(samples, PackedSamples) and samples.stream[-1] == END
     return str(load_tokenizer(model).decode(samples.stream.tolist())).split("<|endoftext|>")[:-1]
 
 
@@ -84,7 +88,7 @@ def test_reads_text_jsonl_and_folders_in_the_order_of_names(tmp_path: Path, mode
     (tmp_path / "named.c").write_text("fifth")
     splits = load(model, paths=[folder, tmp_path / "named.c", folder / "b.txt"], valid_fraction=0.0)
     assert texts_of(splits.train, model) == ["first ünï", "second\r\n", "third", "fourth\u2028line", "fifth"]
-    assert splits.train.stream.dtype == np.int32 and splits.valid is None
+    assert splits.valid is None
 
 
 def test_samples_cover_the_stream_and_labels_are_the_next_token() -> None:
@@ -94,7 +98,7 @@ def test_samples_cover_the_stream_and_labels_are_the_next_token() -> None:
         seq_length, length = rng.randint(1, 9), rng.randint(10, 90)
         samples = PackedSamples(np.array([rng.randrange(100) for _ in range(length)], dtype=np.int32), seq_length)
         assert len(samples) == (length - 1) // seq_length
-        labels = [token for sample in range(len(samples)) for token in samples[sample][1:]]
+        labels = [token for sample in range(len(samples)) for token in samples.sample(sample).tokens[1:]]
         assert labels == samples.stream[1: 1 + len(labels)].tolist() and length - 1 - len(labels) < seq_length
         batch = next(BatchSource(samples, sizes(2, 4), dp=1, dp_rank=0))
         assert batch.tokens.shape == (2, seq_length) and batch.labels.shape == batch.loss_mask.shape == (seq_length, 2)
@@ -102,14 +106,16 @@ def test_samples_cover_the_stream_and_labels_are_the_next_token() -> None:
         assert torch.equal(batch.labels.T[:, :-1], batch.tokens[:, 1:]) and batch.loss_mask.all()
 
 
-def test_tokens_of_a_batch_are_those_of_each_document_alone(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_of_a_batch_are_those_of_each_document_alone(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Documents lost, or joined, where one tokenizer batch ends and the next begins."""
-    monkeypatch.setattr("ee_tuning.data.tokens.BATCH_CHARACTERS", 10)
-    texts = ["abc", "", "ünïcode text", "x" * 25, "de", "f"]
+    monkeypatch.setattr("ee_tuning.data.encoding.BATCH_CHARACTERS", 10)
+    texts = ["abc", "ünïcode text", "x" * 25, "de", "f"]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     tokenizer = load_tokenizer(model)
-    documents, hashes = tokenize(texts, tokenizer)
-    assert [ids.tolist() for ids in documents] == [[*tokenizer.encode(text, add_special_tokens=False), END] for text in texts]
-    assert len(set(hashes)) == len(texts)
+    tokens = tokenize_piece(pieces_of([tmp_path / "texts.jsonl"])[0], recipe_of(model, "text", None))
+    documents = [part.tolist() for part in np.split(tokens.ids, np.cumsum(tokens.lengths)[:-1])]
+    assert documents == [[*tokenizer.encode(text, add_special_tokens=False), END] for text in texts]
+    assert len(set(tokens.hashes)) == len(texts) and tokens.counts is None
 
 
 def test_the_split_is_disjoint_stable_and_blind_to_files(tmp_path: Path, model: Path) -> None:
@@ -136,9 +142,9 @@ def test_a_handful_of_documents_has_both_splits() -> None:
     rng = random.Random(1)
     for _ in range(100):
         hashes = [rng.random() for _ in range(rng.randint(2, 5))]
-        chosen = held_out(hashes, rng.choice([1e-9, 0.05, 0.999999999]))
-        assert 0 < sum(chosen) < len(hashes)
-    assert held_out([0.5, 0.5], 0.9) == [False, False] and held_out([0.1, 0.2], 0) == [False, False]
+        chosen = held_out(np.array(hashes), rng.choice([1e-9, 0.05, 0.999999999]))
+        assert 0 < chosen.sum() < len(hashes)
+    assert not held_out(np.array([0.5, 0.5]), 0.9).any() and not held_out(np.array([0.1, 0.2]), 0).any()
 
 
 def test_files_held_out_by_name_are_not_trained_on(tmp_path: Path, model: Path) -> None:
@@ -231,7 +237,7 @@ def test_batch_sizes_that_do_not_divide_are_refused(micro: int, total: int, dp: 
     ("bytes.jsonl", b'{"text": "\xff"}\n', r"bytes\.jsonl:1: a line must be one JSON object"),
     ("deep.jsonl", b"[" * 100_000, r"deep\.jsonl:1: a line must be one JSON object"),
     ("list.jsonl", b'\n["abc"]\n', r"list\.jsonl:2: a line must be a JSON object, got list"),
-    ("key.jsonl", b'{"body": "abc", "id": 1}\n', r"key\.jsonl:1: no key 'text', its keys are 'body', 'id'; set data\.text_key"),
+    ("key.jsonl", b'{"body": "abc", "id": 1}\n', r"key\.jsonl:1: no key 'text' and no 'messages', its keys are 'body', 'id'; set data\."),
     ("number.jsonl", b'{"text": 7}\n', r"number\.jsonl:1: 'text' must be a text, got int"),
     ("half.jsonl", b'{"text": "\\ud800"}\n', r"half\.jsonl:1: 'text' holds half of a surrogate pair"),
     ("ambiguous.json", b'{"text": "abc"}', r"ambiguous\.json is ambiguous; name it \.jsonl"),
@@ -258,7 +264,7 @@ def test_a_file_that_can_not_be_used_is_named(tmp_path: Path, model: Path, name:
     ({"valid_fraction": 1.0}, r"data\.valid_fraction must be at least 0 and below 1, got 1\.0"),
     ({"seq_length": 65}, r"tuning\.seq_length must lie in 1\.\.64 .*got 65"),
     ({"seq_length": 0}, r"tuning\.seq_length must lie in 1\.\.64"),
-    ({"vocab_size": 256}, r"vocabulary of 256, but the tokenizer in .* gave 256; set data\.tokenizer"),
+    ({"vocab_size": 256}, r"0\.\.255, the model.s vocabulary, but the tokenizer in .* gave 256; set data\.tokenizer"),
     ({"tokenizer": "nowhere"}, r"the tokenizer must be a folder, got 'nowhere'"),
     ({"tokenizer": "empty_folder"}, r"empty_folder has no tokenizer"),
     ({"tokenizer": "broken_folder"}, r"the tokenizer in broken_folder can not be read: .*; copy its files anew"),

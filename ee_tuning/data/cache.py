@@ -1,0 +1,173 @@
+"""What is made of the data once and kept: token ids, mapped into memory by every process of a machine.
+
+An entry is a folder named by a hash of all it depends on. One process of a machine makes it, or one of all where they share the disk; it
+is renamed into place when whole. Two runs that want the same entry at a time wait for each other at a lock.
+"""
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from ee_tuning.checkpoint.aside import on_first_rank, refusals_named, written_aside
+from ee_tuning.data.progress import Progress
+from ee_tuning.errors import InputError
+from ee_tuning.parallel.topology import Topology
+
+FORMAT = 1
+"""Raise it when entries of before are no longer what would be made now."""
+_SECONDS_BETWEEN_ANSWERS = 20.0
+_SECONDS_TO_APPEAR = 90.0  # other machines may learn of a new folder on a shared disk late
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """Something to be kept."""
+
+    depends_on: Callable[[], dict[str, Any]]
+    """All that its content depends on, as JSON. Asked on rank 0 alone."""
+    make: Callable[[Path, Progress], Iterator[None]]
+    """Writes it into a folder, in steps."""
+
+    def name(self) -> str:
+        """Of its folder."""
+        canonical = json.dumps({"format": FORMAT, **self.depends_on()}, sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()[:32]
+
+
+def cache_root(given: str | None) -> Path:
+    """data.cache, or the default."""
+    return Path(given or os.environ.get("EE_TUNING_CACHE") or Path.home() / ".cache" / "ee_tuning")
+
+
+def file_stamps(files: Sequence[Path]) -> list[list[Any]]:
+    """What tells that a file is still the one it was, cheap for files of any size: path, size, and time of its last change."""
+    stamps = []
+    for path in files:
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise InputError(f"{path} can not be read: {error.strerror}; make it readable, or leave it out") from error
+        stamps.append([str(path.resolve()), stat.st_size, stat.st_mtime_ns])
+    return stamps
+
+
+def kept(entries: Sequence[Entry], root: Path, topology: Topology | None) -> list[Path]:
+    """The folders of `entries`, made where they are not there yet. All ranks call it.
+
+    Raises InputError, the same on every rank, where the data or the disk refuse.
+    """
+    # Rank 0's names for all: the files' times of change may differ where each machine has a copy of them.
+    folders = [root / name for name in on_first_rank(topology, lambda: [entry.name() for entry in entries])]
+    with Progress("tokenizing", speaks=topology is None or topology.is_logging_rank) as progress:
+        makes = topology is None or _makes(root, topology)
+        steps = _make_missing(entries, folders, root, progress) if makes else iter(())
+        if topology is None:
+            for _ in steps:
+                pass
+        else:
+            _finish_together(steps, topology)
+    for folder in folders:
+        _await(folder)
+    return folders
+
+
+def _make_missing(entries: Sequence[Entry], folders: Sequence[Path], root: Path, progress: Progress) -> Iterator[None]:
+    for entry, folder in zip(entries, folders, strict=True):
+        if folder.is_dir():
+            continue
+        with refusals_named(folder):
+            root.mkdir(parents=True, exist_ok=True)
+        with _locked(folder) as waits:
+            yield from waits
+            if not folder.is_dir():
+                with written_aside(folder, None) as partial:
+                    yield from entry.make(partial, progress)
+        with suppress(OSError):  # whoever waits at it finds the folder
+            _lock_file(folder).unlink()
+
+
+@contextmanager
+def _locked(folder: Path) -> Generator[Iterator[None]]:
+    """Yields steps to go through until the lock is ours; it ends with the process, however that ends."""
+    with refusals_named(folder):
+        file = _lock_file(folder).open("w")
+
+    def waits() -> Iterator[None]:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                time.sleep(0.5)
+                yield
+            except OSError:
+                return  # a disk without locks: at worst, two runs that start at a time make the same
+    with file:
+        yield waits()
+
+
+def _lock_file(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".lock")
+
+
+def _makes(root: Path, topology: Topology) -> bool:
+    """Whether this rank makes what is missing: rank 0, and the first of each machine that does not see rank 0's disk."""
+    hosts: list[str] = [""] * topology.world_size
+    dist.all_gather_object(hosts, socket.gethostname(), group=topology.world_control)
+    probe, sees = root / f"probe-{secrets.token_hex(4)}", False
+    if topology.rank == 0:
+        with suppress(OSError):  # told of where it hinders
+            root.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+    probe = Path(topology.broadcast_object(str(probe)))
+    sees = probe.exists()
+    topology.barrier()
+    if topology.rank == 0:
+        with suppress(OSError):
+            probe.unlink()
+        return True
+    return hosts.index(hosts[topology.rank]) == topology.rank and not sees
+
+
+def _finish_together(steps: Iterator[None], topology: Topology) -> None:
+    """Goes through `steps` while the other ranks go through theirs, or wait; now and then all meet, lest a collective times out."""
+    is_done, complaint = False, None
+    while True:
+        until = time.monotonic() + _SECONDS_BETWEEN_ANSWERS
+        while not is_done and time.monotonic() < until:
+            try:
+                next(steps)
+            except StopIteration:
+                is_done = True
+            except InputError as error:
+                is_done, complaint = True, str(error)
+        answers: list[tuple[bool, str | None]] = [(False, None)] * topology.world_size
+        dist.all_gather_object(answers, (is_done, complaint), group=topology.world_control)
+        complaints = [text for _, text in answers if text is not None]
+        if complaints:
+            if isinstance(steps, Generator):
+                steps.close()  # removes what was on the way
+            raise InputError(complaints[0])
+        if all(done for done, _ in answers):
+            return
+
+
+def _await(folder: Path) -> None:
+    until = time.monotonic() + _SECONDS_TO_APPEAR
+    while not folder.is_dir():
+        if time.monotonic() > until:
+            raise InputError(f"{folder} does not appear on {socket.gethostname()}, though it was made; set data.cache to a folder that "
+                             "every machine sees, or each has for itself")
+        time.sleep(0.5)
+        with suppress(OSError):
+            os.listdir(folder.parent)  # makes a network disk look anew

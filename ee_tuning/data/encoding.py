@@ -1,0 +1,120 @@
+"""Documents become token ids: what one process does with one piece of a file."""
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ee_tuning.data.chat import ChatFormat, read_chat_template
+from ee_tuning.data.documents import Conversation, Document, Piece, read_documents
+from ee_tuning.data.tokenizer import end_of_text_id, load_tokenizer
+
+# The tokenizer's results as Python lists take some hundred bytes a token.
+BATCH_CHARACTERS = 1_000_000
+_SMALL_VOCABULARY = 65_500  # as Megatron-core: below it, ids take 16 bits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """All that token ids depend on beside the text."""
+
+    tokenizer: str
+    """Its folder."""
+    text_key: str
+    chat_template: str | None
+    """The template itself; None for the tokenizer's own."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Documents one after the other, each closed by the end-of-text token."""
+
+    ids: NDArray[np.int32]  # [n]
+    lengths: NDArray[np.int64]  # [documents], end of text included
+    hashes: NDArray[np.float64]  # [documents], see document_hash
+    counts: NDArray[np.uint8] | None
+    """[n]: 1 where a token counts as a label; None where all do."""
+
+
+def tokenize_piece(piece: Piece, recipe: Recipe) -> Tokens:
+    """The tokens of the documents in `piece`. Raises InputError on a document, or a tokenizer, that can not be used."""
+    parts = [_encode(batch, recipe) for batch in _batched(read_documents(piece, recipe.text_key))]
+    return joined(parts)
+
+
+def joined(parts: list[Tokens]) -> Tokens:
+    """`parts` one after the other."""
+    def all_of(name: str, dtype: type[np.generic]) -> NDArray:
+        return np.concatenate([np.empty(0, dtype), *(getattr(part, name) for part in parts)]).astype(dtype, copy=False)
+    counts = None
+    if any(part.counts is not None for part in parts):
+        counts = np.concatenate([np.ones(len(part.ids), np.uint8) if part.counts is None else part.counts for part in parts])
+    return Tokens(all_of("ids", np.int32), all_of("lengths", np.int64), all_of("hashes", np.float64), counts)
+
+
+def document_hash(document: Document) -> float:
+    """A number in [0, 1] that depends on the content alone: the same on every machine, whatever the file is called."""
+    text = json.dumps(document.messages, sort_keys=True) if isinstance(document, Conversation) else document
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+def id_type(recipe: Recipe) -> type[np.unsignedinteger] | type[np.signedinteger]:
+    """What token ids are stored as, which Megatron-core chooses so too."""
+    largest = max(_tools(recipe)[0].get_vocab().values(), default=0)
+    return np.uint16 if largest < _SMALL_VOCABULARY else np.int32
+
+
+@functools.lru_cache(maxsize=1)
+def _tools(recipe: Recipe) -> tuple:
+    """Tokenizer, chat format and end-of-text id, once for all pieces of a process."""
+    tokenizer = load_tokenizer(recipe.tokenizer)
+    return tokenizer, ChatFormat(tokenizer, recipe.chat_template), end_of_text_id(tokenizer)
+
+
+def _encode(documents: list[Document], recipe: Recipe) -> Tokens:
+    tokenizer, chat, end = _tools(recipe)
+    texts = [document for document in documents if isinstance(document, str)]
+    encoded = iter(tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False,
+                             verbose=False)["input_ids"] if texts else [])
+    ids: list[int] = []
+    counts: list[bool] = []
+    lengths = []
+    for document in documents:
+        before = len(ids)
+        if isinstance(document, Conversation):
+            words, marks = chat.encode(document)
+            if words[-1:] != [end]:
+                # An assistant's last turn that has no token of its own at its end is ended by end of text.
+                words, marks = [*words, end], [*marks, marks[-1:] == [True] and words[-1] not in tokenizer.added_tokens_decoder]
+        else:
+            words = [*next(encoded), end]
+            marks = [True] * len(words)
+        ids += words
+        counts += marks
+        lengths.append(len(ids) - before)
+    return Tokens(np.array(ids, np.int32), np.array(lengths, np.int64), np.array([document_hash(each) for each in documents]),
+                  np.array(counts, np.uint8) if len(texts) < len(documents) else None)
+
+
+def _batched(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document) if isinstance(document, str) else sum(len(str(message.get("content"))) for message in document.messages)
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def recipe_of(tokenizer: str | Path, text_key: str, chat_template: str | None) -> Recipe:
+    """The recipe; `chat_template` is the file of one. Raises InputError where it or the tokenizer can not be used."""
+    recipe = Recipe(tokenizer=str(tokenizer), text_key=text_key, chat_template=read_chat_template(chat_template))
+    _tools(recipe)
+    return recipe

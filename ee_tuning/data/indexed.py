@@ -1,0 +1,107 @@
+"""Megatron's indexed files: PREFIX.bin holds token ids, PREFIX.idx where each document begins. Read by Megatron-core's own class, mapped
+into memory; written so that it reads them.
+
+Beside the two, PREFIX.mask may hold a byte a token: 1 where it counts as a label. Megatron-core takes no notice of it.
+"""
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ee_tuning.data.sources import BIN_SUFFIX, INDEX_SUFFIX
+from ee_tuning.errors import InputError
+
+MASK_SUFFIX = ".mask"
+_HEADER = b"MMIDIDX\x00\x00"
+_SCANNED_AT_ONCE = 1 << 22
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """Documents one after the other."""
+
+    ids: NDArray[np.integer]
+    """[n], mapped: read where it is used."""
+    starts: NDArray[np.int64]
+    """[documents]: first token of each."""
+    counts: NDArray[np.uint8] | None
+    """[n]: 1 where a token counts as a label; None where all do."""
+
+    def documents(self, first: int, stop: int) -> "TokenStream":
+        """Those from `first` up to, not including, `stop`."""
+        bounds = np.append(self.starts, len(self.ids))
+        part = slice(int(bounds[first]), int(bounds[stop]))
+        return TokenStream(self.ids[part], self.starts[first:stop] - part.start, None if self.counts is None else self.counts[part])
+
+
+def with_suffix(prefix: Path, suffix: str) -> Path:
+    """PREFIX.suffix, whatever dots PREFIX has."""
+    return prefix.with_name(prefix.name + suffix)
+
+
+def open_stream(prefix: Path) -> TokenStream:
+    """The documents of PREFIX.bin. Raises InputError where the files can not be read or do not agree."""
+    index, data, mask = (with_suffix(prefix, suffix) for suffix in (INDEX_SUFFIX, BIN_SUFFIX, MASK_SUFFIX))
+    try:
+        size = data.stat().st_size
+        if size == 0:
+            raise InputError(f"{data} is empty; tokenize the texts anew with `ee-tuning preprocess`, or leave it out")
+        dtype, lengths, pointers, documents = _read_index(prefix)
+        num_tokens = int(lengths.sum(dtype=np.int64))
+        ends = np.cumsum(lengths, dtype=np.int64)
+        in_order = np.array_equal(pointers, (ends - lengths) * dtype.itemsize)
+        if num_tokens * dtype.itemsize != size or not in_order:
+            raise InputError(f"{index} does not agree with {data}: it tells of {num_tokens} tokens of {dtype.itemsize} bytes"
+                             f"{'' if in_order else ', not one after the other'}, and {data.name} has {size} bytes; copy the two again, or "
+                             "tokenize the texts anew")
+        starts = np.append(0, ends)[documents[:-1]]
+        counts = None
+        if mask.exists():
+            counts = np.memmap(mask, np.uint8, mode="r")
+            if len(counts) != num_tokens:
+                raise InputError(f"{mask} must have a byte for each of the {num_tokens} tokens of {data}, got {len(counts)}; tokenize the "
+                                 "texts anew")
+        return TokenStream(np.memmap(data, dtype, mode="r"), starts, counts)
+    except OSError as error:
+        raise InputError(f"{prefix}{BIN_SUFFIX} and {INDEX_SUFFIX} can not be read: {error.strerror}; make them readable") from error
+
+
+def _read_index(prefix: Path) -> tuple[np.dtype, NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
+    """Type of the ids; per sequence length and place in bytes; the sequences that documents begin with, and their number."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset  # seconds: only where such files are read
+
+    try:
+        dataset = IndexedDataset(str(prefix))
+        index = dataset.index
+        documents = np.array(index.document_indices)
+        lengths, pointers = np.array(index.sequence_lengths), np.array(index.sequence_pointers)
+        dtype = np.dtype(index.dtype)
+        # Megatron-core asserts no more than that the last of them is the number of sequences.
+        if dtype.kind not in "iu" or documents[0] != 0 or (np.diff(documents) < 0).any() or (lengths < 0).any():
+            raise ValueError("its numbers make no sense")
+    except (AssertionError, ValueError, IndexError, AttributeError, struct.error) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise InputError(f"{prefix}{INDEX_SUFFIX} is no index of Megatron's, or is cut short ({reason}); copy it again, or tokenize the "
+                         "texts anew") from error
+    return dtype, lengths, pointers, documents
+
+
+def write_index(path: Path, dtype: np.dtype, lengths: NDArray[np.int64]) -> None:
+    """A .idx for documents of `lengths` tokens, each a sequence of its own."""
+    from megatron.core.datasets.indexed_dataset import DType
+
+    with path.open("wb") as file:
+        file.write(_HEADER + struct.pack("<QBQQ", 1, DType.code_from_dtype(dtype.type), len(lengths), len(lengths) + 1))
+        lengths.astype(np.int32).tofile(file)
+        ((np.cumsum(lengths) - lengths) * dtype.itemsize).astype(np.int64).tofile(file)
+        np.arange(len(lengths) + 1, dtype=np.int64).tofile(file)
+
+
+def extremes(stream: TokenStream) -> Iterator[tuple[int, int, int]]:
+    """Smallest and largest id, block after block of the file, and the block's bytes: it may be longer than memory."""
+    for start in range(0, len(stream.ids), _SCANNED_AT_ONCE):
+        block = stream.ids[start: start + _SCANNED_AT_ONCE]
+        yield int(block.min()), int(block.max()), block.nbytes

@@ -1,0 +1,76 @@
+"""In which order samples are consumed, without an end: a position in it, an int, is all that a checkpoint has to keep of the data."""
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Order(Protocol):
+    """An endless order of samples."""
+
+    @property
+    def num_distinct(self) -> int:
+        """Positions, from 0 on, before a sample comes again."""
+
+    def sample_at(self, position: int) -> int:
+        """The index of the sample that is consumed at `position`, counted from 0 over all epochs."""
+
+
+class SampleOrder:
+    """Epoch after epoch, each a permutation of all samples."""
+
+    def __init__(self, num_samples: int, seed: int, part: int = 0) -> None:
+        """`part` keeps corpora of one size that are blended from having one order."""
+        assert num_samples > 0
+        self.num_distinct = num_samples
+        self._words = [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF], [part] * (part > 0)
+        self._epoch = -1
+        self._permutation: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+
+    def sample_at(self, position: int) -> int:
+        """See Order."""
+        epoch, place = divmod(position, self.num_distinct)
+        if epoch != self._epoch:
+            # RandomState, because NumPy promises that its streams never change: a run may resume under another version.
+            self._permutation = np.random.RandomState([*self._words[0], epoch, *self._words[1]]).permutation(self.num_distinct)
+            self._epoch = epoch
+        return int(self._permutation[place])
+
+
+class BlendedOrder:
+    """Samples of several corpora by weight: at each position the corpus that is furthest behind its share is next, as in Megatron-core.
+
+    Each corpus has epochs and permutations of its own. Samples are numbered through the corpora.
+    """
+
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int) -> None:
+        self._sizes = np.array(sizes, dtype=np.int64)
+        self._weights = np.array(weights, dtype=np.float64) / sum(weights)
+        self._firsts = np.cumsum(self._sizes) - self._sizes
+        self._orders = [SampleOrder(size, seed, part) for part, size in enumerate(sizes)]
+        self._corpus: NDArray[np.int16] = np.empty(0, dtype=np.int16)
+        self._place: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+
+    @property
+    def num_distinct(self) -> int:
+        """See Order."""
+        self._reach(int(self._sizes.sum()))
+        repeats = np.flatnonzero(self._place >= self._sizes[self._corpus])
+        return int(repeats[0])
+
+    def sample_at(self, position: int) -> int:
+        """See Order."""
+        self._reach(position)
+        corpus = int(self._corpus[position])
+        return int(self._firsts[corpus]) + self._orders[corpus].sample_at(int(self._place[position]))
+
+    def _reach(self, position: int) -> None:
+        if position < len(self._corpus):
+            return
+        from megatron.core.datasets import helpers_cpp
+
+        # What is chosen at a position depends on those before it alone, so a longer table begins with the shorter one.
+        size = max(1 << 16, 2 * (position + 1))
+        self._corpus, self._place = np.empty(size, dtype=np.int16), np.empty(size, dtype=np.int64)
+        helpers_cpp.build_blending_indices(self._corpus, self._place, self._weights, len(self._sizes), size, False)

@@ -1,0 +1,186 @@
+"""From the config's section `data` to the samples of training and validation: what is found is tokenized once, kept, mapped and packed."""
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ee_tuning.config import DataSection
+from ee_tuning.data.cache import Entry, cache_root, file_stamps, kept
+from ee_tuning.data.encoding import recipe_of
+from ee_tuning.data.indexed import BIN_SUFFIX, INDEX_SUFFIX, TokenStream, extremes, open_stream, with_suffix
+from ee_tuning.data.progress import Progress
+from ee_tuning.data.sources import Corpus, find_corpora
+from ee_tuning.data.tokenizer import tokenizer_digests
+from ee_tuning.data.tokenizing import tokenize_files
+from ee_tuning.data.tokens import DocumentRules, Mixture, PackedSamples, Samples, Splits
+from ee_tuning.errors import InputError
+from ee_tuning.parallel.topology import Topology
+
+_TRAIN, _VALID = "train", "valid"
+_EXTREMES = "extremes.json"
+
+
+@dataclass(frozen=True)
+class _Streams:
+    """What one corpus holds."""
+
+    corpus: Corpus
+    train: list[TokenStream]
+    valid: list[TokenStream]
+
+
+def load_samples(data: DataSection, model_path: str | Path, *, seq_length: int, vocab_size: int, max_positions: int,
+                 needs_validation: bool = True, topology: Topology | None = None) -> Splits:
+    """Reads, tokenizes, splits and packs what `data` names; equal on every rank. All ranks of `topology` call it (None: a world of one).
+
+    The tokenizer is data.tokenizer, or the one in `model_path`. Held out are data.valid_paths (files that data.paths name too are
+    then not trained on), or else a share of the documents. Raises InputError on whatever can not be used: paths, weights, files,
+    lines, the tokenizer, ids beyond `vocab_size`, `seq_length` beyond `max_positions`, a split shorter than one sample, and no held-out
+    part where `needs_validation`.
+    """
+    _check_settings(data, seq_length, max_positions, needs_validation)
+    valid_corpora = find_corpora(data.valid_paths, "data.valid_paths") if data.valid_paths else []
+    corpora = find_corpora(data.paths, "data.paths", leave_out=valid_corpora)
+    if data.split and not any(corpus.prefixes for corpus in corpora):
+        raise InputError(f"data.split = {data.split} divides the documents of .bin and .idx, and data.paths names none; set "
+                         "data.valid_fraction instead")
+    tokenizer = Path(data.tokenizer or model_path)
+    wanted = [(corpus, not data.valid_paths) for corpus in corpora]
+    wanted += [(corpus, False) for corpus in valid_corpora if needs_validation]
+    entries = [entry for corpus, is_split in wanted for entry in _entries(corpus, data, tokenizer, is_split)]
+    folders = iter(kept(entries, cache_root(data.cache), topology))
+    streams = [_open(corpus, folders, data, tokenizer, vocab_size, is_split) for corpus, is_split in wanted]
+    train = _pack([(each.corpus, each.train) for each in streams[:len(corpora)]], data, seq_length, "data.paths", "training data")
+    if not needs_validation:
+        return Splits(train=train, valid=None)
+    if data.valid_paths:
+        judged = [(each.corpus, each.train) for each in streams[len(corpora):]]
+        return Splits(train=train, valid=_pack(judged, data, seq_length, "data.valid_paths", "validation data"))
+    judged = [(each.corpus, each.valid) for each in streams]
+    part = f"split {data.split}" if data.split else f"{data.valid_fraction:g}"
+    return Splits(train=train, valid=_pack(judged, data, seq_length, "data.paths", "validation data", f"{part} of the documents of "))
+
+
+def _entries(corpus: Corpus, data: DataSection, tokenizer: Path, is_split: bool) -> Iterator[Entry]:
+    """What has to be known of a corpus: the tokens of its texts, and the smallest and largest of the ids that it brings."""
+    if corpus.texts:
+        fraction = data.valid_fraction if is_split else 0.0
+
+        def tokenize(folder: Path, progress: Progress) -> Iterator[None]:
+            recipe = recipe_of(tokenizer, data.text_key, data.chat_template)
+            outputs = (folder / _TRAIN, folder / _VALID)
+            written = yield from tokenize_files(corpus.texts, recipe, folder, outputs, fraction, data.workers, progress)
+            (folder / _EXTREMES).write_text(json.dumps([0, max(each.largest for each in written)]))
+        yield Entry(make=tokenize, depends_on=lambda: {
+            "files": file_stamps(corpus.texts), "tokenizer": tokenizer_digests(tokenizer), "text_key": data.text_key,
+            "chat_template": data.chat_template and Path(data.chat_template).read_text(), "valid_fraction": fraction})
+    for prefix in corpus.prefixes:
+        def scan(folder: Path, progress: Progress, prefix: Path = prefix) -> Iterator[None]:
+            stream = open_stream(prefix)
+            progress.expect(stream.ids.nbytes)
+            smallest, largest = 0, 0
+            for low, high, num_bytes in extremes(stream):
+                smallest, largest = min(smallest, low), max(largest, high)
+                progress.advance(num_bytes)
+                yield
+            (folder / _EXTREMES).write_text(json.dumps([smallest, largest]))
+        files = [with_suffix(prefix, suffix) for suffix in (BIN_SUFFIX, INDEX_SUFFIX)]
+        yield Entry(make=scan, depends_on=partial(_id_stamps, files))
+
+
+def _id_stamps(files: Sequence[Path]) -> dict[str, Any]:
+    return {"ids": file_stamps(files)}
+
+
+def _open(corpus: Corpus, folders: Iterator[Path], data: DataSection, tokenizer: Path, vocab_size: int, is_split: bool) -> _Streams:
+    """The documents of a corpus, whose entries are the next of `folders`."""
+    train, valid = [], []
+    if corpus.texts:
+        folder = next(folders)
+        _check_vocabulary(folder, vocab_size, f"the tokenizer in {tokenizer} gave",
+                          "set data.tokenizer to the one that the model was trained with")
+        train, valid = ([open_stream(folder / part)] if with_suffix(folder / part, BIN_SUFFIX).stat().st_size else []
+                        for part in (_TRAIN, _VALID))
+    for prefix in corpus.prefixes:
+        _check_vocabulary(next(folders), vocab_size, f"{with_suffix(prefix, BIN_SUFFIX)} holds",
+                          "tokenize its texts anew with the model's tokenizer")
+        stream = open_stream(prefix)
+        first, stop = _bounds(len(stream.starts), data) if is_split else (len(stream.starts),) * 2
+        train.append(stream.documents(0, first))
+        valid.append(stream.documents(first, stop))
+    return _Streams(corpus, [each for each in train if len(each.ids)], [each for each in valid if len(each.ids)])
+
+
+def _bounds(num_documents: int, data: DataSection) -> tuple[int, int]:
+    """Where the training documents of .bin and .idx end, and those held out."""
+    if data.split:
+        shares = _shares(data.split)
+        first, stop = (round(sum(shares[:parts]) / sum(shares) * num_documents) for parts in (1, 2))
+        return first, stop
+    num_valid = round(data.valid_fraction * num_documents)
+    if data.valid_fraction and num_documents > 1:
+        num_valid = min(max(num_valid, 1), num_documents - 1)
+    return num_documents - num_valid, num_documents
+
+
+def _shares(split: str) -> list[float]:
+    """As Megatron-core reads its `split`."""
+    try:
+        shares = [float(share) for share in split.split(",")]
+    except ValueError:
+        shares = []
+    if not 1 <= len(shares) <= 3 or any(not 0 <= share < float("inf") for share in shares) or not shares[0] > 0:
+        raise InputError(f"data.split must be up to three shares of at least 0, for training, validation and test, such as 969,30,1, got "
+                         f"{split!r}")
+    return shares
+
+
+def _check_settings(data: DataSection, seq_length: int, max_positions: int, needs_validation: bool) -> None:
+    if not 1 <= seq_length <= max_positions:
+        raise InputError(f"tuning.seq_length must lie in 1..{max_positions} (the model's max_position_embeddings), got {seq_length}")
+    if not 0 <= data.valid_fraction < 1:
+        raise InputError(f"data.valid_fraction must be at least 0 and below 1, got {data.valid_fraction}")
+    held_out = sum(_shares(data.split)[1:2]) if data.split else data.valid_fraction
+    if needs_validation and not data.valid_paths and held_out == 0:
+        given = f"data.split = {data.split}" if data.split else "data.valid_fraction = 0"
+        raise InputError(f"validation needs held-out data, got {given} and no data.valid_paths; set one of them, or tuning.eval_iters to 0")
+
+
+def _check_vocabulary(folder: Path, vocab_size: int, who: str, remedy: str) -> None:
+    smallest, largest = json.loads((folder / _EXTREMES).read_text())
+    if largest >= vocab_size or smallest < 0:
+        raise InputError(f"token ids must lie in 0..{vocab_size - 1}, the model's vocabulary, but {who} "
+                         f"{largest if largest >= vocab_size else smallest}; {remedy}")
+
+
+def _pack(corpora: Sequence[tuple[Corpus, list[TokenStream]]], data: DataSection, seq_length: int, key: str, what: str,
+          share: str = "") -> Samples:
+    """The samples of one split: of one stream, of several, or by weight."""
+    rules = DocumentRules(reset_attention_mask=data.reset_attention_mask, reset_position_ids=data.reset_position_ids,
+                          eod_mask_loss=data.eod_mask_loss)
+    packed: list[Samples] = []
+    for corpus, streams in corpora:
+        _check_size(corpus.name, streams, seq_length, key, what, share)
+        parts = [PackedSamples(each.ids, seq_length, each.counts, each.starts, rules) for each in streams]
+        packed.append(parts[0] if len(parts) == 1 else Mixture(parts, None))
+    weights = [corpus.weight for corpus, _ in corpora]
+    return packed[0] if weights == [None] else Mixture(packed, [weight or 0.0 for weight in weights])
+
+
+def _check_size(name: str, streams: Sequence[TokenStream], seq_length: int, key: str, what: str, share: str) -> None:
+    """Raises InputError where what one weight stands for makes no sample, or none to learn from."""
+    num_tokens = sum(len(each.ids) for each in streams)
+    if not num_tokens and share:
+        raise InputError(f"{key} = {name} holds a single document, so none can be held out; give data.valid_paths or more documents, or "
+                         "set tuning.eval_iters to 0")
+    if not num_tokens:
+        raise InputError(f"{key} = {name} holds no text; give files that are not empty")
+    if all(len(each.ids) <= seq_length for each in streams):
+        remedy = "a larger data.valid_fraction, data.valid_paths, " if share else ""
+        raise InputError(f"a sample takes tuning.seq_length + 1 = {seq_length + 1} tokens, but the {what} ({share}{name}) holds only "
+                         f"{num_tokens}; give more text, {remedy}or a shorter tuning.seq_length")
+    if all(each.counts is not None and not each.counts.any() for each in streams):
+        raise InputError(f"the {what} ({share}{name}) has no token to learn from: of chats, that is the assistant's words alone, and no "
+                         "message has the role assistant; mend the roles")

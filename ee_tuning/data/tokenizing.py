@@ -1,0 +1,155 @@
+"""Files become .bin and .idx: pieces are tokenized by processes side by side, and joined in their order, whoever was first.
+
+Everything happens in steps of well under a minute, so that whoever waits for it can be told that it goes on.
+"""
+import os
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ee_tuning.data.documents import Piece, pieces_of
+from ee_tuning.data.encoding import Recipe, id_type, tokenize_piece
+from ee_tuning.data.indexed import BIN_SUFFIX, INDEX_SUFFIX, MASK_SUFFIX, with_suffix, write_index
+from ee_tuning.data.progress import Progress
+from ee_tuning.errors import InputError
+
+BYTES_PER_WORKER = 4_000_000
+"""Fewer are not worth the seconds that a process takes to start."""
+_SECONDS_PER_STEP = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """What became of the files."""
+
+    num_documents: int
+    num_tokens: int
+    largest: int
+    """Of the token ids."""
+
+
+def num_workers(pieces: Sequence[Piece], wanted: int) -> int:
+    """Processes worth starting; 0 means that this one does the work. Raises InputError where `wanted` is negative."""
+    if wanted < 0:
+        raise InputError(f"data.workers must be at least 0, got {wanted}; 0 takes one per CPU core")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(wanted or cores, len(pieces), sum(piece.num_bytes for piece in pieces) // BYTES_PER_WORKER)
+
+
+def tokenize_files(files: Sequence[Path], recipe: Recipe, folder: Path, outputs: Sequence[Path], valid_fraction: float, workers: int,
+                   progress: Progress) -> Generator[None, None, list[Written]]:
+    """Writes the documents of `files` to the prefix outputs[0], those that `held_out` chooses to outputs[1].
+
+    `folder` takes what is on the way. Yields now and then; returns what was written, per output. Raises InputError where a file or a
+    document can not be used.
+    """
+    pieces = pieces_of(files)
+    parts = [folder / f"piece-{number:06d}.npz" for number in range(len(pieces))]
+    progress.expect(sum(piece.num_bytes for piece in pieces))
+    processes = num_workers(pieces, workers)
+    for piece in _side_by_side(pieces, parts, recipe, processes) if processes else _in_turn(pieces, parts, recipe):
+        progress.advance(piece.num_bytes if piece else 0)
+        yield
+    hashes = [_load(part)["hashes"] for part in parts]
+    chosen = held_out(np.concatenate([np.empty(0), *hashes]), valid_fraction)
+    dtype = np.dtype(id_type(recipe))
+    has_mask = any("counts" in _load(part) for part in parts)
+    joints = [_Joint(output, dtype, has_mask) for output in outputs]
+    first = 0
+    for part, own in zip(parts, hashes, strict=True):
+        here = chosen[first: first + len(own)]
+        first += len(own)
+        for joint, documents in zip(joints, (~here, here), strict=False):
+            joint.append(_load(part), documents)
+        part.unlink()
+        yield
+    return [joint.close() for joint in joints]
+
+
+def held_out(hashes: NDArray[np.float64], valid_fraction: float) -> NDArray[np.bool_]:
+    """Which documents are held out: those whose hash lies below `valid_fraction`.
+
+    Of two different documents or more, at least one is held out and one trained on, so that a handful of files works too; of one
+    alone, none is held out.
+    """
+    if valid_fraction == 0 or len(hashes) == 0 or hashes.min() == hashes.max():
+        return np.zeros(len(hashes), dtype=bool)
+    return hashes < min(max(valid_fraction, np.nextafter(hashes.min(), 2)), hashes.max())
+
+
+def _write_part(piece: Piece, part: Path, recipe: Recipe) -> None:
+    tokens = tokenize_piece(piece, recipe)
+    arrays: dict[str, Any] = {"ids": tokens.ids, "lengths": tokens.lengths, "hashes": tokens.hashes, "counts": tokens.counts}
+    np.savez(part, **{name: array for name, array in arrays.items() if array is not None})
+
+
+def _load(part: Path) -> np.lib.npyio.NpzFile:
+    return np.load(part)  # its arrays are read when they are asked for
+
+
+def _in_turn(pieces: Sequence[Piece], parts: Sequence[Path], recipe: Recipe) -> Iterator[Piece | None]:
+    for piece, part in zip(pieces, parts, strict=True):
+        _write_part(piece, part, recipe)
+        yield piece
+
+
+def _side_by_side(pieces: Sequence[Piece], parts: Sequence[Path], recipe: Recipe, processes: int) -> Iterator[Piece | None]:
+    # Spawned, not forked: this process may have threads, of gloo or of CUDA.
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        try:
+            waiting = iter(zip(pieces, parts, strict=True))
+            running: dict[Future[None], Piece] = {}
+            while True:
+                while len(running) < 2 * processes and (job := next(waiting, None)):
+                    running[pool.submit(_write_part, *job, recipe)] = job[0]
+                if not running:
+                    return
+                done, _ = wait(running, timeout=_SECONDS_PER_STEP, return_when=FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+                    yield running.pop(future)
+                if not done:
+                    yield None
+        except BrokenProcessPool as error:
+            raise InputError("a process that tokenizes was ended from outside, as by a machine out of memory; set data.workers to fewer "
+                             f"than {processes}") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+class _Joint:
+    """One output, growing."""
+
+    def __init__(self, prefix: Path, dtype: np.dtype, has_mask: bool) -> None:
+        self._prefix, self._dtype = prefix, dtype
+        self._data = with_suffix(prefix, BIN_SUFFIX).open("wb")
+        self._mask = with_suffix(prefix, MASK_SUFFIX).open("wb") if has_mask else None
+        self._lengths: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
+        self._largest = 0
+
+    def append(self, part: np.lib.npyio.NpzFile, documents: NDArray[np.bool_]) -> None:
+        """The chosen documents of a part."""
+        lengths = part["lengths"]
+        tokens = np.repeat(documents, lengths)
+        ids = part["ids"][tokens]
+        self._lengths.append(lengths[documents])
+        self._largest = max(self._largest, int(ids.max(initial=0)))
+        ids.astype(self._dtype).tofile(self._data)
+        if self._mask:
+            (part["counts"][tokens] if "counts" in part else np.ones(len(ids), np.uint8)).tofile(self._mask)
+
+    def close(self) -> Written:
+        """Call it last."""
+        for file in (self._data, self._mask):
+            if file:
+                file.close()
+        lengths = np.concatenate(self._lengths)
+        write_index(with_suffix(self._prefix, INDEX_SUFFIX), self._dtype, lengths)
+        return Written(num_documents=len(lengths), num_tokens=int(lengths.sum()), largest=self._largest)
