@@ -32,11 +32,12 @@ setup(
         "matplotlib",
     ],
     extras_require={
+        "parquet": ["pyarrow"],
         "te": ["transformer-engine[pytorch]"],
         # Names that install commands may already use; the commands behind them need nothing more so far.
         "serve": [],
         "eval": [],
-        "dev": ["pytest", "pytest-timeout", "ruff", "mypy", "types-PyYAML", "pre-commit"],
+        "dev": ["pytest", "pytest-timeout", "ruff", "mypy", "types-PyYAML", "pre-commit", "pyarrow"],
     },
     entry_points={"console_scripts": ["ee-tuning = ee_tuning.cli:main"]},
     classifiers=[

@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerFast
 from ee_tuning.config import DataSection
 from ee_tuning.data.chat import ChatFormat
 from ee_tuning.data.documents import Conversation
-from ee_tuning.data.loader import BatchSource
 from ee_tuning.data.splits import load_samples
 from ee_tuning.data.tokens import PackedSamples
 from ee_tuning.errors import InputError
@@ -19,8 +18,9 @@ from ee_tuning.errors import InputError
 MARKS = ["<|end|>", "<|im_start|>", "<|im_end|>", "<|eot|>", "</s>", "[INST]", "[/INST]"]
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-MARKED = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}{% generation %}"
-          "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}")
+MARKED = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
+          "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}"
+          "{{ '\n' }}{% endfor %}")
 TRIMMED = ("{% for m in messages %}{{ m['role'] + ': ' + m['content'] | trim + '<|eot|>' }}{% endfor %}"
            "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")
 INSTRUCT = ("{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
@@ -28,9 +28,11 @@ INSTRUCT = ("{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m
 PLAIN = "{% for m in messages %}{{ '### ' + m['role'] + '\n' + m['content'] + '\n' }}{% endfor %}" \
         "{% if add_generation_prompt %}{{ '### assistant\n' }}{% endif %}"
 # Earlier turns lose what the last one gets.
-THINKING = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if loop.last and m['role'] == 'assistant' %}{{ '<think></think>' }}"
-            "{% endif %}{{ m['content'] + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hi — you."},
+THINKING = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+            "{% if loop.last and m['role'] == 'assistant' %}{{ '<think></think>' }}{% endif %}"
+            "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+MESSAGES = [{"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hi — you."},
             {"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hi.\nBye."}]
 
 
@@ -81,7 +83,8 @@ def test_a_template_with_marks_says_what_one_without_them_does(tokenizer: PreTra
     ("{{ messages | length }}" + CHATML, MESSAGES, ["chats.jsonl:7", "generation"]),
     (THINKING.replace("m['content']", "m['content'].split('—')[-1]"), MESSAGES, ["chats.jsonl:7", "generation"]),
 ])
-def test_what_can_not_be_found_is_refused(tokenizer: PreTrainedTokenizerFast, template: str | None, messages: list, words: list[str]) -> None:
+def test_what_can_not_be_found_is_refused(tokenizer: PreTrainedTokenizerFast, template: str | None, messages: list,
+                                          words: list[str]) -> None:
     """Marks put somewhere in a text that is another one than the template made."""
     with pytest.raises(InputError) as error:
         said(tokenizer, template, messages)
