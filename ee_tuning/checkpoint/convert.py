@@ -8,6 +8,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any, TypeGuard
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor
@@ -64,11 +65,15 @@ def initial_exits_config(config: Config, model: ModelConfig, reader: BackboneSou
     exits would hold nothing.
     """
     reader.check_complete(model)
-    section = config.exits
+    return described_exits(config.exits, model, name=model_name(reader.folder), dtype=reader.dtype(embedding_name(model)),
+                           fingerprint=fingerprint(reader, model))
+
+
+def described_exits(section: ExitsSection, model: ModelConfig, *, name: str, dtype: torch.dtype, fingerprint: str) -> ExitHeadsConfig:
+    """The exits that `section` describes, of the model called `name`. Raises InputError where they can not be."""
     return ExitHeadsConfig(
-        **described_heads(section), exit_layers=section.exit_layers, output=section.output,
-        dtype=str(reader.dtype(embedding_name(model))).removeprefix("torch."), model_name=model_name(reader.folder),
-        model_shape=model_shape(model), model_fingerprint=fingerprint(reader, model))
+        **described_heads(section), exit_layers=section.exit_layers, output=section.output, dtype=str(dtype).removeprefix("torch."),
+        model_name=name, model_shape=model_shape(model), model_fingerprint=fingerprint)
 
 
 def described_heads(section: ExitsSection) -> dict[str, Any]:

@@ -31,6 +31,7 @@ _LATEST, _COMMON = "latest_checkpointed_iteration.txt", "common.pt"
 _REMEDY = "fetch or export the model again, or, if you changed it yourself, give --no-verify"
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt"]
+_HUB_CONFIG = ["config.json"]
 
 
 class BackboneSource(TensorSource, Protocol):
@@ -87,13 +88,18 @@ def check_model(source: BackboneSource, config: ModelConfig, topology: Topology 
     on_first_rank(topology, lambda: source.check_complete(config))
 
 
-def model_folder(path: str) -> Path:
+def has_weights(folder: Path) -> bool:
+    """Whether the folder of a model (`model_folder`) holds more than its config.json."""
+    return (folder / METADATA).is_file() or is_legacy(folder) or any(folder.glob("model*.safetensors*"))
+
+
+def model_folder(path: str, *, needs_weights: bool = True) -> Path:
     """The folder that holds the model: `path`, the latest iteration in it, or what the hub's `org/name` was fetched to."""
     if not path:
         raise InputError("model.path must name a model's folder, got nothing; give --model FOLDER")
     folder = Path(path)
     if not folder.exists() and _HUB_NAME.fullmatch(path):
-        return _fetched(path)
+        return _fetched(path, _HUB_FILES if needs_weights else _HUB_CONFIG)
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder}; give the folder of a model (Hugging Face's, or a Megatron checkpoint), or a name "
                          "on the Hugging Face hub")
@@ -113,12 +119,12 @@ def model_folder(path: str) -> Path:
                      f"mp_rank_00 or {_LATEST}); give the folder of a model")
 
 
-def _fetched(name: str) -> Path:
+def _fetched(name: str, files: list[str]) -> Path:
     """A snapshot of the hub's model in Hugging Face's cache, fetched where it is not there yet."""
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"there is no folder {name}, and the Hugging Face hub does not give a model of that name ({reason}); "

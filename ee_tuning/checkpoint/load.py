@@ -28,6 +28,17 @@ from ee_tuning.parallel.topology import Topology
 
 
 @dataclass(frozen=True)
+class Sources:
+    """Where a stage's weights come from, and what is known of the model before any of them is read."""
+
+    config: ModelConfig
+    backbone: TensorSource
+    exits: ExitHeadsConfig | None
+    """What the heads are; None where there are none."""
+    exit_tensors: TensorSource | None
+
+
+@dataclass(frozen=True)
 class LoadedModel:
     """A stage with its weights, and what is known of the whole."""
 
@@ -45,21 +56,39 @@ def load_for_tuning(config: Config, topology: Topology) -> LoadedModel:
     """
     reader, model_config = _open_model(config, topology)
     with reader:
-        exits, source = _open_exits(config, model_config, reader, topology)
-        last = max(exits.exit_layers)
-        costs = stage_costs(model_config, last, exits.heads, trains_heads=True, has_final_head=False)
-        return _load(config, topology, model_config, reader, exits, source, costs, has_final_head=False,
-                     max_length=config.tuning.seq_length)
+        sources = Sources(model_config, reader, *_open_exits(config, model_config, reader, topology))
+        return build_stage(sources, plan_tuning(config, sources, topology), topology)
 
 
 def load_for_generation(config: Config, topology: Topology) -> LoadedModel:
     """All layers, the final head, and the heads of exits.path where it is given. Raises as `load_for_tuning`."""
     reader, model_config = _open_model(config, topology)
     with reader:
-        exits, source = _open_exits(config, model_config, reader, topology) if config.exits.path else (None, None)
-        costs = stage_costs(model_config, model_config.num_layers, exits.heads if exits else (), trains_heads=False, has_final_head=True)
-        return _load(config, topology, model_config, reader, exits, source, costs, has_final_head=True,
-                     max_length=model_config.max_position_embeddings)
+        exits, tensors = _open_exits(config, model_config, reader, topology) if config.exits.path else (None, None)
+        sources = Sources(model_config, reader, exits, tensors)
+        return build_stage(sources, _plan_generation(config, sources, topology), topology)
+
+
+def plan_tuning(config: Config, sources: Sources, topology: Topology) -> list[StagePlan]:
+    """What each stage holds while tuning. Raises InputError where the layers do not reach for the stages."""
+    exits = sources.exits
+    assert exits is not None
+    costs = stage_costs(sources.config, max(exits.exit_layers), exits.heads, trains_heads=True, has_final_head=False)
+    return _plans(config, exits, costs, topology, has_final_head=False, max_length=config.tuning.seq_length)
+
+
+def build_stage(sources: Sources, plans: list[StagePlan], topology: Topology) -> LoadedModel:
+    """This rank's stage of `plans`, with its weights."""
+    plan, config = plans[topology.stage], sources.config
+    model = EarlyExitModel(config, topology, plan)
+    shard = (topology.tp, topology.tp_rank, plan.dtype)
+    for name, parameter in model.backbone.named_parameters():
+        _fill(parameter, partial(read_backbone_tensor, sources.backbone, config, name, *shard), topology)
+    for spec in plan.own_exits:
+        for name, parameter in model.exit_head(spec.layer).named_parameters():
+            assert sources.exit_tensors is not None
+            _fill(parameter, partial(read_exit_tensor, sources.exit_tensors, config, spec, name, *shard), topology)
+    return LoadedModel(model, [(each.first_layer, each.last_layer) for each in plans], sources.exits)
 
 
 def compute_dtype(config: Config, topology: Topology) -> torch.dtype:
@@ -88,22 +117,18 @@ def _open_exits(config: Config, model_config: ModelConfig, reader: BackboneSourc
     return artifact.config, artifact
 
 
-def _load(config: Config, topology: Topology, model_config: ModelConfig, reader: BackboneSource, exits: ExitHeadsConfig | None,
-          source: TensorSource | None, costs: list[float], *, has_final_head: bool, max_length: int) -> LoadedModel:
-    stages = split_layers(costs, topology.pp)
-    first, last = stages[topology.stage]
-    plan = StagePlan(
+def _plan_generation(config: Config, sources: Sources, topology: Topology) -> list[StagePlan]:
+    exits, model = sources.exits, sources.config
+    costs = stage_costs(model, model.num_layers, exits.heads if exits else (), trains_heads=False, has_final_head=True)
+    return _plans(config, exits, costs, topology, has_final_head=True, max_length=model.max_position_embeddings)
+
+
+def _plans(config: Config, exits: ExitHeadsConfig | None, costs: list[float], topology: Topology, *, has_final_head: bool,
+           max_length: int) -> list[StagePlan]:
+    return [StagePlan(
         first_layer=first, last_layer=last, exits=exits.heads if exits else (), has_final_head=has_final_head, max_length=max_length,
         dtype=compute_dtype(config, topology))
-    model = EarlyExitModel(model_config, topology, plan)
-    shard = (topology.tp, topology.tp_rank, plan.dtype)
-    for name, parameter in model.backbone.named_parameters():
-        _fill(parameter, partial(read_backbone_tensor, reader, model_config, name, *shard), topology)
-    for spec in plan.own_exits:
-        for name, parameter in model.exit_head(spec.layer).named_parameters():
-            assert source is not None
-            _fill(parameter, partial(read_exit_tensor, source, model_config, spec, name, *shard), topology)
-    return LoadedModel(model, stages, exits)
+        for first, last in split_layers(costs, topology.pp)]
 
 
 def _fill(parameter: nn.Parameter, read: Callable[[], Tensor], topology: Topology) -> None:

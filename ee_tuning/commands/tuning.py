@@ -2,11 +2,19 @@
 import argparse
 
 from ee_tuning.commands.command import Command, add_job, job_of
+from ee_tuning.errors import InputError
 
 
 def tune(args: argparse.Namespace) -> None:
     """Backbone and artifact (or what to convert) -> run folder with the tuned artifact."""
     config = job_of(args)
+    if args.dry_run:
+        from ee_tuning.planning.dry_run import dry_run
+
+        dry_run(config, args.world_size)
+        return
+    if args.world_size is not None:
+        raise InputError("--world-size is a size to imagine, for --dry-run; a true run takes the launcher's: torchrun --nproc-per-node N")
     from ee_tuning.tuning.tuner import tune
 
     tune(config)
@@ -14,6 +22,10 @@ def tune(args: argparse.Namespace) -> None:
 
 def _add_tune(parser: argparse.ArgumentParser) -> None:
     add_job(parser, "tune")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="tune nothing: run one rank of each kind of stage through a step on tensors without numbers, in one process, "
+                        "without a GPU. The model's config.json is enough, and no data are read")
+    parser.add_argument("--world-size", type=int, metavar="N", help="with --dry-run: processes to imagine (default tensor × pipeline)")
 
 
 COMMANDS = (
@@ -22,6 +34,7 @@ COMMANDS = (
   ee-tuning tune --model Llama-2-7b-hf --exits exits/llama-2-7b --data corpus.jsonl --output runs/llama-2-7b
   torchrun --nproc-per-node 8 -m ee_tuning tune job.yaml --tensor-model-parallel-size 2 --pipeline-model-parallel-size 4
   torchrun --nproc-per-node 8 -m ee_tuning tune job.yaml --resume
+  ee-tuning tune job.yaml --dry-run --world-size 128
 
 Without --exits it converts by itself from --exit-layers, --architecture, --init and --exit-output.
 The tuned artifact is OUTPUT/exit_heads.""", add_arguments=_add_tune, run=tune),

@@ -17,6 +17,7 @@ with warnings.catch_warnings():
 
 from ee_tuning.model.activation import activation
 from ee_tuning.model.attention import CausalAttention, softmax_scale
+from ee_tuning.model.cast import cast_parameters
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.documents import PackedDocuments, rotations
 from ee_tuning.model.norm import backbone_norm
@@ -85,10 +86,10 @@ class BackboneStage(nn.Module):
         megatron = transformer_config(config, topology, dtype)
         padded = config.padded_vocab_size(topology.tp)
         if has_embedding:
-            # Megatron-core makes the embedding of positions on the CPU, as float32.
             self.embedding = LanguageModelEmbedding(
                 megatron, padded, config.max_position_embeddings, tp_group=topology.tp_group,
-                position_embedding_type="rope" if config.position == "rope" else "learned_absolute").to(topology.device, dtype)
+                position_embedding_type="rope" if config.position == "rope" else "learned_absolute")
+            cast_parameters(self.embedding, dtype, topology.device)  # Megatron-core has that of positions on the CPU, as float32
         layers = {str(number - 1): build_layer(config, topology, number, dtype) for number in range(first_layer, last_layer + 1)}
         self.decoder = nn.ModuleDict({"layers": nn.ModuleDict(layers)})
         if has_final_norm:

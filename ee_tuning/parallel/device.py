@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 
 def device() -> torch.device:
@@ -20,6 +21,11 @@ def device() -> torch.device:
 def collective_backend() -> str:
     """The process-group backend of tensors on `device()`."""
     return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def control_backend() -> str:
+    """The process-group backend of small CPU tensors: gloo, or none at all in a world that is imagined (`dry_world.py`)."""
+    return "fake" if dist.get_backend() == "fake" else "gloo"
 
 
 @functools.cache

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from ee_tuning.config import ParallelSection
 from ee_tuning.errors import InputError
-from ee_tuning.parallel.device import collective_backend, prepare_device
+from ee_tuning.parallel.device import collective_backend, control_backend, prepare_device
 
 Group = Any  # torch.distributed.ProcessGroup
 
@@ -48,6 +49,8 @@ class Topology:
     """gloo: everybody."""
     pp_ranks: tuple[int, ...]
     """Global ranks of `pp_group`, by stage."""
+    dp_mesh: Any
+    """torch's DeviceMesh over `dp_group`, for `fully_shard`."""
 
     @property
     def is_first_stage(self) -> bool:
@@ -94,22 +97,26 @@ def init_parallel(parallel: ParallelSection, timeout_minutes: float = 30) -> Top
 
     Raises InputError where TP × PP does not divide the world.
     """
-    world_size = _world_size()
+    check_world_size(parallel, _world_size())
+    device = prepare_device()
+    if not dist.is_initialized():
+        _join_world(timedelta(minutes=timeout_minutes))
+    topology = lay_out(parallel, device)
+    if topology.is_logging_rank and (warning := connection_warning(topology)):
+        print(f"ee-tuning: warning: {warning}", file=sys.stderr, flush=True)
+    return topology
+
+
+def check_world_size(parallel: ParallelSection, world_size: int) -> None:
+    """Raises InputError where TP × PP does not divide `world_size`."""
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     for name, size in (("tensor_model_parallel_size", tp), ("pipeline_model_parallel_size", pp)):
         if size < 1:
             raise InputError(f"parallel.{name} must be at least 1, got {size}")
-    if world_size % (tp * pp):
+    if world_size < 1 or world_size % (tp * pp):
         raise InputError(
             f"the number of processes must be a multiple of tensor × pipeline = {tp} × {pp} = {tp * pp}, got {world_size}; "
             f"launch with `torchrun --nproc-per-node {tp * pp} -m ee_tuning …`, or change parallel.*")
-    device = prepare_device()
-    if not dist.is_initialized():
-        _join_world(timedelta(minutes=timeout_minutes))
-    topology = _lay_out(tp, pp, device)
-    if topology.is_logging_rank and (warning := connection_warning(topology)):
-        print(f"ee-tuning: warning: {warning}", file=sys.stderr, flush=True)
-    return topology
 
 
 def connection_warning(topology: Topology) -> str | None:
@@ -147,14 +154,16 @@ def _join_world(timeout: timedelta) -> None:
         dist.init_process_group(collective_backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
-def _lay_out(tp: int, pp: int, device: torch.device) -> Topology:
+def lay_out(parallel: ParallelSection, device: torch.device) -> Topology:
+    """TP × PP × DP over the world that this process is in, whose size they divide. All ranks call it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Megatron-core tells of the libraries it does without, on every rank
         from megatron.core import parallel_state
     if parallel_state.model_parallel_is_initialized():  # another layout of the same world
         _destroy_groups(kept=parallel_state.get_data_parallel_group())
         parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tp, pp)
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    parallel_state.initialize_model_parallel(tp, pp, create_gloo_process_groups=False)  # those it would make are of no use here
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dp = world_size // (tp * pp)
     stage, column = rank // (tp * dp), rank % (tp * dp)
@@ -171,8 +180,9 @@ def _lay_out(tp: int, pp: int, device: torch.device) -> Topology:
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         stage_control=_own_group(stages, rank),
         pp_control=_own_group(columns, rank), replica_control=_own_group(replicas, rank),
-        world_control=dist.new_group(list(range(world_size)), backend="gloo"),
-        pp_ranks=tuple(columns[column]))
+        world_control=dist.new_group(list(range(world_size)), backend=control_backend()),
+        pp_ranks=tuple(columns[column]),
+        dp_mesh=DeviceMesh.from_group(parallel_state.get_data_parallel_group(), device.type))
 
 
 _KEPT_GROUPS: list[Group] = []
@@ -191,10 +201,10 @@ def _destroy_groups(kept: Group) -> None:
 
 
 def _own_group(partition: list[list[int]], rank: int) -> Group:
-    """A gloo group for each part; this rank's own. Every rank makes every group, in the same order."""
+    """A control group for each part; this rank's own. Every rank makes every group, in the same order."""
     own = None
     for ranks in partition:
-        group = dist.new_group(ranks, backend="gloo")
+        group = dist.new_group(ranks, backend=control_backend())
         if rank in ranks:
             own = group
     assert own is not None

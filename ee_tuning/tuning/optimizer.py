@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from ee_tuning.checkpoint.exit_names import is_replicated
 from ee_tuning.config import TuningSection
+from ee_tuning.model.cast import cast_parameters
 from ee_tuning.model.exit_head import ExitHead
 from ee_tuning.parallel.topology import Topology
 
@@ -33,11 +34,12 @@ class ExitUpdate:
 class ExitOptimizer:
     """One exit head and its AdamW. `loss_weight` 0 freezes the head."""
 
-    def __init__(self, head: ExitHead, loss_weight: float, tuning: TuningSection, topology: Topology, mesh: DeviceMesh):
+    def __init__(self, head: ExitHead, loss_weight: float, tuning: TuningSection, topology: Topology):
         self.layer, self.loss_weight, self._clip, self._device = head.exit_layer, loss_weight, tuning.clip_grad, topology.device
         dtype = next(head.parameters()).dtype
         master = torch.promote_types(dtype, torch.float32)
-        self.head, self._sharded = head, _shard(head.to(master), dtype, master, mesh)
+        cast_parameters(head, master)
+        self.head, self._sharded = head, _shard(head, dtype, master, topology.dp_mesh)
         # Taken now: inside and after a forward pass the module holds whole copies in the computing dtype.
         self.parameters: dict[str, nn.Parameter] = dict(head.named_parameters())
         self._replicated = {name for name in self.parameters if is_replicated(head.spec, name, head.config, topology.tp)}

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from ee_tuning.checkpoint.aside import on_first_rank
 from ee_tuning.checkpoint.exit_config import exit_config_tree
@@ -75,8 +74,7 @@ class Tuner:
         self.step = 0
         self._model = loaded.model
         weights = loss_weights(self.tuning, loaded.exits.exit_layers)
-        mesh = DeviceMesh.from_group(topology.dp_group, topology.device.type)
-        self.exits = [ExitOptimizer(loaded.model.exit_head(spec.layer), weights[spec.layer], self.tuning, topology, mesh)
+        self.exits = [ExitOptimizer(loaded.model.exit_head(spec.layer), weights[spec.layer], self.tuning, topology)
                       for spec in loaded.model.plan.own_exits]
         self._samples = samples
         self._source = BatchSource(samples.train, self.tuning, dp=topology.dp, dp_rank=topology.dp_rank)
@@ -119,6 +117,12 @@ class Tuner:
             self._save(relay, metrics)
         return self.step == num_steps
 
+    def rehearse(self, walk: StageWalk) -> None:
+        """One optimizer step and one validation, whose records go nowhere. For dry runs."""
+        metrics = MetricsBoard(self.topology, _ignore)
+        self._train_step(walk, StopRequest(), metrics, _Pace(self.tuning.global_batch_size * self.tuning.seq_length))
+        self._validate(walk, metrics)
+
     def save_exit_heads(self, output: Path) -> None:
         """Writes the artifact of the tuned heads, in the backbone's dtype. All ranks call it."""
         settings = ("global_batch_size", "seq_length", "lr", "min_lr", "lr_decay_style", "seed")
@@ -140,6 +144,7 @@ class Tuner:
                 more = self._follows(step, stop)
             exit_inputs, more = walk.forward(batch, more, ahead=not (is_last and ends_in_save))
             _add(loss_sums, walk.train(batch, exit_inputs, trained, is_last))
+            del exit_inputs  # else they would lie beside the next micro-batch's
             num_tokens += batch.loss_mask.sum()
         lr = learning_rate(step, self.tuning)
         updates = update_exits(trained, loss_sums, num_tokens, lr, self.topology) if trained else {}
@@ -178,6 +183,7 @@ class Tuner:
             exit_inputs, more = walk.forward(batch, more=not (is_last and self.step == self.tuning.train_iters),
                                              ahead=not (is_last and self._saves_after(self.step)))
             _add(loss_sums, walk.evaluate(batch, exit_inputs, self.exits))
+            del exit_inputs
             num_tokens += batch.loss_mask.sum()
         for each in self.exits:
             each.reshard()

@@ -1,0 +1,78 @@
+"""A model of which only the shape is known: its config.json is there, its weights need not be. For planning and dry runs.
+
+Tensors have shapes and no content. Made under fake tensors they take no memory; read as shards, they prove that every piece of every
+parameter has its place.
+"""
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ee_tuning.checkpoint.convert import described_exits
+from ee_tuning.checkpoint.exit_heads import ExitHeadsConfig, ExitHeadsReader
+from ee_tuning.checkpoint.formats import has_weights, model_folder, open_model
+from ee_tuning.checkpoint.load import Sources
+from ee_tuning.checkpoint.names import Shape, backbone_tensor_shapes
+from ee_tuning.config import Config
+from ee_tuning.errors import InputError
+from ee_tuning.model.config import ModelConfig, read_model_config
+
+
+class ShapesOnly:
+    """A source of tensors without content, as a checkpoint is one with it."""
+
+    def __init__(self, shapes: dict[str, Shape], dtype: torch.dtype):
+        self._shapes, self._dtype = shapes, dtype
+
+    def shape(self, name: str) -> Shape:
+        """Of the whole tensor."""
+        return self._shapes[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """As stored."""
+        return self._dtype
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """[stop - start, …], uninitialized."""
+        return torch.empty(self._shapes[name], dtype=self._dtype)[start:stop]
+
+    def columns(self, name: str, start: int, stop: int) -> Tensor:
+        """[n, stop - start], uninitialized."""
+        return torch.empty(self._shapes[name], dtype=self._dtype)[:, start:stop]
+
+    def check_shape(self, name: str, shape: Shape) -> None:
+        """Raises InputError where the model has no such tensor, or of another shape."""
+        if self._shapes.get(name) != shape:
+            raise InputError(f"the model's config gives {name} the shape {self._shapes.get(name)}, and {shape} is asked for")
+
+
+def shape_sources(config: Config) -> Sources:
+    """What `load_for_tuning` reads, without content. Where weights are there, their headers are held against the model's config.
+
+    Raises InputError where model and exits do not fit each other.
+    """
+    model = _model_config(config)
+    exits = _exits_config(config, model)
+    backbone = ShapesOnly(backbone_tensor_shapes(model), getattr(torch, model.stored_dtype))
+    return Sources(model, backbone, exits, ShapesOnly(exits.tensor_shapes(model), exits.torch_dtype))
+
+
+def _model_config(config: Config) -> ModelConfig:
+    folder = model_folder(config.model.path, needs_weights=False)
+    if not has_weights(folder):
+        return read_model_config(folder)
+    source, model, _ = open_model(config.model)
+    with source:
+        source.check_complete(model)
+    return model
+
+
+def _exits_config(config: Config, model: ModelConfig) -> ExitHeadsConfig:
+    section = config.exits
+    if section.path is not None:
+        artifact = ExitHeadsReader(Path(section.path), verifies=False)
+        with artifact:
+            artifact.check_complete(model)
+        return artifact.config
+    model.check_exit_layers(section.exit_layers)
+    return described_exits(section, model, name=Path(config.model.path).name, dtype=getattr(torch, model.stored_dtype), fingerprint="")

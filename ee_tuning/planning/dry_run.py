@@ -1,0 +1,219 @@
+"""`ee-tuning tune --dry-run`: the true tuning code at full world size on fake tensors, one rank of each kind of stage, without a GPU.
+
+The model's config.json is enough. Whatever would break by shape, layout or type at the first step on the cluster breaks here.
+"""
+import dataclasses
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.distributed.tensor import DTensor
+
+from ee_tuning.checkpoint.load import Sources, build_stage, plan_tuning
+from ee_tuning.checkpoint.shapes import shape_sources
+from ee_tuning.config import Config, replace
+from ee_tuning.data.loader import Batch, count_microbatches
+from ee_tuning.data.tokens import PackedSamples, Splits
+from ee_tuning.model.early_exit import EarlyExitModel, StagePlan
+from ee_tuning.model.exit_head import ExitInput
+from ee_tuning.parallel.dry_world import dry_world
+from ee_tuning.parallel.relay import Relay
+from ee_tuning.parallel.topology import Topology, check_world_size
+from ee_tuning.planning.ledger import Ledger
+from ee_tuning.tuning.optimizer import ExitOptimizer
+from ee_tuning.tuning.settings import check_settings
+from ee_tuning.tuning.step import Passed, StageWalk
+from ee_tuning.tuning.tuner import Tuner
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rehearsal:
+    """What one rank of a stage did in one optimizer step and one validation."""
+
+    stages: tuple[int, ...]
+    """All stages of this kind; the rank is of the first of them."""
+    rank: int
+    layers: tuple[int, int]
+    """First and last."""
+    exits: tuple[int, ...]
+    memory: dict[str, int]
+    """Bytes alive at the worst moment, by what they are; the keys of MEMORY."""
+    layer_flops: int
+    """Of one micro-batch through the frozen layers."""
+    head_flops: int
+    """Of one micro-batch through the heads, forward and backward."""
+    tp_bytes: int
+    """All-reduced over tensor parallelism, per micro-batch."""
+    dp_bytes: int
+    """Gathered and reduced over replicas, per step."""
+    pp_bytes: int
+    """Sent to the next stage, per micro-batch."""
+    seconds: float
+    """What the rehearsal itself took."""
+
+
+MEMORY = {
+    "weights": "the frozen backbone, output matrices of tied exits included",
+    "optimizer": "of the heads: float32 masters and Adam's two moments, this replica's part",
+    "heads": "of the heads: whole copies in the computing dtype",
+    "gradients": "of the heads: what stays between two micro-batches",
+    "activations": "hidden states in the frozen layers, and what waits for the exits",
+    "relay": "hidden states on their way in",
+    "loss": "one chunk of logits with its gradient, and what else the heads' forward and backward passes need",
+    "other": "batches, counts, the update's temporaries",
+}
+"""What a rank's memory holds. `Rehearsal.memory` has these keys."""
+
+
+def dry_run(config: Config, world_size: int | None) -> None:
+    """Rehearses the job and prints a line per kind of stage. Raises as `rehearse` does."""
+    parallel = config.parallel
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    world_size = tp * pp if world_size is None else world_size
+    rehearsals = rehearse(config, world_size)
+    print(f"dry run of {config.model.path} on {world_size} ranks: tensor {tp} × pipeline {pp} × data {world_size // (tp * pp)}, "
+          "one rank of each kind of stage")
+    for each in rehearsals:
+        which = f"stage {each.stages[0]}" if len(each.stages) == 1 else f"stages {', '.join(map(str, each.stages))}"
+        exits = f"exits after {', '.join(map(str, each.exits))}" if each.exits else "no exit"
+        print(f"{which}: rank {each.rank}, layers {each.layers[0]}..{each.layers[1]}, {exits}; "
+              f"{sum(each.memory.values()) / 1e9:.1f} GB at the most; {each.seconds:.1f} s")
+    print("every shape fits: one optimizer step and one validation ran through, without numbers")
+
+
+def rehearse(config: Config, world_size: int) -> list[Rehearsal]:
+    """One rank of each kind of stage through one optimizer step and one validation, at tensor × pipeline of `config` and as many replicas
+    as `world_size` gives.
+
+    model.dtype is bfloat16 where it is not given, as on a GPU. Raises InputError as `tune` would where config, model, exits and layout do
+    not fit each other; whatever else it raises would have ended the first step, too.
+    """
+    check_settings(config.tuning)
+    check_world_size(config.parallel, world_size)
+    config = _shortened(config, world_size)
+    parallel, sources = config.parallel, shape_sources(config)
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    sources.config.check_layout(tp, pp)
+    per_stage = world_size // pp
+    kinds: dict[Any, list[int]] = {}
+    with dry_world(parallel, world_size, 0) as topology:
+        plans = plan_tuning(config, sources, topology)
+    for stage, plan in enumerate(plans):
+        kinds.setdefault(_kind(plan, stage, pp), []).append(stage)
+    rehearsals = []
+    for stages in kinds.values():
+        try:
+            rehearsals.append(_rehearse_rank(config, sources, world_size, stages, stages[0] * per_stage))
+        except Exception as error:
+            error.add_note(f"in the dry run of rank {stages[0] * per_stage} of {world_size}, stage {stages[0]} of {pp}")
+            raise
+    return rehearsals
+
+
+def _shortened(config: Config, world_size: int) -> Config:
+    """The job with two micro-batches a step at the most, and one per validation: further ones do the same."""
+    tuning, parallel = config.tuning, config.parallel
+    dp = world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+    count = min(count_microbatches(tuning, dp), 2)
+    return replace(config, model={"dtype": config.model.dtype or "bfloat16"},
+                   tuning={"global_batch_size": count * tuning.micro_batch_size * dp, "eval_iters": min(tuning.eval_iters, 1)})
+
+
+def _kind(plan: StagePlan, stage: int, num_stages: int) -> Any:
+    """Stages that agree in it do the same."""
+    exits = tuple(dataclasses.replace(spec, layer=spec.layer - plan.first_layer) for spec in plan.own_exits)
+    return plan.last_layer - plan.first_layer, exits, stage == 0, stage == num_stages - 1
+
+
+def _rehearse_rank(config: Config, sources: Sources, world_size: int, stages: list[int], rank: int) -> Rehearsal:
+    began, ledger = time.perf_counter(), Ledger()
+    with dry_world(config.parallel, world_size, rank) as topology, ledger.account():
+        loaded = build_stage(sources, plan_tuning(config, sources, topology), topology)
+        ledger.rebook("building", "weights")
+        with ledger.during("other"):
+            tuner = Tuner(loaded, _samples(config), config, topology)
+        ledger.peak.clear()  # of loading, which is done by parts
+        for each in tuner.exits:
+            ledger.rebook("other", "optimizer", _state(each))
+            each.head.register_forward_pre_hook(partial(_book_whole_copies, ledger))
+        walk = _MeasuredWalk(loaded.model, config, topology, ledger)
+        with ledger.during("other"):
+            tuner.rehearse(walk)
+    plan = loaded.model.plan
+
+    def sent(group: Any, phase: str) -> int:
+        return ledger.sent[phase, group.group_name] if group.size() > 1 else 0
+    return Rehearsal(
+        stages=tuple(stages), rank=rank, layers=(plan.first_layer, plan.last_layer), exits=tuple(spec.layer for spec in plan.own_exits),
+        memory={kind: ledger.peak[kind] for kind in MEMORY},
+        layer_flops=ledger.flops["activations"] // walk.num_forward, head_flops=ledger.flops["loss"] // walk.num_trained,
+        tp_bytes=sent(topology.tp_group, "activations") // walk.num_forward + sent(topology.tp_group, "loss") // walk.num_trained,
+        dp_bytes=sent(topology.dp_group, "loss"), pp_bytes=sent(topology.pp_group, "activations") // walk.num_forward,
+        seconds=time.perf_counter() - began)
+
+
+def _state(optimizer: ExitOptimizer) -> Iterator[Tensor]:
+    """This replica's part of masters and moments, and Adam's counts."""
+    for parameter, state in optimizer.adam.state.items():
+        yield from (each.to_local() if isinstance(each, DTensor) else each for each in (parameter, *state.values()))
+
+
+def _book_whole_copies(ledger: Ledger, head: nn.Module, arguments: Any) -> None:
+    # fully_shard's own hook came first: here the parameters are whole.
+    ledger.rebook("loss", "heads", head.parameters())
+
+
+def _samples(config: Config) -> Splits:
+    """One sample of zeros, over and over: the data's own shape."""
+    samples = PackedSamples(np.zeros(config.tuning.seq_length + 1, dtype=np.int32), config.tuning.seq_length)
+    return Splits(train=samples, valid=samples if config.tuning.eval_iters else None)
+
+
+class _MeasuredWalk(StageWalk):
+    """The walk, telling the ledger what runs."""
+
+    def __init__(self, model: EarlyExitModel, config: Config, topology: Topology, ledger: Ledger) -> None:
+        tuning = config.tuning
+        shape = (tuning.seq_length, tuning.micro_batch_size, model.config.hidden_size)
+        super().__init__(model, _DryRelay(topology, shape, model.plan.dtype, ledger), topology, tuning.loss_chunk_tokens)
+        self._ledger = ledger
+        self.num_forward = self.num_trained = 0
+
+    def forward(self, batch: Batch, more: bool, *, ahead: bool = True) -> Passed:
+        """As StageWalk's."""
+        self.num_forward += 1
+        with self._ledger.during("activations"):
+            return super().forward(batch, more, ahead=ahead)
+
+    def train(self, batch: Batch, exit_inputs: dict[int, ExitInput], exits: list[ExitOptimizer], is_last: bool) -> dict[int, Tensor]:
+        """As StageWalk's."""
+        self.num_trained += 1
+        with self._ledger.during("loss"):
+            losses = super().train(batch, exit_inputs, exits, is_last)
+        self._ledger.rebook("loss", "gradients")
+        return losses
+
+    def evaluate(self, batch: Batch, exit_inputs: dict[int, ExitInput], exits: list[ExitOptimizer]) -> dict[int, Tensor]:
+        """As StageWalk's."""
+        with self._ledger.during("validation"):
+            return super().evaluate(batch, exit_inputs, exits)
+
+
+class _DryRelay(Relay):
+    """A relay whose messages say what they have to, though nobody sent them."""
+
+    def __init__(self, topology: Topology, shape: tuple[int, ...], dtype: torch.dtype, ledger: Ledger) -> None:
+        super().__init__(topology, shape, dtype)
+        self._ledger = ledger
+
+    def _post_receive(self) -> Any:
+        with self._ledger.during("relay"):
+            transfer = super()._post_receive()
+        with unset_fake_temporarily():
+            return transfer._replace(header=torch.tensor([self._num_received, 1]))

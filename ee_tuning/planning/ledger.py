@@ -1,0 +1,141 @@
+"""Keeps account of what operations would cost while they run on fake tensors: bytes alive, floating-point operations, bytes sent.
+
+Nothing is computed, so nothing here is a second model of the code: the account is of the operations that the true code calls.
+"""
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+
+_READS_A_NUMBER = torch.ops.aten._local_scalar_dense.default
+_ATTENTION_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+class Ledger(TorchDispatchMode):
+    """Where the code reads a number, it gets 1.0, 0 or False, for there are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase = "building"
+        """What runs now, in a word; the caller's to set. Memory and costs are booked under it."""
+        self.peak: Counter[str] = Counter()
+        """Bytes alive, by what they are, at the moment when most were."""
+        self.flops: Counter[str] = Counter()
+        """By phase: multiplications and additions of matrix products and attention. Of causal attention, the half that is needed."""
+        self.sent: Counter[tuple[str, str]] = Counter()
+        """By phase and name of the process group: bytes of every collective's or message's tensor."""
+        self._blocks: dict[int, _Block] = {}
+        self._live: Counter[str] = Counter()
+        self._is_paused = False
+
+    @contextmanager
+    def account(self) -> Iterator["Ledger"]:
+        """While it lasts, operations are on fake tensors, and accounted for."""
+        resize = torch.UntypedStorage.resize_
+
+        def resized(storage: Any, size: int) -> Any:  # how fully_shard takes and frees whole weights: no operation shows it
+            result = resize(storage, size)
+            self._note(storage, "heads")
+            return result
+        imagine = ShardingPropagator._propagate_tensor_meta_non_cached
+
+        def imagined(propagator: Any, schema: Any) -> Any:  # DTensor asks about whole shapes by fake tensors of its own
+            self._is_paused = True
+            try:
+                return imagine(propagator, schema)
+            finally:
+                self._is_paused = False
+        with (FakeTensorMode(allow_non_fake_inputs=True), mock.patch.object(torch.UntypedStorage, "resize_", resized),
+              mock.patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", imagined), self):
+            yield self
+
+    @contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """Books under `phase` while it lasts."""
+        before, self.phase = self.phase, phase
+        try:
+            yield
+        finally:
+            self.phase = before
+
+    def rebook(self, old: str, new: str, tensors: Iterable[Tensor] | None = None) -> None:
+        """What is alive of `old`, or of `tensors` alone, is `new` from now on."""
+        keys = list(self._blocks) if tensors is None else [each.untyped_storage()._cdata for each in tensors]
+        for key in keys:
+            block = self._blocks[key]
+            if block.kind == old:
+                self._live[old] -= block.size
+                self._live[new] += block.size
+                self._blocks[key] = block._replace(kind=new)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """One operation."""
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # it comes back as operations on what the DTensor holds
+        kwargs = kwargs or {}
+        if function is _READS_A_NUMBER:
+            return _a_number(args[0].dtype)
+        result = function(*args, **kwargs)
+        if self._is_paused:
+            return result
+        if function.namespace == "c10d":
+            self._note_traffic(args)
+        elif function._overloadpacket is _ATTENTION_ON_CPU:
+            flops = sdpa_flop_count(args[0].shape, args[1].shape, args[2].shape)
+            self.flops[self.phase] += flops // 2 if kwargs.get("is_causal", len(args) > 4 and args[4]) else flops
+        elif (count := flop_registry.get(function._overloadpacket)) is not None:
+            self.flops[self.phase] += count(*args, **kwargs, out_val=result)
+        for each in tree_leaves(result):
+            if isinstance(each, FakeTensor):
+                self._note(each.untyped_storage(), self.phase)
+        return result
+
+    def _note(self, storage: Any, kind: str) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        known = self._blocks.get(key)
+        if known is None:
+            self._blocks[key] = _Block(weakref.ref(storage, partial(self._freed, key)), size, kind)
+            self._live[kind] += size
+        elif known.size != size:
+            self._blocks[key] = known._replace(size=size, kind=kind)
+            self._live[known.kind] -= known.size
+            self._live[kind] += size
+        if self._live.total() >= self.peak.total():
+            self.peak = self._live.copy()
+
+    def _freed(self, key: int, reference: Any) -> None:
+        known = self._blocks.get(key)
+        if known is not None and known.reference is reference:  # else the address has been taken anew
+            self._live[known.kind] -= self._blocks.pop(key).size
+
+    def _note_traffic(self, args: Any) -> None:
+        group = next((dist.ProcessGroup.unbox(each) for each in args if isinstance(each, torch.ScriptObject)
+                      and each._type().name() == "ProcessGroup"), None)  # type: ignore[attr-defined]
+        if group is not None:
+            size = max((each.nbytes for each in tree_leaves(args) if isinstance(each, Tensor)), default=0)
+            self.sent[self.phase, group.group_name] += size
+
+
+class _Block(NamedTuple):
+    """Memory that is alive."""
+
+    reference: Any
+    size: int
+    kind: str
+
+
+def _a_number(dtype: torch.dtype) -> bool | float | int:
+    return False if dtype == torch.bool else 1.0 if dtype.is_floating_point else 0

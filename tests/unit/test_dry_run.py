@@ -1,0 +1,148 @@
+"""A dry run meets what a true run would meet, at any size, and its account of memory is that of the true tensors."""
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from random_models import random_model
+from torch.distributed.tensor import DTensor
+
+from ee_tuning import cli
+from ee_tuning.checkpoint.load import load_for_tuning
+from ee_tuning.config import Config, load_config
+from ee_tuning.data.tokens import PackedSamples, Splits
+from ee_tuning.errors import InputError
+from ee_tuning.model.exit_head import ExitMLP
+from ee_tuning.parallel.topology import init_parallel, leave_parallel
+from ee_tuning.planning.dry_run import rehearse
+from ee_tuning.tuning.tuner import Tuner
+
+LLAMA_70B = {"model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+             "num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 4096, "torch_dtype": "float16"}
+
+
+@pytest.fixture(autouse=True)
+def no_world() -> Iterator[None]:
+    if dist.is_initialized():  # of another test
+        leave_parallel()
+    yield
+    if dist.is_initialized():
+        leave_parallel()
+
+
+def config_only(folder: Path, **changes: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({**LLAMA_70B, **changes}))
+    return folder
+
+
+def job(model: Path, tp: int = 1, pp: int = 1, **keys: Any) -> Config:
+    dotted = {key.replace("__", "."): value for key, value in keys.items()}
+    return load_config(None, {"model.path": str(model), "parallel.tensor_model_parallel_size": tp,
+                              "parallel.pipeline_model_parallel_size": pp, **dotted})
+
+
+def test_70b_on_128_ranks_is_rehearsed_from_its_config_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A dry run that needs the weights, or a process per rank, is of no use on a laptop."""
+    model = config_only(tmp_path / "70b")
+    assert cli.main(["tune", "--model", str(model), "--exit-layers", "10,20,30,40,50,60,70,80", "--tensor-model-parallel-size", "8",
+                     "--pipeline-model-parallel-size", "8", "--dry-run", "--world-size", "128"]) == 0
+    printed = capsys.readouterr().out
+    assert "tensor 8 × pipeline 8 × data 2" in printed and "stages 1, 2, 3, 4, 5, 6: rank 16, layers 11..20, exits after 20" in printed
+    layer = 2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672
+    head = 3 * 8192 * 28672 + 32000 * 8192 + 8192
+    first, middle, last = rehearse(job(model, 8, 8, exits__exit_layers=list(range(10, 81, 10))), 128)
+    for each in (first, middle, last):
+        memory = each.memory
+        embedding = 32000 * 8192 * 2 / 8 if each is first else 0
+        assert memory["weights"] == pytest.approx(10 * layer * 2 / 8 + embedding, rel=1e-3)
+        assert memory["optimizer"] == pytest.approx(3 * 4 * head / 8 / 2, rel=1e-3)
+        assert memory["heads"] == pytest.approx(2 * head / 8, rel=1e-3)
+        assert memory["gradients"] == pytest.approx(4 * head / 8, rel=1e-3)
+    assert (first.stages, middle.stages, last.stages) == ((0,), (1, 2, 3, 4, 5, 6), (7,))
+    # A matrix product of n × m by m × k is 2 n m k operations; a head goes forward once and backward twice; causal attention is half.
+    tokens, heads = 4 * 2048, 64 / 8
+    attention = 10 * 4 * heads * 4 * 2048 * 2048 * 128 / 2
+    assert first.layer_flops == pytest.approx(2 * 10 * layer / 8 * tokens + attention, rel=1e-3)
+    mlp, output = 3 * 8192 * 28672 / 8, 32000 * 8192 / 8
+    assert first.head_flops == pytest.approx(3 * 2 * tokens * (mlp + output) - 2 * tokens * mlp * 2 / 3, rel=1e-3)  # normed input: frozen
+    assert first.pp_bytes == 2048 * 4 * 8192 * 2 and last.pp_bytes == 0
+    # Per layer two sums; of the head one forward (its MLP) and one backward (the gradient of what enters the output matrix).
+    assert first.tp_bytes == pytest.approx((10 * 2 + 1 + 1 + 1) * 2048 * 4 * 8192 * 2, rel=1e-2)  # and one of the embedding
+
+
+@pytest.mark.parametrize(("family", "architecture", "output", "exits"), [
+    ("llama", "mlp", "untied", [2, 6]), ("qwen2", "norm,embedding", "untied", [3, 4]), ("gpt2", "layer", "untied", [4]),
+    ("qwen3", "adapter,layer", "tied", [1, 2])])
+def test_the_account_is_of_the_true_tensors(family: str, architecture: str, output: str, exits: list[int], tmp_path: Path) -> None:
+    """An estimate beside the code goes wrong with the next change of the code."""
+    random_model(family, tmp_path / "model")
+    config = job(tmp_path / "model", model__dtype="bfloat16", exits__exit_layers=exits, exits__architecture=architecture,
+                 exits__output=output, tuning__seq_length=8, tuning__micro_batch_size=1, tuning__global_batch_size=2)
+    (rehearsal,) = rehearse(config, 1)
+    topology = init_parallel(config.parallel)
+    loaded = load_for_tuning(config, topology)
+    samples = PackedSamples(torch.zeros(9, dtype=torch.int32).numpy(), 8)
+    tuner = Tuner(loaded, Splits(train=samples, valid=None), config, topology)
+    assert rehearsal.memory["weights"] == sum(each.nbytes for each in [*loaded.model.backbone.parameters(), loaded.model.backbone.angles])
+    masters = [parameter for each in tuner.exits for parameter in each.parameters.values()]
+    moments = [moment for each in tuner.exits for state in each.adam.state.values() for moment in (state["exp_avg"], state["exp_avg_sq"])]
+    held = [each.to_local() for each in (*masters, *moments) if isinstance(each, DTensor)]
+    assert len(held) == 3 * len(masters)
+    counts = 4 * len(masters)  # Adam's own counts of its steps
+    assert rehearsal.memory["optimizer"] == sum(each.nbytes for each in held) + counts
+    leave_parallel()
+
+
+def test_a_wrong_shape_is_found_and_its_rank_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dry run through a copy of the code would find its own mistakes, and not the tuner's."""
+    model = config_only(tmp_path / "small", num_hidden_layers=4)
+    monkeypatch.setattr(ExitMLP, "forward", lambda self, x: self.fc2(x))  # as if the first matrix had been forgotten
+    with pytest.raises(RuntimeError) as caught:
+        rehearse(job(model, 2, 2, exits__exit_layers=[4]), 8)
+    assert any("rank 4 of 8, stage 1 of 2" in note for note in caught.value.__notes__)
+
+
+def test_ranks_with_padding_alone_and_uneven_replicas_pass(tmp_path: Path) -> None:
+    """A vocabulary and a width that do not divide are where layouts break."""
+    model = config_only(tmp_path / "odd", num_hidden_layers=3, hidden_size=96, intermediate_size=192, num_attention_heads=8,
+                        vocab_size=33)
+    rehearsals = rehearse(job(model, 8, 3, exits__exit_layers=[1, 3], exits__output="tied", tuning__seq_length=4,
+                              tuning__micro_batch_size=1, tuning__global_batch_size=10), 8 * 3 * 5)
+    assert [each.exits for each in rehearsals] == [(1,), (), (3,)]
+    bare, trained = rehearsals[1].memory, rehearsals[0].memory
+    assert not (bare["optimizer"] or bare["heads"] or bare["gradients"]), "a stage without exits trains nothing"
+    # Of five replicas the first holds the most rows: of the norm (96), of fc1 (48 × 96 here) and of fc2 (96 × 24 here).
+    assert trained["optimizer"] == 3 * 4 * (20 + 10 * 96 + 20 * 24) + 3 * 4
+
+
+@pytest.mark.parametrize(("changes", "keys", "world", "says"), [
+    ({}, {"exits__exit_layers": [81]}, 1, "exit_layers must lie in 1..80"),
+    ({}, {"exits__exit_layers": [8], "pp": 2}, 3, "multiple of tensor × pipeline"),
+    ({}, {"exits__exit_layers": [8], "tp": 16}, 16, "tensor_model_parallel_size must divide"),
+    ({}, {"exits__exit_layers": [1], "pp": 2}, 2, "each pipeline stage must get a layer"),
+    ({}, {"exits__exit_layers": [8]}, 3, "global_batch_size must be a multiple"),
+    ({"model_type": "mamba"}, {"exits__exit_layers": [8]}, 1, "model_type must be one of")])
+def test_what_a_true_run_refuses_a_dry_run_refuses(changes: dict[str, Any], keys: dict[str, Any], world: int, says: str,
+                                                  tmp_path: Path) -> None:
+    """A dry run that passes what the cluster will refuse has cost a place in its queue."""
+    with pytest.raises(InputError, match=says):
+        rehearse(job(config_only(tmp_path / "model", **changes), **keys), world)
+
+
+def test_weights_that_are_there_are_held_against_the_config(tmp_path: Path) -> None:
+    """A config.json beside another model's weights would be found on the cluster alone."""
+    random_model("llama", tmp_path / "model")
+    raw = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**raw, "intermediate_size": 96}))
+    with pytest.raises(InputError, match="must have shape"):
+        rehearse(job(tmp_path / "model", exits__exit_layers=[2], tuning__seq_length=32), 4)
+
+
+def test_a_size_to_imagine_is_for_dry_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """`tune --world-size 8` would tune in one process and look as if it were eight."""
+    assert cli.main(["tune", "--model", "somewhere", "--world-size", "8"]) == 2
+    assert "--dry-run" in capsys.readouterr().err
