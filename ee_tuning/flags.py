@@ -20,19 +20,21 @@ from ee_tuning.errors import InputError
 
 _MODEL = {"--model": "model.path", "--config": "model.config", "--trust-pickle": "model.trust_pickle", "--dtype": "model.dtype"}
 _HEADS = {"--architecture": "exits.architecture", "--adapter-rank": "exits.adapter_rank", "--init": "exits.init"}
-_NEW_EXITS = {"--exit-layers": "exits.exit_layers", **_HEADS, "--exit-output": "exits.output"}
+_NEW_EXITS = {"--exit-layers": "exits.exit_layers", **_HEADS, "--exit-output": "exits.output",
+              "--profile-text": "exits.profile_text"}
 _EXITS = {"--exits": "exits.path", "--no-verify": "exits.verify"}
 _PARALLEL = {"--tensor-model-parallel-size": "parallel.tensor_model_parallel_size",
              "--pipeline-model-parallel-size": "parallel.pipeline_model_parallel_size"}
 
 FLAGS: dict[str, dict[str, str]] = {
-    "convert": {**_MODEL, **_NEW_EXITS, "--seed": "exits.seed", "--no-verify": "exits.verify",
+    "convert": {**_MODEL, **_NEW_EXITS, "--tokenizer": "data.tokenizer", "--seed": "exits.seed", "--no-verify": "exits.verify",
                 **_PARALLEL},
     "tune": {
         **_MODEL, **_EXITS, **_NEW_EXITS, "--data": "data.paths", "--tokenizer": "data.tokenizer", "--output": "tuning.run_folder",
         "--train-iters": "tuning.train_iters", "--lr": "tuning.lr", "--seq-length": "tuning.seq_length",
         "--micro-batch-size": "tuning.micro_batch_size", "--global-batch-size": "tuning.global_batch_size", "--seed": "tuning.seed",
         "--resume": "tuning.resume", **_PARALLEL},
+    "profile": {**_MODEL, "--text": "exits.profile_text", "--tokenizer": "data.tokenizer"},
     "export": {**_MODEL, **_EXITS, **_HEADS, "--seed": "exits.seed"},
     "generate": {
         **_MODEL, **_EXITS, "--tokenizer": "data.tokenizer", "--policy": "generation.policy", "--threshold": "generation.threshold",
@@ -44,7 +46,7 @@ FLAGS: dict[str, dict[str, str]] = {
 
 _NOT = "--no-"
 _METAVARS = {"model.path": "FOLDER", "model.config": "FILE", "exits.path": "FOLDER", "data.tokenizer": "FOLDER",
-             "tuning.run_folder": "FOLDER", "data.paths": "PATH"}
+             "tuning.run_folder": "FOLDER", "data.paths": "PATH", "exits.profile_text": "FILE"}
 
 
 @dataclasses.dataclass(frozen=True)

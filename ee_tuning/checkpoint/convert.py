@@ -72,16 +72,16 @@ def initial_exits_config(config: Config, model: ModelConfig, reader: BackboneSou
 def described_exits(section: ExitsSection, model: ModelConfig, *, name: str, dtype: torch.dtype, fingerprint: str) -> ExitHeadsConfig:
     """The exits that `section` describes, of the model called `name`. Raises InputError where they can not be."""
     return ExitHeadsConfig(
-        **described_heads(section), exit_layers=section.exit_layers, output=section.output, dtype=str(dtype).removeprefix("torch."),
-        model_name=name, model_shape=model_shape(model), model_fingerprint=fingerprint)
+        **described_heads(section, layers := section.layers(model.num_layers)), exit_layers=layers, output=section.output,
+        dtype=str(dtype).removeprefix("torch."), model_name=name, model_shape=model_shape(model), model_fingerprint=fingerprint)
 
 
-def described_heads(section: ExitsSection) -> dict[str, Any]:
-    """Keys of ExitHeadsConfig: each exit's architecture, the adapters' rank, how they begin.
+def described_heads(section: ExitsSection, layers: tuple[int, ...]) -> dict[str, Any]:
+    """Keys of ExitHeadsConfig for exits after `layers`: each one's architecture, the adapters' rank, how they begin.
 
     Raises InputError where the section names neither one architecture nor as many as exits, or what can not be.
     """
-    words, layers = section.architecture, section.exit_layers
+    words = section.architecture
     if len(words) not in (1, len(layers)):
         raise InputError(f"exits.architecture must be one word or one per exit, {len(layers)} for the exits {','.join(map(str, layers))}, "
                          f"got {len(words)}: {','.join(words)}")
@@ -122,8 +122,9 @@ def _check(config: Config, model: ModelConfig, reader: BackboneSource) -> None:
         FoundExits(reader, model, "")
         return
     model.check_layout(config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size)
-    model.check_exit_layers(config.exits.exit_layers)
-    described_heads(config.exits)
+    layers = config.exits.layers(model.num_layers)
+    model.check_exit_layers(layers)
+    described_heads(config.exits, layers)
 
 
 def _with_progress(source: InitialExits, names: list[str], topology: Topology) -> Iterator[tuple[str, Tensor]]:

@@ -116,9 +116,9 @@ def _new_exits(config: Config, base: ExitHeadsReader, choice: ExitChoice, stack:
     if not choice.architecture and len(kinds) > 1:
         raise InputError(f"--add must be told the architecture of the new exits, for those of {base.folder} differ; "
                          f"for example --architecture {kinds[0]}")
-    section = dataclasses.replace(config.exits, exit_layers=layers, architecture=kinds, output=base.config.output,
+    section = dataclasses.replace(config.exits, architecture=kinds, output=base.config.output,
                                   adapter_rank=base.config.adapter_rank or config.exits.adapter_rank)
-    exits = dataclasses.replace(base.config, exit_layers=layers, tuned=None, origins=None, **described_heads(section))
+    exits = dataclasses.replace(base.config, exit_layers=layers, tuned=None, origins=None, **described_heads(section, layers))
     return _Part(InitialExits(exits, reader, model), exits, exits.exit_layers)
 
 

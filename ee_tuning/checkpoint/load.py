@@ -108,7 +108,7 @@ def _open_exits(config: Config, model_config: ModelConfig, reader: BackboneSourc
                 topology: Topology) -> tuple[ExitHeadsConfig, TensorSource]:
     """The artifact at exits.path, which must be bound to this model; without a path, first weights as `exits` describes them."""
     if config.exits.path is None:
-        model_config.check_exit_layers(config.exits.exit_layers)
+        model_config.check_exit_layers(config.exits.layers(model_config.num_layers))
         exits = on_first_rank(topology, lambda: initial_exits_config(config, model_config, reader))
         return exits, InitialExits(exits, reader, model_config)
     artifact = ExitHeadsReader(Path(config.exits.path), topology, verifies=config.exits.verify)

@@ -10,8 +10,9 @@ def convert(args: argparse.Namespace) -> None:
     """Backbone -> exit-heads artifact."""
     config = job_of(args)
     from ee_tuning.checkpoint.convert import convert
+    from ee_tuning.evaluation.profile import with_exit_layers
 
-    convert(config, args.output, overwrite=args.overwrite)
+    convert(with_exit_layers(config), args.output, overwrite=args.overwrite)
 
 
 def inspect(args: argparse.Namespace) -> None:
@@ -19,6 +20,14 @@ def inspect(args: argparse.Namespace) -> None:
     from ee_tuning.checkpoint.inspect import inspect_path
 
     inspect_path(args.path, as_json=args.json, config=args.config, trust_pickle=args.trust_pickle)
+
+
+def profile(args: argparse.Namespace) -> None:
+    """How far each layer turns the hidden states."""
+    config = job_of(args)
+    from ee_tuning.evaluation.profile import profile
+
+    profile(config, args)
 
 
 def export(args: argparse.Namespace) -> int:
@@ -45,6 +54,13 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, metavar="FOLDER", help="a model's folder (Hugging Face, Megatron) or an exit-heads artifact")
     parser.add_argument("--config", metavar="FILE", help="shape of a Megatron checkpoint whose saved arguments lack something")
     parser.add_argument("--trust-pickle", action="store_true", help="unpickle whatever a Megatron checkpoint asks for; it may run anything")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+
+
+def _add_profile(parser: argparse.ArgumentParser) -> None:
+    add_job(parser, "profile")
+    parser.add_argument("--num-exits", type=int, default=3, metavar="N", help="how many exits to place (default %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("profile.png"), metavar="FILE", help="the picture (default %(default)s)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
 
 
@@ -87,6 +103,12 @@ The bytes written do not depend on the number of processes. Without --exit-layer
             examples="""\
   ee-tuning inspect Llama-2-7b-hf
   ee-tuning inspect runs/llama-2-7b/exit_heads --json""", add_arguments=_add_inspect, run=inspect),
+    Command(name="profile", summary="tell how far each layer turns the hidden states of a text, and where exits would go by it",
+            examples="""\
+  ee-tuning profile --model Llama-2-7b-hf --num-exits 8
+  ee-tuning profile --model Llama-2-7b-hf --text sample.txt --output pictures/llama-2-7b.png --json
+
+Runs in one process, one layer at a time. `convert` and `tune` place exits by it themselves with --exit-layers auto:8:profile.""", add_arguments=_add_profile, run=profile),
     Command(name="export", summary="write exits, or a model with its exits, in another form",
             examples="""\
   ee-tuning export --format artifact --exits runs/llama-2-7b/exit_heads --only 8,16 --output exits/two

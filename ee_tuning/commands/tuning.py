@@ -15,9 +15,10 @@ def tune(args: argparse.Namespace) -> None:
         return
     if args.world_size is not None:
         raise InputError("--world-size is a size to imagine, for --dry-run; a true run takes the launcher's: torchrun --nproc-per-node N")
+    from ee_tuning.evaluation.profile import with_exit_layers
     from ee_tuning.tuning.tuner import tune
 
-    tune(config)
+    tune(with_exit_layers(config))
 
 
 def _add_tune(parser: argparse.ArgumentParser) -> None:

@@ -16,6 +16,7 @@ import yaml
 from ee_tuning.config.data import DataSection
 from ee_tuning.config.generation import GenerationSection
 from ee_tuning.config.model import Architecture, DType, ExitsSection, ModelSection, ParallelSection
+from ee_tuning.config.placement import AutoLayers
 from ee_tuning.config.tuning import TuningSection
 from ee_tuning.errors import InputError
 
@@ -65,6 +66,8 @@ def replace(config: Config, **sections: Any) -> Config:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, AutoLayers):
+        return str(value)
     if dataclasses.is_dataclass(value):
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     return list(value) if isinstance(value, tuple) else value
@@ -127,8 +130,12 @@ def _convert(value: Any, hint: Any, where: str, name: str) -> Any:
         return _build(typing.cast(type, hint), value if value is not None else {}, where, f"{name}.")
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
-        if value is None:
+        if value is None and type(None) in arguments:
             return None
+        lone = value[0] if isinstance(value, list) and len(value) == 1 else value
+        for kind in arguments:  # a word that stands for a value of a kind of its own
+            if isinstance(lone, str) and hasattr(kind, "read") and (found := kind.read(lone)) is not None:
+                return found
         return _convert(value, next(a for a in arguments if a is not type(None)), where, name)
     if origin is Literal:
         if value not in arguments:

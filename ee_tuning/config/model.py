@@ -2,6 +2,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from ee_tuning.config.placement import AutoLayers, evenly_along
+from ee_tuning.errors import InputError
+
 Architecture = Literal["embedding", "norm", "mlp", "layer", "adapter"]
 DType = Literal["float32", "bfloat16", "float64"]
 
@@ -27,8 +30,11 @@ class ExitsSection:
 
     path: str | None = None
     """Exit-heads artifact to start from. Without it, `tune` converts by itself from the other keys."""
-    exit_layers: tuple[int, ...] = ()
-    """Backbone layers (1-based, increasing) that are followed by an exit head."""
+    exit_layers: tuple[int, ...] | AutoLayers = ()
+    """Backbone layers (1-based, increasing) that are followed by an exit head. auto:8: eight, evenly in depth. auto:8:profile: evenly by
+    how far the hidden states of a text turn (`ee-tuning profile`)."""
+    profile_text: str | None = None
+    """Text file that the hidden states are looked at on for auto:N:profile; by default some Python source code."""
     architecture: tuple[Architecture, ...] = ("mlp",)
     """One for all exits, or one per exit. embedding: an output matrix alone. norm: final norm and output matrix. mlp: layer l's MLP,
     trained anew, before them. layer: a whole transformer layer before them. adapter: a low-rank MLP before them."""
@@ -42,6 +48,15 @@ class ExitsSection:
     """Of random initialization."""
     verify: bool = True
     """Whether every file of an artifact, and of a model that has a manifest, is checked against its sha256 before it is used."""
+
+    def layers(self, num_layers: int) -> tuple[int, ...]:
+        """`exit_layers` of a model with so many layers. Raises InputError where it would have to be run to know them."""
+        if not isinstance(self.exit_layers, AutoLayers):
+            return self.exit_layers
+        if self.exit_layers.by_profile:
+            raise InputError(f"exits.exit_layers = {self.exit_layers} asks for a model that runs; write the layers that `ee-tuning profile "
+                             f"--num-exits {self.exit_layers.num_exits}` prints")
+        return evenly_along(range(1, num_layers + 1), self.exit_layers.num_exits)
 
     def __post_init__(self) -> None:
         if isinstance(self.architecture, str):  # from Python, where a lone word would be taken for its letters
