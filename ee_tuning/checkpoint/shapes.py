@@ -74,5 +74,5 @@ def _exits_config(config: Config, model: ModelConfig) -> ExitHeadsConfig:
         with artifact:
             artifact.check_complete(model)
         return artifact.config
-    model.check_exit_layers(section.exit_layers)
+    model.check_exit_layers(section.layers(model.num_layers))
     return described_exits(section, model, name=Path(config.model.path).name, dtype=getattr(torch, model.stored_dtype), fingerprint="")

@@ -108,7 +108,8 @@ The bytes written do not depend on the number of processes. Without --exit-layer
   ee-tuning profile --model Llama-2-7b-hf --num-exits 8
   ee-tuning profile --model Llama-2-7b-hf --text sample.txt --output pictures/llama-2-7b.png --json
 
-Runs in one process, one layer at a time. `convert` and `tune` place exits by it themselves with --exit-layers auto:8:profile.""", add_arguments=_add_profile, run=profile),
+Runs in one process, one layer at a time.
+`convert` and `tune` place exits by it themselves with --exit-layers auto:8:profile.""", add_arguments=_add_profile, run=profile),
     Command(name="export", summary="write exits, or a model with its exits, in another form",
             examples="""\
   ee-tuning export --format artifact --exits runs/llama-2-7b/exit_heads --only 8,16 --output exits/two
