@@ -40,7 +40,7 @@ _ALLOWED: dict[str, dict[str, tuple[Any, ...]]] = {
 }
 """Keys that change what a model computes, and the values that this project computes."""
 
-_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "relu": "relu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
+ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "relu": "relu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
                 "gelu_pytorch_tanh": "gelu_tanh"}
 
 
@@ -68,9 +68,14 @@ def in_llama_spelling(raw: dict[str, Any], path: Path) -> dict[str, Any]:
 def family_fields(spelled: dict[str, Any], path: Path) -> dict[str, Any]:
     """The fields of ModelConfig that the family sets. Raises InputError where its activation is none of ours."""
     activation = spelled.get("hidden_act") or "silu"
-    if activation not in _ACTIVATIONS:
-        raise InputError(f"{path}: the activation must be one of {', '.join(_ACTIVATIONS)}, got {activation}")
-    return {"family": spelled["model_type"], "activation": _ACTIVATIONS[activation], **_FIELDS[spelled["model_type"]]}
+    if activation not in ACTIVATIONS:
+        raise InputError(f"{path}: the activation must be one of {', '.join(ACTIVATIONS)}, got {activation}")
+    return {"family": spelled["model_type"], "activation": ACTIVATIONS[activation], **_FIELDS[spelled["model_type"]]}
+
+
+def fixed_fields(family: Family) -> dict[str, Any]:
+    """The fields of ModelConfig in which all models of the family differ from Llama, but for the family itself."""
+    return _FIELDS[family]
 
 
 def positive_number(raw: dict[str, Any], key: str, path: Path) -> int:
