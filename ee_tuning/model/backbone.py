@@ -26,6 +26,9 @@ from ee_tuning.parallel.topology import Topology
 
 # s sequence · b micro-batch · h hidden · v/tp this rank's shard of the vocabulary
 
+# Megatron-core wants one queue for all of a GPU's work where a layer trains under tensor parallelism; the relay would wait in it.
+warnings.filterwarnings("ignore", message="When using async grad allreduce")
+
 
 def transformer_config(config: ModelConfig, topology: Topology, dtype: torch.dtype) -> TransformerConfig:
     """Megatron's description of the layers. Pipelining is left out of it: stages take the layers they are given."""

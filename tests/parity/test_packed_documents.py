@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from exits import write_exits
 from random_models import random_model
 
 from ee_tuning.checkpoint.load import load_for_generation
@@ -51,6 +52,24 @@ def test_positions_alone_may_begin_anew(tmp_path: Path, family: str) -> None:
     with torch.no_grad():
         wanted = reference(tokens, attention_mask=seen, position_ids=positions).logits
         torch.testing.assert_close(our_logits(tmp_path, tokens, documents), wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_layer_head_keeps_documents_apart_too(tmp_path: Path, family: str) -> None:
+    """A head that attends over the whole row learns from a past that decoding will not have."""
+    random_model(family, tmp_path / "model")
+    exits = write_exits(tmp_path / "model", tmp_path / "exits", architecture="layer", exit_layers=[3])
+    keys = {"model.path": str(tmp_path / "model"), "exits.path": str(exits)}
+    model = load_for_generation(load_config(None, keys), init_parallel(ParallelSection())).model
+
+    @torch.no_grad()
+    def logits(tokens: torch.Tensor, documents: PackedDocuments | None) -> torch.Tensor:  # [b, s] -> [b, s, v]
+        _, inputs = model.run_layers(model.embed(tokens, documents), documents)
+        return model.exit_head(3)(inputs[3], F.linear).transpose(0, 1)
+    tokens, ids, positions = rows()
+    alone = [torch.cat([logits(part[None], None)[0] for part in row.split(lengths)]) for row, lengths in zip(tokens, LENGTHS, strict=True)]
+    packed = logits(tokens, PackedDocuments.of(ids, positions, torch.device("cpu")))
+    torch.testing.assert_close(packed, torch.stack(alone), rtol=0, atol=1e-4)
 
 
 def test_where_documents_begin_is_told_to_the_kernel_row_by_row() -> None:
