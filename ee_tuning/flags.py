@@ -29,6 +29,8 @@ _PARALLEL = {"--tensor-model-parallel-size": "parallel.tensor_model_parallel_siz
 FLAGS: dict[str, dict[str, str]] = {
     "convert": {**_MODEL, **_NEW_EXITS, "--tokenizer": "data.tokenizer", "--seed": "exits.seed", "--no-verify": "exits.verify",
                 **_PARALLEL},
+    "preprocess": {"--data": "data.paths", "--tokenizer": "data.tokenizer", "--text-key": "data.text_key",
+                   "--chat-template": "data.chat_template", "--workers": "data.workers"},
     "tune": {
         **_MODEL, **_EXITS, **_NEW_EXITS, "--data": "data.paths", "--tokenizer": "data.tokenizer", "--output": "tuning.run_folder",
         "--train-iters": "tuning.train_iters", "--lr": "tuning.lr", "--seq-length": "tuning.seq_length",

@@ -82,6 +82,25 @@ def file_written_aside(output: Path) -> Iterator[Path]:
         os.close(lock)
 
 
+@contextmanager
+def folder_beside(output: Path) -> Iterator[Path]:
+    """A new folder beside `output`, for what is on the way to it; gone when the block ends. Raises InputError where the disk refuses."""
+    partial, lock = _begun(output, Path.mkdir)
+    try:
+        with refusals_named(output):
+            yield partial
+    finally:
+        _remove(partial)
+        os.close(lock)
+
+
+def move_into_place(made: Path, output: Path) -> None:
+    """Renames the file `made` to `output`, such that a power cut leaves no name without its content."""
+    _sync(made)
+    made.replace(output)
+    _sync(output.parent)
+
+
 def remove_leftovers(output: Path) -> None:
     """Removes what writers of `output` that were killed left beside it. What a living process still writes has its lock, and stays."""
     for path in _named(output, "replaced"):

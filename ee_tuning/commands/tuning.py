@@ -1,7 +1,10 @@
 """Commands that tune."""
 import argparse
+from pathlib import Path
+from shlex import quote
 
 from ee_tuning.commands.command import Command, add_job, job_of
+from ee_tuning.config import load_config
 from ee_tuning.errors import InputError
 
 
@@ -21,6 +24,22 @@ def tune(args: argparse.Namespace) -> None:
     tune(with_exit_layers(config))
 
 
+def preprocess(args: argparse.Namespace) -> None:
+    """Texts -> .bin and .idx."""
+    from ee_tuning.data.preprocess import preprocess
+
+    config = load_config(args.config, args.overrides)
+    written = preprocess(config.data, args.output, args.overwrite)
+    print(f"wrote {args.output}.bin and .idx: {written.num_documents:,} documents, {written.num_tokens:,} tokens\n"
+          f"next: ee-tuning tune --data {quote(str(args.output))} …")
+
+
+def _add_preprocess(parser: argparse.ArgumentParser) -> None:
+    add_job(parser, "preprocess")
+    parser.add_argument("--output", type=Path, required=True, metavar="PREFIX", help="PREFIX.bin and PREFIX.idx are written")
+    parser.add_argument("--overwrite", action="store_true", help="replace a PREFIX that is already there")
+
+
 def _add_tune(parser: argparse.ArgumentParser) -> None:
     add_job(parser, "tune")
     parser.add_argument("--dry-run", action="store_true",
@@ -30,6 +49,15 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
 
 
 COMMANDS = (
+    Command(name="preprocess", summary="tokenize texts once, into .bin and .idx files that Megatron-core reads too",
+            examples="""\
+  ee-tuning preprocess --data corpus.jsonl --tokenizer Llama-2-7b-hf --output corpora/mine
+  ee-tuning preprocess --data chats/ more.parquet --tokenizer Qwen2.5-7B-Instruct --workers 16 --output corpora/chats
+
+Every document ends with the tokenizer's end of text. Of chats, PREFIX.mask marks the assistant's words, which are what is learned.
+tune takes texts as they are, too, and keeps their tokens: preprocess is for what other programs read, or other machines.
+A blend of both corpora is --data 0.3 corpora/mine 0.7 corpora/chats.""",
+            add_arguments=_add_preprocess, run=preprocess),
     Command(name="tune", summary="train the exit heads alone; the model is frozen and nothing flows backward through it",
             examples="""\
   ee-tuning tune --model Llama-2-7b-hf --exits exits/llama-2-7b --data corpus.jsonl --output runs/llama-2-7b

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ee_tuning.data.chat import ChatFormat, read_chat_template
 from ee_tuning.data.documents import Conversation, Document, Piece, read_documents
-from ee_tuning.data.tokenizer import end_of_text_id, load_tokenizer
+from ee_tuning.data.tokenizer import end_of_text_id, load_tokenizer, tokenizer_digests
 
 # The tokenizer's results as Python lists take some hundred bytes a token.
 BATCH_CHARACTERS = 1_000_000
@@ -24,6 +24,8 @@ class Recipe:
 
     tokenizer: str
     """Its folder."""
+    tokenizer_files: tuple[tuple[str, str], ...]
+    """Name and sha256 of each."""
     text_key: str
     chat_template: str | None
     """The template itself; None for the tokenizer's own."""
@@ -114,7 +116,6 @@ def _batched(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def recipe_of(tokenizer: str | Path, text_key: str, chat_template: str | None) -> Recipe:
-    """The recipe; `chat_template` is the file of one. Raises InputError where it or the tokenizer can not be used."""
-    recipe = Recipe(tokenizer=str(tokenizer), text_key=text_key, chat_template=read_chat_template(chat_template))
-    _tools(recipe)
-    return recipe
+    """The recipe; `chat_template` is the file of one. Raises InputError where that, or the tokenizer's files, can not be read."""
+    return Recipe(tokenizer=str(tokenizer), tokenizer_files=tuple(tokenizer_digests(tokenizer).items()), text_key=text_key,
+                  chat_template=read_chat_template(chat_template))

@@ -4,6 +4,7 @@ into memory; written so that it reads them.
 Beside the two, PREFIX.mask may hold a byte a token: 1 where it counts as a label. Megatron-core takes no notice of it.
 """
 import struct
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from ee_tuning.errors import InputError
 
 MASK_SUFFIX = ".mask"
 _HEADER = b"MMIDIDX\x00\x00"
+_TYPE_CODES = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
 _SCANNED_AT_ONCE = 1 << 22
 
 
@@ -71,9 +73,12 @@ def open_stream(prefix: Path) -> TokenStream:
 
 def _read_index(prefix: Path) -> tuple[np.dtype, NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
     """Type of the ids; per sequence length and place in bytes; the sequences that documents begin with, and their number."""
-    from megatron.core.datasets.indexed_dataset import IndexedDataset  # seconds: only where such files are read
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the libraries that Megatron-core does without
+        from megatron.core.datasets.indexed_dataset import IndexedDataset  # seconds: only where such files are read
 
     try:
+        _check_header(with_suffix(prefix, INDEX_SUFFIX))  # what Megatron-core stumbles over, it also tells of when it is collected
         dataset = IndexedDataset(str(prefix))
         index = dataset.index
         documents = np.array(index.document_indices)
@@ -89,12 +94,21 @@ def _read_index(prefix: Path) -> tuple[np.dtype, NDArray[np.int32], NDArray[np.i
     return dtype, lengths, pointers, documents
 
 
+def _check_header(path: Path) -> None:
+    """Raises ValueError, or struct.error, where the index is none, or shorter than it says."""
+    with path.open("rb") as file:
+        header = file.read(34)
+    version, _, num_sequences, num_documents = struct.unpack("<QBQQ", header[len(_HEADER):])
+    if header[:len(_HEADER)] != _HEADER or version != 1:
+        raise ValueError("its first bytes are others")
+    if (size := path.stat().st_size) < (least := len(header) + 12 * num_sequences + 8 * num_documents) or num_documents == 0:
+        raise ValueError(f"it should have {least} bytes, and has {size}")
+
+
 def write_index(path: Path, dtype: np.dtype, lengths: NDArray[np.int64]) -> None:
     """A .idx for documents of `lengths` tokens, each a sequence of its own."""
-    from megatron.core.datasets.indexed_dataset import DType
-
     with path.open("wb") as file:
-        file.write(_HEADER + struct.pack("<QBQQ", 1, DType.code_from_dtype(dtype.type), len(lengths), len(lengths) + 1))
+        file.write(_HEADER + struct.pack("<QBQQ", 1, _TYPE_CODES[dtype], len(lengths), len(lengths) + 1))
         lengths.astype(np.int32).tofile(file)
         ((np.cumsum(lengths) - lengths) * dtype.itemsize).astype(np.int64).tofile(file)
         np.arange(len(lengths) + 1, dtype=np.int64).tofile(file)

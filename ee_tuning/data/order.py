@@ -1,4 +1,5 @@
 """In which order samples are consumed, without an end: a position in it, an int, is all that a checkpoint has to keep of the data."""
+import warnings
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -68,7 +69,9 @@ class BlendedOrder:
     def _reach(self, position: int) -> None:
         if position < len(self._corpus):
             return
-        from megatron.core.datasets import helpers_cpp
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the libraries that Megatron-core does without
+            from megatron.core.datasets import helpers_cpp
 
         # What is chosen at a position depends on those before it alone, so a longer table begins with the shorter one.
         size = max(1 << 16, 2 * (position + 1))

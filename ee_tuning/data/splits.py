@@ -1,4 +1,5 @@
 """From the config's section `data` to the samples of training and validation: what is found is tokenized once, kept, mapped and packed."""
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,6 @@ from ee_tuning.data.encoding import recipe_of
 from ee_tuning.data.indexed import BIN_SUFFIX, INDEX_SUFFIX, TokenStream, extremes, open_stream, with_suffix
 from ee_tuning.data.progress import Progress
 from ee_tuning.data.sources import Corpus, find_corpora
-from ee_tuning.data.tokenizer import tokenizer_digests
 from ee_tuning.data.tokenizing import tokenize_files
 from ee_tuning.data.tokens import DocumentRules, Mixture, PackedSamples, Samples, Splits
 from ee_tuning.errors import InputError
@@ -66,16 +66,15 @@ def load_samples(data: DataSection, model_path: str | Path, *, seq_length: int, 
 def _entries(corpus: Corpus, data: DataSection, tokenizer: Path, is_split: bool) -> Iterator[Entry]:
     """What has to be known of a corpus: the tokens of its texts, and the smallest and largest of the ids that it brings."""
     if corpus.texts:
+        recipe = recipe_of(tokenizer, data.text_key, data.chat_template)
         fraction = data.valid_fraction if is_split else 0.0
 
         def tokenize(folder: Path, progress: Progress) -> Iterator[None]:
-            recipe = recipe_of(tokenizer, data.text_key, data.chat_template)
             outputs = (folder / _TRAIN, folder / _VALID)
             written = yield from tokenize_files(corpus.texts, recipe, folder, outputs, fraction, data.workers, progress)
             (folder / _EXTREMES).write_text(json.dumps([0, max(each.largest for each in written)]))
         yield Entry(make=tokenize, depends_on=lambda: {
-            "files": file_stamps(corpus.texts), "tokenizer": tokenizer_digests(tokenizer), "text_key": data.text_key,
-            "chat_template": data.chat_template and Path(data.chat_template).read_text(), "valid_fraction": fraction})
+            **dataclasses.asdict(recipe), "tokenizer": "", "files": file_stamps(corpus.texts), "valid_fraction": fraction})
     for prefix in corpus.prefixes:
         def scan(folder: Path, progress: Progress, prefix: Path = prefix) -> Iterator[None]:
             stream = open_stream(prefix)

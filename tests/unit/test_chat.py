@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from byte_tokenizer import write_byte_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from ee_tuning.config import DataSection
@@ -15,7 +15,7 @@ from ee_tuning.data.splits import load_samples
 from ee_tuning.data.tokens import PackedSamples
 from ee_tuning.errors import InputError
 
-MARKS = ["<|end|>", "<|im_start|>", "<|im_end|>", "<|eot|>", "</s>", "[INST]", "[/INST]"]
+MARKS = ["<|im_start|>", "<|im_end|>", "<|eot|>", "</s>", "[INST]", "[/INST]"]
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 MARKED = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
@@ -37,14 +37,9 @@ MESSAGES = [{"role": "system", "content": "Be brief."},
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
     """One token a byte, and some marks."""
-    alphabet = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    inner = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    inner.decoder = decoders.ByteLevel()
-    inner.add_special_tokens(MARKS)
-    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|end|>")
+    return write_byte_tokenizer(tmp_path_factory.mktemp("tokenizer"), *MARKS)
 
 
 def said(tokenizer: PreTrainedTokenizerFast, template: str | None, messages: list[dict[str, Any]]) -> list[str]:
@@ -101,7 +96,7 @@ def test_chats_and_texts_share_a_stream(tmp_path: Path, tokenizer: PreTrainedTok
     samples = load_samples(data, tmp_path / "model", seq_length=8, vocab_size=300, max_positions=64, needs_validation=False).train
     assert isinstance(samples, PackedSamples) and samples.counts is not None
     learned = [tokenizer.decode(run) for run in np.split(samples.stream, np.flatnonzero(np.diff(samples.counts.astype(int))) + 1)][::2]
-    assert learned == ["plain<|end|>", "Hi — you.<|im_end|>", "Hi.\nBye.<|im_end|>", "more<|end|>tail<|end|>"]
+    assert learned == ["plain<|endoftext|>", "Hi — you.<|im_end|>", "Hi.\nBye.<|im_end|>", "more<|endoftext|>tail<|endoftext|>"]
     for index in range(len(samples)):
         row = samples.sample(index)
         assert row.loss_mask.tolist() == samples.counts[8 * index + 1: 8 * index + 9].tolist()
@@ -113,14 +108,14 @@ def test_an_answer_without_an_end_of_its_own_is_ended_by_end_of_text(tmp_path: P
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": MESSAGES}))
     ends = {}
-    for name, template in (("plain", PLAIN), ("chatml", CHATML), ("own", CHATML.replace("<|im_end|>\\n", "<|end|>").replace(
-            "<|im_end|>\n", "<|end|>"))):
+    for name, template in (("plain", PLAIN), ("chatml", CHATML), ("own", CHATML.replace("<|im_end|>\\n", "<|endoftext|>").replace(
+            "<|im_end|>\n", "<|endoftext|>"))):
         (tmp_path / name).write_text(template)
         data = DataSection(paths=(str(tmp_path / "chat.jsonl"),), chat_template=str(tmp_path / name))
         samples = load_samples(data, tmp_path / "model", seq_length=8, vocab_size=300, max_positions=64, needs_validation=False).train
         assert isinstance(samples, PackedSamples) and samples.counts is not None
         ends[name] = (tokenizer.decode(samples.stream[-2:]), samples.counts[-2:].tolist())
-    assert ends == {"plain": ("\n<|end|>", [1, 1]), "chatml": ("\n<|end|>", [0, 0]), "own": (".<|end|>", [1, 1])}
+    assert ends == {"plain": ("\n<|endoftext|>", [1, 1]), "chatml": ("\n<|endoftext|>", [0, 0]), "own": (".<|endoftext|>", [1, 1])}
 
 
 @pytest.mark.parametrize(("line", "words"), [

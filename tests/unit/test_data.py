@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from byte_tokenizer import END, VOCABULARY, write_byte_tokenizer
 
 from ee_tuning.config import DataSection, TuningSection
 from ee_tuning.data.documents import pieces_of
@@ -20,20 +19,12 @@ from ee_tuning.data.tokenizing import held_out
 from ee_tuning.data.tokens import PackedSamples, Samples, Splits
 from ee_tuning.errors import InputError
 
-END = 256
-VOCABULARY = 257
-
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tokenizer of one token a byte (ids in the order of the alphabet, not of the bytes)."""
-    alphabet = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|endoftext|>"])
+    """A folder with a tokenizer of one token a byte."""
     folder = tmp_path_factory.mktemp("model")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", model_max_length=64).save_pretrained(folder)
+    write_byte_tokenizer(folder)
     return folder
 
 

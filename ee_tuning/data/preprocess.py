@@ -1,0 +1,55 @@
+"""`ee-tuning preprocess`: texts become PREFIX.bin and PREFIX.idx, which Megatron-core reads, and PREFIX.mask where there are chats."""
+from pathlib import Path
+
+from ee_tuning.checkpoint.aside import folder_beside, move_into_place
+from ee_tuning.config import DataSection
+from ee_tuning.data.encoding import recipe_of
+from ee_tuning.data.indexed import BIN_SUFFIX, INDEX_SUFFIX, MASK_SUFFIX, with_suffix
+from ee_tuning.data.progress import Progress
+from ee_tuning.data.sources import Corpus, find_corpora
+from ee_tuning.data.tokenizing import Written, tokenize_files
+from ee_tuning.errors import InputError
+
+_IN_ORDER = (MASK_SUFFIX, BIN_SUFFIX, INDEX_SUFFIX)
+"""The index comes last: without it, the others are no dataset."""
+
+
+def preprocess(data: DataSection, output: Path, overwrite: bool) -> Written:
+    """Tokenizes what data.paths names into the prefix `output`, every document closed by end of text, in the order of the files.
+
+    Raises InputError where something given can not be used, or `output` is there already; then nothing is left behind.
+    """
+    if data.tokenizer is None:
+        raise InputError("data.tokenizer must name a tokenizer's folder, got none; give --tokenizer FOLDER")
+    if output.suffix in _IN_ORDER:
+        raise InputError(f"--output is the prefix of {BIN_SUFFIX} and {INDEX_SUFFIX}, got {output}; give {output.with_suffix('')}")
+    there = [path for suffix in _IN_ORDER if (path := with_suffix(output, suffix)).exists()]
+    if there and not overwrite:
+        raise InputError(f"{there[0]} exists already; give --overwrite to replace it, or another --output")
+    files = [path for corpus in find_corpora(data.paths, "data.paths") for path in _texts(corpus)]
+    recipe = recipe_of(data.tokenizer, data.text_key, data.chat_template)
+    with folder_beside(output) as folder, Progress("tokenizing", speaks=True) as progress:
+        steps = tokenize_files(files, recipe, folder, [folder / output.name], 0.0, data.workers, progress)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                written: Written = end.value[0]
+                break
+        if not written.num_documents:
+            raise InputError(f"data.paths = {', '.join(data.paths)} holds no text; give files that are not empty")
+        for suffix in reversed(_IN_ORDER):
+            with_suffix(output, suffix).unlink(missing_ok=True)
+        for suffix in _IN_ORDER:
+            if (made := with_suffix(folder / output.name, suffix)).exists():
+                move_into_place(made, with_suffix(output, suffix))
+    return written
+
+
+def _texts(corpus: Corpus) -> tuple[Path, ...]:
+    if corpus.weight is not None:
+        raise InputError(f"preprocess takes no weights, got {corpus.weight:g} for {corpus.name}; preprocess each corpus by itself, and "
+                         "give the weights to tune")
+    if corpus.prefixes:
+        raise InputError(f"preprocess takes texts, and {with_suffix(corpus.prefixes[0], BIN_SUFFIX)} holds token ids already; leave it out")
+    return corpus.texts

@@ -1,0 +1,124 @@
+"""Every rank reads the data of its run from what one of them has tokenized: the same samples at every layout, chats and blends too."""
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from byte_tokenizer import write_byte_tokenizer
+from random_models import random_llama
+from test_tuning import assert_same_records
+from tuning_jobs import checkpoint, configure, records
+from world import World
+
+from ee_tuning import config as job
+from ee_tuning.config import Config
+from ee_tuning.data import splits
+from ee_tuning.errors import InputError
+from ee_tuning.parallel.topology import init_parallel
+from ee_tuning.tuning.tuner import tune_within
+
+TEMPLATE = ("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|endoftext|>' }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """model/ with a tokenizer, chats.jsonl, texts/"""
+    folder = tmp_path_factory.mktemp("corpora")
+    random_llama(folder / "model", vocab_size=257, eos_token_id=256, bos_token_id=256)
+    write_byte_tokenizer(folder / "model")
+    (folder / "template").write_text(TEMPLATE)
+    chats = [[{"role": "user", "content": f"What is {n} times {n}?"}, {"role": "assistant", "content": f"It is {n * n}."}]
+             for n in range(30)]
+    (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    (folder / "texts").mkdir()
+    for number in range(12):
+        (folder / "texts" / f"{number}.txt").write_text(f"{number} is a number. " * (number + 1))
+    return folder
+
+
+def data_job(corpora: Path, run: Path, cache: Path, *, tp: int = 1, pp: int = 1, **data: Any) -> Config:
+    config = configure(corpora / "model", run, tp=tp, pp=pp, save_interval=2, eval_iters=1000)
+    return job.replace(config, data={
+        "paths": ("1", str(corpora / "texts"), "2", str(corpora / "chats.jsonl")), "chat_template": str(corpora / "template"),
+        "valid_fraction": 0.3, "cache": str(cache), "reset_attention_mask": True, "reset_position_ids": True, "eod_mask_loss": True,
+        **data})
+
+
+def tune(config: Config) -> int:
+    """How often this rank tokenized."""
+    calls: list[int] = []
+    tokenize_files = splits.tokenize_files
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(1)
+        return tokenize_files(*arguments)
+    splits.tokenize_files = counted
+    try:
+        tune_within(config, init_parallel(config.parallel))
+    finally:
+        splits.tokenize_files = tokenize_files
+    return len(calls)
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 2)])
+def test_every_layout_learns_the_same_from_a_blend(world: World, corpora: Path, tmp_path: Path, tp: int, pp: int) -> None:
+    """A stage whose documents begin elsewhere, a mask that one rank does not have, a corpus in another order; each rank tokenizing."""
+    alone = data_job(corpora, tmp_path / "alone", tmp_path / "cache")
+    assert tune(alone) == 2
+    layout = data_job(corpora, tmp_path / "layout", tmp_path / "other cache", tp=tp, pp=pp)
+    assert world.run(tune, layout) == [2, 0, 0, 0]
+    assert_same_records(records(layout), records(alone))
+    plain = data_job(corpora, tmp_path / "plain", tmp_path / "cache", reset_attention_mask=False)
+    assert tune(plain) == 0 and records(plain) != records(alone)  # documents do see each other there
+
+
+def test_a_blend_goes_on_under_other_replicas(world: World, corpora: Path, tmp_path: Path) -> None:
+    """Samples that come twice or never when four replicas become one."""
+    fixed = {"lr_decay_style": "constant", "lr_warmup_fraction": 0.0}
+    whole = job.replace(data_job(corpora, tmp_path / "whole", tmp_path / "cache"), tuning=fixed)
+    parts = job.replace(data_job(corpora, tmp_path / "parts", tmp_path / "cache"), tuning=fixed)
+    tune(whole)
+    world.run(tune, job.replace(parts, tuning={"train_iters": 2}))
+    tune(job.replace(parts, tuning={"resume": True}))
+    got, wanted = checkpoint(parts, 4), checkpoint(whole, 4)
+    for name in wanted:
+        torch.testing.assert_close(got[name], wanted[name], rtol=1e-6, atol=1e-8, msg=name)
+    other = job.replace(parts, tuning={"resume": True}, data={"paths": ("1", str(corpora / "texts"), "3", str(corpora / "chats.jsonl"))})
+    with pytest.raises(InputError, match="must keep its blend"):
+        tune(other)
+
+
+def refusal(config: Config) -> str:
+    try:
+        tune(config)
+    except InputError as error:
+        return str(error)
+    return "none"
+
+
+def test_a_document_that_can_not_be_used_ends_every_rank(world: World, corpora: Path, tmp_path: Path) -> None:
+    """The rank that tokenizes ends, and the others wait for it until a collective times out."""
+    (tmp_path / "latin.txt").write_bytes(b"na\xefve")
+    config = data_job(corpora, tmp_path / "run", tmp_path / "cache", paths=(str(tmp_path / "latin.txt"),))
+    complaints = world.run(refusal, config)
+    assert len(set(complaints)) == 1 and "must be UTF-8" in complaints[0] and not os.path.exists(tmp_path / "run")
+
+
+def test_a_step_without_a_token_to_learn_from_changes_nothing(corpora: Path, tmp_path: Path) -> None:
+    """A loss divided by zero tokens that poisons the heads, or is taken for a gradient gone wrong."""
+    (tmp_path / "prompts.jsonl").write_text("".join(
+        json.dumps({"messages": [{"role": "user", "content": "x" * 60}, {"role": "assistant", "content": "y" * 3}]}) + "\n"
+        for _ in range(2)))
+    config = data_job(corpora, tmp_path / "run", tmp_path / "cache", paths=(str(tmp_path / "prompts.jsonl"),), valid_fraction=0.0)
+    config = job.replace(config, tuning={"global_batch_size": 1, "eval_iters": 0, "save_interval": 1, "train_iters": 13,
+                                         "keep_checkpoints": 13})
+    tune(config)
+    train = [record for record in records(config) if record["kind"] == "train"]
+    empty = [record["step"] for record in train if record["loss"]["2"] is None]
+    assert 0 < len(empty) < 13 and all(record["grad_norm"]["2"] is not None for record in train)
+    for step in (step for step in empty if step > 1):
+        before, after = checkpoint(config, step - 1), checkpoint(config, step)
+        assert all(torch.equal(before[name], after[name]) for name in before)
