@@ -34,7 +34,8 @@ from ee_tuning.model.config import read_model_config
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.model.exit_head import ExitHead, build_exit_head
 from ee_tuning.parallel.topology import init_parallel
-from ee_tuning.tuning import tuner as tuner_module
+from ee_tuning.tuning import exit_work
+from ee_tuning.tuning.exit_work import ExitWork
 from ee_tuning.tuning.loss import linear_cross_entropy
 from ee_tuning.tuning.tuner import Tuner
 
@@ -108,7 +109,7 @@ def measure(name: str, model: Path, run_folder: Path, options: argparse.Namespac
         "tuning.micro_batch_size": options.micro_batch_size, "tuning.global_batch_size": options.global_batch_size,
         "tuning.eval_iters": 0, "tuning.eval_interval": 0, "tuning.save_interval": 0})
     tuner = TimedTuner(config)
-    with tuner.timed_optimizer():
+    with tuner.timed():
         tuner.run()
     taken = tuner.taken[warm_up:]
     medians = Seconds(**{field: statistics.median(getattr(each, field) for each in taken) for field in asdict(taken[0])})
@@ -129,30 +130,32 @@ class TimedTuner(Tuner):
         self.bare = BareWork(loaded.model, samples, config)  # before the tuner shards the heads
         super().__init__(loaded, samples, config, topology)
         self.taken: list[Seconds] = []
+        self._began: float | None = None
         self._source = TimedSource(self._source, self._note_data)  # type: ignore[assignment]
 
-    def _train_step(self, *arguments: Any) -> bool:
-        self.taken.append(Seconds())
-        began = time.perf_counter()
-        goes_on = super()._train_step(*arguments)
-        self.taken[-1].step = time.perf_counter() - began
-        self.taken[-1].layers, self.taken[-1].heads = self.bare.do()
-        return goes_on
-
     def _note_data(self, seconds: float) -> None:
+        if self._began is None:  # the first micro-batch of a step
+            self._began = time.perf_counter() - seconds
+            self.taken.append(Seconds())
         self.taken[-1].data += seconds
 
     @contextmanager
-    def timed_optimizer(self) -> Iterator[None]:
-        """While it lasts, clip and optimizer are timed."""
-        update_exits = tuner_module.update_exits
+    def timed(self) -> Iterator[None]:
+        """While it lasts, steps are timed, and clip and optimizer in them."""
+        update_exits, end_step = exit_work.update_exits, ExitWork.end_step
 
-        def timed(*arguments: Any) -> Any:
+        def timed_update(*arguments: Any) -> Any:
             began = time.perf_counter()
             updates = update_exits(*arguments)
             self.taken[-1].optimizer += time.perf_counter() - began
             return updates
-        with mock.patch.object(tuner_module, "update_exits", timed):
+
+        def timed_end(*arguments: Any) -> None:
+            end_step(*arguments)
+            assert self._began is not None
+            self.taken[-1].step, self._began = time.perf_counter() - self._began, None
+            self.taken[-1].layers, self.taken[-1].heads = self.bare.do()
+        with mock.patch.object(exit_work, "update_exits", timed_update), mock.patch.object(ExitWork, "end_step", timed_end):
             yield
 
 

@@ -3,6 +3,7 @@
 The backbone is read in place, from whichever format it is in, the heads from their artifact.
 One data-parallel replica reads each tensor and hands it on to the others.
 """
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -50,7 +51,8 @@ class LoadedModel:
 
 
 def load_for_tuning(config: Config, topology: Topology) -> LoadedModel:
-    """The layers up to the last exit and the heads, from exits.path or made as `exits` describes. No final head.
+    """The layers up to the last exit and the heads, from exits.path or made as `exits` describes; all layers and the final head where
+    tuning.loss or tuning.compare_final ask for it.
 
     Raises InputError where model, exits and layout do not fit each other.
     """
@@ -73,8 +75,16 @@ def plan_tuning(config: Config, sources: Sources, topology: Topology) -> list[St
     """What each stage holds while tuning. Raises InputError where the layers do not reach for the stages."""
     exits = sources.exits
     assert exits is not None
-    costs = stage_costs(sources.config, max(exits.exit_layers), exits.heads, trains_heads=True, has_final_head=False)
-    return _plans(config, exits, costs, topology, has_final_head=False, max_length=config.tuning.seq_length)
+    costs = tuning_costs(config, sources.config, exits)
+    plans = _plans(config, exits, costs, topology, has_final_head=config.tuning.wants_final_head, max_length=config.tuning.seq_length)
+    return [dataclasses.replace(plan, shares_output_matrix=config.tuning.tells_hidden(exits.ties_output)) for plan in plans]
+
+
+def tuning_costs(config: Config, model: ModelConfig, exits: ExitHeadsConfig) -> list[float]:
+    """Multiply-adds per token of each layer that is built for tuning, with what hangs on it; attention scores left out."""
+    has_final_head = config.tuning.wants_final_head
+    num_layers = model.num_layers if has_final_head else max(exits.exit_layers)
+    return stage_costs(model, num_layers, exits.heads, trains_heads=True, has_final_head=has_final_head)
 
 
 def build_stage(sources: Sources, plans: list[StagePlan], topology: Topology) -> LoadedModel:

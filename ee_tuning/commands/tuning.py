@@ -19,7 +19,7 @@ def tune(args: argparse.Namespace) -> None:
     if args.world_size is not None:
         raise InputError("--world-size is a size to imagine, for --dry-run; a true run takes the launcher's: torchrun --nproc-per-node N")
     from ee_tuning.evaluation.profile import with_exit_layers
-    from ee_tuning.tuning.tuner import tune
+    from ee_tuning.tuning.command import tune
 
     tune(with_exit_layers(config))
 

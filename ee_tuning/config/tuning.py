@@ -30,8 +30,30 @@ class TuningSection:
     adam_eps: float = 1e-5
     clip_grad: float = 1.0
     """Largest gradient norm of one exit head; 0 leaves gradients as they are."""
+    skip_grad_norm: float = 0.0
+    """An exit's step is left out where its gradient norm, before the clip, is above this; 0: only where it is not finite."""
+    loss: tuple[str, ...] = ("cross_entropy",)
+    """What exits are trained to: cross_entropy, forward_kl and total_variation, the latter two by the final head's distribution. Several
+    are added up, with weights where given: cross_entropy=0.3,forward_kl=0.7."""
+    teacher: Literal["auto", "hidden", "top_k"] = "auto"
+    """How the final head reaches the stages: hidden (states; exact; the output matrix is then on every stage with exits), or its top_k
+    likeliest tokens and the mass of the others. auto: hidden where all exits are tied to the output matrix, else top_k."""
+    teacher_top_k: int = 64
+    """Tokens that the teacher top_k tells of."""
+    token_weights: Literal["uniform", "confidence"] = "uniform"
+    """confidence: each token's loss is multiplied by the exit's largest probability, held constant (EE-Tuning's dynamic weights)."""
+    divide_by_token_weights: bool = False
+    """Whether the loss is divided by the sum of the tokens' weights in place of their number."""
     loss_weights: tuple[float, ...] = ()
-    """One per exit; default 1 each. With separate heads, clip and Adam they nearly cancel; weight 0 freezes that exit."""
+    """One per exit; default as loss_weight_preset. With separate heads, clip and Adam they nearly cancel; weight 0 freezes that exit."""
+    loss_weight_preset: Literal["uniform", "depth"] = "uniform"
+    """uniform: 1 for every exit. depth: its layer divided by the deepest exit's."""
+    loss_weight_style: Literal["constant", "linear", "cosine"] = "constant"
+    """How the weights rise from zero over the first steps."""
+    loss_weight_warmup_fraction: float = 0.1
+    """Share of train_iters over which they rise, where they do."""
+    compare_final: bool = False
+    """Whether validations tell how often each exit agrees with the final head, and how many of its drafts that would accept."""
     loss_chunk_tokens: int = 1024
     """Tokens whose logits exist at one time."""
     seed: int = 1234
@@ -44,7 +66,23 @@ class TuningSection:
     """Micro-batches per replica in one validation; 0 for no validation."""
     save_interval: int = 500
     """Steps between checkpoints; the end of a run always saves. 0 for the end alone."""
+    save_minutes: float = 0.0
+    """Minutes after which a checkpoint is written at the end of the step, too; 0 for none."""
     keep_checkpoints: int = 2
     """Older checkpoints than this many are removed."""
     resume: bool = False
     """Continue from the run folder's latest checkpoint."""
+
+    @property
+    def distils(self) -> bool:
+        """Whether the loss asks for the final head's distribution."""
+        return any(item.partition("=")[0].strip() != "cross_entropy" for item in self.loss)
+
+    @property
+    def wants_final_head(self) -> bool:
+        """Whether the layers past the last exit, and the final head, are built."""
+        return self.distils or self.compare_final
+
+    def tells_hidden(self, ties_output: bool) -> bool:
+        """Whether the teacher is told by hidden states, where exits are tied to the output matrix or not."""
+        return self.wants_final_head and (self.teacher == "hidden" or (self.teacher == "auto" and ties_output))

@@ -29,6 +29,8 @@ class StagePlan:
     """All exits of the model, on any stage."""
     has_final_head: bool
     """Whether the model's own last norm and output matrix are wanted, on the last stage."""
+    shares_output_matrix: bool = False
+    """Whether every stage with an exit holds the model's own output matrix, tied to it or not."""
     max_length: int
     """Positions that will be computed."""
     dtype: torch.dtype
@@ -59,7 +61,7 @@ class EarlyExitModel(nn.Module):
         has_final = plan.has_final_head and topology.is_last_stage
         self.backbone = BackboneStage(
             config, topology, first_layer=plan.first_layer, last_layer=plan.last_layer, has_embedding=topology.is_first_stage,
-            has_output=has_final or plan.ties_output, has_final_norm=has_final,
+            has_output=has_final or plan.ties_output or (plan.shares_output_matrix and bool(plan.own_exits)), has_final_norm=has_final,
             max_length=plan.max_length, dtype=plan.dtype)
         tied = self.backbone.output_layer.weight if plan.ties_output else None
         self.exit_heads = nn.ModuleDict(

@@ -1,8 +1,10 @@
 """Hands hidden states from one pipeline stage to the next, micro-batch after micro-batch, forward only. Knows no exits.
 
-Every micro-batch is a header on `pp_control` (gloo, CPU) and hidden states on `pp_group` (gloo or NCCL). The header says whether another
-micro-batch follows, so a request to stop travels with the activations and a receive that nobody will answer is never posted.
+Every micro-batch is a header on `pp_control` (gloo, CPU) and hidden states on `pp_group` (gloo or NCCL). The header says what follows, so
+a wish to stop or to pause travels with the activations, and a receive that nobody will answer is never posted.
 """
+import enum
+import time
 from collections import deque
 from typing import Any, NamedTuple
 
@@ -13,19 +15,29 @@ from torch import Tensor
 from ee_tuning.parallel.topology import Topology
 
 
+class Follows(enum.IntEnum):
+    """What comes after a micro-batch. Of several wishes the smallest has its way."""
+
+    END = 0
+    """Nothing."""
+    PAUSE = 1
+    """Another one, after a pause in which nothing is under way between stages."""
+    NEXT = 2
+    """Another one, at once."""
+
+
 class Received(NamedTuple):
     """One micro-batch from the stage before."""
 
     hidden: Tensor
     """The relay's shape and dtype, on the topology's device; the receiver's to keep."""
-    more: bool
-    """Whether another micro-batch follows."""
+    follows: Follows
 
 
 class _Transfer(NamedTuple):
     """A header and hidden states under way, with what has to live until they have arrived."""
 
-    header: Tensor  # [2] int64: number of the micro-batch, whether another follows
+    header: Tensor  # [2] int64: number of the micro-batch, what follows
     hidden: Tensor
     header_work: Any
     hidden_work: Any
@@ -36,7 +48,7 @@ class _Transfer(NamedTuple):
 
 
 class Relay:
-    """This stage's place in the relay. One Relay serves one run: from the first micro-batch to the one sent with `more=False`.
+    """This stage's place in the relay. One Relay serves one run: from the first micro-batch to the one sent with `Follows.END`.
 
     On NCCL a receive posted ahead may not block the send behind it: they run on communicators of their own because the
     process groups are made without `device_id`, and then PyTorch gives every unbatched pair of ranks one.
@@ -45,6 +57,8 @@ class Relay:
     def __init__(self, topology: Topology, shape: tuple[int, ...], dtype: torch.dtype, *, max_in_flight: int = 2) -> None:
         """`shape` and `dtype` of the hidden states of one micro-batch; `max_in_flight` sends may be unfinished at a time."""
         assert max_in_flight >= 1, f"max_in_flight must be at least 1, got {max_in_flight}"
+        self.seconds_waited = 0.0
+        """For other stages, so far. On a GPU, of the host alone."""
         self._topology, self._shape, self._dtype, self._max_in_flight = topology, shape, dtype, max_in_flight
         self._sending: deque[_Transfer] = deque()
         self._num_sent = self._num_received = 0
@@ -56,25 +70,26 @@ class Relay:
         """Whether nothing is under way: no receive is posted, and no send is unfinished."""
         return self._receiving is None and not self._sending
 
-    def receive(self, *, ahead: bool = True) -> Received:
-        """The next micro-batch of the stage before. Its successor's receive, if there is one, is under way when this returns.
+    def receive(self) -> Received:
+        """The next micro-batch of the stage before. If the next one follows at once, its receive is under way when this returns.
 
-        Not so with `ahead=False`: then the next call posts it. Before anything that waits for the whole device or for the stage before,
-        a checkpoint say, the last micro-batch must be received so: a pending NCCL receive is work on the device, and it ends only with
-        the stage before's next send.
+        Before a pause it is not: a checkpoint, say, waits for the whole device, and a pending NCCL receive is work on the device that
+        ends only with the stage before's next send, after the pause.
         """
         assert self._more_to_come, "nothing to receive: this is the first stage, or the last micro-batch said so"
+        began = time.perf_counter()
         transfer = self._receiving or self._post_receive()
         transfer.header_work.wait()
-        index, more = transfer.header.tolist()
+        index, follows = transfer.header.tolist()
         assert index == self._num_received, f"micro-batch {index} arrived in place of {self._num_received}"
         self._num_received += 1
-        self._more_to_come = bool(more)
-        self._receiving = self._post_receive() if more and ahead else None
+        self._more_to_come = follows != Follows.END
+        self._receiving = self._post_receive() if follows == Follows.NEXT else None
         transfer.hidden_work.wait()
-        return Received(transfer.hidden, bool(more))
+        self.seconds_waited += time.perf_counter() - began
+        return Received(transfer.hidden, Follows(follows))
 
-    def send(self, hidden: Tensor, *, more: bool) -> None:
+    def send(self, hidden: Tensor, *, follows: Follows) -> None:
         """Sends `hidden` on and returns at once, unless more than `max_in_flight` sends are under way.
 
         `hidden` may be read but not written by the caller afterwards.
@@ -82,17 +97,21 @@ class Relay:
         assert not self._topology.is_last_stage, "the last stage has nobody to send to"
         assert hidden.shape == self._shape and hidden.dtype == self._dtype, f"{hidden.shape} {hidden.dtype} is not what was agreed"
         peer = self._topology.pp_ranks[self._topology.stage + 1]
-        header, hidden = torch.tensor([self._num_sent, int(more)]), hidden.detach().contiguous()
+        header, hidden = torch.tensor([self._num_sent, int(follows)]), hidden.detach().contiguous()
         self._sending.append(_Transfer(header, hidden, dist.isend(header, peer, group=self._topology.pp_control),
                                        dist.isend(hidden, peer, group=self._topology.pp_group)))
         self._num_sent += 1
-        while len(self._sending) > self._max_in_flight:
-            self._sending.popleft().wait()
+        self._wait_for_sends(self._max_in_flight)
 
     def finish(self) -> None:
         """Waits for the sends under way."""
-        while self._sending:
+        self._wait_for_sends(0)
+
+    def _wait_for_sends(self, max_in_flight: int) -> None:
+        began = time.perf_counter()
+        while len(self._sending) > max_in_flight:
             self._sending.popleft().wait()
+        self.seconds_waited += time.perf_counter() - began
 
     def _post_receive(self) -> _Transfer:
         # A buffer of its own for each micro-batch: two live at a time, and the receiver may keep what it got.

@@ -41,6 +41,8 @@ class Topology:
     """The stages of one replica, first to last, for hidden states only."""
     stage_control: Group
     """gloo: all tensor- and data-parallel ranks of this stage."""
+    feedback_group: Group
+    """The stages of one replica, for what the last one sends back to earlier ones."""
     pp_control: Group
     """gloo: the stages of one replica, for small messages beside the hidden states."""
     replica_control: Group
@@ -179,6 +181,7 @@ def lay_out(parallel: ParallelSection, device: torch.device) -> Topology:
         dp_group=parallel_state.get_data_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         stage_control=_own_group(stages, rank),
+        feedback_group=_own_group(columns, rank, dist.get_backend()),
         pp_control=_own_group(columns, rank), replica_control=_own_group(replicas, rank),
         world_control=dist.new_group(list(range(world_size)), backend=control_backend()),
         pp_ranks=tuple(columns[column]),
@@ -200,11 +203,11 @@ def _destroy_groups(kept: Group) -> None:
             dist.destroy_process_group(group)
 
 
-def _own_group(partition: list[list[int]], rank: int) -> Group:
-    """A control group for each part; this rank's own. Every rank makes every group, in the same order."""
+def _own_group(partition: list[list[int]], rank: int, backend: str | None = None) -> Group:
+    """A group for each part, one of control unless `backend` is given; this rank's own. Every rank makes every group, in order."""
     own = None
     for ranks in partition:
-        group = dist.new_group(ranks, backend=control_backend())
+        group = dist.new_group(ranks, backend=backend or control_backend())
         if rank in ranks:
             own = group
     assert own is not None

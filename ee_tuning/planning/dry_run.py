@@ -18,18 +18,21 @@ from torch.distributed.tensor import DTensor
 from ee_tuning.checkpoint.load import Sources, build_stage, plan_tuning
 from ee_tuning.checkpoint.shapes import shape_sources
 from ee_tuning.config import Config, replace
-from ee_tuning.data.loader import Batch, count_microbatches
+from ee_tuning.data.loader import count_microbatches
 from ee_tuning.data.tokens import PackedSamples, Splits
 from ee_tuning.model.early_exit import EarlyExitModel, StagePlan
-from ee_tuning.model.exit_head import ExitInput
 from ee_tuning.parallel.dry_world import dry_world
-from ee_tuning.parallel.relay import Relay
+from ee_tuning.parallel.relay import Follows, Relay
 from ee_tuning.parallel.topology import Topology, check_world_size
 from ee_tuning.planning.ledger import Ledger
+from ee_tuning.tuning.itinerary import Leg
+from ee_tuning.tuning.loss import ExitLoss
 from ee_tuning.tuning.optimizer import ExitOptimizer
-from ee_tuning.tuning.settings import check_settings
+from ee_tuning.tuning.settings import check_settings, objective
 from ee_tuning.tuning.step import Passed, StageWalk
+from ee_tuning.tuning.teacher import Teacher
 from ee_tuning.tuning.tuner import Tuner
+from ee_tuning.tuning.tutor import Tutor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,8 +145,8 @@ def _rehearse_rank(config: Config, sources: Sources, world_size: int, stages: li
         for each in tuner.exits:
             ledger.rebook("other", "optimizer", _state(each))
             each.head.register_forward_pre_hook(partial(_book_whole_copies, ledger))
-        walk = _MeasuredWalk(loaded.model, config, topology, ledger)
         with ledger.during("other"):
+            walk = _MeasuredWalk(loaded.model, config, topology, ledger, tuner.make_tutor())
             tuner.rehearse(walk)
     plan = loaded.model.plan
 
@@ -178,31 +181,32 @@ def _samples(config: Config) -> Splits:
 class _MeasuredWalk(StageWalk):
     """The walk, telling the ledger what runs."""
 
-    def __init__(self, model: EarlyExitModel, config: Config, topology: Topology, ledger: Ledger) -> None:
+    def __init__(self, model: EarlyExitModel, config: Config, topology: Topology, ledger: Ledger, tutor: Tutor | None) -> None:
         tuning = config.tuning
         shape = (tuning.seq_length, tuning.micro_batch_size, model.config.hidden_size)
-        super().__init__(model, _DryRelay(topology, shape, model.plan.dtype, ledger), topology, tuning.loss_chunk_tokens)
+        super().__init__(model, _DryRelay(topology, shape, model.plan.dtype, ledger), topology, tuning.loss_chunk_tokens,
+                         objective(tuning), tutor, teaches_validation=tuning.compare_final)
         self._ledger = ledger
         self.num_forward = self.num_trained = 0
 
-    def forward(self, batch: Batch, more: bool, *, ahead: bool = True) -> Passed:
+    def forward(self, leg: Leg, follows: Follows) -> Passed:
         """As StageWalk's."""
         self.num_forward += 1
         with self._ledger.during("activations"):
-            return super().forward(batch, more, ahead=ahead)
+            return super().forward(leg, follows)
 
-    def train(self, batch: Batch, exit_inputs: dict[int, ExitInput], exits: list[ExitOptimizer], is_last: bool) -> dict[int, Tensor]:
+    def train(self, passed: Passed, teacher: Teacher | None, exits: list[ExitOptimizer]) -> dict[int, ExitLoss]:
         """As StageWalk's."""
         self.num_trained += 1
         with self._ledger.during("loss"):
-            losses = super().train(batch, exit_inputs, exits, is_last)
+            losses = super().train(passed, teacher, exits)
         self._ledger.rebook("loss", "gradients")
         return losses
 
-    def evaluate(self, batch: Batch, exit_inputs: dict[int, ExitInput], exits: list[ExitOptimizer]) -> dict[int, Tensor]:
+    def evaluate(self, passed: Passed, teacher: Teacher | None, exits: list[ExitOptimizer]) -> dict[int, ExitLoss]:
         """As StageWalk's."""
         with self._ledger.during("validation"):
-            return super().evaluate(batch, exit_inputs, exits)
+            return super().evaluate(passed, teacher, exits)
 
 
 class _DryRelay(Relay):
@@ -216,4 +220,4 @@ class _DryRelay(Relay):
         with self._ledger.during("relay"):
             transfer = super()._post_receive()
         with unset_fake_temporarily():
-            return transfer._replace(header=torch.tensor([self._num_received, 1]))
+            return transfer._replace(header=torch.tensor([self._num_received, Follows.NEXT]))

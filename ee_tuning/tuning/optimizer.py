@@ -19,16 +19,19 @@ from ee_tuning.config import TuningSection
 from ee_tuning.model.cast import cast_parameters
 from ee_tuning.model.exit_head import ExitHead
 from ee_tuning.parallel.topology import Topology
+from ee_tuning.tuning.averages import SUMS, Divisor, Means, Sums, means
 
 
 @dataclass(frozen=True)
 class ExitUpdate:
     """What one step did to one exit."""
 
-    loss: float
-    """Mean over the global batch's unmasked tokens, nats, before the step."""
+    means: Means
+    """Over the global batch, before the step."""
     grad_norm: float
-    """Before the clip. Where it is not finite, the exit was left as it was."""
+    """Before the clip."""
+    is_skipped: bool
+    """Whether the exit was left as it was, for its gradient is not finite, or larger than any that is believed."""
 
 
 class ExitOptimizer:
@@ -36,6 +39,7 @@ class ExitOptimizer:
 
     def __init__(self, head: ExitHead, loss_weight: float, tuning: TuningSection, topology: Topology):
         self.layer, self.loss_weight, self._clip, self._device = head.exit_layer, loss_weight, tuning.clip_grad, topology.device
+        self._largest_norm = tuning.skip_grad_norm or math.inf
         dtype = next(head.parameters()).dtype
         master = torch.promote_types(dtype, torch.float32)
         cast_parameters(head, master)
@@ -85,11 +89,14 @@ class ExitOptimizer:
             total += _gradient(parameter).square().sum(dtype=torch.float64)
         return cut, replicated
 
-    def update(self, square_sum: float, num_tokens: float, lr: float) -> float:
-        """Divides, clips and steps, unless the gradient is not finite or of no token. Returns the gradient's norm before the clip."""
-        scale = self.loss_weight / num_tokens if num_tokens else 0.0
+    def update(self, square_sum: float, scale: float, lr: float) -> tuple[float, bool]:
+        """Multiplies the gradient by `scale`, clips and steps, unless the gradient is not to be believed or of no token.
+
+        Returns the gradient's norm before the clip, and whether it was believed.
+        """
         norm = math.sqrt(square_sum) * scale if square_sum >= 0 else math.nan
-        if num_tokens and math.isfinite(norm):
+        is_believed = math.isfinite(norm) and norm <= self._largest_norm
+        if is_believed and scale:
             if self._clip:
                 scale *= min(1.0, self._clip / (norm + 1e-6))
             torch._foreach_mul_([_gradient(parameter) for parameter in self.parameters.values()], scale)
@@ -97,34 +104,32 @@ class ExitOptimizer:
                 group["lr"] = lr
             self.adam.step()
         self.adam.zero_grad()
-        return norm
+        return norm, is_believed
 
 
-def update_exits(exits: list[ExitOptimizer], loss_sums: dict[int, Tensor], num_tokens: Tensor, lr: float,
+def update_exits(exits: list[ExitOptimizer], sums: Sums, divisor: Divisor, lr: float, ramp: float,
                  topology: Topology) -> dict[int, ExitUpdate]:
-    """One optimizer step of this stage's trained `exits`, each for itself.
+    """One optimizer step of this stage's trained `exits`, each for itself; their weights are multiplied by `ramp`.
 
-    `loss_sums` (by exit layer) and `num_tokens` are this replica's. Decisions are taken on sums over all replicas and shards, so
-    every rank takes the same.
+    `sums` are this replica's. Decisions are taken on sums over all replicas and shards, so every rank takes the same.
     """
-    counts: list[Tensor] = [num_tokens.double()]
+    counts: list[Tensor] = []
     for each in exits:
         each.sum_partial_gradients(topology)
-        sharded, replicated = each.square_sums()
-        counts += [loss_sums[each.layer].double(), replicated, sharded]
+        counts.append(torch.cat((sums.by_layer[each.layer], torch.stack(each.square_sums()))))
     values = torch.stack(counts)
     if topology.tp_rank != 0:  # what every shard has alike is counted once
-        is_cut = torch.tensor([False] + [False, False, True] * len(exits), device=values.device)
-        values = values.where(is_cut, 0.0)
+        values[:, :-2] = 0.0
+        values[:, -1] = 0.0
     for size, group in ((topology.dp, topology.dp_group), (topology.tp, topology.tp_group)):
         if size > 1:
             dist.all_reduce(values, group=group)
-    total, *rest = values.tolist()
     updates = {}
-    for index, each in enumerate(exits):
-        loss_sum, replicated_sum, sharded_sum = rest[3 * index:3 * index + 3]
-        norm = each.update(replicated_sum + sharded_sum, total, lr)
-        updates[each.layer] = ExitUpdate(loss_sum / total if total else math.nan, norm)
+    for each, (*own_sums, cut, replicated) in zip(exits, values.tolist(), strict=True):
+        total = dict(zip(SUMS, own_sums, strict=True))[divisor]
+        square_sum = cut + replicated if math.isfinite(own_sums[0]) else math.nan
+        norm, is_believed = each.update(square_sum, each.loss_weight * ramp / total if total else 0.0, lr)
+        updates[each.layer] = ExitUpdate(means(own_sums, divisor), norm, not is_believed)
     return updates
 
 

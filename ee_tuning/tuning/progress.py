@@ -19,6 +19,7 @@ class ProgressDisplay:
         self._num_steps, self._first_step = num_steps, first_step
         self._began = time.monotonic()
         self._spoke = -_SECONDS_BETWEEN_LINES
+        self._skipping: set[str] = set()
         console = Console(stderr=True)
         self._bar = Progress(TextColumn("tuning"), BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"),
                              TimeRemainingColumn(), console=console, disable=not console.is_terminal)
@@ -40,9 +41,10 @@ class ProgressDisplay:
             return
         self._bar.update(self._task, completed=record["step"], description=f"loss {losses} · {record['tokens_per_second']:,.0f} tokens/s")
         line = f"step {record['step']}/{self._num_steps} · loss of exit {losses} · {record['tokens_per_second']:,.0f} tokens/s"
-        skipped = [layer for layer, norm in record["grad_norm"].items() if not norm < float("inf")]
-        if skipped:
-            self.say(f"step {record['step']} · gradient of exit {', '.join(skipped)} is not finite: not updated")
+        if begun := record["skipped"].keys() - self._skipping:
+            self.say(f"step {record['step']} · exit {', '.join(sorted(begun, key=int))} is not updated: its loss or gradient is not "
+                     "finite, or its gradient norm is above tuning.skip_grad_norm")
+        self._skipping = set(record["skipped"])
         is_due = record["step"] == self._num_steps or time.monotonic() - self._spoke >= _SECONDS_BETWEEN_LINES
         self._write(line)
         if self._bar.disable and is_due:

@@ -1,4 +1,4 @@
-"""The learning rate of a step."""
+"""The learning rate and the rise of the loss weights at a step."""
 import math
 
 from ee_tuning.config import TuningSection
@@ -14,3 +14,12 @@ def learning_rate(step: int, tuning: TuningSection) -> float:
     progress = min((step - num_warmup) / (tuning.train_iters - num_warmup), 1.0) if tuning.train_iters > num_warmup else 1.0
     share = 1 - progress if tuning.lr_decay_style == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     return tuning.min_lr + (tuning.lr - tuning.min_lr) * share
+
+
+def loss_weight_ramp(step: int, tuning: TuningSection) -> float:
+    """What the exits' loss weights are multiplied by at the 1-based optimizer step: from near 0 to 1 over the first steps, then 1."""
+    num_warmup = int(tuning.loss_weight_warmup_fraction * tuning.train_iters)
+    if tuning.loss_weight_style == "constant" or step >= num_warmup:
+        return 1.0
+    share = step / num_warmup
+    return share if tuning.loss_weight_style == "linear" else 0.5 * (1 - math.cos(math.pi * share))

@@ -1,12 +1,18 @@
 """What the tuner asks of its settings, beyond their types."""
+import math
+
 from ee_tuning.config import TuningSection
 from ee_tuning.errors import InputError
+from ee_tuning.tuning.objective import Objective
+
+_TERMS = ("cross_entropy", "forward_kl", "total_variation")
 
 
 def check_settings(tuning: TuningSection) -> None:
     """Raises InputError on a value out of range. Batch sizes are the loader's to check, loss weights those of `loss_weights`."""
     for name, least in (("train_iters", 1), ("log_interval", 1), ("loss_chunk_tokens", 1), ("keep_checkpoints", 1), ("eval_interval", 0),
-                        ("save_interval", 0), ("clip_grad", 0), ("weight_decay", 0), ("min_lr", 0)):
+                        ("save_interval", 0), ("clip_grad", 0), ("weight_decay", 0), ("min_lr", 0), ("skip_grad_norm", 0),
+                        ("save_minutes", 0), ("teacher_top_k", 1)):
         value = getattr(tuning, name)
         if value < least:
             raise InputError(f"tuning.{name} must be at least {least}, got {value}")
@@ -18,16 +24,46 @@ def check_settings(tuning: TuningSection) -> None:
         value = getattr(tuning, name)
         if not 0 <= value < 1:
             raise InputError(f"tuning.{name} must be at least 0 and below 1, got {value}")
-    if not 0 <= tuning.lr_warmup_fraction <= 1:
-        raise InputError(f"tuning.lr_warmup_fraction must lie in 0..1, got {tuning.lr_warmup_fraction}")
+    for name in ("lr_warmup_fraction", "loss_weight_warmup_fraction"):
+        value = getattr(tuning, name)
+        if not 0 <= value <= 1:
+            raise InputError(f"tuning.{name} must lie in 0..1, got {value}")
     if tuning.min_lr > tuning.lr:
         raise InputError(f"tuning.min_lr must be at most tuning.lr = {tuning.lr}, got {tuning.min_lr}; lower it or raise tuning.lr")
 
 
+def objective(tuning: TuningSection) -> Objective:
+    """What tuning.loss asks for: `name` or `name=weight` each. Raises InputError where it can not be read."""
+    weights: dict[str, float] = {}
+    for item in tuning.loss:
+        name, equals, written = item.partition("=")
+        name = name.strip()
+        if name not in _TERMS:
+            raise InputError(f"tuning.loss must be made of {', '.join(_TERMS)}, got {item!r}; for example cross_entropy=0.3,forward_kl=0.7")
+        if name in weights:
+            raise InputError(f"tuning.loss must name each loss once, got {name} twice")
+        weights[name] = _weight(written, item) if equals else 1.0
+    if not weights:
+        raise InputError("tuning.loss must name a loss, got none; the usual one is cross_entropy")
+    return Objective(**dict.fromkeys(_TERMS, 0.0) | weights, weighs_by_confidence=tuning.token_weights == "confidence")
+
+
 def loss_weights(tuning: TuningSection, exit_layers: tuple[int, ...]) -> dict[int, float]:
-    """The weight of each exit's loss, 1 where none are given. Raises InputError where they do not fit the exits."""
+    """The weight of each exit's loss, that of the preset where none are given. Raises InputError where they do not fit the exits."""
     _check_loss_weights(tuning.loss_weights, exit_layers)
-    return dict(zip(exit_layers, tuning.loss_weights or [1.0] * len(exit_layers), strict=True))
+    deepest = max(exit_layers)
+    preset = [layer / deepest if tuning.loss_weight_preset == "depth" else 1.0 for layer in exit_layers]
+    return dict(zip(exit_layers, tuning.loss_weights or preset, strict=True))
+
+
+def _weight(written: str, item: str) -> float:
+    try:
+        weight = float(written)
+    except ValueError:
+        weight = math.nan
+    if not 0 < weight < math.inf:
+        raise InputError(f"a weight in tuning.loss must be a number above 0, got {item!r}; leave out what is not wanted")
+    return weight
 
 
 def _check_loss_weights(weights: tuple[float, ...], exit_layers: tuple[int, ...]) -> None:

@@ -1,10 +1,10 @@
-"""One micro-batch through this stage: receive, frozen layers, send on; then the losses of the exits here.
+"""One micro-batch through this stage: receive, frozen layers, send on; then, once its lesson is here, the losses of the exits.
 
 Nothing waits for a later stage: hidden states leave before the first loss is computed.
 """
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,64 +13,88 @@ from ee_tuning.data.loader import Batch
 from ee_tuning.model.documents import PackedDocuments
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.model.exit_head import ExitInput
-from ee_tuning.parallel.relay import Relay
+from ee_tuning.parallel.relay import Follows, Relay
 from ee_tuning.parallel.topology import Topology
-from ee_tuning.tuning.loss import linear_cross_entropy
+from ee_tuning.tuning.itinerary import Leg
+from ee_tuning.tuning.loss import ExitLoss, linear_loss
+from ee_tuning.tuning.objective import Objective
 from ee_tuning.tuning.optimizer import ExitOptimizer
+from ee_tuning.tuning.teacher import Teacher
+from ee_tuning.tuning.tutor import Tutor
 
 # s sequence · b micro-batch · h hidden · v/tp this rank's shard of the vocabulary
 
 
-class Passed(NamedTuple):
+@dataclass(frozen=True)
+class Passed:
     """What a micro-batch left on this stage."""
 
+    leg: Leg
+    follows: Follows
     exit_inputs: dict[int, ExitInput]
-    more: bool
-    """Whether another micro-batch follows in the run."""
+    """By layer."""
+    teacher: Teacher | None
+    """Where it is known already: on the last stage."""
 
 
 class StageWalk:
     """This stage's part in the forward-only relay."""
 
-    def __init__(self, model: EarlyExitModel, relay: Relay, topology: Topology, loss_chunk_tokens: int) -> None:
-        self._model, self._relay, self._topology = model, relay, topology
-        self._project = partial(linear_cross_entropy, vocab=model.vocab, chunk_tokens=loss_chunk_tokens)
+    def __init__(self, model: EarlyExitModel, relay: Relay, topology: Topology, loss_chunk_tokens: int,
+                 objective: Objective, tutor: Tutor | None = None, *, teaches_validation: bool = False) -> None:
+        """`tutor` is there where `objective` or validations want a teacher."""
+        assert tutor is not None or not (objective.wants_teacher or teaches_validation)
+        self._model, self._relay, self._topology, self._tutor = model, relay, topology, tutor
+        self._teaches = {True: objective.wants_teacher, False: objective.wants_teacher or teaches_validation}
+        self._project = partial(linear_loss, vocab=model.vocab, chunk_tokens=loss_chunk_tokens, objective=objective)
 
-    def forward(self, batch: Batch, more: bool, *, ahead: bool = True) -> Passed:
-        """Through the frozen layers and on. `more` is the first stage's to say; the others pass on what they hear.
+    @property
+    def num_ahead(self) -> int:
+        """Micro-batches that `forward` should be ahead of `train` and `evaluate`."""
+        return 0 if self._tutor is None else self._tutor.num_ahead
 
-        `ahead` is as in `Relay.receive`: False for the last micro-batch before a checkpoint.
-        """
+    def forward(self, leg: Leg, follows: Follows) -> Passed:
+        """Through the frozen layers and on. What `follows` is the first stage's to say; the others pass on what they hear."""
+        batch, tutor = leg.batch, self._tutor if self._teaches[leg.trains] else None
         documents = PackedDocuments.of(batch.document_ids, batch.position_ids, self._topology.device)
         if self._topology.is_first_stage:
             hidden = self._model.embed(batch.tokens.to(self._topology.device), documents)
         else:
-            hidden, more = self._relay.receive(ahead=ahead)
+            hidden, follows = self._relay.receive()
         hidden, exit_inputs = self._model.run_layers(hidden, documents)
-        if not self._topology.is_last_stage:
-            self._relay.send(hidden, more=more)
-        return Passed(exit_inputs, more)
+        if self._topology.is_last_stage:
+            return Passed(leg, follows, exit_inputs, tutor.teach(hidden) if tutor else None)
+        if tutor:
+            tutor.expect()
+        self._relay.send(hidden, follows=follows)
+        return Passed(leg, follows, exit_inputs, None)
 
-    def train(self, batch: Batch, exit_inputs: dict[int, ExitInput], exits: list[ExitOptimizer], is_last: bool) -> dict[int, Tensor]:
-        """Forward and at once backward of each exit; gradients add up. Summed losses, by exit layer, in nats."""
-        losses, project = {}, self._projection(batch)
+    def lesson(self, passed: Passed) -> Teacher | None:
+        """What the final head says of a micro-batch, where it is wanted. Call it once for each, in order."""
+        if passed.teacher is not None or self._tutor is None or not self._teaches[passed.leg.trains]:
+            return passed.teacher
+        return self._tutor.lesson()
+
+    def train(self, passed: Passed, teacher: Teacher | None, exits: list[ExitOptimizer]) -> dict[int, ExitLoss]:
+        """Forward and at once backward of each exit; gradients add up. Sums, by exit layer."""
+        losses, project = {}, self._projection(passed.leg.batch, teacher)
         for each in exits:
-            each.begin_microbatch(is_last)
-            loss = each.head(exit_inputs[each.layer], project)
+            each.begin_microbatch(passed.leg.is_last)
+            loss, statistics = each.head(passed.exit_inputs[each.layer], project)
             loss.backward()
-            losses[each.layer] = loss.detach()
+            losses[each.layer] = ExitLoss(loss.detach(), statistics)
         return losses
 
     @torch.no_grad()
-    def evaluate(self, batch: Batch, exit_inputs: dict[int, ExitInput], exits: list[ExitOptimizer]) -> dict[int, Tensor]:
-        """Summed losses, by exit layer, in nats, without a gradient."""
-        project = self._projection(batch)
-        return {each.layer: each.head(exit_inputs[each.layer], project) for each in exits}
+    def evaluate(self, passed: Passed, teacher: Teacher | None, exits: list[ExitOptimizer]) -> dict[int, ExitLoss]:
+        """Sums, by exit layer, without a gradient."""
+        project = self._projection(passed.leg.batch, teacher)
+        return {each.layer: each.head(passed.exit_inputs[each.layer], project) for each in exits}
 
-    def _projection(self, batch: Batch) -> Callable[[Tensor, Tensor], Tensor]:
+    def _projection(self, batch: Batch, teacher: Teacher | None) -> Callable[[Tensor, Tensor], ExitLoss]:
         # One copy to the device serves every exit.
         labels, loss_mask = batch.labels.to(self._topology.device), batch.loss_mask.to(self._topology.device)
 
-        def project(hidden: Tensor, weight: Tensor) -> Tensor:  # [s, b, h], [v/tp, h] -> scalar
-            return self._project(hidden, weight, labels, loss_mask)
+        def project(hidden: Tensor, weight: Tensor) -> ExitLoss:  # [s, b, h], [v/tp, h]
+            return self._project(hidden, weight, labels, loss_mask, teacher=teacher)
         return project

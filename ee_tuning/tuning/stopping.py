@@ -1,4 +1,4 @@
-"""A wish to stop, from a signal to an agreement.
+"""A wish to stop, from a signal; what comes of it is departure.py's.
 
 A signal asks for a checkpoint and an orderly end. Launchers repeat signals: a group kill reaches the agent and its workers, and the agent
 forwards its own. So a repeat changes nothing, but for a Ctrl-C after a while, which ends the process at once.
@@ -8,11 +8,6 @@ import threading
 import time
 from types import FrameType, TracebackType
 from typing import Any
-
-import torch
-import torch.distributed as dist
-
-from ee_tuning.parallel.topology import Topology
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SECONDS_OF_ONE_PRESS = 2.0
@@ -39,14 +34,6 @@ class StopRequest:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._former.items():
             signal.signal(number, handler)
-
-    def agreed(self, topology: Topology) -> bool:
-        """Whether any rank of this stage was asked; every rank of the stage must call."""
-        if topology.tp * topology.dp == 1:
-            return self.is_asked
-        asked = torch.tensor([int(self.is_asked)])
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=topology.stage_control)
-        return bool(asked.item())
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.is_asked = True

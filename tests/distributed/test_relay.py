@@ -6,7 +6,7 @@ import torch
 from world import World
 
 from ee_tuning.config import ParallelSection
-from ee_tuning.parallel.relay import Relay
+from ee_tuning.parallel.relay import Follows, Relay
 from ee_tuning.parallel.topology import Topology, init_parallel
 
 SHAPE = (3, 2, 4)  # [s, b, h]
@@ -16,15 +16,16 @@ def relay_all(topology: Topology, num_microbatches: int, dtype: torch.dtype, max
     """What this stage held of every micro-batch; each stage adds one before it sends on."""
     relay = Relay(topology, SHAPE, dtype, max_in_flight=max_in_flight)
     seen = []
-    more = True
-    while more:
+    follows = Follows.NEXT
+    while follows is not Follows.END:
         if topology.is_first_stage:
-            hidden, more = torch.full(SHAPE, 10.0 * len(seen), dtype=dtype), len(seen) < num_microbatches - 1
+            hidden = torch.full(SHAPE, 10.0 * len(seen), dtype=dtype)
+            follows = Follows.NEXT if len(seen) < num_microbatches - 1 else Follows.END
         else:
-            hidden, more = relay.receive()
+            hidden, follows = relay.receive()
         seen.append(hidden)
         if not topology.is_last_stage:
-            relay.send(hidden + 1, more=more)
+            relay.send(hidden + 1, follows=follows)
     relay.finish()
     return seen
 
@@ -50,12 +51,14 @@ def relay_with_pauses(num_microbatches: int) -> tuple[list[bool], list[float]]:
     relay = Relay(topology, SHAPE, torch.float32)
     quiet, seen = [relay.is_quiet], []
     for i in range(num_microbatches):
-        pauses = i % 3 == 2
-        hidden = torch.full(SHAPE, 10.0 * i) if topology.is_first_stage else relay.receive(ahead=not pauses).hidden
+        follows = Follows.END if i == num_microbatches - 1 else Follows.PAUSE if i % 3 == 2 else Follows.NEXT
+        hidden = torch.full(SHAPE, 10.0 * i)
+        if not topology.is_first_stage:
+            hidden, follows = relay.receive()
         seen.append(hidden.mean().item())
         if not topology.is_last_stage:
-            relay.send(hidden + 1, more=i < num_microbatches - 1)
-        if pauses:
+            relay.send(hidden + 1, follows=follows)
+        if follows is Follows.PAUSE:
             relay.finish()
             quiet.append(relay.is_quiet)
             topology.barrier()
@@ -94,7 +97,7 @@ def idle_share(num_steps: int, drains: bool) -> float:
         time.sleep(0.02)
         busy += time.perf_counter() - work_began
         if not topology.is_last_stage:
-            relay.send(hidden, more=i < num_microbatches - 1)
+            relay.send(hidden, follows=Follows.NEXT if i < num_microbatches - 1 else Follows.END)
         if drains and i % 2:
             topology.barrier()
     elapsed = time.perf_counter() - began

@@ -15,10 +15,11 @@ from ee_tuning import config as job
 from ee_tuning.checkpoint.manifest import write_manifest
 from ee_tuning.config import Config
 from ee_tuning.errors import InputError
-from ee_tuning.parallel.relay import Relay
+from ee_tuning.parallel.relay import Follows, Relay
 from ee_tuning.tuning import tuner as tuner_module
+from ee_tuning.tuning.itinerary import Leg
 from ee_tuning.tuning.state import save_checkpoint
-from ee_tuning.tuning.tuner import Tuner
+from ee_tuning.tuning.step import Passed, StageWalk
 
 
 def tune_and_look_at_the_relay(config: Config) -> list[bool]:
@@ -45,19 +46,17 @@ def test_nothing_is_under_way_between_stages_while_a_checkpoint_is_written(world
     assert world.run(tune_and_look_at_the_relay, config) == [[True] * NUM_STEPS] * 4
 
 
-class StoppedTuner(Tuner):
-    """Gets a signal on one rank of the first stage during its second step, twice as launchers give it."""
-
-    def _train_step(self, *args: Any) -> bool:
-        if self.step == 1 and self.topology.rank == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-            os.kill(os.getpid(), signal.SIGTERM)
-        return super()._train_step(*args)
-
-
 def tune_until_signal(config: Config) -> tuple[bool, int]:
-    tuner = make_tuner(config, StoppedTuner)
-    return tuner.run(), tuner.step
+    """One rank of the first stage gets a signal while the second step is under way, twice as launchers give it."""
+    tuner, forward = make_tuner(config), StageWalk.forward
+
+    def signalled(walk: StageWalk, leg: Leg, follows: Follows) -> Passed:
+        if leg.trains and leg.step == 2 and tuner.topology.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(walk, leg, follows)
+    with mock.patch.object(StageWalk, "forward", signalled):
+        return tuner.run(), tuner.step
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(2, 2), (1, 2)])

@@ -9,9 +9,10 @@ from tuning_jobs import configure, make_tuner
 from world import World
 
 from ee_tuning.config import Config
+from ee_tuning.tuning import exit_work
 from ee_tuning.tuning import tuner as tuner_module
+from ee_tuning.tuning.exit_work import ExitWork
 from ee_tuning.tuning.step import StageWalk
-from ee_tuning.tuning.tuner import Tuner
 
 SECONDS = 0.02
 """Of the layers of a micro-batch, and of its losses: alike on every stage, so that none has to wait for a slower one."""
@@ -35,21 +36,21 @@ class Clock:
         return padded
 
 
-class DrainingTuner(Tuner):
+class DrainingWork(ExitWork):
     """Lets every stage wait for the last one at the end of a step."""
 
-    def _train_step(self, *args: Any) -> bool:
-        more = super()._train_step(*args)
-        self.topology.barrier()
-        return more
+    def end_step(self, *args: Any) -> None:
+        super().end_step(*args)
+        self._topology.barrier()
 
 
 def idle_share(config: Config, drains: bool) -> float:
-    tuner, clock = make_tuner(config, DrainingTuner if drains else Tuner), Clock()
+    with mock.patch.object(tuner_module, "ExitWork", DrainingWork if drains else ExitWork):
+        tuner, clock = make_tuner(config), Clock()
     with (mock.patch.object(tuner._model, "run_layers", clock.timed(tuner._model.run_layers, SECONDS)),
           mock.patch.object(StageWalk, "train", clock.timed(StageWalk.train, SECONDS)),
           mock.patch.object(StageWalk, "evaluate", clock.timed(StageWalk.evaluate, SECONDS)),
-          mock.patch.object(tuner_module, "update_exits", clock.timed(tuner_module.update_exits, 0.0)),
+          mock.patch.object(exit_work, "update_exits", clock.timed(exit_work.update_exits, 0.0)),
           mock.patch.object(tuner_module, "save_checkpoint")):
         tuner.run()
     assert clock.began is not None

@@ -16,6 +16,8 @@ from ee_tuning.parallel.topology import init_parallel
 from ee_tuning.tuning.tuner import Tuner
 
 NUM_STEPS = 4
+OF_THE_MACHINE = {"tokens_per_second", "flops_per_second", "idle_share", "memory_bytes"}
+"""Keys of records that differ from run to run."""
 
 
 def configure(model: Path, run: Path, *, tp: int = 1, pp: int = 1, exits: tuple[int, ...] = (2, 5), dtype: str = "float64",
@@ -47,7 +49,7 @@ def tune(config: Config) -> bool:
 
 def records(config: Config) -> list[dict[str, Any]]:
     lines = (Path(config.tuning.run_folder) / "metrics.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key != "tokens_per_second"} for line in lines]
+    return [{key: value for key, value in json.loads(line).items() if key not in OF_THE_MACHINE} for line in lines]
 
 
 def checkpoint(config: Config, step: int) -> dict[str, Tensor]:

@@ -52,7 +52,7 @@ TUNE = """
 import json, sys
 from pathlib import Path
 from ee_tuning.config import load_config
-from ee_tuning.tuning.tuner import tune
+from ee_tuning.tuning.command import tune
 
 run = Path(sys.argv[2]) / "run"
 tune(load_config(None, {

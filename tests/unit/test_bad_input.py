@@ -12,7 +12,7 @@ from ee_tuning.config import Config, load_config
 from ee_tuning.errors import InputError
 from ee_tuning.generation.llm import EarlyExitLLM
 from ee_tuning.parallel.topology import init_parallel
-from ee_tuning.tuning.tuner import tune_within
+from ee_tuning.tuning.command import tune_within
 
 
 @pytest.fixture(scope="module")

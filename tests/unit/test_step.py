@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 
 from ee_tuning.data.loader import Batch
+from ee_tuning.parallel.relay import Follows
 from ee_tuning.parallel.vocab import VocabShard
-from ee_tuning.tuning.step import StageWalk
+from ee_tuning.tuning.itinerary import Leg
+from ee_tuning.tuning.objective import Objective
+from ee_tuning.tuning.step import Passed, StageWalk
 
 
 class Counted(Tensor):
@@ -26,10 +29,11 @@ def test_labels_and_mask_are_copied_to_the_device_once_for_all_exits() -> None:
     exits: list[Any] = [SimpleNamespace(layer=layer, begin_microbatch=lambda is_last: None,
                                         head=lambda hidden, project: project(hidden, weight)) for layer in (1, 2, 3)]
     model: Any = SimpleNamespace(vocab=VocabShard(5, 0, 5, None, 1))
-    walk = StageWalk(model, relay=None, topology=SimpleNamespace(device=torch.device("cpu")), loss_chunk_tokens=2)  # type: ignore[arg-type]
+    walk = StageWalk(model, None, SimpleNamespace(device=torch.device("cpu")), 2, Objective())  # type: ignore[arg-type]
     batch = Batch(tokens=torch.zeros(1, 3, dtype=torch.int64), labels=torch.zeros(3, 1, dtype=torch.int64).as_subclass(Counted),
                   loss_mask=torch.ones(3, 1).as_subclass(Counted))
     inputs: Any = {layer: torch.ones(3, 1, 4) for layer in (1, 2, 3)}
-    for walked in (lambda: walk.train(batch, inputs, exits, True), lambda: walk.evaluate(batch, inputs, exits)):
+    passed = Passed(Leg(batch=batch, trains=True, step=1, is_last=True, ends_step=True), Follows.NEXT, inputs, None)
+    for walked in (lambda: walk.train(passed, None, exits), lambda: walk.evaluate(passed, None, exits)):
         assert list(walked()) == [1, 2, 3] and Counted.num_copies == 2
         Counted.num_copies = 0

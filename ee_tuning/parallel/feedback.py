@@ -1,0 +1,64 @@
+"""Hands a tensor per micro-batch back from the last stage to earlier ones, against the relay's direction. Knows no teachers.
+
+It has a process group of its own: on the relay's, a receive that waits for the last stage would hold up the hidden states behind it.
+"""
+import time
+from collections import deque
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ee_tuning.parallel.topology import Topology
+
+
+class Feedback:
+    """This stage's end. Every stage of `stages` must `expect` each tensor before the last stage sends it, and `take` it afterwards."""
+
+    def __init__(self, topology: Topology, shape: tuple[int, ...], dtype: torch.dtype, stages: tuple[int, ...], *,
+                 max_in_flight: int = 2) -> None:
+        """Tensors of `shape` and `dtype` for `stages`; the last stage may have `max_in_flight` sends to each unfinished."""
+        assert all(0 <= stage < topology.pp - 1 for stage in stages), stages
+        self.seconds_waited = 0.0
+        """For other stages, so far. On a GPU, of the host alone."""
+        self._topology, self._shape, self._dtype, self._stages = topology, shape, dtype, stages
+        self._max_in_flight = max_in_flight * len(stages)
+        self._under_way: deque[tuple[Tensor, Any]] = deque()
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing is under way."""
+        return not self._under_way
+
+    def send(self, tensor: Tensor) -> None:
+        """On the last stage. `tensor` may not be written afterwards."""
+        assert self._topology.is_last_stage and tensor.shape == self._shape and tensor.dtype == self._dtype
+        tensor = tensor.detach().contiguous()
+        for stage in self._stages:
+            self._under_way.append((tensor, dist.isend(tensor, self._topology.pp_ranks[stage], group=self._topology.feedback_group)))
+        self._wait_for_sends(self._max_in_flight)
+
+    def expect(self) -> None:
+        """On a stage of `stages`: makes room for the next tensor, and returns at once."""
+        assert self._topology.stage in self._stages
+        tensor = torch.empty(self._shape, dtype=self._dtype, device=self._topology.device)
+        self._under_way.append((tensor, dist.irecv(tensor, self._topology.pp_ranks[-1], group=self._topology.feedback_group)))
+
+    def take(self) -> Tensor:
+        """The oldest tensor that is expected, once it is here; the caller's to keep."""
+        began = time.perf_counter()
+        tensor, work = self._under_way.popleft()
+        work.wait()
+        self.seconds_waited += time.perf_counter() - began
+        return tensor
+
+    def finish(self) -> None:
+        """On the last stage: waits for the sends under way."""
+        self._wait_for_sends(0)
+
+    def _wait_for_sends(self, max_in_flight: int) -> None:
+        began = time.perf_counter()
+        while len(self._under_way) > max_in_flight:
+            self._under_way.popleft()[1].wait()
+        self.seconds_waited += time.perf_counter() - began

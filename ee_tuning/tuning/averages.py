@@ -1,0 +1,73 @@
+"""Sums over micro-batches, replicas and tokens, and the means that are reported of them, per exit."""
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ee_tuning.parallel.topology import Topology
+from ee_tuning.tuning.loss import STATISTICS, ExitLoss
+from ee_tuning.tuning.objective import THRESHOLDS
+
+Divisor = Literal["tokens", "weights"]
+"""What the loss is the mean over: the unmasked tokens, or the sum of their weights."""
+SUMS = ("loss", *STATISTICS)
+"""What is summed."""
+Means = dict[str, float]
+"""`loss`, `perplexity` and the STATISTICS, per unmasked token."""
+
+
+class Sums:
+    """Of this replica, by exit layer."""
+
+    def __init__(self) -> None:
+        self.by_layer: dict[int, Tensor] = {}
+        """[len(SUMS)] float64 each, on the device."""
+
+    def add(self, losses: dict[int, ExitLoss]) -> None:
+        """A micro-batch's."""
+        for layer, (loss, statistics) in losses.items():
+            values = torch.cat((loss[None], statistics)).double()
+            self.by_layer[layer] = self.by_layer[layer] + values if layer in self.by_layer else values
+
+    def means(self, topology: Topology, divisor: Divisor) -> dict[int, Means]:
+        """Over all replicas, which call it together."""
+        if not self.by_layer:
+            return {}
+        stacked = torch.stack(list(self.by_layer.values()))
+        if topology.dp > 1:
+            dist.all_reduce(stacked, group=topology.dp_group)
+        return {layer: means(values, divisor) for layer, values in zip(self.by_layer, stacked.tolist(), strict=True)}
+
+
+def means(sums: Sequence[float], divisor: Divisor) -> Means:
+    """From the SUMS of all replicas. Not a number where there was no token."""
+    named = dict(zip(SUMS, sums, strict=True))
+    found = {name: _ratio(value, named[divisor if name == "loss" else "tokens"]) for name, value in named.items()}
+    nats = found["cross_entropy"]
+    return {**found, "perplexity": math.exp(nats) if nats < 700 else math.inf if nats >= 700 else math.nan}
+
+
+def training_figures(by_layer: dict[int, Means], has_teacher: bool) -> dict[str, dict[str, float]]:
+    """What a record of a step tells of each exit."""
+    names = ["loss", "perplexity", "confidence"] + ["forward_kl", "total_variation"] * has_teacher
+    return {name: {str(layer): each[name] for layer, each in by_layer.items()} for name in names}
+
+
+def validation_figures(by_layer: dict[int, Means], has_teacher: bool) -> dict[str, dict[str, float]]:
+    """What a record of a validation tells: also the shares of tokens that are sure and, with a teacher, that say what it says.
+
+    `acceptance` is the share of the exit's drafts that speculative sampling would accept, one less the total variation.
+    """
+    names = ["loss", "perplexity", "confidence", *(f"above_{threshold}" for threshold in THRESHOLDS)]
+    figures: dict[str, Any] = {name: {str(layer): each[name] for layer, each in by_layer.items()} for name in names}
+    if has_teacher:
+        figures |= {name: {str(layer): each[name] for layer, each in by_layer.items()} for name in ("forward_kl", "agreement")}
+        figures["acceptance"] = {str(layer): 1 - each["total_variation"] for layer, each in by_layer.items()}
+    return figures
+
+
+def _ratio(value: float, total: float) -> float:
+    return value / total if total else math.nan

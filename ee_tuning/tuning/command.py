@@ -1,0 +1,51 @@
+"""`tune`: from a job to a run folder with the tuned artifact.
+
+`ee-tuning tune job.yaml` in one process, `torchrun --nproc-per-node N -m ee_tuning tune job.yaml` in many.
+"""
+from shlex import quote
+
+from ee_tuning.checkpoint.formats import open_model
+from ee_tuning.checkpoint.load import load_for_tuning
+from ee_tuning.config import Config
+from ee_tuning.data.loader import count_microbatches
+from ee_tuning.data.splits import load_samples
+from ee_tuning.data.tokens import Splits
+from ee_tuning.parallel.topology import Topology, init_parallel, leave_parallel
+from ee_tuning.tuning.run_folder import EXIT_HEADS, check_run_folder, open_run_folder
+from ee_tuning.tuning.settings import check_settings
+from ee_tuning.tuning.tuner import Tuner
+
+
+def tune(config: Config) -> None:
+    """Tunes the exits that `config` describes, into its run folder. Raises InputError where something given can not be used."""
+    topology = init_parallel(config.parallel)
+    tune_within(config, topology)
+    leave_parallel()
+
+
+def tune_within(config: Config, topology: Topology) -> None:
+    """As `tune`, within a world that exists."""
+    check_settings(config.tuning)
+    count_microbatches(config.tuning, topology.dp)
+    check_run_folder(config, topology)
+    samples = _load_samples(config, topology)
+    loaded = load_for_tuning(config, topology)
+    tuner = Tuner(loaded, samples, config, topology)
+    if config.tuning.resume:
+        tuner.resume()
+    open_run_folder(config, topology)  # only now: a job that was refused leaves nothing, and a good run its config.yaml
+    is_finished = tuner.run()
+    if is_finished:
+        output = tuner.run_folder / EXIT_HEADS
+        tuner.save_exit_heads(output)
+        if topology.is_logging_rank:
+            print(f"wrote {output}\nnext: ee-tuning generate --model {quote(config.model.path)} "
+                  f"--exits {quote(str(output))} --threshold 0.8 --show-exits --prompt \"…\"")
+
+
+def _load_samples(config: Config, topology: Topology) -> Splits:
+    source, model, _ = open_model(config.model)
+    with source:
+        folder = source.folder
+    return load_samples(config.data, folder, seq_length=config.tuning.seq_length, vocab_size=model.vocab_size,
+                        max_positions=model.max_position_embeddings, needs_validation=config.tuning.eval_iters > 0, topology=topology)

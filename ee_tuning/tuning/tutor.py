@@ -1,0 +1,64 @@
+"""The final head's lessons: made on the last stage, once per micro-batch, and handed back to every stage with an exit.
+
+The backbone is frozen, so it runs ahead: a stage keeps its exits' inputs until the lesson arrives. How far ahead is a fixed number of
+micro-batches, the same on all ranks of the stage: if each looked for itself whether a lesson is here, their collectives would not meet.
+"""
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ee_tuning.config import TuningSection
+from ee_tuning.model.early_exit import EarlyExitModel
+from ee_tuning.parallel.feedback import Feedback
+from ee_tuning.parallel.topology import Topology
+from ee_tuning.tuning.teacher import HiddenTeacher, Teacher, TopKTeacher, top_k_teacher
+
+# s sequence · b micro-batch · h hidden · k tokens that are told
+
+
+class Tutor:
+    """This stage's part in teaching."""
+
+    def __init__(self, model: EarlyExitModel, topology: Topology, tuning: TuningSection, stages_with_exits: Iterable[int], *,
+                 tells_hidden: bool) -> None:
+        """`tells_hidden`: final hidden states travel and every stage with an exit holds the output matrix; else the likeliest tokens do."""
+        self._model, self._topology, self._tuning, self._tells_hidden = model, topology, tuning, tells_hidden
+        pupils = tuple(stage for stage in stages_with_exits if stage < topology.pp - 1)
+        num_tokens = tuning.seq_length * tuning.micro_batch_size
+        shape, dtype = (tuning.seq_length, tuning.micro_batch_size, model.config.hidden_size), model.plan.dtype
+        if not tells_hidden:
+            shape, dtype = (2, num_tokens, min(tuning.teacher_top_k, model.config.vocab_size)), torch.promote_types(dtype, torch.float32)
+        self.feedback = Feedback(topology, shape, dtype, pupils)
+        self._is_pupil = topology.stage in pupils
+
+    @property
+    def num_ahead(self) -> int:
+        """Micro-batches that this stage's backbone is ahead of its exits: as many as are in the stages behind it."""
+        return self._topology.pp - 1 - self._topology.stage if self._is_pupil else 0
+
+    def expect(self) -> None:
+        """Before a micro-batch is sent on whose lesson is wanted."""
+        if self._is_pupil:
+            self.feedback.expect()
+
+    def teach(self, hidden: Tensor) -> Teacher:  # [s, b, h], the last layer's output
+        """On the last stage: the lesson of a micro-batch, which goes out to the pupils, too."""
+        hidden, weight = self._model.final_hidden(hidden), self._model.backbone.output_layer.weight
+        if self._tells_hidden:
+            self.feedback.send(hidden)
+            return HiddenTeacher(hidden, weight)
+        told = top_k_teacher(hidden, weight, self._tuning.teacher_top_k, vocab=self._model.vocab,
+                             chunk_tokens=self._tuning.loss_chunk_tokens)
+        # As numbers of one type, float32 at least, which holds every id.
+        self.feedback.send(torch.stack((told.ids.to(told.probabilities.dtype), told.probabilities)))
+        return told
+
+    def lesson(self) -> Teacher | None:
+        """On the other stages: of the oldest micro-batch that expects one; None where there are no exits."""
+        if not self._is_pupil:
+            return None
+        told = self.feedback.take()
+        if self._tells_hidden:
+            return HiddenTeacher(told, self._model.backbone.output_layer.weight)
+        return TopKTeacher(told[0].long(), told[1])

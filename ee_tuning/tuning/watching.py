@@ -1,0 +1,42 @@
+"""Where a run's records end: in metrics.jsonl, in log.txt and before the user's eyes."""
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ee_tuning.checkpoint.load import LoadedModel
+from ee_tuning.config import Config
+from ee_tuning.parallel.topology import Topology
+from ee_tuning.tuning.metrics import METRICS, MetricsBoard, MetricsFile, Record
+from ee_tuning.tuning.progress import ProgressDisplay
+from ee_tuning.tuning.speed_up import implied_speed_ups
+
+Sink = Callable[[Record], None]
+
+
+@contextmanager
+def watched(config: Config, topology: Topology, loaded: LoadedModel, step: int) -> Iterator[MetricsBoard]:
+    """Where this stage posts its records of the steps after `step`."""
+    if not topology.is_logging_rank:
+        yield MetricsBoard(topology, _ignore)
+        return
+    folder, last = Path(config.tuning.run_folder), config.tuning.train_iters
+    file = MetricsFile(folder / METRICS, resume_after=step or None)
+    with ProgressDisplay(folder / "log.txt", last, step) as display:
+        sinks: list[Sink] = [file.write, display.show]
+        reached = step
+
+        def take(record: Record) -> None:
+            nonlocal reached
+            reached = record["step"]
+            if record["kind"] == "validation" and loaded.exits is not None:
+                record = {**record, "speed_up": implied_speed_ups(record, loaded.model.config, loaded.exits.heads)}
+            for sink in sinks:
+                sink(record)
+        yield MetricsBoard(topology, take)
+        if reached < last:
+            display.say(f"stopped after step {reached}; the same command goes on from there")
+    file.close()
+
+
+def _ignore(record: Record) -> None:
+    """Records are taken on the logging rank."""
