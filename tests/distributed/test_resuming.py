@@ -46,12 +46,12 @@ def test_nothing_is_under_way_between_stages_while_a_checkpoint_is_written(world
     assert world.run(tune_and_look_at_the_relay, config) == [[True] * NUM_STEPS] * 4
 
 
-def tune_until_signal(config: Config) -> tuple[bool, int]:
+def tune_until_signal(config: Config, rank: int = 1) -> tuple[bool, int]:
     """One rank of the first stage gets a signal while the second step is under way, twice as launchers give it."""
     tuner, forward = make_tuner(config), StageWalk.forward
 
     def signalled(walk: StageWalk, leg: Leg, follows: Follows) -> Passed:
-        if leg.trains and leg.step == 2 and tuner.topology.rank == 1:
+        if leg.trains and leg.step == 2 and tuner.topology.rank == rank:
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)
         return forward(walk, leg, follows)
