@@ -18,7 +18,7 @@ from ee_tuning.evaluation.quality import final_head_loss
 from ee_tuning.generation.llm import EarlyExitLLM
 from ee_tuning.model.config import read_model_config
 from ee_tuning.model.exit_spec import ExitSpec
-from ee_tuning.tuning.tuner import tune
+from ee_tuning.tuning.command import tune
 
 MODEL = Path(__file__).parents[1] / "examples" / "tiny-python-llama"
 EXIT_LAYERS, ADAPTER_RANK, TRAINING_BYTES = (3, 6, 9), 64, 3_000_000

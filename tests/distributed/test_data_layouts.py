@@ -17,7 +17,7 @@ from ee_tuning.config import Config
 from ee_tuning.data import splits
 from ee_tuning.errors import InputError
 from ee_tuning.parallel.topology import init_parallel
-from ee_tuning.tuning.tuner import tune_within
+from ee_tuning.tuning.command import tune_within
 
 TEMPLATE = ("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|endoftext|>' }}{% endfor %}"
             "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")

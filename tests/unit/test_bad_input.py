@@ -205,7 +205,7 @@ def test_a_run_folder_that_can_not_take_the_tuned_exits_is_refused_before_anythi
     else:
         run.touch()
         words = ["run_folder", "a file"]
-    monkeypatch.setattr("ee_tuning.tuning.tuner.load_for_tuning", lambda *_: pytest.fail("loaded before it was refused"))
+    monkeypatch.setattr("ee_tuning.tuning.command.load_for_tuning", lambda *_: pytest.fail("loaded before it was refused"))
     before = sorted(tmp_path.rglob("*"))
     config = tuning_job(shared, run, **overrides)
     with pytest.raises(InputError) as error:

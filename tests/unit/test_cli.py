@@ -70,7 +70,7 @@ def test_help_shows_the_defaults(capsys: pytest.CaptureFixture[str]):
 
 def test_flags_and_set_reach_the_config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """A flag mapped onto another key than its name says, or one that the file overrules."""
-    calls = stand_in(monkeypatch, "ee_tuning.tuning.tuner", "tune")
+    calls = stand_in(monkeypatch, "ee_tuning.tuning.command", "tune")
     job = tmp_path / "job.yaml"
     job.write_text("model:\n  path: from_file\ntuning:\n  lr: 1\n  seed: 5\n")
     assert cli.main(["tune", str(job), "--data", "a.txt,b.txt", "c.txt", "--exit-layers", "3,6", "--exit-output", "tied", "--lr", "1e-3",
