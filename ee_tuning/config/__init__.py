@@ -116,8 +116,8 @@ def _build(kind: type, tree: Any, where: str, prefix: str) -> Any:
     for key in tree:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {prefix}{near[0]}? " if near else ""
-            raise InputError(f"{where}: unknown key {prefix}{key}; {hint}known keys: {', '.join(known)}")
+            raise InputError(f"{where}: unknown key {prefix}{key}; " +
+                             (f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(known)}"))
     hints = typing.get_type_hints(kind)
     # A lone text is one item where items may hold commas and spaces.
     tree = {key: [value] if isinstance(value, str) and known[key].metadata.get("verbatim") else value for key, value in tree.items()}
