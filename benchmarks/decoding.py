@@ -29,8 +29,8 @@ from random_model import SHIPPED_MODEL, Folders, num_parameters, write_exits, wr
 
 from ee_tuning import EarlyExitLLM
 from ee_tuning.generation.engine import Engine
-from ee_tuning.model.attention import ragged_batch
 from ee_tuning.model.exit_head import ExitInput
+from ee_tuning.model.ragged_attention import ragged_batch
 from ee_tuning.parallel.vocab import top1
 
 PROMPT = '''"""Read settings from a file, with defaults for what it leaves out."""
@@ -197,10 +197,12 @@ def _bare_step(engine: Engine, depth: int, start: int, length: int) -> float:
     """Seconds of layers 1..depth on `length` tokens behind `start` others, and of the head after them on the last one."""
     config, model = engine.config, engine.model
     hidden = torch.ones(length, config.hidden_size, dtype=model.plan.dtype)
-    batch = ragged_batch([0], [start], [length], *engine.tables, config.num_attention_heads // config.num_query_groups)
+    places = engine.cache.places(list(range(engine.cache.pool.num_blocks)))
+    batch = ragged_batch([places], [start], [length], *engine.runner.tables,
+                         queries_per_group=config.num_attention_heads // config.num_query_groups, num_places=engine.cache.num_places)
     began = time.perf_counter()
     for number in range(1, depth + 1):
-        hidden, exit_input = engine.layers[number](hidden, engine.cache.layer(number), batch)
+        hidden, exit_input = engine.runner.layers[number](hidden, engine.cache.layer(number), batch)
     if depth == config.num_layers:
         logits = F.linear(model.final_hidden(hidden[-1:]), model.backbone.output_layer.weight)
     else:

@@ -1,4 +1,5 @@
 """Early-exit decoding as plainly as it can be said: transformers, no cache, every token read again at every step."""
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,17 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.func import functional_call
+
+Choice = Callable[[Tensor, list[int]], int]
+"""(logits [v], the tokens before) -> the next one."""
+
+
+def confidence(logits: Tensor, measure: str) -> float:
+    """How sure logits [v] are."""
+    p = logits.softmax(-1)
+    largest = p.sort(descending=True)[0]
+    entropy = -sum(x * math.log(x) for x in p.tolist() if x > 0) / math.log(len(p))
+    return {"max_probability": largest[0].item(), "margin": (largest[0] - largest[1]).item(), "entropy": 1 - entropy}[measure]
 
 
 class PlainDecoder:
@@ -35,18 +47,20 @@ class PlainDecoder:
         logits = {layer: self._head(layer, hidden, residuals[layer]) for layer, hidden in states.items()}
         return {**logits, len(self.layers): out.logits[0]}
 
-    def decode(self, prompt: list[int], num_tokens: int, threshold: float) -> tuple[list[int], list[int]]:
+    def decode(self, prompt: list[int], num_tokens: int, threshold: float | dict[int, float], measure: str = "max_probability",
+               choose: "Choice | None" = None, fixed: int | None = None, stop: frozenset[int] = frozenset()) -> tuple[list[int], list[int]]:
         """(tokens, the layer each left at): the first exit sure enough, else the final head; the first token is the final head's."""
-        tokens, left = list(prompt), []
-        last = len(self.layers)
+        tokens, left, last = list(prompt), [], len(self.layers)
         for step in range(num_tokens):
             logits = self.logits(tokens)
             for layer in (*self.exit_layers, last):
-                probability = logits[layer][-1].softmax(-1).max().item()
-                if layer == last or (step > 0 and probability >= threshold):
+                wanted = threshold.get(layer, 2.0) if isinstance(threshold, dict) else threshold
+                if layer == (fixed or last) or (fixed is None and step > 0 and confidence(logits[layer][-1], measure) >= wanted):
                     break
-            tokens.append(int(logits[layer][-1].argmax()))
+            tokens.append(int(logits[layer][-1].argmax()) if choose is None else choose(logits[layer][-1], tokens))
             left.append(layer)
+            if tokens[-1] in stop:
+                break
         return tokens[len(prompt):], left
 
     def _head(self, layer: int, hidden: Tensor, residual: tuple[Tensor, Tensor]) -> Tensor:

@@ -1,269 +1,248 @@
-"""The decoding engine: a step gives every running sequence one token, and each leaves the network where its confidence lets it.
+"""The decoding engine: requests come and go between steps, a step takes every running sequence on, and each token leaves the network
+where its own confidence lets it.
 
 A token that leaves early lacks keys and values in the deeper pieces. Its hidden state waits at their entrance (it is *pending* there),
 and runs with the next token that goes deeper, as a causal block: shallow layers never run twice, and the caches end up as a full pass
 leaves them.
-Every rank of TP × PP runs this same loop over the same tokens; only the stage that owns a piece computes it.
+Every rank of TP × PP makes the same calls and runs this same loop over the same tokens; only the stage that owns a piece computes it.
 """
-import hashlib
-from dataclasses import dataclass, field
+import time
+from collections import deque
+from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor
 
-from ee_tuning.generation.kv_cache import KVCache
-from ee_tuning.generation.pieces import Policy, cut_pieces
-from ee_tuning.generation.sampling import choose_token
-from ee_tuning.model.attention import RaggedBatch, ragged_batch, rotation_tables
+from ee_tuning.errors import InputError
+from ee_tuning.generation.judge import Answer, Judge, Question
+from ee_tuning.generation.kv_cache import BLOCK_SIZE, KVCache, blocks_for
+from ee_tuning.generation.params import SamplingParams
+from ee_tuning.generation.pieces import cut_pieces
+from ee_tuning.generation.policy import FULL, Policy
+from ee_tuning.generation.runner import PieceOutput, Runner
+from ee_tuning.generation.sequence import Sequence
 from ee_tuning.model.early_exit import EarlyExitModel
-from ee_tuning.model.exit_head import ExitInput
-from ee_tuning.model.ragged_layer import RaggedHead, RaggedLayer
-from ee_tuning.parallel.vocab import gather_logits, top1
-
-# t tokens of a ragged batch · r rows · h hidden
 
 
 @dataclass(frozen=True)
 class TokenStep:
     """One token of one sequence."""
 
-    sequence: "Sequence"
+    sequence: Sequence
     token_id: int
     exit_layer: int
     """The layer it left at; the number of layers where it did not leave early."""
     confidence: float
-    """Largest probability of the plain softmax there."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How a token is drawn from logits; temperature 0 takes the likeliest."""
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-
-
-@dataclass(eq=False)
-class Sequence:
-    """A prompt and what was made of it."""
-
-    slot: int
-    tokens: list[int]
-    num_prompt_tokens: int
-    sampling: Sampling
-    watermarks: list[int]
-    """Per piece, how many tokens have their keys and values there."""
-    boundary: list[list[Tensor]] = field(repr=False)
-    """Per piece, the hidden states [k, h] of its pending tokens, on the stage that made them."""
-
-    @property
-    def is_new(self) -> bool:
-        """Whether its prompt has not been read yet."""
-        return self.watermarks[0] == 0
-
-    def num_arrived(self, piece: int) -> int:
-        """Tokens that have reached the entrance of a piece."""
-        return len(self.tokens) if piece == 0 else self.watermarks[piece - 1]
-
-    def num_pending(self, piece: int) -> int:
-        """Tokens that wait at the entrance of a piece."""
-        return self.num_arrived(piece) - self.watermarks[piece]
+    """By the request's measure, of the plain softmax there."""
+    logprob: float | None = None
+    """Of the token, in the distribution it was chosen from; None where the request does not ask."""
+    top_logprobs: dict[int, float] | None = None
+    """Of the likeliest tokens there."""
 
 
 class Engine:
-    """Decodes up to `num_slots` sequences of up to `max_length` tokens with one stage of a model.
+    """Decodes up to `num_slots` sequences at a time, of up to `max_length` tokens each.
 
-    stages[p] is stage p's (first, last) layer.
+    stages[p] is stage p's (first, last) layer. `cache_tokens` bounds the tokens of all sequences together; by default all can be longest.
     """
 
-    def __init__(self, model: EarlyExitModel, stages: list[tuple[int, int]], *, num_slots: int, max_length: int, max_pending: int = 16):
+    def __init__(self, model: EarlyExitModel, stages: list[tuple[int, int]], *, num_slots: int, max_length: int, max_pending: int = 16,
+                 prefill_chunk: int = 512, cache_tokens: int | None = None, eos_ids: tuple[int, ...] = ()):
         self.model, self.topology, self.config = model, model.topology, model.config
         self.pieces = cut_pieces(stages, model.plan.exit_layers)
-        own = range(model.plan.first_layer, model.plan.last_layer + 1)
-        self.layers = {number: RaggedLayer(model.backbone.layer(number), self.config, self.topology) for number in own}
-        self.heads = {spec.layer: RaggedHead(model.exit_head(spec.layer), self.topology) for spec in model.plan.own_exits}
-        self.cache = KVCache(self.config, self.topology, num_slots=num_slots, max_length=max_length, dtype=model.plan.dtype)
-        self.tables = rotation_tables(model.backbone.angles[:max_length], model.plan.dtype)
-        self.max_pending = max_pending
+        self.max_pending, self.prefill_chunk, self.num_slots, self.eos_ids = max_pending, prefill_chunk, num_slots, eos_ids
+        tokens = num_slots * blocks_for(max_length) * BLOCK_SIZE if cache_tokens is None else cache_tokens
+        self.cache = KVCache(self.config, self.topology, num_tokens=tokens, max_length=max_length, dtype=model.plan.dtype)
+        self.runner = Runner(model, self.pieces, self.cache)
+        self.judge = Judge(model, self.runner.heads)
         self.running: list[Sequence] = []
-        self._batch: tuple[tuple[list[int], ...], RaggedBatch] | None = None
-        self._generator = torch.Generator(device="cpu")
+        self.waiting: deque[Sequence] = deque()
+        self.seconds_in_heads = 0.0
+        """On this rank, waiting for the rank that has the head included."""
 
-    def add(self, prompt: list[int], sampling: Sampling) -> Sequence:
-        """Begins a sequence; its first token comes with the next step. The caller sees to it that a slot is free and the length fits."""
-        assert prompt and len(prompt) < self.cache.max_length
-        sequence = Sequence(slot=self.cache.free.pop(), tokens=list(prompt), num_prompt_tokens=len(prompt), sampling=sampling,
-                            watermarks=[0] * len(self.pieces), boundary=[[] for _ in self.pieces])
-        self.running.append(sequence)
-        return sequence
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing runs or waits."""
+        return not self.running and not self.waiting
 
-    def remove(self, sequence: Sequence) -> None:
-        """Ends a sequence and frees its slot."""
-        self.running.remove(sequence)
-        self.cache.free.append(sequence.slot)
+    def add_request(self, prompt: list[int], params: SamplingParams | None = None, policy: Policy = FULL) -> list[Sequence]:
+        """Queues a prompt, once for each of its `n` completions; the next steps take them up as there is room, in order.
+
+        Raises InputError, and queues nothing, on values no sampler can use and on a prompt that can never fit.
+        """
+        params = params or SamplingParams()
+        self._check(prompt, params, policy)
+        limit = min(len(prompt) + params.max_tokens, self.cache.max_length)
+        last_piece = len(self.pieces) - 1
+        if policy.fixed_exit is not None:
+            last_piece = next(i for i, piece in enumerate(self.pieces) if piece.last_layer == policy.fixed_exit)
+        stop_ids = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else self.eos_ids)
+        added = [Sequence(tokens=list(prompt), params=params, policy=policy, limit=limit, stop_ids=stop_ids, last_piece=last_piece,
+                          completion=i, added_at=time.perf_counter(), watermarks=[0] * len(self.pieces),
+                          boundary=[[] for _ in self.pieces]) for i in range(params.n)]
+        self.waiting.extend(added)
+        return added
+
+    def abort(self, sequence: Sequence, reason: str = "abort") -> None:
+        """Ends a sequence and frees its memory, whether it runs or waits; one that has ended is left as it is."""
+        if sequence in self.waiting:
+            self.waiting.remove(sequence)
+        elif sequence in self.running:
+            self.running.remove(sequence)
+            self.cache.pool.give_back(sequence.blocks)
+            self.judge.forget(sequence)
+        else:
+            return
+        sequence.finish_reason = reason
+        sequence.statistics.seconds = time.perf_counter() - sequence.added_at
+        sequence.boundary = []
 
     @torch.inference_mode()
-    def step(self, policy: Policy) -> list[TokenStep]:
-        """One token for every running sequence. A prompt that is read fills every piece, so its first token is the final head's."""
-        new = [s for s in self.running if s.is_new]
-        old = [s for s in self.running if not s.is_new]
-        steps = self._walk(new, policy, reads_prompt=True) + self._walk(old, policy, reads_prompt=False)
-        for step in steps:
-            step.sequence.tokens.append(step.token_id)
-        if policy.fixed_exit is None:
-            self._catch_up()
+    def step(self) -> list[TokenStep]:
+        """Takes every running sequence on: a token each, none for one whose prompt is still being read.
+
+        Sequences that end with their token are out of the engine afterwards, their finish_reason says why.
+        """
+        self._admit()
+        steps = self._walk(self._feed())
+        for sequence in {step.sequence.number: step.sequence for step in steps}.values():
+            if sequence.finish_reason:
+                self.abort(sequence, sequence.finish_reason)
+        self._catch_up()
         return steps
 
     @torch.inference_mode()
     def full_model_tokens(self, tokens: list[int]) -> list[int]:
-        """What the full model would say greedily after each prefix of `tokens`, from one pass over all of them."""
-        sequence = self.add(tokens, Sampling())
+        """What the full model would say greedily after each prefix of `tokens`, from one pass over all of them. In an idle engine."""
+        assert self.is_idle
+        sequence, = self.add_request(tokens, SamplingParams(max_tokens=1))
+        self._admit()
         try:
+            sequence.num_fed = len(tokens)
             for piece in range(len(self.pieces)):
-                output = self._run_piece(piece, [sequence])
-            decided = self._decide(len(self.pieces) - 1, [sequence] * len(tokens), output, list(range(len(tokens))),
-                                   head_layer=None, threshold=-1.0)
+                output = self.runner.run(piece, [sequence])
+            (answers,) = self._ask(len(self.pieces) - 1, None, [Question(sequence, list(range(len(tokens))), 1)], output)
         finally:
-            self.remove(sequence)
-        return [int(token) for token, _ in decided]
+            self.abort(sequence)
+        return [answer.token_id for answer in answers]
 
-    def _walk(self, going: list[Sequence], policy: Policy, *, reads_prompt: bool) -> list[TokenStep]:
+    def _check(self, prompt: list[int], params: SamplingParams, policy: Policy) -> None:
+        params.check(self.config.vocab_size)
+        if not prompt:
+            raise InputError("a prompt must hold at least one token, got an empty one")
+        wrong = [token for token in prompt if not 0 <= token < self.config.vocab_size]
+        if wrong:
+            raise InputError(f"token ids must lie in 0..{self.config.vocab_size - 1}, the model's vocabulary, got {wrong[0]}; use the "
+                             "tokenizer that the model was trained with")
+        if len(prompt) >= self.cache.max_length:
+            raise InputError(f"a prompt must be shorter than the context of {self.cache.max_length} tokens, got {len(prompt)}; shorten it")
+        places = self.cache.num_places
+        if min(len(prompt) + params.max_tokens, self.cache.max_length) > places:
+            raise InputError(f"prompt and max_tokens together must fit the cache of {places} tokens, got {len(prompt)} + "
+                             f"{params.max_tokens}; at most {max(0, places - len(prompt))} new tokens fit behind this prompt")
+        asked = {*policy.thresholds, *policy.drafts_at, *(() if policy.fixed_exit is None else (policy.fixed_exit,))}
+        known = self.model.plan.exit_layers
+        if asked - set(known):
+            raise InputError(f"exits must be among {', '.join(map(str, known)) or 'none'}, got {min(asked - set(known))}")
+
+    def _admit(self) -> None:
+        """Takes waiting sequences in, first come first served, as long as all the memory they may ever need is free."""
+        while self.waiting and len(self.running) < self.num_slots:
+            blocks = self.cache.pool.take(blocks_for(self.waiting[0].limit))
+            if blocks is None:
+                return
+            sequence = self.waiting.popleft()
+            sequence.blocks, sequence.places = blocks, self.cache.places(blocks)
+            sequence.statistics.seconds_waiting = time.perf_counter() - sequence.added_at
+            self.running.append(sequence)
+            self.running.sort(key=lambda s: s.blocks[0])  # neighbours in memory are one view
+
+    def _feed(self) -> list[Sequence]:
+        """The sequences that take part in this step, their next tokens at the entrance: the newest token, or a chunk of a prompt."""
+        budget, going = self.prefill_chunk, []
+        for sequence in self.running:
+            amount = 1
+            if sequence.is_reading:
+                amount = min(budget, sequence.num_prompt_tokens - sequence.num_fed)
+                budget -= amount
+            if amount:
+                sequence.num_fed += amount
+                going.append(sequence)
+        return going
+
+    def _walk(self, going: list[Sequence]) -> list[TokenStep]:
         """Takes `going` through the pieces, each until it leaves."""
         steps: list[TokenStep] = []
-        last = len(self.pieces) - 1
-        for index, piece in enumerate(self.pieces):
+        for index in range(len(self.pieces)):
             if not going:
                 break
-            # Rows that left wait here with their states: they ride along, for the weights are read anyway.
-            rows = [s for s in (going if reads_prompt else self.running) if not s.is_new or reads_prompt]
-            rows = [s for s in rows if s.num_pending(index)]
-            must_leave = index == last or (policy.fixed_exit is not None and piece.exit_layer == policy.fixed_exit)
-            output = self._run_piece(index, rows, keeps_states=not must_leave)
-            if not must_leave and (reads_prompt or piece.exit_layer not in policy.consulted):
-                continue
-            head_layer = None if index == last and policy.fixed_exit is None else piece.exit_layer
-            positions = [output.last_tokens[rows.index(s)] for s in going] if output is not None else []
-            decided = self._decide(index, going, output, positions, head_layer, -1.0 if must_leave else policy.threshold)
-            stays = []
-            for sequence, (token, confidence) in zip(going, decided, strict=True):
-                if must_leave or confidence >= policy.threshold:
-                    steps.append(TokenStep(sequence, int(token), piece.last_layer, confidence))
-                else:
-                    stays.append(sequence)
-            going = stays
+            # Rows that left earlier wait here with their states: they ride along, for the weights are read anyway.
+            rows = [s for s in self.running if s.num_pending(index)]
+            output = self.runner.run(index, rows)
+            for sequence, length in zip(rows, output.lengths, strict=True):
+                if len(sequence.tokens) > sequence.num_prompt_tokens:
+                    sequence.statistics.num_catch_up += length - (sequence in going)
+            going = self._leave(index, going, rows, output, steps)
         return steps
+
+    def _leave(self, index: int, going: list[Sequence], rows: list[Sequence], output: PieceOutput,
+               steps: list[TokenStep]) -> list[Sequence]:
+        """Asks the heads behind a piece about the rows that want it; appends the tokens of those that leave. Returns those that go on."""
+        piece, stays = self.pieces[index], []
+        questions: dict[int | None, list[Question]] = {}
+        for sequence in going:
+            if index < sequence.last_piece:
+                stays.append(sequence)
+            if sequence.is_reading:
+                continue
+            threshold = self._threshold(index, sequence)
+            if threshold is not None:
+                place = rows.index(sequence)
+                last = output.firsts[place] + output.lengths[place] - 1
+                head = None if piece.last_layer == self.config.num_layers and sequence.policy.fixed_exit is None else piece.exit_layer
+                questions.setdefault(head, []).append(Question(sequence, [last], len(sequence.tokens), threshold))
+        for head, asked in questions.items():
+            for question, (answer,) in zip(asked, self._ask(index, head, asked, output), strict=True):
+                # A broken model's NaN passes no threshold, but its sequences must end.
+                if index == question.sequence.last_piece or answer.confidence >= question.threshold:
+                    steps.append(self._take(question.sequence, answer, piece.last_layer))
+                    if index < question.sequence.last_piece:
+                        stays.remove(question.sequence)
+        return stays
+
+    def _threshold(self, index: int, sequence: Sequence) -> float | None:
+        """The confidence at which a sequence's newest token leaves behind a piece; None where its head is not asked."""
+        if index == sequence.last_piece:
+            return -1.0
+        if len(sequence.tokens) == sequence.num_prompt_tokens:
+            return None  # reading the prompt fills every piece, so the final head's answer is paid for
+        exit_layer = self.pieces[index].exit_layer
+        return None if exit_layer is None else sequence.policy.thresholds.get(exit_layer)
+
+    def _ask(self, index: int, head: int | None, questions: list[Question], output: PieceOutput) -> list[list[Answer]]:
+        began = time.perf_counter()
+        answers = self.judge.ask(head, questions, output.hidden, output.exit_input, self.pieces[index].stage)
+        self.seconds_in_heads += time.perf_counter() - began
+        return answers
+
+    def _take(self, sequence: Sequence, answer: Answer, layer: int) -> TokenStep:
+        """Adds a token to a sequence for good."""
+        if len(sequence.tokens) == sequence.num_prompt_tokens:
+            sequence.statistics.seconds_to_first_token = time.perf_counter() - sequence.added_at
+        sequence.tokens.append(answer.token_id)
+        sequence.statistics.exit_layers.append(layer)
+        if answer.token_id in sequence.stop_ids and len(sequence.output) > sequence.params.min_tokens:
+            sequence.finish_reason = "stop"
+        elif len(sequence.tokens) >= sequence.limit:
+            sequence.finish_reason = "length"
+        return TokenStep(sequence, answer.token_id, layer, answer.confidence, answer.logprob, answer.top_logprobs)
 
     def _catch_up(self) -> None:
         """Runs the deeper pieces for everybody once a sequence has `max_pending` tokens waiting."""
         for index in range(1, len(self.pieces)):
             if any(s.num_pending(index) >= self.max_pending for s in self.running):
                 for deeper in range(index, len(self.pieces)):
-                    self._run_piece(deeper, [s for s in self.running if s.num_pending(deeper)])
+                    rows = [s for s in self.running if s.num_pending(deeper)]
+                    for sequence in rows:
+                        sequence.statistics.num_catch_up += sequence.num_pending(deeper)
+                    self.runner.run(deeper, rows)
                 return
-
-    def _run_piece(self, index: int, rows: list[Sequence], *, keeps_states: bool = True) -> "_PieceOutput | None":
-        """One pass of `rows`' pending tokens through a piece: its output on the stage that owns it, None elsewhere.
-
-        The output waits for the next piece, unless there will be none.
-        """
-        piece, starts = self.pieces[index], [s.watermarks[index] for s in rows]
-        lengths = [s.num_pending(index) for s in rows]
-        for sequence in rows:
-            sequence.watermarks[index] = sequence.num_arrived(index)
-        hidden = self._entrance(index, rows, starts, lengths)
-        if hidden is None:
-            return None
-        batch = self._describe([s.slot for s in rows], starts, lengths)
-        for number in range(piece.first_layer, piece.last_layer + 1):
-            hidden, exit_input = self.layers[number](hidden, self.cache.layer(number), batch)
-        if (head := self.heads.get(piece.last_layer)) is not None:
-            cache = self.cache.exit_head(piece.last_layer) if head.needs_cache else None
-            exit_input = head.take(hidden, exit_input, cache, batch)
-        if index + 1 < len(self.pieces) and keeps_states:
-            for sequence, states in zip(rows, hidden.split(lengths), strict=True):
-                sequence.boundary[index + 1].append(states)
-        return _PieceOutput(hidden, exit_input, batch.last_tokens)
-
-    def _entrance(self, index: int, rows: list[Sequence], starts: list[int], lengths: list[int]) -> Tensor | None:  # [t, h]
-        """The pending tokens' states where the piece is computed: embedded, kept from before, or sent by the stage before."""
-        here, stage = self.pieces[index].stage == self.topology.stage, self.topology.stage
-        if index == 0:
-            if not here:
-                return None
-            ids = [token for s, start, n in zip(rows, starts, lengths, strict=True) for token in s.tokens[start: start + n]]
-            flat = torch.tensor([ids], device=self.topology.device)
-            positions = None
-            if self.config.position == "learned":
-                positions = torch.tensor([[p for start, n in zip(starts, lengths, strict=True) for p in range(start, start + n)]],
-                                         device=self.topology.device)
-            return self.model.backbone.embed(flat, positions)[:, 0]
-        before = self.pieces[index - 1].stage
-        hidden = None
-        if before == stage:
-            parts = [states for s in rows for states in s.boundary[index]]
-            hidden = parts[0] if len(parts) == 1 else torch.cat(parts)
-            for sequence in rows:
-                sequence.boundary[index] = []
-        if before == self.pieces[index].stage:
-            return hidden
-        if hidden is not None:
-            dist.send(hidden.contiguous(), dst=self.topology.pp_ranks[stage + 1], group=self.topology.pp_group)
-        elif here:
-            hidden = torch.empty(sum(lengths), self.config.hidden_size, dtype=self.model.plan.dtype, device=self.topology.device)
-            dist.recv(hidden, src=self.topology.pp_ranks[stage - 1], group=self.topology.pp_group)
-            return hidden
-        return None
-
-    def _describe(self, slots: list[int], starts: list[int], lengths: list[int]) -> RaggedBatch:
-        key = (slots, starts, lengths)
-        if self._batch is None or self._batch[0] != key:  # the pieces of a step mostly see the same tokens
-            per_group = self.config.num_attention_heads // self.config.num_query_groups
-            self._batch = (key, ragged_batch(slots, starts, lengths, *self.tables, per_group))
-        return self._batch[1]
-
-    def _decide(self, index: int, rows: list[Sequence], output: "_PieceOutput | None", positions: list[int],
-                head_layer: int | None, threshold: float) -> list[tuple[float, float]]:
-        """(token id, confidence) of each row from the states at `positions` of the pass; decided once, the same on every rank."""
-        decided = torch.empty(len(rows), 2, dtype=torch.float64)
-        if output is not None:
-            decided = self._judge(head_layer, rows, output, positions, threshold)
-        if self.topology.num_in_replica > 1:
-            source = self.topology.first_rank_of_stage(self.pieces[index].stage)
-            dist.broadcast(decided, src=source, group=self.topology.replica_control)
-        return decided.tolist()
-
-    def _judge(self, head_layer: int | None, rows: list[Sequence], output: "_PieceOutput", positions: list[int],
-               threshold: float) -> Tensor:  # [r, 2]
-        """`head_layer` None asks the model's own final head. Tokens are drawn for rows that are at least as sure as `threshold`."""
-        whole = positions == list(range(output.hidden.shape[0]))
-        if head_layer is None:
-            final = self.model.final_hidden(output.hidden if whole else output.hidden[positions])
-            logits = F.linear(final, self.model.backbone.output_layer.weight)
-        else:
-            logits = self.heads[head_layer].logits(output.exit_input if whole else output.exit_input.rows(positions))
-        ids, confidences = top1(logits, self.model.vocab)
-        decided = torch.stack((ids.double(), confidences.double()), dim=-1).cpu()
-        sampled = [i for i, s in enumerate(rows) if s.sampling.temperature > 0 and decided[i, 1] >= threshold]
-        if sampled:
-            full = gather_logits(logits[sampled], self.model.vocab).cpu()
-            for i, row_logits in zip(sampled, full, strict=True):
-                decided[i, 0] = self._draw(row_logits, rows[i])
-        return decided
-
-    def _draw(self, logits: Tensor, sequence: Sequence) -> int:
-        # Seeded by the request's seed, its prompt and the position: the same token whatever the batch, the layout, or the exit that asks.
-        sampling, prompt = sequence.sampling, sequence.tokens[: sequence.num_prompt_tokens]
-        digest = hashlib.blake2b(f"{sampling.seed}:{prompt}:{len(sequence.tokens)}".encode(), digest_size=8).digest()
-        self._generator.manual_seed(int.from_bytes(digest, "little") >> 1)
-        return int(choose_token(logits, sampling.temperature, sampling.top_k, sampling.top_p, self._generator))
-
-
-@dataclass(frozen=True)
-class _PieceOutput:
-    hidden: Tensor       # [t, h]
-    exit_input: ExitInput
-    last_tokens: list[int]

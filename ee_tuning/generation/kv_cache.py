@@ -1,22 +1,85 @@
-"""Keys and values of one stage's layers: a slot per sequence, preallocated when a layer first runs."""
+"""Memory of the decoder: keys and values in blocks of places, lent to sequences and taken back.
+
+A block is the same one in every layer and segment. Blocks one after the other are views that attention reads without copying, so a
+sequence gets a run of them where there is one, at equal distances from its neighbours where there is room for that too; scattered
+blocks serve where there is not.
+"""
+import itertools
 from typing import Any
 
 import torch
 
-from ee_tuning.model.attention import LayerCache
 from ee_tuning.model.config import ModelConfig
+from ee_tuning.model.ragged_attention import CachePlaces, LayerCache
 from ee_tuning.parallel.topology import Topology
+
+BLOCK_SIZE = 16
+"""Tokens of a block."""
+
+
+def blocks_for(num_tokens: int) -> int:
+    """Blocks that hold so many tokens."""
+    return -(-num_tokens // BLOCK_SIZE)
+
+
+class BlockPool:
+    """Which of `num_blocks` blocks are free. `run` is how far apart sequences are put while there is room."""
+
+    def __init__(self, num_blocks: int, run: int):
+        self.num_blocks, self.run = num_blocks, run
+        self._used = bytearray(num_blocks)
+        self.num_free = num_blocks
+
+    def take(self, count: int) -> list[int] | None:
+        """`count` blocks, one after the other where that can be had; None where there are not so many."""
+        if count > self.num_free:
+            return None
+        blocks = self._even_run(count) or self._any_run(count) or self._scattered(count)
+        for block in blocks:
+            self._used[block] = 1
+        self.num_free -= count
+        return blocks
+
+    def give_back(self, blocks: list[int]) -> None:
+        """Frees blocks that were taken."""
+        for block in blocks:
+            assert self._used[block], f"block {block} was free already"
+            self._used[block] = 0
+        self.num_free += len(blocks)
+
+    def _even_run(self, count: int) -> list[int] | None:
+        if count > self.run:
+            return None
+        whole = bytes(self.run)
+        for first in range(0, self.num_blocks - self.run + 1, self.run):
+            if self._used[first: first + self.run] == whole:
+                return list(range(first, first + count))
+        return None
+
+    def _any_run(self, count: int) -> list[int] | None:
+        first = self._used.find(bytes(count))
+        return None if first < 0 else list(range(first, first + count))
+
+    def _scattered(self, count: int) -> list[int]:
+        return [block for block, used in enumerate(self._used) if not used][:count]
 
 
 class KVCache:
-    """[slots, g, positions, d] keys and values for each layer of a stage; slots are lent to sequences and taken back."""
+    """Keys and values [places, g, d] of each layer of a stage, made when the layer first runs."""
 
-    def __init__(self, config: ModelConfig, topology: Topology, *, num_slots: int, max_length: int, dtype: torch.dtype):
-        self._shape = (num_slots, config.num_query_groups // topology.tp, max_length, config.kv_channels)
+    def __init__(self, config: ModelConfig, topology: Topology, *, num_tokens: int, max_length: int, dtype: torch.dtype):
+        self.pool = BlockPool(blocks_for(num_tokens), blocks_for(max_length))
+        self.max_length = max_length
+        self.num_places = self.pool.num_blocks * BLOCK_SIZE
+        self._shape = (self.num_places, config.num_query_groups // topology.tp, config.kv_channels)
         self._tensor: dict[str, Any] = {"dtype": dtype, "device": topology.device}
         self._layers: dict[tuple[str, int], LayerCache] = {}
-        self.max_length = max_length
-        self.free = list(range(num_slots))[::-1]
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of one layer of this rank: keys and values of its heads."""
+        _, groups, width = self._shape
+        return 2 * groups * width * self._tensor["dtype"].itemsize
 
     def layer(self, number: int) -> LayerCache:
         """Of layer `number`. Layers that a fixed exit never reaches take no memory."""
@@ -25,6 +88,12 @@ class KVCache:
     def exit_head(self, number: int) -> LayerCache:
         """Of the layer that the exit head after layer `number` has of its own."""
         return self._of(("exit head", number))
+
+    def places(self, blocks: list[int]) -> CachePlaces:
+        """Where the tokens of a sequence with these blocks lie, in its order."""
+        index = torch.tensor(blocks)[:, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE)
+        follows = all(b == a + 1 for a, b in itertools.pairwise(blocks))
+        return CachePlaces(index=index.flatten().to(self._tensor["device"]), first=blocks[0] * BLOCK_SIZE if follows else None)
 
     def _of(self, owner: tuple[str, int]) -> LayerCache:
         if owner not in self._layers:

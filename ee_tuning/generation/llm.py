@@ -1,16 +1,15 @@
 """Text in, text out: the Python interface of the decoder.
 
-    from ee_tuning import EarlyExitLLM
+    from ee_tuning import EarlyExitLLM, SamplingParams
     llm = EarlyExitLLM.load("path/to/model", "path/to/exit_heads")
-    print(llm.generate(["def main():"], threshold=0.8)[0].text)
+    print(llm.generate(["def main():"], SamplingParams(max_tokens=50), threshold=0.8)[0].text)
 
 Under torchrun every rank makes the same calls with the same arguments, and every rank gets the same answers.
 """
 import dataclasses
 import json
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,46 +18,24 @@ from ee_tuning.checkpoint.load import load_for_generation
 from ee_tuning.config import Config, GenerationSection, load_config
 from ee_tuning.data.tokenizer import load_tokenizer
 from ee_tuning.errors import InputError
-from ee_tuning.generation.engine import Engine, Sampling, Sequence, TokenStep
-from ee_tuning.generation.pieces import Policy, policy_of
+from ee_tuning.generation.completion import Completion, StreamedToken, Writer
+from ee_tuning.generation.engine import Engine
+from ee_tuning.generation.params import SamplingParams
+from ee_tuning.generation.policy import Policy, policy_of
 from ee_tuning.generation.text import TextStream
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.parallel.topology import Topology, init_parallel
 
+__all__ = ["Completion", "EarlyExitLLM", "Job", "StreamedToken"]
 
-@dataclass(kw_only=True)
-class Completion:
-    """What was made of one prompt."""
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A prompt and what is asked of its completions."""
 
     prompt: str
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    exit_layers: list[int] = field(default_factory=list)
-    """Per token the layer it left at; the number of layers where it did not leave early."""
-    confidences: list[float] = field(default_factory=list)
-    """Per token the largest probability where it left."""
-    finish_reason: str = ""
-    """stop: end of text or a stop string. length: max_new_tokens or the end of the context."""
-    seconds: float = 0.0
-    """From the call until this completion's end."""
-
-    @property
-    def tokens_per_second(self) -> float:
-        """New tokens of this completion ÷ its seconds, reading the prompt included."""
-        return len(self.token_ids) / self.seconds if self.seconds else 0.0
-
-
-@dataclass(frozen=True)
-class StreamedToken:
-    """A token as it is made."""
-
-    index: int
-    """Of the prompt."""
-    text: str
-    """What can be shown now: nothing while a character is incomplete or a stop string may be beginning."""
-    exit_layer: int
-    confidence: float
-    is_last: bool
+    params: SamplingParams
+    policy: Policy
 
 
 class EarlyExitLLM:
@@ -99,59 +76,100 @@ class EarlyExitLLM:
         """Layers of the backbone."""
         return self.model.config.num_layers
 
-    def generate(self, prompts: list[str], **options: Any) -> list[Completion]:
-        """Completes each prompt. `options` are keys of the `generation` section: policy, threshold, max_new_tokens, temperature, …
+    def generate(self, prompts: list[str], params: SamplingParams | Sequence[SamplingParams] | None = None,
+                 **options: Any) -> list[Completion]:
+        """Completes each prompt, `n` times where asked. `options` are keys of the `generation` section: policy, threshold, temperature, …
 
-        Raises InputError on an option that can not be used, and on a prompt that is empty or longer than the context.
+        `params`, one for all prompts or one for each, replaces the section's keys of sampling; `policy` may be a list, too, of `Policy`s.
+        Raises InputError, before anything is decoded, on an option that can not be used and on a prompt that is empty or too long.
         """
-        completions = [Completion(prompt=prompt) for prompt in prompts]
-        for _ in self._run(completions, self._options(options)):
+        completions: list[Completion] = []
+        for _ in self.stream(prompts, completions, params, **options):
             pass
         return completions
 
-    def stream(self, prompts: list[str], completions: list[Completion] | None = None, **options: Any) -> Iterator[StreamedToken]:
+    def stream(self, prompts: list[str], completions: list[Completion] | None = None,
+               params: SamplingParams | Sequence[SamplingParams] | None = None, **options: Any) -> Iterator[StreamedToken]:
         """As `generate`, token by token; `completions`, if given, is filled with the finished records."""
-        own = [Completion(prompt=prompt) for prompt in prompts]
-        if completions is not None:
-            completions.extend(own)
-        yield from self._run(own, self._options(options))
+        own: list[Completion] = [] if completions is None else completions
+        resolved, jobs = self.jobs(prompts, params, **options)
+        yield from self.run(jobs, own, resolved)
+
+    def jobs(self, prompts: list[str], params: SamplingParams | Sequence[SamplingParams] | None = None,
+             **options: Any) -> tuple[GenerationSection, list[Job]]:
+        """The `generation` section that `options` make, and what is to be done."""
+        given = options.get("policy")
+        if not isinstance(given, str | None):
+            del options["policy"]
+        resolved = self._options(options)
+        if given is None or isinstance(given, str):
+            given = policy_of(resolved, self.exit_layers, self.num_layers)
+        policies = list(given) if isinstance(given, Sequence) else [given] * len(prompts)
+        listed = list(params) if isinstance(params, Sequence) else [params or params_of(resolved)] * len(prompts)
+        for name, values in (("params", listed), ("policy", policies)):
+            if len(values) != len(prompts):
+                raise InputError(f"{name} must be one for all prompts or one for each of the {len(prompts)}, got {len(values)}")
+        return resolved, [Job(*job) for job in zip(prompts, listed, policies, strict=True)]
+
+    def run(self, jobs: list[Job], completions: list[Completion], options: GenerationSection, *,
+            keeps_errors: bool = False) -> Iterator[StreamedToken]:
+        """Decodes `jobs`, appends a record for each completion to `completions`, and yields tokens as they come.
+
+        With `keeps_errors` a job that can not be done gets a record with its `error`, and the others go on.
+        """
+        if not jobs:
+            return
+        prompts = [self._prepared(job, keeps_errors) for job in jobs]
+        engine = self._engine([(ids, job.params) for ids, job in zip(prompts, jobs, strict=True) if isinstance(ids, list)], options)
+        started, writers = time.perf_counter(), {}
+        try:
+            for index, (job, ids) in enumerate(zip(jobs, prompts, strict=True)):
+                try:
+                    if isinstance(ids, InputError):
+                        raise ids
+                    added = engine.add_request(ids, job.params, job.policy)
+                except InputError as error:
+                    if not keeps_errors:
+                        raise
+                    completions.append(Completion(prompt=job.prompt, finish_reason="error", error=str(error)))
+                    continue
+                for sequence in added:
+                    completions.append(Completion(prompt=job.prompt, index=sequence.completion))
+                    writers[sequence.number] = Writer(index, sequence, completions[-1], TextStream(self._decode, ids))
+            while not engine.is_idle:
+                for step in engine.step():
+                    writer = writers[step.sequence.number]
+                    if writer.completion.finish_reason:
+                        continue  # behind a stop string that the same step brought
+                    token = writer.take(step, started)
+                    if token.is_last:
+                        engine.abort(step.sequence, "stop")  # where a stop string ended it; otherwise it is out already
+                    yield token
+        finally:
+            for sequence in [*engine.running, *engine.waiting]:  # the caller stopped listening
+                engine.abort(sequence)
 
     def _options(self, options: dict[str, Any]) -> GenerationSection:
         resolved = load_config(None, {f"generation.{key}": value for key, value in options.items()}).generation
-        return dataclasses.replace(self.defaults, **{key: getattr(resolved, key) for key in options})
+        resolved = dataclasses.replace(self.defaults, **{key: getattr(resolved, key) for key in options})
+        for name in ("max_pending", "prefill_chunk", "max_batch_size"):
+            if getattr(resolved, name) < 1:
+                raise InputError(f"generation.{name} must be at least 1, got {getattr(resolved, name)}")
+        if resolved.cache_tokens is not None and resolved.cache_tokens < 1:
+            raise InputError(f"generation.cache_tokens must be at least 1, got {resolved.cache_tokens}")
+        return resolved
 
-    def _run(self, completions: list[Completion], options: GenerationSection) -> Iterator[StreamedToken]:
-        if not completions:
-            return
-        policy = policy_of(options, self.exit_layers, self.num_layers)
-        prompts = [self._prompt_ids(c.prompt) for c in completions]
-        check_sampling(options)
-        engine = self._engine(prompts, options)
-        sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
-        started = time.perf_counter()
-        running = {}
-        for index, ids in enumerate(prompts):
-            stream = TextStream(self._decode, ids, options.stop)
-            sequence = engine.add(ids, sampling)
-            running[id(sequence)] = _Running(index, sequence, completions[index], stream)
+    def _prepared(self, job: Job, keeps_errors: bool) -> list[int] | InputError:
         try:
-            while engine.running:
-                yield from self._one_step(engine, policy, running, options, started)
-        finally:
-            for sequence in list(engine.running):  # the caller stopped listening
-                engine.remove(sequence)
+            job.params.check(self.model.config.vocab_size)
+            return self.encode(job.prompt)
+        except InputError as error:
+            if not keeps_errors:
+                raise
+            return error
 
-    def _one_step(self, engine: Engine, policy: Policy, running: dict[int, "_Running"], options: GenerationSection,
-                  started: float) -> Iterator[StreamedToken]:
-        for step in engine.step(policy):
-            job = running[id(step.sequence)]
-            shown = job.take(step, options, self.stop_token_ids, engine.cache.max_length)
-            if job.completion.finish_reason:
-                job.completion.seconds = time.perf_counter() - started
-                engine.remove(step.sequence)
-            yield StreamedToken(job.index, shown, step.exit_layer, step.confidence, bool(job.completion.finish_reason))
-
-    def _prompt_ids(self, prompt: str) -> list[int]:
+    def encode(self, prompt: str) -> list[int]:
+        """Token ids of a prompt; the beginning-of-text token for an empty one. Raises InputError where there are none, or too many."""
         try:
             ids = self.tokenizer(prompt)["input_ids"]
         except (TypeError, ValueError, UnicodeError) as error:
@@ -171,45 +189,27 @@ class EarlyExitLLM:
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def _engine(self, prompts: list[list[int]], options: GenerationSection) -> Engine:
+    def _engine(self, jobs: list[tuple[list[int], SamplingParams]], options: GenerationSection) -> Engine:
         """An engine with room for these prompts; the last one where it has it."""
-        longest = max(len(ids) for ids in prompts) + options.max_new_tokens
-        wanted = min(longest, self.model.config.max_position_embeddings)
+        limit = self.model.config.max_position_embeddings
+        longest = min(max((len(ids) + params.max_tokens for ids, params in jobs), default=limit), limit)
+        rows = max(1, min(sum(params.n for _, params in jobs), options.max_batch_size))
         engine = self.engine
-        if (engine is None or engine.running or len(engine.cache.free) < len(prompts) or engine.cache.max_length < wanted
-                or engine.max_pending != options.max_pending):
+        if (engine is None or not engine.is_idle or engine.num_slots < rows or engine.cache.max_length < longest
+                or (engine.max_pending, engine.prefill_chunk) != (options.max_pending, options.prefill_chunk)
+                or options.cache_tokens is not None):
             self.engine = engine = None  # before the new caches are made
-            self.engine = engine = Engine(self.model, self.stages, num_slots=len(prompts), max_length=wanted,
-                                          max_pending=options.max_pending)
+            self.engine = engine = Engine(self.model, self.stages, num_slots=rows, max_length=longest, max_pending=options.max_pending,
+                                          prefill_chunk=options.prefill_chunk, cache_tokens=options.cache_tokens,
+                                          eos_ids=self.stop_token_ids)
         return engine
 
 
-@dataclass
-class _Running:
-    index: int
-    sequence: Sequence
-    completion: Completion
-    stream: TextStream
-
-    def take(self, step: TokenStep, options: GenerationSection, eos: tuple[int, ...], max_length: int) -> str:
-        """Books a token; sets the finish reason where the completion ends. Returns the text to show."""
-        done = self.completion
-        done.token_ids.append(step.token_id)
-        done.exit_layers.append(step.exit_layer)
-        done.confidences.append(step.confidence)
-        shown = ""
-        if step.token_id in eos and not options.ignore_eos:
-            done.finish_reason = "stop"
-        else:
-            shown = self.stream.push(step.token_id)
-            if self.stream.has_stopped:
-                done.finish_reason = "stop"
-            elif len(done.token_ids) >= options.max_new_tokens or len(self.sequence.tokens) >= max_length:
-                done.finish_reason = "length"
-        if done.finish_reason:
-            shown += self.stream.flush()
-            done.text = self.stream.text
-        return shown
+def params_of(generation: GenerationSection) -> SamplingParams:
+    """The section's keys of sampling. Values are looked at when a request is added."""
+    same = {field.name for field in dataclasses.fields(SamplingParams)} & {field.name for field in dataclasses.fields(GenerationSection)}
+    return SamplingParams(max_tokens=generation.max_new_tokens, min_tokens=generation.min_new_tokens,
+                          **{name: getattr(generation, name) for name in same})
 
 
 def _stop_token_ids(folder: Path, from_config: tuple[int, ...], tokenizer: Any) -> tuple[int, ...]:
@@ -224,17 +224,3 @@ def _stop_token_ids(folder: Path, from_config: tuple[int, ...], tokenizer: Any) 
     if named is None and not from_config:
         named = getattr(tokenizer, "eos_token_id", None)
     return tuple(named) if isinstance(named, list) else from_config if named is None else (named,)
-
-
-def check_sampling(options: GenerationSection) -> None:
-    """Raises InputError on values no sampler can use."""
-    rules = {"max_new_tokens": (options.max_new_tokens >= 1, "at least 1"), "temperature": (options.temperature >= 0, "at least 0"),
-             "top_k": (options.top_k >= 0, "at least 0"), "top_p": (0 < options.top_p <= 1, "above 0 and at most 1"),
-             "max_pending": (options.max_pending >= 1, "at least 1")}
-    for name, (holds, rule) in rules.items():
-        if not holds:
-            raise InputError(f"generation.{name} must be {rule}, got {getattr(options, name)}")
-    if "" in options.stop:
-        raise InputError("a stop string must not be empty; leave --stop out to have none")
-
-

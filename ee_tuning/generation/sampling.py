@@ -1,60 +1,79 @@
-"""From logits to the next token: greedy, or drawn after temperature, top-k and top-p, processed as transformers does.
+"""From logits to the next token: greedy, or drawn after temperature, top-k, top-p and min-p, processed as transformers does.
 
-Needs torch alone. Rows draw from generators that the caller seeds for each, one number per token, so that a prompt's tokens are the
-same in any batch.
+Needs torch alone. A draw depends on a key and nothing else, so that a prompt's tokens are the same in any batch; and two distributions
+that are alike mostly draw the same token with the same key, which is what lets drafts be accepted (see `draw`).
 """
 # n sequences · v vocabulary, padding left out
-from collections.abc import Sequence
+import hashlib
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 
-def choose_token(logits: Tensor,  # [v] or [n, v], any float dtype
-                 temperature: float,
-                 top_k: int,
-                 top_p: float,
-                 generator: Generator | Sequence[Generator] | None,
-                 ) -> Tensor:  # [] or [n], int64
-    """The next token of each sequence: at temperature 0 the likeliest (of equals the lowest id), else a draw.
-
-    `generator`: for logits [v] one, for [n, v] a sequence of n, row by row; each on the CPU, so that all devices draw alike. Greedy
-    choice takes nothing from them and None will do.
-    """
-    if temperature == 0:
-        return logits.argmax(-1)
-    return draw(probabilities(logits, temperature, top_k, top_p), generator)
-
-
-def probabilities(logits: Tensor,  # [v] or [n, v]
+def probabilities(scores: Tensor,  # [v] or [n, v]
                   temperature: float,  # above 0
-                  top_k: int,  # 0 for all
-                  top_p: float,  # 1 for all
-                  ) -> Tensor:  # as logits, float32 (float64 for float64 logits); tokens left out have exactly 0
-    """What is drawn from: logits / temperature, then the top_k largest (with those equal to the last), then the fewest likeliest
-    that reach top_p together (at least one), renormalized. The order and the ties are those of transformers' logits processors.
+                  top_k: int = 0,  # 0 for all
+                  top_p: float = 1.0,  # 1 for all
+                  min_p: float = 0.0,  # 0 for all
+                  ) -> Tensor:  # as scores, float32 (float64 for float64); tokens left out have exactly 0
+    """What is drawn from: the softmax of `warped`."""
+    return warped(scores, temperature, top_k, top_p, min_p).softmax(-1)
+
+
+def warped(scores: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
+    """scores / temperature, then the top_k largest (with those equal to the last), then the fewest likeliest that reach top_p together,
+    then those at least min_p times as likely as the likeliest; the others are -inf. At least one is left. Order and ties are those of
+    transformers' logits processors.
     """
-    scores = logits if logits.dtype == torch.float64 else logits.float()
-    scores = scores / temperature
+    scores = (scores if scores.dtype == torch.float64 else scores.float()) / temperature
     if 0 < top_k < scores.shape[-1]:
         scores = scores.masked_fill(scores < scores.topk(top_k)[0][..., -1:], -torch.inf)
     if top_p < 1:
         scores = _keep_top_p(scores, top_p)
-    return scores.softmax(-1)
+    if min_p > 0:
+        likely = scores.softmax(-1)
+        scores = scores.masked_fill(likely < min_p * likely.amax(-1, keepdim=True), -torch.inf)
+    return scores
 
 
-def draw(distribution: Tensor,  # [v] or [n, v], nonnegative
-         generator: Generator | Sequence[Generator] | None) -> Tensor:  # [] or [n], int64
-    """One token per row by inverting its cumulative sum at one uniform number; never one of probability 0. Rows need no sum of 1."""
-    generators = generator if isinstance(generator, Sequence) else [generator]
-    rows = distribution if distribution.dim() == 2 else distribution[None]
-    assert len(rows) == len(generators), (len(rows), len(generators))
-    uniform = torch.cat([torch.rand(1, generator=one, dtype=torch.float64) for one in generators]).to(rows.device)
-    cumulative = rows.double().cumsum(-1)
-    # In float64 the largest uniform number, 1 - 2^-53, times any total is still below it: past it lie tokens of probability 0, or none.
-    point = uniform * cumulative[:, -1]
-    token_ids = torch.searchsorted(cumulative, point[:, None], right=True)[:, 0]
-    return token_ids if distribution.dim() == 2 else token_ids[0]
+def request_key(seed: int, prompt: list[int], completion: int = 0) -> int:
+    """What the draws of a request hang on: its seed, its prompt, and which of its completions it is."""
+    return _digest(f"{seed}:{prompt}:{completion}")
+
+
+def draw_key(request: int, length: int) -> int:
+    """The key of the token that follows `length` others of a request."""
+    return _digest(f"{request}:{length}")
+
+
+def draw(distribution: Tensor,  # [n, v], nonnegative
+         keys: list[int]) -> Tensor:  # [n], int64
+    """One token per row, never one of probability 0; rows need no sum of 1.
+
+    An exponential race: token i wins with p_i / e_i largest, its e_i drawn from the row's key and i. Then two distributions p and q draw
+    the same token with the same key at least as often as (1 - d) / (1 + d), d their total variation distance (Daliri, Musco and Suresh
+    2024, arXiv 2408.07978).
+    """
+    assert len(distribution) == len(keys), (len(distribution), len(keys))
+    return (distribution.double() / _exponential(keys, distribution.shape[-1], distribution.device)).argmax(-1)
+
+
+def _exponential(keys: list[int], size: int, device: torch.device) -> Tensor:  # [n, size] float64, above 0
+    """From each key and place one number, on any device the same: SplitMix64 (Steele, Lea and Flood 2014) of key + place."""
+    x = torch.tensor(keys, device=device)[:, None] + torch.arange(1, size + 1, device=device) * -7046029254386353131  # wraps, as it should
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
+        x = (x ^ _shifted(x, shift)) * factor
+    x = x ^ _shifted(x, 31)
+    # 52 bits and a half: neither 0 nor 1 in float64, so the logarithm is finite and not 0.
+    return -((_shifted(x, 12).double() + 0.5) * 2.0 ** -52).log()
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)  # torch shifts the sign in
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def _keep_top_p(scores: Tensor, top_p: float) -> Tensor:

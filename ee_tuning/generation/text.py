@@ -13,7 +13,7 @@ class TextStream:
         self.text = ""
         """Without the prompt, and without the stop string where one was met."""
         self.has_stopped = False
-        self._decode, self._stop = decode, stop
+        self._decode, self.stop = decode, stop
         self._ids = prompt_ids[-CONTEXT_TOKENS:]
         self._settled = 0
         """Ids before this one have their text in `_before` for good: decoding restarts here, so that length costs nothing."""
@@ -46,10 +46,10 @@ class TextStream:
 
     def _show(self, *, is_last: bool) -> str:
         if not self.has_stopped:
-            found = [at for at in (self.text.find(s, max(0, self._shown - len(s))) for s in self._stop) if at >= 0]
+            found = [at for at in (self.text.find(s, max(0, self._shown - len(s))) for s in self.stop) if at >= 0]
             if found:
                 self.text, self.has_stopped = self.text[: min(found)], True
-        held = 0 if is_last or self.has_stopped else max((_overlap(self.text, s) for s in self._stop), default=0)
+        held = 0 if is_last or self.has_stopped else max((_overlap(self.text, s) for s in self.stop), default=0)
         end = max(self._shown, len(self.text) - held)
         shown, self._shown = self.text[self._shown:end], end
         return shown

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ee_tuning.model.activation import activation
-from ee_tuning.model.attention import LayerCache, RaggedBatch, ragged_attention, rotate, softmax_scale
+from ee_tuning.model.attention import softmax_scale
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.exit_head import ExitHead, ExitInput, MLPHead
+from ee_tuning.model.ragged_attention import LayerCache, RaggedBatch, ragged_attention, rotate
 from ee_tuning.parallel.topology import Topology
 
 # t tokens of a ragged batch · h hidden · g key-value heads of this rank · n/g query heads of each · d width of a head

@@ -4,6 +4,7 @@ Padded ids (the vocabulary size and above) are cut off before anything is comput
 Every function runs without gradient bookkeeping of its own: the loss, which needs one, is ee_tuning/tuning/loss.py.
 """
 # v vocabulary · v/tp this rank's rows, padding included · … any leading dimensions, as many numbers of rows as tokens
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -92,6 +93,26 @@ def top1(logits: Tensor,  # [..., v/tp]
     return _merge_top1(shard.gather(_local_top1(logits, shard)), logits.dtype)
 
 
+def confidences(logits: Tensor,  # [..., v/tp]
+                shard: VocabShard, measure: str) -> Tensor:  # [...], float32 (float64 for float64 logits)
+    """How sure the softmax over the vocabulary is, in 0..1, higher is surer; the same bits on every rank.
+
+    max_probability: p₁, the largest; margin: p₁ - p₂; entropy: 1 - H / ln v, of the true vocabulary.
+    """
+    if measure == "max_probability":
+        return top1(logits, shard).max_probability
+    parts = _local_entropy(logits, shard) if measure == "entropy" else _local_top2(logits, shard)
+    parts = parts[None] if shard.world_size == 1 else shard.gather(parts)
+    sums = parts[:, 0].logsumexp(0)
+    if measure == "entropy":  # H = log Σe^z - Σ p z
+        mean = (parts[:, 1] * (parts[:, 0] - sums).exp()).sum(0)
+        value = 1 - (sums - mean) / math.log(shard.size) if shard.size > 1 else torch.ones_like(sums)
+    else:
+        first, second = (parts[:, 1:].flatten(0, 1) - sums).topk(2, dim=0)[0].exp()
+        value = first - second
+    return value if logits.dtype == torch.float64 else value.float()
+
+
 def gather_logits(logits: Tensor,  # [..., v/tp]
                   shard: VocabShard) -> Tensor:  # [..., v], dtype of logits
     """The whole vocabulary's logits on every rank, padding dropped."""
@@ -108,6 +129,21 @@ def _local_top1(logits: Tensor, shard: VocabShard) -> Tensor:
         return true.new_full((3, *true.shape[:-1]), -torch.inf, dtype=torch.float64)
     largest, index = true.max(-1)
     return torch.stack((largest.double(), (index + shard.first).double(), true.logsumexp(-1).double()))
+
+
+def _local_top2(logits: Tensor, shard: VocabShard) -> Tensor:
+    """This shard's log-sum-exp and its two largest logits: [3, ...] float64."""
+    true = shard.without_padding(logits).double()
+    filled = torch.cat((true, true.new_full((*true.shape[:-1], 2), -torch.inf)), dim=-1)
+    return torch.cat((true.logsumexp(-1)[None], filled.topk(2, dim=-1)[0].movedim(-1, 0)))
+
+
+def _local_entropy(logits: Tensor, shard: VocabShard) -> Tensor:
+    """This shard's log-sum-exp, and the mean logit under the softmax over the shard: [2, ...] float64."""
+    true = shard.without_padding(logits).double()
+    weights = true.softmax(-1)
+    # -inf · 0 is NaN: a token without probability weighs nothing.
+    return torch.stack((true.logsumexp(-1), torch.where(weights > 0, weights * true, 0.0).sum(-1)))
 
 
 def _merge_top1(parts: Tensor, dtype: torch.dtype) -> Top1:

@@ -2,34 +2,33 @@
 from pathlib import Path
 
 import pytest
+from decoding import decode
 from exits import write_exits
 from random_models import random_llama
 
 from ee_tuning.checkpoint.load import load_for_generation
-from ee_tuning.config import GenerationSection, ParallelSection, load_config
-from ee_tuning.generation.engine import Engine, Sampling
-from ee_tuning.generation.pieces import policy_of
+from ee_tuning.config import ParallelSection, load_config
+from ee_tuning.generation.params import SamplingParams
 from ee_tuning.parallel.topology import init_parallel
 
 PROMPTS = [[5, 17, 80, 3, 9], [41], [7, 7, 7, 90, 12, 60, 33, 2, 51, 18, 64]]
-JOBS = [({"threshold": 0.5}, Sampling()), ({"threshold": 0.3}, Sampling(temperature=1.2, top_k=30, top_p=0.9, seed=3)),
-        ({"policy": "full"}, Sampling()), ({"policy": "fixed", "exit_layer": 2}, Sampling())]
+NEW_TOKENS = 16
+GREEDY = SamplingParams(max_tokens=NEW_TOKENS)
+DRAWN = SamplingParams(max_tokens=NEW_TOKENS, temperature=1.2, top_k=30, top_p=0.9, min_p=0.01, seed=3, repetition_penalty=1.3, logprobs=3)
+JOBS = [({"threshold": 0.5}, GREEDY), ({"threshold": 0.3}, DRAWN), ({"threshold": 0.2, "measure": "margin"}, GREEDY),
+        ({"threshold": "0.4,0.3", "measure": "entropy"}, GREEDY), ({"policy": "full"}, GREEDY),
+        ({"policy": "fixed", "exit_layer": 2}, GREEDY)]
 
 
-def decode(model: str, exits: str, tp: int, pp: int) -> list[list[tuple[list[int], list[tuple[int, float]]]]]:
+def decode_at(model: str, exits: str, tp: int, pp: int) -> list[list[tuple[list[int], list[tuple[int, float]]]]]:
     """Per job and prompt the tokens, and the exit layer and confidence of each."""
     topology = init_parallel(ParallelSection(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp))
     loaded = load_for_generation(load_config(None, {"model.path": model, "exits.path": exits, "model.dtype": "float64"}), topology)
     answers = []
-    for keys, sampling in JOBS:
-        engine = Engine(loaded.model, loaded.stages, num_slots=3, max_length=64, max_pending=4)
-        policy = policy_of(GenerationSection(**keys), (2, 4), 6)
-        sequences = [engine.add(prompt, sampling) for prompt in PROMPTS]
-        left: dict[int, list[tuple[int, float]]] = {id(s): [] for s in sequences}
-        for _ in range(16):
-            for step in engine.step(policy):
-                left[id(step.sequence)].append((step.exit_layer, round(step.confidence, 9)))
-        answers.append([(s.tokens[s.num_prompt_tokens:], left[id(s)]) for s in sequences])
+    for keys, params in JOBS:
+        made = decode(loaded, PROMPTS, NEW_TOKENS, params=params, engine={"max_pending": 4, "prefill_chunk": 6}, **keys)
+        answers.append([(said.tokens, [(layer, round(c, 9)) for layer, c in zip(said.exit_layers, said.confidences, strict=True)])
+                        for said in made])
     return answers
 
 
@@ -44,7 +43,7 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_layouts_decode_the_same(world, subject, tp, pp):
     """A padded id that wins, a shard summed twice, hidden states sent out of order, stages that disagree on who left."""
     model, exits = map(str, subject)
-    wanted = decode(model, exits, 1, 1)
+    wanted = decode_at(model, exits, 1, 1)
     assert {layer for layer, _ in wanted[0][0][1]} > {2}
-    for answer in world.run(decode, model, exits, tp, pp):
+    for answer in world.run(decode_at, model, exits, tp, pp):
         assert answer == wanted

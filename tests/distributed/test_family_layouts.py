@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from decoding import decode
 from exits import write_exits
 from random_models import FAMILIES, random_model
 from safetensors.torch import load_file
@@ -11,27 +12,20 @@ from torch.testing import assert_close
 
 from ee_tuning import config as job
 from ee_tuning.checkpoint.load import load_for_generation, load_for_tuning
-from ee_tuning.config import Config, GenerationSection, ParallelSection, load_config
+from ee_tuning.config import Config, ParallelSection, load_config
 from ee_tuning.data.tokens import PackedSamples, Splits
-from ee_tuning.generation.engine import Engine, Sampling
-from ee_tuning.generation.pieces import policy_of
 from ee_tuning.parallel.topology import init_parallel
 from ee_tuning.tuning.tuner import Tuner
 
 Decoded = list[tuple[list[int], list[tuple[int, float]]]]
 
 
-def decode(model: str, exits: str, tp: int) -> Decoded:
+def decode_at(model: str, exits: str, tp: int) -> Decoded:
     """Per prompt the tokens, and the exit layer and confidence of each."""
     topology = init_parallel(ParallelSection(tensor_model_parallel_size=tp))
     loaded = load_for_generation(load_config(None, {"model.path": model, "exits.path": exits, "model.dtype": "float64"}), topology)
-    engine = Engine(loaded.model, loaded.stages, num_slots=2, max_length=64, max_pending=4)
-    sequences = [engine.add(prompt, Sampling()) for prompt in ([5, 17, 80, 3, 9], [41])]
-    left: dict[int, list[tuple[int, float]]] = {id(s): [] for s in sequences}
-    for _ in range(10):
-        for step in engine.step(policy_of(GenerationSection(threshold=0.5), (2, 4), 6)):
-            left[id(step.sequence)].append((step.exit_layer, round(step.confidence, 9)))
-    return [(s.tokens[s.num_prompt_tokens:], left[id(s)]) for s in sequences]
+    answers = decode(loaded, [[5, 17, 80, 3, 9], [41]], 10, engine={"max_pending": 4}, threshold=0.5)
+    return [(said.tokens, [(layer, round(c, 9)) for layer, c in zip(said.exit_layers, said.confidences, strict=True)]) for said in answers]
 
 
 def tune(config: Config) -> None:
@@ -60,8 +54,8 @@ def test_two_ranks_decode_what_one_decodes(world, tmp_path, family):
     """A bias added once a rank, a norm's weight cut, a fused or transposed matrix cut along the wrong side."""
     random_model(family, tmp_path / "model", confident=True)
     exits = write_exits(tmp_path / "model", tmp_path / "exits", init="copy", architecture=["layer", "mlp"])
-    wanted = decode(str(tmp_path / "model"), str(exits), 1)
-    for answer in world.run(decode, str(tmp_path / "model"), str(exits), 2):
+    wanted = decode_at(str(tmp_path / "model"), str(exits), 1)
+    for answer in world.run(decode_at, str(tmp_path / "model"), str(exits), 2):
         assert answer == wanted
 
 

@@ -25,10 +25,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from ee_tuning.checkpoint.load import load_for_generation
-from ee_tuning.config import GenerationSection, ParallelSection, load_config
-from ee_tuning.generation.engine import Engine, Sampling
-from ee_tuning.generation.pieces import policy_of
+from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.parallel.topology import init_parallel
+from decoding import decode
 from exits import write_exits
 
 model, folder, dtype = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
@@ -40,11 +39,8 @@ hidden, _ = stage.run_layers(stage.embed(torch.arange(40).reshape(2, 20).to(stag
 logits = F.linear(stage.final_hidden(hidden), stage.backbone.output_layer.weight)
 answers = []
 for prompts in ([[5, 17, 80]], [[5, 17, 80], [41, 2, 3, 4, 9]]):  # a row alone takes another kernel
-    engine = Engine(stage, loaded.stages, num_slots=2, max_length=64, max_pending=4)
-    policy = policy_of(GenerationSection(threshold=0.5), (2, 4), stage.config.num_layers)
-    sequences = [engine.add(prompt, Sampling()) for prompt in prompts]
-    left = [[step.exit_layer for step in engine.step(policy)] for _ in range(16)]
-    answers.append([[s.tokens for s in sequences], left])
+    said = decode(loaded, prompts, 16, engine={"max_pending": 4}, threshold=0.5)
+    answers.append([[s.tokens for s in said], [s.exit_layers for s in said]])
 print(json.dumps({"device": stage.topology.device.type, "logits": logits.double().cpu().flatten().tolist(), "answers": answers}))
 """
 

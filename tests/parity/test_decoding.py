@@ -2,20 +2,21 @@
 
 In float64, where random models have no ties between tokens.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from decoding import decode, policy_for, run_all
 from exits import write_exits
 from plain_decoder import PlainDecoder
 from random_models import random_llama
 
 from ee_tuning.checkpoint.load import LoadedModel, load_for_generation
-from ee_tuning.config import GenerationSection, ParallelSection, load_config
-from ee_tuning.generation.engine import Engine, Sampling
-from ee_tuning.generation.pieces import policy_of
+from ee_tuning.config import ParallelSection, load_config
+from ee_tuning.generation.engine import Engine
+from ee_tuning.generation.params import SamplingParams
 from ee_tuning.parallel.topology import init_parallel
 
 NEW_TOKENS = 24
@@ -33,18 +34,12 @@ class Subject:
     loaded: LoadedModel
     plain: PlainDecoder
 
-    def decode(self, prompts: list[list[int]], *, sampling: Sampling | None = None, max_pending: int = 16,
-               **generation: Any) -> list[tuple[list[int], list[int]]]:
+    def decode(self, prompts: list[list[int]], **options: Any) -> list[tuple[list[int], list[int]]]:
         """(tokens, exit layers) of each prompt, decoded as one batch."""
-        model = self.loaded.model
-        engine = Engine(model, self.loaded.stages, num_slots=len(prompts), max_length=64, max_pending=max_pending)
-        policy = policy_of(GenerationSection(**generation), model.plan.exit_layers, model.config.num_layers)
-        sequences = [engine.add(prompt, sampling or Sampling()) for prompt in prompts]
-        left: dict[int, list[int]] = {id(s): [] for s in sequences}
-        for _ in range(NEW_TOKENS):
-            for step in engine.step(policy):
-                left[id(step.sequence)].append(step.exit_layer)
-        return [(s.tokens[s.num_prompt_tokens:], left[id(s)]) for s in sequences]
+        return [(said.tokens, said.exit_layers) for said in decode(self.loaded, prompts, NEW_TOKENS, **options)]
+
+    def engine(self, **options: Any) -> Engine:
+        return Engine(self.loaded.model, self.loaded.stages, **{"num_slots": 1, "max_length": 64, **options})
 
 
 def subject(folder: Path, heads: dict[str, str]) -> Subject:
@@ -78,7 +73,7 @@ def test_tokens_and_exit_layers_equal_the_plain_decoder(each_kind, threshold):
 def test_batch_equals_one_at_a_time_however_many_tokens_may_wait(mlp, max_pending):
     """A row made to exit by its neighbour; a padded row that sees another's keys; a catch-up that drops or doubles a token."""
     wanted = [mlp.plain.decode(prompt, NEW_TOKENS, 0.5) for prompt in PROMPTS]
-    assert mlp.decode(PROMPTS, threshold=0.5, max_pending=max_pending) == wanted
+    assert mlp.decode(PROMPTS, threshold=0.5, engine={"max_pending": max_pending}) == wanted
 
 
 def test_threshold_above_one_equals_the_full_model(mlp):
@@ -99,60 +94,52 @@ def test_fixed_exit_reads_the_prompt_no_deeper(mlp):
 
 def test_caches_after_catch_up_equal_a_full_pass(mlp):
     """Keys of a token that left early computed from the wrong states, or left out."""
-    model, stages = mlp.loaded.model, mlp.loaded.stages
-    engine = Engine(model, stages, num_slots=1, max_length=64, max_pending=4)
-    sequence = engine.add(PROMPTS[0], Sampling())
-    policy = policy_of(GenerationSection(threshold=0.3), (2, 4), 6)
+    engine, fresh = mlp.engine(max_pending=4), mlp.engine()
+    sequence, = engine.add_request(PROMPTS[0], SamplingParams(max_tokens=60), policy_for(mlp.loaded.model, threshold=0.3))
     while not (len(sequence.tokens) > 20 and sequence.watermarks[-1] == len(sequence.tokens) - 1):
-        engine.step(policy)
+        engine.step()
         assert len(sequence.tokens) < 60, "the deep layers never caught up"
-    fresh = Engine(model, stages, num_slots=1, max_length=64)
     fresh.full_model_tokens(sequence.tokens[:-1])
     n = len(sequence.tokens) - 1
     for layer in range(1, 7):
         for name in ("keys", "values"):
-            mine, theirs = (getattr(e.cache.layer(layer), name)[0, :, :n] for e in (engine, fresh))
+            mine, theirs = (getattr(e.cache.layer(layer), name)[:n] for e in (engine, fresh))
             torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-10)
 
 
 def test_the_cache_of_a_layer_head_has_no_holes(tmp_path):
     """Keys that a `layer` head makes only for tokens it is asked about: those that left before it, or rode along, would be missing."""
     own = subject(tmp_path, {"architecture": "norm,layer"})
-    engine = Engine(own.loaded.model, own.loaded.stages, num_slots=1, max_length=64, max_pending=4)
-    sequence, steps = engine.add(PROMPTS[0], Sampling()), []
+    engine, fresh, steps = own.engine(max_pending=4), own.engine(), []
+    sequence, = engine.add_request(PROMPTS[0], SamplingParams(max_tokens=60), policy_for(own.loaded.model, threshold=0.4))
     while len(sequence.tokens) < 40 or sequence.num_pending(1):  # nothing waits before layer 3
-        steps += engine.step(policy_of(GenerationSection(threshold=0.4), (2, 4), 6))
+        steps += engine.step()
         assert len(sequence.tokens) < 60, "the deep layers never caught up"
     assert {2, 4} <= {step.exit_layer for step in steps}
     n = sequence.watermarks[1]
-    fresh = Engine(own.loaded.model, own.loaded.stages, num_slots=1, max_length=64)
     fresh.full_model_tokens(sequence.tokens[:n])
     for name in ("keys", "values"):
-        mine, theirs = (getattr(e.cache.exit_head(4), name)[0, :, :n] for e in (engine, fresh))
-        assert theirs.any(dim=(0, 2)).all()
+        mine, theirs = (getattr(e.cache.exit_head(4), name)[:n] for e in (engine, fresh))
+        assert theirs.any(dim=2).any(dim=1).all()
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-10)
 
 
 def test_a_sequence_that_joins_late_is_not_disturbed(mlp):
     """A new prompt read among running ones must fill its own cache and leave theirs."""
-    model = mlp.loaded.model
-    engine = Engine(model, mlp.loaded.stages, num_slots=2, max_length=64)
-    policy = policy_of(GenerationSection(threshold=0.5), (2, 4), 6)
-    first = engine.add(PROMPTS[0], Sampling())
+    engine, policy = mlp.engine(num_slots=2), policy_for(mlp.loaded.model, threshold=0.5)
+    first, = engine.add_request(PROMPTS[0], SamplingParams(max_tokens=NEW_TOKENS), policy)
     for _ in range(5):
-        engine.step(policy)
-    second = engine.add(PROMPTS[2], Sampling())
-    for _ in range(NEW_TOKENS - 5):
-        engine.step(policy)
+        engine.step()
+    second, = engine.add_request(PROMPTS[2], SamplingParams(max_tokens=NEW_TOKENS), policy)
+    run_all(engine)
     for sequence, prompt in ((first, PROMPTS[0]), (second, PROMPTS[2])):
-        made = sequence.tokens[len(prompt):]
-        assert made == mlp.plain.decode(prompt, NEW_TOKENS, 0.5)[0][: len(made)]
+        assert sequence.output == mlp.plain.decode(prompt, NEW_TOKENS, 0.5)[0]
 
 
 def test_sampling_draws_the_same_in_any_batch(mlp):
     """Draws taken from one generator for all rows depend on the neighbours."""
-    sampling = Sampling(temperature=1.3, top_k=20, top_p=0.95, seed=11)
-    together = mlp.decode(PROMPTS, sampling=sampling, threshold=0.5)
-    assert together == [mlp.decode([prompt], sampling=sampling, threshold=0.5)[0] for prompt in PROMPTS]
-    other = mlp.decode(PROMPTS, sampling=Sampling(temperature=1.3, top_k=20, top_p=0.95, seed=12), threshold=0.5)
+    params = SamplingParams(max_tokens=NEW_TOKENS, temperature=1.3, top_k=20, top_p=0.95, seed=11)
+    together = mlp.decode(PROMPTS, params=params, threshold=0.5)
+    assert together == [mlp.decode([prompt], params=params, threshold=0.5)[0] for prompt in PROMPTS]
+    other = mlp.decode(PROMPTS, params=replace(params, seed=12), threshold=0.5)
     assert other != together

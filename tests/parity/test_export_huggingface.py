@@ -8,15 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from decoding import decode
 from exits import write_exits
 from random_models import random_llama, random_model
 from safetensors.torch import load_file
 
 from ee_tuning import cli
 from ee_tuning.checkpoint.load import load_for_generation
-from ee_tuning.config import GenerationSection, ParallelSection, load_config
-from ee_tuning.generation.engine import Engine, Sampling
-from ee_tuning.generation.pieces import policy_of
+from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.parallel.topology import init_parallel
 
 SHIPPED = Path(__file__).parents[2] / "examples" / "tiny-python-llama"
@@ -100,14 +99,8 @@ def ours(model: Path, exits: Path, threshold: float) -> list[list[list[int]]]:
     """[tokens of each prompt, exit layers of each]."""
     loaded = load_for_generation(load_config(None, {"model.path": str(model), "exits.path": str(exits), "model.dtype": "float64"}),
                                  init_parallel(ParallelSection()))
-    engine = Engine(loaded.model, loaded.stages, num_slots=len(PROMPTS), max_length=64)
-    policy = policy_of(GenerationSection(threshold=threshold), loaded.model.plan.exit_layers, 6)
-    sequences = [engine.add(prompt, Sampling()) for prompt in PROMPTS]
-    left: dict[int, list[int]] = {id(s): [] for s in sequences}
-    for _ in range(NEW_TOKENS):
-        for step in engine.step(policy):
-            left[id(step.sequence)].append(step.exit_layer)
-    return [[s.tokens[s.num_prompt_tokens:] for s in sequences], [left[id(s)] for s in sequences]]
+    answers = decode(loaded, PROMPTS, NEW_TOKENS, threshold=threshold)
+    return [[said.tokens for said in answers], [said.exit_layers for said in answers]]
 
 
 def export(*words: str | Path, code: int = 0) -> None:

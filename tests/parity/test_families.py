@@ -5,15 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from decoding import decode
 from exits import write_exits
 from plain_decoder import PlainDecoder
 from random_models import FAMILIES, random_model
 
 from ee_tuning.checkpoint.load import load_for_generation
-from ee_tuning.config import GenerationSection, ParallelSection, load_config
+from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.errors import InputError
-from ee_tuning.generation.engine import Engine, Sampling
-from ee_tuning.generation.pieces import policy_of
 from ee_tuning.model.config import read_model_config
 from ee_tuning.parallel.topology import init_parallel
 
@@ -83,14 +82,7 @@ def test_decoding_equals_the_plain_decoder(tmp_path, family, architecture, init)
     plain = PlainDecoder(reference, exits, (2, 4), torch.float64)
     config = load_config(None, {"model.path": str(tmp_path / "model"), "exits.path": str(exits), "model.dtype": "float64"})
     loaded = load_for_generation(config, init_parallel(ParallelSection()))
-    engine = Engine(loaded.model, loaded.stages, num_slots=3, max_length=64, max_pending=5)
-    policy = policy_of(GenerationSection(threshold=0.6), (2, 4), 6)
-    sequences = [engine.add(prompt, Sampling()) for prompt in PROMPTS]
-    left: dict[int, list[int]] = {id(s): [] for s in sequences}
-    for _ in range(16):
-        for step in engine.step(policy):
-            left[id(step.sequence)].append(step.exit_layer)
-    got = [(s.tokens[s.num_prompt_tokens:], left[id(s)]) for s in sequences]
+    got = [(said.tokens, said.exit_layers) for said in decode(loaded, PROMPTS, 16, engine={"max_pending": 5}, threshold=0.6)]
     assert len({layer for _, layers in got for layer in layers}) > 1, "the claim is empty where every token leaves at the same place"
     assert got == [plain.decode(prompt, 16, 0.6) for prompt in PROMPTS]
 

@@ -64,8 +64,8 @@ def test_help_shows_the_defaults(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         cli.main(["generate", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert f"[generation.threshold, default {Config().generation.threshold}]" in shown
-    assert "{full,threshold,fixed}" in shown
+    assert f"[generation.threshold, default {Config().generation.threshold[0]}]" in shown
+    assert "{full,threshold,fixed,speculative}" in shown
 
 
 def test_flags_and_set_reach_the_config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -1,0 +1,101 @@
+"""What was made of a prompt, and how it is put together token by token."""
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+from ee_tuning.generation.engine import TokenStep
+from ee_tuning.generation.sequence import Sequence, SequenceStatistics
+from ee_tuning.generation.text import TextStream
+
+
+@dataclass(kw_only=True)
+class Completion:
+    """What was made of one prompt."""
+
+    prompt: str
+    index: int = 0
+    """Which of the prompt's completions it is."""
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    exit_layers: list[int] = field(default_factory=list)
+    """Per token the layer it left at; the number of layers where it did not leave early."""
+    confidences: list[float] = field(default_factory=list)
+    """Per token the confidence where it left."""
+    logprobs: list[float] = field(default_factory=list)
+    """Per token its log-probability in the distribution it was chosen from, where asked for."""
+    top_logprobs: list[dict[int, float]] = field(default_factory=list)
+    """Per token the likeliest ids there with theirs, where asked for."""
+    finish_reason: str = ""
+    """stop: end of text, a stop token or a stop string. length: max_new_tokens or the end of the context. error: see `error`."""
+    error: str = ""
+    """Why there is no completion."""
+    statistics: SequenceStatistics = field(default_factory=SequenceStatistics, repr=False)
+    seconds: float = 0.0
+    """From the call until this completion's end."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens of this completion ÷ its seconds, reading the prompt included."""
+        return len(self.token_ids) / self.seconds if self.seconds else 0.0
+
+    @property
+    def mean_depth(self) -> float:
+        """Mean of `exit_layers`."""
+        return sum(self.exit_layers) / len(self.exit_layers) if self.exit_layers else 0.0
+
+    @property
+    def exit_histogram(self) -> dict[int, int]:
+        """Layer -> tokens that left there, shallow to deep."""
+        return dict(sorted(Counter(self.exit_layers).items()))
+
+    @property
+    def acceptance(self) -> float | None:
+        """Share of drafted tokens that the full model agreed with; None where nothing was drafted."""
+        return self.statistics.num_accepted / self.statistics.num_drafted if self.statistics.num_drafted else None
+
+
+@dataclass(frozen=True)
+class StreamedToken:
+    """A token as it is made."""
+
+    index: int
+    """Of the prompt."""
+    text: str
+    """What can be shown now: nothing while a character is incomplete or a stop string may be beginning."""
+    exit_layer: int
+    confidence: float
+    is_last: bool
+    completion: int = 0
+    """Which of the prompt's completions it is part of."""
+
+
+@dataclass
+class Writer:
+    """Puts a completion together."""
+
+    prompt_index: int
+    sequence: Sequence
+    completion: Completion
+    stream: TextStream
+
+    def take(self, step: TokenStep, started: float) -> StreamedToken:
+        """Books a token; sets the finish reason where the completion ends, by a stop string too."""
+        done, params = self.completion, self.sequence.params
+        done.token_ids.append(step.token_id)
+        done.exit_layers.append(step.exit_layer)
+        done.confidences.append(step.confidence)
+        if step.logprob is not None and step.top_logprobs is not None:
+            done.logprobs.append(step.logprob)
+            done.top_logprobs.append(step.top_logprobs)
+        is_last_of_sequence = len(done.token_ids) == len(self.sequence.output)
+        ends = self.sequence.finish_reason if is_last_of_sequence else ""
+        shown = ""
+        if ends != "stop":
+            self.stream.stop = params.stop if len(done.token_ids) >= params.min_tokens else ()
+            shown = self.stream.push(step.token_id)
+        done.finish_reason = "stop" if self.stream.has_stopped else ends
+        if done.finish_reason:
+            shown += self.stream.flush()
+            done.text, done.statistics = self.stream.text, self.sequence.statistics
+            done.seconds = time.perf_counter() - started
+        return StreamedToken(self.prompt_index, shown, step.exit_layer, step.confidence, bool(done.finish_reason), done.index)

@@ -1,0 +1,131 @@
+"""Asks a head about states of a pass: is it sure enough, and which token is next? Decided once, then the same on every rank."""
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from ee_tuning.generation.processors import TokenCounts, is_plain, log_probabilities, processed
+from ee_tuning.generation.sampling import draw, draw_key
+from ee_tuning.generation.sequence import Sequence
+from ee_tuning.model.early_exit import EarlyExitModel
+from ee_tuning.model.exit_head import ExitInput
+from ee_tuning.model.ragged_layer import RaggedHead
+from ee_tuning.parallel.vocab import confidences, gather_logits, top1
+
+# q states that a head is asked about · v vocabulary
+
+
+@dataclass(frozen=True)
+class Question:
+    """About consecutive states of one sequence: the first follows `length` of its tokens, each next one a token more."""
+
+    sequence: Sequence
+    states: list[int]
+    """Their places in the pass."""
+    length: int
+    threshold: float = -1.0
+    """Tokens are chosen where the confidence is at least this."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """About one state."""
+
+    confidence: float
+    token_id: int
+    """-1 where none was chosen: the head was not sure enough, or an earlier token of the question was not the draft."""
+    logprob: float | None
+    top_logprobs: dict[int, float] | None
+    """The likeliest tokens, where asked for."""
+
+
+class Judge:
+    """The heads of one stage, and the agreement of all ranks on what they say."""
+
+    def __init__(self, model: EarlyExitModel, heads: dict[int, RaggedHead]):
+        self.model, self.topology, self.heads = model, model.topology, heads
+        self._counts: dict[int, TokenCounts] = {}
+
+    def forget(self, sequence: Sequence) -> None:
+        """Frees what is kept of a sequence that has ended."""
+        self._counts.pop(sequence.number, None)
+
+    def ask(self, head_layer: int | None, questions: list[Question], hidden: Tensor | None, exit_input: ExitInput | None,
+            stage: int) -> list[list[Answer]]:
+        """An answer for each state of each question. `hidden` and `exit_input` are of the pass, on the stage that has the head.
+
+        `head_layer` None is the model's own final head.
+        """
+        num_top = max((q.sequence.params.logprobs or 0 for q in questions), default=0)
+        num_states = sum(len(q.states) for q in questions)
+        decided = torch.full((num_states, 3 + 2 * num_top), -1.0, dtype=torch.float64)
+        if hidden is not None:
+            self._decide(decided, head_layer, questions, hidden, exit_input, num_top)
+        if self.topology.num_in_replica > 1:
+            dist.broadcast(decided, src=self.topology.first_rank_of_stage(stage), group=self.topology.replica_control)
+        rows = iter(decided.tolist())
+        return [[_answer(next(rows), q.sequence, num_top) for _ in q.states] for q in questions]
+
+    def _decide(self, decided: Tensor, head_layer: int | None, questions: list[Question], hidden: Tensor, exit_input: ExitInput | None,
+                num_top: int) -> None:
+        states = [state for q in questions for state in q.states]
+        logits = self._logits(head_layer, states, hidden, exit_input)
+        ids, probabilities = top1(logits, self.model.vocab)
+        decided[:, 0], decided[:, 1] = ids, probabilities
+        first = 0
+        careful: list[tuple[Question, int]] = []
+        for q in questions:
+            params, last = q.sequence.params, first + len(q.states)
+            if q.sequence.policy.measure != "max_probability":
+                decided[first:last, 1] = confidences(logits[first:last], self.model.vocab, q.sequence.policy.measure)
+            if not params.is_greedy or params.logprobs is not None or not is_plain(q.sequence, q.length):
+                careful.append((q, first))
+            first = last
+        if careful:
+            self._choose(decided, logits, careful, num_top)
+
+    def _logits(self, head_layer: int | None, states: list[int], hidden: Tensor, exit_input: ExitInput | None) -> Tensor:  # [q, v/tp]
+        is_whole = states == list(range(hidden.shape[0]))
+        if head_layer is None:
+            final = self.model.final_hidden(hidden if is_whole else hidden[states])
+            return F.linear(final, self.model.backbone.output_layer.weight)
+        assert exit_input is not None
+        return self.heads[head_layer].logits(exit_input if is_whole else exit_input.rows(states))
+
+    def _choose(self, decided: Tensor, logits: Tensor, careful: list[tuple[Question, int]], num_top: int) -> None:
+        """Tokens of questions that ask for more than the likeliest one."""
+        wanted = [first + i for q, first in careful for i in range(len(q.states)) if decided[first + i, 1] >= q.threshold]
+        if not wanted:  # the same on all tensor-parallel ranks
+            return
+        whole = dict(zip(wanted, gather_logits(logits[wanted], self.model.vocab).cpu(), strict=True))
+        for q, first in careful:
+            for i in range(len(q.states)):
+                row = decided[first + i]
+                if first + i not in whole or (i > 0 and q.sequence.tokens[q.length + i - 1] != int(decided[first + i - 1, 0])):
+                    row[0] = -1  # what follows a rejected draft has no meaning
+                    continue
+                self._choose_one(row, whole[first + i], q.sequence, q.length + i, num_top)
+
+    def _choose_one(self, row: Tensor, logits: Tensor, sequence: Sequence, length: int, num_top: int) -> None:
+        params, counts = sequence.params, None
+        if params.has_penalties:
+            counts = self._counts.get(sequence.number)
+            if counts is None:
+                counts = self._counts[sequence.number] = TokenCounts(self.model.vocab.size, sequence.num_prompt_tokens)
+            counts.move_to(sequence.tokens, length)
+        known = log_probabilities(processed(logits, sequence, length, counts), params)
+        token = known.argmax() if params.is_greedy else draw(known.exp()[None], [draw_key(sequence.key, length)])[0]
+        row[0], row[2] = token, known[token]
+        if params.logprobs:
+            best, ids = known.topk(params.logprobs)
+            row[3: 3 + params.logprobs], row[3 + num_top: 3 + num_top + params.logprobs] = ids, best
+
+
+def _answer(row: list[float], sequence: Sequence, num_top: int) -> Answer:
+    wanted = sequence.params.logprobs
+    if wanted is None or row[0] < 0:
+        return Answer(row[1], int(row[0]), None, None)
+    ids, best = row[3: 3 + wanted], row[3 + num_top: 3 + num_top + wanted]
+    return Answer(row[1], int(row[0]), row[2], {int(token): logprob for token, logprob in zip(ids, best, strict=True)})

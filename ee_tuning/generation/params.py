@@ -1,0 +1,100 @@
+"""What a request may ask of sampling, and when it ends."""
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ee_tuning.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How the tokens of one request are chosen, and when it ends. Nothing here depends on other requests."""
+
+    max_tokens: int = 100
+    """The completion ends after so many tokens."""
+    min_tokens: int = 0
+    """Stop tokens have no probability before so many; stop strings are not looked for."""
+    temperature: float = 0.0
+    """0 takes the likeliest."""
+    top_k: int = 0
+    """Among so many likeliest tokens; 0 for all."""
+    top_p: float = 1.0
+    """Among the likeliest tokens that reach this probability together."""
+    min_p: float = 0.0
+    """Among tokens at least so likely as this share of the likeliest one's probability."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits, and multiplies negative ones, of tokens that are in the prompt or the completion."""
+    presence_penalty: float = 0.0
+    """Taken from the logits of tokens that are in the completion."""
+    frequency_penalty: float = 0.0
+    """Taken from a token's logit for each time it is in the completion."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Token id -> what is added to its logit."""
+    seed: int = 0
+    """The same seed gives the same prompt the same tokens, whatever else is decoded beside it."""
+    n: int = 1
+    """Completions of the prompt."""
+    logprobs: int | None = None
+    """With each token its log-probability, and the so many likeliest tokens with theirs, in the distribution it was chosen from."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the completion; they are left out of it."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end the completion, beside the model's own end of text."""
+    ignore_eos: bool = False
+    """Whether the model's own end of text ends nothing."""
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether nothing is drawn."""
+        return self.temperature == 0
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether logits depend on tokens said before."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    def check(self, vocab_size: int) -> None:
+        """Raises InputError on a value that no sampler can use."""
+        for name, (holds, rule) in self._rules(vocab_size).items():
+            if not holds:
+                shown = {"max_tokens": "max_tokens (max_new_tokens)", "min_tokens": "min_tokens (min_new_tokens)"}.get(name, name)
+                raise InputError(f"{shown} must be {rule}, got {getattr(self, name)!r}")
+        if isinstance(self.stop, str) or not all(isinstance(s, str) for s in self.stop):
+            raise InputError(f"stop must be a tuple of strings, got {self.stop!r}")
+        if "" in self.stop:
+            raise InputError("a stop string must not be empty; leave it out to have none")
+        for name in ("stop_token_ids", "logit_bias"):
+            wrong = [token for token in getattr(self, name) if not _is_whole(token) or not 0 <= token < vocab_size]
+            if wrong:
+                raise InputError(f"{name} must name token ids below the vocabulary of {vocab_size}, got {wrong[0]!r}")
+        for token, bias in self.logit_bias.items():
+            if not _is_number(bias) or abs(bias) > 100:
+                raise InputError(f"a logit_bias must lie in -100..100, got {bias!r} for token {token}")
+        if self.min_tokens and len(set(self.stop_token_ids)) >= vocab_size:
+            raise InputError(f"min_tokens must leave a token to choose, got stop_token_ids that name all {vocab_size}")
+
+    def _rules(self, vocab_size: int) -> dict[str, tuple[bool, str]]:
+        number, whole = _is_number, _is_whole
+        return {
+            "max_tokens": (whole(self.max_tokens) and self.max_tokens >= 1, "a whole number of at least 1"),
+            "min_tokens": (whole(self.min_tokens) and 0 <= self.min_tokens <= self.max_tokens, f"in 0..{self.max_tokens} (max_tokens)"),
+            "temperature": (number(self.temperature) and 0 <= self.temperature <= 100, "in 0..100"),
+            "top_k": (whole(self.top_k) and self.top_k >= 0, "a whole number of at least 0"),
+            "top_p": (number(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1"),
+            "min_p": (number(self.min_p) and 0 <= self.min_p <= 1, "in 0..1"),
+            "repetition_penalty": (number(self.repetition_penalty) and 0 < self.repetition_penalty <= 100, "above 0 and at most 100"),
+            "presence_penalty": (number(self.presence_penalty) and abs(self.presence_penalty) <= 100, "in -100..100"),
+            "frequency_penalty": (number(self.frequency_penalty) and abs(self.frequency_penalty) <= 100, "in -100..100"),
+            "seed": (whole(self.seed) and abs(self.seed) < 2 ** 63, "a whole number of at most 63 bits"),
+            "n": (whole(self.n) and 1 <= self.n <= 1024, "in 1..1024"),
+            "logprobs": (self.logprobs is None or (whole(self.logprobs) and 0 <= self.logprobs <= vocab_size),
+                         f"in 0..{vocab_size}, or left out"),
+            "ignore_eos": (isinstance(self.ignore_eos, bool), "true or false")}
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,103 @@
+"""Runs a piece of the network over the pending tokens of some sequences, on the stage that owns it."""
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ee_tuning.generation.kv_cache import KVCache
+from ee_tuning.generation.pieces import Piece
+from ee_tuning.generation.sequence import Sequence
+from ee_tuning.model.early_exit import EarlyExitModel
+from ee_tuning.model.exit_head import ExitInput
+from ee_tuning.model.ragged_attention import RaggedBatch, ragged_batch, rotation_tables
+from ee_tuning.model.ragged_layer import RaggedHead, RaggedLayer
+
+# t tokens of a ragged batch · h hidden
+
+
+@dataclass(frozen=True)
+class PieceOutput:
+    """What a pass leaves: the states behind the piece's last layer, and what an exit there takes. None on other stages."""
+
+    hidden: Tensor | None       # [t, h]
+    exit_input: ExitInput | None
+    firsts: tuple[int, ...]
+    """Per sequence, the index of its first token of the pass."""
+    lengths: tuple[int, ...]
+
+
+class Runner:
+    """The layers of one stage, and their caches."""
+
+    def __init__(self, model: EarlyExitModel, pieces: tuple[Piece, ...], cache: KVCache):
+        self.model, self.topology, self.config, self.pieces, self.cache = model, model.topology, model.config, pieces, cache
+        own = range(model.plan.first_layer, model.plan.last_layer + 1)
+        self.layers = {number: RaggedLayer(model.backbone.layer(number), self.config, self.topology) for number in own}
+        self.heads = {spec.layer: RaggedHead(model.exit_head(spec.layer), self.topology) for spec in model.plan.own_exits}
+        self.tables = rotation_tables(model.backbone.angles[:cache.max_length], model.plan.dtype)
+        self._batch: tuple[object, RaggedBatch] | None = None
+
+    def run(self, index: int, rows: list[Sequence]) -> PieceOutput:
+        """One pass of `rows`' pending tokens through piece `index`. States wait behind it for those rows that go deeper."""
+        piece, starts = self.pieces[index], [s.watermarks[index] for s in rows]
+        lengths = [s.num_pending(index) for s in rows]
+        for sequence in rows:
+            sequence.watermarks[index] = sequence.num_arrived(index)
+        firsts = tuple(sum(lengths[:i]) for i in range(len(lengths)))
+        hidden, exit_input = self._entrance(index, rows, starts, lengths), None
+        if hidden is None:
+            return PieceOutput(None, None, firsts, tuple(lengths))
+        batch = self._describe(rows, starts, lengths)
+        for number in range(piece.first_layer, piece.last_layer + 1):
+            hidden, exit_input = self.layers[number](hidden, self.cache.layer(number), batch)
+        assert exit_input is not None, piece
+        if (head := self.heads.get(piece.last_layer)) is not None:
+            cache = self.cache.exit_head(piece.last_layer) if head.needs_cache else None
+            exit_input = head.take(hidden, exit_input, cache, batch)
+        if index + 1 < len(self.pieces):
+            for sequence, first, length in zip(rows, firsts, lengths, strict=True):
+                if index < sequence.last_piece:
+                    sequence.boundary[index + 1].append(hidden[first: first + length])
+        return PieceOutput(hidden, exit_input, firsts, tuple(lengths))
+
+    def _entrance(self, index: int, rows: list[Sequence], starts: list[int], lengths: list[int]) -> Tensor | None:  # [t, h]
+        """The pending tokens' states where the piece is computed: embedded, kept from before, or sent by the stage before."""
+        here, stage = self.pieces[index].stage == self.topology.stage, self.topology.stage
+        if index == 0:
+            return self._embedded(rows, starts, lengths) if here else None
+        before = self.pieces[index - 1].stage
+        hidden = None
+        if before == stage:
+            parts = [states for s in rows for states in s.boundary[index]]
+            hidden = parts[0] if len(parts) == 1 else torch.cat(parts)
+            for sequence in rows:
+                sequence.boundary[index].clear()
+        if here and before == stage:
+            return hidden
+        if before == stage:
+            assert hidden is not None
+            dist.send(hidden.contiguous(), dst=self.topology.pp_ranks[stage + 1], group=self.topology.pp_group)
+        elif here:
+            hidden = torch.empty(sum(lengths), self.config.hidden_size, dtype=self.model.plan.dtype, device=self.topology.device)
+            dist.recv(hidden, src=self.topology.pp_ranks[stage - 1], group=self.topology.pp_group)
+            return hidden
+        return None
+
+    def _embedded(self, rows: list[Sequence], starts: list[int], lengths: list[int]) -> Tensor:  # [t, h]
+        ids = [token for s, start, n in zip(rows, starts, lengths, strict=True) for token in s.tokens[start: start + n]]
+        flat = torch.tensor([ids], device=self.topology.device)
+        positions = None
+        if self.config.position == "learned":
+            positions = torch.tensor([[p for start, n in zip(starts, lengths, strict=True) for p in range(start, start + n)]],
+                                     device=self.topology.device)
+        return self.model.backbone.embed(flat, positions)[:, 0]
+
+    def _describe(self, rows: list[Sequence], starts: list[int], lengths: list[int]) -> RaggedBatch:
+        key = ([s.number for s in rows], starts, lengths)
+        if self._batch is None or self._batch[0] != key:  # the pieces of a step mostly see the same tokens
+            places = [s.places for s in rows if s.places is not None]
+            per_group = self.config.num_attention_heads // self.config.num_query_groups
+            self._batch = (key, ragged_batch(places, starts, lengths, *self.tables, queries_per_group=per_group,
+                                             num_places=self.cache.num_places))
+        return self._batch[1]

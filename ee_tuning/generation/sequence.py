@@ -1,0 +1,101 @@
+"""One completion in the making: its tokens, where its keys and values lie, and how far each piece of the network has come with it."""
+import itertools
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ee_tuning.generation.params import SamplingParams
+from ee_tuning.generation.policy import Policy
+from ee_tuning.generation.sampling import request_key
+from ee_tuning.model.ragged_attention import CachePlaces
+
+_numbers = itertools.count()
+
+
+@dataclass(kw_only=True)
+class SequenceStatistics:
+    """What a completion took."""
+
+    exit_layers: list[int] = field(default_factory=list)
+    """Per token the layer it left at; the number of layers where it did not leave early."""
+    num_catch_up: int = 0
+    """Tokens that left early and were taken deeper later, counted once for each piece of the network."""
+    num_drafted: int = 0
+    """Tokens that exits drafted."""
+    num_accepted: int = 0
+    """Drafts that the full model agreed with."""
+    seconds_waiting: float = 0.0
+    """Until there was room for it."""
+    seconds_to_first_token: float = 0.0
+    """From when it was added."""
+    seconds: float = 0.0
+    """From when it was added until its end."""
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A prompt and what is made of it. The tokens at its end may be drafts."""
+
+    tokens: list[int]
+    params: SamplingParams
+    policy: Policy
+    limit: int
+    """Tokens that it may grow to, prompt included."""
+    stop_ids: frozenset[int]
+    """Tokens that end it."""
+    last_piece: int
+    """The deepest piece that its tokens go through."""
+    completion: int = 0
+    """Which of the prompt's completions it is."""
+    added_at: float = 0.0
+    number: int = field(default_factory=lambda: next(_numbers))
+    """No other sequence's."""
+    num_drafts: int = 0
+    num_fed: int = 0
+    """Tokens that have entered the first piece."""
+    watermarks: list[int] = field(default_factory=list)
+    """Per piece, how many tokens have their keys and values there."""
+    boundary: list[list[Tensor]] = field(default_factory=list, repr=False)
+    """Per piece, the hidden states [k, h] of its pending tokens, on the stage that made them."""
+    blocks: list[int] = field(default_factory=list)
+    places: CachePlaces | None = None
+    finish_reason: str = ""
+    """Empty while it runs. stop: a stop token. length: its limit. abort: the caller's wish."""
+    statistics: SequenceStatistics = field(default_factory=SequenceStatistics)
+    num_prompt_tokens: int = field(init=False)
+    key: int = field(init=False)
+    """Of its draws."""
+
+    def __post_init__(self) -> None:
+        self.num_prompt_tokens = len(self.tokens)
+        self.key = request_key(self.params.seed, self.tokens, self.completion)
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether part of its prompt has not entered the network yet."""
+        return self.num_fed < self.num_prompt_tokens
+
+    @property
+    def num_final(self) -> int:
+        """Tokens that are no drafts, prompt included."""
+        return len(self.tokens) - self.num_drafts
+
+    @property
+    def output(self) -> list[int]:
+        """The completion so far."""
+        return self.tokens[self.num_prompt_tokens: self.num_final]
+
+    def num_arrived(self, piece: int) -> int:
+        """Tokens that have reached the entrance of a piece."""
+        return self.num_fed if piece == 0 else self.watermarks[piece - 1]
+
+    def num_pending(self, piece: int) -> int:
+        """Tokens that wait at the entrance of a piece, if they ever go there."""
+        return self.num_arrived(piece) - self.watermarks[piece] if piece <= self.last_piece else 0
+
+    def crop(self, num_tokens: int) -> None:
+        """Forgets tokens past the first `num_tokens`, and their keys and values. No token may be waiting between two pieces."""
+        assert not any(self.boundary[piece] for piece in range(1, self.last_piece + 1)), "states of tokens that may be gone"
+        del self.tokens[num_tokens:]
+        self.num_fed = min(self.num_fed, num_tokens)
+        self.watermarks = [min(mark, num_tokens) for mark in self.watermarks]

@@ -1,0 +1,224 @@
+"""Attention over a ragged batch: tokens of several sequences in one pass, each seeing its own sequence in the KV cache up to itself.
+
+A layer's cache is one long row of places. A sequence's tokens lie in blocks of it, mostly one after the other: then its keys are a view
+of the cache, and nothing is copied. Where blocks lie apart, they are gathered.
+"""
+import itertools
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# t tokens of a ragged batch · r rows (sequences) of it · g key-value heads · n query heads · d width of a head
+# p places of a cache · c places that a row sees
+
+PADDED_BLOCK_LIMIT = 32
+"""Rows of up to so many tokens are padded to one shape and attend together; longer ones attend one after the other."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCache:
+    """Keys and values of one layer: [p, g, d] each."""
+
+    keys: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachePlaces:
+    """Where the tokens of a sequence lie in every layer's cache."""
+
+    index: Tensor
+    """[tokens] int64: the place of each."""
+    first: int | None
+    """The first token's place where the others follow it one by one; None where blocks lie apart."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    """A row that attends alone."""
+
+    first: int | None
+    index: Tensor
+    """[c]"""
+    length: int
+    end: int
+    mask: Tensor | None
+    """[1, 1, length · n/g, c], added to the scores; None for a single token, and for the beginning of a sequence, which is causal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Together:
+    """Rows that attend together, padded to one shape."""
+
+    first: int
+    stride: int
+    """Row i begins at place first + i · stride …"""
+    index: Tensor | None
+    """… or, where rows do not lie so, [r · c] places are gathered."""
+    end: int
+    mask: Tensor
+    """[r, 1, longest · n/g, c], added to the scores."""
+    gather: Tensor | None
+    """[r · longest] int64: token of each padded place; None where nothing is padded."""
+    scatter: Tensor | None
+    """[t] int64: padded place of each token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RaggedBatch:
+    """Tokens of several sequences in one pass: row i brings `lengths[i]` tokens at positions `starts[i]`….
+
+    Everything that all layers share is built once: the masks, and where each token goes.
+    """
+
+    starts: tuple[int, ...]
+    lengths: tuple[int, ...]
+    positions: Tensor
+    """[t] int64"""
+    places: Tensor
+    """[t] int64: where each token's key and value are stored."""
+    cos: Tensor
+    """[t, 1, 1, d]"""
+    sin: Tensor
+    """[t, 1, 1, d], negated in its first half: rotation is x · cos + swap(x) · sin."""
+    rows: tuple[_Row, ...]
+    together: _Together | None
+    """None where rows attend one by one."""
+
+    @property
+    def last_tokens(self) -> list[int]:
+        """Index of each row's last token."""
+        ends, total = [], 0
+        for length in self.lengths:
+            total += length
+            ends.append(total - 1)
+        return ends
+
+
+def ragged_batch(rows: list[CachePlaces], starts: list[int], lengths: list[int], cos: Tensor, sin: Tensor, *, queries_per_group: int,
+                 num_places: int) -> RaggedBatch:
+    """Describes a pass. `cos`, `sin` [positions, d] are the tables of `rotation_tables`, on the device that computes."""
+    device = cos.device
+    positions = torch.tensor([p for start, n in zip(starts, lengths, strict=True) for p in range(start, start + n)], device=device)
+    places = torch.cat([row.index[start: start + n] for row, start, n in zip(rows, starts, lengths, strict=True)])
+    alone: tuple[_Row, ...] = ()
+    together = None
+    if len(rows) > 1 and max(lengths) <= PADDED_BLOCK_LIMIT:
+        together = _together(rows, starts, lengths, queries_per_group, num_places, cos.dtype)
+    else:
+        alone = tuple(_row(row, start, n, queries_per_group, cos.dtype) for row, start, n in zip(rows, starts, lengths, strict=True))
+    return RaggedBatch(starts=tuple(starts), lengths=tuple(lengths), positions=positions, places=places,
+                       cos=cos[positions][:, None, None], sin=sin[positions][:, None, None], rows=alone, together=together)
+
+
+def rotation_tables(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(cos, sin) [positions, d] of `angles` [positions, d], the first half of sin negated, for `rotate`."""
+    cos, sin = angles.cos(), angles.sin()
+    half = angles.shape[-1] // 2
+    return cos.to(dtype), torch.cat((-sin[:, :half], sin[:, half:]), dim=-1).to(dtype)
+
+
+def rotate(x: Tensor, batch: RaggedBatch) -> Tensor:
+    """Rotary positions on x [t, g, k, d]."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((second, first), dim=-1).mul_(batch.sin).addcmul_(x, batch.cos)
+
+
+def ragged_attention(query: Tensor, key: Tensor, value: Tensor,  # [t, g, n/g, d], [t, g, d], [t, g, d]
+                     cache: LayerCache, batch: RaggedBatch, scale: float) -> Tensor:  # [t, n * d]
+    """Stores the batch's keys and values, then attends each token to its own sequence up to itself.
+
+    A group's query heads are laid beside its tokens, so grouped queries need no copies of keys.
+    """
+    cache.keys.index_copy_(0, batch.places, key)
+    cache.values.index_copy_(0, batch.places, value)
+    if batch.together is not None:
+        return _attend_together(query, cache, batch.together, len(batch.lengths), scale)
+    if len(batch.rows) == 1:
+        return _attend_alone(query, cache, batch.rows[0], scale)
+    return torch.cat([_attend_alone(q, cache, row, scale) for q, row in zip(query.split(batch.lengths), batch.rows, strict=True)])
+
+
+def _row(row: CachePlaces, start: int, length: int, queries_per_group: int, dtype: torch.dtype) -> _Row:
+    end, mask = start + length, None
+    if length > 1 and start > 0:
+        position = torch.arange(start, end, device=row.index.device)
+        unseen = torch.arange(end, device=row.index.device)[None] > position[:, None]
+        mask = _added(unseen.repeat_interleave(queries_per_group, dim=0)[None, None], dtype)
+    return _Row(first=row.first, index=row.index[:end], length=length, end=end, mask=mask)
+
+
+def _together(rows: list[CachePlaces], starts: list[int], lengths: list[int], queries_per_group: int, num_places: int,
+              dtype: torch.dtype) -> _Together:
+    device, longest = rows[0].index.device, max(lengths)
+    end = max(start + n for start, n in zip(starts, lengths, strict=True))
+    place = torch.arange(longest, device=device)[None]                           # [1, longest]
+    counts = torch.tensor(lengths, device=device)[:, None]
+    # Padding repeats the row's last token, so that no row of the softmax is empty.
+    within = torch.minimum(place, counts - 1)                                    # [r, longest]
+    unseen = torch.arange(end, device=device) > (torch.tensor(starts, device=device)[:, None] + within)[..., None]
+    mask = _added(unseen.repeat_interleave(queries_per_group, dim=1)[:, None], dtype)
+    gather = scatter = None
+    if longest > 1:
+        gather = (counts.cumsum(0) - counts + within).flatten()
+        scatter = (place < counts).flatten().nonzero().flatten()
+    first, stride, index = _stride(rows, end, num_places) or (0, 0, _padded_index(rows, end))
+    return _Together(first=first, stride=stride, index=index, end=end, mask=mask, gather=gather, scatter=scatter)
+
+
+def _added(unseen: Tensor, dtype: torch.dtype) -> Tensor:
+    # As numbers: attention would make them from booleans in every layer.
+    return torch.zeros(unseen.shape, dtype=dtype, device=unseen.device).masked_fill_(unseen, -torch.inf)
+
+
+def _stride(rows: list[CachePlaces], end: int, num_places: int) -> tuple[int, int, None] | None:
+    """(first place, distance, None) where rows lie at equal distances, so that one view shows them all."""
+    firsts = [row.first for row in rows if row.first is not None]
+    if len(firsts) < len(rows):
+        return None
+    stride = firsts[1] - firsts[0]
+    even = stride > 0 and all(b - a == stride for a, b in itertools.pairwise(firsts))
+    return (firsts[0], stride, None) if even and firsts[-1] + end <= num_places else None
+
+
+def _padded_index(rows: list[CachePlaces], end: int) -> Tensor:  # [r · c]
+    # A shorter row is filled up with its first place, which its mask hides.
+    return torch.cat([part for row in rows for part in (row.index[:end], row.index[:1].expand(max(0, end - len(row.index))))])
+
+
+def _attend_together(query: Tensor, cache: LayerCache, rows: _Together, num_rows: int, scale: float) -> Tensor:
+    _, g, per_group, d = query.shape
+    keys, values = (_rows_of(x, rows, num_rows) for x in (cache.keys, cache.values))
+    padded = query if rows.gather is None else query[rows.gather]
+    grouped = padded.view(num_rows, -1, g, per_group, d).transpose(1, 2).reshape(num_rows, g, -1, d)
+    out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=rows.mask, scale=scale)
+    out = out.view(num_rows, g, -1, per_group, d).transpose(1, 2).reshape(-1, g * per_group * d)
+    return out if rows.scatter is None else out[rows.scatter]
+
+
+def _rows_of(cached: Tensor, rows: _Together, num_rows: int) -> Tensor:  # [p, g, d] -> [r, g, c, d]
+    _, g, d = cached.shape
+    if rows.index is not None:
+        return cached.index_select(0, rows.index).view(num_rows, rows.end, g, d).transpose(1, 2)
+    offset = cached.storage_offset() + rows.first * g * d
+    return cached.as_strided((num_rows, g, rows.end, d), (rows.stride * g * d, d, g * d, 1), offset)
+
+
+def _attend_alone(query: Tensor, cache: LayerCache, row: _Row, scale: float) -> Tensor:
+    t, g, per_group, d = query.shape
+    if row.first is None:
+        keys, values = cache.keys.index_select(0, row.index), cache.values.index_select(0, row.index)
+    else:
+        keys, values = cache.keys[row.first: row.first + row.end], cache.values[row.first: row.first + row.end]
+    keys, values = keys.transpose(0, 1)[None], values.transpose(0, 1)[None]      # [1, g, c, d]
+    if t == 1:
+        return F.scaled_dot_product_attention(query.transpose(0, 1).view(1, g, per_group, d), keys, values, scale=scale).reshape(1, -1)
+    if row.mask is None:
+        heads = query.reshape(t, g * per_group, d).transpose(0, 1)[None]
+        out = F.scaled_dot_product_attention(heads, keys, values, is_causal=True, scale=scale, enable_gqa=per_group > 1)
+        return out[0].transpose(0, 1).reshape(t, -1)
+    grouped = query.transpose(0, 1).reshape(1, g, t * per_group, d)
+    out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=row.mask, scale=scale)
+    return out.view(g, t, per_group, d).transpose(0, 1).reshape(t, -1)

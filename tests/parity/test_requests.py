@@ -1,0 +1,284 @@
+"""Every request is decoded as if it were alone, by its own wishes, whatever runs beside it and wherever its memory lies."""
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from decoding import policy_for, run_all
+from exits import write_exits
+from plain_decoder import PlainDecoder
+from random_models import random_llama
+from transformers import (
+    LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from ee_tuning.checkpoint.load import load_for_generation
+from ee_tuning.config import ParallelSection, load_config
+from ee_tuning.errors import InputError
+from ee_tuning.generation.engine import Engine, TokenStep
+from ee_tuning.generation.params import SamplingParams
+from ee_tuning.generation.policy import FULL, Policy
+from ee_tuning.generation.sampling import draw, draw_key, request_key
+from ee_tuning.generation.sequence import Sequence
+from ee_tuning.parallel.topology import init_parallel
+
+VOCAB, LAYERS, EOS = 101, 6, 100
+
+
+class Subject:
+    """A model with exits in float64, and the plain decoder of the same."""
+
+    def __init__(self, folder: Path):
+        reference = random_llama(folder / "model", confident=True)
+        exits = write_exits(folder / "model", folder / "exits")
+        config = load_config(None, {"model.path": str(folder / "model"), "exits.path": str(exits), "model.dtype": "float64"})
+        self.loaded = load_for_generation(config, init_parallel(ParallelSection()))
+        self.plain = PlainDecoder(reference, exits, (2, 4), torch.float64)
+
+    def engine(self, **options: Any) -> Engine:
+        return Engine(self.loaded.model, self.loaded.stages, **{"num_slots": 4, "max_length": 64, "eos_ids": (EOS,), **options})
+
+    def policy(self, **keys: Any) -> Policy:
+        return policy_for(self.loaded.model, **keys)
+
+    def wanted(self, prompt: list[int], params: SamplingParams, policy: Policy, completion: int = 0) -> tuple[list[int], list[int]]:
+        """From the plain decoder and transformers' processors."""
+        stop = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else (EOS,))
+        key = request_key(params.seed, prompt, completion)
+
+        def choose(logits: torch.Tensor, tokens: list[int]) -> int:
+            scores = theirs(params, len(prompt), stop)(torch.tensor([tokens]), own_penalties(logits, tokens[len(prompt):], params)[None])
+            return int(scores.argmax()) if params.is_greedy else int(draw(scores.softmax(-1), [draw_key(key, len(tokens))]))
+
+        return self.plain.decode(prompt, min(params.max_tokens, 64 - len(prompt)), dict(policy.thresholds), policy.measure, choose,
+                                 policy.fixed_exit, stop)
+
+
+def own_penalties(logits: torch.Tensor, said: list[int], params: SamplingParams) -> torch.Tensor:
+    """What transformers has no processor for; it commutes with a bias, and tests do not give it beside a repetition penalty."""
+    counts = torch.bincount(torch.tensor(said, dtype=torch.long), minlength=VOCAB)
+    return logits - params.presence_penalty * (counts > 0) - params.frequency_penalty * counts
+
+
+def theirs(params: SamplingParams, num_prompt_tokens: int, stop: frozenset[int]) -> LogitsProcessorList:
+    """transformers' processors for the same wishes, in its order."""
+    made = LogitsProcessorList()
+    if params.logit_bias:
+        made.append(SequenceBiasLogitsProcessor([[[token], float(bias)] for token, bias in params.logit_bias.items()]))
+    if params.repetition_penalty != 1:
+        made.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
+    if params.min_tokens and stop:
+        made.append(MinNewTokensLengthLogitsProcessor(num_prompt_tokens, params.min_tokens, sorted(stop)))
+    if not params.is_greedy:
+        made.append(TemperatureLogitsWarper(params.temperature))
+        made.extend([TopKLogitsWarper(params.top_k)] if params.top_k else [])
+        made.extend([TopPLogitsWarper(params.top_p)] if params.top_p < 1 else [])
+        made.extend([MinPLogitsWarper(params.min_p)] if params.min_p else [])
+    return made
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    return Subject(tmp_path_factory.mktemp("subject"))
+
+
+def random_request(subject: Subject, rng: random.Random) -> tuple[list[int], SamplingParams, Policy]:
+    prompt = [rng.randrange(VOCAB) for _ in range(rng.choice([1, 2, 5, 17, 33]))]
+    policy = subject.policy(**rng.choice([
+        {"policy": "full"}, {"threshold": 0.5}, {"threshold": rng.random()}, {"threshold": [rng.random(), rng.random()]},
+        {"threshold": rng.random() * 0.6, "measure": "margin"}, {"threshold": rng.random() * 0.6, "measure": "entropy"},
+        {"policy": "fixed", "exit_layer": rng.choice([2, 4])}, {"policy": "speculative"}, {"policy": "speculative"}]))
+    params = SamplingParams(max_tokens=rng.randrange(1, 20), seed=rng.randrange(3), ignore_eos=rng.random() < 0.5)
+    if rng.random() < 0.5:
+        params = replace(params, temperature=rng.choice([0.7, 1.5]), top_k=rng.choice([0, 10]), top_p=rng.choice([1.0, 0.9]),
+                         min_p=rng.choice([0.0, 0.05]))
+    if rng.random() < 0.3:
+        params = replace(params, **rng.choice([{"repetition_penalty": 1.3}, {"presence_penalty": 1.5, "frequency_penalty": 0.5}]))
+    if rng.random() < 0.2:
+        params = replace(params, logit_bias={rng.randrange(VOCAB): 3.0, rng.randrange(VOCAB): -4.0})
+    if rng.random() < 0.2:
+        params = replace(params, stop_token_ids=(rng.randrange(VOCAB), rng.randrange(VOCAB)),
+                         min_tokens=rng.randrange(0, params.max_tokens + 1))
+    return prompt, params, policy
+
+
+def mixture(subject: Subject, seed: int) -> None:
+    """Some requests join an engine of random size at random steps; each must say what it says alone to the plain decoder."""
+    rng = random.Random(seed)
+    engine = subject.engine(num_slots=rng.randrange(1, 5), max_pending=rng.choice([1, 3, 16]), prefill_chunk=rng.choice([4, 7, 512]),
+                            cache_tokens=rng.choice([64, 80, 256]))
+    waiting = [random_request(subject, rng) for _ in range(rng.randrange(1, 6))]
+    jobs, said, steps = [], {}, 0
+    while waiting or not engine.is_idle:
+        if waiting and (engine.is_idle or rng.random() < 0.4):
+            job = waiting.pop()
+            sequence, = engine.add_request(*job)
+            jobs.append((sequence, job))
+            said[sequence.number] = ([], [])
+        for step in engine.step():
+            said[step.sequence.number][0].append(step.token_id)
+            said[step.sequence.number][1].append(step.exit_layer)
+        steps += 1
+        assert steps < 1000, "the engine does not come to an end"
+    for sequence, (prompt, params, policy) in jobs:
+        assert said[sequence.number] == subject.wanted(prompt, params, policy), (seed, prompt, params, policy)
+        assert sequence.output == said[sequence.number][0]
+    assert engine.cache.pool.num_free == engine.cache.pool.num_blocks, "memory was lost"
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random_mixtures_equal_one_at_a_time(subject, seed):
+    """Whatever one request does to another: its memory, its place in a pass, its policy, its draws."""
+    mixture(subject, seed)
+
+
+PENALIZED = [{"repetition_penalty": 1.7}, {"repetition_penalty": 0.6, "logit_bias": {3: 2.5, 77: -100}}, {"presence_penalty": 2.0},
+             {"frequency_penalty": 1.1}, {"temperature": 0.8, "top_k": 12, "top_p": 0.9, "min_p": 0.02, "seed": 4}]
+
+
+@pytest.mark.parametrize("keys", PENALIZED)
+def test_logprobs_are_those_of_transformers(subject, keys):
+    """Log-probabilities of the plain softmax, of another position, or of another head than the one that spoke."""
+    prompt, params = [5, 17, 80, 3, 9], SamplingParams(max_tokens=12, logprobs=5, ignore_eos=True, **keys)
+    engine = subject.engine()
+    engine.add_request(prompt, params, subject.policy(threshold=0.5))
+    tokens, left = list(prompt), set()
+    for step in run_all(engine):
+        logits = own_penalties(subject.plain.logits(tokens)[step.exit_layer][-1], tokens[len(prompt):], params)
+        known = theirs(params, len(prompt), frozenset())(torch.tensor([tokens]), logits[None])[0].log_softmax(-1)
+        assert step.logprob == pytest.approx(known[step.token_id].item(), abs=1e-5)
+        best, ids = known.topk(5)
+        assert list(step.top_logprobs) == ids.tolist() and list(step.top_logprobs.values()) == pytest.approx(best.tolist(), abs=1e-5)
+        tokens.append(step.token_id)
+        left.add(step.exit_layer)
+    assert len(left) > 1, "one head alone spoke"
+
+
+def test_several_completions_differ_and_the_first_is_that_of_one(subject):
+    """Completions that share their draws; or a first one that depends on how many are asked for."""
+    params = SamplingParams(max_tokens=10, temperature=1.5, n=3, ignore_eos=True)
+    engine = subject.engine()
+    made = engine.add_request([5, 17], params)
+    run_all(engine)
+    assert len({tuple(s.output) for s in made}) == 3
+    assert [s.output for s in made] == [subject.wanted([5, 17], params, FULL, i)[0] for i in range(3)]
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4])
+def test_abort_frees_every_block(subject, steps):
+    """Memory that an abandoned request keeps, or its neighbour's that goes with it."""
+    engine = subject.engine(num_slots=2, prefill_chunk=3)
+    kept, gone, queued = (engine.add_request([7] * n, SamplingParams(max_tokens=8, ignore_eos=True), subject.policy(threshold=0.4))[0]
+                          for n in (5, 9, 3))
+    for _ in range(steps):
+        engine.step()
+    engine.abort(gone)
+    engine.abort(queued)
+    engine.abort(gone)
+    assert gone.finish_reason == queued.finish_reason == "abort"
+    run_all(engine)
+    assert kept.output == subject.wanted([7] * 5, kept.params, kept.policy)[0]
+    assert engine.cache.pool.num_free == engine.cache.pool.num_blocks
+
+
+POLICIES: list[dict[str, Any]] = [
+    {"policy": "full"}, {"threshold": 0.4}, {"policy": "fixed", "exit_layer": 2}, {"policy": "speculative"}]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_end_of_the_context(subject, policy):
+    """One token too many reads or writes past a sequence's memory; one too few stops early."""
+    engine = subject.engine(num_slots=2)
+    for length in (63, 62, 50):
+        prompt = [(7 * i) % 90 for i in range(length)]
+        params = SamplingParams(max_tokens=30, ignore_eos=True)
+        sequence, = engine.add_request(prompt, params, subject.policy(**policy))
+        run_all(engine)
+        assert sequence.finish_reason == "length" and len(sequence.tokens) == min(64, length + 30)
+        assert sequence.output == subject.wanted(prompt, params, sequence.policy)[0]
+    for length in (64, 65):
+        with pytest.raises(InputError, match=rf"shorter than the context of 64 tokens, got {length}"):
+            engine.add_request([1] * length)
+
+
+REFUSED: list[tuple[list[int], dict[str, Any], str]] = [
+    ([], {}, "at least one token"), ([101], {}, "0..100.*got 101"), ([-1], {}, "got -1"),
+    ([1], {"temperature": float("nan")}, "temperature.*nan"), ([1], {"temperature": -0.1}, "temperature.*-0.1"),
+    ([1], {"top_p": 0.0}, "top_p"), ([1], {"top_p": 1.5}, "top_p"), ([1], {"top_k": -1}, "top_k"),
+    ([1], {"min_p": 2.0}, "min_p"), ([1], {"max_tokens": 0}, "max_tokens"), ([1], {"min_tokens": 101}, "min_tokens.*0..100"),
+    ([1], {"repetition_penalty": 0.0}, "repetition_penalty"), ([1], {"frequency_penalty": float("inf")}, "frequency_penalty.*inf"),
+    ([1], {"logit_bias": {101: 1.0}}, "logit_bias.*101"), ([1], {"logit_bias": {1: float("nan")}}, "logit_bias.*nan"),
+    ([1], {"stop": ("",)}, "empty"), ([1], {"stop": "ab"}, "tuple of strings"), ([1], {"stop_token_ids": (500,)}, "stop_token_ids.*500"),
+    ([1], {"n": 0}, "n must"), ([1], {"logprobs": 200}, "logprobs"), ([1], {"seed": 1.5}, "seed"),
+    ([1], {"max_tokens": True}, "max_tokens")]
+
+
+def test_a_bad_request_is_refused_and_the_others_go_on(subject):
+    """A value that no sampler can use, found in the middle of a step, would end every request."""
+    engine = subject.engine()
+    good, = engine.add_request([5, 17], SamplingParams(max_tokens=len(REFUSED) + 2, ignore_eos=True))
+    for prompt, keys, words in REFUSED:
+        engine.step()
+        with pytest.raises(InputError, match=words):
+            engine.add_request(prompt, SamplingParams(**keys))
+    with pytest.raises(InputError, match="exits must be among 2, 4, got 3"):
+        engine.add_request([1], policy=Policy(thresholds={3: 0.5}))
+    run_all(engine)
+    assert good.output == subject.wanted([5, 17], good.params, FULL)[0]
+
+
+def test_requests_wait_for_memory_or_hear_what_would_fit(subject):
+    """A request that is let in and can not be finished, or one that waits for ever."""
+    engine = subject.engine(num_slots=4, cache_tokens=48)
+    with pytest.raises(InputError, match=r"cache of 48 tokens, got 10 \+ 50; at most 38 new tokens fit"):
+        engine.add_request([1] * 10, SamplingParams(max_tokens=50))
+    made = [engine.add_request([i, 5], SamplingParams(max_tokens=28, ignore_eos=True))[0] for i in range(3)]
+    engine.step()
+    assert (len(engine.running), len(engine.waiting)) == (1, 2)
+    run_all(engine)
+    assert [s.output for s in made] == [subject.wanted([i, 5], made[0].params, FULL)[0] for i in range(3)]
+
+
+def test_scattered_blocks_are_read_in_order(subject):
+    """Blocks that do not follow each other, read as if they did."""
+    engine = subject.engine(num_slots=4, cache_tokens=96)
+    holders = [engine.add_request([i], SamplingParams(max_tokens=15 + 20 * (i % 2)))[0] for i in range(3)]
+    engine.step()
+    engine.abort(holders[0])
+    engine.abort(holders[2])
+    late, = engine.add_request([9, 8, 7], SamplingParams(max_tokens=40, ignore_eos=True), subject.policy(threshold=0.5))
+    engine.step()
+    assert late.places is not None and late.places.first is None, "the claim is empty where blocks follow each other"
+    run_all(engine)
+    assert late.output == subject.wanted([9, 8, 7], late.params, late.policy)[0]
+
+
+def test_an_exit_during_prefill_never_happens_unless_asked(subject):
+    """The first token from an exit that was sure while the prompt was read, with the deep caches not filled."""
+    engine = subject.engine(prefill_chunk=4)
+    engine.add_request([3] * 11, SamplingParams(max_tokens=3), subject.policy(threshold=0.0))
+    steps: list[TokenStep] = run_all(engine)
+    assert [step.exit_layer for step in steps] == [LAYERS, 2, 2]
+
+
+def test_statistics_tell_what_happened(subject):
+    """Counts that do not add up."""
+    engine = subject.engine(max_pending=4)
+    sequence: Sequence
+    sequence, = engine.add_request([5, 17, 80], SamplingParams(max_tokens=20, ignore_eos=True), subject.policy(threshold=0.5))
+    steps = run_all(engine)
+    told = sequence.statistics
+    assert told.exit_layers == [step.exit_layer for step in steps] and len(steps) == 20
+    # All that left behind layer 2 or 4 and was not the last to wait was taken on through each piece behind it.
+    skipped = sum((told.exit_layers[:-1].count(2) * 2, told.exit_layers[:-1].count(4)))
+    assert skipped - 8 <= told.num_catch_up <= skipped
+    assert 0 <= told.seconds_waiting <= told.seconds_to_first_token <= told.seconds
