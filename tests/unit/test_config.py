@@ -20,7 +20,7 @@ def test_every_value_survives_a_round_trip(tmp_path: Path):
     config = replace(
         Config(), model={"path": "007", "dtype": "bfloat16"}, exits={"exit_layers": (3, 6), "path": None, "output": "tied"},
         data={"paths": ("a b.txt", "null", "1e-4")}, tuning={"lr": 1e-7, "loss_weights": (0.5, 1.0), "resume": True},
-        generation={"threshold": math.inf, "stop": ("\n\n", "a, b", "é"), "exit_layer": 3})
+        generation={"threshold": (math.inf,), "stop": ("\n\n", "a, b", "é"), "exit_layer": 3})
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
     save_config(Config(), tmp_path / "default.yaml")
