@@ -1,6 +1,5 @@
 """`exit_config.json`: what an exit-heads artifact holds, which model it is bound to, how its heads began and were tuned."""
 import dataclasses
-import json
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from ee_tuning.checkpoint.exit_names import exit_tensor_shapes
 from ee_tuning.checkpoint.names import Shape
 from ee_tuning.config import Architecture
 from ee_tuning.errors import InputError
+from ee_tuning.json_file import read_json
 from ee_tuning.model.config import STORED_DTYPES, ModelConfig
 from ee_tuning.model.exit_spec import ExitSpec
 
@@ -83,7 +83,7 @@ def read_exit_config(folder: Path) -> ExitHeadsConfig:
     """`exit_config.json`, strictly. Raises InputError on unknown or missing keys, wrong values, or another format version."""
     path = folder / CONFIG
     try:
-        tree = json.loads(path.read_text())
+        tree = read_json(path)
         version = tree["format_version"]
         if version not in range(1, FORMAT_VERSION + 1):
             raise InputError(f"{path}: format_version must be at most {FORMAT_VERSION}, got {version}; use the ee_tuning that wrote it")

@@ -44,7 +44,7 @@ class ExitHeadsReader(SafetensorsFolder):
             return
         manifest = read_manifest(folder, _REMEDY)
         for file in sorted({CONFIG, *self.files.values()} - set(manifest)):
-            raise InputError(f"{folder / MANIFEST} does not list {file}; {_REMEDY}")
+            raise InputError(f"{folder / MANIFEST} does not list {file}, which {self.table if file != CONFIG else folder} holds; {_REMEDY}")
 
     def check_complete(self, config: ModelConfig) -> None:
         """Raises InputError where a tensor is missing, has another shape than the backbone asks for, or is no part of an exit head."""

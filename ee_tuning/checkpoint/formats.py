@@ -67,6 +67,8 @@ def open_model(model: ModelSection) -> OpenModel:
         saved = saved_arguments(Archive(common, map_file(common), is_trusted=model.trust_pickle).content) if common.is_file() else None
         config = read_megatron_config(saved, shape, common)
         return OpenModel(MegatronReader(folder, config), config, "megatron")
+    if next(folder.glob("*.distcp"), None):
+        raise InputError(f"{folder / METADATA} is missing, which describes the *.distcp files beside it; fetch the whole checkpoint again")
     if is_legacy(folder):
         checkpoint = LegacyCheckpoint(folder, is_trusted=model.trust_pickle)
         config = read_megatron_config(checkpoint.arguments, shape, folder)
@@ -84,9 +86,9 @@ def check_model(source: BackboneSource, config: ModelConfig, topology: Topology 
     """
     if verifies and on_first_rank(topology, lambda: holds_manifest(source.folder)):
         check_manifest(source.folder, _REMEDY, topology)
-        unlisted = set(source.files.values()) - set(read_manifest(source.folder, _REMEDY)) if isinstance(source, HuggingFaceReader) else ()
-        for file in unlisted:
-            raise InputError(f"{source.folder / MANIFEST} does not list {file}; {_REMEDY}")
+        if isinstance(source, HuggingFaceReader):
+            for file in set(source.files.values()) - set(read_manifest(source.folder, _REMEDY)):
+                raise InputError(f"{source.folder / MANIFEST} does not list {file}, which {source.table} names; {_REMEDY}")
     on_first_rank(topology, lambda: source.check_complete(config))
 
 

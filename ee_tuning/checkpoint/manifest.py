@@ -10,6 +10,7 @@ from typing import Any
 
 from ee_tuning.checkpoint.aside import gathered
 from ee_tuning.errors import InputError
+from ee_tuning.json_file import read_json
 from ee_tuning.parallel.topology import Topology
 
 MANIFEST = "manifest.json"
@@ -26,13 +27,13 @@ def read_manifest(folder: Path, remedy: str) -> dict[str, dict[str, Any]]:
     """File name -> {"sha256", "bytes"}. Raises InputError, ending with `remedy`, where it is missing or no manifest."""
     path = folder / MANIFEST
     try:
-        files = json.loads(path.read_text())["files"]
+        files = read_json(path)["files"]
         for name, entry in files.items():
             if Path(name).name != name or name in ("", "..") or set(entry) != {"sha256", "bytes"}:
                 raise ValueError(f"entry {name!r} must be a file of this folder with its sha256 and bytes")
     except OSError as error:
         raise InputError(f"the folder must hold its manifest, but {path} can not be read: {error.strerror}; {remedy}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is not a manifest: {error!r}; {remedy}") from error
     return files
 
@@ -40,10 +41,10 @@ def read_manifest(folder: Path, remedy: str) -> dict[str, dict[str, Any]]:
 def holds_manifest(folder: Path) -> bool:
     """Whether this project wrote the folder's `manifest.json`, as far as can be told from one that may be broken."""
     try:
-        tree = json.loads((folder / MANIFEST).read_text())
+        tree = read_json(folder / MANIFEST)
     except FileNotFoundError:
         return False
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return True
     return isinstance(tree, dict) and "files" in tree
 
@@ -64,11 +65,11 @@ def check_manifest(folder: Path, remedy: str, topology: Topology | None = None) 
 def check_file(path: Path, entry: dict[str, Any], remedy: str) -> None:
     """Raises InputError, ending with `remedy`, where the file is not the one that the manifest's `entry` describes."""
     if not path.is_file():
-        raise InputError(f"{path} is missing, and the manifest names it; {remedy}")
+        raise InputError(f"{path} is missing, and {MANIFEST} names it; {remedy}")
     if (size := path.stat().st_size) != entry["bytes"]:
-        raise InputError(f"{path} must have {entry['bytes']} bytes, as its manifest says, got {size}; {remedy}")
+        raise InputError(f"{path} must have {entry['bytes']} bytes, as {MANIFEST} says, got {size}; {remedy}")
     if (digest := _sha256(path)) != entry["sha256"]:
-        raise InputError(f"{path} is altered: its sha256 must be {entry['sha256']}, as its manifest says, got {digest}; {remedy}")
+        raise InputError(f"{path} is altered: its sha256 must be {entry['sha256']}, as {MANIFEST} says, got {digest}; {remedy}")
 
 
 def check_replaceable(output: Path, overwrite: bool) -> None:

@@ -49,6 +49,8 @@ class DistributedCheckpoint:
         self._chunks: dict[str, list[_Chunk]] = {}
         try:
             places = {(index.fqn, tuple(index.offset)): info for index, info in metadata.storage_data.items() if index.offset is not None}
+            if len({(info.relative_path, info.offset) for info in places.values()}) != len(places):
+                raise ValueError("two tensors in one place")
             for key, entry in metadata.state_dict_metadata.items():
                 if isinstance(entry, TensorStorageMetadata):
                     self.shapes[key], self.dtypes[key] = tuple(entry.size), entry.properties.dtype
@@ -70,9 +72,12 @@ class DistributedCheckpoint:
             if any(all(map(int.__lt__, low, other_high)) and all(map(int.__lt__, other_low, high)) for other_low, other_high in boxes):
                 raise InputError(f"{self.folder / METADATA}: two chunks of {key} overlap; fetch the checkpoint again")
             boxes.append((low, high))
-            stored = self._item(key, chunk)
-            if is_checked:
-                stored.check()
+            try:
+                stored = self._item(key, chunk)
+                if is_checked:
+                    stored.check()
+            except InputError as error:
+                raise InputError(f"{error} (it is where {self.folder / METADATA} says that {key} is)") from error
             source = stored.mapped().reshape(chunk.sizes)[_slices(low, high, chunk.offsets)]
             out[_slices(low, high, lower)].copy_(source)
             stored.release()

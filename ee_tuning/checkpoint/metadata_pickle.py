@@ -1,4 +1,5 @@
 """`.metadata` of a distributed checkpoint is a pickle, and torch runs whatever it holds: here it is looked through first."""
+import io
 import pickle
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ class _Empty:
     """Takes the place of one of `_EMPTY`: a plain holder of attributes."""
 
 
-class _LookingThrough(pickle.Unpickler):
+class _LookingThrough(pickle._Unpickler):  # the one in Python: the one in C makes room for any memo index that a pickle names
     def find_class(self, module_name: str, global_name: str) -> Any:
         if (module_name, global_name) in _EMPTY:
             return _Empty
@@ -43,7 +44,6 @@ def read_metadata_pickle(folder: Path) -> Any:
     """The description of a distributed checkpoint (torch's `Metadata`, its fields as yet unchecked). Raises as `check_metadata_pickle`."""
     path = folder / METADATA
     try:
-        with path.open("rb") as file:
-            return _LookingThrough(file).load()
+        return _LookingThrough(io.BytesIO(path.read_bytes())).load()
     except Exception as error:  # a pickle that is broken on purpose may raise anything
         raise InputError(f"{path} is not the description of a distributed checkpoint: {error}; do not load this checkpoint") from error

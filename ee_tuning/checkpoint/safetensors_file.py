@@ -3,7 +3,6 @@
 The header is checked as a whole before anything is believed: the tensors it tells of must fill the file, one after the other.
 """
 import itertools
-import json
 import math
 import operator
 import os
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from ee_tuning.checkpoint.names import Shape
 from ee_tuning.errors import InputError
+from ee_tuning.json_file import parse_json
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """safetensors' names of the types a model may be stored in."""
@@ -57,7 +57,7 @@ class SafetensorsFile:
         try:
             self.entries = _read_header(self._handle)
             """By name, in the order that they are stored in."""
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             self.close()
             raise InputError(f"{path} is not a whole safetensors file: {_told(error)}; {_REMEDY}") from error
 
@@ -100,15 +100,6 @@ class SafetensorsFile:
             done += count
 
 
-def refuse_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For json: an object whose keys are all different. Raises ValueError, where json keeps the later one in silence."""
-    tree = dict(pairs)
-    if len(tree) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} stands in it twice")
-    return tree
-
-
 def _bounds(part: slice, size: int) -> tuple[int, int]:
     start, stop = part.start or 0, size if part.stop is None else part.stop
     assert 0 <= start <= stop <= size and part.step is None, (part, size)
@@ -123,7 +114,7 @@ def _read_header(handle: int) -> dict[str, Entry]:
     text = os.pread(handle, length, 8)
     if not text.startswith(b"{"):
         raise ValueError("its header is no JSON object")
-    tree = json.loads(text.decode(), object_pairs_hook=refuse_doubles)
+    tree = parse_json(text)
     metadata = tree.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its __metadata__ must map texts to texts")
@@ -151,6 +142,4 @@ def _entry(name: str, fields: dict[str, Any], begin: int) -> Entry:
 
 
 def _told(error: Exception) -> str:
-    """On one line, and not as long as a hostile file would have it."""
-    text = f"{error.args[0]} is missing from its header" if isinstance(error, KeyError) else str(error)
-    return " ".join(text.split())[:300]
+    return f"{error.args[0]} is missing from its header" if isinstance(error, KeyError) else str(error)

@@ -2,7 +2,6 @@
 
 Nothing in the folder is trusted: what is broken, missing, doubled or points out of the folder is refused with the file's name.
 """
-import json
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
@@ -11,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ee_tuning.checkpoint.names import Piece, Shape, Shard
-from ee_tuning.checkpoint.safetensors_file import DTYPES, Entry, Part, SafetensorsFile, refuse_doubles
+from ee_tuning.checkpoint.safetensors_file import DTYPES, Entry, Part, SafetensorsFile
 from ee_tuning.errors import InputError
+from ee_tuning.json_file import read_json
 
 
 class TensorSource(Protocol):
@@ -61,7 +61,8 @@ class SafetensorsFolder:
         self.folder = folder
         self._open: dict[str, SafetensorsFile] = {}
         single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
-        self._table = single if single.exists() else index
+        self.table = single if single.exists() else index
+        """What tells which tensors there are."""
         if not folder.is_dir():
             raise InputError(f"there is no folder {folder}; give the folder that holds {single.name}")
         self.files: dict[str, str] = {}
@@ -137,7 +138,7 @@ class SafetensorsFolder:
     def _file_of(self, name: str) -> SafetensorsFile:
         stored = self.stored_name(name)
         if stored not in self.files:
-            raise InputError(f"{self._table} holds no tensor {name}, which the model must have; config and weights do not belong together")
+            raise InputError(f"{self.table} holds no tensor {name}, which the model must have; config and weights do not belong together")
         return self.file(self.files[stored])
 
     def file(self, name: str) -> SafetensorsFile:
@@ -146,7 +147,7 @@ class SafetensorsFolder:
             path = self.folder / name
             check_inside(self.folder, path)
             if not _is_file(path):
-                raise InputError(f"{path} is missing, and the index names it; fetch the whole folder again")
+                raise InputError(f"{path} is missing, and {self.table} names it; fetch the whole folder again")
             file = SafetensorsFile(path)
             self._check_against_index(path, set(file.entries))
             self._open[name] = file
@@ -155,11 +156,11 @@ class SafetensorsFolder:
     def _check_against_index(self, path: Path, held: set[str]) -> None:
         for name, file in self.files.items():
             if file == path.name and name not in held:
-                raise InputError(f"{path} does not hold tensor {name}, and the index says it does; fetch the whole folder again")
+                raise InputError(f"{path} does not hold tensor {name}, and {self.table} says it does; fetch the whole folder again")
             if file != path.name and name in held:
-                raise InputError(f"tensor {name} is in {path} and, says the index, in {self.folder / file} too; fetch the folder again")
+                raise InputError(f"tensor {name} is in {path} and, says {self.table}, in {self.folder / file} too; fetch the folder again")
         if unlisted := held - self.files.keys() if self.files else ():
-            raise InputError(f"{path} holds tensor {min(unlisted)}, which the index does not name; fetch the whole folder again")
+            raise InputError(f"{path} holds tensor {min(unlisted)}, which {self.table} does not name; fetch the whole folder again")
 
 
 def check_inside(folder: Path, path: Path) -> None:
@@ -187,16 +188,16 @@ def _is_file(path: Path) -> bool:
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        tree = json.loads(path.read_text(), object_pairs_hook=refuse_doubles)
+        tree = read_json(path)
         files = tree["weight_map"]
         if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
             raise ValueError("weight_map must map tensor names to file names")
     except OSError as error:
         raise InputError(f"{path} can not be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is not an index of safetensors shards: {error}; fetch it again") from error
     for name, file in files.items():
-        if Path(file).name != file or file in ("", ".."):
+        if Path(file).name != file or file in ("", "..") or not file.isprintable():
             raise InputError(f"{path}: tensor {name} must be in a file of this very folder, got {file!r}; fetch the index again")
         check_inside(path.parent, path.parent / file)
     return files

@@ -6,9 +6,11 @@ that a slice costs no more than its bytes, and each has a CRC-32, which `StoredT
 """
 import argparse
 import collections
+import errno
 import io
 import mmap
 import pickle
+import stat
 import struct
 import warnings
 import zipfile
@@ -176,7 +178,7 @@ class _NotAllowed(pickle.UnpicklingError):
     """Names what a pickle asked for."""
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):  # the one in Python: the one in C makes room for any memo index that a pickle names
     def __init__(self, file: io.BytesIO, archive: Archive, is_trusted: bool):
         super().__init__(file)
         self._archive, self._is_trusted = archive, is_trusted
@@ -239,6 +241,8 @@ class _Window(io.RawIOBase):
 def map_file(path: Path) -> mmap.mmap:
     """The file's bytes, mapped. Raises InputError where it can not be opened or is empty."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for without end
+            raise OSError(errno.EINVAL, "it is no plain file")
         with path.open("rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:

@@ -1,11 +1,11 @@
 """The backbone's shape, read from a Hugging Face config.json in its old and its new spelling."""
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from ee_tuning.errors import InputError
+from ee_tuning.json_file import read_json
 from ee_tuning.model.families import Family, family_fields, in_llama_spelling, positive_number
 
 STORED_DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -111,7 +111,7 @@ def read_model_config(folder: Path) -> ModelConfig:
     if not folder.is_dir():
         raise InputError(f"--model must be a Hugging Face folder with config.json and safetensors, but there is no folder {folder}")
     try:
-        raw = json.loads(path.read_text())
+        raw = read_json(path)
     except OSError as error:
         raise InputError(f"the model folder must hold config.json, but {path} can not be read: {error.strerror}") from error
     except ValueError as error:
