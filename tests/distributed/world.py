@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, NoReturn
 
 SIZE = 4
 _GRACE = 3.0  # seconds for the other ranks to end once one has failed
@@ -98,7 +98,7 @@ def _work(rank: int, port: int, connection: Connection) -> None:
         try:
             path, job = pickle.loads(connection.recv_bytes())
         except EOFError:
-            os._exit(0)  # an orderly end of the process groups would wait for ranks that may be gone
+            _leave(0)
         sys.path[:] = path
         try:
             function, args = pickle.loads(job)
@@ -113,4 +113,11 @@ def _leave_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
-    os._exit(1)
+    _leave(1)
+
+
+def _leave(code: int) -> NoReturn:
+    """At once: an orderly end of the process groups would wait for ranks that may be gone. Megatron's writers would stay behind."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(code)
