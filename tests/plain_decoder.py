@@ -94,10 +94,21 @@ class PlainDecoder:
     def _own_layer(self, exit_layer: int, hidden: Tensor) -> Tensor:  # [s, h] -> [s, h]
         """transformers' own class of layer with the head's weights, over the whole sequence."""
         prefix = f"exits.{exit_layer}.layer."
-        weights = {name.removeprefix(prefix): tensor for name, tensor in self.heads.items() if name.startswith(prefix)}
+        weights = _packed({name.removeprefix(prefix): tensor for name, tensor in self.heads.items() if name.startswith(prefix)})
         assert weights.keys() == dict(self.layers[-1].named_parameters()).keys()
         positions = torch.arange(len(hidden))[None]
         # No mask: sdpa is then causal.
         rotation = {} if self.is_gpt2 else {"position_embeddings": self.model.model.rotary_emb(hidden[None], positions)}
         out = functional_call(self.layers[-1], weights, (hidden[None],), {"attention_mask": None, **rotation})
         return (out[0] if isinstance(out, tuple) else out)[0]
+
+
+def _packed(layer: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same, experts as transformers has them in memory: all in one tensor."""
+    packed = {name.replace("block_sparse_moe.", "mlp."): tensor for name, tensor in layer.items()}
+    experts = {name: packed.pop(name) for name in list(packed) if ".experts." in name}
+    if experts:
+        parts = ("w1", "w3", "w2") if "mlp.experts.0.w1.weight" in experts else ("gate_proj", "up_proj", "down_proj")
+        gate, up, down = (torch.stack([experts[f"mlp.experts.{i}.{part}.weight"] for i in range(len(experts) // 3)]) for part in parts)
+        packed.update({"mlp.experts.gate_up_proj": torch.cat((gate, up), dim=1), "mlp.experts.down_proj": down})
+    return packed

@@ -16,8 +16,11 @@ _SHAPES: dict[str, dict[str, Any]] = {
     "qwen3": LLAMA_SHAPE,
     "gpt2": {"vocab_size": 101, "n_embd": 44, "n_inner": 90, "n_layer": 6, "n_head": 4, "n_positions": 128, "initializer_range": 0.2,
              "eos_token_id": 100, "bos_token_id": 100},
+    "mixtral": {**LLAMA_SHAPE, "intermediate_size": 38, "num_local_experts": 5, "num_experts_per_tok": 3},
+    "qwen3_moe": {**LLAMA_SHAPE, "moe_intermediate_size": 22, "num_experts": 7, "num_experts_per_tok": 2, "mlp_only_layers": [2]},
 }
 FAMILIES = tuple(_SHAPES)
+WITH_EXPERTS = ("mixtral", "qwen3_moe")
 
 
 def random_llama(folder: Path, *, seed: int = 0, confident: bool = False, **changes: Any) -> Any:
@@ -35,7 +38,9 @@ def random_model(family: str, folder: Path, *, seed: int = 0, confident: bool = 
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(seed)
     config = transformers.AutoConfig.for_model(family, **{**_SHAPES[family], **changes})
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    # The grouped products that transformers prefers want widths of multiples of 16 bytes.
+    plain = {"experts_implementation": "eager"} if family in WITH_EXPERTS else {}
+    model = transformers.AutoModelForCausalLM.from_config(config, **plain).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:  # norms of ones and biases of zeros would hide one in the wrong place

@@ -71,6 +71,9 @@ def initial_exits_config(config: Config, model: ModelConfig, reader: BackboneSou
 
 def described_exits(section: ExitsSection, model: ModelConfig, *, name: str, dtype: torch.dtype, fingerprint: str) -> ExitHeadsConfig:
     """The exits that `section` describes, of the model called `name`. Raises InputError where they can not be."""
+    if "mlp" in section.architecture and model.num_experts:
+        raise InputError(f"exits.architecture must not be mlp for a model with experts, got mlp: {name} has {model.num_experts} MLPs a "
+                         "layer, and the head would be none of them; use --architecture norm")
     return ExitHeadsConfig(
         **described_heads(section, layers := section.layers(model.num_layers)), exit_layers=layers, output=section.output,
         dtype=str(dtype).removeprefix("torch."), model_name=name, model_shape=model_shape(model), model_fingerprint=fingerprint)

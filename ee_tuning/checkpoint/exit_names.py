@@ -29,7 +29,7 @@ def exit_parameter_names(head: ExitSpec, config: ModelConfig) -> list[str]:
     if kind == "mlp":
         names += [f"mlp.{matrix}.{each}" for matrix in ("fc1", "fc2") for each in linear_kinds(config.has_linear_bias)]
     elif kind == "layer":
-        names += [f"layer.{name}" for name in layer_parameter_names(config)]
+        names += [f"layer.{name}" for name in layer_parameter_names(config, config.num_layers)]
     elif kind == "adapter":
         names += [f"adapter.norm.{each}" for each in norm_kinds(config)] + ["adapter.down.weight", "adapter.up.weight"]
     return names + ["output.weight"] * (not head.ties_output)
@@ -82,4 +82,5 @@ def exit_copy_source(name: str, config: ModelConfig) -> str | None:
 def is_residual_projection(name: str, config: ModelConfig) -> bool:
     """Whether the artifact's tensor `name` is a matrix whose output is added to the residual."""
     spelling = SPELLINGS[config.family]
-    return name.endswith((f".{spelling.down}.weight", f".{spelling.attention_output}.weight", ".adapter.up.weight"))
+    matrices = (spelling.down, spelling.expert_down.rpartition(".")[2], spelling.attention_output, "adapter.up")
+    return name.endswith(tuple(f".{matrix}.weight" for matrix in matrices))

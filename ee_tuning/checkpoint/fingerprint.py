@@ -21,7 +21,8 @@ from ee_tuning.model.config import ModelConfig, RopeConfig
 
 _SHAPE_FIELDS = ("family", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
                  "vocab_size", "ties_embeddings")
-_FAMILY_FIELDS = ("norm", "position", "activation", "is_gated", "has_linear_bias", "has_qkv_bias", "has_qk_norm")
+_FAMILY_FIELDS = ("norm", "position", "activation", "is_gated", "has_linear_bias", "has_qkv_bias", "has_qk_norm", "num_experts",
+                  "moe_router_topk", "moe_ffn_hidden_size", "renormalizes_router", "dense_layers")
 
 
 def model_shape(config: ModelConfig) -> dict[str, Any]:
@@ -40,7 +41,14 @@ def config_of_shape(shape: Mapping[str, Any], where: Path) -> ModelConfig:
         value = shape.get(name)
         if value is None or (name not in ("family", "ties_embeddings") and (type(value) is not int or value < 1)):
             raise InputError(f"{where} does not describe its model: {name} must not be {value!r}; fetch or convert the exits again")
-    return ModelConfig(**{name: shape[name] for name in _SHAPE_FIELDS}, max_position_embeddings=1, norm_epsilon=1e-6, rope=RopeConfig())
+    plain = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
+    ways: dict[str, Any] = {name: shape[name] for name in _FAMILY_FIELDS if name in shape}
+    ways.update({name: tuple(value) for name, value in ways.items() if isinstance(value, list)})
+    for name, value in ways.items():
+        if type(value) is not type(plain[name]):
+            raise InputError(f"{where} does not describe its model: {name} must not be {value!r}; fetch or convert the exits again")
+    sizes: dict[str, Any] = {name: shape[name] for name in _SHAPE_FIELDS}
+    return ModelConfig(**sizes, **ways, max_position_embeddings=1, norm_epsilon=1e-6, rope=RopeConfig())
 
 
 def fingerprint(reader: TensorSource, config: ModelConfig) -> str:

@@ -5,7 +5,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ee_tuning.checkpoint.names import backbone_shard, backbone_tensor_shapes, output_name
+from ee_tuning.checkpoint.experts_packed import Slab, expert_slabs, router_names
+from ee_tuning.checkpoint.names import Shape, backbone_shard, backbone_tensor_shapes, output_name
+from ee_tuning.checkpoint.safetensors_file import Part
 from ee_tuning.checkpoint.safetensors_reader import SafetensorsFolder, TensorSource, read_shard
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
@@ -22,16 +24,28 @@ class HuggingFaceReader(SafetensorsFolder):
     def __init__(self, folder: Path):
         super().__init__(folder, "model")
         is_bare = not any(name.startswith("transformer.") for name in self.files)
-        self._bare = {f"transformer.{name}": name for name in self.files if is_bare and _BARE.match(name)}
+        self._slabs: dict[str, Slab] = {}
+        self._stored: dict[str, str] = {}
+        self._slabs = expert_slabs(self)
+        self._stored = {**{f"transformer.{name}": name for name in self.files if is_bare and _BARE.match(name)},
+                        **(router_names(self) if self._slabs else {}), **{name: slab.stored for name, slab in self._slabs.items()}}
 
     def stored_name(self, name: str) -> str:
-        """`name` itself, or how a bare GPT-2 has it."""
-        return self._bare.get(name, name)
+        """`name` itself, or how a bare GPT-2 has it, or the pack that an expert is in."""
+        return self._stored.get(name, name)
 
     def names(self) -> list[str]:
-        """Every tensor there is, sorted, as the family's whole models name them."""
-        called = {stored: name for name, stored in self._bare.items()}
-        return sorted(called.get(stored, stored) for stored in self.files)
+        """Every tensor there is, sorted, as the family's whole models name them, each expert alone."""
+        return sorted([*self._stored, *set(self.files).difference(self._stored.values())])
+
+    def shape(self, name: str) -> Shape:
+        """Of the whole tensor."""
+        slab = self._slabs.get(name)
+        return slab.shape if slab else super().shape(name)
+
+    def _read(self, name: str, part: Part) -> Tensor:
+        slab = self._slabs.get(name)
+        return super()._read(name, slab.within(part))[0] if slab else super()._read(name, part)
 
     def check_complete(self, config: ModelConfig) -> None:
         """Raises InputError where a backbone tensor is missing, has another shape, or one is there that would be ignored."""

@@ -89,7 +89,8 @@ def _exit_head_bytes(config: ModelConfig, width: int) -> dict[str, int]:
         return sum(map(math.prod, exit_tensor_shapes((spec,), config).values()))
 
     return {f"{architecture}, {'tied' if ties_output else 'untied'}": width * num_parameters(architecture, ties_output)
-            for architecture in get_args(Architecture) for ties_output in (False, True) if not ties_output or architecture != "embedding"}
+            for architecture in get_args(Architecture) for ties_output in (False, True)
+            if not (ties_output and architecture == "embedding") and not (config.num_experts and architecture == "mlp")}
 
 
 def _lines(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -5,6 +5,7 @@ checkpoint, and the same list read backwards (`merge_shards`) gives the Hugging 
 """
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ def backbone_tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
 def backbone_parameter_names(config: ModelConfig) -> list[str]:
     """Every Megatron-core parameter of the backbone; `output_layer.weight` stands among them even where it is tied."""
     positions = ["embedding.position_embeddings.weight"] * (config.position == "learned")
-    layers = [f"decoder.layers.{layer}.{name}" for layer in range(config.num_layers) for name in layer_parameter_names(config)]
+    layers = [f"decoder.layers.{index}.{name}" for index in range(config.num_layers) for name in layer_parameter_names(config, index + 1)]
     norm = [f"decoder.final_layernorm.{kind}" for kind in norm_kinds(config)]
     return ["embedding.word_embeddings.weight", *positions, *layers, *norm, "output_layer.weight"]
 
@@ -99,7 +100,8 @@ def backbone_shard(parameter: str, config: ModelConfig, tp: int, tp_rank: int) -
         return uncut(f"{spelling.final_norm}.{kind}", (config.hidden_size,))
     prefix, _, rest = parameter.partition("decoder.layers.")
     layer, _, name = rest.partition(".")
-    if prefix or name not in layer_parameter_names(config) or not layer.isdecimal() or int(layer) >= config.num_layers:
+    is_layer = not prefix and layer.isdecimal() and int(layer) < config.num_layers
+    if not is_layer or name not in layer_parameter_names(config, int(layer) + 1):
         raise KeyError(f"{parameter} is no backbone parameter of a {config.family} model with {config.num_layers} layers")
     return layer_shard(name, f"{spelling.layers}.{layer}.", config, tp, tp_rank)
 
@@ -128,8 +130,14 @@ def linear_kinds(has_bias: bool) -> tuple[str, ...]:
     return ("weight", "bias") if has_bias else ("weight",)
 
 
-def layer_parameter_names(config: ModelConfig) -> list[str]:
-    """Every Megatron-core parameter of one layer."""
+def layer_parameter_names(config: ModelConfig, number: int) -> dict[str, None]:
+    """Every Megatron-core parameter of layer `number` (1-based), in order."""
+    return _parameter_names(config, config.has_experts(number))
+
+
+@cache
+def _parameter_names(config: ModelConfig, has_experts: bool) -> dict[str, None]:
+    """Quick to search: a layer may have hundreds of experts."""
     norms, linears = norm_kinds(config), linear_kinds(config.has_linear_bias)
     kinds = {
         "input_layernorm": norms,
@@ -138,10 +146,12 @@ def layer_parameter_names(config: ModelConfig) -> list[str]:
         "self_attention.k_layernorm": norms if config.has_qk_norm else (),
         "self_attention.linear_proj": linears,
         "pre_mlp_layernorm": norms,
-        "mlp.linear_fc1": linears,
-        "mlp.linear_fc2": linears,
     }
-    return [f"{module}.{kind}" for module in kinds for kind in kinds[module]]
+    if has_experts:
+        kinds["mlp.router"] = ("weight",)
+    for mlp in (f"mlp.experts.local_experts.{expert}" for expert in range(config.num_experts)) if has_experts else ("mlp",):
+        kinds[f"{mlp}.linear_fc1"] = kinds[f"{mlp}.linear_fc2"] = linears
+    return {f"{module}.{kind}": None for module in kinds for kind in kinds[module]}
 
 
 def layer_shard(name: str, prefix: str, config: ModelConfig, tp: int, tp_rank: int) -> Shard:
@@ -160,17 +170,25 @@ def layer_shard(name: str, prefix: str, config: ModelConfig, tp: int, tp_rank: i
     if module == "self_attention.linear_proj":
         inner = config.num_attention_heads * config.kv_channels
         return _columns(prefix + spelling.attention_output, kind, (config.hidden_size, inner), spelling, tp, tp_rank)
-    return mlp_shard(module.removeprefix("mlp.linear_"), kind, prefix, config, tp, tp_rank)
+    if module == "mlp.router":
+        return uncut(f"{prefix}{spelling.router}.{kind}", (config.num_experts, config.hidden_size))
+    mlp, _, matrix = module.rpartition(".linear_")
+    expert = mlp.removeprefix("mlp.experts.local_experts.")
+    return mlp_shard(matrix, kind, prefix, config, tp, tp_rank, expert=int(expert) if expert != mlp else None)
 
 
-def mlp_shard(matrix: str, kind: str, prefix: str, config: ModelConfig, tp: int, tp_rank: int) -> Shard:
-    """Of the weight or bias of an MLP's first matrix, fc1, or its last, fc2."""
+def mlp_shard(matrix: str, kind: str, prefix: str, config: ModelConfig, tp: int, tp_rank: int, *, expert: int | None = None) -> Shard:
+    """Of the weight or bias of the first matrix, fc1, or the last, fc2, of an MLP: a layer's only one, or an expert."""
     spelling, inner = SPELLINGS[config.family], config.ffn_hidden_size
+    gate, up, down = spelling.gate, spelling.up, spelling.down
+    if expert is not None:
+        inner = config.moe_ffn_hidden_size
+        gate, up, down = (stem.format(expert) for stem in (spelling.expert_gate, spelling.expert_up, spelling.expert_down))
     if matrix == "fc2":
-        return _columns(prefix + spelling.down, kind, (config.hidden_size, inner), spelling, tp, tp_rank)
+        return _columns(prefix + down, kind, (config.hidden_size, inner), spelling, tp, tp_rank)
     start, stop = tp_rank * inner // tp, (tp_rank + 1) * inner // tp
     return Shard(tuple(_rows(prefix + stem, kind, (inner, config.hidden_size), start, stop, spelling)
-                       for stem in ((spelling.gate, spelling.up) if config.is_gated else (spelling.up,))))
+                       for stem in ((gate, up) if config.is_gated else (up,))))
 
 
 def _query_key_value(config: ModelConfig, tp: int, tp_rank: int) -> Iterator[tuple[str, int, int, int]]:

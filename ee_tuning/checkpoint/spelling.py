@@ -27,6 +27,11 @@ class Spelling:
     up: str = "mlp.up_proj"
     """The MLP's first matrix where it is not gated."""
     down: str = "mlp.down_proj"
+    router: str = "mlp.gate"
+    expert_gate: str = "mlp.experts.{}.gate_proj"
+    expert_up: str = "mlp.experts.{}.up_proj"
+    expert_down: str = "mlp.experts.{}.down_proj"
+    """With the expert's index."""
     is_transposed: bool = False
     """Whether the matrices of a layer are kept as [inputs, outputs]."""
 
@@ -41,4 +46,8 @@ SPELLINGS: dict[Family, Spelling] = {
         _LLAMA, embedding="transformer.wte", positions="transformer.wpe", final_norm="transformer.ln_f", layers="transformer.h",
         input_norm="ln_1", query="attn.c_attn", key="attn.c_attn", value="attn.c_attn", attention_output="attn.c_proj", mlp_norm="ln_2",
         up="mlp.c_fc", down="mlp.c_proj", is_transposed=True),
+    "mixtral": replace(
+        _LLAMA, router="block_sparse_moe.gate", expert_gate="block_sparse_moe.experts.{}.w1", expert_up="block_sparse_moe.experts.{}.w3",
+        expert_down="block_sparse_moe.experts.{}.w2"),
+    "qwen3_moe": _LLAMA,
 }

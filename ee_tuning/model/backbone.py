@@ -20,6 +20,7 @@ from ee_tuning.model.attention import CausalAttention, softmax_scale
 from ee_tuning.model.cast import cast_parameters
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.documents import PackedDocuments, rotations
+from ee_tuning.model.experts import dispatch_in_place, expert_fields
 from ee_tuning.model.norm import backbone_norm
 from ee_tuning.model.rope import rotary_angles
 from ee_tuning.parallel.topology import Topology
@@ -48,13 +49,14 @@ def _transformer_config(config: ModelConfig, topology: Topology, dtype: torch.dt
         tensor_model_parallel_size=topology.tp, params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16,
         perform_initialization=False, use_cpu_initialization=topology.device.type == "cpu",
         bias_activation_fusion=False, bias_dropout_fusion=False, masked_softmax_fusion=False, gradient_accumulation_fusion=False,
-        apply_rope_fusion=False, persist_layer_norm=False)
+        apply_rope_fusion=False, persist_layer_norm=False, **expert_fields(config))
 
 
-def layer_spec(config: ModelConfig) -> Any:
+def layer_spec(config: ModelConfig, number: int) -> Any:
     """Megatron's stock layer, with norms and a core attention of our own."""
     norm = backbone_norm(config)
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm" if config.norm == "rms" else None, qk_layernorm=config.has_qk_norm)
+    spec = get_gpt_layer_local_spec(num_experts=config.num_experts if config.has_experts(number) else None,
+                                    normalization="RMSNorm" if config.norm == "rms" else None, qk_layernorm=config.has_qk_norm)
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
     attention = spec.submodules.self_attention.submodules
     attention.core_attention = CausalAttention
@@ -65,7 +67,10 @@ def layer_spec(config: ModelConfig) -> Any:
 
 def build_layer(config: ModelConfig, topology: Topology, number: int, dtype: torch.dtype) -> Any:
     """A layer as the backbone's layer `number` (1-based) is built, its weights uninitialized."""
-    return build_module(layer_spec(config), config=transformer_config(config, topology, dtype), layer_number=number)
+    layer = build_module(layer_spec(config, number), config=transformer_config(config, topology, dtype), layer_number=number)
+    if config.has_experts(number):
+        dispatch_in_place(layer.mlp)
+    return layer.to(topology.device)  # Megatron-core makes routers on the CPU
 
 
 def apply_layer(layer: Any, hidden: Tensor, angles: Tensor, config: ModelConfig,  # [s, b, h], [positions, d]

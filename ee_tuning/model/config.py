@@ -45,6 +45,7 @@ class ModelConfig:
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
+    """Inner width of a layer's MLP; where every layer has experts, an expert's."""
     num_attention_heads: int
     num_query_groups: int
     """Key and value heads."""
@@ -70,11 +71,25 @@ class ModelConfig:
     """On queries, keys and values."""
     has_qk_norm: bool = False
     """Each head's query and key are normed before they are rotated."""
+    num_experts: int = 0
+    """MLPs of a layer, of which a router picks some for each token; 0 where a layer has one MLP."""
+    moe_router_topk: int = 0
+    """Experts that a token is given to."""
+    moe_ffn_hidden_size: int = 0
+    """Inner width of an expert."""
+    renormalizes_router: bool = True
+    """Whether the chosen experts' weights add up to 1; else they are their shares of a softmax over all experts."""
+    dense_layers: tuple[int, ...] = ()
+    """Layers (1-based) of a model with experts that have one MLP instead."""
     init_std: float = 0.02
     stored_dtype: str = "float32"
     """What the weights are stored in."""
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether `layer` (1-based) has experts."""
+        return self.num_experts > 0 and layer not in self.dense_layers
 
     def padded_vocab_size(self, tp: int) -> int:
         """The vocabulary rounded up so that every tensor-parallel rank has as many rows."""
@@ -85,10 +100,11 @@ class ModelConfig:
         if tp < 1 or num_stages < 1:
             raise InputError(f"tensor and pipeline_model_parallel_size must be at least 1, got {tp} and {num_stages}")
         for name, size in (("num_attention_heads", self.num_attention_heads), ("num_key_value_heads", self.num_query_groups),
-                           ("intermediate_size", self.ffn_hidden_size)):
+                           ("intermediate_size", self.ffn_hidden_size), ("moe_intermediate_size", self.moe_ffn_hidden_size)):
             if size % tp:
+                widths = (self.num_attention_heads, self.num_query_groups, self.ffn_hidden_size, self.moe_ffn_hidden_size)
                 raise InputError(f"tensor_model_parallel_size must divide the model's {name} = {size}, got {tp}; use a divisor of "
-                                 f"{math.gcd(self.num_attention_heads, self.num_query_groups, self.ffn_hidden_size)}")
+                                 f"{math.gcd(*widths)}")
         if num_stages > self.num_layers:
             raise InputError(f"pipeline_model_parallel_size must be at most the model's {self.num_layers} layers, got {num_stages}")
 
@@ -148,8 +164,8 @@ def _from_object(raw: dict[str, Any], path: Path) -> ModelConfig:
     eos = raw.get("eos_token_id")
     return ModelConfig(
         **family_fields(raw, path), num_layers=positive_number(raw, "num_hidden_layers", path), hidden_size=hidden,
-        ffn_hidden_size=positive_number(raw, "intermediate_size", path), num_attention_heads=heads,
-        num_query_groups=int(raw.get("num_key_value_heads") or heads), kv_channels=int(raw.get("head_dim") or hidden // heads),
+        num_attention_heads=heads, num_query_groups=int(raw.get("num_key_value_heads") or heads),
+        kv_channels=int(raw.get("head_dim") or hidden // heads),
         vocab_size=positive_number(raw, "vocab_size", path), max_position_embeddings=max_positions,
         norm_epsilon=float(raw.get("rms_norm_eps", 1e-6)), rope=_rope(raw, max_positions, path),
         ties_embeddings=bool(raw.get("tie_word_embeddings", False)), init_std=float(raw.get("initializer_range", 0.02)),

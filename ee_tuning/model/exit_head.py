@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,7 +18,8 @@ from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.documents import PackedDocuments
 from ee_tuning.model.exit_spec import ExitSpec
 from ee_tuning.model.norm import exit_norm
-from ee_tuning.parallel.topology import Group, Topology
+from ee_tuning.parallel.shard_sums import sum_over_shards
+from ee_tuning.parallel.topology import Topology
 
 # … any leading dimensions · h hidden · f/tp this rank's part of the MLP's inner width · v/tp its shard of the vocabulary
 
@@ -47,20 +47,6 @@ class ExitInput:
         return ExitInput(self.hidden[index], residual=chosen(self.residual), layer_output=chosen(self.layer_output))
 
 
-class _SumOverShards(torch.autograd.Function):
-    """Forward all-reduce, backward identity: the gradient of a sum that every rank holds."""
-
-    @staticmethod
-    def forward(ctx: object, partial: Tensor, group: Group) -> Tensor:
-        partial = partial.contiguous()
-        dist.all_reduce(partial, group=group)
-        return partial
-
-    @staticmethod
-    def backward(ctx: object, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
-
-
 class ExitMLP(nn.Module):
     """The family's MLP: W₂ (σ(gate x) · up x), or W₂ σ(W₁ x), each map with a bias where the family has one."""
 
@@ -82,7 +68,7 @@ class ExitMLP(nn.Module):
             inner = self.activation(self.fc1(x))
         if self.group is None:
             return self.fc2(inner)
-        out = _SumOverShards.apply(F.linear(inner, self.fc2.weight), self.group)
+        out = sum_over_shards(F.linear(inner, self.fc2.weight), self.group)
         return out if self.fc2.bias is None else out + self.fc2.bias
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from ee_tuning.errors import InputError
 
-Family = Literal["llama", "mistral", "qwen2", "qwen3", "gpt2"]
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "gpt2", "mixtral", "qwen3_moe"]
 
 _FIELDS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -15,6 +15,8 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "qwen2": {"has_qkv_bias": True},
     "qwen3": {"has_qk_norm": True},
     "gpt2": {"norm": "layer", "position": "learned", "is_gated": False, "has_linear_bias": True},
+    "mixtral": {},
+    "qwen3_moe": {"has_qk_norm": True},
 }
 """Fields of ModelConfig in which a family differs from Llama."""
 
@@ -23,6 +25,10 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
     "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
     "gpt2": {"tie_word_embeddings": True, "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new"},
+    "mixtral": {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "sliding_window": None, "num_local_experts": 8,
+                "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_key_value_heads": 4, "sliding_window": 4096, "num_local_experts": 128, "num_experts_per_tok": 8,
+                  "moe_intermediate_size": 768, "norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
 }
 """What transformers takes where config.json is silent, as far as it is not what it takes for Llama."""
 
@@ -31,16 +37,20 @@ _GPT2_NAMES = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_att
 
 _LLAMA_SHAPED: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (False, None), "hidden_act": ("silu", None), "partial_rotary_factor": (1, 1.0, None)}
+_NO_SHARED_EXPERTS: dict[str, tuple[Any, ...]] = dict.fromkeys(
+    ("num_shared_experts", "n_shared_experts", "shared_expert_intermediate_size"), (0, None))
 _ALLOWED: dict[str, dict[str, tuple[Any, ...]]] = {
     "llama": {**_LLAMA_SHAPED, "attention_bias": (False, None)},
     "mistral": _LLAMA_SHAPED,
     "qwen2": _LLAMA_SHAPED,
     "qwen3": {**_LLAMA_SHAPED, "attention_bias": (False, None)},
     "gpt2": {"scale_attn_weights": (True, None), "scale_attn_by_inverse_layer_idx": (False, None), "add_cross_attention": (False, None)},
+    "mixtral": {**_LLAMA_SHAPED, **_NO_SHARED_EXPERTS, "attention_bias": (False, None)},
+    "qwen3_moe": {**_LLAMA_SHAPED, **_NO_SHARED_EXPERTS, "attention_bias": (False, None)},
 }
 """Keys that change what a model computes, and the values that this project computes."""
 
-ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "relu": "relu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
+_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "relu": "relu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
                 "gelu_pytorch_tanh": "gelu_tanh"}
 
 
@@ -53,6 +63,11 @@ def in_llama_spelling(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     if not isinstance(family, str) or family not in _FIELDS:
         raise InputError(f"{path}: model_type must be one of {', '.join(_FIELDS)}, got {family}; other families are not supported yet")
     full = {**_DEFAULTS.get(family, {}), **raw}
+    if "num_local_experts" in full:  # older versions say num_experts for some families
+        full["num_local_experts"] = raw.get("num_experts", full["num_local_experts"])
+        if raw.get("num_local_experts", full["num_local_experts"]) != full["num_local_experts"]:
+            raise InputError(f"{path}: num_experts = {raw['num_experts']} and num_local_experts = {raw['num_local_experts']} must be the "
+                             "same; leave one of them out")
     for key, allowed in _ALLOWED[family].items():
         value = (full.get("rope_parameters") or {}).get(key, full.get(key))
         if value not in allowed:
@@ -68,14 +83,29 @@ def in_llama_spelling(raw: dict[str, Any], path: Path) -> dict[str, Any]:
 def family_fields(spelled: dict[str, Any], path: Path) -> dict[str, Any]:
     """The fields of ModelConfig that the family sets. Raises InputError where its activation is none of ours."""
     activation = spelled.get("hidden_act") or "silu"
-    if activation not in ACTIVATIONS:
-        raise InputError(f"{path}: the activation must be one of {', '.join(ACTIVATIONS)}, got {activation}")
-    return {"family": spelled["model_type"], "activation": ACTIVATIONS[activation], **_FIELDS[spelled["model_type"]]}
+    if activation not in _ACTIVATIONS:
+        raise InputError(f"{path}: the activation must be one of {', '.join(_ACTIVATIONS)}, got {activation}")
+    fields = {"family": spelled["model_type"], "activation": _ACTIVATIONS[activation], **_FIELDS[spelled["model_type"]]}
+    if "num_local_experts" in spelled:
+        return {**fields, **_expert_fields(spelled, path)}
+    return {**fields, "ffn_hidden_size": positive_number(spelled, "intermediate_size", path)}
 
 
-def fixed_fields(family: Family) -> dict[str, Any]:
-    """The fields of ModelConfig in which all models of the family differ from Llama, but for the family itself."""
-    return _FIELDS[family]
+def _expert_fields(spelled: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The router's noise while a model is trained, and the losses that balance experts, are no part of the model: nothing is trained here
+    that they would reach.
+    """
+    experts, topk = (positive_number(spelled, key, path) for key in ("num_local_experts", "num_experts_per_tok"))
+    width = positive_number(spelled, "moe_intermediate_size" if "moe_intermediate_size" in spelled else "intermediate_size", path)
+    renormalizes = bool(spelled.get("norm_topk_prob", True))
+    if topk > experts or (topk == 1 and renormalizes):
+        raise InputError(f"{path}: num_experts_per_tok must be at most num_experts = {experts}"
+                         f"{', and at least 2 where their weights are renormalized' if renormalizes else ''}, got {topk}")
+    num_layers, without = positive_number(spelled, "num_hidden_layers", path), spelled.get("mlp_only_layers") or []
+    step = positive_number({"decoder_sparse_step": 1, **spelled}, "decoder_sparse_step", path)
+    dense = tuple(layer for layer in range(1, num_layers + 1) if layer - 1 in without or layer % step)
+    return {"num_experts": experts, "moe_router_topk": topk, "moe_ffn_hidden_size": width, "renormalizes_router": renormalizes,
+            "dense_layers": dense, "ffn_hidden_size": positive_number(spelled, "intermediate_size", path) if dense else width}
 
 
 def positive_number(raw: dict[str, Any], key: str, path: Path) -> int:
@@ -89,7 +119,7 @@ def positive_number(raw: dict[str, Any], key: str, path: Path) -> int:
 def _refuse_active_window(full: dict[str, Any], path: Path) -> None:
     """A sliding window is harmless where no position lies behind it."""
     family, layer_types = full["model_type"], full.get("layer_types")
-    if family == "mistral":
+    if family in ("mistral", "mixtral"):
         slides = full["sliding_window"] is not None
     elif family in ("qwen2", "qwen3"):
         strange = set(layer_types or ()) - {"full_attention", "sliding_attention"}
@@ -98,7 +128,7 @@ def _refuse_active_window(full: dict[str, Any], path: Path) -> None:
         slides = ("sliding_attention" in layer_types if layer_types is not None else
                   bool(full.get("use_sliding_window")) and full["max_window_layers"] < positive_number(full, "num_hidden_layers", path))
     else:
-        slides = False
+        slides = family == "qwen3_moe" and bool(full.get("use_sliding_window"))
     positions = positive_number(full, "max_position_embeddings", path)
     if slides and (full["sliding_window"] is None or full["sliding_window"] < positions):
         raise InputError(f"{path}: sliding_window = {full['sliding_window']} is shorter than max_position_embeddings = {positions}, and "

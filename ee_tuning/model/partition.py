@@ -4,15 +4,17 @@ from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.exit_spec import ExitSpec
 
 
-def layer_cost(config: ModelConfig) -> float:
-    """Multiply-adds per token of one layer's forward pass, attention scores left out."""
+def layer_cost(config: ModelConfig, layer: int) -> float:
+    """Multiply-adds per token of the forward pass of `layer` (1-based), attention scores left out."""
     heads = config.kv_channels * (config.num_attention_heads + config.num_query_groups)
-    return config.hidden_size * (2 * heads + _mlp_matrices(config) * config.ffn_hidden_size)
+    inner = config.moe_router_topk * config.moe_ffn_hidden_size if config.has_experts(layer) else config.ffn_hidden_size
+    router = config.num_experts if config.has_experts(layer) else 0
+    return config.hidden_size * (2 * heads + _mlp_matrices(config) * inner + router)
 
 
 def exit_head_cost(config: ModelConfig, spec: ExitSpec) -> float:
     """Multiply-adds per token of one exit head's forward pass."""
-    before = {"mlp": _mlp_matrices(config) * config.hidden_size * config.ffn_hidden_size, "layer": layer_cost(config),
+    before = {"mlp": _mlp_matrices(config) * config.hidden_size * config.ffn_hidden_size, "layer": layer_cost(config, config.num_layers),
               "adapter": 2 * config.hidden_size * spec.adapter_rank}
     return before.get(spec.architecture, 0) + final_head_cost(config)
 
@@ -25,7 +27,7 @@ def final_head_cost(config: ModelConfig) -> float:
 def stage_costs(config: ModelConfig, num_layers: int, exits: tuple[ExitSpec, ...], *, trains_heads: bool,
                 has_final_head: bool) -> list[float]:
     """Cost of each of the first `num_layers` layers with what hangs on it. Training a head costs three forward passes of it."""
-    costs = [layer_cost(config)] * num_layers
+    costs = [layer_cost(config, layer) for layer in range(1, num_layers + 1)]
     for spec in exits:
         costs[spec.layer - 1] += (3 if trains_heads else 1) * exit_head_cost(config, spec)
     if has_final_head:

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from ee_tuning.model.activation import activation
 from ee_tuning.model.attention import softmax_scale
+from ee_tuning.model.column_major import column_major
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.exit_head import ExitHead, ExitInput, MLPHead
 from ee_tuning.model.ragged_attention import LayerCache, RaggedBatch, ragged_attention, rotate
+from ee_tuning.model.ragged_experts import RaggedExperts
 from ee_tuning.parallel.topology import Topology
 
 # t tokens of a ragged batch · h hidden · g key-value heads of this rank · n/g query heads of each · d width of a head
@@ -31,8 +33,12 @@ class RaggedLayer:
             self.input_norm_bias, self.mlp_norm_bias = layer.input_layernorm.bias, layer.pre_mlp_layernorm.bias
         self.qkv, self.qkv_bias = column_major(attention.linear_qkv.weight), attention.linear_qkv.bias
         self.proj, self.proj_bias = attention.linear_proj.weight, attention.linear_proj.bias
-        self.fc1, self.fc1_bias = column_major(mlp.linear_fc1.weight), mlp.linear_fc1.bias
-        self.fc2, self.fc2_bias = mlp.linear_fc2.weight, mlp.linear_fc2.bias
+        self.experts: RaggedExperts | None = None
+        if layer.is_moe_layer:
+            self.experts = RaggedExperts(mlp, config, topology)
+        else:
+            self.fc1, self.fc1_bias = column_major(mlp.linear_fc1.weight), mlp.linear_fc1.bias
+            self.fc2, self.fc2_bias = mlp.linear_fc2.weight, mlp.linear_fc2.bias
         self.activation, self.is_gated, self.is_rotated = activation(config), config.is_gated, config.position == "rope"
         self.epsilon, self.shape, self.head_shape = config.norm_epsilon, (config.hidden_size,), (config.kv_channels,)
         self.per_group = config.num_attention_heads // config.num_query_groups
@@ -62,6 +68,8 @@ class RaggedLayer:
             normed = F.layer_norm(residual, self.shape, self.mlp_norm, self.mlp_norm_bias, self.epsilon)
         else:
             normed = F.rms_norm(residual, self.shape, self.mlp_norm, self.epsilon)
+        if self.experts is not None:
+            return self.experts(normed, residual), ExitInput(normed, residual=residual)
         inner = F.linear(normed, self.fc1, self.fc1_bias)
         if self.is_gated:
             gate, up = inner.chunk(2, dim=-1)
@@ -107,13 +115,3 @@ class RaggedHead:
     def logits(self, inputs: ExitInput) -> Tensor:  # [r, v/tp]
         """Of the rows (`ExitInput.rows`) that are asked."""
         return self.head(inputs, F.linear)
-
-
-def column_major(weight: Tensor) -> Tensor:
-    """The same matrix [tall, wide], its columns laid one after the other, in place.
-
-    On a CPU a row of activations times a tall matrix reads it up to twice as fast so (benchmarks/decoding.py); wide ones gain nothing.
-    """
-    if weight.device.type == "cpu" and weight.is_contiguous():
-        weight.data = weight.data.t().contiguous().t()
-    return weight

@@ -1,4 +1,4 @@
-"""Each family is cut over tensor parallelism without a change: decoding, tuning, and the artifact that tuning writes."""
+"""Each family is cut over tensor parallelism, and one with experts over stages too, without a change: decoding, tuning, and the artifact that tuning writes."""
 from pathlib import Path
 from typing import Any
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from decoding import decode
 from exits import write_exits
-from random_models import FAMILIES, random_model
+from random_models import FAMILIES, WITH_EXPERTS, random_model
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -17,12 +17,13 @@ from ee_tuning.data.tokens import PackedSamples, Splits
 from ee_tuning.parallel.topology import init_parallel
 from ee_tuning.tuning.tuner import Tuner
 
+LAYOUTS = [*((family, 2, 1) for family in FAMILIES), *((family, tp, 2) for family in WITH_EXPERTS for tp in (1, 2))]
 Decoded = list[tuple[list[int], list[tuple[int, float]]]]
 
 
-def decode_at(model: str, exits: str, tp: int) -> Decoded:
+def decode_at(model: str, exits: str, tp: int, pp: int) -> Decoded:
     """Per prompt the tokens, and the exit layer and confidence of each."""
-    topology = init_parallel(ParallelSection(tensor_model_parallel_size=tp))
+    topology = init_parallel(ParallelSection(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp))
     loaded = load_for_generation(load_config(None, {"model.path": model, "exits.path": exits, "model.dtype": "float64"}), topology)
     answers = decode(loaded, [[5, 17, 80, 3, 9], [41]], 10, engine={"max_pending": 4}, threshold=0.5)
     return [(said.tokens, [(layer, round(c, 9)) for layer, c in zip(said.exit_layers, said.confidences, strict=True)]) for said in answers]
@@ -49,26 +50,31 @@ def job_of(model: Path, run: Path, architecture: str = "mlp", **tuning: Any) -> 
                        exits={"exit_layers": (2, 5), "architecture": architecture}, tuning={"run_folder": str(run), **settings, **tuning})
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_two_ranks_decode_what_one_decodes(world, tmp_path, family):
-    """A bias added once a rank, a norm's weight cut, a fused or transposed matrix cut along the wrong side."""
+@pytest.mark.parametrize(("family", "tp", "pp"), LAYOUTS)
+def test_more_ranks_decode_what_one_decodes(world, tmp_path, family, tp, pp):
+    """A bias added once a rank, a norm's weight cut, a fused or transposed matrix cut along the wrong side; an expert's part summed twice."""
     random_model(family, tmp_path / "model", confident=True)
-    exits = write_exits(tmp_path / "model", tmp_path / "exits", init="copy", architecture=["layer", "mlp"])
-    wanted = decode_at(str(tmp_path / "model"), str(exits), 1)
-    for answer in world.run(decode_at, str(tmp_path / "model"), str(exits), 2):
+    exits = write_exits(tmp_path / "model", tmp_path / "exits", init="copy",
+                        architecture=["layer", "norm" if family in WITH_EXPERTS else "mlp"])
+    wanted = decode_at(str(tmp_path / "model"), str(exits), 1, 1)
+    for answer in world.run(decode_at, str(tmp_path / "model"), str(exits), tp, pp):
         assert answer == wanted
 
 
-@pytest.mark.parametrize(("family", "architecture"), [
-    *((family, "mlp") for family in FAMILIES), ("gpt2", "embedding"), ("gpt2", "layer"), ("qwen2", "layer"), ("gpt2", "adapter")])
-def test_a_run_begun_by_one_rank_ends_by_two_as_it_does_by_one(world, tmp_path, family, architecture):
-    """A bias's gradient summed over ranks that have it alike; an artifact or a checkpoint with a matrix the wrong way round."""
+@pytest.mark.parametrize(("family", "architecture", "pp"), [
+    *((family, "mlp", 1) for family in FAMILIES if family not in WITH_EXPERTS), ("gpt2", "embedding", 1), ("gpt2", "layer", 1),
+    ("qwen2", "layer", 1), ("gpt2", "adapter", 1), ("mixtral", "norm", 2), ("mixtral", "layer", 1), ("qwen3_moe", "layer", 2)])
+def test_a_run_begun_by_one_rank_ends_by_more_as_it_does_by_one(world, tmp_path, family, architecture, pp):
+    """A bias's gradient summed over ranks that have it alike, a router's that is a rank's share; an artifact or a checkpoint with a matrix
+    the wrong way round.
+    """
     random_model(family, tmp_path / "model")
     straight, begun = (job_of(tmp_path / "model", tmp_path / run, architecture) for run in ("straight", "run"))
     tune(straight)
     tune(job.replace(begun, tuning={"train_iters": 2}))
     first = load_file(tmp_path / "run" / "exit_heads" / "exit_heads.safetensors")
-    world.run(tune, job.replace(begun, tuning={"resume": True}, parallel={"tensor_model_parallel_size": 2}))
+    layout = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": pp}
+    world.run(tune, job.replace(begun, tuning={"resume": True}, parallel=layout))
     wanted, got = (load_file(tmp_path / run / "exit_heads" / "exit_heads.safetensors") for run in ("straight", "run"))
     assert wanted.keys() == got.keys()
     for name, tensor in wanted.items():

@@ -5,11 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from decoding import decode
 from exits import write_exits
 from plain_decoder import PlainDecoder
-from random_models import FAMILIES, random_model
+from random_models import FAMILIES, WITH_EXPERTS, random_model
 
+from ee_tuning.checkpoint.inspect import model_facts
 from ee_tuning.checkpoint.load import load_for_generation
 from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.errors import InputError
@@ -24,16 +26,20 @@ VARIANTS = [
     ("qwen3", {"tie_word_embeddings": True, "num_key_value_heads": 4, "rms_norm_eps": 1e-3}),
     ("gpt2", {"tie_word_embeddings": False, "n_inner": None, "layer_norm_epsilon": 1e-3}),
     ("gpt2", {"activation_function": "gelu"}), ("gpt2", {"activation_function": "relu", "n_head": 1}),
+    ("mixtral", {"num_experts_per_tok": 2, "tie_word_embeddings": True, "rms_norm_eps": 1e-3}),
+    ("qwen3_moe", {"norm_topk_prob": True, "num_experts_per_tok": 3}), ("qwen3_moe", {"num_experts_per_tok": 1, "mlp_only_layers": None}),
+    ("qwen3_moe", {"decoder_sparse_step": 2, "mlp_only_layers": [3]}),
 ]
 
 
-def assert_same_logits(folder: Path, reference: torch.nn.Module) -> None:
+def assert_same_logits(folder: Path, reference: torch.nn.Module, dtype: str = "float32", tolerance: float = 1e-4) -> None:
     tokens = torch.randint(0, 100, (2, 128), generator=torch.Generator().manual_seed(1))
-    model = load_for_generation(load_config(None, {"model.path": str(folder)}), init_parallel(ParallelSection())).model
+    config = load_config(None, {"model.path": str(folder), "model.dtype": dtype})
+    model = load_for_generation(config, init_parallel(ParallelSection())).model
     with torch.no_grad():
         hidden, _ = model.run_layers(model.embed(tokens))
         logits = F.linear(model.final_hidden(hidden), model.backbone.output_layer.weight).transpose(0, 1)
-        torch.testing.assert_close(logits, reference(tokens).logits, rtol=0, atol=1e-4)
+        torch.testing.assert_close(logits, reference(tokens).logits, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize(("family", "changes"), VARIANTS)
@@ -42,13 +48,32 @@ def test_logits_equal_transformers(tmp_path, family, changes):
     assert_same_logits(tmp_path, random_model(family, tmp_path, **changes))
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", WITH_EXPERTS)
+def test_logits_of_experts_equal_transformers_in_float64(tmp_path, family):
+    """A router or a sum over experts that works in a type of its own. transformers takes norms and softmax in float32 even here."""
+    assert_same_logits(tmp_path, random_model(family, tmp_path).double(), "float64", 5e-5)
+
+
+@pytest.mark.parametrize("family", WITH_EXPERTS)
+def test_packed_experts_are_the_same_model(tmp_path, family):
+    """Halves of a pack taken for each other, an expert for its neighbour; exits that are refused on the other form."""
+    reference = random_model(family, tmp_path / "alone")
+    reference.save_pretrained(tmp_path / "packed", save_original_format=False, max_shard_size="60KB")
+    assert_same_logits(tmp_path / "packed", reference)
+    alone, packed = (model_facts(tmp_path / form) for form in ("alone", "packed"))
+    assert alone["fingerprint"] == packed["fingerprint"] and alone["parameters"] == packed["parameters"]
+    assert packed["parameters"]["all"] == sum(p.numel() for p in reference.parameters())
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe"])
 def test_old_spelling_is_read(tmp_path, family):
     """Folders written before transformers 5 say rope_theta and torch_dtype, and leave layer_types out."""
     reference = random_model(family, tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 5000.0})
     raw = json.loads((tmp_path / "config.json").read_text())
     raw.update(torch_dtype=raw.pop("dtype"), rope_theta=raw.pop("rope_parameters")["rope_theta"])
     raw.pop("layer_types", None)
+    if family == "qwen3_moe":
+        raw["num_experts"] = raw.pop("num_local_experts")
     (tmp_path / "config.json").write_text(json.dumps(raw))
     assert_same_logits(tmp_path, reference)
 
@@ -71,10 +96,12 @@ def test_published_gpt2_is_read(tmp_path):
 PROMPTS = [[5, 17, 80, 3, 9], [41], [7, 7, 7, 90, 12, 60, 33, 2, 51, 18, 64]]
 
 
-@pytest.mark.parametrize(("architecture", "init"), [  # drawn biases are 0
-    ("embedding", "copy"), ("norm", "random"), ("mlp", "random"), ("mlp", "copy"),
-    (["layer", "adapter"], "random"), (["adapter", "layer"], "copy")])
-@pytest.mark.parametrize("family", FAMILIES)
+HEADS = [("embedding", "copy"), ("norm", "random"), ("mlp", "random"), ("mlp", "copy"),  # drawn biases are 0
+         (["layer", "adapter"], "random"), (["adapter", "layer"], "copy")]
+
+
+@pytest.mark.parametrize(("family", "architecture", "init"), [
+    (family, *head) for family in FAMILIES for head in HEADS if head[0] != "mlp" or family not in WITH_EXPERTS])
 def test_decoding_equals_the_plain_decoder(tmp_path, family, architecture, init):
     """The lean layer of a decode step, or a head, that leaves out what this family has and Llama has not; positions off by one."""
     reference = random_model(family, tmp_path / "model", confident=True)
@@ -85,6 +112,30 @@ def test_decoding_equals_the_plain_decoder(tmp_path, family, architecture, init)
     got = [(said.tokens, said.exit_layers) for said in decode(loaded, PROMPTS, 16, engine={"max_pending": 5}, threshold=0.6)]
     assert len({layer for _, layers in got for layer in layers}) > 1, "the claim is empty where every token leaves at the same place"
     assert got == [plain.decode(prompt, 16, 0.6) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("family", WITH_EXPERTS)
+def test_a_threshold_above_one_gives_what_transformers_generates(tmp_path, family):
+    """A decode step that routes a token otherwise than a pass over the whole sequence does."""
+    reference = random_model(family, tmp_path / "model", confident=True).double()
+    exits = write_exits(tmp_path / "model", tmp_path / "exits", architecture="norm", init="copy")
+    config = load_config(None, {"model.path": str(tmp_path / "model"), "exits.path": str(exits), "model.dtype": "float64"})
+    loaded = load_for_generation(config, init_parallel(ParallelSection()))
+    got = [prompt + said.tokens for prompt, said in zip(PROMPTS, decode(loaded, PROMPTS, 20, threshold=1.1), strict=True)]
+    plain = transformers.GenerationConfig(max_new_tokens=20, do_sample=False)
+    wanted = [reference.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), generation_config=plain)[0].tolist()
+              for prompt in PROMPTS]
+    assert [tokens[:len(told)] for tokens, told in zip(got, wanted, strict=True)] == wanted
+    assert len({token for tokens in wanted for token in tokens}) > 20 and max(map(len, wanted)) > 20
+
+
+@pytest.mark.parametrize("family", WITH_EXPERTS)
+def test_mlp_heads_are_refused_on_experts(tmp_path, family):
+    """Heads that copy one MLP of a layer that has many."""
+    random_model(family, tmp_path / "model")
+    with pytest.raises(InputError, match=r"architecture must not be mlp .* experts, .* --architecture norm") as caught:
+        write_exits(tmp_path / "model", tmp_path / "exits", architecture="mlp", init="random")
+    assert "\n" not in str(caught.value) and not (tmp_path / "exits").exists()
 
 
 REFUSED = [
@@ -99,6 +150,13 @@ REFUSED = [
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse_layer_idx = True"]),
     ("gpt2", {"activation_function": "tanh"}, ["activation must be one of silu", "tanh"]),
     ("gpt2", {"n_embd": ...}, ["n_embd must be a positive whole number", "None"]),
+    ("mixtral", {"sliding_window": 64}, ["sliding_window = 64"]),
+    ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 64}, ["sliding_window = 64"]),
+    ("qwen3_moe", {"shared_expert_intermediate_size": 20}, ["shared_expert_intermediate_size = 20"]),
+    ("qwen3_moe", {"num_experts": 8}, ["num_experts = 8", "num_local_experts = 7", "must be the same"]),
+    ("qwen3_moe", {"num_experts_per_tok": 8}, ["num_experts_per_tok must be at most num_experts = 7", "got 8"]),
+    ("qwen3_moe", {"moe_intermediate_size": None}, ["moe_intermediate_size must be a positive whole number"]),
+    ("mixtral", {"num_experts_per_tok": 1}, ["num_experts_per_tok", "at least 2"]),
 ]
 
 

@@ -1,0 +1,53 @@
+"""Layers with experts: Megatron-core's own, where every tensor-parallel rank holds all tokens and a part of each expert."""
+import warnings
+from typing import Any
+
+from torch import Tensor
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of the fused libraries that are not installed
+    from megatron.core.transformer.moe import moe_utils
+    from megatron.core.transformer.moe.moe_layer import MoELayer, get_default_pg_collection
+    from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher
+
+from ee_tuning.model.config import ModelConfig
+from ee_tuning.parallel.shard_sums import shared_by_shards, sum_over_shards
+
+# t tokens · h hidden · e experts
+
+if not hasattr(moe_utils, "te_general_gemm"):  # it asks whether this is None, and without Transformer Engine forgets to say so
+    moe_utils.te_general_gemm = None
+
+
+def expert_fields(config: ModelConfig) -> dict[str, Any]:
+    """What Megatron's TransformerConfig says of the experts; nothing where there are none."""
+    if not config.num_experts:
+        return {}
+    return {"num_moe_experts": config.num_experts, "moe_router_topk": config.moe_router_topk,
+            "moe_ffn_hidden_size": config.moe_ffn_hidden_size,
+            # A softmax over the chosen experts' logits is a softmax over all, renormalized.
+            "moe_router_pre_softmax": not config.renormalizes_router, "moe_router_load_balancing_type": "none",
+            "moe_layer_freq": [int(config.has_experts(layer)) for layer in range(1, config.num_layers + 1)],
+            "moe_token_dispatcher_type": "allgather", "moe_grouped_gemm": False}
+
+
+def dispatch_in_place(mlp: MoELayer) -> None:
+    """Lets the tokens stay where they are. The stock dispatcher would gather them from every rank, though every rank has them all, and
+    compute each as many times.
+    """
+    mlp.eval()  # nothing here works otherwise while it is trained, and Megatron-core refuses to train it so
+    stock = mlp.token_dispatcher
+    if not mlp.config.sequence_parallel:
+        mlp.token_dispatcher = _TokensInPlace(stock.num_local_experts, stock.local_expert_indices, mlp.config, get_default_pg_collection())
+
+
+class _TokensInPlace(MoEAllGatherTokenDispatcher):
+    """Each rank computes its part of the chosen experts for every token; the parts are summed."""
+
+    def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:  # [t, h], [t, e]
+        """The same."""
+        return shared_by_shards(hidden_states, self.tp_group), shared_by_shards(probs, self.tp_group)
+
+    def token_combine(self, hidden_states: Tensor) -> Tensor:  # [t, h]
+        """The sum over the ranks."""
+        return sum_over_shards(hidden_states, self.tp_group)
