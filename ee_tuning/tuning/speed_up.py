@@ -1,4 +1,6 @@
 """How much faster decoding would be at a threshold, told by the shares of tokens that each exit is sure of."""
+from itertools import accumulate
+
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.exit_spec import ExitSpec
 from ee_tuning.model.partition import exit_head_cost, final_head_cost, layer_cost
@@ -16,11 +18,12 @@ def implied_speed_ups(record: Record, config: ModelConfig, exits: tuple[ExitSpec
 
 
 def _speed_up(shares: dict[str, float], config: ModelConfig, exits: tuple[ExitSpec, ...]) -> float:
-    full = config.num_layers * layer_cost(config) + final_head_cost(config)
+    passed = [0.0, *accumulate(layer_cost(config, layer) for layer in range(1, config.num_layers + 1))]  # by how many layers
+    full = passed[-1] + final_head_cost(config)
     cost = asked = left = 0.0
     for spec in sorted(exits, key=lambda each: each.layer):
         asked += exit_head_cost(config, spec)
         leaving = max(shares[str(spec.layer)] - left, 0.0)
-        cost += leaving * (spec.layer * layer_cost(config) + asked)
+        cost += leaving * (passed[spec.layer] + asked)
         left += leaving
     return full / (cost + (1 - left) * (full + asked))

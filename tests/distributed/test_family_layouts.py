@@ -1,4 +1,6 @@
-"""Each family is cut over tensor parallelism, and one with experts over stages too, without a change: decoding, tuning, and the artifact that tuning writes."""
+"""Each family is cut over tensor parallelism, one with experts over stages too, without a change: decoding, tuning, and the artifact that
+tuning writes.
+"""
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,9 @@ def job_of(model: Path, run: Path, architecture: str = "mlp", **tuning: Any) -> 
 
 @pytest.mark.parametrize(("family", "tp", "pp"), LAYOUTS)
 def test_more_ranks_decode_what_one_decodes(world, tmp_path, family, tp, pp):
-    """A bias added once a rank, a norm's weight cut, a fused or transposed matrix cut along the wrong side; an expert's part summed twice."""
+    """A bias added once a rank, a norm's weight cut, a fused or transposed matrix cut along the wrong side; an expert's part summed twice
+    over.
+    """
     random_model(family, tmp_path / "model", confident=True)
     exits = write_exits(tmp_path / "model", tmp_path / "exits", init="copy",
                         architecture=["layer", "norm" if family in WITH_EXPERTS else "mlp"])
