@@ -32,7 +32,8 @@ FLAGS: dict[str, dict[str, str]] = {
     "preprocess": {"--data": "data.paths", "--tokenizer": "data.tokenizer", "--text-key": "data.text_key",
                    "--chat-template": "data.chat_template", "--workers": "data.workers"},
     "tune": {
-        **_MODEL, **_EXITS, **_NEW_EXITS, "--data": "data.paths", "--tokenizer": "data.tokenizer", "--output": "tuning.run_folder",
+        **_MODEL, **_EXITS, **_NEW_EXITS, "--data": "data.paths", "--tokenizer": "data.tokenizer",
+        "--chat-template": "data.chat_template", "--output": "tuning.run_folder",
         "--train-iters": "tuning.train_iters", "--lr": "tuning.lr", "--seq-length": "tuning.seq_length",
         "--micro-batch-size": "tuning.micro_batch_size", "--global-batch-size": "tuning.global_batch_size", "--seed": "tuning.seed",
         "--loss": "tuning.loss", "--resume": "tuning.resume", **_PARALLEL},
@@ -48,6 +49,7 @@ FLAGS: dict[str, dict[str, str]] = {
 
 _NOT = "--no-"
 _METAVARS = {"model.path": "FOLDER", "model.config": "FILE", "exits.path": "FOLDER", "data.tokenizer": "FOLDER",
+             "data.chat_template": "FILE",
              "tuning.run_folder": "FOLDER", "data.paths": "PATH", "exits.profile_text": "FILE"}
 
 

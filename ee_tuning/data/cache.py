@@ -89,11 +89,13 @@ def _make_missing(entries: Sequence[Entry], folders: Sequence[Path], root: Path,
             root.mkdir(parents=True, exist_ok=True)
         with _locked(folder) as waits:
             yield from waits
-            if not folder.is_dir():
-                with written_aside(folder, None) as partial:
-                    yield from entry.make(partial, progress)
-        with suppress(OSError):  # whoever waits at it finds the folder
-            _lock_file(folder).unlink()
+            try:
+                if not folder.is_dir():
+                    with written_aside(folder, None) as partial:
+                        yield from entry.make(partial, progress)
+            finally:
+                with suppress(OSError):  # whoever waits at it looks for the folder first
+                    _lock_file(folder).unlink()
 
 
 @contextmanager
@@ -124,12 +126,12 @@ def _makes(root: Path, topology: Topology) -> bool:
     """Whether this rank makes what is missing: rank 0, and the first of each machine that does not see rank 0's disk."""
     hosts: list[str] = [""] * topology.world_size
     dist.all_gather_object(hosts, socket.gethostname(), group=topology.world_control)
-    probe, sees = root / f"probe-{secrets.token_hex(4)}", False
+    probe = root / topology.broadcast_object(f"probe-{secrets.token_hex(4)}")
     if topology.rank == 0:
         with suppress(OSError):  # told of where it hinders
             root.mkdir(parents=True, exist_ok=True)
             probe.touch()
-    probe = Path(topology.broadcast_object(str(probe)))
+    topology.barrier()
     sees = probe.exists()
     topology.barrier()
     if topology.rank == 0:

@@ -162,7 +162,8 @@ def _pack(corpora: Sequence[tuple[Corpus, list[TokenStream]]], data: DataSection
     packed: list[Samples] = []
     for corpus, streams in corpora:
         _check_size(corpus.name, streams, seq_length, key, what, share)
-        parts = [PackedSamples(each.ids, seq_length, each.counts, each.starts, rules) for each in streams]
+        parts = [PackedSamples(each.ids, seq_length, each.counts, each.starts if rules != DocumentRules() else None, rules)
+                 for each in streams]
         packed.append(parts[0] if len(parts) == 1 else Mixture(parts, None))
     weights = [corpus.weight for corpus, _ in corpora]
     return packed[0] if weights == [None] else Mixture(packed, [weight or 0.0 for weight in weights])

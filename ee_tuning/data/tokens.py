@@ -4,7 +4,7 @@ Sample i of a stream reads seq_length + 1 tokens from i · seq_length on: neighb
 first is a label exactly once.
 """
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -65,8 +65,8 @@ class PackedSamples:
     seq_length: int
     counts: NDArray[np.uint8] | None = None
     """[n]: 1 where a token counts as a label; None where all do."""
-    starts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(1, np.int64))
-    """[documents]: first token of each, in order."""
+    starts: NDArray[np.int64] | None = None
+    """[documents]: first token of each, in order; None where no rule asks for them."""
     rules: DocumentRules = DocumentRules()
 
     def __len__(self) -> int:
@@ -96,8 +96,9 @@ class PackedSamples:
     def _begins(self, first: int) -> NDArray[np.bool_]:
         """[s + 1]: where a document begins after the sample's first token."""
         begins = np.zeros(self.seq_length + 1, dtype=bool)
-        low, high = np.searchsorted(self.starts, (first, first + self.seq_length), side="right")
-        begins[self.starts[low: high] - first] = True
+        if self.starts is not None:
+            low, high = np.searchsorted(self.starts, (first, first + self.seq_length), side="right")
+            begins[self.starts[low: high] - first] = True
         return begins
 
 

@@ -3,6 +3,7 @@ import json
 import os
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -31,16 +32,16 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_byte_tokenizer(folder / "model")
     (folder / "template").write_text(TEMPLATE)
     chats = [[{"role": "user", "content": f"What is {n} times {n}?"}, {"role": "assistant", "content": f"It is {n * n}."}]
-             for n in range(30)]
+             for n in range(20)]
     (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
     (folder / "texts").mkdir()
-    for number in range(12):
+    for number in range(7):
         (folder / "texts" / f"{number}.txt").write_text(f"{number} is a number. " * (number + 1))
     return folder
 
 
 def data_job(corpora: Path, run: Path, cache: Path, *, tp: int = 1, pp: int = 1, **data: Any) -> Config:
-    config = configure(corpora / "model", run, tp=tp, pp=pp, save_interval=2, eval_iters=1000)
+    config = configure(corpora / "model", run, tp=tp, pp=pp, save_interval=2, eval_iters=1000, eval_interval=4)
     return job.replace(config, data={
         "paths": ("1", str(corpora / "texts"), "2", str(corpora / "chats.jsonl")), "chat_template": str(corpora / "template"),
         "valid_fraction": 0.3, "cache": str(cache), "reset_attention_mask": True, "reset_position_ids": True, "eod_mask_loss": True,
@@ -89,6 +90,22 @@ def test_a_blend_goes_on_under_other_replicas(world: World, corpora: Path, tmp_p
     other = job.replace(parts, tuning={"resume": True}, data={"paths": ("1", str(corpora / "texts"), "3", str(corpora / "chats.jsonl"))})
     with pytest.raises(InputError, match="must keep its blend"):
         tune(other)
+
+
+def tune_on_two_machines(config: Config, caches: list[str]) -> int:
+    """As `tune`, ranks 2 and 3 on a machine with a disk of its own."""
+    with mock.patch("socket.gethostname", return_value=f"machine {int(os.environ['RANK']) // 2}"):
+        return tune(job.replace(config, data={"cache": caches[int(os.environ["RANK"]) // 2]}))
+
+
+def test_each_machine_tokenizes_once(world: World, corpora: Path, tmp_path: Path) -> None:
+    """Ranks that wait for files on another machine's disk; or every rank of a machine that tokenizes."""
+    config = data_job(corpora, tmp_path / "run", tmp_path)
+    assert world.run(tune_on_two_machines, config, [str(tmp_path / "own"), str(tmp_path / "other")]) == [2, 0, 2, 0]
+    again = job.replace(config, tuning={"run_folder": str(tmp_path / "again")})
+    assert world.run(tune_on_two_machines, again, [str(tmp_path / "own")] * 2) == [0, 0, 0, 0]
+    third = job.replace(config, tuning={"run_folder": str(tmp_path / "third")})
+    assert world.run(tune_on_two_machines, third, [str(tmp_path / "shared")] * 2) == [2, 0, 0, 0]
 
 
 def refusal(config: Config) -> str:

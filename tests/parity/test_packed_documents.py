@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from exits import write_exits
+from plain_decoder import PlainDecoder
 from random_models import random_model
 
 from ee_tuning.checkpoint.load import load_for_generation
@@ -70,6 +71,25 @@ def test_a_layer_head_keeps_documents_apart_too(tmp_path: Path, family: str) -> 
     alone = [torch.cat([logits(part[None], None)[0] for part in row.split(lengths)]) for row, lengths in zip(tokens, LENGTHS, strict=True)]
     packed = logits(tokens, PackedDocuments.of(ids, positions, torch.device("cpu")))
     torch.testing.assert_close(packed, torch.stack(alone), rtol=0, atol=1e-4)
+
+
+def test_exits_see_their_own_document_alone(tmp_path: Path) -> None:
+    """A head with a layer of its own that attends across documents, at positions of the row."""
+    reference = random_model("llama", tmp_path / "model")
+    words = ["norm", "mlp", "layer", "adapter"]
+    exits = write_exits(tmp_path / "model", tmp_path / "exits", architecture=words, exit_layers=[1, 2, 3, 4])
+    model = load_for_generation(load_config(None, {"model.path": str(tmp_path / "model"), "exits.path": str(exits)}),
+                                init_parallel(ParallelSection())).model
+    plain = PlainDecoder(reference, exits, (1, 2, 3, 4), torch.float32)
+    tokens, ids, positions = rows()
+    documents = PackedDocuments.of(ids, positions, torch.device("cpu"))
+    _, inputs = model.run_layers(model.embed(tokens, documents), documents)
+    alone = [[plain.logits(part.tolist()) for part in row.split(lengths)] for row, lengths in zip(tokens, LENGTHS, strict=True)]
+    with torch.no_grad():
+        for layer in (1, 2, 3, 4):
+            got = model.exit_head(layer)(inputs[layer], F.linear).transpose(0, 1)
+            wanted = torch.stack([torch.cat([said[layer] for said in row]) for row in alone])
+            torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4)
 
 
 def test_where_documents_begin_is_told_to_the_kernel_row_by_row() -> None:

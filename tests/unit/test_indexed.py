@@ -108,10 +108,10 @@ def test_a_run_reads_what_megatron_wrote(tmp_path: Path, tokenizer: Path) -> Non
     documents = [[number] * (number + 3) for number in range(20)]
     for dtype in (np.int32, np.uint16, np.int64):
         prefix = write_with_megatron(tmp_path / dtype.__name__, documents, dtype)
-        train = load(tokenizer, paths=[prefix], valid_fraction=0.0).train
+        train = load(tokenizer, paths=[prefix], valid_fraction=0.0, eod_mask_loss=True).train
         assert isinstance(train, PackedSamples)
         assert train.stream.tolist() == [token for document in documents for token in document]
-        assert train.starts.tolist() == np.cumsum([0, *map(len, documents)])[:-1].tolist()
+        assert train.starts is not None and train.starts.tolist() == np.cumsum([0, *map(len, documents)])[:-1].tolist()
 
 
 def test_the_split_is_megatrons(tmp_path: Path, tokenizer: Path) -> None:
