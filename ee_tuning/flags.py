@@ -38,7 +38,7 @@ FLAGS: dict[str, dict[str, str]] = {
         "--micro-batch-size": "tuning.micro_batch_size", "--global-batch-size": "tuning.global_batch_size", "--seed": "tuning.seed",
         "--loss": "tuning.loss", "--resume": "tuning.resume", **_PARALLEL},
     "profile": {**_MODEL, "--text": "exits.profile_text", "--tokenizer": "data.tokenizer"},
-    "export": {**_MODEL, **_EXITS, **_HEADS, "--seed": "exits.seed"},
+    "export": {**_MODEL, **_EXITS, "--tokenizer": "data.tokenizer", **_HEADS, "--seed": "exits.seed"},
     "generate": {
         **_MODEL, **_EXITS, "--tokenizer": "data.tokenizer", "--policy": "generation.policy", "--threshold": "generation.threshold",
         "--exit-layer": "generation.exit_layer", "--max-new-tokens": "generation.max_new_tokens",

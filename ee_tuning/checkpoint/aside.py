@@ -35,11 +35,11 @@ def on_first_rank(topology: Topology | None, action: Callable[[], Result]) -> Re
     return value
 
 
-def gathered(items: list[str], topology: Topology | None) -> list[str]:
+def gathered(items: list[Result], topology: Topology | None) -> list[Result]:
     """Every rank's items, on every rank, and a barrier with it."""
     if topology is None:
         return items
-    parts: list[list[str]] = [[] for _ in range(topology.world_size)]
+    parts: list[list[Result]] = [[] for _ in range(topology.world_size)]
     dist.all_gather_object(parts, items, group=topology.world_control)
     return [item for part in parts for item in part]
 

@@ -1,143 +1,161 @@
-"""A merged Hugging Face folder: the model's own files as they are, its exits beside them, and one file that makes them leave early.
+"""A merged Hugging Face folder: the model as Hugging Face has it, its exits beside it, and one file that makes them leave early.
 
-transformers' stock class reads the folder as the plain model; with trust_remote_code=True it takes `modeling_early_exit.py`.
+transformers' stock class reads the folder as the plain model; with trust_remote_code=True it takes `modeling_early_exit.py`. A model in a
+Hugging Face folder keeps its files byte for byte; one in another format is written tensor by tensor, in Hugging Face's names.
 """
-import hashlib
 import json
 import os
 import shutil
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-from ee_tuning.checkpoint.aside import written_aside
-from ee_tuning.checkpoint.convert import model_name
-from ee_tuning.checkpoint.exit_heads import CONFIG, ExitHeadsConfig, ExitHeadsReader, check_bound_to
-from ee_tuning.checkpoint.fingerprint import fingerprint
-from ee_tuning.checkpoint.huggingface import HuggingFaceReader
+from ee_tuning.checkpoint.aside import gathered, on_first_rank, refusals_named, written_aside
+from ee_tuning.checkpoint.byte_progress import Advance, byte_progress
+from ee_tuning.checkpoint.exit_config import CONFIG, exit_config_tree
+from ee_tuning.checkpoint.exit_heads import ExitHeadsReader
+from ee_tuning.checkpoint.export_source import ExportSource, open_for_export
+from ee_tuning.checkpoint.hashed_file import HashedFile
+from ee_tuning.checkpoint.huggingface_files import FileToWrite, backbone_files, backbone_layout, copied_file
 from ee_tuning.checkpoint.manifest import MANIFEST, check_replaceable, write_manifest
 from ee_tuning.checkpoint.model_card import export_card
+from ee_tuning.checkpoint.non_finite import NonFinite, warn_non_finite
+from ee_tuning.checkpoint.shared_work import own_share
 from ee_tuning.config import Config
 from ee_tuning.errors import InputError
-from ee_tuning.model.config import read_model_config
+from ee_tuning.model.config import ModelConfig
+from ee_tuning.model.huggingface_config import HUGGINGFACE_CLASSES
+from ee_tuning.parallel.topology import Topology
 
 MODELLING = Path(__file__).parent / "exported" / "modeling_early_exit.py"
-_CLASS = f"{MODELLING.stem}.EarlyExitLlamaForCausalLM"
-_CHUNK = 16 << 20
+_TOLD = ("exit_layers", "architecture", "adapter_rank", "output", "init", "seed", "tuned", "origins", "model_fingerprint")
+"""Of exit_config.json, what config.json tells under `early_exit`."""
+_TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+                    "vocab.txt", "chat_template.json"}
 
 
-def export_huggingface(config: Config, output: Path, *, links: bool = False, overwrite: bool = False) -> None:
-    """Writes model.path with the exits of exits.path, where given, to `output`; without exits a plain copy.
+def export_huggingface(config: Config, output: Path, topology: Topology | None = None, *, links: bool = False,
+                       overwrite: bool = False) -> None:
+    """Writes model.path, in whichever format it is, with the exits of exits.path, where given, to `output`. All ranks call it, if there are
+    several, and share the files.
 
-    The backbone's shards are copied byte for byte, or with `links` linked (a hard link, or a relative symbolic one to another disk).
-    Raises InputError where model and exits do not belong together or `output` can not be written; then nothing is left behind.
+    `links`: a Hugging Face folder's shards are not copied but linked (a hard link, or a relative symbolic one to another disk). The
+    tokenizer's files come from data.tokenizer, or the model's own folder. Raises InputError where model and exits do not belong together
+    or `output` can not be written; then nothing is left behind.
     """
-    folder = Path(config.model.path)
-    model = read_model_config(folder)
-    check_replaceable(output, overwrite)
-    with HuggingFaceReader(folder) as reader:
-        reader.check_complete(model)
-        artifact = None
-        if config.exits.path is not None:
-            artifact = ExitHeadsReader(Path(config.exits.path), verifies=config.exits.verify)
-            check_bound_to(artifact, fingerprint(reader, model))
-            artifact.check_complete(model)
-            _check_heads(artifact.config)
-        weights = [folder / name for name in sorted(set(reader.files.values()))]
-    exit_files = [artifact.folder / name for name in sorted(set(artifact.files.values()))] if artifact else []
-    described = _described_config(folder, artifact.config if artifact else None, exit_files)
-    with written_aside(output, None) as partial, _progress(sum(path.stat().st_size for path in [*weights, *exit_files])) as bar:
-        _check_room(partial, output, exit_files if links else [*weights, *exit_files])
-        sums = {path.name: _placed(path, partial / path.name, output, links and path in weights, bar) for path in [*weights, *exit_files]}
-        for path in _companions(folder):
-            sums[path.name] = _placed(path, partial / path.name, output, False, None)
-        name = model_name(folder)
-        if artifact:
-            sums[MODELLING.name] = _placed(MODELLING, partial / MODELLING.name, output, False, None)
-        (partial / "README.md").write_text(export_card(name, described.get("early_exit")))
+    tokenizer = Path(config.data.tokenizer) if config.data.tokenizer else None
+    on_first_rank(topology, lambda: check_replaceable(output, overwrite))
+    rank, world = (0, 1) if topology is None else (topology.rank, topology.world_size)
+    with open_for_export(config, topology) as model:
+        if links and model.files is None:
+            raise InputError(f"--link links the weights of a Hugging Face folder, and {model.source.folder} is in another format, whose "
+                             "weights have to be written anew; leave --link out")
+        files = _files(model, links)
+        with written_aside(output, topology) as partial:
+            on_first_rank(topology, lambda: _check_room(partial, output, files))
+            own = own_share({file: file.num_bytes for file in files}, rank, world)
+            watch, sums = NonFinite(), {}
+            with byte_progress("writing the model", sum(file.num_bytes for file in own), is_shown=rank == 0) as advance:
+                for file in own:
+                    sums[file.name] = _written(file, partial, output, watch, advance)
+            done = gathered([(sums, watch.told())], topology)
+            on_first_rank(topology, lambda: _finish(model, partial, output, done, tokenizer))
+
+
+def _files(model: ExportSource, links: bool) -> list[FileToWrite]:
+    if model.files is None:
+        files = backbone_files(model.source, backbone_layout(model.source, model.model))
+    else:
+        files = [copied_file(model.files, name, is_linked=links) for name in sorted(set(model.files.files.values()))]
+    if model.artifact:
+        files += [copied_file(model.artifact, name) for name in _exit_files(model.artifact)]
+    return files
+
+
+def _exit_files(artifact: ExitHeadsReader) -> list[str]:
+    return sorted(set(artifact.files.values()))
+
+
+def _written(file: FileToWrite, partial: Path, output: Path, watch: NonFinite, advance: Advance) -> str:
+    """Writes a file, or links it, and returns its sha256."""
+    target = partial / file.name
+    if file.link_to is not None:
+        try:
+            os.link(file.link_to, target)
+        except OSError:  # another disk, or one without hard links
+            target.symlink_to(os.path.relpath(file.link_to, output.parent.resolve() / output.name))
+    with HashedFile(None if file.link_to is not None else target) as made:
+        for block in file.blocks(watch):
+            advance(made.write(block))
+    return made.sha256
+
+
+def _finish(model: ExportSource, partial: Path, output: Path, done: list[tuple[dict[str, str], list[str]]], tokenizer: Path | None) -> None:
+    sums: dict[str, str] = {}
+    for own, lines in done:
+        sums |= own
+        warn_non_finite(model.source.folder, lines)
+    with refusals_named(output):
+        for path in _companions(model, tokenizer):
+            shutil.copyfile(path, partial / path.name)
+        if model.files is None and (index := backbone_layout(model.source, model.model).index()):
+            (partial / index[0]).write_text(index[1])
+        described = _described_config(model)
+        if model.artifact:
+            shutil.copyfile(MODELLING, partial / MODELLING.name)
+        (partial / "README.md").write_text(export_card(model.name, described.get("early_exit")))
         # Last but for the manifest: what a killed export leaves has no config.json, and loads nowhere.
-        if described == json.loads((folder / "config.json").read_text()):
-            _placed(folder / "config.json", partial / "config.json", output, False, None)
+        if model.files is not None and described == model.description:
+            shutil.copyfile(model.source.folder / "config.json", partial / "config.json")
         else:
             (partial / "config.json").write_text(json.dumps(described, indent=2) + "\n")
         write_manifest(partial, sums)
 
 
-def _check_heads(exits: ExitHeadsConfig) -> None:
-    """Raises InputError where the modelling file has no such heads."""
-    for layer, architecture in zip(exits.exit_layers, exits.architecture, strict=True):
-        if architecture in ("layer", "adapter"):
-            raise InputError(f"--format hf writes embedding, norm and mlp heads, got {architecture} after layer {layer}; "
-                             "leave that exit out (export --format artifact --drop)")
-
-
-def _described_config(folder: Path, exits: ExitHeadsConfig | None, files: list[Path]) -> dict[str, Any]:
+def _described_config(model: ExportSource) -> dict[str, Any]:
     """config.json, with what the modelling file needs to know; without exits, without what an earlier export put in."""
-    raw: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    others = {key: value for key, value in raw.get("auto_map", {}).items() if value != _CLASS}
+    raw = model.description
+    others = {key: value for key, value in raw.get("auto_map", {}).items() if not value.startswith(f"{MODELLING.stem}.")}
     plain = {key: value for key, value in raw.items() if key not in ("early_exit", "auto_map")}
-    if exits is None:
+    if model.artifact is None:
         return {**plain, "auto_map": others} if others else plain
-    tree = json.loads((files[0].parent / CONFIG).read_text())
-    told = {key: tree[key] for key in ("exit_layers", "architecture", "output", "init", "seed", "tuned", "origins", "model_fingerprint")
-            if key in tree}
-    return {**plain, "auto_map": {**others, "AutoModelForCausalLM": _CLASS}, "early_exit": {**told, "files": [path.name for path in files]}}
+    tree = exit_config_tree(model.artifact.config)
+    told = {**{key: tree[key] for key in _TOLD if key in tree}, "files": _exit_files(model.artifact)}
+    own_class = f"{MODELLING.stem}.{early_exit_class(model.model)}"
+    return {**plain, "auto_map": {**others, "AutoModelForCausalLM": own_class}, "early_exit": told}
 
 
-def _companions(folder: Path) -> list[Path]:
-    """What belongs to the model besides weights and config.json: tokenizer, generation defaults, licence."""
-    def belongs(name: str) -> bool:
-        if name in (MANIFEST, "config.json", CONFIG) or name.endswith(".index.json"):
-            return False
-        return Path(name).suffix in (".json", ".txt", ".model", ".jinja", ".tiktoken") or name.upper().startswith(
-            ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY"))
-    return [path for path in sorted(folder.iterdir()) if path.is_file() and belongs(path.name)] + sorted(
-        folder.glob("model.safetensors.index.json") if not (folder / "model.safetensors").exists() else [])
+def early_exit_class(model: ModelConfig) -> str:
+    """The class of the modelling file that the model is loaded as."""
+    return f"EarlyExit{HUGGINGFACE_CLASSES[model.family]}"
 
 
-def _placed(source: Path, target: Path, output: Path, links: bool, bar: "_Bar | None") -> str:
-    """Copies a file, or links it, and returns its sha256."""
-    digest = hashlib.sha256()
-    real = source.resolve()
-    if links:
-        try:
-            os.link(real, target)
-        except OSError:  # another disk, or one without hard links
-            target.symlink_to(os.path.relpath(real, output.parent.resolve() / output.name))
-    with source.open("rb") as given, open(os.devnull if links else target, "wb") as made:
-        while chunk := given.read(_CHUNK):
-            made.write(chunk)
-            digest.update(chunk)
-            if bar is not None:
-                bar.advance(len(chunk))
-        if not links:
-            made.flush()
-            os.fsync(made.fileno())
-    return digest.hexdigest()
+def _companions(model: ExportSource, tokenizer: Path | None) -> list[Path]:
+    """What belongs to the model besides weights and config.json: tokenizer, generation defaults, licence; the index of copied shards."""
+    folder = model.source.folder
+    found = {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and _belongs(path.name)} if model.files else {}
+    if model.files and not (folder / "model.safetensors").exists():
+        found |= {path.name: path for path in folder.glob("model.safetensors.index.json")}
+    if tokenizer is not None:
+        own = {path.name: path for path in sorted(tokenizer.iterdir()) if path.is_file() and is_tokenizer_file(path.name)}
+        if not own:
+            raise InputError(f"--tokenizer must be a folder with a tokenizer's files, and {tokenizer} holds none of them")
+        found = {name: path for name, path in found.items() if not is_tokenizer_file(name)} | own
+    return list(found.values())
 
 
-def _check_room(partial: Path, output: Path, files: list[Path]) -> None:
-    needed, free = sum(path.stat().st_size for path in files), shutil.disk_usage(partial).free
+def is_tokenizer_file(name: str) -> bool:
+    """Whether a file of that name belongs to a tokenizer as transformers saves it."""
+    return name in _TOKENIZER_FILES or Path(name).suffix in (".model", ".jinja", ".tiktoken")
+
+
+def _belongs(name: str) -> bool:
+    if name in (MANIFEST, "config.json", CONFIG) or name.endswith(".index.json"):
+        return False
+    return Path(name).suffix in (".json", ".txt", ".model", ".jinja", ".tiktoken") or name.upper().startswith(
+        ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY"))
+
+
+def _check_room(partial: Path, output: Path, files: list[FileToWrite]) -> None:
+    needed, free = sum(file.num_bytes for file in files if file.link_to is None), shutil.disk_usage(partial).free
     if free < needed:
         raise InputError(f"{output} takes {needed:,} bytes, and {free:,} are free there; make room, choose another folder, or give --link")
-
-
-class _Bar:
-    def __init__(self, progress: Progress, total: int):
-        self._progress, self._task = progress, progress.add_task("writing the model", total=total)
-
-    def advance(self, num_bytes: int) -> None:
-        """So many bytes are done."""
-        self._progress.advance(self._task, num_bytes)
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[_Bar]:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
-        yield _Bar(progress, total)

@@ -3,6 +3,7 @@
 Hugging Face folders, Megatron-core's distributed checkpoints, legacy Megatron's `mp_rank_XX` folders; a Megatron run's folder, of which the
 latest iteration is taken; a name on the Hugging Face hub.
 """
+import json
 import re
 from pathlib import Path
 from types import TracebackType
@@ -61,6 +62,7 @@ def open_model(model: ModelSection) -> OpenModel:
     folder = model_folder(model.path)
     shape = Path(model.config) if model.config else None
     if (folder / METADATA).is_file():
+        shape = shape or describing_file(folder, None)
         common = folder / _COMMON
         saved = saved_arguments(Archive(common, map_file(common), is_trusted=model.trust_pickle).content) if common.is_file() else None
         config = read_megatron_config(saved, shape, common)
@@ -93,6 +95,18 @@ def check_model(source: BackboneSource, config: ModelConfig, topology: Topology 
 def has_weights(folder: Path) -> bool:
     """Whether the folder of a model (`model_folder`) holds more than its config.json."""
     return (folder / METADATA).is_file() or is_legacy(folder) or any(folder.glob("model*.safetensors*"))
+
+
+def describing_file(folder: Path, shape: str | None) -> Path | None:
+    """The Hugging Face config.json that describes the model in `folder`: `shape` (model.config) where it is one, or the folder's own, which
+    this project's Megatron exports have too. None where there is none.
+    """
+    path = Path(shape) if shape else folder / "config.json"
+    try:
+        tree = json.loads(path.read_text()) if path.suffix == ".json" else None
+    except (OSError, ValueError):
+        return None
+    return path if isinstance(tree, dict) and "model_type" in tree else None
 
 
 def model_folder(path: str, *, needs_weights: bool = True) -> Path:

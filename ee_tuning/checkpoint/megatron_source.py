@@ -24,11 +24,9 @@ _FUSED_NORMS = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_", "pr
 
 @dataclass(frozen=True)
 class Stretch:
-    """Rows (`dim` 0) or columns (`dim` 1) `start`..`stop` of a Hugging Face tensor: in rank `rank`'s `parameter` from row `row` on."""
+    """A piece of a Hugging Face tensor: in rank `rank`'s `parameter`, from row `row` on where it lies along the parameter's rows."""
 
-    dim: int
-    start: int
-    stop: int
+    piece: Piece
     parameter: str
     rank: int
     row: int
@@ -114,29 +112,33 @@ class MegatronSource(ABC):
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """[stop - start, …]: these rows, as stored."""
-        parts = self._parts(name)
-        if parts[0].dim == 1:
-            return torch.cat([self.read(p.parameter, p.rank, slice(start, stop), None) for p in parts], dim=1)
-        found = []
-        for part in parts:
-            first, last = max(start, part.start), min(stop, part.stop)
-            if first < last:
-                shift = part.row - part.start
-                found.append(self.read(part.parameter, part.rank, slice(first + shift, last + shift), None))
-        return torch.cat(found) if found else torch.empty(0, *self.shape(name)[1:], dtype=self.dtype(name))
+        shape = self.shape(name)
+        return self._rectangle(name, slice(start, stop), slice(0, shape[1]) if len(shape) > 1 else None)
 
     def columns(self, name: str, start: int, stop: int) -> Tensor:
         """[n, stop - start]: these columns, as stored."""
-        found, parts = [], self._parts(name)
-        for part in parts:
-            if part.dim == 0:
-                found.append(self.read(part.parameter, part.rank, slice(part.row, part.row + part.stop - part.start), slice(start, stop)))
+        return self._rectangle(name, slice(0, self.shape(name)[0]), slice(start, stop))
+
+    def _rectangle(self, name: str, rows: slice, columns: slice | None) -> Tensor:
+        found, stretches = [], self._parts(name)
+        for stretch in stretches:
+            piece = stretch.piece
+            wanted, across = (rows, columns) if piece.dim == 0 else (columns, rows)
+            assert wanted is not None
+            first, last = max(wanted.start, piece.start), min(wanted.stop, piece.stop)
+            if first >= last:
                 continue
-            first, last = max(start, part.start), min(stop, part.stop)
-            if first < last:
-                rows = slice(0, self.shape(name)[0])
-                found.append(self.read(part.parameter, part.rank, rows, slice(first - part.start, last - part.start)))
-        return torch.cat(found, dim=parts[0].dim)
+            shift = (stretch.row if piece.cut_dim == 0 else 0) - piece.start
+            along = slice(first + shift, last + shift)
+            if piece.cut_dim == 0:
+                part = self.read(stretch.parameter, stretch.rank, along, across)
+            else:
+                assert across is not None
+                part = self.read(stretch.parameter, stretch.rank, across, along)
+            found.append(part.t() if piece.is_transposed else part)
+        if not found:
+            return torch.empty([part.stop - part.start for part in (rows, columns) if part is not None], dtype=self.dtype(name))
+        return torch.cat(found, dim=stretches[0].piece.dim) if len(found) > 1 else found[0].contiguous()
 
     def _parts(self, name: str) -> list[Stretch]:
         if self._stretches is None:
@@ -156,12 +158,12 @@ class MegatronSource(ABC):
                 row = 0
                 for piece in pieces:
                     place = (piece.name, piece.dim, piece.start)
-                    if place not in seen and piece.start < piece.stop:  # every rank holds what is replicated: the first one's is read
-                        plan.setdefault(piece.name, []).append(Stretch(piece.dim, piece.start, piece.stop, parameter, rank, row))
+                    if place not in seen and piece.size:  # every rank holds what is replicated: the first one's is read
+                        plan.setdefault(piece.name, []).append(Stretch(piece, parameter, rank, row))
                         seen.add(place)
-                    row += piece.stop - piece.start
+                    row += piece.size
         for stretches in plan.values():
-            stretches.sort(key=lambda stretch: stretch.start)
+            stretches.sort(key=lambda stretch: stretch.piece.start)
         return plan
 
     def _pieces(self, parameter: str) -> list[tuple[Piece, ...]]:

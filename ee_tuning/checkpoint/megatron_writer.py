@@ -6,128 +6,132 @@ the number of writing processes leaves no trace.
 import argparse
 import json
 import shutil
-import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # of optional libraries that are not installed
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
-
-from ee_tuning.checkpoint.aside import on_first_rank, refusals_named, written_aside
-from ee_tuning.checkpoint.exit_heads import CONFIG, ExitHeadsReader, check_bound_to
-from ee_tuning.checkpoint.fingerprint import fingerprint
-from ee_tuning.checkpoint.huggingface import HuggingFaceReader, read_backbone_tensor
+from ee_tuning.checkpoint.aside import gathered, on_first_rank, refusals_named, written_aside
+from ee_tuning.checkpoint.byte_progress import byte_progress
+from ee_tuning.checkpoint.distcp_writer import Chunk, DistcpWriter, Written, write_metadata
+from ee_tuning.checkpoint.exit_config import CONFIG, exit_config_tree
+from ee_tuning.checkpoint.exit_heads import ExitHeadsReader
+from ee_tuning.checkpoint.export_source import ExportSource, open_for_export
 from ee_tuning.checkpoint.manifest import check_replaceable, write_manifest
-from ee_tuning.checkpoint.names import backbone_parameter_names, embedding_name
+from ee_tuning.checkpoint.megatron_source import norm_alias
+from ee_tuning.checkpoint.names import Shape, backbone_parameter_names, backbone_shard
+from ee_tuning.checkpoint.non_finite import NonFinite, warn, warn_non_finite
+from ee_tuning.checkpoint.safetensors_reader import TensorSource
+from ee_tuning.checkpoint.shared_work import own_share
+from ee_tuning.checkpoint.tensor_blocks import parameter_blocks, parameter_dtype, tensor_blocks
 from ee_tuning.config import Config
-from ee_tuning.model.config import ModelConfig, read_model_config
-from ee_tuning.parallel.topology import Topology, init_parallel, leave_parallel
+from ee_tuning.errors import InputError
+from ee_tuning.model.config import ModelConfig
+from ee_tuning.model.megatron_args import megatron_arguments, untold_by_megatron
+from ee_tuning.parallel.topology import Topology
 
 _LAYERS = "decoder.layers."
-# A stock layer, of either spec, saves its norms as parts of the linear layers that Transformer Engine fuses them into.
-_SAVED_AS = {"input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-             "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight"}
 _EXTRA_STATES = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 
 
-def export_megatron(config: Config, output: Path, *, overwrite: bool = False) -> None:
-    """Writes model.path, with the exits of exits.path where given, to `output`: `.metadata`, `*.distcp`, `common.pt` with the arguments
-    Megatron-LM asks for, config.json, and exit_config.json.
+def write_megatron(config: Config, output: Path, topology: Topology | None = None, *, overwrite: bool = False) -> None:
+    """Writes model.path, in whichever format it is, with the exits of exits.path, where given, to `output`: `.metadata`, `*.distcp`,
+    `common.pt` with the arguments Megatron-LM asks for, config.json, and exit_config.json. All ranks, if there are several, call it and
+    share the tensors.
 
-    Under a launcher the processes share the tensors. Raises InputError where model and exits do not belong together or `output` can not be
-    written; then nothing is left behind.
+    Raises InputError where model and exits do not belong together or `output` can not be written; then nothing is left behind.
     """
-    read_model_config(Path(config.model.path))  # before the processes meet, so that a wrong word is answered at once
-    topology = init_parallel(config.parallel)
-    write_megatron(config, output, topology, overwrite=overwrite)
-    leave_parallel()
-
-
-def write_megatron(config: Config, output: Path, topology: Topology, *, overwrite: bool = False) -> None:
-    """As `export_megatron`, within a world that exists; all ranks call it."""
-    folder = Path(config.model.path)
-    model = read_model_config(folder)
     on_first_rank(topology, lambda: check_replaceable(output, overwrite))
-    with HuggingFaceReader(folder) as reader:
-        on_first_rank(topology, lambda: reader.check_complete(model))
-        artifact = None
-        if config.exits.path is not None:
-            artifact = ExitHeadsReader(Path(config.exits.path), topology, verifies=config.exits.verify)
-            check_bound_to(artifact, on_first_rank(topology, lambda: fingerprint(reader, model)))
-            artifact.check_complete(model)
-        with written_aside(output, topology) as partial:
-            state = _share(_backbone(reader, model) + (_exits(artifact) if artifact else []), topology)
-            dist_checkpointing.save({**state, "args": _arguments(model), "checkpoint_version": 3.0, "iteration": 0}, str(partial))
-            topology.barrier()
-            on_first_rank(topology, lambda: _finish(partial, output, folder, artifact))
+    rank, world = (0, 1) if topology is None else (topology.rank, topology.world_size)
+    with open_for_export(config, topology) as model, written_aside(output, topology) as aside:
+        tensors = [*_backbone(model.source, model.model), *(_exits(model.artifact) if model.artifact else ())]
+        on_first_rank(topology, lambda: _check_room(aside, output, sum(each.num_bytes for each in tensors)))
+        own = own_share({each: each.num_bytes for each in tensors}, rank, world)
+        watch, total = NonFinite(), sum(each.num_bytes for each in own)
+        with byte_progress("writing the model", total, is_shown=rank == 0) as advance, DistcpWriter(aside, rank, advance) as writer:
+            if rank == 0:
+                _add_extra_states(writer, model.model)
+            for each in own:
+                writer.add_tensor(each.chunk, watch.watched(each.name, each.blocks()))
+        reports = gathered([_Report(writer.written, writer.sums, watch.told())], topology)
+        on_first_rank(topology, lambda: _finish(model, aside, output, reports))
 
 
+@dataclass(frozen=True)
+class _Report:
+    """What a process did."""
+
+    written: list[Written]
+    sums: dict[str, str]
+    warnings: list[str]
+
+
+@dataclass(frozen=True, eq=False)
 class _Tensor:
-    """A tensor of the checkpoint that some rank will read and write."""
+    """A tensor of the checkpoint that some process will read and write."""
 
-    def __init__(self, key: str, read: Any, layer: int | None = None, num_layers: int = 1):
-        self.key, self.read, self.layer, self.num_layers = key, read, layer, num_layers
+    chunk: Chunk
+    name: str
+    """For people."""
+    blocks: Callable[[], Iterator[Tensor]]
 
-    def sharded(self) -> ShardedTensor:
-        """Read now, whole; of a layer, as one of `num_layers` along a new first axis."""
-        data = self.read().contiguous()
-        if self.layer is None:
-            return ShardedTensor.from_rank_offsets(self.key, data)
-        return ShardedTensor.from_rank_offsets(self.key, data, (0, self.layer, self.num_layers), prepend_axis_num=1)
+    @property
+    def num_bytes(self) -> int:
+        """Of its data."""
+        return torch.Size(self.chunk.sizes).numel() * self.chunk.dtype.itemsize
 
 
-def _backbone(reader: HuggingFaceReader, model: ModelConfig) -> list[_Tensor]:
-    tensors = []
+def _backbone(source: TensorSource, model: ModelConfig) -> Iterator[_Tensor]:
+    """A layer's parameter is one of `num_layers` along a new first axis, as stock Megatron-core stacks them. A stock layer, of either spec,
+    saves its norms as parts of the linear maps that Transformer Engine fuses them into. A tied model saves the word embedding alone.
+    """
     for parameter in backbone_parameter_names(model):
         if parameter == "output_layer.weight" and model.ties_embeddings:
-            continue  # a tied model saves the word embedding alone
-        def read(parameter: str = parameter) -> torch.Tensor:
-            return read_backbone_tensor(reader, model, parameter, 1, 0, reader.dtype(embedding_name(model)))
-        if not parameter.startswith(_LAYERS):
-            tensors.append(_Tensor(parameter, read))
             continue
-        layer, _, name = parameter.removeprefix(_LAYERS).partition(".")
-        tensors.append(_Tensor(_LAYERS + _SAVED_AS.get(name, name), read, int(layer), model.num_layers))
-    return tensors
+        shard = backbone_shard(parameter, model, 1, 0)
+        dtype = parameter_dtype(source, shard)
+        key, shape, offsets, sizes = parameter, shard.shape, (0,) * len(shard.shape), shard.shape
+        if parameter.startswith(_LAYERS):
+            layer, _, name = parameter.removeprefix(_LAYERS).partition(".")
+            key = norm_alias(f"{_LAYERS}{name}")
+            shape, offsets, sizes = (model.num_layers, *shape), (int(layer), *offsets), (1, *shape)
+        yield _Tensor(Chunk(key, dtype, shape, offsets, sizes), parameter, partial(parameter_blocks, source, shard, dtype))
 
 
-def _exits(artifact: ExitHeadsReader) -> list[_Tensor]:
-    return [_Tensor(name, lambda name=name: artifact.full(name)) for name in artifact.names()]
+def _exits(artifact: ExitHeadsReader) -> Iterator[_Tensor]:
+    for name in artifact.names():
+        shape: Shape = artifact.shape(name)
+        yield _Tensor(Chunk(name, artifact.dtype(name), shape, (0,) * len(shape), shape), name,
+                      partial(tensor_blocks, artifact, name))
 
 
-def _share(tensors: list[_Tensor], topology: Topology) -> dict[str, ShardedTensor | ShardedObject]:
-    """This rank's part of the checkpoint; Transformer Engine's empty extra states, which stock layers ask for, come from rank 0."""
-    state: dict[str, ShardedTensor | ShardedObject] = {}
-    for each in tensors[topology.rank::topology.world_size]:
-        state[f"{each.key}@{each.layer}"] = each.sharded()
-    if topology.rank == 0:
-        for layer, num_layers in sorted({(each.layer, each.num_layers) for each in tensors if each.layer is not None}):
-            for name in _EXTRA_STATES:
-                key = f"{_LAYERS}{name}._extra_state"
-                state[f"{key}@{layer}"] = ShardedObject(key, None, (num_layers,), (layer,))
-    return state
+def _add_extra_states(writer: DistcpWriter, model: ModelConfig) -> None:
+    """Transformer Engine's states, which stock layers ask for: empty."""
+    for layer in range(model.num_layers):
+        for name in _EXTRA_STATES:
+            writer.add_object(f"{_LAYERS}{name}._extra_state/shard_{layer}_{model.num_layers}", [None])
 
 
-def _arguments(model: ModelConfig) -> argparse.Namespace:
-    """The model's shape in the words of Megatron-LM's command line, as its own checkpoints carry it."""
-    return argparse.Namespace(
-        num_layers=model.num_layers, hidden_size=model.hidden_size, ffn_hidden_size=model.ffn_hidden_size,
-        num_attention_heads=model.num_attention_heads, group_query_attention=True, num_query_groups=model.num_query_groups,
-        kv_channels=model.kv_channels, max_position_embeddings=model.max_position_embeddings, seq_length=model.max_position_embeddings,
-        norm_epsilon=model.norm_epsilon, normalization="RMSNorm", swiglu=True, add_bias_linear=False, add_qkv_bias=False,
-        untie_embeddings_and_output_weights=not model.ties_embeddings, position_embedding_type="rope", rotary_base=int(model.rope.theta),
-        rotary_percent=1.0, use_rope_scaling=model.rope.kind == "llama3", rope_scaling_factor=model.rope.factor,
-        vocab_size=model.vocab_size, padded_vocab_size=model.vocab_size)
+def _check_room(aside: Path, output: Path, needed: int) -> None:
+    if (free := shutil.disk_usage(aside).free) < needed:
+        raise InputError(f"{output} takes {needed:,} bytes, and {free:,} are free there; make room, or choose another folder")
 
 
-def _finish(partial: Path, output: Path, folder: Path, artifact: ExitHeadsReader | None) -> None:
+def _finish(model: ExportSource, aside: Path, output: Path, reports: list[_Report]) -> None:
+    warn_non_finite(model.source.folder, [line for report in reports for line in report.warnings])
+    for what in untold_by_megatron(model.model):
+        warn(f"{output}: Megatron-LM's arguments have no word for {what}; config.json tells it: whatever runs these weights has to know")
     with refusals_named(output):
-        shutil.copyfile(folder / "config.json", partial / "config.json")
-        if artifact is not None:
-            tree = json.loads((artifact.folder / CONFIG).read_text())
-            (partial / CONFIG).write_text(json.dumps(tree, indent=2) + "\n")
-        write_manifest(partial)
+        torch.save({"args": argparse.Namespace(**megatron_arguments(model.model)), "checkpoint_version": 3.0, "iteration": 0},
+                   aside / "common.pt")
+        (aside / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1,
+                                                           "common_backend": "torch", "common_backend_version": 1}))
+        described = {key: value for key, value in model.description.items() if key not in ("early_exit", "auto_map")}
+        (aside / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+        if model.artifact is not None:
+            (aside / CONFIG).write_text(json.dumps(exit_config_tree(model.artifact.config), indent=2) + "\n")
+        write_metadata(aside, [each for report in reports for each in report.written])
+        write_manifest(aside, {file: digest for report in reports for file, digest in report.sums.items()})

@@ -3,9 +3,8 @@ import argparse
 import os
 from pathlib import Path
 
-from ee_tuning.config import Config
+from ee_tuning.config import Config, ParallelSection
 from ee_tuning.errors import InputError
-from ee_tuning.model.config import read_model_config
 
 FLAGS = {"artifact": ("only", "drop", "merge", "add"), "hf": ("link", "check", "text"), "megatron": ()}
 """Format -> the flags that only some formats take."""
@@ -20,8 +19,9 @@ def export(config: Config, flags: argparse.Namespace) -> int:
         if getattr(flags, name) and name not in FLAGS[flags.format]:
             formats = " or ".join(kind for kind, names in FLAGS.items() if name in names)
             raise InputError(f"--{name} goes with --format {formats}, got --format {flags.format}; leave one of them out")
-    if flags.format != "megatron" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError(f"--format {flags.format} is written by one process, got {os.environ['WORLD_SIZE']}; start it without torchrun")
+    num_processes = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    if num_processes > 1 and (flags.format == "artifact" or flags.check):
+        raise InputError(f"--format artifact and --check are for one process, got {num_processes}; start it without torchrun")
     if flags.format == "artifact":
         from ee_tuning.checkpoint.export_artifact import ExitChoice, export_artifact
 
@@ -32,34 +32,39 @@ def export(config: Config, flags: argparse.Namespace) -> int:
         return 0
     if not config.model.path:
         raise InputError(f"--format {flags.format} writes the model too, got none; give --model FOLDER or a config file")
-    _check_model(Path(config.model.path), flags.format)
-    if flags.format == "hf":
-        return _export_huggingface(config, flags)
-    from ee_tuning.checkpoint.megatron_writer import export_megatron
-
-    export_megatron(config, flags.output, overwrite=flags.overwrite)
-    return 0
-
-
-def _check_model(folder: Path, kind: str) -> None:
-    """Raises InputError where the model is not what the merged formats are written from."""
-    family = read_model_config(folder).family
-    if family != "llama":
-        raise InputError(f"--format {kind} writes models of the family llama, got {family} in {folder}; --format artifact takes any")
-
-
-def _export_huggingface(config: Config, flags: argparse.Namespace) -> int:
-    from ee_tuning.checkpoint.export_huggingface import export_huggingface
-
     if flags.check and not config.exits.path:
         raise InputError("--check compares exits, got none; give --exits FOLDER, or leave --check out")
-    text = _text(flags.text)
-    export_huggingface(config, flags.output, links=flags.link, overwrite=flags.overwrite)
+    text = _text(flags.text) if flags.check else ""
+    _write_merged(config, flags, is_shared=num_processes > 1)
     if not flags.check:
         return 0
     from ee_tuning.evaluation.export_check import check_export
 
     return 0 if check_export(config, flags.output, text, flags.tolerance) else 1
+
+
+def _write_merged(config: Config, flags: argparse.Namespace, *, is_shared: bool) -> None:
+    from ee_tuning.checkpoint.formats import open_model
+
+    with open_model(config.model).source:
+        pass  # before the processes meet, so that a wrong word is answered at once
+    topology = None
+    if is_shared:
+        from ee_tuning.parallel.topology import init_parallel
+
+        topology = init_parallel(ParallelSection())
+    if flags.format == "hf":
+        from ee_tuning.checkpoint.export_huggingface import export_huggingface
+
+        export_huggingface(config, flags.output, topology, links=flags.link, overwrite=flags.overwrite)
+    else:
+        from ee_tuning.checkpoint.megatron_writer import write_megatron
+
+        write_megatron(config, flags.output, topology, overwrite=flags.overwrite)
+    if is_shared:
+        from ee_tuning.parallel.topology import leave_parallel
+
+        leave_parallel()
 
 
 def _text(path: Path | None) -> str:

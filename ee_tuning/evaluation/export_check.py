@@ -7,11 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ee_tuning.checkpoint.export_huggingface import MODELLING
+from ee_tuning.checkpoint.export_huggingface import MODELLING, early_exit_class
+from ee_tuning.checkpoint.formats import model_folder
 from ee_tuning.checkpoint.load import LoadedModel, compute_dtype, load_for_generation
 from ee_tuning.config import Config
 from ee_tuning.data.tokenizer import load_tokenizer
 from ee_tuning.errors import InputError
+from ee_tuning.model.config import ModelConfig
 from ee_tuning.parallel.topology import init_parallel, leave_parallel
 
 MAX_TOKENS = 512
@@ -22,7 +24,7 @@ def check_export(config: Config, output: Path, text: str, tolerance: float) -> b
 
     Both sides compute in model.dtype. Raises InputError where the text can not be read as tokens.
     """
-    tokenizer = load_tokenizer(config.model.path)
+    tokenizer = load_tokenizer(config.data.tokenizer or model_folder(config.model.path))
     topology = init_parallel(config.parallel)
     loaded = load_for_generation(config, topology)
     limit = min(MAX_TOKENS, loaded.model.config.max_position_embeddings)
@@ -30,7 +32,7 @@ def check_export(config: Config, output: Path, text: str, tolerance: float) -> b
     if ids.numel() < 2:
         raise InputError(f"the check needs a text of at least two tokens, got {ids.numel()}; give another --text")
     ours = _our_logits(loaded, ids)
-    theirs = _exported_logits(output, ids, compute_dtype(config, topology))
+    theirs = _exported_logits(output, loaded.model.config, ids, compute_dtype(config, topology))
     leave_parallel()
     assert ours.keys() == theirs.keys(), (ours.keys(), theirs.keys())
     is_close = True
@@ -53,10 +55,10 @@ def _our_logits(loaded: LoadedModel, ids: Tensor) -> dict[int, Tensor]:  # [1, s
     return {layer: logits[:, 0].double().cpu() for layer, logits in {**early, model.config.num_layers: final}.items()}
 
 
-def _exported_logits(folder: Path, ids: Tensor, dtype: torch.dtype) -> dict[int, Tensor]:  # layer -> [s, v]
+def _exported_logits(folder: Path, config: ModelConfig, ids: Tensor, dtype: torch.dtype) -> dict[int, Tensor]:  # layer -> [s, v]
     """From the folder's own modelling file, run from where it lies: transformers would copy it into its cache first."""
     module = _module(folder / MODELLING.name)
-    model = module.EarlyExitLlamaForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    model = getattr(module, early_exit_class(config)).from_pretrained(folder, dtype=dtype).eval()
     return {layer: logits[0].double() for layer, logits in model.exit_logits(ids).items()}
 
 

@@ -50,7 +50,7 @@ _ALLOWED: dict[str, dict[str, tuple[Any, ...]]] = {
 }
 """Keys that change what a model computes, and the values that this project computes."""
 
-_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "relu": "relu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
+ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "relu": "relu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
                 "gelu_pytorch_tanh": "gelu_tanh"}
 
 
@@ -83,9 +83,9 @@ def in_llama_spelling(raw: dict[str, Any], path: Path) -> dict[str, Any]:
 def family_fields(spelled: dict[str, Any], path: Path) -> dict[str, Any]:
     """The fields of ModelConfig that the family sets. Raises InputError where its activation is none of ours."""
     activation = spelled.get("hidden_act") or "silu"
-    if activation not in _ACTIVATIONS:
-        raise InputError(f"{path}: the activation must be one of {', '.join(_ACTIVATIONS)}, got {activation}")
-    fields = {"family": spelled["model_type"], "activation": _ACTIVATIONS[activation], **_FIELDS[spelled["model_type"]]}
+    if activation not in ACTIVATIONS:
+        raise InputError(f"{path}: the activation must be one of {', '.join(ACTIVATIONS)}, got {activation}")
+    fields = {"family": spelled["model_type"], "activation": ACTIVATIONS[activation], **_FIELDS[spelled["model_type"]]}
     if "num_local_experts" in spelled:
         return {**fields, **_expert_fields(spelled, path)}
     return {**fields, "ffn_hidden_size": positive_number(spelled, "intermediate_size", path)}
@@ -106,6 +106,11 @@ def _expert_fields(spelled: dict[str, Any], path: Path) -> dict[str, Any]:
     dense = tuple(layer for layer in range(1, num_layers + 1) if layer - 1 in without or layer % step)
     return {"num_experts": experts, "moe_router_topk": topk, "moe_ffn_hidden_size": width, "renormalizes_router": renormalizes,
             "dense_layers": dense, "ffn_hidden_size": positive_number(spelled, "intermediate_size", path) if dense else width}
+
+
+def fixed_fields(family: Family) -> dict[str, Any]:
+    """The fields of ModelConfig in which all models of the family differ from Llama, but for the family itself."""
+    return _FIELDS[family]
 
 
 def positive_number(raw: dict[str, Any], key: str, path: Path) -> int:

@@ -1,27 +1,39 @@
-"""The backbone's shape from the arguments that Megatron saves with a model, or from a file that spells them out."""
+"""The backbone's shape from the arguments that Megatron saves with a model, or from a file that spells them out; and back again."""
 import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 import yaml
 
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import STORED_DTYPES, ModelConfig, RopeConfig, model_config_from_hf
+from ee_tuning.model.families import Family, fixed_fields
 
 _REQUIRED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "max_position_embeddings")
-_WHERE_LLAMA = {
-    "normalization": ("RMSNorm",), "swiglu": (True,), "add_bias_linear": (False,), "add_qkv_bias": (False,), "qk_layernorm": (False,),
-    "position_embedding_type": ("rope",), "rotary_percent": (1.0,), "rotary_interleaved": (False,), "num_experts": (None,),
+_LLAMA: dict[str, Any] = {"normalization": "RMSNorm", "swiglu": True, "add_bias_linear": False, "add_qkv_bias": False,
+                          "qk_layernorm": False, "position_embedding_type": "rope"}
+_FAMILIES: dict[Family, dict[str, Any]] = {
+    "llama": _LLAMA,
+    "qwen2": {**_LLAMA, "add_qkv_bias": True},
+    "qwen3": {**_LLAMA, "qk_layernorm": True},
+    "gpt2": {**_LLAMA, "normalization": "LayerNorm", "swiglu": False, "add_bias_linear": True,
+             "position_embedding_type": "learned_absolute"},
+}
+"""What Megatron calls the ways of a family; absent is as Llama has it. A Mistral is a Llama to Megatron: a config.json tells them apart."""
+_ALLOWED: dict[str, tuple[Any, ...]] = {
+    "rotary_percent": (1.0,), "rotary_interleaved": (False,), "num_experts": (None,),
     "multi_latent_attention": (False,), "apply_layernorm_1p": (False,), "apply_residual_connection_post_layernorm": (False,),
-    "squared_relu": (False,), "openai_gelu": (False,), "quick_geglu": (False,),
+    "squared_relu": (False,), "quick_geglu": (False,),
     "window_size": (None,), "softmax_type": ("vanilla",), "attention_output_gate": (False,), "linear_attention_freq": (None,),
     "no_rope_freq": (None,), "qk_l2_norm": (False,), "heterogeneous_layers_config_path": (None,)}
-"""Arguments that change what the layers compute, and the values that make a Llama of them; absent is as good."""
+"""Arguments that change what the layers compute, and the values that this project computes; absent is as good."""
 _OPTIONAL = ("num_query_groups", "group_query_attention", "kv_channels", "vocab_size", "padded_vocab_size", "norm_epsilon",
              "layernorm_epsilon", "rotary_base", "rotary_seq_len_interpolation_factor", "use_rope_scaling", "rope_scaling_factor",
-             "untie_embeddings_and_output_weights", "init_method_std", "params_dtype", "use_rotary_position_embeddings")
+             "untie_embeddings_and_output_weights", "init_method_std", "params_dtype", "use_rotary_position_embeddings", "openai_gelu",
+             "bias_gelu_fusion")
 
 
 def read_megatron_config(saved: Mapping[str, Any] | None, shape: Path | None, where: Path) -> ModelConfig:
@@ -38,7 +50,7 @@ def read_megatron_config(saved: Mapping[str, Any] | None, shape: Path | None, wh
     fields = _read(shape)
     if "model_type" in fields:
         return model_config_from_hf(fields, shape)
-    known = {*_REQUIRED, *_OPTIONAL, *_WHERE_LLAMA}
+    known = {*_REQUIRED, *_OPTIONAL, *_LLAMA, *_ALLOWED}
     for key in fields:
         if key not in known:
             raise InputError(f"{shape}: unknown key {key}; known keys: {', '.join(sorted(known))}")
@@ -48,19 +60,56 @@ def read_megatron_config(saved: Mapping[str, Any] | None, shape: Path | None, wh
 def model_config_from_megatron(arguments: Mapping[str, Any], path: Path) -> ModelConfig:
     """As `read_megatron_config`, from parsed arguments; `path` is named in errors."""
     _refuse_what_would_be_ignored(arguments, path)
+    family = _family(arguments, path)
     numbers: dict[str, Any] = {key: _number(arguments, key, path) for key in _REQUIRED}
     heads = numbers["num_attention_heads"]
     has_groups = arguments.get("group_query_attention", "num_query_groups" in arguments)
     vocabulary = "vocab_size" if arguments.get("vocab_size") is not None else "padded_vocab_size"
     dtype = str(arguments.get("params_dtype") or "float32").removeprefix("torch.")
     epsilon = arguments.get("norm_epsilon", arguments.get("layernorm_epsilon", 1e-5))
-    return ModelConfig(
-        **numbers, num_query_groups=_number(arguments, "num_query_groups", path) if has_groups else heads,
+    config = ModelConfig(
+        family=family, activation=_activation(arguments), **fixed_fields(family), **numbers,
+        num_query_groups=_number(arguments, "num_query_groups", path) if has_groups else heads,
         kv_channels=_number(arguments, "kv_channels", path) if arguments.get("kv_channels") else numbers["hidden_size"] // heads,
         vocab_size=_number(arguments, vocabulary, path), norm_epsilon=_real(epsilon, "norm_epsilon", path),
         rope=_rope(arguments, path), ties_embeddings=not arguments.get("untie_embeddings_and_output_weights", False),
         init_std=_real(arguments.get("init_method_std", 0.02), "init_method_std", path),
         stored_dtype=dtype if dtype in STORED_DTYPES else "float32")
+    if family == "gpt2" and (config.num_query_groups != heads or config.kv_channels * heads != config.hidden_size):
+        raise InputError(f"{path}: a model with learned positions must have num_query_groups = num_attention_heads and heads as wide as "
+                         "hidden_size / num_attention_heads (GPT-2's), and has not; others are not supported")
+    return config
+
+
+def megatron_arguments(config: ModelConfig) -> dict[str, Any]:
+    """The shape in the words of Megatron-LM's command line, as its own checkpoints carry it: what `model_config_from_megatron` reads."""
+    ways = _FAMILIES["llama" if config.family == "mistral" else config.family]
+    return {
+        **ways, "num_layers": config.num_layers, "hidden_size": config.hidden_size, "ffn_hidden_size": config.ffn_hidden_size,
+        "num_attention_heads": config.num_attention_heads, "group_query_attention": config.num_query_groups < config.num_attention_heads,
+        "num_query_groups": config.num_query_groups, "kv_channels": config.kv_channels,
+        "max_position_embeddings": config.max_position_embeddings, "seq_length": config.max_position_embeddings,
+        "norm_epsilon": config.norm_epsilon, "untie_embeddings_and_output_weights": not config.ties_embeddings,
+        "rotary_base": round(config.rope.theta), "rotary_percent": 1.0,
+        "rotary_seq_len_interpolation_factor": round(config.rope.factor) if config.rope.kind == "linear" else None,
+        "use_rope_scaling": config.rope.kind == "llama3", "rope_scaling_factor": config.rope.factor,
+        "openai_gelu": config.activation == "gelu_tanh", "bias_gelu_fusion": False, "init_method_std": config.init_std,
+        "vocab_size": config.vocab_size, "padded_vocab_size": config.vocab_size, "params_dtype": getattr(torch, config.stored_dtype)}
+
+
+def untold_by_megatron(config: ModelConfig) -> list[str]:
+    """What of a model Megatron-LM has no argument for, so that whoever runs its weights there has to see to it."""
+    rope = config.rope
+    told = RopeConfig(kind="llama3", theta=rope.theta, factor=rope.factor, original_max_position_embeddings=8192, low_freq_factor=1.0,
+                      high_freq_factor=4.0)
+    untold = []
+    if rope.kind == "yarn" or (rope.kind == "llama3" and rope != told) or (rope.kind == "linear" and rope.factor != round(rope.factor)):
+        untold.append(f"rope scaling {rope.kind} with these numbers")
+    if rope.theta != round(rope.theta):
+        untold.append(f"a rope_theta of {rope.theta}")
+    if config.activation == "relu":
+        untold.append("the activation relu")
+    return untold
 
 
 def _read(shape: Path) -> dict[str, Any]:
@@ -77,12 +126,32 @@ def _read(shape: Path) -> dict[str, Any]:
 
 
 def _refuse_what_would_be_ignored(arguments: Mapping[str, Any], path: Path) -> None:
-    for key, allowed in _WHERE_LLAMA.items():
+    for key, allowed in _ALLOWED.items():
         value = arguments.get(key, allowed[0])
-        if key == "position_embedding_type" and arguments.get("use_rotary_position_embeddings"):
-            continue
         if value not in allowed:
             raise InputError(f"{path}: {key} = {value} is not supported (must be {allowed[0]})")
+    if arguments.get("swiglu", True) and arguments.get("openai_gelu"):
+        raise InputError(f"{path}: openai_gelu = True is not supported beside swiglu (must be False)")
+
+
+def _family(arguments: Mapping[str, Any], path: Path) -> Family:
+    ways = {key: arguments.get(key, value) for key, value in _LLAMA.items()}
+    if arguments.get("use_rotary_position_embeddings"):
+        ways["position_embedding_type"] = "rope"
+    ways["add_qkv_bias"] = ways["add_qkv_bias"] and not ways["add_bias_linear"]  # which has one there too
+    differing = {family: [key for key in ways if ways[key] != wanted[key]] for family, wanted in _FAMILIES.items()}
+    nearest = min(differing, key=lambda family: len(differing[family]))
+    for key in differing[nearest]:
+        raise InputError(f"{path}: {key} = {ways[key]} is not supported (must be {_FAMILIES[nearest][key]} in a {nearest}, the nearest "
+                         "family)")
+    return nearest
+
+
+def _activation(arguments: Mapping[str, Any]) -> Literal["silu", "gelu", "gelu_tanh"]:
+    if arguments.get("swiglu", True):
+        return "silu"
+    # Megatron's fusion of bias and GELU computes the approximation by tanh.
+    return "gelu_tanh" if arguments.get("openai_gelu") or arguments.get("bias_gelu_fusion") else "gelu"
 
 
 def _number(arguments: Mapping[str, Any], key: str, path: Path) -> int:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from decoding import decode
 from exits import write_exits
-from random_models import random_llama
+from random_models import random_llama, random_model
 from safetensors.torch import load_file
 
 from ee_tuning import cli
@@ -28,22 +28,23 @@ import json, sys
 sys.modules["ee_tuning"] = None  # importing it fails
 import torch, transformers
 transformers.utils.logging.disable_progress_bar()
-folder, prompts, thresholds, count = json.loads(sys.argv[1])
-plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-early = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, trust_remote_code=True)
+folders, prompts, thresholds, count = json.loads(sys.argv[1])
 width = max(map(len, prompts))
 ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
 mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
 keys = dict(max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0)
 
+def opened(folder, **more):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, **more)
+
 def told(made, width):
     return [made.sequences[:, width:].tolist(), made.exit_layers.tolist()]
 
-def decoded(threshold, **more):
+def decoded(early, threshold, **more):
     whole = early.generate(ids, attention_mask=mask, exit_threshold=threshold, return_dict_in_generate=True, **keys, **more)
     return told(whole, width)
 
-def alone(threshold):
+def alone(early, threshold):
     rows = [early.generate(torch.tensor([p]), attention_mask=torch.ones(1, len(p)).long(), exit_threshold=threshold,
                            return_dict_in_generate=True, **keys) for p in prompts]
     rows = [told(row, len(p)) for row, p in zip(rows, prompts)]
@@ -57,28 +58,39 @@ def drawn(model, **more):
 def until(token, model, **more):
     return model.generate(ids, attention_mask=mask, **{**keys, "eos_token_id": token, "pad_token_id": 100}, **more).tolist()
 
-whole = plain.generate(ids, attention_mask=mask, **keys)
-end = whole[0, width + 3].item()
-early.save_pretrained(sys.argv[2])
-again = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[2], dtype=torch.float64, trust_remote_code=True)
-print(json.dumps({
-    "class": type(plain).__module__, "early_class": type(early).__name__,
-    "state": sorted(early.state_dict()) == sorted(plain.state_dict()),
-    "batch": [decoded(t) for t in thresholds], "alone": [alone(t) for t in thresholds],
-    "impatient": decoded(thresholds[-1], max_pending=1),
-    "plain": whole[:, width:].tolist(), "untold": early.generate(ids, attention_mask=mask, **keys)[:, width:].tolist(),
-    "drawn": [drawn(plain), drawn(early), drawn(early, exit_threshold=1.1)], "drawn_early": drawn(early, exit_threshold=0.4),
-    "until": [until(end, plain), until(end, early, exit_threshold=1.1)],
-    "again": told(again.generate(ids, attention_mask=mask, exit_threshold=0.4, return_dict_in_generate=True, **keys), width),
-}))
+def report(folder):
+    plain, early = opened(folder), opened(folder, trust_remote_code=True)
+    whole = plain.generate(ids, attention_mask=mask, **keys)
+    return plain, early, whole, {
+        "class": type(plain).__module__, "early_class": type(early).__name__,
+        "state": sorted(early.state_dict()) == sorted(plain.state_dict()),
+        "batch": [decoded(early, t) for t in thresholds], "impatient": decoded(early, thresholds[-1], max_pending=1),
+        "plain": whole[:, width:].tolist()}
+
+def more(plain, early, whole):
+    end = whole[0, width + 3].item()
+    early.save_pretrained(sys.argv[2])
+    again = opened(sys.argv[2], trust_remote_code=True)
+    return {
+        "alone": [alone(early, t) for t in thresholds],
+        "untold": early.generate(ids, attention_mask=mask, **keys)[:, width:].tolist(),
+        "drawn": [drawn(plain), drawn(early), drawn(early, exit_threshold=1.1)], "drawn_early": drawn(early, exit_threshold=0.4),
+        "until": [until(end, plain), until(end, early, exit_threshold=1.1)], "again": decoded(again, 0.4)}
+
+reports = {}
+for folder in folders:
+    *models, reports[folder] = report(folder)
+    if folder == folders[0]:
+        reports[folder] |= more(*models)
+print(json.dumps(reports))
 """
 
 
-def stranger(folder: Path, scratch: Path) -> dict[str, Any]:
+def stranger(folders: list[Path], scratch: Path) -> dict[str, Any]:
     environment = {**os.environ, "PYTHONPATH": "", "HF_HOME": str(scratch / "hub"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    job = json.dumps([str(folder), PROMPTS, THRESHOLDS, NEW_TOKENS])
+    job = json.dumps([list(map(str, folders)), PROMPTS, THRESHOLDS, NEW_TOKENS])
     done = subprocess.run([sys.executable, "-c", STRANGER, job, str(scratch / "again")],
-                          cwd=scratch, env=environment, capture_output=True, text=True, timeout=250)
+                          cwd=scratch, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -95,20 +107,45 @@ def export(*words: str | Path, code: int = 0) -> None:
     assert cli.main(["export", "--format", "hf", *map(str, words)]) == code
 
 
-@pytest.mark.parametrize(("architecture", "output"), [("mlp", "untied"), ("mlp", "tied"), ("norm", "untied"), ("norm", "tied")])
-def test_a_stranger_decodes_as_our_engine_does(tmp_path, architecture, output):
+# The first is looked at most closely. What is drawn at random has biases of 0 and adapters like any other; a copied adapter is none.
+KINDS = [("llama", "mlp", "untied", "random"), ("llama", "mlp", "tied", "random"), ("llama", "norm", "untied", "random"),
+         ("llama", "adapter", "tied", "random"), ("mistral", "layer,norm", "untied", "random"), ("qwen2", "embedding", "untied", "random"),
+         ("qwen2", "mlp", "untied", "copy"), ("qwen3", "layer", "untied", "copy"), ("gpt2", "mlp", "untied", "copy"),
+         ("gpt2", "layer", "untied", "random")]
+
+
+@pytest.fixture(scope="module")
+def decoded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A folder with model, exits and export of each kind; what a process without ee_tuning makes of the exports."""
+    folder = tmp_path_factory.mktemp("kinds")
+    for i, (family, architecture, output, init) in enumerate(KINDS):
+        own = folder / str(i)
+        random_model(family, own / "model", confident=True)
+        write_exits(own / "model", own / "exits", architecture=architecture.split(","), output=output, init=init)
+        export("--model", own / "model", "--exits", own / "exits", "--output", own / "export")
+    return folder, stranger([folder / str(i) / "export" for i in range(len(KINDS))], folder)
+
+
+@pytest.mark.parametrize("kind", range(len(KINDS)), ids=["-".join(kind) for kind in KINDS])
+def test_a_stranger_decodes_as_our_engine_does(decoded, kind):
     """A head fed the wrong states, a cache that lacks a skipped token, a padded row that sees its padding, one decision for a batch."""
-    random_llama(tmp_path / "model", confident=True)
-    exits = write_exits(tmp_path / "model", tmp_path / "exits", architecture=architecture, output=output)
-    export("--model", tmp_path / "model", "--exits", exits, "--output", tmp_path / "export")
-    told = stranger(tmp_path / "export", tmp_path)
-    assert told["class"] == "transformers.models.llama.modeling_llama" and told["early_class"] == "EarlyExitLlamaForCausalLM"
+    own, told = decoded[0] / str(kind), decoded[1][str(decoded[0] / str(kind) / "export")]
+    family = KINDS[kind][0]
+    assert told["class"] == f"transformers.models.{family}.modeling_{family}" and told["early_class"].startswith("EarlyExit")
     assert told["state"], "exit tensors in the state dict would end in the plain model's checkpoint"
-    wanted = [ours(tmp_path / "model", exits, threshold) for threshold in THRESHOLDS]
-    assert {layer for _, rows in wanted for left in rows for layer in left} == {2, 4, 6}, "else the claim is empty"
-    assert told["batch"] == told["alone"] == wanted
-    assert told["impatient"] == told["again"] == wanted[-1]
-    assert told["plain"] == told["untold"] == wanted[0][0]
+    wanted = [ours(own / "model", own / "exits", threshold) for threshold in THRESHOLDS]
+    assert len({layer for _, rows in wanted for left in rows for layer in left}) > 1, "else the claim is empty"
+    assert told["batch"] == wanted
+    assert told["impatient"] == wanted[-1]
+    assert told["plain"] == wanted[0][0]
+
+
+def test_rows_sampling_ends_and_saving(decoded):
+    """What a batch of one, a sampler, a stop token or a saved copy of the exported model does otherwise."""
+    told = decoded[1][str(decoded[0] / "0" / "export")]
+    assert told["alone"] == told["batch"]
+    assert {layer for rows in (rows for _, rows in told["batch"]) for left in rows for layer in left} == {2, 4, 6}
+    assert told["again"] == told["batch"][-1] and told["untold"] == told["plain"]
     assert told["drawn"][0] == told["drawn"][1] == told["drawn"][2] != told["drawn_early"]
     assert told["until"][0] == told["until"][1]
 
@@ -197,7 +234,7 @@ def test_check_compares_every_exit_and_finds_a_difference(tmp_path, capsys, monk
     from ee_tuning.checkpoint import export_huggingface
 
     wrong = tmp_path / "modeling_early_exit.py"
-    wrong.write_text(export_huggingface.MODELLING.read_text().replace("x = residual + F.linear(inner", "x = x + F.linear(inner"))
+    wrong.write_text(export_huggingface.MODELLING.read_text().replace("x = seen.residual + self", "x = seen.hidden + self"))
     monkeypatch.setattr(export_huggingface, "MODELLING", wrong)
     export(*words, "--overwrite", code=1)
     lines = capsys.readouterr().out.splitlines()
@@ -214,11 +251,13 @@ def test_exit_tensors_are_the_artifact_s(llama, tmp_path):
 @pytest.mark.parametrize("place", ["model-00002", "exit_heads", "config.json"])
 def test_a_killed_export_leaves_nothing_that_loads(llama, tmp_path, place):
     """Half a folder under the name that was asked for, taken for a whole one."""
-    script = ("import os, sys\nfrom ee_tuning import cli\nfrom ee_tuning.checkpoint import export_huggingface as writer\n"
-              "placed = writer._placed\n"
-              "def dies(source, target, *more):\n    if target.name.startswith(sys.argv[1]):\n        os._exit(9)\n"
-              "    return placed(source, target, *more)\n"
-              "writer._placed = dies\nsys.exit(cli.main(sys.argv[2:]))\n")
+    script = ("import os, sys\nfrom pathlib import Path\nfrom ee_tuning import cli\n"
+              "from ee_tuning.checkpoint import export_huggingface as writer\n"
+              "def dying(does):\n    def dies(first, *more, **keys):\n"
+              "        if Path(getattr(first, 'name', first)).name.startswith(sys.argv[1]):\n            os._exit(9)\n"
+              "        return does(first, *more, **keys)\n    return dies\n"
+              "writer._written, writer.shutil.copyfile = dying(writer._written), dying(writer.shutil.copyfile)\n"
+              "sys.exit(cli.main(sys.argv[2:]))\n")
     words = ["export", "--format", "hf", "--model", llama / "model", "--output", tmp_path / "export"]
     words += [] if place == "config.json" else ["--exits", llama / "exits"]
     done = subprocess.run([sys.executable, "-c", script, place, *map(str, words)], cwd=SHIPPED.parents[1], capture_output=True, timeout=120)

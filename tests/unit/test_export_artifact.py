@@ -149,5 +149,6 @@ def test_a_format_refuses_the_flags_of_another(models, tmp_path, capsys, monkeyp
     export(models, tmp_path / "refused", "--exits", "a24", "--link", code=2)
     assert "--format hf" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "0")
     export(models, tmp_path / "refused", "--exits", "a24", code=2)
     assert "one process" in capsys.readouterr().err and not list(tmp_path.iterdir())

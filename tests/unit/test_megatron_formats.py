@@ -166,7 +166,7 @@ def test_files_that_are_missing_are_named(shared: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("changes", "words"), [
-    ({"normalization": "LayerNorm"}, ["normalization", "LayerNorm"]), ({"add_qkv_bias": True}, ["add_qkv_bias"]),
+    ({"normalization": "LayerNorm"}, ["normalization", "LayerNorm"]), ({"add_qkv_bias": True}, ["linear_qkv.bias"]),
     ({"num_experts": 8}, ["num_experts"]), ({"rotary_interleaved": True}, ["rotary_interleaved"]),
     ({"num_layers": 5}, ["linear_qkv", "6 layers", "5 layers"]), ({"num_layers": 7}, ["layers.6"]),
     ({"ffn_hidden_size": 80}, ["linear_fc1", "160", "176"]),

@@ -1,9 +1,9 @@
-"""Llama with early exits: a token may leave the network at an intermediate layer that is sure enough of it.
+"""Causal language models with early exits: a token may leave the network at an intermediate layer that is sure enough of it.
 
     AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True).generate(**inputs, exit_threshold=0.8)
 
 This file stands alone: it needs torch, transformers 5 and safetensors. The exit heads are in the files that config.json lists under
-`early_exit`, beside the model's own `model*.safetensors`; transformers' LlamaForCausalLM reads the same folder and knows nothing of them.
+`early_exit`, beside the model's own `model*.safetensors`; transformers' own class reads the same folder and knows nothing of them.
 
 A token that leaves early lacks keys and values in the deeper layers. Its hidden state waits at their entrance and runs with the next token
 of its row that goes deeper, as a causal block: shallow layers never run twice, and the caches end up as a full pass leaves them.
@@ -17,62 +17,72 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from torch.func import functional_call
+from transformers import GPT2LMHeadModel, LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
+from transformers.activations import ACT2FN
 from transformers.utils import ModelOutput, cached_file
 
 # r rows · q tokens of the longest row in a pass · c positions of a cache · g key-value heads · d width of a head · h hidden · v vocabulary
 
-_CACHE_STEP = 256
-_WHERE = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+_CACHE_STEP, _WHERE = 256, ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+_FOREIGN = ("assistant_model", "past_key_values", "inputs_embeds", "synced_gpus")
 
 
 @dataclass
 class EarlyExitOutput(ModelOutput):
     """What `generate` returns with return_dict_in_generate=True and an exit_threshold. `exit_layers` [r, new tokens]: the layer each token
     left at; the number of layers where it did not leave early; 0 after a row's end."""
-
     sequences: Tensor | None = None
     scores: tuple[Tensor, ...] | None = None
     exit_layers: Tensor | None = None
 
 
 class LayerStates(NamedTuple):
-    """What a layer leaves behind for a head: its output, the residual after its attention, and that normed."""
-
+    """What a layer leaves behind for a head: its output, the residual after its attention, that normed; what the head's own layer, where it
+    has one, makes of the output."""
     hidden: Tensor
     residual: Tensor
     normed: Tensor
+    own: Tensor
 
 
 class ExitHead(nn.Module):
-    """The head after one layer. Its weights are buffers outside the state dict: the plain model's checkpoint stays the plain model's."""
+    """The head after a layer. Its weights are buffers outside the state dict: the plain model's checkpoint stays the plain model's."""
 
-    def __init__(self, tensors: dict[str, Tensor], epsilon: float):
+    def __init__(self, number: int, tensors: dict[str, Tensor], layers: nn.ModuleList, config: Any):
         super().__init__()
-        self.names = {name: name.removesuffix(".weight").replace(".", "_") for name in tensors}
-        self.epsilon = epsilon
-        for name, buffer in self.names.items():
-            self.register_buffer(buffer, tensors[name], persistent=False)
+        self.names = list(tensors)
+        for name in self.names:
+            self.register_buffer(name.replace(".", "_"), tensors[name], persistent=False)
+        with torch.device("meta"):  # a layer as the model's last one, which lends its code; a transformer layer of the head's own has
+            layer = type(layers[-1])(config, layer_idx=len(layers) - 1).eval()  # keys and values of its own, under a number of its own
+        (layer.attn if hasattr(layer, "attn") else layer.self_attn).layer_idx = -number
+        norm = layer.ln_1 if hasattr(layer, "ln_1") else layer.input_layernorm
+        self.code = {"layer.": layer, "mlp.": layer.mlp, "norm.": norm, "adapter.norm.": norm}
+        self.activation = ACT2FN[getattr(config, "hidden_act", None) or config.activation_function]
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self, prefix: str = "") -> dict[str, Tensor]:
         """Name in the file, without its prefix -> tensor."""
-        return {name: getattr(self, buffer) for name, buffer in self.names.items()}
+        return {name.removeprefix(prefix): getattr(self, name.replace(".", "_")) for name in self.names if name.startswith(prefix)}
+
+    def run(self, part: str, x: Tensor, **more: Any) -> Tensor:
+        """A part of the head, on `x`; `x` itself where the head has no such part."""
+        weights = self.tensors(part)
+        return functional_call(self.code[part], weights, (x.to(next(iter(weights.values())).device),), more) if weights else x
 
     def forward(self, seen: LayerStates, lm_head: nn.Module) -> Tensor:  # […, v]
         """Logits. `lm_head` is the model's own output matrix, for heads that have none."""
-        w = self.tensors()
-        x, residual, normed = (states.to(w["norm.weight"].device) for states in seen)
-        if "mlp.gate_proj.weight" in w:
-            inner = F.silu(F.linear(normed, w["mlp.gate_proj.weight"])) * F.linear(normed, w["mlp.up_proj.weight"])
-            x = residual + F.linear(inner, w["mlp.down_proj.weight"])
-        x = F.rms_norm(x, x.shape[-1:], w["norm.weight"], self.epsilon)
+        x, w = seen.own, self.tensors()
+        if "adapter.down.weight" in w:
+            x = x + F.linear(self.activation(F.linear(self.run("adapter.norm.", x), w["adapter.down.weight"])), w["adapter.up.weight"])
+        elif self.tensors("mlp."):
+            x = seen.residual + self.run("mlp.", seen.normed)
+        x = self.run("norm.", x)
         return F.linear(x, w["output.weight"]) if "output.weight" in w else lm_head(x)
 
 
-class EarlyExitLlamaForCausalLM(LlamaForCausalLM):
-    """transformers' LlamaForCausalLM with exit heads; `forward` is its own."""
-
-    exits: nn.ModuleDict
+class _WithExits:
+    """What is added to a class of transformers; `forward` is its own."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -85,20 +95,16 @@ class EarlyExitLlamaForCausalLM(LlamaForCausalLM):
     def load_exits(self, path: Any, **where: Any) -> None:
         """Reads the exit heads of config.early_exit from the folder or hub repository `path`, in each layer's dtype, on its device."""
         self.exits = nn.ModuleDict()
-        described = getattr(self.config, "early_exit", None)
-        if described is None:
-            return
+        described = getattr(self.config, "early_exit", None) or {"files": (), "exit_layers": ()}
         tensors = {name: tensor for file in described["files"] for name, tensor in load_file(cached_file(path, file, **where)).items()}
-        for layer in described["exit_layers"]:
-            beside = self.model.layers[layer - 1].input_layernorm.weight
-            prefix = f"exits.{layer}."
+        for number in described["exit_layers"]:
+            beside, prefix = next(_layers_of(self)[number - 1].parameters()), f"exits.{number}."
             own = {name.removeprefix(prefix): tensor.to(beside) for name, tensor in tensors.items() if name.startswith(prefix)}
-            self.exits[str(layer)] = ExitHead(own, self.config.rms_norm_eps)
+            self.exits[str(number)] = ExitHead(number, own, _layers_of(self), self.config)
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         """As every model's, with the exit heads beside it."""
-        tensors = {f"exits.{layer}.{name}": tensor for layer, head in self.exits.items() for name, tensor in head.tensors().items()}
-        if tensors:
+        if tensors := {f"exits.{layer}.{name}": tensor for layer, head in self.exits.items() for name, tensor in head.tensors().items()}:
             self.config.early_exit = {**self.config.early_exit, "files": ["exit_heads.safetensors"]}
             os.makedirs(save_directory, exist_ok=True)
             save_file(tensors, os.path.join(save_directory, "exit_heads.safetensors"), metadata={"format": "pt"})
@@ -117,9 +123,8 @@ class EarlyExitLlamaForCausalLM(LlamaForCausalLM):
             raise ValueError(f"exit_threshold must be at least 0 and max_pending at least 1, got {exit_threshold} and {max_pending}")
         if not self.exits:
             raise ValueError("exit_threshold needs exit heads, and this folder's config.json describes none (no `early_exit`)")
-        for name in ("assistant_model", "past_key_values", "inputs_embeds", "synced_gpus"):
-            if kwargs.get(name) is not None:
-                raise ValueError(f"exit_threshold does not go with {name}; leave one of them out")
+        if wrong := [name for name in _FOREIGN if kwargs.get(name) is not None]:
+            raise ValueError(f"exit_threshold does not go with {wrong[0]}; leave one of them out")
         decode = partial(_decode, exit_threshold=exit_threshold, max_pending=max_pending, streamer=kwargs.get("streamer"))
         return super().generate(*args, custom_generate=decode, **kwargs)
 
@@ -127,14 +132,14 @@ class EarlyExitLlamaForCausalLM(LlamaForCausalLM):
     def exit_logits(self, input_ids: Tensor) -> dict[int, Tensor]:  # [r, s] -> layer -> [r, s, v]
         """Logits of every exit and, under the number of layers, of the model's own head, for whole sequences without padding."""
         walk = _Walk(self, input_ids.tolist(), max_pending=1)
-        logits = {}
-        for index, end in enumerate(walk.ends):
-            seen, _ = walk.run(index, list(range(len(input_ids))))
-            logits[end] = walk.judge(index, seen)
-        return logits
+        return {end: walk.judge(index, walk.run(index, list(range(len(input_ids))))[0]) for index, end in enumerate(walk.ends)}
 
 
-def _decode(model: EarlyExitLlamaForCausalLM, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, *,
+def _layers_of(model: Any) -> nn.ModuleList:
+    return model.base_model.h if hasattr(model.base_model, "h") else model.base_model.layers
+
+
+def _decode(model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, *,
             exit_threshold: float, max_pending: int, streamer: Any = None, **prepared: Any) -> Any:
     """The decoding loop that transformers' `generate` calls once it has prepared everything else."""
     if generation_config.num_beams > 1:
@@ -153,40 +158,33 @@ def _decode(model: EarlyExitLlamaForCausalLM, input_ids: Tensor, logits_processo
             tokens = torch.where(unfinished, tokens, generation_config._pad_token_tensor.to(device))
         layers.append(left)
         input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
-        if streamer is not None:
-            streamer.put(tokens.cpu())
-        walk.append(tokens.tolist())
+        _ = streamer and streamer.put(tokens.cpu())
+        for row, token in zip(walk.tokens, tokens.tolist(), strict=True):
+            row.append(token)  # what a row gets after its end is never run
         unfinished = unfinished & ~stopping_criteria(input_ids, scores)
-    if streamer is not None:
-        streamer.end()
-    if not generation_config.return_dict_in_generate:
-        return input_ids
-    return EarlyExitOutput(sequences=input_ids, scores=scores or None, exit_layers=torch.tensor(layers, device=device).T)
+    _ = streamer and streamer.end()
+    exit_layers = torch.tensor(layers, device=device).T
+    return EarlyExitOutput(input_ids, scores or None, exit_layers) if generation_config.return_dict_in_generate else input_ids
 
 
 class _Walk:
     """Rows on their way through the segments that the exits cut the network into; who waits where, and the caches."""
 
-    def __init__(self, model: EarlyExitLlamaForCausalLM, prompts: list[list[int]], max_pending: int):
+    def __init__(self, model: Any, prompts: list[list[int]], max_pending: int):
         if model.config._attn_implementation not in ("sdpa", "eager"):
             raise ValueError(f"early exits need attn_implementation sdpa or eager, got {model.config._attn_implementation}; "
                              "load the model with attn_implementation=\"sdpa\"")
         if not all(prompts):
             raise ValueError("each row must have at least one token that its attention_mask lets through")
         self.model, self.tokens, self.max_pending, self.cache = model, prompts, max_pending, _Cache(len(prompts))
-        depth = len(model.model.layers)
+        depth = len(_layers_of(model))
         self.ends = [*sorted(int(layer) for layer in model.exits if int(layer) < depth), depth]
         # Per segment and row: how many tokens have their keys and values there, and the hidden states [k, h] that wait at its entrance.
         self.watermarks = [[0] * len(prompts) for _ in self.ends]
         self.waiting: list[list[list[Tensor]]] = [[[] for _ in prompts] for _ in self.ends]
 
-    def pending(self, index: int, row: int) -> int:  # tokens that wait at the entrance of a segment
+    def pending(self, index: int, row: int) -> int:  # tokens waiting at the entrance
         return (self.watermarks[index - 1][row] if index else len(self.tokens[row])) - self.watermarks[index][row]
-
-    def append(self, tokens: list[int]) -> None:
-        """One token per row; what a row gets after its end is never run."""
-        for row, token in enumerate(tokens):
-            self.tokens[row].append(token)
 
     def step(self, rows: list[int], threshold: float) -> tuple[Tensor, list[int]]:  # [all rows, v], the layer each left at
         """The next token's logits of `rows`; zeros and layer 0 for the others."""
@@ -203,10 +201,9 @@ class _Walk:
             places = torch.tensor([running.index(row) for row in going], device=seen.hidden.device)
             asked = self.judge(index, LayerStates(*(states[places, lengths.to(places.device)[places] - 1] for states in seen)))
             leaves = [index == last or is_sure for is_sure in (asked.softmax(-1).amax(-1) >= threshold).tolist()]
-            if logits is None:
-                logits = asked.new_zeros(len(self.tokens), asked.shape[-1])
-            for i in (i for i, goes in enumerate(leaves) if goes):
-                logits[going[i]], left[going[i]] = asked[i].to(logits.device), end
+            logits = asked.new_zeros(len(self.tokens), asked.shape[-1]) if logits is None else logits
+            for i, row in ((i, row) for i, row in enumerate(going) if leaves[i]):
+                logits[row], left[row] = asked[i].to(logits.device), end
             going = [row for row, goes in zip(going, leaves, strict=True) if not goes]
         self._catch_up(rows)
         return logits, left
@@ -214,22 +211,23 @@ class _Walk:
     def judge(self, index: int, seen: LayerStates) -> Tensor:  # […, v], at least float32
         """What the exit at the end of a segment says, or the model's own head at the very end."""
         if index == len(self.ends) - 1:
-            logits = self.model.lm_head(self.model.model.norm(seen.hidden))
+            norm = self.model.base_model.ln_f if hasattr(self.model.base_model, "ln_f") else self.model.base_model.norm
+            logits = self.model.lm_head(norm(seen.hidden))
         else:
             logits = self.model.exits[str(self.ends[index])](seen, self.model.lm_head)
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def run(self, index: int, rows: list[int]) -> tuple[LayerStates, Tensor]:  # states [r, q, h], lengths [r]
         """One pass of the rows' pending tokens through a segment. Shorter rows repeat their last token, which changes nothing."""
-        starts = [self.watermarks[index][row] for row in rows]
-        counts = [self.pending(index, row) for row in rows]
-        device = self.model.model.embed_tokens.weight.device
+        starts, counts = [self.watermarks[index][row] for row in rows], [self.pending(index, row) for row in rows]
+        base, device = self.model.base_model, self.model.get_input_embeddings().weight.device
         lengths, first = torch.tensor(counts, device=device), torch.tensor(starts, device=device)[:, None]
         place = torch.minimum(torch.arange(max(counts), device=device)[None], lengths[:, None] - 1)
         if index == 0:
             ids = [self.tokens[row][start:start + n] for row, start, n in zip(rows, starts, counts, strict=True)]
             padded = torch.tensor([row + row[-1:] * (max(counts) - len(row)) for row in ids], device=device)
-            hidden = self.model.model.embed_tokens(padded)
+            hidden = self.model.get_input_embeddings()(padded)
+            hidden = hidden + base.wpe(first + place) if hasattr(base, "wpe") else hidden
         else:
             parts = [torch.cat(self.waiting[index][row]) for row in rows]
             hidden = torch.stack([states[place[i].to(states.device)] for i, states in enumerate(parts)])
@@ -243,28 +241,28 @@ class _Walk:
         return seen, lengths
 
     def _layers(self, index: int, hidden: Tensor, positions: Tensor, rows: list[int], end: int) -> LayerStates:
-        model = self.model.model
-        rotation = model.rotary_emb(hidden, position_ids=positions.to(hidden.device))
+        base, layers, (first, last) = self.model.base_model, _layers_of(self.model), ([0, *self.ends][index], self.ends[index])
         self.cache.aim(rows, positions, end)
-        unseen = torch.arange(end, device=positions.device) > positions[..., None]                              # [r, q, c]
-        mask = torch.zeros(unseen.shape, dtype=hidden.dtype, device=positions.device).masked_fill_(unseen, torch.finfo(hidden.dtype).min)
-        first, last = ([0, *self.ends][index], self.ends[index])
-        kept: list[Tensor] = []
-        hook = model.layers[last - 1].post_attention_layernorm.register_forward_hook(lambda _, before, after: kept.extend((*before, after)))
+        unseen = (torch.arange(end, device=positions.device) > positions[..., None]).to(hidden.device)          # [r, q, c]
+        mask = hidden.new_zeros(unseen.shape).masked_fill_(unseen, torch.finfo(hidden.dtype).min)[:, None]
+        more = {"attention_mask": mask, "past_key_values": self.cache}
+        if hasattr(base, "rotary_emb"):
+            more |= {"position_ids": positions, "position_embeddings": base.rotary_emb(hidden, position_ids=positions.to(hidden.device))}
+        at, kept = layers[last - 1], []
+        norm = at.ln_2 if hasattr(at, "ln_2") else at.post_attention_layernorm
+        hook = norm.register_forward_hook(lambda _, before, after: kept.extend((*before, after)))
         try:
-            for layer in model.layers[first:last]:
-                hidden = layer(hidden, attention_mask=mask[:, None].to(hidden.device), position_ids=positions, past_key_values=self.cache,
-                               position_embeddings=rotation)
+            for layer in layers[first:last]:
+                hidden = layer(hidden, **more)
         finally:
             hook.remove()
-        return LayerStates(hidden, *kept)
+        own = self.model.exits[str(last)].run("layer.", hidden, **more) if index < len(self.ends) - 1 else hidden
+        return LayerStates(hidden, *kept, own)
 
     def _catch_up(self, rows: list[int]) -> None:
-        for index in range(1, len(self.ends)):
-            if any(self.pending(index, row) >= self.max_pending for row in rows):
-                for deeper in range(index, len(self.ends)):
-                    self.run(deeper, [row for row in rows if self.pending(deeper, row)])
-                return
+        crowded = (index for index in range(1, len(self.ends)) if any(self.pending(index, row) >= self.max_pending for row in rows))
+        for index in range(next(crowded, len(self.ends)), len(self.ends)):
+            self.run(index, [row for row in rows if self.pending(index, row)])
 
 
 class _Cache:
@@ -277,7 +275,7 @@ class _Cache:
     def aim(self, rows: list[int], positions: Tensor, end: int) -> None:
         """The next pass brings these rows' tokens at `positions` [r, q] and sees the first `end` of them all."""
         self.rows, self.positions, self.end = torch.tensor(rows, device=positions.device), positions, end
-        self.is_all = rows == list(range(self.num_rows))
+        self.is_all = len(rows) == self.num_rows
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Stores [r, g, q, d] and returns [r, g, c, d]: the call that transformers' attention makes."""
@@ -285,8 +283,7 @@ class _Cache:
         rows, positions = self.rows.to(keys.device), self.positions.to(keys.device)
         for whole, new in zip(stored, (keys, values), strict=True):
             whole[rows[:, None], :, positions] = new.transpose(1, 2)
-        keys, values = (whole[:, :, :self.end] if self.is_all else whole[rows, :, :self.end] for whole in stored)
-        return keys, values
+        return tuple(whole[:, :, :self.end] if self.is_all else whole[rows, :, :self.end] for whole in stored)
 
     def _room(self, layer_idx: int, keys: Tensor) -> tuple[Tensor, Tensor]:
         old = self.layers.get(layer_idx) or (keys.new_zeros(self.num_rows, keys.shape[1], 0, keys.shape[3]),) * 2
@@ -297,4 +294,7 @@ class _Cache:
         return self.layers[layer_idx]
 
 
-EarlyExitLlamaForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+for _base in (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, GPT2LMHeadModel):
+    _early = type(f"EarlyExit{_base.__name__}", (_WithExits, _base), {"__module__": __name__, "__doc__": "With early exits."})
+    _early.register_for_auto_class("AutoModelForCausalLM")
+    globals()[_early.__name__] = _early

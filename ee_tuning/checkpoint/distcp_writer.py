@@ -1,0 +1,126 @@
+"""A distributed checkpoint in torch's format (`.metadata`, `*.distcp`), written tensor by tensor and block by block.
+
+torch's own writer wants all that a process writes in memory at once. Each process writes files of its own, and the first one describes the
+whole.
+"""
+import io
+import pickle
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from ee_tuning.checkpoint.byte_progress import Advance
+from ee_tuning.checkpoint.hashed_file import HashedFile
+from ee_tuning.checkpoint.metadata_pickle import METADATA
+from ee_tuning.checkpoint.names import Shape
+from ee_tuning.checkpoint.safetensors_layout import SHARD_BYTES
+from ee_tuning.checkpoint.torch_archive import write_tensor
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A rectangle of a tensor of the checkpoint; or, with an empty `shape`, an object."""
+
+    key: str
+    dtype: torch.dtype = torch.uint8
+    shape: Shape = ()
+    """Of the whole tensor."""
+    offsets: Shape = ()
+    sizes: Shape = ()
+
+
+@dataclass(frozen=True)
+class Written:
+    """Where a chunk went."""
+
+    chunk: Chunk
+    file: str
+    start: int
+    length: int
+
+
+class DistcpWriter:
+    """One process's files in `folder`, at most SHARD_BYTES each but for a single larger tensor. A context manager. Raises OSError."""
+
+    def __init__(self, folder: Path, rank: int, advance: Advance):
+        self.written: list[Written] = []
+        self.sums: dict[str, str] = {}
+        """sha256 by file name, of the files that are closed."""
+        self._folder, self._rank, self._advance = folder, rank, advance
+        self._file: HashedFile | None = None
+
+    def __enter__(self) -> "DistcpWriter":
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._close(*raised)
+
+    def add_tensor(self, chunk: Chunk, blocks: Iterable[Tensor]) -> None:
+        """Appends the chunk, whose consecutive rows are `blocks`."""
+        file = self._room()
+        start = file.num_bytes
+        write_tensor(file, chunk.sizes, chunk.dtype, self._told(blocks))
+        self.written.append(Written(chunk, self._name(), start, file.num_bytes - start))
+
+    def add_object(self, key: str, content: Any) -> None:
+        """Appends what is no tensor."""
+        file = self._room()
+        start, buffer = file.num_bytes, io.BytesIO()
+        torch.save(content, buffer)
+        file.write(buffer.getvalue())
+        self.written.append(Written(Chunk(key), self._name(), start, file.num_bytes - start))
+
+    def _told(self, blocks: Iterable[Tensor]) -> Iterable[Tensor]:
+        for block in blocks:
+            yield block
+            self._advance(block.numel() * block.itemsize)
+
+    def _room(self) -> HashedFile:
+        if self._file is not None and self._file.num_bytes >= SHARD_BYTES:
+            self._close(None, None, None)
+        if self._file is None:
+            self._file = HashedFile(self._folder / self._name())
+        return self._file
+
+    def _name(self) -> str:
+        return f"__{self._rank}_{len(self.sums)}.distcp"
+
+    def _close(self, *raised: Any) -> None:
+        if self._file is not None:
+            self._file.__exit__(*raised)
+            if raised[0] is None:
+                self.sums[self._name()] = self._file.sha256
+            self._file = None
+
+
+def write_metadata(folder: Path, written: Iterable[Written]) -> None:
+    """Describes what all processes wrote, whoever wrote it."""
+    tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    places: dict[MetadataIndex, _StorageInfo] = {}
+    for each in sorted(written, key=lambda each: (each.chunk.key, each.chunk.offsets)):
+        chunk = each.chunk
+        info = _StorageInfo(relative_path=each.file, offset=each.start, length=each.length)
+        if not chunk.shape:
+            tensors[chunk.key] = BytesStorageMetadata()
+            places[MetadataIndex(chunk.key)] = info
+            continue
+        entry = tensors.setdefault(chunk.key, TensorStorageMetadata(TensorProperties(dtype=chunk.dtype), torch.Size(chunk.shape), []))
+        assert isinstance(entry, TensorStorageMetadata)
+        places[MetadataIndex(chunk.key, chunk.offsets, len(entry.chunks))] = info
+        entry.chunks.append(ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes)))
+    metadata = Metadata(tensors, storage_data=places, storage_meta=StorageMeta(), version="1.0.0")
+    (folder / METADATA).write_bytes(pickle.dumps(metadata))

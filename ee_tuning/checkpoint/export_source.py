@@ -1,0 +1,57 @@
+"""What a merged export is made of: a model in any of the formats, its description as Hugging Face has it, exits that are bound to it."""
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ee_tuning.checkpoint.aside import on_first_rank
+from ee_tuning.checkpoint.convert import model_name
+from ee_tuning.checkpoint.exit_heads import ExitHeadsReader, check_bound_to
+from ee_tuning.checkpoint.fingerprint import fingerprint
+from ee_tuning.checkpoint.formats import BackboneSource, check_model, describing_file, open_model
+from ee_tuning.checkpoint.safetensors_reader import SafetensorsFolder
+from ee_tuning.config import Config
+from ee_tuning.model.config import ModelConfig
+from ee_tuning.model.huggingface_config import huggingface_config
+from ee_tuning.parallel.topology import Topology
+
+
+@dataclass(frozen=True)
+class ExportSource:
+    """Checked: the weights are those of the shape, and the exits, where there are any, are this model's."""
+
+    source: BackboneSource
+    model: ModelConfig
+    files: SafetensorsFolder | None
+    """The same, where it is a Hugging Face folder, whose files can be copied as they are."""
+    description: dict[str, Any]
+    """config.json: the model's own where it has one."""
+    artifact: ExitHeadsReader | None
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return model_name(self.source.folder)
+
+
+@contextmanager
+def open_for_export(config: Config, topology: Topology | None) -> Iterator[ExportSource]:
+    """model.path and exits.path, for the time of the block. Raises InputError where they are not sound, or do not belong together."""
+    with ExitStack() as stack:
+        source, model, _ = open_model(config.model)
+        stack.enter_context(source)
+        check_model(source, model, topology, verifies=config.exits.verify)
+        artifact = None
+        if config.exits.path is not None:
+            artifact = stack.enter_context(ExitHeadsReader(Path(config.exits.path), topology, verifies=config.exits.verify))
+            check_bound_to(artifact, on_first_rank(topology, lambda: fingerprint(source, model)))
+            artifact.check_complete(model)
+        files = source if isinstance(source, SafetensorsFolder) else None
+        yield ExportSource(source, model, files, _description(config, source.folder, model), artifact)
+
+
+def _description(config: Config, folder: Path, model: ModelConfig) -> dict[str, Any]:
+    own = describing_file(folder, config.model.config)
+    return huggingface_config(model) if own is None else json.loads(own.read_text())

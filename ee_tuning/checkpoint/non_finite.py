@@ -1,0 +1,56 @@
+"""NaN and infinity in weights, which no format forbids and no checksum sees: counted as tensors pass by.
+
+What copies a whole model reports them and goes on, for the copy is to be the model; what makes exit heads of them refuses.
+"""
+import sys
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from ee_tuning.errors import InputError
+
+
+class NonFinite:
+    """How many values that are no numbers were seen in each tensor."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+
+    def watched(self, name: str, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The blocks of the tensor `name`, looked at as they pass."""
+        for block in blocks:
+            if num := num_non_finite(block):
+                self.counts[name] = self.counts.get(name, 0) + num
+            yield block
+
+    def told(self) -> list[str]:
+        """A line per tensor."""
+        return [f"tensor {name} holds {num:,} value{'s' * (num > 1)} that are NaN or infinite" for name, num in sorted(self.counts.items())]
+
+
+def num_non_finite(tensor: Tensor) -> int:
+    """NaN and infinite values."""
+    if not tensor.numel() or not tensor.is_floating_point() or tensor.itemsize == 1:
+        return 0
+    lowest, highest = torch.aminmax(tensor)  # NaN if one is; 30 times as fast as isfinite
+    return 0 if lowest.isfinite() and highest.isfinite() else int(tensor.isfinite().logical_not().sum())
+
+
+def warn_non_finite(where: object, lines: Iterable[str]) -> None:
+    """Prints them to stderr, each with what the model is called."""
+    for line in lines:
+        warn(f"{where}: {line}; the copy is like it, and whatever runs it computes nonsense")
+
+
+def warn(line: str) -> None:
+    """Prints a line for whoever runs the command."""
+    print(f"ee-tuning: warning: {line}", file=sys.stderr)
+
+
+def check_finite(where: object, name: str, tensor: Tensor) -> Tensor:
+    """The tensor itself. Raises InputError where it holds NaN or infinity."""
+    if num := num_non_finite(tensor):
+        raise InputError(f"{where}: tensor {name} holds {num:,} values that are NaN or infinite, and exit heads must not be made of them; "
+                         "fetch the model again, or give another")
+    return tensor

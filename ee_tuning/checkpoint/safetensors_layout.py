@@ -1,0 +1,91 @@
+"""Where each tensor lies in a safetensors file, or in shards of one as Hugging Face cuts them, before any is written.
+
+It depends on names, shapes and dtypes alone, so every process knows it.
+"""
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ee_tuning.checkpoint.names import Shape
+from ee_tuning.checkpoint.safetensors_file import DTYPES
+
+SHARD_BYTES = 5_000_000_000
+"""A file's largest size, as Hugging Face cuts them; a single larger tensor gets a file of its own."""
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor begins."""
+
+    file: str
+    offset: int
+
+
+class SafetensorsLayout:
+    """`<stem>.safetensors`, or shards and their index. `dtypes`: of every tensor, or one for all."""
+
+    def __init__(self, stem: str, shapes: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype] | torch.dtype,
+                 shard_bytes: int = SHARD_BYTES):
+        self.stem, self.shapes = stem, dict(shapes)
+        self.dtypes = dict.fromkeys(shapes, dtypes) if isinstance(dtypes, torch.dtype) else dict(dtypes)
+        self.files = self._assign_files(shard_bytes)
+        """File -> its tensors, in their order."""
+        self.headers = {file: self._header(names) for file, names in self.files.items()}
+        self.places = self._assign_places()
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all tensors."""
+        return sum(map(self.tensor_bytes, self.shapes))
+
+    def tensor_bytes(self, name: str) -> int:
+        """Of one tensor."""
+        return math.prod(self.shapes[name]) * self.dtypes[name].itemsize
+
+    def file_bytes(self, file: str) -> int:
+        """Of a whole file."""
+        return len(self.headers[file]) + sum(map(self.tensor_bytes, self.files[file]))
+
+    def index(self) -> tuple[str, str] | None:
+        """Name and content of the index; None where there is one file."""
+        if len(self.files) == 1:
+            return None
+        index = {"metadata": {"total_size": self.num_bytes}, "weight_map": {name: place.file for name, place in self.places.items()}}
+        return f"{self.stem}.safetensors.index.json", json.dumps(index, indent=2) + "\n"
+
+    def _assign_files(self, shard_bytes: int) -> dict[str, list[str]]:
+        shards: list[list[str]] = [[]]
+        used = 0
+        for name in self.shapes:
+            if shards[-1] and used + self.tensor_bytes(name) > shard_bytes:
+                shards.append([])
+                used = 0
+            shards[-1].append(name)
+            used += self.tensor_bytes(name)
+        if len(shards) == 1:
+            return {f"{self.stem}.safetensors": shards[0]}
+        return {f"{self.stem}-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
+
+    def _header(self, names: list[str]) -> bytes:
+        tree: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        start = 0
+        for name in names:
+            stop = start + self.tensor_bytes(name)
+            tree[name] = {"dtype": _NAMES[self.dtypes[name]], "shape": list(self.shapes[name]), "data_offsets": [start, stop]}
+            start = stop
+        text = json.dumps(tree, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # the data begins aligned
+        return len(text).to_bytes(8, "little") + text
+
+    def _assign_places(self) -> dict[str, Place]:
+        places = {}
+        for file, names in self.files.items():
+            offset = len(self.headers[file])
+            for name in names:
+                places[name] = Place(file, offset)
+                offset += self.tensor_bytes(name)
+        return places

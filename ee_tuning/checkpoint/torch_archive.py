@@ -1,0 +1,75 @@
+"""Tensors in torch.save's file format, written as a stream: torch itself wants the whole tensor in memory, and copies it once more.
+
+A zip archive, uncompressed: `data.pkl` describes the tensor, `data/0` holds its bytes. See torch_file.py for the way back.
+"""
+import collections
+import io
+import math
+import pickle
+import zipfile
+from collections.abc import Iterable
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+from torch._utils import _rebuild_tensor_v2
+
+from ee_tuning.checkpoint.names import Shape
+from ee_tuning.checkpoint.tensor_blocks import as_bytes
+
+_STORAGES = {torch.float64: torch.DoubleStorage, torch.float32: torch.FloatStorage, torch.float16: torch.HalfStorage,
+             torch.bfloat16: torch.BFloat16Storage}
+_ZIP64 = 1 << 31
+
+
+class Sink(Protocol):
+    """What an archive is written to, from beginning to end."""
+
+    def write(self, data: bytes) -> int:
+        """Appends; how many bytes."""
+    def flush(self) -> None:
+        """Nothing that matters."""
+
+
+def write_tensor(out: Sink, shape: Shape, dtype: torch.dtype, blocks: Iterable[Tensor]) -> None:
+    """Appends an archive of one tensor, whose consecutive rows are `blocks`."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    with zipfile.ZipFile(cast(Any, out), "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr(_entry("data.pkl"), _described(shape, dtype))
+        archive.writestr(_entry("byteorder"), "little")
+        written = 0
+        with archive.open(_entry("data/0"), "w", force_zip64=num_bytes >= _ZIP64) as record:
+            for block in blocks:
+                assert block.dtype == dtype, (block.dtype, dtype)
+                written += record.write(as_bytes(block))
+        assert written == num_bytes, (written, shape, dtype)
+        archive.writestr(_entry("version"), "3\n")
+
+
+def _entry(name: str) -> zipfile.ZipInfo:
+    return zipfile.ZipInfo(f"archive/{name}")  # of 1980: the bytes do not depend on the time of writing
+
+
+class _Storage:
+    def __init__(self, dtype: torch.dtype, num_elements: int):
+        self.pid = ("storage", _STORAGES[dtype], "0", "cpu", num_elements)
+
+
+class _Tensor:
+    def __init__(self, shape: Shape, dtype: torch.dtype):
+        strides = tuple(math.prod(shape[dim + 1:]) for dim in range(len(shape)))
+        self.arguments: tuple[Any, ...] = (_Storage(dtype, math.prod(shape)), 0, shape, strides, False, collections.OrderedDict())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild_tensor_v2, self.arguments
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, obj: Any) -> Any:
+        return obj.pid if isinstance(obj, _Storage) else None
+
+
+def _described(shape: Shape, dtype: torch.dtype) -> bytes:
+    buffer = io.BytesIO()
+    _Pickler(buffer, protocol=2).dump(_Tensor(shape, dtype))
+    return buffer.getvalue()

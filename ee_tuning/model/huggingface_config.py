@@ -1,0 +1,50 @@
+"""A model's shape as a Hugging Face config.json, in transformers' newer spelling: the way back from `read_model_config`."""
+from typing import Any
+
+from ee_tuning.model.config import ModelConfig, RopeConfig
+from ee_tuning.model.families import ACTIVATIONS, Family
+
+HUGGINGFACE_CLASSES: dict[Family, str] = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
+                               "qwen3": "Qwen3ForCausalLM", "gpt2": "GPT2LMHeadModel"}
+
+
+def huggingface_config(config: ModelConfig) -> dict[str, Any]:
+    """The content of config.json. What begins and ends a text is null where the config does not know it."""
+    eos = config.eos_token_ids
+    shared = {
+        "architectures": [HUGGINGFACE_CLASSES[config.family]], "model_type": config.family, "dtype": config.stored_dtype,
+        "vocab_size": config.vocab_size, "tie_word_embeddings": config.ties_embeddings, "initializer_range": config.init_std,
+        "bos_token_id": config.bos_token_id, "eos_token_id": None if not eos else eos[0] if len(eos) == 1 else list(eos)}
+    if config.family == "gpt2":
+        return {**shared, "n_embd": config.hidden_size, "n_layer": config.num_layers, "n_head": config.num_attention_heads,
+                "n_positions": config.max_position_embeddings, "n_inner": config.ffn_hidden_size,
+                "layer_norm_epsilon": config.norm_epsilon, "activation_function": _activation(config)}
+    return {**shared, "hidden_size": config.hidden_size, "intermediate_size": config.ffn_hidden_size,
+            "num_hidden_layers": config.num_layers, "num_attention_heads": config.num_attention_heads,
+            "num_key_value_heads": config.num_query_groups, "head_dim": config.kv_channels,
+            "max_position_embeddings": config.max_position_embeddings, "rms_norm_eps": config.norm_epsilon,
+            "hidden_act": _activation(config), "rope_parameters": _rope(config.rope), **_windows(config)}
+
+
+def _activation(config: ModelConfig) -> str:
+    return {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}[config.activation]
+
+
+def _rope(rope: RopeConfig) -> dict[str, Any]:
+    fields: dict[str, Any] = {"rope_type": rope.kind, "rope_theta": rope.theta}
+    if rope.kind != "default":
+        fields["factor"] = rope.factor
+    if rope.kind in ("llama3", "yarn"):
+        fields["original_max_position_embeddings"] = rope.original_max_position_embeddings
+    if rope.kind == "llama3":
+        fields.update(low_freq_factor=rope.low_freq_factor, high_freq_factor=rope.high_freq_factor)
+    if rope.kind == "yarn":
+        fields.update(beta_fast=rope.beta_fast, beta_slow=rope.beta_slow, truncate=rope.truncate, attention_factor=rope.attention_factor)
+    return fields
+
+
+def _windows(config: ModelConfig) -> dict[str, Any]:
+    """No model that this project runs has a window that is shorter than its context; what transformers takes by default is one."""
+    if config.family in ("qwen2", "qwen3"):
+        return {"use_sliding_window": False, "sliding_window": None}
+    return {"sliding_window": None} if config.family == "mistral" else {}
