@@ -7,11 +7,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test quality clean
+.PHONY: help install demo test stress quality clean
 
 help:
 	@echo "make demo      convert, tune and decode the small model that ships with this project; runs/demo/report.json"
 	@echo "make test      all tests, on the CPU"
+	@echo "make stress    thousands of damaged files and two hundred kill -9, most of an hour; docs/stress.md"
 	@echo "make quality   ruff and mypy"
 	@echo "make install   only the set-up: everything in $(VENV)"
 	@echo "make clean     removes $(VENV) and what the tools cached; runs/ stays"
@@ -30,6 +31,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+stress: $(STAMP)
+	$(BIN)/python tests/stress/run.py --output docs/stress.md
 
 quality: $(STAMP)
 	$(BIN)/python -m ruff check .

@@ -1,28 +1,26 @@
 """`ee-tuning convert`: initialized exit heads for a backbone, which is read by slices and stays as it is.
 
-One process or many, at any TP × PP: each tensor is made whole by one rank, so the bytes written are the same.
+One process or many, at any TP × PP: each file is made by one rank, block by block, so the bytes written are the same.
 """
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from shlex import quote
 from typing import Any, TypeGuard
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor
 
 from ee_tuning.checkpoint.aside import on_first_rank
 from ee_tuning.checkpoint.ee_llm import FoundExits
 from ee_tuning.checkpoint.exit_config import ExitHeadsConfig
-from ee_tuning.checkpoint.exit_heads import check_output, save_exit_heads
+from ee_tuning.checkpoint.exit_heads import check_output, save_exit_heads, write_exit_heads
 from ee_tuning.checkpoint.exit_init import InitialExits
 from ee_tuning.checkpoint.fingerprint import fingerprint, model_shape
 from ee_tuning.checkpoint.formats import BackboneSource, check_model, open_model
 from ee_tuning.checkpoint.legacy import LegacyReader
 from ee_tuning.checkpoint.model_card import told_architecture
 from ee_tuning.checkpoint.names import embedding_name
+from ee_tuning.checkpoint.non_finite import check_finite
 from ee_tuning.config import Config, ExitsSection
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
@@ -55,8 +53,9 @@ def write_initial_exits(config: Config, output: Path, topology: Topology, *, ove
             return _write_found(FoundExits(reader, model, model_name(reader.folder)), output, topology, overwrite=overwrite)
         exits = on_first_rank(topology, lambda: initial_exits_config(config, model, reader))
         source = InitialExits(exits, reader, model)
-        own = list(source.shapes)[topology.rank::topology.world_size]
-        save_exit_heads(output, exits, model, _with_progress(source, own, topology), topology, overwrite=overwrite)
+        def blocks(name: str) -> Iterator[Tensor]:
+            return (check_finite(reader.folder, name, block) for block in source.blocks(name))
+        write_exit_heads(output, exits, model, blocks, topology, overwrite=overwrite)
     return exits
 
 
@@ -128,16 +127,6 @@ def _check(config: Config, model: ModelConfig, reader: BackboneSource) -> None:
     layers = config.exits.layers(model.num_layers)
     model.check_exit_layers(layers)
     described_heads(config.exits, layers)
-
-
-def _with_progress(source: InitialExits, names: list[str], topology: Topology) -> Iterator[tuple[str, Tensor]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    is_shown = topology.is_logging_rank and sys.stderr.isatty()
-    with Progress(*columns, console=Console(stderr=True), disable=not is_shown) as progress:
-        task = progress.add_task("writing exit heads", total=sum(map(source.num_bytes, names)))
-        for name in names:
-            yield name, source.full(name)
-            progress.advance(task, source.num_bytes(name))
 
 
 def _print_summary(config: Config, exits: ExitHeadsConfig, output: Path) -> None:

@@ -5,25 +5,31 @@ Any TP × PP reads it by slices, and the same bytes are written whatever the lay
 """
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ee_tuning.checkpoint.aside import gathered, on_first_rank, refusals_named, written_aside
+from ee_tuning.checkpoint.byte_progress import byte_progress
 from ee_tuning.checkpoint.exit_config import CONFIG, ExitHeadsConfig, exit_config_tree, read_exit_config
 from ee_tuning.checkpoint.exit_names import exit_shard
+from ee_tuning.checkpoint.hashed_file import HashedFile
 from ee_tuning.checkpoint.manifest import MANIFEST, check_manifest, read_manifest, write_manifest
 from ee_tuning.checkpoint.model_card import artifact_card
+from ee_tuning.checkpoint.safetensors_layout import SafetensorsLayout
 from ee_tuning.checkpoint.safetensors_reader import SafetensorsFolder, TensorSource, read_shard
-from ee_tuning.checkpoint.safetensors_writer import SHARD_BYTES, SafetensorsWriter
+from ee_tuning.checkpoint.safetensors_writer import SafetensorsWriter
+from ee_tuning.checkpoint.shared_work import own_share
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.exit_spec import ExitSpec
 from ee_tuning.parallel.topology import Topology
 
 STEM, CARD = "exit_heads", "README.md"
+EXIT_SHARD_BYTES = 1_000_000_000
+"""A file's largest size: small enough that the exits of a large model come in several, which processes share."""
 _REMEDY = "fetch or convert the exits again"
 
 
@@ -87,7 +93,7 @@ def check_output(output: Path, overwrite: bool) -> None:
 
 
 def save_exit_heads(output: Path, exits: ExitHeadsConfig, config: ModelConfig, tensors: Iterable[tuple[str, Tensor]],
-                    topology: Topology | None = None, *, overwrite: bool = False, shard_bytes: int = SHARD_BYTES) -> None:
+                    topology: Topology | None = None, *, overwrite: bool = False, shard_bytes: int = EXIT_SHARD_BYTES) -> None:
     """Writes an artifact from whole tensors named as `exits.tensor_shapes` names them, written as they come.
 
     With a topology all ranks save together: `tensors` is drawn from on every rank (it may hold collectives), and each tensor comes from
@@ -103,7 +109,30 @@ def save_exit_heads(output: Path, exits: ExitHeadsConfig, config: ModelConfig, t
             written.append(name)
         everything = gathered(written, topology)
         assert sorted(everything) == sorted(writer.shapes), sorted(set(everything) ^ set(writer.shapes)) or "a tensor came from two ranks"
-        on_first_rank(topology, lambda: _finish(partial, output, exits))
+        on_first_rank(topology, lambda: _finish(partial, output, exits, writer.layout, {}))
+
+
+def write_exit_heads(output: Path, exits: ExitHeadsConfig, config: ModelConfig, blocks: Callable[[str], Iterable[Tensor]],
+                     topology: Topology | None = None, *, overwrite: bool = False, shard_bytes: int = EXIT_SHARD_BYTES) -> None:
+    """As `save_exit_heads`, from tensors that any process can make, block of rows by block: the processes share the files, and a file is
+    hashed while it is written.
+    """
+    rank, world = (0, 1) if topology is None else (topology.rank, topology.world_size)
+    on_first_rank(topology, lambda: check_output(output, overwrite))
+    layout = SafetensorsLayout(STEM, exits.tensor_shapes(config), exits.torch_dtype, shard_bytes)
+    with written_aside(output, topology) as partial:
+        on_first_rank(topology, lambda: _check_room(partial, output, layout))
+        sums, own = {}, own_share({file: layout.file_bytes(file) for file in layout.files}, rank, world)
+        with byte_progress("writing exit heads", sum(map(layout.file_bytes, own)), is_shown=rank == 0) as advance:
+            for file in own:
+                with HashedFile(partial / file) as made:
+                    advance(made.write(layout.headers[file]))
+                    for name in layout.files[file]:
+                        for block in blocks(name):
+                            advance(made.write(block.to(exits.torch_dtype).contiguous()))
+                sums[file] = made.sha256
+        everything = gathered([sums], topology)
+        on_first_rank(topology, lambda: _finish(partial, output, exits, layout, {k: v for each in everything for k, v in each.items()}))
 
 
 def check_is_artifact(folder: Path) -> None:
@@ -119,16 +148,21 @@ def check_integrity(folder: Path, topology: Topology | None = None) -> None:
 
 
 def _begin(partial: Path, output: Path, writer: SafetensorsWriter) -> None:
-    free = shutil.disk_usage(partial).free
-    if free < writer.num_bytes:
-        raise InputError(f"{output} takes {writer.num_bytes:,} bytes, and {free:,} are free there; make room, or choose another folder")
+    _check_room(partial, output, writer.layout)
     with refusals_named(output):
         writer.create()
 
 
-def _finish(partial: Path, output: Path, exits: ExitHeadsConfig) -> None:
+def _check_room(partial: Path, output: Path, layout: SafetensorsLayout) -> None:
+    if (free := shutil.disk_usage(partial).free) < layout.num_bytes:
+        raise InputError(f"{output} takes {layout.num_bytes:,} bytes, and {free:,} are free there; make room, or choose another folder")
+
+
+def _finish(partial: Path, output: Path, exits: ExitHeadsConfig, layout: SafetensorsLayout, sums: Mapping[str, str]) -> None:
     with refusals_named(output):
+        if index := layout.index():
+            (partial / index[0]).write_text(index[1])
         tree = exit_config_tree(exits)
         (partial / CONFIG).write_text(json.dumps(tree, indent=2) + "\n")
         (partial / CARD).write_text(artifact_card(tree))
-        write_manifest(partial)
+        write_manifest(partial, sums)

@@ -4,6 +4,7 @@ Each random tensor is drawn whole, on the CPU, from the seed and its name, so ev
 """
 import hashlib
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from ee_tuning.checkpoint.exit_config import ExitHeadsConfig
 from ee_tuning.checkpoint.exit_names import exit_copy_source, is_residual_projection
 from ee_tuning.checkpoint.names import Shape
 from ee_tuning.checkpoint.safetensors_reader import TensorSource
+from ee_tuning.checkpoint.tensor_blocks import BLOCK_BYTES, tensor_blocks
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
 
@@ -58,6 +60,13 @@ class InitialExits:
             return self.reader.rows(source, start, stop).to(self.exits.torch_dtype)
         return self._drawn(name)[start:stop]
 
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """The whole tensor's rows, block by block; it is never in memory whole."""
+        self.check_shape(name, self.shapes[name])
+        if self._source(name) is not None or len(self.shapes[name]) == 1:
+            return tensor_blocks(self, name)
+        return self._drawn_blocks(name)
+
     def columns(self, name: str, start: int, stop: int) -> Tensor:
         """[n, stop - start]. Of a copy, no other columns are read."""
         self.check_shape(name, self.shapes[name])
@@ -70,12 +79,21 @@ class InitialExits:
         return exit_copy_source(name, self.config) if self.exits.init == "copy" else None
 
     def _drawn(self, name: str) -> Tensor:
+        return torch.cat(list(self._drawn_blocks(name)))
+
+    def _drawn_blocks(self, name: str) -> Iterator[Tensor]:
+        """Of whole numbers of 16 values, by which torch's generator goes: the same values as those of the tensor drawn at once."""
         if name.endswith(".weight") and len(self.shapes[name]) == 1:
-            return torch.ones(self.shapes[name], dtype=self.exits.torch_dtype)
+            yield torch.ones(self.shapes[name], dtype=self.exits.torch_dtype)
+            return
         if name.endswith(".bias") or (name.endswith(".adapter.up.weight") and self.exits.init == "copy"):
-            return torch.zeros(self.shapes[name], dtype=self.exits.torch_dtype)
+            yield torch.zeros(self.shapes[name], dtype=self.exits.torch_dtype)
+            return
         layer = int(name.split(".")[1])
         std = self.config.init_std / (math.sqrt(2 * layer) if is_residual_projection(name, self.config) else 1.0)
         digest = hashlib.sha256(f"{self.exits.seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        return (torch.randn(self.shapes[name], generator=generator) * std).to(self.exits.torch_dtype)
+        rows, *width = self.shapes[name]
+        step = max(16, BLOCK_BYTES // (4 * math.prod(width)) // 16 * 16) if math.prod(width) >= 16 else rows
+        for row in range(0, rows, step):
+            yield (torch.randn(min(step, rows - row), *width, generator=generator) * std).to(self.exits.torch_dtype)

@@ -3,32 +3,29 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 from ee_tuning.checkpoint.convert import described_heads
 from ee_tuning.checkpoint.exit_config import ExitHeadsConfig
-from ee_tuning.checkpoint.exit_heads import ExitHeadsReader, check_bound_to, save_exit_heads
+from ee_tuning.checkpoint.exit_heads import ExitHeadsReader, check_bound_to, write_exit_heads
 from ee_tuning.checkpoint.exit_init import InitialExits
 from ee_tuning.checkpoint.fingerprint import config_of_shape, fingerprint
 from ee_tuning.checkpoint.huggingface import HuggingFaceReader
+from ee_tuning.checkpoint.tensor_blocks import tensor_blocks
 from ee_tuning.config import Architecture, Config
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import read_model_config
-
-
-class _WholeTensors(Protocol):
-    def full(self, name: str) -> Tensor:
-        """The whole tensor."""
 
 
 @dataclass(frozen=True)
 class _Part:
     """Exits that come from one place."""
 
-    source: _WholeTensors
+    source: ExitHeadsReader | InitialExits
     exits: ExitHeadsConfig
     layers: tuple[int, ...]
 
@@ -70,7 +67,7 @@ def export_artifact(config: Config, output: Path, choice: ExitChoice, *, overwri
         if choice.add:
             parts.append(_new_exits(config, base, choice, stack))
         exits = _joined(parts)
-        save_exit_heads(output, exits, model, _tensors(parts, list(exits.tensor_shapes(model))), overwrite=overwrite)
+        write_exit_heads(output, exits, model, partial(_blocks, parts), overwrite=overwrite)
     return exits
 
 
@@ -141,7 +138,7 @@ def _joined(parts: list[_Part]) -> ExitHeadsConfig:
     return dataclasses.replace(base, tuned=None, origins={str(layer): origins[layer] for layer in sorted(layers)})
 
 
-def _tensors(parts: list[_Part], names: list[str]) -> Iterator[tuple[str, Tensor]]:
-    sources = {layer: part.source for part in parts for layer in part.layers}
-    for name in names:
-        yield name, sources[int(name.split(".")[1])].full(name)
+def _blocks(parts: list[_Part], name: str) -> Iterator[Tensor]:
+    layer = int(name.split(".")[1])
+    source = next(part.source for part in parts if layer in part.layers)
+    return source.blocks(name) if isinstance(source, InitialExits) else tensor_blocks(source, name)

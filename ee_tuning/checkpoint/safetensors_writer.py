@@ -16,7 +16,10 @@ from ee_tuning.checkpoint.tensor_blocks import as_bytes
 
 
 class SafetensorsWriter:
-    """`<stem>.safetensors`, or shards and their index, in a folder that exists. Every process makes its own writer from the same shapes."""
+    """`<stem>.safetensors`, or shards and their index, in a folder that exists; not their index.
+
+    Every process makes its own writer from the same shapes.
+    """
 
     def __init__(self, folder: Path, stem: str, shapes: Mapping[str, Shape], dtype: torch.dtype, shard_bytes: int = SHARD_BYTES):
         self.folder, self.dtype = folder, dtype
@@ -29,13 +32,11 @@ class SafetensorsWriter:
         return self.layout.num_bytes
 
     def create(self) -> None:
-        """Makes the files at their full length, headers in place, and the index. One process does, before any writes."""
+        """Makes the files at their full length, headers in place. One process does, before any writes."""
         for file, header in self.layout.headers.items():
             with open(self.folder / file, "xb") as out:
                 out.write(header)
                 out.truncate(self.layout.file_bytes(file))
-        if index := self.layout.index():
-            (self.folder / index[0]).write_text(index[1])
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Puts one whole tensor, cast to the writer's dtype, in its place on the disk."""

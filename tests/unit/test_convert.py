@@ -11,8 +11,8 @@ from ee_tuning import config as job
 from ee_tuning.checkpoint import exit_heads
 from ee_tuning.checkpoint.convert import convert, model_name
 from ee_tuning.checkpoint.exit_heads import ExitHeadsReader
+from ee_tuning.checkpoint.hashed_file import HashedFile
 from ee_tuning.checkpoint.inspect import artifact_facts, inspect_path, model_facts
-from ee_tuning.checkpoint.safetensors_writer import SafetensorsWriter
 from ee_tuning.config import Config
 from ee_tuning.errors import InputError
 
@@ -56,18 +56,18 @@ def test_the_summary_says_what_to_type_next(llama: Path, tmp_path: Path, capsys:
 
 def test_a_conversion_that_fails_midway_leaves_nothing(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half an artifact in place would be loaded, or would stand in the way of the next attempt."""
-    write, names = SafetensorsWriter.write, []
+    write, blocks = HashedFile.write, []
 
-    def fails_at_the_third(self: SafetensorsWriter, name: str, tensor: Any) -> None:
-        names.append(name)
-        if len(names) == 3:
+    def fails_at_the_third(self: HashedFile, data: Any) -> int:
+        blocks.append(data)
+        if len(blocks) == 3:
             raise OSError(28, "No space left on device")
-        write(self, name, tensor)
+        return write(self, data)
 
-    monkeypatch.setattr(SafetensorsWriter, "write", fails_at_the_third)
+    monkeypatch.setattr(HashedFile, "write", fails_at_the_third)
     message = refusal(lambda: convert(conversion(llama), tmp_path / "exits"))
     assert str(tmp_path / "exits") in message and "No space left" in message
-    assert len(names) == 3 and not list(tmp_path.iterdir())
+    assert len(blocks) == 3 and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("moment", ["after every tensor", "before the rename"])

@@ -14,6 +14,7 @@ from random_models import random_llama
 from safetensors.torch import load_file
 
 from ee_tuning import config as job
+from ee_tuning.checkpoint import exit_init
 from ee_tuning.checkpoint.convert import initial_exits_config
 from ee_tuning.checkpoint.exit_heads import (
     CONFIG,
@@ -225,3 +226,14 @@ def test_exits_that_do_not_fit_the_model_s_shape_are_refused(artifact: Path, lla
     assert "exits.2.mlp.gate_proj.weight" in refusal(lambda: ExitHeadsReader(artifact).check_complete(model))
     shallow = dataclasses.replace(read_model_config(llama), num_layers=3)
     assert "1..3" in refusal(lambda: ExitHeadsReader(artifact).check_complete(shallow))
+
+
+def test_blocks_of_a_random_tensor_are_the_tensor_drawn_at_once(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another model's random exits, because memory was spared; a fine seam where two blocks meet."""
+    source = first_weights(llama, init="random")
+    for name in ("exits.2.output.weight", "exits.2.mlp.down_proj.weight", "exits.2.norm.weight"):
+        monkeypatch.setattr(exit_init, "BLOCK_BYTES", 1 << 30)
+        whole = source.full(name)
+        monkeypatch.setattr(exit_init, "BLOCK_BYTES", 1)
+        blocks = list(source.blocks(name))
+        assert torch.equal(torch.cat(blocks), whole) and (len(blocks) > 2 or whole.dim() == 1)

@@ -1,0 +1,213 @@
+"""`kill -9` at random moments: of commands that save, and of a tuning run on 2 × 2 processes."""
+import random
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from nursery import Life, Nursery
+from outcomes import Content, same_bytes
+from random_models import random_llama
+from safetensors_stress import read_artifact, read_model
+from tuning_jobs import NUM_STEPS, checkpoint, configure, make_tuner, records
+
+from ee_tuning import cli
+from ee_tuning import config as job
+from ee_tuning.checkpoint.verify import verify_folder
+from ee_tuning.config import Config
+from ee_tuning.errors import InputError
+
+_LONGEST = 120.0  # seconds that a job of these may take on a busy machine
+
+
+@dataclass
+class Deaths:
+    """What was found after each, and what went wrong."""
+
+    found: Counter[tuple[str, str]] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+
+    def table(self) -> str:
+        """Markdown: a row per job, a column per finding."""
+        findings = sorted({finding for _, finding in self.found})
+        rows = ["| killed | " + " | ".join(findings) + " |", "|---|" + "---|" * len(findings)]
+        for what in dict.fromkeys(what for what, _ in self.found):
+            rows.append(f"| {what} | " + " | ".join(str(self.found[what, finding]) for finding in findings) + " |")
+        return "\n".join(rows)
+
+
+@dataclass(frozen=True)
+class _Save:
+    """A command that writes a folder, and what reads it."""
+
+    arguments: list[str]
+    read: Callable[[Path], Content]
+
+
+def stress_saves(count: int, seed: int, scratch: Path, nursery: Nursery) -> Deaths:
+    """Kills `count` saves, half of them over an earlier output, and looks what is there; then runs each again to its end."""
+    deaths, former, wanted, durations = Deaths(), {}, {}, {}
+    saves = _saves(scratch)
+    for name, save in saves.items():
+        former[name], wanted[name] = scratch / "former" / name, scratch / "wanted" / name
+        _run(nursery, save.arguments, former[name], scratch, seed=1)
+        durations[name] = _run(nursery, save.arguments, wanted[name], scratch, seed=2)
+    for index in range(count):
+        name = list(saves)[index % len(saves)]
+        draw = random.Random(f"{seed} save {index}")
+        folder = scratch / "killed"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        output = folder / "output"
+        is_replaced = draw.random() < 0.5
+        if is_replaced:
+            shutil.copytree(former[name], output)
+        life = nursery.start(command, [*saves[name].arguments, "--overwrite", "--seed", "2", "--output", str(output)], log=scratch / "log")
+        life.wait(draw.uniform(0, 1.1 * durations[name]))
+        life.kill(with_children=draw.random() < 0.7)
+        story = f"save {index} of seed {seed}, {name}: "
+        try:
+            is_partial = any(".partial-" in path.name for path in folder.iterdir())
+            finding = _found(saves[name], folder, output, former[name] if is_replaced else None, wanted[name])
+            _run(nursery, [*saves[name].arguments, "--overwrite"], output, scratch, seed=2)
+            _check_same(saves[name].read(output), saves[name].read(wanted[name]))
+            verify_folder(output)
+            assert [path.name for path in folder.iterdir()] == ["output"], f"left behind: {sorted(path.name for path in folder.iterdir())}"
+            deaths.found[name, finding] += 1
+            deaths.found[name, "of these, killed while it wrote"] += is_partial
+        except (AssertionError, InputError, OSError) as error:
+            deaths.failures.append(story + repr(error))
+    return deaths
+
+
+def _saves(scratch: Path) -> dict[str, _Save]:
+    model, exits = scratch / "model", scratch / "exits"
+    random_llama(model, hidden_size=128, intermediate_size=512, vocab_size=4001, num_attention_heads=4, num_key_value_heads=2, head_dim=32)
+    assert cli.main(["convert", "--model", str(model), "--exit-layers", "2,4", "--output", str(exits)]) == 0
+    given = ["--model", str(model), "--init", "random"]
+    export = ["export", *given, "--exits", str(exits), "--format"]
+    return {"convert": _Save(["convert", *given, "--exit-layers", "2,4"], read_artifact),
+            "export --format artifact": _Save([*export, "artifact", "--add", "5"], read_artifact),
+            "export --format hf": _Save([*export, "hf"], read_model), "export --format megatron": _Save([*export, "megatron"], read_model)}
+
+
+def command(arguments: list[str]) -> int:
+    """In a process of its own: one line of the command line."""
+    return cli.main(arguments)
+
+
+def _run(nursery: Nursery, arguments: list[str], output: Path, scratch: Path, *, seed: int) -> float:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    log = scratch / "log"
+    log.unlink(missing_ok=True)
+    life = nursery.start(command, [*arguments, "--seed", str(seed), "--output", str(output)], log=log)
+    seconds = life.wait(_LONGEST)
+    assert life.codes() == [0], f"{arguments[0]} ended with {life.codes()}: {log.read_text()[-2000:]}"
+    return seconds
+
+
+def _found(save: _Save, folder: Path, output: Path, former: Path | None, wanted: Path) -> str:
+    """What stands where the output belongs. Raises AssertionError where that, or something beside it, is half of anything."""
+    new = save.read(wanted)
+    for partial in folder.iterdir():
+        if partial != output:
+            assert partial.name.startswith("output.partial-"), partial.name
+            try:
+                content = save.read(partial)
+            except InputError:
+                continue
+            # Killed just before it was given its name, or after another had it: whole all the same.
+            assert any(_is_same(content, save.read(whole)) for whole in (wanted, former) if whole), "half of a save loads"
+    if not output.exists():
+        assert former is None, "the former output is gone"
+        return "nothing there"
+    verify_folder(output)
+    content = save.read(output)
+    if former is not None and _is_same(content, save.read(former)) and not _is_same(content, new):
+        return "the former output, whole"
+    _check_same(content, new)
+    return "the new output, whole"
+
+
+def _is_same(a: Content, b: Content) -> bool:
+    return a.identity == b.identity and a.tensors.keys() == b.tensors.keys() and all(
+        same_bytes(a.tensors[name], b.tensors[name]) for name in a.tensors)
+
+
+def _check_same(got: Content, wanted: Content) -> None:
+    assert _is_same(got, wanted), "it loads, and is not what was to be written"
+
+
+def stress_tuning(count: int, seed: int, scratch: Path, nursery: Nursery) -> Deaths:
+    """Kills a run on TP 2 × PP 2 `count` times, some again while they resume; each goes on to the bits of the run never stopped."""
+    deaths = Deaths()
+    model = scratch / "model"
+    random_llama(model)
+    whole = configure(model, scratch / "whole", tp=2, pp=2, dtype="float32", save_interval=1, keep_checkpoints=2)
+    duration = _tuned(nursery, whole, scratch)
+    wanted = _result(whole)
+    killed = 0
+    while killed < count:
+        draw = random.Random(f"{seed} tuning {killed}")
+        config = configure(model, scratch / "killed", tp=2, pp=2, dtype="float32", save_interval=1, keep_checkpoints=2)
+        shutil.rmtree(scratch / "killed", ignore_errors=True)
+        steps = []
+        for _ in range(min(draw.choice((1, 1, 2)), count - killed)):
+            life = _started(nursery, config, scratch)
+            life.wait(draw.uniform(0.2, 1.0) * duration)
+            life.kill(first=draw.randrange(4), pause=draw.choice((0, 0, 0.05, 0.5)))
+            steps.append(_last_step(config))
+            killed += 1
+        story = f"tuning of seed {seed}, killed number {killed} at {steps}: "
+        try:
+            _tuned(nursery, config, scratch)
+            _check_result(_result(config), wanted)
+            verify_folder(scratch / "killed")
+            litter = [path.name for path in scratch.glob("killed/**/*.partial-*")]
+            assert not litter, f"left behind: {litter}"
+            for step in steps:
+                deaths.found["tune, TP 2 × PP 2", f"resumed from step {step}, equal to the bit"] += 1
+        except (AssertionError, InputError, OSError) as error:
+            deaths.failures.append(story + repr(error))
+    return deaths
+
+
+def tune_to_the_end(config: Config) -> None:
+    """Of each of four processes: a run, from where it was left, to its artifact."""
+    tuner = make_tuner(config)
+    tuner.resume()
+    assert tuner.run()
+    tuner.save_exit_heads(tuner.run_folder / "exit_heads")
+
+
+def _started(nursery: Nursery, config: Config, scratch: Path) -> Life:
+    return nursery.start_world(4, tune_to_the_end, job.replace(config, tuning={"resume": True}), log=scratch / "log")
+
+
+def _tuned(nursery: Nursery, config: Config, scratch: Path) -> float:
+    (scratch / "log").unlink(missing_ok=True)
+    life = _started(nursery, config, scratch)
+    seconds = life.wait(_LONGEST)
+    if life.codes() != [0] * 4:
+        life.kill()
+        raise AssertionError(f"the run ended with {life.codes()}: {(scratch / 'log').read_text()[-2000:]}")
+    return seconds
+
+
+def _last_step(config: Config) -> int:
+    latest = Path(config.tuning.run_folder) / "checkpoints" / "latest"
+    return int(latest.read_text().strip().removeprefix("step_")) if latest.exists() else 0
+
+
+def _result(config: Config) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]], Content]:
+    return checkpoint(config, NUM_STEPS), records(config), read_artifact(Path(config.tuning.run_folder) / "exit_heads")
+
+
+def _check_result(got: tuple[Any, ...], wanted: tuple[Any, ...]) -> None:
+    assert got[0].keys() == wanted[0].keys(), "other tensors in the checkpoint"
+    assert all(torch.equal(tensor, wanted[0][name]) for name, tensor in got[0].items()), "other masters or moments"
+    assert got[1] == wanted[1], "other records"
+    _check_same(got[2], wanted[2])

@@ -1,0 +1,109 @@
+"""Processes to be killed: forked from one that has imported everything, so that a life costs milliseconds before its work begins."""
+import contextlib
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+_TESTS = Path(__file__).parents[1]
+_PATHS = [str(path) for path in (_TESTS.parent, _TESTS, _TESTS / "distributed", _TESTS / "stress")]
+_IMPORTED = ["ee_tuning.cli", "ee_tuning.checkpoint.convert", "ee_tuning.checkpoint.export_artifact",
+             "ee_tuning.checkpoint.export_huggingface", "ee_tuning.checkpoint.megatron_writer", "ee_tuning.evaluation.export",
+             "ee_tuning.tuning.tuner", "ee_tuning.checkpoint.load", "tuning_jobs", "safetensors_stress"]
+
+
+class Nursery:
+    """Starts process groups from the warm parent."""
+
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("forkserver")
+        # The parent of all children reads neither this process's sys.path nor what is changed here later.
+        os.environ["PYTHONPATH"] = os.pathsep.join([*_PATHS, os.environ.get("PYTHONPATH", "")])
+        os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+        self._context.set_forkserver_preload(_IMPORTED)
+
+    def start(self, function: Callable[..., Any], *arguments: Any, log: Path) -> "Life":
+        """`function(*arguments)` in one process."""
+        return Life([self._begun(function, arguments, {}, log)])
+
+    def start_world(self, size: int, function: Callable[..., Any], *arguments: Any, log: Path) -> "Life":
+        """`function(*arguments)` in each of `size` processes that a launcher's environment makes one world."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        world = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        return Life([self._begun(function, arguments, {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)}, log) for rank in range(size)])
+
+    def _begun(self, function: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str], log: Path) -> BaseProcess:
+        process = self._context.Process(target=_live, args=(function, arguments, environment, str(log)))
+        process.start()
+        return process
+
+
+class Life:
+    """Processes that are under way."""
+
+    def __init__(self, processes: list[BaseProcess]):
+        self.processes, self._since = processes, time.monotonic()
+
+    def wait(self, seconds: float) -> float:
+        """Until all have ended, for at most so long. Returns how long they have lived."""
+        for process in self.processes:
+            process.join(max(0.0, self._since + seconds - time.monotonic()))
+        return time.monotonic() - self._since
+
+    def codes(self) -> list[int | None]:
+        """Exit codes; None of those that live."""
+        return [process.exitcode for process in self.processes]
+
+    def kill(self, *, first: int = 0, pause: float = 0.0, with_children: bool = True) -> None:
+        """kill -9: one process, after a pause the others, each with what it started where `with_children`. Returns when all is gone."""
+        order = [self.processes[first], *(process for process in self.processes if process is not self.processes[first])]
+        for process in order:
+            if with_children:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
+            time.sleep(pause if process is order[0] else 0)
+        for process in order:
+            process.join()
+            _wait_for_group(process.pid)
+
+
+def _wait_for_group(group: int | None) -> None:
+    """Until the children of a killed process have ended by themselves, or been buried."""
+    assert group is not None
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and any(_groups(group)):
+        time.sleep(0.01)
+
+
+def _groups(group: int) -> Iterator[int]:
+    """Living processes of the group."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, number = stat.read_text().rpartition(")")[2].split()[:3]
+            if int(number) == group and state not in "ZX":
+                yield int(stat.parent.name)
+
+
+def _live(function: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str], log: str) -> None:
+    os.setsid()
+    with contextlib.suppress(OSError):
+        os.setpgid(0, 0)
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    os.environ.update(environment)
+    import torch
+    torch.set_num_threads(1)
+    code = function(*arguments)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) and not isinstance(code, bool) else 0)
