@@ -37,7 +37,7 @@ FLAGS: dict[str, dict[str, str]] = {
         "--train-iters": "tuning.train_iters", "--lr": "tuning.lr", "--seq-length": "tuning.seq_length",
         "--micro-batch-size": "tuning.micro_batch_size", "--global-batch-size": "tuning.global_batch_size", "--seed": "tuning.seed",
         "--loss": "tuning.loss", "--resume": "tuning.resume", **_PARALLEL},
-    "profile": {**_MODEL, "--text": "exits.profile_text", "--tokenizer": "data.tokenizer"},
+    "profile": {**_MODEL, "--no-verify": "exits.verify", "--text": "exits.profile_text", "--tokenizer": "data.tokenizer"},
     "export": {**_MODEL, **_EXITS, "--tokenizer": "data.tokenizer", **_HEADS, "--seed": "exits.seed"},
     "generate": {
         **_MODEL, **_EXITS, "--tokenizer": "data.tokenizer", "--policy": "generation.policy", "--threshold": "generation.threshold",

@@ -1,4 +1,6 @@
 """`kill -9` at random moments: of commands that save, and of a tuning run on 2 × 2 processes."""
+import contextlib
+import io
 import random
 import shutil
 from collections import Counter
@@ -74,7 +76,7 @@ def stress_saves(count: int, seed: int, scratch: Path, nursery: Nursery) -> Deat
             finding = _found(saves[name], folder, output, former[name] if is_replaced else None, wanted[name])
             _run(nursery, [*saves[name].arguments, "--overwrite"], output, scratch, seed=2)
             _check_same(saves[name].read(output), saves[name].read(wanted[name]))
-            verify_folder(output)
+            _verify(output)
             assert [path.name for path in folder.iterdir()] == ["output"], f"left behind: {sorted(path.name for path in folder.iterdir())}"
             deaths.found[name, finding] += 1
             deaths.found[name, "of these, killed while it wrote"] += is_partial
@@ -124,12 +126,17 @@ def _found(save: _Save, folder: Path, output: Path, former: Path | None, wanted:
     if not output.exists():
         assert former is None, "the former output is gone"
         return "nothing there"
-    verify_folder(output)
+    _verify(output)
     content = save.read(output)
     if former is not None and _is_same(content, save.read(former)) and not _is_same(content, new):
         return "the former output, whole"
     _check_same(content, new)
     return "the new output, whole"
+
+
+def _verify(folder: Path) -> None:
+    with contextlib.redirect_stdout(io.StringIO()):
+        verify_folder(folder)
 
 
 def _is_same(a: Content, b: Content) -> bool:
@@ -165,7 +172,7 @@ def stress_tuning(count: int, seed: int, scratch: Path, nursery: Nursery) -> Dea
         try:
             _tuned(nursery, config, scratch)
             _check_result(_result(config), wanted)
-            verify_folder(scratch / "killed")
+            _verify(scratch / "killed")
             litter = [path.name for path in scratch.glob("killed/**/*.partial-*")]
             assert not litter, f"left behind: {litter}"
             for step in steps:

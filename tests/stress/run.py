@@ -77,13 +77,14 @@ class _Part:
 
 def _record(stories: list[_Part], began: datetime.datetime, seed: int) -> str:
     import torch
-    cpu = next((line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "?")
+    cpu = next(line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
     head = (f"# Stress\n\nWritten by `make stress` ({began:%Y-%m-%d %H:%M} UTC, seed {seed}) on {os.cpu_count()} cores of: {cpu}; Python "
             f"{sys.version.split()[0]}, torch {torch.__version__}, CPU. `make test` runs a few of each by the same code.\n\n{_MEANING}")
     return "\n".join([head, *(story.told() for story in stories)]).rstrip() + "\n"
 
 
-_MEANING = """What the columns mean: a damaged file is **refused** when loading ends in an InputError of one line that names it, and **unharmed** when
+_MEANING = """\
+What the columns mean: a damaged file is **refused** when loading ends in an InputError of one line that names it, and **unharmed** when
 all is loaded byte for byte as it was. A folder of a stranger's has no checksums: a flipped bit in a weight, tensors under each other's
 names or a type of the same width make **another model**, soundly stored; where it is one to the fingerprint (four rows of each tensor),
 exits made for the true one refuse it, and otherwise no reader can know. Folders that this project wrote have a manifest, so there

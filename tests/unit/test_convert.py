@@ -80,8 +80,8 @@ def test_what_a_killed_conversion_leaves_does_not_load(llama: Path, tmp_path: Pa
             seen.append(Path(shutil.copytree(partial, tmp_path / "killed"))), finish(partial, *rest)))
     else:
         write_manifest = exit_heads.write_manifest
-        monkeypatch.setattr(exit_heads, "write_manifest", lambda partial: (
-            seen.append(Path(shutil.copytree(partial, tmp_path / "killed"))), write_manifest(partial)))
+        monkeypatch.setattr(exit_heads, "write_manifest", lambda partial, sums: (
+            seen.append(Path(shutil.copytree(partial, tmp_path / "killed"))), write_manifest(partial, sums)))
     convert(conversion(llama), tmp_path / "exits")
     assert (seen[0] / "exit_heads.safetensors").is_file()
     refusal(lambda: ExitHeadsReader(seen[0]))
@@ -109,10 +109,10 @@ def test_a_failed_replacement_keeps_the_old_artifact(llama: Path, tmp_path: Path
     convert(conversion(llama), output)
     before = contents(output)
 
-    def fails(self: SafetensorsWriter, name: str, tensor: Any) -> None:
+    def fails(self: HashedFile, data: Any) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(SafetensorsWriter, "write", fails)
+    monkeypatch.setattr(HashedFile, "write", fails)
     refusal(lambda: convert(conversion(llama, init="random"), output, overwrite=True))
     assert contents(output) == before and [path.name for path in tmp_path.iterdir()] == ["exits"]
 
