@@ -5,15 +5,18 @@ import math
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
+
 from ee_tuning.checkpoint.convert import model_name
 from ee_tuning.checkpoint.exit_config import CONFIG, exit_config_tree
 from ee_tuning.checkpoint.exit_heads import ExitHeadsReader
 from ee_tuning.checkpoint.exit_names import exit_tensor_shapes
 from ee_tuning.checkpoint.fingerprint import fingerprint, model_shape
-from ee_tuning.checkpoint.formats import FORMATS, open_model
-from ee_tuning.checkpoint.names import backbone_tensor_shapes, embedding_name, output_name
+from ee_tuning.checkpoint.formats import FORMATS, has_weights, model_folder, open_model
+from ee_tuning.checkpoint.model_size import largest_group_parameters, parameters_by_part, parameters_per_layer
+from ee_tuning.checkpoint.names import backbone_tensor_shapes, embedding_name
 from ee_tuning.config import Architecture, ExitsSection, ModelSection
-from ee_tuning.model.config import ModelConfig
+from ee_tuning.model.config import ModelConfig, read_model_config
 from ee_tuning.model.exit_spec import ExitSpec
 
 
@@ -35,18 +38,22 @@ def inspect_path(path: Path, *, as_json: bool, config: str | None = None, trust_
 def model_facts(path: Path, *, config: str | None = None, trust_pickle: bool = False) -> dict[str, Any]:
     """A backbone: format, shape, parameters and bytes per part, fingerprint, and what one exit head would take.
 
-    Reads no more than headers and a few rows. Raises InputError where the weights are not those that its shape asks for.
+    Reads no more than headers and a few rows; of a folder with no more than a config.json, that. Raises InputError where the weights are
+    not those that its shape asks for.
     """
+    folder = model_folder(str(path))
+    if not has_weights(folder):
+        return {"kind": "model", "format": "config.json alone: weights are missing, and sizes are computed from the shape",
+                "path": str(folder), "name": model_name(folder), **_described(model := read_model_config(folder), model.stored_dtype)}
     reader, model, kind = open_model(ModelSection(path=str(path), config=config, trust_pickle=trust_pickle))
     with reader:
         reader.check_complete(model)
         dtype = reader.dtype(embedding_name(model))
         return {
             "kind": "model", "format": FORMATS[kind], "path": str(reader.folder), "name": model_name(reader.folder),
-            "shape": model_shape(model), "dtype": str(dtype).removeprefix("torch."), "rope": _rope(model),
-            "max_position_embeddings": model.max_position_embeddings, "parameters": _parameters_by_part(model),
+            **_described(model, str(dtype).removeprefix("torch.")),
             "bytes": sum(math.prod(shape) * reader.dtype(name).itemsize for name, shape in backbone_tensor_shapes(model).items()),
-            "fingerprint": fingerprint(reader, model), "one_exit_head_bytes": _exit_head_bytes(model, dtype.itemsize)}
+            "fingerprint": fingerprint(reader, model)}
 
 
 def artifact_facts(folder: Path) -> dict[str, Any]:
@@ -69,18 +76,21 @@ def artifact_facts(folder: Path) -> dict[str, Any]:
             "bytes": sum(file.stat().st_size for file in folder.iterdir()), "integrity": "every sha256 is as the manifest says"}
 
 
+def _described(model: ModelConfig, dtype: str) -> dict[str, Any]:
+    """What the shape tells, for weights in `dtype`."""
+    parameters, width = parameters_by_part(model), getattr(torch, dtype).itemsize
+    return {
+        "shape": model_shape(model), "dtype": dtype, "rope": _rope(model), "max_position_embeddings": model.max_position_embeddings,
+        "parameters": {**parameters, **parameters_per_layer(model)}, "bytes": width * parameters["all"],
+        "largest_group_bytes": width * largest_group_parameters(model), "one_exit_head_bytes": _exit_head_bytes(model, width)}
+
+
 def _rope(config: ModelConfig) -> dict[str, Any] | None:
     """Kind, theta, and what else its kind sets; None where positions are learned."""
     if config.position == "learned":
         return None
     plain = dataclasses.asdict(type(config.rope)())
     return {key: value for key, value in dataclasses.asdict(config.rope).items() if key in ("kind", "theta") or value != plain[key]}
-
-
-def _parameters_by_part(config: ModelConfig) -> dict[str, int]:
-    sizes = {name: math.prod(shape) for name, shape in backbone_tensor_shapes(config).items()}
-    embedding, output = sizes[embedding_name(config)], sizes.get(output_name(config), 0)
-    return {"embedding": embedding, "layers": sum(sizes.values()) - embedding - output, "output": output, "all": sum(sizes.values())}
 
 
 def _exit_head_bytes(config: ModelConfig, width: int) -> dict[str, int]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from ee_tuning.commands.command import Command, add_job, job_of
 from ee_tuning.config import load_config
+from ee_tuning.errors import InputError
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -19,7 +20,10 @@ def inspect(args: argparse.Namespace) -> None:
     """What a folder holds."""
     from ee_tuning.checkpoint.inspect import inspect_path
 
-    inspect_path(args.path, as_json=args.json, config=args.config, trust_pickle=args.trust_pickle)
+    given = [path for path in (args.path, args.model) if path is not None]
+    if len(given) != 1:
+        raise InputError(f"inspect looks at one folder, got {len(given)}; give FOLDER, or --model FOLDER")
+    inspect_path(given[0], as_json=args.json, config=args.config, trust_pickle=args.trust_pickle)
 
 
 def profile(args: argparse.Namespace) -> None:
@@ -51,7 +55,9 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", type=Path, metavar="FOLDER", help="a model's folder (Hugging Face, Megatron) or an exit-heads artifact")
+    parser.add_argument("path", type=Path, nargs="?", metavar="FOLDER",
+                        help="a model's folder (Hugging Face, Megatron), or no more than its config.json; or an exit-heads artifact")
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="the same, said as other commands say it")
     parser.add_argument("--config", metavar="FILE", help="shape of a Megatron checkpoint whose saved arguments lack something")
     parser.add_argument("--trust-pickle", action="store_true", help="unpickle whatever a Megatron checkpoint asks for; it may run anything")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
@@ -102,6 +108,7 @@ The bytes written do not depend on the number of processes. Without --exit-layer
     Command(name="inspect", summary="tell what a model folder or an exit-heads artifact holds",
             examples="""\
   ee-tuning inspect Llama-2-7b-hf
+  ee-tuning inspect --model folder_with_a_config_json --json
   ee-tuning inspect runs/llama-2-7b/exit_heads --json""", add_arguments=_add_inspect, run=inspect),
     Command(name="profile", summary="tell how far each layer turns the hidden states of a text, and where exits would go by it",
             examples="""\

@@ -1,0 +1,65 @@
+"""How large a model is, part by part, from its shape alone: nothing of it need be there but its config.json."""
+import math
+import re
+
+from ee_tuning.checkpoint.names import backbone_parameter_names, backbone_shard, backbone_tensor_shapes
+from ee_tuning.model.config import ModelConfig
+
+_PARTS = ("embedding", "attention", "mlp", "norms", "output")
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+
+Parts = dict[str, int]
+"""Numbers of parameters by part, and `all`."""
+
+
+def tensor_parts(config: ModelConfig) -> dict[str, tuple[str, int | None]]:
+    """Hugging Face tensor -> the part of the model that it belongs to, and the layer (1-based) where it is in one."""
+    parts: dict[str, tuple[str, int | None]] = {}
+    for parameter in backbone_parameter_names(config):
+        match = _LAYER.match(parameter)
+        for piece in backbone_shard(parameter, config, 1, 0).pieces:
+            parts.setdefault(piece.name, (_part(parameter), int(match[1]) + 1 if match else None))
+    return parts
+
+
+def parameters_by_part(config: ModelConfig) -> Parts:
+    """Of the whole model. A tied output matrix counts as embedding."""
+    return _summed(config, list(_PARTS), tensor_parts(config))
+
+
+def parameters_per_layer(config: ModelConfig) -> dict[str, Parts]:
+    """Of one layer; where layers differ, of the first of each kind. Keyed by what to call it."""
+    parts = tensor_parts(config)
+    by_layer: dict[int, dict[str, tuple[str, int | None]]] = {}
+    for name, (part, layer) in parts.items():
+        if layer is not None:
+            by_layer.setdefault(layer, {})[name] = (part, layer)
+    kinds: dict[tuple[int, ...], tuple[int, Parts]] = {}
+    for layer, own in sorted(by_layer.items()):
+        sums = _summed(config, ["attention", "mlp", "norms"], own)
+        kinds.setdefault(tuple(sums.values()), (layer, sums))
+    return {"each layer" if len(kinds) == 1 else f"layer {layer} and its like": sums for layer, sums in kinds.values()}
+
+
+def largest_group_parameters(config: ModelConfig) -> int:
+    """Of the largest group of tensors that belong together: one layer's, the embedding, or the output matrix."""
+    whole = parameters_by_part(config)
+    return max(whole["embedding"], whole["output"], *(layer["all"] for layer in parameters_per_layer(config).values()))
+
+
+def _summed(config: ModelConfig, parts: list[str], tensors: dict[str, tuple[str, int | None]]) -> Parts:
+    shapes = backbone_tensor_shapes(config)
+    sums = dict.fromkeys(parts, 0)
+    for name, (part, _) in tensors.items():
+        sums[part] += math.prod(shapes[name])
+    return {**sums, "all": sum(sums.values())}
+
+
+def _part(parameter: str) -> str:
+    if parameter.startswith("embedding."):
+        return "embedding"
+    if parameter.startswith("output_layer."):
+        return "output"
+    if "layernorm" in parameter:
+        return "norms"
+    return "attention" if ".self_attention." in parameter else "mlp"
