@@ -1,0 +1,165 @@
+"""How long the stages of a tuning run wait for each other.
+
+    python benchmarks/relay.py
+    python benchmarks/relay.py --steps 100 --milliseconds 50 --stages 4
+
+The real tuner, its metrics on, on as many processes as there are stages, with 2 micro-batches a step and an exit on every stage. The work
+of a stage is simulated: the layers of a micro-batch, and the losses of its exits, are made to last equally long on every stage by sleeping,
+so that the figures tell of the relay and not of how many processors there are. Idle is 1 - work / (last work's end - first work's begin),
+of the worst stage. A run whose stages wait for the last one at the end of every step, as is usual, is there to compare.
+"""
+import argparse
+import json
+import multiprocessing
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from random_model import SHIPPED_MODEL
+
+from ee_tuning.checkpoint.load import load_for_tuning
+from ee_tuning.config import Config, load_config
+from ee_tuning.data.tokens import PackedSamples, Splits
+from ee_tuning.parallel.topology import init_parallel
+from ee_tuning.tuning import exit_work
+from ee_tuning.tuning import tuner as tuner_module
+from ee_tuning.tuning.exit_work import ExitWork
+from ee_tuning.tuning.step import StageWalk
+from ee_tuning.tuning.tuner import Tuner
+from ee_tuning.tuning.tutor import Tutor
+
+SEQ_LENGTH = 16
+WAYS: dict[str, tuple[float | None, dict[str, Any]]] = {
+    "cross-entropy": (0.05, {}), "distillation": (0.08, {"tuning.loss": ["forward_kl"]}),
+    "distillation, hidden states": (0.08, {"tuning.loss": ["forward_kl"], "tuning.teacher": "hidden"}),
+    "cross-entropy, drained at every step": (None, {})}
+"""Way -> largest idle share that is aimed at, what the config says of it."""
+
+
+def main() -> None:
+    """Measures every way and prints the table."""
+    options = _options()
+    rows = {}
+    for way in WAYS:
+        seconds, shares, told = measure(way, options)
+        rows[way] = {"seconds": seconds, "idle": shares, "told": told}
+    print(f"\n{options.stages} stages, {options.steps} steps of 2 micro-batches, {options.milliseconds:g} ms for the layers and as many for the "
+          f"losses of a micro-batch on each stage\n")
+    print("| run | seconds | idle, by stage | worst | told by metrics.jsonl | goal | met |")
+    print("|---|---|---|---|---|---|---|")
+    for way, row in rows.items():
+        goal, worst = WAYS[way][0], max(row["idle"])
+        print(f"| {way} | {row['seconds']:.1f} | {', '.join(f'{share:.1%}' for share in row['idle'])} | {worst:.1%} | {row['told']:.1%} | " +
+              (" | |" if goal is None else f"< {goal:.0%} | {'yes' if worst < goal else 'no'} |"))
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--stages", type=int, default=4)
+    parser.add_argument("--milliseconds", type=float, default=50)
+    parser.add_argument("--json", type=Path, help="write the figures there, too")
+    return parser.parse_args()
+
+
+def measure(way: str, options: argparse.Namespace) -> tuple[float, list[float], float]:
+    """Seconds, the idle share of every stage, and the largest mean that the run's own metrics tell."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        config = _config(way, Path(folder, "run"), options)
+        spawn = multiprocessing.get_context("spawn")
+        answers = spawn.Queue()
+        ranks = [spawn.Process(target=_run, args=(rank, port, way, config, options.milliseconds / 1e3, answers))
+                 for rank in range(options.stages)]
+        for each in ranks:
+            each.start()
+        results = dict(answers.get(timeout=600) for _ in ranks)
+        for each in ranks:
+            each.join()
+        records = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
+    told = [record["idle_share"] for record in records if record["kind"] == "train"]
+    means = [sum(each[stage] for each in told) / len(told) for stage in told[0]]
+    return max(seconds for seconds, _ in results.values()), [results[rank][1] for rank in range(options.stages)], max(means)
+
+
+def _config(way: str, folder: Path, options: argparse.Namespace) -> Config:
+    folder.mkdir()
+    return load_config(None, {
+        "model.path": str(SHIPPED_MODEL), "exits.exit_layers": list(range(1, 13)), "exits.architecture": "norm", "exits.output": "tied",
+        "parallel.pipeline_model_parallel_size": options.stages, "tuning.run_folder": str(folder), "tuning.train_iters": options.steps,
+        "tuning.seq_length": SEQ_LENGTH, "tuning.micro_batch_size": 1, "tuning.global_batch_size": 2, "tuning.eval_iters": 0,
+        "tuning.save_interval": 0, "tuning.teacher": "top_k", **WAYS[way][1]})
+
+
+class Clock:
+    """This stage's working time, from its first work to its last."""
+
+    def __init__(self) -> None:
+        self.busy = self.ended = 0.0
+        self.began: float | None = None
+
+    def timed(self, work: Callable[..., Any], at_least: float = 0.0) -> Callable[..., Any]:
+        """`work`, made to last `at_least` so many seconds."""
+        def padded(*args: Any) -> Any:
+            began = time.perf_counter()
+            result = work(*args)
+            time.sleep(max(at_least - (time.perf_counter() - began), 0.0))
+            self.began, self.ended = began if self.began is None else self.began, time.perf_counter()
+            self.busy += self.ended - began
+            return result
+        return padded
+
+
+class DrainingWork(ExitWork):
+    """Lets every stage wait for the last one at the end of a step."""
+
+    def end_step(self, *args: Any) -> None:
+        """As ExitWork's, and then waits."""
+        super().end_step(*args)
+        self._topology.barrier()
+
+
+def _run(rank: int, port: int, way: str, config: Config, seconds: float, answers: Any) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(config.parallel.pipeline_model_parallel_size),
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    topology, clock = init_parallel(config.parallel), Clock()
+    tokens = np.random.RandomState(5).randint(0, 200, 50 * SEQ_LENGTH + 1).astype(np.int32)
+    samples = Splits(train=PackedSamples(tokens, SEQ_LENGTH), valid=None)
+    with ExitStack() as stack:
+        def replace(target: Any, name: str, value: Any) -> None:
+            stack.enter_context(mock.patch.object(target, name, value))
+        if way.endswith("drained at every step"):
+            replace(tuner_module, "ExitWork", DrainingWork)
+        tuner = Tuner(load_for_tuning(config, topology), samples, config, topology)
+        model = tuner._model
+        replace(model, "run_layers", clock.timed(model.run_layers, seconds))
+        replace(StageWalk, "train", clock.timed(StageWalk.train, seconds))
+        replace(Tutor, "teach", clock.timed(Tutor.teach))
+        replace(exit_work, "update_exits", clock.timed(exit_work.update_exits))
+        replace(tuner_module, "save_checkpoint", lambda *_: None)
+        topology.barrier()
+        tuner.run()
+    assert clock.began is not None
+    elapsed = clock.ended - clock.began
+    answers.put((rank, (elapsed, 1 - clock.busy / elapsed)))
+    answers.close()
+    answers.join_thread()
+    topology.barrier()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
