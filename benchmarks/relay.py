@@ -51,13 +51,14 @@ def main() -> None:
     for way in WAYS:
         seconds, shares, told = measure(way, options)
         rows[way] = {"seconds": seconds, "idle": shares, "told": told}
-    print(f"\n{options.stages} stages, {options.steps} steps of 2 micro-batches, {options.milliseconds:g} ms for the layers and as many for the "
-          f"losses of a micro-batch on each stage\n")
+    print(f"\n{options.stages} stages, {options.steps} steps of 2 micro-batches, {options.milliseconds:g} ms for the layers and as many "
+          "for the losses of a micro-batch on each stage\n")
     print("| run | seconds | idle, by stage | worst | told by metrics.jsonl | goal | met |")
     print("|---|---|---|---|---|---|---|")
     for way, row in rows.items():
         goal, worst = WAYS[way][0], max(row["idle"])
-        print(f"| {way} | {row['seconds']:.1f} | {', '.join(f'{share:.1%}' for share in row['idle'])} | {worst:.1%} | {row['told']:.1%} | " +
+        shares = ", ".join(f"{share:.1%}" for share in row["idle"])
+        print(f"| {way} | {row['seconds']:.1f} | {shares} | {worst:.1%} | {row['told']:.1%} | " +
               (" | |" if goal is None else f"< {goal:.0%} | {'yes' if worst < goal else 'no'} |"))
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2) + "\n")

@@ -36,7 +36,8 @@ FLAGS: dict[str, dict[str, str]] = {
         "--chat-template": "data.chat_template", "--output": "tuning.run_folder",
         "--train-iters": "tuning.train_iters", "--lr": "tuning.lr", "--seq-length": "tuning.seq_length",
         "--micro-batch-size": "tuning.micro_batch_size", "--global-batch-size": "tuning.global_batch_size", "--seed": "tuning.seed",
-        "--loss": "tuning.loss", "--resume": "tuning.resume", **_PARALLEL},
+        "--loss": "tuning.loss", "--resume": "tuning.resume",
+        "--no-resume": "tuning.resume", "--allow-config-change": "tuning.allow_config_change", **_PARALLEL},
     "profile": {**_MODEL, "--no-verify": "exits.verify", "--text": "exits.profile_text", "--tokenizer": "data.tokenizer"},
     "export": {**_MODEL, **_EXITS, "--tokenizer": "data.tokenizer", **_HEADS, "--seed": "exits.seed"},
     "generate": {

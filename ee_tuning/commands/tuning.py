@@ -8,20 +8,20 @@ from ee_tuning.config import load_config
 from ee_tuning.errors import InputError
 
 
-def tune(args: argparse.Namespace) -> None:
+def tune(args: argparse.Namespace) -> int:
     """Backbone and artifact (or what to convert) -> run folder with the tuned artifact."""
     config = job_of(args)
     if args.dry_run:
         from ee_tuning.planning.dry_run import dry_run
 
         dry_run(config, args.world_size)
-        return
+        return 0
     if args.world_size is not None:
         raise InputError("--world-size is a size to imagine, for --dry-run; a true run takes the launcher's: torchrun --nproc-per-node N")
     from ee_tuning.evaluation.profile import with_exit_layers
     from ee_tuning.tuning.command import tune
 
-    tune(with_exit_layers(config))
+    return tune(with_exit_layers(config))
 
 
 def preprocess(args: argparse.Namespace) -> None:
@@ -62,9 +62,9 @@ A blend of both corpora is --data 0.3 corpora/mine 0.7 corpora/chats.""",
             examples="""\
   ee-tuning tune --model Llama-2-7b-hf --exits exits/llama-2-7b --data corpus.jsonl --output runs/llama-2-7b
   torchrun --nproc-per-node 8 -m ee_tuning tune job.yaml --tensor-model-parallel-size 2 --pipeline-model-parallel-size 4
-  torchrun --nproc-per-node 8 -m ee_tuning tune job.yaml --resume
   ee-tuning tune job.yaml --dry-run --world-size 128
 
 Without --exits it converts by itself from --exit-layers, --architecture, --init and --exit-output.
-The tuned artifact is OUTPUT/exit_heads.""", add_arguments=_add_tune, run=tune),
+The tuned artifact is OUTPUT/exit_heads.
+A run that was stopped or killed goes on when the same command is given again, at any layout.""", add_arguments=_add_tune, run=tune),
 )

@@ -70,8 +70,12 @@ class TuningSection:
     """Minutes after which a checkpoint is written at the end of the step, too; 0 for none."""
     keep_checkpoints: int = 2
     """Older checkpoints than this many are removed."""
-    resume: bool = False
-    """Continue from the run folder's latest checkpoint."""
+    resume: bool = True
+    """Continue from the run folder's latest checkpoint, where it has one of the same job; else it must have none."""
+    allow_config_change: bool = False
+    """Continue though the run folder's job had other values; what the exits are, and the data, must stay."""
+    stop_exit_code: int = 75
+    """Exit code of a run that a signal stopped before its end, for whoever started it to start it again."""
 
     @property
     def distils(self) -> bool:

@@ -16,15 +16,18 @@ from ee_tuning.tuning.settings import check_settings
 from ee_tuning.tuning.tuner import Tuner
 
 
-def tune(config: Config) -> None:
-    """Tunes the exits that `config` describes, into its run folder. Raises InputError where something given can not be used."""
+def tune(config: Config) -> int:
+    """Tunes the exits that `config` describes, into its run folder, and returns the exit code: 0, or tuning.stop_exit_code where a signal
+    stopped it before its end. Raises InputError where something given can not be used.
+    """
     topology = init_parallel(config.parallel)
-    tune_within(config, topology)
+    is_finished = tune_within(config, topology)
     leave_parallel()
+    return 0 if is_finished else config.tuning.stop_exit_code
 
 
-def tune_within(config: Config, topology: Topology) -> None:
-    """As `tune`, within a world that exists."""
+def tune_within(config: Config, topology: Topology) -> bool:
+    """As `tune`, within a world that exists. Whether the run reached its end."""
     check_settings(config.tuning)
     count_microbatches(config.tuning, topology.dp)
     check_run_folder(config, topology)
@@ -41,6 +44,7 @@ def tune_within(config: Config, topology: Topology) -> None:
         if topology.is_logging_rank:
             print(f"wrote {output}\nnext: ee-tuning generate --model {quote(config.model.path)} "
                   f"--exits {quote(str(output))} --threshold 0.8 --show-exits --prompt \"…\"")
+    return is_finished
 
 
 def _load_samples(config: Config, topology: Topology) -> Splits:

@@ -7,6 +7,7 @@ from ee_tuning.checkpoint.exit_heads import check_output
 from ee_tuning.config import Config, save_config
 from ee_tuning.errors import InputError
 from ee_tuning.parallel.topology import Topology
+from ee_tuning.tuning.same_job import CONFIG, check_same_job
 from ee_tuning.tuning.state import latest_checkpoint
 
 EXIT_HEADS = "exit_heads"
@@ -20,8 +21,10 @@ def check_run_folder(config: Config, topology: Topology) -> None:
     def check() -> None:
         is_new = latest_checkpoint(folder) is None
         if not is_new and not config.tuning.resume:
-            raise InputError(f"tuning.run_folder must be new, and {folder} holds the checkpoints of a run; give --resume to go on with it, "
-                             "or another folder")
+            raise InputError(f"with --no-resume tuning.run_folder must be new, and {folder} holds the checkpoints of a run; leave "
+                             "--no-resume out to go on with it, or give another folder")
+        if not is_new:
+            check_same_job(config, folder)
         with refusals_named(folder):
             _check_writable(folder)
             # A run that goes on has its heads in its checkpoints: then the artifact is its own, of an earlier end.
@@ -39,7 +42,7 @@ def open_run_folder(config: Config, topology: Topology) -> None:
     def write() -> None:
         with refusals_named(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        with file_written_aside(folder / "config.yaml") as partial:
+        with file_written_aside(folder / CONFIG) as partial:
             save_config(config, partial)
     on_first_rank(topology, write)
 
