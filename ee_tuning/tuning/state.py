@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 with warnings.catch_warnings():
@@ -50,10 +51,16 @@ class Progress:
 
 def save_checkpoint(run_folder: Path, progress: Progress, exits: list[ExitOptimizer], config: ModelConfig, topology: Topology,
                     keep: int) -> None:
-    """Writes a checkpoint aside, renames it into place, then points `latest` at it and removes all but `keep`. All ranks call it."""
+    """Writes a checkpoint aside, renames it into place, then points `latest` at it and removes all but `keep`. All ranks call it.
+
+    Raises InputError, on every rank, where the disk refuses; the checkpoints before it stay as they are.
+    """
     folder = run_folder / CHECKPOINTS / f"step_{progress.step:08d}"
     with written_aside(folder, topology) as partial:
-        dist_checkpointing.save(_sharded_state(exits, config, topology), str(partial))
+        try:
+            dist_checkpointing.save(_sharded_state(exits, config, topology), str(partial))
+        except CheckpointException as error:  # raised on all ranks, with its reason on the first
+            raise InputError(topology.broadcast_object(_refusal(folder, error))) from error
         topology.barrier()
         on_first_rank(topology, lambda: _describe(partial, progress))
     on_first_rank(topology, lambda: _point_at(folder, keep))
@@ -176,6 +183,13 @@ def _count_key(layer: int) -> str:
 def _as_sharded(value: Tensor) -> DTensor:
     assert isinstance(value, DTensor)
     return value
+
+
+def _refusal(folder: Path, error: CheckpointException) -> str:
+    reason = " ".join(str(next((failure for failure, _ in error.failures.values()), error)).split())
+    free = shutil.disk_usage(folder.parent).free // 2 ** 20
+    return (f"the checkpoint {folder} can not be written: {reason} (with {free} MiB free there); make room, and give the same command "
+            "again, which goes on from the checkpoint before")
 
 
 def _describe(partial: Path, progress: Progress) -> None:

@@ -3,6 +3,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ee_tuning.checkpoint.aside import refusals_named
 from ee_tuning.checkpoint.load import LoadedModel
 from ee_tuning.config import Config
 from ee_tuning.parallel.topology import Topology
@@ -30,8 +31,9 @@ def watched(config: Config, topology: Topology, loaded: LoadedModel, step: int) 
             reached = record["step"]
             if record["kind"] == "validation" and loaded.exits is not None:
                 record = {**record, "speed_up": implied_speed_ups(record, loaded.model.config, loaded.exits.heads)}
-            for sink in sinks:
-                sink(record)
+            with refusals_named(folder):
+                for sink in sinks:
+                    sink(record)
         yield MetricsBoard(topology, take)
         if reached < last:
             display.say(f"stopped after step {reached}; the same command goes on from there")

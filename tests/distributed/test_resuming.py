@@ -1,6 +1,7 @@
 """Checkpoints of a run: when one may be written, what stops a run, and that a resumed one is the run never stopped."""
 import os
 import pickle
+import resource
 import signal
 from pathlib import Path
 from typing import Any
@@ -117,3 +118,30 @@ def test_a_pickle_that_runs_commands_is_refused(model: Path, tmp_path: Path, mon
     with pytest.raises(InputError, match=r"asks for posix\.system"):
         make_tuner(config).resume()
     assert not (tmp_path / "hostile").exists()
+
+
+def tune_where_files_end_early(config: Config, num_bytes: int) -> tuple[bool, str]:
+    """No file may grow beyond `num_bytes` on the last rank, as on a disk that is full. Whether the run ended well, and its complaint."""
+    tuner = make_tuner(config)
+    tuner.resume()
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if tuner.topology.rank == 3:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, former[1]))
+    try:
+        return tuner.run(), ""
+    except InputError as error:
+        return False, str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, former)
+
+
+def test_a_full_disk_ends_the_run_in_one_line_and_leaves_the_checkpoint_before(world: World, model: Path, tmp_path: Path) -> None:
+    """A rank that can not write and leaves the others waiting; half a checkpoint that `latest` names."""
+    config = configure(model, tmp_path / "run", tp=2, pp=2, dtype="float32", train_iters=2)
+    assert world.run(tune, config) == [True] * 4
+    more = job.replace(config, tuning={"train_iters": NUM_STEPS})
+    results = world.run(tune_where_files_end_early, more, 10_000)
+    assert len(set(results)) == 1 and results[0][0] is False
+    assert "step_00000004 can not be written" in results[0][1] and "\n" not in results[0][1]
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["latest", "step_00000002"]
+    assert world.run(tune, more) == [True] * 4
