@@ -37,7 +37,8 @@ setup(
         # Names that install commands may already use; the commands behind them need nothing more so far.
         "serve": [],
         "eval": [],
-        "dev": ["pytest", "pytest-timeout", "ruff", "mypy", "types-PyYAML", "pre-commit", "pyarrow"],
+        "watch": ["tensorboard", "wandb"],
+        "dev": ["pytest", "pytest-timeout", "ruff", "mypy", "types-PyYAML", "pre-commit", "pyarrow", "tensorboard"],
     },
     entry_points={"console_scripts": ["ee-tuning = ee_tuning.cli:main"]},
     classifiers=[

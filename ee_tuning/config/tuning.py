@@ -64,6 +64,8 @@ class TuningSection:
     """Steps between validations; 0 for none but those before the first step and after the last."""
     eval_iters: int = 8
     """Micro-batches per replica in one validation; 0 for no validation."""
+    wandb_project: str | None = None
+    """Weights & Biases project that gets the metrics, too; it wants the package wandb. TensorBoard gets them wherever it is installed."""
     save_interval: int = 500
     """Steps between checkpoints; the end of a run always saves. 0 for the end alone."""
     save_minutes: float = 0.0

@@ -11,6 +11,8 @@ from ee_tuning.data.loader import count_microbatches
 from ee_tuning.data.splits import load_samples
 from ee_tuning.data.tokens import Splits
 from ee_tuning.parallel.topology import Topology, init_parallel, leave_parallel
+from ee_tuning.tuning.dashboards import check_dashboards
+from ee_tuning.tuning.plots import write_plots
 from ee_tuning.tuning.run_folder import EXIT_HEADS, check_run_folder, open_run_folder
 from ee_tuning.tuning.settings import check_settings
 from ee_tuning.tuning.tuner import Tuner
@@ -30,6 +32,7 @@ def tune_within(config: Config, topology: Topology) -> bool:
     """As `tune`, within a world that exists. Whether the run reached its end."""
     check_settings(config.tuning)
     count_microbatches(config.tuning, topology.dp)
+    check_dashboards(config)
     check_run_folder(config, topology)
     samples = _load_samples(config, topology)
     loaded = load_for_tuning(config, topology)
@@ -42,6 +45,7 @@ def tune_within(config: Config, topology: Topology) -> bool:
         output = tuner.run_folder / EXIT_HEADS
         tuner.save_exit_heads(output)
         if topology.is_logging_rank:
+            write_plots(tuner.run_folder, f"{tuner.run_folder}: exits of {config.model.path}")
             print(f"wrote {output}\nnext: ee-tuning generate --model {quote(config.model.path)} "
                   f"--exits {quote(str(output))} --threshold 0.8 --show-exits --prompt \"…\"")
     return is_finished

@@ -1,4 +1,4 @@
-"""Where a run's records end: in metrics.jsonl, in log.txt and before the user's eyes."""
+"""Where a run's records end: in metrics.jsonl, in log.txt, before the user's eyes, and on dashboards."""
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,6 +7,7 @@ from ee_tuning.checkpoint.aside import refusals_named
 from ee_tuning.checkpoint.load import LoadedModel
 from ee_tuning.config import Config
 from ee_tuning.parallel.topology import Topology
+from ee_tuning.tuning.dashboards import tensorboard, weights_and_biases
 from ee_tuning.tuning.metrics import METRICS, MetricsBoard, MetricsFile, Record
 from ee_tuning.tuning.progress import ProgressDisplay
 from ee_tuning.tuning.speed_up import implied_speed_ups
@@ -22,8 +23,9 @@ def watched(config: Config, topology: Topology, loaded: LoadedModel, step: int) 
         return
     folder, last = Path(config.tuning.run_folder), config.tuning.train_iters
     file = MetricsFile(folder / METRICS, resume_after=step or None)
-    with ProgressDisplay(folder / "log.txt", last, step) as display:
-        sinks: list[Sink] = [file.write, display.show]
+    with (ProgressDisplay(folder / "log.txt", last, step) as display, tensorboard(folder, step) as events,
+          weights_and_biases(config) as online):
+        sinks: list[Sink] = [file.write, display.show, *events, *online]
         reached = step
 
         def take(record: Record) -> None:

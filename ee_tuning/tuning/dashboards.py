@@ -1,0 +1,70 @@
+"""A run's records in TensorBoard, where it is installed, and in Weights & Biases, where tuning.wandb_project asks for it."""
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ee_tuning.config import Config
+from ee_tuning.errors import InputError
+from ee_tuning.tuning.metrics import Record
+
+
+def check_dashboards(config: Config) -> None:
+    """Raises InputError where a dashboard is asked for whose package is missing."""
+    if config.tuning.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise InputError(f"tuning.wandb_project wants the package wandb, which is not installed, got {config.tuning.wandb_project}; "
+                         "install it (pip install wandb), or leave the key out")
+
+
+@contextmanager
+def tensorboard(folder: Path, step: int) -> Iterator[list[Callable[[Record], None]]]:
+    """What takes records into event files in `folder`/tensorboard; nothing where it is missing. Events after `step` are dropped."""
+    if importlib.util.find_spec("tensorboard") is None:
+        yield []
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def take(record: Record) -> None:
+        for name, value in scalars(record).items():
+            writer.add_scalar(name, value, record["step"])
+    try:
+        yield [take]
+    finally:
+        writer.close()
+
+
+@contextmanager
+def weights_and_biases(config: Config) -> Iterator[list[Callable[[Record], None]]]:
+    """What takes records into a run of the project tuning.wandb_project; nothing where none is asked for."""
+    project = config.tuning.wandb_project
+    if not project:
+        yield []
+        return
+    import dataclasses
+
+    import wandb
+
+    folder = Path(config.tuning.run_folder).absolute()
+    # The folder's name is the run's: what goes on with the folder goes on with the run.
+    run = wandb.init(project=project, id=folder.name, name=folder.name, dir=str(folder), resume="allow", config=dataclasses.asdict(config))
+    try:
+        yield [lambda record: run.log({**scalars(record), "step": record["step"]})]
+    finally:
+        run.finish()
+
+
+def scalars(record: Record) -> dict[str, float]:
+    """The numbers of a record by names such as `validation/loss/exit 8` and `train/lr`."""
+    found = {}
+    for key, value in record.items():
+        if key in ("kind", "step"):
+            continue
+        if not isinstance(value, dict):
+            found[f"{record['kind']}/{key}"] = value
+            continue
+        what = {"speed_up": "threshold", "idle_share": "stage", "memory_bytes": "stage"}.get(key, "exit")
+        found |= {f"{record['kind']}/{key}/{what} {name}": each for name, each in value.items()}
+    return {name: float(value) for name, value in found.items() if value is not None}
