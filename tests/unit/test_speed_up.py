@@ -10,17 +10,18 @@ from ee_tuning.tuning.objective import THRESHOLDS
 from ee_tuning.tuning.speed_up import implied_speed_ups
 
 MODEL = read_model_config(Path(__file__).parents[2] / "examples" / "tiny-python-llama")
+LAYER = layer_cost(MODEL, 1)  # all alike
 EXITS = tuple(ExitSpec(layer=layer, architecture="mlp", ties_output=False) for layer in (3, 6, 9))
 
 
 def decoded(confidences: torch.Tensor, threshold: float) -> float:
     """By walking every token, [tokens, exits], through the exits, one after the other."""
-    full, total = MODEL.num_layers * layer_cost(MODEL) + final_head_cost(MODEL), 0.0
+    full, total = MODEL.num_layers * LAYER + final_head_cost(MODEL), 0.0
     for token in confidences:
         for spec, confidence in zip(EXITS, token, strict=True):
             total += exit_head_cost(MODEL, spec)
             if confidence >= threshold:
-                total += spec.layer * layer_cost(MODEL)
+                total += spec.layer * LAYER
                 break
         else:
             total += full
