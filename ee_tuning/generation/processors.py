@@ -35,7 +35,8 @@ class TokenCounts:
 def is_plain(sequence: Sequence, length: int) -> bool:
     """Whether the token after the first `length` is chosen from the logits as they are."""
     params = sequence.params
-    return not (params.has_penalties or params.logit_bias or length - sequence.num_prompt_tokens < params.min_tokens)
+    num_said = max(length - sequence.num_prompt_tokens, 0)  # a token of the prompt itself may be asked after
+    return not (params.has_penalties or params.logit_bias or num_said < params.min_tokens)
 
 
 def processed(logits: Tensor,  # [v]

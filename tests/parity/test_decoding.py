@@ -83,6 +83,13 @@ def test_threshold_above_one_equals_the_full_model(mlp):
     assert full == [mlp.plain.decode(prompt, NEW_TOKENS, 2.0) for prompt in PROMPTS]
 
 
+def test_the_full_model_is_asked_after_every_prefix(mlp):
+    """Agreement with the full model is measured by this: no answer after a prefix of the prompt is no agreement anywhere."""
+    model = mlp.loaded.model
+    engine = Engine(model, mlp.loaded.stages, num_slots=1, max_length=64)
+    assert engine.full_model_tokens(PROMPTS[2]) == mlp.plain.logits(PROMPTS[2])[6].argmax(-1).tolist()
+
+
 def test_fixed_exit_reads_the_prompt_no_deeper(mlp):
     """The first token from the final head, or deeper layers that run for nothing."""
     got = mlp.decode(PROMPTS, policy="fixed", exit_layer=4)
