@@ -12,7 +12,7 @@ from typing import Any
 from ee_tuning.data.parquet import read_rows, row_groups
 from ee_tuning.errors import InputError
 
-PIECE_BYTES = 8_000_000
+PIECE_BYTES = 4_000_000
 MESSAGES = "messages"
 
 

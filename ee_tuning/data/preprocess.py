@@ -7,7 +7,7 @@ from ee_tuning.data.encoding import recipe_of
 from ee_tuning.data.indexed import BIN_SUFFIX, INDEX_SUFFIX, MASK_SUFFIX, with_suffix
 from ee_tuning.data.progress import Progress
 from ee_tuning.data.sources import Corpus, find_corpora
-from ee_tuning.data.tokenizing import Written, tokenize_files
+from ee_tuning.data.tokenizing import Written, check_workers, tokenize_files
 from ee_tuning.errors import InputError
 
 _IN_ORDER = (MASK_SUFFIX, BIN_SUFFIX, INDEX_SUFFIX)
@@ -23,6 +23,7 @@ def preprocess(data: DataSection, output: Path, overwrite: bool) -> Written:
         raise InputError("data.tokenizer must name a tokenizer's folder, got none; give --tokenizer FOLDER")
     if output.suffix in _IN_ORDER:
         raise InputError(f"--output is the prefix of {BIN_SUFFIX} and {INDEX_SUFFIX}, got {output}; give {output.with_suffix('')}")
+    check_workers(data.workers)
     there = [path for suffix in _IN_ORDER if (path := with_suffix(output, suffix)).exists()]
     if there and not overwrite:
         raise InputError(f"{there[0]} exists already; give --overwrite to replace it, or another --output")

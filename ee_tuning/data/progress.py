@@ -48,9 +48,9 @@ class Progress:
             self._bar.update(self._task, completed=self._done, total=self._total)
         elif now - self._spoke >= _SECONDS_BETWEEN_LINES:
             self._spoke = now
-            left = (now - self._began) * (self._total - self._done) / max(self._done, 1)
-            print(f"{self._what}: {self._done / 1e6:,.0f} of {self._total / 1e6:,.0f} MB · "
-                  f"{int(left) // 60}:{int(left) % 60:02d} left", file=sys.stderr, flush=True)
+            left = int((now - self._began) * (self._total - self._done) / max(self._done, 1))
+            ending = f" · {left // 60}:{left % 60:02d} left" if self._done else ""
+            print(f"{self._what}: {self._done / 1e6:,.0f} of {self._total / 1e6:,.0f} MB{ending}", file=sys.stderr, flush=True)
 
     def _make_bar(self) -> rich.progress.Progress:
         console = Console(stderr=True)

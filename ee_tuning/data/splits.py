@@ -13,7 +13,7 @@ from ee_tuning.data.encoding import recipe_of
 from ee_tuning.data.indexed import BIN_SUFFIX, INDEX_SUFFIX, TokenStream, extremes, open_stream, with_suffix
 from ee_tuning.data.progress import Progress
 from ee_tuning.data.sources import Corpus, find_corpora
-from ee_tuning.data.tokenizing import tokenize_files
+from ee_tuning.data.tokenizing import check_workers, tokenize_files
 from ee_tuning.data.tokens import DocumentRules, Mixture, PackedSamples, Samples, Splits
 from ee_tuning.errors import InputError
 from ee_tuning.parallel.topology import Topology
@@ -141,6 +141,7 @@ def _check_settings(data: DataSection, seq_length: int, max_positions: int, need
         raise InputError(f"tuning.seq_length must lie in 1..{max_positions} (the model's max_position_embeddings), got {seq_length}")
     if not 0 <= data.valid_fraction < 1:
         raise InputError(f"data.valid_fraction must be at least 0 and below 1, got {data.valid_fraction}")
+    check_workers(data.workers)
     held_out = sum(_shares(data.split)[1:2]) if data.split else data.valid_fraction
     if needs_validation and not data.valid_paths and held_out == 0:
         given = f"data.split = {data.split}" if data.split else "data.valid_fraction = 0"

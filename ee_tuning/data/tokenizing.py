@@ -35,10 +35,14 @@ class Written:
     """Of the token ids."""
 
 
-def num_workers(pieces: Sequence[Piece], wanted: int) -> int:
-    """Processes worth starting; 0 means that this one does the work. Raises InputError where `wanted` is negative."""
+def check_workers(wanted: int) -> None:
+    """Raises InputError where data.workers is negative."""
     if wanted < 0:
         raise InputError(f"data.workers must be at least 0, got {wanted}; 0 takes one per CPU core")
+
+
+def num_workers(pieces: Sequence[Piece], wanted: int) -> int:
+    """Processes worth starting; 0 means that this one does the work."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(wanted or cores, len(pieces), sum(piece.num_bytes for piece in pieces) // BYTES_PER_WORKER)
 
@@ -118,8 +122,8 @@ def _side_by_side(pieces: Sequence[Piece], parts: Sequence[Path], recipe: Recipe
                 if not done:
                     yield None
         except BrokenProcessPool as error:
-            raise InputError("a process that tokenizes was ended from outside, as by a machine out of memory; set data.workers to fewer "
-                             f"than {processes}") from error
+            raise InputError(f"one of {processes} processes that tokenize was ended from outside, as by a machine out of memory; set "
+                             "data.workers lower, or give shorter files") from error
         finally:
             pool.shutdown(cancel_futures=True)
 
