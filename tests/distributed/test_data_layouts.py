@@ -83,11 +83,12 @@ def test_a_blend_goes_on_under_other_replicas(world: World, corpora: Path, tmp_p
     parts = job.replace(data_job(corpora, tmp_path / "parts", tmp_path / "cache"), tuning=fixed)
     tune(whole)
     world.run(tune, job.replace(parts, tuning={"train_iters": 2}))
-    tune(job.replace(parts, tuning={"resume": True}))
+    tune(job.replace(parts, tuning={"allow_config_change": True}, data={"cache": str(tmp_path / "other cache")}))
     got, wanted = checkpoint(parts, 4), checkpoint(whole, 4)
     for name in wanted:
         torch.testing.assert_close(got[name], wanted[name], rtol=1e-6, atol=1e-8, msg=name)
-    other = job.replace(parts, tuning={"resume": True}, data={"paths": ("1", str(corpora / "texts"), "3", str(corpora / "chats.jsonl"))})
+    weights = ("1", str(corpora / "texts"), "3", str(corpora / "chats.jsonl"))
+    other = job.replace(parts, tuning={"allow_config_change": True}, data={"paths": weights})
     with pytest.raises(InputError, match="must keep its blend"):
         tune(other)
 
