@@ -38,6 +38,10 @@ FLAGS: dict[str, dict[str, str]] = {
         "--micro-batch-size": "tuning.micro_batch_size", "--global-batch-size": "tuning.global_batch_size", "--seed": "tuning.seed",
         "--loss": "tuning.loss", "--resume": "tuning.resume",
         "--no-resume": "tuning.resume", "--allow-config-change": "tuning.allow_config_change", **_PARALLEL},
+    "plan": {
+        **_MODEL, **_EXITS, **_NEW_EXITS, "--train-iters": "tuning.train_iters", "--seq-length": "tuning.seq_length",
+        "--loss": "tuning.loss", "--micro-batch-size": "tuning.micro_batch_size", "--global-batch-size": "tuning.global_batch_size",
+        **_PARALLEL},
     "profile": {**_MODEL, "--no-verify": "exits.verify", "--text": "exits.profile_text", "--tokenizer": "data.tokenizer"},
     "export": {**_MODEL, **_EXITS, "--tokenizer": "data.tokenizer", **_HEADS, "--seed": "exits.seed"},
     "generate": {

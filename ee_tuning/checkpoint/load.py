@@ -24,7 +24,7 @@ from ee_tuning.checkpoint.safetensors_reader import TensorSource
 from ee_tuning.config import Config
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.early_exit import EarlyExitModel, StagePlan
-from ee_tuning.model.partition import split_layers, stage_costs
+from ee_tuning.model.partition import stage_costs, stage_layers
 from ee_tuning.parallel.topology import Topology
 
 
@@ -81,10 +81,10 @@ def plan_tuning(config: Config, sources: Sources, topology: Topology) -> list[St
 
 
 def tuning_costs(config: Config, model: ModelConfig, exits: ExitHeadsConfig) -> list[float]:
-    """Multiply-adds per token of each layer that is built for tuning, with what hangs on it; attention scores left out."""
+    """Multiply-adds per token of each layer that is built for tuning, with what hangs on it."""
     has_final_head = config.tuning.wants_final_head
     num_layers = model.num_layers if has_final_head else max(exits.exit_layers)
-    return stage_costs(model, num_layers, exits.heads, trains_heads=True, has_final_head=has_final_head)
+    return stage_costs(model, num_layers, exits.heads, config.tuning.seq_length, trains_heads=True, has_final_head=has_final_head)
 
 
 def build_stage(sources: Sources, plans: list[StagePlan], topology: Topology) -> LoadedModel:
@@ -129,7 +129,7 @@ def _open_exits(config: Config, model_config: ModelConfig, reader: BackboneSourc
 
 def _plan_generation(config: Config, sources: Sources, topology: Topology) -> list[StagePlan]:
     exits, model = sources.exits, sources.config
-    costs = stage_costs(model, model.num_layers, exits.heads if exits else (), trains_heads=False, has_final_head=True)
+    costs = stage_costs(model, model.num_layers, exits.heads if exits else (), 0, trains_heads=False, has_final_head=True)
     return _plans(config, exits, costs, topology, has_final_head=True, max_length=model.max_position_embeddings)
 
 
@@ -138,7 +138,7 @@ def _plans(config: Config, exits: ExitHeadsConfig | None, costs: list[float], to
     return [StagePlan(
         first_layer=first, last_layer=last, exits=exits.heads if exits else (), has_final_head=has_final_head, max_length=max_length,
         dtype=compute_dtype(config, topology))
-        for first, last in split_layers(costs, topology.pp)]
+        for first, last in stage_layers(config.parallel.pipeline_layout, costs, topology.pp)]
 
 
 def _fill(parameter: nn.Parameter, read: Callable[[], Tensor], topology: Topology) -> None:

@@ -40,6 +40,33 @@ def _add_preprocess(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace a PREFIX that is already there")
 
 
+def plan(args: argparse.Namespace) -> int:
+    """What a job takes on a cluster. 1 where it does not fit."""
+    config = job_of(args)
+    from ee_tuning.planning.gpus import gpu
+    from ee_tuning.planning.plan import Cluster
+    from ee_tuning.planning.report import print_plan
+
+    chosen = gpu(args.gpu, memory=args.gpu_memory, tflops=args.tflops, bandwidth=args.bandwidth, link=args.link, network=args.network)
+    cluster = Cluster(gpu=chosen, nodes=args.nodes, gpus_per_node=args.gpus_per_node, efficiency=args.efficiency)
+    return 0 if print_plan(config, cluster, as_json=args.json) else 1
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    add_job(parser, "plan")
+    parser.add_argument("--gpu", default="h100", metavar="NAME", help="whose documented peaks to take: h100, h200, a100 or rtx4090 "
+                        "(default %(default)s)")
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines (default %(default)s)")
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs in each (default %(default)s)")
+    for flag, text in (("--gpu-memory", "GB of a GPU"), ("--tflops", "10¹² bfloat16 operations a second of a GPU, dense"),
+                       ("--bandwidth", "GB/s of a GPU's memory"), ("--link", "GB/s that a GPU sends to others of its node, one way"),
+                       ("--network", "GB/s that a GPU sends to other nodes, one way")):
+        parser.add_argument(flag, type=float, metavar="X", help=f"{text}, in place of the documented figure")
+    parser.add_argument("--efficiency", type=float, default=0.5, metavar="X",
+                        help="share of its peak rate that a GPU is assumed to reach (default %(default)s)")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+
+
 def _add_tune(parser: argparse.ArgumentParser) -> None:
     add_job(parser, "tune")
     parser.add_argument("--dry-run", action="store_true",
@@ -67,4 +94,12 @@ A blend of both corpora is --data 0.3 corpora/mine 0.7 corpora/chats.""",
 Without --exits it converts by itself from --exit-layers, --architecture, --init and --exit-output.
 The tuned artifact is OUTPUT/exit_heads.
 A run that was stopped or killed goes on when the same command is given again, at any layout.""", add_arguments=_add_tune, run=tune),
+    Command(name="plan", summary="say what a tuning job takes on GPUs: memory, the split of layers, time and GPU-hours; no GPU is needed",
+            examples="""\
+  ee-tuning plan examples/llama-2-70b/job.yaml --gpu h100 --nodes 1
+  ee-tuning plan job.yaml --gpu a100 --nodes 2 --gpus-per-node 4 --json
+  ee-tuning plan job.yaml --gpu rtx4090 --gpus-per-node 1 --efficiency 0.4
+
+Memory is counted in a dry run of the job, whose model needs no more than its config.json; time follows from a formula that is printed.
+The exit code is 1 where the job does not fit.""", add_arguments=_add_plan, run=plan),
 )

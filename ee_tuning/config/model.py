@@ -71,3 +71,5 @@ class ParallelSection:
     """Processes that share each layer."""
     pipeline_model_parallel_size: int = 1
     """Stages, one after the other, that the layers are divided into."""
+    pipeline_layout: tuple[int, ...] = ()
+    """Layers of each stage, first to last; by default they are split by their modelled cost, exits included."""

@@ -70,7 +70,8 @@ def build_layer(config: ModelConfig, topology: Topology, number: int, dtype: tor
     layer = build_module(layer_spec(config, number), config=transformer_config(config, topology, dtype), layer_number=number)
     if config.has_experts(number):
         dispatch_in_place(layer.mlp)
-    return layer.to(topology.device)  # Megatron-core makes routers on the CPU
+    cast_parameters(layer, device=topology.device)  # Megatron-core makes routers on the CPU
+    return layer
 
 
 def apply_layer(layer: Any, hidden: Tensor, angles: Tensor, config: ModelConfig,  # [s, b, h], [positions, d]

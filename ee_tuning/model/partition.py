@@ -1,22 +1,33 @@
 """Which layers each pipeline stage gets: contiguous, by cost, exits included."""
+import itertools
+
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.exit_spec import ExitSpec
 
 
-def layer_cost(config: ModelConfig, layer: int) -> float:
-    """Multiply-adds per token of the forward pass of `layer` (1-based), attention scores left out."""
-    heads = config.kv_channels * (config.num_attention_heads + config.num_query_groups)
+def layer_cost(config: ModelConfig, layer: int, seq_length: int) -> float:
+    """Multiply-adds per token of the forward pass of `layer` (1-based) over sequences of `seq_length` tokens, of which each sees half."""
+    queries, keys = config.kv_channels * config.num_attention_heads, config.kv_channels * config.num_query_groups
     inner = config.moe_router_topk * config.moe_ffn_hidden_size if config.has_experts(layer) else config.ffn_hidden_size
     router = config.num_experts if config.has_experts(layer) else 0
-    return config.hidden_size * (2 * heads + _mlp_matrices(config) * inner + router)
+    return config.hidden_size * (2 * (queries + keys) + _mlp_matrices(config) * inner + router) + seq_length * queries
 
 
-def exit_head_cost(config: ModelConfig, spec: ExitSpec) -> float:
-    """Multiply-adds per token of one exit head's forward pass."""
-    before = {"mlp": _mlp_matrices(config) * config.hidden_size * config.ffn_hidden_size, "layer": layer_cost(config, config.num_layers),
-              "adapter": 2 * config.hidden_size * spec.adapter_rank}
-    return before.get(spec.architecture, 0) + final_head_cost(config)
+def exit_head_cost(config: ModelConfig, spec: ExitSpec, seq_length: int, *, trains: bool) -> float:
+    """Multiply-adds per token of one exit head, forward, and backward where it `trains`: a matrix product costs once more for the gradient
+    of its weight, and once more for that of its input. The frozen matrix of a tied exit needs the latter alone, and so does what stands
+    behind it; what the backbone gives needs none.
+    """
+    hidden, inner = config.hidden_size, config.ffn_hidden_size
+    first, others = {"mlp": ((_mlp_matrices(config) - 1) * hidden * inner, hidden * inner),
+                     "layer": (0.0, layer_cost(config, config.num_layers, seq_length)),
+                     "adapter": (0.0, 2 * hidden * spec.adapter_rank)}.get(spec.architecture, (0.0, 0.0))
+    output = final_head_cost(config)
+    if not trains:
+        return first + others + output
+    output_passes = 2 if spec.ties_output or spec.architecture == "embedding" else 3
+    return 2 * first + 3 * others + output_passes * output
 
 
 def final_head_cost(config: ModelConfig) -> float:
@@ -24,15 +35,30 @@ def final_head_cost(config: ModelConfig) -> float:
     return config.hidden_size * config.vocab_size
 
 
-def stage_costs(config: ModelConfig, num_layers: int, exits: tuple[ExitSpec, ...], *, trains_heads: bool,
+def stage_costs(config: ModelConfig, num_layers: int, exits: tuple[ExitSpec, ...], seq_length: int, *, trains_heads: bool,
                 has_final_head: bool) -> list[float]:
-    """Cost of each of the first `num_layers` layers with what hangs on it. Training a head costs three forward passes of it."""
-    costs = [layer_cost(config, layer) for layer in range(1, num_layers + 1)]
+    """Cost of each of the first `num_layers` layers with what hangs on it."""
+    costs = [layer_cost(config, layer, seq_length) for layer in range(1, num_layers + 1)]
     for spec in exits:
-        costs[spec.layer - 1] += (3 if trains_heads else 1) * exit_head_cost(config, spec)
+        costs[spec.layer - 1] += exit_head_cost(config, spec, seq_length, trains=trains_heads)
     if has_final_head:
         costs[-1] += final_head_cost(config)
     return costs
+
+
+def stage_layers(layout: tuple[int, ...], costs: list[float], num_stages: int) -> list[tuple[int, int]]:
+    """(first, last) layer, 1-based, of each stage: as many as `layout` says, or split by cost where it is empty.
+
+    A first stage of no layers, (1, 0), has the word embedding alone. Raises InputError where the layers can not be laid out so.
+    """
+    if not layout:
+        return split_layers(costs, num_stages)
+    if len(layout) != num_stages or sum(layout) != len(costs) or layout[0] < 0 or min(layout[1:], default=1) < 1 or not any(layout):
+        raise InputError(f"parallel.pipeline_layout must give each of the {num_stages} stages its number of layers, {len(costs)} in all "
+                         "(up to the last exit when tuning, the model's when decoding), and only the first may have none; got "
+                         f"{','.join(map(str, layout))}; leave it out to have them split by cost")
+    ends = list(itertools.accumulate(layout))
+    return [(end - count + 1, end) for count, end in zip(layout, ends, strict=True)]
 
 
 def split_layers(costs: list[float], num_stages: int) -> list[tuple[int, int]]:

@@ -20,6 +20,7 @@ from ee_tuning.checkpoint.shapes import shape_sources
 from ee_tuning.config import Config, replace
 from ee_tuning.data.loader import count_microbatches
 from ee_tuning.data.tokens import PackedSamples, Splits
+from ee_tuning.errors import InputError
 from ee_tuning.model.early_exit import EarlyExitModel, StagePlan
 from ee_tuning.parallel.dry_world import dry_world
 from ee_tuning.parallel.relay import Follows, Relay
@@ -42,15 +43,18 @@ class Rehearsal:
     stages: tuple[int, ...]
     """All stages of this kind; the rank is of the first of them."""
     rank: int
-    layers: tuple[int, int]
-    """First and last."""
-    exits: tuple[int, ...]
+    layers: tuple[tuple[int, int], ...]
+    """First and last, of each of them."""
+    exits: tuple[tuple[int, ...], ...]
+    """The layers that an exit follows, of each of them."""
     memory: dict[str, int]
     """Bytes alive at the worst moment, by what they are; the keys of MEMORY."""
     layer_flops: int
     """Of one micro-batch through the frozen layers."""
     head_flops: int
     """Of one micro-batch through the heads, forward and backward."""
+    validation_flops: int
+    """Of one micro-batch through the heads, forward alone."""
     tp_bytes: int
     """All-reduced over tensor parallelism, per micro-batch."""
     dp_bytes: int
@@ -67,6 +71,7 @@ MEMORY = {
     "heads": "of the heads: whole copies in the computing dtype",
     "gradients": "of the heads: what stays between two micro-batches",
     "activations": "hidden states in the frozen layers, and what waits for the exits",
+    "queue": "what exits keep of micro-batches that wait for the final head's lesson",
     "relay": "hidden states on their way in",
     "loss": "one chunk of logits with its gradient, and what else the heads' forward and backward passes need",
     "other": "batches, counts, the update's temporaries",
@@ -84,8 +89,8 @@ def dry_run(config: Config, world_size: int | None) -> None:
           "one rank of each kind of stage")
     for each in rehearsals:
         which = f"stage {each.stages[0]}" if len(each.stages) == 1 else f"stages {', '.join(map(str, each.stages))}"
-        exits = f"exits after {', '.join(map(str, each.exits))}" if each.exits else "no exit"
-        print(f"{which}: rank {each.rank}, layers {each.layers[0]}..{each.layers[1]}, {exits}; "
+        (first, last), exits = each.layers[0], f"exits after {', '.join(map(str, each.exits[0]))}" if each.exits[0] else "no exit"
+        print(f"{which}: rank {each.rank}, layers {first}..{last}, {exits}; "
               f"{sum(each.memory.values()) / 1e9:.1f} GB at the most; {each.seconds:.1f} s")
     print("every shape fits: one optimizer step and one validation ran through, without numbers")
 
@@ -103,6 +108,9 @@ def rehearse(config: Config, world_size: int) -> list[Rehearsal]:
     parallel, sources = config.parallel, shape_sources(config)
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     sources.config.check_layout(tp, pp)
+    if sources.config.num_experts:
+        raise InputError(f"a dry run has shapes and no numbers, and numbers tell which of its {sources.config.num_experts} experts a token "
+                         "goes to; models with experts can not be dry-run or planned")
     per_stage = world_size // pp
     kinds: dict[Any, list[int]] = {}
     with dry_world(parallel, world_size, 0) as topology:
@@ -120,10 +128,13 @@ def rehearse(config: Config, world_size: int) -> list[Rehearsal]:
 
 
 def _shortened(config: Config, world_size: int) -> Config:
-    """The job with two micro-batches a step at the most, and one per validation: further ones do the same."""
+    """The job with two micro-batches a step at the most, and one per validation: further ones do the same. With a teacher, as many as let
+    the queue of those that wait for it grow to its length.
+    """
     tuning, parallel = config.tuning, config.parallel
     dp = world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
-    count = min(count_microbatches(tuning, dp), 2)
+    count = count_microbatches(tuning, dp)
+    count = parallel.pipeline_model_parallel_size + 1 if tuning.wants_final_head else min(count, 2)
     return replace(config, model={"dtype": config.model.dtype or "bfloat16"},
                    tuning={"global_batch_size": count * tuning.micro_batch_size * dp, "eval_iters": min(tuning.eval_iters, 1)})
 
@@ -131,13 +142,15 @@ def _shortened(config: Config, world_size: int) -> Config:
 def _kind(plan: StagePlan, stage: int, num_stages: int) -> Any:
     """Stages that agree in it do the same."""
     exits = tuple(dataclasses.replace(spec, layer=spec.layer - plan.first_layer) for spec in plan.own_exits)
-    return plan.last_layer - plan.first_layer, exits, stage == 0, stage == num_stages - 1
+    queue = stage if plan.has_final_head else None  # the earlier a stage, the longer it waits for the teacher
+    return plan.last_layer - plan.first_layer, exits, stage == 0, stage == num_stages - 1, queue
 
 
 def _rehearse_rank(config: Config, sources: Sources, world_size: int, stages: list[int], rank: int) -> Rehearsal:
     began, ledger = time.perf_counter(), Ledger()
     with dry_world(config.parallel, world_size, rank) as topology, ledger.account():
-        loaded = build_stage(sources, plan_tuning(config, sources, topology), topology)
+        plans = plan_tuning(config, sources, topology)
+        loaded = build_stage(sources, plans, topology)
         ledger.rebook("building", "weights")
         with ledger.during("other"):
             tuner = Tuner(loaded, _samples(config), config, topology)
@@ -148,14 +161,16 @@ def _rehearse_rank(config: Config, sources: Sources, world_size: int, stages: li
         with ledger.during("other"):
             walk = _MeasuredWalk(loaded.model, config, topology, ledger, tuner.make_tutor())
             tuner.rehearse(walk)
-    plan = loaded.model.plan
+    alike = [plans[stage] for stage in stages]
 
     def sent(group: Any, phase: str) -> int:
         return ledger.sent[phase, group.group_name] if group.size() > 1 else 0
     return Rehearsal(
-        stages=tuple(stages), rank=rank, layers=(plan.first_layer, plan.last_layer), exits=tuple(spec.layer for spec in plan.own_exits),
+        stages=tuple(stages), rank=rank, layers=tuple((each.first_layer, each.last_layer) for each in alike),
+        exits=tuple(tuple(spec.layer for spec in each.own_exits) for each in alike),
         memory={kind: ledger.peak[kind] for kind in MEMORY},
         layer_flops=ledger.flops["activations"] // walk.num_forward, head_flops=ledger.flops["loss"] // walk.num_trained,
+        validation_flops=ledger.flops["validation"] // max(walk.num_validated, 1),
         tp_bytes=sent(topology.tp_group, "activations") // walk.num_forward + sent(topology.tp_group, "loss") // walk.num_trained,
         dp_bytes=sent(topology.dp_group, "loss"), pp_bytes=sent(topology.pp_group, "activations") // walk.num_forward,
         seconds=time.perf_counter() - began)
@@ -187,13 +202,17 @@ class _MeasuredWalk(StageWalk):
         super().__init__(model, _DryRelay(topology, shape, model.plan.dtype, ledger), topology, tuning.loss_chunk_tokens,
                          objective(tuning), tutor, teaches_validation=tuning.compare_final)
         self._ledger = ledger
-        self.num_forward = self.num_trained = 0
+        self.num_forward = self.num_trained = self.num_validated = 0
 
     def forward(self, leg: Leg, follows: Follows) -> Passed:
         """As StageWalk's."""
         self.num_forward += 1
         with self._ledger.during("activations"):
-            return super().forward(leg, follows)
+            passed = super().forward(leg, follows)
+        if self.num_ahead:
+            kept = [each for inputs in passed.exit_inputs.values() for each in (inputs.hidden, inputs.residual) if each is not None]
+            self._ledger.rebook("activations", "queue", kept)
+        return passed
 
     def train(self, passed: Passed, teacher: Teacher | None, exits: list[ExitOptimizer]) -> dict[int, ExitLoss]:
         """As StageWalk's."""
@@ -205,6 +224,7 @@ class _MeasuredWalk(StageWalk):
 
     def evaluate(self, passed: Passed, teacher: Teacher | None, exits: list[ExitOptimizer]) -> dict[int, ExitLoss]:
         """As StageWalk's."""
+        self.num_validated += 1
         with self._ledger.during("validation"):
             return super().evaluate(passed, teacher, exits)
 

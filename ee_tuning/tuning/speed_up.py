@@ -18,11 +18,11 @@ def implied_speed_ups(record: Record, config: ModelConfig, exits: tuple[ExitSpec
 
 
 def _speed_up(shares: dict[str, float], config: ModelConfig, exits: tuple[ExitSpec, ...]) -> float:
-    passed = [0.0, *accumulate(layer_cost(config, layer) for layer in range(1, config.num_layers + 1))]  # by how many layers
+    passed = [0.0, *accumulate(layer_cost(config, layer, 0) for layer in range(1, config.num_layers + 1))]  # by how many layers
     full = passed[-1] + final_head_cost(config)
     cost = asked = left = 0.0
     for spec in sorted(exits, key=lambda each: each.layer):
-        asked += exit_head_cost(config, spec)
+        asked += exit_head_cost(config, spec, 0, trains=False)
         leaving = max(shares[str(spec.layer)] - left, 0.0)
         cost += leaving * (passed[spec.layer] + asked)
         left += leaving

@@ -1,0 +1,49 @@
+"""Peak figures of GPUs as their makers document them, for plans."""
+import dataclasses
+from dataclasses import dataclass
+
+from ee_tuning.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One GPU and its place among others. Decimal units: 1 GB is 10⁹ bytes."""
+
+    name: str
+    memory: float
+    """GB."""
+    tflops: float
+    """10¹² bfloat16 operations a second in dense matrix products that sum in float32."""
+    bandwidth: float
+    """GB/s of its memory."""
+    link: float
+    """GB/s that it sends to others in its node, one way."""
+    network: float
+    """GB/s that it sends to other nodes, one way."""
+
+
+GPUS = {gpu.name: gpu for gpu in (
+    # NVIDIA's data sheets of the SXM boards. NVLink is given there both ways together (900 and 600 GB/s); networks are those of DGX
+    # machines, one adapter per GPU: 400 Gbit/s with H100 and H200, 200 Gbit/s with A100.
+    Gpu(name="h100", memory=80, tflops=989, bandwidth=3350, link=450, network=50),
+    Gpu(name="h200", memory=141, tflops=989, bandwidth=4800, link=450, network=50),
+    Gpu(name="a100", memory=80, tflops=312, bandwidth=2039, link=300, network=25),
+    # A card of 24 GB in a workstation, on PCIe 4 × 16 and 10 Gbit/s.
+    Gpu(name="rtx4090", memory=24, tflops=165, bandwidth=1008, link=32, network=1.25),
+)}
+"""By the names that `--gpu` takes."""
+
+
+def gpu(name: str, **figures: float | None) -> Gpu:
+    """The GPU called `name`, with those of `figures` (fields of Gpu) that are not None in place of its own.
+
+    Raises InputError on a name that is not in the table, or a figure that is not above 0.
+    """
+    if name not in GPUS:
+        raise InputError(f"--gpu must be one of {', '.join(GPUS)}, got {name}; for another give its --gpu-memory, --tflops, "
+                         "--bandwidth, --link and --network over one of these")
+    given = {field: value for field, value in figures.items() if value is not None}
+    for field, value in given.items():
+        if not 0 < value < float("inf"):
+            raise InputError(f"the figure {field} of a GPU must be above 0, got {value}")
+    return dataclasses.replace(GPUS[name], **given)  # type: ignore[arg-type]

@@ -1,0 +1,130 @@
+"""What a tuning job takes: bytes on every rank, time, GPU-hours. From the operations of a dry run and the figures of a GPU.
+
+Memory is counted, not modelled: it is what the true code's tensors take (`dry_run.py`). Time is a formula over counted operations and
+bytes, FORMULA, with one number that is assumed: the share of its peak that a GPU reaches.
+"""
+from dataclasses import dataclass
+
+from ee_tuning.config import Config
+from ee_tuning.errors import InputError
+from ee_tuning.planning.dry_run import MEMORY, Rehearsal, rehearse
+from ee_tuning.planning.gpus import Gpu
+
+RESERVED_GB = 2.0
+"""Of each GPU, for its context, NCCL's buffers and what the allocator can not use."""
+
+FORMULA = (
+    "micro-batch of stage p = (layers' + heads' operations) ÷ (efficiency × peak operations/s) + 2(t − 1)/t × bytes summed over tensor "
+    "parallelism t ÷ bandwidth between its GPUs; no less than bytes sent to the next stage ÷ bandwidth between them",
+    "step = micro-batches × the slowest stage's micro-batch + the slowest update",
+    "update of stage p = 2 × (bytes of masters and moments) ÷ memory bandwidth + (d − 1)/d × bytes of heads gathered and gradients reduced "
+    "over d replicas ÷ bandwidth between them",
+    "run = steps × step + validations × eval_iters × the slowest stage's forward + (stages − 1) × the slowest stage's micro-batch, for the "
+    "relay fills once; checkpoints, loading and data are left out",
+)
+"""How the seconds come about."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """The machines of a plan."""
+
+    gpu: Gpu
+    nodes: int
+    gpus_per_node: int
+    efficiency: float
+    """Share of the peak rate that the matrix products reach, with all that is between them."""
+
+    @property
+    def world_size(self) -> int:
+        """GPUs, and processes."""
+        return self.nodes * self.gpus_per_node
+
+    def bandwidth(self, span: int) -> float:
+        """Bytes/s, one way, of a GPU among ranks that lie within `span` neighbouring ones."""
+        within = self.nodes == 1 or (span <= self.gpus_per_node and self.gpus_per_node % span == 0)
+        return 1e9 * (self.gpu.link if within else self.gpu.network)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageFigures:
+    """One kind of stage. Times are in seconds."""
+
+    stages: tuple[int, ...]
+    layers: tuple[tuple[int, int], ...]
+    """First and last, of each of them."""
+    exits: tuple[tuple[int, ...], ...]
+    """Of each of them."""
+    memory: dict[str, int]
+    """Bytes on each of its ranks at the worst moment; keys as in MEMORY."""
+    total_bytes: int
+    fits: bool
+    micro_batch: float
+    """Training."""
+    validation: float
+    """A micro-batch of it."""
+    update: float
+    idle_share: float
+    """Of the time that micro-batches take: while slower stages work."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A job on a cluster."""
+
+    cluster: Cluster
+    tensor: int
+    pipeline: int
+    data: int
+    stages: tuple[StageFigures, ...]
+    fits: bool
+    step_seconds: float
+    tokens_per_second: float
+    tokens: int
+    hours: float
+    gpu_hours: float
+    efficiency_of_run: float
+    """Share of the GPUs' peak rate that all counted operations take of a step, waiting and messages included."""
+
+
+def make_plan(config: Config, cluster: Cluster) -> Plan:
+    """The plan of the job in `config`. Raises InputError as a dry run does, and where the cluster makes no sense."""
+    for name, value in (("nodes", cluster.nodes), ("gpus-per-node", cluster.gpus_per_node)):
+        if value < 1:
+            raise InputError(f"--{name} must be at least 1, got {value}")
+    if not 0 < cluster.efficiency <= 1:
+        raise InputError(f"--efficiency is a share of the peak rate, above 0 and at most 1, got {cluster.efficiency}")
+    tuning, parallel, world = config.tuning, config.parallel, cluster.world_size
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    rehearsals = rehearse(config, world)
+    dp = world // (tp * pp)
+    slowest = max(_micro_batch(each, cluster, tp, dp, trains=True) for each in rehearsals)
+    stages = tuple(_figures(each, cluster, tp, dp, slowest) for each in rehearsals)
+    count = tuning.global_batch_size // (tuning.micro_batch_size * dp)
+    step = count * slowest + max(each.update for each in stages)
+    tokens_per_step = tuning.global_batch_size * tuning.seq_length
+    validations = 2 + (tuning.train_iters - 1) // tuning.eval_interval if tuning.eval_interval else 2
+    run = (tuning.train_iters * step + validations * tuning.eval_iters * max(each.validation for each in stages) + (pp - 1) * slowest)
+    flops = count * dp * tp * sum((each.layer_flops + each.head_flops) * len(each.stages) for each in rehearsals)
+    return Plan(
+        cluster=cluster, tensor=tp, pipeline=pp, data=dp, stages=stages, fits=all(each.fits for each in stages), step_seconds=step,
+        tokens_per_second=tokens_per_step / step, tokens=tuning.train_iters * tokens_per_step, hours=run / 3600,
+        gpu_hours=run / 3600 * world, efficiency_of_run=flops / (step * world * cluster.gpu.tflops * 1e12))
+
+
+def _figures(each: Rehearsal, cluster: Cluster, tp: int, dp: int, slowest: float) -> StageFigures:
+    own, total = _micro_batch(each, cluster, tp, dp, trains=True), sum(each.memory.values())
+    replicas = (dp - 1) / dp * each.dp_bytes / cluster.bandwidth(tp * dp)
+    assert set(each.memory) == set(MEMORY)
+    return StageFigures(
+        stages=each.stages, layers=each.layers, exits=each.exits, memory=each.memory, total_bytes=total,
+        fits=total <= (cluster.gpu.memory - RESERVED_GB) * 1e9, micro_batch=own,
+        validation=_micro_batch(each, cluster, tp, dp, trains=False),
+        update=2 * each.memory["optimizer"] / (cluster.gpu.bandwidth * 1e9) + replicas, idle_share=1 - own / slowest)
+
+
+def _micro_batch(each: Rehearsal, cluster: Cluster, tp: int, dp: int, *, trains: bool) -> float:
+    flops = each.layer_flops + (each.head_flops if trains else each.validation_flops)
+    computing = flops / (cluster.efficiency * cluster.gpu.tflops * 1e12)
+    summing = 2 * (tp - 1) / tp * each.tp_bytes / cluster.bandwidth(tp)
+    return max(computing + summing, each.pp_bytes / cluster.bandwidth(cluster.world_size))

@@ -1,0 +1,66 @@
+"""`ee-tuning plan`: a plan for people, or as one JSON object."""
+import dataclasses
+import json
+from typing import Any
+
+from ee_tuning.config import Config
+from ee_tuning.planning.dry_run import MEMORY
+from ee_tuning.planning.plan import FORMULA, RESERVED_GB, Cluster, Plan, StageFigures, make_plan
+
+
+def print_plan(config: Config, cluster: Cluster, *, as_json: bool) -> bool:
+    """Makes the plan of `config` and prints it. Whether every rank fits. Raises InputError as `make_plan` does."""
+    plan = make_plan(config, cluster)
+    print(json.dumps(plan_tree(plan), indent=2) if as_json else "\n".join(_lines(config, plan)))
+    return plan.fits
+
+
+def plan_tree(plan: Plan) -> dict[str, Any]:
+    """The plan as plain data, bytes and seconds, with what its words mean."""
+    return {**dataclasses.asdict(plan), "world_size": plan.cluster.world_size, "reserved_bytes": int(RESERVED_GB * 1e9),
+            "memory_is": MEMORY, "formula": list(FORMULA)}
+
+
+def _lines(config: Config, plan: Plan) -> list[str]:
+    cluster, gpu, tuning = plan.cluster, plan.cluster.gpu, config.tuning
+    yes = "fits" if plan.fits else "DOES NOT FIT"
+    return [
+        f"{config.model.path} on {cluster.nodes} × {cluster.gpus_per_node} {gpu.name}: tensor {plan.tensor} × pipeline {plan.pipeline} × "
+        f"data {plan.data}, sequences of {tuning.seq_length}, micro-batch {tuning.micro_batch_size}, global batch "
+        f"{tuning.global_batch_size}", "",
+        *_table(plan.stages), "",
+        "GB (10⁹ bytes) on each GPU at the worst moment:",
+        *(f"  {kind}: {meaning}" for kind, meaning in MEMORY.items()),
+        f"{yes}: {max(each.total_bytes for each in plan.stages) / 1e9:.1f} GB at the most, of {gpu.memory:g} GB less {RESERVED_GB:g} that "
+        "are kept for the context, NCCL and the allocator", "",
+        f"step {_seconds(plan.step_seconds)}, {plan.tokens_per_second:,.0f} tokens/s, {plan.efficiency_of_run:.0%} of the GPUs' peak",
+        f"{plan.tokens:,} tokens in {tuning.train_iters:,} steps: {plan.hours:.1f} hours, {plan.gpu_hours:.0f} GPU-hours", "",
+        f"with {gpu.tflops:g} Tflop/s at {cluster.efficiency:.0%} efficiency (assumed), memory {gpu.bandwidth:g} GB/s, between GPUs "
+        f"{gpu.link:g}, between nodes {gpu.network:g} GB/s one way:",
+        *(f"  {formula}" for formula in FORMULA)]
+
+
+def _table(stages: tuple[StageFigures, ...]) -> list[str]:
+    head = ["stage", "layers", "exits", *MEMORY, "total", "ms/micro-batch", "idle"]
+    rows = [[_spans([(stage, stage) for stage in each.stages]), _spans(list(each.layers)),
+             ", ".join(str(layer) for own in each.exits for layer in own) or "none",
+             *(f"{each.memory[kind] / 1e9:.2f}" for kind in MEMORY), f"{each.total_bytes / 1e9:.1f}{'' if each.fits else ' !'}",
+             f"{each.micro_batch * 1e3:.0f}", f"{each.idle_share:.0%}"] for each in stages]
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    return ["  ".join(word.ljust(width) if i < 3 else word.rjust(width) for i, (word, width) in enumerate(zip(row, widths, strict=True)))
+            for row in (head, *rows)]
+
+
+def _spans(spans: list[tuple[int, int]]) -> str:
+    """Spans of numbers, neighbours joined: [(1, 10), (11, 20), (31, 40)] -> 1-20, 31-40."""
+    joined: list[tuple[int, int]] = []
+    for first, last in spans:
+        if joined and joined[-1][1] + 1 == first:
+            joined[-1] = (joined[-1][0], last)
+        else:
+            joined.append((first, last))
+    return ", ".join(str(first) if first == last else f"{first}-{last}" if first < last else "none" for first, last in joined)
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.0f} ms"

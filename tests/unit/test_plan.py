@@ -1,0 +1,99 @@
+"""A plan says what a job takes; its arithmetic is checked against a second way to the same numbers."""
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from ee_tuning import cli
+from ee_tuning.parallel.topology import leave_parallel
+
+LLAMA_70B = {"model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+             "num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 4096, "torch_dtype": "float16"}
+
+
+@pytest.fixture(autouse=True)
+def no_world() -> None:
+    if dist.is_initialized():  # of another test
+        leave_parallel()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A 70B in width, eight layers deep."""
+    folder = tmp_path_factory.mktemp("llama")
+    (folder / "config.json").write_text(json.dumps({**LLAMA_70B, "num_hidden_layers": 8}))
+    return folder
+
+
+def plan(model: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[int, dict[str, Any]]:
+    code = cli.main(["plan", "--model", str(model), "--exit-layers", "4", "8", "--train-iters", "100", *flags, "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_time_follows_from_the_operations_counted(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Hours that are wrong by a factor of two are found when the queue's time limit strikes."""
+    code, told = plan(model, capsys, "--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2", "--gpus-per-node", "8",
+                      "--gpu", "a100", "--efficiency", "0.4")
+    assert code == 0 and (told["tensor"], told["pipeline"], told["data"], told["world_size"]) == (2, 2, 2, 8)
+    mlp, output = 3 * 8192 * 28672, 32000 * 8192
+    layer, tokens = 2 * 8192 * 8192 + 2 * 8192 * 1024 + mlp, 4 * 2048
+    flops = 2 * tokens / 2 * (4 * (layer + 2048 * 8192) + 3 * (mlp + output) - mlp * 2 / 3)  # four layers and one `mlp` exit, on one of two
+    sums = (2 * 4 + 2) * tokens * 8192 * 2  # two a layer, two for the exit; all-reduced among two: each sends half, twice
+    stage = flops / (0.4 * 312e12) + sums / 300e9
+    last = told["stages"][-1]
+    assert last["micro_batch"] == pytest.approx(stage, rel=0.01)
+    head = (mlp + output + 8192) / 2
+    update = 2 * 12 * head / 2 / 2039e9 + (2 + 4) * head / 2 / 300e9  # gathered as bfloat16, reduced as float32, among two
+    assert last["update"] == pytest.approx(update, rel=0.01)
+    slowest = max(each["micro_batch"] for each in told["stages"])
+    assert told["step_seconds"] == pytest.approx(2 * slowest + max(each["update"] for each in told["stages"]))  # two micro-batches a step
+    assert told["tokens"] == 100 * 16 * 2048 and told["tokens_per_second"] == pytest.approx(16 * 2048 / told["step_seconds"])
+    validations = 2 * 8 * max(each["validation"] for each in told["stages"])
+    assert told["hours"] * 3600 == pytest.approx(100 * told["step_seconds"] + validations + slowest)
+    assert told["gpu_hours"] == pytest.approx(8 * told["hours"])
+
+
+def test_replicas_share_the_optimizer_and_a_card_too_small_is_said(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A plan that says yes to what ends out of memory, or no to what fits, is worse than none."""
+    flags = ("--tensor-model-parallel-size", "2", "--global-batch-size", "32")
+    code, one = plan(model, capsys, *flags, "--gpus-per-node", "2")
+    _, four = plan(model, capsys, *flags, "--gpus-per-node", "8")
+    (alone,), (shared,) = one["stages"], four["stages"]
+    assert shared["memory"]["optimizer"] == pytest.approx(alone["memory"]["optimizer"] / 4, rel=1e-3)
+    assert shared["memory"]["weights"] == alone["memory"]["weights"]
+    assert code == 0 and one["fits"] and alone["total_bytes"] == sum(alone["memory"].values())
+    size = alone["total_bytes"] / 1e9
+    for memory, fits in ((size + 2.01, True), (size + 1.99, False)):
+        code, told = plan(model, capsys, *flags, "--gpus-per-node", "2", "--gpu-memory", str(memory))
+        assert (code == 0) == told["fits"] == told["stages"][0]["fits"] == fits
+
+
+def test_the_table_shows_every_stage_and_the_formula(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A figure without its formula can not be argued with."""
+    assert cli.main(["plan", "--model", str(model), "--exit-layers", "2", "8", "--pipeline-model-parallel-size", "4", "--nodes", "2",
+                     "--gpus-per-node", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "pipeline 4 × data 1" in shown and "efficiency (assumed)" in shown and "micro-batch of stage p = " in shown
+    rows = [line.split() for line in shown.splitlines()[3:6]]
+    assert [row[:3] for row in rows] == [["0", "1-2", "2"], ["1-2", "3-6", "none"], ["3", "7-8", "8"]]
+
+
+@pytest.mark.parametrize(("flags", "says"), [
+    (("--gpu", "h900"), "--gpu must be one of h100"), (("--efficiency", "0"), "--efficiency is a share"), (("--nodes", "0"), "at least 1"),
+    (("--gpu-memory", "-1"), "must be above 0"), (("--gpus-per-node", "3", "--tensor-model-parallel-size", "2"), "multiple of tensor")])
+def test_what_makes_no_sense_is_refused(model: Path, flags: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A negative bandwidth gives negative hours."""
+    assert cli.main(["plan", "--model", str(model), "--exit-layers", "4", *flags]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_what_waits_for_the_teacher_is_counted(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Distillation lets the backbone run ahead; the first stages keep the most, and run out of memory first."""
+    flags = ("--pipeline-model-parallel-size", "4", "--gpus-per-node", "4", "--loss", "forward_kl", "--micro-batch-size", "1",
+             "--architecture", "norm", "--set", "exits.exit_layers=1,3,5,8")
+    _, told = plan(model, capsys, *flags)
+    kept = 2048 * 8192 * 2  # what one `norm` exit keeps of a micro-batch
+    queues = [each["memory"]["queue"] / kept for each in told["stages"]]
+    assert len(queues) == 4 and queues == sorted(queues, reverse=True) and queues[0] >= 3 and queues[-1] == 0, queues
