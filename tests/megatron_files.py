@@ -79,7 +79,8 @@ def save_legacy(reference: Any, config: ModelConfig, folder: Path, tp: int, stag
                 exits: dict[int, dict[str, Tensor]] | None = None, **changes: Any) -> None:
     """`mp_rank_…` folders with the weights of the transformers model `reference`, `stages` layers to each stage.
 
-    `exits`: EE-LLM's, in the old layout alone: its layer numbers (1-based) to tensors norm, gate, up, down (or no MLP) and output.
+    `exits`: EE-LLM's, in the old layout alone: its layer numbers (1-based) to tensors norm, gate, up, down (or no MLP) and output;
+    `block`: the index within the stage of the layer that the exit's own layer is like.
     """
     weights = {name: tensor.detach() for name, tensor in reference.state_dict().items()}
     for rank in range(tp):
@@ -139,7 +140,12 @@ def _add_exits(tree: dict[str, Any], own: dict[int, dict[str, Tensor]], tp: int,
     """EE-LLM's additions to a stage: by local layer, exit norms and MLPs beside the layers' own; output matrices in order."""
     encoder = tree["encoder"]
     for local, parts in own.items():
-        encoder[f"layers.{local}.exit_norm.weight"] = parts["norm"]
+        if "norm" in parts:
+            encoder[f"layers.{local}.exit_norm.weight"] = parts["norm"]
+        if "block" in parts:  # the index of a layer of this stage, whose weights the exit's own layer gets
+            own_layer = {name: tensor for name, tensor in encoder.items() if name.startswith(f"layers.{int(parts['block'])}.")}
+            for name, tensor in own_layer.items():
+                encoder[f"layers.{local}.exit_block.{name.split('.', 2)[2]}"] = tensor
         if "gate" in parts:
             for name in ("dense_h_to_4h", "dense_4h_to_h"):
                 encoder[f"layers.{local}.mlp.trunk.{name}.weight"] = encoder.pop(f"layers.{local}.mlp.{name}.weight")

@@ -1,4 +1,5 @@
-"""The exits of an EE-LLM checkpoint: a legacy Megatron one whose layers carry exit norms, exit MLPs (`mlp.branch`) and output matrices.
+"""The exits of an EE-LLM checkpoint: a legacy Megatron one whose layers carry exit norms, exit MLPs (`mlp.branch`),
+transformer layers (`exit_block`) and output matrices.
 
 What its saved arguments say is followed as its code does: with `pre_exit`, exit n reads the input of layer n, so it sits after layer n − 1,
 and its exit MLP is never run. The exit temperature divides logits in its loss alone, never in decoding: it is noted, no weight is scaled.
@@ -10,11 +11,12 @@ import torch
 from torch import Tensor
 
 from ee_tuning.checkpoint.exit_config import ExitHeadsConfig
-from ee_tuning.checkpoint.exit_names import exit_shard
+from ee_tuning.checkpoint.exit_names import exit_parameter_names, exit_shard
 from ee_tuning.checkpoint.fingerprint import fingerprint, model_shape
 from ee_tuning.checkpoint.legacy import LegacyReader
 from ee_tuning.checkpoint.names import embedding_name, merge_shards
 from ee_tuning.checkpoint.torch_file import StoredTensor
+from ee_tuning.config import Architecture
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
 
@@ -32,14 +34,10 @@ class FoundExits:
         is_before = bool(arguments.get("pre_exit"))
         self._numbers = {number - is_before: (index, number) for index, number in enumerate(sorted(numbers))}
         config.check_exit_layers(tuple(self._numbers))
-        for key, wanted in (("use_exit_block", False), ("use_exit_norm", True)):
-            if bool(arguments.get(key)) != wanted:
-                raise InputError(f"{reader.folder}: its exits have {key} = {arguments.get(key)}, and no head here is built so (must be "
-                                 f"{wanted}); say where to put new ones: --exit-layers 8,16")
         dtype = reader.dtype(embedding_name(config))
         self.exits = ExitHeadsConfig(
             exit_layers=tuple(self._numbers),
-            architecture=("mlp" if arguments.get("use_exit_mlp") and not is_before else "norm",) * len(self._numbers),
+            architecture=(self._architecture(arguments),) * len(self._numbers),
             output="untied" if arguments.get("untie_exit_output_weights") else "tied", dtype=str(dtype).removeprefix("torch."),
             model_name=model_name, model_shape=model_shape(config), model_fingerprint=fingerprint(reader, config), init="ee_llm",
             tuned={"by": "EE-LLM", "exit_layer_nums": list(numbers), "pre_exit": is_before, **_plain(arguments, "exit_layer_temperature"),
@@ -50,22 +48,38 @@ class FoundExits:
     def tensors(self, layers: tuple[int, ...]) -> Iterator[tuple[str, Tensor]]:
         """The artifact's tensors of the exits after `layers`, whole."""
         for head in (each for each in self.exits.heads if each.layer in layers):
-            layer = head.layer
-            index, number = self._numbers[layer]
+            index, number = self._numbers[head.layer]
             prefix = f"decoder.layers.{number - 1}."
-            yield f"exits.{layer}.norm.weight", self._read(f"{prefix}exit_norm.weight")[0]
-            if head.architecture == "mlp":
-                for own, theirs in (("mlp.fc1.weight", "linear_fc1"), ("mlp.fc2.weight", "linear_fc2")):
-                    shards = self._read(f"{prefix}mlp.branch.{theirs}.weight")
-                    plans = [exit_shard(head, own, self.config, len(shards), rank) for rank in range(len(shards))]
-                    for plan, shard in zip(plans, shards, strict=True):
-                        self._check(tuple(shard.shape) == plan.shape, f"{prefix}mlp.branch.{theirs}.weight", plan.shape)
-                    yield from merge_shards(plans, shards).items()
-            if not self.exits.ties_output:
-                whole = torch.cat(self._read(f"exit_output_layer.{index}.weight"))
-                size = self.config.vocab_size
-                self._check(len(whole) >= size, f"exit_output_layer.{index}.weight", (size, self.config.hidden_size))
-                yield f"exits.{layer}.output.weight", whole[:size]
+            for parameter in exit_parameter_names(head, self.config):
+                if parameter == "output.weight":
+                    yield f"exits.{head.layer}.output.weight", self._output(f"exit_output_layer.{index}.weight")
+                    continue
+                part, _, rest = parameter.partition(".")
+                key = prefix + {"norm": "exit_norm.", "mlp": "mlp.branch.linear_", "layer": "exit_block."}[part] + rest
+                shards = self._read(key)
+                plans = [exit_shard(head, parameter, self.config, len(shards), rank) for rank in range(len(shards))]
+                for plan, shard in zip(plans, shards, strict=True):
+                    self._check(tuple(shard.shape) == plan.shape, key, plan.shape)
+                yield from merge_shards(plans, shards).items()
+
+    def _output(self, key: str) -> Tensor:
+        whole, size = torch.cat(self._read(key)), self.config.vocab_size
+        self._check(len(whole) >= size, key, (size, self.config.hidden_size))
+        return whole[:size]
+
+    def _architecture(self, arguments: dict[str, Any]) -> Architecture:
+        """EE-LLM runs an exit's MLP (of the layer's attention output, so not with pre_exit), then a layer of its own, then a norm,
+        each where it has one.
+        """
+        parts = (bool(arguments.get("use_exit_mlp")) and not arguments.get("pre_exit"), bool(arguments.get("use_exit_block")),
+                 bool(arguments.get("use_exit_norm")))
+        architectures: dict[tuple[bool, bool, bool], Architecture] = {
+            (True, False, True): "mlp", (False, True, True): "layer", (False, False, True): "norm", (False, False, False): "embedding"}
+        if parts not in architectures:
+            told = ", ".join(f"{key} = {bool(arguments.get(key))}" for key in ("use_exit_mlp", "use_exit_block", "use_exit_norm"))
+            raise InputError(f"{self.reader.folder}: its exits have {told}, and no head here is built so; say where to put new ones: "
+                             "--exit-layers 8,16")
+        return architectures[parts]
 
     def _read(self, key: str) -> list[Tensor]:
         """Every rank's shard."""

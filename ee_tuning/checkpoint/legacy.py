@@ -1,7 +1,7 @@
 """Megatron's older checkpoints: a folder `mp_rank_XX[_YYY]` per tensor-parallel rank and pipeline stage, all of it in one pickle each.
 
-Two layouts of keys: Megatron-core's, and the older `language_model.encoder.layers.…`, which is renamed. Stages are laid one after the
-other, tensor-parallel shards merged as they are read. EE-LLM's exits are kept apart; see ee_llm.py.
+Two layouts of keys: Megatron-core's, and the older `language_model.encoder.layers.…`, which is renamed. Stages, and the parts of virtual
+pipelines, are laid one after the other, tensor-parallel shards merged as they are read. EE-LLM's exits are kept apart; see ee_llm.py.
 """
 import re
 from collections.abc import Iterable, Iterator
@@ -46,30 +46,38 @@ class LegacyCheckpoint:
         self.tables: list[dict[str, StoredTensor]] = []
         """Per tensor-parallel rank: Megatron-core's name, with a global layer index, to tensor."""
         for rank in range(self.num_ranks):
+            parts = [self._open(files, rank, stage, is_trusted) for stage in range(self.num_stages)]
+            if len({len(each) for each in parts}) > 1:
+                raise InputError(f"{folder}: every stage of a virtual pipeline must hold as many parts of the model, got "
+                                 f"{', '.join(str(len(each)) for each in parts)}; fetch the whole folder")
             table: dict[str, StoredTensor] = {}
             counts = {"decoder.layers": 0, "exit_output_layer": 0}
-            for stage in range(self.num_stages):
-                own = self._open(files, rank, stage, is_trusted)
+            # The model goes through the first part of every stage before it comes to the second of any.
+            for own in (each for turn in zip(*parts, strict=True) for each in turn):
                 for key, tensor in own.items():
                     table.setdefault(_shifted(key, counts), tensor)
                 for kind, count in counts.items():
                     counts[kind] = count + _depth(own, kind)
             self.tables.append(table)
 
-    def _open(self, files: dict[tuple[int, int], Path], rank: int, stage: int, is_trusted: bool) -> dict[str, StoredTensor]:
-        """One file's tensors under Megatron-core's names, layers numbered within the stage."""
+    def _open(self, files: dict[tuple[int, int], Path], rank: int, stage: int, is_trusted: bool) -> list[dict[str, StoredTensor]]:
+        """One file's tensors under Megatron-core's names, layers numbered within the stage, or within each part that a virtual pipeline
+        gave the stage (`model0`, `model1`, …).
+        """
         path = files.get((rank, stage))
         if path is None:
             raise InputError(f"{self.folder} must hold every tensor-parallel rank of every stage, and rank {rank} of stage {stage} is "
                              "missing; fetch the whole folder")
         content = Archive(path, map_file(path), is_trusted=is_trusted).content
-        if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-            which = ", a virtual pipeline's, which is not supported" if isinstance(content, dict) and "model0" in content else ""
-            raise InputError(f"{path} must hold a Megatron model under `model`, and does not{which}; give a Megatron checkpoint")
+        names = ["model"]
+        if isinstance(content, dict) and "model0" in content:
+            names = [f"model{i}" for i in range(sum(re.fullmatch(r"model\d+", str(key)) is not None for key in content))]
+        if not isinstance(content, dict) or not all(isinstance(content.get(name), dict) for name in names):
+            raise InputError(f"{path} must hold a Megatron model under `{'`, `'.join(names)}`, and does not; give a Megatron checkpoint")
         self.arguments = self.arguments or saved_arguments(content)
-        if "language_model" in content["model"]:
+        if any("language_model" in content[name] for name in names):
             self._check_version(content, path)
-        return {_renamed(key): tensor for key, tensor in _flattened(content["model"], "")}
+        return [{_renamed(key): tensor for key, tensor in _flattened(content[name], "")} for name in names]
 
     def _check_version(self, content: dict[str, Any], path: Path) -> None:
         version = content.get("checkpoint_version", 0)

@@ -64,6 +64,31 @@ def test_an_exit_before_a_layer_sits_after_the_one_below(tmp_path: Path) -> None
             assert torch.equal(artifact.full(f"exits.{number - 1}.output.weight"), parts["output"])
 
 
+def test_an_exit_may_have_a_layer_of_its_own(tmp_path: Path) -> None:
+    """The block's shards merged in another order than the backbone's; its names mistaken for the layer's that it hangs on."""
+    reference = random_llama(tmp_path / "hf")
+    exits = {number: {"norm": torch.randn(48), "output": torch.randn(101, 48), "block": torch.tensor(1)} for number in (2, 3)}
+    save_legacy(reference, read_model_config(tmp_path / "hf"), tmp_path / "ee_llm", 2, (6,), is_old=True, exits=exits,
+                **{**TUNED, "exit_layer_nums": [2, 3], "use_exit_mlp": False, "use_exit_block": True})
+    with ExitHeadsReader(converted(tmp_path)) as artifact:
+        assert artifact.config.architecture == ("layer", "layer")
+        artifact.check_complete(open_model(ModelSection(path=str(tmp_path / "hf"))).config)
+        for name, tensor in reference.model.layers[1].state_dict().items():
+            assert torch.equal(artifact.full(f"exits.3.layer.{name}"), tensor), name
+        assert torch.equal(artifact.full("exits.2.norm.weight"), exits[2]["norm"])
+
+
+def test_an_exit_may_be_an_output_matrix_alone(tmp_path: Path) -> None:
+    """A norm that is not there asked for, or the final one taken in its place."""
+    reference = random_llama(tmp_path / "hf")
+    exits = {2: {"output": torch.randn(101, 48)}}
+    save_legacy(reference, read_model_config(tmp_path / "hf"), tmp_path / "ee_llm", 1, (6,), is_old=True, exits=exits,
+                **{**TUNED, "exit_layer_nums": [2], "use_exit_mlp": False, "use_exit_norm": False})
+    with ExitHeadsReader(converted(tmp_path)) as artifact:
+        assert artifact.config.architecture == ("embedding",) and artifact.names() == ["exits.2.output.weight"]
+        assert torch.equal(artifact.full("exits.2.output.weight"), exits[2]["output"])
+
+
 @pytest.mark.parametrize(("changes", "word"), [
     ({"use_exit_block": True}, "use_exit_block"), ({"use_exit_norm": False}, "use_exit_norm"), ({"exit_layer_nums": []}, "--exit-layers"),
     ({"exit_layer_nums": [2, 9]}, "1..6"), ({"exit_layer_nums": [2, 4]}, "decoder.layers.3"),
