@@ -12,6 +12,7 @@ from torch import Tensor
 from ee_tuning.checkpoint.exit_config import ExitHeadsConfig
 from ee_tuning.checkpoint.exit_names import exit_copy_source, is_residual_projection
 from ee_tuning.checkpoint.names import Shape
+from ee_tuning.checkpoint.non_finite import check_finite
 from ee_tuning.checkpoint.safetensors_reader import TensorSource
 from ee_tuning.checkpoint.tensor_blocks import BLOCK_BYTES, tensor_blocks
 from ee_tuning.errors import InputError
@@ -57,7 +58,7 @@ class InitialExits:
         """[stop - start, …]. Of a copy, no other rows are read."""
         self.check_shape(name, self.shapes[name])
         if (source := self._source(name)) is not None:
-            return self.reader.rows(source, start, stop).to(self.exits.torch_dtype)
+            return check_finite(self.exits.model_name, source, self.reader.rows(source, start, stop)).to(self.exits.torch_dtype)
         return self._drawn(name)[start:stop]
 
     def blocks(self, name: str) -> Iterator[Tensor]:
@@ -71,7 +72,7 @@ class InitialExits:
         """[n, stop - start]. Of a copy, no other columns are read."""
         self.check_shape(name, self.shapes[name])
         if (source := self._source(name)) is not None:
-            return self.reader.columns(source, start, stop).to(self.exits.torch_dtype)
+            return check_finite(self.exits.model_name, source, self.reader.columns(source, start, stop)).to(self.exits.torch_dtype)
         return self._drawn(name)[:, start:stop]
 
     def _source(self, name: str) -> str | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ee_tuning.checkpoint.tensor_blocks import as_bytes
 
-_WAITING = 4
+_WAITING = 8
 """Blocks that may be under way: more of them would take memory and no time off."""
 _SMALL = 1 << 20
 """Bytes that are gathered before they are handed on."""

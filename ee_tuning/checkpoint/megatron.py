@@ -85,6 +85,14 @@ class DistributedCheckpoint:
             raise InputError(f"{self.folder / METADATA}: no file holds all of {key}; fetch the checkpoint again")
         return out
 
+    def stored_tensors(self) -> Iterator[tuple[str, str, StoredTensor]]:
+        """Every chunk of every tensor: key, file, and what lies there. Raises InputError where chunks leave a part of a tensor out."""
+        for key, chunks in self._chunks.items():
+            if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(self.shapes[key]):
+                raise InputError(f"{self.folder / METADATA}: the chunks of {key} are not all of it; fetch the checkpoint again")
+            for chunk in chunks:
+                yield key, chunk.file, self._item(key, chunk)
+
     def _item(self, key: str, chunk: _Chunk) -> StoredTensor:
         place = (chunk.file, chunk.start)
         if place not in self._items:

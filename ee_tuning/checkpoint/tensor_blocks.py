@@ -8,7 +8,7 @@ from ee_tuning.checkpoint.names import Piece, Shard
 from ee_tuning.checkpoint.safetensors_file import SafetensorsFile
 from ee_tuning.checkpoint.safetensors_reader import TensorSource
 
-BLOCK_BYTES = 16 << 20
+BLOCK_BYTES = 4 << 20
 """Large enough that a block costs its bytes and nothing else, small enough that the allocator keeps it for the next one."""
 
 

@@ -1,23 +1,27 @@
-"""`ee-tuning verify`: every file of what this project wrote against its sha256 manifest, and nothing else."""
+"""`ee-tuning verify`: every file of what this project wrote against its sha256 manifest; another's model as far as its format goes."""
 from pathlib import Path
 
 from ee_tuning.checkpoint.manifest import MANIFEST, check_file, read_manifest
+from ee_tuning.checkpoint.verify_foreign import verify_foreign
 from ee_tuning.errors import InputError
 
 _REMEDY = "fetch or make the folder again"
 
 
-def verify_folder(folder: Path) -> None:
-    """Prints one line per file of an artifact, a run's checkpoint or an export; of a run folder, of all that stands in it.
+def verify_folder(folder: Path) -> bool:
+    """Prints one line per file of an artifact, a run's checkpoint or an export; of a run folder, of all that stands in it; of a model that
+    has no manifest, of its files. False where the model holds NaN or infinity.
 
-    Raises InputError, naming the file, at the first that is missing or altered, and where `folder` holds nothing with a manifest.
+    Raises InputError, naming the file, at the first that is missing or altered, and where `folder` holds nothing that can be checked.
     """
     folders = [folder] if (folder / MANIFEST).exists() else sorted(path.parent for path in folder.glob(f"**/{MANIFEST}"))
     if not folders:
-        raise InputError(f"verify takes a folder that this project wrote, which holds {MANIFEST}, and {folder} "
-                         f"{'does not' if folder.exists() else 'is not there'}")
+        if not folder.is_dir():
+            raise InputError(f"verify takes a folder, and {folder} is not there")
+        return verify_foreign(folder)
     for each in folders:
         _check(each)
+    return True
 
 
 def _check(folder: Path) -> None:

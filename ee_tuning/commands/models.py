@@ -41,11 +41,11 @@ def export(args: argparse.Namespace) -> int:
     return export(load_config(args.config, args.overrides), args)
 
 
-def verify(args: argparse.Namespace) -> None:
-    """What this project wrote against its checksums."""
+def verify(args: argparse.Namespace) -> int:
+    """What this project wrote against its checksums, another's model as far as its format goes. 1 where it holds NaN."""
     from ee_tuning.checkpoint.verify import verify_folder
 
-    verify_folder(args.path)
+    return 0 if verify_folder(args.path) else 1
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
@@ -91,7 +91,8 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", type=Path, metavar="FOLDER", help="an exit-heads artifact, an export, a run's checkpoint or a run folder")
+    parser.add_argument("path", type=Path, metavar="FOLDER", 
+                        help="an exit-heads artifact, an export, a run's checkpoint or a run folder; or any model's folder")
 
 
 COMMANDS = (
@@ -124,16 +125,20 @@ Runs in one process, one layer at a time.
   ee-tuning export --format artifact --exits exits/two --model Llama-2-7b-hf --add 24 --output exits/three
   ee-tuning export --format hf --model Llama-2-7b-hf --exits runs/llama-2-7b/exit_heads --output llama-2-7b-early --link --check
   torchrun --nproc-per-node 4 -m ee_tuning export --format megatron --model Llama-2-7b-hf --exits exits/two --output llama-2-7b-dist
+  ee-tuning export --format hf --model megatron_run/iter_0040000 --tokenizer Llama-2-7b-hf --output llama-2-7b-mine
 
 hf: transformers loads the folder as the plain model, and with trust_remote_code=True as one whose generate takes exit_threshold=0.8.
 megatron: stock Megatron-core loads the model at any tensor × pipeline size and leaves the exits alone.
 artifact: what is put together must be of one model and one kind of output; heads may differ.
 --add takes --architecture for the new exits.""", add_arguments=_add_export, run=export),
-    Command(name="verify", summary="check every file of an artifact, an export or a run against its sha256",
+    Command(name="verify", summary="check every file of an artifact, an export, a run or a model",
             examples="""\
   ee-tuning verify runs/llama-2-7b/exit_heads
   ee-tuning verify runs/llama-2-7b
+  ee-tuning verify Llama-2-7b-hf
 
-One line per file; the first that is missing or altered is named and ends it with exit code 2.
-Commands that load exits do the same; --no-verify spares them the reading.""", add_arguments=_add_verify, run=verify),
+One line per file; the first that is missing or altered is named and ends it with exit code 2. What this project wrote is checked against
+its sha256. Another's model is checked as far as its format goes (headers, index, sizes, a Megatron checkpoint's own checksums, NaN, whether
+the tensors are the model's), and what can not be checked is told; exit code 1 where it holds NaN or infinity.
+Commands that load exits, or a model with a manifest, check it too; --no-verify spares the reading.""", add_arguments=_add_verify, run=verify),
 )

@@ -1,0 +1,95 @@
+"""`ee-tuning verify` on a model that this project did not write: no manifest tells what its bytes should be.
+
+What a format has is checked (headers, index, sizes, stored checksums, NaN, whether the tensors are the model's); what it has not is told.
+"""
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from ee_tuning.checkpoint.formats import model_folder, open_model
+from ee_tuning.checkpoint.legacy import LegacyCheckpoint, is_legacy
+from ee_tuning.checkpoint.megatron import DistributedCheckpoint
+from ee_tuning.checkpoint.metadata_pickle import METADATA
+from ee_tuning.checkpoint.non_finite import NonFinite
+from ee_tuning.checkpoint.safetensors_reader import SafetensorsFolder
+from ee_tuning.checkpoint.tensor_blocks import BLOCK_BYTES, stored_blocks
+from ee_tuning.checkpoint.torch_file import StoredTensor
+from ee_tuning.config import ModelSection
+from ee_tuning.errors import InputError
+
+
+def verify_foreign(path: Path) -> bool:
+    """Prints a line per file, then what could not be checked. Whether all values are numbers.
+
+    Raises InputError, naming the file, at the first damage, and where `path` holds no model in a format that is known.
+    """
+    folder, watch = model_folder(str(path)), NonFinite()
+    if (folder / METADATA).is_file():
+        told = _distributed(folder, watch)
+    elif is_legacy(folder):
+        told = _legacy(folder, watch)
+    else:
+        told = _huggingface(folder, watch)
+    for line in [*_against_shape(folder), *told]:
+        print(f"{folder}  {line}")
+    for line in watch.told():
+        print(f"{folder}  {line}")
+    return not watch.counts
+
+
+def _huggingface(folder: Path, watch: NonFinite) -> list[str]:
+    with SafetensorsFolder(folder, "model") as reader:
+        for name in sorted(set(reader.files.values())):
+            file = reader.file(name)
+            for tensor in file.entries:
+                for _ in watch.watched(tensor, stored_blocks(file, tensor)):
+                    pass
+            size = (folder / name).stat().st_size
+            print(f"{folder / name}  header and sizes sound, {len(file.entries)} tensors, {size:,} bytes read", flush=True)
+    return ["not checked: the values; safetensors keeps no checksums, so an altered byte of a tensor shows nowhere"]
+
+
+def _distributed(folder: Path, watch: NonFinite) -> list[str]:
+    checkpoint, counts = DistributedCheckpoint(folder), dict[str, int]()
+    for key, file, tensor in checkpoint.stored_tensors():
+        _check(key, tensor, watch)
+        counts[file] = counts.get(file, 0) + 1
+    for file, num in counts.items():
+        print(f"{folder / file}  {num} tensors, their stored checksums agree", flush=True)
+    return ["not checked: what are no tensors in it (random states, empty states of fused modules)"]
+
+
+def _legacy(folder: Path, watch: NonFinite) -> list[str]:
+    counts = dict[Path, int]()
+    for table in LegacyCheckpoint(folder).tables:
+        for key, tensor in table.items():
+            _check(key, tensor, watch)
+            counts[tensor.archive.path] = counts.get(tensor.archive.path, 0) + 1
+    for path, num in counts.items():
+        print(f"{path}  {num} tensors of the model, their stored checksums agree", flush=True)
+    return ["not checked: the optimizer's and random states beside the model"]
+
+
+def _check(key: str, tensor: StoredTensor, watch: NonFinite) -> None:
+    tensor.check()
+    for _ in watch.watched(key, _blocks(tensor)):
+        pass
+
+
+def _blocks(tensor: StoredTensor) -> Iterator[Tensor]:
+    flat = tensor.mapped().reshape(-1)
+    for start in range(0, len(flat), BLOCK_BYTES):
+        yield flat[start:start + BLOCK_BYTES]
+        tensor.release()
+
+
+def _against_shape(folder: Path) -> list[str]:
+    """Whether the tensors are those that config.json, or the saved arguments, ask for. Raises InputError where they are not."""
+    try:
+        source, config, _ = open_model(ModelSection(path=str(folder)))
+    except InputError as error:
+        return [f"not checked: whether the tensors are those of the model ({error})"]
+    with source:
+        source.check_complete(config)
+    return [f"the tensors are those of a {config.family} with {config.num_layers} layers"]
