@@ -140,5 +140,6 @@ artifact: what is put together must be of one model and one kind of output; head
 One line per file; the first that is missing or altered is named and ends it with exit code 2. What this project wrote is checked against
 its sha256. Another's model is checked as far as its format goes (headers, index, sizes, a Megatron checkpoint's own checksums, NaN, whether
 the tensors are the model's), and what can not be checked is told; exit code 1 where it holds NaN or infinity.
-Commands that load exits, or a model with a manifest, check it too; --no-verify spares the reading.""", add_arguments=_add_verify, run=verify),
+Commands that load exits, or a model with a manifest, check them too; --no-verify spares the reading.""",
+            add_arguments=_add_verify, run=verify),
 )

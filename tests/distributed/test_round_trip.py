@@ -4,6 +4,7 @@ import dataclasses
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,11 +20,10 @@ from ee_tuning.model.config import read_model_config
 from ee_tuning.model.megatron_args import megatron_arguments
 from ee_tuning.parallel.topology import init_parallel
 
-ALL = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 4)]
 CASES: list[tuple[str, dict[str, Any], torch.dtype, list[tuple[int, int]]]] = [
-    ("llama", {"num_key_value_heads": 4, "num_hidden_layers": 4}, torch.float32, ALL),
+    ("llama", {"num_key_value_heads": 4, "num_hidden_layers": 4}, torch.float32, [(1, 1), (2, 2), (4, 1), (1, 4)]),
     ("llama", {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0}},
-     torch.bfloat16, [(2, 2)]),
+     torch.bfloat16, [(1, 2)]),
     ("qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 4}, torch.float32, [(4, 1)]),
     ("qwen3", {}, torch.bfloat16, [(2, 1)]),
     ("gpt2", {"n_inner": 88, "n_layer": 4}, torch.float32, [(4, 1), (1, 4)]),
@@ -42,10 +42,11 @@ def save_again(model: str, given: str, output: str, tp: int, pp: int, dtype: tor
     megatron = transformer_config(config, topology, dtype)
     megatron.pipeline_model_parallel_size = pp
     spec = get_gpt_layer_local_spec(normalization="RMSNorm" if config.norm == "rms" else None, qk_layernorm=config.has_qk_norm)
-    stock = GPTModel(megatron, spec, num_padded(config.vocab_size), config.max_position_embeddings, pre_process=topology.stage == 0,
-                     post_process=topology.stage == pp - 1,
-                     position_embedding_type="rope" if config.position == "rope" else "learned_absolute",
-                     share_embeddings_and_output_weights=config.ties_embeddings).to(dtype)
+    with patch.object(torch.Tensor, "cuda", lambda tensor: tensor):  # for the copy of a tied embedding on the last stage
+        stock = GPTModel(megatron, spec, num_padded(config.vocab_size), config.max_position_embeddings, pre_process=topology.stage == 0,
+                         post_process=topology.stage == pp - 1,
+                         position_embedding_type="rope" if config.position == "rope" else "learned_absolute",
+                         share_embeddings_and_output_weights=config.ties_embeddings).to(dtype)
     loaded = dist_checkpointing.load({"model": stock.sharded_state_dict()}, given)
     stock.load_state_dict(loaded["model"])
     if topology.rank == 0:
@@ -70,7 +71,7 @@ def export(kind: str, model: Path, output: Path) -> None:
     assert cli.main(["export", "--format", kind, "--model", str(model), "--output", str(output)]) == 0
 
 
-@pytest.mark.parametrize(("family", "changes", "dtype", "layouts"), CASES, ids=[f"{case[0]}-{len(case[1])}" for case in CASES])
+@pytest.mark.parametrize(("family", "changes", "dtype", "layouts"), CASES, ids=[f"{case[0]}-{i}" for i, case in enumerate(CASES)])
 def test_stock_megatron_in_between_changes_no_byte(world: World, tmp_path: Path, family: str, changes: dict[str, Any], dtype: torch.dtype,
                                                    layouts: list[tuple[int, int]]) -> None:
     """Padding of the vocabulary left in, a fused matrix taken apart at the wrong rows, another dtype, a bias or a family forgotten."""
