@@ -1,6 +1,7 @@
 """Megatron checkpoints for the tests: distributed ones by stock Megatron-core itself, legacy ones put together by hand."""
 import argparse
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from ee_tuning.checkpoint.safetensors_reader import read_shard
 from ee_tuning.config import ParallelSection
 from ee_tuning.model.backbone import transformer_config
 from ee_tuning.model.config import ModelConfig, read_model_config
-from ee_tuning.parallel.topology import init_parallel
+from ee_tuning.model.megatron_args import megatron_arguments
+from ee_tuning.parallel.topology import Topology, init_parallel
 
 
 def saved_arguments(config: ModelConfig, **changes: Any) -> argparse.Namespace:
@@ -33,25 +35,14 @@ def saved_arguments(config: ModelConfig, **changes: Any) -> argparse.Namespace:
 def save_stock_model(model: str, folder: str, tp: int, pp: int, metadata: dict[str, Any] | None, has_fused_names: bool) -> None:
     """Every rank of a world: a stock GPTModel with the weights of the Hugging Face folder `model`, saved by Megatron-core."""
     from megatron.core import dist_checkpointing
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.models.gpt.gpt_model import GPTModel
-    warnings.simplefilter("ignore")
     topology = init_parallel(ParallelSection(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp))
     config = read_model_config(Path(model))
-    megatron = transformer_config(config, topology, torch.float32)
-    megatron.pipeline_model_parallel_size = pp
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    stock = stock_model(config, topology, num_padded(config.vocab_size))
     if not has_fused_names:
-        spec.submodules.sharded_state_dict_keys_map = {}
-    stock = GPTModel(megatron, spec, num_padded(config.vocab_size), config.max_position_embeddings, pre_process=topology.stage == 0,
-                     post_process=topology.stage == pp - 1, position_embedding_type="rope",
-                     share_embeddings_and_output_weights=config.ties_embeddings)
-    offset = stock.decoder.layers[0].layer_number - 1
+        for layer in stock.decoder.layers:
+            layer.submodules_config.sharded_state_dict_keys_map.clear()
     with HuggingFaceReader(Path(model)) as reader, torch.no_grad():
-        for name, parameter in stock.named_parameters():
-            if name.startswith("decoder.layers."):
-                _, _, local, rest = name.split(".", 3)
-                name = f"decoder.layers.{int(local) + offset}.{rest}"
+        for name, parameter in stock_parameters(stock):
             if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
                 whole = reader.full("lm_head.weight" if name.startswith("output") else "model.embed_tokens.weight")
                 parameter.copy_(padded(whole).chunk(tp)[topology.tp_rank])
@@ -60,9 +51,33 @@ def save_stock_model(model: str, folder: str, tp: int, pp: int, metadata: dict[s
     if topology.rank == 0:
         Path(folder).mkdir(parents=True)
     torch.distributed.barrier()
-    state = {"model": stock.sharded_state_dict(metadata=metadata), "args": saved_arguments(config), "checkpoint_version": 3.0,
+    arguments = saved_arguments(config, **(megatron_arguments(config) if config.num_experts else {}))
+    state = {"model": stock.sharded_state_dict(metadata=metadata), "args": arguments, "checkpoint_version": 3.0,
              "iteration": 100, "opt_param_scheduler": {"max_lr": 1e-4}}
     dist_checkpointing.save(state, folder)
+
+
+def stock_model(config: ModelConfig, topology: Topology, padded_vocab_size: int) -> Any:
+    """This rank's part of Megatron-core's GPTModel from its local layer spec."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    warnings.simplefilter("ignore")
+    megatron = transformer_config(config, topology, torch.float32)
+    megatron.pipeline_model_parallel_size = topology.pp
+    spec = get_gpt_decoder_block_spec(megatron, use_transformer_engine=False, normalization="RMSNorm")
+    return GPTModel(megatron, spec, padded_vocab_size, config.max_position_embeddings, pre_process=topology.is_first_stage,
+                    post_process=topology.is_last_stage, position_embedding_type="rope",
+                    share_embeddings_and_output_weights=config.ties_embeddings)
+
+
+def stock_parameters(stock: Any) -> Iterator[tuple[str, Tensor]]:
+    """Named with global layer indices."""
+    offset = stock.decoder.layers[0].layer_number - 1
+    for name, parameter in stock.named_parameters():
+        if name.startswith("decoder.layers."):
+            _, _, local, rest = name.split(".", 3)
+            name = f"decoder.layers.{int(local) + offset}.{rest}"
+        yield name, parameter
 
 
 def num_padded(vocab_size: int) -> int:

@@ -49,6 +49,9 @@ def export_huggingface(config: Config, output: Path, topology: Topology | None =
         if links and model.files is None:
             raise InputError(f"--link links the weights of a Hugging Face folder, and {model.source.folder} is in another format, whose "
                              "weights have to be written anew; leave --link out")
+        if model.artifact and model.model.num_experts and "layer" in model.artifact.config.architecture:
+            raise InputError(f"--format hf writes no exits `layer` of a model with experts, and {model.artifact.folder} has some; leave "
+                             "them out with --format artifact --drop, or write --format megatron")
         files = _files(model, links)
         with written_aside(output, topology) as partial:
             on_first_rank(topology, lambda: _check_room(partial, output, files))

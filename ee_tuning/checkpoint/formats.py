@@ -72,6 +72,9 @@ def open_model(model: ModelSection) -> OpenModel:
     if is_legacy(folder):
         checkpoint = LegacyCheckpoint(folder, is_trusted=model.trust_pickle)
         config = read_megatron_config(checkpoint.arguments, shape, folder)
+        if config.num_experts:
+            raise InputError(f"{folder} is a legacy Megatron checkpoint of a model with experts, which is not supported; save it as a "
+                             "distributed checkpoint (--ckpt-format torch_dist)")
         return OpenModel(LegacyReader(checkpoint, config), config, "legacy_megatron")
     if shape is not None:
         raise InputError(f"model.config is the shape of a Megatron checkpoint, and {folder} is none; a Hugging Face folder has its own "

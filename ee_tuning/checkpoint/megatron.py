@@ -1,7 +1,8 @@
 """Megatron-core's distributed checkpoints: `.metadata`, `.distcp` files, `common.pt`.
 
-Read by slices, whatever layout wrote them: each rank copies the rectangles it needs out of the mapped files. Layers may be stacked in one
-tensor (`decoder.layers.mlp.…`) or stand alone (`decoder.layers.3.mlp.…`); norms may have the local spec's names or Transformer Engine's.
+Read by slices, whatever layout wrote them: each rank copies the rectangles it needs out of the mapped files. Layers, and the experts of
+each, may be stacked in one tensor (`decoder.layers.mlp.experts.experts.…`) or stand alone (`decoder.layers.3.mlp.experts.experts.5.…`);
+norms may have the local spec's names or Transformer Engine's.
 """
 import math
 import mmap
@@ -24,6 +25,8 @@ from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
 
 _MODEL = re.compile(r"(embedding|decoder|output_layer)\.")
+_LAYER = re.compile(r"(decoder\.layers\.)(\d+)\.(.+)")
+_EXPERT = re.compile(r"(mlp\.experts\.)local_experts\.(\d+)\.(.+)")
 _FINAL_NORM = "decoder.final_layernorm.weight"
 
 
@@ -123,11 +126,11 @@ class MegatronReader(MegatronSource):
     def stored_shape(self, parameter: str, rank: int) -> Shape | None:
         """Of the whole parameter: a distributed checkpoint's tensors are whole, whatever wrote them."""
         shapes = []
-        for key, layer in self._places(parameter):
+        for key, entry in self._places(parameter):
             shape = self.checkpoint.shapes[key]
-            if layer is not None and layer >= shape[0]:
+            if any(map(int.__ge__, entry, shape)):
                 return None
-            shapes.append(shape if layer is None else shape[1:])
+            shapes.append(shape[len(entry):])
         return (sum(shape[0] for shape in shapes), *shapes[0][1:]) if shapes and all(shapes) else None
 
     def stored_dtype(self, parameter: str) -> torch.dtype:
@@ -141,42 +144,60 @@ class MegatronReader(MegatronSource):
     def read(self, parameter: str, rank: int, rows: slice, columns: slice | None) -> Tensor:
         """A rectangle. A single row is read unchecked, or a fingerprint would read all of the checkpoint."""
         parts, row = [], 0
-        for key, layer in self._places(parameter):
-            shape = self.checkpoint.shapes[key][layer is not None:]
+        for key, entry in self._places(parameter):
+            shape = self.checkpoint.shapes[key][len(entry):]
             lower, upper = max(rows.start - row, 0), min(rows.stop - row, shape[0])
             row += shape[0]
             if lower >= upper:
                 continue
             width = [(columns.start, columns.stop) if columns else (0, size) for size in shape[1:]]
-            stack = [] if layer is None else [(layer, layer + 1)]
-            bounds = [*stack, (lower, upper), *width]
+            bounds = [*((index, index + 1) for index in entry), (lower, upper), *width]
             part = self.checkpoint.rectangle(key, tuple(low for low, _ in bounds), tuple(high for _, high in bounds),
                                              is_checked=rows.stop - rows.start > 1)
-            parts.append(part if layer is None else part[0])
+            parts.append(part[(0,) * len(entry)])
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def strangers(self) -> Iterator[tuple[str, Path]]:
         """Tensors of the model that `config` does not know."""
-        known = {key for parameter in backbone_parameter_names(self.config) for key, _ in self._places(parameter)}
+        used: dict[str, set[tuple[int, ...]]] = {}
+        for parameter in backbone_parameter_names(self.config):
+            for key, entry in self._places(parameter):
+                used.setdefault(key, set()).add(entry)
+        known = {*used, *map(norm_alias, used)}  # a norm may be there under both of its names, for either layer spec
         for key in sorted(self.checkpoint.shapes):
             name = key.removeprefix(self._prefix)
             if (key.startswith(self._prefix) and _MODEL.match(name) and key not in known
                     and not is_harmless(name, ties_embeddings=self.config.ties_embeddings)):
                 yield key, self.folder / METADATA
-        for key, shape in self.checkpoint.shapes.items():
-            if key in known and re.match(r"decoder\.layers\.\D", key.removeprefix(self._prefix)) and shape[0] != self.config.num_layers:
-                yield f"{key} of {shape[0]} layers", self.folder / METADATA
+        for key, entries in used.items():
+            stack = self.checkpoint.shapes[key][:len(next(iter(entries)))]
+            if math.prod(stack) != len(entries):
+                yield f"{key} of {' × '.join(map(str, stack))} layers or experts", self.folder / METADATA
 
-    def _places(self, parameter: str) -> list[tuple[str, int | None]]:
-        """The tensor, or tensors one below the other, that a parameter lies in, and which entry of a stack of layers. None where absent."""
+    def _places(self, parameter: str) -> list[tuple[str, tuple[int, ...]]]:
+        """The tensor, or tensors one below the other, that a parameter lies in, and which entry of a stack. None where absent."""
         for name in (parameter, norm_alias(parameter)):
-            stacked = re.sub(r"^decoder\.layers\.\d+\.", "decoder.layers.", name)
-            for key, layer in ((name, None), (stacked, int(name.split(".")[2]) if stacked != name else None)):
+            for key, entry in stacked_names(name):
                 key = self._prefix + key
                 for keys in ([key], [f"{key}_w", f"{key}_v"]):  # a gated MLP's halves may stand apart
                     if all(each in self.checkpoint.shapes for each in keys):
-                        return [(each, layer) for each in keys]
+                        return [(each, entry) for each in keys]
         return []
+
+
+def stacked_names(parameter: str) -> list[tuple[str, tuple[int, ...]]]:
+    """What stock Megatron-core may call a parameter in a distributed checkpoint, and which entry of the tensor of that name it is then: of
+    all layers and, within them, of all experts, where they are stacked.
+    """
+    layer = _LAYER.fullmatch(parameter)
+    if layer is None:
+        return [(parameter, ())]
+    name, expert = layer[3], _EXPERT.fullmatch(layer[3])
+    names: list[tuple[str, tuple[int, ...]]] = [(name, ())]
+    if expert:
+        names = [(f"{expert[1]}experts.{expert[3]}", (int(expert[2]),)), (f"{expert[1]}experts.{expert[2]}.{expert[3]}", ())]
+    return [*((f"{layer[1]}{layer[2]}.{each}", entry) for each, entry in names),
+            *((layer[1] + each, (int(layer[2]), *entry)) for each, entry in names)]
 
 
 def _chunk(chunk: Any, info: Any) -> _Chunk:

@@ -5,6 +5,7 @@ the number of writing processes leaves no trace.
 """
 import argparse
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from ee_tuning.checkpoint.exit_config import CONFIG, exit_config_tree
 from ee_tuning.checkpoint.exit_heads import ExitHeadsReader
 from ee_tuning.checkpoint.export_source import ExportSource, open_for_export
 from ee_tuning.checkpoint.manifest import check_replaceable, write_manifest
+from ee_tuning.checkpoint.megatron import stacked_names
 from ee_tuning.checkpoint.megatron_source import norm_alias
 from ee_tuning.checkpoint.names import Shape, backbone_parameter_names, backbone_shard
 from ee_tuning.checkpoint.non_finite import NonFinite, warn, warn_non_finite
@@ -34,7 +36,7 @@ from ee_tuning.model.megatron_args import megatron_arguments, untold_by_megatron
 from ee_tuning.parallel.topology import Topology
 
 _LAYERS = "decoder.layers."
-_EXTRA_STATES = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+_LINEAR = re.compile(r"(.+\.linear_(?:qkv|proj|fc1|fc2))\.weight")
 
 
 def write_megatron(config: Config, output: Path, topology: Topology | None = None, *, overwrite: bool = False) -> None:
@@ -85,20 +87,28 @@ class _Tensor:
 
 
 def _backbone(source: TensorSource, model: ModelConfig) -> Iterator[_Tensor]:
-    """A layer's parameter is one of `num_layers` along a new first axis, as stock Megatron-core stacks them. A stock layer, of either spec,
-    saves its norms as parts of the linear maps that Transformer Engine fuses them into. A tied model saves the word embedding alone.
+    """A layer's parameter is one of `num_layers` along a new first axis, an expert's one of all experts along another, as stock
+    Megatron-core stacks them. A stock layer saves its norms as parts of the linear maps that Transformer Engine fuses them into; before
+    experts its two specs do not agree on that, and the norm gets both names. A tied model saves the word embedding alone.
     """
     for parameter in backbone_parameter_names(model):
         if parameter == "output_layer.weight" and model.ties_embeddings:
             continue
         shard = backbone_shard(parameter, model, 1, 0)
         dtype = parameter_dtype(source, shard)
-        key, shape, offsets, sizes = parameter, shard.shape, (0,) * len(shard.shape), shard.shape
-        if parameter.startswith(_LAYERS):
-            layer, _, name = parameter.removeprefix(_LAYERS).partition(".")
-            key = norm_alias(f"{_LAYERS}{name}")
-            shape, offsets, sizes = (model.num_layers, *shape), (int(layer), *offsets), (1, *shape)
-        yield _Tensor(Chunk(key, dtype, shape, offsets, sizes), parameter, partial(parameter_blocks, source, shard, dtype))
+        key, stack, entry = _stacked(parameter, model)
+        names = {norm_alias(key)} | ({key} if model.num_experts and ".pre_mlp_layernorm." in key else set())
+        for name in sorted(names):
+            offsets, sizes = (*entry, *(0,) * len(shard.shape)), (*(1,) * len(entry), *shard.shape)
+            chunk = Chunk(name, dtype, (*stack, *shard.shape), offsets, sizes)
+            yield _Tensor(chunk, parameter, partial(parameter_blocks, source, shard, dtype))
+
+
+def _stacked(parameter: str, model: ModelConfig) -> tuple[str, Shape, Shape]:
+    """A parameter's name in the checkpoint, how many entries it is one of, and which. Where layers differ, each stands alone."""
+    names = stacked_names(parameter)
+    key, entry = names[0 if model.dense_layers else len(names) // 2]
+    return key, ((model.num_experts,) if model.dense_layers else (model.num_layers, model.num_experts))[:len(entry)], entry
 
 
 def _exits(artifact: ExitHeadsReader) -> Iterator[_Tensor]:
@@ -110,9 +120,10 @@ def _exits(artifact: ExitHeadsReader) -> Iterator[_Tensor]:
 
 def _add_extra_states(writer: DistcpWriter, model: ModelConfig) -> None:
     """Transformer Engine's states, which stock layers ask for: empty."""
-    for layer in range(model.num_layers):
-        for name in _EXTRA_STATES:
-            writer.add_object(f"{_LAYERS}{name}._extra_state/shard_{layer}_{model.num_layers}", [None])
+    for parameter in backbone_parameter_names(model):
+        if linear := _LINEAR.fullmatch(parameter):
+            key, stack, entry = _stacked(linear[1] + "._extra_state", model)
+            writer.add_object(f"{key}/shard_{'.'.join(map(str, entry or (0,)))}_{'.'.join(map(str, stack or (1,)))}", [None])
 
 
 def _check_room(aside: Path, output: Path, needed: int) -> None:

@@ -11,6 +11,7 @@ with warnings.catch_warnings():
     from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher
 
 from ee_tuning.model.config import ModelConfig
+from ee_tuning.model.megatron_args import moe_layer_freq
 from ee_tuning.parallel.shard_sums import shared_by_shards, sum_over_shards
 
 # t tokens · h hidden · e experts
@@ -27,7 +28,7 @@ def expert_fields(config: ModelConfig) -> dict[str, Any]:
             "moe_ffn_hidden_size": config.moe_ffn_hidden_size,
             # A softmax over the chosen experts' logits is a softmax over all, renormalized.
             "moe_router_pre_softmax": not config.renormalizes_router, "moe_router_load_balancing_type": "none",
-            "moe_layer_freq": [int(config.has_experts(layer)) for layer in range(1, config.num_layers + 1)],
+            "moe_layer_freq": moe_layer_freq(config),
             "moe_token_dispatcher_type": "allgather", "moe_grouped_gemm": False}
 
 

@@ -5,7 +5,8 @@ from ee_tuning.model.config import ModelConfig, RopeConfig
 from ee_tuning.model.families import ACTIVATIONS, Family
 
 HUGGINGFACE_CLASSES: dict[Family, str] = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
-                               "qwen3": "Qwen3ForCausalLM", "gpt2": "GPT2LMHeadModel"}
+                               "qwen3": "Qwen3ForCausalLM", "gpt2": "GPT2LMHeadModel", "mixtral": "MixtralForCausalLM",
+                               "qwen3_moe": "Qwen3MoeForCausalLM"}
 
 
 def huggingface_config(config: ModelConfig) -> dict[str, Any]:
@@ -23,7 +24,8 @@ def huggingface_config(config: ModelConfig) -> dict[str, Any]:
             "num_hidden_layers": config.num_layers, "num_attention_heads": config.num_attention_heads,
             "num_key_value_heads": config.num_query_groups, "head_dim": config.kv_channels,
             "max_position_embeddings": config.max_position_embeddings, "rms_norm_eps": config.norm_epsilon,
-            "hidden_act": _activation(config), "rope_parameters": _rope(config.rope), **_windows(config)}
+            "hidden_act": _activation(config), "rope_parameters": _rope(config.rope), **_windows(config),
+            **_experts(config)}
 
 
 def _activation(config: ModelConfig) -> str:
@@ -45,6 +47,16 @@ def _rope(rope: RopeConfig) -> dict[str, Any]:
 
 def _windows(config: ModelConfig) -> dict[str, Any]:
     """No model that this project runs has a window that is shorter than its context; what transformers takes by default is one."""
-    if config.family in ("qwen2", "qwen3"):
+    if config.family in ("qwen2", "qwen3", "qwen3_moe"):
         return {"use_sliding_window": False, "sliding_window": None}
-    return {"sliding_window": None} if config.family == "mistral" else {}
+    return {"sliding_window": None} if config.family in ("mistral", "mixtral") else {}
+
+
+def _experts(config: ModelConfig) -> dict[str, Any]:
+    if not config.num_experts:
+        return {}
+    fields: dict[str, Any] = {"num_local_experts": config.num_experts, "num_experts_per_tok": config.moe_router_topk}
+    if config.family == "qwen3_moe":
+        fields.update(moe_intermediate_size=config.moe_ffn_hidden_size, norm_topk_prob=config.renormalizes_router, decoder_sparse_step=1,
+                      mlp_only_layers=[layer - 1 for layer in config.dense_layers])
+    return fields

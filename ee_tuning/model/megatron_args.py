@@ -22,9 +22,11 @@ _FAMILIES: dict[Family, dict[str, Any]] = {
     "gpt2": {**_LLAMA, "normalization": "LayerNorm", "swiglu": False, "add_bias_linear": True,
              "position_embedding_type": "learned_absolute"},
 }
+_WITH_EXPERTS: dict[Family, Family] = {"llama": "mixtral", "qwen3": "qwen3_moe"}
+"""Families that are others with experts."""
 """What Megatron calls the ways of a family; absent is as Llama has it. A Mistral is a Llama to Megatron: a config.json tells them apart."""
 _ALLOWED: dict[str, tuple[Any, ...]] = {
-    "rotary_percent": (1.0,), "rotary_interleaved": (False,), "num_experts": (None,),
+    "rotary_percent": (1.0,), "rotary_interleaved": (False,),
     "multi_latent_attention": (False,), "apply_layernorm_1p": (False,), "apply_residual_connection_post_layernorm": (False,),
     "squared_relu": (False,), "quick_geglu": (False,),
     "window_size": (None,), "softmax_type": ("vanilla",), "attention_output_gate": (False,), "linear_attention_freq": (None,),
@@ -33,7 +35,13 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
 _OPTIONAL = ("num_query_groups", "group_query_attention", "kv_channels", "vocab_size", "padded_vocab_size", "norm_epsilon",
              "layernorm_epsilon", "rotary_base", "rotary_seq_len_interpolation_factor", "use_rope_scaling", "rope_scaling_factor",
              "untie_embeddings_and_output_weights", "init_method_std", "params_dtype", "use_rotary_position_embeddings", "openai_gelu",
-             "bias_gelu_fusion")
+             "bias_gelu_fusion", "num_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_router_pre_softmax", "moe_layer_freq")
+_ALLOWED_OF_EXPERTS: dict[str, tuple[Any, ...]] = {
+    "moe_router_score_function": ("softmax",), "moe_router_num_groups": (None,), "moe_router_group_topk": (None,),
+    "moe_router_topk_limited_devices": (None,), "moe_router_topk_scaling_factor": (None, 1.0), "moe_router_enable_expert_bias": (False,),
+    "moe_shared_expert_intermediate_size": (None,), "moe_expert_capacity_factor": (None,), "moe_apply_probs_on_input": (False,),
+    "moe_latent_size": (None,), "moe_use_legacy_grouped_gemm": (False,)}
+"""As _ALLOWED, where there are experts. Noise, losses and dispatchers are how they are trained, not what they compute."""
 
 
 def read_megatron_config(saved: Mapping[str, Any] | None, shape: Path | None, where: Path) -> ModelConfig:
@@ -50,7 +58,7 @@ def read_megatron_config(saved: Mapping[str, Any] | None, shape: Path | None, wh
     fields = _read(shape)
     if "model_type" in fields:
         return model_config_from_hf(fields, shape)
-    known = {*_REQUIRED, *_OPTIONAL, *_LLAMA, *_ALLOWED}
+    known = {*_REQUIRED, *_OPTIONAL, *_LLAMA, *_ALLOWED, *_ALLOWED_OF_EXPERTS}
     for key in fields:
         if key not in known:
             raise InputError(f"{shape}: unknown key {key}; known keys: {', '.join(sorted(known))}")
@@ -67,6 +75,8 @@ def model_config_from_megatron(arguments: Mapping[str, Any], path: Path) -> Mode
     vocabulary = "vocab_size" if arguments.get("vocab_size") is not None else "padded_vocab_size"
     dtype = str(arguments.get("params_dtype") or "float32").removeprefix("torch.")
     epsilon = arguments.get("norm_epsilon", arguments.get("layernorm_epsilon", 1e-5))
+    if arguments.get("num_experts"):
+        family, numbers = _WITH_EXPERTS.get(family, family), {**numbers, **_expert_fields(arguments, family, numbers, path)}
     config = ModelConfig(
         family=family, activation=_activation(arguments), **fixed_fields(family), **numbers,
         num_query_groups=_number(arguments, "num_query_groups", path) if has_groups else heads,
@@ -83,9 +93,10 @@ def model_config_from_megatron(arguments: Mapping[str, Any], path: Path) -> Mode
 
 def megatron_arguments(config: ModelConfig) -> dict[str, Any]:
     """The shape in the words of Megatron-LM's command line, as its own checkpoints carry it: what `model_config_from_megatron` reads."""
-    ways = _FAMILIES["llama" if config.family == "mistral" else config.family]
+    plain = {with_experts: without for without, with_experts in _WITH_EXPERTS.items()}.get(config.family, config.family)
     return {
-        **ways, "num_layers": config.num_layers, "hidden_size": config.hidden_size, "ffn_hidden_size": config.ffn_hidden_size,
+        **_FAMILIES["llama" if plain == "mistral" else plain], **_expert_arguments(config),
+        "num_layers": config.num_layers, "hidden_size": config.hidden_size, "ffn_hidden_size": config.ffn_hidden_size,
         "num_attention_heads": config.num_attention_heads, "group_query_attention": config.num_query_groups < config.num_attention_heads,
         "num_query_groups": config.num_query_groups, "kv_channels": config.kv_channels,
         "max_position_embeddings": config.max_position_embeddings, "seq_length": config.max_position_embeddings,
@@ -126,7 +137,7 @@ def _read(shape: Path) -> dict[str, Any]:
 
 
 def _refuse_what_would_be_ignored(arguments: Mapping[str, Any], path: Path) -> None:
-    for key, allowed in _ALLOWED.items():
+    for key, allowed in {**_ALLOWED, **(_ALLOWED_OF_EXPERTS if arguments.get("num_experts") else {})}.items():
         value = arguments.get(key, allowed[0])
         if value not in allowed:
             raise InputError(f"{path}: {key} = {value} is not supported (must be {allowed[0]})")
@@ -145,6 +156,39 @@ def _family(arguments: Mapping[str, Any], path: Path) -> Family:
         raise InputError(f"{path}: {key} = {ways[key]} is not supported (must be {_FAMILIES[nearest][key]} in a {nearest}, the nearest "
                          "family)")
     return nearest
+
+
+def _expert_fields(arguments: Mapping[str, Any], family: Family, numbers: dict[str, Any], path: Path) -> dict[str, Any]:
+    experts, topk = _number(arguments, "num_experts", path), _number({"moe_router_topk": 2, **arguments}, "moe_router_topk", path)
+    shares = bool(arguments.get("moe_router_pre_softmax", False))
+    if family not in _WITH_EXPERTS or (family == "llama" and shares):
+        raise InputError(f"{path}: num_experts = {experts} is not supported in a {family}{' with moe_router_pre_softmax' * shares}; layers "
+                         "with experts must be Mixtral's, or, with qk_layernorm, Qwen3-MoE's")
+    if topk > experts or (topk == 1 and not shares):
+        raise InputError(f"{path}: moe_router_topk must be at most num_experts = {experts}, and at least 2 without moe_router_pre_softmax, "
+                         f"got {topk}")
+    frequency, num_layers = arguments.get("moe_layer_freq", 1), numbers["num_layers"]
+    if isinstance(frequency, int) and frequency >= 1:
+        frequency = [int(index % frequency == 0) for index in range(num_layers)]
+    if not isinstance(frequency, list) or len(frequency) != num_layers or not set(frequency) <= {0, 1}:
+        raise InputError(f"{path}: moe_layer_freq must be at least 1, or a 0 or a 1 for each of the {num_layers} layers, got {frequency}")
+    dense = tuple(layer for layer, has_experts in enumerate(frequency, 1) if not has_experts)
+    width = _number(arguments, "moe_ffn_hidden_size" if arguments.get("moe_ffn_hidden_size") else "ffn_hidden_size", path)
+    return {"num_experts": experts, "moe_router_topk": topk, "moe_ffn_hidden_size": width, "renormalizes_router": not shares,
+            "dense_layers": dense, "ffn_hidden_size": numbers["ffn_hidden_size"] if dense else width}
+
+
+def moe_layer_freq(config: ModelConfig) -> int | list[int]:
+    """1 where every layer has experts (its checkpoints stack them then), else a 1 or a 0 for each."""
+    return [int(config.has_experts(layer)) for layer in range(1, config.num_layers + 1)] if config.dense_layers else 1
+
+
+def _expert_arguments(config: ModelConfig) -> dict[str, Any]:
+    if not config.num_experts:
+        return {"num_experts": None}
+    return {"num_experts": config.num_experts, "moe_router_topk": config.moe_router_topk,
+            "moe_ffn_hidden_size": config.moe_ffn_hidden_size, "moe_router_pre_softmax": not config.renormalizes_router,
+            "moe_router_load_balancing_type": "none", "moe_layer_freq": moe_layer_freq(config), "moe_grouped_gemm": False}
 
 
 def _activation(arguments: Mapping[str, Any]) -> Literal["silu", "gelu", "gelu_tanh"]:

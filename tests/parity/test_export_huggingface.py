@@ -35,7 +35,10 @@ mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
 keys = dict(max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0)
 
 def opened(folder, **more):
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, **more)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, **more)
+    if hasattr(model.config, "num_experts_per_tok"):
+        model.set_experts_implementation("eager")  # the other one has no float64
+    return model
 
 def told(made, width):
     return [made.sequences[:, width:].tolist(), made.exit_layers.tolist()]
@@ -111,7 +114,7 @@ def export(*words: str | Path, code: int = 0) -> None:
 KINDS = [("llama", "mlp", "untied", "random"), ("llama", "mlp", "tied", "random"), ("llama", "norm", "untied", "random"),
          ("llama", "adapter", "tied", "random"), ("mistral", "layer,norm", "untied", "random"), ("qwen2", "embedding", "untied", "random"),
          ("qwen2", "mlp", "untied", "copy"), ("qwen3", "layer", "untied", "copy"), ("gpt2", "mlp", "untied", "copy"),
-         ("gpt2", "layer", "untied", "random")]
+         ("gpt2", "layer", "untied", "random"), ("mixtral", "norm", "untied", "random"), ("qwen3_moe", "norm,adapter", "untied", "random")]
 
 
 @pytest.fixture(scope="module")

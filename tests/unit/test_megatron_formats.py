@@ -167,7 +167,11 @@ def test_files_that_are_missing_are_named(shared: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("changes", "words"), [
     ({"normalization": "LayerNorm"}, ["normalization", "LayerNorm"]), ({"add_qkv_bias": True}, ["linear_qkv.bias"]),
-    ({"num_experts": 8}, ["num_experts"]), ({"rotary_interleaved": True}, ["rotary_interleaved"]),
+    ({"num_experts": 8}, ["mlp.router.weight"]),
+    ({"num_experts": 8, "moe_router_pre_softmax": True}, ["num_experts", "pre_softmax"]),
+    ({"num_experts": 8, "moe_shared_expert_intermediate_size": 16}, ["moe_shared_expert_intermediate_size = 16"]),
+    ({"num_experts": 8, "moe_layer_freq": [1, 0]}, ["moe_layer_freq", "6 layers", "[1, 0]"]),
+    ({"rotary_interleaved": True}, ["rotary_interleaved"]),
     ({"num_layers": 5}, ["linear_qkv", "6 layers", "5 layers"]), ({"num_layers": 7}, ["layers.6"]),
     ({"ffn_hidden_size": 80}, ["linear_fc1", "160", "176"]),
     ({"vocab_size": 129}, ["129", "vocab_size"]), ({"hidden_size": "48"}, ["hidden_size", "'48'"])])

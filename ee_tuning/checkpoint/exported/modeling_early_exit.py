@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import GPT2LMHeadModel, LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 from transformers.activations import ACT2FN
 from transformers.utils import ModelOutput, cached_file
 
@@ -30,8 +30,8 @@ _FOREIGN = ("assistant_model", "past_key_values", "inputs_embeds", "synced_gpus"
 
 @dataclass
 class EarlyExitOutput(ModelOutput):
-    """What `generate` returns with return_dict_in_generate=True and an exit_threshold. `exit_layers` [r, new tokens]: the layer each token
-    left at; the number of layers where it did not leave early; 0 after a row's end."""
+    """With return_dict_in_generate=True and an exit_threshold. `exit_layers` [r, new tokens]: the layer each token left at, the number of
+    layers where it did not leave early; 0 after a row's end."""
     sequences: Tensor | None = None
     scores: tuple[Tensor, ...] | None = None
     exit_layers: Tensor | None = None
@@ -294,7 +294,7 @@ class _Cache:
         return self.layers[layer_idx]
 
 
-for _base in (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, GPT2LMHeadModel):
-    _early = type(f"EarlyExit{_base.__name__}", (_WithExits, _base), {"__module__": __name__, "__doc__": "With early exits."})
+for _name in (*(f"{_family}ForCausalLM" for _family in ("Llama", "Mistral", "Mixtral", "Qwen2", "Qwen3", "Qwen3Moe")), "GPT2LMHeadModel"):
+    _early = type(f"EarlyExit{_name}", (_WithExits, getattr(transformers, _name)), {"__module__": __name__, "__doc__": "With early exits."})
     _early.register_for_auto_class("AutoModelForCausalLM")
     globals()[_early.__name__] = _early
