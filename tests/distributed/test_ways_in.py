@@ -62,7 +62,7 @@ def test_every_layout_of_keys_is_the_same_model(world: World, model: Path, tmp_p
         assert torch.equal(source.rows(name, 0, size), reference.source.rows(name, 0, size)), name
         if width:
             assert torch.equal(source.columns(name, 3, 19), reference.source.columns(name, 3, 19)), name
-            assert torch.equal(source.rows(name, 7, 23), reference.source.rows(name, 7, 23)), name
+            assert torch.equal(source.rows(name, 7, min(23, size)), reference.source.rows(name, 7, min(23, size))), name
 
 
 def test_one_model_has_one_fingerprint(model: Path, stock: Path) -> None:
