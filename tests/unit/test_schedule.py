@@ -5,8 +5,9 @@ import pytest
 
 from ee_tuning.config import TuningSection
 from ee_tuning.errors import InputError
-from ee_tuning.tuning.schedule import learning_rate
-from ee_tuning.tuning.settings import check_settings, loss_weights
+from ee_tuning.tuning.objective import Objective
+from ee_tuning.tuning.schedule import learning_rate, loss_weight_ramp
+from ee_tuning.tuning.settings import check_settings, loss_weights, objective
 
 
 def section(**keys: Any) -> TuningSection:
@@ -54,3 +55,32 @@ def test_loss_weights_must_fit_the_exits(weights: tuple[float, ...], message: st
     with pytest.raises(InputError, match=message):
         loss_weights(section(loss_weights=weights), (2, 4))
     assert loss_weights(section(loss_weights=(0.5, 0.0)), (2, 4)) == {2: 0.5, 4: 0.0}
+    assert loss_weights(section(loss_weight_preset="depth"), (2, 4)) == {2: 0.5, 4: 1.0}
+
+
+@pytest.mark.parametrize(("loss", "message"), [
+    (("kl",), "made of cross_entropy, forward_kl, total_variation, got 'kl'"), (("forward_kl=x",), "a number above 0, got 'forward_kl=x'"),
+    (("forward_kl=0",), "a number above 0"), (("forward_kl", "forward_kl=2"), "forward_kl twice"), ((), "must name a loss")])
+def test_losses_that_can_not_be_read_are_named(loss: tuple[str, ...], message: str) -> None:
+    """A misspelt loss that is left out, and trains to something else for a night."""
+    with pytest.raises(InputError, match=message):
+        objective(section(loss=loss))
+
+
+def test_losses_are_read_with_their_weights() -> None:
+    """A cross-entropy nobody asked for in a pure distillation; a final head that is not built for the loss that needs it."""
+    assert objective(section()) == Objective() and not section().wants_final_head
+    mixed = section(loss=("cross_entropy=0.3", " total_variation = 2"), token_weights="confidence")
+    assert objective(mixed) == Objective(cross_entropy=0.3, total_variation=2.0, weighs_by_confidence=True)
+    for loss in (("forward_kl",), ("cross_entropy", "total_variation=0.1")):
+        assert section(loss=loss).wants_final_head == objective(section(loss=loss)).wants_teacher is True
+    assert objective(section(loss=("forward_kl",))).cross_entropy == 0
+
+
+@pytest.mark.parametrize(("style", "middle"), [("linear", 0.3), ("cosine", 0.20610737)])
+def test_loss_weights_rise_over_their_warm_up_and_stay(style: Any, middle: float) -> None:
+    """A rise over all steps; a first step of weight 0, which Adam turns into nothing learned."""
+    tuning = section(loss_weight_style=style)
+    ramps = [loss_weight_ramp(step, tuning) for step in range(1, 101)]
+    assert 0 < ramps[0] < ramps[1] and ramps[2] == pytest.approx(middle) and ramps[9:] == [1.0] * 91
+    assert loss_weight_ramp(1, section()) == 1.0
