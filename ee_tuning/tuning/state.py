@@ -30,6 +30,7 @@ from ee_tuning.checkpoint.metadata_pickle import check_metadata_pickle
 from ee_tuning.checkpoint.names import Shard, merge_shards
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
+from ee_tuning.parallel.save_processes import bind_save_processes
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.tuning.optimizer import ExitOptimizer
 
@@ -57,6 +58,7 @@ def save_checkpoint(run_folder: Path, progress: Progress, exits: list[ExitOptimi
     """
     folder = run_folder / CHECKPOINTS / f"step_{progress.step:08d}"
     with written_aside(folder, topology) as partial:
+        bind_save_processes()
         try:
             dist_checkpointing.save(_sharded_state(exits, config, topology), str(partial))
         except CheckpointException as error:  # raised on all ranks, with its reason on the first

@@ -21,6 +21,7 @@ from ee_tuning import config as job
 from ee_tuning.checkpoint.verify import verify_folder
 from ee_tuning.config import Config
 from ee_tuning.errors import InputError
+from ee_tuning.tuning.metrics import METRICS
 
 _LONGEST = 120.0  # seconds that a job of these may take on a busy machine
 
@@ -67,11 +68,11 @@ def stress_saves(count: int, seed: int, scratch: Path, nursery: Nursery) -> Deat
         is_replaced = draw.random() < 0.5
         if is_replaced:
             shutil.copytree(former[name], output)
-        life = nursery.start(command, [*saves[name].arguments, "--overwrite", "--seed", "2", "--output", str(output)], log=scratch / "log")
-        life.wait(draw.uniform(0, 1.1 * durations[name]))
-        life.kill(with_children=draw.random() < 0.7)
-        story = f"save {index} of seed {seed}, {name}: "
+        arguments = [*saves[name].arguments, "--overwrite", "--seed", "2", "--output", str(output)]
         try:
+            life = nursery.start(command, arguments, log=scratch / "log")
+            life.wait(draw.uniform(0, 1.1 * durations[name]))
+            life.kill(with_children=draw.random() < 0.7)
             is_partial = any(".partial-" in path.name for path in folder.iterdir())
             finding = _found(saves[name], folder, output, former[name] if is_replaced else None, wanted[name])
             _run(nursery, [*saves[name].arguments, "--overwrite"], output, scratch, seed=2)
@@ -81,7 +82,7 @@ def stress_saves(count: int, seed: int, scratch: Path, nursery: Nursery) -> Deat
             deaths.found[name, finding] += 1
             deaths.found[name, "of these, killed while it wrote"] += is_partial
         except (AssertionError, InputError, OSError) as error:
-            deaths.failures.append(story + repr(error))
+            deaths.failures.append(f"save {index} of seed {seed}, {name}: {error!r}")
     return deaths
 
 
@@ -154,22 +155,27 @@ def stress_tuning(count: int, seed: int, scratch: Path, nursery: Nursery) -> Dea
     model = scratch / "model"
     random_llama(model)
     whole = configure(model, scratch / "whole", tp=2, pp=2, dtype="float32", save_interval=1, keep_checkpoints=2)
-    duration = _tuned(nursery, whole, scratch)
+    coming_up, duration = _tuned(nursery, whole, scratch)
     wanted = _result(whole)
     killed = 0
     while killed < count:
         draw = random.Random(f"{seed} tuning {killed}")
         config = configure(model, scratch / "killed", tp=2, pp=2, dtype="float32", save_interval=1, keep_checkpoints=2)
         shutil.rmtree(scratch / "killed", ignore_errors=True)
-        steps = []
-        for _ in range(min(draw.choice((1, 1, 2)), count - killed)):
-            life = _started(nursery, config, scratch)
-            life.wait(draw.uniform(0.2, 1.0) * duration)
-            life.kill(first=draw.randrange(4), pause=draw.choice((0, 0, 0.05, 0.5)))
-            steps.append(_last_step(config))
-            killed += 1
-        story = f"tuning of seed {seed}, killed number {killed} at {steps}: "
+        steps: list[int] = []
+        first, num_kills = killed, min(draw.choice((1, 2, 4, 8)), count - killed)
+        killed += num_kills
         try:
+            for _ in range(num_kills):
+                life = _started(nursery, config, scratch)
+                if draw.random() < 0.75:  # the rest die while they come up
+                    life.wait_for(scratch / "killed" / METRICS)
+                    life.wait(draw.uniform(0, duration))
+                else:
+                    life.wait(draw.uniform(0, coming_up))
+                # What the ranks have started has to end by itself.
+                life.kill(first=draw.randrange(4), pause=draw.choice((0, 0, 0.05, 0.5)), with_children=False)
+                steps.append(_last_step(config))
             _tuned(nursery, config, scratch)
             _check_result(_result(config), wanted)
             _verify(scratch / "killed")
@@ -178,7 +184,7 @@ def stress_tuning(count: int, seed: int, scratch: Path, nursery: Nursery) -> Dea
             for step in steps:
                 deaths.found["tune, TP 2 × PP 2", f"resumed from step {step}, equal to the bit"] += 1
         except (AssertionError, InputError, OSError) as error:
-            deaths.failures.append(story + repr(error))
+            deaths.failures.append(f"tuning {first} of seed {seed}, killed at steps {steps}: {error!r}")
     return deaths
 
 
@@ -194,14 +200,17 @@ def _started(nursery: Nursery, config: Config, scratch: Path) -> Life:
     return nursery.start_world(4, tune_to_the_end, job.replace(config, tuning={"resume": True}), log=scratch / "log")
 
 
-def _tuned(nursery: Nursery, config: Config, scratch: Path) -> float:
+def _tuned(nursery: Nursery, config: Config, scratch: Path) -> tuple[float, float]:
+    """How long it took to come up, and then to the end."""
     (scratch / "log").unlink(missing_ok=True)
     life = _started(nursery, config, scratch)
+    coming_up = life.wait_for(Path(config.tuning.run_folder) / METRICS)
     seconds = life.wait(_LONGEST)
     if life.codes() != [0] * 4:
         life.kill()
         raise AssertionError(f"the run ended with {life.codes()}: {(scratch / 'log').read_text()[-2000:]}")
-    return seconds
+    life.check_gone()
+    return coming_up, seconds - coming_up
 
 
 def _last_step(config: Config) -> int:

@@ -53,9 +53,16 @@ class Life:
         self.processes, self._since = processes, time.monotonic()
 
     def wait(self, seconds: float) -> float:
-        """Until all have ended, for at most so long. Returns how long they have lived."""
+        """Until all have ended, for at most so long from now. Returns how long they have lived."""
+        end = time.monotonic() + seconds
         for process in self.processes:
-            process.join(max(0.0, self._since + seconds - time.monotonic()))
+            process.join(max(0.0, end - time.monotonic()))
+        return time.monotonic() - self._since
+
+    def wait_for(self, path: Path) -> float:
+        """Until they have made the file, or one of them has ended. Returns how long they have lived."""
+        while not path.exists() and all(process.is_alive() for process in self.processes):
+            time.sleep(0.01)
         return time.monotonic() - self._since
 
     def codes(self) -> list[int | None]:
@@ -63,7 +70,10 @@ class Life:
         return [process.exitcode for process in self.processes]
 
     def kill(self, *, first: int = 0, pause: float = 0.0, with_children: bool = True) -> None:
-        """kill -9: one process, after a pause the others, each with what it started where `with_children`. Returns when all is gone."""
+        """kill -9: one process, after a pause the others, each with what it started where `with_children`. Returns when all is gone.
+
+        Raises AssertionError where something that they started lives on.
+        """
         order = [self.processes[first], *(process for process in self.processes if process is not self.processes[first])]
         for process in order:
             if with_children:
@@ -73,23 +83,23 @@ class Life:
             time.sleep(pause if process is order[0] else 0)
         for process in order:
             process.join()
-            _wait_for_group(process.pid)
+        self.check_gone()
+
+    def check_gone(self) -> None:
+        """Raises AssertionError where a process of one of the groups lives on for long after the first of it has ended."""
+        groups = {process.pid for process in self.processes}
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline and any(_members(groups)):
+            time.sleep(0.01)
+        assert not (left := list(_members(groups))), f"processes {left} outlive the ones that started them"
 
 
-def _wait_for_group(group: int | None) -> None:
-    """Until the children of a killed process have ended by themselves, or been buried."""
-    assert group is not None
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline and any(_groups(group)):
-        time.sleep(0.01)
-
-
-def _groups(group: int) -> Iterator[int]:
-    """Living processes of the group."""
+def _members(groups: set[int | None]) -> Iterator[int]:
+    """Living processes of these groups."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            state, _, number = stat.read_text().rpartition(")")[2].split()[:3]
-            if int(number) == group and state not in "ZX":
+            state, _, group = stat.read_text().rpartition(")")[2].split()[:3]
+            if int(group) in groups and state not in "ZX":
                 yield int(stat.parent.name)
 
 
