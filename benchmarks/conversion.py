@@ -4,9 +4,9 @@
     python benchmarks/conversion.py --only convert --folder /data/tmp --keep
 
 Each job runs in processes of its own, alternating with `cp -r` of the very files that it wrote, caches warm and everything written before
-flushed; the tables say the medians. Time is that of the job itself, imports and process groups left out. The job ends when its bytes are on the
-disk (fsync), `cp` alone when they are in the system's cache: both are told. Memory is the highest VmHWM of any of the processes (file-backed
-pages included). The claim: at most 1.5 × the largest group of tensors (a layer, the embedding, the output matrix) + 1 GB.
+flushed; the tables say the medians. Time is that of the job itself, imports and process groups left out. The job ends when its bytes are
+on the disk (fsync), `cp` alone when they are in the system's cache: both are told. Memory is the highest VmHWM of any of the processes
+(file-backed pages included). The claim: at most 1.5 × the largest group of tensors (a layer, the embedding, the output matrix) + 1 GB.
 """
 import argparse
 import json
