@@ -1,5 +1,7 @@
 """`ee-tuning verify` finds damage in whatever this project wrote; `--no-verify` does not look for it."""
 import json
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -93,6 +95,19 @@ def test_an_exported_model_is_checked_where_it_is_used(artifact: Path, tmp_path:
     assert cli.main([*convert, str(tmp_path / "two"), "--no-verify"]) == 0
     (plain / "manifest.json").write_text('{"name": "a web page", "icons": []}')
     assert cli.main([*convert, str(tmp_path / "three")]) == 0
+
+
+@pytest.mark.parametrize("kind", ["hf", "megatron"])
+def test_exports_are_readable_as_the_umask_says(artifact: Path, tmp_path: Path, kind: str) -> None:
+    """Modes of 0600, as safetensors' own writer leaves them: a model that a team's other members can not load."""
+    old = os.umask(0o027)
+    try:
+        assert cli.main(["export", "--format", kind, "--model", str(tmp_path / "model"), "--exits", str(artifact), "--output",
+                         str(tmp_path / kind)]) == 0
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / kind).stat().st_mode) == 0o750
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / kind).iterdir()} == {0o640}
 
 
 def test_commands_that_read_weights_take_no_verify() -> None:
