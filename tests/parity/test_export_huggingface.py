@@ -218,6 +218,15 @@ def test_what_does_not_belong_together_is_refused(llama, tmp_path, capsys):
         assert (output / "diary.txt").read_text() == "mine" and len(list(output.iterdir())) == 1
 
 
+def test_layer_heads_with_experts_are_refused(tmp_path, capsys):
+    """A folder whose modelling file can not load its heads."""
+    random_model("mixtral", tmp_path / "model")
+    write_exits(tmp_path / "model", tmp_path / "exits", architecture=["norm", "layer"])
+    export("--model", tmp_path / "model", "--exits", tmp_path / "exits", "--output", tmp_path / "export", code=2)
+    told = capsys.readouterr().err
+    assert "layer" in told and "experts" in told and "--drop" in told and not (tmp_path / "export").exists()
+
+
 def test_an_export_is_replaced_only_on_demand(llama, tmp_path, capsys):
     """A second export that quietly replaces the first."""
     export("--model", llama / "model", "--output", tmp_path / "export")

@@ -94,6 +94,14 @@ def test_a_tied_output_matrix_is_read_once(tmp_path: Path) -> None:
     assert len(prints) == 1
 
 
+def test_experts_in_a_legacy_checkpoint_are_refused(tmp_path: Path) -> None:
+    """Experts that were cut over ranks otherwise than anything here reads."""
+    reference = random_llama(tmp_path / "hf")
+    save_legacy(reference, read_model_config(tmp_path / "hf"), tmp_path / "legacy", 2, (6,), is_old=False, num_experts=4)
+    message = refusal(lambda: opened(tmp_path / "legacy"))
+    assert all(word in message for word in (str(tmp_path / "legacy"), "legacy", "experts", "torch_dist"))
+
+
 @pytest.mark.parametrize("file", ["legacy/mp_rank_01_000/model_optim_rng.pt", "megatron/common.pt", "megatron/.metadata"])
 def test_a_hostile_pickle_is_refused_by_its_file(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
     """A checkpoint from a stranger that runs commands on whoever looks at it."""
