@@ -6,7 +6,9 @@ Hugging Face folder keeps its files byte for byte; one in another format is writ
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ee_tuning.checkpoint.aside import gathered, on_first_rank, refusals_named, written_aside
@@ -34,13 +36,14 @@ _TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "special_tokens_m
 
 
 def export_huggingface(config: Config, output: Path, topology: Topology | None = None, *, links: bool = False,
-                       overwrite: bool = False) -> None:
+                       overwrite: bool = False, special: Mapping[str, int] = MappingProxyType({})) -> None:
     """Writes model.path, in whichever format it is, with the exits of exits.path, where given, to `output`. All ranks call it, if there are
     several, and share the files.
 
     `links`: a Hugging Face folder's shards are not copied but linked (a hard link, or a relative symbolic one to another disk). The
-    tokenizer's files come from data.tokenizer, or the model's own folder. Raises InputError where model and exits do not belong together
-    or `output` can not be written; then nothing is left behind.
+    tokenizer's files come from data.tokenizer, or the model's own folder; `special` are token ids that
+    config.json is to tell. Raises InputError where model and exits do not belong together or `output` can not be written; then nothing is
+    left behind.
     """
     tokenizer = Path(config.data.tokenizer) if config.data.tokenizer else None
     on_first_rank(topology, lambda: check_replaceable(output, overwrite))
@@ -61,7 +64,7 @@ def export_huggingface(config: Config, output: Path, topology: Topology | None =
                 for file in own:
                     sums[file.name] = _written(file, partial, output, watch, advance)
             done = gathered([(sums, watch.told())], topology)
-            on_first_rank(topology, lambda: _finish(model, partial, output, done, tokenizer))
+            on_first_rank(topology, lambda: _finish(model, partial, output, done, tokenizer, special))
 
 
 def _files(model: ExportSource, links: bool) -> list[FileToWrite]:
@@ -92,7 +95,8 @@ def _written(file: FileToWrite, partial: Path, output: Path, watch: NonFinite, a
     return made.sha256
 
 
-def _finish(model: ExportSource, partial: Path, output: Path, done: list[tuple[dict[str, str], list[str]]], tokenizer: Path | None) -> None:
+def _finish(model: ExportSource, partial: Path, output: Path, done: list[tuple[dict[str, str], list[str]]], tokenizer: Path | None,
+            special: Mapping[str, int]) -> None:
     sums: dict[str, str] = {}
     for own, lines in done:
         sums |= own
@@ -102,7 +106,7 @@ def _finish(model: ExportSource, partial: Path, output: Path, done: list[tuple[d
             shutil.copyfile(path, partial / path.name)
         if model.files is None and (index := backbone_layout(model.source, model.model).index()):
             (partial / index[0]).write_text(index[1])
-        described = _described_config(model)
+        described = _described_config(model, special)
         if model.artifact:
             shutil.copyfile(MODELLING, partial / MODELLING.name)
         (partial / "README.md").write_text(export_card(model.name, described.get("early_exit")))
@@ -114,9 +118,9 @@ def _finish(model: ExportSource, partial: Path, output: Path, done: list[tuple[d
         write_manifest(partial, sums)
 
 
-def _described_config(model: ExportSource) -> dict[str, Any]:
+def _described_config(model: ExportSource, special: Mapping[str, int]) -> dict[str, Any]:
     """config.json, with what the modelling file needs to know; without exits, without what an earlier export put in."""
-    raw = model.description
+    raw = {**model.description, **special}
     others = {key: value for key, value in raw.get("auto_map", {}).items() if not value.startswith(f"{MODELLING.stem}.")}
     plain = {key: value for key, value in raw.items() if key not in ("early_exit", "auto_map")}
     if model.artifact is None:

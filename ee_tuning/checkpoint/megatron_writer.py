@@ -47,8 +47,13 @@ def write_megatron(config: Config, output: Path, topology: Topology | None = Non
     Raises InputError where model and exits do not belong together or `output` can not be written; then nothing is left behind.
     """
     on_first_rank(topology, lambda: check_replaceable(output, overwrite))
+    with open_for_export(config, topology) as model:
+        _write(model, output, topology)
+
+
+def _write(model: ExportSource, output: Path, topology: Topology | None) -> None:
     rank, world = (0, 1) if topology is None else (topology.rank, topology.world_size)
-    with open_for_export(config, topology) as model, written_aside(output, topology) as aside:
+    with written_aside(output, topology) as aside:
         tensors = [*_backbone(model.source, model.model), *(_exits(model.artifact) if model.artifact else ())]
         on_first_rank(topology, lambda: _check_room(aside, output, sum(each.num_bytes for each in tensors)))
         own = own_share({each: each.num_bytes for each in tensors}, rank, world)

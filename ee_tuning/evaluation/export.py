@@ -56,7 +56,8 @@ def _write_merged(config: Config, flags: argparse.Namespace, *, is_shared: bool)
     if flags.format == "hf":
         from ee_tuning.checkpoint.export_huggingface import export_huggingface
 
-        export_huggingface(config, flags.output, topology, links=flags.link, overwrite=flags.overwrite)
+        export_huggingface(config, flags.output, topology, links=flags.link, overwrite=flags.overwrite,
+                           special=_special_tokens(config.data.tokenizer))
     else:
         from ee_tuning.checkpoint.megatron_writer import write_megatron
 
@@ -65,6 +66,16 @@ def _write_merged(config: Config, flags: argparse.Namespace, *, is_shared: bool)
         from ee_tuning.parallel.topology import leave_parallel
 
         leave_parallel()
+
+
+def _special_tokens(tokenizer: str | None) -> dict[str, int]:
+    """What begins and ends a text by a tokenizer that was given: a Megatron checkpoint does not tell."""
+    if tokenizer is None:
+        return {}
+    from ee_tuning.data.tokenizer import load_tokenizer
+
+    loaded = load_tokenizer(tokenizer)
+    return {key: token for key in ("bos_token_id", "eos_token_id") if isinstance(token := getattr(loaded, key), int)}
 
 
 def _text(path: Path | None) -> str:

@@ -227,6 +227,32 @@ def test_layer_heads_with_experts_are_refused(tmp_path, capsys):
     assert "layer" in told and "experts" in told and "--drop" in told and not (tmp_path / "export").exists()
 
 
+def test_a_megatron_checkpoint_comes_out_with_a_tokenizer(tmp_path, capsys):
+    """A folder that loads and can neither read nor end a text; links to weights that are not there."""
+    words = ["export", "--model", str(SHIPPED)]
+    assert cli.main([*words, "--format", "megatron", "--output", str(tmp_path / "megatron")]) == 0
+    (tmp_path / "megatron" / "config.json").unlink()
+    (tmp_path / "megatron" / "manifest.json").unlink()
+    exits = write_exits(tmp_path / "megatron", tmp_path / "exits", init="copy")
+    words = ["--model", tmp_path / "megatron", "--exits", exits, "--output", tmp_path / "export"]
+    export(*words, "--link", code=2)
+    assert "--link" in capsys.readouterr().err and not (tmp_path / "export").exists()
+    export(*words, "--tokenizer", SHIPPED, "--check")
+    made, own = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "export", SHIPPED))
+    assert made["eos_token_id"] == own["eos_token_id"] and made["architectures"] == own["architectures"]
+    assert (tmp_path / "export" / "tokenizer.json").read_bytes() == (SHIPPED / "tokenizer.json").read_bytes()
+    assert cli.main(["verify", str(tmp_path / "export")]) == 0
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "gpt2", "mixtral"])
+def test_every_family_can_be_checked(tmp_path, capsys, family):
+    """A check that knows Llama's class alone."""
+    random_model(family, tmp_path / "model", vocab_size=300)
+    exits = write_exits(tmp_path / "model", tmp_path / "exits", architecture="norm")
+    export("--model", tmp_path / "model", "--exits", exits, "--output", tmp_path / "export", "--tokenizer", SHIPPED, "--check")
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
 def test_an_export_is_replaced_only_on_demand(llama, tmp_path, capsys):
     """A second export that quietly replaces the first."""
     export("--model", llama / "model", "--output", tmp_path / "export")

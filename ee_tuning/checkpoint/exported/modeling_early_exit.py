@@ -96,7 +96,7 @@ class _WithExits:
         """Reads the exit heads of config.early_exit from the folder or hub repository `path`, in each layer's dtype, on its device."""
         self.exits = nn.ModuleDict()
         described = getattr(self.config, "early_exit", None) or {"files": (), "exit_layers": ()}
-        tensors = {name: tensor for file in described["files"] for name, tensor in load_file(cached_file(path, file, **where)).items()}
+        tensors = dict(item for file in described["files"] for item in load_file(cached_file(path, file, **where)).items())
         for number in described["exit_layers"]:
             beside, prefix = next(_layers_of(self)[number - 1].parameters()), f"exits.{number}."
             own = {name.removeprefix(prefix): tensor.to(beside) for name, tensor in tensors.items() if name.startswith(prefix)}
@@ -256,8 +256,7 @@ class _Walk:
                 hidden = layer(hidden, **more)
         finally:
             hook.remove()
-        own = self.model.exits[str(last)].run("layer.", hidden, **more) if index < len(self.ends) - 1 else hidden
-        return LayerStates(hidden, *kept, own)
+        return LayerStates(hidden, *kept, hidden if last == len(layers) else self.model.exits[str(last)].run("layer.", hidden, **more))
 
     def _catch_up(self, rows: list[int]) -> None:
         crowded = (index for index in range(1, len(self.ends)) if any(self.pending(index, row) >= self.max_pending for row in rows))
