@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from world import World
 
 from ee_tuning import cli
+from ee_tuning.checkpoint.export_huggingface import export_huggingface
 from ee_tuning.checkpoint.megatron_writer import write_megatron
 from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.parallel.topology import init_parallel
@@ -21,6 +22,11 @@ TOKENS = [[5, 17, 80, 3, 9, 41, 7], [99, 1, 0, 64, 18, 51, 2]]
 def write(model: str, exits: str, output: str) -> None:
     config = load_config(None, {"model.path": model, "exits.path": exits})
     write_megatron(config, Path(output), init_parallel(ParallelSection()))
+
+
+def write_hf(model: str, exits: str, output: str) -> None:
+    config = load_config(None, {"model.path": model, "exits.path": exits})
+    export_huggingface(config, Path(output), init_parallel(ParallelSection()))
 
 
 def stock_model(tp: int, pp: int, ties: bool) -> Any:
@@ -110,3 +116,10 @@ def test_one_process_writes_what_four_write(world: World, tmp_path: Path) -> Non
     one, four = (world.run(all_tensors, str(tmp_path / folder))[0] for folder in ("one", "four"))
     assert one.keys() == four.keys() and all(torch.equal(one[name], four[name]) for name in one)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["exits", "four", "model", "one"]
+    # The same for a Hugging Face folder, made of the checkpoint.
+    world.run(write_hf, str(tmp_path / "one"), str(exits), str(tmp_path / "hf_four"))
+    assert cli.main(["export", "--format", "hf", "--model", str(tmp_path / "one"), "--exits", str(exits),
+                     "--output", str(tmp_path / "hf_one")]) == 0
+    names = sorted(path.name for path in (tmp_path / "hf_one").iterdir())
+    assert "manifest.json" in names and names == sorted(path.name for path in (tmp_path / "hf_four").iterdir())
+    assert all((tmp_path / "hf_one" / name).read_bytes() == (tmp_path / "hf_four" / name).read_bytes() for name in names)

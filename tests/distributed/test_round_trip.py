@@ -100,3 +100,14 @@ def test_legacy_checkpoints_come_out_too(tmp_path: Path, tp: int, stages: tuple[
     export("megatron", tmp_path / "legacy", tmp_path / "megatron")
     export("hf", tmp_path / "megatron", tmp_path / "again")
     assert_same_model(tmp_path / "again", tmp_path / "model")
+
+
+def test_what_megatron_has_no_word_for_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A model that Megatron-LM starts, by its arguments, with positions that it was not trained with."""
+    yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+    random_llama(tmp_path / "model", rope_parameters=yarn)
+    export("megatron", tmp_path / "model", tmp_path / "megatron")
+    error = capsys.readouterr().err
+    assert "yarn" in error and error.count("\n") == 1
+    export("hf", tmp_path / "megatron", tmp_path / "hf")
+    assert read_model_config(tmp_path / "hf") == read_model_config(tmp_path / "model")
