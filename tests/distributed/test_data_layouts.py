@@ -22,6 +22,7 @@ from ee_tuning.tuning.command import tune_within
 
 TEMPLATE = ("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|endoftext|>' }}{% endfor %}"
             "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")
+STEADY = {"lr_decay_style": "constant", "lr_warmup_fraction": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -64,27 +65,34 @@ def tune(config: Config) -> int:
     return len(calls)
 
 
+@pytest.fixture(scope="module")
+def alone(corpora: Path) -> Config:
+    """A run in one process."""
+    config = job.replace(data_job(corpora, corpora / "alone", corpora / "cache"), tuning=STEADY)
+    assert tune(config) == 2
+    return config
+
+
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 2)])
-def test_every_layout_learns_the_same_from_a_blend(world: World, corpora: Path, tmp_path: Path, tp: int, pp: int) -> None:
+def test_every_layout_learns_the_same_from_a_blend(world: World, corpora: Path, alone: Config, tmp_path: Path, tp: int, pp: int) -> None:
     """A stage whose documents begin elsewhere, a mask that one rank does not have, a corpus in another order; each rank tokenizing."""
-    alone = data_job(corpora, tmp_path / "alone", tmp_path / "cache")
-    assert tune(alone) == 2
-    layout = data_job(corpora, tmp_path / "layout", tmp_path / "other cache", tp=tp, pp=pp)
+    layout = job.replace(data_job(corpora, tmp_path / "layout", tmp_path / "cache", tp=tp, pp=pp), tuning=STEADY)
     assert world.run(tune, layout) == [2, 0, 0, 0]
     assert_same_records(records(layout), records(alone))
-    plain = data_job(corpora, tmp_path / "plain", tmp_path / "cache", reset_attention_mask=False)
-    assert tune(plain) == 0 and records(plain) != records(alone)  # documents do see each other there
 
 
-def test_a_blend_goes_on_under_other_replicas(world: World, corpora: Path, tmp_path: Path) -> None:
+def test_documents_see_each_other_unless_told_apart(corpora: Path, alone: Config, tmp_path: Path) -> None:
+    """A rule that is read from the config and asked by nobody; tokens made anew for it."""
+    plain = job.replace(alone, data={"reset_attention_mask": False}, tuning={"run_folder": str(tmp_path / "run")})
+    assert tune(plain) == 0 and records(plain) != records(alone)
+
+
+def test_a_blend_goes_on_under_other_replicas(world: World, corpora: Path, alone: Config, tmp_path: Path) -> None:
     """Samples that come twice or never when four replicas become one."""
-    fixed = {"lr_decay_style": "constant", "lr_warmup_fraction": 0.0}
-    whole = job.replace(data_job(corpora, tmp_path / "whole", tmp_path / "cache"), tuning=fixed)
-    parts = job.replace(data_job(corpora, tmp_path / "parts", tmp_path / "cache"), tuning=fixed)
-    tune(whole)
+    parts = job.replace(alone, tuning={"run_folder": str(tmp_path / "parts")})
     world.run(tune, job.replace(parts, tuning={"train_iters": 2}))
     tune(job.replace(parts, tuning={"allow_config_change": True}, data={"cache": str(tmp_path / "other cache")}))
-    got, wanted = checkpoint(parts, 4), checkpoint(whole, 4)
+    got, wanted = checkpoint(parts, 4), checkpoint(alone, 4)
     for name in wanted:
         torch.testing.assert_close(got[name], wanted[name], rtol=1e-6, atol=1e-8, msg=name)
     weights = ("1", str(corpora / "texts"), "3", str(corpora / "chats.jsonl"))
@@ -128,15 +136,14 @@ def test_a_document_that_can_not_be_used_ends_every_rank(world: World, corpora: 
 def test_a_step_without_a_token_to_learn_from_changes_nothing(corpora: Path, tmp_path: Path) -> None:
     """A loss divided by zero tokens that poisons the heads, or is taken for a gradient gone wrong."""
     (tmp_path / "prompts.jsonl").write_text("".join(
-        json.dumps({"messages": [{"role": "user", "content": "x" * 60}, {"role": "assistant", "content": "y" * 3}]}) + "\n"
+        json.dumps({"messages": [{"role": "user", "content": "x" * 20}, {"role": "assistant", "content": "y" * 3}]}) + "\n"
         for _ in range(2)))
     config = data_job(corpora, tmp_path / "run", tmp_path / "cache", paths=(str(tmp_path / "prompts.jsonl"),), valid_fraction=0.0)
-    config = job.replace(config, tuning={"global_batch_size": 1, "eval_iters": 0, "save_interval": 1, "train_iters": 13,
-                                         "keep_checkpoints": 13})
+    config = job.replace(config, tuning={"global_batch_size": 1, "eval_iters": 0, "save_interval": 1, "train_iters": 7})
     tune(config)
     train = [record for record in records(config) if record["kind"] == "train"]
     empty = [record["step"] for record in train if record["loss"]["2"] is None]
-    assert 0 < len(empty) < 13 and all(record["grad_norm"]["2"] is not None for record in train)
+    assert 0 < len(empty) < 7 and all(record["grad_norm"]["2"] is not None for record in train)
     for step in (step for step in empty if step > 1):
         before, after = checkpoint(config, step - 1), checkpoint(config, step)
         assert all(torch.equal(before[name], after[name]) for name in before)

@@ -64,11 +64,11 @@ def test_megatron_core_reads_what_preprocess_writes(tmp_path: Path, tokenizer: P
 def test_tokens_are_the_same_however_many_processes(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lines lost or doubled where one piece of a file ends and the next begins; documents in the order in which processes ended."""
     monkeypatch.setattr("ee_tuning.data.documents.PIECE_BYTES", 100)  # many lines are longer, many pieces begin at a line's first byte
-    monkeypatch.setattr("ee_tuning.data.tokenizing.BYTES_PER_WORKER", 1)
     (tmp_path / "one.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:30]))
     (tmp_path / "two.txt").write_text(TEXTS[30])
-    for name, workers in (("alone", 1), ("together", 2)):
-        data = DataSection(paths=(str(tmp_path / "one.jsonl"), str(tmp_path / "two.txt")), tokenizer=str(tokenizer), workers=workers)
+    for name, bytes_per_worker in (("alone", 10**9), ("together", 1)):
+        monkeypatch.setattr("ee_tuning.data.tokenizing.BYTES_PER_WORKER", bytes_per_worker)
+        data = DataSection(paths=(str(tmp_path / "one.jsonl"), str(tmp_path / "two.txt")), tokenizer=str(tokenizer), workers=2)
         preprocess(data, tmp_path / name, False)
     stream = open_stream(tmp_path / "alone")
     assert len(stream.starts) == 31 and len(stream.ids) == sum(len(text) + 1 for text in TEXTS[:31])
