@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nursery import Life, Nursery
+from nursery import Life, Nursery, inode
 from outcomes import Content, same_bytes
 from random_models import random_llama
 from safetensors_stress import read_artifact, read_model
@@ -167,9 +167,11 @@ def stress_tuning(count: int, seed: int, scratch: Path, nursery: Nursery) -> Dea
         killed += num_kills
         try:
             for _ in range(num_kills):
+                metrics = scratch / "killed" / METRICS
+                earlier = inode(metrics)
                 life = _started(nursery, config, scratch)
                 if draw.random() < 0.75:  # the rest die while they come up
-                    life.wait_for(scratch / "killed" / METRICS)
+                    life.wait_for(metrics, other_than=earlier)  # a run begins by replacing it
                     life.wait(draw.uniform(0, duration))
                 else:
                     life.wait(draw.uniform(0, coming_up))
@@ -204,7 +206,7 @@ def _tuned(nursery: Nursery, config: Config, scratch: Path) -> tuple[float, floa
     """How long it took to come up, and then to the end."""
     (scratch / "log").unlink(missing_ok=True)
     life = _started(nursery, config, scratch)
-    coming_up = life.wait_for(Path(config.tuning.run_folder) / METRICS)
+    coming_up = life.wait_for(Path(config.tuning.run_folder) / METRICS)  # of a run that goes on, not asked
     seconds = life.wait(_LONGEST)
     if life.codes() != [0] * 4:
         life.kill()

@@ -59,9 +59,9 @@ class Life:
             process.join(max(0.0, end - time.monotonic()))
         return time.monotonic() - self._since
 
-    def wait_for(self, path: Path) -> float:
-        """Until they have made the file, or one of them has ended. Returns how long they have lived."""
-        while not path.exists() and all(process.is_alive() for process in self.processes):
+    def wait_for(self, path: Path, *, other_than: int | None = None) -> float:
+        """Until there is such a file, with another inode than `other_than`, or one of them has ended. Returns how long they have lived."""
+        while inode(path) in (None, other_than) and all(process.is_alive() for process in self.processes):
             time.sleep(0.01)
         return time.monotonic() - self._since
 
@@ -88,10 +88,17 @@ class Life:
     def check_gone(self) -> None:
         """Raises AssertionError where a process of one of the groups lives on for long after the first of it has ended."""
         groups = {process.pid for process in self.processes}
-        deadline = time.monotonic() + 20
+        # One that is just being started learns of its parent's end when it has imported what it needs.
+        deadline = time.monotonic() + 90
         while time.monotonic() < deadline and any(_members(groups)):
             time.sleep(0.01)
-        assert not (left := list(_members(groups))), f"processes {left} outlive the ones that started them"
+        left = [Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ") for pid in _members(groups)]
+        assert not left, f"processes outlive the ones that started them: {left}"
+
+
+def inode(path: Path) -> int | None:
+    """Which file it is; None where there is none."""
+    return path.stat().st_ino if path.exists() else None
 
 
 def _members(groups: set[int | None]) -> Iterator[int]:

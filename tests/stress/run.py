@@ -22,6 +22,7 @@ def main() -> int:
     """Runs it all; the exit code is 1 where anything went wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="Markdown file for the record")
+    parser.add_argument("--only", choices=list(COUNTS), nargs="+", default=list(COUNTS), help="the other parts of the record stay")
     parser.add_argument("--seed", type=int, default=1)
     for name, count in COUNTS.items():
         parser.add_argument(f"--{name}", type=int, default=count, metavar="N")
@@ -40,10 +41,10 @@ def main() -> int:
         _Part("Damaged Megatron checkpoints", options["checkpoints"], damaged, lambda n, folder: stress_checkpoints(n, seed, folder)),
         _Part("`kill -9` while a command saves", options["saves"], killed, lambda n, folder: stress_saves(n, seed, folder, nursery)),
         _Part("`kill -9` while a run tunes", options["tuning"], killed, lambda n, folder: stress_tuning(n, seed, folder, nursery))]
-    began = datetime.datetime.now(datetime.UTC)
+    stories = [story for name, story in zip(COUNTS, stories, strict=True) if name in options["only"]]
     for story in stories:
-        story.run()
-    options["output"].write_text(_record(stories, began, seed))
+        story.run(seed)
+        write_record(options["output"], story)
     failures = [failure for story in stories for failure in story.failures]
     print(*failures[:20], f"{len(failures)} went wrong; {options['output']}", sep="\n")
     return 1 if failures else 0
@@ -60,8 +61,9 @@ class _Part:
     def __init__(self, title: str, count: int, what: str, stress: Callable[[int, Path], _Outcome]):
         self.title, self.count, self.what, self._stress = title, count, what, stress
 
-    def run(self) -> None:
+    def run(self, seed: int) -> None:
         """In a folder of its own, which goes with it."""
+        self.when = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC, seed {seed}"
         since = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="ee-tuning-stress-") as folder:
             outcome = self._stress(self.count, Path(folder))
@@ -72,15 +74,18 @@ class _Part:
         """A section of the record."""
         verdict = "none went wrong" if not self.failures else f"**{len(self.failures)} went wrong**"
         wrong = "".join(f"\n- {' '.join(failure.split())[:400]}" for failure in self.failures[:20])
-        return f"## {self.title}\n\n{self.count} {self.what} in {self.seconds:.0f} s; {verdict}.\n\n{self.table}\n{wrong}"
+        return f"## {self.title}\n\n{self.when}: {self.count} {self.what} in {self.seconds:.0f} s; {verdict}.\n\n{self.table}\n{wrong}"
 
 
-def _record(stories: list[_Part], began: datetime.datetime, seed: int) -> str:
+def write_record(path: Path, story: _Part) -> None:
+    """Puts a part into the record, in the place of what it told before."""
     import torch
     cpu = next(line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-    head = (f"# Stress\n\nWritten by `make stress` ({began:%Y-%m-%d %H:%M} UTC, seed {seed}) on {os.cpu_count()} cores of: {cpu}; Python "
-            f"{sys.version.split()[0]}, torch {torch.__version__}, CPU. `make test` runs a few of each by the same code.\n\n{_MEANING}")
-    return "\n".join([head, *(story.told() for story in stories)]).rstrip() + "\n"
+    head = (f"# Stress\n\nWritten by `make stress` on {os.cpu_count()} cores of: {cpu}; Python {sys.version.split()[0]}, torch "
+            f"{torch.__version__}, CPU. `make test` runs a few of each by the same code.\n\n{_MEANING}")
+    parts = ["## " + part.rstrip() for part in path.read_text().split("\n## ")[1:]] if path.exists() else []
+    kept = [part for part in parts if not part.startswith(f"## {story.title}\n")]
+    path.write_text("\n\n".join([head.rstrip(), *sorted([*kept, story.told().rstrip()])]) + "\n")
 
 
 _MEANING = """\
