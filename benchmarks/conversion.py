@@ -54,7 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where the model and its copies go")
     parser.add_argument("--only", choices=JOBS, nargs="+", default=list(JOBS))
-    parser.add_argument("--processes", type=int, nargs="+", default=[2])
+    parser.add_argument("--processes", type=int, nargs="*", default=[2], help="numbers beside 1")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
     parser.add_argument("--keep", action="store_true", help="leave model, exits and Megatron checkpoint for the next run")
