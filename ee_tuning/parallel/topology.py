@@ -151,7 +151,10 @@ def _world_size() -> int:
 
 def _join_world(timeout: timedelta) -> None:
     if _is_launched():
-        dist.init_process_group(collective_backend(), timeout=timeout)
+        store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+        # torchrun's store outlives its workers: without a prefix those of a restart meet the addresses of the ones before.
+        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(collective_backend(), store=store, rank=rank, world_size=world_size, timeout=timeout)
     else:  # nobody to meet, so no port
         dist.init_process_group(collective_backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
