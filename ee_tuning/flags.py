@@ -25,6 +25,10 @@ _NEW_EXITS = {"--exit-layers": "exits.exit_layers", **_HEADS, "--exit-output": "
 _EXITS = {"--exits": "exits.path", "--no-verify": "exits.verify"}
 _PARALLEL = {"--tensor-model-parallel-size": "parallel.tensor_model_parallel_size",
              "--pipeline-model-parallel-size": "parallel.pipeline_model_parallel_size"}
+_SAMPLING = {"--max-new-tokens": "generation.max_new_tokens", "--temperature": "generation.temperature", "--top-k": "generation.top_k",
+             "--top-p": "generation.top_p", "--min-p": "generation.min_p", "--repetition-penalty": "generation.repetition_penalty",
+             "--presence-penalty": "generation.presence_penalty", "--frequency-penalty": "generation.frequency_penalty",
+             "--seed": "generation.seed", "--stop": "generation.stop"}
 
 FLAGS: dict[str, dict[str, str]] = {
     "convert": {**_MODEL, **_NEW_EXITS, "--tokenizer": "data.tokenizer", "--seed": "exits.seed", "--no-verify": "exits.verify",
@@ -46,9 +50,13 @@ FLAGS: dict[str, dict[str, str]] = {
     "export": {**_MODEL, **_EXITS, "--tokenizer": "data.tokenizer", **_HEADS, "--seed": "exits.seed"},
     "generate": {
         **_MODEL, **_EXITS, "--tokenizer": "data.tokenizer", "--policy": "generation.policy", "--threshold": "generation.threshold",
-        "--exit-layer": "generation.exit_layer", "--max-new-tokens": "generation.max_new_tokens",
-        "--temperature": "generation.temperature", "--top-k": "generation.top_k", "--top-p": "generation.top_p",
-        "--seed": "generation.seed", "--stop": "generation.stop", "--ignore-eos": "generation.ignore_eos", **_PARALLEL},
+        "--measure": "generation.measure", "--exit-layer": "generation.exit_layer", **_SAMPLING,
+        "--min-new-tokens": "generation.min_new_tokens", "--n": "generation.n", "--logprobs": "generation.logprobs",
+        "--stop-token-ids": "generation.stop_token_ids", "--ignore-eos": "generation.ignore_eos",
+        "--max-batch-size": "generation.max_batch_size", "--cache-tokens": "generation.cache_tokens", **_PARALLEL},
+    "chat": {
+        **_MODEL, **_EXITS, "--tokenizer": "data.tokenizer", "--policy": "generation.policy", "--threshold": "generation.threshold",
+        "--measure": "generation.measure", "--exit-layer": "generation.exit_layer", **_SAMPLING},
 }
 """Command -> flag -> config key. A flag `--no-…` sets its key to false, one that takes no value otherwise to true."""
 

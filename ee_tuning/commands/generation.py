@@ -1,25 +1,44 @@
 """Commands that decode."""
 import argparse
+from pathlib import Path
 
 from ee_tuning.commands.command import Command, add_job, job_of
 from ee_tuning.errors import InputError
 
 
-def generate(args: argparse.Namespace) -> None:
+def generate(args: argparse.Namespace) -> int:
     """Prompts -> completions."""
     config = job_of(args)
-    if not args.prompt:
-        raise InputError("generate needs a prompt, got none; give --prompt TEXT, or --prompt - to read standard input")
+    if not args.prompt and not args.prompts:
+        raise InputError("generate needs a prompt, got none; give --prompt TEXT, --prompt - to read standard input, or --prompts FILE")
     from ee_tuning.generation.command import generate
 
-    generate(config, args.prompt, as_json=args.json, show_exits=args.show_exits)
+    return generate(config, args.prompt or [], prompts_file=args.prompts, output=args.output, as_json=args.json,
+                    show_exits=args.show_exits)
+
+
+def chat(args: argparse.Namespace) -> None:
+    """A conversation at a terminal."""
+    config = job_of(args)
+    from ee_tuning.generation.chat import chat
+
+    chat(config, system=args.system, show_exits=args.show_exits)
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     add_job(parser, "generate")
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="text to go on from; repeatable; - reads standard input")
+    parser.add_argument("--prompts", type=Path, metavar="FILE",
+                        help='JSON lines: {"prompt": TEXT}, and keys of the generation section for this prompt alone')
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write a JSON line for each completion there")
     parser.add_argument("--show-exits", action="store_true", help="colour each token by the exit it left at")
     parser.add_argument("--json", action="store_true", help="one JSON object per prompt instead of text")
+
+
+def _add_chat(parser: argparse.ArgumentParser) -> None:
+    add_job(parser, "chat")
+    parser.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
+    parser.add_argument("--show-exits", action="store_true", help="colour each token by the exit it left at")
 
 
 COMMANDS = (
@@ -27,6 +46,12 @@ COMMANDS = (
             examples="""\
   ee-tuning generate --model Llama-2-7b-hf --exits runs/llama-2-7b/exit_heads --prompt "Once upon a time" --threshold 0.8 --show-exits
   ee-tuning generate --model Llama-2-7b-hf --exits runs/llama-2-7b/exit_heads --prompt - --json < prompt.txt
-  ee-tuning generate job.yaml --policy fixed --exit-layer 16 --prompt "Once upon a time" --temperature 0.7 --top-p 0.9""",
+  ee-tuning generate job.yaml --policy fixed --exit-layer 16 --prompt "Once upon a time" --temperature 0.7 --top-p 0.9
+  ee-tuning generate job.yaml --policy speculative --prompts prompts.jsonl --output completions.jsonl""",
             add_arguments=_add_generate, run=generate),
+    Command(name="chat", summary="talk with the model at a terminal, by its chat template",
+            examples="""\
+  ee-tuning chat --model Llama-2-7b-chat-hf --exits runs/llama-2-7b/exit_heads --threshold 0.8 --show-exits
+  ee-tuning chat --model Qwen3-8B --exits runs/qwen3-8b/exit_heads --policy speculative --system 'Answer in one sentence.'""",
+            add_arguments=_add_chat, run=chat),
 )

@@ -87,7 +87,7 @@ class Writer:
         if step.logprob is not None and step.top_logprobs is not None:
             done.logprobs.append(step.logprob)
             done.top_logprobs.append(step.top_logprobs)
-        is_last_of_sequence = len(done.token_ids) == len(self.sequence.output)
+        is_last_of_sequence = len(done.token_ids) == self.sequence.num_output
         ends = self.sequence.finish_reason if is_last_of_sequence else ""
         shown = ""
         if ends != "stop":

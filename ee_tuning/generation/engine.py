@@ -12,14 +12,16 @@ from dataclasses import dataclass
 
 import torch
 
-from ee_tuning.errors import InputError
+from ee_tuning.generation.costs import measure_costs
 from ee_tuning.generation.judge import Answer, Judge, Question
 from ee_tuning.generation.kv_cache import BLOCK_SIZE, KVCache, blocks_for
 from ee_tuning.generation.params import SamplingParams
 from ee_tuning.generation.pieces import cut_pieces
 from ee_tuning.generation.policy import FULL, Policy
+from ee_tuning.generation.requests import check_request
 from ee_tuning.generation.runner import PieceOutput, Runner
 from ee_tuning.generation.sequence import Sequence
+from ee_tuning.generation.speculation import Speculation
 from ee_tuning.model.early_exit import EarlyExitModel
 
 
@@ -54,6 +56,8 @@ class Engine:
         self.cache = KVCache(self.config, self.topology, num_tokens=tokens, max_length=max_length, dtype=model.plan.dtype)
         self.runner = Runner(model, self.pieces, self.cache)
         self.judge = Judge(model, self.runner.heads)
+        self.speculation: Speculation | None = None
+        """From the first request that speculates on."""
         self.running: list[Sequence] = []
         self.waiting: deque[Sequence] = deque()
         self.seconds_in_heads = 0.0
@@ -70,7 +74,7 @@ class Engine:
         Raises InputError, and queues nothing, on values no sampler can use and on a prompt that can never fit.
         """
         params = params or SamplingParams()
-        self._check(prompt, params, policy)
+        check_request(prompt, params, policy, self.config, self.model.plan.exit_layers, self.cache)
         limit = min(len(prompt) + params.max_tokens, self.cache.max_length)
         last_piece = len(self.pieces) - 1
         if policy.fixed_exit is not None:
@@ -125,25 +129,6 @@ class Engine:
             self.abort(sequence)
         return [answer.token_id for answer in answers]
 
-    def _check(self, prompt: list[int], params: SamplingParams, policy: Policy) -> None:
-        params.check(self.config.vocab_size)
-        if not prompt:
-            raise InputError("a prompt must hold at least one token, got an empty one")
-        wrong = [token for token in prompt if not 0 <= token < self.config.vocab_size]
-        if wrong:
-            raise InputError(f"token ids must lie in 0..{self.config.vocab_size - 1}, the model's vocabulary, got {wrong[0]}; use the "
-                             "tokenizer that the model was trained with")
-        if len(prompt) >= self.cache.max_length:
-            raise InputError(f"a prompt must be shorter than the context of {self.cache.max_length} tokens, got {len(prompt)}; shorten it")
-        places = self.cache.num_places
-        if min(len(prompt) + params.max_tokens, self.cache.max_length) > places:
-            raise InputError(f"prompt and max_tokens together must fit the cache of {places} tokens, got {len(prompt)} + "
-                             f"{params.max_tokens}; at most {max(0, places - len(prompt))} new tokens fit behind this prompt")
-        asked = {*policy.thresholds, *policy.drafts_at, *(() if policy.fixed_exit is None else (policy.fixed_exit,))}
-        known = self.model.plan.exit_layers
-        if asked - set(known):
-            raise InputError(f"exits must be among {', '.join(map(str, known)) or 'none'}, got {min(asked - set(known))}")
-
     def _admit(self) -> None:
         """Takes waiting sequences in, first come first served, as long as all the memory they may ever need is free."""
         while self.waiting and len(self.running) < self.num_slots:
@@ -167,6 +152,11 @@ class Engine:
             if amount:
                 sequence.num_fed += amount
                 going.append(sequence)
+        for sequence in going:
+            if sequence.speculates:
+                self.speculation = self.speculation or Speculation(measure_costs(self.runner), self.pieces)
+                if sequence.num_output and not sequence.num_drafts:
+                    self.speculation.begin_round(sequence, len(going))
         return going
 
     def _walk(self, going: list[Sequence]) -> list[TokenStep]:
@@ -175,11 +165,12 @@ class Engine:
         for index in range(len(self.pieces)):
             if not going:
                 break
-            # Rows that left earlier wait here with their states: they ride along, for the weights are read anyway.
-            rows = [s for s in self.running if s.num_pending(index)]
+            # Rows that left earlier wait here with their states: they ride along, for the weights are read anyway. Drafts wait for their
+            # check, which brings tokens and so is a step of their own.
+            rows = [s for s in self.running if s.num_pending(index) and (s in going or not s.speculates)]
             output = self.runner.run(index, rows)
             for sequence, length in zip(rows, output.lengths, strict=True):
-                if len(sequence.tokens) > sequence.num_prompt_tokens:
+                if sequence.num_output and not sequence.speculates:
                     sequence.statistics.num_catch_up += length - (sequence in going)
             going = self._leave(index, going, rows, output, steps)
         return steps
@@ -194,29 +185,76 @@ class Engine:
                 stays.append(sequence)
             if sequence.is_reading:
                 continue
-            threshold = self._threshold(index, sequence)
+            threshold = self._threshold(index, sequence, len(going))
             if threshold is not None:
                 place = rows.index(sequence)
-                last = output.firsts[place] + output.lengths[place] - 1
+                end = output.firsts[place] + output.lengths[place]
+                # The check of drafts asks about the token before them and all of them; the others about their newest token.
+                num_asked = sequence.num_drafts + 1 if index == sequence.last_piece else 1
                 head = None if piece.last_layer == self.config.num_layers and sequence.policy.fixed_exit is None else piece.exit_layer
-                questions.setdefault(head, []).append(Question(sequence, [last], len(sequence.tokens), threshold))
+                question = Question(sequence, list(range(end - num_asked, end)), len(sequence.tokens) + 1 - num_asked, threshold)
+                questions.setdefault(head, []).append(question)
         for head, asked in questions.items():
-            for question, (answer,) in zip(asked, self._ask(index, head, asked, output), strict=True):
+            for question, answers in zip(asked, self._ask(index, head, asked, output), strict=True):
+                sequence = question.sequence
                 # A broken model's NaN passes no threshold, but its sequences must end.
-                if index == question.sequence.last_piece or answer.confidence >= question.threshold:
-                    steps.append(self._take(question.sequence, answer, piece.last_layer))
-                    if index < question.sequence.last_piece:
-                        stays.remove(question.sequence)
+                if index == sequence.last_piece:
+                    steps += self._check_drafts(sequence, answers) if sequence.speculates else [
+                        self._take(sequence, answers[0], piece.last_layer)]
+                    continue
+                leaves = answers[0].confidence >= question.threshold
+                if leaves:
+                    stays.remove(sequence)
+                if sequence.speculates:
+                    self._draft(sequence, answers[0], piece.last_layer, leaves)
+                elif leaves:
+                    steps.append(self._take(sequence, answers[0], piece.last_layer))
         return stays
 
-    def _threshold(self, index: int, sequence: Sequence) -> float | None:
+    def _threshold(self, index: int, sequence: Sequence, num_rows: int) -> float | None:
         """The confidence at which a sequence's newest token leaves behind a piece; None where its head is not asked."""
         if index == sequence.last_piece:
             return -1.0
         if len(sequence.tokens) == sequence.num_prompt_tokens:
             return None  # reading the prompt fills every piece, so the final head's answer is paid for
         exit_layer = self.pieces[index].exit_layer
-        return None if exit_layer is None else sequence.policy.thresholds.get(exit_layer)
+        if exit_layer is None or not sequence.speculates:
+            return None if exit_layer is None else sequence.policy.thresholds.get(exit_layer)
+        # Room for the draft and for the token that its check brings; nothing is drafted behind an end.
+        has_room = sequence.num_drafts < min(self.max_pending, sequence.limit - sequence.num_final - 1)
+        ends = sequence.num_drafts and sequence.tokens[-1] in sequence.stop_ids
+        if not has_room or ends:
+            return None
+        assert self.speculation is not None
+        return self.speculation.threshold(sequence, exit_layer, num_rows)
+
+    def _draft(self, sequence: Sequence, answer: Answer, exit_layer: int, leaves: bool) -> None:
+        assert self.speculation is not None
+        self.speculation.note(sequence, exit_layer, answer, leaves)
+        if leaves:
+            sequence.tokens.append(answer.token_id)
+            sequence.statistics.num_drafted += 1
+
+    def _check_drafts(self, sequence: Sequence, answers: list[Answer]) -> list[TokenStep]:
+        """Keeps the drafts that are what the full model says, and its own token behind them; forgets the others, and what was made of them.
+
+        The full model's token is chosen as it would be without any draft, drawn with the same key: so the tokens are exactly those of
+        full depth. An exit's draw with that key is mostly the same (see `draw`).
+        """
+        assert self.speculation is not None
+        drafts, layers = sequence.tokens[sequence.num_final:], [*sequence.drafts.layers, self.config.num_layers]
+        num_kept = next((i for i, draft in enumerate(drafts) if answers[i].token_id != draft), len(drafts))
+        self.speculation.end_round(sequence, answers, num_kept)
+        sequence.statistics.num_accepted += num_kept
+        del sequence.tokens[sequence.num_final:]
+        sequence.crop(len(sequence.tokens) + num_kept)
+        sequence.drafts.begin({})
+        steps = []
+        for i, answer in enumerate(answers[:num_kept + 1]):
+            steps.append(self._take(sequence, answer, layers[i] if i < num_kept else self.config.num_layers))
+            if sequence.finish_reason:
+                break
+        return steps
 
     def _ask(self, index: int, head: int | None, questions: list[Question], output: PieceOutput) -> list[list[Answer]]:
         began = time.perf_counter()
@@ -230,7 +268,7 @@ class Engine:
             sequence.statistics.seconds_to_first_token = time.perf_counter() - sequence.added_at
         sequence.tokens.append(answer.token_id)
         sequence.statistics.exit_layers.append(layer)
-        if answer.token_id in sequence.stop_ids and len(sequence.output) > sequence.params.min_tokens:
+        if answer.token_id in sequence.stop_ids and sequence.num_output > sequence.params.min_tokens:
             sequence.finish_reason = "stop"
         elif len(sequence.tokens) >= sequence.limit:
             sequence.finish_reason = "length"
@@ -239,9 +277,9 @@ class Engine:
     def _catch_up(self) -> None:
         """Runs the deeper pieces for everybody once a sequence has `max_pending` tokens waiting."""
         for index in range(1, len(self.pieces)):
-            if any(s.num_pending(index) >= self.max_pending for s in self.running):
+            if any(s.num_pending(index) >= self.max_pending for s in self.running if not s.speculates):
                 for deeper in range(index, len(self.pieces)):
-                    rows = [s for s in self.running if s.num_pending(deeper)]
+                    rows = [s for s in self.running if s.num_pending(deeper) and not s.speculates]
                     for sequence in rows:
                         sequence.statistics.num_catch_up += sequence.num_pending(deeper)
                     self.runner.run(deeper, rows)

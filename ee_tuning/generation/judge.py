@@ -1,11 +1,13 @@
 """Asks a head about states of a pass: is it sure enough, and which token is next? Decided once, then the same on every rank."""
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from ee_tuning.generation.params import SamplingParams
 from ee_tuning.generation.processors import TokenCounts, is_plain, log_probabilities, processed
 from ee_tuning.generation.sampling import draw, draw_key
 from ee_tuning.generation.sequence import Sequence
@@ -35,7 +37,7 @@ class Answer:
 
     confidence: float
     token_id: int
-    """-1 where none was chosen: the head was not sure enough, or an earlier token of the question was not the draft."""
+    """Chosen as if all tokens before it were final. Without meaning where the head was not sure enough."""
     logprob: float | None
     top_logprobs: dict[int, float] | None
     """The likeliest tokens, where asked for."""
@@ -100,32 +102,49 @@ class Judge:
         if not wanted:  # the same on all tensor-parallel ranks
             return
         whole = dict(zip(wanted, gather_logits(logits[wanted], self.model.vocab).cpu(), strict=True))
+        alike: dict[tuple[float | None, ...], list[_Choice]] = {}
         for q, first in careful:
+            params = q.sequence.params
             for i in range(len(q.states)):
-                row = decided[first + i]
-                if first + i not in whole or (i > 0 and q.sequence.tokens[q.length + i - 1] != int(decided[first + i - 1, 0])):
-                    row[0] = -1  # what follows a rejected draft has no meaning
-                    continue
-                self._choose_one(row, whole[first + i], q.sequence, q.length + i, num_top)
+                if first + i in whole:
+                    scores = self._scores(whole[first + i], q.sequence, q.length + i)
+                    group = alike.setdefault((params.temperature, params.top_k, params.top_p, params.min_p, params.logprobs), [])
+                    group.append(_Choice(first + i, scores, draw_key(q.sequence.key, q.length + i), params))
+        for group in alike.values():
+            _choose_alike(decided, group, num_top)
 
-    def _choose_one(self, row: Tensor, logits: Tensor, sequence: Sequence, length: int, num_top: int) -> None:
-        params, counts = sequence.params, None
-        if params.has_penalties:
+    def _scores(self, logits: Tensor, sequence: Sequence, length: int) -> Tensor:  # [v] -> [v]
+        counts = None
+        if sequence.params.has_penalties:
             counts = self._counts.get(sequence.number)
             if counts is None:
                 counts = self._counts[sequence.number] = TokenCounts(self.model.vocab.size, sequence.num_prompt_tokens)
             counts.move_to(sequence.tokens, length)
-        known = log_probabilities(processed(logits, sequence, length, counts), params)
-        token = known.argmax() if params.is_greedy else draw(known.exp()[None], [draw_key(sequence.key, length)])[0]
-        row[0], row[2] = token, known[token]
-        if params.logprobs:
-            best, ids = known.topk(params.logprobs)
-            row[3: 3 + params.logprobs], row[3 + num_top: 3 + num_top + params.logprobs] = ids, best
+        return processed(logits, sequence, length, counts)
+
+
+class _Choice(NamedTuple):
+    place: int
+    scores: Tensor  # [v]
+    key: int
+    params: SamplingParams
+
+
+def _choose_alike(decided: Tensor, group: list[_Choice], num_top: int) -> None:
+    """Chooses for states that are sampled alike."""
+    params, places = group[0].params, [choice.place for choice in group]
+    known = log_probabilities(torch.stack([choice.scores for choice in group]), params)
+    tokens = known.argmax(-1) if params.is_greedy else draw(known.exp(), [choice.key for choice in group])
+    decided[places, 0], decided[places, 2] = tokens.double(), known.gather(1, tokens[:, None])[:, 0].double()
+    if params.logprobs:
+        best, ids = known.topk(params.logprobs)
+        decided[places, 3: 3 + params.logprobs] = ids.double()
+        decided[places, 3 + num_top: 3 + num_top + params.logprobs] = best.double()
 
 
 def _answer(row: list[float], sequence: Sequence, num_top: int) -> Answer:
     wanted = sequence.params.logprobs
-    if wanted is None or row[0] < 0:
+    if wanted is None:
         return Answer(row[1], int(row[0]), None, None)
     ids, best = row[3: 3 + wanted], row[3 + num_top: 3 + num_top + wanted]
     return Answer(row[1], int(row[0]), row[2], {int(token): logprob for token, logprob in zip(ids, best, strict=True)})

@@ -36,6 +36,8 @@ class Job:
     prompt: str
     params: SamplingParams
     policy: Policy
+    adds_special_tokens: bool = True
+    """Whether the tokenizer puts those before the prompt that it puts before any text."""
 
 
 class EarlyExitLLM:
@@ -89,10 +91,15 @@ class EarlyExitLLM:
         return completions
 
     def stream(self, prompts: list[str], completions: list[Completion] | None = None,
-               params: SamplingParams | Sequence[SamplingParams] | None = None, **options: Any) -> Iterator[StreamedToken]:
-        """As `generate`, token by token; `completions`, if given, is filled with the finished records."""
+               params: SamplingParams | Sequence[SamplingParams] | None = None, *, adds_special_tokens: bool = True,
+               **options: Any) -> Iterator[StreamedToken]:
+        """As `generate`, token by token; `completions`, if given, is filled with the finished records.
+
+        A prompt that a chat template made has its special tokens already: not `adds_special_tokens`.
+        """
         own: list[Completion] = [] if completions is None else completions
         resolved, jobs = self.jobs(prompts, params, **options)
+        jobs = [dataclasses.replace(job, adds_special_tokens=adds_special_tokens) for job in jobs]
         yield from self.run(jobs, own, resolved)
 
     def jobs(self, prompts: list[str], params: SamplingParams | Sequence[SamplingParams] | None = None,
@@ -162,16 +169,16 @@ class EarlyExitLLM:
     def _prepared(self, job: Job, keeps_errors: bool) -> list[int] | InputError:
         try:
             job.params.check(self.model.config.vocab_size)
-            return self.encode(job.prompt)
+            return self.encode(job.prompt, job.adds_special_tokens)
         except InputError as error:
             if not keeps_errors:
                 raise
             return error
 
-    def encode(self, prompt: str) -> list[int]:
+    def encode(self, prompt: str, adds_special_tokens: bool = True) -> list[int]:
         """Token ids of a prompt; the beginning-of-text token for an empty one. Raises InputError where there are none, or too many."""
         try:
-            ids = self.tokenizer(prompt)["input_ids"]
+            ids = self.tokenizer(prompt, add_special_tokens=adds_special_tokens)["input_ids"]
         except (TypeError, ValueError, UnicodeError) as error:
             raise InputError(f"a prompt must be UTF-8 text, got {prompt!r:.80}: {' '.join(str(error).split())}") from error
         if not ids and self.model.config.bos_token_id is not None:

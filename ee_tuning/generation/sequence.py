@@ -1,5 +1,6 @@
 """One completion in the making: its tokens, where its keys and values lie, and how far each piece of the network has come with it."""
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -32,6 +33,26 @@ class SequenceStatistics:
     """From when it was added until its end."""
 
 
+@dataclass
+class Drafts:
+    """A round of speculation: tokens drafted one after the other, until they are checked together."""
+
+    plan: Mapping[int, float] = field(default_factory=dict)
+    """Exits that are asked -> confidence from which on they draft."""
+    layers: list[int] = field(default_factory=list)
+    """Per draft the exit it came from."""
+    said: list[tuple[int, int, int, int]] = field(default_factory=list)
+    """(drafts before it, exit, bin of its confidence, token) of whatever an exit said, drafted or not."""
+    odds: float = 1.0
+    """That all drafts are right, as far as is known."""
+
+    def begin(self, plan: Mapping[int, float]) -> None:
+        """A new round."""
+        self.plan, self.odds = plan, 1.0
+        self.layers.clear()
+        self.said.clear()
+
+
 @dataclass(eq=False)
 class Sequence:
     """A prompt and what is made of it. The tokens at its end may be drafts."""
@@ -50,7 +71,7 @@ class Sequence:
     added_at: float = 0.0
     number: int = field(default_factory=lambda: next(_numbers))
     """No other sequence's."""
-    num_drafts: int = 0
+    drafts: Drafts = field(default_factory=Drafts)
     num_fed: int = 0
     """Tokens that have entered the first piece."""
     watermarks: list[int] = field(default_factory=list)
@@ -76,9 +97,24 @@ class Sequence:
         return self.num_fed < self.num_prompt_tokens
 
     @property
+    def num_drafts(self) -> int:
+        """Tokens at the end that the full model has not checked."""
+        return len(self.drafts.layers)
+
+    @property
+    def speculates(self) -> bool:
+        """Whether exits draft for it."""
+        return bool(self.policy.drafts_at)
+
+    @property
     def num_final(self) -> int:
         """Tokens that are no drafts, prompt included."""
         return len(self.tokens) - self.num_drafts
+
+    @property
+    def num_output(self) -> int:
+        """Tokens of the completion so far."""
+        return self.num_final - self.num_prompt_tokens
 
     @property
     def output(self) -> list[int]:
@@ -94,8 +130,7 @@ class Sequence:
         return self.num_arrived(piece) - self.watermarks[piece] if piece <= self.last_piece else 0
 
     def crop(self, num_tokens: int) -> None:
-        """Forgets tokens past the first `num_tokens`, and their keys and values. No token may be waiting between two pieces."""
+        """Forgets the keys and values of tokens past the first `num_tokens`. No token may be waiting between two pieces."""
         assert not any(self.boundary[piece] for piece in range(1, self.last_piece + 1)), "states of tokens that may be gone"
-        del self.tokens[num_tokens:]
         self.num_fed = min(self.num_fed, num_tokens)
         self.watermarks = [min(mark, num_tokens) for mark in self.watermarks]

@@ -18,6 +18,7 @@ DRAWN = SamplingParams(max_tokens=NEW_TOKENS, temperature=1.2, top_k=30, top_p=0
 JOBS = [({"threshold": 0.5}, GREEDY), ({"threshold": 0.3}, DRAWN), ({"threshold": 0.2, "measure": "margin"}, GREEDY),
         ({"threshold": "0.4,0.3", "measure": "entropy"}, GREEDY), ({"policy": "full"}, GREEDY),
         ({"policy": "fixed", "exit_layer": 2}, GREEDY)]
+SPECULATIVE = [({"policy": "speculative"}, GREEDY), ({"policy": "speculative"}, DRAWN)]
 
 
 def decode_at(model: str, exits: str, tp: int, pp: int) -> list[list[tuple[list[int], list[tuple[int, float]]]]]:
@@ -25,8 +26,11 @@ def decode_at(model: str, exits: str, tp: int, pp: int) -> list[list[tuple[list[
     topology = init_parallel(ParallelSection(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp))
     loaded = load_for_generation(load_config(None, {"model.path": model, "exits.path": exits, "model.dtype": "float64"}), topology)
     answers = []
-    for keys, params in JOBS:
+    for keys, params in JOBS + SPECULATIVE:
         made = decode(loaded, PROMPTS, NEW_TOKENS, params=params, engine={"max_pending": 4, "prefill_chunk": 6}, **keys)
+        if keys.get("policy") == "speculative":  # which exit drafts is a matter of measured time, what is said is not
+            answers.append([(said.tokens, []) for said in made])
+            continue
         answers.append([(said.tokens, [(layer, round(c, 9)) for layer, c in zip(said.exit_layers, said.confidences, strict=True)])
                         for said in made])
     return answers
