@@ -15,7 +15,7 @@ from typing import Protocol
 TESTS = Path(__file__).parents[1]
 sys.path[:0] = [str(TESTS.parent), str(TESTS), str(TESTS / "distributed")]
 
-COUNTS = {"safetensors": 3000, "checkpoints": 500, "saves": 100, "tuning": 100}
+COUNTS = {"safetensors": 3000, "checkpoints": 500, "saves": 100, "tuning": 100, "mixtures": 1000}
 
 
 def main() -> int:
@@ -30,6 +30,7 @@ def main() -> int:
 
     import torch
     from checkpoint_stress import stress_checkpoints
+    from decoding_stress import stress_mixtures
     from kills import stress_saves, stress_tuning
     from nursery import Nursery
     from safetensors_stress import stress_safetensors
@@ -40,8 +41,14 @@ def main() -> int:
         _Part("Damaged safetensors", options["safetensors"], damaged, lambda n, folder: stress_safetensors(n, seed, folder)),
         _Part("Damaged Megatron checkpoints", options["checkpoints"], damaged, lambda n, folder: stress_checkpoints(n, seed, folder)),
         _Part("`kill -9` while a command saves", options["saves"], killed, lambda n, folder: stress_saves(n, seed, folder, nursery)),
+<<<<<<< HEAD
         _Part("`kill -9` while a run tunes", options["tuning"], killed, lambda n, folder: stress_tuning(n, seed, folder, nursery))]
     stories = [story for name, story in zip(COUNTS, stories, strict=True) if name in options["only"]]
+=======
+        _Part("`kill -9` while a run tunes", options["tuning"], killed, lambda n, folder: stress_tuning(n, seed, folder, nursery)),
+        _Part("Mixtures of decoding requests", options["mixtures"], "mixtures", lambda n, folder: stress_mixtures(n, seed, folder))]
+    began = datetime.datetime.now(datetime.UTC)
+>>>>>>> 2657497 (Tell of speculation; put mixtures of requests under stress)
     for story in stories:
         story.run(seed)
         write_record(options["output"], story)

@@ -27,7 +27,8 @@ def llm(exits: Path) -> EarlyExitLLM:
 
 LINES = [{"prompt": "def main(", "max_new_tokens": 5}, {"prompt": "import ", "policy": "fixed", "exit_layer": 4, "logprobs": 2},
          {"prompt": "x = ", "temperature": -1}, {"prompt": "class A", "policy": "speculative", "n": 2, "temperature": 0.9},
-         {"prompt": "y", "treshold": 0.5}, {"prompt": "z", "logit_bias": {"65": 100}, "max_new_tokens": 3}, {"prompt": "a", "max_pending": 2}]
+         {"prompt": "y", "treshold": 0.5}, {"prompt": "z", "logit_bias": {"65": 100}, "max_new_tokens": 3},
+         {"prompt": "a", "max_pending": 2}]
 
 
 def test_each_line_by_its_own_wishes(exits, tmp_path, capsys):
@@ -62,7 +63,8 @@ def test_generate_takes_params_for_all_or_for_each(llm):
     """Params that are dropped, or all prompts given the first one's."""
     one, other = SamplingParams(max_tokens=3, ignore_eos=True), SamplingParams(max_tokens=6, ignore_eos=True, n=2, temperature=1.0)
     assert [len(c.token_ids) for c in llm.generate(["a", "b"], one, policy="full")] == [3, 3]
-    assert [(c.prompt, c.index, len(c.token_ids)) for c in llm.generate(["a", "b"], [one, other])] == [("a", 0, 3), ("b", 0, 6), ("b", 1, 6)]
+    each = llm.generate(["a", "b"], [one, other])
+    assert [(c.prompt, c.index, len(c.token_ids)) for c in each] == [("a", 0, 3), ("b", 0, 6), ("b", 1, 6)]
     with pytest.raises(InputError, match="one for each of the 2, got 1"):
         llm.generate(["a", "b"], [one])
     stopped, = llm.generate(["import os\nimport "], SamplingParams(max_tokens=40, stop=("\n",)))
