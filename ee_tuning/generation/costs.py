@@ -72,8 +72,10 @@ def _one_run(runner: Runner, count: int) -> Tensor:
     places = CachePlaces(index=torch.arange(CONTEXT + count, device=device), first=0)
     shape = (CONTEXT + count, runner.config.num_query_groups // runner.topology.tp, runner.config.kv_channels)
     cache = LayerCache(keys=hidden.new_zeros(shape), values=hidden.new_zeros(shape))
+    # Of any length of context: the engine's own tables may end before the measured tokens do.
+    cos, sin = (table.new_ones(CONTEXT + count, table.shape[-1]) for table in runner.tables)
     began = time.perf_counter()
-    batch = ragged_batch([places], [max(0, min(CONTEXT, runner.cache.max_length - count))], [count], *runner.tables,
+    batch = ragged_batch([places], [CONTEXT], [count], cos, sin,
                          queries_per_group=runner.config.num_attention_heads // runner.config.num_query_groups,
                          num_places=CONTEXT + count)
     seconds[-1] = time.perf_counter() - began

@@ -117,38 +117,50 @@ class Speculation:
 
     def _best_plan(self, num_rows: int) -> tuple[Plan, float]:
         """The plan with the highest rate, by moving one exit's threshold at a time; the empty one where none is better than full depth."""
-        best: dict[int, float] = {}
+        rates = _Rates(self, num_rows)
+        best: Plan = {}
         rate = self.plain_rate(num_rows)
-        starts: list[dict[int, float]] = [{}, *({layer: 0.7} for layer in self.records), dict.fromkeys(self.records, 0.8)]
-        for plan in starts:
+        for plan in ({}, dict.fromkeys(self.records, 0.8)):
             for _ in range(2):
                 for layer in self.records:
                     others = {other: edge for other, edge in plan.items() if other != layer}
-                    tried = [others, *({**others, layer: edge} for edge in EDGES)]
-                    plan = max(tried, key=lambda p: self.expected_rate(p, num_rows))
-            if (reached := self.expected_rate(plan, num_rows)) > rate * 1.02:  # no change of mind for what is noise
+                    plan = max([others, *({**others, layer: edge} for edge in EDGES)], key=rates.of)
+            if (reached := rates.of(plan)) > rate * 1.02:  # no change of mind for what is noise
                 best, rate = plan, reached
         return best, rate
 
-    def expected_rate(self, plan: Plan, num_rows: int) -> float:
-        """Tokens per second and sequence, if tokens came to exits as they did so far, each for itself.
 
-        A round drafts with probability r each time, so it takes L = 1 / (1 - r) tokens to its check, and brings 1 / (1 - r a) of them
+class _Rates:
+    """Tokens per second and sequence that plans would bring, if tokens came to exits as they did so far, each for itself."""
+
+    def __init__(self, speculation: Speculation, num_rows: int):
+        costs = speculation.costs
+        self._final = costs.of_head(None, num_rows) / num_rows
+        self._overhead = costs.overhead / num_rows
+        self._pieces = [(piece.exit_layer, *speculation._costs(index, num_rows)) for index, piece in enumerate(speculation.pieces)]
+        self._heads = {layer: costs.of_head(layer, num_rows) / num_rows for layer in speculation.records}
+        self._passed = {layer: _passed(record) for layer, record in speculation.records.items()}
+
+    def of(self, plan: Plan) -> float:
+        """A round drafts with probability r each time, so it takes L = 1 / (1 - r) tokens to its check, and brings 1 / (1 - r a) of them
         where drafts are right with probability a.
         """
-        reaches, leaves, right = 1.0, 0.0, 0.0
-        per_token, per_round = 0.0, self.costs.of_head(None, num_rows) / num_rows
-        for index, piece in enumerate(self.pieces):
-            in_block, alone = self._costs(index, num_rows)
+        reaches, leaves, right, per_token = 1.0, 0.0, 0.0, self._overhead
+        for layer, in_block, alone in self._pieces:
             per_token += reaches * alone + (1 - reaches) * in_block
-            layer = piece.exit_layer
-            if layer is None or layer not in plan:
-                continue
-            per_token += reaches * self.costs.of_head(layer, num_rows) / num_rows
-            record = self.records[layer]
-            places = [place for place, edge in enumerate(EDGES) if edge >= plan[layer]]
-            share = sum(record.seen[place] for place in places) / sum(record.seen)
-            hits = sum(record.seen[place] * record.odds(place) for place in places) / sum(record.seen)
-            leaves, right, reaches = leaves + reaches * share, right + reaches * hits, reaches * (1 - share)
+            if layer is not None and layer in plan:
+                share, hits = self._passed[layer][plan[layer]]
+                per_token += reaches * self._heads[layer]
+                leaves, right, reaches = leaves + reaches * share, right + reaches * hits, reaches * (1 - share)
         length = 1 / max(1 - leaves, 1 / 16)  # as many as may wait
-        return (1 / max(1 - right, 1 / 16)) / (length * (per_token + self.costs.overhead / num_rows) + per_round)
+        return (1 / max(1 - right, 1 / 16)) / (length * per_token + self._final)
+
+
+def _passed(record: _Record) -> dict[float, tuple[float, float]]:
+    """By threshold: the share of tokens that pass it, and of those that pass it and are right."""
+    share, hits, total, passed = 0.0, 0.0, sum(record.seen), {}
+    for place in reversed(range(len(EDGES))):
+        share += record.seen[place] / total
+        hits += record.seen[place] / total * record.odds(place)
+        passed[EDGES[place]] = (share, hits)
+    return passed

@@ -85,11 +85,10 @@ def test_chat_keeps_what_was_said_and_refuses_without_a_template(exits, monkeypa
     config = load_config(None, {"model.path": str(MODEL), "exits.path": str(exits), "generation.max_new_tokens": 4})
     with pytest.raises(InputError, match="chat template"):
         chat_module.chat(config, ask=iter([""]).__next__)
-    asked = []
+    asked, from_config = [], EarlyExitLLM.from_config
 
     def load(config, topology):
-        made = EarlyExitLLM.load(MODEL, exits)
-        made.defaults = config.generation
+        made = from_config(config, topology)
         made.tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
         stream = made.stream
         made.stream = lambda prompts, *args, **kwargs: (asked.append(prompts[0]), stream(prompts, *args, **kwargs))[1]
