@@ -41,14 +41,9 @@ def main() -> int:
         _Part("Damaged safetensors", options["safetensors"], damaged, lambda n, folder: stress_safetensors(n, seed, folder)),
         _Part("Damaged Megatron checkpoints", options["checkpoints"], damaged, lambda n, folder: stress_checkpoints(n, seed, folder)),
         _Part("`kill -9` while a command saves", options["saves"], killed, lambda n, folder: stress_saves(n, seed, folder, nursery)),
-<<<<<<< HEAD
-        _Part("`kill -9` while a run tunes", options["tuning"], killed, lambda n, folder: stress_tuning(n, seed, folder, nursery))]
-    stories = [story for name, story in zip(COUNTS, stories, strict=True) if name in options["only"]]
-=======
         _Part("`kill -9` while a run tunes", options["tuning"], killed, lambda n, folder: stress_tuning(n, seed, folder, nursery)),
         _Part("Mixtures of decoding requests", options["mixtures"], "mixtures", lambda n, folder: stress_mixtures(n, seed, folder))]
-    began = datetime.datetime.now(datetime.UTC)
->>>>>>> 2657497 (Tell of speculation; put mixtures of requests under stress)
+    stories = [story for name, story in zip(COUNTS, stories, strict=True) if name in options["only"]]
     for story in stories:
         story.run(seed)
         write_record(options["output"], story)
