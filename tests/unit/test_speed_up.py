@@ -10,7 +10,7 @@ from ee_tuning.tuning.objective import THRESHOLDS
 from ee_tuning.tuning.speed_up import implied_speed_ups
 
 MODEL = read_model_config(Path(__file__).parents[2] / "examples" / "tiny-python-llama")
-LAYER = layer_cost(MODEL, 1)  # all alike
+LAYER = layer_cost(MODEL, 1, 0)  # all alike
 EXITS = tuple(ExitSpec(layer=layer, architecture="mlp", ties_output=False) for layer in (3, 6, 9))
 
 
@@ -19,7 +19,7 @@ def decoded(confidences: torch.Tensor, threshold: float) -> float:
     full, total = MODEL.num_layers * LAYER + final_head_cost(MODEL), 0.0
     for token in confidences:
         for spec, confidence in zip(EXITS, token, strict=True):
-            total += exit_head_cost(MODEL, spec)
+            total += exit_head_cost(MODEL, spec, 0, trains=False)
             if confidence >= threshold:
                 total += spec.layer * LAYER
                 break
