@@ -3,8 +3,8 @@
     python benchmarks/plain_loop.py
     python benchmarks/plain_loop.py --vocab-sizes 32000 --steps 5 --json plain_loop.json
 
-The plain loop is what one writes first: the frozen model in transformers, called under no_grad; the same `mlp` heads as modules on hidden
-The plain loop is what one writes first: the frozen transformers model, called under no_grad; the same `mlp` heads as modules on hidden
+The plain loop is what one writes first: the frozen transformers model, called under no_grad; the same `mlp` heads as modules on its hidden
+states; logits made whole, cross-entropy, and autograd.
 Ours is a step of the tuner. Both train the same exits of the same random model on batches of the same shape, in float32. Each runs in a
 process of its own, in turn, several times; peak memory is what the process holds at its worst moment beyond the imported libraries.
 """
