@@ -7,7 +7,6 @@ leaves them.
 Every rank of TP × PP makes the same calls and runs this same loop over the same tokens; only the stage that owns a piece computes it.
 """
 import time
-from collections import deque
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +19,7 @@ from ee_tuning.generation.pieces import cut_pieces
 from ee_tuning.generation.policy import FULL, Policy
 from ee_tuning.generation.requests import check_request
 from ee_tuning.generation.runner import PieceOutput, Runner
+from ee_tuning.generation.scheduler import Scheduler
 from ee_tuning.generation.sequence import Sequence
 from ee_tuning.generation.speculation import Speculation
 from ee_tuning.model.early_exit import EarlyExitModel
@@ -58,8 +58,8 @@ class Engine:
         self.judge = Judge(model, self.runner.heads)
         self.speculation: Speculation | None = None
         """From the first request that speculates on."""
-        self.running: list[Sequence] = []
-        self.waiting: deque[Sequence] = deque()
+        self.scheduler = Scheduler(self.cache, num_slots=num_slots, prefill_chunk=prefill_chunk)
+        self.running, self.waiting = self.scheduler.running, self.scheduler.waiting
         self.seconds_in_heads = 0.0
         """On this rank, waiting for the rank that has the head included."""
 
@@ -88,17 +88,11 @@ class Engine:
 
     def abort(self, sequence: Sequence, reason: str = "abort") -> None:
         """Ends a sequence and frees its memory, whether it runs or waits; one that has ended is left as it is."""
-        if sequence in self.waiting:
-            self.waiting.remove(sequence)
-        elif sequence in self.running:
-            self.running.remove(sequence)
-            self.cache.pool.give_back(sequence.blocks)
-            self.judge.forget(sequence)
-        else:
+        if not self.scheduler.remove(sequence):
             return
+        self.judge.forget(sequence)
         sequence.finish_reason = reason
         sequence.statistics.seconds = time.perf_counter() - sequence.added_at
-        sequence.boundary = []
 
     @torch.inference_mode()
     def step(self) -> list[TokenStep]:
@@ -106,7 +100,7 @@ class Engine:
 
         Sequences that end with their token are out of the engine afterwards, their finish_reason says why.
         """
-        self._admit()
+        self.scheduler.admit()
         steps = self._walk(self._feed())
         for sequence in {step.sequence.number: step.sequence for step in steps}.values():
             if sequence.finish_reason:
@@ -119,7 +113,7 @@ class Engine:
         """What the full model would say greedily after each prefix of `tokens`, from one pass over all of them. In an idle engine."""
         assert self.is_idle
         sequence, = self.add_request(tokens, SamplingParams(max_tokens=1))
-        self._admit()
+        self.scheduler.admit()
         try:
             sequence.num_fed = len(tokens)
             for piece in range(len(self.pieces)):
@@ -129,29 +123,9 @@ class Engine:
             self.abort(sequence)
         return [answer.token_id for answer in answers]
 
-    def _admit(self) -> None:
-        """Takes waiting sequences in, first come first served, as long as all the memory they may ever need is free."""
-        while self.waiting and len(self.running) < self.num_slots:
-            blocks = self.cache.pool.take(blocks_for(self.waiting[0].limit))
-            if blocks is None:
-                return
-            sequence = self.waiting.popleft()
-            sequence.blocks, sequence.places = blocks, self.cache.places(blocks)
-            sequence.statistics.seconds_waiting = time.perf_counter() - sequence.added_at
-            self.running.append(sequence)
-            self.running.sort(key=lambda s: s.blocks[0])  # neighbours in memory are one view
-
     def _feed(self) -> list[Sequence]:
-        """The sequences that take part in this step, their next tokens at the entrance: the newest token, or a chunk of a prompt."""
-        budget, going = self.prefill_chunk, []
-        for sequence in self.running:
-            amount = 1
-            if sequence.is_reading:
-                amount = min(budget, sequence.num_prompt_tokens - sequence.num_fed)
-                budget -= amount
-            if amount:
-                sequence.num_fed += amount
-                going.append(sequence)
+        """The sequences that take part in this step, their next tokens at the entrance, those that speculate with a plan."""
+        going = self.scheduler.feed()
         for sequence in going:
             if sequence.speculates:
                 self.speculation = self.speculation or Speculation(measure_costs(self.runner), self.pieces)
