@@ -22,6 +22,7 @@ from ee_tuning.checkpoint.formats import BackboneSource, check_model, open_model
 from ee_tuning.checkpoint.huggingface import read_backbone_tensor
 from ee_tuning.checkpoint.safetensors_reader import TensorSource
 from ee_tuning.config import Config
+from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.early_exit import EarlyExitModel, StagePlan
 from ee_tuning.model.partition import stage_costs, stage_layers
@@ -72,12 +73,17 @@ def load_for_generation(config: Config, topology: Topology) -> LoadedModel:
 
 
 def plan_tuning(config: Config, sources: Sources, topology: Topology) -> list[StagePlan]:
-    """What each stage holds while tuning. Raises InputError where the layers do not reach for the stages."""
+    """What each stage holds while tuning. Raises InputError where the layers do not reach for the stages, or the sequence for its parts."""
     exits = sources.exits
     assert exits is not None
+    cuts_sequence = config.parallel.sequence_parallel and topology.tp > 1
+    if cuts_sequence and config.tuning.seq_length % topology.tp:
+        raise InputError(f"parallel.sequence_parallel cuts the sequence into tensor_model_parallel_size = {topology.tp} equal parts, but "
+                         f"tuning.seq_length is {config.tuning.seq_length}; set it to a multiple of {topology.tp}, or leave it whole")
     costs = tuning_costs(config, sources.config, exits)
     plans = _plans(config, exits, costs, topology, has_final_head=config.tuning.wants_final_head, max_length=config.tuning.seq_length)
-    return [dataclasses.replace(plan, shares_output_matrix=config.tuning.tells_hidden(exits.ties_output)) for plan in plans]
+    return [dataclasses.replace(plan, shares_output_matrix=config.tuning.tells_hidden(exits.ties_output), cuts_sequence=cuts_sequence)
+            for plan in plans]
 
 
 def tuning_costs(config: Config, model: ModelConfig, exits: ExitHeadsConfig) -> list[float]:

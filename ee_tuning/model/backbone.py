@@ -28,17 +28,20 @@ from ee_tuning.parallel.topology import Topology
 # s sequence · b micro-batch · h hidden · v/tp this rank's shard of the vocabulary
 
 # Megatron-core wants one queue for all of a GPU's work where a layer trains under tensor parallelism; the relay would wait in it.
-warnings.filterwarnings("ignore", message="When using async grad allreduce")
+warnings.filterwarnings("ignore", message="When using (async grad allreduce|sequence parallelism)")
 
 
-def transformer_config(config: ModelConfig, topology: Topology, dtype: torch.dtype) -> TransformerConfig:
-    """Megatron's description of the layers. Pipelining is left out of it: stages take the layers they are given."""
+def transformer_config(config: ModelConfig, topology: Topology, dtype: torch.dtype, *, cuts_sequence: bool = False) -> TransformerConfig:
+    """Megatron's description of the layers. Pipelining is left out of it: stages take the layers they are given.
+
+    `cuts_sequence`: they take and give each tensor-parallel rank its part of the sequence (Megatron's sequence parallelism).
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of defaults of its own that it deprecates
-        return _transformer_config(config, topology, dtype)
+        return _transformer_config(config, topology, dtype, cuts_sequence)
 
 
-def _transformer_config(config: ModelConfig, topology: Topology, dtype: torch.dtype) -> TransformerConfig:
+def _transformer_config(config: ModelConfig, topology: Topology, dtype: torch.dtype, cuts_sequence: bool) -> TransformerConfig:
     return TransformerConfig(
         num_layers=config.num_layers, hidden_size=config.hidden_size, ffn_hidden_size=config.ffn_hidden_size,
         num_attention_heads=config.num_attention_heads, num_query_groups=config.num_query_groups, kv_channels=config.kv_channels,
@@ -46,7 +49,8 @@ def _transformer_config(config: ModelConfig, topology: Topology, dtype: torch.dt
         gated_linear_unit=config.is_gated, activation_func=activation(config), add_bias_linear=config.has_linear_bias,
         add_qkv_bias=config.has_qkv_bias, qk_layernorm=config.has_qk_norm, softmax_scale=softmax_scale(config), attention_dropout=0.0,
         hidden_dropout=0.0,
-        tensor_model_parallel_size=topology.tp, params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=topology.tp, sequence_parallel=cuts_sequence, params_dtype=dtype, pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
         perform_initialization=False, use_cpu_initialization=topology.device.type == "cpu",
         bias_activation_fusion=False, bias_dropout_fusion=False, masked_softmax_fusion=False, gradient_accumulation_fusion=False,
         apply_rope_fusion=False, persist_layer_norm=False, **expert_fields(config))
@@ -65,9 +69,10 @@ def layer_spec(config: ModelConfig, number: int) -> Any:
     return spec
 
 
-def build_layer(config: ModelConfig, topology: Topology, number: int, dtype: torch.dtype) -> Any:
-    """A layer as the backbone's layer `number` (1-based) is built, its weights uninitialized."""
-    layer = build_module(layer_spec(config, number), config=transformer_config(config, topology, dtype), layer_number=number)
+def build_layer(config: ModelConfig, topology: Topology, number: int, dtype: torch.dtype, *, cuts_sequence: bool = False) -> Any:
+    """A layer as the backbone's layer `number` (1-based) is built, its weights uninitialized. `cuts_sequence` as `transformer_config`."""
+    megatron = transformer_config(config, topology, dtype, cuts_sequence=cuts_sequence)
+    layer = build_module(layer_spec(config, number), config=megatron, layer_number=number)
     if config.has_experts(number):
         dispatch_in_place(layer.mlp)
     cast_parameters(layer, device=topology.device)  # Megatron-core makes routers on the CPU
@@ -76,8 +81,9 @@ def build_layer(config: ModelConfig, topology: Topology, number: int, dtype: tor
 
 def apply_layer(layer: Any, hidden: Tensor, angles: Tensor, config: ModelConfig,  # [s, b, h], [positions, d]
                 documents: PackedDocuments | None) -> Tensor:  # [s, b, h]
-    """A layer (`build_layer`) over whole sequences, causally; `documents` where they are told apart."""
-    rotary = rotations(angles, hidden.shape[0], documents) if config.position == "rope" else None
+    """A layer (`build_layer`) over whole sequences, causally; `documents` where they are told apart. [s/tp, b, h] where it cuts them."""
+    length = hidden.shape[0] * (layer.config.tensor_model_parallel_size if layer.config.sequence_parallel else 1)
+    rotary = rotations(angles, length, documents) if config.position == "rope" else None
     return layer(hidden, attention_mask=documents, rotary_pos_emb=rotary)[0]
 
 
@@ -88,7 +94,8 @@ class BackboneStage(nn.Module):
     """
 
     def __init__(self, config: ModelConfig, topology: Topology, *, first_layer: int, last_layer: int, has_embedding: bool,
-                 has_output: bool, has_final_norm: bool, max_length: int, dtype: torch.dtype):
+                 has_output: bool, has_final_norm: bool, max_length: int, dtype: torch.dtype, cuts_sequence: bool = False):
+        """`cuts_sequence`: layers take and give [s/tp, b, h], each tensor-parallel rank its part of the sequence."""
         super().__init__()
         self.config, self.dtype = config, dtype
         self.first_layer, self.last_layer = first_layer, last_layer
@@ -99,7 +106,8 @@ class BackboneStage(nn.Module):
                 megatron, padded, config.max_position_embeddings, tp_group=topology.tp_group,
                 position_embedding_type="rope" if config.position == "rope" else "learned_absolute")
             cast_parameters(self.embedding, dtype, topology.device)  # Megatron-core has that of positions on the CPU, as float32
-        layers = {str(number - 1): build_layer(config, topology, number, dtype) for number in range(first_layer, last_layer + 1)}
+        layers = {str(number - 1): build_layer(config, topology, number, dtype, cuts_sequence=cuts_sequence)
+                  for number in range(first_layer, last_layer + 1)}
         self.decoder = nn.ModuleDict({"layers": nn.ModuleDict(layers)})
         if has_final_norm:
             self.decoder["final_layernorm"] = backbone_norm(config)(megatron, config.hidden_size, eps=config.norm_epsilon)
@@ -128,5 +136,5 @@ class BackboneStage(nn.Module):
         return self.embedding(tokens, positions)
 
     def run_layer(self, number: int, hidden: Tensor, documents: PackedDocuments | None = None) -> Tensor:  # [s, b, h] -> [s, b, h]
-        """One layer over whole sequences, causally; `documents` where they are told apart."""
+        """One layer over whole sequences, causally, or this rank's part of them; `documents` where they are told apart."""
         return apply_layer(self.layer(number), hidden, self.angles, self.config, documents)

@@ -13,10 +13,11 @@ from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.documents import PackedDocuments
 from ee_tuning.model.exit_head import ExitHead, ExitInput, build_exit_head
 from ee_tuning.model.exit_spec import ExitSpec
+from ee_tuning.model.sequence import gathered_sequence, own_part
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.vocab import VocabShard
 
-# s sequence · b micro-batch · h hidden
+# s sequence, or this rank's part of it where the plan cuts it over tensor parallelism · b micro-batch · h hidden
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,8 @@ class StagePlan:
     max_length: int
     """Positions that will be computed."""
     dtype: torch.dtype
+    cuts_sequence: bool = False
+    """Whether hidden states between layers are cut along the sequence over tensor parallelism."""
 
     @property
     def exit_layers(self) -> tuple[int, ...]:
@@ -62,10 +65,11 @@ class EarlyExitModel(nn.Module):
         self.backbone = BackboneStage(
             config, topology, first_layer=plan.first_layer, last_layer=plan.last_layer, has_embedding=topology.is_first_stage,
             has_output=has_final or plan.ties_output or (plan.shares_output_matrix and bool(plan.own_exits)), has_final_norm=has_final,
-            max_length=plan.max_length, dtype=plan.dtype)
+            max_length=plan.max_length, dtype=plan.dtype, cuts_sequence=plan.cuts_sequence)
         tied = self.backbone.output_layer.weight if plan.ties_output else None
         self.exit_heads = nn.ModuleDict(
-            {str(spec.layer): build_exit_head(spec, config, topology, dtype=plan.dtype, tied_weight=tied, angles=self.backbone.angles)
+            {str(spec.layer): build_exit_head(spec, config, topology, dtype=plan.dtype, tied_weight=tied, angles=self.backbone.angles,
+                                             cuts_sequence=plan.cuts_sequence)
              for spec in plan.own_exits})
 
     def exit_head(self, layer: int) -> ExitHead:
@@ -77,7 +81,18 @@ class EarlyExitModel(nn.Module):
     @torch.no_grad()
     def embed(self, tokens: Tensor, documents: PackedDocuments | None = None) -> Tensor:  # [b, s] int64 -> [s, b, h]
         """Word embeddings; first stage only."""
-        return self.backbone.embed(tokens, documents.positions if documents else None)
+        hidden = self.backbone.embed(tokens, documents.positions if documents else None)
+        # Megatron-core would cut it, too, and then asks for CUDA's random numbers, for a dropout of nothing.
+        return own_part(hidden, self.topology).clone() if self.plan.cuts_sequence else hidden
+
+    @torch.no_grad()
+    def whole_sequence(self, x: Tensor) -> Tensor:  # [s, …] -> [s, …]
+        """Every rank's part of the sequence, one after the other, where the plan cuts it; else `x`."""
+        return gathered_sequence(x.contiguous(), self.topology.tp_group) if self.plan.cuts_sequence else x
+
+    def hidden_shape(self, seq_length: int, micro_batch_size: int) -> tuple[int, int, int]:
+        """[s, b, h] of what goes from layer to layer and from stage to stage, for sequences of `seq_length`."""
+        return seq_length // (self.topology.tp if self.plan.cuts_sequence else 1), micro_batch_size, self.config.hidden_size
 
     @torch.no_grad()
     def run_layers(self, hidden: Tensor,  # [s, b, h]

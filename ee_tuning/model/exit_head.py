@@ -1,7 +1,8 @@
 """Exit heads: what turns the hidden states of an intermediate layer into logits.
 
 An exit head is the same module while tuning, where it is trained over whole sequences, and while decoding, where it sees a row a sequence.
-Tensor parallelism cuts the MLP by its inner width and the output matrix by vocabulary; norms are replicated.
+Tensor parallelism cuts the MLP by its inner width and the output matrix by vocabulary; norms are replicated. Where the sequence is cut,
+too, each rank has its part of the tokens but within the MLP, within attention, and before the output matrix.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.documents import PackedDocuments
 from ee_tuning.model.exit_spec import ExitSpec
 from ee_tuning.model.norm import exit_norm
+from ee_tuning.model.sequence import gathered_sequence, summed_parts
 from ee_tuning.parallel.shard_sums import sum_over_shards
 from ee_tuning.parallel.topology import Topology
 
@@ -50,17 +52,19 @@ class ExitInput:
 class ExitMLP(nn.Module):
     """The family's MLP: W₂ (σ(gate x) · up x), or W₂ σ(W₁ x), each map with a bias where the family has one."""
 
-    def __init__(self, config: ModelConfig, topology: Topology, **tensor: Any):
+    def __init__(self, config: ModelConfig, topology: Topology, *, cuts_sequence: bool, **tensor: Any):
         super().__init__()
         inner, has_bias = config.ffn_hidden_size // topology.tp, config.has_linear_bias
         self.activation, self.is_gated = activation(config), config.is_gated
         # Where gated: rows of gate, then rows of up.
         self.fc1 = nn.Linear(config.hidden_size, (1 + self.is_gated) * inner, bias=has_bias, **tensor)
         self.fc2 = nn.Linear(inner, config.hidden_size, bias=has_bias, **tensor)
-        self.group = topology.tp_group if topology.tp > 1 else None
+        self.group, self.cuts_sequence = topology.tp_group if topology.tp > 1 else None, cuts_sequence
 
     def forward(self, x: Tensor) -> Tensor:  # […, h] -> […, h]
         """See the class."""
+        if self.cuts_sequence:
+            x = gathered_sequence(x, self.group)
         if self.is_gated:
             gate, up = self.fc1(x).chunk(2, dim=-1)
             inner = self.activation(gate) * up
@@ -68,7 +72,7 @@ class ExitMLP(nn.Module):
             inner = self.activation(self.fc1(x))
         if self.group is None:
             return self.fc2(inner)
-        out = sum_over_shards(F.linear(inner, self.fc2.weight), self.group)
+        out = (summed_parts if self.cuts_sequence else sum_over_shards)(F.linear(inner, self.fc2.weight), self.group)
         return out if self.fc2.bias is None else out + self.fc2.bias
 
 
@@ -76,16 +80,17 @@ class ExitHead(nn.Module):
     """What all architectures share: the exit's place, and its output matrix. The design is EE-Tuning's (arXiv 2402.00518).
 
     `tied_weight` is the backbone's frozen output matrix [v/tp, h], used where the exit ties it; `angles` [positions, d] its rotations.
-    Parameters are named as in `checkpoint/exit_names.py`.
+    `cuts_sequence`: it takes each rank's part of the sequence, and `project` gets all of it. Parameters are named as in
+    `checkpoint/exit_names.py`.
     """
 
     takes_mlp_input = False
     """Whether it reads layer l's normed post-attention residual and not its output."""
 
     def __init__(self, spec: ExitSpec, config: ModelConfig, topology: Topology, *, dtype: torch.dtype, tied_weight: Tensor | None,
-                 angles: Tensor):
+                 angles: Tensor, cuts_sequence: bool):
         super().__init__()
-        self.spec, self.config = spec, config
+        self.spec, self.config, self.cuts_sequence, self._group = spec, config, cuts_sequence, topology.tp_group
         assert not spec.ties_output or tied_weight is not None
         self._backbones = (tied_weight if spec.ties_output else None, angles)  # in a tuple, so that they are none of the head's own
         self.build(config, topology, {"dtype": dtype, "device": topology.device})
@@ -111,7 +116,7 @@ class ExitHead(nn.Module):
 
     @property
     def partial_gradients(self) -> tuple[str, ...]:
-        """Parameters that every tensor-parallel rank holds alike and sees only its own share of the gradient of."""
+        """Parameters that every tensor-parallel rank holds alike and, though it has all tokens, sees its own share of the gradient of."""
         return ()
 
     def build(self, config: ModelConfig, topology: Topology, tensor: dict[str, Any]) -> None:
@@ -124,9 +129,11 @@ class ExitHead(nn.Module):
     def forward(self, inputs: ExitInput, project: Callable[[Tensor, Tensor], Result]) -> Result:
         """`project(final hidden […, h], output weight [v/tp, h])`: logits, or a loss that never makes them.
 
-        Projecting inside forward is what `fully_shard` needs: parameters are whole only while it runs.
+        Projecting inside forward is what `fully_shard` needs: parameters are whole only while it runs. Where the sequence is cut, the
+        gradient that `project` gives hidden states is this shard's share of it.
         """
-        return project(self.final_hidden(inputs), self.output_weight)
+        hidden = self.final_hidden(inputs)
+        return project(gathered_sequence(hidden, self._group) if self.cuts_sequence else hidden, self.output_weight)
 
 
 class EmbeddingHead(ExitHead):
@@ -157,7 +164,7 @@ class MLPHead(NormHead):
     def build(self, config: ModelConfig, topology: Topology, tensor: dict[str, Any]) -> None:
         """See ExitHead."""
         super().build(config, topology, tensor)
-        self.mlp = ExitMLP(config, topology, **tensor)
+        self.mlp = ExitMLP(config, topology, cuts_sequence=self.cuts_sequence, **tensor)
 
     def final_hidden(self, inputs: ExitInput) -> Tensor:  # […, h]
         """See ExitHead."""
@@ -191,7 +198,7 @@ class LayerHead(NormHead):
     def build(self, config: ModelConfig, topology: Topology, tensor: dict[str, Any]) -> None:
         """See ExitHead."""
         super().build(config, topology, tensor)
-        self.layer = build_layer(config, topology, config.num_layers, tensor["dtype"])
+        self.layer = build_layer(config, topology, config.num_layers, tensor["dtype"], cuts_sequence=self.cuts_sequence)
 
     @property
     def own_layer(self) -> nn.Module:
@@ -214,6 +221,7 @@ _CLASSES: dict[Architecture, type[ExitHead]] = {
 
 
 def build_exit_head(spec: ExitSpec, config: ModelConfig, topology: Topology, *, dtype: torch.dtype, tied_weight: Tensor | None,
-                    angles: Tensor) -> ExitHead:
+                    angles: Tensor, cuts_sequence: bool = False) -> ExitHead:
     """The head that `spec` describes, as ExitHead takes it. Weights are uninitialized."""
-    return _CLASSES[spec.architecture](spec, config, topology, dtype=dtype, tied_weight=tied_weight, angles=angles)
+    return _CLASSES[spec.architecture](spec, config, topology, dtype=dtype, tied_weight=tied_weight, angles=angles,
+                                       cuts_sequence=cuts_sequence)

@@ -56,7 +56,7 @@ class Rehearsal:
     validation_flops: int
     """Of one micro-batch through the heads, forward alone."""
     tp_bytes: int
-    """All-reduced over tensor parallelism, per micro-batch."""
+    """Gathered and reduced over tensor parallelism, per micro-batch; what is all-reduced counts as both."""
     dp_bytes: int
     """Gathered and reduced over replicas, per step."""
     pp_bytes: int
@@ -198,7 +198,7 @@ class _MeasuredWalk(StageWalk):
 
     def __init__(self, model: EarlyExitModel, config: Config, topology: Topology, ledger: Ledger, tutor: Tutor | None) -> None:
         tuning = config.tuning
-        shape = (tuning.seq_length, tuning.micro_batch_size, model.config.hidden_size)
+        shape = model.hidden_shape(tuning.seq_length, tuning.micro_batch_size)
         super().__init__(model, _DryRelay(topology, shape, model.plan.dtype, ledger), topology, tuning.loss_chunk_tokens,
                          objective(tuning), tutor, teaches_validation=tuning.compare_final)
         self._ledger = ledger

@@ -36,7 +36,8 @@ class Ledger(TorchDispatchMode):
         self.flops: Counter[str] = Counter()
         """By phase: multiplications and additions of matrix products and attention. Of causal attention, the half that is needed."""
         self.sent: Counter[tuple[str, str]] = Counter()
-        """By phase and name of the process group: bytes of every collective's or message's tensor."""
+        """By phase and name of the process group: bytes of every collective's or message's tensor, the whole where ranks have parts of it;
+        of an all-reduce twice, for it is a reduce-scatter and an all-gather."""
         self._blocks: dict[int, _Block] = {}
         self._live: Counter[str] = Counter()
         self._is_paused = False
@@ -92,7 +93,7 @@ class Ledger(TorchDispatchMode):
         if self._is_paused:
             return result
         if function.namespace == "c10d":
-            self._note_traffic(args)
+            self._note_traffic(args, rounds=2 if "allreduce" in function._schema.name else 1)
         elif function._overloadpacket is _ATTENTION_ON_CPU:
             flops = sdpa_flop_count(args[0].shape, args[1].shape, args[2].shape)
             self.flops[self.phase] += flops // 2 if kwargs.get("is_causal", len(args) > 4 and args[4]) else flops
@@ -121,12 +122,12 @@ class Ledger(TorchDispatchMode):
         if known is not None and known.reference is reference:  # else the address has been taken anew
             self._live[known.kind] -= self._blocks.pop(key).size
 
-    def _note_traffic(self, args: Any) -> None:
+    def _note_traffic(self, args: Any, rounds: int) -> None:
         group = next((dist.ProcessGroup.unbox(each) for each in args if isinstance(each, torch.ScriptObject)
                       and each._type().name() == "ProcessGroup"), None)  # type: ignore[attr-defined]
         if group is not None:
             size = max((each.nbytes for each in tree_leaves(args) if isinstance(each, Tensor)), default=0)
-            self.sent[self.phase, group.group_name] += size
+            self.sent[self.phase, group.group_name] += rounds * size
 
 
 class _Block(NamedTuple):

@@ -14,8 +14,9 @@ RESERVED_GB = 2.0
 """Of each GPU, for its context, NCCL's buffers and what the allocator can not use."""
 
 FORMULA = (
-    "micro-batch of stage p = (layers' + heads' operations) ÷ (efficiency × peak operations/s) + 2(t − 1)/t × bytes summed over tensor "
-    "parallelism t ÷ bandwidth between its GPUs; no less than bytes sent to the next stage ÷ bandwidth between them",
+    "micro-batch of stage p = (layers' + heads' operations) ÷ (efficiency × peak operations/s) + (t − 1)/t × bytes gathered and reduced "
+    "over tensor parallelism t (both, where all-reduced) ÷ bandwidth between its GPUs; no less than bytes sent to the next stage ÷ "
+    "bandwidth between them",
     "step = micro-batches × the slowest stage's micro-batch + the slowest update",
     "update of stage p = 2 × (bytes of masters and moments) ÷ memory bandwidth + (d − 1)/d × bytes of heads gathered and gradients reduced "
     "over d replicas ÷ bandwidth between them",
@@ -126,5 +127,5 @@ def _figures(each: Rehearsal, cluster: Cluster, tp: int, dp: int, slowest: float
 def _micro_batch(each: Rehearsal, cluster: Cluster, tp: int, dp: int, *, trains: bool) -> float:
     flops = each.layer_flops + (each.head_flops if trains else each.validation_flops)
     computing = flops / (cluster.efficiency * cluster.gpu.tflops * 1e12)
-    summing = 2 * (tp - 1) / tp * each.tp_bytes / cluster.bandwidth(tp)
+    summing = (tp - 1) / tp * each.tp_bytes / cluster.bandwidth(tp)
     return max(computing + summing, each.pp_bytes / cluster.bandwidth(cluster.world_size))

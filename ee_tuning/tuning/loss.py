@@ -40,16 +40,17 @@ def linear_loss(hidden: Tensor,  # [s, b, h]
                 chunk_tokens: int,  # tokens whose logits exist at one time
                 objective: Objective = CROSS_ENTROPY,
                 teacher: Teacher | None = None,  # what it says of masked tokens does not matter
+                sums_gradient: bool = True,  # that of hidden, over the shards; else each gets its own share
                 ) -> ExitLoss:
     """The loss of softmax(weight · hidden), and what else is known of it by then.
 
     Differentiable, once, in hidden and weight; what does not require a gradient costs none, and without gradients only the sums are
-    computed. The gradient of hidden is already summed over the shards. In bf16, the weight's is accumulated in float32.
+    computed. In bf16, the weight's is accumulated in float32.
     A label outside of 0 .. vocabulary - 1 is allowed where loss_mask is 0 only; elsewhere the loss is NaN.
     """
     assert hidden.dtype == weight.dtype and weight.shape[0] == vocab.rows and chunk_tokens > 0
     assert teacher is not None or not objective.wants_teacher
-    task = _Task(labels.reshape(-1), loss_mask.reshape(-1), vocab, chunk_tokens, objective, teacher)
+    task = _Task(labels.reshape(-1), loss_mask.reshape(-1), vocab, chunk_tokens, objective, teacher, sums_gradient)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return ExitLoss(*_LinearLoss.apply(hidden, weight, task))
     walked = _walk(hidden, weight, task, False, False)
@@ -72,7 +73,7 @@ def token_losses(hidden: Tensor,  # [s, b, h]
                  ) -> Tensor:  # [s, b], nats, float32 (float64 for float64 hidden states)
     """Each token's cross-entropy, without a gradient; NaN for a label outside of the vocabulary."""
     mask = torch.ones_like(labels, dtype=torch.float32)
-    task = _Task(labels.reshape(-1), mask.reshape(-1), vocab, chunk_tokens, CROSS_ENTROPY, None)
+    task = _Task(labels.reshape(-1), mask.reshape(-1), vocab, chunk_tokens, CROSS_ENTROPY, None, False)
     return _walk(hidden, weight, task, False, False).per_token["cross_entropy"].view_as(labels)
 
 
@@ -86,6 +87,7 @@ class _Task:
     chunk_tokens: int
     objective: Objective
     teacher: Teacher | None
+    sums_gradient: bool
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -146,7 +148,7 @@ def _walk(hidden: Tensor, weight: Tensor, task: _Task, wants_hidden: bool, wants
         if grad_weight is not None:
             _add_product(grad_weight[:vocab.true_rows], grad_logits, tokens[part])
 
-    if grad_tokens is not None:
+    if grad_tokens is not None and task.sums_gradient:
         vocab.sum_over_shards(grad_tokens)
     loss, statistics = _sums(per_token, mask, task.objective)
     return _Walked(loss, statistics, per_token, None if grad_tokens is None else grad_tokens.view_as(hidden), grad_weight)

@@ -47,6 +47,9 @@ class ExitOptimizer:
         # Taken now: inside and after a forward pass the module holds whole copies in the computing dtype.
         self.parameters: dict[str, nn.Parameter] = dict(head.named_parameters())
         self._replicated = {name for name in self.parameters if is_replicated(head.spec, name, head.config, topology.tp)}
+        # Of a sequence that is cut, a rank sees the gradient of its own tokens.
+        self._partial = [name for name in self.parameters
+                         if name in (self._replicated if head.cuts_sequence else head.partial_gradients)] if topology.tp > 1 else []
         decayed = [p for p in self.parameters.values() if p.dim() > 1]
         others = [p for p in self.parameters.values() if p.dim() <= 1]
         groups = [{"params": decayed, "weight_decay": tuning.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -72,7 +75,7 @@ class ExitOptimizer:
 
     def sum_partial_gradients(self, topology: Topology) -> None:
         """Over tensor parallelism: of what every rank holds alike and sees a share of the gradient of. Its replicas are summed already."""
-        shares = [_gradient(self.parameters[name]) for name in self.head.partial_gradients] if topology.tp > 1 else []
+        shares = [_gradient(self.parameters[name]) for name in self._partial]
         flat = torch.cat([share.flatten() for share in shares]) if shares else None
         if flat is None or not flat.numel():  # a replica among many may hold no row of them; then its shards hold none either
             return

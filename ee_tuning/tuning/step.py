@@ -22,7 +22,7 @@ from ee_tuning.tuning.optimizer import ExitOptimizer
 from ee_tuning.tuning.teacher import Teacher
 from ee_tuning.tuning.tutor import Tutor
 
-# s sequence · b micro-batch · h hidden · v/tp this rank's shard of the vocabulary
+# s sequence, or this rank's part of it where the plan cuts it · b micro-batch · h hidden · v/tp this rank's shard of the vocabulary
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class StageWalk:
         assert tutor is not None or not (objective.wants_teacher or teaches_validation)
         self._model, self._relay, self._topology, self._tutor = model, relay, topology, tutor
         self._teaches = {True: objective.wants_teacher, False: objective.wants_teacher or teaches_validation}
-        self._project = partial(linear_loss, vocab=model.vocab, chunk_tokens=loss_chunk_tokens, objective=objective)
+        self._project = partial(linear_loss, vocab=model.vocab, chunk_tokens=loss_chunk_tokens, objective=objective,
+                                sums_gradient=not model.plan.cuts_sequence)
 
     @property
     def num_ahead(self) -> int:

@@ -116,8 +116,7 @@ class Tuner:
                         whole_tensors(self.exits, self._model.config, self.topology), self.topology, overwrite=True)
 
     def _relay(self) -> Relay:
-        shape = (self.tuning.seq_length, self.tuning.micro_batch_size, self._model.config.hidden_size)
-        return Relay(self.topology, shape, self._model.plan.dtype)
+        return Relay(self.topology, self._model.hidden_shape(self.tuning.seq_length, self.tuning.micro_batch_size), self._model.plan.dtype)
 
     def _advance(self, walk: StageWalk, leg: Leg, follows: Follows, waiting: deque[Passed], metrics: MetricsBoard,
                  pace: Pace) -> Follows:

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from ee_tuning.config import TuningSection
 from ee_tuning.model.early_exit import EarlyExitModel
+from ee_tuning.model.sequence import own_part
 from ee_tuning.parallel.feedback import Feedback
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.tuning.teacher import HiddenTeacher, Teacher, TopKTeacher, top_k_teacher
 
-# s sequence · b micro-batch · h hidden · k tokens that are told
+# s sequence, or this rank's part of it where the plan cuts it · b micro-batch · h hidden · n its tokens · k tokens that are told
 
 
 class Tutor:
@@ -25,10 +26,10 @@ class Tutor:
         """`tells_hidden`: final hidden states travel and every stage with an exit holds the output matrix; else the likeliest tokens do."""
         self._model, self._topology, self._tuning, self._tells_hidden = model, topology, tuning, tells_hidden
         pupils = tuple(stage for stage in stages_with_exits if stage < topology.pp - 1)
-        num_tokens = tuning.seq_length * tuning.micro_batch_size
-        shape, dtype = (tuning.seq_length, tuning.micro_batch_size, model.config.hidden_size), model.plan.dtype
+        shape, dtype = model.hidden_shape(tuning.seq_length, tuning.micro_batch_size), model.plan.dtype
         if not tells_hidden:
-            shape, dtype = (2, num_tokens, min(tuning.teacher_top_k, model.config.vocab_size)), torch.promote_types(dtype, torch.float32)
+            num_tokens, k = shape[0] * shape[1], min(tuning.teacher_top_k, model.config.vocab_size)
+            shape, dtype = (num_tokens, 2, k), torch.promote_types(dtype, torch.float32)
         self.feedback = Feedback(topology, shape, dtype, pupils)
         self._is_pupil = topology.stage in pupils
 
@@ -47,18 +48,19 @@ class Tutor:
         hidden, weight = self._model.final_hidden(hidden), self._model.backbone.output_layer.weight
         if self._tells_hidden:
             self.feedback.send(hidden)
-            return HiddenTeacher(hidden, weight)
-        told = top_k_teacher(hidden, weight, self._tuning.teacher_top_k, vocab=self._model.vocab,
+            return HiddenTeacher(self._model.whole_sequence(hidden), weight)
+        told = top_k_teacher(self._model.whole_sequence(hidden), weight, self._tuning.teacher_top_k, vocab=self._model.vocab,
                              chunk_tokens=self._tuning.loss_chunk_tokens)
         # As numbers of one type, float32 at least, which holds every id.
-        self.feedback.send(torch.stack((told.ids.to(told.probabilities.dtype), told.probabilities)))
+        numbers = torch.stack((told.ids.to(told.probabilities.dtype), told.probabilities), dim=1)
+        self.feedback.send(own_part(numbers, self._topology) if self._model.plan.cuts_sequence else numbers)
         return told
 
     def lesson(self) -> Teacher | None:
         """On the other stages: of the oldest micro-batch that expects one; None where there are no exits."""
         if not self._is_pupil:
             return None
-        told = self.feedback.take()
+        told = self._model.whole_sequence(self.feedback.take())  # over tensor parallelism: all ranks of a stage take theirs in order
         if self._tells_hidden:
             return HiddenTeacher(told, self._model.backbone.output_layer.weight)
-        return TopKTeacher(told[0].long(), told[1])
+        return TopKTeacher(told[:, 0].long(), told[:, 1])

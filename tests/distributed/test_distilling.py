@@ -17,7 +17,8 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "hidden": {"loss": ("forward_kl", "total_variation=0.5"), "teacher": "hidden", "token_weights": "confidence",
                "divide_by_token_weights": True},
     "compared": {"compare_final": True, "token_weights": "confidence"}}
-LAYOUTS = {"top_k": [(1, 4), (2, 2)], "hidden": [(1, 4), (2, 2), (2, 1)], "compared": [(1, 4)]}
+LAYOUTS = {"top_k": [(1, 4, False), (2, 2, True)], "hidden": [(1, 4, False), (2, 2, True), (2, 1, False)], "compared": [(1, 4, False)]}
+"""TP, PP, and whether the sequence is cut over TP."""
 
 
 @pytest.fixture(scope="module", params=list(MIXTURES))
@@ -29,10 +30,13 @@ def alone(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.
 
 
 def test_every_layout_learns_the_lessons_of_one_process(world: World, model: Path, alone: tuple[str, Config], tmp_path: Path) -> None:
-    """A lesson of another micro-batch, an update before its step is whole, a backbone that runs past a checkpoint."""
+    """A lesson of another micro-batch, or of a part of the sequence, an update before its step is whole, a backbone that runs past a
+    checkpoint.
+    """
     mixture, wanted = alone
-    for tp, pp in LAYOUTS[mixture]:
+    for tp, pp, cuts_sequence in LAYOUTS[mixture]:
         config = configure(model, tmp_path / f"run{tp}{pp}", tp=tp, pp=pp, save_interval=2, **MIXTURES[mixture])
+        config = job.replace(config, parallel={"sequence_parallel": cuts_sequence})
         assert world.run(tune, config) == [True] * 4
         assert_same_records(records(config), records(wanted))
         validation = records(config)[0]

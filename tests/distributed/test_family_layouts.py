@@ -65,19 +65,21 @@ def test_more_ranks_decode_what_one_decodes(world, tmp_path, family, tp, pp):
         assert answer == wanted
 
 
-@pytest.mark.parametrize(("family", "architecture", "pp"), [
-    *((family, "mlp", 1) for family in FAMILIES if family not in WITH_EXPERTS), ("gpt2", "embedding", 1), ("gpt2", "layer", 1),
-    ("qwen2", "layer", 1), ("gpt2", "adapter", 1), ("mixtral", "norm", 2), ("mixtral", "layer", 1), ("qwen3_moe", "layer", 2)])
-def test_a_run_begun_by_one_rank_ends_by_more_as_it_does_by_one(world, tmp_path, family, architecture, pp):
-    """A bias's gradient summed over ranks that have it alike, a router's that is a rank's share; an artifact or a checkpoint with a matrix
-    the wrong way round.
+@pytest.mark.parametrize(("family", "architecture", "pp", "cuts_sequence"), [
+    *((family, "mlp", 1, False) for family in FAMILIES if family not in WITH_EXPERTS), ("gpt2", "embedding", 1, True),
+    ("gpt2", "layer", 1, False), ("gpt2", "layer", 2, True), ("gpt2", "mlp", 1, True), ("qwen2", "layer", 1, False),
+    ("gpt2", "adapter", 1, False), ("mixtral", "norm", 2, False), ("mixtral", "layer", 1, False), ("qwen3_moe", "layer", 2, False),
+    ("mixtral", "layer", 2, True)])
+def test_a_run_begun_by_one_rank_ends_by_more_as_it_does_by_one(world, tmp_path, family, architecture, pp, cuts_sequence):
+    """A bias's gradient summed over ranks that have it alike, or not summed over ranks with other tokens, a router's that is a rank's
+    share; learned positions counted from each part's beginning; an artifact or a checkpoint with a matrix the wrong way round.
     """
     random_model(family, tmp_path / "model")
     straight, begun = (job_of(tmp_path / "model", tmp_path / run, architecture) for run in ("straight", "run"))
     tune(straight)
     tune(job.replace(begun, tuning={"train_iters": 2}))
     first = load_file(tmp_path / "run" / "exit_heads" / "exit_heads.safetensors")
-    layout = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": pp}
+    layout = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": pp, "sequence_parallel": cuts_sequence}
     world.run(tune, job.replace(begun, tuning={"resume": True}, parallel=layout))
     wanted, got = (load_file(tmp_path / run / "exit_heads" / "exit_heads.safetensors") for run in ("straight", "run"))
     assert wanted.keys() == got.keys()

@@ -49,11 +49,13 @@ def tune_to_artifact(config: Config) -> bool:
     return is_finished
 
 
-@pytest.mark.parametrize(("tp", "pp"), [(1, 2), (2, 1), (2, 2)])
+@pytest.mark.parametrize(("tp", "pp", "cuts_sequence"), [(1, 2, True), (2, 1, True), (2, 2, False), (2, 2, True)])
 def test_every_architecture_takes_the_steps_of_one_process(world: World, qwen: Path, alone: Config, tmp_path: Path, tp: int,
-                                                           pp: int) -> None:
-    """A query norm trained by the gradient of one rank's heads, a bias's or an adapter's summed over ranks that have it alike."""
-    config = mixed(qwen, tmp_path / "run", tp=tp, pp=pp)
+                                                           pp: int, cuts_sequence: bool) -> None:
+    """A query norm trained by the gradient of one rank's heads, a bias's or an adapter's summed over ranks that have it alike; of a
+    sequence in parts, a norm trained by one rank's tokens, a part taken for the whole.
+    """
+    config = job.replace(mixed(qwen, tmp_path / "run", tp=tp, pp=pp), parallel={"sequence_parallel": cuts_sequence})
     assert world.run(tune_to_artifact, config) == [True] * 4
     for got, wanted in zip(records(config), records(alone), strict=True):
         assert got["loss"] == pytest.approx(wanted["loss"], rel=1e-6) and set(got["loss"]) == set(map(str, LAYERS))

@@ -71,7 +71,22 @@ def test_70b_on_128_ranks_is_rehearsed_from_its_config_alone(tmp_path: Path, cap
     assert first.head_flops == pytest.approx(3 * 2 * tokens * (mlp + output) - 2 * tokens * mlp * 2 / 3, rel=1e-3)  # normed input: frozen
     assert first.pp_bytes == 2048 * 4 * 8192 * 2 and last.pp_bytes == 0
     # Per layer two sums; of the head one forward (its MLP) and one backward (the gradient of what enters the output matrix).
-    assert first.tp_bytes == pytest.approx((10 * 2 + 1 + 1 + 1) * 2048 * 4 * 8192 * 2, rel=1e-2)  # and one of the embedding
+    states = 2048 * 4 * 8192 * 2
+    assert first.tp_bytes == pytest.approx(2 * (10 * 2 + 1 + 1 + 1) * states, rel=1e-2)  # and one of the embedding; both ways
+
+
+def test_a_sequence_in_parts_is_accounted_for_in_parts(tmp_path: Path) -> None:
+    """A plan that promises what the run does not save, or a micro-batch that leaves the fake world with another shape."""
+    model = config_only(tmp_path / "70b", num_hidden_layers=20)
+    keys = {"exits__exit_layers": [10, 20], "tuning__loss": "forward_kl", "tuning__eval_iters": 0}
+    (whole, _), (cut, _) = (rehearse(job(model, 8, 2, parallel__sequence_parallel=cuts, **keys), 16) for cuts in (False, True))
+    assert cut.pp_bytes == whole.pp_bytes / 8 == 2048 * 4 * 8192 * 2 / 8
+    assert cut.memory["queue"] == whole.memory["queue"] / 8 > 0 and cut.memory["weights"] == whole.memory["weights"]
+    assert cut.memory["activations"] < whole.memory["activations"] and cut.layer_flops == whole.layer_flops
+    # Beside what sums did: a gather before the output matrix, for what stood whole there is in parts; and the teacher's.
+    assert cut.tp_bytes == pytest.approx(whole.tp_bytes, rel=0.1)
+    with pytest.raises(InputError, match=r"8 equal parts, but tuning\.seq_length is 2044; set it to a multiple of 8"):
+        rehearse(job(model, 8, 2, parallel__sequence_parallel=True, tuning__seq_length=2044, **keys), 16)
 
 
 @pytest.mark.parametrize(("family", "architecture", "output", "exits"), [
