@@ -158,7 +158,7 @@ def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def _generate(llm: EarlyExitLLM, new_tokens: int, choice: dict[str, Any]) -> Any:
-    return llm.generate([PROMPT], max_new_tokens=new_tokens, ignore_eos=True, **choice)[0]
+    return llm.generate([PROMPT], max_new_tokens=new_tokens, ignore_eos=True, reuse_prefixes=False, **choice)[0]
 
 
 def transformers_model(folder: Path) -> Callable[[Any, int, str], list[int]]:

@@ -1,5 +1,6 @@
 """Random mixtures of requests against a plain decoder that takes them one at a time."""
 import random
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,17 +27,19 @@ from ee_tuning.generation.engine import Engine
 from ee_tuning.generation.params import SamplingParams
 from ee_tuning.generation.policy import Policy
 from ee_tuning.generation.sampling import draw, draw_key, request_key
+from ee_tuning.generation.sequence import Sequence
 from ee_tuning.parallel.topology import init_parallel
 
 VOCAB, LAYERS, EOS = 101, 6, 100
+STEMS = [[(7 * i + 3) % VOCAB for i in range(64)], [(11 * i + 5) % VOCAB for i in range(64)]]
 
 
 class Subject:
     """A model with exits in float64, and the plain decoder of the same."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, architecture: str = "mlp"):
         reference = random_llama(folder / "model", confident=True)
-        exits = write_exits(folder / "model", folder / "exits")
+        exits = write_exits(folder / "model", folder / "exits", architecture=architecture)
         config = load_config(None, {"model.path": str(folder / "model"), "exits.path": str(exits), "model.dtype": "float64"})
         self.loaded = load_for_generation(config, init_parallel(ParallelSection()))
         self.plain = PlainDecoder(reference, exits, (2, 4), torch.float64)
@@ -84,12 +87,14 @@ def theirs(params: SamplingParams, num_prompt_tokens: int, stop: frozenset[int])
 
 
 def random_request(subject: Subject, rng: random.Random) -> tuple[list[int], SamplingParams, Policy]:
-    prompt = [rng.randrange(VOCAB) for _ in range(rng.choice([1, 2, 5, 17, 33]))]
+    prompt = [rng.randrange(VOCAB) for _ in range(rng.choice([1, 2, 5, 17, 33, 63]))]
+    shared = min(rng.choice([0, 0, 10, 16, 20, 32, 40, 60]), len(prompt) - rng.randrange(2))  # tokens that it begins with as others do
+    prompt[:shared] = STEMS[rng.randrange(2)][:shared]
     policy = subject.policy(**rng.choice([
         {"policy": "full"}, {"threshold": 0.5}, {"threshold": rng.random()}, {"threshold": [rng.random(), rng.random()]},
         {"threshold": rng.random() * 0.6, "measure": "margin"}, {"threshold": rng.random() * 0.6, "measure": "entropy"},
         {"policy": "fixed", "exit_layer": rng.choice([2, 4])}, {"policy": "speculative"}, {"policy": "speculative"}]))
-    params = SamplingParams(max_tokens=rng.randrange(1, 20), seed=rng.randrange(3), ignore_eos=rng.random() < 0.5)
+    params = SamplingParams(max_tokens=rng.choice([rng.randrange(1, 20)] * 3 + [50]), seed=rng.randrange(3), ignore_eos=rng.random() < 0.5)
     if rng.random() < 0.5:
         params = replace(params, temperature=rng.choice([0.7, 1.5]), top_k=rng.choice([0, 10]), top_p=rng.choice([1.0, 0.9]),
                          min_p=rng.choice([0.0, 0.05]))
@@ -100,31 +105,49 @@ def random_request(subject: Subject, rng: random.Random) -> tuple[list[int], Sam
     if rng.random() < 0.2:
         params = replace(params, stop_token_ids=(rng.randrange(VOCAB), rng.randrange(VOCAB)),
                          min_tokens=rng.randrange(0, params.max_tokens + 1))
+    if rng.random() < 0.15:
+        params = replace(params, n=2)
     return prompt, params, policy
 
 
-def mixture(subject: Subject, seed: int) -> int:
-    """Some requests join an engine of random size at random steps; each must say what it says alone to the plain decoder. How many."""
+def mixture(subject: Subject, seed: int) -> Counter[str]:
+    """Some requests join an engine of random size at random steps, and some are aborted; each must say what it says alone to the plain
+    decoder. Counts what happened.
+    """
     rng = random.Random(seed)
     engine = subject.engine(num_slots=rng.randrange(1, 5), max_pending=rng.choice([1, 3, 16]), prefill_chunk=rng.choice([4, 7, 512]),
-                            cache_tokens=rng.choice([64, 80, 256]))
-    waiting = [random_request(subject, rng) for _ in range(rng.randrange(1, 6))]
-    jobs, said, steps = [], {}, 0
-    while waiting or not engine.is_idle:
-        if waiting and (engine.is_idle or rng.random() < 0.4):
-            job = waiting.pop()
-            sequence, = engine.add_request(*job)
-            jobs.append((sequence, job))
-            said[sequence.number] = ([], [])
+                            cache_tokens=rng.choice([64, 80, 112, 256]), reuses_prefixes=rng.random() < 0.8)
+    coming = [random_request(subject, rng) for _ in range(rng.randrange(1, 8))]
+    jobs: list[tuple[Sequence, list[int]]] = []
+    said: dict[int, tuple[list[int], list[int]]] = {}
+    seen: Counter[str] = Counter()
+    while coming or not engine.is_idle:
+        if coming and (engine.is_idle or rng.random() < 0.4):
+            prompt, params, policy = coming.pop()
+            for sequence in engine.add_request(prompt, params, policy):
+                jobs.append((sequence, prompt))
+                said[sequence.number] = ([], [])
         for step in engine.step():
             said[step.sequence.number][0].append(step.token_id)
             said[step.sequence.number][1].append(step.exit_layer)
-        steps += 1
-        assert steps < 1000, "the engine does not come to an end"
-    for sequence, (prompt, params, policy) in jobs:
-        tokens, layers = subject.wanted(prompt, params, policy)
-        assert said[sequence.number][0] == tokens, (seed, prompt, params, policy)
-        assert said[sequence.number][1] == layers or policy.drafts_at, (seed, prompt, params, policy)
-        assert sequence.output == said[sequence.number][0]
+        if jobs and rng.random() < 0.02:
+            engine.abort(rng.choice(jobs)[0])
+        seen["steps"] += 1
+        seen["scattered"] += any(s.places is not None and s.places.first is None for s in engine.running)
+        assert seen["steps"] < 2000, "the engine does not come to an end"
+    for sequence, prompt in jobs:
+        _check(subject, seed, sequence, prompt, *said[sequence.number])
+        seen += Counter({"requests": 1, "aborted": sequence.finish_reason == "abort", "reused": sequence.statistics.num_reused,
+                         "put back": sequence.was_put_back})
     assert engine.cache.pool.num_free == engine.cache.pool.num_blocks, "memory was lost"
-    return len(jobs)
+    return seen
+
+
+def _check(subject: Subject, seed: int, sequence: Sequence, prompt: list[int], tokens: list[int], layers: list[int]) -> None:
+    wanted, left = subject.wanted(prompt, sequence.params, sequence.policy, sequence.completion)
+    about = (seed, prompt, sequence.params, sequence.policy)
+    assert sequence.output == tokens, about
+    if sequence.finish_reason == "abort":
+        wanted, left = wanted[:len(tokens)], left[:len(tokens)]
+    assert tokens == wanted, about
+    assert layers == left or sequence.policy.drafts_at, about

@@ -54,6 +54,8 @@ class GenerationSection:
     """Tokens of prompts that one step reads at most, so that a long prompt does not hold up the others."""
     max_batch_size: int = 32
     """Completions that are made at a time; others wait."""
+    reuse_prefixes: bool = True
+    """A prompt that begins as an earlier one did takes the keys and values that are still there, instead of computing them."""
     cache_tokens: int | None = None
     """Tokens that the KV cache holds, all completions together; requests wait for room. By default what the prompts at hand need, up to
     max_batch_size of them."""

@@ -36,7 +36,7 @@ def measure_thresholds(llm: EarlyExitLLM, prompts: list[str], thresholds: Iterab
     thresholds = list(thresholds)
     full: list[Completion] = []
     early: dict[float, list[Completion]] = {threshold: [] for threshold in thresholds}
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "ignore_eos": True, "temperature": 0.0}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "ignore_eos": True, "temperature": 0.0, "reuse_prefixes": False}
     llm.generate(prompts[:1], policy="full", **options)  # the first pass of a process pays for allocations
     for done, prompt in enumerate(prompts, 1):
         full += llm.generate([prompt], policy="full", **options)

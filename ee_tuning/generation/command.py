@@ -64,7 +64,9 @@ def as_record(completion: Completion) -> dict[str, object]:
             "tokens_per_second": round(told.tokens_per_second, 2), "finish_reason": told.finish_reason,
             "statistics": {"exit_histogram": told.exit_histogram, "mean_depth": round(told.mean_depth, 3),
                            "catch_up_tokens": statistics.num_catch_up, "drafted": statistics.num_drafted,
-                           "accepted": statistics.num_accepted, "seconds_waiting": round(statistics.seconds_waiting, 4),
+                           "accepted": statistics.num_accepted, "reused_tokens": statistics.num_reused,
+                           "tokens_read_again": statistics.num_read_again,
+                           "seconds_waiting": round(statistics.seconds_waiting, 4),
                            "seconds_to_first_token": round(statistics.seconds_to_first_token, 4), "seconds": round(told.seconds, 4)}}
 
 
@@ -154,6 +156,8 @@ def _print_summary(llm: EarlyExitLLM, completions: list[Completion], colours: di
         summary.append(f"; {drafted} drafted, {accepted / drafted:.0%} accepted")
     elif caught_up:
         summary.append(f"; {caught_up} taken deeper later")
+    if reused := sum(c.statistics.num_reused for c in completions):
+        summary.append(f"; {reused} tokens of prompts were known from others")
     if llm.engine is not None:
         summary.append(f"; {llm.engine.seconds_in_heads / seconds:.0%} of the time in heads")
     console.print(summary, soft_wrap=True)

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
+from ee_tuning.generation.block_pool import BLOCK_SIZE, blocks_for
 from ee_tuning.generation.costs import measure_costs
 from ee_tuning.generation.judge import Answer, Judge, Question
-from ee_tuning.generation.kv_cache import BLOCK_SIZE, KVCache, blocks_for
+from ee_tuning.generation.kv_cache import KVCache
 from ee_tuning.generation.params import SamplingParams
 from ee_tuning.generation.pieces import cut_pieces
 from ee_tuning.generation.policy import FULL, Policy
@@ -48,7 +49,7 @@ class Engine:
     """
 
     def __init__(self, model: EarlyExitModel, stages: list[tuple[int, int]], *, num_slots: int, max_length: int, max_pending: int = 16,
-                 prefill_chunk: int = 512, cache_tokens: int | None = None, eos_ids: tuple[int, ...] = ()):
+                 prefill_chunk: int = 512, cache_tokens: int | None = None, eos_ids: tuple[int, ...] = (), reuses_prefixes: bool = True):
         self.model, self.topology, self.config = model, model.topology, model.config
         self.pieces = cut_pieces(stages, model.plan.exit_layers)
         self.max_pending, self.prefill_chunk, self.num_slots, self.eos_ids = max_pending, prefill_chunk, num_slots, eos_ids
@@ -58,7 +59,7 @@ class Engine:
         self.judge = Judge(model, self.runner.heads)
         self.speculation: Speculation | None = None
         """From the first request that speculates on."""
-        self.scheduler = Scheduler(self.cache, num_slots=num_slots, prefill_chunk=prefill_chunk)
+        self.scheduler = Scheduler(self.cache, num_slots=num_slots, prefill_chunk=prefill_chunk, reuses_prefixes=reuses_prefixes)
         self.running, self.waiting = self.scheduler.running, self.scheduler.waiting
         self.seconds_in_heads = 0.0
         """On this rank, waiting for the rank that has the head included."""
@@ -113,6 +114,7 @@ class Engine:
         """What the full model would say greedily after each prefix of `tokens`, from one pass over all of them. In an idle engine."""
         assert self.is_idle
         sequence, = self.add_request(tokens, SamplingParams(max_tokens=1))
+        sequence.shares = False
         self.scheduler.admit()
         try:
             sequence.num_fed = len(tokens)
@@ -129,7 +131,7 @@ class Engine:
         for sequence in going:
             if sequence.speculates:
                 self.speculation = self.speculation or Speculation(measure_costs(self.runner), self.pieces)
-                if sequence.num_output and not sequence.num_drafts:
+                if sequence.num_output and not sequence.num_drafts and sequence.has_all_fed:
                     self.speculation.begin_round(sequence, len(going))
         return going
 
@@ -144,7 +146,8 @@ class Engine:
             rows = [s for s in self.running if s.num_pending(index) and (s in going or not s.speculates)]
             output = self.runner.run(index, rows)
             for sequence, length in zip(rows, output.lengths, strict=True):
-                if sequence.num_output and not sequence.speculates:
+                is_read_again = sequence in going and not sequence.has_all_fed
+                if sequence.num_output and not sequence.speculates and not is_read_again:
                     sequence.statistics.num_catch_up += length - (sequence in going)
             going = self._leave(index, going, rows, output, steps)
         return steps
@@ -157,7 +160,7 @@ class Engine:
         for sequence in going:
             if index < sequence.last_piece:
                 stays.append(sequence)
-            if sequence.is_reading:
+            if not sequence.has_all_fed:
                 continue
             threshold = self._threshold(index, sequence, len(going))
             if threshold is not None:

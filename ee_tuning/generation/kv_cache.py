@@ -9,59 +9,10 @@ from typing import Any
 
 import torch
 
+from ee_tuning.generation.block_pool import BLOCK_SIZE, BlockPool, blocks_for
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.ragged_attention import CachePlaces, LayerCache
 from ee_tuning.parallel.topology import Topology
-
-BLOCK_SIZE = 16
-"""Tokens of a block."""
-
-
-def blocks_for(num_tokens: int) -> int:
-    """Blocks that hold so many tokens."""
-    return -(-num_tokens // BLOCK_SIZE)
-
-
-class BlockPool:
-    """Which of `num_blocks` blocks are free. `run` is how far apart sequences are put while there is room."""
-
-    def __init__(self, num_blocks: int, run: int):
-        self.num_blocks, self.run = num_blocks, run
-        self._used = bytearray(num_blocks)
-        self.num_free = num_blocks
-
-    def take(self, count: int) -> list[int] | None:
-        """`count` blocks, one after the other where that can be had; None where there are not so many."""
-        if count > self.num_free:
-            return None
-        blocks = self._even_run(count) or self._any_run(count) or self._scattered(count)
-        for block in blocks:
-            self._used[block] = 1
-        self.num_free -= count
-        return blocks
-
-    def give_back(self, blocks: list[int]) -> None:
-        """Frees blocks that were taken."""
-        for block in blocks:
-            assert self._used[block], f"block {block} was free already"
-            self._used[block] = 0
-        self.num_free += len(blocks)
-
-    def _even_run(self, count: int) -> list[int] | None:
-        if count > self.run:
-            return None
-        whole = bytes(self.run)
-        for first in range(0, self.num_blocks - self.run + 1, self.run):
-            if self._used[first: first + self.run] == whole:
-                return list(range(first, first + count))
-        return None
-
-    def _any_run(self, count: int) -> list[int] | None:
-        first = self._used.find(bytes(count))
-        return None if first < 0 else list(range(first, first + count))
-
-    def _scattered(self, count: int) -> list[int]:
-        return [block for block, used in enumerate(self._used) if not used][:count]
 
 
 class KVCache:

@@ -48,6 +48,7 @@ class EarlyExitLLM:
         self.model, self.stages, self.tokenizer, self.defaults = model, stages, tokenizer, defaults
         self.stop_token_ids = stop_token_ids
         self.engine: Engine | None = None
+        self._settings: dict[str, Any] = {}
 
     @classmethod
     def load(cls, model: str | Path, exits: str | Path | None = None, *, dtype: str | None = None,
@@ -201,14 +202,17 @@ class EarlyExitLLM:
         limit = self.model.config.max_position_embeddings
         longest = min(max((len(ids) + params.max_tokens for ids, params in jobs), default=limit), limit)
         rows = max(1, min(sum(params.n for _, params in jobs), options.max_batch_size))
+        settings: dict[str, Any] = {"max_pending": options.max_pending, "prefill_chunk": options.prefill_chunk,
+                                    "cache_tokens": options.cache_tokens, "reuses_prefixes": options.reuse_prefixes}
         engine = self.engine
         if (engine is None or not engine.is_idle or engine.num_slots < rows or engine.cache.max_length < longest
-                or (engine.max_pending, engine.prefill_chunk) != (options.max_pending, options.prefill_chunk)
-                or options.cache_tokens is not None):
+                or self._settings != settings):
+            if engine is not None and engine.cache.max_length < longest:  # a conversation: not a new engine, which knows nothing, each turn
+                longest = min(2 * longest, limit)
             self.engine = engine = None  # before the new caches are made
-            self.engine = engine = Engine(self.model, self.stages, num_slots=rows, max_length=longest, max_pending=options.max_pending,
-                                          prefill_chunk=options.prefill_chunk, cache_tokens=options.cache_tokens,
-                                          eos_ids=self.stop_token_ids)
+            self._settings = settings
+            self.engine = engine = Engine(self.model, self.stages, num_slots=rows, max_length=longest,
+                                          eos_ids=self.stop_token_ids, **settings)
         return engine
 
 

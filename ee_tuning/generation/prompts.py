@@ -13,7 +13,7 @@ from ee_tuning.generation.policy import policy_of
 Line = dict[str, Any]
 """`prompt`, and keys of the `generation` section and `logit_bias` for this one."""
 
-ENGINE_KEYS = frozenset({"max_pending", "prefill_chunk", "max_batch_size", "cache_tokens"})
+ENGINE_KEYS = frozenset({"max_pending", "prefill_chunk", "max_batch_size", "reuse_prefixes", "cache_tokens"})
 """Of the whole run, not of a prompt."""
 
 

@@ -10,7 +10,7 @@ from ee_tuning.generation.pieces import Piece
 from ee_tuning.generation.sequence import Sequence
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.model.exit_head import ExitInput
-from ee_tuning.model.ragged_attention import RaggedBatch, ragged_batch, rotation_tables
+from ee_tuning.model.ragged_attention import CachePlaces, RaggedBatch, ragged_batch, rotation_tables
 from ee_tuning.model.ragged_layer import RaggedHead, RaggedLayer
 
 # t tokens of a ragged batch · h hidden
@@ -37,6 +37,7 @@ class Runner:
         self.heads = {spec.layer: RaggedHead(model.exit_head(spec.layer), self.topology) for spec in model.plan.own_exits}
         self.tables = rotation_tables(model.backbone.angles[:cache.max_length], model.plan.dtype)
         self._batch: tuple[object, RaggedBatch] | None = None
+        self._places: list[CachePlaces] = []
 
     def run(self, index: int, rows: list[Sequence]) -> PieceOutput:
         """One pass of `rows`' pending tokens through piece `index`. States wait behind it for those rows that go deeper."""
@@ -94,10 +95,11 @@ class Runner:
         return self.model.backbone.embed(flat, positions)[:, 0]
 
     def _describe(self, rows: list[Sequence], starts: list[int], lengths: list[int]) -> RaggedBatch:
-        key = ([s.number for s in rows], starts, lengths)
+        places = [s.places for s in rows if s.places is not None]
+        key = ([id(each) for each in places], starts, lengths)
         if self._batch is None or self._batch[0] != key:  # the pieces of a step mostly see the same tokens
-            places = [s.places for s in rows if s.places is not None]
             per_group = self.config.num_attention_heads // self.config.num_query_groups
+            self._places = places  # kept, so that no other one's id is theirs
             self._batch = (key, ragged_batch(places, starts, lengths, *self.tables, queries_per_group=per_group,
                                              num_places=self.cache.num_places))
         return self._batch[1]

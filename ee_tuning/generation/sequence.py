@@ -10,6 +10,9 @@ from ee_tuning.generation.policy import Policy
 from ee_tuning.generation.sampling import request_key
 from ee_tuning.model.ragged_attention import CachePlaces
 
+Part = tuple[str, int]
+"""Of the network: a piece by its index."""
+
 _numbers = itertools.count()
 
 
@@ -25,6 +28,10 @@ class SequenceStatistics:
     """Tokens that exits drafted."""
     num_accepted: int = 0
     """Drafts that the full model agreed with."""
+    num_reused: int = 0
+    """Tokens at its beginning that were not computed: another request's keys and values served."""
+    num_read_again: int = 0
+    """Tokens that had to be read a second time, for memory ran out and it had to wait."""
     seconds_waiting: float = 0.0
     """Until there was room for it."""
     seconds_to_first_token: float = 0.0
@@ -80,6 +87,14 @@ class Sequence:
     """Per piece, the hidden states [k, h] of its pending tokens, on the stage that made them."""
     blocks: list[int] = field(default_factory=list)
     places: CachePlaces | None = None
+    block_keys: list[bytes] = field(default_factory=list, repr=False)
+    """What its first full blocks are known by, as far as anybody asked."""
+    num_known_blocks: int = 0
+    """Blocks that others may share."""
+    shares: bool = True
+    """Whether it takes what others have computed, and they what it has."""
+    was_put_back: bool = False
+    """Whether it ran, and lost its memory to older ones."""
     finish_reason: str = ""
     """Empty while it runs. stop: a stop token. length: its limit. abort: the caller's wish."""
     statistics: SequenceStatistics = field(default_factory=SequenceStatistics)
@@ -92,9 +107,29 @@ class Sequence:
         self.key = request_key(self.params.seed, self.tokens, self.completion)
 
     @property
+    def num_to_read(self) -> int:
+        """Tokens that are read by chunks: its prompt; all but the newest where it was put back."""
+        return max(self.num_prompt_tokens, len(self.tokens) - 1)
+
+    @property
     def is_reading(self) -> bool:
-        """Whether part of its prompt has not entered the network yet."""
-        return self.num_fed < self.num_prompt_tokens
+        """Whether tokens that it has to read have not entered the network yet."""
+        return self.num_fed < self.num_to_read
+
+    @property
+    def has_all_fed(self) -> bool:
+        """Whether its newest token has entered the network."""
+        return self.num_fed == len(self.tokens)
+
+    @property
+    def parts(self) -> frozenset[Part]:
+        """Parts of the network that it needs keys and values in."""
+        return frozenset(("piece", index) for index in range(self.last_piece + 1))
+
+    @property
+    def num_filled(self) -> int:
+        """Tokens that have them in all of these parts, drafts left out."""
+        return min(min(self.watermarks[: self.last_piece + 1]), self.num_final)
 
     @property
     def num_drafts(self) -> int:
@@ -134,3 +169,11 @@ class Sequence:
         assert not any(self.boundary[piece] for piece in range(1, self.last_piece + 1)), "states of tokens that may be gone"
         self.num_fed = min(self.num_fed, num_tokens)
         self.watermarks = [min(mark, num_tokens) for mark in self.watermarks]
+
+    def begin_at(self, num_tokens: int) -> None:
+        """The first tokens have keys and values in all of its parts, and nothing else was computed. Drafts are forgotten."""
+        del self.tokens[self.num_final:]
+        self.drafts.begin({})
+        self.num_fed = num_tokens
+        self.watermarks = [num_tokens] * len(self.watermarks)
+        self.boundary = [[] for _ in self.boundary]

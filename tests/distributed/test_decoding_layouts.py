@@ -2,12 +2,13 @@
 from pathlib import Path
 
 import pytest
-from decoding import decode
+from decoding import decode, policy_for, run_all
 from exits import write_exits
 from random_models import random_llama
 
-from ee_tuning.checkpoint.load import load_for_generation
+from ee_tuning.checkpoint.load import LoadedModel, load_for_generation
 from ee_tuning.config import ParallelSection, load_config
+from ee_tuning.generation.engine import Engine
 from ee_tuning.generation.params import SamplingParams
 from ee_tuning.parallel.topology import init_parallel
 
@@ -33,6 +34,20 @@ def decode_at(model: str, exits: str, tp: int, pp: int) -> list[list[tuple[list[
             continue
         answers.append([(said.tokens, [(layer, round(c, 9)) for layer, c in zip(said.exit_layers, said.confidences, strict=True)])
                         for said in made])
+    return answers + in_little_memory(loaded)
+
+
+def in_little_memory(loaded: LoadedModel) -> list[list[tuple[list[int], list[tuple[int, float]]]]]:
+    """Requests that begin alike, in memory for half of them; what was reused and read again stands where exit layers stand above."""
+    answers = []
+    for keys in ({"threshold": 0.4}, {"policy": "speculative"}, {"policy": "full"}):
+        engine = Engine(loaded.model, loaded.stages, num_slots=4, max_length=64, max_pending=4, prefill_chunk=10, cache_tokens=96)
+        made = [engine.add_request([*range(7, 27), i], SamplingParams(max_tokens=40, temperature=0.5),
+                                   policy_for(loaded.model, **keys))[0] for i in range(3)]
+        run_all(engine)
+        told = [(s.statistics.num_reused, 0.0) for s in made] + [(s.statistics.num_read_again, 0.0) for s in made]
+        # A draft more or less, which is a matter of measured time, is a block sooner or later.
+        answers.append([(s.output, []) for s in made] if "policy" in keys else [(s.output, told) for s in made])
     return answers
 
 
@@ -49,5 +64,7 @@ def test_layouts_decode_the_same(world, subject, tp, pp):
     model, exits = map(str, subject)
     wanted = decode_at(model, exits, 1, 1)
     assert {layer for layer, _ in wanted[0][0][1]} > {2}
+    reused, read_again = wanted[-3][0][1][:3], wanted[-3][0][1][3:]
+    assert max(reused) > (0, 0.0) and max(read_again) > (0, 0.0)
     for answer in world.run(decode_at, model, exits, tp, pp):
         assert answer == wanted

@@ -1,4 +1,5 @@
 """Every request is decoded as if it were alone, by its own wishes, whatever runs beside it and wherever its memory lies."""
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -18,10 +19,10 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
     return Subject(tmp_path_factory.mktemp("subject"))
 
 
-@pytest.mark.parametrize("seed", range(30))
-def test_random_mixtures_equal_one_at_a_time(subject, seed):
-    """Whatever one request does to another: its memory, its place in a pass, its policy, its draws."""
-    mixture(subject, seed)
+def test_random_mixtures_equal_one_at_a_time(subject):
+    """Whatever one request does to another: its memory, its beginning, its place in a pass, its policy, its draws, its end."""
+    seen = sum((mixture(subject, seed) for seed in range(40)), Counter())
+    assert min(seen[what] for what in ("requests", "aborted", "reused", "put back", "scattered")) > 0, seen
 
 
 PENALIZED = [{"repetition_penalty": 1.7}, {"repetition_penalty": 0.6, "logit_bias": {3: 2.5, 77: -100}}, {"presence_penalty": 2.0},
@@ -126,7 +127,7 @@ def test_requests_wait_for_memory_or_hear_what_would_fit(subject):
         engine.add_request([1] * 10, SamplingParams(max_tokens=50))
     made = [engine.add_request([i, 5], SamplingParams(max_tokens=28, ignore_eos=True))[0] for i in range(3)]
     engine.step()
-    assert (len(engine.running), len(engine.waiting)) == (1, 2)
+    assert (len(engine.running), len(engine.waiting)) == (2, 1), "a third one could not grow"
     run_all(engine)
     assert [s.output for s in made] == [subject.wanted([i, 5], made[0].params, FULL)[0] for i in range(3)]
 
@@ -139,7 +140,8 @@ def test_scattered_blocks_are_read_in_order(subject):
     engine.abort(holders[0])
     engine.abort(holders[2])
     late, = engine.add_request([9, 8, 7], SamplingParams(max_tokens=40, ignore_eos=True), subject.policy(threshold=0.5))
-    engine.step()
+    while len(late.tokens) < 20:
+        engine.step()
     assert late.places is not None and late.places.first is None, "the claim is empty where blocks follow each other"
     run_all(engine)
     assert late.output == subject.wanted([9, 8, 7], late.params, late.policy)[0]

@@ -1,4 +1,5 @@
 """Mixtures of requests, by the thousand: every request must say what it says alone."""
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,12 +10,15 @@ from mixtures import Subject, mixture
 class Mixtures:
     """What came of it."""
 
-    requests: int = 0
+    seen: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
 
     def table(self) -> str:
         """Markdown."""
-        return f"{self.requests} requests, by policies, lengths, penalties and memory drawn at random, equal to a plain decoder's."
+        seen = self.seen
+        return (f"{seen['requests']} requests, by policies, lengths, penalties, memory and common beginnings drawn at random, equal to a "
+                f"plain decoder's in {seen['steps']} steps; {seen['aborted']} were aborted, {seen['put back']} lost their memory and came "
+                f"back, and {seen['reused']} tokens of prompts were not computed, for another had computed them.")
 
 
 def stress_mixtures(count: int, seed: int, folder: Path) -> Mixtures:
@@ -22,7 +26,7 @@ def stress_mixtures(count: int, seed: int, folder: Path) -> Mixtures:
     subject, outcome = Subject(folder), Mixtures()
     for index in range(count):
         try:
-            outcome.requests += mixture(subject, seed * 1_000_000 + index)
+            outcome.seen += mixture(subject, seed * 1_000_000 + index)
         except Exception as error:  # whatever it is, the others are tried too
             outcome.failures.append(f"mixture {index}: {type(error).__name__}: {error}")
     return outcome
