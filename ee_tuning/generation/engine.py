@@ -24,6 +24,10 @@ from ee_tuning.generation.scheduler import Scheduler
 from ee_tuning.generation.sequence import Sequence
 from ee_tuning.generation.speculation import Speculation
 from ee_tuning.model.early_exit import EarlyExitModel
+from ee_tuning.parallel.stage_link import StageLink
+
+FILL_BEHIND = 1
+"""Tokens of a sequence that wait at the entrance of a stage before it runs them."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +56,13 @@ class Engine:
                  prefill_chunk: int = 512, cache_tokens: int | None = None, eos_ids: tuple[int, ...] = (), reuses_prefixes: bool = True):
         self.model, self.topology, self.config = model, model.topology, model.config
         self.pieces = cut_pieces(stages, model.plan.exit_layers)
+        self.fill_behind = FILL_BEHIND
         self.max_pending, self.prefill_chunk, self.num_slots, self.eos_ids = max_pending, prefill_chunk, num_slots, eos_ids
         tokens = num_slots * blocks_for(max_length) * BLOCK_SIZE if cache_tokens is None else cache_tokens
         self.cache = KVCache(self.config, self.topology, num_tokens=tokens, max_length=max_length, dtype=model.plan.dtype)
-        self.runner = Runner(model, self.pieces, self.cache)
-        self.judge = Judge(model, self.runner.heads)
+        self.link = StageLink(self.topology)
+        self.runner = Runner(model, self.pieces, self.cache, self.link)
+        self.judge = Judge(model, self.runner.heads, self.link)
         self.speculation: Speculation | None = None
         """From the first request that speculates on."""
         self.scheduler = Scheduler(self.cache, num_slots=num_slots, prefill_chunk=prefill_chunk, reuses_prefixes=reuses_prefixes)
@@ -94,6 +100,8 @@ class Engine:
         self.judge.forget(sequence)
         sequence.finish_reason = reason
         sequence.statistics.seconds = time.perf_counter() - sequence.added_at
+        if self.is_idle:
+            self.link.finish()
 
     @torch.inference_mode()
     def step(self) -> list[TokenStep]:
@@ -252,9 +260,14 @@ class Engine:
         return TokenStep(sequence, answer.token_id, layer, answer.confidence, answer.logprob, answer.top_logprobs)
 
     def _catch_up(self) -> None:
-        """Runs the deeper pieces for everybody once a sequence has `max_pending` tokens waiting."""
+        """Runs the deeper pieces for everybody once a sequence has as many tokens waiting at one as may wait there.
+
+        At the entrance of a stage they are not let pile up: it computes them while the stages before it go on with the next tokens.
+        """
         for index in range(1, len(self.pieces)):
-            if any(s.num_pending(index) >= self.max_pending for s in self.running if not s.speculates):
+            is_other_stage = self.pieces[index].stage > self.pieces[index - 1].stage
+            limit = min(self.fill_behind, self.max_pending) if is_other_stage else self.max_pending
+            if any(s.num_pending(index) >= limit for s in self.running if not s.speculates):
                 for deeper in range(index, len(self.pieces)):
                     rows = [s for s in self.running if s.num_pending(deeper) and not s.speculates]
                     for sequence in rows:

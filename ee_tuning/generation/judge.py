@@ -3,7 +3,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -14,6 +13,7 @@ from ee_tuning.generation.sequence import Sequence
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.model.exit_head import ExitInput
 from ee_tuning.model.ragged_layer import RaggedHead
+from ee_tuning.parallel.stage_link import StageLink
 from ee_tuning.parallel.vocab import confidences, gather_logits, top1
 
 # q states that a head is asked about · v vocabulary
@@ -46,8 +46,8 @@ class Answer:
 class Judge:
     """The heads of one stage, and the agreement of all ranks on what they say."""
 
-    def __init__(self, model: EarlyExitModel, heads: dict[int, RaggedHead]):
-        self.model, self.topology, self.heads = model, model.topology, heads
+    def __init__(self, model: EarlyExitModel, heads: dict[int, RaggedHead], link: StageLink):
+        self.model, self.heads, self.link = model, heads, link
         self._counts: dict[int, TokenCounts] = {}
 
     def forget(self, sequence: Sequence) -> None:
@@ -65,8 +65,7 @@ class Judge:
         decided = torch.full((num_states, 3 + 2 * num_top), -1.0, dtype=torch.float64)
         if hidden is not None:
             self._decide(decided, head_layer, questions, hidden, exit_input, num_top)
-        if self.topology.num_in_replica > 1:
-            dist.broadcast(decided, src=self.topology.first_rank_of_stage(stage), group=self.topology.replica_control)
+        self.link.tell(decided, stage)
         rows = iter(decided.tolist())
         return [[_answer(next(rows), q.sequence, num_top) for _ in q.states] for q in questions]
 

@@ -2,7 +2,6 @@
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ee_tuning.generation.kv_cache import KVCache
@@ -12,6 +11,7 @@ from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.model.exit_head import ExitInput
 from ee_tuning.model.ragged_attention import CachePlaces, RaggedBatch, ragged_batch, rotation_tables
 from ee_tuning.model.ragged_layer import RaggedHead, RaggedLayer
+from ee_tuning.parallel.stage_link import StageLink
 
 # t tokens of a ragged batch · h hidden
 
@@ -30,8 +30,8 @@ class PieceOutput:
 class Runner:
     """The layers of one stage, and their caches."""
 
-    def __init__(self, model: EarlyExitModel, pieces: tuple[Piece, ...], cache: KVCache):
-        self.model, self.topology, self.config, self.pieces, self.cache = model, model.topology, model.config, pieces, cache
+    def __init__(self, model: EarlyExitModel, pieces: tuple[Piece, ...], cache: KVCache, link: StageLink):
+        self.model, self.topology, self.config, self.pieces, self.cache, self.link = model, model.topology, model.config, pieces, cache, link
         own = range(model.plan.first_layer, model.plan.last_layer + 1)
         self.layers = {number: RaggedLayer(model.backbone.layer(number), self.config, self.topology) for number in own}
         self.heads = {spec.layer: RaggedHead(model.exit_head(spec.layer), self.topology) for spec in model.plan.own_exits}
@@ -78,11 +78,9 @@ class Runner:
             return hidden
         if before == stage:
             assert hidden is not None
-            dist.send(hidden.contiguous(), dst=self.topology.pp_ranks[stage + 1], group=self.topology.pp_group)
+            self.link.send(hidden)
         elif here:
-            hidden = torch.empty(sum(lengths), self.config.hidden_size, dtype=self.model.plan.dtype, device=self.topology.device)
-            dist.recv(hidden, src=self.topology.pp_ranks[stage - 1], group=self.topology.pp_group)
-            return hidden
+            return self.link.receive(sum(lengths), self.config.hidden_size, self.model.plan.dtype)
         return None
 
     def _embedded(self, rows: list[Sequence], starts: list[int], lengths: list[int]) -> Tensor:  # [t, h]
