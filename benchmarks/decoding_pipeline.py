@@ -3,9 +3,9 @@
     python benchmarks/decoding_pipeline.py --exits runs/demo/exit_heads
     python benchmarks/decoding_pipeline.py --only 30M --batch 1 8 --rounds 5
 
-Two processes of one thread each, gloo between them, six layers on each, exits asked after layers 3 and 6 alone: in the first stage. Every round
-takes each way of decoding in turn; a ratio is the median over rounds of the round's own ratio to full depth. `threshold` is run twice: with
-tokens that left filled in behind them at once by the second stage, and with the second stage waiting until a token comes that goes deeper.
+Two processes of one thread each, gloo between them, six layers on each, exits asked after layers 3 and 6 alone: in the first stage. Every
+round takes each way of decoding in turn; a ratio is the median over rounds of the round's own ratio to full depth. `threshold` is run with
+the second stage filling the keys and values of tokens that left at once, by four, and when a token comes that goes deeper.
 The random model's exits are sure of nothing, so its threshold is that which a share of tokens (`--leaving`) passes at layer 6.
 A stage is busy when it does not wait for the other one.
 """
@@ -27,7 +27,8 @@ from random_model import SHIPPED_MODEL, Folders, write_exits, write_random_model
 from ee_tuning import EarlyExitLLM
 from ee_tuning.config import load_config
 
-PROMPTS = ['"""Read settings from a file."""\nimport os\n\n\ndef read_settings(path, defaults=None):\n', "class Stack:\n    def push(self, x):\n",
+PROMPTS = ['"""Read settings from a file."""\nimport os\n\n\ndef read_settings(path, defaults=None):\n',
+           "class Stack:\n    def push(self, x):\n",
            "import json\nimport sys\n\n\ndef main():\n", "def test_empty():\n    ", "for name in sorted(names):\n    ",
            "try:\n    value = int(text)\nexcept ValueError:\n", "class Node:\n    def __init__(self, ", "def fibonacci(n):\n    "]
 LAYOUT, LAST_EXIT = (6, 6), 6
@@ -59,7 +60,8 @@ def main() -> None:
             else:
                 folders = Folders(SHIPPED_MODEL, options.exits or write_exits(SHIPPED_MODEL, Path(folder, "shipped")))
             rows += _in_two_processes(name, folders, options)
-    print(f"\n{options.new_tokens} new tokens after each prompt, greedy, float32, two processes of one thread, medians of {options.rounds} rounds\n")
+    print(f"\n{options.new_tokens} new tokens after each prompt, greedy, float32, two processes of one thread, medians of "
+          f"{options.rounds} rounds\n")
     print("| model | batch | way | mean depth | tokens/s | ÷ full depth | busy, by stage |\n|---|---|---|---|---|---|---|")
     for row in rows:
         print(f"| {row.model} | {row.batch} | {row.way} | {row.mean_depth:.1f} | {row.tokens_per_second:.0f} | {row.to_full_depth:.2f} | "

@@ -26,7 +26,7 @@ from ee_tuning.generation.speculation import Speculation
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.parallel.stage_link import StageLink
 
-FILL_BEHIND = 1
+FILL_BEHIND = 4
 """Tokens of a sequence that wait at the entrance of a stage before it runs them."""
 
 

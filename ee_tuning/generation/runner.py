@@ -31,7 +31,8 @@ class Runner:
     """The layers of one stage, and their caches."""
 
     def __init__(self, model: EarlyExitModel, pieces: tuple[Piece, ...], cache: KVCache, link: StageLink):
-        self.model, self.topology, self.config, self.pieces, self.cache, self.link = model, model.topology, model.config, pieces, cache, link
+        self.model, self.topology, self.config, self.pieces, self.cache = model, model.topology, model.config, pieces, cache
+        self.link = link
         own = range(model.plan.first_layer, model.plan.last_layer + 1)
         self.layers = {number: RaggedLayer(model.backbone.layer(number), self.config, self.topology) for number in own}
         self.heads = {spec.layer: RaggedHead(model.exit_head(spec.layer), self.topology) for spec in model.plan.own_exits}
