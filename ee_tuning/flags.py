@@ -49,21 +49,23 @@ FLAGS: dict[str, dict[str, str]] = {
         **_TUNING_LAYOUT},
     "profile": {**_MODEL, "--no-verify": "exits.verify", "--text": "exits.profile_text", "--tokenizer": "data.tokenizer"},
     "export": {**_MODEL, **_EXITS, "--tokenizer": "data.tokenizer", **_HEADS, "--seed": "exits.seed"},
+    "calibrate": {**_MODEL, **_EXITS, "--data": "data.valid_paths", "--tokenizer": "data.tokenizer",
+                  "--tensor-model-parallel-size": "parallel.tensor_model_parallel_size"},
     "generate": {
         **_MODEL, **_EXITS, "--tokenizer": "data.tokenizer", "--policy": "generation.policy", "--threshold": "generation.threshold",
-        "--measure": "generation.measure", "--exit-layer": "generation.exit_layer", **_SAMPLING,
+        "--measure": "generation.measure", "--calibration": "generation.calibration", "--exit-layer": "generation.exit_layer", **_SAMPLING,
         "--min-new-tokens": "generation.min_new_tokens", "--n": "generation.n", "--logprobs": "generation.logprobs",
         "--stop-token-ids": "generation.stop_token_ids", "--ignore-eos": "generation.ignore_eos",
         "--max-batch-size": "generation.max_batch_size", "--cache-tokens": "generation.cache_tokens", **_PARALLEL},
     "chat": {
         **_MODEL, **_EXITS, "--tokenizer": "data.tokenizer", "--policy": "generation.policy", "--threshold": "generation.threshold",
-        "--measure": "generation.measure", "--exit-layer": "generation.exit_layer", **_SAMPLING},
+        "--measure": "generation.measure", "--calibration": "generation.calibration", "--exit-layer": "generation.exit_layer", **_SAMPLING},
 }
 """Command -> flag -> config key. A flag `--no-…` sets its key to false, one that takes no value otherwise to true."""
 
 _NOT = "--no-"
 _METAVARS = {"model.path": "FOLDER", "model.config": "FILE", "exits.path": "FOLDER", "data.tokenizer": "FOLDER",
-             "data.chat_template": "FILE",
+             "data.chat_template": "FILE", "generation.calibration": "FILE", "data.valid_paths": "PATH",
              "tuning.run_folder": "FOLDER", "data.paths": "PATH", "exits.profile_text": "FILE"}
 
 

@@ -17,6 +17,14 @@ def generate(args: argparse.Namespace) -> int:
                     show_exits=args.show_exits)
 
 
+def calibrate(args: argparse.Namespace) -> None:
+    """Text -> a threshold for each exit."""
+    config = job_of(args)
+    from ee_tuning.evaluation.calibrate_command import calibrate
+
+    calibrate(config, args)
+
+
 def chat(args: argparse.Namespace) -> None:
     """A conversation at a terminal."""
     config = job_of(args)
@@ -35,6 +43,17 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object per prompt instead of text")
 
 
+def _add_calibrate(parser: argparse.ArgumentParser) -> None:
+    add_job(parser, "calibrate")
+    parser.add_argument("--agreement", type=float, default=0.95, metavar="X",
+                        help="share of the tokens that leave at an exit which the full model should agree with (default %(default)s)")
+    parser.add_argument("--measure", choices=("best", "max_probability", "margin", "entropy"), default="best",
+                        help="of confidence; best: the one by which tokens leave earliest (default %(default)s)")
+    parser.add_argument("--tokens", type=int, default=50_000, metavar="N", help="how many to measure on at most (default %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("calibration.json"), metavar="FILE",
+                        help="where the thresholds go; a picture goes beside it (default %(default)s)")
+
+
 def _add_chat(parser: argparse.ArgumentParser) -> None:
     add_job(parser, "chat")
     parser.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
@@ -42,6 +61,15 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
 
 
 COMMANDS = (
+    Command(name="calibrate", summary="measure on text from which confidence on each exit agrees with the full model as often as you want",
+            examples="""\
+  ee-tuning calibrate --model Llama-2-7b-hf --exits runs/llama-2-7b/exit_heads --data held_out.jsonl --agreement 0.95
+  ee-tuning calibrate job.yaml --exits runs/llama-2-7b/exit_heads --measure margin --output runs/llama-2-7b/calibration.json
+
+generate and chat take the file with --calibration.
+Without --data it measures on what tune holds out of the job's data.paths. An exit that can not reach the agreement is told, and not used.
+Every fourth sample is held out, and tells what the thresholds do on tokens that they were not chosen by.""",
+            add_arguments=_add_calibrate, run=calibrate),
     Command(name="generate", summary="complete prompts, leaving the network early where an exit is confident enough",
             examples="""\
   ee-tuning generate --model Llama-2-7b-hf --exits runs/llama-2-7b/exit_heads --prompt "Once upon a time" --threshold 0.8 --show-exits

@@ -16,6 +16,8 @@ class GenerationSection:
     """Confidence at which a token leaves: one for all exits, or one for each, shallow to deep. Above 1 never."""
     measure: Measure = "max_probability"
     """Of confidence, in the plain softmax: the largest probability, its margin over the second, or 1 - entropy / ln(vocabulary)."""
+    calibration: str | None = None
+    """File that `ee-tuning calibrate` wrote: its thresholds and its measure, in place of threshold and measure."""
     exit_layer: int | None = None
     """The exit of the policy `fixed`."""
     max_new_tokens: int = 100

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from ee_tuning.config import GenerationSection
 from ee_tuning.config.generation import Measure
 from ee_tuning.errors import InputError
+from ee_tuning.generation.calibration import read_calibration
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,9 @@ def policy_of(generation: GenerationSection, exit_layers: tuple[int, ...], num_l
     early = tuple(layer for layer in exit_layers if layer < num_layers)
     if kind == "speculative":
         return Policy(drafts_at=early)
+    if generation.calibration is not None:
+        calibration = read_calibration(generation.calibration, exit_layers, num_layers)
+        return Policy(thresholds=calibration.used, measure=calibration.measure)
     thresholds = _thresholds(generation.threshold, exit_layers)
     # No measure is above 1.
     return Policy(thresholds={layer: thresholds[layer] for layer in early if thresholds[layer] <= 1}, measure=generation.measure)

@@ -1,0 +1,191 @@
+"""`ee-tuning calibrate`: from which confidence on each exit says what the full model says, measured on text.
+
+Every exit and the final head read the same tokens, whole texts at once. Exits are taken from shallow to deep, each judged by the tokens
+that have not left before it; its threshold is the lowest whose tokens agree with the final head as often as wanted, at the lower end of
+the confidence interval of that share. A part of the text is held out, and tells what the thresholds do on tokens that they were not chosen
+by.
+"""
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ee_tuning.config.generation import Measure
+from ee_tuning.model.early_exit import EarlyExitModel
+from ee_tuning.parallel.vocab import confidences, top1
+
+# n tokens · h hidden · v vocabulary
+
+MEASURES: tuple[Measure, ...] = get_args(Measure)
+CHUNK = 128
+"""Tokens whose logits are there at a time."""
+CANDIDATES = 200
+"""Thresholds that are looked at: quantiles of the confidences."""
+SURENESS = 0.99
+"""Of the lower end of an interval."""
+
+
+@dataclass(frozen=True)
+class Readings:
+    """What the exits said of the same n tokens."""
+
+    confidences: dict[tuple[int, Measure], Tensor]
+    """Exit layer, measure -> [n]."""
+    agrees: dict[int, Tensor]
+    """Exit layer -> [n] bool: whether its likeliest token is the final head's."""
+    samples: Tensor
+    """[n] int64: the sample that each token is of."""
+    num_layers: int
+
+    @property
+    def exit_layers(self) -> tuple[int, ...]:
+        """The early exits, shallow to deep."""
+        return tuple(sorted(self.agrees))
+
+    @property
+    def num_tokens(self) -> int:
+        """n."""
+        return len(self.samples)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitResult:
+    """One exit at its threshold."""
+
+    threshold: float | None
+    """None where no threshold reaches the wanted agreement."""
+    share: float
+    """Of the tokens that come to it, those that leave."""
+    agreement: float
+    """Of those that leave; where none may, of the surest ones, the most that was seen."""
+    at_least: float
+    """Lower end of its interval."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """All exits at their thresholds on some tokens."""
+
+    exits: dict[int, ExitResult]
+    mean_depth: float
+    """Layers that a token goes through."""
+    agreement: float
+    """Of all tokens, those that do not leave included: they are the full model's own."""
+
+
+@torch.no_grad()
+def read_exits(model: EarlyExitModel, samples: Iterable[Tensor]) -> Readings:  # samples: [s] int64
+    """Runs samples through a model that lies on one stage, and asks every exit about every token."""
+    last = model.config.num_layers
+    known: dict[tuple[int, Measure], list[Tensor]] = {}
+    agrees: dict[int, list[Tensor]] = {}
+
+    def look(hidden: Tensor, weight: Tensor, measures: tuple[Measure, ...]) -> tuple[Tensor, list[Tensor]]:  # [s, 1, h] -> [s], …
+        ids: list[Tensor] = []
+        found: list[list[Tensor]] = [[] for _ in measures]
+        for part in hidden[:, 0].split(CHUNK):
+            logits = F.linear(part, weight)
+            ids.append(top1(logits, model.vocab).token_ids)
+            for values, measure in zip(found, measures, strict=True):
+                values.append(confidences(logits, model.vocab, measure).double())
+        return torch.cat(ids), [torch.cat(values) for values in found]
+
+    lengths = []
+    for tokens in samples:
+        lengths.append(len(tokens))
+        hidden, inputs = model.run_layers(model.embed(tokens[None].to(model.topology.device)))
+        final = look(model.final_hidden(hidden), model.backbone.output_layer.weight, ())[0]
+        for layer in sorted(inputs):
+            if layer < last:
+                ids, found = model.exit_head(layer)(inputs[layer], lambda hidden, weight: look(hidden, weight, MEASURES))
+                agrees.setdefault(layer, []).append((ids == final).cpu())
+                for measure, values in zip(MEASURES, found, strict=True):
+                    known.setdefault((layer, measure), []).append(values.cpu())
+    return Readings({key: torch.cat(values) for key, values in known.items()},
+                    {layer: torch.cat(values) for layer, values in agrees.items()},
+                    torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)), last)
+
+
+def choose(readings: Readings, measure: Measure, wanted: float) -> dict[int, float | None]:
+    """Exit layer -> the lowest confidence from which on it agrees as often as `wanted`, on the tokens that no exit before it took."""
+    stays = torch.ones(readings.num_tokens, dtype=torch.bool)
+    thresholds: dict[int, float | None] = {}
+    for layer in readings.exit_layers:
+        confidence = readings.confidences[layer, measure]
+        thresholds[layer] = next((each for each in _candidates(confidence[stays])
+                                   if lower_end(readings, layer, stays & (confidence >= each)) >= wanted), None)
+        if (threshold := thresholds[layer]) is not None:
+            stays &= confidence < threshold
+    return thresholds
+
+
+def judge(readings: Readings, measure: Measure, thresholds: dict[int, float | None]) -> Outcome:
+    """What these thresholds do."""
+    stays = torch.ones(readings.num_tokens, dtype=torch.bool)
+    depth, agreed, exits = 0.0, 0, {}
+    for layer in readings.exit_layers:
+        confidence, agrees = readings.confidences[layer, measure], readings.agrees[layer]
+        threshold, reached = thresholds[layer], int(stays.sum())
+        leaves = stays & (confidence >= (threshold if threshold is not None else 2.0))
+        count, right = int(leaves.sum()), int((leaves & agrees).sum())
+        if threshold is None:
+            best = max((lower_end(readings, layer, stays & (confidence >= each)) for each in _candidates(confidence[stays])), default=0.0)
+            exits[layer] = ExitResult(threshold=None, share=0.0, agreement=best, at_least=best)
+        else:
+            exits[layer] = ExitResult(threshold=threshold, share=count / max(reached, 1), agreement=right / max(count, 1),
+                                      at_least=lower_end(readings, layer, leaves))
+        depth, agreed, stays = depth + count * layer, agreed + right, stays & ~leaves
+    left = int(stays.sum())
+    return Outcome(exits=exits, mean_depth=(depth + left * readings.num_layers) / readings.num_tokens,
+                   agreement=(agreed + left) / readings.num_tokens)
+
+
+def best_measure(readings: Readings, wanted: float, asked: Literal["best"] | Measure) -> tuple[Measure, dict[int, float | None]]:
+    """(measure, thresholds): of all measures, or the one asked for, the one whose tokens leave earliest."""
+    tried = [(measure, choose(readings, measure, wanted)) for measure in (MEASURES if asked == "best" else (asked,))]
+    return min(tried, key=lambda each: judge(readings, *each).mean_depth)
+
+
+def lower_end(readings: Readings, layer: int, leaves: Tensor) -> float:  # [n] bool
+    """Lower end, one-sided, at SURENESS, of the interval of the share of these tokens that an exit has right; 0 of none.
+
+    The lower one of two: Wilson's (1927), for which tokens are independent, and that of a ratio whose samples are (Cochran 1977, 6.3): a
+    sample's tokens are hard or easy together.
+    """
+    counts = torch.bincount(readings.samples[leaves])
+    count, z = int(counts.sum()), NormalDist().inv_cdf(SURENESS)
+    if count == 0:
+        return 0.0
+    rights = torch.bincount(readings.samples[leaves & readings.agrees[layer]], minlength=len(counts))
+    share, spread = int(rights.sum()) / count, z * z / count
+    wilson = (share + spread / 2 - z * math.sqrt(share * (1 - share) / count + spread / (4 * count))) / (1 + spread)
+    deviation = float((rights - share * counts).square().sum().sqrt()) / count
+    return max(0.0, min(wilson, share - z * deviation))
+
+
+def curve(readings: Readings, layer: int, measure: Measure, num_points: int = 101) -> list[tuple[float, float, float]]:
+    """(threshold, share of all tokens at or above it, their agreement), over thresholds from 0 to 1, where a token is left."""
+    confidence, agrees = readings.confidences[layer, measure], readings.agrees[layer]
+    points = []
+    for threshold in torch.linspace(0, 1, num_points, dtype=torch.float64).tolist():
+        leaves = confidence >= threshold
+        if leaves.any():
+            points.append((round(threshold, 4), float(leaves.double().mean()), float(agrees[leaves].double().mean())))
+    return points
+
+
+def as_json(tree: object) -> str:
+    """Of a calibration file: numbers short enough to be read."""
+    return json.dumps(json.loads(json.dumps(tree), parse_float=lambda text: round(float(text), 8)), indent=1) + "\n"
+
+
+def _candidates(confidence: Tensor) -> list[float]:  # [n]
+    """Thresholds worth a look, lowest first."""
+    ordered = confidence.sort()[0]
+    return ordered[torch.linspace(0, len(ordered) - 1, min(CANDIDATES, len(ordered))).long()].unique().tolist() if len(ordered) else []
