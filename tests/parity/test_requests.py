@@ -79,6 +79,26 @@ POLICIES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("temperature", [0.0, 1.3])
+def test_a_batch_says_what_each_says_alone(subject, policy, temperature):
+    """Padding that a row sees, a neighbour's decision, a token in the wrong row: with lengths mixed, and half of them joining late."""
+    params = SamplingParams(max_tokens=14, temperature=temperature, ignore_eos=True, seed=2)
+    prompts = [[(3 * i + j) % 100 for j in range(length)] for i, length in enumerate((1, 40, 5, 17, 2, 33))]
+    together, made = subject.engine(num_slots=5, prefill_chunk=24, max_pending=3), []
+    for index, prompt in enumerate(prompts):
+        made += together.add_request(prompt, params, subject.policy(**policy))
+        for _ in range(index // 3 * 2):
+            together.step()
+    run_all(together)
+    for sequence, prompt in zip(made, prompts, strict=True):
+        alone, = (engine := subject.engine(num_slots=1)).add_request(prompt, params, sequence.policy)
+        run_all(engine)
+        assert sequence.output == alone.output == subject.wanted(prompt, params, sequence.policy)[0]
+        if policy.get("policy") != "speculative":
+            assert sequence.statistics.exit_layers == alone.statistics.exit_layers
+
+
+@pytest.mark.parametrize("policy", POLICIES)
 def test_the_end_of_the_context(subject, policy):
     """One token too many reads or writes past a sequence's memory; one too few stops early."""
     engine = subject.engine(num_slots=2)

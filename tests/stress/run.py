@@ -15,7 +15,7 @@ from typing import Protocol
 TESTS = Path(__file__).parents[1]
 sys.path[:0] = [str(TESTS.parent), str(TESTS), str(TESTS / "distributed")]
 
-COUNTS = {"safetensors": 3000, "checkpoints": 500, "saves": 100, "tuning": 100, "mixtures": 1000}
+COUNTS = {"safetensors": 3000, "checkpoints": 500, "saves": 100, "tuning": 100, "mixtures": 1000, "speculation": 200, "growth": 10_000}
 
 
 def main() -> int:
@@ -30,7 +30,7 @@ def main() -> int:
 
     import torch
     from checkpoint_stress import stress_checkpoints
-    from decoding_stress import stress_mixtures
+    from decoding_stress import stress_growth, stress_mixtures, stress_speculation
     from kills import stress_saves, stress_tuning
     from nursery import Nursery
     from safetensors_stress import stress_safetensors
@@ -42,7 +42,9 @@ def main() -> int:
         _Part("Damaged Megatron checkpoints", options["checkpoints"], damaged, lambda n, folder: stress_checkpoints(n, seed, folder)),
         _Part("`kill -9` while a command saves", options["saves"], killed, lambda n, folder: stress_saves(n, seed, folder, nursery)),
         _Part("`kill -9` while a run tunes", options["tuning"], killed, lambda n, folder: stress_tuning(n, seed, folder, nursery)),
-        _Part("Mixtures of decoding requests", options["mixtures"], "mixtures", lambda n, folder: stress_mixtures(n, seed, folder))]
+        _Part("Mixtures of decoding requests", options["mixtures"], "mixtures", lambda n, folder: stress_mixtures(n, seed, folder)),
+        _Part("Speculation", options["speculation"], "prompts", lambda n, folder: stress_speculation(n, seed, folder)),
+        _Part("Memory over many tokens", options["growth"], "tokens", lambda n, folder: stress_growth(n, seed, folder))]
     stories = [story for name, story in zip(COUNTS, stories, strict=True) if name in options["only"]]
     for story in stories:
         story.run(seed)
