@@ -82,26 +82,26 @@ def _one_run(runner: Runner, count: int) -> Tensor:
     for index, piece in enumerate(runner.pieces):
         if piece.stage == runner.topology.stage:
             began = time.perf_counter()
-            hidden, exit_input = _pass(runner, index, hidden, cache, batch)
+            hidden, inner = _pass(runner, index, hidden, cache, batch)
             seconds[index] = time.perf_counter() - began
             began = time.perf_counter()
             if index == len(runner.pieces) - 1:
                 logits = F.linear(runner.model.final_hidden(hidden), runner.model.backbone.output_layer.weight)
                 top1(logits, runner.model.vocab).token_ids.tolist()
             elif piece.exit_layer is not None:
-                top1(runner.heads[piece.exit_layer].logits(exit_input), runner.model.vocab).token_ids.tolist()
+                head = runner.heads[piece.exit_layer]
+                taken = head.take(hidden, inner) if head.layer is None else head.run_own_layer(hidden, cache, batch)
+                top1(head.logits(taken), runner.model.vocab).token_ids.tolist()
             seconds[len(runner.pieces) + index] = time.perf_counter() - began
     return seconds
 
 
 def _pass(runner: Runner, index: int, hidden: Tensor, cache: LayerCache, batch: RaggedBatch) -> tuple[Tensor, ExitInput]:
-    piece, exit_input = runner.pieces[index], ExitInput(hidden)
+    piece, inner = runner.pieces[index], ExitInput(hidden)
     for number in range(piece.first_layer, piece.last_layer + 1):
-        hidden, exit_input = runner.layers[number](hidden, cache, batch)
-    if (head := runner.heads.get(piece.last_layer)) is not None:
-        exit_input = head.take(hidden, exit_input, cache if head.needs_cache else None, batch)
+        hidden, inner = runner.layers[number](hidden, cache, batch)
     hidden[0, 0].item()  # on a device that computes behind Python's back, it has to be waited for
-    return hidden, exit_input
+    return hidden, inner
 
 
 def _between(curve: Curve, count: int) -> float:

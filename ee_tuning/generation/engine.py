@@ -87,9 +87,11 @@ class Engine:
         if policy.fixed_exit is not None:
             last_piece = next(i for i, piece in enumerate(self.pieces) if piece.last_layer == policy.fixed_exit)
         stop_ids = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else self.eos_ids)
+        own_layers = policy.asked & self.runner.head_layers.own
         added = [Sequence(tokens=list(prompt), params=params, policy=policy, limit=limit, stop_ids=stop_ids, last_piece=last_piece,
                           completion=i, added_at=time.perf_counter(), watermarks=[0] * len(self.pieces),
-                          boundary=[[] for _ in self.pieces]) for i in range(params.n)]
+                          boundary=[[] for _ in self.pieces], head_watermarks=dict.fromkeys(own_layers, 0),
+                          head_states={layer: [] for layer in own_layers}) for i in range(params.n)]
         self.waiting.extend(added)
         return added
 
@@ -243,7 +245,9 @@ class Engine:
 
     def _ask(self, index: int, head: int | None, questions: list[Question], output: PieceOutput) -> list[list[Answer]]:
         began = time.perf_counter()
-        answers = self.judge.ask(head, questions, output.hidden, output.exit_input, self.pieces[index].stage)
+        states = [state for question in questions for state in question.states]
+        inputs = self.runner.asked_states(index, head, [question.sequence for question in questions], states, output)
+        answers = self.judge.ask(head, questions, inputs, self.pieces[index].stage)
         self.seconds_in_heads += time.perf_counter() - began
         return answers
 

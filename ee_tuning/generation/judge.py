@@ -54,25 +54,22 @@ class Judge:
         """Frees what is kept of a sequence that has ended."""
         self._counts.pop(sequence.number, None)
 
-    def ask(self, head_layer: int | None, questions: list[Question], hidden: Tensor | None, exit_input: ExitInput | None,
-            stage: int) -> list[list[Answer]]:
-        """An answer for each state of each question. `hidden` and `exit_input` are of the pass, on the stage that has the head.
+    def ask(self, head_layer: int | None, questions: list[Question], inputs: ExitInput | None, stage: int) -> list[list[Answer]]:
+        """An answer for each state of each question. `inputs` are of these states, in order, on the stage that has the head.
 
         `head_layer` None is the model's own final head.
         """
         num_top = max((q.sequence.params.logprobs or 0 for q in questions), default=0)
         num_states = sum(len(q.states) for q in questions)
         decided = torch.full((num_states, 3 + 2 * num_top), -1.0, dtype=torch.float64)
-        if hidden is not None:
-            self._decide(decided, head_layer, questions, hidden, exit_input, num_top)
+        if inputs is not None:
+            self._decide(decided, head_layer, questions, inputs, num_top)
         self.link.tell(decided, stage)
         rows = iter(decided.tolist())
         return [[_answer(next(rows), q.sequence, num_top) for _ in q.states] for q in questions]
 
-    def _decide(self, decided: Tensor, head_layer: int | None, questions: list[Question], hidden: Tensor, exit_input: ExitInput | None,
-                num_top: int) -> None:
-        states = [state for q in questions for state in q.states]
-        logits = self._logits(head_layer, states, hidden, exit_input)
+    def _decide(self, decided: Tensor, head_layer: int | None, questions: list[Question], inputs: ExitInput, num_top: int) -> None:
+        logits = self._logits(head_layer, inputs)
         ids, probabilities = top1(logits, self.model.vocab)
         decided[:, 0], decided[:, 1] = ids, probabilities
         first = 0
@@ -87,13 +84,10 @@ class Judge:
         if careful:
             self._choose(decided, logits, careful, num_top)
 
-    def _logits(self, head_layer: int | None, states: list[int], hidden: Tensor, exit_input: ExitInput | None) -> Tensor:  # [q, v/tp]
-        is_whole = states == list(range(hidden.shape[0]))
+    def _logits(self, head_layer: int | None, inputs: ExitInput) -> Tensor:  # [q, v/tp]
         if head_layer is None:
-            final = self.model.final_hidden(hidden if is_whole else hidden[states])
-            return F.linear(final, self.model.backbone.output_layer.weight)
-        assert exit_input is not None
-        return self.heads[head_layer].logits(exit_input if is_whole else exit_input.rows(states))
+            return F.linear(self.model.final_hidden(inputs.hidden), self.model.backbone.output_layer.weight)
+        return self.heads[head_layer].logits(inputs)
 
     def _choose(self, decided: Tensor, logits: Tensor, careful: list[tuple[Question, int]], num_top: int) -> None:
         """Tokens of questions that ask for more than the likeliest one."""

@@ -21,6 +21,11 @@ class Policy:
     drafts_at: tuple[int, ...] = ()
     """Exits that may draft tokens, which the full model checks."""
 
+    @property
+    def asked(self) -> frozenset[int]:
+        """Exits whose heads may ever be asked."""
+        return frozenset({*self.thresholds, *self.drafts_at} | ({self.fixed_exit} if self.fixed_exit is not None else set()))
+
 
 FULL = Policy()
 

@@ -21,6 +21,5 @@ def check_request(prompt: list[int], params: SamplingParams, policy: Policy, con
     if min(len(prompt) + params.max_tokens, cache.max_length) > cache.num_places:
         raise InputError(f"prompt and max_tokens together must fit the cache of {cache.num_places} tokens, got {len(prompt)} + "
                          f"{params.max_tokens}; at most {max(0, cache.num_places - len(prompt))} new tokens fit behind this prompt")
-    asked = {*policy.thresholds, *policy.drafts_at, *(() if policy.fixed_exit is None else (policy.fixed_exit,))}
-    if asked - set(exit_layers):
-        raise InputError(f"exits must be among {', '.join(map(str, exit_layers)) or 'none'}, got {min(asked - set(exit_layers))}")
+    if unknown := policy.asked - set(exit_layers):
+        raise InputError(f"exits must be among {', '.join(map(str, exit_layers)) or 'none'}, got {min(unknown)}")

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ee_tuning.generation.head_layers import HeadLayers
 from ee_tuning.generation.kv_cache import KVCache
 from ee_tuning.generation.pieces import Piece
 from ee_tuning.generation.sequence import Sequence
@@ -37,6 +38,8 @@ class Runner:
         self.layers = {number: RaggedLayer(model.backbone.layer(number), self.config, self.topology) for number in own}
         self.heads = {spec.layer: RaggedHead(model.exit_head(spec.layer), self.topology) for spec in model.plan.own_exits}
         self.tables = rotation_tables(model.backbone.angles[:cache.max_length], model.plan.dtype)
+        own_layers = frozenset(spec.layer for spec in model.plan.exits if spec.architecture == "layer")
+        self.head_layers = HeadLayers(own_layers, self.heads, cache, self._describe)
         self._batch: tuple[object, RaggedBatch] | None = None
         self._places: list[CachePlaces] = []
 
@@ -48,20 +51,35 @@ class Runner:
             sequence.watermarks[index] = sequence.num_arrived(index)
         firsts = tuple(sum(lengths[:i]) for i in range(len(lengths)))
         hidden, exit_input = self._entrance(index, rows, starts, lengths), None
-        if hidden is None:
-            return PieceOutput(None, None, firsts, tuple(lengths))
-        batch = self._describe(rows, starts, lengths)
-        for number in range(piece.first_layer, piece.last_layer + 1):
-            hidden, exit_input = self.layers[number](hidden, self.cache.layer(number), batch)
-        assert exit_input is not None, piece
-        if (head := self.heads.get(piece.last_layer)) is not None:
-            cache = self.cache.exit_head(piece.last_layer) if head.needs_cache else None
-            exit_input = head.take(hidden, exit_input, cache, batch)
-        if index + 1 < len(self.pieces):
+        if hidden is not None:
+            batch = self._describe(rows, starts, lengths)
+            for number in range(piece.first_layer, piece.last_layer + 1):
+                hidden, exit_input = self.layers[number](hidden, self.cache.layer(number), batch)
+            assert exit_input is not None, piece
+            if (head := self.heads.get(piece.last_layer)) is not None:
+                exit_input = head.take(hidden, exit_input)
+        if piece.last_layer in self.head_layers.own:
+            self.head_layers.keep(piece.last_layer, index, rows, hidden, firsts)
+        if hidden is not None and index + 1 < len(self.pieces):
             for sequence, first, length in zip(rows, firsts, lengths, strict=True):
                 if index < sequence.last_piece:
                     sequence.boundary[index + 1].append(hidden[first: first + length])
         return PieceOutput(hidden, exit_input, firsts, tuple(lengths))
+
+    def asked_states(self, index: int, head_layer: int | None, rows: list[Sequence], states: list[int],
+                     output: PieceOutput) -> ExitInput | None:
+        """What a head behind piece `index` takes at `states`, places in the pass that left `output`; None on the other stages.
+
+        `head_layer` None is the final head. Early exits are asked about the newest token of each of `rows`.
+        """
+        if head_layer in self.head_layers.own:
+            return self.head_layers.ask(head_layer, index, rows)
+        inputs = output.exit_input
+        if output.hidden is None or inputs is None:
+            return None
+        if head_layer is None:
+            inputs = ExitInput(output.hidden)
+        return inputs if states == list(range(len(inputs.hidden))) else inputs.rows(states)
 
     def _entrance(self, index: int, rows: list[Sequence], starts: list[int], lengths: list[int]) -> Tensor | None:  # [t, h]
         """The pending tokens' states where the piece is computed: embedded, kept from before, or sent by the stage before."""

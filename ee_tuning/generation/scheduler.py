@@ -29,7 +29,7 @@ class Scheduler:
             self._leave(sequence)
         else:
             return False
-        sequence.boundary = []
+        sequence.boundary, sequence.head_states = [], {}
         return True
 
     def admit(self) -> None:

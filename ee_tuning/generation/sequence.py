@@ -3,6 +3,7 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from ee_tuning.generation.params import SamplingParams
@@ -85,6 +86,10 @@ class Sequence:
     """Per piece, how many tokens have their keys and values there."""
     boundary: list[list[Tensor]] = field(default_factory=list, repr=False)
     """Per piece, the hidden states [k, h] of its pending tokens, on the stage that made them."""
+    head_watermarks: dict[int, int] = field(default_factory=dict)
+    """For heads that have a layer of their own and may be asked about this sequence: how many tokens have keys and values there."""
+    head_states: dict[int, list[Tensor]] = field(default_factory=dict, repr=False)
+    """Per such head, the states [k, h] of the tokens that lack them there, on the stage that has the head."""
     blocks: list[int] = field(default_factory=list)
     places: CachePlaces | None = None
     block_keys: list[bytes] = field(default_factory=list, repr=False)
@@ -124,12 +129,13 @@ class Sequence:
     @property
     def parts(self) -> frozenset[Part]:
         """Parts of the network that it needs keys and values in."""
-        return frozenset(("piece", index) for index in range(self.last_piece + 1))
+        pieces = frozenset(("piece", index) for index in range(self.last_piece + 1))
+        return pieces | {("head", layer) for layer in self.head_watermarks}
 
     @property
     def num_filled(self) -> int:
         """Tokens that have them in all of these parts, drafts left out."""
-        return min(min(self.watermarks[: self.last_piece + 1]), self.num_final)
+        return min(*self.watermarks[: self.last_piece + 1], *self.head_watermarks.values(), self.num_final)
 
     @property
     def num_drafts(self) -> int:
@@ -169,6 +175,10 @@ class Sequence:
         assert not any(self.boundary[piece] for piece in range(1, self.last_piece + 1)), "states of tokens that may be gone"
         self.num_fed = min(self.num_fed, num_tokens)
         self.watermarks = [min(mark, num_tokens) for mark in self.watermarks]
+        for layer, mark in self.head_watermarks.items():
+            self.head_watermarks[layer] = min(mark, num_tokens)
+            if self.head_states[layer]:
+                self.head_states[layer] = [torch.cat(self.head_states[layer])[:max(0, num_tokens - mark)]]
 
     def begin_at(self, num_tokens: int) -> None:
         """The first tokens have keys and values in all of its parts, and nothing else was computed. Drafts are forgotten."""
@@ -177,3 +187,5 @@ class Sequence:
         self.num_fed = num_tokens
         self.watermarks = [num_tokens] * len(self.watermarks)
         self.boundary = [[] for _ in self.boundary]
+        self.head_watermarks = dict.fromkeys(self.head_watermarks, num_tokens)
+        self.head_states = {layer: [] for layer in self.head_watermarks}

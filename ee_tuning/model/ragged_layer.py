@@ -91,7 +91,7 @@ class RaggedLayer:
 class RaggedHead:
     """An exit head for decoding. Shares its weights.
 
-    A head with a layer of its own has to see every token that passes its exit, asked or not, or its cache would have holes.
+    A head with a layer of its own has a cache of its own: before it is asked about a token, it has to see all tokens before that one.
     """
 
     def __init__(self, head: ExitHead, topology: Topology):
@@ -100,16 +100,13 @@ class RaggedHead:
         if isinstance(head, MLPHead):
             column_major(head.mlp.fc1.weight)
 
-    @property
-    def needs_cache(self) -> bool:
-        """Whether `take` is to be given a cache of the head's own."""
-        return self.layer is not None
+    def take(self, hidden: Tensor, inner: ExitInput) -> ExitInput:  # [t, h]
+        """What the head takes of a pass: `hidden` and `inner` are what the backbone's RaggedLayer before it returned."""
+        return inner if self.head.takes_mlp_input else ExitInput(hidden)
 
-    def take(self, hidden: Tensor, inner: ExitInput, cache: LayerCache | None, batch: RaggedBatch) -> ExitInput:  # [t, h]
-        """What the head keeps of a pass through its exit: `hidden` and `inner` are what the backbone's RaggedLayer there returned."""
-        if self.layer is None:
-            return inner if self.head.takes_mlp_input else ExitInput(hidden)
-        assert cache is not None
+    def run_own_layer(self, hidden: Tensor, cache: LayerCache, batch: RaggedBatch) -> ExitInput:  # [t, h]
+        """Runs the layer that it has of its own; `cache` is that layer's."""
+        assert self.layer is not None
         return ExitInput(hidden, layer_output=self.layer(hidden, cache, batch)[0])
 
     def logits(self, inputs: ExitInput) -> Tensor:  # [r, v/tp]

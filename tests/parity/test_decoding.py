@@ -115,7 +115,7 @@ def test_caches_after_catch_up_equal_a_full_pass(mlp):
 
 
 def test_the_cache_of_a_layer_head_has_no_holes(tmp_path):
-    """Keys that a `layer` head makes only for tokens it is asked about: those that left before it, or rode along, would be missing."""
+    """Keys that a `layer` head makes only for tokens it is asked about: those that left before it would be missing."""
     own = subject(tmp_path, {"architecture": "norm,layer"})
     engine, fresh, steps = own.engine(max_pending=4), own.engine(), []
     sequence, = engine.add_request(PROMPTS[0], SamplingParams(max_tokens=60), policy_for(own.loaded.model, threshold=0.4))
@@ -123,8 +123,10 @@ def test_the_cache_of_a_layer_head_has_no_holes(tmp_path):
         steps += engine.step()
         assert len(sequence.tokens) < 60, "the deep layers never caught up"
     assert {2, 4} <= {step.exit_layer for step in steps}
-    n = sequence.watermarks[1]
-    fresh.full_model_tokens(sequence.tokens[:n])
+    n = sequence.head_watermarks[4]
+    assert n > 20
+    fresh.add_request(sequence.tokens[:n], SamplingParams(max_tokens=1), policy_for(own.loaded.model, policy="fixed", exit_layer=4))
+    run_all(fresh)
     for name in ("keys", "values"):
         mine, theirs = (getattr(e.cache.exit_head(4), name)[:n] for e in (engine, fresh))
         assert theirs.any(dim=2).any(dim=1).all()

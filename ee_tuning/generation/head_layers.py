@@ -1,0 +1,63 @@
+"""Exit heads with a layer of their own: their caches are filled when they are asked, and for requests that may ask them alone.
+
+Tokens that pass such an exit leave their states there. They run through the head's layer with the next token that it is asked about, as
+one causal block: a head that nobody asks costs nothing.
+"""
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ee_tuning.generation.kv_cache import KVCache
+from ee_tuning.generation.sequence import Sequence
+from ee_tuning.model.exit_head import ExitInput
+from ee_tuning.model.ragged_attention import RaggedBatch
+from ee_tuning.model.ragged_layer import RaggedHead
+
+# t tokens of a ragged batch · h hidden
+
+LONGEST_WAIT = 64
+"""Tokens of a sequence whose states may wait at a head, so that they take no more memory however long it is not asked."""
+
+
+class HeadLayers:
+    """`own` are all exits whose heads have a layer of their own, `heads` those of this stage. Every rank keeps the same watermarks."""
+
+    def __init__(self, own: frozenset[int], heads: dict[int, RaggedHead], cache: KVCache,
+                 describe: Callable[[list[Sequence], list[int], list[int]], RaggedBatch]):
+        self.own, self.heads, self.cache, self._describe = own, heads, cache, describe
+
+    def keep(self, layer: int, index: int, rows: list[Sequence], hidden: Tensor | None, firsts: tuple[int, ...]) -> None:  # [t, h]
+        """Notes a pass of `rows` through piece `index`, which ends at exit `layer`; `hidden` where this stage made it."""
+        late = []
+        for sequence, first, end in zip(rows, firsts, (*firsts[1:], None), strict=True):
+            if layer in sequence.head_watermarks:
+                if hidden is not None:
+                    sequence.head_states[layer].append(hidden[first: end])
+                if sequence.watermarks[index] - sequence.head_watermarks[layer] > LONGEST_WAIT:
+                    late.append(sequence)
+        if late:
+            self._run(layer, index, late, num_left=1)  # it may be asked about the newest yet
+
+    def ask(self, layer: int, index: int, rows: list[Sequence]) -> ExitInput | None:
+        """What the head takes for the newest token of each of `rows` behind piece `index`; None where the head is on another stage."""
+        return self._run(layer, index, rows, num_left=0)
+
+    def _run(self, layer: int, index: int, rows: list[Sequence], num_left: int) -> ExitInput | None:
+        starts = [s.head_watermarks[layer] for s in rows]
+        lengths = [s.watermarks[index] - num_left - start for s, start in zip(rows, starts, strict=True)]
+        parts = []
+        for sequence, start, length in zip(rows, starts, lengths, strict=True):
+            sequence.head_watermarks[layer] = start + length
+            if layer in self.heads:
+                states = sequence.head_states[layer]
+                whole = states[0] if len(states) == 1 else torch.cat(states)
+                assert len(whole) == length + num_left, "a token's state was not kept"
+                parts.append(whole[:length])
+                sequence.head_states[layer] = [whole[length:]] if num_left else []
+        if layer not in self.heads:
+            return None
+        batch = self._describe(rows, starts, lengths)
+        hidden = parts[0] if len(parts) == 1 else torch.cat(parts)
+        made = self.heads[layer].run_own_layer(hidden, self.cache.exit_head(layer), batch)
+        return made if max(lengths) == 1 else made.rows(batch.last_tokens)
