@@ -34,7 +34,9 @@ class HeadLayers:
             if layer in sequence.head_watermarks:
                 if hidden is not None:
                     sequence.head_states[layer].append(hidden[first: end])
-                if sequence.watermarks[index] - sequence.head_watermarks[layer] > LONGEST_WAIT:
+                # What is read goes on at once, so that others who begin alike can share it.
+                is_read = sequence.num_fed <= sequence.num_to_read
+                if sequence.watermarks[index] - sequence.head_watermarks[layer] > (1 if is_read else LONGEST_WAIT):
                     late.append(sequence)
         if late:
             self._run(layer, index, late, num_left=1)  # it may be asked about the newest yet
