@@ -135,5 +135,7 @@ class Scheduler:
         keys = sequence.block_keys
         while len(keys) <= index:
             first = len(keys) * BLOCK_SIZE
-            keys.append(block_key(keys[-1] if keys else b"", sequence.tokens[first: first + BLOCK_SIZE]))
+            # Heads with layers of their own fill them for those who ask: who asks the same ones shares blocks, and pushes out no other's.
+            before = keys[-1] if keys else repr(sorted(sequence.head_watermarks)).encode()
+            keys.append(block_key(before, sequence.tokens[first: first + BLOCK_SIZE]))
         return keys[index]
