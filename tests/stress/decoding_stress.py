@@ -111,6 +111,7 @@ def stress_growth(count: int, seed: int, folder: Path) -> Report:
                     made += len(engine.step())
             grown = resident_bytes() - before
         kept = {"boundary, counts": len(engine.judge._counts) + len(engine.running) + len(engine.waiting),
+                "cache beyond the formula": sum(each.keys.nbytes + each.values.nbytes for each in engine.cache._layers.values()) - formula,
                 "blocks": len(engine.cache.pool._contents) - engine.cache.pool.num_blocks}
         if grown > formula + SLACK_BYTES or any(size > 0 for size in kept.values()):
             report.failures.append(f"{name}: {grown / 2 ** 20:.1f} MB for {made} tokens, the cache takes {formula / 2 ** 20:.1f}; {kept}")

@@ -72,6 +72,19 @@ def test_generate_takes_params_for_all_or_for_each(llm):
     assert llm.engine is not None and llm.engine.is_idle
 
 
+def test_a_conversation_is_not_read_from_its_beginning_at_every_turn(llm):
+    """A new engine, which knows nothing, whenever the conversation has grown; or keys and values that are another's."""
+    said, reused = "def parse(text, start):\n" * 12, []
+    for _ in range(4):
+        options = {"policy": "full", "max_new_tokens": 24, "ignore_eos": True}
+        wanted = llm.generate([said], **options, reuse_prefixes=False)[0] if len(reused) == 3 else None
+        made = llm.generate([said], **options)[0]
+        reused.append(made.statistics.num_reused / len(said))
+        said += made.text + "\n\ndef "
+        assert wanted is None or made.token_ids == wanted.token_ids
+    assert reused[0] == 0 and reused[2] > 0.8, "the next turn finds room, and what was read"
+
+
 def test_speculation_says_what_full_depth_says(llm):
     """Text that hangs on which exit drafts, on the shipped model in float32."""
     prompts = ["def read_settings(path):\n", "class Reader:\n    def __init__(self, "]
