@@ -4,6 +4,7 @@ torch's own writer wants all that a process writes in memory at once. Each proce
 whole.
 """
 import io
+import json
 import pickle
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -56,11 +57,11 @@ class Written:
 class DistcpWriter:
     """One process's files in `folder`, at most SHARD_BYTES each but for a single larger tensor. A context manager. Raises OSError."""
 
-    def __init__(self, folder: Path, rank: int, advance: Advance):
+    def __init__(self, folder: Path, rank: int, advance: Advance, *, beside_other_work: bool = False):
         self.written: list[Written] = []
         self.sums: dict[str, str] = {}
         """sha256 by file name, of the files that are closed."""
-        self._folder, self._rank, self._advance = folder, rank, advance
+        self._folder, self._rank, self._advance, self._beside_other_work = folder, rank, advance, beside_other_work
         self._file: HashedFile | None = None
 
     def __enter__(self) -> "DistcpWriter":
@@ -93,7 +94,7 @@ class DistcpWriter:
         if self._file is not None and self._file.num_bytes >= SHARD_BYTES:
             self._close(None, None, None)
         if self._file is None:
-            self._file = HashedFile(self._folder / self._name())
+            self._file = HashedFile(self._folder / self._name(), beside_other_work=self._beside_other_work)
         return self._file
 
     def _name(self) -> str:
@@ -105,6 +106,13 @@ class DistcpWriter:
             if raised[0] is None:
                 self.sums[self._name()] = self._file.sha256
             self._file = None
+
+
+def write_common(folder: Path, content: dict[str, Any]) -> None:
+    """What is not in parts, and how to read it all."""
+    torch.save(content, folder / "common.pt")
+    (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1,
+                                                        "common_backend": "torch", "common_backend_version": 1}))
 
 
 def write_metadata(folder: Path, written: Iterable[Written]) -> None:

@@ -22,15 +22,19 @@ _SMALL = 1 << 20
 
 
 class HashedFile:
-    """A new file at `path`; with None nothing is written, and what would have been is hashed. A context manager. Raises OSError."""
+    """A new file at `path`; with None nothing is written, and what would have been is hashed. A context manager. Raises OSError.
 
-    def __init__(self, path: Path | None):
+    `beside_other_work`: this process computes meanwhile, with torch's threads.
+    """
+
+    def __init__(self, path: Path | None, *, beside_other_work: bool = False):
         self.num_bytes = 0
         self._handle = None if path is None else os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self._digest = hashlib.sha256()
         # torch's own threads spin between its short jobs, on the cores that hashing and writing need: a third of the time, with two.
-        self._torch_threads = torch.get_num_threads()
-        torch.set_num_threads(1)
+        self._torch_threads = None if beside_other_work else torch.get_num_threads()
+        if self._torch_threads:
+            torch.set_num_threads(1)
         self._threads = (ThreadPoolExecutor(1), ThreadPoolExecutor(1))
         self._under_way: deque[Future[None]] = deque()
         self._small = bytearray()
@@ -48,7 +52,8 @@ class HashedFile:
                 if self._handle is not None:
                     os.fsync(self._handle)
         finally:
-            torch.set_num_threads(self._torch_threads)
+            if self._torch_threads:
+                torch.set_num_threads(self._torch_threads)
             for threads in self._threads:
                 threads.shutdown(cancel_futures=True)
             if self._handle is not None:

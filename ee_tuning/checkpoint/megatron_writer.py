@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ee_tuning.checkpoint.aside import gathered, on_first_rank, refusals_named, written_aside
 from ee_tuning.checkpoint.byte_progress import byte_progress
-from ee_tuning.checkpoint.distcp_writer import Chunk, DistcpWriter, Written, write_metadata
+from ee_tuning.checkpoint.distcp_writer import Chunk, DistcpWriter, Written, write_common, write_metadata
 from ee_tuning.checkpoint.exit_config import CONFIG, exit_config_tree
 from ee_tuning.checkpoint.exit_heads import ExitHeadsReader
 from ee_tuning.checkpoint.export_source import ExportSource, open_for_export
@@ -141,10 +141,8 @@ def _finish(model: ExportSource, aside: Path, output: Path, reports: list[_Repor
     for what in untold_by_megatron(model.model):
         warn(f"{output}: Megatron-LM's arguments have no word for {what}; config.json tells it: whatever runs these weights has to know")
     with refusals_named(output):
-        torch.save({"args": argparse.Namespace(**megatron_arguments(model.model)), "checkpoint_version": 3.0, "iteration": 0},
-                   aside / "common.pt")
-        (aside / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1,
-                                                           "common_backend": "torch", "common_backend_version": 1}))
+        arguments = argparse.Namespace(**megatron_arguments(model.model))
+        write_common(aside, {"args": arguments, "checkpoint_version": 3.0, "iteration": 0})
         described = {key: value for key, value in model.description.items() if key not in ("early_exit", "auto_map")}
         (aside / "config.json").write_text(json.dumps(described, indent=2) + "\n")
         if model.artifact is not None:

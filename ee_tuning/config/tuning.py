@@ -70,6 +70,9 @@ class TuningSection:
     """Steps between checkpoints; the end of a run always saves. 0 for the end alone."""
     save_minutes: float = 0.0
     """Minutes after which a checkpoint is written at the end of the step, too; 0 for none."""
+    async_save: bool = True
+    """Whether training goes on while a checkpoint is written, from a copy in host memory: the heads' float32 masters and Adam's moments, 12
+    bytes a parameter, shared by the replicas. Otherwise it waits for the disk."""
     keep_checkpoints: int = 2
     """Older checkpoints than this many are removed."""
     resume: bool = True

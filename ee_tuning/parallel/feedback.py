@@ -26,11 +26,6 @@ class Feedback:
         self._max_in_flight = max_in_flight * len(stages)
         self._under_way: deque[tuple[Tensor, Any]] = deque()
 
-    @property
-    def is_quiet(self) -> bool:
-        """Whether nothing is under way."""
-        return not self._under_way
-
     def send(self, tensor: Tensor) -> None:
         """On the last stage. `tensor` may not be written afterwards."""
         assert self._topology.is_last_stage and tensor.shape == self._shape and tensor.dtype == self._dtype

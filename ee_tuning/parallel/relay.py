@@ -1,7 +1,7 @@
 """Hands hidden states from one pipeline stage to the next, micro-batch after micro-batch, forward only. Knows no exits.
 
 Every micro-batch is a header on `pp_control` (gloo, CPU) and hidden states on `pp_group` (gloo or NCCL). The header says what follows, so
-a wish to stop or to pause travels with the activations, and a receive that nobody will answer is never posted.
+a wish to stop or to save travels with the activations, and a receive that nobody will answer is never posted.
 """
 import enum
 import time
@@ -20,8 +20,8 @@ class Follows(enum.IntEnum):
 
     END = 0
     """Nothing."""
-    PAUSE = 1
-    """Another one, after a pause in which nothing is under way between stages."""
+    SAVE = 1
+    """Another one, at once, and a checkpoint of the steps so far."""
     NEXT = 2
     """Another one, at once."""
 
@@ -65,16 +65,9 @@ class Relay:
         self._receiving: _Transfer | None = None
         self._more_to_come = not topology.is_first_stage
 
-    @property
-    def is_quiet(self) -> bool:
-        """Whether nothing is under way: no receive is posted, and no send is unfinished."""
-        return self._receiving is None and not self._sending
-
     def receive(self) -> Received:
-        """The next micro-batch of the stage before. If the next one follows at once, its receive is under way when this returns.
-
-        Before a pause it is not: a checkpoint, say, waits for the whole device, and a pending NCCL receive is work on the device that
-        ends only with the stage before's next send, after the pause.
+        """The next micro-batch of the stage before. If another one follows, its receive is under way when this returns: it ends with the
+        stage before's next send, so nobody may wait for the whole device meanwhile.
         """
         assert self._more_to_come, "nothing to receive: this is the first stage, or the last micro-batch said so"
         began = time.perf_counter()
@@ -84,7 +77,7 @@ class Relay:
         assert index == self._num_received, f"micro-batch {index} arrived in place of {self._num_received}"
         self._num_received += 1
         self._more_to_come = follows != Follows.END
-        self._receiving = self._post_receive() if follows == Follows.NEXT else None
+        self._receiving = self._post_receive() if self._more_to_come else None
         transfer.hidden_work.wait()
         self.seconds_waited += time.perf_counter() - began
         return Received(transfer.hidden, Follows(follows))

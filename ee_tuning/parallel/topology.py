@@ -49,6 +49,8 @@ class Topology:
     """gloo: all tensor- and pipeline-parallel ranks of one replica."""
     world_control: Group
     """gloo: everybody."""
+    save_control: Group
+    """gloo: everybody, for the threads that write checkpoints while the ranks themselves work on."""
     pp_ranks: tuple[int, ...]
     """Global ranks of `pp_group`, by stage."""
     dp_mesh: Any
@@ -187,6 +189,7 @@ def lay_out(parallel: ParallelSection, device: torch.device) -> Topology:
         feedback_group=_own_group(columns, rank, dist.get_backend()),
         pp_control=_own_group(columns, rank), replica_control=_own_group(replicas, rank),
         world_control=dist.new_group(list(range(world_size)), backend=control_backend()),
+        save_control=dist.new_group(list(range(world_size)), backend=control_backend()),
         pp_ranks=tuple(columns[column]),
         dp_mesh=DeviceMesh.from_group(parallel_state.get_data_parallel_group(), device.type))
 

@@ -8,14 +8,15 @@ from ee_tuning.config import TuningSection
 from ee_tuning.parallel.relay import Follows
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.tuning.itinerary import Leg
+from ee_tuning.tuning.saving import Saver
 from ee_tuning.tuning.stopping import StopRequest
 
 
 class Departure:
-    """Decides where the run pauses for a checkpoint and where it ends."""
+    """Decides where checkpoints are taken and where the run ends."""
 
-    def __init__(self, tuning: TuningSection, topology: Topology, stop: StopRequest) -> None:
-        self._tuning, self._topology, self._stop = tuning, topology, stop
+    def __init__(self, tuning: TuningSection, topology: Topology, stop: StopRequest, saver: Saver) -> None:
+        self._tuning, self._topology, self._stop, self._saver = tuning, topology, stop, saver
         self._saved_at = time.monotonic()
 
     def follows(self, leg: Leg) -> Follows:
@@ -24,14 +25,14 @@ class Departure:
             return Follows.NEXT
         if leg.step == self._tuning.train_iters:  # the end is near enough for who wants to stop
             return Follows.END if leg.ends_step else Follows.NEXT
-        if self._stop.is_asked:
-            wish = Follows.END
-        else:
-            wish = Follows.PAUSE if leg.ends_step and leg.step and (self._is_due(leg.step) or self._minutes_passed()) else Follows.NEXT
-        return self._smallest(wish)
+        saves = leg.ends_step and leg.step > 0 and (self._is_due(leg.step) or self._minutes_passed())
+        if saves:
+            self._saver.settle()  # here, for if the one before could not be written, the word has to be another
+        ends = self._stop.is_asked or self._saver.has_failed
+        return self._smallest(Follows.END if ends else Follows.SAVE if saves else Follows.NEXT)
 
     def saved(self) -> None:
-        """A checkpoint was just written."""
+        """A checkpoint was just taken."""
         self._saved_at = time.monotonic()
 
     def _is_due(self, step: int) -> bool:

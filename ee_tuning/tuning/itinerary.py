@@ -17,6 +17,8 @@ class Leg:
     """The optimizer step that it is part of, or that its validation follows; 0 before the first."""
     is_last: bool
     """Of its step or of its validation."""
+    position: int
+    """Samples that all replicas have consumed with it."""
     ends_step: bool
     """Whether the next one, if there is one, is of another step: no validation follows."""
 
@@ -47,11 +49,11 @@ class Itinerary:
         """The micro-batches of optimizer step `step`."""
         for index in range(self._source.num_microbatches):
             is_last = index == self._source.num_microbatches - 1
-            yield Leg(batch=next(self._source), trains=True, step=step, is_last=is_last,
+            yield Leg(batch=next(self._source), trains=True, step=step, is_last=is_last, position=self._source.position,
                       ends_step=is_last and not self.validates_after(step))
 
     def validation(self, step: int) -> Iterator[Leg]:
         """Those of a validation after `step`."""
         for index, batch in enumerate(self._validation):
             is_last = index == len(self._validation) - 1
-            yield Leg(batch=batch, trains=False, step=step, is_last=is_last, ends_step=is_last)
+            yield Leg(batch=batch, trains=False, step=step, is_last=is_last, position=self._source.position, ends_step=is_last)

@@ -4,6 +4,7 @@ Every stage posts the same sequence of records. The logging rank writes a record
 """
 import json
 import math
+import threading
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -25,28 +26,34 @@ class MetricsBoard:
         self._topology, self._on_record = topology, on_record
         self._store = dist.distributed_c10d._get_default_store()
         self._expected: deque[int] = deque()
-        self._num_posted = 0
+        self._taking = threading.Lock()
+        self.num_posted = 0
+        """Records posted so far."""
 
     def post(self, record: Record) -> None:
         """This stage's part of the next record. Values that are dictionaries are united over the stages; for others the first counts."""
         if not self._topology.is_writer:
             return
-        self._store.set(self._key(self._num_posted, self._topology.stage), json.dumps(record))
+        self._store.set(self._key(self.num_posted, self._topology.stage), json.dumps(record))
+        self.num_posted += 1
         if self._topology.is_logging_rank:
-            self._expected.append(self._num_posted)
+            self._expected.append(self.num_posted - 1)
             self.poll()
-        self._num_posted += 1
 
     def poll(self) -> None:
         """Takes what has arrived whole. Returns at once."""
-        while self._expected and self._store.check(self._keys(self._expected[0])):
-            self._take()
+        with self._taking:
+            while self._expected and self._store.check(self._keys(self._expected[0])):
+                self._take()
 
-    def finish(self) -> None:
-        """Waits for what is still on its way to the logging rank."""
-        while self._expected:
-            self._store.wait(self._keys(self._expected[0]))
-            self._take()
+    def finish(self, num_records: int | None = None) -> None:
+        """Waits until the logging rank has taken the first `num_records`, or all that it posted itself. From any thread, which holds the
+        others up meanwhile: ask it where every stage has posted them.
+        """
+        with self._taking:
+            while self._expected and (num_records is None or self._expected[0] < num_records):
+                self._store.wait(self._keys(self._expected[0]))
+                self._take()
 
     def _take(self) -> None:
         whole: Record = {}

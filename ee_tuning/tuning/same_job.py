@@ -13,7 +13,7 @@ _FREE = {
     "model.path", "model.config", "model.trust_pickle",  # the fingerprint tells whether it is the model
     "exits.verify", "data.cache", "data.workers",
     "tuning.run_folder", "tuning.micro_batch_size", "tuning.loss_chunk_tokens", "tuning.log_interval",
-    "tuning.eval_interval", "tuning.eval_iters", "tuning.compare_final", "tuning.save_interval", "tuning.save_minutes",
+    "tuning.eval_interval", "tuning.eval_iters", "tuning.compare_final", "tuning.save_interval", "tuning.save_minutes", "tuning.async_save",
     "tuning.keep_checkpoints", "tuning.resume", "tuning.allow_config_change", "tuning.stop_exit_code", "tuning.wandb_project"}
 """What may differ: it changes where and how a run is computed and watched, and not what comes out."""
 _MOST_TOLD = 5

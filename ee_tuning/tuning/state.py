@@ -1,11 +1,10 @@
-"""Checkpoints of a run: float32 masters, Adam's moments and step counts of every exit, the step and the position in the data.
+"""What a checkpoint of a run holds, and the way back: float32 masters, Adam's moments and step counts of every exit, the step and the
+position in the data.
 
 `checkpoints/step_00000100/` is Megatron-core's distributed format, with tensors under Hugging Face's names, beside `progress.json` and a
 sha256 manifest. Every rank writes and reads just the rectangles of those tensors that are its own, so a run resumes under any TP × PP × DP.
 """
-import dataclasses
 import json
-import shutil
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 with warnings.catch_warnings():
@@ -23,14 +21,13 @@ with warnings.catch_warnings():
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing import ShardedTensor
 
-from ee_tuning.checkpoint.aside import file_written_aside, on_first_rank, refusals_named, remove_leftovers, written_aside
+from ee_tuning.checkpoint.aside import on_first_rank
 from ee_tuning.checkpoint.exit_names import exit_shard, is_replicated
-from ee_tuning.checkpoint.manifest import check_file, read_manifest, write_manifest
+from ee_tuning.checkpoint.manifest import check_file, read_manifest
 from ee_tuning.checkpoint.metadata_pickle import check_metadata_pickle
 from ee_tuning.checkpoint.names import Shard, merge_shards
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
-from ee_tuning.parallel.save_processes import bind_save_processes
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.tuning.optimizer import ExitOptimizer
 
@@ -48,24 +45,6 @@ class Progress:
     """Samples consumed by all replicas."""
     fixed: dict[str, Any]
     """What the exits are and the order of the data; a resumed run must agree."""
-
-
-def save_checkpoint(run_folder: Path, progress: Progress, exits: list[ExitOptimizer], config: ModelConfig, topology: Topology,
-                    keep: int) -> None:
-    """Writes a checkpoint aside, renames it into place, then points `latest` at it and removes all but `keep`. All ranks call it.
-
-    Raises InputError, on every rank, where the disk refuses; the checkpoints before it stay as they are.
-    """
-    folder = run_folder / CHECKPOINTS / f"step_{progress.step:08d}"
-    with written_aside(folder, topology) as partial:
-        bind_save_processes()
-        try:
-            dist_checkpointing.save(_sharded_state(exits, config, topology), str(partial))
-        except CheckpointException as error:  # raised on all ranks, with its reason on the first
-            raise InputError(topology.broadcast_object(_refusal(folder, error))) from error
-        topology.barrier()
-        on_first_rank(topology, lambda: _describe(partial, progress))
-    on_first_rank(topology, lambda: _point_at(folder, keep))
 
 
 def latest_checkpoint(run_folder: Path) -> Path | None:
@@ -92,7 +71,7 @@ def load_checkpoint(folder: Path, fixed: dict[str, Any], exits: list[ExitOptimiz
         return _read_progress(folder, fixed)
 
     progress = on_first_rank(topology, checked)
-    state = _sharded_state(exits, config, topology)
+    state = own_state(exits, config, topology)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # Megatron-core calls what torch has renamed
         loaded = dist_checkpointing.load(dict(state), str(folder))
@@ -168,7 +147,8 @@ def _tensors(exits: list[ExitOptimizer], config: ModelConfig, topology: Topology
     return tensors
 
 
-def _sharded_state(exits: list[ExitOptimizer], config: ModelConfig, topology: Topology) -> dict[str, ShardedTensor]:
+def own_state(exits: list[ExitOptimizer], config: ModelConfig, topology: Topology) -> dict[str, ShardedTensor]:
+    """This rank's part of what a checkpoint holds, as views but for counts; of ranks that have the same, one has `replica_id` 0."""
     state = _tensors(exits, config, topology)
     for each in exits:
         count = next(iter(each.adam.state.values()))["step"].reshape(1).clone()
@@ -185,29 +165,6 @@ def _count_key(layer: int) -> str:
 def _as_sharded(value: Tensor) -> DTensor:
     assert isinstance(value, DTensor)
     return value
-
-
-def _refusal(folder: Path, error: CheckpointException) -> str:
-    reason = " ".join(str(next((failure for failure, _ in error.failures.values()), error)).split())
-    free = shutil.disk_usage(folder.parent).free // 2 ** 20
-    return (f"the checkpoint {folder} can not be written: {reason} (with {free} MiB free there); make room, and give the same command "
-            "again, which goes on from the checkpoint before")
-
-
-def _describe(partial: Path, progress: Progress) -> None:
-    with refusals_named(partial):
-        (partial / PROGRESS).write_text(json.dumps(dataclasses.asdict(progress), indent=2) + "\n")
-        write_manifest(partial)
-
-
-def _point_at(folder: Path, keep: int) -> None:
-    with file_written_aside(folder.parent / LATEST) as pointer:
-        pointer.write_text(folder.name + "\n")
-    for partial in folder.parent.glob("step_????????.partial-*"):  # of a save that was killed, at a step where none may follow
-        remove_leftovers(partial.with_name(partial.name.partition(".")[0]))
-    others = sorted(path for path in folder.parent.glob("step_????????") if path != folder)
-    for old in others[:max(len(others) - keep + 1, 0)]:
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _read_progress(folder: Path, fixed: dict[str, Any]) -> Progress:

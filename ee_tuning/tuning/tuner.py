@@ -1,6 +1,8 @@
-"""Tuning: exit heads are trained on a frozen backbone, in a forward-only relay of micro-batches that never drains but for checkpoints."""
+"""Tuning: exit heads are trained on a frozen backbone, in a forward-only relay of micro-batches that drains at the end alone."""
 import dataclasses
 from collections import deque
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,9 @@ from ee_tuning.tuning.itinerary import Itinerary, Leg
 from ee_tuning.tuning.metrics import METRICS, MetricsBoard, holds_validation
 from ee_tuning.tuning.optimizer import ExitOptimizer
 from ee_tuning.tuning.pace import Pace
+from ee_tuning.tuning.saving import Saver
 from ee_tuning.tuning.settings import loss_weights, objective
-from ee_tuning.tuning.state import Progress, latest_checkpoint, load_checkpoint, save_checkpoint, whole_tensors
+from ee_tuning.tuning.state import Progress, latest_checkpoint, load_checkpoint, whole_tensors
 from ee_tuning.tuning.step import Passed, StageWalk
 from ee_tuning.tuning.stopping import StopRequest
 from ee_tuning.tuning.tutor import Tutor
@@ -63,7 +66,10 @@ class Tuner:
                                    position=progress.position)
 
     def run(self) -> bool:
-        """Steps until train_iters or a signal, saves a checkpoint, and says whether train_iters was reached."""
+        """Steps until train_iters or a signal, saves a checkpoint, and says whether train_iters was reached.
+
+        Raises InputError, on all ranks, where a checkpoint can not be written; those before it stay as they are.
+        """
         if self.step >= self.tuning.train_iters:
             return True
         relay, tutor = self._relay(), self.make_tutor()
@@ -72,21 +78,30 @@ class Tuner:
         itinerary = Itinerary(self._source, self._validation, self.tuning)
         validates_first = self._validates_first(itinerary)
         waiting: deque[Passed] = deque()  # micro-batches that the backbone is ahead of the exits
+        saver = Saver(self.exits, self._model.config, self.tuning, self.topology)
         with watched(self.config, self.topology, self._loaded, self.step) as metrics, StopRequest() as stop:
-            departure = Departure(self.tuning, self.topology, stop)
+            departure = Departure(self.tuning, self.topology, stop, saver)
             flops_per_token = 2 * sum(tuning_costs(self.config, self._model.config, self.exits_config))
             pace = Pace(self.tuning.global_batch_size * self.tuning.seq_length, flops_per_token,
                         lambda: relay.seconds_waited + (tutor.feedback.seconds_waited if tutor else 0.0))
             for leg in itinerary.after(self.step, validates_first=validates_first):
-                follows = self._advance(walk, leg, departure.follows(leg), waiting, metrics, pace)
+                follows = Follows.NEXT
+                for done, follows in self._advance(walk, leg, departure.follows(leg), waiting, metrics, pace):
+                    if follows is not Follows.NEXT:
+                        pace.lap(trained=leg.trains)
+                        self._save(saver, done, metrics)
+                        departure.saved()
+                        pace.lap(trained=False)
                 pace.lap(trained=leg.trains)
                 metrics.poll()
-                if follows is not Follows.NEXT:
-                    self._save(relay, tutor, metrics)
-                    departure.saved()
-                    pace.lap(trained=False)
                 if follows is Follows.END:
                     break
+            relay.finish()
+            if tutor:
+                tutor.feedback.finish()
+            saver.settle()
+            metrics.finish()
+            saver.check()
         return self.step == self.tuning.train_iters
 
     def rehearse(self, walk: StageWalk) -> None:
@@ -94,7 +109,7 @@ class Tuner:
         metrics, pace = MetricsBoard(self.topology, lambda record: None), Pace(1, 0.0, lambda: 0.0)
         itinerary, waiting = Itinerary(self._source, self._validation, self.tuning), deque[Passed]()
         for leg in (*itinerary.training(1), *itinerary.validation(1)):
-            self._advance(walk, leg, Follows.NEXT, waiting, metrics, pace)
+            deque(self._advance(walk, leg, Follows.NEXT, waiting, metrics, pace), maxlen=0)
         while waiting:
             self._work.do(waiting.popleft(), walk, metrics, pace)
 
@@ -119,29 +134,27 @@ class Tuner:
         return Relay(self.topology, self._model.hidden_shape(self.tuning.seq_length, self.tuning.micro_batch_size), self._model.plan.dtype)
 
     def _advance(self, walk: StageWalk, leg: Leg, follows: Follows, waiting: deque[Passed], metrics: MetricsBoard,
-                 pace: Pace) -> Follows:
-        """A micro-batch through the layers, and as many that wait through the exits as must not wait longer. What follows."""
+                 pace: Pace) -> Iterator[tuple[Leg, Follows]]:
+        """A micro-batch through the layers, and as many that wait through the exits as must not wait longer: each of these, when its exits
+        are done, and what follows it.
+        """
         waiting.append(walk.forward(leg, follows))
-        follows = waiting[-1].follows
-        while len(waiting) > (walk.num_ahead if follows is Follows.NEXT else 0):
+        is_end = waiting[-1].follows is Follows.END
+        while len(waiting) > (0 if is_end else walk.num_ahead):
+            done, follows = waiting[0].leg, waiting[0].follows
             # Not kept in a variable here: it would lie beside the next micro-batch's.
             self._work.do(waiting.popleft(), walk, metrics, pace)
-        return follows
+            yield done, follows
 
     def _validates_first(self, itinerary: Itinerary) -> bool:
         """Whether a validation comes before the next step: of the heads as they began, or one that a stop left out. All ranks call it."""
         return itinerary.validates_after(self.step) and not on_first_rank(
             self.topology, lambda: bool(self.step) and holds_validation(self.run_folder / METRICS, self.step))
 
-    def _save(self, relay: Relay, tutor: Tutor | None, metrics: MetricsBoard) -> None:
-        relay.finish()
-        if tutor:
-            tutor.feedback.finish()
-        assert relay.is_quiet and (tutor is None or tutor.feedback.is_quiet), \
-            "saving waits for the device, and the device would wait for a micro-batch that comes after the save"
-        metrics.finish()  # so that a run that goes on from here has the records of all steps before it
-        progress = Progress(step=self.step, position=self._source.position, fixed=self._fixed())
-        save_checkpoint(self.run_folder, progress, self.exits, self._model.config, self.topology, self.tuning.keep_checkpoints)
+    def _save(self, saver: Saver, done: Leg, metrics: MetricsBoard) -> None:
+        progress = Progress(step=self.step, position=done.position, fixed=self._fixed())
+        # So that a run that goes on from here has the records of all steps before it.
+        saver.save(progress, before_latest=partial(metrics.finish, metrics.num_posted))
 
     def _fixed(self) -> dict[str, Any]:
         exits = self.exits_config

@@ -1,10 +1,12 @@
 """Distillation through the relay: whatever the layout, the lessons are those of one process, and checkpoints are of whole steps."""
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_resuming import tune_and_look_at_the_relay, tune_until_signal
+from test_resuming import tune_until_signal
 from test_tuning import assert_same_records
 from tuning_jobs import NUM_STEPS, checkpoint, configure, records, tune
 from world import World
@@ -60,7 +62,15 @@ def test_a_run_that_distils_goes_on_to_the_same_bits_after_a_signal(world: World
     assert records(parts) == records(whole)
 
 
-def test_no_lesson_is_under_way_while_a_checkpoint_is_written(world: World, model: Path, tmp_path: Path) -> None:
-    """A pending receive is work on the device that saving waits for."""
-    config = configure(model, tmp_path / "run", pp=4, save_interval=1, global_batch_size=2, loss=("forward_kl",), exits=(1, 4, 6))
-    assert world.run(tune_and_look_at_the_relay, config) == [[True] * NUM_STEPS] * 4
+def test_a_checkpoint_of_a_run_that_distils_is_taken_while_later_steps_are_under_way(world: World, model: Path, tmp_path: Path) -> None:
+    """The data position of the backbone, which is ahead, in place of the exits'; a checkpoint that waits for the lessons of later steps."""
+    settings = {"pp": 4, "dtype": "float32", "global_batch_size": 2, "loss": ("forward_kl",), "exits": (1, 4, 6), "train_iters": 8}
+    whole, parts = (configure(model, tmp_path / name, save_interval=3, **settings) for name in ("whole", "parts"))
+    assert world.run(tune, whole) == [True] * 4
+    assert json.loads((tmp_path / "whole" / "checkpoints" / "step_00000003" / "progress.json").read_text())["position"] == 6
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    (tmp_path / "parts" / "checkpoints" / "latest").write_text("step_00000003\n")
+    assert world.run(tune, job.replace(parts, tuning={"resume": True})) == [True] * 4
+    got, wanted = checkpoint(parts, 8), checkpoint(whole, 8)
+    assert got.keys() == wanted.keys() and all(torch.equal(got[name], wanted[name]) for name in wanted)
+    assert records(parts) == records(whole)

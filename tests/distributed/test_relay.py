@@ -45,31 +45,28 @@ def test_every_stage_sees_every_microbatch_in_order(world: World, num_microbatch
             assert torch.equal(got, expected)
 
 
-def relay_with_pauses(num_microbatches: int) -> tuple[list[bool], list[float]]:
-    """Each third micro-batch is the last before a pause: whether the relay was quiet in it. And what was received."""
+def relay_with_saves(num_microbatches: int) -> list[tuple[float, Follows]]:
+    """A checkpoint follows each third micro-batch: what this stage held of every one, and what it heard."""
     topology = init_parallel(ParallelSection(pipeline_model_parallel_size=4))
     relay = Relay(topology, SHAPE, torch.float32)
-    quiet, seen = [relay.is_quiet], []
+    seen = []
     for i in range(num_microbatches):
-        follows = Follows.END if i == num_microbatches - 1 else Follows.PAUSE if i % 3 == 2 else Follows.NEXT
+        follows = Follows.END if i == num_microbatches - 1 else Follows.SAVE if i % 3 == 2 else Follows.NEXT
         hidden = torch.full(SHAPE, 10.0 * i)
         if not topology.is_first_stage:
             hidden, follows = relay.receive()
-        seen.append(hidden.mean().item())
+        seen.append((hidden.mean().item(), follows))
         if not topology.is_last_stage:
             relay.send(hidden + 1, follows=follows)
-        if follows is Follows.PAUSE:
-            relay.finish()
-            quiet.append(relay.is_quiet)
-            topology.barrier()
     relay.finish()
-    return quiet, seen
+    return seen
 
 
-def test_nothing_is_under_way_in_a_pause(world: World) -> None:
-    """A receive posted ahead across a pause that waits for the device never ends: its send comes after the pause."""
-    for stage, (quiet, seen) in enumerate(world.run(relay_with_pauses, 10)):
-        assert quiet == [True] * 4 and seen == [10.0 * i + stage for i in range(10)]
+def test_every_stage_hears_where_a_checkpoint_is_taken(world: World) -> None:
+    """A stage that saves after another micro-batch than the first one, or takes a checkpoint for the end."""
+    words = [Follows.NEXT, Follows.NEXT, Follows.SAVE] * 3 + [Follows.END]
+    for stage, seen in enumerate(world.run(relay_with_saves, 10)):
+        assert seen == [(10.0 * i + stage, word) for i, word in enumerate(words)]
 
 
 def relay_twice() -> int:

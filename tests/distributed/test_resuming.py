@@ -3,6 +3,7 @@ import os
 import pickle
 import resource
 import signal
+import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,35 +17,62 @@ from ee_tuning import config as job
 from ee_tuning.checkpoint.manifest import write_manifest
 from ee_tuning.config import Config
 from ee_tuning.errors import InputError
-from ee_tuning.parallel.relay import Follows, Relay
-from ee_tuning.tuning import tuner as tuner_module
+from ee_tuning.parallel.relay import Follows
+from ee_tuning.tuning.departure import Departure
 from ee_tuning.tuning.itinerary import Leg
-from ee_tuning.tuning.state import save_checkpoint
+from ee_tuning.tuning.saving import Saver
 from ee_tuning.tuning.step import Passed, StageWalk
 
 
-def tune_and_look_at_the_relay(config: Config) -> list[bool]:
-    """For each save of this rank, whether nothing was under way in the relay."""
-    relays: list[Relay] = []
-    seen: list[bool] = []
+def tune_with_a_slow_disk(config: Config, seconds: float) -> list[bool]:
+    """Nothing is written before the next step has ended, or `seconds` have passed. Whether it had, for each checkpoint but the last."""
+    tuner, write, seen = make_tuner(config), Saver._write_own, []
 
-    class Watched(Relay):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
-            relays.append(self)
-
-    def save(*args: Any) -> None:
-        seen.append(relays[-1].is_quiet)
-        save_checkpoint(*args)
-    with mock.patch.object(tuner_module, "Relay", Watched), mock.patch.object(tuner_module, "save_checkpoint", save):
-        tune(config)
+    def write_late(*args: Any) -> Any:
+        begun, end = tuner.step, time.monotonic() + seconds
+        while tuner.step == begun < NUM_STEPS and time.monotonic() < end:
+            time.sleep(0.002)
+        if begun < NUM_STEPS:
+            seen.append(tuner.step > begun)
+        return write(*args)
+    with mock.patch.object(Saver, "_write_own", write_late):
+        assert tuner.run()
     return seen
 
 
-def test_nothing_is_under_way_between_stages_while_a_checkpoint_is_written(world: World, model: Path, tmp_path: Path) -> None:
-    """Saving synchronizes the device: a receive posted ahead ends with a send that comes after the save, so the run would hang."""
-    config = configure(model, tmp_path / "run", pp=4, save_interval=1)  # of the steps, each second one ends in a validation
-    assert world.run(tune_and_look_at_the_relay, config) == [[True] * NUM_STEPS] * 4
+def test_training_goes_on_while_a_checkpoint_is_written_of_what_was_there(world: World, model: Path, tmp_path: Path) -> None:
+    """Masters written after a later step's update, or ranks that wait for the disk."""
+    beside, waited = (configure(model, tmp_path / name, tp=2, pp=2, dtype="float32", save_interval=2) for name in ("beside", "waited"))
+    waited = job.replace(waited, tuning={"async_save": False})
+    assert world.run(tune_with_a_slow_disk, beside, 30.0) == [[True]] * 4
+    assert world.run(tune_with_a_slow_disk, waited, 0.1) == [[False]] * 4
+    for step in (2, NUM_STEPS):
+        got, wanted = checkpoint(beside, step), checkpoint(waited, step)
+        assert got.keys() == wanted.keys() and all(torch.equal(got[name], wanted[name]) for name in wanted)
+    assert records(beside) == records(waited)
+
+
+def tune_by_the_clock(config: Config) -> bool:
+    """On one rank of the first stage alone the minutes have passed, at the end of step 2."""
+    tuner, passed = make_tuner(config), Departure._minutes_passed
+
+    def once(departure: Departure) -> bool:
+        return passed(departure) or (tuner.topology.rank == 1 and tuner.step == 1)  # it is asked before the step's last micro-batch
+    with mock.patch.object(Departure, "_minutes_passed", once):
+        return tuner.run()
+
+
+def test_checkpoints_by_the_clock_are_of_one_step_on_every_rank(world: World, model: Path, tmp_path: Path) -> None:
+    """Ranks whose clocks differ, and that save after different steps; a checkpoint that does not set the clock back."""
+    config = configure(model, tmp_path / "run", tp=2, pp=2, save_minutes=60.0, eval_interval=0)
+    assert world.run(tune_by_the_clock, config) == [True] * 4
+    assert saved_steps(config) == [2, NUM_STEPS]
+    always = configure(model, tmp_path / "always", save_minutes=1e-9)
+    assert tune(always) and saved_steps(always) == [1, 2, 3, 4]
+
+
+def saved_steps(config: Config) -> list[int]:
+    return sorted(int(path.name[5:]) for path in (Path(config.tuning.run_folder) / "checkpoints").glob("step_*"))
 
 
 def tune_until_signal(config: Config, rank: int = 1) -> tuple[bool, int]:
@@ -140,8 +168,9 @@ def test_a_full_disk_ends_the_run_in_one_line_and_leaves_the_checkpoint_before(w
     config = configure(model, tmp_path / "run", tp=2, pp=2, dtype="float32", train_iters=2)
     assert world.run(tune, config) == [True] * 4
     more = job.replace(config, tuning={"train_iters": NUM_STEPS})
-    results = world.run(tune_where_files_end_early, more, 10_000)
-    assert len(set(results)) == 1 and results[0][0] is False
-    assert "step_00000004 can not be written" in results[0][1] and "\n" not in results[0][1]
+    for further in (more, job.replace(more, tuning={"train_iters": 1000, "save_interval": 4})):  # at the end; and midway, found out later
+        results = world.run(tune_where_files_end_early, further, 10_000)
+        assert len(set(results)) == 1 and results[0][0] is False
+        assert "step_00000004 can not be written: File too large" in results[0][1] and "\n" not in results[0][1]
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["latest", "step_00000002"]
     assert world.run(tune, more) == [True] * 4

@@ -96,6 +96,25 @@ def test_an_exit_whose_gradient_is_not_finite_is_left_alone_on_every_rank(world:
     assert all(record["grad_norm"]["2"] is None and record["grad_norm"]["5"] > 0 for record in train)
 
 
+def test_a_gradient_beyond_belief_is_left_out_of_its_exit_alone(world: World, model: Path, tmp_path: Path) -> None:
+    """An explosion that gets into the moments, a limit compared with one shard's norm, an exit held up by its neighbour's explosion."""
+    free = configure(model, tmp_path / "free", clip_grad=0.0)
+    assert tune(free)
+    norms = next(record["grad_norm"] for record in records(free) if record["kind"] == "train")
+    (low, surer), (high, other) = sorted((norm, layer) for layer, norm in norms.items())
+    limit = (low + high) / 2
+    config = configure(model, tmp_path / "run", tp=2, clip_grad=0.0, skip_grad_norm=limit, save_interval=1)
+    assert high > 1.02 * low and world.run(tune, config) == [True] * 4
+    train = [record for record in records(config) if record["kind"] == "train"]
+    first, last = checkpoint(config, 1), checkpoint(config, NUM_STEPS)
+    assert first[f"exits.{surer}.num_updates"].item() == 1 and first[f"exits.{other}.num_updates"].item() == 0
+    assert first[f"exits.{surer}.norm.weight.exp_avg"].any() and not first[f"exits.{other}.norm.weight.exp_avg"].any()
+    for layer in (surer, other):
+        skipped = [record["grad_norm"][layer] > limit for record in train]
+        assert [record["skipped"].get(layer, 0) for record in train] == skipped
+        assert last[f"exits.{layer}.num_updates"].item() == NUM_STEPS - sum(skipped)
+
+
 def test_weight_zero_freezes_an_exit(model: Path, tmp_path: Path) -> None:
     """Weight decay or momentum that moves an exit nobody asked to train."""
     config = configure(model, tmp_path / "run", loss_weights=(0.0, 1.0), save_interval=1)

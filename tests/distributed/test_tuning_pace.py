@@ -13,6 +13,7 @@ from ee_tuning.config import Config
 from ee_tuning.tuning import exit_work
 from ee_tuning.tuning import tuner as tuner_module
 from ee_tuning.tuning.exit_work import ExitWork
+from ee_tuning.tuning.saving import Saver
 from ee_tuning.tuning.step import StageWalk
 from ee_tuning.tuning.tutor import Tutor
 
@@ -46,6 +47,13 @@ class DrainingWork(ExitWork):
         self._topology.barrier()
 
 
+def slowly(write: Callable[..., Any]) -> Callable[..., Any]:
+    def slow(*args: Any) -> Any:
+        time.sleep(8 * SECONDS)
+        return write(*args)
+    return slow
+
+
 def idle_share(config: Config, fault: str) -> float:
     with mock.patch.object(tuner_module, "ExitWork", DrainingWork if fault == "drains" else ExitWork):
         tuner, clock = make_tuner(config), Clock()
@@ -54,18 +62,19 @@ def idle_share(config: Config, fault: str) -> float:
           mock.patch.object(StageWalk, "train", clock.timed(StageWalk.train, SECONDS)),
           mock.patch.object(StageWalk, "evaluate", clock.timed(StageWalk.evaluate, SECONDS)),
           mock.patch.object(exit_work, "update_exits", clock.timed(exit_work.update_exits, 0.0)),
-          mock.patch.object(tuner_module, "save_checkpoint")):
+          mock.patch.object(Saver, "_write_own", slowly(Saver._write_own))):
         tuner.run()
     assert clock.began is not None
     return 1 - clock.busy / (clock.ended - clock.began)
 
 
 # An exit on every layer, so that every stage has losses and an optimizer; 2 micro-batches a step.
-JOB: dict[str, Any] = {"pp": 4, "exits": (1, 2, 3, 4, 5, 6), "train_iters": 18, "global_batch_size": 2, "eval_interval": 6}
+JOB: dict[str, Any] = {"pp": 4, "exits": (1, 2, 3, 4, 5, 6), "train_iters": 18, "global_batch_size": 2, "eval_interval": 6,
+                       "save_interval": 6}
 
 
 def test_no_stage_of_a_run_idles_where_draining_costs_a_third(world: World, model: Path, tmp_path: Path) -> None:
-    """A rank that waits for another one's metrics, a validation or a stop agreement that drains the relay."""
+    """A rank that waits for another one's metrics, a validation, a checkpoint or a stop agreement that drains the relay."""
     config = configure(model, tmp_path / "run", **JOB)
     drained = world.run(idle_share, config, "drains")
     assert min(drained) > 0.25, drained

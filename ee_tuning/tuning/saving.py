@@ -1,0 +1,141 @@
+"""Writes a run's checkpoints while training goes on: a copy is taken at the end of a step, the rest is a thread's work.
+
+The threads of all ranks meet on a process group of their own. No stage waits for another one to save: each copies when it comes to the
+end of the step.
+"""
+import dataclasses
+import json
+import shutil
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from ee_tuning.checkpoint.aside import file_written_aside, gathered, on_first_rank, refusals_named, remove_leftovers, written_aside
+from ee_tuning.checkpoint.distcp_writer import Chunk, DistcpWriter, Written, write_common, write_metadata
+from ee_tuning.checkpoint.manifest import write_manifest
+from ee_tuning.config import TuningSection
+from ee_tuning.errors import InputError
+from ee_tuning.model.config import ModelConfig
+from ee_tuning.parallel.host_copy import HostCopy
+from ee_tuning.parallel.topology import Topology
+from ee_tuning.tuning.optimizer import ExitOptimizer
+from ee_tuning.tuning.state import CHECKPOINTS, LATEST, PROGRESS, Progress, own_state
+
+
+class Saver:
+    """This rank's part of a run's checkpoints. One is written at a time. Make it before the relay starts."""
+
+    def __init__(self, exits: list[ExitOptimizer], config: ModelConfig, tuning: TuningSection, topology: Topology) -> None:
+        self._exits, self._config, self._training_topology = exits, config, topology
+        self._folder, self._keep, self._is_async = Path(tuning.run_folder) / CHECKPOINTS, tuning.keep_checkpoints, tuning.async_save
+        self._topology = dataclasses.replace(topology, world_control=topology.save_control)
+        self._copy = HostCopy([tensor for _, tensor in self._own_state()])
+        self._thread: threading.Thread | None = None
+        self._failure: Exception | None = None
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a checkpoint could not be written; then none is any more. The same on all ranks, sooner or later: see `settle`."""
+        return self._failure is not None
+
+    def save(self, progress: Progress, before_latest: Callable[[], None]) -> None:
+        """Copies the state and returns; what writes it calls `before_latest` on rank 0 when all ranks have written, before `latest` moves.
+
+        All ranks call it after the same step, each in its own time. Waits for the checkpoint before, and, without tuning.async_save, for
+        this one.
+        """
+        self.settle()
+        if self.has_failed:
+            return
+        chunks, tensors = zip(*state, strict=True) if (state := self._own_state()) else ((), ())
+        self._copy.take(tensors)
+        # A daemon: where training fails, what is being written is given up, as it would be with the process.
+        self._thread = threading.Thread(target=self._run, args=(progress, chunks, before_latest), name="checkpoint", daemon=True)
+        self._thread.start()
+        if not self._is_async:
+            self.settle()
+
+    def settle(self) -> None:
+        """Waits for the checkpoint that is being written, if there is one. `has_failed` is the same on all ranks then."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def check(self) -> None:
+        """Raises, on all ranks that have settled, what a checkpoint met with: an InputError where the disk refused."""
+        if self._failure is None:
+            return
+        if isinstance(self._failure, InputError):
+            self._topology.barrier()  # none leaves while another one still waits for its micro-batches
+        raise self._failure
+
+    def _own_state(self) -> list[tuple[Chunk, Tensor]]:
+        """What this rank writes: of several that hold the same, the first one does."""
+        state = own_state(self._exits, self._config, self._training_topology)
+        return [(Chunk(each.key, each.dtype, tuple(each.global_shape), tuple(each.global_offset), tuple(each.local_shape)), each.data)
+                for each in state.values() if each.replica_id == 0 and each.data is not None]
+
+    def _run(self, progress: Progress, chunks: Sequence[Chunk], before_latest: Callable[[], None]) -> None:
+        try:
+            self._write(progress, chunks, before_latest)
+        except Exception as error:  # whoever settles will see it
+            self._failure = error
+
+    def _write(self, progress: Progress, chunks: Sequence[Chunk], before_latest: Callable[[], None]) -> None:
+        folder, topology = self._folder / f"step_{progress.step:08d}", self._topology
+        with written_aside(folder, topology) as partial:
+            reports = gathered([self._write_own(partial, folder, chunks)], topology)
+            if refused := [each.refusal for each in reports if each.refusal]:
+                raise InputError(refused[0])
+            on_first_rank(topology, lambda: _describe(partial, progress, reports))
+
+        def finish() -> None:
+            before_latest()
+            _point_at(folder, self._keep)
+        on_first_rank(topology, finish)
+
+    def _write_own(self, partial: Path, folder: Path, chunks: Sequence[Chunk]) -> "_Report":
+        try:
+            with DistcpWriter(partial, self._topology.rank, lambda num_bytes: None, beside_other_work=True) as writer:
+                for chunk, tensor in zip(chunks, self._copy.tensors(), strict=True):
+                    writer.add_tensor(chunk, [tensor])
+            return _Report(writer.written, writer.sums)
+        except Exception as error:  # of any kind: all ranks have to meet, or the others wait
+            return _Report([], {}, _refusal(folder, error))
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What a rank did."""
+
+    written: list[Written]
+    sums: dict[str, str]
+    refusal: str | None = None
+
+
+def _refusal(folder: Path, error: Exception) -> str:
+    reason = " ".join(str((error.strerror if isinstance(error, OSError) else None) or repr(error)).split())
+    free = shutil.disk_usage(folder.parent).free // 2 ** 20
+    return (f"the checkpoint {folder} can not be written: {reason} (with {free} MiB free there); make room, and give the same command "
+            "again, which goes on from the checkpoint before")
+
+
+def _describe(partial: Path, progress: Progress, reports: list[_Report]) -> None:
+    with refusals_named(partial):
+        write_common(partial, {})
+        write_metadata(partial, [each for report in reports for each in report.written])
+        (partial / PROGRESS).write_text(json.dumps(dataclasses.asdict(progress), indent=2) + "\n")
+        write_manifest(partial, {file: digest for report in reports for file, digest in report.sums.items()})
+
+
+def _point_at(folder: Path, keep: int) -> None:
+    with file_written_aside(folder.parent / LATEST) as pointer:
+        pointer.write_text(folder.name + "\n")
+    for partial in folder.parent.glob("step_????????.partial-*"):  # of a save that was killed, at a step where none may follow
+        remove_leftovers(partial.with_name(partial.name.partition(".")[0]))
+    others = sorted(path for path in folder.parent.glob("step_????????") if path != folder)
+    for old in others[:max(len(others) - keep + 1, 0)]:
+        shutil.rmtree(old, ignore_errors=True)
