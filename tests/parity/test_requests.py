@@ -19,9 +19,10 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
     return Subject(tmp_path_factory.mktemp("subject"))
 
 
-def test_random_mixtures_equal_one_at_a_time(subject):
+def test_random_mixtures_equal_one_at_a_time(subject, tmp_path):
     """Whatever one request does to another: its memory, its beginning, its place in a pass, its policy, its draws, its end."""
-    seen = sum((mixture(subject, seed) for seed in range(40)), Counter())
+    subjects = [subject, Subject(tmp_path, "layer,mlp")]
+    seen = sum((mixture(subjects[seed % 2], seed) for seed in range(40)), Counter())
     assert min(seen[what] for what in ("requests", "aborted", "reused", "put back", "scattered")) > 0, seen
 
 

@@ -42,14 +42,15 @@ class Report:
 
 def stress_mixtures(count: int, seed: int, folder: Path) -> Report:
     """`count` mixtures with their own seeds."""
-    subject, report, seen = Subject(folder), Report(), Counter[str]()
+    subjects = [Subject(folder / heads, heads) for heads in ("mlp", "layer,mlp", "norm,layer")]
+    report, seen = Report(), Counter[str]()
     for index in range(count):
         try:
-            seen += mixture(subject, seed * 1_000_000 + index)
+            seen += mixture(subjects[index % len(subjects)], seed * 1_000_000 + index)
         except Exception as error:  # whatever it is, the others are tried too
             report.failures.append(f"mixture {index}: {type(error).__name__}: {error}")
-    report.told = (f"{seen['requests']} requests, by policies, lengths, penalties, memory and common beginnings drawn at random, equal to "
-                   f"a plain decoder's in {seen['steps']} steps; {seen['aborted']} were aborted, {seen['put back']} lost their memory and "
+    report.told = (f"{seen['requests']} requests, by heads, policies, lengths, penalties, memory and common beginnings drawn at random, equal "
+                   f"to a plain decoder's in {seen['steps']} steps; {seen['aborted']} were aborted, {seen['put back']} lost their memory and "
                    f"came back, and {seen['reused']} tokens of prompts were not computed, for another had computed them.")
     return report
 
