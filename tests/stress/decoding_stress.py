@@ -49,9 +49,9 @@ def stress_mixtures(count: int, seed: int, folder: Path) -> Report:
             seen += mixture(subjects[index % len(subjects)], seed * 1_000_000 + index)
         except Exception as error:  # whatever it is, the others are tried too
             report.failures.append(f"mixture {index}: {type(error).__name__}: {error}")
-    report.told = (f"{seen['requests']} requests, by heads, policies, lengths, penalties, memory and common beginnings drawn at random, equal "
-                   f"to a plain decoder's in {seen['steps']} steps; {seen['aborted']} were aborted, {seen['put back']} lost their memory and "
-                   f"came back, and {seen['reused']} tokens of prompts were not computed, for another had computed them.")
+    report.told = (f"{seen['requests']} requests, by heads, policies, lengths, penalties, memory and common beginnings drawn at random, "
+                   f"equal to a plain decoder's in {seen['steps']} steps; {seen['aborted']} were aborted, {seen['put back']} lost their "
+                   f"memory and came back, and {seen['reused']} tokens of prompts were not computed, for another had computed them.")
     return report
 
 
