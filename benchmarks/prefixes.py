@@ -32,7 +32,8 @@ def main() -> None:
     print("| common tokens | requests | first token without, ms | with, ms | tokens/s after it without | with |\n|---|---|---|---|---|---|")
     for length in options.lengths:
         for count in (1, 8):
-            without, shared = ([], [])
+            without: list[tuple[float, float]] = []
+            shared: list[tuple[float, float]] = []
             for _ in range(ROUNDS):
                 for reuses, results in ((False, without), (True, shared)):
                     engine = Engine(loaded.model, loaded.stages, num_slots=count, max_length=length + OWN_TOKENS + NEW_TOKENS,
@@ -40,8 +41,9 @@ def main() -> None:
                     _decode(engine, length, 1, seed=0)  # who said it first; without reuse, a pass that warms up
                     results.append(_decode(engine, length, count, seed=1))
             # The best of the rounds: what else a machine does only makes it slower.
-            (first, rate), (first_shared, rate_shared) = ((min(a), max(b)) for a, b in (zip(*each, strict=True) for each in (without, shared)))
-            print(f"| {length} | {count} | {1e3 * first:.0f} | {1e3 * first_shared:.0f} | {rate:.0f} | {rate_shared:.0f} |", flush=True)
+            first, first_shared = (1e3 * min(each)[0] for each in (without, shared))
+            rate, rate_shared = (max(rate for _, rate in each) for each in (without, shared))
+            print(f"| {length} | {count} | {first:.0f} | {first_shared:.0f} | {rate:.0f} | {rate_shared:.0f} |", flush=True)
 
 
 def _decode(engine: Engine, length: int, count: int, seed: int) -> tuple[float, float]:
