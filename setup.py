@@ -33,12 +33,14 @@ setup(
     ],
     extras_require={
         "parquet": ["pyarrow"],
+        "quantize": ["torchao>=0.18", "bitsandbytes>=0.50"],  # what they were tried with
         "te": ["transformer-engine[pytorch]"],
         # Names that install commands may already use; the commands behind them need nothing more so far.
         "serve": [],
         "eval": [],
         "watch": ["tensorboard", "wandb"],
-        "dev": ["pytest", "pytest-timeout", "ruff", "mypy", "types-PyYAML", "pre-commit", "pyarrow", "tensorboard"],
+        "dev": ["pytest", "pytest-timeout", "ruff", "mypy", "types-PyYAML", "pre-commit", "pyarrow", "tensorboard",
+                "torchao>=0.18", "bitsandbytes>=0.50"],
     },
     entry_points={"console_scripts": ["ee-tuning = ee_tuning.cli:main"]},
     classifiers=[

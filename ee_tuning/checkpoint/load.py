@@ -25,6 +25,7 @@ from ee_tuning.config import Config
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.early_exit import EarlyExitModel, StagePlan
+from ee_tuning.model.few_bits import FewBitsLinear, check_weight_format, few_bits_weights
 from ee_tuning.model.partition import stage_costs, stage_layers
 from ee_tuning.parallel.topology import Topology
 
@@ -82,7 +83,10 @@ def plan_tuning(config: Config, sources: Sources, topology: Topology) -> list[St
                          f"tuning.seq_length is {config.tuning.seq_length}; set it to a multiple of {topology.tp}, or leave it whole")
     costs = tuning_costs(config, sources.config, exits)
     plans = _plans(config, exits, costs, topology, has_final_head=config.tuning.wants_final_head, max_length=config.tuning.seq_length)
-    return [dataclasses.replace(plan, shares_output_matrix=config.tuning.tells_hidden(exits.ties_output), cuts_sequence=cuts_sequence)
+    weights = config.tuning.backbone_weights
+    check_weight_format(weights, sources.config)
+    return [dataclasses.replace(plan, shares_output_matrix=config.tuning.tells_hidden(exits.ties_output), cuts_sequence=cuts_sequence,
+                                weights=weights)
             for plan in plans]
 
 
@@ -100,6 +104,8 @@ def build_stage(sources: Sources, plans: list[StagePlan], topology: Topology) ->
     shard = (topology.tp, topology.tp_rank, plan.dtype)
     for name, parameter in model.backbone.named_parameters():
         _fill(parameter, partial(read_backbone_tensor, sources.backbone, config, name, *shard), topology)
+    for name, linear in few_bits_weights(model.backbone):
+        _fill_few_bits(linear, partial(read_backbone_tensor, sources.backbone, config, name, *shard), topology)
     for spec in plan.own_exits:
         for name, parameter in model.exit_head(spec.layer).named_parameters():
             assert sources.exit_tensors is not None
@@ -153,3 +159,11 @@ def _fill(parameter: nn.Parameter, read: Callable[[], Tensor], topology: Topolog
             parameter.copy_(read())
         if topology.dp > 1:
             dist.broadcast(parameter, group_src=0, group=topology.dp_group)
+
+
+def _fill_few_bits(linear: FewBitsLinear, read: Callable[[], Tensor], topology: Topology) -> None:
+    if topology.dp_rank == 0:
+        linear.take(read())
+    if topology.dp > 1:
+        for buffer in linear.buffers():
+            dist.broadcast(buffer, group_src=0, group=topology.dp_group)

@@ -17,11 +17,11 @@ from ee_tuning.config.data import DataSection
 from ee_tuning.config.generation import GenerationSection
 from ee_tuning.config.model import Architecture, DType, ExitsSection, ModelSection, ParallelSection
 from ee_tuning.config.placement import AutoLayers
-from ee_tuning.config.tuning import TuningSection
+from ee_tuning.config.tuning import TuningSection, WeightFormat
 from ee_tuning.errors import InputError
 
 __all__ = ["Architecture", "Config", "DType", "DataSection", "ExitsSection", "GenerationSection", "ModelSection", "ParallelSection",
-           "TuningSection", "load_config", "replace", "save_config"]
+           "TuningSection", "WeightFormat", "load_config", "replace", "save_config"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+WeightFormat = Literal["native", "int8", "nf4"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class TuningSection:
@@ -56,6 +58,9 @@ class TuningSection:
     """Whether validations tell how often each exit agrees with the final head, and how many of its drafts that would accept."""
     loss_chunk_tokens: int = 1024
     """Tokens whose logits exist at one time."""
+    backbone_weights: WeightFormat = "native"
+    """How the frozen layers' matrices are held while tuning. int8 takes half the memory of bfloat16 (torchao), nf4 0.28 of it (4 bits,
+    bitsandbytes): what the exits learn from is then a little off. Embedding, norms, output matrix and exits stay as they are."""
     seed: int = 1234
     """Of the order of the samples."""
     log_interval: int = 1

@@ -15,12 +15,14 @@ with warnings.catch_warnings():
     from megatron.core.transformer.spec_utils import build_module
     from megatron.core.transformer.transformer_config import TransformerConfig
 
+from ee_tuning.config import WeightFormat
 from ee_tuning.model.activation import activation
 from ee_tuning.model.attention import CausalAttention, softmax_scale
 from ee_tuning.model.cast import cast_parameters
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.documents import PackedDocuments, rotations
 from ee_tuning.model.experts import dispatch_in_place, expert_fields
+from ee_tuning.model.few_bits import hold_in_few_bits
 from ee_tuning.model.norm import backbone_norm
 from ee_tuning.model.rope import rotary_angles
 from ee_tuning.parallel.topology import Topology
@@ -94,7 +96,8 @@ class BackboneStage(nn.Module):
     """
 
     def __init__(self, config: ModelConfig, topology: Topology, *, first_layer: int, last_layer: int, has_embedding: bool,
-                 has_output: bool, has_final_norm: bool, max_length: int, dtype: torch.dtype, cuts_sequence: bool = False):
+                 has_output: bool, has_final_norm: bool, max_length: int, dtype: torch.dtype, cuts_sequence: bool = False,
+                 weights: WeightFormat = "native"):
         """`cuts_sequence`: layers take and give [s/tp, b, h], each tensor-parallel rank its part of the sequence."""
         super().__init__()
         self.config, self.dtype = config, dtype
@@ -106,9 +109,12 @@ class BackboneStage(nn.Module):
                 megatron, padded, config.max_position_embeddings, tp_group=topology.tp_group,
                 position_embedding_type="rope" if config.position == "rope" else "learned_absolute")
             cast_parameters(self.embedding, dtype, topology.device)  # Megatron-core has that of positions on the CPU, as float32
-        layers = {str(number - 1): build_layer(config, topology, number, dtype, cuts_sequence=cuts_sequence)
-                  for number in range(first_layer, last_layer + 1)}
-        self.decoder = nn.ModuleDict({"layers": nn.ModuleDict(layers)})
+        layers = nn.ModuleDict()
+        for number in range(first_layer, last_layer + 1):
+            layers[str(number - 1)] = layer = build_layer(config, topology, number, dtype, cuts_sequence=cuts_sequence)
+            if weights != "native":  # layer by layer, so that no more than one is ever there in `dtype`
+                hold_in_few_bits(layer, weights, topology)
+        self.decoder = nn.ModuleDict({"layers": layers})
         if has_final_norm:
             self.decoder["final_layernorm"] = backbone_norm(config)(megatron, config.hidden_size, eps=config.norm_epsilon)
         if has_output:

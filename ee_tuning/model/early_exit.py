@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ee_tuning.config import WeightFormat
 from ee_tuning.model.backbone import BackboneStage
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.documents import PackedDocuments
@@ -37,6 +38,8 @@ class StagePlan:
     dtype: torch.dtype
     cuts_sequence: bool = False
     """Whether hidden states between layers are cut along the sequence over tensor parallelism."""
+    weights: WeightFormat = "native"
+    """How the layers' matrices are held."""
 
     @property
     def exit_layers(self) -> tuple[int, ...]:
@@ -65,7 +68,7 @@ class EarlyExitModel(nn.Module):
         self.backbone = BackboneStage(
             config, topology, first_layer=plan.first_layer, last_layer=plan.last_layer, has_embedding=topology.is_first_stage,
             has_output=has_final or plan.ties_output or (plan.shares_output_matrix and bool(plan.own_exits)), has_final_norm=has_final,
-            max_length=plan.max_length, dtype=plan.dtype, cuts_sequence=plan.cuts_sequence)
+            max_length=plan.max_length, dtype=plan.dtype, cuts_sequence=plan.cuts_sequence, weights=plan.weights)
         tied = self.backbone.output_layer.weight if plan.ties_output else None
         self.exit_heads = nn.ModuleDict(
             {str(spec.layer): build_exit_head(spec, config, topology, dtype=plan.dtype, tied_weight=tied, angles=self.backbone.angles,

@@ -124,7 +124,7 @@ class Tuner:
 
     def save_exit_heads(self, output: Path) -> None:
         """Writes the artifact of the tuned heads, in the backbone's dtype. All ranks call it."""
-        settings = ("global_batch_size", "seq_length", "lr", "min_lr", "lr_decay_style", "seed")
+        settings = ("global_batch_size", "seq_length", "lr", "min_lr", "lr_decay_style", "backbone_weights", "seed")
         tuned = {"steps": self.step, "tokens": self._source.position * self.tuning.seq_length,
                  **{key: getattr(self.tuning, key) for key in settings}}
         save_exit_heads(output, dataclasses.replace(self.exits_config, tuned=tuned), self._model.config,

@@ -30,6 +30,7 @@ def test_layout_and_watching_may_change(run: Path, changes: dict[str, Any]) -> N
 
 @pytest.mark.parametrize(("changes", "words"), [
     ({"tuning": {"lr": 1e-3}}, ["tuning.lr (0.0001 there, 0.001 here)"]),
+    ({"tuning": {"backbone_weights": "nf4"}}, ["tuning.backbone_weights (native there, nf4 here)"]),
     ({"tuning": {"loss": ("forward_kl",), "train_iters": 7}}, ["tuning.loss (cross_entropy there, forward_kl here)", "tuning.train_iters"]),
     ({"data": {"paths": ("a",)}}, ["data.paths (a,b there, a here)"]), ({"exits": {"path": "elsewhere"}}, ["exits.path"])])
 def test_what_changes_the_outcome_is_named(run: Path, changes: dict[str, Any], words: list[str]) -> None:

@@ -1,0 +1,160 @@
+"""Frozen linear maps whose weights are held in 8 or 4 bits: int8 by torchao, NF4 (QLoRA, arXiv 2305.14314) by bitsandbytes.
+
+They stand in the backbone's layers where Megatron-core has its column- and row-parallel ones, and go forward alone.
+"""
+import functools
+import importlib.util
+import logging
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.layers import RowParallelLinear
+from torch import Tensor, nn
+
+from ee_tuning.config import WeightFormat
+from ee_tuning.errors import InputError
+from ee_tuning.model.config import ModelConfig
+from ee_tuning.model.sequence import gathered_sequence, summed_parts
+from ee_tuning.parallel.shard_sums import sum_over_shards
+from ee_tuning.parallel.topology import Topology
+
+# s sequence · b micro-batch · i inputs of this rank · o outputs of this rank
+
+NF4_BLOCK = 64
+"""Neighbouring weights of a row that share a scale, the absolutely largest of them."""
+_LIBRARIES = {"int8": "torchao", "nf4": "bitsandbytes"}
+
+
+def check_weight_format(weights: WeightFormat, config: ModelConfig) -> None:
+    """Raises InputError where the model's weights can not be held so, or the library that does it is not installed."""
+    if weights == "native":
+        return
+    if config.num_experts:
+        raise InputError(f"tuning.backbone_weights = {weights} is for models without experts, and this one has {config.num_experts}; "
+                         "leave it native")
+    library = _LIBRARIES[weights]
+    if importlib.util.find_spec(library) is None:
+        raise InputError(f"tuning.backbone_weights = {weights} needs {library}, which is not installed; pip install 'ee_tuning[quantize]', "
+                         "or leave it native")
+
+
+def hold_in_few_bits(layer: nn.Module, weights: Literal["int8", "nf4"], topology: Topology) -> None:
+    """Puts a FewBitsLinear, its weights to be taken, in place of each linear map of a Megatron layer."""
+    kind = {"int8": Int8Linear, "nf4": NF4Linear}[weights]
+    for part, names in ((layer.self_attention, ("linear_qkv", "linear_proj")), (layer.mlp, ("linear_fc1", "linear_fc2"))):
+        for name in names:
+            setattr(part, name, kind(getattr(part, name), topology))
+
+
+def few_bits_weights(module: nn.Module) -> Iterator[tuple[str, "FewBitsLinear"]]:
+    """What Megatron-core would call the weight, and the linear map that holds it."""
+    return ((f"{name}.weight", each) for name, each in module.named_modules() if isinstance(each, FewBitsLinear))
+
+
+class FewBitsLinear(nn.Module):
+    """As the `stock` map of Megatron's that it replaces: [s, b, i] -> [s, b, o], and the bias where the caller is to add it.
+
+    Where the sequence is cut, column-parallel maps take [s/tp, b, i], and row-parallel ones give [s/tp, b, o].
+    """
+
+    def __init__(self, stock: Any, topology: Topology):
+        super().__init__()
+        self.shape, self.dtype = tuple(stock.weight.shape), stock.weight.dtype  # [o, i]
+        self.library_dtype = torch.float32 if self.dtype == torch.float64 else self.dtype  # neither library knows float64
+        self.bias, self.leaves_bias = stock.bias, stock.skip_bias_add
+        self.is_row_parallel, self.cuts_sequence = isinstance(stock, RowParallelLinear), stock.sequence_parallel
+        self.group = topology.tp_group if topology.tp > 1 else None
+        for name, shape, dtype in self.buffers_of(*self.shape):
+            self.register_buffer(name, torch.empty(shape, dtype=dtype, device=topology.device), persistent=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """See the class."""
+        if self.group is not None and self.cuts_sequence and not self.is_row_parallel:
+            x = gathered_sequence(x, self.group)
+        out = self.product(x)
+        if self.group is not None and self.is_row_parallel:
+            out = summed_parts(out, self.group) if self.cuts_sequence else sum_over_shards(out, self.group)
+        if self.bias is not None and not self.leaves_bias:
+            out = out + self.bias
+        return out, self.bias if self.leaves_bias else None
+
+    @staticmethod
+    def buffers_of(outputs: int, inputs: int) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
+        """Name, shape and dtype of what holds a weight [outputs, inputs]."""
+        raise NotImplementedError
+
+    def take(self, weight: Tensor) -> None:  # [o, i]
+        """Holds this rank's part of the weight from now on. All ranks of a tensor-parallel group call it at once."""
+        raise NotImplementedError
+
+    def product(self, x: Tensor) -> Tensor:  # [s, b, i] -> [s, b, o]
+        """Before sum and bias."""
+        raise NotImplementedError
+
+
+class Int8Linear(FewBitsLinear):
+    """A scale for each output, the same on every rank: a weight comes out alike at every tensor-parallel size."""
+
+    values: Tensor
+    scale: Tensor
+
+    @staticmethod
+    def buffers_of(outputs: int, inputs: int) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
+        """See FewBitsLinear."""
+        yield "values", (outputs, inputs), torch.int8
+        yield "scale", (outputs, 1), torch.float32
+
+    def take(self, weight: Tensor) -> None:  # [o, i]
+        """See FewBitsLinear."""
+        torchao, weight = _library("torchao.quantization"), weight.to(self.scale.device, self.library_dtype)
+        scale = torchao.Int8Tensor.from_hp(weight, torchao.PerRow()).scale
+        if self.group is not None and self.is_row_parallel:  # each rank has seen a part of the inputs
+            dist.all_reduce(scale, dist.ReduceOp.MAX, group=self.group)
+        self.scale.copy_(scale)
+        self.values.copy_(torchao.Int8Tensor.from_hp(weight, torchao.PerRow(), scale=scale).qdata)
+
+    def product(self, x: Tensor) -> Tensor:  # [s, b, i] -> [s, b, o]
+        """See FewBitsLinear."""
+        return F.linear(x, _library("torchao.quantization").Int8Tensor(self.values, self.scale, [1, self.shape[1]], self.dtype))
+
+
+class NF4Linear(FewBitsLinear):
+    """Weights in blocks of NF4_BLOCK. A weight comes out alike at every tensor-parallel size that cuts no block."""
+
+    packed: Tensor
+    scale: Tensor
+
+    @staticmethod
+    def buffers_of(outputs: int, inputs: int) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
+        """See FewBitsLinear."""
+        yield "packed", (-(-outputs * inputs // 2), 1), torch.uint8
+        yield "scale", (-(-outputs * inputs // NF4_BLOCK),), torch.float32
+
+    def take(self, weight: Tensor) -> None:  # [o, i]
+        """See FewBitsLinear."""
+        weight = weight.to(self.scale.device, self.library_dtype)
+        # The scales are not quantized in their turn, as QLoRA has it: that wants their mean, which differs from rank to rank.
+        packed, state = _library("bitsandbytes.functional").quantize_4bit(weight, blocksize=NF4_BLOCK, quant_type="nf4")
+        self.packed.copy_(packed)
+        self.scale.copy_(state.absmax)
+
+    def product(self, x: Tensor) -> Tensor:  # [s, b, i] -> [s, b, o]
+        """See FewBitsLinear."""
+        functional = _library("bitsandbytes.functional")
+        state = functional.QuantState(self.scale, torch.Size(self.shape), blocksize=NF4_BLOCK, quant_type="nf4", dtype=self.library_dtype)
+        return F.linear(x, functional.dequantize_4bit(self.packed, state).to(self.dtype))
+
+
+@functools.cache
+def _library(name: str) -> ModuleType:
+    """The module, imported without the warnings of kernels that it does without."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        return importlib.import_module(name)
+    finally:
+        logging.disable(before)
