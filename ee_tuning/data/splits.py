@@ -158,8 +158,7 @@ def _check_vocabulary(folder: Path, vocab_size: int, who: str, remedy: str) -> N
 def _pack(corpora: Sequence[tuple[Corpus, list[TokenStream]]], data: DataSection, seq_length: int, key: str, what: str,
           share: str = "") -> Samples:
     """The samples of one split: of one stream, of several, or by weight."""
-    rules = DocumentRules(reset_attention_mask=data.reset_attention_mask, reset_position_ids=data.reset_position_ids,
-                          eod_mask_loss=data.eod_mask_loss)
+    rules = DocumentRules.of(data)
     packed: list[Samples] = []
     for corpus, streams in corpora:
         _check_size(corpus.name, streams, seq_length, key, what, share)

@@ -4,12 +4,13 @@ Sample i of a stream reads seq_length + 1 tokens from i · seq_length on: neighb
 first is a label exactly once.
 """
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ee_tuning.config import DataSection
 from ee_tuning.data.order import BlendedOrder, Order, SampleOrder
 
 # s sequence
@@ -22,6 +23,11 @@ class DocumentRules:
     reset_attention_mask: bool = False
     reset_position_ids: bool = False
     eod_mask_loss: bool = False
+
+    @classmethod
+    def of(cls, data: DataSection) -> "DocumentRules":
+        """Those of a job."""
+        return cls(**{field.name: getattr(data, field.name) for field in fields(cls)})
 
 
 class Sample(NamedTuple):

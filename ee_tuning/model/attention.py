@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.documents import PackedDocuments
+from ee_tuning.parallel.imagined import is_imagined
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -54,4 +55,5 @@ class CausalAttention(MegatronModule):
 def _has_varlen(query: Tensor) -> bool:
     """Whether the kernel that computes no masked block can take it: it wants a GPU, 16 bits, and heads of a multiple of 8 up to 256."""
     d = query.shape[-1]
-    return varlen_attn is not None and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and d % 8 == 0 and d <= 256
+    is_on_gpu = query.is_cuda or is_imagined(query)
+    return varlen_attn is not None and is_on_gpu and query.dtype in (torch.bfloat16, torch.float16) and d % 8 == 0 and d <= 256

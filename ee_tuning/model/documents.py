@@ -8,6 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ee_tuning.parallel.imagined import is_imagined
+
 # b micro-batch · s sequence · d width of a head
 
 
@@ -31,10 +33,8 @@ class PackedDocuments:
             return None
         starts, longest = None, 0
         if ids is not None:  # here, on the CPU: on the device, `longest` would have to be waited for
-            is_start = torch.ones_like(ids, dtype=torch.bool)
-            is_start[:, 1:] = ids[:, 1:] != ids[:, :-1]
-            bounds = torch.cat((is_start.flatten().nonzero().flatten(), torch.tensor([ids.numel()])))
-            starts, longest = bounds.to(device, torch.int32), int(bounds.diff().max())
+            starts, longest = _bounds(ids)
+            starts = starts.to(device, torch.int32)
         return cls(ids=None if ids is None else ids.to(device), positions=None if positions is None else positions.to(device),
                    starts=starts, longest=longest)
 
@@ -44,6 +44,15 @@ class PackedDocuments:
         if self.ids is None:
             return None
         return (self.ids[:, :, None] == self.ids[:, None, :]).tril_()[:, None]
+
+
+def _bounds(ids: Tensor) -> tuple[Tensor, int]:  # [b, s] -> [documents + 1], tokens of the longest
+    if is_imagined(ids):  # a document in each row: so attention takes most
+        return torch.arange(0, ids.numel() + 1, ids.shape[1]), ids.shape[1]
+    is_start = torch.ones_like(ids, dtype=torch.bool)
+    is_start[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    bounds = torch.cat((is_start.flatten().nonzero().flatten(), torch.tensor([ids.numel()])))
+    return bounds, int(bounds.diff().max())
 
 
 def rotations(angles: Tensor, length: int, documents: PackedDocuments | None) -> Tensor:  # [positions, d] -> [s, 1 or b, 1, d]

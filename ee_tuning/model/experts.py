@@ -2,7 +2,9 @@
 import warnings
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of the fused libraries that are not installed
@@ -12,6 +14,7 @@ with warnings.catch_warnings():
 
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.megatron_args import moe_layer_freq
+from ee_tuning.parallel.imagined import is_imagined
 from ee_tuning.parallel.shard_sums import shared_by_shards, sum_over_shards
 
 # t tokens · h hidden · e experts
@@ -37,12 +40,27 @@ def dispatch_in_place(mlp: MoELayer) -> None:
     compute each as many times.
     """
     mlp.eval()  # nothing here works otherwise while it is trained, and Megatron-core refuses to train it so
-    stock = mlp.token_dispatcher
-    if not mlp.config.sequence_parallel:
-        mlp.token_dispatcher = _TokensInPlace(stock.num_local_experts, stock.local_expert_indices, mlp.config, get_default_pg_collection())
+    stock, kind = mlp.token_dispatcher, _Tokens if mlp.config.sequence_parallel else _TokensInPlace
+    mlp.token_dispatcher = kind(stock.num_local_experts, stock.local_expert_indices, mlp.config, get_default_pg_collection())
 
 
-class _TokensInPlace(MoEAllGatherTokenDispatcher):
+class _Tokens(MoEAllGatherTokenDispatcher):
+    """The stock dispatcher. In a dry run, which has no numbers to choose by, every expert gets as many tokens."""
+
+    def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [t, h], [t, e]
+        """Each expert's tokens one after the other [t · k, h], how many there are of each [e], and their weights [t · k]."""
+        if not is_imagined(hidden_states):
+            return super().dispatch_postprocess(hidden_states, probs)
+        num_experts, chosen = probs.shape[1], probs.shape[0] * self.router_topk
+        self.hidden_shape_before_permute, self.local_map, self.routing_map = hidden_states.shape, self.routing_map, None
+        self.reversed_local_input_permutation_mapping = torch.empty(chosen, dtype=torch.int64, device=probs.device)
+        self.local_probs = probs.flatten().index_select(0, self.reversed_local_input_permutation_mapping)
+        with unset_fake_temporarily():
+            counts = torch.tensor([(expert + 1) * chosen // num_experts - expert * chosen // num_experts for expert in range(num_experts)])
+        return hidden_states.index_select(0, self.reversed_local_input_permutation_mapping), counts, self.local_probs
+
+
+class _TokensInPlace(_Tokens):
     """Each rank computes its part of the chosen experts for every token; the parts are summed."""
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:  # [t, h], [t, e]

@@ -19,8 +19,7 @@ from ee_tuning.checkpoint.load import Sources, build_stage, plan_tuning
 from ee_tuning.checkpoint.shapes import shape_sources
 from ee_tuning.config import Config, replace
 from ee_tuning.data.loader import count_microbatches
-from ee_tuning.data.tokens import PackedSamples, Splits
-from ee_tuning.errors import InputError
+from ee_tuning.data.tokens import DocumentRules, PackedSamples, Splits
 from ee_tuning.model.early_exit import EarlyExitModel, StagePlan
 from ee_tuning.parallel.dry_world import dry_world
 from ee_tuning.parallel.relay import Follows, Relay
@@ -108,9 +107,6 @@ def rehearse(config: Config, world_size: int) -> list[Rehearsal]:
     parallel, sources = config.parallel, shape_sources(config)
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     sources.config.check_layout(tp, pp)
-    if sources.config.num_experts:
-        raise InputError(f"a dry run has shapes and no numbers, and numbers tell which of its {sources.config.num_experts} experts a token "
-                         "goes to; models with experts can not be dry-run or planned")
     per_stage = world_size // pp
     kinds: dict[Any, list[int]] = {}
     with dry_world(parallel, world_size, 0) as topology:
@@ -188,8 +184,9 @@ def _book_whole_copies(ledger: Ledger, head: nn.Module, arguments: Any) -> None:
 
 
 def _samples(config: Config) -> Splits:
-    """One sample of zeros, over and over: the data's own shape."""
-    samples = PackedSamples(np.zeros(config.tuning.seq_length + 1, dtype=np.int32), config.tuning.seq_length)
+    """One sample of zeros, over and over: the data's own shape, with all that the rules for documents ask of them."""
+    length = config.tuning.seq_length
+    samples = PackedSamples(np.zeros(length + 1, dtype=np.int32), length, rules=DocumentRules.of(config.data))
     return Splits(train=samples, valid=samples if config.tuning.eval_iters else None)
 
 

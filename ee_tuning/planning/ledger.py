@@ -18,10 +18,13 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 _READS_A_NUMBER = torch.ops.aten._local_scalar_dense.default
-_ATTENTION_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_ATTENTION_ON_CPU = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop_count,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop_count}
+"""Which torch does not count itself; by the shapes of their first arguments."""
 
 
 class Ledger(TorchDispatchMode):
@@ -94,11 +97,8 @@ class Ledger(TorchDispatchMode):
             return result
         if function.namespace == "c10d":
             self._note_traffic(args, rounds=2 if "allreduce" in function._schema.name else 1)
-        elif function._overloadpacket is _ATTENTION_ON_CPU:
-            flops = sdpa_flop_count(args[0].shape, args[1].shape, args[2].shape)
-            self.flops[self.phase] += flops // 2 if kwargs.get("is_causal", len(args) > 4 and args[4]) else flops
-        elif (count := flop_registry.get(function._overloadpacket)) is not None:
-            self.flops[self.phase] += count(*args, **kwargs, out_val=result)
+        else:
+            self.flops[self.phase] += _flops(function, args, kwargs, result)
         for each in tree_leaves(result):
             if isinstance(each, FakeTensor):
                 self._note(each.untyped_storage(), self.phase)
@@ -136,6 +136,18 @@ class _Block(NamedTuple):
     reference: Any
     size: int
     kind: str
+
+
+def _flops(function: Any, args: Any, kwargs: dict[str, Any], result: Any) -> int:
+    operation = function._overloadpacket
+    if (count := _ATTENTION_ON_CPU.get(operation)) is not None:
+        flops = count(*(each.shape for each in args[:4 if count is sdpa_backward_flop_count else 3]))
+    elif (count := flop_registry.get(operation)) is not None:
+        flops = count(*args, **kwargs, out_val=result)
+    else:
+        return 0
+    given = {**dict(zip((each.name for each in function._schema.arguments), args, strict=False)), **kwargs}
+    return flops // 2 if given.get("is_causal") else flops
 
 
 def _a_number(dtype: torch.dtype) -> bool | float | int:

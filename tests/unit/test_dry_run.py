@@ -163,3 +163,68 @@ def test_a_size_to_imagine_is_for_dry_runs(capsys: pytest.CaptureFixture[str]) -
     """`tune --world-size 8` would tune in one process and look as if it were eight."""
     assert cli.main(["tune", "--model", "somewhere", "--world-size", "8"]) == 2
     assert "--dry-run" in capsys.readouterr().err
+
+
+MIXTRAL = {"model_type": "mixtral", "hidden_size": 512, "intermediate_size": 896, "num_hidden_layers": 4, "num_attention_heads": 8,
+           "num_key_value_heads": 2, "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None, "vocab_size": 1000}
+
+
+@pytest.mark.parametrize("cuts_sequence", [False, True])
+def test_experts_are_counted_all_in_memory_and_the_chosen_in_time(cuts_sequence: bool, tmp_path: Path) -> None:
+    """A plan by the dense model's formula holds one expert of eight, or computes eight of two."""
+    model = config_only(tmp_path / "mixtral", **MIXTRAL)
+    keys = {"exits__exit_layers": [2, 4], "exits__architecture": ["norm", "layer"], "tuning__seq_length": 64, "tuning__micro_batch_size": 3,
+            "tuning__global_batch_size": 6, "parallel__sequence_parallel": cuts_sequence}
+    first, last = rehearse(job(model, 2, 2, **keys, parallel__pipeline_layout=[2, 2]), 8)
+    expert, attention, router = 3 * 512 * 896, 2 * 512 * 512 + 2 * 512 * 128, 8 * 512
+    layer = (attention + 8 * expert) / 2 + router + 2 * 512
+    assert last.memory["weights"] == 2 * 2 * layer + 64 * 64 * 4, "two layers in bfloat16, rotations in float32"
+    tokens = 3 * 64
+    per_layer = 2 * tokens * ((attention + 2 * expert) / 2 + router) + 4 * 4 * 3 * 64 * 64 * 64 / 2
+    assert first.layer_flops == last.layer_flops == pytest.approx(2 * per_layer, rel=1e-6)
+    output = 2 * tokens * 512 * 500
+    assert last.validation_flops == pytest.approx(per_layer + output, rel=1e-6)
+    assert last.head_flops == pytest.approx(3 * (per_layer + output), rel=0.03)  # attention's backward is 5 products to its forward's 2
+    assert last.memory["optimizer"] == pytest.approx(3 * 4 * (layer + 512 * 500 + 512) / 2, rel=1e-3)
+
+
+def test_documents_that_share_a_row_cost_what_the_kernel_for_them_does(tmp_path: Path) -> None:
+    """Rules for documents that a plan leaves out, or a masked attention that is counted whole and holds its mask."""
+    model = config_only(tmp_path / "llama", hidden_size=512, intermediate_size=896, num_hidden_layers=2, num_attention_heads=8,
+                        num_key_value_heads=2)
+    keys = {"exits__exit_layers": [1, 2], "exits__architecture": ["norm", "layer"], "tuning__seq_length": 256, "tuning__micro_batch_size": 2,
+            "tuning__global_batch_size": 2}
+    (plain,), (told_apart,), (masked,) = (rehearse(job(model, **keys, **more), 1) for more in (
+        {}, {"data__reset_attention_mask": True, "data__reset_position_ids": True, "data__eod_mask_loss": True},
+        {"data__reset_attention_mask": True, "model__dtype": "float32"}))
+    assert (told_apart.layer_flops, told_apart.head_flops) == (plain.layer_flops, plain.head_flops), "at most: documents as long as rows"
+    extra = sum(told_apart.memory.values()) - sum(plain.memory.values())
+    rows = 2 * 256 * 512 * 2  # of attention's inputs in the kernel's own order
+    assert 0 < extra < 6 * rows
+    assert masked.layer_flops > plain.layer_flops, "without the kernel, all of every block is computed"
+
+
+@pytest.mark.parametrize(("keys", "kinds"), [
+    ({"tuning__loss": ["forward_kl"]}, [((1,),), ((4,),), ((),)]),
+    ({"tuning__loss": ["cross_entropy=0.5", "total_variation=0.5"], "tuning__teacher": "hidden", "parallel__sequence_parallel": True},
+     [((1,),), ((4,),), ((),)]),
+    ({"tuning__compare_final": True, "exits__output": "tied"}, [((1,),), ((4,),), ((),)])])
+def test_lessons_of_the_final_head_are_rehearsed(keys: dict[str, Any], kinds: list[Any], tmp_path: Path) -> None:
+    """A dry run that leaves the teacher out passes jobs that lack memory for the layers past the last exit, or for what waits."""
+    model = config_only(tmp_path / "llama", hidden_size=512, intermediate_size=896, num_hidden_layers=6, num_attention_heads=8,
+                        num_key_value_heads=2, vocab_size=1000)
+    sizes = {"tuning__seq_length": 64, "tuning__micro_batch_size": 2, "tuning__global_batch_size": 12, "exits__architecture": ["norm"],
+             "exits__exit_layers": [1, 4], "parallel__pipeline_layout": [2, 2, 2]}
+    stages = rehearse(job(model, 2, 3, **sizes, **keys), 12)
+    assert [each.exits for each in stages] == kinds and [each.layers for each in stages] == [((1, 2),), ((3, 4),), ((5, 6),)]
+    states = 64 * 2 * 512 * 2  # hidden states of a micro-batch
+    own = states // 2 if keys.get("parallel__sequence_parallel") else states
+    # A `norm` exit keeps the states it takes of each micro-batch that the backbone is ahead: pipeline - 1 - stage.
+    assert [each.memory["queue"] // own for each in stages] == [2, 1, 0]
+    output = 1000 * 512 * 2 // 2  # the model's own output matrix: on the last stage, and where it is the exits', or turns told states
+    layers = 2 * 2 * (512 * 512 * 2 + 512 * 128 * 2 + 3 * 512 * 896) // 2
+    is_shared = keys.get("tuning__teacher") == "hidden" or keys.get("exits__output") == "tied"
+    for each, held in zip(stages, (1 + is_shared, is_shared, 1), strict=True):
+        assert each.memory["weights"] == pytest.approx(layers + held * output, rel=0.01), "the first has the word embedding besides"
+    bare, taught = (rehearse(job(model, 2, 3, **{**sizes, "parallel__pipeline_layout": []}, **each), 12) for each in ({}, keys))
+    assert max(each.layers[-1][1] for each in bare) == 4 and max(each.layers[-1][1] for each in taught) == 6
