@@ -54,8 +54,8 @@ def plan(args: argparse.Namespace) -> int:
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     add_job(parser, "plan")
-    parser.add_argument("--gpu", default="h100", metavar="NAME", help="whose documented peaks to take: h100, h200, a100 or rtx4090 "
-                        "(default %(default)s)")
+    parser.add_argument("--gpu", default="h100", metavar="NAME", help="whose documented peaks to take: h100, h200, a100, rtx4090 or "
+                        "l4 (default %(default)s)")
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines (default %(default)s)")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs in each (default %(default)s)")
     for flag, text in (("--gpu-memory", "GB of a GPU"), ("--tflops", "10¹² bfloat16 operations a second of a GPU, dense"),
@@ -98,7 +98,7 @@ A run that was stopped or killed goes on when the same command is given again, a
             examples="""\
   ee-tuning plan examples/llama-2-70b/job.yaml --gpu h100 --nodes 1
   ee-tuning plan job.yaml --gpu a100 --nodes 2 --gpus-per-node 4 --json
-  ee-tuning plan job.yaml --gpu rtx4090 --gpus-per-node 1 --efficiency 0.4
+  ee-tuning plan examples/llama-2-7b/card-24gb.yaml --gpu rtx4090 --gpus-per-node 1 --efficiency 0.4
 
 Memory is counted in a dry run of the job, whose model needs no more than its config.json; time follows from a formula that is printed.
 The exit code is 1 where the job does not fit.""", add_arguments=_add_plan, run=plan),

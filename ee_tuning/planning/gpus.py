@@ -28,8 +28,9 @@ GPUS = {gpu.name: gpu for gpu in (
     Gpu(name="h100", memory=80, tflops=989, bandwidth=3350, link=450, network=50),
     Gpu(name="h200", memory=141, tflops=989, bandwidth=4800, link=450, network=50),
     Gpu(name="a100", memory=80, tflops=312, bandwidth=2039, link=300, network=25),
-    # A card of 24 GB in a workstation, on PCIe 4 × 16 and 10 Gbit/s.
+    # Cards of 24 GB on PCIe 4 × 16, in a workstation with 10 Gbit/s and in a server with 25.
     Gpu(name="rtx4090", memory=24, tflops=165, bandwidth=1008, link=32, network=1.25),
+    Gpu(name="l4", memory=24, tflops=121, bandwidth=300, link=32, network=3.125),
 )}
 """By the names that `--gpu` takes."""
 

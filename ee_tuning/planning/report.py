@@ -24,10 +24,11 @@ def plan_tree(plan: Plan) -> dict[str, Any]:
 def _lines(config: Config, plan: Plan) -> list[str]:
     cluster, gpu, tuning = plan.cluster, plan.cluster.gpu, config.tuning
     yes = "fits" if plan.fits else "DOES NOT FIT"
+    weights = "" if tuning.backbone_weights == "native" else f", frozen layers in {tuning.backbone_weights}"
     return [
         f"{config.model.path} on {cluster.nodes} × {cluster.gpus_per_node} {gpu.name}: tensor {plan.tensor} × pipeline {plan.pipeline} × "
         f"data {plan.data}, sequences of {tuning.seq_length}, micro-batch {tuning.micro_batch_size}, global batch "
-        f"{tuning.global_batch_size}", "",
+        f"{tuning.global_batch_size}{weights}", "",
         *_table(plan.stages), "",
         "GB (10⁹ bytes) on each GPU at the worst moment:",
         *(f"  {kind}: {meaning}" for kind, meaning in MEMORY.items()),

@@ -2,11 +2,12 @@
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
 
-from ee_tuning.config import Config, load_config
+from ee_tuning.config import Config, load_config, replace
 from ee_tuning.model.config import read_model_config
 from ee_tuning.parallel.topology import leave_parallel
 from ee_tuning.planning.gpus import gpu
@@ -61,6 +62,22 @@ def test_examples_run_dry_and_fit(folder: Path) -> None:
     plan = plan_of(folder, number(r"^#SBATCH --nodes=(\d+)$", (folder / "slurm.sh").read_text()))
     assert plan.fits and plan.tokens == 40000 * 16 * 2048
     assert max(each.idle_share for each in plan.stages) < 0.15, "layers are split so that no stage waits long"
+
+
+@pytest.mark.parametrize("weights", ["int8", "nf4"])
+@pytest.mark.parametrize("exits", [{}, {"exit_layers": (32,), "architecture": ("mlp",), "output": "untied"}], ids=["adapters", "mlp"])
+def test_7b_fits_a_card_of_24_gb(exits: dict[str, Any], weights: str) -> None:
+    """Weights counted in 16 bits, or heads that are not counted: the card's owner has no second one."""
+    config = load_config(ROOT / "examples/llama-2-7b/card-24gb.yaml", {"model.path": str(ROOT / "examples/llama-2-7b")})
+    assert config.tuning.backbone_weights == "int8" and len(config.exits.layers(32)) == 8
+    config = replace(config, exits=exits, tuning={"backbone_weights": weights})
+    plan = plan_of(ROOT / "examples/llama-2-7b", 1, 1, "rtx4090", config)
+    (stage,) = plan.stages
+    matrices = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
+    held = {"int8": 1 + 4 / 4096 * 0.8, "nf4": 0.5 + 4 / 64}[weights] * matrices  # int8: a scale for 4096 or 11008 weights
+    outside = 32000 * 4096 * 2 * (1 + (not exits))  # word embedding; tied exits have the output matrix there
+    assert stage.memory["weights"] == pytest.approx(held + outside, rel=2e-3)
+    assert plan.fits and stage.layers == ((1, 32),) and stage.total_bytes < 16e9
 
 
 def test_70b_with_eight_exits_fits_a_node_of_eight_gpus_of_80_gb() -> None:
