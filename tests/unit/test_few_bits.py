@@ -132,8 +132,8 @@ def test_quantization_is_layer_by_layer(model: Path, monkeypatch: pytest.MonkeyP
     alive: list[int] = []
     build = backbone.build_layer
 
-    def counted(*args: Any) -> Any:
-        layer = build(*args)
+    def counted(*args: Any, **keys: Any) -> Any:
+        layer = build(*args, **keys)
         built.append(layer)
         alive.append(sum(not isinstance(part, FewBitsLinear) for each in built for name, part in each.named_modules()
                          if name.rpartition(".")[2] in ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")))
