@@ -52,7 +52,7 @@ class _Tokens(MoEAllGatherTokenDispatcher):
         if not is_imagined(hidden_states):
             return super().dispatch_postprocess(hidden_states, probs)
         num_experts, chosen = probs.shape[1], probs.shape[0] * self.router_topk
-        self.hidden_shape_before_permute, self.local_map, self.routing_map = hidden_states.shape, self.routing_map, None
+        self.hidden_shape_before_permute, self.local_map = hidden_states.shape, self.routing_map
         self.reversed_local_input_permutation_mapping = torch.empty(chosen, dtype=torch.int64, device=probs.device)
         self.local_probs = probs.flatten().index_select(0, self.reversed_local_input_permutation_mapping)
         with unset_fake_temporarily():

@@ -4,7 +4,7 @@ Nothing is computed, so nothing here is a second model of the code: the account 
 """
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 _READS_A_NUMBER = torch.ops.aten._local_scalar_dense.default
-_ATTENTION_ON_CPU = {
+_ATTENTION_ON_CPU: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop_count,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop_count}
 """Which torch does not count itself; by the shapes of their first arguments."""
