@@ -182,7 +182,7 @@ def run_job(job: str, output: str, results: str) -> None:
     def watch() -> None:
         while not ended.wait(0.02):
             file_backed[0] = max(file_backed[0], memory("RssFile"))
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     topology.barrier()
     since = time.perf_counter()

@@ -63,6 +63,7 @@ def export_huggingface(config: Config, output: Path, topology: Topology | None =
             with byte_progress("writing the model", sum(file.num_bytes for file in own), is_shown=rank == 0) as advance:
                 for file in own:
                     sums[file.name] = _written(file, partial, output, watch, advance)
+            model.finish_check()
             done = gathered([(sums, watch.told())], topology)
             on_first_rank(topology, lambda: _finish(model, partial, output, done, tokenizer, special))
 

@@ -1,6 +1,6 @@
 """What a merged export is made of: a model in any of the formats, its description as Hugging Face has it, exits that are bound to it."""
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from ee_tuning.checkpoint.aside import on_first_rank
 from ee_tuning.checkpoint.convert import model_name
 from ee_tuning.checkpoint.exit_heads import ExitHeadsReader, check_bound_to
 from ee_tuning.checkpoint.fingerprint import fingerprint
-from ee_tuning.checkpoint.formats import BackboneSource, check_model, describing_file, open_model
+from ee_tuning.checkpoint.formats import BackboneSource, checked_behind, describing_file, open_model
 from ee_tuning.checkpoint.safetensors_reader import SafetensorsFolder
 from ee_tuning.config import Config
 from ee_tuning.model.config import ModelConfig
@@ -29,6 +29,10 @@ class ExportSource:
     description: dict[str, Any]
     """config.json: the model's own where it has one."""
     artifact: ExitHeadsReader | None
+    finish_check: Callable[[], None]
+    """Waits until the model's files, where it has a manifest, were compared with it, and raises InputError, on all ranks, where one is
+    altered: to be called before what was written is put in place.
+    """
 
     @property
     def name(self) -> str:
@@ -42,14 +46,14 @@ def open_for_export(config: Config, topology: Topology | None) -> Iterator[Expor
     with ExitStack() as stack:
         source, model, _ = open_model(config.model)
         stack.enter_context(source)
-        check_model(source, model, topology, verifies=config.exits.verify)
+        finish_check = stack.enter_context(checked_behind(source, model, topology, verifies=config.exits.verify))
         artifact = None
         if config.exits.path is not None:
             artifact = stack.enter_context(ExitHeadsReader(Path(config.exits.path), topology, verifies=config.exits.verify))
             check_bound_to(artifact, on_first_rank(topology, lambda: fingerprint(source, model)))
             artifact.check_complete(model)
         files = source if isinstance(source, SafetensorsFolder) else None
-        yield ExportSource(source, model, files, _description(config, source.folder, model), artifact)
+        yield ExportSource(source, model, files, _description(config, source.folder, model), artifact, finish_check)
 
 
 def _description(config: Config, folder: Path, model: ModelConfig) -> dict[str, Any]:

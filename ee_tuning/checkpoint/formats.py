@@ -5,6 +5,8 @@ latest iteration is taken; a name on the Hugging Face hub.
 """
 import json
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, NamedTuple, Protocol, Self
@@ -12,11 +14,12 @@ from typing import Literal, NamedTuple, Protocol, Self
 from ee_tuning.checkpoint.aside import on_first_rank
 from ee_tuning.checkpoint.huggingface import HuggingFaceReader
 from ee_tuning.checkpoint.legacy import LegacyCheckpoint, LegacyReader, is_legacy
-from ee_tuning.checkpoint.manifest import MANIFEST, check_manifest, holds_manifest, read_manifest
+from ee_tuning.checkpoint.manifest import MANIFEST, ManifestCheck, holds_manifest, read_manifest
+from ee_tuning.checkpoint.mapped_file import map_file
 from ee_tuning.checkpoint.megatron import MegatronReader
 from ee_tuning.checkpoint.metadata_pickle import METADATA
 from ee_tuning.checkpoint.safetensors_reader import TensorSource
-from ee_tuning.checkpoint.torch_file import Archive, map_file, saved_arguments
+from ee_tuning.checkpoint.torch_file import Archive, saved_arguments
 from ee_tuning.config import ModelSection
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig, read_model_config
@@ -39,7 +42,11 @@ class BackboneSource(TensorSource, Protocol):
     """A model's tensors under Hugging Face's names, wherever they come from. A context manager."""
 
     folder: Path
+    is_vouched_for: bool
+    """Whether a manifest is checked: the format's own checksums are then spared."""
 
+    def weight_files(self) -> set[str]:
+        """Names of the files that tensors lie in."""
     def check_complete(self, config: ModelConfig) -> None:
         """Raises InputError where a backbone tensor is missing, has another shape, or one is there that would be ignored."""
     def __enter__(self) -> Self: ...
@@ -87,12 +94,28 @@ def check_model(source: BackboneSource, config: ModelConfig, topology: Topology 
     """Raises InputError, on all ranks, where the weights are not those that `config` asks for, or `verifies` and the folder has a manifest
     that one of its files does not agree with. All ranks share the reading.
     """
-    if verifies and on_first_rank(topology, lambda: holds_manifest(source.folder)):
-        check_manifest(source.folder, _REMEDY, topology)
-        if isinstance(source, HuggingFaceReader):
-            for file in set(source.files.values()) - set(read_manifest(source.folder, _REMEDY)):
-                raise InputError(f"{source.folder / MANIFEST} does not list {file}, which {source.table} names; {_REMEDY}")
+    with checked_behind(source, config, topology, verifies=verifies) as finish:
+        finish()
+
+
+@contextmanager
+def checked_behind(source: BackboneSource, config: ModelConfig, topology: Topology | None, *,
+                   verifies: bool) -> Iterator[Callable[[], None]]:
+    """`check_model`, whose reading of the files goes on behind the block; what is yielded waits for it, and raises."""
     on_first_rank(topology, lambda: source.check_complete(config))
+    if not verifies or not on_first_rank(topology, lambda: holds_manifest(source.folder)):
+        yield lambda: None
+        return
+    on_first_rank(topology, lambda: _check_listed(source))
+    source.is_vouched_for = True
+    with ManifestCheck(source.folder, _REMEDY, topology) as check:
+        yield check.finish
+
+
+def _check_listed(source: BackboneSource) -> None:
+    """Raises InputError where weights lie in a file that the manifest does not vouch for."""
+    for file in source.weight_files() - set(read_manifest(source.folder, _REMEDY)):
+        raise InputError(f"{source.folder / MANIFEST} does not list {file}, which holds weights of the model; {_REMEDY}")
 
 
 def has_weights(folder: Path) -> bool:

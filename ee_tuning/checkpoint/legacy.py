@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ee_tuning.checkpoint.mapped_file import map_file
 from ee_tuning.checkpoint.megatron_source import MegatronSource, is_harmless, norm_alias
 from ee_tuning.checkpoint.names import Shape, backbone_parameter_names
 from ee_tuning.checkpoint.safetensors_reader import check_inside
-from ee_tuning.checkpoint.torch_file import Archive, StoredTensor, map_file, saved_arguments
+from ee_tuning.checkpoint.torch_file import Archive, StoredTensor, saved_arguments
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
 
@@ -108,12 +109,16 @@ class LegacyReader(MegatronSource):
         """A rectangle. A single row is read unchecked, or a fingerprint would read all of the checkpoint."""
         tensor = self._tensor(parameter, rank)
         assert tensor is not None
-        if rows.stop - rows.start > 1:
+        if rows.stop - rows.start > 1 and not self.is_vouched_for:
             tensor.check()
-        part = tensor.mapped()[rows]
-        copy = (part[:, columns] if columns else part).clone(memory_format=torch.contiguous_format)
-        tensor.release()
-        return copy
+        part = (rows, *((columns,) if columns else ()))
+        out = torch.empty_like(tensor.mapped()[part], memory_format=torch.contiguous_format)
+        tensor.copy_part(tensor.shape, part, out)
+        return out
+
+    def weight_files(self) -> set[str]:
+        """Files that tensors lie in, by their names in the folder."""
+        return {str(tensor.archive.path.relative_to(self.folder)) for table in self.checkpoint.tables for tensor in table.values()}
 
     def path(self, parameter: str, rank: int) -> Path:
         """The file that the shard is in; the folder where there is none."""

@@ -4,9 +4,12 @@
 """
 import hashlib
 import json
+import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from ee_tuning.checkpoint.aside import gathered
 from ee_tuning.errors import InputError
@@ -46,29 +49,59 @@ def holds_manifest(folder: Path) -> bool:
         return False
     except (OSError, ValueError):
         return True
-    return isinstance(tree, dict) and "files" in tree
+    return isinstance(tree, dict) and isinstance(tree.get("files"), dict)
 
 
 def check_manifest(folder: Path, remedy: str, topology: Topology | None = None) -> None:
     """Raises InputError where a file of the folder is not what its manifest says; all ranks share the work and raise together."""
-    rank, world = (0, 1) if topology is None else (topology.rank, topology.world_size)
-    complaints = []
-    try:
-        for name, entry in sorted(read_manifest(folder, remedy).items())[rank::world]:
-            check_file(folder / name, entry, remedy)
-    except InputError as error:
-        complaints.append(str(error))
-    if found := gathered(complaints, topology):
-        raise InputError(found[0])
+    with ManifestCheck(folder, remedy, topology) as check:
+        check.finish()
 
 
-def check_file(path: Path, entry: dict[str, Any], remedy: str) -> None:
-    """Raises InputError, ending with `remedy`, where the file is not the one that the manifest's `entry` describes."""
+class ManifestCheck:
+    """`check_manifest` behind other work: a thread hashes this rank's share of the files. A context manager.
+
+    What is made of the folder meanwhile must not be put in place before `finish`.
+    """
+
+    def __init__(self, folder: Path, remedy: str, topology: Topology | None = None):
+        self._folder, self._remedy, self._topology = folder, remedy, topology
+        self._thread, self._is_left = ThreadPoolExecutor(1), threading.Event()
+        self._complaints = self._thread.submit(self._complain)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._is_left.set()
+        self._thread.shutdown()
+
+    def finish(self) -> None:
+        """Waits for the check. Raises InputError, on all ranks, where a file is not what the manifest says."""
+        if found := gathered(self._complaints.result(), self._topology):
+            raise InputError(found[0])
+
+    def _complain(self) -> list[str]:
+        rank, world = (0, 1) if self._topology is None else (self._topology.rank, self._topology.world_size)
+        try:
+            for name, entry in sorted(read_manifest(self._folder, self._remedy).items())[rank::world]:
+                check_file(self._folder / name, entry, self._remedy, self._is_left)
+        except InputError as error:
+            return [str(error)]
+        return []
+
+
+def check_file(path: Path, entry: dict[str, Any], remedy: str, is_left: threading.Event | None = None) -> None:
+    """Raises InputError, ending with `remedy`, where the file is not the one that the manifest's `entry` describes.
+
+    Setting `is_left` makes it return soon, the file unchecked.
+    """
     if not path.is_file():
         raise InputError(f"{path} is missing, and {MANIFEST} names it; {remedy}")
     if (size := path.stat().st_size) != entry["bytes"]:
         raise InputError(f"{path} must have {entry['bytes']} bytes, as {MANIFEST} says, got {size}; {remedy}")
-    if (digest := _sha256(path)) != entry["sha256"]:
+    digest = _sha256(path, is_left)
+    if digest != entry["sha256"] and not (is_left and is_left.is_set()):
         raise InputError(f"{path} is altered: its sha256 must be {entry['sha256']}, as {MANIFEST} says, got {digest}; {remedy}")
 
 
@@ -87,6 +120,9 @@ def check_replaceable(output: Path, overwrite: bool) -> None:
             raise InputError(f"--overwrite would remove {path}, which its manifest does not list; move it away first")
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _sha256(path: Path, is_left: threading.Event | None = None) -> str:
+    digest, buffer = hashlib.sha256(), bytearray(1 << 20)
+    with path.open("rb", buffering=0) as file, memoryview(buffer) as view:
+        while (size := file.readinto(buffer)) and not (is_left and is_left.is_set()):
+            digest.update(view[:size])
+    return digest.hexdigest()

@@ -5,7 +5,6 @@ each, may be stacked in one tensor (`decoder.layers.mlp.experts.experts.…`) or
 norms may have the local spec's names or Transformer Engine's.
 """
 import math
-import mmap
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,11 +15,12 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from ee_tuning.checkpoint.mapped_file import MappedFile, map_file
 from ee_tuning.checkpoint.megatron_source import MegatronSource, is_harmless, norm_alias
 from ee_tuning.checkpoint.metadata_pickle import METADATA, read_metadata_pickle
 from ee_tuning.checkpoint.names import Shape, backbone_parameter_names
 from ee_tuning.checkpoint.safetensors_reader import check_inside
-from ee_tuning.checkpoint.torch_file import Archive, StoredTensor, map_file
+from ee_tuning.checkpoint.torch_file import Archive, StoredTensor
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
 
@@ -60,7 +60,7 @@ class DistributedCheckpoint:
                     self._chunks[key] = [_chunk(chunk, places[key, tuple(chunk.offsets)]) for chunk in entry.chunks]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{folder / METADATA} does not describe a distributed checkpoint: {error!r}; fetch it again") from error
-        self._files: dict[str, mmap.mmap] = {}
+        self._files: dict[str, MappedFile] = {}
         self._items: dict[tuple[str, int], StoredTensor] = {}
 
     def rectangle(self, key: str, lower: Shape, upper: Shape, *, is_checked: bool) -> Tensor:
@@ -81,9 +81,7 @@ class DistributedCheckpoint:
                     stored.check()
             except InputError as error:
                 raise InputError(f"{error} (it is where {self.folder / METADATA} says that {key} is)") from error
-            source = stored.mapped().reshape(chunk.sizes)[_slices(low, high, chunk.offsets)]
-            out[_slices(low, high, lower)].copy_(source)
-            stored.release()
+            stored.copy_part(chunk.sizes, _slices(low, high, chunk.offsets), out[_slices(low, high, lower)])
         if sum(math.prod(map(int.__sub__, high, low)) for low, high in boxes) != out.numel():
             raise InputError(f"{self.folder / METADATA}: no file holds all of {key}; fetch the checkpoint again")
         return out
@@ -95,6 +93,10 @@ class DistributedCheckpoint:
                 raise InputError(f"{self.folder / METADATA}: the chunks of {key} are not all of it; fetch the checkpoint again")
             for chunk in chunks:
                 yield key, chunk.file, self._item(key, chunk)
+
+    def files(self) -> set[str]:
+        """Names of the files that tensors lie in."""
+        return {chunk.file for chunks in self._chunks.values() for chunk in chunks}
 
     def _item(self, key: str, chunk: _Chunk) -> StoredTensor:
         place = (chunk.file, chunk.start)
@@ -153,9 +155,13 @@ class MegatronReader(MegatronSource):
             width = [(columns.start, columns.stop) if columns else (0, size) for size in shape[1:]]
             bounds = [*((index, index + 1) for index in entry), (lower, upper), *width]
             part = self.checkpoint.rectangle(key, tuple(low for low, _ in bounds), tuple(high for _, high in bounds),
-                                             is_checked=rows.stop - rows.start > 1)
+                                             is_checked=rows.stop - rows.start > 1 and not self.is_vouched_for)
             parts.append(part[(0,) * len(entry)])
         return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def weight_files(self) -> set[str]:
+        """Names of the files that tensors lie in."""
+        return self.checkpoint.files()
 
     def strangers(self) -> Iterator[tuple[str, Path]]:
         """Tensors of the model that `config` does not know."""

@@ -37,6 +37,8 @@ class MegatronSource(ABC):
 
     num_ranks = 1
     """Tensor-parallel shards that the stored parameters are cut into."""
+    is_vouched_for = False
+    """Whether a manifest is checked: the archives' own checksums are then spared."""
 
     def __init__(self, folder: Path, config: ModelConfig):
         self.folder, self.config = folder, config
@@ -58,6 +60,10 @@ class MegatronSource(ABC):
     @abstractmethod
     def path(self, parameter: str, rank: int) -> Path:
         """The file that the shard is in, for errors."""
+
+    @abstractmethod
+    def weight_files(self) -> set[str]:
+        """Files that tensors lie in, by their names in the folder."""
 
     @abstractmethod
     def strangers(self) -> Iterator[tuple[str, Path]]:

@@ -63,6 +63,7 @@ def _write(model: ExportSource, output: Path, topology: Topology | None) -> None
                 _add_extra_states(writer, model.model)
             for each in own:
                 writer.add_tensor(each.chunk, watch.watched(each.name, each.blocks()))
+        model.finish_check()
         reports = gathered([_Report(writer.written, writer.sums, watch.told())], topology)
         on_first_rank(topology, lambda: _finish(model, aside, output, reports))
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ee_tuning.checkpoint.mapped_file import read_at
 from ee_tuning.checkpoint.names import Shape
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import parse_json
@@ -89,15 +90,12 @@ class SafetensorsFile:
         return out
 
     def _fill(self, name: str, data: memoryview, offset: int) -> None:
-        done = 0
-        while done < len(data):  # one call reads at most 2 GB
-            try:
-                count = os.preadv(self._handle, [data[done:]], offset + done)
-            except OSError as error:
-                raise InputError(f"{self.path}: tensor {name} can not be read: {error.strerror}; {_REMEDY}") from error
-            if count == 0:
-                raise InputError(f"{self.path} was cut short while it was read, in tensor {name}; {_REMEDY}")
-            done += count
+        try:
+            read_at(self._handle, offset, data)
+        except OSError as error:
+            raise InputError(f"{self.path}: tensor {name} can not be read: {error.strerror}; {_REMEDY}") from error
+        except EOFError as error:
+            raise InputError(f"{self.path} was cut short while it was read, in tensor {name}; {_REMEDY}") from error
 
 
 def _bounds(part: slice, size: int) -> tuple[int, int]:

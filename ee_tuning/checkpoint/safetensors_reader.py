@@ -57,6 +57,8 @@ class SafetensorsFolder:
     Raises InputError, naming file and tensor, where something is missing, broken, doubled or outside the folder.
     """
 
+    is_vouched_for = False
+
     def __init__(self, folder: Path, stem: str):
         self.folder = folder
         self._open: dict[str, SafetensorsFile] = {}
@@ -90,6 +92,10 @@ class SafetensorsFolder:
     def names(self) -> list[str]:
         """Every tensor there is, sorted."""
         return sorted(self.files)
+
+    def weight_files(self) -> set[str]:
+        """Names of the files that tensors lie in."""
+        return set(self.files.values())
 
     def stored_name(self, name: str) -> str:
         """What the files call the tensor `name`."""

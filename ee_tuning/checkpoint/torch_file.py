@@ -1,16 +1,15 @@
 """What `torch.save` wrote, without letting its pickle do anything: tensors stay on the disk and are read by slices.
 
 A file, or a stretch of one, is a zip archive with a pickle and a record of raw bytes per storage. The pickle is read by an unpickler that
-knows a short list of names; what is only carried along (random states, enumerations) becomes a blank. Records are mapped into memory, so
-that a slice costs no more than its bytes, and each has a CRC-32, which `StoredTensor.check` compares.
+knows a short list of names; what is only carried along (random states, enumerations) becomes a blank. Records are mapped into memory, or
+read from the file where a stretch of it is wanted, so that a slice costs no more than its bytes; each has a CRC-32, which
+`StoredTensor.check` compares.
 """
 import argparse
 import collections
-import errno
 import io
 import mmap
 import pickle
-import stat
 import struct
 import warnings
 import zipfile
@@ -23,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ee_tuning.checkpoint.mapped_file import MappedFile, read_at
+from ee_tuning.checkpoint.tensor_blocks import as_bytes
 from ee_tuning.errors import InputError
 
 _STORAGES = {f"torch.{name}Storage": dtype for name, dtype in (
@@ -79,10 +80,25 @@ class StoredTensor:
     def check(self) -> None:
         """Raises InputError where the stored bytes are not those that were written. Reads them all, once."""
         self.archive.check_record(self.storage.record)
+        self.release()
 
     def release(self) -> None:
-        """Lets go of what was read of the file: mapped pages that were touched count as this process's memory until then."""
+        """Lets go of what was read through the mapping: pages that were touched count as this process's memory until then."""
         self.archive.release_record(self.storage.record)
+
+    def copy_part(self, shape: tuple[int, ...], part: tuple[slice, ...], out: Tensor) -> None:
+        """Copies a rectangle of the tensor, seen as `shape`, to `out`. Raises InputError where the file is broken.
+
+        One stretch of the file is read into place: through the mapping, a fault for every page would cost three times what its bytes do.
+        """
+        whole = self.mapped()
+        source = whole.reshape(shape)[part]
+        is_view = source.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+        if is_view and source.is_contiguous() and out.is_contiguous():
+            self.archive.read_record(self.storage.record, int(source.storage_offset()) * source.itemsize, as_bytes(out))
+        else:
+            out.copy_(source)
+            self.release()
 
 
 class Archive:
@@ -91,7 +107,7 @@ class Archive:
     Raises InputError, naming `path`, where it is broken or asks for a name that is not on the list; `is_trusted` lets it ask for any.
     """
 
-    def __init__(self, path: Path, data: mmap.mmap, start: int = 0, stop: int | None = None, *, is_trusted: bool = False):
+    def __init__(self, path: Path, data: MappedFile, start: int = 0, stop: int | None = None, *, is_trusted: bool = False):
         self.path, self._data, self._start = path, data, start
         self._stop = len(data) if stop is None else stop
         self._checked: set[str] = set()
@@ -121,6 +137,17 @@ class Archive:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given buffer is not writable")
             return torch.frombuffer(self._data, dtype=storage.dtype, count=storage.num_elements, offset=begin)
+
+    def read_record(self, record: str, offset: int, into: memoryview) -> None:
+        """Fills `into` with the record's bytes from `offset` on."""
+        begin, end = self._place(f"data/{record}")
+        assert begin + offset + len(into) <= end, (record, offset, len(into))
+        try:
+            read_at(self._data.handle, begin + offset, into)
+        except OSError as error:
+            raise self.broken(f"record {record} can not be read: {error.strerror}") from error
+        except EOFError as error:
+            raise self.broken(f"it was cut short while record {record} was read") from error
 
     def check_record(self, record: str) -> None:
         """Raises InputError where the record's bytes do not give its CRC-32."""
@@ -236,19 +263,6 @@ class _Window(io.RawIOBase):
         buffer[:len(chunk)] = chunk
         self._position += len(chunk)
         return len(chunk)
-
-
-def map_file(path: Path) -> mmap.mmap:
-    """The file's bytes, mapped. Raises InputError where it can not be opened or is empty."""
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for without end
-            raise OSError(errno.EINVAL, "it is no plain file")
-        with path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as error:
-        raise InputError(f"{path} can not be read: {error.strerror}; fetch the file again") from error
-    except ValueError as error:
-        raise InputError(f"{path} is empty; fetch the file again") from error
 
 
 def saved_arguments(content: Any) -> dict[str, Any] | None:
