@@ -13,7 +13,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ee_tuning.checkpoint.tensor_blocks import as_bytes
+from ee_tuning.checkpoint.tensor_blocks import as_bytes, keep_freed_blocks
 
 _WAITING = 8
 """Blocks that may be under way: more of them would take memory and no time off."""
@@ -35,6 +35,7 @@ class HashedFile:
         self._torch_threads = None if beside_other_work else torch.get_num_threads()
         if self._torch_threads:
             torch.set_num_threads(1)
+            keep_freed_blocks()
         self._threads = (ThreadPoolExecutor(1), ThreadPoolExecutor(1))
         self._under_way: deque[Future[None]] = deque()
         self._small = bytearray()

@@ -97,6 +97,30 @@ def test_an_exported_model_is_checked_where_it_is_used(artifact: Path, tmp_path:
     assert cli.main([*convert, str(tmp_path / "three")]) == 0
 
 
+@pytest.mark.parametrize("source", ["hf", "megatron"])
+@pytest.mark.parametrize("target", ["hf", "megatron"])
+def test_what_is_exported_from_an_altered_model_is_never_put_in_place(artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                                                      source: str, target: str) -> None:
+    """Files are compared with the manifest while they are copied: an output that appears before the comparison ends, or without it; a file
+    with weights that the manifest, and so nobody, vouches for.
+    """
+    model, output = tmp_path / source, tmp_path / "output"
+    assert cli.main(["export", "--format", source, "--model", str(tmp_path / "model"), "--output", str(model)]) == 0
+    export = ["export", "--format", target, "--model", str(model), "--output", str(output)]
+    file = next(model.glob("*.distcp" if source == "megatron" else "*.safetensors"))
+    whole = file.read_bytes()
+    middle = len(whole) // 2  # far from what describes the tensors
+    file.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1:])
+    assert cli.main(export) == 2
+    assert f"{file} is altered" in capsys.readouterr().err and not output.exists() and not list(tmp_path.glob("*.partial-*"))
+    file.write_bytes(whole)
+    manifest = json.loads((model / "manifest.json").read_text())
+    del manifest["files"][file.name]
+    (model / "manifest.json").write_text(json.dumps(manifest))
+    assert cli.main(export) == 2
+    assert f"does not list {file.name}" in capsys.readouterr().err and not output.exists()
+
+
 @pytest.mark.parametrize("kind", ["hf", "megatron"])
 def test_exports_are_readable_as_the_umask_says(artifact: Path, tmp_path: Path, kind: str) -> None:
     """Modes of 0600, as safetensors' own writer leaves them: a model that a team's other members can not load."""
