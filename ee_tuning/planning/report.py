@@ -33,7 +33,9 @@ def _lines(config: Config, plan: Plan) -> list[str]:
         "GB (10⁹ bytes) on each GPU at the worst moment:",
         *(f"  {kind}: {meaning}" for kind, meaning in MEMORY.items()),
         f"{yes}: {max(each.total_bytes for each in plan.stages) / 1e9:.1f} GB at the most, of {gpu.memory:g} GB less {RESERVED_GB:g} that "
-        "are kept for the context, NCCL and the allocator", "",
+        "are kept for the context, NCCL and the allocator",
+        f"beside each GPU {max(each.memory['optimizer'] for each in plan.stages) / 1e9:.1f} GB of the host's memory, at the most, for the "
+        "copy that checkpoints are written from", "",
         f"step {_seconds(plan.step_seconds)}, {plan.tokens_per_second:,.0f} tokens/s, {plan.efficiency_of_run:.0%} of the GPUs' peak",
         f"{plan.tokens:,} tokens in {tuning.train_iters:,} steps: {plan.hours:.1f} hours, {plan.gpu_hours:.0f} GPU-hours", "",
         f"with {gpu.tflops:g} Tflop/s at {cluster.efficiency:.0%} efficiency (assumed), memory {gpu.bandwidth:g} GB/s, between GPUs "

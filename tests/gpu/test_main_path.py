@@ -54,7 +54,7 @@ run = Path(sys.argv[2]) / "run"
 tune(load_config(None, {
     "model.path": sys.argv[1], "model.dtype": sys.argv[3], "exits.exit_layers": [3, 6], "data.paths": [sys.argv[4]],
     "tuning.run_folder": str(run), "tuning.train_iters": 3, "tuning.seq_length": 64, "tuning.micro_batch_size": 2,
-    "tuning.global_batch_size": 4, "tuning.eval_iters": 2, "tuning.lr": 1e-3}))
+    "tuning.global_batch_size": 4, "tuning.eval_iters": 2, "tuning.lr": 1e-3, "tuning.save_interval": 1}))
 print((run / "metrics.jsonl").read_text().replace("\\n", ","))
 """
 
