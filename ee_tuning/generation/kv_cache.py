@@ -32,6 +32,11 @@ class KVCache:
         _, groups, width = self._shape
         return 2 * groups * width * self._tensor["dtype"].itemsize
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all layers of this rank that have run."""
+        return len(self._layers) * self.bytes_per_token * self.num_places
+
     def layer(self, number: int) -> LayerCache:
         """Of layer `number`. Layers that a fixed exit never reaches take no memory."""
         return self._of(("layer", number))

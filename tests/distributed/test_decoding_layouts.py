@@ -2,12 +2,14 @@
 from pathlib import Path
 
 import pytest
+import torch
 from decoding import decode, policy_for, run_all
 from exits import write_exits
 from random_models import random_llama
 
 from ee_tuning.checkpoint.load import LoadedModel, load_for_generation
 from ee_tuning.config import ParallelSection, load_config
+from ee_tuning.evaluation.calibrate import read_exits
 from ee_tuning.generation.engine import Engine
 from ee_tuning.generation.params import SamplingParams
 from ee_tuning.parallel.topology import init_parallel
@@ -67,4 +69,23 @@ def test_layouts_decode_the_same(world, subject, tp, pp):
     reused, read_again = wanted[-3][0][1][:3], wanted[-3][0][1][3:]
     assert max(reused) > (0, 0.0) and max(read_again) > (0, 0.0)
     for answer in world.run(decode_at, model, exits, tp, pp):
+        assert answer == wanted
+
+
+def readings_at(model: str, exits: str, tp: int) -> dict[str, list[float]]:
+    """What exits say of some tokens, as calibration reads them."""
+    topology = init_parallel(ParallelSection(tensor_model_parallel_size=tp))
+    loaded = load_for_generation(load_config(None, {"model.path": model, "exits.path": exits, "model.dtype": "float64"}), topology)
+    readings = read_exits(loaded.model, [torch.arange(40) * 7 % 100])
+    told = {f"{layer} {measure}": values for (layer, measure), values in readings.confidences.items()}
+    return {name: [round(value, 9) for value in values.tolist()] for name, values in {**told, **{
+        f"{layer} agrees": agrees.double() for layer, agrees in readings.agrees.items()}}.items()}
+
+
+def test_tensor_parallel_ranks_calibrate_the_same(world, subject):
+    """A threshold from a shard's confidences, or ranks that write different ones."""
+    model, exits = map(str, subject)
+    wanted = readings_at(model, exits, 1)
+    assert len(wanted) == 8
+    for answer in world.run(readings_at, model, exits, 2):
         assert answer == wanted
