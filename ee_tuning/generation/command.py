@@ -159,5 +159,6 @@ def _print_summary(llm: EarlyExitLLM, completions: list[Completion], colours: di
     if reused := sum(c.statistics.num_reused for c in completions):
         summary.append(f"; {reused} tokens of prompts were known from others")
     if llm.engine is not None:
-        summary.append(f"; {llm.engine.seconds_in_heads / seconds:.0%} of the time in heads; KV cache {llm.engine.cache.num_bytes / 1e6:.1f} MB")
+        summary.append(f"; {llm.engine.seconds_in_heads / seconds:.0%} of the time in heads; "
+                       f"KV cache {llm.engine.cache.num_bytes / 1e6:.1f} MB")
     console.print(summary, soft_wrap=True)
