@@ -17,7 +17,7 @@ from ee_tuning.generation.engine import Engine
 from ee_tuning.generation.params import SamplingParams
 from ee_tuning.parallel.topology import init_parallel
 
-NEW_TOKENS, OWN_TOKENS, ROUNDS = 64, 16, 5
+NEW_TOKENS, OWN_TOKENS, ROUNDS = 32, 16, 5
 
 
 def main() -> None:
