@@ -14,7 +14,7 @@ from typing import Any
 from ee_tuning.checkpoint.aside import gathered, on_first_rank, refusals_named, written_aside
 from ee_tuning.checkpoint.byte_progress import Advance, byte_progress
 from ee_tuning.checkpoint.exit_config import CONFIG, exit_config_tree
-from ee_tuning.checkpoint.exit_heads import ExitHeadsReader
+from ee_tuning.checkpoint.exits_packed import exit_files
 from ee_tuning.checkpoint.export_source import ExportSource, open_for_export
 from ee_tuning.checkpoint.hashed_file import HashedFile
 from ee_tuning.checkpoint.huggingface_files import FileToWrite, backbone_files, backbone_layout, copied_file
@@ -52,9 +52,6 @@ def export_huggingface(config: Config, output: Path, topology: Topology | None =
         if links and model.files is None:
             raise InputError(f"--link links the weights of a Hugging Face folder, and {model.source.folder} is in another format, whose "
                              "weights have to be written anew; leave --link out")
-        if model.artifact and model.model.num_experts and "layer" in model.artifact.config.architecture:
-            raise InputError(f"--format hf writes no exits `layer` of a model with experts, and {model.artifact.folder} has some; leave "
-                             "them out with --format artifact --drop, or write --format megatron")
         files = _files(model, links)
         with written_aside(output, topology) as partial:
             on_first_rank(topology, lambda: _check_room(partial, output, files))
@@ -74,12 +71,8 @@ def _files(model: ExportSource, links: bool) -> list[FileToWrite]:
     else:
         files = [copied_file(model.files, name, is_linked=links) for name in sorted(set(model.files.files.values()))]
     if model.artifact:
-        files += [copied_file(model.artifact, name) for name in _exit_files(model.artifact)]
+        files += exit_files(model.artifact, model.model)
     return files
-
-
-def _exit_files(artifact: ExitHeadsReader) -> list[str]:
-    return sorted(set(artifact.files.values()))
 
 
 def _written(file: FileToWrite, partial: Path, output: Path, watch: NonFinite, advance: Advance) -> str:
@@ -127,7 +120,7 @@ def _described_config(model: ExportSource, special: Mapping[str, int]) -> dict[s
     if model.artifact is None:
         return {**plain, "auto_map": others} if others else plain
     tree = exit_config_tree(model.artifact.config)
-    told = {**{key: tree[key] for key in _TOLD if key in tree}, "files": _exit_files(model.artifact)}
+    told = {**{key: tree[key] for key in _TOLD if key in tree}, "files": [file.name for file in exit_files(model.artifact, model.model)]}
     own_class = f"{MODELLING.stem}.{early_exit_class(model.model)}"
     return {**plain, "auto_map": {**others, "AutoModelForCausalLM": own_class}, "early_exit": told}
 

@@ -1,5 +1,5 @@
 """The files of a Hugging Face folder to be written: where the blocks of each come from, and how large it will be."""
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,11 +46,17 @@ def backbone_layout(source: TensorSource, model: ModelConfig) -> SafetensorsLayo
 
 def backbone_files(source: TensorSource, layout: SafetensorsLayout) -> list[FileToWrite]:
     """The files of `layout`, whose tensors are read from `source`."""
+    return joined_files(source, layout, {name: [name] for name in layout.shapes})
+
+
+def joined_files(source: TensorSource, layout: SafetensorsLayout, parts: Mapping[str, Sequence[str]]) -> list[FileToWrite]:
+    """The files of `layout`, each of whose tensors is made of `parts` of it from `source`, one after the other."""
     def blocks_of(file: str) -> Callable[[NonFinite], Iterator[Tensor | bytes]]:
         def blocks(watch: NonFinite) -> Iterator[Tensor | bytes]:
             yield layout.headers[file]
             for tensor in layout.files[file]:
-                yield from watch.watched(tensor, tensor_blocks(source, tensor))
+                for part in parts[tensor]:
+                    yield from watch.watched(part, tensor_blocks(source, part))
         return blocks
 
     return [FileToWrite(file, layout.file_bytes(file), blocks_of(file)) for file in layout.files]

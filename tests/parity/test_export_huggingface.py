@@ -114,7 +114,8 @@ def export(*words: str | Path, code: int = 0) -> None:
 KINDS = [("llama", "mlp", "untied", "random"), ("llama", "mlp", "tied", "random"), ("llama", "norm", "untied", "random"),
          ("llama", "adapter", "tied", "random"), ("mistral", "layer,norm", "untied", "random"), ("qwen2", "embedding", "untied", "random"),
          ("qwen2", "mlp", "untied", "copy"), ("qwen3", "layer", "untied", "copy"), ("gpt2", "mlp", "untied", "copy"),
-         ("gpt2", "layer", "untied", "random"), ("mixtral", "norm", "untied", "random"), ("qwen3_moe", "norm,adapter", "untied", "random")]
+         ("gpt2", "layer", "untied", "random"), ("mixtral", "norm", "untied", "random"), ("qwen3_moe", "norm,adapter", "untied", "random"),
+         ("mixtral", "layer,norm", "untied", "random"), ("qwen3_moe", "layer", "tied", "copy")]
 
 
 @pytest.fixture(scope="module")
@@ -216,15 +217,6 @@ def test_what_does_not_belong_together_is_refused(llama, tmp_path, capsys):
     for more in ([], ["--overwrite"]):
         export("--model", llama / "model", "--output", output, *more, code=2)
         assert (output / "diary.txt").read_text() == "mine" and len(list(output.iterdir())) == 1
-
-
-def test_layer_heads_with_experts_are_refused(tmp_path, capsys):
-    """A folder whose modelling file can not load its heads."""
-    random_model("mixtral", tmp_path / "model")
-    write_exits(tmp_path / "model", tmp_path / "exits", architecture=["norm", "layer"])
-    export("--model", tmp_path / "model", "--exits", tmp_path / "exits", "--output", tmp_path / "export", code=2)
-    told = capsys.readouterr().err
-    assert "layer" in told and "experts" in told and "--drop" in told and not (tmp_path / "export").exists()
 
 
 def test_a_megatron_checkpoint_comes_out_with_a_tokenizer(tmp_path, capsys):
