@@ -1,0 +1,92 @@
+"""What depth alone costs: the engine's own layers and heads called one after the other, with nothing of an engine around them.
+
+From their times come the speed-ups that decoding is held against: `fixed`, by the layers that run and the head behind them, and
+`threshold`, by the layers that each token ran through and every head that it was asked by on the way, the vain ones too.
+"""
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from ee_tuning import EarlyExitLLM
+from ee_tuning.generation.engine import Engine
+from ee_tuning.model.ragged_attention import ragged_batch
+from ee_tuning.parallel.vocab import top1
+
+SAMPLED_STEPS = 32
+"""Decode steps that are timed, evenly over a generation."""
+
+
+@dataclass(frozen=True)
+class BareTimes:
+    """Seconds of the parts of a generation: segment i ends at exit i, the last one at the last layer."""
+
+    prefill: list[float]
+    """Per segment, the prompts."""
+    decode: list[float]
+    """Per segment, a step of one token a sequence."""
+    heads: list[float]
+    """Per exit, a step's tokens asked there; the final head at the end."""
+    num_steps: int
+
+    def full(self) -> float:
+        """A generation at full depth."""
+        return sum(self.prefill) + self.heads[-1] + self.num_steps * (sum(self.decode) + self.heads[-1])
+
+    def fixed(self, exit_index: int) -> float:
+        """A generation whose tokens all leave at an exit."""
+        upto = exit_index + 1
+        return sum(self.prefill[:upto]) + self.heads[exit_index] + self.num_steps * (sum(self.decode[:upto]) + self.heads[exit_index])
+
+    def implied(self, exit_layers: list[int], places: list[int]) -> float:
+        """A generation whose tokens left at `exit_layers`, exits behind the layers `places`: each decoded token costs its layers and all
+        heads up to the one it left at, a full step's share of both.
+        """
+        total, left = sum(self.prefill) + self.heads[-1], Counter(exit_layers)
+        num_tokens = sum(left.values())
+        for layer, count in left.items():
+            index = places.index(layer) if layer in places else len(places)
+            one = sum(self.decode[:index + 1]) + sum(self.heads[:index + 1])
+            total += self.num_steps * one * count / num_tokens
+        return total
+
+
+@torch.inference_mode()
+def bare_times(llm: EarlyExitLLM, prompt_length: int, new_tokens: int, num_rows: int) -> BareTimes:
+    """Of a batch of `num_rows` prompts of one length."""
+    engine = Engine(llm.model, llm.stages, num_slots=num_rows, max_length=prompt_length + new_tokens)
+    num_steps = new_tokens - 1
+    sampled = sorted({i * num_steps // SAMPLED_STEPS for i in range(SAMPLED_STEPS)})
+    prefill = _one_pass(engine, num_rows, 0, prompt_length)[0]
+    steps = [_one_pass(engine, num_rows, prompt_length + i, 1) for i in sampled]
+    decode, heads = ([sum(parts) / len(steps) for parts in zip(*kind, strict=True)] for kind in zip(*steps, strict=True))
+    return BareTimes(prefill, decode, heads, num_steps)
+
+
+def _one_pass(engine: Engine, num_rows: int, start: int, length: int) -> tuple[list[float], list[float]]:
+    """Seconds of each segment on `length` tokens a row behind `start` others, and of each head on the last ones."""
+    runner, model, config = engine.runner, engine.model, engine.config
+    hidden = torch.ones(num_rows * length, config.hidden_size, dtype=model.plan.dtype)
+    each = engine.cache.pool.num_blocks // num_rows
+    places = [engine.cache.places(list(range(row * each, (row + 1) * each))) for row in range(num_rows)]
+    batch = ragged_batch(places, [start] * num_rows, [length] * num_rows, *runner.tables,
+                         queries_per_group=config.num_attention_heads // config.num_query_groups, num_places=engine.cache.num_places)
+    segments, heads = [], []
+    for piece in runner.pieces:
+        began = time.perf_counter()
+        for number in range(piece.first_layer, piece.last_layer + 1):
+            hidden, inner = runner.layers[number](hidden, engine.cache.layer(number), batch)
+        segments.append(time.perf_counter() - began)
+        began = time.perf_counter()
+        if piece is runner.pieces[-1]:
+            logits = F.linear(model.final_hidden(hidden[-num_rows:]), model.backbone.output_layer.weight)
+        else:
+            head = runner.heads[piece.last_layer]
+            taken = head.take(hidden, inner) if head.layer is None else head.run_own_layer(
+                hidden, engine.cache.exit_head(piece.last_layer), batch)
+            logits = head.logits(taken.rows(list(range(len(hidden) - num_rows, len(hidden)))))
+        top1(logits, model.vocab).token_ids.tolist()
+        heads.append(time.perf_counter() - began)
+    return segments, heads
