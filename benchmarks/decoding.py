@@ -4,8 +4,8 @@
     python benchmarks/decoding.py --only 300M --new-tokens 24 --rounds 2 --threads 1 --json decoding.json
 
 For the shipped model and random ones of about 30M and 300M parameters, at batch 1 and 8. In every round each way of decoding takes its
-turn, so that a slow moment of the machine falls on all alike; a ratio is the median over rounds of the round's own ratio. Times are of whole
-generations, greedy, the same number of new tokens: ours from text to text, transformers' from ids to ids, by its faster cache.
+turn, so that a slow moment of the machine falls on all alike; a ratio is the median over rounds of the round's own ratio. Times are of
+whole generations, greedy, the same number of new tokens: ours from text to text, transformers' from ids to ids, by its faster cache.
 
 What depth implies is computed from the engine's own layers and heads, called bare in the same round (decoding_bare.py): every layer that a
 token ran through and every head that it was asked by, the vain ones too. At batch 8 rows that leave save that share of a step.

@@ -4,8 +4,8 @@
     python benchmarks/speculation.py --exits runs/drafts/exit_heads
 
 Every held-out prompt is decoded at full depth and by speculation before the next one. A few are decoded by transformers too: plainly, and
-with `assistant_early_exit` at each of several layers, of which the best counts. That drafts with the first layers under the model's own last
-norm and output matrix, and can use no tuned head.
+with `assistant_early_exit` at each of several layers, of which the best counts. That drafts with the first layers under the model's own
+last norm and output matrix, and can use no tuned head.
 """
 import argparse
 import json
