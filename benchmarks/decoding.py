@@ -130,8 +130,7 @@ def measure(name: str, llm: EarlyExitLLM, theirs: Theirs, batch: int, new_tokens
 
 def _generate(llm: EarlyExitLLM, prompts: list[str], choice: dict[str, Any], new_tokens: int) -> Any:
     # Every generation reads its prompts: transformers keeps nothing of them either.
-    llm.engine = None
-    return llm.generate(prompts, max_new_tokens=new_tokens, ignore_eos=True, **choice)
+    return llm.generate(prompts, max_new_tokens=new_tokens, ignore_eos=True, reuse_prefixes=False, **choice)
 
 
 def _result(name: str, llm: EarlyExitLLM, batch: int, new_tokens: int, rounds: list[Round], bare: list[BareTimes],

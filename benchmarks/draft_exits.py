@@ -26,7 +26,7 @@ def main() -> None:
     """Tunes twice."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for texts, runs and exit_heads")
-    parser.add_argument("--exit-layers", type=int, nargs="+", default=[3])
+    parser.add_argument("--exit-layers", type=int, nargs="+", default=[1])
     parser.add_argument("--steps", type=int, default=800, help="on the library (default %(default)s)")
     parser.add_argument("--own-texts", type=int, default=960, help="continuations by the model itself (default %(default)s)")
     parser.add_argument("--own-steps", type=int, default=400, help="on them (default %(default)s)")

@@ -48,6 +48,7 @@ def main() -> None:
 def measure(exits: Path, prompts: list[str], num_theirs: int, new_tokens: int) -> dict[str, Any]:
     """All figures, rates in tokens per second."""
     llm, theirs = EarlyExitLLM.load(SHIPPED_MODEL, exits), Theirs(SHIPPED_MODEL)
+    keys: dict[str, Any] = {"max_new_tokens": new_tokens, "ignore_eos": True, "reuse_prefixes": False}
     seconds: dict[str, list[float]] = {}
     same = drafted = accepted = 0
 
@@ -58,14 +59,14 @@ def measure(exits: Path, prompts: list[str], num_theirs: int, new_tokens: int) -
         return result
 
     for policy in ("full", "speculative"):  # a process's first passes pay for allocations, and for measuring costs
-        llm.generate(prompts[:1], policy=policy, max_new_tokens=new_tokens, ignore_eos=True)
+        llm.generate(prompts[:1], policy=policy, **keys)
     theirs.generate([llm.encode(prompts[0])], "dynamic", 8)
     for index, prompt in enumerate(prompts):
         if index % 20 == 0:
             print(f"prompt {index + 1} of {len(prompts)}", file=sys.stderr, flush=True)
         said = {}
         for policy in ("full", "speculative"):
-            said[policy], = timed(policy, llm.generate, [prompt], policy=policy, max_new_tokens=new_tokens, ignore_eos=True)
+            said[policy], = timed(policy, llm.generate, [prompt], policy=policy, **keys)
         same += said["full"].token_ids == said["speculative"].token_ids
         drafted += said["speculative"].statistics.num_drafted
         accepted += said["speculative"].statistics.num_accepted

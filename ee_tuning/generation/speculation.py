@@ -53,9 +53,8 @@ class Speculation:
         self.costs, self.pieces = costs, pieces
         self.records = {piece.exit_layer: _Record() for piece in pieces[:-1] if piece.exit_layer is not None}
         self.num_rounds = 0
-        self.plan: Plan = dict.fromkeys(self.records, 0.7)
-        self.rate = 0.0
-        """Tokens per second and sequence that the plan should bring."""
+        self._plans: dict[tuple[int, ...], tuple[Plan, float]] = {}
+        """Made since the last look: exits that a request lets draft -> plan, and the tokens per second and sequence that it should bring."""
         self._next_plan, self._interval, self._planned_rows = FIRST_ROUNDS, FIRST_ROUNDS, 0
         self._known_costs: dict[tuple[int, int], float] = {}
 
@@ -67,9 +66,13 @@ class Speculation:
             is_survey = self.num_rounds > self._next_plan
             self._interval = min(LATEST, 2 * self._interval)
             self._next_plan, self._planned_rows = self.num_rounds + self._interval, num_rows
-            self.plan, self.rate = self._best_plan(num_rows)
-        asked = [layer for layer in sequence.policy.drafts_at if is_survey or layer in self.plan]
-        sequence.drafts.begin({layer: self.plan.get(layer, NEVER) for layer in asked})
+            self._plans.clear()
+        exits = sequence.policy.drafts_at
+        if exits not in self._plans:
+            learns = self.num_rounds <= FIRST_ROUNDS
+            self._plans[exits] = (dict.fromkeys(exits, 0.7), 0.0) if learns else self._best_plan(num_rows, exits)
+        plan, _ = self._plans[exits]
+        sequence.drafts.begin({layer: plan.get(layer, NEVER) for layer in exits if is_survey or layer in plan})
 
     def plain_rate(self, num_rows: int) -> float:
         """Tokens per second and sequence at full depth."""
@@ -80,12 +83,13 @@ class Speculation:
         wanted = sequence.drafts.plan.get(exit_layer)
         if wanted is None or not sequence.num_drafts:
             return wanted
+        rate = self._plans[sequence.policy.drafts_at][1]
         # A draft brings a token where all before it are right, too. It costs the way to the exit once more, and a place in the check.
         cost = self._cost_of_one_more(exit_layer, num_rows)
-        if sequence.drafts.odds < self.rate * cost:
+        if sequence.drafts.odds < rate * cost:
             return None
         record = self.records[exit_layer]
-        enough = [edge for place, edge in enumerate(EDGES) if sequence.drafts.odds * record.odds(place) >= self.rate * cost]
+        enough = [edge for place, edge in enumerate(EDGES) if sequence.drafts.odds * record.odds(place) >= rate * cost]
         return max(wanted, min(enough, default=NEVER))
 
     def note(self, sequence: Sequence, exit_layer: int, answer: Answer, drafts: bool) -> None:
@@ -115,14 +119,14 @@ class Speculation:
         one = self.costs.of_piece(index, num_rows) / num_rows
         return (self.costs.of_piece(index, num_rows + 4) - self.costs.of_piece(index, num_rows)) / 4, one
 
-    def _best_plan(self, num_rows: int) -> tuple[Plan, float]:
-        """The plan with the highest rate, by moving one exit's threshold at a time; the empty one where none is better than full depth."""
+    def _best_plan(self, num_rows: int, exits: tuple[int, ...]) -> tuple[Plan, float]:
+        """The plan with the highest rate that asks none but `exits`, by moving one exit's threshold at a time; the empty one where none is better than full depth."""
         rates = _Rates(self, num_rows)
         best: Plan = {}
         rate = self.plain_rate(num_rows)
-        for plan in ({}, dict.fromkeys(self.records, 0.8)):
+        for plan in ({}, dict.fromkeys(exits, 0.8)):
             for _ in range(2):
-                for layer in self.records:
+                for layer in exits:
                     others = {other: edge for other, edge in plan.items() if other != layer}
                     plan = max([others, *({**others, layer: edge} for edge in EDGES)], key=rates.of)
             if (reached := rates.of(plan)) > rate * 1.02:  # no change of mind for what is noise
