@@ -47,6 +47,8 @@ class Drafts:
 
     plan: Mapping[int, float] = field(default_factory=dict)
     """Exits that are asked -> confidence from which on they draft."""
+    rate: float = 0.0
+    """Tokens per second that it should bring."""
     layers: list[int] = field(default_factory=list)
     """Per draft the exit it came from."""
     said: list[tuple[int, int, int, int]] = field(default_factory=list)
@@ -54,9 +56,9 @@ class Drafts:
     odds: float = 1.0
     """That all drafts are right, as far as is known."""
 
-    def begin(self, plan: Mapping[int, float]) -> None:
+    def begin(self, plan: Mapping[int, float], rate: float = 0.0) -> None:
         """A new round."""
-        self.plan, self.odds = plan, 1.0
+        self.plan, self.rate, self.odds = plan, rate, 1.0
         self.layers.clear()
         self.said.clear()
 

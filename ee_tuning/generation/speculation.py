@@ -54,7 +54,7 @@ class Speculation:
         self.records = {piece.exit_layer: _Record() for piece in pieces[:-1] if piece.exit_layer is not None}
         self.num_rounds = 0
         self._plans: dict[tuple[int, ...], tuple[Plan, float]] = {}
-        """Made since the last look: exits that a request lets draft -> plan, and the tokens per second and sequence that it should bring."""
+        """Made since the last look: exits that a request lets draft -> plan, and its tokens per second and sequence."""
         self._next_plan, self._interval, self._planned_rows = FIRST_ROUNDS, FIRST_ROUNDS, 0
         self._known_costs: dict[tuple[int, int], float] = {}
 
@@ -71,8 +71,8 @@ class Speculation:
         if exits not in self._plans:
             learns = self.num_rounds <= FIRST_ROUNDS
             self._plans[exits] = (dict.fromkeys(exits, 0.7), 0.0) if learns else self._best_plan(num_rows, exits)
-        plan, _ = self._plans[exits]
-        sequence.drafts.begin({layer: plan.get(layer, NEVER) for layer in exits if is_survey or layer in plan})
+        plan, rate = self._plans[exits]
+        sequence.drafts.begin({layer: plan.get(layer, NEVER) for layer in exits if is_survey or layer in plan}, rate)
 
     def plain_rate(self, num_rows: int) -> float:
         """Tokens per second and sequence at full depth."""
@@ -83,7 +83,7 @@ class Speculation:
         wanted = sequence.drafts.plan.get(exit_layer)
         if wanted is None or not sequence.num_drafts:
             return wanted
-        rate = self._plans[sequence.policy.drafts_at][1]
+        rate = sequence.drafts.rate
         # A draft brings a token where all before it are right, too. It costs the way to the exit once more, and a place in the check.
         cost = self._cost_of_one_more(exit_layer, num_rows)
         if sequence.drafts.odds < rate * cost:
@@ -120,7 +120,9 @@ class Speculation:
         return (self.costs.of_piece(index, num_rows + 4) - self.costs.of_piece(index, num_rows)) / 4, one
 
     def _best_plan(self, num_rows: int, exits: tuple[int, ...]) -> tuple[Plan, float]:
-        """The plan with the highest rate that asks none but `exits`, by moving one exit's threshold at a time; the empty one where none is better than full depth."""
+        """The plan with the highest rate that asks none but `exits`, by moving one exit's threshold at a time; the empty one where none is
+        better than full depth.
+        """
         rates = _Rates(self, num_rows)
         best: Plan = {}
         rate = self.plain_rate(num_rows)

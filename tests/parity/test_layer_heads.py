@@ -93,7 +93,7 @@ def test_rejected_drafts_leave_the_cache_of_a_head(own: tuple[LoadedModel, Plain
     engine, fresh = (Engine(loaded.model, loaded.stages, num_slots=1, max_length=64) for _ in range(2))
     cheap = (1e-9,) * 3
     engine.speculation = Speculation(Costs((cheap, cheap, (1.0,) * 3), {2: cheap, 4: cheap}, cheap), engine.pieces)
-    engine.speculation._best_plan = lambda rows: ({4: 0.0}, 0.0)  # type: ignore[method-assign]
+    engine.speculation._best_plan = lambda rows, exits: ({4: 0.0}, 0.0)  # type: ignore[method-assign]
     sequence, = engine.add_request(PROMPTS[1], SamplingParams(max_tokens=40), policy_for(loaded.model, policy="speculative"))
     while sequence.num_output < 30 or sequence.num_drafts:
         engine.step()

@@ -38,9 +38,9 @@ def drafting_engine(loaded: LoadedModel, plan: dict[int, float], **options: int)
     engine = Engine(loaded.model, loaded.stages, **{"num_slots": 4, "max_length": 64, **options})
     free, dear = (1e-9,) * 3, (1.0,) * 3
     engine.speculation = Speculation(Costs((free, free, dear), {2: free, 4: free}, free), engine.pieces)
-    engine.speculation.plan, engine.speculation._next_plan = plan, 10 ** 9
+    engine.speculation._plans[2, 4], engine.speculation._next_plan = (plan, 0.0), 10 ** 9
     engine.speculation._planned_rows = -1
-    engine.speculation._best_plan = lambda rows: (plan, 0.0)  # type: ignore[method-assign]
+    engine.speculation._best_plan = lambda rows, exits: (plan, 0.0)  # type: ignore[method-assign]
     return engine
 
 
@@ -117,7 +117,7 @@ def test_speculation_stops_where_it_would_lose(llama):
     while not sequence.finish_reason:
         engine.step()
         asked += bool(sequence.drafts.plan) and engine.speculation.num_rounds > FIRST_ROUNDS
-    assert engine.speculation.plan == {} and asked <= 4
+    assert engine.speculation._plans[2, 4][0] == {} and asked <= 4
 
 
 def test_speculation_goes_on_where_it_wins(llama):
@@ -130,9 +130,10 @@ def test_speculation_goes_on_where_it_wins(llama):
         speculation.records[2].add(8, True)
         speculation.records[2].add(2, False)
         speculation.records[4].add(5, False)
-    plan, rate = speculation._best_plan(1)
+    plan, rate = speculation._best_plan(1, (2, 4))
     assert set(plan) == {2} and 0.3 < plan[2] <= 0.9
     assert rate > 1.2 * speculation.plain_rate(1)
+    assert speculation._best_plan(1, (4,))[0] == {}, "a request that lets none but the dear exit draft"
 
 
 def test_costs_are_measured(llama):
