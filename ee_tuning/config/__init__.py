@@ -19,6 +19,7 @@ from ee_tuning.config.model import Architecture, DType, ExitsSection, ModelSecti
 from ee_tuning.config.placement import AutoLayers
 from ee_tuning.config.tuning import TuningSection, WeightFormat
 from ee_tuning.errors import InputError
+from ee_tuning.yaml_file import parse_yaml
 
 __all__ = ["Architecture", "Config", "DType", "DataSection", "ExitsSection", "GenerationSection", "ModelSection", "ParallelSection",
            "TuningSection", "WeightFormat", "load_config", "replace", "save_config"]
@@ -40,7 +41,8 @@ def load_config(path: str | Path | None, overrides: dict[str, Any] | None = None
     """The job in the YAML file at `path` (defaults where None), with `overrides` {"section.key": value} laid over it.
 
     Values of overrides may be strings as typed at a prompt; they are read as YAML where the key is no text. Raises InputError on a
-    file that is missing or not YAML, on unknown sections and keys, and on values of another type or outside their choices.
+    file that is missing or not YAML, on a section or key that is unknown or there twice, and on values of another type, outside their
+    choices, or larger than a number can be.
     """
     tree = _read_yaml(Path(path)) if path is not None else {}
     for dotted, value in (overrides or {}).items():
@@ -75,11 +77,11 @@ def _plain(value: Any) -> Any:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = parse_yaml(path.read_text())
     except OSError as error:
         raise InputError(f"the config file {path} can not be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not YAML: {error}") from error
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -104,8 +106,8 @@ def _parse_scalar(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError:
+        return parse_yaml(value)
+    except ValueError:
         return value
 
 
@@ -157,7 +159,10 @@ def _convert_scalar(value: Any, hint: type, where: str, name: str) -> Any:
     if isinstance(value, bool) == (hint is bool) and isinstance(value, (int, float) if hint is float else hint):
         if value != value:
             raise InputError(f"{where}: {name} must be a number, got nan")
-        return hint(value)
+        try:
+            return hint(value)
+        except OverflowError as error:  # a whole number of hundreds of digits
+            raise InputError(f"{where}: {name} must be a number that a float can hold, got one of {len(str(value))} digits") from error
     raise InputError(f"{where}: {name} must be {words[hint]}, got {value!r}")
 
 

@@ -1,16 +1,16 @@
 """The backbone's shape from the arguments that Megatron saves with a model, or from a file that spells them out; and back again."""
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 
 from ee_tuning.errors import InputError
+from ee_tuning.json_file import read_json
 from ee_tuning.model.config import STORED_DTYPES, ModelConfig, RopeConfig, model_config_from_hf
 from ee_tuning.model.families import Family, fixed_fields
+from ee_tuning.yaml_file import parse_yaml
 
 _REQUIRED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "max_position_embeddings")
 _LLAMA: dict[str, Any] = {"normalization": "RMSNorm", "swiglu": True, "add_bias_linear": False, "add_qkv_bias": False,
@@ -125,12 +125,11 @@ def untold_by_megatron(config: ModelConfig) -> list[str]:
 
 def _read(shape: Path) -> dict[str, Any]:
     try:
-        text = shape.read_text()
-        fields = json.loads(text) if shape.suffix == ".json" else yaml.safe_load(text)
+        fields = read_json(shape) if shape.suffix == ".json" else parse_yaml(shape.read_text())
     except OSError as error:
         raise InputError(f"model.config must be a file, but {shape} can not be read: {error.strerror}") from error
-    except (ValueError, yaml.YAMLError) as error:
-        raise InputError(f"{shape} is neither YAML nor JSON: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise InputError(f"{shape} is neither YAML nor JSON: {error}") from error
     if not isinstance(fields, dict):
         raise InputError(f"{shape} must hold keys such as num_layers, got {type(fields).__name__}")
     return fields

@@ -46,6 +46,12 @@ def test_every_value_survives_a_round_trip(tmp_path: Path):
     ("exits:\n  exit_layers: [3, six]\n", ["exits.exit_layers must be a whole number", "'six'"]),
     ("- a\n", ["must hold sections", "list"]),
     ("a: [\n", ["is not YAML"]),
+    ("tuning:\n  lr: 1\n  lr: 2\n", ["lr stands in it twice"]),
+    ("tuning:\n  lr: 1\ndata:\ntuning:\n  train_iters: 2\n", ["tuning stands in it twice"]),
+    (f"tuning:\n  lr: 1{'0' * 400}\n", ["tuning.lr must be a number that a float can hold", "401 digits"]),
+    (f"tuning:\n  lr: 1{'0' * 9000}\n", ["is not YAML"]),
+    ("tuning:\n  lr: 2024-13-45\n", ["is not YAML"]),
+    (f"tuning: {'[' * 9000}\n", ["is not YAML", "nested too deeply"]),
 ])
 def test_what_is_not_understood_is_refused(tmp_path: Path, text: str, named: list[str]):
     """A key that is silently dropped trains something else than was asked for."""
@@ -82,6 +88,13 @@ def test_overrides_lie_over_the_file(tmp_path: Path):
     path = write(tmp_path, "tuning:\n  lr: 1\n  train_iters: 7\ndata:\n")
     config = load_config(path, {"tuning.lr": "2", "data.text_key": "body"})
     assert (config.tuning.lr, config.tuning.train_iters, config.data.text_key) == (2.0, 7, "body")
+
+
+@pytest.mark.parametrize("typed", ["[" * 9000, "1" + "0" * 400, "2024-13-45", "{a: 1, a: 2}"])
+def test_an_override_that_makes_no_sense_is_one_line(typed: str):
+    """A traceback for a slip of the hand."""
+    with pytest.raises(InputError, match=r"tuning\.lr must be a number"):
+        load_config(None, {"tuning.lr": typed})
 
 
 @pytest.mark.parametrize("name", ["tuning", "tuning.no_such", "no_such.lr", "."])
