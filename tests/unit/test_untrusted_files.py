@@ -3,6 +3,7 @@ import os
 import pickle
 import resource
 import shutil
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ee_tuning.checkpoint.metadata_pickle import read_metadata_pickle
 from ee_tuning.checkpoint.torch_file import Archive
 from ee_tuning.config import ModelSection
 from ee_tuning.errors import InputError
+from ee_tuning.json_file import parse_json
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +107,12 @@ def test_a_refusal_is_one_short_plain_line() -> None:
     text = str(InputError("tensor \x1b[2J\x00 of\nshape " + "9" * 5000 + " is wrong"))
     assert text.isprintable() and len(text) <= 1000
     assert text.startswith("tensor \\x1b[2J\\x00 of shape 99") and text.endswith("is wrong")
+
+
+def test_a_doubled_key_among_many_is_found_at_once() -> None:
+    """A header of some MB that keeps a reader busy for hours: each name looked for among all the others."""
+    names = [f'"{i}": 0' for i in range(200_000)]
+    since = time.process_time()
+    with pytest.raises(ValueError, match="199999 stands in it twice"):
+        parse_json(("{" + ", ".join([*names, names[-1]]) + "}").encode())
+    assert time.process_time() - since < 10
