@@ -28,6 +28,6 @@ def parse_json(data: bytes) -> Any:
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     tree = dict(pairs)
     if len(tree) != len(pairs):
-        seen: set[str] = set()
-        raise ValueError(f"{next(name for name, _ in pairs if name in seen or seen.add(name))} stands in it twice")
+        last = {name: place for place, (name, _) in enumerate(pairs)}
+        raise ValueError(f"{next(name for place, (name, _) in enumerate(pairs) if last[name] != place)} stands in it twice")
     return tree
