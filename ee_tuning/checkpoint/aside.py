@@ -114,6 +114,12 @@ def remove_leftovers(output: Path) -> None:
             os.close(lock)
 
 
+def check_room(output: Path, partial: Path, needed: int, remedy: str = "make room, or choose another folder") -> None:
+    """Raises InputError where the disk that `output` is written to (as `partial`) has no room for `needed` bytes."""
+    if (free := shutil.disk_usage(partial).free) < needed:
+        raise InputError(f"{output} takes {needed:,} bytes, and {free:,} are free there; {remedy}")
+
+
 @contextmanager
 def refusals_named(output: Path) -> Iterator[None]:
     """Turns what the file system refuses into an InputError that names `output`."""

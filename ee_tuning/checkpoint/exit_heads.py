@@ -4,14 +4,13 @@
 Any TP × PP reads it by slices, and the same bytes are written whatever the layout.
 """
 import json
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ee_tuning.checkpoint.aside import gathered, on_first_rank, refusals_named, written_aside
+from ee_tuning.checkpoint.aside import check_room, gathered, on_first_rank, refusals_named, written_aside
 from ee_tuning.checkpoint.byte_progress import byte_progress
 from ee_tuning.checkpoint.exit_config import CONFIG, ExitHeadsConfig, exit_config_tree, read_exit_config
 from ee_tuning.checkpoint.exit_names import exit_shard
@@ -121,7 +120,7 @@ def write_exit_heads(output: Path, exits: ExitHeadsConfig, config: ModelConfig, 
     on_first_rank(topology, lambda: check_output(output, overwrite))
     layout = SafetensorsLayout(STEM, exits.tensor_shapes(config), exits.torch_dtype, shard_bytes)
     with written_aside(output, topology) as partial:
-        on_first_rank(topology, lambda: _check_room(partial, output, layout))
+        on_first_rank(topology, lambda: check_room(output, partial, layout.num_bytes))
         sums, own = {}, own_share({file: layout.file_bytes(file) for file in layout.files}, rank, world)
         with byte_progress("writing exit heads", sum(map(layout.file_bytes, own)), is_shown=rank == 0) as advance:
             for file in own:
@@ -148,14 +147,9 @@ def check_integrity(folder: Path, topology: Topology | None = None) -> None:
 
 
 def _begin(partial: Path, output: Path, writer: SafetensorsWriter) -> None:
-    _check_room(partial, output, writer.layout)
+    check_room(output, partial, writer.layout.num_bytes)
     with refusals_named(output):
         writer.create()
-
-
-def _check_room(partial: Path, output: Path, layout: SafetensorsLayout) -> None:
-    if (free := shutil.disk_usage(partial).free) < layout.num_bytes:
-        raise InputError(f"{output} takes {layout.num_bytes:,} bytes, and {free:,} are free there; make room, or choose another folder")
 
 
 def _finish(partial: Path, output: Path, exits: ExitHeadsConfig, layout: SafetensorsLayout, sums: Mapping[str, str]) -> None:
