@@ -5,6 +5,7 @@ whole.
 """
 import io
 import json
+import math
 import pickle
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from ee_tuning.checkpoint.hashed_file import HashedFile
 from ee_tuning.checkpoint.metadata_pickle import METADATA
 from ee_tuning.checkpoint.names import Shape
 from ee_tuning.checkpoint.safetensors_layout import SHARD_BYTES
-from ee_tuning.checkpoint.torch_archive import write_tensor
+from ee_tuning.checkpoint.torch_archive import ARCHIVE_BYTES, write_tensor
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,9 @@ class Written:
 
 
 class DistcpWriter:
-    """One process's files in `folder`, at most SHARD_BYTES each but for a single larger tensor. A context manager. Raises OSError."""
+    """One process's files in `folder`, at most SHARD_BYTES each but for a single larger tensor, which gets a file of its own. A context
+    manager. Raises OSError.
+    """
 
     def __init__(self, folder: Path, rank: int, advance: Advance, *, beside_other_work: bool = False):
         self.written: list[Written] = []
@@ -72,16 +75,18 @@ class DistcpWriter:
 
     def add_tensor(self, chunk: Chunk, blocks: Iterable[Tensor]) -> None:
         """Appends the chunk, whose consecutive rows are `blocks`."""
-        file = self._room()
+        file = self._room(needed := math.prod(chunk.sizes) * chunk.dtype.itemsize + ARCHIVE_BYTES)
         start = file.num_bytes
         write_tensor(file, chunk.sizes, chunk.dtype, self._told(blocks))
+        assert file.num_bytes - start <= needed, (chunk, file.num_bytes - start)
         self.written.append(Written(chunk, self._name(), start, file.num_bytes - start))
 
     def add_object(self, key: str, content: Any) -> None:
         """Appends what is no tensor."""
-        file = self._room()
-        start, buffer = file.num_bytes, io.BytesIO()
+        buffer = io.BytesIO()
         torch.save(content, buffer)
+        file = self._room(buffer.tell())
+        start = file.num_bytes
         file.write(buffer.getvalue())
         self.written.append(Written(Chunk(key), self._name(), start, file.num_bytes - start))
 
@@ -90,8 +95,9 @@ class DistcpWriter:
             yield block
             self._advance(block.numel() * block.itemsize)
 
-    def _room(self) -> HashedFile:
-        if self._file is not None and self._file.num_bytes >= SHARD_BYTES:
+    def _room(self, needed: int) -> HashedFile:
+        """The file that so many bytes go to."""
+        if self._file is not None and self._file.num_bytes + needed > SHARD_BYTES:
             self._close(None, None, None)
         if self._file is None:
             self._file = HashedFile(self._folder / self._name(), beside_other_work=self._beside_other_work)

@@ -6,7 +6,6 @@ the number of writing processes leaves no trace.
 import argparse
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ee_tuning.checkpoint.aside import gathered, on_first_rank, refusals_named, written_aside
+from ee_tuning.checkpoint.aside import check_room, gathered, on_first_rank, refusals_named, written_aside
 from ee_tuning.checkpoint.byte_progress import byte_progress
 from ee_tuning.checkpoint.distcp_writer import Chunk, DistcpWriter, Written, write_common, write_metadata
 from ee_tuning.checkpoint.exit_config import CONFIG, exit_config_tree
@@ -30,7 +29,6 @@ from ee_tuning.checkpoint.safetensors_reader import TensorSource
 from ee_tuning.checkpoint.shared_work import own_share
 from ee_tuning.checkpoint.tensor_blocks import parameter_blocks, parameter_dtype, tensor_blocks
 from ee_tuning.config import Config
-from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.megatron_args import megatron_arguments, untold_by_megatron
 from ee_tuning.parallel.topology import Topology
@@ -55,7 +53,7 @@ def _write(model: ExportSource, output: Path, topology: Topology | None) -> None
     rank, world = (0, 1) if topology is None else (topology.rank, topology.world_size)
     with written_aside(output, topology) as aside:
         tensors = [*_backbone(model.source, model.model), *(_exits(model.artifact) if model.artifact else ())]
-        on_first_rank(topology, lambda: _check_room(aside, output, sum(each.num_bytes for each in tensors)))
+        on_first_rank(topology, lambda: check_room(output, aside, sum(each.num_bytes for each in tensors)))
         own = own_share({each: each.num_bytes for each in tensors}, rank, world)
         watch, total = NonFinite(), sum(each.num_bytes for each in own)
         with byte_progress("writing the model", total, is_shown=rank == 0) as advance, DistcpWriter(aside, rank, advance) as writer:
@@ -130,11 +128,6 @@ def _add_extra_states(writer: DistcpWriter, model: ModelConfig) -> None:
         if linear := _LINEAR.fullmatch(parameter):
             key, stack, entry = _stacked(linear[1] + "._extra_state", model)
             writer.add_object(f"{key}/shard_{'.'.join(map(str, entry or (0,)))}_{'.'.join(map(str, stack or (1,)))}", [None])
-
-
-def _check_room(aside: Path, output: Path, needed: int) -> None:
-    if (free := shutil.disk_usage(aside).free) < needed:
-        raise InputError(f"{output} takes {needed:,} bytes, and {free:,} are free there; make room, or choose another folder")
 
 
 def _finish(model: ExportSource, aside: Path, output: Path, reports: list[_Report]) -> None:

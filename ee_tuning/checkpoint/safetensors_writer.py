@@ -26,11 +26,6 @@ class SafetensorsWriter:
         self.layout = SafetensorsLayout(stem, shapes, dtype, shard_bytes)
         self.shapes = self.layout.shapes
 
-    @property
-    def num_bytes(self) -> int:
-        """Of all tensors."""
-        return self.layout.num_bytes
-
     def create(self) -> None:
         """Makes the files at their full length, headers in place. One process does, before any writes."""
         for file, header in self.layout.headers.items():

@@ -20,6 +20,8 @@ from ee_tuning.checkpoint.tensor_blocks import as_bytes
 _STORAGES = {torch.float64: torch.DoubleStorage, torch.float32: torch.FloatStorage, torch.float16: torch.HalfStorage,
              torch.bfloat16: torch.BFloat16Storage}
 _ZIP64 = 1 << 31
+ARCHIVE_BYTES = 4096
+"""More than an archive has besides its tensor's own bytes."""
 
 
 class Sink(Protocol):

@@ -1,6 +1,7 @@
 """Megatron's checkpoints: the same model as Hugging Face's, and nothing in them is believed or run."""
 import fractions
 import os
+import pickle
 import random
 import shutil
 from collections.abc import Callable
@@ -15,10 +16,12 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from megatron_files import save_legacy, save_stock_model
 from random_models import random_llama
 
+from ee_tuning.checkpoint import distcp_writer
 from ee_tuning.checkpoint.fingerprint import fingerprint
 from ee_tuning.checkpoint.formats import OpenModel, model_folder, open_model
 from ee_tuning.checkpoint.load import load_for_generation
 from ee_tuning.checkpoint.mapped_file import map_file
+from ee_tuning.checkpoint.megatron_writer import write_megatron
 from ee_tuning.checkpoint.names import backbone_tensor_shapes
 from ee_tuning.checkpoint.torch_file import Archive
 from ee_tuning.config import ModelSection, ParallelSection, load_config
@@ -266,3 +269,16 @@ def test_a_megatron_checkpoint_generates_with_a_tokenizer_from_elsewhere(tmp_pat
     theirs = EarlyExitLLM.load(tmp_path / "hf", dtype="float64")
     said = [llm.generate(["def main():"], policy="full", max_new_tokens=12)[0].token_ids for llm in (ours, theirs)]
     assert said[0] == said[1] and ours.stop_token_ids == theirs.stop_token_ids == (256,)
+
+
+def test_files_of_an_export_have_their_largest_size(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file closed only once it is too large: twice what a disk or a hub takes."""
+    limit = 30_000
+    monkeypatch.setattr(distcp_writer, "SHARD_BYTES", limit)
+    write_megatron(load_config(None, {"model.path": str(shared / "hf")}), tmp_path / "export")
+    files = list((tmp_path / "export").glob("*.distcp"))
+    places = list(pickle.loads((tmp_path / "export" / ".metadata").read_bytes()).storage_data.values())
+    assert len(files) > 5 and len({place.relative_path for place in places}) == len(files)
+    for file in files:
+        assert file.stat().st_size <= limit or sum(place.relative_path == file.name for place in places) == 1
+    assert fingerprint(*opened(tmp_path / "export")[:2]) == fingerprint(*opened(shared / "hf")[:2])
