@@ -63,7 +63,7 @@ def main() -> None:
     if options.job:
         run_job(*options.job)
         return
-    work = options.folder / "ee-tuning-conversion"
+    work = options.folder / f"ee-tuning-conversion-{options.layers}-layers"  # one that was kept is measured again, and no other for it
     try:
         prepare(work, options.layers)
         report(work, options)
