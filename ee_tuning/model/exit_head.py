@@ -4,6 +4,7 @@ An exit head is the same module while tuning, where it is trained over whole seq
 Tensor parallelism cuts the MLP by its inner width and the output matrix by vocabulary; norms are replicated. Where the sequence is cut,
 too, each rank has its part of the tokens but within the MLP, within attention, and before the output matrix.
 """
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -76,7 +77,7 @@ class ExitMLP(nn.Module):
         return out if self.fc2.bias is None else out + self.fc2.bias
 
 
-class ExitHead(nn.Module):
+class ExitHead(nn.Module, ABC):
     """What all architectures share: the exit's place, and its output matrix. The design is EE-Tuning's (arXiv 2402.00518).
 
     `tied_weight` is the backbone's frozen output matrix [v/tp, h], used where the exit ties it; `angles` [positions, d] its rotations.
@@ -122,9 +123,9 @@ class ExitHead(nn.Module):
     def build(self, config: ModelConfig, topology: Topology, tensor: dict[str, Any]) -> None:
         """Makes the parameters between the backbone's states and the output matrix; `tensor` is their dtype and device."""
 
+    @abstractmethod
     def final_hidden(self, inputs: ExitInput) -> Tensor:  # […, h]
         """What the output matrix is applied to."""
-        raise NotImplementedError
 
     def forward(self, inputs: ExitInput, project: Callable[[Tensor, Tensor], Result]) -> Result:
         """`project(final hidden […, h], output weight [v/tp, h])`: logits, or a loss that never makes them.

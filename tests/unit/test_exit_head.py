@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ee_tuning.checkpoint.load import load_for_generation
 from ee_tuning.config import ParallelSection, load_config
+from ee_tuning.model.exit_head import ExitHead
 from ee_tuning.parallel.topology import init_parallel
 
 TOKENS = torch.tensor([[5, 17, 80, 3, 9, 77, 0, 41]])
@@ -68,3 +69,12 @@ def test_random_head_is_no_copy(model, tmp_path):
     """init: random that is ignored would pass every other claim here."""
     drawn, copied = (logits(model, write_exits(model, tmp_path / init, init=init, exit_layers=[3])) for init in ("random", "copy"))
     assert (drawn[3] - copied[3]).abs().max() > 0.1
+
+
+def test_a_head_must_say_what_its_output_matrix_is_applied_to():
+    """An architecture that forgets it fails at the first token and not when it is built."""
+    class Forgetful(ExitHead):
+        pass
+
+    with pytest.raises(TypeError, match="final_hidden"):
+        Forgetful(None, None, None, dtype=None, tied_weight=None, angles=None, cuts_sequence=False)
