@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ee_tuning.checkpoint.aside import gathered, on_first_rank, refusals_named, written_aside
+from ee_tuning.checkpoint.aside import check_room, gathered, on_first_rank, refusals_named, written_aside
 from ee_tuning.checkpoint.byte_progress import Advance, byte_progress
 from ee_tuning.checkpoint.exit_config import CONFIG, exit_config_tree
 from ee_tuning.checkpoint.exits_packed import exit_files
@@ -41,8 +41,8 @@ def export_huggingface(config: Config, output: Path, topology: Topology | None =
     several, and share the files.
 
     `links`: a Hugging Face folder's shards are not copied but linked (a hard link, or a relative symbolic one to another disk). The
-    tokenizer's files come from data.tokenizer, or the model's own folder; `special` are token ids that
-    config.json is to tell. Raises InputError where model and exits do not belong together or `output` can not be written; then nothing is
+    tokenizer's files come from data.tokenizer, or the model's own folder; `special` are token ids that config.json is to tell where the
+    model's own does not. Raises InputError where model and exits do not belong together or `output` can not be written; then nothing is
     left behind.
     """
     tokenizer = Path(config.data.tokenizer) if config.data.tokenizer else None
@@ -52,9 +52,11 @@ def export_huggingface(config: Config, output: Path, topology: Topology | None =
         if links and model.files is None:
             raise InputError(f"--link links the weights of a Hugging Face folder, and {model.source.folder} is in another format, whose "
                              "weights have to be written anew; leave --link out")
-        files = _files(model, links)
+        files, described = _files(model, links), _described_config(model, special)
         with written_aside(output, topology) as partial:
-            on_first_rank(topology, lambda: _check_room(partial, output, files))
+            on_first_rank(topology, lambda: check_room(
+                output, partial, sum(file.num_bytes for file in files if file.link_to is None),
+                "make room, choose another folder, or give --link"))
             own = own_share({file: file.num_bytes for file in files}, rank, world)
             watch, sums = NonFinite(), {}
             with byte_progress("writing the model", sum(file.num_bytes for file in own), is_shown=rank == 0) as advance:
@@ -62,7 +64,7 @@ def export_huggingface(config: Config, output: Path, topology: Topology | None =
                     sums[file.name] = _written(file, partial, output, watch, advance)
             model.finish_check()
             done = gathered([(sums, watch.told())], topology)
-            on_first_rank(topology, lambda: _finish(model, partial, output, done, tokenizer, special))
+            on_first_rank(topology, lambda: _finish(model, described, partial, output, done, tokenizer))
 
 
 def _files(model: ExportSource, links: bool) -> list[FileToWrite]:
@@ -89,8 +91,8 @@ def _written(file: FileToWrite, partial: Path, output: Path, watch: NonFinite, a
     return made.sha256
 
 
-def _finish(model: ExportSource, partial: Path, output: Path, done: list[tuple[dict[str, str], list[str]]], tokenizer: Path | None,
-            special: Mapping[str, int]) -> None:
+def _finish(model: ExportSource, described: dict[str, Any], partial: Path, output: Path, done: list[tuple[dict[str, str], list[str]]],
+            tokenizer: Path | None) -> None:
     sums: dict[str, str] = {}
     for own, lines in done:
         sums |= own
@@ -100,7 +102,6 @@ def _finish(model: ExportSource, partial: Path, output: Path, done: list[tuple[d
             shutil.copyfile(path, partial / path.name)
         if model.files is None and (index := backbone_layout(model.source, model.model).index()):
             (partial / index[0]).write_text(index[1])
-        described = _described_config(model, special)
         if model.artifact:
             shutil.copyfile(MODELLING, partial / MODELLING.name)
         (partial / "README.md").write_text(export_card(model.name, described.get("early_exit")))
@@ -113,10 +114,16 @@ def _finish(model: ExportSource, partial: Path, output: Path, done: list[tuple[d
 
 
 def _described_config(model: ExportSource, special: Mapping[str, int]) -> dict[str, Any]:
-    """config.json, with what the modelling file needs to know; without exits, without what an earlier export put in."""
-    raw = {**model.description, **special}
-    others = {key: value for key, value in raw.get("auto_map", {}).items() if not value.startswith(f"{MODELLING.stem}.")}
-    plain = {key: value for key, value in raw.items() if key not in ("early_exit", "auto_map")}
+    """config.json, with what the modelling file needs to know; without exits, without what an earlier export put in.
+
+    Raises InputError where the model's own names its classes in no way that there is.
+    """
+    raw = {**model.description, **{key: token for key, token in special.items() if model.description.get(key) is None}}
+    classes = raw.get("auto_map") or {}
+    if not isinstance(classes, dict):
+        raise InputError(f"{model.source.folder / 'config.json'}: auto_map must be an object, got {classes!r}; fetch the model's own")
+    others = {key: value for key, value in classes.items() if not str(value).startswith(f"{MODELLING.stem}.")}
+    plain = {key: value for key, value in raw.items() if key != "early_exit" and (key != "auto_map" or others == classes)}
     if model.artifact is None:
         return {**plain, "auto_map": others} if others else plain
     tree = exit_config_tree(model.artifact.config)
@@ -154,9 +161,3 @@ def _belongs(name: str) -> bool:
         return False
     return Path(name).suffix in (".json", ".txt", ".model", ".jinja", ".tiktoken") or name.upper().startswith(
         ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY"))
-
-
-def _check_room(partial: Path, output: Path, files: list[FileToWrite]) -> None:
-    needed, free = sum(file.num_bytes for file in files if file.link_to is None), shutil.disk_usage(partial).free
-    if free < needed:
-        raise InputError(f"{output} takes {needed:,} bytes, and {free:,} are free there; make room, choose another folder, or give --link")

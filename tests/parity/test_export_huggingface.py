@@ -1,6 +1,7 @@
 """An exported folder, loaded by transformers in a process that can not import ee_tuning, decodes as our engine does."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -201,6 +202,42 @@ def test_without_exits_the_plain_model_comes_back(llama, tmp_path):
     assert not list((tmp_path / "plain").glob("*exit*"))
     export("--model", llama / "model", "--output", tmp_path / "direct")
     assert (tmp_path / "direct" / "config.json").read_bytes() == (llama / "model" / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize(("told", "kept"), [
+    (None, {}), ({"AutoTokenizer": ["tok.T", None]}, {"AutoTokenizer": ["tok.T", None]}), ({}, {}),
+    ({"AutoModelForCausalLM": "modeling_early_exit.Old", "AutoConfig": "other.C"}, {"AutoConfig": "other.C"})])
+def test_classes_of_others_stay(llama, tmp_path, told, kept):
+    """A traceback, after all weights were written, on what transformers itself writes for a tokenizer of its own."""
+    model = Path(shutil.copytree(llama / "model", tmp_path / "model"))
+    tree = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**tree, "auto_map": told}))
+    export("--model", model, "--exits", llama / "exits", "--output", tmp_path / "early")
+    made = json.loads((tmp_path / "early" / "config.json").read_text())
+    assert made["auto_map"] == {**kept, "AutoModelForCausalLM": "modeling_early_exit.EarlyExitLlamaForCausalLM"}
+    export("--model", model, "--output", tmp_path / "plain")
+    is_whole = (tmp_path / "plain" / "config.json").read_bytes() == (model / "config.json").read_bytes()
+    assert is_whole == (kept == (told or {}))
+    assert (json.loads((tmp_path / "plain" / "config.json").read_text())["auto_map"] or {}) == kept
+
+
+def test_classes_that_are_none_are_refused_before_anything_is_written(llama, tmp_path, capsys):
+    """A traceback for a config that no transformers wrote."""
+    model = Path(shutil.copytree(llama / "model", tmp_path / "model"))
+    (model / "config.json").write_text(json.dumps({**json.loads((model / "config.json").read_text()), "auto_map": [1]}))
+    export("--model", model, "--output", tmp_path / "export", code=2)
+    assert "auto_map" in capsys.readouterr().err and not (tmp_path / "export").exists()
+
+
+def test_a_tokenizer_fills_in_what_the_model_does_not_say(llama, tmp_path):
+    """A chat model that ends its turns by one of several tokens, rewritten to know one of them."""
+    model = Path(shutil.copytree(llama / "model", tmp_path / "model"))
+    tree = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**tree, "eos_token_id": [7, 9], "bos_token_id": None}))
+    export("--model", model, "--tokenizer", SHIPPED, "--output", tmp_path / "export")
+    made = json.loads((tmp_path / "export" / "config.json").read_text())
+    assert made["eos_token_id"] == [7, 9]
+    assert made["bos_token_id"] == json.loads((SHIPPED / "config.json").read_text())["bos_token_id"]
 
 
 def test_what_does_not_belong_together_is_refused(llama, tmp_path, capsys):
