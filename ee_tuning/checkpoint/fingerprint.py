@@ -7,9 +7,10 @@ import dataclasses
 import hashlib
 import json
 import sys
+import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -37,18 +38,23 @@ def config_of_shape(shape: Mapping[str, Any], where: Path) -> ModelConfig:
 
     Raises InputError, naming `where`, on what is no such description.
     """
-    for name in _SHAPE_FIELDS:
+    hints = typing.get_type_hints(ModelConfig)
+    fields: dict[str, Any] = {}
+    for name in (*_SHAPE_FIELDS, *(name for name in _FAMILY_FIELDS if name in shape)):
         value = shape.get(name)
-        if value is None or (name not in ("family", "ties_embeddings") and (type(value) is not int or value < 1)):
+        if not _is_kind(value, hints[name]) or (type(value) is int and value < (name in _SHAPE_FIELDS)):
             raise InputError(f"{where} does not describe its model: {name} must not be {value!r}; fetch or convert the exits again")
-    plain = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
-    ways: dict[str, Any] = {name: shape[name] for name in _FAMILY_FIELDS if name in shape}
-    ways.update({name: tuple(value) for name, value in ways.items() if isinstance(value, list)})
-    for name, value in ways.items():
-        if type(value) is not type(plain[name]):
-            raise InputError(f"{where} does not describe its model: {name} must not be {value!r}; fetch or convert the exits again")
-    sizes: dict[str, Any] = {name: shape[name] for name in _SHAPE_FIELDS}
-    return ModelConfig(**sizes, **ways, max_position_embeddings=1, norm_epsilon=1e-6, rope=RopeConfig())
+        fields[name] = tuple(value) if isinstance(value, list) else value
+    return ModelConfig(**fields, max_position_embeddings=1, norm_epsilon=1e-6, rope=RopeConfig())
+
+
+def _is_kind(value: Any, hint: Any) -> bool:
+    """Whether a value from JSON is of a ModelConfig field's type."""
+    if typing.get_origin(hint) is Literal:
+        return isinstance(value, str) and value in typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, list | tuple) and all(_is_kind(item, typing.get_args(hint)[0]) for item in value)
+    return type(value) is hint
 
 
 def fingerprint(reader: TensorSource, config: ModelConfig) -> str:
