@@ -2,13 +2,11 @@
 
 One process or many, at any TP × PP: each file is made by one rank, block by block, so the bytes written are the same.
 """
-from collections.abc import Iterator
 from pathlib import Path
 from shlex import quote
 from typing import Any, TypeGuard
 
 import torch
-from torch import Tensor
 
 from ee_tuning.checkpoint.aside import on_first_rank
 from ee_tuning.checkpoint.ee_llm import FoundExits
@@ -18,10 +16,9 @@ from ee_tuning.checkpoint.exit_init import InitialExits
 from ee_tuning.checkpoint.fingerprint import fingerprint, model_shape
 from ee_tuning.checkpoint.formats import BackboneSource, check_model, open_model
 from ee_tuning.checkpoint.legacy import LegacyReader
-from ee_tuning.checkpoint.model_card import told_architecture
+from ee_tuning.checkpoint.model_card import told_architecture, told_init
 from ee_tuning.checkpoint.names import embedding_name
-from ee_tuning.checkpoint.non_finite import check_finite
-from ee_tuning.config import Config, ExitsSection
+from ee_tuning.config import Architecture, Config, ExitsSection
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.parallel.topology import Topology, init_parallel, leave_parallel
@@ -52,10 +49,7 @@ def write_initial_exits(config: Config, output: Path, topology: Topology, *, ove
         if _wants_found(reader, config):
             return _write_found(FoundExits(reader, model, model_name(reader.folder)), output, topology, overwrite=overwrite)
         exits = on_first_rank(topology, lambda: initial_exits_config(config, model, reader))
-        source = InitialExits(exits, reader, model)
-        def blocks(name: str) -> Iterator[Tensor]:
-            return (check_finite(reader.folder, name, block) for block in source.blocks(name))
-        write_exit_heads(output, exits, model, blocks, topology, overwrite=overwrite)
+        write_exit_heads(output, exits, model, InitialExits(exits, reader, model).blocks, topology, overwrite=overwrite)
     return exits
 
 
@@ -70,20 +64,21 @@ def initial_exits_config(config: Config, model: ModelConfig, reader: BackboneSou
 
 def described_exits(section: ExitsSection, model: ModelConfig, *, name: str, dtype: torch.dtype, fingerprint: str) -> ExitHeadsConfig:
     """The exits that `section` describes, of the model called `name`. Raises InputError where they can not be."""
-    if "mlp" in section.architecture and model.num_experts:
-        raise InputError(f"exits.architecture must not be mlp for a model with experts, got mlp: {name} has {model.num_experts} MLPs a "
-                         "layer, and the head would be none of them; use --architecture norm")
     return ExitHeadsConfig(
-        **described_heads(section, layers := section.layers(model.num_layers)), exit_layers=layers, output=section.output,
+        **described_heads(section, layers := section.layers(model.num_layers), model), exit_layers=layers, output=section.output,
         dtype=str(dtype).removeprefix("torch."), model_name=name, model_shape=model_shape(model), model_fingerprint=fingerprint)
 
 
-def described_heads(section: ExitsSection, layers: tuple[int, ...]) -> dict[str, Any]:
+def described_heads(section: ExitsSection, layers: tuple[int, ...], model: ModelConfig) -> dict[str, Any]:
     """Keys of ExitHeadsConfig for exits after `layers`: each one's architecture, the adapters' rank, how they begin.
 
+    Where the section names no architecture it is `mlp`, and `norm` for a model with experts, which has no MLP that a head could begin as.
     Raises InputError where the section names neither one architecture nor as many as exits, or what can not be.
     """
-    words = section.architecture
+    words: tuple[Architecture, ...] = section.architecture or ("norm" if model.num_experts else "mlp",)
+    if "mlp" in words and model.num_experts:
+        raise InputError(f"exits.architecture must not be mlp for a model with experts, got mlp: a layer has {model.num_experts} MLPs, and "
+                         "the head would be none of them; use --architecture norm")
     if len(words) not in (1, len(layers)):
         raise InputError(f"exits.architecture must be one word or one per exit, {len(layers)} for the exits {','.join(map(str, layers))}, "
                          f"got {len(words)}: {','.join(words)}")
@@ -126,15 +121,14 @@ def _check(config: Config, model: ModelConfig, reader: BackboneSource) -> None:
     model.check_layout(config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size)
     layers = config.exits.layers(model.num_layers)
     model.check_exit_layers(layers)
-    described_heads(config.exits, layers)
+    described_heads(config.exits, layers, model)
 
 
 def _print_summary(config: Config, exits: ExitHeadsConfig, output: Path) -> None:
     size = sum(path.stat().st_size for path in output.iterdir())
     layers = "layer" + "s" * (len(exits.exit_layers) > 1) + " " + ", ".join(map(str, exits.exit_layers))
-    how = {"copy": "copied from the model", "random": f"drawn at random, seed {exits.seed}", "ee_llm": "as EE-LLM tuned them"}[exits.init]
     print(f"wrote {output}: exit heads {told_architecture(exits.architecture)} after {layers} of {exits.model_name}, "
-          f"{how}, output {exits.output}")
+          f"{told_init(exits.init, exits.seed)}, output {exits.output}")
     print(f"{size:,} bytes in {exits.dtype}; bound to fingerprint {exits.model_fingerprint[:16]}…; the model itself is as it was")
     shape = f" --config {quote(config.model.config)}" if config.model.config else ""
     print(f"next: ee-tuning tune --model {quote(config.model.path)}{shape} --exits {quote(str(output))} --data YOUR_TEXTS "

@@ -24,7 +24,8 @@ class InitialExits:
 
     copy: norm <- the final norm, mlp <- the exit layer's own, layer <- the last transformer layer, output <- the final output matrix; an
     adapter's norm <- the final norm, its `down` drawn, its `up` 0, so that it adds nothing yet. random: N(0, the model's init_std),
-    matrices that add to the residual narrower by √(2 · layer) as the reference has it, norms 1, biases 0.
+    matrices that add to the residual narrower by √(2 · layer) as the reference has it, norms 1, biases 0. Reading raises InputError where
+    the backbone holds NaN or infinity, or a number that the artifact's dtype has no room for.
     """
 
     def __init__(self, exits: ExitHeadsConfig, reader: TensorSource, config: ModelConfig):
@@ -34,10 +35,6 @@ class InitialExits:
     def shape(self, name: str) -> Shape:
         """Of the whole tensor."""
         return self.shapes[name]
-
-    def num_bytes(self, name: str) -> int:
-        """Of the whole tensor."""
-        return math.prod(self.shapes[name]) * self.exits.torch_dtype.itemsize
 
     def dtype(self, name: str) -> torch.dtype:
         """The artifact's."""
@@ -58,7 +55,7 @@ class InitialExits:
         """[stop - start, …]. Of a copy, no other rows are read."""
         self.check_shape(name, self.shapes[name])
         if (source := self._source(name)) is not None:
-            return check_finite(self.exits.model_name, source, self.reader.rows(source, start, stop)).to(self.exits.torch_dtype)
+            return self._cast(source, self.reader.rows(source, start, stop))
         return self._drawn(name)[start:stop]
 
     def blocks(self, name: str) -> Iterator[Tensor]:
@@ -72,8 +69,12 @@ class InitialExits:
         """[n, stop - start]. Of a copy, no other columns are read."""
         self.check_shape(name, self.shapes[name])
         if (source := self._source(name)) is not None:
-            return check_finite(self.exits.model_name, source, self.reader.columns(source, start, stop)).to(self.exits.torch_dtype)
+            return self._cast(source, self.reader.columns(source, start, stop))
         return self._drawn(name)[:, start:stop]
+
+    def _cast(self, name: str, values: Tensor) -> Tensor:
+        """Values of the tensor `name` in the artifact's dtype. Raises InputError where one of them is no number in it."""
+        return check_finite(self.exits.model_name, name, values.to(self.exits.torch_dtype))
 
     def _source(self, name: str) -> str | None:
         """The backbone tensor that it is a copy of; None where it is drawn."""
@@ -97,4 +98,4 @@ class InitialExits:
         rows, *width = self.shapes[name]
         step = max(16, BLOCK_BYTES // (4 * math.prod(width)) // 16 * 16) if math.prod(width) >= 16 else rows
         for row in range(0, rows, step):
-            yield (torch.randn(min(step, rows - row), *width, generator=generator) * std).to(self.exits.torch_dtype)
+            yield self._cast(name, torch.randn(min(step, rows - row), *width, generator=generator) * std)

@@ -14,11 +14,10 @@ from ee_tuning.checkpoint.exit_config import ExitHeadsConfig
 from ee_tuning.checkpoint.exit_heads import ExitHeadsReader, check_bound_to, write_exit_heads
 from ee_tuning.checkpoint.exit_init import InitialExits
 from ee_tuning.checkpoint.fingerprint import config_of_shape, fingerprint
-from ee_tuning.checkpoint.huggingface import HuggingFaceReader
+from ee_tuning.checkpoint.formats import check_model, open_model
 from ee_tuning.checkpoint.tensor_blocks import tensor_blocks
 from ee_tuning.config import Architecture, Config
 from ee_tuning.errors import InputError
-from ee_tuning.model.config import read_model_config
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,8 @@ class ExitChoice:
     """New exits after these layers, initialized from the model."""
     architecture: tuple[Architecture, ...] = ()
     """Of the new exits, one or one each; by default what all exits of exits.path have."""
+    adapter_rank: int | None = None
+    """Of new adapters: an artifact has one for all. By default that of the others, or exits.adapter_rank where there are none."""
 
 
 def export_artifact(config: Config, output: Path, choice: ExitChoice, *, overwrite: bool = False) -> ExitHeadsConfig:
@@ -65,7 +66,7 @@ def export_artifact(config: Config, output: Path, choice: ExitChoice, *, overwri
             other.check_complete(model)
             parts.append(_Part(other, other.config, other.config.exit_layers))
         if choice.add:
-            parts.append(_new_exits(config, base, choice, stack))
+            parts.append(_new_exits(config, base, parts, choice, stack))
         exits = _joined(parts)
         write_exit_heads(output, exits, model, partial(_blocks, parts), overwrite=overwrite)
     return exits
@@ -99,24 +100,34 @@ def _check_belong_together(base: ExitHeadsReader, other: ExitHeadsReader) -> Non
                              "convert and tune one of them as the other")
 
 
-def _new_exits(config: Config, base: ExitHeadsReader, choice: ExitChoice, stack: ExitStack) -> _Part:
+def _new_exits(config: Config, base: ExitHeadsReader, parts: list[_Part], choice: ExitChoice, stack: ExitStack) -> _Part:
+    """Exits of the kind of `base`'s, beside those of `parts`."""
     if not config.model.path:
         raise InputError("--add initializes exits from the model they are for, got none; give --model FOLDER")
-    folder = Path(config.model.path)
-    model = read_model_config(folder)
     layers = tuple(sorted(choice.add))
+    source, model, _ = open_model(config.model)
+    stack.enter_context(source)
     model.check_exit_layers(layers)
-    reader = stack.enter_context(HuggingFaceReader(folder))
-    reader.check_complete(model)
-    check_bound_to(base, fingerprint(reader, model))
     kinds = choice.architecture or tuple(dict.fromkeys(base.config.architecture))
     if not choice.architecture and len(kinds) > 1:
         raise InputError(f"--add must be told the architecture of the new exits, for those of {base.folder} differ; "
                          f"for example --architecture {kinds[0]}")
     section = dataclasses.replace(config.exits, architecture=kinds, output=base.config.output,
-                                  adapter_rank=base.config.adapter_rank or config.exits.adapter_rank)
-    exits = dataclasses.replace(base.config, exit_layers=layers, tuned=None, origins=None, **described_heads(section, layers))
-    return _Part(InitialExits(exits, reader, model), exits, exits.exit_layers)
+                                  adapter_rank=_adapter_rank(config, parts, choice) if "adapter" in kinds else config.exits.adapter_rank)
+    heads = described_heads(section, layers, model)
+    check_model(source, model, None, verifies=config.exits.verify)
+    check_bound_to(base, fingerprint(source, model))
+    exits = dataclasses.replace(base.config, exit_layers=layers, tuned=None, origins=None, **heads)
+    return _Part(InitialExits(exits, source, model), exits, layers)
+
+
+def _adapter_rank(config: Config, parts: list[_Part], choice: ExitChoice) -> int:
+    """Of new adapters. Raises InputError where another was asked for than the adapters that stay have."""
+    held = max((head.adapter_rank for part in parts for head in part.exits.heads if head.layer in part.layers), default=0)
+    if held and choice.adapter_rank not in (None, held):
+        raise InputError(f"--adapter-rank must be {held}, which the adapters beside the new exits have, got {choice.adapter_rank}; leave "
+                         "it out, or leave those out with --drop")
+    return held or choice.adapter_rank or config.exits.adapter_rank
 
 
 def _joined(parts: list[_Part]) -> ExitHeadsConfig:

@@ -40,6 +40,11 @@ def told_architecture(words: str | Sequence[str]) -> str:
     return ", ".join(f"`{word}`" for word in (each if len(set(each)) > 1 else each[:1]))
 
 
+def told_init(init: str, seed: int | None) -> str:
+    """How exits began."""
+    return {"copy": "copied from the model", "random": f"drawn at random, seed {seed}", "ee_llm": "as EE-LLM tuned them"}[init]
+
+
 def _front_matter(name: str, library: str) -> list[str]:
     return ["---", f"library_name: {library}", f"base_model: {json.dumps(name)}", "tags: [early-exit, ee-tuning]", "---", ""]
 
@@ -57,8 +62,7 @@ def _history(exits: Mapping[str, Any]) -> list[str]:
 
 
 def _origin(origin: Mapping[str, Any]) -> str:
-    began = "copied from the model" if origin["init"] == "copy" else f"drawn at random (seed {origin['seed']})"
-    tuned = origin["tuned"]
+    began, tuned = told_init(origin["init"], origin["seed"]), origin["tuned"]
     if tuned is None:
         return f"Initialization: {began}; not tuned."
     return f"Initialization: {began}; tuned: " + ", ".join(f"{key} {value}" for key, value in tuned.items()) + "."

@@ -51,6 +51,7 @@ def warn(line: str) -> None:
 def check_finite(where: object, name: str, tensor: Tensor) -> Tensor:
     """The tensor itself. Raises InputError where it holds NaN or infinity."""
     if num := num_non_finite(tensor):
-        raise InputError(f"{where}: tensor {name} holds {num:,} values that are NaN or infinite, and exit heads must not be made of them; "
-                         "fetch the model again, or give another")
+        raise InputError(f"{where}: tensor {name} holds {num:,} value{'s' * (num > 1)} that are NaN or infinite in "
+                         f"{str(tensor.dtype).removeprefix('torch.')}, and exit heads must not be made of them; fetch the model again, or "
+                         "give another")
     return tensor

@@ -35,9 +35,10 @@ class ExitsSection:
     how far the hidden states of a text turn (`ee-tuning profile`)."""
     profile_text: str | None = None
     """Text file that the hidden states are looked at on for auto:N:profile; by default some Python source code."""
-    architecture: tuple[Architecture, ...] = ("mlp",)
-    """One for all exits, or one per exit. embedding: an output matrix alone. norm: final norm and output matrix. mlp: layer l's MLP,
-    trained anew, before them. layer: a whole transformer layer before them. adapter: a low-rank MLP before them."""
+    architecture: tuple[Architecture, ...] = ()
+    """One for all exits, or one per exit; default mlp, or norm for a model with experts, which takes no mlp. embedding: an output matrix
+    alone. norm: final norm and output matrix. mlp: layer l's MLP, trained anew, before them. layer: a whole transformer layer before them.
+    adapter: a low-rank MLP before them."""
     adapter_rank: int = 64
     """Inner width of `adapter` heads."""
     init: Literal["copy", "random"] = "copy"

@@ -27,7 +27,8 @@ def export(config: Config, flags: argparse.Namespace) -> int:
 
         layers = {name: _layers(name, getattr(flags, name)) for name in ("only", "drop", "add")}
         architecture = config.exits.architecture if "exits.architecture" in flags.overrides else ()
-        choice = ExitChoice(**layers, merge=flags.merge, architecture=architecture)
+        adapter_rank = config.exits.adapter_rank if "exits.adapter_rank" in flags.overrides else None
+        choice = ExitChoice(**layers, merge=flags.merge, architecture=architecture, adapter_rank=adapter_rank)
         export_artifact(config, flags.output, choice, overwrite=flags.overwrite)
         return 0
     if not config.model.path:

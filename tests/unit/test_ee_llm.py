@@ -43,6 +43,7 @@ def test_exits_come_out_as_they_were_tuned(tmp_path: Path, tp: int, stages: tupl
     """Exit outputs counted over all stages instead of within one; trunk and branch confused; halves of a shard merged wrongly."""
     exits = save(tmp_path, tp, stages)
     with ExitHeadsReader(converted(tmp_path)) as artifact:
+        assert "as EE-LLM tuned them" in (artifact.folder / "README.md").read_text()
         assert artifact.config.exit_layers == (2, 5) and artifact.config.architecture == ("mlp", "mlp")
         assert artifact.config.output == "untied"
         assert artifact.config.tuned is not None and artifact.config.tuned["exit_layer_temperature"] == [1.0, 2.0]

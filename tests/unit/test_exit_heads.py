@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from random_models import random_llama
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ee_tuning import config as job
 from ee_tuning.checkpoint import exit_init
@@ -121,6 +121,17 @@ def test_a_rank_reads_the_same_from_the_artifact_as_from_the_first_weights(llama
         for rank in range(2):
             place = (source.config, source.exits.heads[1], parameter, 2, rank, torch.float64)
             assert torch.equal(read_exit_tensor(reader, *place), read_exit_tensor(source, *place))
+
+
+def test_a_number_that_the_artifact_has_no_room_for_is_refused(tmp_path: Path) -> None:
+    """A norm in float32 beside weights in float16: heads with an infinite norm, made by whoever does not go through `convert`."""
+    random_llama(tmp_path, num_hidden_layers=4, dtype=torch.float16).half().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({**tensors, "model.norm.weight": torch.full([48], 1e5)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    source = first_weights(tmp_path, architecture="norm")
+    for read in (source.full, lambda name: list(source.blocks(name))):
+        with pytest.raises(InputError, match=r"tensor model\.norm\.weight holds 48 values .* float16"):
+            read("exits.4.norm.weight")
 
 
 def test_shards_with_an_index_are_read_as_one_file_is(llama: Path, tmp_path: Path) -> None:
