@@ -1,6 +1,8 @@
 """`kill -9` at random moments: of commands that save, and of a tuning run on 2 × 2 processes."""
 import contextlib
+import functools
 import io
+import json
 import random
 import shutil
 from collections import Counter
@@ -18,6 +20,9 @@ from tuning_jobs import NUM_STEPS, checkpoint, configure, make_tuner, records
 
 from ee_tuning import cli
 from ee_tuning import config as job
+from ee_tuning.checkpoint.exit_config import read_exit_config
+from ee_tuning.checkpoint.megatron import DistributedCheckpoint
+from ee_tuning.checkpoint.safetensors_reader import SafetensorsFolder
 from ee_tuning.checkpoint.verify import verify_folder
 from ee_tuning.config import Config
 from ee_tuning.errors import InputError
@@ -44,9 +49,10 @@ class Deaths:
 
 @dataclass(frozen=True)
 class _Save:
-    """A command that writes a folder, and what reads it."""
+    """A command that writes a folder, which holds something else for each seed, and what reads it."""
 
-    arguments: list[str]
+    arguments: Callable[[int], list[str]]
+    """Of a seed."""
     read: Callable[[Path], Content]
 
 
@@ -56,8 +62,9 @@ def stress_saves(count: int, seed: int, scratch: Path, nursery: Nursery) -> Deat
     saves = _saves(scratch)
     for name, save in saves.items():
         former[name], wanted[name] = scratch / "former" / name, scratch / "wanted" / name
-        _run(nursery, save.arguments, former[name], scratch, seed=1)
-        durations[name] = _run(nursery, save.arguments, wanted[name], scratch, seed=2)
+        _run(nursery, save.arguments(1), former[name], scratch)
+        durations[name] = _run(nursery, save.arguments(2), wanted[name], scratch)
+        assert not _is_same(save.read(former[name]), save.read(wanted[name])), f"{name}: nobody could tell the former from the new"
     for index in range(count):
         name = list(saves)[index % len(saves)]
         draw = random.Random(f"{seed} save {index}")
@@ -68,14 +75,14 @@ def stress_saves(count: int, seed: int, scratch: Path, nursery: Nursery) -> Deat
         is_replaced = draw.random() < 0.5
         if is_replaced:
             shutil.copytree(former[name], output)
-        arguments = [*saves[name].arguments, "--overwrite", "--seed", "2", "--output", str(output)]
+        arguments = [*saves[name].arguments(2), "--overwrite", "--output", str(output)]
         try:
             life = nursery.start(command, arguments, log=scratch / "log")
             life.wait(draw.uniform(0, 1.1 * durations[name]))
             life.kill(with_children=draw.random() < 0.7)
             is_partial = any(".partial-" in path.name for path in folder.iterdir())
             finding = _found(saves[name], folder, output, former[name] if is_replaced else None, wanted[name])
-            _run(nursery, [*saves[name].arguments, "--overwrite"], output, scratch, seed=2)
+            _run(nursery, [*saves[name].arguments(2), "--overwrite"], output, scratch)
             _check_same(saves[name].read(output), saves[name].read(wanted[name]))
             _verify(output)
             assert [path.name for path in folder.iterdir()] == ["output"], f"left behind: {sorted(path.name for path in folder.iterdir())}"
@@ -87,14 +94,38 @@ def stress_saves(count: int, seed: int, scratch: Path, nursery: Nursery) -> Deat
 
 
 def _saves(scratch: Path) -> dict[str, _Save]:
-    model, exits = scratch / "model", scratch / "exits"
+    model = scratch / "model"
     random_llama(model, hidden_size=128, intermediate_size=512, vocab_size=4001, num_attention_heads=4, num_key_value_heads=2, head_dim=32)
-    assert cli.main(["convert", "--model", str(model), "--exit-layers", "2,4", "--output", str(exits)]) == 0
-    given = ["--model", str(model), "--init", "random"]
-    export = ["export", *given, "--exits", str(exits), "--format"]
-    return {"convert": _Save(["convert", *given, "--exit-layers", "2,4"], read_artifact),
-            "export --format artifact": _Save([*export, "artifact", "--add", "5"], read_artifact),
-            "export --format hf": _Save([*export, "hf"], read_model), "export --format megatron": _Save([*export, "megatron"], read_model)}
+
+    def converted(seed: int) -> list[str]:
+        return ["convert", "--model", str(model), "--init", "random", "--seed", str(seed), "--exit-layers", "2,4"]
+
+    def exported(kind: str, seed: int, *more: str) -> list[str]:
+        return ["export", "--format", kind, "--model", str(model), "--exits", str(scratch / f"exits{seed}"), *more]
+
+    for seed in (1, 2):
+        assert cli.main([*converted(seed), "--output", str(scratch / f"exits{seed}")]) == 0
+    return {"convert": _Save(converted, read_artifact),
+            "export --format artifact": _Save(lambda seed: exported("artifact", seed, "--add", "5"), read_artifact),
+            "export --format hf": _Save(functools.partial(exported, "hf"), _read_early_model),
+            "export --format megatron": _Save(functools.partial(exported, "megatron"), _read_early_checkpoint)}
+
+
+def _read_early_model(folder: Path) -> Content:
+    """A merged Hugging Face folder: the backbone, the exits and what config.json tells of them."""
+    model = read_model(folder)
+    with SafetensorsFolder(folder, "exit_heads") as exits:
+        tensors = {name: exits.full(name) for name in exits.names()}
+    told = json.loads((folder / "config.json").read_text())["early_exit"]
+    return Content({**model.tensors, **tensors}, (model.identity, told))
+
+
+def _read_early_checkpoint(folder: Path) -> Content:
+    """A distributed checkpoint: the backbone, and the exits beside it."""
+    model, checkpoint = read_model(folder), DistributedCheckpoint(folder)
+    tensors = {key: checkpoint.rectangle(key, (0,) * len(shape), shape, is_checked=True)
+               for key, shape in checkpoint.shapes.items() if key.startswith("exits.")}
+    return Content({**model.tensors, **tensors}, (model.identity, read_exit_config(folder)))
 
 
 def command(arguments: list[str]) -> int:
@@ -102,11 +133,11 @@ def command(arguments: list[str]) -> int:
     return cli.main(arguments)
 
 
-def _run(nursery: Nursery, arguments: list[str], output: Path, scratch: Path, *, seed: int) -> float:
+def _run(nursery: Nursery, arguments: list[str], output: Path, scratch: Path) -> float:
     output.parent.mkdir(parents=True, exist_ok=True)
     log = scratch / "log"
     log.unlink(missing_ok=True)
-    life = nursery.start(command, [*arguments, "--seed", str(seed), "--output", str(output)], log=log)
+    life = nursery.start(command, [*arguments, "--output", str(output)], log=log)
     seconds = life.wait(_LONGEST)
     assert life.codes() == [0], f"{arguments[0]} ended with {life.codes()}: {log.read_text()[-2000:]}"
     return seconds
@@ -129,7 +160,7 @@ def _found(save: _Save, folder: Path, output: Path, former: Path | None, wanted:
         return "nothing there"
     _verify(output)
     content = save.read(output)
-    if former is not None and _is_same(content, save.read(former)) and not _is_same(content, new):
+    if former is not None and _is_same(content, save.read(former)):
         return "the former output, whole"
     _check_same(content, new)
     return "the new output, whole"
