@@ -1,7 +1,8 @@
 """`ee-tuning verify`: every file of what this project wrote against its sha256 manifest; another's model as far as its format goes."""
 from pathlib import Path
 
-from ee_tuning.checkpoint.manifest import MANIFEST, check_file, read_manifest
+from ee_tuning.checkpoint.formats import has_weights
+from ee_tuning.checkpoint.manifest import MANIFEST, check_file, holds_manifest, read_manifest
 from ee_tuning.checkpoint.verify_foreign import verify_foreign
 from ee_tuning.errors import InputError
 
@@ -10,18 +11,20 @@ _REMEDY = "fetch or make the folder again"
 
 def verify_folder(folder: Path) -> bool:
     """Prints one line per file of an artifact, a run's checkpoint or an export; of a run folder, of all that stands in it; of a model that
-    has no manifest, of its files. False where the model holds NaN or infinity.
+    has no manifest of ours, of its files and all of ours that stands within. False where the model holds NaN or infinity.
 
     Raises InputError, naming the file, at the first that is missing or altered, and where `folder` holds nothing that can be checked.
     """
-    folders = [folder] if (folder / MANIFEST).exists() else sorted(path.parent for path in folder.glob(f"**/{MANIFEST}"))
-    if not folders:
-        if not folder.is_dir():
-            raise InputError(f"verify takes a folder, and {folder} is not there")
-        return verify_foreign(folder)
-    for each in folders:
+    if holds_manifest(folder):
+        _check(folder)
+        return True
+    if not folder.is_dir():
+        raise InputError(f"verify takes a folder, and {folder} is not there")
+    within = sorted(path.parent for path in folder.glob(f"**/{MANIFEST}") if holds_manifest(path.parent))
+    is_finite = verify_foreign(folder) if has_weights(folder) or not within else True
+    for each in within:
         _check(each)
-    return True
+    return is_finite
 
 
 def _check(folder: Path) -> None:

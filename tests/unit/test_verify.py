@@ -1,6 +1,7 @@
 """`ee-tuning verify` finds damage in whatever this project wrote; `--no-verify` does not look for it."""
 import json
 import os
+import shutil
 import stat
 from pathlib import Path
 
@@ -119,6 +120,27 @@ def test_what_is_exported_from_an_altered_model_is_never_put_in_place(artifact: 
     (model / "manifest.json").write_text(json.dumps(manifest))
     assert cli.main(export) == 2
     assert f"does not list {file.name}" in capsys.readouterr().err and not output.exists()
+
+
+STRANGERS = ({"name": "a web page", "icons": []}, {"files": ["a.js"]}, {"files": {"main.js": "static/main.js"}}, {"files": None}, [1])
+
+
+@pytest.mark.parametrize("content", STRANGERS)
+def test_another_program_s_manifest_stands_in_nobody_s_way(artifact: Path, tmp_path: Path, content: object,
+                                                           capsys: pytest.CaptureFixture[str]) -> None:
+    """A sound model refused for a file of that name; a model passed over for a folder within it that has one."""
+    model = tmp_path / "model"
+    (model / "manifest.json").write_text(json.dumps(content))
+    shutil.copytree(artifact, model / "exits")
+    (model / "web").mkdir()
+    (model / "web" / "manifest.json").write_text(json.dumps(content))
+    capsys.readouterr()
+    assert cli.main(["verify", str(model)]) == 0
+    told = capsys.readouterr().out
+    assert f"{model / 'model.safetensors'}  header and sizes sound" in told and f"{model / 'exits' / 'exit_config.json'}  whole" in told
+    assert cli.main(["export", "--format", "hf", "--model", str(model), "--output", str(tmp_path / "export")]) == 0
+    flip(model / "exits" / "exit_heads.safetensors")
+    assert cli.main(["verify", str(model)]) == 2
 
 
 @pytest.mark.parametrize("kind", ["hf", "megatron"])
