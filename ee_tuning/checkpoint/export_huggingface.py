@@ -15,10 +15,10 @@ from ee_tuning.checkpoint.aside import check_room, gathered, on_first_rank, refu
 from ee_tuning.checkpoint.byte_progress import Advance, byte_progress
 from ee_tuning.checkpoint.exit_config import CONFIG, exit_config_tree
 from ee_tuning.checkpoint.exits_packed import exit_files
-from ee_tuning.checkpoint.export_source import ExportSource, open_for_export
+from ee_tuning.checkpoint.export_source import ExportSource, check_target, open_for_export
 from ee_tuning.checkpoint.hashed_file import HashedFile
 from ee_tuning.checkpoint.huggingface_files import FileToWrite, backbone_files, backbone_layout, copied_file
-from ee_tuning.checkpoint.manifest import MANIFEST, check_replaceable, write_manifest
+from ee_tuning.checkpoint.manifest import MANIFEST, write_manifest
 from ee_tuning.checkpoint.model_card import export_card
 from ee_tuning.checkpoint.non_finite import NonFinite, warn_non_finite
 from ee_tuning.checkpoint.shared_work import own_share
@@ -31,6 +31,8 @@ from ee_tuning.parallel.topology import Topology
 MODELLING = Path(__file__).parent / "exported" / "modeling_early_exit.py"
 _TOLD = ("exit_layers", "architecture", "adapter_rank", "output", "init", "seed", "tuned", "origins", "model_fingerprint")
 """Of exit_config.json, what config.json tells under `early_exit`."""
+_MARKS = ("config.json", "model*.safetensors*")
+"""What tells an export of this format from another."""
 _TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
                     "vocab.txt", "chat_template.json"}
 
@@ -46,7 +48,7 @@ def export_huggingface(config: Config, output: Path, topology: Topology | None =
     left behind.
     """
     tokenizer = Path(config.data.tokenizer) if config.data.tokenizer else None
-    on_first_rank(topology, lambda: check_replaceable(output, overwrite))
+    on_first_rank(topology, lambda: check_target(config, output, overwrite, _MARKS))
     rank, world = (0, 1) if topology is None else (topology.rank, topology.world_size)
     with open_for_export(config, topology) as model:
         if links and model.files is None:

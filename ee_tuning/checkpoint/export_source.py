@@ -1,16 +1,17 @@
 """What a merged export is made of: a model in any of the formats, its description as Hugging Face has it, exits that are bound to it."""
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ee_tuning.checkpoint.aside import on_first_rank
+from ee_tuning.checkpoint.aside import check_apart, on_first_rank
 from ee_tuning.checkpoint.convert import model_name
 from ee_tuning.checkpoint.exit_heads import ExitHeadsReader, check_bound_to
 from ee_tuning.checkpoint.fingerprint import fingerprint
-from ee_tuning.checkpoint.formats import BackboneSource, checked_behind, describing_file, open_model
+from ee_tuning.checkpoint.formats import BackboneSource, checked_behind, describing_file, model_folder, open_model
+from ee_tuning.checkpoint.manifest import check_replaceable
 from ee_tuning.checkpoint.safetensors_reader import SafetensorsFolder
 from ee_tuning.config import Config
 from ee_tuning.model.config import ModelConfig
@@ -38,6 +39,15 @@ class ExportSource:
     def name(self) -> str:
         """For people."""
         return model_name(self.source.folder)
+
+
+def check_target(config: Config, output: Path, overwrite: bool, marks: Sequence[str]) -> None:
+    """Raises InputError where `output` can not become an export of model.path and exits.path, as `check_replaceable` or because it is one
+    of them.
+    """
+    exits = (Path(config.exits.path),) if config.exits.path else ()
+    check_apart(output, (model_folder(config.model.path), *exits))
+    check_replaceable(output, overwrite, marks)
 
 
 @contextmanager

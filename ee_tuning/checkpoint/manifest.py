@@ -2,10 +2,11 @@
 
 `manifest.json` is {"files": {name: {"sha256", "bytes"}}} and is written last, so a folder without it was never finished.
 """
+import fnmatch
 import hashlib
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -42,14 +43,17 @@ def read_manifest(folder: Path, remedy: str) -> dict[str, dict[str, Any]]:
 
 
 def holds_manifest(folder: Path) -> bool:
-    """Whether this project wrote the folder's `manifest.json`, as far as can be told from one that may be broken."""
+    """Whether this project wrote the folder's `manifest.json`, as far as can be told from one that may be broken: other programs have files
+    of that name too.
+    """
     try:
         tree = read_json(folder / MANIFEST)
     except FileNotFoundError:
         return False
     except (OSError, ValueError):
         return True
-    return isinstance(tree, dict) and isinstance(tree.get("files"), dict)
+    files = tree.get("files") if isinstance(tree, dict) else None
+    return isinstance(files, dict) and any(isinstance(entry, dict) and entry.keys() & {"sha256", "bytes"} for entry in files.values())
 
 
 def check_manifest(folder: Path, remedy: str, topology: Topology | None = None) -> None:
@@ -105,16 +109,21 @@ def check_file(path: Path, entry: dict[str, Any], remedy: str, is_left: threadin
         raise InputError(f"{path} is altered: its sha256 must be {entry['sha256']}, as {MANIFEST} says, got {digest}; {remedy}")
 
 
-def check_replaceable(output: Path, overwrite: bool) -> None:
-    """Raises InputError where `output` exists, unless it is empty, or may be replaced and holds nothing that its manifest does not list."""
+def check_replaceable(output: Path, overwrite: bool, marks: Sequence[str]) -> None:
+    """Raises InputError where `output` exists, unless it is empty, or may be replaced: it is an export of the format that has files named
+    as each of the patterns `marks`, and holds nothing that its manifest does not list.
+    """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
-    remedy = "give another --output"
+    rule, remedy = "--overwrite replaces an export of the same format only", "give another --output"
     if not overwrite:
         raise InputError(f"{output} exists already; give --overwrite to replace an export, or another --output")
     if not output.is_dir():
-        raise InputError(f"--overwrite replaces an export only, and {output} is a file; {remedy}")
-    listed = read_manifest(output, f"--overwrite replaces an export only; {remedy}")
+        raise InputError(f"{rule}, and {output} is a file; {remedy}")
+    listed = read_manifest(output, f"{rule}; {remedy}")
+    for mark in marks:
+        if not fnmatch.filter(listed, mark):
+            raise InputError(f"{rule}, and {output} is none: it holds no {mark}; {remedy}")
     for path in output.iterdir():
         if path.name not in listed and path.name != MANIFEST:
             raise InputError(f"--overwrite would remove {path}, which its manifest does not list; move it away first")

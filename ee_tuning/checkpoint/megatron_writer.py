@@ -19,10 +19,11 @@ from ee_tuning.checkpoint.byte_progress import byte_progress
 from ee_tuning.checkpoint.distcp_writer import Chunk, DistcpWriter, Written, write_common, write_metadata
 from ee_tuning.checkpoint.exit_config import CONFIG, exit_config_tree
 from ee_tuning.checkpoint.exit_heads import ExitHeadsReader
-from ee_tuning.checkpoint.export_source import ExportSource, open_for_export
-from ee_tuning.checkpoint.manifest import check_replaceable, write_manifest
+from ee_tuning.checkpoint.export_source import ExportSource, check_target, open_for_export
+from ee_tuning.checkpoint.manifest import write_manifest
 from ee_tuning.checkpoint.megatron import stacked_names
 from ee_tuning.checkpoint.megatron_source import norm_alias
+from ee_tuning.checkpoint.metadata_pickle import METADATA
 from ee_tuning.checkpoint.names import Shape, backbone_parameter_names, backbone_shard
 from ee_tuning.checkpoint.non_finite import NonFinite, warn, warn_non_finite
 from ee_tuning.checkpoint.safetensors_reader import TensorSource
@@ -33,7 +34,8 @@ from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.megatron_args import megatron_arguments, untold_by_megatron
 from ee_tuning.parallel.topology import Topology
 
-_LAYERS = "decoder.layers."
+_MARKS = (METADATA, "common.pt", "config.json")
+"""What tells an export of this format from another, and from a checkpoint of a run."""
 _LINEAR = re.compile(r"(.+\.linear_(?:qkv|proj|fc1|fc2))\.weight")
 
 
@@ -44,7 +46,7 @@ def write_megatron(config: Config, output: Path, topology: Topology | None = Non
 
     Raises InputError where model and exits do not belong together or `output` can not be written; then nothing is left behind.
     """
-    on_first_rank(topology, lambda: check_replaceable(output, overwrite))
+    on_first_rank(topology, lambda: check_target(config, output, overwrite, _MARKS))
     with open_for_export(config, topology) as model:
         _write(model, output, topology)
 

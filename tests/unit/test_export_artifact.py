@@ -1,5 +1,6 @@
 """Exits taken out, put together and added: each keeps its own bytes."""
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -153,6 +154,34 @@ def test_an_existing_artifact_is_replaced_only_on_demand(models, tmp_path, capsy
     assert "--overwrite" in capsys.readouterr().err
     export(models, output, "--exits", "a24", "--only", "2", "--overwrite")
     assert read_exit_config(output).exit_layers == (2,)
+
+
+def test_an_export_replaces_no_other_thing(models, tmp_path, capsys):
+    """Tuned exits, or the model itself, gone by a slip of the hand: whatever has a manifest taken for an export."""
+    words = {kind: ["export", "--format", kind, "--model", str(models / "a")] for kind in ("hf", "megatron")}
+    exits = Path(shutil.copytree(models / "a24", tmp_path / "exits"))
+    checkpoint = tmp_path / "step_00000004"  # of a run
+    checkpoint.mkdir()
+    for name in (".metadata", "__0_0.distcp", "state.json"):
+        (checkpoint / name).write_text("state")
+    write_manifest(checkpoint)
+    for kind, word in words.items():
+        assert cli.main([*word, "--output", str(tmp_path / kind)]) == 0
+    kept = {path: path.read_bytes() for path in tmp_path.glob("*/*")}
+    (tmp_path / "link").symlink_to(exits)
+    for kind, other in (("hf", "megatron"), ("megatron", "hf")):
+        for output in (tmp_path / other, exits, checkpoint):
+            assert cli.main([*words[kind], "--output", str(output), "--overwrite"]) == 2
+            assert f"same format only, and {output} is none" in capsys.readouterr().err
+        own, again = str(tmp_path / kind), ["export", "--format", kind, "--overwrite", "--output"]
+        for more in ([own, "--model", own], [str(exits), "--model", own, "--exits", str(tmp_path / "link")]):
+            assert cli.main([*again, *more]) == 2
+            assert "--output must not be" in capsys.readouterr().err
+    export(models, exits, "--exits", str(tmp_path / "link"), "--only", "2", "--overwrite", code=2)
+    assert "--output must not be" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.glob("*/*") if "link" not in path.parts} == kept
+    for kind, word in words.items():
+        assert cli.main([*word, "--output", str(tmp_path / kind), "--exits", str(exits), "--overwrite"]) == 0
 
 
 def test_the_card_tells_what_the_folder_holds(models, tmp_path):
