@@ -162,7 +162,7 @@ def test_an_export_replaces_no_other_thing(models, tmp_path, capsys):
     exits = Path(shutil.copytree(models / "a24", tmp_path / "exits"))
     checkpoint = tmp_path / "step_00000004"  # of a run
     checkpoint.mkdir()
-    for name in (".metadata", "__0_0.distcp", "state.json"):
+    for name in (".metadata", "__0_0.distcp", "common.pt"):
         (checkpoint / name).write_text("state")
     write_manifest(checkpoint)
     for kind, word in words.items():
