@@ -158,8 +158,7 @@ class EarlyExitLLM:
                 engine.abort(sequence)
 
     def _options(self, options: dict[str, Any]) -> GenerationSection:
-        resolved = load_config(None, {f"generation.{key}": value for key, value in options.items()}).generation
-        resolved = dataclasses.replace(self.defaults, **{key: getattr(resolved, key) for key in options})
+        resolved = with_options(self.defaults, options)
         for name in ("max_pending", "prefill_chunk", "max_batch_size"):
             if getattr(resolved, name) < 1:
                 raise InputError(f"generation.{name} must be at least 1, got {getattr(resolved, name)}")
@@ -216,6 +215,13 @@ class EarlyExitLLM:
                                           eos_ids=self.stop_token_ids, **settings)
             engine.speculation = known  # what costs and is right at which exit is as it was
         return engine
+
+
+def with_options(defaults: GenerationSection, options: dict[str, Any]) -> GenerationSection:
+    """`defaults`, but for the keys in `options`. A threshold or measure of its own overrules a calibration file among the defaults."""
+    given = load_config(None, {f"generation.{key}": value for key, value in options.items()}).generation
+    overruled = {"calibration": None} if {"threshold", "measure"} & options.keys() else {}
+    return dataclasses.replace(defaults, **{**overruled, **{key: getattr(given, key) for key in options}})
 
 
 def params_of(generation: GenerationSection) -> SamplingParams:

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ee_tuning.config import GenerationSection, load_config
+from ee_tuning.config import GenerationSection
 from ee_tuning.errors import InputError
 from ee_tuning.generation.completion import Completion
-from ee_tuning.generation.llm import EarlyExitLLM, Job, params_of
+from ee_tuning.generation.llm import EarlyExitLLM, Job, params_of, with_options
 from ee_tuning.generation.policy import policy_of
 
 Line = dict[str, Any]
@@ -56,8 +56,7 @@ def job_of(llm: EarlyExitLLM, line: Line) -> Job:
     keys = {key: value for key, value in line.items() if key not in ("prompt", "logit_bias")}
     if misplaced := ENGINE_KEYS & keys.keys():
         raise InputError(f"{min(misplaced)} is of the whole run, not of a prompt; give it with --set generation.{min(misplaced)}=…")
-    own = load_config(None, {f"generation.{key}": value for key, value in keys.items()}).generation
-    generation = dataclasses.replace(llm.defaults, **{key: getattr(own, key) for key in keys})
+    generation = with_options(llm.defaults, keys)
     biases = line.get("logit_bias", {})
     try:
         bias = {int(token): float(value) for token, value in biases.items()}

@@ -1,4 +1,5 @@
 """Calibration keeps what it promises, on tokens that it has not seen, or says that it can not."""
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -113,6 +114,9 @@ def test_generate_leaves_where_the_calibration_says(calibrated):
     same = llm.generate(["def main("], threshold=tuple(given), measure="margin", max_new_tokens=40)[0]
     assert (mine.token_ids, mine.exit_layers) == (same.token_ids, same.exit_layers)
     assert set(mine.exit_layers) > {12}
+    llm.defaults = dataclasses.replace(llm.defaults, calibration=str(path))
+    assert llm.generate(["def main("], max_new_tokens=40)[0].exit_layers == mine.exit_layers
+    assert set(llm.generate(["def main("], threshold=1.1, max_new_tokens=40)[0].exit_layers) == {12}, "what is asked for itself counts"
 
 
 DAMAGED = [("", "Expecting value"), ("[]", "format version 1, got None"), ('{"format_version": 9}', "got 9"),
