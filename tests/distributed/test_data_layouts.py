@@ -43,7 +43,7 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def data_job(corpora: Path, run: Path, cache: Path, *, tp: int = 1, pp: int = 1, **data: Any) -> Config:
     config = configure(corpora / "model", run, tp=tp, pp=pp, save_interval=2, eval_iters=1000, eval_interval=4)
-    return job.replace(config, data={
+    return job.replace(config, exits={"output": "tied"}, data={
         "paths": ("1", str(corpora / "texts"), "2", str(corpora / "chats.jsonl")), "chat_template": str(corpora / "template"),
         "valid_fraction": 0.3, "cache": str(cache), "reset_attention_mask": True, "reset_position_ids": True, "eod_mask_loss": True,
         **data})
@@ -75,8 +75,11 @@ def alone(corpora: Path) -> Config:
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 2)])
 def test_every_layout_learns_the_same_from_a_blend(world: World, corpora: Path, alone: Config, tmp_path: Path, tp: int, pp: int) -> None:
-    """A stage whose documents begin elsewhere, a mask that one rank does not have, a corpus in another order; each rank tokenizing."""
-    layout = job.replace(data_job(corpora, tmp_path / "layout", tmp_path / "cache", tp=tp, pp=pp), tuning=STEADY)
+    """A stage whose documents begin elsewhere, a mask that one rank does not have, or has for its part of the sequence; a corpus in another
+    order; each rank tokenizing.
+    """
+    layout = job.replace(data_job(corpora, tmp_path / "layout", tmp_path / "cache", tp=tp, pp=pp), tuning=STEADY,
+                         parallel={"sequence_parallel": True})
     assert world.run(tune, layout) == [2, 0, 0, 0]
     assert_same_records(records(layout), records(alone))
 
