@@ -22,7 +22,7 @@ class DataSection:
     """Share of the documents held out for validation: of texts, chosen by a hash of the document; of .bin and .idx, the last ones."""
     split: str | None = None
     """Megatron's split of the documents of .bin and .idx into training, validation and test, for example 969,30,1; in place of
-    valid_fraction."""
+    valid_fraction, where data.paths names no texts."""
     reset_attention_mask: bool = False
     """Whether a token sees only those of its own document, where several share a sample."""
     reset_position_ids: bool = False

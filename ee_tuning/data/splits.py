@@ -40,12 +40,12 @@ def load_samples(data: DataSection, model_path: str | Path, *, seq_length: int, 
     lines, the tokenizer, ids beyond `vocab_size`, `seq_length` beyond `max_positions`, a split shorter than one sample, and no held-out
     part where `needs_validation`.
     """
-    _check_settings(data, seq_length, max_positions, needs_validation)
+    check_data_settings(data, seq_length, max_positions, needs_validation)
     valid_corpora = find_corpora(data.valid_paths, "data.valid_paths") if data.valid_paths else []
     corpora = find_corpora(data.paths, "data.paths", leave_out=valid_corpora)
-    if data.split and not any(corpus.prefixes for corpus in corpora):
-        raise InputError(f"data.split = {data.split} divides the documents of .bin and .idx, and data.paths names none; set "
-                         "data.valid_fraction instead")
+    if data.split and (texts := [path for corpus in corpora for path in corpus.texts]):
+        raise InputError(f"data.split = {data.split} divides the documents of .bin and .idx alone, and data.paths names the text {texts[0]}; "
+                         "set data.valid_fraction instead, or preprocess the texts")
     tokenizer = Path(data.tokenizer or model_path)
     wanted = [(corpus, not data.valid_paths) for corpus in corpora]
     wanted += [(corpus, False) for corpus in valid_corpora if needs_validation]
@@ -136,12 +136,16 @@ def _shares(split: str) -> list[float]:
     return shares
 
 
-def _check_settings(data: DataSection, seq_length: int, max_positions: int, needs_validation: bool) -> None:
+def check_data_settings(data: DataSection, seq_length: int, max_positions: int, needs_validation: bool) -> None:
+    """As `load_samples`, of all that no file needs to be read for. Raises InputError."""
     if not 1 <= seq_length <= max_positions:
         raise InputError(f"tuning.seq_length must lie in 1..{max_positions} (the model's max_position_embeddings), got {seq_length}")
     if not 0 <= data.valid_fraction < 1:
         raise InputError(f"data.valid_fraction must be at least 0 and below 1, got {data.valid_fraction}")
     check_workers(data.workers)
+    if data.split and data.valid_paths:
+        raise InputError(f"data.split and data.valid_paths both say what is held out, got {data.split} and {', '.join(data.valid_paths)}; "
+                         "leave one of them out")
     held_out = sum(_shares(data.split)[1:2]) if data.split else data.valid_fraction
     if needs_validation and not data.valid_paths and held_out == 0:
         given = f"data.split = {data.split}" if data.split else "data.valid_fraction = 0"

@@ -19,6 +19,7 @@ from ee_tuning.checkpoint.load import Sources, build_stage, plan_tuning
 from ee_tuning.checkpoint.shapes import shape_sources
 from ee_tuning.config import Config, replace
 from ee_tuning.data.loader import count_microbatches
+from ee_tuning.data.splits import check_data_settings
 from ee_tuning.data.tokens import DocumentRules, PackedSamples, Splits
 from ee_tuning.model.early_exit import EarlyExitModel, StagePlan
 from ee_tuning.parallel.dry_world import dry_world
@@ -107,6 +108,7 @@ def rehearse(config: Config, world_size: int) -> list[Rehearsal]:
     parallel, sources = config.parallel, shape_sources(config)
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     sources.config.check_layout(tp, pp)
+    check_data_settings(config.data, config.tuning.seq_length, sources.config.max_position_embeddings, config.tuning.eval_iters > 0)
     per_stage = world_size // pp
     kinds: dict[Any, list[int]] = {}
     with dry_world(parallel, world_size, 0) as topology:

@@ -142,6 +142,9 @@ def test_ranks_with_padding_alone_and_uneven_replicas_pass(tmp_path: Path) -> No
     ({}, {"exits__exit_layers": [8]}, 3, "global_batch_size must be a multiple"),
     ({"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None}, {"exits__exit_layers": [8]}, 1,
      "experts"),
+    ({}, {"exits__exit_layers": [8], "tuning__seq_length": 100000}, 1, r"tuning\.seq_length must lie in 1\.\.4096"),
+    ({}, {"exits__exit_layers": [8], "data__valid_fraction": 3.0}, 1, r"data\.valid_fraction must be at least 0 and below 1"),
+    ({}, {"exits__exit_layers": [8], "data__valid_fraction": 0.0}, 1, "validation needs held-out data"),
     ({"model_type": "mamba"}, {"exits__exit_layers": [8]}, 1, "model_type must be one of")])
 def test_what_a_true_run_refuses_a_dry_run_refuses(changes: dict[str, Any], keys: dict[str, Any], world: int, says: str,
                                                   tmp_path: Path) -> None:

@@ -238,6 +238,8 @@ def test_an_index_that_disagrees_with_its_tokens_is_refused(tmp_path: Path, toke
     ({"paths": ["a"], "split": "0,1"}, "data.split must be up to three shares"),
     ({"paths": ["a"], "split": "1,0", "needs_validation": True}, "validation needs held-out data, got data.split = 1,0"),
     ({"paths": ["text.txt"], "split": "9,1"}, "data.split = 9,1 divides the documents of .bin and .idx"),
+    ({"paths": ["0.5", "a", "0.5", "text.txt"], "split": "9,1"}, "alone, and data.paths names the text text.txt"),
+    ({"paths": ["a"], "split": "9,1", "valid_paths": ["b"]}, "data.split and data.valid_paths both say what is held out, got 9,1 and b"),
     ({"paths": ["a"], "workers": -2}, "data.workers must be at least 0, got -2"),
     ({"paths": ["a"], "seq_length": 65}, "tuning.seq_length must lie in 1..64"),
 ])
