@@ -1,6 +1,7 @@
 """A model's shape as a Hugging Face config.json, in transformers' newer spelling: the way back from `read_model_config`."""
 from typing import Any
 
+from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig, RopeConfig
 from ee_tuning.model.families import ACTIVATIONS, Family
 
@@ -10,7 +11,10 @@ HUGGINGFACE_CLASSES: dict[Family, str] = {"llama": "LlamaForCausalLM", "mistral"
 
 
 def huggingface_config(config: ModelConfig) -> dict[str, Any]:
-    """The content of config.json. What begins and ends a text is null where the config does not know it."""
+    """The content of config.json. What begins and ends a text is null where the config does not know it.
+
+    Raises InputError where the family's config.json has no word for what the model is.
+    """
     eos = config.eos_token_ids
     shared = {
         "architectures": [HUGGINGFACE_CLASSES[config.family]], "model_type": config.family, "dtype": config.stored_dtype,
@@ -59,4 +63,7 @@ def _experts(config: ModelConfig) -> dict[str, Any]:
     if config.family == "qwen3_moe":
         fields.update(moe_intermediate_size=config.moe_ffn_hidden_size, norm_topk_prob=config.renormalizes_router, decoder_sparse_step=1,
                       mlp_only_layers=[layer - 1 for layer in config.dense_layers])
+    elif config.dense_layers:
+        raise InputError(f"the config.json of a {config.family} must have experts in every layer, and layers "
+                         f"{', '.join(map(str, config.dense_layers))} have none; such a model can be used as it is, but not exported")
     return fields

@@ -22,9 +22,9 @@ _FAMILIES: dict[Family, dict[str, Any]] = {
     "gpt2": {**_LLAMA, "normalization": "LayerNorm", "swiglu": False, "add_bias_linear": True,
              "position_embedding_type": "learned_absolute"},
 }
+"""What Megatron calls the ways of a family; absent is as Llama has it. A Mistral is a Llama to Megatron: a config.json tells them apart."""
 _WITH_EXPERTS: dict[Family, Family] = {"llama": "mixtral", "qwen3": "qwen3_moe"}
 """Families that are others with experts."""
-"""What Megatron calls the ways of a family; absent is as Llama has it. A Mistral is a Llama to Megatron: a config.json tells them apart."""
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "rotary_percent": (1.0,), "rotary_interleaved": (False,),
     "multi_latent_attention": (False,), "apply_layernorm_1p": (False,), "apply_residual_connection_post_layernorm": (False,),

@@ -27,7 +27,9 @@ from ee_tuning.checkpoint.torch_file import Archive
 from ee_tuning.config import ModelSection, ParallelSection, load_config
 from ee_tuning.errors import InputError
 from ee_tuning.generation.llm import EarlyExitLLM
-from ee_tuning.model.config import read_model_config
+from ee_tuning.model.config import model_config_from_hf, read_model_config
+from ee_tuning.model.huggingface_config import huggingface_config
+from ee_tuning.model.megatron_args import model_config_from_megatron
 from ee_tuning.parallel.topology import init_parallel
 
 
@@ -165,6 +167,20 @@ def test_damage_is_detected(shared: Path, tmp_path: Path, kind: str) -> None:
             assert all(torch.equal(got[name], wanted[name]) for name in wanted), victim
         shutil.rmtree(folder)
     assert num_detected > 30
+
+
+@pytest.mark.parametrize("is_qwen", [True, False])
+def test_layers_without_experts_come_back_from_a_config_json_or_make_none(is_qwen: bool) -> None:
+    """An export whose config.json tells of other layers and other widths than its weights have."""
+    config = model_config_from_megatron({
+        "num_layers": 6, "hidden_size": 48, "ffn_hidden_size": 88, "moe_ffn_hidden_size": 20, "num_attention_heads": 4, "kv_channels": 12,
+        "vocab_size": 101, "max_position_embeddings": 128, "num_experts": 5, "moe_layer_freq": 2, "qk_layernorm": is_qwen,
+        "untie_embeddings_and_output_weights": True}, Path("args"))
+    assert config.dense_layers == (2, 4, 6) and config.ffn_hidden_size == 88 and config.moe_ffn_hidden_size == 20
+    if is_qwen:
+        assert model_config_from_hf(huggingface_config(config), Path("config.json")) == config
+        return
+    assert "must have experts in every layer, and layers 2, 4, 6 have none" in refusal(lambda: huggingface_config(config))
 
 
 def test_files_that_are_missing_are_named(shared: Path, tmp_path: Path) -> None:
