@@ -96,16 +96,25 @@ def _expert_fields(spelled: dict[str, Any], path: Path) -> dict[str, Any]:
     that they would reach.
     """
     experts, topk = (positive_number(spelled, key, path) for key in ("num_local_experts", "num_experts_per_tok"))
-    width = positive_number(spelled, "moe_intermediate_size" if "moe_intermediate_size" in spelled else "intermediate_size", path)
-    renormalizes = bool(spelled.get("norm_topk_prob", True))
+    asked = _DEFAULTS[spelled["model_type"]]  # any other key of experts is one that transformers does not ask this family for
+    width = positive_number(spelled, "moe_intermediate_size" if "moe_intermediate_size" in asked else "intermediate_size", path)
+    renormalizes = "norm_topk_prob" not in asked or bool(spelled["norm_topk_prob"])
     if topk > experts or (topk == 1 and renormalizes):
         raise InputError(f"{path}: num_experts_per_tok must be at most num_experts = {experts}"
                          f"{', and at least 2 where their weights are renormalized' if renormalizes else ''}, got {topk}")
-    num_layers, without = positive_number(spelled, "num_hidden_layers", path), spelled.get("mlp_only_layers") or []
-    step = positive_number({"decoder_sparse_step": 1, **spelled}, "decoder_sparse_step", path)
-    dense = tuple(layer for layer in range(1, num_layers + 1) if layer - 1 in without or layer % step)
+    dense = _dense_layers(spelled, path) if "mlp_only_layers" in asked else ()
     return {"num_experts": experts, "moe_router_topk": topk, "moe_ffn_hidden_size": width, "renormalizes_router": renormalizes,
             "dense_layers": dense, "ffn_hidden_size": positive_number(spelled, "intermediate_size", path) if dense else width}
+
+
+def _dense_layers(spelled: dict[str, Any], path: Path) -> tuple[int, ...]:
+    """The layers without experts, counted from 1."""
+    num_layers, step = (positive_number(spelled, key, path) for key in ("num_hidden_layers", "decoder_sparse_step"))
+    listed = spelled["mlp_only_layers"]
+    listed = [] if listed is None else listed
+    if not isinstance(listed, list) or any(type(each) is not int or not 0 <= each < num_layers for each in listed):
+        raise InputError(f"{path}: mlp_only_layers must be a list of whole numbers in 0..{num_layers - 1}, got {listed!r}")
+    return tuple(layer for layer in range(1, num_layers + 1) if layer - 1 in listed or layer % step)
 
 
 def fixed_fields(family: Family) -> dict[str, Any]:

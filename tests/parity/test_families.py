@@ -156,8 +156,23 @@ REFUSED = [
     ("qwen3_moe", {"num_experts": 8}, ["num_experts = 8", "num_local_experts = 7", "must be the same"]),
     ("qwen3_moe", {"num_experts_per_tok": 8}, ["num_experts_per_tok must be at most num_experts = 7", "got 8"]),
     ("qwen3_moe", {"moe_intermediate_size": None}, ["moe_intermediate_size must be a positive whole number"]),
+    *(("qwen3_moe", {"mlp_only_layers": listed}, ["mlp_only_layers must be a list of whole numbers in 0..5", f"got {listed!r}"])
+      for listed in (["1"], [6], [-1], [True], 2, {"1": 2})),
+    ("qwen3_moe", {"decoder_sparse_step": 0}, ["decoder_sparse_step must be a positive whole number"]),
     ("mixtral", {"num_experts_per_tok": 1}, ["num_experts_per_tok", "at least 2"]),
 ]
+
+
+def test_keys_of_another_family_are_read_no_more_than_transformers_reads_them(tmp_path):
+    """A Mixtral's config.json with a Qwen's keys, which makes layers without experts, or experts of another width."""
+    random_model("mixtral", tmp_path)
+    wanted = read_model_config(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    strange = {"mlp_only_layers": [1], "decoder_sparse_step": 2, "moe_intermediate_size": 8, "norm_topk_prob": False}
+    (tmp_path / "config.json").write_text(json.dumps({**raw, **strange}))
+    assert read_model_config(tmp_path) == wanted
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).model.layers[1].state_dict()
+    assert theirs["mlp.experts.down_proj"].shape == (wanted.num_experts, wanted.hidden_size, wanted.moe_ffn_hidden_size)
 
 
 @pytest.mark.parametrize(("family", "changes", "named"), REFUSED)
