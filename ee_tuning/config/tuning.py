@@ -79,7 +79,7 @@ class TuningSection:
     """Whether training goes on while a checkpoint is written, from a copy in host memory: the heads' float32 masters and Adam's moments, 12
     bytes a parameter, shared by the replicas. Otherwise it waits for the disk."""
     keep_checkpoints: int = 2
-    """Older checkpoints than this many are removed."""
+    """Older checkpoints than this many are removed; later ones too, where a run went on from one before them."""
     resume: bool = True
     """Continue from the run folder's latest checkpoint, where it has one of the same job; else it must have none."""
     allow_config_change: bool = False

@@ -132,10 +132,12 @@ def _describe(partial: Path, progress: Progress, reports: list[_Report]) -> None
 
 
 def _point_at(folder: Path, keep: int) -> None:
+    """Has `latest` name `folder`, and removes all but the `keep` last checkpoints of the run's way there."""
     with file_written_aside(folder.parent / LATEST) as pointer:
         pointer.write_text(folder.name + "\n")
     for partial in folder.parent.glob("step_????????.partial-*"):  # of a save that was killed, at a step where none may follow
         remove_leftovers(partial.with_name(partial.name.partition(".")[0]))
-    others = sorted(path for path in folder.parent.glob("step_????????") if path != folder)
-    for old in others[:max(len(others) - keep + 1, 0)]:
-        shutil.rmtree(old, ignore_errors=True)
+    found = sorted(folder.parent.glob("step_????????"))
+    older, newer = found[:found.index(folder)], found[found.index(folder) + 1:]
+    for each in newer + older[:max(len(older) - keep + 1, 0)]:  # newer: of a way that the run left when it went on from before them
+        shutil.rmtree(each, ignore_errors=True)

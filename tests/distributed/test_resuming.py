@@ -130,6 +130,16 @@ def test_older_checkpoints_go_and_a_foreign_one_is_refused(model: Path, tmp_path
         make_tuner(config).resume()
 
 
+def test_what_a_run_keeps_is_its_own_past(model: Path, tmp_path: Path) -> None:
+    """A run that went back to an earlier checkpoint loses it to later ones, which are of the way it has left."""
+    config = configure(model, tmp_path / "run", keep_checkpoints=10, save_interval=1)
+    assert tune(config)
+    latest = tmp_path / "run" / "checkpoints" / "latest"
+    latest.write_text("step_00000001\n")
+    assert tune(job.replace(config, tuning={"keep_checkpoints": 2, "train_iters": 2}))
+    assert sorted(path.name for path in latest.parent.iterdir()) == ["latest", "step_00000001", "step_00000002"]
+
+
 class Hostile:
     def __reduce__(self) -> tuple[Any, ...]:
         return os.system, ("touch hostile",)
