@@ -1,4 +1,5 @@
 """The examples pass a dry run at the size of their scripts, fit the GPUs that they name, and agree with each other."""
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -15,6 +16,16 @@ from ee_tuning.planning.plan import Cluster, Plan, make_plan
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted(path.parent for path in ROOT.glob("examples/*/job.yaml"))
+BODY = ROOT / "examples" / "run_under_slurm.sh"
+
+SLURM = {
+    "srun": """while [[ $1 == --* ]]; do shift; done
+highest=0
+for rank in 0 1; do SLURM_PROCID=$rank SLURM_LOCALID=$rank SLURM_NTASKS=2 "$@"; code=$?; (( code > highest )) && highest=$code; done
+exit $highest""",
+    "scontrol": 'if [[ $1 == show ]]; then printf "%s\\n" first second; else echo "$@" >> "$TOLD/scontrol"; fi',
+    "python": 'echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT $*" >> "$TOLD/python"; exit $((RANK ? LAST : 0))'}
+"""Slurm's commands as far as the scripts need them, on two processes, and a `python` that tells what it was asked."""
 
 
 def job(folder: Path) -> Config:
@@ -40,20 +51,40 @@ def test_the_promised_models_are_there() -> None:
 
 @pytest.mark.parametrize("folder", EXAMPLES, ids=lambda path: path.name)
 def test_scripts_and_job_name_the_same_things(folder: Path) -> None:
-    """A script that starts another example's job, or looks for its run in another folder, requeues for ever."""
+    """A script that starts another example's job, or on other GPUs than it asks for; a job whose run another example has."""
     config, where = load_config(folder / "job.yaml"), f"examples/{folder.name}/job.yaml"
     torchrun, slurm = ((folder / name).read_text() for name in ("torchrun.sh", "slurm.sh"))
-    for script in ("torchrun.sh", "slurm.sh"):
-        subprocess.run(["bash", "-n", folder / script], check=True)
-        assert f"-m ee_tuning tune {where}" in (folder / script).read_text()
-        assert "SIGUSR1" in (folder / script).read_text(), "torchrun would be killed by it and orphan its workers"
-    assert re.findall(r"^run=(.*)$", slurm, flags=re.MULTILINE) == [config.tuning.run_folder] == [f"runs/{folder.name}"]
+    for script in (folder / "torchrun.sh", folder / "slurm.sh", BODY):
+        subprocess.run(["bash", "-n", script], check=True)
+    assert f"-m ee_tuning tune {where}" in torchrun and f"{BODY.relative_to(ROOT)} {where} " in slurm
+    assert "SIGUSR1" in torchrun, "torchrun would be killed by it and orphan its workers"
+    assert "#SBATCH --signal=USR1@300" in slurm and not re.search("^[^#]*torchrun", BODY.read_text(), re.MULTILINE), \
+        "torchrun makes every exit code 1"
+    assert config.tuning.run_folder == f"runs/{folder.name}"
+    assert config.tuning.stop_exit_code == number(r"\$code -eq (\d+)", BODY.read_text())
     nodes = number(r"^#SBATCH --nodes=(\d+)$", slurm)
-    assert number(r"--nproc-per-node (\d+)", slurm) == number(r"^#SBATCH --gpus-per-node=(\d+)$", slurm) == 8
+    assert number(r"^#SBATCH --ntasks-per-node=(\d+)$", slurm) == number(r"^#SBATCH --gpus-per-node=(\d+)$", slurm) == 8
     assert number(r"--nproc-per-node (\d+)", torchrun) == 8
     assert nodes == (number(r"--nnodes (\d+)", torchrun) if "--nnodes" in torchrun else 1)
     layers, exits = read_model_config(folder).num_layers, config.exits.layers(80)
     assert len(exits) == 8 and exits == tuple(round(layers * i / 8 - 1e-9) for i in range(1, 9)), "every eighth of the depth"
+
+
+@pytest.mark.parametrize(("last", "comes_again"), [(75, True), (0, False), (1, False), (137, False)])
+def test_a_job_comes_again_where_its_run_says_so(tmp_path: Path, last: int, comes_again: bool) -> None:
+    """One that was told another run folder and never comes again, or for ever; one that failed and fails again; flags that get lost."""
+    for name, script in SLURM.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TOLD": str(tmp_path / "told"), "LAST": str(last),
+                   "SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "node[1-2]"}
+    (tmp_path / "told").mkdir()
+    flags = ["--output", "else where"]
+    done = subprocess.run(["bash", ROOT / "examples/llama-2-7b/slurm.sh", *flags], env=environment, cwd=ROOT)
+    told = {path.name: path.read_text().splitlines() for path in (tmp_path / "told").iterdir()}
+    asked = f"2 first 29500 -m ee_tuning tune examples/llama-2-7b/job.yaml {' '.join(flags)}"
+    assert done.returncode == last and told["python"] == [f"0 0 {asked}", f"1 1 {asked}"]
+    assert told.get("scontrol") == (["requeue 17"] if comes_again else None)
 
 
 @pytest.mark.parametrize("folder", EXAMPLES, ids=lambda path: path.name)
