@@ -45,9 +45,9 @@ def tune_within(config: Config, topology: Topology) -> bool:
         output = tuner.run_folder / EXIT_HEADS
         tuner.save_exit_heads(output)
         if topology.is_logging_rank:
-            write_plots(tuner.run_folder, f"{tuner.run_folder}: exits of {config.model.path}")
             print(f"wrote {output}\nnext: ee-tuning generate --model {quote(config.model.path)} "
-                  f"--exits {quote(str(output))} --threshold 0.8 --show-exits --prompt \"…\"")
+                  f"--exits {quote(str(output))} --threshold 0.8 --show-exits --prompt \"…\"", flush=True)
+            write_plots(tuner.run_folder, f"{tuner.run_folder}: exits of {config.model.path}")
     return is_finished
 
 

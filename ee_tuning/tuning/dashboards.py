@@ -1,13 +1,17 @@
 """A run's records in TensorBoard, where it is installed, and in Weights & Biases, where tuning.wandb_project asks for it."""
 import importlib.util
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ee_tuning.checkpoint.aside import file_written_aside
 from ee_tuning.config import Config
 from ee_tuning.errors import InputError
 from ee_tuning.tuning.metrics import Record
+
+WANDB_ID = "wandb_id"
 
 
 def check_dashboards(config: Config) -> None:
@@ -48,12 +52,21 @@ def weights_and_biases(config: Config) -> Iterator[list[Callable[[Record], None]
     import wandb
 
     folder = Path(config.tuning.run_folder).absolute()
-    # The folder's name is the run's: what goes on with the folder goes on with the run.
-    run = wandb.init(project=project, id=folder.name, name=folder.name, dir=str(folder), resume="allow", config=dataclasses.asdict(config))
+    run = wandb.init(project=project, id=_run_id(folder), name=folder.name, dir=str(folder), resume="allow",
+                     config=dataclasses.asdict(config))
     try:
         yield [lambda record: run.log({**scalars(record), "step": record["step"]})]
     finally:
         run.finish()
+
+
+def _run_id(folder: Path) -> str:
+    """The run's name to Weights & Biases, kept in the folder: what goes on with the folder goes on with the run, and nothing else does."""
+    path = folder / WANDB_ID
+    if not path.exists():
+        with file_written_aside(path) as partial:
+            partial.write_text(secrets.token_hex(8) + "\n")
+    return path.read_text().strip()
 
 
 def scalars(record: Record) -> dict[str, float]:

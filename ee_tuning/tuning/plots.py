@@ -21,22 +21,27 @@ _COLUMNS = 3
 
 
 def write_plots(folder: Path, title: str) -> None:
-    """Draws the run in `folder`, whose metrics.jsonl is whole. Raises InputError where the disk refuses."""
-    records = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
-    picture = _draw(records, title)
+    """Draws the run in `folder`, whose metrics.jsonl is whole, or nothing where there is nothing to draw. Raises InputError where the disk
+    refuses.
+    """
+    path = folder / METRICS
+    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    panels = [panel for panel in PANELS if any(record["kind"] == panel[0] and record.get(panel[1]) for record in records)]
+    if not panels:
+        return
+    picture = _draw(records, panels, title)
     with file_written_aside(folder / PNG) as partial:
         partial.write_bytes(picture)
     with file_written_aside(folder / HTML) as partial:
         partial.write_text(_page(records, picture, title))
 
 
-def _draw(records: list[Record], title: str) -> bytes:
+def _draw(records: list[Record], panels: list[tuple[str, str]], title: str) -> bytes:
     import matplotlib  # here, so that a rank that draws nothing does not load it
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    panels = [panel for panel in PANELS if any(record["kind"] == panel[0] and record.get(panel[1]) for record in records)]
     num_rows = -(-len(panels) // _COLUMNS)
     figure, axes = plt.subplots(num_rows, _COLUMNS, figsize=(5 * _COLUMNS, 3.2 * num_rows), layout="constrained", squeeze=False)
     for ax, panel in zip(axes.flat, panels, strict=False):

@@ -1,13 +1,16 @@
 """What a run leaves to look at: plots, TensorBoard's events, and figures that mean what they say."""
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from tuning_jobs import NUM_STEPS, configure, make_tuner
 
 from ee_tuning.config import Config, replace
 from ee_tuning.errors import InputError
-from ee_tuning.tuning.dashboards import check_dashboards, scalars
+from ee_tuning.tuning.dashboards import check_dashboards, scalars, weights_and_biases
 from ee_tuning.tuning.plots import write_plots
 
 
@@ -54,6 +57,31 @@ def test_figures_keep_within_their_bounds(run: Path) -> None:
         else:
             assert all(0 <= record[key][layer] <= 1 for key in ("agreement", "acceptance", "above_0.6") for layer in ("2", "5"))
             assert all(0.5 < value < 3.1 for value in record["speed_up"].values())
+
+
+def test_a_run_without_records_has_no_plots(tmp_path: Path) -> None:
+    """A finished run whose records were moved away, or that has none, ends in a traceback when it is started again."""
+    write_plots(tmp_path, "a run")
+    (tmp_path / "metrics.jsonl").touch()
+    write_plots(tmp_path, "a run")
+    assert not list(tmp_path.glob("plots*"))
+
+
+def test_runs_whose_folders_are_called_alike_are_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs `…/tune` that write into one run of Weights & Biases; one that goes on as another."""
+    told: list[dict[str, Any]] = []
+
+    def init(**words: Any) -> SimpleNamespace:
+        told.append(words)
+        return SimpleNamespace(log=None, finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))  # the true one has an account, and a network
+    for run in ("a/tune", "b/tune", "a/tune"):
+        (tmp_path / run).mkdir(parents=True, exist_ok=True)
+        with weights_and_biases(replace(Config(), tuning={"run_folder": str(tmp_path / run), "wandb_project": "exits"})):
+            pass
+    first, second, again = (each["id"] for each in told)
+    assert first == again != second and {each["name"] for each in told} == {"tune"}
+    assert (tmp_path / "a" / "tune" / "wandb_id").read_text().strip() == first
 
 
 def test_weights_and_biases_is_refused_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -190,6 +190,16 @@ def test_a_refused_resume_leaves_the_run_as_it_is(shared, tmp_path):
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
+def test_a_finished_run_that_is_started_again_needs_no_records(shared, tmp_path, capsys):
+    """A traceback of the plots in place of the word that the exits are written."""
+    config = tuning_job(shared, tmp_path / "run")
+    topology = init_parallel(config.parallel)
+    assert tune_within(config, topology)
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    capsys.readouterr()
+    assert tune_within(config, topology) and f"wrote {tmp_path / 'run' / 'exit_heads'}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("case", ["a stranger's file", "the exits that are tuned", "a file"])
 def test_a_run_folder_that_can_not_take_the_tuned_exits_is_refused_before_anything_runs(shared, tmp_path, monkeypatch, case):
     """A finished run that can not be written, or one that replaces the exits it was given."""
