@@ -109,7 +109,7 @@ def remove_leftovers(output: Path) -> None:
         else:
             path.rename(output)
     for path in _named(output, "partial"):
-        if not path.is_symlink() and (lock := _locked(path)) is not None:
+        if not path.is_symlink() and (lock := locked(path)) is not None:
             _remove(path)
             os.close(lock)
 
@@ -149,11 +149,11 @@ def _begun(output: Path, make: Callable[[Path], None]) -> tuple[Path, int]:
         while True:
             partial = output.with_name(f"{output.name}.partial-{secrets.token_hex(4)}")
             make(partial)
-            if (lock := _locked(partial, is_ours=True)) is not None:
+            if (lock := locked(partial, is_ours=True)) is not None:
                 return partial, lock
 
 
-def _locked(path: Path, *, is_ours: bool = False) -> int | None:
+def locked(path: Path, *, is_ours: bool = False) -> int | None:
     """A handle that locks `path` until it is closed or this process ends, however it ends; None where another process has it, or where it
     is gone. A file system without locks gives none for what is there already, so that no living writer's work is removed.
     """

@@ -31,6 +31,7 @@ class DataSection:
     """Whether the first token of a document is no label: it follows from another document's end."""
     cache: str | None = None
     """Folder that keeps token ids for later runs; default $EE_TUNING_CACHE, or .cache/ee_tuning in the home folder. One process of
-    each machine tokenizes, all read the same file."""
+    each machine tokenizes, all read the same file. What no run has begun with for 90 days is removed when more is tokenized; the folder
+    may be emptied while no run reads it."""
     workers: int = 0
     """Processes that tokenize; 0 for one per CPU core. Little text is tokenized without any."""

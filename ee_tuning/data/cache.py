@@ -3,29 +3,32 @@
 An entry is a folder named by a hash of all it depends on. One process of a machine makes it, or one of all where they share the disk; it
 is renamed into place when whole. Two runs that want the same entry at a time wait for each other at a lock.
 """
-import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
+import shutil
 import socket
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from ee_tuning.checkpoint.aside import on_first_rank, refusals_named, written_aside
+from ee_tuning.checkpoint.aside import locked, on_first_rank, refusals_named, written_aside
 from ee_tuning.data.progress import Progress
 from ee_tuning.errors import InputError
+from ee_tuning.parallel.together import finish_together
 from ee_tuning.parallel.topology import Topology
 
 FORMAT = 1
 """Raise it when entries of before are no longer what would be made now."""
-_SECONDS_BETWEEN_ANSWERS = 20.0
+DAYS_KEPT = 90
+"""An entry that no run has begun with for so long is removed when another one is made."""
 _SECONDS_TO_APPEAR = 90.0  # other machines may learn of a new folder on a shared disk late
 
 
@@ -75,7 +78,7 @@ def kept(entries: Sequence[Entry], root: Path, topology: Topology | None) -> lis
             for _ in steps:
                 pass
         else:
-            _finish_together(steps, topology)
+            finish_together(steps, topology)
     for folder in folders:
         _await(folder)
     return folders
@@ -84,38 +87,41 @@ def kept(entries: Sequence[Entry], root: Path, topology: Topology | None) -> lis
 def _make_missing(entries: Sequence[Entry], folders: Sequence[Path], root: Path, progress: Progress) -> Iterator[None]:
     for entry, folder in zip(entries, folders, strict=True):
         if folder.is_dir():
+            with suppress(OSError):
+                os.utime(folder)  # when it was last of use
             continue
         with refusals_named(folder):
             root.mkdir(parents=True, exist_ok=True)
-        with _locked(folder) as waits:
-            yield from waits
-            try:
-                if not folder.is_dir():
-                    with written_aside(folder, None) as partial:
-                        yield from entry.make(partial, progress)
-            finally:
-                with suppress(OSError):  # whoever waits at it looks for the folder first
-                    _lock_file(folder).unlink()
+            _remove_unused(root)
+        lock = yield from _wait_for(_lock_file(folder))
+        try:
+            if not folder.is_dir():
+                with written_aside(folder, None) as partial:
+                    yield from entry.make(partial, progress)
+        finally:
+            with suppress(OSError):  # whoever waits for it looks for the folder first
+                _lock_file(folder).unlink()
+            os.close(lock)
 
 
-@contextmanager
-def _locked(folder: Path) -> Generator[Iterator[None]]:
-    """Yields steps to go through until the lock is ours; it ends with the process, however that ends."""
-    with refusals_named(folder):
-        file = _lock_file(folder).open("w")
+def _remove_unused(root: Path) -> None:
+    """Removes the entries that no run has begun with for DAYS_KEPT."""
+    for folder in root.iterdir():
+        with suppress(OSError):
+            if re.fullmatch("[0-9a-f]{32}", folder.name) and time.time() - folder.stat().st_mtime > DAYS_KEPT * 86400:
+                shutil.rmtree(folder)
 
-    def waits() -> Iterator[None]:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                time.sleep(0.5)
-                yield
-            except OSError:
-                return  # a disk without locks: at worst, two runs that start at a time make the same
-    with file:
-        yield waits()
+
+def _wait_for(path: Path) -> Generator[None, None, int]:
+    """Steps to go through until the lock file `path` is ours; its handle, which holds it until it is closed or this process ends."""
+    while True:
+        with refusals_named(path):
+            path.touch()  # anew each time: who had it before has removed it
+        # On a disk without locks it is ours at once: at worst, two runs that start at a time make the same.
+        if (lock := locked(path, is_ours=True)) is not None:
+            return lock
+        time.sleep(0.5)
+        yield
 
 
 def _lock_file(folder: Path) -> Path:
@@ -139,29 +145,6 @@ def _makes(root: Path, topology: Topology) -> bool:
             probe.unlink()
         return True
     return hosts.index(hosts[topology.rank]) == topology.rank and not sees
-
-
-def _finish_together(steps: Iterator[None], topology: Topology) -> None:
-    """Goes through `steps` while the other ranks go through theirs, or wait; now and then all meet, lest a collective times out."""
-    is_done, complaint = False, None
-    while True:
-        until = time.monotonic() + _SECONDS_BETWEEN_ANSWERS
-        while not is_done and time.monotonic() < until:
-            try:
-                next(steps)
-            except StopIteration:
-                is_done = True
-            except InputError as error:
-                is_done, complaint = True, str(error)
-        answers: list[tuple[bool, str | None]] = [(False, None)] * topology.world_size
-        dist.all_gather_object(answers, (is_done, complaint), group=topology.world_control)
-        complaints = [text for _, text in answers if text is not None]
-        if complaints:
-            if isinstance(steps, Generator):
-                steps.close()  # removes what was on the way
-            raise InputError(complaints[0])
-        if all(done for done, _ in answers):
-            return
 
 
 def _await(folder: Path) -> None:

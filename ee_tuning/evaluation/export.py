@@ -1,6 +1,5 @@
 """`ee-tuning export`: which writer gets the job, and the check that may follow."""
 import argparse
-import os
 from pathlib import Path
 
 from ee_tuning.config import Config, ParallelSection
@@ -15,11 +14,13 @@ def export(config: Config, flags: argparse.Namespace) -> int:
 
     Raises InputError on flags that do not go together, and as the format's writer does.
     """
+    from ee_tuning.parallel.topology import world_size
+
     for name in dict.fromkeys(name for names in FLAGS.values() for name in names):
         if getattr(flags, name) and name not in FLAGS[flags.format]:
             formats = " or ".join(kind for kind, names in FLAGS.items() if name in names)
             raise InputError(f"--{name} goes with --format {formats}, got --format {flags.format}; leave one of them out")
-    num_processes = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    num_processes = world_size()
     if num_processes > 1 and (flags.format == "artifact" or flags.check):
         raise InputError(f"--format artifact and --check are for one process, got {num_processes}; start it without torchrun")
     if flags.format == "artifact":

@@ -1,4 +1,5 @@
 """Whether an exported Hugging Face folder says what our engine says: the largest logit difference of every exit, on real text."""
+import dataclasses
 import importlib.util
 from pathlib import Path
 from types import ModuleType
@@ -10,7 +11,7 @@ from torch import Tensor
 from ee_tuning.checkpoint.export_huggingface import MODELLING, early_exit_class
 from ee_tuning.checkpoint.formats import model_folder
 from ee_tuning.checkpoint.load import LoadedModel, compute_dtype, load_for_generation
-from ee_tuning.config import Config
+from ee_tuning.config import Config, ParallelSection
 from ee_tuning.data.tokenizer import load_tokenizer
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
@@ -25,6 +26,7 @@ def check_export(config: Config, output: Path, text: str, tolerance: float) -> b
     Both sides compute in model.dtype. Raises InputError where the text can not be read as tokens.
     """
     tokenizer = load_tokenizer(config.data.tokenizer or model_folder(config.model.path))
+    config = dataclasses.replace(config, parallel=ParallelSection())  # one process looks, however many the job is for
     topology = init_parallel(config.parallel)
     loaded = load_for_generation(config, topology)
     limit = min(MAX_TOKENS, loaded.model.config.max_position_embeddings)

@@ -6,6 +6,7 @@ are built, read and dropped one after the other, so a model of any size takes th
 import argparse
 import json
 import math
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ee_tuning.checkpoint.aside import on_first_rank
 from ee_tuning.checkpoint.formats import BackboneSource, check_model, model_folder, open_model
 from ee_tuning.checkpoint.huggingface import read_backbone_tensor
 from ee_tuning.checkpoint.load import compute_dtype
@@ -23,7 +23,8 @@ from ee_tuning.data.tokenizer import load_tokenizer
 from ee_tuning.errors import InputError
 from ee_tuning.model.backbone import BackboneStage
 from ee_tuning.model.config import ModelConfig
-from ee_tuning.parallel.topology import Topology, init_parallel
+from ee_tuning.parallel.together import finish_together
+from ee_tuning.parallel.topology import Topology, init_parallel, leave_parallel, world_size
 
 # b samples · s tokens of a sample · h hidden
 
@@ -62,16 +63,26 @@ def with_exit_layers(config: Config) -> Config:
     if config.exits.path is not None or not isinstance(wanted, AutoLayers) or not wanted.by_profile:
         return config
     topology = init_parallel(ParallelSection())
-    layers = on_first_rank(topology, lambda: measure_profile(config, topology).exit_layers(wanted.num_exits))
+    layers = measure_profile(config, topology).exit_layers(wanted.num_exits)
     if topology.is_logging_rank:
         print(f"exits after layers {', '.join(map(str, layers))}, by the profile")
     return replace(config, exits={"exit_layers": layers})
 
 
 def measure_profile(config: Config, topology: Topology) -> Profile:
-    """Runs exits.profile_text through the model, in this process alone. Raises InputError where either can not be used."""
+    """Runs exits.profile_text through the model, on rank 0 alone. All ranks call it. Raises InputError where either can not be used."""
+    found: list[Profile] = []
+
+    def look() -> Iterator[None]:
+        found.append((yield from _by_layers(config, topology)))
+    finish_together(look() if topology.rank == 0 else iter(()), topology)
+    return topology.broadcast_object(found)[0]
+
+
+@torch.no_grad()
+def _by_layers(config: Config, topology: Topology) -> Generator[None, None, Profile]:
     reader, model, _ = open_model(config.model)
-    with reader, torch.no_grad():
+    with reader:
         check_model(reader, model, None, verifies=False)
         ids = _sample_ids(config, model)
         dtype = compute_dtype(config, topology)
@@ -81,17 +92,19 @@ def measure_profile(config: Config, topology: Topology) -> Profile:
             if number == 1:
                 states = [stage.embed(ids.to(topology.device))]  # [s, b, h]
             states.append(stage.run_layer(number, states[-1]))
+            yield
         return Profile(_distances(states), ids.numel())
 
 
 def profile(config: Config, flags: argparse.Namespace) -> None:
     """Prints a line per layer and where `flags.num_exits` exits go, as a table or one JSON object; draws it all to `flags.output`."""
     from ee_tuning.evaluation.profile_picture import draw_profile
-    from ee_tuning.parallel.topology import leave_parallel
 
     if flags.num_exits < 1:
         raise InputError(f"--num-exits must be at least 1, got {flags.num_exits}")
-    measured = measure_profile(config, init_parallel(config.parallel))
+    if world_size() > 1:
+        raise InputError(f"profile is for one process, got {world_size()}; start it without torchrun")
+    measured = measure_profile(config, init_parallel(ParallelSection()))  # however many processes the job is for
     leave_parallel()
     layers = measured.exit_layers(flags.num_exits)
     draw_profile(measured.distances, layers, model_folder(config.model.path).name, flags.output)

@@ -101,7 +101,7 @@ def init_parallel(parallel: ParallelSection, timeout_minutes: float = 30) -> Top
 
     Raises InputError where TP × PP does not divide the world.
     """
-    check_world_size(parallel, _world_size())
+    check_world_size(parallel, world_size())
     device = prepare_device()
     if not dist.is_initialized():
         _join_world(timedelta(minutes=timeout_minutes))
@@ -145,7 +145,8 @@ def _is_launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def _world_size() -> int:
+def world_size() -> int:
+    """Processes of the world that this one is in, or that its launcher described."""
     if dist.is_initialized():
         return dist.get_world_size()
     return int(os.environ["WORLD_SIZE"]) if _is_launched() else 1

@@ -292,9 +292,10 @@ def test_an_export_is_replaced_only_on_demand(llama, tmp_path, capsys):
 
 
 def test_check_compares_every_exit_and_finds_a_difference(tmp_path, capsys, monkeypatch):
-    """A check that can not fail; one that is content with the final head."""
+    """A check that can not fail; one that is content with the final head; one that wants as many processes as the job."""
     exits = write_exits(SHIPPED, tmp_path / "exits", exit_layers=[3, 9], init="copy")
-    words = ["--model", SHIPPED, "--exits", exits, "--output", tmp_path / "export", "--check"]
+    words = ["--model", SHIPPED, "--exits", exits, "--output", tmp_path / "export", "--check",
+             "--set", "parallel.tensor_model_parallel_size=4", "--set", "parallel.pipeline_layout=[6,6]"]
     export(*words)
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in lines] == ["exit after layer 3", "exit after layer 9", "the model's own head"]

@@ -59,6 +59,18 @@ def test_convert_places_exits_by_the_profile(told, tmp_path, capsys):
     assert read_exit_config(tmp_path / "evenly").exit_layers == (3, 6, 9)
 
 
+def test_a_job_for_many_processes_is_profiled_in_one_and_many_are_refused(told, tmp_path, capsys, monkeypatch):
+    """A 70B model's job that asks for eight GPUs before its exits can be chosen; eight processes that draw one picture."""
+    words = ["profile", "--model", str(MODEL), "--text", str(told / "text.py"), "--output", str(tmp_path / "profile.png"),
+             str(tmp_path / "job.yaml")]
+    (tmp_path / "job.yaml").write_text("parallel: {tensor_model_parallel_size: 4, pipeline_model_parallel_size: 2, pipeline_layout: [7,5]}")
+    assert cli.main(words) == 0
+    assert "as auto:3:profile has it" in capsys.readouterr().out
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert cli.main(words) == 2 and "profile is for one process, got 8" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("arguments", "named"), [
     (["--text", "nowhere.py"], "nowhere.py"), (["--num-exits", "0"], "--num-exits"), (["--num-exits", "13"], "at most 12"),
     (["--model", "nowhere"], "nowhere")])

@@ -1,4 +1,5 @@
 """Token ids are made once and kept, for as long as nothing they depend on changes."""
+import fcntl
 import os
 import threading
 import time
@@ -10,7 +11,7 @@ from byte_tokenizer import VOCABULARY, write_byte_tokenizer
 
 from ee_tuning.config import DataSection
 from ee_tuning.data import splits
-from ee_tuning.data.cache import Entry, kept
+from ee_tuning.data.cache import Entry, _make_missing, kept
 from ee_tuning.data.progress import Progress
 from ee_tuning.data.tokens import PackedSamples
 from ee_tuning.errors import InputError
@@ -103,3 +104,41 @@ def test_two_runs_that_begin_at_a_time_make_an_entry_once(tmp_path: Path) -> Non
     for thread in threads:
         thread.join()
     assert len(made) == 1 and len(list(tmp_path.iterdir())) == 1
+
+
+def test_who_waits_at_a_lock_that_was_removed_waits_at_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that waited for one that failed gets the lock of a file that is gone, and makes what a third one is making."""
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    made = []
+
+    def make(folder: Path, progress: Progress) -> Iterator[None]:
+        made.append(folder)
+        yield
+    lock = tmp_path / "entry.lock"
+    second, third = (_make_missing([Entry(depends_on=dict, make=make)], [tmp_path / "entry"], tmp_path, Progress("", speaks=False))
+                     for _ in range(2))
+    with lock.open("w") as first:
+        fcntl.flock(first, fcntl.LOCK_EX)
+        next(second)
+        lock.unlink()
+    next(third)
+    assert len(made) == 1
+    next(second)
+    assert len(made) == 1 and list(third) == [] == list(second)
+    assert len(made) == 1 and [path.name for path in tmp_path.iterdir()] == ["entry"]
+
+
+def test_what_no_run_has_asked_for_in_months_goes(corpus: DataSection, tmp_path: Path) -> None:
+    """A cache that grows for ever; or one that loses what runs use, or what is not its own."""
+    cache = tmp_path / "cache"
+    load(corpus)
+    (ours,) = cache.iterdir()
+    (cache / ("0" * 32)).mkdir()
+    (cache / "thesis").mkdir()
+    for path in cache.iterdir():
+        os.utime(path, (1, 1))
+    load(corpus)
+    assert len(list(cache.iterdir())) == 3 and ours.stat().st_mtime > time.time() - 60, "what is used is young again"
+    (tmp_path / "a.txt").write_text("another text of a. " * 5)
+    load(corpus)
+    assert len(list(cache.iterdir())) == 3 and ours.exists() and (cache / "thesis").exists() and not (cache / ("0" * 32)).exists()

@@ -1,0 +1,44 @@
+"""Long work on some ranks while the others wait for it: all meet now and then, lest a collective times out."""
+import time
+from collections.abc import Generator, Iterator
+
+import torch.distributed as dist
+
+from ee_tuning.errors import InputError
+from ee_tuning.parallel.topology import Topology
+
+_SECONDS_BETWEEN_ANSWERS = 20.0
+
+
+def finish_together(steps: Iterator[None], topology: Topology) -> None:
+    """Goes through `steps`, each of well under a minute, while the other ranks go through theirs, or wait. All ranks call it.
+
+    Ends on all ranks where it fails on one: by the same InputError, or else by that rank's own exception and a RuntimeError on the others.
+    """
+    is_done, failure = False, None
+    while True:
+        until = time.monotonic() + _SECONDS_BETWEEN_ANSWERS
+        while not is_done:
+            try:
+                next(steps)
+            except StopIteration:
+                is_done = True
+            except Exception as error:  # told to the others before it is raised: they would wait for this rank
+                is_done, failure = True, error
+            if time.monotonic() >= until:
+                break
+        answers: list[tuple[bool, str | None, str | None]] = [(False, None, None)] * topology.world_size
+        is_refusal = isinstance(failure, InputError)
+        told = None if failure is None else str(failure) if is_refusal else f"{type(failure).__name__}: {failure}"
+        dist.all_gather_object(answers, (is_done, told if is_refusal else None, None if is_refusal else told),
+                               group=topology.world_control)
+        refusals = [text for _, text, _ in answers if text is not None]
+        crashes = [f"rank {rank} failed: {text}" for rank, (_, _, text) in enumerate(answers) if text is not None]
+        if (refusals or crashes) and isinstance(steps, Generator):
+            steps.close()  # removes what was on the way
+        if crashes:
+            raise failure if failure is not None and not is_refusal else RuntimeError(crashes[0])
+        if refusals:
+            raise InputError(refusals[0])
+        if all(done for done, _, _ in answers):
+            return
