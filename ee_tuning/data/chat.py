@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ee_tuning.data.documents import Conversation
+from ee_tuning.data.documents import MESSAGES, Conversation, check_characters
 from ee_tuning.errors import InputError
 
 if TYPE_CHECKING:
@@ -62,11 +62,14 @@ class ChatFormat:
 
     def _render(self, conversation: Conversation, messages: list[dict[str, Any]], **options: Any) -> Any:
         try:
-            return self._tokenizer.apply_chat_template(messages, tools=conversation.tools, chat_template=self._template,
-                                                       **{"tokenize": False, **options})
+            rendered = self._tokenizer.apply_chat_template(messages, tools=conversation.tools, chat_template=self._template,
+                                                           **{"tokenize": False, **options})
         except Exception as error:  # templates run code of their own: any error may come out of them
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{conversation.where()}: the chat template refuses the messages: {reason}; mend or remove them") from error
+        if isinstance(rendered, str):  # templates can write any character
+            check_characters(rendered, MESSAGES, conversation.where)
+        return rendered
 
     def _assistant_spans(self, conversation: Conversation, text: str) -> list[tuple[int, int]]:
         """First character of each of the assistant's turns in `text`, and the one behind its last."""

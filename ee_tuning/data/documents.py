@@ -130,7 +130,7 @@ def _document_of(record: dict[str, Any], text_key: str, where: Callable[[], str]
     text = record[text_key]
     if not isinstance(text, str):
         raise InputError(f"{where()}: {text_key!r} must be a text, got {type(text).__name__}; mend it, or set data.text_key")
-    _check_characters(text, text_key, where)
+    check_characters(text, text_key, where)
     return text
 
 
@@ -142,15 +142,16 @@ def _conversation(record: dict[str, Any], where: Callable[[], str]) -> Conversat
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise InputError(f"{where()}: each of {MESSAGES!r} must be an object with role and content, got {message!r}"[:300]
                              + "; mend or remove it")
-        if isinstance(message.get("content"), str):
-            _check_characters(message["content"], MESSAGES, where)
     tools = record.get("tools")
+    # Of roles, names and calls of tools, too. Not every value of .parquet is one of JSON's.
+    check_characters(json.dumps([messages, tools], ensure_ascii=False, default=str), MESSAGES, where)
     # .parquet has a value for each key that any message has; templates ask whether a key is there.
     messages = [{key: value for key, value in message.items() if value is not None or key == "content"} for message in messages]
     return Conversation(messages, tools if isinstance(tools, list) else None, where)
 
 
-def _check_characters(text: str, key: str, where: Callable[[], str]) -> None:
+def check_characters(text: str, key: str, where: Callable[[], str]) -> None:
+    """Raises InputError, naming the key and its place, where `text` can not be written as UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -60,7 +60,8 @@ def joined(parts: list[Tokens]) -> Tokens:
 
 def document_hash(document: Document) -> float:
     """A number in [0, 1] that depends on the content alone: the same on every machine, whatever the file is called."""
-    text = json.dumps(document.messages, sort_keys=True) if isinstance(document, Conversation) else document
+    # .parquet has values that JSON has not, such as times.
+    text = json.dumps(document.messages, sort_keys=True, default=str) if isinstance(document, Conversation) else document
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 

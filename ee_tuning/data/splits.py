@@ -44,8 +44,8 @@ def load_samples(data: DataSection, model_path: str | Path, *, seq_length: int, 
     valid_corpora = find_corpora(data.valid_paths, "data.valid_paths") if data.valid_paths else []
     corpora = find_corpora(data.paths, "data.paths", leave_out=valid_corpora)
     if data.split and (texts := [path for corpus in corpora for path in corpus.texts]):
-        raise InputError(f"data.split = {data.split} divides the documents of .bin and .idx alone, and data.paths names the text {texts[0]}; "
-                         "set data.valid_fraction instead, or preprocess the texts")
+        raise InputError(f"data.split = {data.split} divides the documents of .bin and .idx alone, and data.paths names the text "
+                         f"{texts[0]}; set data.valid_fraction instead, or preprocess the texts")
     tokenizer = Path(data.tokenizer or model_path)
     wanted = [(corpus, not data.valid_paths) for corpus in corpora]
     wanted += [(corpus, False) for corpus in valid_corpora if needs_validation]

@@ -1,4 +1,5 @@
 """Chat messages: which tokens are the assistant's words, found in what a chat template makes of a conversation."""
+import datetime
 import json
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,7 @@ def test_a_template_with_marks_says_what_one_without_them_does(tokenizer: PreTra
 @pytest.mark.parametrize(("template", "messages", "words"), [
     (None, MESSAGES, ["chats.jsonl:7", "no chat template", "data.chat_template"]),
     ("{{ raise_exception('roles must alternate') }}", MESSAGES, ["chats.jsonl:7", "roles must alternate"]),
+    ("{{ '\\ud800' }}" + CHATML, MESSAGES, ["chats.jsonl:7", "half of a surrogate pair"]),
     ("{{ messages | length }}" + CHATML, MESSAGES, ["chats.jsonl:7", "generation"]),
     (THINKING.replace("m['content']", "m['content'].split('—')[-1]"), MESSAGES, ["chats.jsonl:7", "generation"]),
 ])
@@ -132,6 +134,32 @@ def test_messages_that_make_no_sense_are_refused_by_their_line(tmp_path: Path, t
     with pytest.raises(InputError) as error:
         load_samples(DataSection(paths=(str(tmp_path / "mix.jsonl"),)), tmp_path / "model", seq_length=8, vocab_size=300, max_positions=64)
     assert words in str(error.value) and "mix.jsonl:2" in str(error.value)
+
+
+@pytest.mark.parametrize("message", [{"role": "\ud800", "content": "x"}, {"role": "user", "content": ["\ud800"]},
+                                     {"role": "user", "content": "x", "name": "\ud800"}])
+def test_half_a_surrogate_pair_is_refused_wherever_it_stands(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, message: dict) -> None:
+    """A traceback out of the tokenizer for a role or a name, without the line to mend."""
+    tokenizer.save_pretrained(tmp_path / "model")
+    for template in (CHATML, MARKED):
+        (tmp_path / "template").write_text("{{ messages[0]['name'] }}" + template.replace("m['content']", "m['content'] | string"))
+        (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": [message, {"role": "assistant", "content": "y"}]}))
+        with pytest.raises(InputError, match=r"chat\.jsonl:1: 'messages' holds half of a surrogate pair") as error:
+            load_samples(DataSection(paths=(str(tmp_path / "chat.jsonl"),), chat_template=str(tmp_path / "template")), tmp_path / "model",
+                         seq_length=8, vocab_size=300, max_positions=64)
+        assert "\n" not in str(error.value)
+
+
+def test_messages_with_times_are_read(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """A traceback out of a hash for a column that is no JSON."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "template").write_text(CHATML)
+    said_at = [{**message, "at": datetime.datetime(2024, 1, 2), "raw": b"\xff"} for message in MESSAGES]
+    parquet.write_table(pyarrow.Table.from_pylist([{"messages": said_at}]), tmp_path / "chat.parquet")
+    data = DataSection(paths=(str(tmp_path / "chat.parquet"),), chat_template=str(tmp_path / "template"))
+    samples = load_samples(data, tmp_path / "model", seq_length=8, vocab_size=300, max_positions=64, needs_validation=False).train
+    assert isinstance(samples, PackedSamples) and "Hi — you." in tokenizer.decode(samples.stream)
 
 
 def test_chats_without_an_assistant_are_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
