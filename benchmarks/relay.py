@@ -14,8 +14,6 @@ import multiprocessing
 import os
 import socket
 import tempfile
-import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from unittest import mock
 import numpy as np
 import torch
 from random_model import SHIPPED_MODEL
+from working_time import Clock, DrainingWork
 
 from ee_tuning.checkpoint.load import load_for_tuning
 from ee_tuning.config import Config, load_config
@@ -31,7 +30,6 @@ from ee_tuning.data.tokens import PackedSamples, Splits
 from ee_tuning.parallel.topology import init_parallel
 from ee_tuning.tuning import exit_work
 from ee_tuning.tuning import tuner as tuner_module
-from ee_tuning.tuning.exit_work import ExitWork
 from ee_tuning.tuning.saving import Saver
 from ee_tuning.tuning.step import StageWalk
 from ee_tuning.tuning.tuner import Tuner
@@ -105,34 +103,6 @@ def _config(way: str, folder: Path, options: argparse.Namespace) -> Config:
         "tuning.save_interval": 0, "tuning.teacher": "top_k", **WAYS[way][1]})
 
 
-class Clock:
-    """This stage's working time, from its first work to its last."""
-
-    def __init__(self) -> None:
-        self.busy = self.ended = 0.0
-        self.began: float | None = None
-
-    def timed(self, work: Callable[..., Any], at_least: float = 0.0) -> Callable[..., Any]:
-        """`work`, made to last `at_least` so many seconds."""
-        def padded(*args: Any) -> Any:
-            began = time.perf_counter()
-            result = work(*args)
-            time.sleep(max(at_least - (time.perf_counter() - began), 0.0))
-            self.began, self.ended = began if self.began is None else self.began, time.perf_counter()
-            self.busy += self.ended - began
-            return result
-        return padded
-
-
-class DrainingWork(ExitWork):
-    """Lets every stage wait for the last one at the end of a step."""
-
-    def end_step(self, *args: Any) -> None:
-        """As ExitWork's, and then waits."""
-        super().end_step(*args)
-        self._topology.barrier()
-
-
 def _run(rank: int, port: int, way: str, config: Config, seconds: float, answers: Any) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(config.parallel.pipeline_model_parallel_size),
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -154,9 +124,7 @@ def _run(rank: int, port: int, way: str, config: Config, seconds: float, answers
         replace(Saver, "save", lambda *_, **__: None)
         topology.barrier()
         tuner.run()
-    assert clock.began is not None
-    elapsed = clock.ended - clock.began
-    answers.put((rank, (elapsed, 1 - clock.busy / elapsed)))
+    answers.put((rank, (clock.elapsed, clock.idle_share)))
     answers.close()
     answers.join_thread()
     topology.barrier()

@@ -7,6 +7,7 @@ from typing import Any
 from unittest import mock
 
 from tuning_jobs import configure, make_tuner
+from working_time import Clock, DrainingWork
 from world import World
 
 from ee_tuning.config import Config
@@ -19,32 +20,6 @@ from ee_tuning.tuning.tutor import Tutor
 
 SECONDS = 0.02
 """Of the layers of a micro-batch, and of its losses: alike on every stage, so that none has to wait for a slower one."""
-
-
-class Clock:
-    """This rank's working time, from its first work to its last."""
-
-    def __init__(self) -> None:
-        self.busy = self.ended = 0.0
-        self.began: float | None = None
-
-    def timed(self, work: Callable[..., Any], at_least: float) -> Callable[..., Any]:
-        def padded(*args: Any) -> Any:
-            began = time.perf_counter()
-            result = work(*args)
-            time.sleep(max(at_least - (time.perf_counter() - began), 0.0))
-            self.began, self.ended = began if self.began is None else self.began, time.perf_counter()
-            self.busy += self.ended - began
-            return result
-        return padded
-
-
-class DrainingWork(ExitWork):
-    """Lets every stage wait for the last one at the end of a step."""
-
-    def end_step(self, *args: Any) -> None:
-        super().end_step(*args)
-        self._topology.barrier()
 
 
 def slowly(write: Callable[..., Any]) -> Callable[..., Any]:
@@ -61,11 +36,10 @@ def idle_share(config: Config, fault: str) -> float:
           mock.patch.object(tuner._model, "run_layers", clock.timed(tuner._model.run_layers, SECONDS)),
           mock.patch.object(StageWalk, "train", clock.timed(StageWalk.train, SECONDS)),
           mock.patch.object(StageWalk, "evaluate", clock.timed(StageWalk.evaluate, SECONDS)),
-          mock.patch.object(exit_work, "update_exits", clock.timed(exit_work.update_exits, 0.0)),
+          mock.patch.object(exit_work, "update_exits", clock.timed(exit_work.update_exits)),
           mock.patch.object(Saver, "_write_own", slowly(Saver._write_own))):
         tuner.run()
-    assert clock.began is not None
-    return 1 - clock.busy / (clock.ended - clock.began)
+    return clock.idle_share
 
 
 # An exit on every layer, so that every stage has losses and an optimizer; 2 micro-batches a step.
