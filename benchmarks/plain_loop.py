@@ -6,7 +6,7 @@
 The plain loop is what one writes first: the frozen transformers model, called under no_grad; the same `mlp` heads as modules on its hidden
 states; logits made whole, cross-entropy, and autograd.
 Ours is a step of the tuner. Both train the same exits of the same random model on batches of the same shape, in float32. Each runs in a
-process of its own, in turn, several times; peak memory is what the process holds at its worst moment beyond the imported libraries.
+process of its own, in turn; peak memory is what the process holds at its worst moment beyond the imported libraries.
 """
 import argparse
 import copy
@@ -40,8 +40,8 @@ def main() -> None:
     """Measures and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocab-sizes", type=int, nargs="+", default=[32000, 128000])
-    parser.add_argument("--steps", type=int, default=4, help="timed steps of a process, after one that is not")
-    parser.add_argument("--rounds", type=int, default=2, help="processes of each way")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps of a process, after one that is not")
+    parser.add_argument("--rounds", type=int, default=1, help="processes of each way")
     parser.add_argument("--micro-batch-size", type=int, default=4)
     parser.add_argument("--seq-length", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2)
