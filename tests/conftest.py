@@ -1,6 +1,8 @@
 """Makes modules that several test folders share importable, and the CPU the device of all tests but tests/gpu."""
+import gc
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,3 +32,13 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_rubbish_between_modules() -> Iterator[None]:
+    """Process groups that only cycles still hold keep threads, each of which wakes a hundred times a second. What stays is not looked at
+    again.
+    """
+    yield
+    gc.collect()
+    gc.freeze()

@@ -9,6 +9,7 @@ from ee_tuning.generation.head_layers import HeadLayers
 from ee_tuning.generation.kv_cache import KVCache
 from ee_tuning.generation.pieces import Piece
 from ee_tuning.generation.sequence import Sequence
+from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.model.exit_head import ExitInput
 from ee_tuning.model.ragged_attention import CachePlaces, RaggedBatch, ragged_batch, rotation_tables
@@ -29,6 +30,26 @@ class PieceOutput:
     lengths: tuple[int, ...]
 
 
+class _Batches:
+    """Passes as attention wants them told. The newest one is kept: the pieces of a step mostly see the same tokens."""
+
+    def __init__(self, tables: tuple[Tensor, Tensor], config: ModelConfig, cache: KVCache):
+        self._tables, self._num_places = tables, cache.num_places
+        self._per_group = config.num_attention_heads // config.num_query_groups
+        self._newest: tuple[object, RaggedBatch] | None = None
+        self._places: list[CachePlaces] = []
+
+    def __call__(self, rows: list[Sequence], starts: list[int], lengths: list[int]) -> RaggedBatch:
+        """A pass of `lengths` tokens of `rows` from `starts` on."""
+        places = [s.places for s in rows if s.places is not None]
+        key = ([id(each) for each in places], starts, lengths)
+        if self._newest is None or self._newest[0] != key:
+            self._places = places  # kept, so that no other one's id is theirs
+            self._newest = (key, ragged_batch(places, starts, lengths, *self._tables, queries_per_group=self._per_group,
+                                              num_places=self._num_places))
+        return self._newest[1]
+
+
 class Runner:
     """The layers of one stage, and their caches."""
 
@@ -40,12 +61,11 @@ class Runner:
         self.heads = {spec.layer: RaggedHead(model.exit_head(spec.layer), self.topology) for spec in model.plan.own_exits}
         self.tables = rotation_tables(model.backbone.angles[:cache.max_length], model.plan.dtype)
         own_layers = frozenset(spec.layer for spec in model.plan.exits if spec.architecture == "layer")
+        self._describe = _Batches(self.tables, self.config, cache)
         self.head_layers = HeadLayers(own_layers, self.heads, cache, self._describe)
         # A token's row of the embedding is all there is to it in one process: Megatron's modules take ten times as long over it.
         is_plain = self.config.position == "rope" and self.topology.tp == 1 and self.topology.is_first_stage
         self._words: Tensor | None = model.backbone.embedding.word_embeddings.weight if is_plain else None
-        self._batch: tuple[object, RaggedBatch] | None = None
-        self._places: list[CachePlaces] = []
 
     def run(self, index: int, rows: list[Sequence]) -> PieceOutput:
         """One pass of `rows`' pending tokens through piece `index`. States wait behind it for those rows that go deeper."""
@@ -115,13 +135,3 @@ class Runner:
             positions = torch.tensor([[p for start, n in zip(starts, lengths, strict=True) for p in range(start, start + n)]],
                                      device=self.topology.device)
         return self.model.backbone.embed(flat, positions)[:, 0]
-
-    def _describe(self, rows: list[Sequence], starts: list[int], lengths: list[int]) -> RaggedBatch:
-        places = [s.places for s in rows if s.places is not None]
-        key = ([id(each) for each in places], starts, lengths)
-        if self._batch is None or self._batch[0] != key:  # the pieces of a step mostly see the same tokens
-            per_group = self.config.num_attention_heads // self.config.num_query_groups
-            self._places = places  # kept, so that no other one's id is theirs
-            self._batch = (key, ragged_batch(places, starts, lengths, *self.tables, queries_per_group=per_group,
-                                             num_places=self.cache.num_places))
-        return self._batch[1]

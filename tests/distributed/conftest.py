@@ -1,4 +1,5 @@
 """The one world of four processes that all distributed tests share, and the model they tune."""
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,3 +22,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("llama")
     random_llama(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _no_rubbish_between_tests() -> Iterator[None]:
+    """As between modules: a test here makes many process groups."""
+    yield
+    gc.collect()

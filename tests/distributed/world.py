@@ -3,6 +3,7 @@
 A job is a module-level function of a test module, called with the same arguments on every rank; it lays its own
 TP x PP x DP over the world with `init_parallel`. The process that runs pytest is none of the four.
 """
+import gc
 import multiprocessing
 import os
 import pickle
@@ -107,6 +108,9 @@ def _work(rank: int, port: int, connection: Connection) -> None:
         except BaseException:
             answer = pickle.dumps((False, traceback.format_exc()))
         connection.send_bytes(answer)
+        outcome = answer = job = function = args = None
+        gc.collect()  # process groups that only cycles still hold keep threads, each of which wakes a hundred times a second
+        gc.freeze()
 
 
 def _leave_with_parent() -> None:
