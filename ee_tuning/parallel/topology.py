@@ -2,6 +2,7 @@
 
 Ranks are ordered as Megatron orders them: tensor fastest, then data, then pipeline.
 """
+import gc
 import os
 import sys
 import warnings
@@ -170,6 +171,7 @@ def lay_out(parallel: ParallelSection, device: torch.device) -> Topology:
     if parallel_state.model_parallel_is_initialized():  # another layout of the same world
         _destroy_groups(kept=parallel_state.get_data_parallel_group())
         parallel_state.destroy_model_parallel()
+        gc.collect()  # models hold their groups, and themselves in cycles: until they go, the groups' threads stay
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     parallel_state.initialize_model_parallel(tp, pp, create_gloo_process_groups=False)  # those it would make are of no use here
     rank, world_size = dist.get_rank(), dist.get_world_size()
