@@ -17,8 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ee_tuning.config import ParallelSection
 from ee_tuning.errors import InputError
 from ee_tuning.parallel.device import collective_backend, control_backend, prepare_device
-
-Group = Any  # torch.distributed.ProcessGroup
+from ee_tuning.parallel.process_groups import Group, destroy_groups, destroy_world, one_group_for_same_ranks, own_group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,8 +136,7 @@ def leave_parallel() -> None:
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    destroy_world()
 
 
 def _is_launched() -> bool:
@@ -169,13 +167,14 @@ def lay_out(parallel: ParallelSection, device: torch.device) -> Topology:
         warnings.simplefilter("ignore")  # Megatron-core tells of the libraries it does without, on every rank
         from megatron.core import parallel_state
     if parallel_state.model_parallel_is_initialized():  # another layout of the same world
-        _destroy_groups(kept=parallel_state.get_data_parallel_group())
+        destroy_groups()
         parallel_state.destroy_model_parallel()
         gc.collect()  # models hold their groups, and themselves in cycles: until they go, the groups' threads stay
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    parallel_state.initialize_model_parallel(tp, pp, create_gloo_process_groups=False)  # those it would make are of no use here
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dp = world_size // (tp * pp)
+    with one_group_for_same_ranks(parallel_state, kept=[[(p * dp + d) * tp + t for d in range(dp)] for p in range(pp) for t in range(tp)]):
+        parallel_state.initialize_model_parallel(tp, pp, create_gloo_process_groups=False)  # those it would make are of no use here
     stage, column = rank // (tp * dp), rank % (tp * dp)
     stages = [list(range(p * tp * dp, (p + 1) * tp * dp)) for p in range(pp)]
     columns = [[p * tp * dp + i for p in range(pp)] for i in range(tp * dp)]
@@ -188,36 +187,10 @@ def lay_out(parallel: ParallelSection, device: torch.device) -> Topology:
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
-        stage_control=_own_group(stages, rank),
-        feedback_group=_own_group(columns, rank, dist.get_backend()),
-        pp_control=_own_group(columns, rank), replica_control=_own_group(replicas, rank),
+        stage_control=own_group(stages, rank),
+        feedback_group=own_group(columns, rank, dist.get_backend()),
+        pp_control=own_group(columns, rank), replica_control=own_group(replicas, rank),
         world_control=dist.new_group(list(range(world_size)), backend=control_backend()),
         save_control=dist.new_group(list(range(world_size)), backend=control_backend()),
         pp_ranks=tuple(columns[column]),
         dp_mesh=DeviceMesh.from_group(parallel_state.get_data_parallel_group(), device.type))
-
-
-_KEPT_GROUPS: list[Group] = []
-
-
-def _destroy_groups(kept: Group) -> None:
-    """Ends the process groups of a layout: each of gloo's keeps threads and sockets, and Megatron-core makes over a hundred.
-
-    `kept`, the replicas' group, stays: torch remembers device meshes by their ranks, and with them the group of the first one.
-    """
-    _KEPT_GROUPS.extend([dist.group.WORLD, kept])
-    dist.barrier()
-    for group in list(dist.distributed_c10d._world.pg_map):
-        if not any(group is each for each in _KEPT_GROUPS):
-            dist.destroy_process_group(group)
-
-
-def _own_group(partition: list[list[int]], rank: int, backend: str | None = None) -> Group:
-    """A group for each part, one of control unless `backend` is given; this rank's own. Every rank makes every group, in order."""
-    own = None
-    for ranks in partition:
-        group = dist.new_group(ranks, backend=backend or control_backend())
-        if rank in ranks:
-            own = group
-    assert own is not None
-    return own
