@@ -1,8 +1,9 @@
 """The relay between four stages: order, content, the end of a run, and that nobody waits who need not."""
-import time
+from pathlib import Path
 
 import pytest
 import torch
+from meeting import LONG, SHORT, Meeting
 from world import World
 
 from ee_tuning.config import ParallelSection
@@ -81,33 +82,28 @@ def test_a_second_run_follows_the_first_on_the_same_groups(world: World) -> None
     assert world.run(relay_twice) == [7, 7, 7, 7]
 
 
-def idle_share(num_steps: int, drains: bool) -> float:
-    """1 - busy / elapsed of this stage over the whole run, at 2 micro-batches a step that cost 20 ms each on every stage."""
+def all_met(folder: Path, patience: float, drains: bool) -> bool:
+    """Whether this stage saw all others at work with each of its micro-batches, 2 of which are a step."""
     topology = init_parallel(ParallelSection(pipeline_model_parallel_size=4))
-    relay = Relay(topology, SHAPE, torch.float32)
-    num_microbatches = 2 * num_steps
-    topology.barrier()
-    began, busy = time.perf_counter(), 0.0
+    relay, num_microbatches = Relay(topology, SHAPE, torch.float32), 20
+    meeting = Meeting(folder, topology.stage, topology.pp, num_microbatches, patience)
+    work = meeting.at_work(lambda hidden: hidden + 1)
     for i in range(num_microbatches):
-        hidden = torch.zeros(SHAPE) if topology.is_first_stage else relay.receive().hidden
-        work_began = time.perf_counter()
-        time.sleep(0.02)
-        busy += time.perf_counter() - work_began
+        hidden = work(torch.zeros(SHAPE) if topology.is_first_stage else relay.receive().hidden)
         if not topology.is_last_stage:
             relay.send(hidden, follows=Follows.NEXT if i < num_microbatches - 1 else Follows.END)
         if drains and i % 2:
             topology.barrier()
-    elapsed = time.perf_counter() - began
     relay.finish()
-    return 1 - busy / elapsed
+    return meeting.all_met
 
 
-def test_stages_idle_under_a_tenth_where_draining_costs_half(world: World) -> None:
+def test_all_stages_work_at_once_but_where_they_drain(world: World, tmp_path: Path) -> None:
     """Any wait for a later stage, within a step or between steps, would come back as the bubble the relay is there to avoid."""
-    # Up to five runs: a machine that has far more to do than processors delays every wake-up.
-    assert any(max(world.run(idle_share, 50, False)) < 0.10 for _ in range(5))
-    drained = world.run(idle_share, 15, True)
-    assert min(drained[1:3]) > 0.50, drained
+    for drains, patience in ((False, LONG), (True, SHORT)):
+        (folder := tmp_path / str(drains)).mkdir()
+        met = world.run(all_met, folder, patience, drains)
+        assert not any(met[1:]) if drains else all(met), "the first stage, when it is late, finds that the others waited no longer"
 
 
 def fail_on_rank_two() -> None:

@@ -74,7 +74,7 @@ class World:
         spawn = multiprocessing.get_context("spawn")
         for rank in range(SIZE):
             ours, theirs = spawn.Pipe()
-            # Not a daemon: saving a distributed checkpoint starts processes of its own.
+            # Not a daemon: stock Megatron's checkpoint writers are processes of their own.
             process = spawn.Process(target=_work, args=(rank, port, theirs), name=f"rank {rank}")
             process.start()
             theirs.close()
