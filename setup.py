@@ -39,7 +39,7 @@ setup(
         "serve": [],
         "eval": [],
         "watch": ["tensorboard", "wandb"],
-        "dev": ["pytest", "pytest-timeout", "ruff", "mypy", "types-PyYAML", "pre-commit", "pyarrow", "tensorboard",
+        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "types-PyYAML", "pre-commit", "pyarrow", "tensorboard",
                 "torchao>=0.18", "bitsandbytes>=0.50"],
     },
     entry_points={"console_scripts": ["ee-tuning = ee_tuning.cli:main"]},
