@@ -11,9 +11,6 @@ A stage is busy when it does not wait for the other one.
 """
 import argparse
 import json
-import multiprocessing
-import os
-import socket
 import statistics
 import tempfile
 import time
@@ -23,6 +20,7 @@ from typing import Any
 
 import torch
 from random_model import SHIPPED_MODEL, Folders, write_exits, write_random_model
+from rank_processes import run_ranks
 
 from ee_tuning import EarlyExitLLM
 from ee_tuning.config import load_config
@@ -59,7 +57,7 @@ def main() -> None:
                 folders = write_random_model(Path(folder, "30m"), SHIPPED_MODEL)
             else:
                 folders = Folders(SHIPPED_MODEL, options.exits or write_exits(SHIPPED_MODEL, Path(folder, "shipped")))
-            rows += _in_two_processes(name, folders, options)
+            rows += run_ranks(len(LAYOUT), _rows_of, name, folders, options)[0]
     print(f"\n{options.new_tokens} new tokens after each prompt, greedy, float32, two processes of one thread, medians of "
           f"{options.rounds} rounds\n")
     print("| model | batch | way | mean depth | tokens/s | ÷ full depth | busy, by stage |\n|---|---|---|---|---|---|---|")
@@ -84,34 +82,11 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _in_two_processes(name: str, folders: Folders, options: argparse.Namespace) -> list[Row]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    spawn = multiprocessing.get_context("spawn")
-    answers = spawn.Queue()
-    ranks = [spawn.Process(target=_run, args=(rank, port, name, folders, options, answers)) for rank in range(len(LAYOUT))]
-    for each in ranks:
-        each.start()
-    rows: list[Row] = answers.get(timeout=900)
-    for each in ranks:
-        each.join()
-    return rows
-
-
-def _run(rank: int, port: int, name: str, folders: Folders, options: argparse.Namespace, answers: Any) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(len(LAYOUT)), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
+def _rows_of(name: str, folders: Folders, options: argparse.Namespace) -> list[Row]:
     llm = EarlyExitLLM.from_config(load_config(None, {
         "model.path": str(folders.model), "exits.path": str(folders.exits), "parallel.pipeline_model_parallel_size": len(LAYOUT),
         "parallel.pipeline_layout": list(LAYOUT)}))
-    rows = [row for batch in options.batch for row in _measure(llm, name, batch, options)]
-    if rank == 0:
-        answers.put(rows)
-        answers.close()
-        answers.join_thread()
-    llm.model.topology.barrier()
-    os._exit(0)
+    return [row for batch in options.batch for row in _measure(llm, name, batch, options)]
 
 
 def _measure(llm: EarlyExitLLM, name: str, batch: int, options: argparse.Namespace) -> list[Row]:

@@ -10,9 +10,6 @@ of the worst stage. A run whose stages wait for the last one at the end of every
 """
 import argparse
 import json
-import multiprocessing
-import os
-import socket
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,8 +17,8 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-import torch
 from random_model import SHIPPED_MODEL
+from rank_processes import run_ranks
 from working_time import Clock, DrainingWork
 
 from ee_tuning.checkpoint.load import load_for_tuning
@@ -74,24 +71,12 @@ def _options() -> argparse.Namespace:
 
 def measure(way: str, options: argparse.Namespace) -> tuple[float, list[float], float]:
     """Seconds, the idle share of every stage, and the largest mean that the run's own metrics tell."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        config = _config(way, Path(folder, "run"), options)
-        spawn = multiprocessing.get_context("spawn")
-        answers = spawn.Queue()
-        ranks = [spawn.Process(target=_run, args=(rank, port, way, config, options.milliseconds / 1e3, answers))
-                 for rank in range(options.stages)]
-        for each in ranks:
-            each.start()
-        results = dict(answers.get(timeout=600) for _ in ranks)
-        for each in ranks:
-            each.join()
+        results = run_ranks(options.stages, _timed_run, way, _config(way, Path(folder, "run"), options), options.milliseconds / 1e3)
         records = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
     told = [record["idle_share"] for record in records if record["kind"] == "train"]
     means = [sum(each[stage] for each in told) / len(told) for stage in told[0]]
-    return max(seconds for seconds, _ in results.values()), [results[rank][1] for rank in range(options.stages)], max(means)
+    return max(seconds for seconds, _ in results), [share for _, share in results], max(means)
 
 
 def _config(way: str, folder: Path, options: argparse.Namespace) -> Config:
@@ -103,10 +88,8 @@ def _config(way: str, folder: Path, options: argparse.Namespace) -> Config:
         "tuning.save_interval": 0, "tuning.teacher": "top_k", **WAYS[way][1]})
 
 
-def _run(rank: int, port: int, way: str, config: Config, seconds: float, answers: Any) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(config.parallel.pipeline_model_parallel_size),
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
+def _timed_run(way: str, config: Config, seconds: float) -> tuple[float, float]:
+    """Seconds of this stage, and its idle share."""
     topology, clock = init_parallel(config.parallel), Clock()
     tokens = np.random.RandomState(5).randint(0, 200, 50 * SEQ_LENGTH + 1).astype(np.int32)
     samples = Splits(train=PackedSamples(tokens, SEQ_LENGTH), valid=None)
@@ -124,11 +107,7 @@ def _run(rank: int, port: int, way: str, config: Config, seconds: float, answers
         replace(Saver, "save", lambda *_, **__: None)
         topology.barrier()
         tuner.run()
-    answers.put((rank, (clock.elapsed, clock.idle_share)))
-    answers.close()
-    answers.join_thread()
-    topology.barrier()
-    os._exit(0)
+    return clock.elapsed, clock.idle_share
 
 
 if __name__ == "__main__":

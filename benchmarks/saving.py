@@ -8,9 +8,6 @@ float32 masters and Adam's two moments, 12 bytes a parameter. The boundary is th
 the slower process; the run's time beyond that of one that saves at its end alone tells what the writing itself takes from training.
 """
 import argparse
-import multiprocessing
-import os
-import socket
 import statistics
 import tempfile
 import time
@@ -19,8 +16,8 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-import torch
 from random_model import SHIPPED_MODEL, write_random_model
+from rank_processes import run_ranks
 
 from ee_tuning.checkpoint.load import load_for_tuning
 from ee_tuning.config import Config, load_config
@@ -48,7 +45,7 @@ def main() -> None:
                 "parallel.pipeline_model_parallel_size": 2, "tuning.run_folder": str(Path(folder, way)),
                 "tuning.train_iters": options.steps, "tuning.seq_length": SEQ_LENGTH, "tuning.micro_batch_size": 1,
                 "tuning.global_batch_size": 2, "tuning.eval_iters": 0, "tuning.save_interval": options.interval, **keys})
-            results = _measure(config)
+            results = run_ranks(2, _seconds_of_saves, config)
             boundaries = [max(of_ranks) for of_ranks in zip(*(saves[:-1] for saves, _ in results), strict=True)]  # the end waits anyway
             told = ["", ""] if not boundaries else [f"{1e3 * each:.0f} ms" for each in (statistics.median(boundaries), max(boundaries))]
             print(f"| {way} | {told[0]} | {told[1]} | {max(seconds for _, seconds in results):.1f} s |", flush=True)
@@ -62,25 +59,8 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _measure(config: Config) -> list[tuple[list[float], float]]:
-    """Of each process: seconds of every save, and of the run."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    spawn = multiprocessing.get_context("spawn")
-    answers = spawn.Queue()
-    ranks = [spawn.Process(target=_run, args=(rank, port, config, answers)) for rank in range(2)]
-    for each in ranks:
-        each.start()
-    results = [answers.get(timeout=600) for _ in ranks]
-    for each in ranks:
-        each.join()
-    return results
-
-
-def _run(rank: int, port: int, config: Config, answers: Any) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
+def _seconds_of_saves(config: Config) -> tuple[list[float], float]:
+    """Of this process: seconds of every save, and of the run."""
     topology = init_parallel(config.parallel)
     Path(config.tuning.run_folder).mkdir(exist_ok=True)
     tokens = np.random.RandomState(5).randint(0, VOCABULARY, 50 * SEQ_LENGTH + 1).astype(np.int32)
@@ -95,11 +75,7 @@ def _run(rank: int, port: int, config: Config, answers: Any) -> None:
     began = time.perf_counter()
     with mock.patch.object(tuner, "_save", timed):
         tuner.run()
-    answers.put((saves, time.perf_counter() - began))
-    answers.close()
-    answers.join_thread()
-    topology.barrier()
-    os._exit(0)
+    return saves, time.perf_counter() - began
 
 
 if __name__ == "__main__":

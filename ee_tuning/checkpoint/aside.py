@@ -20,19 +20,27 @@ Result = TypeVar("Result")
 
 
 def on_first_rank(topology: Topology | None, action: Callable[[], Result]) -> Result:
-    """What `action` returns on rank 0, on every rank; its InputError is raised on all of them. None is a world of one."""
+    """What `action` returns on rank 0, on every rank. Where it fails all ranks raise, as with `finish_together`: its InputError, or else
+    its own exception on rank 0 and a RuntimeError on the others. None is a world of one.
+    """
     if topology is None:
         return action()
-    answer: tuple[bool, Result | str] | None = None
+    result, failure = None, None
     if topology.rank == 0:
         try:
-            answer = (True, action())
-        except InputError as error:
-            answer = (False, str(error))
-    is_done, value = topology.broadcast_object(answer)
-    if not is_done:
-        raise InputError(value)
-    return value
+            result = action()
+        except Exception as error:  # of any kind: the others wait for an answer
+            failure = error
+    refusal = str(failure) if isinstance(failure, InputError) else None
+    crash = None if failure is None or refusal is not None else f"rank 0 failed: {type(failure).__name__}: {failure}"
+    result, refusal, crash = topology.broadcast_object((result, refusal, crash))
+    if failure is not None:
+        raise failure
+    if refusal is not None:
+        raise InputError(refusal)
+    if crash is not None:
+        raise RuntimeError(crash)
+    return result
 
 
 def gathered(items: list[Result], topology: Topology | None) -> list[Result]:

@@ -3,6 +3,7 @@
 `exit_config.json`, `exit_heads.safetensors` (or shards and their index) with whole tensors under Hugging Face's spelling, `manifest.json`.
 Any TP × PP reads it by slices, and the same bytes are written whatever the layout.
 """
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -45,11 +46,15 @@ class ExitHeadsReader(SafetensorsFolder):
             check_integrity(folder, topology)
         self.config = read_exit_config(folder)
         super().__init__(folder, STEM)
+        self.digest: str | None = None
+        """Of the heads' weights, by the sums of their files; None where the manifest is not looked at."""
         if not verifies:
             return
         manifest = read_manifest(folder, _REMEDY)
         for file in sorted({CONFIG, *self.files.values()} - set(manifest)):
             raise InputError(f"{folder / MANIFEST} does not list {file}, which {self.table if file != CONFIG else folder} holds; {_REMEDY}")
+        sums = sorted((file, manifest[file]["sha256"]) for file in set(self.files.values()))
+        self.digest = hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 
     def check_complete(self, config: ModelConfig) -> None:
         """Raises InputError where a tensor is missing, has another shape than the backbone asks for, or is no part of an exit head."""

@@ -50,6 +50,8 @@ class LoadedModel:
     """First and last layer, 1-based, of every stage."""
     exits: ExitHeadsConfig | None
     """What the heads are; None where there are none."""
+    heads_digest: str | None = None
+    """Of their weights, as an artifact's manifest has it: ExitHeadsReader.digest."""
 
 
 def load_for_tuning(config: Config, topology: Topology) -> LoadedModel:
@@ -70,7 +72,8 @@ def load_for_generation(config: Config, topology: Topology) -> LoadedModel:
     with reader:
         exits, tensors = _open_exits(config, model_config, reader, topology) if config.exits.path else (None, None)
         sources = Sources(model_config, reader, exits, tensors)
-        return build_stage(sources, _plan_generation(config, sources, topology), topology)
+        loaded = build_stage(sources, _plan_generation(config, sources, topology), topology)
+        return dataclasses.replace(loaded, heads_digest=tensors.digest if isinstance(tensors, ExitHeadsReader) else None)
 
 
 def plan_tuning(config: Config, sources: Sources, topology: Topology) -> list[StagePlan]:

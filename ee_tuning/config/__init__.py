@@ -14,7 +14,7 @@ from typing import Any, Literal
 import yaml
 
 from ee_tuning.config.data import DataSection
-from ee_tuning.config.generation import GenerationSection
+from ee_tuning.config.generation import GenerationSection, without_overruled
 from ee_tuning.config.model import Architecture, DType, ExitsSection, ModelSection, ParallelSection
 from ee_tuning.config.placement import AutoLayers
 from ee_tuning.config.tuning import TuningSection, WeightFormat
@@ -45,6 +45,8 @@ def load_config(path: str | Path | None, overrides: dict[str, Any] | None = None
     choices, or larger than a number can be.
     """
     tree = _read_yaml(Path(path)) if path is not None else {}
+    if isinstance(tree.get("generation"), dict):
+        tree["generation"] = without_overruled(tree["generation"], [name.removeprefix("generation.") for name in overrides or {}])
     for dotted, value in (overrides or {}).items():
         section, _, key = dotted.partition(".")
         if not key:

@@ -1,8 +1,14 @@
 """Section `generation`: the decoder."""
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 Measure = Literal["max_probability", "margin", "entropy"]
+
+
+def without_overruled(keys: dict[str, Any], given: Collection[str]) -> dict[str, Any]:
+    """The section's `keys`, but for a calibration where those `given` over them name a threshold or measure of their own."""
+    return {key: value for key, value in keys.items() if key != "calibration" or not {"threshold", "measure"} & set(given)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +23,8 @@ class GenerationSection:
     measure: Measure = "max_probability"
     """Of confidence, in the plain softmax: the largest probability, its margin over the second, or 1 - entropy / ln(vocabulary)."""
     calibration: str | None = None
-    """File that `ee-tuning calibrate` wrote: its thresholds and its measure, in place of threshold and measure."""
+    """File that `ee-tuning calibrate` wrote: its thresholds and its measure, in place of threshold and measure. One of these given
+    on the command line overrules a file that the job names."""
     exit_layer: int | None = None
     """The exit of the policy `fixed`."""
     max_new_tokens: int = 100

@@ -51,6 +51,7 @@ def calibrate(config: Config, flags: argparse.Namespace) -> None:
     if topology.is_logging_rank:
         curves = {layer: curve(readings, layer, measure) for layer in readings.exit_layers}
         tree = {"format_version": FORMAT_VERSION, "model_name": model_folder(config.model.path).name, "num_layers": model.config.num_layers,
+                "heads_digest": loaded.heads_digest,
                 "wanted_agreement": flags.agreement, "measure": measure, "thresholds": thresholds, "tokens": readings.num_tokens,
                 "found": dataclasses.asdict(found), "held_out": {"tokens": held_out.num_tokens, **dataclasses.asdict(seen)},
                 "curves": {each: {layer: curve(readings, layer, each) for layer in readings.exit_layers} for each in MEASURES}}

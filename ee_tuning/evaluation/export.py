@@ -7,6 +7,8 @@ from ee_tuning.errors import InputError
 
 FLAGS = {"artifact": ("only", "drop", "merge", "add"), "hf": ("link", "check", "text"), "megatron": ()}
 """Format -> the flags that only some formats take."""
+NEW_EXITS = {"exits.architecture", "exits.adapter_rank", "exits.init", "exits.seed"}
+"""Keys that say what the exits of --add are; those of --exits are what they are."""
 
 
 def export(config: Config, flags: argparse.Namespace) -> int:
@@ -20,6 +22,8 @@ def export(config: Config, flags: argparse.Namespace) -> int:
         if getattr(flags, name) and name not in FLAGS[flags.format]:
             formats = " or ".join(kind for kind, names in FLAGS.items() if name in names)
             raise InputError(f"--{name} goes with --format {formats}, got --format {flags.format}; leave one of them out")
+    if (of_new := sorted(NEW_EXITS & flags.overrides.keys())) and not flags.add:
+        raise InputError(f"{', '.join(of_new)} is of new exits, and none is asked for; give --add N, or leave it out")
     num_processes = world_size()
     if num_processes > 1 and (flags.format == "artifact" or flags.check):
         raise InputError(f"--format artifact and --check are for one process, got {num_processes}; start it without torchrun")

@@ -16,6 +16,7 @@ from typing import Any
 from ee_tuning.checkpoint.formats import model_folder
 from ee_tuning.checkpoint.load import load_for_generation
 from ee_tuning.config import Config, GenerationSection, load_config
+from ee_tuning.config.generation import without_overruled
 from ee_tuning.data.tokenizer import load_tokenizer
 from ee_tuning.errors import InputError
 from ee_tuning.generation.completion import Completion, StreamedToken, Writer
@@ -44,9 +45,10 @@ class EarlyExitLLM:
     """A model with exit heads, ready to decode."""
 
     def __init__(self, model: EarlyExitModel, stages: list[tuple[int, int]], tokenizer: Any, defaults: GenerationSection,
-                 stop_token_ids: tuple[int, ...]):
+                 stop_token_ids: tuple[int, ...], heads_digest: str | None = None):
+        """`heads_digest` tells a calibration made for these exit heads from others; see LoadedModel."""
         self.model, self.stages, self.tokenizer, self.defaults = model, stages, tokenizer, defaults
-        self.stop_token_ids = stop_token_ids
+        self.stop_token_ids, self.heads_digest = stop_token_ids, heads_digest
         self.engine: Engine | None = None
         self._settings: dict[str, Any] = {}
 
@@ -67,7 +69,7 @@ class EarlyExitLLM:
         folder = model_folder(config.model.path)
         tokenizer = load_tokenizer(config.data.tokenizer or folder)
         return cls(loaded.model, loaded.stages, tokenizer, config.generation,
-                   _stop_token_ids(folder, loaded.model.config.eos_token_ids, tokenizer))
+                   _stop_token_ids(folder, loaded.model.config.eos_token_ids, tokenizer), loaded.heads_digest)
 
     @property
     def exit_layers(self) -> tuple[int, ...]:
@@ -111,13 +113,17 @@ class EarlyExitLLM:
             del options["policy"]
         resolved = self._options(options)
         if given is None or isinstance(given, str):
-            given = policy_of(resolved, self.exit_layers, self.num_layers)
+            given = self.policy(resolved)
         policies = list(given) if isinstance(given, Sequence) else [given] * len(prompts)
         listed = list(params) if isinstance(params, Sequence) else [params or params_of(resolved)] * len(prompts)
         for name, values in (("params", listed), ("policy", policies)):
             if len(values) != len(prompts):
                 raise InputError(f"{name} must be one for all prompts or one for each of the {len(prompts)}, got {len(values)}")
         return resolved, [Job(*job) for job in zip(prompts, listed, policies, strict=True)]
+
+    def policy(self, options: GenerationSection) -> Policy:
+        """What the section's keys ask of these exits. Raises InputError where it is not to be had."""
+        return policy_of(options, self.exit_layers, self.num_layers, self.heads_digest)
 
     def run(self, jobs: list[Job], completions: list[Completion], options: GenerationSection, *,
             keeps_errors: bool = False) -> Iterator[StreamedToken]:
@@ -220,8 +226,8 @@ class EarlyExitLLM:
 def with_options(defaults: GenerationSection, options: dict[str, Any]) -> GenerationSection:
     """`defaults`, but for the keys in `options`. A threshold or measure of its own overrules a calibration file among the defaults."""
     given = load_config(None, {f"generation.{key}": value for key, value in options.items()}).generation
-    overruled = {"calibration": None} if {"threshold", "measure"} & options.keys() else {}
-    return dataclasses.replace(defaults, **{**overruled, **{key: getattr(given, key) for key in options}})
+    kept = without_overruled(vars(defaults), options)
+    return GenerationSection(**{**kept, **{key: getattr(given, key) for key in options}})
 
 
 def params_of(generation: GenerationSection) -> SamplingParams:

@@ -30,8 +30,8 @@ class Policy:
 FULL = Policy()
 
 
-def policy_of(generation: GenerationSection, exit_layers: tuple[int, ...], num_layers: int) -> Policy:
-    """The policy that the keys describe. Raises InputError where it asks for what is not there."""
+def policy_of(generation: GenerationSection, exit_layers: tuple[int, ...], num_layers: int, heads_digest: str | None = None) -> Policy:
+    """The policy that the keys describe, for a model with these exits. Raises InputError where it asks for what is not there."""
     kind = generation.policy
     if kind == "full":
         return FULL
@@ -47,7 +47,7 @@ def policy_of(generation: GenerationSection, exit_layers: tuple[int, ...], num_l
     if kind == "speculative":
         return Policy(drafts_at=early)
     if generation.calibration is not None:
-        calibration = read_calibration(generation.calibration, exit_layers, num_layers)
+        calibration = read_calibration(generation.calibration, exit_layers, num_layers, heads_digest)
         return Policy(thresholds=calibration.used, measure=calibration.measure)
     thresholds = _thresholds(generation.threshold, exit_layers)
     # No measure is above 1.

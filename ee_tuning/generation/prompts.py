@@ -8,7 +8,6 @@ from ee_tuning.config import GenerationSection
 from ee_tuning.errors import InputError
 from ee_tuning.generation.completion import Completion
 from ee_tuning.generation.llm import EarlyExitLLM, Job, params_of, with_options
-from ee_tuning.generation.policy import policy_of
 
 Line = dict[str, Any]
 """`prompt`, and keys of the `generation` section and `logit_bias` for this one."""
@@ -63,4 +62,4 @@ def job_of(llm: EarlyExitLLM, line: Line) -> Job:
     except (AttributeError, TypeError, ValueError) as error:
         raise InputError(f"logit_bias must be an object of token ids and numbers, got {biases!r:.60}") from error
     params = dataclasses.replace(params_of(generation), logit_bias=bias)
-    return Job(line["prompt"], params, policy_of(generation, llm.exit_layers, llm.num_layers))
+    return Job(line["prompt"], params, llm.policy(generation))

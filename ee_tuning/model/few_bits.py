@@ -2,6 +2,7 @@
 
 They stand in the backbone's layers where Megatron-core has its column- and row-parallel ones, and go forward alone.
 """
+import abc
 import functools
 import importlib.util
 import logging
@@ -55,7 +56,7 @@ def few_bits_weights(module: nn.Module) -> Iterator[tuple[str, "FewBitsLinear"]]
     return ((f"{name}.weight", each) for name, each in module.named_modules() if isinstance(each, FewBitsLinear))
 
 
-class FewBitsLinear(nn.Module):
+class FewBitsLinear(nn.Module, abc.ABC):
     """As the `stock` map of Megatron's that it replaces: [s, b, i] -> [s, b, o], and the bias where the caller is to add it.
 
     Where the sequence is cut, column-parallel maps take [s/tp, b, i], and row-parallel ones give [s/tp, b, o].
@@ -83,17 +84,17 @@ class FewBitsLinear(nn.Module):
         return out, self.bias if self.leaves_bias else None
 
     @staticmethod
+    @abc.abstractmethod
     def buffers_of(outputs: int, inputs: int) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
         """Name, shape and dtype of what holds a weight [outputs, inputs]."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def take(self, weight: Tensor) -> None:  # [o, i]
         """Holds this rank's part of the weight from now on. All ranks of a tensor-parallel group call it at once."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def product(self, x: Tensor) -> Tensor:  # [s, b, i] -> [s, b, o]
         """Before sum and bias."""
-        raise NotImplementedError
 
 
 class Int8Linear(FewBitsLinear):

@@ -6,6 +6,7 @@ from unittest import mock
 import torch.distributed as dist
 from world import World
 
+from ee_tuning.checkpoint.aside import on_first_rank
 from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.evaluation.profile import with_exit_layers
 from ee_tuning.parallel import together
@@ -15,24 +16,27 @@ from ee_tuning.parallel.topology import init_parallel
 MODEL = Path(__file__).parents[2] / "examples" / "tiny-python-llama"
 
 
-def failing(rank: int) -> str:
-    topology = init_parallel(ParallelSection())
+def crash() -> Iterator[None]:
+    yield
+    raise KeyError("a key")
 
-    def steps() -> Iterator[None]:
-        yield
-        raise KeyError("a key")
-    try:
-        finish_together(steps() if topology.rank == rank else iter(()), topology)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
+
+def failing(rank: int) -> list[str]:
+    """What this rank hears where `rank` fails while all work, and where the first one fails at what it does for all."""
+    topology, heard = init_parallel(ParallelSection()), []
+    for work in (lambda: finish_together(crash() if topology.rank == rank else iter(()), topology),
+                 lambda: on_first_rank(topology, lambda: list(crash()))):
+        try:
+            work()
+        except Exception as error:
+            heard.append(f"{type(error).__name__}: {error}")
+    return heard
 
 
 def test_an_exception_that_nobody_expected_ends_every_rank(world: World) -> None:
     """The rank that meets it ends, and the others wait for it until a collective times out."""
-    told = world.run(failing, 2)
-    assert told[2] == "KeyError: 'a key'"
-    assert told[:2] + told[3:] == ["RuntimeError: rank 2 failed: KeyError: 'a key'"] * 3
+    own, heard = "KeyError: 'a key'", "RuntimeError: rank {} failed: KeyError: 'a key'"
+    assert world.run(failing, 2) == [[heard.format(2) if rank != 2 else own, heard.format(0) if rank else own] for rank in range(4)]
 
 
 def profiled(text: str) -> tuple[object, int]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS.parent), str(TESTS), str(TESTS / "distributed")]
+sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
 COUNTS = {"safetensors": 3000, "checkpoints": 500, "saves": 100, "tuning": 100, "mixtures": 1000, "speculation": 200, "growth": 10_000}
 
@@ -105,4 +105,7 @@ never stopped.
 """
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # What killed processes leave goes with it.
+    with tempfile.TemporaryDirectory(prefix="ee-tuning-stress-") as own:
+        os.environ["TMPDIR"] = tempfile.tempdir = own
+        sys.exit(main())

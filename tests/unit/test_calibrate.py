@@ -119,10 +119,20 @@ def test_generate_leaves_where_the_calibration_says(calibrated):
     assert set(llm.generate(["def main("], threshold=1.1, max_new_tokens=40)[0].exit_layers) == {12}, "what is asked for itself counts"
 
 
-DAMAGED = [("", "Expecting value"), ("[]", "format version 1, got None"), ('{"format_version": 9}', "got 9"),
-           ('{"format_version": 1, "thresholds": {"4": 2}, "measure": "margin", "num_layers": 12}', "must hold thresholds"),
-           ('{"format_version": 1, "thresholds": {"4": 0.5}, "measure": "margin", "num_layers": 12}', "made for exits 4 of 12"),
-           ('{"format_version": 1, "thresholds": {"4": 0.5, "8": null}, "measure": "luck", "num_layers": 12}', "must hold thresholds")]
+def test_a_calibration_holds_for_the_weights_it_was_made_for(calibrated, tmp_path):
+    """Thresholds of heads as they began, used once they are tuned."""
+    others = write_exits(MODEL, tmp_path / "others", exit_layers=[4, 8], init="random")
+    asked = {"calibration": str(calibrated[1]), "max_new_tokens": 2}
+    with pytest.raises(InputError, match="made for other weights of these exits"):
+        EarlyExitLLM.load(MODEL, others).generate(["x"], **asked)
+    assert EarlyExitLLM.from_config(load_config(None, {"model.path": str(MODEL), "exits.path": str(others), "exits.verify": False})
+                                    ).generate(["x"], **asked), "the sums are not looked at where that is asked for"
+
+
+DAMAGED = [("", "Expecting value"), ("[]", "format version 2, got None"), ('{"format_version": 9}', "got 9"),
+           ('{"format_version": 2, "thresholds": {"4": 2}, "measure": "margin", "num_layers": 12}', "must hold thresholds"),
+           ('{"format_version": 2, "thresholds": {"4": 0.5}, "measure": "margin", "num_layers": 12}', "made for exits 4 of 12"),
+           ('{"format_version": 2, "thresholds": {"4": 0.5, "8": null}, "measure": "luck", "num_layers": 12}', "must hold thresholds")]
 
 
 @pytest.mark.parametrize(("text", "words"), DAMAGED)

@@ -90,6 +90,15 @@ def test_overrides_lie_over_the_file(tmp_path: Path):
     assert (config.tuning.lr, config.tuning.train_iters, config.data.text_key) == (2.0, 7, "body")
 
 
+@pytest.mark.parametrize(("given", "used"), [
+    ({"threshold": "0.5"}, None), ({"measure": "margin"}, None), ({"seed": "1"}, "a.json"),
+    ({"threshold": "0.5", "calibration": "b.json"}, "b.json")])
+def test_a_threshold_that_is_typed_overrules_the_calibration_of_the_file(tmp_path: Path, given: dict[str, str], used: str | None):
+    """A flag without an effect, and without a word of it."""
+    path = write(tmp_path, "generation: {calibration: a.json}")
+    assert load_config(path, {f"generation.{key}": value for key, value in given.items()}).generation.calibration == used
+
+
 @pytest.mark.parametrize("typed", ["[" * 9000, "1" + "0" * 400, "2024-13-45", "{a: 1, a: 2}"])
 def test_an_override_that_makes_no_sense_is_one_line(typed: str):
     """A traceback for a slip of the hand."""

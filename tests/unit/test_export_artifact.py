@@ -124,6 +124,7 @@ def test_a_model_with_experts_gets_heads_that_it_takes(models):
     (["--exits", "adapter4", "--merge", "adapter5"], "adapter_rank"),
     (["--exits", "a24", "--merge", "tied5"], "output"),
     (["--exits", "a24", "--merge", "a4"], "after layer 4 comes from two places"),
+    (["--exits", "a24", "--drop", "2", "--architecture", "mlp"], "exits.architecture is of new exits, and none is asked for"),
     (["--exits", "a24", "--model", "a", "--add", "2"], "after layer 2 comes from two places"),
     (["--exits", "a24", "--model", "b", "--add", "5"], "bound to a"),
     (["--exits", "a24", "--model", "a", "--add", "7"], "1..6"),
