@@ -3,7 +3,6 @@
 sha256 takes 1.5 to 2 GB/s of a core, as long as everything else together; a file hashed after it was written is read twice.
 """
 import hashlib
-import os
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from ee_tuning.checkpoint.direct_file import DirectFile
 from ee_tuning.checkpoint.tensor_blocks import as_bytes, keep_freed_blocks
 
 _WAITING = 8
@@ -29,7 +29,7 @@ class HashedFile:
 
     def __init__(self, path: Path | None, *, beside_other_work: bool = False):
         self.num_bytes = 0
-        self._handle = None if path is None else os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self._file = None if path is None else DirectFile(path)
         self._digest = hashlib.sha256()
         # torch's own threads spin between its short jobs, on the cores that hashing and writing need: a third of the time, with two.
         self._torch_threads = None if beside_other_work else torch.get_num_threads()
@@ -50,15 +50,15 @@ class HashedFile:
                 self._hand_on_small()
                 self._wait(0)
                 self._sum = self._digest.hexdigest()
-                if self._handle is not None:
-                    os.fsync(self._handle)
+                if self._file is not None:
+                    self._file.finish()
         finally:
             if self._torch_threads:
                 torch.set_num_threads(self._torch_threads)
             for threads in self._threads:
                 threads.shutdown(cancel_futures=True)
-            if self._handle is not None:
-                os.close(self._handle)
+            if self._file is not None:
+                self._file.close()
 
     @property
     def sha256(self) -> str:
@@ -89,17 +89,11 @@ class HashedFile:
 
     def _hand_on(self, view: memoryview) -> None:
         writer, hasher = self._threads
-        if self._handle is not None:
-            self._under_way.append(writer.submit(_write_all, self._handle, view))
+        if self._file is not None:
+            self._under_way.append(writer.submit(self._file.write, view))
         self._under_way.append(hasher.submit(self._digest.update, view))
         self._wait(2 * _WAITING)
 
     def _wait(self, num_left: int) -> None:
         while len(self._under_way) > num_left:
             self._under_way.popleft().result()
-
-
-def _write_all(handle: int, view: memoryview) -> None:
-    done = 0
-    while done < len(view):  # one call writes at most 2 GB
-        done += os.write(handle, view[done:])
