@@ -34,11 +34,11 @@ class Costs:
     overhead: float = 0.0
     """Of a step, whatever runs in it."""
 
-    def of_piece(self, index: int, num_tokens: int) -> float:
-        """A pass of so many tokens through a piece."""
+    def of_piece(self, index: int, num_tokens: float) -> float:
+        """A pass of so many tokens, or so many in the mean, through a piece."""
         return _between(self.pieces[index], num_tokens)
 
-    def of_head(self, layer: int | None, num_tokens: int) -> float:
+    def of_head(self, layer: int | None, num_tokens: float) -> float:
         """A head asked about so many tokens; None is the final one."""
         return _between(self.final_head if layer is None else self.heads[layer], num_tokens)
 
@@ -113,7 +113,7 @@ def _pass(runner: Runner, index: int, hidden: Tensor, cache: LayerCache, batch: 
     return hidden, inner
 
 
-def _between(curve: Curve, count: int) -> float:
+def _between(curve: Curve, count: float) -> float:
     """Straight lines between the counts that were measured, and on from the last two."""
     right = min(max(bisect_right(COUNTS, count), 1), len(COUNTS) - 1)
     (a, b), (low, high) = COUNTS[right - 1: right + 1], curve[right - 1: right + 1]

@@ -140,26 +140,28 @@ class _Rates:
     """Tokens per second and sequence that plans would bring, if tokens came to exits as they did so far, each for itself."""
 
     def __init__(self, speculation: Speculation, num_rows: int):
-        costs = speculation.costs
-        self._final = costs.of_head(None, num_rows) / num_rows
-        self._overhead = costs.overhead / num_rows
-        self._pieces = [(piece.exit_layer, *speculation._costs(index, num_rows)) for index, piece in enumerate(speculation.pieces)]
-        self._heads = {layer: costs.of_head(layer, num_rows) / num_rows for layer in speculation.records}
+        self._costs, self._num_rows = speculation.costs, num_rows
+        self._pieces = [(piece.exit_layer, speculation._costs(index, num_rows)[0]) for index, piece in enumerate(speculation.pieces)]
         self._passed = {layer: _passed(record) for layer, record in speculation.records.items()}
 
     def of(self, plan: Plan) -> float:
         """A round drafts with probability r each time, so it takes L = 1 / (1 - r) tokens to its check, and brings 1 / (1 - r a) of them
         where drafts are right with probability a.
+
+        Sequences draft each for itself: a pass is made where any of them goes on, and costs less the fewer do, but not in proportion.
         """
-        reaches, leaves, right, per_token = 1.0, 0.0, 0.0, self._overhead
-        for layer, in_block, alone in self._pieces:
-            per_token += reaches * alone + (1 - reaches) * in_block
+        n = self._num_rows
+        reaches, leaves, right, per_token = 1.0, 0.0, 0.0, self._costs.overhead / n
+        for index, (layer, in_block) in enumerate(self._pieces):
+            is_made = 1 - (1 - reaches) ** n
+            num_together = n * reaches / is_made
+            per_token += is_made * self._costs.of_piece(index, num_together) / n + (1 - reaches) * in_block
             if layer is not None and layer in plan:
                 share, hits = self._passed[layer][plan[layer]]
-                per_token += reaches * self._heads[layer]
-                leaves, right, reaches = leaves + reaches * share, right + reaches * hits, reaches * (1 - share)
+                per_token += is_made * self._costs.of_head(layer, num_together) / n
+                leaves, right, reaches = leaves + reaches * share, right + reaches * hits, max(reaches * (1 - share), 1e-6)
         length = 1 / max(1 - leaves, 1 / 16)  # as many as may wait
-        return (1 / max(1 - right, 1 / 16)) / (length * per_token + self._final)
+        return (1 / max(1 - right, 1 / 16)) / (length * per_token + self._costs.of_head(None, num_together) / num_together)
 
 
 def _passed(record: _Record) -> dict[float, tuple[float, float]]:

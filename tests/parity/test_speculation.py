@@ -134,6 +134,7 @@ def test_speculation_goes_on_where_it_wins(llama):
     assert set(plan) == {2} and 0.3 < plan[2] <= 0.9
     assert rate > 1.2 * speculation.plain_rate(1)
     assert speculation._best_plan(1, (4,))[0] == {}, "a request that lets none but the dear exit draft"
+    assert speculation._best_plan(8, (2, 4))[0] == {}, "a pass that some of many sequences need is made, and costs what one of all does"
 
 
 def test_costs_are_measured(llama):
