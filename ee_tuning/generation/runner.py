@@ -79,8 +79,8 @@ class Runner:
             batch = self._describe(rows, starts, lengths)
             for number in range(piece.first_layer, piece.last_layer + 1):
                 hidden, exit_input = self.layers[number](hidden, self.cache.layer(number), batch)
-            assert exit_input is not None, piece
             if (head := self.heads.get(piece.last_layer)) is not None:
+                assert exit_input is not None, piece
                 exit_input = head.take(hidden, exit_input)
         if piece.last_layer in self.head_layers.own:
             self.head_layers.keep(piece.last_layer, index, rows, hidden, firsts)

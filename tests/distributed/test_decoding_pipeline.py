@@ -22,10 +22,11 @@ BROKEN_OFF = {0: 3, 2: 0, 7: 5, 12: 2, 17: 4, 21: 3}
 """Request -> tokens after which it is, at the earliest."""
 
 
-def mixture_at(model: str, exits: str, tp: int, pp: int) -> list[tuple[list[int], str]]:
+def mixture_at(model: str, exits: str, tp: int, pp: int, layout: tuple[int, ...] = ()) -> list[tuple[list[int], str]]:
     """Tokens and end of 24 requests that join an engine with room for five; some are broken off."""
     topology = init_parallel(ParallelSection(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp))
-    loaded = load_for_generation(load_config(None, {"model.path": model, "exits.path": exits, "model.dtype": "float64"}), topology)
+    loaded = load_for_generation(load_config(None, {"model.path": model, "exits.path": exits, "model.dtype": "float64",
+                                                    "parallel.pipeline_layout": list(layout)}), topology)
     engine = Engine(loaded.model, loaded.stages, num_slots=5, max_length=64, max_pending=3, prefill_chunk=7, eos_ids=(EOS,))
     rng, sequences, ends = random.Random(11), [], {}
     for place in range(24):
@@ -72,11 +73,13 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return str(folder / "model"), str(write_exits(folder / "model", folder / "exits"))
 
 
-@pytest.mark.parametrize(("tp", "pp"), [(1, 2), (2, 2), (1, 4)])
-def test_mixtures_say_the_same_over_stages(world, subject, tp, pp):
-    """A stage that learns too late, or never, that a sequence has ended; states of one that is gone taken for another's; a hang."""
+@pytest.mark.parametrize(("tp", "pp", "layout"), [(1, 2, ()), (2, 2, ()), (2, 2, (0, 6)), (1, 4, ())])
+def test_mixtures_say_the_same_over_stages(world, subject, tp, pp, layout):
+    """A stage that learns too late, or never, that a sequence has ended; states of one that is gone taken for another's; a hang; a first
+    stage that has the embedding alone.
+    """
     wanted = mixture_at(*subject, 1, 1)
-    for answer in world.run(mixture_at, *subject, tp, pp):
+    for answer in world.run(mixture_at, *subject, tp, pp, layout):
         assert answer == wanted
 
 
