@@ -1,9 +1,12 @@
 """The commands of the README, typed at a shell on the shipped model: convert, tune at TP 2 × PP 2 under torchrun, decode."""
+import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+from ee_tuning import cli
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "examples" / "tiny-python-llama"
@@ -18,7 +21,7 @@ def run(*arguments: str, code: int = 0, typed: str = "") -> subprocess.Completed
     return done
 
 
-def test_convert_tune_generate(tmp_path):
+def test_convert_tune_generate(tmp_path, capsys, monkeypatch):
     """Commands that work from Python but not from a shell; a tuned artifact that decodes otherwise under torchrun than in one process."""
     converted, tuned = tmp_path / "converted", tmp_path / "run" / "exit_heads"
     run(*COMMAND, "convert", "--model", str(MODEL), "--exit-layers", "3,6,9", "--output", str(converted))
@@ -31,7 +34,10 @@ def test_convert_tune_generate(tmp_path):
 
     generate = ["generate", "--model", str(MODEL), "--exits", str(tuned), "--prompt", "def main(", "--prompt", "-",
                 "--threshold", "0.5", "--max-new-tokens", "16", "--ignore-eos", "--dtype", "float64", "--json"]
-    one = [json.loads(line) for line in run(*COMMAND, *generate, typed="import ").stdout.splitlines()]
+    monkeypatch.setattr("sys.stdin", io.StringIO("import "))
+    capsys.readouterr()
+    assert cli.main(generate) in (0, None)
+    one = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     four = [json.loads(line) for line in run(*TORCHRUN, *generate, *TWO_BY_TWO, typed="import ").stdout.splitlines()]
     assert len(one) == 2
     for a, b in zip(one, four, strict=True):
