@@ -135,6 +135,7 @@ def compare(job: str, work: Path, processes: int, rounds: int) -> tuple[list[Tim
         runs.append(measured(job, work, output, processes))
         size = sum(path.stat().st_size for path in output.iterdir())
         os.sync()
+        read_once([output])  # as the job's sources were: a job may write past the system's cache
         since = time.perf_counter()
         subprocess.run(["cp", "-r", str(output), str(copy)], check=True)
         copies.append(time.perf_counter() - since)
@@ -148,11 +149,7 @@ def compare(job: str, work: Path, processes: int, rounds: int) -> tuple[list[Tim
 def measured(job: str, work: Path, output: Path, processes: int) -> Timing:
     """One run, in new processes, what it reads being in the system's cache: the slowest one's time, the largest one's memory."""
     os.sync()
-    for path in [each for name in ("model", "exits", "megatron") if (name == "megatron") == (job == "megatron to hf")
-                 for each in (work / name).glob("*")]:
-        with path.open("rb") as file:
-            while file.read(16 << 20):
-                pass
+    read_once([work / "megatron"] if job == "megatron to hf" else [work / "model", work / "exits"])
     with tempfile.TemporaryDirectory() as results:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
         subprocess.run([sys.executable, *launcher, __file__, "--folder", str(work), "--job", job, str(output), results], check=True,
@@ -160,6 +157,14 @@ def measured(job: str, work: Path, output: Path, processes: int) -> Timing:
         told = [json.loads(path.read_text()) for path in Path(results).iterdir()]
     assert len(told) == processes
     return Timing(*(max(each[key] for each in told) for key in ("seconds", "peak", "file_backed")))
+
+
+def read_once(folders: list[Path]) -> None:
+    """Has the system keep their files in its cache."""
+    for path in [each for folder in folders for each in folder.glob("*")]:
+        with path.open("rb") as file:
+            while file.read(16 << 20):
+                pass
 
 
 def run_job(job: str, output: str, results: str) -> None:
