@@ -30,7 +30,7 @@ demo: $(STAMP)
 	$(BIN)/ee-tuning demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 stress: $(STAMP)
 	$(BIN)/python tests/stress/run.py --output docs/stress.md

@@ -74,6 +74,8 @@ class ParallelSection:
     """Stages, one after the other, that the layers are divided into."""
     pipeline_layout: tuple[int, ...] = ()
     """Layers of each stage, first to last; by default they are split by their modelled cost, exits included."""
+    distributed_timeout_minutes: float = 30.0
+    """A rank that has waited so long for another one gives up, and says what it waited for."""
     sequence_parallel: bool = False
     """Whether tuning cuts the hidden states between layers along the sequence over the processes that share each layer: less memory, and
     shorter messages between stages. Without effect where tensor_model_parallel_size is 1, and in decoding."""

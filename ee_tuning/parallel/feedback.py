@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ee_tuning.parallel.topology import Topology
+from ee_tuning.parallel.waiting import waiting_for
 
 
 class Feedback:
@@ -44,7 +45,8 @@ class Feedback:
         """The oldest tensor that is expected, once it is here; the caller's to keep."""
         began = time.perf_counter()
         tensor, work = self._under_way.popleft()
-        work.wait()
+        with waiting_for(self._topology, f"what the last stage (rank {self._topology.pp_ranks[-1]}) tells of a micro-batch"):
+            work.wait()
         self.seconds_waited += time.perf_counter() - began
         return tensor
 
@@ -55,5 +57,6 @@ class Feedback:
     def _wait_for_sends(self, max_in_flight: int) -> None:
         began = time.perf_counter()
         while len(self._under_way) > max_in_flight:
-            self._under_way.popleft()[1].wait()
+            with waiting_for(self._topology, "an earlier stage to take what it is told of a micro-batch"):
+                self._under_way.popleft()[1].wait()
         self.seconds_waited += time.perf_counter() - began

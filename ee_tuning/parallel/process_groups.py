@@ -1,6 +1,7 @@
 """Few process groups, and none left: each of gloo's keeps threads and sockets, each of NCCL's memory on the device."""
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -38,11 +39,11 @@ def one_group_for_same_ranks(parallel_state: Any, kept: list[list[int]]) -> Iter
     _KEPT.update({tuple(ranks): made[tuple(ranks)] for ranks in kept})
 
 
-def own_group(partition: list[list[int]], rank: int, backend: str | None = None) -> Group:
+def own_group(partition: list[list[int]], *, rank: int, timeout: timedelta, backend: str | None = None) -> Group:
     """A group for each part, one of control unless `backend` is given; this rank's own. Every rank makes every group, in order."""
     own = None
     for ranks in partition:
-        group = dist.new_group(ranks, backend=backend or control_backend())
+        group = dist.new_group(ranks, timeout=timeout, backend=backend or control_backend())
         if rank in ranks:
             own = group
     assert own is not None

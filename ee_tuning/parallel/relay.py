@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ee_tuning.parallel.topology import Topology
+from ee_tuning.parallel.waiting import waiting_for
 
 
 class Follows(enum.IntEnum):
@@ -72,7 +73,9 @@ class Relay:
         assert self._more_to_come, "nothing to receive: this is the first stage, or the last micro-batch said so"
         began = time.perf_counter()
         transfer = self._receiving or self._post_receive()
-        transfer.header_work.wait()
+        stage, number = self._topology.stage - 1, self._num_received + 1
+        with waiting_for(self._topology, f"micro-batch {number} from stage {stage} (rank {self._topology.pp_ranks[stage]})"):
+            transfer.header_work.wait()
         index, follows = transfer.header.tolist()
         assert index == self._num_received, f"micro-batch {index} arrived in place of {self._num_received}"
         self._num_received += 1
@@ -101,9 +104,11 @@ class Relay:
         self._wait_for_sends(0)
 
     def _wait_for_sends(self, max_in_flight: int) -> None:
-        began = time.perf_counter()
+        began, stage = time.perf_counter(), self._topology.stage + 1
         while len(self._sending) > max_in_flight:
-            self._sending.popleft().wait()
+            index = self._num_sent - len(self._sending) + 1
+            with waiting_for(self._topology, f"stage {stage} (rank {self._topology.pp_ranks[stage]}) to take micro-batch {index}"):
+                self._sending.popleft().wait()
         self.seconds_waited += time.perf_counter() - began
 
     def _post_receive(self) -> _Transfer:

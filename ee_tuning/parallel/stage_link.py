@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ee_tuning.parallel.topology import Topology
+from ee_tuning.parallel.waiting import waiting_for
 
 # t tokens · h hidden
 
@@ -39,8 +40,9 @@ class StageLink:
     def receive(self, num_tokens: int, width: int, dtype: torch.dtype) -> Tensor:  # [t, h]
         """The oldest hidden states of the stage before that were not received yet."""
         began = time.perf_counter()
-        hidden = torch.empty(num_tokens, width, dtype=dtype, device=self._topology.device)
-        dist.recv(hidden, self._topology.pp_ranks[self._topology.stage - 1], group=self._topology.pp_group)
+        hidden, peer = torch.empty(num_tokens, width, dtype=dtype, device=self._topology.device), self._topology.stage - 1
+        with waiting_for(self._topology, f"hidden states from stage {peer} (rank {self._topology.pp_ranks[peer]})"):
+            dist.recv(hidden, self._topology.pp_ranks[peer], group=self._topology.pp_group)
         self.seconds_waited += time.perf_counter() - began
         return hidden
 
@@ -56,7 +58,8 @@ class StageLink:
             others = [rank for rank in dist.get_process_group_ranks(group) if rank != source]
             self._decisions.keep(decided, [dist.isend(decided, rank, group=group) for rank in others])
         else:
-            dist.recv(decided, source, group=group)
+            with waiting_for(self._topology, f"what stage {stage} (rank {source}) decides"):
+                dist.recv(decided, source, group=group)
         self.seconds_waited += time.perf_counter() - began
 
     def finish(self) -> None:

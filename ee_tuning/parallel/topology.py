@@ -8,6 +8,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ee_tuning.config import ParallelSection
 from ee_tuning.errors import InputError
-from ee_tuning.parallel.device import collective_backend, control_backend, prepare_device
+from ee_tuning.parallel.device import collective_backend, prepare_device
 from ee_tuning.parallel.process_groups import Group, destroy_groups, destroy_world, one_group_for_same_ranks, own_group
 
 
@@ -96,15 +97,17 @@ class Topology:
         return box[0]
 
 
-def init_parallel(parallel: ParallelSection, timeout_minutes: float = 30) -> Topology:
+def init_parallel(parallel: ParallelSection) -> Topology:
     """Joins the world that the launcher described (one process without a launcher) and lays TP × PP × DP over it.
 
     Raises InputError where TP × PP does not divide the world.
     """
     check_world_size(parallel, world_size())
+    if parallel.distributed_timeout_minutes <= 0:
+        raise InputError(f"parallel.distributed_timeout_minutes must be above 0, got {parallel.distributed_timeout_minutes:g}; 30 is usual")
     device = prepare_device()
     if not dist.is_initialized():
-        _join_world(timedelta(minutes=timeout_minutes))
+        _join_world(timedelta(minutes=parallel.distributed_timeout_minutes))
     topology = lay_out(parallel, device)
     if topology.is_logging_rank and (warning := connection_warning(topology)):
         print(f"ee-tuning: warning: {warning}", file=sys.stderr, flush=True)
@@ -174,11 +177,14 @@ def lay_out(parallel: ParallelSection, device: torch.device) -> Topology:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dp = world_size // (tp * pp)
     with one_group_for_same_ranks(parallel_state, kept=[[(p * dp + d) * tp + t for d in range(dp)] for p in range(pp) for t in range(tp)]):
-        parallel_state.initialize_model_parallel(tp, pp, create_gloo_process_groups=False)  # those it would make are of no use here
+        parallel_state.initialize_model_parallel(tp, pp, create_gloo_process_groups=False,  # those it would make are of no use here
+                                                 distributed_timeout_minutes=parallel.distributed_timeout_minutes)
     stage, column = rank // (tp * dp), rank % (tp * dp)
     stages = [list(range(p * tp * dp, (p + 1) * tp * dp)) for p in range(pp)]
     columns = [[p * tp * dp + i for p in range(pp)] for i in range(tp * dp)]
     replicas = [[rank for p in range(pp) for rank in stages[p][d * tp: (d + 1) * tp]] for d in range(dp)]
+    everybody = [list(range(world_size))]
+    make = partial(own_group, rank=rank, timeout=timedelta(minutes=parallel.distributed_timeout_minutes))
     return Topology(
         world_size=world_size, rank=rank, device=device,
         tp=tp, tp_rank=parallel_state.get_tensor_model_parallel_rank(),
@@ -187,10 +193,7 @@ def lay_out(parallel: ParallelSection, device: torch.device) -> Topology:
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
-        stage_control=own_group(stages, rank),
-        feedback_group=own_group(columns, rank, dist.get_backend()),
-        pp_control=own_group(columns, rank), replica_control=own_group(replicas, rank),
-        world_control=dist.new_group(list(range(world_size)), backend=control_backend()),
-        save_control=dist.new_group(list(range(world_size)), backend=control_backend()),
+        stage_control=make(stages), feedback_group=make(columns, backend=dist.get_backend()), pp_control=make(columns),
+        replica_control=make(replicas), world_control=make(everybody), save_control=make(everybody),
         pp_ranks=tuple(columns[column]),
         dp_mesh=DeviceMesh.from_group(parallel_state.get_data_parallel_group(), device.type))

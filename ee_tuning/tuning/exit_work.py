@@ -4,6 +4,7 @@ from collections import Counter
 from ee_tuning.config import TuningSection
 from ee_tuning.parallel.relay import Follows
 from ee_tuning.parallel.topology import Topology
+from ee_tuning.parallel.waiting import waiting_for
 from ee_tuning.tuning.averages import Divisor, Sums, training_figures, validation_figures
 from ee_tuning.tuning.metrics import MetricsBoard
 from ee_tuning.tuning.optimizer import ExitOptimizer, update_exits
@@ -35,7 +36,8 @@ class ExitWork:
         """Updates every exit, and posts a record where one is due."""
         tuning, sums, self.step = self._tuning, self._take_sums(), passed.leg.step
         lr, ramp = learning_rate(self.step, tuning), loss_weight_ramp(self.step, tuning)
-        updates = update_exits(self._trained, sums, self._divisor, lr, ramp, self._topology) if self._trained else {}
+        with waiting_for(self._topology, f"the update of step {self.step} (all ranks of its stage take part)"):
+            updates = update_exits(self._trained, sums, self._divisor, lr, ramp, self._topology) if self._trained else {}
         self._skipped.update(layer for layer, update in updates.items() if update.is_skipped)
         pace.count_step()
         if self.step % tuning.log_interval and passed.follows is not Follows.END and self.step != tuning.train_iters:

@@ -21,6 +21,7 @@ from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.parallel.host_copy import HostCopy
 from ee_tuning.parallel.topology import Topology
+from ee_tuning.parallel.waiting import waiting_for
 from ee_tuning.tuning.optimizer import ExitOptimizer
 from ee_tuning.tuning.state import CHECKPOINTS, LATEST, PROGRESS, Progress, own_state
 
@@ -87,7 +88,9 @@ class Saver:
     def _write(self, progress: Progress, chunks: Sequence[Chunk], before_latest: Callable[[], None]) -> None:
         folder, topology = self._folder / f"step_{progress.step:08d}", self._topology
         with written_aside(folder, topology) as partial:
-            reports = gathered([self._write_own(partial, folder, chunks)], topology)
+            own = self._write_own(partial, folder, chunks)
+            with waiting_for(topology, f"the other ranks to write their parts of {folder}"):
+                reports = gathered([own], topology)
             if refused := [each.refusal for each in reports if each.refusal]:
                 raise InputError(refused[0])
             on_first_rank(topology, lambda: _describe(partial, progress, reports))

@@ -15,6 +15,7 @@ from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.model.exit_head import ExitInput
 from ee_tuning.parallel.relay import Follows, Relay
 from ee_tuning.parallel.topology import Topology
+from ee_tuning.parallel.waiting import waiting_for
 from ee_tuning.tuning.itinerary import Leg
 from ee_tuning.tuning.loss import ExitLoss, linear_loss
 from ee_tuning.tuning.objective import Objective
@@ -62,7 +63,8 @@ class StageWalk:
             hidden = self._model.embed(batch.tokens.to(self._topology.device), documents)
         else:
             hidden, follows = self._relay.receive()
-        hidden, exit_inputs = self._model.run_layers(hidden, documents)
+        with waiting_for(self._topology, f"the layers of a micro-batch of step {leg.step} (its tensor-parallel ranks take part)"):
+            hidden, exit_inputs = self._model.run_layers(hidden, documents)
         if self._topology.is_last_stage:
             return Passed(leg, follows, exit_inputs, tutor.teach(hidden) if tutor else None)
         if tutor:

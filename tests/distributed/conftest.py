@@ -1,4 +1,4 @@
-"""The one world of four processes that all distributed tests share, and the model they tune."""
+"""The world of four processes that the distributed tests of a pytest process share, and the model they tune."""
 import gc
 from collections.abc import Iterator
 from pathlib import Path

@@ -20,7 +20,7 @@ def test_a_world_size_without_a_rank_is_a_world_of_one(no_world: None, monkeypat
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.delenv("RANK", raising=False)
     for _ in range(2):  # a world that was left can be joined anew
-        topology = init_parallel(ParallelSection(), timeout_minutes=0.1)
+        topology = init_parallel(ParallelSection(distributed_timeout_minutes=0.1))
         assert (topology.world_size, topology.rank, topology.dp) == (1, 0, 1)
         ones = torch.ones(2)
         for group in (topology.tp_group, topology.dp_group, topology.stage_control, topology.world_control):

@@ -1,0 +1,63 @@
+"""Says what a rank waits for, where that takes long or does not come: else a hang of 64 processes is 64 silent ones."""
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from ee_tuning.parallel.topology import Topology
+
+PATIENCE = 60.0
+"""Seconds after which a wait is told; again after twice as long, and so on."""
+
+
+@dataclass
+class _Wait:
+    who: str
+    what: str
+    since: float
+    told_after: float
+
+
+_waits: dict[int, _Wait] = {}
+"""Of this process, by thread."""
+_watcher: threading.Thread | None = None
+
+
+@contextmanager
+def waiting_for(topology: Topology, what: str) -> Iterator[None]:
+    """Around a wait for other ranks. Where the process group gives up, for time or because a rank is gone, the RuntimeError names this rank
+    and `what`.
+    """
+    who = f"rank {topology.rank} (stage {topology.stage}, tensor {topology.tp_rank}, replica {topology.dp_rank})"
+    wait = _waits[threading.get_ident()] = _Wait(who, what, time.monotonic(), PATIENCE)
+    _start_watching()
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):  # gloo's are of no kind of their own
+            raise
+        waited = time.monotonic() - wait.since
+        raise RuntimeError(f"{who} waited {waited:.0f} s for {what}, in vain: {str(error).partition(chr(10))[0]}") from error
+    finally:
+        _waits.pop(threading.get_ident(), None)
+
+
+def _start_watching() -> None:
+    global _watcher
+    if _watcher is None:
+        _watcher = threading.Thread(target=_watch, name="waits", daemon=True)
+        _watcher.start()
+
+
+def _watch() -> None:
+    while True:
+        time.sleep(min(PATIENCE / 4, 5.0))
+        for wait in list(_waits.values()):
+            waited = time.monotonic() - wait.since
+            if waited >= wait.told_after:
+                wait.told_after = 2 * waited
+                print(f"ee-tuning: {wait.who} has waited {waited:.0f} s for {wait.what}", file=sys.stderr, flush=True)
