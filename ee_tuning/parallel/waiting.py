@@ -55,7 +55,7 @@ def _start_watching() -> None:
 
 def _watch() -> None:
     while True:
-        time.sleep(min(PATIENCE / 4, 5.0))
+        time.sleep(1.0)
         for wait in list(_waits.values()):
             waited = time.monotonic() - wait.since
             if waited >= wait.told_after:

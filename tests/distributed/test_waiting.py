@@ -28,7 +28,7 @@ def slow_first_stage() -> tuple[str, timedelta]:
         topology = init_parallel(ParallelSection(pipeline_model_parallel_size=4, distributed_timeout_minutes=7))
         relay, hidden = Relay(topology, SHAPE, torch.float32), torch.zeros(SHAPE)
         if topology.is_first_stage:
-            time.sleep(1.5)
+            time.sleep(3.0)
         else:
             hidden, _ = relay.receive()
         if not topology.is_last_stage:
