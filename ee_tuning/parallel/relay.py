@@ -74,14 +74,16 @@ class Relay:
         began = time.perf_counter()
         transfer = self._receiving or self._post_receive()
         stage, number = self._topology.stage - 1, self._num_received + 1
-        with waiting_for(self._topology, f"micro-batch {number} from stage {stage} (rank {self._topology.pp_ranks[stage]})"):
+        what = f"micro-batch {number} from stage {stage} (rank {self._topology.pp_ranks[stage]})"
+        with waiting_for(self._topology, what):
             transfer.header_work.wait()
         index, follows = transfer.header.tolist()
         assert index == self._num_received, f"micro-batch {index} arrived in place of {self._num_received}"
         self._num_received += 1
         self._more_to_come = follows != Follows.END
         self._receiving = self._post_receive() if self._more_to_come else None
-        transfer.hidden_work.wait()
+        with waiting_for(self._topology, what):
+            transfer.hidden_work.wait()
         self.seconds_waited += time.perf_counter() - began
         return Received(transfer.hidden, Follows(follows))
 

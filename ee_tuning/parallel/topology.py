@@ -103,8 +103,8 @@ def init_parallel(parallel: ParallelSection) -> Topology:
     Raises InputError where TP × PP does not divide the world.
     """
     check_world_size(parallel, world_size())
-    if parallel.distributed_timeout_minutes <= 0:
-        raise InputError(f"parallel.distributed_timeout_minutes must be above 0, got {parallel.distributed_timeout_minutes:g}; 30 is usual")
+    if not 0.01 <= (minutes := parallel.distributed_timeout_minutes) <= 10080:
+        raise InputError(f"parallel.distributed_timeout_minutes must lie between 0.01 and 10080, a week, got {minutes:g}; 30 is usual")
     device = prepare_device()
     if not dist.is_initialized():
         _join_world(timedelta(minutes=parallel.distributed_timeout_minutes))

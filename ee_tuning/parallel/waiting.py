@@ -56,8 +56,16 @@ def _start_watching() -> None:
 def _watch() -> None:
     while True:
         time.sleep(1.0)
-        for wait in list(_waits.values()):
-            waited = time.monotonic() - wait.since
-            if waited >= wait.told_after:
-                wait.told_after = 2 * waited
-                print(f"ee-tuning: {wait.who} has waited {waited:.0f} s for {wait.what}", file=sys.stderr, flush=True)
+        for line in _due(time.monotonic()):
+            print(line, file=sys.stderr, flush=True)
+
+
+def _due(now: float) -> list[str]:
+    """What is to be told at a moment of `time.monotonic`."""
+    lines = []
+    for wait in list(_waits.values()):
+        waited = now - wait.since
+        if waited >= wait.told_after:
+            wait.told_after = 2 * waited
+            lines.append(f"ee-tuning: {wait.who} has waited {waited:.0f} s for {wait.what}")
+    return lines

@@ -30,8 +30,10 @@ def test_what_is_written_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """A stretch lost or written twice where direct writing begins, where it ends, or where a file system will not have it."""
     monkeypatch.setattr(direct_file, "STAGE_BYTES", STAGE)
     real_fcntl, real_write = fcntl.fcntl, os.write
+    asked = []
 
     def ask(handle: int, what: int, flags: int = 0) -> int:
+        asked.append(bool(what == fcntl.F_SETFL and flags & os.O_DIRECT))
         if refused_at == "asking" and what == fcntl.F_SETFL and flags & os.O_DIRECT:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         return real_fcntl(handle, what, flags)
@@ -44,6 +46,7 @@ def test_what_is_written_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(direct_file.os, "write", write)
     content = os.urandom(size)
     assert written(tmp_path / "file", content, piece) == content
+    assert any(asked) == (size >= STAGE), "small files go through the cache, and no others"
 
 
 def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
