@@ -18,7 +18,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["ee_tuning", "ee_tuning.*"]),
-    package_data={"ee_tuning": ["py.typed", "checkpoint/exported/*.py"]},  # the latter is copied into exports, not imported
+    # Exported ones are copied into exports, not imported; kernels are built on the machine that decodes.
+    package_data={"ee_tuning": ["py.typed", "checkpoint/exported/*.py", "kernel/*.cpp", "kernel/*.h"]},
     install_requires=[
         "torch>=2.10.0a0",  # older ones have holes in weights_only loading; a0 lets the builds of the NVIDIA image in
         "megatron-core>=0.16.1,<0.20",

@@ -8,12 +8,12 @@ from collections import Counter
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from ee_tuning import EarlyExitLLM
 from ee_tuning.generation.engine import Engine
-from ee_tuning.model.ragged_attention import ragged_batch
-from ee_tuning.parallel.vocab import top1
+from ee_tuning.model.exit_head import ExitInput
+from ee_tuning.model.layer_run import LayerRun
+from ee_tuning.model.token_pass import TokenPass
 
 SAMPLED_STEPS = 32
 """Decode steps that are timed, evenly over a generation."""
@@ -71,22 +71,22 @@ def _one_pass(engine: Engine, num_rows: int, start: int, length: int) -> tuple[l
     hidden = torch.ones(num_rows * length, config.hidden_size, dtype=model.plan.dtype)
     each = engine.cache.pool.num_blocks // num_rows
     places = [engine.cache.places(list(range(row * each, (row + 1) * each))) for row in range(num_rows)]
-    batch = ragged_batch(places, [start] * num_rows, [length] * num_rows, *runner.tables,
-                         queries_per_group=config.num_attention_heads // config.num_query_groups, num_places=engine.cache.num_places)
+    tokens = TokenPass(places, [start] * num_rows, [length] * num_rows, runner.tables, num_places=engine.cache.num_places,
+                       queries_per_group=config.num_attention_heads // config.num_query_groups)
     segments, heads = [], []
-    for piece in runner.pieces:
+    for index, piece in enumerate(runner.pieces):
         began = time.perf_counter()
-        for number in range(piece.first_layer, piece.last_layer + 1):
-            hidden, inner = runner.layers[number](hidden, engine.cache.layer(number), batch)
+        hidden, inner = runner.layers_of(index, index)(hidden, tokens)
         segments.append(time.perf_counter() - began)
         began = time.perf_counter()
-        if piece is runner.pieces[-1]:
-            logits = F.linear(model.final_hidden(hidden[-num_rows:]), model.backbone.output_layer.weight)
-        else:
-            head = runner.heads[piece.last_layer]
-            taken = head.take(hidden, inner) if head.layer is None else head.run_own_layer(
-                hidden, engine.cache.exit_head(piece.last_layer), batch)
-            logits = head.logits(taken.rows(list(range(len(hidden) - num_rows, len(hidden)))))
-        top1(logits, model.vocab).token_ids.tolist()
+        taken = ExitInput(hidden)
+        if piece is not runner.pieces[-1]:
+            head = runner.exit_heads[piece.last_layer]
+            taken = head.take(hidden, inner)
+            if head.layer is not None:
+                own = LayerRun([head.layer], [engine.cache.exit_head(piece.last_layer)])
+                taken = ExitInput(hidden, layer_output=own(hidden, tokens)[0])
+        asked = taken.rows(list(range(len(hidden) - num_rows, len(hidden))))
+        runner.heads[None if piece is runner.pieces[-1] else piece.last_layer].ask(asked)[1].tolist()
         heads.append(time.perf_counter() - began)
     return segments, heads

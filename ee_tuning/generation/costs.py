@@ -5,13 +5,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from ee_tuning.generation.runner import Runner
 from ee_tuning.model.exit_head import ExitInput
-from ee_tuning.model.ragged_attention import CachePlaces, LayerCache, RaggedBatch, ragged_batch
-from ee_tuning.parallel.vocab import top1
+from ee_tuning.model.layer_run import LayerRun
+from ee_tuning.model.ragged_attention import CachePlaces, LayerCache
+from ee_tuning.model.ragged_layer import RaggedLayer
+from ee_tuning.model.token_pass import TokenPass
 
 COUNTS = (1, 4, 16)
 """Tokens of the measured passes."""
@@ -57,7 +58,8 @@ def measure_costs(runner: Runner) -> Costs:
     num_pieces = len(runner.pieces)
     figures = torch.zeros(2 * num_pieces + 1, len(COUNTS), dtype=torch.float64)
     for column, count in enumerate(COUNTS):
-        runs = torch.stack([_one_run(runner, count) for _ in range(REPEATS)])
+        imitation = _Imitation(runner, count)
+        runs = torch.stack([_one_run(imitation) for _ in range(REPEATS)])
         figures[:, column] = runs.amin(0)
     if runner.topology.num_in_replica > 1:
         dist.all_reduce(figures, op=dist.ReduceOp.MAX, group=runner.topology.replica_control)
@@ -66,51 +68,64 @@ def measure_costs(runner: Runner) -> Costs:
     return Costs(tuple(curves[:num_pieces]), heads, curves[2 * num_pieces - 1], overhead=curves[-1][0])
 
 
-def _one_run(runner: Runner, count: int) -> Tensor:
-    """Seconds of each piece, of the head behind each, and of getting ready, with `count` tokens."""
-    seconds = torch.zeros(2 * len(runner.pieces) + 1, dtype=torch.float64)
-    device = runner.topology.device
-    hidden = torch.ones(count, runner.config.hidden_size, dtype=runner.model.plan.dtype, device=device)
-    places = CachePlaces(index=torch.arange(CONTEXT + count, device=device), first=0)
-    shape = (CONTEXT + count, runner.config.num_query_groups // runner.topology.tp, runner.config.kv_channels)
-    cache = LayerCache(keys=hidden.new_zeros(shape), values=hidden.new_zeros(shape))
-    # Of any length of context: the engine's own tables may end before the measured tokens do.
-    cos, sin = (table.new_ones(CONTEXT + count, table.shape[-1]) for table in runner.tables)
+class _Imitation:
+    """This stage's pieces and heads, with a cache of their own that all layers share: `count` tokens behind CONTEXT others."""
+
+    def __init__(self, runner: Runner, count: int):
+        self.runner, self.count = runner, count
+        plan, config, device = runner.model.plan, runner.config, runner.topology.device
+        self.hidden = torch.ones(count, config.hidden_size, dtype=plan.dtype, device=device)
+        self.places = CachePlaces(index=torch.arange(CONTEXT + count, device=device), first=0)
+        shape = (CONTEXT + count, config.num_query_groups // runner.topology.tp, config.kv_channels)
+        cache = LayerCache(keys=self.hidden.new_zeros(shape), values=self.hidden.new_zeros(shape))
+        # Of any length of context: the engine's own tables may end before the measured tokens do.
+        cos, sin = (table.new_ones(CONTEXT + count, table.shape[-1]) for table in runner.tables)
+        self.tables = cos, sin
+        own = [piece for piece in runner.pieces if piece.stage == runner.topology.stage]
+        self.pieces = {piece: self._run(cache, [runner.layers[n] for n in range(piece.first_layer, piece.last_layer + 1)]) for piece in own}
+        self.own_layers = {layer: self._run(cache, [head.layer]) for layer, head in runner.exit_heads.items() if head.layer is not None}
+
+    def tokens(self) -> TokenPass:
+        """A pass, told anew."""
+        config = self.runner.config
+        return TokenPass([self.places], [CONTEXT], [self.count], self.tables,
+                         queries_per_group=config.num_attention_heads // config.num_query_groups, num_places=CONTEXT + self.count)
+
+    def ask(self, layer: int | None, hidden: Tensor, inner: ExitInput, tokens: TokenPass) -> None:
+        """A head about all tokens; its answer has come when this returns."""
+        taken = ExitInput(hidden)
+        if layer in self.own_layers:
+            taken = ExitInput(hidden, layer_output=self.own_layers[layer](hidden, tokens)[0])
+        elif layer is not None:
+            taken = self.runner.exit_heads[layer].take(hidden, inner)
+        self.runner.heads[layer].ask(taken)[1].tolist()
+
+    def _run(self, cache: LayerCache, layers: list[RaggedLayer]) -> LayerRun:
+        return LayerRun(layers, [cache] * len(layers))
+
+
+def _one_run(imitation: _Imitation) -> Tensor:
+    """Seconds of each piece, of the head behind each, and of getting ready."""
+    pieces, hidden = imitation.runner.pieces, imitation.hidden
+    seconds = torch.zeros(2 * len(pieces) + 1, dtype=torch.float64)
     began = time.perf_counter()
-    batch = ragged_batch([places], [CONTEXT], [count], cos, sin,
-                         queries_per_group=runner.config.num_attention_heads // runner.config.num_query_groups,
-                         num_places=CONTEXT + count)
+    tokens = imitation.tokens()
+    next(iter(imitation.pieces.values())).prepare(tokens)
     seconds[-1] = time.perf_counter() - began
-    last = len(runner.pieces) - 1
-    for index, piece in enumerate(runner.pieces):
-        if piece.stage == runner.topology.stage:
+    last = len(pieces) - 1
+    for index, piece in enumerate(pieces):
+        if piece in imitation.pieces:
             times = 1 if index == last else 2
             for _ in range(times):
                 began = time.perf_counter()
-                hidden, inner = _pass(runner, index, hidden, cache, batch)
+                hidden, inner = imitation.pieces[piece](hidden, tokens)
+                hidden[0, 0].item()  # on a device that computes behind Python's back, it has to be waited for
                 passed = time.perf_counter()
-                if index == last:
-                    logits = F.linear(runner.model.final_hidden(hidden), runner.model.backbone.output_layer.weight)
-                    top1(logits, runner.model.vocab).token_ids.tolist()
-                elif piece.exit_layer is not None:
-                    _ask(runner, piece.exit_layer, hidden, inner, cache, batch)
+                if index == last or piece.exit_layer is not None:
+                    imitation.ask(None if index == last else piece.exit_layer, hidden, inner, tokens)
                 seconds[index] += (passed - began) / times
-                seconds[len(runner.pieces) + index] += (time.perf_counter() - passed) / times
+                seconds[len(pieces) + index] += (time.perf_counter() - passed) / times
     return seconds
-
-
-def _ask(runner: Runner, layer: int, hidden: Tensor, inner: ExitInput, cache: LayerCache, batch: RaggedBatch) -> None:
-    head = runner.heads[layer]
-    taken = head.take(hidden, inner) if head.layer is None else head.run_own_layer(hidden, cache, batch)
-    top1(head.logits(taken), runner.model.vocab).token_ids.tolist()
-
-
-def _pass(runner: Runner, index: int, hidden: Tensor, cache: LayerCache, batch: RaggedBatch) -> tuple[Tensor, ExitInput]:
-    piece, inner = runner.pieces[index], ExitInput(hidden)
-    for number in range(piece.first_layer, piece.last_layer + 1):
-        hidden, inner = runner.layers[number](hidden, cache, batch)
-    hidden[0, 0].item()  # on a device that computes behind Python's back, it has to be waited for
-    return hidden, inner
 
 
 def _between(curve: Curve, count: float) -> float:

@@ -146,21 +146,33 @@ class Engine:
         return going
 
     def _walk(self, going: list[Sequence]) -> list[TokenStep]:
-        """Takes `going` through the pieces, each until it leaves."""
+        """Takes `going` through the pieces, each until it leaves. Pieces between which nothing is decided are one pass."""
         steps: list[TokenStep] = []
-        for index in range(len(self.pieces)):
-            if not going:
-                break
+        index = 0
+        while going and index < len(self.pieces):
             # Rows that left earlier wait here with their states: they ride along, for the weights are read anyway. Drafts wait for their
             # check, which brings tokens and so is a step of their own.
             rows = [s for s in self.running if s.num_pending(index) and (s in going or not s.speculates)]
-            output = self.runner.run(index, rows)
+            last = index
+            while self._runs_on(last, going, rows):
+                last += 1
+            output = self.runner.run(index, rows, through=last)
             for sequence, length in zip(rows, output.lengths, strict=True):
                 is_read_again = sequence in going and not sequence.has_all_fed
                 if sequence.num_output and not sequence.speculates and not is_read_again:
-                    sequence.statistics.num_catch_up += length - (sequence in going)
-            going = self._leave(index, going, rows, output, steps)
+                    sequence.statistics.num_catch_up += (length - (sequence in going)) * (last - index + 1)
+            going = self._leave(last, going, rows, output, steps)
+            index = last + 1
         return steps
+
+    def _runs_on(self, index: int, going: list[Sequence], rows: list[Sequence]) -> bool:
+        """Whether `rows` go on into the piece behind `index` as they are: nobody is asked between the two, ends there or waits there."""
+        if index + 1 == len(self.pieces) or self.pieces[index].stage != self.pieces[index + 1].stage:
+            return False
+        layer = self.pieces[index].last_layer
+        if any(s.last_piece == index or layer in s.head_watermarks for s in rows) or any(s.num_pending(index + 1) for s in self.running):
+            return False
+        return all(not s.has_all_fed or self._threshold(index, s, len(going)) is None for s in going)
 
     def _leave(self, index: int, going: list[Sequence], rows: list[Sequence], output: PieceOutput,
                steps: list[TokenStep]) -> list[Sequence]:

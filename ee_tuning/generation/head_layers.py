@@ -3,6 +3,7 @@
 Tokens that pass such an exit leave their states there. They run through the head's layer with the next token that it is asked about, as
 one causal block: a head that nobody asks costs nothing.
 """
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor
 from ee_tuning.generation.kv_cache import KVCache
 from ee_tuning.generation.sequence import Sequence
 from ee_tuning.model.exit_head import ExitInput
-from ee_tuning.model.ragged_attention import RaggedBatch
-from ee_tuning.model.ragged_layer import RaggedHead
+from ee_tuning.model.layer_run import LayerRun
+from ee_tuning.model.ragged_head import RaggedExitHead
+from ee_tuning.model.token_pass import TokenPass
 
 # t tokens of a ragged batch · h hidden
 
@@ -23,9 +25,10 @@ LONGEST_WAIT = 64
 class HeadLayers:
     """`own` are all exits whose heads have a layer of their own, `heads` those of this stage. Every rank keeps the same watermarks."""
 
-    def __init__(self, own: frozenset[int], heads: dict[int, RaggedHead], cache: KVCache,
-                 describe: Callable[[list[Sequence], list[int], list[int]], RaggedBatch]):
+    def __init__(self, own: frozenset[int], heads: dict[int, RaggedExitHead], cache: KVCache,
+                 describe: Callable[[list[Sequence], list[int], list[int]], TokenPass]):
         self.own, self.heads, self.cache, self._describe = own, heads, cache, describe
+        self._runs: dict[int, LayerRun] = {}
 
     def keep(self, layer: int, index: int, rows: list[Sequence], hidden: Tensor | None, firsts: tuple[int, ...]) -> None:  # [t, h]
         """Notes a pass of `rows` through piece `index`, which ends at exit `layer`; `hidden` where this stage made it."""
@@ -59,7 +62,13 @@ class HeadLayers:
                 sequence.head_states[layer] = [whole[length:]] if num_left else []
         if layer not in self.heads:
             return None
-        batch = self._describe(rows, starts, lengths)
         hidden = parts[0] if len(parts) == 1 else torch.cat(parts)
-        made = self.heads[layer].run_own_layer(hidden, self.cache.exit_head(layer), batch)
-        return made if max(lengths) == 1 else made.rows(batch.last_tokens)
+        made = ExitInput(hidden, layer_output=self._layer_of(layer)(hidden, self._describe(rows, starts, lengths))[0])
+        return made if max(lengths) == 1 else made.rows([end - 1 for end in itertools.accumulate(lengths)])
+
+    def _layer_of(self, layer: int) -> LayerRun:
+        if layer not in self._runs:  # with its cache, which a head that nobody asks has none of
+            own = self.heads[layer].layer
+            assert own is not None
+            self._runs[layer] = LayerRun([own], [self.cache.exit_head(layer)])
+        return self._runs[layer]

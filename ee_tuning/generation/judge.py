@@ -1,9 +1,9 @@
 """Asks a head about states of a pass: is it sure enough, and which token is next? Decided once, then the same on every rank."""
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ee_tuning.generation.params import SamplingParams
@@ -12,9 +12,9 @@ from ee_tuning.generation.sampling import draw, draw_key
 from ee_tuning.generation.sequence import Sequence
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.model.exit_head import ExitInput
-from ee_tuning.model.ragged_layer import RaggedHead
+from ee_tuning.model.ragged_head import RaggedHead
 from ee_tuning.parallel.stage_link import StageLink
-from ee_tuning.parallel.vocab import confidences, gather_logits, top1
+from ee_tuning.parallel.vocab import confidences, gather_logits
 
 # q states that a head is asked about · v vocabulary
 
@@ -46,7 +46,7 @@ class Answer:
 class Judge:
     """The heads of one stage, and the agreement of all ranks on what they say."""
 
-    def __init__(self, model: EarlyExitModel, heads: dict[int, RaggedHead], link: StageLink):
+    def __init__(self, model: EarlyExitModel, heads: Mapping[int | None, RaggedHead], link: StageLink):
         self.model, self.heads, self.link = model, heads, link
         self._counts: dict[int, TokenCounts] = {}
 
@@ -61,7 +61,7 @@ class Judge:
         """
         num_top = max((q.sequence.params.logprobs or 0 for q in questions), default=0)
         num_states = sum(len(q.states) for q in questions)
-        decided = torch.full((num_states, 3 + 2 * num_top), -1.0, dtype=torch.float64)
+        decided = torch.empty(num_states, 3 + 2 * num_top, dtype=torch.float64)
         if inputs is not None:
             self._decide(decided, head_layer, questions, inputs, num_top)
         self.link.tell(decided, stage)
@@ -69,9 +69,7 @@ class Judge:
         return [[_answer(next(rows), q.sequence, num_top) for _ in q.states] for q in questions]
 
     def _decide(self, decided: Tensor, head_layer: int | None, questions: list[Question], inputs: ExitInput, num_top: int) -> None:
-        logits = self._logits(head_layer, inputs)
-        ids, probabilities = top1(logits, self.model.vocab)
-        decided[:, 0], decided[:, 1] = ids, probabilities
+        logits, decided[:, :2] = self.heads[head_layer].ask(inputs)
         first = 0
         careful: list[tuple[Question, int]] = []
         for q in questions:
@@ -83,11 +81,6 @@ class Judge:
             first = last
         if careful:
             self._choose(decided, logits, careful, num_top)
-
-    def _logits(self, head_layer: int | None, inputs: ExitInput) -> Tensor:  # [q, v/tp]
-        if head_layer is None:
-            return F.linear(self.model.final_hidden(inputs.hidden), self.model.backbone.output_layer.weight)
-        return self.heads[head_layer].logits(inputs)
 
     def _choose(self, decided: Tensor, logits: Tensor, careful: list[tuple[Question, int]], num_top: int) -> None:
         """Tokens of questions that ask for more than the likeliest one."""

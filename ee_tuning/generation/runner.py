@@ -1,4 +1,5 @@
 """Runs a piece of the network over the pending tokens of some sequences, on the stage that owns it."""
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +13,11 @@ from ee_tuning.generation.sequence import Sequence
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.model.exit_head import ExitInput
-from ee_tuning.model.ragged_attention import CachePlaces, RaggedBatch, ragged_batch, rotation_tables
-from ee_tuning.model.ragged_layer import RaggedHead, RaggedLayer
+from ee_tuning.model.layer_run import LayerRun
+from ee_tuning.model.ragged_attention import CachePlaces, rotation_tables
+from ee_tuning.model.ragged_head import RaggedExitHead, RaggedFinalHead, RaggedHead
+from ee_tuning.model.ragged_layer import RaggedLayer
+from ee_tuning.model.token_pass import TokenPass
 from ee_tuning.parallel.stage_link import StageLink
 
 # t tokens of a ragged batch · h hidden
@@ -30,24 +34,26 @@ class PieceOutput:
     lengths: tuple[int, ...]
 
 
-class _Batches:
-    """Passes as attention wants them told. The newest one is kept: the pieces of a step mostly see the same tokens."""
+class _Passes:
+    """What goes through the layers together. The newest one is kept: the pieces of a step mostly see the same tokens."""
 
     def __init__(self, tables: tuple[Tensor, Tensor], config: ModelConfig, cache: KVCache):
         self._tables, self._num_places = tables, cache.num_places
         self._per_group = config.num_attention_heads // config.num_query_groups
-        self._newest: tuple[object, RaggedBatch] | None = None
-        self._places: list[CachePlaces] = []
+        self._newest: TokenPass | None = None
 
-    def __call__(self, rows: list[Sequence], starts: list[int], lengths: list[int]) -> RaggedBatch:
+    def __call__(self, rows: list[Sequence], starts: list[int], lengths: list[int]) -> TokenPass:
         """A pass of `lengths` tokens of `rows` from `starts` on."""
         places = [s.places for s in rows if s.places is not None]
-        key = ([id(each) for each in places], starts, lengths)
-        if self._newest is None or self._newest[0] != key:
-            self._places = places  # kept, so that no other one's id is theirs
-            self._newest = (key, ragged_batch(places, starts, lengths, *self._tables, queries_per_group=self._per_group,
-                                              num_places=self._num_places))
-        return self._newest[1]
+        newest = self._newest
+        if newest is None or starts != newest.starts or lengths != newest.lengths or not _are_same(places, newest.rows):
+            newest = self._newest = TokenPass(places, starts, lengths, self._tables, queries_per_group=self._per_group,
+                                              num_places=self._num_places)
+        return newest
+
+
+def _are_same(some: list[CachePlaces], others: list[CachePlaces]) -> bool:
+    return len(some) == len(others) and all(a is b for a, b in zip(some, others, strict=True))
 
 
 class Runner:
@@ -58,37 +64,50 @@ class Runner:
         self.link = link
         own = range(model.plan.first_layer, model.plan.last_layer + 1)
         self.layers = {number: RaggedLayer(model.backbone.layer(number), self.config, self.topology) for number in own}
-        self.heads = {spec.layer: RaggedHead(model.exit_head(spec.layer), self.topology) for spec in model.plan.own_exits}
+        self.exit_heads = {spec.layer: RaggedExitHead(model, model.exit_head(spec.layer), self.topology) for spec in model.plan.own_exits}
+        self.heads: dict[int | None, RaggedHead] = dict(self.exit_heads.items())
+        """Of this stage: by the layer that an exit follows; None is the model's own."""
+        if model.plan.has_final_head and self.topology.is_last_stage:
+            self.heads[None] = RaggedFinalHead(model)
         self.tables = rotation_tables(model.backbone.angles[:cache.max_length], model.plan.dtype)
         own_layers = frozenset(spec.layer for spec in model.plan.exits if spec.architecture == "layer")
-        self._describe = _Batches(self.tables, self.config, cache)
-        self.head_layers = HeadLayers(own_layers, self.heads, cache, self._describe)
+        self._describe = _Passes(self.tables, self.config, cache)
+        self.head_layers = HeadLayers(own_layers, self.exit_heads, cache, self._describe)
+        self._runs: dict[tuple[int, int], LayerRun] = {}
         # A token's row of the embedding is all there is to it in one process: Megatron's modules take ten times as long over it.
         is_plain = self.config.position == "rope" and self.topology.tp == 1 and self.topology.is_first_stage
         self._words: Tensor | None = model.backbone.embedding.word_embeddings.weight if is_plain else None
 
-    def run(self, index: int, rows: list[Sequence]) -> PieceOutput:
-        """One pass of `rows`' pending tokens through piece `index`. States wait behind it for those rows that go deeper."""
-        piece, starts = self.pieces[index], [s.watermarks[index] for s in rows]
+    def run(self, index: int, rows: list[Sequence], through: int | None = None) -> PieceOutput:
+        """One pass of `rows`' pending tokens through piece `index`, and on through the pieces up to `through` of the same stage.
+
+        States wait behind the last one for those rows that go deeper.
+        """
+        last = index if through is None else through
+        piece, starts = self.pieces[last], [s.watermarks[index] for s in rows]
         lengths = [s.num_pending(index) for s in rows]
-        for sequence in rows:
-            sequence.watermarks[index] = sequence.num_arrived(index)
-        firsts = tuple(sum(lengths[:i]) for i in range(len(lengths)))
+        for sequence, start, length in zip(rows, starts, lengths, strict=True):
+            sequence.watermarks[index: last + 1] = [start + length] * (last + 1 - index)
+        firsts = tuple(itertools.accumulate(lengths[:-1], initial=0))
         hidden, exit_input = self._entrance(index, rows, starts, lengths), None
         if hidden is not None:
-            batch = self._describe(rows, starts, lengths)
-            for number in range(piece.first_layer, piece.last_layer + 1):
-                hidden, exit_input = self.layers[number](hidden, self.cache.layer(number), batch)
-            if (head := self.heads.get(piece.last_layer)) is not None:
-                assert exit_input is not None, piece
+            hidden, exit_input = self.layers_of(index, last)(hidden, self._describe(rows, starts, lengths))
+            if (head := self.exit_heads.get(piece.last_layer)) is not None:
                 exit_input = head.take(hidden, exit_input)
         if piece.last_layer in self.head_layers.own:
-            self.head_layers.keep(piece.last_layer, index, rows, hidden, firsts)
-        if hidden is not None and index + 1 < len(self.pieces):
+            self.head_layers.keep(piece.last_layer, last, rows, hidden, firsts)
+        if hidden is not None and last + 1 < len(self.pieces):
             for sequence, first, length in zip(rows, firsts, lengths, strict=True):
-                if index < sequence.last_piece:
-                    sequence.boundary[index + 1].append(hidden[first: first + length])
+                if last < sequence.last_piece:
+                    sequence.boundary[last + 1].append(hidden[first: first + length])
         return PieceOutput(hidden, exit_input, firsts, tuple(lengths))
+
+    def layers_of(self, index: int, last: int) -> LayerRun:
+        """Of the pieces from `index` to `last`, with their caches; on the stage that has them."""
+        if (index, last) not in self._runs:  # with the caches, which a piece that no token reaches has none of
+            numbers = range(self.pieces[index].first_layer, self.pieces[last].last_layer + 1)
+            self._runs[index, last] = LayerRun([self.layers[n] for n in numbers], [self.cache.layer(n) for n in numbers])
+        return self._runs[index, last]
 
     def asked_states(self, index: int, head_layer: int | None, rows: list[Sequence], states: list[int],
                      output: PieceOutput) -> ExitInput | None:

@@ -189,8 +189,12 @@ class AdapterHead(NormHead):
 
     def final_hidden(self, inputs: ExitInput) -> Tensor:  # […, h]
         """See ExitHead."""
-        x, parts = inputs.hidden, self.adapter
-        return self.norm(x + parts["up"](self.activation(parts["down"](parts["norm"](x)))))
+        return self.norm(self.adapted(inputs.hidden))
+
+    def adapted(self, x: Tensor) -> Tensor:  # […, h]
+        """x + B σ(A Norm_a(x))."""
+        parts = self.adapter
+        return x + parts["up"](self.activation(parts["down"](parts["norm"](x))))
 
 
 class LayerHead(NormHead):

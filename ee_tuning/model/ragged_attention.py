@@ -5,6 +5,7 @@ of the cache, and nothing is copied. Where blocks lie apart, they are gathered.
 """
 import itertools
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,11 @@ class CachePlaces:
     """[tokens] int64: the place of each."""
     first: int | None
     """The first token's place where the others follow it one by one; None where blocks lie apart."""
+
+    @cached_property
+    def address(self) -> int:
+        """Of the index, in memory."""
+        return self.index.data_ptr()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,15 +92,6 @@ class RaggedBatch:
     rows: tuple[_Row, ...]
     together: _Together | None
     """None where rows attend one by one."""
-
-    @property
-    def last_tokens(self) -> list[int]:
-        """Index of each row's last token."""
-        ends, total = [], 0
-        for length in self.lengths:
-            total += length
-            ends.append(total - 1)
-        return ends
 
 
 def ragged_batch(rows: list[CachePlaces], starts: list[int], lengths: list[int], cos: Tensor, sin: Tensor, *, queries_per_group: int,

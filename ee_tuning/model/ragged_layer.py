@@ -1,7 +1,8 @@
 """A backbone layer over a ragged batch, straight through the weights of Megatron's modules.
 
 A decode step moves so few numbers that Python above the matrix products would cost several times what they do: this walk makes some
-fifteen calls a layer where Megatron's own forward makes over a hundred. Tests hold it equal to that forward.
+fifteen calls a layer where Megatron's own forward makes over a hundred. Tests hold it equal to that forward. On a CPU a kernel takes its
+place where there is one (`layer_run.py`); this walk then serves passes of many tokens.
 """
 from typing import Any
 
@@ -10,11 +11,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from ee_tuning.kernel import calls
 from ee_tuning.model.activation import activation
 from ee_tuning.model.attention import softmax_scale
-from ee_tuning.model.column_major import column_major
+from ee_tuning.model.column_major import column_major, row_major
 from ee_tuning.model.config import ModelConfig
-from ee_tuning.model.exit_head import ExitHead, ExitInput, MLPHead
+from ee_tuning.model.exit_head import ExitInput
 from ee_tuning.model.ragged_attention import LayerCache, RaggedBatch, ragged_attention, rotate
 from ee_tuning.model.ragged_experts import RaggedExperts
 from ee_tuning.parallel.topology import Topology
@@ -31,13 +33,15 @@ class RaggedLayer:
         self.has_layer_norm = config.norm == "layer"
         if self.has_layer_norm:
             self.input_norm_bias, self.mlp_norm_bias = layer.input_layernorm.bias, layer.pre_mlp_layernorm.bias
-        self.qkv, self.qkv_bias = column_major(attention.linear_qkv.weight), attention.linear_qkv.bias
+        self.is_native = topology.tp == 1 and not layer.is_moe_layer and calls.serves(attention.linear_qkv.weight)
+        tall = row_major if self.is_native else column_major
+        self.qkv, self.qkv_bias = tall(attention.linear_qkv.weight), attention.linear_qkv.bias
         self.proj, self.proj_bias = attention.linear_proj.weight, attention.linear_proj.bias
         self.experts: RaggedExperts | None = None
         if layer.is_moe_layer:
             self.experts = RaggedExperts(mlp, config, topology)
         else:
-            self.fc1, self.fc1_bias = column_major(mlp.linear_fc1.weight), mlp.linear_fc1.bias
+            self.fc1, self.fc1_bias = tall(mlp.linear_fc1.weight), mlp.linear_fc1.bias
             self.fc2, self.fc2_bias = mlp.linear_fc2.weight, mlp.linear_fc2.bias
         self.activation, self.is_gated, self.is_rotated = activation(config), config.is_gated, config.position == "rope"
         self.epsilon, self.shape, self.head_shape = config.norm_epsilon, (config.hidden_size,), (config.kv_channels,)
@@ -49,6 +53,18 @@ class RaggedLayer:
             self.head_norm = torch.cat((query.expand(self.per_group, -1), key[None]))
         self.scale = softmax_scale(config)
         self.group = topology.tp_group if topology.tp > 1 else None
+        self.native_shape = native_shape(config)
+
+    def native(self, cache: LayerCache) -> calls.Layer:
+        """For the kernels, where there is one for it (`is_native`). Layer and cache have to outlive it."""
+        made = calls.Layer()
+        biases = {"input_norm_bias": self.input_norm_bias, "mlp_norm_bias": self.mlp_norm_bias} if self.has_layer_norm else {}
+        calls.fill(made, {"input_norm": self.input_norm, "qkv": self.qkv, "qkv_bias": self.qkv_bias, "head_norm": self.head_norm,
+                          "proj": self.proj, "proj_bias": self.proj_bias, "mlp_norm": self.mlp_norm, "keys": cache.keys,
+                          "values": cache.values, **biases})
+        calls.fill(made.mlp, {"fc1": self.fc1, "fc1_bias": self.fc1_bias, "fc2": self.fc2, "fc2_bias": self.fc2_bias})
+        made.mlp.inner, made.mlp.is_gated = self.fc2.shape[1], self.is_gated
+        return made
 
     def __call__(self, x: Tensor, cache: LayerCache, batch: RaggedBatch) -> tuple[Tensor, ExitInput]:  # [t, h] -> [t, h], …
         """The layer's output, and what an `mlp` exit here takes (made on the way in any case)."""
@@ -88,27 +104,8 @@ class RaggedLayer:
         return partial.add_(residual)
 
 
-class RaggedHead:
-    """An exit head for decoding. Shares its weights.
-
-    A head with a layer of its own has a cache of its own: before it is asked about a token, it has to see all tokens before that one.
-    """
-
-    def __init__(self, head: ExitHead, topology: Topology):
-        self.head = head
-        self.layer = None if head.own_layer is None else RaggedLayer(head.own_layer, head.config, topology)
-        if isinstance(head, MLPHead):
-            column_major(head.mlp.fc1.weight)
-
-    def take(self, hidden: Tensor, inner: ExitInput) -> ExitInput:  # [t, h]
-        """What the head takes of a pass: `hidden` and `inner` are what the backbone's RaggedLayer before it returned."""
-        return inner if self.head.takes_mlp_input else ExitInput(hidden)
-
-    def run_own_layer(self, hidden: Tensor, cache: LayerCache, batch: RaggedBatch) -> ExitInput:  # [t, h]
-        """Runs the layer that it has of its own; `cache` is that layer's."""
-        assert self.layer is not None
-        return ExitInput(hidden, layer_output=self.layer(hidden, cache, batch)[0])
-
-    def logits(self, inputs: ExitInput) -> Tensor:  # [r, v/tp]
-        """Of the rows (`ExitInput.rows`) that are asked."""
-        return self.head(inputs, F.linear)
+def native_shape(config: ModelConfig) -> calls.Shape:
+    """What the kernels want to know of every layer and head of a model that is not cut."""
+    return calls.Shape(config.hidden_size, config.num_query_groups, config.num_attention_heads // config.num_query_groups,
+                       config.kv_channels, config.norm == "layer", config.position == "rope", calls.ACTIVATIONS.index(config.activation),
+                       config.norm_epsilon, softmax_scale(config))

@@ -15,6 +15,7 @@ from ee_tuning.checkpoint.inspect import model_facts
 from ee_tuning.checkpoint.load import load_for_generation
 from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.errors import InputError
+from ee_tuning.kernel import calls
 from ee_tuning.model.config import read_model_config
 from ee_tuning.parallel.topology import init_parallel
 
@@ -102,8 +103,10 @@ HEADS = [("embedding", "copy"), ("norm", "random"), ("mlp", "random"), ("mlp", "
 
 @pytest.mark.parametrize(("family", "architecture", "init"), [
     (family, *head) for family in FAMILIES for head in HEADS if head[0] != "mlp" or family not in WITH_EXPERTS])
-def test_decoding_equals_the_plain_decoder(tmp_path, family, architecture, init):
-    """The lean layer of a decode step, or a head, that leaves out what this family has and Llama has not; positions off by one."""
+def test_decoding_equals_the_plain_decoder(tmp_path, monkeypatch, family, architecture, init):
+    """The lean layer of a decode step, or a head, that leaves out what this family has and Llama has not; positions off by one. By the
+    kernels, and by torch's operators where there are none.
+    """
     reference = random_model(family, tmp_path / "model", confident=True)
     exits = write_exits(tmp_path / "model", tmp_path / "exits", architecture=architecture, init=init)
     plain = PlainDecoder(reference, exits, (2, 4), torch.float64)
@@ -112,6 +115,8 @@ def test_decoding_equals_the_plain_decoder(tmp_path, family, architecture, init)
     got = [(said.tokens, said.exit_layers) for said in decode(loaded, PROMPTS, 16, engine={"max_pending": 5}, threshold=0.6)]
     assert len({layer for _, layers in got for layer in layers}) > 1, "the claim is empty where every token leaves at the same place"
     assert got == [plain.decode(prompt, 16, 0.6) for prompt in PROMPTS]
+    monkeypatch.setattr(calls, "kernels", lambda: None)
+    assert got == [(said.tokens, said.exit_layers) for said in decode(loaded, PROMPTS, 16, engine={"max_pending": 5}, threshold=0.6)]
 
 
 @pytest.mark.parametrize("family", WITH_EXPERTS)

@@ -37,14 +37,16 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedModel, PlainDec
 def counted(engine: Engine) -> list[int]:
     """Tokens of each pass through the own layer of the head at layer 4, from now on."""
     seen: list[int] = []
-    layer: Callable[..., Any] | None = engine.runner.heads[4].layer
-    assert layer is not None
+    layer_of = engine.runner.head_layers._layer_of
 
-    def run(hidden: torch.Tensor, *rest: Any) -> Any:
-        seen.append(len(hidden))
-        return layer(hidden, *rest)
+    def watched(layer: int) -> Callable[..., Any]:
+        def run(hidden: torch.Tensor, *rest: Any) -> Any:
+            seen.append(len(hidden))
+            return layer_of(layer)(hidden, *rest)
 
-    engine.runner.heads[4].layer = run  # type: ignore[assignment]
+        return run
+
+    engine.runner.head_layers._layer_of = watched  # type: ignore[assignment, method-assign]
     return seen
 
 

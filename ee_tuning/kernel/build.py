@@ -1,0 +1,109 @@
+"""Builds the kernels of this folder with the machine's own C++ compiler, for its own processor, once; later processes find them kept.
+
+Where there is no compiler, or it fails, decoding takes torch's operators: nothing is lost but speed. The environment variable
+EE_TUNING_KERNEL=0 asks for that.
+"""
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+SOURCE = Path(__file__).parent
+FLAGS = ("-O3", "-std=c++17", "-march=native", "-fopenmp", "-fPIC", "-ffp-contract=fast", "-fno-math-errno")
+SWITCH = "EE_TUNING_KERNEL"
+TIMEOUT = 120
+"""Seconds that a compiler may take."""
+
+log = logging.getLogger(__name__)
+
+
+@cache
+def kernels() -> ctypes.CDLL | None:
+    """The built kernels; None where they are not to be had, which is logged once."""
+    if os.environ.get(SWITCH, "1") == "0":
+        return None
+    compiler = _compiler()
+    if compiler is None:
+        log.warning("no C++ compiler (CXX, g++ or clang++): decoding on this processor takes torch's operators, about half as fast")
+        return None
+    try:
+        return ctypes.CDLL(str(_built(compiler)))
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        log.warning("the decoding kernels could not be built with %s, torch's operators serve in their place, about half as fast: %s",
+                    compiler, said.strip()[-400:])
+        return None
+
+
+def _compiler() -> str | None:
+    return next((found for name in (os.environ.get("CXX"), "g++", "clang++") if name and (found := shutil.which(name))), None)
+
+
+def _built(compiler: str) -> Path:
+    """The library, from the cache or new. Processes that build at once each put the same one there."""
+    sources = sorted([*SOURCE.glob("*.h"), *SOURCE.glob("*.cpp")])
+    runtime = _openmp_in_use()
+    told = [compiler, *FLAGS, _processor(), str(runtime), *(source.read_text() for source in sources)]
+    folder = cache_folder()
+    library = folder / f"kernels-{hashlib.sha256(chr(0).join(told).encode()).hexdigest()[:24]}.so"
+    if library.exists():
+        return library
+    with tempfile.TemporaryDirectory(dir=folder, prefix="building-") as scratch:
+        part, made = Path(scratch) / "kernels.o", Path(scratch) / "kernels.so"
+        _run([compiler, *FLAGS, "-c", str(SOURCE / "decoding.cpp"), "-o", str(part)])
+        # Two runtimes would keep two sets of threads, each spinning on the other's cores: it has to be torch's own.
+        _run([compiler, "-shared", str(part), "-o", str(made), *([str(runtime)] if runtime else ["-fopenmp"])])
+        made.replace(library)
+    return library
+
+
+def cache_folder() -> Path:
+    """Where built kernels are kept: `kernels` in $EE_TUNING_CACHE or ~/.cache/ee_tuning; else a folder that ends with the process."""
+    folder = Path(os.environ.get("EE_TUNING_CACHE") or Path.home() / ".cache" / "ee_tuning") / "kernels"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        stat = folder.stat()
+    except (OSError, RuntimeError):  # RuntimeError: a user without a home
+        return _own_folder()
+    # A library is code: nobody else may have put it there.
+    is_ours = stat.st_uid == os.getuid() and not stat.st_mode & 0o022
+    return folder if is_ours and os.access(folder, os.W_OK) else _own_folder()
+
+
+@cache
+def _own_folder() -> Path:
+    scratch = tempfile.TemporaryDirectory(prefix="ee_tuning-")
+    _own_folders.append(scratch)
+    return Path(scratch.name)
+
+
+_own_folders: list[tempfile.TemporaryDirectory[str]] = []
+"""Removed when the process ends."""
+
+
+def _openmp_in_use() -> Path | None:
+    """The OpenMP runtime that torch has loaded, where it is GNU's."""
+    try:
+        mapped = Path("/proc/self/maps").read_text()
+    except OSError:
+        return None
+    return next((Path(line.split(maxsplit=5)[5]) for line in mapped.splitlines() if "libgomp" in line), None)
+
+
+def _processor() -> str:
+    """What -march=native asks: homes are shared by machines that differ."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "model name", "Features", "CPU part"))}))
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIMEOUT)

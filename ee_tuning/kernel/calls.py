@@ -1,0 +1,115 @@
+"""What the kernels take, as they take it: pointers to tensors that the caller keeps alive. See decoding.cpp."""
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ee_tuning.kernel.build import kernels
+
+# t tokens · h hidden · d width of a head · v vocabulary, padding included
+
+MOST_TOKENS = 32
+"""Of a pass that is worth a kernel: for more, torch's matrix products are as fast."""
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+"""In the order that the kernels number them."""
+
+_TYPES = {torch.float32: "float", torch.float64: "double"}
+_INTEGER, _POINTER = ctypes.c_int64, ctypes.c_void_p
+
+
+def _fields(integers: str = "", pointers: str = "") -> list[tuple[str, Any]]:
+    return [(name, _INTEGER) for name in integers.split()] + [(name, _POINTER) for name in pointers.split()]
+
+
+class Shape(ctypes.Structure):
+    """Of every layer and head of a model."""
+
+    _fields_ = [*_fields("hidden groups per_group width has_layer_norm is_rotated activation"), ("epsilon", ctypes.c_double),
+                ("scale", ctypes.c_double)]
+
+
+class MLP(ctypes.Structure):
+    """Of a layer or head; all null where there is none."""
+
+    _fields_ = [*_fields(pointers="fc1 fc1_bias fc2 fc2_bias"), *_fields("inner is_gated")]
+
+
+class Layer(ctypes.Structure):
+    """A layer and its cache."""
+
+    _fields_ = [*_fields(pointers="input_norm input_norm_bias qkv qkv_bias head_norm proj proj_bias mlp_norm mlp_norm_bias"), ("mlp", MLP),
+                *_fields(pointers="keys values")]
+
+
+class Row(ctypes.Structure):
+    """Tokens of a sequence: `length` from `start` on."""
+
+    _fields_ = _fields("start length", "places")
+
+
+class Pass(ctypes.Structure):
+    """Tokens that go through layers together."""
+
+    _fields_ = _fields("num_tokens num_rows num_threads", "rows cos sin")
+
+
+class Head(ctypes.Structure):
+    """From states to logits."""
+
+    _fields_ = [*_fields(pointers="norm norm_bias output"), ("mlp", MLP), *_fields("num_ids num_rows")]
+
+
+def serves(tensor: Tensor) -> bool:
+    """Whether there are kernels for such tensors on this machine."""
+    return tensor.device.type == "cpu" and tensor.dtype in _TYPES and kernels() is not None
+
+
+def fill(structure: ctypes.Structure, tensors: dict[str, Tensor | None]) -> None:
+    """Sets a structure's pointers. The tensors have to be contiguous, and to outlive it."""
+    for name, tensor in tensors.items():
+        assert tensor is None or tensor.is_contiguous(), name
+        setattr(structure, name, None if tensor is None else tensor.data_ptr())
+
+
+def token_pass(starts: Sequence[int], lengths: Sequence[int], places: Sequence[int], cos: Tensor, sin: Tensor) -> Pass:
+    """`places` are addresses of each row's places, int64 from its first token on; cos and sin [positions, d]."""
+    rows = (Row * len(starts))(*(Row(*row) for row in zip(starts, lengths, places, strict=True)))
+    made = Pass(sum(lengths), len(starts), torch.get_num_threads(), ctypes.addressof(rows), cos.data_ptr(), sin.data_ptr())
+    made.kept = rows
+    return made
+
+
+def run_layers(shape: Shape, layers: "ctypes.Array[Layer]", given: Pass, hidden: Tensor,  # [t, h]
+               ) -> tuple[Tensor, Tensor, Tensor]:  # [t, h] each
+    """Hidden states behind the layers, and what the last one's MLP took and was added to."""
+    hidden = hidden.contiguous()
+    out, normed, residual = torch.empty_like(hidden), torch.empty_like(hidden), torch.empty_like(hidden)
+    _function("run_layers", hidden.dtype)(shape, layers, len(layers), given, hidden.data_ptr(), out.data_ptr(), normed.data_ptr(),
+                                          residual.data_ptr())
+    return out, normed, residual
+
+
+def run_head(shape: Shape, head: Head, states: Tensor, residual: Tensor | None,  # [t, h]
+             ) -> tuple[Tensor, Tensor]:  # [t, v]; [t, 2] float64
+    """Logits, and of each token the likeliest id and its probability, of ids that are no padding."""
+    states = states.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    logits, top = states.new_empty(len(states), head.num_rows), torch.empty(len(states), 2, dtype=torch.float64)
+    _function("run_head", states.dtype)(shape, head, len(states), torch.get_num_threads(), states.data_ptr(),
+                                        None if residual is None else residual.data_ptr(), logits.data_ptr(), top.data_ptr())
+    return logits, top
+
+
+_ARGUMENTS: dict[str, list[Any]] = {
+    "run_layers": [ctypes.POINTER(Shape), ctypes.POINTER(Layer), _INTEGER, ctypes.POINTER(Pass), _POINTER, _POINTER, _POINTER, _POINTER],
+    "run_head": [ctypes.POINTER(Shape), ctypes.POINTER(Head), _INTEGER, _INTEGER, _POINTER, _POINTER, _POINTER, _POINTER]}
+
+
+@cache
+def _function(name: str, dtype: torch.dtype) -> Any:
+    function = getattr(kernels(), f"{name}_{_TYPES[dtype]}")
+    function.argtypes, function.restype = _ARGUMENTS[name], None
+    return function

@@ -1,0 +1,231 @@
+// Vectors of the processor's width, and what layers are made of: products with a matrix, e^x, norms.
+//
+// Every number is summed in an order that depends on its own token alone: a token's states are the same bits in any company.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#include <omp.h>
+
+#if defined(__AVX512F__)
+constexpr int VECTOR_BYTES = 64, BLOCK = 4;
+#elif defined(__AVX__)
+constexpr int VECTOR_BYTES = 32, BLOCK = 2;  // it has half as many registers
+#else
+constexpr int VECTOR_BYTES = 16, BLOCK = 4;
+#endif
+constexpr int TOKENS = 4;  // that read a block of rows together
+
+enum Activation { SILU, GELU, GELU_TANH, RELU };
+
+template <class T> constexpr int LANES = VECTOR_BYTES / int(sizeof(T));
+template <class T> struct VectorOf { typedef T type __attribute__((vector_size(VECTOR_BYTES))); };
+template <class T> using Vector = typename VectorOf<T>::type;
+
+template <class T> inline Vector<T> load(const T *from) {
+    Vector<T> v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+
+// The first `count` lanes, the others 0.
+template <class T> inline Vector<T> load_part(const T *from, int64_t count) {
+    Vector<T> v = {};
+    std::memcpy(&v, from, count * sizeof(T));
+    return v;
+}
+
+template <class T> inline void store(T *to, Vector<T> v) { std::memcpy(to, &v, sizeof v); }
+
+template <class T, int... I> inline Vector<T> neighbours_summed(Vector<T> a, Vector<T> b, std::integer_sequence<int, I...>) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, (2 * I)...) + __builtin_shufflevector(a, b, (2 * I + 1)...);
+#else
+    typedef typename std::conditional<sizeof(T) == 4, int32_t, int64_t>::type Index;
+    typedef Index Indices __attribute__((vector_size(VECTOR_BYTES)));
+    return __builtin_shuffle(a, b, Indices{(2 * I)...}) + __builtin_shuffle(a, b, Indices{(2 * I + 1)...});
+#endif
+}
+
+// The sum of each of N vectors, in lanes 0 .. N - 1. Lanes are summed as a tree, the same one whatever N is.
+template <class T, int N> inline Vector<T> sums(Vector<T> (&v)[N]) {
+    static_assert(N <= LANES<T> && (N & (N - 1)) == 0, "a power of two that fits a vector");
+    constexpr auto lanes = std::make_integer_sequence<int, LANES<T>>{};
+    int count = N;
+#pragma GCC unroll 8
+    for (int width = LANES<T>; width > 1; width /= 2) {
+        const int pairs = count > 1 ? count / 2 : 1;
+#pragma GCC unroll 8
+        for (int i = 0; i < pairs; ++i) v[i] = neighbours_summed<T>(v[2 * i % count], v[(2 * i + 1) % count], lanes);
+        count = pairs;
+    }
+    return v[0];
+}
+
+// Products of R rows of a matrix with K tokens: take(row, token, product). The first of several calls for a block fetches the next block.
+template <class T, int R, int K, class Take>
+inline void block_product(const T *x, int64_t x_stride, const T *w, int64_t w_stride, int64_t size, bool is_first, Take take) {
+    constexpr int SUMMED = R < LANES<T> ? R : LANES<T>;
+    Vector<T> acc[K][R] = {};
+    int64_t i = 0;
+    for (; i + LANES<T> <= size; i += LANES<T>) {
+        Vector<T> weights[R];
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            weights[r] = load(w + r * w_stride + i);
+            if (is_first) __builtin_prefetch(w + (R + r) * w_stride + i);
+        }
+#pragma GCC unroll 8
+        for (int k = 0; k < K; ++k) {
+            const Vector<T> tokens = load(x + k * x_stride + i);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) acc[k][r] += weights[r] * tokens;
+        }
+    }
+    if (i < size)  // as vectors too: what a compiler makes of single numbers, fused or not, may differ from one R and K to another
+        for (int k = 0; k < K; ++k) {
+            const Vector<T> tokens = load_part(x + k * x_stride + i, size - i);
+            for (int r = 0; r < R; ++r) acc[k][r] += load_part(w + r * w_stride + i, size - i) * tokens;
+        }
+    for (int k = 0; k < K; ++k)
+        for (int part = 0; part < R; part += SUMMED) {
+            const Vector<T> products = sums<T, SUMMED>(reinterpret_cast<Vector<T>(&)[SUMMED]>(acc[k][part]));
+            for (int r = 0; r < SUMMED; ++r) take(part + r, k, products[r]);
+        }
+}
+
+template <class T, int R, class Take>
+inline void rows_product(const T *x, int64_t num_tokens, int64_t x_stride, const T *w, int64_t w_stride, int64_t size, Take take) {
+    for (int64_t k = 0; k < num_tokens; k += TOKENS) {
+        const auto shifted = [&](int r, int token, T product) { take(r, k + token, product); };
+        const T *from = x + k * x_stride;
+        switch (num_tokens - k) {
+            case 1: block_product<T, R, 1>(from, x_stride, w, w_stride, size, k == 0, shifted); break;
+            case 2: block_product<T, R, 2>(from, x_stride, w, w_stride, size, k == 0, shifted); break;
+            case 3: block_product<T, R, 3>(from, x_stride, w, w_stride, size, k == 0, shifted); break;
+            default: block_product<T, R, TOKENS>(from, x_stride, w, w_stride, size, k == 0, shifted);
+        }
+    }
+}
+
+// Rows first .. last - 1 of W [., size] times each of x [t, size]: take(row, token, product).
+template <class T, class Take>
+void product(const T *x, int64_t num_tokens, int64_t x_stride, const T *w, int64_t w_stride, int64_t size, int64_t first, int64_t last,
+             Take take) {
+    int64_t row = first;
+    for (; row + BLOCK <= last; row += BLOCK)
+        rows_product<T, BLOCK>(x, num_tokens, x_stride, w + row * w_stride, w_stride, size,
+                               [&](int r, int64_t k, T p) { take(row + r, k, p); });
+    for (; row < last; ++row)
+        rows_product<T, 1>(x, num_tokens, x_stride, w + row * w_stride, w_stride, size, [&](int, int64_t k, T p) { take(row, k, p); });
+}
+
+// This thread's share of `count` rows, in whole blocks.
+struct Share {
+    int64_t first, last;
+    explicit Share(int64_t count) {
+        const int64_t blocks = (count + BLOCK - 1) / BLOCK, threads = omp_get_num_threads(), own = omp_get_thread_num();
+        first = std::min(count, blocks * own / threads * BLOCK);
+        last = std::min(count, blocks * (own + 1) / threads * BLOCK);
+    }
+    Share(int64_t first, int64_t last) : first(first), last(last) {}
+};
+
+// out [t, rows] = x [t, size] Wᵀ + bias + residual, the share's rows of it.
+template <class T>
+void linear(const T *x, int64_t num_tokens, int64_t size, const T *weight, const T *bias, const T *residual, T *out, int64_t rows,
+            Share share) {
+    product<T>(x, num_tokens, size, weight, size, size, share.first, share.last, [&](int64_t row, int64_t k, T p) {
+        if (bias) p += bias[row];
+        out[k * rows + row] = residual ? p + residual[k * rows + row] : p;
+    });
+}
+
+// e^x: e^(x - n ln 2) as a polynomial (degree 6, within 2 units in the last place; Cephes' expf) times 2^n.
+inline Vector<float> exponential(Vector<float> x) {
+    typedef int32_t Whole __attribute__((vector_size(VECTOR_BYTES)));
+    const Vector<float> zero = {};
+    const Vector<float> low = zero - 87.0f, high = zero + 88.0f, shifter = zero + 12582912.0f;  // 1.5 * 2^23, which rounds what it meets
+    x = x < low ? low : x;
+    x = x > high ? high : x;
+    const Vector<float> n = (x * 1.44269504f + shifter) - shifter;
+    const Vector<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    Vector<float> y = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    y = y * r + 8.3334519073e-3f;
+    y = y * r + 4.1665795894e-2f;
+    y = y * r + 1.6666665459e-1f;
+    y = y * r + 5.0000001201e-1f;
+    y = y * r * r + r + 1.0f;
+    const Whole power = (__builtin_convertvector(n, Whole) + 127) << 23;
+    Vector<float> scale;
+    std::memcpy(&scale, &power, sizeof scale);
+    return y * scale;
+}
+
+inline Vector<double> exponential(Vector<double> x) {
+    for (int i = 0; i < LANES<double>; ++i) x[i] = std::exp(x[i]);
+    return x;
+}
+
+template <class T> inline Vector<T> activated(Vector<T> x, int64_t activation) {
+    const Vector<T> zero = {};
+    switch (activation) {
+        case SILU: return x / (exponential(-x) + T(1));
+        case GELU_TANH:  // tanh v = 1 - 2 / (e^(2 v) + 1)
+            return x - x / (exponential((x + x * x * x * T(0.044715)) * T(1.5957691216057308)) + T(1));
+        case RELU: return x < zero ? zero : x;
+        default:
+            for (int i = 0; i < LANES<T>; ++i) x[i] = T(0.5) * x[i] * (T(1) + std::erf(x[i] * T(0.7071067811865476)));
+            return x;
+    }
+}
+
+// to[i] = f(a[i], b[i]), a vector at a time, the last one padded with zeros.
+template <class T, class F> inline void each_vector(T *to, const T *a, const T *b, int64_t size, F f) {
+    int64_t i = 0;
+    for (; i + LANES<T> <= size; i += LANES<T>) store<T>(to + i, f(load(a + i), load(b + i)));
+    if (i < size) {
+        T pa[LANES<T>] = {}, pb[LANES<T>] = {};
+        std::memcpy(pa, a + i, (size - i) * sizeof(T));
+        std::memcpy(pb, b + i, (size - i) * sizeof(T));
+        store<T>(pa, f(load(pa), load(pb)));
+        std::memcpy(to + i, pa, (size - i) * sizeof(T));
+    }
+}
+
+// scores[0 .. size) become e^(score - largest), lanes behind them 0, up to a whole vector; returns their sum. There has to be room.
+template <class T> T exponentials(T *scores, int64_t size) {
+    T largest = scores[0];
+    for (int64_t i = 1; i < size; ++i) largest = scores[i] > largest ? scores[i] : largest;
+    Vector<T> total[1] = {};
+    for (int64_t i = size; i % LANES<T>; ++i) scores[i] = largest;
+    for (int64_t i = 0; i < size; i += LANES<T>) {
+        Vector<T> weights = exponential(load(scores + i) - largest);
+        for (int64_t lane = size - i; lane < LANES<T>; ++lane) weights[lane] = 0;
+        total[0] += weights;
+        store<T>(scores + i, weights);
+    }
+    return sums<T, 1>(total)[0];
+}
+
+template <class T> T mean_square(const T *x, int64_t size) {
+    T sum = 0;
+    block_product<T, 1, 1>(x, 0, x, 0, size, false, [&](int, int, T p) { sum = p; });
+    return sum / size;
+}
+
+template <class T> void norm(const T *x, T *out, const T *weight, const T *bias, int64_t size, double epsilon, bool is_layer_norm) {
+    if (is_layer_norm) {
+        T mean = 0;
+        for (int64_t i = 0; i < size; ++i) mean += x[i];
+        mean /= size;
+        for (int64_t i = 0; i < size; ++i) out[i] = x[i] - mean;
+        x = out;
+    }
+    const T factor = 1 / std::sqrt(mean_square(x, size) + T(epsilon));
+    for (int64_t i = 0; i < size; ++i) out[i] = x[i] * factor * weight[i] + (bias ? bias[i] : T(0));
+}

@@ -1,0 +1,106 @@
+"""Heads for decoding, the exits' and the model's own: from the states of a pass to logits, and to the likeliest tokens."""
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ee_tuning.kernel import calls
+from ee_tuning.model.column_major import column_major, row_major
+from ee_tuning.model.early_exit import EarlyExitModel
+from ee_tuning.model.exit_head import AdapterHead, EmbeddingHead, ExitHead, ExitInput, ExitMLP, LayerHead, MLPHead, NormHead
+from ee_tuning.model.ragged_layer import RaggedLayer, native_shape
+from ee_tuning.parallel.topology import Topology
+from ee_tuning.parallel.vocab import VocabShard, top1
+
+# t tokens of a pass · q of them that a head is asked about · h hidden · v/tp a shard of the vocabulary
+
+
+class RaggedHead(ABC):
+    """A head on this rank. Shares its weights."""
+
+    def __init__(self, model: EarlyExitModel, norm: Any, output: Tensor, mlp: ExitMLP | None = None):
+        self.vocab: VocabShard = model.vocab
+        is_native = model.topology.tp == 1 and calls.serves(output)
+        if mlp is not None:
+            (row_major if is_native else column_major)(mlp.fc1.weight)
+        self._native = _native(norm, output, mlp, model.vocab) if is_native else None
+        self._shape = native_shape(model.config)
+
+    def ask(self, inputs: ExitInput) -> tuple[Tensor, Tensor]:  # [q, v/tp]; [q, 2] float64
+        """Logits of the tokens that are asked about; and of each, over the whole vocabulary, the likeliest id and its probability."""
+        if self._native is not None and len(inputs.hidden) <= calls.MOST_TOKENS:
+            return calls.run_head(self._shape, self._native, *self.native_states(inputs))
+        logits = self.logits(inputs)
+        ids, probabilities = top1(logits, self.vocab)
+        return logits, torch.stack((ids.double(), probabilities.double()), dim=-1).cpu()
+
+    @abstractmethod
+    def logits(self, inputs: ExitInput) -> Tensor:  # [q, v/tp]
+        """By torch's operators."""
+
+    @abstractmethod
+    def native_states(self, inputs: ExitInput) -> tuple[Tensor, Tensor | None]:  # [q, h] each
+        """What the kernel takes: states, and what is added to the MLP's output where there is one."""
+
+
+class RaggedFinalHead(RaggedHead):
+    """The model's own last norm and output matrix."""
+
+    def __init__(self, model: EarlyExitModel):
+        self.model = model
+        super().__init__(model, model.backbone.decoder["final_layernorm"], model.backbone.output_layer.weight)
+
+    def logits(self, inputs: ExitInput) -> Tensor:  # [q, v/tp]
+        """See RaggedHead."""
+        return F.linear(self.model.final_hidden(inputs.hidden), self.model.backbone.output_layer.weight)
+
+    def native_states(self, inputs: ExitInput) -> tuple[Tensor, Tensor | None]:  # [q, h]
+        """See RaggedHead."""
+        return inputs.hidden, None
+
+
+class RaggedExitHead(RaggedHead):
+    """An exit head.
+
+    One with a layer of its own has a cache of its own: before it is asked about a token, it has to see all tokens before that one.
+    """
+
+    def __init__(self, model: EarlyExitModel, head: ExitHead, topology: Topology):
+        self.head = head
+        self.layer = None if head.own_layer is None else RaggedLayer(head.own_layer, head.config, topology)
+        super().__init__(model, head.norm if isinstance(head, NormHead) else None, head.output_weight,
+                         head.mlp if isinstance(head, MLPHead) else None)
+
+    def take(self, hidden: Tensor, inner: ExitInput) -> ExitInput:  # [t, h]
+        """What the head takes of a pass: `hidden` and `inner` are what the run of layers before it returned."""
+        return inner if self.head.takes_mlp_input else ExitInput(hidden)
+
+    def logits(self, inputs: ExitInput) -> Tensor:  # [q, v/tp]
+        """See RaggedHead."""
+        return self.head(inputs, F.linear)
+
+    def native_states(self, inputs: ExitInput) -> tuple[Tensor, Tensor | None]:  # [q, h] each
+        """See RaggedHead."""
+        match self.head:
+            case MLPHead():
+                return inputs.hidden, inputs.residual
+            case AdapterHead():
+                return self.head.adapted(inputs.hidden), None
+            case LayerHead():
+                assert inputs.layer_output is not None
+                return inputs.layer_output, None
+            case NormHead() | EmbeddingHead():
+                return inputs.hidden, None
+        raise AssertionError(type(self.head))
+
+
+def _native(norm: Any, output: Tensor, mlp: ExitMLP | None, vocab: VocabShard) -> calls.Head:
+    made = calls.Head()
+    calls.fill(made, {"norm": getattr(norm, "weight", None), "norm_bias": getattr(norm, "bias", None), "output": output})
+    if mlp is not None:
+        calls.fill(made.mlp, {"fc1": mlp.fc1.weight, "fc1_bias": mlp.fc1.bias, "fc2": mlp.fc2.weight, "fc2_bias": mlp.fc2.bias})
+        made.mlp.inner, made.mlp.is_gated = mlp.fc2.in_features, mlp.is_gated
+    made.num_ids, made.num_rows = vocab.true_rows, vocab.rows
+    return made

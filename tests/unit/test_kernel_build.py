@@ -1,0 +1,72 @@
+"""Building the kernels: what is kept, and what happens where they can not be built."""
+import logging
+from pathlib import Path
+
+import pytest
+
+from ee_tuning.kernel import build
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(build, "kernels", build.kernels.__wrapped__)
+    monkeypatch.setenv("EE_TUNING_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv(build.SWITCH, raising=False)
+
+
+def test_it_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every process that compiles anew; leavings of the build."""
+    assert build.kernels() is not None
+    kept = list((tmp_path / "cache" / "kernels").iterdir())
+    assert len(kept) == 1 and kept[0].suffix == ".so"
+
+    def compile_again(command: list[str]) -> None:
+        raise AssertionError(command)
+
+    monkeypatch.setattr(build, "_run", compile_again)
+    assert build.kernels() is not None
+
+
+def test_another_processor_has_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library of one machine run on another that shares its home: an illegal instruction."""
+    assert build.kernels() is not None
+    monkeypatch.setattr(build, "_processor", lambda: "another")
+    assert build.kernels() is not None
+    assert len(list((tmp_path / "cache" / "kernels").iterdir())) == 2
+
+
+def test_without_a_compiler_torch_serves(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """A machine without one that can not decode at all, or that is slow and does not say why."""
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("CXX", raising=False)
+    with caplog.at_level(logging.WARNING):
+        assert build.kernels() is None
+    assert "no C++ compiler (CXX, g++ or clang++)" in caplog.text
+
+
+def test_a_compiler_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Its words lost, or a traceback in their place."""
+    compiler = tmp_path / "broken++"
+    compiler.write_text("#!/bin/sh\necho 'no such option: -fopenmp' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with caplog.at_level(logging.WARNING):
+        assert build.kernels() is None
+    assert str(compiler) in caplog.text and "no such option: -fopenmp" in caplog.text
+    assert list((tmp_path / "cache" / "kernels").iterdir()) == []
+
+
+def test_a_folder_that_others_may_write_is_not_trusted(tmp_path: Path) -> None:
+    """A library that somebody else put there, loaded as one's own."""
+    folder = tmp_path / "cache" / "kernels"
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    assert build.cache_folder() != folder
+    folder.chmod(0o700)
+    assert build.cache_folder() == folder
+
+
+def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault of the kernels that nobody can step around."""
+    monkeypatch.setenv(build.SWITCH, "0")
+    assert build.kernels() is None
