@@ -7,12 +7,12 @@ leaves them.
 Every rank of TP × PP makes the same calls and runs this same loop over the same tokens; only the stage that owns a piece computes it.
 """
 import time
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from ee_tuning.generation.block_pool import BLOCK_SIZE, blocks_for
-from ee_tuning.generation.costs import measure_costs
+from ee_tuning.generation.drafting import Drafting
 from ee_tuning.generation.judge import Answer, Judge, Question
 from ee_tuning.generation.kv_cache import KVCache
 from ee_tuning.generation.params import SamplingParams
@@ -22,7 +22,6 @@ from ee_tuning.generation.requests import check_request
 from ee_tuning.generation.runner import PieceOutput, Runner
 from ee_tuning.generation.scheduler import Scheduler
 from ee_tuning.generation.sequence import Sequence
-from ee_tuning.generation.speculation import Speculation
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.parallel.stage_link import StageLink
 
@@ -30,8 +29,7 @@ FILL_BEHIND = 4
 """Tokens of a sequence that wait at the entrance of a stage before it runs them."""
 
 
-@dataclass(frozen=True)
-class TokenStep:
+class TokenStep(NamedTuple):
     """One token of one sequence."""
 
     sequence: Sequence
@@ -63,17 +61,20 @@ class Engine:
         self.link = StageLink(self.topology)
         self.runner = Runner(model, self.pieces, self.cache, self.link)
         self.judge = Judge(model, self.runner.heads, self.link)
-        self.speculation: Speculation | None = None
-        """From the first request that speculates on."""
+        self.drafting = Drafting(self.runner, max_pending)
         self.scheduler = Scheduler(self.cache, num_slots=num_slots, prefill_chunk=prefill_chunk, reuses_prefixes=reuses_prefixes)
         self.running, self.waiting = self.scheduler.running, self.scheduler.waiting
-        self.seconds_in_heads = 0.0
-        """On this rank, waiting for the rank that has the head included."""
+        self._seconds_in_asked_heads = 0.0
 
     @property
     def is_idle(self) -> bool:
         """Whether nothing runs or waits."""
         return not self.running and not self.waiting
+
+    @property
+    def seconds_in_heads(self) -> float:
+        """On this rank, waiting for the rank that has the head included."""
+        return self._seconds_in_asked_heads + self.drafting.seconds_in_heads
 
     def add_request(self, prompt: list[int], params: SamplingParams | None = None, policy: Policy = FULL) -> list[Sequence]:
         """Queues a prompt, once for each of its `n` completions; the next steps take them up as there is room, in order.
@@ -140,59 +141,72 @@ class Engine:
         going = self.scheduler.feed()
         for sequence in going:
             if sequence.speculates:
-                self.speculation = self.speculation or Speculation(measure_costs(self.runner), self.pieces)
-                if sequence.num_output and not sequence.num_drafts and sequence.has_all_fed:
-                    self.speculation.begin_round(sequence, len(going))
+                self.drafting.begin(sequence, len(going))
         return going
 
     def _walk(self, going: list[Sequence]) -> list[TokenStep]:
         """Takes `going` through the pieces, each until it leaves. Pieces between which nothing is decided are one pass."""
         steps: list[TokenStep] = []
         index = 0
+        if len(self.running) == len(going) == 1 and going[0].speculates and going[0].has_all_fed:
+            index, goes_on = self.drafting.ahead(going[0])
+            going = going if goes_on else []
         while going and index < len(self.pieces):
             # Rows that left earlier wait here with their states: they ride along, for the weights are read anyway. Drafts wait for their
             # check, which brings tokens and so is a step of their own.
             rows = [s for s in self.running if s.num_pending(index) and (s in going or not s.speculates)]
-            last = index
-            while self._runs_on(last, going, rows):
+            last, asked = index, self._asked_behind(index, going)
+            while not asked and self._runs_on(last, rows):
                 last += 1
+                asked = self._asked_behind(last, going)
             output = self.runner.run(index, rows, through=last)
-            for sequence, length in zip(rows, output.lengths, strict=True):
-                is_read_again = sequence in going and not sequence.has_all_fed
-                if sequence.num_output and not sequence.speculates and not is_read_again:
-                    sequence.statistics.num_catch_up += (length - (sequence in going)) * (last - index + 1)
-            going = self._leave(last, going, rows, output, steps)
+            if sum(output.lengths) > len(going):
+                self._count_riders(going, rows, output.lengths, last - index + 1)
+            stays = [s for s in going if last < s.last_piece]
+            going = self._leave(last, stays, asked, rows, output, steps) if asked else stays
             index = last + 1
+        self.runner.settle()
         return steps
 
-    def _runs_on(self, index: int, going: list[Sequence], rows: list[Sequence]) -> bool:
-        """Whether `rows` go on into the piece behind `index` as they are: nobody is asked between the two, ends there or waits there."""
+    def _asked_behind(self, index: int, going: list[Sequence]) -> list[tuple[Sequence, float]]:
+        """Who is asked behind a piece, and how confident it has to be to leave there."""
+        asked = []
+        for sequence in going:
+            if sequence.num_fed == len(sequence.tokens):
+                threshold = self._threshold(index, sequence, len(going))
+                if threshold is not None:
+                    asked.append((sequence, threshold))
+        return asked
+
+    def _runs_on(self, index: int, rows: list[Sequence]) -> bool:
+        """Whether `rows`, of whom nobody is asked, go on into the piece behind `index` as they are: nobody ends there or waits there."""
         if index + 1 == len(self.pieces) or self.pieces[index].stage != self.pieces[index + 1].stage:
             return False
         layer = self.pieces[index].last_layer
-        if any(s.last_piece == index or layer in s.head_watermarks for s in rows) or any(s.num_pending(index + 1) for s in self.running):
-            return False
-        return all(not s.has_all_fed or self._threshold(index, s, len(going)) is None for s in going)
+        return not any(s.last_piece == index or layer in s.head_watermarks for s in rows) and not any(
+            s.num_pending(index + 1) for s in self.running)
 
-    def _leave(self, index: int, going: list[Sequence], rows: list[Sequence], output: PieceOutput,
+    def _count_riders(self, going: list[Sequence], rows: list[Sequence], lengths: tuple[int, ...], num_pieces: int) -> None:
+        for sequence, length in zip(rows, lengths, strict=True):
+            is_read = sequence in going and not sequence.has_all_fed
+            if sequence.num_output and not sequence.speculates and not is_read:
+                sequence.statistics.num_catch_up += (length - (sequence in going)) * num_pieces
+
+    def _leave(self, index: int, stays: list[Sequence], wanted: list[tuple[Sequence, float]], rows: list[Sequence], output: PieceOutput,
                steps: list[TokenStep]) -> list[Sequence]:
-        """Asks the heads behind a piece about the rows that want it; appends the tokens of those that leave. Returns those that go on."""
-        piece, stays = self.pieces[index], []
+        """Asks the heads behind a piece about the rows that want it; appends the tokens of those that leave. Returns those of `stays` that
+        go on.
+        """
+        piece = self.pieces[index]
         questions: dict[int | None, list[Question]] = {}
-        for sequence in going:
-            if index < sequence.last_piece:
-                stays.append(sequence)
-            if not sequence.has_all_fed:
-                continue
-            threshold = self._threshold(index, sequence, len(going))
-            if threshold is not None:
-                place = rows.index(sequence)
-                end = output.firsts[place] + output.lengths[place]
-                # The check of drafts asks about the token before them and all of them; the others about their newest token.
-                num_asked = sequence.num_drafts + 1 if index == sequence.last_piece else 1
-                head = None if piece.last_layer == self.config.num_layers and sequence.policy.fixed_exit is None else piece.exit_layer
-                question = Question(sequence, list(range(end - num_asked, end)), len(sequence.tokens) + 1 - num_asked, threshold)
-                questions.setdefault(head, []).append(question)
+        for sequence, threshold in wanted:
+            place = rows.index(sequence)
+            end = output.firsts[place] + output.lengths[place]
+            # The check of drafts asks about the token before them and all of them; the others about their newest token.
+            num_asked = sequence.num_drafts + 1 if index == sequence.last_piece else 1
+            head = None if piece.last_layer == self.config.num_layers and sequence.policy.fixed_exit is None else piece.exit_layer
+            question = Question(sequence, list(range(end - num_asked, end)), len(sequence.tokens) + 1 - num_asked, threshold)
+            questions.setdefault(head, []).append(question)
         for head, asked in questions.items():
             for question, answers in zip(asked, self._ask(index, head, asked, output), strict=True):
                 sequence = question.sequence
@@ -205,7 +219,7 @@ class Engine:
                 if leaves:
                     stays.remove(sequence)
                 if sequence.speculates:
-                    self._draft(sequence, answers[0], piece.last_layer, leaves)
+                    self.drafting.note(sequence, answers[0], piece.last_layer, leaves)
                 elif leaves:
                     steps.append(self._take(sequence, answers[0], piece.last_layer))
         return stays
@@ -219,38 +233,12 @@ class Engine:
         exit_layer = self.pieces[index].exit_layer
         if exit_layer is None or not sequence.speculates:
             return None if exit_layer is None else sequence.policy.thresholds.get(exit_layer)
-        # Room for the draft and for the token that its check brings; nothing is drafted behind an end.
-        has_room = sequence.num_drafts < min(self.max_pending, sequence.limit - sequence.num_final - 1)
-        ends = sequence.num_drafts and sequence.tokens[-1] in sequence.stop_ids
-        if not has_room or ends:
-            return None
-        assert self.speculation is not None
-        return self.speculation.threshold(sequence, exit_layer, num_rows)
-
-    def _draft(self, sequence: Sequence, answer: Answer, exit_layer: int, leaves: bool) -> None:
-        assert self.speculation is not None
-        self.speculation.note(sequence, exit_layer, answer, leaves)
-        if leaves:
-            sequence.tokens.append(answer.token_id)
-            sequence.statistics.num_drafted += 1
+        return self.drafting.threshold(sequence, exit_layer, num_rows)
 
     def _check_drafts(self, sequence: Sequence, answers: list[Answer]) -> list[TokenStep]:
-        """Keeps the drafts that are what the full model says, and its own token behind them; forgets the others, and what was made of them.
-
-        The full model's token is chosen as it would be without any draft, drawn with the same key: so the tokens are exactly those of
-        full depth. An exit's draw with that key is mostly the same (see `draw`).
-        """
-        assert self.speculation is not None
-        drafts, layers = sequence.tokens[sequence.num_final:], [*sequence.drafts.layers, self.config.num_layers]
-        num_kept = next((i for i, draft in enumerate(drafts) if answers[i].token_id != draft), len(drafts))
-        self.speculation.end_round(sequence, answers, num_kept)
-        sequence.statistics.num_accepted += num_kept
-        del sequence.tokens[sequence.num_final:]
-        sequence.crop(len(sequence.tokens) + num_kept)
-        sequence.drafts.begin({})
         steps = []
-        for i, answer in enumerate(answers[:num_kept + 1]):
-            steps.append(self._take(sequence, answer, layers[i] if i < num_kept else self.config.num_layers))
+        for answer, layer in self.drafting.check(sequence, answers):
+            steps.append(self._take(sequence, answer, layer or self.config.num_layers))
             if sequence.finish_reason:
                 break
         return steps
@@ -260,7 +248,7 @@ class Engine:
         states = [state for question in questions for state in question.states]
         inputs = self.runner.asked_states(index, head, [question.sequence for question in questions], states, output)
         answers = self.judge.ask(head, questions, inputs, self.pieces[index].stage)
-        self.seconds_in_heads += time.perf_counter() - began
+        self._seconds_in_asked_heads += time.perf_counter() - began
         return answers
 
     def _take(self, sequence: Sequence, answer: Answer, layer: int) -> TokenStep:

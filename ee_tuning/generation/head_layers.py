@@ -63,10 +63,11 @@ class HeadLayers:
         if layer not in self.heads:
             return None
         hidden = parts[0] if len(parts) == 1 else torch.cat(parts)
-        made = ExitInput(hidden, layer_output=self._layer_of(layer)(hidden, self._describe(rows, starts, lengths))[0])
+        made = ExitInput(hidden, layer_output=self.layer_of(layer)(hidden, self._describe(rows, starts, lengths))[0])
         return made if max(lengths) == 1 else made.rows([end - 1 for end in itertools.accumulate(lengths)])
 
-    def _layer_of(self, layer: int) -> LayerRun:
+    def layer_of(self, layer: int) -> LayerRun:
+        """The layer that the head behind `layer` has of its own, with its cache; on the stage that has it."""
         if layer not in self._runs:  # with its cache, which a head that nobody asks has none of
             own = self.heads[layer].layer
             assert own is not None

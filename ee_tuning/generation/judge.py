@@ -1,13 +1,12 @@
 """Asks a head about states of a pass: is it sure enough, and which token is next? Decided once, then the same on every rank."""
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ee_tuning.generation.params import SamplingParams
-from ee_tuning.generation.processors import TokenCounts, is_plain, log_probabilities, processed
+from ee_tuning.generation.processors import TokenCounts, log_probabilities, processed, takes_likeliest
 from ee_tuning.generation.sampling import draw, draw_key
 from ee_tuning.generation.sequence import Sequence
 from ee_tuning.model.early_exit import EarlyExitModel
@@ -19,8 +18,7 @@ from ee_tuning.parallel.vocab import confidences, gather_logits
 # q states that a head is asked about · v vocabulary
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     """About consecutive states of one sequence: the first follows `length` of its tokens, each next one a token more."""
 
     sequence: Sequence
@@ -31,8 +29,7 @@ class Question:
     """Tokens are chosen where the confidence is at least this."""
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """About one state."""
 
     confidence: float
@@ -48,6 +45,7 @@ class Judge:
 
     def __init__(self, model: EarlyExitModel, heads: Mapping[int | None, RaggedHead], link: StageLink):
         self.model, self.heads, self.link = model, heads, link
+        self._is_alone = model.topology.num_in_replica == 1
         self._counts: dict[int, TokenCounts] = {}
 
     def forget(self, sequence: Sequence) -> None:
@@ -59,9 +57,14 @@ class Judge:
 
         `head_layer` None is the model's own final head.
         """
+        if self._is_alone and all([_is_plain(q) for q in questions]):
+            assert inputs is not None
+            said = iter(self.heads[head_layer].ask(inputs)[1].tolist())
+            return [[Answer(confidence, int(token), None, None) for _, (token, confidence) in zip(q.states, said, strict=False)]
+                    for q in questions]
         num_top = max((q.sequence.params.logprobs or 0 for q in questions), default=0)
         num_states = sum(len(q.states) for q in questions)
-        decided = torch.empty(num_states, 3 + 2 * num_top, dtype=torch.float64)
+        decided = torch.full((num_states, 3 + 2 * num_top), -1.0, dtype=torch.float64)
         if inputs is not None:
             self._decide(decided, head_layer, questions, inputs, num_top)
         self.link.tell(decided, stage)
@@ -73,10 +76,10 @@ class Judge:
         first = 0
         careful: list[tuple[Question, int]] = []
         for q in questions:
-            params, last = q.sequence.params, first + len(q.states)
+            last = first + len(q.states)
             if q.sequence.policy.measure != "max_probability":
                 decided[first:last, 1] = confidences(logits[first:last], self.model.vocab, q.sequence.policy.measure)
-            if not params.is_greedy or params.logprobs is not None or not is_plain(q.sequence, q.length):
+            if not takes_likeliest(q.sequence, q.length):
                 careful.append((q, first))
             first = last
         if careful:
@@ -107,6 +110,11 @@ class Judge:
                 counts = self._counts[sequence.number] = TokenCounts(self.model.vocab.size, sequence.num_prompt_tokens)
             counts.move_to(sequence.tokens, length)
         return processed(logits, sequence, length, counts)
+
+
+def _is_plain(question: Question) -> bool:
+    """Whether a head's likeliest token and its probability are the answer."""
+    return question.sequence.policy.measure == "max_probability" and takes_likeliest(question.sequence, question.length)
 
 
 class _Choice(NamedTuple):

@@ -214,12 +214,12 @@ class EarlyExitLLM:
                 or self._settings != settings):
             if engine is not None and engine.cache.max_length < longest:  # a conversation: not a new engine, which knows nothing, each turn
                 longest = min(2 * longest, limit)
-            known = engine.speculation if engine is not None else None
+            known = engine.drafting.speculation if engine is not None else None
             self.engine = engine = None  # before the new caches are made
             self._settings = settings
             self.engine = engine = Engine(self.model, self.stages, num_slots=rows, max_length=longest,
                                           eos_ids=self.stop_token_ids, **settings)
-            engine.speculation = known  # what costs and is right at which exit is as it was
+            engine.drafting.speculation = known  # what costs and is right at which exit is as it was
         return engine
 
 

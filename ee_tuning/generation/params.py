@@ -2,6 +2,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from ee_tuning.errors import InputError
 
@@ -47,6 +48,11 @@ class SamplingParams:
     def is_greedy(self) -> bool:
         """Whether nothing is drawn."""
         return self.temperature == 0
+
+    @cached_property
+    def takes_likeliest(self) -> bool:
+        """Whether the likeliest token by the logits as they are is taken, and no log-probability wanted, once `min_tokens` are there."""
+        return self.is_greedy and self.logprobs is None and not self.has_penalties and not self.logit_bias
 
     @property
     def has_penalties(self) -> bool:

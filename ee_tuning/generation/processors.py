@@ -32,11 +32,14 @@ class TokenCounts:
             self.in_completion[token] += one
 
 
-def is_plain(sequence: Sequence, length: int) -> bool:
-    """Whether the token after the first `length` is chosen from the logits as they are."""
+def takes_likeliest(sequence: Sequence, length: int) -> bool:
+    """Whether the token after the first `length` is the likeliest by the logits as they are, and nothing more is asked of it.
+
+    Once it is, it is behind every further token.
+    """
     params = sequence.params
     num_said = max(length - sequence.num_prompt_tokens, 0)  # a token of the prompt itself may be asked after
-    return not (params.has_penalties or params.logit_bias or num_said < params.min_tokens)
+    return params.takes_likeliest and num_said >= params.min_tokens
 
 
 def processed(logits: Tensor,  # [v]

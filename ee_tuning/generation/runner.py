@@ -1,6 +1,6 @@
 """Runs a piece of the network over the pending tokens of some sequences, on the stage that owns it."""
 import itertools
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,7 @@ from ee_tuning.parallel.stage_link import StageLink
 # t tokens of a ragged batch · h hidden
 
 
-@dataclass(frozen=True)
-class PieceOutput:
+class PieceOutput(NamedTuple):
     """What a pass leaves: the states behind the piece's last layer, and what an exit there takes. None on other stages."""
 
     hidden: Tensor | None       # [t, h]
@@ -74,9 +73,12 @@ class Runner:
         self._describe = _Passes(self.tables, self.config, cache)
         self.head_layers = HeadLayers(own_layers, self.exit_heads, cache, self._describe)
         self._runs: dict[tuple[int, int], LayerRun] = {}
+        self._carried: tuple[int, list[Sequence], PieceOutput] | None = None
+        """What the newest pass gave to the piece behind it: mostly the next pass is of the same rows, and nothing is cut and joined."""
         # A token's row of the embedding is all there is to it in one process: Megatron's modules take ten times as long over it.
         is_plain = self.config.position == "rope" and self.topology.tp == 1 and self.topology.is_first_stage
-        self._words: Tensor | None = model.backbone.embedding.word_embeddings.weight if is_plain else None
+        self.words: Tensor | None = model.backbone.embedding.word_embeddings.weight if is_plain else None
+        """[v, h]"""
 
     def run(self, index: int, rows: list[Sequence], through: int | None = None) -> PieceOutput:
         """One pass of `rows`' pending tokens through piece `index`, and on through the pieces up to `through` of the same stage.
@@ -85,9 +87,11 @@ class Runner:
         """
         last = index if through is None else through
         piece, starts = self.pieces[last], [s.watermarks[index] for s in rows]
-        lengths = [s.num_pending(index) for s in rows]
-        for sequence, start, length in zip(rows, starts, lengths, strict=True):
-            sequence.watermarks[index: last + 1] = [start + length] * (last + 1 - index)
+        ends = [s.num_fed for s in rows] if index == 0 else [s.watermarks[index - 1] for s in rows]
+        lengths = [end - start for start, end in zip(starts, ends, strict=True)]
+        for sequence, end in zip(rows, ends, strict=True):
+            for passed in range(index, last + 1):
+                sequence.watermarks[passed] = end
         firsts = tuple(itertools.accumulate(lengths[:-1], initial=0))
         hidden, exit_input = self._entrance(index, rows, starts, lengths), None
         if hidden is not None:
@@ -96,11 +100,20 @@ class Runner:
                 exit_input = head.take(hidden, exit_input)
         if piece.last_layer in self.head_layers.own:
             self.head_layers.keep(piece.last_layer, last, rows, hidden, firsts)
+        output = PieceOutput(hidden, exit_input, firsts, tuple(lengths))
         if hidden is not None and last + 1 < len(self.pieces):
-            for sequence, first, length in zip(rows, firsts, lengths, strict=True):
-                if last < sequence.last_piece:
-                    sequence.boundary[last + 1].append(hidden[first: first + length])
-        return PieceOutput(hidden, exit_input, firsts, tuple(lengths))
+            self._carried = (last + 1, rows, output)
+        return output
+
+    def settle(self) -> None:
+        """Leaves what the newest pass carries behind it with its sequences, those that go deeper: before anything else is done to them."""
+        if self._carried is not None:
+            index, rows, output = self._carried
+            self._carried = None
+            assert output.hidden is not None
+            for sequence, first, length in zip(rows, output.firsts, output.lengths, strict=True):
+                if index <= sequence.last_piece:
+                    sequence.boundary[index].append(output.hidden[first: first + length])
 
     def layers_of(self, index: int, last: int) -> LayerRun:
         """Of the pieces from `index` to `last`, with their caches; on the stage that has them."""
@@ -122,16 +135,21 @@ class Runner:
             return None
         if head_layer is None:
             inputs = ExitInput(output.hidden)
-        return inputs if states == list(range(len(inputs.hidden))) else inputs.rows(states)
+        return inputs if states == list(range(inputs.hidden.shape[0])) else inputs.rows(states)
 
     def _entrance(self, index: int, rows: list[Sequence], starts: list[int], lengths: list[int]) -> Tensor | None:  # [t, h]
         """The pending tokens' states where the piece is computed: embedded, kept from before, or sent by the stage before."""
         here, stage = self.pieces[index].stage == self.topology.stage, self.topology.stage
+        carried = self._carried
         if index == 0:
+            self.settle()
             return self._embedded(rows, starts, lengths) if here else None
         before = self.pieces[index - 1].stage
         hidden = None
-        if before == stage:
+        if carried is not None and carried[:2] == (index, rows) and not any([s.boundary[index] for s in rows]):
+            self._carried, hidden = None, carried[2].hidden
+        elif before == stage:
+            self.settle()
             parts = [states for s in rows for states in s.boundary[index]]
             hidden = parts[0] if len(parts) == 1 else torch.cat(parts)
             for sequence in rows:
@@ -147,9 +165,11 @@ class Runner:
 
     def _embedded(self, rows: list[Sequence], starts: list[int], lengths: list[int]) -> Tensor:  # [t, h]
         ids = [token for s, start, n in zip(rows, starts, lengths, strict=True) for token in s.tokens[start: start + n]]
+        if self.words is not None and len(ids) == 1:
+            return self.words[ids[0]: ids[0] + 1]
         flat, positions = torch.tensor([ids], device=self.topology.device), None
-        if self._words is not None:
-            return F.embedding(flat[0], self._words)
+        if self.words is not None:
+            return F.embedding(flat[0], self.words)
         if self.config.position == "learned":
             positions = torch.tensor([[p for start, n in zip(starts, lengths, strict=True) for p in range(start, start + n)]],
                                      device=self.topology.device)

@@ -35,7 +35,8 @@ class Scheduler:
     def admit(self) -> None:
         """Takes waiting sequences in, first come first served, while there is memory for what they have to read."""
         for sequence in self.running:
-            self._make_known(sequence)
+            if sequence.num_fed >= (sequence.num_known_blocks + 1) * BLOCK_SIZE:
+                self._make_known(sequence)
         while self.waiting and len(self.running) < self.num_slots:
             sequence = self.waiting[0]
             shared = self._known_blocks(sequence)
@@ -82,6 +83,8 @@ class Scheduler:
 
     def _grow(self) -> None:
         """Room for the tokens that sequences say next, older ones first."""
+        if not any([s.num_fed == len(s.blocks) * BLOCK_SIZE for s in self.running]):
+            return
         for sequence in sorted(self.running, key=lambda s: s.number):
             while sequence.blocks and sequence.num_fed == len(sequence.blocks) * BLOCK_SIZE:
                 block = self.pool.take(1, after=sequence.blocks[-1])

@@ -83,14 +83,15 @@ class Speculation:
         wanted = sequence.drafts.plan.get(exit_layer)
         if wanted is None or not sequence.num_drafts:
             return wanted
-        rate = sequence.drafts.rate
-        # A draft brings a token where all before it are right, too. It costs the way to the exit once more, and a place in the check.
-        cost = self._cost_of_one_more(exit_layer, num_rows)
-        if sequence.drafts.odds < rate * cost:
-            return None
-        record = self.records[exit_layer]
-        enough = [edge for place, edge in enumerate(EDGES) if sequence.drafts.odds * record.odds(place) >= rate * cost]
-        return max(wanted, min(enough, default=NEVER))
+        record, worth = self.records[exit_layer], self.worth(sequence, exit_layer, num_rows)
+        enough = [edge for place, edge in enumerate(EDGES) if sequence.drafts.odds * record.odds(place) >= worth]
+        return max(wanted, enough[0]) if enough and sequence.drafts.odds >= worth else None
+
+    def worth(self, sequence: Sequence, exit_layer: int, num_rows: int) -> float:
+        """How likely right a further draft has to be, those before it included: it brings a token then, and costs the way to the exit
+        once more, and a place in the check.
+        """
+        return sequence.drafts.rate * self._cost_of_one_more(exit_layer, num_rows)
 
     def note(self, sequence: Sequence, exit_layer: int, answer: Answer, drafts: bool) -> None:
         """Keeps what an exit said of the newest token."""

@@ -62,6 +62,21 @@ class Head(ctypes.Structure):
     _fields_ = [*_fields(pointers="norm norm_bias output"), ("mlp", MLP), *_fields("num_ids num_rows")]
 
 
+class DraftRule(ctypes.Structure):
+    """When drafting ends; see drafts.h."""
+
+    _fields_ = [("wanted", ctypes.c_double), ("worth", ctypes.c_double), *_fields(pointers="edges odds"), *_fields("num_bins"),
+                *_fields(pointers="ends"), *_fields("num_ends")]
+
+
+class Drafts(ctypes.Structure):
+    """What is drafted behind, and what came of it; see drafts.h."""
+
+    _fields_ = [*_fields("token position most num_threads num_waiting takes_mlp_input"), ("sure", ctypes.c_double),
+                ("odds", ctypes.c_double), *_fields(pointers="places cos sin embedding waiting"), *_fields("num_asked num_drafted"),
+                ("seconds_in_head", ctypes.c_double), *_fields(pointers="tokens confidence")]
+
+
 def serves(tensor: Tensor) -> bool:
     """Whether there are kernels for such tensors on this machine."""
     return tensor.device.type == "cpu" and tensor.dtype in _TYPES and kernels() is not None
@@ -97,14 +112,23 @@ def run_head(shape: Shape, head: Head, states: Tensor, residual: Tensor | None, 
     """Logits, and of each token the likeliest id and its probability, of ids that are no padding."""
     states = states.contiguous()
     residual = None if residual is None else residual.contiguous()
-    logits, top = states.new_empty(len(states), head.num_rows), torch.empty(len(states), 2, dtype=torch.float64)
-    _function("run_head", states.dtype)(shape, head, len(states), torch.get_num_threads(), states.data_ptr(),
+    count = states.shape[0]
+    logits, top = states.new_empty(count, head.num_rows), torch.empty(count, 2, dtype=torch.float64)
+    _function("run_head", states.dtype)(shape, head, count, torch.get_num_threads(), states.data_ptr(),
                                         None if residual is None else residual.data_ptr(), logits.data_ptr(), top.data_ptr())
     return logits, top
 
 
+def run_drafts(shape: Shape, layers: "ctypes.Array[Layer]", own: "ctypes.Array[Layer] | None", head: Head, rule: DraftRule,
+               drafts: Drafts, states: Tensor) -> None:  # [drafts.most, h]
+    """Fills in what came of `drafts`, and the states behind the layers of the tokens that were asked."""
+    _function("run_drafts", states.dtype)(shape, layers, len(layers), own, head, rule, drafts, states.data_ptr())
+
+
 _ARGUMENTS: dict[str, list[Any]] = {
     "run_layers": [ctypes.POINTER(Shape), ctypes.POINTER(Layer), _INTEGER, ctypes.POINTER(Pass), _POINTER, _POINTER, _POINTER, _POINTER],
+    "run_drafts": [ctypes.POINTER(Shape), ctypes.POINTER(Layer), _INTEGER, ctypes.POINTER(Layer), ctypes.POINTER(Head),
+                   ctypes.POINTER(DraftRule), ctypes.POINTER(Drafts), _POINTER],
     "run_head": [ctypes.POINTER(Shape), ctypes.POINTER(Head), _INTEGER, _INTEGER, _POINTER, _POINTER, _POINTER, _POINTER]}
 
 

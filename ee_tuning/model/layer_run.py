@@ -1,4 +1,5 @@
 """A run of layers over the tokens of a pass: by a kernel where there is one, else layer by layer with torch's operators."""
+import ctypes
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -17,15 +18,16 @@ class LayerRun:
 
     def __init__(self, layers: Sequence[RaggedLayer], caches: Sequence[LayerCache]):
         self._steps = list(zip(layers, caches, strict=True))
-        self._native = None
+        self.native: ctypes.Array[calls.Layer] | None = None
+        """For the kernels; None where they do not serve."""
         if layers and all(layer.is_native for layer in layers):
-            self._native = (calls.Layer * len(layers))(*(layer.native(cache) for layer, cache in self._steps))
-            self._shape = layers[0].native_shape
+            self.native = (calls.Layer * len(layers))(*(layer.native(cache) for layer, cache in self._steps))
+            self.shape = layers[0].native_shape
 
     def __call__(self, hidden: Tensor, tokens: TokenPass) -> tuple[Tensor, ExitInput]:  # [t, h] -> [t, h], …
         """The last layer's output, and what an `mlp` exit behind it takes (made on the way in any case)."""
-        if self._native is not None and tokens.num_tokens <= calls.MOST_TOKENS:
-            hidden, normed, residual = calls.run_layers(self._shape, self._native, tokens.native, hidden)
+        if self.native is not None and tokens.num_tokens <= calls.MOST_TOKENS:
+            hidden, normed, residual = calls.run_layers(self.shape, self.native, tokens.native, hidden)
             return hidden, ExitInput(normed, residual=residual)
         inner = ExitInput(hidden)
         for layer, cache in self._steps:
@@ -34,4 +36,4 @@ class LayerRun:
 
     def prepare(self, tokens: TokenPass) -> None:
         """Has a pass told as this run wants it told; else its first call does that."""
-        _ = tokens.native if self._native is not None and tokens.num_tokens <= calls.MOST_TOKENS else tokens.batch
+        _ = tokens.native if self.native is not None and tokens.num_tokens <= calls.MOST_TOKENS else tokens.batch

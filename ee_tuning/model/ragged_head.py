@@ -25,13 +25,14 @@ class RaggedHead(ABC):
         is_native = model.topology.tp == 1 and calls.serves(output)
         if mlp is not None:
             (row_major if is_native else column_major)(mlp.fc1.weight)
-        self._native = _native(norm, output, mlp, model.vocab) if is_native else None
+        self.native = _native(norm, output, mlp, model.vocab) if is_native else None
+        """For the kernels; None where they do not serve."""
         self._shape = native_shape(model.config)
 
     def ask(self, inputs: ExitInput) -> tuple[Tensor, Tensor]:  # [q, v/tp]; [q, 2] float64
         """Logits of the tokens that are asked about; and of each, over the whole vocabulary, the likeliest id and its probability."""
-        if self._native is not None and len(inputs.hidden) <= calls.MOST_TOKENS:
-            return calls.run_head(self._shape, self._native, *self.native_states(inputs))
+        if self.native is not None and inputs.hidden.shape[0] <= calls.MOST_TOKENS:
+            return calls.run_head(self._shape, self.native, *self.native_states(inputs))
         logits = self.logits(inputs)
         ids, probabilities = top1(logits, self.vocab)
         return logits, torch.stack((ids.double(), probabilities.double()), dim=-1).cpu()

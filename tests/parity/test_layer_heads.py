@@ -37,7 +37,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedModel, PlainDec
 def counted(engine: Engine) -> list[int]:
     """Tokens of each pass through the own layer of the head at layer 4, from now on."""
     seen: list[int] = []
-    layer_of = engine.runner.head_layers._layer_of
+    layer_of = engine.runner.head_layers.layer_of
 
     def watched(layer: int) -> Callable[..., Any]:
         def run(hidden: torch.Tensor, *rest: Any) -> Any:
@@ -46,7 +46,7 @@ def counted(engine: Engine) -> list[int]:
 
         return run
 
-    engine.runner.head_layers._layer_of = watched  # type: ignore[assignment, method-assign]
+    engine.runner.head_layers.layer_of = watched  # type: ignore[assignment, method-assign]
     return seen
 
 
@@ -94,8 +94,8 @@ def test_rejected_drafts_leave_the_cache_of_a_head(own: tuple[LoadedModel, Plain
     loaded, plain = own
     engine, fresh = (Engine(loaded.model, loaded.stages, num_slots=1, max_length=64) for _ in range(2))
     cheap = (1e-9,) * 3
-    engine.speculation = Speculation(Costs((cheap, cheap, (1.0,) * 3), {2: cheap, 4: cheap}, cheap), engine.pieces)
-    engine.speculation._best_plan = lambda rows, exits: ({4: 0.0}, 0.0)  # type: ignore[method-assign]
+    engine.drafting.speculation = Speculation(Costs((cheap, cheap, (1.0,) * 3), {2: cheap, 4: cheap}, cheap), engine.pieces)
+    engine.drafting.speculation._best_plan = lambda rows, exits: ({4: 0.0}, 0.0)  # type: ignore[method-assign]
     sequence, = engine.add_request(PROMPTS[1], SamplingParams(max_tokens=40), policy_for(loaded.model, policy="speculative"))
     while sequence.num_output < 30 or sequence.num_drafts:
         engine.step()

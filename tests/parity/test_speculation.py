@@ -37,10 +37,10 @@ def drafting_engine(loaded: LoadedModel, plan: dict[int, float], **options: int)
     """An engine whose speculation believes that exits are free and keeps to `plan`."""
     engine = Engine(loaded.model, loaded.stages, **{"num_slots": 4, "max_length": 64, **options})
     free, dear = (1e-9,) * 3, (1.0,) * 3
-    engine.speculation = Speculation(Costs((free, free, dear), {2: free, 4: free}, free), engine.pieces)
-    engine.speculation._plans[2, 4], engine.speculation._next_plan = (plan, 0.0), 10 ** 9
-    engine.speculation._planned_rows = -1
-    engine.speculation._best_plan = lambda rows, exits: (plan, 0.0)  # type: ignore[method-assign]
+    engine.drafting.speculation = Speculation(Costs((free, free, dear), {2: free, 4: free}, free), engine.pieces)
+    engine.drafting.speculation._plans[2, 4], engine.drafting.speculation._next_plan = (plan, 0.0), 10 ** 9
+    engine.drafting.speculation._planned_rows = -1
+    engine.drafting.speculation._best_plan = lambda rows, exits: (plan, 0.0)  # type: ignore[method-assign]
     return engine
 
 
@@ -111,13 +111,13 @@ def test_speculation_stops_where_it_would_lose(llama):
     loaded, _ = llama
     engine = Engine(loaded.model, loaded.stages, num_slots=1, max_length=128)
     dear = (1.0, 1.0, 1.0)
-    engine.speculation = Speculation(Costs((dear, (0.01,) * 3, (0.01,) * 3), {2: dear, 4: dear}, (0.01,) * 3), engine.pieces)
+    engine.drafting.speculation = Speculation(Costs((dear, (0.01,) * 3, (0.01,) * 3), {2: dear, 4: dear}, (0.01,) * 3), engine.pieces)
     sequence, = engine.add_request([5], SamplingParams(max_tokens=100, ignore_eos=True), policy_for(loaded.model, policy="speculative"))
     asked = 0
     while not sequence.finish_reason:
         engine.step()
-        asked += bool(sequence.drafts.plan) and engine.speculation.num_rounds > FIRST_ROUNDS
-    assert engine.speculation._plans[2, 4][0] == {} and asked <= 4
+        asked += bool(sequence.drafts.plan) and engine.drafting.speculation.num_rounds > FIRST_ROUNDS
+    assert engine.drafting.speculation._plans[2, 4][0] == {} and asked <= 4
 
 
 def test_speculation_goes_on_where_it_wins(llama):

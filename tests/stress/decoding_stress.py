@@ -65,7 +65,7 @@ def stress_speculation(count: int, seed: int, folder: Path) -> Report:
         half = prompts[::2] if sampling else prompts[1::2]
         full = llm.generate(half, policy="full", **options)
         assert llm.engine is not None
-        llm.engine.speculation = drafting(llm.engine)
+        llm.engine.drafting.speculation = drafting(llm.engine)
         mine = llm.generate(half, policy="speculative", **options)
         for one, other in zip(full, mine, strict=True):
             tokens += len(one.token_ids)

@@ -1,0 +1,42 @@
+// Heads: from states to logits, and to the likeliest token and its probability.
+//
+// t tokens · h hidden · f inner width · v vocabulary
+#pragma once
+
+#include "layers.h"
+
+struct Head {  // W Norm(x), or with an MLP W Norm(residual + MLP(x))
+    const void *norm, *norm_bias, *output;
+    MLP mlp;            // fc1 null where there is none
+    int64_t num_ids, num_rows;  // of W, the vocabulary first, then padding
+};
+
+// A head's logits [t, v], padding included, and of each token the likeliest id and its probability [t, 2], padding left out.
+template <class T>
+void run_head(const Shape &s, const Head &head, int64_t t, int64_t num_threads, const T *x, const T *residual, T *logits, double *top) {
+    const int64_t h = s.hidden;
+    T *summed = scratch<T, HEAD>(t * (2 * h + 3 * head.mlp.inner)), *normed = summed + t * h, *inner = normed + t * h;
+#pragma omp parallel num_threads(int(num_threads))
+    {
+        const T *states = x;
+        if (head.mlp.fc1) {
+            mlp(s, head.mlp, t, x, residual, summed, inner + t * head.mlp.inner, inner);
+            states = summed;
+        }
+        if (head.norm) {
+            norms(s, t, states, head.norm, head.norm_bias, normed);
+            states = normed;
+        }
+        linear<T>(states, t, h, of<T>(head.output), nullptr, nullptr, logits, head.num_rows, Share(head.num_rows));
+#pragma omp barrier
+        static thread_local std::vector<T> weights;
+        weights.resize(head.num_ids + LANES<T>);
+#pragma omp for
+        for (int64_t k = 0; k < t; ++k) {
+            const T *own = logits + k * head.num_rows;
+            std::copy(own, own + head.num_ids, weights.begin());
+            top[2 * k] = double(std::max_element(own, own + head.num_ids) - own);
+            top[2 * k + 1] = 1 / exponentials(weights.data(), head.num_ids);  // in the type of the logits, as they are
+        }
+    }
+}
