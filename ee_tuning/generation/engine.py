@@ -15,6 +15,7 @@ from ee_tuning.generation.block_pool import BLOCK_SIZE, blocks_for
 from ee_tuning.generation.drafting import Drafting
 from ee_tuning.generation.judge import Answer, Judge, Question
 from ee_tuning.generation.kv_cache import KVCache
+from ee_tuning.generation.lone_step import LoneStepper
 from ee_tuning.generation.params import SamplingParams
 from ee_tuning.generation.pieces import cut_pieces
 from ee_tuning.generation.policy import FULL, Policy
@@ -62,6 +63,7 @@ class Engine:
         self.runner = Runner(model, self.pieces, self.cache, self.link)
         self.judge = Judge(model, self.runner.heads, self.link)
         self.drafting = Drafting(self.runner, max_pending)
+        self.lone_stepper = LoneStepper(self.runner)
         self.scheduler = Scheduler(self.cache, num_slots=num_slots, prefill_chunk=prefill_chunk, reuses_prefixes=reuses_prefixes)
         self.running, self.waiting = self.scheduler.running, self.scheduler.waiting
         self._seconds_in_asked_heads = 0.0
@@ -74,7 +76,7 @@ class Engine:
     @property
     def seconds_in_heads(self) -> float:
         """On this rank, waiting for the rank that has the head included."""
-        return self._seconds_in_asked_heads + self.drafting.seconds_in_heads
+        return self._seconds_in_asked_heads + self.drafting.seconds_in_heads + self.lone_stepper.seconds_in_heads
 
     def add_request(self, prompt: list[int], params: SamplingParams | None = None, policy: Policy = FULL) -> list[Sequence]:
         """Queues a prompt, once for each of its `n` completions; the next steps take them up as there is room, in order.
@@ -148,9 +150,13 @@ class Engine:
         """Takes `going` through the pieces, each until it leaves. Pieces between which nothing is decided are one pass."""
         steps: list[TokenStep] = []
         index = 0
-        if len(self.running) == len(going) == 1 and going[0].speculates and going[0].has_all_fed:
-            index, goes_on = self.drafting.ahead(going[0])
-            going = going if goes_on else []
+        if len(self.running) == len(going) == 1 and going[0].has_all_fed:
+            sequence, = going
+            if sequence.speculates:
+                index, goes_on = self.drafting.ahead(sequence)
+                going = going if goes_on else []
+            elif taken := self.lone_stepper.take(sequence):
+                return [self._take(sequence, *taken)]
         while going and index < len(self.pieces):
             # Rows that left earlier wait here with their states: they ride along, for the weights are read anyway. Drafts wait for their
             # check, which brings tokens and so is a step of their own.

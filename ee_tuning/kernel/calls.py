@@ -77,6 +77,20 @@ class Drafts(ctypes.Structure):
                 ("seconds_in_head", ctypes.c_double), *_fields(pointers="tokens confidence")]
 
 
+class Segment(ctypes.Structure):
+    """Layers, the head behind them, and when a token leaves there; see step.h."""
+
+    _fields_ = [("layers", ctypes.POINTER(Layer)), *_fields("num_layers"), ("head", ctypes.POINTER(Head)), *_fields("takes_mlp_input"),
+                ("threshold", ctypes.c_double), *_fields(pointers="waiting"), *_fields("num_waiting")]
+
+
+class Step(ctypes.Structure):
+    """A token of a lone sequence, and where it left; see step.h."""
+
+    _fields_ = [*_fields("token position num_threads"), *_fields(pointers="places cos sin embedding"), *_fields("segment num_carried"),
+                ("seconds_in_heads", ctypes.c_double), ("top", ctypes.c_double * 2)]
+
+
 def serves(tensor: Tensor) -> bool:
     """Whether there are kernels for such tensors on this machine."""
     return tensor.device.type == "cpu" and tensor.dtype in _TYPES and kernels() is not None
@@ -125,10 +139,16 @@ def run_drafts(shape: Shape, layers: "ctypes.Array[Layer]", own: "ctypes.Array[L
     _function("run_drafts", states.dtype)(shape, layers, len(layers), own, head, rule, drafts, states.data_ptr())
 
 
+def run_step(shape: Shape, segments: "ctypes.Array[Segment]", step: Step, carried: Tensor) -> None:  # [most, h]
+    """Fills in where the token of `step` left, and the states that have to wait there."""
+    _function("run_step", carried.dtype)(shape, segments, len(segments), step, carried.shape[0], carried.data_ptr())
+
+
 _ARGUMENTS: dict[str, list[Any]] = {
     "run_layers": [ctypes.POINTER(Shape), ctypes.POINTER(Layer), _INTEGER, ctypes.POINTER(Pass), _POINTER, _POINTER, _POINTER, _POINTER],
     "run_drafts": [ctypes.POINTER(Shape), ctypes.POINTER(Layer), _INTEGER, ctypes.POINTER(Layer), ctypes.POINTER(Head),
                    ctypes.POINTER(DraftRule), ctypes.POINTER(Drafts), _POINTER],
+    "run_step": [ctypes.POINTER(Shape), ctypes.POINTER(Segment), _INTEGER, ctypes.POINTER(Step), _INTEGER, _POINTER],
     "run_head": [ctypes.POINTER(Shape), ctypes.POINTER(Head), _INTEGER, _INTEGER, _POINTER, _POINTER, _POINTER, _POINTER]}
 
 

@@ -1,5 +1,6 @@
 // What Python calls (calls.py), for each type of numbers.
 #include "drafts.h"
+#include "step.h"
 
 #define FOR_TYPE(T)                                                                                                                    \
     extern "C" void run_layers_##T(const Shape *s, const Layer *layers, int64_t num_layers, const Pass *pass, const T *states,         \
@@ -13,6 +14,9 @@
     extern "C" void run_drafts_##T(const Shape *s, const Layer *layers, int64_t num_layers, const Layer *own, const Head *head,        \
                                    const DraftRule *rule, Drafts *drafts, T *states) {                                                 \
         run_drafts(*s, layers, num_layers, own, *head, *rule, *drafts, states);                                                        \
+    }                                                                                                                                  \
+    extern "C" void run_step_##T(const Shape *s, const Segment *segments, int64_t num_segments, Step *step, int64_t most, T *carried) { \
+        run_step(*s, segments, num_segments, *step, most, carried);                                                                    \
     }
 
 FOR_TYPE(float)
