@@ -16,6 +16,8 @@ from ee_tuning.model.ragged_attention import CachePlaces, LayerCache
 from ee_tuning.model.token_pass import TokenPass
 from ee_tuning.parallel.topology import init_parallel
 
+pytestmark = pytest.mark.skipif(calls.kernels() is None, reason="no kernels on this machine")
+
 PLACES = 160
 NATIVE = [family for family in FAMILIES if family not in WITH_EXPERTS]
 BLOCKS = ([4, 5, 6, 7], [0, 3, 2, 1], [9, 8])

@@ -14,6 +14,10 @@ def _fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv(build.SWITCH, raising=False)
 
 
+needs_compiler = pytest.mark.skipif(build._compiler() is None, reason="no C++ compiler")
+
+
+@needs_compiler
 def test_it_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every process that compiles anew; leavings of the build."""
     assert build.kernels() is not None
@@ -27,6 +31,7 @@ def test_it_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert build.kernels() is not None
 
 
+@needs_compiler
 def test_another_processor_has_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A library of one machine run on another that shares its home: an illegal instruction."""
     assert build.kernels() is not None
