@@ -104,7 +104,8 @@ def test_drafts_in_one_call_are_the_drafts_one_by_one(loaded: LoadedModel, made:
         free, dear = (1e-9,) * 3, (1.0,) * 3
         known = engine.drafting.speculation = Speculation(Costs((free, free, dear), {2: free, 4: free}, free), engine.pieces)
         known._best_plan = lambda rows, exits: (plan, 0.4)  # type: ignore[method-assign]
-        sequence, = engine.add_request(PROMPT, SamplingParams(max_tokens=NEW_TOKENS, **ends), policy_for(loaded.model, policy="speculative"))
+        params = SamplingParams(max_tokens=NEW_TOKENS, **ends)
+        sequence, = engine.add_request(PROMPT, params, policy_for(loaded.model, policy="speculative"))
         answers.append({**told(sequence, run_all(engine)), "records": known.records})
     assert answers[0] == answers[1]
     assert answers[0]["num_drafted"] > 0 and ("run_drafts" in made) == (architecture(loaded) != "adapter")
