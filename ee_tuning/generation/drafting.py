@@ -1,22 +1,25 @@
 """Drafts of sequences that speculate: where they are made, and what a check leaves of them."""
+from collections.abc import Callable
+
 from ee_tuning.generation.costs import measure_costs
-from ee_tuning.generation.draft_run import Drafter
 from ee_tuning.generation.judge import Answer
+from ee_tuning.generation.lone_round import LoneRounds
 from ee_tuning.generation.runner import Runner
 from ee_tuning.generation.sequence import Sequence
-from ee_tuning.generation.speculation import Speculation
+from ee_tuning.generation.speculation import NEVER, Speculation
 
 
 class Drafting:
     """Of an engine whose sequences may have `max_pending` drafts each."""
 
-    def __init__(self, runner: Runner, max_pending: int):
-        self.runner, self.pieces, self.max_pending = runner, runner.pieces, max_pending
-        self.drafter = Drafter(runner)
+    def __init__(self, runner: Runner, max_pending: int, reserve: Callable[[Sequence, int], None]):
+        """`reserve` gives a sequence memory for so many tokens, where there is some."""
+        self.runner, self.pieces, self.max_pending, self._reserve = runner, runner.pieces, max_pending, reserve
+        self.lone_rounds = LoneRounds(runner)
         self.speculation: Speculation | None = None
         """From the first request that speculates on."""
         self.seconds_in_heads = 0.0
-        """Of drafts that were made ahead."""
+        """Of rounds that were made in one call."""
 
     def begin(self, sequence: Sequence, num_rows: int) -> None:
         """Before a sequence that speculates takes part in a step: a plan where a round begins."""
@@ -37,22 +40,24 @@ class Drafting:
             sequence.tokens.append(answer.token_id)
             sequence.statistics.num_drafted += 1
 
-    def ahead(self, sequence: Sequence) -> tuple[int, bool]:
-        """Lets a sequence that runs alone, its newest token at the entrance, draft as long as it is sure, where one call can do that.
-
-        Returns the index of the piece that it is in front of then, and whether it goes on into it.
+    def lone_round(self, sequence: Sequence) -> list[tuple[Answer, int | None]] | None:
+        """Drafts and their check, as `check` returns them, of a sequence that runs alone, its newest token at the entrance; None where
+        that can not be had in one call.
         """
-        index = next((i for i, piece in enumerate(self.pieces) if piece.exit_layer in sequence.drafts.plan), None)
-        sure = None if index is None else self.threshold(sequence, self.pieces[index].last_layer, 1)
-        if index is None or sure is None:
-            return 0, True
-        run = self.drafter.run(sequence, index, sure, self._room(sequence), self._known)
-        if run is None:
-            return 0, True
-        self.seconds_in_heads += run.seconds_in_head
-        for i, answer in enumerate(run.answers):
-            self.note(sequence, answer, run.exit_layer, i < run.num_drafted)
-        return index + 1, run.num_drafted < len(run.answers)
+        plan, room = sequence.drafts.plan, self._room(sequence)
+        if not sequence.num_output or len(plan) > 1 or room < 0:
+            return None
+        exits = plan or sequence.policy.drafts_at
+        index = next(i for i, piece in enumerate(self.pieces) if piece.exit_layer in exits)
+        if not self.lone_rounds.serves(sequence, index):
+            return None
+        self._reserve(sequence, len(sequence.tokens) + room)
+        layer = self.pieces[index].last_layer
+        run = self.lone_rounds.run(sequence, index, plan.get(layer, NEVER), room if plan else 0, self._known)
+        self.seconds_in_heads += run.seconds_in_heads
+        for i, answer in enumerate(run.said):
+            self.note(sequence, answer, layer, i < run.num_drafted)
+        return self.check(sequence, run.checked)
 
     def check(self, sequence: Sequence, answers: list[Answer]) -> list[tuple[Answer, int | None]]:
         """Keeps the drafts that are what the full model says, and its own token behind them, each with the exit that drafted it; forgets

@@ -62,9 +62,9 @@ class Engine:
         self.link = StageLink(self.topology)
         self.runner = Runner(model, self.pieces, self.cache, self.link)
         self.judge = Judge(model, self.runner.heads, self.link)
-        self.drafting = Drafting(self.runner, max_pending)
         self.lone_stepper = LoneStepper(self.runner)
         self.scheduler = Scheduler(self.cache, num_slots=num_slots, prefill_chunk=prefill_chunk, reuses_prefixes=reuses_prefixes)
+        self.drafting = Drafting(self.runner, max_pending, self.scheduler.reserve)
         self.running, self.waiting = self.scheduler.running, self.scheduler.waiting
         self._seconds_in_asked_heads = 0.0
 
@@ -149,14 +149,10 @@ class Engine:
     def _walk(self, going: list[Sequence]) -> list[TokenStep]:
         """Takes `going` through the pieces, each until it leaves. Pieces between which nothing is decided are one pass."""
         steps: list[TokenStep] = []
+        is_alone = len(self.running) == len(going) == 1 and going[0].has_all_fed
+        if is_alone and (told := self._step_alone(going[0])) is not None:
+            return told
         index = 0
-        if len(self.running) == len(going) == 1 and going[0].has_all_fed:
-            sequence, = going
-            if sequence.speculates:
-                index, goes_on = self.drafting.ahead(sequence)
-                going = going if goes_on else []
-            elif taken := self.lone_stepper.take(sequence):
-                return [self._take(sequence, *taken)]
         while going and index < len(self.pieces):
             # Rows that left earlier wait here with their states: they ride along, for the weights are read anyway. Drafts wait for their
             # check, which brings tokens and so is a step of their own.
@@ -173,6 +169,14 @@ class Engine:
             index = last + 1
         self.runner.settle()
         return steps
+
+    def _step_alone(self, sequence: Sequence) -> list[TokenStep] | None:
+        """A step in one call, or a round of drafts; None where the pieces have to be gone through one by one."""
+        if sequence.speculates:
+            checked = self.drafting.lone_round(sequence)
+            return None if checked is None else self._take_checked(sequence, checked)
+        taken = self.lone_stepper.take(sequence)
+        return None if taken is None else [self._take(sequence, *taken)]
 
     def _asked_behind(self, index: int, going: list[Sequence]) -> list[tuple[Sequence, float]]:
         """Who is asked behind a piece, and how confident it has to be to leave there."""
@@ -218,7 +222,7 @@ class Engine:
                 sequence = question.sequence
                 # A broken model's NaN passes no threshold, but its sequences must end.
                 if index == sequence.last_piece:
-                    steps += self._check_drafts(sequence, answers) if sequence.speculates else [
+                    steps += self._take_checked(sequence, self.drafting.check(sequence, answers)) if sequence.speculates else [
                         self._take(sequence, answers[0], piece.last_layer)]
                     continue
                 leaves = answers[0].confidence >= question.threshold
@@ -241,9 +245,9 @@ class Engine:
             return None if exit_layer is None else sequence.policy.thresholds.get(exit_layer)
         return self.drafting.threshold(sequence, exit_layer, num_rows)
 
-    def _check_drafts(self, sequence: Sequence, answers: list[Answer]) -> list[TokenStep]:
+    def _take_checked(self, sequence: Sequence, checked: list[tuple[Answer, int | None]]) -> list[TokenStep]:
         steps = []
-        for answer, layer in self.drafting.check(sequence, answers):
+        for answer, layer in checked:
             steps.append(self._take(sequence, answer, layer or self.config.num_layers))
             if sequence.finish_reason:
                 break

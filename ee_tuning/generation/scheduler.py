@@ -65,6 +65,14 @@ class Scheduler:
                 going.append(sequence)
         return going
 
+    def reserve(self, sequence: Sequence, num_tokens: int) -> None:
+        """Room for so many tokens of a running sequence ahead of time, as far as there is memory that nobody holds."""
+        wanted = blocks_for(min(num_tokens, sequence.limit)) - len(sequence.blocks)
+        more = self.pool.take(min(wanted, self.pool.num_free), after=sequence.blocks[-1]) if wanted > 0 else None
+        if more:
+            sequence.blocks += more
+            sequence.places = self.cache.places(sequence.blocks)
+
     def _place(self, sequence: Sequence, shared: list[int]) -> bool:
         """Gives a sequence memory, the `shared` blocks first; False where there is too little."""
         wanted = blocks_for(sequence.limit if sequence.was_put_back else len(sequence.tokens)) - len(shared)

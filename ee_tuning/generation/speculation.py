@@ -17,10 +17,12 @@ PRIOR = 1.0
 """Tokens' worth of the belief that a confidence is a probability."""
 MEMORY = 0.998
 """What a count is worth after the next one."""
-FIRST_ROUNDS = 12
+FIRST_ROUNDS = 40
 """Rounds that ask every exit, before any is given up."""
+SURVEY = 8
+"""Rounds after each plan that ask every exit, too."""
 LATEST = 512
-"""Rounds after which the plan is made anew, at most; it comes half as often each time. Then every exit is asked again for one round."""
+"""Rounds after which the plan is made anew, at most; it comes half as often each time. Then every exit is asked again for a while."""
 NEVER = 2.0
 """A confidence that no token has."""
 
@@ -56,14 +58,15 @@ class Speculation:
         self._plans: dict[tuple[int, ...], tuple[Plan, float]] = {}
         """Made since the last look: exits that a request lets draft -> plan, and its tokens per second and sequence."""
         self._next_plan, self._interval, self._planned_rows = FIRST_ROUNDS, FIRST_ROUNDS, 0
+        self._survey_end = FIRST_ROUNDS
         self._known_costs: dict[tuple[int, int], float] = {}
 
     def begin_round(self, sequence: Sequence, num_rows: int) -> None:
         """Says where the sequence's next tokens are drafted, `num_rows` sequences decoding beside each other; nowhere if it would lose."""
         self.num_rounds += 1
-        is_survey = self.num_rounds <= FIRST_ROUNDS
-        if self.num_rounds > self._next_plan or (num_rows != self._planned_rows and not is_survey):
-            is_survey = self.num_rounds > self._next_plan
+        if self.num_rounds > self._next_plan or (num_rows != self._planned_rows and self.num_rounds > FIRST_ROUNDS):
+            if self.num_rounds > self._next_plan:
+                self._survey_end = self.num_rounds + SURVEY - 1
             self._interval = min(LATEST, 2 * self._interval)
             self._next_plan, self._planned_rows = self.num_rounds + self._interval, num_rows
             self._plans.clear()
@@ -72,6 +75,7 @@ class Speculation:
             learns = self.num_rounds <= FIRST_ROUNDS
             self._plans[exits] = (dict.fromkeys(exits, 0.7), 0.0) if learns else self._best_plan(num_rows, exits)
         plan, rate = self._plans[exits]
+        is_survey = self.num_rounds <= self._survey_end
         sequence.drafts.begin({layer: plan.get(layer, NEVER) for layer in exits if is_survey or layer in plan}, rate)
 
     def plain_rate(self, num_rows: int) -> float:

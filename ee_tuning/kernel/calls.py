@@ -69,12 +69,19 @@ class DraftRule(ctypes.Structure):
                 *_fields(pointers="ends"), *_fields("num_ends")]
 
 
-class Drafts(ctypes.Structure):
-    """What is drafted behind, and what came of it; see drafts.h."""
+class Route(ctypes.Structure):
+    """The network around an exit that drafts; see drafts.h."""
 
-    _fields_ = [*_fields("token position most num_threads num_waiting takes_mlp_input"), ("sure", ctypes.c_double),
-                ("odds", ctypes.c_double), *_fields(pointers="places cos sin embedding waiting"), *_fields("num_asked num_drafted"),
-                ("seconds_in_head", ctypes.c_double), *_fields(pointers="tokens confidence")]
+    _fields_ = [("layers", ctypes.POINTER(Layer)), *_fields("num_layers"), ("own", ctypes.POINTER(Layer)), ("head", ctypes.POINTER(Head)),
+                *_fields("takes_mlp_input"), ("rest", ctypes.POINTER(Layer)), *_fields("num_rest"), ("final_head", ctypes.POINTER(Head))]
+
+
+class Round(ctypes.Structure):
+    """A round of speculation, and what came of it; see drafts.h."""
+
+    _fields_ = [*_fields("token position most num_threads num_waiting"), ("sure", ctypes.c_double),
+                *_fields(pointers="places cos sin embedding waiting"), *_fields("num_asked num_drafted"),
+                ("seconds_in_heads", ctypes.c_double), *_fields(pointers="said checked")]
 
 
 class Segment(ctypes.Structure):
@@ -133,10 +140,9 @@ def run_head(shape: Shape, head: Head, states: Tensor, residual: Tensor | None, 
     return logits, top
 
 
-def run_drafts(shape: Shape, layers: "ctypes.Array[Layer]", own: "ctypes.Array[Layer] | None", head: Head, rule: DraftRule,
-               drafts: Drafts, states: Tensor) -> None:  # [drafts.most, h]
-    """Fills in what came of `drafts`, and the states behind the layers of the tokens that were asked."""
-    _function("run_drafts", states.dtype)(shape, layers, len(layers), own, head, rule, drafts, states.data_ptr())
+def run_round(shape: Shape, route: Route, rule: DraftRule, round_: Round, states: Tensor) -> None:  # [round_.most + 1, h]
+    """Fills in what came of `round_`, and the states behind the exit."""
+    _function("run_round", states.dtype)(shape, route, rule, round_, states.data_ptr())
 
 
 def run_step(shape: Shape, segments: "ctypes.Array[Segment]", step: Step, carried: Tensor) -> None:  # [most, h]
@@ -146,8 +152,7 @@ def run_step(shape: Shape, segments: "ctypes.Array[Segment]", step: Step, carrie
 
 _ARGUMENTS: dict[str, list[Any]] = {
     "run_layers": [ctypes.POINTER(Shape), ctypes.POINTER(Layer), _INTEGER, ctypes.POINTER(Pass), _POINTER, _POINTER, _POINTER, _POINTER],
-    "run_drafts": [ctypes.POINTER(Shape), ctypes.POINTER(Layer), _INTEGER, ctypes.POINTER(Layer), ctypes.POINTER(Head),
-                   ctypes.POINTER(DraftRule), ctypes.POINTER(Drafts), _POINTER],
+    "run_round": [ctypes.POINTER(Shape), ctypes.POINTER(Route), ctypes.POINTER(DraftRule), ctypes.POINTER(Round), _POINTER],
     "run_step": [ctypes.POINTER(Shape), ctypes.POINTER(Segment), _INTEGER, ctypes.POINTER(Step), _INTEGER, _POINTER],
     "run_head": [ctypes.POINTER(Shape), ctypes.POINTER(Head), _INTEGER, _INTEGER, _POINTER, _POINTER, _POINTER, _POINTER]}
 

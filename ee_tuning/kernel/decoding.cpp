@@ -11,9 +11,8 @@
                                  T *logits, double *top) {                                                                             \
         run_head(*s, *head, t, num_threads, x, residual, logits, top);                                                                 \
     }                                                                                                                                  \
-    extern "C" void run_drafts_##T(const Shape *s, const Layer *layers, int64_t num_layers, const Layer *own, const Head *head,        \
-                                   const DraftRule *rule, Drafts *drafts, T *states) {                                                 \
-        run_drafts(*s, layers, num_layers, own, *head, *rule, *drafts, states);                                                        \
+    extern "C" void run_round_##T(const Shape *s, const Route *route, const DraftRule *rule, Round *round, T *states) {                \
+        run_round(*s, *route, *rule, *round, states);                                                                                  \
     }                                                                                                                                  \
     extern "C" void run_step_##T(const Shape *s, const Segment *segments, int64_t num_segments, Step *step, int64_t most, T *carried) { \
         run_step(*s, segments, num_segments, *step, most, carried);                                                                    \

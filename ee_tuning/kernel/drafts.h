@@ -1,4 +1,4 @@
-// Tokens that an exit drafts one after the other, until it is not sure enough: nothing is decided elsewhere in between.
+// A round of speculation of a lone sequence: tokens that an exit drafts one after the other until it is not sure enough, and their check.
 //
 // h hidden · v vocabulary
 #pragma once
@@ -14,19 +14,28 @@ struct DraftRule {  // as Speculation.threshold decides
     int64_t num_ends;
 };
 
-struct Drafts {
+struct Route {  // of the network, around the exit
+    const Layer *layers;
+    int64_t num_layers;
+    const Layer *own;  // the head's own, or null
+    const Head *head;
+    int64_t takes_mlp_input;  // whether the head takes what an `mlp` exit does
+    const Layer *rest;
+    int64_t num_rest;
+    const Head *final_head;
+};
+
+struct Round {
     // in
     int64_t token, position, most, num_threads;  // the newest token, which is asked first, and how many may be asked
     int64_t num_waiting;                         // tokens right before it that lack keys and values in the head's own layer
-    int64_t takes_mlp_input;                     // whether the head takes what an `mlp` exit does
-    double sure, odds;                           // what the first one has to be; of the drafts before it
+    double sure;                                 // what the first one has to be
     const int64_t *places;
     const void *cos, *sin, *embedding, *waiting;  // embedding [v, h], waiting [num_waiting, h]
     // out
     int64_t num_asked, num_drafted;  // the last one asked may not have been sure enough
-    double seconds_in_head;
-    int64_t *tokens;    // [most]
-    double *confidence;  // [most]
+    double seconds_in_heads;
+    double *said, *checked;  // [most, 2] of the exit, [num_drafted + 1, 2] of the final head: likeliest token, probability
 };
 
 // The bin that a confidence lies in.
@@ -43,40 +52,54 @@ inline double next_threshold(const DraftRule &rule, double odds) {
     return INFINITY;
 }
 
-// states [most, h] are left with what goes on into the next layers.
-template <class T>
-void run_drafts(const Shape &s, const Layer *layers, int64_t num_layers, const Layer *own, const Head &head, const DraftRule &rule,
-                Drafts &d, T *states) {
-    const int64_t h = s.hidden, w = d.num_waiting + 1;
-    T *normed = scratch<T, DRAFTS>(2 * h + 4 * w * h + head.num_rows), *residual = normed + h, *passed = residual + h;
+// The newest token and its drafts up to the exit, asked there as long as the rule has it: their states.
+template <class T> void draft(const Shape &s, const Route &route, const DraftRule &rule, Round &round, T *states) {
+    const int64_t h = s.hidden, w = round.num_waiting + 1;
+    T *normed = scratch<T, DRAFTS>(2 * h + 4 * w * h + route.head->num_rows), *residual = normed + h, *passed = residual + h;
     T *own_out = passed + w * h, *rest = own_out + w * h, *logits = rest + 2 * w * h;
-    double sure = d.sure, odds = d.odds, top[2];
-    int64_t token = d.token;
-    d.num_asked = d.num_drafted = 0, d.seconds_in_head = 0;
-    while (d.num_asked < d.most) {
-        const int64_t i = d.num_asked++, position = d.position + i;
-        const Row row{position, 1, d.places};
-        const Pass pass{1, 1, d.num_threads, &row, d.cos, d.sin};
+    double sure = round.sure, odds = 1;
+    int64_t token = round.token;
+    bool is_asked = round.most > 0;
+    for (int64_t i = 0;; ++i) {
+        const int64_t position = round.position + i;
+        const Row row{position, 1, round.places};
         T *state = states + i * h;
-        run_layers(s, layers, num_layers, pass, of<T>(d.embedding) + token * h, state, normed, residual);
+        run_layers(s, route.layers, route.num_layers, Pass{1, 1, round.num_threads, &row, round.cos, round.sin},
+                   of<T>(round.embedding) + token * h, state, normed, residual);
+        if (!is_asked) return;
         const double began = omp_get_wtime();
-        const T *asked = d.takes_mlp_input ? normed : state;
-        if (own) {
-            const int64_t before = i ? 0 : d.num_waiting, count = before + 1;
-            const Row owned{position - before, count, d.places};
-            std::memcpy(passed, d.waiting, before * h * sizeof(T));
+        const T *asked = route.takes_mlp_input ? normed : state;
+        if (route.own) {
+            const int64_t before = i ? 0 : round.num_waiting, count = before + 1;
+            const Row owned{position - before, count, round.places};
+            if (before) std::memcpy(passed, round.waiting, before * h * sizeof(T));
             std::memcpy(passed + before * h, state, h * sizeof(T));
-            run_layers(s, own, 1, Pass{count, 1, d.num_threads, &owned, d.cos, d.sin}, passed, own_out, rest, rest + w * h);
+            run_layers(s, route.own, 1, Pass{count, 1, round.num_threads, &owned, round.cos, round.sin}, passed, own_out, rest,
+                       rest + w * h);
             asked = own_out + before * h;
         }
-        run_head(s, head, 1, d.num_threads, asked, residual, logits, top);
-        d.seconds_in_head += omp_get_wtime() - began;
-        d.tokens[i] = token = int64_t(top[0]);
-        d.confidence[i] = top[1];
+        double *top = round.said + 2 * round.num_asked++;
+        run_head(s, *route.head, 1, round.num_threads, asked, residual, logits, top);
+        round.seconds_in_heads += omp_get_wtime() - began;
         if (!(top[1] >= sure)) return;
-        ++d.num_drafted;
+        ++round.num_drafted;
+        token = int64_t(top[0]);
         odds *= rule.odds[bin_of(rule, top[1])];
         sure = next_threshold(rule, odds);
-        if (sure == INFINITY || std::find(rule.ends, rule.ends + rule.num_ends, token) != rule.ends + rule.num_ends) return;
+        const bool ends = std::find(rule.ends, rule.ends + rule.num_ends, token) != rule.ends + rule.num_ends;
+        is_asked = sure < INFINITY && round.num_drafted < round.most && !ends;
     }
+}
+
+// states [most + 1, h] are left with those behind the exit.
+template <class T> void run_round(const Shape &s, const Route &route, const DraftRule &rule, Round &round, T *states) {
+    round.num_asked = round.num_drafted = 0, round.seconds_in_heads = 0;
+    draft(s, route, rule, round, states);
+    const int64_t t = round.num_drafted + 1, h = s.hidden;
+    T *hidden = scratch<T, CHECK>(t * (3 * h + route.final_head->num_rows)), *normed = hidden + t * h, *residual = normed + t * h;
+    const Row row{round.position, t, round.places};
+    run_layers(s, route.rest, route.num_rest, Pass{t, 1, round.num_threads, &row, round.cos, round.sin}, states, hidden, normed, residual);
+    const double began = omp_get_wtime();
+    run_head(s, *route.final_head, t, round.num_threads, hidden, static_cast<const T *>(nullptr), residual + t * h, round.checked);
+    round.seconds_in_heads += omp_get_wtime() - began;
 }

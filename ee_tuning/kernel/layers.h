@@ -33,7 +33,7 @@ struct Pass {
 template <class T> const T *of(const void *p) { return static_cast<const T *>(p); }
 
 // Memory of this thread, one piece for each purpose, until the next call for it.
-enum Purpose { LAYERS, HEAD, DRAFTS, STEP };
+enum Purpose { LAYERS, HEAD, DRAFTS, CHECK, STEP };
 template <class T, Purpose> T *scratch(int64_t size) {
     static thread_local std::vector<T> memory;
     if (int64_t(memory.size()) < size) memory.resize(size);

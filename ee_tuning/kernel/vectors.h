@@ -199,10 +199,14 @@ template <class T, class F> inline void each_vector(T *to, const T *a, const T *
 
 // scores[0 .. size) become e^(score - largest), lanes behind them 0, up to a whole vector; returns their sum. There has to be room.
 template <class T> T exponentials(T *scores, int64_t size) {
-    T largest = scores[0];
-    for (int64_t i = 1; i < size; ++i) largest = scores[i] > largest ? scores[i] : largest;
-    Vector<T> total[1] = {};
-    for (int64_t i = size; i % LANES<T>; ++i) scores[i] = largest;
+    for (int64_t i = size; i % LANES<T>; ++i) scores[i] = scores[0];
+    Vector<T> most = load(scores), total[1] = {};
+    for (int64_t i = LANES<T>; i < size; i += LANES<T>) {
+        const Vector<T> others = load(scores + i);
+        most = others > most ? others : most;
+    }
+    T largest = most[0];
+    for (int lane = 1; lane < LANES<T>; ++lane) largest = most[lane] > largest ? most[lane] : largest;
     for (int64_t i = 0; i < size; i += LANES<T>) {
         Vector<T> weights = exponential(load(scores + i) - largest);
         for (int64_t lane = size - i; lane < LANES<T>; ++lane) weights[lane] = 0;

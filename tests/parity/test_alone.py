@@ -36,18 +36,18 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def engine_for(loaded: LoadedModel, *, at_once: bool, **options: Any) -> Engine:
     engine = Engine(loaded.model, loaded.stages, **{"num_slots": 2, "max_length": 96, "max_pending": 5, **options})
     if not at_once:
-        engine.lone_stepper.is_able = engine.drafting.drafter.is_able = False
+        engine.lone_stepper.is_able = engine.drafting.lone_rounds.is_able = False
     return engine
 
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The kernels that were called for a whole step, or for drafts."""
+    """The kernels that were called for a whole step, or for a round of drafts."""
     names: list[str] = []
     function = calls._function
 
     def noted(name: str, dtype: torch.dtype) -> Any:
-        names.extend({name} & {"run_step", "run_drafts"})
+        names.extend({name} & {"run_step", "run_round"})
         return function(name, dtype)
 
     monkeypatch.setattr(calls, "_function", noted)
@@ -56,6 +56,21 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def architecture(loaded: LoadedModel) -> str:
     return loaded.model.plan.exits[0].architecture
+
+
+def drafted_both_ways(loaded: LoadedModel, plan: dict[int, float], ends: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is told of a sequence whose exits draft by `plan`, in one call a round and piece by piece."""
+    answers, exits = [], loaded.model.plan.exit_layers
+    for at_once in (True, False):
+        engine = engine_for(loaded, at_once=at_once)
+        free, dear = (1e-9,) * 3, (1.0,) * 3
+        costs = Costs((*(free for _ in exits), dear), dict.fromkeys(exits, free), free)
+        known = engine.drafting.speculation = Speculation(costs, engine.pieces)
+        known._plans[exits], known._next_plan, known._planned_rows, known._survey_end = (plan, 0.4), 10 ** 9, 1, -1
+        params = SamplingParams(max_tokens=NEW_TOKENS, **ends)
+        sequence, = engine.add_request(PROMPT, params, policy_for(loaded.model, policy="speculative"))
+        answers.append({**told(sequence, run_all(engine)), "records": known.records})
+    return answers
 
 
 def told(sequence: Sequence, steps: list[TokenStep]) -> dict[str, Any]:
@@ -93,19 +108,23 @@ def test_company_that_comes_and_goes(loaded: LoadedModel) -> None:
     assert answers[0] == answers[1]
 
 
-@pytest.mark.parametrize("plan", [{2: 0.0}, {4: 0.0}, {2: 0.6, 4: 0.3}, {2: 0.9}])
+@pytest.mark.parametrize("plan", [{2: 0.0}, {4: 0.0}, {2: 0.6, 4: 0.3}, {2: 0.9}, {}])
 @pytest.mark.parametrize("ends", [{}, {"stop_token_ids": tuple(range(0, 101, 3)), "min_tokens": 20}])
 def test_drafts_in_one_call_are_the_drafts_one_by_one(loaded: LoadedModel, made: list[str], plan: dict[int, float],
                                                       ends: dict[str, Any]) -> None:
     """A draft behind an end or beyond what there is room for, one more or less than the odds allow, a lesson that is not learnt."""
-    answers = []
-    for at_once in (True, False):
-        engine = engine_for(loaded, at_once=at_once)
-        free, dear = (1e-9,) * 3, (1.0,) * 3
-        known = engine.drafting.speculation = Speculation(Costs((free, free, dear), {2: free, 4: free}, free), engine.pieces)
-        known._best_plan = lambda rows, exits: (plan, 0.4)  # type: ignore[method-assign]
-        params = SamplingParams(max_tokens=NEW_TOKENS, **ends)
-        sequence, = engine.add_request(PROMPT, params, policy_for(loaded.model, policy="speculative"))
-        answers.append({**told(sequence, run_all(engine)), "records": known.records})
+    answers = drafted_both_ways(loaded, plan, ends)
     assert answers[0] == answers[1]
-    assert answers[0]["num_drafted"] > 0 and ("run_drafts" in made) == (architecture(loaded) != "adapter")
+    is_known = len(plan) < 2 and architecture(loaded) not in ("layer", "adapter")  # two heads with layers of their own wait for states
+    assert (answers[0]["num_drafted"] > 0) == bool(plan) and ("run_round" in made) == is_known
+
+
+@pytest.mark.parametrize("plan", [{2: 0.0}, {2: 0.6}, {2: 0.95}, {}])
+def test_a_head_with_a_layer_of_its_own_drafts_in_one_call(tmp_path: Path, made: list[str], plan: dict[int, float]) -> None:
+    """Keys and values that the head's layer lacks, or has of a draft that was rejected."""
+    random_llama(tmp_path / "model", confident=True)
+    exits = write_exits(tmp_path / "model", tmp_path / "exits", architecture="layer", init="copy", exit_layers=[2])
+    config = load_config(None, {"model.path": str(tmp_path / "model"), "exits.path": str(exits)})
+    answers = drafted_both_ways(load_for_generation(config, init_parallel(ParallelSection())), plan, {})
+    assert answers[0] == answers[1]
+    assert "run_round" in made and (not plan or 0 < answers[0]["num_accepted"] < answers[0]["num_drafted"])
