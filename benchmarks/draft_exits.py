@@ -28,8 +28,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for texts, runs and exit_heads")
     parser.add_argument("--exit-layers", type=int, nargs="+", default=[1])
     parser.add_argument("--steps", type=int, default=800, help="on the library (default %(default)s)")
-    parser.add_argument("--own-texts", type=int, default=960, help="continuations by the model itself (default %(default)s)")
-    parser.add_argument("--own-steps", type=int, default=400, help="on them (default %(default)s)")
+    parser.add_argument("--own-texts", type=int, default=3840, help="continuations by the model itself (default %(default)s)")
+    parser.add_argument("--own-steps", type=int, default=2000, help="on them (default %(default)s)")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     texts = write_texts(options.output)
@@ -38,7 +38,7 @@ def main() -> None:
     own = options.output / "own.jsonl"
     _write_own_texts(own, Path(texts["data.paths"][0]), options.own_texts)
     _tune(options.output / "own", {**texts, "data.paths": [str(own)], "exits.path": str(options.output / "library" / "exit_heads"),
-                                   "tuning.lr": 2e-3, "tuning.min_lr": 2e-4}, options.own_steps)
+                                   "tuning.lr": 3e-3, "tuning.min_lr": 1e-4}, options.own_steps)
     target = options.output / "exit_heads"
     if not target.exists():
         target.symlink_to(Path("own", "exit_heads"))
