@@ -15,7 +15,6 @@ from ee_tuning.generation.block_pool import BLOCK_SIZE, blocks_for
 from ee_tuning.generation.drafting import Drafting
 from ee_tuning.generation.judge import Answer, Judge, Question
 from ee_tuning.generation.kv_cache import KVCache
-from ee_tuning.generation.lone_step import LoneStepper
 from ee_tuning.generation.params import SamplingParams
 from ee_tuning.generation.pieces import cut_pieces
 from ee_tuning.generation.policy import FULL, Policy
@@ -23,6 +22,7 @@ from ee_tuning.generation.requests import check_request
 from ee_tuning.generation.runner import PieceOutput, Runner
 from ee_tuning.generation.scheduler import Scheduler
 from ee_tuning.generation.sequence import Sequence
+from ee_tuning.generation.whole_step import WholeSteps
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.parallel.stage_link import StageLink
 
@@ -62,7 +62,7 @@ class Engine:
         self.link = StageLink(self.topology)
         self.runner = Runner(model, self.pieces, self.cache, self.link)
         self.judge = Judge(model, self.runner.heads, self.link)
-        self.lone_stepper = LoneStepper(self.runner)
+        self.whole_steps = WholeSteps(self.runner)
         self.scheduler = Scheduler(self.cache, num_slots=num_slots, prefill_chunk=prefill_chunk, reuses_prefixes=reuses_prefixes)
         self.drafting = Drafting(self.runner, max_pending, self.scheduler.reserve)
         self.running, self.waiting = self.scheduler.running, self.scheduler.waiting
@@ -76,7 +76,7 @@ class Engine:
     @property
     def seconds_in_heads(self) -> float:
         """On this rank, waiting for the rank that has the head included."""
-        return self._seconds_in_asked_heads + self.drafting.seconds_in_heads + self.lone_stepper.seconds_in_heads
+        return self._seconds_in_asked_heads + self.drafting.seconds_in_heads + self.whole_steps.seconds_in_heads
 
     def add_request(self, prompt: list[int], params: SamplingParams | None = None, policy: Policy = FULL) -> list[Sequence]:
         """Queues a prompt, once for each of its `n` completions; the next steps take them up as there is room, in order.
@@ -149,9 +149,8 @@ class Engine:
     def _walk(self, going: list[Sequence]) -> list[TokenStep]:
         """Takes `going` through the pieces, each until it leaves. Pieces between which nothing is decided are one pass."""
         steps: list[TokenStep] = []
-        is_alone = len(self.running) == len(going) == 1 and going[0].has_all_fed
-        if is_alone and (told := self._step_alone(going[0])) is not None:
-            return told
+        if going and len(self.running) == len(going) and (taken := self._step_at_once(going)) is not None:
+            return taken
         index = 0
         while going and index < len(self.pieces):
             # Rows that left earlier wait here with their states: they ride along, for the weights are read anyway. Drafts wait for their
@@ -170,13 +169,13 @@ class Engine:
         self.runner.settle()
         return steps
 
-    def _step_alone(self, sequence: Sequence) -> list[TokenStep] | None:
+    def _step_at_once(self, going: list[Sequence]) -> list[TokenStep] | None:
         """A step in one call, or a round of drafts; None where the pieces have to be gone through one by one."""
-        if sequence.speculates:
-            checked = self.drafting.lone_round(sequence)
-            return None if checked is None else self._take_checked(sequence, checked)
-        taken = self.lone_stepper.take(sequence)
-        return None if taken is None else [self._take(sequence, *taken)]
+        if len(going) == 1 and going[0].speculates:
+            checked = self.drafting.lone_round(going[0]) if going[0].has_all_fed else None
+            return None if checked is None else self._take_checked(going[0], checked)
+        left = self.whole_steps.take(going)
+        return None if left is None else [self._take(*each) for each in left]
 
     def _asked_behind(self, index: int, going: list[Sequence]) -> list[tuple[Sequence, float]]:
         """Who is asked behind a piece, and how confident it has to be to leave there."""

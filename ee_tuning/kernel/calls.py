@@ -88,14 +88,26 @@ class Segment(ctypes.Structure):
     """Layers, the head behind them, and when a token leaves there; see step.h."""
 
     _fields_ = [("layers", ctypes.POINTER(Layer)), *_fields("num_layers"), ("head", ctypes.POINTER(Head)), *_fields("takes_mlp_input"),
-                ("threshold", ctypes.c_double), *_fields(pointers="waiting"), *_fields("num_waiting")]
+                ("threshold", ctypes.c_double)]
+
+
+class Waiting(ctypes.Structure):
+    """States of a sequence at the entrance of a segment; see step.h."""
+
+    _fields_ = [*_fields(pointers="states"), *_fields("count")]
+
+
+class StepRow(ctypes.Structure):
+    """The newest token of a sequence, and where it left; see step.h."""
+
+    _fields_ = [*_fields("token position"), *_fields(pointers="places"), *_fields("segment num_carried"), ("top", ctypes.c_double * 2)]
 
 
 class Step(ctypes.Structure):
-    """A token of a lone sequence, and where it left; see step.h."""
+    """Sequences that decode side by side, and how far that went; see step.h."""
 
-    _fields_ = [*_fields("token position num_threads"), *_fields(pointers="places cos sin embedding"), *_fields("segment num_carried"),
-                ("seconds_in_heads", ctypes.c_double), ("top", ctypes.c_double * 2)]
+    _fields_ = [*_fields("num_threads num_rows num_segments"), ("rows", ctypes.POINTER(StepRow)), ("waiting", ctypes.POINTER(Waiting)),
+                *_fields(pointers="cos sin embedding"), *_fields("num_run"), ("seconds_in_heads", ctypes.c_double)]
 
 
 def serves(tensor: Tensor) -> bool:
@@ -146,14 +158,14 @@ def run_round(shape: Shape, route: Route, rule: DraftRule, round_: Round, states
 
 
 def run_step(shape: Shape, segments: "ctypes.Array[Segment]", step: Step, carried: Tensor) -> None:  # [most, h]
-    """Fills in where the token of `step` left, and the states that have to wait there."""
-    _function("run_step", carried.dtype)(shape, segments, len(segments), step, carried.shape[0], carried.data_ptr())
+    """Fills in where the tokens of `step` left, and the states that have to wait there."""
+    _function("run_step", carried.dtype)(shape, segments, step, carried.shape[0], carried.data_ptr())
 
 
 _ARGUMENTS: dict[str, list[Any]] = {
     "run_layers": [ctypes.POINTER(Shape), ctypes.POINTER(Layer), _INTEGER, ctypes.POINTER(Pass), _POINTER, _POINTER, _POINTER, _POINTER],
     "run_round": [ctypes.POINTER(Shape), ctypes.POINTER(Route), ctypes.POINTER(DraftRule), ctypes.POINTER(Round), _POINTER],
-    "run_step": [ctypes.POINTER(Shape), ctypes.POINTER(Segment), _INTEGER, ctypes.POINTER(Step), _INTEGER, _POINTER],
+    "run_step": [ctypes.POINTER(Shape), ctypes.POINTER(Segment), ctypes.POINTER(Step), _INTEGER, _POINTER],
     "run_head": [ctypes.POINTER(Shape), ctypes.POINTER(Head), _INTEGER, _INTEGER, _POINTER, _POINTER, _POINTER, _POINTER]}
 
 

@@ -14,8 +14,8 @@
     extern "C" void run_round_##T(const Shape *s, const Route *route, const DraftRule *rule, Round *round, T *states) {                \
         run_round(*s, *route, *rule, *round, states);                                                                                  \
     }                                                                                                                                  \
-    extern "C" void run_step_##T(const Shape *s, const Segment *segments, int64_t num_segments, Step *step, int64_t most, T *carried) { \
-        run_step(*s, segments, num_segments, *step, most, carried);                                                                    \
+    extern "C" void run_step_##T(const Shape *s, const Segment *segments, Step *step, int64_t most, T *carried) {                      \
+        run_step(*s, segments, *step, most, carried);                                                                                  \
     }
 
 FOR_TYPE(float)

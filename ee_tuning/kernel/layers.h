@@ -33,7 +33,7 @@ struct Pass {
 template <class T> const T *of(const void *p) { return static_cast<const T *>(p); }
 
 // Memory of this thread, one piece for each purpose, until the next call for it.
-enum Purpose { LAYERS, HEAD, DRAFTS, CHECK, STEP };
+enum Purpose { LAYERS, HEAD, DRAFTS, CHECK, STEP, ASKED };
 template <class T, Purpose> T *scratch(int64_t size) {
     static thread_local std::vector<T> memory;
     if (int64_t(memory.size()) < size) memory.resize(size);
@@ -53,8 +53,8 @@ template <class T> void mlp(const Shape &s, const MLP &m, int64_t t, const T *x,
     linear<T>(x, t, s.hidden, of<T>(m.fc1), of<T>(m.fc1_bias), nullptr, raised, raised_rows, own);
     if (m.is_gated) linear<T>(x, t, s.hidden, of<T>(m.fc1), of<T>(m.fc1_bias), nullptr, raised, raised_rows, up);
     for (int64_t k = 0; k < t; ++k) {
-        const T *gate = raised + k * raised_rows + own.first;
-        each_vector(inner + k * m.inner + own.first, gate, m.is_gated ? gate + m.inner : gate, own.last - own.first, [&](Vector<T> a, Vector<T> b) {
+        const T *gate = raised + k * raised_rows + own.first, *other = m.is_gated ? gate + m.inner : gate;
+        each_vector(inner + k * m.inner + own.first, gate, other, own.last - own.first, [&](Vector<T> a, Vector<T> b) {
             return m.is_gated ? activated<T>(a, s.activation) * b : activated<T>(a, s.activation);
         });
     }

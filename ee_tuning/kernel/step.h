@@ -1,6 +1,6 @@
-// A step of a lone sequence: its newest token through the segments of the network, until a head is sure enough.
+// A step of sequences that decode side by side: their newest tokens through the segments of the network, each until a head is sure enough.
 //
-// t tokens · h hidden
+// t tokens · h hidden · r sequences
 #pragma once
 
 #include "heads.h"
@@ -10,48 +10,93 @@ struct Segment {
     int64_t num_layers;
     const Head *head;         // behind it
     int64_t takes_mlp_input;  // whether the head takes what an `mlp` exit does
-    double threshold;         // where the token leaves; behind the last segment it always does
-    const void *waiting;      // [num_waiting, h], states at the entrance, of the tokens right before
-    int64_t num_waiting;
+    double threshold;         // where a token leaves; behind the last segment all do
+};
+
+struct Waiting {  // states at the entrance of a segment, of the tokens right before the newest one
+    const void *states;
+    int64_t count;
+};
+
+struct StepRow {
+    // in
+    int64_t token, position;
+    const int64_t *places;
+    // out
+    int64_t segment;      // where the token left
+    int64_t num_carried;  // the states of so many tokens have to wait behind the last segment that ran
+    double top[2];        // the likeliest token and its probability
 };
 
 struct Step {
-    // in
-    int64_t token, position, num_threads;
-    const int64_t *places;
+    int64_t num_threads, num_rows, num_segments;
+    StepRow *rows;
+    const Waiting *waiting;             // [segments, r]
     const void *cos, *sin, *embedding;  // embedding [v, h]
     // out
-    int64_t segment, num_carried;  // where the token left, and how many tokens' states have to wait behind it
+    int64_t num_run;  // segments
     double seconds_in_heads;
-    double top[2];  // the likeliest token and its probability
 };
 
-// carried [most, h] takes the states that have to wait, and there may never be more on the way.
-template <class T>
-void run_step(const Shape &s, const Segment *segments, int64_t num_segments, Step &step, int64_t most, T *carried) {
-    const int64_t h = s.hidden;
-    T *joined = scratch<T, STEP>(3 * most * h + segments[num_segments - 1].head->num_rows), *normed = joined + most * h;
-    T *residual = normed + most * h;
-    const T *entering = of<T>(step.embedding) + step.token * h;
-    int64_t t = 1;
-    step.seconds_in_heads = 0;
-    for (step.segment = 0;; ++step.segment) {
-        const Segment &segment = segments[step.segment];
-        if (segment.num_waiting) {
-            std::memmove(joined + segment.num_waiting * h, entering, t * h * sizeof(T));
-            std::memcpy(joined, segment.waiting, segment.num_waiting * h * sizeof(T));
-            t += segment.num_waiting;
-            entering = joined;
-        }
-        const Row row{step.position + 1 - t, t, step.places};
-        run_layers(s, segment.layers, segment.num_layers, Pass{t, 1, step.num_threads, &row, step.cos, step.sin}, entering, carried, normed,
-                   residual);
-        const double began = omp_get_wtime();
-        const T *asked = (segment.takes_mlp_input ? normed : carried) + (t - 1) * h;
-        run_head(s, *segment.head, 1, step.num_threads, asked, residual + (t - 1) * h, residual + most * h, step.top);
-        step.seconds_in_heads += omp_get_wtime() - began;
-        if (step.segment + 1 == num_segments || step.top[1] >= segment.threshold) break;
-        entering = carried;
+// Everybody's tokens in front of a segment, those that waited first: to[., h], sequence by sequence. Returns how many.
+template <class T> int64_t join(const Step &step, int64_t number, int64_t h, const T *came, T *to) {
+    int64_t total = 0;
+    for (int64_t r = 0; r < step.num_rows; ++r) {
+        StepRow &row = step.rows[r];
+        const Waiting &waiting = step.waiting[number * step.num_rows + r];
+        const T *own = number ? came : of<T>(step.embedding) + row.token * h;
+        if (waiting.count) std::memcpy(to + total * h, waiting.states, waiting.count * h * sizeof(T));
+        std::memcpy(to + (total + waiting.count) * h, own, row.num_carried * h * sizeof(T));
+        came += row.num_carried * h;
+        row.num_carried += waiting.count;
+        total += row.num_carried;
     }
-    step.num_carried = t;
+    return total;
+}
+
+// Asks a head about the newest tokens of those that are `going`, and lets them leave. They are the last ones of their sequence's.
+template <class T>
+void leave(const Shape &s, const Segment &segment, Step &step, std::vector<int64_t> &going, const T *states, const T *residual) {
+    const int64_t h = s.hidden, number = step.num_run, count = int64_t(going.size());
+    T *asked = scratch<T, ASKED>(count * (2 * h + segment.head->num_rows)), *added = asked + count * h, *logits = added + count * h;
+    std::vector<double> top(2 * count);
+    int64_t last = -1, q = 0;
+    for (int64_t r = 0; r < step.num_rows; ++r) {
+        last += step.rows[r].num_carried;
+        if (q < count && going[q] == r) {
+            std::memcpy(asked + q * h, states + last * h, h * sizeof(T));
+            std::memcpy(added + q++ * h, residual + last * h, h * sizeof(T));
+        }
+    }
+    run_head(s, *segment.head, count, step.num_threads, asked, added, logits, top.data());
+    std::vector<int64_t> stay;
+    for (q = 0; q < count; ++q) {
+        StepRow &row = step.rows[going[q]];
+        row.segment = number, row.top[0] = top[2 * q], row.top[1] = top[2 * q + 1];
+        if (!(row.top[1] >= segment.threshold)) stay.push_back(going[q]);
+    }
+    going = stay;
+}
+
+// carried [most, h] takes the states that have to wait behind the last segment that ran; there may never be more on the way.
+template <class T> void run_step(const Shape &s, const Segment *segments, Step &step, int64_t most, T *carried) {
+    const int64_t h = s.hidden;
+    T *joined = scratch<T, STEP>(3 * most * h), *normed = joined + most * h, *residual = normed + most * h;
+    std::vector<int64_t> going(step.num_rows);
+    std::vector<Row> rows(step.num_rows);
+    for (int64_t r = 0; r < step.num_rows; ++r) going[r] = r, step.rows[r].num_carried = 1;
+    step.seconds_in_heads = 0;
+    for (step.num_run = 0; step.num_run < step.num_segments && !going.empty(); ++step.num_run) {
+        const Segment &segment = segments[step.num_run];
+        const int64_t t = join(step, step.num_run, h, static_cast<const T *>(carried), joined);
+        for (int64_t r = 0; r < step.num_rows; ++r) {
+            const StepRow &row = step.rows[r];
+            rows[r] = Row{row.position + 1 - row.num_carried, row.num_carried, row.places};
+        }
+        run_layers(s, segment.layers, segment.num_layers, Pass{t, step.num_rows, step.num_threads, rows.data(), step.cos, step.sin}, joined,
+                   carried, normed, residual);
+        const double began = omp_get_wtime();
+        leave(s, segment, step, going, segment.takes_mlp_input ? normed : carried, residual);
+        step.seconds_in_heads += omp_get_wtime() - began;
+    }
 }

@@ -36,7 +36,7 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def engine_for(loaded: LoadedModel, *, at_once: bool, **options: Any) -> Engine:
     engine = Engine(loaded.model, loaded.stages, **{"num_slots": 2, "max_length": 96, "max_pending": 5, **options})
     if not at_once:
-        engine.lone_stepper.is_able = engine.drafting.lone_rounds.is_able = False
+        engine.whole_steps.is_able = engine.drafting.lone_rounds.is_able = False
     return engine
 
 
