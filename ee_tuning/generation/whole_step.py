@@ -64,17 +64,18 @@ class WholeSteps:
         calls.run_step(route.shape, route.segments, step, states)
         del kept
         self.seconds_in_heads += step.seconds_in_heads
-        self._move_on(rows, [row.num_carried for row in told], route.ends[step.num_run - 1], states)
-        left = [Left(s, Answer(row.top[1], int(row.top[0]), None, None), self.pieces[route.ends[row.segment]].last_layer)
-                for s, row in zip(rows, told, strict=True)]
+        places = [route.ends[row.segment] for row in told]
+        self._move_on(rows, places, [row.num_carried for row in told], route.ends[step.num_run - 1], states)
+        left = [Left(s, Answer(row.top[1], int(row.top[0]), None, None), self.pieces[place].last_layer)
+                for s, row, place in zip(rows, told, places, strict=True)]
         return sorted(left, key=lambda each: each.layer)
 
-    def _move_on(self, rows: list[Sequence], counts: list[int], index: int, states: Tensor) -> None:  # [sum of counts, h]
-        """Books a step that went as far as piece `index`, behind which the states of `counts` tokens wait."""
+    def _move_on(self, rows: list[Sequence], places: list[int], counts: list[int], index: int, states: Tensor) -> None:  # [Σ counts, h]
+        """Books a step that went as far as piece `index`, behind which the states of `counts` tokens wait; rows left behind `places`."""
         first = 0
-        for sequence, count in zip(rows, counts, strict=True):
+        for sequence, place, count in zip(rows, places, counts, strict=True):
             marks = sequence.watermarks
-            sequence.statistics.num_catch_up += (sequence.num_fed - 1) * (index + 1) - sum(marks[:index + 1])
+            sequence.statistics.num_catch_up += (sequence.num_fed - 1) * (index + 1) - sum(marks[:index + 1]) + index - place
             marks[:index + 1] = [sequence.num_fed] * (index + 1)
             for piece in range(index + 1):
                 sequence.boundary[piece].clear()

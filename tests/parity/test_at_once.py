@@ -1,4 +1,4 @@
-"""A sequence that decodes alone takes its steps and drafts in one call of the kernels; it says and counts what it would piece by piece."""
+"""Whole steps, and rounds of drafts of a lone sequence, in one call of the kernels: the same is said and counted as piece by piece."""
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,20 @@ def test_a_step_in_one_call_is_the_step_piece_by_piece(loaded: LoadedModel, made
     assert answers[0] == answers[1] and len(answers[0]["said"]) == NEW_TOKENS
     is_known = policy.get("policy") == "full" or (architecture(loaded) not in ("layer", "adapter") and "measure" not in policy)
     assert ("run_step" in made) == is_known
+
+
+@pytest.mark.parametrize("policy", [{"policy": "full"}, {"policy": "fixed", "exit_layer": 2}, {"threshold": 0.5},
+                                    {"threshold": [0.3, 1.5]}])
+def test_a_batch_in_one_call_is_the_batch_piece_by_piece(loaded: LoadedModel, made: list[str], policy: dict[str, Any]) -> None:
+    """A sequence that gets its neighbour's states or answer, or leaves because it did; states of those that ride along lost on the way."""
+    answers, same = [], policy_for(loaded.model, **policy)
+    for at_once in (True, False):
+        engine = engine_for(loaded, at_once=at_once, num_slots=4)
+        added = [engine.add_request(PROMPT[i:] * (i + 1), SamplingParams(max_tokens=NEW_TOKENS - 7 * i), same)[0] for i in range(4)]
+        steps = run_all(engine)
+        answers.append([told(sequence, steps) for sequence in added])
+    assert answers[0] == answers[1]
+    assert ("run_step" in made) == (policy.get("policy") == "full" or architecture(loaded) not in ("layer", "adapter"))
 
 
 def test_company_that_comes_and_goes(loaded: LoadedModel) -> None:
