@@ -102,7 +102,7 @@ def _write_records(llm: EarlyExitLLM, jobs: list[Job], options: GenerationSectio
 
     for completion in refused:
         write(completion)
-    for _ in llm.run(jobs, completions, options, keeps_errors=len(jobs) > 1):
+    for _ in llm.run(jobs, completions, options, keeps_errors=len(jobs) > 1, shows_text=False):
         pass
     for completion in completions:
         write(completion)

@@ -77,6 +77,8 @@ class Writer:
     sequence: Sequence
     completion: Completion
     stream: TextStream
+    shows_text: bool = True
+    """Whether a token comes with its text, and stop strings are looked for."""
 
     def take(self, step: TokenStep, started: float) -> StreamedToken:
         """Books a token; sets the finish reason where the completion ends, by a stop string too."""
@@ -90,7 +92,9 @@ class Writer:
         is_last_of_sequence = len(done.token_ids) == self.sequence.num_output
         ends = self.sequence.finish_reason if is_last_of_sequence else ""
         shown = ""
-        if ends != "stop":
+        if ends != "stop" and not self.shows_text:
+            self.stream.hold(step.token_id)
+        elif ends != "stop":
             self.stream.stop = params.stop if len(done.token_ids) >= params.min_tokens else ()
             shown = self.stream.push(step.token_id)
         done.finish_reason = "stop" if self.stream.has_stopped else ends

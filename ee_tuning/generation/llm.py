@@ -89,21 +89,25 @@ class EarlyExitLLM:
         Raises InputError, before anything is decoded, on an option that can not be used and on a prompt that is empty or too long.
         """
         completions: list[Completion] = []
-        for _ in self.stream(prompts, completions, params, **options):
+        resolved, jobs = self._jobs_of(prompts, params, **options)
+        for _ in self.run(jobs, completions, resolved, shows_text=False):
             pass
         return completions
 
     def stream(self, prompts: list[str], completions: list[Completion] | None = None,
-               params: SamplingParams | Sequence[SamplingParams] | None = None, *, adds_special_tokens: bool = True,
-               **options: Any) -> Iterator[StreamedToken]:
+               params: SamplingParams | Sequence[SamplingParams] | None = None, **options: Any) -> Iterator[StreamedToken]:
         """As `generate`, token by token; `completions`, if given, is filled with the finished records.
 
         A prompt that a chat template made has its special tokens already: not `adds_special_tokens`.
         """
         own: list[Completion] = [] if completions is None else completions
-        resolved, jobs = self.jobs(prompts, params, **options)
-        jobs = [dataclasses.replace(job, adds_special_tokens=adds_special_tokens) for job in jobs]
+        resolved, jobs = self._jobs_of(prompts, params, **options)
         yield from self.run(jobs, own, resolved)
+
+    def _jobs_of(self, prompts: list[str], params: SamplingParams | Sequence[SamplingParams] | None, *, adds_special_tokens: bool = True,
+                 **options: Any) -> tuple[GenerationSection, list[Job]]:
+        resolved, jobs = self.jobs(prompts, params, **options)
+        return resolved, [dataclasses.replace(job, adds_special_tokens=adds_special_tokens) for job in jobs]
 
     def jobs(self, prompts: list[str], params: SamplingParams | Sequence[SamplingParams] | None = None,
              **options: Any) -> tuple[GenerationSection, list[Job]]:
@@ -125,11 +129,12 @@ class EarlyExitLLM:
         """What the section's keys ask of these exits. Raises InputError where it is not to be had."""
         return policy_of(options, self.exit_layers, self.num_layers, self.heads_digest)
 
-    def run(self, jobs: list[Job], completions: list[Completion], options: GenerationSection, *,
-            keeps_errors: bool = False) -> Iterator[StreamedToken]:
+    def run(self, jobs: list[Job], completions: list[Completion], options: GenerationSection, *, keeps_errors: bool = False,
+            shows_text: bool = True) -> Iterator[StreamedToken]:
         """Decodes `jobs`, appends a record for each completion to `completions`, and yields tokens as they come.
 
-        With `keeps_errors` a job that can not be done gets a record with its `error`, and the others go on.
+        With `keeps_errors` a job that can not be done gets a record with its `error`, and the others go on. Without `shows_text` tokens
+        come without their text, which is made once, for the record.
         """
         if not jobs:
             return
@@ -149,7 +154,8 @@ class EarlyExitLLM:
                     continue
                 for sequence in added:
                     completions.append(Completion(prompt=job.prompt, index=sequence.completion))
-                    writers[sequence.number] = Writer(index, sequence, completions[-1], TextStream(self._decode, ids))
+                    writers[sequence.number] = Writer(index, sequence, completions[-1], TextStream(self._decode, ids),
+                                                             shows_text or bool(job.params.stop))
             while not engine.is_idle:
                 for step in engine.step():
                     writer = writers[step.sequence.number]

@@ -31,6 +31,10 @@ class TextStream:
             self._settle(tail)
         return self._show(is_last=False)
 
+    def hold(self, token_id: int) -> None:
+        """Adds a token whose text is wanted no sooner than `flush`; for all tokens of a completion or none."""
+        self._ids.append(token_id)
+
     def flush(self) -> str:
         """The text held back, at the end of the completion."""
         if not self.has_stopped:

@@ -128,7 +128,8 @@ class _Route:
 
 def _is_known(sequence: Sequence, policy: Policy) -> bool:
     """Whether the kernels know all that a sequence wants of its next token."""
-    return (sequence.policy is policy and not policy.drafts_at and sequence.has_all_fed and sequence.num_output > 0
+    is_same = sequence.policy is policy or sequence.policy == policy
+    return (is_same and not policy.drafts_at and sequence.has_all_fed and sequence.num_output > 0
             and takes_likeliest(sequence, len(sequence.tokens)))
 
 

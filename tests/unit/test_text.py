@@ -65,3 +65,15 @@ def test_stop_string_before_half_a_character_is_found():
     pieces = [b"go ", b"stop\xe9"]
     stream = TextStream(lambda ids: b"".join(pieces[i] for i in ids).decode(errors="replace"), [], ("stop",))
     assert stream.push(0) + stream.push(1) + stream.flush() == "go " and stream.has_stopped
+
+
+@pytest.mark.parametrize("prompt", ["", "naïve "])
+def test_text_made_at_once_is_the_text_made_token_by_token(prompt: str) -> None:
+    """A completion that nobody watches, and its text differs: a character cut, a space of the prompt's end lost."""
+    ids, said = list(prompt.encode()), [*"déjà vu, 𝄞 und so weiter und so fort".encode()[:-1], 0xF0, 0x9D]
+    watched, unwatched = TextStream(decode, ids), TextStream(decode, ids)
+    for token in said:
+        watched.push(token)
+        unwatched.hold(token)
+    watched.flush()
+    assert unwatched.flush() == unwatched.text == watched.text
