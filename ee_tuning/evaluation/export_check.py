@@ -60,7 +60,9 @@ def _our_logits(loaded: LoadedModel, ids: Tensor) -> dict[int, Tensor]:  # [1, s
 def _exported_logits(folder: Path, config: ModelConfig, ids: Tensor, dtype: torch.dtype) -> dict[int, Tensor]:  # layer -> [s, v]
     """From the folder's own modelling file, run from where it lies: transformers would copy it into its cache first."""
     module = _module(folder / MODELLING.name)
-    model = getattr(module, early_exit_class(config)).from_pretrained(folder, dtype=dtype).eval()
+    # Grouped products, which transformers prefers for experts, refuse widths that are no multiple of 16 bytes.
+    plain = {"experts_implementation": "eager"} if config.num_experts else {}
+    model = getattr(module, early_exit_class(config)).from_pretrained(folder, dtype=dtype, **plain).eval()
     return {layer: logits[0].double() for layer, logits in model.exit_logits(ids).items()}
 
 
