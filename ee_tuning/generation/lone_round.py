@@ -35,8 +35,7 @@ class LoneRounds:
 
     def __init__(self, runner: Runner):
         self.runner, self.pieces = runner, runner.pieces
-        self.is_able = runner.topology.num_in_replica == 1 and runner.words is not None and all(
-            layer.is_native for layer in runner.layers.values())
+        self.is_able = runner.is_native
         self._routes: dict[int, calls.Route] = {}
         self._edges = array("d", EDGES)
 

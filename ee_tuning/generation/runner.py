@@ -79,6 +79,8 @@ class Runner:
         is_plain = self.config.position == "rope" and self.topology.tp == 1 and self.topology.is_first_stage
         self.words: Tensor | None = model.backbone.embedding.word_embeddings.weight if is_plain else None
         """[v, h]"""
+        self.is_native = self.topology.num_in_replica == 1 and is_plain and all(layer.is_native for layer in self.layers.values())
+        """Whether the kernels can take a token from the embedding to the last layer."""
 
     def run(self, index: int, rows: list[Sequence], through: int | None = None) -> PieceOutput:
         """One pass of `rows`' pending tokens through piece `index`, and on through the pieces up to `through` of the same stage.
