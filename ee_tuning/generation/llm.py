@@ -155,7 +155,7 @@ class EarlyExitLLM:
                 for sequence in added:
                     completions.append(Completion(prompt=job.prompt, index=sequence.completion))
                     writers[sequence.number] = Writer(index, sequence, completions[-1], TextStream(self._decode, ids),
-                                                             shows_text or bool(job.params.stop))
+                                                      shows_text or bool(job.params.stop))
             while not engine.is_idle:
                 for step in engine.step():
                     writer = writers[step.sequence.number]

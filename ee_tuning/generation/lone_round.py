@@ -13,7 +13,6 @@ from ee_tuning.generation.runner import Runner
 from ee_tuning.generation.sequence import Sequence
 from ee_tuning.generation.speculation import EDGES, Speculation
 from ee_tuning.kernel import calls
-from ee_tuning.model.exit_head import AdapterHead
 
 # h hidden
 
@@ -44,9 +43,9 @@ class LoneRounds:
         layer = self.pieces[index].last_layer
         head = self.runner.exit_heads.get(layer)
         waiting = sequence.watermarks[index] - sequence.head_watermarks.get(layer, sequence.watermarks[index])
-        return (self.is_able and index + 1 < len(self.pieces) and head is not None and head.native is not None
-                and not isinstance(head.head, AdapterHead) and self.runner.heads[None].native is not None
-                and takes_likeliest(sequence, len(sequence.tokens)) and not sequence.num_drafts and sequence.num_pending(0) == 1
+        is_whole = head is not None and head.is_whole and self.runner.heads[None].is_whole
+        return (self.is_able and index + 1 < len(self.pieces) and is_whole and takes_likeliest(sequence, len(sequence.tokens))
+                and not sequence.num_drafts and sequence.num_pending(0) == 1
                 and not any(sequence.num_pending(i) for i in range(1, len(self.pieces)))
                 and set(sequence.head_watermarks) <= {layer} and waiting < calls.MOST_TOKENS)
 

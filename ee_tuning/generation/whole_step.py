@@ -15,8 +15,7 @@ from ee_tuning.generation.processors import takes_likeliest
 from ee_tuning.generation.runner import Runner
 from ee_tuning.generation.sequence import Sequence
 from ee_tuning.kernel import calls
-from ee_tuning.model.exit_head import AdapterHead
-from ee_tuning.model.ragged_head import RaggedExitHead, RaggedHead
+from ee_tuning.model.ragged_head import RaggedExitHead
 
 # h hidden
 
@@ -55,13 +54,12 @@ class WholeSteps:
         if waiting is None:
             return None
         assert self.runner.words is not None
-        table, total, kept = waiting
+        table, total, _kept = waiting
         states = torch.empty(total, self.runner.config.hidden_size, dtype=self.runner.words.dtype)
         told = (calls.StepRow * len(rows))(*[calls.StepRow(s.tokens[-1], s.num_fed - 1, s.places.address) for s in rows if s.places])
         step = calls.Step(torch.get_num_threads(), len(rows), len(route.segments), told, table,
                           *(each.data_ptr() for each in self.runner.tables), self.runner.words.data_ptr())
         calls.run_step(route.shape, route.segments, step, states)
-        del kept
         self.seconds_in_heads += step.seconds_in_heads
         places = [route.ends[row.segment] for row in told]
         self._move_on(rows, places, [row.num_carried for row in told], route.ends[step.num_run - 1], states)
@@ -94,7 +92,7 @@ class _Route:
         self.ends = [*(i for i in range(last_piece) if layers[i] in policy.thresholds), last_piece]
         self.starts = [0, *(end + 1 for end in self.ends[:-1])]
         heads = [*(runner.heads[layers[end]] for end in self.ends[:-1]), runner.heads[policy.fixed_exit]]
-        self.serves = policy.measure == "max_probability" and all(_is_whole(head) for head in heads)
+        self.serves = policy.measure == "max_probability" and all(head.is_whole and head.layer is None for head in heads)
         if not self.serves:
             return
         runs = [runner.layers_of(start, end) for start, end in zip(self.starts, self.ends, strict=True)]
@@ -130,9 +128,3 @@ def _is_known(sequence: Sequence, policy: Policy) -> bool:
     is_same = sequence.policy is policy or sequence.policy == policy
     return (is_same and not policy.drafts_at and sequence.has_all_fed and sequence.num_output > 0
             and takes_likeliest(sequence, len(sequence.tokens)))
-
-
-def _is_whole(head: RaggedHead) -> bool:
-    """Whether the kernels compute all of a head."""
-    is_plain = not isinstance(head, RaggedExitHead) or not (head.layer or isinstance(head.head, AdapterHead))
-    return head.native is not None and is_plain

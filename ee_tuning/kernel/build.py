@@ -33,7 +33,7 @@ def kernels() -> ctypes.CDLL | None:
         log.warning("no C++ compiler (CXX, g++ or clang++): decoding on this processor takes torch's operators, about half as fast")
         return None
     try:
-        return ctypes.CDLL(str(_built(compiler)))
+        return _loaded(compiler)
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         log.warning("the decoding kernels could not be built with %s, torch's operators serve in their place, about half as fast: %s",
@@ -45,22 +45,34 @@ def _compiler() -> str | None:
     return next((found for name in (os.environ.get("CXX"), "g++", "clang++") if name and (found := shutil.which(name))), None)
 
 
-def _built(compiler: str) -> Path:
-    """The library, from the cache or new. Processes that build at once each put the same one there."""
-    sources = sorted([*SOURCE.glob("*.h"), *SOURCE.glob("*.cpp")])
-    runtime = _openmp_in_use()
-    told = [compiler, *FLAGS, _processor(), str(runtime), *(source.read_text() for source in sources)]
-    folder = cache_folder()
-    library = folder / f"kernels-{hashlib.sha256(chr(0).join(told).encode()).hexdigest()[:24]}.so"
+def _loaded(compiler: str) -> ctypes.CDLL:
+    """The library, from the cache or new."""
+    library = _library(compiler)
     if library.exists():
-        return library
-    with tempfile.TemporaryDirectory(dir=folder, prefix="building-") as scratch:
+        try:
+            return ctypes.CDLL(str(library))
+        except OSError:  # a machine that went down, or a full disk, leaves half a file
+            log.info("%s can not be loaded and is built anew", library)
+    _build(compiler, library)
+    return ctypes.CDLL(str(library))
+
+
+def _library(compiler: str) -> Path:
+    """Where the library lies that this compiler makes of these sources for this processor."""
+    sources = sorted([*SOURCE.glob("*.h"), *SOURCE.glob("*.cpp")])
+    told = [compiler, *FLAGS, _processor(), str(_openmp_in_use()), *(source.read_text() for source in sources)]
+    return cache_folder() / f"kernels-{hashlib.sha256(chr(0).join(told).encode()).hexdigest()[:24]}.so"
+
+
+def _build(compiler: str, library: Path) -> None:
+    """Processes that build at once each put the same one there."""
+    runtime = _openmp_in_use()
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix="building-") as scratch:
         part, made = Path(scratch) / "kernels.o", Path(scratch) / "kernels.so"
         _run([compiler, *FLAGS, "-c", str(SOURCE / "decoding.cpp"), "-o", str(part)])
         # Two runtimes would keep two sets of threads, each spinning on the other's cores: it has to be torch's own.
         _run([compiler, "-shared", str(part), "-o", str(made), *([str(runtime)] if runtime else ["-fopenmp"])])
         made.replace(library)
-    return library
 
 
 def cache_folder() -> Path:

@@ -20,6 +20,9 @@ from ee_tuning.parallel.vocab import VocabShard, top1
 class RaggedHead(ABC):
     """A head on this rank. Shares its weights."""
 
+    layer: RaggedLayer | None = None
+    """Of its own, behind the backbone's."""
+
     def __init__(self, model: EarlyExitModel, norm: Any, output: Tensor, mlp: ExitMLP | None = None):
         self.vocab: VocabShard = model.vocab
         is_native = model.topology.tp == 1 and calls.serves(output)
@@ -28,6 +31,11 @@ class RaggedHead(ABC):
         self.native = _native(norm, output, mlp, model.vocab) if is_native else None
         """For the kernels; None where they do not serve."""
         self._shape = native_shape(model.config)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the kernels take a token all the way from the layers before it to its answer."""
+        return self.native is not None
 
     def ask(self, inputs: ExitInput) -> tuple[Tensor, Tensor]:  # [q, v/tp]; [q, 2] float64
         """Logits of the tokens that are asked about; and of each, over the whole vocabulary, the likeliest id and its probability."""
@@ -73,6 +81,11 @@ class RaggedExitHead(RaggedHead):
         self.layer = None if head.own_layer is None else RaggedLayer(head.own_layer, head.config, topology)
         super().__init__(model, head.norm if isinstance(head, NormHead) else None, head.output_weight,
                          head.mlp if isinstance(head, MLPHead) else None)
+
+    @property
+    def is_whole(self) -> bool:
+        """See RaggedHead. An adapter is torch's, and then its norm and output matrix the kernel's."""
+        return self.native is not None and not isinstance(self.head, AdapterHead) and (self.layer is None or self.layer.is_native)
 
     def take(self, hidden: Tensor, inner: ExitInput) -> ExitInput:  # [t, h]
         """What the head takes of a pass: `hidden` and `inner` are what the run of layers before it returned."""

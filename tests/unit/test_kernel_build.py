@@ -32,6 +32,17 @@ def test_it_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @needs_compiler
+def test_a_library_that_is_cut_short_is_built_anew(tmp_path: Path) -> None:
+    """A machine that went down while it was written: half the speed from then on, in every process."""
+    compiler = build._compiler()
+    assert compiler is not None
+    library = build._library(compiler)
+    library.write_bytes(b"\x7fELF")
+    assert build.kernels() is not None
+    assert library.stat().st_size > 1000
+
+
+@needs_compiler
 def test_another_processor_has_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A library of one machine run on another that shares its home: an illegal instruction."""
     assert build.kernels() is not None
