@@ -40,11 +40,12 @@ class LoneRounds:
 
     def serves(self, sequence: Sequence, index: int) -> bool:
         """Whether a round that drafts behind piece `index` can be had in one call. The newest token has to be at the entrance."""
+        if not self.is_able or index + 1 == len(self.pieces):
+            return False
         layer = self.pieces[index].last_layer
-        head = self.runner.exit_heads.get(layer)
         waiting = sequence.watermarks[index] - sequence.head_watermarks.get(layer, sequence.watermarks[index])
-        is_whole = head is not None and head.is_whole and self.runner.heads[None].is_whole
-        return (self.is_able and index + 1 < len(self.pieces) and is_whole and takes_likeliest(sequence, len(sequence.tokens))
+        return (self.runner.heads[layer].is_whole and self.runner.heads[None].is_whole
+                and takes_likeliest(sequence, len(sequence.tokens))
                 and not sequence.num_drafts and sequence.num_pending(0) == 1
                 and not any(sequence.num_pending(i) for i in range(1, len(self.pieces)))
                 and set(sequence.head_watermarks) <= {layer} and waiting < calls.MOST_TOKENS)

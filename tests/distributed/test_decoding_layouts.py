@@ -12,6 +12,7 @@ from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.evaluation.calibrate import read_exits
 from ee_tuning.generation.engine import Engine
 from ee_tuning.generation.params import SamplingParams
+from ee_tuning.generation.policy import Policy
 from ee_tuning.parallel.topology import init_parallel
 
 PROMPTS = [[5, 17, 80, 3, 9], [41], [7, 7, 7, 90, 12, 60, 33, 2, 51, 18, 64]]
@@ -36,7 +37,15 @@ def decode_at(model: str, exits: str, tp: int, pp: int) -> list[list[tuple[list[
             continue
         answers.append([(said.tokens, [(layer, round(c, 9)) for layer, c in zip(said.exit_layers, said.confidences, strict=True)])
                         for said in made])
-    return answers + in_little_memory(loaded)
+    return answers + [drafted_alone(loaded)] + in_little_memory(loaded)
+
+
+def drafted_alone(loaded: LoadedModel) -> list[tuple[list[int], list[tuple[int, float]]]]:
+    """What one sequence says for which one exit drafts."""
+    engine = Engine(loaded.model, loaded.stages, num_slots=1, max_length=64, max_pending=4)
+    sequence, = engine.add_request(PROMPTS[0], GREEDY, Policy(drafts_at=(2,)))
+    run_all(engine)
+    return [(sequence.output, [])]
 
 
 def in_little_memory(loaded: LoadedModel) -> list[list[tuple[list[int], list[tuple[int, float]]]]]:
