@@ -26,6 +26,9 @@ def run_ranks(world_size: int, work: Callable[..., Any], *args: Any) -> list[Any
 
 
 def _run(rank: int, world_size: int, port: int, answers: Any, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    if world_size <= len(cores):  # else a message's receiver is woken on the sender's core, and computes there while another one idles
+        os.sched_setaffinity(0, cores[rank * len(cores) // world_size: (rank + 1) * len(cores) // world_size])
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     answers.put((rank, work(*args)))

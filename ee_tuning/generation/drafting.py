@@ -2,7 +2,7 @@
 from collections.abc import Callable
 
 from ee_tuning.generation.costs import measure_costs
-from ee_tuning.generation.judge import Answer
+from ee_tuning.generation.judge import Answer, Left
 from ee_tuning.generation.lone_round import LoneRounds
 from ee_tuning.generation.runner import Runner
 from ee_tuning.generation.sequence import Sequence
@@ -40,7 +40,7 @@ class Drafting:
             sequence.tokens.append(answer.token_id)
             sequence.statistics.num_drafted += 1
 
-    def lone_round(self, sequence: Sequence) -> list[tuple[Answer, int | None]] | None:
+    def lone_round(self, sequence: Sequence) -> list[Left] | None:
         """Drafts and their check, as `check` returns them, of a sequence that runs alone, its newest token at the entrance; None where
         that can not be had in one call.
         """
@@ -59,7 +59,7 @@ class Drafting:
             self.note(sequence, answer, layer, i < run.num_drafted)
         return self.check(sequence, run.checked)
 
-    def check(self, sequence: Sequence, answers: list[Answer]) -> list[tuple[Answer, int | None]]:
+    def check(self, sequence: Sequence, answers: list[Answer]) -> list[Left]:
         """Keeps the drafts that are what the full model says, and its own token behind them, each with the exit that drafted it; forgets
         the others, and what was made of them.
 
@@ -73,7 +73,8 @@ class Drafting:
         del sequence.tokens[sequence.num_final:]
         sequence.crop(len(sequence.tokens) + num_kept)
         sequence.drafts.begin({})
-        return [*zip(answers, layers[:num_kept], strict=False), (answers[num_kept], None)]
+        layers = [*layers[:num_kept], self.runner.config.num_layers]
+        return [Left(sequence, *each) for each in zip(answers[:num_kept + 1], layers, strict=True)]
 
     @property
     def _known(self) -> Speculation:

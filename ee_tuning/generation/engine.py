@@ -13,15 +13,16 @@ import torch
 
 from ee_tuning.generation.block_pool import BLOCK_SIZE, blocks_for
 from ee_tuning.generation.drafting import Drafting
-from ee_tuning.generation.judge import Answer, Judge, Question
+from ee_tuning.generation.judge import Answer, Judge, Left, Question
 from ee_tuning.generation.kv_cache import KVCache
 from ee_tuning.generation.params import SamplingParams
 from ee_tuning.generation.pieces import cut_pieces
 from ee_tuning.generation.policy import FULL, Policy
 from ee_tuning.generation.requests import check_request
-from ee_tuning.generation.runner import PieceOutput, Runner
+from ee_tuning.generation.runner import Runner
 from ee_tuning.generation.scheduler import Scheduler
 from ee_tuning.generation.sequence import Sequence
+from ee_tuning.generation.walk import PieceWalk
 from ee_tuning.generation.whole_step import WholeSteps
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.parallel.stage_link import StageLink
@@ -65,18 +66,20 @@ class Engine:
         self.whole_steps = WholeSteps(self.runner)
         self.scheduler = Scheduler(self.cache, num_slots=num_slots, prefill_chunk=prefill_chunk, reuses_prefixes=reuses_prefixes)
         self.drafting = Drafting(self.runner, max_pending, self.scheduler.reserve)
+        self.walk = PieceWalk(self.runner, self.judge, self.drafting)
         self.running, self.waiting = self.scheduler.running, self.scheduler.waiting
-        self._seconds_in_asked_heads = 0.0
+        self._landed: list[TokenStep] = []
+        """Tokens that came between two steps."""
 
     @property
     def is_idle(self) -> bool:
         """Whether nothing runs or waits."""
-        return not self.running and not self.waiting
+        return not self.running and not self.waiting and not self._landed
 
     @property
     def seconds_in_heads(self) -> float:
         """On this rank, waiting for the rank that has the head included."""
-        return self._seconds_in_asked_heads + self.drafting.seconds_in_heads + self.whole_steps.seconds_in_heads
+        return self.walk.seconds_in_heads + self.drafting.seconds_in_heads + self.whole_steps.seconds_in_heads
 
     def add_request(self, prompt: list[int], params: SamplingParams | None = None, policy: Policy = FULL) -> list[Sequence]:
         """Queues a prompt, once for each of its `n` completions; the next steps take them up as there is room, in order.
@@ -100,6 +103,9 @@ class Engine:
 
     def abort(self, sequence: Sequence, reason: str = "abort") -> None:
         """Ends a sequence and frees its memory, whether it runs or waits; one that has ended is left as it is."""
+        if sequence.number in self.whole_steps.busy:
+            self._landed += self._end(self._add(self._heard()))
+            self._landed = [step for step in self._landed if step.sequence is not sequence]
         if not self.scheduler.remove(sequence):
             return
         self.judge.forget(sequence)
@@ -115,11 +121,22 @@ class Engine:
         Sequences that end with their token are out of the engine afterwards, their finish_reason says why.
         """
         self.scheduler.admit()
-        steps = self._walk(self._feed())
+        steps, self._landed = self._landed, []
+        if self.whole_steps.busy and self.scheduler.is_short:
+            steps += self._end(self._add(self._heard()))
+        going = self._feed()
+        left = self._take_at_once(going)
+        if left is None:
+            left = [*self._heard(), *self.walk.take(going, self.running)]
+        steps += self._end(self._add(left))
+        self._catch_up()
+        return steps
+
+    def _end(self, steps: list[TokenStep]) -> list[TokenStep]:
+        """Lets those go that end with their token."""
         for sequence in {step.sequence.number: step.sequence for step in steps}.values():
             if sequence.finish_reason:
                 self.abort(sequence, sequence.finish_reason)
-        self._catch_up()
         return steps
 
     @torch.inference_mode()
@@ -133,132 +150,49 @@ class Engine:
             sequence.num_fed = len(tokens)
             for piece in range(len(self.pieces)):
                 output = self.runner.run(piece, [sequence])
-            (answers,) = self._ask(len(self.pieces) - 1, None, [Question(sequence, list(range(len(tokens))), 1)], output)
+            (answers,) = self.walk.ask(len(self.pieces) - 1, None, [Question(sequence, list(range(len(tokens))), 1)], output)
         finally:
             self.abort(sequence)
         return [answer.token_id for answer in answers]
 
     def _feed(self) -> list[Sequence]:
         """The sequences that take part in this step, their next tokens at the entrance, those that speculate with a plan."""
-        going = self.scheduler.feed()
+        going = self.scheduler.feed(self.whole_steps.busy)
         for sequence in going:
             if sequence.speculates:
                 self.drafting.begin(sequence, len(going))
         return going
 
-    def _walk(self, going: list[Sequence]) -> list[TokenStep]:
-        """Takes `going` through the pieces, each until it leaves. Pieces between which nothing is decided are one pass."""
-        steps: list[TokenStep] = []
-        if going and len(self.running) == len(going) and (taken := self._step_at_once(going)) is not None:
-            return taken
-        index = 0
-        while going and index < len(self.pieces):
-            # Rows that left earlier wait here with their states: they ride along, for the weights are read anyway. Drafts wait for their
-            # check, which brings tokens and so is a step of their own.
-            rows = [s for s in self.running if s.num_pending(index) and (s in going or not s.speculates)]
-            last, asked = index, self._asked_behind(index, going)
-            while not asked and self._runs_on(last, rows):
-                last += 1
-                asked = self._asked_behind(last, going)
-            output = self.runner.run(index, rows, through=last)
-            if sum(output.lengths) > len(going):
-                self._count_riders(going, rows, output.lengths, last - index + 1)
-            stays = [s for s in going if last < s.last_piece]
-            going = self._leave(last, stays, asked, rows, output, steps) if asked else stays
-            index = last + 1
-        self.runner.settle()
-        return steps
+    def _take_at_once(self, going: list[Sequence]) -> list[Left] | None:
+        """A step in one call for each stage, or a round of drafts; None where the pieces have to be gone through one by one.
 
-    def _step_at_once(self, going: list[Sequence]) -> list[TokenStep] | None:
-        """A step in one call, or a round of drafts; None where the pieces have to be gone through one by one."""
-        if len(going) == 1 and going[0].speculates:
-            checked = self.drafting.lone_round(going[0]) if going[0].has_all_fed else None
-            return None if checked is None else self._take_checked(going[0], checked)
-        left = self.whole_steps.take(going)
-        return None if left is None else [self._take(*each) for each in left]
-
-    def _asked_behind(self, index: int, going: list[Sequence]) -> list[tuple[Sequence, float]]:
-        """Who is asked behind a piece, and how confident it has to be to leave there."""
-        asked = []
-        for sequence in going:
-            if sequence.num_fed == len(sequence.tokens):
-                threshold = self._threshold(index, sequence, len(going))
-                if threshold is not None:
-                    asked.append((sequence, threshold))
-        return asked
-
-    def _runs_on(self, index: int, rows: list[Sequence]) -> bool:
-        """Whether `rows`, of whom nobody is asked, go on into the piece behind `index` as they are: nobody ends there or waits there."""
-        if index + 1 == len(self.pieces) or self.pieces[index].stage != self.pieces[index + 1].stage:
-            return False
-        layer = self.pieces[index].last_layer
-        return not any(s.last_piece == index or layer in s.head_watermarks for s in rows) and not any(
-            s.num_pending(index + 1) for s in self.running)
-
-    def _count_riders(self, going: list[Sequence], rows: list[Sequence], lengths: tuple[int, ...], num_pieces: int) -> None:
-        for sequence, length in zip(rows, lengths, strict=True):
-            is_read = sequence in going and not sequence.has_all_fed
-            if sequence.num_output and not sequence.speculates and not is_read:
-                sequence.statistics.num_catch_up += (length - (sequence in going)) * num_pieces
-
-    def _leave(self, index: int, stays: list[Sequence], wanted: list[tuple[Sequence, float]], rows: list[Sequence], output: PieceOutput,
-               steps: list[TokenStep]) -> list[Sequence]:
-        """Asks the heads behind a piece about the rows that want it; appends the tokens of those that leave. Returns those of `stays` that
-        go on.
+        Those that left go on in the next step, while later stages are with the others; whose word is heard once the first stage has done
+        something else meanwhile, or has nothing else to do.
         """
-        piece = self.pieces[index]
-        questions: dict[int | None, list[Question]] = {}
-        for sequence, threshold in wanted:
-            place = rows.index(sequence)
-            end = output.firsts[place] + output.lengths[place]
-            # The check of drafts asks about the token before them and all of them; the others about their newest token.
-            num_asked = sequence.num_drafts + 1 if index == sequence.last_piece else 1
-            head = None if piece.last_layer == self.config.num_layers and sequence.policy.fixed_exit is None else piece.exit_layer
-            question = Question(sequence, list(range(end - num_asked, end)), len(sequence.tokens) + 1 - num_asked, threshold)
-            questions.setdefault(head, []).append(question)
-        for head, asked in questions.items():
-            for question, answers in zip(asked, self._ask(index, head, asked, output), strict=True):
-                sequence = question.sequence
-                # A broken model's NaN passes no threshold, but its sequences must end.
-                if index == sequence.last_piece:
-                    steps += self._take_checked(sequence, self.drafting.check(sequence, answers)) if sequence.speculates else [
-                        self._take(sequence, answers[0], piece.last_layer)]
-                    continue
-                leaves = answers[0].confidence >= question.threshold
-                if leaves:
-                    stays.remove(sequence)
-                if sequence.speculates:
-                    self.drafting.note(sequence, answers[0], piece.last_layer, leaves)
-                elif leaves:
-                    steps.append(self._take(sequence, answers[0], piece.last_layer))
-        return stays
+        busy = self.whole_steps.busy
+        if len(self.running) > len(going) + len(busy):
+            return None  # somebody's prompt is not read on in this step
+        if len(self.running) == 1 and going and going[0].speculates:
+            return self.drafting.lone_round(going[0]) if going[0].has_all_fed else None
+        left = self.whole_steps.begin(going) if going else []
+        if left is None:
+            return None
+        if busy:
+            left += self.whole_steps.proceed()
+        while (busy := self.whole_steps.busy) and len(busy) == len(self.running):
+            left += self.whole_steps.proceed()
+        return left
 
-    def _threshold(self, index: int, sequence: Sequence, num_rows: int) -> float | None:
-        """The confidence at which a sequence's newest token leaves behind a piece; None where its head is not asked."""
-        if index == sequence.last_piece:
-            return -1.0
-        if len(sequence.tokens) == sequence.num_prompt_tokens:
-            return None  # reading the prompt fills every piece, so the final head's answer is paid for
-        exit_layer = self.pieces[index].exit_layer
-        if exit_layer is None or not sequence.speculates:
-            return None if exit_layer is None else sequence.policy.thresholds.get(exit_layer)
-        return self.drafting.threshold(sequence, exit_layer, num_rows)
+    def _heard(self) -> list[Left]:
+        """All that later stages have yet to say."""
+        left: list[Left] = []
+        while self.whole_steps.busy:
+            left += self.whole_steps.proceed()
+        return left
 
-    def _take_checked(self, sequence: Sequence, checked: list[tuple[Answer, int | None]]) -> list[TokenStep]:
-        steps = []
-        for answer, layer in checked:
-            steps.append(self._take(sequence, answer, layer or self.config.num_layers))
-            if sequence.finish_reason:
-                break
-        return steps
-
-    def _ask(self, index: int, head: int | None, questions: list[Question], output: PieceOutput) -> list[list[Answer]]:
-        began = time.perf_counter()
-        states = [state for question in questions for state in question.states]
-        inputs = self.runner.asked_states(index, head, [question.sequence for question in questions], states, output)
-        answers = self.judge.ask(head, questions, inputs, self.pieces[index].stage)
-        self._seconds_in_asked_heads += time.perf_counter() - began
-        return answers
+    def _add(self, left: list[Left]) -> list[TokenStep]:
+        """Adds tokens to sequences for good. What was drafted behind an end is nobody's."""
+        return [self._take(*each) for each in left if not each.sequence.finish_reason]
 
     def _take(self, sequence: Sequence, answer: Answer, layer: int) -> TokenStep:
         """Adds a token to a sequence for good."""
@@ -277,13 +211,18 @@ class Engine:
 
         At the entrance of a stage they are not let pile up: it computes them while the stages before it go on with the next tokens.
         """
+        busy = self.whole_steps.busy
+        free = [s for s in self.running if s.number not in busy and not s.speculates]
         for index in range(1, len(self.pieces)):
             is_other_stage = self.pieces[index].stage > self.pieces[index - 1].stage
             limit = min(self.fill_behind, self.max_pending) if is_other_stage else self.max_pending
-            if any(s.num_pending(index) >= limit for s in self.running if not s.speculates):
-                for deeper in range(index, len(self.pieces)):
-                    rows = [s for s in self.running if s.num_pending(deeper) and not s.speculates]
+            if any(s.num_pending(index) >= limit for s in free):
+                while index < len(self.pieces):
+                    rows, last = [s for s in free if s.num_pending(index)], index
+                    while self.walk.runs_on(last, rows, self.running):
+                        last += 1
                     for sequence in rows:
-                        sequence.statistics.num_catch_up += sequence.num_pending(deeper)
-                    self.runner.run(deeper, rows)
+                        sequence.statistics.num_catch_up += sequence.num_pending(index) * (last - index + 1)
+                    self.runner.run(index, rows, through=last)
+                    index = last + 1
                 return

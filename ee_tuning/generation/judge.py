@@ -40,6 +40,14 @@ class Answer(NamedTuple):
     """The likeliest tokens, where asked for."""
 
 
+class Left(NamedTuple):
+    """The next token of a sequence, and the layer that the token before it left at."""
+
+    sequence: Sequence
+    answer: Answer
+    layer: int
+
+
 class Judge:
     """The heads of one stage, and the agreement of all ranks on what they say."""
 

@@ -34,7 +34,7 @@ class LoneRounds:
 
     def __init__(self, runner: Runner):
         self.runner, self.pieces = runner, runner.pieces
-        self.is_able = runner.is_native
+        self.is_able = runner.is_native and runner.topology.num_in_replica == 1
         self._routes: dict[int, calls.Route] = {}
         self._edges = array("d", EDGES)
 

@@ -3,6 +3,7 @@ import itertools
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -79,8 +80,19 @@ class Runner:
         is_plain = self.config.position == "rope" and self.topology.tp == 1 and self.topology.is_first_stage
         self.words: Tensor | None = model.backbone.embedding.word_embeddings.weight if is_plain else None
         """[v, h]"""
-        self.is_native = self.topology.num_in_replica == 1 and is_plain and all(layer.is_native for layer in self.layers.values())
-        """Whether the kernels can take a token from the embedding to the last layer."""
+        self.is_native, self.whole_heads = self._agree_on_kernels()
+        """Whether the kernels can take a token from the embedding to the last layer, over all stages; and the heads that they ask, of all
+        stages, but for those with layers of their own. None is the model's.
+        """
+
+    def _agree_on_kernels(self) -> tuple[bool, frozenset[int | None]]:
+        names = (*self.model.plan.exit_layers, None)
+        layers = self.config.position == "rope" and bool(self.layers) and all(layer.is_native for layer in self.layers.values())
+        heads = [head is None or (head.is_whole and head.layer is None) for head in map(self.heads.get, names)]
+        agreed = torch.tensor([layers, *heads], dtype=torch.int32)
+        if self.topology.num_in_replica > 1:  # compilers differ, and a stage has its own heads
+            dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=self.topology.replica_control)
+        return bool(agreed[0]), frozenset(name for name, is_whole in zip(names, agreed[1:].tolist(), strict=True) if is_whole)
 
     def run(self, index: int, rows: list[Sequence], through: int | None = None) -> PieceOutput:
         """One pass of `rows`' pending tokens through piece `index`, and on through the pieces up to `through` of the same stage.

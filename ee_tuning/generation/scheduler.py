@@ -5,6 +5,7 @@ again; its next ones are the same. It comes back when all that it may ever need 
 """
 import time
 from collections import deque
+from collections.abc import Set
 
 from ee_tuning.generation.block_pool import BLOCK_SIZE, block_key, blocks_for
 from ee_tuning.generation.kv_cache import KVCache
@@ -51,11 +52,20 @@ class Scheduler:
             self.running.append(sequence)
             self.running.sort(key=lambda s: s.blocks[0])  # neighbours in memory are one view
 
-    def feed(self) -> list[Sequence]:
-        """The sequences that take part in a step, their next tokens at the entrance: the newest token, or a chunk of a prompt."""
+    @property
+    def is_short(self) -> bool:
+        """Whether there is too little memory for the next tokens of those that run, so that somebody is put back."""
+        return sum([s.num_fed == len(s.blocks) * BLOCK_SIZE for s in self.running]) > self.pool.num_free
+
+    def feed(self, busy: Set[int] = frozenset()) -> list[Sequence]:
+        """The sequences that take part in a step, their next tokens at the entrance: the newest token, or a chunk of a prompt. Those whose
+        numbers are in `busy` are in the middle of one.
+        """
         self._grow()
         budget, going = self.prefill_chunk, []
         for sequence in self.running:
+            if sequence.number in busy:
+                continue
             amount = 1
             if sequence.is_reading:
                 amount = min(budget, sequence.num_to_read - sequence.num_fed)

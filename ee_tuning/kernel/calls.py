@@ -15,6 +15,8 @@ MOST_TOKENS = 32
 """Of a pass that is worth a kernel: for more, torch's matrix products are as fast."""
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 """In the order that the kernels number them."""
+STAYS = -1
+"""Where a token left that has not left."""
 
 _TYPES = {torch.float32: "float", torch.float64: "double"}
 _INTEGER, _POINTER = ctypes.c_int64, ctypes.c_void_p
@@ -85,7 +87,7 @@ class Round(ctypes.Structure):
 
 
 class Segment(ctypes.Structure):
-    """Layers, the head behind them, and when a token leaves there; see step.h."""
+    """Layers, the head behind them where anybody is asked, and when a token leaves there; see step.h."""
 
     _fields_ = [("layers", ctypes.POINTER(Layer)), *_fields("num_layers"), ("head", ctypes.POINTER(Head)), *_fields("takes_mlp_input"),
                 ("threshold", ctypes.c_double)]
@@ -100,14 +102,15 @@ class Waiting(ctypes.Structure):
 class StepRow(ctypes.Structure):
     """The newest token of a sequence, and where it left; see step.h."""
 
-    _fields_ = [*_fields("token position"), *_fields(pointers="places"), *_fields("segment num_carried"), ("top", ctypes.c_double * 2)]
+    _fields_ = [*_fields("token position"), *_fields(pointers="places"), *_fields("num_carried segment"), ("top", ctypes.c_double * 2)]
 
 
 class Step(ctypes.Structure):
     """Sequences that decode side by side, and how far that went; see step.h."""
 
-    _fields_ = [*_fields("num_threads num_rows num_segments"), ("rows", ctypes.POINTER(StepRow)), ("waiting", ctypes.POINTER(Waiting)),
-                *_fields(pointers="cos sin embedding"), *_fields("num_run"), ("seconds_in_heads", ctypes.c_double)]
+    _fields_ = [*_fields("num_threads num_rows first num_segments is_fill"), ("rows", ctypes.POINTER(StepRow)),
+                ("waiting", ctypes.POINTER(Waiting)), *_fields(pointers="cos sin embedding entering"), *_fields("num_run"),
+                ("seconds_in_heads", ctypes.c_double)]
 
 
 def serves(tensor: Tensor) -> bool:

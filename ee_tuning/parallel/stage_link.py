@@ -50,16 +50,27 @@ class StageLink:
         """Overwrites `decided`, of one shape on every rank and on the CPU, with that of a stage's first rank, where it may not be
         written afterwards.
         """
-        if self._topology.num_in_replica == 1:
+        self.post(decided, stage)
+        self.hear(decided, stage)
+
+    def post(self, decided: Tensor, stage: int) -> None:
+        """The sending half of `tell`; nothing is done on other ranks than the stage's first."""
+        group, source = self._topology.replica_control, self._topology.first_rank_of_stage(stage)
+        if self._topology.num_in_replica == 1 or self._topology.rank != source:
             return
         began = time.perf_counter()
-        group, source = self._topology.replica_control, self._topology.first_rank_of_stage(stage)
-        if self._topology.rank == source:
-            others = [rank for rank in dist.get_process_group_ranks(group) if rank != source]
-            self._decisions.keep(decided, [dist.isend(decided, rank, group=group) for rank in others])
-        else:
-            with waiting_for(self._topology, f"what stage {stage} (rank {source}) decides"):
-                dist.recv(decided, source, group=group)
+        others = [rank for rank in dist.get_process_group_ranks(group) if rank != source]
+        self._decisions.keep(decided, [dist.isend(decided, rank, group=group) for rank in others])
+        self.seconds_waited += time.perf_counter() - began
+
+    def hear(self, decided: Tensor, stage: int) -> None:
+        """The receiving half of `tell`; nothing is done on the stage's first rank. What a stage says is heard in the order it was said."""
+        source = self._topology.first_rank_of_stage(stage)
+        if self._topology.num_in_replica == 1 or self._topology.rank == source:
+            return
+        began = time.perf_counter()
+        with waiting_for(self._topology, f"what stage {stage} (rank {source}) decides"):
+            dist.recv(decided, source, group=self._topology.replica_control)
         self.seconds_waited += time.perf_counter() - began
 
     def finish(self) -> None:

@@ -37,7 +37,7 @@ def decode_at(model: str, exits: str, tp: int, pp: int) -> list[list[tuple[list[
             continue
         answers.append([(said.tokens, [(layer, round(c, 9)) for layer, c in zip(said.exit_layers, said.confidences, strict=True)])
                         for said in made])
-    return answers + [drafted_alone(loaded)] + in_little_memory(loaded)
+    return [*answers, drafted_alone(loaded), *in_little_memory(loaded)]
 
 
 def drafted_alone(loaded: LoadedModel) -> list[tuple[list[int], list[tuple[int, float]]]]:

@@ -1,0 +1,161 @@
+"""One step of some sequences through the stages, in one call of the kernels for each.
+
+The first stage decides who leaves in it, says so, and is done with the step: it goes on with those that left, while later stages take the
+others through, and with them the keys and values that are missing there. A later stage takes all it is given to its end, whoever leaves on
+the way; who did is heard when the engine asks for it. Between these moments every rank knows the same.
+"""
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ee_tuning.generation.judge import Answer, Left
+from ee_tuning.generation.route import Part, Route, waiting_within
+from ee_tuning.generation.runner import Runner
+from ee_tuning.generation.sequence import Sequence
+from ee_tuning.kernel import calls
+from ee_tuning.kernel.calls import STAYS
+
+# t tokens · h hidden
+
+
+Word = tuple[float, float, float]
+"""What a stage says of a row: its segment where the newest token left or STAYS, the likeliest token there, and its probability."""
+
+
+class _Called(NamedTuple):
+    """What a call of the kernels leaves."""
+
+    words: list[Word]
+    num_run: int
+    """Segments, from the part's first one on."""
+    counts: list[int]
+    """Of each row, the tokens whose states have to wait behind the last one of them …"""
+    states: Tensor
+    """… [Σ counts, h]."""
+
+
+class Flight:
+    """All ranks call `proceed` at the same moments."""
+
+    def __init__(self, runner: Runner, route: Route, rows: list[Sequence]):
+        self._runner, self._route, self._rows = runner, route, rows
+        self.undecided = rows
+        """Those whose newest token has not left yet, as far as all ranks know."""
+        self.seconds_in_heads = 0.0
+        self._num_begun = 0
+        self._unheard: tuple[Part, list[Word] | None] | None = None
+        """A part whose decisions not every rank knows, and on the rank that took them its words."""
+
+    def proceed(self) -> list[Left]:
+        """On to the next stage behind the first one that decides. Returns who left since the last call, shallow ones first; nobody is
+        undecided when it is over.
+        """
+        left: list[Left] = []
+        if self._unheard is not None:
+            left += self._hear(*self._unheard)
+            self._unheard, self._rows = None, self.undecided  # those that left in the first stage have gone on by now
+        while self.undecided and self._unheard is None:
+            part = self._route.parts[self._num_begun]
+            self._num_begun += 1
+            if part.stage == 0:
+                left += self._through_first(part)
+            else:
+                words = self._through(part)
+                self._unheard = (part, words) if part.decides else None
+        return left
+
+    def _through_first(self, part: Part) -> list[Left]:
+        """As deep as anybody goes."""
+        called = self._call(part, None, [1] * len(self._rows)) if self._is_here(part) else None
+        if called is not None and part.decides:
+            self._post(part, called.words)
+        words = self._words(part, called.words if called else None)
+        is_deep = any([word[0] == STAYS for word in words])
+        num_run = len(part.ends) if is_deep else int(max(word[0] for word in words)) + 1
+        self._book(part, num_run, called)
+        return self._leave(part, words, num_run)
+
+    def _through(self, part: Part) -> list[Word] | None:
+        """To the end of a later stage's part. Returns what it decided, where it did."""
+        first, here = part.starts[0], self._runner.topology.stage
+        counts = [s.num_pending(first) for s in self._rows]
+        called = None
+        if here == self._runner.pieces[first - 1].stage:
+            self._runner.link.send(torch.cat([states for s in self._rows for states in s.boundary[first]]))
+            for sequence in self._rows:
+                sequence.boundary[first].clear()
+        elif self._is_here(part):
+            entering = self._runner.link.receive(sum(counts), self._runner.config.hidden_size, self._runner.model.plan.dtype)
+            called = self._call(part, entering, counts)
+            if part.decides:  # before what is missing is filled in behind those that left
+                self._post(part, called.words)
+            if called.num_run < len(part.ends):
+                called = self._call(part, called.states, called.counts, called)
+        self._book(part, len(part.ends), called)
+        return called.words if called else None
+
+    def _call(self, part: Part, entering: Tensor | None, counts: list[int], before: _Called | None = None) -> _Called:
+        """Runs a part from its beginning until nobody goes on; or, `before` having done so, from there to its end with nobody asked."""
+        runner, route, rows = self._runner, self._route, self._rows
+        assert route.segments is not None
+        waiting, num_within, _kept = waiting_within(part, rows)
+        states = torch.empty(sum(counts) + num_within, runner.config.hidden_size, dtype=runner.model.plan.dtype)
+        asked = set() if before else {*self.undecided}
+        told = (calls.StepRow * len(rows))(*[
+            calls.StepRow(s.tokens[-1], s.num_fed - 1, s.places.address, count, STAYS if s in asked else 0)
+            for s, count in zip(rows, counts, strict=True) if s.places])
+        step = calls.Step(torch.get_num_threads(), len(rows), before.num_run if before else 0, len(part.ends), before is not None, told,
+                          waiting, *(each.data_ptr() for each in runner.tables), None if runner.words is None else runner.words.data_ptr(),
+                          None if entering is None else entering.data_ptr())
+        calls.run_step(route.shape, route.segments, step, states)
+        self.seconds_in_heads += step.seconds_in_heads
+        words = before.words if before else [(row.segment, *row.top) for row in told]
+        return _Called(words, step.num_run, [row.num_carried for row in told], states)
+
+    def _hear(self, part: Part, words: list[Word] | None) -> list[Left]:
+        return self._leave(part, self._words(part, words), len(part.ends))
+
+    def _post(self, part: Part, words: list[Word]) -> None:
+        self._runner.link.post(torch.tensor(words, dtype=torch.float64), part.stage)
+
+    def _words(self, part: Part, own: list[Word] | None) -> list[Word]:
+        """What a part's stage says, here."""
+        if own is None and part.decides:
+            heard = torch.empty(len(self._rows), 3, dtype=torch.float64)
+            self._runner.link.hear(heard, part.stage)
+            own = heard.tolist()
+        return own if own is not None else [(STAYS, 0.0, 0.0)] * len(self._rows)
+
+    def _is_here(self, part: Part) -> bool:
+        return part.stage == self._runner.topology.stage
+
+    def _book(self, part: Part, num_run: int, called: _Called | None) -> None:
+        """All rows have gone through the first `num_run` segments of a part, behind which their states wait where it was `called`."""
+        first, index, place, undecided = part.starts[0], part.ends[num_run - 1], 0, {*self.undecided}
+        for r, sequence in enumerate(self._rows):
+            marks = sequence.watermarks
+            num_missing = sum([sequence.num_fed - mark for mark in marks[first: index + 1]])
+            sequence.statistics.num_catch_up += num_missing - (index + 1 - first if sequence in undecided else 0)
+            marks[first: index + 1] = [sequence.num_fed] * (index + 1 - first)
+            for piece in range(first, index + 1):
+                sequence.boundary[piece].clear()
+            if called is not None and index < self._route.last_piece:
+                sequence.boundary[index + 1].append(called.states[place: place + called.counts[r]])
+                place += called.counts[r]
+
+    def _leave(self, part: Part, words: list[Word], num_run: int) -> list[Left]:
+        """Those of a part's rows that its words let go; of the network's last one all, though a broken model's NaN passes no threshold."""
+        is_last, pieces, undecided = part.ends[-1] == self._route.last_piece, self._runner.pieces, {*self.undecided}
+        left, stay = [], []
+        for sequence, (segment, token, confidence) in zip(self._rows, words, strict=True):
+            if sequence not in undecided:
+                continue
+            if segment == STAYS and not is_last:
+                stay.append(sequence)
+                continue
+            place = part.ends[int(segment)]  # STAYS is the last one, too
+            sequence.statistics.num_catch_up += part.ends[num_run - 1] - place
+            left.append(Left(sequence, Answer(confidence, int(token), None, None), pieces[place].last_layer))
+        self.undecided = stay
+        return sorted(left, key=lambda each: each.layer)
