@@ -11,9 +11,8 @@ from typing import NamedTuple
 import torch
 
 from ee_tuning.generation.sequence import Part
+from ee_tuning.model.ragged_attention import BLOCK_SIZE
 
-BLOCK_SIZE = 16
-"""Tokens of a block."""
 _HELD = 2 ** 62
 
 

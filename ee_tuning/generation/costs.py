@@ -7,11 +7,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ee_tuning.generation.block_pool import blocks_for
 from ee_tuning.generation.runner import Runner
 from ee_tuning.model.exit_head import ExitInput
 from ee_tuning.model.layer_run import LayerRun
-from ee_tuning.model.ragged_attention import CachePlaces, LayerCache
+from ee_tuning.model.ragged_attention import BLOCK_SIZE, CachePlaces, LayerCache
 from ee_tuning.model.ragged_layer import RaggedLayer
+from ee_tuning.model.static_pass import StaticPasses
 from ee_tuning.model.token_pass import TokenPass
 
 COUNTS = (1, 4, 16)
@@ -75,12 +77,15 @@ class _Imitation:
         self.runner, self.count = runner, count
         plan, config, device = runner.model.plan, runner.config, runner.topology.device
         self.hidden = torch.ones(count, config.hidden_size, dtype=plan.dtype, device=device)
-        self.places = CachePlaces(index=torch.arange(CONTEXT + count, device=device), first=0)
-        shape = (CONTEXT + count, config.num_query_groups // runner.topology.tp, config.kv_channels)
+        self.num_places = blocks_for(CONTEXT + count) * BLOCK_SIZE
+        self.places = CachePlaces(index=torch.arange(self.num_places), first=0)
+        shape = (self.num_places + BLOCK_SIZE, config.num_query_groups // runner.topology.tp, config.kv_channels)
         cache = LayerCache(keys=self.hidden.new_zeros(shape), values=self.hidden.new_zeros(shape))
         # Of any length of context: the engine's own tables may end before the measured tokens do.
         cos, sin = (table.new_ones(CONTEXT + count, table.shape[-1]) for table in runner.tables)
         self.tables = cos, sin
+        self.static_passes = StaticPasses(self.tables, width=config.hidden_size, num_places=self.num_places,
+                                          bytes_per_place=runner.cache.bytes_per_token)
         own = [piece for piece in runner.pieces if piece.stage == runner.topology.stage]
         self.pieces = {piece: self._run(cache, [runner.layers[n] for n in range(piece.first_layer, piece.last_layer + 1)]) for piece in own}
         self.own_layers = {layer: self._run(cache, [head.layer]) for layer, head in runner.exit_heads.items() if head.layer is not None}
@@ -89,7 +94,8 @@ class _Imitation:
         """A pass, told anew."""
         config = self.runner.config
         return TokenPass([self.places], [CONTEXT], [self.count], self.tables,
-                         queries_per_group=config.num_attention_heads // config.num_query_groups, num_places=CONTEXT + self.count)
+                         queries_per_group=config.num_attention_heads // config.num_query_groups, num_places=self.num_places,
+                         static_passes=self.static_passes)
 
     def ask(self, layer: int | None, hidden: Tensor, inner: ExitInput, tokens: TokenPass) -> None:
         """A head about all tokens; its answer has come when this returns."""

@@ -9,20 +9,25 @@ from typing import Any
 
 import torch
 
-from ee_tuning.generation.block_pool import BLOCK_SIZE, BlockPool, blocks_for
+from ee_tuning.generation.block_pool import BlockPool, blocks_for
+from ee_tuning.model import graphs
 from ee_tuning.model.config import ModelConfig
-from ee_tuning.model.ragged_attention import CachePlaces, LayerCache
+from ee_tuning.model.ragged_attention import BLOCK_SIZE, CachePlaces, LayerCache
 from ee_tuning.parallel.topology import Topology
 
 
 class KVCache:
-    """Keys and values [places, g, d] of each layer of a stage, made when the layer first runs."""
+    """Keys and values [places, g, d] of each layer of a stage, made when the layer first runs.
+
+    Where passes are padded (`StaticPasses`), a spare block lies behind the places that sequences may have.
+    """
 
     def __init__(self, config: ModelConfig, topology: Topology, *, num_tokens: int, max_length: int, dtype: torch.dtype):
         self.pool = BlockPool(blocks_for(num_tokens), blocks_for(max_length))
         self.max_length = max_length
         self.num_places = self.pool.num_blocks * BLOCK_SIZE
-        self._shape = (self.num_places, config.num_query_groups // topology.tp, config.kv_channels)
+        spare = BLOCK_SIZE if graphs.serve(topology) else 0
+        self._shape = (self.num_places + spare, config.num_query_groups // topology.tp, config.kv_channels)
         self._tensor: dict[str, Any] = {"dtype": dtype, "device": topology.device}
         self._layers: dict[tuple[str, int], LayerCache] = {}
 
@@ -35,7 +40,7 @@ class KVCache:
     @property
     def num_bytes(self) -> int:
         """Of all layers of this rank that have run."""
-        return len(self._layers) * self.bytes_per_token * self.num_places
+        return len(self._layers) * self.bytes_per_token * self._shape[0]
 
     def layer(self, number: int) -> LayerCache:
         """Of layer `number`. Layers that a fixed exit never reaches take no memory."""
@@ -49,7 +54,7 @@ class KVCache:
         """Where the tokens of a sequence with these blocks lie, in its order."""
         index = torch.tensor(blocks)[:, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE)
         follows = all(b == a + 1 for a, b in itertools.pairwise(blocks))
-        return CachePlaces(index=index.flatten().to(self._tensor["device"]), first=blocks[0] * BLOCK_SIZE if follows else None)
+        return CachePlaces(index=index.flatten(), first=blocks[0] * BLOCK_SIZE if follows else None)
 
     def _of(self, owner: tuple[str, int]) -> LayerCache:
         if owner not in self._layers:

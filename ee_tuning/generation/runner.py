@@ -18,6 +18,7 @@ from ee_tuning.model.layer_run import LayerRun
 from ee_tuning.model.ragged_attention import CachePlaces, rotation_tables
 from ee_tuning.model.ragged_head import RaggedExitHead, RaggedFinalHead, RaggedHead
 from ee_tuning.model.ragged_layer import RaggedLayer
+from ee_tuning.model.static_pass import StaticPasses
 from ee_tuning.model.token_pass import TokenPass
 from ee_tuning.parallel.stage_link import StageLink
 
@@ -40,6 +41,7 @@ class _Passes:
     def __init__(self, tables: tuple[Tensor, Tensor], config: ModelConfig, cache: KVCache):
         self._tables, self._num_places = tables, cache.num_places
         self._per_group = config.num_attention_heads // config.num_query_groups
+        self._static = StaticPasses(tables, width=config.hidden_size, num_places=cache.num_places, bytes_per_place=cache.bytes_per_token)
         self._newest: TokenPass | None = None
 
     def __call__(self, rows: list[Sequence], starts: list[int], lengths: list[int]) -> TokenPass:
@@ -48,7 +50,7 @@ class _Passes:
         newest = self._newest
         if newest is None or starts != newest.starts or lengths != newest.lengths or not _are_same(places, newest.rows):
             newest = self._newest = TokenPass(places, starts, lengths, self._tables, queries_per_group=self._per_group,
-                                              num_places=self._num_places)
+                                              num_places=self._num_places, static_passes=self._static)
         return newest
 
 

@@ -44,10 +44,23 @@ class ExitInput:
 
     def rows(self, index: list[int]) -> "ExitInput":
         """Of the tokens at `index` of the first dimension, in decoding."""
-        def chosen(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x[index]
+        where = torch.tensor(index, pin_memory=self.hidden.is_cuda).to(self.hidden.device, non_blocking=True)
+        return self._of_each(lambda x: x[where])
 
-        return ExitInput(self.hidden[index], residual=chosen(self.residual), layer_output=chosen(self.layer_output))
+    def padded(self, count: int) -> "ExitInput":
+        """The same for `count` tokens, all zeros."""
+        return self._of_each(lambda x: x.new_zeros(count, x.shape[1]))
+
+    def overwrite(self, other: "ExitInput") -> None:
+        """Puts those of fewer tokens in the first places."""
+        for mine, theirs in ((self.hidden, other.hidden), (self.residual, other.residual), (self.layer_output, other.layer_output)):
+            if mine is not None and theirs is not None:
+                mine[:theirs.shape[0]] = theirs
+
+    def _of_each(self, change: Callable[[Tensor], Tensor]) -> "ExitInput":
+        residual = None if self.residual is None else change(self.residual)
+        layer_output = None if self.layer_output is None else change(self.layer_output)
+        return ExitInput(change(self.hidden), residual=residual, layer_output=layer_output)
 
 
 class ExitMLP(nn.Module):

@@ -14,6 +14,8 @@ from torch import Tensor
 # t tokens of a ragged batch · r rows (sequences) of it · g key-value heads · n query heads · d width of a head
 # p places of a cache · c places that a row sees
 
+BLOCK_SIZE = 16
+"""Places of a cache that belong together: a sequence holds whole blocks of them."""
 PADDED_BLOCK_LIMIT = 32
 """Rows of up to so many tokens are padded to one shape and attend together; longer ones attend one after the other."""
 
@@ -31,9 +33,14 @@ class CachePlaces:
     """Where the tokens of a sequence lie in every layer's cache."""
 
     index: Tensor
-    """[tokens] int64: the place of each."""
+    """[tokens] int64: the place of each. On the CPU: it is read there, or goes to the device with other numbers of a pass."""
     first: int | None
     """The first token's place where the others follow it one by one; None where blocks lie apart."""
+
+    @cached_property
+    def blocks(self) -> list[int]:
+        """The block of each BLOCK_SIZE tokens."""
+        return (self.index[::BLOCK_SIZE] // BLOCK_SIZE).tolist()
 
     @cached_property
     def address(self) -> int:
@@ -47,7 +54,7 @@ class _Row:
 
     first: int | None
     index: Tensor
-    """[c]"""
+    """[c], on the device where `first` is None"""
     length: int
     end: int
     mask: Tensor | None
@@ -93,19 +100,30 @@ class RaggedBatch:
     together: _Together | None
     """None where rows attend one by one."""
 
+    def attend(self, query: Tensor, cache: LayerCache, scale: float) -> Tensor:  # [t, g, n/g, d] -> [t, n * d]
+        """Each token to its own sequence up to itself; the pass's keys and values are in the cache.
+
+        A group's query heads are laid beside its tokens, so grouped queries need no copies of keys.
+        """
+        if self.together is not None:
+            return _attend_together(query, cache, self.together, len(self.lengths), scale)
+        if len(self.rows) == 1:
+            return _attend_alone(query, cache, self.rows[0], scale)
+        return torch.cat([_attend_alone(q, cache, row, scale) for q, row in zip(query.split(self.lengths), self.rows, strict=True)])
+
 
 def ragged_batch(rows: list[CachePlaces], starts: list[int], lengths: list[int], cos: Tensor, sin: Tensor, *, queries_per_group: int,
                  num_places: int) -> RaggedBatch:
     """Describes a pass. `cos`, `sin` [positions, d] are the tables of `rotation_tables`, on the device that computes."""
     device = cos.device
     positions = torch.tensor([p for start, n in zip(starts, lengths, strict=True) for p in range(start, start + n)], device=device)
-    places = torch.cat([row.index[start: start + n] for row, start, n in zip(rows, starts, lengths, strict=True)])
+    places = torch.cat([row.index[start: start + n] for row, start, n in zip(rows, starts, lengths, strict=True)]).to(device)
     alone: tuple[_Row, ...] = ()
     together = None
     if len(rows) > 1 and max(lengths) <= PADDED_BLOCK_LIMIT:
-        together = _together(rows, starts, lengths, queries_per_group, num_places, cos.dtype)
+        together = _together(rows, starts, lengths, queries_per_group, num_places, cos)
     else:
-        alone = tuple(_row(row, start, n, queries_per_group, cos.dtype) for row, start, n in zip(rows, starts, lengths, strict=True))
+        alone = tuple(_row(row, start, n, queries_per_group, cos) for row, start, n in zip(rows, starts, lengths, strict=True))
     return RaggedBatch(starts=tuple(starts), lengths=tuple(lengths), positions=positions, places=places,
                        cos=cos[positions][:, None, None], sin=sin[positions][:, None, None], rows=alone, together=together)
 
@@ -117,51 +135,37 @@ def rotation_tables(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]
     return cos.to(dtype), torch.cat((-sin[:, :half], sin[:, half:]), dim=-1).to(dtype)
 
 
-def rotate(x: Tensor, batch: RaggedBatch) -> Tensor:
-    """Rotary positions on x [t, g, k, d]."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions on x [t, g, k, d], by a pass's cos and sin."""
     first, second = x.chunk(2, dim=-1)
-    return torch.cat((second, first), dim=-1).mul_(batch.sin).addcmul_(x, batch.cos)
+    return torch.cat((second, first), dim=-1).mul_(sin).addcmul_(x, cos)
 
 
-def ragged_attention(query: Tensor, key: Tensor, value: Tensor,  # [t, g, n/g, d], [t, g, d], [t, g, d]
-                     cache: LayerCache, batch: RaggedBatch, scale: float) -> Tensor:  # [t, n * d]
-    """Stores the batch's keys and values, then attends each token to its own sequence up to itself.
-
-    A group's query heads are laid beside its tokens, so grouped queries need no copies of keys.
-    """
-    cache.keys.index_copy_(0, batch.places, key)
-    cache.values.index_copy_(0, batch.places, value)
-    if batch.together is not None:
-        return _attend_together(query, cache, batch.together, len(batch.lengths), scale)
-    if len(batch.rows) == 1:
-        return _attend_alone(query, cache, batch.rows[0], scale)
-    return torch.cat([_attend_alone(q, cache, row, scale) for q, row in zip(query.split(batch.lengths), batch.rows, strict=True)])
-
-
-def _row(row: CachePlaces, start: int, length: int, queries_per_group: int, dtype: torch.dtype) -> _Row:
+def _row(row: CachePlaces, start: int, length: int, queries_per_group: int, like: Tensor) -> _Row:
     end, mask = start + length, None
     if length > 1 and start > 0:
-        position = torch.arange(start, end, device=row.index.device)
-        unseen = torch.arange(end, device=row.index.device)[None] > position[:, None]
-        mask = _added(unseen.repeat_interleave(queries_per_group, dim=0)[None, None], dtype)
-    return _Row(first=row.first, index=row.index[:end], length=length, end=end, mask=mask)
+        position = torch.arange(start, end, device=like.device)
+        unseen = torch.arange(end, device=like.device)[None] > position[:, None]
+        mask = _added(unseen.repeat_interleave(queries_per_group, dim=0)[None, None], like.dtype)
+    index = row.index[:end] if row.first is not None else row.index[:end].to(like.device)
+    return _Row(first=row.first, index=index, length=length, end=end, mask=mask)
 
 
 def _together(rows: list[CachePlaces], starts: list[int], lengths: list[int], queries_per_group: int, num_places: int,
-              dtype: torch.dtype) -> _Together:
-    device, longest = rows[0].index.device, max(lengths)
+              like: Tensor) -> _Together:
+    device, longest = like.device, max(lengths)
     end = max(start + n for start, n in zip(starts, lengths, strict=True))
     place = torch.arange(longest, device=device)[None]                           # [1, longest]
     counts = torch.tensor(lengths, device=device)[:, None]
     # Padding repeats the row's last token, so that no row of the softmax is empty.
     within = torch.minimum(place, counts - 1)                                    # [r, longest]
     unseen = torch.arange(end, device=device) > (torch.tensor(starts, device=device)[:, None] + within)[..., None]
-    mask = _added(unseen.repeat_interleave(queries_per_group, dim=1)[:, None], dtype)
+    mask = _added(unseen.repeat_interleave(queries_per_group, dim=1)[:, None], like.dtype)
     gather = scatter = None
     if longest > 1:
         gather = (counts.cumsum(0) - counts + within).flatten()
         scatter = (place < counts).flatten().nonzero().flatten()
-    first, stride, index = _stride(rows, end, num_places) or (0, 0, _padded_index(rows, end))
+    first, stride, index = _stride(rows, end, num_places) or (0, 0, _padded_index(rows, end).to(device))
     return _Together(first=first, stride=stride, index=index, end=end, mask=mask, gather=gather, scatter=scatter)
 
 

@@ -7,10 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ee_tuning.kernel import calls
+from ee_tuning.model import graphs
 from ee_tuning.model.column_major import column_major, row_major
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.model.exit_head import AdapterHead, EmbeddingHead, ExitHead, ExitInput, ExitMLP, LayerHead, MLPHead, NormHead
 from ee_tuning.model.ragged_layer import RaggedLayer, native_shape
+from ee_tuning.model.static_pass import padded_count
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.vocab import VocabShard, top1
 
@@ -31,6 +33,9 @@ class RaggedHead(ABC):
         self.native = _native(norm, output, mlp, model.vocab) if is_native else None
         """For the kernels; None where they do not serve."""
         self._shape = native_shape(model.config)
+        self._is_recordable = graphs.serve(model.topology)
+        self._graphs: dict[int, tuple[ExitInput, graphs.Graph]] = {}
+        """By padded count: what it reads, and the graph."""
 
     @property
     def is_whole(self) -> bool:
@@ -38,12 +43,32 @@ class RaggedHead(ABC):
         return self.native is not None
 
     def ask(self, inputs: ExitInput) -> tuple[Tensor, Tensor]:  # [q, v/tp]; [q, 2] float64
-        """Logits of the tokens that are asked about; and of each, over the whole vocabulary, the likeliest id and its probability."""
+        """Logits of the tokens that are asked about; and of each, over the whole vocabulary, the likeliest id and its probability, on
+        the CPU. For use before it is asked again.
+        """
         if self.native is not None and inputs.hidden.shape[0] <= calls.MOST_TOKENS:
             return calls.run_head(self._shape, self.native, *self.native_states(inputs))
+        logits, top = self._replayed(inputs) if self._is_recordable else self._answer(inputs)
+        return logits, top.cpu()
+
+    @torch.inference_mode()
+    def _replayed(self, inputs: ExitInput) -> tuple[Tensor, Tensor]:  # [q, v/tp]; [q, 2] float64
+        asked = inputs.hidden.shape[0]
+        if (count := padded_count(asked)) is None:
+            return self._answer(inputs)
+        if count not in self._graphs:
+            taken = inputs.padded(count)
+            self._graphs[count] = taken, graphs.Graph(lambda: self._answer(taken), inputs.hidden.device)
+        taken, graph = self._graphs[count]
+        taken.overwrite(inputs)
+        graph.replay()
+        logits, top = graph.outputs
+        return logits[:asked], top[:asked]
+
+    def _answer(self, inputs: ExitInput) -> tuple[Tensor, Tensor]:  # [q, v/tp]; [q, 2] float64
         logits = self.logits(inputs)
         ids, probabilities = top1(logits, self.vocab)
-        return logits, torch.stack((ids.double(), probabilities.double()), dim=-1).cpu()
+        return logits, torch.stack((ids.double(), probabilities.double()), dim=-1)
 
     @abstractmethod
     def logits(self, inputs: ExitInput) -> Tensor:  # [q, v/tp]

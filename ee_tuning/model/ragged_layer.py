@@ -2,7 +2,7 @@
 
 A decode step moves so few numbers that Python above the matrix products would cost several times what they do: this walk makes some
 fifteen calls a layer where Megatron's own forward makes over a hundred. Tests hold it equal to that forward. On a CPU a kernel takes its
-place where there is one (`layer_run.py`); this walk then serves passes of many tokens.
+place where there is one, on a GPU it is recorded (`layer_run.py`); as it stands it then serves passes of many tokens.
 """
 from typing import Any
 
@@ -12,13 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ee_tuning.kernel import calls
+from ee_tuning.model import graphs
 from ee_tuning.model.activation import activation
 from ee_tuning.model.attention import softmax_scale
 from ee_tuning.model.column_major import column_major, row_major
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.exit_head import ExitInput
-from ee_tuning.model.ragged_attention import LayerCache, RaggedBatch, ragged_attention, rotate
+from ee_tuning.model.ragged_attention import LayerCache, RaggedBatch, rotate
 from ee_tuning.model.ragged_experts import RaggedExperts
+from ee_tuning.model.static_pass import StaticPass
 from ee_tuning.parallel.topology import Topology
 
 # t tokens of a ragged batch · h hidden · g key-value heads of this rank · n/g query heads of each · d width of a head
@@ -34,6 +36,7 @@ class RaggedLayer:
         if self.has_layer_norm:
             self.input_norm_bias, self.mlp_norm_bias = layer.input_layernorm.bias, layer.pre_mlp_layernorm.bias
         self.is_native = topology.tp == 1 and not layer.is_moe_layer and calls.serves(attention.linear_qkv.weight)
+        self.is_recordable = not layer.is_moe_layer and graphs.serve(topology)  # experts ask the device how many tokens they got
         tall = row_major if self.is_native else column_major
         self.qkv, self.qkv_bias = tall(attention.linear_qkv.weight), attention.linear_qkv.bias
         self.proj, self.proj_bias = attention.linear_proj.weight, attention.linear_proj.bias
@@ -66,8 +69,11 @@ class RaggedLayer:
         made.mlp.inner, made.mlp.is_gated = self.fc2.shape[1], self.is_gated
         return made
 
-    def __call__(self, x: Tensor, cache: LayerCache, batch: RaggedBatch) -> tuple[Tensor, ExitInput]:  # [t, h] -> [t, h], …
-        """The layer's output, and what an `mlp` exit here takes (made on the way in any case)."""
+    def __call__(self, x: Tensor, cache: LayerCache, batch: RaggedBatch | StaticPass, *, keeps: bool = True,  # [t, h]
+                 ) -> tuple[Tensor, ExitInput]:  # [t, h], …
+        """The layer's output, and what an `mlp` exit here takes (made on the way in any case). Without `keeps` nothing but the output
+        is of use afterwards, `x` neither.
+        """
         if self.has_layer_norm:
             normed = F.layer_norm(x, self.shape, self.input_norm, self.input_norm_bias, self.epsilon)
         else:
@@ -77,9 +83,11 @@ class RaggedLayer:
         if self.head_norm is not None:
             heads = F.rms_norm(heads, self.head_shape, None, self.epsilon).mul_(self.head_norm)
         if self.is_rotated:
-            heads = rotate(heads, batch)
-        attended = ragged_attention(heads[:, :, :-1], heads[:, :, -1], qkv[:, :, -1], cache, batch, self.scale)
-        residual = self._project(attended, self.proj, self.proj_bias, x)
+            heads = rotate(heads, batch.cos, batch.sin)
+        cache.keys.index_copy_(0, batch.places, heads[:, :, -1])
+        cache.values.index_copy_(0, batch.places, qkv[:, :, -1])
+        attended = batch.attend(heads[:, :, :-1], cache, self.scale)
+        residual = self._project(attended, self.proj, self.proj_bias, x, keeps)
         if self.has_layer_norm:
             normed = F.layer_norm(residual, self.shape, self.mlp_norm, self.mlp_norm_bias, self.epsilon)
         else:
@@ -92,11 +100,13 @@ class RaggedLayer:
             inner = self.activation(gate).mul_(up)
         else:
             inner = self.activation(inner)
-        return self._project(inner, self.fc2, self.fc2_bias, residual), ExitInput(normed, residual=residual)
+        return self._project(inner, self.fc2, self.fc2_bias, residual, keeps), ExitInput(normed, residual=residual)
 
-    def _project(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    def _project(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, keeps: bool) -> Tensor:
         if self.group is None:
-            return torch.addmm(residual, x, weight.t()) if bias is None else F.linear(x, weight, bias).add_(residual)
+            if bias is None:  # in place, for a GPU would copy the residual first
+                return torch.addmm(residual, x, weight.t()) if keeps else residual.addmm_(x, weight.t())
+            return F.linear(x, weight, bias).add_(residual)
         partial = F.linear(x, weight)
         dist.all_reduce(partial, group=self.group)
         if bias is not None:

@@ -1,0 +1,56 @@
+"""CUDA graphs: a function over tensors that stay where they are is recorded once, and is one call from then on.
+
+Decoding moves so few numbers that a GPU would wait for Python between its kernels. The environment variable EE_TUNING_GRAPHS=0 asks for
+them one by one.
+"""
+import os
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ee_tuning.parallel.topology import Topology
+
+SWITCH = "EE_TUNING_GRAPHS"
+
+
+def serve(topology: Topology) -> bool:
+    """Whether what this rank decodes with can be recorded: on a GPU, and collectives within a layer are the GPU's own work."""
+    is_wanted = topology.device.type == "cuda" and os.environ.get(SWITCH, "1") != "0"
+    return is_wanted and (topology.tp == 1 or dist.get_backend(topology.tp_group) == "nccl")
+
+
+class Graph:
+    """`function` as it was recorded, once. What it reads has to stay where it is; it runs twice before the first replay, so that nothing
+    may be the worse for it.
+    """
+
+    def __init__(self, function: Callable[[], tuple[Tensor, ...]], device: torch.device):
+        stream = _stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            function()  # libraries make themselves ready at the first call, which can not be recorded
+        torch.cuda.current_stream(device).wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        # Other threads, NCCL's watchdog for one, may ask the device something meanwhile.
+        with torch.cuda.graph(self._graph, pool=_pool(device), stream=stream, capture_error_mode="thread_local"):
+            self.outputs = function()
+        """Where every replay leaves them, over those of the replay before."""
+
+    def replay(self) -> None:
+        """The function once more, on what its inputs are now."""
+        self._graph.replay()
+
+
+@cache
+def _stream(device: torch.device) -> Any:
+    return torch.cuda.Stream(device)
+
+
+@cache
+def _pool(device: torch.device) -> Any:
+    """Of all graphs: they run one after the other, and what one holds in between is room for the next. Outputs stay apart."""
+    return torch.cuda.graph_pool_handle()
