@@ -3,16 +3,17 @@
     python benchmarks/decoding_gpu.py --json decoding_gpu.json --profile profile.txt
     python benchmarks/decoding_gpu.py --batches 1 --layers 4 --hidden 64 --inner 128 --heads 4 --vocab 300 --exits 1 2 --new-tokens 24
 
-A Llama of 7B parameters (32 layers × 4096, bfloat16) with `norm` exits that have an output matrix of their own, drawn at random on the device:
-no file is read or written, torch and megatron-core are all that is needed. A few minutes on one H100. Layers behind the first exit add little
+A Llama of 7B parameters (32 layers × 4096, bfloat16) with `norm` exits that have an output matrix of their own, drawn at random on the
+device: no file is read, torch and megatron-core are all that is needed. A few minutes on one H100. Layers behind the first exit add little
 to the states, so that exits are often right, as those of a tuned model are, and speculation has something to gain.
 
-The limit is the bytes of the weights that a token's layers and head have, over the bandwidth that a copy of 1 GB reaches here. Each way decodes
-once unmeasured, which records the graphs, and then `--rounds` times; the median counts. The steps that read prompts are left out of the time.
-`threshold` is that which a share of tokens (`--leaving`) passes at the first exit. `--compile` lets torch.compile fuse a layer's small kernels
-before they are recorded: an experiment, for which torch needs triton.
+The limit is the bytes of the weights that a token's layers and head have, over the bandwidth that a copy of 1 GB reaches here. Each way
+decodes once unmeasured, which records the graphs, and then `--rounds` times; the median counts. Steps that read prompts are left out of the
+time. `threshold` is that which a share of tokens (`--leaving`) passes at the first exit. `fused` graphs, for which torch needs triton, are
+measured for policies of one depth alone: each number of tokens is compiled by itself.
 """
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -33,10 +34,11 @@ from ee_tuning.model import graphs
 from ee_tuning.model.config import ModelConfig, RopeConfig
 from ee_tuning.model.early_exit import EarlyExitModel, StagePlan
 from ee_tuning.model.exit_spec import ExitSpec
-from ee_tuning.model.ragged_layer import RaggedLayer
 from ee_tuning.parallel.topology import Topology, init_parallel
 
 COPIED_BYTES = 2 ** 30
+SWITCHED = {"yes": "1", "no": "0", "fused": "fused"}
+"""What the environment says."""
 GOALS = {"full": 0.80, "fixed": 0.75}
 """Share of the limit at batch 1."""
 QUIET = 0.02
@@ -49,7 +51,8 @@ class Row:
 
     batch: int
     way: str
-    has_graphs: bool
+    graphs: str
+    """yes, no or fused."""
     tokens_per_second: float
     mean_depth: float
     ms_per_step: float
@@ -62,24 +65,22 @@ def main() -> None:
     options = _options()
     topology = init_parallel(ParallelSection())
     bandwidth, model = _bandwidth(topology.device), _random_model(options, topology)
-    if options.compile:
-        RaggedLayer.__call__ = torch.compile(RaggedLayer.__call__, dynamic=False)  # type: ignore[method-assign]
     name = torch.cuda.get_device_name() if topology.device.type == "cuda" else "CPU, where nothing is recorded"
     print(f"{name}; torch {torch.__version__}; {sum(p.numel() for p in model.parameters()) / 1e9:.2f}G parameters in {options.dtype}; "
           f"a copy reads and writes {bandwidth / 1e9:.0f} GB/s; {options.prompt_tokens} tokens of prompt, {options.new_tokens} new ones\n")
     policies = _policies(model, options)
+    if options.profile:
+        _profile(model, options)
     print("| batch | way | graphs | mean depth | ms/step | tokens/s | of the limit |\n|---|---|---|---|---|---|---|")
     rows = []
     for batch in options.batches:
         for way, policy in policies.items():
-            for has_graphs in (True, False):
-                rows.append(_measure(model, batch, way, policy, has_graphs, bandwidth, options))
-                print(_line(rows[-1]), flush=True)
+            for kind in options.graphs:
+                if kind != "fused" or _has_one_depth(policy):
+                    rows += _measured(model, batch, way, policy, kind, bandwidth, options)
     _print_goals(rows)
-    if options.profile:
-        _profile(model, options)
     if options.json:
-        told = {"device": name, "bandwidth": bandwidth, "compiled": options.compile, "rows": [asdict(row) for row in rows]}
+        told = {"device": name, "bandwidth": bandwidth, "rows": [asdict(row) for row in rows]}
         options.json.write_text(json.dumps(told, indent=2) + "\n")
 
 
@@ -94,7 +95,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--leaving", type=float, default=0.6, help="share of tokens that pass the first exit")
-    parser.add_argument("--compile", action="store_true", help="torch.compile each layer")
+    parser.add_argument("--graphs", nargs="+", choices=list(SWITCHED), default=list(SWITCHED))
     parser.add_argument("--profile", type=Path, help="write torch.profiler's table of full depth at batch 1 there")
     parser.add_argument("--json", type=Path, help="write the figures there, too")
     return parser.parse_args()
@@ -148,7 +149,7 @@ def _wait(device: torch.device) -> None:
 
 def _policies(model: EarlyExitModel, options: argparse.Namespace) -> dict[str, Policy]:
     first = options.exits[0]
-    with _graphs(True):
+    with _graphs("yes"):
         confidences = [step.confidence for step in _decode(model, 1, Policy(fixed_exit=first), options)[0]]
     threshold = sorted(confidences)[int((1 - options.leaving) * len(confidences))]
     fixed = {f"fixed {layer}": Policy(fixed_exit=layer) for layer in options.exits}
@@ -157,9 +158,9 @@ def _policies(model: EarlyExitModel, options: argparse.Namespace) -> dict[str, P
 
 
 @contextmanager
-def _graphs(are_on: bool) -> Iterator[None]:
+def _graphs(kind: str) -> Iterator[None]:
     before = os.environ.get(graphs.SWITCH)
-    os.environ[graphs.SWITCH] = "1" if are_on else "0"
+    os.environ[graphs.SWITCH] = SWITCHED[kind]
     try:
         yield
     finally:
@@ -192,18 +193,35 @@ def _decode(model: EarlyExitModel, batch: int, policy: Policy, options: argparse
     return steps, time.perf_counter() - began, count
 
 
-def _measure(model: EarlyExitModel, batch: int, way: str, policy: Policy, has_graphs: bool, bandwidth: float,
+def _measured(model: EarlyExitModel, batch: int, way: str, policy: Policy, kind: str, bandwidth: float,
+              options: argparse.Namespace) -> list[Row]:
+    """The row, which is printed; none where this machine can not make it, for the others count all the same."""
+    try:
+        row = _measure(model, batch, way, policy, kind, bandwidth, options)
+    except (RuntimeError, ImportError) as error:  # no triton, no compiler for it, too little memory
+        print(f"| {batch} | {way} | {kind} | {type(error).__name__}: {str(error).strip().splitlines()[0][:200]} |", flush=True)
+        return []
+    print(_line(row), flush=True)
+    return [row]
+
+
+def _measure(model: EarlyExitModel, batch: int, way: str, policy: Policy, kind: str, bandwidth: float,
              options: argparse.Namespace) -> Row:
-    with _graphs(has_graphs):
+    gc.collect()  # the engine before this one has a cache as large
+    with _graphs(kind):
         engine = _engine(model, batch, options)
-    runs = [_decode(model, batch, policy, options, engine) for _ in range(options.rounds + 1)][1:]
+        runs = [_decode(model, batch, policy, options, engine) for _ in range(options.rounds + 1)][1:]
     rate = statistics.median(len(steps) / seconds for steps, seconds, _ in runs)
     layers = [step.exit_layer for step in runs[-1][0]]
     share = None
-    if batch == 1 and not policy.thresholds and not policy.drafts_at:
+    if batch == 1 and _has_one_depth(policy):
         share = rate * _bytes_of(model, policy.fixed_exit) / bandwidth
-    return Row(batch=batch, way=way, has_graphs=has_graphs, tokens_per_second=rate, mean_depth=sum(layers) / len(layers),
+    return Row(batch=batch, way=way, graphs=kind, tokens_per_second=rate, mean_depth=sum(layers) / len(layers),
                ms_per_step=1000 * statistics.median(seconds / count for _, seconds, count in runs), share_of_limit=share)
+
+
+def _has_one_depth(policy: Policy) -> bool:
+    return not policy.thresholds and not policy.drafts_at
 
 
 def _bytes_of(model: EarlyExitModel, fixed_exit: int | None) -> int:
@@ -216,25 +234,25 @@ def _bytes_of(model: EarlyExitModel, fixed_exit: int | None) -> int:
 
 def _line(row: Row) -> str:
     share = "" if row.share_of_limit is None else f"{row.share_of_limit:.2f}"
-    return (f"| {row.batch} | {row.way} | {'yes' if row.has_graphs else 'no'} | {row.mean_depth:.1f} | {row.ms_per_step:.2f} | "
+    return (f"| {row.batch} | {row.way} | {row.graphs} | {row.mean_depth:.1f} | {row.ms_per_step:.2f} | "
             f"{row.tokens_per_second:.0f} | {share} |")
 
 
 def _print_goals(rows: list[Row]) -> None:
-    print("\n| batch 1 | of the limit | goal | met |\n|---|---|---|---|")
+    print("\n| batch 1 | graphs | of the limit | goal | met |\n|---|---|---|---|---|")
     for row in rows:
-        if row.share_of_limit is not None and row.has_graphs:
+        if row.share_of_limit is not None and row.graphs != "no":
             goal = GOALS[row.way.split()[0]]
-            print(f"| {row.way} | {row.share_of_limit:.2f} | ≥ {goal} | {'yes' if row.share_of_limit >= goal else 'no'} |")
-    without = {(row.batch, row.way): row.tokens_per_second for row in rows if not row.has_graphs}
-    print("\n| batch | way | with graphs ÷ without |\n|---|---|---|")
+            print(f"| {row.way} | {row.graphs} | {row.share_of_limit:.2f} | ≥ {goal} | {'yes' if row.share_of_limit >= goal else 'no'} |")
+    without = {(row.batch, row.way): row.tokens_per_second for row in rows if row.graphs == "no"}
+    print("\n| batch | way | graphs | ÷ without |\n|---|---|---|---|")
     for row in rows:
-        if row.has_graphs:
-            print(f"| {row.batch} | {row.way} | {row.tokens_per_second / without[row.batch, row.way]:.2f} |")
+        if row.graphs != "no" and (row.batch, row.way) in without:
+            print(f"| {row.batch} | {row.way} | {row.graphs} | {row.tokens_per_second / without[row.batch, row.way]:.2f} |")
 
 
 def _profile(model: EarlyExitModel, options: argparse.Namespace) -> None:
-    with _graphs(True):
+    with _graphs("yes"):
         engine = _engine(model, 1, options)
         _decode(model, 1, FULL, options, engine)
         with torch.profiler.profile() as profile:

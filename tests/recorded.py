@@ -61,13 +61,14 @@ def _paged(query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k
                       for q, pages, seen in zip(query, block_table, seqused_k.tolist(), strict=True)])
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, seqused_k: Tensor, max_q: int, max_k: int, enable_gqa: bool) -> None:
+def _check(query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, seqused_k: Tensor, max_q: int, max_k: int,
+           enable_gqa: bool) -> None:
     rows = query.shape[0]
     assert query.dim() == 3 and query.stride(-1) == key.stride(-1) == value.stride(-1) == 1 and max_q == 1
     assert enable_gqa or query.shape[1] == key.shape[-2]
     assert cu_seq_q.dtype == seqused_k.dtype == torch.int32 and cu_seq_q.is_contiguous() and seqused_k.is_contiguous()
     assert cu_seq_q.tolist() == list(range(rows + 1)) and seqused_k.shape == (rows,)
-    assert 1 <= int(seqused_k.min()) and int(seqused_k.max()) <= max_k
+    assert int(seqused_k.min()) >= 1 and int(seqused_k.max()) <= max_k
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:  # [n, d], [c, g, d] -> [1, n, d]

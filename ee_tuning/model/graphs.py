@@ -1,7 +1,8 @@
 """CUDA graphs: a function over tensors that stay where they are is recorded once, and is one call from then on.
 
 Decoding moves so few numbers that a GPU would wait for Python between its kernels. The environment variable EE_TUNING_GRAPHS=0 asks for
-them one by one.
+them one by one; EE_TUNING_GRAPHS=fused has torch.compile join a layer's small kernels before they are recorded, which takes seconds for
+each number of tokens.
 """
 import os
 from collections.abc import Callable
@@ -21,6 +22,11 @@ def serve(topology: Topology) -> bool:
     """Whether what this rank decodes with can be recorded: on a GPU, and collectives within a layer are the GPU's own work."""
     is_wanted = topology.device.type == "cuda" and os.environ.get(SWITCH, "1") != "0"
     return is_wanted and (topology.tp == 1 or dist.get_backend(topology.tp_group) == "nccl")
+
+
+def fuses() -> bool:
+    """Whether layers are to be compiled before they are recorded."""
+    return os.environ.get(SWITCH) == "fused"
 
 
 class Graph:

@@ -1,6 +1,8 @@
 """A run of layers over the tokens of a pass: by a kernel or a CUDA graph where there is one, else layer by layer with torch's operators."""
 import ctypes
 from collections.abc import Sequence
+from functools import cache as made_once
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from ee_tuning.model import graphs
 from ee_tuning.model.exit_head import ExitInput
 from ee_tuning.model.ragged_attention import LayerCache
 from ee_tuning.model.ragged_layer import RaggedLayer
-from ee_tuning.model.static_pass import StaticPass
+from ee_tuning.model.static_pass import COUNTS, StaticPass
 from ee_tuning.model.token_pass import TokenPass
 
 # t tokens of a pass · h hidden
@@ -27,6 +29,7 @@ class LayerRun:
             self.native = (calls.Layer * len(layers))(*(layer.native(cache) for layer, cache in self._steps))
             self.shape = layers[0].native_shape
         self._is_recordable = bool(layers) and all(layer.is_recordable for layer in layers)
+        self._walk_layer = _compiled() if self._is_recordable and graphs.fuses() else RaggedLayer.__call__
         self._graphs: dict[StaticPass, graphs.Graph] = {}
 
     def __call__(self, hidden: Tensor, tokens: TokenPass) -> tuple[Tensor, ExitInput]:  # [t, h] -> [t, h], …
@@ -63,6 +66,13 @@ class LayerRun:
     def _recorded(self, static: StaticPass) -> tuple[Tensor, Tensor, Tensor]:  # [padded t, h] each
         hidden, inner = static.hidden, ExitInput(static.hidden)
         for number, (layer, cache) in enumerate(self._steps, 1):
-            hidden, inner = layer(hidden, cache, static, keeps=number in (1, len(self._steps)))
+            hidden, inner = self._walk_layer(layer, hidden, cache, static, keeps=number in (1, len(self._steps)))
         assert inner.residual is not None
         return hidden, inner.hidden, inner.residual
+
+
+@made_once
+def _compiled() -> Any:
+    """Layers of one shape share what is compiled for a number of tokens; `keeps`, and attention of other lengths, take another one."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(COUNTS))
+    return torch.compile(RaggedLayer.__call__, dynamic=False)

@@ -1,5 +1,6 @@
 """Passes as a GPU's graphs take them, padded and each token a row of its own, against the walk over rows; without a GPU (recorded.py)."""
 import random
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.generation.costs import measure_costs
 from ee_tuning.generation.engine import Engine
 from ee_tuning.kernel import calls
-from ee_tuning.model import graphs, static_attention
+from ee_tuning.model import graphs, layer_run, static_attention
 from ee_tuning.model.exit_head import ExitInput
 from ee_tuning.model.layer_run import LayerRun
 from ee_tuning.model.ragged_attention import CachePlaces, LayerCache
@@ -52,8 +53,8 @@ class Subject:
 
     def tokens(self, blocks: list[list[int]], starts: list[int], lengths: list[int]) -> TokenPass:
         config = self.runner.config
-        rows = [CachePlaces(index=torch.tensor([b * 16 + i for b in own for i in range(16)]), first=own[0] * 16 if own in TOGETHER else None)
-                for own in blocks]
+        rows = [CachePlaces(index=torch.tensor([block * 16 + i for block in own for i in range(16)]),
+                            first=own[0] * 16 if own in TOGETHER else None) for own in blocks]
         return TokenPass(rows, starts, lengths, self.runner.tables, num_places=NUM_PLACES, static_passes=self.passes,
                          queries_per_group=config.num_attention_heads // config.num_query_groups)
 
@@ -186,3 +187,22 @@ def test_costs_are_those_of_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     costs = measure_costs(runner)
     assert ImitatedGraph.num_replays > 3 * 5 * 5
     assert all(seconds > 0 for curve in (*costs.pieces, *costs.heads.values(), costs.final_head) for seconds in curve)
+
+
+def test_compiled_layers_are_the_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys that a compiled layer stores in a copy of the cache; a graph of one layer's weights for all of them."""
+    rng, loaded = random.Random(7), load(tmp_path)
+    cases = [case for case in (mixture(rng, is_scattered=True) for _ in range(60)) if sum(case[2]) <= 2]
+    monkeypatch.setattr(calls, "kernels", lambda: None)
+    plain = Subject(loaded)
+    wanted = [plain.outcome(plain.states(sum(case[2])), plain.tokens(*case)) for case in cases]
+    record_on_cpu(monkeypatch)
+    monkeypatch.setenv(graphs.SWITCH, "fused")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    layer_run._compiled.cache_clear()
+    subject = Subject(loaded)
+    for case, theirs in zip(cases, wanted, strict=True):
+        for one, other in zip(subject.outcome(subject.states(sum(case[2])), subject.tokens(*case)), theirs, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+    layer_run._compiled.cache_clear()
+    assert len(cases) > 3 and torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2 * 2 * 2
