@@ -152,9 +152,11 @@ BEST_FIRST: tuple[type[StaticAttention], ...] = (PagedAttention, VarlenAttention
 
 
 def _takes_varlen(like: Tensor, parameter: str) -> bool:
-    is_known = varlen_attn is not None and parameter in inspect.signature(varlen_attn).parameters
     d = like.shape[-1]
-    return is_known and like.is_cuda and like.dtype in (torch.bfloat16, torch.float16) and d % 8 == 0 and d <= 256
+    if varlen_attn is None or parameter not in inspect.signature(varlen_attn).parameters or not like.is_cuda:
+        return False
+    is_new = torch.cuda.get_device_capability(like.device) >= (8, 0)
+    return is_new and like.dtype in (torch.bfloat16, torch.float16) and d % 8 == 0 and d <= 256
 
 
 def _each(positions: Tensor) -> Tensor:
