@@ -34,17 +34,23 @@ class Graph:
     may be the worse for it.
     """
 
+    outputs: tuple[Tensor, ...]
+    """Where every replay leaves them, over those of the replay before."""
+
     def __init__(self, function: Callable[[], tuple[Tensor, ...]], device: torch.device):
         stream = _stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            function()  # libraries make themselves ready at the first call, which can not be recorded
-        torch.cuda.current_stream(device).wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        # Other threads, NCCL's watchdog for one, may ask the device something meanwhile.
-        with torch.cuda.graph(self._graph, pool=_pool(device), stream=stream, capture_error_mode="thread_local"):
-            self.outputs = function()
-        """Where every replay leaves them, over those of the replay before."""
+        try:
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                function()  # libraries make themselves ready at the first call, which can not be recorded
+            torch.cuda.current_stream(device).wait_stream(stream)
+            self._graph = torch.cuda.CUDAGraph()
+            # Other threads, NCCL's watchdog for one, may ask the device something meanwhile.
+            with torch.cuda.graph(self._graph, pool=_pool(device), stream=stream, capture_error_mode="thread_local"):
+                self.outputs = function()
+        except RuntimeError as error:
+            error.add_note(f"while a CUDA graph was recorded; {SWITCH}=0 decodes without")
+            raise
 
     def replay(self) -> None:
         """The function once more, on what its inputs are now."""

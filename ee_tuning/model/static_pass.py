@@ -15,6 +15,10 @@ from ee_tuning.model.static_attention import BEST_FIRST, StaticAttention
 
 COUNTS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Tokens of a padded pass. Larger ones, prompts for the most part, keep a GPU busy without graphs."""
+MOST_REREAD = 2 ** 29
+"""Bytes of a layer's keys and values that a pass may read more often than once, since each token of a sequence reads them for itself. They
+come from a GPU's second-level cache in about the time that the calls for a layer take without a graph.
+"""
 
 
 def padded_count(num_tokens: int) -> int | None:
@@ -85,10 +89,11 @@ class StaticPasses:
     @torch.inference_mode()
     def fitting(self, rows: list[CachePlaces], starts: list[int], lengths: list[int]) -> StaticPass | None:
         """What these tokens can be told to; None where they are too many, or lie so that nothing but separate calls suits."""
-        count = padded_count(sum(lengths))
-        if count is None:
+        count, ends = padded_count(sum(lengths)), [start + length for start, length in zip(starts, lengths, strict=True)]
+        num_reread = sum([(length - 1) * end for length, end in zip(lengths, ends, strict=True)])
+        if count is None or num_reread * self._bytes_per_place > MOST_REREAD:
             return None
-        end = max([start + length for start, length in zip(starts, lengths, strict=True)])
+        end = max(ends)
         for way in self._ways:
             reach = min(max(way.least_reach, 1 << (end - 1).bit_length()), self._longest)
             if way.suits(rows, count * reach, self._bytes_per_place):

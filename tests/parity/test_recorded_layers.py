@@ -15,11 +15,11 @@ from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.generation.costs import measure_costs
 from ee_tuning.generation.engine import Engine
 from ee_tuning.kernel import calls
-from ee_tuning.model import graphs, layer_run, static_attention
+from ee_tuning.model import graphs, layer_run, static_attention, static_pass
 from ee_tuning.model.exit_head import ExitInput
 from ee_tuning.model.layer_run import LayerRun
 from ee_tuning.model.ragged_attention import CachePlaces, LayerCache
-from ee_tuning.model.static_attention import GatheredAttention, PagedAttention, VarlenAttention
+from ee_tuning.model.static_attention import GatheredAttention, PagedAttention, StaticAttention, VarlenAttention
 from ee_tuning.model.static_pass import COUNTS, StaticPasses, padded_count
 from ee_tuning.model.token_pass import TokenPass
 from ee_tuning.parallel.topology import init_parallel
@@ -146,7 +146,9 @@ def test_recorded_heads_are_the_heads(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_each_pass_takes_the_best_that_suits_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scattered blocks given to a kernel that reads on from the first one; a copy of more keys than there is memory for."""
+    """Scattered blocks given to a kernel that reads on from the first one; a copy of more keys than there is memory for; the end of a long
+    prompt whose tokens each read all of it.
+    """
     record_on_cpu(monkeypatch)
     imitate_flash_attention(monkeypatch, version=2)
     subject = Subject(load(tmp_path))
@@ -161,7 +163,21 @@ def test_each_pass_takes_the_best_that_suits_it(tmp_path: Path, monkeypatch: pyt
     assert way([TOGETHER[0], SCATTERED[0]], 40) is None and way([SCATTERED[0]], 40) is GatheredAttention
     got = subject.outcome(subject.states(2), subject.tokens([TOGETHER[0], SCATTERED[0]], [40, 40], [1, 1]))
     assert len(got) == 9
+    monkeypatch.setattr(static_pass, "MOST_REREAD", 3 * 44)
+    assert subject.tokens([TOGETHER[0]], [40], [4]).static is not None and subject.tokens([TOGETHER[0]], [40], [5]).static is None
     assert [padded_count(n) for n in (1, 3, 16, 17, 256, 257)] == [1, 4, 16, 24, 256, None]
+
+
+@pytest.mark.parametrize("way", [VarlenAttention, PagedAttention])
+@pytest.mark.parametrize("per_group", [1, 4])
+def test_flash_attention_takes_what_it_is_given(way: type[StaticAttention], per_group: int) -> None:
+    """An argument that torch's own function does not know, which no stand-in would tell."""
+    attention, tensor = way(128), {"device": "meta", "dtype": torch.bfloat16}
+    positions, blocks = (torch.empty(*shape, dtype=torch.int32, device="meta") for shape in ((4,), (4, attention.num_blocks)))
+    cache = LayerCache(keys=torch.empty(320, 2, 64, **tensor), values=torch.empty(320, 2, 64, **tensor))
+    query = torch.empty(4, 2, per_group + 1, 64, **tensor)[:, :, :-1]
+    out = attention.attend(query, cache, attention.prepared(positions, blocks, torch.bfloat16), 0.125)
+    assert out.shape == (4, 2 * per_group * 64) and out.dtype == torch.bfloat16
 
 
 def test_graphs_serve_a_gpu_unless_they_are_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
