@@ -30,8 +30,7 @@ def fuses() -> bool:
 
 
 class Graph:
-    """`function` as it was recorded, once. What it reads has to stay where it is; it runs twice before the first replay, so that nothing
-    may be the worse for it.
+    """`function` as it was recorded, once. What it reads has to stay where it is; it also runs once beforehand, whatever is there by then.
     """
 
     outputs: tuple[Tensor, ...]
