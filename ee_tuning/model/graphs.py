@@ -45,7 +45,7 @@ class Graph:
             torch.cuda.current_stream(device).wait_stream(stream)
             self._graph = torch.cuda.CUDAGraph()
             # Other threads, NCCL's watchdog for one, may ask the device something meanwhile.
-            with torch.cuda.graph(self._graph, pool=_pool(device), stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self._graph, pool=_first_graph(device).pool(), stream=stream, capture_error_mode="thread_local"):
                 self.outputs = function()
         except RuntimeError as error:
             error.add_note(f"while a CUDA graph was recorded; {SWITCH}=0 decodes without")
@@ -62,6 +62,11 @@ def _stream(device: torch.device) -> Any:
 
 
 @cache
-def _pool(device: torch.device) -> Any:
-    """Of all graphs: they run one after the other, and what one holds in between is room for the next. Outputs stay apart."""
-    return torch.cuda.graph_pool_handle()
+def _first_graph(device: torch.device) -> Any:
+    """A graph of next to nothing, in whose memory all others are recorded: they run one after the other, and what one holds in between is
+    room for the next; outputs stay apart. It stays: torch takes no memory up again that every graph has left.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=_stream(device), capture_error_mode="thread_local"):
+        torch.zeros(1, device=device)
+    return graph

@@ -1,4 +1,5 @@
 """Decoding by graphs, as on a GPU, says what decoding without them says; without a GPU (recorded.py)."""
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -6,6 +7,7 @@ import pytest
 import torch
 from decoding import policy_for, run_all
 from exits import write_exits
+from mixtures import Subject, mixture
 from random_models import random_model
 from recorded import ImitatedGraph, imitate_flash_attention, record_on_cpu
 
@@ -88,6 +90,18 @@ def test_sampling_draws_the_same_with_graphs(loaded: LoadedModel, monkeypatch: p
     plain = said(loaded, PROMPTS, POLICIES["threshold"], params)
     record_on_cpu(monkeypatch)
     assert said(loaded, PROMPTS, POLICIES["threshold"], params) == plain
+
+
+def test_mixtures_of_requests_by_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What no single case has together: sequences that come, go, share and lose blocks, while passes change their shape at every step."""
+    record_on_cpu(monkeypatch)
+    subject, seen = Subject(tmp_path), Counter[str]()
+    for seed in range(12):
+        with monkeypatch.context() as patch:
+            if seed % 3:
+                imitate_flash_attention(patch, version=1 + seed % 3)
+            seen += mixture(subject, seed)
+    assert seen["requests"] > 40 and seen["scattered"] > 10 and seen["reused"] > 100
 
 
 def test_the_spare_block_is_counted_and_lent_to_nobody(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
