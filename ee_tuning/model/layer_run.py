@@ -65,6 +65,7 @@ class LayerRun:
 
     def _recorded(self, static: StaticPass) -> tuple[Tensor, Tensor, Tensor]:  # [padded t, h] each
         hidden, inner = static.hidden, ExitInput(static.hidden)
+        # The first layer leaves its input alone, or padding would grow from one replay to the next; the last one leaves what an exit takes.
         for number, (layer, cache) in enumerate(self._steps, 1):
             hidden, inner = self._walk_layer(layer, hidden, cache, static, keeps=number in (1, len(self._steps)))
         assert inner.residual is not None
