@@ -61,8 +61,9 @@ loaded = load_for_generation(config, init_parallel(ParallelSection()))
 beginning = [(7 * i + 3) % 101 for i in range(20)]
 prompts = [[5, 17, 80, 3, 9], [*beginning, 41], [*beginning, 7, 90, 12]]
 answers = {}
-for name, policy in {"full": {"policy": "full"}, "fixed": {"policy": "fixed", "exit_layer": 4}, "threshold": {"threshold": [0.3, 0.6]},
-                     "speculative": {"policy": "speculative"}}.items():
+policies = {"full": {"policy": "full"}, "fixed": {"policy": "fixed", "exit_layer": 4}, "threshold": {"threshold": [0.3, 0.6]},
+            "speculative": {"policy": "speculative"}}
+for name, policy in [(name, policies[name]) for name in sys.argv[5:] or policies]:
     for asked in (prompts[:1], prompts):
         engine = Engine(loaded.model, loaded.stages, num_slots=len(asked), max_length=112, max_pending=4, prefill_chunk=8)
         wanted = policy_for(loaded.model, **policy)
@@ -110,5 +111,5 @@ def test_fused_graphs_decode(tmp_path: Path) -> None:
     said = {}
     for switch in ("fused", "0"):
         (tmp_path / switch).mkdir()
-        said[switch] = json.loads(run(DECODE, tmp_path / "model", tmp_path / switch, "float64", switch, on_gpu=True))
-    assert said["fused"]["replays"] > 8 * 40 and said["fused"]["answers"] == said["0"]["answers"]
+        said[switch] = json.loads(run(DECODE, tmp_path / "model", tmp_path / switch, "float64", switch, "threshold", on_gpu=True))
+    assert said["fused"]["replays"] > 2 * 40 and said["fused"]["answers"] == said["0"]["answers"]
