@@ -101,6 +101,7 @@ class Engine:
         self.waiting.extend(added)
         return added
 
+    @torch.inference_mode()
     def abort(self, sequence: Sequence, reason: str = "abort") -> None:
         """Ends a sequence and frees its memory, whether it runs or waits; one that has ended is left as it is."""
         if sequence.number in self.whole_steps.busy:

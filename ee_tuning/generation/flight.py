@@ -1,38 +1,20 @@
-"""One step of some sequences through the stages, in one call of the kernels for each.
+"""One step of some sequences through the stages, each stage's part of it at one go.
 
 The first stage decides who leaves in it, says so, and is done with the step: it goes on with those that left, while later stages take the
 others through, and with them the keys and values that are missing there. A later stage takes all it is given to its end, whoever leaves on
 the way; who did is heard when the engine asks for it. Between these moments every rank knows the same.
 """
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from ee_tuning.generation.judge import Answer, Left
-from ee_tuning.generation.route import Part, Route, waiting_within
+from ee_tuning.generation.part_call import Called, Word, call_part, fill_part
+from ee_tuning.generation.route import Part, Route
 from ee_tuning.generation.runner import Runner
 from ee_tuning.generation.sequence import Sequence
-from ee_tuning.kernel import calls
 from ee_tuning.kernel.calls import STAYS
 
 # t tokens · h hidden
-
-
-Word = tuple[float, float, float]
-"""What a stage says of a row: its segment where the newest token left or STAYS, the likeliest token there, and its probability."""
-
-
-class _Called(NamedTuple):
-    """What a call of the kernels leaves."""
-
-    words: list[Word]
-    num_run: int
-    """Segments, from the part's first one on."""
-    counts: list[int]
-    """Of each row, the tokens whose states have to wait behind the last one of them …"""
-    states: Tensor
-    """… [Σ counts, h]."""
 
 
 class Flight:
@@ -53,7 +35,8 @@ class Flight:
         """
         left: list[Left] = []
         if self._unheard is not None:
-            left += self._hear(*self._unheard)
+            part, words = self._unheard
+            left += self._leave(part, self._words(part, words), len(part.ends))
             self._unheard, self._rows = None, self.undecided  # those that left in the first stage have gone on by now
         while self.undecided and self._unheard is None:
             part = self._route.parts[self._num_begun]
@@ -68,8 +51,6 @@ class Flight:
     def _through_first(self, part: Part) -> list[Left]:
         """As deep as anybody goes."""
         called = self._call(part, None, [1] * len(self._rows)) if self._is_here(part) else None
-        if called is not None and part.decides:
-            self._post(part, called.words)
         words = self._words(part, called.words if called else None)
         is_deep = any([word[0] == STAYS for word in words])
         num_run = len(part.ends) if is_deep else int(max(word[0] for word in words)) + 1
@@ -88,49 +69,33 @@ class Flight:
         elif self._is_here(part):
             entering = self._runner.link.receive(sum(counts), self._runner.config.hidden_size, self._runner.model.plan.dtype)
             called = self._call(part, entering, counts)
-            if part.decides:  # before what is missing is filled in behind those that left
-                self._post(part, called.words)
             if called.num_run < len(part.ends):
-                called = self._call(part, called.states, called.counts, called)
+                called = fill_part(self._runner, self._route, part, self._rows, called)
         self._book(part, len(part.ends), called)
         return called.words if called else None
 
-    def _call(self, part: Part, entering: Tensor | None, counts: list[int], before: _Called | None = None) -> _Called:
-        """Runs a part from its beginning until nobody goes on; or, `before` having done so, from there to its end with nobody asked."""
-        runner, route, rows = self._runner, self._route, self._rows
-        assert route.segments is not None
-        waiting, num_within, _kept = waiting_within(part, rows)
-        states = torch.empty(sum(counts) + num_within, runner.config.hidden_size, dtype=runner.model.plan.dtype)
-        asked = set() if before else {*self.undecided}
-        told = (calls.StepRow * len(rows))(*[
-            calls.StepRow(s.tokens[-1], s.num_fed - 1, s.places.address, count, STAYS if s in asked else 0)
-            for s, count in zip(rows, counts, strict=True) if s.places])
-        step = calls.Step(torch.get_num_threads(), len(rows), before.num_run if before else 0, len(part.ends), before is not None, told,
-                          waiting, *(each.data_ptr() for each in runner.tables), None if runner.words is None else runner.words.data_ptr(),
-                          None if entering is None else entering.data_ptr())
-        calls.run_step(route.shape, route.segments, step, states)
-        self.seconds_in_heads += step.seconds_in_heads
-        words = before.words if before else [(row.segment, *row.top) for row in told]
-        return _Called(words, step.num_run, [row.num_carried for row in told], states)
-
-    def _hear(self, part: Part, words: list[Word] | None) -> list[Left]:
-        return self._leave(part, self._words(part, words), len(part.ends))
-
-    def _post(self, part: Part, words: list[Word]) -> None:
-        self._runner.link.post(torch.tensor(words, dtype=torch.float64), part.stage)
+    def _call(self, part: Part, entering: Tensor | None, counts: list[int]) -> Called:
+        """Runs a part until nobody goes on, and says at once who left: before what is missing is filled in behind them."""
+        called = call_part(self._runner, self._route, part, self._rows, {*self.undecided}, entering, counts)
+        self.seconds_in_heads += called.seconds_in_heads
+        if part.decides and self._runner.topology.num_in_replica > 1:
+            self._runner.link.post(torch.tensor(called.words, dtype=torch.float64), part.stage)
+        return called
 
     def _words(self, part: Part, own: list[Word] | None) -> list[Word]:
         """What a part's stage says, here."""
-        if own is None and part.decides:
-            heard = torch.empty(len(self._rows), 3, dtype=torch.float64)
-            self._runner.link.hear(heard, part.stage)
-            own = heard.tolist()
-        return own if own is not None else [(STAYS, 0.0, 0.0)] * len(self._rows)
+        if not part.decides:
+            return [(STAYS, 0.0, 0.0)] * len(self._rows)
+        if own is not None and self._runner.link.speaks_for(part.stage):
+            return own
+        heard = torch.empty(len(self._rows), 3, dtype=torch.float64)
+        self._runner.link.hear(heard, part.stage)
+        return heard.tolist()
 
     def _is_here(self, part: Part) -> bool:
         return part.stage == self._runner.topology.stage
 
-    def _book(self, part: Part, num_run: int, called: _Called | None) -> None:
+    def _book(self, part: Part, num_run: int, called: Called | None) -> None:
         """All rows have gone through the first `num_run` segments of a part, behind which their states wait where it was `called`."""
         first, index, place, undecided = part.starts[0], part.ends[num_run - 1], 0, {*self.undecided}
         for r, sequence in enumerate(self._rows):

@@ -1,4 +1,4 @@
-"""The way of a policy's tokens through the network, as the kernels take it: the segments of each stage, and the heads behind them."""
+"""The way of a policy's tokens through the network: the segments of each stage, and the heads behind them."""
 import ctypes
 from dataclasses import dataclass
 from itertools import groupby
@@ -40,15 +40,21 @@ class Route:
     def __init__(self, runner: Runner, policy: Policy, last_piece: int):
         self.policy, self.last_piece, self._runner = policy, last_piece, runner
         pieces = runner.pieces
-        asked = [i for i in range(last_piece) if pieces[i].last_layer in policy.thresholds] + [last_piece]
-        self.heads: dict[int, int | None] = {**{i: pieces[i].last_layer for i in asked[:-1]}, last_piece: policy.fixed_exit}
+        asked = [i for i in range(last_piece) if pieces[i].last_layer in policy.thresholds]
+        self.heads: dict[int, int | None] = {**{i: pieces[i].last_layer for i in asked}, last_piece: policy.fixed_exit}
         """Piece -> the head that is asked behind it; None is the model's own."""
+        self.thresholds = {**{i: policy.thresholds[pieces[i].last_layer] for i in asked}, last_piece: 0.0}
         self.parts = tuple(self._part(stage, list(indices)) for stage, indices in groupby(range(last_piece + 1), lambda i: pieces[i].stage))
-        self.serves = policy.measure == "max_probability" and runner.whole_heads.issuperset(self.heads.values())
-        """Whether the kernels know all that the policy asks for."""
         own = [part for part in self.parts if part.stage == runner.topology.stage]
-        self.segments = self._segments(own[0]) if self.serves and own else None
-        """Of this stage."""
+        self.segments = self._segments(own[0]) if own and self._is_native(own[0]) else None
+        """Of this stage, where the kernels serve."""
+        is_simple = policy.measure == "max_probability" and runner.head_layers.own.isdisjoint(self.heads.values())
+        # In one process, going through segments one by one is what the walk through pieces does.
+        self.serves = is_simple and (runner.topology.pp > 1 or self.segments is not None)
+        """Whether steps can be had so. The same on every rank."""
+
+    def _is_native(self, part: Part) -> bool:
+        return self._runner.is_native and all(self._runner.heads[self.heads[end]].is_whole for end in part.ends if end in self.heads)
 
     def _part(self, stage: int, indices: list[int]) -> Part:
         ends = [i for i in indices if i in self.heads or i == indices[-1]]
@@ -66,11 +72,13 @@ class Route:
                 assert head.native is not None
                 segment.head.contents = head.native
                 segment.takes_mlp_input = isinstance(head, RaggedExitHead) and head.head.takes_mlp_input
-                segment.threshold = self.policy.thresholds.get(self._runner.pieces[end].last_layer, 0.0)
+                segment.threshold = self.thresholds[end]
         return segments
 
     def fits(self, rows: list[Sequence]) -> bool:
         """Whether all that waits of `rows` waits where a segment begins, and is no more than the kernels take."""
+        if len(rows) > calls.MOST_TOKENS and self._runner.topology.device.type == "cpu":
+            return False
         total = len(rows)
         for sequence in rows:
             marks = sequence.watermarks
@@ -78,7 +86,7 @@ class Route:
             if found != marks[0] - marks[self.last_piece] or marks[0] != sequence.num_fed - 1:
                 return False
             total += found
-        return total <= MOST_TOKENS
+        return total <= MOST_TOKENS or self._runner.topology.device.type != "cpu"
 
 
 def waiting_within(part: Part, rows: list[Sequence]) -> tuple["ctypes.Array[calls.Waiting]", int, list[Tensor]]:

@@ -3,7 +3,6 @@ import itertools
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -73,8 +72,8 @@ class Runner:
             self.heads[None] = RaggedFinalHead(model)
         self.tables = rotation_tables(model.backbone.angles[:cache.max_length], model.plan.dtype)
         own_layers = frozenset(spec.layer for spec in model.plan.exits if spec.architecture == "layer")
-        self._describe = _Passes(self.tables, self.config, cache)
-        self.head_layers = HeadLayers(own_layers, self.exit_heads, cache, self._describe)
+        self.describe = _Passes(self.tables, self.config, cache)
+        self.head_layers = HeadLayers(own_layers, self.exit_heads, cache, self.describe)
         self._runs: dict[tuple[int, int], LayerRun] = {}
         self._carried: tuple[int, list[Sequence], PieceOutput] | None = None
         """What the newest pass gave to the piece behind it: mostly the next pass is of the same rows, and nothing is cut and joined."""
@@ -82,19 +81,8 @@ class Runner:
         is_plain = self.config.position == "rope" and self.topology.tp == 1 and self.topology.is_first_stage
         self.words: Tensor | None = model.backbone.embedding.word_embeddings.weight if is_plain else None
         """[v, h]"""
-        self.is_native, self.whole_heads = self._agree_on_kernels()
-        """Whether the kernels can take a token from the embedding to the last layer, over all stages; and the heads that they ask, of all
-        stages, but for those with layers of their own. None is the model's.
-        """
-
-    def _agree_on_kernels(self) -> tuple[bool, frozenset[int | None]]:
-        names = (*self.model.plan.exit_layers, None)
-        layers = self.config.position == "rope" and bool(self.layers) and all(layer.is_native for layer in self.layers.values())
-        heads = [head is None or (head.is_whole and head.layer is None) for head in map(self.heads.get, names)]
-        agreed = torch.tensor([layers, *heads], dtype=torch.int32)
-        if self.topology.num_in_replica > 1:  # compilers differ, and a stage has its own heads
-            dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=self.topology.replica_control)
-        return bool(agreed[0]), frozenset(name for name, is_whole in zip(names, agreed[1:].tolist(), strict=True) if is_whole)
+        self.is_native = self.config.position == "rope" and bool(self.layers) and all(layer.is_native for layer in self.layers.values())
+        """Whether the kernels can take a token through all layers of this stage, from the embedding on where that is here."""
 
     def run(self, index: int, rows: list[Sequence], through: int | None = None) -> PieceOutput:
         """One pass of `rows`' pending tokens through piece `index`, and on through the pieces up to `through` of the same stage.
@@ -111,7 +99,7 @@ class Runner:
         firsts = tuple(itertools.accumulate(lengths[:-1], initial=0))
         hidden, exit_input = self._entrance(index, rows, starts, lengths), None
         if hidden is not None:
-            hidden, exit_input = self.layers_of(index, last)(hidden, self._describe(rows, starts, lengths))
+            hidden, exit_input = self.layers_of(index, last)(hidden, self.describe(rows, starts, lengths))
             if (head := self.exit_heads.get(piece.last_layer)) is not None:
                 exit_input = head.take(hidden, exit_input)
         if piece.last_layer in self.head_layers.own:
@@ -159,7 +147,7 @@ class Runner:
         carried = self._carried
         if index == 0:
             self.settle()
-            return self._embedded(rows, starts, lengths) if here else None
+            return self.embedded(rows, starts, lengths) if here else None
         before = self.pieces[index - 1].stage
         hidden = None
         if carried is not None and carried[:2] == (index, rows) and not any([s.boundary[index] for s in rows]):
@@ -179,7 +167,8 @@ class Runner:
             return self.link.receive(sum(lengths), self.config.hidden_size, self.model.plan.dtype)
         return None
 
-    def _embedded(self, rows: list[Sequence], starts: list[int], lengths: list[int]) -> Tensor:  # [t, h]
+    def embedded(self, rows: list[Sequence], starts: list[int], lengths: list[int]) -> Tensor:  # [t, h]
+        """`lengths` tokens of `rows` from `starts` on; on the first stage."""
         ids = [token for s, start, n in zip(rows, starts, lengths, strict=True) for token in s.tokens[start: start + n]]
         if self.words is not None and len(ids) == 1:
             return self.words[ids[0]: ids[0] + 1]

@@ -1,7 +1,7 @@
-"""Steps of sequences that decode side by side, in one call of the kernels for each stage: what lies between two segments would cost more
-than a shallow one.
+"""Steps of sequences that decode side by side, each stage's part at one go: over stages, so that none waits for what it need not know; in
+one process by one call of the kernels, for what lies between two segments would cost more than a shallow one.
 
-They do what `Engine` does piece by piece, where all sequences decode by one policy and take the likeliest token.
+They do what `PieceWalk` does piece by piece, where all sequences decode by one policy and take the likeliest token.
 """
 from collections import deque
 
@@ -11,7 +11,6 @@ from ee_tuning.generation.processors import takes_likeliest
 from ee_tuning.generation.route import Route
 from ee_tuning.generation.runner import Runner
 from ee_tuning.generation.sequence import Sequence
-from ee_tuning.kernel import calls
 
 
 class WholeSteps:
@@ -19,7 +18,8 @@ class WholeSteps:
 
     def __init__(self, runner: Runner):
         self.runner = runner
-        self.is_able = runner.is_native
+        self.is_able = True
+        """Whether steps are taken so where they can be."""
         self._flights: deque[Flight] = deque()
         self._newest: Route | None = None
         self.seconds_in_heads = 0.0
@@ -35,7 +35,7 @@ class WholeSteps:
         through one by one.
         """
         first = rows[0]
-        if not self.is_able or len(rows) > calls.MOST_TOKENS or not all([_is_known(s, first) for s in rows]):
+        if not self.is_able or not all([_is_known(s, first) for s in rows]):
             return None
         route = self._newest
         if route is None or route.policy is not first.policy:
@@ -56,7 +56,7 @@ class WholeSteps:
 
 
 def _is_known(sequence: Sequence, first: Sequence) -> bool:
-    """Whether the kernels know all that a sequence wants of its next token, and it wants the policy of the `first` one."""
+    """Whether a sequence wants the likeliest token after its newest one and nothing more, by the policy of the `first` one."""
     policy = first.policy
     is_same = sequence.policy is policy or sequence.policy == policy
     return (is_same and not policy.drafts_at and sequence.has_all_fed and sequence.num_output > 0

@@ -53,22 +53,24 @@ class StageLink:
         self.post(decided, stage)
         self.hear(decided, stage)
 
+    def speaks_for(self, stage: int) -> bool:
+        """Whether this rank says what a stage decided."""
+        return self._topology.rank == self._topology.first_rank_of_stage(stage)
+
     def post(self, decided: Tensor, stage: int) -> None:
         """The sending half of `tell`; nothing is done on other ranks than the stage's first."""
-        group, source = self._topology.replica_control, self._topology.first_rank_of_stage(stage)
-        if self._topology.num_in_replica == 1 or self._topology.rank != source:
+        if self._topology.num_in_replica == 1 or not self.speaks_for(stage):
             return
-        began = time.perf_counter()
-        others = [rank for rank in dist.get_process_group_ranks(group) if rank != source]
+        began, group = time.perf_counter(), self._topology.replica_control
+        others = [rank for rank in dist.get_process_group_ranks(group) if rank != self._topology.rank]
         self._decisions.keep(decided, [dist.isend(decided, rank, group=group) for rank in others])
         self.seconds_waited += time.perf_counter() - began
 
     def hear(self, decided: Tensor, stage: int) -> None:
         """The receiving half of `tell`; nothing is done on the stage's first rank. What a stage says is heard in the order it was said."""
-        source = self._topology.first_rank_of_stage(stage)
-        if self._topology.num_in_replica == 1 or self._topology.rank == source:
+        if self._topology.num_in_replica == 1 or self.speaks_for(stage):
             return
-        began = time.perf_counter()
+        began, source = time.perf_counter(), self._topology.first_rank_of_stage(stage)
         with waiting_for(self._topology, f"what stage {stage} (rank {source}) decides"):
             dist.recv(decided, source, group=self._topology.replica_control)
         self.seconds_waited += time.perf_counter() - began

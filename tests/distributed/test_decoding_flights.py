@@ -1,9 +1,9 @@
-"""Over stages a step is one call of the kernels for each, and tokens that left go on while later stages are with the others: what is said
-is what one process says piece by piece.
-"""
+"""Over stages, tokens that left go on while later stages are with the others: what is said is what one process says piece by piece."""
 import random
 from collections import defaultdict
+from dataclasses import dataclass
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 from exits import write_exits
@@ -16,10 +16,8 @@ from ee_tuning.generation.engine import Engine
 from ee_tuning.generation.params import SamplingParams
 from ee_tuning.generation.policy import FULL, Policy
 from ee_tuning.generation.sequence import Sequence
-from ee_tuning.kernel import build
-from ee_tuning.parallel.topology import init_parallel
-
-pytestmark = pytest.mark.skipif(build._compiler() is None, reason="no C++ compiler")
+from ee_tuning.kernel import calls
+from ee_tuning.parallel.topology import Topology, init_parallel
 
 POLICIES = {"thresholds": Policy(thresholds={2: 0.4, 4: 0.3}), "first exit": Policy(thresholds={2: 0.3}),
             "last exit": Policy(thresholds={4: 0.3}), "fixed": Policy(fixed_exit=4), "full": FULL}
@@ -40,15 +38,30 @@ class Run(NamedTuple):
     """Those that were broken off while they waited for a later stage."""
 
 
-def run_at(model: str, exits: str, pp: int, layout: tuple[int, ...], policy: Policy, cache_tokens: int | None = None, seed: int = 5) -> Run:
+@dataclass(frozen=True)
+class Way:
+    """How the stages lie."""
+
+    tp: int = 1
+    pp: int = 1
+    layout: tuple[int, ...] = ()
+    plain: tuple[int, ...] = ()
+    """Stages without the kernels."""
+
+
+def run_at(model: str, exits: str, way: Way, policy: Policy, cache_tokens: int | None = None, seed: int = 5) -> Run:
     """In one process piece by piece; over stages as the engine sees fit. With little memory nobody ends early."""
-    topology = init_parallel(ParallelSection(pipeline_model_parallel_size=pp))
+    topology = init_parallel(ParallelSection(tensor_model_parallel_size=way.tp, pipeline_model_parallel_size=way.pp))
+    with mock.patch.object(calls, "kernels", (lambda: None) if topology.stage in way.plain else calls.kernels):
+        return _run(topology, model, exits, way, policy, cache_tokens, seed)
+
+
+def _run(topology: Topology, model: str, exits: str, way: Way, policy: Policy, cache_tokens: int | None, seed: int) -> Run:
     loaded = load_for_generation(load_config(None, {"model.path": model, "exits.path": exits, "model.dtype": "float64",
-                                                    "parallel.pipeline_layout": list(layout)}), topology)
+                                                    "parallel.pipeline_layout": list(way.layout)}), topology)
     engine = Engine(loaded.model, loaded.stages, num_slots=5, max_length=64, max_pending=5, prefill_chunk=16, eos_ids=(EOS,),
                     cache_tokens=cache_tokens)
-    engine.whole_steps.is_able &= pp > 1
-    assert engine.whole_steps.is_able == (pp > 1)
+    engine.whole_steps.is_able = way.pp > 1
     rng, num_overlaps, num_broken_off = random.Random(seed), 0, 0
     sequences: list[Sequence] = []
     came: dict[int, list[int]] = defaultdict(list)
@@ -89,23 +102,31 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return str(folder / "model"), str(write_exits(folder / "model", folder / "exits", architecture="mlp", init="copy"))
 
 
-@pytest.mark.parametrize(("pp", "layout"), [(2, ()), (2, (4, 2)), (4, ())])
+WAYS = [Way(pp=2), Way(pp=2, layout=(4, 2)), Way(pp=4), Way(pp=2, plain=(0, 1)), Way(pp=2, plain=(1,)), Way(pp=2, layout=(0, 6)),
+        Way(pp=4, plain=(0, 1, 2, 3)), Way(tp=2, pp=2)]
+
+
+@pytest.fixture(scope="module")
+def wanted(subject: tuple[str, str]) -> dict[str, Run]:
+    return {name: run_at(*subject, Way(), policy) for name, policy in POLICIES.items()}
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
 @pytest.mark.parametrize("policy", POLICIES)
-def test_stages_say_what_one_process_says(world, subject, pp, layout, policy):
+def test_stages_say_what_one_process_says(world, subject, wanted, way, policy):
     """A word taken for another step's; states of a row that went on meanwhile; keys that stay missing behind who left; a hang."""
-    wanted = run_at(*subject, 1, (), POLICIES[policy])
-    for run in world.run(run_at, *subject, pp, layout, POLICIES[policy]):
-        assert run.said == wanted.said
-        if policy in ("fixed", "full"):
+    for run in world.run(run_at, *subject, way, POLICIES[policy]):
+        assert run.said == wanted[policy].said
+        if policy == "fixed" or way.layout == (0, 6):
             assert not run.num_overlaps
-        elif (pp, layout) == (2, ()) and policy != "last exit":
+        elif way.pp == 2 and not way.layout and policy in ("thresholds", "first exit"):
             assert run.num_overlaps
             assert run.num_broken_off or policy == "first exit"
 
 
 def test_steps_under_way_land_before_memory_is_taken_back(world, subject):
     """A row that loses its memory in the middle of a step, whose next stage then reads its places."""
-    wanted = run_at(*subject, 1, (), POLICIES["thresholds"], 80, 3)
-    for run in world.run(run_at, *subject, 4, (), POLICIES["thresholds"], 80, 3):
+    wanted = run_at(*subject, Way(), POLICIES["thresholds"], 80, 3)
+    for run in world.run(run_at, *subject, Way(pp=4), POLICIES["thresholds"], 80, 3):
         assert run.said == wanted.said
         assert run.num_overlaps and run.num_put_back
