@@ -178,8 +178,7 @@ class Engine:
         left = self.whole_steps.begin(going) if going else []
         if left is None:
             return None
-        if busy:
-            left += self.whole_steps.proceed()
+        left += self.whole_steps.hear_due()
         while (busy := self.whole_steps.busy) and len(busy) == len(self.running):
             left += self.whole_steps.proceed()
         return left

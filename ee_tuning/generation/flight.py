@@ -20,14 +20,20 @@ from ee_tuning.kernel.calls import STAYS
 class Flight:
     """All ranks call `proceed` at the same moments."""
 
-    def __init__(self, runner: Runner, route: Route, rows: list[Sequence]):
-        self._runner, self._route, self._rows = runner, route, rows
+    def __init__(self, runner: Runner, route: Route, rows: list[Sequence], begun: int):
+        """`begun` tells the engine's step."""
+        self._runner, self._route, self._rows, self._begun = runner, route, rows, begun
         self.undecided = rows
         """Those whose newest token has not left yet, as far as all ranks know."""
         self.seconds_in_heads = 0.0
         self._num_begun = 0
         self._unheard: tuple[Part, list[Word] | None] | None = None
         """A part whose decisions not every rank knows, and on the rank that took them its words."""
+
+    @property
+    def due(self) -> int:
+        """The engine's step at which the stage that is waited for has had time for this one."""
+        return self._begun + (self._unheard[0].stage if self._unheard else 0)
 
     def proceed(self) -> list[Left]:
         """On to the next stage behind the first one that decides. Returns who left since the last call, shallow ones first; nobody is

@@ -45,6 +45,9 @@ class Route:
         """Piece -> the head that is asked behind it; None is the model's own."""
         self.thresholds = {**{i: policy.thresholds[pieces[i].last_layer] for i in asked}, last_piece: 0.0}
         self.parts = tuple(self._part(stage, list(indices)) for stage, indices in groupby(range(last_piece + 1), lambda i: pieces[i].stage))
+        self.num_busy_stages = sum(any(pieces[i].last_layer >= pieces[i].first_layer for i in range(part.starts[0], part.ends[-1] + 1))
+                                   for part in self.parts)
+        """Stages with layers that tokens go through."""
         own = [part for part in self.parts if part.stage == runner.topology.stage]
         self.segments = self._segments(own[0]) if own and self._is_native(own[0]) else None
         """Of this stage, where the kernels serve."""

@@ -66,11 +66,11 @@ class Scheduler:
         for sequence in self.running:
             if sequence.number in busy:
                 continue
-            amount = 1
+            amount = 0 if sequence.has_all_fed else 1  # fed already where the step before left it out
             if sequence.is_reading:
                 amount = min(budget, sequence.num_to_read - sequence.num_fed)
                 budget -= amount
-            if amount:
+            if amount or sequence.has_all_fed:
                 sequence.num_fed += amount
                 going.append(sequence)
         return going

@@ -21,6 +21,10 @@ class WholeSteps:
         self.is_able = True
         """Whether steps are taken so where they can be."""
         self._flights: deque[Flight] = deque()
+        """In the order in which they went on to the stage that they wait for: its words come in that order."""
+        self._held: list[Sequence] = []
+        """Those that a step left out."""
+        self._clock = 0
         self._newest: Route | None = None
         self.seconds_in_heads = 0.0
         """On this rank, of steps that are over."""
@@ -38,13 +42,35 @@ class WholeSteps:
         if not self.is_able or not all([_is_known(s, first) for s in rows]):
             return None
         route = self._newest
-        if route is None or route.policy is not first.policy:
+        if route is None or (route.policy is not first.policy and route.policy != first.policy):
             route = self._newest = Route(self.runner, first.policy, first.last_piece)
-        return self._proceed(Flight(self.runner, route, rows)) if route.serves and route.fits(rows) else None
+        if not route.serves or not route.fits(rows):
+            return None
+        return self._proceed(Flight(self.runner, route, self._share_of(rows, route), self._clock))
+
+    def hear_due(self) -> list[Left]:
+        """Ends a step of the engine: hears each stage that has had as many of them as it lies behind the first one."""
+        left: list[Left] = []
+        while self._flights and self._flights[0].due <= self._clock:
+            left += self.proceed()
+        self._clock += 1
+        return left
 
     def proceed(self) -> list[Left]:
-        """Takes the oldest step on by one stage's word. The words of a stage are heard in the order in which it says them."""
+        """Takes the oldest step on by one stage's word."""
         return self._proceed(self._flights.popleft())
+
+    def _share_of(self, rows: list[Sequence], route: Route) -> list[Sequence]:
+        """Those that begin a step. Where nobody can leave in the first stage, all rows in one step would keep one stage busy at a time: as
+        many steps as stages share them. Who was left out comes first the next time.
+        """
+        self._held, held = [], [s for s in self._held if s in rows]
+        if route.num_busy_stages == 1 or route.parts[0].decides:
+            return rows
+        rows = [*held, *(s for s in rows if s not in held)]
+        share = -(-(len(rows) + len(self.busy)) // route.num_busy_stages)
+        self._held = rows[share:]
+        return rows[:share]
 
     def _proceed(self, flight: Flight) -> list[Left]:
         left = flight.proceed()
