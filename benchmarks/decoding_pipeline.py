@@ -3,9 +3,10 @@
     python benchmarks/decoding_pipeline.py --exits runs/demo/exit_heads
     python benchmarks/decoding_pipeline.py --only 30M --batch 1 8 --rounds 5
 
-Two processes of one thread each, gloo between them, six layers on each, exits asked after layers 3 and 6 alone: in the first stage. Every
-round takes each way of decoding in turn; a ratio is the median over rounds of the round's own ratio to full depth. `threshold` is run with
-the second stage filling the keys and values of tokens that left at once, by four, and when a token comes that goes deeper.
+Two processes of one thread and core each, gloo between them, six layers on each, exits asked after layers 3 and 6 alone: in the first
+stage. Every round takes each way of decoding in turn; a ratio is the median over rounds of the round's own ratio to full depth. `threshold`
+is run with the second stage filling the keys and values of tokens that left by four, by eight, and when a token comes that goes deeper or
+16 wait.
 The random model's exits are sure of nothing, so its threshold is that which a share of tokens (`--leaving`) passes at layer 6.
 A stage is busy when it does not wait for the other one.
 """
@@ -116,7 +117,7 @@ def _ways(llm: EarlyExitLLM, threshold: float, wanted: list[str] | None) -> dict
         return {"policy": "threshold", "threshold": [threshold if layer in asked else NEVER for layer in llm.exit_layers]}
     ways = {"full depth": ({"policy": "full"}, 1), f"fixed at layer {LAST_EXIT}": ({"policy": "fixed", "exit_layer": LAST_EXIT}, 1)}
     for words, keys in ((f"threshold {threshold:.3g} at layer 6", at(6)), (f"threshold {threshold:.3g} at layers 3 and 6", at(3, 6))):
-        ways |= {f"{words}, filled at once": (keys, 1), f"{words}, filled by 4": (keys, 4), f"{words}, filled on demand": (keys, 16)}
+        ways |= {f"{words}, filled by 4": (keys, 4), f"{words}, filled by 8": (keys, 8), f"{words}, filled on demand": (keys, 16)}
     ways["speculative"] = ({"policy": "speculative"}, 1)
     return {way: what for way, what in ways.items() if wanted is None or way == "full depth" or way.startswith(tuple(wanted))}
 

@@ -1,6 +1,11 @@
-"""Graphs without a GPU: what would be recorded is called again, and its outputs lie where the first call left them, as a graph's do."""
+"""Graphs without a GPU: what would be recorded is called again, and its outputs lie where the first call left them, as a graph's do.
+
+All graphs work in the same memory: what one was recorded to leave there is written over by those that were recorded before it.
+"""
 import math
+import weakref
 from collections.abc import Callable
+from typing import ClassVar
 
 import pytest
 import torch
@@ -14,16 +19,23 @@ class ImitatedGraph:
     """Takes the place of graphs.Graph."""
 
     num_replays = 0
+    recorded: ClassVar[list[weakref.ref["ImitatedGraph"]]] = []
 
-    def __init__(self, function: Callable[[], tuple[Tensor, ...]], device: torch.device):
-        self._function = function
+    def __init__(self, function: Callable[[], tuple[Tensor, ...]], device: torch.device, *, keeps: bool = True):
+        self._function, self._keeps = function, keeps
         function()
-        self.outputs = function()
+        self.outputs = tuple(output.clone() for output in function())
+        self._place = len(ImitatedGraph.recorded)
+        ImitatedGraph.recorded.append(weakref.ref(self))
 
     def replay(self) -> None:
         ImitatedGraph.num_replays += 1
         for kept, new in zip(self.outputs, self._function(), strict=True):
             kept.copy_(new)
+        for other in [ref() for ref in ImitatedGraph.recorded[self._place + 1:]]:
+            if other is not None and not other._keeps:
+                for output in other.outputs:
+                    output.fill_(torch.nan if output.is_floating_point() else 0)
 
 
 def record_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,6 +44,7 @@ def record_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "Graph", ImitatedGraph)
     monkeypatch.setattr(calls, "kernels", lambda: None)
     ImitatedGraph.num_replays = 0
+    ImitatedGraph.recorded.clear()
 
 
 def imitate_flash_attention(monkeypatch: pytest.MonkeyPatch, *, version: int) -> None:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from ee_tuning.errors import InputError
 from ee_tuning.generation.block_pool import BLOCK_SIZE, blocks_for
 from ee_tuning.generation.drafting import Drafting
 from ee_tuning.generation.judge import Answer, Judge, Left, Question
@@ -50,10 +51,13 @@ class Engine:
     """Decodes up to `num_slots` sequences at a time, of up to `max_length` tokens each.
 
     stages[p] is stage p's (first, last) layer. `cache_tokens` bounds the tokens of all sequences together; by default all can be longest.
+    Raises InputError where the model has fewer positions.
     """
 
     def __init__(self, model: EarlyExitModel, stages: list[tuple[int, int]], *, num_slots: int, max_length: int, max_pending: int = 16,
                  prefill_chunk: int = 512, cache_tokens: int | None = None, eos_ids: tuple[int, ...] = (), reuses_prefixes: bool = True):
+        if max_length > model.plan.max_length:
+            raise InputError(f"max_length must be at most {model.plan.max_length}, the positions that the model has, got {max_length}")
         self.model, self.topology, self.config = model, model.topology, model.config
         self.pieces = cut_pieces(stages, model.plan.exit_layers)
         self.fill_behind = FILL_BEHIND
@@ -105,19 +109,32 @@ class Engine:
     def abort(self, sequence: Sequence, reason: str = "abort") -> None:
         """Ends a sequence and frees its memory, whether it runs or waits; one that has ended is left as it is."""
         if sequence.number in self.whole_steps.busy:
-            self._landed += self._end(self._add(self._heard()))
+            landed = self._end(self._add([left for left in self._heard() if left.sequence is not sequence]))
+            self._landed += landed
+        if not sequence.finish_reason:
             self._landed = [step for step in self._landed if step.sequence is not sequence]
+            self._let_go(sequence, reason)
+
+    @torch.inference_mode()
+    def clear(self) -> None:
+        """Aborts all sequences; what they said that no step has returned yet is forgotten."""
+        for sequence in [*self.running, *self.waiting]:
+            self.abort(sequence)
+        self._landed.clear()
+
+    def _let_go(self, sequence: Sequence, reason: str) -> None:
         if not self.scheduler.remove(sequence):
             return
         self.judge.forget(sequence)
         sequence.finish_reason = reason
         sequence.statistics.seconds = time.perf_counter() - sequence.added_at
-        if self.is_idle:
+        if not self.running and not self.waiting:
             self.link.finish()
 
     @torch.inference_mode()
     def step(self) -> list[TokenStep]:
-        """Takes every running sequence on: a token each, none for one whose prompt is still being read.
+        """Takes running sequences on: a token each in most steps, none for one whose prompt is still being read or that waits for a later
+        stage, more where drafts were right.
 
         Sequences that end with their token are out of the engine afterwards, their finish_reason says why.
         """
@@ -137,7 +154,7 @@ class Engine:
         """Lets those go that end with their token."""
         for sequence in {step.sequence.number: step.sequence for step in steps}.values():
             if sequence.finish_reason:
-                self.abort(sequence, sequence.finish_reason)
+                self._let_go(sequence, sequence.finish_reason)
         return steps
 
     @torch.inference_mode()

@@ -103,30 +103,41 @@ class Flight:
 
     def _book(self, part: Part, num_run: int, called: Called | None) -> None:
         """All rows have gone through the first `num_run` segments of a part, behind which their states wait where it was `called`."""
-        first, index, place, undecided = part.starts[0], part.ends[num_run - 1], 0, {*self.undecided}
+        first, index = part.starts[0], part.ends[num_run - 1]
+        num_pieces, place = index + 1 - first, 0
+        states = None if called is None or index == self._route.last_piece else called.states
+        is_going = self._membership()
         for r, sequence in enumerate(self._rows):
-            marks = sequence.watermarks
-            num_missing = sum([sequence.num_fed - mark for mark in marks[first: index + 1]])
-            sequence.statistics.num_catch_up += num_missing - (index + 1 - first if sequence in undecided else 0)
-            marks[first: index + 1] = [sequence.num_fed] * (index + 1 - first)
+            marks, num_fed = sequence.watermarks, sequence.num_fed
+            sequence.statistics.num_catch_up += num_pieces * (num_fed - is_going[r]) - sum(marks[first: index + 1])
             for piece in range(first, index + 1):
-                sequence.boundary[piece].clear()
-            if called is not None and index < self._route.last_piece:
-                sequence.boundary[index + 1].append(called.states[place: place + called.counts[r]])
+                marks[piece] = num_fed
+                if sequence.boundary[piece]:
+                    sequence.boundary[piece].clear()
+            if states is not None and called is not None:
+                sequence.boundary[index + 1].append(states[place: place + called.counts[r]])
                 place += called.counts[r]
 
     def _leave(self, part: Part, words: list[Word], num_run: int) -> list[Left]:
         """Those of a part's rows that its words let go; of the network's last one all, though a broken model's NaN passes no threshold."""
-        is_last, pieces, undecided = part.ends[-1] == self._route.last_piece, self._runner.pieces, {*self.undecided}
-        left, stay = [], []
-        for sequence, (segment, token, confidence) in zip(self._rows, words, strict=True):
-            if sequence not in undecided:
+        is_last, pieces, reached = part.ends[-1] == self._route.last_piece, self._runner.pieces, part.ends[num_run - 1]
+        left: list[Left] = []
+        stay = []
+        for sequence, (segment, token, confidence), is_going in zip(self._rows, words, self._membership(), strict=True):
+            if not is_going:
                 continue
             if segment == STAYS and not is_last:
                 stay.append(sequence)
                 continue
             place = part.ends[int(segment)]  # STAYS is the last one, too
-            sequence.statistics.num_catch_up += part.ends[num_run - 1] - place
+            sequence.statistics.num_catch_up += reached - place
             left.append(Left(sequence, Answer(confidence, int(token), None, None), pieces[place].last_layer))
         self.undecided = stay
-        return sorted(left, key=lambda each: each.layer)
+        return sorted(left, key=lambda each: each.layer) if len(left) > 1 else left
+
+    def _membership(self) -> list[bool]:
+        """Of each row, whether it is undecided."""
+        if len(self.undecided) == len(self._rows):
+            return [True] * len(self._rows)
+        undecided = {*self.undecided}
+        return [sequence in undecided for sequence in self._rows]

@@ -166,8 +166,7 @@ class EarlyExitLLM:
                         engine.abort(step.sequence, "stop")  # where a stop string ended it; otherwise it is out already
                     yield token
         finally:
-            for sequence in [*engine.running, *engine.waiting]:  # the caller stopped listening
-                engine.abort(sequence)
+            engine.clear()  # the caller may have stopped listening
 
     def _options(self, options: dict[str, Any]) -> GenerationSection:
         resolved = with_options(self.defaults, options)

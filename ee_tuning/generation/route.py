@@ -45,6 +45,7 @@ class Route:
         """Piece -> the head that is asked behind it; None is the model's own."""
         self.thresholds = {**{i: policy.thresholds[pieces[i].last_layer] for i in asked}, last_piece: 0.0}
         self.parts = tuple(self._part(stage, list(indices)) for stage, indices in groupby(range(last_piece + 1), lambda i: pieces[i].stage))
+        self._inner_starts = [start for part in self.parts for start in part.starts if start]
         self.num_busy_stages = sum(any(pieces[i].last_layer >= pieces[i].first_layer for i in range(part.starts[0], part.ends[-1] + 1))
                                    for part in self.parts)
         """Stages with layers that tokens go through."""
@@ -85,10 +86,12 @@ class Route:
         total = len(rows)
         for sequence in rows:
             marks = sequence.watermarks
-            found = sum(marks[start - 1] - marks[start] for part in self.parts for start in part.starts if start)
-            if found != marks[0] - marks[self.last_piece] or marks[0] != sequence.num_fed - 1:
+            if marks[0] != sequence.num_fed - 1:
                 return False
-            total += found
+            if num_waiting := marks[0] - marks[self.last_piece]:
+                if num_waiting != sum([marks[start - 1] - marks[start] for start in self._inner_starts]):
+                    return False
+                total += num_waiting
         return total <= MOST_TOKENS or self._runner.topology.device.type != "cpu"
 
 
@@ -96,7 +99,9 @@ def waiting_within(part: Part, rows: list[Sequence]) -> tuple["ctypes.Array[call
     """What waits in front of a part's segments but the first, on the stage that has them: table, number of tokens, and the tensors that it
     lies in.
     """
-    table, kept, total = (calls.Waiting * (len(part.starts) * len(rows)))(), [], 0
+    table, kept, total = (calls.Waiting * (len(part.starts) * len(rows)))(), list[Tensor](), 0
+    if all([s.watermarks[part.starts[0]] == s.watermarks[part.ends[-1]] for s in rows]):
+        return table, 0, kept
     for number, start in enumerate(part.starts[1:], 1):
         for r, sequence in enumerate(rows):
             count = sequence.watermarks[start - 1] - sequence.watermarks[start]

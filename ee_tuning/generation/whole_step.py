@@ -4,9 +4,11 @@ one process by one call of the kernels, for what lies between two segments would
 They do what `PieceWalk` does piece by piece, where all sequences decode by one policy and take the likeliest token.
 """
 from collections import deque
+from collections.abc import Set
 
 from ee_tuning.generation.flight import Flight
 from ee_tuning.generation.judge import Left
+from ee_tuning.generation.policy import FULL, Policy
 from ee_tuning.generation.processors import takes_likeliest
 from ee_tuning.generation.route import Route
 from ee_tuning.generation.runner import Runner
@@ -25,25 +27,21 @@ class WholeSteps:
         self._held: list[Sequence] = []
         """Those that a step left out."""
         self._clock = 0
+        self.busy: Set[int] = frozenset()
+        """Numbers of the sequences that wait for a later stage's word."""
         self._newest: Route | None = None
         self.seconds_in_heads = 0.0
         """On this rank, of steps that are over."""
-
-    @property
-    def busy(self) -> set[int]:
-        """Numbers of the sequences that wait for a later stage's word."""
-        return {s.number for flight in self._flights for s in flight.undecided}
 
     def begin(self, rows: list[Sequence]) -> list[Left] | None:
         """Begins a step of `rows`, their newest tokens at the entrance, and says who left so far; None where the pieces have to be gone
         through one by one.
         """
-        first = rows[0]
-        if not self.is_able or not all([_is_known(s, first) for s in rows]):
+        policy, route = _taken_as(rows[0]), self._newest
+        if not self.is_able or not all([_is_known(s, policy) for s in rows]):
             return None
-        route = self._newest
-        if route is None or (route.policy is not first.policy and route.policy != first.policy):
-            route = self._newest = Route(self.runner, first.policy, first.last_piece)
+        if route is None or (route.policy is not policy and route.policy != policy):
+            route = self._newest = Route(self.runner, policy, rows[0].last_piece)
         if not route.serves or not route.fits(rows):
             return None
         return self._proceed(Flight(self.runner, route, self._share_of(rows, route), self._clock))
@@ -78,12 +76,19 @@ class WholeSteps:
             self._flights.append(flight)
         else:
             self.seconds_in_heads += flight.seconds_in_heads
+        if self._flights or self.busy:
+            self.busy = {s.number for flight in self._flights for s in flight.undecided}
         return left
 
 
-def _is_known(sequence: Sequence, first: Sequence) -> bool:
-    """Whether a sequence wants the likeliest token after its newest one and nothing more, by the policy of the `first` one."""
-    policy = first.policy
-    is_same = sequence.policy is policy or sequence.policy == policy
-    return (is_same and not policy.drafts_at and sequence.has_all_fed and sequence.num_output > 0
+def _taken_as(sequence: Sequence) -> Policy:
+    """The policy of a sequence's next step: one that speculates goes to full depth where nothing is drafted."""
+    is_plain = sequence.policy.drafts_at and not sequence.drafts.plan and not sequence.num_drafts and not sequence.head_watermarks
+    return FULL if is_plain else sequence.policy
+
+
+def _is_known(sequence: Sequence, policy: Policy) -> bool:
+    """Whether a sequence wants the likeliest token after its newest one and nothing more, by this policy."""
+    own = _taken_as(sequence)
+    return ((own is policy or own == policy) and not policy.drafts_at and sequence.has_all_fed and sequence.num_output > 0
             and takes_likeliest(sequence, len(sequence.tokens)))

@@ -36,17 +36,23 @@ class Graph:
     outputs: tuple[Tensor, ...]
     """Where every replay leaves them, over those of the replay before."""
 
-    def __init__(self, function: Callable[[], tuple[Tensor, ...]], device: torch.device):
+    def __init__(self, function: Callable[[], tuple[Tensor, ...]], device: torch.device, *, keeps: bool = True):
+        """With `keeps`, outputs stay as they are until the next replay; without, until another graph's: that saves a copy of them."""
         stream = _stream(device)
         try:
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
-                function()  # libraries make themselves ready at the first call, which can not be recorded
+                made = function()  # libraries make themselves ready at the first call, which can not be recorded
             torch.cuda.current_stream(device).wait_stream(stream)
             self._graph = torch.cuda.CUDAGraph()
+            # In memory that no graph works in: what is recorded later may get what this one works in for its outputs.
+            kept = tuple(torch.empty_like(x) for x in made) if keeps else ()
             # Other threads, NCCL's watchdog for one, may ask the device something meanwhile.
             with torch.cuda.graph(self._graph, pool=_first_graph(device).pool(), stream=stream, capture_error_mode="thread_local"):
-                self.outputs = function()
+                made = function()
+                for place, output in zip(kept, made, strict=False):
+                    place.copy_(output)
+            self.outputs = kept or made
         except RuntimeError as error:
             error.add_note(f"while a CUDA graph was recorded; {SWITCH}=0 decodes without")
             raise
@@ -64,7 +70,7 @@ def _stream(device: torch.device) -> Any:
 @cache
 def _first_graph(device: torch.device) -> Any:
     """A graph of next to nothing, in whose memory all others are recorded: they run one after the other, and what one holds in between is
-    room for the next; outputs stay apart. It stays: torch takes no memory up again that every graph has left.
+    room for the next. It stays: torch takes no memory up again that every graph has left.
     """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=_stream(device), capture_error_mode="thread_local"):

@@ -44,7 +44,7 @@ class RaggedHead(ABC):
 
     def ask(self, inputs: ExitInput) -> tuple[Tensor, Tensor]:  # [q, v/tp]; [q, 2] float64
         """Logits of the tokens that are asked about; and of each, over the whole vocabulary, the likeliest id and its probability, on
-        the CPU. For use before it is asked again.
+        the CPU. For use before anything else is asked or run.
         """
         if self.native is not None and inputs.hidden.shape[0] <= calls.MOST_TOKENS:
             return calls.run_head(self._shape, self.native, *self.native_states(inputs))
@@ -58,7 +58,7 @@ class RaggedHead(ABC):
             return self._answer(inputs)
         if count not in self._graphs:
             taken = inputs.padded(count)
-            self._graphs[count] = taken, graphs.Graph(lambda: self._answer(taken), inputs.hidden.device)
+            self._graphs[count] = taken, graphs.Graph(lambda: self._answer(taken), inputs.hidden.device, keeps=False)
         taken, graph = self._graphs[count]
         taken.overwrite(inputs)
         graph.replay()

@@ -3,7 +3,7 @@
 Nobody waits for a send. A stage that hands states on, or says what it decided, goes on at once; whoever needs either waits for it when it
 comes to that place. So a stage lags behind another by as many messages as may be under way, and no more.
 Every rank sends and receives in the order of one and the same program, and the oldest operation that anybody waits for can always be
-finished: that is why this can not deadlock, however few sends may be under way.
+finished: that is why this can not deadlock, as long as a stage may post what others hear later in that program.
 """
 import time
 from collections import deque
@@ -28,7 +28,8 @@ class StageLink:
         """For other stages, so far. On a GPU, of the host alone."""
         self._topology = topology
         self._hidden = _Outbox(max_in_flight)
-        self._decisions = _Outbox(max_in_flight)
+        # As many steps are on their way as there are stages, and may wait as long again behind older ones (`whole_step.py`).
+        self._decisions = _Outbox(max(max_in_flight, 2 * topology.pp))
 
     def send(self, hidden: Tensor) -> None:  # [t, h]
         """Hands hidden states on to the next stage. They may be read, but not written, afterwards."""

@@ -12,10 +12,12 @@ from random_models import random_llama
 
 from ee_tuning.checkpoint.load import load_for_generation
 from ee_tuning.config import ParallelSection, load_config
+from ee_tuning.generation.costs import Costs
 from ee_tuning.generation.engine import Engine
 from ee_tuning.generation.params import SamplingParams
 from ee_tuning.generation.policy import FULL, Policy
 from ee_tuning.generation.sequence import Sequence
+from ee_tuning.generation.speculation import Speculation
 from ee_tuning.kernel import calls
 from ee_tuning.parallel.topology import Topology, init_parallel
 
@@ -62,6 +64,11 @@ def _run(topology: Topology, model: str, exits: str, way: Way, policy: Policy, c
     engine = Engine(loaded.model, loaded.stages, num_slots=5, max_length=64, max_pending=5, prefill_chunk=16, eos_ids=(EOS,),
                     cache_tokens=cache_tokens)
     engine.whole_steps.is_able = way.pp > 1
+    if policy.drafts_at:  # a speculation that has learnt that drafts never pay
+        costly, free = (1.0,) * 3, (1e-6,) * 3
+        costs = Costs((free,) * len(engine.pieces), dict.fromkeys(policy.drafts_at, costly), free)
+        known = engine.drafting.speculation = Speculation(costs, engine.pieces)
+        known.num_rounds, known._survey_end, known._next_plan = 1000, 0, 10 ** 9
     rng, num_overlaps, num_broken_off = random.Random(seed), 0, 0
     sequences: list[Sequence] = []
     came: dict[int, list[int]] = defaultdict(list)
@@ -73,12 +80,13 @@ def _run(topology: Topology, model: str, exits: str, way: Way, policy: Policy, c
         for _ in range(rng.choice([1, 2, 5])):
             steps = engine.step()
             num_overlaps += bool(steps) and bool(engine.whole_steps.busy)
+            assert len(engine.whole_steps._flights) <= 2 * way.pp, "more words unheard than the link lets be under way"
             for step in steps:
                 came[step.sequence.number].append(step.token_id)
             num_broken_off += _break_off(engine, sequences)
     assert engine.cache.pool.num_free == engine.cache.pool.num_blocks
+    assert all(came[s.number] == s.output for s in sequences), "a token came twice or never"
     ends = [BROKEN_OFF.get(place, 99) for place in range(12)]
-    assert all(came[s.number][:end] == s.output[:end] for s, end in zip(sequences, ends, strict=True)), "a token came twice or never"
     said = [(s.output[:end], s.statistics.exit_layers[:end], "" if end < 99 else s.finish_reason)
             for s, end in zip(sequences, ends, strict=True)]
     return Run(said, num_overlaps, sum(s.was_put_back for s in sequences), num_broken_off)
@@ -121,6 +129,40 @@ def test_stages_say_what_one_process_says(world, subject, wanted, way, policy):
         assert not run.num_overlaps if is_on_one_stage else run.num_overlaps or way.layout == (4, 2)
         if way == Way(pp=2) and policy == "thresholds":
             assert run.num_broken_off
+
+
+@pytest.mark.parametrize("way", [Way(), Way(pp=2)], ids=str)
+def test_where_drafts_do_not_pay_speculation_is_full_depth(world, subject, wanted, way):
+    """Sequences that draft nothing, and keep all stages but one waiting because they might."""
+    for run in world.run(run_at, *subject, way, Policy(drafts_at=(2, 4))):
+        assert run.said == wanted["full"].said
+        assert bool(run.num_overlaps) == (way.pp > 1)
+
+
+def break_all_off_at(model: str, exits: str, pp: int) -> bool:
+    """While some wait for later stages. Whether any did."""
+    topology = init_parallel(ParallelSection(pipeline_model_parallel_size=pp))
+    loaded = load_for_generation(load_config(None, {"model.path": model, "exits.path": exits, "model.dtype": "float64"}), topology)
+    engine = Engine(loaded.model, loaded.stages, num_slots=6, max_length=64)
+    waited = False
+    for number in range(4, 12):
+        sequences = [engine.add_request([i, number], SamplingParams(max_tokens=30), FULL)[0] for i in range(6)]
+        for _ in range(number):
+            engine.step()
+        waited |= len(engine.whole_steps.busy) > 1
+        if number % 2:
+            engine.clear()
+        for sequence in sequences:
+            engine.abort(sequence)
+        assert engine.is_idle and not engine.link._decisions._under_way and not engine.link._hidden._under_way
+        assert engine.cache.pool.num_free == engine.cache.pool.num_blocks
+    return waited
+
+
+@pytest.mark.parametrize("pp", [2, 4])
+def test_requests_broken_off_on_their_way_leave_nothing(world, subject, pp):
+    """A token of one that is gone, heard while another is broken off, for which the engine never is idle; sends that nobody waits for."""
+    assert all(world.run(break_all_off_at, *subject, pp))
 
 
 def test_steps_under_way_land_before_memory_is_taken_back(world, subject):

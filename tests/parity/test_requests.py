@@ -115,6 +115,14 @@ def test_the_end_of_the_context(subject, policy):
             engine.add_request([1] * length)
 
 
+def test_no_engine_is_longer_than_the_model(subject):
+    """Positions that the model has no angles for, read from whatever lies behind them."""
+    longest = subject.loaded.model.plan.max_length
+    assert subject.engine(max_length=longest).cache.max_length == longest
+    with pytest.raises(InputError, match=f"at most {longest}, .*got {longest + 1}"):
+        subject.engine(max_length=longest + 1)
+
+
 REFUSED: list[tuple[list[int], dict[str, Any], str]] = [
     ([], {}, "at least one token"), ([101], {}, "0..100.*got 101"), ([-1], {}, "got -1"),
     ([1], {"temperature": float("nan")}, "temperature.*nan"), ([1], {"temperature": -0.1}, "temperature.*-0.1"),
