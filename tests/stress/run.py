@@ -15,7 +15,8 @@ from typing import Protocol
 TESTS = Path(__file__).parents[1]
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
-COUNTS = {"safetensors": 3000, "checkpoints": 500, "saves": 100, "tuning": 100, "mixtures": 1000, "speculation": 200, "growth": 10_000}
+COUNTS = {"safetensors": 3000, "checkpoints": 500, "saves": 100, "tuning": 100, "mixtures": 1000, "stages": 200, "speculation": 200,
+          "growth": 10_000}
 
 
 def main() -> int:
@@ -34,6 +35,7 @@ def main() -> int:
     from kills import stress_saves, stress_tuning
     from nursery import Nursery
     from safetensors_stress import stress_safetensors
+    from stages_stress import stress_stages
     torch.set_num_threads(1)
     nursery, seed = Nursery(), options["seed"]
     damaged, killed = "mutations", "kills"
@@ -43,6 +45,7 @@ def main() -> int:
         _Part("`kill -9` while a command saves", options["saves"], killed, lambda n, folder: stress_saves(n, seed, folder, nursery)),
         _Part("`kill -9` while a run tunes", options["tuning"], killed, lambda n, folder: stress_tuning(n, seed, folder, nursery)),
         _Part("Mixtures of decoding requests", options["mixtures"], "mixtures", lambda n, folder: stress_mixtures(n, seed, folder)),
+        _Part("Decoding over stages", options["stages"], "dozens of requests", lambda n, folder: stress_stages(n, seed, folder)),
         _Part("Speculation", options["speculation"], "prompts", lambda n, folder: stress_speculation(n, seed, folder)),
         _Part("Memory over many tokens", options["growth"], "tokens", lambda n, folder: stress_growth(n, seed, folder))]
     stories = [story for name, story in zip(COUNTS, stories, strict=True) if name in options["only"]]
