@@ -40,9 +40,9 @@ def stress_stages(count: int, seed: int, folder: Path) -> Report:
             report.failures.append(f"{told}: {type(error).__name__}: {error}")
     world.stop()
     report.told = (f"A dozen requests each, over two and four stages in {len(WAYS)} layouts, with the kernels and without, in much memory "
-                   f"and little: tokens, exits and ends are those of one process piece by piece. In {seen['overlaps']} steps some said a token "
-                   f"while others were on their way; {seen['broken off']} were broken off there, and {seen['put back']} lost their memory "
-                   "and came back.")
+                   "and little: tokens, exits and ends are those of one process piece by piece. "
+                   f"In {seen['overlaps']} steps some said a token while others were on their way; {seen['broken off']} were broken off "
+                   f"there, and {seen['put back']} lost their memory and came back.")
     return report
 
 
