@@ -47,7 +47,9 @@ class WholeSteps:
         return self._proceed(Flight(self.runner, route, self._share_of(rows, route), self._clock))
 
     def hear_due(self) -> list[Left]:
-        """Ends a step of the engine: hears each stage that has had as many of them as it lies behind the first one."""
+        """Ends a step of the engine, by what it is time to hear: a stage's word comes as many steps after a step began as the stage lies
+        behind the first one.
+        """
         left: list[Left] = []
         while self._flights and self._flights[0].due <= self._clock:
             left += self.proceed()
