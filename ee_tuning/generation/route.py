@@ -25,8 +25,6 @@ class Part:
     ends: tuple[int, ...]
     is_asked: tuple[bool, ...]
     """Whether a head behind the segment is."""
-    layers: tuple[int, ...]
-    """The last of each segment."""
 
     @property
     def decides(self) -> bool:
@@ -63,7 +61,7 @@ class Route:
     def _part(self, stage: int, indices: list[int]) -> Part:
         ends = [i for i in indices if i in self.heads or i == indices[-1]]
         return Part(stage=stage, starts=(indices[0], *(end + 1 for end in ends[:-1])), ends=tuple(ends),
-                    is_asked=tuple(end in self.heads for end in ends), layers=tuple(self._runner.pieces[end].last_layer for end in ends))
+                    is_asked=tuple(end in self.heads for end in ends))
 
     def _segments(self, part: Part) -> "ctypes.Array[calls.Segment]":
         runs = [self._runner.layers_of(start, end) for start, end in zip(part.starts, part.ends, strict=True)]
