@@ -17,6 +17,8 @@ from ee_tuning.errors import InputError
 from ee_tuning.parallel.topology import Topology
 
 Result = TypeVar("Result")
+REMEDY = "make room, or choose another folder"
+"""What helps where the disk refuses."""
 
 
 def on_first_rank(topology: Topology | None, action: Callable[[], Result]) -> Result:
@@ -53,19 +55,19 @@ def gathered(items: list[Result], topology: Topology | None) -> list[Result]:
 
 
 @contextmanager
-def written_aside(output: Path, topology: Topology | None) -> Iterator[Path]:
+def written_aside(output: Path, topology: Topology | None, remedy: str = REMEDY) -> Iterator[Path]:
     """A new folder `<output>.partial-…`, the same on every rank, which becomes `output` when the block ends well.
 
     An `output` that exists is replaced then. When the block fails, or the process is killed, `output` is as it was. The block must end with
     rank 0 knowing that every rank has written. Raises InputError where the disk refuses. What writers of `output` that were killed left
     is removed; of two that write it at once, the later one to end has its way.
     """
-    partial, lock = on_first_rank(topology, lambda: _begun(output, Path.mkdir))
+    partial, lock = on_first_rank(topology, lambda: _begun(output, Path.mkdir, remedy))
     is_first = topology is None or topology.rank == 0
     try:
-        with refusals_named(output):
+        with refusals_named(output, remedy):
             yield partial
-        on_first_rank(topology, lambda: _put_in_place(partial, output))
+        on_first_rank(topology, lambda: _put_in_place(partial, output, remedy))
     finally:
         if is_first:
             _remove(partial)
@@ -129,19 +131,19 @@ def check_apart(output: Path, sources: Iterable[Path]) -> None:
             raise InputError(f"--output must not be {source}, which is read to make it and would be lost; give another --output")
 
 
-def check_room(output: Path, partial: Path, needed: int, remedy: str = "make room, or choose another folder") -> None:
+def check_room(output: Path, partial: Path, needed: int, remedy: str = REMEDY) -> None:
     """Raises InputError where the disk that `output` is written to (as `partial`) has no room for `needed` bytes."""
     if (free := shutil.disk_usage(partial).free) < needed:
         raise InputError(f"{output} takes {needed:,} bytes, and {free:,} are free there; {remedy}")
 
 
 @contextmanager
-def refusals_named(output: Path) -> Iterator[None]:
+def refusals_named(output: Path, remedy: str = REMEDY) -> Iterator[None]:
     """Turns what the file system refuses into an InputError that names `output`."""
     try:
         yield
     except OSError as error:
-        raise InputError(f"{output} can not be written: {error.strerror or error}; make room, or choose another folder") from error
+        raise InputError(f"{output} can not be written: {error.strerror or error}; {remedy}") from error
 
 
 def _named(output: Path, what: str) -> list[Path]:
@@ -149,9 +151,9 @@ def _named(output: Path, what: str) -> list[Path]:
     return [path for path in output.parent.glob(f"*.{what}-*") if name.fullmatch(path.name)]
 
 
-def _begun(output: Path, make: Callable[[Path], None]) -> tuple[Path, int]:
+def _begun(output: Path, make: Callable[[Path], None], remedy: str = REMEDY) -> tuple[Path, int]:
     """A partial of `output` that `make` has made, and the handle that holds its lock."""
-    with refusals_named(output):
+    with refusals_named(output, remedy):
         remove_leftovers(output)
         output.parent.mkdir(parents=True, exist_ok=True)
         while True:
@@ -184,8 +186,8 @@ def locked(path: Path, *, is_ours: bool = False) -> int | None:
     return None
 
 
-def _put_in_place(partial: Path, output: Path) -> None:
-    with refusals_named(output):
+def _put_in_place(partial: Path, output: Path, remedy: str) -> None:
+    with refusals_named(output, remedy):
         for path in (*partial.iterdir(), partial):  # else a power cut could leave a name without its content
             _sync(path)
         if not os.path.lexists(output):

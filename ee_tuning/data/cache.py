@@ -19,6 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ee_tuning.cache_folder import VARIABLE, cache_folder
 from ee_tuning.checkpoint.aside import locked, on_first_rank, refusals_named, written_aside
 from ee_tuning.data.progress import Progress
 from ee_tuning.errors import InputError
@@ -29,6 +30,7 @@ FORMAT = 1
 """Raise it when entries of before are no longer what would be made now."""
 DAYS_KEPT = 90
 """An entry that no run has begun with for so long is removed when another one is made."""
+_REMEDY = f"make room, or set data.cache (or {VARIABLE}) to another folder"
 _SECONDS_TO_APPEAR = 90.0  # other machines may learn of a new folder on a shared disk late
 
 
@@ -49,7 +51,7 @@ class Entry:
 
 def cache_root(given: str | None) -> Path:
     """data.cache, or the default."""
-    return Path(given or os.environ.get("EE_TUNING_CACHE") or Path.home() / ".cache" / "ee_tuning")
+    return Path(given) if given else cache_folder()
 
 
 def file_stamps(files: Sequence[Path]) -> list[list[Any]]:
@@ -90,13 +92,13 @@ def _make_missing(entries: Sequence[Entry], folders: Sequence[Path], root: Path,
             with suppress(OSError):
                 os.utime(folder)  # when it was last of use
             continue
-        with refusals_named(folder):
+        with refusals_named(folder, _REMEDY):
             root.mkdir(parents=True, exist_ok=True)
             _remove_unused(root)
         lock = yield from _wait_for(_lock_file(folder))
         try:
             if not folder.is_dir():
-                with written_aside(folder, None) as partial:
+                with written_aside(folder, None, _REMEDY) as partial:
                     yield from entry.make(partial, progress)
         finally:
             with suppress(OSError):  # whoever waits for it looks for the folder first
@@ -115,7 +117,7 @@ def _remove_unused(root: Path) -> None:
 def _wait_for(path: Path) -> Generator[None, None, int]:
     """Steps to go through until the lock file `path` is ours; its handle, which holds it until it is closed or this process ends."""
     while True:
-        with refusals_named(path):
+        with refusals_named(path, _REMEDY):
             path.touch()  # anew each time: who had it before has removed it
         # On a disk without locks it is ours at once: at worst, two runs that start at a time make the same.
         if (lock := locked(path, is_ours=True)) is not None:

@@ -14,6 +14,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+from ee_tuning.cache_folder import VARIABLE, cache_folder, check_writable, is_private
+
 SOURCE = Path(__file__).parent
 FLAGS = ("-O3", "-std=c++17", "-march=native", "-fopenmp", "-fPIC", "-ffp-contract=fast", "-fno-math-errno")
 SWITCH = "EE_TUNING_KERNEL"
@@ -61,7 +63,7 @@ def _library(compiler: str) -> Path:
     """Where the library lies that this compiler makes of these sources for this processor."""
     sources = sorted([*SOURCE.glob("*.h"), *SOURCE.glob("*.cpp")])
     told = [compiler, *FLAGS, _processor(), str(_openmp_in_use()), *(source.read_text() for source in sources)]
-    return cache_folder() / f"kernels-{hashlib.sha256(chr(0).join(told).encode()).hexdigest()[:24]}.so"
+    return kernel_folder() / f"kernels-{hashlib.sha256(chr(0).join(told).encode()).hexdigest()[:24]}.so"
 
 
 def _build(compiler: str, library: Path) -> None:
@@ -75,17 +77,16 @@ def _build(compiler: str, library: Path) -> None:
         made.replace(library)
 
 
-def cache_folder() -> Path:
-    """Where built kernels are kept: `kernels` in $EE_TUNING_CACHE or ~/.cache/ee_tuning; else a folder that ends with the process."""
-    folder = Path(os.environ.get("EE_TUNING_CACHE") or Path.home() / ".cache" / "ee_tuning") / "kernels"
+def kernel_folder() -> Path:
+    """Where built kernels are kept: `kernels` in the cache folder; a folder that ends with the process where others could write there."""
+    folder = cache_folder() / "kernels"
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        stat = folder.stat()
-    except (OSError, RuntimeError):  # RuntimeError: a user without a home
+        check_writable(folder)
+    except OSError as error:
+        log.warning("%s can not be written (%s): the decoding kernels are built anew by each process; set %s to a folder that can",
+                    folder, error.strerror, VARIABLE)
         return _own_folder()
-    # A library is code: nobody else may have put it there.
-    is_ours = stat.st_uid == os.getuid() and not stat.st_mode & 0o022
-    return folder if is_ours and os.access(folder, os.W_OK) else _own_folder()
+    return folder if is_private(folder.resolve()) else _own_folder()
 
 
 @cache

@@ -77,9 +77,9 @@ def test_a_folder_that_others_may_write_is_not_trusted(tmp_path: Path) -> None:
     folder = tmp_path / "cache" / "kernels"
     folder.mkdir(parents=True)
     folder.chmod(0o777)
-    assert build.cache_folder() != folder
+    assert build.kernel_folder() != folder
     folder.chmod(0o700)
-    assert build.cache_folder() == folder
+    assert build.kernel_folder() == folder
 
 
 def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
