@@ -18,6 +18,7 @@ from ee_tuning.checkpoint.formats import BackboneSource, check_model, open_model
 from ee_tuning.checkpoint.legacy import LegacyReader
 from ee_tuning.checkpoint.model_card import told_architecture, told_init
 from ee_tuning.checkpoint.names import embedding_name
+from ee_tuning.checkpoint.owner import owned
 from ee_tuning.config import Architecture, Config, ExitsSection
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
@@ -42,7 +43,7 @@ def convert(config: Config, output: Path, *, overwrite: bool = False) -> None:
 def write_initial_exits(config: Config, output: Path, topology: Topology, *, overwrite: bool = False) -> ExitHeadsConfig:
     """As `convert`, within a world that exists, in silence where there is no terminal; all ranks call it. Returns what was written."""
     reader, model, _ = open_model(config.model)
-    with reader:
+    with reader, owned(output, topology):
         _check(config, model, reader)
         on_first_rank(topology, lambda: check_output(output, overwrite))
         check_model(reader, model, topology, verifies=config.exits.verify)

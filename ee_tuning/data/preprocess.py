@@ -2,6 +2,7 @@
 from pathlib import Path
 
 from ee_tuning.checkpoint.aside import folder_beside, move_into_place
+from ee_tuning.checkpoint.owner import owned
 from ee_tuning.config import DataSection
 from ee_tuning.data.encoding import recipe_of
 from ee_tuning.data.indexed import BIN_SUFFIX, INDEX_SUFFIX, MASK_SUFFIX, with_suffix
@@ -29,7 +30,7 @@ def preprocess(data: DataSection, output: Path, overwrite: bool) -> Written:
         raise InputError(f"{there[0]} exists already; give --overwrite to replace it, or another --output")
     files = [path for corpus in find_corpora(data.paths, "data.paths") for path in _texts(corpus)]
     recipe = recipe_of(data.tokenizer, data.text_key, data.chat_template)
-    with folder_beside(output) as folder, Progress("tokenizing", speaks=True) as progress:
+    with owned(output, None), folder_beside(output) as folder, Progress("tokenizing", speaks=True) as progress:
         steps = tokenize_files(files, recipe, folder, [folder / output.name], 0.0, data.workers, progress)
         while True:
             try:

@@ -29,12 +29,14 @@ def export(config: Config, flags: argparse.Namespace) -> int:
         raise InputError(f"--format artifact and --check are for one process, got {num_processes}; start it without torchrun")
     if flags.format == "artifact":
         from ee_tuning.checkpoint.export_artifact import ExitChoice, export_artifact
+        from ee_tuning.checkpoint.owner import owned
 
         layers = {name: _layers(name, getattr(flags, name)) for name in ("only", "drop", "add")}
         architecture = config.exits.architecture if "exits.architecture" in flags.overrides else ()
         adapter_rank = config.exits.adapter_rank if "exits.adapter_rank" in flags.overrides else None
         choice = ExitChoice(**layers, merge=flags.merge, architecture=architecture, adapter_rank=adapter_rank)
-        export_artifact(config, flags.output, choice, overwrite=flags.overwrite)
+        with owned(flags.output, None):
+            export_artifact(config, flags.output, choice, overwrite=flags.overwrite)
         return 0
     if not config.model.path:
         raise InputError(f"--format {flags.format} writes the model too, got none; give --model FOLDER or a config file")
@@ -59,15 +61,18 @@ def _write_merged(config: Config, flags: argparse.Namespace, *, is_shared: bool)
         from ee_tuning.parallel.topology import init_parallel
 
         topology = init_parallel(ParallelSection())
-    if flags.format == "hf":
-        from ee_tuning.checkpoint.export_huggingface import export_huggingface
+    from ee_tuning.checkpoint.owner import owned
 
-        export_huggingface(config, flags.output, topology, links=flags.link, overwrite=flags.overwrite,
-                           special=_special_tokens(config.data.tokenizer))
-    else:
-        from ee_tuning.checkpoint.megatron_writer import write_megatron
+    with owned(flags.output, topology):
+        if flags.format == "hf":
+            from ee_tuning.checkpoint.export_huggingface import export_huggingface
 
-        write_megatron(config, flags.output, topology, overwrite=flags.overwrite)
+            export_huggingface(config, flags.output, topology, links=flags.link, overwrite=flags.overwrite,
+                               special=_special_tokens(config.data.tokenizer))
+        else:
+            from ee_tuning.checkpoint.megatron_writer import write_megatron
+
+            write_megatron(config, flags.output, topology, overwrite=flags.overwrite)
     if is_shared:
         from ee_tuning.parallel.topology import leave_parallel
 

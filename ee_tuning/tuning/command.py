@@ -13,7 +13,7 @@ from ee_tuning.data.tokens import Splits
 from ee_tuning.parallel.topology import Topology, init_parallel, leave_parallel
 from ee_tuning.tuning.dashboards import check_dashboards
 from ee_tuning.tuning.plots import write_plots
-from ee_tuning.tuning.run_folder import EXIT_HEADS, check_run_folder, open_run_folder
+from ee_tuning.tuning.run_folder import EXIT_HEADS, check_run_folder, open_run_folder, owned_run_folder
 from ee_tuning.tuning.settings import check_settings
 from ee_tuning.tuning.tuner import Tuner
 
@@ -33,6 +33,11 @@ def tune_within(config: Config, topology: Topology) -> bool:
     check_settings(config.tuning)
     count_microbatches(config.tuning, topology.dp)
     check_dashboards(config)
+    with owned_run_folder(config, topology):
+        return _tune_owned(config, topology)
+
+
+def _tune_owned(config: Config, topology: Topology) -> bool:
     check_run_folder(config, topology)
     samples = _load_samples(config, topology)
     loaded = load_for_tuning(config, topology)

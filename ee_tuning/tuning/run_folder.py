@@ -1,9 +1,12 @@
 """The folder of a run: what it may be is asked before anything is loaded, and nothing is written to it until the run can begin."""
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ee_tuning.checkpoint.aside import file_written_aside, on_first_rank, refusals_named
 from ee_tuning.checkpoint.exit_heads import check_output
+from ee_tuning.checkpoint.owner import owned
 from ee_tuning.config import Config, save_config
 from ee_tuning.errors import InputError
 from ee_tuning.parallel.topology import Topology
@@ -12,6 +15,21 @@ from ee_tuning.tuning.state import latest_checkpoint
 
 EXIT_HEADS = "exit_heads"
 """The tuned artifact, within the folder."""
+OWNER = ".owner"
+"""The file that names the process which tunes into the folder, while it does."""
+
+
+@contextmanager
+def owned_run_folder(config: Config, topology: Topology) -> Iterator[None]:
+    """Makes this job the one owner of tuning.run_folder while the block runs; all ranks call it. Raises InputError where another job is.
+
+    The lock file lies inside: the folder may be a mounted volume, whose parent can not be written. A folder that was made for the lock
+    alone goes again.
+    """
+    folder = Path(config.tuning.run_folder)
+    on_first_rank(topology, lambda: _check_writable(folder))
+    with owned(folder, topology, lock_file=folder / OWNER):
+        yield
 
 
 def check_run_folder(config: Config, topology: Topology) -> None:
@@ -26,7 +44,6 @@ def check_run_folder(config: Config, topology: Topology) -> None:
         if not is_new:
             check_same_job(config, folder)
         with refusals_named(folder):
-            _check_writable(folder)
             # A run that goes on has its heads in its checkpoints: then the artifact is its own, of an earlier end.
             if is_new and config.exits.path is not None and Path(config.exits.path).resolve() == (folder / EXIT_HEADS).resolve():
                 raise InputError(f"exits.path must lie elsewhere than tuning.run_folder/{EXIT_HEADS}, which the tuned exits become, got "

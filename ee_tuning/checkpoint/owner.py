@@ -1,0 +1,125 @@
+"""One owner for an output that takes long to write: a second job that wants the same is refused at once, and learns whose it is.
+
+The owner holds a lock file, which names its process and machine. A lock ends with its process however that ends, so a file that is left
+behind by a killed job keeps nobody out. Network file systems carry locks between machines (NFS 3 and later, Lustre mounted with `flock`,
+GPFS). Where there are no locks, a process of the same machine is looked up; one of another machine can not be, and is overruled.
+"""
+import fcntl
+import json
+import os
+import shlex
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from ee_tuning.checkpoint.aside import on_first_rank, refusals_named
+from ee_tuning.errors import InputError
+from ee_tuning.parallel.topology import Topology
+
+_CLOCK_TOLERANCE = 2.0
+"""Seconds that two readings of a process's start may lie apart."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Owner:
+    """The process that writes an output."""
+
+    pid: int
+    host: str
+    started: float
+    """When the process began, in seconds since 1970: a number alone may have passed on to another process."""
+    command: str
+
+    @classmethod
+    def current(cls) -> "Owner":
+        """This process."""
+        return cls(pid=os.getpid(), host=socket.gethostname(), started=psutil.Process().create_time(), command=shlex.join(sys.argv)[:300])
+
+    def is_running(self) -> bool:
+        """Whether the process runs on this machine. False for one of another machine, which can not be seen."""
+        if self.host != socket.gethostname():
+            return False
+        try:
+            return abs(psutil.Process(self.pid).create_time() - self.started) < _CLOCK_TOLERANCE
+        except psutil.Error:
+            return False
+
+    def __str__(self) -> str:
+        since = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.started))
+        return f"process {self.pid} on {self.host} (since {since}: {self.command})"
+
+
+@contextmanager
+def owned(output: Path, topology: Topology | None, *, lock_file: Path | None = None) -> Iterator[None]:
+    """Makes this job the one owner of `output` while the block runs. All ranks call it; rank 0 holds `lock_file`, by default a hidden file
+    beside `output`. Folders that are made for it go again where nothing else has come into them.
+
+    Raises InputError, naming the owner, where another job has it, or where the disk refuses the file.
+    """
+    lock_file = lock_file or output.with_name(f".{output.name}.owner")
+    handle, made = on_first_rank(topology, lambda: _acquire(output, lock_file))
+    try:
+        yield
+    finally:
+        if topology is None or topology.rank == 0:
+            _release(lock_file, handle, made)
+
+
+def _acquire(output: Path, lock_file: Path) -> tuple[int, list[Path]]:
+    """The open lock file, and the folders that were made for it, innermost first."""
+    with refusals_named(output):
+        made = [folder for folder in (lock_file.parent, *lock_file.parent.parents) if not folder.exists()]
+        lock_file.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            # For writing: NFS grants an exclusive lock to no other.
+            handle = os.open(lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            owner, is_locked = _read_owner(lock_file), _lock(handle)
+            if is_locked is False or (is_locked is None and owner is not None and owner.is_running()):
+                os.close(handle)
+                if not lock_file.exists():  # given back in between
+                    continue
+                raise InputError(f"{output} is being written by {owner or 'another process'}; wait for it, stop it, or give another "
+                                 "--output")
+            if lock_file.exists() and os.path.samestat(lock_file.stat(), os.fstat(handle)):
+                os.truncate(handle, 0)
+                os.write(handle, json.dumps(asdict(Owner.current())).encode())
+                return handle, made
+            os.close(handle)  # the former owner removed it after it was opened here
+
+
+def _lock(handle: int) -> bool | None:
+    """Whether the file is locked now; False where another process has it, None on a file system without locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _read_owner(lock_file: Path) -> Owner | None:
+    """None where the file names none: its owner is about to write it, or was killed while it did."""
+    try:
+        tree: dict[str, Any] = json.loads(lock_file.read_text(encoding="utf-8"))
+        return Owner(pid=int(tree["pid"]), host=str(tree["host"]), started=float(tree["started"]), command=str(tree["command"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _release(lock_file: Path, handle: int, made: list[Path]) -> None:
+    with suppress(OSError):
+        lock_file.unlink()  # before the lock ends, so that no later owner's file is removed
+    os.close(handle)
+    for folder in made:
+        try:
+            folder.rmdir()
+        except OSError:  # something came into it
+            break
