@@ -26,6 +26,11 @@ _EXITS = {"--exits": "exits.path", "--no-verify": "exits.verify"}
 _PARALLEL = {"--tensor-model-parallel-size": "parallel.tensor_model_parallel_size",
              "--pipeline-model-parallel-size": "parallel.pipeline_model_parallel_size"}
 _TUNING_LAYOUT = {**_PARALLEL, "--sequence-parallel": "parallel.sequence_parallel"}
+_TUNING = {"--data": "data.paths", "--tokenizer": "data.tokenizer", "--chat-template": "data.chat_template",
+           "--output": "tuning.run_folder", "--train-iters": "tuning.train_iters", "--lr": "tuning.lr", "--seq-length": "tuning.seq_length",
+           "--micro-batch-size": "tuning.micro_batch_size", "--global-batch-size": "tuning.global_batch_size", "--seed": "tuning.seed",
+           "--loss": "tuning.loss", "--resume": "tuning.resume", "--no-resume": "tuning.resume",
+           "--allow-config-change": "tuning.allow_config_change"}
 _SAMPLING = {"--max-new-tokens": "generation.max_new_tokens", "--temperature": "generation.temperature", "--top-k": "generation.top_k",
              "--top-p": "generation.top_p", "--min-p": "generation.min_p", "--repetition-penalty": "generation.repetition_penalty",
              "--presence-penalty": "generation.presence_penalty", "--frequency-penalty": "generation.frequency_penalty",
@@ -36,17 +41,8 @@ FLAGS: dict[str, dict[str, str]] = {
                 **_PARALLEL},
     "preprocess": {"--data": "data.paths", "--tokenizer": "data.tokenizer", "--text-key": "data.text_key",
                    "--chat-template": "data.chat_template", "--workers": "data.workers"},
-    "tune": {
-        **_MODEL, **_EXITS, **_NEW_EXITS, "--data": "data.paths", "--tokenizer": "data.tokenizer",
-        "--chat-template": "data.chat_template", "--output": "tuning.run_folder",
-        "--train-iters": "tuning.train_iters", "--lr": "tuning.lr", "--seq-length": "tuning.seq_length",
-        "--micro-batch-size": "tuning.micro_batch_size", "--global-batch-size": "tuning.global_batch_size", "--seed": "tuning.seed",
-        "--loss": "tuning.loss", "--resume": "tuning.resume",
-        "--no-resume": "tuning.resume", "--allow-config-change": "tuning.allow_config_change", **_TUNING_LAYOUT},
-    "plan": {
-        **_MODEL, **_EXITS, **_NEW_EXITS, "--train-iters": "tuning.train_iters", "--seq-length": "tuning.seq_length",
-        "--loss": "tuning.loss", "--micro-batch-size": "tuning.micro_batch_size", "--global-batch-size": "tuning.global_batch_size",
-        **_TUNING_LAYOUT},
+    "tune": {**_MODEL, **_EXITS, **_NEW_EXITS, **_TUNING, **_TUNING_LAYOUT},
+    "plan": {**_MODEL, **_EXITS, **_NEW_EXITS, **_TUNING, **_TUNING_LAYOUT},
     "profile": {**_MODEL, "--no-verify": "exits.verify", "--text": "exits.profile_text", "--tokenizer": "data.tokenizer"},
     "export": {**_MODEL, **_EXITS, "--tokenizer": "data.tokenizer", **_HEADS, "--seed": "exits.seed"},
     "calibrate": {**_MODEL, **_EXITS, "--data": "data.valid_paths", "--tokenizer": "data.tokenizer",

@@ -13,9 +13,12 @@ from ee_tuning.checkpoint.exit_heads import ExitHeadsConfig, ExitHeadsReader
 from ee_tuning.checkpoint.formats import has_weights, model_folder, open_model
 from ee_tuning.checkpoint.load import Sources
 from ee_tuning.checkpoint.names import Shape, backbone_tensor_shapes
-from ee_tuning.config import Config
+from ee_tuning.config import Config, replace
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig, read_model_config
+
+DEFAULT_SEQ_LENGTH = 2048
+"""Tokens per sequence of tuning, where the model has as many positions."""
 
 
 class ShapesOnly:
@@ -55,6 +58,22 @@ def shape_sources(config: Config) -> Sources:
     exits = _exits_config(config, model)
     backbone = ShapesOnly(backbone_tensor_shapes(model), getattr(torch, model.stored_dtype))
     return Sources(model, backbone, exits, ShapesOnly(exits.tensor_shapes(model), exits.torch_dtype))
+
+
+def with_seq_length(config: Config) -> Config:
+    """`config` with the number that a tuning.seq_length of 0 stands for, which the model's shape decides. Weights need not be there."""
+    if config.tuning.seq_length != 0:
+        return config
+    folder = model_folder(config.model.path, needs_weights=False)
+    if has_weights(folder):
+        source, model, _ = open_model(config.model)
+        with source:
+            return _with_default_length(config, model)
+    return _with_default_length(config, read_model_config(folder))
+
+
+def _with_default_length(config: Config, model: ModelConfig) -> Config:
+    return replace(config, tuning={"seq_length": min(DEFAULT_SEQ_LENGTH, model.max_position_embeddings)})
 
 
 def _model_config(config: Config) -> ModelConfig:

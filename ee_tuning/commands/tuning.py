@@ -1,11 +1,17 @@
 """Commands that tune."""
 import argparse
+import sys
 from pathlib import Path
 from shlex import quote
 
 from ee_tuning.commands.command import Command, add_job, job_of
-from ee_tuning.config import load_config
+from ee_tuning.config import Config, load_config
 from ee_tuning.errors import InputError
+from ee_tuning.flags import FLAGS
+
+_UNUSED_BY_PLAN = ("data.paths", "data.tokenizer", "data.chat_template", "tuning.run_folder", "tuning.lr", "tuning.seed", "tuning.resume",
+                   "tuning.allow_config_change")
+"""Keys of tune's flags that change nothing of what a job takes."""
 
 
 def tune(args: argparse.Namespace) -> int:
@@ -44,20 +50,35 @@ def plan(args: argparse.Namespace) -> int:
     """What a job takes on a cluster. 1 where it does not fit."""
     config = job_of(args)
     from ee_tuning.planning.gpus import gpu
-    from ee_tuning.planning.plan import Cluster
+    from ee_tuning.planning.plan import GPUS_PER_NODE, Cluster, make_plan, smallest_plan
     from ee_tuning.planning.report import print_plan
 
+    _tell_unused(args, config)
     chosen = gpu(args.gpu, memory=args.gpu_memory, tflops=args.tflops, bandwidth=args.bandwidth, link=args.link, network=args.network)
-    cluster = Cluster(gpu=chosen, nodes=args.nodes, gpus_per_node=args.gpus_per_node, efficiency=args.efficiency)
-    return 0 if print_plan(config, cluster, as_json=args.json) else 1
+    if is_smallest := args.nodes is None and args.gpus_per_node is None:
+        found = smallest_plan(config, chosen, args.efficiency)
+    else:
+        nodes = 1 if args.nodes is None else args.nodes
+        per_node = GPUS_PER_NODE if args.gpus_per_node is None else args.gpus_per_node
+        found = make_plan(config, Cluster(gpu=chosen, nodes=nodes, gpus_per_node=per_node, efficiency=args.efficiency))
+    return 0 if print_plan(config, found, is_smallest=is_smallest, as_json=args.json) else 1
+
+
+def _tell_unused(args: argparse.Namespace, config: Config) -> None:
+    """Names, on standard error, the keys that tuning would read and a plan does not."""
+    given = [key for key in FLAGS["plan"].values() if key in _UNUSED_BY_PLAN and key in args.overrides]
+    if config.data.paths and "data.paths" not in given:
+        given.append("data.paths")
+    if given:
+        print(f"plan does not use {', '.join(given)}: it reads no data and writes nothing", file=sys.stderr)
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     add_job(parser, "plan")
     parser.add_argument("--gpu", default="h100", metavar="NAME", help="whose documented peaks to take: h100, h200, a100, rtx4090 or "
                         "l4 (default %(default)s)")
-    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines (default %(default)s)")
-    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs in each (default %(default)s)")
+    parser.add_argument("--nodes", type=int, metavar="N", help="machines; without this and --gpus-per-node, the fewest GPUs that fit")
+    parser.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs in each (default 8, where --nodes is given)")
     for flag, text in (("--gpu-memory", "GB of a GPU"), ("--tflops", "10¹² bfloat16 operations a second of a GPU, dense"),
                        ("--bandwidth", "GB/s of a GPU's memory"), ("--link", "GB/s that a GPU sends to others of its node, one way"),
                        ("--network", "GB/s that a GPU sends to other nodes, one way")):
@@ -97,9 +118,11 @@ A run that was stopped or killed goes on when the same command is given again, a
     Command(name="plan", summary="say what a tuning job takes on GPUs: memory, the split of layers, time and GPU-hours; no GPU is needed",
             examples="""\
   ee-tuning plan examples/llama-2-70b/job.yaml --gpu h100 --nodes 1
+  ee-tuning plan --model Llama-2-7b-hf --exit-layers 8,16,24 --micro-batch-size 1
   ee-tuning plan job.yaml --gpu a100 --nodes 2 --gpus-per-node 4 --json
   ee-tuning plan examples/llama-2-7b/card-24gb.yaml --gpu rtx4090 --gpus-per-node 1 --efficiency 0.4
 
+It takes the flags of tune. Without --nodes and --gpus-per-node it looks for the fewest GPUs that hold the job.
 Memory is counted in a dry run of the job, whose model needs no more than its config.json; time follows from a formula that is printed.
 The exit code is 1 where the job does not fit.""", add_arguments=_add_plan, run=plan),
 )

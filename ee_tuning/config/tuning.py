@@ -17,8 +17,8 @@ class TuningSection:
     """Sequences per forward pass of one data-parallel replica."""
     global_batch_size: int = 16
     """Sequences per optimizer step over all replicas."""
-    seq_length: int = 2048
-    """Tokens per sequence."""
+    seq_length: int = 0
+    """Tokens per sequence. 0: 2048, or as many as the model has positions where those are fewer."""
     lr: float = 1e-4
     """Largest learning rate."""
     min_lr: float = 1e-5

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.tensor import DTensor
 
 from ee_tuning.checkpoint.load import Sources, build_stage, plan_tuning
-from ee_tuning.checkpoint.shapes import shape_sources
+from ee_tuning.checkpoint.shapes import shape_sources, with_seq_length
 from ee_tuning.config import Config, replace
 from ee_tuning.data.loader import count_microbatches
 from ee_tuning.data.splits import check_data_settings
@@ -104,7 +104,7 @@ def rehearse(config: Config, world_size: int) -> list[Rehearsal]:
     """
     check_settings(config.tuning)
     check_world_size(config.parallel, world_size)
-    config = _shortened(config, world_size)
+    config = _shortened(with_seq_length(config), world_size)
     parallel, sources = config.parallel, shape_sources(config)
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     sources.config.check_layout(tp, pp)

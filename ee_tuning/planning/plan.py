@@ -5,11 +5,15 @@ bytes, FORMULA, with one number that is assumed: the share of its peak that a GP
 """
 from dataclasses import dataclass
 
+from ee_tuning.checkpoint.shapes import with_seq_length
 from ee_tuning.config import Config
 from ee_tuning.errors import InputError
+from ee_tuning.parallel.topology import check_world_size
 from ee_tuning.planning.dry_run import MEMORY, Rehearsal, rehearse
 from ee_tuning.planning.gpus import Gpu
 
+GPUS_PER_NODE = 8
+"""Of a cluster that is not described."""
 RESERVED_GB = 2.0
 """Of each GPU, for its context, NCCL's buffers and what the allocator can not use."""
 
@@ -79,6 +83,8 @@ class Plan:
     data: int
     stages: tuple[StageFigures, ...]
     fits: bool
+    seq_length: int
+    """Tokens per sequence."""
     step_seconds: float
     tokens_per_second: float
     tokens: int
@@ -88,8 +94,36 @@ class Plan:
     """Share of the GPUs' peak rate that all counted operations take of a step, waiting and messages included."""
 
 
+def smallest_plan(config: Config, gpu: Gpu, efficiency: float) -> Plan:
+    """The plan with the fewest GPUs that hold the job: one replica, or more where its optimizer has to be shared. Where none does, the
+    largest that was tried. Nodes have GPUS_PER_NODE GPUs. Raises InputError as `make_plan` does.
+    """
+    tuning, parallel = config.tuning, config.parallel
+    in_replica = max(1, parallel.tensor_model_parallel_size) * max(1, parallel.pipeline_model_parallel_size)
+    plan: Plan | None = None
+    for num_replicas in _replica_counts(tuning.global_batch_size // max(1, tuning.micro_batch_size)):
+        world_size = in_replica * num_replicas
+        per_node = min(world_size, GPUS_PER_NODE)
+        if world_size % per_node:
+            continue
+        plan = make_plan(config, Cluster(gpu=gpu, nodes=world_size // per_node, gpus_per_node=per_node, efficiency=efficiency))
+        # More replicas share the optimizer's state, and nothing else.
+        if plan.fits or any(each.total_bytes - each.memory["optimizer"] > _room(gpu) for each in plan.stages):
+            return plan
+    if plan is None:
+        raise InputError(f"tensor × pipeline = {in_replica} processes do not fill nodes of {GPUS_PER_NODE} GPUs evenly; say the cluster by "
+                         "--nodes and --gpus-per-node")
+    return plan
+
+
+def _replica_counts(num_microbatches: int) -> list[int]:
+    """Numbers of replicas that a step's micro-batches can be shared among evenly, fewest first."""
+    return [count for count in range(1, max(1, num_microbatches) + 1) if num_microbatches % count == 0]
+
+
 def make_plan(config: Config, cluster: Cluster) -> Plan:
     """The plan of the job in `config`. Raises InputError as a dry run does, and where the cluster makes no sense."""
+    config = with_seq_length(config)
     for name, value in (("nodes", cluster.nodes), ("gpus-per-node", cluster.gpus_per_node)):
         if value < 1:
             raise InputError(f"--{name} must be at least 1, got {value}")
@@ -97,6 +131,7 @@ def make_plan(config: Config, cluster: Cluster) -> Plan:
         raise InputError(f"--efficiency is a share of the peak rate, above 0 and at most 1, got {cluster.efficiency}")
     tuning, parallel, world = config.tuning, config.parallel, cluster.world_size
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    _check_batch(config, world)
     rehearsals = rehearse(config, world)
     dp = world // (tp * pp)
     slowest = max(_micro_batch(each, cluster, tp, dp, trains=True) for each in rehearsals)
@@ -108,9 +143,27 @@ def make_plan(config: Config, cluster: Cluster) -> Plan:
     run = (tuning.train_iters * step + validations * tuning.eval_iters * max(each.validation for each in stages) + (pp - 1) * slowest)
     flops = count * dp * tp * sum((each.layer_flops + each.head_flops) * len(each.stages) for each in rehearsals)
     return Plan(
-        cluster=cluster, tensor=tp, pipeline=pp, data=dp, stages=stages, fits=all(each.fits for each in stages), step_seconds=step,
+        cluster=cluster, tensor=tp, pipeline=pp, data=dp, stages=stages, fits=all(each.fits for each in stages),
+        seq_length=tuning.seq_length, step_seconds=step,
         tokens_per_second=tokens_per_step / step, tokens=tuning.train_iters * tokens_per_step, hours=run / 3600,
         gpu_hours=run / 3600 * world, efficiency_of_run=flops / (step * world * cluster.gpu.tflops * 1e12))
+
+
+def _check_batch(config: Config, world_size: int) -> None:
+    """Raises InputError where the cluster has more replicas than a step has micro-batches for, or a number that does not divide them."""
+    tuning, parallel = config.tuning, config.parallel
+    check_world_size(parallel, world_size)
+    dp = world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+    if tuning.micro_batch_size > 0 and tuning.global_batch_size > 0 and tuning.global_batch_size % (tuning.micro_batch_size * dp):
+        raise InputError(
+            f"tuning.global_batch_size must be a multiple of micro_batch_size × replicas = {tuning.micro_batch_size} × {dp}, as "
+            f"{world_size} GPUs make {dp} replicas, got {tuning.global_batch_size}; change one of them, give other --nodes and "
+            "--gpus-per-node, or leave both out, for the fewest GPUs that fit")
+
+
+def _room(gpu: Gpu) -> float:
+    """Bytes of a GPU that a job can use."""
+    return (gpu.memory - RESERVED_GB) * 1e9
 
 
 def _figures(each: Rehearsal, cluster: Cluster, tp: int, dp: int, slowest: float) -> StageFigures:
@@ -119,7 +172,7 @@ def _figures(each: Rehearsal, cluster: Cluster, tp: int, dp: int, slowest: float
     assert set(each.memory) == set(MEMORY)
     return StageFigures(
         stages=each.stages, layers=each.layers, exits=each.exits, memory=each.memory, total_bytes=total,
-        fits=total <= (cluster.gpu.memory - RESERVED_GB) * 1e9, micro_batch=own,
+        fits=total <= _room(cluster.gpu), micro_batch=own,
         validation=_micro_batch(each, cluster, tp, dp, trains=False),
         update=2 * each.memory["optimizer"] / (cluster.gpu.bandwidth * 1e9) + replicas, idle_share=1 - own / slowest)
 

@@ -5,13 +5,19 @@ from typing import Any
 
 from ee_tuning.config import Config
 from ee_tuning.planning.dry_run import MEMORY
-from ee_tuning.planning.plan import FORMULA, RESERVED_GB, Cluster, Plan, StageFigures, make_plan
+from ee_tuning.planning.plan import FORMULA, RESERVED_GB, Plan, StageFigures
 
 
-def print_plan(config: Config, cluster: Cluster, *, as_json: bool) -> bool:
-    """Makes the plan of `config` and prints it. Whether every rank fits. Raises InputError as `make_plan` does."""
-    plan = make_plan(config, cluster)
-    print(json.dumps(plan_tree(plan), indent=2) if as_json else "\n".join(_lines(config, plan)))
+def print_plan(config: Config, plan: Plan, *, is_smallest: bool, as_json: bool) -> bool:
+    """Prints the plan of `config`; `is_smallest` where its number of GPUs was looked for. Returns whether every rank fits."""
+    if as_json:
+        print(json.dumps(plan_tree(plan), indent=2))
+        return plan.fits
+    lines = _lines(config, plan)
+    if is_smallest:
+        found = "the fewest that fit" if plan.fits else "more of them would not help: raise tensor × pipeline, or take larger GPUs"
+        lines[1:1] = [f"number of GPUs: {plan.cluster.world_size}, {found} (neither --nodes nor --gpus-per-node is given)"]
+    print("\n".join(lines))
     return plan.fits
 
 
@@ -27,7 +33,7 @@ def _lines(config: Config, plan: Plan) -> list[str]:
     weights = "" if tuning.backbone_weights == "native" else f", frozen layers in {tuning.backbone_weights}"
     return [
         f"{config.model.path} on {cluster.nodes} × {cluster.gpus_per_node} {gpu.name}: tensor {plan.tensor} × pipeline {plan.pipeline} × "
-        f"data {plan.data}, sequences of {tuning.seq_length}, micro-batch {tuning.micro_batch_size}, global batch "
+        f"data {plan.data}, sequences of {plan.seq_length}, micro-batch {tuning.micro_batch_size}, global batch "
         f"{tuning.global_batch_size}{weights}", "",
         *_table(plan.stages), "",
         "GB (10⁹ bytes) on each GPU at the worst moment:",

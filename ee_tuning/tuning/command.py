@@ -6,6 +6,7 @@ from shlex import quote
 
 from ee_tuning.checkpoint.formats import open_model
 from ee_tuning.checkpoint.load import load_for_tuning
+from ee_tuning.checkpoint.shapes import with_seq_length
 from ee_tuning.config import Config
 from ee_tuning.data.loader import count_microbatches
 from ee_tuning.data.splits import load_samples
@@ -33,6 +34,7 @@ def tune_within(config: Config, topology: Topology) -> bool:
     check_settings(config.tuning)
     count_microbatches(config.tuning, topology.dp)
     check_dashboards(config)
+    config = with_seq_length(config)
     with owned_run_folder(config, topology):
         return _tune_owned(config, topology)
 

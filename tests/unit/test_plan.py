@@ -97,3 +97,47 @@ def test_what_waits_for_the_teacher_is_counted(model: Path, capsys: pytest.Captu
     kept = 2048 * 8192 * 2  # what one `norm` exit keeps of a micro-batch
     queues = [each["memory"]["queue"] / kept for each in told["stages"]]
     assert len(queues) == 4 and queues == sorted(queues, reverse=True) and queues[0] >= 3 and queues[-1] == 0, queues
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model with fewer positions than sequences are long by default."""
+    folder = tmp_path_factory.mktemp("short")
+    (folder / "config.json").write_text(json.dumps({
+        **LLAMA_70B, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 256, "max_position_embeddings": 128}))
+    return folder
+
+
+def test_defaults_fit_each_other(short: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`plan --model M --exit-layers 2,3` that fails by what nobody asked for: eight replicas, sequences longer than the model."""
+    assert cli.main(["plan", "--model", str(short), "--exit-layers", "2,3"]) == 0
+    told = capsys.readouterr().out
+    assert "tensor 1 × pipeline 1 × data 1, sequences of 128," in told and "number of GPUs: 1, the fewest that fit" in told
+
+
+def test_the_fewest_gpus_that_fit_are_found(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A small batch refused because eight GPUs are supposed; or more GPUs than share the optimizer's state usefully."""
+    layout = ("--tensor-model-parallel-size", "2", "--global-batch-size", "32")
+    _, one = plan(model, capsys, *layout, "--nodes", "1", "--gpus-per-node", "2")
+    memory = one["stages"][0]["memory"]
+    between = (sum(memory.values()) - memory["optimizer"] / 3) / 1e9 + 2  # too little for one replica, enough where two share
+    code, two = plan(model, capsys, *layout, "--gpu-memory", str(between))
+    assert code == 0 and two["fits"] and (two["tensor"], two["data"], two["world_size"]) == (2, 2, 4)
+    without_optimizer = (sum(memory.values()) - memory["optimizer"]) / 1e9
+    code, never = plan(model, capsys, *layout, "--gpu-memory", str(without_optimizer))
+    assert code == 1 and not never["fits"] and never["world_size"] == 2, "no number of replicas would help"
+
+
+def test_the_flags_of_tune_are_taken_and_unused_ones_named(short: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A command line of tune, tried as a plan, refused for its --data; or taken as if the data had been looked at."""
+    flags = ["--data", "corpus.jsonl", "--lr", "1e-3", "--output", "runs/x", "--train-iters", "10"]
+    assert cli.main(["plan", "--model", str(short), "--exit-layers", "2", *flags]) == 0
+    assert "plan does not use data.paths, tuning.run_folder, tuning.lr: " in capsys.readouterr().err
+
+
+def test_a_batch_that_the_cluster_does_not_divide_names_the_cluster(short: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """"2 × 8 replicas" that nobody asked for, and no word of --gpus-per-node."""
+    assert cli.main(["plan", "--model", str(short), "--exit-layers", "2", "--nodes", "1", "--micro-batch-size", "2"]) == 0
+    assert cli.main(["plan", "--model", str(short), "--exit-layers", "2", "--nodes", "1", "--micro-batch-size", "4"]) == 2
+    assert "as 8 GPUs make 8 replicas, got 16; change one of them, give other --nodes and --gpus-per-node" in capsys.readouterr().err
