@@ -11,6 +11,7 @@ from typing import Any
 
 from ee_tuning.data.parquet import read_rows, row_groups
 from ee_tuning.errors import InputError
+from ee_tuning.line_file import line_text
 
 PIECE_BYTES = 4_000_000
 MESSAGES = "messages"
@@ -113,7 +114,7 @@ def _place_of_line(path: Path, place: int) -> str:
 
 def _document_of_line(line: bytes, text_key: str, where: Callable[[], str]) -> Document:
     try:
-        record = json.loads(line.decode("utf-8-sig"))
+        record = json.loads(line_text(line))
     except (ValueError, RecursionError) as error:  # ValueError: broken JSON, broken UTF-8, and numbers of thousands of digits
         raise InputError(f"{where()}: a line must be one JSON object in UTF-8: {error}; mend or remove the line") from error
     if not isinstance(record, dict):

@@ -21,6 +21,7 @@ from ee_tuning.errors import InputError
 from ee_tuning.evaluation.quality import ThresholdResult, final_head_loss, measure_thresholds
 from ee_tuning.evaluation.report import draw_report
 from ee_tuning.generation.llm import EarlyExitLLM
+from ee_tuning.line_file import read_lines
 from ee_tuning.parallel.topology import leave_parallel
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -132,7 +133,7 @@ def _row(result: ThresholdResult) -> dict[str, Any]:
 
 
 def _validation_losses(metrics: Path) -> tuple[dict[str, float], dict[str, float]]:
-    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    records = [json.loads(line) for line in read_lines(metrics)]
     losses = [record["loss"] for record in records if record["kind"] == "validation"]
     return losses[0], losses[-1]
 

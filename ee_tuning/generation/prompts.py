@@ -8,6 +8,7 @@ from ee_tuning.config import GenerationSection
 from ee_tuning.errors import InputError
 from ee_tuning.generation.completion import Completion
 from ee_tuning.generation.llm import EarlyExitLLM, Job, params_of, with_options
+from ee_tuning.line_file import read_lines
 
 Line = dict[str, Any]
 """`prompt`, and keys of the `generation` section and `logit_bias` for this one."""
@@ -19,11 +20,11 @@ ENGINE_KEYS = frozenset({"max_pending", "prefill_chunk", "max_batch_size", "reus
 def read_prompts(path: Path) -> list[Line]:
     """The lines of a file. Raises InputError where it can not be read or a line is no object with a `prompt`."""
     try:
-        text = path.read_text(encoding="utf-8")
+        texts = read_lines(path)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--prompts must name a file of JSON lines, got {path}: {' '.join(str(error).split())}") from error
     lines = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(texts, 1):
         if not line.strip():
             continue
         try:

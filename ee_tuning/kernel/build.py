@@ -106,13 +106,13 @@ def _openmp_in_use() -> Path | None:
         mapped = Path("/proc/self/maps").read_text()
     except OSError:
         return None
-    return next((Path(line.split(maxsplit=5)[5]) for line in mapped.splitlines() if "libgomp" in line), None)
+    return next((Path(line.split(maxsplit=5)[5]) for line in mapped.split("\n") if "libgomp" in line), None)
 
 
 def _processor() -> str:
     """What -march=native asks: homes are shared by machines that differ."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text().split("\n")
     except OSError:
         return platform.processor() or platform.machine()
     return "\n".join(sorted({line for line in lines if line.startswith(("flags", "model name", "Features", "CPU part"))}))

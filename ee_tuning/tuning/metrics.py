@@ -13,6 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ee_tuning.checkpoint.aside import file_written_aside
+from ee_tuning.line_file import read_lines
 from ee_tuning.parallel.topology import Topology
 
 METRICS = "metrics.jsonl"
@@ -77,11 +78,11 @@ class MetricsFile:
         """Begins anew, or after the records of step `resume_after`: a run that was killed may have written more."""
         kept = []
         if resume_after is not None and path.exists():
-            kept = [line for line in path.read_text().splitlines(keepends=True)
+            kept = [line + "\n" for line in read_lines(path, errors="replace")
                     if (record := _parsed(line)) and record["step"] <= resume_after]
         with file_written_aside(path) as partial:  # killed now, a run would lose its records
-            partial.write_text("".join(kept))
-        self._file = path.open("a")
+            partial.write_text("".join(kept), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
         """Appends `record`; numbers that are not finite become null, which JSON has no other word for."""
@@ -95,7 +96,7 @@ class MetricsFile:
 
 def holds_validation(path: Path, step: int) -> bool:
     """Whether the metrics.jsonl at `path` has the validation of `step`."""
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = read_lines(path, errors="replace") if path.exists() else []
     return any(record["kind"] == "validation" and record["step"] == step for record in map(_parsed, lines) if record)
 
 

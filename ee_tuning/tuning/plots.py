@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ee_tuning.checkpoint.aside import file_written_aside
+from ee_tuning.line_file import read_lines
 from ee_tuning.tuning.metrics import METRICS, Record
 
 PNG, HTML = "plots.png", "plots.html"
@@ -25,7 +26,7 @@ def write_plots(folder: Path, title: str) -> None:
     refuses.
     """
     path = folder / METRICS
-    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    records = [json.loads(line) for line in read_lines(path)] if path.exists() else []
     panels = [panel for panel in PANELS if any(record["kind"] == panel[0] and record.get(panel[1]) for record in records)]
     if not panels:
         return
