@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron_arguments import other_arguments
 from torch import Tensor
 
 from ee_tuning.checkpoint.huggingface import HuggingFaceReader
@@ -19,8 +20,7 @@ from ee_tuning.parallel.topology import Topology, init_parallel
 
 
 def saved_arguments(config: ModelConfig, **changes: Any) -> argparse.Namespace:
-    """What Megatron-LM saves beside such a model, with some of what the reader has to pass over."""
-    from megatron.core.transformer.enums import AttnBackend
+    """What Megatron-LM saves beside such a model, with what the reader has to pass over."""
     fields = {
         "num_layers": config.num_layers, "hidden_size": config.hidden_size, "ffn_hidden_size": config.ffn_hidden_size,
         "num_attention_heads": config.num_attention_heads, "group_query_attention": True, "num_query_groups": config.num_query_groups,
@@ -28,7 +28,7 @@ def saved_arguments(config: ModelConfig, **changes: Any) -> argparse.Namespace:
         "max_position_embeddings": config.max_position_embeddings, "norm_epsilon": config.norm_epsilon, "normalization": "RMSNorm",
         "swiglu": True, "add_bias_linear": False, "position_embedding_type": "rope", "rotary_base": int(config.rope.theta),
         "rotary_percent": 1.0, "untie_embeddings_and_output_weights": not config.ties_embeddings, "params_dtype": torch.float32,
-        "attention_backend": AttnBackend.auto, "data_path": ["corpus"], "num_experts": None}
+        "num_experts": None, **other_arguments()}
     return argparse.Namespace(**{**fields, **changes})
 
 

@@ -4,6 +4,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+from ee_tuning.checkpoint.pickled_names import DTYPES, harmless, plain_name
 from ee_tuning.errors import InputError
 
 METADATA = ".metadata"
@@ -14,7 +15,7 @@ _NAMES = {
                          "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING"),
     f"{_DCP}.planner": ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData"),
     f"{_DCP}.filesystem": ("_StorageInfo", "_StoragePrefix"),
-    "torch": ("Size", "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"),
+    "torch": ("Size", *(name.removeprefix("torch.") for name in DTYPES)),
     "torch.serialization": ("_get_layout",),
     "collections": ("OrderedDict",),
 }
@@ -27,23 +28,39 @@ class _Empty:
 
 
 class _LookingThrough(pickle._Unpickler):  # the one in Python: the one in C makes room for any memo index that a pickle names
+    def __init__(self, path: Path, *, passes_over: bool):
+        super().__init__(io.BytesIO(path.read_bytes()))
+        self._passes_over = passes_over
+
     def find_class(self, module_name: str, global_name: str) -> Any:
         if (module_name, global_name) in _EMPTY:
             return _Empty
-        if global_name not in _NAMES.get(module_name, ()):
-            raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}")
-        return super().find_class(module_name, global_name)
+        if global_name in _NAMES.get(module_name, ()):
+            return super().find_class(module_name, global_name)
+        try:
+            if self._passes_over:
+                return harmless(plain_name(module_name, global_name))
+        except KeyError:
+            pass
+        raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}")
 
 
 def check_metadata_pickle(folder: Path) -> None:
-    """Raises InputError where `.metadata` in `folder` can not be read, or asks for what no checkpoint's description needs."""
-    read_metadata_pickle(folder)
+    """Raises InputError where `.metadata` in `folder` can not be read, or asks for what no checkpoint's description needs: torch, which
+    is to read it next, imports and calls all that it asks for.
+    """
+    _read(folder / METADATA, passes_over=False)
 
 
 def read_metadata_pickle(folder: Path) -> Any:
-    """The description of a distributed checkpoint (torch's `Metadata`, its fields as yet unchecked). Raises as `check_metadata_pickle`."""
-    path = folder / METADATA
+    """The description of a distributed checkpoint (torch's `Metadata`, its fields as yet unchecked). What is plain data besides, such as
+    the path that it was written to, is passed over. Raises InputError where the file can not be read, or asks for anything else.
+    """
+    return _read(folder / METADATA, passes_over=True)
+
+
+def _read(path: Path, *, passes_over: bool) -> Any:
     try:
-        return _LookingThrough(io.BytesIO(path.read_bytes())).load()
+        return _LookingThrough(path, passes_over=passes_over).load()
     except Exception as error:  # a pickle that is broken on purpose may raise anything
         raise InputError(f"{path} is not the description of a distributed checkpoint: {error}; do not load this checkpoint") from error

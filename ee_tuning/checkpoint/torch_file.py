@@ -1,16 +1,16 @@
 """What `torch.save` wrote, without letting its pickle do anything: tensors stay on the disk and are read by slices.
 
 A file, or a stretch of one, is a zip archive with a pickle and a record of raw bytes per storage. The pickle is read by an unpickler that
-knows a short list of names; what is only carried along (random states, enumerations) becomes a blank. Records are mapped into memory, or
-read from the file where a stretch of it is wanted, so that a slice costs no more than its bytes; each has a CRC-32, which
-`StoredTensor.check` compares.
+imports nothing and knows what may be asked for (pickled_names.py); what is only carried along (random states, enumerations) is never
+built. Records are mapped into memory, or read from the file where a stretch of it is wanted, so that a slice costs no more than its bytes;
+each has a CRC-32, which `StoredTensor.check` compares.
 """
 import argparse
-import collections
 import io
 import mmap
 import pickle
 import struct
+import types
 import warnings
 import zipfile
 import zlib
@@ -23,36 +23,14 @@ import torch
 from torch import Tensor
 
 from ee_tuning.checkpoint.mapped_file import MappedFile, read_at
+from ee_tuning.checkpoint.pickled_names import Inert, harmless, plain_name
 from ee_tuning.checkpoint.tensor_blocks import as_bytes
 from ee_tuning.errors import InputError
 
 _STORAGES = {f"torch.{name}Storage": dtype for name, dtype in (
     ("Double", torch.float64), ("Float", torch.float32), ("Half", torch.float16), ("BFloat16", torch.bfloat16), ("Long", torch.int64),
     ("Int", torch.int32), ("Short", torch.int16), ("Char", torch.int8), ("Byte", torch.uint8), ("Bool", torch.bool))}
-_DTYPES = {str(dtype): dtype for dtype in _STORAGES.values()}
-_KNOWN: dict[str, Any] = {"collections.OrderedDict": collections.OrderedDict, "argparse.Namespace": argparse.Namespace,
-                          "builtins.set": set, "torch.Size": tuple}
-_BLANKS = {"numpy.ndarray", "numpy.dtype", "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct",
-           "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "_codecs.encode", "_io.BytesIO", "torch.device",
-           "datetime.timedelta", "pathlib.PosixPath", "builtins.slice", "collections.defaultdict", "types.SimpleNamespace"}
-# Enumerations among Megatron's saved arguments, wherever its versions keep them. None of them decides the model's shape.
-_BLANKS |= {f"megatron.{module}.{name}"
-            for module in ("core.enums", "core.transformer.enums", "core.rerun_state_machine", "model.enums", "legacy.model.enums")
-            for name in ("ModelType", "LayerType", "AttnType", "AttnMaskType", "AttnBackend", "CudaGraphScope", "Fp8Recipe", "Fp4Recipe",
-                         "PositionEmbeddingType", "RerunMode", "RerunState", "RerunDiagnostic")}
-
-
-class _Blank:
-    """Stands for an object that nobody looks at: takes whatever the pickle gives it."""
-
-    def __init__(self, *_: Any, **__: Any):
-        pass
-
-    def __setstate__(self, _: Any) -> None:
-        pass
-
-    def __hash__(self) -> int:
-        return id(self)
+_UNTYPED = "torch.storage.UntypedStorage"
 
 
 @dataclass(frozen=True)
@@ -210,18 +188,22 @@ class _Unpickler(pickle._Unpickler):  # the one in Python: the one in C makes ro
         super().__init__(file)
         self._archive, self._is_trusted = archive, is_trusted
         self._rebuild: dict[str, Callable[..., Any]] = {
-            "torch._utils._rebuild_tensor_v2": self._tensor, "torch._utils._rebuild_parameter": lambda tensor, *_: tensor}
+            "torch._utils._rebuild_tensor_v2": self._tensor, "torch._utils._rebuild_tensor_v3": self._untyped_tensor,
+            "torch._utils._rebuild_parameter": lambda tensor, *_: tensor}
 
     def find_class(self, module_name: str, global_name: str) -> Any:
-        name = f"{module_name}.{global_name}"
-        for table in (_KNOWN, _DTYPES, _STORAGES, self._rebuild):
+        name = plain_name(module_name, global_name)
+        for table in (_STORAGES, self._rebuild):
             if name in table:
                 return table[name]
-        if name in _BLANKS:
-            return _Blank
-        if self._is_trusted:
-            return super().find_class(module_name, global_name)
-        raise _NotAllowed(name)
+        if name == _UNTYPED:
+            return torch.uint8
+        try:
+            return harmless(name)
+        except KeyError:
+            if self._is_trusted:
+                return super().find_class(module_name, global_name)
+            raise _NotAllowed(name) from None
 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, dtype, record, _, num_elements = pid
@@ -229,10 +211,18 @@ class _Unpickler(pickle._Unpickler):  # the one in Python: the one in C makes ro
             raise ValueError(f"a storage can not be {pid!r}")
         return _Storage(record, dtype, num_elements)
 
-    def _tensor(self, storage: _Storage, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> StoredTensor:
+    def _tensor(self, storage: Any, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> "StoredTensor | Inert":
+        if isinstance(storage, Inert):  # within a random generator, whose tensors carry their bytes along
+            return storage
         if not isinstance(storage, _Storage) or not all(isinstance(n, int) and n >= 0 for n in (offset, *shape, *stride)):
             raise ValueError("a tensor without storage, or of a negative size")
         return StoredTensor(self._archive, storage, offset, tuple(shape), tuple(stride))
+
+    def _untyped_tensor(self, storage: _Storage, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], requires_grad: bool,
+                        hooks: Any, dtype: torch.dtype, *_: Any) -> "StoredTensor | Inert":
+        """Of a dtype that has no storage class of its own: torch counts such a storage in bytes."""
+        typed = _Storage(storage.record, dtype, storage.num_elements // dtype.itemsize)
+        return self._tensor(typed, offset, shape, stride)
 
 
 class _Window(io.RawIOBase):
@@ -268,4 +258,4 @@ class _Window(io.RawIOBase):
 def saved_arguments(content: Any) -> dict[str, Any] | None:
     """The arguments that Megatron saved within `content`; None where it holds none."""
     arguments = content.get("args") if isinstance(content, dict) else None
-    return vars(arguments) if isinstance(arguments, argparse.Namespace) else None
+    return vars(arguments) if isinstance(arguments, argparse.Namespace | types.SimpleNamespace) else None
