@@ -12,8 +12,8 @@ from ee_tuning.checkpoint.safetensors_reader import SafetensorsFolder
 from ee_tuning.checkpoint.spelling import SPELLINGS, Spelling
 from ee_tuning.errors import InputError
 
-_PACK = re.compile(r"(model\.layers\.\d+\.)mlp\.experts\.(gate_up_proj|down_proj)")
-_ROUTER = re.compile(r"(model\.layers\.\d+\.)mlp\.gate\.weight")
+_PACK = re.compile(r"(?:model\.)?(layers\.\d+\.)mlp\.experts\.(gate_up_proj|down_proj)")
+_ROUTER = re.compile(r"(?:model\.)?(layers\.\d+\.)mlp\.gate\.weight")
 """What every family is told by in this form."""
 
 
@@ -47,7 +47,7 @@ def expert_slabs(folder: SafetensorsFolder) -> dict[str, Slab]:
         size = shape[1] // len(stems)
         for expert in range(shape[0]):
             for half, stem in enumerate(stems):
-                slabs[f"{match[1]}{stem.format(expert)}.weight"] = Slab(name, expert, half * size, (size, shape[2]))
+                slabs[f"model.{match[1]}{stem.format(expert)}.weight"] = Slab(name, expert, half * size, (size, shape[2]))
     for name in slabs.keys() & folder.files.keys():
         raise InputError(f"{folder.folder} holds tensor {name} twice, alone and in {slabs[name].stored}; fetch the folder again")
     return slabs
@@ -56,7 +56,7 @@ def expert_slabs(folder: SafetensorsFolder) -> dict[str, Slab]:
 def router_names(folder: SafetensorsFolder) -> dict[str, str]:
     """Each router's name, where the family has one of its own, to the one that it has beside packed experts."""
     own = _spelling(folder).router
-    return {f"{match[1]}{own}.weight": name for name in folder.files if own != "mlp.gate" and (match := _ROUTER.fullmatch(name))}
+    return {f"model.{match[1]}{own}.weight": name for name in folder.files if own != "mlp.gate" and (match := _ROUTER.fullmatch(name))}
 
 
 def _spelling(folder: SafetensorsFolder) -> Spelling:

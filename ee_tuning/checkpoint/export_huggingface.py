@@ -120,7 +120,7 @@ def _described_config(model: ExportSource, special: Mapping[str, int]) -> dict[s
 
     Raises InputError where the model's own names its classes in no way that there is.
     """
-    raw = {**model.description, **{key: token for key, token in special.items() if model.description.get(key) is None}}
+    raw = {**model.described(), **{key: token for key, token in special.items() if model.description.get(key) is None}}
     classes = raw.get("auto_map") or {}
     if not isinstance(classes, dict):
         raise InputError(f"{model.source.folder / 'config.json'}: auto_map must be an object, got {classes!r}; fetch the model's own")

@@ -14,7 +14,7 @@ from ee_tuning.checkpoint.formats import BackboneSource, checked_behind, describ
 from ee_tuning.checkpoint.manifest import check_replaceable
 from ee_tuning.checkpoint.safetensors_reader import SafetensorsFolder
 from ee_tuning.config import Config
-from ee_tuning.model.config import ModelConfig
+from ee_tuning.model.config import ModelConfig, model_config_from_hf
 from ee_tuning.model.huggingface_config import huggingface_config
 from ee_tuning.parallel.topology import Topology
 
@@ -28,7 +28,7 @@ class ExportSource:
     files: SafetensorsFolder | None
     """The same, where it is a Hugging Face folder, whose files can be copied as they are."""
     description: dict[str, Any]
-    """config.json: the model's own where it has one."""
+    """config.json: the model's own where it has one, as it is."""
     artifact: ExitHeadsReader | None
     finish_check: Callable[[], None]
     """Waits until the model's files, where it has a manifest, were compared with it, and raises InputError, on all ranks, where one is
@@ -39,6 +39,11 @@ class ExportSource:
     def name(self) -> str:
         """For people."""
         return model_name(self.source.folder)
+
+    def described(self) -> dict[str, Any]:
+        """config.json, true to the weights: it may tie an output matrix that is another than the embedding."""
+        ties = model_config_from_hf(self.description, self.source.folder / "config.json").ties_embeddings
+        return self.description if ties == self.model.ties_embeddings else {**self.description, "tie_word_embeddings": not ties}
 
 
 def check_target(config: Config, output: Path, overwrite: bool, marks: Sequence[str]) -> None:

@@ -11,14 +11,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, NamedTuple, Protocol, Self
 
+from ee_tuning.checkpoint.adapter import refuse_adapter
 from ee_tuning.checkpoint.aside import on_first_rank
 from ee_tuning.checkpoint.huggingface import HuggingFaceReader
 from ee_tuning.checkpoint.legacy import LegacyCheckpoint, LegacyReader, is_legacy
 from ee_tuning.checkpoint.manifest import MANIFEST, ManifestCheck, holds_manifest, read_manifest
 from ee_tuning.checkpoint.mapped_file import map_file
 from ee_tuning.checkpoint.megatron import MegatronReader
+from ee_tuning.checkpoint.megatron_source import MegatronSource
 from ee_tuning.checkpoint.metadata_pickle import METADATA
+from ee_tuning.checkpoint.names import embedding_name, output_name
 from ee_tuning.checkpoint.safetensors_reader import TensorSource
+from ee_tuning.checkpoint.tied_output import holds_another_output, untied
 from ee_tuning.checkpoint.torch_file import Archive, saved_arguments
 from ee_tuning.config import ModelSection
 from ee_tuning.errors import InputError
@@ -62,7 +66,8 @@ class OpenModel(NamedTuple):
 
 
 def open_model(model: ModelSection) -> OpenModel:
-    """The backbone that model.path names, in whichever format it is. No weights are read yet.
+    """The backbone that model.path names, in whichever format it is. No weights are read yet, but for an output matrix beside an
+    embedding that it is said to be tied to.
 
     Raises InputError where it is in none, not whole, of a kind that this project can not run, or not to be trusted.
     """
@@ -72,8 +77,7 @@ def open_model(model: ModelSection) -> OpenModel:
         shape = shape or describing_file(folder, None)
         common = folder / _COMMON
         saved = saved_arguments(Archive(common, map_file(common), is_trusted=model.trust_pickle).content) if common.is_file() else None
-        config = read_megatron_config(saved, shape, common)
-        return OpenModel(MegatronReader(folder, config), config, "megatron")
+        return _megatron(lambda config: MegatronReader(folder, config), read_megatron_config(saved, shape, common), "megatron")
     if next(folder.glob("*.distcp"), None):
         raise InputError(f"{folder / METADATA} is missing, which describes the *.distcp files beside it; fetch the whole checkpoint again")
     if is_legacy(folder):
@@ -82,12 +86,32 @@ def open_model(model: ModelSection) -> OpenModel:
         if config.num_experts:
             raise InputError(f"{folder} is a legacy Megatron checkpoint of a model with experts, which is not supported; save it as a "
                              "distributed checkpoint (--ckpt-format torch_dist)")
-        return OpenModel(LegacyReader(checkpoint, config), config, "legacy_megatron")
+        return _megatron(lambda config: LegacyReader(checkpoint, config), config, "legacy_megatron")
     if shape is not None:
         raise InputError(f"model.config is the shape of a Megatron checkpoint, and {folder} is none; a Hugging Face folder has its own "
                          "config.json; leave --config out")
+    return _huggingface(folder)
+
+
+def _huggingface(folder: Path) -> OpenModel:
     config = read_model_config(folder)
-    return OpenModel(HuggingFaceReader(folder), config, "huggingface")
+    refuse_adapter(folder)
+    reader = HuggingFaceReader(folder)
+    if config.ties_embeddings:
+        reader.take_output_for_embedding(config)
+        if all(map(reader.holds, (embedding_name(config), output_name(config)))) and holds_another_output(reader, config):
+            config = untied(config)
+    return OpenModel(reader, config, "huggingface")
+
+
+def _megatron(reader_of: Callable[[ModelConfig], MegatronSource], config: ModelConfig, kind: Kind) -> OpenModel:
+    reader = reader_of(config)
+    if config.ties_embeddings and reader.has_output():
+        own = untied(config)
+        both = reader_of(own)
+        if holds_another_output(both, own):
+            return OpenModel(both, own, kind)
+    return OpenModel(reader, config, kind)
 
 
 def check_model(source: BackboneSource, config: ModelConfig, topology: Topology | None, *, verifies: bool) -> None:
@@ -157,6 +181,7 @@ def model_folder(path: str, *, needs_weights: bool = True) -> Path:
     iterations = sorted(entry.name for entry in folder.glob("iter_*"))
     if iterations:
         raise InputError(f"{folder} holds iterations ({', '.join(iterations[-3:])}) and no {_LATEST}; give the folder of one of them")
+    refuse_adapter(folder)
     raise InputError(f"{folder} is neither a Hugging Face folder (config.json and safetensors) nor a Megatron checkpoint ({METADATA}, "
                      f"mp_rank_00 or {_LATEST}); give the folder of a model")
 

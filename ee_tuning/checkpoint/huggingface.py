@@ -1,21 +1,23 @@
 """The backbone, read in place from a Hugging Face folder: each rank its own slices."""
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ee_tuning.checkpoint.experts_packed import Slab, expert_slabs, router_names
-from ee_tuning.checkpoint.names import Shape, backbone_shard, backbone_tensor_shapes, output_name
+from ee_tuning.checkpoint.names import Shape, backbone_shard, backbone_tensor_shapes, embedding_name, output_name
 from ee_tuning.checkpoint.safetensors_file import Part
 from ee_tuning.checkpoint.safetensors_reader import SafetensorsFolder, TensorSource, read_shard
+from ee_tuning.checkpoint.unread import is_buffer, refuse_telling, unread
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
 
-_HARMLESS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|transformer\.h\.\d+\.attn\.(masked_)?bias")
-"""Buffers that old versions saved."""
-_BARE = re.compile(r"(wte|wpe|ln_f|h\.\d+)\.")
-"""GPT-2's tensors where the model was saved without its output matrix, as the published ones are: `transformer.` is missing before them."""
+_BARE = {"transformer.": re.compile(r"(wte|wpe|ln_f|h\.\d+)\."), "model.": re.compile(r"(embed_tokens|norm|layers\.\d+)\.")}
+"""Tensors of a model that was saved without its output matrix, as GPT-2's published folders and embedding models are: what begins every
+other name in whole models is missing before them.
+"""
 
 
 class HuggingFaceReader(SafetensorsFolder):
@@ -23,15 +25,23 @@ class HuggingFaceReader(SafetensorsFolder):
 
     def __init__(self, folder: Path):
         super().__init__(folder, "model")
-        is_bare = not any(name.startswith("transformer.") for name in self.files)
         self._slabs: dict[str, Slab] = {}
         self._stored: dict[str, str] = {}
         self._slabs = expert_slabs(self)
-        self._stored = {**{f"transformer.{name}": name for name in self.files if is_bare and _BARE.match(name)},
-                        **(router_names(self) if self._slabs else {}), **{name: slab.stored for name, slab in self._slabs.items()}}
+        self._stored = {**_whole_names(self.files), **(router_names(self) if self._slabs else {}),
+                        **{name: slab.stored for name, slab in self._slabs.items()}}
+
+    def holds(self, name: str) -> bool:
+        """Whether there is a tensor of that name, as the family's whole models name it."""
+        return self.stored_name(name) in self.files
+
+    def take_output_for_embedding(self, config: ModelConfig) -> None:
+        """Has the output matrix stand for the embedding that it is tied to, where it alone is stored."""
+        if not self.holds(embedding_name(config)) and self.holds(output_name(config)):
+            self._stored[embedding_name(config)] = output_name(config)
 
     def stored_name(self, name: str) -> str:
-        """`name` itself, or how a bare GPT-2 has it, or the pack that an expert is in."""
+        """`name` itself, or how a model without its output matrix has it, or the pack that an expert is in."""
         return self._stored.get(name, name)
 
     def names(self) -> list[str]:
@@ -50,12 +60,22 @@ class HuggingFaceReader(SafetensorsFolder):
     def check_complete(self, config: ModelConfig) -> None:
         """Raises InputError where a backbone tensor is missing, has another shape, or one is there that would be ignored."""
         expected = backbone_tensor_shapes(config)
+        strangers = [name for name in self.names() if name not in expected and name != output_name(config) and not is_buffer(name)]
+        refuse_telling((name, self._path(name)) for name in strangers)
+        if output_name(config) in expected and not self.holds(output_name(config)) and self.holds(embedding_name(config)):
+            raise InputError(f"{self.table} holds no output matrix ({output_name(config)}), and the config ties none to the embedding "
+                             "(tie_word_embeddings): a model that embeds or scores texts has none; give the language model that it was "
+                             "made from")
         for name, shape in expected.items():
             self.check_shape(name, shape)
-        for name in self.names():
-            if name not in expected and name != output_name(config) and not _HARMLESS.fullmatch(name):
-                raise InputError(f"{self._path(name)}: tensor {name} belongs to no {config.family} model with {config.num_layers} layers, "
-                                 "and leaving it out would change the model; config and weights do not belong together")
+        for name in strangers:
+            raise unread(name, self._path(name), config, "config")
+
+
+def _whole_names(files: Iterable[str]) -> dict[str, str]:
+    """Whole models' names of tensors that lack the beginning of them, to those that they have."""
+    return {prefix + name: name for prefix, pattern in _BARE.items() if not any(name.startswith(prefix) for name in files)
+            for name in files if pattern.match(name)}
 
 
 def read_backbone_tensor(reader: TensorSource, config: ModelConfig, parameter: str, tp: int, tp_rank: int,

@@ -19,12 +19,16 @@ from ee_tuning.checkpoint.mapped_file import MappedFile, map_file
 from ee_tuning.checkpoint.megatron_source import MegatronSource, is_harmless, norm_alias
 from ee_tuning.checkpoint.metadata_pickle import METADATA, read_metadata_pickle
 from ee_tuning.checkpoint.names import Shape, backbone_parameter_names
+from ee_tuning.checkpoint.notices import warn_once
 from ee_tuning.checkpoint.safetensors_reader import check_inside
 from ee_tuning.checkpoint.torch_file import Archive, StoredTensor
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
 
-_MODEL = re.compile(r"(embedding|decoder|output_layer)\.")
+_BESIDE = re.compile(r"(chained_\d+\.)?(optimizer|optimizer_state)\.|exits\.\d+\.|rng_state|rerun_state_machine")
+"""Keys of what is saved with a model."""
+_FURTHER_TOKENS = "mtp."
+"""Megatron's layers that predict more than one token ahead."""
 _LAYER = re.compile(r"(decoder\.layers\.)(\d+)\.(.+)")
 _EXPERT = re.compile(r"(mlp\.experts\.)local_experts\.(\d+)\.(.+)")
 _FINAL_NORM = "decoder.final_layernorm.weight"
@@ -123,7 +127,9 @@ class MegatronReader(MegatronSource):
     def __init__(self, folder: Path, config: ModelConfig):
         super().__init__(folder, config)
         self.checkpoint = DistributedCheckpoint(folder)
-        self._prefix = next((key.removesuffix(_FINAL_NORM) for key in self.checkpoint.shapes if key.endswith(_FINAL_NORM)), "")
+        # The optimizer's states have the same names behind longer prefixes of their own.
+        self._prefix = min((key.removesuffix(_FINAL_NORM) for key in self.checkpoint.shapes if key.endswith(_FINAL_NORM)),
+                           key=len, default="")
 
     def stored_shape(self, parameter: str, rank: int) -> Shape | None:
         """Of the whole parameter: a distributed checkpoint's tensors are whole, whatever wrote them."""
@@ -164,7 +170,7 @@ class MegatronReader(MegatronSource):
         return self.checkpoint.files()
 
     def strangers(self) -> Iterator[tuple[str, Path]]:
-        """Tensors of the model that `config` does not know."""
+        """Tensors that are neither the model's, as `config` knows it, nor of the optimizer, random states or exits that lie beside it."""
         used: dict[str, set[tuple[int, ...]]] = {}
         for parameter in backbone_parameter_names(self.config):
             for key, entry in self._places(parameter):
@@ -172,8 +178,10 @@ class MegatronReader(MegatronSource):
         known = {*used, *map(norm_alias, used)}  # a norm may be there under both of its names, for either layer spec
         for key in sorted(self.checkpoint.shapes):
             name = key.removeprefix(self._prefix)
-            if (key.startswith(self._prefix) and _MODEL.match(name) and key not in known
-                    and not is_harmless(name, ties_embeddings=self.config.ties_embeddings)):
+            if name.startswith(_FURTHER_TOKENS):
+                warn_once(f"{self.folder}: {name} and what else begins with {_FURTHER_TOKENS} is not read: it predicts tokens after the "
+                          "next one, and changes nothing in the model itself")
+            elif not (key in known or _BESIDE.match(key) or is_harmless(name, ties_embeddings=self.config.ties_embeddings)):
                 yield key, self.folder / METADATA
         for key, entries in used.items():
             stack = self.checkpoint.shapes[key][:len(next(iter(entries)))]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ee_tuning.checkpoint.names import Piece, Shape, backbone_parameter_names, backbone_shard, backbone_tensor_shapes
 from ee_tuning.checkpoint.safetensors_reader import DTYPES
+from ee_tuning.checkpoint.unread import refuse_telling, unread
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
 
@@ -61,6 +62,10 @@ class MegatronSource(ABC):
     def path(self, parameter: str, rank: int) -> Path:
         """The file that the shard is in, for errors."""
 
+    def has_output(self) -> bool:
+        """Whether an output matrix is stored, be it a copy of the embedding."""
+        return self.stored_shape("output_layer.weight", 0) is not None
+
     @abstractmethod
     def weight_files(self) -> set[str]:
         """Files that tensors lie in, by their names in the folder."""
@@ -106,11 +111,11 @@ class MegatronSource(ABC):
 
     def check_complete(self, config: ModelConfig) -> None:
         """Raises InputError where a backbone tensor is missing, has another shape, or one is there that would be ignored."""
+        refuse_telling(self.strangers())
         for name, shape in backbone_tensor_shapes(config).items():
             self.check_shape(name, shape)
         for key, path in self.strangers():
-            raise InputError(f"{path}: tensor {key} belongs to no {config.family} model with {config.num_layers} layers, and leaving it "
-                             "out would change the model; the shape (saved arguments, or --config) and the weights do not belong together")
+            raise unread(key, path, config, "the shape (saved arguments, or --config)")
 
     def full(self, name: str) -> Tensor:
         """The whole tensor, as stored."""

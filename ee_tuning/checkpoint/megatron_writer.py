@@ -25,7 +25,8 @@ from ee_tuning.checkpoint.megatron import stacked_names
 from ee_tuning.checkpoint.megatron_source import norm_alias
 from ee_tuning.checkpoint.metadata_pickle import METADATA
 from ee_tuning.checkpoint.names import Shape, backbone_parameter_names, backbone_shard
-from ee_tuning.checkpoint.non_finite import NonFinite, warn, warn_non_finite
+from ee_tuning.checkpoint.non_finite import NonFinite, warn_non_finite
+from ee_tuning.checkpoint.notices import warn
 from ee_tuning.checkpoint.safetensors_reader import TensorSource
 from ee_tuning.checkpoint.shared_work import own_share
 from ee_tuning.checkpoint.tensor_blocks import parameter_blocks, parameter_dtype, tensor_blocks
@@ -139,7 +140,7 @@ def _finish(model: ExportSource, aside: Path, output: Path, reports: list[_Repor
     with refusals_named(output):
         arguments = argparse.Namespace(**megatron_arguments(model.model))
         write_common(aside, {"args": arguments, "checkpoint_version": 3.0, "iteration": 0})
-        described = {key: value for key, value in model.description.items() if key not in ("early_exit", "auto_map")}
+        described = {key: value for key, value in model.described().items() if key not in ("early_exit", "auto_map")}
         (aside / "config.json").write_text(json.dumps(described, indent=2) + "\n")
         if model.artifact is not None:
             (aside / CONFIG).write_text(json.dumps(exit_config_tree(model.artifact.config), indent=2) + "\n")

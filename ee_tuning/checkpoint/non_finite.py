@@ -2,12 +2,12 @@
 
 What copies a whole model reports them and goes on, for the copy is to be the model; what makes exit heads of them refuses.
 """
-import sys
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
+from ee_tuning.checkpoint.notices import warn
 from ee_tuning.errors import InputError
 
 
@@ -41,11 +41,6 @@ def warn_non_finite(where: object, lines: Iterable[str]) -> None:
     """Prints them to stderr, each with what the model is called."""
     for line in lines:
         warn(f"{where}: {line}; the copy is like it, and whatever runs it computes nonsense")
-
-
-def warn(line: str) -> None:
-    """Prints a line for whoever runs the command."""
-    print(f"ee-tuning: warning: {line}", file=sys.stderr)
 
 
 def check_finite(where: object, name: str, tensor: Tensor) -> Tensor:

@@ -1,0 +1,31 @@
+"""An adapter's files (LoRA and its kin, as peft saves them) in a folder that is to be a model's."""
+import json
+from pathlib import Path
+
+from ee_tuning.checkpoint.unread import MERGE
+from ee_tuning.errors import InputError
+
+_CONFIG = "adapter_config.json"
+_FILES = (_CONFIG, "adapter_model.safetensors", "adapter_model.bin", "adapter.safetensors", "adapters.safetensors")
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raises InputError where an adapter's files lie in `folder`, be it beside a model's: transformers would load the adapter's base model
+    and put the adapter on it, and no file tells whether the weights beside it hold it already.
+    """
+    found = [name for name in _FILES if (folder / name).is_file()]
+    if not found:
+        return
+    what = f"{folder} holds an adapter ({', '.join(found)}{_base(folder / _CONFIG)})"
+    if (folder / "config.json").is_file():
+        raise InputError(f"{what} beside a model, and whether the weights hold it already is not told: if they do, move the adapter's "
+                         f"files away; if not, {MERGE}")
+    raise InputError(f"{what} and no model; {MERGE}")
+
+
+def _base(config: Path) -> str:
+    try:
+        tree = json.loads(config.read_text(encoding="utf-8"))
+        return f", made for {tree['base_model_name_or_path']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""

@@ -1,0 +1,17 @@
+"""Lines that go to whoever runs a command, on stderr: what is odd about a model, and is no reason to stop."""
+import os
+import sys
+
+_told: set[str] = set()
+
+
+def warn(line: str) -> None:
+    """Prints a line."""
+    print(f"ee-tuning: warning: {line}", file=sys.stderr)
+
+
+def warn_once(line: str) -> None:
+    """Prints a line, once, on the first of the processes that torchrun started."""
+    if line not in _told and os.environ.get("RANK", "0") == "0":
+        warn(line)
+    _told.add(line)
