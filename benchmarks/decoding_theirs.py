@@ -14,7 +14,7 @@ class Theirs:
 
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
         self.pad = self.model.config.eos_token_id
         # Without an end of text it never stops early, and needs no logits processor that suppresses it at every step.
         self.model.generation_config.eos_token_id = None

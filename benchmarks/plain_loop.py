@@ -71,7 +71,7 @@ def plain(folder: Path, options: argparse.Namespace) -> Figures:
 
     torch.set_num_threads(options.threads)
     before = _resident()
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder).requires_grad_(False)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).requires_grad_(False)
     caught: dict[int, Any] = {}
     heads: dict[int, Any] = {}
     for layer in EXITS:

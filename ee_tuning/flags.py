@@ -20,13 +20,14 @@ from ee_tuning.errors import InputError
 
 _MODEL = {"--model": "model.path", "--config": "model.config", "--trust-pickle": "model.trust_pickle", "--dtype": "model.dtype"}
 _HEADS = {"--architecture": "exits.architecture", "--adapter-rank": "exits.adapter_rank", "--init": "exits.init"}
+_TOKENIZER = {"--tokenizer": "data.tokenizer", "--trust-remote-code": "model.trust_remote_code"}
 _NEW_EXITS = {"--exit-layers": "exits.exit_layers", **_HEADS, "--exit-output": "exits.output",
               "--profile-text": "exits.profile_text"}
 _EXITS = {"--exits": "exits.path", "--no-verify": "exits.verify"}
 _PARALLEL = {"--tensor-model-parallel-size": "parallel.tensor_model_parallel_size",
              "--pipeline-model-parallel-size": "parallel.pipeline_model_parallel_size"}
 _TUNING_LAYOUT = {**_PARALLEL, "--sequence-parallel": "parallel.sequence_parallel"}
-_TUNING = {"--data": "data.paths", "--tokenizer": "data.tokenizer", "--chat-template": "data.chat_template",
+_TUNING = {"--data": "data.paths", **_TOKENIZER, "--chat-template": "data.chat_template",
            "--output": "tuning.run_folder", "--train-iters": "tuning.train_iters", "--lr": "tuning.lr", "--seq-length": "tuning.seq_length",
            "--micro-batch-size": "tuning.micro_batch_size", "--global-batch-size": "tuning.global_batch_size", "--seed": "tuning.seed",
            "--loss": "tuning.loss", "--resume": "tuning.resume", "--no-resume": "tuning.resume",
@@ -37,24 +38,24 @@ _SAMPLING = {"--max-new-tokens": "generation.max_new_tokens", "--temperature": "
              "--seed": "generation.seed", "--stop": "generation.stop"}
 
 FLAGS: dict[str, dict[str, str]] = {
-    "convert": {**_MODEL, **_NEW_EXITS, "--tokenizer": "data.tokenizer", "--seed": "exits.seed", "--no-verify": "exits.verify",
+    "convert": {**_MODEL, **_NEW_EXITS, **_TOKENIZER, "--seed": "exits.seed", "--no-verify": "exits.verify",
                 **_PARALLEL},
-    "preprocess": {"--data": "data.paths", "--tokenizer": "data.tokenizer", "--text-key": "data.text_key",
+    "preprocess": {"--data": "data.paths", **_TOKENIZER, "--text-key": "data.text_key",
                    "--chat-template": "data.chat_template", "--workers": "data.workers"},
     "tune": {**_MODEL, **_EXITS, **_NEW_EXITS, **_TUNING, **_TUNING_LAYOUT},
     "plan": {**_MODEL, **_EXITS, **_NEW_EXITS, **_TUNING, **_TUNING_LAYOUT},
-    "profile": {**_MODEL, "--no-verify": "exits.verify", "--text": "exits.profile_text", "--tokenizer": "data.tokenizer"},
-    "export": {**_MODEL, **_EXITS, "--tokenizer": "data.tokenizer", **_HEADS, "--seed": "exits.seed"},
-    "calibrate": {**_MODEL, **_EXITS, "--data": "data.valid_paths", "--tokenizer": "data.tokenizer",
+    "profile": {**_MODEL, "--no-verify": "exits.verify", "--text": "exits.profile_text", **_TOKENIZER},
+    "export": {**_MODEL, **_EXITS, **_TOKENIZER, **_HEADS, "--seed": "exits.seed"},
+    "calibrate": {**_MODEL, **_EXITS, "--data": "data.valid_paths", **_TOKENIZER,
                   "--tensor-model-parallel-size": "parallel.tensor_model_parallel_size"},
     "generate": {
-        **_MODEL, **_EXITS, "--tokenizer": "data.tokenizer", "--policy": "generation.policy", "--threshold": "generation.threshold",
+        **_MODEL, **_EXITS, **_TOKENIZER, "--policy": "generation.policy", "--threshold": "generation.threshold",
         "--measure": "generation.measure", "--calibration": "generation.calibration", "--exit-layer": "generation.exit_layer", **_SAMPLING,
         "--min-new-tokens": "generation.min_new_tokens", "--n": "generation.n", "--logprobs": "generation.logprobs",
         "--stop-token-ids": "generation.stop_token_ids", "--ignore-eos": "generation.ignore_eos",
         "--max-batch-size": "generation.max_batch_size", "--cache-tokens": "generation.cache_tokens", **_PARALLEL},
     "chat": {
-        **_MODEL, **_EXITS, "--tokenizer": "data.tokenizer", "--policy": "generation.policy", "--threshold": "generation.threshold",
+        **_MODEL, **_EXITS, **_TOKENIZER, "--policy": "generation.policy", "--threshold": "generation.threshold",
         "--measure": "generation.measure", "--calibration": "generation.calibration", "--exit-layer": "generation.exit_layer", **_SAMPLING},
 }
 """Command -> flag -> config key. A flag `--no-…` sets its key to false, one that takes no value otherwise to true."""

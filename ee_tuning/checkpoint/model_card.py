@@ -28,7 +28,7 @@ def export_card(name: str, exits: Mapping[str, Any] | None) -> str:
         f"`model*.safetensors` is {name} as it was; `exit_heads*.safetensors` holds {told_architecture(exits['architecture'])} exit "
         f"heads after layers {', '.join(map(str, exits['exit_layers']))}.", "", *_history(exits), "",
         "```python", "from transformers import AutoModelForCausalLM", "",
-        "plain = AutoModelForCausalLM.from_pretrained(FOLDER)",
+        "plain = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=False)",
         "early = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)",
         "early.generate(**inputs, exit_threshold=0.8)  # a token leaves at the first exit that is so sure of it; without it: plain",
         "```", "", "`modeling_early_exit.py` needs torch, transformers and safetensors alone.", ""])

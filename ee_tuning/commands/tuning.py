@@ -35,7 +35,7 @@ def preprocess(args: argparse.Namespace) -> None:
     from ee_tuning.data.preprocess import preprocess
 
     config = load_config(args.config, args.overrides)
-    written = preprocess(config.data, args.output, args.overwrite)
+    written = preprocess(config.data, args.output, args.overwrite, trusts_code=config.model.trust_remote_code)
     print(f"wrote {args.output}.bin and .idx: {written.num_documents:,} documents, {written.num_tokens:,} tokens\n"
           f"next: ee-tuning tune --data {quote(str(args.output))} …")
 

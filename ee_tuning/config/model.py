@@ -20,6 +20,9 @@ class ModelSection:
     Megatron's names."""
     trust_pickle: bool = False
     """Unpickle a Megatron checkpoint whatever its pickles ask for: they may run anything."""
+    trust_remote_code: bool = False
+    """Run the Python files that a tokenizer's folder brings with it: they may do anything. Without it, a tokenizer that needs them is
+    refused."""
     dtype: DType | None = None
     """Precision of the frozen weights and activations; default float32 on CPU, bfloat16 on CUDA."""
 

@@ -29,6 +29,8 @@ class Recipe:
     text_key: str
     chat_template: str | None
     """The template itself; None for the tokenizer's own."""
+    trusts_code: bool = False
+    """Whether Python files in the tokenizer's folder are run."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def id_type(recipe: Recipe) -> type[np.unsignedinteger] | type[np.signedinteger]
 @functools.lru_cache(maxsize=1)
 def _tools(recipe: Recipe) -> tuple:
     """Tokenizer, chat format and end-of-text id, once for all pieces of a process."""
-    tokenizer = load_tokenizer(recipe.tokenizer)
+    tokenizer = load_tokenizer(recipe.tokenizer, trusts_code=recipe.trusts_code)
     return tokenizer, ChatFormat(tokenizer, recipe.chat_template), end_of_text_id(tokenizer)
 
 
@@ -116,7 +118,7 @@ def _batched(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def recipe_of(tokenizer: str | Path, text_key: str, chat_template: str | None) -> Recipe:
+def recipe_of(tokenizer: str | Path, text_key: str, chat_template: str | None, *, trusts_code: bool = False) -> Recipe:
     """The recipe; `chat_template` is the file of one. Raises InputError where that, or the tokenizer's files, can not be read."""
-    return Recipe(tokenizer=str(tokenizer), tokenizer_files=tuple(tokenizer_digests(tokenizer).items()), text_key=text_key,
-                  chat_template=read_chat_template(chat_template))
+    return Recipe(tokenizer=str(tokenizer), tokenizer_files=tuple(tokenizer_digests(tokenizer, trusts_code=trusts_code).items()),
+                  text_key=text_key, chat_template=read_chat_template(chat_template), trusts_code=trusts_code)

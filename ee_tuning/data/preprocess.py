@@ -15,8 +15,9 @@ _IN_ORDER = (MASK_SUFFIX, BIN_SUFFIX, INDEX_SUFFIX)
 """The index comes last: without it, the others are no dataset."""
 
 
-def preprocess(data: DataSection, output: Path, overwrite: bool) -> Written:
+def preprocess(data: DataSection, output: Path, overwrite: bool, *, trusts_code: bool = False) -> Written:
     """Tokenizes what data.paths names into the prefix `output`, every document closed by end of text, in the order of the files.
+    The tokenizer's own Python files run where `trusts_code`.
 
     Raises InputError where something given can not be used, or `output` is there already; then nothing is left behind.
     """
@@ -29,7 +30,7 @@ def preprocess(data: DataSection, output: Path, overwrite: bool) -> Written:
     if there and not overwrite:
         raise InputError(f"{there[0]} exists already; give --overwrite to replace it, or another --output")
     files = [path for corpus in find_corpora(data.paths, "data.paths") for path in _texts(corpus)]
-    recipe = recipe_of(data.tokenizer, data.text_key, data.chat_template)
+    recipe = recipe_of(data.tokenizer, data.text_key, data.chat_template, trusts_code=trusts_code)
     with owned(output, None), folder_beside(output) as folder, Progress("tokenizing", speaks=True) as progress:
         steps = tokenize_files(files, recipe, folder, [folder / output.name], 0.0, data.workers, progress)
         while True:

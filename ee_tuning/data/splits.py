@@ -32,13 +32,13 @@ class _Streams:
 
 
 def load_samples(data: DataSection, model_path: str | Path, *, seq_length: int, vocab_size: int, max_positions: int,
-                 needs_validation: bool = True, topology: Topology | None = None) -> Splits:
+                 needs_validation: bool = True, topology: Topology | None = None, trusts_code: bool = False) -> Splits:
     """Reads, tokenizes, splits and packs what `data` names; equal on every rank. All ranks of `topology` call it (None: a world of one).
 
-    The tokenizer is data.tokenizer, or the one in `model_path`. Held out are data.valid_paths (files that data.paths name too are
-    then not trained on), or else a share of the documents. Raises InputError on whatever can not be used: paths, weights, files,
-    lines, the tokenizer, ids beyond `vocab_size`, `seq_length` beyond `max_positions`, a split shorter than one sample, and no held-out
-    part where `needs_validation`.
+    The tokenizer is data.tokenizer, or the one in `model_path`; its own Python files run where `trusts_code`. Held out are data.valid_paths
+    (files that data.paths name too are then not trained on), or else a share of the documents. Raises InputError on whatever can not be
+    used: paths, weights, files, lines, the tokenizer, ids beyond `vocab_size`, `seq_length` beyond `max_positions`, a split shorter than
+    one sample, and no held-out part where `needs_validation`.
     """
     check_data_settings(data, seq_length, max_positions, needs_validation)
     valid_corpora = find_corpora(data.valid_paths, "data.valid_paths") if data.valid_paths else []
@@ -49,7 +49,7 @@ def load_samples(data: DataSection, model_path: str | Path, *, seq_length: int, 
     tokenizer = Path(data.tokenizer or model_path)
     wanted = [(corpus, not data.valid_paths) for corpus in corpora]
     wanted += [(corpus, False) for corpus in valid_corpora if needs_validation]
-    entries = [entry for corpus, is_split in wanted for entry in _entries(corpus, data, tokenizer, is_split)]
+    entries = [entry for corpus, is_split in wanted for entry in _entries(corpus, data, tokenizer, is_split, trusts_code)]
     folders = iter(kept(entries, cache_root(data.cache), topology))
     streams = [_open(corpus, folders, data, tokenizer, vocab_size, is_split) for corpus, is_split in wanted]
     train = _pack([(each.corpus, each.train) for each in streams[:len(corpora)]], data, seq_length, "data.paths", "training data")
@@ -63,10 +63,10 @@ def load_samples(data: DataSection, model_path: str | Path, *, seq_length: int, 
     return Splits(train=train, valid=_pack(judged, data, seq_length, "data.paths", "validation data", f"{part} of the documents of "))
 
 
-def _entries(corpus: Corpus, data: DataSection, tokenizer: Path, is_split: bool) -> Iterator[Entry]:
+def _entries(corpus: Corpus, data: DataSection, tokenizer: Path, is_split: bool, trusts_code: bool) -> Iterator[Entry]:
     """What has to be known of a corpus: the tokens of its texts, and the smallest and largest of the ids that it brings."""
     if corpus.texts:
-        recipe = recipe_of(tokenizer, data.text_key, data.chat_template)
+        recipe = recipe_of(tokenizer, data.text_key, data.chat_template, trusts_code=trusts_code)
         fraction = data.valid_fraction if is_split else 0.0
 
         def tokenize(folder: Path, progress: Progress) -> Iterator[None]:

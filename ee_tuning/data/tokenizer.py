@@ -1,36 +1,47 @@
-"""The tokenizer that belongs to a model: read from its folder, never from the network."""
+"""The tokenizer that belongs to a model: read from its folder, never from the network, and code that lies there does not run unasked."""
 import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ee_tuning.errors import InputError
+from ee_tuning.questions import no_questions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 _COMPANIONS = ("merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json", "config.json")
+_ASKS_FOR_TRUST = "trust_remote_code"
+"""What transformers' refusal to run a folder's code says."""
 
 
-def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
-    """The Hugging Face tokenizer in the folder `path`.
+def load_tokenizer(path: str | Path, *, trusts_code: bool = False) -> "PreTrainedTokenizerBase":
+    """The Hugging Face tokenizer in the folder `path`. Python files of the folder run where `trusts_code`, and not otherwise.
 
-    Raises InputError where the folder is missing, has no tokenizer files, or has files that transformers can not read.
+    Raises InputError where the folder is missing, has no tokenizer files, has files that transformers can not read, or needs code of its
+    own that is not trusted.
     """
     folder = _folder(path)
     import transformers  # takes seconds: only commands that tokenize should pay for it
     transformers.logging.set_verbosity_error()
     try:
-        return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        with no_questions():
+            return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trusts_code)
     except Exception as error:  # the Rust tokenizers raise bare Exception on a broken file
+        if not trusts_code and _ASKS_FOR_TRUST in str(error):
+            raise InputError(f"the tokenizer in {folder} needs Python code that its files name, and no code of a folder is run unasked; "
+                             "read that code and give --trust-remote-code, or name another --tokenizer") from error
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"the tokenizer in {folder} can not be read: {reason}; copy its files anew, or set data.tokenizer") from error
 
 
-def tokenizer_digests(path: str | Path) -> dict[str, str]:
-    """sha256 of each file that a tokenizer may be made of. Raises InputError where the folder is missing or has no tokenizer files."""
+def tokenizer_digests(path: str | Path, *, trusts_code: bool = False) -> dict[str, str]:
+    """sha256 of each file that a tokenizer may be made of, trusted code included.
+
+    Raises InputError where the folder is missing or has no tokenizer files.
+    """
     folder = _folder(path)
-    files = (folder / name for name in (*TOKENIZER_FILES, *_COMPANIONS))
+    files = [folder / name for name in (*TOKENIZER_FILES, *_COMPANIONS)] + (sorted(folder.glob("*.py")) if trusts_code else [])
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()}
 
 

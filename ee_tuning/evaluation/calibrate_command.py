@@ -73,7 +73,7 @@ def _samples(config: Config, model: ModelConfig) -> Samples:
         data = dataclasses.replace(data, paths=data.valid_paths, valid_paths=())
     splits = load_samples(data, config.model.path, seq_length=min(SAMPLE_LENGTH, model.max_position_embeddings),
                           vocab_size=model.vocab_size, max_positions=model.max_position_embeddings,
-                          needs_validation=not config.data.valid_paths)
+                          needs_validation=not config.data.valid_paths, trusts_code=config.model.trust_remote_code)
     samples = splits.train if config.data.valid_paths else splits.valid
     assert samples is not None
     return samples

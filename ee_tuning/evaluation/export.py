@@ -68,7 +68,7 @@ def _write_merged(config: Config, flags: argparse.Namespace, *, is_shared: bool)
             from ee_tuning.checkpoint.export_huggingface import export_huggingface
 
             export_huggingface(config, flags.output, topology, links=flags.link, overwrite=flags.overwrite,
-                               special=_special_tokens(config.data.tokenizer))
+                               special=_special_tokens(config.data.tokenizer, trusts_code=config.model.trust_remote_code))
         else:
             from ee_tuning.checkpoint.megatron_writer import write_megatron
 
@@ -79,13 +79,13 @@ def _write_merged(config: Config, flags: argparse.Namespace, *, is_shared: bool)
         leave_parallel()
 
 
-def _special_tokens(tokenizer: str | None) -> dict[str, int]:
+def _special_tokens(tokenizer: str | None, *, trusts_code: bool) -> dict[str, int]:
     """What begins and ends a text by a tokenizer that was given: a Megatron checkpoint does not tell."""
     if tokenizer is None:
         return {}
     from ee_tuning.data.tokenizer import load_tokenizer
 
-    loaded = load_tokenizer(tokenizer)
+    loaded = load_tokenizer(tokenizer, trusts_code=trusts_code)
     return {key: token for key in ("bos_token_id", "eos_token_id") if isinstance(token := getattr(loaded, key), int)}
 
 

@@ -25,7 +25,7 @@ def check_export(config: Config, output: Path, text: str, tolerance: float) -> b
 
     Both sides compute in model.dtype. Raises InputError where the text can not be read as tokens.
     """
-    tokenizer = load_tokenizer(config.data.tokenizer or model_folder(config.model.path))
+    tokenizer = load_tokenizer(config.data.tokenizer or model_folder(config.model.path), trusts_code=config.model.trust_remote_code)
     config = dataclasses.replace(config, parallel=ParallelSection())  # one process looks, however many the job is for
     topology = init_parallel(config.parallel)
     loaded = load_for_generation(config, topology)
@@ -62,7 +62,7 @@ def _exported_logits(folder: Path, config: ModelConfig, ids: Tensor, dtype: torc
     module = _module(folder / MODELLING.name)
     # Grouped products, which transformers prefers for experts, refuse widths that are no multiple of 16 bytes.
     plain = {"experts_implementation": "eager"} if config.num_experts else {}
-    model = getattr(module, early_exit_class(config)).from_pretrained(folder, dtype=dtype, **plain).eval()
+    model = getattr(module, early_exit_class(config)).from_pretrained(folder, dtype=dtype, trust_remote_code=False, **plain).eval()
     return {layer: logits[0].double() for layer, logits in model.exit_logits(ids).items()}
 
 

@@ -131,7 +131,8 @@ def _one_layer(number: int, reader: BackboneSource, model: ModelConfig, topology
 
 
 def _sample_ids(config: Config, model: ModelConfig) -> Tensor:  # [b, s] int64
-    tokenizer = load_tokenizer(config.data.tokenizer or model_folder(config.model.path))
+    folder = config.data.tokenizer or model_folder(config.model.path)
+    tokenizer = load_tokenizer(folder, trusts_code=config.model.trust_remote_code)
     path = Path(config.exits.profile_text or argparse.__file__)
     try:
         text = path.read_text(encoding="utf-8")

@@ -66,7 +66,7 @@ def final_head_loss(llm: EarlyExitLLM, config: Config) -> float:
     """
     model, tuning = llm.model, config.tuning
     splits = load_samples(config.data, config.model.path, seq_length=tuning.seq_length, vocab_size=model.config.vocab_size,
-                          max_positions=model.config.max_position_embeddings)
+                          max_positions=model.config.max_position_embeddings, trusts_code=config.model.trust_remote_code)
     loss_sum = num_tokens = 0.0
     for batch in validation_batches(splits.valid, tuning, dp=1, dp_rank=0):
         documents = PackedDocuments.of(batch.document_ids, batch.position_ids, model.topology.device)

@@ -67,7 +67,7 @@ class EarlyExitLLM:
         topology = topology or init_parallel(config.parallel)
         loaded = load_for_generation(config, topology)
         folder = model_folder(config.model.path)
-        tokenizer = load_tokenizer(config.data.tokenizer or folder)
+        tokenizer = load_tokenizer(config.data.tokenizer or folder, trusts_code=config.model.trust_remote_code)
         return cls(loaded.model, loaded.stages, tokenizer, config.generation,
                    _stop_token_ids(folder, loaded.model.config.eos_token_ids, tokenizer), loaded.heads_digest)
 

@@ -63,4 +63,5 @@ def _load_samples(config: Config, topology: Topology) -> Splits:
     with source:
         folder = source.folder
     return load_samples(config.data, folder, seq_length=config.tuning.seq_length, vocab_size=model.vocab_size,
-                        max_positions=model.max_position_embeddings, needs_validation=config.tuning.eval_iters > 0, topology=topology)
+                        max_positions=model.max_position_embeddings, needs_validation=config.tuning.eval_iters > 0, topology=topology,
+                        trusts_code=config.model.trust_remote_code)

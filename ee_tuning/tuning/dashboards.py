@@ -9,6 +9,7 @@ from typing import Any
 from ee_tuning.checkpoint.aside import file_written_aside
 from ee_tuning.config import Config
 from ee_tuning.errors import InputError
+from ee_tuning.questions import no_questions
 from ee_tuning.tuning.metrics import Record
 
 WANDB_ID = "wandb_id"
@@ -42,7 +43,10 @@ def tensorboard(folder: Path, step: int) -> Iterator[list[Callable[[Record], Non
 
 @contextmanager
 def weights_and_biases(config: Config) -> Iterator[list[Callable[[Record], None]]]:
-    """What takes records into a run of the project tuning.wandb_project; nothing where none is asked for."""
+    """What takes records into a run of the project tuning.wandb_project; nothing where none is asked for.
+
+    Raises InputError where the package can not begin a run without asking for an account's key.
+    """
     project = config.tuning.wandb_project
     if not project:
         yield []
@@ -52,8 +56,13 @@ def weights_and_biases(config: Config) -> Iterator[list[Callable[[Record], None]
     import wandb
 
     folder = Path(config.tuning.run_folder).absolute()
-    run = wandb.init(project=project, id=_run_id(folder), name=folder.name, dir=str(folder), resume="allow",
-                     config=dataclasses.asdict(config))
+    try:
+        with no_questions():
+            run = wandb.init(project=project, id=_run_id(folder), name=folder.name, dir=str(folder), resume="allow",
+                             config=dataclasses.asdict(config))
+    except Exception as error:  # its classes differ from version to version
+        raise InputError(f"tuning.wandb_project = {project} can not be reached: {' '.join(str(error).split())[:200]}; give a key (wandb "
+                         "login), set WANDB_MODE=offline, or leave the key out") from error
     try:
         yield [lambda record: run.log({**scalars(record), "step": record["step"]})]
     finally:

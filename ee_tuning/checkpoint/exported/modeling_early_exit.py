@@ -87,7 +87,8 @@ class _WithExits:
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As every model's, and then the exit heads."""
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        # Unsaid, transformers asks on standard input whether to run what else lies in the folder.
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **{"trust_remote_code": False, **kwargs})
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.load_exits(pretrained_model_name_or_path, **{key: kwargs[key] for key in _WHERE if key in kwargs})
         return loaded

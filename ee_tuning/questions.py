@@ -1,0 +1,16 @@
+"""Questions that libraries put to a terminal find no answer here: what stands on standard input is the user's text, not a yes."""
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def no_questions() -> Iterator[None]:
+    """Within the block, standard input is empty and no terminal."""
+    former = sys.stdin
+    with open(os.devnull, encoding="utf-8") as sys.stdin:
+        try:
+            yield
+        finally:
+            sys.stdin = former
