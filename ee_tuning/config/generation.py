@@ -52,7 +52,8 @@ class GenerationSection:
     seed: int = 0
     """Of sampling, per prompt: the same seed gives a prompt the same tokens in any batch."""
     stop: tuple[str, ...] = field(default=(), metadata={"verbatim": True})
-    """Strings that end a completion; they are left out of it."""
+    """Strings that end a completion; they are left out of it. One that is a special token, such as <|eot_id|>, is that token's id among
+    stop_token_ids, too."""
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end a completion, beside the model's end of text."""
     ignore_eos: bool = False

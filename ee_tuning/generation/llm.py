@@ -23,7 +23,7 @@ from ee_tuning.generation.completion import Completion, StreamedToken, Writer
 from ee_tuning.generation.engine import Engine
 from ee_tuning.generation.params import SamplingParams
 from ee_tuning.generation.policy import Policy, policy_of
-from ee_tuning.generation.text import TextStream
+from ee_tuning.generation.text import TextStream, special_tokens
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.parallel.topology import Topology, init_parallel
 
@@ -50,6 +50,7 @@ class EarlyExitLLM:
         self.model, self.stages, self.tokenizer, self.defaults = model, stages, tokenizer, defaults
         self.stop_token_ids, self.heads_digest = stop_token_ids, heads_digest
         self.engine: Engine | None = None
+        self._special = {token: text for token, text in special_tokens(tokenizer).items() if token < model.config.vocab_size}
         self._settings: dict[str, Any] = {}
 
     @classmethod
@@ -139,6 +140,8 @@ class EarlyExitLLM:
         if not jobs:
             return
         prompts = [self._prepared(job, keeps_errors) for job in jobs]
+        jobs = [dataclasses.replace(job, params=self._with_stop_tokens(job.params)) if isinstance(ids, list) else job
+                for job, ids in zip(jobs, prompts, strict=True)]
         engine = self._engine([(ids, job.params) for ids, job in zip(prompts, jobs, strict=True) if isinstance(ids, list)], options)
         started, writers = time.perf_counter(), {}
         try:
@@ -154,8 +157,8 @@ class EarlyExitLLM:
                     continue
                 for sequence in added:
                     completions.append(Completion(prompt=job.prompt, index=sequence.completion))
-                    writers[sequence.number] = Writer(index, sequence, completions[-1], TextStream(self._decode, ids),
-                                                      shows_text or bool(job.params.stop))
+                    text = TextStream(self._decode, ids, special=self._special)
+                    writers[sequence.number] = Writer(index, sequence, completions[-1], text, shows_text or bool(job.params.stop))
             while not engine.is_idle:
                 for step in engine.step():
                     writer = writers[step.sequence.number]
@@ -185,6 +188,11 @@ class EarlyExitLLM:
             if not keeps_errors:
                 raise
             return error
+
+    def _with_stop_tokens(self, params: SamplingParams) -> SamplingParams:
+        """`params`, in which a stop string that is a special token is that token's id, too."""
+        named = tuple(token for token, text in self._special.items() if text in params.stop)
+        return dataclasses.replace(params, stop_token_ids=tuple(dict.fromkeys((*params.stop_token_ids, *named)))) if named else params
 
     def encode(self, prompt: str, adds_special_tokens: bool = True) -> list[int]:
         """Token ids of a prompt; the beginning-of-text token for an empty one. Raises InputError where there are none, or too many."""

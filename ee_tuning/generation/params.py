@@ -38,7 +38,8 @@ class SamplingParams:
     logprobs: int | None = None
     """With each token its log-probability, and the so many likeliest tokens with theirs, in the distribution it was chosen from."""
     stop: tuple[str, ...] = ()
-    """Strings that end the completion; they are left out of it."""
+    """Strings that end the completion; they are left out of it. Special tokens may be written out in them: one alone counts as its id in
+    `stop_token_ids`, too."""
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end the completion, beside the model's own end of text."""
     ignore_eos: bool = False

@@ -1,19 +1,35 @@
 """Token ids to text while they come: characters are held until whole, and stop strings are cut before anyone sees them."""
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
 
 REPLACEMENT = "�"
 CONTEXT_TOKENS = 4
 """Tokens of the prompt that are decoded with the completion: some tokenizers drop the space that a text begins with."""
 
 
-class TextStream:
-    """The text of one completion of the prompt `prompt_ids`. `decode(ids)` is the tokenizer's."""
+def special_tokens(tokenizer: Any) -> dict[int, str]:
+    """Id -> text of each token that is left out of decoded text."""
+    added = {token: str(each) for token, each in tokenizer.added_tokens_decoder.items() if each.special}
+    return {**dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)), **added}
 
-    def __init__(self, decode: Callable[[list[int]], str], prompt_ids: list[int], stop: tuple[str, ...] = ()):
+
+class TextStream:
+    """The text of one completion of the prompt `prompt_ids`.
+
+    `decode(ids)` is the tokenizer's, and leaves out `special` (`special_tokens`). A stop string that holds the text of one of them is
+    looked for in the text as it would be with them.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], prompt_ids: list[int], stop: tuple[str, ...] = (),
+                 special: Mapping[int, str] = MappingProxyType({})):
         self.text = ""
         """Without the prompt, and without the stop string where one was met."""
         self.has_stopped = False
-        self._decode, self.stop = decode, stop
+        self._decode, self.stop, self._special = decode, stop, special
+        self._left_out: list[tuple[int, str]] = []
+        """Special tokens of the completion: where in `text` each would stand, and its own text."""
+        self._holds_special: dict[str, bool] = {}
         self._ids = prompt_ids[-CONTEXT_TOKENS:]
         self._settled = 0
         """Ids before this one have their text in `_before` for good: decoding restarts here, so that length costs nothing."""
@@ -27,6 +43,8 @@ class TextStream:
         tail = self._decode(self._ids[self._settled:])
         whole = tail.rstrip(REPLACEMENT)  # a character's later bytes are still to come
         self.text = (self._before + whole)[self._prompt_length:]
+        if token_id in self._special:
+            self._left_out.append((len(self.text), self._special[token_id]))
         if whole == tail:
             self._settle(tail)
         return self._show(is_last=False)
@@ -50,13 +68,44 @@ class TextStream:
 
     def _show(self, *, is_last: bool) -> str:
         if not self.has_stopped:
-            found = [at for at in (self.text.find(s, max(0, self._shown - len(s))) for s in self.stop) if at >= 0]
+            found = [at for at in map(self._find, self.stop) if at >= 0]
             if found:
                 self.text, self.has_stopped = self.text[: min(found)], True
-        held = 0 if is_last or self.has_stopped else max((_overlap(self.text, s) for s in self.stop), default=0)
+        held = 0 if is_last or self.has_stopped else max(map(self._beginning, self.stop), default=0)
         end = max(self._shown, len(self.text) - held)
         shown, self._shown = self.text[self._shown:end], end
         return shown
+
+    def _find(self, stop: str) -> int:
+        """Where `stop` begins in `text`; -1 where it is not there."""
+        start = max(0, self._shown - len(stop))
+        if not self._is_marked(stop):
+            return self.text.find(stop, start)
+        said, places = self._with_special(start)
+        at = said.find(stop)
+        return places[at] if at >= 0 else -1
+
+    def _beginning(self, stop: str) -> int:
+        """How many of the last characters of `text` may be the beginning of `stop`."""
+        if not self._is_marked(stop):
+            return _overlap(self.text, stop)
+        said, places = self._with_special(max(0, len(self.text) - len(stop)))
+        length = _overlap(said, stop)
+        return len(self.text) - places[-length] if length else 0
+
+    def _is_marked(self, stop: str) -> bool:
+        if stop not in self._holds_special:
+            self._holds_special[stop] = any(mark in stop for mark in self._special.values())
+        return self._holds_special[stop]
+
+    def _with_special(self, start: int) -> tuple[str, list[int]]:
+        """`text` from `start` on with its special tokens, and for each character its place in `text`."""
+        said, places = "", list[int]()
+        for place, mark in [*((place, mark) for place, mark in self._left_out if place >= start), (len(self.text), "")]:
+            said += self.text[start:place] + mark
+            places += [*range(start, place), *[place] * len(mark)]
+            start = place
+        return said, places
 
 
 def _overlap(text: str, stop: str) -> int:

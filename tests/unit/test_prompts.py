@@ -1,9 +1,12 @@
 """Prompts from a file, and talk at a terminal: each prompt by its own wishes, and a bad line alone is refused."""
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from byte_tokenizer import write_byte_tokenizer
 from exits import write_exits
+from random_models import random_llama
 
 from ee_tuning import EarlyExitLLM, SamplingParams, cli
 from ee_tuning.config import load_config
@@ -113,3 +116,18 @@ def test_chat_keeps_what_was_said_and_refuses_without_a_template(exits, monkeypa
     assert asked[1].startswith("system: be brief\nuser: one\nassistant: ") and asked[1].endswith("user: two\n")
     assert asked[3] == "system: be brief\nuser: three\n"
     assert "shorter than the model's context" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_stop_string_that_is_a_special_token_stops(tmp_path: Path) -> None:
+    """`--stop '<|eot|>'` that is taken without a word, and never stops; or that stops before min_tokens are there."""
+    random_llama(tmp_path, vocab_size=260, eos_token_id=256)
+    write_byte_tokenizer(tmp_path, "<|eot|>", "<|end|>")
+    llm = EarlyExitLLM.load(tmp_path)
+    wants: dict[str, Any] = {"max_tokens": 6, "logit_bias": {257: 100}}
+    once, twice, never, late = llm.generate(["a"] * 4, [
+        SamplingParams(stop=("<|eot|>",), **wants), SamplingParams(stop=("<|eot|><|eot|>",), **wants),
+        SamplingParams(stop=("<|end|>",), **wants), SamplingParams(stop=("<|eot|>",), min_tokens=3, **wants)], policy="full")
+    assert (once.token_ids, once.finish_reason, once.text) == ([257], "stop", "")
+    assert (twice.token_ids, twice.finish_reason) == ([257, 257], "stop")
+    assert (never.token_ids, never.finish_reason) == ([257] * 6, "length")
+    assert late.token_ids[3:] == [257] and 257 not in late.token_ids[:3], "as with a stop id, which is not to be had before"

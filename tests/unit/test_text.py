@@ -77,3 +77,26 @@ def test_text_made_at_once_is_the_text_made_token_by_token(prompt: str) -> None:
         unwatched.hold(token)
     watched.flush()
     assert unwatched.flush() == unwatched.text == watched.text
+
+
+MARKS = {1: "<|eot|>", 2: "<|im_end|>"}
+
+
+@pytest.mark.parametrize(("said", "stop", "wanted"), [
+    (["go", 1, "on"], ("<|eot|>",), "go"), (["go", 1, "on"], ("<|im_end|>",), "goon"), (["go", 2, "\n", "on"], ("<|im_end|>\n",), "go"),
+    (["go", 2, "x", "\non"], ("<|im_end|>\n",), "gox\non"),
+    (["a\n", 1, "b"], ("\n<|eot|>",), "a"), (["a\n", "b", 1], ("\n<|eot|>",), "a\nb"),
+    (["go", 1, 2, "on"], ("<|eot|><|im_end|>",), "go"), (["go", 2, 1, "on"], ("<|eot|><|im_end|>",), "goon"),
+    (["go", 1, "on"], ("oo",), "g"), (["go", 1], ("<|eot|>x", "never"), "go"), ([1, "x"], ("<|eot|>",), ""),
+])
+def test_stop_strings_that_hold_special_tokens_stop(said: list[int | str], stop: tuple[str, ...], wanted: str) -> None:
+    """Text is decoded without special tokens: a stop string with one never stops, and nobody hears why."""
+    def without(ids: list[int]) -> str:
+        return bytes(each for each in ids if each not in MARKS).decode(errors="replace")
+    stream, parts = TextStream(without, list(b"say"), stop, MARKS), []
+    for token in (byte for part in said for byte in ([part] if isinstance(part, int) else part.encode())):
+        parts.append(stream.push(token))
+        if stream.has_stopped:
+            break
+    assert "".join([*parts, stream.flush()]) == wanted == stream.text
+    assert stream.has_stopped is (wanted != "".join(part for part in said if isinstance(part, str)) or said == [1, "x"])
