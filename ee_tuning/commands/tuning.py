@@ -7,10 +7,9 @@ from shlex import quote
 from ee_tuning.commands.command import Command, add_job, job_of
 from ee_tuning.config import Config, load_config
 from ee_tuning.errors import InputError
-from ee_tuning.flags import FLAGS
 
-_UNUSED_BY_PLAN = ("data.paths", "data.tokenizer", "data.chat_template", "tuning.run_folder", "tuning.lr", "tuning.seed", "tuning.resume",
-                   "tuning.allow_config_change")
+_UNUSED_BY_PLAN = ("data.paths", "data.tokenizer", "model.trust_remote_code", "data.chat_template", "tuning.run_folder", "tuning.lr",
+                   "tuning.seed", "tuning.resume", "tuning.allow_config_change")
 """Keys of tune's flags that change nothing of what a job takes."""
 
 
@@ -66,9 +65,7 @@ def plan(args: argparse.Namespace) -> int:
 
 def _tell_unused(args: argparse.Namespace, config: Config) -> None:
     """Names, on standard error, the keys that tuning would read and a plan does not."""
-    given = [key for key in FLAGS["plan"].values() if key in _UNUSED_BY_PLAN and key in args.overrides]
-    if config.data.paths and "data.paths" not in given:
-        given.append("data.paths")
+    given = [key for key in _UNUSED_BY_PLAN if key in args.overrides or (key == "data.paths" and config.data.paths)]
     if given:
         print(f"plan does not use {', '.join(given)}: it reads no data and writes nothing", file=sys.stderr)
 
