@@ -5,6 +5,8 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from ee_tuning.foreign_content import told_content
+
 
 def read_json(path: Path) -> Any:
     """What a JSON file holds. Raises OSError where there is no plain file that can be read (a pipe would be waited for without end), and
@@ -12,7 +14,12 @@ def read_json(path: Path) -> Any:
     """
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EINVAL, "it is no plain file", str(path))
-    return parse_json(path.read_bytes())
+    try:
+        return parse_json(path.read_bytes())
+    except ValueError as error:
+        if told := told_content(path):
+            raise ValueError(f"it {told}") from error
+        raise
 
 
 def parse_json(data: bytes) -> Any:

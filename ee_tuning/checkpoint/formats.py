@@ -15,11 +15,13 @@ from ee_tuning.checkpoint.adapter import refuse_adapter
 from ee_tuning.checkpoint.aside import on_first_rank
 from ee_tuning.checkpoint.huggingface import HuggingFaceReader
 from ee_tuning.checkpoint.legacy import LegacyCheckpoint, LegacyReader, is_legacy
+from ee_tuning.checkpoint.links import dangling_link
 from ee_tuning.checkpoint.manifest import MANIFEST, ManifestCheck, holds_manifest, read_manifest
 from ee_tuning.checkpoint.mapped_file import map_file
 from ee_tuning.checkpoint.megatron import MegatronReader
 from ee_tuning.checkpoint.megatron_source import MegatronSource
 from ee_tuning.checkpoint.metadata_pickle import METADATA
+from ee_tuning.checkpoint.missing_weights import refuse_file
 from ee_tuning.checkpoint.names import embedding_name, output_name
 from ee_tuning.checkpoint.safetensors_reader import TensorSource
 from ee_tuning.checkpoint.tied_output import holds_another_output, untied
@@ -167,6 +169,7 @@ def model_folder(path: str, *, needs_weights: bool = True) -> Path:
     if not folder.exists() and _HUB_NAME.fullmatch(path):
         return _fetched(path, _HUB_FILES if needs_weights else _HUB_CONFIG)
     if not folder.is_dir():
+        refuse_file(folder)
         raise InputError(f"there is no folder {folder}; give the folder of a model (Hugging Face's, or a Megatron checkpoint), or a name "
                          "on the Hugging Face hub")
     if (folder / "config.json").is_file() or (folder / METADATA).is_file() or is_legacy(folder):
@@ -182,6 +185,8 @@ def model_folder(path: str, *, needs_weights: bool = True) -> Path:
     if iterations:
         raise InputError(f"{folder} holds iterations ({', '.join(iterations[-3:])}) and no {_LATEST}; give the folder of one of them")
     refuse_adapter(folder)
+    if told := dangling_link(folder / "config.json") or dangling_link(folder / METADATA):
+        raise InputError(told)
     raise InputError(f"{folder} is neither a Hugging Face folder (config.json and safetensors) nor a Megatron checkpoint ({METADATA}, "
                      f"mp_rank_00 or {_LATEST}); give the folder of a model")
 

@@ -13,6 +13,7 @@ from ee_tuning.checkpoint.exit_heads import ExitHeadsReader
 from ee_tuning.checkpoint.exit_names import exit_tensor_shapes
 from ee_tuning.checkpoint.fingerprint import fingerprint, model_shape
 from ee_tuning.checkpoint.formats import FORMATS, has_weights, model_folder, open_model
+from ee_tuning.checkpoint.missing_weights import other_weights
 from ee_tuning.checkpoint.model_size import largest_group_parameters, parameters_by_part, parameters_per_layer
 from ee_tuning.checkpoint.names import backbone_tensor_shapes, embedding_name
 from ee_tuning.config import Architecture, ExitsSection, ModelSection
@@ -43,7 +44,9 @@ def model_facts(path: Path, *, config: str | None = None, trust_pickle: bool = F
     """
     folder = model_folder(str(path))
     if not has_weights(folder):
-        return {"kind": "model", "format": "config.json alone: weights are missing, and sizes are computed from the shape",
+        others = ", ".join(other_weights(folder)[:3])
+        weights = f"its weights ({others}) are in a form that is not read" if others else "weights are missing"
+        return {"kind": "model", "format": f"config.json alone: {weights}, and sizes are computed from the shape",
                 "path": str(folder), "name": model_name(folder), **_described(model := read_model_config(folder), model.stored_dtype)}
     reader, model, kind = open_model(ModelSection(path=str(path), config=config, trust_pickle=trust_pickle))
     with reader:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ee_tuning.checkpoint.links import check_links
 from ee_tuning.checkpoint.mapped_file import map_file
 from ee_tuning.checkpoint.megatron_source import MegatronSource, is_harmless, norm_alias
 from ee_tuning.checkpoint.names import Shape, backbone_parameter_names
-from ee_tuning.checkpoint.safetensors_reader import check_inside
 from ee_tuning.checkpoint.torch_file import Archive, StoredTensor, saved_arguments
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
@@ -153,7 +153,7 @@ def _find(folder: Path) -> dict[tuple[int, int], Path]:
         file = next((path / name for name in _FILES if (path / name).is_file()), None)
         if file is None:
             raise InputError(f"{path} must hold {' or '.join(_FILES)}, and holds neither; fetch the whole folder")
-        check_inside(folder, file)
+        check_links(folder, file)
         files[int(match[1]), int(match[2] or 0)] = file
     return files
 

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from ee_tuning.checkpoint.links import check_links
 from ee_tuning.checkpoint.mapped_file import MappedFile, map_file
 from ee_tuning.checkpoint.megatron_source import MegatronSource, is_harmless, norm_alias
 from ee_tuning.checkpoint.metadata_pickle import METADATA, read_metadata_pickle
 from ee_tuning.checkpoint.names import Shape, backbone_parameter_names
 from ee_tuning.checkpoint.notices import warn_once
-from ee_tuning.checkpoint.safetensors_reader import check_inside
 from ee_tuning.checkpoint.torch_file import Archive, StoredTensor
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
@@ -109,7 +109,7 @@ class DistributedCheckpoint:
             if chunk.file not in self._files:
                 if Path(chunk.file).name != chunk.file or chunk.file in ("", ".."):
                     raise InputError(f"{self.folder / METADATA}: {key} must be in a file of this very folder, got {chunk.file!r}")
-                check_inside(self.folder, path)
+                check_links(self.folder, path)
                 self._files[chunk.file] = map_file(path)
             archive = Archive(path, self._files[chunk.file], chunk.start, chunk.start + chunk.length)
             stored = archive.content

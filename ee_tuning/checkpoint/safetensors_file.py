@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ee_tuning.checkpoint.mapped_file import read_at
 from ee_tuning.checkpoint.names import Shape
+from ee_tuning.checkpoint.open_files import OpenFile, Reopened, unreadable
 from ee_tuning.errors import InputError
+from ee_tuning.foreign_content import told_content
 from ee_tuning.json_file import parse_json
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -45,30 +46,23 @@ class Entry:
 
 
 class SafetensorsFile:
-    """An open file. Raises InputError, naming it, where it can not be read or its header does not describe it."""
-
-    _handle = -1
+    """A file, opened when it is read from. Raises InputError, naming it, where it can not be read or its header does not describe it."""
 
     def __init__(self, path: Path):
         self.path = path
+        self._file: Reopened[OpenFile] = Reopened(path, OpenFile)
         try:
-            self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise InputError(f"{path} can not be read: {error.strerror}; {_REMEDY}") from error
-        try:
-            self.entries = _read_header(self._handle)
+            self.entries = _read_header(self._file.now().handle)
             """By name, in the order that they are stored in."""
         except (OSError, ValueError, KeyError, TypeError) as error:
             self.close()
+            if told := told_content(path):
+                raise InputError(f"{path} {told}") from error
             raise InputError(f"{path} is not a whole safetensors file: {_told(error)}; {_REMEDY}") from error
 
     def close(self) -> None:
-        """Gives the file back; harmless when done twice."""
-        if self._handle >= 0:
-            os.close(self._handle)
-            self._handle = -1
-
-    __del__ = close
+        """Gives the file back until it is read from again; harmless when done twice."""
+        self._file.close()
 
     def read(self, name: str, part: Part = ()) -> Tensor:
         """This part of the tensor, as stored; no other bytes are read. Dimensions that `part` leaves out are whole."""
@@ -91,9 +85,9 @@ class SafetensorsFile:
 
     def _fill(self, name: str, data: memoryview, offset: int) -> None:
         try:
-            read_at(self._handle, offset, data)
+            self._file.now().read_at(offset, data)
         except OSError as error:
-            raise InputError(f"{self.path}: tensor {name} can not be read: {error.strerror}; {_REMEDY}") from error
+            raise unreadable(self.path, error) from error
         except EOFError as error:
             raise InputError(f"{self.path} was cut short while it was read, in tensor {name}; {_REMEDY}") from error
 

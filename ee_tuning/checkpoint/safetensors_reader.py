@@ -1,6 +1,6 @@
 """Tensors of a folder of safetensors, one file or shards with an index, read by slices and opened when first needed.
 
-Nothing in the folder is trusted: what is broken, missing, doubled or points out of the folder is refused with the file's name.
+Nothing in the folder is trusted: what is broken, missing, doubled or names a file elsewhere is refused with the file's name.
 """
 from pathlib import Path
 from types import TracebackType
@@ -9,9 +9,13 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
+from ee_tuning.checkpoint.links import check_links
+from ee_tuning.checkpoint.missing_weights import no_weights
 from ee_tuning.checkpoint.names import Piece, Shape, Shard
+from ee_tuning.checkpoint.open_files import unreadable
 from ee_tuning.checkpoint.safetensors_file import DTYPES, Entry, Part, SafetensorsFile
 from ee_tuning.errors import InputError
+from ee_tuning.foreign_content import told_content
 from ee_tuning.json_file import read_json
 
 
@@ -54,7 +58,7 @@ def _read_piece(source: TensorSource, piece: Piece) -> Tensor:
 class SafetensorsFolder:
     """`<stem>.safetensors`, or `<stem>.safetensors.index.json` and its shards, in `folder`. A context manager; tensors come on the CPU.
 
-    Raises InputError, naming file and tensor, where something is missing, broken, doubled or outside the folder.
+    Raises InputError, naming file and tensor, where something is missing, broken, doubled or a link that is not to be followed.
     """
 
     is_vouched_for = False
@@ -74,8 +78,7 @@ class SafetensorsFolder:
         elif index.exists():
             self.files = _read_index(index)
         else:
-            raise InputError(f"{folder} must hold {single.name} or {index.name}, and holds neither; "
-                             "weights in other formats have to be saved as safetensors first")
+            raise no_weights(folder, stem)
 
     def __enter__(self) -> Self:
         return self
@@ -148,10 +151,10 @@ class SafetensorsFolder:
         return self.file(self.files[stored])
 
     def file(self, name: str) -> SafetensorsFile:
-        """The file of that name, opened. Raises InputError where it is missing, broken, outside the folder, or not as the index says."""
+        """The file of that name, opened. Raises InputError where it is missing, broken, another's link, or not as the index says."""
         if name not in self._open:
             path = self.folder / name
-            check_inside(self.folder, path)
+            check_links(self.folder, path)
             if not _is_file(path):
                 raise InputError(f"{path} is missing, and {self.table} names it; fetch the whole folder again")
             file = SafetensorsFile(path)
@@ -169,22 +172,6 @@ class SafetensorsFolder:
             raise InputError(f"{path} holds tensor {min(unlisted)}, which {self.table} does not name; fetch the whole folder again")
 
 
-def check_inside(folder: Path, path: Path) -> None:
-    """Raises InputError where `path`, its links followed, lies outside `folder`.
-
-    A snapshot in Hugging Face's cache holds nothing but links into its repository's `blobs`: they count as inside.
-    """
-    home = folder.resolve()
-    roots = [home] + [home.parent.parent / "blobs"] * (home.parent.name == "snapshots")
-    try:
-        real = path.resolve()
-        is_inside = any(real.is_relative_to(root) for root in roots)
-    except (OSError, ValueError, RuntimeError):  # a loop of links; a name that no file can have
-        is_inside = False
-    if not is_inside:
-        raise InputError(f"{path} leads out of the folder {folder}, which is not followed; put the file itself into the folder")
-
-
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
@@ -199,11 +186,12 @@ def _read_index(path: Path) -> dict[str, str]:
         if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
             raise ValueError("weight_map must map tensor names to file names")
     except OSError as error:
-        raise InputError(f"{path} can not be read: {error.strerror}") from error
+        raise unreadable(path, error) from error
     except (ValueError, KeyError, TypeError) as error:
+        if told := told_content(path):
+            raise InputError(f"{path} {told}") from error
         raise InputError(f"{path} is not an index of safetensors shards: {error}; fetch it again") from error
     for name, file in files.items():
         if Path(file).name != file or file in ("", "..") or not file.isprintable():
             raise InputError(f"{path}: tensor {name} must be in a file of this very folder, got {file!r}; fetch the index again")
-        check_inside(path.parent, path.parent / file)
     return files

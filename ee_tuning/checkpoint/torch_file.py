@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ee_tuning.checkpoint.mapped_file import MappedFile, read_at
+from ee_tuning.checkpoint.mapped_file import MappedFile
 from ee_tuning.checkpoint.pickled_names import Inert, harmless, plain_name
 from ee_tuning.checkpoint.tensor_blocks import as_bytes
 from ee_tuning.errors import InputError
+from ee_tuning.foreign_content import told_content
 
 _STORAGES = {f"torch.{name}Storage": dtype for name, dtype in (
     ("Double", torch.float64), ("Float", torch.float32), ("Half", torch.float16), ("BFloat16", torch.bfloat16), ("Long", torch.int64),
@@ -95,6 +96,8 @@ class Archive:
             with zipfile.ZipFile(_Window(data, start, self._stop)) as archive:
                 entries = archive.infolist()
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
+            if told := told_content(path):
+                raise InputError(f"{path} {told}") from error
             raise self.broken(f"it is no archive as torch.save has written them since torch 1.6 ({error})") from error
         self._entries = {entry.filename.partition("/")[2]: entry for entry in entries}
         if "data.pkl" not in self._entries or len(self._entries) != len(entries):
@@ -114,14 +117,14 @@ class Archive:
             return torch.empty(0, dtype=storage.dtype)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given buffer is not writable")
-            return torch.frombuffer(self._data, dtype=storage.dtype, count=storage.num_elements, offset=begin)
+            return torch.frombuffer(self._data.mapping(), dtype=storage.dtype, count=storage.num_elements, offset=begin)
 
     def read_record(self, record: str, offset: int, into: memoryview) -> None:
         """Fills `into` with the record's bytes from `offset` on."""
         begin, end = self._place(f"data/{record}")
         assert begin + offset + len(into) <= end, (record, offset, len(into))
         try:
-            read_at(self._data.handle, begin + offset, into)
+            self._data.read_at(begin + offset, into)
         except OSError as error:
             raise self.broken(f"record {record} can not be read: {error.strerror}") from error
         except EOFError as error:
@@ -135,14 +138,14 @@ class Archive:
         """Takes the record's pages out of this process's memory; they stay in the system's cache of the file."""
         begin, end = self._place(f"data/{record}")
         begin = begin // mmap.PAGESIZE * mmap.PAGESIZE
-        self._data.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+        self._data.mapping().madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
     def _check(self, name: str) -> None:
         if name in self._checked:
             return
         begin, end = self._place(name)
         crc = 0
-        with memoryview(self._data) as view:
+        with memoryview(self._data.mapping()) as view:
             for position in range(begin, end, 1 << 24):
                 crc = zlib.crc32(view[position:min(end, position + (1 << 24))], crc)
         if crc != self._entries[name].CRC:
@@ -228,7 +231,7 @@ class _Unpickler(pickle._Unpickler):  # the one in Python: the one in C makes ro
 class _Window(io.RawIOBase):
     """Bytes `start`..`stop` of a mapped file, as a file of their own."""
 
-    def __init__(self, data: mmap.mmap, start: int, stop: int):
+    def __init__(self, data: MappedFile, start: int, stop: int):
         self._data, self._start, self._stop, self._position = data, start, stop, 0
 
     def readable(self) -> bool:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import read_json
 from ee_tuning.model.families import Family, family_fields, in_llama_spelling, positive_number
+from ee_tuning.model.quantized import refuse_quantized
 
 STORED_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -139,6 +140,7 @@ def model_config_from_hf(raw: Any, path: Path) -> ModelConfig:
     """As `read_model_config`, from the parsed config.json; `path` is named in errors."""
     if not isinstance(raw, dict):
         raise InputError(f"{path} must hold a JSON object, got {type(raw).__name__}; fetch the model's own config.json")
+    refuse_quantized(raw, path)
     try:
         config = _from_object(raw, path)
     except InputError:
