@@ -20,10 +20,10 @@ from ee_tuning.checkpoint.mapped_file import MappedFile, map_file
 from ee_tuning.checkpoint.megatron_source import MegatronSource, is_harmless, norm_alias
 from ee_tuning.checkpoint.metadata_pickle import METADATA, read_metadata_pickle
 from ee_tuning.checkpoint.names import Shape, backbone_parameter_names
-from ee_tuning.checkpoint.notices import warn_once
 from ee_tuning.checkpoint.torch_file import Archive, StoredTensor
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
+from ee_tuning.notices import warn_once
 
 _BESIDE = re.compile(r"(chained_\d+\.)?(optimizer|optimizer_state)\.|exits\.\d+\.|rng_state|rerun_state_machine")
 """Keys of what is saved with a model."""

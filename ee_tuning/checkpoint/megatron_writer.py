@@ -26,13 +26,13 @@ from ee_tuning.checkpoint.megatron_source import norm_alias
 from ee_tuning.checkpoint.metadata_pickle import METADATA
 from ee_tuning.checkpoint.names import Shape, backbone_parameter_names, backbone_shard
 from ee_tuning.checkpoint.non_finite import NonFinite, warn_non_finite
-from ee_tuning.checkpoint.notices import warn
 from ee_tuning.checkpoint.safetensors_reader import TensorSource
 from ee_tuning.checkpoint.shared_work import own_share
 from ee_tuning.checkpoint.tensor_blocks import parameter_blocks, parameter_dtype, tensor_blocks
 from ee_tuning.config import Config
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.megatron_args import megatron_arguments, untold_by_megatron
+from ee_tuning.notices import warn
 from ee_tuning.parallel.topology import Topology
 
 _MARKS = (METADATA, "common.pt", "config.json")

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from ee_tuning.checkpoint.notices import warn
 from ee_tuning.errors import InputError
+from ee_tuning.notices import warn
 
 
 class NonFinite:

@@ -7,7 +7,6 @@
 Under torchrun every rank makes the same calls with the same arguments, and every rank gets the same answers.
 """
 import dataclasses
-import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,7 +23,9 @@ from ee_tuning.generation.engine import Engine
 from ee_tuning.generation.params import SamplingParams
 from ee_tuning.generation.policy import Policy, policy_of
 from ee_tuning.generation.text import TextStream, special_tokens
+from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.early_exit import EarlyExitModel
+from ee_tuning.model.token_ids import generation_end_token_ids
 from ee_tuning.parallel.topology import Topology, init_parallel
 
 __all__ = ["Completion", "EarlyExitLLM", "Job", "StreamedToken"]
@@ -70,7 +71,7 @@ class EarlyExitLLM:
         folder = model_folder(config.model.path)
         tokenizer = load_tokenizer(config.data.tokenizer or folder, trusts_code=config.model.trust_remote_code)
         return cls(loaded.model, loaded.stages, tokenizer, config.generation,
-                   _stop_token_ids(folder, loaded.model.config.eos_token_ids, tokenizer), loaded.heads_digest)
+                   _stop_token_ids(folder, loaded.model.config, tokenizer), loaded.heads_digest)
 
     @property
     def exit_layers(self) -> tuple[int, ...]:
@@ -250,15 +251,13 @@ def params_of(generation: GenerationSection) -> SamplingParams:
                           **{name: getattr(generation, name) for name in same})
 
 
-def _stop_token_ids(folder: Path, from_config: tuple[int, ...], tokenizer: Any) -> tuple[int, ...]:
+def _stop_token_ids(folder: Path, config: ModelConfig, tokenizer: Any) -> tuple[int, ...]:
     """Tokens that end a completion: generation_config.json's where it names any, as transformers has it, else config.json's.
 
     A Megatron checkpoint names none: then the tokenizer's end of text.
     """
-    try:
-        named = json.loads((folder / "generation_config.json").read_text()).get("eos_token_id")
-    except (OSError, ValueError, AttributeError):  # models without one are many
-        named = None
-    if named is None and not from_config:
-        named = getattr(tokenizer, "eos_token_id", None)
-    return tuple(named) if isinstance(named, list) else from_config if named is None else (named,)
+    named = generation_end_token_ids(folder, config.vocab_size)
+    if named is not None or config.eos_token_ids:
+        return config.eos_token_ids if named is None else named
+    token = getattr(tokenizer, "eos_token_id", None)
+    return (token,) if isinstance(token, int) and 0 <= token < config.vocab_size else ()

@@ -8,6 +8,7 @@ from ee_tuning.errors import InputError
 from ee_tuning.json_file import read_json
 from ee_tuning.model.families import Family, family_fields, in_llama_spelling, positive_number
 from ee_tuning.model.quantized import refuse_quantized
+from ee_tuning.model.token_ids import end_token_ids, single_token_id
 
 STORED_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -163,16 +164,17 @@ def _from_object(raw: dict[str, Any], path: Path) -> ModelConfig:
     dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
     if dtype not in STORED_DTYPES:
         raise InputError(f"{path}: dtype must be one of {', '.join(STORED_DTYPES)}, got {dtype}")
-    eos = raw.get("eos_token_id")
+    vocabulary = positive_number(raw, "vocab_size", path)
+    single_token_id(raw, "pad_token_id", vocabulary, path)
     return ModelConfig(
         **family_fields(raw, path), num_layers=positive_number(raw, "num_hidden_layers", path), hidden_size=hidden,
         num_attention_heads=heads, num_query_groups=int(raw.get("num_key_value_heads") or heads),
         kv_channels=int(raw.get("head_dim") or hidden // heads),
-        vocab_size=positive_number(raw, "vocab_size", path), max_position_embeddings=max_positions,
+        vocab_size=vocabulary, max_position_embeddings=max_positions,
         norm_epsilon=float(raw.get("rms_norm_eps", 1e-6)), rope=_rope(raw, max_positions, path),
         ties_embeddings=bool(raw.get("tie_word_embeddings", False)), init_std=float(raw.get("initializer_range", 0.02)),
-        stored_dtype=dtype, eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-        bos_token_id=raw.get("bos_token_id"))
+        stored_dtype=dtype, eos_token_ids=end_token_ids(raw, vocabulary, path),
+        bos_token_id=single_token_id(raw, "bos_token_id", vocabulary, path))
 
 
 def _rope(raw: dict[str, Any], max_positions: int, path: Path) -> RopeConfig:

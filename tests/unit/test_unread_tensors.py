@@ -9,7 +9,7 @@ from megatron_files import save_legacy, save_stock_model
 from random_models import random_llama, random_model
 from safetensors.torch import load_file, save_file
 
-from ee_tuning.checkpoint import notices
+from ee_tuning import notices
 from ee_tuning.checkpoint.export_huggingface import export_huggingface
 from ee_tuning.checkpoint.fingerprint import fingerprint
 from ee_tuning.checkpoint.formats import OpenModel, open_model
