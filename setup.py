@@ -33,6 +33,7 @@ setup(
         "matplotlib",
     ],
     extras_require={
+        "gguf": ["gguf>=0.17"],
         "parquet": ["pyarrow"],
         "quantize": ["torchao>=0.18", "bitsandbytes>=0.50"],  # what they were tried with
         "te": ["transformer-engine[pytorch]"],
@@ -41,7 +42,7 @@ setup(
         "eval": [],
         "watch": ["tensorboard", "wandb"],
         "dev": ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "types-PyYAML", "pre-commit", "pyarrow", "tensorboard",
-                "torchao>=0.18", "bitsandbytes>=0.50"],
+                "gguf>=0.17", "accelerate", "torchao>=0.18", "bitsandbytes>=0.50"],
     },
     entry_points={"console_scripts": ["ee-tuning = ee_tuning.cli:main"]},
     classifiers=[

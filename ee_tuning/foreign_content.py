@@ -3,7 +3,7 @@ from pathlib import Path
 
 _BEGINNINGS = (
     (b"version https://git-lfs.github.com", "is a pointer of Git LFS and not the file itself; run `git lfs pull` in its folder"),
-    (b"GGUF", "is a GGUF file (llama.cpp's), which is not read; give the Hugging Face folder that it was made from"),
+    (b"GGUF", "is a GGUF file (llama.cpp's) whatever its name; give it one that ends in .gguf"),
     (b"PK\x03\x04", "is a file of torch.save, and no safetensors file, whatever its name; load the model by transformers and save it "
                     "(save_pretrained)"),
     (b"\x89HDF", "is an HDF5 file, and no safetensors file; give the model as safetensors"),

@@ -15,6 +15,7 @@ from ee_tuning.checkpoint.exit_heads import check_output, save_exit_heads, write
 from ee_tuning.checkpoint.exit_init import InitialExits
 from ee_tuning.checkpoint.fingerprint import fingerprint, model_shape
 from ee_tuning.checkpoint.formats import BackboneSource, check_model, open_model
+from ee_tuning.checkpoint.gguf_file import is_gguf
 from ee_tuning.checkpoint.legacy import LegacyReader
 from ee_tuning.checkpoint.model_card import told_architecture, told_init
 from ee_tuning.checkpoint.names import embedding_name
@@ -94,12 +95,16 @@ def described_heads(section: ExitsSection, layers: tuple[int, ...], model: Model
 
 
 def model_name(folder: Path) -> str:
-    """The model's name for people: the folder's own, or org/name of a snapshot in Hugging Face's cache, or the run's of an iteration."""
+    """The model's name for people: the folder's or file's own, or org/name of a snapshot in Hugging Face's cache, or the run's of an
+    iteration.
+    """
     folder = folder.resolve()
     if folder.name == "release" or folder.name.startswith("iter_"):
         return folder.parent.name
     if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
         return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
+    if is_gguf(folder):
+        return folder.stem
     return folder.name
 
 

@@ -11,6 +11,7 @@ from ee_tuning.checkpoint.convert import model_name
 from ee_tuning.checkpoint.exit_heads import ExitHeadsReader, check_bound_to
 from ee_tuning.checkpoint.fingerprint import fingerprint
 from ee_tuning.checkpoint.formats import BackboneSource, checked_behind, describing_file, model_folder, open_model
+from ee_tuning.checkpoint.gguf_file import GgufReader
 from ee_tuning.checkpoint.manifest import check_replaceable
 from ee_tuning.checkpoint.safetensors_reader import SafetensorsFolder
 from ee_tuning.config import Config
@@ -68,7 +69,8 @@ def open_for_export(config: Config, topology: Topology | None) -> Iterator[Expor
             check_bound_to(artifact, on_first_rank(topology, lambda: fingerprint(source, model)))
             artifact.check_complete(model)
         files = source if isinstance(source, SafetensorsFolder) else None
-        yield ExportSource(source, model, files, _description(config, source.folder, model), artifact, finish_check)
+        description = source.description if isinstance(source, GgufReader) else _description(config, source.folder, model)
+        yield ExportSource(source, model, files, description, artifact, finish_check)
 
 
 def _description(config: Config, folder: Path, model: ModelConfig) -> dict[str, Any]:

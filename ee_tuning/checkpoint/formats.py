@@ -1,7 +1,7 @@
 """Every way in: which of the formats a folder is in, its backbone as a source of tensors, and the model's shape.
 
-Hugging Face folders, Megatron-core's distributed checkpoints, legacy Megatron's `mp_rank_XX` folders; a Megatron run's folder, of which the
-latest iteration is taken; a name on the Hugging Face hub.
+Hugging Face folders, GGUF files, Megatron-core's distributed checkpoints, legacy Megatron's `mp_rank_XX` folders; a Megatron run's folder,
+of which the latest iteration is taken; a name on the Hugging Face hub.
 """
 import json
 import re
@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple, Protocol, Self
 
 from ee_tuning.checkpoint.adapter import refuse_adapter
 from ee_tuning.checkpoint.aside import on_first_rank
+from ee_tuning.checkpoint.gguf_file import SUFFIX, GgufReader, is_gguf
 from ee_tuning.checkpoint.huggingface import HuggingFaceReader
 from ee_tuning.checkpoint.legacy import LegacyCheckpoint, LegacyReader, is_legacy
 from ee_tuning.checkpoint.links import dangling_link
@@ -32,9 +33,9 @@ from ee_tuning.model.config import ModelConfig, read_model_config
 from ee_tuning.model.megatron_args import read_megatron_config
 from ee_tuning.parallel.topology import Topology
 
-Kind = Literal["huggingface", "megatron", "legacy_megatron"]
+Kind = Literal["huggingface", "megatron", "legacy_megatron", "gguf"]
 FORMATS: dict[Kind, str] = {"huggingface": "Hugging Face safetensors", "megatron": "Megatron-core distributed checkpoint",
-                            "legacy_megatron": "legacy Megatron checkpoint (mp_rank folders)"}
+                            "legacy_megatron": "legacy Megatron checkpoint (mp_rank folders)", "gguf": "GGUF file"}
 """For people."""
 
 _LATEST, _COMMON = "latest_checkpointed_iteration.txt", "common.pt"
@@ -75,6 +76,12 @@ def open_model(model: ModelSection) -> OpenModel:
     """
     folder = model_folder(model.path)
     shape = Path(model.config) if model.config else None
+    if is_gguf(folder):
+        if shape is not None:
+            raise InputError(f"model.config is the shape of a Megatron checkpoint, and {folder} has its own in its fields; leave "
+                             "--config out")
+        gguf = GgufReader(folder)
+        return OpenModel(gguf, gguf.config, "gguf")
     if (folder / METADATA).is_file():
         shape = shape or describing_file(folder, None)
         common = folder / _COMMON
@@ -146,7 +153,7 @@ def _check_listed(source: BackboneSource) -> None:
 
 def has_weights(folder: Path) -> bool:
     """Whether the folder of a model (`model_folder`) holds more than its config.json."""
-    return (folder / METADATA).is_file() or is_legacy(folder) or any(folder.glob("model*.safetensors*"))
+    return is_gguf(folder) or (folder / METADATA).is_file() or is_legacy(folder) or any(folder.glob("model*.safetensors*"))
 
 
 def describing_file(folder: Path, shape: str | None) -> Path | None:
@@ -162,12 +169,16 @@ def describing_file(folder: Path, shape: str | None) -> Path | None:
 
 
 def model_folder(path: str, *, needs_weights: bool = True) -> Path:
-    """The folder that holds the model: `path`, the latest iteration in it, or what the hub's `org/name` was fetched to."""
+    """The folder that holds the model: `path`, the latest iteration in it, or what the hub's `org/name` was fetched to. A GGUF file stands
+    for itself.
+    """
     if not path:
         raise InputError("model.path must name a model's folder, got nothing; give --model FOLDER")
     folder = Path(path)
     if not folder.exists() and _HUB_NAME.fullmatch(path):
         return _fetched(path, _HUB_FILES if needs_weights else _HUB_CONFIG)
+    if is_gguf(folder):
+        return folder
     if not folder.is_dir():
         refuse_file(folder)
         raise InputError(f"there is no folder {folder}; give the folder of a model (Hugging Face's, or a Megatron checkpoint), or a name "
@@ -187,6 +198,8 @@ def model_folder(path: str, *, needs_weights: bool = True) -> Path:
     refuse_adapter(folder)
     if told := dangling_link(folder / "config.json") or dangling_link(folder / METADATA):
         raise InputError(told)
+    if files := sorted(folder.glob(f"*{SUFFIX}")):
+        raise InputError(f"{folder} holds GGUF files, which are given by name: --model {files[0]}")
     raise InputError(f"{folder} is neither a Hugging Face folder (config.json and safetensors) nor a Megatron checkpoint ({METADATA}, "
                      f"mp_rank_00 or {_LATEST}); give the folder of a model")
 

@@ -48,7 +48,7 @@ def holds_manifest(folder: Path) -> bool:
     """
     try:
         tree = read_json(folder / MANIFEST)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # a GGUF file stands alone
         return False
     except (OSError, ValueError):
         return True

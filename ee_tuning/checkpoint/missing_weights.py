@@ -35,6 +35,8 @@ def no_weights(folder: Path, stem: str) -> InputError:
         if safetensors:
             return InputError(f"{rule}, but {safetensors[0]}; give the folder of the model as transformers saves it, or call the file "
                               f"{single.name} where it holds all of the model under transformers' names")
+        if ggufs := [name for name in found if name.endswith(".gguf")]:
+            return InputError(f"{folder} holds GGUF files, which are given by name: --model {folder / ggufs[0]}")
         what = told_content(folder / found[0])
         remedy = _SAVE_ANEW if found[0].startswith("pytorch_model") else "give the model as transformers saves it (safetensors)"
         return InputError(f"{rule}, but {found[0]}, which is not read{f' (it {what})' if what and 'LFS' in what else ''}; {remedy}")
@@ -51,5 +53,4 @@ def refuse_file(path: Path) -> None:
         raise InputError(f"model.path must name a model's folder, and {path} is a file; give the folder of a model, with config.json and "
                          f"safetensors, or that of a Megatron checkpoint{f' ({path.parent})' if path.suffix == '.safetensors' else ''}")
     if path.suffix == ".gguf":
-        raise InputError(f"there is no {path}, and GGUF files (llama.cpp's) are not read; give the Hugging Face folder that it was made "
-                         "from")
+        raise InputError(f"there is no GGUF file {path}; give one that is there")

@@ -2,6 +2,7 @@
 from pathlib import Path
 
 from ee_tuning.checkpoint.formats import has_weights
+from ee_tuning.checkpoint.gguf_file import is_gguf
 from ee_tuning.checkpoint.manifest import MANIFEST, check_file, holds_manifest, read_manifest
 from ee_tuning.checkpoint.verify_foreign import verify_foreign
 from ee_tuning.errors import InputError
@@ -18,8 +19,10 @@ def verify_folder(folder: Path) -> bool:
     if holds_manifest(folder):
         _check(folder)
         return True
+    if is_gguf(folder):
+        return verify_foreign(folder)
     if not folder.is_dir():
-        raise InputError(f"verify takes a folder, and {folder} is not there")
+        raise InputError(f"verify takes a folder or a GGUF file, and {folder} is not there")
     within = sorted(path.parent for path in folder.glob(f"**/{MANIFEST}") if holds_manifest(path.parent))
     is_finite = verify_foreign(folder) if has_weights(folder) or not within else True
     for each in within:

@@ -2,12 +2,14 @@
 
 What a format has is checked (headers, index, sizes, stored checksums, NaN, whether the tensors are the model's); what it has not is told.
 """
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
 from torch import Tensor
 
 from ee_tuning.checkpoint.formats import model_folder, open_model
+from ee_tuning.checkpoint.gguf_file import GgufReader, is_gguf
 from ee_tuning.checkpoint.legacy import LegacyCheckpoint, is_legacy
 from ee_tuning.checkpoint.megatron import DistributedCheckpoint
 from ee_tuning.checkpoint.metadata_pickle import METADATA
@@ -25,7 +27,9 @@ def verify_foreign(path: Path) -> bool:
     Raises InputError, naming the file, at the first damage, and where `path` holds no model in a format that is known.
     """
     folder, watch = model_folder(str(path)), NonFinite()
-    if (folder / METADATA).is_file():
+    if is_gguf(folder):
+        told = _gguf(folder, watch)
+    elif (folder / METADATA).is_file():
         told = _distributed(folder, watch)
     elif is_legacy(folder):
         told = _legacy(folder, watch)
@@ -48,6 +52,17 @@ def _huggingface(folder: Path, watch: NonFinite) -> list[str]:
             size = (folder / name).stat().st_size
             print(f"{folder / name}  header and sizes sound, {len(file.entries)} tensors, {size:,} bytes read", flush=True)
     return ["not checked: the values; safetensors keeps no checksums, so an altered byte of a tensor shows nowhere"]
+
+
+def _gguf(path: Path, watch: NonFinite) -> list[str]:
+    with GgufReader(path) as reader:
+        for name in reader.names():
+            rows = max(1, BLOCK_BYTES // (4 * math.prod(reader.shape(name)[1:])))
+            size = reader.shape(name)[0]
+            for _ in watch.watched(name, (reader.rows(name, start, min(start + rows, size)) for start in range(0, size, rows))):
+                pass
+        print(f"{path}  header and sizes sound, {len(reader.names())} tensors, {path.stat().st_size:,} bytes", flush=True)
+    return ["not checked: the values; GGUF keeps no checksums, so an altered byte of a tensor shows nowhere"]
 
 
 def _distributed(folder: Path, watch: NonFinite) -> list[str]:

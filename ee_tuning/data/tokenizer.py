@@ -3,6 +3,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ee_tuning.checkpoint.gguf_file import is_gguf, tokenizer_digest
 from ee_tuning.errors import InputError
 from ee_tuning.questions import no_questions
 
@@ -16,7 +17,7 @@ _ASKS_FOR_TRUST = "trust_remote_code"
 
 
 def load_tokenizer(path: str | Path, *, trusts_code: bool = False) -> "PreTrainedTokenizerBase":
-    """The Hugging Face tokenizer in the folder `path`. Python files of the folder run where `trusts_code`, and not otherwise.
+    """The Hugging Face tokenizer in the folder or GGUF file `path`. Python files of the folder run where `trusts_code`, and not otherwise.
 
     Raises InputError where the folder is missing, has no tokenizer files, has files that transformers can not read, or needs code of its
     own that is not trusted.
@@ -24,9 +25,12 @@ def load_tokenizer(path: str | Path, *, trusts_code: bool = False) -> "PreTraine
     folder = _folder(path)
     import transformers  # takes seconds: only commands that tokenize should pay for it
     transformers.logging.set_verbosity_error()
+    # A GGUF file brings its tokenizer and its chat template.
+    place = {"pretrained_model_name_or_path": str(folder)} if not is_gguf(folder) else {
+        "pretrained_model_name_or_path": str(folder.parent), "gguf_file": folder.name}
     try:
         with no_questions():
-            return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trusts_code)
+            return transformers.AutoTokenizer.from_pretrained(**place, local_files_only=True, trust_remote_code=trusts_code)
     except Exception as error:  # the Rust tokenizers raise bare Exception on a broken file
         if not trusts_code and _ASKS_FOR_TRUST in str(error):
             raise InputError(f"the tokenizer in {folder} needs Python code that its files name, and no code of a folder is run unasked; "
@@ -41,12 +45,16 @@ def tokenizer_digests(path: str | Path, *, trusts_code: bool = False) -> dict[st
     Raises InputError where the folder is missing or has no tokenizer files.
     """
     folder = _folder(path)
+    if is_gguf(folder):
+        return {folder.name: tokenizer_digest(folder)}
     files = [folder / name for name in (*TOKENIZER_FILES, *_COMPANIONS)] + (sorted(folder.glob("*.py")) if trusts_code else [])
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()}
 
 
 def _folder(path: str | Path) -> Path:
     folder = Path(path)
+    if is_gguf(folder):
+        return folder
     if not folder.is_dir():
         raise InputError(f"the tokenizer must be a folder, got {str(path)!r}; set data.tokenizer (or model.path) to such a folder")
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):

@@ -1,8 +1,11 @@
 """`ee-tuning export`: which writer gets the job, and the check that may follow."""
 import argparse
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from ee_tuning.config import Config, ParallelSection
+from ee_tuning.config import Config, ParallelSection, replace
 from ee_tuning.errors import InputError
 
 FLAGS = {"artifact": ("only", "drop", "merge", "add"), "hf": ("link", "check", "text"), "megatron": ()}
@@ -63,7 +66,7 @@ def _write_merged(config: Config, flags: argparse.Namespace, *, is_shared: bool)
         topology = init_parallel(ParallelSection())
     from ee_tuning.checkpoint.owner import owned
 
-    with owned(flags.output, topology):
+    with owned(flags.output, topology), _tokenizer_of(config, flags.format) as config:
         if flags.format == "hf":
             from ee_tuning.checkpoint.export_huggingface import export_huggingface
 
@@ -77,6 +80,22 @@ def _write_merged(config: Config, flags: argparse.Namespace, *, is_shared: bool)
         from ee_tuning.parallel.topology import leave_parallel
 
         leave_parallel()
+
+
+@contextmanager
+def _tokenizer_of(config: Config, export_format: str) -> Iterator[Config]:
+    """`config` with a folder of tokenizer files in data.tokenizer where the model's lie in its GGUF file, for the time of the block."""
+    from ee_tuning.checkpoint.gguf_file import is_gguf
+
+    tokenizer = Path(config.data.tokenizer or config.model.path)
+    if export_format != "hf" or not is_gguf(tokenizer):
+        yield config
+        return
+    from ee_tuning.data.tokenizer import load_tokenizer
+
+    with tempfile.TemporaryDirectory(prefix="ee_tuning-") as folder:
+        load_tokenizer(tokenizer, trusts_code=config.model.trust_remote_code).save_pretrained(folder)
+        yield replace(config, data={"tokenizer": folder})
 
 
 def _special_tokens(tokenizer: str | None, *, trusts_code: bool) -> dict[str, int]:

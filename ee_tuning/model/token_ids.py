@@ -41,7 +41,7 @@ def generation_end_token_ids(folder: Path, vocab_size: int) -> tuple[int, ...] |
     path = folder / _GENERATION
     try:
         raw = read_json(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # a GGUF file has no such file beside it
         return None
     except OSError as error:
         raise InputError(f"{path} can not be read: {error.strerror}; fetch it again, or take it away") from error

@@ -147,7 +147,7 @@ def test_what_a_file_holds_instead_is_told(saved: Path, tmp_path: Path, name: st
 
 
 @pytest.mark.parametrize(("name", "content", "words"), [
-    ("m.gguf", b"GGUF", ["GGUF", "Hugging Face folder"]), ("m.gguf", None, ["GGUF", "there is no"]),
+    ("m.bin", b"GGUF", ["GGUF", "one that ends in .gguf"]), ("m.gguf", None, ["GGUF", "there is no"]),
     ("model.safetensors", b"xxxxxxxxxx", ["is a file", "the folder"]), ("config.json", b"{}", ["is a file", "config.json"])])
 def test_a_file_is_no_folder(tmp_path: Path, name: str, content: bytes | None, words: list[str]) -> None:
     """`--model file.gguf`: there is no folder, though there is a file."""
