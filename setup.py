@@ -28,6 +28,7 @@ setup(
         "huggingface_hub",
         "pyyaml",
         "numpy",
+        "jinja2>=3.1.6",  # of chat templates; transformers refuses older ones, whose sandbox leaks
         "psutil",  # megatron.core.dist_checkpointing imports it without declaring it
         "rich",
         "matplotlib",

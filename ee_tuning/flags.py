@@ -55,14 +55,15 @@ FLAGS: dict[str, dict[str, str]] = {
         "--stop-token-ids": "generation.stop_token_ids", "--ignore-eos": "generation.ignore_eos",
         "--max-batch-size": "generation.max_batch_size", "--cache-tokens": "generation.cache_tokens", **_PARALLEL},
     "chat": {
-        **_MODEL, **_EXITS, **_TOKENIZER, "--policy": "generation.policy", "--threshold": "generation.threshold",
-        "--measure": "generation.measure", "--calibration": "generation.calibration", "--exit-layer": "generation.exit_layer", **_SAMPLING},
+        **_MODEL, **_EXITS, **_TOKENIZER, "--chat-template": "data.chat_template", "--policy": "generation.policy",
+        "--threshold": "generation.threshold", "--measure": "generation.measure", "--calibration": "generation.calibration",
+        "--exit-layer": "generation.exit_layer", **_SAMPLING},
 }
 """Command -> flag -> config key. A flag `--no-…` sets its key to false, one that takes no value otherwise to true."""
 
 _NOT = "--no-"
 _METAVARS = {"model.path": "FOLDER", "model.config": "FILE", "exits.path": "FOLDER", "data.tokenizer": "FOLDER",
-             "data.chat_template": "FILE", "generation.calibration": "FILE", "data.valid_paths": "PATH",
+             "data.chat_template": "FILE|NAME", "generation.calibration": "FILE", "data.valid_paths": "PATH",
              "tuning.run_folder": "FOLDER", "data.paths": "PATH", "exits.profile_text": "FILE"}
 
 

@@ -15,7 +15,8 @@ class DataSection:
     tokenizer: str | None = None
     """Folder of the tokenizer; default the model's."""
     chat_template: str | None = None
-    """File with the Jinja template that chat messages are rendered by; default the tokenizer's own."""
+    """File with the Jinja template that chat messages are rendered by, or the name of one of the tokenizer's; default its own, of several
+    the one named default, or tool_use for chats with tools."""
     valid_paths: tuple[str, ...] = ()
     """Held-out files. Without them, valid_fraction of the documents is held out."""
     valid_fraction: float = 0.05

@@ -1,13 +1,14 @@
 """Conversations become token ids by the tokenizer's chat template, with a mark on the assistant's words.
 
-Few templates mark the assistant's words themselves (`{% generation %}`). For the others, a turn of the assistant begins where the messages
-before it, rendered with the generation prompt, end. It ends where the messages up to it, rendered alone, end, its end-of-turn token
-included; or, for templates that render the last turn otherwise than earlier ones, behind its content.
+Few templates mark the assistant's words themselves (`{% generation %}`). For the others, each turn of the assistant is looked at as the
+model says it: as the last one, behind what the messages before it are rendered to with the generation prompt. Where the whole conversation
+begins with that very text, the turn is marked there. Templates of thinking models leave out of earlier turns what was thought: a turn that
+was changed so is in a text of its own, which ends with it and has the earlier turns as the model saw them.
 """
 import re
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ee_tuning.data.chat_template import ChatTemplate
 from ee_tuning.data.documents import MESSAGES, Conversation, check_characters
 from ee_tuning.errors import InputError
 
@@ -16,92 +17,169 @@ if TYPE_CHECKING:
 
 ASSISTANT = "assistant"
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_THINK, _THOUGHT = "<think>", "</think>"
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Keys that messages hold apart from their content what was thought in."""
+
+Marked = tuple[list[int], list[bool]]
+"""Token ids, and which of them are the assistant's words."""
+Span = tuple[int, int]
+"""First character, and the one behind the last."""
 
 
-def read_chat_template(path: str | None) -> str | None:
-    """The template in the file `path`; None for the tokenizer's own. Raises InputError where it can not be read."""
-    if path is None:
-        return None
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"data.chat_template must be a file with a Jinja template; {path} can not be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"data.chat_template must be UTF-8 text, and {path} is not; convert it (iconv -t utf-8)") from error
+class _Turn(NamedTuple):
+    """A turn of the assistant as the model says it."""
+
+    text: str
+    """Ends with the turn, or with what the template puts behind it."""
+    start: int
+    stop: int
+    """Behind its end-of-turn token."""
+    words: str
+    """The turn's content; empty where something was thought before it."""
 
 
 class ChatFormat:
-    """A tokenizer with its chat template, or with `template`."""
+    """A tokenizer with its chat template, or with `template` (see `ChatTemplate`)."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: str | None) -> None:
-        self._tokenizer, self._template = tokenizer, template
+        self._tokenizer, self._template = tokenizer, ChatTemplate(tokenizer, template)
         ends = sorted({str(token) for token in tokenizer.added_tokens_decoder.values()}, key=len, reverse=True)
         self._end = re.compile(r"\s*(?:" + "|".join(map(re.escape, ends)) + ")") if ends else None
         self._ends = tuple(ends)
 
-    def encode(self, conversation: Conversation) -> tuple[list[int], list[bool]]:
-        """Token ids, and which of them are the assistant's words (its end-of-turn token is one).
+    def encode(self, conversation: Conversation) -> list[Marked]:
+        """The conversation as one text, or as several where a template renders earlier turns otherwise than the last. An assistant's
+        end-of-turn token is among its words; each turn of it is marked once.
 
         Raises InputError where there is no template, it refuses the messages, or the assistant's words can not be found in what it makes.
         """
-        template = self._template or self._tokenizer.chat_template
-        if not isinstance(template, str):
-            has = "several chat templates" if template else "no chat template"
-            raise InputError(f"{conversation.where()}: messages need a chat template, and the tokenizer in "
-                             f"{self._tokenizer.name_or_path} has {has}; set data.chat_template to a file with one")
-        if _GENERATION_BLOCK.search(template):
+        try:
+            source = self._template.source(has_tools=conversation.tools is not None)
+        except InputError as error:
+            raise InputError(f"{conversation.where()}: {error}") from error
+        if _GENERATION_BLOCK.search(source):
             encoded = self._render(conversation, conversation.messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-            return encoded["input_ids"], [bool(each) for each in encoded["assistant_masks"]]
-        text = self._render(conversation, conversation.messages)
-        spans = self._assistant_spans(conversation, text)
+            return [(encoded["input_ids"], [bool(each) for each in encoded["assistant_masks"]])]
+        texts = self._texts(conversation)
         if not self._tokenizer.is_fast:
             raise InputError("chat messages need a fast tokenizer (tokenizer.json), which tells the characters of each token, and the one "
                              f"in {self._tokenizer.name_or_path} is slow; convert it, or give texts")
+        return [self._tokenized(*each) for each in texts]
+
+    def _tokenized(self, text: str, spans: list[Span]) -> Marked:
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
         return encoded["input_ids"], _tokens_within(encoded["offset_mapping"], spans)
 
     def _render(self, conversation: Conversation, messages: list[dict[str, Any]], **options: Any) -> Any:
         try:
-            rendered = self._tokenizer.apply_chat_template(messages, tools=conversation.tools, chat_template=self._template,
-                                                           **{"tokenize": False, **options})
-        except Exception as error:  # templates run code of their own: any error may come out of them
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(f"{conversation.where()}: the chat template refuses the messages: {reason}; mend or remove them") from error
+            rendered = self._template.render(messages, conversation.tools, **options)
+        except InputError as error:
+            raise InputError(f"{conversation.where()}: {error}") from error
         if isinstance(rendered, str):  # templates can write any character
             check_characters(rendered, MESSAGES, conversation.where)
         return rendered
 
-    def _assistant_spans(self, conversation: Conversation, text: str) -> list[tuple[int, int]]:
-        """First character of each of the assistant's turns in `text`, and the one behind its last."""
-        spans = []
-        for index, message in enumerate(conversation.messages):
-            if message["role"] == ASSISTANT:
-                start = len(self._prefix(conversation, index, text))
-                spans.append((start, self._end_of_turn(conversation, index, text, start)))
-        if any(start > stop or start < before for (start, stop), before in zip(spans, [0, *(stop for _, stop in spans)], strict=False)):
-            raise _unstable(conversation)
-        return spans
+    def _texts(self, conversation: Conversation) -> list[tuple[str, list[Span]]]:
+        """Texts that hold each of the assistant's turns once, and where."""
+        whole: str = self._render(conversation, conversation.messages)
+        found: dict[str, list[Span]] = {whole: []}
+        turns = [self._turn(conversation, index) for index, each in enumerate(conversation.messages) if each["role"] == ASSISTANT]
+        for turn in reversed(turns):
+            text, span = self._place(turn, found, whole)
+            found.setdefault(text, []).insert(0, span)
+        for spans in found.values():
+            before = [0, *(stop for _, stop in spans)]
+            if any(start >= stop or start < least for (start, stop), least in zip(spans, before, strict=False)):
+                raise _unstable(conversation)
+        return [each for each in reversed(found.items()) if each[1]] or [(whole, [])]
 
-    def _prefix(self, conversation: Conversation, index: int, text: str) -> str:
-        """What stands before turn `index` in `text`."""
-        prefix: str = self._render(conversation, conversation.messages[:index], add_generation_prompt=True)
-        if not text.startswith(prefix):
-            raise _unstable(conversation)
-        return prefix
+    def _place(self, turn: _Turn, found: dict[str, list[Span]], whole: str) -> tuple[str, Span]:
+        """The text that the turn is marked in: one of `found`, or its own; and where."""
+        for text in found:
+            if text.startswith(turn.text[:turn.stop]):
+                return text, (turn.start, turn.stop)
+        if turn.words and whole.startswith(turn.text[:turn.start]):
+            place = len(whole) - len(whole[turn.start:].lstrip())
+            if whole.startswith(turn.words, place):
+                return whole, (turn.start, self._behind(whole, place + len(turn.words)))
+        return turn.text, (turn.start, turn.stop)
 
-    def _end_of_turn(self, conversation: Conversation, index: int, text: str, start: int) -> int:
-        through: str = self._render(conversation, conversation.messages[:index + 1])
-        if text.startswith(through) and len(through) > start:
-            turn = text[start: len(through)]
+    def _turn(self, conversation: Conversation, index: int) -> _Turn:
+        """Turn `index` behind the messages before it."""
+        message = conversation.messages[index]
+        prompt = self._prompt(conversation, index)
+        own: str = self._render(conversation, conversation.messages[:index + 1])
+        thought, words = _parts(message, prompt)
+        if own.startswith(prompt) and len(own) > len(prompt) and (thought or "").removeprefix(_THINK).strip() in own[len(prompt):]:
+            turn = own[len(prompt):]
             trimmed = turn.rstrip()  # nothing that follows the end-of-turn token is said by the assistant
-            return start + len(trimmed if trimmed.endswith(self._ends) else turn)
-        content = conversation.messages[index].get("content")
-        content = content.strip() if isinstance(content, str) else ""
-        place = len(text) - len(text[start:].lstrip())
-        if not content or not text.startswith(content, place):
+            stop = len(prompt) + len(trimmed if trimmed.endswith(self._ends) else turn)
+            return _Turn(own, len(prompt), stop, "" if thought or _reasoning(message) else words)
+        if thought is not None:  # left out even where it was thought last: R1's template
+            return self._written_out(prompt, own, f"{thought}{_THOUGHT}\n\n{words}")
+        start = self._start_of(words, prompt, own, self._before(conversation, index))
+        if start is None:
             raise _unstable(conversation)
-        end = self._end.match(text, place + len(content)) if self._end else None
-        return end.end() if end else place + len(content)
+        return _Turn(own, start, self._behind(own, start + len(words)), words)
+
+    def _prompt(self, conversation: Conversation, index: int) -> str:
+        """What the model reads before it says turn `index`."""
+        if index:
+            prompt: str = self._render(conversation, conversation.messages[:index], add_generation_prompt=True)
+            return prompt
+        first = conversation.messages[:1]  # transformers renders no empty conversation
+        own: str = self._render(conversation, first)
+        header = str(self._render(conversation, first, add_generation_prompt=True)).removeprefix(own)
+        if header and header in own:
+            return own[:own.find(header) + len(header)]
+        words = _parts(first[0], "")[1]
+        if not words or words not in own:
+            raise _unstable(conversation)
+        head = own[:own.find(words)]
+        shared = next(length for length in range(len(header), -1, -1) if head.endswith(header[:length]))
+        return head[:len(head) - shared] + header
+
+    def _before(self, conversation: Conversation, index: int) -> str:
+        return str(self._render(conversation, conversation.messages[:index])).rstrip() if index else ""
+
+    def _start_of(self, words: str, prompt: str, own: str, before: str) -> int | None:
+        """Where `words` begin in `own`, which goes on from `before` otherwise than `prompt` does; None where they do not."""
+        same = next((place for place, pair in enumerate(zip(prompt, own, strict=False)) if pair[0] != pair[1]), min(len(prompt), len(own)))
+        last = len(own) - len(own[same:].lstrip())
+        places = (place for place in range(last, len(before) - 1, -1) if own.startswith(words, place))
+        return next(places, None) if words and own.startswith(before) else None
+
+    def _written_out(self, prompt: str, own: str, said: str) -> _Turn:
+        if prompt.rstrip().endswith(_THINK):
+            said = said.removeprefix(_THINK)
+            said = said.lstrip("\n") if prompt[-1].isspace() else said
+        end = next((each for each in self._ends if own.rstrip().endswith(each)), "")
+        text = prompt + said + end
+        return _Turn(text, len(prompt), len(text), "")
+
+    def _behind(self, text: str, place: int) -> int:
+        """Behind the end-of-turn token at `place`, if there is one."""
+        end = self._end.match(text, place) if self._end else None
+        return end.end() if end else place
+
+
+def _reasoning(message: dict[str, Any]) -> str:
+    return next((text.strip() for key in _REASONING if isinstance(text := message.get(key), str) and text.strip()), "")
+
+
+def _parts(message: dict[str, Any], prompt: str) -> tuple[str | None, str]:
+    """What was thought, its opening tag included, and what was said after it. None where nothing was thought, or where it stands under a
+    key of its own while `prompt` asks for no thinking: templates may leave that out.
+    """
+    content = message.get("content")
+    text = content.strip() if isinstance(content, str) else ""
+    if _THOUGHT in text:
+        thought, _, words = text.partition(_THOUGHT)
+        return thought, words.strip()
+    if prompt.rstrip().endswith(_THINK) and (reasoning := _reasoning(message)):
+        return f"{_THINK}\n{reasoning}\n", text
+    return None, text
 
 
 def _unstable(conversation: Conversation) -> InputError:
@@ -110,7 +188,7 @@ def _unstable(conversation: Conversation) -> InputError:
                       "that marks them by {% generation %}")
 
 
-def _tokens_within(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[bool]:
+def _tokens_within(offsets: list[tuple[int, int]], spans: list[Span]) -> list[bool]:
     """Which tokens end within a span: one that begins before it brings at most a space along."""
     marks, index = [False] * len(offsets), 0
     for token, (first, stop) in enumerate(offsets):

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ee_tuning.data.chat import ChatFormat, read_chat_template
+from ee_tuning.data.chat import ChatFormat, Marked
+from ee_tuning.data.chat_template import read_chat_template
 from ee_tuning.data.documents import Conversation, Document, Piece, read_documents
 from ee_tuning.data.tokenizer import end_of_text_id, load_tokenizer, tokenizer_digests
 
@@ -88,21 +89,23 @@ def _encode(documents: list[Document], recipe: Recipe) -> Tokens:
     ids: list[int] = []
     counts: list[bool] = []
     lengths = []
+    hashes = []
     for document in documents:
-        before = len(ids)
-        if isinstance(document, Conversation):
-            words, marks = chat.encode(document)
+        made = chat.encode(document) if isinstance(document, Conversation) else [_whole(next(encoded), end)]
+        for words, marks in made:
             if words[-1:] != [end]:
                 # An assistant's last turn that has no token of its own at its end is ended by end of text.
                 words, marks = [*words, end], [*marks, marks[-1:] == [True] and words[-1] not in tokenizer.added_tokens_decoder]
-        else:
-            words = [*next(encoded), end]
-            marks = [True] * len(words)
-        ids += words
-        counts += marks
-        lengths.append(len(ids) - before)
-    return Tokens(np.array(ids, np.int32), np.array(lengths, np.int64), np.array([document_hash(each) for each in documents]),
+            ids += words
+            counts += marks
+            lengths.append(len(words))
+        hashes += [document_hash(document)] * len(made)  # the turns of a conversation are trained on, or held out, together
+    return Tokens(np.array(ids, np.int32), np.array(lengths, np.int64), np.array(hashes),
                   np.array(counts, np.uint8) if len(texts) < len(documents) else None)
+
+
+def _whole(text: list[int], end: int) -> Marked:
+    return [*text, end], [True] * (len(text) + 1)
 
 
 def _batched(documents: Iterable[Document]) -> Iterator[list[Document]]:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 _COMPANIONS = ("merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json", "config.json")
+TEMPLATE_FOLDER = "additional_chat_templates"
+"""Beside them: further chat templates, each by its name."""
 _ASKS_FOR_TRUST = "trust_remote_code"
 """What transformers' refusal to run a folder's code says."""
 
@@ -47,8 +49,9 @@ def tokenizer_digests(path: str | Path, *, trusts_code: bool = False) -> dict[st
     folder = _folder(path)
     if is_gguf(folder):
         return {folder.name: tokenizer_digest(folder)}
-    files = [folder / name for name in (*TOKENIZER_FILES, *_COMPANIONS)] + (sorted(folder.glob("*.py")) if trusts_code else [])
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()}
+    files = [folder / name for name in (*TOKENIZER_FILES, *_COMPANIONS)] + sorted(folder.glob(f"{TEMPLATE_FOLDER}/*.jinja"))
+    files += sorted(folder.glob("*.py")) if trusts_code else []
+    return {file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()}
 
 
 def _folder(path: str | Path) -> Path:

@@ -1,61 +1,112 @@
 """`ee-tuning chat`: a conversation at a terminal, in the words of the model's chat template, answers streamed as they are made."""
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from types import FrameType
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.text import Text
 
 from ee_tuning.config import Config
+from ee_tuning.data.chat_template import ChatTemplate, read_chat_template
 from ee_tuning.errors import InputError
 from ee_tuning.generation.command import colours_of
 from ee_tuning.generation.completion import Completion
 from ee_tuning.generation.llm import EarlyExitLLM
 from ee_tuning.parallel.topology import init_parallel, leave_parallel
 
-HELP = "Empty line or Ctrl-D: leave. /reset: forget what was said."
+HELP = "Empty line or Ctrl-D: leave. Ctrl-C: end an answer; twice, or where nothing is being said: leave. /reset: forget what was said."
 
 Message = dict[str, str]
 """role and content, as chat templates take them."""
 
 
+class Talk(NamedTuple):
+    """Who answers, and how it looks."""
+
+    llm: EarlyExitLLM
+    template: ChatTemplate
+    console: Console
+    colours: dict[int, str]
+
+
 def chat(config: Config, *, system: str | None = None, show_exits: bool = False, ask: Callable[[], str] | None = None) -> None:
     """Reads what the user says, a line at a time, and answers, until an empty line or the end of input.
 
-    Raises InputError where the tokenizer has no chat template, and under a launcher of several processes.
+    Ctrl-C ends an answer, of which stays what was said so far; another one, or one where the user is asked, ends the conversation. Raises
+    InputError where the tokenizer has no chat template, or one that refuses what every conversation begins with, and under a launcher of
+    several processes.
     """
     topology = init_parallel(config.parallel)
     if topology.world_size > 1:
         raise InputError(f"chat takes one process, got {topology.world_size}; start it without torchrun")
+    given = read_chat_template(config.data.chat_template)
     llm = EarlyExitLLM.from_config(config, topology)
-    if not getattr(llm.tokenizer, "chat_template", None):
-        raise InputError("chat needs a tokenizer with a chat template, and this model's has none; use `ee-tuning generate`")
-    console = Console(highlight=False, soft_wrap=True)
-    colours = colours_of(llm) if show_exits else {}
+    talk = Talk(llm, ChatTemplate(llm.tokenizer, given), Console(highlight=False, soft_wrap=True), colours_of(llm) if show_exits else {})
     beginning: list[Message] = [{"role": "system", "content": system}] if system else []
+    _check_template(talk.template, beginning)
     messages = list(beginning)
-    console.print(HELP, style="dim")
+    talk.console.print(HELP, style="dim")
     while (said := _next_line(ask or _ask)) is not None:
         if said == "/reset":
             messages = list(beginning)
             continue
         messages.append({"role": "user", "content": said})
         try:
-            messages.append({"role": "assistant", "content": answer(llm, messages, console, colours)})
+            words = answer(talk, messages)
         except InputError as error:  # too long by now, most often: the conversation so far is not lost
             messages.pop()
-            console.print(f"{error}; /reset begins anew", style="red")
+            talk.console.print(f"{error}; /reset begins anew", style="red", markup=False)
+            continue
+        if words is None:
+            messages.pop()
+        else:
+            messages.append({"role": "assistant", "content": words})
     leave_parallel()
 
 
-def answer(llm: EarlyExitLLM, messages: list[Message], console: Console, colours: dict[int, str]) -> str:
-    """What the model says to `messages`, streamed to the console."""
-    prompt = llm.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+def _check_template(template: ChatTemplate, beginning: list[Message]) -> None:
+    """Raises InputError where no conversation can begin."""
+    try:
+        template.render([*beginning, {"role": "user", "content": "?"}], add_generation_prompt=True)
+    except InputError as error:
+        raise InputError(f"{error}" + ("; or leave --system out" if beginning else "")) from error
+
+
+def answer(talk: Talk, messages: list[Message]) -> str | None:
+    """What the model says to `messages`, streamed to the console; where Ctrl-C ended it, what was said so far, and None before the first
+    word.
+    """
+    prompt = talk.template.render(messages, add_generation_prompt=True)
     completions: list[Completion] = []
-    for token in llm.stream([prompt], completions, adds_special_tokens=False):
-        console.print(Text(token.text, style=colours.get(token.exit_layer, "")), end="")
-        sys.stdout.flush()
-    console.print()
-    return completions[0].text
+    shown = ""
+    with _interrupted() as is_interrupted, closing(talk.llm.stream([prompt], completions, adds_special_tokens=False)) as stream:
+        for token in stream:
+            shown += token.text
+            talk.console.print(Text(token.text, style=talk.colours.get(token.exit_layer, "")), end="")
+            sys.stdout.flush()
+            if is_interrupted() and not token.is_last:
+                break
+    talk.console.print()
+    return shown or (None if is_interrupted() else "")
+
+
+@contextmanager
+def _interrupted() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C was pressed within the block. A second one raises KeyboardInterrupt."""
+    pressed: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        pressed.append(number)
+        if len(pressed) > 1:
+            raise KeyboardInterrupt
+    former = signal.signal(signal.SIGINT, note)  # raised in the middle of a step, it would leave keys and values half written
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, former)
 
 
 def _ask() -> str:

@@ -8,7 +8,7 @@ Under torchrun every rank makes the same calls with the same arguments, and ever
 """
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ class EarlyExitLLM:
         return completions
 
     def stream(self, prompts: list[str], completions: list[Completion] | None = None,
-               params: SamplingParams | Sequence[SamplingParams] | None = None, **options: Any) -> Iterator[StreamedToken]:
+               params: SamplingParams | Sequence[SamplingParams] | None = None, **options: Any) -> Generator[StreamedToken, None, None]:
         """As `generate`, token by token; `completions`, if given, is filled with the finished records.
 
         A prompt that a chat template made has its special tokens already: not `adds_special_tokens`.
@@ -132,7 +132,7 @@ class EarlyExitLLM:
         return policy_of(options, self.exit_layers, self.num_layers, self.heads_digest)
 
     def run(self, jobs: list[Job], completions: list[Completion], options: GenerationSection, *, keeps_errors: bool = False,
-            shows_text: bool = True) -> Iterator[StreamedToken]:
+            shows_text: bool = True) -> Generator[StreamedToken, None, None]:
         """Decodes `jobs`, appends a record for each completion to `completions`, and yields tokens as they come.
 
         With `keeps_errors` a job that can not be done gets a record with its `error`, and the others go on. Without `shows_text` tokens

@@ -11,8 +11,10 @@ from transformers import PreTrainedTokenizerFast
 
 from ee_tuning.config import DataSection
 from ee_tuning.data.chat import ChatFormat
+from ee_tuning.data.chat_template import read_chat_template
 from ee_tuning.data.documents import Conversation
 from ee_tuning.data.splits import load_samples
+from ee_tuning.data.tokenizer import load_tokenizer, tokenizer_digests
 from ee_tuning.data.tokens import PackedSamples
 from ee_tuning.errors import InputError
 
@@ -32,6 +34,18 @@ PLAIN = "{% for m in messages %}{{ '### ' + m['role'] + '\n' + m['content'] + '\
 THINKING = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
             "{% if loop.last and m['role'] == 'assistant' %}{{ '<think></think>' }}{% endif %}"
             "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+# Of Qwen3's kind: what was thought before the last question is left out. Of R1's: always, and the generation prompt begins a thought.
+QWEN3 = """{%- set ns = namespace(last=0) %}{%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}
+{%- endfor %}{%- for m in messages %}{%- set content = m.content or '' %}{%- set thought = m.reasoning_content or '' %}
+{%- if '</think>' in content %}{%- set thought = content.split('</think>')[0].split('<think>')[-1].strip('\n') %}
+{%- set content = content.split('</think>')[-1].lstrip('\n') %}{%- endif %}{{- '<|im_start|>' + m.role + '\n' }}
+{%- if m.role == 'assistant' and loop.index0 > ns.last and (loop.last or thought) %}
+{{- '<think>\n' + thought.strip('\n') + '\n</think>\n\n' }}{%- endif %}{{- content + '<|im_end|>\n' }}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
+R1 = """{%- for m in messages %}{%- if m.role == 'assistant' %}{{- '<|im_start|>' + m.content.split('</think>')[-1].strip() + '<|eot|>' }}
+{%- else %}{{- '[INST]' + m.content }}{%- endif %}{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|><think>\n' }}{%- endif %}"""
+THOUGHTS = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "<think>\nEasy.\n</think>\n\n4"},
+            {"role": "user", "content": "+1?"}, {"role": "assistant", "content": "<think>\n4+1.\n</think>\n\n5"}]
 MESSAGES = [{"role": "system", "content": "Be brief."},
             {"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hi — you."},
             {"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hi.\nBye."}]
@@ -43,12 +57,20 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFa
     return write_byte_tokenizer(tmp_path_factory.mktemp("tokenizer"), *MARKS)
 
 
+def texts_of(tokenizer: PreTrainedTokenizerFast, template: str | None, messages: list[dict[str, Any]]) -> list[list[tuple[str, bool]]]:
+    """Per text that is learned from, its runs of tokens, and whether they are marked."""
+    texts = []
+    for ids, marks in ChatFormat(tokenizer, template).encode(Conversation(messages, None, lambda: "chats.jsonl:7")):
+        assert len(ids) == len(marks)
+        runs = np.split(np.array(ids), np.flatnonzero(np.diff(np.array(marks, int))) + 1)
+        texts.append([(tokenizer.decode(run), (index % 2 == 0) == marks[0]) for index, run in enumerate(runs)])
+    return texts
+
+
 def said(tokenizer: PreTrainedTokenizerFast, template: str | None, messages: list[dict[str, Any]]) -> list[str]:
-    """The text of each run of marked tokens."""
-    ids, marks = ChatFormat(tokenizer, template).encode(Conversation(messages, None, lambda: "chats.jsonl:7"))
-    assert len(ids) == len(marks)
-    runs = np.split(np.array(ids), np.flatnonzero(np.diff(np.array(marks, int))) + 1)
-    return [tokenizer.decode(run) for index, run in enumerate(runs) if (index % 2 == 0) == marks[0]]
+    """The text of each run of marked tokens, where there is one text."""
+    runs, = texts_of(tokenizer, template, messages)
+    return [text for text, is_marked in runs if is_marked]
 
 
 @pytest.mark.parametrize(("template", "wanted"), [
@@ -58,7 +80,8 @@ def said(tokenizer: PreTrainedTokenizerFast, template: str | None, messages: lis
     (INSTRUCT, [" Hi — you. </s>", " Hi.\nBye. </s>"]),
     (PLAIN, ["Hi — you.\n", "Hi.\nBye.\n"]),
     (THINKING, ["Hi — you.<|im_end|>", "<think></think>Hi.\nBye.<|im_end|>"]),
-], ids=["chatml", "marked", "trimmed", "instruct", "plain", "thinking"])
+    (R1, ["Hi — you.<|eot|>", "Hi.\nBye.<|eot|>"]),
+], ids=["chatml", "marked", "trimmed", "instruct", "plain", "thinking", "r1"])
 def test_the_assistants_words_are_found(tokenizer: PreTrainedTokenizerFast, template: str, wanted: list[str]) -> None:
     """A prompt that is learned, an answer that is not, or one whose end-of-turn token is not: such heads never stop talking."""
     messages = MESSAGES if template is not INSTRUCT else MESSAGES[1:]
@@ -73,12 +96,62 @@ def test_a_template_with_marks_says_what_one_without_them_does(tokenizer: PreTra
         assert ChatFormat(tokenizer, CHATML).encode(conversation) == ChatFormat(tokenizer, MARKED).encode(conversation)
 
 
+def in_keys(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was thought under a key of its own."""
+    return [{**each, "reasoning_content": each["content"][8:-11], "content": each["content"][-1]} if each["role"] == "assistant" else each
+            for each in messages]
+
+
+@pytest.mark.parametrize("messages", [THOUGHTS, in_keys(THOUGHTS)], ids=["in the content", "under a key"])
+@pytest.mark.parametrize(("template", "first", "second"), [
+    (QWEN3, "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n",
+     "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n<|im_start|>user\n+1?<|im_end|>\n<|im_start|>assistant\n"),
+    (R1, "[INST]2+2?<|im_start|><think>\n", "[INST]2+2?<|im_start|>4<|eot|>[INST]+1?<|im_start|><think>\n")], ids=["qwen3", "r1"])
+def test_every_thought_is_learned_behind_what_the_model_saw(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, Any]],
+                                                           template: str, first: str, second: str) -> None:
+    """Templates strip earlier thoughts from the history: such chats were refused, or an answer is learned as if nothing was thought."""
+    texts = texts_of(tokenizer, template, messages)
+    opened, end = ("", "<|im_end|>") if template is QWEN3 else ("<think>\n", "<|eot|>")
+    thoughts = [text.removeprefix(opened) + end for text in ("<think>\nEasy.\n</think>\n\n4", "<think>\n4+1.\n</think>\n\n5")]
+    assert [runs[:2] for runs in texts] == [[(first, False), (thoughts[0], True)], [(second, False), (thoughts[1], True)]]
+    assert all(not is_marked for runs in texts for _, is_marked in runs[2:])
+
+
+def test_turns_that_a_template_leaves_alone_share_a_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    """As many texts as turns, each with all that was said before: a conversation of n turns that costs n² tokens without need."""
+    calls = [THOUGHTS[0], THOUGHTS[1], {"role": "tool", "content": "four"}, THOUGHTS[3], *MESSAGES[1:]]
+    texts = texts_of(tokenizer, QWEN3, calls)
+    assert [[text for text, is_marked in runs if is_marked] for runs in texts] == [
+        ["<think>\nEasy.\n</think>\n\n4<|im_end|>", "<think>\n4+1.\n</think>\n\n5<|im_end|>"],
+        ["Hi — you.<|im_end|>", "<think>\n\n</think>\n\nHi.\nBye.<|im_end|>"]]
+    assert len(texts_of(tokenizer, CHATML, THOUGHTS)) == 1
+
+
+def test_a_turn_that_a_template_cuts_in_the_history_is_learned_whole(tokenizer: PreTrainedTokenizerFast) -> None:
+    """A cut of another kind than a thought: words marked that are not the turn's."""
+    template = CHATML.replace("m['content']", "(m['content'] if loop.last else m['content'].split('—')[-1])")
+    texts = texts_of(tokenizer, template, MESSAGES)
+    assert [[text for text, is_marked in runs if is_marked] for runs in texts] == [["Hi — you.<|im_end|>"], ["Hi.\nBye.<|im_end|>"]]
+
+
+@pytest.mark.parametrize("template", [CHATML, INSTRUCT, PLAIN, QWEN3, R1])
+def test_a_conversation_that_the_assistant_begins_is_read(tokenizer: PreTrainedTokenizerFast, template: str) -> None:
+    """transformers renders no conversation without a message, which was taken for what stands before the first."""
+    words = [text for runs in texts_of(tokenizer, template, MESSAGES[2:]) for text, is_marked in runs if is_marked]
+    assert [word.strip().startswith(("Hi — you.", "<think>\n\n</think>\n\nHi", "Hi.")) for word in words] == [True, True], words
+
+
 @pytest.mark.parametrize(("template", "messages", "words"), [
     (None, MESSAGES, ["chats.jsonl:7", "no chat template", "data.chat_template"]),
     ("{{ raise_exception('roles must alternate') }}", MESSAGES, ["chats.jsonl:7", "roles must alternate"]),
+    ("{% for m in messages %}\n{% if %}{% endfor %}", MESSAGES, ["chats.jsonl:7", "no Jinja", "line 2", "data.chat_template"]),
+    ("{{ missing.there }}", MESSAGES, ["chats.jsonl:7", "'missing' is undefined"]),
+    ("{{ messages[0].content + 1 }}", MESSAGES, ["chats.jsonl:7", "fails on the messages: TypeError"]),
+    ("tool_use", MESSAGES, ["chats.jsonl:7", "which has none by name", "got 'tool_use'"]),
     ("{{ '\\ud800' }}" + CHATML, MESSAGES, ["chats.jsonl:7", "half of a surrogate pair"]),
     ("{{ messages | length }}" + CHATML, MESSAGES, ["chats.jsonl:7", "generation"]),
-    (THINKING.replace("m['content']", "m['content'].split('—')[-1]"), MESSAGES, ["chats.jsonl:7", "generation"]),
+    ("{% for m in messages %}{{ '<' + m.content[1:] }}{% endfor %}{% if add_generation_prompt %}{{ 'x' }}{% endif %}", MESSAGES,
+     ["chats.jsonl:7", "generation"]),
 ])
 def test_what_can_not_be_found_is_refused(tokenizer: PreTrainedTokenizerFast, template: str | None, messages: list,
                                           words: list[str]) -> None:
@@ -86,6 +159,36 @@ def test_what_can_not_be_found_is_refused(tokenizer: PreTrainedTokenizerFast, te
     with pytest.raises(InputError) as error:
         said(tokenizer, template, messages)
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+def test_a_template_is_chosen_by_its_name(tmp_path: Path) -> None:
+    """Several named templates that are refused though one is the default, or the wrong one taken where tools are given."""
+    tokenizer = write_byte_tokenizer(tmp_path, *MARKS)
+    named = {"default": CHATML, "tool_use": "{{ tools[0].name }}" + CHATML, "short": PLAIN}
+    tokenizer.chat_template = named
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    digests = tokenizer_digests(tmp_path)
+    assert {"chat_template.jinja", "additional_chat_templates/short.jinja"} <= digests.keys(), "a changed one makes other tokens"
+    for given, tools, wanted in ((None, None, CHATML), (None, [{"name": "find"}], named["tool_use"]), ("short", [], PLAIN)):
+        conversation = Conversation(MESSAGES, tools, lambda: "")
+        assert ChatFormat(loaded, given).encode(conversation) == ChatFormat(loaded, wanted).encode(conversation)
+    loaded.chat_template = {"rag": CHATML, "tool_use": CHATML}
+    with pytest.raises(InputError, match=r"several chat templates \(rag, tool_use\) and none of the name default; .*--chat-template"):
+        said(loaded, None, MESSAGES)
+    with pytest.raises(InputError, match=r"whose templates are rag, tool_use.* got 'rga'"):
+        said(loaded, "rga", MESSAGES)
+
+
+def test_a_template_is_read_from_its_file(tmp_path: Path) -> None:
+    """A byte order mark that becomes part of every prompt; a file of no template that says the same of all messages."""
+    (tmp_path / "marked.jinja").write_text(CHATML, encoding="utf-8-sig")
+    assert read_chat_template(str(tmp_path / "marked.jinja")) == CHATML
+    (tmp_path / "text").write_text("no template")
+    for path, words in (("text", "holds no {{"), ("missing.jinja", "can not be read"), (".", "can not be read")):
+        with pytest.raises(InputError, match=words):
+            read_chat_template(str(tmp_path / path))
+    assert read_chat_template("tool_use") == "tool_use" and read_chat_template(None) is None
 
 
 def test_chats_and_texts_share_a_stream(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -1,5 +1,9 @@
 """Prompts from a file, and talk at a terminal: each prompt by its own wishes, and a bad line alone is refused."""
+import dataclasses
 import json
+import re
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +13,13 @@ from exits import write_exits
 from random_models import random_llama
 
 from ee_tuning import EarlyExitLLM, SamplingParams, cli
-from ee_tuning.config import load_config
+from ee_tuning.config import Config, load_config
 from ee_tuning.errors import InputError
 from ee_tuning.evaluation.demo import CHECKOUT
 from ee_tuning.generation import chat as chat_module
+from ee_tuning.generation.completion import StreamedToken
 from ee_tuning.generation.prompts import read_prompts
+from ee_tuning.parallel.topology import Topology
 
 MODEL = CHECKOUT / "examples" / "tiny-python-llama"
 
@@ -131,3 +137,59 @@ def test_a_stop_string_that_is_a_special_token_stops(tmp_path: Path) -> None:
     assert (twice.token_ids, twice.finish_reason) == ([257, 257], "stop")
     assert (never.token_ids, never.finish_reason) == ([257] * 6, "length")
     assert late.token_ids[3:] == [257] and 257 not in late.token_ids[:3], "as with a stop id, which is not to be had before"
+
+
+def test_ctrl_c_ends_an_answer_and_then_the_conversation(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """An answer that goes wrong takes the conversation with it; or is forgotten, so that the next turn knows nothing of it."""
+    config = load_config(None, {"model.path": str(MODEL), "generation.policy": "full", "generation.ignore_eos": True,
+                                "generation.max_new_tokens": 50})
+    asked, from_config, presses = list[str](), EarlyExitLLM.from_config, {0: [3], 1: [49]}
+
+    def load(config: Config, topology: Topology) -> EarlyExitLLM:
+        made = from_config(config, topology)
+        made.tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        stream = made.stream
+
+        def pressed(prompts: list[str], *args: Any, **keys: Any) -> Iterator[StreamedToken]:
+            asked.append(prompts[0])
+            for number, token in enumerate(stream(prompts, *args, **keys)):
+                for _ in range(presses.get(len(asked) - 1, []).count(number)):
+                    signal.raise_signal(signal.SIGINT)
+                yield dataclasses.replace(token, text=f"<{number}>")
+        made.stream = pressed  # type: ignore[method-assign, assignment]
+        return made
+
+    monkeypatch.setattr(chat_module.EarlyExitLLM, "from_config", load)
+    before = signal.getsignal(signal.SIGINT)
+    chat_module.chat(config, ask=iter(["one", "two", "three", ""]).__next__)
+    assert asked[1] == "user: one\nassistant: <0><1><2><3>\nuser: two\n", "what was said so far stays"
+    assert asked[2].endswith("<49>\nuser: three\n") and signal.getsignal(signal.SIGINT) is before
+    asked.clear()
+    presses.clear()
+    presses[0] = [1, 1]
+    with pytest.raises(KeyboardInterrupt):
+        chat_module.chat(config, ask=iter(["one", "two", ""]).__next__)
+    assert len(asked) == 1 and signal.getsignal(signal.SIGINT) is before
+    assert "user" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("template", "flags", "words"), [
+    ("{{ raise_exception('System role not supported') }}", ["--system", "x"], "System role not supported; .* leave --system out"),
+    ("{% for m in messages %}", [], r"no Jinja: .*endfor.* \(line 1\).*--chat-template"),
+    ("{{ nothing.there }}", [], "'nothing' is undefined"),
+    ("{{ messages[0].content + 1 }}", [], "fails on the messages: TypeError"),
+    ({"rag": "{{ 1 }}", "tool_use": "{{ 2 }}"}, [], r"several chat templates \(rag, tool_use\).*--chat-template"),
+    ({"rag": "{{ 1 }}"}, ["--chat-template", "nosuch"], "name a template .*rag.* got 'nosuch'"),
+    ({"rag": "{{ 1 }}"}, ["--chat-template", "no/such.jinja"], r"no/such\.jinja can not be read"),
+])
+def test_a_template_that_no_conversation_can_begin_with_is_refused_at_once(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str], template: str | dict[str, str], flags: list[str], words: str) -> None:
+    """A traceback behind the first question, whose words are lost."""
+    random_llama(tmp_path, vocab_size=257, eos_token_id=256)
+    write_byte_tokenizer(tmp_path).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    named = [{"name": name, "template": text} for name, text in template.items()] if isinstance(template, dict) else template
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": named}))
+    assert cli.main(["chat", "--model", str(tmp_path), "--policy", "full", *flags]) == 2
+    told = capsys.readouterr().err
+    assert re.search(words, told) and told.strip().count("\n") == 0, told

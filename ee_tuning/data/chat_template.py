@@ -1,0 +1,98 @@
+"""Chat templates: which one of a tokenizer's is taken, and messages rendered by it. What it refuses, or fails on, is told in one line."""
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ee_tuning.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DEFAULT, TOOL_USE = "default", "tool_use"
+"""Names that templates have by convention: the one for all, and the one for chats with tools."""
+_NAME = re.compile(r"[\w-]+")
+_OTHER = "give another with --chat-template (data.chat_template)"
+
+Messages = Sequence[dict[str, Any]]
+"""Of a chat: role and content, and what else a template reads."""
+
+
+def read_chat_template(path: str | None) -> str | None:
+    """The template in the file `path`, or the name that `path` is where there is no such file; None for the tokenizer's own.
+
+    Raises InputError where the file can not be read or holds no Jinja.
+    """
+    if path is None or (_NAME.fullmatch(path) and not Path(path).exists()):
+        return path
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(f"data.chat_template must be a file with a Jinja template; {path} can not be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"data.chat_template must be UTF-8 text, and {path} is not; convert it (iconv -t utf-8)") from error
+    if not _is_jinja(text):
+        raise InputError(f"data.chat_template must be a file with a Jinja template, and {path} holds no {{{{ or {{%, "
+                         "so that it would say the same of all messages; give another file")
+    return text
+
+
+def _is_jinja(text: str) -> bool:
+    return "{{" in text or "{%" in text
+
+
+class ChatTemplate:
+    """The template that a tokenizer's chats are rendered by: `given` (what `read_chat_template` returned), or its own."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", given: str | None) -> None:
+        self._tokenizer, self._given = tokenizer, given
+
+    def source(self, *, has_tools: bool = False) -> str:
+        """The Jinja text. Raises InputError where there is none, or several and none is meant."""
+        own = self._tokenizer.chat_template
+        named: dict[str, str] = own if isinstance(own, dict) else {}
+        if self._given is not None and _is_jinja(self._given):
+            return self._given
+        if self._given is not None:
+            if self._given not in named:
+                known = f"whose templates are {', '.join(sorted(named))}" if named else "which has none by name"
+                raise InputError(f"data.chat_template must be a file, or name a template of the tokenizer in {self._place} ({known}), got "
+                                 f"{self._given!r}, and there is no such file; give one of them")
+            return named[self._given]
+        for name in (*((TOOL_USE,) if has_tools else ()), DEFAULT):
+            if name in named:
+                return named[name]
+        if named:
+            raise InputError(f"the tokenizer in {self._place} has several chat templates ({', '.join(sorted(named))}) and none of the name "
+                             f"{DEFAULT}; give the name of one, or a file, with --chat-template (data.chat_template)")
+        if not own or not isinstance(own, str):
+            raise InputError(f"messages need a chat template, and the tokenizer in {self._place} has no chat template; set "
+                             "data.chat_template (--chat-template) to a file with one")
+        return own
+
+    def render(self, messages: Messages, tools: list[Any] | None = None, **options: Any) -> Any:
+        """What the template makes of `messages`: a text, or what `options` ask transformers for.
+
+        Raises InputError where there is no template, where it is no Jinja, and where it refuses the messages or fails on them.
+        """
+        source = self.source(has_tools=tools is not None)
+        try:
+            return self._tokenizer.apply_chat_template(list(messages), tools=tools, chat_template=source, **{"tokenize": False, **options})
+        except Exception as error:  # templates run code of their own: any error may come out of them
+            raise InputError(self._told(error)) from error
+
+    @property
+    def _place(self) -> str:
+        return str(self._tokenizer.name_or_path)
+
+    def _told(self, error: Exception) -> str:
+        from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError
+
+        reason = " ".join(str(error).split())[:200]
+        if isinstance(error, TemplateSyntaxError):
+            return f"the chat template is no Jinja: {reason} (line {error.lineno}); mend it, or {_OTHER}"
+        if isinstance(error, UndefinedError):
+            return f"the chat template asks for what is not there: {reason}; mend it or the messages, or {_OTHER}"
+        if type(error) is TemplateError:  # what raise_exception raises
+            return f"the chat template refuses the messages: {reason}; mend or remove them, or {_OTHER}"
+        return f"the chat template fails on the messages: {type(error).__name__}: {reason}; mend it or them, or {_OTHER}"
