@@ -11,10 +11,12 @@ def generate(args: argparse.Namespace) -> int:
     config = job_of(args)
     if not args.prompt and not args.prompts:
         raise InputError("generate needs a prompt, got none; give --prompt TEXT, --prompt - to read standard input, or --prompts FILE")
+    if args.overwrite and args.output is None:
+        raise InputError("--overwrite is of --output FILE, and none is given; leave it out")
     from ee_tuning.generation.command import generate
 
-    return generate(config, args.prompt or [], prompts_file=args.prompts, output=args.output, as_json=args.json,
-                    show_exits=args.show_exits)
+    return generate(config, args.prompt or [], prompts_file=args.prompts, output=args.output, overwrite=args.overwrite,
+                    as_json=args.json, show_exits=args.show_exits)
 
 
 def calibrate(args: argparse.Namespace) -> None:
@@ -37,8 +39,11 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add_job(parser, "generate")
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="text to go on from; repeatable; - reads standard input")
     parser.add_argument("--prompts", type=Path, metavar="FILE",
-                        help='JSON lines: {"prompt": TEXT}, and keys of the generation section for this prompt alone')
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write a JSON line for each completion there")
+                        help='JSON lines: {"prompt": TEXT}, keys of the generation section for this prompt alone, and any others, such as '
+                        "id, which its record keeps")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write a JSON line for each completion there. Until all are made "
+                        "they are in FILE.partial, from which the same command, given again, goes on")
+    parser.add_argument("--overwrite", action="store_true", help="begin anew, and replace FILE at the end")
     parser.add_argument("--show-exits", action="store_true", help="colour each token by the exit it left at")
     parser.add_argument("--json", action="store_true", help="one JSON object per prompt instead of text")
 
@@ -75,7 +80,10 @@ Every fourth sample is held out, and tells what the thresholds do on tokens that
   ee-tuning generate --model Llama-2-7b-hf --exits runs/llama-2-7b/exit_heads --prompt "Once upon a time" --threshold 0.8 --show-exits
   ee-tuning generate --model Llama-2-7b-hf --exits runs/llama-2-7b/exit_heads --prompt - --json < prompt.txt
   ee-tuning generate job.yaml --policy fixed --exit-layer 16 --prompt "Once upon a time" --temperature 0.7 --top-p 0.9
-  ee-tuning generate job.yaml --policy speculative --prompts prompts.jsonl --output completions.jsonl""",
+  ee-tuning generate job.yaml --policy speculative --prompts prompts.jsonl --output completions.jsonl
+
+A record for each completion, in the order of the prompts, tells its text, tokens and exits; one of a prompt that can not be done has the
+reason, and the exit code is 2. With --output a job that was stopped or killed goes on when the same command is given again.""",
             add_arguments=_add_generate, run=generate),
     Command(name="chat", summary="talk with the model at a terminal, by its chat template",
             examples="""\

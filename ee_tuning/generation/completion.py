@@ -13,6 +13,8 @@ class Completion:
     """What was made of one prompt."""
 
     prompt: str
+    prompt_index: int = 0
+    """Which of the prompts."""
     index: int = 0
     """Which of the prompt's completions it is."""
     text: str = ""

@@ -154,10 +154,10 @@ class EarlyExitLLM:
                 except InputError as error:
                     if not keeps_errors:
                         raise
-                    completions.append(Completion(prompt=job.prompt, finish_reason="error", error=str(error)))
+                    completions.append(Completion(prompt=job.prompt, prompt_index=index, finish_reason="error", error=str(error)))
                     continue
                 for sequence in added:
-                    completions.append(Completion(prompt=job.prompt, index=sequence.completion))
+                    completions.append(Completion(prompt=job.prompt, prompt_index=index, index=sequence.completion))
                     text = TextStream(self._decode, ids, special=self._special)
                     writers[sequence.number] = Writer(index, sequence, completions[-1], text, shows_text or bool(job.params.stop))
             while not engine.is_idle:

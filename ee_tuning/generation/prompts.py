@@ -1,17 +1,22 @@
-"""Prompts from a file: a JSON object a line, with wishes of its own beside the prompt."""
+"""Prompts from a file: a JSON object a line, with wishes of its own beside the prompt, and keys that its record keeps."""
 import dataclasses
-import json
+import difflib
 from pathlib import Path
 from typing import Any
 
 from ee_tuning.config import GenerationSection
 from ee_tuning.errors import InputError
-from ee_tuning.generation.completion import Completion
 from ee_tuning.generation.llm import EarlyExitLLM, Job, params_of, with_options
+from ee_tuning.generation.record import RECORD_KEYS
+from ee_tuning.json_file import parse_strict_json
 from ee_tuning.line_file import read_lines
 
 Line = dict[str, Any]
-"""`prompt`, and keys of the `generation` section and `logit_bias` for this one."""
+"""`prompt`, keys of the `generation` section and `logit_bias` for this one, and others, which its record keeps."""
+
+_WISHES = frozenset(field.name for field in dataclasses.fields(GenerationSection)) | {"logit_bias"}
+_MISSPELT = 0.75
+"""From this likeness to a key of the generation section on, another key is taken for that one, misspelt: max_tokens, treshold."""
 
 ENGINE_KEYS = frozenset({"max_pending", "prefill_chunk", "max_batch_size", "reuse_prefixes", "cache_tokens"})
 """Of the whole run, not of a prompt."""
@@ -28,7 +33,7 @@ def read_prompts(path: Path) -> list[Line]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = parse_strict_json(line)
         except ValueError as error:
             raise InputError(f"line {number} of {path} must be a JSON object, got {line[:60]!r}: {error}") from error
         if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
@@ -39,16 +44,46 @@ def read_prompts(path: Path) -> list[Line]:
     return lines
 
 
-def jobs_of(llm: EarlyExitLLM, prompts: list[str], lines: list[Line]) -> tuple[GenerationSection, list[Job], list[Completion]]:
-    """(the options of all, what is to be done, records of lines whose wishes make no sense)."""
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A prompt, and what is to be done with it."""
+
+    prompt: str
+    job: Job | None
+    """None where its line asks for what can not be."""
+    error: str = ""
+    """Why there is no job."""
+    kept: Line = dataclasses.field(default_factory=dict)
+    """What its record keeps of its line."""
+
+    @property
+    def num_completions(self) -> int:
+        """Records that come of it, if it can be done; one otherwise."""
+        return 1 if self.job is None else max(1, self.job.params.n)
+
+
+def requests_of(llm: EarlyExitLLM, prompts: list[str], lines: list[Line]) -> tuple[GenerationSection, list[Request]]:
+    """(the options of all, a request for each prompt and then for each line, in their order). Raises InputError on options of no use."""
     options, jobs = llm.jobs(prompts)
-    refused = []
-    for line in lines:
-        try:
-            jobs.append(job_of(llm, line))
-        except InputError as error:
-            refused.append(Completion(prompt=line["prompt"], finish_reason="error", error=str(error)))
-    return options, jobs, refused
+    params_of(options).check(llm.model.config.vocab_size)
+    return options, [Request(job.prompt, job) for job in jobs] + [_request_of(llm, line) for line in lines]
+
+
+def _request_of(llm: EarlyExitLLM, line: Line) -> Request:
+    kept = {key: value for key, value in line.items() if key != "prompt" and key not in _WISHES}
+    try:
+        for key in kept:
+            _check_kept(key)
+        return Request(line["prompt"], job_of(llm, {key: value for key, value in line.items() if key not in kept}), kept=kept)
+    except InputError as error:
+        return Request(line["prompt"], None, str(error), {key: value for key, value in kept.items() if key not in RECORD_KEYS})
+
+
+def _check_kept(key: str) -> None:
+    if near := difflib.get_close_matches(key, _WISHES, n=1, cutoff=_MISSPELT):
+        raise InputError(f"unknown key {key}; did you mean generation.{near[0]}? A key that its record is to keep needs another name")
+    if key in RECORD_KEYS:
+        raise InputError(f"a line must not have the key {key}, which its record has for the completion; give it another name")
 
 
 def job_of(llm: EarlyExitLLM, line: Line) -> Job:
@@ -60,7 +95,7 @@ def job_of(llm: EarlyExitLLM, line: Line) -> Job:
     biases = line.get("logit_bias", {})
     try:
         bias = {int(token): float(value) for token, value in biases.items()}
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"logit_bias must be an object of token ids and numbers, got {biases!r:.60}") from error
     params = dataclasses.replace(params_of(generation), logit_bias=bias)
     return Job(line["prompt"], params, llm.policy(generation))

@@ -1,0 +1,151 @@
+"""Many prompts to records: each is delivered as soon as it is made, and what an earlier process delivered is not made again."""
+import dataclasses
+import hashlib
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn, TextIO
+
+from ee_tuning.checkpoint.aside import on_first_rank
+from ee_tuning.checkpoint.fingerprint import fingerprint
+from ee_tuning.checkpoint.formats import open_model
+from ee_tuning.config import Config, GenerationSection
+from ee_tuning.errors import InputError
+from ee_tuning.generation.completion import Completion
+from ee_tuning.generation.delivery import Delivery, InOrder, Progress
+from ee_tuning.generation.llm import EarlyExitLLM
+from ee_tuning.generation.output_file import Key, OutputFile, Settings, is_standard_output, is_stream
+from ee_tuning.generation.prompts import ENGINE_KEYS, Request
+from ee_tuning.generation.record import as_record
+from ee_tuning.json_file import to_json
+
+STOPPED_BY_TERM = 143
+"""Exit code of a process that SIGTERM ended, as shells have it."""
+
+
+def deliver(llm: EarlyExitLLM, config: Config, requests: list[Request], options: GenerationSection, output: Path | None,
+            overwrites: bool) -> tuple[list[Completion], bool]:
+    """Completes the requests that have a job and delivers a record for each completion, or error: to `output`, or standard output.
+
+    Returns the completions that were made here, and whether a request could not be done. All ranks call it; rank 0 delivers.
+    """
+    topology, counts = llm.model.topology, [request.num_completions for request in requests]
+    opened: list[Delivery] = []
+
+    def open_delivery() -> tuple[frozenset[Key] | None, bool]:
+        if output is None or is_stream(output):
+            opened.append(InOrder(_stream(output), counts))
+            return opened[0].done, False
+        opened.append(file := OutputFile(output, settings_of(llm, config, requests, options), len(requests), overwrites))
+        return (None if file.is_whole else file.done), file.has_errors
+
+    done, has_errors = on_first_rank(topology, open_delivery)
+    delivery = opened[0] if opened else None
+    if done is None:  # on all ranks
+        _tell(delivery, f"{output} has all {len(requests)} prompts of this job already: nothing is left to do; --overwrite makes it anew")
+        return [], has_errors
+    if done:
+        _tell(delivery, f"{len(done)} of {sum(counts)} completions are in {output}.partial already")
+    with _closed_at_the_end(delivery, sum(counts)):
+        return _decode(llm, requests, options, done, delivery, Progress(sum(counts), len(done)))
+
+
+def settings_of(llm: EarlyExitLLM, config: Config, requests: list[Request], options: GenerationSection) -> Settings:
+    """All that the completions depend on, as JSON can hold it."""
+    reader, model, _ = open_model(config.model)
+    with reader:
+        backbone = fingerprint(reader, model)
+    free = ENGINE_KEYS | {"calibration"}  # what a calibration says is in the policies of the requests
+    digest = hashlib.sha256()
+    for request in requests:
+        asked = None if request.job is None else dataclasses.asdict(request.job)
+        digest.update((to_json([request.prompt, request.kept, asked], sort_keys=True, default=str) + "\n").encode())
+    return {"model": backbone, "exits": llm.heads_digest, "dtype": str(llm.model.plan.dtype).removeprefix("torch."),
+            "tokenizer": config.data.tokenizer, "end of text": list(llm.stop_token_ids),
+            **{name: value for name, value in dataclasses.asdict(options).items() if name not in free}, "prompts": digest.hexdigest()}
+
+
+def _stream(output: Path | None) -> TextIO:
+    if output is None or is_standard_output(output):
+        return sys.stdout
+    try:
+        return output.open("a", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--output must name a file that can be written, got {output}: {error.strerror}") from error
+
+
+def _decode(llm: EarlyExitLLM, requests: list[Request], options: GenerationSection, done: frozenset[Key], delivery: Delivery | None,
+            progress: Progress) -> tuple[list[Completion], bool]:
+    """As `deliver`, but for the completions in `done`."""
+    places = [place for place, request in enumerate(requests)
+              if request.job is not None and not all((place, index) in done for index in range(request.num_completions))]
+    refused = [Completion(prompt=request.prompt, prompt_index=place, finish_reason="error", error=request.error)
+               for place, request in enumerate(requests) if request.job is None]
+    _fail(delivery, requests, refused)
+    completions, made = list[Completion](), dict[Key, Completion]()
+    jobs = [job for place in places if (job := requests[place].job) is not None]
+    for token in llm.run(jobs, completions, options, keeps_errors=len(requests) > 1, shows_text=False):
+        if not made:  # all are there before the first token
+            for completion in completions:
+                completion.prompt_index = places[completion.prompt_index]
+            made = {(c.prompt_index, c.index): c for c in completions}
+            _fail(delivery, requests, completions)
+        progress.token()
+        if token.is_last and delivery is not None:
+            delivery.write(as_record(made[places[token.index], token.completion], requests[places[token.index]].kept))
+            progress.completion()
+    if not made:  # nor any token: all of them are errors
+        for completion in completions:
+            completion.prompt_index = places[completion.prompt_index]
+        _fail(delivery, requests, completions)
+    if delivery is not None:
+        delivery.finish()
+    return completions, bool(refused)
+
+
+def _fail(delivery: Delivery | None, requests: list[Request], completions: list[Completion]) -> None:
+    """Delivers those that are errors."""
+    for completion in completions:
+        if completion.error and delivery is not None:
+            delivery.fail(as_record(completion, requests[completion.prompt_index].kept))
+
+
+@contextmanager
+def _closed_at_the_end(delivery: Delivery | None, num_completions: int) -> Iterator[None]:
+    """Closes `delivery`, and tells what is kept of a job that Ctrl-C or SIGTERM stops."""
+    try:
+        with _term_raises():
+            yield
+    except (KeyboardInterrupt, SystemExit):
+        if isinstance(delivery, OutputFile):
+            print(f"ee-tuning: stopped; {len(delivery.done)} of {num_completions} completions are kept in {delivery.journal}: the same "
+                  "command, given again, goes on with them", file=sys.stderr, flush=True)
+        raise
+    finally:
+        if delivery is not None:
+            delivery.close()
+
+
+@contextmanager
+def _term_raises() -> Iterator[None]:
+    """Lets SIGTERM end the block as an exception does, so that what is finished is delivered."""
+    def stop(_: int, __: FrameType | None) -> NoReturn:
+        raise SystemExit(STOPPED_BY_TERM)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _tell(delivery: Delivery | None, text: str) -> None:
+    if delivery is not None:
+        print(text, file=sys.stderr, flush=True)

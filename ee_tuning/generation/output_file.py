@@ -1,0 +1,243 @@
+"""`generate --output FILE`: completions that outlive whatever stops the command, and a FILE that is there once it is whole.
+
+A completion goes, as soon as it is ready, into the journal FILE.partial: a first line with the job's settings, then records as FILE has
+them, in the order in which they were ready. Once all are there they become FILE, in the prompts' order, at one stroke. The same command,
+given again, goes on with the journal; of a whole FILE the `job` of its records tells whether it is that command's.
+"""
+import fcntl
+import hashlib
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ee_tuning.checkpoint.aside import file_written_aside
+from ee_tuning.errors import InputError
+from ee_tuning.generation.record import Record
+from ee_tuning.json_file import parse_json, to_json
+
+Settings = dict[str, Any]
+"""All that completions depend on."""
+Key = tuple[int, int]
+"""A completion: place of its prompt, and which of the prompt's it is."""
+
+_REMEDY = "give another --output, or --overwrite to begin anew"
+_MOST_TOLD = 3
+
+
+def check_output(path: Path, overwrites: bool) -> None:
+    """Raises InputError where `path` can not be written, or holds what no `generate` wrote. Nothing is changed.
+
+    Cheap: it spares the loading of a model whose completions would have no place.
+    """
+    if path.is_dir():
+        raise InputError(f"--output must name a file, got the folder {path}")
+    if is_stream(path):
+        return
+    parent = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"--output must name a file that can be written, got {path}, and {parent} is no folder that can be written to")
+    if not overwrites and path.exists() and not journal_of(path).exists():
+        with _opened(path) as file:
+            _check_ours(path, file.readline())
+
+
+def is_standard_output(path: Path) -> bool:
+    """Whether `path` is a name of standard output."""
+    return str(path) in ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
+
+
+def is_stream(path: Path) -> bool:
+    """Whether `path` is nothing that could be replaced: a pipe, a terminal, a name of standard output."""
+    return is_standard_output(path) or (path.exists() and not stat.S_ISREG(path.stat().st_mode))
+
+
+def journal_of(path: Path) -> Path:
+    """Where completions are on the way to `path`."""
+    return Path(f"{os.path.realpath(path)}.partial")  # a link stays, and what it names is written
+
+
+class OutputFile:
+    """FILE and its journal, of one job, in one process."""
+
+    def __init__(self, path: Path, settings: Settings, num_prompts: int, overwrites: bool):
+        """Finds what is there of the job already. Raises InputError where it is another job's, or another process writes it."""
+        self.path, self.journal = path, journal_of(path)
+        self.is_whole = False
+        """Whether FILE is there, and of this very job."""
+        self.has_errors = False
+        """Where it is whole, whether it tells of prompts that could not be done."""
+        self._settings = parse_json(to_json(settings).encode())
+        self._job = hashlib.sha256(to_json(self._settings, sort_keys=True).encode()).hexdigest()[:16]
+        self._file: BinaryIO | None = None
+        self._lines: dict[Key, tuple[int, int]] = {}
+        """Offset and length, in the journal, of each completion that is there."""
+        self._errors: dict[Key, bytes] = {}
+        """Lines of prompts that could not be done. They are not kept: whether they can be is asked anew."""
+        self._end = 0
+        """Where the next one goes; 0 where the journal has no first line yet."""
+        if self.journal.exists():
+            self._file = self._locked(self.journal.open("r+b", buffering=0))
+            if not overwrites:
+                self._read_journal()
+        elif path.exists() and not overwrites:
+            self._read_whole(num_prompts)
+
+    @property
+    def done(self) -> frozenset[Key]:
+        """The completions that are kept."""
+        return frozenset(self._lines)
+
+    def write(self, record: Record) -> None:
+        """Keeps a completion. Raises InputError where the disk refuses."""
+        key = (record["prompt_index"], record["index"])
+        if key in self._lines:
+            return
+        with self._refusals_named():
+            if not self._end:
+                self._begin()
+            self._lines[key] = (self._end, self._append(self._line(record)))
+
+    def fail(self, record: Record) -> None:
+        """Takes the record of a prompt that could not be done."""
+        self._errors[record["prompt_index"], 0] = self._line(record)
+
+    def finish(self) -> None:
+        """Makes FILE of all that is there. Raises InputError where the disk refuses, and where no completion could be made."""
+        if not self._lines and self.path.exists():
+            first = parse_json(self._errors[min(self._errors)])["error"]
+            raise InputError(f"{self.path} is left as it was, for not one of {len(self._errors)} prompts can be done, the first because "
+                             f"{first}")
+        with self._refusals_named(), file_written_aside(Path(os.path.realpath(self.path))) as aside, aside.open("wb") as file:
+            for key in sorted(self._lines.keys() | self._errors.keys()):
+                file.write(self._errors[key] if key in self._errors else self._kept(key))
+        with suppress(OSError):
+            self.journal.unlink()
+
+    def close(self) -> None:
+        """Lets go of the journal, which stays as it is."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _begin(self) -> None:
+        if self._file is None:
+            self.journal.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._locked(self.journal.open("a+b", buffering=0))
+        self._file.truncate(0)
+        self._append((to_json({"job": self._settings}, ensure_ascii=False) + "\n").encode())
+
+    def _append(self, line: bytes) -> int:
+        """The length of `line`, which is in the file then, as a kill leaves it."""
+        assert self._file is not None
+        self._file.seek(self._end)
+        rest = memoryview(line)
+        while rest:
+            rest = rest[self._file.write(rest):]
+        self._end += len(line)
+        return len(line)
+
+    def _line(self, record: Record) -> bytes:
+        return (to_json({**record, "job": self._job}, ensure_ascii=False) + "\n").encode()
+
+    def _kept(self, key: Key) -> bytes:
+        assert self._file is not None
+        offset, length = self._lines[key]
+        return os.pread(self._file.fileno(), length, offset)
+
+    def _locked(self, file: BinaryIO) -> BinaryIO:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.close()
+            raise InputError(f"{self.journal} is being written by another process; wait for it, or give another --output") from error
+        except OSError:  # a file system without locks
+            pass
+        if not self.journal.exists() or not os.path.samestat(self.journal.stat(), os.fstat(file.fileno())):
+            raise InputError(f"{self.journal} has just been finished by another process; give the same command again to see")
+        return file
+
+    def _read_journal(self) -> None:
+        """Takes up what is kept, but for a last line that was cut off. Raises InputError where it is another job's."""
+        assert self._file is not None
+        with _opened(self.journal) as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):
+                    break
+                tree = _parsed(line)
+                if number == 1:
+                    self._check_same((tree or {}).get("job"))
+                elif tree is None or tree.get("job") != self._job:
+                    raise InputError(f"line {number} of {self.journal} is damaged; {_REMEDY}")
+                else:
+                    self._lines[tree["prompt_index"], tree["index"]] = (self._end, len(line))
+                self._end += len(line)
+        self._file.truncate(self._end)
+
+    def _check_same(self, there: Any) -> None:
+        if not isinstance(there, dict):
+            raise InputError(f"{self.journal} is not what `ee-tuning generate --output` leaves; {_REMEDY}")
+        differing = [key for key in {**there, **self._settings} if there.get(key) != self._settings.get(key)]
+        named = [f"{key} ({_told(there.get(key))} there, {_told(self._settings.get(key))} here)" for key in differing if key != "prompts"]
+        if differing:
+            raise InputError(f"{self.journal} holds completions of another job, which differs in "
+                             f"{', '.join(named[:_MOST_TOLD]) or 'its prompts'}; to go on give that job, else {_REMEDY}")
+
+    def _read_whole(self, num_prompts: int) -> None:
+        prompts = set()
+        with _opened(self.path) as file:
+            for line in file:
+                record = _check_ours(self.path, line)
+                if record["job"] != self._job:
+                    raise InputError(f"{self.path} holds completions of another job: the model, the exits, a setting or a prompt was "
+                                     f"another; {_REMEDY}")
+                prompts.add(record.get("prompt_index"))
+                self.has_errors |= "error" in record
+        if prompts and len(prompts) != num_prompts:
+            raise InputError(f"{self.path} holds {len(prompts)} of this job's {num_prompts} prompts, so something was taken out; {_REMEDY}")
+        self.is_whole = bool(prompts)
+
+    @contextmanager
+    def _refusals_named(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, InputError) as error:
+            cause = error.__cause__ if isinstance(error, InputError) else error
+            if not isinstance(cause, OSError) or isinstance(cause, BlockingIOError):
+                raise
+            reason = cause.strerror or cause
+            kept = (f"; {len(self._lines)} completions are kept in {self.journal}, and the same command goes on with them" if self._lines
+                    else "")
+            raise InputError(f"{self.path} can not be written: {reason}; make room, or give another --output{kept}") from error
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    try:
+        with path.open("rb") as file:
+            yield file
+    except OSError as error:
+        raise InputError(f"{path}, which is there, can not be read: {error.strerror}; {_REMEDY}") from error
+
+
+def _check_ours(path: Path, line: bytes) -> Record:
+    """The record in a line of a FILE; nothing, in an empty file, is taken for ours."""
+    record = _parsed(line) if line else {"job": ""}
+    if record is None or not isinstance(record.get("job"), str):
+        raise InputError(f"{path} is there already, and is not what `ee-tuning generate --output` writes; {_REMEDY}")
+    return record
+
+
+def _parsed(line: bytes) -> Record | None:
+    try:
+        tree = parse_json(line)
+    except ValueError:
+        return None
+    return tree if isinstance(tree, dict) else None
+
+
+def _told(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 20 else f"{text[:16]}…"
