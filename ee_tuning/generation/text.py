@@ -6,6 +6,8 @@ from typing import Any
 REPLACEMENT = "�"
 CONTEXT_TOKENS = 4
 """Tokens of the prompt that are decoded with the completion: some tokenizers drop the space that a text begins with."""
+CHARACTER_TOKENS = 4
+"""No character has more bytes, and so more tokens, than this."""
 
 
 def special_tokens(tokenizer: Any) -> dict[int, str]:
@@ -30,11 +32,11 @@ class TextStream:
         self._left_out: list[tuple[int, str]] = []
         """Special tokens of the completion: where in `text` each would stand, and its own text."""
         self._holds_special: dict[str, bool] = {}
-        self._ids = prompt_ids[-CONTEXT_TOKENS:]
+        self._ids, told = _last_tokens(prompt_ids, decode)
         self._settled = 0
         """Ids before this one have their text in `_before` for good: decoding restarts here, so that length costs nothing."""
         self._before = ""
-        self._prompt_length = len(decode(self._ids))
+        self._prompt_length = len(told)
         self._shown = 0
 
     def push(self, token_id: int) -> str:
@@ -56,15 +58,15 @@ class TextStream:
     def flush(self) -> str:
         """The text held back, at the end of the completion."""
         if not self.has_stopped:
-            self.text = (self._before + self._decode(self._ids[self._settled:]))[self._prompt_length:]
+            self.text = (self._before + _with_cut_character(self._ids[self._settled:], self._decode))[self._prompt_length:]
         return self._show(is_last=True)
 
     def _settle(self, tail: str) -> None:
         if len(self._ids) - self._settled > 16:
-            kept = self._decode(self._ids[-CONTEXT_TOKENS:])
+            ids, kept = _last_tokens(self._ids, self._decode)
             if kept and tail.endswith(kept):
                 self._before += tail[: len(tail) - len(kept)]
-                self._settled = len(self._ids) - CONTEXT_TOKENS
+                self._settled = len(self._ids) - len(ids)
 
     def _show(self, *, is_last: bool) -> str:
         if not self.has_stopped:
@@ -106,6 +108,28 @@ class TextStream:
             places += [*range(start, place), *[place] * len(mark)]
             start = place
         return said, places
+
+
+def _last_tokens(ids: list[int], decode: Callable[[list[int]], str]) -> tuple[list[int], str]:
+    """The last CONTEXT_TOKENS of `ids`, or a few more, so that the first of them begins a character; and their text.
+
+    Decoders that fall back to bytes make replacement characters of a whole run of bytes whose first character is cut.
+    """
+    for size in range(CONTEXT_TOKENS, CONTEXT_TOKENS + CHARACTER_TOKENS):
+        text = decode(ids[-size:])
+        if REPLACEMENT not in text:
+            return ids[-size:], text
+    return ids[-CONTEXT_TOKENS:], decode(ids[-CONTEXT_TOKENS:])
+
+
+def _with_cut_character(ids: list[int], decode: Callable[[list[int]], str]) -> str:
+    """The text of `ids`. A last character whose bytes are not all there does not spoil the whole ones before it."""
+    text = decode(ids)
+    for size in range(1, CHARACTER_TOKENS) if text.endswith(REPLACEMENT) else ():
+        before = decode(ids[:-size])
+        if not before.endswith(REPLACEMENT):
+            return before + decode(ids[-size:])
+    return text
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -79,6 +79,36 @@ def test_text_made_at_once_is_the_text_made_token_by_token(prompt: str) -> None:
     assert unwatched.flush() == unwatched.text == watched.text
 
 
+def decode_by_fallback(ids: list[int]) -> str:
+    """As tokenizers' ByteFallback: a run of bytes that is no UTF-8 as a whole is a mark for each of them."""
+    try:
+        return bytes(ids).decode()
+    except UnicodeDecodeError:
+        return "�" * len(ids)
+
+
+def test_characters_of_bytes_survive_a_prompt_that_ends_in_such_characters() -> None:
+    """The prompt's last tokens begin amid a character: the decoder makes marks of the whole run, and of the completion with it."""
+    text = "日本語のテキスト" * 4
+    for place in range(1, 8):
+        prompt, said = text[:place].encode(), text[place:].encode()
+        stream = TextStream(decode_by_fallback, list(prompt))
+        assert "".join([*map(stream.push, said), stream.flush()]) == text[place:] == stream.text
+        held = TextStream(decode_by_fallback, list(prompt))
+        for token in said:
+            held.hold(token)
+        assert held.flush() == text[place:]
+
+
+def test_a_last_character_that_is_cut_spoils_no_other() -> None:
+    """max_tokens cuts a character, and the whole ones before it in a run of bytes turn into marks."""
+    said = [*"日本語".encode(), *"の".encode()[:2]]
+    watched, unwatched = TextStream(decode_by_fallback, list(b"say")), TextStream(decode_by_fallback, list(b"say"))
+    for token in said:
+        unwatched.hold(token)
+    assert "".join([*map(watched.push, said), watched.flush()]) == watched.text == unwatched.flush() == "日本語��"
+
+
 MARKS = {1: "<|eot|>", 2: "<|im_end|>"}
 
 
