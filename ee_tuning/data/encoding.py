@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ee_tuning.data.chat import ChatFormat, Marked
 from ee_tuning.data.chat_template import read_chat_template
 from ee_tuning.data.documents import Conversation, Document, Piece, read_documents
-from ee_tuning.data.tokenizer import end_of_text_id, load_tokenizer, tokenizer_digests
+from ee_tuning.data.tokenizer import beginning_ids, begun, end_of_text_id, load_tokenizer, tokenizer_digests
 
 # The tokenizer's results as Python lists take some hundred bytes a token.
 BATCH_CHARACTERS = 1_000_000
@@ -36,7 +36,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Documents one after the other, each closed by the end-of-text token."""
+    """Documents one after the other, each begun as the tokenizer begins any text and closed by the end-of-text token."""
 
     ids: NDArray[np.int32]  # [n]
     lengths: NDArray[np.int64]  # [documents], end of text included
@@ -76,13 +76,13 @@ def id_type(recipe: Recipe) -> type[np.unsignedinteger] | type[np.signedinteger]
 
 @functools.lru_cache(maxsize=1)
 def _tools(recipe: Recipe) -> tuple:
-    """Tokenizer, chat format and end-of-text id, once for all pieces of a process."""
+    """Tokenizer, chat format, ids that begin a text, and end-of-text id, once for all pieces of a process."""
     tokenizer = load_tokenizer(recipe.tokenizer, trusts_code=recipe.trusts_code)
-    return tokenizer, ChatFormat(tokenizer, recipe.chat_template), end_of_text_id(tokenizer)
+    return tokenizer, ChatFormat(tokenizer, recipe.chat_template), beginning_ids(tokenizer), end_of_text_id(tokenizer)
 
 
 def _encode(documents: list[Document], recipe: Recipe) -> Tokens:
-    tokenizer, chat, end = _tools(recipe)
+    tokenizer, chat, beginning, end = _tools(recipe)
     texts = [document for document in documents if isinstance(document, str)]
     encoded = iter(tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False,
                              verbose=False)["input_ids"] if texts else [])
@@ -91,7 +91,7 @@ def _encode(documents: list[Document], recipe: Recipe) -> Tokens:
     lengths = []
     hashes = []
     for document in documents:
-        made = chat.encode(document) if isinstance(document, Conversation) else [_whole(next(encoded), end)]
+        made = chat.encode(document) if isinstance(document, Conversation) else [_whole(begun(next(encoded), beginning), end)]
         for words, marks in made:
             if words[-1:] != [end]:
                 # An assistant's last turn that has no token of its own at its end is ended by end of text.

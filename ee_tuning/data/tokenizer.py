@@ -71,3 +71,14 @@ def end_of_text_id(tokenizer: "PreTrainedTokenizerBase") -> int:
         raise InputError(f"the tokenizer in {tokenizer.name_or_path} must have an end-of-text token, got none; "
                          "set eos_token in its tokenizer_config.json")
     return tokenizer.eos_token_id
+
+
+def beginning_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Token ids that the tokenizer puts before any text: most often its beginning-of-text token, or none."""
+    bare, whole = (tokenizer("a", add_special_tokens=adds)["input_ids"] for adds in (False, True))
+    return next((whole[:place] for place in range(len(whole)) if whole[place:place + len(bare)] == bare), [])
+
+
+def begun(ids: list[int], beginning: list[int]) -> list[int]:
+    """`ids` behind `beginning`, which is not doubled where the text spells it out already."""
+    return ids if ids[:len(beginning)] == beginning else [*beginning, *ids]

@@ -54,7 +54,7 @@ def measure_thresholds(llm: EarlyExitLLM, prompts: list[str], thresholds: Iterab
 def agreement(llm: EarlyExitLLM, completion: Completion) -> float:
     """Share of a completion's tokens that the full model would have said, greedily, after the same prefix."""
     assert llm.engine is not None
-    prompt = llm.tokenizer(completion.prompt)["input_ids"]
+    prompt = llm.encode(completion.prompt)
     said = llm.engine.full_model_tokens(prompt + completion.token_ids[:-1])[len(prompt) - 1:]
     return sum(a == b for a, b in zip(said, completion.token_ids, strict=True)) / len(said)
 

@@ -16,7 +16,7 @@ from ee_tuning.checkpoint.formats import model_folder
 from ee_tuning.checkpoint.load import load_for_generation
 from ee_tuning.config import Config, GenerationSection, load_config
 from ee_tuning.config.generation import without_overruled
-from ee_tuning.data.tokenizer import load_tokenizer
+from ee_tuning.data.tokenizer import beginning_ids, begun, load_tokenizer
 from ee_tuning.errors import InputError
 from ee_tuning.generation.completion import Completion, StreamedToken, Writer
 from ee_tuning.generation.engine import Engine
@@ -52,6 +52,7 @@ class EarlyExitLLM:
         self.stop_token_ids, self.heads_digest = stop_token_ids, heads_digest
         self.engine: Engine | None = None
         self._special = {token: text for token, text in special_tokens(tokenizer).items() if token < model.config.vocab_size}
+        self._beginning = beginning_ids(tokenizer)
         self._settings: dict[str, Any] = {}
 
     @classmethod
@@ -196,9 +197,12 @@ class EarlyExitLLM:
         return dataclasses.replace(params, stop_token_ids=tuple(dict.fromkeys((*params.stop_token_ids, *named)))) if named else params
 
     def encode(self, prompt: str, adds_special_tokens: bool = True) -> list[int]:
-        """Token ids of a prompt; the beginning-of-text token for an empty one. Raises InputError where there are none, or too many."""
+        """Token ids of a prompt, which the tokenizer begins and does not end; the beginning-of-text token for an empty one.
+
+        Raises InputError where there are none, or too many.
+        """
         try:
-            ids = self.tokenizer(prompt, add_special_tokens=adds_special_tokens)["input_ids"]
+            ids = begun(self.tokenizer(prompt, add_special_tokens=False)["input_ids"], self._beginning if adds_special_tokens else [])
         except (TypeError, ValueError, UnicodeError) as error:
             raise InputError(f"a prompt must be UTF-8 text, got {prompt!r:.80}: {' '.join(str(error).split())}") from error
         if not ids and self.model.config.bos_token_id is not None:

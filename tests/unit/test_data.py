@@ -109,6 +109,16 @@ def test_tokens_of_a_batch_are_those_of_each_document_alone(tmp_path: Path, mode
     assert len(set(tokens.hashes)) == len(texts) and tokens.counts is None
 
 
+def test_documents_begin_as_the_tokenizer_begins_any_text(tmp_path: Path) -> None:
+    """Exits learn texts without the beginning-of-text token that every prompt has; or with two, or with the end twice."""
+    write_byte_tokenizer(tmp_path, "<s>", encloses=True)
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ("abc", "<s>de")))
+    tokens = tokenize_piece(pieces_of([tmp_path / "texts.jsonl"])[0], recipe_of(tmp_path, "text", None))
+    begin = VOCABULARY
+    a, b, c, d, e = load_tokenizer(tmp_path)("abcde", add_special_tokens=False)["input_ids"]
+    assert tokens.ids.tolist() == [begin, a, b, c, END, begin, d, e, END] and tokens.lengths.tolist() == [5, 4]
+
+
 def test_the_split_is_disjoint_stable_and_blind_to_files(tmp_path: Path, model: Path) -> None:
     """A held-out document that moves to training with a new file name or a new neighbour makes validation a lie."""
     texts = [f"document number {index}" for index in range(400)]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from byte_tokenizer import write_byte_tokenizer
+from byte_tokenizer import VOCABULARY, write_byte_tokenizer
 from exits import write_exits
 from random_models import random_llama
 
@@ -193,3 +193,13 @@ def test_a_template_that_no_conversation_can_begin_with_is_refused_at_once(
     assert cli.main(["chat", "--model", str(tmp_path), "--policy", "full", *flags]) == 2
     told = capsys.readouterr().err
     assert re.search(words, told) and told.strip().count("\n") == 0, told
+
+
+def test_a_prompt_is_begun_once_and_not_ended(tmp_path: Path) -> None:
+    """A beginning of text that is doubled where the prompt spells it out; an end of text between the prompt and its completion."""
+    random_llama(tmp_path, vocab_size=VOCABULARY + 1, bos_token_id=VOCABULARY)
+    write_byte_tokenizer(tmp_path, "<s>", encloses=True)
+    llm = EarlyExitLLM.load(tmp_path)
+    begin, (h, i) = VOCABULARY, llm.tokenizer("hi", add_special_tokens=False)["input_ids"]
+    assert llm.encode("hi") == llm.encode("<s>hi") == [begin, h, i] and llm.encode("") == [begin]
+    assert llm.encode("<s><s>hi") == [begin, begin, h, i] and llm.encode("hi", adds_special_tokens=False) == [h, i]
