@@ -6,7 +6,7 @@ Hugging Face folder keeps its files byte for byte; one in another format is writ
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,7 +18,7 @@ from ee_tuning.checkpoint.exits_packed import exit_files
 from ee_tuning.checkpoint.export_source import ExportSource, check_target, open_for_export
 from ee_tuning.checkpoint.hashed_file import HashedFile
 from ee_tuning.checkpoint.huggingface_files import FileToWrite, backbone_files, backbone_layout, copied_file
-from ee_tuning.checkpoint.manifest import MANIFEST, write_manifest
+from ee_tuning.checkpoint.manifest import MANIFEST, file_names, write_manifest
 from ee_tuning.checkpoint.model_card import export_card
 from ee_tuning.checkpoint.non_finite import NonFinite, warn_non_finite
 from ee_tuning.checkpoint.shared_work import own_share
@@ -100,8 +100,9 @@ def _finish(model: ExportSource, described: dict[str, Any], partial: Path, outpu
         sums |= own
         warn_non_finite(model.source.folder, lines)
     with refusals_named(output):
-        for path in _companions(model, tokenizer):
-            shutil.copyfile(path, partial / path.name)
+        for name, path in _companions(model, tokenizer).items():
+            (partial / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, partial / name)
         if model.files is None and (index := backbone_layout(model.source, model.model).index()):
             (partial / index[0]).write_text(index[1])
         if model.artifact:
@@ -131,6 +132,8 @@ def _described_config(model: ExportSource, special: Mapping[str, int]) -> dict[s
     tree = exit_config_tree(model.artifact.config)
     told = {**{key: tree[key] for key in _TOLD if key in tree}, "files": [file.name for file in exit_files(model.artifact, model.model)]}
     own_class = f"{MODELLING.stem}.{early_exit_class(model.model)}"
+    # Who trusts the code of the exits runs no other, and needs none: transformers has a class for every family's config.
+    others = {key: value for key, value in others.items() if key == "AutoTokenizer"}
     return {**plain, "auto_map": {**others, "AutoModelForCausalLM": own_class}, "early_exit": told}
 
 
@@ -139,18 +142,24 @@ def early_exit_class(model: ModelConfig) -> str:
     return f"EarlyExit{HUGGINGFACE_CLASSES[model.family]}"
 
 
-def _companions(model: ExportSource, tokenizer: Path | None) -> list[Path]:
-    """What belongs to the model besides weights and config.json: tokenizer, generation defaults, licence; the index of copied shards."""
+def _companions(model: ExportSource, tokenizer: Path | None) -> dict[str, Path]:
+    """What belongs to the model besides weights and config.json, by its name: tokenizer, generation defaults, licence, code; the index of
+    copied shards.
+    """
     folder = model.source.folder
-    found = {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and _belongs(path.name)} if model.files else {}
+    found = _named(folder, _belongs) if model.files else {}
     if model.files and not (folder / "model.safetensors").exists():
         found |= {path.name: path for path in folder.glob("model.safetensors.index.json")}
     if tokenizer is not None:
-        own = {path.name: path for path in sorted(tokenizer.iterdir()) if path.is_file() and is_tokenizer_file(path.name)}
+        own = _named(tokenizer, is_tokenizer_file)
         if not own:
             raise InputError(f"--tokenizer must be a folder with a tokenizer's files, and {tokenizer} holds none of them")
-        found = {name: path for name, path in found.items() if not is_tokenizer_file(name)} | own
-    return list(found.values())
+        found = {name: path for name, path in found.items() if not is_tokenizer_file(name)} | own | _named(tokenizer, _is_code)
+    return found
+
+
+def _named(folder: Path, belongs: Callable[[str], bool]) -> dict[str, Path]:
+    return {name: folder / name for name in file_names(folder) if (folder / name).is_file() and belongs(name)}
 
 
 def is_tokenizer_file(name: str) -> bool:
@@ -161,5 +170,10 @@ def is_tokenizer_file(name: str) -> bool:
 def _belongs(name: str) -> bool:
     if name in (MANIFEST, "config.json", CONFIG) or name.endswith(".index.json"):
         return False
-    return Path(name).suffix in (".json", ".txt", ".model", ".jinja", ".tiktoken") or name.upper().startswith(
+    return Path(name).suffix in (".json", ".txt", ".model", ".jinja", ".tiktoken") or _is_code(name) or name.upper().startswith(
         ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY"))
+
+
+def _is_code(name: str) -> bool:
+    """Whether a file is Python of the model's or tokenizer's own, which its configs may name."""
+    return Path(name).suffix == ".py" and name != MODELLING.name

@@ -18,13 +18,22 @@ from ee_tuning.json_file import read_json
 from ee_tuning.parallel.topology import Topology
 
 MANIFEST = "manifest.json"
+TEMPLATES = "additional_chat_templates"
+"""The one folder within a folder: transformers keeps a tokenizer's named chat templates in it."""
 
 
 def write_manifest(folder: Path, known: Mapping[str, str] | None = None) -> None:
     """Lists every file that stands in `folder` now. `known` are sha256 by file name that were taken while writing."""
-    files = {path.name: {"sha256": (known or {}).get(path.name) or _sha256(path), "bytes": path.stat().st_size}
-             for path in sorted(folder.iterdir()) if path.name != MANIFEST}
+    files = {name: {"sha256": (known or {}).get(name) or _sha256(folder / name), "bytes": (folder / name).stat().st_size}
+             for name in file_names(folder) if name != MANIFEST}
     (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n")
+
+
+def file_names(folder: Path) -> list[str]:
+    """Names of what stands in `folder`, and of what stands in its TEMPLATES with that before them."""
+    templates = folder / TEMPLATES
+    within = [f"{TEMPLATES}/{path.name}" for path in sorted(templates.iterdir())] if templates.is_dir() else []
+    return sorted(path.name for path in folder.iterdir() if not within or path.name != TEMPLATES) + within
 
 
 def read_manifest(folder: Path, remedy: str) -> dict[str, dict[str, Any]]:
@@ -33,7 +42,8 @@ def read_manifest(folder: Path, remedy: str) -> dict[str, dict[str, Any]]:
     try:
         files = read_json(path)["files"]
         for name, entry in files.items():
-            if Path(name).name != name or name in ("", "..") or set(entry) != {"sha256", "bytes"}:
+            plain = name.removeprefix(f"{TEMPLATES}/")
+            if Path(plain).name != plain or plain in ("", "..") or set(entry) != {"sha256", "bytes"}:
                 raise ValueError(f"entry {name!r} must be a file of this folder with its sha256 and bytes")
     except OSError as error:
         raise InputError(f"the folder must hold its manifest, but {path} can not be read: {error.strerror}; {remedy}") from error
@@ -124,9 +134,9 @@ def check_replaceable(output: Path, overwrite: bool, marks: Sequence[str]) -> No
     for mark in marks:
         if not fnmatch.filter(listed, mark):
             raise InputError(f"{rule}, and {output} is none: it holds no {mark}; {remedy}")
-    for path in output.iterdir():
-        if path.name not in listed and path.name != MANIFEST:
-            raise InputError(f"--overwrite would remove {path}, which its manifest does not list; move it away first")
+    for name in file_names(output):
+        if name not in listed and name != MANIFEST:
+            raise InputError(f"--overwrite would remove {output / name}, which its manifest does not list; move it away first")
 
 
 def _sha256(path: Path, is_left: threading.Event | None = None) -> str:

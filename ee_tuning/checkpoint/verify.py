@@ -3,7 +3,7 @@ from pathlib import Path
 
 from ee_tuning.checkpoint.formats import has_weights
 from ee_tuning.checkpoint.gguf_file import is_gguf
-from ee_tuning.checkpoint.manifest import MANIFEST, check_file, holds_manifest, read_manifest
+from ee_tuning.checkpoint.manifest import MANIFEST, check_file, file_names, holds_manifest, read_manifest
 from ee_tuning.checkpoint.verify_foreign import verify_foreign
 from ee_tuning.errors import InputError
 
@@ -35,6 +35,6 @@ def _check(folder: Path) -> None:
     for name, entry in files.items():
         check_file(folder / name, entry, _REMEDY)
         print(f"{folder / name}  whole, {entry['bytes']:,} bytes", flush=True)  # a large folder takes minutes: each is told when done
-    for path in sorted(folder.iterdir()):
-        if path.name not in files and path.name != MANIFEST:
-            print(f"{path}  not in the manifest, not checked")
+    for name in file_names(folder):
+        if name not in files and name != MANIFEST:
+            print(f"{folder / name}  not in the manifest, not checked")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from byte_tokenizer import write_byte_tokenizer
 from decoding import decode
 from exits import write_exits
 from random_models import random_llama, random_model
@@ -214,11 +215,37 @@ def test_classes_of_others_stay(llama, tmp_path, told, kept):
     (model / "config.json").write_text(json.dumps({**tree, "auto_map": told}))
     export("--model", model, "--exits", llama / "exits", "--output", tmp_path / "early")
     made = json.loads((tmp_path / "early" / "config.json").read_text())
-    assert made["auto_map"] == {**kept, "AutoModelForCausalLM": "modeling_early_exit.EarlyExitLlamaForCausalLM"}
+    tokenizers = {key: value for key, value in kept.items() if key == "AutoTokenizer"}
+    assert made["auto_map"] == {**tokenizers, "AutoModelForCausalLM": "modeling_early_exit.EarlyExitLlamaForCausalLM"}
     export("--model", model, "--output", tmp_path / "plain")
     is_whole = (tmp_path / "plain" / "config.json").read_bytes() == (model / "config.json").read_bytes()
     assert is_whole == (kept == (told or {}))
     assert (json.loads((tmp_path / "plain" / "config.json").read_text())["auto_map"] or {}) == kept
+
+
+def test_code_and_named_templates_come_along(llama, tmp_path):
+    """An export whose config names code that was left behind loads nowhere; templates beside the default one are lost."""
+    import transformers
+
+    model = Path(shutil.copytree(llama / "model", tmp_path / "model"))
+    (model / "configuration_own.py").write_text("import transformers\nclass OwnConfig(transformers.LlamaConfig): pass\n")
+    tree = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**tree, "auto_map": {"AutoConfig": "configuration_own.OwnConfig"}}))
+    write_byte_tokenizer(model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = {"default": "{{ messages[0].content }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(model)
+    export("--model", model, "--exits", llama / "exits", "--output", tmp_path / "early")
+    export("--model", model, "--output", tmp_path / "plain")
+    export("--model", model, "--tokenizer", model, "--output", tmp_path / "plain", "--overwrite")
+    early = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "early", trust_remote_code=True)
+    assert type(early).__name__ == "EarlyExitLlamaForCausalLM" and type(early.config) is transformers.LlamaConfig, "other code ran"
+    assert (tmp_path / "plain" / "configuration_own.py").read_text() == (model / "configuration_own.py").read_text()
+    for folder in ("early", "plain"):
+        assert transformers.AutoTokenizer.from_pretrained(tmp_path / folder).chat_template == tokenizer.chat_template
+        assert cli.main(["verify", str(tmp_path / folder)]) == 0
+        (tmp_path / folder / "additional_chat_templates" / "tool_use.jinja").write_text("other")
+        assert cli.main(["verify", str(tmp_path / folder)]) == 2
 
 
 def test_classes_that_are_none_are_refused_before_anything_is_written(llama, tmp_path, capsys):
