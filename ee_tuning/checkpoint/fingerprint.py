@@ -22,8 +22,8 @@ from ee_tuning.model.config import ModelConfig, RopeConfig
 
 _SHAPE_FIELDS = ("family", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
                  "vocab_size", "ties_embeddings")
-_FAMILY_FIELDS = ("norm", "position", "activation", "is_gated", "has_linear_bias", "has_qkv_bias", "has_qk_norm", "num_experts",
-                  "moe_router_topk", "moe_ffn_hidden_size", "renormalizes_router", "dense_layers")
+_FAMILY_FIELDS = ("norm", "position", "activation", "is_gated", "has_linear_bias", "has_qkv_bias", "has_proj_bias", "has_qk_norm",
+                  "num_experts", "moe_router_topk", "moe_ffn_hidden_size", "renormalizes_router", "dense_layers")
 
 
 def model_shape(config: ModelConfig) -> dict[str, Any]:

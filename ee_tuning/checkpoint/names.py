@@ -144,7 +144,7 @@ def _parameter_names(config: ModelConfig, has_experts: bool) -> dict[str, None]:
         "self_attention.linear_qkv": linear_kinds(config.has_linear_bias or config.has_qkv_bias),
         "self_attention.q_layernorm": norms if config.has_qk_norm else (),
         "self_attention.k_layernorm": norms if config.has_qk_norm else (),
-        "self_attention.linear_proj": linears,
+        "self_attention.linear_proj": linear_kinds(config.has_linear_bias or config.has_proj_bias),
         "pre_mlp_layernorm": norms,
     }
     if has_experts:

@@ -12,6 +12,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of the fused libraries that are not installed
     from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.tensor_parallel.layers import RowParallelLinear
     from megatron.core.transformer.spec_utils import build_module
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -66,6 +67,8 @@ def layer_spec(config: ModelConfig, number: int) -> Any:
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
     attention = spec.submodules.self_attention.submodules
     attention.core_attention = CausalAttention
+    if config.has_proj_bias:
+        attention.linear_proj = BiasedProjection
     if config.has_qk_norm:
         attention.q_layernorm = attention.k_layernorm = norm
     return spec
@@ -87,6 +90,13 @@ def apply_layer(layer: Any, hidden: Tensor, angles: Tensor, config: ModelConfig,
     length = hidden.shape[0] * (layer.config.tensor_model_parallel_size if layer.config.sequence_parallel else 1)
     rotary = rotations(angles, length, documents) if config.position == "rope" else None
     return layer(hidden, attention_mask=documents, rotary_pos_emb=rotary)[0]
+
+
+class BiasedProjection(RowParallelLinear):
+    """The attention's output with a bias, in a layer whose other linear maps have none: Megatron has one word for all of them."""
+
+    def __init__(self, *sizes: int, **keys: Any):
+        super().__init__(*sizes, **{**keys, "bias": True})
 
 
 class BackboneStage(nn.Module):

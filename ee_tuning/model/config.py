@@ -1,4 +1,5 @@
 """The backbone's shape, read from a Hugging Face config.json in its old and its new spelling."""
+import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from ee_tuning.json_file import read_json
 from ee_tuning.model.families import Family, family_fields, in_llama_spelling, positive_number
 from ee_tuning.model.quantized import refuse_quantized
 from ee_tuning.model.token_ids import end_token_ids, single_token_id
+from ee_tuning.notices import warn_once
 
 STORED_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -17,13 +19,14 @@ STORED_DTYPES = ("float32", "bfloat16", "float16", "float64")
 class RopeConfig:
     """Rotary positions. Fields that a kind does not use keep their defaults."""
 
-    kind: Literal["default", "linear", "llama3", "yarn"] = "default"
+    kind: Literal["default", "linear", "llama3", "yarn", "dynamic", "longrope"] = "default"
+    """dynamic: as default up to max_position_embeddings, past which no text goes here."""
     theta: float = 10000.0
     """Base of the geometric series of wavelengths."""
     factor: float = 1.0
     """How many times longer the context became."""
     original_max_position_embeddings: int = 0
-    """Context before scaling (llama3, yarn)."""
+    """Context before scaling (llama3, yarn, longrope)."""
     low_freq_factor: float = 1.0
     """llama3: wavelengths longer than original ÷ this are divided by factor."""
     high_freq_factor: float = 4.0
@@ -35,7 +38,11 @@ class RopeConfig:
     truncate: bool = True
     """yarn: round the ends of the ramp to whole dimensions."""
     attention_factor: float = 1.0
-    """yarn: scale of queries and of keys alike."""
+    """yarn, longrope: scale of queries and of keys alike."""
+    short_factor: tuple[float, ...] = ()
+    """longrope: of each pair of dimensions, how many times longer its wave is, in texts no longer than the original context."""
+    long_factor: tuple[float, ...] = ()
+    """longrope: the same in longer texts, which do not occur here: `read_model_config` cuts the context."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +78,8 @@ class ModelConfig:
     """On every linear map of a layer."""
     has_qkv_bias: bool = False
     """On queries, keys and values."""
+    has_proj_bias: bool = False
+    """On the attention's output."""
     has_qk_norm: bool = False
     """Each head's query and key are normed before they are rotated."""
     num_experts: int = 0
@@ -153,7 +162,22 @@ def model_config_from_hf(raw: Any, path: Path) -> ModelConfig:
                          f"{config.num_query_groups}")
     if config.position == "rope" and config.kv_channels % 2:
         raise InputError(f"{path}: the width of a head must be even to be rotated, got {config.kv_channels}")
-    return config
+    return _within_short_context(config, path) if config.rope.kind == "longrope" else config
+
+
+def _within_short_context(config: ModelConfig, path: Path) -> ModelConfig:
+    """A text that is longer than the original context has other frequencies from its first token on, with longrope: all keys so far would
+    have to be computed anew where one grows past it.
+    """
+    rope, positions, pairs = config.rope, config.rope.original_max_position_embeddings, config.kv_channels // 2
+    if len(rope.short_factor) != pairs or any(factor <= 0 for factor in rope.short_factor):
+        raise InputError(f"{path}: short_factor of rope scaling longrope must be {pairs} positive numbers, one for each pair of a head's "
+                         f"dimensions, got {len(rope.short_factor)}")
+    if config.max_position_embeddings <= positions:
+        return config
+    warn_once(f"{path}: of longrope's context of {config.max_position_embeddings} tokens the first {positions} are used "
+              "(original_max_position_embeddings), where positions are rotated by short_factor; texts must not be longer")
+    return dataclasses.replace(config, max_position_embeddings=positions)
 
 
 def _from_object(raw: dict[str, Any], path: Path) -> ModelConfig:
@@ -181,26 +205,38 @@ def _rope(raw: dict[str, Any], max_positions: int, path: Path) -> RopeConfig:
     """transformers 5 writes rope_parameters, older ones rope_theta and rope_scaling."""
     fields = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
     kind: Any = fields.get("rope_type") or fields.get("type") or "default"
-    if kind not in ("default", "linear", "llama3", "yarn"):
-        raise InputError(f"{path}: rope scaling must be default, linear, llama3 or yarn, got {kind}")
+    kind = "longrope" if kind == "su" else kind  # its name before there was a paper
+    if kind not in ("default", "linear", "llama3", "yarn", "dynamic", "longrope"):
+        raise InputError(f"{path}: rope scaling must be default, linear, llama3, yarn, dynamic or longrope, got {kind}")
     theta = float(fields.get("rope_theta") or raw.get("rope_theta") or 10000.0)
     if kind == "default":
         return RopeConfig(theta=theta)
-    missing = [key for key in {"linear": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor"],
-                               "yarn": ["factor"]}[kind] if key not in fields]
+    missing = [key for key in {"linear": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor"], "dynamic": ["factor"],
+                               "yarn": ["factor"], "longrope": ["short_factor", "long_factor"]}[kind] if key not in fields]
     if missing:
         raise InputError(f"{path}: rope scaling {kind} needs {', '.join(missing)}")
     original = int(fields.get("original_max_position_embeddings") or raw.get("original_max_position_embeddings") or max_positions)
-    factor = max_positions / original if kind == "yarn" and fields["factor"] is None else float(fields["factor"])
+    has_factor = kind not in ("yarn", "longrope") or fields.get("factor") is not None
+    factor = float(fields["factor"]) if has_factor else max_positions / original
     return RopeConfig(
         kind=kind, theta=theta, factor=factor, original_max_position_embeddings=original,
         low_freq_factor=float(fields.get("low_freq_factor", 1.0)), high_freq_factor=float(fields.get("high_freq_factor", 4.0)),
         beta_fast=float(fields.get("beta_fast") or 32.0), beta_slow=float(fields.get("beta_slow") or 1.0),
         truncate=bool(fields.get("truncate", True)),
-        attention_factor=_yarn_attention_factor(fields, factor) if kind == "yarn" else 1.0)
+        attention_factor={"yarn": _yarn_attention_factor, "longrope": _longrope_attention_factor}[kind](fields, factor, original)
+        if kind in ("yarn", "longrope") else 1.0,
+        short_factor=tuple(map(float, fields["short_factor"])) if kind == "longrope" else (),
+        long_factor=tuple(map(float, fields["long_factor"])) if kind == "longrope" else ())
 
 
-def _yarn_attention_factor(fields: dict[str, Any], factor: float) -> float:
+def _longrope_attention_factor(fields: dict[str, Any], factor: float, original: int) -> float:
+    """Section 4.2 of arXiv 2402.13753."""
+    if fields.get("attention_factor") is not None:
+        return float(fields["attention_factor"])
+    return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 and original > 1 else 1.0
+
+
+def _yarn_attention_factor(fields: dict[str, Any], factor: float, _: int) -> float:
     """Section 3.4 of arXiv 2309.00071, with DeepSeek's two-sided form where a config gives it."""
     def scale(mscale: float) -> float:
         return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0

@@ -40,15 +40,18 @@ _LLAMA_SHAPED: dict[str, tuple[Any, ...]] = {
 _NO_SHARED_EXPERTS: dict[str, tuple[Any, ...]] = dict.fromkeys(
     ("num_shared_experts", "n_shared_experts", "shared_expert_intermediate_size"), (0, None))
 _ALLOWED: dict[str, dict[str, tuple[Any, ...]]] = {
-    "llama": {**_LLAMA_SHAPED, "attention_bias": (False, None)},
+    "llama": _LLAMA_SHAPED,
     "mistral": _LLAMA_SHAPED,
     "qwen2": _LLAMA_SHAPED,
-    "qwen3": {**_LLAMA_SHAPED, "attention_bias": (False, None)},
+    "qwen3": _LLAMA_SHAPED,
     "gpt2": {"scale_attn_weights": (True, None), "scale_attn_by_inverse_layer_idx": (False, None), "add_cross_attention": (False, None)},
     "mixtral": {**_LLAMA_SHAPED, **_NO_SHARED_EXPERTS, "attention_bias": (False, None)},
-    "qwen3_moe": {**_LLAMA_SHAPED, **_NO_SHARED_EXPERTS, "attention_bias": (False, None)},
+    "qwen3_moe": {**_LLAMA_SHAPED, **_NO_SHARED_EXPERTS},
 }
 """Keys that change what a model computes, and the values that this project computes."""
+
+WITH_ATTENTION_BIAS = ("llama", "qwen3", "qwen3_moe")
+"""Families whose `attention_bias` says whether queries, keys, values and the attention's output have a bias."""
 
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "relu": "relu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
                 "gelu_pytorch_tanh": "gelu_tanh"}
@@ -86,6 +89,8 @@ def family_fields(spelled: dict[str, Any], path: Path) -> dict[str, Any]:
     if activation not in ACTIVATIONS:
         raise InputError(f"{path}: the activation must be one of {', '.join(ACTIVATIONS)}, got {activation}")
     fields = {"family": spelled["model_type"], "activation": ACTIVATIONS[activation], **_FIELDS[spelled["model_type"]]}
+    if spelled["model_type"] in WITH_ATTENTION_BIAS and spelled.get("attention_bias"):
+        fields.update(has_qkv_bias=True, has_proj_bias=True)
     if "num_local_experts" in spelled:
         return {**fields, **_expert_fields(spelled, path)}
     return {**fields, "ffn_hidden_size": positive_number(spelled, "intermediate_size", path)}

@@ -3,7 +3,7 @@ from typing import Any
 
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig, RopeConfig
-from ee_tuning.model.families import ACTIVATIONS, Family
+from ee_tuning.model.families import ACTIVATIONS, WITH_ATTENTION_BIAS, Family
 
 HUGGINGFACE_CLASSES: dict[Family, str] = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
                                "qwen3": "Qwen3ForCausalLM", "gpt2": "GPT2LMHeadModel", "mixtral": "MixtralForCausalLM",
@@ -24,6 +24,8 @@ def huggingface_config(config: ModelConfig) -> dict[str, Any]:
         return {**shared, "n_embd": config.hidden_size, "n_layer": config.num_layers, "n_head": config.num_attention_heads,
                 "n_positions": config.max_position_embeddings, "n_inner": config.ffn_hidden_size,
                 "layer_norm_epsilon": config.norm_epsilon, "activation_function": _activation(config)}
+    if config.family in WITH_ATTENTION_BIAS:
+        shared["attention_bias"] = config.has_proj_bias
     return {**shared, "hidden_size": config.hidden_size, "intermediate_size": config.ffn_hidden_size,
             "num_hidden_layers": config.num_layers, "num_attention_heads": config.num_attention_heads,
             "num_key_value_heads": config.num_query_groups, "head_dim": config.kv_channels,
@@ -40,12 +42,14 @@ def _rope(rope: RopeConfig) -> dict[str, Any]:
     fields: dict[str, Any] = {"rope_type": rope.kind, "rope_theta": rope.theta}
     if rope.kind != "default":
         fields["factor"] = rope.factor
-    if rope.kind in ("llama3", "yarn"):
+    if rope.kind in ("llama3", "yarn", "longrope"):
         fields["original_max_position_embeddings"] = rope.original_max_position_embeddings
     if rope.kind == "llama3":
         fields.update(low_freq_factor=rope.low_freq_factor, high_freq_factor=rope.high_freq_factor)
     if rope.kind == "yarn":
         fields.update(beta_fast=rope.beta_fast, beta_slow=rope.beta_slow, truncate=rope.truncate, attention_factor=rope.attention_factor)
+    if rope.kind == "longrope":
+        fields.update(short_factor=list(rope.short_factor), long_factor=list(rope.long_factor), attention_factor=rope.attention_factor)
     return fields
 
 

@@ -95,7 +95,7 @@ def megatron_arguments(config: ModelConfig) -> dict[str, Any]:
     """The shape in the words of Megatron-LM's command line, as its own checkpoints carry it: what `model_config_from_megatron` reads."""
     plain = {with_experts: without for without, with_experts in _WITH_EXPERTS.items()}.get(config.family, config.family)
     return {
-        **_FAMILIES["llama" if plain == "mistral" else plain], **_expert_arguments(config),
+        **_FAMILIES["llama" if plain == "mistral" else plain], **_expert_arguments(config), "add_qkv_bias": config.has_qkv_bias,
         "num_layers": config.num_layers, "hidden_size": config.hidden_size, "ffn_hidden_size": config.ffn_hidden_size,
         "num_attention_heads": config.num_attention_heads, "group_query_attention": config.num_query_groups < config.num_attention_heads,
         "num_query_groups": config.num_query_groups, "kv_channels": config.kv_channels,
@@ -114,10 +114,13 @@ def untold_by_megatron(config: ModelConfig) -> list[str]:
     told = RopeConfig(kind="llama3", theta=rope.theta, factor=rope.factor, original_max_position_embeddings=8192, low_freq_factor=1.0,
                       high_freq_factor=4.0)
     untold = []
-    if rope.kind == "yarn" or (rope.kind == "llama3" and rope != told) or (rope.kind == "linear" and rope.factor != round(rope.factor)):
+    is_whole = rope.kind != "linear" or rope.factor == round(rope.factor)
+    if rope.kind in ("yarn", "dynamic", "longrope") or (rope.kind == "llama3" and rope != told) or not is_whole:
         untold.append(f"rope scaling {rope.kind} with these numbers")
     if rope.theta != round(rope.theta):
         untold.append(f"a rope_theta of {rope.theta}")
+    if config.has_proj_bias:
+        untold.append("a bias of the attention alone")
     if config.activation == "relu":
         untold.append("the activation relu")
     return untold

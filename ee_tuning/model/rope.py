@@ -19,6 +19,8 @@ def inverse_frequencies(rope: RopeConfig, width: int) -> Tensor:  # [d/2], float
         return frequencies / rope.factor
     if rope.kind == "llama3":
         return _llama3(frequencies, rope)
+    if rope.kind == "longrope":
+        return 1.0 / (torch.tensor(rope.short_factor) * rope.theta ** (torch.arange(0, width, 2).float() / width))
     if rope.kind == "yarn":
         return _yarn(frequencies, rope, width)
     return frequencies

@@ -19,8 +19,13 @@ from ee_tuning.data.tokens import PackedSamples, Splits
 from ee_tuning.parallel.topology import init_parallel
 from ee_tuning.tuning.tuner import Tuner
 
-LAYOUTS = [*((family, 2, 1) for family in FAMILIES), *((family, tp, 2) for family in WITH_EXPERTS for tp in (1, 2))]
+BIASED = "llama with attention_bias"
+LAYOUTS = [*((family, 2, 1) for family in (*FAMILIES, BIASED)), *((family, tp, 2) for family in WITH_EXPERTS for tp in (1, 2))]
 Decoded = list[tuple[list[int], list[tuple[int, float]]]]
+
+
+def model_of(family: str, folder: Path, **changes: Any) -> Any:
+    return random_model(family.split()[0], folder, **changes, **({"attention_bias": True} if family == BIASED else {}))
 
 
 def decode_at(model: str, exits: str, tp: int, pp: int) -> Decoded:
@@ -57,7 +62,7 @@ def test_more_ranks_decode_what_one_decodes(world, tmp_path, family, tp, pp):
     """A bias added once a rank, a norm's weight cut, a fused or transposed matrix cut along the wrong side; an expert's part summed twice
     over.
     """
-    random_model(family, tmp_path / "model", confident=True)
+    model_of(family, tmp_path / "model", confident=True)
     exits = write_exits(tmp_path / "model", tmp_path / "exits", init="copy",
                         architecture=["layer", "norm" if family in WITH_EXPERTS else "mlp"])
     wanted = decode_at(str(tmp_path / "model"), str(exits), 1, 1)
@@ -69,12 +74,12 @@ def test_more_ranks_decode_what_one_decodes(world, tmp_path, family, tp, pp):
     *((family, "mlp", 1, False) for family in FAMILIES if family not in WITH_EXPERTS), ("gpt2", "embedding", 1, True),
     ("gpt2", "layer", 1, False), ("gpt2", "layer", 2, True), ("gpt2", "mlp", 1, True), ("qwen2", "layer", 1, False),
     ("gpt2", "adapter", 1, False), ("mixtral", "norm", 2, False), ("mixtral", "layer", 1, False), ("qwen3_moe", "layer", 2, False),
-    ("mixtral", "layer", 2, True)])
+    ("mixtral", "layer", 2, True), (BIASED, "layer", 1, True)])
 def test_a_run_begun_by_one_rank_ends_by_more_as_it_does_by_one(world, tmp_path, family, architecture, pp, cuts_sequence):
     """A bias's gradient summed over ranks that have it alike, or not summed over ranks with other tokens, a router's that is a rank's
     share; learned positions counted from each part's beginning; an artifact or a checkpoint with a matrix the wrong way round.
     """
-    random_model(family, tmp_path / "model")
+    model_of(family, tmp_path / "model")
     straight, begun = (job_of(tmp_path / "model", tmp_path / run, architecture) for run in ("straight", "run"))
     tune(straight)
     tune(job.replace(begun, tuning={"train_iters": 2}))

@@ -13,11 +13,16 @@ from random_models import FAMILIES, WITH_EXPERTS, random_model
 
 from ee_tuning.checkpoint.inspect import model_facts
 from ee_tuning.checkpoint.load import load_for_generation
+from ee_tuning.checkpoint.megatron_writer import write_megatron
 from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.errors import InputError
 from ee_tuning.kernel import calls
-from ee_tuning.model.config import read_model_config
+from ee_tuning.model.config import model_config_from_hf, read_model_config
+from ee_tuning.model.huggingface_config import huggingface_config
 from ee_tuning.parallel.topology import init_parallel
+
+LONGROPE = {"rope_type": "longrope", "rope_theta": 5000.0, "original_max_position_embeddings": 128,
+            "short_factor": [1.0, 1.1, 1.3, 1.7, 2.5], "long_factor": [1.0, 2.0, 4.0, 8.0, 16.0]}
 
 VARIANTS = [
     *((family, {}) for family in FAMILIES),
@@ -29,7 +34,11 @@ VARIANTS = [
     ("gpt2", {"activation_function": "gelu"}), ("gpt2", {"activation_function": "relu", "n_head": 1}),
     ("mixtral", {"num_experts_per_tok": 2, "tie_word_embeddings": True, "rms_norm_eps": 1e-3}),
     ("qwen3_moe", {"norm_topk_prob": True, "num_experts_per_tok": 3}), ("qwen3_moe", {"num_experts_per_tok": 1, "mlp_only_layers": None}),
-    ("qwen3_moe", {"decoder_sparse_step": 2, "mlp_only_layers": [3]}),
+    ("qwen3_moe", {"decoder_sparse_step": 2, "mlp_only_layers": [3]}), ("qwen3_moe", {"attention_bias": True}),
+    ("llama", {"attention_bias": True}), ("qwen3", {"attention_bias": True, "tie_word_embeddings": True}),
+    ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 5000.0, "factor": 4.0}}),
+    ("llama", {"max_position_embeddings": 512, "rope_parameters": {**LONGROPE, "attention_factor": None}}),
+    ("qwen3", {"rope_parameters": {**LONGROPE, "factor": 3.0}}),
 ]
 
 
@@ -119,6 +128,31 @@ def test_decoding_equals_the_plain_decoder(tmp_path, monkeypatch, family, archit
     assert got == [(said.tokens, said.exit_layers) for said in decode(loaded, PROMPTS, 16, engine={"max_pending": 5}, threshold=0.6)]
 
 
+@pytest.mark.parametrize("is_native", [True, False])
+def test_decoding_with_a_bias_of_attention_equals_the_plain_decoder(tmp_path, monkeypatch, is_native):
+    """The bias of the attention's output left out by the kernels, or by the layer of an exit."""
+    if not is_native:
+        monkeypatch.setattr(calls, "kernels", lambda: None)
+    reference = random_model("qwen3", tmp_path / "model", confident=True, attention_bias=True)
+    exits = write_exits(tmp_path / "model", tmp_path / "exits", architecture=["layer", "adapter"], init="random")
+    plain = PlainDecoder(reference, exits, (2, 4), torch.float64)
+    config = load_config(None, {"model.path": str(tmp_path / "model"), "exits.path": str(exits), "model.dtype": "float64"})
+    loaded = load_for_generation(config, init_parallel(ParallelSection()))
+    got = [(said.tokens, said.exit_layers) for said in decode(loaded, PROMPTS, 16, engine={"max_pending": 5}, threshold=0.6)]
+    assert got == [plain.decode(prompt, 16, 0.6) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("changes", [{"attention_bias": True}, {"max_position_embeddings": 512, "rope_parameters": LONGROPE},
+                                     {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}])
+def test_a_megatron_export_is_the_same_model(tmp_path, changes):
+    """A bias or frequencies that Megatron's arguments have no word for, lost on the way through its format."""
+    reference = random_model("llama", tmp_path / "model", **changes)
+    write_megatron(load_config(None, {"model.path": str(tmp_path / "model")}), tmp_path / "megatron")
+    assert_same_logits(tmp_path / "megatron", reference)
+    config = read_model_config(tmp_path / "model")
+    assert model_config_from_hf(huggingface_config(config), tmp_path / "config.json") == config
+
+
 @pytest.mark.parametrize("family", WITH_EXPERTS)
 def test_a_threshold_above_one_gives_what_transformers_generates(tmp_path, family):
     """A decode step that routes a token otherwise than a pass over the whole sequence does."""
@@ -145,8 +179,11 @@ def test_mlp_heads_are_refused_on_experts(tmp_path, family):
 
 REFUSED = [
     ("llama", {"model_type": "gemma"}, ["model_type must be one of llama, mistral", "gemma"]),
-    ("llama", {"attention_bias": True}, ["attention_bias = True", "must be False"]),
-    ("qwen3", {"attention_bias": True}, ["attention_bias = True"]),
+    ("llama", {"mlp_bias": True}, ["mlp_bias = True", "must be False"]),
+    ("llama", {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 5}},
+     ["short_factor", "5 positive numbers", "got 4"]),
+    ("llama", {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 5}}, ["longrope needs long_factor"]),
+    ("llama", {"rope_parameters": {"rope_type": "proportional"}}, ["dynamic or longrope, got proportional"]),
     ("mistral", {"sliding_window": 127}, ["sliding_window = 127", "max_position_embeddings = 128", "lower max_position_embeddings"]),
     ("mistral", {"max_position_embeddings": 8192, "sliding_window": ...}, ["sliding_window = 4096"]),
     ("qwen2", {"layer_types": ..., "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 5}, ["sliding_window = 16"]),
