@@ -103,8 +103,8 @@ def open_model(model: ModelSection) -> OpenModel:
 
 
 def _huggingface(folder: Path) -> OpenModel:
-    config = read_model_config(folder)
     refuse_adapter(folder)
+    config = read_model_config(folder)
     reader = HuggingFaceReader(folder)
     if config.ties_embeddings:
         reader.take_output_for_embedding(config)

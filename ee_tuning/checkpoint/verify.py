@@ -10,9 +10,10 @@ from ee_tuning.errors import InputError
 _REMEDY = "fetch or make the folder again"
 
 
-def verify_folder(folder: Path) -> bool:
+def verify_folder(folder: Path, *, trust_pickle: bool = False) -> bool:
     """Prints one line per file of an artifact, a run's checkpoint or an export; of a run folder, of all that stands in it; of a model that
     has no manifest of ours, of its files and all of ours that stands within. False where the model holds NaN or infinity.
+    `trust_pickle` as in the model section of a job.
 
     Raises InputError, naming the file, at the first that is missing or altered, and where `folder` holds nothing that can be checked.
     """
@@ -20,11 +21,11 @@ def verify_folder(folder: Path) -> bool:
         _check(folder)
         return True
     if is_gguf(folder):
-        return verify_foreign(folder)
+        return verify_foreign(folder, trust_pickle=trust_pickle)
     if not folder.is_dir():
         raise InputError(f"verify takes a folder or a GGUF file, and {folder} is not there")
     within = sorted(path.parent for path in folder.glob(f"**/{MANIFEST}") if holds_manifest(path.parent))
-    is_finite = verify_foreign(folder) if has_weights(folder) or not within else True
+    is_finite = verify_foreign(folder, trust_pickle=trust_pickle) if has_weights(folder) or not within else True
     for each in within:
         _check(each)
     return is_finite

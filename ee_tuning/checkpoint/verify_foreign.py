@@ -21,10 +21,11 @@ from ee_tuning.config import ModelSection
 from ee_tuning.errors import InputError
 
 
-def verify_foreign(path: Path) -> bool:
+def verify_foreign(path: Path, *, trust_pickle: bool = False) -> bool:
     """Prints a line per file, then what could not be checked. Whether all values are numbers.
 
-    Raises InputError, naming the file, at the first damage, and where `path` holds no model in a format that is known.
+    `trust_pickle` as in the model section of a job. Raises InputError, naming the file, at the first damage, and where `path` holds no
+    model in a format that is known.
     """
     folder, watch = model_folder(str(path)), NonFinite()
     if is_gguf(folder):
@@ -32,10 +33,10 @@ def verify_foreign(path: Path) -> bool:
     elif (folder / METADATA).is_file():
         told = _distributed(folder, watch)
     elif is_legacy(folder):
-        told = _legacy(folder, watch)
+        told = _legacy(folder, watch, trust_pickle)
     else:
         told = _huggingface(folder, watch)
-    for line in [*_against_shape(folder), *told]:
+    for line in [*_against_shape(folder, trust_pickle), *told]:
         print(f"{folder}  {line}")
     for line in watch.told():
         print(f"{folder}  {line}")
@@ -75,9 +76,9 @@ def _distributed(folder: Path, watch: NonFinite) -> list[str]:
     return ["not checked: what are no tensors in it (random states, empty states of fused modules)"]
 
 
-def _legacy(folder: Path, watch: NonFinite) -> list[str]:
+def _legacy(folder: Path, watch: NonFinite, trust_pickle: bool) -> list[str]:
     counts = dict[Path, int]()
-    for table in LegacyCheckpoint(folder).tables:
+    for table in LegacyCheckpoint(folder, is_trusted=trust_pickle).tables:
         for key, tensor in table.items():
             _check(key, tensor, watch)
             counts[tensor.archive.path] = counts.get(tensor.archive.path, 0) + 1
@@ -99,10 +100,10 @@ def _blocks(tensor: StoredTensor) -> Iterator[Tensor]:
         tensor.release()
 
 
-def _against_shape(folder: Path) -> list[str]:
+def _against_shape(folder: Path, trust_pickle: bool) -> list[str]:
     """Whether the tensors are those that config.json, or the saved arguments, ask for. Raises InputError where they are not."""
     try:
-        source, config, _ = open_model(ModelSection(path=str(folder)))
+        source, config, _ = open_model(ModelSection(path=str(folder), trust_pickle=trust_pickle))
     except InputError as error:
         return [f"not checked: whether the tensors are those of the model ({error})"]
     with source:

@@ -45,7 +45,7 @@ def verify(args: argparse.Namespace) -> int:
     """What this project wrote against its checksums, another's model as far as its format goes. 1 where it holds NaN."""
     from ee_tuning.checkpoint.verify import verify_folder
 
-    return 0 if verify_folder(args.path) else 1
+    return 0 if verify_folder(args.path, trust_pickle=args.trust_pickle) else 1
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
@@ -93,6 +93,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, metavar="FOLDER", 
                         help="an exit-heads artifact, an export, a run's checkpoint or a run folder; or any model's folder")
+    parser.add_argument("--trust-pickle", action="store_true", help="unpickle whatever a Megatron checkpoint asks for; it may run anything")
 
 
 COMMANDS = (

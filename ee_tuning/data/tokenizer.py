@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from ee_tuning.checkpoint.gguf_file import is_gguf, tokenizer_digest
 from ee_tuning.errors import InputError
+from ee_tuning.foreign_content import told_content
 from ee_tuning.questions import no_questions
 
 if TYPE_CHECKING:
@@ -38,6 +39,9 @@ def load_tokenizer(path: str | Path, *, trusts_code: bool = False) -> "PreTraine
             raise InputError(f"the tokenizer in {folder} needs Python code that its files name, and no code of a folder is run unasked; "
                              "read that code and give --trust-remote-code, or name another --tokenizer") from error
         reason = " ".join(str(error).split())[:300]
+        for name in TOKENIZER_FILES:
+            if told := told_content(folder / name):
+                raise InputError(f"{folder / name} {told}") from error
         raise InputError(f"the tokenizer in {folder} can not be read: {reason}; copy its files anew, or set data.tokenizer") from error
 
 

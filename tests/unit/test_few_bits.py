@@ -28,7 +28,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def job(model: Path, weights: str, **keys: Any) -> Config:
-    return load_config(None, {"model.path": str(model), "exits.exit_layers": [1, 3], "tuning.backbone_weights": weights, **keys})
+    return load_config(None, {"model.path": str(model), "exits.exit_layers": [1, 3], "tuning.backbone_weights": weights,
+                              "tuning.seq_length": 32, **keys})
 
 
 def load(config: Config) -> LoadedModel:

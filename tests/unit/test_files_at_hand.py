@@ -15,6 +15,7 @@ from ee_tuning.checkpoint.formats import OpenModel, open_model
 from ee_tuning.checkpoint.inspect import model_facts
 from ee_tuning.checkpoint.verify import verify_folder
 from ee_tuning.config import ModelSection
+from ee_tuning.data.tokenizer import load_tokenizer
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import read_model_config
 
@@ -144,6 +145,14 @@ def test_what_a_file_holds_instead_is_told(saved: Path, tmp_path: Path, name: st
     message = refusal(folder)
     if not (content.startswith(b"PK") and name.endswith(".pt")):
         assert all(word in message for word in [str(folder / name), *words]), message
+
+
+def test_a_tokenizer_that_is_a_pointer_is_told(tmp_path: Path) -> None:
+    """The reason that a tokenizers' parser gives: expected value at line 1."""
+    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(InputError, match=r"tokenizer.json is a pointer of Git LFS"):
+        load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize(("name", "content", "words"), [

@@ -24,6 +24,7 @@ from ee_tuning.checkpoint.mapped_file import map_file
 from ee_tuning.checkpoint.megatron_writer import write_megatron
 from ee_tuning.checkpoint.names import backbone_tensor_shapes
 from ee_tuning.checkpoint.torch_file import Archive
+from ee_tuning.checkpoint.verify import verify_folder
 from ee_tuning.config import ModelSection, ParallelSection, load_config
 from ee_tuning.errors import InputError
 from ee_tuning.generation.llm import EarlyExitLLM
@@ -139,6 +140,7 @@ def test_trust_is_the_way_past_a_pickle(tmp_path: Path) -> None:
     message = refusal(lambda: opened(tmp_path / "model"))
     assert "fractions.Fraction" in message and "--trust-pickle" in message
     assert opened(tmp_path / "model", trust_pickle=True).config.num_layers == 6
+    assert "--trust-pickle" in refusal(lambda: verify_folder(tmp_path / "model")) and verify_folder(tmp_path / "model", trust_pickle=True)
 
 
 @pytest.mark.parametrize("kind", ["megatron", "legacy"])

@@ -14,6 +14,7 @@ from ee_tuning.checkpoint.export_huggingface import export_huggingface
 from ee_tuning.checkpoint.fingerprint import fingerprint
 from ee_tuning.checkpoint.formats import OpenModel, open_model
 from ee_tuning.checkpoint.inspect import model_facts
+from ee_tuning.checkpoint.megatron import MegatronReader
 from ee_tuning.checkpoint.megatron_writer import write_megatron
 from ee_tuning.checkpoint.verify import verify_folder
 from ee_tuning.config import ModelSection, load_config
@@ -123,6 +124,29 @@ def test_a_tensor_that_no_parameter_is_made_of_is_named(tmp_path: Path, name: st
     with_tensors(tmp_path, {name: torch.ones(2, 2)}, without="model.layers.1.mlp.up_proj.weight" if "base_layer" in name else "")
     message = refusal(tmp_path)
     assert all(word in message for word in ["model.safetensors", *words]), message
+
+
+@pytest.mark.parametrize(("key", "is_read_over"), [
+    ("optimizer.state.exp_avg.decoder.final_layernorm.weight", True), ("chained_0.optimizer.state.exp_avg.x", True),
+    ("mtp.layers.0.w", True), ("exits.3.norm.weight", True), ("decoder.layers.mlp.extra.weight", False),
+    ("vision_model.w", False), ("something.else", False),
+    ("decoder.layers.0.self_attention.linear_qkv.adapter.linear_in.weight", False)])
+def test_what_lies_beside_a_megatron_model_is_known_or_named(tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                                             monkeypatch: pytest.MonkeyPatch, key: str, is_read_over: bool) -> None:
+    """Only names that begin as a model's were looked at: all others were left out in silence."""
+    monkeypatch.setattr(notices, "_told", set())
+    random_llama(tmp_path / "hf")
+    write_megatron(load_config(None, {"model.path": str(tmp_path / "hf")}), tmp_path / "model")
+    source = opened(tmp_path / "model").source
+    assert isinstance(source, MegatronReader)
+    source.checkpoint.shapes[key] = (2,)
+    if is_read_over:
+        source.check_complete(source.config)
+        assert ("mtp.layers.0.w" in capsys.readouterr().err) == key.startswith("mtp.")
+        return
+    with pytest.raises(InputError) as error:
+        source.check_complete(source.config)
+    assert key in str(error.value) and ("merge_and_unload" in str(error.value)) == ("adapter" in key)
 
 
 def test_buffers_of_old_versions_change_nothing(tmp_path: Path) -> None:
