@@ -10,6 +10,7 @@ import pytest
 # Before torch is imported: these tests compare CPU with CPU. tests/gpu starts processes that see what was to be seen.
 os.environ.setdefault("EE_TUNING_TEST_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is no folder's may be one on the hub: no test asks there
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 

@@ -4,7 +4,6 @@ Hugging Face folders, GGUF files, Megatron-core's distributed checkpoints, legac
 of which the latest iteration is taken; a name on the Hugging Face hub.
 """
 import json
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Literal, NamedTuple, Protocol, Self
 from ee_tuning.checkpoint.adapter import refuse_adapter
 from ee_tuning.checkpoint.aside import on_first_rank
 from ee_tuning.checkpoint.gguf_file import SUFFIX, GgufReader, is_gguf
+from ee_tuning.checkpoint.hub import fetch_model, hub_name
 from ee_tuning.checkpoint.huggingface import HuggingFaceReader
 from ee_tuning.checkpoint.legacy import LegacyCheckpoint, LegacyReader, is_legacy
 from ee_tuning.checkpoint.links import dangling_link
@@ -40,9 +40,6 @@ FORMATS: dict[Kind, str] = {"huggingface": "Hugging Face safetensors", "megatron
 
 _LATEST, _COMMON = "latest_checkpointed_iteration.txt", "common.pt"
 _REMEDY = "fetch or export the model again, or, if you changed it yourself, give --no-verify"
-_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-_HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt"]
-_HUB_CONFIG = ["config.json"]
 
 
 class BackboneSource(TensorSource, Protocol):
@@ -169,18 +166,19 @@ def describing_file(folder: Path, shape: str | None) -> Path | None:
 
 
 def model_folder(path: str, *, needs_weights: bool = True) -> Path:
-    """The folder that holds the model: `path`, the latest iteration in it, or what the hub's `org/name` was fetched to. A GGUF file stands
-    for itself.
+    """The folder that holds the model: `path`, the latest iteration in it, or what the hub's `org/name@revision` was fetched to. A GGUF
+    file stands for itself.
     """
     if not path:
         raise InputError("model.path must name a model's folder, got nothing; give --model FOLDER")
     folder = Path(path)
-    if not folder.exists() and _HUB_NAME.fullmatch(path):
-        return _fetched(path, _HUB_FILES if needs_weights else _HUB_CONFIG)
     if is_gguf(folder):
         return folder
     if not folder.is_dir():
         refuse_file(folder)
+        if name := hub_name(path):
+            folder = fetch_model(name, needs_weights=needs_weights)
+    if not folder.is_dir():
         raise InputError(f"there is no folder {folder}; give the folder of a model (Hugging Face's, or a Megatron checkpoint), or a name "
                          "on the Hugging Face hub")
     if (folder / "config.json").is_file() or (folder / METADATA).is_file() or is_legacy(folder):
@@ -202,15 +200,3 @@ def model_folder(path: str, *, needs_weights: bool = True) -> Path:
         raise InputError(f"{folder} holds GGUF files, which are given by name: --model {files[0]}")
     raise InputError(f"{folder} is neither a Hugging Face folder (config.json and safetensors) nor a Megatron checkpoint ({METADATA}, "
                      f"mp_rank_00 or {_LATEST}); give the folder of a model")
-
-
-def _fetched(name: str, files: list[str]) -> Path:
-    """A snapshot of the hub's model in Hugging Face's cache, fetched where it is not there yet."""
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"there is no folder {name}, and the Hugging Face hub does not give a model of that name ({reason}); "
-                         "check the name and the network, or give a folder") from error

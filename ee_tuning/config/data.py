@@ -13,7 +13,7 @@ class DataSection:
     text_key: str = "text"
     """Key of the text in a .jsonl line, column of the text in a .parquet file."""
     tokenizer: str | None = None
-    """Folder of the tokenizer; default the model's."""
+    """Folder of the tokenizer, or org/name on the Hugging Face hub; default the model's."""
     chat_template: str | None = None
     """File with the Jinja template that chat messages are rendered by, or the name of one of the tokenizer's; default its own, of several
     the one named default, or tool_use for chats with tools."""

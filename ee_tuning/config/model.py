@@ -14,8 +14,8 @@ class ModelSection:
     """The backbone."""
 
     path: str = ""
-    """Folder of the model: Hugging Face's, a Megatron checkpoint or a run's folder of them; or a GGUF file, or org/name on the Hugging Face
-    hub."""
+    """Folder of the model: Hugging Face's, a Megatron checkpoint or a run's folder of them; or a GGUF file; or org/name, or
+    org/name@revision, on the Hugging Face hub."""
     config: str | None = None
     """Shape of a Megatron checkpoint whose saved arguments are missing or lack something: a Hugging Face config.json, or YAML with
     Megatron's names."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ee_tuning.data.chat import ChatFormat, Marked
 from ee_tuning.data.chat_template import read_chat_template
 from ee_tuning.data.documents import Conversation, Document, Piece, read_documents
-from ee_tuning.data.tokenizer import beginning_ids, begun, end_of_text_id, load_tokenizer, tokenizer_digests
+from ee_tuning.data.tokenizer import beginning_ids, begun, end_of_text_id, load_tokenizer, tokenizer_digests, tokenizer_folder
 
 # The tokenizer's results as Python lists take some hundred bytes a token.
 BATCH_CHARACTERS = 1_000_000
@@ -123,5 +123,6 @@ def _batched(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 def recipe_of(tokenizer: str | Path, text_key: str, chat_template: str | None, *, trusts_code: bool = False) -> Recipe:
     """The recipe; `chat_template` is the file of one. Raises InputError where that, or the tokenizer's files, can not be read."""
-    return Recipe(tokenizer=str(tokenizer), tokenizer_files=tuple(tokenizer_digests(tokenizer, trusts_code=trusts_code).items()),
+    folder = tokenizer_folder(tokenizer, trusts_code=trusts_code)
+    return Recipe(tokenizer=str(folder), tokenizer_files=tuple(tokenizer_digests(folder, trusts_code=trusts_code).items()),
                   text_key=text_key, chat_template=read_chat_template(chat_template), trusts_code=trusts_code)

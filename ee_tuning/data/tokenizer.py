@@ -1,9 +1,12 @@
-"""The tokenizer that belongs to a model: read from its folder, never from the network, and code that lies there does not run unasked."""
+"""The tokenizer that belongs to a model: read from its folder, which the hub may give; code that lies there does not run unasked."""
 import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ee_tuning.checkpoint.formats import model_folder
 from ee_tuning.checkpoint.gguf_file import is_gguf, tokenizer_digest
+from ee_tuning.checkpoint.hub import fetch_tokenizer, hub_name
+from ee_tuning.config import Config
 from ee_tuning.errors import InputError
 from ee_tuning.foreign_content import told_content
 from ee_tuning.questions import no_questions
@@ -20,12 +23,13 @@ _ASKS_FOR_TRUST = "trust_remote_code"
 
 
 def load_tokenizer(path: str | Path, *, trusts_code: bool = False) -> "PreTrainedTokenizerBase":
-    """The Hugging Face tokenizer in the folder or GGUF file `path`. Python files of the folder run where `trusts_code`, and not otherwise.
+    """The Hugging Face tokenizer in the folder or GGUF file `path`, or of that name on the hub. Python files of the folder run where
+    `trusts_code`, and not otherwise.
 
     Raises InputError where the folder is missing, has no tokenizer files, has files that transformers can not read, or needs code of its
     own that is not trusted.
     """
-    folder = _folder(path)
+    folder = tokenizer_folder(path, trusts_code=trusts_code)
     import transformers  # takes seconds: only commands that tokenize should pay for it
     transformers.logging.set_verbosity_error()
     # A GGUF file brings its tokenizer and its chat template.
@@ -50,7 +54,7 @@ def tokenizer_digests(path: str | Path, *, trusts_code: bool = False) -> dict[st
 
     Raises InputError where the folder is missing or has no tokenizer files.
     """
-    folder = _folder(path)
+    folder = tokenizer_folder(path, trusts_code=trusts_code)
     if is_gguf(folder):
         return {folder.name: tokenizer_digest(folder)}
     files = [folder / name for name in (*TOKENIZER_FILES, *_COMPANIONS)] + sorted(folder.glob(f"{TEMPLATE_FOLDER}/*.jinja"))
@@ -58,10 +62,19 @@ def tokenizer_digests(path: str | Path, *, trusts_code: bool = False) -> dict[st
     return {file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()}
 
 
-def _folder(path: str | Path) -> Path:
+def tokenizer_of(config: Config) -> str:
+    """The folder, or the name on the hub, of the tokenizer of a job: data.tokenizer, or the model's own."""
+    own = config.model.path
+    return config.data.tokenizer or (own if hub_name(own) else str(model_folder(own)))
+
+
+def tokenizer_folder(path: str | Path, *, trusts_code: bool = False) -> Path:
+    """The folder `path`, or what the hub's `org/name@revision` was fetched to. Raises InputError where it has no tokenizer files."""
     folder = Path(path)
     if is_gguf(folder):
         return folder
+    if name := hub_name(str(path)):
+        folder = fetch_tokenizer(name, with_code=trusts_code)
     if not folder.is_dir():
         raise InputError(f"the tokenizer must be a folder, got {str(path)!r}; set data.tokenizer (or model.path) to such a folder")
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):

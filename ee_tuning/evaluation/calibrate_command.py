@@ -12,6 +12,7 @@ from ee_tuning.checkpoint.formats import model_folder
 from ee_tuning.checkpoint.load import load_for_generation
 from ee_tuning.config import Config
 from ee_tuning.data.splits import load_samples
+from ee_tuning.data.tokenizer import tokenizer_of
 from ee_tuning.data.tokens import Samples
 from ee_tuning.errors import InputError
 from ee_tuning.evaluation.calibrate import MEASURES, Outcome, Readings, as_json, best_measure, curve, judge, read_exits
@@ -71,7 +72,7 @@ def _samples(config: Config, model: ModelConfig) -> Samples:
         raise InputError("calibrate needs text, got none; give --data FILE (data.valid_paths), best one that the heads were not tuned on")
     if data.valid_paths:
         data = dataclasses.replace(data, paths=data.valid_paths, valid_paths=())
-    splits = load_samples(data, config.model.path, seq_length=min(SAMPLE_LENGTH, model.max_position_embeddings),
+    splits = load_samples(data, tokenizer_of(config), seq_length=min(SAMPLE_LENGTH, model.max_position_embeddings),
                           vocab_size=model.vocab_size, max_positions=model.max_position_embeddings,
                           needs_validation=not config.data.valid_paths, trusts_code=config.model.trust_remote_code)
     samples = splits.train if config.data.valid_paths else splits.valid

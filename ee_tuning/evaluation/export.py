@@ -59,6 +59,11 @@ def _write_merged(config: Config, flags: argparse.Namespace, *, is_shared: bool)
 
     with open_model(config.model).source:
         pass  # before the processes meet, so that a wrong word is answered at once
+    if config.data.tokenizer and flags.format == "hf":
+        from ee_tuning.data.tokenizer import tokenizer_folder
+
+        folder = tokenizer_folder(config.data.tokenizer, trusts_code=config.model.trust_remote_code)
+        config = replace(config, data={"tokenizer": str(folder)})
     topology = None
     if is_shared:
         from ee_tuning.parallel.topology import init_parallel

@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ee_tuning.checkpoint.export_huggingface import MODELLING, early_exit_class
-from ee_tuning.checkpoint.formats import model_folder
 from ee_tuning.checkpoint.load import LoadedModel, compute_dtype, load_for_generation
 from ee_tuning.config import Config, ParallelSection
-from ee_tuning.data.tokenizer import load_tokenizer
+from ee_tuning.data.tokenizer import load_tokenizer, tokenizer_of
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.parallel.topology import init_parallel, leave_parallel
@@ -25,7 +24,7 @@ def check_export(config: Config, output: Path, text: str, tolerance: float) -> b
 
     Both sides compute in model.dtype. Raises InputError where the text can not be read as tokens.
     """
-    tokenizer = load_tokenizer(config.data.tokenizer or model_folder(config.model.path), trusts_code=config.model.trust_remote_code)
+    tokenizer = load_tokenizer(tokenizer_of(config), trusts_code=config.model.trust_remote_code)
     config = dataclasses.replace(config, parallel=ParallelSection())  # one process looks, however many the job is for
     topology = init_parallel(config.parallel)
     loaded = load_for_generation(config, topology)

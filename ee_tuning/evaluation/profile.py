@@ -19,7 +19,7 @@ from ee_tuning.checkpoint.huggingface import read_backbone_tensor
 from ee_tuning.checkpoint.load import compute_dtype
 from ee_tuning.config import Config, ParallelSection, replace
 from ee_tuning.config.placement import AutoLayers, evenly_along
-from ee_tuning.data.tokenizer import load_tokenizer
+from ee_tuning.data.tokenizer import load_tokenizer, tokenizer_of
 from ee_tuning.errors import InputError
 from ee_tuning.model.backbone import BackboneStage
 from ee_tuning.model.config import ModelConfig
@@ -131,8 +131,7 @@ def _one_layer(number: int, reader: BackboneSource, model: ModelConfig, topology
 
 
 def _sample_ids(config: Config, model: ModelConfig) -> Tensor:  # [b, s] int64
-    folder = config.data.tokenizer or model_folder(config.model.path)
-    tokenizer = load_tokenizer(folder, trusts_code=config.model.trust_remote_code)
+    tokenizer = load_tokenizer(tokenizer_of(config), trusts_code=config.model.trust_remote_code)
     path = Path(config.exits.profile_text or argparse.__file__)
     try:
         text = path.read_text(encoding="utf-8")

@@ -7,6 +7,7 @@ from typing import Any
 from ee_tuning.config import Config
 from ee_tuning.data.loader import validation_batches
 from ee_tuning.data.splits import load_samples
+from ee_tuning.data.tokenizer import tokenizer_of
 from ee_tuning.generation.llm import Completion, EarlyExitLLM
 from ee_tuning.model.documents import PackedDocuments
 from ee_tuning.tuning.loss import token_losses
@@ -65,7 +66,7 @@ def final_head_loss(llm: EarlyExitLLM, config: Config) -> float:
     In one process.
     """
     model, tuning = llm.model, config.tuning
-    splits = load_samples(config.data, config.model.path, seq_length=tuning.seq_length, vocab_size=model.config.vocab_size,
+    splits = load_samples(config.data, tokenizer_of(config), seq_length=tuning.seq_length, vocab_size=model.config.vocab_size,
                           max_positions=model.config.max_position_embeddings, trusts_code=config.model.trust_remote_code)
     loss_sum = num_tokens = 0.0
     for batch in validation_batches(splits.valid, tuning, dp=1, dp_rank=0):

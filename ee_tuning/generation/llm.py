@@ -16,7 +16,7 @@ from ee_tuning.checkpoint.formats import model_folder
 from ee_tuning.checkpoint.load import load_for_generation
 from ee_tuning.config import Config, GenerationSection, load_config
 from ee_tuning.config.generation import without_overruled
-from ee_tuning.data.tokenizer import beginning_ids, begun, load_tokenizer
+from ee_tuning.data.tokenizer import beginning_ids, begun, load_tokenizer, tokenizer_of
 from ee_tuning.errors import InputError
 from ee_tuning.generation.completion import Completion, StreamedToken, Writer
 from ee_tuning.generation.engine import Engine
@@ -70,7 +70,7 @@ class EarlyExitLLM:
         topology = topology or init_parallel(config.parallel)
         loaded = load_for_generation(config, topology)
         folder = model_folder(config.model.path)
-        tokenizer = load_tokenizer(config.data.tokenizer or folder, trusts_code=config.model.trust_remote_code)
+        tokenizer = load_tokenizer(tokenizer_of(config), trusts_code=config.model.trust_remote_code)
         return cls(loaded.model, loaded.stages, tokenizer, config.generation,
                    _stop_token_ids(folder, loaded.model.config, tokenizer), loaded.heads_digest)
 

@@ -10,6 +10,7 @@ from ee_tuning.checkpoint.shapes import with_seq_length
 from ee_tuning.config import Config
 from ee_tuning.data.loader import count_microbatches
 from ee_tuning.data.splits import load_samples
+from ee_tuning.data.tokenizer import tokenizer_of
 from ee_tuning.data.tokens import Splits
 from ee_tuning.parallel.topology import Topology, init_parallel, leave_parallel
 from ee_tuning.tuning.dashboards import check_dashboards
@@ -61,7 +62,7 @@ def _tune_owned(config: Config, topology: Topology) -> bool:
 def _load_samples(config: Config, topology: Topology) -> Splits:
     source, model, _ = open_model(config.model)
     with source:
-        folder = source.folder
-    return load_samples(config.data, folder, seq_length=config.tuning.seq_length, vocab_size=model.vocab_size,
+        pass
+    return load_samples(config.data, tokenizer_of(config), seq_length=config.tuning.seq_length, vocab_size=model.vocab_size,
                         max_positions=model.max_position_embeddings, needs_validation=config.tuning.eval_iters > 0, topology=topology,
                         trusts_code=config.model.trust_remote_code)

@@ -1,0 +1,126 @@
+"""Models and tokenizers by their name on the Hugging Face hub: what is read is fetched into Hugging Face's cache, and nothing else.
+
+A repository may hold a model several times over, in other formats and precisions; nobody is to wait for those.
+"""
+import glob
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from ee_tuning.checkpoint.manifest import MANIFEST, holds_manifest, read_manifest
+from ee_tuning.errors import InputError
+
+_NAME = re.compile(r"((?:\w[\w.-]*/)?\w[\w.-]*)(?:@(\w[\w./-]*))?")
+_CONFIG = ["config.json"]
+_TOKENIZER = [
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
+    "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model", "*.tiktoken", "chat_template.jinja", "chat_template.json",
+    "additional_chat_templates/*.jinja"]
+_CODE = ["*.py"]
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_ADAPTER = "adapter_config.json"
+_MODEL = [*_CONFIG, *_TOKENIZER, "generation_config.json", MANIFEST, _INDEX, _ADAPTER,
+          *_CODE, "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"]
+"""All but the weights. Code and licences go along with an export."""
+_WEIGHTS = (".safetensors", ".bin", ".gguf", ".pth", ".pt", ".h5", ".msgpack", ".onnx")
+
+
+class HubName(NamedTuple):
+    """org/name, or name, and @revision."""
+
+    repository: str
+    revision: str | None
+    """A branch, a tag or a commit; None for the main one."""
+
+    def __str__(self) -> str:
+        return self.repository + (f"@{self.revision}" if self.revision else "")
+
+
+def hub_name(text: str) -> HubName | None:
+    """What `text` names on the hub, where it is no path of anything that is there; None where it can be no name."""
+    found = _NAME.fullmatch(text)
+    return HubName(*found.groups()) if found and not Path(text).exists() and ".." not in text else None
+
+
+def fetch_model(name: HubName, *, needs_weights: bool) -> Path:
+    """The folder in Hugging Face's cache with the hub's model: its config.json, or all that is read of it.
+
+    Raises InputError where the hub does not give it, or holds weights in no form that is read.
+    """
+    folder = _fetched(name, _MODEL if needs_weights else [*_CONFIG, _ADAPTER])
+    commit = HubName(name.repository, folder.name)
+    if (folder / _ADAPTER).is_file():
+        return folder  # it is refused where the model is opened
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{name} on the hub must hold a config.json, and holds {_other_weights(commit)}; give the model as transformers "
+                         "saves it, or fetch a GGUF file and give that")
+    if not needs_weights:
+        return folder
+    if holds_manifest(folder):  # every file that it lists is read, to be checked
+        return _fetched(commit, [glob.escape(file) for file in read_manifest(folder, "fetch the model from elsewhere")])
+    if (folder / _INDEX).is_file() and not (folder / _SINGLE).exists() and not _holds(commit, _SINGLE):
+        return _fetched(commit, [glob.escape(shard) for shard in _shards(folder / _INDEX)])
+    _fetched(commit, [_SINGLE])
+    if not (folder / _SINGLE).exists():
+        raise InputError(f"{name} on the hub must hold {_SINGLE} or {_INDEX}, and holds {_other_weights(commit)}; give a repository, or a "
+                         "revision (org/name@revision), with safetensors")
+    return folder
+
+
+def fetch_tokenizer(name: HubName, *, with_code: bool) -> Path:
+    """The folder in Hugging Face's cache with the tokenizer's files, `with_code` also the repository's Python files. Raises InputError."""
+    folder = _fetched(name, [*_CONFIG, *_TOKENIZER, *(_CODE if with_code else [])])
+    if not folder.is_dir():
+        raise InputError(f"{name} on the hub holds no file of a tokenizer; give another --tokenizer")
+    return folder
+
+
+def _shards(index: Path) -> list[str]:
+    """Names of the shards; whatever is wrong with the index is found by the one who reads it for tensors."""
+    try:
+        return sorted({str(file) for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+
+
+def _fetched(name: HubName, files: list[str]) -> Path:
+    """The cached snapshot, with what `files` (patterns) match."""
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()  # it warns where no file matches
+    try:
+        return Path(huggingface_hub.snapshot_download(name.repository, revision=name.revision, allow_patterns=files))
+    except GatedRepoError as error:
+        raise InputError(f"{name} on the hub is for accounts that were let in; ask on its page, and log in (hf auth login, or set HF_TOKEN)"
+                         ) from error
+    except RepositoryNotFoundError as error:
+        raise InputError(f"there is no folder {name}, and no such model on the Hugging Face hub, or not for this account; check the name, "
+                         "log in (hf auth login, or set HF_TOKEN), or give a folder") from error
+    except RevisionNotFoundError as error:
+        raise InputError(f"{name.repository} on the hub has no revision {name.revision!r}; give a branch, a tag or a commit") from error
+    except Exception as error:  # of the network, by classes of whichever library it goes through
+        reason = " ".join(str(error.__cause__ or error).split())[:200]
+        raise InputError(f"there is no folder {name}, and the Hugging Face hub can not be asked for it ({reason}); "
+                         "check the name and the network, or give a folder") from error
+
+
+def _holds(name: HubName, file: str) -> bool:
+    import huggingface_hub
+
+    try:
+        return huggingface_hub.HfApi().file_exists(name.repository, file, revision=name.revision)
+    except Exception:  # offline, for one: then it is not to be had
+        return False
+
+
+def _other_weights(name: HubName) -> str:
+    import huggingface_hub
+
+    try:
+        files = huggingface_hub.HfApi().list_repo_files(name.repository, revision=name.revision)
+    except Exception:
+        return "no such file"
+    return ", ".join(sorted(file for file in files if Path(file).suffix in _WEIGHTS)[:3]) or "no weights"
