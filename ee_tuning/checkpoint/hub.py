@@ -37,6 +37,10 @@ class HubName(NamedTuple):
         return self.repository + (f"@{self.revision}" if self.revision else "")
 
 
+_COMMITS: dict[HubName, HubName] = {}
+"""What this process read names as: all of it is of one commit, though a branch be moved meanwhile."""
+
+
 def hub_name(text: str) -> HubName | None:
     """What `text` names on the hub, where it is no path of anything that is there; None where it can be no name."""
     found = _NAME.fullmatch(text)
@@ -58,11 +62,10 @@ def fetch_model(name: HubName, *, needs_weights: bool) -> Path:
     if not needs_weights:
         return folder
     if holds_manifest(folder):  # every file that it lists is read, to be checked
-        return _fetched(commit, [glob.escape(file) for file in read_manifest(folder, "fetch the model from elsewhere")])
+        return _with(folder, commit, list(read_manifest(folder, "fetch the model from elsewhere")))
     if (folder / _INDEX).is_file() and not (folder / _SINGLE).exists() and not _holds(commit, _SINGLE):
-        return _fetched(commit, [glob.escape(shard) for shard in _shards(folder / _INDEX)])
-    _fetched(commit, [_SINGLE])
-    if not (folder / _SINGLE).exists():
+        return _with(folder, commit, _shards(folder / _INDEX))
+    if not (_with(folder, commit, [_SINGLE]) / _SINGLE).exists():
         raise InputError(f"{name} on the hub must hold {_SINGLE} or {_INDEX}, and holds {_other_weights(commit)}; give a repository, or a "
                          "revision (org/name@revision), with safetensors")
     return folder
@@ -84,15 +87,21 @@ def _shards(index: Path) -> list[str]:
         return []
 
 
-def _fetched(name: HubName, files: list[str]) -> Path:
-    """The cached snapshot, with what `files` (patterns) match."""
-    import huggingface_hub
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-    from huggingface_hub.utils import logging
+def _with(folder: Path, commit: HubName, files: list[str]) -> Path:
+    """`folder` of `commit`, with `files` of it too."""
+    missing = [glob.escape(file) for file in files if not (folder / file).exists()]
+    return _fetched(commit, missing, is_large=True) if missing else folder
 
-    logging.set_verbosity_error()  # it warns where no file matches
+
+def _fetched(name: HubName, files: list[str], *, is_large: bool = False) -> Path:
+    """The cached snapshot, with what `files` (patterns) match. Progress is shown where it `is_large`."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    known = _COMMITS.get(name, name)
     try:
-        return Path(huggingface_hub.snapshot_download(name.repository, revision=name.revision, allow_patterns=files))
+        folder = _snapshot(known, files, is_large)
+        _COMMITS[name] = HubName(name.repository, folder.name)
+        return folder
     except GatedRepoError as error:
         raise InputError(f"{name} on the hub is for accounts that were let in; ask on its page, and log in (hf auth login, or set HF_TOKEN)"
                          ) from error
@@ -105,6 +114,21 @@ def _fetched(name: HubName, files: list[str]) -> Path:
         reason = " ".join(str(error.__cause__ or error).split())[:200]
         raise InputError(f"there is no folder {name}, and the Hugging Face hub can not be asked for it ({reason}); "
                          "check the name and the network, or give a folder") from error
+
+
+def _snapshot(name: HubName, files: list[str], shows_progress: bool) -> Path:
+    import huggingface_hub
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
+
+    logging.set_verbosity_error()  # it warns where no file matches
+    is_silenced = not shows_progress and not are_progress_bars_disabled()
+    if is_silenced:
+        disable_progress_bars()
+    try:
+        return Path(huggingface_hub.snapshot_download(name.repository, revision=name.revision, allow_patterns=files))
+    finally:
+        if is_silenced:
+            enable_progress_bars()
 
 
 def _holds(name: HubName, file: str) -> bool:

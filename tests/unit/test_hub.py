@@ -13,6 +13,7 @@ import pytest
 from byte_tokenizer import write_byte_tokenizer
 from random_models import random_llama
 
+from ee_tuning.checkpoint import hub as hub_module
 from ee_tuning.checkpoint.formats import model_folder, open_model
 from ee_tuning.checkpoint.hub import hub_name
 from ee_tuning.checkpoint.manifest import write_manifest
@@ -27,10 +28,10 @@ BALLAST = ("pytorch_model.bin", "model.fp16.safetensors", "consolidated.safetens
 
 
 class Hub:
-    """Folders of `root` as repositories, each at one commit; `fetched` are the names of files that were asked for."""
+    """Folders of `root` as repositories, each at one commit; `fetched` are the names of files that went out, `asked` all paths."""
 
     def __init__(self, root: Path) -> None:
-        self.root, self.fetched = root, list[str]()
+        self.root, self.fetched, self.asked = root, list[str](), list[str]()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), self.handler())
         Thread(target=lambda: self.server.serve_forever(poll_interval=0.01), daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -55,6 +56,7 @@ class Hub:
 
             def do_GET(self) -> None:
                 path = self.path.partition("?")[0]
+                hub.asked.append(path)
                 if found := re.fullmatch(r"/api/models/(.+)/(revision|tree)/([^/]+)", path):
                     self.tell(*found.groups())
                 elif (found := re.fullmatch(rf"/(.+)/resolve/({COMMIT}|main)/(.+)", path)) and (hub.root / found[1] / found[3]).is_file():
@@ -99,6 +101,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     for name, value in (("ENDPOINT", made.url), ("HUGGINGFACE_CO_URL_TEMPLATE", made.url + "/{repo_id}/resolve/{revision}/{filename}"),
                         ("HF_HUB_CACHE", str(tmp_path / "cache")), ("HF_HUB_OFFLINE", False)):
         monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    monkeypatch.setattr("ee_tuning.checkpoint.hub._COMMITS", {})
     yield made
     made.server.shutdown()
     made.server.server_close()
@@ -127,6 +130,10 @@ def test_only_what_is_read_is_fetched(hub: Hub, model: Path, name: str) -> None:
     opened = open_model(ModelSection(path=name))
     assert opened.source.weight_files() == {"model.safetensors"}
     assert hub.names() == {"model.safetensors", "generation_config.json", "own.py", *TOKENIZER}
+    hub.asked.clear()
+    model_folder(name)
+    load_tokenizer(name)
+    assert not hub.asked, "of one commit, though the branch be moved meanwhile"
 
 
 def test_of_shards_those_that_the_index_names_are_fetched(hub: Hub, model: Path) -> None:
@@ -142,6 +149,7 @@ def test_of_shards_those_that_the_index_names_are_fetched(hub: Hub, model: Path)
     assert (found / "model-00001-of-00001.safetensors").is_file()
     assert {name for name in hub.names() if "safetensors" in name} == {"model.safetensors.index.json", "model-00001-of-00001.safetensors"}
     hub.server.shutdown()
+    hub_module._COMMITS.clear()
     constants.HF_HUB_OFFLINE = True  # the fixture puts it back
     assert model_folder("org/sharded") == found, "what was fetched is there without a network"
 
