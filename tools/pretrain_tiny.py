@@ -7,7 +7,6 @@ card that records data, steps, seed and held-out loss. The learning rate warms u
 last fifth; `--resume` continues from the last evaluation, also with another `--steps`.
 """
 import argparse
-import json
 import math
 import platform
 import time
@@ -20,6 +19,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ee_tuning.data.standard_library import standard_library
+from ee_tuning.json_file import to_json
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 256
@@ -89,7 +89,7 @@ def write_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out
     tokenizer.save_pretrained(output)
     for path in output.iterdir():
         path.chmod(0o644)  # safetensors writes 0600 whatever the umask
-    (output / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+    (output / "training.json").write_text(to_json(facts, indent=2) + "\n")
     rows = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in facts.items())
     (output / "README.md").write_text(
         "# tiny-python-llama\n\nA byte-level Llama for trying ee_tuning on a laptop: it completes Python code so that it looks like\n"

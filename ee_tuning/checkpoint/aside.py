@@ -78,11 +78,17 @@ def written_aside(output: Path, topology: Topology | None, remedy: str = REMEDY)
 def file_written_aside(output: Path) -> Iterator[Path]:
     """A path for the block to write a file to, in one process; the file becomes `output`, replacing it, when the block ends well.
 
-    Raises InputError where the disk refuses.
+    Of a link, what it names is replaced; what is no plain file (/dev/null, a pipe) is written to as it is. Raises InputError where the
+    disk refuses.
     """
+    if output.exists() and not output.is_file():
+        with refusals_named(output):
+            yield output
+        return
+    named, output = output, Path(os.path.realpath(output))
     partial, lock = _begun(output, lambda path: path.touch(exist_ok=False))
     try:
-        with refusals_named(output):
+        with refusals_named(named):
             yield partial
             _sync(partial)
             partial.replace(output)
@@ -129,6 +135,15 @@ def check_apart(output: Path, sources: Iterable[Path]) -> None:
     for source in sources:
         if output.exists() and source.exists() and output.samefile(source):
             raise InputError(f"--output must not be {source}, which is read to make it and would be lost; give another --output")
+
+
+def check_file(output: Path) -> None:
+    """Raises InputError where no file can be written at `output`: cheap, before the work whose result it is to take."""
+    if output.is_dir():
+        raise InputError(f"--output must name a file, got the folder {output}")
+    parent = next(folder for folder in output.absolute().parents if os.path.lexists(folder))
+    if not parent.is_dir() or not (os.access(parent, os.W_OK | os.X_OK) or output.exists()):
+        raise InputError(f"--output must name a file that can be written, got {output}, and {parent} is no folder that can be written to")
 
 
 def check_room(output: Path, partial: Path, needed: int, remedy: str = REMEDY) -> None:

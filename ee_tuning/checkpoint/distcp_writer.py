@@ -4,7 +4,6 @@ torch's own writer wants all that a process writes in memory at once. Each proce
 whole.
 """
 import io
-import json
 import math
 import pickle
 from collections.abc import Iterable
@@ -31,6 +30,7 @@ from ee_tuning.checkpoint.metadata_pickle import METADATA
 from ee_tuning.checkpoint.names import Shape
 from ee_tuning.checkpoint.safetensors_layout import SHARD_BYTES
 from ee_tuning.checkpoint.torch_archive import ARCHIVE_BYTES, write_tensor
+from ee_tuning.json_file import to_json
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class DistcpWriter:
 def write_common(folder: Path, content: dict[str, Any]) -> None:
     """What is not in parts, and how to read it all."""
     torch.save(content, folder / "common.pt")
-    (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1,
+    (folder / "metadata.json").write_text(to_json({"sharded_backend": "torch_dist", "sharded_backend_version": 1,
                                                         "common_backend": "torch", "common_backend_version": 1}))
 
 

@@ -4,7 +4,6 @@
 Any TP × PP reads it by slices, and the same bytes are written whatever the layout.
 """
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from ee_tuning.checkpoint.safetensors_reader import SafetensorsFolder, TensorSou
 from ee_tuning.checkpoint.safetensors_writer import SafetensorsWriter
 from ee_tuning.checkpoint.shared_work import own_share
 from ee_tuning.errors import InputError
+from ee_tuning.json_file import to_json
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.exit_spec import ExitSpec
 from ee_tuning.parallel.topology import Topology
@@ -54,7 +54,7 @@ class ExitHeadsReader(SafetensorsFolder):
         for file in sorted({CONFIG, *self.files.values()} - set(manifest)):
             raise InputError(f"{folder / MANIFEST} does not list {file}, which {self.table if file != CONFIG else folder} holds; {_REMEDY}")
         sums = sorted((file, manifest[file]["sha256"]) for file in set(self.files.values()))
-        self.digest = hashlib.sha256(json.dumps(sums).encode()).hexdigest()
+        self.digest = hashlib.sha256(to_json(sums).encode()).hexdigest()
 
     def check_complete(self, config: ModelConfig) -> None:
         """Raises InputError where a tensor is missing, has another shape than the backbone asks for, or is no part of an exit head."""
@@ -162,6 +162,6 @@ def _finish(partial: Path, output: Path, exits: ExitHeadsConfig, layout: Safeten
         if index := layout.index():
             (partial / index[0]).write_text(index[1])
         tree = exit_config_tree(exits)
-        (partial / CONFIG).write_text(json.dumps(tree, indent=2) + "\n")
+        (partial / CONFIG).write_text(to_json(tree, indent=2) + "\n")
         (partial / CARD).write_text(artifact_card(tree))
         write_manifest(partial, sums)

@@ -3,7 +3,6 @@
 transformers' stock class reads the folder as the plain model; with trust_remote_code=True it takes `modeling_early_exit.py`. A model in a
 Hugging Face folder keeps its files byte for byte; one in another format is written tensor by tensor, in Hugging Face's names.
 """
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -24,6 +23,7 @@ from ee_tuning.checkpoint.non_finite import NonFinite, warn_non_finite
 from ee_tuning.checkpoint.shared_work import own_share
 from ee_tuning.config import Config
 from ee_tuning.errors import InputError
+from ee_tuning.json_file import to_json
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.huggingface_config import HUGGINGFACE_CLASSES
 from ee_tuning.parallel.topology import Topology
@@ -112,7 +112,7 @@ def _finish(model: ExportSource, described: dict[str, Any], partial: Path, outpu
         if model.files is not None and described == model.description:
             shutil.copyfile(model.source.folder / "config.json", partial / "config.json")
         else:
-            (partial / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+            (partial / "config.json").write_text(to_json(described, indent=2) + "\n")
         write_manifest(partial, sums)
 
 

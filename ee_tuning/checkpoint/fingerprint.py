@@ -5,7 +5,6 @@ are read, so that taking it is cheap for 140 GB.
 """
 import dataclasses
 import hashlib
-import json
 import sys
 import typing
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from torch import Tensor
 from ee_tuning.checkpoint.names import backbone_tensor_shapes
 from ee_tuning.checkpoint.safetensors_reader import TensorSource
 from ee_tuning.errors import InputError
+from ee_tuning.json_file import to_json
 from ee_tuning.model.config import ModelConfig, RopeConfig
 
 _SHAPE_FIELDS = ("family", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
@@ -62,7 +62,7 @@ def fingerprint(reader: TensorSource, config: ModelConfig) -> str:
 
     Raises InputError where a backbone tensor is missing, broken or of another shape.
     """
-    digest = hashlib.sha256(json.dumps(model_shape(config), sort_keys=True, separators=(",", ":")).encode())
+    digest = hashlib.sha256(to_json(model_shape(config), sort_keys=True, separators=(",", ":")).encode())
     for name, shape in sorted(backbone_tensor_shapes(config).items()):
         reader.check_shape(name, shape)
         n = shape[0]

@@ -1,6 +1,5 @@
 """`ee-tuning inspect`: what a model, in any of the formats that can be read, or an exit-heads artifact holds."""
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any, get_args
@@ -17,6 +16,7 @@ from ee_tuning.checkpoint.missing_weights import other_weights
 from ee_tuning.checkpoint.model_size import largest_group_parameters, parameters_by_part, parameters_per_layer
 from ee_tuning.checkpoint.names import backbone_tensor_shapes, embedding_name
 from ee_tuning.config import Architecture, ExitsSection, ModelSection
+from ee_tuning.json_file import to_json
 from ee_tuning.model.config import ModelConfig, read_model_config
 from ee_tuning.model.exit_spec import ExitSpec
 
@@ -28,7 +28,7 @@ def inspect_path(path: Path, *, as_json: bool, config: str | None = None, trust_
     """
     facts = artifact_facts(path) if (path / CONFIG).is_file() else model_facts(path, config=config, trust_pickle=trust_pickle)
     if as_json:
-        print(json.dumps(facts))
+        print(to_json(facts))
         return
     lines = _lines(facts)
     width = max(len(key) for key, _ in lines)

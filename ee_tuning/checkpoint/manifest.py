@@ -4,7 +4,6 @@
 """
 import fnmatch
 import hashlib
-import json
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,7 @@ from typing import Any, Self
 
 from ee_tuning.checkpoint.aside import gathered
 from ee_tuning.errors import InputError
-from ee_tuning.json_file import read_json
+from ee_tuning.json_file import read_json, to_json
 from ee_tuning.parallel.topology import Topology
 
 MANIFEST = "manifest.json"
@@ -26,7 +25,7 @@ def write_manifest(folder: Path, known: Mapping[str, str] | None = None) -> None
     """Lists every file that stands in `folder` now. `known` are sha256 by file name that were taken while writing."""
     files = {name: {"sha256": (known or {}).get(name) or _sha256(folder / name), "bytes": (folder / name).stat().st_size}
              for name in file_names(folder) if name != MANIFEST}
-    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n")
+    (folder / MANIFEST).write_text(to_json({"files": files}, indent=2) + "\n")
 
 
 def file_names(folder: Path) -> list[str]:

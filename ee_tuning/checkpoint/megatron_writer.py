@@ -4,7 +4,6 @@ Stock Megatron-core loads it at any TP × PP and leaves the exits alone. Tensors
 the number of writing processes leaves no trace.
 """
 import argparse
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from ee_tuning.checkpoint.safetensors_reader import TensorSource
 from ee_tuning.checkpoint.shared_work import own_share
 from ee_tuning.checkpoint.tensor_blocks import parameter_blocks, parameter_dtype, tensor_blocks
 from ee_tuning.config import Config
+from ee_tuning.json_file import to_json
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.megatron_args import megatron_arguments, untold_by_megatron
 from ee_tuning.notices import warn
@@ -141,8 +141,8 @@ def _finish(model: ExportSource, aside: Path, output: Path, reports: list[_Repor
         arguments = argparse.Namespace(**megatron_arguments(model.model))
         write_common(aside, {"args": arguments, "checkpoint_version": 3.0, "iteration": 0})
         described = {key: value for key, value in model.described().items() if key not in ("early_exit", "auto_map")}
-        (aside / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+        (aside / "config.json").write_text(to_json(described, indent=2) + "\n")
         if model.artifact is not None:
-            (aside / CONFIG).write_text(json.dumps(exit_config_tree(model.artifact.config), indent=2) + "\n")
+            (aside / CONFIG).write_text(to_json(exit_config_tree(model.artifact.config), indent=2) + "\n")
         write_metadata(aside, [each for report in reports for each in report.written])
         write_manifest(aside, {file: digest for report in reports for file, digest in report.sums.items()})

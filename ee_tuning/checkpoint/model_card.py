@@ -1,7 +1,8 @@
 """README.md of what is written: a short model card, as model hubs show it. Plain functions of what the folder's config says."""
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from ee_tuning.json_file import to_json
 
 
 def artifact_card(exits: Mapping[str, Any]) -> str:
@@ -46,7 +47,7 @@ def told_init(init: str, seed: int | None) -> str:
 
 
 def _front_matter(name: str, library: str) -> list[str]:
-    return ["---", f"library_name: {library}", f"base_model: {json.dumps(name)}", "tags: [early-exit, ee-tuning]", "---", ""]
+    return ["---", f"library_name: {library}", f"base_model: {to_json(name)}", "tags: [early-exit, ee-tuning]", "---", ""]
 
 
 def _word(name: str) -> str:

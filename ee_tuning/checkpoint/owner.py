@@ -21,6 +21,7 @@ import psutil
 
 from ee_tuning.checkpoint.aside import on_first_rank, refusals_named
 from ee_tuning.errors import InputError
+from ee_tuning.json_file import to_json
 from ee_tuning.parallel.topology import Topology
 
 _CLOCK_TOLERANCE = 2.0
@@ -89,7 +90,7 @@ def _acquire(output: Path, lock_file: Path) -> tuple[int, list[Path]]:
                                  "--output")
             if lock_file.exists() and os.path.samestat(lock_file.stat(), os.fstat(handle)):
                 os.truncate(handle, 0)
-                os.write(handle, json.dumps(asdict(Owner.current())).encode())
+                os.write(handle, to_json(asdict(Owner.current())).encode())
                 return handle, made
             os.close(handle)  # the former owner removed it after it was opened here
 

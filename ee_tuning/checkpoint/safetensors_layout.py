@@ -2,7 +2,6 @@
 
 It depends on names, shapes and dtypes alone, so every process knows it.
 """
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ import torch
 
 from ee_tuning.checkpoint.names import Shape
 from ee_tuning.checkpoint.safetensors_file import DTYPES
+from ee_tuning.json_file import to_json
 
 SHARD_BYTES = 5_000_000_000
 """A file's largest size, as Hugging Face cuts them; a single larger tensor gets a file of its own."""
@@ -55,7 +55,7 @@ class SafetensorsLayout:
         if len(self.files) == 1:
             return None
         index = {"metadata": {"total_size": self.num_bytes}, "weight_map": {name: place.file for name, place in self.places.items()}}
-        return f"{self.stem}.safetensors.index.json", json.dumps(index, indent=2) + "\n"
+        return f"{self.stem}.safetensors.index.json", to_json(index, indent=2) + "\n"
 
     def _assign_files(self, shard_bytes: int) -> dict[str, list[str]]:
         shards: list[list[str]] = [[]]
@@ -77,7 +77,7 @@ class SafetensorsLayout:
             stop = start + self.tensor_bytes(name)
             tree[name] = {"dtype": _NAMES[self.dtypes[name]], "shape": list(self.shapes[name]), "data_offsets": [start, stop]}
             start = stop
-        text = json.dumps(tree, separators=(",", ":")).encode()
+        text = to_json(tree, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # the data begins aligned
         return len(text).to_bytes(8, "little") + text
 

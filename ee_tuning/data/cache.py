@@ -4,7 +4,6 @@ An entry is a folder named by a hash of all it depends on. One process of a mach
 is renamed into place when whole. Two runs that want the same entry at a time wait for each other at a lock.
 """
 import hashlib
-import json
 import os
 import re
 import secrets
@@ -23,6 +22,7 @@ from ee_tuning.cache_folder import VARIABLE, cache_folder
 from ee_tuning.checkpoint.aside import locked, on_first_rank, refusals_named, written_aside
 from ee_tuning.data.progress import Progress
 from ee_tuning.errors import InputError
+from ee_tuning.json_file import to_json
 from ee_tuning.parallel.together import finish_together
 from ee_tuning.parallel.topology import Topology
 
@@ -45,7 +45,7 @@ class Entry:
 
     def name(self) -> str:
         """Of its folder."""
-        canonical = json.dumps({"format": FORMAT, **self.depends_on()}, sort_keys=True)
+        canonical = to_json({"format": FORMAT, **self.depends_on()}, sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:32]
 
 

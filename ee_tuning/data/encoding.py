@@ -1,7 +1,6 @@
 """Documents become token ids: what one process does with one piece of a file."""
 import functools
 import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from ee_tuning.data.chat import ChatFormat, Marked
 from ee_tuning.data.chat_template import read_chat_template
 from ee_tuning.data.documents import Conversation, Document, Piece, read_documents
 from ee_tuning.data.tokenizer import beginning_ids, begun, end_of_text_id, load_tokenizer, tokenizer_digests, tokenizer_folder
+from ee_tuning.json_file import to_json
 
 # The tokenizer's results as Python lists take some hundred bytes a token.
 BATCH_CHARACTERS = 1_000_000
@@ -64,7 +64,7 @@ def joined(parts: list[Tokens]) -> Tokens:
 def document_hash(document: Document) -> float:
     """A number in [0, 1] that depends on the content alone: the same on every machine, whatever the file is called."""
     # .parquet has values that JSON has not, such as times.
-    text = json.dumps(document.messages, sort_keys=True, default=str) if isinstance(document, Conversation) else document
+    text = to_json(document.messages, sort_keys=True, default=str) if isinstance(document, Conversation) else document
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 

@@ -16,6 +16,7 @@ from ee_tuning.data.sources import Corpus, find_corpora
 from ee_tuning.data.tokenizing import check_workers, tokenize_files
 from ee_tuning.data.tokens import DocumentRules, Mixture, PackedSamples, Samples, Splits
 from ee_tuning.errors import InputError
+from ee_tuning.json_file import to_json
 from ee_tuning.parallel.topology import Topology
 
 _TRAIN, _VALID = "train", "valid"
@@ -72,7 +73,7 @@ def _entries(corpus: Corpus, data: DataSection, tokenizer: Path, is_split: bool,
         def tokenize(folder: Path, progress: Progress) -> Iterator[None]:
             outputs = (folder / _TRAIN, folder / _VALID)
             written = yield from tokenize_files(corpus.texts, recipe, folder, outputs, fraction, data.workers, progress)
-            (folder / _EXTREMES).write_text(json.dumps([0, max(each.largest for each in written)]))
+            (folder / _EXTREMES).write_text(to_json([0, max(each.largest for each in written)]))
         yield Entry(make=tokenize, depends_on=lambda: {
             **dataclasses.asdict(recipe), "tokenizer": "", "files": file_stamps(corpus.texts), "valid_fraction": fraction})
     for prefix in corpus.prefixes:
@@ -84,7 +85,7 @@ def _entries(corpus: Corpus, data: DataSection, tokenizer: Path, is_split: bool,
                 smallest, largest = min(smallest, low), max(largest, high)
                 progress.advance(num_bytes)
                 yield
-            (folder / _EXTREMES).write_text(json.dumps([smallest, largest]))
+            (folder / _EXTREMES).write_text(to_json([smallest, largest]))
         files = [with_suffix(prefix, suffix) for suffix in (BIN_SUFFIX, INDEX_SUFFIX)]
         yield Entry(make=scan, depends_on=partial(_id_stamps, files))
 

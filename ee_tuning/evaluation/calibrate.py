@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ee_tuning.config.generation import Measure
+from ee_tuning.json_file import to_json
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.parallel.vocab import confidences, top1
 
@@ -182,7 +183,7 @@ def curve(readings: Readings, layer: int, measure: Measure, num_points: int = 10
 
 def as_json(tree: object) -> str:
     """Of a calibration file: numbers short enough to be read."""
-    return json.dumps(json.loads(json.dumps(tree), parse_float=lambda text: round(float(text), 8)), indent=1) + "\n"
+    return to_json(json.loads(to_json(tree), parse_float=lambda text: round(float(text), 8)), indent=1) + "\n"
 
 
 def _candidates(confidence: Tensor) -> list[float]:  # [n]

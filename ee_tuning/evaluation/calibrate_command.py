@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ee_tuning.checkpoint.aside import refusals_named
+from ee_tuning.checkpoint.aside import check_file, file_written_aside
 from ee_tuning.checkpoint.formats import model_folder
 from ee_tuning.checkpoint.load import load_for_generation
 from ee_tuning.config import Config
@@ -31,6 +31,10 @@ def calibrate(config: Config, flags: argparse.Namespace) -> None:
 
     if not 0 < flags.agreement < 1:
         raise InputError(f"--agreement must lie between 0 and 1, got {flags.agreement:g}; 0.95 is a good start")
+    picture = flags.output.with_suffix(".png")
+    if picture == flags.output:
+        raise InputError(f"--output takes the thresholds, and the picture beside them is {picture}; give a name that does not end in .png")
+    check_file(flags.output)
     topology = init_parallel(config.parallel)
     if topology.world_size > topology.tp:
         raise InputError(f"calibrate takes tensor-parallel processes alone, got pipeline {topology.pp} × data {topology.dp}; launch "
@@ -56,10 +60,8 @@ def calibrate(config: Config, flags: argparse.Namespace) -> None:
                 "wanted_agreement": flags.agreement, "measure": measure, "thresholds": thresholds, "tokens": readings.num_tokens,
                 "found": dataclasses.asdict(found), "held_out": {"tokens": held_out.num_tokens, **dataclasses.asdict(seen)},
                 "curves": {each: {layer: curve(readings, layer, each) for layer in readings.exit_layers} for each in MEASURES}}
-        picture = flags.output.with_suffix(".png")
-        with refusals_named(flags.output):
-            flags.output.parent.mkdir(parents=True, exist_ok=True)
-            flags.output.write_text(as_json(tree))
+        with file_written_aside(flags.output) as aside:
+            aside.write_text(as_json(tree), encoding="utf-8")
         draw_calibration(curves, thresholds, flags.agreement, measure, picture)
         _tell(flags, measure, readings, held_out, found, seen, picture)
     leave_parallel()

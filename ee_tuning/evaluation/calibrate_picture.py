@@ -1,7 +1,7 @@
 """The picture of `ee-tuning calibrate`: how often each exit is right, and how many tokens it would take, by threshold."""
 from pathlib import Path
 
-from ee_tuning.checkpoint.aside import refusals_named
+from ee_tuning.checkpoint.aside import file_written_aside
 
 
 def draw_calibration(curves: dict[int, list[tuple[float, float, float]]], thresholds: dict[int, float | None], wanted: float, measure: str,
@@ -28,6 +28,6 @@ def draw_calibration(curves: dict[int, list[tuple[float, float, float]]], thresh
     taken.set(title="Tokens above the threshold", xlabel=f"threshold ({measure})", ylabel="of all tokens, %", ylim=(0, 100))
     taken.legend(frameon=False)
     figure.suptitle("Each exit by itself; dotted: the chosen thresholds, on tokens that no exit before took")
-    with refusals_named(output):
-        figure.savefig(output, dpi=110, format="png")
+    with file_written_aside(output) as aside:
+        figure.savefig(aside, dpi=110, format="png")
     plt.close(figure)

@@ -21,6 +21,7 @@ from ee_tuning.errors import InputError
 from ee_tuning.evaluation.quality import ThresholdResult, final_head_loss, measure_thresholds
 from ee_tuning.evaluation.report import draw_report
 from ee_tuning.generation.llm import EarlyExitLLM
+from ee_tuning.json_file import to_json
 from ee_tuning.line_file import read_lines
 from ee_tuning.parallel.topology import leave_parallel
 
@@ -56,7 +57,7 @@ def demo(output: Path) -> None:
     shutil.copytree(output / "run" / "exit_heads", output / "exit_heads")
     console.rule("3 of 3: decode held-out code at each threshold", align="left")
     report = _measure(job, output, prompts)
-    (output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    (output / "report.json").write_text(to_json(report, indent=2) + "\n")
     draw_report(report, output / "report.png")
     _tell(console, report, output, time.monotonic() - started)
 
@@ -70,9 +71,9 @@ def _write_text(folder: Path) -> list[str]:
         for name in sorted(training, key=lambda n: n[::-1]):  # neither the alphabet's beginning alone nor one package
             if (size := size + len(training[name])) > TRAINING_BYTES:
                 break
-            file.write(json.dumps({"text": training[name].decode(errors="replace")}) + "\n")
+            file.write(to_json({"text": training[name].decode(errors="replace")}) + "\n")
     texts = [text.decode(errors="replace") for _, text in sorted(held_out.items())]
-    (folder / "valid.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (folder / "valid.jsonl").write_text("".join(to_json({"text": text}) + "\n" for text in texts))
     prompts = []
     for text in texts:
         at = text.find("\n    def ", PROMPT_BYTES)

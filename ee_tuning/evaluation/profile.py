@@ -4,7 +4,6 @@ The angular distance of two layers' inputs is as in arXiv 2403.17887: arccos of 
 are built, read and dropped one after the other, so a model of any size takes the memory of one layer.
 """
 import argparse
-import json
 import math
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ee_tuning.checkpoint.aside import check_file
 from ee_tuning.checkpoint.formats import BackboneSource, check_model, model_folder, open_model
 from ee_tuning.checkpoint.huggingface import read_backbone_tensor
 from ee_tuning.checkpoint.load import compute_dtype
@@ -21,6 +21,7 @@ from ee_tuning.config import Config, ParallelSection, replace
 from ee_tuning.config.placement import AutoLayers, evenly_along
 from ee_tuning.data.tokenizer import load_tokenizer, tokenizer_of
 from ee_tuning.errors import InputError
+from ee_tuning.json_file import to_json
 from ee_tuning.model.backbone import BackboneStage
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.parallel.together import finish_together
@@ -104,13 +105,14 @@ def profile(config: Config, flags: argparse.Namespace) -> None:
         raise InputError(f"--num-exits must be at least 1, got {flags.num_exits}")
     if world_size() > 1:
         raise InputError(f"profile is for one process, got {world_size()}; start it without torchrun")
+    check_file(flags.output)
     measured = measure_profile(config, init_parallel(ParallelSection()))  # however many processes the job is for
     leave_parallel()
     layers = measured.exit_layers(flags.num_exits)
     draw_profile(measured.distances, layers, model_folder(config.model.path).name, flags.output)
     whole = measured.path[-1]
     if flags.json:
-        print(json.dumps({"tokens": measured.num_tokens, "turns": measured.turns, "distances": measured.distances.tolist(),
+        print(to_json({"tokens": measured.num_tokens, "turns": measured.turns, "distances": measured.distances.tolist(),
                           "exit_layers": layers, "picture": str(flags.output)}))
         return
     print("layer  turns its input by  share of the way done")

@@ -3,7 +3,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ee_tuning.checkpoint.aside import refusals_named
+from ee_tuning.checkpoint.aside import file_written_aside
 
 LINE, EXIT = "#2f6fde", "#c9ced9"
 
@@ -26,7 +26,6 @@ def draw_profile(distances: Tensor, exit_layers: tuple[int, ...], name: str, out
     heat.set(title="Between the inputs of two layers", xlabel="layer", ylabel="layer")
     figure.colorbar(image, ax=heat)
     figure.suptitle(f"{name}: what its layers do to a text's hidden states")
-    with refusals_named(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(output, dpi=110, format="png")
+    with file_written_aside(output) as aside:
+        figure.savefig(aside, dpi=110, format="png")
     plt.close(figure)

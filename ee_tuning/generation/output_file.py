@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ee_tuning.checkpoint.aside import file_written_aside
+from ee_tuning.checkpoint.aside import check_file, file_written_aside
 from ee_tuning.errors import InputError
 from ee_tuning.generation.record import Record
 from ee_tuning.json_file import parse_json, to_json
@@ -32,13 +32,9 @@ def check_output(path: Path, overwrites: bool) -> None:
 
     Cheap: it spares the loading of a model whose completions would have no place.
     """
-    if path.is_dir():
-        raise InputError(f"--output must name a file, got the folder {path}")
+    check_file(path)
     if is_stream(path):
         return
-    parent = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"--output must name a file that can be written, got {path}, and {parent} is no folder that can be written to")
     if not overwrites and path.exists() and not journal_of(path).exists():
         with _opened(path) as file:
             _check_ours(path, file.readline())
@@ -110,7 +106,7 @@ class OutputFile:
             first = parse_json(self._errors[min(self._errors)])["error"]
             raise InputError(f"{self.path} is left as it was, for not one of {len(self._errors)} prompts can be done, the first because "
                              f"{first}")
-        with self._refusals_named(), file_written_aside(Path(os.path.realpath(self.path))) as aside, aside.open("wb") as file:
+        with self._refusals_named(), file_written_aside(self.path) as aside, aside.open("wb") as file:
             for key in sorted(self._lines.keys() | self._errors.keys()):
                 file.write(self._errors[key] if key in self._errors else self._kept(key))
         with suppress(OSError):

@@ -1,9 +1,9 @@
 """`ee-tuning plan`: a plan for people, or as one JSON object."""
 import dataclasses
-import json
 from typing import Any
 
 from ee_tuning.config import Config
+from ee_tuning.json_file import to_json
 from ee_tuning.planning.dry_run import MEMORY
 from ee_tuning.planning.plan import FORMULA, RESERVED_GB, Plan, StageFigures
 
@@ -11,7 +11,7 @@ from ee_tuning.planning.plan import FORMULA, RESERVED_GB, Plan, StageFigures
 def print_plan(config: Config, plan: Plan, *, is_smallest: bool, as_json: bool) -> bool:
     """Prints the plan of `config`; `is_smallest` where its number of GPUs was looked for. Returns whether every rank fits."""
     if as_json:
-        print(json.dumps(plan_tree(plan), indent=2))
+        print(to_json(plan_tree(plan), indent=2))
         return plan.fits
     lines = _lines(config, plan)
     if is_smallest:

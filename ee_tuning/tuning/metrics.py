@@ -3,7 +3,6 @@
 Every stage posts the same sequence of records. The logging rank writes a record to metrics.jsonl once every stage's part is there.
 """
 import json
-import math
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ee_tuning.checkpoint.aside import file_written_aside
+from ee_tuning.json_file import to_json
 from ee_tuning.line_file import read_lines
 from ee_tuning.parallel.topology import Topology
 
@@ -35,7 +35,7 @@ class MetricsBoard:
         """This stage's part of the next record. Values that are dictionaries are united over the stages; for others the first counts."""
         if not self._topology.is_writer:
             return
-        self._store.set(self._key(self.num_posted, self._topology.stage), json.dumps(record))
+        self._store.set(self._key(self.num_posted, self._topology.stage), json.dumps(record))  # NaN stays NaN on its way
         self.num_posted += 1
         if self._topology.is_logging_rank:
             self._expected.append(self.num_posted - 1)
@@ -86,7 +86,7 @@ class MetricsFile:
 
     def write(self, record: Record) -> None:
         """Appends `record`; numbers that are not finite become null, which JSON has no other word for."""
-        self._file.write(json.dumps(_finite(record)) + "\n")
+        self._file.write(to_json(record) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -110,9 +110,3 @@ def _parsed(line: str) -> Record | None:
 
 def _sorted_by_layer(values: Record) -> Record:
     return dict(sorted(values.items(), key=lambda item: int(item[0])))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value

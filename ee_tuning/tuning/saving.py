@@ -4,7 +4,6 @@ The threads of all ranks meet on a process group of their own. No stage waits fo
 end of the step.
 """
 import dataclasses
-import json
 import shutil
 import threading
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from ee_tuning.checkpoint.distcp_writer import Chunk, DistcpWriter, Written, wri
 from ee_tuning.checkpoint.manifest import write_manifest
 from ee_tuning.config import TuningSection
 from ee_tuning.errors import InputError
+from ee_tuning.json_file import to_json
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.parallel.host_copy import HostCopy
 from ee_tuning.parallel.topology import Topology
@@ -130,7 +130,7 @@ def _describe(partial: Path, progress: Progress, reports: list[_Report]) -> None
     with refusals_named(partial):
         write_common(partial, {})
         write_metadata(partial, [each for report in reports for each in report.written])
-        (partial / PROGRESS).write_text(json.dumps(dataclasses.asdict(progress), indent=2) + "\n")
+        (partial / PROGRESS).write_text(to_json(dataclasses.asdict(progress), indent=2) + "\n")
         write_manifest(partial, {file: digest for report in reports for file, digest in report.sums.items()})
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from ee_tuning.checkpoint import aside
-from ee_tuning.checkpoint.aside import exchange, file_written_aside, remove_leftovers, written_aside
+from ee_tuning.checkpoint.aside import check_file, exchange, file_written_aside, remove_leftovers, written_aside
 from ee_tuning.errors import InputError
 from ee_tuning.tuning.metrics import MetricsFile, holds_validation
 
@@ -102,3 +102,30 @@ def test_resuming_never_cuts_the_metrics_in_place(tmp_path: Path, monkeypatch: p
     assert file.read_text().startswith("".join(lines))
     MetricsFile(file, resume_after=2).close()
     assert file.read_text() == "".join(lines[:3]) and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_file_behind_a_link_is_replaced_and_a_device_is_not(tmp_path):
+    """A link that becomes a file of its own, while what others read through it stays as it was; /dev/null replaced by a picture."""
+    (tmp_path / "disk").mkdir()
+    file, link = tmp_path / "disk" / "file", tmp_path / "link"
+    file.write_text("old")
+    link.symlink_to(file)
+    with file_written_aside(link) as aside:
+        aside.write_text("new")
+        assert file.read_text() == "old"
+    assert link.is_symlink() and file.read_text() == "new" and [path.name for path in file.parent.iterdir()] == ["file"]
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with file_written_aside(pipe) as aside:
+        assert aside == pipe
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link", "pipe"]
+
+
+def test_where_no_file_can_be_is_told_before_the_work(tmp_path):
+    """Minutes of measuring whose result has no place."""
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file" / "x"):
+        with pytest.raises(InputError, match="--output must name a file"):
+            check_file(path)
+    check_file(tmp_path / "new" / "folder" / "file")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -1,5 +1,6 @@
 """`generate --output FILE`: what is finished is kept whatever ends the command, and the same command goes on."""
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,11 @@ from ee_tuning import cli
 from ee_tuning.errors import InputError
 from ee_tuning.evaluation.demo import CHECKOUT
 from ee_tuning.generation import delivery
+from ee_tuning.generation.completion import Completion
 from ee_tuning.generation.delivery import InOrder
 from ee_tuning.generation.output_file import OutputFile, check_output
+from ee_tuning.generation.record import as_record
+from ee_tuning.json_file import to_json
 
 MODEL = CHECKOUT / "examples" / "tiny-python-llama"
 JOB = {"model": "abc", "temperature": 0.5, "prompts": "1f"}
@@ -201,3 +205,10 @@ def test_nothing_is_touched_where_nothing_can_be_done(tmp_path: Path, capsys: py
         assert cli.main([*COMMAND, *([] if "--prompts" in arguments else ["--prompt", "x"]), "--output", str(old), *arguments]) == 2
         assert capsys.readouterr().err.count("\n") == 1 and old.read_text() == "precious"
     assert sorted(os.listdir(tmp_path)) == ["bad.jsonl", "old.jsonl"]
+
+
+def test_a_token_without_probability_has_a_log_probability_that_json_can_hold():
+    """-Infinity among the top_logprobs of a distribution that top-k cut, which no JSON reader takes."""
+    made = Completion(prompt="x", token_ids=[5], logprobs=[0.0], top_logprobs=[{5: 0.0, 3: -math.inf}], confidences=[math.nan])
+    told = json.loads(to_json(as_record(made, {"id": 3})), parse_constant=pytest.fail)
+    assert (told["top_logprobs"], told["logprobs"], told["id"]) == ([{"5": 0.0, "3": -9999.0}], [0.0], 3)
