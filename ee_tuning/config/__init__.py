@@ -5,6 +5,7 @@ The same file drives convert, tune and generate; a command reads the sections it
 import contextlib
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -23,6 +24,10 @@ from ee_tuning.yaml_file import parse_yaml
 
 __all__ = ["Architecture", "Config", "DType", "DataSection", "ExitsSection", "GenerationSection", "ModelSection", "ParallelSection",
            "TuningSection", "WeightFormat", "load_config", "replace", "save_config"]
+
+
+_MAY_BE_INFINITE = ("generation.threshold",)
+"""Keys of whose numbers infinity is one: a threshold that nothing reaches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +166,8 @@ def _convert_scalar(value: Any, hint: type, where: str, name: str) -> Any:
     if isinstance(value, bool) == (hint is bool) and isinstance(value, (int, float) if hint is float else hint):
         if value != value:
             raise InputError(f"{where}: {name} must be a number, got nan")
+        if isinstance(value, float) and math.isinf(value) and name not in _MAY_BE_INFINITE:
+            raise InputError(f"{where}: {name} must be a number, got {value}, which is not finite")
         try:
             return hint(value)
         except OverflowError as error:  # a whole number of hundreds of digits

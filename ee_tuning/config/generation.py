@@ -42,7 +42,7 @@ class GenerationSection:
     min_p: float = 0.0
     """Sample among tokens at least so likely as this share of the likeliest one's probability."""
     repetition_penalty: float = 1.0
-    """Divides positive logits, and multiplies negative ones, of tokens that were there before."""
+    """Divides positive logits, and multiplies negative ones, of tokens that were there before; 0.01 to 100."""
     presence_penalty: float = 0.0
     """Taken from the logits of tokens that are in the completion."""
     frequency_penalty: float = 0.0

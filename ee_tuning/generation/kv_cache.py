@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ee_tuning.errors import InputError
 from ee_tuning.generation.block_pool import BlockPool, blocks_for
 from ee_tuning.model import graphs
 from ee_tuning.model.config import ModelConfig
@@ -23,7 +24,11 @@ class KVCache:
     """
 
     def __init__(self, config: ModelConfig, topology: Topology, *, num_tokens: int, max_length: int, dtype: torch.dtype):
-        self.pool = BlockPool(blocks_for(num_tokens), blocks_for(max_length))
+        """Raises InputError where so many tokens are more than can be counted; see `layer` for more than fit."""
+        try:
+            self.pool = BlockPool(blocks_for(num_tokens), blocks_for(max_length))
+        except (MemoryError, OverflowError, RuntimeError) as error:
+            raise _too_large(num_tokens) from error
         self.max_length = max_length
         self.num_places = self.pool.num_blocks * BLOCK_SIZE
         spare = BLOCK_SIZE if graphs.serve(topology) else 0
@@ -43,7 +48,7 @@ class KVCache:
         return len(self._layers) * self.bytes_per_token * self._shape[0]
 
     def layer(self, number: int) -> LayerCache:
-        """Of layer `number`. Layers that a fixed exit never reaches take no memory."""
+        """Of layer `number`. Layers that a fixed exit never reaches take no memory. Raises InputError where there is not enough."""
         return self._of(("layer", number))
 
     def exit_head(self, number: int) -> LayerCache:
@@ -59,6 +64,14 @@ class KVCache:
     def _of(self, owner: tuple[str, int]) -> LayerCache:
         if owner not in self._layers:
             # Zeros, not empty: a masked place is multiplied by weight 0, which a stray NaN would survive.
-            keys, values = torch.zeros(self._shape, **self._tensor), torch.zeros(self._shape, **self._tensor)
+            try:
+                keys, values = torch.zeros(self._shape, **self._tensor), torch.zeros(self._shape, **self._tensor)
+            except RuntimeError as error:  # out of memory is one of its kind, on every device
+                raise _too_large(self.num_places, f", {self.bytes_per_token * self.num_places / 1e9:,.1f} GB in each layer") from error
             self._layers[owner] = LayerCache(keys=keys, values=values)
         return self._layers[owner]
+
+
+def _too_large(num_tokens: int, size: str = "") -> InputError:
+    return InputError(f"a KV cache of {num_tokens:,} tokens{size} does not fit the memory; lower generation.cache_tokens, or "
+                      "--max-batch-size and --max-new-tokens, which it follows by default")

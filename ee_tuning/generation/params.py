@@ -89,7 +89,7 @@ class SamplingParams:
             "top_k": (whole(self.top_k) and self.top_k >= 0, "a whole number of at least 0"),
             "top_p": (number(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (number(self.min_p) and 0 <= self.min_p <= 1, "in 0..1"),
-            "repetition_penalty": (number(self.repetition_penalty) and 0 < self.repetition_penalty <= 100, "above 0 and at most 100"),
+            "repetition_penalty": (number(self.repetition_penalty) and 0.01 <= self.repetition_penalty <= 100, "in 0.01..100"),
             "presence_penalty": (number(self.presence_penalty) and abs(self.presence_penalty) <= 100, "in -100..100"),
             "frequency_penalty": (number(self.frequency_penalty) and abs(self.frequency_penalty) <= 100, "in -100..100"),
             "seed": (whole(self.seed) and abs(self.seed) < 2 ** 63, "a whole number of at most 63 bits"),

@@ -9,6 +9,9 @@ import hashlib
 import torch
 from torch import Tensor
 
+_COLD = 1e-30
+"""Below this temperature no logits but equal ones can be drawn: others lie 10²⁰ apart, or are equal."""
+
 
 def probabilities(scores: Tensor,  # [v] or [n, v]
                   temperature: float,  # above 0
@@ -25,7 +28,7 @@ def warped(scores: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.
     then those at least min_p times as likely as the likeliest; the others are -inf. At least one is left. Order and ties are those of
     transformers' logits processors.
     """
-    scores = (scores if scores.dtype == torch.float64 else scores.float()) / temperature
+    scores = _tempered(scores if scores.dtype == torch.float64 else scores.float(), temperature)
     if 0 < top_k < scores.shape[-1]:
         scores = scores.masked_fill(scores < scores.topk(top_k)[0][..., -1:], -torch.inf)
     if top_p < 1:
@@ -74,6 +77,14 @@ def _shifted(x: Tensor, bits: int) -> Tensor:
 
 def _digest(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def _tempered(scores: Tensor, temperature: float) -> Tensor:
+    if temperature >= _COLD:
+        return scores / temperature
+    # The quotient, or the temperature itself, is beyond the type's range: of what lies below the largest, its limit is minus infinity.
+    largest = scores.amax(-1, keepdim=True)
+    return torch.where(scores == largest, 0.0, -torch.inf).to(scores.dtype)
 
 
 def _keep_top_p(scores: Tensor, top_p: float) -> Tensor:

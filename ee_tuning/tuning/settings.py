@@ -11,15 +11,16 @@ _TERMS = ("cross_entropy", "forward_kl", "total_variation")
 def check_settings(tuning: TuningSection) -> None:
     """Raises InputError on a value out of range. Batch sizes are the loader's to check, loss weights those of `loss_weights`."""
     for name, least in (("train_iters", 1), ("log_interval", 1), ("loss_chunk_tokens", 1), ("keep_checkpoints", 1), ("eval_interval", 0),
-                        ("save_interval", 0), ("clip_grad", 0), ("weight_decay", 0), ("min_lr", 0), ("skip_grad_norm", 0),
+                        ("save_interval", 0), ("clip_grad", 0), ("min_lr", 0), ("skip_grad_norm", 0),
                         ("save_minutes", 0), ("teacher_top_k", 1)):
         value = getattr(tuning, name)
         if value < least:
             raise InputError(f"tuning.{name} must be at least {least}, got {value}")
-    for name in ("lr", "adam_eps"):
+    # Beyond these, float32 has zero or infinity for the number or an update by it, and NaN follows.
+    for name, low, high in (("lr", 1e-30, 1000), ("adam_eps", 1e-30, 1), ("weight_decay", 0, 1000)):
         value = getattr(tuning, name)
-        if not 0 < value < float("inf"):
-            raise InputError(f"tuning.{name} must be above 0 and finite, got {value}")
+        if not low <= value <= high:
+            raise InputError(f"tuning.{name} must be in {low:g}..{high:g}, got {value:g}")
     for name in ("adam_beta1", "adam_beta2"):
         value = getattr(tuning, name)
         if not 0 <= value < 1:

@@ -36,7 +36,7 @@ def test_no_warm_up_and_nothing_else_have_a_rate_at_every_step(fraction: float) 
 
 @pytest.mark.parametrize(("keys", "message"), [
     ({"train_iters": 0}, "train_iters must be at least 1, got 0"),
-    ({"lr": 0.0}, "lr must be above 0"),
+    ({"lr": 0.0}, "lr must be in 1e-30"),
     ({"min_lr": 2.0}, "min_lr must be at most"),
     ({"lr_warmup_fraction": 1.5}, "lr_warmup_fraction must lie in 0..1, got 1.5"),
     ({"adam_beta2": 1.0}, "adam_beta2 must be at least 0 and below 1, got 1.0"),
