@@ -107,7 +107,8 @@ def _read_header(handle: int) -> dict[str, Entry]:
     if not text.startswith(b"{"):
         raise ValueError("its header is no JSON object")
     tree = parse_json(text)
-    metadata = tree.pop("__metadata__", {})
+    metadata = tree.pop("__metadata__", None)  # some writers say null for none
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its __metadata__ must map texts to texts")
     entries = {name: _entry(name, fields, 8 + length) for name, fields in tree.items()}

@@ -32,6 +32,15 @@ def test_every_part_of_every_tensor_is_what_the_library_reads(path: Path) -> Non
     assert torch.equal(file.read("matrix", (slice(None), slice(5, 6))), TENSORS["matrix"][:, 5:6])
 
 
+def test_metadata_may_be_null(path: Path) -> None:
+    """A whole model that the library reads is said to be broken, to be fetched again."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    text = json.dumps({**json.loads(data[8:8 + length]), "__metadata__": None}).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length:])
+    assert torch.equal(SafetensorsFile(path).read("cube"), load_file(path)["cube"])
+
+
 def test_reading_takes_no_more_memory_than_the_part(tmp_path: Path) -> None:
     """Mapped pages count as the process's own: reading a large model piece by piece would fill a small machine."""
     save_file({"large": torch.zeros(64, 1 << 20)}, tmp_path / "large.safetensors")
