@@ -8,7 +8,7 @@ Under torchrun every rank makes the same calls with the same arguments, and ever
 """
 import dataclasses
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +84,9 @@ class EarlyExitLLM:
         """Layers of the backbone."""
         return self.model.config.num_layers
 
-    def generate(self, prompts: list[str], params: SamplingParams | Sequence[SamplingParams] | None = None,
+    def generate(self, prompts: str | Iterable[str], params: SamplingParams | Sequence[SamplingParams] | None = None,
                  **options: Any) -> list[Completion]:
-        """Completes each prompt, `n` times where asked. `options` are keys of the `generation` section: policy, threshold, temperature, …
+        """Completes each prompt, or the one, `n` times where asked. `options` are keys of the `generation` section: policy, threshold, …
 
         `params`, one for all prompts or one for each, replaces the section's keys of sampling; `policy` may be a list, too, of `Policy`s.
         Raises InputError, before anything is decoded, on an option that can not be used and on a prompt that is empty or too long.
@@ -97,7 +97,7 @@ class EarlyExitLLM:
             pass
         return completions
 
-    def stream(self, prompts: list[str], completions: list[Completion] | None = None,
+    def stream(self, prompts: str | Iterable[str], completions: list[Completion] | None = None,
                params: SamplingParams | Sequence[SamplingParams] | None = None, **options: Any) -> Generator[StreamedToken, None, None]:
         """As `generate`, token by token; `completions`, if given, is filled with the finished records.
 
@@ -107,14 +107,15 @@ class EarlyExitLLM:
         resolved, jobs = self._jobs_of(prompts, params, **options)
         yield from self.run(jobs, own, resolved)
 
-    def _jobs_of(self, prompts: list[str], params: SamplingParams | Sequence[SamplingParams] | None, *, adds_special_tokens: bool = True,
-                 **options: Any) -> tuple[GenerationSection, list[Job]]:
+    def _jobs_of(self, prompts: str | Iterable[str], params: SamplingParams | Sequence[SamplingParams] | None, *,
+                 adds_special_tokens: bool = True, **options: Any) -> tuple[GenerationSection, list[Job]]:
         resolved, jobs = self.jobs(prompts, params, **options)
         return resolved, [dataclasses.replace(job, adds_special_tokens=adds_special_tokens) for job in jobs]
 
-    def jobs(self, prompts: list[str], params: SamplingParams | Sequence[SamplingParams] | None = None,
+    def jobs(self, prompts: str | Iterable[str], params: SamplingParams | Sequence[SamplingParams] | None = None,
              **options: Any) -> tuple[GenerationSection, list[Job]]:
         """The `generation` section that `options` make, and what is to be done."""
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         given = options.get("policy")
         if not isinstance(given, str | None):
             del options["policy"]

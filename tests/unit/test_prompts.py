@@ -203,3 +203,11 @@ def test_a_prompt_is_begun_once_and_not_ended(tmp_path: Path) -> None:
     begin, (h, i) = VOCABULARY, llm.tokenizer("hi", add_special_tokens=False)["input_ids"]
     assert llm.encode("hi") == llm.encode("<s>hi") == [begin, h, i] and llm.encode("") == [begin]
     assert llm.encode("<s><s>hi") == [begin, begin, h, i] and llm.encode("hi", adds_special_tokens=False) == [h, i]
+
+
+def test_one_prompt_is_no_list_of_letters(llm):
+    """A text in place of a list: each of its letters is completed by itself."""
+    params = SamplingParams(max_tokens=4)
+    (alone,), others = llm.generate("def main(", params), llm.generate((prompt for prompt in ("def main(", "import ")), params)
+    assert alone.prompt == "def main(" and [alone.token_ids, "import "] == [others[0].token_ids, others[1].prompt]
+    assert len(list(llm.stream("def main(", None, params))) == 4
