@@ -50,7 +50,7 @@ class ChatTemplate:
     def source(self, *, has_tools: bool = False) -> str:
         """The Jinja text. Raises InputError where there is none, or several and none is meant."""
         own = self._tokenizer.chat_template
-        named: dict[str, str] = own if isinstance(own, dict) else {}
+        named = {name: text for name, text in own.items() if isinstance(text, str)} if isinstance(own, dict) else {}
         if self._given is not None and _is_jinja(self._given):
             return self._given
         if self._given is not None:

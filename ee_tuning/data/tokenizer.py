@@ -37,7 +37,7 @@ def load_tokenizer(path: str | Path, *, trusts_code: bool = False) -> "PreTraine
         "pretrained_model_name_or_path": str(folder.parent), "gguf_file": folder.name}
     try:
         with no_questions():
-            return transformers.AutoTokenizer.from_pretrained(**place, local_files_only=True, trust_remote_code=trusts_code)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(**place, local_files_only=True, trust_remote_code=trusts_code)
     except Exception as error:  # the Rust tokenizers raise bare Exception on a broken file
         if not trusts_code and _ASKS_FOR_TRUST in str(error):
             raise InputError(f"the tokenizer in {folder} needs Python code that its files name, and no code of a folder is run unasked; "
@@ -47,6 +47,10 @@ def load_tokenizer(path: str | Path, *, trusts_code: bool = False) -> "PreTraine
             if told := told_content(folder / name):
                 raise InputError(f"{folder / name} {told}") from error
         raise InputError(f"the tokenizer in {folder} can not be read: {reason}; copy its files anew, or set data.tokenizer") from error
+    if not isinstance(tokenizer.model_max_length, int | float):  # compared with the length of each text, much later
+        raise InputError(f"model_max_length in {folder / 'tokenizer_config.json'} must be a number, got "
+                         f"{tokenizer.model_max_length!r:.60}; copy the tokenizer's files anew")
+    return tokenizer
 
 
 def tokenizer_digests(path: str | Path, *, trusts_code: bool = False) -> dict[str, str]:

@@ -117,6 +117,24 @@ def test_every_thought_is_learned_behind_what_the_model_saw(tokenizer: PreTraine
     assert all(not is_marked for runs in texts for _, is_marked in runs[2:])
 
 
+def test_the_texts_of_a_chat_are_held_out_together(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """A turn judged by a head that was trained on the same chat; a text that is lost between the template and the samples."""
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "template").write_text(QWEN3)
+    chats = [[{**each, "content": f"{each['content']}{number}"} for each in THOUGHTS] for number in range(6)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    data = DataSection(paths=(str(tmp_path / "chats.jsonl"),), chat_template=str(tmp_path / "template"), valid_fraction=0.3)
+    splits = load_samples(data, tmp_path / "model", seq_length=8, vocab_size=300, max_positions=64)
+    learned = []
+    for part in (splits.train, splits.valid):
+        assert isinstance(part, PackedSamples) and part.counts is not None
+        runs = np.split(part.stream, np.flatnonzero(np.diff(part.counts.astype(int))) + 1)
+        learned.append([tokenizer.decode(run) for run in runs[1 - part.counts[0]::2]])
+    assert all(learned) and sorted(learned[0] + learned[1]) == sorted(
+        f"<think>\n{thought}\n</think>\n\n{word}{number}<|im_end|>" for number in range(6) for thought, word in (("Easy.", 4), ("4+1.", 5)))
+    assert not {text[-11:] for text in learned[0]} & {text[-11:] for text in learned[1]}
+
+
 def test_turns_that_a_template_leaves_alone_share_a_text(tokenizer: PreTrainedTokenizerFast) -> None:
     """As many texts as turns, each with all that was said before: a conversation of n turns that costs n² tokens without need."""
     calls = [THOUGHTS[0], THOUGHTS[1], {"role": "tool", "content": "four"}, THOUGHTS[3], *MESSAGES[1:]]
@@ -178,6 +196,19 @@ def test_a_template_is_chosen_by_its_name(tmp_path: Path) -> None:
         said(loaded, None, MESSAGES)
     with pytest.raises(InputError, match=r"whose templates are rag, tool_use.* got 'rga'"):
         said(loaded, "rga", MESSAGES)
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"model_max_length": {}}, r"model_max_length in .*tokenizer_config\.json must be a number, got \{\}"),
+    ({"chat_template": 5}, "has no chat template"), ({"chat_template": [{"name": "default", "template": 5}]}, "has no chat template"),
+    ({"chat_template": [{"name": "default"}]}, "can not be read: 'template'"), ({"chat_template": {}}, "has no chat template")])
+def test_a_tokenizers_config_that_makes_no_sense_is_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    """A traceback at the first text, or the first chat, for a file that was edited by hand."""
+    write_byte_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(InputError, match=words):
+        said(load_tokenizer(tmp_path), None, MESSAGES)
 
 
 def test_a_template_is_read_from_its_file(tmp_path: Path) -> None:
