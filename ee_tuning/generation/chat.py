@@ -116,5 +116,7 @@ def _ask() -> str:
 def _next_line(ask: Callable[[], str]) -> str | None:
     try:
         return ask().strip() or None
+    except UnicodeDecodeError as error:
+        raise InputError(f"what is said must be UTF-8 text, but standard input is not: {error}; convert it first") from error
     except (EOFError, KeyboardInterrupt):
         return None

@@ -57,9 +57,12 @@ class EarlyExitLLM:
 
     @classmethod
     def load(cls, model: str | Path, exits: str | Path | None = None, *, dtype: str | None = None,
-             tensor_model_parallel_size: int = 1, pipeline_model_parallel_size: int = 1) -> "EarlyExitLLM":
-        """Reads a model and, where given, an exit-heads artifact bound to it. Raises InputError where they do not fit."""
+             tensor_model_parallel_size: int = 1, pipeline_model_parallel_size: int = 1, trust_remote_code: bool = False) -> "EarlyExitLLM":
+        """Reads a model and, where given, an exit-heads artifact bound to it. With `trust_remote_code`, Python files of the tokenizer's
+        folder run where it needs them. Raises InputError where they do not fit.
+        """
         overrides = {"model.path": str(model), "exits.path": str(exits) if exits else None, "model.dtype": dtype,
+                     "model.trust_remote_code": trust_remote_code,
                      "parallel.tensor_model_parallel_size": tensor_model_parallel_size,
                      "parallel.pipeline_model_parallel_size": pipeline_model_parallel_size}
         return cls.from_config(load_config(None, overrides))

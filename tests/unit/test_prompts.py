@@ -139,6 +139,14 @@ def test_a_stop_string_that_is_a_special_token_stops(tmp_path: Path) -> None:
     assert late.token_ids[3:] == [257] and 257 not in late.token_ids[:3], "as with a stop id, which is not to be had before"
 
 
+def test_what_is_said_in_another_encoding_is_refused(exits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A traceback out of a pipe that is not UTF-8."""
+    monkeypatch.setattr(chat_module.ChatTemplate, "source", lambda self, has_tools=False: "{{ messages[-1].content }}")
+    config = load_config(None, {"model.path": str(MODEL), "generation.policy": "full"})
+    with pytest.raises(InputError, match=r"must be UTF-8 text, .*0xff"):
+        chat_module.chat(config, ask=lambda: b"a\xff".decode())
+
+
 def test_ctrl_c_ends_an_answer_and_then_the_conversation(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """An answer that goes wrong takes the conversation with it; or is forgotten, so that the next turn knows nothing of it."""
     config = load_config(None, {"model.path": str(MODEL), "generation.policy": "full", "generation.ignore_eos": True,

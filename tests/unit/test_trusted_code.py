@@ -2,6 +2,7 @@
 import ast
 import io
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from byte_tokenizer import write_byte_tokenizer
 from exits import write_exits
 from random_models import random_llama
 
-from ee_tuning import cli
+from ee_tuning import EarlyExitLLM, cli
 from ee_tuning.config import Config, replace
 from ee_tuning.data.tokenizer import load_tokenizer, tokenizer_digests
 from ee_tuning.errors import InputError
@@ -109,6 +110,16 @@ def test_every_command_refuses_in_one_line(model: Path, tmp_path: Path, capfd: p
     told = capfd.readouterr().err
     assert "--trust-remote-code" in told and "Traceback" not in told and told.strip().count("\n") == 0, told
     assert not (model.parent / "ran").exists() and not list(tmp_path.glob("out*"))
+
+
+def test_python_says_that_code_is_trusted(model: Path, tmp_path: Path) -> None:
+    """A tokenizer that can be used at the command line alone."""
+    shutil.copytree(model, tmp_path / "model")
+    hostile(tmp_path / "model", OWN_TOKENIZER, None)
+    with pytest.raises(InputError, match="--trust-remote-code"):
+        EarlyExitLLM.load(tmp_path / "model")
+    assert not (tmp_path / "ran").exists()
+    assert EarlyExitLLM.load(tmp_path / "model", trust_remote_code=True).tokenizer.said_by == "code of the folder"
 
 
 def calls(path: Path) -> Iterator[ast.Call]:
