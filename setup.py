@@ -36,14 +36,15 @@ setup(
     extras_require={
         "gguf": ["gguf>=0.17"],
         "parquet": ["pyarrow"],
+        "zstd": ["zstandard"],
         "quantize": ["torchao>=0.18", "bitsandbytes>=0.50"],  # what they were tried with
         "te": ["transformer-engine[pytorch]"],
         # Names that install commands may already use; the commands behind them need nothing more so far.
         "serve": [],
         "eval": [],
         "watch": ["tensorboard", "wandb"],
-        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "types-PyYAML", "pre-commit", "pyarrow", "tensorboard",
-                "gguf>=0.17", "accelerate", "torchao>=0.18", "bitsandbytes>=0.50"],
+        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "types-PyYAML", "pre-commit", "pyarrow", "zstandard",
+                "tensorboard", "gguf>=0.17", "accelerate", "torchao>=0.18", "bitsandbytes>=0.50"],
     },
     entry_points={"console_scripts": ["ee-tuning = ee_tuning.cli:main"]},
     classifiers=[

@@ -7,11 +7,11 @@ class DataSection:
     """What the heads are tuned on."""
 
     paths: tuple[str, ...] = ()
-    """Text files; .jsonl files (an object with a text or with chat messages a line); .parquet files (a column of either);
+    """Text files; .jsonl, .json, .csv and .parquet files of records (a text, a chat, or a prompt with its completion), packed or not;
     prefixes of Megatron's .bin and .idx; or folders of these. A blend, as Megatron writes it, has a weight before each:
     0.3 corpus_a 0.7 corpus_b."""
     text_key: str = "text"
-    """Key of the text in a .jsonl line, column of the text in a .parquet file."""
+    """Key of the text in a record, or its column."""
     tokenizer: str | None = None
     """Folder of the tokenizer, or org/name on the Hugging Face hub; default the model's."""
     chat_template: str | None = None

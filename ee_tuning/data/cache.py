@@ -110,7 +110,8 @@ def _remove_unused(root: Path) -> None:
     """Removes the entries that no run has begun with for DAYS_KEPT."""
     for folder in root.iterdir():
         with suppress(OSError):
-            if re.fullmatch("[0-9a-f]{32}", folder.name) and time.time() - folder.stat().st_mtime > DAYS_KEPT * 86400:
+            is_entry = re.fullmatch(r"(piped-)?[0-9a-f]{32}|piped-[0-9a-f]{8}\.partial", folder.name)
+            if is_entry and time.time() - folder.stat().st_mtime > DAYS_KEPT * 86400:
                 shutil.rmtree(folder)
 
 

@@ -9,7 +9,8 @@ import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ee_tuning.data.chat_template import ChatTemplate
-from ee_tuning.data.documents import MESSAGES, Conversation, check_characters
+from ee_tuning.data.messages import MESSAGES, check_characters
+from ee_tuning.data.records import Conversation
 from ee_tuning.errors import InputError
 
 if TYPE_CHECKING:

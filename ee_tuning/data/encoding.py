@@ -2,17 +2,24 @@
 import functools
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ee_tuning.data.chat import ChatFormat, Marked
+from ee_tuning.data.chat import ASSISTANT, ChatFormat, Marked
 from ee_tuning.data.chat_template import read_chat_template
-from ee_tuning.data.documents import Conversation, Document, Piece, read_documents
+from ee_tuning.data.documents import Piece, read_documents
+from ee_tuning.data.records import Completion, Conversation, Document, LeftOut
+from ee_tuning.data.tally import LeftOutCount
 from ee_tuning.data.tokenizer import beginning_ids, begun, end_of_text_id, load_tokenizer, tokenizer_digests, tokenizer_folder
+from ee_tuning.errors import InputError
 from ee_tuning.json_file import to_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # The tokenizer's results as Python lists take some hundred bytes a token.
 BATCH_CHARACTERS = 1_000_000
@@ -43,28 +50,44 @@ class Tokens:
     hashes: NDArray[np.float64]  # [documents], see document_hash
     counts: NDArray[np.uint8] | None
     """[n]: 1 where a token counts as a label; None where all do."""
+    left_out: LeftOutCount = field(default_factory=LeftOutCount)
 
 
 def tokenize_piece(piece: Piece, recipe: Recipe) -> Tokens:
-    """The tokens of the documents in `piece`. Raises InputError on a document, or a tokenizer, that can not be used."""
-    parts = [_encode(batch, recipe) for batch in _batched(read_documents(piece, recipe.text_key))]
-    return joined(parts)
+    """The tokens of the documents in `piece`, those left out that nothing can be learned from. Raises InputError on a document, or a
+    tokenizer, that can not be used.
+    """
+    left_out = LeftOutCount()
+    parts = [_encode(batch, recipe, left_out) for batch in _batched(_kept(read_documents(piece, recipe.text_key), left_out))]
+    return joined(parts, left_out)
 
 
-def joined(parts: list[Tokens]) -> Tokens:
+def _kept(records: Iterable[Document | LeftOut], left_out: LeftOutCount) -> Iterator[Document]:
+    for record in records:
+        if isinstance(record, LeftOut):
+            left_out.add(record)
+        else:
+            yield record
+
+
+def joined(parts: list[Tokens], left_out: LeftOutCount) -> Tokens:
     """`parts` one after the other."""
     def all_of(name: str, dtype: type[np.generic]) -> NDArray:
         return np.concatenate([np.empty(0, dtype), *(getattr(part, name) for part in parts)]).astype(dtype, copy=False)
     counts = None
     if any(part.counts is not None for part in parts):
         counts = np.concatenate([np.ones(len(part.ids), np.uint8) if part.counts is None else part.counts for part in parts])
-    return Tokens(all_of("ids", np.int32), all_of("lengths", np.int64), all_of("hashes", np.float64), counts)
+    return Tokens(all_of("ids", np.int32), all_of("lengths", np.int64), all_of("hashes", np.float64), counts, left_out)
 
 
 def document_hash(document: Document) -> float:
     """A number in [0, 1] that depends on the content alone: the same on every machine, whatever the file is called."""
-    # .parquet has values that JSON has not, such as times.
-    text = to_json(document.messages, sort_keys=True, default=str) if isinstance(document, Conversation) else document
+    if isinstance(document, Completion) and document.as_chat:
+        document = document.as_chat
+    if isinstance(document, Conversation):  # .parquet has values that JSON has not, such as times
+        text = to_json(document.messages, sort_keys=True, default=str)
+    else:
+        text = document if isinstance(document, str) else document.prompt + document.completion
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
@@ -81,26 +104,25 @@ def _tools(recipe: Recipe) -> tuple:
     return tokenizer, ChatFormat(tokenizer, recipe.chat_template), beginning_ids(tokenizer), end_of_text_id(tokenizer)
 
 
-def _encode(documents: list[Document], recipe: Recipe) -> Tokens:
-    tokenizer, chat, beginning, end = _tools(recipe)
+def _encode(documents: list[Document], recipe: Recipe, left_out: LeftOutCount) -> Tokens:
+    tokenizer, _, beginning, end = _tools(recipe)
     texts = [document for document in documents if isinstance(document, str)]
     encoded = iter(tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False,
                              verbose=False)["input_ids"] if texts else [])
     ids: list[int] = []
     counts: list[bool] = []
-    lengths = []
-    hashes = []
+    lengths: list[int] = []
+    hashes: list[float] = []
     for document in documents:
-        made = chat.encode(document) if isinstance(document, Conversation) else [_whole(begun(next(encoded), beginning), end)]
+        made = [_whole(begun(next(encoded), beginning), end)] if isinstance(document, str) else _encode_marked(document, recipe)
+        if not made and not isinstance(document, str):
+            left_out.add(LeftOut("chat without a word of the assistant's to learn", document.where))
         for words, marks in made:
-            if words[-1:] != [end]:
-                # An assistant's last turn that has no token of its own at its end is ended by end of text.
-                words, marks = [*words, end], [*marks, marks[-1:] == [True] and words[-1] not in tokenizer.added_tokens_decoder]
             ids += words
             counts += marks
             lengths.append(len(words))
         hashes += [document_hash(document)] * len(made)  # the turns of a conversation are trained on, or held out, together
-    return Tokens(np.array(ids, np.int32), np.array(lengths, np.int64), np.array(hashes),
+    return Tokens(np.array(ids, np.int32), np.array(lengths, np.int64), np.array(hashes, np.float64),
                   np.array(counts, np.uint8) if len(texts) < len(documents) else None)
 
 
@@ -108,17 +130,64 @@ def _whole(text: list[int], end: int) -> Marked:
     return [*text, end], [True] * (len(text) + 1)
 
 
+def _encode_marked(document: Conversation | Completion, recipe: Recipe) -> list[Marked]:
+    """Of each text that the document makes, closed by end of text, its token ids and which of them are learned. None where none is."""
+    tokenizer, chat, beginning, end = _tools(recipe)
+    has_template = recipe.chat_template is not None or bool(tokenizer.chat_template)
+    if isinstance(document, Completion) and not (document.as_chat and has_template):
+        words, marks = _encode_completion(document, tokenizer)
+        whole = begun(words, beginning)
+        return [([*whole, end], [*[False] * (len(whole) - len(words)), *marks, True])]
+    conversation = document.as_chat if isinstance(document, Completion) else document
+    assert conversation is not None
+    made = []
+    for words, marks in _encode_chat(conversation, chat):
+        if words[-1:] != [end]:
+            # An assistant's last turn that has no token of its own at its end is ended by end of text.
+            words, marks = [*words, end], [*marks, marks[-1:] == [True] and words[-1] not in tokenizer.added_tokens_decoder]
+        if any(marks):
+            made.append((words, marks))
+    return made
+
+
+def _encode_chat(conversation: Conversation, chat: ChatFormat) -> list[Marked]:
+    made = chat.encode(conversation)
+    given = conversation.messages[:conversation.num_given]
+    if any(message["role"] == ASSISTANT for message in given):  # what the assistant said in the prompt is not learned
+        num_given = sum(sum(marks) for _, marks in chat.encode(Conversation(given, conversation.tools, conversation.where)))
+        places = [(marks, place) for _, marks in made for place, is_marked in enumerate(marks) if is_marked]
+        for marks, place in places[:num_given]:
+            marks[place] = False
+    return made
+
+
+def _encode_completion(document: Completion, tokenizer: "PreTrainedTokenizerBase") -> Marked:
+    """Prompt and completion are tokenized as one text; tokens that end in the completion are learned."""
+    if not tokenizer.is_fast:
+        raise InputError("prompts with completions need a fast tokenizer (tokenizer.json), which tells the characters of each token, and "
+                         f"the one in {tokenizer.name_or_path} is slow; convert it, or give texts")
+    encoded = tokenizer(document.prompt + document.completion, add_special_tokens=False, return_offsets_mapping=True,
+                        return_attention_mask=False, verbose=False)
+    return encoded["input_ids"], [stop > len(document.prompt) for _, stop in encoded["offset_mapping"]]
+
+
 def _batched(documents: Iterable[Document]) -> Iterator[list[Document]]:
     batch: list[Document] = []
     size = 0
     for document in documents:
         batch.append(document)
-        size += len(document) if isinstance(document, str) else sum(len(str(message.get("content"))) for message in document.messages)
+        size += _num_characters(document)
         if size >= BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def _num_characters(document: Document) -> int:
+    if isinstance(document, Conversation):
+        return sum(len(message["content"]) for message in document.messages)
+    return len(document) if isinstance(document, str) else len(document.prompt) + len(document.completion)
 
 
 def recipe_of(tokenizer: str | Path, text_key: str, chat_template: str | None, *, trusts_code: bool = False) -> Recipe:

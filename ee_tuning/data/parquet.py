@@ -1,9 +1,12 @@
-"""Rows of .parquet files, by pyarrow, which is wanted only where there are such files."""
+"""Rows of .parquet and .arrow files, by pyarrow, which is wanted only where there are such files."""
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ee_tuning.errors import InputError
+
+Row = tuple[int, dict[str, Any]]
+"""Number in the file, from 0, and content."""
 
 
 def row_groups(path: Path) -> list[int]:
@@ -12,32 +15,64 @@ def row_groups(path: Path) -> list[int]:
         return [file.metadata.row_group(group).total_byte_size for group in range(file.metadata.num_row_groups)]
 
 
-def read_rows(path: Path, first_group: int, stop_group: int, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Number in the file, from 0, and content of each row of some row groups: those of `columns` that the file has.
-
-    Raises InputError where it has none of them.
-    """
+def read_rows(path: Path, first_group: int, stop_group: int, columns: Sequence[str]) -> Iterator[Row]:
+    """The rows of some row groups of a .parquet file: those of `columns` that the file has. Raises InputError where it has none of them."""
     with _open(path) as file:
-        present = [name for name in columns if name in file.schema_arrow.names]
-        if not present:
-            raise InputError(f"{path}: a column {' or '.join(map(repr, columns))} is needed, its columns are "
-                             f"{', '.join(map(repr, file.schema_arrow.names))}; set data.text_key to that of the text")
+        present = _present(path, file.schema_arrow.names, columns)
         number = sum(file.metadata.row_group(group).num_rows for group in range(first_group))
-        try:
-            for batch in file.iter_batches(batch_size=1024, row_groups=range(first_group, stop_group), columns=present):
-                for row in batch.to_pylist():
-                    yield number, row
-                    number += 1
-        except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
-            raise _broken(path, error) from error
+        batches = file.iter_batches(batch_size=1024, row_groups=range(first_group, stop_group), columns=present)
+        yield from _rows(path, batches, number)
+
+
+def read_arrow(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+    """The rows of an .arrow file, a stream of batches (as the library datasets writes them) or a file of them; as `read_rows`."""
+    pyarrow = _pyarrow(path)
+    try:
+        with pyarrow.memory_map(str(path)) as file:
+            is_file = file.read(6) == b"ARROW1"
+            file.seek(0)
+            reader = pyarrow.ipc.open_file(file) if is_file else pyarrow.ipc.open_stream(file)
+            present = _present(path, reader.schema.names, columns)
+            batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else iter(reader)
+            yield from _rows(path, (batch.select(present) for batch in batches), 0)
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise _broken(path, error) from error
+
+
+def _rows(path: Path, batches: Iterator[Any], number: int) -> Iterator[Row]:
+    try:
+        for batch in batches:
+            for row in batch.to_pylist():
+                yield number, row
+                number += 1
+    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+        if isinstance(error, InputError):  # of whoever takes the rows
+            raise
+        raise _broken(path, error) from error
+
+
+def _present(path: Path, names: Sequence[str], columns: Sequence[str]) -> list[str]:
+    present = [name for name in columns if name in names]
+    if not present:
+        raise InputError(f"{path}: a column {columns[0]!r}, or of chats or prompts with completions, is needed, its columns are "
+                         f"{', '.join(map(repr, names))}; set data.text_key to that of the text")
+    return present
+
+
+def _pyarrow(path: Path) -> Any:
+    try:
+        import pyarrow.ipc
+        import pyarrow.parquet
+    except ImportError as error:
+        raise InputError(f"{path}: reading {path.suffix} needs pyarrow, which is not installed; pip install 'ee_tuning[parquet]', or give "
+                         ".jsonl") from error
+    return pyarrow
 
 
 def _open(path: Path) -> Any:
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise InputError(f"{path}: reading .parquet needs pyarrow, which is not installed; pip install 'ee_tuning[parquet]', or give "
-                         ".jsonl") from error
+    pyarrow = _pyarrow(path)
     try:
         return pyarrow.parquet.ParquetFile(path)
     except (OSError, ValueError) as error:
@@ -45,4 +80,4 @@ def _open(path: Path) -> Any:
 
 
 def _broken(path: Path, error: Exception) -> InputError:
-    return InputError(f"{path} can not be read as parquet: {' '.join(str(error).split())[:200]}; write it anew, or leave it out")
+    return InputError(f"{path} can not be read as {path.suffix[1:]}: {' '.join(str(error).split())[:200]}; write it anew, or leave it out")

@@ -1,4 +1,5 @@
 """`ee-tuning preprocess`: texts become PREFIX.bin and PREFIX.idx, which Megatron-core reads, and PREFIX.mask where there are chats."""
+from dataclasses import replace
 from pathlib import Path
 
 from ee_tuning.checkpoint.aside import folder_beside, move_into_place
@@ -6,9 +7,11 @@ from ee_tuning.checkpoint.owner import owned
 from ee_tuning.config import DataSection
 from ee_tuning.data.encoding import recipe_of
 from ee_tuning.data.indexed import BIN_SUFFIX, INDEX_SUFFIX, MASK_SUFFIX, with_suffix
+from ee_tuning.data.piped import copied, has_pipes
 from ee_tuning.data.progress import Progress
 from ee_tuning.data.sources import Corpus, find_corpora
-from ee_tuning.data.tokenizing import Written, check_workers, tokenize_files
+from ee_tuning.data.tally import nothing_to_learn, say_counts, say_passed_over
+from ee_tuning.data.tokenizing import Tokenized, Written, check_workers, tokenize_files
 from ee_tuning.errors import InputError
 
 _IN_ORDER = (MASK_SUFFIX, BIN_SUFFIX, INDEX_SUFFIX)
@@ -29,7 +32,17 @@ def preprocess(data: DataSection, output: Path, overwrite: bool, *, trusts_code:
     there = [path for suffix in _IN_ORDER if (path := with_suffix(output, suffix)).exists()]
     if there and not overwrite:
         raise InputError(f"{there[0]} exists already; give --overwrite to replace it, or another --output")
-    files = [path for corpus in find_corpora(data.paths, "data.paths") for path in _texts(corpus)]
+    if not has_pipes(data.paths):
+        return _preprocess(data, output, trusts_code)
+    with folder_beside(output) as folder:
+        return _preprocess(replace(data, paths=copied(data.paths, folder)), output, trusts_code)
+
+
+def _preprocess(data: DataSection, output: Path, trusts_code: bool) -> Written:
+    assert data.tokenizer is not None
+    corpora = find_corpora(data.paths, "data.paths")
+    files = [path for corpus in corpora for path in _texts(corpus)]
+    say_passed_over([name for corpus in corpora for name in corpus.passed_over])
     recipe = recipe_of(data.tokenizer, data.text_key, data.chat_template, trusts_code=trusts_code)
     with owned(output, None), folder_beside(output) as folder, Progress("tokenizing", speaks=True) as progress:
         steps = tokenize_files(files, recipe, folder, [folder / output.name], 0.0, data.workers, progress)
@@ -37,15 +50,17 @@ def preprocess(data: DataSection, output: Path, overwrite: bool, *, trusts_code:
             try:
                 next(steps)
             except StopIteration as end:
-                written: Written = end.value[0]
+                tokenized: Tokenized = end.value
                 break
+        written = tokenized.outputs[0]
         if not written.num_documents:
-            raise InputError(f"data.paths = {', '.join(data.paths)} holds no text; give files that are not empty")
+            raise InputError(nothing_to_learn("data.paths", ", ".join(data.paths), tokenized.files))
         for suffix in reversed(_IN_ORDER):
             with_suffix(output, suffix).unlink(missing_ok=True)
         for suffix in _IN_ORDER:
             if (made := with_suffix(folder / output.name, suffix)).exists():
                 move_into_place(made, with_suffix(output, suffix))
+    say_counts(tokenized.files)
     return written
 
 

@@ -1,18 +1,27 @@
 """What data.paths names: files to tokenize and files of token ids, alone or as a blend of weighted corpora.
 
-Of a folder, the files that end in one of FOLDER_SUFFIXES are taken, to its depth, hidden ones left out, in the order of their names, so
-every machine reads the same. Files named one by one may have any suffix.
+Of a folder, the files whose endings are those of data are taken, to its depth, in the order of their names, so every machine reads the
+same. Passed over are hidden files, what describes a folder (README, LICENSE, the JSON files of models and data sets), other endings, and
+folders that this project wrote. Files named one by one may have any name.
 """
 import math
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ee_tuning.checkpoint.own_folders import is_ours
+from ee_tuning.data.file_kind import DATA_SUFFIXES, named_format
+from ee_tuning.data.tally import listed
 from ee_tuning.errors import InputError
 
 INDEX_SUFFIX, BIN_SUFFIX = ".idx", ".bin"
-FOLDER_SUFFIXES = (".idx", ".jsonl", ".md", ".parquet", ".py", ".rst", ".txt")
+_BESIDE_DATA = (BIN_SUFFIX, ".mask")
+"""Go without a word: they belong to an .idx."""
+_DESCRIPTIONS = re.compile(r"(readme|licen[cs]e|copying|notice|changelog|contributing|citation|authors|code_of_conduct|security)([._-].*)?"
+                           r"|(dataset_infos?|dataset_dict|state|config|generation_config|.*tokenizer.*|special_tokens_map|vocab|.*\.index"
+                           r"|manifest|exit_config)\.json", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +36,8 @@ class Corpus:
     """Files to tokenize."""
     prefixes: tuple[Path, ...]
     """Of .bin and .idx."""
+    passed_over: tuple[str, ...] = ()
+    """Of folders, what was not taken: paths within them, hidden files left out."""
 
 
 def find_corpora(paths: Sequence[str], key: str, leave_out: Iterable[Corpus] = ()) -> list[Corpus]:
@@ -35,14 +46,15 @@ def find_corpora(paths: Sequence[str], key: str, leave_out: Iterable[Corpus] = (
     Files that are also in `leave_out` are dropped. Raises InputError where a path is missing, a weight is no number, or nothing is found.
     """
     if not paths:
-        raise InputError(f"{key} must name text files, .jsonl, .parquet, .bin with .idx, or folders of them, got none; "
+        raise InputError(f"{key} must name text files, .jsonl, .json, .csv, .parquet, .bin with .idx, or folders of them, got none; "
                          f"for example --set {key}=corpus.jsonl")
     seen = {path.resolve() for corpus in leave_out for path in (*corpus.texts, *corpus.prefixes)}
     corpora = []
     for weight, names in _weighed(paths, key):
         found: dict[str, list[Path]] = {"texts": [], "prefixes": []}
+        passed_over: list[str] = []
         for name in names:
-            for path in _expand(Path(name), key):
+            for path in _expand(Path(name), key, passed_over):
                 kind = "prefixes" if path.suffix.lower() == INDEX_SUFFIX else "texts"
                 path = path.with_suffix("") if kind == "prefixes" else path
                 if path.resolve() not in seen:
@@ -50,7 +62,8 @@ def find_corpora(paths: Sequence[str], key: str, leave_out: Iterable[Corpus] = (
                     found[kind].append(path)
         if not any(found.values()):
             raise InputError(f"{key} = {', '.join(names)} names no file that is not held out already, or named before; add other files")
-        corpora.append(Corpus(name=", ".join(names), weight=weight, texts=tuple(found["texts"]), prefixes=tuple(found["prefixes"])))
+        corpora.append(Corpus(name=", ".join(names), weight=weight, texts=tuple(found["texts"]), prefixes=tuple(found["prefixes"]),
+                              passed_over=tuple(passed_over)))
     return corpora
 
 
@@ -77,8 +90,8 @@ def _number(text: str) -> float | None:
         return None
 
 
-def _expand(path: Path, key: str) -> list[Path]:
-    """The files that `path` stands for; of .bin and .idx, the .idx."""
+def _expand(path: Path, key: str, passed_over: list[str]) -> list[Path]:
+    """The files that `path` stands for; of .bin and .idx, the .idx. Adds to `passed_over` what a folder holds beside them."""
     index, tokens = (path.with_name(path.name + suffix) for suffix in (INDEX_SUFFIX, BIN_SUFFIX))
     if path.suffix.lower() in (INDEX_SUFFIX, BIN_SUFFIX) and not path.is_dir():
         index, tokens = path.with_suffix(INDEX_SUFFIX), path.with_suffix(BIN_SUFFIX)
@@ -91,11 +104,32 @@ def _expand(path: Path, key: str) -> list[Path]:
         raise InputError(f"{key}: {path} does not exist or can not be reached; give text files, .jsonl, .parquet, the prefix of .bin and "
                          ".idx, or folders of them")
     if not path.is_dir():
-        if path.suffix.lower() == ".json":
-            raise InputError(f"{key}: {path} is ambiguous; name it .jsonl if it has one object a line, .txt if plain text is meant")
         return [path]
-    inside = [(file.relative_to(path).parts, file) for file in path.rglob("*") if file.suffix.lower() in FOLDER_SUFFIXES]
-    files = [file for parts, file in sorted(inside) if file.is_file() and not any(part.startswith(".") for part in parts)]
-    if not files:
-        raise InputError(f"{key}: the folder {path} holds no {', '.join(FOLDER_SUFFIXES)} file; name files of other suffixes one by one")
-    return files
+    others: list[str] = []
+    if not (files := sorted(_within(path, path, others))):
+        told = f" (passed over: {listed(others)})" if others else ""
+        raise InputError(f"{key}: the folder {path} holds no {', '.join((*DATA_SUFFIXES, INDEX_SUFFIX))} file{told}; name files of other "
+                         "endings one by one")
+    passed_over += others
+    return [file for _, file in files]
+
+
+def _within(folder: Path, top: Path, passed_over: list[str]) -> Iterator[tuple[tuple[str, ...], Path]]:
+    """Its files of data: the parts of each one's path within `top`, by which they are sorted, and the path."""
+    for path in sorted(folder.iterdir()):
+        inner = path.relative_to(top)
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            if is_ours(path):
+                passed_over.append(f"{inner}/ (written by ee-tuning)")
+            elif not path.is_symlink():
+                yield from _within(path, top, passed_over)
+        elif path.is_file() and not _DESCRIPTIONS.fullmatch(path.name) and _is_data(path):
+            yield inner.parts, path
+        elif path.suffix not in _BESIDE_DATA:
+            passed_over.append(str(inner))
+
+
+def _is_data(path: Path) -> bool:
+    return path.suffix.lower() == INDEX_SUFFIX or named_format(path.name) is not None

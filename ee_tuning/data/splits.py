@@ -11,16 +11,18 @@ from ee_tuning.config import DataSection
 from ee_tuning.data.cache import Entry, cache_root, file_stamps, kept
 from ee_tuning.data.encoding import recipe_of
 from ee_tuning.data.indexed import BIN_SUFFIX, INDEX_SUFFIX, TokenStream, extremes, open_stream, with_suffix
+from ee_tuning.data.piped import pipes_copied
 from ee_tuning.data.progress import Progress
 from ee_tuning.data.sources import Corpus, find_corpora
+from ee_tuning.data.tally import FileCount, nothing_to_learn, say_counts, say_passed_over, say_skipped
 from ee_tuning.data.tokenizing import check_workers, tokenize_files
-from ee_tuning.data.tokens import DocumentRules, Mixture, PackedSamples, Samples, Splits
+from ee_tuning.data.tokens import DocumentRules, Mixture, PackedSamples, Samples, Splits, learned_windows
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import to_json
 from ee_tuning.parallel.topology import Topology
 
 _TRAIN, _VALID = "train", "valid"
-_EXTREMES = "extremes.json"
+_EXTREMES, _FILES = "extremes.json", "files.json"
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class _Streams:
     corpus: Corpus
     train: list[TokenStream]
     valid: list[TokenStream]
+    counts: list[FileCount]
+    """What each text gave."""
 
 
 def load_samples(data: DataSection, model_path: str | Path, *, seq_length: int, vocab_size: int, max_positions: int,
@@ -42,24 +46,41 @@ def load_samples(data: DataSection, model_path: str | Path, *, seq_length: int, 
     one sample, and no held-out part where `needs_validation`.
     """
     check_data_settings(data, seq_length, max_positions, needs_validation)
+    with pipes_copied(data, cache_root(data.cache), topology) as data:
+        return _load(data, Path(data.tokenizer or model_path), seq_length, vocab_size, needs_validation, topology, trusts_code)
+
+
+def _load(data: DataSection, tokenizer: Path, seq_length: int, vocab_size: int, needs_validation: bool, topology: Topology | None,
+          trusts_code: bool) -> Splits:
     valid_corpora = find_corpora(data.valid_paths, "data.valid_paths") if data.valid_paths else []
     corpora = find_corpora(data.paths, "data.paths", leave_out=valid_corpora)
     if data.split and (texts := [path for corpus in corpora for path in corpus.texts]):
         raise InputError(f"data.split = {data.split} divides the documents of .bin and .idx alone, and data.paths names the text "
                          f"{texts[0]}; set data.valid_fraction instead, or preprocess the texts")
-    tokenizer = Path(data.tokenizer or model_path)
     wanted = [(corpus, not data.valid_paths) for corpus in corpora]
     wanted += [(corpus, False) for corpus in valid_corpora if needs_validation]
     entries = [entry for corpus, is_split in wanted for entry in _entries(corpus, data, tokenizer, is_split, trusts_code)]
     folders = iter(kept(entries, cache_root(data.cache), topology))
     streams = [_open(corpus, folders, data, tokenizer, vocab_size, is_split) for corpus, is_split in wanted]
-    train = _pack([(each.corpus, each.train) for each in streams[:len(corpora)]], data, seq_length, "data.paths", "training data")
+    if topology is None or topology.is_logging_rank:
+        say_passed_over([name for each in streams for name in each.corpus.passed_over])
+        say_counts([count for each in streams for count in each.counts])
+    splits = _splits(streams[:len(corpora)], streams[len(corpora):], data, seq_length, needs_validation)
+    if topology is None or topology.is_logging_rank:
+        say_skipped("training", splits.train)
+        say_skipped("validation", splits.valid)
+    return splits
+
+
+def _splits(streams: Sequence[_Streams], valid_streams: Sequence[_Streams], data: DataSection, seq_length: int,
+            needs_validation: bool) -> Splits:
+    train = _pack([(each, each.train) for each in streams], data, seq_length, "data.paths", "training data")
     if not needs_validation:
         return Splits(train=train, valid=None)
     if data.valid_paths:
-        judged = [(each.corpus, each.train) for each in streams[len(corpora):]]
+        judged = [(each, each.train) for each in valid_streams]
         return Splits(train=train, valid=_pack(judged, data, seq_length, "data.valid_paths", "validation data"))
-    judged = [(each.corpus, each.valid) for each in streams]
+    judged = [(each, each.valid) for each in streams]
     part = f"split {data.split}" if data.split else f"{data.valid_fraction:g}"
     return Splits(train=train, valid=_pack(judged, data, seq_length, "data.paths", "validation data", f"{part} of the documents of "))
 
@@ -72,8 +93,9 @@ def _entries(corpus: Corpus, data: DataSection, tokenizer: Path, is_split: bool,
 
         def tokenize(folder: Path, progress: Progress) -> Iterator[None]:
             outputs = (folder / _TRAIN, folder / _VALID)
-            written = yield from tokenize_files(corpus.texts, recipe, folder, outputs, fraction, data.workers, progress)
-            (folder / _EXTREMES).write_text(to_json([0, max(each.largest for each in written)]))
+            tokenized = yield from tokenize_files(corpus.texts, recipe, folder, outputs, fraction, data.workers, progress)
+            (folder / _EXTREMES).write_text(to_json([0, max(each.largest for each in tokenized.outputs)]), encoding="utf-8")
+            (folder / _FILES).write_text(to_json([count.as_tree() for count in tokenized.files]), encoding="utf-8")
         yield Entry(make=tokenize, depends_on=lambda: {
             **dataclasses.asdict(recipe), "tokenizer": "", "files": file_stamps(corpus.texts), "valid_fraction": fraction})
     for prefix in corpus.prefixes:
@@ -85,7 +107,7 @@ def _entries(corpus: Corpus, data: DataSection, tokenizer: Path, is_split: bool,
                 smallest, largest = min(smallest, low), max(largest, high)
                 progress.advance(num_bytes)
                 yield
-            (folder / _EXTREMES).write_text(to_json([smallest, largest]))
+            (folder / _EXTREMES).write_text(to_json([smallest, largest]), encoding="utf-8")
         files = [with_suffix(prefix, suffix) for suffix in (BIN_SUFFIX, INDEX_SUFFIX)]
         yield Entry(make=scan, depends_on=partial(_id_stamps, files))
 
@@ -96,9 +118,10 @@ def _id_stamps(files: Sequence[Path]) -> dict[str, Any]:
 
 def _open(corpus: Corpus, folders: Iterator[Path], data: DataSection, tokenizer: Path, vocab_size: int, is_split: bool) -> _Streams:
     """The documents of a corpus, whose entries are the next of `folders`."""
-    train, valid = [], []
+    train, valid, counts = [], [], []
     if corpus.texts:
         folder = next(folders)
+        counts = [FileCount.of_tree(tree) for tree in json.loads((folder / _FILES).read_text(encoding="utf-8"))]
         _check_vocabulary(folder, vocab_size, f"the tokenizer in {tokenizer} gave",
                           "set data.tokenizer to the one that the model was trained with")
         train, valid = ([open_stream(folder / part)] if with_suffix(folder / part, BIN_SUFFIX).stat().st_size else []
@@ -110,7 +133,7 @@ def _open(corpus: Corpus, folders: Iterator[Path], data: DataSection, tokenizer:
         first, stop = _bounds(len(stream.starts), data) if is_split else (len(stream.starts),) * 2
         train.append(stream.documents(0, first))
         valid.append(stream.documents(first, stop))
-    return _Streams(corpus, [each for each in train if len(each.ids)], [each for each in valid if len(each.ids)])
+    return _Streams(corpus, [each for each in train if len(each.ids)], [each for each in valid if len(each.ids)], counts)
 
 
 def _bounds(num_documents: int, data: DataSection) -> tuple[int, int]:
@@ -154,38 +177,41 @@ def check_data_settings(data: DataSection, seq_length: int, max_positions: int, 
 
 
 def _check_vocabulary(folder: Path, vocab_size: int, who: str, remedy: str) -> None:
-    smallest, largest = json.loads((folder / _EXTREMES).read_text())
+    smallest, largest = json.loads((folder / _EXTREMES).read_text(encoding="utf-8"))
     if largest >= vocab_size or smallest < 0:
         raise InputError(f"token ids must lie in 0..{vocab_size - 1}, the model's vocabulary, but {who} "
                          f"{largest if largest >= vocab_size else smallest}; {remedy}")
 
 
-def _pack(corpora: Sequence[tuple[Corpus, list[TokenStream]]], data: DataSection, seq_length: int, key: str, what: str,
+def _pack(corpora: Sequence[tuple[_Streams, list[TokenStream]]], data: DataSection, seq_length: int, key: str, what: str,
           share: str = "") -> Samples:
     """The samples of one split: of one stream, of several, or by weight."""
     rules = DocumentRules.of(data)
     packed: list[Samples] = []
-    for corpus, streams in corpora:
-        _check_size(corpus.name, streams, seq_length, key, what, share)
-        parts = [PackedSamples(each.ids, seq_length, each.counts, each.starts if rules != DocumentRules() else None, rules)
-                 for each in streams]
+    for whole, streams in corpora:
+        _check_size(whole, streams, seq_length, key, what, share)
+        parts = [PackedSamples(each.ids, seq_length, each.counts, each.starts if rules != DocumentRules() else None, rules,
+                               learned_windows(each.counts, seq_length)) for each in streams]
+        if not any(map(len, parts)):
+            num_windows = sum(part.num_windows for part in parts)
+            raise InputError(f"none of the {num_windows} samples of the {what} ({share}{whole.corpus.name}) has a token to learn "
+                             "from: prompts fill them, or no message has the role assistant; give another "
+                             "tuning.seq_length, more chats, or mend the roles")
         packed.append(parts[0] if len(parts) == 1 else Mixture(parts, None))
-    weights = [corpus.weight for corpus, _ in corpora]
+    weights = [whole.corpus.weight for whole, _ in corpora]
     return packed[0] if weights == [None] else Mixture(packed, [weight or 0.0 for weight in weights])
 
 
-def _check_size(name: str, streams: Sequence[TokenStream], seq_length: int, key: str, what: str, share: str) -> None:
-    """Raises InputError where what one weight stands for makes no sample, or none to learn from."""
+def _check_size(whole: _Streams, streams: Sequence[TokenStream], seq_length: int, key: str, what: str, share: str) -> None:
+    """Raises InputError where what one weight stands for makes no sample."""
+    name = whole.corpus.name
     num_tokens = sum(len(each.ids) for each in streams)
-    if not num_tokens and share:
+    if not num_tokens and share and (whole.train or whole.valid):
         raise InputError(f"{key} = {name} holds a single document, so none can be held out; give data.valid_paths or more documents, or "
                          "set tuning.eval_iters to 0")
     if not num_tokens:
-        raise InputError(f"{key} = {name} holds no text; give files that are not empty")
+        raise InputError(nothing_to_learn(key, name, whole.counts))
     if all(len(each.ids) <= seq_length for each in streams):
         remedy = "a larger data.valid_fraction, data.valid_paths, " if share else ""
         raise InputError(f"a sample takes tuning.seq_length + 1 = {seq_length + 1} tokens, but the {what} ({share}{name}) holds only "
                          f"{num_tokens}; give more text, {remedy}or a shorter tuning.seq_length")
-    if all(each.counts is not None and not each.counts.any() for each in streams):
-        raise InputError(f"the {what} ({share}{name}) has no token to learn from: of chats, that is the assistant's words alone, and no "
-                         "message has the role assistant; mend the roles")

@@ -2,6 +2,7 @@
 
 Everything happens in steps of well under a minute, so that whoever waits for it can be told that it goes on.
 """
+import json
 import os
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -18,7 +19,9 @@ from ee_tuning.data.documents import Piece, pieces_of
 from ee_tuning.data.encoding import Recipe, id_type, tokenize_piece
 from ee_tuning.data.indexed import BIN_SUFFIX, INDEX_SUFFIX, MASK_SUFFIX, with_suffix, write_index
 from ee_tuning.data.progress import Progress
+from ee_tuning.data.tally import FileCount
 from ee_tuning.errors import InputError
+from ee_tuning.json_file import to_json
 
 BYTES_PER_WORKER = 4_000_000
 """Fewer are not worth the seconds that a process takes to start."""
@@ -35,6 +38,14 @@ class Written:
     """Of the token ids."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Tokenized:
+    """All outputs, and what each file gave."""
+
+    outputs: list[Written]
+    files: list[FileCount]
+
+
 def check_workers(wanted: int) -> None:
     """Raises InputError where data.workers is negative."""
     if wanted < 0:
@@ -48,10 +59,10 @@ def num_workers(pieces: Sequence[Piece], wanted: int) -> int:
 
 
 def tokenize_files(files: Sequence[Path], recipe: Recipe, folder: Path, outputs: Sequence[Path], valid_fraction: float, workers: int,
-                   progress: Progress) -> Generator[None, None, list[Written]]:
+                   progress: Progress) -> Generator[None, None, Tokenized]:
     """Writes the documents of `files` to the prefix outputs[0], those that `held_out` chooses to outputs[1].
 
-    `folder` takes what is on the way. Yields now and then; returns what was written, per output. Raises InputError where a file or a
+    `folder` takes what is on the way. Yields now and then; returns what was written. Raises InputError where a file or a
     document can not be used.
     """
     pieces = pieces_of(files)
@@ -62,6 +73,7 @@ def tokenize_files(files: Sequence[Path], recipe: Recipe, folder: Path, outputs:
         progress.advance(piece.num_bytes if piece else 0)
         yield
     hashes = [_load(part)["hashes"] for part in parts]
+    counts = _counted(files, pieces, parts)
     chosen = held_out(np.concatenate([np.empty(0), *hashes]), valid_fraction)
     dtype = np.dtype(id_type(recipe))
     has_mask = any("counts" in _load(part) for part in parts)
@@ -74,7 +86,17 @@ def tokenize_files(files: Sequence[Path], recipe: Recipe, folder: Path, outputs:
             joint.append(_load(part), documents)
         part.unlink()
         yield
-    return [joint.close() for joint in joints]
+    return Tokenized(outputs=[joint.close() for joint in joints], files=counts)
+
+
+def _counted(files: Sequence[Path], pieces: Sequence[Piece], parts: Sequence[Path]) -> list[FileCount]:
+    counts = {path: FileCount(name=str(path)) for path in files}
+    for piece, part in zip(pieces, parts, strict=True):
+        count, loaded = counts[piece.path], _load(part)
+        count.documents += len(loaded["lengths"])
+        count.tokens += int(loaded["lengths"].sum())
+        count.left_out.join(json.loads(str(loaded["left_out"])))
+    return list(counts.values())
 
 
 def held_out(hashes: NDArray[np.float64], valid_fraction: float) -> NDArray[np.bool_]:
@@ -90,7 +112,8 @@ def held_out(hashes: NDArray[np.float64], valid_fraction: float) -> NDArray[np.b
 
 def _write_part(piece: Piece, part: Path, recipe: Recipe) -> None:
     tokens = tokenize_piece(piece, recipe)
-    arrays: dict[str, Any] = {"ids": tokens.ids, "lengths": tokens.lengths, "hashes": tokens.hashes, "counts": tokens.counts}
+    arrays: dict[str, Any] = {"ids": tokens.ids, "lengths": tokens.lengths, "hashes": tokens.hashes, "counts": tokens.counts,
+                              "left_out": np.array(to_json(tokens.left_out.reasons))}
     np.savez(part, **{name: array for name, array in arrays.items() if array is not None})
 
 

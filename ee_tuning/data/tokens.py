@@ -1,7 +1,7 @@
 """Streams of token ids become samples of equal length.
 
 Sample i of a stream reads seq_length + 1 tokens from i · seq_length on: neighbours overlap by one token, so each token but the stream's
-first is a label exactly once.
+first is a label exactly once. Windows without a label that counts, as within a long prompt, are no samples.
 """
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -14,6 +14,8 @@ from ee_tuning.config import DataSection
 from ee_tuning.data.order import BlendedOrder, Order, SampleOrder
 
 # s sequence
+
+_SCANNED_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,10 @@ class Samples(Protocol):
     def seq_length(self) -> int:
         """Inputs of each."""
 
+    @property
+    def num_windows(self) -> int:
+        """Samples, and what is skipped because none of its labels counts."""
+
     def __len__(self) -> int: ...
 
     def sample(self, index: int) -> Sample:
@@ -74,14 +80,21 @@ class PackedSamples:
     starts: NDArray[np.int64] | None = None
     """[documents]: first token of each, in order; None where no rule asks for them."""
     rules: DocumentRules = DocumentRules()
+    windows: NDArray[np.int64] | None = None
+    """[samples]: which windows of the stream are samples; None where all are."""
+
+    @property
+    def num_windows(self) -> int:
+        """See Samples."""
+        return max(0, len(self.stream) - 1) // self.seq_length
 
     def __len__(self) -> int:
-        return max(0, len(self.stream) - 1) // self.seq_length
+        return self.num_windows if self.windows is None else len(self.windows)
 
     def sample(self, index: int) -> Sample:
         """See Samples."""
         assert 0 <= index < len(self)
-        s, first = self.seq_length, index * self.seq_length
+        s, first = self.seq_length, (index if self.windows is None else int(self.windows[index])) * self.seq_length
         tokens = self.stream[first: first + s + 1].astype(np.int64)
         loss_mask = np.ones(s, np.float32) if self.counts is None else self.counts[first + 1: first + s + 1].astype(np.float32)
         begins = self._begins(first)
@@ -121,6 +134,11 @@ class Mixture:
         """See Samples."""
         return self.parts[0].seq_length
 
+    @property
+    def num_windows(self) -> int:
+        """See Samples."""
+        return sum(part.num_windows for part in self.parts)
+
     def __len__(self) -> int:
         return sum(map(len, self.parts))
 
@@ -142,6 +160,19 @@ class Mixture:
         total = sum(self.weights or [])
         blend = [[round(weight / total, 12), len(part)] for weight, part in zip(self.weights or [], self.parts, strict=False)]
         return {"number of training samples": len(self), **({"blend of training samples": blend} if blend else {})}
+
+
+def learned_windows(counts: NDArray[np.uint8] | None, seq_length: int) -> NDArray[np.int64] | None:
+    """[samples]: the windows of a stream, whose `counts` are [n], that hold a label that counts; None where all do."""
+    num_windows = 0 if counts is None else max(0, len(counts) - 1) // seq_length
+    if counts is None or not num_windows:
+        return None
+    holds, at_once = [], max(1, _SCANNED_AT_ONCE // seq_length)
+    for first in range(0, num_windows, at_once):  # the file may be longer than memory
+        labels = counts[1 + first * seq_length: 1 + min(first + at_once, num_windows) * seq_length]
+        holds.append(labels.reshape(-1, seq_length).any(axis=1))
+    found = np.flatnonzero(np.concatenate(holds))
+    return None if len(found) == num_windows else found
 
 
 @dataclass(frozen=True, kw_only=True)

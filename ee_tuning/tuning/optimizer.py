@@ -132,7 +132,7 @@ def update_exits(exits: list[ExitOptimizer], sums: Sums, divisor: Divisor, lr: f
         total = dict(zip(SUMS, own_sums, strict=True))[divisor]
         square_sum = cut + replicated if math.isfinite(own_sums[0]) else math.nan
         norm, is_believed = each.update(square_sum, each.loss_weight * ramp / total if total else 0.0, lr)
-        updates[each.layer] = ExitUpdate(means(own_sums, divisor), norm, not is_believed)
+        updates[each.layer] = ExitUpdate(means(own_sums, divisor), norm, not is_believed or not total)
     return updates
 
 

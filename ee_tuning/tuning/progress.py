@@ -43,7 +43,7 @@ class ProgressDisplay:
         line = f"step {record['step']}/{self._num_steps} · loss of exit {losses} · {record['tokens_per_second']:,.0f} tokens/s"
         if begun := record["skipped"].keys() - self._skipping:
             self.say(f"step {record['step']} · exit {', '.join(sorted(begun, key=int))} is not updated: its loss or gradient is not "
-                     "finite, or its gradient norm is above tuning.skip_grad_norm")
+                     "finite, its gradient norm is above tuning.skip_grad_norm, or the step has no token to learn")
         self._skipping = set(record["skipped"])
         is_due = record["step"] == self._num_steps or time.monotonic() - self._spoke >= _SECONDS_BETWEEN_LINES
         self._write(line)

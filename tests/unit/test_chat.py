@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from ee_tuning.config import DataSection
 from ee_tuning.data.chat import ChatFormat
 from ee_tuning.data.chat_template import read_chat_template
-from ee_tuning.data.documents import Conversation
+from ee_tuning.data.records import Conversation
 from ee_tuning.data.splits import load_samples
 from ee_tuning.data.tokenizer import load_tokenizer, tokenizer_digests
 from ee_tuning.data.tokens import PackedSamples
@@ -233,10 +233,11 @@ def test_chats_and_texts_share_a_stream(tmp_path: Path, tokenizer: PreTrainedTok
     assert isinstance(samples, PackedSamples) and samples.counts is not None
     learned = [tokenizer.decode(run) for run in np.split(samples.stream, np.flatnonzero(np.diff(samples.counts.astype(int))) + 1)][::2]
     assert learned == ["plain<|endoftext|>", "Hi — you.<|im_end|>", "Hi.\nBye.<|im_end|>", "more<|endoftext|>tail<|endoftext|>"]
-    for index in range(len(samples)):
+    assert samples.windows is not None and 0 < len(samples) == len(samples.windows) < samples.num_windows
+    for index, window in enumerate(samples.windows):
         row = samples.sample(index)
-        assert row.loss_mask.tolist() == samples.counts[8 * index + 1: 8 * index + 9].tolist()
-        assert row.tokens.tolist() == samples.stream[8 * index: 8 * index + 9].tolist()
+        assert row.loss_mask.any() and row.loss_mask.tolist() == samples.counts[8 * window + 1: 8 * window + 9].tolist()
+        assert row.tokens.tolist() == samples.stream[8 * window: 8 * window + 9].tolist()
 
 
 def test_an_answer_without_an_end_of_its_own_is_ended_by_end_of_text(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -255,8 +256,8 @@ def test_an_answer_without_an_end_of_its_own_is_ended_by_end_of_text(tmp_path: P
 
 
 @pytest.mark.parametrize(("line", "words"), [
-    ({"messages": []}, "mix.jsonl:2: 'messages' must be a list of messages, got []"),
-    ({"messages": ["hello"]}, "must be an object with role and content, got 'hello'"),
+    ({"messages": {"role": "user"}}, "mix.jsonl:2: 'messages' must be a list of messages, got {'role': 'user'}"),
+    ({"messages": ["hello"]}, "must be an object with role and content, or from and value, got 'hello'"),
     ({"messages": [{"content": "hello"}]}, "must be an object with role and content"),
     ({"messages": [{"role": "assistant", "content": "\ud800"}]}, "half of a surrogate pair"),
 ])
@@ -301,6 +302,6 @@ def test_chats_without_an_assistant_are_refused(tmp_path: Path, tokenizer: PreTr
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "template").write_text(CHATML)
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "x" * 50}]}))
-    with pytest.raises(InputError, match="has no token to learn from"):
+    with pytest.raises(InputError, match=r"nothing to learn from: 1 × chat without a word of the assistant's .*chat\.jsonl:1"):
         load_samples(DataSection(paths=(str(tmp_path / "chat.jsonl"),), chat_template=str(tmp_path / "template")), tmp_path / "model",
                      seq_length=8, vocab_size=300, max_positions=64, needs_validation=False)

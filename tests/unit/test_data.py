@@ -1,4 +1,5 @@
 """From files to micro-batches: what is read, what is held out, and in which order it is consumed."""
+import gzip
 import json
 import random
 from pathlib import Path
@@ -238,11 +239,25 @@ def test_batch_sizes_that_do_not_divide_are_refused(micro: int, total: int, dp: 
     ("bytes.jsonl", b'{"text": "\xff"}\n', r"bytes\.jsonl:1: a line must be one JSON object"),
     ("deep.jsonl", b"[" * 100_000, r"deep\.jsonl:1: a line must be one JSON object"),
     ("list.jsonl", b'\n["abc"]\n', r"list\.jsonl:2: a line must be a JSON object, got list"),
-    ("key.jsonl", b'{"body": "abc", "id": 1}\n', r"key\.jsonl:1: no key 'text' and no 'messages', its keys are 'body', 'id'; set data\."),
+    ("key.jsonl", b'{"body": "abc", "id": 1}\n', r"key\.jsonl:1: no key 'text', and no .*; its keys are 'body', 'id'; set data\."),
     ("number.jsonl", b'{"text": 7}\n', r"number\.jsonl:1: 'text' must be a text, got int"),
     ("half.jsonl", b'{"text": "\\ud800"}\n', r"half\.jsonl:1: 'text' holds half of a surrogate pair"),
-    ("ambiguous.json", b'{"text": "abc"}', r"ambiguous\.json is ambiguous; name it \.jsonl"),
-    ("empty.txt", b"", r"empty\.txt holds no text"),
+    ("cut.json", b'[{"text": "abc"},\n {"text": "de"}', r"cut\.json: its array has no end after record 2: the file is cut short"),
+    ("broken.json", b'[{"text": "abc"},\n {"text" "de"}]', r"broken\.json:2: it must be an array of JSON objects"),
+    ("key.json", b'[{"text": "abc"}, {"body": ""}]', r"key\.json, record 2: no key 'text'"),
+    ("key.csv", b'title,body\na,b\n', r"key\.csv:2: no key 'text'.* its keys are 'title', 'body'; set data\.text_key"),
+    ("cells.csv", b'id,text\n1,a\n2,b,c\n', r"cells\.csv:3: a row has 3 cells, and the first line names 2"),
+    ("open.csv", b'id,text\n1,"a\n2,b\n', r"open\.csv:.* can not be read as a table"),
+    ("cut.jsonl.gz", gzip.compress(b'{"text": "abc"}\n' * 99)[:-9], r"cut\.jsonl\.gz can not be read as gzip: .*copy it again"),
+    ("lines.txt", b'{"text": "abc"}\n{"text": "de"}\n', r"lines\.txt holds JSON lines, and its name promises plain text; name it \.jsonl"),
+    ("one.txt", b'\n{"text": "abc"}\n', r"one\.txt holds JSON lines"),
+    ("wide.txt", "abc".encode("utf-16-le"), r"wide\.txt must be UTF-8 text, got a NUL byte at offset 1"),
+    ("set.zip", b"PK", r"set\.zip: \.zip is no format that data are read from; unpack it"),
+    ("set.pkl", b"", r"set\.pkl: \.pkl is no format .*write it as \.jsonl or \.parquet"),
+    ("rows.parquet.gz", gzip.compress(b"PAR1"), r"rows\.parquet\.gz: parquet is read unpacked alone, and this is gzip; unpack it"),
+    ("lfs.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", r"lfs\.jsonl is a pointer of Git LFS"),
+    ("empty.txt", b"", r"empty\.txt holds nothing to learn from: 1 × empty text"),
+    ("empty.jsonl", b"", r"empty\.jsonl holds no text"),
     ("short.txt", b"abc", r"training data \(.*short\.txt\) holds only 4; .*a shorter tuning\.seq_length"),
 ])
 def test_a_file_that_can_not_be_used_is_named(tmp_path: Path, model: Path, name: str, content: bytes, message: str) -> None:

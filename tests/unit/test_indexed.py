@@ -259,7 +259,8 @@ def test_settings_of_corpora_that_can_not_be_used_are_refused(tmp_path: Path, to
     ({}, "data.tokenizer must name"), ({"tokenizer": True, "paths": ("1", "text.txt")}, "preprocess takes no weights, got 1 for text.txt"),
     ({"tokenizer": True, "paths": ("a",)}, "a.bin holds token ids already"),
     ({"tokenizer": True, "workers": -1}, "data.workers must be at least 0, got -1"),
-    ({"tokenizer": True, "paths": ("empty.txt",)}, "holds no text"), ({"tokenizer": True, "output": "a"}, "a.bin exists already"),
+    ({"tokenizer": True, "paths": ("empty.txt",)}, "holds nothing to learn from"),
+    ({"tokenizer": True, "output": "a"}, "a.bin exists already"),
     ({"tokenizer": True, "output": "new.bin"}, "--output is the prefix"),
     ({"tokenizer": True, "paths": ("text.txt", "latin.txt")}, "latin.txt must be UTF-8 text"),
 ])

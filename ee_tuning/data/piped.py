@@ -1,0 +1,72 @@
+"""Pipes among data.paths: a pipe can be read once, by one process, so its content is copied to a file, which is read like others."""
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from ee_tuning.checkpoint.aside import on_first_rank, refusals_named
+from ee_tuning.config import DataSection
+from ee_tuning.errors import InputError
+from ee_tuning.parallel.topology import Topology
+
+_PREFIX = "piped-"
+
+
+def has_pipes(paths: Sequence[str]) -> bool:
+    """Whether one of `paths` is a pipe or a device, /dev/stdin for example."""
+    return any(map(_is_pipe, paths))
+
+
+@contextmanager
+def pipes_copied(data: DataSection, root: Path, topology: Topology | None) -> Iterator[DataSection]:
+    """`data` with files within `root` in place of pipes, which rank 0 reads. All ranks of `topology` call it, and end the block together.
+
+    When the block ends well the files are removed; else they stay, for errors name their lines. Raises InputError where a pipe can not be
+    read or the disk refuses.
+    """
+    paths, valid_paths = on_first_rank(topology, lambda: (copied(data.paths, root), copied(data.valid_paths, root)))
+    yield replace(data, paths=paths, valid_paths=valid_paths)
+    if topology is None or topology.rank == 0:
+        for path in {*paths, *valid_paths} - {*data.paths, *data.valid_paths}:
+            if Path(path).parent.name.startswith(_PREFIX):
+                shutil.rmtree(Path(path).parent, ignore_errors=True)
+
+
+def copied(paths: Sequence[str], root: Path) -> tuple[str, ...]:
+    """`paths` with each pipe replaced by a file within `root`, and a device that stands for a file by that."""
+    return tuple(str(_copy(Path(path), root)) if _is_pipe(path) else path for path in paths)
+
+
+def _is_pipe(path: str) -> bool:
+    return os.path.exists(path) and not os.path.isdir(path) and (not os.path.isfile(path) or path.startswith(("/dev/", "/proc/")))
+
+
+def _copy(path: Path, root: Path) -> Path:
+    if path.is_file():  # /dev/stdin < FILE
+        return path.resolve()
+    partial = root / f"{_PREFIX}{secrets.token_hex(4)}.partial"
+    digest = hashlib.sha256()
+    with refusals_named(root):
+        partial.mkdir(parents=True)
+        with (partial / path.name).open("wb") as copy:
+            for block in _blocks(path):
+                digest.update(block)
+                copy.write(block)
+        os.utime(partial / path.name, (0, 0))  # token ids are kept under path, size and time: the same content finds them again
+        folder = root / f"{_PREFIX}{digest.hexdigest()[:32]}"
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    return folder / path.name
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    try:
+        with path.open("rb", buffering=0) as pipe:
+            while block := pipe.read(1 << 20):
+                yield block
+    except OSError as error:
+        raise InputError(f"{path} can not be read: {error.strerror}; give a file, or another pipe") from error

@@ -1,0 +1,133 @@
+"""What a line of JSON, a row of a table or an element of an array says: a text, a chat, or a prompt with its completion.
+
+The forms are those of the field's tools: `text`; `messages` as OpenAI has them; `conversations` of ShareGPT; `instruction`, `input` and
+`output` of Alpaca; `prompt` with `completion` or `response`, as texts or as two lists of messages. What says nothing is left out, and
+counted.
+"""
+import json
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from ee_tuning.data.messages import MESSAGES, Where, chat_messages, check_characters
+from ee_tuning.errors import InputError
+
+_SHAREGPT = ("conversations", "conversation")
+_COMPLETIONS = ("completion", "response")
+_ALPACA = ("instruction", "input", "output", "system", "history")
+KEYS = (MESSAGES, *_SHAREGPT, "prompt", *_COMPLETIONS, *_ALPACA, "tools")
+"""Columns that may say something beside the text's own."""
+_FORMS = "messages, conversations, instruction with output, or prompt with completion"
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """The messages of a chat."""
+
+    messages: list[dict[str, Any]]
+    """Each has a role and a content, which is a text."""
+    tools: list[Any] | None
+    """What the assistant may call, as the chat template takes it."""
+    where: Where
+    """Its place, for errors."""
+    num_given: int = 0
+    """So many messages at the beginning are given: the assistant's words in them are not learned."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A text whose end is learned alone."""
+
+    prompt: str
+    completion: str
+    where: Where
+    """Its place, for errors."""
+    as_chat: Conversation | None = None
+    """The same as a chat, for tokenizers that have a chat template."""
+
+
+Document = str | Conversation | Completion
+
+
+class LeftOut(NamedTuple):
+    """A record that nothing can be learned from."""
+
+    reason: str
+    where: Where
+
+
+def document_of(record: Any, text_key: str, where: Where) -> Document | LeftOut:
+    """What `record` says. `text_key` is the key of a text, which goes before other forms.
+
+    Raises InputError, with its place, where it has no form that is known.
+    """
+    if not isinstance(record, dict):
+        raise InputError(f"{where()}: a line must be a JSON object, got {type(record).__name__}; write {{\"{text_key}\": \"…\"}}, or name "
+                         "the file .json where all of it is one array")
+    if record.get(text_key) is not None:
+        return _text(record[text_key], text_key, where) or LeftOut("empty text", where)
+    for key in (MESSAGES, *_SHAREGPT):
+        if record.get(key) is not None:
+            return _conversation(record, key, where)
+    completion = next((key for key in _COMPLETIONS if record.get(key) is not None), None)
+    if completion and record.get("prompt") is not None:
+        return _completion(record, completion, where)
+    if record.get("instruction") is not None and record.get("output") is not None:
+        return _alpaca(record, where)
+    if any(key in record for key in (text_key, MESSAGES, *_SHAREGPT, *_COMPLETIONS)) or {"instruction", "output"} <= record.keys():
+        return LeftOut("null in place of a text", where)
+    known = ", ".join(map(repr, record)) or "none"
+    raise InputError(f"{where()}: no key {text_key!r}, and no {_FORMS}; its keys are {known}; set data.text_key to that of the text")
+
+
+def _text(value: Any, key: str, where: Where) -> str:
+    if not isinstance(value, str):
+        raise InputError(f"{where()}: {key!r} must be a text, got {type(value).__name__}; mend it, or set data.text_key")
+    check_characters(value, key, where)
+    return value
+
+
+def _conversation(record: dict[str, Any], key: str, where: Where) -> Conversation | LeftOut:
+    messages = chat_messages(record[key], key, where)
+    if not messages:
+        return LeftOut(f"empty {key}", where)
+    if record.get("system") and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": _text(record["system"], "system", where)}, *messages]
+    return Conversation(messages, _tools(record, where), where)
+
+
+def _completion(record: dict[str, Any], key: str, where: Where) -> Document | LeftOut:
+    if isinstance(record["prompt"], list) or isinstance(record[key], list):
+        prompt, said = (chat_messages(record[each], each, where) for each in ("prompt", key))
+        return Conversation([*prompt, *said], _tools(record, where), where, num_given=len(prompt)) if said else _nothing_said(key, where)
+    prompt_text, completion = _text(record["prompt"], "prompt", where), _text(record[key], key, where)
+    return Completion(prompt_text, completion, where) if completion else _nothing_said(key, where)
+
+
+def _alpaca(record: dict[str, Any], where: Where) -> Document | LeftOut:
+    system, task, given, output = (_text(record.get(key) or "", key, where) for key in ("system", "instruction", "input", "output"))
+    if not output:
+        return _nothing_said("output", where)
+    messages = [{"role": "system", "content": system}] if system else []
+    for turn in record.get("history") or []:
+        if not isinstance(turn, list | tuple) or len(turn) != 2:
+            raise InputError(f"{where()}: 'history' must be pairs of an instruction and its output, got {turn!r}"[:300] + "; mend it")
+        said = zip(("user", "assistant"), turn, strict=True)
+        messages += [{"role": role, "content": _text(text, "history", where)} for role, text in said]
+    messages.append({"role": "user", "content": "\n".join(part for part in (task, given) if part)})
+    chat = Conversation([*messages, {"role": "assistant", "content": output}], None, where)
+    return Completion("".join(message["content"] + "\n" for message in messages), output, where, chat)
+
+
+def _nothing_said(key: str, where: Where) -> LeftOut:
+    return LeftOut(f"empty {key}", where)
+
+
+def _tools(record: dict[str, Any], where: Where) -> list[Any] | None:
+    tools = record.get("tools")
+    if isinstance(tools, str):  # ShareGPT's files have them as JSON within the text
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where()}: 'tools' must be a list, or JSON of one: {error}; mend or remove it") from error
+    check_characters(json.dumps(tools, ensure_ascii=False, default=str), "tools", where)
+    return tools if isinstance(tools, list) else None

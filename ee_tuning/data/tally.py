@@ -1,0 +1,103 @@
+"""What was taken from which file, and what was left out or passed over: counted where files are read, said where a person reads it."""
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ee_tuning.data.records import LeftOut
+from ee_tuning.data.tokens import Samples
+
+_FILES_TOLD = 20
+_NAMES_TOLD = 8
+
+
+@dataclass(kw_only=True)
+class LeftOutCount:
+    """Records that nothing can be learned from, by reason."""
+
+    reasons: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """Reason -> how many, and the place of the first."""
+
+    def add(self, record: LeftOut) -> None:
+        """Counts one."""
+        count, first = self.reasons.get(record.reason) or (0, record.where())
+        self.reasons[record.reason] = count + 1, first
+
+    def join(self, other: Mapping[str, Sequence[Any]]) -> None:
+        """Counts those of a later piece."""
+        for reason, (count, first) in other.items():
+            before, earlier = self.reasons.get(reason, (0, first))
+            self.reasons[reason] = before + count, earlier
+
+    def __str__(self) -> str:
+        return ", ".join(f"{count:,} × {reason} (the first at {first})" for reason, (count, first) in self.reasons.items())
+
+
+@dataclass(kw_only=True)
+class FileCount:
+    """What one file gave."""
+
+    name: str
+    documents: int = 0
+    tokens: int = 0
+    left_out: LeftOutCount = field(default_factory=LeftOutCount)
+
+    def as_tree(self) -> list[Any]:
+        """As JSON."""
+        return [self.name, self.documents, self.tokens, self.left_out.reasons]
+
+    @classmethod
+    def of_tree(cls, tree: list[Any]) -> "FileCount":
+        """The inverse of `as_tree`."""
+        name, documents, tokens, reasons = tree
+        count = cls(name=name, documents=documents, tokens=tokens)
+        count.left_out.join(reasons)
+        return count
+
+
+def left_out_of(counts: Iterable[FileCount]) -> LeftOutCount:
+    """That of all files together."""
+    total = LeftOutCount()
+    for count in counts:
+        total.join(count.left_out.reasons)
+    return total
+
+
+def nothing_to_learn(key: str, names: str, counts: Sequence[FileCount]) -> str:
+    """What is wrong with data of which no document is left."""
+    if (left_out := left_out_of(counts)).reasons:
+        return f"{key} = {names} holds nothing to learn from: {left_out}; mend these, or give other files"
+    return f"{key} = {names} holds no text; give files that are not empty"
+
+
+def say_counts(counts: Sequence[FileCount]) -> None:
+    """A line for each file, of many those of the first alone, and one for what was left out. On stderr."""
+    for count in counts[:_FILES_TOLD]:
+        _say(f"{count.name}: {count.documents:,} documents, {count.tokens:,} tokens")
+    if more := counts[_FILES_TOLD:]:
+        _say(f"{len(more):,} more files: {sum(each.documents for each in more):,} documents, {sum(each.tokens for each in more):,} tokens")
+    if (left_out := left_out_of(counts)).reasons:
+        _say(f"left out, for nothing can be learned from it: {left_out}")
+
+
+def say_passed_over(names: Sequence[str]) -> None:
+    """A line, where a folder holds what was not taken. On stderr."""
+    if names:
+        _say(f"passed over: {listed(names)}")
+
+
+def say_skipped(what: str, samples: Samples | None) -> None:
+    """A line, where parts of the stream are no samples. On stderr."""
+    if samples is not None and (num_skipped := samples.num_windows - len(samples)):
+        _say(f"{num_skipped:,} of {samples.num_windows:,} {what} samples are skipped: none of their tokens is to be learned, as within "
+             "prompts longer than tuning.seq_length")
+
+
+def listed(names: Sequence[str]) -> str:
+    """Some of the names, and how many more there are."""
+    more = f" and {len(names) - _NAMES_TOLD:,} more" if len(names) > _NAMES_TOLD else ""
+    return ", ".join(names[:_NAMES_TOLD]) + more
+
+
+def _say(line: str) -> None:
+    print(f"data: {line}", file=sys.stderr, flush=True)
