@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "ee_tuning" / "__init__.py").read_text())
+VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "ee_tuning" / "__init__.py").read_text(encoding="utf-8"))
 README = HERE / "README.md"
 assert VERSION is not None
 
@@ -13,7 +13,7 @@ setup(
     name="ee_tuning",
     version=VERSION[1],
     description="Turns a trained LLM into an early-exit LLM: convert, tune the exits alone, decode faster. On Megatron-core.",
-    long_description=README.read_text() if README.exists() else "",  # the Dockerfile's dependency layer comes without it
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",  # the Dockerfile's dependency layer comes without it
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

@@ -7,11 +7,17 @@ import difflib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from ee_tuning import __version__
 from ee_tuning.commands import COMMANDS
+from ee_tuning.config.paths import expanded
 from ee_tuning.errors import InputError
+from ee_tuning.utf8 import typed_text, use_utf8
+
+_TEXTS = ("prompt", "system")
+"""Arguments that go to a model."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -46,6 +52,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line, read. Raises InputError on what no command knows, with the nearest flag there is."""
     parser = build_parser()
     args, unknown = parser.parse_known_args(argv)
+    for name, value in vars(args).items():
+        if isinstance(value, Path):  # --output=~/x reaches the program as it is written
+            setattr(args, name, Path(expanded(str(value), f"--{name.replace('_', '-')}")))
+        elif name in _TEXTS and value is not None:
+            setattr(args, name, typed_text(value) if isinstance(value, str) else list(map(typed_text, value)))
     if unknown:
         row: _Parser = getattr(args, "parser", parser)
         near = difflib.get_close_matches(unknown[0].partition("=")[0], row.flag_names(), n=1, cutoff=0.7)
@@ -55,6 +66,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
+    use_utf8()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns whenever a process forks after tokenizing
     try:
         args = parse(sys.argv[1:] if argv is None else argv)

@@ -16,7 +16,9 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from ee_tuning.config import Config
+from ee_tuning.config.paths import split_paths
 from ee_tuning.errors import InputError
+from ee_tuning.utf8 import typed_text
 
 _MODEL = {"--model": "model.path", "--config": "model.config", "--trust-pickle": "model.trust_pickle", "--dtype": "model.dtype"}
 _HEADS = {"--architecture": "exits.architecture", "--adapter-rank": "exits.adapter_rank", "--init": "exits.init"}
@@ -78,6 +80,7 @@ class Key:
     doc: str
     is_verbatim: bool
     """Whether items of the list may hold commas: one item a flag, and the flag repeats."""
+    is_path: bool
 
 
 def add_config_flags(parser: argparse.ArgumentParser, command: str) -> None:
@@ -113,12 +116,17 @@ class _Override(argparse.Action):
         elif self.nargs == 0:
             overrides[self.key] = not str(option_string).startswith(_NOT)
         elif config_keys()[self.key].is_verbatim:
-            overrides[self.key] = [*_items(overrides.get(self.key)), values]
+            overrides[self.key] = [*_items(overrides.get(self.key)), typed_text(str(values))]
         elif isinstance(values, list):
-            words = [part.strip() for word in values for part in word.split(",") if part.strip()]
+            split = split_paths if config_keys()[self.key].is_path else _split
+            words = [part for word in values for part in split(word)]
             overrides[self.key] = [*_items(overrides.get(self.key)), *words]
         else:
             overrides[self.key] = values
+
+
+def _split(word: str) -> list[str]:
+    return [part.strip() for part in word.split(",") if part.strip()]
 
 
 def _items(value: Any) -> list[Any]:
@@ -140,7 +148,8 @@ def config_keys() -> dict[str, Key]:
                 hint, is_list = typing.get_args(hint)[0], True
             doc = documented.get(field.name, "")
             keys[f"{section}.{field.name}"] = Key(kind=hint, is_list=is_list, default=field.default, doc=doc,
-                                                       is_verbatim=bool(field.metadata.get("verbatim")))
+                                                  is_verbatim=bool(field.metadata.get("verbatim")),
+                                                  is_path=bool(field.metadata.get("path")))
     return keys
 
 

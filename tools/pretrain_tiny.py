@@ -89,13 +89,13 @@ def write_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out
     tokenizer.save_pretrained(output)
     for path in output.iterdir():
         path.chmod(0o644)  # safetensors writes 0600 whatever the umask
-    (output / "training.json").write_text(to_json(facts, indent=2) + "\n")
+    (output / "training.json").write_text(to_json(facts, indent=2) + "\n", encoding="utf-8")
     rows = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in facts.items())
     (output / "README.md").write_text(
         "# tiny-python-llama\n\nA byte-level Llama for trying ee_tuning on a laptop: it completes Python code so that it looks like\n"
         "Python, and knows nothing else. Trained from scratch by `tools/pretrain_tiny.py` on the sources and the documentation topics of\n"
         "the Python standard library (Python Software Foundation License); the model is under this project's Apache-2.0.\n\n"
-        f"| fact | value |\n|---|---|\n{rows}\n")
+        f"| fact | value |\n|---|---|\n{rows}\n", encoding="utf-8")
 
 
 def parse_arguments() -> argparse.Namespace:

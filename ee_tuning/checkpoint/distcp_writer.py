@@ -118,7 +118,7 @@ def write_common(folder: Path, content: dict[str, Any]) -> None:
     """What is not in parts, and how to read it all."""
     torch.save(content, folder / "common.pt")
     (folder / "metadata.json").write_text(to_json({"sharded_backend": "torch_dist", "sharded_backend_version": 1,
-                                                        "common_backend": "torch", "common_backend_version": 1}))
+                                                        "common_backend": "torch", "common_backend_version": 1}), encoding="utf-8")
 
 
 def write_metadata(folder: Path, written: Iterable[Written]) -> None:

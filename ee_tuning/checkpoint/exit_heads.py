@@ -160,8 +160,8 @@ def _begin(partial: Path, output: Path, writer: SafetensorsWriter) -> None:
 def _finish(partial: Path, output: Path, exits: ExitHeadsConfig, layout: SafetensorsLayout, sums: Mapping[str, str]) -> None:
     with refusals_named(output):
         if index := layout.index():
-            (partial / index[0]).write_text(index[1])
+            (partial / index[0]).write_text(index[1], encoding="utf-8")
         tree = exit_config_tree(exits)
-        (partial / CONFIG).write_text(to_json(tree, indent=2) + "\n")
-        (partial / CARD).write_text(artifact_card(tree))
+        (partial / CONFIG).write_text(to_json(tree, indent=2) + "\n", encoding="utf-8")
+        (partial / CARD).write_text(artifact_card(tree), encoding="utf-8")
         write_manifest(partial, sums)

@@ -62,7 +62,7 @@ def router_names(folder: SafetensorsFolder) -> dict[str, str]:
 def _spelling(folder: SafetensorsFolder) -> Spelling:
     path = folder.folder / "config.json"
     try:
-        return SPELLINGS[json.loads(path.read_text())["model_type"]]
+        return SPELLINGS[json.loads(path.read_text(encoding="utf-8"))["model_type"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} must tell the model_type of the experts beside it: {error!r}; fetch the model's own config.json"
                          ) from error

@@ -104,15 +104,15 @@ def _finish(model: ExportSource, described: dict[str, Any], partial: Path, outpu
             (partial / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, partial / name)
         if model.files is None and (index := backbone_layout(model.source, model.model).index()):
-            (partial / index[0]).write_text(index[1])
+            (partial / index[0]).write_text(index[1], encoding="utf-8")
         if model.artifact:
             shutil.copyfile(MODELLING, partial / MODELLING.name)
-        (partial / "README.md").write_text(export_card(model.name, described.get("early_exit")))
+        (partial / "README.md").write_text(export_card(model.name, described.get("early_exit")), encoding="utf-8")
         # Last but for the manifest: what a killed export leaves has no config.json, and loads nowhere.
         if model.files is not None and described == model.description:
             shutil.copyfile(model.source.folder / "config.json", partial / "config.json")
         else:
-            (partial / "config.json").write_text(to_json(described, indent=2) + "\n")
+            (partial / "config.json").write_text(to_json(described, indent=2) + "\n", encoding="utf-8")
         write_manifest(partial, sums)
 
 

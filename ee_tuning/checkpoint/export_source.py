@@ -75,4 +75,4 @@ def open_for_export(config: Config, topology: Topology | None) -> Iterator[Expor
 
 def _description(config: Config, folder: Path, model: ModelConfig) -> dict[str, Any]:
     own = describing_file(folder, config.model.config)
-    return huggingface_config(model) if own is None else json.loads(own.read_text())
+    return huggingface_config(model) if own is None else json.loads(own.read_text(encoding="utf-8"))

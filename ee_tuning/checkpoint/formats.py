@@ -159,7 +159,7 @@ def describing_file(folder: Path, shape: str | None) -> Path | None:
     """
     path = Path(shape) if shape else folder / "config.json"
     try:
-        tree = json.loads(path.read_text()) if path.suffix == ".json" else None
+        tree = json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else None
     except (OSError, ValueError):
         return None
     return path if isinstance(tree, dict) and "model_type" in tree else None
@@ -185,7 +185,7 @@ def model_folder(path: str, *, needs_weights: bool = True) -> Path:
         return folder
     latest = folder / _LATEST
     if latest.is_file():
-        word = latest.read_text(errors="replace").strip()
+        word = latest.read_text(errors="replace", encoding="utf-8").strip()
         iteration = folder / ("release" if word == "release" else f"iter_{int(word):07d}" if word.isdecimal() else "?")
         if not iteration.is_dir():
             raise InputError(f"{latest} says {word[:40]!r}, and there is no such iteration; give the folder of one that is there")

@@ -25,7 +25,7 @@ def write_manifest(folder: Path, known: Mapping[str, str] | None = None) -> None
     """Lists every file that stands in `folder` now. `known` are sha256 by file name that were taken while writing."""
     files = {name: {"sha256": (known or {}).get(name) or _sha256(folder / name), "bytes": (folder / name).stat().st_size}
              for name in file_names(folder) if name != MANIFEST}
-    (folder / MANIFEST).write_text(to_json({"files": files}, indent=2) + "\n")
+    (folder / MANIFEST).write_text(to_json({"files": files}, indent=2) + "\n", encoding="utf-8")
 
 
 def file_names(folder: Path) -> list[str]:

@@ -141,8 +141,8 @@ def _finish(model: ExportSource, aside: Path, output: Path, reports: list[_Repor
         arguments = argparse.Namespace(**megatron_arguments(model.model))
         write_common(aside, {"args": arguments, "checkpoint_version": 3.0, "iteration": 0})
         described = {key: value for key, value in model.described().items() if key not in ("early_exit", "auto_map")}
-        (aside / "config.json").write_text(to_json(described, indent=2) + "\n")
+        (aside / "config.json").write_text(to_json(described, indent=2) + "\n", encoding="utf-8")
         if model.artifact is not None:
-            (aside / CONFIG).write_text(to_json(exit_config_tree(model.artifact.config), indent=2) + "\n")
+            (aside / CONFIG).write_text(to_json(exit_config_tree(model.artifact.config), indent=2) + "\n", encoding="utf-8")
         write_metadata(aside, [each for report in reports for each in report.written])
         write_manifest(aside, {file: digest for report in reports for file, digest in report.sums.items()})

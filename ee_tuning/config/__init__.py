@@ -8,6 +8,7 @@ import difflib
 import math
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ import yaml
 from ee_tuning.config.data import DataSection
 from ee_tuning.config.generation import GenerationSection, without_overruled
 from ee_tuning.config.model import Architecture, DType, ExitsSection, ModelSection, ParallelSection
+from ee_tuning.config.paths import expanded, split_paths
 from ee_tuning.config.placement import AutoLayers
 from ee_tuning.config.tuning import TuningSection, WeightFormat
 from ee_tuning.errors import InputError
@@ -65,7 +67,7 @@ def load_config(path: str | Path | None, overrides: dict[str, Any] | None = None
 
 def save_config(config: Config, path: Path) -> None:
     """Writes the resolved job, every key spelled out, as YAML that `load_config` reads back to an equal Config."""
-    path.write_text(yaml.safe_dump(_plain(config), sort_keys=False))
+    path.write_text(yaml.safe_dump(_plain(config), sort_keys=False), encoding="utf-8")
 
 
 def replace(config: Config, **sections: Any) -> Config:
@@ -84,7 +86,7 @@ def _plain(value: Any) -> Any:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = parse_yaml(path.read_text())
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"the config file {path} can not be read: {error.strerror}") from error
     except ValueError as error:
@@ -128,9 +130,22 @@ def _build(kind: type, tree: Any, where: str, prefix: str) -> Any:
             raise InputError(f"{where}: unknown key {prefix}{key}; " +
                              (f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(known)}"))
     hints = typing.get_type_hints(kind)
-    # A lone text is one item where items may hold commas and spaces.
-    tree = {key: [value] if isinstance(value, str) and known[key].metadata.get("verbatim") else value for key, value in tree.items()}
-    return kind(**{key: _convert(value, hints[key], where, prefix + key) for key, value in tree.items()})
+    tree = {key: _items(value, hints[key], known[key].metadata) for key, value in tree.items()}
+    values = {key: _convert(value, hints[key], where, prefix + key) for key, value in tree.items()}
+    return kind(**{key: _with_paths(value, prefix + key) if known[key].metadata.get("path") else value for key, value in values.items()})
+
+
+def _items(value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any:
+    """A lone text is one item where items may hold commas and spaces."""
+    if isinstance(value, str) and metadata.get("verbatim"):
+        return [value]
+    return split_paths(value) if isinstance(value, str) and metadata.get("path") and typing.get_origin(hint) is tuple else value
+
+
+def _with_paths(value: Any, name: str) -> Any:
+    if isinstance(value, tuple):
+        return tuple(expanded(item, name) for item in value)
+    return expanded(value, name) if isinstance(value, str) else value
 
 
 def _convert(value: Any, hint: Any, where: str, name: str) -> Any:

@@ -1,23 +1,25 @@
 """Section `data`: the texts."""
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from ee_tuning.config.paths import PATH
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSection:
     """What the heads are tuned on."""
 
-    paths: tuple[str, ...] = ()
+    paths: tuple[str, ...] = field(default=(), metadata=PATH)
     """Text files; .jsonl, .json, .csv and .parquet files of records (a text, a chat, or a prompt with its completion), packed or not;
     prefixes of Megatron's .bin and .idx; or folders of these. A blend, as Megatron writes it, has a weight before each:
     0.3 corpus_a 0.7 corpus_b."""
     text_key: str = "text"
     """Key of the text in a record, or its column."""
-    tokenizer: str | None = None
+    tokenizer: str | None = field(default=None, metadata=PATH)
     """Folder of the tokenizer, or org/name on the Hugging Face hub; default the model's."""
-    chat_template: str | None = None
+    chat_template: str | None = field(default=None, metadata=PATH)
     """File with the Jinja template that chat messages are rendered by, or the name of one of the tokenizer's; default its own, of several
     the one named default, or tool_use for chats with tools."""
-    valid_paths: tuple[str, ...] = ()
+    valid_paths: tuple[str, ...] = field(default=(), metadata=PATH)
     """Held-out files. Without them, valid_fraction of the documents is held out."""
     valid_fraction: float = 0.05
     """Share of the documents held out for validation: of texts, chosen by a hash of the document; of .bin and .idx, the last ones."""
@@ -30,7 +32,7 @@ class DataSection:
     """Whether positions begin anew with each document in a sample."""
     eod_mask_loss: bool = False
     """Whether the first token of a document is no label: it follows from another document's end."""
-    cache: str | None = None
+    cache: str | None = field(default=None, metadata=PATH)
     """Folder that keeps token ids for later runs; default $EE_TUNING_CACHE, or .cache/ee_tuning in the home folder. One process of
     each machine tokenizes, all read the same file. What no run has begun with for 90 days is removed when more is tokenized; the folder
     may be emptied while no run reads it."""

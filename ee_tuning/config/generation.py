@@ -3,6 +3,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ee_tuning.config.paths import PATH
+
 Measure = Literal["max_probability", "margin", "entropy"]
 
 
@@ -22,7 +24,7 @@ class GenerationSection:
     """Confidence at which a token leaves: one for all exits, or one for each, shallow to deep. Above 1 never."""
     measure: Measure = "max_probability"
     """Of confidence, in the plain softmax: the largest probability, its margin over the second, or 1 - entropy / ln(vocabulary)."""
-    calibration: str | None = None
+    calibration: str | None = field(default=None, metadata=PATH)
     """File that `ee-tuning calibrate` wrote: its thresholds and its measure, in place of threshold and measure. One of these given
     on the command line overrules a file that the job names."""
     exit_layer: int | None = None

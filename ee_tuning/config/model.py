@@ -1,7 +1,8 @@
 """Sections `model`, `exits` and `parallel`: the backbone, its exit heads, and their layout."""
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from ee_tuning.config.paths import PATH
 from ee_tuning.config.placement import AutoLayers, evenly_along
 from ee_tuning.errors import InputError
 
@@ -13,10 +14,10 @@ DType = Literal["float32", "bfloat16", "float64"]
 class ModelSection:
     """The backbone."""
 
-    path: str = ""
+    path: str = field(default="", metadata=PATH)
     """Folder of the model: Hugging Face's, a Megatron checkpoint or a run's folder of them; or a GGUF file; or org/name, or
     org/name@revision, on the Hugging Face hub."""
-    config: str | None = None
+    config: str | None = field(default=None, metadata=PATH)
     """Shape of a Megatron checkpoint whose saved arguments are missing or lack something: a Hugging Face config.json, or YAML with
     Megatron's names."""
     trust_pickle: bool = False
@@ -32,12 +33,12 @@ class ModelSection:
 class ExitsSection:
     """The exit heads: an artifact that exists, or what to make."""
 
-    path: str | None = None
+    path: str | None = field(default=None, metadata=PATH)
     """Exit-heads artifact to start from. Without it, `tune` converts by itself from the other keys."""
     exit_layers: tuple[int, ...] | AutoLayers = ()
     """Backbone layers (1-based, increasing) that are followed by an exit head. auto:8: eight, evenly in depth. auto:8:profile: evenly by
     how far the hidden states of a text turn (`ee-tuning profile`)."""
-    profile_text: str | None = None
+    profile_text: str | None = field(default=None, metadata=PATH)
     """Text file that the hidden states are looked at on for auto:N:profile; by default some Python source code."""
     architecture: tuple[Architecture, ...] = ()
     """One for all exits, or one per exit; default mlp, or norm for a model with experts, which takes no mlp. embedding: an output matrix

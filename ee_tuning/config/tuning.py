@@ -1,6 +1,8 @@
 """Section `tuning`: the tuner."""
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from ee_tuning.config.paths import PATH
 
 WeightFormat = Literal["native", "int8", "nf4"]
 
@@ -9,7 +11,7 @@ WeightFormat = Literal["native", "int8", "nf4"]
 class TuningSection:
     """The tuner."""
 
-    run_folder: str = "runs/tune"
+    run_folder: str = field(default="runs/tune", metadata=PATH)
     """Where checkpoints, metrics and the tuned artifact go."""
     train_iters: int = 1000
     """Optimizer steps in all."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ee_tuning.checkpoint.own_folders import is_ours
+from ee_tuning.config.paths import is_number
 from ee_tuning.data.file_kind import DATA_SUFFIXES, named_format
 from ee_tuning.data.tally import listed
 from ee_tuning.errors import InputError
@@ -69,25 +70,18 @@ def find_corpora(paths: Sequence[str], key: str, leave_out: Iterable[Corpus] = (
 
 def _weighed(paths: Sequence[str], key: str) -> list[tuple[float | None, Sequence[str]]]:
     """[(None, all paths)], or, where a path is a number and no file, a weight and a path for each corpus."""
-    if not any(_number(path) is not None and not os.path.exists(path) for path in paths):
+    if not any(is_number(path) and not os.path.exists(path) for path in paths):
         return [(None, paths)]
     blend: list[tuple[float | None, Sequence[str]]] = []
     for index in range(0, len(paths), 2):
-        weight = _number(paths[index])
-        if weight is None or not 0 < weight < math.inf:
+        weight = float(paths[index]) if is_number(paths[index]) else 0.0
+        if not 0 < weight < math.inf:
             raise InputError(f"{key}: a blend is a weight above 0 before each path, such as 0.3 corpus_a 0.7 corpus_b, got "
                              f"{paths[index]!r} where a weight belongs; give every path a weight, or none")
         if index + 1 == len(paths):
             raise InputError(f"{key}: the weight {paths[index]} has no path after it; a blend is a weight before each path")
         blend.append((weight, paths[index + 1: index + 2]))
     return blend
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
 
 
 def _expand(path: Path, key: str, passed_over: list[str]) -> list[Path]:

@@ -57,7 +57,7 @@ def demo(output: Path) -> None:
     shutil.copytree(output / "run" / "exit_heads", output / "exit_heads")
     console.rule("3 of 3: decode held-out code at each threshold", align="left")
     report = _measure(job, output, prompts)
-    (output / "report.json").write_text(to_json(report, indent=2) + "\n")
+    (output / "report.json").write_text(to_json(report, indent=2) + "\n", encoding="utf-8")
     draw_report(report, output / "report.png")
     _tell(console, report, output, time.monotonic() - started)
 
@@ -66,14 +66,14 @@ def _write_text(folder: Path) -> list[str]:
     """Training and held-out text as .jsonl; returns prompts, from files that neither model nor heads learned from."""
     folder.mkdir(exist_ok=True)
     training, held_out = standard_library()
-    with (folder / "train.jsonl").open("w") as file:
+    with (folder / "train.jsonl").open("w", encoding="utf-8") as file:
         size = 0
         for name in sorted(training, key=lambda n: n[::-1]):  # neither the alphabet's beginning alone nor one package
             if (size := size + len(training[name])) > TRAINING_BYTES:
                 break
             file.write(to_json({"text": training[name].decode(errors="replace")}) + "\n")
     texts = [text.decode(errors="replace") for _, text in sorted(held_out.items())]
-    (folder / "valid.jsonl").write_text("".join(to_json({"text": text}) + "\n" for text in texts))
+    (folder / "valid.jsonl").write_text("".join(to_json({"text": text}) + "\n" for text in texts), encoding="utf-8")
     prompts = []
     for text in texts:
         at = text.find("\n    def ", PROMPT_BYTES)

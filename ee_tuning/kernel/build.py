@@ -62,7 +62,7 @@ def _loaded(compiler: str) -> ctypes.CDLL:
 def _library(compiler: str) -> Path:
     """Where the library lies that this compiler makes of these sources for this processor."""
     sources = sorted([*SOURCE.glob("*.h"), *SOURCE.glob("*.cpp")])
-    told = [compiler, *FLAGS, _processor(), str(_openmp_in_use()), *(source.read_text() for source in sources)]
+    told = [compiler, *FLAGS, _processor(), str(_openmp_in_use()), *(source.read_text(encoding="utf-8") for source in sources)]
     return kernel_folder() / f"kernels-{hashlib.sha256(chr(0).join(told).encode()).hexdigest()[:24]}.so"
 
 
@@ -103,7 +103,7 @@ _own_folders: list[tempfile.TemporaryDirectory[str]] = []
 def _openmp_in_use() -> Path | None:
     """The OpenMP runtime that torch has loaded, where it is GNU's."""
     try:
-        mapped = Path("/proc/self/maps").read_text()
+        mapped = Path("/proc/self/maps").read_text(encoding="utf-8")
     except OSError:
         return None
     return next((Path(line.split(maxsplit=5)[5]) for line in mapped.split("\n") if "libgomp" in line), None)
@@ -112,11 +112,11 @@ def _openmp_in_use() -> Path | None:
 def _processor() -> str:
     """What -march=native asks: homes are shared by machines that differ."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().split("\n")
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n")
     except OSError:
         return platform.processor() or platform.machine()
     return "\n".join(sorted({line for line in lines if line.startswith(("flags", "model name", "Features", "CPU part"))}))
 
 
 def _run(command: list[str]) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIMEOUT)
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIMEOUT, encoding="utf-8", errors="replace")

@@ -128,7 +128,7 @@ def untold_by_megatron(config: ModelConfig) -> list[str]:
 
 def _read(shape: Path) -> dict[str, Any]:
     try:
-        fields = read_json(shape) if shape.suffix == ".json" else parse_yaml(shape.read_text())
+        fields = read_json(shape) if shape.suffix == ".json" else parse_yaml(shape.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"model.config must be a file, but {shape} can not be read: {error.strerror}") from error
     except ValueError as error:

@@ -74,8 +74,8 @@ def _run_id(folder: Path) -> str:
     path = folder / WANDB_ID
     if not path.exists():
         with file_written_aside(path) as partial:
-            partial.write_text(secrets.token_hex(8) + "\n")
-    return path.read_text().strip()
+            partial.write_text(secrets.token_hex(8) + "\n", encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip()
 
 
 def scalars(record: Record) -> dict[str, float]:

@@ -34,7 +34,7 @@ def write_plots(folder: Path, title: str) -> None:
     with file_written_aside(folder / PNG) as partial:
         partial.write_bytes(picture)
     with file_written_aside(folder / HTML) as partial:
-        partial.write_text(_page(records, picture, title))
+        partial.write_text(_page(records, picture, title), encoding="utf-8")
 
 
 def _draw(records: list[Record], panels: list[tuple[str, str]], title: str) -> bytes:

@@ -15,7 +15,7 @@ class ProgressDisplay:
 
     def __init__(self, log: Path, num_steps: int, first_step: int) -> None:
         """Steps `first_step` + 1 up to `num_steps` are to come."""
-        self._log = log.open("a")
+        self._log = log.open("a", encoding="utf-8")
         self._num_steps, self._first_step = num_steps, first_step
         self._began = time.monotonic()
         self._spoke = -_SECONDS_BETWEEN_LINES

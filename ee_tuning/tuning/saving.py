@@ -130,14 +130,14 @@ def _describe(partial: Path, progress: Progress, reports: list[_Report]) -> None
     with refusals_named(partial):
         write_common(partial, {})
         write_metadata(partial, [each for report in reports for each in report.written])
-        (partial / PROGRESS).write_text(to_json(dataclasses.asdict(progress), indent=2) + "\n")
+        (partial / PROGRESS).write_text(to_json(dataclasses.asdict(progress), indent=2) + "\n", encoding="utf-8")
         write_manifest(partial, {file: digest for report in reports for file, digest in report.sums.items()})
 
 
 def _point_at(folder: Path, keep: int) -> None:
     """Has `latest` name `folder`, and removes all but the `keep` last checkpoints of the run's way there."""
     with file_written_aside(folder.parent / LATEST) as pointer:
-        pointer.write_text(folder.name + "\n")
+        pointer.write_text(folder.name + "\n", encoding="utf-8")
     for partial in folder.parent.glob("step_????????.partial-*"):  # of a save that was killed, at a step where none may follow
         remove_leftovers(partial.with_name(partial.name.partition(".")[0]))
     found = sorted(folder.parent.glob("step_????????"))

@@ -52,7 +52,7 @@ def latest_checkpoint(run_folder: Path) -> Path | None:
     pointer = run_folder / CHECKPOINTS / LATEST
     if not pointer.exists():
         return None
-    name = pointer.read_text().strip()
+    name = pointer.read_text(encoding="utf-8").strip()
     folder = pointer.parent / name
     if Path(name).name != name or not folder.is_dir():
         raise InputError(f"{pointer} must name a folder beside it, got {name!r}; {_REMEDY}")
@@ -170,7 +170,7 @@ def _as_sharded(value: Tensor) -> DTensor:
 def _read_progress(folder: Path, fixed: dict[str, Any]) -> Progress:
     path = folder / PROGRESS
     try:
-        progress = Progress(**json.loads(path.read_text()))
+        progress = Progress(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path} can not be read: {error}; {_REMEDY}") from error
     for key, value in fixed.items():
