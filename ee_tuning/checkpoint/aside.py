@@ -6,7 +6,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
@@ -128,13 +128,6 @@ def remove_leftovers(output: Path) -> None:
         if not path.is_symlink() and (lock := locked(path)) is not None:
             _remove(path)
             os.close(lock)
-
-
-def check_apart(output: Path, sources: Iterable[Path]) -> None:
-    """Raises InputError where `output` is one of the folders that it is made from: replacing it would destroy that."""
-    for source in sources:
-        if output.exists() and source.exists() and output.samefile(source):
-            raise InputError(f"--output must not be {source}, which is read to make it and would be lost; give another --output")
 
 
 def check_file(output: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any, TypeGuard
 
 import torch
 
+from ee_tuning.checkpoint.apart import check_apart
 from ee_tuning.checkpoint.aside import on_first_rank
 from ee_tuning.checkpoint.ee_llm import FoundExits
 from ee_tuning.checkpoint.exit_config import ExitHeadsConfig
@@ -43,6 +44,7 @@ def convert(config: Config, output: Path, *, overwrite: bool = False) -> None:
 
 def write_initial_exits(config: Config, output: Path, topology: Topology, *, overwrite: bool = False) -> ExitHeadsConfig:
     """As `convert`, within a world that exists, in silence where there is no terminal; all ranks call it. Returns what was written."""
+    on_first_rank(topology, lambda: check_apart(output, (config.model.path, config.data.tokenizer)))
     reader, model, _ = open_model(config.model)
     with reader, owned(output, topology):
         _check(config, model, reader)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ee_tuning.checkpoint.aside import check_apart
+from ee_tuning.checkpoint.apart import check_apart
 from ee_tuning.checkpoint.convert import described_heads
 from ee_tuning.checkpoint.exit_config import ExitHeadsConfig
 from ee_tuning.checkpoint.exit_heads import ExitHeadsReader, check_bound_to, write_exit_heads
@@ -56,8 +56,7 @@ def export_artifact(config: Config, output: Path, choice: ExitChoice, *, overwri
     """
     if config.exits.path is None:
         raise InputError("export needs the exits to begin with, got none; give --exits FOLDER")
-    sources = (config.exits.path, choice.merge, config.model.path or None)
-    check_apart(output, [Path(source) for source in sources if source is not None])
+    check_apart(output, (config.exits.path, choice.merge, config.model.path))
     with ExitStack() as stack:
         base = stack.enter_context(ExitHeadsReader(Path(config.exits.path), verifies=config.exits.verify))
         model = config_of_shape(base.config.model_shape, base.folder)

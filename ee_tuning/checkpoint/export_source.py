@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ee_tuning.checkpoint.aside import check_apart, on_first_rank
+from ee_tuning.checkpoint.apart import check_apart
+from ee_tuning.checkpoint.aside import on_first_rank
 from ee_tuning.checkpoint.convert import model_name
 from ee_tuning.checkpoint.exit_heads import ExitHeadsReader, check_bound_to
 from ee_tuning.checkpoint.fingerprint import fingerprint
@@ -51,8 +52,7 @@ def check_target(config: Config, output: Path, overwrite: bool, marks: Sequence[
     """Raises InputError where `output` can not become an export of model.path and exits.path, as `check_replaceable` or because it is one
     of them.
     """
-    exits = (Path(config.exits.path),) if config.exits.path else ()
-    check_apart(output, (model_folder(config.model.path), *exits))
+    check_apart(output, (model_folder(config.model.path), config.exits.path, config.data.tokenizer))
     check_replaceable(output, overwrite, marks)
 
 

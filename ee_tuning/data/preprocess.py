@@ -2,6 +2,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+from ee_tuning.checkpoint.apart import check_apart
 from ee_tuning.checkpoint.aside import folder_beside, move_into_place
 from ee_tuning.checkpoint.owner import owned
 from ee_tuning.config import DataSection
@@ -32,6 +33,7 @@ def preprocess(data: DataSection, output: Path, overwrite: bool, *, trusts_code:
     there = [path for suffix in _IN_ORDER if (path := with_suffix(output, suffix)).exists()]
     if there and not overwrite:
         raise InputError(f"{there[0]} exists already; give --overwrite to replace it, or another --output")
+    check_apart(output, (*data.paths, data.tokenizer))
     if not has_pipes(data.paths):
         return _preprocess(data, output, trusts_code)
     with folder_beside(output) as folder:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ee_tuning.checkpoint.own_folders import is_ours
+from ee_tuning.checkpoint.apart import is_ours
 from ee_tuning.config.paths import is_number
 from ee_tuning.data.file_kind import DATA_SUFFIXES, named_format
 from ee_tuning.data.tally import listed

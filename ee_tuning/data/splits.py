@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ee_tuning.checkpoint.apart import check_apart
 from ee_tuning.config import DataSection
 from ee_tuning.data.cache import Entry, cache_root, file_stamps, kept
 from ee_tuning.data.encoding import recipe_of
@@ -46,6 +47,7 @@ def load_samples(data: DataSection, model_path: str | Path, *, seq_length: int, 
     one sample, and no held-out part where `needs_validation`.
     """
     check_data_settings(data, seq_length, max_positions, needs_validation)
+    check_apart(cache_root(data.cache), (*data.paths, *data.valid_paths), "data.cache")
     with pipes_copied(data, cache_root(data.cache), topology) as data:
         return _load(data, Path(data.tokenizer or model_path), seq_length, vocab_size, needs_validation, topology, trusts_code)
 

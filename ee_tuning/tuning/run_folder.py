@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ee_tuning.checkpoint.apart import check_apart
 from ee_tuning.checkpoint.aside import file_written_aside, on_first_rank, refusals_named
 from ee_tuning.checkpoint.exit_heads import check_output
 from ee_tuning.checkpoint.owner import owned
@@ -27,7 +28,7 @@ def owned_run_folder(config: Config, topology: Topology) -> Iterator[None]:
     alone goes again.
     """
     folder = Path(config.tuning.run_folder)
-    on_first_rank(topology, lambda: _check_writable(folder))
+    on_first_rank(topology, lambda: _check_place(config, folder))
     with owned(folder, topology, lock_file=folder / OWNER):
         yield
 
@@ -62,6 +63,13 @@ def open_run_folder(config: Config, topology: Topology) -> None:
         with file_written_aside(folder / CONFIG) as partial:
             save_config(config, partial)
     on_first_rank(topology, write)
+
+
+def _check_place(config: Config, folder: Path) -> None:
+    data = config.data
+    check_apart(folder, (config.model.path, config.exits.path, data.tokenizer), "tuning.run_folder (--output)")
+    check_apart(folder, (*data.paths, *data.valid_paths), "tuning.run_folder (--output)", around=True)
+    _check_writable(folder)
 
 
 def _check_writable(folder: Path) -> None:

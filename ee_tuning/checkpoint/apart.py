@@ -1,0 +1,34 @@
+"""Outputs go where no input is read: else a command reads, the next time, what it wrote, or loses what it was made from."""
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from ee_tuning.errors import InputError
+
+_MARKS = (("exit_config.json",), ("config.yaml", "metrics.jsonl"), ("config.yaml", "checkpoints"))
+"""Names that stand together in a folder of ours."""
+
+
+def check_apart(output: Path, sources: Iterable[str | Path | None], name: str = "--output", *, around: bool = False) -> None:
+    """Raises InputError where `output`, the value of `name`, is one of `sources`, or lies within one that is a folder; with `around`, also
+    where such a folder lies within `output`. Sources that are not there, such as names of models on the hub, count for nothing.
+    """
+    place = output.resolve()
+    for source in map(Path, filter(None, sources)):
+        if not source.exists():
+            continue
+        there = source.resolve()
+        if place == there:
+            raise InputError(f"{name} must not be {source}, which is read to make it and would be lost; give another {name}")
+        if source.is_dir() and there in place.parents:
+            raise InputError(f"{name} must lie apart from {source}, which is read, got {output} within it: what is written there would be "
+                             f"read with it; give another {name}")
+        if around and source.is_dir() and place in there.parents:
+            raise InputError(f"{name} must lie apart from {source}, which is read, got {output} around it: it would be lost with what is "
+                             f"written; give another {name}")
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether `folder` is a run, an artifact, or one of them half-written."""
+    is_partial = re.search(r"\.(partial|replaced)-[0-9a-f]{8}$", folder.name) is not None
+    return is_partial or any(all((folder / name).exists() for name in names) for names in _MARKS)
