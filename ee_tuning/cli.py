@@ -53,15 +53,23 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = build_parser()
     args, unknown = parser.parse_known_args(argv)
     for name, value in vars(args).items():
-        if isinstance(value, Path):  # --output=~/x reaches the program as it is written
-            setattr(args, name, Path(expanded(str(value), f"--{name.replace('_', '-')}")))
-        elif name in _TEXTS and value is not None:
-            setattr(args, name, typed_text(value) if isinstance(value, str) else list(map(typed_text, value)))
+        setattr(args, name, _as_meant(name, value))
     if unknown:
         row: _Parser = getattr(args, "parser", parser)
         near = difflib.get_close_matches(unknown[0].partition("=")[0], row.flag_names(), n=1, cutoff=0.7)
         raise InputError(f"{row.prog} takes no {unknown[0]}; " + (f"did you mean {near[0]}?" if near else f"see `{row.prog} --help`"))
     return args
+
+
+def _as_meant(name: str, value: Any) -> Any:
+    """An argument as the shell, or the locale, would have to hand it over."""
+    if isinstance(value, Path):  # --output=~/x reaches the program as it is written
+        value = Path(expanded(str(value), f"--{name.replace('_', '-')}"))
+        if name == "output" and value.name in ("", ".."):
+            raise InputError(f"--output must end in a name, for it is written beside its place first, got {value}; give {value / 'NAME'}")
+    elif name in _TEXTS and value is not None:
+        value = typed_text(value) if isinstance(value, str) else list(map(typed_text, value))
+    return value
 
 
 def main(argv: Sequence[str] | None = None) -> int:

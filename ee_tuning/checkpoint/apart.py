@@ -14,7 +14,7 @@ def check_apart(output: Path, sources: Iterable[str | Path | None], name: str = 
     where such a folder lies within `output`. Sources that are not there, such as names of models on the hub, count for nothing.
     """
     place = output.resolve()
-    for source in map(Path, filter(None, sources)):
+    for source in [Path(each) for each in sources if each]:
         if not source.exists():
             continue
         there = source.resolve()

@@ -86,7 +86,7 @@ def _weighed(paths: Sequence[str], key: str) -> list[tuple[float | None, Sequenc
 
 def _expand(path: Path, key: str, passed_over: list[str]) -> list[Path]:
     """The files that `path` stands for; of .bin and .idx, the .idx. Adds to `passed_over` what a folder holds beside them."""
-    index, tokens = (path.with_name(path.name + suffix) for suffix in (INDEX_SUFFIX, BIN_SUFFIX))
+    index, tokens = (Path(f"{path}{suffix}") for suffix in (INDEX_SUFFIX, BIN_SUFFIX))
     if path.suffix.lower() in (INDEX_SUFFIX, BIN_SUFFIX) and not path.is_dir():
         index, tokens = path.with_suffix(INDEX_SUFFIX), path.with_suffix(BIN_SUFFIX)
     if os.path.exists(index) or os.path.exists(tokens):

@@ -58,6 +58,13 @@ def test_a_command_writes_nothing_where_it_reads(shared: Path, monkeypatch: pyte
     assert written(shared) == before
 
 
+@pytest.mark.parametrize("output", [".", "..", "/", "x/.."])
+def test_an_output_has_a_name(capsys: pytest.CaptureFixture[str], output: str) -> None:
+    """A traceback where a name is taken from a path that has none; a working folder that is replaced under its shell."""
+    assert cli.main(["convert", "--model=model", "--exit-layers=2", f"--output={output}"]) == 2
+    assert "--output must end in a name" in capsys.readouterr().err
+
+
 def test_neighbours_are_apart(tmp_path: Path) -> None:
     """A refusal for a name that begins alike, for a model on the hub, or for a file beside the output."""
     (tmp_path / "data").mkdir()

@@ -6,6 +6,7 @@ import lzma
 import os
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +222,8 @@ def test_a_pipe_is_read_once(tmp_path: Path, model: Path, capsys: pytest.Capture
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "out.bin", "out.idx", "pipe"]
 
 
-def test_a_folder_gives_its_data_and_tells_what_it_passes_over(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_gives_its_data_and_tells_what_it_passes_over(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch,
+                                                               capsys: pytest.CaptureFixture[str]) -> None:
     """A data set's card that is learned, its packed files that are not; records of a run that break the next one."""
     folder = tmp_path / "set"
     for name in ("README.md", "LICENSE", "LICENSE.txt", ".gitattributes", "dataset_infos.json", "picture.png", "tokenizer_config.json",
@@ -236,6 +238,8 @@ def test_a_folder_gives_its_data_and_tells_what_it_passes_over(tmp_path: Path, m
     (folder / "data" / "4.md").write_text("plain")
     data = DataSection(paths=(str(folder),), tokenizer=str(model))
     assert preprocess(data, tmp_path / "out", False).num_documents == 4 * len(TEXTS) + 1
+    monkeypatch.chdir(folder)
+    assert preprocess(replace(data, paths=(".",)), tmp_path / "again", False).num_documents == 4 * len(TEXTS) + 1
     told = capsys.readouterr().err
     assert ("data: passed over: LICENSE, LICENSE.txt, README.md, dataset_infos.json, exits/ (written by ee-tuning), picture.png, "
             "run/ (written by ee-tuning), tokenizer_config.json and 1 more\n") in told
