@@ -39,6 +39,7 @@ COMMANDS = {
     "export exits": ["export", "--format=artifact", "--exits=exits", "--only=2", "--output=exits/two"],
     "export a model": ["export", "--format=hf", "--model=model", "--exits=exits", "--output=model/export"],
     "calibrate": ["calibrate", "--model=model", "--exits=exits", "--data=texts", "--output=texts/calibration.json"],
+    "generate": ["generate", "--model=model", "--policy=full", "--prompts=text.txt", "--output=text.txt", "--overwrite"],
     "profile": ["profile", "--model=model", "--text=text.txt", "--output=text.txt"]}
 
 
