@@ -62,12 +62,12 @@ def written_aside(output: Path, topology: Topology | None, remedy: str = REMEDY)
     rank 0 knowing that every rank has written. Raises InputError where the disk refuses. What writers of `output` that were killed left
     is removed; of two that write it at once, the later one to end has its way.
     """
-    partial, lock = on_first_rank(topology, lambda: _begun(output, Path.mkdir, remedy))
+    partial, lock = on_first_rank(topology, lambda: _begun(folder_place(output), Path.mkdir, remedy))
     is_first = topology is None or topology.rank == 0
     try:
         with refusals_named(output, remedy):
             yield partial
-        on_first_rank(topology, lambda: _put_in_place(partial, output, remedy))
+        on_first_rank(topology, lambda: _put_in_place(partial, folder_place(output), remedy))
     finally:
         if is_first:
             _remove(partial)
@@ -128,6 +128,22 @@ def remove_leftovers(output: Path) -> None:
         if not path.is_symlink() and (lock := locked(path)) is not None:
             _remove(path)
             os.close(lock)
+
+
+def folder_place(output: Path) -> Path:
+    """`output`, or the folder that it is a link to: what replaces that folder must not replace the link, which may lead to another disk.
+
+    Raises InputError where it is no folder that can be replaced: a device, or what this process stands in, which would stay behind in the
+    folder that was.
+    """
+    if output.exists() and not (output.is_dir() or output.is_file()):
+        raise InputError(f"{output} is a device or a pipe, and is not replaced; name a folder")
+    place = output.resolve() if output.is_symlink() or output.name in ("", "..") else output
+    with suppress(OSError):
+        if Path.cwd().is_relative_to(place.resolve(strict=True)):
+            raise InputError(f"--output must not be {place.resolve()}, the folder that this command runs in (or one around it), for it is "
+                             "replaced as a whole; name a new folder, or run the command from elsewhere")
+    return place
 
 
 def check_file(output: Path) -> None:

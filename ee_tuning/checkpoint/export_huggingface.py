@@ -86,7 +86,7 @@ def _written(file: FileToWrite, partial: Path, output: Path, watch: NonFinite, a
         try:
             os.link(file.link_to, target)
         except OSError:  # another disk, or one without hard links
-            target.symlink_to(os.path.relpath(file.link_to, output.parent.resolve() / output.name))
+            target.symlink_to(os.path.relpath(file.link_to, partial.resolve()))
     with HashedFile(None if file.link_to is not None else target) as made:
         for block in file.blocks(watch):
             advance(made.write(block))

@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from ee_tuning.checkpoint.aside import on_first_rank, refusals_named
+from ee_tuning.checkpoint.aside import folder_place, on_first_rank, refusals_named
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import to_json
 from ee_tuning.parallel.topology import Topology
@@ -64,7 +64,9 @@ def owned(output: Path, topology: Topology | None, *, lock_file: Path | None = N
 
     Raises InputError, naming the owner, where another job has it, or where the disk refuses the file.
     """
-    lock_file = lock_file or output.with_name(f".{output.name}.owner")
+    if lock_file is None:
+        place = folder_place(output)
+        lock_file = place.with_name(f".{place.name}.owner")
     handle, made = on_first_rank(topology, lambda: _acquire(output, lock_file))
     try:
         yield

@@ -27,6 +27,8 @@ def preprocess(data: DataSection, output: Path, overwrite: bool, *, trusts_code:
     """
     if data.tokenizer is None:
         raise InputError("data.tokenizer must name a tokenizer's folder, got none; give --tokenizer FOLDER")
+    if output.name in ("", ".."):
+        raise InputError(f"--output is the prefix of {BIN_SUFFIX} and {INDEX_SUFFIX}, got the folder {output}; give {output / 'corpus'}")
     if output.suffix in _IN_ORDER:
         raise InputError(f"--output is the prefix of {BIN_SUFFIX} and {INDEX_SUFFIX}, got {output}; give {output.with_suffix('')}")
     check_workers(data.workers)

@@ -32,10 +32,10 @@ def calibrate(config: Config, flags: argparse.Namespace) -> None:
 
     if not 0 < flags.agreement < 1:
         raise InputError(f"--agreement must lie between 0 and 1, got {flags.agreement:g}; 0.95 is a good start")
+    check_file(flags.output)
     picture = flags.output.with_suffix(".png")
     if picture == flags.output:
         raise InputError(f"--output takes the thresholds, and the picture beside them is {picture}; give a name that does not end in .png")
-    check_file(flags.output)
     check_apart(flags.output, (*config.data.valid_paths, *config.data.paths))
     topology = init_parallel(config.parallel)
     if topology.world_size > topology.tp:

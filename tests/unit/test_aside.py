@@ -6,6 +6,7 @@ import pytest
 
 from ee_tuning.checkpoint import aside
 from ee_tuning.checkpoint.aside import check_file, exchange, file_written_aside, remove_leftovers, written_aside
+from ee_tuning.checkpoint.owner import owned
 from ee_tuning.errors import InputError
 from ee_tuning.tuning.metrics import MetricsFile, holds_validation
 
@@ -129,3 +130,32 @@ def test_where_no_file_can_be_is_told_before_the_work(tmp_path):
             check_file(path)
     check_file(tmp_path / "new" / "folder" / "file")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_an_output_that_is_a_link_stays_one(tmp_path: Path, is_there: bool) -> None:
+    """A link to a large disk becomes a folder on the small one that it stands on."""
+    disk, link = tmp_path / "disk" / "out", tmp_path / "home" / "out"
+    for folder in (disk.parent, link.parent, *([disk] if is_there else [])):
+        folder.mkdir()
+    link.symlink_to(disk)
+    with owned(link, None), written_aside(link, None) as partial:
+        (partial / "weights").touch()
+        assert partial.parent == disk.parent
+    with file_written_aside(link / "notes") as file:
+        file.write_text("one")
+    (link.parent / "notes").symlink_to(disk / "notes")
+    with file_written_aside(link.parent / "notes") as file:
+        file.write_text("two")
+    assert link.is_symlink() and (disk / "notes").read_text() == "two" and (link.parent / "notes").is_symlink()
+    assert sorted(path.name for path in disk.iterdir()) == ["notes", "weights"] and len(list(link.parent.iterdir())) == 2
+
+
+@pytest.mark.parametrize(("output", "words"), [(".", "runs in"), ("..", "runs in"), ("/", "runs in"), ("/dev/null", "is a device")])
+def test_what_can_not_be_replaced_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, words: str) -> None:
+    """A traceback; a shell that is left in a folder which is gone, the export in another of its name; a device that becomes a file."""
+    monkeypatch.chdir(tmp_path)
+    for write in (lambda path: owned(path, None), lambda path: written_aside(path, None)):
+        with pytest.raises(InputError, match=words), write(Path(output)):
+            pass
+    assert not list(tmp_path.iterdir())

@@ -159,3 +159,15 @@ def test_calibrate_refuses_what_it_can_not_use(calibrated, tmp_path):
     flags.agreement = 1.5
     with pytest.raises(InputError, match="between 0 and 1, got 1"):
         calibrate(load_config(None, base), flags)
+
+
+@pytest.mark.parametrize(("output", "words"), [(".", "got the folder ."), ("c.png", "the picture beside them is c.png"),
+                                               ("text.txt/c.json", "text.txt is no folder")])
+def test_a_place_for_no_file_is_refused_before_anything_is_read(tmp_path, monkeypatch, output, words):
+    """The work of an hour ends at its last step, or in a picture that replaces it."""
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("x")
+    flags = cli.parse(["calibrate", "--output", output])
+    with pytest.raises(InputError) as error:
+        calibrate(load_config(None, {"model.path": "none"}), flags)
+    assert words in str(error.value)

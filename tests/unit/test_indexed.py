@@ -261,7 +261,7 @@ def test_settings_of_corpora_that_can_not_be_used_are_refused(tmp_path: Path, to
     ({"tokenizer": True, "workers": -1}, "data.workers must be at least 0, got -1"),
     ({"tokenizer": True, "paths": ("empty.txt",)}, "holds nothing to learn from"),
     ({"tokenizer": True, "output": "a"}, "a.bin exists already"),
-    ({"tokenizer": True, "output": "new.bin"}, "--output is the prefix"),
+    ({"tokenizer": True, "output": "new.bin"}, "--output is the prefix"), ({"tokenizer": True, "output": "."}, "give corpus"),
     ({"tokenizer": True, "paths": ("text.txt", "latin.txt")}, "latin.txt must be UTF-8 text"),
 ])
 def test_preprocess_refuses_and_leaves_nothing(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, settings: dict,
