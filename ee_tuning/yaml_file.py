@@ -1,7 +1,10 @@
 """YAML that a user wrote: read as it is meant, or refused in a few words."""
+import re
 from typing import Any
 
 import yaml
+
+_DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 
 
 def parse_yaml(text: str) -> Any:
@@ -25,3 +28,11 @@ class _Loader(yaml.SafeLoader):
                     raise yaml.MarkedYAMLError(problem=f"{key.value} stands in it twice", problem_mark=key.start_mark)
                 seen.add(key.value)
         return node
+
+    def construct_whole_number(self, node: yaml.ScalarNode) -> int | str:
+        """All but plain decimal numbers stay text, as folders may be called: YAML 1.1 takes 010 for 8, 1:30 for 90, 2024_01 for 202401."""
+        text = self.construct_scalar(node)
+        return int(text) if _DECIMAL.fullmatch(text) else text
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_whole_number)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -27,7 +28,8 @@ from ee_tuning.yaml_file import parse_yaml
 __all__ = ["Architecture", "Config", "DType", "DataSection", "ExitsSection", "GenerationSection", "ModelSection", "ParallelSection",
            "TuningSection", "WeightFormat", "load_config", "replace", "save_config"]
 
-
+_GROUPED = re.compile(r"-?[1-9][0-9]*(_[0-9]+)+")
+"""1_000."""
 _MAY_BE_INFINITE = ("generation.threshold",)
 """Keys of whose numbers infinity is one: a threshold that nothing reaches."""
 
@@ -178,6 +180,8 @@ def _convert_scalar(value: Any, hint: type, where: str, name: str) -> Any:
     if hint is float and isinstance(value, str):  # YAML reads 1e-4 as a text
         with contextlib.suppress(ValueError):
             value = float(value)
+    if hint is int and isinstance(value, str) and _GROUPED.fullmatch(value):
+        value = int(value)
     if isinstance(value, bool) == (hint is bool) and isinstance(value, (int, float) if hint is float else hint):
         if value != value:
             raise InputError(f"{where}: {name} must be a number, got nan")

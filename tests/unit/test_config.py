@@ -83,6 +83,23 @@ def test_overrides_read_what_is_typed(key: str, typed: object, value: object):
     assert getattr(getattr(load_config(None, {key: typed}), section), name) == value
 
 
+@pytest.mark.parametrize(("written", "value"), [
+    ("model: {path: 2024_01_15}", "2024_01_15"), ("model: {path: 007}", "007"), ("model: {path: 0x10}", "0x10"),
+    ("model: {path: 12}", "12"), ("model: {path: 1:30}", "1:30"), ("data: {paths: [010, 1_2]}", ("010", "1_2")),
+    ("tuning: {train_iters: 1_000}", 1000), ("tuning: {train_iters: -5}", -5), ("tuning: {train_iters: 010}", None),
+    ("tuning: {train_iters: 1:30}", None)])
+def test_numbers_in_a_file_are_those_that_are_written(tmp_path: Path, written: str, value: object):
+    """YAML 1.1 reads 010 as 8, 1:30 as 90, and a folder called 2024_01_15 as 20240115."""
+    section, key = written.split(": {")[0], written.split("{")[1].split(":")[0]
+    if value is None:
+        with pytest.raises(InputError, match=f"{section}.{key} must be a whole number, got '"):
+            load_config(write(tmp_path, written))
+    else:
+        config = load_config(write(tmp_path, written))
+        save_config(config, tmp_path / "again.yaml")
+        assert getattr(getattr(config, section), key) == value and load_config(tmp_path / "again.yaml") == config
+
+
 def test_overrides_lie_over_the_file(tmp_path: Path):
     """A flag that an empty section in the file swallows, or that clears the section's other keys."""
     path = write(tmp_path, "tuning:\n  lr: 1\n  train_iters: 7\ndata:\n")
