@@ -1,7 +1,8 @@
 """The tokenizer that belongs to a model: read from its folder, which the hub may give; code that lies there does not run unasked."""
 import hashlib
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ee_tuning.checkpoint.formats import model_folder
 from ee_tuning.checkpoint.gguf_file import is_gguf, tokenizer_digest
@@ -37,11 +38,14 @@ def load_tokenizer(path: str | Path, *, trusts_code: bool = False) -> "PreTraine
         "pretrained_model_name_or_path": str(folder.parent), "gguf_file": folder.name}
     try:
         with no_questions():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(**place, local_files_only=True, trust_remote_code=trusts_code)
+            tokenizer = _opened({**place, "local_files_only": True}, trusts_code)
     except Exception as error:  # the Rust tokenizers raise bare Exception on a broken file
         if not trusts_code and _ASKS_FOR_TRUST in str(error):
             raise InputError(f"the tokenizer in {folder} needs Python code that its files name, and no code of a folder is run unasked; "
                              "read that code and give --trust-remote-code, or name another --tokenizer") from error
+        if _wants_sentencepiece(folder) and not find_spec("sentencepiece"):
+            raise InputError(f"{folder / 'tokenizer.model'} is read by the package sentencepiece, which is not installed; pip install "
+                             "sentencepiece, or put the model's tokenizer.json beside it") from error
         reason = " ".join(str(error).split())[:300]
         for name in TOKENIZER_FILES:
             if told := told_content(folder / name):
@@ -51,6 +55,21 @@ def load_tokenizer(path: str | Path, *, trusts_code: bool = False) -> "PreTraine
         raise InputError(f"model_max_length in {folder / 'tokenizer_config.json'} must be a number, got "
                          f"{tokenizer.model_max_length!r:.60}; copy the tokenizer's files anew")
     return tokenizer
+
+
+def _opened(place: dict[str, Any], trusts_code: bool) -> "PreTrainedTokenizerBase":
+    import transformers
+    from huggingface_hub.errors import StrictDataclassError
+    try:
+        return transformers.AutoTokenizer.from_pretrained(**place, trust_remote_code=trusts_code)
+    except StrictDataclassError:
+        # Of the model's config.json, in which transformers takes no 1 for 1.0 and no null for false; the tokenizer needs nothing of it.
+        return transformers.AutoTokenizer.from_pretrained(**place, trust_remote_code=trusts_code, config=transformers.PretrainedConfig())
+
+
+def _wants_sentencepiece(folder: Path) -> bool:
+    path = folder / "tokenizer.model"
+    return path.is_file() and not (folder / "tokenizer.json").is_file() and path.read_bytes()[:1] == b"\n"  # tiktoken's are lines of text
 
 
 def tokenizer_digests(path: str | Path, *, trusts_code: bool = False) -> dict[str, str]:
