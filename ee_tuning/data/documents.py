@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ee_tuning.data.file_kind import FileKind, check_no_lines, kind_of, opened
+from ee_tuning.data.file_kind import FileKind, check_no_lines, kind_of, named_format, opened
 from ee_tuning.data.parquet import read_arrow, read_rows, row_groups
 from ee_tuning.data.record_files import Record, records_of_json, records_of_lines, records_of_table
-from ee_tuning.data.records import KEYS, Document, LeftOut, document_of
+from ee_tuning.data.records import KEYS, Document, LeftOut, document_of, mentions_records
 from ee_tuning.errors import InputError
 
 PIECE_BYTES = 4_000_000
+_HEAD_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,16 @@ class Piece:
     num_bytes: int
     """How much work it is."""
     kind: FileKind
+
+
+def may_hold_records(path: Path, text_key: str) -> bool:
+    """False for a .json or a table, found in a folder, that names no key of records within its beginning. Raises InputError where it can
+    not be read.
+    """
+    if (promised := named_format(path.name)) not in ("json", "table"):
+        return True
+    with opened(path, kind_of(path).packing) as file:
+        return mentions_records(file.readline(_HEAD_BYTES) if promised == "table" else file.read(_HEAD_BYTES), text_key)
 
 
 def pieces_of(files: Iterable[Path]) -> list[Piece]:

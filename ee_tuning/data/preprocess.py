@@ -44,7 +44,7 @@ def preprocess(data: DataSection, output: Path, overwrite: bool, *, trusts_code:
 
 def _preprocess(data: DataSection, output: Path, trusts_code: bool) -> Written:
     assert data.tokenizer is not None
-    corpora = find_corpora(data.paths, "data.paths")
+    corpora = find_corpora(data.paths, "data.paths", data.text_key)
     files = [path for corpus in corpora for path in _texts(corpus)]
     say_passed_over([name for corpus in corpora for name in corpus.passed_over])
     recipe = recipe_of(data.tokenizer, data.text_key, data.chat_template, trusts_code=trusts_code)

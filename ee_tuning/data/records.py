@@ -16,6 +16,7 @@ _COMPLETIONS = ("completion", "response")
 _ALPACA = ("instruction", "input", "output", "system", "history")
 KEYS = (MESSAGES, *_SHAREGPT, "prompt", *_COMPLETIONS, *_ALPACA, "tools")
 """Columns that may say something beside the text's own."""
+_FIRST_KEYS = (MESSAGES, *_SHAREGPT, "prompt", "instruction")
 _FORMS = "messages, conversations, instruction with output, or prompt with completion"
 
 
@@ -53,6 +54,11 @@ class LeftOut(NamedTuple):
 
     reason: str
     where: Where
+
+
+def mentions_records(head: bytes, text_key: str) -> bool:
+    """Whether the beginning of a file names a key that records have: folders hold JSON and tables of other kinds, too."""
+    return any(key.encode() in head for key in (text_key, *_FIRST_KEYS))
 
 
 def document_of(record: Any, text_key: str, where: Where) -> Document | LeftOut:

@@ -1,8 +1,8 @@
 """What data.paths names: files to tokenize and files of token ids, alone or as a blend of weighted corpora.
 
 Of a folder, the files whose endings are those of data are taken, to its depth, in the order of their names, so every machine reads the
-same. Passed over are hidden files, what describes a folder (README, LICENSE, the JSON files of models and data sets), other endings, and
-folders that this project wrote. Files named one by one may have any name.
+same. Passed over are hidden files, what describes a folder (README, LICENSE, the JSON files of models and data sets), JSON and tables
+without texts, other endings, and folders that this project wrote. Files named one by one may have any name.
 """
 import math
 import os
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ee_tuning.checkpoint.apart import is_ours
 from ee_tuning.config.paths import is_number
+from ee_tuning.data.documents import may_hold_records
 from ee_tuning.data.file_kind import DATA_SUFFIXES, named_format
 from ee_tuning.data.tally import listed
 from ee_tuning.errors import InputError
@@ -41,8 +42,8 @@ class Corpus:
     """Of folders, what was not taken: paths within them, hidden files left out."""
 
 
-def find_corpora(paths: Sequence[str], key: str, leave_out: Iterable[Corpus] = ()) -> list[Corpus]:
-    """The corpora that `paths` (the value of config key `key`) name, each file once.
+def find_corpora(paths: Sequence[str], key: str, text_key: str, leave_out: Iterable[Corpus] = ()) -> list[Corpus]:
+    """The corpora that `paths` (the value of config key `key`) name, each file once. `text_key` is the key of texts in records.
 
     Files that are also in `leave_out` are dropped. Raises InputError where a path is missing, a weight is no number, or nothing is found.
     """
@@ -55,7 +56,7 @@ def find_corpora(paths: Sequence[str], key: str, leave_out: Iterable[Corpus] = (
         found: dict[str, list[Path]] = {"texts": [], "prefixes": []}
         passed_over: list[str] = []
         for name in names:
-            for path in _expand(Path(name), key, passed_over):
+            for path in _expand(Path(name), key, text_key, passed_over):
                 kind = "prefixes" if path.suffix.lower() == INDEX_SUFFIX else "texts"
                 path = path.with_suffix("") if kind == "prefixes" else path
                 if path.resolve() not in seen:
@@ -84,7 +85,7 @@ def _weighed(paths: Sequence[str], key: str) -> list[tuple[float | None, Sequenc
     return blend
 
 
-def _expand(path: Path, key: str, passed_over: list[str]) -> list[Path]:
+def _expand(path: Path, key: str, text_key: str, passed_over: list[str]) -> list[Path]:
     """The files that `path` stands for; of .bin and .idx, the .idx. Adds to `passed_over` what a folder holds beside them."""
     index, tokens = (Path(f"{path}{suffix}") for suffix in (INDEX_SUFFIX, BIN_SUFFIX))
     if path.suffix.lower() in (INDEX_SUFFIX, BIN_SUFFIX) and not path.is_dir():
@@ -100,7 +101,7 @@ def _expand(path: Path, key: str, passed_over: list[str]) -> list[Path]:
     if not path.is_dir():
         return [path]
     others: list[str] = []
-    if not (files := sorted(_within(path, path, others))):
+    if not (files := sorted(_within(path, path, text_key, others))):
         told = f" (passed over: {listed(others)})" if others else ""
         raise InputError(f"{key}: the folder {path} holds no {', '.join((*DATA_SUFFIXES, INDEX_SUFFIX))} file{told}; name files of other "
                          "endings one by one")
@@ -108,7 +109,7 @@ def _expand(path: Path, key: str, passed_over: list[str]) -> list[Path]:
     return [file for _, file in files]
 
 
-def _within(folder: Path, top: Path, passed_over: list[str]) -> Iterator[tuple[tuple[str, ...], Path]]:
+def _within(folder: Path, top: Path, text_key: str, passed_over: list[str]) -> Iterator[tuple[tuple[str, ...], Path]]:
     """Its files of data: the parts of each one's path within `top`, by which they are sorted, and the path."""
     for path in sorted(folder.iterdir()):
         inner = path.relative_to(top)
@@ -118,9 +119,12 @@ def _within(folder: Path, top: Path, passed_over: list[str]) -> Iterator[tuple[t
             if is_ours(path):
                 passed_over.append(f"{inner}/ (written by ee-tuning)")
             elif not path.is_symlink():
-                yield from _within(path, top, passed_over)
+                yield from _within(path, top, text_key, passed_over)
         elif path.is_file() and not _DESCRIPTIONS.fullmatch(path.name) and _is_data(path):
-            yield inner.parts, path
+            if may_hold_records(path, text_key):
+                yield inner.parts, path
+            else:
+                passed_over.append(f"{inner} (no {text_key}, and no chat or prompt)")
         elif path.suffix not in _BESIDE_DATA:
             passed_over.append(str(inner))
 

@@ -54,8 +54,8 @@ def load_samples(data: DataSection, model_path: str | Path, *, seq_length: int, 
 
 def _load(data: DataSection, tokenizer: Path, seq_length: int, vocab_size: int, needs_validation: bool, topology: Topology | None,
           trusts_code: bool) -> Splits:
-    valid_corpora = find_corpora(data.valid_paths, "data.valid_paths") if data.valid_paths else []
-    corpora = find_corpora(data.paths, "data.paths", leave_out=valid_corpora)
+    valid_corpora = find_corpora(data.valid_paths, "data.valid_paths", data.text_key) if data.valid_paths else []
+    corpora = find_corpora(data.paths, "data.paths", data.text_key, leave_out=valid_corpora)
     if data.split and (texts := [path for corpus in corpora for path in corpus.texts]):
         raise InputError(f"data.split = {data.split} divides the documents of .bin and .idx alone, and data.paths names the text "
                          f"{texts[0]}; set data.valid_fraction instead, or preprocess the texts")

@@ -236,11 +236,14 @@ def test_a_folder_gives_its_data_and_tells_what_it_passes_over(tmp_path: Path, m
         source = "a" + "".join(Path(name).suffixes)
         (folder / name).write_bytes(FILES[source]())
     (folder / "data" / "4.md").write_text("plain")
+    (folder / "data" / "package.json").write_text('{"name": "x", "version": 1}')
+    (folder / "data" / "table.csv").write_text("a,b\n1,2\n")
     data = DataSection(paths=(str(folder),), tokenizer=str(model))
     assert preprocess(data, tmp_path / "out", False).num_documents == 4 * len(TEXTS) + 1
     monkeypatch.chdir(folder)
     assert preprocess(replace(data, paths=(".",)), tmp_path / "again", False).num_documents == 4 * len(TEXTS) + 1
     told = capsys.readouterr().err
-    assert ("data: passed over: LICENSE, LICENSE.txt, README.md, dataset_infos.json, exits/ (written by ee-tuning), picture.png, "
-            "run/ (written by ee-tuning), tokenizer_config.json and 1 more\n") in told
+    assert ("data: passed over: LICENSE, LICENSE.txt, README.md, data/package.json (no text, and no chat or prompt), "
+            "data/table.csv (no text, and no chat or prompt), dataset_infos.json, exits/ (written by ee-tuning), picture.png and 3 more\n"
+            ) in told
     assert f"data/1.ndjson: {len(TEXTS)} documents" in told
