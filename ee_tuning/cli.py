@@ -67,6 +67,8 @@ def _as_meant(name: str, value: Any) -> Any:
         value = Path(expanded(str(value), f"--{name.replace('_', '-')}"))
         if name == "output" and value.name in ("", ".."):
             raise InputError(f"--output must end in a name, for it is written beside its place first, got {value}; give {value / 'NAME'}")
+    elif name == "config" and isinstance(value, str):
+        value = expanded(value, "CONFIG")
     elif name in _TEXTS and value is not None:
         value = typed_text(value) if isinstance(value, str) else list(map(typed_text, value))
     return value

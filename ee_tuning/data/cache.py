@@ -26,7 +26,7 @@ from ee_tuning.json_file import to_json
 from ee_tuning.parallel.together import finish_together
 from ee_tuning.parallel.topology import Topology
 
-FORMAT = 2
+FORMAT = 3
 """Raise it when entries of before are no longer what would be made now."""
 DAYS_KEPT = 90
 """An entry that no run has begun with for so long is removed when another one is made."""

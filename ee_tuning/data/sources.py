@@ -23,7 +23,7 @@ _BESIDE_DATA = (BIN_SUFFIX, ".mask")
 """Go without a word: they belong to an .idx."""
 _DESCRIPTIONS = re.compile(r"(readme|licen[cs]e|copying|notice|changelog|contributing|citation|authors|code_of_conduct|security)([._-].*)?"
                            r"|(dataset_infos?|dataset_dict|state|config|generation_config|.*tokenizer.*|special_tokens_map|vocab|.*\.index"
-                           r"|manifest|exit_config)\.json", re.IGNORECASE)
+                           r"|manifest|exit_config)\.json|cache-.*\.arrow", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
