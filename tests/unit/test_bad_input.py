@@ -71,7 +71,7 @@ def test_convert_refuses(shared, tmp_path, overrides, words):
 @pytest.mark.parametrize("changes", [
     {"num_key_value_heads": "two"}, {"num_key_value_heads": 3}, {"head_dim": 9}, {"rope_scaling": [1]}, {"rms_norm_eps": "small"},
     {"rope_parameters": {"rope_type": "linear", "factor": "x"}}, {"rope_parameters": {"rope_type": "linear", "factor": None}},
-    {"rope_parameters": {"rope_type": "dynamic", "factor": 2}}, {"vocab_size": -1}, {"model_type": "other"}, {"mlp_bias": True}, None,
+    {"rope_parameters": {"rope_type": "su", "factor": 2}}, {"vocab_size": -1}, {"model_type": "other"}, {"mlp_bias": True}, None,
 ])
 def test_a_config_that_makes_no_sense_is_refused_by_its_file(shared, tmp_path, changes):
     """A traceback from a conversion deep inside, for a file that was edited by hand."""
