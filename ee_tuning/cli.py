@@ -5,6 +5,7 @@ What the user did wrong ends in one line on stderr and exit code 2; anything els
 import argparse
 import difflib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +28,9 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(*args, **{**options, "allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter})
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see `{self.prog} --help`")
+        flag = re.fullmatch(r"argument (--[\w-]+): expected (one|at least one) argument", message)
+        hint = f"; one that begins with a hyphen is written {flag[1]}=…" if flag else ""
+        raise InputError(f"{message}{hint}; see `{self.prog} --help`")
 
     def flag_names(self) -> list[str]:
         """Every flag there is."""

@@ -109,7 +109,7 @@ def test_convert_passes_where_to_write(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize(("arguments", "named"), [
     (["tun"], "'tun'"),
-    (["tune", "--modle", "m"], "did you mean --model?"),
+    (["tune", "--modle", "m"], "did you mean --model?"), (["generate", "--prompt", "---"], "begins with a hyphen is written --prompt=…"),
     (["tune", "--mod", "m"], "takes no --mod"),
     (["convert", "--model", "m"], "--output"),
     (["tune"], "--model FOLDER"),
