@@ -109,12 +109,13 @@ def _print_text(llm: EarlyExitLLM, jobs: list[Job], options: GenerationSection, 
 def _print_summary(llm: EarlyExitLLM, completions: list[Completion], colours: dict[int, str]) -> None:
     # On stderr, so that a pipe gets the completion alone.
     console = Console(stderr=True, highlight=False)
+    completions = [completion for completion in completions if not completion.error]
     layers = [layer for c in completions for layer in c.exit_layers]
     if not layers:
         return
     seconds = max(c.seconds for c in completions)
     histogram = Counter(layers)
-    first = min(c.statistics.seconds_to_first_token for c in completions if not c.error)
+    first = min(c.statistics.seconds_to_first_token for c in completions)
     summary = Text(f"{len(layers)} tokens in {seconds:.2f} s, {len(layers) / seconds:.1f} tokens/s, the first after {first:.2f} s; "
                    f"mean depth {sum(layers) / len(layers):.1f} of {llm.num_layers} layers; left at ")
     for i, layer in enumerate(sorted(histogram)):

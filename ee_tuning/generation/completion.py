@@ -82,6 +82,11 @@ class Writer:
     shows_text: bool = True
     """Whether a token comes with its text, and stop strings are looked for."""
 
+    def fail(self, step: TokenStep, error: str) -> StreamedToken:
+        """Ends the completion by an error, without the token of this step."""
+        self.completion.finish_reason, self.completion.error = "error", error
+        return StreamedToken(self.prompt_index, "", step.exit_layer, step.confidence, True, self.completion.index)
+
     def take(self, step: TokenStep, started: float) -> StreamedToken:
         """Books a token; sets the finish reason where the completion ends, by a stop string too."""
         done, params = self.completion, self.sequence.params

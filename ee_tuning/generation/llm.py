@@ -7,6 +7,7 @@
 Under torchrun every rank makes the same calls with the same arguments, and every rank gets the same answers.
 """
 import dataclasses
+import math
 import time
 from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from ee_tuning.config.generation import without_overruled
 from ee_tuning.data.tokenizer import beginning_ids, begun, load_tokenizer, tokenizer_of
 from ee_tuning.errors import InputError
 from ee_tuning.generation.completion import Completion, StreamedToken, Writer
-from ee_tuning.generation.engine import Engine
+from ee_tuning.generation.engine import Engine, TokenStep
 from ee_tuning.generation.params import SamplingParams
 from ee_tuning.generation.policy import Policy, policy_of
 from ee_tuning.generation.text import TextStream, special_tokens
@@ -170,12 +171,24 @@ class EarlyExitLLM:
                     writer = writers[step.sequence.number]
                     if writer.completion.finish_reason:
                         continue  # behind a stop string that the same step brought
-                    token = writer.take(step, started)
+                    token = self._booked(writer, step, started, keeps_errors)
                     if token.is_last:
                         engine.abort(step.sequence, "stop")  # where a stop string ended it; otherwise it is out already
                     yield token
         finally:
             engine.clear()  # the caller may have stopped listening
+
+    def _booked(self, writer: Writer, step: TokenStep, started: float, keeps_errors: bool) -> StreamedToken:
+        """Where logits are NaN the token is the vocabulary's first, again and again: an error, raised or in the record, in its place."""
+        if not math.isnan(step.confidence):
+            return writer.take(step, started)
+        dtype = str(self.model.plan.dtype).removeprefix("torch.")
+        remedy = "give --dtype float32" if dtype in ("bfloat16", "float16") else "look for NaN in its files by `ee-tuning verify`"
+        error = (f"the logits behind layer {step.exit_layer} are no numbers (NaN): the model's activations overflow in {dtype}, or weights "
+                 f"of it or of the exit are broken; {remedy}, or fetch it again")
+        if not keeps_errors:
+            raise InputError(error)
+        return writer.fail(step, error)
 
     def _options(self, options: dict[str, Any]) -> GenerationSection:
         resolved = with_options(self.defaults, options)

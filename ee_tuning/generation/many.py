@@ -96,7 +96,9 @@ def _decode(llm: EarlyExitLLM, requests: list[Request], options: GenerationSecti
             _fail(delivery, requests, completions)
         progress.token()
         if token.is_last and delivery is not None:
-            delivery.write(as_record(made[places[token.index], token.completion], requests[places[token.index]].kept))
+            completion = made[places[token.index], token.completion]
+            deliver = delivery.fail if completion.error else delivery.write
+            deliver(as_record(completion, requests[places[token.index]].kept))
             progress.completion()
     if not made:  # nor any token: all of them are errors
         for completion in completions:

@@ -1,6 +1,7 @@
 """Prompts from a file, and talk at a terminal: each prompt by its own wishes, and a bad line alone is refused."""
 import dataclasses
 import json
+import math
 import re
 import signal
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from byte_tokenizer import VOCABULARY, write_byte_tokenizer
 from exits import write_exits
 from random_models import random_llama
@@ -219,3 +221,23 @@ def test_one_prompt_is_no_list_of_letters(llm):
     (alone,), others = llm.generate("def main(", params), llm.generate((prompt for prompt in ("def main(", "import ")), params)
     assert alone.prompt == "def main(" and [alone.token_ids, "import "] == [others[0].token_ids, others[1].prompt]
     assert len(list(llm.stream("def main(", None, params))) == 4
+
+
+def test_logits_that_are_no_numbers_are_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Activations that overflow: the vocabulary's first token again and again (`!!!!`), and exit code 0."""
+    model = random_llama(tmp_path / "model", vocab_size=VOCABULARY)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[0] = math.inf  # of the byte "!"
+    model.save_pretrained(tmp_path / "model")
+    write_byte_tokenizer(tmp_path / "model")
+    llm = EarlyExitLLM.load(tmp_path / "model")
+    for params in (SamplingParams(max_tokens=3), SamplingParams(max_tokens=3, temperature=1.0), SamplingParams(max_tokens=3, logprobs=1)):
+        with pytest.raises(InputError, match=r"behind layer 6 are no numbers \(NaN\).*overflow in float32"):
+            llm.generate("a!", params, policy="full")
+    assert llm.generate("ab", SamplingParams(max_tokens=3), policy="full")[0].finish_reason == "length", "the engine is as it was"
+    (tmp_path / "prompts").write_text('{"prompt": "a!", "n": 2, "temperature": 1}\n{"prompt": "ab"}\n')
+    assert cli.main(["generate", "--model", str(tmp_path / "model"), "--policy", "full", "--max-new-tokens", "3", "--prompts",
+                     str(tmp_path / "prompts")]) == 2
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [record["prompt"] for record in records] == ["a!", "ab"]
+    assert "no numbers" in records[0]["error"] and len(records[1]["token_ids"]) == 3
