@@ -46,7 +46,7 @@ setup(
         "dev": ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "types-PyYAML", "pre-commit", "pyarrow", "zstandard",
                 "tensorboard", "gguf>=0.17", "accelerate", "torchao>=0.18", "bitsandbytes>=0.50"],
     },
-    entry_points={"console_scripts": ["ee-tuning = ee_tuning.cli:main"]},
+    entry_points={"console_scripts": ["ee-tuning = ee_tuning.__main__:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",

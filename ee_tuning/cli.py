@@ -15,8 +15,13 @@ from ee_tuning import __version__
 from ee_tuning.commands import COMMANDS
 from ee_tuning.config.paths import expanded
 from ee_tuning.errors import InputError
+from ee_tuning.interrupts import interrupts_raised, were_interrupted
+from ee_tuning.parallel.launcher import NotMet, is_first
+from ee_tuning.standard_streams import prepare_streams, settle_output, told
 from ee_tuning.utf8 import typed_text, use_utf8
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
 _TEXTS = ("prompt", "system")
 """Arguments that go to a model."""
 
@@ -31,6 +36,9 @@ class _Parser(argparse.ArgumentParser):
         flag = re.fullmatch(r"argument (--[\w-]+): expected (one|at least one) argument", message)
         hint = f"; one that begins with a hyphen is written {flag[1]}=…" if flag else ""
         raise InputError(f"{message}{hint}; see `{self.prog} --help`")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        (file or sys.stderr).write(message)  # argparse itself passes over a stream that takes nothing
 
     def flag_names(self) -> list[str]:
         """Every flag there is."""
@@ -81,30 +89,57 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     use_utf8()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns whenever a process forks after tokenizing
+    prepare_streams()
     try:
-        args = parse(sys.argv[1:] if argv is None else argv)
-        if not hasattr(args, "command"):
-            build_parser().print_help(sys.stderr)
-            return 2
-        code: int = args.command.run(args) or 0
-        sys.stdout.flush()  # here, so that a reader who left is noticed here
-    except InputError as error:
-        if _speaks():
-            print(f"ee-tuning: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        with interrupts_raised():
+            return _outcome(sys.argv[1:] if argv is None else argv)
+    finally:
+        settle_output()
+
+
+def _outcome(argv: Sequence[str]) -> int:
+    try:
+        try:
+            code = _run(argv)
+        except SystemExit:  # of --help and --version
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()  # here, so that a reader who left, and a full disk, are noticed here
+        return code
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
         return 141
-    return code
+    except Exception as error:
+        if were_interrupted():  # and a library made something else of it
+            return INTERRUPTED
+        if isinstance(error, InputError):
+            if isinstance(error, NotMet) or _speaks():
+                _say(str(error))
+            return 2
+        if isinstance(error, OSError) and (line := told(error)) is not None:
+            _say(line)
+            return 2
+        raise
+
+
+def _run(argv: Sequence[str]) -> int:
+    args = parse(argv)
+    if not hasattr(args, "command"):
+        build_parser().print_help(sys.stderr)
+        return 2
+    return args.command.run(args) or 0
+
+
+def _say(line: str) -> None:
+    print(f"ee-tuning: error: {' '.join(line.split())}", file=sys.stderr)
 
 
 def _speaks() -> bool:
     """Whether this process prints the error: of many that met it, one; rank 0 as long as they have not joined."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_initialized() or distributed.get_world_size() == 1:
-        return os.environ.get("RANK", "0") == "0"
+        return is_first()
     try:
         return distributed.distributed_c10d._get_default_store().add("ee_tuning/error", 1) == 1
     except RuntimeError:  # the store's host has gone already

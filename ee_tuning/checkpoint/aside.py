@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from ee_tuning.errors import InputError
 from ee_tuning.parallel.topology import Topology
+from ee_tuning.standard_streams import OutputRefused
 
 Result = TypeVar("Result")
 REMEDY = "make room, or choose another folder"
@@ -166,6 +167,8 @@ def refusals_named(output: Path, remedy: str = REMEDY) -> Iterator[None]:
     """Turns what the file system refuses into an InputError that names `output`."""
     try:
         yield
+    except OutputRefused:  # of what is printed meanwhile
+        raise
     except OSError as error:
         raise InputError(f"{output} can not be written: {error.strerror or error}; {remedy}") from error
 

@@ -21,6 +21,7 @@ from ee_tuning.data.indexed import BIN_SUFFIX, INDEX_SUFFIX, MASK_SUFFIX, with_s
 from ee_tuning.data.progress import Progress
 from ee_tuning.data.tally import FileCount
 from ee_tuning.errors import InputError
+from ee_tuning.interrupts import end_at_once
 from ee_tuning.json_file import to_json
 
 BYTES_PER_WORKER = 4_000_000
@@ -129,7 +130,7 @@ def _in_turn(pieces: Sequence[Piece], parts: Sequence[Path], recipe: Recipe) -> 
 
 def _side_by_side(pieces: Sequence[Piece], parts: Sequence[Path], recipe: Recipe, processes: int) -> Iterator[Piece | None]:
     # Spawned, not forked: this process may have threads, of gloo or of CUDA.
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=end_at_once) as pool:
         try:
             waiting = iter(zip(pieces, parts, strict=True))
             running: dict[Future[None], Piece] = {}

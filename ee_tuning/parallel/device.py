@@ -3,18 +3,19 @@
 Applied only where CUDA is absent, once, before a model is built.
 """
 import functools
-import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from ee_tuning.parallel.launcher import local_rank
+
 
 def device() -> torch.device:
     """This process's device: its own GPU where there is one, else the CPU."""
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        return torch.device("cuda", local_rank() % torch.cuda.device_count())
     return torch.device("cpu")
 
 

@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ee_tuning.config import ParallelSection
 from ee_tuning.errors import InputError
 from ee_tuning.parallel.device import collective_backend, prepare_device
+from ee_tuning.parallel.launcher import NotMet, check_address, launched
 from ee_tuning.parallel.process_groups import Group, destroy_groups, destroy_world, one_group_for_same_ranks, own_group
 
 
@@ -142,26 +143,29 @@ def leave_parallel() -> None:
     destroy_world()
 
 
-def _is_launched() -> bool:
-    # WORLD_SIZE alone is left in many a shell and container; nobody else would come to that world.
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
 def world_size() -> int:
-    """Processes of the world that this one is in, or that its launcher described."""
+    """Processes of the world that this one is in, or that its launcher described. Raises InputError where that makes no sense."""
     if dist.is_initialized():
         return dist.get_world_size()
-    return int(os.environ["WORLD_SIZE"]) if _is_launched() else 1
+    place = launched()
+    return place.world_size if place else 1
 
 
 def _join_world(timeout: timedelta) -> None:
-    if _is_launched():
+    place = launched()
+    if place is None or place.world_size == 1:  # nobody to meet, so no address
+        dist.init_process_group(collective_backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    check_address(place)
+    try:
         store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
         # torchrun's store outlives its workers: without a prefix those of a restart meet the addresses of the ones before.
         store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(collective_backend(), store=store, rank=rank, world_size=world_size, timeout=timeout)
-    else:  # nobody to meet, so no port
-        dist.init_process_group(collective_backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    except dist.DistError as error:  # nothing listens there, another program has the port, or somebody did not come
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise NotMet(f"{place.world_size} processes must meet at {where} (MASTER_ADDR, MASTER_PORT), and rank {place.rank} could not: "
+                     f"{str(error).splitlines()[0][:300]}; see that all were started, and that the port is free") from error
 
 
 def lay_out(parallel: ParallelSection, device: torch.device) -> Topology:

@@ -10,7 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "ee_tuning"
 
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("foreign_content",), ("errors", "json_file", "line_file", "notices", "questions", "utf8", "yaml_file", "cache_folder"),
+    ("foreign_content",),
+    ("errors", "interrupts", "json_file", "line_file", "notices", "questions", "standard_streams", "utf8", "yaml_file", "cache_folder"),
     ("kernel", "config"), ("parallel",), ("model",), ("checkpoint",), ("data",),
     ("tuning", "generation"), ("evaluation", "planning"), ("serving",), ("flags",), ("commands",), ("cli",), ("__main__",))
 """A room imports from the levels above its own line in this table, and from itself; never from a room on the same level."""

@@ -140,6 +140,7 @@ def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> int:
 
 def test_an_error_that_every_rank_meets_is_said_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Eight ranks that print the same line."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "3")
     assert raising(monkeypatch, InputError("a rule")) == 2
     assert capsys.readouterr().err == ""

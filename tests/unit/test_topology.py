@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from ee_tuning.config import ParallelSection
+from ee_tuning.errors import InputError
 from ee_tuning.parallel.topology import connection_warning, init_parallel, leave_parallel
 
 
@@ -42,3 +43,16 @@ def test_one_queue_for_all_of_a_gpus_work_is_warned_of(monkeypatch: pytest.Monke
     warning = connection_warning(topology)
     assert (warning is not None) == warns
     assert warning is None or ("unset" in warning and "\n" not in warning)
+
+
+def test_a_world_of_one_needs_no_address(no_world: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """RANK=0 WORLD_SIZE=1, as notebooks and some launchers set them: torch wants MASTER_ADDR for nobody to come to."""
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert init_parallel(ParallelSection(distributed_timeout_minutes=0.1)).world_size == 1
+    leave_parallel()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="MASTER_ADDR"):
+        init_parallel(ParallelSection(tensor_model_parallel_size=2))

@@ -1,0 +1,97 @@
+"""Standard streams that are closed, full or gone: told in a line on standard error, where there is one, and never by a traceback."""
+import errno
+import io
+import os
+import sys
+from contextlib import suppress
+from typing import TypeVar
+
+Stream = TypeVar("Stream", bound=io.TextIOWrapper)
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+
+
+class OutputRefused(OSError):
+    """Standard output takes no more."""
+
+
+def prepare_streams() -> None:
+    """Fills the places of streams that were closed when Python began; then standard output tells by OutputRefused what it can not take,
+    and standard error drops that.
+
+    A place that stayed free would be the next opened file's: what goes to standard output would go into that. Streams of others (a
+    test's, a notebook's) are left as they are.
+    """
+    for number, stream, flags in ((0, sys.stdin, os.O_WRONLY), (1, sys.stdout, os.O_RDONLY), (2, sys.stderr, os.O_WRONLY)):
+        if stream is None:  # what is asked of /dev/null, opened the other way, is refused, as a closed stream refuses it
+            handle = os.open(os.devnull, flags)
+            if handle != number:
+                os.dup2(handle, number)
+                os.close(handle)
+            os.set_inheritable(number, True)
+    if sys.stdin is None:
+        sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)), encoding="utf-8")
+    if sys.stdout is None or (type(sys.stdout) is io.TextIOWrapper and sys.stdout is sys.__stdout__):
+        sys.stdout = _remade(_Output, 1, sys.stdout)
+    if sys.stderr is None or (type(sys.stderr) is io.TextIOWrapper and sys.stderr is sys.__stderr__):
+        sys.stderr = _remade(_Lenient, 2, sys.stderr)
+
+
+def told(error: OSError) -> str | None:
+    """The line for the user, where `error` is of a standard stream, or of a disk without room; None where it is a bug of ours."""
+    if isinstance(error, OutputRefused):
+        return f"standard output can not be written: {error.strerror}; give it a file with room, a pipe or a terminal"
+    if error.errno in _NO_ROOM:
+        return f"{error.filename or 'a file'} can not be written: {error.strerror}; make room"
+    if error.errno == errno.EBADF and error.filename is None:
+        return f"standard input can not be read: {error.strerror}; open it, for example with < /dev/null"
+    return None
+
+
+def settle_output() -> None:
+    """Drops what standard output does not take, for good: the interpreter would try once more at its end, and tell of it."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.stdout.flush()
+
+
+class _Output(io.TextIOWrapper):
+    def write(self, text: str, /) -> int:
+        try:
+            return super().write(text)
+        except OSError as error:
+            raise _refused(error) from error
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            raise _refused(error) from error
+
+
+class _Lenient(io.TextIOWrapper):
+    """A full disk under a log ends no job."""
+
+    def write(self, text: str, /) -> int:
+        with suppress(OSError):
+            return super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            super().flush()
+
+
+def _refused(error: OSError) -> OSError:
+    return error if isinstance(error, BrokenPipeError) else OutputRefused(error.errno, error.strerror)
+
+
+def _remade(kind: type[Stream], number: int, stream: object) -> Stream:
+    """A stream of `kind` over the bytes of `stream`, or of descriptor `number` where there is none."""
+    if not isinstance(stream, io.TextIOWrapper):
+        return kind(io.BufferedWriter(io.FileIO(number, "w", closefd=False)), encoding="utf-8", errors="backslashreplace")
+    return kind(stream.buffer, encoding=stream.encoding, errors=stream.errors, line_buffering=stream.line_buffering,
+                write_through=stream.write_through)
