@@ -43,6 +43,14 @@ def warn_non_finite(where: object, lines: Iterable[str]) -> None:
         warn(f"{where}: {line}; the copy is like it, and whatever runs it computes nonsense")
 
 
+def no_numbers(what: str, dtype: torch.dtype) -> InputError:
+    """The error to raise where `what` of a model that computes in `dtype` came out as NaN or infinity."""
+    name = str(dtype).removeprefix("torch.")
+    remedy = "give --dtype float32" if dtype in (torch.bfloat16, torch.float16) else "look for NaN in its files by `ee-tuning verify`"
+    return InputError(f"{what} are no numbers (NaN or infinite): the model's activations overflow in {name}, or weights of it or of an "
+                      f"exit are broken; {remedy}, or fetch it again")
+
+
 def check_finite(where: object, name: str, tensor: Tensor) -> Tensor:
     """The tensor itself. Raises InputError where it holds NaN or infinity."""
     if num := num_non_finite(tensor):

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ee_tuning.checkpoint.non_finite import no_numbers, num_non_finite
 from ee_tuning.config.generation import Measure
 from ee_tuning.json_file import to_json
 from ee_tuning.model.early_exit import EarlyExitModel
@@ -82,7 +83,7 @@ class Outcome:
 
 @torch.no_grad()
 def read_exits(model: EarlyExitModel, samples: Iterable[Tensor]) -> Readings:  # samples: [s] int64
-    """Runs samples through a model that lies on one stage, and asks every exit about every token."""
+    """Runs samples through a model that lies on one stage, and asks every exit about every token. Raises InputError on NaN."""
     last = model.config.num_layers
     known: dict[tuple[int, Measure], list[Tensor]] = {}
     agrees: dict[int, list[Tensor]] = {}
@@ -101,12 +102,16 @@ def read_exits(model: EarlyExitModel, samples: Iterable[Tensor]) -> Readings:  #
     for tokens in samples:
         lengths.append(len(tokens))
         hidden, inputs = model.run_layers(model.embed(tokens[None].to(model.topology.device)))
+        if num_non_finite(hidden):
+            raise no_numbers(f"the hidden states behind layer {last}", hidden.dtype)
         final = look(model.final_hidden(hidden), model.backbone.output_layer.weight, ())[0]
         for layer in sorted(inputs):
             if layer < last:
                 ids, found = model.exit_head(layer)(inputs[layer], lambda hidden, weight: look(hidden, weight, MEASURES))
                 agrees.setdefault(layer, []).append((ids == final).cpu())
                 for measure, values in zip(MEASURES, found, strict=True):
+                    if num_non_finite(values):
+                        raise no_numbers(f"the logits behind layer {layer}", hidden.dtype)
                     known.setdefault((layer, measure), []).append(values.cpu())
     return Readings({key: torch.cat(values) for key, values in known.items()},
                     {layer: torch.cat(values) for layer, values in agrees.items()},

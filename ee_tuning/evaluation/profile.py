@@ -18,6 +18,7 @@ from ee_tuning.checkpoint.aside import check_file
 from ee_tuning.checkpoint.formats import BackboneSource, check_model, model_folder, open_model
 from ee_tuning.checkpoint.huggingface import read_backbone_tensor
 from ee_tuning.checkpoint.load import compute_dtype
+from ee_tuning.checkpoint.non_finite import no_numbers, num_non_finite
 from ee_tuning.config import Config, ParallelSection, replace
 from ee_tuning.config.placement import AutoLayers, evenly_along
 from ee_tuning.data.tokenizer import load_tokenizer, tokenizer_of
@@ -94,6 +95,8 @@ def _by_layers(config: Config, topology: Topology) -> Generator[None, None, Prof
             if number == 1:
                 states = [stage.embed(ids.to(topology.device))]  # [s, b, h]
             states.append(stage.run_layer(number, states[-1]))
+            if num_non_finite(states[-1]):
+                raise no_numbers(f"the hidden states behind layer {number}", dtype)
             yield
         return Profile(_distances(states), ids.numel())
 

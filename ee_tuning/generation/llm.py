@@ -15,6 +15,7 @@ from typing import Any
 
 from ee_tuning.checkpoint.formats import model_folder
 from ee_tuning.checkpoint.load import load_for_generation
+from ee_tuning.checkpoint.non_finite import no_numbers
 from ee_tuning.config import Config, GenerationSection, load_config
 from ee_tuning.config.generation import without_overruled
 from ee_tuning.data.tokenizer import beginning_ids, begun, load_tokenizer, tokenizer_of
@@ -182,13 +183,10 @@ class EarlyExitLLM:
         """Where logits are NaN the token is the vocabulary's first, again and again: an error, raised or in the record, in its place."""
         if not math.isnan(step.confidence):
             return writer.take(step, started)
-        dtype = str(self.model.plan.dtype).removeprefix("torch.")
-        remedy = "give --dtype float32" if dtype in ("bfloat16", "float16") else "look for NaN in its files by `ee-tuning verify`"
-        error = (f"the logits behind layer {step.exit_layer} are no numbers (NaN): the model's activations overflow in {dtype}, or weights "
-                 f"of it or of the exit are broken; {remedy}, or fetch it again")
+        error = no_numbers(f"the logits behind layer {step.exit_layer}", self.model.plan.dtype)
         if not keeps_errors:
-            raise InputError(error)
-        return writer.fail(step, error)
+            raise error
+        return writer.fail(step, str(error))
 
     def _options(self, options: dict[str, Any]) -> GenerationSection:
         resolved = with_options(self.defaults, options)

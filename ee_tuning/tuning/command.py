@@ -12,6 +12,8 @@ from ee_tuning.data.loader import count_microbatches
 from ee_tuning.data.splits import load_samples
 from ee_tuning.data.tokenizer import tokenizer_of
 from ee_tuning.data.tokens import Splits
+from ee_tuning.errors import InputError
+from ee_tuning.notices import warn
 from ee_tuning.parallel.topology import Topology, init_parallel, leave_parallel
 from ee_tuning.tuning.dashboards import check_dashboards
 from ee_tuning.tuning.plots import write_plots
@@ -50,6 +52,7 @@ def _tune_owned(config: Config, topology: Topology) -> bool:
     open_run_folder(config, topology)  # only now: a job that was refused leaves nothing, and a good run its config.yaml
     is_finished = tuner.run()
     if is_finished:
+        _check_updated(tuner, topology)
         output = tuner.run_folder / EXIT_HEADS
         tuner.save_exit_heads(output)
         if topology.is_logging_rank:
@@ -57,6 +60,19 @@ def _tune_owned(config: Config, topology: Topology) -> bool:
                   f"--exits {quote(str(output))} --threshold 0.8 --show-exits --prompt \"…\"", flush=True)
             write_plots(tuner.run_folder, f"{tuner.run_folder}: exits of {config.model.path}")
     return is_finished
+
+
+def _check_updated(tuner: Tuner, topology: Topology) -> None:
+    """Raises InputError, on all ranks, where no exit was ever updated, and tells of those that were not where others were."""
+    never, trained = tuner.never_updated()
+    if not never:
+        return
+    told = (f"not one step updated exit {', '.join(map(str, never))}: its loss or gradient was never finite (give --dtype float32 if the "
+            "model overflows), its gradient norm was above tuning.skip_grad_norm, or no token of the data counts")
+    if never == trained:
+        raise InputError(f"{told}; {tuner.run_folder / EXIT_HEADS} is not written, for it would be what the run began with")
+    if topology.is_logging_rank:
+        warn(told)
 
 
 def _load_samples(config: Config, topology: Topology) -> Splits:

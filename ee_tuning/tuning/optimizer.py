@@ -64,6 +64,11 @@ class ExitOptimizer:
         """Whether this exit is not frozen."""
         return self.loss_weight > 0
 
+    @property
+    def num_updates(self) -> int:
+        """Steps that were taken, in the runs that this one goes on from, too; not those that were left out."""
+        return int(self.adam.state[next(iter(self.parameters.values()))]["step"])
+
     def begin_microbatch(self, is_last: bool) -> None:
         """Before a forward pass that is followed by a backward pass; `is_last` of the step: only then are gradients reduced."""
         self._sharded.set_requires_gradient_sync(is_last)

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ee_tuning.checkpoint.aside import on_first_rank
+from ee_tuning.checkpoint.aside import gathered, on_first_rank
 from ee_tuning.checkpoint.exit_config import exit_config_tree
 from ee_tuning.checkpoint.exit_heads import save_exit_heads
 from ee_tuning.checkpoint.load import LoadedModel, tuning_costs
@@ -112,6 +112,12 @@ class Tuner:
             deque(self._advance(walk, leg, Follows.NEXT, waiting, metrics, pace), maxlen=0)
         while waiting:
             self._work.do(waiting.popleft(), walk, metrics, pace)
+
+    def never_updated(self) -> tuple[list[int], list[int]]:
+        """Of the exits that are trained, those that no step has updated, and all; of every stage. All ranks call it."""
+        own = [(each.layer, each.num_updates) for each in self.exits if each.trains and each.parameters]
+        every = gathered(own, self.topology)
+        return sorted({layer for layer, _ in every} - {layer for layer, count in every if count}), sorted({layer for layer, _ in every})
 
     def make_tutor(self) -> Tutor | None:
         """What hands on the final head's lessons; None where nobody asks for them."""

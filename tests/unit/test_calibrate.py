@@ -161,12 +161,13 @@ def test_calibrate_refuses_what_it_can_not_use(calibrated, tmp_path):
         calibrate(load_config(None, base), flags)
 
 
-@pytest.mark.parametrize(("output", "words"), [(".", "got the folder ."), ("c.png", "the picture beside them is c.png"),
+@pytest.mark.parametrize(("output", "words"), [("sub", "got the folder sub"), ("c.png", "the picture beside them is c.png"),
                                                ("text.txt/c.json", "text.txt is no folder")])
 def test_a_place_for_no_file_is_refused_before_anything_is_read(tmp_path, monkeypatch, output, words):
     """The work of an hour ends at its last step, or in a picture that replaces it."""
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text("x")
+    Path("sub").mkdir()
     flags = cli.parse(["calibrate", "--output", output])
     with pytest.raises(InputError) as error:
         calibrate(load_config(None, {"model.path": "none"}), flags)
