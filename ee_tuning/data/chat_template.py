@@ -81,6 +81,19 @@ class ChatTemplate:
         except Exception as error:  # templates run code of their own: any error may come out of them
             raise InputError(self._told(error)) from error
 
+    def end_of_turn_id(self) -> int | None:
+        """The added token that closes the assistant's turns, and so ends an answer, whether or not the model's config names it (Llama 3's
+        <|eot_id|> beside <|end_of_text|>). None where the template closes them by none.
+        """
+        said = "Yes, indeed."
+        try:
+            text: str = self.render([{"role": "user", "content": "Is it so?"}, {"role": "assistant", "content": said}])
+        except InputError:
+            return None
+        _, found, behind = text.rpartition(said)
+        ids = self._tokenizer(behind.lstrip(), add_special_tokens=False)["input_ids"] if found and behind.strip() else []
+        return ids[0] if ids and ids[0] in self._tokenizer.added_tokens_decoder else None
+
     @property
     def _place(self) -> str:
         return str(self._tokenizer.name_or_path)

@@ -30,6 +30,8 @@ class Talk(NamedTuple):
     template: ChatTemplate
     console: Console
     colours: dict[int, str]
+    stop_token_ids: tuple[int, ...]
+    """What ends an answer beside the model's end of text."""
 
 
 def chat(config: Config, *, system: str | None = None, show_exits: bool = False, ask: Callable[[], str] | None = None) -> None:
@@ -44,7 +46,8 @@ def chat(config: Config, *, system: str | None = None, show_exits: bool = False,
         raise InputError(f"chat takes one process, got {topology.world_size}; start it without torchrun")
     given = read_chat_template(config.data.chat_template)
     llm = EarlyExitLLM.from_config(config, topology)
-    talk = Talk(llm, ChatTemplate(llm.tokenizer, given), Console(highlight=False, soft_wrap=True), colours_of(llm) if show_exits else {})
+    template = ChatTemplate(llm.tokenizer, given)
+    talk = Talk(llm, template, Console(highlight=False, soft_wrap=True), colours_of(llm) if show_exits else {}, _stop_ids(llm, template))
     beginning: list[Message] = [{"role": "system", "content": system}] if system else []
     _check_template(talk.template, beginning)
     messages = list(beginning)
@@ -67,6 +70,11 @@ def chat(config: Config, *, system: str | None = None, show_exits: bool = False,
     leave_parallel()
 
 
+def _stop_ids(llm: EarlyExitLLM, template: ChatTemplate) -> tuple[int, ...]:
+    own, end = llm.defaults.stop_token_ids, template.end_of_turn_id()
+    return own if end is None or end >= llm.model.config.vocab_size or llm.defaults.ignore_eos else (*own, end)
+
+
 def _check_template(template: ChatTemplate, beginning: list[Message]) -> None:
     """Raises InputError where no conversation can begin."""
     try:
@@ -82,7 +90,8 @@ def answer(talk: Talk, messages: list[Message]) -> str | None:
     prompt = talk.template.render(messages, add_generation_prompt=True)
     completions: list[Completion] = []
     shown = ""
-    with _interrupted() as is_interrupted, closing(talk.llm.stream([prompt], completions, adds_special_tokens=False)) as stream:
+    answering = talk.llm.stream([prompt], completions, adds_special_tokens=False, stop_token_ids=talk.stop_token_ids)
+    with _interrupted() as is_interrupted, closing(answering) as stream:
         for token in stream:
             shown += token.text
             talk.console.print(Text(token.text, style=talk.colours.get(token.exit_layer, "")), end="")

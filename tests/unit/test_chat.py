@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ee_tuning.config import DataSection
 from ee_tuning.data.chat import ChatFormat
-from ee_tuning.data.chat_template import read_chat_template
+from ee_tuning.data.chat_template import ChatTemplate, read_chat_template
 from ee_tuning.data.records import Conversation
 from ee_tuning.data.splits import load_samples
 from ee_tuning.data.tokenizer import load_tokenizer, tokenizer_digests
@@ -305,3 +305,12 @@ def test_chats_without_an_assistant_are_refused(tmp_path: Path, tokenizer: PreTr
     with pytest.raises(InputError, match=r"nothing to learn from: 1 × chat without a word of the assistant's .*chat\.jsonl:1"):
         load_samples(DataSection(paths=(str(tmp_path / "chat.jsonl"),), chat_template=str(tmp_path / "template")), tmp_path / "model",
                      seq_length=8, vocab_size=300, max_positions=64, needs_validation=False)
+
+
+@pytest.mark.parametrize(("template", "mark"), [
+    (CHATML, "<|im_end|>"), (MARKED, "<|im_end|>"), (TRIMMED, "<|eot|>"), (INSTRUCT, "</s>"), (PLAIN, None), (QWEN3, "<|im_end|>"),
+    (R1, "<|eot|>"), ("{{ raise_exception('no') }}", None), ("{% for m in messages %}{{ m['content'][:3] }}{% endfor %}", None)])
+def test_the_end_of_a_turn_is_the_template_s(tokenizer: PreTrainedTokenizerFast, template: str, mark: str | None) -> None:
+    """A model whose config names one end of text, and its template another: answers that go on for both sides."""
+    wanted = None if mark is None else tokenizer.convert_tokens_to_ids(mark)
+    assert ChatTemplate(tokenizer, template).end_of_turn_id() == wanted

@@ -1,4 +1,5 @@
 """Prompts from a file, and talk at a terminal: each prompt by its own wishes, and a bad line alone is refused."""
+import contextlib
 import dataclasses
 import json
 import math
@@ -241,3 +242,23 @@ def test_logits_that_are_no_numbers_are_an_error(tmp_path: Path, capsys: pytest.
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [record["prompt"] for record in records] == ["a!", "ab"]
     assert "no numbers" in records[0]["error"] and len(records[1]["token_ids"]) == 3
+
+
+@pytest.mark.parametrize(("changes", "stops"), [({}, (257,)), ({"stop_token_ids": [5]}, (5, 257)), ({"ignore_eos": True}, ())])
+def test_an_answer_ends_where_the_template_ends_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any],
+                                                      stops: tuple[int, ...]) -> None:
+    """The config names the end of text of the base model alone, and the chat model never says that."""
+    random_llama(tmp_path, vocab_size=260, eos_token_id=256)
+    write_byte_tokenizer(tmp_path, "<|eot|>").save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}<|eot|>{% endfor %}")
+    asked: list[Any] = []
+
+    def stream(self: EarlyExitLLM, *args: Any, **keys: Any) -> Iterator[StreamedToken]:
+        asked.append(keys["stop_token_ids"])
+        return iter(())
+    monkeypatch.setattr(EarlyExitLLM, "stream", stream)
+    monkeypatch.setattr(chat_module, "closing", contextlib.nullcontext)
+    config = load_config(None, {"model.path": str(tmp_path), "generation.policy": "full",
+                                **{f"generation.{key}": value for key, value in changes.items()}})
+    chat_module.chat(config, ask=iter(["hi", ""]).__next__)
+    assert asked == [stops]
