@@ -47,13 +47,16 @@ def generate(config: Config, prompts: list[str], *, prompts_file: Path | None = 
         else:
             for _ in llm.run(jobs, completions, options):
                 pass
-        failed = False
+        num_failed = 0
     else:
-        completions, failed = deliver(llm, config, requests, options, output, overwrite)
+        completions, num_failed = deliver(llm, config, requests, options, output, overwrite)
+        if num_failed and topology.is_logging_rank:
+            print(f"ee-tuning: {num_failed} of {len(requests)} prompts could not be done; "
+                  f"{'their records' if output is None else output} tell{'' if output is None else 's'} why", file=sys.stderr, flush=True)
     if topology.is_logging_rank and completions and not as_json:
         _print_summary(llm, completions, colours_of(llm) if show_exits else {})
     leave_parallel()
-    return 2 if failed or any(c.error for c in completions) else 0
+    return 2 if num_failed or any(c.error for c in completions) else 0
 
 
 def colours_of(llm: EarlyExitLLM) -> dict[int, str]:

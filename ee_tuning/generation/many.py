@@ -28,26 +28,26 @@ STOPPED_BY_TERM = 143
 
 
 def deliver(llm: EarlyExitLLM, config: Config, requests: list[Request], options: GenerationSection, output: Path | None,
-            overwrites: bool) -> tuple[list[Completion], bool]:
+            overwrites: bool) -> tuple[list[Completion], int]:
     """Completes the requests that have a job and delivers a record for each completion, or error: to `output`, or standard output.
 
-    Returns the completions that were made here, and whether a request could not be done. All ranks call it; rank 0 delivers.
+    Returns the completions that were made here, and how many requests could not be done. All ranks call it; rank 0 delivers.
     """
     topology, counts = llm.model.topology, [request.num_completions for request in requests]
     opened: list[Delivery] = []
 
-    def open_delivery() -> tuple[frozenset[Key] | None, bool]:
+    def open_delivery() -> tuple[frozenset[Key] | None, int]:
         if output is None or is_stream(output):
             opened.append(InOrder(_stream(output), counts))
-            return opened[0].done, False
+            return opened[0].done, 0
         opened.append(file := OutputFile(output, settings_of(llm, config, requests, options), len(requests), overwrites))
-        return (None if file.is_whole else file.done), file.has_errors
+        return (None if file.is_whole else file.done), file.num_errors
 
-    done, has_errors = on_first_rank(topology, open_delivery)
+    done, num_errors = on_first_rank(topology, open_delivery)
     delivery = opened[0] if opened else None
     if done is None:  # on all ranks
         _tell(delivery, f"{output} has all {len(requests)} prompts of this job already: nothing is left to do; --overwrite makes it anew")
-        return [], has_errors
+        return [], num_errors
     if done:
         _tell(delivery, f"{len(done)} of {sum(counts)} completions are in {output}.partial already")
     with _closed_at_the_end(delivery, sum(counts)):
@@ -79,7 +79,7 @@ def _stream(output: Path | None) -> TextIO:
 
 
 def _decode(llm: EarlyExitLLM, requests: list[Request], options: GenerationSection, done: frozenset[Key], delivery: Delivery | None,
-            progress: Progress) -> tuple[list[Completion], bool]:
+            progress: Progress) -> tuple[list[Completion], int]:
     """As `deliver`, but for the completions in `done`."""
     places = [place for place, request in enumerate(requests)
               if request.job is not None and not all((place, index) in done for index in range(request.num_completions))]
@@ -106,7 +106,7 @@ def _decode(llm: EarlyExitLLM, requests: list[Request], options: GenerationSecti
         _fail(delivery, requests, completions)
     if delivery is not None:
         delivery.finish()
-    return completions, bool(refused)
+    return completions, len(refused) + sum(bool(completion.error) for completion in completions)
 
 
 def _fail(delivery: Delivery | None, requests: list[Request], completions: list[Completion]) -> None:

@@ -63,8 +63,8 @@ class OutputFile:
         self.path, self.journal = path, journal_of(path)
         self.is_whole = False
         """Whether FILE is there, and of this very job."""
-        self.has_errors = False
-        """Where it is whole, whether it tells of prompts that could not be done."""
+        self.num_errors = 0
+        """Where it is whole, of how many prompts it tells that they could not be done."""
         self._settings = parse_json(to_json(settings).encode())
         self._job = hashlib.sha256(to_json(self._settings, sort_keys=True).encode()).hexdigest()[:16]
         self._file: BinaryIO | None = None
@@ -190,7 +190,7 @@ class OutputFile:
                     raise InputError(f"{self.path} holds completions of another job: the model, the exits, a setting or a prompt was "
                                      f"another; {_REMEDY}")
                 prompts.add(record.get("prompt_index"))
-                self.has_errors |= "error" in record
+                self.num_errors += "error" in record
         if prompts and len(prompts) != num_prompts:
             raise InputError(f"{self.path} holds {len(prompts)} of this job's {num_prompts} prompts, so something was taken out; {_REMEDY}")
         self.is_whole = bool(prompts)

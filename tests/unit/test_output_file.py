@@ -64,7 +64,7 @@ def test_records_are_kept_at_once_and_put_in_order_at_the_end(tmp_path: Path):
     assert [line.get("text", "error") for line in lines(path)] == ["0.0", "0.1", "error", "2.0"]
     assert os.listdir(path.parent) == ["out.jsonl"]
     whole = OutputFile(path, JOB, 3, overwrites=False)
-    assert whole.is_whole and whole.has_errors
+    assert whole.is_whole and whole.num_errors == 1
 
 
 def test_another_job_is_refused_and_overwrite_begins_anew(tmp_path: Path):
@@ -190,7 +190,9 @@ def test_the_same_command_goes_on(prompts: Path, tmp_path: Path, monkeypatch: py
     assert texts(lines(stopped)) == texts(lines(whole)) and not Path(f"{stopped}.partial").exists()
     before = stopped.read_bytes()
     capsys.readouterr()
-    assert cli.main(command) == 2 and "nothing is left to do" in capsys.readouterr().err
+    assert cli.main(command) == 2
+    told = capsys.readouterr().err
+    assert "nothing is left to do" in told and "1 of 4 prompts could not be done" in told
     assert cli.main([*command, "--temperature", "0.3"]) == 2 and "of another job" in capsys.readouterr().err
     assert cli.main([*command, "--overwrite", "--top-p", "7"]) == 2 and "top_p" in capsys.readouterr().err
     assert stopped.read_bytes() == before

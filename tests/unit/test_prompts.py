@@ -59,7 +59,8 @@ def test_each_line_by_its_own_wishes(exits, tmp_path, capsys):
     assert made[1]["exit_layers"] == [4] * 8 and all(len(top) == 2 for top in made[1]["top_logprobs"])
     assert made[1]["statistics"]["exit_histogram"] == {"4": 8}
     assert made[4]["text"] == "AAA" and made[2]["text"] != made[3]["text"]
-    assert "mean depth" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "mean depth" in told and f"3 of 7 prompts could not be done; {tmp_path / 'out.jsonl'} tells why" in told
 
 
 @pytest.mark.parametrize(("text", "words"), [
