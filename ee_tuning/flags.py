@@ -56,12 +56,19 @@ FLAGS: dict[str, dict[str, str]] = {
         "--min-new-tokens": "generation.min_new_tokens", "--n": "generation.n", "--logprobs": "generation.logprobs",
         "--stop-token-ids": "generation.stop_token_ids", "--ignore-eos": "generation.ignore_eos",
         "--max-batch-size": "generation.max_batch_size", "--cache-tokens": "generation.cache_tokens", **_PARALLEL},
+    "regenerate": {
+        **_MODEL, "--data": "data.paths", "--text-key": "data.text_key", **_TOKENIZER, "--chat-template": "data.chat_template",
+        "--n": "generation.n", **_SAMPLING, "--max-batch-size": "generation.max_batch_size", "--cache-tokens": "generation.cache_tokens",
+        **_PARALLEL},
     "chat": {
         **_MODEL, **_EXITS, **_TOKENIZER, "--chat-template": "data.chat_template", "--policy": "generation.policy",
         "--threshold": "generation.threshold", "--measure": "generation.measure", "--calibration": "generation.calibration",
         "--exit-layer": "generation.exit_layer", **_SAMPLING},
 }
 """Command -> flag -> config key. A flag `--no-…` sets its key to false, one that takes no value otherwise to true."""
+
+DEFAULTS: dict[str, dict[str, Any]] = {"regenerate": {"generation.max_new_tokens": 1024}}
+"""Command -> config key -> its default there, where it is another than the key's own."""
 
 _NOT = "--no-"
 _METAVARS = {"model.path": "FOLDER", "model.config": "FILE", "exits.path": "FOLDER", "data.tokenizer": "FOLDER",
@@ -88,7 +95,8 @@ def add_config_flags(parser: argparse.ArgumentParser, command: str) -> None:
     parser.set_defaults(overrides={})
     for flag, name in FLAGS[command].items():
         key = config_keys()[name]
-        options: dict[str, Any] = {"action": _Override, "key": name, "help": _help(flag, name, key), "metavar": _metavar(name, key)}
+        options: dict[str, Any] = {"action": _Override, "key": name, "help": _help(flag, name, key, command),
+                                   "metavar": _metavar(name, key)}
         if key.kind is bool:
             options["nargs"] = 0
         elif key.is_list and not key.is_verbatim:
@@ -165,7 +173,8 @@ def _documented_fields(kind: type) -> dict[str, str]:
     return found
 
 
-def _help(flag: str, name: str, key: Key) -> str:
+def _help(flag: str, name: str, key: Key, command: str) -> str:
+    key = dataclasses.replace(key, default=DEFAULTS.get(command, {}).get(name, key.default))
     if flag.startswith(_NOT):
         return f"set to false: {key.doc[0].lower()}{key.doc[1:]} [{name}, default {key.default}]".replace("%", "%%")
     default = "" if key.default in (None, "", ()) or key.default is False else f", default {_plain(key.default)}"

@@ -2,7 +2,8 @@
 from ee_tuning.commands import demo, generation, models, tuning
 from ee_tuning.commands.command import Command
 
-_ORDER = ("demo", "convert", "preprocess", "tune", "plan", "calibrate", "generate", "chat", "inspect", "profile", "export", "verify")
+_ORDER = ("demo", "convert", "regenerate", "preprocess", "tune", "plan", "calibrate", "generate", "chat", "inspect", "profile", "export",
+          "verify")
 """As `ee-tuning --help` lists them: the way a user goes."""
 
 _ALL = {command.name: command for module in (demo, models, tuning, generation) for command in module.COMMANDS}

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ee_tuning.config import Config, load_config
 from ee_tuning.errors import InputError
-from ee_tuning.flags import add_config_flags
+from ee_tuning.flags import DEFAULTS, add_config_flags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +22,9 @@ class Command:
     """May return an exit code other than 0."""
 
 
-def job_of(args: argparse.Namespace) -> Config:
-    """The config of a command that needs a model."""
-    config = load_config(args.config, args.overrides)
+def job_of(args: argparse.Namespace, command: str = "") -> Config:
+    """The config of a command that needs a model; `command` is one with defaults of its own."""
+    config = load_config(args.config, args.overrides, DEFAULTS.get(command))
     if not config.model.path:
         raise InputError("model.path must name a model's folder, got none; give --model FOLDER or a config file")
     return config

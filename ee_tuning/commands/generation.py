@@ -19,6 +19,17 @@ def generate(args: argparse.Namespace) -> int:
                     as_json=args.json, show_exits=args.show_exits)
 
 
+def regenerate(args: argparse.Namespace) -> None:
+    """Prompts -> data with the model's own answers."""
+    config = job_of(args, "regenerate")
+    if args.limit is not None and args.limit < 1:
+        raise InputError(f"--limit must be a number of prompts of at least 1, got {args.limit}")
+    from ee_tuning.generation.regenerate import Wish, regenerate
+
+    regenerate(config, Wish(output=args.output, overwrites=args.overwrite, num_shipped=args.shipped_prompts, limit=args.limit,
+                            as_chat=args.as_chat, last_turn=args.last_turn, drops_cut=args.drop_cut))
+
+
 def calibrate(args: argparse.Namespace) -> None:
     """Text -> a threshold for each exit."""
     config = job_of(args)
@@ -46,6 +57,24 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="begin anew, and replace FILE at the end")
     parser.add_argument("--show-exits", action="store_true", help="colour each token by the exit it left at")
     parser.add_argument("--json", action="store_true", help="one JSON object per prompt instead of text")
+
+
+def _add_regenerate(parser: argparse.ArgumentParser) -> None:
+    add_job(parser, "regenerate")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl",
+                        help="where the records go. Until all are made they are in FILE.jsonl.partial, from which the same command, given "
+                        "again, goes on")
+    parser.add_argument("--overwrite", action="store_true", help="begin anew, and replace FILE.jsonl at the end")
+    parser.add_argument("--shipped-prompts", type=int, default=0, metavar="N",
+                        help="answer so many of the prompts that come with ee-tuning, before those of --data")
+    parser.add_argument("--limit", type=int, metavar="N", help="answer the first so many prompts alone")
+    parser.add_argument("--as-chat", action="store_true",
+                        help="take each text as what a user says in a chat, in place of a text to be continued")
+    parser.add_argument("--last-turn", action="store_true",
+                        help="answer the last turn of each conversation alone; earlier ones are given, and not learned")
+    parser.add_argument("--drop-cut", action="store_true",
+                        help="leave out answers that --max-new-tokens cuts; else they are kept, marked, and tune does not learn that they "
+                        "end there")
 
 
 def _add_calibrate(parser: argparse.ArgumentParser) -> None:
@@ -85,6 +114,16 @@ Every fourth sample is held out, and tells what the thresholds do on tokens that
 A record for each completion, in the order of the prompts, tells its text, tokens and exits; one of a prompt that can not be done has the
 reason, and the exit code is 2. With --output a job that was stopped or killed goes on when the same command is given again.""",
             add_arguments=_add_generate, run=generate),
+    Command(name="regenerate", summary="answer prompts by the full model: data in its own words, for its exits to learn",
+            examples="""\
+  ee-tuning regenerate --model Llama-3.1-8B-Instruct --data sharegpt.json --output answers.jsonl --temperature 0.7
+  ee-tuning regenerate --model Qwen3-8B --data prompts.jsonl --as-chat --n 4 --temperature 1 --output answers.jsonl
+  ee-tuning regenerate --model SmolLM2-135M-Instruct.Q4_1.gguf --shipped-prompts 300 --max-new-tokens 200 --output answers.jsonl
+
+It reads what tune reads, with answers or without. Of a conversation every answer is made anew, in order, each behind those made before;
+a prompt, or a text, is continued. The records keep their other keys and their order; `tune --data answers.jsonl` learns the answers alone.
+A prompt that is too long, or that the chat template refuses, is told and left out. All layers are run; exits are not asked.""",
+            add_arguments=_add_regenerate, run=regenerate),
     Command(name="chat", summary="talk with the model at a terminal, by its chat template",
             examples="""\
   ee-tuning chat --model Llama-2-7b-chat-hf --exits runs/llama-2-7b/exit_heads --threshold 0.8 --show-exits

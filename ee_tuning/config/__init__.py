@@ -46,8 +46,9 @@ class Config:
     generation: GenerationSection = field(default_factory=GenerationSection)
 
 
-def load_config(path: str | Path | None, overrides: dict[str, Any] | None = None) -> Config:
-    """The job in the YAML file at `path` (defaults where None), with `overrides` {"section.key": value} laid over it.
+def load_config(path: str | Path | None, overrides: dict[str, Any] | None = None, defaults: Mapping[str, Any] | None = None) -> Config:
+    """The job in the YAML file at `path` (defaults where None), with `overrides` {"section.key": value} laid over it, and over `defaults`
+    in place of those of the keys.
 
     Values of overrides may be strings as typed at a prompt; they are read as YAML where the key is no text. Raises InputError on a
     file that is missing or not YAML, on a section or key that is unknown or there twice, and on values of another type, outside their
@@ -63,6 +64,10 @@ def load_config(path: str | Path | None, overrides: dict[str, Any] | None = None
         keys = {} if tree.get(section) is None else tree[section]
         if isinstance(keys, dict):
             tree[section] = {**keys, key: _as_typed(value, _hint(section, key))}
+    for dotted, value in (defaults or {}).items():
+        section, _, key = dotted.partition(".")
+        if isinstance(keys := {} if tree.get(section) is None else tree[section], dict):
+            tree[section] = {key: value, **keys}
     where = " and ".join([str(path)] * (path is not None) + ["the command line"] * bool(overrides)) or "the defaults"
     return _build(Config, tree, where, "")
 

@@ -61,7 +61,8 @@ class ChatFormat:
             raise InputError(f"{conversation.where()}: {error}") from error
         if _GENERATION_BLOCK.search(source):
             encoded = self._render(conversation, conversation.messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-            return [(encoded["input_ids"], [bool(each) for each in encoded["assistant_masks"]])]
+            marked = encoded["input_ids"], [bool(each) for each in encoded["assistant_masks"]]
+            return [self._without_end(*marked) if _is_cut(conversation) else marked]
         texts = self._texts(conversation)
         if not self._tokenizer.is_fast:
             raise InputError("chat messages need a fast tokenizer (tokenizer.json), which tells the characters of each token, and the one "
@@ -87,8 +88,10 @@ class ChatFormat:
         found: dict[str, list[Span]] = {whole: []}
         turns = [self._turn(conversation, index) for index, each in enumerate(conversation.messages) if each["role"] == ASSISTANT]
         for turn in reversed(turns):
-            text, span = self._place(turn, found, whole)
-            found.setdefault(text, []).insert(0, span)
+            text, (start, stop) = self._place(turn, found, whole)
+            if turn is turns[-1] and _is_cut(conversation):
+                stop = self._before_end(text, start, stop)
+            found.setdefault(text, []).insert(0, (start, stop))
         for spans in found.values():
             before = [0, *(stop for _, stop in spans)]
             if any(start >= stop or start < least for (start, stop), least in zip(spans, before, strict=False)):
@@ -159,10 +162,35 @@ class ChatFormat:
         text = prompt + said + end
         return _Turn(text, len(prompt), len(text), "")
 
+    def _before_end(self, text: str, start: int, stop: int) -> int:
+        """Where the words end of a turn that ends at `stop`, by a token or by blank space of the template."""
+        said = text[start:stop].rstrip()
+        return start + len(said) - len(next((each for each in self._ends if said.endswith(each)), ""))
+
+    def _without_end(self, ids: list[int], marks: list[bool]) -> Marked:
+        """The same without a mark on special tokens at the end of the last turn."""
+        last = max((place for place, is_marked in enumerate(marks) if is_marked), default=-1)
+        place = last
+        while place >= 0 and marks[place] and not str(self._tokenizer.decode([ids[place]])).strip():
+            place -= 1
+        while place >= 0 and marks[place] and ids[place] in self._tokenizer.added_tokens_decoder:
+            marks[place: last + 1] = [False] * (last + 1 - place)
+            place -= 1
+        return ids, marks
+
     def _behind(self, text: str, place: int) -> int:
         """Behind the end-of-turn token at `place`, if there is one."""
         end = self._end.match(text, place) if self._end else None
         return end.end() if end else place
+
+
+def _is_cut(conversation: Conversation) -> bool:
+    return conversation.is_cut and conversation.messages[-1]["role"] == ASSISTANT
+
+
+def is_mid_thought(prompt: str, answer: str) -> bool:
+    """Whether `answer`, which a model gave to `prompt`, ends before its thought does: no template writes such a turn as it was said."""
+    return _THOUGHT not in answer and (_THINK in answer or prompt.rstrip().endswith(_THINK))
 
 
 def _reasoning(message: dict[str, Any]) -> str:

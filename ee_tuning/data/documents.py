@@ -69,7 +69,18 @@ def read_documents(piece: Piece, text_key: str) -> Iterator[Document | LeftOut]:
         yield document_of(record, text_key, where)
 
 
-def _records(piece: Piece, columns: tuple[str, ...]) -> Iterator[Record]:
+def read_records(piece: Piece, text_key: str) -> Iterator[Record]:
+    """The records that begin in `piece`, with all their keys, and their places; a text file is one, with its text under `text_key`.
+
+    Raises InputError where the file can not be read.
+    """
+    if piece.kind.format == "text":
+        yield {text_key: _read_text(piece)}, partial(str, piece.path)
+        return
+    yield from _records(piece, None)
+
+
+def _records(piece: Piece, columns: tuple[str, ...] | None) -> Iterator[Record]:
     path, packing = piece.path, piece.kind.packing
     if piece.kind.format == "lines":
         return records_of_lines(path, packing, piece.start, piece.stop)

@@ -137,14 +137,15 @@ def _encode_marked(document: Conversation | Completion, recipe: Recipe) -> list[
     if isinstance(document, Completion) and not (document.as_chat and has_template):
         words, marks = _encode_completion(document, tokenizer)
         whole = begun(words, beginning)
-        return [([*whole, end], [*[False] * (len(whole) - len(words)), *marks, True])]
+        return [([*whole, end], [*[False] * (len(whole) - len(words)), *marks, not document.is_cut])]
     conversation = document.as_chat if isinstance(document, Completion) else document
     assert conversation is not None
     made = []
     for words, marks in _encode_chat(conversation, chat):
         if words[-1:] != [end]:
             # An assistant's last turn that has no token of its own at its end is ended by end of text.
-            words, marks = [*words, end], [*marks, marks[-1:] == [True] and words[-1] not in tokenizer.added_tokens_decoder]
+            is_open = marks[-1:] == [True] and words[-1] not in tokenizer.added_tokens_decoder
+            words, marks = [*words, end], [*marks, is_open and not conversation.is_cut]
         if any(marks):
             made.append((words, marks))
     return made

@@ -15,8 +15,10 @@ def row_groups(path: Path) -> list[int]:
         return [file.metadata.row_group(group).total_byte_size for group in range(file.metadata.num_row_groups)]
 
 
-def read_rows(path: Path, first_group: int, stop_group: int, columns: Sequence[str]) -> Iterator[Row]:
-    """The rows of some row groups of a .parquet file: those of `columns` that the file has. Raises InputError where it has none of them."""
+def read_rows(path: Path, first_group: int, stop_group: int, columns: Sequence[str] | None) -> Iterator[Row]:
+    """The rows of some row groups of a .parquet file: those of `columns` that the file has, all where None. Raises InputError where it has
+    none of them.
+    """
     with _open(path) as file:
         present = _present(path, file.schema_arrow.names, columns)
         number = sum(file.metadata.row_group(group).num_rows for group in range(first_group))
@@ -24,7 +26,7 @@ def read_rows(path: Path, first_group: int, stop_group: int, columns: Sequence[s
         yield from _rows(path, batches, number)
 
 
-def read_arrow(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+def read_arrow(path: Path, columns: Sequence[str] | None) -> Iterator[Row]:
     """The rows of an .arrow file, a stream of batches (as the library datasets writes them) or a file of them; as `read_rows`."""
     pyarrow = _pyarrow(path)
     try:
@@ -53,7 +55,9 @@ def _rows(path: Path, batches: Iterator[Any], number: int) -> Iterator[Row]:
         raise _broken(path, error) from error
 
 
-def _present(path: Path, names: Sequence[str], columns: Sequence[str]) -> list[str]:
+def _present(path: Path, names: Sequence[str], columns: Sequence[str] | None) -> list[str]:
+    if columns is None:
+        return list(names)
     present = [name for name in columns if name in names]
     if not present:
         raise InputError(f"{path}: a column {columns[0]!r}, or of chats or prompts with completions, is needed, its columns are "

@@ -5,18 +5,19 @@ The forms are those of the field's tools: `text`; `messages` as OpenAI has them;
 counted.
 """
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from ee_tuning.data.messages import MESSAGES, Where, chat_messages, check_characters
 from ee_tuning.errors import InputError
 
-_SHAREGPT = ("conversations", "conversation")
+SHAREGPT = ("conversations", "conversation")
 _COMPLETIONS = ("completion", "response")
 _ALPACA = ("instruction", "input", "output", "system", "history")
-KEYS = (MESSAGES, *_SHAREGPT, "prompt", *_COMPLETIONS, *_ALPACA, "tools")
+_FINISH_REASON, _CUT = "finish_reason", "length"
+KEYS = (MESSAGES, *SHAREGPT, "prompt", *_COMPLETIONS, *_ALPACA, "tools", _FINISH_REASON)
 """Columns that may say something beside the text's own."""
-_FIRST_KEYS = (MESSAGES, *_SHAREGPT, "prompt", "instruction")
+_FIRST_KEYS = (MESSAGES, *SHAREGPT, "prompt", "instruction")
 _FORMS = "messages, conversations, instruction with output, or prompt with completion"
 
 
@@ -32,6 +33,8 @@ class Conversation:
     """Its place, for errors."""
     num_given: int = 0
     """So many messages at the beginning are given: the assistant's words in them are not learned."""
+    is_cut: bool = False
+    """Whether the last message was cut short: that it ends there is not learned."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class Completion:
     """Its place, for errors."""
     as_chat: Conversation | None = None
     """The same as a chat, for tokenizers that have a chat template."""
+    is_cut: bool = False
+    """Whether the completion was cut short: that it ends there is not learned."""
 
 
 Document = str | Conversation | Completion
@@ -62,16 +67,26 @@ def mentions_records(head: bytes, text_key: str) -> bool:
 
 
 def document_of(record: Any, text_key: str, where: Where) -> Document | LeftOut:
-    """What `record` says. `text_key` is the key of a text, which goes before other forms.
+    """What `record` says. `text_key` is the key of a text, which goes before other forms. A `finish_reason` of length says that the last
+    answer was cut.
 
     Raises InputError, with its place, where it has no form that is known.
     """
+    document = _document_of(record, text_key, where)
+    if isinstance(document, str | LeftOut) or record.get(_FINISH_REASON) != _CUT:
+        return document
+    if isinstance(document, Completion) and document.as_chat:
+        document = replace(document, as_chat=replace(document.as_chat, is_cut=True))
+    return replace(document, is_cut=True)
+
+
+def _document_of(record: Any, text_key: str, where: Where) -> Document | LeftOut:
     if not isinstance(record, dict):
         raise InputError(f"{where()}: a line must be a JSON object, got {type(record).__name__}; write {{\"{text_key}\": \"…\"}}, or name "
                          "the file .json where all of it is one array")
     if record.get(text_key) is not None:
         return _text(record[text_key], text_key, where) or LeftOut("empty text", where)
-    for key in (MESSAGES, *_SHAREGPT):
+    for key in (MESSAGES, *SHAREGPT):
         if record.get(key) is not None:
             return _conversation(record, key, where)
     completion = next((key for key in _COMPLETIONS if record.get(key) is not None), None)
@@ -79,7 +94,7 @@ def document_of(record: Any, text_key: str, where: Where) -> Document | LeftOut:
         return _completion(record, completion, where)
     if record.get("instruction") is not None and record.get("output") is not None:
         return _alpaca(record, where)
-    if any(key in record for key in (text_key, MESSAGES, *_SHAREGPT, *_COMPLETIONS)) or {"instruction", "output"} <= record.keys():
+    if any(key in record for key in (text_key, MESSAGES, *SHAREGPT, *_COMPLETIONS)) or {"instruction", "output"} <= record.keys():
         return LeftOut("null in place of a text", where)
     known = ", ".join(map(repr, record)) or "none"
     raise InputError(f"{where()}: no key {text_key!r}, and no {_FORMS}; its keys are {known}; set data.text_key to that of the text")

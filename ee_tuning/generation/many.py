@@ -50,23 +50,28 @@ def deliver(llm: EarlyExitLLM, config: Config, requests: list[Request], options:
         return [], num_errors
     if done:
         _tell(delivery, f"{len(done)} of {sum(counts)} completions are in {output}.partial already")
-    with _closed_at_the_end(delivery, sum(counts)):
+    with closed_at_the_end(delivery, sum(counts)):
         return _decode(llm, requests, options, done, delivery, Progress(sum(counts), len(done)))
 
 
 def settings_of(llm: EarlyExitLLM, config: Config, requests: list[Request], options: GenerationSection) -> Settings:
     """All that the completions depend on, as JSON can hold it."""
-    reader, model, _ = open_model(config.model)
-    with reader:
-        backbone = fingerprint(reader, model)
     free = ENGINE_KEYS | {"calibration"}  # what a calibration says is in the policies of the requests
     digest = hashlib.sha256()
     for request in requests:
         asked = None if request.job is None else dataclasses.asdict(request.job)
         digest.update((to_json([request.prompt, request.kept, asked], sort_keys=True, default=str) + "\n").encode())
+    return {**model_settings(llm, config), **{name: value for name, value in dataclasses.asdict(options).items() if name not in free},
+            "prompts": digest.hexdigest()}
+
+
+def model_settings(llm: EarlyExitLLM, config: Config) -> Settings:
+    """What completions depend on beside what is asked: the model, its exits, its tokenizer."""
+    reader, model, _ = open_model(config.model)
+    with reader:
+        backbone = fingerprint(reader, model)
     return {"model": backbone, "exits": llm.heads_digest, "dtype": str(llm.model.plan.dtype).removeprefix("torch."),
-            "tokenizer": config.data.tokenizer, "end of text": list(llm.stop_token_ids),
-            **{name: value for name, value in dataclasses.asdict(options).items() if name not in free}, "prompts": digest.hexdigest()}
+            "tokenizer": config.data.tokenizer, "end of text": list(llm.stop_token_ids)}
 
 
 def _stream(output: Path | None) -> TextIO:
@@ -117,7 +122,7 @@ def _fail(delivery: Delivery | None, requests: list[Request], completions: list[
 
 
 @contextmanager
-def _closed_at_the_end(delivery: Delivery | None, num_completions: int) -> Iterator[None]:
+def closed_at_the_end(delivery: Delivery | None, num_completions: int) -> Iterator[None]:
     """Closes `delivery`, and tells what is kept of a job that Ctrl-C or SIGTERM stops."""
     try:
         with _term_raises():

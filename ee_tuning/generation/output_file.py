@@ -1,4 +1,4 @@
-"""`generate --output FILE`: completions that outlive whatever stops the command, and a FILE that is there once it is whole.
+"""`--output FILE` of commands that complete: records that outlive whatever stops the command, and a FILE that is there once it is whole.
 
 A completion goes, as soon as it is ready, into the journal FILE.partial: a first line with the job's settings, then records as FILE has
 them, in the order in which they were ready. Once all are there they become FILE, in the prompts' order, at one stroke. The same command,
@@ -10,6 +10,7 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,8 +28,29 @@ _REMEDY = "give another --output, or --overwrite to begin anew"
 _MOST_TOLD = 3
 
 
-def check_output(path: Path, overwrites: bool) -> None:
-    """Raises InputError where `path` can not be written, or holds what no `generate` wrote. Nothing is changed.
+@dataclass(frozen=True)
+class Form:
+    """What a command's records look like."""
+
+    command: str
+    under: str | None = None
+    """Key of an object that holds `prompt_index`, `index` and `job`; None where they stand in the record itself."""
+
+    def marks(self, record: Record) -> Record:
+        """The object that holds them; an empty one where there is none."""
+        marks = record if self.under is None else record.get(self.under)
+        return marks if isinstance(marks, dict) else {}
+
+    def marked(self, record: Record, job: str) -> Record:
+        """`record` with its job."""
+        return {**record, "job": job} if self.under is None else {**record, self.under: {**record[self.under], "job": job}}
+
+
+GENERATED = Form("generate")
+
+
+def check_output(path: Path, overwrites: bool, form: Form = GENERATED) -> None:
+    """Raises InputError where `path` can not be written, or holds what the command did not write. Nothing is changed.
 
     Cheap: it spares the loading of a model whose completions would have no place.
     """
@@ -37,7 +59,7 @@ def check_output(path: Path, overwrites: bool) -> None:
         return
     if not overwrites and path.exists() and not journal_of(path).exists():
         with _opened(path) as file:
-            _check_ours(path, file.readline())
+            _check_ours(path, file.readline(), form)
 
 
 def is_standard_output(path: Path) -> bool:
@@ -58,9 +80,12 @@ def journal_of(path: Path) -> Path:
 class OutputFile:
     """FILE and its journal, of one job, in one process."""
 
-    def __init__(self, path: Path, settings: Settings, num_prompts: int, overwrites: bool):
-        """Finds what is there of the job already. Raises InputError where it is another job's, or another process writes it."""
-        self.path, self.journal = path, journal_of(path)
+    def __init__(self, path: Path, settings: Settings, num_prompts: int | None, overwrites: bool, form: Form = GENERATED):
+        """Finds what is there of the job already. Raises InputError where it is another job's, or another process writes it.
+
+        `num_prompts` is how many a whole FILE tells of; None where some may be left out.
+        """
+        self.path, self.journal, self._form = path, journal_of(path), form
         self.is_whole = False
         """Whether FILE is there, and of this very job."""
         self.num_errors = 0
@@ -88,7 +113,7 @@ class OutputFile:
 
     def write(self, record: Record) -> None:
         """Keeps a completion. Raises InputError where the disk refuses."""
-        key = (record["prompt_index"], record["index"])
+        key = self._key(record)
         if key in self._lines:
             return
         with self._refusals_named():
@@ -136,7 +161,11 @@ class OutputFile:
         return len(line)
 
     def _line(self, record: Record) -> bytes:
-        return (to_json({**record, "job": self._job}, ensure_ascii=False) + "\n").encode()
+        return (to_json(self._form.marked(record, self._job), ensure_ascii=False) + "\n").encode()
+
+    def _key(self, record: Record) -> Key:
+        marks = self._form.marks(record)
+        return marks["prompt_index"], marks["index"]
 
     def _kept(self, key: Key) -> bytes:
         assert self._file is not None
@@ -165,33 +194,34 @@ class OutputFile:
                 tree = _parsed(line)
                 if number == 1:
                     self._check_same((tree or {}).get("job"))
-                elif tree is None or tree.get("job") != self._job:
+                elif tree is None or self._form.marks(tree).get("job") != self._job:
                     raise InputError(f"line {number} of {self.journal} is damaged; {_REMEDY}")
                 else:
-                    self._lines[tree["prompt_index"], tree["index"]] = (self._end, len(line))
+                    self._lines[self._key(tree)] = (self._end, len(line))
                 self._end += len(line)
         self._file.truncate(self._end)
 
     def _check_same(self, there: Any) -> None:
         if not isinstance(there, dict):
-            raise InputError(f"{self.journal} is not what `ee-tuning generate --output` leaves; {_REMEDY}")
+            raise InputError(f"{self.journal} is not what `ee-tuning {self._form.command} --output` leaves; {_REMEDY}")
         differing = [key for key in {**there, **self._settings} if there.get(key) != self._settings.get(key)]
         named = [f"{key} ({_told(there.get(key))} there, {_told(self._settings.get(key))} here)" for key in differing if key != "prompts"]
         if differing:
             raise InputError(f"{self.journal} holds completions of another job, which differs in "
                              f"{', '.join(named[:_MOST_TOLD]) or 'its prompts'}; to go on give that job, else {_REMEDY}")
 
-    def _read_whole(self, num_prompts: int) -> None:
+    def _read_whole(self, num_prompts: int | None) -> None:
         prompts = set()
         with _opened(self.path) as file:
             for line in file:
-                record = _check_ours(self.path, line)
-                if record["job"] != self._job:
+                record = _check_ours(self.path, line, self._form)
+                marks = self._form.marks(record)
+                if marks["job"] != self._job:
                     raise InputError(f"{self.path} holds completions of another job: the model, the exits, a setting or a prompt was "
                                      f"another; {_REMEDY}")
-                prompts.add(record.get("prompt_index"))
+                prompts.add(marks.get("prompt_index"))
                 self.num_errors += "error" in record
-        if prompts and len(prompts) != num_prompts:
+        if prompts and num_prompts is not None and len(prompts) != num_prompts:
             raise InputError(f"{self.path} holds {len(prompts)} of this job's {num_prompts} prompts, so something was taken out; {_REMEDY}")
         self.is_whole = bool(prompts)
 
@@ -218,11 +248,11 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         raise InputError(f"{path}, which is there, can not be read: {error.strerror}; {_REMEDY}") from error
 
 
-def _check_ours(path: Path, line: bytes) -> Record:
+def _check_ours(path: Path, line: bytes, form: Form) -> Record:
     """The record in a line of a FILE; nothing, in an empty file, is taken for ours."""
-    record = _parsed(line) if line else {"job": ""}
-    if record is None or not isinstance(record.get("job"), str):
-        raise InputError(f"{path} is there already, and is not what `ee-tuning generate --output` writes; {_REMEDY}")
+    record = _parsed(line) if line else form.marked({form.under: {}} if form.under else {}, "")
+    if record is None or not isinstance(form.marks(record).get("job"), str):
+        raise InputError(f"{path} is there already, and is not what `ee-tuning {form.command} --output` writes; {_REMEDY}")
     return record
 
 

@@ -96,6 +96,19 @@ def test_a_template_with_marks_says_what_one_without_them_does(tokenizer: PreTra
         assert ChatFormat(tokenizer, CHATML).encode(conversation) == ChatFormat(tokenizer, MARKED).encode(conversation)
 
 
+@pytest.mark.parametrize("template", [CHATML, MARKED, TRIMMED, INSTRUCT, PLAIN,
+                                      MARKED.replace("'<|im_end|>' }}{% endg", "'<|im_end|>\n' }}{% endg")])
+def test_the_end_of_what_was_cut_is_not_learned(tokenizer: PreTrainedTokenizerFast, template: str) -> None:
+    """Heads that learn to stop in the middle, where a limit cut the answer that they learn from."""
+    conversation = Conversation(MESSAGES[1:], None, lambda: "", is_cut=True)
+    (ids, marks), = ChatFormat(tokenizer, template).encode(conversation)
+    (_, before), = ChatFormat(tokenizer, template).encode(Conversation(MESSAGES[1:], None, lambda: ""))
+    first = max(place for place in range(len(before)) if not before[place] and any(before[place:]))
+    assert marks[:first] == before[:first] and any(marks[:first])
+    learned = [token for token, is_marked in zip(ids[first:], marks[first:], strict=True) if is_marked]
+    assert tokenizer.decode(learned).strip() == "Hi.\nBye."
+
+
 def in_keys(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What was thought under a key of its own."""
     return [{**each, "reasoning_content": each["content"][8:-11], "content": each["content"][-1]} if each["role"] == "assistant" else each

@@ -1,0 +1,132 @@
+"""What records ask a model, their answers taken off: the prompts of `ee-tuning regenerate`.
+
+Every form that `records.py` reads is a prompt, with its answers or without. A chat asks for an answer at each place where the assistant
+spoke, and at its end where another spoke last.
+"""
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from ee_tuning.data.chat import ASSISTANT
+from ee_tuning.data.messages import MESSAGES, Where
+from ee_tuning.data.records import KEYS, SHAREGPT, Completion, Conversation, LeftOut, document_of
+from ee_tuning.errors import InputError
+
+Message = dict[str, Any]
+_TEXT, _USER = "text", "user"
+_TOOL_ROLES = ("tool", "function", "ipython")
+_ANSWER = "?"
+"""In place of an answer, where a record is read as one that has it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A record without its answers."""
+
+    turns: tuple[list[Message], ...] = ()
+    """Of a chat: the messages before each answer, those before an earlier one left out. Empty for a text."""
+    text: str = ""
+    """What is to be continued."""
+    tools: list[Any] | None = None
+    is_given: bool = False
+    """Whether an assistant's words among the messages are given, and not to be learned."""
+    kept: dict[str, Any] = field(default_factory=dict)
+    """Keys of the record that say nothing of prompt and answer."""
+
+    @property
+    def num_answers(self) -> int:
+        """How many it asks for."""
+        return max(1, len(self.turns))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How records are taken."""
+
+    text_key: str
+    """Key of a text."""
+    has_template: bool
+    """Whether instructions become chats: of the tokenizer, that it has a chat template."""
+    as_chat: bool = False
+    """Whether a text is what a user says in a chat."""
+    last_turn: bool = False
+    """Whether a chat asks for its last answer alone, the earlier ones being given."""
+
+
+def prompt_of(record: Any, reading: Reading, where: Where) -> Prompt | LeftOut:
+    """What `record` asks. Raises InputError, with its place, where it has no form that is known."""
+    document = _read(record, reading.text_key, where)
+    if isinstance(document, LeftOut):
+        return document
+    kept = _kept(record, reading.text_key)
+    if isinstance(document, Completion) and document.as_chat and (reading.has_template or reading.as_chat):
+        document = document.as_chat
+    if isinstance(document, Conversation):
+        return _chat(document, reading, kept)
+    text = document if isinstance(document, str) else document.prompt
+    if not text:
+        return LeftOut("empty prompt", where)
+    return Prompt(turns=([{"role": _USER, "content": text}],), kept=kept) if reading.as_chat else Prompt(text=text, kept=kept)
+
+
+def _read(record: Any, text_key: str, where: Where) -> str | Completion | Conversation | LeftOut:
+    """`record` as `document_of` reads it with some answer. A chat goes before an instruction, that before a prompt, that before a text."""
+    if not isinstance(record, dict):
+        return document_of(record, text_key, where)  # which refuses it
+    given = {key: value for key, value in record.items() if value is not None}
+    form = {key: value for key, value in given.items() if key in KEYS and key != text_key}
+    if any(key in form for key in (MESSAGES, *SHAREGPT)):
+        return document_of(form, _TEXT, where)
+    if "instruction" in given:
+        return document_of({**form, "instruction": given["instruction"], "output": _ANSWER}, _TEXT, where)
+    if "prompt" in given:
+        answer = [{"role": ASSISTANT, "content": _ANSWER}] if isinstance(given["prompt"], list) else _ANSWER
+        return document_of({"tools": given.get("tools"), "prompt": given["prompt"], "completion": answer}, _TEXT, where)
+    if text_key in given:
+        return document_of({text_key: given[text_key]}, text_key, where)
+    if any(key in record for key in (text_key, "prompt", "instruction", MESSAGES, *SHAREGPT)):
+        return LeftOut("null in place of a prompt", where)
+    known = ", ".join(map(repr, record)) or "none"
+    raise InputError(f"{where()}: no messages, conversations, instruction, prompt or {text_key!r}; its keys are {known}; give the key of "
+                     "the prompt with --text-key")
+
+
+def _chat(chat: Conversation, reading: Reading, kept: dict[str, Any]) -> Prompt | LeftOut:
+    messages = chat.messages[:chat.num_given] if chat.num_given else chat.messages
+    is_given = bool(chat.num_given) or reading.last_turn
+    if is_given and not chat.num_given:
+        last = next((place for place in range(len(messages), 0, -1) if messages[place - 1]["role"] != ASSISTANT), 0)
+        messages = messages[:last]
+    if not any(message["role"] == _USER for message in messages):
+        return LeftOut("chat without a user's message", chat.where)
+    if is_given:
+        if messages[-1]["role"] == ASSISTANT:
+            return LeftOut("prompt that ends with the assistant's words", chat.where)
+        has_said = any(message["role"] == ASSISTANT for message in messages)
+        return Prompt(turns=(messages,), tools=chat.tools, is_given=has_said, kept=kept)
+    if any(message["role"] in _TOOL_ROLES or message.get("tool_calls") or message.get("function_call") for message in messages):
+        return LeftOut("chat in which tools are called (their results would not be those of new calls)", chat.where)
+    return Prompt(turns=tuple(_turns(messages)), tools=chat.tools, kept=kept)
+
+
+def _turns(messages: list[Message]) -> Iterator[list[Message]]:
+    """Messages before each answer. The assistant's words before a user's first are dropped, and several in a row are one answer."""
+    before: list[Message] = []
+    has_asked = False
+    for message in messages:
+        if message["role"] != ASSISTANT:
+            before.append(message)
+            has_asked |= message["role"] == _USER
+        elif has_asked and before:
+            yield before
+            before = []
+    if before:
+        yield before
+
+
+def _kept(record: dict[str, Any], text_key: str) -> dict[str, Any]:
+    """All but keys of prompts and answers. Values that JSON has not, such as times, become texts."""
+    names = record.keys() - {text_key, _TEXT, *KEYS}
+    kept: dict[str, Any] = json.loads(json.dumps({key: record[key] for key in record if key in names}, default=str))
+    return kept

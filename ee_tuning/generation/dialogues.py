@@ -1,0 +1,169 @@
+"""Prompts on the way to their answers, in rounds: each round asks for the next answer of every dialogue that is not over."""
+import itertools
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from ee_tuning.data.chat import ASSISTANT, is_mid_thought
+from ee_tuning.data.chat_template import ChatTemplate
+from ee_tuning.data.messages import Where
+from ee_tuning.data.prompt_records import Message, Prompt
+from ee_tuning.errors import InputError
+from ee_tuning.generation.completion import Completion
+from ee_tuning.generation.record import Record
+
+MARK = "regenerated"
+"""Key of a record for its place among the prompts and for the job that made it."""
+CUT = "length"
+_MOST_TOLD = 10
+
+
+class Question(NamedTuple):
+    """What the model is to continue."""
+
+    text: str
+    is_rendered: bool
+    """Whether a chat template made it, special tokens included."""
+    sample: int
+    """Which of the prompt's answers it is for."""
+
+
+@dataclass(eq=False)
+class Dialogue:
+    """A prompt and one set of answers to it, as far as they go."""
+
+    prompt: Prompt
+    place: int
+    """Of the prompt."""
+    index: int
+    """Which set of the prompt's."""
+    answers: list[str] = field(default_factory=list)
+    finish_reason: str = ""
+    """Of the last answer."""
+    is_over: bool = False
+    """Whether all answers are there, or none can follow."""
+
+    @property
+    def messages(self) -> list[Message]:
+        """Of a chat, those up to the last answer."""
+        pairs = zip(self.prompt.turns, self.answers, strict=False)
+        return [message for turn, answer in pairs for message in (*turn, {"role": ASSISTANT, "content": answer})]
+
+    def question(self, template: ChatTemplate) -> Question:
+        """What comes next. Raises InputError where the template refuses it."""
+        if not self.prompt.turns:
+            return Question(self.prompt.text, False, self.index)
+        messages = [*self.messages, *self.prompt.turns[len(self.answers)]]
+        return Question(template.render(messages, self.prompt.tools, add_generation_prompt=True), True, self.index)
+
+    def record(self) -> Record:
+        """As a line of data, of which `tune` learns the answers alone."""
+        body: dict[str, Any] = {"messages": self.messages}
+        if not self.prompt.turns:
+            body = {"prompt": self.prompt.text, "completion": self.answers[0]}
+        elif self.prompt.is_given:
+            *given, answer = self.messages
+            body = {"prompt": given, "completion": [answer]}
+        tools = {"tools": self.prompt.tools} if self.prompt.tools else {}
+        return {**self.prompt.kept, **body, **tools, "finish_reason": self.finish_reason,
+                MARK: {"prompt_index": self.place, "index": self.index}}
+
+
+@dataclass(kw_only=True)
+class Tally:
+    """What became of the dialogues of this process."""
+
+    answered: int = 0
+    cut: int = 0
+    """Of these, how many end with an answer that is cut short."""
+    shortened: int = 0
+    """Of these, how many lack later answers."""
+    left_out: int = 0
+    first_reason: str = ""
+    """Why the first was left out, and where it stands."""
+
+
+class Dialogues:
+    """All of a job, a few at a time."""
+
+    def __init__(self, dialogues: Iterable[Dialogue], template: ChatTemplate, *, at_a_time: int, drops_cut: bool, wheres: Sequence[Where]):
+        """`at_a_time` dialogues are finished before others begin. With `drops_cut` an answer that is cut ends its dialogue unsaid.
+        `wheres` tell, by place, where prompts stand.
+        """
+        self.tally = Tally()
+        self._coming: Iterator[Dialogue] = iter(dialogues)
+        self._asked: list[tuple[Dialogue, Question]] = []
+        self._template, self._at_a_time, self._drops_cut, self._wheres = template, at_a_time, drops_cut, wheres
+        self._ended: list[Record | None] = []
+        self._told: tuple[str, Where] | None = None
+
+    def next_round(self) -> list[Question]:
+        """What is asked next; empty where all dialogues are over."""
+        questions: list[Question] = []
+        while not questions:
+            dialogues = [each for each, _ in self._asked if not each.is_over] or list(itertools.islice(self._coming, self._at_a_time))
+            if not dialogues:
+                return []
+            self._asked = []
+            for dialogue in dialogues:
+                try:
+                    questions.append(dialogue.question(self._template))
+                    self._asked.append((dialogue, questions[-1]))
+                except InputError as error:
+                    self._break_off(dialogue, str(error))
+        return questions
+
+    def take(self, number: int, completion: Completion) -> None:
+        """The answer to question `number` of the round; an error may come twice."""
+        dialogue, question = self._asked[number]
+        if dialogue.is_over:
+            return
+        is_cut = completion.finish_reason == CUT
+        if completion.error:
+            self._break_off(dialogue, completion.error)
+        elif not completion.text.strip():
+            self._break_off(dialogue, "the model's answer is empty")
+        elif is_cut and self._drops_cut:
+            self._break_off(dialogue, "the answer was cut at max_new_tokens, or the end of the model's context")
+        elif is_cut and question.is_rendered and is_mid_thought(question.text, completion.text):
+            self._break_off(dialogue, "the answer was cut within its thought, before it said anything; give more --max-new-tokens")
+        else:
+            dialogue.answers.append(completion.text)
+            dialogue.finish_reason = completion.finish_reason
+            if len(dialogue.answers) == dialogue.prompt.num_answers or is_cut:
+                self._end(dialogue)
+
+    def ended(self) -> list[Record | None]:
+        """Records of dialogues that ended since the last call; None for one that was left out."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    def _end(self, dialogue: Dialogue) -> None:
+        dialogue.is_over = True
+        self.tally.answered += 1
+        self.tally.cut += dialogue.finish_reason == CUT
+        self.tally.shortened += len(dialogue.answers) < dialogue.prompt.num_answers
+        self._ended.append(dialogue.record())
+
+    def _break_off(self, dialogue: Dialogue, reason: str) -> None:
+        """Ends a dialogue that has no further answer: the answers that it has are kept."""
+        if dialogue.answers:
+            self._end(dialogue)
+            return
+        dialogue.is_over = True
+        self.leave_out(reason, self._wheres[dialogue.place])
+        self._ended.append(None)
+
+    def leave_out(self, reason: str, where: Where) -> None:
+        """Counts what gives no record, once for several samples of a prompt, and tells the first few, on stderr."""
+        if self._told == (reason, where):
+            return
+        self._told = reason, where
+        self.tally.left_out += 1
+        if self.tally.left_out > _MOST_TOLD:
+            return
+        told = f"{where()}: {reason}"
+        self.tally.first_reason = self.tally.first_reason or told
+        more = " (others are counted at the end)" if self.tally.left_out == _MOST_TOLD else ""
+        print(f"left out {told}{more}", file=sys.stderr, flush=True)

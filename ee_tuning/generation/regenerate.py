@@ -1,0 +1,235 @@
+"""`ee-tuning regenerate`: the full model answers prompts, and what it says is data that exits learn it by. Rank 0 reads and writes."""
+import dataclasses
+import hashlib
+import itertools
+import sys
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from ee_tuning.checkpoint.apart import check_apart
+from ee_tuning.checkpoint.aside import on_first_rank
+from ee_tuning.config import Config, GenerationSection, replace
+from ee_tuning.data.chat_template import ChatTemplate, read_chat_template
+from ee_tuning.data.documents import pieces_of, read_records
+from ee_tuning.data.file_kind import named_format
+from ee_tuning.data.messages import Where
+from ee_tuning.data.piped import copied, has_pipes
+from ee_tuning.data.prompt_records import Prompt, Reading, prompt_of
+from ee_tuning.data.records import LeftOut
+from ee_tuning.data.shipped_prompts import shipped_prompts
+from ee_tuning.data.sources import find_corpora
+from ee_tuning.data.tally import say_passed_over
+from ee_tuning.data.tokenizer import load_tokenizer, tokenizer_of
+from ee_tuning.errors import InputError
+from ee_tuning.generation.completion import Completion
+from ee_tuning.generation.delivery import Progress
+from ee_tuning.generation.dialogues import MARK, Dialogue, Dialogues
+from ee_tuning.generation.llm import EarlyExitLLM, Job, params_of
+from ee_tuning.generation.many import closed_at_the_end, model_settings
+from ee_tuning.generation.output_file import Form, Key, OutputFile, Settings, check_output, is_stream
+from ee_tuning.generation.params import SamplingParams
+from ee_tuning.generation.policy import FULL
+from ee_tuning.json_file import to_json
+from ee_tuning.parallel.topology import init_parallel, leave_parallel
+
+FORM = Form("regenerate", under=MARK)
+_BATCHES_AT_A_TIME, _BATCHES_OF_LONG = 64, 8
+"""Of dialogues: all with one answer, which is kept at once; some with several, of which a kill loses the earlier ones."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Wish:
+    """What is asked of the command beside its job."""
+
+    output: Path
+    overwrites: bool = False
+    num_shipped: int = 0
+    """So many of the prompts that come with the package, beside those of data.paths."""
+    limit: int | None = None
+    """Prompts at most."""
+    as_chat: bool = False
+    last_turn: bool = False
+    """For these two, see `Reading`."""
+    drops_cut: bool = False
+
+
+@dataclasses.dataclass
+class _Prompts:
+    """What was read, on rank 0."""
+
+    prompts: list[Prompt] = dataclasses.field(default_factory=list)
+    wheres: list[Where] = dataclasses.field(default_factory=list)
+    left_out: list[LeftOut] = dataclasses.field(default_factory=list)
+
+    def digest(self) -> str:
+        """Of all that answers depend on, and of what is kept beside them."""
+        digest = hashlib.sha256()
+        for prompt in self.prompts:
+            digest.update((to_json(dataclasses.asdict(prompt), sort_keys=True, default=str) + "\n").encode())
+        return digest.hexdigest()
+
+
+def regenerate(config: Config, wish: Wish) -> None:
+    """Answers the prompts by the full model, in their order, into `wish.output`; what was answered before a stop is not asked again.
+
+    Raises InputError, before the model is loaded, on files, options and an output that can not be used, and where no prompt can be
+    answered. A prompt alone that can not be is left out.
+    """
+    topology = init_parallel(config.parallel)
+    _check(config, topology.dp, topology.num_in_replica)
+    # Exits are not asked; nor are log-probabilities.
+    config = replace(config, exits={"path": None}, generation={"policy": "full", "calibration": None, "logprobs": None})
+    read = _Prompts()
+    on_first_rank(topology, lambda: _read(config, wish, read))
+    llm = EarlyExitLLM.from_config(config, topology)
+    options, _ = llm.jobs([])
+    params = params_of(options)
+    params.check(llm.model.config.vocab_size)
+    opened: list[OutputFile] = []
+
+    def open_output() -> bool:
+        opened.append(OutputFile(wish.output, _settings(llm, config, wish, params, read), None, wish.overwrites, FORM))
+        return opened[0].is_whole
+
+    if on_first_rank(topology, open_output):
+        if topology.is_logging_rank:
+            print(f"{wish.output} has the answers of this job already: nothing is left to do; --overwrite makes it anew", file=sys.stderr)
+    else:
+        _answer(llm, config, wish, options, read, opened[0] if opened else None)
+    leave_parallel()
+
+
+def _check(config: Config, num_replicas: int, num_in_replica: int) -> None:
+    if num_replicas > 1:
+        raise InputError(f"regenerate takes tensor × pipeline = {num_in_replica} processes, got {num_in_replica * num_replicas}; launch "
+                         f"{num_in_replica}, or change parallel.*")
+    generation = config.generation
+    if generation.n > 1 and generation.temperature == 0:
+        raise InputError(f"generation.n = {generation.n} answers to a prompt would all be the same at temperature 0; give --temperature, "
+                         "0.7 for example")
+
+
+def _read(config: Config, wish: Wish, read: _Prompts) -> None:
+    """Fills `read`. Nothing is written."""
+    if named_format(wish.output.name) != "lines" or wish.output.suffix.lower() in (".gz", ".zst", ".bz2", ".xz"):
+        raise InputError(f"--output must end in .jsonl, for which tune reads a record a line, got {wish.output}")
+    if wish.output.exists() and is_stream(wish.output):
+        raise InputError(f"--output must name a file, beside which answers are kept until all are made, got {wish.output}")
+    check_apart(wish.output, config.data.paths)
+    check_output(wish.output, wish.overwrites, FORM)
+    if not config.data.paths and not wish.num_shipped:
+        raise InputError("regenerate needs prompts, got none; give --data FILE, or --shipped-prompts N for N of those that come with "
+                         "ee-tuning")
+    given = read_chat_template(config.data.chat_template)
+    tokenizer = load_tokenizer(tokenizer_of(config), trusts_code=config.model.trust_remote_code)
+    reading = Reading(text_key=config.data.text_key, has_template=bool(given or tokenizer.chat_template), as_chat=wish.as_chat,
+                      last_turn=wish.last_turn)
+    for prompt, where in itertools.islice(_prompts(config, wish, reading, read.left_out), wish.limit):
+        read.prompts.append(prompt)
+        read.wheres.append(where)
+    if not read.prompts:
+        first = f", the first at {read.left_out[0].where()}: {read.left_out[0].reason}" if read.left_out else ""
+        raise InputError(f"data.paths = {', '.join(config.data.paths)} holds no prompt{first}; give other files")
+    if any(prompt.turns for prompt in read.prompts):
+        ChatTemplate(tokenizer, given).source()  # refuses its absence before a model is loaded
+
+
+def _prompts(config: Config, wish: Wish, reading: Reading, left_out: list[LeftOut]) -> Iterator[tuple[Prompt, Where]]:
+    for number, text in enumerate(shipped_prompts(wish.num_shipped), 1):
+        yield Prompt(turns=([{"role": "user", "content": text}],)), partial("shipped prompt {}".format, number)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = copied(config.data.paths, Path(folder))
+        corpora = find_corpora(paths, "data.paths", reading.text_key) if paths else []
+        for corpus in corpora:
+            if corpus.weight is not None or corpus.prefixes:
+                raise InputError(f"regenerate takes files of prompts, without weights and not tokenized, got {corpus.name}; leave weights "
+                                 "out, and give texts in place of .bin and .idx")
+            say_passed_over(corpus.passed_over)
+        files = [path for corpus in corpora for path in corpus.texts]
+        records = (record for piece in pieces_of(files) for record in read_records(piece, reading.text_key))
+        for number, (record, where) in enumerate(records, 1):
+            if has_pipes(config.data.paths):  # whose copies are gone when an error wants to name a line
+                where = partial("record {}".format, number)
+            found = prompt_of(record, reading, where)
+            if isinstance(found, LeftOut):
+                left_out.append(LeftOut(found.reason, where))
+            else:
+                yield found, where
+
+
+def _settings(llm: EarlyExitLLM, config: Config, wish: Wish, params: SamplingParams, read: _Prompts) -> Settings:
+    """All that the output depends on."""
+    is_chat = any(prompt.turns for prompt in read.prompts)
+    template = ChatTemplate(llm.tokenizer, read_chat_template(config.data.chat_template)).source() if is_chat else ""
+    return {**model_settings(llm, config), **{name: value for name, value in dataclasses.asdict(params).items() if name != "logprobs"},
+            "chat template": hashlib.sha256(template.encode()).hexdigest()[:16], "--drop-cut": wish.drops_cut, "prompts": read.digest()}
+
+
+def _answer(llm: EarlyExitLLM, config: Config, wish: Wish, options: GenerationSection, read: _Prompts, output: OutputFile | None) -> None:
+    """Asks for what `output` lacks, and finishes it. `output` is rank 0's alone."""
+    done = output.done if output is not None else frozenset[Key]()
+    num_all = len(read.prompts) * options.n
+    if done:
+        print(f"{len(done)} of {num_all} answers are in {wish.output}.partial already", file=sys.stderr, flush=True)
+    coming = (Dialogue(prompt, place, index) for place, prompt in enumerate(read.prompts) for index in range(options.n)
+              if (place, index) not in done)
+    is_long = any(prompt.num_answers > 1 for prompt in read.prompts)
+    template = ChatTemplate(llm.tokenizer, read_chat_template(config.data.chat_template))
+    dialogues = Dialogues(coming, template, at_a_time=options.max_batch_size * (_BATCHES_OF_LONG if is_long else _BATCHES_AT_A_TIME),
+                          drops_cut=wish.drops_cut, wheres=read.wheres)
+    for record in read.left_out:
+        dialogues.leave_out(*record)
+    with closed_at_the_end(output, num_all):
+        _decode(llm, options, dialogues, output, Progress(num_all, len(done)))
+        on_first_rank(llm.model.topology, lambda: _finish(wish, dialogues, output, len(done)))
+
+
+def _decode(llm: EarlyExitLLM, options: GenerationSection, dialogues: Dialogues, output: OutputFile | None, progress: Progress) -> None:
+    def write_ended() -> None:
+        if output is None:
+            return
+        for record in dialogues.ended():
+            if record is not None:
+                output.write(record)
+            progress.completion()
+
+    params = dataclasses.replace(params_of(options), n=1)
+    while questions := on_first_rank(llm.model.topology, dialogues.next_round):
+        jobs = [Job(each.text, _with_own_seed(params, each.sample), FULL, adds_special_tokens=not each.is_rendered) for each in questions]
+        completions: list[Completion] = []  # one for each job, in their order
+        for token in llm.run(jobs, completions, options, keeps_errors=True, shows_text=False):
+            progress.token()
+            if token.is_last and output is not None:
+                dialogues.take(token.index, completions[token.index])
+                write_ended()
+        for number, completion in enumerate(completions if output is not None else ()):
+            if completion.error:
+                dialogues.take(number, completion)
+        write_ended()
+    write_ended()
+
+
+def _with_own_seed(params: SamplingParams, index: int) -> SamplingParams:
+    """Several answers to one prompt are drawn apart, in each turn; the first is what n = 1 gives."""
+    if index == 0:
+        return params
+    return dataclasses.replace(params, seed=int.from_bytes(hashlib.sha256(f"{params.seed}/{index}".encode()).digest()[:7]))
+
+
+def _finish(wish: Wish, dialogues: Dialogues, output: OutputFile | None, num_done: int) -> None:
+    tally = dialogues.tally
+    if output is None:
+        return
+    if not output.done:
+        raise InputError(f"no prompt could be answered, and {wish.output} is not written; {tally.left_out} are left out, the first is "
+                         f"{tally.first_reason}")
+    output.finish()
+    notes = [f"{tally.cut} end with an answer that is cut at max_new_tokens or the end of the context; tune does not learn that it ends "
+             "there" if tally.cut else "",
+             f"{tally.shortened} conversations lack their later turns" if tally.shortened else "",
+             f"{tally.left_out} prompts are left out" if tally.left_out else ""]
+    print("; ".join([f"wrote {wish.output} with {tally.answered + num_done:,} records", *filter(None, notes)]), file=sys.stderr)
+
+

@@ -1,0 +1,50 @@
+"""Answers to a file of chats are the same at every layout, and one rank reads and writes."""
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from byte_tokenizer import VOCABULARY, write_byte_tokenizer
+from random_models import random_llama
+
+from ee_tuning.config import load_config
+from ee_tuning.errors import InputError
+from ee_tuning.generation import regenerate as module
+from ee_tuning.generation.regenerate import Wish, regenerate
+
+TEMPLATE = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+LINES: list[dict[str, Any]] = [
+    {"id": 1, "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "x"}, {"role": "user", "content": "b"}]},
+    {"id": 2, "prompt": "once"}, {"id": 3, "messages": [{"role": "user", "content": "w" * 300}]},
+    {"id": 4, "messages": [{"role": "user", "content": "c"}]}]
+
+
+def regenerate_at(folder: str, output: str, keys: dict[str, Any]) -> str:
+    """What the command ends with: nothing, or its error."""
+    module.leave_parallel = lambda: None  # type: ignore[assignment]  # the world goes on
+    prompts = Path(folder) / "prompts.jsonl"
+    config = load_config(None, {"model.path": folder, "model.dtype": "float64", "data.paths": [str(prompts)],
+                                "generation.max_new_tokens": 9, "generation.temperature": 0.8, "generation.n": 2, **keys})
+    try:
+        regenerate(config, Wish(output=Path(output)))
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def test_layouts_answer_the_same(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Ranks that render, draw or stop otherwise and wait for ever; a file that four ranks write; prompts left out by one rank alone."""
+    monkeypatch.setattr(module, "leave_parallel", module.leave_parallel)
+    random_llama(tmp_path, vocab_size=VOCABULARY + 2, eos_token_id=256, bos_token_id=256)
+    write_byte_tokenizer(tmp_path, "<|im_start|>", "<|im_end|>")
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, LINES)))
+    assert regenerate_at(str(tmp_path), str(tmp_path / "one.jsonl"), {}) == ""
+    keys = {"parallel.tensor_model_parallel_size": 2, "parallel.pipeline_model_parallel_size": 2}
+    assert world.run(regenerate_at, str(tmp_path), str(tmp_path / "four.jsonl"), keys) == [""] * 4
+    one = (tmp_path / "one.jsonl").read_bytes()
+    assert one == (tmp_path / "four.jsonl").read_bytes()
+    assert [json.loads(line)["id"] for line in one.splitlines()] == [1, 1, 2, 2, 4, 4]
+    refused, *others = world.run(regenerate_at, str(tmp_path), str(tmp_path / "replicas.jsonl"), {})
+    assert "regenerate takes tensor × pipeline = 1 processes, got 4" in refused and others == [refused] * 3
