@@ -47,7 +47,7 @@ def chat(config: Config, *, system: str | None = None, show_exits: bool = False,
     given = read_chat_template(config.data.chat_template)
     llm = EarlyExitLLM.from_config(config, topology)
     template = ChatTemplate(llm.tokenizer, given)
-    talk = Talk(llm, template, Console(highlight=False, soft_wrap=True), colours_of(llm) if show_exits else {}, _stop_ids(llm, template))
+    talk = Talk(llm, template, Console(highlight=False, soft_wrap=True), colours_of(llm) if show_exits else {}, stop_ids_of(llm, template))
     beginning: list[Message] = [{"role": "system", "content": system}] if system else []
     _check_template(talk.template, beginning)
     messages = list(beginning)
@@ -70,7 +70,8 @@ def chat(config: Config, *, system: str | None = None, show_exits: bool = False,
     leave_parallel()
 
 
-def _stop_ids(llm: EarlyExitLLM, template: ChatTemplate) -> tuple[int, ...]:
+def stop_ids_of(llm: EarlyExitLLM, template: ChatTemplate) -> tuple[int, ...]:
+    """Token ids that end an answer in a chat, beside the model's end of text: those that the user gave, and the template's end of turn."""
     own, end = llm.defaults.stop_token_ids, template.end_of_turn_id()
     return own if end is None or end >= llm.model.config.vocab_size or llm.defaults.ignore_eos else (*own, end)
 

@@ -23,6 +23,7 @@ from ee_tuning.data.sources import find_corpora
 from ee_tuning.data.tally import say_passed_over
 from ee_tuning.data.tokenizer import load_tokenizer, tokenizer_of
 from ee_tuning.errors import InputError
+from ee_tuning.generation.chat import stop_ids_of
 from ee_tuning.generation.completion import Completion
 from ee_tuning.generation.delivery import Progress
 from ee_tuning.generation.dialogues import MARK, Dialogue, Dialogues
@@ -182,11 +183,13 @@ def _answer(llm: EarlyExitLLM, config: Config, wish: Wish, options: GenerationSe
     for record in read.left_out:
         dialogues.leave_out(*record)
     with closed_at_the_end(output, num_all):
-        _decode(llm, options, dialogues, output, Progress(num_all, len(done)))
+        _decode(llm, options, dialogues, stop_ids_of(llm, template), output, Progress(num_all, len(done)))
         on_first_rank(llm.model.topology, lambda: _finish(wish, dialogues, output, len(done)))
 
 
-def _decode(llm: EarlyExitLLM, options: GenerationSection, dialogues: Dialogues, output: OutputFile | None, progress: Progress) -> None:
+def _decode(llm: EarlyExitLLM, options: GenerationSection, dialogues: Dialogues, ends_of_turn: tuple[int, ...], output: OutputFile | None,
+            progress: Progress) -> None:
+    """`ends_of_turn` are stop tokens of chats."""
     def write_ended() -> None:
         if output is None:
             return
@@ -195,9 +198,11 @@ def _decode(llm: EarlyExitLLM, options: GenerationSection, dialogues: Dialogues,
                 output.write(record)
             progress.completion()
 
-    params = dataclasses.replace(params_of(options), n=1)
+    continued = dataclasses.replace(params_of(options), n=1)
+    said = dataclasses.replace(continued, stop_token_ids=ends_of_turn)
     while questions := on_first_rank(llm.model.topology, dialogues.next_round):
-        jobs = [Job(each.text, _with_own_seed(params, each.sample), FULL, adds_special_tokens=not each.is_rendered) for each in questions]
+        jobs = [Job(each.text, _with_own_seed(said if each.is_rendered else continued, each.sample), FULL,
+                    adds_special_tokens=not each.is_rendered) for each in questions]
         completions: list[Completion] = []  # one for each job, in their order
         for token in llm.run(jobs, completions, options, keeps_errors=True, shows_text=False):
             progress.token()
@@ -226,10 +231,9 @@ def _finish(wish: Wish, dialogues: Dialogues, output: OutputFile | None, num_don
         raise InputError(f"no prompt could be answered, and {wish.output} is not written; {tally.left_out} are left out, the first is "
                          f"{tally.first_reason}")
     output.finish()
-    notes = [f"{tally.cut} end with an answer that is cut at max_new_tokens or the end of the context; tune does not learn that it ends "
-             "there" if tally.cut else "",
-             f"{tally.shortened} conversations lack their later turns" if tally.shortened else "",
-             f"{tally.left_out} prompts are left out" if tally.left_out else ""]
-    print("; ".join([f"wrote {wish.output} with {tally.answered + num_done:,} records", *filter(None, notes)]), file=sys.stderr)
+    notes = [f"last answer cut at max_new_tokens or the end of the context, where tune learns no end: {tally.cut:,}" if tally.cut else "",
+             f"without their later turns: {tally.shortened:,}" if tally.shortened else "",
+             f"prompts left out: {tally.left_out:,}" if tally.left_out else ""]
+    print("; ".join([f"wrote {wish.output}, records: {tally.answered + num_done:,}", *filter(None, notes)]), file=sys.stderr)
 
 

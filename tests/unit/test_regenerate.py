@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from byte_tokenizer import END, VOCABULARY, write_byte_tokenizer
+from random_models import random_llama
 
 from ee_tuning import EarlyExitLLM, SamplingParams, cli
 from ee_tuning.config import load_config
@@ -15,6 +17,7 @@ from ee_tuning.data.tokenizer import load_tokenizer
 from ee_tuning.errors import InputError
 from ee_tuning.evaluation.demo import CHECKOUT
 from ee_tuning.generation import delivery
+from ee_tuning.generation.llm import Job
 from ee_tuning.generation.regenerate import Wish, regenerate
 
 MODEL = CHECKOUT / "examples" / "tiny-python-llama"
@@ -54,7 +57,7 @@ def test_the_models_own_answers_are_what_tune_learns(command: list[str], tmp_pat
     assert cli.main([*command, "--output", str(output)]) == 0
     told = capsys.readouterr().err
     assert f"left out {tmp_path / 'prompts.jsonl'}:2: the chat template refuses the messages: no system, please" in told
-    assert f"left out {tmp_path / 'prompts.jsonl'}:4: a prompt must be shorter than" in told and "2 prompts are left out" in told
+    assert f"left out {tmp_path / 'prompts.jsonl'}:4: a prompt must be shorter than" in told and "prompts left out: 2" in told
     chat, text, given = records = records_of(output)
     assert (chat["id"], text["index"], text["job"], given["id"]) == ("chat", 5, "teacher", "given")
     assert [record["regenerated"]["prompt_index"] for record in records] == [0, 2, 4]
@@ -144,6 +147,26 @@ def test_bad_input_is_one_line_and_nothing_is_written(command: list[str], tmp_pa
     assert error.rstrip().split("\n")[-1].startswith("ee-tuning: error") and "Traceback" not in error
     assert re.search(words, error), error
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_chat_is_answered_until_the_template_ends_the_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Answers that go on as the user's, where the model's config names another end than its template: what is learned is such talk."""
+    random_llama(tmp_path, vocab_size=VOCABULARY + 2, eos_token_id=END, bos_token_id=END)
+    write_byte_tokenizer(tmp_path, "<|im_start|>", "<|im_end|>")
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n{"messages": [{"role": "user", "content": "a"}]}\n')
+    asked, run = list[Job](), EarlyExitLLM.run
+
+    def spy(llm: EarlyExitLLM, jobs: list[Job], *arguments: Any, **options: Any) -> Any:
+        asked.extend(jobs)
+        return run(llm, jobs, *arguments, **options)
+
+    monkeypatch.setattr(EarlyExitLLM, "run", spy)
+    config = load_config(None, {"model.path": str(tmp_path), "data.paths": [str(tmp_path / "prompts.jsonl")],
+                                "generation.max_new_tokens": 3})
+    regenerate(config, Wish(output=tmp_path / "out.jsonl"))
+    assert [(job.params.stop_token_ids, job.adds_special_tokens) for job in asked] == [((), True), ((VOCABULARY + 1,), False)]
 
 
 def test_without_prompts_and_without_a_template(tmp_path: Path):
