@@ -8,11 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
 import yaml
-from huggingface_hub.errors import LocalEntryNotFoundError
 from megatron_files import save_legacy, save_stock_model
 from random_models import random_llama
 
@@ -249,25 +247,6 @@ def test_a_runs_folder_names_its_iteration(shared: Path, tmp_path: Path) -> None
     assert model_folder(str(tmp_path)) == tmp_path / "iter_0000003"
     latest.write_text("../3")
     assert str(latest) in refusal(lambda: model_folder(str(tmp_path)))
-
-
-def test_a_name_on_the_hub_is_fetched(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights in formats that nobody reads fetched along; a traceback where there is no network."""
-    asked = {}
-
-    def snapshot_download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
-        asked.setdefault(name, []).extend(allow_patterns)
-        return str(shared / "hf")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    assert open_model(ModelSection(path="org/tiny-llama")).kind == "huggingface"
-    assert "model.safetensors" in asked["org/tiny-llama"] and not any("bin" in pattern for pattern in asked["org/tiny-llama"])
-
-    def offline(name: str, revision: str | None, allow_patterns: list[str]) -> str:
-        raise LocalEntryNotFoundError("no connection")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    assert "org/tiny-llama" in refusal(lambda: model_folder("org/tiny-llama"))
 
 
 def test_a_megatron_checkpoint_generates_with_a_tokenizer_from_elsewhere(tmp_path: Path) -> None:
