@@ -31,6 +31,9 @@ def check_settings(tuning: TuningSection) -> None:
             raise InputError(f"tuning.{name} must lie in 0..1, got {value}")
     if tuning.min_lr > tuning.lr:
         raise InputError(f"tuning.min_lr must be at most tuning.lr = {tuning.lr}, got {tuning.min_lr}; lower it or raise tuning.lr")
+    if not 0 <= tuning.stop_exit_code <= 255:
+        raise InputError(f"tuning.stop_exit_code must be in 0..255, as of any process, got {tuning.stop_exit_code}")
+    objective(tuning)  # here, before the run has a folder
 
 
 def objective(tuning: TuningSection) -> Objective:

@@ -41,6 +41,8 @@ def test_no_warm_up_and_nothing_else_have_a_rate_at_every_step(fraction: float) 
     ({"lr_warmup_fraction": 1.5}, "lr_warmup_fraction must lie in 0..1, got 1.5"),
     ({"adam_beta2": 1.0}, "adam_beta2 must be at least 0 and below 1, got 1.0"),
     ({"keep_checkpoints": 0}, "keep_checkpoints must be at least 1"),
+    ({"loss": ("cross_entropy=0",)}, "a number above 0, got 'cross_entropy=0'"),
+    ({"stop_exit_code": 999}, r"stop_exit_code must be in 0\.\.255"),
 ])
 def test_settings_out_of_range_are_named(keys: dict[str, Any], message: str) -> None:
     """A run that fails, or learns nothing, hours after it began."""
