@@ -3,6 +3,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from ee_tuning.config import Config
 from ee_tuning.errors import InputError
 
 _MARKS = (("exit_config.json",), ("config.yaml", "metrics.jsonl"), ("config.yaml", "checkpoints"))
@@ -26,6 +27,11 @@ def check_apart(output: Path, sources: Iterable[str | Path | None], name: str = 
         if around and source.is_dir() and place in there.parents:
             raise InputError(f"{name} must lie apart from {source}, which is read, got {output} around it: it would be lost with what is "
                              f"written; give another {name}")
+
+
+def check_beside(output: Path, config: Config, sources: Iterable[str | Path | None]) -> None:
+    """`check_apart` for a file that a job in `config` makes: apart from `sources`, and from the model, exits and tokenizer."""
+    check_apart(output, (*sources, config.model.path, config.exits.path, config.data.tokenizer, config.data.chat_template))
 
 
 def is_ours(folder: Path) -> bool:

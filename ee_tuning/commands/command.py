@@ -3,6 +3,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ee_tuning.checkpoint.apart import check_apart
 from ee_tuning.config import Config, load_config
 from ee_tuning.errors import InputError
 from ee_tuning.flags import DEFAULTS, add_config_flags
@@ -27,6 +28,8 @@ def job_of(args: argparse.Namespace, command: str = "") -> Config:
     config = load_config(args.config, args.overrides, DEFAULTS.get(command))
     if not config.model.path:
         raise InputError("model.path must name a model's folder, got none; give --model FOLDER or a config file")
+    if args.config is not None and getattr(args, "output", None) is not None:
+        check_apart(args.output, (args.config,))
     return config
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ee_tuning.checkpoint.apart import check_apart
+from ee_tuning.checkpoint.apart import check_beside
 from ee_tuning.checkpoint.aside import check_file, file_written_aside
 from ee_tuning.checkpoint.formats import model_folder
 from ee_tuning.checkpoint.load import load_for_generation
@@ -36,7 +36,8 @@ def calibrate(config: Config, flags: argparse.Namespace) -> None:
     picture = flags.output.with_suffix(".png")
     if picture == flags.output:
         raise InputError(f"--output takes the thresholds, and the picture beside them is {picture}; give a name that does not end in .png")
-    check_apart(flags.output, (*config.data.valid_paths, *config.data.paths))
+    for path in (flags.output, picture):
+        check_beside(path, config, (*config.data.valid_paths, *config.data.paths))
     topology = init_parallel(config.parallel)
     if topology.world_size > topology.tp:
         raise InputError(f"calibrate takes tensor-parallel processes alone, got pipeline {topology.pp} × data {topology.dp}; launch "

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ee_tuning.checkpoint.apart import check_apart
+from ee_tuning.checkpoint.apart import check_beside
 from ee_tuning.checkpoint.aside import check_file
 from ee_tuning.checkpoint.formats import BackboneSource, check_model, model_folder, open_model
 from ee_tuning.checkpoint.huggingface import read_backbone_tensor
@@ -110,7 +110,7 @@ def profile(config: Config, flags: argparse.Namespace) -> None:
     if world_size() > 1:
         raise InputError(f"profile is for one process, got {world_size()}; start it without torchrun")
     check_file(flags.output)
-    check_apart(flags.output, (config.exits.profile_text,))
+    check_beside(flags.output, config, (config.exits.profile_text,))
     measured = measure_profile(config, init_parallel(ParallelSection()))  # however many processes the job is for
     leave_parallel()
     layers = measured.exit_layers(flags.num_exits)

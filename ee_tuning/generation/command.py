@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from ee_tuning.checkpoint.apart import check_apart
+from ee_tuning.checkpoint.apart import check_beside
 from ee_tuning.checkpoint.aside import on_first_rank
 from ee_tuning.config import Config, GenerationSection
 from ee_tuning.errors import InputError
@@ -33,7 +33,7 @@ def generate(config: Config, prompts: list[str], *, prompts_file: Path | None = 
         raise InputError(f"generate takes tensor × pipeline = {topology.tp} × {topology.pp} processes, got {topology.world_size}; "
                          f"launch {topology.num_in_replica}, or change parallel.*")
     if output is not None:
-        check_apart(output, (prompts_file,))
+        check_beside(output, config, (prompts_file, config.generation.calibration))
         on_first_rank(topology, lambda: check_output(output, overwrite))
     # All ranks share one standard input, and a pipe of prompts can be read once: the first rank reads them.
     prompts, lines = on_first_rank(topology, lambda: _read(prompts, prompts_file))

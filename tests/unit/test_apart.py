@@ -13,7 +13,7 @@ from ee_tuning.errors import InputError
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """model/, exits/, texts/ and text.txt"""
+    """model/, exits/, texts/, text.txt and job.yaml"""
     folder = tmp_path_factory.mktemp("apart")
     random_llama(folder / "model", vocab_size=257, eos_token_id=256, bos_token_id=256)
     write_byte_tokenizer(folder / "model")
@@ -21,6 +21,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "texts").mkdir()
     for file in (folder / "texts" / "a.txt", folder / "text.txt"):
         file.write_text("early exits leave early. " * 400)
+    (folder / "job.yaml").write_text("tuning: {seed: 1}\n")
     (folder / "link").symlink_to(folder / "texts")
     return folder
 
@@ -40,6 +41,12 @@ COMMANDS = {
     "export a model": ["export", "--format=hf", "--model=model", "--exits=exits", "--output=model/export"],
     "calibrate": ["calibrate", "--model=model", "--exits=exits", "--data=texts", "--output=texts/calibration.json"],
     "generate": ["generate", "--model=model", "--policy=full", "--prompts=text.txt", "--output=text.txt", "--overwrite"],
+    "calibrate in the exits": ["calibrate", "--model=model", "--exits=exits", "--data=texts", "--output=exits/calibration.json"],
+    "calibrate as the job": ["calibrate", "job.yaml", "--model=model", "--exits=exits", "--data=texts", "--output=job.yaml"],
+    "generate as the model's config": ["generate", "--model=model", "--policy=full", "--prompt=a", "--output=model/config.json",
+                                       "--overwrite"],
+    "generate as the job": ["generate", "job.yaml", "--model=model", "--policy=full", "--prompt=a", "--output=job.yaml", "--overwrite"],
+    "profile in the model": ["profile", "--model=model", "--output=model/profile.png"],
     "profile": ["profile", "--model=model", "--text=text.txt", "--output=text.txt"]}
 
 
