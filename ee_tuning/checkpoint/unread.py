@@ -23,6 +23,9 @@ _TELLING = (
      "a head that scores texts instead of predicting tokens", "give the language model, saved without that head"),
     (re.compile(r"(^|\.)(visual|vision_tower|vision_model|multi_modal_projector|audio_tower)\."),
      "a model that reads more than text", "give the language model in it, saved by itself"),
+    (re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^module\."),
+     "a model that was saved in what it was wrapped in for training (torch.compile, DDP, FSDP)",
+     "save the model inside (model._orig_mod or model.module, by save_pretrained)"),
 )
 
 

@@ -117,6 +117,7 @@ LORA = ["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", "model
     *((name, ["adapter", "merge_and_unload", name]) for name in LORA),
     ("model.layers.0.self_attn.q_proj.qweight", ["quantized", "bfloat16"]), ("score.weight", ["scores texts"]),
     ("model.visual.blocks.0.weight", ["reads more than text"]), ("model.layers.6.self_attn.q_proj.weight", ["6 layers"]),
+    ("_orig_mod.model.norm.weight", ["torch.compile", "save the model inside"]), ("module.model.norm.weight", ["DDP", "model.module"]),
     ("something.else", ["something.else", "belongs to no llama"])])
 def test_a_tensor_that_no_parameter_is_made_of_is_named(tmp_path: Path, name: str, words: list[str]) -> None:
     """Left-over LoRA tensors met with `config and weights do not belong together`."""
