@@ -14,6 +14,8 @@ from ee_tuning.errors import InputError
 from ee_tuning.parallel.topology import Topology
 
 _PREFIX = "piped-"
+_given: dict[str, str] = {}
+"""Copy -> the pipe that it is of."""
 
 
 def has_pipes(paths: Sequence[str]) -> bool:
@@ -41,6 +43,13 @@ def copied(paths: Sequence[str], root: Path) -> tuple[str, ...]:
     return tuple(str(_copy(Path(path), root)) if _is_pipe(path) else path for path in paths)
 
 
+def as_given(text: str) -> str:
+    """`text`, in which copies have the names of their pipes."""
+    for copy, pipe in _given.items():
+        text = text.replace(copy, pipe)
+    return text
+
+
 def _is_pipe(path: str) -> bool:
     return os.path.exists(path) and not os.path.isdir(path) and (not os.path.isfile(path) or path.startswith(("/dev/", "/proc/")))
 
@@ -60,6 +69,7 @@ def _copy(path: Path, root: Path) -> Path:
         folder = root / f"{_PREFIX}{digest.hexdigest()[:32]}"
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
+    _given[str(folder / path.name)] = str(path)
     return folder / path.name
 
 

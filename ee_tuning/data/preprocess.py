@@ -8,7 +8,7 @@ from ee_tuning.checkpoint.owner import owned
 from ee_tuning.config import DataSection
 from ee_tuning.data.encoding import recipe_of
 from ee_tuning.data.indexed import BIN_SUFFIX, INDEX_SUFFIX, MASK_SUFFIX, with_suffix
-from ee_tuning.data.piped import copied, has_pipes
+from ee_tuning.data.piped import as_given, copied, has_pipes
 from ee_tuning.data.progress import Progress
 from ee_tuning.data.sources import Corpus, find_corpora
 from ee_tuning.data.tally import nothing_to_learn, say_counts, say_passed_over
@@ -39,7 +39,10 @@ def preprocess(data: DataSection, output: Path, overwrite: bool, *, trusts_code:
     if not has_pipes(data.paths):
         return _preprocess(data, output, trusts_code)
     with folder_beside(output) as folder:
-        return _preprocess(replace(data, paths=copied(data.paths, folder)), output, trusts_code)
+        try:
+            return _preprocess(replace(data, paths=copied(data.paths, folder)), output, trusts_code)
+        except InputError as error:  # the copies go with the folder
+            raise InputError(as_given(str(error))) from error
 
 
 def _preprocess(data: DataSection, output: Path, trusts_code: bool) -> Written:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ee_tuning.data.piped import as_given
 from ee_tuning.data.records import LeftOut
 from ee_tuning.data.tokens import Samples
 
@@ -100,4 +101,4 @@ def listed(names: Sequence[str]) -> str:
 
 
 def _say(line: str) -> None:
-    print(f"data: {line}", file=sys.stderr, flush=True)
+    print(f"data: {as_given(line)}", file=sys.stderr, flush=True)

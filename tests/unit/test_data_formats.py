@@ -4,6 +4,7 @@ import gzip
 import json
 import lzma
 import os
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -213,12 +214,17 @@ def test_a_pipe_is_read_once(tmp_path: Path, model: Path, capsys: pytest.Capture
         assert isinstance(train, PackedSamples)
         streams.append(train.stream.tolist())
         writer.join(timeout=10)
-        assert f"pipe: {len(TEXTS)} documents" in capsys.readouterr().err
+        assert f"data: {tmp_path / 'pipe'}: {len(TEXTS)} documents" in capsys.readouterr().err
     assert streams[0] == streams[1] == streams[2] and len(list((tmp_path / "cache").iterdir())) == 2, "two contents, and no copies"
     writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(as_lines(),), daemon=True)
     writer.start()
     assert preprocess(data, tmp_path / "out", False).num_documents == len(TEXTS)
     writer.join(timeout=10)
+    assert f"data: {tmp_path / 'pipe'}: {len(TEXTS)} documents" in capsys.readouterr().err
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(b"",), daemon=True)
+    writer.start()
+    with pytest.raises(InputError, match=f"^data.paths = {re.escape(str(tmp_path / 'pipe'))} holds nothing to learn from: 1 × empty text"):
+        preprocess(data, tmp_path / "out2", False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "out.bin", "out.idx", "pipe"]
 
 
