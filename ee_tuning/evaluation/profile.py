@@ -142,8 +142,11 @@ def _sample_ids(config: Config, model: ModelConfig) -> Tensor:  # [b, s] int64
     path = Path(config.exits.profile_text or argparse.__file__)
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise InputError(f"exits.profile_text must be a text file, and {path} can not be read: {error}") from error
+    except OSError as error:
+        raise InputError(f"exits.profile_text (--text) must be a text file; {path} can not be read: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"exits.profile_text (--text) must be a text file in UTF-8, got {path}: {error}; unpack it where it is packed, "
+                         "else convert it (iconv -t utf-8)") from error
     length = min(SAMPLE_LENGTH, model.max_position_embeddings)
     ids = torch.tensor(tokenizer(text)["input_ids"][:NUM_SAMPLES * length])
     if len(ids) < length:

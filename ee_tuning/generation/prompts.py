@@ -26,8 +26,11 @@ def read_prompts(path: Path) -> list[Line]:
     """The lines of a file. Raises InputError where it can not be read or a line is no object with a `prompt`."""
     try:
         texts = read_lines(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--prompts must name a file of JSON lines, got {path}: {' '.join(str(error).split())}") from error
+    except OSError as error:
+        raise InputError(f"--prompts must name a file of JSON lines; {path} can not be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"--prompts must name a file of JSON lines in UTF-8, got {path}: {error}; unpack it where it is packed, else "
+                         "convert it (iconv -t utf-8)") from error
     lines = []
     for number, line in enumerate(texts, 1):
         if not line.strip():

@@ -1,6 +1,7 @@
 """Prompts from a file, and talk at a terminal: each prompt by its own wishes, and a bad line alone is refused."""
 import contextlib
 import dataclasses
+import gzip
 import json
 import math
 import re
@@ -69,6 +70,14 @@ def test_a_file_that_makes_no_sense_is_refused(tmp_path, text, words):
     """A traceback, or prompts that are silently none."""
     (tmp_path / "prompts.jsonl").write_text(text)
     with pytest.raises(InputError, match=words):
+        read_prompts(tmp_path / "prompts.jsonl")
+
+
+@pytest.mark.parametrize("content", [gzip.compress(b'{"prompt": "a"}\n'), '{"prompt": "a"}\n'.encode("utf-16")])
+def test_a_file_that_is_packed_or_encoded_otherwise_is_told(tmp_path, content):
+    """A byte that can not be decoded, and nothing about what to do."""
+    (tmp_path / "prompts.jsonl").write_bytes(content)
+    with pytest.raises(InputError, match=r"in UTF-8, got .*unpack it where it is packed, else convert it"):
         read_prompts(tmp_path / "prompts.jsonl")
 
 
