@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from ee_tuning.checkpoint.apart import check_apart
+from ee_tuning.checkpoint.apart import check_beside
 from ee_tuning.checkpoint.aside import on_first_rank
 from ee_tuning.config import Config, GenerationSection, replace
 from ee_tuning.data.chat_template import ChatTemplate, read_chat_template
@@ -118,7 +118,7 @@ def _read(config: Config, wish: Wish, read: _Prompts) -> None:
         raise InputError(f"--output must end in .jsonl, for which tune reads a record a line, got {wish.output}")
     if wish.output.exists() and is_stream(wish.output):
         raise InputError(f"--output must name a file, beside which answers are kept until all are made, got {wish.output}")
-    check_apart(wish.output, config.data.paths)
+    check_beside(wish.output, config, config.data.paths)
     check_output(wish.output, wish.overwrites, FORM)
     if not config.data.paths and not wish.num_shipped:
         raise InputError("regenerate needs prompts, got none; give --data FILE, or --shipped-prompts N for N of those that come with "

@@ -46,6 +46,7 @@ COMMANDS = {
     "generate as the model's config": ["generate", "--model=model", "--policy=full", "--prompt=a", "--output=model/config.json",
                                        "--overwrite"],
     "generate as the job": ["generate", "job.yaml", "--model=model", "--policy=full", "--prompt=a", "--output=job.yaml", "--overwrite"],
+    "regenerate in the model": ["regenerate", "--model=model", "--data=text.txt", "--output=model/answers.jsonl"],
     "profile in the model": ["profile", "--model=model", "--output=model/profile.png"],
     "profile": ["profile", "--model=model", "--text=text.txt", "--output=text.txt"]}
 
