@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 help:
 	@echo "make demo      convert, tune and decode the small model that ships with this project; runs/demo/report.json"
 	@echo "make test      all tests, on the CPU"
-	@echo "make stress    thousands of damaged files, two hundred kill -9, a thousand mixtures of requests, an hour; docs/stress.md"
+	@echo "make stress    thousands of damaged files, two hundred kill -9, thousands of mixtures and calibrations, an hour; docs/stress.md"
 	@echo "make quality   ruff and mypy"
 	@echo "make install   only the set-up: everything in $(VENV)"
 	@echo "make clean     removes $(VENV) and what the tools cached; runs/ stays"

@@ -79,11 +79,17 @@ def _add_regenerate(parser: argparse.ArgumentParser) -> None:
 
 def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     add_job(parser, "calibrate")
-    parser.add_argument("--agreement", type=float, default=0.95, metavar="X",
-                        help="share of the tokens that leave at an exit which the full model should agree with (default %(default)s)")
+    parser.add_argument("--agreement", type=float, metavar="X",
+                        help="share of the tokens that leave at an exit which the full model should agree with (default 0.95)")
+    parser.add_argument("--guarantee", type=float, metavar="DELTA",
+                        help="instead: the lowest threshold by which at most this share of a document's tokens, on average over documents, "
+                        "differ from the full model's, by a test")
+    parser.add_argument("--confidence", type=float, metavar="X",
+                        help="probability of a calibration to keep its --guarantee, at least (default 0.95)")
     parser.add_argument("--measure", choices=("best", "max_probability", "margin", "entropy"), default="best",
                         help="of confidence; best: the one by which tokens leave earliest (default %(default)s)")
-    parser.add_argument("--tokens", type=int, default=50_000, metavar="N", help="how many to measure on at most (default %(default)s)")
+    parser.add_argument("--tokens", type=int, metavar="N",
+                        help="how many to measure on at most (default 50000; 200000 with --guarantee)")
     parser.add_argument("--output", type=Path, default=Path("calibration.json"), metavar="FILE",
                         help="where the thresholds go; a picture goes beside it (default %(default)s)")
 
@@ -99,10 +105,13 @@ COMMANDS = (
             examples="""\
   ee-tuning calibrate --model Llama-2-7b-hf --exits runs/llama-2-7b/exit_heads --data held_out.jsonl --agreement 0.95
   ee-tuning calibrate job.yaml --exits runs/llama-2-7b/exit_heads --measure margin --output runs/llama-2-7b/calibration.json
+  ee-tuning calibrate --model Llama-2-7b-hf --exits runs/llama-2-7b/exit_heads --data held_out.jsonl --guarantee 0.05 --confidence 0.95
 
 generate and chat take the file with --calibration.
 Without --data it measures on what tune holds out of the job's data.paths. An exit that can not reach the agreement is told, and not used.
-Every fourth sample is held out, and tells what the thresholds do on tokens that they were not chosen by.""",
+Every fourth sample is held out, and tells what the thresholds do on tokens that they were not chosen by.
+With --guarantee documents are drawn and tested (a text file is one, each line of a .jsonl file another), and all exits have one threshold:
+P(expected share of tokens that differ <= DELTA) >= X over the draw. Few documents prove little: some hundreds do.""",
             add_arguments=_add_calibrate, run=calibrate),
     Command(name="generate", summary="complete prompts, leaving the network early where an exit is confident enough",
             examples="""\

@@ -17,7 +17,7 @@ from ee_tuning.data.progress import Progress
 from ee_tuning.data.sources import Corpus, find_corpora
 from ee_tuning.data.tally import FileCount, nothing_to_learn, say_counts, say_passed_over, say_skipped
 from ee_tuning.data.tokenizing import check_workers, tokenize_files
-from ee_tuning.data.tokens import DocumentRules, Mixture, PackedSamples, Samples, Splits, learned_windows
+from ee_tuning.data.tokens import DocumentRules, DocumentSamples, Mixture, PackedSamples, Samples, Splits, learned_windows
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import to_json
 from ee_tuning.parallel.topology import Topology
@@ -38,22 +38,25 @@ class _Streams:
 
 
 def load_samples(data: DataSection, model_path: str | Path, *, seq_length: int, vocab_size: int, max_positions: int,
-                 needs_validation: bool = True, topology: Topology | None = None, trusts_code: bool = False) -> Splits:
+                 needs_validation: bool = True, topology: Topology | None = None, trusts_code: bool = False,
+                 by_document: bool = False) -> Splits:
     """Reads, tokenizes, splits and packs what `data` names; equal on every rank. All ranks of `topology` call it (None: a world of one).
 
     The tokenizer is data.tokenizer, or the one in `model_path`; its own Python files run where `trusts_code`. Held out are data.valid_paths
     (files that data.paths name too are then not trained on), or else a share of the documents. Raises InputError on whatever can not be
     used: paths, weights, files, lines, the tokenizer, ids beyond `vocab_size`, `seq_length` beyond `max_positions`, a split shorter than
-    one sample, and no held-out part where `needs_validation`.
+    one sample, and no held-out part where `needs_validation`. `by_document`: each sample is the beginning of one document, of at most
+    `seq_length` inputs.
     """
     check_data_settings(data, seq_length, max_positions, needs_validation)
     check_apart(cache_root(data.cache), (*data.paths, *data.valid_paths), "data.cache")
     with pipes_copied(data, cache_root(data.cache), topology) as data:
-        return _load(data, Path(data.tokenizer or model_path), seq_length, vocab_size, needs_validation, topology, trusts_code)
+        return _load(data, Path(data.tokenizer or model_path), seq_length, vocab_size, needs_validation, topology, trusts_code,
+                     by_document)
 
 
 def _load(data: DataSection, tokenizer: Path, seq_length: int, vocab_size: int, needs_validation: bool, topology: Topology | None,
-          trusts_code: bool) -> Splits:
+          trusts_code: bool, by_document: bool) -> Splits:
     valid_corpora = find_corpora(data.valid_paths, "data.valid_paths", data.text_key) if data.valid_paths else []
     corpora = find_corpora(data.paths, "data.paths", data.text_key, leave_out=valid_corpora)
     if data.split and (texts := [path for corpus in corpora for path in corpus.texts]):
@@ -67,7 +70,7 @@ def _load(data: DataSection, tokenizer: Path, seq_length: int, vocab_size: int, 
     if topology is None or topology.is_logging_rank:
         say_passed_over([name for each in streams for name in each.corpus.passed_over])
         say_counts([count for each in streams for count in each.counts])
-    splits = _splits(streams[:len(corpora)], streams[len(corpora):], data, seq_length, needs_validation)
+    splits = _splits(streams[:len(corpora)], streams[len(corpora):], data, seq_length, needs_validation, by_document)
     if topology is None or topology.is_logging_rank:
         say_skipped("training", splits.train)
         say_skipped("validation", splits.valid)
@@ -75,16 +78,17 @@ def _load(data: DataSection, tokenizer: Path, seq_length: int, vocab_size: int, 
 
 
 def _splits(streams: Sequence[_Streams], valid_streams: Sequence[_Streams], data: DataSection, seq_length: int,
-            needs_validation: bool) -> Splits:
-    train = _pack([(each, each.train) for each in streams], data, seq_length, "data.paths", "training data")
+            needs_validation: bool, by_document: bool) -> Splits:
+    train = _pack([(each, each.train) for each in streams], data, seq_length, by_document, "data.paths", "training data")
     if not needs_validation:
         return Splits(train=train, valid=None)
     if data.valid_paths:
         judged = [(each, each.train) for each in valid_streams]
-        return Splits(train=train, valid=_pack(judged, data, seq_length, "data.valid_paths", "validation data"))
+        return Splits(train=train, valid=_pack(judged, data, seq_length, by_document, "data.valid_paths", "validation data"))
     judged = [(each, each.valid) for each in streams]
     part = f"split {data.split}" if data.split else f"{data.valid_fraction:g}"
-    return Splits(train=train, valid=_pack(judged, data, seq_length, "data.paths", "validation data", f"{part} of the documents of "))
+    return Splits(train=train, valid=_pack(judged, data, seq_length, by_document, "data.paths", "validation data",
+                                           f"{part} of the documents of "))
 
 
 def _entries(corpus: Corpus, data: DataSection, tokenizer: Path, is_split: bool, trusts_code: bool) -> Iterator[Entry]:
@@ -185,15 +189,13 @@ def _check_vocabulary(folder: Path, vocab_size: int, who: str, remedy: str) -> N
                          f"{largest if largest >= vocab_size else smallest}; {remedy}")
 
 
-def _pack(corpora: Sequence[tuple[_Streams, list[TokenStream]]], data: DataSection, seq_length: int, key: str, what: str,
-          share: str = "") -> Samples:
+def _pack(corpora: Sequence[tuple[_Streams, list[TokenStream]]], data: DataSection, seq_length: int, by_document: bool,
+          key: str, what: str, share: str = "") -> Samples:
     """The samples of one split: of one stream, of several, or by weight."""
-    rules = DocumentRules.of(data)
     packed: list[Samples] = []
     for whole, streams in corpora:
-        _check_size(whole, streams, seq_length, key, what, share)
-        parts = [PackedSamples(each.ids, seq_length, each.counts, each.starts if rules != DocumentRules() else None, rules,
-                               learned_windows(each.counts, seq_length)) for each in streams]
+        _check_size(whole, streams, 1 if by_document else seq_length, key, what, share)
+        parts = [_samples_of(each, data, seq_length, by_document) for each in streams]
         if not any(map(len, parts)):
             num_windows = sum(part.num_windows for part in parts)
             raise InputError(f"none of the {num_windows} samples of the {what} ({share}{whole.corpus.name}) has a token to learn "
@@ -202,6 +204,14 @@ def _pack(corpora: Sequence[tuple[_Streams, list[TokenStream]]], data: DataSecti
         packed.append(parts[0] if len(parts) == 1 else Mixture(parts, None))
     weights = [whole.corpus.weight for whole, _ in corpora]
     return packed[0] if weights == [None] else Mixture(packed, [weight or 0.0 for weight in weights])
+
+
+def _samples_of(stream: TokenStream, data: DataSection, seq_length: int, by_document: bool) -> Samples:
+    if by_document:
+        return DocumentSamples(stream.ids, stream.starts, seq_length, stream.counts)
+    rules = DocumentRules.of(data)
+    return PackedSamples(stream.ids, seq_length, stream.counts, stream.starts if rules != DocumentRules() else None, rules,
+                         learned_windows(stream.counts, seq_length))
 
 
 def _check_size(whole: _Streams, streams: Sequence[TokenStream], seq_length: int, key: str, what: str, share: str) -> None:

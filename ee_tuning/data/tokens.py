@@ -5,6 +5,7 @@ first is a label exactly once. Windows without a label that counts, as within a 
 """
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -119,6 +120,55 @@ class PackedSamples:
             low, high = np.searchsorted(self.starts, (first, first + self.seq_length), side="right")
             begins[self.starts[low: high] - first] = True
         return begins
+
+
+@dataclass(frozen=True)
+class DocumentSamples:
+    """Documents of a stream, each a sample of its own that ends with the document, or where it is full.
+
+    Those without a label that counts, as far as they are read, are left out.
+    """
+
+    stream: NDArray[np.integer]
+    """[n] token ids of the documents, one after the other."""
+    starts: NDArray[np.int64]
+    """[documents]: first token of each, in order."""
+    seq_length: int
+    """Inputs of a sample, at most."""
+    counts: NDArray[np.uint8] | None = None
+    """[n]: 1 where a token counts as a label; None where all do."""
+
+    @property
+    def num_windows(self) -> int:
+        """See Samples: the documents."""
+        return len(self.starts)
+
+    def __len__(self) -> int:
+        return len(self._bounds)
+
+    def sample(self, index: int) -> Sample:
+        """See Samples; `tokens` may be fewer."""
+        first, stop = self._bounds[index]
+        loss_mask = np.ones(stop - first - 1, np.float32) if self.counts is None else self.counts[first + 1: stop].astype(np.float32)
+        return Sample(self.stream[first: stop].astype(np.int64), loss_mask, None, None)
+
+    def order(self, seed: int) -> SampleOrder:
+        """See Samples."""
+        return SampleOrder(len(self), seed)
+
+    def identity(self) -> dict[str, Any]:
+        """See Samples."""
+        return {"number of training documents": len(self)}
+
+    @cached_property
+    def _bounds(self) -> NDArray[np.int64]:  # [samples, 2]
+        """First token of each sample, and the one behind its last."""
+        stops = np.minimum(np.append(self.starts[1:], len(self.stream)), self.starts + self.seq_length + 1)
+        bounds = np.stack((self.starts, stops), 1)[stops - self.starts > 1]
+        if self.counts is None or not len(bounds):
+            return bounds
+        edges = (bounds + np.array([1, 0])).ravel()  # labels are all but a sample's first token
+        return bounds[np.add.reduceat(self.counts, edges[:-1] if edges[-1] == len(self.stream) else edges, dtype=np.int64)[::2] > 0]
 
 
 @dataclass(frozen=True)

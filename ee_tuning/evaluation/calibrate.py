@@ -5,7 +5,6 @@ that have not left before it; its threshold is the lowest whose tokens agree wit
 the confidence interval of that share. A part of the text is held out, and tells what the thresholds do on tokens that they were not chosen
 by.
 """
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ from torch import Tensor
 
 from ee_tuning.checkpoint.non_finite import no_numbers, num_non_finite
 from ee_tuning.config.generation import Measure
-from ee_tuning.json_file import to_json
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.parallel.vocab import confidences, top1
 
@@ -54,6 +52,11 @@ class Readings:
     def num_tokens(self) -> int:
         """n."""
         return len(self.samples)
+
+    def only(self, chosen: Tensor) -> "Readings":  # [n] bool
+        """Those of some tokens."""
+        return Readings({key: values[chosen] for key, values in self.confidences.items()},
+                        {layer: values[chosen] for layer, values in self.agrees.items()}, self.samples[chosen], self.num_layers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,11 +187,6 @@ def curve(readings: Readings, layer: int, measure: Measure, num_points: int = 10
         if leaves.any():
             points.append((round(threshold, 4), float(leaves.double().mean()), float(agrees[leaves].double().mean())))
     return points
-
-
-def as_json(tree: object) -> str:
-    """Of a calibration file: numbers short enough to be read."""
-    return to_json(json.loads(to_json(tree), parse_float=lambda text: round(float(text), 8)), indent=1) + "\n"
 
 
 def _candidates(confidence: Tensor) -> list[float]:  # [n]

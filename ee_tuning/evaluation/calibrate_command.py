@@ -1,37 +1,29 @@
-"""What `ee-tuning calibrate` reads, writes and prints; the measuring is in `calibrate.py`."""
+"""What `ee-tuning calibrate` reads, writes and prints; the measuring is in `calibrate.py`, the way by `--guarantee` in
+`guarantee_command.py`.
+"""
 import argparse
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from ee_tuning.checkpoint.apart import check_beside
-from ee_tuning.checkpoint.aside import check_file, file_written_aside
-from ee_tuning.checkpoint.formats import model_folder
-from ee_tuning.checkpoint.load import load_for_generation
+from ee_tuning.checkpoint.aside import check_file
+from ee_tuning.checkpoint.load import LoadedModel, load_for_generation
 from ee_tuning.config import Config
-from ee_tuning.data.splits import load_samples
-from ee_tuning.data.tokenizer import tokenizer_of
-from ee_tuning.data.tokens import Samples
 from ee_tuning.errors import InputError
-from ee_tuning.evaluation.calibrate import MEASURES, Outcome, Readings, as_json, best_measure, curve, judge, read_exits
-from ee_tuning.generation.calibration import FORMAT_VERSION
-from ee_tuning.model.config import ModelConfig
+from ee_tuning.evaluation.calibrate import MEASURES, Outcome, Readings, best_measure, curve, judge
+from ee_tuning.evaluation.calibrate_text import draw, read_drawn, samples_of
+from ee_tuning.evaluation.calibration_file import write_calibration
+from ee_tuning.evaluation.guarantee_command import calibrate_with_guarantee
 from ee_tuning.parallel.topology import init_parallel, leave_parallel
 
-SAMPLE_LENGTH = 512
+AGREEMENT, TOKENS = 0.95, 50_000
 HELD_OUT = 4
 """One sample of so many is held out."""
 
 
 def calibrate(config: Config, flags: argparse.Namespace) -> None:
     """Measures, writes `flags.output` and the picture beside it, and prints a table. Raises InputError on what can not be used."""
-    from ee_tuning.evaluation.calibrate_picture import draw_calibration
-
-    if not 0 < flags.agreement < 1:
-        raise InputError(f"--agreement must lie between 0 and 1, got {flags.agreement:g}; 0.95 is a good start")
+    _check_flags(flags)
     check_file(flags.output)
     picture = flags.output.with_suffix(".png")
     if picture == flags.output:
@@ -43,68 +35,65 @@ def calibrate(config: Config, flags: argparse.Namespace) -> None:
         raise InputError(f"calibrate takes tensor-parallel processes alone, got pipeline {topology.pp} × data {topology.dp}; launch "
                          f"{topology.tp}, or change parallel.*")
     loaded = load_for_generation(config, topology)
-    model = loaded.model
-    if not any(layer < model.config.num_layers for layer in model.plan.exit_layers):
+    if not any(layer < loaded.model.config.num_layers for layer in loaded.model.plan.exit_layers):
         raise InputError("calibrate needs exits before the last layer, got none; give --exits FOLDER")
-    samples = _samples(config, model.config)
-    count = min(len(samples), -(-flags.tokens // samples.seq_length))
-    if count < 2 * HELD_OUT:
-        raise InputError(f"calibrate needs at least {2 * HELD_OUT * samples.seq_length} tokens, got {count * samples.seq_length}; give "
-                         "more --data, or raise --tokens")
-    chosen = [index for index in range(count) if index % HELD_OUT]
-    readings = read_exits(model, _tokens(samples, chosen))
-    held_out = read_exits(model, _tokens(samples, [index for index in range(count) if index % HELD_OUT == 0]))
-    measure, thresholds = best_measure(readings, flags.agreement, flags.measure)
-    found, seen = judge(readings, measure, thresholds), judge(held_out, measure, thresholds)
-    if topology.is_logging_rank:
-        curves = {layer: curve(readings, layer, measure) for layer in readings.exit_layers}
-        tree = {"format_version": FORMAT_VERSION, "model_name": model_folder(config.model.path).name, "num_layers": model.config.num_layers,
-                "heads_digest": loaded.heads_digest,
-                "wanted_agreement": flags.agreement, "measure": measure, "thresholds": thresholds, "tokens": readings.num_tokens,
-                "found": dataclasses.asdict(found), "held_out": {"tokens": held_out.num_tokens, **dataclasses.asdict(seen)},
-                "curves": {each: {layer: curve(readings, layer, each) for layer in readings.exit_layers} for each in MEASURES}}
-        with file_written_aside(flags.output) as aside:
-            aside.write_text(as_json(tree), encoding="utf-8")
-        draw_calibration(curves, thresholds, flags.agreement, measure, picture)
-        _tell(flags, measure, readings, held_out, found, seen, picture)
+    if flags.guarantee is not None:
+        calibrate_with_guarantee(config, flags, loaded, picture)
+    else:
+        _calibrate_by_agreement(config, flags, loaded, picture)
     leave_parallel()
 
 
-def _samples(config: Config, model: ModelConfig) -> Samples:
-    """All of data.valid_paths; else the documents of data.paths that tune holds out."""
-    data = config.data
-    if not (data.valid_paths or data.paths):
-        raise InputError("calibrate needs text, got none; give --data FILE (data.valid_paths), best one that the heads were not tuned on")
-    if data.valid_paths:
-        data = dataclasses.replace(data, paths=data.valid_paths, valid_paths=())
-    splits = load_samples(data, tokenizer_of(config), seq_length=min(SAMPLE_LENGTH, model.max_position_embeddings),
-                          vocab_size=model.vocab_size, max_positions=model.max_position_embeddings,
-                          needs_validation=not config.data.valid_paths, trusts_code=config.model.trust_remote_code)
-    samples = splits.train if config.data.valid_paths else splits.valid
-    assert samples is not None
-    return samples
+def _check_flags(flags: argparse.Namespace) -> None:
+    """Raises InputError, before anything is read."""
+    if flags.guarantee is not None and flags.agreement is not None:
+        raise InputError(f"--agreement {flags.agreement:g} and --guarantee {flags.guarantee:g} choose thresholds each in its own way; give "
+                         "one of them")
+    if flags.guarantee is None and flags.confidence is not None:
+        raise InputError(f"--confidence {flags.confidence:g} is of --guarantee, and none is given; give --guarantee 0.05 with it")
+    for name, start in (("agreement", 0.95), ("guarantee", 0.05), ("confidence", 0.95)):
+        value = getattr(flags, name)
+        if value is not None and not 0 < value < 1:
+            raise InputError(f"--{name} must lie between 0 and 1, got {value:g}; {start:g} is a good start")
 
 
-def _tokens(samples: Samples, indices: list[int]) -> Iterator[Tensor]:  # of [s] int64
-    order = samples.order(0)
-    for index in indices:
-        yield torch.from_numpy(samples.sample(order.sample_at(index)).tokens[:-1])
+def _calibrate_by_agreement(config: Config, flags: argparse.Namespace, loaded: LoadedModel, picture: Path) -> None:
+    from ee_tuning.evaluation.calibrate_picture import draw_calibration
+
+    wanted = AGREEMENT if flags.agreement is None else flags.agreement
+    samples = samples_of(config, loaded.model.config)
+    count = min(samples.order(0).num_distinct, -(-(TOKENS if flags.tokens is None else flags.tokens) // samples.seq_length))
+    if count < 2 * HELD_OUT:
+        raise InputError(f"calibrate needs at least {2 * HELD_OUT * samples.seq_length} tokens, got {count * samples.seq_length}; give "
+                         "more --data, or raise --tokens")
+    readings = read_drawn(loaded.model, draw(samples, [index for index in range(count) if index % HELD_OUT]))
+    held_out = read_drawn(loaded.model, draw(samples, range(0, count, HELD_OUT)))
+    measure, thresholds = best_measure(readings, wanted, flags.measure)
+    found, seen = judge(readings, measure, thresholds), judge(held_out, measure, thresholds)
+    if not loaded.model.topology.is_logging_rank:
+        return
+    curves = {layer: curve(readings, layer, measure) for layer in readings.exit_layers}
+    write_calibration(flags.output, config, loaded, {
+        "wanted_agreement": wanted, "measure": measure, "thresholds": thresholds, "tokens": readings.num_tokens,
+        "found": dataclasses.asdict(found), "held_out": {"tokens": held_out.num_tokens, **dataclasses.asdict(seen)},
+        "curves": {each: {layer: curve(readings, layer, each) for layer in readings.exit_layers} for each in MEASURES}})
+    draw_calibration(curves, thresholds, wanted, measure, picture)
+    _tell(wanted, measure, readings, held_out, found, seen)
+    print(f"wrote {flags.output} and {picture}; next: ee-tuning generate --calibration {flags.output} …")
 
 
-def _tell(flags: argparse.Namespace, measure: str, readings: Readings, held_out: Readings, found: Outcome, seen: Outcome,
-          picture: Path) -> None:
+def _tell(wanted: float, measure: str, readings: Readings, held_out: Readings, found: Outcome, seen: Outcome) -> None:
     name = f"leaves from {measure}"
     print(f"exit  {name}  of those that come  agreement (at least)  held out")
     for layer, result in found.exits.items():
         if result.threshold is None:
-            print(f"{layer:4}  not used: it can not be relied on to agree {flags.agreement:.1%} of the time; "
+            print(f"{layer:4}  not used: it can not be relied on to agree {wanted:.1%} of the time; "
                   f"at its surest at least {result.agreement:.1%}")
         else:
             agreement = f"{result.agreement:.1%} ({result.at_least:.1%})"
             print(f"{layer:4}  {result.threshold:{len(name)}.4f}  {result.share:18.1%}  {agreement:>20}  "
                   f"{seen.exits[layer].agreement:8.1%}")
     if not any(result.threshold is not None for result in found.exits.values()):
-        print(f"no exit agrees {flags.agreement:.1%} of the time: no token will leave early; tune the heads longer, or lower --agreement")
+        print(f"no exit agrees {wanted:.1%} of the time: no token will leave early; tune the heads longer, or lower --agreement")
     print(f"{found.agreement:.1%} of {readings.num_tokens:,} tokens as the full model has them, at {found.mean_depth:.2f} of "
           f"{readings.num_layers} layers; {seen.agreement:.1%} of {held_out.num_tokens:,} held out, at {seen.mean_depth:.2f}")
-    print(f"wrote {flags.output} and {picture}; next: ee-tuning generate --calibration {flags.output} …")

@@ -16,7 +16,7 @@ TESTS = Path(__file__).parents[1]
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
 COUNTS = {"safetensors": 3000, "checkpoints": 500, "saves": 100, "tuning": 100, "mixtures": 1000, "stages": 200, "speculation": 200,
-          "growth": 10_000}
+          "growth": 10_000, "calibrations": 1000}
 
 
 def main() -> int:
@@ -30,6 +30,7 @@ def main() -> int:
     options = vars(parser.parse_args())
 
     import torch
+    from calibration_stress import stress_calibrations
     from checkpoint_stress import stress_checkpoints
     from decoding_stress import stress_growth, stress_mixtures, stress_speculation
     from kills import stress_saves, stress_tuning
@@ -47,7 +48,9 @@ def main() -> int:
         _Part("Mixtures of decoding requests", options["mixtures"], "mixtures", lambda n, folder: stress_mixtures(n, seed, folder)),
         _Part("Decoding over stages", options["stages"], "dozens of requests", lambda n, folder: stress_stages(n, seed, folder)),
         _Part("Speculation", options["speculation"], "prompts", lambda n, folder: stress_speculation(n, seed, folder)),
-        _Part("Memory over many tokens", options["growth"], "tokens", lambda n, folder: stress_growth(n, seed, folder))]
+        _Part("Memory over many tokens", options["growth"], "tokens", lambda n, folder: stress_growth(n, seed, folder)),
+        _Part("Thresholds with a guarantee", options["calibrations"], "calibrations of a kind",
+              lambda n, folder: stress_calibrations(n, seed, folder))]
     stories = [story for name, story in zip(COUNTS, stories, strict=True) if name in options["only"]]
     for story in stories:
         story.run(seed)

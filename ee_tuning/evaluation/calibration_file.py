@@ -1,0 +1,25 @@
+"""`calibration.json` as `ee-tuning calibrate` writes it; what decoding reads of it is in `ee_tuning/generation/calibration.py`."""
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ee_tuning.checkpoint.aside import file_written_aside
+from ee_tuning.checkpoint.formats import model_folder
+from ee_tuning.checkpoint.load import LoadedModel
+from ee_tuning.config import Config
+from ee_tuning.generation.calibration import FORMAT_VERSION
+from ee_tuning.json_file import to_json
+
+
+def write_calibration(output: Path, config: Config, loaded: LoadedModel, measured: Mapping[str, Any]) -> None:
+    """`measured`, behind what binds it to the model and its heads. Raises InputError where `output` can not be written."""
+    tree = {"format_version": FORMAT_VERSION, "model_name": model_folder(config.model.path).name,
+            "num_layers": loaded.model.config.num_layers, "heads_digest": loaded.heads_digest, **measured}
+    with file_written_aside(output) as aside:
+        aside.write_text(as_json(tree), encoding="utf-8")
+
+
+def as_json(tree: object) -> str:
+    """Numbers short enough to be read."""
+    return to_json(json.loads(to_json(tree), parse_float=lambda text: round(float(text), 8)), indent=1) + "\n"

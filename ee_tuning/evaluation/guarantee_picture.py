@@ -1,0 +1,38 @@
+"""The picture of `ee-tuning calibrate --guarantee`: what each threshold costs and saves, and how sure that is."""
+from collections.abc import Mapping
+from pathlib import Path
+
+from ee_tuning.checkpoint.aside import file_written_aside
+from ee_tuning.config.generation import Measure
+from ee_tuning.evaluation.guarantee import Proof
+
+
+def draw_guarantee(proofs: Mapping[Measure, Proof], chosen: Measure, delta: float, output: Path) -> None:
+    """Raises InputError where `output` can not be written."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (loss, doubt) = plt.subplots(1, 2, figsize=(11, 4.4), constrained_layout=True)
+    shades = matplotlib.colormaps["viridis"]
+    for i, (measure, proof) in enumerate(proofs.items()):
+        colour, at = shades(0.85 * i / max(len(proofs) - 1, 1)), proof.num_proven - 1
+        label = f"{measure}, " + ("none proven" if proof.threshold is None else f"down to {proof.threshold:.3f}")
+        loss.plot(proof.depths, 100 * proof.losses, color=colour, linewidth=2 if measure == chosen else 1, label=label)
+        doubt.plot(proof.depths, proof.p_values.clamp(min=1e-6), color=colour, linewidth=2 if measure == chosen else 1, label=label)
+        if at >= 0:
+            loss.plot(proof.depths[at], 100 * proof.losses[at], "o", color=colour)
+            doubt.plot(proof.depths[at], proof.p_values[at].clamp(min=1e-6), "o", color=colour)
+    first = next(iter(proofs.values()))
+    loss.axhline(100 * delta, color="#8a90a0", linewidth=1, linestyle="--")
+    doubt.axhline(first.level, color="#8a90a0", linewidth=1, linestyle="--")
+    loss.set(title="Tokens that differ from the full model's", xlabel="layers a token", ylabel="of a document, %")
+    doubt.set(title="p-value of each threshold", xlabel="layers a token", yscale="log", ylim=(1e-6, 2))
+    for axes in (loss, doubt):
+        axes.invert_xaxis()
+    loss.legend(frameon=False)
+    figure.suptitle(f"{first.num_documents:,} documents; points: the lowest thresholds that hold; dashed: the guarantee, and its level")
+    with file_written_aside(output) as aside:
+        figure.savefig(aside, dpi=110, format="png")
+    plt.close(figure)
