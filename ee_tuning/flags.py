@@ -48,7 +48,7 @@ FLAGS: dict[str, dict[str, str]] = {
     "plan": {**_MODEL, **_EXITS, **_NEW_EXITS, **_TUNING, **_TUNING_LAYOUT},
     "profile": {**_MODEL, "--no-verify": "exits.verify", "--text": "exits.profile_text", **_TOKENIZER},
     "export": {**_MODEL, **_EXITS, **_TOKENIZER, **_HEADS, "--seed": "exits.seed"},
-    "calibrate": {**_MODEL, **_EXITS, "--data": "data.valid_paths", **_TOKENIZER,
+    "calibrate": {**_MODEL, **_EXITS, "--data": "data.valid_paths", **_TOKENIZER, "--chat-template": "data.chat_template",
                   "--tensor-model-parallel-size": "parallel.tensor_model_parallel_size"},
     "generate": {
         **_MODEL, **_EXITS, **_TOKENIZER, "--policy": "generation.policy", "--threshold": "generation.threshold",
