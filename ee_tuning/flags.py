@@ -32,7 +32,7 @@ _TUNING_LAYOUT = {**_PARALLEL, "--sequence-parallel": "parallel.sequence_paralle
 _TUNING = {"--data": "data.paths", **_TOKENIZER, "--chat-template": "data.chat_template",
            "--output": "tuning.run_folder", "--train-iters": "tuning.train_iters", "--lr": "tuning.lr", "--seq-length": "tuning.seq_length",
            "--micro-batch-size": "tuning.micro_batch_size", "--global-batch-size": "tuning.global_batch_size", "--seed": "tuning.seed",
-           "--loss": "tuning.loss", "--resume": "tuning.resume", "--no-resume": "tuning.resume",
+           "--loss": "tuning.loss", "--fit-tokens": "tuning.fit_tokens", "--resume": "tuning.resume", "--no-resume": "tuning.resume",
            "--allow-config-change": "tuning.allow_config_change"}
 _SAMPLING = {"--max-new-tokens": "generation.max_new_tokens", "--temperature": "generation.temperature", "--top-k": "generation.top_k",
              "--top-p": "generation.top_p", "--min-p": "generation.min_p", "--repetition-penalty": "generation.repetition_penalty",
@@ -40,8 +40,9 @@ _SAMPLING = {"--max-new-tokens": "generation.max_new_tokens", "--temperature": "
              "--seed": "generation.seed", "--stop": "generation.stop"}
 
 FLAGS: dict[str, dict[str, str]] = {
-    "convert": {**_MODEL, **_NEW_EXITS, **_TOKENIZER, "--seed": "exits.seed", "--no-verify": "exits.verify",
-                **_PARALLEL},
+    "convert": {**_MODEL, **_NEW_EXITS, "--data": "data.paths", **_TOKENIZER, "--chat-template": "data.chat_template",
+                "--fit-tokens": "tuning.fit_tokens", "--seq-length": "tuning.seq_length", "--micro-batch-size": "tuning.micro_batch_size",
+                "--seed": "exits.seed", "--no-verify": "exits.verify", **_TUNING_LAYOUT},
     "preprocess": {"--data": "data.paths", **_TOKENIZER, "--text-key": "data.text_key",
                    "--chat-template": "data.chat_template", "--workers": "data.workers"},
     "tune": {**_MODEL, **_EXITS, **_NEW_EXITS, **_TUNING, **_TUNING_LAYOUT},

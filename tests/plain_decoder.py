@@ -82,6 +82,8 @@ class PlainDecoder:
             x = a + inner @ tensor("mlp.c_proj.weight") + tensor("mlp.c_proj.bias")
         if tensor("norm.weight") is not None:
             x = self._norm(x, tensor, "norm")
+        if tensor("linear.weight") is not None:
+            x = F.linear(x, tensor("linear.weight"), tensor("linear.bias"))
         output = tensor("output.weight")
         return F.linear(x, self.model.lm_head.weight if output is None else output)
 

@@ -33,11 +33,14 @@ def make_tuner(config: Config, kind: type[Tuner] = Tuner) -> Tuner:
     """In the world that exists, on random tokens."""
     Path(config.tuning.run_folder).mkdir(parents=True, exist_ok=True)
     topology = init_parallel(config.parallel)
+    return kind(load_for_tuning(config, topology), make_samples(config.tuning.seq_length), config, topology)
+
+
+def make_samples(length: int) -> Splits:
+    """Random tokens."""
     draw = np.random.RandomState(5)
-    length = config.tuning.seq_length
-    samples = Splits(train=PackedSamples(draw.randint(0, 101, 23 * length + 1).astype(np.int32), length),
-                     valid=PackedSamples(draw.randint(0, 101, 3 * length + 1).astype(np.int32), length))
-    return kind(load_for_tuning(config, topology), samples, config, topology)
+    return Splits(train=PackedSamples(draw.randint(0, 101, 23 * length + 1).astype(np.int32), length),
+                  valid=PackedSamples(draw.randint(0, 101, 3 * length + 1).astype(np.int32), length))
 
 
 def tune(config: Config) -> bool:

@@ -2,6 +2,8 @@
 
 One process or many, at any TP × PP: each file is made by one rank, block by block, so the bytes written are the same.
 """
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from shlex import quote
 from typing import Any, TypeGuard
@@ -24,11 +26,16 @@ from ee_tuning.checkpoint.owner import owned
 from ee_tuning.config import Architecture, Config, ExitsSection
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
+from ee_tuning.model.fit import Fit
 from ee_tuning.parallel.topology import Topology, init_parallel, leave_parallel
 
+MakeFit = Callable[[Topology], Fit]
+"""Fits exits; all ranks call it."""
 
-def convert(config: Config, output: Path, *, overwrite: bool = False) -> None:
-    """Writes the artifact that `config.exits` describes to `output`, and says what it wrote and what to type next.
+
+def convert(config: Config, output: Path, *, overwrite: bool = False, make_fit: MakeFit | None = None) -> None:
+    """Writes the artifact that `config.exits` describes to `output`, and says what it wrote and what to type next. `make_fit` is given
+    where exits.init is fitted.
 
     Raises InputError where the model, the exits, the layout or `output` can not be used; then nothing is left behind.
     """
@@ -36,13 +43,14 @@ def convert(config: Config, output: Path, *, overwrite: bool = False) -> None:
     with model.source:
         _check(config, model.config, model.source)  # before the processes meet, so that a wrong word is answered at once
     topology = init_parallel(config.parallel)
-    exits = write_initial_exits(config, output, topology, overwrite=overwrite)
+    exits = write_initial_exits(config, output, topology, overwrite=overwrite, make_fit=make_fit)
     if topology.is_logging_rank:
         _print_summary(config, exits, output)
     leave_parallel()
 
 
-def write_initial_exits(config: Config, output: Path, topology: Topology, *, overwrite: bool = False) -> ExitHeadsConfig:
+def write_initial_exits(config: Config, output: Path, topology: Topology, *, overwrite: bool = False,
+                        make_fit: MakeFit | None = None) -> ExitHeadsConfig:
     """As `convert`, within a world that exists, in silence where there is no terminal; all ranks call it. Returns what was written."""
     on_first_rank(topology, lambda: check_apart(output, (config.model.path, config.data.tokenizer)))
     reader, model, _ = open_model(config.model)
@@ -53,7 +61,10 @@ def write_initial_exits(config: Config, output: Path, topology: Topology, *, ove
         if _wants_found(reader, config):
             return _write_found(FoundExits(reader, model, model_name(reader.folder)), output, topology, overwrite=overwrite)
         exits = on_first_rank(topology, lambda: initial_exits_config(config, model, reader))
-        write_exit_heads(output, exits, model, InitialExits(exits, reader, model).blocks, topology, overwrite=overwrite)
+        fit = make_fit(topology) if make_fit else None
+        assert (fit is None) == (exits.init != "fitted")
+        exits, maps = dataclasses.replace(exits, fitted=fit.record if fit else None), fit.maps if fit else None
+        write_exit_heads(output, exits, model, InitialExits(exits, reader, model, maps).blocks, topology, overwrite=overwrite)
     return exits
 
 
@@ -86,12 +97,15 @@ def described_heads(section: ExitsSection, layers: tuple[int, ...], model: Model
     if len(words) not in (1, len(layers)):
         raise InputError(f"exits.architecture must be one word or one per exit, {len(layers)} for the exits {','.join(map(str, layers))}, "
                          f"got {len(words)}: {','.join(words)}")
-    if "embedding" in words and section.output == "tied":
+    if "embedding" in words and section.output == "tied" and section.init != "fitted":
         raise InputError("exits.output must be untied for the architecture embedding, got tied, which leaves nothing to tune; "
                          "use untied, or the architecture norm")
     if "adapter" in words and section.adapter_rank < 1:
         raise InputError(f"exits.adapter_rank must be at least 1, got {section.adapter_rank}")
-    return {"architecture": words * len(layers) if len(words) == 1 else words, "init": section.init,
+    each = words * len(layers) if len(words) == 1 else words
+    adds_linear = section.init == "fitted" and section.output == "tied"
+    return {"architecture": each, "init": section.init,
+            "adds_linear": tuple(layer for layer, word in zip(layers, each, strict=True) if adds_linear and word != "linear"),
             "adapter_rank": section.adapter_rank if "adapter" in words else None,
             "seed": section.seed if section.init == "random" or "adapter" in words else None}
 
@@ -124,6 +138,9 @@ def _write_found(found: FoundExits, output: Path, topology: Topology, *, overwri
 
 def _check(config: Config, model: ModelConfig, reader: BackboneSource) -> None:
     if _wants_found(reader, config):
+        if config.exits.init == "fitted":
+            raise InputError("exits.init = fitted is for new exits, and the checkpoint's own are asked for; give --exit-layers, or leave "
+                             "--init out")
         FoundExits(reader, model, "")
         return
     model.check_layout(config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size)

@@ -16,8 +16,9 @@ from ee_tuning.model.config import STORED_DTYPES, ModelConfig
 from ee_tuning.model.exit_spec import ExitSpec
 
 CONFIG = "exit_config.json"
-FORMAT_VERSION = 2
-"""Version 1 knew one architecture for all exits, and no `layer` and `adapter` heads; it is read too."""
+FORMAT_VERSION = 3
+"""Version 1 knew one architecture for all exits, and no `layer` and `adapter` heads; version 2 no linear maps and no fits. Both are read
+too."""
 _REMEDY = "fetch or convert the exits again"
 
 
@@ -42,14 +43,19 @@ class ExitHeadsConfig:
     """The backbone's shape, `fingerprint.model_shape`."""
     model_fingerprint: str
     """What binds the exits to their backbone."""
-    init: Literal["copy", "random", "ee_llm"]
-    """How the heads began; ee_llm: as they stood, tuned, in an EE-LLM checkpoint."""
+    init: Literal["copy", "random", "fitted", "ee_llm"]
+    """How the heads began; fitted: copied, then fitted by least squares; ee_llm: as they stood, tuned, in an EE-LLM checkpoint."""
     seed: int | None = None
     """Of random initialization."""
     tuned: dict[str, Any] | None = None
     """How they were tuned: steps, tokens, …; None where they were not, or not together."""
     origins: dict[str, Any] | None = None
-    """Per exit layer {"init", "seed", "tuned"}, where exits that began or were tuned apart have been put together."""
+    """Per exit layer {"init", "seed", "tuned"} and, where it has one, "fitted", where exits that began or were tuned apart have been put
+    together."""
+    adds_linear: tuple[int, ...] = ()
+    """Exits with a linear map before the tied output matrix, which a fit gave them: ExitSpec.adds_linear."""
+    fitted: dict[str, Any] | None = None
+    """What a fit was made from: {"tokens", "ridge"}; None where there was none."""
 
     @property
     def ties_output(self) -> bool:
@@ -65,7 +71,8 @@ class ExitHeadsConfig:
     def heads(self) -> tuple[ExitSpec, ...]:
         """Each exit by itself."""
         return tuple(ExitSpec(layer=layer, architecture=architecture, ties_output=self.ties_output,
-                              adapter_rank=(self.adapter_rank or 0) if architecture == "adapter" else 0)
+                              adapter_rank=(self.adapter_rank or 0) if architecture == "adapter" else 0,
+                              adds_linear=layer in self.adds_linear)
                      for layer, architecture in zip(self.exit_layers, self.architecture, strict=True))
 
     def tensor_shapes(self, config: ModelConfig) -> dict[str, Shape]:
@@ -99,7 +106,8 @@ def read_exit_config(folder: Path) -> ExitHeadsConfig:
 def _from_json(tree: dict[str, Any]) -> ExitHeadsConfig:
     layers, words = tuple(tree["exit_layers"]), tree["architecture"]
     exits = ExitHeadsConfig(**{**tree, "format_version": FORMAT_VERSION, "exit_layers": layers,
-                               "architecture": (words,) * len(layers) if isinstance(words, str) else tuple(words)})
+                               "architecture": (words,) * len(layers) if isinstance(words, str) else tuple(words),
+                               "adds_linear": tuple(tree.get("adds_linear", ()))})
     if not layers or not all(type(layer) is int and layer > 0 for layer in layers) or list(layers) != sorted(set(layers)):
         raise ValueError(f"exit_layers must be increasing layer numbers, got {layers}")
     hints = typing.get_type_hints(ExitHeadsConfig)
@@ -112,15 +120,17 @@ def _from_json(tree: dict[str, Any]) -> ExitHeadsConfig:
                          ("init", typing.get_args(hints["init"])), ("dtype", STORED_DTYPES)):
         if tree[key] not in choices:
             raise ValueError(f"{key} must be one of {', '.join(choices)}, got {tree[key]!r}")
+    if not set(exits.adds_linear) <= set(layers) or (exits.adds_linear and not exits.ties_output):
+        raise ValueError(f"adds_linear must name exits whose output is tied, got {list(exits.adds_linear)}")
     for key, kinds in (("model_name", str), ("model_fingerprint", str), ("model_shape", dict), ("tuned", dict | None),
-                       ("seed", int | None)):
-        if not isinstance(tree[key], kinds):
-            raise ValueError(f"{key} has the value {tree[key]!r}, which is of a wrong type")
+                       ("seed", int | None), ("fitted", dict | None)):
+        if not isinstance(getattr(exits, key), kinds):
+            raise ValueError(f"{key} has the value {getattr(exits, key)!r}, which is of a wrong type")
     _check_origins(tree.get("origins"), layers)
     return exits
 
 
 def _check_origins(origins: Any, layers: tuple[int, ...]) -> None:
     if origins is not None and not (isinstance(origins, dict) and sorted(origins) == sorted(map(str, layers)) and all(
-            isinstance(origin, dict) and set(origin) == {"init", "seed", "tuned"} for origin in origins.values())):
+            isinstance(origin, dict) and set(origin) - {"fitted"} == {"init", "seed", "tuned"} for origin in origins.values())):
         raise ValueError(f"origins must tell init, seed and tuned of the exits {layers}, got {origins!r}")

@@ -4,7 +4,7 @@ Each random tensor is drawn whole, on the CPU, from the seed and its name, so ev
 """
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -23,13 +23,17 @@ class InitialExits:
     """The tensors of the artifact that `exits` describes, before any tuning, in the artifact's dtype.
 
     copy: norm <- the final norm, mlp <- the exit layer's own, layer <- the last transformer layer, output <- the final output matrix; an
-    adapter's norm <- the final norm, its `down` drawn, its `up` 0, so that it adds nothing yet. random: N(0, the model's init_std),
-    matrices that add to the residual narrower by √(2 · layer) as the reference has it, norms 1, biases 0. Reading raises InputError where
-    the backbone holds NaN or infinity, or a number that the artifact's dtype has no room for.
+    adapter's norm <- the final norm, its `down` drawn, its `up` 0, so that it adds nothing yet; a linear map changes nothing. random:
+    N(0, the model's init_std), matrices that add to the residual narrower by √(2 · layer) as the reference has it, norms 1, biases 0.
+    fitted: as copy, with `maps`, by exit layer [h, h + 1] T and, last, b: they are the linear map, or folded into an output matrix of the
+    exit's own, W <- W T. Reading raises InputError where the backbone holds NaN or infinity, or a number that the artifact's dtype has no
+    room for.
     """
 
-    def __init__(self, exits: ExitHeadsConfig, reader: TensorSource, config: ModelConfig):
-        self.exits, self.reader, self.config = exits, reader, config
+    def __init__(self, exits: ExitHeadsConfig, reader: TensorSource, config: ModelConfig, maps: Mapping[int, Tensor] | None = None):
+        self.exits, self.reader, self.config, self._maps = exits, reader, config, maps or {}
+        self._folded = {f"exits.{head.layer}.output.weight": self._maps[head.layer][:, :-1] for head in exits.heads
+                        if head.layer in self._maps and not head.has_linear}
         self.shapes = exits.tensor_shapes(config)
 
     def shape(self, name: str) -> Shape:
@@ -55,7 +59,10 @@ class InitialExits:
         """[stop - start, …]. Of a copy, no other rows are read."""
         self.check_shape(name, self.shapes[name])
         if (source := self._source(name)) is not None:
-            return self._cast(source, self.reader.rows(source, start, stop))
+            values = self.reader.rows(source, start, stop)
+            if (fitted := self._folded.get(name)) is not None:
+                values = values.double() @ fitted.double()  # so that it hardly matters which rows are asked for together
+            return self._cast(source, values)
         return self._drawn(name)[start:stop]
 
     def blocks(self, name: str) -> Iterator[Tensor]:
@@ -68,6 +75,8 @@ class InitialExits:
     def columns(self, name: str, start: int, stop: int) -> Tensor:
         """[n, stop - start]. Of a copy, no other columns are read."""
         self.check_shape(name, self.shapes[name])
+        if name in self._folded:
+            return self.full(name)[:, start:stop]
         if (source := self._source(name)) is not None:
             return self._cast(source, self.reader.columns(source, start, stop))
         return self._drawn(name)[:, start:stop]
@@ -78,7 +87,11 @@ class InitialExits:
 
     def _source(self, name: str) -> str | None:
         """The backbone tensor that it is a copy of; None where it is drawn."""
-        return exit_copy_source(name, self.config) if self.exits.init == "copy" else None
+        return exit_copy_source(name, self.config) if self.exits.init != "random" else None
+
+    def _linear(self, layer: int) -> Tensor:  # [h, h + 1]
+        width = self.config.hidden_size
+        return self._maps.get(layer, torch.eye(width, width + 1))
 
     def _drawn(self, name: str) -> Tensor:
         return torch.cat(list(self._drawn_blocks(name)))
@@ -88,10 +101,14 @@ class InitialExits:
         if name.endswith(".weight") and len(self.shapes[name]) == 1:
             yield torch.ones(self.shapes[name], dtype=self.exits.torch_dtype)
             return
-        if name.endswith(".bias") or (name.endswith(".adapter.up.weight") and self.exits.init == "copy"):
+        layer, part = int(name.split(".")[1]), name.split(".", 2)[2]
+        if part.startswith("linear.") and self.exits.init != "random":
+            linear = self._linear(layer)
+            yield self._cast(name, linear[:, -1] if part == "linear.bias" else linear[:, :-1])
+            return
+        if name.endswith(".bias") or (part == "adapter.up.weight" and self.exits.init != "random"):
             yield torch.zeros(self.shapes[name], dtype=self.exits.torch_dtype)
             return
-        layer = int(name.split(".")[1])
         std = self.config.init_std / (math.sqrt(2 * layer) if is_residual_projection(name, self.config) else 1.0)
         digest = hashlib.sha256(f"{self.exits.seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

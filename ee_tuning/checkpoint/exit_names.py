@@ -32,7 +32,7 @@ def exit_parameter_names(head: ExitSpec, config: ModelConfig) -> list[str]:
         names += [f"layer.{name}" for name in layer_parameter_names(config, config.num_layers)]
     elif kind == "adapter":
         names += [f"adapter.norm.{each}" for each in norm_kinds(config)] + ["adapter.down.weight", "adapter.up.weight"]
-    return names + ["output.weight"] * (not head.ties_output)
+    return names + ["linear.weight", "linear.bias"] * head.has_linear + ["output.weight"] * (not head.ties_output)
 
 
 def exit_shard(head: ExitSpec, parameter: str, config: ModelConfig, tp: int, tp_rank: int) -> Shard:
@@ -49,8 +49,10 @@ def exit_shard(head: ExitSpec, parameter: str, config: ModelConfig, tp: int, tp_
     if part == "mlp":
         matrix, _, kind = rest.partition(".")
         return mlp_shard(matrix, kind, prefix, config, tp, tp_rank)
-    shapes = {"adapter.down.weight": (head.adapter_rank, config.hidden_size), "adapter.up.weight": (config.hidden_size, head.adapter_rank)}
-    return uncut(prefix + parameter, shapes.get(parameter, (config.hidden_size,)))
+    width = config.hidden_size
+    shapes = {"linear.weight": (width, width), "adapter.down.weight": (head.adapter_rank, width),
+              "adapter.up.weight": (width, head.adapter_rank)}
+    return uncut(prefix + parameter, shapes.get(parameter, (width,)))
 
 
 def is_replicated(head: ExitSpec, parameter: str, config: ModelConfig, tp: int) -> bool:
@@ -65,10 +67,11 @@ def exit_tensor_shapes(heads: Iterable[ExitSpec], config: ModelConfig) -> dict[s
 
 
 def exit_copy_source(name: str, config: ModelConfig) -> str | None:
-    """The backbone tensor that the artifact's tensor `name` is a copy of at copy initialization; None for the matrices of an adapter."""
+    """The backbone tensor that the artifact's tensor `name` is a copy of at copy initialization; None for the matrices of an adapter and
+    the linear map before the output matrix."""
     spelling = SPELLINGS[config.family]
     _, layer, part = name.split(".", 2)
-    if part in ("adapter.down.weight", "adapter.up.weight"):
+    if part in ("adapter.down.weight", "adapter.up.weight", "linear.weight", "linear.bias"):
         return None
     if part.startswith(("norm.", "adapter.norm.")):
         return f"{spelling.final_norm}.{part.rpartition('.')[2]}"

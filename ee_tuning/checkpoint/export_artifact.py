@@ -75,9 +75,10 @@ def export_artifact(config: Config, output: Path, choice: ExitChoice, *, overwri
 
 
 def origin_of(exits: ExitHeadsConfig, layer: int) -> dict[str, Any]:
-    """How one exit began and was tuned: {"init", "seed", "tuned"}."""
+    """How one exit began and was tuned: {"init", "seed", "tuned"} and, where it was, "fitted"."""
     if exits.origins is None:
-        return {"init": exits.init, "seed": exits.seed, "tuned": exits.tuned}
+        fitted = {} if exits.fitted is None else {"fitted": exits.fitted}
+        return {"init": exits.init, "seed": exits.seed, "tuned": exits.tuned, **fitted}
     own = exits.origins[str(layer)]
     return {**own, "tuned": exits.tuned or own["tuned"]}
 
@@ -106,6 +107,9 @@ def _new_exits(config: Config, base: ExitHeadsReader, parts: list[_Part], choice
     """Exits of the kind of `base`'s, beside those of `parts`."""
     if not config.model.path:
         raise InputError("--add initializes exits from the model they are for, got none; give --model FOLDER")
+    if config.exits.init == "fitted":
+        raise InputError("--add takes --init copy or random, got fitted, which reads texts; convert those by --init fitted --data …, and "
+                         "give --merge that folder")
     layers = tuple(sorted(choice.add))
     source, model, _ = open_model(config.model)
     stack.enter_context(source)
@@ -119,7 +123,7 @@ def _new_exits(config: Config, base: ExitHeadsReader, parts: list[_Part], choice
     heads = described_heads(section, layers, model)
     check_model(source, model, None, verifies=config.exits.verify)
     check_bound_to(base, fingerprint(source, model))
-    exits = dataclasses.replace(base.config, exit_layers=layers, tuned=None, origins=None, **heads)
+    exits = dataclasses.replace(base.config, exit_layers=layers, tuned=None, origins=None, fitted=None, **heads)
     return _Part(InitialExits(exits, source, model), exits, layers)
 
 
@@ -145,10 +149,11 @@ def _joined(parts: list[_Part]) -> ExitHeadsConfig:
     heads = sorted((head for part in parts for head in part.exits.heads if head.layer in part.layers), key=lambda head: head.layer)
     base = dataclasses.replace(
         parts[0].exits, exit_layers=tuple(head.layer for head in heads), architecture=tuple(head.architecture for head in heads),
-        adapter_rank=max(head.adapter_rank for head in heads) or None, init=first["init"], seed=first["seed"])
+        adapter_rank=max(head.adapter_rank for head in heads) or None, adds_linear=tuple(head.layer for head in heads if head.adds_linear),
+        init=first["init"], seed=first["seed"], fitted=first.get("fitted"))
     if all(origin == first for origin in origins.values()):
         return dataclasses.replace(base, tuned=first["tuned"], origins=None)
-    return dataclasses.replace(base, tuned=None, origins={str(layer): origins[layer] for layer in sorted(layers)})
+    return dataclasses.replace(base, tuned=None, fitted=None, origins={str(layer): origins[layer] for layer in sorted(layers)})
 
 
 def _blocks(parts: list[_Part], name: str) -> Iterator[Tensor]:

@@ -29,7 +29,7 @@ from ee_tuning.model.huggingface_config import HUGGINGFACE_CLASSES
 from ee_tuning.parallel.topology import Topology
 
 MODELLING = Path(__file__).parent / "exported" / "modeling_early_exit.py"
-_TOLD = ("exit_layers", "architecture", "adapter_rank", "output", "init", "seed", "tuned", "origins", "model_fingerprint")
+_TOLD = ("exit_layers", "architecture", "adapter_rank", "output", "init", "seed", "fitted", "tuned", "origins", "model_fingerprint")
 """Of exit_config.json, what config.json tells under `early_exit`."""
 _MARKS = ("config.json", "model*.safetensors*")
 """What tells an export of this format from another."""

@@ -26,6 +26,7 @@ from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.early_exit import EarlyExitModel, StagePlan
 from ee_tuning.model.few_bits import FewBitsLinear, check_weight_format, few_bits_weights
+from ee_tuning.model.fit import Fit
 from ee_tuning.model.partition import stage_costs, stage_layers
 from ee_tuning.parallel.topology import Topology
 
@@ -54,36 +55,63 @@ class LoadedModel:
     """Of their weights, as an artifact's manifest has it: ExitHeadsReader.digest."""
 
 
-def load_for_tuning(config: Config, topology: Topology) -> LoadedModel:
-    """The layers up to the last exit and the heads, from exits.path or made as `exits` describes; all layers and the final head where
-    tuning.loss or tuning.compare_final ask for it.
+def load_for_tuning(config: Config, topology: Topology, fit: Fit | None = None) -> LoadedModel:
+    """The layers up to the last exit and the heads, from exits.path or made as `exits` describes, of which `fit` is a part where exits.init
+    is fitted; all layers and the final head where tuning.loss or tuning.compare_final ask for it.
 
     Raises InputError where model, exits and layout do not fit each other.
     """
     reader, model_config = _open_model(config, topology)
     with reader:
-        sources = Sources(model_config, reader, *_open_exits(config, model_config, reader, topology))
+        sources = Sources(model_config, reader, *_open_exits(config, model_config, reader, topology, fit))
         return build_stage(sources, plan_tuning(config, sources, topology), topology)
+
+
+def load_for_fitting(config: Config, topology: Topology) -> LoadedModel:
+    """All layers, the final norm, and the heads as `exits` describes them, but for the map that is to be found. `exits` of what is returned
+    is the artifact to be. Raises as `load_for_tuning`.
+    """
+    reader, model_config = _open_model(config, topology)
+    with reader:
+        sources = Sources(model_config, reader, *_open_exits(config, model_config, reader, topology, None))
+        return build_stage(sources, plan_fitting(config, sources, topology), topology)
 
 
 def load_for_generation(config: Config, topology: Topology) -> LoadedModel:
     """All layers, the final head, and the heads of exits.path where it is given. Raises as `load_for_tuning`."""
     reader, model_config = _open_model(config, topology)
     with reader:
-        exits, tensors = _open_exits(config, model_config, reader, topology) if config.exits.path else (None, None)
+        exits, tensors = _open_exits(config, model_config, reader, topology, None) if config.exits.path else (None, None)
         sources = Sources(model_config, reader, exits, tensors)
         loaded = build_stage(sources, _plan_generation(config, sources, topology), topology)
         return dataclasses.replace(loaded, heads_digest=tensors.digest if isinstance(tensors, ExitHeadsReader) else None)
+
+
+def plan_fitting(config: Config, sources: Sources, topology: Topology) -> list[StagePlan]:
+    """What each stage holds while exits are fitted: no head has a map, or an output matrix of its own, for none is needed. Raises as
+    `plan_tuning`.
+    """
+    exits, model = sources.exits, sources.config
+    assert exits is not None
+    cuts_sequence = _cuts_sequence(config, topology)
+    check_weight_format(config.tuning.backbone_weights, model)
+    heads = tuple(dataclasses.replace(head, ties_output=True, adds_linear=False,
+                                      architecture="norm" if head.architecture == "linear" else head.architecture) for head in exits.heads)
+    costs = stage_costs(model, model.num_layers, (), config.tuning.seq_length, trains_heads=False, has_final_head=False)
+    plans = _plans(config, exits, costs, topology, has_final_head=True, max_length=config.tuning.seq_length)
+    return [dataclasses.replace(plan, exits=heads, cuts_sequence=cuts_sequence, weights=config.tuning.backbone_weights) for plan in plans]
+
+
+def fitted_dtype(exits: ExitHeadsConfig) -> torch.dtype:
+    """What maps are held in on their way to the heads."""
+    return torch.promote_types(exits.torch_dtype, torch.float32)
 
 
 def plan_tuning(config: Config, sources: Sources, topology: Topology) -> list[StagePlan]:
     """What each stage holds while tuning. Raises InputError where the layers do not reach for the stages, or the sequence for its parts."""
     exits = sources.exits
     assert exits is not None
-    cuts_sequence = config.parallel.sequence_parallel and topology.tp > 1
-    if cuts_sequence and config.tuning.seq_length % topology.tp:
-        raise InputError(f"parallel.sequence_parallel cuts the sequence into tensor_model_parallel_size = {topology.tp} equal parts, but "
-                         f"tuning.seq_length is {config.tuning.seq_length}; set it to a multiple of {topology.tp}, or leave it whole")
+    cuts_sequence = _cuts_sequence(config, topology)
     costs = tuning_costs(config, sources.config, exits)
     plans = _plans(config, exits, costs, topology, has_final_head=config.tuning.wants_final_head, max_length=config.tuning.seq_length)
     weights = config.tuning.backbone_weights
@@ -122,6 +150,14 @@ def compute_dtype(config: Config, topology: Topology) -> torch.dtype:
     return getattr(torch, config.model.dtype or default)
 
 
+def _cuts_sequence(config: Config, topology: Topology) -> bool:
+    cuts_sequence = config.parallel.sequence_parallel and topology.tp > 1
+    if cuts_sequence and config.tuning.seq_length % topology.tp:
+        raise InputError(f"parallel.sequence_parallel cuts the sequence into tensor_model_parallel_size = {topology.tp} equal parts, but "
+                         f"tuning.seq_length is {config.tuning.seq_length}; set it to a multiple of {topology.tp}, or leave it whole")
+    return cuts_sequence
+
+
 def _open_model(config: Config, topology: Topology) -> tuple[BackboneSource, ModelConfig]:
     reader, model_config, _ = open_model(config.model)
     model_config.check_layout(topology.tp, topology.pp)
@@ -129,13 +165,14 @@ def _open_model(config: Config, topology: Topology) -> tuple[BackboneSource, Mod
     return reader, model_config
 
 
-def _open_exits(config: Config, model_config: ModelConfig, reader: BackboneSource,
-                topology: Topology) -> tuple[ExitHeadsConfig, TensorSource]:
-    """The artifact at exits.path, which must be bound to this model; without a path, first weights as `exits` describes them."""
+def _open_exits(config: Config, model_config: ModelConfig, reader: BackboneSource, topology: Topology,
+                fit: Fit | None) -> tuple[ExitHeadsConfig, TensorSource]:
+    """The artifact at exits.path, which must be bound to this model; without a path, first weights as `exits` and `fit` describe them."""
     if config.exits.path is None:
         model_config.check_exit_layers(config.exits.layers(model_config.num_layers))
         exits = on_first_rank(topology, lambda: initial_exits_config(config, model_config, reader))
-        return exits, InitialExits(exits, reader, model_config)
+        exits = dataclasses.replace(exits, fitted=fit.record if fit else None)
+        return exits, InitialExits(exits, reader, model_config, fit.maps if fit else None)
     artifact = ExitHeadsReader(Path(config.exits.path), topology, verifies=config.exits.verify)
     check_bound_to(artifact, on_first_rank(topology, lambda: fingerprint(reader, model_config)))
     artifact.check_complete(model_config)

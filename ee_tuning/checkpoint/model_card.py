@@ -43,7 +43,8 @@ def told_architecture(words: str | Sequence[str]) -> str:
 
 def told_init(init: str, seed: int | None) -> str:
     """How exits began."""
-    return {"copy": "copied from the model", "random": f"drawn at random, seed {seed}", "ee_llm": "as EE-LLM tuned them"}[init]
+    return {"copy": "copied from the model", "random": f"drawn at random, seed {seed}", "ee_llm": "as EE-LLM tuned them",
+            "fitted": "fitted to the final state by least squares"}[init]
 
 
 def _front_matter(name: str, library: str) -> list[str]:

@@ -10,9 +10,12 @@ from ee_tuning.errors import InputError
 def convert(args: argparse.Namespace) -> None:
     """Backbone -> exit-heads artifact."""
     config = job_of(args)
-    from ee_tuning.checkpoint.convert import convert
     from ee_tuning.evaluation.profile import with_exit_layers
 
+    if config.exits.init == "fitted":
+        from ee_tuning.tuning.command import convert_fitted as convert
+    else:
+        from ee_tuning.checkpoint.convert import convert
     convert(with_exit_layers(config), args.output, overwrite=args.overwrite)
 
 
@@ -104,8 +107,10 @@ COMMANDS = (
   torchrun --nproc-per-node 4 -m ee_tuning convert job.yaml --pipeline-model-parallel-size 4 --output exits/llama-2-7b
   ee-tuning convert --model megatron_run/iter_0040000 --exit-layers 8,16 --output exits/mine
   ee-tuning convert --model ee_llm_checkpoint --output exits/ee_llm
+  ee-tuning convert --model Llama-2-7b-hf --exit-layers 8,16,24 --init fitted --data corpus.jsonl --output exits/fitted
 
-The bytes written do not depend on the number of processes. Without --exit-layers, an EE-LLM checkpoint's own exits are written.""",
+The bytes written do not depend on the number of processes. Without --exit-layers, an EE-LLM checkpoint's own exits are written.
+--init fitted runs the whole model over --data (--fit-tokens of it), in one process or many; without it no more is read than is copied.""",
             add_arguments=_add_convert, run=convert),
     Command(name="inspect", summary="tell what a model folder or an exit-heads artifact holds",
             examples="""\

@@ -6,7 +6,7 @@ from ee_tuning.config.paths import PATH
 from ee_tuning.config.placement import AutoLayers, evenly_along
 from ee_tuning.errors import InputError
 
-Architecture = Literal["embedding", "norm", "mlp", "layer", "adapter"]
+Architecture = Literal["embedding", "norm", "linear", "mlp", "layer", "adapter"]
 DType = Literal["float32", "bfloat16", "float64"]
 
 
@@ -42,12 +42,14 @@ class ExitsSection:
     """Text file that the hidden states are looked at on for auto:N:profile; by default some Python source code."""
     architecture: tuple[Architecture, ...] = ()
     """One for all exits, or one per exit; default mlp, or norm for a model with experts, which takes no mlp. embedding: an output matrix
-    alone. norm: final norm and output matrix. mlp: layer l's MLP, trained anew, before them. layer: a whole transformer layer before them.
-    adapter: a low-rank MLP before them."""
+    alone. norm: final norm and output matrix. linear: a linear map between these two (tuned lens). mlp: layer l's MLP, trained anew, before
+    them. layer: a whole transformer layer before them. adapter: a low-rank MLP before them."""
     adapter_rank: int = 64
     """Inner width of `adapter` heads."""
-    init: Literal["copy", "random"] = "copy"
-    """copy: from the backbone's own norm, MLP or last layer, and output matrix. random: as the model was initialized."""
+    init: Literal["copy", "random", "fitted"] = "copy"
+    """copy: from the backbone's own norm, MLP or last layer, and output matrix. random: as the model was initialized. fitted: copied, and
+    a linear map before the output matrix fitted by least squares to the final states of texts (data.paths); where the exit has an output
+    matrix of its own, the map becomes part of it."""
     output: Literal["untied", "tied"] = "untied"
     """untied: each exit trains its own output matrix. tied: the backbone's frozen one."""
     seed: int = 1234

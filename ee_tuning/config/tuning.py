@@ -58,6 +58,8 @@ class TuningSection:
     """Share of train_iters over which they rise, where they do."""
     compare_final: bool = False
     """Whether validations tell how often each exit agrees with the final head, and how many of its drafts that would accept."""
+    fit_tokens: int = 0
+    """Tokens that exits.init = fitted reads; fewer where the training data hold no more. 0: 100 × (hidden size + 1)."""
     loss_chunk_tokens: int = 1024
     """Tokens whose logits exist at one time."""
     backbone_weights: WeightFormat = "native"

@@ -91,13 +91,15 @@ def validation_batches(samples: Samples | None, tuning: TuningSection, *, dp: in
         return []
     size = tuning.micro_batch_size
     order = samples.order(VALIDATION_SEED)
-    num_microbatches = min(tuning.eval_iters, -(-order.num_distinct // (size * dp)))
-    batches = []
-    for index in range(num_microbatches):
-        start = (index * dp + dp_rank) * size
-        chosen = [order.sample_at(position) for position in range(start, min(start + size, order.num_distinct))]
-        batches.append(_batch(samples, chosen, size))
-    return batches
+    chosen = [order.sample_at(position) for position in range(min(tuning.eval_iters * size * dp, order.num_distinct))]
+    return list(batches_of_each(samples, chosen, tuning, dp=dp, dp_rank=dp_rank))
+
+
+def batches_of_each(samples: Samples, chosen: Sequence[int], tuning: TuningSection, *, dp: int, dp_rank: int) -> Iterator[Batch]:
+    """Micro-batches of replica `dp_rank`, as many for each: together they hold the `chosen` samples, each once, and rows of loss mask 0."""
+    size = tuning.micro_batch_size
+    for start in range(dp_rank * size, -(-len(chosen) // (size * dp)) * size * dp, size * dp):
+        yield _batch(samples, chosen[start:start + size], size)
 
 
 def _batch(samples: Samples, chosen: Sequence[int], micro_batch_size: int) -> Batch:

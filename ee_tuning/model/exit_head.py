@@ -107,7 +107,10 @@ class ExitHead(nn.Module, ABC):
         self.spec, self.config, self.cuts_sequence, self._group = spec, config, cuts_sequence, topology.tp_group
         assert not spec.ties_output or tied_weight is not None
         self._backbones = (tied_weight if spec.ties_output else None, angles)  # in a tuple, so that they are none of the head's own
-        self.build(config, topology, {"dtype": dtype, "device": topology.device})
+        tensor: dict[str, Any] = {"dtype": dtype, "device": topology.device}
+        self.build(config, topology, tensor)
+        if spec.has_linear:
+            self.linear = nn.Linear(config.hidden_size, config.hidden_size, **tensor)
         if not spec.ties_output:
             self.output = nn.Linear(config.hidden_size, config.padded_vocab_size(topology.tp) // topology.tp, bias=False, dtype=dtype,
                                     device=topology.device)
@@ -137,8 +140,13 @@ class ExitHead(nn.Module, ABC):
         """Makes the parameters between the backbone's states and the output matrix; `tensor` is their dtype and device."""
 
     @abstractmethod
+    def own_hidden(self, inputs: ExitInput) -> Tensor:  # […, h]
+        """What the architecture makes of the backbone's states."""
+
     def final_hidden(self, inputs: ExitInput) -> Tensor:  # […, h]
-        """What the output matrix is applied to."""
+        """What the output matrix is applied to: `own_hidden`, through the linear map where there is one."""
+        hidden = self.own_hidden(inputs)
+        return self.linear(hidden) if self.spec.has_linear else hidden
 
     def forward(self, inputs: ExitInput, project: Callable[[Tensor, Tensor], Result]) -> Result:
         """`project(final hidden […, h], output weight [v/tp, h])`: logits, or a loss that never makes them.
@@ -153,7 +161,7 @@ class ExitHead(nn.Module, ABC):
 class EmbeddingHead(ExitHead):
     """W x."""
 
-    def final_hidden(self, inputs: ExitInput) -> Tensor:  # […, h]
+    def own_hidden(self, inputs: ExitInput) -> Tensor:  # […, h]
         """See ExitHead."""
         return inputs.hidden
 
@@ -165,9 +173,16 @@ class NormHead(ExitHead):
         """See ExitHead."""
         self.norm = exit_norm(config, **tensor)
 
-    def final_hidden(self, inputs: ExitInput) -> Tensor:  # […, h]
+    def own_hidden(self, inputs: ExitInput) -> Tensor:  # […, h]
         """See ExitHead."""
         return self.norm(inputs.hidden)
+
+
+class LinearHead(NormHead):
+    """W (T Norm(x) + b), the tuned lens (arXiv 2303.08112).
+
+    Every tensor-parallel rank holds all of T, as of any map that `ExitSpec.has_linear` puts there: cutting it would cost a sum over ranks.
+    """
 
 
 class MLPHead(NormHead):
@@ -180,7 +195,7 @@ class MLPHead(NormHead):
         super().build(config, topology, tensor)
         self.mlp = ExitMLP(config, topology, cuts_sequence=self.cuts_sequence, **tensor)
 
-    def final_hidden(self, inputs: ExitInput) -> Tensor:  # […, h]
+    def own_hidden(self, inputs: ExitInput) -> Tensor:  # […, h]
         """See ExitHead."""
         assert inputs.residual is not None
         return self.norm(inputs.residual + self.mlp(inputs.hidden))
@@ -200,7 +215,7 @@ class AdapterHead(NormHead):
             "up": nn.Linear(self.spec.adapter_rank, config.hidden_size, bias=False, **tensor)})
         self.activation = activation(config)
 
-    def final_hidden(self, inputs: ExitInput) -> Tensor:  # […, h]
+    def own_hidden(self, inputs: ExitInput) -> Tensor:  # […, h]
         """See ExitHead."""
         return self.norm(self.adapted(inputs.hidden))
 
@@ -228,14 +243,14 @@ class LayerHead(NormHead):
         """The norms of queries and keys: each rank norms its own heads."""
         return tuple(name for name, _ in self.named_parameters() if "q_layernorm" in name or "k_layernorm" in name)
 
-    def final_hidden(self, inputs: ExitInput) -> Tensor:  # […, h]
+    def own_hidden(self, inputs: ExitInput) -> Tensor:  # […, h]
         """See ExitHead. Without `inputs.layer_output`, hidden states are whole sequences [s, b, h]."""
         out = inputs.layer_output
         return self.norm(apply_layer(self.layer, inputs.hidden, self._backbones[1], self.config, inputs.documents) if out is None else out)
 
 
 _CLASSES: dict[Architecture, type[ExitHead]] = {
-    "embedding": EmbeddingHead, "norm": NormHead, "mlp": MLPHead, "layer": LayerHead, "adapter": AdapterHead}
+    "embedding": EmbeddingHead, "norm": NormHead, "linear": LinearHead, "mlp": MLPHead, "layer": LayerHead, "adapter": AdapterHead}
 
 
 def build_exit_head(spec: ExitSpec, config: ModelConfig, topology: Topology, *, dtype: torch.dtype, tied_weight: Tensor | None,

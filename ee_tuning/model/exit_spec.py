@@ -15,3 +15,11 @@ class ExitSpec:
     """Whether the head uses the backbone's frozen output matrix."""
     adapter_rank: int = 0
     """Inner width of an `adapter` head."""
+    adds_linear: bool = False
+    """Whether a linear map stands before the output matrix that the architecture does not bring: what a least-squares fit leaves of a head
+    whose output matrix is not its own."""
+
+    @property
+    def has_linear(self) -> bool:
+        """Whether a linear map [h, h] with a bias stands before the output matrix."""
+        return self.adds_linear or self.architecture == "linear"

@@ -104,13 +104,22 @@ class RaggedExitHead(RaggedHead):
     def __init__(self, model: EarlyExitModel, head: ExitHead, topology: Topology):
         self.head = head
         self.layer = None if head.own_layer is None else RaggedLayer(head.own_layer, head.config, topology)
+        if self._is_mapped:  # then the kernel has the output matrix alone
+            super().__init__(model, None, head.output_weight)
+            column_major(head.linear.weight)
+            return
         super().__init__(model, head.norm if isinstance(head, NormHead) else None, head.output_weight,
                          head.mlp if isinstance(head, MLPHead) else None)
 
     @property
     def is_whole(self) -> bool:
-        """See RaggedHead. An adapter is torch's, and then its norm and output matrix the kernel's."""
-        return self.native is not None and not isinstance(self.head, AdapterHead) and (self.layer is None or self.layer.is_native)
+        """See RaggedHead. An adapter is torch's, and then its norm and output matrix the kernel's; so is a linear map and all before it."""
+        is_torchs = self._is_mapped or isinstance(self.head, AdapterHead)
+        return self.native is not None and not is_torchs and (self.layer is None or self.layer.is_native)
+
+    @property
+    def _is_mapped(self) -> bool:
+        return self.head.spec.has_linear
 
     def take(self, hidden: Tensor, inner: ExitInput) -> ExitInput:  # [t, h]
         """What the head takes of a pass: `hidden` and `inner` are what the run of layers before it returned."""
@@ -122,6 +131,8 @@ class RaggedExitHead(RaggedHead):
 
     def native_states(self, inputs: ExitInput) -> tuple[Tensor, Tensor | None]:  # [q, h] each
         """See RaggedHead."""
+        if self._is_mapped:
+            return self.head.final_hidden(inputs), None
         match self.head:
             case MLPHead():
                 return inputs.hidden, inputs.residual

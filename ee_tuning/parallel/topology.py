@@ -87,6 +87,10 @@ class Topology:
         """Global rank of a stage's first tensor-parallel rank, in this replica."""
         return self.pp_ranks[stage] - self.tp_rank
 
+    def writer_of_stage(self, stage: int) -> int:
+        """Global rank of a stage's `is_writer`."""
+        return stage * self.tp * self.dp
+
     def barrier(self) -> None:
         """Waits for every rank."""
         dist.barrier(group=self.world_control)

@@ -2,8 +2,11 @@
 
 `ee-tuning tune job.yaml` in one process, `torchrun --nproc-per-node N -m ee_tuning tune job.yaml` in many.
 """
+from pathlib import Path
 from shlex import quote
 
+from ee_tuning.checkpoint.aside import on_first_rank
+from ee_tuning.checkpoint.convert import convert
 from ee_tuning.checkpoint.formats import open_model
 from ee_tuning.checkpoint.load import load_for_tuning
 from ee_tuning.checkpoint.shapes import with_seq_length
@@ -11,14 +14,17 @@ from ee_tuning.config import Config
 from ee_tuning.data.loader import count_microbatches
 from ee_tuning.data.splits import load_samples
 from ee_tuning.data.tokenizer import tokenizer_of
-from ee_tuning.data.tokens import Splits
+from ee_tuning.data.tokens import Samples, Splits
 from ee_tuning.errors import InputError
+from ee_tuning.model.fit import Fit
 from ee_tuning.notices import warn
 from ee_tuning.parallel.topology import Topology, init_parallel, leave_parallel
 from ee_tuning.tuning.dashboards import check_dashboards
+from ee_tuning.tuning.fitting import fit_exits, fit_record, fit_samples
 from ee_tuning.tuning.plots import write_plots
 from ee_tuning.tuning.run_folder import EXIT_HEADS, check_run_folder, open_run_folder, owned_run_folder
 from ee_tuning.tuning.settings import check_settings
+from ee_tuning.tuning.state import latest_checkpoint
 from ee_tuning.tuning.tuner import Tuner
 
 
@@ -44,8 +50,8 @@ def tune_within(config: Config, topology: Topology) -> bool:
 
 def _tune_owned(config: Config, topology: Topology) -> bool:
     check_run_folder(config, topology)
-    samples = _load_samples(config, topology)
-    loaded = load_for_tuning(config, topology)
+    samples = load_job_samples(config, topology)
+    loaded = load_for_tuning(config, topology, _fit(config, samples.train, topology))
     tuner = Tuner(loaded, samples, config, topology)
     if config.tuning.resume:
         tuner.resume()
@@ -75,7 +81,38 @@ def _check_updated(tuner: Tuner, topology: Topology) -> None:
         warn(told)
 
 
-def _load_samples(config: Config, topology: Topology) -> Splits:
+def _fit(config: Config, samples: Samples, topology: Topology) -> Fit | None:
+    """None where none is asked for; without maps where the run goes on from a checkpoint, which has the heads."""
+    if config.exits.path is not None or config.exits.init != "fitted":
+        return None
+    width = _width(config)
+    if config.tuning.resume and on_first_rank(topology, lambda: latest_checkpoint(Path(config.tuning.run_folder))) is not None:
+        return Fit({}, fit_record(fit_samples(samples, config.tuning, width)))
+    return fit_exits(config, samples, topology, width)
+
+
+def convert_fitted(config: Config, output: Path, *, overwrite: bool = False) -> None:
+    """As `convert`, with exits.init fitted on the texts that `tune` would train on. Raises InputError as both do."""
+    config = with_seq_length(config)
+    check_settings(config.tuning)
+    if not config.data.paths:
+        raise InputError("exits.init = fitted reads texts, and data.paths names none; give --data PATH, or use exits.init = copy")
+    if config.tuning.micro_batch_size < 1:
+        raise InputError(f"tuning.micro_batch_size must be at least 1, got {config.tuning.micro_batch_size}")
+
+    def make_fit(topology: Topology) -> Fit:
+        return fit_exits(config, load_job_samples(config, topology).train, topology, _width(config))
+    convert(config, output, overwrite=overwrite, make_fit=make_fit)
+
+
+def _width(config: Config) -> int:
+    source, model, _ = open_model(config.model)
+    with source:
+        return model.hidden_size
+
+
+def load_job_samples(config: Config, topology: Topology) -> Splits:
+    """What a job learns from and is judged by. All ranks call it. Raises InputError where its texts can not be used."""
     source, model, _ = open_model(config.model)
     with source:
         pass

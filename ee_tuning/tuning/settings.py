@@ -12,7 +12,7 @@ def check_settings(tuning: TuningSection) -> None:
     """Raises InputError on a value out of range. Batch sizes are the loader's to check, loss weights those of `loss_weights`."""
     for name, least in (("train_iters", 1), ("log_interval", 1), ("loss_chunk_tokens", 1), ("keep_checkpoints", 1), ("eval_interval", 0),
                         ("save_interval", 0), ("clip_grad", 0), ("min_lr", 0), ("skip_grad_norm", 0),
-                        ("save_minutes", 0), ("teacher_top_k", 1)):
+                        ("save_minutes", 0), ("teacher_top_k", 1), ("fit_tokens", 0)):
         value = getattr(tuning, name)
         if value < least:
             raise InputError(f"tuning.{name} must be at least {least}, got {value}")

@@ -14,7 +14,7 @@ from ee_tuning import config as job
 from ee_tuning.checkpoint.exit_heads import ExitHeadsReader
 from ee_tuning.config import Architecture, Config
 
-LAYERS = (1, 2, 3, 5, 6)
+LAYERS = (1, 2, 3, 4, 5, 6)
 KINDS: tuple[Architecture, ...] = get_args(Architecture)
 NUM_STEPS = 20
 

@@ -24,7 +24,7 @@ PROMPT = [5, 17, 80, 3, 9, 61, 22]
 NEW_TOKENS = 44
 
 
-@pytest.fixture(scope="module", params=["norm", "mlp", "layer", "adapter", "embedding"])
+@pytest.fixture(scope="module", params=["norm", "linear", "mlp", "layer", "adapter", "embedding"])
 def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     folder: Path = tmp_path_factory.mktemp(request.param)
     random_llama(folder / "model", confident=True)
@@ -90,7 +90,7 @@ def test_a_step_in_one_call_is_the_step_piece_by_piece(loaded: LoadedModel, made
         sequence, = engine.add_request(PROMPT, SamplingParams(max_tokens=NEW_TOKENS), policy_for(loaded.model, **policy))
         answers.append(told(sequence, run_all(engine)))
     assert answers[0] == answers[1] and len(answers[0]["said"]) == NEW_TOKENS
-    is_known = policy.get("policy") == "full" or (architecture(loaded) not in ("layer", "adapter") and "measure" not in policy)
+    is_known = policy.get("policy") == "full" or (architecture(loaded) not in ("layer", "adapter", "linear") and "measure" not in policy)
     assert ("run_step" in made) == is_known
 
 
@@ -105,7 +105,7 @@ def test_a_batch_in_one_call_is_the_batch_piece_by_piece(loaded: LoadedModel, ma
         steps = run_all(engine)
         answers.append([told(sequence, steps) for sequence in added])
     assert answers[0] == answers[1]
-    assert ("run_step" in made) == (policy.get("policy") == "full" or architecture(loaded) not in ("layer", "adapter"))
+    assert ("run_step" in made) == (policy.get("policy") == "full" or architecture(loaded) not in ("layer", "adapter", "linear"))
 
 
 def test_company_that_comes_and_goes(loaded: LoadedModel) -> None:
@@ -129,7 +129,8 @@ def test_drafts_in_one_call_are_the_drafts_one_by_one(loaded: LoadedModel, made:
     """A draft behind an end or beyond what there is room for, one more or less than the odds allow, a lesson that is not learnt."""
     answers = drafted_both_ways(loaded, plan, ends)
     assert answers[0] == answers[1]
-    is_known = len(plan) < 2 and architecture(loaded) not in ("layer", "adapter")  # two heads with layers of their own wait for states
+    # Two heads with layers of their own wait for states.
+    is_known = len(plan) < 2 and architecture(loaded) not in ("layer", "adapter", "linear")
     assert (answers[0]["num_drafted"] > 0) == bool(plan) and ("run_round" in made) == is_known
 
 

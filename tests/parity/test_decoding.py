@@ -22,7 +22,7 @@ from ee_tuning.parallel.topology import init_parallel
 NEW_TOKENS = 24
 PROMPTS = [[5, 17, 80, 3, 9], [41], [7, 7, 7, 90, 12, 60, 33, 2, 51, 18, 64], [99, 1, 0]]
 HEADS = {"embedding": {"architecture": "embedding"}, "norm untied": {"architecture": "norm"}, "mlp untied": {"architecture": "mlp"},
-         "layer untied": {"architecture": "layer"}, "adapter tied": {"architecture": "adapter", "output": "tied"},
+         "layer, linear": {"architecture": "layer,linear"}, "adapter tied": {"architecture": "adapter", "output": "tied"},
          "layer, mlp": {"architecture": "layer,mlp"}, "adapter, layer": {"architecture": ["adapter", "layer"]},
          "norm tied": {"architecture": "norm", "output": "tied"}, "mlp tied": {"architecture": "mlp", "output": "tied"}}
 

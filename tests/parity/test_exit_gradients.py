@@ -24,7 +24,8 @@ TOKENS = [5, 17, 80, 3, 9, 77, 0, 41, 12, 60]
 @pytest.mark.parametrize("family", FAMILIES)
 def test_losses_and_gradients_equal_autograd_through_transformers(tmp_path, family: str, output: str) -> None:
     """A head that is fed the wrong states; a weight of a `layer` head that Megatron's modules train less, or twice."""
-    reference = random_model(family, tmp_path / "model")
+    deep = {"n_layer" if family == "gpt2" else "num_hidden_layers": 7}  # one more than architectures
+    reference = random_model(family, tmp_path / "model", **deep)
     words = [word for word in get_args(Architecture) if (word, output) != ("embedding", "tied")
              and not (word == "mlp" and family in WITH_EXPERTS)]
     layers = list(range(1, 1 + len(words)))
@@ -52,4 +53,4 @@ def test_losses_and_gradients_equal_autograd_through_transformers(tmp_path, fami
             assert parameter.grad is not None, name
             plan = exit_shard(spec, name, model.config, 1, 0)
             for whole, gradient in merge_shards([plan], [parameter.grad]).items():
-                torch.testing.assert_close(gradient, plain.heads[whole].grad, rtol=1e-5, atol=1e-6, msg=partial("{}: {}".format, whole))
+                torch.testing.assert_close(gradient, plain.heads[whole].grad, rtol=1e-5, atol=5e-6, msg=partial("{}: {}".format, whole))

@@ -114,7 +114,8 @@ def export(*words: str | Path, code: int = 0) -> None:
 
 # The first is looked at most closely. What is drawn at random has biases of 0 and adapters like any other; a copied adapter is none.
 KINDS = [("llama", "mlp", "untied", "random"), ("llama", "mlp", "tied", "random"), ("llama", "norm", "untied", "random"),
-         ("llama", "adapter", "tied", "random"), ("mistral", "layer,norm", "untied", "random"), ("qwen2", "embedding", "untied", "random"),
+         ("llama", "adapter", "tied", "random"), ("mistral", "layer,linear", "untied", "random"),
+         ("qwen2", "embedding", "untied", "random"),
          ("qwen2", "mlp", "untied", "copy"), ("qwen3", "layer", "untied", "copy"), ("gpt2", "mlp", "untied", "copy"),
          ("gpt2", "layer", "untied", "random"), ("mixtral", "norm", "untied", "random"), ("qwen3_moe", "norm,adapter", "untied", "random"),
          ("mixtral", "layer,norm", "untied", "random"), ("qwen3_moe", "layer", "tied", "copy")]

@@ -82,7 +82,7 @@ def test_layers_are_those_of_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("architecture", ["embedding", "norm", "mlp", "adapter", "layer"])
+@pytest.mark.parametrize("architecture", ["embedding", "norm", "linear", "mlp", "adapter", "layer"])
 def test_heads_are_those_of_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, dtype: str) -> None:
     """Padding of the vocabulary that wins, a probability of other logits, an MLP's output that is not added to what it came from."""
     loaded = load(tmp_path, dtype=dtype, architecture=architecture, init="random")

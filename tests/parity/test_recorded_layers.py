@@ -128,7 +128,7 @@ def test_a_pass_is_told_again_after_another_one(tmp_path: Path, monkeypatch: pyt
         assert torch.equal(mine, theirs)
 
 
-@pytest.mark.parametrize("architecture", ["embedding", "norm", "mlp", "adapter", "layer"])
+@pytest.mark.parametrize("architecture", ["embedding", "norm", "linear", "mlp", "adapter", "layer"])
 def test_recorded_heads_are_the_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str) -> None:
     """Answers of the pass before, or of padding; a residual that the graph does not read anew."""
     loaded = load(tmp_path, architecture=architecture)

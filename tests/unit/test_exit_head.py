@@ -41,13 +41,14 @@ def test_copied_mlp_head_equals_norm_head(model, tmp_path):
         torch.testing.assert_close(mlp[layer], norm[layer], rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("architecture", ["adapter", "linear"])
 @pytest.mark.parametrize("output", ["tied", "untied"])
-def test_copied_adapter_head_equals_norm_head(model, tmp_path, output):
-    """An `up` that is not 0 at copy initialization, or an adapter that replaces what it should add to."""
+def test_copied_head_that_adds_nothing_yet_equals_norm_head(model, tmp_path, output, architecture):
+    """An `up` that is not 0 at copy initialization, an adapter that replaces what it should add to, a linear map that is drawn."""
     keys = {"init": "copy", "exit_layers": [1, 3, 6], "output": output}
-    adapter, norm = (logits(model, write_exits(model, tmp_path / kind, architecture=kind, **keys)) for kind in ("adapter", "norm"))
+    other, norm = (logits(model, write_exits(model, tmp_path / kind, architecture=kind, **keys)) for kind in (architecture, "norm"))
     for layer in (1, 3, 6):
-        assert torch.equal(adapter[layer], norm[layer])
+        assert torch.equal(other[layer], norm[layer])
 
 
 def test_copied_layer_head_after_the_last_but_one_layer_equals_the_final_head(model, tmp_path):
@@ -57,7 +58,7 @@ def test_copied_layer_head_after_the_last_but_one_layer_equals_the_final_head(mo
     assert (got[2] - got[0]).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("architecture", ["norm", "mlp", "adapter"])
+@pytest.mark.parametrize("architecture", ["norm", "mlp", "adapter", "linear"])
 @pytest.mark.parametrize("output", ["tied", "untied"])
 def test_copied_head_after_the_last_layer_equals_the_final_head(model, tmp_path, architecture, output):
     """A head that copies the wrong norm, or the word embedding where the output matrix is another."""
@@ -76,5 +77,5 @@ def test_a_head_must_say_what_its_output_matrix_is_applied_to():
     class Forgetful(ExitHead):
         pass
 
-    with pytest.raises(TypeError, match="final_hidden"):
+    with pytest.raises(TypeError, match="own_hidden"):
         Forgetful(None, None, None, dtype=None, tied_weight=None, angles=None, cuts_sequence=False)

@@ -105,7 +105,7 @@ def test_a_parameter_the_family_lacks_is_an_error(parameter: str) -> None:
         backbone_shard(parameter, config(), 1, 0)
 
 
-@pytest.mark.parametrize("architecture", ["mlp", "layer", "adapter"])
+@pytest.mark.parametrize("architecture", ["mlp", "layer", "adapter", "linear"])
 @pytest.mark.parametrize("family", [{}, GPT2])
 def test_an_exit_head_of_two_ranks_gives_its_whole_tensors_back(family: dict[str, object], architecture: Any) -> None:
     """Saving a tuned head with the halves of fc1 in rank order would swap rows of gate and up."""

@@ -32,6 +32,7 @@ def test_the_dearest_stage_is_as_cheap_as_can_be(exits: tuple[int, ...], num_sta
 
 @pytest.mark.parametrize(("architecture", "output"), [
     ("mlp", "untied"), ("mlp", "tied"), ("norm", "untied"), ("norm", "tied"), ("embedding", "untied"), ("adapter", "tied"),
+    ("linear", "tied"), ("linear", "untied"),
     ("layer", "untied")])
 def test_modelled_costs_are_what_the_code_does(architecture: str, output: str, tmp_path: Path) -> None:
     """A head that is cheaper or dearer than the model of it says makes every other stage wait."""

@@ -58,7 +58,7 @@ class ExitHead(nn.Module):
             layer = type(layers[-1])(config, layer_idx=len(layers) - 1).eval()  # keys and values of its own, under a number of its own
         (layer.attn if hasattr(layer, "attn") else layer.self_attn).layer_idx = -number
         norm = layer.ln_1 if hasattr(layer, "ln_1") else layer.input_layernorm
-        self.code = {"layer.": layer, "mlp.": layer.mlp, "norm.": norm, "adapter.norm.": norm}
+        self.code = {"layer.": layer, "mlp.": layer.mlp, "norm.": norm, "adapter.norm.": norm, "linear.": nn.Linear(1, 1)}
         self.activation = ACT2FN[getattr(config, "hidden_act", None) or config.activation_function]
 
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
@@ -77,7 +77,7 @@ class ExitHead(nn.Module):
             x = x + F.linear(self.activation(F.linear(self.run("adapter.norm.", x), w["adapter.down.weight"])), w["adapter.up.weight"])
         elif self.tensors("mlp."):
             x = seen.residual + self.run("mlp.", seen.normed)
-        x = self.run("norm.", x)
+        x = self.run("linear.", self.run("norm.", x))
         return F.linear(x, w["output.weight"]) if "output.weight" in w else lm_head(x)
 
 

@@ -1,0 +1,160 @@
+"""What a least-squares fit makes of copied exits, before any training and after the same steps as theirs.
+
+    python benchmarks/fitting.py                                                     # the shipped model, on the standard library's sources
+    python benchmarks/fitting.py --model SmolLM2-135M-Instruct.Q4_1.gguf --text docstrings --layers 4,8,12,15,18,22,26 --length 512
+
+For each exit, on held-out text: loss in nats a token, share of tokens on which it agrees with the full model's likeliest one, share of
+tokens of confidence 0.8 and more, and how many of these are the full model's; and all that after --steps optimizer steps, which both kinds
+of exits take with the same texts and settings.
+"""
+import argparse
+import ast
+import dataclasses
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ee_tuning.checkpoint.convert import write_initial_exits
+from ee_tuning.checkpoint.load import load_for_generation
+from ee_tuning.checkpoint.shapes import with_seq_length
+from ee_tuning.config import Config, load_config, replace
+from ee_tuning.data.loader import validation_batches
+from ee_tuning.data.splits import load_samples
+from ee_tuning.data.standard_library import standard_library
+from ee_tuning.model.documents import PackedDocuments
+from ee_tuning.model.early_exit import EarlyExitModel
+from ee_tuning.parallel.topology import init_parallel
+from ee_tuning.tuning.command import convert_fitted, tune_within
+
+SHIPPED = Path(__file__).parents[1] / "examples" / "tiny-python-llama"
+SURE, SHORTEST = 0.8, 200
+
+
+@dataclasses.dataclass
+class Figures:
+    """Of one exit, sums over tokens."""
+
+    loss: float = 0.0
+    agrees: int = 0
+    sure: int = 0
+    sure_and_agrees: int = 0
+
+    def add(self, logits: Tensor, labels: Tensor, top: Tensor) -> None:  # [n, v], [n], [n]
+        """Tokens."""
+        confidence, said = logits.float().softmax(-1).max(-1)
+        self.loss += F.cross_entropy(logits.float(), labels, reduction="sum").item()
+        self.agrees += int((said == top).sum())
+        self.sure += int((confidence >= SURE).sum())
+        self.sure_and_agrees += int(((confidence >= SURE) & (said == top)).sum())
+
+    def row(self, count: int) -> str:
+        """As the table has it."""
+        right = f"{self.sure_and_agrees / self.sure:.3f}" if self.sure else "    –"
+        return f"{self.loss / count:7.3f} {self.agrees / count:9.3f} {self.sure / count:6.3f} {right:>6}"
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(SHIPPED))
+    parser.add_argument("--layers", default="3,6,9")
+    parser.add_argument("--text", choices=("sources", "docstrings"), default="sources", help="of Python's standard library")
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--fit-tokens", type=int, nargs="*", default=[0], help="a table for each; 0: as many as tune takes")
+    parser.add_argument("--held-out-tokens", type=int, default=10_000)
+    parser.add_argument("--steps", type=int, nargs="*", default=[])
+    parser.add_argument("--lr", type=float, default=1e-3)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        config = _job(args, Path(folder))
+        for tokens in args.fit_tokens:
+            began, fitted = time.perf_counter(), Path(folder) / f"fitted-{tokens}"
+            convert_fitted(replace(config, exits={"init": "fitted"}, tuning={"fit_tokens": tokens}), fitted)
+            print(f"fitted on {json.loads((fitted / 'exit_config.json').read_text())['fitted']['tokens']:,} tokens, "
+                  f"{time.perf_counter() - began:.0f} s with loading", flush=True)
+            _print_table(config, {"fitted": fitted}, has_copied=True)
+        _tune_and_print(config, Path(folder), fitted, args.steps)
+
+
+def _job(args: argparse.Namespace, folder: Path) -> Config:
+    held_out_rows = max(1, args.held_out_tokens // args.length)
+    config = load_config(None, {
+        "model.path": args.model, "exits.exit_layers": args.layers, "exits.architecture": "norm", "exits.output": "tied",
+        "tuning.seq_length": args.length, "tuning.micro_batch_size": 4, "tuning.global_batch_size": 4, "tuning.lr": args.lr,
+        "tuning.eval_iters": -(-held_out_rows // 4), "tuning.eval_interval": 0, "tuning.save_interval": 0})
+    paths = []
+    for name, files in zip(("train", "held_out"), standard_library(), strict=True):
+        path = folder / f"{name}.jsonl"
+        texts = _docstrings(files) if args.text == "docstrings" else (source.decode(errors="replace") for source in files.values())
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        paths.append(str(path))
+    return with_seq_length(replace(config, data={"paths": (paths[0],), "valid_paths": (paths[1],)}))
+
+
+def _docstrings(files: dict[str, bytes]) -> Iterator[str]:
+    for name in sorted(files):
+        for node in ast.walk(ast.parse(files[name])):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                text = ast.get_docstring(node)
+                if text and len(text) >= SHORTEST:
+                    yield text
+
+
+def _tune_and_print(config: Config, folder: Path, fitted: Path, steps: list[int]) -> None:
+    topology, copied = init_parallel(config.parallel), folder / "copied"
+    if steps:
+        write_initial_exits(config, copied, topology)
+    for count in steps:
+        tuned = {}
+        for name, exits in (("copied", copied), ("fitted", fitted)):
+            run = folder / f"{name}-{count}"
+            tune_within(replace(config, exits={"path": str(exits)},
+                                tuning={"run_folder": str(run), "train_iters": count, "eval_iters": 0, "log_interval": count}), topology)
+            tuned[name] = run / "exit_heads"
+        print(f"after {count} steps of {config.tuning.global_batch_size * config.tuning.seq_length:,} tokens", flush=True)
+        _print_table(config, tuned, has_copied=False)
+
+
+@torch.inference_mode()
+def _print_table(config: Config, artifacts: dict[str, Path], *, has_copied: bool) -> None:
+    """`has_copied`: the exits are untuned, so that what they are without their maps is told, too."""
+    kinds: dict[str, dict[int, Figures]] = {}
+    for name, path in artifacts.items():
+        model = load_for_generation(replace(config, exits={"path": str(path)}), init_parallel(config.parallel)).model
+        measured, own, count = _measure(model, config, has_copied)
+        kinds |= {name: measured["whole"], **({"copied": measured["bare"]} if has_copied else {})}
+    print(f"{count:,} held-out tokens; the model's own loss {own / count:.3f}")
+    print("layer  " + "  ".join(f"{name + ': loss':>14} {'agrees':>7} {'>=0.8':>6} {'right':>6}" for name in sorted(kinds)))
+    for layer in next(iter(kinds.values())):
+        print(f"{layer:5d}  " + "  ".join(kinds[name][layer].row(count) for name in sorted(kinds)), flush=True)
+
+
+def _measure(model: EarlyExitModel, config: Config, has_bare: bool) -> tuple[dict[str, dict[int, Figures]], float, int]:
+    splits = load_samples(config.data, config.model.path, seq_length=config.tuning.seq_length, vocab_size=model.config.vocab_size,
+                          max_positions=model.config.max_position_embeddings)
+    layers, own, count = model.plan.exit_layers, 0.0, 0
+    found = {kind: {layer: Figures() for layer in layers} for kind in ("whole", "bare")}
+    for batch in validation_batches(splits.valid, config.tuning, dp=1, dp_rank=0):
+        documents = PackedDocuments.of(batch.document_ids, batch.position_ids, model.topology.device)
+        hidden, inputs = model.run_layers(model.embed(batch.tokens, documents), documents)
+        keep = batch.loss_mask.flatten() > 0
+        labels, weight = batch.labels.flatten()[keep], model.backbone.output_layer.weight
+        logits = F.linear(model.final_hidden(hidden), weight).flatten(0, 1)[keep]
+        top, own, count = logits.argmax(-1), own + F.cross_entropy(logits.float(), labels, reduction="sum").item(), count + len(labels)
+        for layer in layers:
+            head = model.exit_head(layer)
+            found["whole"][layer].add(head(inputs[layer], F.linear).flatten(0, 1)[keep], labels, top)
+            if has_bare:
+                bare = F.linear(head.own_hidden(inputs[layer]), head.output_weight)
+                found["bare"][layer].add(bare.flatten(0, 1)[keep], labels, top)
+    return found, own, count
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""`exits.init: fitted`: one pass of the relay over training samples, and then a linear map for every exit; no gradient, no step.
+
+The final normed states go back to the stages with exits as a teacher's hidden states do. Each stage sums over its replicas and
+tensor-parallel ranks and solves on one of them, so all have the same bits, and another layout the same up to rounding.
+"""
+import gc
+import itertools
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ee_tuning.checkpoint.load import LoadedModel, fitted_dtype, load_for_fitting
+from ee_tuning.config import Config, TuningSection
+from ee_tuning.data.loader import Batch, batches_of_each
+from ee_tuning.data.tokens import Samples
+from ee_tuning.errors import InputError
+from ee_tuning.model.documents import PackedDocuments
+from ee_tuning.model.exit_head import ExitInput
+from ee_tuning.model.fit import RIDGE, Fit, FitSums, solved
+from ee_tuning.parallel.feedback import Feedback
+from ee_tuning.parallel.relay import Follows, Relay
+from ee_tuning.parallel.topology import Topology
+from ee_tuning.parallel.waiting import waiting_for
+
+# s sequence, or this rank's part of it where the plan cuts it · b micro-batch · h hidden
+
+TOKENS_PER_UNKNOWN = 100
+"""Tokens that a fit reads for each unknown of a row, by default."""
+
+
+@dataclass(frozen=True)
+class FitSamples:
+    """The first training samples of a run, until they hold the tokens that are asked for."""
+
+    chosen: list[int]
+    """Their indices."""
+    num_tokens: int
+    """Those that count as labels."""
+
+
+def fit_samples(samples: Samples, tuning: TuningSection, width: int) -> FitSamples:
+    """What exits of hidden size `width` are fitted on: tuning.fit_tokens tokens, or all there are. The same at every layout.
+
+    Raises InputError where they are fewer than a row of the map has unknowns.
+    """
+    wanted = tuning.fit_tokens or TOKENS_PER_UNKNOWN * (width + 1)
+    order, chosen, num_tokens = samples.order(tuning.seed), list[int](), 0
+    for position in range(order.num_distinct):
+        if num_tokens >= wanted:
+            break
+        chosen.append(order.sample_at(position))
+        num_tokens += int(samples.sample(chosen[-1]).loss_mask.sum())
+    if num_tokens <= width:
+        which = f"tuning.fit_tokens = {tuning.fit_tokens} takes" if num_tokens >= wanted else "the training data hold"
+        raise InputError(f"exits.init = fitted needs at least {width + 1} tokens to fit, one for each unknown of a row, and {which} "
+                         f"{num_tokens}; give more, or use exits.init = copy")
+    return FitSamples(chosen, num_tokens)
+
+
+def fit_exits(config: Config, samples: Samples, topology: Topology, width: int) -> Fit:
+    """Reads the model and fits the exits that `config.exits` describes; nothing of it stays in memory but the maps. All ranks call it.
+
+    Raises InputError, on all ranks, where model, exits and layout do not fit each other, or states are not finite.
+    """
+    began, taken = time.monotonic(), fit_samples(samples, config.tuning, width)
+    if topology.is_logging_rank:
+        print(f"fitting exits by least squares on {taken.num_tokens:,} tokens", flush=True)
+    loaded = load_for_fitting(config, topology)
+    fit = FitPass(loaded, config.tuning, topology)
+    fit.run(list(batches_of_each(samples, taken.chosen, config.tuning, dp=topology.dp, dp_rank=topology.dp_rank)))
+    maps = fit.maps(loaded.stages)
+    del loaded, fit
+    gc.collect()  # modules hold each other in cycles
+    if topology.is_logging_rank:
+        print(f"fitted in {time.monotonic() - began:.0f} s", flush=True)
+    return Fit(maps, fit_record(taken))
+
+
+def fit_record(taken: FitSamples) -> dict[str, float]:
+    """What the artifact tells of a fit."""
+    return {"tokens": taken.num_tokens, "ridge": RIDGE}
+
+
+class FitPass:
+    """This stage's part of the pass."""
+
+    def __init__(self, loaded: LoadedModel, tuning: TuningSection, topology: Topology):
+        assert loaded.exits is not None
+        self._model, self._exits, self._topology = loaded.model, loaded.exits, topology
+        shape, dtype = self._model.hidden_shape(tuning.seq_length, tuning.micro_batch_size), self._model.plan.dtype
+        pupils = tuple(stage for stage, (first, last) in enumerate(loaded.stages[:-1])
+                       if any(first <= layer <= last for layer in self._exits.exit_layers))
+        self._relay, self._feedback = Relay(topology, shape, dtype), Feedback(topology, shape, dtype, pupils)
+        self._is_pupil, self._chunk_tokens = topology.stage in pupils, tuning.loss_chunk_tokens
+        self.sums = {spec.layer: FitSums(self._model.config.hidden_size, topology.device, topology.tp_rank, topology.tp)
+                     for spec in self._model.plan.own_exits}
+
+    @torch.no_grad()
+    def run(self, batches: list[Batch]) -> None:
+        """The micro-batches of this replica, the same on all ranks of it."""
+        waiting: deque[tuple[Batch, dict[int, ExitInput]]] = deque()  # the last stage's states are on their way
+        num_ahead = self._topology.pp - 1 - self._topology.stage if self._is_pupil else 0
+        for index, batch in enumerate(batches):
+            inputs, final = self._forward(batch, Follows.END if index == len(batches) - 1 else Follows.NEXT)
+            waiting.append((batch, inputs))
+            while len(waiting) > (num_ahead if index < len(batches) - 1 else 0):
+                self._add(*waiting.popleft(), final)
+        self._relay.finish()
+        self._feedback.finish()
+
+    def maps(self, stages: list[tuple[int, int]]) -> dict[int, Tensor]:
+        """By exit layer, [h, h + 1] on the CPU, on every rank: `stages` are first and last layer of each. All ranks call it together.
+
+        Raises InputError where an exit's states are not finite.
+        """
+        topology, width, found = self._topology, self._model.config.hidden_size, {}
+        dtype = fitted_dtype(self._exits)
+        for head in self._exits.heads:
+            stage = next(index for index, (first, last) in enumerate(stages) if first <= head.layer <= last)
+            own = torch.empty(width, width + 1, dtype=dtype)
+            writer = topology.writer_of_stage(stage)
+            if stage == topology.stage:
+                sums = self.sums.pop(head.layer).whole()
+                dist.reduce(sums, dst=writer, group=topology.stage_control)
+                if topology.rank == writer:
+                    own.copy_(solved(sums, has_bias=head.has_linear))
+            with waiting_for(topology, f"the map of the exit after layer {head.layer} (rank {writer} solves for it)"):
+                dist.broadcast(own, src=writer, group=topology.world_control)
+            if not own.isfinite().all():
+                raise InputError(f"exits.init = fitted needs states that are finite, and those of the exit after layer {head.layer} or of "
+                                 "the last layer are not; look at the model with `ee-tuning verify`, or use exits.init = copy")
+            found[head.layer] = own
+        return found
+
+    def _forward(self, batch: Batch, follows: Follows) -> tuple[dict[int, ExitInput], Tensor | None]:
+        """What each exit takes; on the last stage, the final states [s, b, h]."""
+        documents = PackedDocuments.of(batch.document_ids, batch.position_ids, self._topology.device)
+        if self._topology.is_first_stage:
+            hidden = self._model.embed(batch.tokens.to(self._topology.device), documents)
+        else:
+            hidden, follows = self._relay.receive()
+        hidden, inputs = self._model.run_layers(hidden, documents)
+        if self._topology.is_last_stage:
+            final = self._model.final_hidden(hidden)
+            self._feedback.send(final)
+            return inputs, final
+        if self._is_pupil:
+            self._feedback.expect()
+        self._relay.send(hidden, follows=follows)
+        return inputs, None
+
+    def _add(self, batch: Batch, inputs: dict[int, ExitInput], final: Tensor | None) -> None:
+        if not inputs:
+            return
+        final = self._model.whole_sequence(self._feedback.take() if final is None else final).flatten(0, 1)
+        counts = batch.loss_mask.to(final.device).flatten() > 0
+        for layer, sums in self.sums.items():
+            states = self._model.exit_head(layer)(inputs[layer], _states).flatten(0, 1)
+            for part in self._chunks(len(states)):
+                sums.add(states[part][counts[part]], final[part][counts[part]])
+
+    def _chunks(self, num_tokens: int) -> Iterator[slice]:
+        starts = [*range(0, num_tokens, self._chunk_tokens), num_tokens]
+        return (slice(*pair) for pair in itertools.pairwise(starts))
+
+
+def _states(hidden: Tensor, weight: Tensor) -> Tensor:  # [s, b, h], [v/tp, h] -> [s, b, h]
+    return hidden

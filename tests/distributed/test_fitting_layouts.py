@@ -1,0 +1,57 @@
+"""Exits fitted by several processes are those of one."""
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from tuning_jobs import configure, make_samples
+from world import World
+
+from ee_tuning import config as job
+from ee_tuning.config import Config
+from ee_tuning.errors import InputError
+from ee_tuning.parallel.topology import init_parallel
+from ee_tuning.tuning.fitting import fit_exits
+
+LAYERS = (1, 2, 4, 5, 6)
+
+
+def fitting_job(model: Path, *, tp: int = 1, pp: int = 1, cuts_sequence: bool = False) -> Config:
+    config = configure(model, model / "run", exits=LAYERS, tp=tp, pp=pp)
+    exits = {"architecture": ("norm", "linear", "layer", "mlp", "adapter"), "adapter_rank": 7, "init": "fitted", "output": "untied"}
+    return job.replace(config, exits=exits, parallel={"sequence_parallel": cuts_sequence})
+
+
+def fitted_maps(config: Config) -> dict[int, Tensor]:
+    return fit_exits(config, make_samples(config.tuning.seq_length).train, init_parallel(config.parallel), 48).maps
+
+
+@pytest.fixture(scope="module")
+def alone(model: Path) -> dict[int, Tensor]:
+    return fitted_maps(fitting_job(model))
+
+
+@pytest.mark.parametrize(("tp", "pp", "cuts_sequence"), [
+    (2, 2, False), (2, 2, True), (1, 2, False), (1, 1, False), (2, 1, True), (1, 4, False)])
+def test_every_layout_finds_the_maps_of_one_process(world: World, model: Path, alone: dict[int, Tensor], tmp_path: Path, tp: int, pp: int,
+                                                    cuts_sequence: bool) -> None:
+    """Tokens counted by every shard or by the first replica alone, a part of the sequence beside another part's final states, final states
+    of the micro-batch before, a map that one rank has and the others do not.
+    """
+    answers = world.run(fitted_maps, fitting_job(model, tp=tp, pp=pp, cuts_sequence=cuts_sequence))
+    for layer in LAYERS:
+        torch.testing.assert_close(answers[0][layer], alone[layer], rtol=1e-5, atol=1e-6, msg=f"the exit after layer {layer}")
+        assert all(torch.equal(answer[layer], answers[0][layer]) for answer in answers)
+
+
+def refused(config: Config) -> str:
+    try:
+        fitted_maps(job.replace(config, tuning={"fit_tokens": 24}))
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def test_all_ranks_refuse_too_few_tokens(world: World, model: Path) -> None:
+    """A refusal on one rank alone would leave the others waiting for it."""
+    assert len(set(world.run(refused, fitting_job(model, tp=2, pp=2)))) == 1
