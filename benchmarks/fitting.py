@@ -64,7 +64,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(SHIPPED))
     parser.add_argument("--layers", default="3,6,9")
-    parser.add_argument("--text", choices=("sources", "docstrings"), default="sources", help="of Python's standard library")
+    parser.add_argument("--text", choices=("sources", "docstrings"), default="sources",
+                        help="of Python's standard library; held out are some files, or every fifth docstring")
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--fit-tokens", type=int, nargs="*", default=[0], help="a table for each; 0: as many as tune takes")
     parser.add_argument("--held-out-tokens", type=int, default=10_000)
@@ -88,13 +89,14 @@ def _job(args: argparse.Namespace, folder: Path) -> Config:
         "model.path": args.model, "exits.exit_layers": args.layers, "exits.architecture": "norm", "exits.output": "tied",
         "tuning.seq_length": args.length, "tuning.micro_batch_size": 4, "tuning.global_batch_size": 4, "tuning.lr": args.lr,
         "tuning.eval_iters": -(-held_out_rows // 4), "tuning.eval_interval": 0, "tuning.save_interval": 0})
-    paths = []
-    for name, files in zip(("train", "held_out"), standard_library(), strict=True):
-        path = folder / f"{name}.jsonl"
-        texts = _docstrings(files) if args.text == "docstrings" else (source.decode(errors="replace") for source in files.values())
-        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        paths.append(str(path))
-    return with_seq_length(replace(config, data={"paths": (paths[0],), "valid_paths": (paths[1],)}))
+    train, held_out = ([source.decode(errors="replace") for source in files.values()] for files in standard_library())
+    if args.text == "docstrings":
+        texts = list(_docstrings({name: source for files in standard_library() for name, source in files.items()}))
+        train, held_out = [text for index, text in enumerate(texts) if index % 5], texts[::5]
+    for name, texts in (("train", train), ("held_out", held_out)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    paths = {"paths": (str(folder / "train.jsonl"),), "valid_paths": (str(folder / "held_out.jsonl"),)}
+    return with_seq_length(replace(config, data=paths))
 
 
 def _docstrings(files: dict[str, bytes]) -> Iterator[str]:

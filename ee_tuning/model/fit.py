@@ -27,12 +27,10 @@ class FitSums:
         self._rows = slice((width + 1) * rank // size, (width + 1) * (rank + 1) // size)
         self._sums = torch.zeros(self._rows.stop - self._rows.start, 2 * width + 1, dtype=torch.float64, device=device)
 
-    def add(self, states: Tensor, final: Tensor) -> None:  # [n, h] each
-        """Tokens, those of all tensor-parallel ranks."""
-        if not len(states):
-            return
+    def add(self, states: Tensor, final: Tensor, counts: Tensor) -> None:  # [n, h], [n, h], [n]
+        """Tokens, those of all tensor-parallel ranks, of which those count where `counts` is 1 and not 0."""
         states = torch.cat((states.double(), states.new_ones(len(states), 1, dtype=torch.float64)), dim=1)
-        self._sums += states[:, self._rows].T @ torch.cat((states, final.double()), dim=1)
+        self._sums += (states[:, self._rows] * counts[:, None]).T @ torch.cat((states, final.double()), dim=1)
 
     def whole(self) -> Tensor:  # [h + 1, 2h + 1], on the CPU
         """All rows, zeros where they are another rank's."""

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.tensor import DTensor
 
 from ee_tuning.checkpoint.load import Sources, build_stage, plan_tuning
@@ -23,8 +22,10 @@ from ee_tuning.data.splits import check_data_settings
 from ee_tuning.data.tokens import DocumentRules, PackedSamples, Splits
 from ee_tuning.model.early_exit import EarlyExitModel, StagePlan
 from ee_tuning.parallel.dry_world import dry_world
-from ee_tuning.parallel.relay import Follows, Relay
+from ee_tuning.parallel.relay import Follows
 from ee_tuning.parallel.topology import Topology, check_world_size
+from ee_tuning.planning.dry_fit import print_fit, rehearse_fit
+from ee_tuning.planning.dry_relay import DryRelay
 from ee_tuning.planning.ledger import Ledger
 from ee_tuning.tuning.itinerary import Leg
 from ee_tuning.tuning.loss import ExitLoss
@@ -92,6 +93,7 @@ def dry_run(config: Config, world_size: int | None) -> None:
         (first, last), exits = each.layers[0], f"exits after {', '.join(map(str, each.exits[0]))}" if each.exits[0] else "no exit"
         print(f"{which}: rank {each.rank}, layers {first}..{last}, {exits}; "
               f"{sum(each.memory.values()) / 1e9:.1f} GB at the most; {each.seconds:.1f} s")
+    print_fit(rehearse_fit(config, world_size))
     print("every shape fits: one optimizer step and one validation ran through, without numbers")
 
 
@@ -198,7 +200,7 @@ class _MeasuredWalk(StageWalk):
     def __init__(self, model: EarlyExitModel, config: Config, topology: Topology, ledger: Ledger, tutor: Tutor | None) -> None:
         tuning = config.tuning
         shape = model.hidden_shape(tuning.seq_length, tuning.micro_batch_size)
-        super().__init__(model, _DryRelay(topology, shape, model.plan.dtype, ledger), topology, tuning.loss_chunk_tokens,
+        super().__init__(model, _AccountedRelay(topology, shape, model.plan.dtype, ledger), topology, tuning.loss_chunk_tokens,
                          objective(tuning), tutor, teaches_validation=tuning.compare_final)
         self._ledger = ledger
         self.num_forward = self.num_trained = self.num_validated = 0
@@ -228,8 +230,8 @@ class _MeasuredWalk(StageWalk):
             return super().evaluate(passed, teacher, exits)
 
 
-class _DryRelay(Relay):
-    """A relay whose messages say what they have to, though nobody sent them."""
+class _AccountedRelay(DryRelay):
+    """A relay that tells the ledger what waits to come in."""
 
     def __init__(self, topology: Topology, shape: tuple[int, ...], dtype: torch.dtype, ledger: Ledger) -> None:
         super().__init__(topology, shape, dtype)
@@ -237,6 +239,4 @@ class _DryRelay(Relay):
 
     def _post_receive(self) -> Any:
         with self._ledger.during("relay"):
-            transfer = super()._post_receive()
-        with unset_fake_temporarily():
-            return transfer._replace(header=torch.tensor([self._num_received, Follows.NEXT]))
+            return super()._post_receive()

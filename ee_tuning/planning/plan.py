@@ -9,6 +9,7 @@ from ee_tuning.checkpoint.shapes import with_seq_length
 from ee_tuning.config import Config
 from ee_tuning.errors import InputError
 from ee_tuning.parallel.topology import check_world_size
+from ee_tuning.planning.dry_fit import FitRehearsal, rehearse_fit
 from ee_tuning.planning.dry_run import MEMORY, Rehearsal, rehearse
 from ee_tuning.planning.gpus import Gpu
 
@@ -25,7 +26,8 @@ FORMULA = (
     "update of stage p = 2 × (bytes of masters and moments) ÷ memory bandwidth + (d − 1)/d × bytes of heads gathered and gradients reduced "
     "over d replicas ÷ bandwidth between them",
     "run = steps × step + validations × eval_iters × the slowest stage's forward + (stages − 1) × the slowest stage's micro-batch, for the "
-    "relay fills once; checkpoints, loading and data are left out",
+    "relay fills once; checkpoints, loading and data are left out; where exits are fitted, + the fit's micro-batches × the slowest stage's "
+    "operations ÷ (efficiency × peak operations/s)",
 )
 """How the seconds come about."""
 
@@ -90,6 +92,9 @@ class Plan:
     tokens: int
     hours: float
     gpu_hours: float
+    fit_bytes: int
+    """On a rank at the worst moment of a fit before the first step; 0 where there is none."""
+    fit_seconds: float
     efficiency_of_run: float
     """Share of the GPUs' peak rate that all counted operations take of a step, waiting and messages included."""
 
@@ -132,7 +137,7 @@ def make_plan(config: Config, cluster: Cluster) -> Plan:
     tuning, parallel, world = config.tuning, config.parallel, cluster.world_size
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     _check_batch(config, world)
-    rehearsals = rehearse(config, world)
+    rehearsals, fit = rehearse(config, world), rehearse_fit(config, world)
     dp = world // (tp * pp)
     slowest = max(_micro_batch(each, cluster, tp, dp, trains=True) for each in rehearsals)
     stages = tuple(_figures(each, cluster, tp, dp, slowest) for each in rehearsals)
@@ -141,9 +146,12 @@ def make_plan(config: Config, cluster: Cluster) -> Plan:
     tokens_per_step = tuning.global_batch_size * tuning.seq_length
     validations = 2 + (tuning.train_iters - 1) // tuning.eval_interval if tuning.eval_interval else 2
     run = (tuning.train_iters * step + validations * tuning.eval_iters * max(each.validation for each in stages) + (pp - 1) * slowest)
+    fit_bytes, fit_seconds = max((each.num_bytes for each in fit), default=0), _fit_seconds(fit, cluster)
+    run += fit_seconds
     flops = count * dp * tp * sum((each.layer_flops + each.head_flops) * len(each.stages) for each in rehearsals)
     return Plan(
-        cluster=cluster, tensor=tp, pipeline=pp, data=dp, stages=stages, fits=all(each.fits for each in stages),
+        cluster=cluster, tensor=tp, pipeline=pp, data=dp, stages=stages,
+        fits=all(each.fits for each in stages) and fit_bytes <= _room(cluster.gpu), fit_bytes=fit_bytes, fit_seconds=fit_seconds,
         seq_length=tuning.seq_length, step_seconds=step,
         tokens_per_second=tokens_per_step / step, tokens=tuning.train_iters * tokens_per_step, hours=run / 3600,
         gpu_hours=run / 3600 * world, efficiency_of_run=flops / (step * world * cluster.gpu.tflops * 1e12))
@@ -175,6 +183,10 @@ def _figures(each: Rehearsal, cluster: Cluster, tp: int, dp: int, slowest: float
         fits=total <= _room(cluster.gpu), micro_batch=own,
         validation=_micro_batch(each, cluster, tp, dp, trains=False),
         update=2 * each.memory["optimizer"] / (cluster.gpu.bandwidth * 1e9) + replicas, idle_share=1 - own / slowest)
+
+
+def _fit_seconds(fit: list[FitRehearsal], cluster: Cluster) -> float:
+    return max((each.num_micro_batches * each.flops for each in fit), default=0) / (cluster.efficiency * cluster.gpu.tflops * 1e12)
 
 
 def _micro_batch(each: Rehearsal, cluster: Cluster, tp: int, dp: int, *, trains: bool) -> float:

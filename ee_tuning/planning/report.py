@@ -40,6 +40,8 @@ def _lines(config: Config, plan: Plan) -> list[str]:
         *(f"  {kind}: {meaning}" for kind, meaning in MEMORY.items()),
         f"{yes}: {max(each.total_bytes for each in plan.stages) / 1e9:.1f} GB at the most, of {gpu.memory:g} GB less {RESERVED_GB:g} that "
         "are kept for the context, NCCL and the allocator",
+        *[f"fitting exits before the first step: {plan.fit_bytes / 1e9:.1f} GB at the most, {_seconds(plan.fit_seconds)}"
+          for _ in range(plan.fit_bytes > 0)],
         f"beside each GPU {max(each.memory['optimizer'] for each in plan.stages) / 1e9:.1f} GB of the host's memory, at the most, for the "
         "copy that checkpoints are written from", "",
         f"step {_seconds(plan.step_seconds)}, {plan.tokens_per_second:,.0f} tokens/s, {plan.efficiency_of_run:.0%} of the GPUs' peak",

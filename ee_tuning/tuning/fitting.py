@@ -43,13 +43,17 @@ class FitSamples:
     """Those that count as labels."""
 
 
+def num_fit_tokens(tuning: TuningSection, width: int) -> int:
+    """How many tokens exits of hidden size `width` are to be fitted on."""
+    return tuning.fit_tokens or TOKENS_PER_UNKNOWN * (width + 1)
+
+
 def fit_samples(samples: Samples, tuning: TuningSection, width: int) -> FitSamples:
     """What exits of hidden size `width` are fitted on: tuning.fit_tokens tokens, or all there are. The same at every layout.
 
     Raises InputError where they are fewer than a row of the map has unknowns.
     """
-    wanted = tuning.fit_tokens or TOKENS_PER_UNKNOWN * (width + 1)
-    order, chosen, num_tokens = samples.order(tuning.seed), list[int](), 0
+    wanted, order, chosen, num_tokens = num_fit_tokens(tuning, width), samples.order(tuning.seed), list[int](), 0
     for position in range(order.num_distinct):
         if num_tokens >= wanted:
             break
@@ -89,13 +93,13 @@ def fit_record(taken: FitSamples) -> dict[str, float]:
 class FitPass:
     """This stage's part of the pass."""
 
-    def __init__(self, loaded: LoadedModel, tuning: TuningSection, topology: Topology):
+    def __init__(self, loaded: LoadedModel, tuning: TuningSection, topology: Topology, kind: type[Relay] = Relay):
         assert loaded.exits is not None
         self._model, self._exits, self._topology = loaded.model, loaded.exits, topology
         shape, dtype = self._model.hidden_shape(tuning.seq_length, tuning.micro_batch_size), self._model.plan.dtype
         pupils = tuple(stage for stage, (first, last) in enumerate(loaded.stages[:-1])
                        if any(first <= layer <= last for layer in self._exits.exit_layers))
-        self._relay, self._feedback = Relay(topology, shape, dtype), Feedback(topology, shape, dtype, pupils)
+        self._relay, self._feedback = kind(topology, shape, dtype), Feedback(topology, shape, dtype, pupils)
         self._is_pupil, self._chunk_tokens = topology.stage in pupils, tuning.loss_chunk_tokens
         self.sums = {spec.layer: FitSums(self._model.config.hidden_size, topology.device, topology.tp_rank, topology.tp)
                      for spec in self._model.plan.own_exits}
@@ -158,11 +162,11 @@ class FitPass:
         if not inputs:
             return
         final = self._model.whole_sequence(self._feedback.take() if final is None else final).flatten(0, 1)
-        counts = batch.loss_mask.to(final.device).flatten() > 0
+        counts = batch.loss_mask.to(final.device).flatten()
         for layer, sums in self.sums.items():
             states = self._model.exit_head(layer)(inputs[layer], _states).flatten(0, 1)
             for part in self._chunks(len(states)):
-                sums.add(states[part][counts[part]], final[part][counts[part]])
+                sums.add(states[part], final[part], counts[part])
 
     def _chunks(self, num_tokens: int) -> Iterator[slice]:
         starts = [*range(0, num_tokens, self._chunk_tokens), num_tokens]

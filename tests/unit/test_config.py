@@ -42,7 +42,7 @@ def test_every_value_survives_a_round_trip(tmp_path: Path):
     ("tuning: 3\n", ["tuning must hold keys", "3"]),
     ("model:\n  path: [a]\n", ["model.path must be a text", "['a']"]),
     ("model:\n  dtype: fp8\n", ["model.dtype must be one of float32, bfloat16, float64", "'fp8'"]),
-    ("exits:\n  architecture: mpl\n", ["exits.architecture must be one of embedding, norm, mlp", "'mpl'"]),
+    ("exits:\n  architecture: mpl\n", ["exits.architecture must be one of embedding, norm, linear, mlp", "'mpl'"]),
     ("exits:\n  exit_layers: [3, six]\n", ["exits.exit_layers must be a whole number", "'six'"]),
     ("- a\n", ["must hold sections", "list"]),
     ("a: [\n", ["is not YAML"]),

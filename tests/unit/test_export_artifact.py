@@ -133,6 +133,7 @@ def test_a_model_with_experts_gets_heads_that_it_takes(models):
     (["--exits", "a24", "--merge", "adapter5", "--model", "a", "--add", "1", "--architecture", "adapter", "--adapter-rank", "8"],
      "--adapter-rank must be 64"),
     (["--exits", "moe2", "--model", "moe", "--add", "3", "--architecture", "mlp"], "architecture must not be mlp"),
+    (["--exits", "a24", "--model", "a", "--add", "5", "--init", "fitted"], "--merge"),
     (["--exits", "a24", "--drop", "3"], "holds 2, 4, got 3"),
     (["--exits", "a24", "--drop", "2,4"], "at least one exit"),
     (["--exits", "a24", "--drop", "2", "--only", "4"], "one of them"),

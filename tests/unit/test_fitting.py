@@ -8,16 +8,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from byte_tokenizer import write_byte_tokenizer
+from exits import write_exits
 from random_models import random_llama
 from safetensors.torch import load_file, save_file
 from tuning_jobs import configure, make_samples
 
 from ee_tuning import config as job
 from ee_tuning.checkpoint.exit_heads import ExitHeadsReader
+from ee_tuning.checkpoint.export_artifact import ExitChoice, export_artifact
 from ee_tuning.checkpoint.load import load_for_generation
 from ee_tuning.config import Config, ParallelSection, load_config
 from ee_tuning.data.loader import validation_batches
 from ee_tuning.errors import InputError
+from ee_tuning.model.config import read_model_config
 from ee_tuning.model.fit import RIDGE
 from ee_tuning.parallel.topology import init_parallel
 from ee_tuning.tuning import command
@@ -123,6 +126,23 @@ def test_a_run_that_goes_on_fits_no_more(model: Path, tmp_path: Path, monkeypatc
     assert tune_within(further, init_parallel(config.parallel))
     assert all((tmp_path / "run" / "exit_heads" / name).read_bytes() == (tmp_path / "whole" / "exit_heads" / name).read_bytes()
                for name in ("exit_heads.safetensors", "exit_config.json"))
+
+
+def test_fitted_and_copied_exits_become_one_artifact(model: Path, tmp_path: Path) -> None:
+    """Maps that are lost on the way, or expected of an exit that has none."""
+    convert_fitted(fitted_job(model, tmp_path), tmp_path / "fitted")
+    write_exits(model, tmp_path / "copied", exit_layers=[3], architecture="norm", init="copy", output="tied")
+    config = load_config(None, {"model.path": str(model), "exits.path": str(tmp_path / "fitted")})
+    export_artifact(config, tmp_path / "both", ExitChoice(merge=tmp_path / "copied"))
+    with ExitHeadsReader(tmp_path / "both") as reader:
+        reader.check_complete(read_model_config(model))
+        exits = reader.config
+    assert exits.adds_linear == (2, 5) and [head.has_linear for head in exits.heads] == [True, False, True] and exits.fitted is None
+    assert exits.origins is not None and [exits.origins[layer]["init"] for layer in ("2", "3", "5")] == ["fitted", "copy", "fitted"]
+    assert exits.origins["2"]["fitted"]["tokens"] >= 1000 and "fitted" not in exits.origins["3"]
+    export_artifact(job.replace(config, exits={"path": str(tmp_path / "both")}), tmp_path / "again", ExitChoice(drop=(3,)))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()} == {
+        path.name: path.read_bytes() for path in (tmp_path / "fitted").iterdir()}
 
 
 def test_fitted_exits_of_the_shipped_model_are_better_than_copied_ones(tmp_path: Path) -> None:

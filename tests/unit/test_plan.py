@@ -55,6 +55,21 @@ def test_time_follows_from_the_operations_counted(model: Path, capsys: pytest.Ca
     assert told["gpu_hours"] == pytest.approx(8 * told["hours"])
 
 
+def test_a_fit_before_the_first_step_is_counted(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A job that fits while it tunes and not while it fits: all layers are there then, and the sums of every exit."""
+    flags = ("--architecture", "norm", "--exit-output", "tied", "--pipeline-model-parallel-size", "2", "--gpus-per-node", "2", "--set",
+             "tuning.micro_batch_size=1")
+    _, copied = plan(model, capsys, *flags)
+    _, told = plan(model, capsys, *flags, "--init", "fitted", "--fit-tokens", "819200")
+    layer, sums = 2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672, 8 * 8193 * (2 * 8192 + 1)
+    assert (copied["fit_bytes"], copied["fit_seconds"]) == (0, 0)
+    assert 2 * 4 * layer + 2 * sums < told["fit_bytes"] < 2 * 5 * layer + 4 * sums
+    flops = 819200 * (2 * 4 * (layer + 2048 * 8192 / 2) + 2 * 2 * 8193 * (2 * 8192 + 1))
+    assert told["fit_seconds"] == pytest.approx(flops / (0.5 * 989e12), rel=0.1)
+    cli.main(["tune", "--model", str(model), "--exit-layers", "4", "--init", "fitted", "--dry-run"])
+    assert "fitting exits, stage 0: rank 0, layers 1..8" in capsys.readouterr().out
+
+
 def test_replicas_share_the_optimizer_and_a_card_too_small_is_said(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A plan that says yes to what ends out of memory, or no to what fits, is worse than none."""
     flags = ("--tensor-model-parallel-size", "2", "--global-batch-size", "32")

@@ -1,0 +1,74 @@
+"""The fit before the first step in a dry run: the true code of one rank of every stage, on fake tensors."""
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from ee_tuning.checkpoint.load import Sources, build_stage, plan_fitting
+from ee_tuning.checkpoint.shapes import shape_sources, with_seq_length
+from ee_tuning.config import Config, replace
+from ee_tuning.data.loader import batches_of_each
+from ee_tuning.data.tokens import DocumentRules, PackedSamples
+from ee_tuning.parallel.dry_world import dry_world
+from ee_tuning.planning.dry_relay import DryRelay
+from ee_tuning.planning.ledger import Ledger
+from ee_tuning.tuning.fitting import FitPass, num_fit_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitRehearsal:
+    """What one rank of a stage did while exits were fitted."""
+
+    stage: int
+    rank: int
+    layers: tuple[int, int]
+    """First and last."""
+    num_bytes: int
+    """Alive at the worst moment."""
+    flops: int
+    """Of one micro-batch."""
+    num_micro_batches: int
+    """Of the whole fit, of a replica."""
+    num_tokens: int
+    """Of the whole fit, of all replicas."""
+    seconds: float
+    """What the rehearsal itself took."""
+
+
+def rehearse_fit(config: Config, world_size: int) -> list[FitRehearsal]:
+    """One rank of every stage through as many micro-batches as wait at a time for the final states; none where nothing is to be fitted.
+
+    model.dtype is bfloat16 where it is not given. Raises InputError as `tune` would.
+    """
+    if config.exits.path is not None or config.exits.init != "fitted":
+        return []
+    config = replace(with_seq_length(config), model={"dtype": config.model.dtype or "bfloat16"})
+    sources, num_stages = shape_sources(config), config.parallel.pipeline_model_parallel_size
+    return [_rehearse_rank(config, sources, world_size, stage, stage * world_size // num_stages) for stage in range(num_stages)]
+
+
+def print_fit(rehearsals: list[FitRehearsal]) -> None:
+    """A line for every stage."""
+    for each in rehearsals:
+        print(f"fitting exits, stage {each.stage}: rank {each.rank}, layers {each.layers[0]}..{each.layers[1]}; "
+              f"{each.num_bytes / 1e9:.1f} GB at the most, {each.num_tokens:,} tokens; {each.seconds:.1f} s")
+
+
+def _rehearse_rank(config: Config, sources: Sources, world_size: int, stage: int, rank: int) -> FitRehearsal:
+    began, ledger, tuning = time.perf_counter(), Ledger(), config.tuning
+    count = config.parallel.pipeline_model_parallel_size + 1
+    samples = PackedSamples(np.zeros(tuning.seq_length + 1, dtype=np.int32), tuning.seq_length, rules=DocumentRules.of(config.data))
+    with dry_world(config.parallel, world_size, rank) as topology, ledger.account():
+        plans = plan_fitting(config, sources, topology)
+        loaded = build_stage(sources, plans, topology)
+        fit = FitPass(loaded, tuning, topology, DryRelay)
+        ledger.peak.clear()  # of loading, which is done by parts
+        chosen = [0] * (count * tuning.micro_batch_size * topology.dp)
+        with ledger.during("fit"):
+            fit.run(list(batches_of_each(samples, chosen, tuning, dp=topology.dp, dp_rank=topology.dp_rank)))
+        dp = topology.dp
+    num_tokens = num_fit_tokens(tuning, sources.config.hidden_size)
+    return FitRehearsal(
+        stage=stage, rank=rank, layers=(plans[stage].first_layer, plans[stage].last_layer), num_bytes=ledger.peak.total(),
+        flops=ledger.flops["fit"] // count, num_tokens=num_tokens,
+        num_micro_batches=-(-num_tokens // (tuning.seq_length * tuning.micro_batch_size * dp)), seconds=time.perf_counter() - began)
