@@ -166,5 +166,6 @@ class Tuner:
         exits = self.exits_config
         return {"model_fingerprint": exits.model_fingerprint, "exit_layers": list(exits.exit_layers),
                 "architecture": exit_config_tree(exits)["architecture"], "adapter_rank": exits.adapter_rank,
-                "output": exits.output, "seq_length": self.tuning.seq_length, "seed": self.tuning.seed,
+                "output": exits.output, "adds_linear": list(exits.adds_linear) or None,
+                "seq_length": self.tuning.seq_length, "seed": self.tuning.seed,
                 **self._samples.train.identity()}
