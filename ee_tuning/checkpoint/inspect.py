@@ -26,7 +26,8 @@ def inspect_path(path: Path, *, as_json: bool, config: str | None = None, trust_
 
     Raises InputError where it is neither a model nor an exit-heads artifact, or not whole.
     """
-    is_artifact = (path / CONFIG).is_file() and not (path / ".metadata").is_file()  # a distributed checkpoint may hold exits beside its model
+    # A distributed checkpoint may hold exits beside its model.
+    is_artifact = (path / CONFIG).is_file() and not (path / ".metadata").is_file()
     facts = artifact_facts(path) if is_artifact else model_facts(path, config=config, trust_pickle=trust_pickle)
     if as_json:
         print(to_json(facts))

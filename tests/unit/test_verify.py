@@ -144,10 +144,12 @@ def test_another_program_s_manifest_stands_in_nobody_s_way(artifact: Path, tmp_p
 
 
 @pytest.mark.parametrize("kind", ["hf", "megatron"])
-def test_an_export_with_exits_is_inspected_as_a_model(artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+def test_an_export_with_exits_is_inspected_as_a_model(artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                                      kind: str) -> None:
     """A Megatron checkpoint that is taken for an artifact without its weights, for its exit_config.json."""
     export = tmp_path / kind
-    assert cli.main(["export", "--format", kind, "--model", str(tmp_path / "model"), "--exits", str(artifact), "--output", str(export)]) == 0
+    assert cli.main(["export", "--format", kind, "--model", str(tmp_path / "model"), "--exits", str(artifact),
+                     "--output", str(export)]) == 0
     capsys.readouterr()
     assert cli.main(["inspect", str(export), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
