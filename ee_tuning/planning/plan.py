@@ -164,9 +164,9 @@ def _check_batch(config: Config, world_size: int) -> None:
     dp = world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
     if tuning.micro_batch_size > 0 and tuning.global_batch_size > 0 and tuning.global_batch_size % (tuning.micro_batch_size * dp):
         raise InputError(
-            f"tuning.global_batch_size must be a multiple of micro_batch_size × replicas = {tuning.micro_batch_size} × {dp}, as "
-            f"{world_size} GPUs make {dp} replicas, got {tuning.global_batch_size}; change one of them, give other --nodes and "
-            "--gpus-per-node, or leave both out, for the fewest GPUs that fit")
+            f"tuning.global_batch_size must be a multiple of micro_batch_size × replicas = {tuning.micro_batch_size} × {dp}"
+            f"{f', as {world_size} GPUs make {dp} replicas' if dp > 1 else ''}, got {tuning.global_batch_size}; change one of them"
+            f"{', give other --nodes and --gpus-per-node, or leave both out, for the fewest GPUs that fit' if dp > 1 else ''}")
 
 
 def _room(gpu: Gpu) -> float:

@@ -156,3 +156,5 @@ def test_a_batch_that_the_cluster_does_not_divide_names_the_cluster(short: Path,
     assert cli.main(["plan", "--model", str(short), "--exit-layers", "2", "--nodes", "1", "--micro-batch-size", "2"]) == 0
     assert cli.main(["plan", "--model", str(short), "--exit-layers", "2", "--nodes", "1", "--micro-batch-size", "4"]) == 2
     assert "as 8 GPUs make 8 replicas, got 16; change one of them, give other --nodes and --gpus-per-node" in capsys.readouterr().err
+    assert cli.main(["plan", "--model", str(short), "--exit-layers", "2", "--micro-batch-size", "3"]) == 2
+    assert capsys.readouterr().err.endswith("replicas = 3 × 1, got 16; change one of them\n"), "neither flag is given"
