@@ -59,7 +59,8 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, nargs="?", metavar="FOLDER",
-                        help="a model's folder (Hugging Face, Megatron), or no more than its config.json; or an exit-heads artifact")
+                        help="a model's folder (Hugging Face, Megatron) or one with no more than its config.json, a GGUF file, or a name "
+                             "on the Hugging Face hub; or an exit-heads artifact")
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="the same, said as other commands say it")
     parser.add_argument("--config", metavar="FILE", help="shape of a Megatron checkpoint whose saved arguments lack something")
     parser.add_argument("--trust-pickle", action="store_true", help="unpickle whatever a Megatron checkpoint asks for; it may run anything")
@@ -95,7 +96,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, metavar="FOLDER", 
-                        help="an exit-heads artifact, an export, a run's checkpoint or a run folder; or any model's folder")
+                        help="an exit-heads artifact, an export, a run's checkpoint or a run folder; or any model's folder or GGUF file")
     parser.add_argument("--trust-pickle", action="store_true", help="unpickle whatever a Megatron checkpoint asks for; it may run anything")
 
 
