@@ -219,8 +219,8 @@ def _check_size(whole: _Streams, streams: Sequence[TokenStream], seq_length: int
     name = whole.corpus.name
     num_tokens = sum(len(each.ids) for each in streams)
     if not num_tokens and share and (whole.train or whole.valid):
-        raise InputError(f"{key} = {name} holds a single document, so none can be held out; give data.valid_paths or more documents, or "
-                         "set tuning.eval_iters to 0")
+        raise InputError(f"{key} = {name} holds a single document, or copies of one, so none can be held out; give data.valid_paths or "
+                         "more documents, or set tuning.eval_iters to 0")
     if not num_tokens:
         raise InputError(nothing_to_learn(key, name, whole.counts))
     if all(len(each.ids) <= seq_length for each in streams):

@@ -274,7 +274,7 @@ def test_a_file_that_can_not_be_used_is_named(tmp_path: Path, model: Path, name:
     ({"paths": ["empty_folder"]}, r"the folder .*empty_folder holds no"),
     ({"valid_paths": ["good.txt"]}, r"data\.paths = .*good\.txt names no file that is not held out already"),
     ({"valid_paths": ["short.txt"], "needs_validation": True}, r"validation data \(.*short\.txt\) holds only 2"),
-    ({"needs_validation": True}, r"good\.txt holds a single document, so none can be held out; give data\.valid_paths"),
+    ({"needs_validation": True}, r"good\.txt holds a single document, or copies of one, so none can be held out; give data\.valid_paths"),
     ({"paths": ["good.txt", "short.txt"], "valid_fraction": 1e-9, "needs_validation": True}, r"validation data \(1e-09 of the documents"),
     ({"valid_fraction": 0.0, "needs_validation": True}, r"validation needs held-out data, got data\.valid_fraction = 0"),
     ({"valid_fraction": 1.0}, r"data\.valid_fraction must be at least 0 and below 1, got 1\.0"),
