@@ -58,8 +58,9 @@ FLAGS: dict[str, dict[str, str]] = {
         "--stop-token-ids": "generation.stop_token_ids", "--ignore-eos": "generation.ignore_eos",
         "--max-batch-size": "generation.max_batch_size", "--cache-tokens": "generation.cache_tokens", **_PARALLEL},
     "regenerate": {
-        **_MODEL, "--data": "data.paths", "--text-key": "data.text_key", **_TOKENIZER, "--chat-template": "data.chat_template",
-        "--n": "generation.n", **_SAMPLING, "--max-batch-size": "generation.max_batch_size", "--cache-tokens": "generation.cache_tokens",
+        **_MODEL, "--no-verify": "exits.verify", "--data": "data.paths", "--text-key": "data.text_key", **_TOKENIZER,
+        "--chat-template": "data.chat_template", "--n": "generation.n", **_SAMPLING,
+        "--max-batch-size": "generation.max_batch_size", "--cache-tokens": "generation.cache_tokens",
         **_PARALLEL},
     "chat": {
         **_MODEL, **_EXITS, **_TOKENIZER, "--chat-template": "data.chat_template", "--policy": "generation.policy",

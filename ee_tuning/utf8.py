@@ -15,7 +15,8 @@ def use_utf8() -> None:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # none where it is closed; a program that calls this one may have put its own there
             encoding = stream.encoding if stream.isatty() else "utf-8"
-            stream.reconfigure(encoding=encoding, errors="strict" if stream is sys.stdin else "backslashreplace")
+            with suppress(io.UnsupportedOperation):  # a program that calls this one has read from it already
+                stream.reconfigure(encoding=encoding, errors="strict" if stream is sys.stdin else "backslashreplace")
 
 
 def typed_text(argument: str) -> str:

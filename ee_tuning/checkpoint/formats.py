@@ -38,7 +38,7 @@ FORMATS: dict[Kind, str] = {"huggingface": "Hugging Face safetensors", "megatron
                             "legacy_megatron": "legacy Megatron checkpoint (mp_rank folders)", "gguf": "GGUF file"}
 """For people."""
 
-_LATEST, _COMMON = "latest_checkpointed_iteration.txt", "common.pt"
+_LATEST, COMMON = "latest_checkpointed_iteration.txt", "common.pt"
 _REMEDY = "fetch or export the model again, or, if you changed it yourself, give --no-verify"
 
 
@@ -81,7 +81,7 @@ def open_model(model: ModelSection) -> OpenModel:
         return OpenModel(gguf, gguf.config, "gguf")
     if (folder / METADATA).is_file():
         shape = shape or describing_file(folder, None)
-        common = folder / _COMMON
+        common = folder / COMMON
         saved = saved_arguments(Archive(common, map_file(common), is_trusted=model.trust_pickle).content) if common.is_file() else None
         return _megatron(lambda config: MegatronReader(folder, config), read_megatron_config(saved, shape, common), "megatron")
     if next(folder.glob("*.distcp"), None):

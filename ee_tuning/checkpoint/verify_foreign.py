@@ -8,17 +8,20 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ee_tuning.checkpoint.formats import model_folder, open_model
+from ee_tuning.checkpoint.adapter import refuse_adapter
+from ee_tuning.checkpoint.formats import COMMON, model_folder, open_model
 from ee_tuning.checkpoint.gguf_file import GgufReader, is_gguf
 from ee_tuning.checkpoint.legacy import LegacyCheckpoint, is_legacy
+from ee_tuning.checkpoint.mapped_file import map_file
 from ee_tuning.checkpoint.megatron import DistributedCheckpoint
 from ee_tuning.checkpoint.metadata_pickle import METADATA
 from ee_tuning.checkpoint.non_finite import NonFinite
 from ee_tuning.checkpoint.safetensors_reader import SafetensorsFolder
 from ee_tuning.checkpoint.tensor_blocks import BLOCK_BYTES, stored_blocks
-from ee_tuning.checkpoint.torch_file import StoredTensor
+from ee_tuning.checkpoint.torch_file import Archive, StoredTensor, saved_arguments
 from ee_tuning.config import ModelSection
 from ee_tuning.errors import InputError
+from ee_tuning.json_file import read_json
 
 
 def verify_foreign(path: Path, *, trust_pickle: bool = False) -> bool:
@@ -28,6 +31,7 @@ def verify_foreign(path: Path, *, trust_pickle: bool = False) -> bool:
     model in a format that is known.
     """
     folder, watch = model_folder(str(path)), NonFinite()
+    _check_descriptions(folder, trust_pickle)
     if is_gguf(folder):
         told = _gguf(folder, watch)
     elif (folder / METADATA).is_file():
@@ -41,6 +45,21 @@ def verify_foreign(path: Path, *, trust_pickle: bool = False) -> bool:
     for line in watch.told():
         print(f"{folder}  {line}")
     return not watch.counts
+
+
+def _check_descriptions(folder: Path, trust_pickle: bool) -> None:
+    """Raises InputError where the small files of a folder are damaged or hostile, whatever family the model is of."""
+    if is_gguf(folder):
+        return
+    refuse_adapter(folder)
+    try:
+        read_json(folder / "config.json")
+    except OSError:  # a Megatron checkpoint needs none
+        pass
+    except ValueError as error:
+        raise InputError(f"{folder / 'config.json'} is not JSON: {error}") from error
+    if (common := folder / COMMON).is_file():
+        saved_arguments(Archive(common, map_file(common), is_trusted=trust_pickle).content)
 
 
 def _huggingface(folder: Path, watch: NonFinite) -> list[str]:

@@ -140,6 +140,8 @@ def _encode_marked(document: Conversation | Completion, recipe: Recipe) -> list[
         return [([*whole, end], [*[False] * (len(whole) - len(words)), *marks, not document.is_cut])]
     conversation = document.as_chat if isinstance(document, Completion) else document
     assert conversation is not None
+    if not _holds_words(conversation):
+        return []
     made = []
     for words, marks in _encode_chat(conversation, chat):
         if words[-1:] != [end]:
@@ -149,6 +151,12 @@ def _encode_marked(document: Conversation | Completion, recipe: Recipe) -> list[
         if any(marks):
             made.append((words, marks))
     return made
+
+
+def _holds_words(chat: Conversation) -> bool:
+    """Whether the assistant says, thinks or calls anything that is to be learned. An end of turn behind nothing is not."""
+    said = [message for message in chat.messages[chat.num_given:] if message["role"] == ASSISTANT]
+    return any(message["content"].strip() or len(message) > 2 for message in said)  # role and content are always there
 
 
 def _encode_chat(conversation: Conversation, chat: ChatFormat) -> list[Marked]:

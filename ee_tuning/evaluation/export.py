@@ -40,12 +40,17 @@ def export(config: Config, flags: argparse.Namespace) -> int:
         choice = ExitChoice(**layers, merge=flags.merge, architecture=architecture, adapter_rank=adapter_rank)
         with owned(flags.output, None):
             export_artifact(config, flags.output, choice, overwrite=flags.overwrite)
+        print(f"wrote {flags.output}")
         return 0
     if not config.model.path:
         raise InputError(f"--format {flags.format} writes the model too, got none; give --model FOLDER or a config file")
     if flags.check and not config.exits.path:
         raise InputError("--check compares exits, got none; give --exits FOLDER, or leave --check out")
     text = _text(flags.text) if flags.check else ""
+    if flags.check:  # before minutes of writing
+        from ee_tuning.data.tokenizer import load_tokenizer, tokenizer_of
+
+        load_tokenizer(tokenizer_of(config), trusts_code=config.model.trust_remote_code)
     _write_merged(config, flags, is_shared=num_processes > 1)
     if not flags.check:
         return 0
@@ -81,6 +86,8 @@ def _write_merged(config: Config, flags: argparse.Namespace, *, is_shared: bool)
             from ee_tuning.checkpoint.megatron_writer import write_megatron
 
             write_megatron(config, flags.output, topology, overwrite=flags.overwrite)
+    if topology is None or topology.is_logging_rank:
+        print(f"wrote {flags.output}", flush=True)
     if is_shared:
         from ee_tuning.parallel.topology import leave_parallel
 

@@ -36,7 +36,7 @@ def single_token_id(raw: dict[str, Any], key: str, vocab_size: int, path: Path) 
 
 def generation_end_token_ids(folder: Path, vocab_size: int) -> tuple[int, ...] | None:
     """Those of the folder's generation_config.json; None where there is no such file, or it leaves them open. Raises InputError where it is
-    no JSON object, or as `end_token_ids`.
+    no JSON object, or names a token by what is no whole number.
     """
     path = folder / _GENERATION
     try:
@@ -49,6 +49,8 @@ def generation_end_token_ids(folder: Path, vocab_size: int) -> tuple[int, ...] |
         raise InputError(f"{path} is not JSON: {error}; fetch it again, or take it away") from error
     if not isinstance(raw, dict):
         raise InputError(f"{path} must hold a JSON object, got {type(raw).__name__}; fetch it again, or take it away")
+    for key in ("bos_token_id", "pad_token_id"):  # nothing here reads them from this file; transformers does, of what is exported
+        single_token_id(raw, key, vocab_size, path)
     return None if raw.get("eos_token_id") is None else end_token_ids(raw, vocab_size, path)
 
 

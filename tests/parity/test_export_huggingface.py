@@ -311,7 +311,7 @@ def test_every_family_can_be_checked(tmp_path, capsys, monkeypatch, family):
     random_model(family, tmp_path / "model", vocab_size=300)
     exits = write_exits(tmp_path / "model", tmp_path / "exits", architecture="norm")
     export("--model", tmp_path / "model", "--exits", exits, "--output", tmp_path / "export", "--tokenizer", SHIPPED, "--check")
-    assert len(capsys.readouterr().out.splitlines()) == 3
+    assert len(capsys.readouterr().out.splitlines()) == 4
 
 
 def test_an_export_is_replaced_only_on_demand(llama, tmp_path, capsys):
@@ -329,7 +329,8 @@ def test_check_compares_every_exit_and_finds_a_difference(tmp_path, capsys, monk
     words = ["--model", SHIPPED, "--exits", exits, "--output", tmp_path / "export", "--check",
              "--set", "parallel.tensor_model_parallel_size=4", "--set", "parallel.pipeline_layout=[6,6]"]
     export(*words)
-    lines = capsys.readouterr().out.splitlines()
+    wrote, *lines = capsys.readouterr().out.splitlines()
+    assert wrote.startswith("wrote ")
     assert [line.partition(":")[0] for line in lines] == ["exit after layer 3", "exit after layer 9", "the model's own head"]
     from ee_tuning.checkpoint import export_huggingface
 
@@ -337,7 +338,7 @@ def test_check_compares_every_exit_and_finds_a_difference(tmp_path, capsys, monk
     wrong.write_text(export_huggingface.MODELLING.read_text().replace("x = seen.residual + self", "x = seen.hidden + self"))
     monkeypatch.setattr(export_huggingface, "MODELLING", wrong)
     export(*words, "--overwrite", code=1)
-    lines = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().out.splitlines()[1:]
     assert ["above" in line for line in lines] == [True, True, False]
 
 

@@ -148,7 +148,8 @@ def test_a_completion_alone_is_learned(tmp_path: Path, model: Path, record: dict
     ({"messages": []}, "empty messages"), ({"text": ""}, "empty text"), ({"text": None}, "null in place of a text"),
     ({"messages": None, "id": 1}, "null in place of a text"), ({"prompt": "x", "completion": ""}, "empty completion"),
     ({"instruction": "x", "output": ""}, "empty output"), ({"conversations": []}, "empty conversations"),
-    ({"prompt": CHAT[:2], "completion": []}, "empty completion"), ({"messages": CHAT[:2]}, "chat without a word of the assistant's")])
+    ({"prompt": CHAT[:2], "completion": []}, "empty completion"), ({"messages": CHAT[:2]}, "chat without a word of the assistant's"),
+    ({"messages": [*CHAT[:2], {"role": "assistant", "content": None}]}, "chat without a word of the assistant's")])
 def test_what_teaches_nothing_is_left_out_and_told_and_nothing_at_all_is_refused(
         tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], record: dict, reason: str) -> None:
     """A job of hours that ends at one empty line; lines that vanish without a word; token ids that teach nothing, or a run on them."""

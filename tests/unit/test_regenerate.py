@@ -155,7 +155,8 @@ def test_a_chat_is_answered_until_the_template_ends_the_turn(tmp_path: Path, mon
     write_byte_tokenizer(tmp_path, "<|im_start|>", "<|im_end|>")
     (tmp_path / "chat_template.jinja").write_text(
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}")
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n{"messages": [{"role": "user", "content": "a"}]}\n')
+    prompts = tmp_path.with_name(f"{tmp_path.name}_prompts.jsonl")  # apart from the model, as all outputs have to be
+    prompts.write_text('{"prompt": "a"}\n{"messages": [{"role": "user", "content": "a"}]}\n')
     asked, run = list[Job](), EarlyExitLLM.run
 
     def spy(llm: EarlyExitLLM, jobs: list[Job], *arguments: Any, **options: Any) -> Any:
@@ -163,9 +164,8 @@ def test_a_chat_is_answered_until_the_template_ends_the_turn(tmp_path: Path, mon
         return run(llm, jobs, *arguments, **options)
 
     monkeypatch.setattr(EarlyExitLLM, "run", spy)
-    config = load_config(None, {"model.path": str(tmp_path), "data.paths": [str(tmp_path / "prompts.jsonl")],
-                                "generation.max_new_tokens": 3})
-    regenerate(config, Wish(output=tmp_path / "out.jsonl"))
+    config = load_config(None, {"model.path": str(tmp_path), "data.paths": [str(prompts)], "generation.max_new_tokens": 3})
+    regenerate(config, Wish(output=prompts.with_suffix(".out.jsonl")))
     assert [(job.params.stop_token_ids, job.adds_special_tokens) for job in asked] == [((), True), ((VOCABULARY + 1,), False)]
 
 

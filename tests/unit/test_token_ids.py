@@ -85,6 +85,9 @@ def test_a_generation_config_that_is_broken_is_told(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text("{")
     with pytest.raises(InputError, match=r"generation_config.json is not JSON"):
         generation_end_token_ids(tmp_path, 10)
+    (tmp_path / "generation_config.json").write_text('{"bos_token_id": "x"}')
+    with pytest.raises(InputError, match=r"generation_config.json: bos_token_id must be the number of a token, or null, got 'x'"):
+        generation_end_token_ids(tmp_path, 10)
 
 
 def test_decoding_with_a_shortest_length_survives_them(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ def opened_by_locale(source: Path) -> Iterator[str]:
             mode = keys.get("mode") or next(iter(call.args[not isinstance(call.func, ast.Attribute):]), None)
             is_text = not isinstance(mode, ast.Constant) or "b" not in str(mode.value)
         else:
-            is_text = name in ("read_text", "write_text", "TextIOWrapper", "fdopen") or "text" in keys or "universal_newlines" in keys
+            starts_process = name in ("run", "Popen", "check_output", "check_call", "call") and keys.keys() & {"text", "universal_newlines"}
+            is_text = name in ("read_text", "write_text", "TextIOWrapper", "fdopen") or bool(starts_process)
         if is_text:
             yield f"{source.relative_to(PACKAGE)}:{call.lineno}"
 

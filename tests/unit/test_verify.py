@@ -174,5 +174,6 @@ def test_commands_that_read_weights_take_no_verify() -> None:
     for command, flags in FLAGS.items():
         assert ("--no-verify" in flags) == ("--model" in flags)
         if "--no-verify" in flags:
-            needed = {"export": ["--format", "artifact", "--output", "o"], "convert": ["--output", "o"]}.get(command, [])
+            needed = {"export": ["--format", "artifact", "--output", "o"], "convert": ["--output", "o"],
+                      "regenerate": ["--output", "o"]}.get(command, [])
             assert cli.parse([command, *needed, "--no-verify"]).overrides["exits.verify"] is False

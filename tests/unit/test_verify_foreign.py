@@ -1,5 +1,7 @@
 """`ee-tuning verify` on models of others, and values that are no numbers: damage is found where the format shows it, the rest is told."""
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -68,6 +70,23 @@ def test_another_family_s_files_are_looked_at_all_the_same(model: Path, capsys: 
     assert "not checked: whether the tensors are those of the model" in verify(model, 0, capsys)
     path.write_text(path.read_text().replace('"gemma"', '"llama"').replace('"num_hidden_layers": 6', '"num_hidden_layers": 7'))
     assert "layers.6" in verify(model, 2, capsys)
+
+
+def test_small_files_that_are_damaged_or_hostile_are_no_mere_remark(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`verify && tune` on a folder that all other commands refuse: an adapter, a pointer for a config, a pickle that calls."""
+    (model / "adapter_config.json").write_text("{}")
+    assert "holds an adapter" in verify(model, 2, capsys)
+    (model / "adapter_config.json").unlink()
+    checkpoint = megatron(model)
+    torch.save({"args": _Caller()}, checkpoint / "common.pt")
+    assert "posix.system" in verify(checkpoint, 2, capsys)
+    (model / "config.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    assert "git lfs pull" in verify(model, 2, capsys)
+
+
+class _Caller:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("true",)
 
 
 def test_a_distributed_checkpoint_s_own_checksums_are_compared(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
