@@ -5,7 +5,7 @@
 
 For each exit, on held-out text: loss in nats a token, share of tokens on which it agrees with the full model's likeliest one, share of
 tokens of confidence 0.8 and more, and how many of these are the full model's; and all that after --steps optimizer steps, which both kinds
-of exits take with the same texts and settings.
+of exits take with the same texts and settings. Copied exits are then `linear`, so that they have as many parameters.
 """
 import argparse
 import ast
@@ -66,6 +66,8 @@ def main() -> None:
     parser.add_argument("--layers", default="3,6,9")
     parser.add_argument("--text", choices=("sources", "docstrings"), default="sources",
                         help="of Python's standard library; held out are some files, or every fifth docstring")
+    parser.add_argument("--train", metavar="FILE", help="texts of your own, with --held-out FILE")
+    parser.add_argument("--held-out", metavar="FILE")
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--fit-tokens", type=int, nargs="*", default=[0], help="a table for each; 0: as many as tune takes")
     parser.add_argument("--held-out-tokens", type=int, default=10_000)
@@ -89,6 +91,8 @@ def _job(args: argparse.Namespace, folder: Path) -> Config:
         "model.path": args.model, "exits.exit_layers": args.layers, "exits.architecture": "norm", "exits.output": "tied",
         "tuning.seq_length": args.length, "tuning.micro_batch_size": 4, "tuning.global_batch_size": 4, "tuning.lr": args.lr,
         "tuning.eval_iters": -(-held_out_rows // 4), "tuning.eval_interval": 0, "tuning.save_interval": 0})
+    if args.train:
+        return with_seq_length(replace(config, data={"paths": (args.train,), "valid_paths": (args.held_out,)}))
     train, held_out = ([source.decode(errors="replace") for source in files.values()] for files in standard_library())
     if args.text == "docstrings":
         texts = list(_docstrings({name: source for files in standard_library() for name, source in files.items()}))
@@ -111,7 +115,7 @@ def _docstrings(files: dict[str, bytes]) -> Iterator[str]:
 def _tune_and_print(config: Config, folder: Path, fitted: Path, steps: list[int]) -> None:
     topology, copied = init_parallel(config.parallel), folder / "copied"
     if steps:
-        write_initial_exits(config, copied, topology)
+        write_initial_exits(replace(config, exits={"architecture": ("linear",)}), copied, topology)
     for count in steps:
         tuned = {}
         for name, exits in (("copied", copied), ("fitted", fitted)):

@@ -22,6 +22,7 @@ from ee_tuning.errors import InputError
 from ee_tuning.model.documents import PackedDocuments
 from ee_tuning.model.exit_head import ExitInput
 from ee_tuning.model.fit import RIDGE, Fit, FitSums, solved
+from ee_tuning.notices import warn
 from ee_tuning.parallel.feedback import Feedback
 from ee_tuning.parallel.relay import Follows, Relay
 from ee_tuning.parallel.topology import Topology
@@ -31,6 +32,8 @@ from ee_tuning.parallel.waiting import waiting_for
 
 TOKENS_PER_UNKNOWN = 100
 """Tokens that a fit reads for each unknown of a row, by default."""
+FEW_PER_UNKNOWN = 10
+"""Of fewer, it is said that they are few."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,9 @@ def fit_exits(config: Config, samples: Samples, topology: Topology, width: int) 
     began, taken = time.monotonic(), fit_samples(samples, config.tuning, width)
     if topology.is_logging_rank:
         print(f"fitting exits by least squares on {taken.num_tokens:,} tokens", flush=True)
+        if taken.num_tokens < FEW_PER_UNKNOWN * (width + 1):
+            warn(f"{taken.num_tokens:,} tokens are few for maps of {width + 1} unknowns a row, which then fit these texts and no others; "
+                 f"tuning.fit_tokens is {TOKENS_PER_UNKNOWN * (width + 1):,} by default")
     loaded = load_for_fitting(config, topology)
     fit = FitPass(loaded, config.tuning, topology)
     fit.run(list(batches_of_each(samples, taken.chosen, config.tuning, dp=topology.dp, dp_rank=topology.dp_rank)))
