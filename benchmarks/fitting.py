@@ -113,11 +113,11 @@ def _docstrings(files: dict[str, bytes]) -> Iterator[str]:
 
 
 def _tune_and_print(config: Config, folder: Path, fitted: Path, steps: list[int]) -> None:
-    topology, copied = init_parallel(config.parallel), folder / "copied"
+    copied = folder / "copied"
     if steps:
-        write_initial_exits(replace(config, exits={"architecture": ("linear",)}), copied, topology)
+        write_initial_exits(replace(config, exits={"architecture": ("linear",)}), copied, init_parallel(config.parallel))
     for count in steps:
-        tuned = {}
+        topology, tuned = init_parallel(config.parallel), {}
         for name, exits in (("copied", copied), ("fitted", fitted)):
             run = folder / f"{name}-{count}"
             tune_within(replace(config, exits={"path": str(exits)},
