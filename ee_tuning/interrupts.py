@@ -27,6 +27,8 @@ def interrupts_raised() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread() or former not in (signal.SIG_DFL, signal.default_int_handler):
         yield
         return
+    global _last
+    _last = -_SECONDS  # one that an earlier command met, in the same process, tells nothing of this one
     signal.signal(signal.SIGINT, _raise)
     try:
         yield
@@ -35,8 +37,8 @@ def interrupts_raised() -> Iterator[None]:
 
 
 def were_interrupted() -> bool:
-    """Whether Ctrl-C came within the last seconds: an import that it breaks off comes out as an error of any kind, now or at the next use
-    of what was not imported.
+    """Whether Ctrl-C came within the last seconds, in this command: an import that it breaks off comes out as an error of any kind, now or
+    at the next use of what was not imported.
     """
     return time.monotonic() - _last < _SECONDS
 

@@ -167,9 +167,10 @@ def _join_world(timeout: timedelta) -> None:
         store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(collective_backend(), store=store, rank=rank, world_size=world_size, timeout=timeout)
     except dist.DistError as error:  # nothing listens there, another program has the port, or somebody did not come
+        reason, _, _ = str(error).partition("\n")
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise NotMet(f"{place.world_size} processes must meet at {where} (MASTER_ADDR, MASTER_PORT), and rank {place.rank} could not: "
-                     f"{str(error).splitlines()[0][:300]}; see that all were started, and that the port is free") from error
+                     f"{reason[:300]}; see that all were started, and that the port is free") from error
 
 
 def lay_out(parallel: ParallelSection, device: torch.device) -> Topology:

@@ -39,12 +39,14 @@ def test_layouts_answer_the_same(world: Any, tmp_path: Path, monkeypatch: pytest
     random_llama(tmp_path, vocab_size=VOCABULARY + 2, eos_token_id=256, bos_token_id=256)
     write_byte_tokenizer(tmp_path, "<|im_start|>", "<|im_end|>")
     (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    outputs = tmp_path.with_name(f"{tmp_path.name}_outputs")  # apart from the model, as all outputs have to be
+    outputs.mkdir()
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, LINES)))
-    assert regenerate_at(str(tmp_path), str(tmp_path / "one.jsonl"), {}) == ""
+    assert regenerate_at(str(tmp_path), str(outputs / "one.jsonl"), {}) == ""
     keys = {"parallel.tensor_model_parallel_size": 2, "parallel.pipeline_model_parallel_size": 2}
-    assert world.run(regenerate_at, str(tmp_path), str(tmp_path / "four.jsonl"), keys) == [""] * 4
-    one = (tmp_path / "one.jsonl").read_bytes()
-    assert one == (tmp_path / "four.jsonl").read_bytes()
+    assert world.run(regenerate_at, str(tmp_path), str(outputs / "four.jsonl"), keys) == [""] * 4
+    one = (outputs / "one.jsonl").read_bytes()
+    assert one == (outputs / "four.jsonl").read_bytes()
     assert [json.loads(line)["id"] for line in one.splitlines()] == [1, 1, 2, 2, 4, 4]
-    refused, *others = world.run(regenerate_at, str(tmp_path), str(tmp_path / "replicas.jsonl"), {})
+    refused, *others = world.run(regenerate_at, str(tmp_path), str(outputs / "replicas.jsonl"), {})
     assert "regenerate takes tensor × pipeline = 1 processes, got 4" in refused and others == [refused] * 3

@@ -147,7 +147,7 @@ def _found(save: _Save, folder: Path, output: Path, former: Path | None, wanted:
     """What stands where the output belongs. Raises AssertionError where that, or something beside it, is half of anything."""
     new = save.read(wanted)
     for partial in folder.iterdir():
-        if partial != output:
+        if partial not in (output, output.with_name(f".{output.name}.owner")):  # whose lock has ended with its process
             assert partial.name.startswith("output.partial-"), partial.name
             try:
                 content = save.read(partial)

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 OTHERS = {
     "tuning/metrics.py": "a message from rank to rank, on which NaN stays NaN",
     "data/messages.py": "a text that is looked through, and not written",
+    "data/prompt_records.py": "a copy in plain types, as JSON would give it back",
     "data/records.py": "a text that is looked through, and not written",
 }
 """Files that may call json.dumps, and for what: nothing that anybody else reads."""

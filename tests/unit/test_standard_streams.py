@@ -1,6 +1,7 @@
 """Standard streams that are full, closed or gone, and Ctrl-C at any moment: a line at most, and no traceback."""
 import errno
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from ee_tuning import cli
 from ee_tuning.checkpoint.aside import refusals_named
 from ee_tuning.errors import InputError
+from ee_tuning.interrupts import interrupts_raised, were_interrupted
 from ee_tuning.standard_streams import OutputRefused
 
 PROGRAM, RESULTS = f"{sys.executable} -m ee_tuning", f"{sys.executable} -c \"$QUICK\""
@@ -93,3 +95,13 @@ def test_an_interrupt_stays_one_whatever_a_library_makes_of_it(monkeypatch: pyte
     assert cli.main(["inspect", "folder"]) == cli.INTERRUPTED == 130
     assert capsys.readouterr().err == ""
     monkeypatch.setattr("ee_tuning.interrupts._last", -100.0)
+
+
+def test_ctrl_c_of_one_command_says_nothing_of_the_next() -> None:
+    """A program that runs one command after another: each refusal within ten seconds of a Ctrl-C ends in 130, without its line."""
+    with interrupts_raised():
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert were_interrupted()
+    with interrupts_raised():
+        assert not were_interrupted()
