@@ -73,7 +73,7 @@ def test_a_file_that_makes_no_sense_is_refused(tmp_path, text, words):
         read_prompts(tmp_path / "prompts.jsonl")
 
 
-@pytest.mark.parametrize("content", [gzip.compress(b'{"prompt": "a"}\n'), '{"prompt": "a"}\n'.encode("utf-16")])
+@pytest.mark.parametrize("content", [gzip.compress(b'{"prompt": "a"}\n', mtime=0), '{"prompt": "a"}\n'.encode("utf-16")])
 def test_a_file_that_is_packed_or_encoded_otherwise_is_told(tmp_path, content):
     """A byte that can not be decoded, and nothing about what to do."""
     (tmp_path / "prompts.jsonl").write_bytes(content)
