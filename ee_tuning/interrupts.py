@@ -22,7 +22,7 @@ def end_at_once() -> None:
 
 @contextmanager
 def interrupts_raised() -> Iterator[None]:
-    """Within the block Ctrl-C raises KeyboardInterrupt, and is remembered. In the main thread; elsewhere nothing changes."""
+    """Ctrl-C raises KeyboardInterrupt within the block, and is remembered. In the main thread; elsewhere nothing changes."""
     former = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or former not in (signal.SIG_DFL, signal.default_int_handler):
         yield

@@ -34,7 +34,7 @@ def parse_json(data: bytes) -> Any:
 
 
 def parse_strict_json(text: str) -> Any:
-    """As `parse_json`, and refuses numbers that JSON has no word for (NaN, Infinity) or no float can hold (1e999)."""
+    """Does what `parse_json` does, and refuses numbers that JSON has no word for (NaN, Infinity) or no float can hold (1e999)."""
     tree = parse_json(text.encode(errors="surrogatepass"))
     if not _is_finite(tree):
         raise ValueError("it holds a number that is not finite")

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def no_questions() -> Iterator[None]:
-    """Within the block, standard input is empty and no terminal."""
+    """Standard input is empty, and no terminal, within the block."""
     former = sys.stdin
     with open(os.devnull, encoding="utf-8") as sys.stdin:
         try:

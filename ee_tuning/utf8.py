@@ -7,7 +7,7 @@ from contextlib import suppress
 
 
 def use_utf8() -> None:
-    """For this process and its children. A terminal keeps its encoding, and gets what it can not show escaped."""
+    """Sets UTF-8 for this process and its children. A terminal keeps its encoding, and gets what it can not show escaped."""
     if locale.getpreferredencoding(False).replace("-", "").lower() != "utf8":
         os.environ["PYTHONUTF8"] = "1"  # for processes that this one starts
         with suppress(locale.Error):  # libraries open files of their own, and name no encoding: torch does

@@ -50,8 +50,8 @@ class ExitHeadsConfig:
     tuned: dict[str, Any] | None = None
     """How they were tuned: steps, tokens, …; None where they were not, or not together."""
     origins: dict[str, Any] | None = None
-    """Per exit layer {"init", "seed", "tuned"} and, where it has one, "fitted", where exits that began or were tuned apart have been put
-    together."""
+    """{"init", "seed", "tuned"} of each exit layer and, where it has one, "fitted", where exits that began or were tuned apart have been
+    put together."""
     adds_linear: tuple[int, ...] = ()
     """Exits with a linear map before the tied output matrix, which a fit gave them: ExitSpec.adds_linear."""
     fitted: dict[str, Any] | None = None

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ee_tuning.checkpoint.names import Shape, backbone_tensor_shapes
+from ee_tuning.checkpoint.tensor_blocks import BLOCK_BYTES
 from ee_tuning.checkpoint.unread import unread
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig, model_config_from_hf
@@ -129,8 +130,10 @@ class GgufReader:
         return _values(data, stored, tensor.tensor_type)
 
     def columns(self, name: str, start: int, stop: int) -> Tensor:
-        """[n, stop - start]: these columns, of `dtype`."""
-        return self.full(name)[:, start:stop].contiguous()
+        """[n, stop - start]: these columns, of `dtype`. Rows are dequantized block by block: a whole matrix may take gigabytes."""
+        num_rows, width = self.shape(name)
+        step = max(1, BLOCK_BYTES // (4 * width))
+        return torch.cat([self.rows(name, row, min(row + step, num_rows))[:, start:stop] for row in range(0, num_rows, step)])
 
     def _tensor(self, name: str) -> Any:
         if name not in self._tensors:

@@ -10,7 +10,7 @@ from pathlib import Path
 from ee_tuning.errors import InputError
 
 _MOST_LINKS = 40
-"""As the kernel follows at most."""
+"""The most links that are followed one after the other, as in the kernel."""
 
 
 def check_links(folder: Path, path: Path) -> None:

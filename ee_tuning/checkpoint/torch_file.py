@@ -223,7 +223,7 @@ class _Unpickler(pickle._Unpickler):  # the one in Python: the one in C makes ro
 
     def _untyped_tensor(self, storage: _Storage, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], requires_grad: bool,
                         hooks: Any, dtype: torch.dtype, *_: Any) -> "StoredTensor | Inert":
-        """Of a dtype that has no storage class of its own: torch counts such a storage in bytes."""
+        """A tensor of a dtype that has no storage class of its own: torch counts such a storage in bytes."""
         typed = _Storage(storage.record, dtype, storage.num_elements // dtype.itemsize)
         return self._tensor(typed, offset, shape, stride)
 

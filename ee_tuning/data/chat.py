@@ -35,7 +35,7 @@ class _Turn(NamedTuple):
     """Ends with the turn, or with what the template puts behind it."""
     start: int
     stop: int
-    """Behind its end-of-turn token."""
+    """The place behind its end-of-turn token."""
     words: str
     """The turn's content; empty where something was thought before it."""
 
@@ -179,7 +179,7 @@ class ChatFormat:
         return ids, marks
 
     def _behind(self, text: str, place: int) -> int:
-        """Behind the end-of-turn token at `place`, if there is one."""
+        """The place behind the end-of-turn token at `place`, if there is one."""
         end = self._end.match(text, place) if self._end else None
         return end.end() if end else place
 

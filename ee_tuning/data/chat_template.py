@@ -15,7 +15,7 @@ _NAME = re.compile(r"[\w-]+")
 _OTHER = "give another with --chat-template (data.chat_template)"
 
 Messages = Sequence[dict[str, Any]]
-"""Of a chat: role and content, and what else a template reads."""
+"""Messages of a chat: role and content, and what else a template reads."""
 
 
 def read_chat_template(path: str | None) -> str | None:

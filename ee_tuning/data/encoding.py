@@ -131,7 +131,7 @@ def _whole(text: list[int], end: int) -> Marked:
 
 
 def _encode_marked(document: Conversation | Completion, recipe: Recipe) -> list[Marked]:
-    """Of each text that the document makes, closed by end of text, its token ids and which of them are learned. None where none is."""
+    """Token ids of each text that the document makes, closed by end of text, and which of them are learned. No text where none is."""
     tokenizer, chat, beginning, end = _tools(recipe)
     has_template = recipe.chat_template is not None or bool(tokenizer.chat_template)
     if isinstance(document, Completion) and not (document.as_chat and has_template):

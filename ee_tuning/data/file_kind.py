@@ -115,7 +115,7 @@ def _open_zstd(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _format_of(head: bytes) -> Format:
-    """Of a file whose name does not say it."""
+    """The format of a file whose name does not say it."""
     if head.startswith(b"PAR1"):
         return "parquet"
     if _holds_objects(head, least=1):

@@ -17,7 +17,7 @@ Message = dict[str, Any]
 _TEXT, _USER = "text", "user"
 _TOOL_ROLES = ("tool", "function", "ipython")
 _ANSWER = "?"
-"""In place of an answer, where a record is read as one that has it."""
+"""Stands for an answer, where a record is read as one that has it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class Prompt:
     """A record without its answers."""
 
     turns: tuple[list[Message], ...] = ()
-    """Of a chat: the messages before each answer, those before an earlier one left out. Empty for a text."""
+    """Messages of a chat before each answer, those before an earlier one left out. Empty for a text."""
     text: str = ""
     """What is to be continued."""
     tools: list[Any] | None = None

@@ -96,7 +96,7 @@ def _parsed(line: bytes, where: Where) -> Any:
 
 
 def _place_of_line(path: Path, packing: str | None, place: int) -> str:
-    """Of the line that begins at byte `place`; counted only when an error asks for it."""
+    """Place of the line that begins at byte `place`, as FILE:NUMBER; counted only when an error asks for it."""
     number = 1
     with opened(path, packing) as file:
         while place > 0 and (block := file.read(min(place, 1 << 20))):

@@ -39,7 +39,7 @@ class Corpus:
     prefixes: tuple[Path, ...]
     """Of .bin and .idx."""
     passed_over: tuple[str, ...] = ()
-    """Of folders, what was not taken: paths within them, hidden files left out."""
+    """Paths within folders that were not taken, hidden files left out."""
 
 
 def find_corpora(paths: Sequence[str], key: str, text_key: str, leave_out: Iterable[Corpus] = ()) -> list[Corpus]:

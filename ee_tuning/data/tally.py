@@ -44,7 +44,7 @@ class FileCount:
     left_out: LeftOutCount = field(default_factory=LeftOutCount)
 
     def as_tree(self) -> list[Any]:
-        """As JSON."""
+        """The count as plain data, for JSON."""
         return [self.name, self.documents, self.tokens, self.left_out.reasons]
 
     @classmethod

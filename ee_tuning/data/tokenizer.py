@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 _COMPANIONS = ("merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json", "config.json")
 TEMPLATE_FOLDER = "additional_chat_templates"
-"""Beside them: further chat templates, each by its name."""
+"""Folder beside them that holds further chat templates, each by its name."""
 _ASKS_FOR_TRUST = "trust_remote_code"
 """What transformers' refusal to run a folder's code says."""
 

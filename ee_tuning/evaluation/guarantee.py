@@ -114,12 +114,12 @@ def num_rejected(p_values: Tensor, level: float) -> Tensor:  # [..., g] -> [...]
 
 
 def documents_needed(delta: float, level: float, loss: float = 0.0) -> int | None:
-    """As many with a mean loss of `loss` do to reject "above `delta`" at `level`; None where no number does. 0 is the least loss."""
+    """Number of documents with a mean loss of `loss` that rejects "above `delta`" at `level`; None where none does. 0 is the least loss."""
     if loss >= delta:
         return None
     return math.ceil(math.log(level) / -float(_relative_entropy(torch.tensor(loss, dtype=torch.float64), delta)))
 
 
 def _relative_entropy(low: Tensor, delta: float) -> Tensor:
-    """Of a coin of probability `low` to one of `delta`, nats."""
+    """Relative entropy of a coin of probability `low` to one of `delta`, nats."""
     return torch.xlogy(low, low / delta) + (1 - low) * (torch.log1p(-low) - math.log1p(-delta))

@@ -59,7 +59,7 @@ def calibrate_with_guarantee(config: Config, flags: argparse.Namespace, loaded: 
 
 
 def _documents(samples: Samples, num_tokens: int) -> list[Drawn]:
-    """As many as have so many tokens; what they say has no part in the choice."""
+    """Documents until they have `num_tokens` tokens; what they say has no part in the choice."""
     documents: list[Drawn] = []
     for document in draw(samples, range(samples.order(0).num_distinct)):
         if num_tokens <= 0:
@@ -81,7 +81,7 @@ def _check_number(num_documents: int, asked: _Asked, *, is_cut: bool) -> None:
 
 
 def _tree(asked: _Asked, proofs: Mapping[Measure, Proof]) -> dict[str, object]:
-    """Of the calibration file: all that is needed to check the tests."""
+    """The guarantee as the calibration file tells it: all that is needed to check the tests."""
     first = next(iter(proofs.values()))
     tests = {measure: {"num_proven": proof.num_proven, "losses": proof.losses.tolist(), "mean_depths": proof.depths.tolist(),
                        "p_values": proof.p_values.tolist()} for measure, proof in proofs.items()}

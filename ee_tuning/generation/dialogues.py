@@ -35,18 +35,18 @@ class Dialogue:
 
     prompt: Prompt
     place: int
-    """Of the prompt."""
+    """Place of the prompt in the input."""
     index: int
     """Which set of the prompt's."""
     answers: list[str] = field(default_factory=list)
     finish_reason: str = ""
-    """Of the last answer."""
+    """Why the last answer ended."""
     is_over: bool = False
     """Whether all answers are there, or none can follow."""
 
     @property
     def messages(self) -> list[Message]:
-        """Of a chat, those up to the last answer."""
+        """Messages of a chat up to the last answer."""
         pairs = zip(self.prompt.turns, self.answers, strict=False)
         return [message for turn, answer in pairs for message in (*turn, {"role": ASSISTANT, "content": answer})]
 
@@ -58,7 +58,7 @@ class Dialogue:
         return Question(template.render(messages, self.prompt.tools, add_generation_prompt=True), True, self.index)
 
     def record(self) -> Record:
-        """As a line of data, of which `tune` learns the answers alone."""
+        """The dialogue as a line of data, of which `tune` learns the answers alone."""
         body: dict[str, Any] = {"messages": self.messages}
         if not self.prompt.turns:
             body = {"prompt": self.prompt.text, "completion": self.answers[0]}
@@ -76,9 +76,9 @@ class Tally:
 
     answered: int = 0
     cut: int = 0
-    """Of these, how many end with an answer that is cut short."""
+    """How many of these end with an answer that is cut short."""
     shortened: int = 0
-    """Of these, how many lack later answers."""
+    """How many of these lack later answers."""
     left_out: int = 0
     first_reason: str = ""
     """Why the first was left out, and where it stands."""

@@ -48,7 +48,7 @@ class KVCache:
         return len(self._layers) * self.bytes_per_token * self._shape[0]
 
     def layer(self, number: int) -> LayerCache:
-        """Of layer `number`. Layers that a fixed exit never reaches take no memory. Raises InputError where there is not enough."""
+        """The cache of layer `number`. Layers that a fixed exit never reaches take no memory. Raises InputError where it is not enough."""
         return self._of(("layer", number))
 
     def exit_head(self, number: int) -> LayerCache:

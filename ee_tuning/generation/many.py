@@ -85,7 +85,7 @@ def _stream(output: Path | None) -> TextIO:
 
 def _decode(llm: EarlyExitLLM, requests: list[Request], options: GenerationSection, done: frozenset[Key], delivery: Delivery | None,
             progress: Progress) -> tuple[list[Completion], int]:
-    """As `deliver`, but for the completions in `done`."""
+    """Does what `deliver` does, but for the completions in `done`."""
     places = [place for place, request in enumerate(requests)
               if request.job is not None and not all((place, index) in done for index in range(request.num_completions))]
     refused = [Completion(prompt=request.prompt, prompt_index=place, finish_reason="error", error=request.error)

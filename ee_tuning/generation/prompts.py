@@ -16,7 +16,7 @@ Line = dict[str, Any]
 
 _WISHES = frozenset(field.name for field in dataclasses.fields(GenerationSection)) | {"logit_bias"}
 _MISSPELT = 0.75
-"""From this likeness to a key of the generation section on, another key is taken for that one, misspelt: max_tokens, treshold."""
+"""Likeness to a key of the generation section from which on another key is taken for that one, misspelt: max_tokens, treshold."""
 
 ENGINE_KEYS = frozenset({"max_pending", "prefill_chunk", "max_batch_size", "reuse_prefixes", "cache_tokens"})
 """Of the whole run, not of a prompt."""

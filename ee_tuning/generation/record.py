@@ -11,7 +11,7 @@ RECORD_KEYS = frozenset({
     "finish_reason", "statistics", "error", "job"})
 """Keys of the record itself. `job` stands in files alone: what was asked, in few characters (see output_file.py)."""
 IMPOSSIBLE = -9999.0
-"""In place of a log-probability of minus infinity, which JSON has no word for; OpenAI's API says that a token is very unlikely so."""
+"""Stands for a log-probability of minus infinity, which JSON has no word for; OpenAI's API says that a token is very unlikely so."""
 
 
 def as_record(completion: Completion, kept: Record) -> Record:

@@ -37,7 +37,7 @@ from ee_tuning.parallel.topology import init_parallel, leave_parallel
 
 FORM = Form("regenerate", under=MARK)
 _BATCHES_AT_A_TIME, _BATCHES_OF_LONG = 64, 8
-"""Of dialogues: all with one answer, which is kept at once; some with several, of which a kill loses the earlier ones."""
+"""Batches of dialogues under way: where all have one answer, which is kept at once; where some have several, which a kill loses."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,8 +51,9 @@ class Wish:
     limit: int | None = None
     """Prompts at most."""
     as_chat: bool = False
+    """Whether texts are asked as a user's message; see `Reading`."""
     last_turn: bool = False
-    """For these two, see `Reading`."""
+    """Whether the last answer of a chat is made alone; see `Reading`."""
     drops_cut: bool = False
 
 
@@ -65,7 +66,7 @@ class _Prompts:
     left_out: list[LeftOut] = dataclasses.field(default_factory=list)
 
     def digest(self) -> str:
-        """Of all that answers depend on, and of what is kept beside them."""
+        """Digest of all that answers depend on, and of what is kept beside them."""
         digest = hashlib.sha256()
         for prompt in self.prompts:
             digest.update((to_json(dataclasses.asdict(prompt), sort_keys=True, default=str) + "\n").encode())

@@ -79,7 +79,7 @@ class ModelConfig:
     has_qkv_bias: bool = False
     """On queries, keys and values."""
     has_proj_bias: bool = False
-    """On the attention's output."""
+    """Whether the attention's output has one."""
     has_qk_norm: bool = False
     """Each head's query and key are normed before they are rotated."""
     num_experts: int = 0

@@ -15,7 +15,7 @@ class Fit:
     """What `exits.init: fitted` brings to copied heads."""
 
     maps: dict[int, Tensor]
-    """By exit layer, [h, h + 1]: T and, last, b. None where a checkpoint brings the heads."""
+    """Map of each exit layer, [h, h + 1]: T and, last, b. None where a checkpoint brings the heads."""
     record: dict[str, float]
     """{"tokens", "ridge"}, for the artifact."""
 

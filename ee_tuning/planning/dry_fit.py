@@ -26,11 +26,11 @@ class FitRehearsal:
     num_bytes: int
     """Alive at the worst moment."""
     flops: int
-    """Of one micro-batch."""
+    """Operations of one micro-batch."""
     num_micro_batches: int
-    """Of the whole fit, of a replica."""
+    """Micro-batches that a replica reads in the whole fit."""
     num_tokens: int
-    """Of the whole fit, of all replicas."""
+    """Tokens that all replicas read in the whole fit."""
     seconds: float
     """What the rehearsal itself took."""
 

@@ -14,7 +14,7 @@ from ee_tuning.planning.dry_run import MEMORY, Rehearsal, rehearse
 from ee_tuning.planning.gpus import Gpu
 
 GPUS_PER_NODE = 8
-"""Of a cluster that is not described."""
+"""GPUs in each node of a cluster that is not described."""
 RESERVED_GB = 2.0
 """Of each GPU, for its context, NCCL's buffers and what the allocator can not use."""
 
@@ -93,7 +93,7 @@ class Plan:
     hours: float
     gpu_hours: float
     fit_bytes: int
-    """On a rank at the worst moment of a fit before the first step; 0 where there is none."""
+    """Bytes on a rank at the worst moment of a fit before the first step; 0 where there is none."""
     fit_seconds: float
     efficiency_of_run: float
     """Share of the GPUs' peak rate that all counted operations take of a step, waiting and messages included."""

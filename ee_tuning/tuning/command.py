@@ -92,7 +92,7 @@ def _fit(config: Config, samples: Samples, topology: Topology) -> Fit | None:
 
 
 def convert_fitted(config: Config, output: Path, *, overwrite: bool = False) -> None:
-    """As `convert`, with exits.init fitted on the texts that `tune` would train on. Raises InputError as both do."""
+    """Does what `convert` does, with exits fitted on the texts that `tune` would train on. Raises InputError as both do."""
     config = with_seq_length(config)
     check_settings(config.tuning)
     if not config.data.paths:

@@ -33,7 +33,7 @@ from ee_tuning.parallel.waiting import waiting_for
 TOKENS_PER_UNKNOWN = 100
 """Tokens that a fit reads for each unknown of a row, by default."""
 FEW_PER_UNKNOWN = 10
-"""Of fewer, it is said that they are few."""
+"""Tokens for each unknown below which a warning says that they are few."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class FitPass:
         self._feedback.finish()
 
     def maps(self, stages: list[tuple[int, int]]) -> dict[int, Tensor]:
-        """By exit layer, [h, h + 1] on the CPU, on every rank: `stages` are first and last layer of each. All ranks call it together.
+        """Map of each exit layer, [h, h + 1] on the CPU, on every rank: `stages` are first and last layer of each. All ranks call it.
 
         Raises InputError where an exit's states are not finite.
         """

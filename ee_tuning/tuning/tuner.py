@@ -114,7 +114,7 @@ class Tuner:
             self._work.do(waiting.popleft(), walk, metrics, pace)
 
     def never_updated(self) -> tuple[list[int], list[int]]:
-        """Of the exits that are trained, those that no step has updated, and all; of every stage. All ranks call it."""
+        """Trained exits that no step has updated, and all trained ones, of every stage. All ranks call it."""
         own = [(each.layer, each.num_updates) for each in self.exits if each.trains and each.parameters]
         every = gathered(own, self.topology)
         return sorted({layer for layer, _ in every} - {layer for layer, count in every if count}), sorted({layer for layer, _ in every})
