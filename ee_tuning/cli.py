@@ -90,11 +90,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     use_utf8()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns whenever a process forks after tokenizing
     prepare_streams()
+    had_world = _world_size() > 0
     try:
         with interrupts_raised():
             return _outcome(sys.argv[1:] if argv is None else argv)
     finally:
         settle_output()
+        if not had_world and _world_size() == 1:  # a command that was refused half-way: the next one of this process makes its own
+            from ee_tuning.parallel.topology import leave_parallel
+
+            leave_parallel()
+
+
+def _world_size() -> int:
+    """Processes of the world that this one has joined; 0 where it has joined none."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed.get_world_size() if distributed is not None and distributed.is_initialized() else 0
 
 
 def _outcome(argv: Sequence[str]) -> int:
@@ -138,7 +149,7 @@ def _say(line: str) -> None:
 def _speaks() -> bool:
     """Whether this process prints the error: of many that met it, one; rank 0 as long as they have not joined."""
     distributed = sys.modules.get("torch.distributed")
-    if distributed is None or not distributed.is_initialized() or distributed.get_world_size() == 1:
+    if distributed is None or _world_size() <= 1:
         return is_first()
     try:
         return distributed.distributed_c10d._get_default_store().add("ee_tuning/error", 1) == 1

@@ -2,7 +2,8 @@
 
 The owner holds a lock file, which names its process and machine. A lock ends with its process however that ends, so a file that is left
 behind by a killed job keeps nobody out. Network file systems carry locks between machines (NFS 3 and later, Lustre mounted with `flock`,
-GPFS). Where there are no locks, a process of the same machine is looked up; one of another machine can not be, and is overruled.
+GPFS). Where there are no locks, a process of the same machine is looked up; one of another machine can not be, and is overruled with a
+warning.
 """
 import fcntl
 import json
@@ -22,6 +23,7 @@ import psutil
 from ee_tuning.checkpoint.aside import folder_place, on_first_rank, refusals_named
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import to_json
+from ee_tuning.notices import warn
 from ee_tuning.parallel.topology import Topology
 
 _CLOCK_TOLERANCE = 2.0
@@ -90,6 +92,9 @@ def _acquire(output: Path, lock_file: Path) -> tuple[int, list[Path]]:
                     continue
                 raise InputError(f"{output} is being written by {owner or 'another process'}; wait for it, stop it, or give another "
                                  "--output")
+            if is_locked is None and owner is not None and owner.host != socket.gethostname():
+                warn(f"{output} was being written by {owner}, and its file system has no locks that tell whether it still is; see that it "
+                     "is not")
             if lock_file.exists() and os.path.samestat(lock_file.stat(), os.fstat(handle)):
                 os.truncate(handle, 0)
                 os.write(handle, to_json(asdict(Owner.current())).encode())

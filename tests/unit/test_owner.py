@@ -61,14 +61,16 @@ def _no_locks(*_: object) -> None:
 @pytest.mark.parametrize(("change", "is_free"), [
     (lambda it: it, False), (lambda it: replace(it, host="another-machine"), True), (lambda it: replace(it, started=it.started - 60), True),
     (lambda it: replace(it, pid=2 ** 22 + 1), True)], ids=["running", "other machine", "number reused", "gone"])
-def test_without_locks_the_process_is_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Owner], Owner],
-                                                is_free: bool) -> None:
+def test_without_locks_the_process_is_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+                                                change: Callable[[Owner], Owner], is_free: bool) -> None:
     """A file system without locks: a living owner of this machine overrun, or a dead one that blocks for ever."""
     monkeypatch.setattr(fcntl, "flock", _no_locks)
-    (tmp_path / ".out.owner").write_text(json.dumps(asdict(change(Owner.current()))))
+    there = change(Owner.current())
+    (tmp_path / ".out.owner").write_text(json.dumps(asdict(there)))
     if is_free:
         with owned(tmp_path / "out", None):
             pass
+        assert ("see that it is not" in capsys.readouterr().err) == (there.host == "another-machine")
     else:
         with pytest.raises(InputError, match="is being written by process"), owned(tmp_path / "out", None):
             pass

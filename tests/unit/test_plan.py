@@ -158,3 +158,11 @@ def test_a_batch_that_the_cluster_does_not_divide_names_the_cluster(short: Path,
     assert "as 8 GPUs make 8 replicas, got 16; change one of them, give other --nodes and --gpus-per-node" in capsys.readouterr().err
     assert cli.main(["plan", "--model", str(short), "--exit-layers", "2", "--micro-batch-size", "3"]) == 2
     assert capsys.readouterr().err.endswith("replicas = 3 × 1, got 16; change one of them\n"), "neither flag is given"
+
+
+def test_a_job_that_was_refused_leaves_no_world_behind(short: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A notebook in which `plan` after a refused `tune` ends in an AssertionError about the world that is there."""
+    job = ["--model", str(short), "--exit-layers", "2"]
+    assert cli.main(["tune", *job, "--data", str(tmp_path / "none.jsonl"), "--output", str(tmp_path / "run")]) == 2
+    assert not dist.is_initialized() and "must hold model.safetensors" in capsys.readouterr().err
+    assert cli.main(["plan", *job]) == 0
