@@ -13,9 +13,9 @@ from ee_tuning.errors import InputError
 from ee_tuning.generation.completion import Completion
 from ee_tuning.generation.llm import EarlyExitLLM, Job
 from ee_tuning.generation.many import deliver
-from ee_tuning.generation.output_file import check_output
+from ee_tuning.generation.output_file import check_output, owned_output
 from ee_tuning.generation.prompts import Line, read_prompts, requests_of
-from ee_tuning.parallel.topology import init_parallel, leave_parallel
+from ee_tuning.parallel.topology import Topology, init_parallel, leave_parallel
 
 EXIT_COLOURS = ("bright_green", "green", "cyan", "bright_blue", "blue", "magenta", "bright_magenta", "yellow")
 """By exit, shallow to deep; tokens that did not leave early keep the terminal's colour."""
@@ -35,6 +35,14 @@ def generate(config: Config, prompts: list[str], *, prompts_file: Path | None = 
     if output is not None:
         check_beside(output, config, (prompts_file, config.generation.calibration))
         on_first_rank(topology, lambda: check_output(output, overwrite))
+    with owned_output(output, topology):
+        code = _generate(config, topology, prompts, prompts_file, output, overwrite=overwrite, as_json=as_json, show_exits=show_exits)
+    leave_parallel()
+    return code
+
+
+def _generate(config: Config, topology: Topology, prompts: list[str], prompts_file: Path | None, output: Path | None, *, overwrite: bool,
+              as_json: bool, show_exits: bool) -> int:
     # All ranks share one standard input, and a pipe of prompts can be read once: the first rank reads them.
     prompts, lines = on_first_rank(topology, lambda: _read(prompts, prompts_file))
     llm = EarlyExitLLM.from_config(config, topology)
@@ -55,7 +63,6 @@ def generate(config: Config, prompts: list[str], *, prompts_file: Path | None = 
                   f"{'their records' if output is None else output} tell{'' if output is None else 's'} why", file=sys.stderr, flush=True)
     if topology.is_logging_rank and completions and not as_json:
         _print_summary(llm, completions, colours_of(llm) if show_exits else {})
-    leave_parallel()
     return 2 if num_failed or any(c.error for c in completions) else 0
 
 

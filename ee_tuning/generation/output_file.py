@@ -4,7 +4,6 @@ A completion goes, as soon as it is ready, into the journal FILE.partial: a firs
 them, in the order in which they were ready. Once all are there they become FILE, in the prompts' order, at one stroke. The same command,
 given again, goes on with the journal; of a whole FILE the `job` of its records tells whether it is that command's.
 """
-import fcntl
 import hashlib
 import os
 import stat
@@ -14,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ee_tuning.checkpoint.aside import check_file, file_written_aside
+from ee_tuning.checkpoint.aside import check_file, file_written_aside, on_first_rank
+from ee_tuning.checkpoint.owner import owned
 from ee_tuning.errors import InputError
 from ee_tuning.generation.record import Record
 from ee_tuning.json_file import parse_json, to_json
+from ee_tuning.parallel.topology import Topology
 
 Settings = dict[str, Any]
 """All that completions depend on."""
@@ -77,11 +78,23 @@ def journal_of(path: Path) -> Path:
     return Path(f"{os.path.realpath(path)}.partial")  # a link stays, and what it names is written
 
 
+@contextmanager
+def owned_output(path: Path | None, topology: Topology) -> Iterator[None]:
+    """Makes this job the one owner of FILE while the block runs, where it is no stream; all ranks call it. Raises InputError, naming the
+    owner, where another job is.
+    """
+    if path is None or on_first_rank(topology, lambda: is_stream(path)):
+        yield
+        return
+    with owned(Path(os.path.realpath(path)), topology):
+        yield
+
+
 class OutputFile:
-    """FILE and its journal, of one job, in one process."""
+    """FILE and its journal, of one job, in one process, within `owned_output`."""
 
     def __init__(self, path: Path, settings: Settings, num_prompts: int | None, overwrites: bool, form: Form = GENERATED):
-        """Finds what is there of the job already. Raises InputError where it is another job's, or another process writes it.
+        """Finds what is there of the job already. Raises InputError where it is another job's.
 
         `num_prompts` is how many a whole FILE tells of; None where some may be left out.
         """
@@ -100,7 +113,7 @@ class OutputFile:
         self._end = 0
         """Where the next one goes; 0 where the journal has no first line yet."""
         if self.journal.exists():
-            self._file = self._locked(self.journal.open("r+b", buffering=0))
+            self._file = self.journal.open("r+b", buffering=0)
             if not overwrites:
                 self._read_journal()
         elif path.exists() and not overwrites:
@@ -146,7 +159,7 @@ class OutputFile:
     def _begin(self) -> None:
         if self._file is None:
             self.journal.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._locked(self.journal.open("a+b", buffering=0))
+            self._file = self.journal.open("a+b", buffering=0)
         self._file.truncate(0)
         self._append((to_json({"job": self._settings}, ensure_ascii=False) + "\n").encode())
 
@@ -171,18 +184,6 @@ class OutputFile:
         assert self._file is not None
         offset, length = self._lines[key]
         return os.pread(self._file.fileno(), length, offset)
-
-    def _locked(self, file: BinaryIO) -> BinaryIO:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.close()
-            raise InputError(f"{self.journal} is being written by another process; wait for it, or give another --output") from error
-        except OSError:  # a file system without locks
-            pass
-        if not self.journal.exists() or not os.path.samestat(self.journal.stat(), os.fstat(file.fileno())):
-            raise InputError(f"{self.journal} has just been finished by another process; give the same command again to see")
-        return file
 
     def _read_journal(self) -> None:
         """Takes up what is kept, but for a last line that was cut off. Raises InputError where it is another job's."""

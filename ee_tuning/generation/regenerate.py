@@ -29,11 +29,11 @@ from ee_tuning.generation.delivery import Progress
 from ee_tuning.generation.dialogues import MARK, Dialogue, Dialogues
 from ee_tuning.generation.llm import EarlyExitLLM, Job, params_of
 from ee_tuning.generation.many import closed_at_the_end, model_settings
-from ee_tuning.generation.output_file import Form, Key, OutputFile, Settings, check_output, is_stream
+from ee_tuning.generation.output_file import Form, Key, OutputFile, Settings, check_output, is_stream, owned_output
 from ee_tuning.generation.params import SamplingParams
 from ee_tuning.generation.policy import FULL
 from ee_tuning.json_file import to_json
-from ee_tuning.parallel.topology import init_parallel, leave_parallel
+from ee_tuning.parallel.topology import Topology, init_parallel, leave_parallel
 
 FORM = Form("regenerate", under=MARK)
 _BATCHES_AT_A_TIME, _BATCHES_OF_LONG = 64, 8
@@ -85,6 +85,12 @@ def regenerate(config: Config, wish: Wish) -> None:
     config = replace(config, exits={"path": None}, generation={"policy": "full", "calibration": None, "logprobs": None})
     read = _Prompts()
     on_first_rank(topology, lambda: _read(config, wish, read))
+    with owned_output(wish.output, topology):
+        _regenerate(config, topology, wish, read)
+    leave_parallel()
+
+
+def _regenerate(config: Config, topology: Topology, wish: Wish, read: _Prompts) -> None:
     llm = EarlyExitLLM.from_config(config, topology)
     options, _ = llm.jobs([])
     params = params_of(options)
@@ -100,7 +106,6 @@ def regenerate(config: Config, wish: Wish) -> None:
             print(f"{wish.output} has the answers of this job already: nothing is left to do; --overwrite makes it anew", file=sys.stderr)
     else:
         _answer(llm, config, wish, options, read, opened[0] if opened else None)
-    leave_parallel()
 
 
 def _check(config: Config, num_replicas: int, num_in_replica: int) -> None:

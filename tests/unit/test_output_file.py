@@ -8,14 +8,16 @@ from typing import Any
 import pytest
 
 from ee_tuning import cli
+from ee_tuning.config import ParallelSection
 from ee_tuning.errors import InputError
 from ee_tuning.evaluation.demo import CHECKOUT
 from ee_tuning.generation import delivery
 from ee_tuning.generation.completion import Completion
 from ee_tuning.generation.delivery import InOrder
-from ee_tuning.generation.output_file import OutputFile, check_output
+from ee_tuning.generation.output_file import OutputFile, check_output, owned_output
 from ee_tuning.generation.record import as_record
 from ee_tuning.json_file import to_json
+from ee_tuning.parallel.topology import init_parallel
 
 MODEL = CHECKOUT / "examples" / "tiny-python-llama"
 JOB = {"model": "abc", "temperature": 0.5, "prompts": "1f"}
@@ -72,8 +74,6 @@ def test_another_job_is_refused_and_overwrite_begins_anew(tmp_path: Path):
     path = tmp_path / "out.jsonl"
     first = OutputFile(path, JOB, 1, overwrites=False)
     first.write(record(0))
-    with pytest.raises(InputError, match="is being written by another process"):
-        OutputFile(path, JOB, 1, overwrites=False)
     first.close()
     with pytest.raises(InputError, match=r"differs in temperature \(0.5 there, 0 here\); .*--overwrite"):
         OutputFile(path, {**JOB, "temperature": 0}, 1, overwrites=False)
@@ -214,3 +214,16 @@ def test_a_token_without_probability_has_a_log_probability_that_json_can_hold():
     made = Completion(prompt="x", token_ids=[5], logprobs=[0.0], top_logprobs=[{5: 0.0, 3: -math.inf}], confidences=[math.nan])
     told = json.loads(to_json(as_record(made, {"id": 3})), parse_constant=pytest.fail)
     assert (told["top_logprobs"], told["logprobs"], told["id"]) == ([{"5": 0.0, "3": -9999.0}], [0.0], 3)
+
+
+def test_a_file_has_one_owner_and_a_stream_none(tmp_path: Path):
+    """Two commands into one file, each of whose completions replace the other's; a pipe that only one command may write to."""
+    topology, path, link, pipe = init_parallel(ParallelSection()), tmp_path / "out.jsonl", tmp_path / "link.jsonl", tmp_path / "pipe"
+    link.symlink_to(path)
+    os.mkfifo(pipe)
+    with owned_output(path, topology):
+        with pytest.raises(InputError, match=rf"out\.jsonl is being written by process {os.getpid()} on "), owned_output(link, topology):
+            pass
+        with owned_output(pipe, topology), owned_output(pipe, topology), owned_output(None, topology):
+            pass
+    assert sorted(os.listdir(tmp_path)) == ["link.jsonl", "pipe"]
