@@ -1,8 +1,10 @@
 """What a file holds that is not what its name promises: the cause behind `its header is broken`."""
 from pathlib import Path
 
+GIT_LFS = b"version https://git-lfs.github.com"
+"""What a pointer of Git LFS begins with."""
 _BEGINNINGS = (
-    (b"version https://git-lfs.github.com", "is a pointer of Git LFS and not the file itself; run `git lfs pull` in its folder"),
+    (GIT_LFS, "is a pointer of Git LFS and not the file itself; run `git lfs pull` in its folder"),
     (b"GGUF", "is a GGUF file (llama.cpp's) whatever its name; give it one that ends in .gguf"),
     (b"PK\x03\x04", "is a file of torch.save, and no safetensors file, whatever its name; load the model by transformers and save it "
                     "(save_pretrained)"),

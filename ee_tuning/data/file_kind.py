@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from ee_tuning.errors import InputError
+from ee_tuning.foreign_content import GIT_LFS
 
 Format = Literal["text", "lines", "json", "table", "parquet", "arrow"]
 _FORMATS: dict[str, Format] = {
@@ -25,7 +26,6 @@ _REFUSED = {".zip": "unpack it", ".tar": "unpack it", ".tgz": "unpack it", ".7z"
             **dict.fromkeys((".pkl", ".pickle", ".pt", ".pth", ".npy", ".npz", ".safetensors", ".gguf", ".h5", ".hdf5", ".feather", ".avro",
                              ".orc", ".msgpack", ".tfrecord", ".db", ".sqlite", ".mds"), "write it as .jsonl or .parquet")}
 _HEAD_BYTES = 1 << 20
-_GIT_LFS = b"version https://git-lfs.github.com/spec/"
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ def kind_of(path: Path) -> FileKind:
         packing = _packing(file.read(6))
     promised = _FORMATS.get(suffix)
     with opened(path, packing) as file:
-        head = file.read(_HEAD_BYTES if promised in (None, "json") else len(_GIT_LFS))
-    if head.startswith(_GIT_LFS):
+        head = file.read(_HEAD_BYTES if promised in (None, "json") else len(GIT_LFS))
+    if head.startswith(GIT_LFS):
         raise InputError(f"{path} is a pointer of Git LFS in place of the file; fetch it with `git lfs pull`")
     found = promised or _format_of(head)
     if packing and found in ("parquet", "arrow"):
