@@ -24,6 +24,7 @@ from ee_tuning.generation.completion import Completion, StreamedToken, Writer
 from ee_tuning.generation.engine import Engine, TokenStep
 from ee_tuning.generation.params import SamplingParams
 from ee_tuning.generation.policy import Policy, policy_of
+from ee_tuning.generation.scoring import Score, TokenPair, score, token_pairs
 from ee_tuning.generation.text import TextStream, special_tokens
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.early_exit import EarlyExitModel
@@ -111,6 +112,18 @@ class EarlyExitLLM:
         own: list[Completion] = [] if completions is None else completions
         resolved, jobs = self._jobs_of(prompts, params, **options)
         yield from self.run(jobs, own, resolved)
+
+    def score(self, pairs: Iterable[tuple[str, str] | TokenPair], **options: Any) -> list[Score]:
+        """Log-probabilities of each pair's continuation after its context, both texts or both token ids; see `scoring.py`.
+
+        `options` as `generate`'s. A context is cut from the left to what the model has positions for. Raises InputError on pairs and
+        options that can not be used, and while completions are streamed.
+        """
+        given = options.pop("policy") if isinstance(options.get("policy"), Policy) else None
+        resolved = self._options(options)
+        if self.engine is not None and not self.engine.is_idle:
+            raise InputError("score must wait until all completions of a stream are there; read it to its end, or close it")
+        return score(self.model, token_pairs(self.model, self._token_ids, pairs), given or self.policy(resolved), resolved.max_batch_size)
 
     def _jobs_of(self, prompts: str | Iterable[str], params: SamplingParams | Sequence[SamplingParams] | None, *,
                  adds_special_tokens: bool = True, **options: Any) -> tuple[GenerationSection, list[Job]]:
@@ -216,17 +229,20 @@ class EarlyExitLLM:
 
         Raises InputError where there are none, or too many.
         """
+        ids, limit = self._token_ids(prompt, adds_special_tokens), self.model.config.max_position_embeddings
+        if len(ids) >= limit:
+            raise InputError(f"a prompt must be shorter than the model's context of {limit} tokens, got {len(ids)}; shorten it")
+        return ids
+
+    def _token_ids(self, prompt: str, adds_special_tokens: bool = True) -> list[int]:
         try:
             ids = begun(self.tokenizer(prompt, add_special_tokens=False)["input_ids"], self._beginning if adds_special_tokens else [])
         except (TypeError, ValueError, UnicodeError) as error:
             raise InputError(f"a prompt must be UTF-8 text, got {prompt!r:.80}: {' '.join(str(error).split())}") from error
         if not ids and self.model.config.bos_token_id is not None:
             ids = [self.model.config.bos_token_id]
-        limit = self.model.config.max_position_embeddings
         if not ids:
             raise InputError("a prompt must hold at least one token, got an empty one; this model has no beginning-of-text token")
-        if len(ids) >= limit:
-            raise InputError(f"a prompt must be shorter than the model's context of {limit} tokens, got {len(ids)}; shorten it")
         if max(ids) >= self.model.config.vocab_size:
             raise InputError(f"token ids must lie below the model's vocabulary of {self.model.config.vocab_size}, but its tokenizer gave "
                              f"{max(ids)}; use the tokenizer that the model was trained with")

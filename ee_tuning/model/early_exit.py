@@ -100,13 +100,15 @@ class EarlyExitModel(nn.Module):
     @torch.no_grad()
     def run_layers(self, hidden: Tensor,  # [s, b, h]
                    documents: PackedDocuments | None = None,
-                   ) -> tuple[Tensor, dict[int, ExitInput]]:  # [s, b, h], …
-        """This stage's layers over whole sequences: their output, and what each exit of this stage takes.
+                   *, through: int | None = None) -> tuple[Tensor, dict[int, ExitInput]]:  # [s, b, h], …
+        """This stage's layers over whole sequences, those behind layer `through` left out: their output, and what each exit among them
+        takes.
 
         `documents` tells those apart that share a row.
         """
         inputs: dict[int, ExitInput] = {}
-        for number in range(self.plan.first_layer, self.plan.last_layer + 1):
+        last = self.plan.last_layer if through is None else min(through, self.plan.last_layer)
+        for number in range(self.plan.first_layer, last + 1):
             if str(number) not in self.exit_heads:
                 hidden = self.backbone.run_layer(number, hidden, documents)
             elif self.exit_head(number).takes_mlp_input:

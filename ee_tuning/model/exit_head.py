@@ -47,6 +47,10 @@ class ExitInput:
         where = torch.tensor(index, pin_memory=self.hidden.is_cuda).to(self.hidden.device, non_blocking=True)
         return self._of_each(lambda x: x[where])
 
+    def tokens(self, places: Tensor) -> "ExitInput":  # [n] int64
+        """Of the tokens [n, h] at `places` of hidden states [s, b, h], counted row by row of b; each is taken alone."""
+        return self._of_each(lambda x: x.flatten(0, 1)[places])
+
     def padded(self, count: int) -> "ExitInput":
         """The same for `count` tokens, all zeros."""
         return self._of_each(lambda x: x.new_zeros(count, x.shape[1]))

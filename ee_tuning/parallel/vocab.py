@@ -80,6 +80,19 @@ def log_sum_exp(logits: Tensor,  # [..., v/tp]
     return local if shard.world_size == 1 else shard.gather(local).logsumexp(0)
 
 
+def log_probabilities_of(logits: Tensor,  # [n, v/tp]
+                         token_ids: Tensor,  # [n] int64, of the true vocabulary
+                         shard: VocabShard) -> Tensor:  # [n], float32 (float64 for float64 logits)
+    """Of one token for each row of logits, in nats; the same bits on every rank."""
+    local = token_ids - shard.first
+    is_here = (local >= 0) & (local < shard.true_rows)
+    found = _at_least_float32(logits.new_zeros(len(logits)))
+    if shard.true_rows:
+        column = local.clamp(0, shard.true_rows - 1)[:, None]
+        found = torch.where(is_here, _at_least_float32(logits.gather(-1, column)[:, 0]), found)
+    return shard.sum_over_shards(found) - log_sum_exp(logits, shard)
+
+
 def top1(logits: Tensor,  # [..., v/tp]
          shard: VocabShard) -> Top1:
     """The likeliest token and its probability, the same bits on every rank. Gathers three numbers per shard and leading index.

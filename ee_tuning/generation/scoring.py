@@ -1,0 +1,208 @@
+"""Log-probabilities of given continuations under a policy, from whole sequences at once (`EarlyExitLLM.score`).
+
+Every position is teacher-forced: it has the distribution of the exit at which its token would leave, of the final head where it leaves
+at none. In decoding the first token of a completion is the final head's, for reading the prompt goes through all layers anyway; here it
+may leave as all others do: answers of one token would say nothing about exits otherwise.
+"""
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from ee_tuning.checkpoint.non_finite import no_numbers
+from ee_tuning.errors import InputError
+from ee_tuning.generation.policy import Policy
+from ee_tuning.model.early_exit import EarlyExitModel
+from ee_tuning.model.exit_head import ExitInput
+from ee_tuning.parallel.stage_link import StageLink
+from ee_tuning.parallel.vocab import confidences, log_probabilities_of, top1
+
+# s sequence · b rows of a pass · h hidden · v/tp this rank's shard of the vocabulary · n positions that are scored
+
+CHUNK = 128
+"""Positions whose logits are there at a time."""
+PASS_TOKENS = 2048
+"""Tokens of a pass, padding included; more where one row has more."""
+
+TokenPair = tuple[list[int], list[int]]
+"""Token ids of a context, and of what follows it."""
+Encode = Callable[[str, bool], list[int]]
+"""(text, whether special tokens begin it) -> its token ids, at least one."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Score:
+    """A continuation, token by token."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    """Of each token, in nats."""
+    is_greedy: list[bool]
+    """Whether each token was the likeliest one where it was looked up."""
+    exit_layers: list[int]
+    """The layer that each token's distribution is of; the number of layers where its position did not leave early."""
+
+    @property
+    def logprob(self) -> float:
+        """Of the whole continuation."""
+        return sum(self.logprobs)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """A sequence that is read once, and what is asked about it."""
+
+    tokens: list[int]
+    asked: list[tuple[int, int]]
+    """(place in the sequence, token after it)."""
+    answers: list[int]
+    """Of each of `asked`, its place among all answers."""
+
+
+def token_pairs(model: EarlyExitModel, encode: Encode, pairs: Iterable[tuple[str, str] | TokenPair]) -> list[TokenPair]:
+    """Token ids of each pair. Contexts are cut from the left, as lm-evaluation-harness does, to what the model has positions for.
+
+    Raises InputError where either part is empty, a continuation alone is too long, or a token is not of the vocabulary.
+    """
+    return [_checked(model, *_encoded(encode, *pair)) for pair in pairs]
+
+
+def _encoded(encode: Encode, context: str | list[int], continuation: str | list[int]) -> TokenPair:
+    """Both texts are read as one and cut where the tokens of the first end; spaces there go to the second, as tokenizers want them."""
+    if not (isinstance(context, str) and isinstance(continuation, str)):
+        return list(context), list(continuation)  # type: ignore[arg-type]
+    kept = context.rstrip()
+    before, after = encode(kept, True), context[len(kept):] + continuation
+    if not after:
+        return before, []
+    # One token may hold the end of the first and all of the second.
+    return before, (encode(kept + after, True)[len(before):] if kept else []) or encode(after, False)
+
+
+def _checked(model: EarlyExitModel, context: list[int], continuation: list[int]) -> TokenPair:
+    size, positions = model.config.vocab_size, model.plan.max_length
+    for name, ids in (("context", context), ("continuation", continuation)):
+        if not ids:
+            raise InputError(f"the {name} of a pair to score must hold at least one token, got none")
+        if not all(isinstance(token, int) and 0 <= token < size for token in ids):
+            raise InputError(f"token ids must be integers in 0..{size - 1}, got {ids!r:.60} as a {name} to score")
+    if len(continuation) > positions:
+        raise InputError(f"a continuation to score must have at most the {positions} tokens that the model has positions for, got "
+                         f"{len(continuation)}; cut it into parts")
+    return context[-(positions + 1 - len(continuation)):], continuation
+
+
+def score(model: EarlyExitModel, pairs: Sequence[TokenPair], policy: Policy, max_rows: int) -> list[Score]:
+    """A score for each of `pairs` (`token_pairs`), passes of at most `max_rows` rows. All ranks of the replica call it alike.
+
+    Raises InputError, on all ranks, where logits are not finite.
+    """
+    ends = list(itertools.accumulate((len(continuation) for _, continuation in pairs), initial=0))
+    answers = torch.zeros(ends[-1], 3, dtype=torch.float64)
+    scorer, batches = _Scorer(model, policy), list(_batches(_rows(pairs, ends), max_rows))
+    with torch.inference_mode():
+        for batch in batches:
+            scorer.read(batch, answers)
+        scorer.link.finish()
+    if model.topology.pp > 1:  # each answer is of one stage, zero on the others
+        dist.all_reduce(answers, group=model.topology.pp_control)
+    layers, logprobs, greedy = answers.unbind(-1)
+    if bool((broken := logprobs.isnan()).any()):
+        raise no_numbers(f"the logits behind layer {int(layers[broken][0])}", model.plan.dtype)
+    parts = zip(*(column.split([len(continuation) for _, continuation in pairs]) for column in (logprobs, greedy, layers)), strict=True)
+    return [Score(token_ids=continuation, logprobs=found.tolist(), is_greedy=is_greedy.bool().tolist(), exit_layers=left.int().tolist())
+            for (_, continuation), (found, is_greedy, left) in zip(pairs, parts, strict=True)]
+
+
+def _rows(pairs: Sequence[TokenPair], ends: list[int]) -> list[_Row]:
+    """Longest first, so that memory which does not suffice is missed at once. Pairs that differ in their last token alone share a row."""
+    rows: dict[tuple[int, ...], _Row] = {}
+    for (context, continuation), first in zip(pairs, ends, strict=False):
+        tokens = [*context, *continuation][:-1]
+        row = rows.setdefault(tuple(tokens), _Row(tokens, [], []))
+        row.asked.extend(enumerate(continuation, len(context) - 1))
+        row.answers.extend(range(first, first + len(continuation)))
+    return sorted(rows.values(), key=lambda row: -len(row.tokens))
+
+
+def _batches(rows: list[_Row], max_rows: int) -> Iterator[list[_Row]]:
+    first = 0
+    while first < len(rows):
+        count = max(1, min(max_rows, PASS_TOKENS // len(rows[first].tokens)))
+        yield rows[first: first + count]
+        first += count
+
+
+class _Scorer:
+    """Passes through this stage."""
+
+    def __init__(self, model: EarlyExitModel, policy: Policy):
+        self.model, self.policy, self.topology, self.link = model, policy, model.topology, StageLink(model.topology)
+        plan, last = model.plan, model.config.num_layers
+        self._through = last if policy.fixed_exit is None else policy.fixed_exit
+        """No layer behind this one is needed."""
+        self._asks_final = policy.fixed_exit is None and plan.last_layer == last
+        asked = dict(policy.thresholds) if policy.fixed_exit is None else {policy.fixed_exit: None}
+        self._asked = {layer: asked[layer] for layer in sorted(asked) if plan.first_layer <= layer <= plan.last_layer}
+        """Exits of this stage -> the confidence at which a position leaves; None where all do."""
+
+    def read(self, rows: list[_Row], answers: Tensor) -> None:
+        """Takes rows through this stage, and writes those answers that are found here."""
+        if self.model.plan.first_layer > self._through:
+            return
+        length, width, device = len(rows[0].tokens), self.model.config.hidden_size, self.topology.device
+        # Positions of row r are those r, b + r, 2 b + r, … of hidden states [s, b, h].
+        places = torch.tensor([at * len(rows) + r for r, row in enumerate(rows) for at, _ in row.asked], device=device)
+        labels = torch.tensor([label for row in rows for _, label in row.asked], device=device)
+        if self.topology.is_first_stage:
+            tokens = torch.tensor([row.tokens + [0] * (length - len(row.tokens)) for row in rows], device=device)
+            hidden, stays = self.model.embed(tokens), torch.ones(len(places), dtype=torch.bool, device=device)
+        else:
+            dtype = self.model.plan.dtype
+            hidden = self.link.receive(length * len(rows), width, dtype).view(length, len(rows), width)
+            stays = self.link.receive(len(places), 1, dtype)[:, 0] > 0
+        hidden, inputs = self.model.run_layers(hidden, through=self._through)
+        found = torch.zeros(len(places), 3, dtype=torch.float64, device=device)
+        stays = self._ask(hidden, inputs, places, labels, stays, found)
+        answers[torch.tensor([place for row in rows for place in row.answers])] = found.cpu()
+        if self.model.plan.last_layer < self._through:
+            self.link.send(hidden.flatten(0, 1))
+            self.link.send(stays[:, None].to(hidden.dtype))
+
+    def _ask(self, hidden: Tensor, inputs: dict[int, ExitInput],  # [s, b, h]
+             places: Tensor, labels: Tensor, stays: Tensor, found: Tensor) -> Tensor:  # [n], [n], [n] bool, [n, 3] -> [n] bool
+        """Asks the exits of this stage, shallow to deep, about the positions that have not left; returns which of them stay on."""
+        for layer, threshold in self._asked.items():
+            if not len(going := stays.nonzero()[:, 0]):
+                return stays
+            told = self._ask_exit(layer, threshold is not None, inputs[layer], places[going], labels[going])
+            leaves = told[:, 0] >= (-1.0 if threshold is None else threshold)
+            found[going[leaves]] = torch.cat((told.new_full((int(leaves.sum()), 1), layer), told[leaves, 1:]), dim=1)
+            stays = stays.index_fill(0, going[leaves], False)
+        if self._asks_final and len(going := stays.nonzero()[:, 0]):
+            states = self.model.final_hidden(hidden.flatten(0, 1)[places[going]])
+            told = self._read(states, self.model.backbone.output_layer.weight, labels[going], None)
+            found[going] = torch.cat((torch.full_like(told[:, :1], self.model.config.num_layers), told[:, 1:]), dim=1)
+        return stays
+
+    def _ask_exit(self, layer: int, may_stay: bool, inputs: ExitInput, places: Tensor, labels: Tensor) -> Tensor:  # [n], [n] -> [n, 3]
+        head, measure = self.model.exit_head(layer), self.policy.measure if may_stay else None
+        if head.own_layer is None:
+            return head(inputs.tokens(places), lambda states, weight: self._read(states, weight, labels, measure))
+        # A head with a layer of its own attends over whole sequences.
+        return head(inputs, lambda states, weight: self._read(states.flatten(0, 1)[places], weight, labels, measure))
+
+    def _read(self, hidden: Tensor, weight: Tensor, labels: Tensor, measure: str | None) -> Tensor:  # [n, h], [v/tp, h], [n] -> [n, 3]
+        """Confidence (zero without a measure), the label's log-probability, whether it is the likeliest token; float64."""
+        told = torch.zeros(len(labels), 3, dtype=torch.float64, device=hidden.device)
+        for part, states, wanted in zip(told.split(CHUNK), hidden.split(CHUNK), labels.split(CHUNK), strict=True):
+            logits = F.linear(states, weight)
+            if measure is not None:
+                part[:, 0] = confidences(logits, self.model.vocab, measure)
+            part[:, 1] = log_probabilities_of(logits, wanted, self.model.vocab)
+            part[:, 2] = top1(logits, self.model.vocab).token_ids == wanted
+        return told
