@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--train", metavar="FILE", help="texts of your own, with --held-out FILE")
     parser.add_argument("--held-out", metavar="FILE")
     parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=4, help="sequences of a step")
     parser.add_argument("--fit-tokens", type=int, nargs="*", default=[0], help="a table for each; 0: as many as tune takes")
     parser.add_argument("--held-out-tokens", type=int, default=10_000)
     parser.add_argument("--steps", type=int, nargs="*", default=[])
@@ -89,8 +90,8 @@ def _job(args: argparse.Namespace, folder: Path) -> Config:
     held_out_rows = max(1, args.held_out_tokens // args.length)
     config = load_config(None, {
         "model.path": args.model, "exits.exit_layers": args.layers, "exits.architecture": "norm", "exits.output": "tied",
-        "tuning.seq_length": args.length, "tuning.micro_batch_size": 4, "tuning.global_batch_size": 4, "tuning.lr": args.lr,
-        "tuning.eval_iters": -(-held_out_rows // 4), "tuning.eval_interval": 0, "tuning.save_interval": 0})
+        "tuning.seq_length": args.length, "tuning.micro_batch_size": args.batch, "tuning.global_batch_size": args.batch, "tuning.lr": args.lr,
+        "tuning.eval_iters": -(-held_out_rows // args.batch), "tuning.eval_interval": 0, "tuning.save_interval": 0})
     if args.train:
         return with_seq_length(replace(config, data={"paths": (args.train,), "valid_paths": (args.held_out,)}))
     train, held_out = ([source.decode(errors="replace") for source in files.values()] for files in standard_library())
@@ -117,14 +118,13 @@ def _tune_and_print(config: Config, folder: Path, fitted: Path, steps: list[int]
     if steps:
         write_initial_exits(replace(config, exits={"architecture": ("linear",)}), copied, init_parallel(config.parallel))
     for count in steps:
-        topology, tuned = init_parallel(config.parallel), {}
+        topology = init_parallel(config.parallel)
+        print(f"after {count} steps of {config.tuning.global_batch_size * config.tuning.seq_length:,} tokens", flush=True)
         for name, exits in (("copied", copied), ("fitted", fitted)):
             run = folder / f"{name}-{count}"
             tune_within(replace(config, exits={"path": str(exits)},
                                 tuning={"run_folder": str(run), "train_iters": count, "eval_iters": 0, "log_interval": count}), topology)
-            tuned[name] = run / "exit_heads"
-        print(f"after {count} steps of {config.tuning.global_batch_size * config.tuning.seq_length:,} tokens", flush=True)
-        _print_table(config, tuned, has_copied=False)
+            _print_table(config, {name: run / "exit_heads"}, has_copied=False)
 
 
 @torch.inference_mode()
