@@ -39,12 +39,12 @@ setup(
         "zstd": ["zstandard"],
         "quantize": ["torchao>=0.18", "bitsandbytes>=0.50"],  # what they were tried with
         "te": ["transformer-engine[pytorch]"],
-        # Names that install commands may already use; the commands behind them need nothing more so far.
+        # A name that install commands may already use; the command behind it needs nothing more so far.
         "serve": [],
-        "eval": [],
+        "eval": ["rouge-score"],
         "watch": ["tensorboard", "wandb"],
         "dev": ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "types-PyYAML", "pre-commit", "pyarrow", "zstandard",
-                "tensorboard", "gguf>=0.17", "accelerate", "torchao>=0.18", "bitsandbytes>=0.50"],
+                "tensorboard", "gguf>=0.17", "rouge-score", "accelerate", "torchao>=0.18", "bitsandbytes>=0.50"],
     },
     entry_points={"console_scripts": ["ee-tuning = ee_tuning.__main__:main"]},
     classifiers=[

@@ -51,6 +51,10 @@ FLAGS: dict[str, dict[str, str]] = {
     "export": {**_MODEL, **_EXITS, **_TOKENIZER, **_HEADS, "--seed": "exits.seed"},
     "calibrate": {**_MODEL, **_EXITS, "--data": "data.valid_paths", **_TOKENIZER, "--chat-template": "data.chat_template",
                   "--tensor-model-parallel-size": "parallel.tensor_model_parallel_size"},
+    "evaluate": {
+        **_MODEL, **_EXITS, **_TOKENIZER, "--chat-template": "data.chat_template", "--measure": "generation.measure",
+        "--max-new-tokens": "generation.max_new_tokens", "--stop": "generation.stop", "--stop-token-ids": "generation.stop_token_ids",
+        "--max-batch-size": "generation.max_batch_size", **_PARALLEL},
     "generate": {
         **_MODEL, **_EXITS, **_TOKENIZER, "--policy": "generation.policy", "--threshold": "generation.threshold",
         "--measure": "generation.measure", "--calibration": "generation.calibration", "--exit-layer": "generation.exit_layer", **_SAMPLING,
@@ -69,7 +73,7 @@ FLAGS: dict[str, dict[str, str]] = {
 }
 """Command -> flag -> config key. A flag `--no-…` sets its key to false, one that takes no value otherwise to true."""
 
-DEFAULTS: dict[str, dict[str, Any]] = {"regenerate": {"generation.max_new_tokens": 1024}}
+DEFAULTS: dict[str, dict[str, Any]] = {"regenerate": {"generation.max_new_tokens": 1024}, "evaluate": {"generation.max_batch_size": 1}}
 """Command -> config key -> its default there, where it is another than the key's own."""
 
 _NOT = "--no-"

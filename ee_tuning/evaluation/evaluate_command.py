@@ -1,0 +1,190 @@
+"""`ee-tuning evaluate`: what it reads, keeps and prints; the measuring is in `evaluate.py`. Rank 0 reads and writes."""
+import dataclasses
+import hashlib
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ee_tuning import __version__
+from ee_tuning.checkpoint.apart import check_apart
+from ee_tuning.checkpoint.aside import on_first_rank
+from ee_tuning.checkpoint.formats import model_folder
+from ee_tuning.checkpoint.owner import owned
+from ee_tuning.config import Config
+from ee_tuning.data.chat_template import ChatTemplate, read_chat_template
+from ee_tuning.errors import InputError
+from ee_tuning.evaluation.evaluate import Block, Procedure, evaluate
+from ee_tuning.evaluation.evaluation_folder import OWNER, READINGS, EvaluationFolder, Settings, check_folder
+from ee_tuning.evaluation.evaluation_report import print_tables, write_reports
+from ee_tuning.evaluation.figures import Evaluation
+from ee_tuning.evaluation.points import THRESHOLDS, Point, check_thresholds, points_of
+from ee_tuning.evaluation.readings import Reading
+from ee_tuning.evaluation.task import METRICS, Metric, Task, read_task
+from ee_tuning.evaluation.text_metrics import score_of
+from ee_tuning.generation.llm import EarlyExitLLM
+from ee_tuning.generation.many import model_settings
+from ee_tuning.line_file import read_lines
+from ee_tuning.parallel.topology import Topology, init_parallel, leave_parallel
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Wish:
+    """What is asked of the command beside its job."""
+
+    tasks: tuple[Path, ...]
+    metrics: tuple[Metric, ...]
+    """One for all tasks, or one for each."""
+    output: Path
+    overwrites: bool = False
+    thresholds: tuple[float, ...] = THRESHOLDS
+    fixed: tuple[int, ...] = ()
+    speculative: bool = False
+    calibrations: tuple[Path, ...] = ()
+    limit: int | None = None
+    """Prompts of each task at most."""
+    block: int = 0
+    repeats: int = 1
+
+
+def evaluate_tasks(config: Config, wish: Wish) -> None:
+    """Measures, and writes readings, figures, page and pictures into `wish.output`; what was measured before a stop is not measured again.
+
+    Raises InputError, before the model is loaded, on tasks, metrics and an output that can not be used.
+    """
+    topology = init_parallel(config.parallel)
+    tasks = on_first_rank(topology, lambda: _read(config, wish))
+    with owned(wish.output, topology, lock_file=wish.output / OWNER):
+        _evaluate(config, wish, topology, tasks)
+    leave_parallel()
+
+
+def _read(config: Config, wish: Wish) -> list[Task]:
+    """The tasks. Nothing is written."""
+    if not wish.tasks:
+        raise InputError("evaluate needs a task, got none; give --task FILE.jsonl")
+    if len(wish.metrics) not in (1, len(wish.tasks)):
+        raise InputError(f"--metric must be given once for all tasks, or once for each of the {len(wish.tasks)}, in their order, got "
+                         f"{len(wish.metrics) or 'none'}; they are {', '.join(METRICS)}")
+    check_thresholds(wish.thresholds)
+    sources = (*wish.tasks, *wish.calibrations, config.model.path, config.exits.path, config.data.tokenizer, config.data.chat_template)
+    check_apart(wish.output, sources, around=True)
+    check_folder(wish.output, wish.overwrites)
+    metrics = wish.metrics * (len(wish.tasks) if len(wish.metrics) == 1 else 1)
+    tasks = [read_task(path, metric, limit=wish.limit) for path, metric in zip(wish.tasks, metrics, strict=True)]
+    names = [task.name for task in tasks]
+    if double := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"tasks must have different names, got {double} twice; rename a file")
+    for task in tasks:
+        if task.text_metric is not None:
+            score_of(task.text_metric)  # refuses the absence of its package
+    return tasks
+
+
+def _evaluate(config: Config, wish: Wish, topology: Topology, tasks: list[Task]) -> None:
+    template = read_chat_template(config.data.chat_template)
+    llm = EarlyExitLLM.from_config(config, topology)
+    measure = config.generation.measure
+    points = points_of(llm, thresholds=wish.thresholds, measure=measure, fixed=wish.fixed, speculative=wish.speculative,
+                       calibrations=wish.calibrations)
+    procedure = Procedure(batch_size=config.generation.max_batch_size, block=wish.block, repeats=wish.repeats, chat_template=template)
+    opened: list[EvaluationFolder] = []
+
+    def open_folder() -> dict[int, list[Reading]]:
+        settings = _settings(llm, config, tasks, points, procedure)
+        opened.append(EvaluationFolder(wish.output, settings, wish.overwrites, session_of(topology)))
+        return dict(opened[0].blocks)
+
+    known = on_first_rank(topology, open_folder)
+    num_known = len({(each.task, each.item) for readings in known.values() for each in readings})
+    display = _Display(sum(len(task.items) for task in tasks), len(points), num_known, wish.output, speaks=topology.is_logging_rank)
+
+    def keep(block: Block, readings: list[Reading]) -> None:
+        on_first_rank(topology, lambda: opened[0].keep(block.number, readings))
+        display.advance(block.size)
+    with display:
+        found = evaluate(llm, tasks, points, procedure, known=known, on_block=keep)
+    on_first_rank(topology, lambda: _report(config, wish, llm, tasks, found, opened[0]))
+
+
+def _settings(llm: EarlyExitLLM, config: Config, tasks: Sequence[Task], points: Sequence[Point], procedure: Procedure) -> Settings:
+    """All that the figures depend on."""
+    topology, generation = llm.model.topology, config.generation
+    is_chat = any(item.messages for task in tasks for item in task.items)
+    template = hashlib.sha256(ChatTemplate(llm.tokenizer, procedure.chat_template).source().encode()).hexdigest()[:16] if is_chat else None
+    return {**model_settings(llm, config), "max_new_tokens": generation.max_new_tokens, "stop": generation.stop,
+            "stop_token_ids": generation.stop_token_ids, "ignore_eos": generation.ignore_eos, "chat template": template,
+            "max_batch_size": procedure.batch_size, "--block": procedure.block_size(topology.dp), "--repeats": procedure.repeats,
+            "tensor × pipeline × data": f"{topology.tp} × {topology.pp} × {topology.dp}",
+            **{f"task {task.name}": f"{task.metric}, {len(task.items)} prompts, {task.digest()}" for task in tasks},
+            **{point.name: point.told() for point in points}}
+
+
+def session_of(topology: Topology) -> dict[str, Any]:
+    """What this process, on behalf of its world, runs on."""
+    device = topology.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {"began": time.strftime("%Y-%m-%d %H:%M:%S %z"), "device": name, "cores": len(os.sched_getaffinity(0)),
+            "threads": torch.get_num_threads(), "load_average": round(os.getloadavg()[0], 2), "processes": topology.world_size,
+            "ee_tuning": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def _processor() -> str:
+    try:
+        lines = read_lines(Path("/proc/cpuinfo"))
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _report(config: Config, wish: Wish, llm: EarlyExitLLM, tasks: list[Task], found: Evaluation, folder: EvaluationFolder) -> None:
+    folder.close()
+    about = {"model": model_folder(config.model.path).name, "num_layers": llm.num_layers, "exit_layers": list(llm.exit_layers),
+             "settings": folder.settings, "sessions": folder.sessions}
+    print_tables(found)
+    paths = write_reports(found, tasks, about, wish.output)
+    print(f"wrote {', '.join(map(str, paths))}")
+
+
+class _Display:
+    """A bar of prompts at a terminal, a line now and then elsewhere; what is kept, where Ctrl-C ends the block. Use it as a context."""
+
+    def __init__(self, num_prompts: int, num_points: int, num_known: int, output: Path, *, speaks: bool) -> None:
+        self._num, self._done, self._known, self._output, self._speaks = num_prompts, num_known, num_known, output, speaks
+        self._began = self._spoke = time.monotonic()
+        console = Console(stderr=True)
+        self._bar = Progress(TextColumn(f"evaluating by {num_points} ways"), BarColumn(), MofNCompleteColumn(), TextColumn("prompts"),
+                             TimeRemainingColumn(), console=console, disable=not (speaks and console.is_terminal))
+        self._row = self._bar.add_task("", total=num_prompts, completed=num_known)
+
+    def __enter__(self) -> "_Display":
+        if self._speaks and self._known:
+            left = f"{self._num - self._known} are left" if self._known < self._num else "nothing is left to measure"
+            print(f"{self._known} of {self._num} prompts are in {self._output / READINGS} already: {left}", file=sys.stderr, flush=True)
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._bar.stop()
+        if self._speaks and kind is not None and issubclass(kind, KeyboardInterrupt):
+            print(f"ee-tuning: stopped; {self._done} of {self._num} prompts are kept in {self._output / READINGS}: the same command, given "
+                  "again, goes on with them", file=sys.stderr, flush=True)
+
+    def advance(self, num_prompts: int) -> None:
+        """So many more are measured."""
+        self._done += num_prompts
+        self._bar.update(self._row, completed=self._done)
+        now = time.monotonic()
+        if self._bar.disable and self._speaks and now - self._spoke >= _SECONDS_BETWEEN_LINES:
+            self._spoke = now
+            left = round((now - self._began) * (self._num - self._done) / (self._done - self._known))
+            print(f"{self._done:,} of {self._num:,} prompts · {left // 60}:{left % 60:02d} left", file=sys.stderr, flush=True)

@@ -1,0 +1,142 @@
+"""The folder of an evaluation: readings that outlive whatever stops the command, and the reports that are made of them.
+
+`readings.jsonl` begins with the job's settings; then each process that measures adds a line of what it runs on, and a line for each block
+of prompts once all of it is measured. The same command, given again, goes on behind the last whole block.
+"""
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ee_tuning.checkpoint.aside import refusals_named
+from ee_tuning.errors import InputError
+from ee_tuning.evaluation.readings import Reading
+from ee_tuning.json_file import parse_json, to_json
+
+READINGS, FIGURES, PAGE, OWNER = "readings.jsonl", "evaluation.json", "index.html", ".owner"
+_REMEDY = "give another --output, or --overwrite to begin anew"
+_MOST_TOLD = 3
+_BEGINNING = b'{"job": '
+
+Settings = dict[str, Any]
+"""All that the figures depend on."""
+
+
+def check_folder(folder: Path, overwrites: bool) -> None:
+    """Raises InputError where `folder` can not be written, or holds what is no evaluation. Nothing is changed."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"--output must name a folder that can be written, got {folder}, and {existing} is "
+                         f"{'write-protected' if existing.is_dir() else 'no folder'}; choose another")
+    journal = folder / READINGS
+    if not folder.is_dir() or (journal.exists() and overwrites):
+        return
+    others = [path.name for path in folder.iterdir() if path.name != OWNER]
+    if others and not journal.exists():
+        raise InputError(f"--output must be a new folder or that of an evaluation, and {folder} holds {others[0]}; give another --output")
+    if journal.exists():
+        _settings_in(journal)  # refuses what is none
+
+
+class EvaluationFolder:
+    """The readings of one job, in one process, within `owned`."""
+
+    def __init__(self, folder: Path, settings: Settings, overwrites: bool, session: Mapping[str, Any]):
+        """Finds what is there of the job already; `session` is what this process runs on. Raises InputError where it is another job's, or
+        damaged.
+        """
+        self.path = folder / READINGS
+        self.blocks: dict[int, list[Reading]] = {}
+        """Number of a block -> its readings."""
+        self.sessions: list[dict[str, Any]] = []
+        """What each process that measured ran on."""
+        self.settings, self._session = parse_json(to_json(settings).encode()), dict(session)
+        self._file: BinaryIO | None = None
+        self._end = 0
+        if self.path.exists() and not overwrites:
+            self._read()
+
+    def keep(self, block: int, readings: list[Reading]) -> None:
+        """Keeps a block. Raises InputError where the disk refuses."""
+        with refusals_named(self.path, "make room; the same command goes on with the blocks that are kept"):
+            if self._file is None:
+                self._begin()
+            self._append({"block": block, "readings": [reading.tree() for reading in readings]})
+        self.blocks[block] = readings
+
+    def close(self) -> None:
+        """Lets go of the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _begin(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("a+b", buffering=0)
+        self._file.truncate(self._end)  # behind what is whole; a kill may have cut a last line off
+        if not self._end:
+            for report in (FIGURES, PAGE):  # of an evaluation that this one replaces
+                (self.path.parent / report).unlink(missing_ok=True)
+            self._append({"job": self.settings})
+        self._append({"session": self._session})
+        self.sessions.append(self._session)
+
+    def _append(self, tree: Any) -> None:
+        """A line, which is in the file then, as a kill leaves it."""
+        assert self._file is not None
+        line = (to_json(tree, ensure_ascii=False) + "\n").encode()
+        rest = memoryview(line)
+        while rest:
+            rest = rest[self._file.write(rest):]
+        self._end += len(line)
+
+    def _read(self) -> None:
+        there = _settings_in(self.path)
+        if there is None:
+            return
+        self._check_same(there)
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    tree = parse_json(line)
+                    if "session" in tree:
+                        self.sessions.append(tree["session"])
+                    elif number > 1:
+                        self.blocks[tree["block"]] = [Reading.of_tree(each) for each in tree["readings"]]
+                except (ValueError, KeyError, TypeError, InputError) as error:
+                    raise InputError(f"line {number} of {self.path} is damaged; {_REMEDY}") from error
+                self._end += len(line)
+
+    def _check_same(self, there: Settings) -> None:
+        pairs = {key: (there.get(key), self.settings.get(key)) for key in {**there, **self.settings}}
+        differing = [f"{key} ({_told(a)} there, {_told(b)} here)" for key, (a, b) in pairs.items() if a != b]
+        if differing:
+            more = f" and {len(differing) - _MOST_TOLD} more" if len(differing) > _MOST_TOLD else ""
+            raise InputError(f"{self.path.parent} holds an evaluation of another job, which differs in "
+                             f"{', '.join(differing[:_MOST_TOLD])}{more}; to go on give that job, else {_REMEDY}")
+
+
+def _settings_in(journal: Path) -> Settings | None:
+    """The settings in the first line; None where a kill cut it off. Raises InputError on anything else."""
+    try:
+        with journal.open("rb") as file:
+            line = file.readline()
+    except OSError as error:
+        raise InputError(f"{journal}, which is there, can not be read: {error.strerror}; {_REMEDY}") from error
+    if not line.endswith(b"\n") and line[:len(_BEGINNING)] == _BEGINNING[:len(line)]:
+        return None
+    try:
+        tree = parse_json(line)
+    except ValueError:
+        tree = None
+    job = tree.get("job") if isinstance(tree, dict) else None
+    if not isinstance(job, dict):
+        raise InputError(f"{journal} is not what `ee-tuning evaluate` leaves; {_REMEDY}")
+    return job
+
+
+def _told(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:37]}…"

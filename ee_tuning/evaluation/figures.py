@@ -1,0 +1,134 @@
+"""What an evaluation found: for each task and way to leave the metric, the speed, the depth and the agreement, with their intervals."""
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ee_tuning.evaluation.bootstrap import DRAWS, Estimate, Floats, Resampled
+from ee_tuning.evaluation.points import Kind, Point
+from ee_tuning.evaluation.readings import Reading
+from ee_tuning.evaluation.task import Metric, Task
+
+Sums = Mapping[str, Floats]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PointResult:
+    """One way to leave on one task. Intervals are over prompts, ratios to full depth of the same prompts."""
+
+    name: str
+    kind: Kind
+    value: float | None
+    """The threshold, or the layer of the fixed exit."""
+    metric: Estimate
+    """Mean over prompts; of perplexity exp of the mean negative log-likelihood of a token."""
+    other_metrics: dict[str, Estimate]
+    relative: Estimate
+    """metric ÷ full depth's."""
+    speedup: Estimate | None
+    """Tokens per second ÷ full depth's, the reading of prompts included; None where nothing is generated."""
+    time_saved: Estimate | None
+    """1 - seconds for all prompts ÷ full depth's: another figure than `speedup` where completions have other lengths."""
+    tokens_per_second: float | None
+    mean_depth: Estimate
+    """Layers behind which a token left."""
+    agreement: Estimate
+    """Share of the tokens that the full model says, too, after the same text before them."""
+    identical: Estimate
+    """Share of the prompts to which all that is said is full depth's."""
+    exits: dict[int, Estimate]
+    """Layer -> share of the tokens that left there; the number of layers for those that did not leave early."""
+    num_tokens: int
+    seconds: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskResult:
+    """One task."""
+
+    name: str
+    metric: Metric
+    num_prompts: int
+    points: list[PointResult]
+    """Full depth first."""
+
+    @property
+    def full_depth(self) -> PointResult:
+        """What the others are compared with."""
+        return self.points[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """All tasks."""
+
+    num_layers: int
+    tasks: list[TaskResult]
+    readings: list[Reading]
+    """Prompt by prompt."""
+
+
+def task_result(task: Task, points: Sequence[Point], readings: Sequence[Reading], num_layers: int, *, draws: int = DRAWS,
+                seed: int = 0) -> TaskResult:
+    """The figures of one task from its readings, whose points are `points`, full depth first."""
+    by_point = {point.name: sorted((each for each in readings if each.point == point.name), key=lambda each: each.item)
+                for point in points}
+    layers = sorted({layer for each in readings for layer in each.exits})
+    columns: dict[str, list[float]] = {}
+    for name, found in by_point.items():
+        columns |= {f"{name}/weight": [each.weight for each in found], f"{name}/tokens": [each.num_tokens for each in found],
+                    f"{name}/agreed": [each.num_agreed for each in found], f"{name}/same": [float(each.is_same) for each in found],
+                    f"{name}/prompts": [1.0] * len(found),
+                    f"{name}/layers": [sum(layer * count for layer, count in each.exits.items()) for each in found],
+                    **{f"{name}/score {key}": [each.scores[key] for each in found] for key in found[0].scores},
+                    **{f"{name}/left {layer}": [each.exits.get(layer, 0) for each in found] for layer in layers}}
+    prompts = Resampled(columns, draws=draws, seed=seed)
+    times = _times(by_point, draws, seed)
+    results = [_point_result(task, point, by_point[point.name], layers, points[0].name, prompts, times) for point in points]
+    return TaskResult(name=task.name, metric=task.metric, num_prompts=len(task.items), points=results)
+
+
+def _times(by_point: Mapping[str, list[Reading]], draws: int, seed: int) -> Resampled | None:
+    """Tokens and seconds by group: what is timed together is drawn together."""
+    columns: dict[str, list[float]] = {}
+    for name, found in by_point.items():
+        tokens, seconds = dict[str, int](), dict[str, float]()
+        for each in found:
+            if each.seconds is None:
+                return None
+            tokens[each.group] = tokens.get(each.group, 0) + each.num_tokens
+            seconds[each.group] = each.seconds
+        groups = sorted(tokens)
+        columns |= {f"{name}/tokens": [tokens[group] for group in groups], f"{name}/seconds": [seconds[group] for group in groups]}
+    return Resampled(columns, draws=draws, seed=seed)
+
+
+def _point_result(task: Task, point: Point, found: list[Reading], layers: list[int], full: str, prompts: Resampled,
+                  times: Resampled | None) -> PointResult:
+    name, keys = point.name, list(found[0].scores)
+
+    def share(what: str, of: str) -> Callable[[Sums], Floats]:
+        return lambda sums: sums[f"{name}/{what}"] / sums[f"{name}/{of}"]
+
+    def metric(way: str, key: str) -> Callable[[Sums], Floats]:
+        mean: Callable[[Sums], Floats] = lambda sums: sums[f"{way}/score {key}"] / sums[f"{way}/weight"]  # noqa: E731
+        return (lambda sums: np.exp(mean(sums))) if task.metric == "perplexity" else mean
+
+    metrics = {key: prompts.estimate(metric(name, key)) for key in keys}
+    seconds = None if times is None else math.fsum({each.group: each.seconds or 0.0 for each in found}.values())
+    num_tokens = sum(each.num_tokens for each in found)
+    return PointResult(
+        name=name, kind=point.kind, value=point.value, metric=metrics[task.metric],
+        other_metrics={key: value for key, value in metrics.items() if key != task.metric},
+        relative=prompts.estimate(lambda sums: metric(name, task.metric)(sums) / metric(full, task.metric)(sums)),
+        speedup=None if times is None else times.estimate(lambda sums: _rate(sums, name) / _rate(sums, full)),
+        time_saved=None if times is None else times.estimate(lambda sums: 1 - sums[f"{name}/seconds"] / sums[f"{full}/seconds"]),
+        tokens_per_second=num_tokens / seconds if seconds else None,
+        mean_depth=prompts.estimate(share("layers", "tokens")), agreement=prompts.estimate(share("agreed", "tokens")),
+        identical=prompts.estimate(share("same", "prompts")),
+        exits={layer: prompts.estimate(share(f"left {layer}", "tokens")) for layer in layers}, num_tokens=num_tokens, seconds=seconds)
+
+
+def _rate(sums: Sums, name: str) -> Floats:
+    return sums[f"{name}/tokens"] / sums[f"{name}/seconds"]

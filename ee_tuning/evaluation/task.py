@@ -1,0 +1,169 @@
+"""Task files: JSON lines, each a prompt (or the messages of a chat) with the answers that are right.
+
+    {"prompt": "2 + 2 =", "answer": "4"}
+    {"messages": [{"role": "user", "content": "Capital of France?"}], "answers": ["Paris", "Paris, France"], "id": "fr"}
+    {"prompt": "The sky is", "choices": [" blue", " green"], "answer": 0, "max_new_tokens": 5, "stop": ["\\n"]}
+"""
+import difflib
+import hashlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from ee_tuning.data.messages import chat_messages
+from ee_tuning.errors import InputError
+from ee_tuning.evaluation.text_metrics import TextMetric
+from ee_tuning.json_file import parse_strict_json, to_json
+from ee_tuning.line_file import read_lines
+
+Metric = Literal["exact", "contains", "rouge-l", "choice", "perplexity"]
+METRICS: tuple[Metric, ...] = get_args(Metric)
+_KEYS = ("prompt", "messages", "answer", "answers", "choices", "max_new_tokens", "stop", "id")
+_MISSPELT = 0.8
+"""Likeness to one of the keys from which on another key is taken for that one, misspelt."""
+
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """A prompt of a task."""
+
+    where: str
+    """File and line, for what is said of it."""
+    id: str | int
+    """Its own, or the number of its line."""
+    prompt: str | None = None
+    messages: tuple[dict[str, Any], ...] = ()
+    """In place of a prompt; a chat template makes one of them."""
+    answers: tuple[str, ...] = ()
+    """Any of them is right."""
+    choices: tuple[str, ...] = ()
+    """What might follow the prompt, where the task is to choose."""
+    right: int | None = None
+    """Place of the right choice."""
+    max_new_tokens: int | None = None
+    """In place of the job's."""
+    stop: tuple[str, ...] = ()
+    """Beside the job's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Prompts, and how what is said to them is judged."""
+
+    name: str
+    metric: Metric
+    items: tuple[Item, ...]
+
+    @property
+    def text_metric(self) -> TextMetric | None:
+        """The metric where it judges what is generated; None where the model is asked how likely given texts are."""
+        return None if self.metric == "choice" or self.metric == "perplexity" else self.metric
+
+    def digest(self) -> str:
+        """Tells this task from others, in few characters."""
+        told = [self.metric, [{key: value for key, value in asdict(item).items() if key != "where"} for item in self.items]]
+        return hashlib.sha256(to_json(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def read_task(path: Path, metric: Metric, *, limit: int | None = None, name: str | None = None) -> Task:
+    """The task in a file, its first `limit` lines alone where given; `name` is the file's by default.
+
+    Raises InputError, with its place, on what can not be read, a line that is no task, and where `metric` does not fit it.
+    """
+    if metric not in METRICS:
+        raise InputError(f"--metric must be one of {', '.join(METRICS)}, got {metric!r}")
+    items = list[Item]()
+    for number, line in _lines(path):
+        if limit is not None and len(items) >= limit:
+            break
+        items.append(_item(line, f"{path}:{number}", number))
+    if not items:
+        raise InputError(f"--task must name a file with a prompt, got {path}, which is empty")
+    for item in items:
+        _check_fit(item, metric)
+    return Task(name=name or path.stem, metric=metric, items=tuple(items))
+
+
+def _lines(path: Path) -> Iterator[tuple[int, Line]]:
+    try:
+        texts = read_lines(path)
+    except OSError as error:
+        raise InputError(f"--task must name a file of JSON lines; {path} can not be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"--task must name a file of JSON lines in UTF-8, got {path}: {error}; unpack it where it is packed, else convert "
+                         "it (iconv -t utf-8)") from error
+    for number, text in enumerate(texts, 1):
+        if not text.strip():
+            continue
+        try:
+            line = parse_strict_json(text)
+        except ValueError as error:
+            raise InputError(f"{path}:{number}: a line must be a JSON object, got {text[:60]!r}: {error}") from error
+        if not isinstance(line, dict):
+            raise InputError(f"{path}:{number}: a line must be a JSON object, got {text[:60]!r}")
+        yield number, line
+
+
+def _item(line: Line, where: str, number: int) -> Item:
+    """Raises InputError where the line is no task."""
+    for key in line.keys() - set(_KEYS):
+        if near := difflib.get_close_matches(key, _KEYS, n=1, cutoff=_MISSPELT):
+            raise InputError(f"{where}: unknown key {key!r}; did you mean {near[0]!r}?")
+    prompt, messages = line.get("prompt"), line.get("messages")
+    if (prompt is None) == (messages is None):
+        raise InputError(f'{where}: a line must have either a "prompt" or "messages", got {"both" if prompt is not None else "neither"}')
+    if prompt is not None and not isinstance(prompt, str):
+        raise InputError(f'{where}: "prompt" must be a text, got {prompt!r:.60}; messages of a chat go into "messages"')
+    said = () if messages is None else tuple(chat_messages(messages, "messages", lambda: where))
+    if messages is not None and (not said or said[-1]["role"] == "assistant"):
+        raise InputError(f'{where}: "messages" must end with what the model is to answer, got {"none" if not said else "an answer"}; the '
+                         'right answer goes into "answer"')
+    choices = _texts(line.get("choices", []), "choices", where)
+    answers, right = _answers(line, choices, where)
+    limit, stop, own = line.get("max_new_tokens"), line.get("stop", []), line.get("id", number)
+    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+        raise InputError(f'{where}: "max_new_tokens" must be a whole number of at least 1, got {limit!r:.60}')
+    stops = _texts([stop] if isinstance(stop, str) else stop, "stop", where)
+    if "" in stops:
+        raise InputError(f'{where}: a "stop" must not be empty; leave it out to have none')
+    if not isinstance(own, str | int):
+        raise InputError(f'{where}: "id" must be a text or a whole number, got {own!r:.60}')
+    return Item(where=where, id=own, prompt=prompt, messages=said, answers=answers, choices=choices, right=right, max_new_tokens=limit,
+                stop=stops)
+
+
+def _answers(line: Line, choices: tuple[str, ...], where: str) -> tuple[tuple[str, ...], int | None]:
+    """(answers, place of the right choice)."""
+    if "answer" in line and "answers" in line:
+        raise InputError(f'{where}: a line must have "answer" or "answers", not both')
+    answer = line.get("answer")
+    if not choices:
+        answers = _texts(line.get("answers", [] if answer is None else [answer]), "answers", where)
+        if not answers or not all(answers):
+            raise InputError(f'{where}: a line must have an "answer", "answers" or "choices", got {"an empty one" if answers else "none"}')
+        return answers, None
+    if len(choices) < 2 or len(set(choices)) < len(choices) or not all(choices):
+        raise InputError(f'{where}: "choices" must be at least two different texts, got {list(choices)!r:.60}')
+    if isinstance(answer, str) and answer in choices:
+        answer = choices.index(answer)
+    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
+        raise InputError(f'{where}: "answer" must be the right one of the {len(choices)} choices, or its place, counted from 0, got '
+                         f"{answer!r:.60}")
+    return (choices[answer],), answer
+
+
+def _texts(value: Any, key: str, where: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+        raise InputError(f'{where}: "{key}" must be texts, got {value!r:.60}; put numbers in quotes')
+    return tuple(value)
+
+
+def _check_fit(item: Item, metric: Metric) -> None:
+    if metric == "choice" and item.right is None:
+        raise InputError(f'{item.where}: --metric choice needs "choices", and this line has answers alone; exact, contains, rouge-l and '
+                         "perplexity fit it")
+    if metric == "perplexity" and len(item.answers) > 1:
+        raise InputError(f"{item.where}: --metric perplexity takes one answer, got {len(item.answers)}; leave the others out")

@@ -1,0 +1,41 @@
+"""Prompts shared out over the replicas of a model (data parallelism), their results in the order of the prompts on every rank.
+
+A replica's ranks, tensor × pipeline, decode together and know the same results; of each replica one rank's are taken.
+"""
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from ee_tuning.checkpoint.aside import gathered
+from ee_tuning.errors import InputError
+from ee_tuning.parallel.topology import Topology
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def over_replicas(items: Sequence[Item], action: Callable[[list[Item]], list[Result]], topology: Topology) -> list[Result]:
+    """What `action` makes of the items, one result each, in their order, on every rank. All ranks call it with the same items.
+
+    Replica r is given items r, r + dp, … ; one that is given none does nothing. Where `action` fails on one rank all raise: its
+    InputError, or else its own exception there and a RuntimeError on the others.
+    """
+    results, failure = list[Result](), None
+    share = list(items[topology.dp_rank::topology.dp])
+    try:
+        results = action(share) if share else []
+        assert len(results) == len(share), (len(results), len(share))
+    except Exception as error:  # of any kind: the other replicas wait for an answer
+        failure = error
+    if topology.world_size == 1:
+        if failure is not None:
+            raise failure
+        return results
+    is_refusal = isinstance(failure, InputError)
+    told = None if failure is None else str(failure) if is_refusal else f"rank {topology.rank} failed: {type(failure).__name__}: {failure}"
+    speaks = topology.stage == 0 and topology.tp_rank == 0
+    answers = gathered([(topology.dp_rank, results if speaks else None, told, is_refusal)], topology)
+    for _, _, reason, refused in answers:
+        if reason is not None:
+            raise failure if failure is not None else InputError(reason) if refused else RuntimeError(reason)
+    parts = {replica: made for replica, made, _, _ in answers if made is not None}
+    return [parts[place % topology.dp][place // topology.dp] for place in range(len(items))]
