@@ -33,7 +33,7 @@ def check_export(config: Config, output: Path, text: str, tolerance: float) -> b
     if ids.numel() < 2:
         raise InputError(f"the check needs a text of at least two tokens, got {ids.numel()}; give another --text")
     ours = _our_logits(loaded, ids)
-    theirs = _exported_logits(output, loaded.model.config, ids, compute_dtype(config, topology))
+    theirs = _exported_logits(output, loaded.model.config, ids.to(topology.device), compute_dtype(config, topology))
     leave_parallel()
     assert ours.keys() == theirs.keys(), (ours.keys(), theirs.keys())
     is_close = True
@@ -62,7 +62,7 @@ def _exported_logits(folder: Path, config: ModelConfig, ids: Tensor, dtype: torc
     # Grouped products, which transformers prefers for experts, refuse widths that are no multiple of 16 bytes.
     plain = {"experts_implementation": "eager"} if config.num_experts else {}
     model = getattr(module, early_exit_class(config)).from_pretrained(folder, dtype=dtype, trust_remote_code=False, **plain).eval()
-    return {layer: logits[0].double() for layer, logits in model.exit_logits(ids).items()}
+    return {layer: logits[0].double().cpu() for layer, logits in model.to(ids.device).exit_logits(ids).items()}
 
 
 def _module(path: Path) -> ModuleType:

@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ee_tuning.parallel.host_copy import to_device
 from ee_tuning.parallel.imagined import is_imagined
 
 # b micro-batch · s sequence · d width of a head
@@ -34,9 +35,9 @@ class PackedDocuments:
         starts, longest = None, 0
         if ids is not None:  # here, on the CPU: on the device, `longest` would have to be waited for
             starts, longest = _bounds(ids)
-            starts = starts.to(device, torch.int32)
-        return cls(ids=None if ids is None else ids.to(device), positions=None if positions is None else positions.to(device),
-                   starts=starts, longest=longest)
+            starts = to_device(starts.int(), device)
+        ids, positions = (None if each is None else to_device(each, device) for each in (ids, positions))
+        return cls(ids=ids, positions=positions, starts=starts, longest=longest)
 
     @cached_property
     def mask(self) -> Tensor | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ee_tuning.parallel.launcher import local_rank
+from ee_tuning.parallel.launcher import local_rank, processes_here
 
 
 def device() -> torch.device:
@@ -20,8 +20,9 @@ def device() -> torch.device:
 
 
 def collective_backend() -> str:
-    """The process-group backend of tensors on `device()`."""
-    return "nccl" if torch.cuda.is_available() else "gloo"
+    """The process-group backend of tensors on `device()`. NCCL refuses several processes on one GPU, so they talk over gloo."""
+    has_own_gpu = torch.cuda.is_available() and processes_here() <= torch.cuda.device_count()
+    return "nccl" if has_own_gpu else "gloo"
 
 
 def control_backend() -> str:

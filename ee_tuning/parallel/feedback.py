@@ -7,9 +7,9 @@ from collections import deque
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from ee_tuning.parallel.messages import irecv, isend
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.waiting import waiting_for
 
@@ -32,14 +32,14 @@ class Feedback:
         assert self._topology.is_last_stage and tensor.shape == self._shape and tensor.dtype == self._dtype
         tensor = tensor.detach().contiguous()
         for stage in self._stages:
-            self._under_way.append((tensor, dist.isend(tensor, self._topology.pp_ranks[stage], group=self._topology.feedback_group)))
+            self._under_way.append((tensor, isend(tensor, self._topology.pp_ranks[stage], self._topology.feedback_group)))
         self._wait_for_sends(self._max_in_flight)
 
     def expect(self) -> None:
         """On a stage of `stages`: makes room for the next tensor, and returns at once."""
         assert self._topology.stage in self._stages
         tensor = torch.empty(self._shape, dtype=self._dtype, device=self._topology.device)
-        self._under_way.append((tensor, dist.irecv(tensor, self._topology.pp_ranks[-1], group=self._topology.feedback_group)))
+        self._under_way.append((tensor, irecv(tensor, self._topology.pp_ranks[-1], self._topology.feedback_group)))
 
     def take(self) -> Tensor:
         """The oldest tensor that is expected, once it is here; the caller's to keep."""

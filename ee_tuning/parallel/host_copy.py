@@ -1,12 +1,19 @@
-"""Copies of tensors in host memory, so that what changes on the device can be written as it was while work on it goes on."""
+"""Copies between host and device that hold up nobody."""
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on `device`. On a GPU by way of pinned memory: from any other the host would wait for all that is queued."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 class HostCopy:
-    """Room for tensors of some shapes, taken once: pinned where they are on a GPU, so that to copy them holds up nobody.
+    """Copies of tensors in host memory, so that what changes on the device can be written as it was while work on it goes on.
+
+    Room for tensors of some shapes, taken once: pinned where they are on a GPU, so that to copy them holds up nobody.
 
     Pinning and freeing pinned memory may wait for all that the device has to do, a receive that is posted ahead included: make it before
     the relay starts, and keep it as long.

@@ -39,6 +39,11 @@ def local_rank() -> int:
     return _number("LOCAL_RANK", least=0) or 0
 
 
+def processes_here() -> int:
+    """How many processes were launched on this machine; 1 where nothing says so. Raises InputError on what is no number."""
+    return _number("LOCAL_WORLD_SIZE", least=1) or 1
+
+
 def check_address(place: Place) -> None:
     """Raises InputError where the environment does not say where a world of several processes meets."""
     if not _value("MASTER_ADDR"):

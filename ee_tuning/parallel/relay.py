@@ -1,7 +1,7 @@
 """Hands hidden states from one pipeline stage to the next, micro-batch after micro-batch, forward only. Knows no exits.
 
-Every micro-batch is a header on `pp_control` (gloo, CPU) and hidden states on `pp_group` (gloo or NCCL). The header says what follows, so
-a wish to stop or to save travels with the activations, and a receive that nobody will answer is never posted.
+Every micro-batch is a header on `pp_control` (gloo, CPU) and hidden states on `pp_group` (gloo or NCCL, `messages.py`). The header says
+what follows, so a wish to stop or to save travels with the activations, and a receive that nobody will answer is never posted.
 """
 import enum
 import time
@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ee_tuning.parallel.messages import irecv, isend
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.waiting import waiting_for
 
@@ -97,7 +98,7 @@ class Relay:
         peer = self._topology.pp_ranks[self._topology.stage + 1]
         header, hidden = torch.tensor([self._num_sent, int(follows)]), hidden.detach().contiguous()
         self._sending.append(_Transfer(header, hidden, dist.isend(header, peer, group=self._topology.pp_control),
-                                       dist.isend(hidden, peer, group=self._topology.pp_group)))
+                                       isend(hidden, peer, self._topology.pp_group)))
         self._num_sent += 1
         self._wait_for_sends(self._max_in_flight)
 
@@ -119,4 +120,4 @@ class Relay:
         header = torch.empty(2, dtype=torch.int64)
         hidden = torch.empty(self._shape, dtype=self._dtype, device=self._topology.device)
         return _Transfer(header, hidden, dist.irecv(header, peer, group=self._topology.pp_control),
-                         dist.irecv(hidden, peer, group=self._topology.pp_group))
+                         irecv(hidden, peer, self._topology.pp_group))

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ee_tuning.parallel.messages import irecv, isend
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.waiting import waiting_for
 
@@ -35,7 +36,7 @@ class StageLink:
         """Hands hidden states on to the next stage. They may be read, but not written, afterwards."""
         began = time.perf_counter()
         hidden, peer = hidden.contiguous(), self._topology.pp_ranks[self._topology.stage + 1]
-        self._hidden.keep(hidden, [dist.isend(hidden, peer, group=self._topology.pp_group)])
+        self._hidden.keep(hidden, [isend(hidden, peer, self._topology.pp_group)])
         self.seconds_waited += time.perf_counter() - began
 
     def receive(self, num_tokens: int, width: int, dtype: torch.dtype) -> Tensor:  # [t, h]
@@ -43,7 +44,7 @@ class StageLink:
         began = time.perf_counter()
         hidden, peer = torch.empty(num_tokens, width, dtype=dtype, device=self._topology.device), self._topology.stage - 1
         with waiting_for(self._topology, f"hidden states from stage {peer} (rank {self._topology.pp_ranks[peer]})"):
-            dist.recv(hidden, self._topology.pp_ranks[peer], group=self._topology.pp_group)
+            irecv(hidden, self._topology.pp_ranks[peer], self._topology.pp_group).wait()
         self.seconds_waited += time.perf_counter() - began
         return hidden
 

@@ -24,6 +24,7 @@ from ee_tuning.model.exit_head import ExitInput
 from ee_tuning.model.fit import RIDGE, Fit, FitSums, solved
 from ee_tuning.notices import warn
 from ee_tuning.parallel.feedback import Feedback
+from ee_tuning.parallel.host_copy import to_device
 from ee_tuning.parallel.relay import Follows, Relay
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.waiting import waiting_for
@@ -151,7 +152,7 @@ class FitPass:
         """What each exit takes; on the last stage, the final states [s, b, h]."""
         documents = PackedDocuments.of(batch.document_ids, batch.position_ids, self._topology.device)
         if self._topology.is_first_stage:
-            hidden = self._model.embed(batch.tokens.to(self._topology.device), documents)
+            hidden = self._model.embed(to_device(batch.tokens, self._topology.device), documents)
         else:
             hidden, follows = self._relay.receive()
         hidden, inputs = self._model.run_layers(hidden, documents)
@@ -168,7 +169,7 @@ class FitPass:
         if not inputs:
             return
         final = self._model.whole_sequence(self._feedback.take() if final is None else final).flatten(0, 1)
-        counts = batch.loss_mask.to(final.device).flatten()
+        counts = to_device(batch.loss_mask, final.device).flatten()
         for layer, sums in self.sums.items():
             states = self._model.exit_head(layer)(inputs[layer], _states).flatten(0, 1)
             for part in self._chunks(len(states)):

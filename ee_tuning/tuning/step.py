@@ -13,6 +13,7 @@ from ee_tuning.data.loader import Batch
 from ee_tuning.model.documents import PackedDocuments
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.model.exit_head import ExitInput
+from ee_tuning.parallel.host_copy import to_device
 from ee_tuning.parallel.relay import Follows, Relay
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.waiting import waiting_for
@@ -60,7 +61,7 @@ class StageWalk:
         batch, tutor = leg.batch, self._tutor if self._teaches[leg.trains] else None
         documents = PackedDocuments.of(batch.document_ids, batch.position_ids, self._topology.device)
         if self._topology.is_first_stage:
-            hidden = self._model.embed(batch.tokens.to(self._topology.device), documents)
+            hidden = self._model.embed(to_device(batch.tokens, self._topology.device), documents)
         else:
             hidden, follows = self._relay.receive()
         with waiting_for(self._topology, f"the layers of a micro-batch of step {leg.step} (its tensor-parallel ranks take part)"):
@@ -96,7 +97,7 @@ class StageWalk:
 
     def _projection(self, batch: Batch, teacher: Teacher | None) -> Callable[[Tensor, Tensor], ExitLoss]:
         # One copy to the device serves every exit.
-        labels, loss_mask = batch.labels.to(self._topology.device), batch.loss_mask.to(self._topology.device)
+        labels, loss_mask = (to_device(each, self._topology.device) for each in (batch.labels, batch.loss_mask))
 
         def project(hidden: Tensor, weight: Tensor) -> ExitLoss:  # [s, b, h], [v/tp, h]
             return self._project(hidden, weight, labels, loss_mask, teacher=teacher)

@@ -1,5 +1,6 @@
 """The relay between four stages: order, content, the end of a run, and that nobody waits who need not."""
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from meeting import LONG, SHORT, Meeting
 from world import World
 
 from ee_tuning.config import ParallelSection
+from ee_tuning.parallel import messages
 from ee_tuning.parallel.relay import Follows, Relay
 from ee_tuning.parallel.topology import Topology, init_parallel
 
@@ -44,6 +46,17 @@ def test_every_stage_sees_every_microbatch_in_order(world: World, num_microbatch
         assert len(seen) == num_microbatches
         for got, expected in zip(seen, wanted, strict=True):
             assert torch.equal(got, expected)
+
+
+def relay_staged(num_microbatches: int) -> list[torch.Tensor]:
+    with mock.patch.object(messages, "_is_staged", lambda tensor, group: tensor.is_floating_point()):
+        return relay_on_every_stage(num_microbatches, torch.bfloat16, 2)
+
+
+def test_states_that_go_through_host_memory_arrive_in_order(world: World) -> None:
+    """What processes on one GPU have: a copy taken before the states were there, or put where the receiver does not look."""
+    for stage, seen in enumerate(world.run(relay_staged, 9)):
+        assert [each.unique().item() for each in seen] == [10.0 * i + stage for i in range(9)]
 
 
 def relay_with_saves(num_microbatches: int) -> list[tuple[float, Follows]]:

@@ -1,6 +1,13 @@
-"""What a machine without CUDA gets done to its torch must not be felt by other libraries."""
+"""What a machine without CUDA gets done to its torch must not be felt by other libraries; and what one with CUDA gets."""
 import subprocess
 import sys
+from unittest import mock
+
+import pytest
+import torch
+
+from ee_tuning.parallel.device import collective_backend
+from ee_tuning.parallel.host_copy import to_device
 
 CHECK = """
 import torch
@@ -16,3 +23,20 @@ def test_device_contexts_still_reach_the_adapted_factories():
     """transformers builds models in such a context; one loaded after our own had rotary frequencies of uninitialized memory."""
     done = subprocess.run([sys.executable, "-c", CHECK], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["meta"]
+
+
+def test_what_goes_to_a_gpu_is_pinned_first() -> None:
+    """The host waits for all that is queued whenever it copies from memory that may be paged: at every micro-batch, three times."""
+    x = mock.MagicMock()
+    assert to_device(x, torch.device("cuda")) is x.pin_memory.return_value.to.return_value
+    x.pin_memory.return_value.to.assert_called_once_with(torch.device("cuda"), non_blocking=True)
+    assert to_device(y := torch.ones(2), torch.device("cpu")) is y
+
+
+@pytest.mark.parametrize(("here", "backend"), [("", "nccl"), ("2", "nccl"), ("3", "gloo")])
+def test_more_processes_than_gpus_talk_over_gloo(monkeypatch: pytest.MonkeyPatch, here: str, backend: str) -> None:
+    """A layout tried on one card ends in NCCL's complaint about a duplicate GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+    assert collective_backend() == backend
