@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ee_tuning.kernel import calls
-from ee_tuning.model import graphs, static_attention
+from ee_tuning.model import flash, graphs, static_attention
 
 
 class ImitatedGraph:
@@ -49,15 +49,15 @@ def record_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def imitate_flash_attention(monkeypatch: pytest.MonkeyPatch, *, version: int) -> None:
     """Lets the CPU take attention that wants a GPU, by a kernel that keeps to what FlashAttention of this version promises."""
-    monkeypatch.setattr(static_attention, "varlen_attn", _varlen if version == 2 else _paged)
+    monkeypatch.setattr(flash, "varlen_attention", _varlen if version == 2 else _paged)
     way = static_attention.VarlenAttention if version == 2 else static_attention.PagedAttention
     monkeypatch.setattr(way, "is_there", staticmethod(lambda like: True))
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *, scale: float,
-            enable_gqa: bool, seqused_k: Tensor) -> Tensor:
+            seqused_k: Tensor) -> Tensor:
     """Row i's keys are the seqused_k[i] ones from cu_seq_k[i] on; nothing else of cu_seq_k is read."""
-    _check(query, key, value, cu_seq_q, seqused_k, max_q, max_k, enable_gqa)
+    _check(query, key, value, cu_seq_q, seqused_k, max_q, max_k)
     assert cu_seq_k.dtype == torch.int32 and cu_seq_k.is_contiguous() and cu_seq_k.shape == cu_seq_q.shape and key.dim() == 3
     firsts = cu_seq_k.tolist()
     return torch.cat([_attend(q, key[first: first + seen], value[first: first + seen], scale)
@@ -65,20 +65,19 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_
 
 
 def _paged(query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: None, max_q: int, max_k: int, *, scale: float,
-           enable_gqa: bool, seqused_k: Tensor, block_table: Tensor) -> Tensor:
+           seqused_k: Tensor, block_table: Tensor) -> Tensor:
     """Row i's keys are the first seqused_k[i] ones of the pages that block_table[i] names."""
-    _check(query, key, value, cu_seq_q, seqused_k, max_q, max_k, enable_gqa)
+    _check(query, key, value, cu_seq_q, seqused_k, max_q, max_k)
     assert cu_seq_k is None and block_table.dtype == torch.int32 and block_table.is_contiguous() and key.dim() == 4
     assert block_table.shape[1] * key.shape[1] >= max_k
     return torch.cat([_attend(q, key[pages].flatten(0, 1)[:seen], value[pages].flatten(0, 1)[:seen], scale)
                       for q, pages, seen in zip(query, block_table, seqused_k.tolist(), strict=True)])
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, seqused_k: Tensor, max_q: int, max_k: int,
-           enable_gqa: bool) -> None:
+def _check(query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, seqused_k: Tensor, max_q: int, max_k: int) -> None:
     rows = query.shape[0]
     assert query.dim() == 3 and query.stride(-1) == key.stride(-1) == value.stride(-1) == 1 and max_q == 1
-    assert enable_gqa or query.shape[1] == key.shape[-2]
+    assert query.shape[1] % key.shape[-2] == 0
     assert cu_seq_q.dtype == seqused_k.dtype == torch.int32 and cu_seq_q.is_contiguous() and seqused_k.is_contiguous()
     assert cu_seq_q.tolist() == list(range(rows + 1)) and seqused_k.shape == (rows,)
     assert int(seqused_k.min()) >= 1 and int(seqused_k.max()) <= max_k

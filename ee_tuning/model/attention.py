@@ -5,20 +5,15 @@ The first goes into Megatron's layer spec, because the stock one wants the CUDA 
 import math
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from ee_tuning.model import flash
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.documents import PackedDocuments
 from ee_tuning.parallel.imagined import is_imagined
-
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:
-    varlen_attn = None  # type: ignore[assignment]
 
 # s sequence · b micro-batch · g key-value heads · n query heads · d width of a head
 
@@ -39,21 +34,18 @@ class CausalAttention(MegatronModule):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: PackedDocuments | None = None, **_: Any) -> Tensor:
         """See the class. Megatron's layers hand on what they are given as `attention_mask`."""
         s, b, n, d = query.shape
-        is_grouped = key.shape[2] != n
         if attention_mask is not None and attention_mask.starts is not None and _has_varlen(query):
             q, k, v = (x.transpose(0, 1).reshape(b * s, -1, d) for x in (query, key, value))
             starts, longest = attention_mask.starts, attention_mask.longest
-            out = varlen_attn(q, k, v, starts, starts, longest, longest, scale=self.scale, window_size=(-1, 0), enable_gqa=is_grouped)
-            assert isinstance(out, Tensor)
+            out = flash.varlen_attention(q, k, v, starts, starts, longest, longest, scale=self.scale, is_causal=True)
             return out.view(b, s, n * d).transpose(0, 1)
         mask = None if attention_mask is None else attention_mask.mask
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=is_grouped)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale,
+                                             enable_gqa=k.shape[1] != n)
         return out.permute(2, 0, 1, 3).reshape(s, b, n * d)
 
 
 def _has_varlen(query: Tensor) -> bool:
-    """Whether the kernel that computes no masked block can take it: it wants a GPU, 16 bits, and heads of a multiple of 8 up to 256."""
-    d = query.shape[-1]
-    is_on_gpu = query.is_cuda or is_imagined(query)
-    return varlen_attn is not None and is_on_gpu and query.dtype in (torch.bfloat16, torch.float16) and d % 8 == 0 and d <= 256
+    """Whether the kernel that computes no masked block can take it; a dry run imagines a GPU that has it."""
+    return flash.takes(query.dtype, query.shape[-1]) if is_imagined(query) else flash.serves(query)

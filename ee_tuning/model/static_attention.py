@@ -3,14 +3,13 @@
 A token's key and value are stored before any token of the pass attends. Then the token at position p sees p + 1 places, and that is causal
 for tokens of one sequence that go together as well: no mask knows of rows, and numbers of each token by itself describe a pass.
 """
-import inspect
 from abc import ABC, abstractmethod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ee_tuning.model.attention import varlen_attn
+from ee_tuning.model import flash
 from ee_tuning.model.ragged_attention import BLOCK_SIZE, CachePlaces, LayerCache
 
 try:
@@ -64,7 +63,7 @@ class PagedAttention(StaticAttention):
     def is_there(like: Tensor) -> bool:
         """See StaticAttention."""
         is_active = current_flash_attention_impl is not None and current_flash_attention_impl() == "FA3"
-        return is_active and _takes_varlen(like, "block_table")
+        return is_active and flash.serves(like, "block_table")
 
     @staticmethod
     def suits(rows: list[CachePlaces], num_seen: int, bytes_per_place: int) -> bool:
@@ -79,10 +78,8 @@ class PagedAttention(StaticAttention):
         """See StaticAttention."""
         queries, seen, table = prepared
         keys, values = (x.view(-1, BLOCK_SIZE, *x.shape[1:]) for x in (cache.keys, cache.values))
-        out = varlen_attn(query.flatten(1, 2), keys, values, queries, None, 1, self.reach, scale=scale, enable_gqa=query.shape[2] > 1,
-                          seqused_k=seen, block_table=table)
-        assert isinstance(out, Tensor)
-        return out.flatten(1)
+        return flash.varlen_attention(query.flatten(1, 2), keys, values, queries, None, 1, self.reach, scale=scale, seqused_k=seen,
+                                      block_table=table).flatten(1)
 
 
 class VarlenAttention(StaticAttention):
@@ -96,7 +93,7 @@ class VarlenAttention(StaticAttention):
     @staticmethod
     def is_there(like: Tensor) -> bool:
         """See StaticAttention."""
-        return _takes_varlen(like, "seqused_k")
+        return flash.serves(like, "seqused_k")
 
     @staticmethod
     def suits(rows: list[CachePlaces], num_seen: int, bytes_per_place: int) -> bool:
@@ -111,10 +108,8 @@ class VarlenAttention(StaticAttention):
     def attend(self, query: Tensor, cache: LayerCache, prepared: tuple[Tensor, ...], scale: float) -> Tensor:
         """See StaticAttention."""
         queries, firsts, seen = prepared
-        out = varlen_attn(query.flatten(1, 2), cache.keys, cache.values, queries, firsts, 1, self.reach, scale=scale,
-                          enable_gqa=query.shape[2] > 1, seqused_k=seen)
-        assert isinstance(out, Tensor)
-        return out.flatten(1)
+        return flash.varlen_attention(query.flatten(1, 2), cache.keys, cache.values, queries, firsts, 1, self.reach, scale=scale,
+                                      seqused_k=seen).flatten(1)
 
 
 class GatheredAttention(StaticAttention):
@@ -149,14 +144,6 @@ class GatheredAttention(StaticAttention):
 
 
 BEST_FIRST: tuple[type[StaticAttention], ...] = (PagedAttention, VarlenAttention, GatheredAttention)
-
-
-def _takes_varlen(like: Tensor, parameter: str) -> bool:
-    d = like.shape[-1]
-    if varlen_attn is None or parameter not in inspect.signature(varlen_attn).parameters or not like.is_cuda:
-        return False
-    is_new = torch.cuda.get_device_capability(like.device) >= (8, 0)
-    return is_new and like.dtype in (torch.bfloat16, torch.float16) and d % 8 == 0 and d <= 256
 
 
 def _each(positions: Tensor) -> Tensor:

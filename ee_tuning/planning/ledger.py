@@ -4,7 +4,7 @@ Nothing is computed, so nothing here is a second model of the code: the account 
 """
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,13 +18,11 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
+
+from ee_tuning.planning.attention_flops import attention_flops
 
 _READS_A_NUMBER = torch.ops.aten._local_scalar_dense.default
-_ATTENTION_ON_CPU: dict[Any, Callable[..., int]] = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop_count,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop_count}
-"""Which torch does not count itself; by the shapes of their first arguments."""
 
 
 class Ledger(TorchDispatchMode):
@@ -139,15 +137,11 @@ class _Block(NamedTuple):
 
 
 def _flops(function: Any, args: Any, kwargs: dict[str, Any], result: Any) -> int:
-    operation = function._overloadpacket
-    if (count := _ATTENTION_ON_CPU.get(operation)) is not None:
-        flops = count(*(each.shape for each in args[:4 if count is sdpa_backward_flop_count else 3]))
-    elif (count := flop_registry.get(operation)) is not None:
-        flops = count(*args, **kwargs, out_val=result)
-    else:
-        return 0
     given = {**dict(zip((each.name for each in function._schema.arguments), args, strict=False)), **kwargs}
-    return flops // 2 if given.get("is_causal") else flops
+    if (flops := attention_flops(function._schema.name, given)) is not None:
+        return flops
+    count = flop_registry.get(function._overloadpacket)
+    return 0 if count is None else count(*args, **kwargs, out_val=result)
 
 
 def _a_number(dtype: torch.dtype) -> bool | float | int:
