@@ -51,7 +51,7 @@ class Way:
 def run_at(model: str, exits: str, way: Way, policy: Policy, cache_tokens: int | None = None, seed: int = 5) -> Run:
     """In one process piece by piece; over stages as the engine sees fit. With little memory nobody ends early."""
     topology = init_parallel(ParallelSection(tensor_model_parallel_size=way.tp, pipeline_model_parallel_size=way.pp))
-    with mock.patch.object(calls, "kernels", (lambda: None) if topology.stage in way.plain else calls.kernels):
+    with mock.patch.object(calls, "kernels", (lambda *_: None) if topology.stage in way.plain else calls.kernels):
         return _run(topology, model, exits, way, policy, cache_tokens, seed)
 
 

@@ -28,6 +28,8 @@ from ee_tuning.model.early_exit import EarlyExitModel, StagePlan
 from ee_tuning.model.few_bits import FewBitsLinear, check_weight_format, few_bits_weights
 from ee_tuning.model.fit import Fit
 from ee_tuning.model.partition import stage_costs, stage_layers
+from ee_tuning.notices import warn_once
+from ee_tuning.parallel.device import multiplies_bfloat16
 from ee_tuning.parallel.topology import Topology
 
 
@@ -146,8 +148,11 @@ def build_stage(sources: Sources, plans: list[StagePlan], topology: Topology) ->
 
 def compute_dtype(config: Config, topology: Topology) -> torch.dtype:
     """model.dtype, or float32 on a CPU and bfloat16 on a GPU."""
-    default = "float32" if topology.device.type == "cpu" else "bfloat16"
-    return getattr(torch, config.model.dtype or default)
+    is_cpu = topology.device.type == "cpu"
+    if is_cpu and config.model.dtype == "bfloat16" and not multiplies_bfloat16():
+        warn_once("this processor has no instructions for bfloat16: tuning and the reading of prompts take 2 to 11 times as long as in "
+                  "float32; leave --dtype away where memory allows (decoding token by token is no slower)")
+    return getattr(torch, config.model.dtype or ("float32" if is_cpu else "bfloat16"))
 
 
 def _cuts_sequence(config: Config, topology: Topology) -> bool:

@@ -31,36 +31,39 @@ template <class F> inline void each_run(const int64_t *places, int64_t end, F f)
 }
 
 // One query head, or the key behind them (head n/g), normed and rotated.
-template <class T> void prepare(const Attention<T> &a, const T *x, int64_t head, int64_t position, T *to) {
+template <class T, class To> void prepare(const Attention<T> &a, const Real<T> *x, int64_t head, int64_t position, To *to) {
+    typedef Real<T> R;
     const int64_t d = a.width, half = d / 2;
     const T *weight = a.head_norm ? a.head_norm + head * d : nullptr, *cos = a.cos + position * d, *sin = a.sin + position * d;
-    const T factor = weight ? 1 / std::sqrt(mean_square(x, d) + T(a.epsilon)) : 1;
-    const auto normed = [&](int64_t i) { return weight ? x[i] * factor * weight[i] : x[i]; };
+    const R factor = weight ? 1 / std::sqrt(mean_square(x, d) + R(a.epsilon)) : 1;
+    const auto normed = [&](int64_t i) { return weight ? x[i] * factor * R(weight[i]) : x[i]; };
     for (int64_t i = 0; i < d; ++i)
-        to[i] = a.is_rotated ? normed(i) * cos[i] + normed(i < half ? i + half : i - half) * sin[i] : normed(i);
+        to[i] = To(a.is_rotated ? normed(i) * R(cos[i]) + normed(i < half ? i + half : i - half) * R(sin[i]) : normed(i));
 }
 
 // Queries and what they see, of one row and key-value head. A thread keeps one, for the memory in it.
 template <class T> class RowAttention {
+    typedef Real<T> R;
+
   public:
     // Stores keys and values and attends. qkv [t, g, n/g + 2, d], out [t, g, n/g, d].
-    void run(const Attention<T> &a, const Row &row, int64_t group, const T *qkv, T *out) {
+    void run(const Attention<T> &a, const Row &row, int64_t group, const R *qkv, R *out) {
         const int64_t d = a.width, per = a.per_group, stride = a.groups * d;
         num_queries = row.length * per, end = row.start + row.length, padded = (end + LANES<T>) / LANES<T> * LANES<T>;
         queries.resize(num_queries * d), scores.resize(num_queries * padded), totals.resize(num_queries);
         for (int64_t k = 0; k < row.length; ++k) {
-            const T *heads = qkv + (k * a.groups + group) * (per + 2) * d;
+            const R *heads = qkv + (k * a.groups + group) * (per + 2) * d;
             const int64_t position = row.start + k, kept = row.places[position] * stride + group * d;
             for (int64_t j = 0; j < per; ++j) prepare(a, heads + j * d, j, position, &queries[(k * per + j) * d]);
             prepare(a, heads + per * d, per, position, a.keys + kept);
-            std::memcpy(a.values + kept, heads + (per + 1) * d, d * sizeof(T));
+            for (int64_t i = 0; i < d; ++i) a.values[kept + i] = T(heads[(per + 1) * d + i]);
         }
         each_run(row.places, end, [&](int64_t first, int64_t place, int64_t count) {
             product<T>(queries.data(), num_queries, d, a.keys + place * stride + group * d, stride, d, 0, count,
-                       [&](int64_t key, int64_t q, T p) { scores[q * padded + first + key] = p * T(a.scale); });
+                       [&](int64_t key, int64_t q, R p) { scores[q * padded + first + key] = p * R(a.scale); });
         });
         for (int64_t q = 0; q < num_queries; ++q) {
-            T *own = &scores[q * padded];
+            R *own = &scores[q * padded];
             const int64_t visible = row.start + q / per + 1;
             totals[q] = exponentials(own, visible);
             for (int64_t i = visible; i < end; ++i) own[i] = 0;
@@ -74,22 +77,23 @@ template <class T> class RowAttention {
     }
 
   private:
-    std::vector<T> queries, scores, totals;
+    std::vector<R> queries, scores, totals;
     int64_t num_queries, end, padded;
 
     // The values that Q queries from `query` on see, weighed.
-    template <int Q> void mix(const Attention<T> &a, const Row &row, int64_t group, int64_t query, T *out) {
+    template <int Q> void mix(const Attention<T> &a, const Row &row, int64_t group, int64_t query, R *out) {
         int64_t at = 0;
         for (; at + 3 * LANES<T> <= a.width; at += 3 * LANES<T>) mix_vectors<Q, 3>(a, row, group, query, out, at);
         for (; at + LANES<T> <= a.width; at += LANES<T>) mix_vectors<Q, 1>(a, row, group, query, out, at);
         if (at < a.width) mix_part<Q>(a, row, group, query, out, at);
     }
 
-    template <int Q, int N> void mix_vectors(const Attention<T> &a, const Row &row, int64_t group, int64_t query, T *out, int64_t at) {
+    template <int Q, int N> void mix_vectors(const Attention<T> &a, const Row &row, int64_t group, int64_t query, R *out, int64_t at) {
         Vector<T> acc[Q][N] = {};
         const int64_t stride = a.groups * a.width;
         each_run(row.places, end, [&](int64_t first, int64_t place, int64_t count) {
-            const T *values = a.values + place * stride + group * a.width + at, *weights = &scores[query * padded + first];
+            const T *values = a.values + place * stride + group * a.width + at;
+            const R *weights = &scores[query * padded + first];
             for (int64_t j = 0; j < count; ++j) {
 #pragma GCC unroll 8
                 for (int n = 0; n < N; ++n) {
@@ -100,25 +104,26 @@ template <class T> class RowAttention {
             }
         });
         for (int q = 0; q < Q; ++q)
-            for (int n = 0; n < N; ++n) store<T>(output(a, out, group, query + q, at + n * LANES<T>), acc[q][n] / totals[query + q]);
+            for (int n = 0; n < N; ++n) store<R>(output(a, out, group, query + q, at + n * LANES<T>), acc[q][n] / totals[query + q]);
     }
 
     // The lanes behind the last whole vector.
-    template <int Q> void mix_part(const Attention<T> &a, const Row &row, int64_t group, int64_t query, T *out, int64_t at) {
+    template <int Q> void mix_part(const Attention<T> &a, const Row &row, int64_t group, int64_t query, R *out, int64_t at) {
         const int64_t stride = a.groups * a.width, rest = a.width - at;
         Vector<T> acc[Q] = {};
         each_run(row.places, end, [&](int64_t first, int64_t place, int64_t count) {
-            const T *values = a.values + place * stride + group * a.width + at, *weights = &scores[query * padded + first];
+            const T *values = a.values + place * stride + group * a.width + at;
+            const R *weights = &scores[query * padded + first];
             for (int64_t j = 0; j < count; ++j)
                 for (int q = 0; q < Q; ++q) acc[q] += weights[q * padded + j] * load_part(values + j * stride, rest);
         });
         for (int q = 0; q < Q; ++q) {
             const Vector<T> mixed = acc[q] / totals[query + q];
-            std::memcpy(output(a, out, group, query + q, at), &mixed, rest * sizeof(T));
+            store_part<R>(output(a, out, group, query + q, at), mixed, rest);
         }
     }
 
-    static T *output(const Attention<T> &a, T *out, int64_t group, int64_t query, int64_t at) {
+    static R *output(const Attention<T> &a, R *out, int64_t group, int64_t query, int64_t at) {
         return out + ((query / a.per_group * a.groups + group) * a.per_group + query % a.per_group) * a.width + at;
     }
 };

@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 from ee_tuning.cache_folder import VARIABLE, cache_folder, check_writable, is_private
 
@@ -25,8 +26,12 @@ TIMEOUT = 120
 log = logging.getLogger(__name__)
 
 
+Number = Literal["float", "double", "BFloat16"]
+"""What tensors hold, as the sources call it; see numbers.h."""
+
+
 @cache
-def kernels() -> ctypes.CDLL | None:
+def kernels(number: Number = "float") -> ctypes.CDLL | None:
     """The built kernels; None where they are not to be had, which is logged once."""
     if os.environ.get(SWITCH, "1") == "0":
         return None
@@ -35,7 +40,7 @@ def kernels() -> ctypes.CDLL | None:
         log.warning("no C++ compiler (CXX, g++ or clang++): decoding on this processor takes torch's operators, about half as fast")
         return None
     try:
-        return _loaded(compiler)
+        return _loaded(compiler, number)
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         log.warning("the decoding kernels could not be built with %s, torch's operators serve in their place, about half as fast: %s",
@@ -47,31 +52,31 @@ def _compiler() -> str | None:
     return next((found for name in (os.environ.get("CXX"), "g++", "clang++") if name and (found := shutil.which(name))), None)
 
 
-def _loaded(compiler: str) -> ctypes.CDLL:
+def _loaded(compiler: str, number: Number) -> ctypes.CDLL:
     """The library, from the cache or new."""
-    library = _library(compiler)
+    library = _library(compiler, number)
     if library.exists():
         try:
             return ctypes.CDLL(str(library))
         except OSError:  # a machine that went down, or a full disk, leaves half a file
             log.info("%s can not be loaded and is built anew", library)
-    _build(compiler, library)
+    _build(compiler, number, library)
     return ctypes.CDLL(str(library))
 
 
-def _library(compiler: str) -> Path:
+def _library(compiler: str, number: Number = "float") -> Path:
     """Where the library lies that this compiler makes of these sources for this processor."""
     sources = sorted([*SOURCE.glob("*.h"), *SOURCE.glob("*.cpp")])
-    told = [compiler, *FLAGS, _processor(), str(_openmp_in_use()), *(source.read_text(encoding="utf-8") for source in sources)]
+    told = [compiler, *FLAGS, number, _processor(), str(_openmp_in_use()), *(source.read_text(encoding="utf-8") for source in sources)]
     return kernel_folder() / f"kernels-{hashlib.sha256(chr(0).join(told).encode()).hexdigest()[:24]}.so"
 
 
-def _build(compiler: str, library: Path) -> None:
+def _build(compiler: str, number: Number, library: Path) -> None:
     """Processes that build at once each put the same one there."""
     runtime = _openmp_in_use()
     with tempfile.TemporaryDirectory(dir=library.parent, prefix="building-") as scratch:
         part, made = Path(scratch) / "kernels.o", Path(scratch) / "kernels.so"
-        _run([compiler, *FLAGS, "-c", str(SOURCE / "decoding.cpp"), "-o", str(part)])
+        _run([compiler, *FLAGS, f"-DNUMBER={number}", "-c", str(SOURCE / "decoding.cpp"), "-o", str(part)])
         # Two runtimes would keep two sets of threads, each spinning on the other's cores: it has to be torch's own.
         _run([compiler, "-shared", str(part), "-o", str(made), *([str(runtime)] if runtime else ["-fopenmp"])])
         made.replace(library)

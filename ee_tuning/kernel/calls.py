@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ee_tuning.kernel.build import kernels
+from ee_tuning.kernel.build import Number, kernels
 
 # t tokens · h hidden · d width of a head · v vocabulary, padding included
 
@@ -18,7 +18,7 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 STAYS = -1
 """Where a token left that has not left."""
 
-_TYPES = {torch.float32: "float", torch.float64: "double"}
+_NUMBERS: dict[torch.dtype, Number] = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "BFloat16"}
 _INTEGER, _POINTER = ctypes.c_int64, ctypes.c_void_p
 
 
@@ -115,7 +115,7 @@ class Step(ctypes.Structure):
 
 def serves(tensor: Tensor) -> bool:
     """Whether there are kernels for such tensors on this machine."""
-    return tensor.device.type == "cpu" and tensor.dtype in _TYPES and kernels() is not None
+    return tensor.device.type == "cpu" and tensor.dtype in _NUMBERS and kernels(_NUMBERS[tensor.dtype]) is not None
 
 
 def fill(structure: ctypes.Structure, tensors: dict[str, Tensor | None]) -> None:
@@ -144,12 +144,13 @@ def run_layers(shape: Shape, layers: "ctypes.Array[Layer]", given: Pass, hidden:
 
 
 def run_head(shape: Shape, head: Head, states: Tensor, residual: Tensor | None,  # [t, h]
-             ) -> tuple[Tensor, Tensor]:  # [t, v]; [t, 2] float64
+             ) -> tuple[Tensor, Tensor]:  # [t, v], float32 of fewer bits; [t, 2] float64
     """Logits, and of each token the likeliest id and its probability, of ids that are no padding."""
     states = states.contiguous()
     residual = None if residual is None else residual.contiguous()
     count = states.shape[0]
-    logits, top = states.new_empty(count, head.num_rows), torch.empty(count, 2, dtype=torch.float64)
+    logits = torch.empty(count, head.num_rows, dtype=torch.promote_types(states.dtype, torch.float32))
+    top = torch.empty(count, 2, dtype=torch.float64)
     _function("run_head", states.dtype)(shape, head, count, torch.get_num_threads(), states.data_ptr(),
                                         None if residual is None else residual.data_ptr(), logits.data_ptr(), top.data_ptr())
     return logits, top
@@ -174,6 +175,6 @@ _ARGUMENTS: dict[str, list[Any]] = {
 
 @cache
 def _function(name: str, dtype: torch.dtype) -> Any:
-    function = getattr(kernels(), f"{name}_{_TYPES[dtype]}")
+    function = getattr(kernels(_NUMBERS[dtype]), name)
     function.argtypes, function.restype = _ARGUMENTS[name], None
     return function

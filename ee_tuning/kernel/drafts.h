@@ -55,8 +55,9 @@ inline double next_threshold(const DraftRule &rule, double odds) {
 // The newest token and its drafts up to the exit, asked there as long as the rule has it: their states.
 template <class T> void draft(const Shape &s, const Route &route, const DraftRule &rule, Round &round, T *states) {
     const int64_t h = s.hidden, w = round.num_waiting + 1;
-    T *normed = scratch<T, DRAFTS>(2 * h + 4 * w * h + route.head->num_rows), *residual = normed + h, *passed = residual + h;
-    T *own_out = passed + w * h, *rest = own_out + w * h, *logits = rest + 2 * w * h;
+    T *normed = scratch<T, DRAFTS>(2 * h + 4 * w * h), *residual = normed + h, *passed = residual + h;
+    T *own_out = passed + w * h, *rest = own_out + w * h;
+    Real<T> *logits = scratch<Real<T>, LOGITS>(route.head->num_rows);
     double sure = round.sure, odds = 1;
     int64_t token = round.token;
     bool is_asked = round.most > 0;
@@ -96,10 +97,11 @@ template <class T> void run_round(const Shape &s, const Route &route, const Draf
     round.num_asked = round.num_drafted = 0, round.seconds_in_heads = 0;
     draft(s, route, rule, round, states);
     const int64_t t = round.num_drafted + 1, h = s.hidden;
-    T *hidden = scratch<T, CHECK>(t * (3 * h + route.final_head->num_rows)), *normed = hidden + t * h, *residual = normed + t * h;
+    T *hidden = scratch<T, CHECK>(t * 3 * h), *normed = hidden + t * h, *residual = normed + t * h;
     const Row row{round.position, t, round.places};
     run_layers(s, route.rest, route.num_rest, Pass{t, 1, round.num_threads, &row, round.cos, round.sin}, states, hidden, normed, residual);
     const double began = omp_get_wtime();
-    run_head(s, *route.final_head, t, round.num_threads, hidden, static_cast<const T *>(nullptr), residual + t * h, round.checked);
+    run_head(s, *route.final_head, t, round.num_threads, hidden, NONE<T>,
+             scratch<Real<T>, LOGITS>(t * route.final_head->num_rows), round.checked);
     round.seconds_in_heads += omp_get_wtime() - began;
 }

@@ -13,9 +13,11 @@ struct Head {  // W Norm(x), or with an MLP W Norm(residual + MLP(x))
 
 // A head's logits [t, v], padding included, and of each token the likeliest id and its probability [t, 2], padding left out.
 template <class T>
-void run_head(const Shape &s, const Head &head, int64_t t, int64_t num_threads, const T *x, const T *residual, T *logits, double *top) {
+void run_head(const Shape &s, const Head &head, int64_t t, int64_t num_threads, const T *x, const T *residual, Real<T> *logits,
+              double *top) {
     const int64_t h = s.hidden;
-    T *summed = scratch<T, HEAD>(t * (2 * h + 3 * head.mlp.inner)), *normed = summed + t * h, *inner = normed + t * h;
+    T *summed = scratch<T, HEAD>(t * 2 * h), *normed = summed + t * h;
+    Real<T> *inner = scratch<Real<T>, RAISED>(t * 3 * head.mlp.inner);
 #pragma omp parallel num_threads(int(num_threads))
     {
         const T *states = x;
@@ -27,13 +29,13 @@ void run_head(const Shape &s, const Head &head, int64_t t, int64_t num_threads, 
             norms(s, t, states, head.norm, head.norm_bias, normed);
             states = normed;
         }
-        linear<T>(states, t, h, of<T>(head.output), nullptr, nullptr, logits, head.num_rows, Share(head.num_rows));
+        linear<T>(states, t, h, of<T>(head.output), NONE<T>, NONE<T>, logits, head.num_rows, Share(head.num_rows));
 #pragma omp barrier
-        static thread_local std::vector<T> weights;
+        static thread_local std::vector<Real<T>> weights;
         weights.resize(head.num_ids + LANES<T>);
 #pragma omp for
         for (int64_t k = 0; k < t; ++k) {
-            const T *own = logits + k * head.num_rows;
+            const Real<T> *own = logits + k * head.num_rows;
             std::copy(own, own + head.num_ids, weights.begin());
             top[2 * k] = double(std::max_element(own, own + head.num_ids) - own);
             top[2 * k + 1] = 1 / exponentials(weights.data(), head.num_ids);  // in the type of the logits, as they are

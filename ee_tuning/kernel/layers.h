@@ -30,10 +30,11 @@ struct Pass {
     const void *cos, *sin;
 };
 
+template <class T> constexpr const T *NONE = nullptr;
 template <class T> const T *of(const void *p) { return static_cast<const T *>(p); }
 
 // Memory of this thread, one piece for each purpose, until the next call for it.
-enum Purpose { LAYERS, HEAD, DRAFTS, CHECK, STEP, ASKED };
+enum Purpose { LAYERS, HEAD, RAISED, DRAFTS, CHECK, STEP, ASKED, LOGITS };
 template <class T, Purpose> T *scratch(int64_t size) {
     static thread_local std::vector<T> memory;
     if (int64_t(memory.size()) < size) memory.resize(size);
@@ -47,15 +48,16 @@ template <class T> void norms(const Shape &s, int64_t t, const T *x, const void 
 }
 
 // out = residual + MLP(x). raised [t, f or 2 f] and inner [t, f] are for what comes between. Ends with all threads together.
-template <class T> void mlp(const Shape &s, const MLP &m, int64_t t, const T *x, const T *residual, T *out, T *raised, T *inner) {
+template <class T> void mlp(const Shape &s, const MLP &m, int64_t t, const T *x, const T *residual, T *out, Real<T> *raised,
+                            Real<T> *inner) {
     const int64_t raised_rows = m.inner * (m.is_gated ? 2 : 1);
     const Share own(m.inner), up(own.first + m.inner, own.last + m.inner);
-    linear<T>(x, t, s.hidden, of<T>(m.fc1), of<T>(m.fc1_bias), nullptr, raised, raised_rows, own);
-    if (m.is_gated) linear<T>(x, t, s.hidden, of<T>(m.fc1), of<T>(m.fc1_bias), nullptr, raised, raised_rows, up);
+    linear<T>(x, t, s.hidden, of<T>(m.fc1), of<T>(m.fc1_bias), NONE<T>, raised, raised_rows, own);
+    if (m.is_gated) linear<T>(x, t, s.hidden, of<T>(m.fc1), of<T>(m.fc1_bias), NONE<T>, raised, raised_rows, up);
     for (int64_t k = 0; k < t; ++k) {
-        const T *gate = raised + k * raised_rows + own.first, *other = m.is_gated ? gate + m.inner : gate;
+        const Real<T> *gate = raised + k * raised_rows + own.first, *other = m.is_gated ? gate + m.inner : gate;
         each_vector(inner + k * m.inner + own.first, gate, other, own.last - own.first, [&](Vector<T> a, Vector<T> b) {
-            return m.is_gated ? activated<T>(a, s.activation) * b : activated<T>(a, s.activation);
+            return m.is_gated ? activated<Real<T>>(a, s.activation) * b : activated<Real<T>>(a, s.activation);
         });
     }
 #pragma omp barrier
@@ -69,8 +71,8 @@ void run_layers(const Shape &s, const Layer *layers, int64_t num_layers, const P
                 T *residual) {
     const int64_t t = pass.num_tokens, h = s.hidden, attended_size = s.groups * s.per_group * s.width;
     const int64_t qkv_rows = s.groups * (s.per_group + 2) * s.width, inner_size = layers[0].mlp.inner;
-    T *qkv = scratch<T, LAYERS>(t * (qkv_rows + attended_size + 3 * inner_size)), *attended = qkv + t * qkv_rows;
-    T *inner = attended + t * attended_size, *raised = inner + t * inner_size;
+    Real<T> *qkv = scratch<Real<T>, LAYERS>(t * (qkv_rows + attended_size + 3 * inner_size)), *attended = qkv + t * qkv_rows;
+    Real<T> *inner = attended + t * attended_size, *raised = inner + t * inner_size;
     std::vector<int64_t> firsts(pass.num_rows);
     for (int64_t i = 0, first = 0; i < pass.num_rows; first += pass.rows[i++].length) firsts[i] = first;
 #pragma omp parallel num_threads(int(pass.num_threads))
@@ -81,7 +83,7 @@ void run_layers(const Shape &s, const Layer *layers, int64_t num_layers, const P
                                  of<T>(pass.sin), static_cast<T *>(layer.keys), static_cast<T *>(layer.values)};
         const T *entering = number ? hidden : states;
         norms(s, t, entering, layer.input_norm, layer.input_norm_bias, normed);
-        linear<T>(normed, t, h, of<T>(layer.qkv), of<T>(layer.qkv_bias), nullptr, qkv, qkv_rows, Share(qkv_rows));
+        linear<T>(normed, t, h, of<T>(layer.qkv), of<T>(layer.qkv_bias), NONE<T>, qkv, qkv_rows, Share(qkv_rows));
 #pragma omp barrier
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < pass.num_rows * s.groups; ++task) {

@@ -64,7 +64,8 @@ template <class T> int64_t join(const Step &step, int64_t number, int64_t h, con
 template <class T>
 void leave(const Shape &s, const Segment &segment, Step &step, std::vector<int64_t> &going, const T *states, const T *residual) {
     const int64_t h = s.hidden, number = step.num_run, count = int64_t(going.size());
-    T *asked = scratch<T, ASKED>(count * (2 * h + segment.head->num_rows)), *added = asked + count * h, *logits = added + count * h;
+    T *asked = scratch<T, ASKED>(count * 2 * h), *added = asked + count * h;
+    Real<T> *logits = scratch<Real<T>, LOGITS>(count * segment.head->num_rows);
     std::vector<double> top(2 * count);
     int64_t last = -1, q = 0;
     for (int64_t r = 0; r < step.num_rows; ++r) {

@@ -8,44 +8,26 @@
 #include <cstdint>
 #include <cstring>
 #include <utility>
+#include <vector>
 
 #include <omp.h>
 
-#if defined(__AVX512F__)
-constexpr int VECTOR_BYTES = 64, BLOCK = 4;
-#elif defined(__AVX__)
-constexpr int VECTOR_BYTES = 32, BLOCK = 2;  // it has half as many registers
+#include "numbers.h"
+
+#if defined(__AVX__) && !defined(__AVX512F__)
+constexpr int BLOCK = 2;  // it has half as many registers
 #else
-constexpr int VECTOR_BYTES = 16, BLOCK = 4;
+constexpr int BLOCK = 4;
 #endif
 constexpr int TOKENS = 4;  // that read a block of rows together
 
 enum Activation { SILU, GELU, GELU_TANH, RELU };
 
-template <class T> constexpr int LANES = VECTOR_BYTES / int(sizeof(T));
-template <class T> struct VectorOf { typedef T type __attribute__((vector_size(VECTOR_BYTES))); };
-template <class T> using Vector = typename VectorOf<T>::type;
-
-template <class T> inline Vector<T> load(const T *from) {
-    Vector<T> v;
-    std::memcpy(&v, from, sizeof v);
-    return v;
-}
-
-// The first `count` lanes, the others 0.
-template <class T> inline Vector<T> load_part(const T *from, int64_t count) {
-    Vector<T> v = {};
-    std::memcpy(&v, from, count * sizeof(T));
-    return v;
-}
-
-template <class T> inline void store(T *to, Vector<T> v) { std::memcpy(to, &v, sizeof v); }
-
 template <class T, int... I> inline Vector<T> neighbours_summed(Vector<T> a, Vector<T> b, std::integer_sequence<int, I...>) {
 #if defined(__clang__)
     return __builtin_shufflevector(a, b, (2 * I)...) + __builtin_shufflevector(a, b, (2 * I + 1)...);
 #else
-    typedef typename std::conditional<sizeof(T) == 4, int32_t, int64_t>::type Index;
+    typedef typename std::conditional<sizeof(Real<T>) == 4, int32_t, int64_t>::type Index;
     typedef Index Indices __attribute__((vector_size(VECTOR_BYTES)));
     return __builtin_shuffle(a, b, Indices{(2 * I)...}) + __builtin_shuffle(a, b, Indices{(2 * I + 1)...});
 #endif
@@ -67,8 +49,9 @@ template <class T, int N> inline Vector<T> sums(Vector<T> (&v)[N]) {
 }
 
 // Products of R rows of a matrix with K tokens: take(row, token, product). The first of several calls for a block fetches the next block.
-template <class T, int R, int K, class Take>
-inline void block_product(const T *x, int64_t x_stride, const T *w, int64_t w_stride, int64_t size, bool is_first, Take take) {
+// X is what tokens are kept in, T what the matrix is.
+template <class T, int R, int K, class X, class Take>
+inline void block_product(const X *x, int64_t x_stride, const T *w, int64_t w_stride, int64_t size, bool is_first, Take take) {
     constexpr int SUMMED = R < LANES<T> ? R : LANES<T>;
     Vector<T> acc[K][R] = {};
     int64_t i = 0;
@@ -98,11 +81,11 @@ inline void block_product(const T *x, int64_t x_stride, const T *w, int64_t w_st
         }
 }
 
-template <class T, int R, class Take>
-inline void rows_product(const T *x, int64_t num_tokens, int64_t x_stride, const T *w, int64_t w_stride, int64_t size, Take take) {
+template <class T, int R, class X, class Take>
+inline void rows_product(const X *x, int64_t num_tokens, int64_t x_stride, const T *w, int64_t w_stride, int64_t size, Take take) {
     for (int64_t k = 0; k < num_tokens; k += TOKENS) {
-        const auto shifted = [&](int r, int token, T product) { take(r, k + token, product); };
-        const T *from = x + k * x_stride;
+        const auto shifted = [&](int r, int token, Real<T> product) { take(r, k + token, product); };
+        const X *from = x + k * x_stride;
         switch (num_tokens - k) {
             case 1: block_product<T, R, 1>(from, x_stride, w, w_stride, size, k == 0, shifted); break;
             case 2: block_product<T, R, 2>(from, x_stride, w, w_stride, size, k == 0, shifted); break;
@@ -113,15 +96,15 @@ inline void rows_product(const T *x, int64_t num_tokens, int64_t x_stride, const
 }
 
 // Rows first .. last - 1 of W [., size] times each of x [t, size]: take(row, token, product).
-template <class T, class Take>
-void product(const T *x, int64_t num_tokens, int64_t x_stride, const T *w, int64_t w_stride, int64_t size, int64_t first, int64_t last,
+template <class T, class X, class Take>
+void product(const X *x, int64_t num_tokens, int64_t x_stride, const T *w, int64_t w_stride, int64_t size, int64_t first, int64_t last,
              Take take) {
     int64_t row = first;
     for (; row + BLOCK <= last; row += BLOCK)
         rows_product<T, BLOCK>(x, num_tokens, x_stride, w + row * w_stride, w_stride, size,
-                               [&](int r, int64_t k, T p) { take(row + r, k, p); });
+                               [&](int r, int64_t k, Real<T> p) { take(row + r, k, p); });
     for (; row < last; ++row)
-        rows_product<T, 1>(x, num_tokens, x_stride, w + row * w_stride, w_stride, size, [&](int, int64_t k, T p) { take(row, k, p); });
+        rows_product<T, 1>(x, num_tokens, x_stride, w + row * w_stride, w_stride, size, [&](int, int64_t k, Real<T> p) { take(row, k, p); });
 }
 
 // This thread's share of `count` rows, in whole blocks.
@@ -136,12 +119,12 @@ struct Share {
 };
 
 // out [t, rows] = x [t, size] Wᵀ + bias + residual, the share's rows of it.
-template <class T>
-void linear(const T *x, int64_t num_tokens, int64_t size, const T *weight, const T *bias, const T *residual, T *out, int64_t rows,
+template <class T, class X, class Out>
+void linear(const X *x, int64_t num_tokens, int64_t size, const T *weight, const T *bias, const T *residual, Out *out, int64_t rows,
             Share share) {
-    product<T>(x, num_tokens, size, weight, size, size, share.first, share.last, [&](int64_t row, int64_t k, T p) {
-        if (bias) p += bias[row];
-        out[k * rows + row] = residual ? p + residual[k * rows + row] : p;
+    product<T>(x, num_tokens, size, weight, size, size, share.first, share.last, [&](int64_t row, int64_t k, Real<T> p) {
+        if (bias) p += Real<T>(bias[row]);
+        out[k * rows + row] = Out(residual ? p + Real<T>(residual[k * rows + row]) : p);
     });
 }
 
@@ -216,20 +199,23 @@ template <class T> T exponentials(T *scores, int64_t size) {
     return sums<T, 1>(total)[0];
 }
 
-template <class T> T mean_square(const T *x, int64_t size) {
-    T sum = 0;
-    block_product<T, 1, 1>(x, 0, x, 0, size, false, [&](int, int, T p) { sum = p; });
+template <class T> Real<T> mean_square(const T *x, int64_t size) {
+    Real<T> sum = 0;
+    block_product<T, 1, 1>(x, 0, x, 0, size, false, [&](int, int, Real<T> p) { sum = p; });
     return sum / size;
 }
 
-template <class T> void norm(const T *x, T *out, const T *weight, const T *bias, int64_t size, double epsilon, bool is_layer_norm) {
+template <class T> void norm(const T *kept, T *out, const T *weight, const T *bias, int64_t size, double epsilon, bool is_layer_norm) {
+    typedef Real<T> R;
+    static thread_local std::vector<R> memory;
+    memory.resize(size);
+    R *x = memory.data(), mean = 0;
+    for (int64_t i = 0; i < size; ++i) x[i] = kept[i];
     if (is_layer_norm) {
-        T mean = 0;
         for (int64_t i = 0; i < size; ++i) mean += x[i];
         mean /= size;
-        for (int64_t i = 0; i < size; ++i) out[i] = x[i] - mean;
-        x = out;
+        for (int64_t i = 0; i < size; ++i) x[i] -= mean;
     }
-    const T factor = 1 / std::sqrt(mean_square(x, size) + T(epsilon));
-    for (int64_t i = 0; i < size; ++i) out[i] = x[i] * factor * weight[i] + (bias ? bias[i] : T(0));
+    const R factor = 1 / std::sqrt(mean_square(x, size) + R(epsilon));
+    for (int64_t i = 0; i < size; ++i) out[i] = T(x[i] * factor * R(weight[i]) + (bias ? R(bias[i]) : R(0)));
 }

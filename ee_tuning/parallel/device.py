@@ -30,6 +30,12 @@ def control_backend() -> str:
     return "fake" if dist.get_backend() == "fake" else "gloo"
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether this machine's processor has instructions for matrix products in bfloat16. Where it is not known, it has."""
+    told = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return told.get("architecture") != "x86_64" or bool(told.get("avx512_bf16") or told.get("amx_bf16"))
+
+
 @functools.cache
 def prepare_device() -> torch.device:
     """Makes this process's device current and, without CUDA, lets Megatron-core build and run on the CPU."""

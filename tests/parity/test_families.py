@@ -124,7 +124,7 @@ def test_decoding_equals_the_plain_decoder(tmp_path, monkeypatch, family, archit
     got = [(said.tokens, said.exit_layers) for said in decode(loaded, PROMPTS, 16, engine={"max_pending": 5}, threshold=0.6)]
     assert len({layer for _, layers in got for layer in layers}) > 1, "the claim is empty where every token leaves at the same place"
     assert got == [plain.decode(prompt, 16, 0.6) for prompt in PROMPTS]
-    monkeypatch.setattr(calls, "kernels", lambda: None)
+    monkeypatch.setattr(calls, "kernels", lambda *_: None)
     assert got == [(said.tokens, said.exit_layers) for said in decode(loaded, PROMPTS, 16, engine={"max_pending": 5}, threshold=0.6)]
 
 
@@ -132,7 +132,7 @@ def test_decoding_equals_the_plain_decoder(tmp_path, monkeypatch, family, archit
 def test_decoding_with_a_bias_of_attention_equals_the_plain_decoder(tmp_path, monkeypatch, is_native):
     """The bias of the attention's output left out by the kernels, or by the layer of an exit."""
     if not is_native:
-        monkeypatch.setattr(calls, "kernels", lambda: None)
+        monkeypatch.setattr(calls, "kernels", lambda *_: None)
     reference = random_model("qwen3", tmp_path / "model", confident=True, attention_bias=True)
     exits = write_exits(tmp_path / "model", tmp_path / "exits", architecture=["layer", "adapter"], init="random")
     plain = PlainDecoder(reference, exits, (2, 4), torch.float64)

@@ -26,6 +26,14 @@ PASSES = [([0], [1]), ([37], [1]), ([0], [32]), ([30], [7]), ([15, 40, 3], [1, 1
 """(starts, lengths)"""
 
 
+def assert_close(one: torch.Tensor, other: torch.Tensor, dtype: str) -> None:
+    """In bfloat16 as a whole: torch rounds what comes between two operators, the kernels between two layers alone."""
+    if dtype == "bfloat16":
+        assert (one.float() - other.float()).norm() <= 0.03 * other.float().norm()
+    else:
+        torch.testing.assert_close(one, other, **({"rtol": 2e-4, "atol": 2e-5} if dtype == "float32" else {}))
+
+
 def load(folder: Path, family: str = "llama", dtype: str = "float32", **exits: object) -> LoadedModel:
     random_model(family, folder / "model")
     written = write_exits(folder / "model", folder / "exits", **exits)
@@ -59,12 +67,12 @@ class Subject:
         return torch.randn(count, self.runner.config.hidden_size, generator=torch.Generator().manual_seed(count), dtype=self.dtype)
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Subject:
-    return Subject(load(tmp_path_factory.mktemp("llama")))
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def llama(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Subject:
+    return Subject(load(tmp_path_factory.mktemp("llama"), dtype=request.param))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize("family", NATIVE)
 def test_layers_are_those_of_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, dtype: str) -> None:
     """A bias, a norm or a rotation forgotten; numbers behind the last whole vector; a place taken for another, a row for its neighbour."""
@@ -72,16 +80,16 @@ def test_layers_are_those_of_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     native = Subject(loaded)
     assert native.runner.layers[1].is_native
     got = [native.run(native.states(sum(lengths)), list(range(len(starts))), starts, lengths) for starts, lengths in PASSES]
-    monkeypatch.setattr(calls, "kernels", lambda: None)
+    monkeypatch.setattr(calls, "kernels", lambda *_: None)
     plain = Subject(loaded)
     assert not plain.runner.layers[1].is_native
     for given, (starts, lengths) in zip(got, PASSES, strict=True):
         wanted = plain.run(plain.states(sum(lengths)), list(range(len(starts))), starts, lengths)
         for one, other in zip(given, wanted, strict=True):
-            torch.testing.assert_close(one, other, **({"rtol": 2e-4, "atol": 2e-5} if dtype == "float32" else {}))
+            assert_close(one, other, dtype)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize("architecture", ["embedding", "norm", "linear", "mlp", "adapter", "layer"])
 def test_heads_are_those_of_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, dtype: str) -> None:
     """Padding of the vocabulary that wins, a probability of other logits, an MLP's output that is not added to what it came from."""
@@ -90,10 +98,12 @@ def test_heads_are_those_of_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     states, residual = native.states(5), native.states(6)[:5]
     inputs = ExitInput(states, residual=residual, layer_output=residual)
     got = {layer: head.ask(inputs) for layer, head in native.runner.heads.items()}
-    monkeypatch.setattr(calls, "kernels", lambda: None)
+    monkeypatch.setattr(calls, "kernels", lambda *_: None)
     for layer, head in Subject(loaded).runner.heads.items():
         for one, other in zip(got[layer], head.ask(inputs), strict=True):
-            torch.testing.assert_close(one, other, **({"rtol": 2e-4, "atol": 2e-5} if dtype == "float32" else {}))
+            if dtype == "bfloat16" and other.dtype == torch.float64:  # torch rounds logits, so that many tie, and its likeliest is another
+                one, other = one[:, 1], other[:, 1]
+            assert_close(one, other, dtype)
     assert set(got) == {2, 4, None}
 
 

@@ -61,7 +61,7 @@ def said(loaded: LoadedModel, prompts: list[list[int]], policy: dict[str, Any], 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_same_is_said_with_graphs(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, policy: str, batch: int) -> None:
     """A state that waits and is overwritten, a pass that is told to one segment and not to the next, an answer of another pass."""
-    monkeypatch.setattr(calls, "kernels", lambda: None)
+    monkeypatch.setattr(calls, "kernels", lambda *_: None)
     prompts = PROMPTS[1:2] if batch == 1 else PROMPTS
     plain = said(loaded, prompts, POLICIES[policy])
     record_on_cpu(monkeypatch)
@@ -76,7 +76,7 @@ def test_the_same_is_said_with_graphs(loaded: LoadedModel, monkeypatch: pytest.M
 def test_the_same_is_said_by_every_way_to_attend(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, version: int,
                                                  options: dict[str, Any]) -> None:
     """A sequence whose blocks lie apart for want of room, read on from its first one."""
-    monkeypatch.setattr(calls, "kernels", lambda: None)
+    monkeypatch.setattr(calls, "kernels", lambda *_: None)
     plain = said(loaded, PROMPTS, POLICIES["threshold"], **options)
     record_on_cpu(monkeypatch)
     imitate_flash_attention(monkeypatch, version=version)
@@ -85,7 +85,7 @@ def test_the_same_is_said_by_every_way_to_attend(loaded: LoadedModel, monkeypatc
 
 def test_sampling_draws_the_same_with_graphs(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits of another token under the processors."""
-    monkeypatch.setattr(calls, "kernels", lambda: None)
+    monkeypatch.setattr(calls, "kernels", lambda *_: None)
     params = SamplingParams(max_tokens=NEW_TOKENS, temperature=1.2, top_p=0.9, repetition_penalty=1.2, seed=3, ignore_eos=True)
     plain = said(loaded, PROMPTS, POLICIES["threshold"], params)
     record_on_cpu(monkeypatch)

@@ -88,7 +88,7 @@ def test_padded_passes_are_the_walk_over_rows(tmp_path: Path, monkeypatch: pytes
     """
     rng, loaded = random.Random(family), load(tmp_path, family)
     cases = [mixture(rng, is_scattered=way is not VarlenAttention) for _ in range(25)]
-    monkeypatch.setattr(calls, "kernels", lambda: None)
+    monkeypatch.setattr(calls, "kernels", lambda *_: None)
     plain = Subject(loaded)
     assert not plain.run._is_recordable
     wanted = [plain.outcome(plain.states(sum(case[2])), plain.tokens(*case)) for case in cases]
@@ -132,7 +132,7 @@ def test_a_pass_is_told_again_after_another_one(tmp_path: Path, monkeypatch: pyt
 def test_recorded_heads_are_the_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str) -> None:
     """Answers of the pass before, or of padding; a residual that the graph does not read anew."""
     loaded = load(tmp_path, architecture=architecture)
-    monkeypatch.setattr(calls, "kernels", lambda: None)
+    monkeypatch.setattr(calls, "kernels", lambda *_: None)
     plain = Subject(loaded)
     record_on_cpu(monkeypatch)
     recorded = Subject(loaded)
@@ -211,7 +211,7 @@ def test_compiled_layers_are_the_layers(tmp_path: Path, monkeypatch: pytest.Monk
     """Keys that a compiled layer stores in a copy of the cache; a graph of one layer's weights for all of them."""
     rng, loaded = random.Random(7), load(tmp_path)
     cases = [case for case in (mixture(rng, is_scattered=True) for _ in range(60)) if sum(case[2]) <= 2]
-    monkeypatch.setattr(calls, "kernels", lambda: None)
+    monkeypatch.setattr(calls, "kernels", lambda *_: None)
     plain = Subject(loaded)
     wanted = [plain.outcome(plain.states(sum(case[2])), plain.tokens(*case)) for case in cases]
     record_on_cpu(monkeypatch)

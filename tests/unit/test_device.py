@@ -6,8 +6,12 @@ from unittest import mock
 import pytest
 import torch
 
+from ee_tuning import notices
+from ee_tuning.checkpoint.load import compute_dtype
+from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.parallel.device import collective_backend
 from ee_tuning.parallel.host_copy import to_device
+from ee_tuning.parallel.topology import init_parallel
 
 CHECK = """
 import torch
@@ -40,3 +44,15 @@ def test_more_processes_than_gpus_talk_over_gloo(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
     assert collective_backend() == backend
+
+
+def test_bfloat16_on_a_processor_without_it_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Tuning at a tenth of the speed, and nothing that says why; or a warning where the processor can do it."""
+    topology = init_parallel(ParallelSection())
+    monkeypatch.setattr(notices, "_told", set())
+    for told, warnings in (({"architecture": "x86_64", "avx512_bf16": True}, 0), ({"architecture": "aarch64"}, 0),
+                           ({"architecture": "x86_64"}, 1)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda told=told: told, raising=False)
+        for dtype in ("float32", "bfloat16"):
+            assert compute_dtype(load_config(None, {"model.dtype": dtype}), topology) == getattr(torch, dtype)
+        assert capsys.readouterr().err.count("no instructions for bfloat16") == warnings
