@@ -24,7 +24,7 @@ _MODEL = {"--model": "model.path", "--config": "model.config", "--trust-pickle":
 _HEADS = {"--architecture": "exits.architecture", "--adapter-rank": "exits.adapter_rank", "--init": "exits.init"}
 _TOKENIZER = {"--tokenizer": "data.tokenizer", "--trust-remote-code": "model.trust_remote_code"}
 _NEW_EXITS = {"--exit-layers": "exits.exit_layers", **_HEADS, "--exit-output": "exits.output",
-              "--profile-text": "exits.profile_text"}
+              "--output-vocab": "exits.output_vocab", "--profile-text": "exits.profile_text"}
 _EXITS = {"--exits": "exits.path", "--no-verify": "exits.verify"}
 _PARALLEL = {"--tensor-model-parallel-size": "parallel.tensor_model_parallel_size",
              "--pipeline-model-parallel-size": "parallel.pipeline_model_parallel_size"}
@@ -79,7 +79,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {"regenerate": {"generation.max_new_tokens
 _NOT = "--no-"
 _METAVARS = {"model.path": "FOLDER", "model.config": "FILE", "exits.path": "FOLDER", "data.tokenizer": "FOLDER",
              "data.chat_template": "FILE|NAME", "generation.calibration": "FILE", "data.valid_paths": "PATH",
-             "tuning.run_folder": "FOLDER", "data.paths": "PATH", "exits.profile_text": "FILE"}
+             "tuning.run_folder": "FOLDER", "data.paths": "PATH", "exits.profile_text": "FILE", "exits.output_vocab": "N|auto"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,22 +20,26 @@ from ee_tuning.checkpoint.fingerprint import fingerprint, model_shape
 from ee_tuning.checkpoint.formats import BackboneSource, check_model, open_model
 from ee_tuning.checkpoint.gguf_file import is_gguf
 from ee_tuning.checkpoint.legacy import LegacyReader
-from ee_tuning.checkpoint.model_card import told_architecture, told_init
+from ee_tuning.checkpoint.model_card import told_architecture, told_init, told_vocab
 from ee_tuning.checkpoint.names import embedding_name
 from ee_tuning.checkpoint.owner import owned
 from ee_tuning.config import Architecture, Config, ExitsSection
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
+from ee_tuning.model.exit_spec import ListedTokens
 from ee_tuning.model.fit import Fit
 from ee_tuning.parallel.topology import Topology, init_parallel, leave_parallel
 
 MakeFit = Callable[[Topology], Fit]
 """Fits exits; all ranks call it."""
+ListTokens = Callable[[Topology], ListedTokens | None]
+"""Makes the exits' shortlist, before they are fitted; all ranks call it."""
 
 
-def convert(config: Config, output: Path, *, overwrite: bool = False, make_fit: MakeFit | None = None) -> None:
+def convert(config: Config, output: Path, *, overwrite: bool = False, make_fit: MakeFit | None = None,
+            list_tokens: ListTokens | None = None) -> None:
     """Writes the artifact that `config.exits` describes to `output`, and says what it wrote and what to type next. `make_fit` is given
-    where exits.init is fitted.
+    where exits.init is fitted, `list_tokens` where exits.output_vocab asks for a shortlist.
 
     Raises InputError where the model, the exits, the layout or `output` can not be used; then nothing is left behind.
     """
@@ -43,14 +47,14 @@ def convert(config: Config, output: Path, *, overwrite: bool = False, make_fit: 
     with model.source:
         _check(config, model.config, model.source)  # before the processes meet, so that a wrong word is answered at once
     topology = init_parallel(config.parallel)
-    exits = write_initial_exits(config, output, topology, overwrite=overwrite, make_fit=make_fit)
+    exits = write_initial_exits(config, output, topology, overwrite=overwrite, make_fit=make_fit, list_tokens=list_tokens)
     if topology.is_logging_rank:
         _print_summary(config, exits, output)
     leave_parallel()
 
 
 def write_initial_exits(config: Config, output: Path, topology: Topology, *, overwrite: bool = False,
-                        make_fit: MakeFit | None = None) -> ExitHeadsConfig:
+                        make_fit: MakeFit | None = None, list_tokens: ListTokens | None = None) -> ExitHeadsConfig:
     """As `convert`, within a world that exists, in silence where there is no terminal; all ranks call it. Returns what was written."""
     on_first_rank(topology, lambda: check_apart(output, (config.model.path, config.data.tokenizer)))
     reader, model, _ = open_model(config.model)
@@ -60,28 +64,34 @@ def write_initial_exits(config: Config, output: Path, topology: Topology, *, ove
         check_model(reader, model, topology, verifies=config.exits.verify)
         if _wants_found(reader, config):
             return _write_found(FoundExits(reader, model, model_name(reader.folder)), output, topology, overwrite=overwrite)
-        exits = on_first_rank(topology, lambda: initial_exits_config(config, model, reader))
+        on_first_rank(topology, lambda: reader.check_complete(model))
+        listed = list_tokens(topology) if list_tokens else None
+        exits = on_first_rank(topology, lambda: initial_exits_config(config, model, reader, listed))
         fit = make_fit(topology) if make_fit else None
         assert (fit is None) == (exits.init != "fitted")
-        exits, maps = dataclasses.replace(exits, fitted=fit.record if fit else None), fit.maps if fit else None
-        write_exit_heads(output, exits, model, InitialExits(exits, reader, model, maps).blocks, topology, overwrite=overwrite)
+        exits = dataclasses.replace(exits, fitted=fit.record if fit else None)
+        initial = InitialExits(exits, reader, model, fit.maps if fit else None, fit.other if fit else None)
+        write_exit_heads(output, exits, model, initial.blocks, topology, overwrite=overwrite)
     return exits
 
 
-def initial_exits_config(config: Config, model: ModelConfig, reader: BackboneSource) -> ExitHeadsConfig:
-    """What conversion of this model makes. Raises InputError where the weights are not those that the model's shape asks for, or the
-    exits would hold nothing.
+def initial_exits_config(config: Config, model: ModelConfig, reader: BackboneSource,
+                         listed: ListedTokens | None = None) -> ExitHeadsConfig:
+    """What conversion of this model makes, exits that say no more than what is `listed`. Raises InputError where the weights are not those
+    that the model's shape asks for, or the exits would hold nothing.
     """
     reader.check_complete(model)
     return described_exits(config.exits, model, name=model_name(reader.folder), dtype=reader.dtype(embedding_name(model)),
-                           fingerprint=fingerprint(reader, model))
+                           fingerprint=fingerprint(reader, model), listed=listed)
 
 
-def described_exits(section: ExitsSection, model: ModelConfig, *, name: str, dtype: torch.dtype, fingerprint: str) -> ExitHeadsConfig:
+def described_exits(section: ExitsSection, model: ModelConfig, *, name: str, dtype: torch.dtype, fingerprint: str,
+                    listed: ListedTokens | None = None) -> ExitHeadsConfig:
     """The exits that `section` describes, of the model called `name`. Raises InputError where they can not be."""
     return ExitHeadsConfig(
         **described_heads(section, layers := section.layers(model.num_layers), model), exit_layers=layers, output=section.output,
-        dtype=str(dtype).removeprefix("torch."), model_name=name, model_shape=model_shape(model), model_fingerprint=fingerprint)
+        dtype=str(dtype).removeprefix("torch."), model_name=name, model_shape=model_shape(model), model_fingerprint=fingerprint,
+        output_vocab=listed.record if listed else None, token_ids=listed.token_ids if listed else ())
 
 
 def described_heads(section: ExitsSection, layers: tuple[int, ...], model: ModelConfig) -> dict[str, Any]:
@@ -102,12 +112,24 @@ def described_heads(section: ExitsSection, layers: tuple[int, ...], model: Model
                          "use untied, or the architecture norm")
     if "adapter" in words and section.adapter_rank < 1:
         raise InputError(f"exits.adapter_rank must be at least 1, got {section.adapter_rank}")
+    check_output_vocab(section, model.vocab_size)
     each = words * len(layers) if len(words) == 1 else words
     adds_linear = section.init == "fitted" and section.output == "tied"
     return {"architecture": each, "init": section.init,
             "adds_linear": tuple(layer for layer, word in zip(layers, each, strict=True) if adds_linear and word != "linear"),
             "adapter_rank": section.adapter_rank if "adapter" in words else None,
             "seed": section.seed if section.init == "random" or "adapter" in words else None}
+
+
+def check_output_vocab(section: ExitsSection, vocab_size: int) -> None:
+    """Raises InputError where exits of so large a vocabulary can have no shortlist as `section` asks for it."""
+    asked = section.output_vocab
+    if isinstance(asked, int) and not 0 <= asked < vocab_size:
+        raise InputError(f"exits.output_vocab must be at least 1 and below the model's vocabulary of {vocab_size}, got {asked}; 0 is all "
+                         "of it")
+    if asked and section.output == "tied":
+        raise InputError(f"exits.output must be untied with exits.output_vocab = {asked}, got tied: the backbone's output matrix has all "
+                         "rows; leave one of them out")
 
 
 def model_name(folder: Path) -> str:
@@ -141,6 +163,9 @@ def _check(config: Config, model: ModelConfig, reader: BackboneSource) -> None:
         if config.exits.init == "fitted":
             raise InputError("exits.init = fitted is for new exits, and the checkpoint's own are asked for; give --exit-layers, or leave "
                              "--init out")
+        if config.exits.output_vocab:
+            raise InputError(f"exits.output_vocab = {config.exits.output_vocab} is for new exits, and the checkpoint's own are asked for; "
+                             "give --exit-layers, or leave --output-vocab out")
         FoundExits(reader, model, "")
         return
     model.check_layout(config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size)
@@ -153,7 +178,7 @@ def _print_summary(config: Config, exits: ExitHeadsConfig, output: Path) -> None
     size = sum(path.stat().st_size for path in output.iterdir())
     layers = "layer" + "s" * (len(exits.exit_layers) > 1) + " " + ", ".join(map(str, exits.exit_layers))
     print(f"wrote {output}: exit heads {told_architecture(exits.architecture)} after {layers} of {exits.model_name}, "
-          f"{told_init(exits.init, exits.seed)}, output {exits.output}")
+          f"{told_init(exits.init, exits.seed)}, output {exits.output}" + told_vocab(exits.output_vocab))
     print(f"{size:,} bytes in {exits.dtype}; bound to fingerprint {exits.model_fingerprint[:16]}…; the model itself is as it was")
     shape = f" --config {quote(config.model.config)}" if config.model.config else ""
     print(f"next: ee-tuning tune --model {quote(config.model.path)}{shape} --exits {quote(str(output))} --data YOUR_TEXTS "

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 
 from ee_tuning.checkpoint.exit_names import exit_tensor_shapes
+from ee_tuning.checkpoint.exit_vocab import VOCAB, read_token_ids
 from ee_tuning.checkpoint.names import Shape
 from ee_tuning.config import Architecture
 from ee_tuning.errors import InputError
@@ -16,9 +17,9 @@ from ee_tuning.model.config import STORED_DTYPES, ModelConfig
 from ee_tuning.model.exit_spec import ExitSpec
 
 CONFIG = "exit_config.json"
-FORMAT_VERSION = 3
-"""Version 1 knew one architecture for all exits, and no `layer` and `adapter` heads; version 2 no linear maps and no fits. Both are read
-too."""
+FORMAT_VERSION = 4
+"""Version 1 knew one architecture for all exits, and no `layer` and `adapter` heads; version 2 no linear maps and no fits; version 3 no
+shortlists. All are read too."""
 _REMEDY = "fetch or convert the exits again"
 
 
@@ -56,6 +57,11 @@ class ExitHeadsConfig:
     """Exits with a linear map before the tied output matrix, which a fit gave them: ExitSpec.adds_linear."""
     fitted: dict[str, Any] | None = None
     """What a fit was made from: {"tokens", "ridge"}; None where there was none."""
+    output_vocab: dict[str, Any] | None = None
+    """What a shortlist was made from: {"size", "tokens", "share"}, the tokens of a text that were counted and the share of them that is
+    listed; None where the exits say the whole vocabulary."""
+    token_ids: tuple[int, ...] = ()
+    """The shortlist, increasing: it lies in a file of its own, `exit_vocab.json`."""
 
     @property
     def ties_output(self) -> bool:
@@ -72,7 +78,7 @@ class ExitHeadsConfig:
         """Each exit by itself."""
         return tuple(ExitSpec(layer=layer, architecture=architecture, ties_output=self.ties_output,
                               adapter_rank=(self.adapter_rank or 0) if architecture == "adapter" else 0,
-                              adds_linear=layer in self.adds_linear)
+                              adds_linear=layer in self.adds_linear, output_vocab=len(self.token_ids))
                      for layer, architecture in zip(self.exit_layers, self.architecture, strict=True))
 
     def tensor_shapes(self, config: ModelConfig) -> dict[str, Shape]:
@@ -83,28 +89,36 @@ class ExitHeadsConfig:
 def exit_config_tree(exits: ExitHeadsConfig) -> dict[str, Any]:
     """What `exit_config.json` says."""
     words = exits.architecture
-    return {**dataclasses.asdict(exits), "architecture": words[0] if len(set(words)) == 1 else list(words)}
+    tree = {**dataclasses.asdict(exits), "architecture": words[0] if len(set(words)) == 1 else list(words)}
+    return {key: value for key, value in tree.items() if key != "token_ids"}
 
 
 def read_exit_config(folder: Path) -> ExitHeadsConfig:
-    """`exit_config.json`, strictly. Raises InputError on unknown or missing keys, wrong values, or another format version."""
+    """`exit_config.json`, strictly, and the shortlist where there is one. Raises InputError on unknown or missing keys, wrong values, or
+    another format version."""
     path = folder / CONFIG
     try:
         tree = read_json(path)
         version = tree["format_version"]
         if version not in range(1, FORMAT_VERSION + 1):
             raise InputError(f"{path}: format_version must be at most {FORMAT_VERSION}, got {version}; use the ee_tuning that wrote it")
-        return _from_json(tree)
+        exits = _from_json(tree)
     except OSError as error:
         raise InputError(f"{path} can not be read: {error.strerror}; {_REMEDY}") from error
     except InputError:
         raise
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} does not describe exit heads: {error!r}; {_REMEDY}") from error
+    if exits.output_vocab is None:
+        return exits
+    ids = read_token_ids(folder, exits.output_vocab["size"], exits.model_shape.get("vocab_size"))
+    return dataclasses.replace(exits, token_ids=ids)
 
 
 def _from_json(tree: dict[str, Any]) -> ExitHeadsConfig:
     layers, words = tuple(tree["exit_layers"]), tree["architecture"]
+    if "token_ids" in tree:
+        raise ValueError(f"token_ids belong into {VOCAB}")
     exits = ExitHeadsConfig(**{**tree, "format_version": FORMAT_VERSION, "exit_layers": layers,
                                "architecture": (words,) * len(layers) if isinstance(words, str) else tuple(words),
                                "adds_linear": tuple(tree.get("adds_linear", ()))})
@@ -123,9 +137,12 @@ def _from_json(tree: dict[str, Any]) -> ExitHeadsConfig:
     if not set(exits.adds_linear) <= set(layers) or (exits.adds_linear and not exits.ties_output):
         raise ValueError(f"adds_linear must name exits whose output is tied, got {list(exits.adds_linear)}")
     for key, kinds in (("model_name", str), ("model_fingerprint", str), ("model_shape", dict), ("tuned", dict | None),
-                       ("seed", int | None), ("fitted", dict | None)):
+                       ("seed", int | None), ("fitted", dict | None), ("output_vocab", dict | None)):
         if not isinstance(getattr(exits, key), kinds):
             raise ValueError(f"{key} has the value {getattr(exits, key)!r}, which is of a wrong type")
+    listed = exits.output_vocab
+    if listed is not None and (exits.ties_output or type(listed.get("size")) is not int or listed["size"] < 1):
+        raise ValueError(f"output_vocab must tell the size of a shortlist, of exits whose output is untied, got {listed!r}")
     _check_origins(tree.get("origins"), layers)
     return exits
 

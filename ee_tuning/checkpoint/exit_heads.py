@@ -1,6 +1,7 @@
 """The exit-heads artifact: a small folder beside the backbone, bound to it by a fingerprint.
 
-`exit_config.json`, `exit_heads.safetensors` (or shards and their index) with whole tensors under Hugging Face's spelling, `manifest.json`.
+`exit_config.json`, `exit_heads.safetensors` (or shards and their index) with whole tensors under Hugging Face's spelling, `manifest.json`;
+`exit_vocab.json` where the exits have a shortlist.
 Any TP × PP reads it by slices, and the same bytes are written whatever the layout.
 """
 import hashlib
@@ -14,6 +15,7 @@ from ee_tuning.checkpoint.aside import check_room, gathered, on_first_rank, refu
 from ee_tuning.checkpoint.byte_progress import byte_progress
 from ee_tuning.checkpoint.exit_config import CONFIG, ExitHeadsConfig, exit_config_tree, read_exit_config
 from ee_tuning.checkpoint.exit_names import exit_shard
+from ee_tuning.checkpoint.exit_vocab import VOCAB, write_token_ids
 from ee_tuning.checkpoint.hashed_file import HashedFile
 from ee_tuning.checkpoint.manifest import MANIFEST, check_manifest, read_manifest, write_manifest
 from ee_tuning.checkpoint.model_card import artifact_card
@@ -47,13 +49,15 @@ class ExitHeadsReader(SafetensorsFolder):
         self.config = read_exit_config(folder)
         super().__init__(folder, STEM)
         self.digest: str | None = None
-        """Of the heads' weights, by the sums of their files; None where the manifest is not looked at."""
+        """Of the heads' weights and their shortlist, by the sums of their files; None where the manifest is not looked at."""
         if not verifies:
             return
         manifest = read_manifest(folder, _REMEDY)
-        for file in sorted({CONFIG, *self.files.values()} - set(manifest)):
-            raise InputError(f"{folder / MANIFEST} does not list {file}, which {self.table if file != CONFIG else folder} holds; {_REMEDY}")
-        sums = sorted((file, manifest[file]["sha256"]) for file in set(self.files.values()))
+        own = {VOCAB} if self.config.token_ids else set()
+        for file in sorted({CONFIG, *own, *self.files.values()} - set(manifest)):
+            holder = folder if file in (CONFIG, VOCAB) else self.table
+            raise InputError(f"{folder / MANIFEST} does not list {file}, which {holder} holds; {_REMEDY}")
+        sums = sorted((file, manifest[file]["sha256"]) for file in {*own, *self.files.values()})
         self.digest = hashlib.sha256(to_json(sums).encode()).hexdigest()
 
     def check_complete(self, config: ModelConfig) -> None:
@@ -90,7 +94,7 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise InputError(f"{output} exists already; give --overwrite to replace an exit-heads artifact, or another --output")
     if not output.is_dir() or not (output / CONFIG).is_file():
         raise InputError(f"--overwrite replaces an exit-heads artifact only, and {output} is none; give another --output")
-    own = (CONFIG, MANIFEST, CARD, "calibration.json")
+    own = (CONFIG, VOCAB, MANIFEST, CARD, "calibration.json")
     strangers = [p.name for p in output.iterdir() if p.name not in own and not p.name.startswith(STEM)]
     if strangers:
         raise InputError(f"--overwrite would remove {output / strangers[0]}, which is no part of an artifact; move it away first")
@@ -162,6 +166,7 @@ def _finish(partial: Path, output: Path, exits: ExitHeadsConfig, layout: Safeten
         if index := layout.index():
             (partial / index[0]).write_text(index[1], encoding="utf-8")
         tree = exit_config_tree(exits)
+        write_token_ids(partial, exits.token_ids)
         (partial / CONFIG).write_text(to_json(tree, indent=2) + "\n", encoding="utf-8")
         (partial / CARD).write_text(artifact_card(tree), encoding="utf-8")
         write_manifest(partial, sums)

@@ -5,6 +5,7 @@ Each random tensor is drawn whole, on the CPU, from the seed and its name, so ev
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -26,12 +27,14 @@ class InitialExits:
     adapter's norm <- the final norm, its `down` drawn, its `up` 0, so that it adds nothing yet; a linear map changes nothing. random:
     N(0, the model's init_std), matrices that add to the residual narrower by √(2 · layer) as the reference has it, norms 1, biases 0.
     fitted: as copy, with `maps`, by exit layer [h, h + 1] T and, last, b: they are the linear map, or folded into an output matrix of the
-    exit's own, W <- W T. Reading raises InputError where the backbone holds NaN or infinity, or a number that the artifact's dtype has no
-    room for.
+    exit's own, W <- W T. Of a shortlisted output matrix the listed rows are copied; the last one, any other token's, is `other` [h], or the
+    mean of those that are not listed. Reading raises InputError where the backbone holds NaN or infinity, or a number that the artifact's
+    dtype has no room for.
     """
 
-    def __init__(self, exits: ExitHeadsConfig, reader: TensorSource, config: ModelConfig, maps: Mapping[int, Tensor] | None = None):
-        self.exits, self.reader, self.config, self._maps = exits, reader, config, maps or {}
+    def __init__(self, exits: ExitHeadsConfig, reader: TensorSource, config: ModelConfig, maps: Mapping[int, Tensor] | None = None,
+                 other: Tensor | None = None):
+        self.exits, self.reader, self.config, self._maps, self._other = exits, reader, config, maps or {}, other
         self._folded = {f"exits.{head.layer}.output.weight": self._maps[head.layer][:, :-1] for head in exits.heads
                         if head.layer in self._maps and not head.has_linear}
         self.shapes = exits.tensor_shapes(config)
@@ -49,7 +52,7 @@ class InitialExits:
         if self.shapes.get(name) != shape:
             raise InputError(f"the exits after layers {self.exits.exit_layers} have no tensor {name} of shape {list(shape)}")
         if (source := self._source(name)) is not None:
-            self.reader.check_shape(source, shape)
+            self.reader.check_shape(source, (self.config.vocab_size, *shape[1:]) if self._is_listed(name) else shape)
 
     def full(self, name: str) -> Tensor:
         """The whole tensor."""
@@ -59,7 +62,7 @@ class InitialExits:
         """[stop - start, …]. Of a copy, no other rows are read."""
         self.check_shape(name, self.shapes[name])
         if (source := self._source(name)) is not None:
-            values = self.reader.rows(source, start, stop)
+            values = self._listed_rows[start:stop] if self._is_listed(name) else self.reader.rows(source, start, stop)
             if (fitted := self._folded.get(name)) is not None:
                 values = values.double() @ fitted.double()  # so that it hardly matters which rows are asked for together
             return self._cast(source, values)
@@ -75,11 +78,31 @@ class InitialExits:
     def columns(self, name: str, start: int, stop: int) -> Tensor:
         """[n, stop - start]. Of a copy, no other columns are read."""
         self.check_shape(name, self.shapes[name])
-        if name in self._folded:
+        if name in self._folded or self._is_listed(name):
             return self.full(name)[:, start:stop]
         if (source := self._source(name)) is not None:
             return self._cast(source, self.reader.columns(source, start, stop))
         return self._drawn(name)[:, start:stop]
+
+    def _is_listed(self, name: str) -> bool:
+        return bool(self.exits.token_ids) and name.endswith(".output.weight")
+
+    @cached_property
+    def _listed_rows(self) -> Tensor:  # [n + 1, h]
+        """Of the backbone's output matrix, and of any other token. All exits begin with them."""
+        name = exit_copy_source(f"exits.{self.exits.exit_layers[0]}.output.weight", self.config)
+        assert name is not None
+        is_listed = torch.zeros(self.config.vocab_size, dtype=torch.bool)
+        is_listed[list(self.exits.token_ids)] = True
+        parts, others, first = [], torch.zeros(self.config.hidden_size, dtype=torch.float64), 0
+        for block in tensor_blocks(self.reader, name):
+            own = is_listed[first: first + len(block)]
+            parts.append(block[own])
+            others += block[~own].double().sum(0)
+            first += len(block)
+        other = others / (self.config.vocab_size - len(self.exits.token_ids)) if self._other is None else self._other
+        listed = torch.cat(parts)
+        return torch.cat((listed, other[None].to(listed.dtype)))
 
     def _cast(self, name: str, values: Tensor) -> Tensor:
         """Values of the tensor `name` in the artifact's dtype. Raises InputError where one of them is no number in it."""

@@ -43,7 +43,7 @@ def exit_shard(head: ExitSpec, parameter: str, config: ModelConfig, tp: int, tp_
         raise KeyError(f"{parameter} is no parameter of an exit head `{head.architecture}` of a {config.family} model")
     prefix, (part, _, rest) = f"exits.{head.layer}.", parameter.partition(".")
     if part == "output":
-        return vocabulary_rows(f"{prefix}output.weight", config, tp, tp_rank)
+        return vocabulary_rows(f"{prefix}output.weight", (head.output_rows(config.vocab_size), config.hidden_size), tp, tp_rank)
     if part == "layer":
         return layer_shard(rest, f"{prefix}layer.", config, tp, tp_rank)
     if part == "mlp":
@@ -67,8 +67,8 @@ def exit_tensor_shapes(heads: Iterable[ExitSpec], config: ModelConfig) -> dict[s
 
 
 def exit_copy_source(name: str, config: ModelConfig) -> str | None:
-    """The backbone tensor that the artifact's tensor `name` is a copy of at copy initialization; None for the matrices of an adapter and
-    the linear map before the output matrix."""
+    """The backbone tensor that the artifact's tensor `name` is a copy of at copy initialization (of a shortlisted output matrix, all rows
+    but the last: some of it); None for the matrices of an adapter and the linear map before the output matrix."""
     spelling = SPELLINGS[config.family]
     _, layer, part = name.split(".", 2)
     if part in ("adapter.down.weight", "adapter.up.weight", "linear.weight", "linear.bias"):

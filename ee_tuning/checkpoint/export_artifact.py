@@ -101,6 +101,10 @@ def _check_belong_together(base: ExitHeadsReader, other: ExitHeadsReader) -> Non
         if ours != theirs and not (key == "adapter_rank" and None in (ours, theirs)):
             raise InputError(f"artifacts that are merged must have the same {key}: {base.folder} has {ours}, {other.folder} has {theirs}; "
                              "convert and tune one of them as the other")
+    if base.config.token_ids != other.config.token_ids:
+        sizes = [f"{len(each.config.token_ids):,} tokens" if each.config.token_ids else "none" for each in (base, other)]
+        raise InputError(f"artifacts that are merged must have the same shortlist: {base.folder} has {sizes[0]}, {other.folder} has "
+                         f"{sizes[1]}, or others; convert one of them on the other's texts with the same --output-vocab")
 
 
 def _new_exits(config: Config, base: ExitHeadsReader, parts: list[_Part], choice: ExitChoice, stack: ExitStack) -> _Part:

@@ -75,7 +75,7 @@ def artifact_facts(folder: Path) -> dict[str, Any]:
             "output": exits.output, "dtype": exits.dtype,
             "bound_to": {"name": exits.model_name, "fingerprint": exits.model_fingerprint, "shape": exits.model_shape},
             "initialized": {"init": exits.init, "seed": exits.seed, "fitted": exits.fitted}, "tuned": exits.tuned,
-            "adds_linear": list(exits.adds_linear) or None,
+            "adds_linear": list(exits.adds_linear) or None, "output_vocab": exits.output_vocab,
             "origins": exits.origins,
             "parameters": {**{f"exit {layer}": sum(n for name, n in parameters.items() if name.startswith(f"exits.{layer}."))
                               for layer in exits.exit_layers}, "all": sum(parameters.values())},

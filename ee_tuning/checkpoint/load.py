@@ -25,6 +25,7 @@ from ee_tuning.config import Config
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.early_exit import EarlyExitModel, StagePlan
+from ee_tuning.model.exit_spec import ListedTokens
 from ee_tuning.model.few_bits import FewBitsLinear, check_weight_format, few_bits_weights
 from ee_tuning.model.fit import Fit
 from ee_tuning.model.partition import stage_costs, stage_layers
@@ -57,25 +58,25 @@ class LoadedModel:
     """Of their weights, as an artifact's manifest has it: ExitHeadsReader.digest."""
 
 
-def load_for_tuning(config: Config, topology: Topology, fit: Fit | None = None) -> LoadedModel:
+def load_for_tuning(config: Config, topology: Topology, fit: Fit | None = None, listed: ListedTokens | None = None) -> LoadedModel:
     """The layers up to the last exit and the heads, from exits.path or made as `exits` describes, of which `fit` is a part where exits.init
-    is fitted; all layers and the final head where tuning.loss or tuning.compare_final ask for it.
+    is fitted, and `listed` where they have a shortlist; all layers and the final head where tuning.loss or tuning.compare_final ask for it.
 
     Raises InputError where model, exits and layout do not fit each other.
     """
     reader, model_config = _open_model(config, topology)
     with reader:
-        sources = Sources(model_config, reader, *_open_exits(config, model_config, reader, topology, fit))
+        sources = Sources(model_config, reader, *_open_exits(config, model_config, reader, topology, fit, listed))
         return build_stage(sources, plan_tuning(config, sources, topology), topology)
 
 
-def load_for_fitting(config: Config, topology: Topology) -> LoadedModel:
+def load_for_fitting(config: Config, topology: Topology, listed: ListedTokens | None = None) -> LoadedModel:
     """All layers, the final norm, and the heads as `exits` describes them, but for the map that is to be found. `exits` of what is returned
     is the artifact to be. Raises as `load_for_tuning`.
     """
     reader, model_config = _open_model(config, topology)
     with reader:
-        sources = Sources(model_config, reader, *_open_exits(config, model_config, reader, topology, None))
+        sources = Sources(model_config, reader, *_open_exits(config, model_config, reader, topology, None, listed))
         return build_stage(sources, plan_fitting(config, sources, topology), topology)
 
 
@@ -85,6 +86,9 @@ def load_for_generation(config: Config, topology: Topology) -> LoadedModel:
     with reader:
         exits, tensors = _open_exits(config, model_config, reader, topology, None) if config.exits.path else (None, None)
         sources = Sources(model_config, reader, exits, tensors)
+        if exits and exits.token_ids:
+            raise InputError(f"exits with a shortlist can be tuned and not yet decoded with, and {config.exits.path} has one; give exits "
+                             "that were converted without --output-vocab")
         loaded = build_stage(sources, _plan_generation(config, sources, topology), topology)
         return dataclasses.replace(loaded, heads_digest=tensors.digest if isinstance(tensors, ExitHeadsReader) else None)
 
@@ -97,11 +101,12 @@ def plan_fitting(config: Config, sources: Sources, topology: Topology) -> list[S
     assert exits is not None
     cuts_sequence = _cuts_sequence(config, topology)
     check_weight_format(config.tuning.backbone_weights, model)
-    heads = tuple(dataclasses.replace(head, ties_output=True, adds_linear=False,
+    heads = tuple(dataclasses.replace(head, ties_output=True, adds_linear=False, output_vocab=0,
                                       architecture="norm" if head.architecture == "linear" else head.architecture) for head in exits.heads)
     costs = stage_costs(model, model.num_layers, (), config.tuning.seq_length, trains_heads=False, has_final_head=False)
     plans = _plans(config, exits, costs, topology, has_final_head=True, max_length=config.tuning.seq_length)
-    return [dataclasses.replace(plan, exits=heads, cuts_sequence=cuts_sequence, weights=config.tuning.backbone_weights) for plan in plans]
+    return [dataclasses.replace(plan, exits=heads, token_ids=(), cuts_sequence=cuts_sequence, weights=config.tuning.backbone_weights)
+            for plan in plans]
 
 
 def fitted_dtype(exits: ExitHeadsConfig) -> torch.dtype:
@@ -171,13 +176,15 @@ def _open_model(config: Config, topology: Topology) -> tuple[BackboneSource, Mod
 
 
 def _open_exits(config: Config, model_config: ModelConfig, reader: BackboneSource, topology: Topology,
-                fit: Fit | None) -> tuple[ExitHeadsConfig, TensorSource]:
-    """The artifact at exits.path, which must be bound to this model; without a path, first weights as `exits` and `fit` describe them."""
+                fit: Fit | None, listed: ListedTokens | None = None) -> tuple[ExitHeadsConfig, TensorSource]:
+    """The artifact at exits.path, which must be bound to this model; without a path, first weights as `exits`, `fit` and `listed` describe
+    them.
+    """
     if config.exits.path is None:
         model_config.check_exit_layers(config.exits.layers(model_config.num_layers))
-        exits = on_first_rank(topology, lambda: initial_exits_config(config, model_config, reader))
+        exits = on_first_rank(topology, lambda: initial_exits_config(config, model_config, reader, listed))
         exits = dataclasses.replace(exits, fitted=fit.record if fit else None)
-        return exits, InitialExits(exits, reader, model_config, fit.maps if fit else None)
+        return exits, InitialExits(exits, reader, model_config, fit.maps if fit else None, fit.other if fit else None)
     artifact = ExitHeadsReader(Path(config.exits.path), topology, verifies=config.exits.verify)
     check_bound_to(artifact, on_first_rank(topology, lambda: fingerprint(reader, model_config)))
     artifact.check_complete(model_config)
@@ -193,8 +200,8 @@ def _plan_generation(config: Config, sources: Sources, topology: Topology) -> li
 def _plans(config: Config, exits: ExitHeadsConfig | None, costs: list[float], topology: Topology, *, has_final_head: bool,
            max_length: int) -> list[StagePlan]:
     return [StagePlan(
-        first_layer=first, last_layer=last, exits=exits.heads if exits else (), has_final_head=has_final_head, max_length=max_length,
-        dtype=compute_dtype(config, topology))
+        first_layer=first, last_layer=last, exits=exits.heads if exits else (), token_ids=exits.token_ids if exits else (),
+        has_final_head=has_final_head, max_length=max_length, dtype=compute_dtype(config, topology))
         for first, last in stage_layers(config.parallel.pipeline_layout, costs, topology.pp)]
 
 

@@ -12,8 +12,8 @@ def artifact_card(exits: Mapping[str, Any]) -> str:
     return "\n".join([
         *_front_matter(name, "ee_tuning"), f"# Exit heads for {name}", "",
         f"{told_architecture(exits['architecture'])} heads after layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}, "
-        f"output matrix {exits['output']}, {exits['dtype']}. They let the model stop at one of these layers where it is sure of the next "
-        "token; the model itself is unchanged and not in this folder.", "",
+        f"output matrix {exits['output']}{told_vocab(exits.get('output_vocab'))}, {exits['dtype']}. They let the model stop at one of "
+        "these layers where it is sure of the next token; the model itself is unchanged and not in this folder.", "",
         *_history(exits), "",
         "```bash", f"ee-tuning generate --model {_word(name)} --exits THIS_FOLDER --threshold 0.8 --prompt \"Once upon a time\"", "```", "",
         f"Bound to the model with fingerprint `{exits['model_fingerprint']}`. `ee-tuning verify` checks the files.", ""])
@@ -45,6 +45,11 @@ def told_init(init: str, seed: int | None) -> str:
     """How exits began."""
     return {"copy": "copied from the model", "random": f"drawn at random, seed {seed}", "ee_llm": "as EE-LLM tuned them",
             "fitted": "fitted to the final state by least squares"}[init]
+
+
+def told_vocab(listed: Mapping[str, Any] | None) -> str:
+    """What exits say, behind what their output matrix is."""
+    return "" if listed is None else f", for {listed['size']:,} tokens of the vocabulary ({listed['share']:.1%} of a text) and any other"
 
 
 def _front_matter(name: str, library: str) -> list[str]:

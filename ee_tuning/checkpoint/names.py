@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ee_tuning.checkpoint.spelling import SPELLINGS, Spelling
 from ee_tuning.model.config import ModelConfig
+from ee_tuning.parallel.vocab import padded_size
 
 Shape = tuple[int, ...]
 
@@ -92,7 +93,8 @@ def backbone_shard(parameter: str, config: ModelConfig, tp: int, tp_rank: int) -
     spelling = SPELLINGS[config.family]
     if parameter in ("embedding.word_embeddings.weight", "output_layer.weight"):
         is_output = parameter == "output_layer.weight" and not config.ties_embeddings
-        return vocabulary_rows(output_name(config) if is_output else embedding_name(config), config, tp, tp_rank)
+        name = output_name(config) if is_output else embedding_name(config)
+        return vocabulary_rows(name, (config.vocab_size, config.hidden_size), tp, tp_rank)
     if parameter == "embedding.position_embeddings.weight" and config.position == "learned":
         return uncut(f"{spelling.positions}.weight", (config.max_position_embeddings, config.hidden_size))
     module, _, kind = parameter.rpartition(".")
@@ -229,9 +231,9 @@ def uncut(name: str, shape: Shape) -> Shard:
     return Shard((Piece(name, shape, 0, 0, shape[0]),))
 
 
-def vocabulary_rows(name: str, config: ModelConfig, tp: int, tp_rank: int) -> Shard:
-    """Of a matrix with a row for each word of the vocabulary, padded to as many rows on every rank."""
-    v = config.vocab_size
-    rows = config.padded_vocab_size(tp) // tp
-    start, stop = min(v, tp_rank * rows), min(v, (tp_rank + 1) * rows)
-    return Shard((Piece(name, (v, config.hidden_size), 0, start, stop),), zero_rows=rows - (stop - start))
+def vocabulary_rows(name: str, shape: Shape, tp: int, tp_rank: int) -> Shard:
+    """Of a matrix of `shape` with a row for each word of a vocabulary, padded to as many rows on every rank."""
+    size, width = shape
+    rows = padded_size(size, tp) // tp
+    start, stop = min(size, tp_rank * rows), min(size, (tp_rank + 1) * rows)
+    return Shard((Piece(name, (size, width), 0, start, stop),), zero_rows=rows - (stop - start))

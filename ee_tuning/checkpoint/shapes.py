@@ -8,17 +8,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ee_tuning.checkpoint.convert import described_exits
+from ee_tuning.checkpoint.convert import check_output_vocab, described_exits
 from ee_tuning.checkpoint.exit_heads import ExitHeadsConfig, ExitHeadsReader
 from ee_tuning.checkpoint.formats import has_weights, model_folder, open_model
 from ee_tuning.checkpoint.load import Sources
 from ee_tuning.checkpoint.names import Shape, backbone_tensor_shapes
-from ee_tuning.config import Config, replace
+from ee_tuning.config import Config, ExitsSection, replace
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig, read_model_config
+from ee_tuning.model.exit_spec import ListedTokens
 
 DEFAULT_SEQ_LENGTH = 2048
 """Tokens per sequence of tuning, where the model has as many positions."""
+LARGEST_AUTO = 16384
+"""Tokens that a shortlist has where its texts have not been read and are to decide: more than they mostly choose."""
 
 
 class ShapesOnly:
@@ -94,4 +97,12 @@ def _exits_config(config: Config, model: ModelConfig) -> ExitHeadsConfig:
             artifact.check_complete(model)
         return artifact.config
     model.check_exit_layers(section.layers(model.num_layers))
-    return described_exits(section, model, name=Path(config.model.path).name, dtype=getattr(torch, model.stored_dtype), fingerprint="")
+    return described_exits(section, model, name=Path(config.model.path).name, dtype=getattr(torch, model.stored_dtype), fingerprint="",
+                           listed=_unread_list(section, model))
+
+
+def _unread_list(section: ExitsSection, model: ModelConfig) -> ListedTokens | None:
+    """A shortlist of the size that is asked for: which tokens it holds changes no shape. Where texts are to decide, of LARGEST_AUTO."""
+    check_output_vocab(section, model.vocab_size)
+    size = section.output_vocab if isinstance(section.output_vocab, int) else LARGEST_AUTO if model.vocab_size > LARGEST_AUTO else 0
+    return ListedTokens(token_ids=tuple(range(size)), num_tokens=0, num_listed=0) if size else None

@@ -12,7 +12,7 @@ def convert(args: argparse.Namespace) -> None:
     config = job_of(args)
     from ee_tuning.evaluation.profile import with_exit_layers
 
-    if config.exits.init == "fitted":
+    if config.exits.init == "fitted" or config.exits.output_vocab:
         from ee_tuning.tuning.command import convert_fitted as convert
     else:
         from ee_tuning.checkpoint.convert import convert

@@ -19,6 +19,7 @@ import yaml
 from ee_tuning.config.data import DataSection
 from ee_tuning.config.generation import GenerationSection, without_overruled
 from ee_tuning.config.model import Architecture, DType, ExitsSection, ModelSection, ParallelSection
+from ee_tuning.config.output_vocab import AutoVocab
 from ee_tuning.config.paths import expanded, split_paths
 from ee_tuning.config.placement import AutoLayers
 from ee_tuning.config.tuning import TuningSection, WeightFormat
@@ -84,7 +85,7 @@ def replace(config: Config, **sections: Any) -> Config:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, AutoLayers):
+    if isinstance(value, AutoLayers | AutoVocab):
         return str(value)
     if dataclasses.is_dataclass(value):
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}

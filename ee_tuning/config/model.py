@@ -2,6 +2,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ee_tuning.config.output_vocab import AutoVocab
 from ee_tuning.config.paths import PATH
 from ee_tuning.config.placement import AutoLayers, evenly_along
 from ee_tuning.errors import InputError
@@ -53,6 +54,10 @@ class ExitsSection:
     matrix of its own, the map becomes part of it."""
     output: Literal["untied", "tied"] = "untied"
     """untied: each exit trains its own output matrix. tied: the backbone's frozen one."""
+    output_vocab: int | AutoVocab = 0
+    """Tokens that exits say: the most frequent ones of data.paths, special and stop tokens among them; any other token is one class more,
+    and none leaves where that is likeliest. The output matrices, untied, have so many rows. 0: the whole vocabulary. auto: by what asking
+    costs and how many tokens of the texts are listed."""
     seed: int = 1234
     """Of random initialization."""
     verify: bool = True

@@ -11,6 +11,7 @@ from ee_tuning.model.families import Family, family_fields, in_llama_spelling, p
 from ee_tuning.model.quantized import refuse_quantized
 from ee_tuning.model.token_ids import end_token_ids, single_token_id
 from ee_tuning.notices import warn_once
+from ee_tuning.parallel.vocab import padded_size
 
 STORED_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -104,7 +105,7 @@ class ModelConfig:
 
     def padded_vocab_size(self, tp: int) -> int:
         """The vocabulary rounded up so that every tensor-parallel rank has as many rows."""
-        return math.ceil(self.vocab_size / tp) * tp
+        return padded_size(self.vocab_size, tp)
 
     def check_layout(self, tp: int, num_stages: int) -> None:
         """Raises InputError where the model can not be cut tp × num_stages ways."""

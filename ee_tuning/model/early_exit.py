@@ -15,6 +15,7 @@ from ee_tuning.model.documents import PackedDocuments
 from ee_tuning.model.exit_head import ExitHead, ExitInput, build_exit_head
 from ee_tuning.model.exit_spec import ExitSpec
 from ee_tuning.model.sequence import gathered_sequence, own_part
+from ee_tuning.parallel.shortlist import exit_vocab
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.vocab import VocabShard
 
@@ -29,6 +30,8 @@ class StagePlan:
     last_layer: int
     exits: tuple[ExitSpec, ...]
     """All exits of the model, on any stage."""
+    token_ids: tuple[int, ...] = ()
+    """Tokens that the exits say, increasing; all where there are none."""
     has_final_head: bool
     """Whether the model's own last norm and output matrix are wanted, on the last stage."""
     shares_output_matrix: bool = False
@@ -64,6 +67,8 @@ class EarlyExitModel(nn.Module):
         super().__init__()
         self.config, self.topology, self.plan = config, topology, plan
         self.vocab = VocabShard.of(config.vocab_size, config.padded_vocab_size(topology.tp), topology)
+        self.exit_vocab = exit_vocab(plan.token_ids, self.vocab, topology)
+        """What exits say."""
         has_final = plan.has_final_head and topology.is_last_stage
         self.backbone = BackboneStage(
             config, topology, first_layer=plan.first_layer, last_layer=plan.last_layer, has_embedding=topology.is_first_stage,

@@ -23,8 +23,10 @@ from ee_tuning.model.norm import exit_norm
 from ee_tuning.model.sequence import gathered_sequence, summed_parts
 from ee_tuning.parallel.shard_sums import sum_over_shards
 from ee_tuning.parallel.topology import Topology
+from ee_tuning.parallel.vocab import padded_size
 
-# … any leading dimensions · h hidden · f/tp this rank's part of the MLP's inner width · v/tp its shard of the vocabulary
+# … any leading dimensions · h hidden · f/tp this rank's part of the MLP's inner width · v/tp its shard of the vocabulary, or
+# of what a head of a shortlist says
 
 Result = TypeVar("Result")
 
@@ -116,8 +118,8 @@ class ExitHead(nn.Module, ABC):
         if spec.has_linear:
             self.linear = nn.Linear(config.hidden_size, config.hidden_size, **tensor)
         if not spec.ties_output:
-            self.output = nn.Linear(config.hidden_size, config.padded_vocab_size(topology.tp) // topology.tp, bias=False, dtype=dtype,
-                                    device=topology.device)
+            rows = padded_size(spec.output_rows(config.vocab_size), topology.tp) // topology.tp
+            self.output = nn.Linear(config.hidden_size, rows, bias=False, dtype=dtype, device=topology.device)
 
     @property
     def exit_layer(self) -> int:

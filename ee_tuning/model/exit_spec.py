@@ -1,7 +1,24 @@
-"""What an exit is: where it sits, which architecture its head has. Data alone."""
+"""What an exit is: where it sits, which architecture its head has, which tokens it says. Data alone."""
 from dataclasses import dataclass
 
 from ee_tuning.config import Architecture
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListedTokens:
+    """The shortlist of a model's exits."""
+
+    token_ids: tuple[int, ...]
+    """Increasing."""
+    num_tokens: int
+    """Tokens of a text that were counted to choose them."""
+    num_listed: int
+    """Those of them that are listed."""
+
+    @property
+    def record(self) -> dict[str, float]:
+        """{"size", "tokens", "share"}, for the artifact."""
+        return {"size": len(self.token_ids), "tokens": self.num_tokens, "share": round(self.num_listed / max(self.num_tokens, 1), 6)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +35,13 @@ class ExitSpec:
     adds_linear: bool = False
     """Whether a linear map stands before the output matrix that the architecture does not bring: what a least-squares fit leaves of a head
     whose output matrix is not its own."""
+
+    output_vocab: int = 0
+    """Tokens that the head says, with an output matrix of its own for these and any other token; 0 for the whole vocabulary."""
+
+    def output_rows(self, vocab_size: int) -> int:
+        """Rows of its output matrix, padding left out."""
+        return self.output_vocab + 1 if self.output_vocab else vocab_size
 
     @property
     def has_linear(self) -> bool:

@@ -18,6 +18,8 @@ class Fit:
     """Map of each exit layer, [h, h + 1]: T and, last, b. None where a checkpoint brings the heads."""
     record: dict[str, float]
     """{"tokens", "ridge"}, for the artifact."""
+    other: Tensor | None = None
+    """[h]: the row of "any other token" of a shortlist, for final states; None without a shortlist."""
 
 
 class FitSums:

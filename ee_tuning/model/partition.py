@@ -24,7 +24,7 @@ def exit_head_cost(config: ModelConfig, spec: ExitSpec, seq_length: int, *, trai
                      "layer": (0.0, layer_cost(config, config.num_layers, seq_length)),
                      "adapter": (0.0, 2 * hidden * spec.adapter_rank)}.get(spec.architecture, (0.0, 0.0))
     others += hidden * hidden * spec.has_linear
-    output = final_head_cost(config)
+    output = hidden * spec.output_rows(config.vocab_size)
     if not trains:
         return first + others + output
     output_passes = 2 if spec.ties_output or spec.architecture == "embedding" else 3

@@ -13,6 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def padded_size(size: int, tp: int) -> int:
+    """The next multiple of `tp`: as many rows of a vocabulary on every rank."""
+    return math.ceil(size / tp) * tp
+
+
 @dataclass(frozen=True)
 class VocabShard:
     """Rows first .. first + rows - 1 of the padded vocabulary, which are this rank's."""
@@ -76,7 +81,7 @@ class Top1(NamedTuple):
 def log_sum_exp(logits: Tensor,  # [..., v/tp]
                 shard: VocabShard) -> Tensor:  # [...], float32 (float64 for float64 logits)
     """Over the whole vocabulary, in nats; the same bits on every rank."""
-    local = _at_least_float32(shard.without_padding(logits)).logsumexp(-1)  # of no rows: -inf, which weighs nothing
+    local = at_least_float32(shard.without_padding(logits)).logsumexp(-1)  # of no rows: -inf, which weighs nothing
     return local if shard.world_size == 1 else shard.gather(local).logsumexp(0)
 
 
@@ -100,7 +105,7 @@ def top1(logits: Tensor,  # [..., v/tp]
     On one rank it is the last thing done for every decoded token and costs three calls into torch, about 4 µs for 257 ids.
     """
     if shard.world_size == 1:
-        logits = _at_least_float32(shard.without_padding(logits))
+        logits = at_least_float32(shard.without_padding(logits))
         # The id is read from the logits: rounding makes ties among probabilities where the logits differ.
         return Top1(logits.argmax(-1), logits.softmax(-1).amax(-1))
     return _merge_top1(shard.gather(_local_top1(logits, shard)), logits.dtype)
@@ -137,7 +142,7 @@ def gather_logits(logits: Tensor,  # [..., v/tp]
 
 def _local_top1(logits: Tensor, shard: VocabShard) -> Tensor:
     """This shard's largest logit, its id and the shard's log-sum-exp: [3, ...]. float64 holds every id and logit exactly."""
-    true = _at_least_float32(shard.without_padding(logits))
+    true = at_least_float32(shard.without_padding(logits))
     if not shard.true_rows:
         return true.new_full((3, *true.shape[:-1]), -torch.inf, dtype=torch.float64)
     largest, index = true.max(-1)
@@ -167,5 +172,6 @@ def _merge_top1(parts: Tensor, dtype: torch.dtype) -> Top1:
     return Top1(token_ids, probability if dtype == torch.float64 else probability.float())
 
 
-def _at_least_float32(logits: Tensor) -> Tensor:
+def at_least_float32(logits: Tensor) -> Tensor:
+    """float64 as it is, all else in float32."""
     return logits if logits.dtype == torch.float64 else logits.float()

@@ -11,11 +11,13 @@ from ee_tuning.checkpoint.formats import open_model
 from ee_tuning.checkpoint.load import load_for_tuning
 from ee_tuning.checkpoint.shapes import with_seq_length
 from ee_tuning.config import Config
+from ee_tuning.data.frequent_tokens import list_tokens
 from ee_tuning.data.loader import count_microbatches
 from ee_tuning.data.splits import load_samples
 from ee_tuning.data.tokenizer import tokenizer_of
 from ee_tuning.data.tokens import Samples, Splits
 from ee_tuning.errors import InputError
+from ee_tuning.model.exit_spec import ListedTokens
 from ee_tuning.model.fit import Fit
 from ee_tuning.notices import warn
 from ee_tuning.parallel.topology import Topology, init_parallel, leave_parallel
@@ -51,7 +53,8 @@ def tune_within(config: Config, topology: Topology) -> bool:
 def _tune_owned(config: Config, topology: Topology) -> bool:
     check_run_folder(config, topology)
     samples = load_job_samples(config, topology)
-    loaded = load_for_tuning(config, topology, _fit(config, samples.train, topology))
+    listed = None if config.exits.path else list_tokens(config, samples.train, topology)
+    loaded = load_for_tuning(config, topology, _fit(config, samples.train, topology, listed), listed)
     tuner = Tuner(loaded, samples, config, topology)
     if config.tuning.resume:
         tuner.resume()
@@ -81,28 +84,55 @@ def _check_updated(tuner: Tuner, topology: Topology) -> None:
         warn(told)
 
 
-def _fit(config: Config, samples: Samples, topology: Topology) -> Fit | None:
+def _fit(config: Config, samples: Samples, topology: Topology, listed: ListedTokens | None) -> Fit | None:
     """None where none is asked for; without maps where the run goes on from a checkpoint, which has the heads."""
     if config.exits.path is not None or config.exits.init != "fitted":
         return None
     width = _width(config)
     if config.tuning.resume and on_first_rank(topology, lambda: latest_checkpoint(Path(config.tuning.run_folder))) is not None:
         return Fit({}, fit_record(fit_samples(samples, config.tuning, width)))
-    return fit_exits(config, samples, topology, width)
+    return fit_exits(config, samples, topology, width, listed)
 
 
 def convert_fitted(config: Config, output: Path, *, overwrite: bool = False) -> None:
-    """Does what `convert` does, with exits fitted on the texts that `tune` would train on. Raises InputError as both do."""
+    """Does what `convert` does, with exits fitted on the texts that `tune` would train on, or with the tokens that these mostly hold.
+    Raises InputError as both do.
+    """
     config = with_seq_length(config)
     check_settings(config.tuning)
+    is_fitted, has_list = config.exits.init == "fitted", bool(config.exits.output_vocab)
     if not config.data.paths:
-        raise InputError("exits.init = fitted reads texts, and data.paths names none; give --data PATH, or use exits.init = copy")
+        asks, remedy = ("exits.init = fitted", "use exits.init = copy") if is_fitted else (
+            f"exits.output_vocab = {config.exits.output_vocab}", "leave it out")
+        raise InputError(f"{asks} reads texts, and data.paths names none; give --data PATH, or {remedy}")
     if config.tuning.micro_batch_size < 1:
         raise InputError(f"tuning.micro_batch_size must be at least 1, got {config.tuning.micro_batch_size}")
 
-    def make_fit(topology: Topology) -> Fit:
-        return fit_exits(config, load_job_samples(config, topology).train, topology, _width(config))
-    convert(config, output, overwrite=overwrite, make_fit=make_fit)
+    texts = _Texts(config)
+    convert(config, output, overwrite=overwrite, make_fit=texts.fit if is_fitted else None, list_tokens=texts.list if has_list else None)
+
+
+class _Texts:
+    """What a conversion asks of the texts of a job: the list first, for the fit needs it."""
+
+    def __init__(self, config: Config):
+        self._config = config
+        self._samples: Samples | None = None
+        self._listed: ListedTokens | None = None
+
+    def list(self, topology: Topology) -> ListedTokens | None:
+        """See `list_tokens`."""
+        self._listed = list_tokens(self._config, self._read(topology), topology)
+        return self._listed
+
+    def fit(self, topology: Topology) -> Fit:
+        """See `fit_exits`."""
+        return fit_exits(self._config, self._read(topology), topology, _width(self._config), self._listed)
+
+    def _read(self, topology: Topology) -> Samples:
+        if self._samples is None:
+            self._samples = load_job_samples(self._config, topology).train
+        return self._samples
 
 
 def _width(config: Config) -> int:

@@ -21,6 +21,7 @@ from ee_tuning.data.tokens import Samples
 from ee_tuning.errors import InputError
 from ee_tuning.model.documents import PackedDocuments
 from ee_tuning.model.exit_head import ExitInput
+from ee_tuning.model.exit_spec import ListedTokens
 from ee_tuning.model.fit import RIDGE, Fit, FitSums, solved
 from ee_tuning.notices import warn
 from ee_tuning.parallel.feedback import Feedback
@@ -70,8 +71,9 @@ def fit_samples(samples: Samples, tuning: TuningSection, width: int) -> FitSampl
     return FitSamples(chosen, num_tokens)
 
 
-def fit_exits(config: Config, samples: Samples, topology: Topology, width: int) -> Fit:
-    """Reads the model and fits the exits that `config.exits` describes; nothing of it stays in memory but the maps. All ranks call it.
+def fit_exits(config: Config, samples: Samples, topology: Topology, width: int, listed: ListedTokens | None = None) -> Fit:
+    """Reads the model and fits the exits that `config.exits` describes, of a shortlist where one is given. Nothing of it stays in memory
+    but the maps. All ranks call it.
 
     Raises InputError, on all ranks, where model, exits and layout do not fit each other, or states are not finite.
     """
@@ -81,7 +83,7 @@ def fit_exits(config: Config, samples: Samples, topology: Topology, width: int) 
         if taken.num_tokens < FEW_PER_UNKNOWN * (width + 1):
             warn(f"{taken.num_tokens:,} tokens are few for maps of {width + 1} unknowns a row, which then fit these texts and no others; "
                  f"tuning.fit_tokens is {TOKENS_PER_UNKNOWN * (width + 1):,} by default")
-    loaded = load_for_fitting(config, topology)
+    loaded = load_for_fitting(config, topology, listed)
     fit = FitPass(loaded, config.tuning, topology)
     fit.run(list(batches_of_each(samples, taken.chosen, config.tuning, dp=topology.dp, dp_rank=topology.dp_rank)))
     maps = fit.maps(loaded.stages)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ee_tuning.parallel.shortlist import Shortlist
 from ee_tuning.parallel.vocab import VocabShard
 from ee_tuning.tuning.loss_chunk import PER_TOKEN, LossChunk
 from ee_tuning.tuning.objective import THRESHOLDS, Objective
@@ -46,11 +47,13 @@ def linear_loss(hidden: Tensor,  # [s, b, h]
 
     Differentiable, once, in hidden and weight; what does not require a gradient costs none, and without gradients only the sums are
     computed. In bf16, the weight's is accumulated in float32.
-    A label outside of 0 .. vocabulary - 1 is allowed where loss_mask is 0 only; elsewhere the loss is NaN.
+    A label outside of 0 .. vocabulary - 1 is allowed where loss_mask is 0 only; elsewhere the loss is NaN. Of a shortlist all is said of
+    its classes: a label that is not listed is "any other token".
     """
     assert hidden.dtype == weight.dtype and weight.shape[0] == vocab.rows and chunk_tokens > 0
     assert teacher is not None or not objective.wants_teacher
-    task = _Task(labels.reshape(-1), loss_mask.reshape(-1), vocab, chunk_tokens, objective, teacher, sums_gradient)
+    classes = vocab.classes(labels) if isinstance(vocab, Shortlist) else labels
+    task = _Task(classes.reshape(-1), loss_mask.reshape(-1), vocab, chunk_tokens, objective, teacher, sums_gradient)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return ExitLoss(*_LinearLoss.apply(hidden, weight, task))
     walked = _walk(hidden, weight, task, False, False)
@@ -129,7 +132,7 @@ def _walk(hidden: Tensor, weight: Tensor, task: _Task, wants_hidden: bool, wants
     mask, true_weight = task.mask.to(accumulate), weight[:vocab.true_rows]
     grad_tokens = tokens.new_empty(tokens.shape) if wants_hidden else None
     grad_weight = torch.zeros_like(weight, dtype=accumulate) if wants_weight else None
-    per_token = {name: mask.new_zeros(len(tokens)) for name in PER_TOKEN}
+    per_token, largest = {name: mask.new_zeros(len(tokens)) for name in PER_TOKEN}, mask.new_zeros(len(tokens))
     scratch = _Scratch(min(task.chunk_tokens, len(tokens)), vocab.true_rows, hidden, accumulate, task.teacher is not None)
 
     for start in range(0, len(tokens), task.chunk_tokens):
@@ -139,9 +142,10 @@ def _walk(hidden: Tensor, weight: Tensor, task: _Task, wants_hidden: bool, wants
         chunk = LossChunk(logits, task.labels[part], vocab, teaches)
         for name, values in chunk.per_token.items():
             per_token[name][part] = values
+        largest[part] = chunk.largest
         if not differentiates:
             continue
-        weights = mask[part] * per_token["confidence"][part] if task.objective.weighs_by_confidence else mask[part]
+        weights = mask[part] * largest[part] if task.objective.weighs_by_confidence else mask[part]
         grad_logits = scratch.narrowed(chunk.gradient_in_place(weights[:, None], task.objective))
         if grad_tokens is not None:
             torch.mm(grad_logits, true_weight, out=grad_tokens[part])
@@ -150,13 +154,13 @@ def _walk(hidden: Tensor, weight: Tensor, task: _Task, wants_hidden: bool, wants
 
     if grad_tokens is not None and task.sums_gradient:
         vocab.sum_over_shards(grad_tokens)
-    loss, statistics = _sums(per_token, mask, task.objective)
+    loss, statistics = _sums(per_token, largest, mask, task.objective)
     return _Walked(loss, statistics, per_token, None if grad_tokens is None else grad_tokens.view_as(hidden), grad_weight)
 
 
-def _sums(per_token: dict[str, Tensor], mask: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
+def _sums(per_token: dict[str, Tensor], largest: Tensor, mask: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
     confidence = per_token["confidence"]
-    weights = mask * confidence if objective.weighs_by_confidence else mask
+    weights = mask * largest if objective.weighs_by_confidence else mask
     terms = [getattr(objective, name) * per_token[name] for name in ("cross_entropy", "forward_kl", "total_variation")
              if getattr(objective, name)]
     # Each sum leaves masked tokens out whatever they hold: 0 times NaN is NaN.

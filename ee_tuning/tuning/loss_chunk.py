@@ -6,6 +6,7 @@ What runs over the vocabulary is summed over the shards in two small collectives
 import torch
 from torch import Tensor
 
+from ee_tuning.parallel.shortlist import Shortlist
 from ee_tuning.parallel.vocab import VocabShard
 from ee_tuning.tuning.objective import Objective
 from ee_tuning.tuning.teacher import TeacherChunk, likeliest_ids, row_maxima, row_products
@@ -19,10 +20,12 @@ class LossChunk:
 
     per_token: dict[str, Tensor]
     """[n] each: `cross_entropy` in nats and `confidence`; with a teacher `forward_kl` in nats and `total_variation`, and `agreement` where
-    the teacher names its likeliest token."""
+    the teacher names its likeliest token. Of a shortlist all over its classes; where "any other token" is likeliest, `confidence` is 0."""
+    largest: Tensor
+    """[n]: the largest probability."""
 
     def __init__(self, logits: Tensor,  # [n, v]
-                 labels: Tensor,  # [n]
+                 labels: Tensor,  # [n], classes where `vocab` is a shortlist
                  vocab: VocabShard, teaches: TeacherChunk | None) -> None:
         """Overwrites `logits`."""
         local = (labels - vocab.first)[:, None]
@@ -31,14 +34,18 @@ class LossChunk:
         shifted = logits.sub_(vocab.max_over_shards(row_maxima(logits)))
         if teaches is not None and teaches.likeliest is not None:
             self.per_token["agreement"] = likeliest_ids(shifted, vocab) == teaches.likeliest
-        sums = [_at_label(shifted, self._column, self._is_here)] + ([] if teaches is None else teaches.before_softmax(shifted))
+        sums = [_at_label(shifted, self._column, self._is_here), *_of_other(shifted, vocab)]
+        sums += [] if teaches is None else teaches.before_softmax(shifted)
         self._exponentials = shifted.exp_()
         sums = [shifted.sum(-1, keepdim=True), *sums] + ([] if teaches is None else teaches.beside_softmax(shifted))
         # A shard of padding alone takes part in the collectives all the same.
-        self._total, of_label, *of_teacher = vocab.sum_over_shards(torch.stack(sums))
+        self._total, of_label, *rest = vocab.sum_over_shards(torch.stack(sums))
+        of_other, of_teacher = (rest[:1], rest[1:]) if isinstance(vocab, Shortlist) else ([], rest)
         # Without the fill a label of no shard would pass as a loss that no training lowers.
         losses = (self._total.log() - of_label).squeeze(-1).masked_fill_((labels < 0) | (labels >= vocab.size), torch.nan)
-        self.per_token.update(cross_entropy=losses, confidence=1 / self._total.squeeze(-1))  # the largest exponential is 1
+        self.largest = 1 / self._total.squeeze(-1)  # the largest exponential is 1
+        confidence = self.largest.masked_fill(of_other[0].squeeze(-1) == 0, 0.0) if of_other else self.largest
+        self.per_token.update(cross_entropy=losses, confidence=confidence)
         if teaches is not None:
             self.per_token["forward_kl"] = teaches.divergence(of_teacher, self._total).squeeze(-1)
             self._compare(teaches)
@@ -72,3 +79,7 @@ def _at_label(shifted: Tensor, column: Tensor, is_here: Tensor) -> Tensor:  # [n
     if not shifted.shape[-1]:
         return shifted.new_zeros(len(shifted), 1)
     return shifted.gather(-1, column).masked_fill_(~is_here, 0.0)
+
+
+def _of_other(shifted: Tensor, vocab: VocabShard) -> list[Tensor]:  # [n, v] -> [n, 1], where `vocab` is a shortlist
+    return [vocab.of_other(shifted).clone()] if isinstance(vocab, Shortlist) else []

@@ -48,7 +48,7 @@ class StageWalk:
         assert tutor is not None or not (objective.wants_teacher or teaches_validation)
         self._model, self._relay, self._topology, self._tutor = model, relay, topology, tutor
         self._teaches = {True: objective.wants_teacher, False: objective.wants_teacher or teaches_validation}
-        self._project = partial(linear_loss, vocab=model.vocab, chunk_tokens=loss_chunk_tokens, objective=objective,
+        self._project = partial(linear_loss, vocab=model.exit_vocab, chunk_tokens=loss_chunk_tokens, objective=objective,
                                 sums_gradient=not model.plan.cuts_sequence)
 
     @property

@@ -4,12 +4,16 @@ A teacher is read chunk after chunk of tokens, beside the student's logits (loss
 """
 # s sequence · b micro-batch · h hidden · v this rank's true rows of the vocabulary · n tokens of a chunk · k tokens that are told
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from ee_tuning.parallel.shortlist import Shortlist
 from ee_tuning.parallel.vocab import VocabShard
+
+NOT_LISTED = -1
+"""No class of a shortlist."""
 
 
 class TeacherChunk(Protocol):
@@ -20,7 +24,8 @@ class TeacherChunk(Protocol):
     spare: Tensor
     """[n, v], room that is free then."""
     likeliest: Tensor | None
-    """[n] int64: the teacher's likeliest token, of equal ones the lowest id; None where nobody asked."""
+    """[n] int64: the teacher's likeliest token, of equal ones the lowest id, NOT_LISTED where a shortlist has no class for it alone; None
+    where nobody asked."""
 
     def before_softmax(self, shifted: Tensor) -> list[Tensor]:
         """Of the student's logits less their largest [n, v]: sums [n, 1] to be summed over the shards."""
@@ -36,7 +41,7 @@ class Teacher(Protocol):
     """What `linear_loss` may be given."""
 
     def chunk(self, part: slice, buffers: "TeacherBuffers", vocab: VocabShard, wants_likeliest: bool) -> TeacherChunk:
-        """For tokens `part` of s · b."""
+        """For tokens `part` of s · b. Over the classes of `vocab`, where it is a shortlist."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +64,17 @@ class HiddenTeacher:
     def chunk(self, part: slice, buffers: TeacherBuffers, vocab: VocabShard, wants_likeliest: bool) -> TeacherChunk:
         """See Teacher."""
         tokens = self.hidden.reshape(-1, self.hidden.shape[-1])[part]
-        logits = buffers.probabilities.copy_(tokens @ self.weight[:vocab.true_rows].t())
+        likeliest, dtype = None, buffers.probabilities.dtype
+        if isinstance(vocab, Shortlist):
+            said = _class_logits(tokens, self.weight, vocab, dtype)
+            logits, likeliest = buffers.probabilities.copy_(said.logits), said.likeliest if wants_likeliest else None
+        else:
+            logits = buffers.probabilities.copy_(tokens @ self.weight[:vocab.true_rows].t())
         largest = vocab.max_over_shards(row_maxima(logits))
         logits.sub_(largest)
-        return _WholeChunk(logits, buffers.spare, likeliest_ids(logits, vocab) if wants_likeliest else None)
+        if wants_likeliest and likeliest is None:
+            likeliest = likeliest_ids(logits, vocab)
+        return _WholeChunk(logits, buffers.spare, likeliest)
 
 
 class _WholeChunk:
@@ -92,7 +104,7 @@ class TopKTeacher:
     """
 
     ids: Tensor
-    """[n, k] int64, likeliest first."""
+    """[n, k] int64, likeliest first. Of a shortlist its classes: first that of the likeliest token, then the likeliest others."""
     probabilities: Tensor
     """[n, k], float32 (float64 for a float64 backbone)."""
 
@@ -103,7 +115,10 @@ class TopKTeacher:
 
     def chunk(self, part: slice, buffers: TeacherBuffers, vocab: VocabShard, wants_likeliest: bool) -> TeacherChunk:
         """See Teacher."""
-        return _TopKChunk(TopKTeacher(self.ids[part], self.probabilities[part]), buffers, vocab)
+        told = _TopKChunk(TopKTeacher(self.ids[part], self.probabilities[part]), buffers, vocab)
+        if isinstance(vocab, Shortlist):
+            told.likeliest = _listed(self.ids[part, 0], vocab)
+        return told
 
 
 class _TopKChunk:
@@ -145,23 +160,48 @@ def top_k_teacher(hidden: Tensor,  # [s, b, h], after the final norm
                   k: int, *, vocab: VocabShard, chunk_tokens: int) -> TopKTeacher:
     """The k likeliest tokens (all, where the vocabulary is smaller) of softmax(weight · hidden), the same on every shard.
 
-    Of tokens equally likely the one with the lowest id comes first.
+    Of tokens equally likely the one with the lowest id comes first. Where `vocab` is a shortlist they are its classes, as TopKTeacher has
+    them.
     """
     k, tokens = min(k, vocab.size), hidden.reshape(-1, hidden.shape[-1])
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     ids, probabilities = tokens.new_empty(len(tokens), k, dtype=torch.int64), tokens.new_empty(len(tokens), k, dtype=dtype)
     for start in range(0, len(tokens), chunk_tokens):
         part = slice(start, start + chunk_tokens)
-        logits = (tokens[part] @ weight[:vocab.true_rows].t()).to(dtype)
-        values, columns = _local_top(logits, k)
-        total = logits.logsumexp(-1)
+        said = _class_logits(tokens[part], weight, vocab, dtype)
+        values, columns = _local_top(said.logits, k + (said.likeliest is not None))
+        total = said.logits.logsumexp(-1)
         if vocab.world_size > 1:
             values, columns = (vocab.gather(each).movedim(0, 1).flatten(1) for each in (values, columns + vocab.first))
             total = vocab.gather(total).logsumexp(0)
-        by_id = columns.argsort(-1)
-        order = by_id.gather(-1, values.gather(-1, by_id).argsort(stable=True, dim=-1, descending=True))[:, :k]
+        by_id, ranks = columns.argsort(-1), values
+        if said.likeliest is not None:  # "any other token" may be likelier than each, so it is among the first two
+            first = said.likeliest.where(said.likeliest >= 0, vocab.size - 1)
+            ranks = values.masked_fill((columns == first[:, None]) & (values > -torch.inf), torch.inf)
+        order = by_id.gather(-1, ranks.gather(-1, by_id).argsort(stable=True, dim=-1, descending=True))[:, :k]
         ids[part], probabilities[part] = columns.gather(-1, order), (values.gather(-1, order) - total[:, None]).exp()
     return TopKTeacher(ids, probabilities)
+
+
+class _ClassLogits(NamedTuple):
+    """What a teacher's likeliest token and its distribution are, in a student's classes."""
+
+    logits: Tensor
+    """[n, v], float32 at least."""
+    likeliest: Tensor | None
+    """[n]: the class of the likeliest token, or NOT_LISTED; None where classes are tokens."""
+
+
+def _class_logits(tokens: Tensor, weight: Tensor, vocab: VocabShard, dtype: torch.dtype) -> _ClassLogits:  # [n, h], [v/tp, h]
+    if not isinstance(vocab, Shortlist):
+        return _ClassLogits((tokens @ weight[:vocab.true_rows].t()).to(dtype), None)
+    logits = (tokens @ weight[:vocab.whole.true_rows].t()).to(dtype)
+    likeliest = _listed(vocab.likeliest_classes(logits), vocab)
+    return _ClassLogits(vocab.coarsened(logits), likeliest)
+
+
+def _listed(classes: Tensor, vocab: Shortlist) -> Tensor:  # [n] -> [n]
+    return torch.where(classes == vocab.other, NOT_LISTED, classes)
 
 
 def _local_top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@ import dataclasses
 from collections import deque
 from collections.abc import Iterator
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ee_tuning.checkpoint.load import LoadedModel, tuning_costs
 from ee_tuning.config import Config
 from ee_tuning.data.loader import BatchSource, validation_batches
 from ee_tuning.data.tokens import Splits
+from ee_tuning.json_file import to_json
 from ee_tuning.parallel.relay import Follows, Relay
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.tuning.departure import Departure
@@ -167,5 +169,6 @@ class Tuner:
         return {"model_fingerprint": exits.model_fingerprint, "exit_layers": list(exits.exit_layers),
                 "architecture": exit_config_tree(exits)["architecture"], "adapter_rank": exits.adapter_rank,
                 "output": exits.output, "adds_linear": list(exits.adds_linear) or None,
+                "output_vocab": sha256(to_json(exits.token_ids).encode()).hexdigest() if exits.token_ids else None,
                 "seq_length": self.tuning.seq_length, "seed": self.tuning.seed,
                 **self._samples.train.identity()}

@@ -28,7 +28,7 @@ class Tutor:
         pupils = tuple(stage for stage in stages_with_exits if stage < topology.pp - 1)
         shape, dtype = model.hidden_shape(tuning.seq_length, tuning.micro_batch_size), model.plan.dtype
         if not tells_hidden:
-            num_tokens, k = shape[0] * shape[1], min(tuning.teacher_top_k, model.config.vocab_size)
+            num_tokens, k = shape[0] * shape[1], min(tuning.teacher_top_k, model.exit_vocab.size)
             shape, dtype = (num_tokens, 2, k), torch.promote_types(dtype, torch.float32)
         self.feedback = Feedback(topology, shape, dtype, pupils)
         self._is_pupil = topology.stage in pupils
@@ -49,7 +49,7 @@ class Tutor:
         if self._tells_hidden:
             self.feedback.send(hidden)
             return HiddenTeacher(self._model.whole_sequence(hidden), weight)
-        told = top_k_teacher(self._model.whole_sequence(hidden), weight, self._tuning.teacher_top_k, vocab=self._model.vocab,
+        told = top_k_teacher(self._model.whole_sequence(hidden), weight, self._tuning.teacher_top_k, vocab=self._model.exit_vocab,
                              chunk_tokens=self._tuning.loss_chunk_tokens)
         # As numbers of one type, float32 at least, which holds every id.
         numbers = torch.stack((told.ids.to(told.probabilities.dtype), told.probabilities), dim=1)

@@ -200,7 +200,7 @@ def test_a_manifest_reads_no_file_elsewhere(artifact: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [
-    {"format_version": 4}, {"adds_linear": [2]}, {"fitted": 3},
+    {"format_version": 5}, {"adds_linear": [2]}, {"fitted": 3},
     {"exit_layers": [4, 2]}, {"exit_layers": []}, {"exit_layers": "24"}, {"architecture": "lstm"},
     {"architecture": ["mlp"]}, {"architecture": ["mlp", "adapter"]}, {"adapter_rank": 8},
     {"output": "none"}, {"dtype": "cdouble"}, {"init": None}, {"model_fingerprint": 3}, {"surprise": 1}, {"tuned": "yes"}])
@@ -213,13 +213,13 @@ def test_an_exit_config_is_read_strictly(llama: Path, tmp_path: Path, change: di
     assert str(path) in refusal(lambda: read_exit_config(folder))
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 2, 3])
 def test_an_artifact_of_an_earlier_format_is_read(llama: Path, tmp_path: Path, version: int) -> None:
     """Exits that were tuned before heads could differ would have to be tuned again."""
     folder = save(first_weights(llama), tmp_path / "exits")
     path = folder / CONFIG
     tree = {**json.loads(path.read_text()), "format_version": version}
-    for key in ("adds_linear", "fitted", *(["adapter_rank"] if version == 1 else [])):
+    for key in ("output_vocab", *(["adds_linear", "fitted"] if version < 3 else []), *(["adapter_rank"] if version == 1 else [])):
         del tree[key]
     exits = read_exit_config(folder)
     path.write_text(json.dumps(tree))

@@ -1,0 +1,135 @@
+"""Claims about exits that say a part of the vocabulary: losses, statistics and confidence are those of the coarsened distributions."""
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ee_tuning.parallel.shortlist import UNSURE, Shortlist, token_confidences, token_logits, token_top1
+from ee_tuning.parallel.vocab import VocabShard
+from ee_tuning.tuning.loss import STATISTICS, ExitLoss, linear_loss
+from ee_tuning.tuning.objective import Objective
+from ee_tuning.tuning.teacher import HiddenTeacher, Teacher, TopKTeacher, top_k_teacher
+
+S, B, H, V, PADDED = 7, 3, 16, 37, 42
+ALONE = SimpleNamespace(tp=1, tp_rank=0, tp_group=None, device=torch.device("cpu"))
+IDS = (0, 3, 4, 11, 17, 18, 29, 36)
+VOCAB = Shortlist.of_tokens(IDS, VocabShard(V, 0, PADDED, None, 1), ALONE)
+OTHER = len(IDS)
+MIXTURES = [Objective(), Objective(cross_entropy=0, forward_kl=1), Objective(cross_entropy=0, total_variation=1),
+            Objective(cross_entropy=0.2, forward_kl=0.5, total_variation=0.4, weighs_by_confidence=True)]
+
+
+class Inputs:
+    """Of the student and its teacher, seeded; who agree here and there."""
+
+    def __init__(self) -> None:
+        draw = torch.Generator().manual_seed(3)
+
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=draw, dtype=torch.float64)
+        self.hidden, self.weight = randn(S, B, H).requires_grad_(), randn(OTHER + 1, H).requires_grad_()
+        self.teacher_hidden, self.teacher_weight = self.hidden.detach() + randn(S, B, H) / 3, randn(PADDED, H)
+        self.teacher_weight[list(IDS)] = self.weight.detach()[:-1]
+        self.labels = torch.randint(V, (S, B), generator=draw)
+        self.mask = torch.rand(S, B, generator=draw, dtype=torch.float64) * (torch.rand(S, B, generator=draw) > 0.3)
+
+    def teacher(self, kind: str) -> Teacher:
+        if kind == "hidden":
+            return HiddenTeacher(self.teacher_hidden, self.teacher_weight)
+        return top_k_teacher(self.teacher_hidden, self.teacher_weight, int(kind), vocab=VOCAB, chunk_tokens=5)
+
+
+def coarse(whole: Tensor) -> Tensor:  # [n, v] probabilities -> [n, classes]
+    listed = whole[:, list(IDS)]
+    return torch.cat((listed, 1 - listed.sum(-1, keepdim=True)), 1)
+
+
+def plain(inputs: Inputs, kind: str, objective: Objective) -> tuple[Tensor, dict[str, Tensor]]:
+    """The objective and its parts, by way of all logits, a loop over labels, and autograd."""
+    logits = F.linear(inputs.hidden, inputs.weight).flatten(0, 1)
+    p, whole = logits.softmax(-1), F.linear(inputs.teacher_hidden, inputs.teacher_weight[:V]).flatten(0, 1).softmax(-1)
+    t, named = coarse(whole), [IDS.index(token) if token in IDS else OTHER for token in whole.argmax(-1).tolist()]
+    labels = torch.tensor([IDS.index(token) if token in IDS else OTHER for token in inputs.labels.flatten().tolist()])
+    mask, events_p, events_t = inputs.mask.flatten(), p, t
+    if kind != "hidden":  # k + 1 events, the likeliest token's class among the k
+        ranks = t.scatter(1, torch.tensor(named)[:, None], 2.0)
+        told = ranks.argsort(descending=True)[:, :int(kind)]
+        events_p, events_t = (torch.cat((each.gather(1, told), 1 - each.gather(1, told).sum(1, keepdim=True)), 1) for each in (p, t))
+    says = p.argmax(-1)
+    sure = torch.where(says == OTHER, 0.0, p.amax(-1))
+    parts = {"cross_entropy": F.cross_entropy(logits, labels, reduction="none"),
+             "forward_kl": F.kl_div(events_p.log(), events_t, reduction="none").sum(-1),
+             "total_variation": (events_p - events_t).abs().sum(-1) / 2, "confidence": sure,
+             "agreement": ((says == torch.tensor(named)) & (says != OTHER)).double(), "above_0.6": (sure >= 0.6).double()}
+    weights = mask * p.amax(-1).detach() if objective.weighs_by_confidence else mask
+    per_token = sum(getattr(objective, name) * parts[name] for name in ("cross_entropy", "forward_kl", "total_variation"))
+    sums = {name: (mask * each).sum() for name, each in parts.items()} | {"tokens": mask.sum(), "weights": weights.sum()}
+    return (weights * per_token).sum(), sums
+
+
+def ours(inputs: Inputs, kind: str, objective: Objective, chunk_tokens: int = 4) -> ExitLoss:
+    return linear_loss(inputs.hidden, inputs.weight, inputs.labels, inputs.mask, vocab=VOCAB, chunk_tokens=chunk_tokens,
+                       objective=objective, teacher=inputs.teacher(kind))
+
+
+@pytest.mark.parametrize("kind", ["hidden", "1", "2", "5"])
+@pytest.mark.parametrize("objective", MIXTURES, ids=str)
+def test_losses_and_statistics_are_those_of_the_coarsened_distributions(objective: Objective, kind: str) -> None:
+    """A label that is not listed left out, a teacher's mass that goes nowhere, an exit that agrees by saying "any other token"."""
+    inputs = Inputs()
+    expected, sums = plain(inputs, kind, objective)
+    wanted = torch.autograd.grad(expected * 0.37, (inputs.hidden, inputs.weight))
+    for chunk_tokens in (4, 1000):
+        got = ours(inputs, kind, objective, chunk_tokens)
+        torch.testing.assert_close(got.loss, expected, rtol=1e-10, atol=0)
+        torch.testing.assert_close(torch.autograd.grad(got.loss * 0.37, (inputs.hidden, inputs.weight)), wanted, rtol=1e-9, atol=1e-11)
+    with torch.no_grad():
+        statistics = dict(zip(STATISTICS, ours(inputs, kind, objective).statistics, strict=True))
+    for name, value in sums.items():
+        torch.testing.assert_close(statistics[name], value.detach(), rtol=1e-9, atol=1e-12, msg=name)
+    assert 0 < sums["agreement"] < sums["tokens"] and sums["confidence"] > 0
+
+
+def test_labels_that_are_no_tokens_stay_so() -> None:
+    """-100 at a masked place counted as any other token is harmless, one past the vocabulary that counts would pass for a loss."""
+    inputs = Inputs()
+    expected = ours(inputs, "hidden", Objective()).loss
+    inputs.labels[inputs.mask == 0] = -100
+    torch.testing.assert_close(ours(inputs, "hidden", Objective()).loss, expected)
+    inputs.labels[inputs.mask.argmax() // B, inputs.mask.argmax() % B] = V
+    assert ours(inputs, "hidden", Objective()).loss.isnan()
+
+
+def test_the_likeliest_token_is_told_first_however_likely_the_others_are_together() -> None:
+    """Agreement by the likeliest class would hold that the teacher says "any other token", which is no token."""
+    hidden, weight = torch.eye(3)[:, None], torch.full((3, PADDED), 2.0)
+    weight[0, 11], weight[1, 12], weight[2, 11] = 3.0, 9.0, 9.0
+    teacher = top_k_teacher(hidden, weight.T.contiguous(), 2, vocab=VOCAB, chunk_tokens=2)
+    assert isinstance(teacher, TopKTeacher) and teacher.ids[:, 0].tolist() == [3, OTHER, 3] and teacher.ids[0, 1] == OTHER
+    assert teacher.probabilities[0, 1] > teacher.probabilities[0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_heads_say_listed_tokens_and_are_sure_of_none_where_another_is_likelier(dtype: torch.dtype) -> None:
+    """A class taken for a token id; a token that leaves where it is most likely another one."""
+    logits = torch.randn(200, OTHER + 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    p = logits.double().softmax(-1)
+    ids, confidence = token_top1(logits, VOCAB)
+    assert ids.tolist() == [IDS[each] for each in logits[:, :-1].double().argmax(-1)]
+    is_other = logits[:, -1] > logits[:, :-1].amax(-1)
+    assert 0 < is_other.sum() < 100 and (confidence[is_other] == UNSURE).all()
+    torch.testing.assert_close(confidence[~is_other].double(), p.amax(-1)[~is_other], rtol=1e-5, atol=0)
+    top = p.topk(2)[0]
+    entropy = 1 + (p * p.log()).sum(-1) / torch.tensor(float(OTHER + 1), dtype=torch.float64).log()
+    for measure, wanted in (("max_probability", p.amax(-1)), ("margin", top[:, 0] - top[:, 1]), ("entropy", entropy)):
+        got = token_confidences(logits, VOCAB, measure).double()
+        torch.testing.assert_close(got, torch.where(is_other, UNSURE, wanted), rtol=1e-4, atol=1e-6)
+    whole = token_logits(logits, VOCAB)
+    assert whole.shape == (200, V) and torch.equal(whole[:, list(IDS)], logits[:, :-1]) and whole.isneginf().sum() == 200 * (V - OTHER)
+
+
+def test_a_head_that_is_no_number_stays_none() -> None:
+    """NaN hidden as an exit that is merely unsure would be decoded with."""
+    assert token_top1(torch.full((1, OTHER + 1), torch.nan), VOCAB).max_probability.isnan()
