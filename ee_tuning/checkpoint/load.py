@@ -86,9 +86,6 @@ def load_for_generation(config: Config, topology: Topology) -> LoadedModel:
     with reader:
         exits, tensors = _open_exits(config, model_config, reader, topology, None) if config.exits.path else (None, None)
         sources = Sources(model_config, reader, exits, tensors)
-        if exits and exits.token_ids:
-            raise InputError(f"exits with a shortlist can be tuned and not yet decoded with, and {config.exits.path} has one; give exits "
-                             "that were converted without --output-vocab")
         loaded = build_stage(sources, _plan_generation(config, sources, topology), topology)
         return dataclasses.replace(loaded, heads_digest=tensors.digest if isinstance(tensors, ExitHeadsReader) else None)
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from ee_tuning.checkpoint.non_finite import no_numbers, num_non_finite
 from ee_tuning.config.generation import Measure
 from ee_tuning.model.early_exit import EarlyExitModel
-from ee_tuning.parallel.vocab import confidences, top1
+from ee_tuning.parallel.shortlist import token_confidences, token_top1
+from ee_tuning.parallel.vocab import VocabShard
 
 # n tokens · h hidden · v vocabulary
 
@@ -91,14 +92,15 @@ def read_exits(model: EarlyExitModel, samples: Iterable[Tensor]) -> Readings:  #
     known: dict[tuple[int, Measure], list[Tensor]] = {}
     agrees: dict[int, list[Tensor]] = {}
 
-    def look(hidden: Tensor, weight: Tensor, measures: tuple[Measure, ...]) -> tuple[Tensor, list[Tensor]]:  # [s, 1, h] -> [s], …
+    def look(hidden: Tensor, weight: Tensor, vocab: VocabShard,
+             measures: tuple[Measure, ...]) -> tuple[Tensor, list[Tensor]]:  # [s, 1, h] -> [s], …
         ids: list[Tensor] = []
         found: list[list[Tensor]] = [[] for _ in measures]
         for part in hidden[:, 0].split(CHUNK):
             logits = F.linear(part, weight)
-            ids.append(top1(logits, model.vocab).token_ids)
+            ids.append(token_top1(logits, vocab).token_ids)
             for values, measure in zip(found, measures, strict=True):
-                values.append(confidences(logits, model.vocab, measure).double())
+                values.append(token_confidences(logits, vocab, measure).double())
         return torch.cat(ids), [torch.cat(values) for values in found]
 
     lengths = []
@@ -107,10 +109,10 @@ def read_exits(model: EarlyExitModel, samples: Iterable[Tensor]) -> Readings:  #
         hidden, inputs = model.run_layers(model.embed(tokens[None].to(model.topology.device)))
         if num_non_finite(hidden):
             raise no_numbers(f"the hidden states behind layer {last}", hidden.dtype)
-        final = look(model.final_hidden(hidden), model.backbone.output_layer.weight, ())[0]
+        final = look(model.final_hidden(hidden), model.backbone.output_layer.weight, model.vocab, ())[0]
         for layer in sorted(inputs):
             if layer < last:
-                ids, found = model.exit_head(layer)(inputs[layer], lambda hidden, weight: look(hidden, weight, MEASURES))
+                ids, found = model.exit_head(layer)(inputs[layer], lambda hidden, weight: look(hidden, weight, model.exit_vocab, MEASURES))
                 agrees.setdefault(layer, []).append((ids == final).cpu())
                 for measure, values in zip(MEASURES, found, strict=True):
                     if num_non_finite(values):
@@ -190,6 +192,6 @@ def curve(readings: Readings, layer: int, measure: Measure, num_points: int = 10
 
 
 def _candidates(confidence: Tensor) -> list[float]:  # [n]
-    """Thresholds worth a look, lowest first."""
-    ordered = confidence.sort()[0]
+    """Thresholds worth a look, lowest first: none at which an exit leaves that is UNSURE."""
+    ordered = confidence[confidence >= 0].sort()[0]
     return ordered[torch.linspace(0, len(ordered) - 1, min(CANDIDATES, len(ordered))).long()].unique().tolist() if len(ordered) else []

@@ -40,7 +40,7 @@ class TokenStep(NamedTuple):
     exit_layer: int
     """The layer it left at; the number of layers where it did not leave early."""
     confidence: float
-    """By the request's measure, of the plain softmax there."""
+    """By the request's measure, of the plain softmax there; 0 where a shortlist's "any other token" was likeliest."""
     logprob: float | None = None
     """Of the token, in the distribution it was chosen from; None where the request does not ask."""
     top_logprobs: dict[int, float] | None = None
@@ -221,7 +221,7 @@ class Engine:
             sequence.finish_reason = "stop"
         elif len(sequence.tokens) >= sequence.limit:
             sequence.finish_reason = "length"
-        return TokenStep(sequence, answer.token_id, layer, answer.confidence, answer.logprob, answer.top_logprobs)
+        return TokenStep(sequence, answer.token_id, layer, max(answer.confidence, 0.0), answer.logprob, answer.top_logprobs)
 
     def _catch_up(self) -> None:
         """Runs the deeper pieces for everybody once a sequence has as many tokens waiting at one as may wait there.

@@ -12,8 +12,9 @@ from ee_tuning.generation.sequence import Sequence
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.model.exit_head import ExitInput
 from ee_tuning.model.ragged_head import RaggedHead
+from ee_tuning.parallel.shortlist import UNSURE, token_confidences, token_logits
 from ee_tuning.parallel.stage_link import StageLink
-from ee_tuning.parallel.vocab import confidences, gather_logits
+from ee_tuning.parallel.vocab import VocabShard
 
 # q states that a head is asked about · v vocabulary
 
@@ -86,25 +87,29 @@ class Judge:
         for q in questions:
             last = first + len(q.states)
             if q.sequence.policy.measure != "max_probability":
-                decided[first:last, 1] = confidences(logits[first:last], self.model.vocab, q.sequence.policy.measure)
+                vocab = self.heads[head_layer].vocab
+                decided[first:last, 1] = token_confidences(logits[first:last], vocab, q.sequence.policy.measure)
             if not takes_likeliest(q.sequence, q.length):
                 careful.append((q, first))
             first = last
         if careful:
-            self._choose(decided, logits, careful, num_top)
+            self._choose(decided, logits, self.heads[head_layer].vocab, careful, num_top)
 
-    def _choose(self, decided: Tensor, logits: Tensor, careful: list[tuple[Question, int]], num_top: int) -> None:
-        """Tokens of questions that ask for more than the likeliest one."""
+    def _choose(self, decided: Tensor, logits: Tensor, vocab: VocabShard, careful: list[tuple[Question, int]], num_top: int) -> None:
+        """Tokens of questions that ask for more than the likeliest one: of a shortlist, chosen among what is listed."""
         wanted = [first + i for q, first in careful for i in range(len(q.states)) if decided[first + i, 1] >= q.threshold]
         if not wanted:  # the same on all tensor-parallel ranks
             return
-        whole = dict(zip(wanted, gather_logits(logits[wanted], self.model.vocab).cpu(), strict=True))
+        whole = dict(zip(wanted, token_logits(logits[wanted], vocab).cpu(), strict=True))
         alike: dict[tuple[float | None, ...], list[_Choice]] = {}
         for q, first in careful:
             params = q.sequence.params
             for i in range(len(q.states)):
                 if first + i in whole:
                     scores = self._scores(whole[first + i], q.sequence, q.length + i)
+                    if scores.isneginf().all():  # a shortlist of which the request allows nothing
+                        decided[first + i, 1] = UNSURE
+                        continue
                     group = alike.setdefault((params.temperature, params.top_k, params.top_p, params.min_p, params.logprobs), [])
                     group.append(_Choice(first + i, scores, draw_key(q.sequence.key, q.length + i), params))
         for group in alike.values():

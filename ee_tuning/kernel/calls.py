@@ -61,7 +61,7 @@ class Pass(ctypes.Structure):
 class Head(ctypes.Structure):
     """From states to logits."""
 
-    _fields_ = [*_fields(pointers="norm norm_bias output"), ("mlp", MLP), *_fields("num_ids num_rows")]
+    _fields_ = [*_fields(pointers="norm norm_bias output"), ("mlp", MLP), *_fields("num_ids num_rows", "token_ids")]
 
 
 class DraftRule(ctypes.Structure):
@@ -145,7 +145,7 @@ def run_layers(shape: Shape, layers: "ctypes.Array[Layer]", given: Pass, hidden:
 
 def run_head(shape: Shape, head: Head, states: Tensor, residual: Tensor | None,  # [t, h]
              ) -> tuple[Tensor, Tensor]:  # [t, v], float32 of fewer bits; [t, 2] float64
-    """Logits, and of each token the likeliest id and its probability, of ids that are no padding."""
+    """Logits, and of each token the likeliest id and its probability, of ids that are no padding; of a shortlist as `token_top1` has it."""
     states = states.contiguous()
     residual = None if residual is None else residual.contiguous()
     count = states.shape[0]

@@ -9,7 +9,9 @@ struct Head {  // W Norm(x), or with an MLP W Norm(residual + MLP(x))
     const void *norm, *norm_bias, *output;
     MLP mlp;            // fc1 null where there is none
     int64_t num_ids, num_rows;  // of W, the vocabulary first, then padding
+    const int64_t *token_ids;   // of a shortlist, what each row of W says, the last one any other token; or null
 };
+const double UNSURE = -1;  // the confidence where any other token is likeliest: no threshold is so low
 
 // A head's logits [t, v], padding included, and of each token the likeliest id and its probability [t, 2], padding left out.
 template <class T>
@@ -37,8 +39,10 @@ void run_head(const Shape &s, const Head &head, int64_t t, int64_t num_threads, 
         for (int64_t k = 0; k < t; ++k) {
             const Real<T> *own = logits + k * head.num_rows;
             std::copy(own, own + head.num_ids, weights.begin());
-            top[2 * k] = double(std::max_element(own, own + head.num_ids) - own);
-            top[2 * k + 1] = 1 / exponentials(weights.data(), head.num_ids);  // in the type of the logits, as they are
+            const int64_t said = head.num_ids - (head.token_ids != nullptr), best = std::max_element(own, own + said) - own;
+            top[2 * k] = double(head.token_ids ? head.token_ids[best] : best);
+            const T total = exponentials(weights.data(), head.num_ids);  // in the type of the logits, as they are
+            top[2 * k + 1] = said < head.num_ids && own[said] > own[best] ? UNSURE : 1 / total;
         }
     }
 }

@@ -13,10 +13,11 @@ from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.model.exit_head import AdapterHead, EmbeddingHead, ExitHead, ExitInput, ExitMLP, LayerHead, MLPHead, NormHead
 from ee_tuning.model.ragged_layer import RaggedLayer, native_shape
 from ee_tuning.model.static_pass import padded_count
+from ee_tuning.parallel.shortlist import Shortlist, token_top1
 from ee_tuning.parallel.topology import Topology
-from ee_tuning.parallel.vocab import VocabShard, top1
+from ee_tuning.parallel.vocab import VocabShard
 
-# t tokens of a pass · q of them that a head is asked about · h hidden · v/tp a shard of the vocabulary
+# t tokens of a pass · q of them that a head is asked about · h hidden · v/tp a shard of the vocabulary, or of a shortlist's classes
 
 
 class RaggedHead(ABC):
@@ -25,12 +26,13 @@ class RaggedHead(ABC):
     layer: RaggedLayer | None = None
     """Of its own, behind the backbone's."""
 
-    def __init__(self, model: EarlyExitModel, norm: Any, output: Tensor, mlp: ExitMLP | None = None):
-        self.vocab: VocabShard = model.vocab
+    def __init__(self, model: EarlyExitModel, vocab: VocabShard, norm: Any, output: Tensor, mlp: ExitMLP | None = None):
+        """`vocab` is what the rows of `output` are."""
+        self.vocab = vocab
         is_native = model.topology.tp == 1 and calls.serves(output)
         if mlp is not None:
             (row_major if is_native else column_major)(mlp.fc1.weight)
-        self.native = _native(norm, output, mlp, model.vocab) if is_native else None
+        self.native = _native(norm, output, mlp, vocab) if is_native else None
         """For the kernels; None where they do not serve."""
         self._shape = native_shape(model.config)
         self._is_recordable = graphs.serve(model.topology)
@@ -44,7 +46,7 @@ class RaggedHead(ABC):
 
     def ask(self, inputs: ExitInput) -> tuple[Tensor, Tensor]:  # [q, v/tp]; [q, 2] float64
         """Logits of the tokens that are asked about; and of each, over the whole vocabulary, the likeliest id and its probability, on
-        the CPU. For use before anything else is asked or run.
+        the CPU: of a shortlist as `token_top1` has them. For use before anything else is asked or run.
         """
         if self.native is not None and inputs.hidden.shape[0] <= calls.MOST_TOKENS:
             return calls.run_head(self._shape, self.native, *self.native_states(inputs))
@@ -67,7 +69,7 @@ class RaggedHead(ABC):
 
     def _answer(self, inputs: ExitInput) -> tuple[Tensor, Tensor]:  # [q, v/tp]; [q, 2] float64
         logits = self.logits(inputs)
-        ids, probabilities = top1(logits, self.vocab)
+        ids, probabilities = token_top1(logits, self.vocab)
         return logits, torch.stack((ids.double(), probabilities.double()), dim=-1)
 
     @abstractmethod
@@ -84,7 +86,7 @@ class RaggedFinalHead(RaggedHead):
 
     def __init__(self, model: EarlyExitModel):
         self.model = model
-        super().__init__(model, model.backbone.decoder["final_layernorm"], model.backbone.output_layer.weight)
+        super().__init__(model, model.vocab, model.backbone.decoder["final_layernorm"], model.backbone.output_layer.weight)
 
     def logits(self, inputs: ExitInput) -> Tensor:  # [q, v/tp]
         """See RaggedHead."""
@@ -105,10 +107,10 @@ class RaggedExitHead(RaggedHead):
         self.head = head
         self.layer = None if head.own_layer is None else RaggedLayer(head.own_layer, head.config, topology)
         if self._is_mapped:  # then the kernel has the output matrix alone
-            super().__init__(model, None, head.output_weight)
+            super().__init__(model, model.exit_vocab, None, head.output_weight)
             column_major(head.linear.weight)
             return
-        super().__init__(model, head.norm if isinstance(head, NormHead) else None, head.output_weight,
+        super().__init__(model, model.exit_vocab, head.norm if isinstance(head, NormHead) else None, head.output_weight,
                          head.mlp if isinstance(head, MLPHead) else None)
 
     @property
@@ -153,4 +155,6 @@ def _native(norm: Any, output: Tensor, mlp: ExitMLP | None, vocab: VocabShard) -
         calls.fill(made.mlp, {"fc1": mlp.fc1.weight, "fc1_bias": mlp.fc1.bias, "fc2": mlp.fc2.weight, "fc2_bias": mlp.fc2.bias})
         made.mlp.inner, made.mlp.is_gated = mlp.fc2.in_features, mlp.is_gated
     made.num_ids, made.num_rows = vocab.true_rows, vocab.rows
+    if isinstance(vocab, Shortlist):
+        calls.fill(made, {"token_ids": vocab.token_ids})
     return made
