@@ -21,6 +21,7 @@ from ee_tuning.config import GenerationSection
 from ee_tuning.data.chat_template import ChatTemplate
 from ee_tuning.errors import InputError
 from ee_tuning.evaluation.figures import Evaluation, task_result
+from ee_tuning.evaluation.given import given_readings, given_texts, token_pair
 from ee_tuning.evaluation.points import FULL_DEPTH, Point, points_of
 from ee_tuning.evaluation.readings import Reading
 from ee_tuning.evaluation.task import Item, Task
@@ -90,8 +91,8 @@ def evaluate(llm: EarlyExitLLM, tasks: Sequence[Task], points: Sequence[Point] |
     for block in blocks_of(tasks, procedure.block_size(llm.model.topology.dp)):
         if block.number in known:
             continue
-        if not is_warm:
-            bench.warm([job for jobs in asked.values() for job in jobs])
+        if block.task.text_metric is not None and not is_warm:
+            bench.warm([job for task in tasks if task.text_metric is not None for job in asked[task.name]])
             is_warm = True
         found = bench.measure(block, asked[block.task.name])
         readings += found
@@ -119,18 +120,21 @@ class Bench:
 
     def jobs_of(self, task: Task) -> list[Job]:
         """What is asked of each prompt. Raises InputError, naming its line, where it can not be."""
-        return [self._job(item) for item in task.items]
+        return [self._job(item, task) for item in task.items]
 
-    def _job(self, item: Item) -> Job:
+    def _job(self, item: Item, task: Task) -> Job:
         try:
             text = item.prompt if item.prompt is not None else self.template.render(item.messages, add_generation_prompt=True)
             params = self._plain if item.prompt is not None else self._in_chats
             params = dataclasses.replace(params, max_tokens=item.max_new_tokens or params.max_tokens, stop=(*params.stop, *item.stop))
             params.check(self.llm.model.config.vocab_size)
-            self.llm.encode(text, adds_special_tokens=item.prompt is not None)
+            job = Job(text, params, FULL, adds_special_tokens=item.prompt is not None)
+            self._ids(job)
+            for given in given_texts(task, item):
+                token_pair(self.llm, job, given)
         except InputError as error:
             raise InputError(f"{item.where}: {error}") from error
-        return Job(text, params, FULL, adds_special_tokens=item.prompt is not None)
+        return job
 
     def warm(self, jobs: Sequence[Job]) -> None:
         """Decodes a little by each way, in an engine that then has room for all of `jobs`."""
@@ -145,10 +149,11 @@ class Bench:
     def measure(self, block: Block, jobs: Sequence[Job]) -> list[Reading]:
         """A reading for each prompt of the block and each point. `jobs` are the task's."""
         topology, metric = self.llm.model.topology, block.task.text_metric
-        assert metric is not None
-        score = score_of(metric)
+        score = None if metric is None else score_of(metric)
 
         def measure_share(places: list[int]) -> list[list[Reading]]:
+            if score is None:
+                return given_readings(self.llm, block.task, places, jobs, self.points)
             size = self.procedure.batch_size
             groups = [places[at:at + size] for at in range(0, len(places), size)]
             return [readings for group in groups for readings in self._measure_group(block, jobs, group, score)]

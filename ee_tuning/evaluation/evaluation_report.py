@@ -20,8 +20,6 @@ from ee_tuning.json_file import to_json
 FORMAT_VERSION = 1
 _EXAMPLES, _EXAMPLE_LENGTH = 8, 300
 
-HEAD = ("", "quality", "of full depth", "speed-up", "time saved", "mean depth", "agreement", "identical")
-
 _STYLE = """\
 body { font: 15px/1.5 system-ui, sans-serif; color: #1f2430; max-width: 70em; margin: 2em auto; padding: 0 1em }
 table { border-collapse: collapse; margin: 1em 0 } th, td { padding: .3em .8em; text-align: right; white-space: nowrap }
@@ -56,7 +54,7 @@ def print_tables(found: Evaluation) -> None:
         console.width = 160
     for task in found.tasks:
         table = Table(title=_title(task), title_justify="left", box=None, pad_edge=False)
-        for place, name in enumerate(HEAD):
+        for place, name in enumerate(_head(task)):
             table.add_column(name, justify="left" if place == 0 else "right", no_wrap=True)
         for point in task.points:
             table.add_row(*(value + (f" ({interval})" if interval and console.width >= 140 else "")
@@ -69,11 +67,17 @@ def _title(task: TaskResult) -> str:
     return f"{task.name}: {task.metric}, {task.num_prompts} prompts" + (f"; full depth made {rate:.1f} tokens/s" if rate else "")
 
 
+def _head(task: TaskResult) -> list[str]:
+    others = task.full_depth.other_metrics
+    return ["", task.metric, "of full depth", *others, "speed-up", "time saved", "mean depth", "agreement", "identical"]
+
+
 def _row(task: TaskResult, point: PointResult, num_layers: int) -> list[tuple[str, str]]:
-    """A cell for each of HEAD: figure, and interval."""
+    """A cell for each of the head: figure, and interval."""
     is_full, quality = point is task.full_depth, _plain if task.metric == "perplexity" else _percent
     return [(point.name, ""), quality(point.metric), ("1", "") if is_full else _percent(point.relative),
-            ("1", "") if is_full and point.speedup else _plain(point.speedup), ("", "") if is_full else _percent(point.time_saved),
+            *map(quality, point.other_metrics.values()), ("1", "") if is_full and point.speedup else _plain(point.speedup),
+            ("", "") if is_full else _percent(point.time_saved),
             _plain(point.mean_depth) if not is_full else (str(num_layers), ""), ("", "") if is_full else _percent(point.agreement),
             ("", "") if is_full else _percent(point.identical)]
 
@@ -109,7 +113,7 @@ def _page(found: Evaluation, tasks: list[Task], about: dict[str, Any], pictures:
 def _table(task: TaskResult, num_layers: int) -> str:
     rows = "".join("<tr>" + "".join(f"<td>{html.escape(value)}" + (f" <small>{interval}</small>" if interval else "") + "</td>"
                                     for value, interval in _row(task, point, num_layers)) + "</tr>\n" for point in task.points)
-    return f"<table><tr>{''.join(f'<th>{name}</th>' for name in HEAD)}</tr>\n{rows}</table>"
+    return f"<table><tr>{''.join(f'<th>{name}</th>' for name in _head(task))}</tr>\n{rows}</table>"
 
 
 def _image(path: Path) -> str:
@@ -118,10 +122,10 @@ def _image(path: Path) -> str:
 
 def _said(found: Evaluation, task: Task) -> str:
     """The first prompts to which some way says something else than full depth."""
-    by_item = dict[int, list[tuple[str, str, bool]]]()
+    by_item = dict[int, list[tuple[str, str, bool]]]()  # of perplexity all are the same, for nothing is said
     for each in found.readings:
         if each.task == task.name:
-            by_item.setdefault(each.item, []).append((each.point, each.text, each.is_same))
+            by_item.setdefault(each.item, []).append((each.point, each.text, each.is_same is not False))
     differing = [place for place, said in sorted(by_item.items()) if not all(is_same for _, _, is_same in said)][:_EXAMPLES]
     rows = list[str]()
     for place in differing:

@@ -33,10 +33,10 @@ class PointResult:
     tokens_per_second: float | None
     mean_depth: Estimate
     """Layers behind which a token left."""
-    agreement: Estimate
-    """Share of the tokens that the full model says, too, after the same text before them."""
-    identical: Estimate
-    """Share of the prompts to which all that is said is full depth's."""
+    agreement: Estimate | None
+    """Share of the tokens that the full model says, too, after the same text before them; None where nothing is generated."""
+    identical: Estimate | None
+    """Share of the prompts to which all that is said, or the choice, is full depth's; None of perplexity."""
     exits: dict[int, Estimate]
     """Layer -> share of the tokens that left there; the number of layers for those that did not leave early."""
     num_tokens: int
@@ -78,7 +78,8 @@ def task_result(task: Task, points: Sequence[Point], readings: Sequence[Reading]
     columns: dict[str, list[float]] = {}
     for name, found in by_point.items():
         columns |= {f"{name}/weight": [each.weight for each in found], f"{name}/tokens": [each.num_tokens for each in found],
-                    f"{name}/agreed": [each.num_agreed for each in found], f"{name}/same": [float(each.is_same) for each in found],
+                    f"{name}/agreed": [each.num_agreed or 0 for each in found],
+                    f"{name}/same": [float(each.is_same or 0) for each in found],
                     f"{name}/prompts": [1.0] * len(found),
                     f"{name}/layers": [sum(layer * count for layer, count in each.exits.items()) for each in found],
                     **{f"{name}/score {key}": [each.scores[key] for each in found] for key in found[0].scores},
@@ -125,8 +126,9 @@ def _point_result(task: Task, point: Point, found: list[Reading], layers: list[i
         speedup=None if times is None else times.estimate(lambda sums: _rate(sums, name) / _rate(sums, full)),
         time_saved=None if times is None else times.estimate(lambda sums: 1 - sums[f"{name}/seconds"] / sums[f"{full}/seconds"]),
         tokens_per_second=num_tokens / seconds if seconds else None,
-        mean_depth=prompts.estimate(share("layers", "tokens")), agreement=prompts.estimate(share("agreed", "tokens")),
-        identical=prompts.estimate(share("same", "prompts")),
+        mean_depth=prompts.estimate(share("layers", "tokens")),
+        agreement=None if found[0].num_agreed is None else prompts.estimate(share("agreed", "tokens")),
+        identical=None if found[0].is_same is None else prompts.estimate(share("same", "prompts")),
         exits={layer: prompts.estimate(share(f"left {layer}", "tokens")) for layer in layers}, num_tokens=num_tokens, seconds=seconds)
 
 

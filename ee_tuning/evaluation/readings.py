@@ -19,10 +19,10 @@ class Reading:
     """What a score counts for: 1 a prompt; of perplexity the tokens of the answer."""
     exits: dict[int, int]
     """Layer -> tokens that left there; the number of layers for those that did not leave early."""
-    num_agreed: int
-    """Tokens that the full model says, too, after the same text before them."""
-    is_same: bool
-    """Whether all of it is what full depth says to the prompt."""
+    num_agreed: int | None = None
+    """Tokens that the full model says, too, after the same text before them; None where nothing is said."""
+    is_same: bool | None = None
+    """Whether all of it is what full depth says to the prompt, or chooses; None where it does neither."""
     group: str = ""
     """Prompts that were timed together have one."""
     seconds: float | None = None
