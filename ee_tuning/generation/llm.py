@@ -22,6 +22,7 @@ from ee_tuning.data.tokenizer import beginning_ids, begun, load_tokenizer, token
 from ee_tuning.errors import InputError
 from ee_tuning.generation.completion import Completion, StreamedToken, Writer
 from ee_tuning.generation.engine import Engine, TokenStep
+from ee_tuning.generation.job import Job
 from ee_tuning.generation.params import SamplingParams
 from ee_tuning.generation.policy import Policy, policy_of
 from ee_tuning.generation.scoring import Score, TokenPair, score, token_pairs
@@ -32,17 +33,6 @@ from ee_tuning.model.token_ids import generation_end_token_ids
 from ee_tuning.parallel.topology import Topology, init_parallel
 
 __all__ = ["Completion", "EarlyExitLLM", "Job", "StreamedToken"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """A prompt and what is asked of its completions."""
-
-    prompt: str
-    params: SamplingParams
-    policy: Policy
-    adds_special_tokens: bool = True
-    """Whether the tokenizer puts those before the prompt that it puts before any text."""
 
 
 class EarlyExitLLM:
@@ -213,7 +203,7 @@ class EarlyExitLLM:
     def _prepared(self, job: Job, keeps_errors: bool) -> list[int] | InputError:
         try:
             job.params.check(self.model.config.vocab_size)
-            return self.encode(job.prompt, job.adds_special_tokens)
+            return list(job.prompt_ids) or self.encode(job.prompt, job.adds_special_tokens)
         except InputError as error:
             if not keeps_errors:
                 raise

@@ -1,0 +1,101 @@
+"""One rank runs a program that asks the model again and again; the others do what it asks, until it ends (a driver and its workers).
+
+Programs of others (lm-evaluation-harness) need not do the same on all ranks then: they read files, draw, and write on rank 0 alone. What is
+asked at a time is shared out over replicas.
+"""
+import dataclasses
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from ee_tuning.errors import InputError
+from ee_tuning.generation.completion import Completion
+from ee_tuning.generation.job import Job
+from ee_tuning.generation.llm import EarlyExitLLM
+from ee_tuning.generation.policy import Policy
+from ee_tuning.generation.replicas import over_replicas
+from ee_tuning.generation.scoring import Score, TokenPair
+from ee_tuning.parallel.waiting import waiting_for
+
+Result = TypeVar("Result")
+
+
+@dataclasses.dataclass(frozen=True)
+class _End:
+    """The last message."""
+
+    refusal: str | None = None
+    crash: str | None = None
+
+
+class Driver:
+    """Asks a model on all its ranks. `is_alone` where nobody waits to be told: in one process, or where all ranks make the same calls."""
+
+    def __init__(self, llm: EarlyExitLLM, *, is_alone: bool = True):
+        self.llm, self._is_alone = llm, is_alone
+
+    def score(self, pairs: Sequence[TokenPair], policy: Policy, batch_size: int) -> list[Score]:
+        """As `EarlyExitLLM.score`."""
+        return self._ask(_score, list(pairs), policy, batch_size)
+
+    def complete(self, jobs: Sequence[Job], batch_size: int) -> list[Completion]:
+        """A completion for each job, which wants one. Raises InputError where one can not be done."""
+        return self._ask(_complete, list(jobs), batch_size)
+
+    def _ask(self, action: Callable[..., Result], *arguments: Any) -> Result:
+        if not self._is_alone:
+            self.llm.model.topology.broadcast_object((action, arguments))
+        return action(self.llm, *arguments)
+
+
+def drive(llm: EarlyExitLLM, program: Callable[[Driver], Result]) -> Result | None:
+    """What `program` returns, on rank 0, which alone runs it; None on the others. All ranks call it.
+
+    Ends on all ranks where it fails: by the same InputError, or else by its own exception on rank 0 and a RuntimeError on the others.
+    """
+    topology = llm.model.topology
+    if topology.world_size == 1:
+        return program(Driver(llm))
+    if not topology.is_logging_rank:
+        _work(llm)
+        return None
+    end = _End()
+    try:
+        return program(Driver(llm, is_alone=False))
+    except InputError as error:
+        end = _End(refusal=str(error))
+        raise
+    except Exception as error:
+        end = _End(crash=f"rank 0 failed: {type(error).__name__}: {error}")
+        raise
+    finally:
+        topology.broadcast_object(end)
+
+
+def _work(llm: EarlyExitLLM) -> None:
+    topology = llm.model.topology
+    while True:
+        with waiting_for(topology, "what rank 0 asks next"):
+            message = topology.broadcast_object()
+        if isinstance(message, _End):
+            break
+        action, arguments = message
+        with suppress(InputError):  # rank 0 has the same, and says whether it ends there
+            action(llm, *arguments)
+    if message.refusal is not None:
+        raise InputError(message.refusal)
+    if message.crash is not None:
+        raise RuntimeError(message.crash)
+
+
+def _score(llm: EarlyExitLLM, pairs: list[TokenPair], policy: Policy, batch_size: int) -> list[Score]:
+    return over_replicas(pairs, lambda share: llm.score(share, policy=policy, max_batch_size=batch_size), llm.model.topology)
+
+
+def _complete(llm: EarlyExitLLM, jobs: list[Job], batch_size: int) -> list[Completion]:
+    def complete(share: list[Job]) -> list[Completion]:
+        completions: list[Completion] = []
+        for _ in llm.run(share, completions, dataclasses.replace(llm.defaults, max_batch_size=batch_size), shows_text=False):
+            pass
+        return completions
+    return over_replicas(jobs, complete, llm.model.topology)

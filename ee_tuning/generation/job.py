@@ -1,0 +1,18 @@
+"""What one prompt is to become."""
+import dataclasses
+
+from ee_tuning.generation.params import SamplingParams
+from ee_tuning.generation.policy import Policy
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A prompt and what is asked of its completions."""
+
+    prompt: str
+    params: SamplingParams
+    policy: Policy
+    adds_special_tokens: bool = True
+    """Whether the tokenizer puts those before the prompt that it puts before any text."""
+    prompt_ids: tuple[int, ...] = ()
+    """Its token ids, where they are made already, as they are; by default the tokenizer makes them."""
