@@ -90,8 +90,8 @@ def _job(args: argparse.Namespace, folder: Path) -> Config:
     held_out_rows = max(1, args.held_out_tokens // args.length)
     config = load_config(None, {
         "model.path": args.model, "exits.exit_layers": args.layers, "exits.architecture": "norm", "exits.output": "tied",
-        "tuning.seq_length": args.length, "tuning.micro_batch_size": args.batch, "tuning.global_batch_size": args.batch, "tuning.lr": args.lr,
-        "tuning.eval_iters": -(-held_out_rows // args.batch), "tuning.eval_interval": 0, "tuning.save_interval": 0})
+        "tuning.seq_length": args.length, "tuning.micro_batch_size": args.batch, "tuning.global_batch_size": args.batch,
+        "tuning.lr": args.lr, "tuning.eval_iters": -(-held_out_rows // args.batch), "tuning.eval_interval": 0, "tuning.save_interval": 0})
     if args.train:
         return with_seq_length(replace(config, data={"paths": (args.train,), "valid_paths": (args.held_out,)}))
     train, held_out = ([source.decode(errors="replace") for source in files.values()] for files in standard_library())

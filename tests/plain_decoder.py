@@ -82,6 +82,8 @@ class PlainDecoder:
             x = a + inner @ tensor("mlp.c_proj.weight") + tensor("mlp.c_proj.bias")
         if tensor("norm.weight") is not None:
             x = self._norm(x, tensor, "norm")
+        if tensor("linear.down.weight") is not None:
+            x = x + F.linear(F.linear(x, tensor("linear.down.weight")), tensor("linear.up.weight"), tensor("linear.bias"))
         if tensor("linear.weight") is not None:
             x = F.linear(x, tensor("linear.weight"), tensor("linear.bias"))
         output = tensor("output.weight")

@@ -112,9 +112,11 @@ class InitialExits:
         """The backbone tensor that it is a copy of; None where it is drawn."""
         return exit_copy_source(name, self.config) if self.exits.init != "random" else None
 
-    def _linear(self, layer: int) -> Tensor:  # [h, h + 1]
-        width = self.config.hidden_size
-        return self._maps.get(layer, torch.eye(width, width + 1))
+    def _linear(self, layer: int, part: str) -> Tensor:
+        """A tensor of an exit's map, which the model's shape alone makes the identity."""
+        width, rank = self.config.hidden_size, next(head.linear_rank for head in self.exits.heads if head.layer == layer)
+        found = self._maps.get(layer, torch.zeros(width, 2 * rank + 1) if rank else torch.eye(width, width + 1))
+        return {"bias": found[:, -1], "weight": found[:, :-1], "up.weight": found[:, :rank], "down.weight": found[:, rank:-1].T}[part]
 
     def _drawn(self, name: str) -> Tensor:
         return torch.cat(list(self._drawn_blocks(name)))
@@ -126,8 +128,7 @@ class InitialExits:
             return
         layer, part = int(name.split(".")[1]), name.split(".", 2)[2]
         if part.startswith("linear.") and self.exits.init != "random":
-            linear = self._linear(layer)
-            yield self._cast(name, linear[:, -1] if part == "linear.bias" else linear[:, :-1])
+            yield self._cast(name, self._linear(layer, part.removeprefix("linear.")))
             return
         if name.endswith(".bias") or (part == "adapter.up.weight" and self.exits.init != "random"):
             yield torch.zeros(self.shapes[name], dtype=self.exits.torch_dtype)

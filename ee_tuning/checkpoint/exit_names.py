@@ -32,7 +32,8 @@ def exit_parameter_names(head: ExitSpec, config: ModelConfig) -> list[str]:
         names += [f"layer.{name}" for name in layer_parameter_names(config, config.num_layers)]
     elif kind == "adapter":
         names += [f"adapter.norm.{each}" for each in norm_kinds(config)] + ["adapter.down.weight", "adapter.up.weight"]
-    return names + ["linear.weight", "linear.bias"] * head.has_linear + ["output.weight"] * (not head.ties_output)
+    matrices = ["linear.down.weight", "linear.up.weight"] if head.linear_rank else ["linear.weight"]
+    return names + [*matrices, "linear.bias"] * head.has_linear + ["output.weight"] * (not head.ties_output)
 
 
 def exit_shard(head: ExitSpec, parameter: str, config: ModelConfig, tp: int, tp_rank: int) -> Shard:
@@ -50,8 +51,8 @@ def exit_shard(head: ExitSpec, parameter: str, config: ModelConfig, tp: int, tp_
         matrix, _, kind = rest.partition(".")
         return mlp_shard(matrix, kind, prefix, config, tp, tp_rank)
     width = config.hidden_size
-    shapes = {"linear.weight": (width, width), "adapter.down.weight": (head.adapter_rank, width),
-              "adapter.up.weight": (width, head.adapter_rank)}
+    shapes = {"linear.weight": (width, width), **{f"{part}.down.weight": (head.adapter_rank, width) for part in ("adapter", "linear")},
+              **{f"{part}.up.weight": (width, head.adapter_rank) for part in ("adapter", "linear")}}
     return uncut(prefix + parameter, shapes.get(parameter, (width,)))
 
 
@@ -71,7 +72,7 @@ def exit_copy_source(name: str, config: ModelConfig) -> str | None:
     but the last: some of it); None for the matrices of an adapter and the linear map before the output matrix."""
     spelling = SPELLINGS[config.family]
     _, layer, part = name.split(".", 2)
-    if part in ("adapter.down.weight", "adapter.up.weight", "linear.weight", "linear.bias"):
+    if part in ("adapter.down.weight", "adapter.up.weight") or part.startswith("linear."):
         return None
     if part.startswith(("norm.", "adapter.norm.")):
         return f"{spelling.final_norm}.{part.rpartition('.')[2]}"

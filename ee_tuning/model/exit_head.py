@@ -19,6 +19,7 @@ from ee_tuning.model.backbone import apply_layer, build_layer
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.documents import PackedDocuments
 from ee_tuning.model.exit_spec import ExitSpec
+from ee_tuning.model.low_rank import LowRankMap
 from ee_tuning.model.norm import exit_norm
 from ee_tuning.model.sequence import gathered_sequence, summed_parts
 from ee_tuning.parallel.shard_sums import sum_over_shards
@@ -116,7 +117,8 @@ class ExitHead(nn.Module, ABC):
         tensor: dict[str, Any] = {"dtype": dtype, "device": topology.device}
         self.build(config, topology, tensor)
         if spec.has_linear:
-            self.linear = nn.Linear(config.hidden_size, config.hidden_size, **tensor)
+            width, rank = config.hidden_size, spec.linear_rank
+            self.linear = LowRankMap(width, rank, **tensor) if rank else nn.Linear(width, width, **tensor)
         if not spec.ties_output:
             rows = padded_size(spec.output_rows(config.vocab_size), topology.tp) // topology.tp
             self.output = nn.Linear(config.hidden_size, rows, bias=False, dtype=dtype, device=topology.device)
@@ -152,7 +154,8 @@ class ExitHead(nn.Module, ABC):
     def final_hidden(self, inputs: ExitInput) -> Tensor:  # […, h]
         """What the output matrix is applied to: `own_hidden`, through the linear map where there is one."""
         hidden = self.own_hidden(inputs)
-        return self.linear(hidden) if self.spec.has_linear else hidden
+        mapped: Tensor = self.linear(hidden) if self.spec.has_linear else hidden
+        return mapped
 
     def forward(self, inputs: ExitInput, project: Callable[[Tensor, Tensor], Result]) -> Result:
         """`project(final hidden […, h], output weight [v/tp, h])`: logits, or a loss that never makes them.

@@ -47,3 +47,8 @@ class ExitSpec:
     def has_linear(self) -> bool:
         """Whether a linear map [h, h] with a bias stands before the output matrix."""
         return self.adds_linear or self.architecture == "linear"
+
+    @property
+    def linear_rank(self) -> int:
+        """Rank of the linear map, I + B A, where it is of low rank: an `adapter`'s, a head that is to stay small; 0 where it is [h, h]."""
+        return self.adapter_rank if self.adds_linear and self.architecture == "adapter" else 0

@@ -23,7 +23,7 @@ def exit_head_cost(config: ModelConfig, spec: ExitSpec, seq_length: int, *, trai
     first, others = {"mlp": ((_mlp_matrices(config) - 1) * hidden * inner, hidden * inner),
                      "layer": (0.0, layer_cost(config, config.num_layers, seq_length)),
                      "adapter": (0.0, 2 * hidden * spec.adapter_rank)}.get(spec.architecture, (0.0, 0.0))
-    others += hidden * hidden * spec.has_linear
+    others += hidden * (2 * spec.linear_rank or hidden) * spec.has_linear
     output = hidden * spec.output_rows(config.vocab_size)
     if not trains:
         return first + others + output

@@ -108,7 +108,9 @@ class RaggedExitHead(RaggedHead):
         self.layer = None if head.own_layer is None else RaggedLayer(head.own_layer, head.config, topology)
         if self._is_mapped:  # then the kernel has the output matrix alone
             super().__init__(model, model.exit_vocab, None, head.output_weight)
-            column_major(head.linear.weight)
+            for matrix in head.linear.parameters():
+                if matrix.dim() == 2:
+                    column_major(matrix)
             return
         super().__init__(model, model.exit_vocab, head.norm if isinstance(head, NormHead) else None, head.output_weight,
                          head.mlp if isinstance(head, MLPHead) else None)

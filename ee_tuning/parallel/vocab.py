@@ -91,10 +91,10 @@ def log_probabilities_of(logits: Tensor,  # [n, v/tp]
     """Of one token for each row of logits, in nats; the same bits on every rank."""
     local = token_ids - shard.first
     is_here = (local >= 0) & (local < shard.true_rows)
-    found = _at_least_float32(logits.new_zeros(len(logits)))
+    found = at_least_float32(logits.new_zeros(len(logits)))
     if shard.true_rows:
         column = local.clamp(0, shard.true_rows - 1)[:, None]
-        found = torch.where(is_here, _at_least_float32(logits.gather(-1, column)[:, 0]), found)
+        found = torch.where(is_here, at_least_float32(logits.gather(-1, column)[:, 0]), found)
     return shard.sum_over_shards(found) - log_sum_exp(logits, shard)
 
 

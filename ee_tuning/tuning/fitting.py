@@ -22,7 +22,7 @@ from ee_tuning.errors import InputError
 from ee_tuning.model.documents import PackedDocuments
 from ee_tuning.model.exit_head import ExitInput
 from ee_tuning.model.exit_spec import ListedTokens
-from ee_tuning.model.fit import RIDGE, Fit, FitSums, solved
+from ee_tuning.model.fit import RIDGE, Fit, FitSums, num_columns, solved, solved_of_rank
 from ee_tuning.notices import warn
 from ee_tuning.parallel.feedback import Feedback
 from ee_tuning.parallel.host_copy import to_device
@@ -127,7 +127,7 @@ class FitPass:
         self._feedback.finish()
 
     def maps(self, stages: list[tuple[int, int]]) -> dict[int, Tensor]:
-        """Map of each exit layer, [h, h + 1] on the CPU, on every rank: `stages` are first and last layer of each. All ranks call it.
+        """Map of each exit layer, as in `Fit`, on the CPU, on every rank: `stages` are first and last layer of each. All ranks call it.
 
         Raises InputError where an exit's states are not finite.
         """
@@ -135,13 +135,13 @@ class FitPass:
         dtype = fitted_dtype(self._exits)
         for head in self._exits.heads:
             stage = next(index for index, (first, last) in enumerate(stages) if first <= head.layer <= last)
-            own = torch.empty(width, width + 1, dtype=dtype)
+            own = torch.empty(width, num_columns(width, head.linear_rank), dtype=dtype)
             writer = topology.writer_of_stage(stage)
             if stage == topology.stage:
                 sums = self.sums.pop(head.layer).whole()
                 dist.reduce(sums, dst=writer, group=topology.stage_control)
                 if topology.rank == writer:
-                    own.copy_(solved(sums, has_bias=head.has_linear))
+                    own.copy_(solved_of_rank(sums, head.linear_rank) if head.linear_rank else solved(sums, has_bias=head.has_linear))
             with waiting_for(topology, f"the map of the exit after layer {head.layer} (rank {writer} solves for it)"):
                 dist.broadcast(own, src=writer, group=topology.world_control)
             if not own.isfinite().all():

@@ -44,6 +44,19 @@ def test_every_layout_finds_the_maps_of_one_process(world: World, model: Path, a
         assert all(torch.equal(answer[layer], answers[0][layer]) for answer in answers)
 
 
+def test_every_layout_finds_the_map_of_low_rank(world: World, model: Path) -> None:
+    """Sums of one rank's rows; a shape that other ranks do not wait for. Which factors make the product is any layout's own."""
+    def product(maps: dict[int, Tensor]) -> Tensor:  # [h, h + 1]
+        found = maps[6].double()
+        return torch.cat((found[:, :7] @ found[:, 7:-1].T, found[:, -1:]), dim=1)
+    config = fitting_job(model, tp=2, pp=2)
+    alone, answers = (job.replace(each, exits={"output": "tied"}) for each in (fitting_job(model), config))
+    found = world.run(fitted_maps, answers)
+    assert found[0][6].shape == (48, 15)
+    torch.testing.assert_close(product(found[0]), product(fitted_maps(alone)), rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(answer[layer], found[0][layer]) for answer in found for layer in LAYERS)
+
+
 def refused(config: Config) -> str:
     try:
         fitted_maps(job.replace(config, tuning={"fit_tokens": 24}))

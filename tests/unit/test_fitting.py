@@ -4,6 +4,7 @@ import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from ee_tuning.config import Config, ParallelSection, load_config
 from ee_tuning.data.loader import validation_batches
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import read_model_config
-from ee_tuning.model.fit import RIDGE
+from ee_tuning.model.fit import RIDGE, FitSums, solved_of_rank
 from ee_tuning.parallel.topology import init_parallel
 from ee_tuning.tuning import command
 from ee_tuning.tuning.command import convert_fitted, load_job_samples, tune_within
@@ -193,3 +194,45 @@ def test_states_that_are_no_numbers_are_refused(model: Path, tmp_path: Path) -> 
     with pytest.raises(InputError, match="finite"):
         convert_fitted(fitted_job(broken, tmp_path), tmp_path / "exits")
     assert not (tmp_path / "exits").exists()
+
+
+@pytest.mark.parametrize("rank", [1, 5, 16, 20])
+def test_a_map_of_low_rank_is_that_of_reduced_rank_regression(rank: int) -> None:
+    """The map of full rank cut by its own singular values, which knows nothing of how far states reach in which direction; a mean that is
+    squeezed through the rank; a rank above the width.
+    """
+    draws, width, num = np.random.default_rng(1), 16, 400
+    z = draws.normal(size=(num, width)) @ draws.normal(size=(width, width)) + draws.normal(size=width)
+    y = z @ draws.normal(size=(width, width)) * 0.3 + draws.normal(size=(num, width)) + 3 * draws.normal(size=width)
+    sums = FitSums(width, torch.device("cpu"))
+    sums.add(torch.from_numpy(z), torch.from_numpy(y), torch.ones(num, dtype=torch.float64))
+    found = solved_of_rank(sums.whole(), rank).numpy()
+    up, down, bias = found[:, :rank], found[:, rank:-1].T, found[:, -1]
+
+    weight = np.sqrt(RIDGE * np.square(z).sum(0).mean())
+    states, change = (np.vstack((x - x.mean(0), np.zeros((width, width)))) for x in (z, y - z))
+    states[num:] = weight * np.eye(width)  # a ridge is so many more observations
+    plain = np.linalg.lstsq(states, change, rcond=None)[0]
+    leading = np.linalg.svd(states @ plain, full_matrices=False)[2][:rank]
+    wanted = plain @ leading.T @ leading
+    np.testing.assert_allclose((up @ down).T, wanted, atol=1e-9)
+    np.testing.assert_allclose(z + z @ down.T @ up.T + bias, z + (z - z.mean(0)) @ wanted + (y - z).mean(0), atol=1e-8)
+    assert np.linalg.matrix_rank(up @ down, tol=1e-9) == min(rank, width)
+
+
+def test_a_tied_adapter_that_is_fitted_stays_small(model: Path, tmp_path: Path) -> None:
+    """A map of [h, h] in a head that was chosen for its few parameters; one that is applied otherwise than it was fitted."""
+    config = fitted_job(model, tmp_path, **{"exits.architecture": "adapter", "exits.adapter_rank": 4})
+    convert_fitted(config, tmp_path / "exits")
+    kept = load_file(tmp_path / "exits" / "exit_heads.safetensors")
+    shapes = {name.removeprefix("exits.2.linear."): tuple(tensor.shape) for name, tensor in kept.items() if "2.linear." in name}
+    assert shapes == {"down.weight": (4, 48), "up.weight": (48, 4), "bias": (48,)}
+    stage = load_for_generation(load_config(None, {"model.path": str(model), "exits.path": str(tmp_path / "exits")}),
+                                init_parallel(ParallelSection())).model
+    with torch.no_grad():
+        _, inputs = stage.run_layers(stage.embed(torch.tensor([[5, 17, 80, 3]])))
+        for layer in (2, 5):
+            head = stage.exit_head(layer)
+            z, linear = head.own_hidden(inputs[layer]), f"exits.{layer}.linear."
+            wanted = z + z @ kept[linear + "down.weight"].T @ kept[linear + "up.weight"].T + kept[linear + "bias"]
+            torch.testing.assert_close(head(inputs[layer], lambda hidden, weight: hidden), wanted)

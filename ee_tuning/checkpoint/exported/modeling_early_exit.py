@@ -77,7 +77,11 @@ class ExitHead(nn.Module):
             x = x + F.linear(self.activation(F.linear(self.run("adapter.norm.", x), w["adapter.down.weight"])), w["adapter.up.weight"])
         elif self.tensors("mlp."):
             x = seen.residual + self.run("mlp.", seen.normed)
-        x = self.run("linear.", self.run("norm.", x))
+        x = self.run("norm.", x)
+        if "linear.down.weight" in w:  # of low rank
+            x = x + F.linear(F.linear(x, w["linear.down.weight"]), w["linear.up.weight"], w["linear.bias"])
+        else:
+            x = self.run("linear.", x)
         return F.linear(x, w["output.weight"]) if "output.weight" in w else lm_head(x)
 
 

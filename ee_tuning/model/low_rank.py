@@ -1,0 +1,22 @@
+"""A linear map of low rank beside the identity: what a fit leaves of an exit head that is to stay small."""
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# … any leading dimensions · h hidden · r rank
+
+
+class LowRankMap(nn.Module):
+    """z + B A z + b. Every tensor-parallel rank holds all of it."""
+
+    def __init__(self, width: int, rank: int, **tensor: Any):
+        super().__init__()
+        self.down = nn.Linear(width, rank, bias=False, **tensor)
+        self.up = nn.Linear(rank, width, bias=False, **tensor)
+        self.bias = nn.Parameter(torch.empty(width, **tensor))
+
+    def forward(self, z: Tensor) -> Tensor:  # […, h] -> […, h]
+        """See the class."""
+        out: Tensor = z + self.up(self.down(z)) + self.bias
+        return out
