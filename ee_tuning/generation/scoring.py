@@ -2,7 +2,8 @@
 
 Every position is teacher-forced: it has the distribution of the exit at which its token would leave, of the final head where it leaves
 at none. In decoding the first token of a completion is the final head's, for reading the prompt goes through all layers anyway; here it
-may leave as all others do: answers of one token would say nothing about exits otherwise.
+may leave as all others do: answers of one token would say nothing about exits otherwise. A token that a shortlisted exit can not say has
+there the part of "any other token" that each of them has.
 """
 import dataclasses
 import itertools
@@ -18,8 +19,9 @@ from ee_tuning.errors import InputError
 from ee_tuning.generation.policy import Policy
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.model.exit_head import ExitInput
+from ee_tuning.parallel.shortlist import token_confidences, token_log_probabilities, token_top1
 from ee_tuning.parallel.stage_link import StageLink
-from ee_tuning.parallel.vocab import confidences, log_probabilities_of, top1
+from ee_tuning.parallel.vocab import VocabShard
 
 # s sequence · b rows of a pass · h hidden · v/tp this rank's shard of the vocabulary · n positions that are scored
 
@@ -185,24 +187,25 @@ class _Scorer:
             stays = stays.index_fill(0, going[leaves], False)
         if self._asks_final and len(going := stays.nonzero()[:, 0]):
             states = self.model.final_hidden(hidden.flatten(0, 1)[places[going]])
-            told = self._read(states, self.model.backbone.output_layer.weight, labels[going], None)
+            told = self._read(states, self.model.backbone.output_layer.weight, self.model.vocab, labels[going], None)
             found[going] = torch.cat((torch.full_like(told[:, :1], self.model.config.num_layers), told[:, 1:]), dim=1)
         return stays
 
     def _ask_exit(self, layer: int, may_stay: bool, inputs: ExitInput, places: Tensor, labels: Tensor) -> Tensor:  # [n], [n] -> [n, 3]
-        head, measure = self.model.exit_head(layer), self.policy.measure if may_stay else None
+        head, measure, vocab = self.model.exit_head(layer), self.policy.measure if may_stay else None, self.model.exit_vocab
         if head.own_layer is None:
-            return head(inputs.tokens(places), lambda states, weight: self._read(states, weight, labels, measure))
+            return head(inputs.tokens(places), lambda states, weight: self._read(states, weight, vocab, labels, measure))
         # A head with a layer of its own attends over whole sequences.
-        return head(inputs, lambda states, weight: self._read(states.flatten(0, 1)[places], weight, labels, measure))
+        return head(inputs, lambda states, weight: self._read(states.flatten(0, 1)[places], weight, vocab, labels, measure))
 
-    def _read(self, hidden: Tensor, weight: Tensor, labels: Tensor, measure: str | None) -> Tensor:  # [n, h], [v/tp, h], [n] -> [n, 3]
+    def _read(self, hidden: Tensor, weight: Tensor, vocab: VocabShard,  # [n, h], [rows of `vocab`, h]
+              labels: Tensor, measure: str | None) -> Tensor:  # [n] -> [n, 3]
         """Confidence (zero without a measure), the label's log-probability, whether it is the likeliest token; float64."""
         told = torch.zeros(len(labels), 3, dtype=torch.float64, device=hidden.device)
         for part, states, wanted in zip(told.split(CHUNK), hidden.split(CHUNK), labels.split(CHUNK), strict=True):
             logits = F.linear(states, weight)
             if measure is not None:
-                part[:, 0] = confidences(logits, self.model.vocab, measure)
-            part[:, 1] = log_probabilities_of(logits, wanted, self.model.vocab)
-            part[:, 2] = top1(logits, self.model.vocab).token_ids == wanted
+                part[:, 0] = token_confidences(logits, vocab, measure)
+            part[:, 1] = token_log_probabilities(logits, wanted, vocab)
+            part[:, 2] = token_top1(logits, vocab).token_ids == wanted
         return told

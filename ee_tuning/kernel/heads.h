@@ -41,7 +41,7 @@ void run_head(const Shape &s, const Head &head, int64_t t, int64_t num_threads, 
             std::copy(own, own + head.num_ids, weights.begin());
             const int64_t said = head.num_ids - (head.token_ids != nullptr), best = std::max_element(own, own + said) - own;
             top[2 * k] = double(head.token_ids ? head.token_ids[best] : best);
-            const T total = exponentials(weights.data(), head.num_ids);  // in the type of the logits, as they are
+            const Real<T> total = exponentials(weights.data(), head.num_ids);  // in the type of the logits, as they are
             top[2 * k + 1] = said < head.num_ids && own[said] > own[best] ? UNSURE : 1 / total;
         }
     }

@@ -6,6 +6,7 @@ nothing.
 """
 # v vocabulary · v/tp this rank's true rows of it · n tokens in the list · c classes, n + 1 · t tokens that are looked at
 # … any leading dimensions
+import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ee_tuning.parallel.vocab import Top1, VocabShard, at_least_float32, confidences, gather_logits, padded_size, top1
+from ee_tuning.parallel.vocab import Top1, VocabShard, at_least_float32, confidences, gather_logits, log_probabilities_of, padded_size, top1
 
 UNSURE = -1.0
 """Confidence where "any other token" is likeliest: no threshold is so low."""
@@ -120,6 +121,17 @@ def token_confidences(logits: Tensor,  # […, rows of `vocab`]
     if measure == "max_probability":
         return likeliest
     return torch.where(likeliest == UNSURE, UNSURE, confidences(logits, vocab, measure))
+
+
+def token_log_probabilities(logits: Tensor,  # [t, rows of `vocab`]
+                            token_ids: Tensor,  # [t] int64
+                            vocab: VocabShard) -> Tensor:  # [t], float32 (float64 for float64 logits)
+    """`log_probabilities_of` tokens; one that is not listed has the part of "any other token" that each of them has."""
+    if not isinstance(vocab, Shortlist):
+        return log_probabilities_of(logits, token_ids, vocab)
+    classes = vocab.classes(token_ids)
+    found = log_probabilities_of(logits, classes, vocab)
+    return torch.where(classes == vocab.other, found - math.log(vocab.whole.size - vocab.other), found)
 
 
 def token_logits(logits: Tensor,  # […, rows of `vocab`]

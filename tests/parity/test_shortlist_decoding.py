@@ -1,4 +1,5 @@
 """Decoding with exits that say a part of the vocabulary: what transformers and a plain loop say, by every policy."""
+import math
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.generation.engine import Engine
 from ee_tuning.generation.params import SamplingParams
 from ee_tuning.generation.policy import Policy
+from ee_tuning.generation.scoring import score
 from ee_tuning.model.exit_head import ExitInput
 from ee_tuning.model.ragged_head import RaggedExitHead
 from ee_tuning.parallel.shortlist import UNSURE
@@ -136,3 +138,16 @@ def test_kernel_and_torch_ask_alike(norm: tuple[LoadedModel, ListedDecoder], lay
         torch.testing.assert_close(top, expected, rtol=1e-9, atol=0)
         confidences += top[:, 1].tolist()
     assert 0 < confidences.count(UNSURE) < 160
+
+
+def test_scores_are_a_distribution_over_the_whole_vocabulary(norm: tuple[LoadedModel, ListedDecoder]) -> None:
+    """A continuation that an exit can not say at log-probability -inf, which no mean survives; a class looked up in place of a token."""
+    loaded, plain = norm
+    pairs = [(PROMPTS[0], [token]) for token in range(101)]
+    found = score(loaded.model, pairs, Policy(fixed_exit=4), 8)
+    logprobs = plain.logits(PROMPTS[0])[4][-1].log_softmax(-1)
+    for token, each in enumerate(found):
+        place = LISTED.index(token) if token in LISTED else len(LISTED)
+        wanted = logprobs[place].item() - (0 if token in LISTED else math.log(101 - len(LISTED)))
+        assert each.logprobs == [pytest.approx(wanted)] and each.is_greedy == [token == LISTED[int(logprobs[:-1].argmax())]]
+    assert sum(math.exp(each.logprob) for each in found) == pytest.approx(1)
