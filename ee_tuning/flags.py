@@ -50,7 +50,8 @@ FLAGS: dict[str, dict[str, str]] = {
     "profile": {**_MODEL, "--no-verify": "exits.verify", "--text": "exits.profile_text", **_TOKENIZER},
     "export": {**_MODEL, **_EXITS, **_TOKENIZER, **_HEADS, "--seed": "exits.seed"},
     "calibrate": {**_MODEL, **_EXITS, "--data": "data.valid_paths", **_TOKENIZER, "--chat-template": "data.chat_template",
-                  "--tensor-model-parallel-size": "parallel.tensor_model_parallel_size"},
+                  "--max-new-tokens": "generation.max_new_tokens", "--stop": "generation.stop",
+                  "--max-batch-size": "generation.max_batch_size", **_PARALLEL},
     "evaluate": {
         **_MODEL, **_EXITS, **_TOKENIZER, "--chat-template": "data.chat_template", "--measure": "generation.measure",
         "--max-new-tokens": "generation.max_new_tokens", "--stop": "generation.stop", "--stop-token-ids": "generation.stop_token_ids",

@@ -86,8 +86,14 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
                         "differ from the full model's, by a test")
     parser.add_argument("--confidence", type=float, metavar="X",
                         help="probability of a calibration to keep its --guarantee, at least (default 0.95)")
-    parser.add_argument("--measure", choices=("best", "max_probability", "margin", "entropy"), default="best",
-                        help="of confidence; best: the one by which tokens leave earliest (default %(default)s)")
+    parser.add_argument("--task", type=Path, metavar="FILE.jsonl",
+                        help="with --guarantee: the loss of a prompt is by how much its score drops below full depth's, on this task as "
+                        "evaluate takes it; every threshold costs a completion of each prompt")
+    parser.add_argument("--metric", choices=("exact", "contains", "rouge-l", "choice"), help="how answers of --task are judged")
+    parser.add_argument("--thresholds", nargs="+", type=float, metavar="X",
+                        help="with --task: those to test, from the highest on (default 0.99 0.95 0.9 … 0.05)")
+    parser.add_argument("--measure", choices=("best", "max_probability", "margin", "entropy"),
+                        help="of confidence; best: the one by which tokens leave earliest (default best; max_probability with --task)")
     parser.add_argument("--tokens", type=int, metavar="N",
                         help="how many to measure on at most (default 50000; 200000 with --guarantee)")
     parser.add_argument("--output", type=Path, default=Path("calibration.json"), metavar="FILE",
@@ -106,12 +112,14 @@ COMMANDS = (
   ee-tuning calibrate --model Llama-2-7b-hf --exits runs/llama-2-7b/exit_heads --data held_out.jsonl --agreement 0.95
   ee-tuning calibrate job.yaml --exits runs/llama-2-7b/exit_heads --measure margin --output runs/llama-2-7b/calibration.json
   ee-tuning calibrate --model Llama-2-7b-hf --exits runs/llama-2-7b/exit_heads --data held_out.jsonl --guarantee 0.05 --confidence 0.95
+  ee-tuning calibrate --model Llama-2-7b-hf --exits runs/llama-2-7b/exit_heads --guarantee 0.05 --task qa.jsonl --metric contains
 
 generate and chat take the file with --calibration.
 Without --data it measures on what tune holds out of the job's data.paths. An exit that can not reach the agreement is told, and not used.
 Every fourth sample is held out, and tells what the thresholds do on tokens that they were not chosen by.
 With --guarantee documents are drawn and tested (a text file is one, each line of a .jsonl file another), and all exits have one threshold:
-P(expected share of tokens that differ <= DELTA) >= X over the draw. Few documents prove little: some hundreds do.""",
+P(expected share of tokens that differ <= DELTA) >= X over the draw. Few documents prove little: some hundreds do.
+With --task prompts are, by what they lose of their score: P(expected drop below full depth's <= DELTA) >= X.""",
             add_arguments=_add_calibrate, run=calibrate),
     Command(name="generate", summary="complete prompts, leaving the network early where an exit is confident enough",
             examples="""\

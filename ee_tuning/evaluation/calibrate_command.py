@@ -14,7 +14,8 @@ from ee_tuning.evaluation.calibrate import MEASURES, Outcome, Readings, best_mea
 from ee_tuning.evaluation.calibrate_text import draw, read_drawn, samples_of
 from ee_tuning.evaluation.calibration_file import write_calibration
 from ee_tuning.evaluation.guarantee_command import calibrate_with_guarantee
-from ee_tuning.parallel.topology import init_parallel, leave_parallel
+from ee_tuning.evaluation.task_guarantee_command import calibrate_on_task
+from ee_tuning.parallel.topology import Topology, init_parallel, leave_parallel
 
 AGREEMENT, TOKENS = 0.95, 50_000
 HELD_OUT = 4
@@ -29,8 +30,13 @@ def calibrate(config: Config, flags: argparse.Namespace) -> None:
     if picture == flags.output:
         raise InputError(f"--output takes the thresholds, and the picture beside them is {picture}; give a name that does not end in .png")
     for path in (flags.output, picture):
-        check_beside(path, config, (*config.data.valid_paths, *config.data.paths))
+        check_beside(path, config, (*config.data.valid_paths, *config.data.paths, flags.task))
     topology = init_parallel(config.parallel)
+    if flags.task is not None:
+        calibrate_on_task(config, flags, topology, picture)
+        _tell_written(flags.output, picture, topology)
+        leave_parallel()
+        return
     if topology.world_size > topology.tp:
         raise InputError(f"calibrate takes tensor-parallel processes alone, got pipeline {topology.pp} × data {topology.dp}; launch "
                          f"{topology.tp}, or change parallel.*")
@@ -46,6 +52,14 @@ def calibrate(config: Config, flags: argparse.Namespace) -> None:
 
 def _check_flags(flags: argparse.Namespace) -> None:
     """Raises InputError, before anything is read."""
+    if flags.task is not None and flags.guarantee is None:
+        raise InputError(f"--task {flags.task} is of --guarantee, and none is given; give --guarantee 0.05 with it")
+    for name in ("metric", "thresholds"):
+        if flags.task is None and getattr(flags, name) is not None:
+            raise InputError(f"--{name} is of --task, and none is given; give --task FILE.jsonl with it")
+    for flag, is_given in (("--data", "data.valid_paths" in flags.overrides), ("--tokens", flags.tokens is not None)):
+        if flags.task is not None and is_given:
+            raise InputError(f"{flag} has no part in a guarantee by --task, whose prompts alone are measured; leave it out")
     if flags.guarantee is not None and flags.agreement is not None:
         raise InputError(f"--agreement {flags.agreement:g} and --guarantee {flags.guarantee:g} choose thresholds each in its own way; give "
                          "one of them")
@@ -68,18 +82,23 @@ def _calibrate_by_agreement(config: Config, flags: argparse.Namespace, loaded: L
                          "more --data, or raise --tokens")
     readings = read_drawn(loaded.model, draw(samples, [index for index in range(count) if index % HELD_OUT]))
     held_out = read_drawn(loaded.model, draw(samples, range(0, count, HELD_OUT)))
-    measure, thresholds = best_measure(readings, wanted, flags.measure)
+    measure, thresholds = best_measure(readings, wanted, flags.measure or "best")
     found, seen = judge(readings, measure, thresholds), judge(held_out, measure, thresholds)
     if not loaded.model.topology.is_logging_rank:
         return
     curves = {layer: curve(readings, layer, measure) for layer in readings.exit_layers}
-    write_calibration(flags.output, config, loaded, {
+    write_calibration(flags.output, config, loaded.model.config.num_layers, loaded.heads_digest, {
         "wanted_agreement": wanted, "measure": measure, "thresholds": thresholds, "tokens": readings.num_tokens,
         "found": dataclasses.asdict(found), "held_out": {"tokens": held_out.num_tokens, **dataclasses.asdict(seen)},
         "curves": {each: {layer: curve(readings, layer, each) for layer in readings.exit_layers} for each in MEASURES}})
     draw_calibration(curves, thresholds, wanted, measure, picture)
     _tell(wanted, measure, readings, held_out, found, seen)
-    print(f"wrote {flags.output} and {picture}; next: ee-tuning generate --calibration {flags.output} …")
+    _tell_written(flags.output, picture, loaded.model.topology)
+
+
+def _tell_written(output: Path, picture: Path, topology: Topology) -> None:
+    if topology.is_logging_rank:
+        print(f"wrote {output} and {picture}; next: ee-tuning generate --calibration {output} …")
 
 
 def _tell(wanted: float, measure: str, readings: Readings, held_out: Readings, found: Outcome, seen: Outcome) -> None:

@@ -6,16 +6,17 @@ from typing import Any
 
 from ee_tuning.checkpoint.aside import file_written_aside
 from ee_tuning.checkpoint.formats import model_folder
-from ee_tuning.checkpoint.load import LoadedModel
 from ee_tuning.config import Config
 from ee_tuning.generation.calibration import FORMAT_VERSION
 from ee_tuning.json_file import to_json
 
 
-def write_calibration(output: Path, config: Config, loaded: LoadedModel, measured: Mapping[str, Any]) -> None:
-    """`measured`, behind what binds it to the model and its heads. Raises InputError where `output` can not be written."""
+def write_calibration(output: Path, config: Config, num_layers: int, heads_digest: str | None, measured: Mapping[str, Any]) -> None:
+    """`measured`, behind what binds it to the model and its heads (LoadedModel.heads_digest). Raises InputError where `output` can not be
+    written.
+    """
     tree = {"format_version": FORMAT_VERSION, "model_name": model_folder(config.model.path).name,
-            "num_layers": loaded.model.config.num_layers, "heads_digest": loaded.heads_digest, **measured}
+            "num_layers": num_layers, "heads_digest": heads_digest, **measured}
     with file_written_aside(output) as aside:
         aside.write_text(as_json(tree), encoding="utf-8")
 

@@ -50,11 +50,13 @@ class Proof:
     """[g]: mean over the documents."""
     depths: Tensor
     """[g]: mean over the documents."""
+    grid: tuple[float, ...] = GRID
+    """Thresholds, most careful first, of which the first g were tried."""
 
     @property
     def threshold(self) -> float | None:
         """The lowest that holds; None where none does."""
-        return GRID[self.num_proven - 1] if self.num_proven else None
+        return self.grid[self.num_proven - 1] if self.num_proven else None
 
 
 def try_thresholds(readings: Readings, measure: Measure) -> Trials:
@@ -78,14 +80,16 @@ def try_thresholds(readings: Readings, measure: Measure) -> Trials:
     return Trials(per_token[0], readings.num_layers - per_token[1])
 
 
-def prove(trials: Mapping[Measure, Trials], delta: float, epsilon: float) -> dict[Measure, Proof]:
-    """Which thresholds have an expected loss of at most `delta`; that one of them has more has a probability of at most `epsilon`."""
+def prove(trials: Mapping[Measure, Trials], delta: float, epsilon: float, grid: tuple[float, ...] = GRID) -> dict[Measure, Proof]:
+    """Which thresholds of `grid` have an expected loss of at most `delta`; that one of them has more has a probability of at most
+    `epsilon`.
+    """
     proofs = {}
     for measure, each in trials.items():
         n, level = len(each.losses), epsilon / len(trials)
         p_values = hoeffding_bentkus(each.losses.sum(0), n, delta)
         proofs[measure] = Proof(num_documents=n, level=level, num_proven=int(num_rejected(p_values, level)), p_values=p_values,
-                                losses=each.losses.mean(0), depths=each.depths.mean(0))
+                                losses=each.losses.mean(0), depths=each.depths.mean(0), grid=grid)
     return proofs
 
 

@@ -39,7 +39,7 @@ def calibrate_with_guarantee(config: Config, flags: argparse.Namespace, loaded: 
     from ee_tuning.evaluation.guarantee_picture import draw_guarantee
 
     asked = _Asked(flags.guarantee, CONFIDENCE if flags.confidence is None else flags.confidence,
-                   MEASURES if flags.measure == "best" else (flags.measure,))
+                   MEASURES if flags.measure in (None, "best") else (flags.measure,))
     samples = samples_of(config, loaded.model.config, by_document=True)
     documents = _documents(samples, TOKENS if flags.tokens is None else flags.tokens)
     _check_number(len(documents), asked, is_cut=len(documents) < samples.order(0).num_distinct)
@@ -50,7 +50,7 @@ def calibrate_with_guarantee(config: Config, flags: argparse.Namespace, loaded: 
     found = judge(readings, measure, thresholds)
     if not loaded.model.topology.is_logging_rank:
         return
-    write_calibration(flags.output, config, loaded, {
+    write_calibration(flags.output, config, loaded.model.config.num_layers, loaded.heads_digest, {
         "measure": measure, "thresholds": thresholds, "tokens": readings.num_tokens, "found": dataclasses.asdict(found),
         "guarantee": _tree(asked, proofs)})
     draw_guarantee(proofs, measure, asked.delta, picture)

@@ -1,5 +1,6 @@
 """The picture of `ee-tuning calibrate --guarantee`: what each threshold costs and saves, and how sure that is."""
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from ee_tuning.checkpoint.aside import file_written_aside
@@ -7,7 +8,16 @@ from ee_tuning.config.generation import Measure
 from ee_tuning.evaluation.guarantee import Proof
 
 
-def draw_guarantee(proofs: Mapping[Measure, Proof], chosen: Measure, delta: float, output: Path) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Words:
+    """What the losses are."""
+
+    loss: str = "Tokens that differ from the full model's"
+    of: str = "of a document, %"
+    units: str = "documents"
+
+
+def draw_guarantee(proofs: Mapping[Measure, Proof], chosen: Measure, delta: float, output: Path, words: Words = Words()) -> None:
     """Raises InputError where `output` can not be written."""
     import matplotlib
 
@@ -27,12 +37,12 @@ def draw_guarantee(proofs: Mapping[Measure, Proof], chosen: Measure, delta: floa
     first = next(iter(proofs.values()))
     loss.axhline(100 * delta, color="#8a90a0", linewidth=1, linestyle="--")
     doubt.axhline(first.level, color="#8a90a0", linewidth=1, linestyle="--")
-    loss.set(title="Tokens that differ from the full model's", xlabel="layers a token", ylabel="of a document, %")
+    loss.set(title=words.loss, xlabel="layers a token", ylabel=words.of)
     doubt.set(title="p-value of each threshold", xlabel="layers a token", yscale="log", ylim=(1e-6, 2))
     for axes in (loss, doubt):
         axes.invert_xaxis()
     loss.legend(frameon=False)
-    figure.suptitle(f"{first.num_documents:,} documents; points: the lowest thresholds that hold; dashed: the guarantee, and its level")
+    figure.suptitle(f"{first.num_documents:,} {words.units}; points: the lowest thresholds that hold; dashed: the guarantee, and its level")
     with file_written_aside(output) as aside:
         figure.savefig(aside, dpi=110, format="png")
     plt.close(figure)
