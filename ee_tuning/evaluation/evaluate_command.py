@@ -73,7 +73,7 @@ def _read(config: Config, wish: Wish) -> list[Task]:
     if not wish.tasks:
         raise InputError("evaluate needs a task, got none; give --task FILE.jsonl")
     if len(wish.metrics) not in (1, len(wish.tasks)):
-        raise InputError(f"--metric must be given once for all tasks, or once for each of the {len(wish.tasks)}, in their order, got "
+        raise InputError(f"--metric must be given once for all tasks, or as often as --task ({len(wish.tasks)}), got "
                          f"{len(wish.metrics) or 'none'}; they are {', '.join(METRICS)}")
     check_thresholds(wish.thresholds)
     sources = (*wish.tasks, *wish.calibrations, config.model.path, config.exits.path, config.data.tokenizer, config.data.chat_template)

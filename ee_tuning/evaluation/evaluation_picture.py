@@ -47,6 +47,7 @@ def draw_quality(axes: Any, task: TaskResult, num_layers: int) -> None:
     full, scale = task.full_depth, 1.0 if task.metric == "perplexity" else 100.0
     axes.axhspan(scale * full.metric.low, scale * full.metric.high, color=MUTED, alpha=0.12, linewidth=0)
     axes.axhline(scale * full.metric.value, color=MUTED, linewidth=1, linestyle="--", label="full depth, and its interval")
+    axes.plot(_across(full, num_layers).value, scale * full.metric.value, "o", color=MUTED, markerfacecolor="none", markersize=10)
     if full.speedup is not None:
         axes.axvline(1.0, color=MUTED, linewidth=1, linestyle=":")
     curve = [point for point in task.points if point.kind == "threshold"]

@@ -1,8 +1,10 @@
 """Completions against answers: what counts as the same, and what rouge-l is."""
 import random
+import sys
 
 import pytest
 
+from ee_tuning.errors import InputError
 from ee_tuning.evaluation.text_metrics import contains, exact, normalized, rouge_l
 
 
@@ -32,6 +34,13 @@ def test_rouge_l_is_f1_of_the_longest_common_subsequence():
         said, *answers = [random.choices(["one", "two", "three", "four", "five"], k=random.randint(1, 8)) for _ in range(3)]
         wanted = max(2 * common(said, each) / (len(said) + len(each)) for each in answers)
         assert rouge_l()(" ".join(said), [" ".join(each) for each in answers]) == pytest.approx(wanted)
+
+
+def test_without_its_package_rouge_l_names_the_extra(monkeypatch: pytest.MonkeyPatch):
+    """A traceback, or the name of a package that is not the user's to know."""
+    monkeypatch.setitem(sys.modules, "rouge_score", None)
+    with pytest.raises(InputError, match=r"pip install 'ee_tuning\[eval\]'"):
+        rouge_l()
 
 
 def common(first: list[str], second: list[str]) -> int:
