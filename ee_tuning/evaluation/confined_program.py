@@ -42,9 +42,11 @@ def refuse(event: str, arguments: tuple[Any, ...]) -> None:
         raise PermissionError(f"{event} is refused")
 
 
-def report(descriptor: int, token: str) -> Callable[[str], None]:
+def reporter(descriptor: int, token: str) -> Callable[[str], None]:
     """What says how it ended, under a name that the program is not told."""
-    return lambda outcome: os.write(descriptor, json.dumps({"token": token, "outcome": outcome[:300]}).encode()) and None
+    def say(outcome: str) -> None:
+        os.write(descriptor, json.dumps({"token": token, "outcome": outcome[:300]}).encode())
+    return say
 
 
 def main() -> None:
@@ -52,7 +54,7 @@ def main() -> None:
     asked = json.load(sys.stdin)
     has_no_network = leave_network()
     limit(asked["seconds"], asked["memory"])
-    say = report(asked["descriptor"], f"{asked['token']} {has_no_network}")
+    say = reporter(asked["descriptor"], f"{asked['token']} {has_no_network}")
     program = asked["program"]
     del asked
     sys.addaudithook(refuse)

@@ -6,7 +6,7 @@ import dataclasses
 import gzip
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -84,28 +84,38 @@ def complete(driver: Driver, problems: Sequence[Problem], policy: Policy, *, max
     return driver.complete([Job(problem.prompt, params, policy) for problem in problems], batch_size)
 
 
-def completions_jsonl(problems: Sequence[Problem], completions: Sequence[Completion]) -> str:
+def completions_jsonl(problems: Sequence[Problem], texts: Sequence[str]) -> str:
     """As `evaluate_functional_correctness` of the package takes them."""
-    lines = [to_json({"task_id": problem.task_id, "completion": made.text}) for problem, made in zip(problems, completions, strict=True)]
+    lines = [to_json({"task_id": problem.task_id, "completion": text}) for problem, text in zip(problems, texts, strict=True)]
     return "".join(f"{line}\n" for line in lines)
 
 
-def check_completions(problems: Sequence[Problem], completions: Sequence[Completion]) -> list[Outcome]:
+def read_completions(path: Path, problems: Sequence[Problem]) -> list[str]:
+    """The text for each problem, from what `completions_jsonl` made. Raises InputError where they are not there."""
+    try:
+        trees = [parse_json(line) for line in path.read_bytes().split(b"\n") if line.strip()]
+        texts = {str(tree["task_id"]): str(tree["completion"]) for tree in trees}
+        return [texts[problem.task_id] for problem in problems]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}, with completions made before, can not be read: {error}; give --overwrite to make them anew") from error
+
+
+def check_completions(problems: Sequence[Problem], texts: Sequence[str]) -> list[Outcome]:
     """Runs what the model wrote, and its tests. See `code_runner.py` for what that means."""
-    return run_programs([problem.program(made.text) for problem, made in zip(problems, completions, strict=True)])
+    return run_programs([problem.program(text) for problem, text in zip(problems, texts, strict=True)])
 
 
-def told(problems: Sequence[Problem], completions: Sequence[Completion], outcomes: Sequence[Outcome] | None) -> dict[str, Any]:
-    """Figures of one way to leave; `pass@1` where programs were run."""
-    layers = Counter[int]()
-    for made in completions:
-        layers.update(made.exit_layers)
+def depth(completions: Sequence[Completion]) -> dict[str, Any]:
+    """Where the tokens of one way to leave left."""
+    layers = Counter(layer for made in completions for layer in made.exit_layers)
     total = max(1, sum(layers.values()))
-    figures: dict[str, Any] = {"problems": len(problems), "tokens": sum(layers.values()),
-                               "mean_depth": sum(layer * count for layer, count in layers.items()) / total,
-                               "share_by_exit": {str(layer): layers[layer] / total for layer in sorted(layers)}}
-    if outcomes is None:
-        return figures
-    failed: Mapping[str, str] = {problem.task_id: each.told for problem, each in zip(problems, outcomes, strict=True) if not each.passed}
-    return {**figures, "pass@1": sum(each.passed for each in outcomes) / len(problems), "failed": dict(failed),
+    return {"problems": len(completions), "tokens": sum(layers.values()),
+            "mean_depth": sum(layer * count for layer, count in layers.items()) / total,
+            "share_by_exit": {str(layer): layers[layer] / total for layer in sorted(layers)}}
+
+
+def passed(problems: Sequence[Problem], outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """`pass@1`, and what became of the others."""
+    return {"pass@1": sum(each.passed for each in outcomes) / len(problems),
+            "failed": {problem.task_id: each.told for problem, each in zip(problems, outcomes, strict=True) if not each.passed},
             "ran_without_network": all(each.has_no_network for each in outcomes if each.told != "timed out")}

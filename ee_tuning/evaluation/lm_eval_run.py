@@ -1,6 +1,7 @@
 """lm-evaluation-harness on an early-exit model, one way to leave after the other, and its results in its own form with ours beside them."""
 import dataclasses
 import functools
+import logging
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,7 +28,7 @@ class HarnessTasks:
     limit: float | None = None
     """Of each task so many documents, or below 1 such a share of them."""
     num_fewshot: int | None = None
-    batch_size: str | None = None
+    batch_size: int = 32
     applies_chat_template: bool = False
     chat_template: str | None = None
     """A template, or the name of one of the tokenizer's."""
@@ -77,7 +78,7 @@ def run_harness(driver: Driver, tasks: HarnessTasks, policy: Policy, policy_told
         apply_chat_template=tasks.applies_chat_template, gen_kwargs=tasks.gen_kwargs, confirm_run_unsafe_code=tasks.runs_code)
     assert results is not None
     results["config"]["model"] = "ee-tuning"
-    return {**results, KEY: {"policy": dict(policy_told), "note": NOTE, **_left(model.left, driver.llm.num_layers)}}
+    return {**results, KEY: {"policy": dict(policy_told), "note": NOTE, "left": _left(model.left, driver.llm.num_layers)}}
 
 
 def results_json(results: Mapping[str, Any]) -> str:
@@ -109,6 +110,7 @@ def _manager(tasks: HarnessTasks) -> Any:
     """The harness's, of the user's own tasks alone where they are enough: reading the YAML of all others takes seconds."""
     from lm_eval.tasks import TaskManager
 
+    logging.getLogger("lm_eval.api.task").setLevel(logging.ERROR)  # else a line or two on each metric, each time that a task is read
     if tasks.include_path is None:
         return TaskManager()
     own = TaskManager(include_path=str(tasks.include_path), include_defaults=False)

@@ -46,7 +46,8 @@ def figures(folder: Path, driver: Driver) -> dict[str, Any]:
             told = run_harness(driver, wish, policy, {})
         numbers = {f"{task} {metric}": float(f"{value:.7g}") for task, metrics in told["results"].items()
                    for metric, value in metrics.items() if isinstance(value, float)}
-        found[name] = {**numbers, **{kind: told["ee_tuning"][kind]["share_by_exit"] for kind in ("loglikelihood", "generate_until")}}
+        left = told["ee_tuning"]["left"]
+        found[name] = {**numbers, **{kind: left[kind]["share_by_exit"] for kind in ("loglikelihood", "generate_until")}}
     return found
 
 

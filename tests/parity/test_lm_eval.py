@@ -104,8 +104,8 @@ def test_thresholds_are_told_with_the_results(llm, folder):
     found = parse_json(results_json(told).encode())["ee_tuning"]
     assert found["policy"] == {"name": "mine"} and "teacher-forced" in found["note"]
     for kind in ("loglikelihood", "generate_until"):
-        assert found[kind]["mean_depth"] < 6 and sum(found[kind]["share_by_exit"].values()) == pytest.approx(1)
-    assert ours(llm, folder)["ee_tuning"]["loglikelihood"]["mean_depth"] == 6
+        assert found["left"][kind]["mean_depth"] < 6 and sum(found["left"][kind]["share_by_exit"].values()) == pytest.approx(1)
+    assert ours(llm, folder)["ee_tuning"]["left"]["loglikelihood"]["mean_depth"] == 6
     assert all(task in results_table(told) for task in TASKS)
 
 

@@ -8,15 +8,19 @@ import pytest
 
 from ee_tuning.errors import InputError
 from ee_tuning.evaluation.code_runner import run_program, run_programs
-from ee_tuning.evaluation.human_eval import Problem, check_completions, completions_jsonl, read_problems, told
+from ee_tuning.evaluation.human_eval import (
+    Problem,
+    check_completions,
+    completions_jsonl,
+    depth,
+    passed,
+    read_completions,
+    read_problems,
+)
 from ee_tuning.generation.completion import Completion
 
 ADD = {"task_id": "ours/add", "prompt": "def add(a, b):\n", "canonical_solution": "    return a + b\n", "entry_point": "add",
        "test": "def check(candidate):\n    assert candidate(2, 3) == 5\n"}
-
-
-def made(text: str) -> Completion:
-    return Completion(prompt="", text=text, exit_layers=[2, 6])
 
 
 def problems_file(folder: Path, *lines: object) -> Path:
@@ -29,10 +33,10 @@ def test_what_passes_and_what_does_not(tmp_path):
     """A completion that counts as right because its process ended, or because it never came to the test."""
     problems = read_problems(problems_file(tmp_path, *({**ADD, "task_id": f"ours/{i}"} for i in range(5))))
     texts = ("    return a + b\n", "    return a - b\n", "    import os\n    os._exit(0)\n", "    raise SystemExit(0)\n", "    return (\n")
-    outcomes = check_completions(problems, [made(text) for text in texts])
+    outcomes = check_completions(problems, texts)
     assert [each.passed for each in outcomes] == [True, False, False, False, False]
-    figures = told(problems, [made(text) for text in texts], outcomes)
-    assert figures["pass@1"] == 0.2 and figures["mean_depth"] == 4 and figures["failed"]["ours/1"].startswith("failed: AssertionError")
+    figures = passed(problems, outcomes)
+    assert figures["pass@1"] == 0.2 and figures["failed"]["ours/1"].startswith("failed: AssertionError")
 
 
 @pytest.mark.parametrize(("program", "words"), [
@@ -62,8 +66,19 @@ def test_programs_do_not_share_a_namespace():
 
 def test_completions_are_written_as_the_package_reads_them(tmp_path):
     """A file that `evaluate_functional_correctness` can not take."""
-    written = completions_jsonl([Problem("a", "b", "c", "d")], [made("    return 'ü\u2028'\n")])
-    assert json.loads(written) == {"task_id": "a", "completion": "    return 'ü\u2028'\n"} and written.count("\n") == 1
+    problems, text = [Problem("a", "b", "c", "d")], "    return 'ü\u2028'\n"
+    written = completions_jsonl(problems, [text])
+    assert json.loads(written) == {"task_id": "a", "completion": text} and written.count("\n") == 1
+    (tmp_path / "made.jsonl").write_text(written, encoding="utf-8")
+    assert read_completions(tmp_path / "made.jsonl", problems) == [text]
+    with pytest.raises(InputError, match="can not be read"):
+        read_completions(tmp_path / "made.jsonl", [Problem("another", "b", "c", "d")])
+
+
+def test_depth_is_of_all_tokens():
+    """A mean of means: a completion of one token weighs as much as one of a hundred."""
+    made = [Completion(prompt="", exit_layers=[2, 2, 2]), Completion(prompt="", exit_layers=[6])]
+    assert depth(made) == {"problems": 2, "tokens": 4, "mean_depth": 3, "share_by_exit": {"2": 0.75, "6": 0.25}}
 
 
 def test_problems_are_read_packed_or_not(tmp_path):
@@ -95,5 +110,5 @@ def test_the_solutions_of_the_package_pass():
     theirs, problems = read_theirs(), read_problems()
     assert len(problems) == 164 == len(theirs)
     some = problems[::40]
-    outcomes = check_completions(some, [made(theirs[problem.task_id]["canonical_solution"]) for problem in some])
+    outcomes = check_completions(some, [theirs[problem.task_id]["canonical_solution"] for problem in some])
     assert [each.told for each in outcomes] == ["passed"] * len(some)

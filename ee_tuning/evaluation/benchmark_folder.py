@@ -1,0 +1,91 @@
+"""The folder of a benchmark of others (lm-evaluation-harness, HumanEval): what each way to leave scored, kept as soon as it is known."""
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ee_tuning.checkpoint.aside import file_written_aside
+from ee_tuning.errors import InputError
+from ee_tuning.evaluation.evaluation_folder import OWNER
+from ee_tuning.evaluation.points import Point
+from ee_tuning.json_file import parse_json, read_json, to_json
+
+_OWN = re.compile(r"(results|completions)_.*|.*\.partial-[0-9a-f]{8}")
+"""What a killed job may leave before its first summary."""
+_REMEDY = "give another --output, or --overwrite to begin anew"
+
+Figures = dict[str, Any]
+
+
+class BenchmarkFolder:
+    """On rank 0, within `owned`. `summary` is the name of the file that holds the job and all figures."""
+
+    def __init__(self, folder: Path, summary: str, job: Mapping[str, Any], *, overwrites: bool):
+        """Raises InputError where `folder` holds anything else, or another job's figures, and not `overwrites`."""
+        self.folder, self.path = folder, folder / summary
+        self._job: dict[str, Any] = parse_json(to_json(job).encode())
+        self._points: dict[str, Any] = {}
+        check_folder(folder, summary, overwrites=overwrites)
+        if self.path.exists() and not overwrites:
+            tree = _read(self.path)
+            self._check_same(tree["job"])
+            self._points = tree["points"]
+
+    def known(self, point: Point) -> Figures | None:
+        """What is there of it already. Raises InputError where a point of this name left by other rules."""
+        there: Figures | None = self._points.get(point.name)
+        if there is not None and there["policy"] != point.told():
+            raise InputError(f"{self.folder} holds a {point.name} that {there['policy']}, and now it {point.told()}; {_REMEDY}")
+        return there
+
+    def file(self, kind: str, point: Point) -> Path:
+        """The file of one way to leave."""
+        base, _, ending = kind.partition(".")
+        return self.folder / f"{base}_{re.sub(r'[^A-Za-z0-9.-]+', '_', point.name)}.{ending}"
+
+    def keep(self, point: Point, figures: Mapping[str, Any], files: Mapping[str, str]) -> Figures:
+        """Writes `files` (kind -> content), then the summary; a process killed in between leaves the point to do. Returns what is kept."""
+        for kind, content in files.items():
+            _write(self.file(kind, point), content)
+        self._points[point.name] = {"policy": point.told(), **parse_json(to_json(figures).encode())}
+        _write(self.path, to_json({"job": self._job, "points": self._points}, indent=2, ensure_ascii=False) + "\n")
+        kept: Figures = self._points[point.name]
+        return kept
+
+    def _check_same(self, there: Mapping[str, Any]) -> None:
+        names = [name for name in {**there, **self._job} if there.get(name) != self._job.get(name)]
+        if names:
+            told = ", ".join(f"{name} ({str(there.get(name))[:40]} there, {str(self._job.get(name))[:40]} here)" for name in names[:3])
+            raise InputError(f"{self.folder} holds another job's figures, which differs in {told}; to go on give that job, else {_REMEDY}")
+
+
+def check_folder(folder: Path, summary: str, *, overwrites: bool) -> None:
+    """Raises InputError where `folder` can not be written, or holds what is not of such a job. Nothing is changed."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"--output must name a folder that can be written, got {folder}, and {existing} is "
+                         f"{'write-protected' if existing.is_dir() else 'no folder'}; choose another")
+    if not folder.is_dir():
+        return
+    others = sorted(path.name for path in folder.iterdir() if path.name != OWNER)
+    foreign = [name for name in others if not _OWN.fullmatch(name)]
+    if foreign and summary not in others:
+        raise InputError(f"--output must be a new folder or that of the same benchmark, and {folder} holds {foreign[0]}; give another")
+    if summary in others and not overwrites:
+        _read(folder / summary)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        tree = read_json(path)
+        if isinstance(tree, dict) and isinstance(tree["job"], dict) and all("policy" in each for each in tree["points"].values()):
+            return tree
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise InputError(f"{path} is not what `ee-tuning evaluate` leaves; {_REMEDY}")
+
+
+def _write(path: Path, content: str) -> None:
+    with file_written_aside(path) as partial:
+        partial.write_text(content, encoding="utf-8", newline="\n")
