@@ -18,7 +18,6 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers.activations import ACT2FN
 from transformers.utils import ModelOutput, cached_file
 
@@ -68,7 +67,7 @@ class ExitHead(nn.Module):
     def run(self, part: str, x: Tensor, **more: Any) -> Tensor:
         """A part of the head, on `x`; `x` itself where the head has no such part."""
         weights = self.tensors(part)
-        return functional_call(self.code[part], weights, (x.to(next(iter(weights.values())).device),), more) if weights else x
+        return torch.func.functional_call(self.code[part], weights, (x.to(next(iter(weights.values())).device),), more) if weights else x
 
     def forward(self, seen: LayerStates, lm_head: nn.Module) -> Tensor:  # […, v]
         """Logits. `lm_head` is the model's own output matrix, for heads that have none."""
@@ -77,11 +76,8 @@ class ExitHead(nn.Module):
             x = x + F.linear(self.activation(F.linear(self.run("adapter.norm.", x), w["adapter.down.weight"])), w["adapter.up.weight"])
         elif self.tensors("mlp."):
             x = seen.residual + self.run("mlp.", seen.normed)
-        x = self.run("norm.", x)
-        if "linear.down.weight" in w:  # of low rank
-            x = x + F.linear(F.linear(x, w["linear.down.weight"]), w["linear.up.weight"], w["linear.bias"])
-        else:
-            x = self.run("linear.", x)
+        x, down = self.run("norm.", x), w.get("linear.down.weight")  # of a map of low rank
+        x = self.run("linear.", x) if down is None else x + F.linear(F.linear(x, down), w["linear.up.weight"], w["linear.bias"])
         return F.linear(x, w["output.weight"]) if "output.weight" in w else lm_head(x)
 
 
