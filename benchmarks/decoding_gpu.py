@@ -62,13 +62,13 @@ class Row:
 
 def main() -> None:
     """Measures, and prints the tables."""
-    options = _options()
+    options = parsed()
     topology = init_parallel(ParallelSection())
-    bandwidth, model = _bandwidth(topology.device), _random_model(options, topology)
+    bandwidth, model = _bandwidth(topology.device), random_llama(options, topology)
     name = torch.cuda.get_device_name() if topology.device.type == "cuda" else "CPU, where nothing is recorded"
     print(f"{name}; torch {torch.__version__}; {sum(p.numel() for p in model.parameters()) / 1e9:.2f}G parameters in {options.dtype}; "
           f"a copy reads and writes {bandwidth / 1e9:.0f} GB/s; {options.prompt_tokens} tokens of prompt, {options.new_tokens} new ones\n")
-    policies = _policies(model, options)
+    policies = policies_of(model, options)
     if options.profile:
         _profile(model, options)
     print("| batch | way | graphs | mean depth | ms/step | tokens/s | of the limit |\n|---|---|---|---|---|---|---|")
@@ -84,7 +84,8 @@ def main() -> None:
         options.json.write_text(json.dumps(told, indent=2) + "\n")
 
 
-def _options() -> argparse.Namespace:
+def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line; sizes are those of a 7B by default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, size in (("layers", 32), ("hidden", 4096), ("inner", 11008), ("heads", 32), ("groups", None), ("vocab", 32000)):
         parser.add_argument(f"--{name}", type=int, default=size)
@@ -98,10 +99,11 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--graphs", nargs="+", choices=list(SWITCHED), default=list(SWITCHED))
     parser.add_argument("--profile", type=Path, help="write torch.profiler's table of full depth at batch 1 there")
     parser.add_argument("--json", type=Path, help="write the figures there, too")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
-def _random_model(options: argparse.Namespace, topology: Topology) -> EarlyExitModel:
+def random_llama(options: argparse.Namespace, topology: Topology) -> EarlyExitModel:
+    """The model that `options` describe, drawn on the device."""
     config = ModelConfig(
         num_layers=options.layers, hidden_size=options.hidden, ffn_hidden_size=options.inner, num_attention_heads=options.heads,
         num_query_groups=options.groups or options.heads, kv_channels=options.hidden // options.heads, vocab_size=options.vocab,
@@ -147,10 +149,11 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def _policies(model: EarlyExitModel, options: argparse.Namespace) -> dict[str, Policy]:
+def policies_of(model: EarlyExitModel, options: argparse.Namespace) -> dict[str, Policy]:
+    """By name; what a threshold has to be is measured."""
     first = options.exits[0]
-    with _graphs("yes"):
-        confidences = [step.confidence for step in _decode(model, 1, Policy(fixed_exit=first), options)[0]]
+    with graphs_as("yes"):
+        confidences = [step.confidence for step in decode(model, 1, Policy(fixed_exit=first), options)[0]]
     threshold = sorted(confidences)[int((1 - options.leaving) * len(confidences))]
     fixed = {f"fixed {layer}": Policy(fixed_exit=layer) for layer in options.exits}
     return {"full": FULL, **fixed, f"threshold {threshold:.3g}": Policy(thresholds=dict.fromkeys(options.exits, threshold)),
@@ -158,7 +161,8 @@ def _policies(model: EarlyExitModel, options: argparse.Namespace) -> dict[str, P
 
 
 @contextmanager
-def _graphs(kind: str) -> Iterator[None]:
+def graphs_as(kind: str) -> Iterator[None]:
+    """Engines that are made within it record so: yes, no or fused."""
     before = os.environ.get(graphs.SWITCH)
     os.environ[graphs.SWITCH] = SWITCHED[kind]
     try:
@@ -170,15 +174,16 @@ def _graphs(kind: str) -> Iterator[None]:
             os.environ[graphs.SWITCH] = before
 
 
-def _engine(model: EarlyExitModel, batch: int, options: argparse.Namespace) -> Engine:
+def made_engine(model: EarlyExitModel, batch: int, options: argparse.Namespace) -> Engine:
+    """For `batch` sequences, which share nothing."""
     return Engine(model, [(1, options.layers)], num_slots=batch, max_length=options.prompt_tokens + options.new_tokens + 16,
                   prefill_chunk=2048, reuses_prefixes=False)
 
 
-def _decode(model: EarlyExitModel, batch: int, policy: Policy, options: argparse.Namespace,
-            engine: Engine | None = None) -> tuple[list[TokenStep], float, int]:
+def decode(model: EarlyExitModel, batch: int, policy: Policy, options: argparse.Namespace,
+           engine: Engine | None = None) -> tuple[list[TokenStep], float, int]:
     """What was said after the prompts were read; the seconds, and the steps."""
-    engine = engine or _engine(model, batch, options)
+    engine = engine or made_engine(model, batch, options)
     draw = torch.Generator().manual_seed(batch)
     params = SamplingParams(max_tokens=options.new_tokens, ignore_eos=True)
     for _ in range(batch):
@@ -197,7 +202,7 @@ def _measured(model: EarlyExitModel, batch: int, way: str, policy: Policy, kind:
               options: argparse.Namespace) -> list[Row]:
     """The row, which is printed; none where this machine can not make it, for the others count all the same."""
     try:
-        row = _measure(model, batch, way, policy, kind, bandwidth, options)
+        row = measure(model, batch, way, policy, kind, bandwidth, options)
     except (RuntimeError, ImportError) as error:  # no triton, no compiler for it, too little memory
         print(f"| {batch} | {way} | {kind} | {type(error).__name__}: {str(error).strip().splitlines()[0][:200]} |", flush=True)
         return []
@@ -205,17 +210,18 @@ def _measured(model: EarlyExitModel, batch: int, way: str, policy: Policy, kind:
     return [row]
 
 
-def _measure(model: EarlyExitModel, batch: int, way: str, policy: Policy, kind: str, bandwidth: float,
-             options: argparse.Namespace) -> Row:
+def measure(model: EarlyExitModel, batch: int, way: str, policy: Policy, kind: str, bandwidth: float,
+            options: argparse.Namespace) -> Row:
+    """One way of decoding, `options.rounds` times after one that records the graphs."""
     gc.collect()  # the engine before this one has a cache as large
-    with _graphs(kind):
-        engine = _engine(model, batch, options)
-        runs = [_decode(model, batch, policy, options, engine) for _ in range(options.rounds + 1)][1:]
+    with graphs_as(kind):
+        engine = made_engine(model, batch, options)
+        runs = [decode(model, batch, policy, options, engine) for _ in range(options.rounds + 1)][1:]
     rate = statistics.median(len(steps) / seconds for steps, seconds, _ in runs)
     layers = [step.exit_layer for step in runs[-1][0]]
     share = None
     if batch == 1 and _has_one_depth(policy):
-        share = rate * _bytes_of(model, policy.fixed_exit) / bandwidth
+        share = rate * bytes_of(model, policy.fixed_exit) / bandwidth
     return Row(batch=batch, way=way, graphs=kind, tokens_per_second=rate, mean_depth=sum(layers) / len(layers),
                ms_per_step=1000 * statistics.median(seconds / count for _, seconds, count in runs), share_of_limit=share)
 
@@ -224,8 +230,8 @@ def _has_one_depth(policy: Policy) -> bool:
     return not policy.thresholds and not policy.drafts_at
 
 
-def _bytes_of(model: EarlyExitModel, fixed_exit: int | None) -> int:
-    """Of the weights that a token reads."""
+def bytes_of(model: EarlyExitModel, fixed_exit: int | None) -> int:
+    """Bytes of the weights that a token reads."""
     read: list[Any] = [*model.backbone.output_layer.parameters()] if fixed_exit is None else [*model.exit_head(fixed_exit).parameters()]
     for number in range(1, (fixed_exit or model.config.num_layers) + 1):
         read += model.backbone.layer(number).parameters()
@@ -252,11 +258,11 @@ def _print_goals(rows: list[Row]) -> None:
 
 
 def _profile(model: EarlyExitModel, options: argparse.Namespace) -> None:
-    with _graphs("yes"):
-        engine = _engine(model, 1, options)
-        _decode(model, 1, FULL, options, engine)
+    with graphs_as("yes"):
+        engine = made_engine(model, 1, options)
+        decode(model, 1, FULL, options, engine)
         with torch.profiler.profile() as profile:
-            _decode(model, 1, FULL, options, engine)
+            decode(model, 1, FULL, options, engine)
     key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
     options.profile.write_text(profile.key_averages().table(sort_by=key, row_limit=40, max_name_column_width=90) + "\n")
 

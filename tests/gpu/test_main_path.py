@@ -62,7 +62,8 @@ print((run / "metrics.jsonl").read_text().replace("\\n", ","))
 def run(program: str, *arguments: object, on_gpu: bool) -> str:
     """The last line of what `program` prints."""
     seen = os.environ["EE_TUNING_TEST_GPUS"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)])}
+    paths = [str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")]  # megatron-core may lie in a folder that it names
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     if on_gpu and seen == "all":
         del environment["CUDA_VISIBLE_DEVICES"]
     elif on_gpu:

@@ -1,0 +1,74 @@
+"""The record of a run: OUT, replaced whole whenever something is known, and a table for the end."""
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ee_tuning.json_file import to_json
+from gpu_stages.checks import Finding, Outcome
+
+LONGEST_TABLE = 60
+"""Lines: some machines send back no more than the end of what a command prints."""
+
+
+class Report:
+    """Of one run. Any thread may ask."""
+
+    def __init__(self, path: Path, facts: dict[str, Any]) -> None:
+        self.outcomes: list[Outcome] = []
+        self._path, self._facts, self._began, self._lock = path, facts, time.time(), threading.Lock()
+
+    def write(self) -> None:
+        """Replaces the file."""
+        tree = {**self._facts, "seconds": time.time() - self._began, "checks": [each.tree() for each in list(self.outcomes)]}
+        with self._lock:
+            partial = self._path.with_name(self._path.name + ".partial")
+            partial.write_text(to_json(tree, indent=1) + "\n", encoding="utf-8")
+            os.replace(partial, self._path)
+
+    def cut_off(self, stack: str) -> None:
+        """Notes of the check that runs that its time is over, and where it is."""
+        for outcome in self.outcomes:
+            if outcome.state == "running":
+                outcome.state, outcome.error = "cut off", f"{stack}its time was over, here"
+                outcome.seconds = time.time() - outcome.began
+
+    def table(self) -> str:
+        """All findings, or those that have a goal where all would be too many; and what failed."""
+        rows = [(outcome, finding) for outcome in self.outcomes for finding in outcome.findings]
+        failed = [outcome.line for outcome in self.outcomes if outcome.state != "passed"]
+        room = LONGEST_TABLE - 6 - len(failed[:15])
+        if len(rows) > room:
+            rows = sorted(rows, key=lambda row: row[1].is_met is None)[:room]
+        states = [outcome.state for outcome in self.outcomes]
+        lines = ["", f"{self._facts['device']}: {len(states)} checks, "
+                 + ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)),
+                 "| stage | figure | value | goal | met |", "|---|---|---|---|---|", *(_row(*row) for row in rows), *failed[:15]]
+        return "\n".join(lines)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether any check failed, or could not be ended."""
+        return any(outcome.state in ("failed", "cut off") for outcome in self.outcomes)
+
+
+def facts_of(device: torch.device, stages: list[int], is_tiny: bool) -> dict[str, Any]:
+    """What is to be told with the figures."""
+    import transformers
+
+    found = {"device": "CPU", "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "transformers": transformers.__version__,
+             "stages": stages, "is_tiny": is_tiny}
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        found |= {"device": card.name, "memory_bytes": card.total_memory, "multiprocessors": card.multi_processor_count,
+                  "cuda": torch.version.cuda, "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
+    return found
+
+
+def _row(outcome: Outcome, finding: Finding) -> str:
+    value = finding.value if isinstance(finding.value, str) else f"{finding.value:,.4g}"
+    met = {True: "yes", False: "NO", None: ""}[finding.is_met]
+    return f"| {outcome.stage} | {finding.what} | {value}{' ' + finding.unit if finding.unit else ''} | {finding.goal} | {met} |"
