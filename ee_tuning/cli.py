@@ -22,6 +22,9 @@ from ee_tuning.utf8 import typed_text, use_utf8
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
+SPINS = "1000"
+"""Looks that a thread takes at a barrier before it sleeps: some 25 µs. OpenMP's own 300,000 keep a core from the very thread that is waited
+for where other processes are busy; below 1,000 an idle machine decodes slower."""
 _TEXTS = ("prompt", "system")
 """Arguments that go to a model."""
 
@@ -89,6 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     use_utf8()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns whenever a process forks after tokenizing
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read once, when torch loads its OpenMP
     prepare_streams()
     had_world = _world_size() > 0
     try:
