@@ -20,22 +20,23 @@ void run_head(const Shape &s, const Head &head, int64_t t, int64_t num_threads, 
     const int64_t h = s.hidden;
     T *summed = scratch<T, HEAD>(t * 2 * h), *normed = summed + t * h;
     Real<T> *inner = scratch<Real<T>, RAISED>(t * 3 * head.mlp.inner);
+    Meeting meeting;
 #pragma omp parallel num_threads(int(num_threads))
     {
         const T *states = x;
         if (head.mlp.fc1) {
-            mlp(s, head.mlp, t, x, residual, summed, inner + t * head.mlp.inner, inner);
+            mlp(s, meeting, head.mlp, t, x, residual, summed, inner + t * head.mlp.inner, inner);
             states = summed;
         }
         if (head.norm) {
-            norms(s, t, states, head.norm, head.norm_bias, normed);
+            norms(s, meeting, t, states, head.norm, head.norm_bias, normed);
             states = normed;
         }
         linear<T>(states, t, h, of<T>(head.output), NONE<T>, NONE<T>, logits, head.num_rows, Share(head.num_rows));
-#pragma omp barrier
+        meeting.wait();
         static thread_local std::vector<Real<T>> weights;
         weights.resize(head.num_ids + LANES<T>);
-#pragma omp for
+#pragma omp for nowait
         for (int64_t k = 0; k < t; ++k) {
             const Real<T> *own = logits + k * head.num_rows;
             std::copy(own, own + head.num_ids, weights.begin());

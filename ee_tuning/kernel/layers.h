@@ -7,6 +7,7 @@
 #pragma once
 
 #include "attention.h"
+#include "meeting.h"
 
 struct Shape {
     int64_t hidden, groups, per_group, width, has_layer_norm, is_rotated, activation;
@@ -41,14 +42,16 @@ template <class T, Purpose> T *scratch(int64_t size) {
     return memory.data();
 }
 
-template <class T> void norms(const Shape &s, int64_t t, const T *x, const void *weight, const void *bias, T *out) {
-#pragma omp for
-    for (int64_t k = 0; k < t; ++k)
+// Ends with all threads together.
+template <class T>
+void norms(const Shape &s, Meeting &meeting, int64_t t, const T *x, const void *weight, const void *bias, T *out) {
+    for (int64_t k = omp_get_thread_num(); k < t; k += omp_get_num_threads())
         norm(x + k * s.hidden, out + k * s.hidden, of<T>(weight), of<T>(bias), s.hidden, s.epsilon, s.has_layer_norm);
+    meeting.wait();
 }
 
 // out = residual + MLP(x). raised [t, f or 2 f] and inner [t, f] are for what comes between. Ends with all threads together.
-template <class T> void mlp(const Shape &s, const MLP &m, int64_t t, const T *x, const T *residual, T *out, Real<T> *raised,
+template <class T> void mlp(const Shape &s, Meeting &meeting, const MLP &m, int64_t t, const T *x, const T *residual, T *out, Real<T> *raised,
                             Real<T> *inner) {
     const int64_t raised_rows = m.inner * (m.is_gated ? 2 : 1);
     const Share own(m.inner), up(own.first + m.inner, own.last + m.inner);
@@ -60,9 +63,9 @@ template <class T> void mlp(const Shape &s, const MLP &m, int64_t t, const T *x,
             return m.is_gated ? activated<Real<T>>(a, s.activation) * b : activated<Real<T>>(a, s.activation);
         });
     }
-#pragma omp barrier
+    meeting.wait();
     linear<T>(inner, t, m.inner, of<T>(m.fc2), of<T>(m.fc2_bias), residual, out, s.hidden, Share(s.hidden));
-#pragma omp barrier
+    meeting.wait();
 }
 
 // Layers over states [t, h]: hidden, and in normed and residual what the last layer's MLP took and was added to, [t, h] each.
@@ -73,6 +76,8 @@ void run_layers(const Shape &s, const Layer *layers, int64_t num_layers, const P
     const int64_t qkv_rows = s.groups * (s.per_group + 2) * s.width, inner_size = layers[0].mlp.inner;
     Real<T> *qkv = scratch<Real<T>, LAYERS>(t * (qkv_rows + attended_size + 3 * inner_size)), *attended = qkv + t * qkv_rows;
     Real<T> *inner = attended + t * attended_size, *raised = inner + t * inner_size;
+    Meeting meeting;
+    std::vector<std::atomic<int64_t>> next_tasks(num_layers);
     std::vector<int64_t> firsts(pass.num_rows);
     for (int64_t i = 0, first = 0; i < pass.num_rows; first += pass.rows[i++].length) firsts[i] = first;
 #pragma omp parallel num_threads(int(pass.num_threads))
@@ -82,17 +87,17 @@ void run_layers(const Shape &s, const Layer *layers, int64_t num_layers, const P
         const Attention<T> heads{s.groups, s.per_group, s.width, s.is_rotated, s.epsilon, s.scale, of<T>(layer.head_norm), of<T>(pass.cos),
                                  of<T>(pass.sin), static_cast<T *>(layer.keys), static_cast<T *>(layer.values)};
         const T *entering = number ? hidden : states;
-        norms(s, t, entering, layer.input_norm, layer.input_norm_bias, normed);
+        norms(s, meeting, t, entering, layer.input_norm, layer.input_norm_bias, normed);
         linear<T>(normed, t, h, of<T>(layer.qkv), of<T>(layer.qkv_bias), NONE<T>, qkv, qkv_rows, Share(qkv_rows));
-#pragma omp barrier
-#pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < pass.num_rows * s.groups; ++task) {
+        meeting.wait();
+        for (int64_t task; (task = next_tasks[number].fetch_add(1)) < pass.num_rows * s.groups;) {
             const int64_t row = task / s.groups, first = firsts[row];
             attention.run(heads, pass.rows[row], task % s.groups, qkv + first * qkv_rows, attended + first * attended_size);
         }
+        meeting.wait();
         linear<T>(attended, t, attended_size, of<T>(layer.proj), of<T>(layer.proj_bias), entering, residual, h, Share(h));
-#pragma omp barrier
-        norms(s, t, residual, layer.mlp_norm, layer.mlp_norm_bias, normed);
-        mlp(s, layer.mlp, t, normed, residual, hidden, raised, inner);
+        meeting.wait();
+        norms(s, meeting, t, residual, layer.mlp_norm, layer.mlp_norm_bias, normed);
+        mlp(s, meeting, layer.mlp, t, normed, residual, hidden, raised, inner);
     }
 }
