@@ -30,7 +30,8 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(shared: Path, output: Path, *flags: str, code: int = 0) -> None:
-    assert code == cli.main(["evaluate", "--model", str(shared / "model"), "--exits", str(shared / "exits"), "--output", str(output), *flags])
+    model, exits = str(shared / "model"), str(shared / "exits")
+    assert code == cli.main(["evaluate", "--model", model, "--exits", exits, "--output", str(output), *flags])
 
 
 def human(shared: Path, output: Path, *flags: str) -> dict[str, Any]:
