@@ -10,8 +10,7 @@ from ee_tuning.evaluation.points import Point
 from ee_tuning.evaluation.readings import Reading
 from ee_tuning.evaluation.task import Item, Task
 from ee_tuning.generation.llm import EarlyExitLLM, Job
-from ee_tuning.generation.policy import FULL
-from ee_tuning.generation.scoring import Score, TokenPair
+from ee_tuning.generation.scoring import Score, TokenPair, score_by
 
 BY_LENGTH = "choice by length"
 _ROWS = 32
@@ -21,7 +20,7 @@ def given_readings(llm: EarlyExitLLM, task: Task, places: Sequence[int], jobs: S
                    points: Sequence[Point]) -> list[list[Reading]]:
     """A reading of each point, full depth first, for each prompt at `places` of the task, whose jobs are `jobs`."""
     texts = [given_texts(task, task.items[place]) for place in places]
-    by_point = [_scored(llm, [jobs[place] for place in places], texts, point) for point in points]
+    by_point = _scored(llm, [jobs[place] for place in places], texts, points)
     return [[_reading(task, place, point, scores[number], by_point[0][number])
              for point, scores in zip(points, by_point, strict=True)] for number, place in enumerate(places)]
 
@@ -39,11 +38,11 @@ def token_pair(llm: EarlyExitLLM, job: Job, text: str) -> TokenPair:
     return prompt, whole[len(prompt):] if whole[:len(prompt)] == prompt and len(whole) > len(prompt) else llm.encode(text, False)
 
 
-def _scored(llm: EarlyExitLLM, jobs: Sequence[Job], texts: Sequence[tuple[str, ...]], point: Point) -> list[list[Score]]:
-    """The score of each text behind each prompt."""
+def _scored(llm: EarlyExitLLM, jobs: Sequence[Job], texts: Sequence[tuple[str, ...]], points: Sequence[Point]) -> list[list[list[Score]]]:
+    """By each point, the score of each text behind each prompt."""
     pairs = [token_pair(llm, job, text) for job, each in zip(jobs, texts, strict=True) for text in each]
-    scores = iter(llm.score(pairs, policy=FULL if point.policy.drafts_at else point.policy, max_batch_size=_ROWS))
-    return [[next(scores) for _ in each] for each in texts]
+    by_point = map(iter, score_by(llm.model, pairs, [point.policy for point in points], _ROWS))
+    return [[[next(scores) for _ in each] for each in texts] for scores in by_point]
 
 
 def _reading(task: Task, place: int, point: Point, scores: list[Score], full: list[Score]) -> Reading:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ee_tuning.checkpoint.non_finite import no_numbers
+from ee_tuning.config.generation import Measure
 from ee_tuning.errors import InputError
 from ee_tuning.generation.policy import Policy
 from ee_tuning.model.early_exit import EarlyExitModel
@@ -23,7 +24,7 @@ from ee_tuning.parallel.shortlist import token_confidences, token_log_probabilit
 from ee_tuning.parallel.stage_link import StageLink
 from ee_tuning.parallel.vocab import VocabShard
 
-# s sequence · b rows of a pass · h hidden · v/tp this rank's shard of the vocabulary · n positions that are scored
+# s sequence · b rows of a pass · p policies · h hidden · v/tp this rank's shard of the vocabulary · n positions that are scored
 
 CHUNK = 128
 """Positions whose logits are there at a time."""
@@ -103,21 +104,30 @@ def score(model: EarlyExitModel, pairs: Sequence[TokenPair], policy: Policy, max
 
     Raises InputError, on all ranks, where logits are not finite.
     """
+    return score_by(model, pairs, [policy], max_rows)[0]
+
+
+def score_by(model: EarlyExitModel, pairs: Sequence[TokenPair], policies: Sequence[Policy], max_rows: int) -> list[list[Score]]:
+    """What `score` returns, for each of the policies: layers are run, and exits asked, once for all of them."""
     ends = list(itertools.accumulate((len(continuation) for _, continuation in pairs), initial=0))
-    answers = torch.zeros(ends[-1], 3, dtype=torch.float64)
-    scorer, batches = _Scorer(model, policy), list(_batches(_rows(pairs, ends), max_rows))
+    answers = torch.zeros(len(policies), ends[-1], 3, dtype=torch.float64)
+    scorer, batches = _Scorer(model, policies), list(_batches(_rows(pairs, ends), max_rows))
     with torch.inference_mode():
         for batch in batches:
             scorer.read(batch, answers)
         scorer.link.finish()
     if model.topology.pp > 1:  # each answer is of one stage, zero on the others
         dist.all_reduce(answers, group=model.topology.pp_control)
-    layers, logprobs, greedy = answers.unbind(-1)
+    layers, logprobs, _ = answers.unbind(-1)
     if bool((broken := logprobs.isnan()).any()):
         raise no_numbers(f"the logits behind layer {int(layers[broken][0])}", model.plan.dtype)
-    parts = zip(*(column.split([len(continuation) for _, continuation in pairs]) for column in (logprobs, greedy, layers)), strict=True)
-    return [Score(token_ids=continuation, logprobs=found.tolist(), is_greedy=is_greedy.bool().tolist(), exit_layers=left.int().tolist())
-            for (_, continuation), (found, is_greedy, left) in zip(pairs, parts, strict=True)]
+    return [_scores(pairs, found) for found in answers]
+
+
+def _scores(pairs: Sequence[TokenPair], answers: Tensor) -> list[Score]:  # [tokens, 3]
+    lengths = [len(continuation) for _, continuation in pairs]
+    return [Score(token_ids=continuation, logprobs=found[:, 1].tolist(), is_greedy=found[:, 2].bool().tolist(),
+                  exit_layers=found[:, 0].int().tolist()) for (_, continuation), found in zip(pairs, answers.split(lengths), strict=True)]
 
 
 def _rows(pairs: Sequence[TokenPair], ends: list[int]) -> list[_Row]:
@@ -142,15 +152,21 @@ def _batches(rows: list[_Row], max_rows: int) -> Iterator[list[_Row]]:
 class _Scorer:
     """Passes through this stage."""
 
-    def __init__(self, model: EarlyExitModel, policy: Policy):
-        self.model, self.policy, self.topology, self.link = model, policy, model.topology, StageLink(model.topology)
+    def __init__(self, model: EarlyExitModel, policies: Sequence[Policy]):
+        self.model, self.policies, self.topology, self.link = model, policies, model.topology, StageLink(model.topology)
         plan, last = model.plan, model.config.num_layers
-        self._through = last if policy.fixed_exit is None else policy.fixed_exit
+        self._through = max(last if policy.fixed_exit is None else policy.fixed_exit for policy in policies)
         """No layer behind this one is needed."""
-        self._asks_final = policy.fixed_exit is None and plan.last_layer == last
-        asked = dict(policy.thresholds) if policy.fixed_exit is None else {policy.fixed_exit: None}
-        self._asked = {layer: asked[layer] for layer in sorted(asked) if plan.first_layer <= layer <= plan.last_layer}
-        """Exits of this stage -> the confidence at which a position leaves; None where all do."""
+        self._asked: dict[int, dict[int, float | None]] = {}
+        """Exits of this stage, shallow to deep -> policies that ask them, by place -> the confidence at which a position leaves; None where
+        all do."""
+        for place, policy in enumerate(policies):
+            asked = dict(policy.thresholds) if policy.fixed_exit is None else {policy.fixed_exit: None}
+            for layer, threshold in asked.items():
+                if plan.first_layer <= layer <= plan.last_layer:
+                    self._asked.setdefault(layer, {})[place] = threshold
+        self._asked = dict(sorted(self._asked.items()))
+        self._ask_final = [place for place, policy in enumerate(policies) if policy.fixed_exit is None and plan.last_layer == last]
 
     def read(self, rows: list[_Row], answers: Tensor) -> None:
         """Takes rows through this stage, and writes those answers that are found here."""
@@ -162,50 +178,62 @@ class _Scorer:
         labels = torch.tensor([label for row in rows for _, label in row.asked], device=device)
         if self.topology.is_first_stage:
             tokens = torch.tensor([row.tokens + [0] * (length - len(row.tokens)) for row in rows], device=device)
-            hidden, stays = self.model.embed(tokens), torch.ones(len(places), dtype=torch.bool, device=device)
+            hidden, stays = self.model.embed(tokens), torch.ones(len(self.policies), len(places), dtype=torch.bool, device=device)
         else:
             dtype = self.model.plan.dtype
             hidden = self.link.receive(length * len(rows), width, dtype).view(length, len(rows), width)
-            stays = self.link.receive(len(places), 1, dtype)[:, 0] > 0
+            stays = self.link.receive(len(places), len(self.policies), dtype).T > 0
         hidden, inputs = self.model.run_layers(hidden, through=self._through)
-        found = torch.zeros(len(places), 3, dtype=torch.float64, device=device)
-        stays = self._ask(hidden, inputs, places, labels, stays, found)
-        answers[torch.tensor([place for row in rows for place in row.answers])] = found.cpu()
+        found = torch.zeros(len(self.policies), len(places), 3, dtype=torch.float64, device=device)
+        self._ask(hidden, inputs, places, labels, stays, found)
+        answers[:, torch.tensor([place for row in rows for place in row.answers])] = found.cpu()
         if self.model.plan.last_layer < self._through:
             self.link.send(hidden.flatten(0, 1))
-            self.link.send(stays[:, None].to(hidden.dtype))
+            self.link.send(stays.T.to(hidden.dtype).contiguous())
 
     def _ask(self, hidden: Tensor, inputs: dict[int, ExitInput],  # [s, b, h]
-             places: Tensor, labels: Tensor, stays: Tensor, found: Tensor) -> Tensor:  # [n], [n], [n] bool, [n, 3] -> [n] bool
-        """Asks the exits of this stage, shallow to deep, about the positions that have not left; returns which of them stay on."""
-        for layer, threshold in self._asked.items():
-            if not len(going := stays.nonzero()[:, 0]):
-                return stays
-            told = self._ask_exit(layer, threshold is not None, inputs[layer], places[going], labels[going])
-            leaves = told[:, 0] >= (-1.0 if threshold is None else threshold)
-            found[going[leaves]] = torch.cat((told.new_full((int(leaves.sum()), 1), layer), told[leaves, 1:]), dim=1)
-            stays = stays.index_fill(0, going[leaves], False)
-        if self._asks_final and len(going := stays.nonzero()[:, 0]):
+             places: Tensor, labels: Tensor, stays: Tensor, found: Tensor) -> None:  # [n], [n], [p, n] bool, [p, n, 3]
+        """Asks the exits of this stage, shallow to deep, about the positions that have not left by all policies; those that leave are taken
+        out of `stays`.
+        """
+        for layer, thresholds in self._asked.items():
+            if not len(going := stays[list(thresholds)].any(0).nonzero()[:, 0]):
+                continue
+            measures = sorted({self.policies[place].measure for place, threshold in thresholds.items() if threshold is not None})
+            told = self._ask_exit(layer, measures, inputs[layer], places[going], labels[going])
+            for place, threshold in thresholds.items():
+                leaves = stays[place, going]
+                if threshold is not None:
+                    leaves = leaves & (told[:, 2 + measures.index(self.policies[place].measure)] >= threshold)
+                self._leave(place, layer, going[leaves], told[leaves], stays, found)
+        if self._ask_final and len(going := stays[self._ask_final].any(0).nonzero()[:, 0]):
             states = self.model.final_hidden(hidden.flatten(0, 1)[places[going]])
-            told = self._read(states, self.model.backbone.output_layer.weight, self.model.vocab, labels[going], None)
-            found[going] = torch.cat((torch.full_like(told[:, :1], self.model.config.num_layers), told[:, 1:]), dim=1)
-        return stays
+            told = self._read(states, self.model.backbone.output_layer.weight, self.model.vocab, labels[going], ())
+            for place in self._ask_final:
+                leaves = stays[place, going]
+                self._leave(place, self.model.config.num_layers, going[leaves], told[leaves], stays, found)
 
-    def _ask_exit(self, layer: int, may_stay: bool, inputs: ExitInput, places: Tensor, labels: Tensor) -> Tensor:  # [n], [n] -> [n, 3]
-        head, measure, vocab = self.model.exit_head(layer), self.policy.measure if may_stay else None, self.model.exit_vocab
+    def _leave(self, policy: int, layer: int, where: Tensor, told: Tensor, stays: Tensor, found: Tensor) -> None:  # …, [m], [m, 2 + …], …
+        """Writes what a policy has by this layer."""
+        found[policy, where, 0] = layer
+        found[policy, where, 1:] = told[:, :2]
+        stays[policy, where] = False
+
+    def _ask_exit(self, layer: int, measures: Sequence[Measure], inputs: ExitInput, places: Tensor, labels: Tensor) -> Tensor:
+        head, vocab = self.model.exit_head(layer), self.model.exit_vocab
         if head.own_layer is None:
-            return head(inputs.tokens(places), lambda states, weight: self._read(states, weight, vocab, labels, measure))
+            return head(inputs.tokens(places), lambda states, weight: self._read(states, weight, vocab, labels, measures))
         # A head with a layer of its own attends over whole sequences.
-        return head(inputs, lambda states, weight: self._read(states.flatten(0, 1)[places], weight, vocab, labels, measure))
+        return head(inputs, lambda states, weight: self._read(states.flatten(0, 1)[places], weight, vocab, labels, measures))
 
     def _read(self, hidden: Tensor, weight: Tensor, vocab: VocabShard,  # [n, h], [rows of `vocab`, h]
-              labels: Tensor, measure: str | None) -> Tensor:  # [n] -> [n, 3]
-        """Confidence (zero without a measure), the label's log-probability, whether it is the likeliest token; float64."""
-        told = torch.zeros(len(labels), 3, dtype=torch.float64, device=hidden.device)
+              labels: Tensor, measures: Sequence[Measure]) -> Tensor:  # [n] -> [n, 2 + measures]
+        """The label's log-probability, whether it is the likeliest token, and the confidence by each measure; float64."""
+        told = torch.zeros(len(labels), 2 + len(measures), dtype=torch.float64, device=hidden.device)
         for part, states, wanted in zip(told.split(CHUNK), hidden.split(CHUNK), labels.split(CHUNK), strict=True):
             logits = F.linear(states, weight)
-            if measure is not None:
-                part[:, 0] = token_confidences(logits, vocab, measure)
-            part[:, 1] = token_log_probabilities(logits, wanted, vocab)
-            part[:, 2] = token_top1(logits, vocab).token_ids == wanted
+            part[:, 0] = token_log_probabilities(logits, wanted, vocab)
+            part[:, 1] = token_top1(logits, vocab).token_ids == wanted
+            for column, measure in enumerate(measures, 2):
+                part[:, column] = token_confidences(logits, vocab, measure)
         return told

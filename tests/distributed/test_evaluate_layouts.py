@@ -15,7 +15,7 @@ from ee_tuning.evaluation.evaluate_command import Wish, evaluate_tasks
 from ee_tuning.generation.replicas import over_replicas
 from ee_tuning.parallel.topology import init_parallel
 
-LINES = [{"prompt": text, "answer": "e"} for text in ("def f", "import os", "x = ", "while ", "class A:")]
+LINES = [{"prompt": text, "choices": ["e", "or", "x = 1"], "answer": "e"} for text in ("def f", "import os", "x = ", "while ", "class A:")]
 
 
 def evaluate_at(folder: str, task: str, output: str, keys: dict[str, Any]) -> str:
@@ -24,7 +24,8 @@ def evaluate_at(folder: str, task: str, output: str, keys: dict[str, Any]) -> st
     config = load_config(None, {"model.path": f"{folder}/model", "exits.path": f"{folder}/exits", "model.dtype": "float64",
                                 "generation.max_new_tokens": 7, "generation.max_batch_size": 1, **keys})
     try:
-        evaluate_tasks(config, Wish(tasks=(Path(task),), metrics=("contains",), output=Path(output), thresholds=(0.05,), speculative=True))
+        evaluate_tasks(config, Wish(tasks=(Path(task), Path(task).with_name("choice.jsonl")), metrics=("contains", "choice"),
+                                    output=Path(output), thresholds=(0.05,), fixed=(2,), speculative=True))
     except InputError as error:
         return str(error)
     return ""
@@ -35,7 +36,7 @@ def readings_in(folder: Path) -> list[dict[str, Any]]:
     blocks = [json.loads(line) for line in (folder / "readings.jsonl").read_text().split("\n") if line]
     found = [{key: value for key, value in each.items() if key not in ("seconds", "group")} for block in blocks if "block" in block
              for each in block["readings"]]
-    return sorted(found, key=lambda each: (each["item"], each["point"]))
+    return sorted(found, key=lambda each: (each["task"], each["item"], each["point"]))
 
 
 def test_layouts_find_the_same(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -47,13 +48,14 @@ def test_layouts_find_the_same(world: Any, tmp_path: Path, monkeypatch: pytest.M
     write_byte_tokenizer(tmp_path / "model")
     write_exits(tmp_path / "model", tmp_path / "exits")
     task, bad = tmp_path / "task.jsonl", tmp_path / "bad.jsonl"
-    task.write_text("\n".join(map(json.dumps, LINES)))
+    for path in (task, tmp_path / "choice.jsonl"):
+        path.write_text("\n".join(map(json.dumps, LINES)))
     bad.write_text('{"prompt": "x"}')
     assert evaluate_at(str(tmp_path), str(task), str(tmp_path / "one"), {}) == ""
     keys = {"parallel.pipeline_model_parallel_size": 2}
     assert world.run(evaluate_at, str(tmp_path), str(task), str(tmp_path / "four"), keys) == [""] * 4
     found = readings_in(tmp_path / "four")
-    assert found == readings_in(tmp_path / "one") and len(found) == 3 * len(LINES)
+    assert found == readings_in(tmp_path / "one") and len(found) == 2 * 4 * len(LINES)
     assert json.loads((tmp_path / "four" / "evaluation.json").read_text())["settings"]["tensor × pipeline × data"] == "1 × 2 × 2"
     assert len(set(world.run(evaluate_at, str(tmp_path), str(bad), str(tmp_path / "bad"), keys))) == 1
     assert world.run(shared_out) == [[10, 11, 12, 13, 14, 15, 16]] * 4

@@ -1,9 +1,11 @@
 """Metrics of given texts: choices and perplexity, teacher-forced."""
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from byte_tokenizer import END, VOCABULARY, write_byte_tokenizer
 from exits import write_exits
 from random_models import random_llama
@@ -13,7 +15,7 @@ from ee_tuning.evaluation.evaluate import evaluate
 from ee_tuning.evaluation.given import BY_LENGTH, likeliest
 from ee_tuning.evaluation.points import points_of
 from ee_tuning.evaluation.task import Item, Task
-from ee_tuning.generation.scoring import Score
+from ee_tuning.generation.scoring import Score, score_by
 
 CHAT = ({"role": "user", "content": "a or b?"},)
 
@@ -29,12 +31,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def log_likelihood(model: Path, tokenizer_of: EarlyExitLLM, context: str, text: str) -> float:
-    """By transformers, in float64."""
-    import transformers
-
-    plain = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
-    before, after = (tokenizer_of.tokenizer(each, add_special_tokens=False)["input_ids"] for each in (context, text))
+def log_likelihood(plain: Any, tokenizer: Any, context: str, text: str) -> float:
+    """By transformers."""
+    before, after = (tokenizer(each, add_special_tokens=False)["input_ids"] for each in (context, text))
     with torch.no_grad():
         logprobs = plain(torch.tensor([before + after])).logits[0].log_softmax(-1)
     return sum(float(logprobs[len(before) + at - 1, token]) for at, token in enumerate(after))
@@ -48,9 +47,10 @@ def test_choices_and_perplexity_are_those_of_transformers(folder: Path):
                       ("The sky", (), (" is blue", " green", "!"), 2), ("x", (), ("y", "zz"), 0), (None, CHAT, ("a", "bb", "ccc"), 1)]))
     points = points_of(llm, thresholds=(0.0,), fixed=(4,), speculative=True)
     choose, perplexity = (evaluate(llm, [Task(name="t", metric=metric, items=items)], points) for metric in ("choice", "perplexity"))
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float64)
     contexts, rights, nll = ["The sky", "x", "user: a or b?\n"], list[bool](), list[float]()
     for item, context in zip(items, contexts, strict=True):
-        likelihoods = [log_likelihood(folder / "model", llm, context, text) for text in item.choices]
+        likelihoods = [log_likelihood(plain, llm.tokenizer, context, text) for text in item.choices]
         rights.append(likelihoods.index(max(likelihoods)) == item.right)
         nll.append(-likelihoods[item.right or 0])
     full = [each for each in choose.readings if each.point == "full depth"]
@@ -65,6 +65,20 @@ def test_choices_and_perplexity_are_those_of_transformers(folder: Path):
     at_4 = llm.score([("The sky", text) for text in items[0].choices], policy="fixed", exit_layer=4)
     chosen = max(range(3), key=lambda at: at_4[at].logprob)
     assert next(each.text for each in choose.readings if each.point == "exit 4") == items[0].choices[chosen]
+
+
+def test_all_ways_at_once_are_each_by_itself(folder: Path):
+    """A position that left by one threshold, missing from another; the confidence of another measure; a fixed exit that ends the pass."""
+    llm = EarlyExitLLM.load(folder / "model", folder / "exits", dtype="float64")
+    pairs = [([1, 2, 3], [4, 5]), ([7], [8, 9, 10, 11]), ([7], [12])]
+    policies = [point.policy for point in points_of(llm, thresholds=[each / 20 for each in range(21)], fixed=(2, 4))]
+    policies += [point.policy for point in points_of(llm, thresholds=(0.1, 0.3), measure="entropy", speculative=True)[1:]]
+    together = score_by(llm.model, pairs, policies, 8)
+    assert len({tuple(layer for each in scores for layer in each.exit_layers) for scores in together}) > 4
+    for policy, scores in zip(policies, together, strict=True):
+        for alone, each in zip(llm.score(pairs, policy=policy), scores, strict=True):
+            assert each.exit_layers == alone.exit_layers and each.is_greedy == alone.is_greedy
+            assert each.logprobs == pytest.approx(alone.logprobs)
 
 
 def test_a_long_choice_may_win_by_length():
