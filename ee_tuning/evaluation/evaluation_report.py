@@ -105,15 +105,28 @@ def _page(found: Evaluation, tasks: list[Task], about: dict[str, Any], pictures:
         parts.append(f"<h2>{html.escape(_title(result))}</h2>")
         parts.append(_table(result, found.num_layers))
         parts += [_image(path) for path in pictures[2 * number: 2 * number + 2]]
+        parts.append(_exits_table(result, found.num_layers))
         parts.append(_said(found, task))
     parts.append(f"<h2>What was run</h2>\n<pre>{html.escape(to_json(about, indent=1, ensure_ascii=False))}</pre>\n</body></html>\n")
     return "\n".join(parts)
 
 
 def _table(task: TaskResult, num_layers: int) -> str:
-    rows = "".join("<tr>" + "".join(f"<td>{html.escape(value)}" + (f" <small>{interval}</small>" if interval else "") + "</td>"
-                                    for value, interval in _row(task, point, num_layers)) + "</tr>\n" for point in task.points)
+    rows = "".join(f"<tr>{''.join(_td(*cell) for cell in _row(task, point, num_layers))}</tr>\n" for point in task.points)
     return f"<table><tr>{''.join(f'<th>{name}</th>' for name in _head(task))}</tr>\n{rows}</table>"
+
+
+def _exits_table(task: TaskResult, num_layers: int) -> str:
+    """Where tokens left, the second picture in numbers."""
+    layers = sorted(task.full_depth.exits)
+    head = "".join(f"<th>{'the end' if layer == num_layers else f'layer {layer}'}</th>" for layer in layers)
+    rows = "".join(f"<tr><td>{html.escape(point.name)}</td>{''.join(_td(*_percent(point.exits[layer])) for layer in layers)}</tr>\n"
+                   for point in task.points)
+    return f"<table><tr><th>tokens that left behind</th>{head}</tr>\n{rows}</table>"
+
+
+def _td(value: str, interval: str) -> str:
+    return f"<td>{html.escape(value)}" + (f" <small>{interval}</small>" if interval else "") + "</td>"
 
 
 def _image(path: Path) -> str:
