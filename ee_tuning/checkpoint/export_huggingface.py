@@ -29,7 +29,8 @@ from ee_tuning.model.huggingface_config import HUGGINGFACE_CLASSES
 from ee_tuning.parallel.topology import Topology
 
 MODELLING = Path(__file__).parent / "exported" / "modeling_early_exit.py"
-_TOLD = ("exit_layers", "architecture", "adapter_rank", "output", "init", "seed", "fitted", "tuned", "origins", "model_fingerprint")
+_TOLD = ("exit_layers", "architecture", "adapter_rank", "output", "output_vocab", "init", "seed", "fitted", "tuned", "origins",
+         "model_fingerprint")
 """Of exit_config.json, what config.json tells under `early_exit`."""
 _MARKS = ("config.json", "model*.safetensors*")
 """What tells an export of this format from another."""
@@ -130,7 +131,9 @@ def _described_config(model: ExportSource, special: Mapping[str, int]) -> dict[s
     if model.artifact is None:
         return {**plain, "auto_map": others} if others else plain
     tree = exit_config_tree(model.artifact.config)
-    told = {**{key: tree[key] for key in _TOLD if key in tree}, "files": [file.name for file in exit_files(model.artifact, model.model)]}
+    listed = {"token_ids": list(model.artifact.config.token_ids)} if model.artifact.config.token_ids else {}
+    told = {**{key: tree[key] for key in _TOLD if key in tree}, **listed}
+    told["files"] = [file.name for file in exit_files(model.artifact, model.model)]
     own_class = f"{MODELLING.stem}.{early_exit_class(model.model)}"
     # Who trusts the code of the exits runs no other, and needs none: transformers has a class for every family's config.
     others = {key: value for key, value in others.items() if key == "AutoTokenizer"}

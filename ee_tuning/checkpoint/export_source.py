@@ -16,7 +16,6 @@ from ee_tuning.checkpoint.gguf_file import GgufReader
 from ee_tuning.checkpoint.manifest import check_replaceable
 from ee_tuning.checkpoint.safetensors_reader import SafetensorsFolder
 from ee_tuning.config import Config
-from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig, model_config_from_hf
 from ee_tuning.model.huggingface_config import huggingface_config
 from ee_tuning.parallel.topology import Topology
@@ -69,9 +68,6 @@ def open_for_export(config: Config, topology: Topology | None) -> Iterator[Expor
             artifact = stack.enter_context(ExitHeadsReader(Path(config.exits.path), topology, verifies=config.exits.verify))
             check_bound_to(artifact, on_first_rank(topology, lambda: fingerprint(source, model)))
             artifact.check_complete(model)
-            if artifact.config.token_ids:
-                raise InputError(f"exits with a shortlist go into no export yet, and {artifact.folder} has one; give exits that were "
-                                 "converted without --output-vocab")
         files = source if isinstance(source, SafetensorsFolder) else None
         description = source.description if isinstance(source, GgufReader) else _description(config, source.folder, model)
         yield ExportSource(source, model, files, description, artifact, finish_check)

@@ -18,6 +18,7 @@ from ee_tuning.checkpoint.byte_progress import byte_progress
 from ee_tuning.checkpoint.distcp_writer import Chunk, DistcpWriter, Written, write_common, write_metadata
 from ee_tuning.checkpoint.exit_config import CONFIG, exit_config_tree
 from ee_tuning.checkpoint.exit_heads import ExitHeadsReader
+from ee_tuning.checkpoint.exit_vocab import write_token_ids
 from ee_tuning.checkpoint.export_source import ExportSource, check_target, open_for_export
 from ee_tuning.checkpoint.manifest import write_manifest
 from ee_tuning.checkpoint.megatron import stacked_names
@@ -143,6 +144,7 @@ def _finish(model: ExportSource, aside: Path, output: Path, reports: list[_Repor
         described = {key: value for key, value in model.described().items() if key not in ("early_exit", "auto_map")}
         (aside / "config.json").write_text(to_json(described, indent=2) + "\n", encoding="utf-8")
         if model.artifact is not None:
+            write_token_ids(aside, model.artifact.config.token_ids)
             (aside / CONFIG).write_text(to_json(exit_config_tree(model.artifact.config), indent=2) + "\n", encoding="utf-8")
         write_metadata(aside, [each for report in reports for each in report.written])
         write_manifest(aside, {file: digest for report in reports for file, digest in report.sums.items()})

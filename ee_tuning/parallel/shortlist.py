@@ -72,6 +72,16 @@ class Shortlist(VocabShard):
         everything[:, self.other] = self.gather(other).logsumexp(0)
         return everything[:, self.first: self.first + self.true_rows]
 
+    def other_and_total(self, logits: Tensor) -> tuple[Tensor, Tensor]:  # [t, v/tp] -> [t], [t]
+        """The logit of "any other token" and the log-sum-exp of all; overwrites `logits` (float32 at least)."""
+        first, last = self.own_span
+        total = logits.logsumexp(-1)
+        other = logits.index_fill_(-1, self.token_ids[first:last] - self.whole.first, -torch.inf).logsumexp(-1)
+        if self.world_size == 1:
+            return other, total
+        merged = self.gather(torch.stack((other, total))).logsumexp(0)
+        return merged[0], merged[1]
+
     def likeliest_classes(self, logits: Tensor) -> Tensor:  # [t, v/tp] -> [t] int64
         """The class of the likeliest token, of equal ones that with the lowest id; `other` where it is not listed."""
         if logits.shape[-1]:

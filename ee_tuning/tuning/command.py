@@ -10,7 +10,7 @@ from ee_tuning.checkpoint.convert import convert
 from ee_tuning.checkpoint.formats import open_model
 from ee_tuning.checkpoint.load import load_for_tuning
 from ee_tuning.checkpoint.shapes import with_seq_length
-from ee_tuning.config import Config
+from ee_tuning.config import Config, replace
 from ee_tuning.data.frequent_tokens import list_tokens
 from ee_tuning.data.loader import count_microbatches
 from ee_tuning.data.splits import load_samples
@@ -131,7 +131,7 @@ class _Texts:
 
     def _read(self, topology: Topology) -> Samples:
         if self._samples is None:
-            self._samples = load_job_samples(self._config, topology).train
+            self._samples = load_job_samples(replace(self._config, tuning={"eval_iters": 0}), topology).train  # nothing is validated
         return self._samples
 
 

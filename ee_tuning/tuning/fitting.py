@@ -29,6 +29,7 @@ from ee_tuning.parallel.host_copy import to_device
 from ee_tuning.parallel.relay import Follows, Relay
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.waiting import waiting_for
+from ee_tuning.tuning.fitting_other import OtherFit
 
 # s sequence, or this rank's part of it where the plan cuts it · b micro-batch · h hidden
 
@@ -86,12 +87,12 @@ def fit_exits(config: Config, samples: Samples, topology: Topology, width: int, 
     loaded = load_for_fitting(config, topology, listed)
     fit = FitPass(loaded, config.tuning, topology)
     fit.run(list(batches_of_each(samples, taken.chosen, config.tuning, dp=topology.dp, dp_rank=topology.dp_rank)))
-    maps = fit.maps(loaded.stages)
+    maps, other = fit.maps(loaded.stages), fit.other_row()
     del loaded, fit
     gc.collect()  # modules hold each other in cycles
     if topology.is_logging_rank:
         print(f"fitted in {time.monotonic() - began:.0f} s", flush=True)
-    return Fit(maps, fit_record(taken))
+    return Fit(maps, fit_record(taken), other)
 
 
 def fit_record(taken: FitSamples) -> dict[str, float]:
@@ -110,6 +111,9 @@ class FitPass:
                        if any(first <= layer <= last for layer in self._exits.exit_layers))
         self._relay, self._feedback = kind(topology, shape, dtype), Feedback(topology, shape, dtype, pupils)
         self._is_pupil, self._chunk_tokens = topology.stage in pupils, tuning.loss_chunk_tokens
+        has_list = bool(self._exits.token_ids) and topology.is_last_stage
+        self.other = OtherFit(self._model, self._exits.token_ids, topology) if has_list else None
+        """Of the shortlist, where this is the last stage."""
         self.sums = {spec.layer: FitSums(self._model.config.hidden_size, topology.device, topology.tp_rank, topology.tp)
                      for spec in self._model.plan.own_exits}
 
@@ -150,6 +154,23 @@ class FitPass:
             found[head.layer] = own
         return found
 
+    def other_row(self) -> Tensor | None:
+        """The row of a shortlist's "any other token", [h] on the CPU, on every rank; None without a shortlist. All ranks call it.
+
+        Raises InputError where final states are not finite.
+        """
+        if not self._exits.token_ids:
+            return None
+        topology, row = self._topology, torch.empty(self._model.config.hidden_size, dtype=fitted_dtype(self._exits))
+        if self.other is not None:
+            row.copy_(self.other.row())
+        with waiting_for(topology, "the row of any other token (the last stage solves for it)"):
+            dist.broadcast(row, src=topology.writer_of_stage(topology.pp - 1), group=topology.world_control)
+        if not row.isfinite().all():
+            raise InputError("exits.init = fitted needs states that are finite, and those of the last layer are not; look at the model "
+                             "with `ee-tuning verify`, or use exits.init = copy")
+        return row
+
     def _forward(self, batch: Batch, follows: Follows) -> tuple[dict[int, ExitInput], Tensor | None]:
         """What each exit takes; on the last stage, the final states [s, b, h]."""
         documents = PackedDocuments.of(batch.document_ids, batch.position_ids, self._topology.device)
@@ -168,10 +189,13 @@ class FitPass:
         return inputs, None
 
     def _add(self, batch: Batch, inputs: dict[int, ExitInput], final: Tensor | None) -> None:
-        if not inputs:
+        if not inputs and self.other is None:
             return
         final = self._model.whole_sequence(self._feedback.take() if final is None else final).flatten(0, 1)
         counts = to_device(batch.loss_mask, final.device).flatten()
+        if self.other is not None:
+            for part in self._chunks(len(final)):
+                self.other.add(final[part], counts[part])
         for layer, sums in self.sums.items():
             states = self._model.exit_head(layer)(inputs[layer], _states).flatten(0, 1)
             for part in self._chunks(len(states)):

@@ -10,6 +10,7 @@ from world import World
 from ee_tuning import config as job
 from ee_tuning.config import Config
 from ee_tuning.errors import InputError
+from ee_tuning.model.exit_spec import ListedTokens
 from ee_tuning.parallel.topology import init_parallel
 from ee_tuning.tuning.fitting import fit_exits
 
@@ -55,6 +56,22 @@ def test_every_layout_finds_the_map_of_low_rank(world: World, model: Path) -> No
     assert found[0][6].shape == (48, 15)
     torch.testing.assert_close(product(found[0]), product(fitted_maps(alone)), rtol=1e-5, atol=1e-5)
     assert all(torch.equal(answer[layer], found[0][layer]) for answer in found for layer in LAYERS)
+
+
+def fitted_row(config: Config) -> Tensor:
+    listed = ListedTokens(token_ids=(0, 3, 5, 20, 21, 22, 24, 49, 100), num_tokens=1, num_listed=1)
+    row = fit_exits(config, make_samples(config.tuning.seq_length).train, init_parallel(config.parallel), 48, listed).other
+    assert row is not None
+    return row
+
+
+def test_every_layout_finds_the_row_of_any_other_token(world: World, model: Path) -> None:
+    """Sums of each tensor-parallel rank added up, or of the first replica alone; a list that lies on another rank."""
+    wanted = fitted_row(fitting_job(model))
+    for layout in ({"tp": 2, "pp": 2, "cuts_sequence": True}, {"tp": 2}):
+        rows = world.run(fitted_row, fitting_job(model, **layout))  # type: ignore[arg-type]
+        torch.testing.assert_close(rows[0], wanted, rtol=1e-5, atol=1e-6)
+        assert all(torch.equal(row, rows[0]) for row in rows)
 
 
 def refused(config: Config) -> str:

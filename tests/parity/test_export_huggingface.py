@@ -113,7 +113,9 @@ def export(*words: str | Path, code: int = 0) -> None:
 
 
 # The first is looked at most closely. What is drawn at random has biases of 0 and adapters like any other; a copied adapter is none.
-KINDS = [("llama", "mlp", "untied", "random"), ("llama", "mlp", "tied", "random"), ("llama", "norm", "untied", "random"),
+# "listed" heads say every third token, and any other as one class more.
+KINDS = [("llama", "mlp", "untied", "random"), ("llama", "norm", "listed", "random"), ("gpt2", "mlp", "listed", "copy"),
+         ("llama", "mlp", "tied", "random"), ("llama", "norm", "untied", "random"),
          ("llama", "adapter", "tied", "random"), ("mistral", "layer,linear", "untied", "random"),
          ("qwen2", "embedding", "untied", "random"),
          ("qwen2", "mlp", "untied", "copy"), ("qwen3", "layer", "untied", "copy"), ("gpt2", "mlp", "untied", "copy"),
@@ -128,7 +130,8 @@ def decoded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     for i, (family, architecture, output, init) in enumerate(KINDS):
         own = folder / str(i)
         random_model(family, own / "model", confident=True)
-        write_exits(own / "model", own / "exits", architecture=architecture.split(","), output=output, init=init)
+        kind = {"listed": range(0, 101, 3), "output": "untied"} if output == "listed" else {"output": output}
+        write_exits(own / "model", own / "exits", architecture=architecture.split(","), init=init, **kind)
         export("--model", own / "model", "--exits", own / "exits", "--output", own / "export")
     return folder, stranger([folder / str(i) / "export" for i in range(len(KINDS))], folder)
 

@@ -37,8 +37,7 @@ class EarlyExitOutput(ModelOutput):
 
 
 class LayerStates(NamedTuple):
-    """What a layer leaves behind for a head: its output, the residual after its attention, that normed; what the head's own layer, where it
-    has one, makes of the output."""
+    """What a layer leaves for a head: its output, the residual after its attention, that normed, what a layer of the head's own made."""
     hidden: Tensor
     residual: Tensor
     normed: Tensor
@@ -53,6 +52,8 @@ class ExitHead(nn.Module):
         self.names = list(tensors)
         for name in self.names:
             self.register_buffer(name.replace(".", "_"), tensors[name], persistent=False)
+        self.size, listed = config.vocab_size, config.early_exit.get("token_ids")
+        self.said = torch.tensor([*listed, self.size]) if listed else None  # by the rows of its output matrix; last any other token
         with torch.device("meta"):  # a layer as the model's last one, which lends its code; a transformer layer of the head's own has
             layer = type(layers[-1])(config, layer_idx=len(layers) - 1).eval()  # keys and values of its own, under a number of its own
         (layer.attn if hasattr(layer, "attn") else layer.self_attn).layer_idx = -number
@@ -69,8 +70,8 @@ class ExitHead(nn.Module):
         weights = self.tensors(part)
         return torch.func.functional_call(self.code[part], weights, (x.to(next(iter(weights.values())).device),), more) if weights else x
 
-    def forward(self, seen: LayerStates, lm_head: nn.Module) -> Tensor:  # […, v]
-        """Logits. `lm_head` is the model's own output matrix, for heads that have none."""
+    def forward(self, seen: LayerStates, lm_head: nn.Module) -> Tensor:  # […, v + 1]
+        """Logits, the last of any token that the head can not say. `lm_head` is the model's output matrix, for heads that have none."""
         x, w = seen.own, self.tensors()
         if "adapter.down.weight" in w:
             x = x + F.linear(self.activation(F.linear(self.run("adapter.norm.", x), w["adapter.down.weight"])), w["adapter.up.weight"])
@@ -78,7 +79,9 @@ class ExitHead(nn.Module):
             x = seen.residual + self.run("mlp.", seen.normed)
         x, down = self.run("norm.", x), w.get("linear.down.weight")  # of a map of low rank
         x = self.run("linear.", x) if down is None else x + F.linear(F.linear(x, down), w["linear.up.weight"], w["linear.bias"])
-        return F.linear(x, w["output.weight"]) if "output.weight" in w else lm_head(x)
+        logits = F.linear(x, w["output.weight"]) if "output.weight" in w else lm_head(x)
+        return F.pad(logits, (0, 1), value=-torch.inf) if self.said is None else logits.new_full(
+            (*logits.shape[:-1], self.size + 1), -torch.inf).index_copy(-1, self.said.to(logits.device), logits)
 
 
 class _WithExits:
@@ -131,9 +134,9 @@ class _WithExits:
 
     @torch.no_grad()
     def exit_logits(self, input_ids: Tensor) -> dict[int, Tensor]:  # [r, s] -> layer -> [r, s, v]
-        """Logits of every exit and, under the number of layers, of the model's own head, for whole sequences without padding."""
+        """Logits of every exit (-inf of what it can not say) and, under the number of layers, of the model's own head, of whole rows."""
         walk = _Walk(self, input_ids.tolist(), max_pending=1)
-        return {end: walk.judge(index, walk.run(index, list(range(len(input_ids))))[0]) for index, end in enumerate(walk.ends)}
+        return {end: walk.judge(index, walk.run(index, list(range(len(input_ids))))[0])[..., :-1] for index, end in enumerate(walk.ends)}
 
 
 def _layers_of(model: Any) -> nn.ModuleList:
@@ -155,8 +158,7 @@ def _decode(model: Any, input_ids: Tensor, logits_processor: Any, stopping_crite
         processed = logits_processor(input_ids, logits.to(device))
         scores += (processed,) if generation_config.output_scores else ()
         tokens = torch.multinomial(processed.softmax(-1), 1)[:, 0] if generation_config.do_sample else processed.argmax(-1)
-        if ends_rows:
-            tokens = torch.where(unfinished, tokens, generation_config._pad_token_tensor.to(device))
+        tokens = torch.where(unfinished, tokens, generation_config._pad_token_tensor.to(device)) if ends_rows else tokens
         layers.append(left)
         input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
         _ = streamer and streamer.put(tokens.cpu())
@@ -201,19 +203,20 @@ class _Walk:
                 continue
             places = torch.tensor([running.index(row) for row in going], device=seen.hidden.device)
             asked = self.judge(index, LayerStates(*(states[places, lengths.to(places.device)[places] - 1] for states in seen)))
-            leaves = [index == last or is_sure for is_sure in (asked.softmax(-1).amax(-1) >= threshold).tolist()]
-            logits = asked.new_zeros(len(self.tokens), asked.shape[-1]) if logits is None else logits
+            likely, token = asked.softmax(-1).max(-1)
+            leaves = [index == last or is_sure for is_sure in ((likely >= threshold) & (token < asked.shape[-1] - 1)).tolist()]
+            logits = asked.new_zeros(len(self.tokens), asked.shape[-1] - 1) if logits is None else logits
             for i, row in ((i, row) for i, row in enumerate(going) if leaves[i]):
-                logits[row], left[row] = asked[i].to(logits.device), end
+                logits[row], left[row] = asked[i, :-1].to(logits.device), end
             going = [row for row, goes in zip(going, leaves, strict=True) if not goes]
         self._catch_up(rows)
         return logits, left
 
-    def judge(self, index: int, seen: LayerStates) -> Tensor:  # […, v], at least float32
-        """What the exit at the end of a segment says, or the model's own head at the very end."""
+    def judge(self, index: int, seen: LayerStates) -> Tensor:  # […, v + 1], at least float32
+        """What the exit at the end of a segment says, or the model's own head at the very end, as ExitHead."""
         if index == len(self.ends) - 1:
             norm = self.model.base_model.ln_f if hasattr(self.model.base_model, "ln_f") else self.model.base_model.norm
-            logits = self.model.lm_head(norm(seen.hidden))
+            logits = F.pad(self.model.lm_head(norm(seen.hidden)), (0, 1), value=-torch.inf)
         else:
             logits = self.model.exits[str(self.ends[index])](seen, self.model.lm_head)
         return logits if logits.dtype == torch.float64 else logits.float()
@@ -232,8 +235,7 @@ class _Walk:
         else:
             parts = [torch.cat(self.waiting[index][row]) for row in rows]
             hidden = torch.stack([states[place[i].to(states.device)] for i, states in enumerate(parts)])
-            for row in rows:
-                self.waiting[index][row] = []
+            self.waiting[index] = [[] if row in rows else own for row, own in enumerate(self.waiting[index])]
         seen = self._layers(index, hidden, first + place, rows, max(s + n for s, n in zip(starts, counts, strict=True)))
         for i, (row, n) in enumerate(zip(rows, counts, strict=True)):
             self.watermarks[index][row] += n
@@ -249,14 +251,10 @@ class _Walk:
         more = {"attention_mask": mask, "past_key_values": self.cache}
         if hasattr(base, "rotary_emb"):
             more |= {"position_ids": positions, "position_embeddings": base.rotary_emb(hidden, position_ids=positions.to(hidden.device))}
-        at, kept = layers[last - 1], []
-        norm = at.ln_2 if hasattr(at, "ln_2") else at.post_attention_layernorm
-        hook = norm.register_forward_hook(lambda _, before, after: kept.extend((*before, after)))
-        try:
+        norm, kept = getattr(layers[last - 1], "ln_2", None) or layers[last - 1].post_attention_layernorm, []
+        with norm.register_forward_hook(lambda _, before, after: kept.extend((*before, after))):
             for layer in layers[first:last]:
                 hidden = layer(hidden, **more)
-        finally:
-            hook.remove()
         return LayerStates(hidden, *kept, hidden if last == len(layers) else self.model.exits[str(last)].run("layer.", hidden, **more))
 
     def _catch_up(self, rows: list[int]) -> None:

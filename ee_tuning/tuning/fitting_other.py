@@ -1,0 +1,46 @@
+"""The row of "any other token" in a shortlist's output matrix, for final states y: a fit beside that of the exits' maps.
+
+Its logit should be o = log Σ exp(w · y) of all tokens that are not listed. That is regressed on y with weights p (1 − p), p being their
+share of the probability: to second order that is the least divergence from the full model's "is it listed?". Where an exit's map takes its
+states to y, the same row behind the map serves the exit.
+"""
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ee_tuning.model.early_exit import EarlyExitModel
+from ee_tuning.model.fit import RIDGE
+from ee_tuning.parallel.shortlist import Shortlist
+from ee_tuning.parallel.topology import Topology
+
+# n tokens · h hidden
+
+
+class OtherFit:
+    """On the last stage: Σ p (1 − p) y yᵀ and Σ p (1 − p) y o in float64, the same on all tensor-parallel ranks of a replica."""
+
+    def __init__(self, model: EarlyExitModel, token_ids: tuple[int, ...], topology: Topology):
+        width = model.config.hidden_size
+        self._shortlist, self._topology = Shortlist.of_tokens(token_ids, model.vocab, topology), topology
+        self._weight = model.backbone.output_layer.weight
+        self._sums = torch.zeros(width, width + 1, dtype=torch.float64, device=topology.device)
+
+    def add(self, final: Tensor, counts: Tensor) -> None:  # [n, h], [n]
+        """Tokens, of which those count where `counts` is 1."""
+        logits = final @ self._weight[:self._shortlist.whole.true_rows].t()
+        known = self._shortlist.other_and_total(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+        other, total = (each.double() for each in known)
+        share, states = (other - total).exp(), final.double()
+        self._sums += (states * (counts * share * (1 - share))[:, None]).T @ torch.cat((states, other[:, None]), dim=1)
+
+    def row(self) -> Tensor:  # [h] float64, on the CPU; of meaning on the writer of the last stage
+        """Summed over replicas and solved. All ranks of the last stage call it."""
+        topology, sums = self._topology, self._sums.cpu()
+        if topology.tp_rank:
+            sums.zero_()
+        dist.reduce(sums, dst=topology.writer_of_stage(topology.stage), group=topology.stage_control)
+        gram, moments = sums[:, :-1].clone(), sums[:, -1:]
+        diagonal = gram.diagonal()
+        diagonal += RIDGE * diagonal.mean()
+        factor, info = torch.linalg.cholesky_ex(gram)
+        return torch.cholesky_solve(moments, factor)[:, 0] if not info else torch.full_like(moments[:, 0], torch.nan)
