@@ -7,6 +7,7 @@ from ee_tuning.generation.lone_round import LoneRounds
 from ee_tuning.generation.runner import Runner
 from ee_tuning.generation.sequence import Sequence
 from ee_tuning.generation.speculation import NEVER, Speculation
+from ee_tuning.generation.speculation_memory import SpeculationMemory
 
 
 class Drafting:
@@ -18,14 +19,26 @@ class Drafting:
         self.lone_rounds = LoneRounds(runner)
         self.speculation: Speculation | None = None
         """From the first request that speculates on."""
+        self.memory: SpeculationMemory | None = None
+        """Where to look first for what is known, and where to leave it."""
         self.seconds_in_heads = 0.0
         """Of rounds that were made in one call."""
 
     def begin(self, sequence: Sequence, num_rows: int) -> None:
         """Before a sequence that speculates takes part in a step: a plan where a round begins."""
-        self.speculation = self.speculation or Speculation(measure_costs(self.runner), self.pieces)
+        self.speculation = self.speculation or self._begun()
         if sequence.num_output and not sequence.num_drafts and sequence.has_all_fed:
             self.speculation.begin_round(sequence, num_rows)
+
+    def _begun(self) -> Speculation:
+        if self.memory is not None:
+            return self.memory.recall(self.pieces, lambda: measure_costs(self.runner))
+        return Speculation(measure_costs(self.runner), self.pieces)
+
+    def keep(self) -> None:
+        """Leaves what was learnt for later processes."""
+        if self.memory is not None and self.speculation is not None:
+            self.memory.keep(self.speculation)
 
     def threshold(self, sequence: Sequence, exit_layer: int, num_rows: int) -> float | None:
         """The confidence from which on the newest token is drafted at an exit; None where it is not asked."""

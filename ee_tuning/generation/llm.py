@@ -26,6 +26,7 @@ from ee_tuning.generation.job import Job
 from ee_tuning.generation.params import SamplingParams
 from ee_tuning.generation.policy import Policy, policy_of
 from ee_tuning.generation.scoring import Score, TokenPair, score, token_pairs
+from ee_tuning.generation.speculation_memory import speculation_memory
 from ee_tuning.generation.text import TextStream, special_tokens
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.early_exit import EarlyExitModel
@@ -181,6 +182,7 @@ class EarlyExitLLM:
                     yield token
         finally:
             engine.clear()  # the caller may have stopped listening
+            engine.drafting.keep()
 
     def _booked(self, writer: Writer, step: TokenStep, started: float, keeps_errors: bool) -> StreamedToken:
         """Where logits are NaN the token is the vocabulary's first, again and again: an error, raised or in the record, in its place."""
@@ -253,12 +255,13 @@ class EarlyExitLLM:
                 or self._settings != settings):
             if engine is not None and engine.cache.max_length < longest:  # a conversation: not a new engine, which knows nothing, each turn
                 longest = min(2 * longest, limit)
-            known = engine.drafting.speculation if engine is not None else None
+            known = (engine.drafting.speculation, engine.drafting.memory) if engine is not None else None
             self.engine = engine = None  # before the new caches are made
             self._settings = settings
             self.engine = engine = Engine(self.model, self.stages, num_slots=rows, max_length=longest,
                                           eos_ids=self.stop_token_ids, **settings)
-            engine.drafting.speculation = known  # what costs and is right at which exit is as it was
+            # What costs and is right at which exit is as it was.
+            engine.drafting.speculation, engine.drafting.memory = known or (None, speculation_memory(engine.runner, self.heads_digest))
         return engine
 
 

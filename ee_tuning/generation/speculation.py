@@ -61,6 +61,13 @@ class Speculation:
         self._survey_end = FIRST_ROUNDS
         self._known_costs: dict[tuple[int, int], float] = {}
 
+    def recall(self, records: Mapping[int, tuple[list[float], list[float]]]) -> None:
+        """Begins with what is known of exits, (seen, right) of each by bins of confidence: no round asks all of them to learn it."""
+        for layer, (seen, right) in records.items():
+            self.records[layer] = _Record(seen, right)
+        self.num_rounds, self._interval = FIRST_ROUNDS, LATEST // 4
+        self._next_plan = FIRST_ROUNDS + self._interval
+
     def begin_round(self, sequence: Sequence, num_rows: int) -> None:
         """Says where the sequence's next tokens are drafted, `num_rows` sequences decoding beside each other; nowhere if it would lose."""
         self.num_rounds += 1

@@ -67,7 +67,7 @@ def _loaded(compiler: str, number: Number) -> ctypes.CDLL:
 def _library(compiler: str, number: Number = "float") -> Path:
     """Where the library lies that this compiler makes of these sources for this processor."""
     sources = sorted([*SOURCE.glob("*.h"), *SOURCE.glob("*.cpp")])
-    told = [compiler, *FLAGS, number, _processor(), str(_openmp_in_use()), *(source.read_text(encoding="utf-8") for source in sources)]
+    told = [compiler, *FLAGS, number, processor(), str(_openmp_in_use()), *(source.read_text(encoding="utf-8") for source in sources)]
     return kernel_folder() / f"kernels-{hashlib.sha256(chr(0).join(told).encode()).hexdigest()[:24]}.so"
 
 
@@ -114,7 +114,7 @@ def _openmp_in_use() -> Path | None:
     return next((Path(line.split(maxsplit=5)[5]) for line in mapped.split("\n") if "libgomp" in line), None)
 
 
-def _processor() -> str:
+def processor() -> str:
     """What -march=native asks: homes are shared by machines that differ."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n")

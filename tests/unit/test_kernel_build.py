@@ -46,7 +46,7 @@ def test_a_library_that_is_cut_short_is_built_anew(tmp_path: Path) -> None:
 def test_another_processor_has_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A library of one machine run on another that shares its home: an illegal instruction."""
     assert build.kernels() is not None
-    monkeypatch.setattr(build, "_processor", lambda: "another")
+    monkeypatch.setattr(build, "processor", lambda: "another")
     assert build.kernels() is not None
     assert len(list((tmp_path / "cache" / "kernels").iterdir())) == 2
 
