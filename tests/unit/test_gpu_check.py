@@ -16,13 +16,14 @@ sys.path.append(str(TOOLS))
 
 import gpu_check  # noqa: E402
 from gpu_stages import decoding, layers, right, tuning  # noqa: E402
-from gpu_stages.bench import Bench  # noqa: E402
+from gpu_stages.bench import Bench, in_own_world  # noqa: E402
 from gpu_stages.checks import Check, Finding, Outcome, at_least, at_most, run_checks  # noqa: E402
 from gpu_stages.profile import of_spans  # noqa: E402
 from gpu_stages.ranks import run_ranks  # noqa: E402
 from gpu_stages.report import LONGEST_TABLE, Report, facts_of  # noqa: E402
 
-from ee_tuning.parallel.topology import leave_parallel  # noqa: E402
+from ee_tuning.config import ParallelSection  # noqa: E402
+from ee_tuning.parallel.topology import init_parallel, leave_parallel  # noqa: E402
 
 STAGES = {1: right, 2: decoding, 3: tuning, 5: layers}
 
@@ -119,6 +120,18 @@ def test_a_check_that_is_cut_off_keeps_what_it_found(tmp_path: Path) -> None:
     report.cut_off("in hangs\n")
     assert report.has_failed and "the last word" in report.table() and "its time was over" in report.table()
     assert (report.outcomes[0].state, report.outcomes[0].error) == ("cut off", "in hangs\nits time was over, here")
+
+
+def test_who_was_asked_before_leaves_no_world_behind() -> None:
+    """A plan that is refused because the process it is asked of has tuned: stage 3 after stage 1, all of it."""
+    for function in (joined_world, joined_world):
+        assert not in_own_world(function)
+
+
+def joined_world() -> bool:
+    was_there = dist.is_initialized()
+    init_parallel(ParallelSection())
+    return was_there
 
 
 def test_gaps_and_kernels_are_told_from_spans() -> None:

@@ -122,16 +122,23 @@ class Bench:
         if self._pool is None:
             self._pool = ProcessPoolExecutor(2, mp_context=get_context("spawn"))
         with hidden_gpus():
-            return self._pool.submit(function, *arguments)
+            return self._pool.submit(in_own_world, function, *arguments)
 
     def _inline(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         future: Future[Any] = Future()
-        if dist.is_initialized():  # as in a process of its own
-            leave_parallel()
-        future.set_result(function(*arguments))
+        future.set_result(in_own_world(function, *arguments))
+        return future
+
+
+def in_own_world(function: Callable[..., Any], *arguments: Any) -> Any:
+    """`function(*arguments)`, in a process that is in no world before and after: the one asked before may have left it in one."""
+    if dist.is_initialized():
+        leave_parallel()
+    try:
+        return function(*arguments)
+    finally:
         if dist.is_initialized():
             leave_parallel()
-        return future
 
 
 @contextmanager
