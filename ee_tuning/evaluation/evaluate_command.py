@@ -150,8 +150,8 @@ def _report(config: Config, wish: Wish, llm: EarlyExitLLM, tasks: list[Task], fo
     folder.close()
     about = {"model": model_folder(config.model.path).name, "num_layers": llm.num_layers, "exit_layers": list(llm.exit_layers),
              "settings": folder.settings, "sessions": folder.sessions}
+    paths = write_reports(found, tasks, about, wish.output)  # first: standard output may be closed
     print_tables(found)
-    paths = write_reports(found, tasks, about, wish.output)
     print(f"wrote {', '.join(map(str, paths))}")
 
 
