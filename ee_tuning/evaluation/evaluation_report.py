@@ -53,7 +53,8 @@ def print_tables(found: Evaluation) -> None:
     if not console.is_terminal:
         console.width = 160
     for task in found.tasks:
-        table = Table(title=_title(task), title_justify="left", box=None, pad_edge=False)
+        console.print(_title(task))
+        table = Table(box=None, pad_edge=False)
         for place, name in enumerate(_head(task)):
             table.add_column(name, justify="left" if place == 0 else "right", no_wrap=True)
         for point in task.points:
