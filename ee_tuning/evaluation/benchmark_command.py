@@ -96,17 +96,22 @@ def _run(driver: Driver, config: Config, wish: Benchmark, points: list[Point]) -
     """On rank 0."""
     measure = _with_human_eval(driver, wish) if wish.harness is None else _with_harness(driver, wish.harness)
     folder = BenchmarkFolder(wish.output, wish.summary, _job(driver.llm, config, wish), overwrites=wish.overwrites)
-    found: dict[str, Figures] = {}
-    for number, point in enumerate(points, 1):
-        known = folder.known(point)
-        if known is not None and not (wish.runs_code and wish.harness is None and "pass@1" not in known):
-            print(f"{point.name} is in {folder.path} already", file=sys.stderr, flush=True)
-            found[point.name] = known
-            continue
-        print(f"{point.name} ({number} of {len(points)})", file=sys.stderr, flush=True)
-        found[point.name] = folder.keep(point, *measure(point, folder, known))
+    found = {point.name: known for point in points if (known := folder.known(point)) is not None}
+    waiting = [point for point in points if point.name not in found or _wants_run(wish, found[point.name])]
+    if len(waiting) < len(points):
+        print(f"{len(points) - len(waiting)} of {len(points)} ways to leave are in {folder.path} already", file=sys.stderr, flush=True)
+    driver.expect([point.policy for point in waiting])
+    for number, point in enumerate(waiting, 1):
+        print(f"{point.name} ({number} of {len(waiting)})", file=sys.stderr, flush=True)
+        found[point.name] = folder.keep(point, *measure(point, folder, found.get(point.name)))
+    found = {point.name: found[point.name] for point in points}
     _print(found, wish)
     print(f"wrote {folder.path}")
+
+
+def _wants_run(wish: Benchmark, figures: Figures) -> bool:
+    """Whether completions are there that are to be run yet."""
+    return wish.harness is None and wish.runs_code and "pass@1" not in figures
 
 
 Measure = Callable[[Point, BenchmarkFolder, Figures | None], tuple[Mapping[str, Any], Mapping[str, str]]]

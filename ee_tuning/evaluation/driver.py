@@ -4,6 +4,9 @@ Programs of others (lm-evaluation-harness) need not do the same on all ranks the
 asked at a time is shared out over replicas.
 """
 import dataclasses
+import hashlib
+from array import array
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -14,7 +17,7 @@ from ee_tuning.generation.job import Job
 from ee_tuning.generation.llm import EarlyExitLLM
 from ee_tuning.generation.policy import Policy
 from ee_tuning.generation.replicas import over_replicas
-from ee_tuning.generation.scoring import Score, TokenPair
+from ee_tuning.generation.scoring import Score, TokenPair, score_by, token_pairs
 from ee_tuning.parallel.waiting import waiting_for
 
 Result = TypeVar("Result")
@@ -28,15 +31,44 @@ class _End:
     crash: str | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Total:
+    """A continuation's score, summed over its tokens."""
+
+    logprob: float
+    is_greedy: bool
+    """Whether each token was the likeliest one."""
+    left: dict[int, int]
+    """Layer -> tokens whose distribution is of it."""
+
+    @classmethod
+    def of(cls, score: Score) -> "Total":
+        """Of a score."""
+        return cls(score.logprob, all(score.is_greedy), dict(Counter(score.exit_layers)))
+
+
 class Driver:
     """Asks a model on all its ranks. `is_alone` where nobody waits to be told: in one process, or where all ranks make the same calls."""
 
     def __init__(self, llm: EarlyExitLLM, *, is_alone: bool = True):
         self.llm, self._is_alone = llm, is_alone
+        self._policies: list[Policy] = []
+        self._known: dict[bytes, list[Total]] = {}
 
-    def score(self, pairs: Sequence[TokenPair], policy: Policy, batch_size: int) -> list[Score]:
-        """As `EarlyExitLLM.score`."""
-        return self._ask(_score, list(pairs), policy, batch_size)
+    def expect(self, policies: Sequence[Policy]) -> None:
+        """Says by which policies the same continuations will be scored, one after the other: what one pass tells of all of them is kept."""
+        self._policies, self._known = list(policies), {}
+
+    def score(self, pairs: Sequence[TokenPair], policy: Policy, batch_size: int) -> list[Total]:
+        """As `EarlyExitLLM.score`, summed."""
+        if policy not in self._policies:
+            return [each for each, in self._ask(_score, list(pairs), [policy], batch_size)]
+        keys = [_key(pair) for pair in pairs]
+        new = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in self._known}
+        if new:
+            self._known.update(zip(new, self._ask(_score, list(new.values()), self._policies, batch_size), strict=True))
+        place = self._policies.index(policy)
+        return [self._known[key][place] for key in keys]
 
     def complete(self, jobs: Sequence[Job], batch_size: int) -> list[Completion]:
         """A completion for each job, which wants one. Raises InputError where one can not be done."""
@@ -88,8 +120,17 @@ def _work(llm: EarlyExitLLM) -> None:
         raise RuntimeError(message.crash)
 
 
-def _score(llm: EarlyExitLLM, pairs: list[TokenPair], policy: Policy, batch_size: int) -> list[Score]:
-    return over_replicas(pairs, lambda share: llm.score(share, policy=policy, max_batch_size=batch_size), llm.model.topology)
+def _key(pair: TokenPair) -> bytes:
+    context, continuation = pair
+    return hashlib.blake2b(array("q", [len(context), *context, *continuation]).tobytes(), digest_size=16).digest()
+
+
+def _score(llm: EarlyExitLLM, pairs: list[TokenPair], policies: list[Policy], batch_size: int) -> list[list[Total]]:
+    """Of each pair its totals by each policy."""
+    def score(share: list[TokenPair]) -> list[list[Total]]:
+        scores = score_by(llm.model, token_pairs(llm.model, llm.encode, share), policies, batch_size)
+        return [[Total.of(each) for each in of_pair] for of_pair in zip(*scores, strict=True)]
+    return over_replicas(pairs, score, llm.model.topology)
 
 
 def _complete(llm: EarlyExitLLM, jobs: list[Job], batch_size: int) -> list[Completion]:

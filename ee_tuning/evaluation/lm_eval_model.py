@@ -17,12 +17,12 @@ from tqdm import tqdm
 from ee_tuning.data.chat_template import ChatTemplate
 from ee_tuning.data.tokenizer import beginning_ids, begun
 from ee_tuning.errors import InputError
-from ee_tuning.evaluation.driver import Driver
+from ee_tuning.evaluation.driver import Driver, Total
 from ee_tuning.generation.job import Job
 from ee_tuning.generation.llm import EarlyExitLLM, with_options
 from ee_tuning.generation.params import SamplingParams
 from ee_tuning.generation.policy import Policy
-from ee_tuning.generation.scoring import Score, TokenPair
+from ee_tuning.generation.scoring import TokenPair
 
 NAME = "ee-tuning"
 MAX_NEW_TOKENS = 256
@@ -111,7 +111,7 @@ class EarlyExitLM(TemplateLM):
                               **_: Any) -> list[tuple[float, bool]]:
         """Of each request's continuation: its log-probability, and whether it is what each exit that was used says first."""
         scores = self._scores([(context, continuation) for _, context, continuation in requests], disable_tqdm)
-        answers = [(score.logprob, all(score.is_greedy)) for score in scores]
+        answers = [(score.logprob, score.is_greedy) for score in scores]
         for request, answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", request[0], answer)
         return answers
@@ -142,13 +142,13 @@ class EarlyExitLM(TemplateLM):
             self.cache_hook.add_partial("generate_until", request.args, answers[-1])
         return answers
 
-    def _scores(self, pairs: list[TokenPair], disable_tqdm: bool) -> list[Score]:
+    def _scores(self, pairs: list[TokenPair], disable_tqdm: bool) -> list[Total]:
         longest = self.max_length + 1
         cut = [(context[max(0, len(context) + len(continuation) - longest):], continuation) for context, continuation in pairs]
         scores = self._in_parts("loglikelihood", cut, lambda part: self.driver.score(part, self.policy, self.batch_size),
                                 lambda pair: len(pair[0] + pair[1]), disable_tqdm)
         for score in scores:
-            self.left["loglikelihood"].update(score.exit_layers)
+            self.left["loglikelihood"].update(score.left)
         return scores
 
     def _job(self, context: str, kwargs: dict[str, Any], again: int) -> Job:

@@ -41,6 +41,7 @@ def figures(folder: Path, driver: Driver) -> dict[str, Any]:
 
     wish = HarnessTasks(names=("ours_choice", "ours_text", "ours_rolling"), include_path=folder / "tasks")
     found = {}
+    driver.expect(list(POLICIES.values()))
     for name, policy in POLICIES.items():
         with patch("datasets.config.HF_DATASETS_CACHE", folder / "cache"), patch("lm_eval.evaluator.add_env_info", lambda results: None):
             told = run_harness(driver, wish, policy, {})

@@ -109,6 +109,25 @@ def test_thresholds_are_told_with_the_results(llm, folder):
     assert all(task in results_table(told) for task in TASKS)
 
 
+def test_what_one_pass_tells_is_kept_for_the_next_policy(llm, folder, monkeypatch):
+    """A grid of ten thresholds at ten times the cost; scores of one policy under another's name."""
+    from ee_tuning.evaluation import driver as module
+
+    policies = [FULL, Policy(thresholds={2: 0.3, 4: 0.3}), Policy(fixed_exit=2)]
+    apart = [ours(llm, folder, policy, names=("ours_choice", "ours_rolling")) for policy in policies]
+    passes, real, driver = list[int](), module.score_by, Driver(llm)
+    monkeypatch.setattr(module, "score_by", lambda *arguments: passes.append(len(arguments[2])) or real(*arguments))
+    driver.expect(policies)
+    tasks = HarnessTasks(names=("ours_choice", "ours_rolling"), include_path=folder / "tasks")
+    for policy, wanted in zip(policies, apart, strict=True):
+        told = run_harness(driver, tasks, policy, {"name": "mine"})
+        assert told["ee_tuning"] == wanted["ee_tuning"]
+        for task, metrics in wanted["results"].items():
+            numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+            assert {name: told["results"][task][name] for name in numbers} == pytest.approx(numbers, nan_ok=True)
+    assert passes == [3, 3]
+
+
 def test_repeated_samples_differ(llm):
     """`repeats` of a task that samples: the same completion five times, a pass@5 that is pass@1."""
     from lm_eval.api.instance import Instance

@@ -13,7 +13,7 @@ from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.errors import InputError
 from ee_tuning.generation import scoring
 from ee_tuning.generation.policy import policy_of
-from ee_tuning.generation.scoring import Score, score, token_pairs
+from ee_tuning.generation.scoring import Score, score, score_by, token_pairs
 from ee_tuning.parallel.topology import init_parallel
 
 PAIRS = [([5, 17, 80, 3, 9], [41, 6, 7]), ([41], [2]), ([41], [3]), ([7, 7, 7, 90, 12, 60], [33, 2, 51, 18, 64, 9, 12]), ([99, 1], [0] * 4)]
@@ -80,6 +80,16 @@ def test_scores_are_those_of_heads_applied_by_hand(each_kind, policy):
         assert told.logprob == pytest.approx(sum(wanted.logprobs), abs=1e-3)
         left |= set(told.exit_layers)
     assert len(left) > 1 or policy in ("full", "speculative", "fixed")
+
+
+def test_one_pass_scores_by_all_policies(each_kind):
+    """A position that is taken out for one policy because it left by another; a measure's column read for another measure."""
+    model, wanted = each_kind.model, {name: scored(each_kind.model, PAIRS, **keys) for name, keys in POLICIES.items()}
+    policies = [policy_of(load_config(None, {f"generation.{key}": value for key, value in keys.items()}).generation, (2, 4), 6)
+                for keys in POLICIES.values()]
+    for told, each in zip(score_by(model, PAIRS, policies, max_rows=3), wanted.values(), strict=True):
+        assert [(x.is_greedy, x.exit_layers) for x in told] == [(x.is_greedy, x.exit_layers) for x in each]
+        assert [x.logprob for x in told] == pytest.approx([x.logprob for x in each], abs=1e-9)
 
 
 def test_a_greedy_continuation_is_greedy_at_each_exit(mlp):
