@@ -109,9 +109,11 @@ COMMANDS = (
   ee-tuning convert --model megatron_run/iter_0040000 --exit-layers 8,16 --output exits/mine
   ee-tuning convert --model ee_llm_checkpoint --output exits/ee_llm
   ee-tuning convert --model Llama-2-7b-hf --exit-layers 8,16,24 --init fitted --data corpus.jsonl --output exits/fitted
+  ee-tuning convert --model Llama-3.1-8B --exit-layers 8,16,24 --output-vocab auto --data corpus.jsonl --output exits/short
 
 The bytes written do not depend on the number of processes. Without --exit-layers, an EE-LLM checkpoint's own exits are written.
---init fitted runs the whole model over --data (--fit-tokens of it), in one process or many; without it no more is read than is copied.""",
+--init fitted runs the whole model over --data (--fit-tokens of it), in one process or many; without it no more is read than is copied.
+--output-vocab counts the tokens of --data.""",
             add_arguments=_add_convert, run=convert),
     Command(name="inspect", summary="tell what a model folder or an exit-heads artifact holds",
             examples="""\

@@ -18,7 +18,7 @@ from torch import Tensor
 from ee_tuning.checkpoint.non_finite import no_numbers, num_non_finite
 from ee_tuning.config.generation import Measure
 from ee_tuning.model.early_exit import EarlyExitModel
-from ee_tuning.parallel.shortlist import token_confidences, token_top1
+from ee_tuning.parallel.shortlist import UNSURE, token_confidences, token_top1
 from ee_tuning.parallel.vocab import VocabShard
 
 # n tokens · h hidden · v vocabulary
@@ -113,7 +113,7 @@ def read_exits(model: EarlyExitModel, samples: Iterable[Tensor]) -> Readings:  #
         for layer in sorted(inputs):
             if layer < last:
                 ids, found = model.exit_head(layer)(inputs[layer], lambda hidden, weight: look(hidden, weight, model.exit_vocab, MEASURES))
-                agrees.setdefault(layer, []).append((ids == final).cpu())
+                agrees.setdefault(layer, []).append(((ids == final) & (found[0] != UNSURE)).cpu())
                 for measure, values in zip(MEASURES, found, strict=True):
                     if num_non_finite(values):
                         raise no_numbers(f"the logits behind layer {layer}", hidden.dtype)
