@@ -16,6 +16,8 @@ import sys
 import time
 from collections.abc import Iterator
 
+from real_time import set_real_time
+
 SETTINGS = {"OpenMP's own": {}, "1000, as ee-tuning sets it": {"GOMP_SPINCOUNT": "1000"}, "none": {"GOMP_SPINCOUNT": "0"}}
 BUSY = "while True: pass"
 
@@ -96,18 +98,12 @@ def _work(options: argparse.Namespace) -> None:
     keys = {"policy": "full", "ignore_eos": True, "reuse_prefixes": False}
     llm.generate(["Once upon a time"], max_new_tokens=2, **keys)
     for how in sys.stdin:
-        _set_real_time(how.strip() == "real-time")
+        set_real_time(how.strip() == "real-time")
         began = time.perf_counter()
         llm.generate(["Once upon a time there was"], max_new_tokens=options.new_tokens, **keys)
         rate = options.new_tokens / (time.perf_counter() - began)
-        _set_real_time(False)
+        set_real_time(False)
         print(rate, flush=True)
-
-
-def _set_real_time(is_wanted: bool) -> None:
-    for thread in os.listdir("/proc/self/task"):
-        with contextlib.suppress(PermissionError):
-            os.sched_setscheduler(int(thread), os.SCHED_FIFO if is_wanted else os.SCHED_OTHER, os.sched_param(10 if is_wanted else 0))
 
 
 if __name__ == "__main__":
