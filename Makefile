@@ -7,10 +7,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test stress quality clean
+.PHONY: help install demo demo-llm test stress quality clean
 
 help:
 	@echo "make demo      convert, tune and decode the small model that ships with this project; runs/demo/report.json"
+	@echo "make demo-llm  the same and more with a real LLM of 135M parameters, a quarter of an hour; runs/demo-llm/report.json"
 	@echo "make test      all tests, on the CPU"
 	@echo "make stress    thousands of damaged files, two hundred kill -9, thousands of mixtures and calibrations, an hour; docs/stress.md"
 	@echo "make quality   ruff and mypy"
@@ -28,6 +29,9 @@ $(STAMP): setup.py
 
 demo: $(STAMP)
 	$(BIN)/ee-tuning demo
+
+demo-llm: $(STAMP)
+	$(BIN)/ee-tuning demo --llm
 
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile

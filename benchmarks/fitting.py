@@ -8,12 +8,10 @@ tokens of confidence 0.8 and more, and how many of these are the full model's; a
 of exits take with the same texts and settings. Copied exits are then `linear`, so that they have as many parameters.
 """
 import argparse
-import ast
 import dataclasses
 import json
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -26,14 +24,14 @@ from ee_tuning.checkpoint.shapes import with_seq_length
 from ee_tuning.config import Config, load_config, replace
 from ee_tuning.data.loader import validation_batches
 from ee_tuning.data.splits import load_samples
-from ee_tuning.data.standard_library import standard_library
+from ee_tuning.data.standard_library import documentation_strings, standard_library
 from ee_tuning.model.documents import PackedDocuments
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.parallel.topology import init_parallel
 from ee_tuning.tuning.command import convert_fitted, tune_within
 
 SHIPPED = Path(__file__).parents[1] / "examples" / "tiny-python-llama"
-SURE, SHORTEST = 0.8, 200
+SURE = 0.8
 
 
 @dataclasses.dataclass
@@ -96,7 +94,7 @@ def _job(args: argparse.Namespace, folder: Path) -> Config:
         return with_seq_length(replace(config, data={"paths": (args.train,), "valid_paths": (args.held_out,)}))
     train, held_out = ([source.decode(errors="replace") for source in files.values()] for files in standard_library())
     if args.text == "docstrings":
-        texts = list(_docstrings({name: source for files in standard_library() for name, source in files.items()}))
+        texts = list(documentation_strings({name: source for files in standard_library() for name, source in files.items()}))
         train, held_out = [text for index, text in enumerate(texts) if index % 5], texts[::5]
     for name, texts in (("train", train), ("held_out", held_out)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -104,26 +102,17 @@ def _job(args: argparse.Namespace, folder: Path) -> Config:
     return with_seq_length(replace(config, data=paths))
 
 
-def _docstrings(files: dict[str, bytes]) -> Iterator[str]:
-    for name in sorted(files):
-        for node in ast.walk(ast.parse(files[name])):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                text = ast.get_docstring(node)
-                if text and len(text) >= SHORTEST:
-                    yield text
-
-
 def _tune_and_print(config: Config, folder: Path, fitted: Path, steps: list[int]) -> None:
     copied = folder / "copied"
     if steps:
         write_initial_exits(replace(config, exits={"architecture": ("linear",)}), copied, init_parallel(config.parallel))
     for count in steps:
-        topology = init_parallel(config.parallel)
         print(f"after {count} steps of {config.tuning.global_batch_size * config.tuning.seq_length:,} tokens", flush=True)
         for name, exits in (("copied", copied), ("fitted", fitted)):
             run = folder / f"{name}-{count}"
             tune_within(replace(config, exits={"path": str(exits)},
-                                tuning={"run_folder": str(run), "train_iters": count, "eval_iters": 0, "log_interval": count}), topology)
+                                tuning={"run_folder": str(run), "train_iters": count, "eval_iters": 0, "log_interval": count}),
+                        init_parallel(config.parallel))
             _print_table(config, {name: run / "exit_heads"}, has_copied=False)
 
 

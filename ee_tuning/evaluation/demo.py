@@ -3,10 +3,7 @@
 The shipped model → convert → tune at TP 2 × PP 2 on four processes → decode held-out prompts over thresholds → report.json and a picture.
 """
 import json
-import os
-import shlex
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,6 +15,7 @@ from rich.progress import Progress
 from ee_tuning.config import load_config, replace, save_config
 from ee_tuning.data.standard_library import standard_library
 from ee_tuning.errors import InputError
+from ee_tuning.evaluation.demo_steps import ee_tuning, run_command
 from ee_tuning.evaluation.quality import ThresholdResult, final_head_loss, measure_thresholds
 from ee_tuning.evaluation.report import draw_report
 from ee_tuning.generation.llm import EarlyExitLLM
@@ -49,9 +47,9 @@ def demo(output: Path) -> None:
     prompts = _write_text(output / "text")
     job = _write_job(output)
     console.rule("1 of 3: convert", align="left")
-    _run(console, [sys.executable, "-m", "ee_tuning", "convert", str(job), "--output", str(output / "converted")])
+    run_command(console, ee_tuning("convert", job, "--output", output / "converted"))
     console.rule("2 of 3: tune the exit heads, tensor parallel 2 × pipeline parallel 2", align="left")
-    _run(console, [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "-m", "ee_tuning", "tune",
+    run_command(console, [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "-m", "ee_tuning", "tune",
                    str(job), "--exits", str(output / "converted"), "--tensor-model-parallel-size", "2",
                    "--pipeline-model-parallel-size", "2"])
     shutil.copytree(output / "run" / "exit_heads", output / "exit_heads")
@@ -93,20 +91,6 @@ def _write_job(output: Path) -> Path:
     path = output / "job.yaml"
     save_config(config, path)
     return path
-
-
-def _run(console: Console, command: list[str]) -> None:
-    shown = ["torchrun" if part == "torch.distributed.run" else "python" if part == sys.executable else part for part in command]
-    text = shlex.join(shown).replace("python -m torchrun --standalone", "torchrun")
-    console.print(f"$ {text}", style="bold", soft_wrap=True)
-    # One thread a process: four of them share the machine.
-    done = subprocess.run(command, env=_environment(one_thread="torch.distributed.run" in command))
-    if done.returncode:
-        raise InputError(f"the demo's command ended with exit code {done.returncode}, see above: {text}")
-
-
-def _environment(*, one_thread: bool) -> dict[str, str]:
-    return {**os.environ, **({"OMP_NUM_THREADS": "1"} if one_thread else {})}
 
 
 def _measure(job: Path, output: Path, prompts: list[str]) -> dict[str, Any]:

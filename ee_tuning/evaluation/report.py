@@ -27,11 +27,15 @@ def draw_report(report: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def _label(row: dict[str, Any]) -> str:
+    return row["name"] if row["threshold"] is None else f"{row['threshold']:g}"
+
+
 def _draw_quality_against_speed(axes: Any, report: dict[str, Any]) -> None:
     rows = report["thresholds"]
     axes.plot([row["speedup"] for row in rows], [100 * row["agreement"] for row in rows], "-o", color=CURVE)
     for i, row in enumerate(rows):
-        axes.annotate(f"{row['threshold']:g}", (row["speedup"], 100 * row["agreement"]), textcoords="offset points",
+        axes.annotate(_label(row), (row["speedup"], 100 * row["agreement"]), textcoords="offset points",
                       xytext=(0, LABEL_HEIGHTS[i % len(LABEL_HEIGHTS)]), ha="center", fontsize=9)
     axes.axvline(1.0, color=MUTED, linewidth=1, linestyle=":")
     axes.margins(0.1, 0.15)
@@ -51,7 +55,7 @@ def _draw_where_tokens_left(axes: Any, report: dict[str, Any]) -> None:
         name = "the end" if layer == report["num_layers"] else f"layer {layer}"
         axes.barh(range(len(rows)), shares, left=left, color=shades(0.25 + 0.65 * i / max(len(layers) - 1, 1)), label=name)
         left = [a + b for a, b in zip(left, shares, strict=True)]
-    axes.set_yticks(range(len(rows)), [f"{row['threshold']:g}" for row in rows])
+    axes.set_yticks(range(len(rows)), [_label(row) for row in rows])
     axes.invert_yaxis()
     axes.legend(title="left at", loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=len(layers), frameon=False)
     axes.set(title="Where tokens left", xlabel="share of tokens, %", ylabel="threshold", xlim=(0, 100))
@@ -68,5 +72,5 @@ def _draw_losses(axes: Any, report: dict[str, Any]) -> None:
         axes.axhline(report["final_loss"], color=INK, linewidth=1, linestyle="--", label="the full model")
     axes.set_xticks(places, [f"layer {layer}" for layer in layers])
     axes.margins(y=0.12)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=3)
     axes.set(title="Held-out loss per exit", ylabel="nats per token")

@@ -68,7 +68,11 @@ def _generate(config: Config, topology: Topology, prompts: list[str], prompts_fi
 
 def colours_of(llm: EarlyExitLLM) -> dict[int, str]:
     """A colour for each early exit."""
-    early = [layer for layer in llm.exit_layers if layer < llm.num_layers]
+    return exit_colours([layer for layer in llm.exit_layers if layer < llm.num_layers])
+
+
+def exit_colours(early: list[int]) -> dict[int, str]:
+    """A colour for each of these layers, shallow to deep."""
     return {layer: EXIT_COLOURS[i * len(EXIT_COLOURS) // max(len(early), 1)] for i, layer in enumerate(early)}
 
 

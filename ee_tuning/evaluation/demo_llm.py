@@ -1,0 +1,133 @@
+"""`ee-tuning demo --llm`: the whole way with a real LLM, SmolLM2-135M-Instruct, by the commands a user would type.
+
+Its own answers → exits fitted and tuned on them → thresholds calibrated → quality and speed on a held-out task → report.json, a picture.
+Each step is done once: the same command, given again, goes on behind the last one that is done.
+"""
+import json
+import shutil
+from pathlib import Path
+
+from rich.console import Console
+
+from ee_tuning.data.standard_library import documentation_strings, standard_library
+from ee_tuning.errors import InputError
+from ee_tuning.evaluation.demo_model import smollm2
+from ee_tuning.evaluation.demo_steps import Step, ee_tuning, run_command, run_steps
+from ee_tuning.evaluation.demo_told import tell, write_report
+from ee_tuning.json_file import to_json
+from ee_tuning.line_file import read_lines
+
+MARK = ".ee_tuning_demo_llm"
+TASK = Path(__file__).resolve().parents[2] / "examples" / "tasks" / "facts.jsonl"
+LAYERS, VOCAB, AGREEMENT = "24,28", 4096, 0.95
+NUM_ASKED = 200
+"""Questions of the task that are measured; the others are answered for the exits to learn."""
+NUM_PROMPTS, ANSWER_TOKENS, HELD_OUT = 140, 96, 5
+"""Prompts of other kinds that the model answers for its exits; tokens of an answer; one answer of so many is held out."""
+DOCUMENTATION = 30_000
+"""Characters of Python's docstrings beside them."""
+STEPS, SEQUENCE, BATCH = 36, 256, 4
+
+
+class Demo:
+    """One run of the demo into a folder."""
+
+    def __init__(self, folder: Path, console: Console):
+        self.folder, self.console = folder, console
+        self.model, text = folder / "SmolLM2-135M-Instruct.gguf", folder / "text"
+        self.questions, self.answers = text / "questions.jsonl", text / "answers.jsonl"
+        self.train, self.held_out = text / "train.jsonl", text / "held_out.jsonl"
+        self.converted, self.tuned = folder / "converted", folder / "run" / "exit_heads"
+        self.calibration, self.evaluation = folder / "calibration.json", folder / "evaluation" / "evaluation.json"
+        self.report = folder / "report.json"
+
+    def steps(self) -> list[Step]:
+        """The whole way. Minutes are of two quiet cores."""
+        return [
+            Step("take the model", 0.5, self.model, self._take_model),
+            Step("have the model answer prompts, for its exits to learn", 1.5, self.answers, self._answer),
+            Step(f"put exits behind layers {LAYERS}, fitted by least squares", 2.5, self.converted, self._convert),
+            Step(f"tune them, {STEPS} steps", 2.5, self.tuned, self._tune),
+            Step("find a confidence for each exit from which it can be trusted", 1, self.calibration, self._calibrate),
+            Step("measure quality and speed on a held-out task", 7, self.evaluation, self._evaluate),
+            Step("report", 0.5, self.report, lambda: write_report(self.folder))]
+
+    def _run(self, command: str, *words: str | Path) -> None:
+        run_command(self.console, ee_tuning(command, "--model", self.model, *words))
+
+    def _take_model(self) -> None:
+        self.model.unlink(missing_ok=True)  # a link to a package that was removed
+        self.model.symlink_to(smollm2(self.folder / "package", self.console).resolve())
+
+    def _answer(self) -> None:
+        self.answers.parent.mkdir(exist_ok=True)
+        self.questions.write_text("\n".join(read_lines(TASK)[NUM_ASKED:]) + "\n", encoding="utf-8")
+        self._run("regenerate", "--data", self.questions, "--shipped-prompts", str(NUM_PROMPTS), "--max-new-tokens", str(ANSWER_TOKENS),
+                  "--output", self.answers)
+
+    def _convert(self) -> None:
+        self._write_texts()
+        self._run("convert", "--exit-layers", LAYERS, "--architecture", "norm", "--output-vocab", str(VOCAB), "--init", "fitted",
+                  "--data", self.train, "--seq-length", str(SEQUENCE), "--output", self.converted)
+
+    def _write_texts(self) -> None:
+        """Answers to learn, with some of Python's documentation, and answers held out."""
+        answers = read_lines(self.answers)
+        documentation, size = list[str](), 0
+        for text in documentation_strings(standard_library()[0]):
+            if (size := size + len(text)) > DOCUMENTATION:
+                break
+            documentation.append(to_json({"text": text}))
+        learned = [line for place, line in enumerate(answers) if place % HELD_OUT]
+        self.held_out.write_text("\n".join(answers[::HELD_OUT]) + "\n", encoding="utf-8")
+        self.train.write_text("\n".join(learned + documentation) + "\n", encoding="utf-8")
+
+    def _tune(self) -> None:
+        self._run("tune", "--exits", self.converted, "--data", self.train, "--set", f"data.valid_paths={self.held_out}", "--seq-length",
+                  str(SEQUENCE), "--micro-batch-size", str(BATCH), "--global-batch-size", str(BATCH), "--train-iters", str(STEPS),
+                  "--lr", "3e-4", "--set", "tuning.eval_interval=0", "--output", self.tuned.parent)
+
+    def _calibrate(self) -> None:
+        self._run("calibrate", "--exits", self.tuned, "--data", self.held_out, "--agreement", str(AGREEMENT), "--measure",
+                  "max_probability", "--output", self.calibration)
+
+    def _evaluate(self) -> None:
+        self._run("evaluate", "--exits", self.tuned, "--task", TASK, "--metric", "contains", "--limit", str(NUM_ASKED),
+                  "--thresholds", "0.9", "--calibration", self.calibration, "--speculative", "--output", self.evaluation.parent)
+
+
+def demo_llm(output: Path) -> None:
+    """Runs the demo into the folder `output`. Raises InputError outside a checkout of the project, which carries the task, where `output`
+    holds something else, and where a step fails.
+    """
+    if not TASK.is_file():
+        raise InputError(f"demo --llm must run from a checkout of the project, which carries the task; {TASK} is not there")
+    console = Console(highlight=False)
+    _begin(output)
+    demo = Demo(output, console)
+    steps = demo.steps()
+    left = [step for step in steps if not step.makes.exists()]
+    console.print(f"SmolLM2-135M-Instruct, {len(steps)} steps into {output}; {len(left)} are left, about "
+                  f"{sum(step.minutes for step in left):.0f} minutes on two quiet cores. Stopped, it goes on when the same command is "
+                  "given again", soft_wrap=True)
+    seconds = run_steps(console, steps)
+    tell(console, json.loads(demo.report.read_text(encoding="utf-8")), output, demo.model, seconds)
+
+
+def _begin(output: Path) -> None:
+    """Makes the folder, or finds that of an earlier demo; what an earlier one made by other settings is removed."""
+    job = to_json({"layers": LAYERS, "vocab": VOCAB, "prompts": [NUM_ASKED, NUM_PROMPTS, ANSWER_TOKENS, HELD_OUT, DOCUMENTATION],
+                   "tuning": [STEPS, SEQUENCE, BATCH], "agreement": AGREEMENT})
+    output.mkdir(parents=True, exist_ok=True)
+    mark = output / MARK
+    if not mark.is_file():
+        if any(output.iterdir()):
+            raise InputError(f"demo --llm must write into a new folder or that of an earlier one, and {output} holds something else; give "
+                             "another --output")
+    elif mark.read_text(encoding="utf-8") != job:
+        for made in ("text", "converted", "run", "evaluation"):
+            shutil.rmtree(output / made, ignore_errors=True)
+        for made in ("calibration.json", "report.json"):
+            (output / made).unlink(missing_ok=True)
+    mark.write_text(job, encoding="utf-8")
+

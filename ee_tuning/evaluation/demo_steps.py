@@ -1,0 +1,59 @@
+"""What the demos share: commands run as a user would type them, and steps that are done once."""
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from ee_tuning.errors import InputError
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a demo."""
+
+    title: str
+    minutes: float
+    """About how long it takes."""
+    makes: Path
+    """Its output, which is there when the step is done, and not before."""
+    run: Callable[[], None]
+
+
+def run_steps(console: Console, steps: list[Step]) -> float:
+    """Takes the steps whose output is not there yet, one after the other. Returns the seconds that it took."""
+    began = time.monotonic()
+    for number, step in enumerate(steps, 1):
+        console.rule(f"{number} of {len(steps)}: {step.title}", align="left")
+        if step.makes.exists():
+            console.print(f"done already: {step.makes}", soft_wrap=True)
+            continue
+        started = time.monotonic()
+        step.run()
+        if not step.makes.exists():
+            raise InputError(f"the demo's step made no {step.makes}, see above: {step.title}")
+        console.print(f"{time.monotonic() - started:.0f} s", style="dim")
+    return time.monotonic() - began
+
+
+def run_command(console: Console, command: list[str]) -> None:
+    """Shows a command as a user would type it, and runs it. Raises InputError where it fails."""
+    shown = ["torchrun" if part == "torch.distributed.run" else "python" if part == sys.executable else part for part in command]
+    text = shlex.join(shown).replace("python -m torchrun --standalone", "torchrun")
+    console.print(f"$ {text.replace('python -m ee_tuning', 'ee-tuning')}" if "torchrun" not in shown else f"$ {text}", style="bold",
+                  soft_wrap=True)
+    # One thread a process under torchrun: they share the machine.
+    environment = {**os.environ, **({"OMP_NUM_THREADS": "1"} if "torch.distributed.run" in command else {})}
+    done = subprocess.run(command, env=environment)
+    if done.returncode:
+        raise InputError(f"the demo's command ended with exit code {done.returncode}, see above: {text}")
+
+
+def ee_tuning(*words: str | Path) -> list[str]:
+    """The command line of one of this program's commands."""
+    return [sys.executable, "-m", "ee_tuning", *map(str, words)]
