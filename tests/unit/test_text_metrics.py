@@ -38,7 +38,7 @@ def test_rouge_l_is_f1_of_the_longest_common_subsequence():
 
 def test_without_its_package_rouge_l_names_the_extra(monkeypatch: pytest.MonkeyPatch):
     """A traceback, or the name of a package that is not the user's to know."""
-    monkeypatch.setitem(sys.modules, "rouge_score", None)
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
     with pytest.raises(InputError, match=r"pip install 'ee_tuning\[eval\]'"):
         rouge_l()
 
