@@ -75,16 +75,18 @@ class Block(NamedTuple):
 
 def evaluate(llm: EarlyExitLLM, tasks: Sequence[Task], points: Sequence[Point] | None = None, procedure: Procedure | None = None, *,
              known: Mapping[int, list[Reading]] | None = None,
-             on_block: Callable[[Block, list[Reading]], None] = lambda block, readings: None) -> Evaluation:
+             on_block: Callable[[Block, list[Reading]], None] = lambda block, readings: None,
+             on_prompts: Callable[[int], None] = lambda count: None) -> Evaluation:
     """Measures every task by every point, full depth first; by default those of `points_of`. All ranks call it, and get the same.
 
     `llm.defaults` has max_new_tokens, stop and the like; tokens are the likeliest ones. Blocks in `known`, by number, are not measured
-    again; `on_block` is called after each that is. Raises InputError, before anything is decoded, on a prompt that can not be used.
+    again; `on_block` is called after each that is, `on_prompts` after so many of this replica's prompts. Raises InputError, before anything
+    is decoded, on a prompt that can not be used.
     """
     points = list(points_of(llm) if points is None else points)
     assert points and points[0].kind == "full"
     procedure, known = procedure or Procedure(), known or {}
-    bench = Bench(llm, points, procedure)
+    bench = Bench(llm, points, procedure, on_prompts)
     asked = {task.name: bench.jobs_of(task) for task in tasks}
     readings = [reading for part in known.values() for reading in part]
     is_warm = False
@@ -111,8 +113,9 @@ def blocks_of(tasks: Sequence[Task], size: int) -> list[Block]:
 class Bench:
     """Decodes prompts by all points in turn."""
 
-    def __init__(self, llm: EarlyExitLLM, points: Sequence[Point], procedure: Procedure):
-        self.llm, self.points, self.procedure = llm, points, procedure
+    def __init__(self, llm: EarlyExitLLM, points: Sequence[Point], procedure: Procedure,
+                 on_prompts: Callable[[int], None] = lambda count: None):
+        self.llm, self.points, self.procedure, self.on_prompts = llm, points, procedure, on_prompts
         self.template = ChatTemplate(llm.tokenizer, procedure.chat_template)
         self.options: GenerationSection = with_options(llm.defaults, {"max_batch_size": procedure.batch_size, "reuse_prefixes": False})
         self._plain = greedy_params(llm)
@@ -180,6 +183,7 @@ class Bench:
         for number, place in enumerate(places):
             yield [self._reading(block, place, point, jobs[place], fastest[point.name][0], fastest[point.name][1][number], full[number],
                                  score) for point in self.points]
+        self.on_prompts(len(places))
 
     def _reading(self, block: Block, place: int, point: Point, job: Job, seconds: float, said: Completion, full: Completion,
                  score: Score) -> Reading:

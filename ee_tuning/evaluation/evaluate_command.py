@@ -110,9 +110,10 @@ def _evaluate(config: Config, wish: Wish, topology: Topology, tasks: list[Task])
 
     def keep(block: Block, readings: list[Reading]) -> None:
         on_first_rank(topology, lambda: opened[0].keep(block.number, readings))
-        display.advance(block.size)
+        display.keep(block.size)
     with display:
-        found = evaluate(llm, tasks, points, procedure, known=known, on_block=keep)
+        found = evaluate(llm, tasks, points, procedure, known=known, on_block=keep,
+                         on_prompts=lambda count: display.count(count * topology.dp))
     on_first_rank(topology, lambda: _report(config, wish, llm, tasks, found, opened[0]))
 
 
@@ -160,6 +161,8 @@ class _Display:
 
     def __init__(self, num_prompts: int, num_points: int, num_known: int, output: Path, *, speaks: bool) -> None:
         self._num, self._done, self._known, self._output, self._speaks = num_prompts, num_known, num_known, output, speaks
+        self._within = 0
+        """Prompts of the block at hand that are measured."""
         self._began = self._spoke = time.monotonic()
         console = Console(stderr=True)
         self._bar = Progress(TextColumn(f"evaluating by {num_points} ways"), BarColumn(), MofNCompleteColumn(), TextColumn("prompts"),
@@ -179,12 +182,20 @@ class _Display:
             print(f"ee-tuning: stopped; {self._done} of {self._num} prompts are kept in {self._output / READINGS}: the same command, given "
                   "again, goes on with them", file=sys.stderr, flush=True)
 
-    def advance(self, num_prompts: int) -> None:
-        """So many more are measured."""
-        self._done += num_prompts
-        self._bar.update(self._row, completed=self._done)
-        now = time.monotonic()
-        if self._bar.disable and self._speaks and now - self._spoke >= _SECONDS_BETWEEN_LINES:
+    def count(self, num_prompts: int) -> None:
+        """So many more are measured, of a block that is not kept yet."""
+        self._within += num_prompts
+        self._show()
+
+    def keep(self, num_prompts: int) -> None:
+        """A block of so many is kept."""
+        self._done, self._within = self._done + num_prompts, 0
+        self._show()
+
+    def _show(self) -> None:
+        done, now = min(self._done + self._within, self._num), time.monotonic()
+        self._bar.update(self._row, completed=done)
+        if self._bar.disable and self._speaks and now - self._spoke >= max(_SECONDS_BETWEEN_LINES, (now - self._began) / 50):
             self._spoke = now
-            left = round((now - self._began) * (self._num - self._done) / (self._done - self._known))
-            print(f"{self._done:,} of {self._num:,} prompts · {left // 60}:{left % 60:02d} left", file=sys.stderr, flush=True)
+            left = round((now - self._began) * (self._num - done) / (done - self._known))
+            print(f"{done:,} of {self._num:,} prompts · {left // 60}:{left % 60:02d} left", file=sys.stderr, flush=True)
