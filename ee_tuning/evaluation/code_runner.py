@@ -2,7 +2,6 @@
 
 That is care, not a sandbox: run it in a container or on a machine that has nothing to lose. Nothing is run unasked.
 """
-import json
 import os
 import secrets
 import signal
@@ -15,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ee_tuning.json_file import parse_json
+from ee_tuning.json_file import parse_json, to_json
 
 SECONDS = 10
 """Of a program, by the clock; of processor time as many."""
@@ -49,7 +48,7 @@ def run_program(program: str, *, seconds: int = SECONDS, memory: int = MEMORY) -
             process = subprocess.Popen([sys.executable, "-I", "-X", "utf8", str(_PROGRAM)], stdin=subprocess.PIPE,
                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder, pass_fds=(writes,),
                                        env={"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}, start_new_session=True)
-            is_late = _ended_late(process, json.dumps(asked).encode(), seconds)
+            is_late = _ended_late(process, to_json(asked).encode(), seconds)
         os.set_blocking(reads, False)
         return _outcome(_read(reads), token, is_late, process.returncode)
     finally:
