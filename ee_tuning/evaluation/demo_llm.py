@@ -5,6 +5,7 @@ Each step is done once: the same command, given again, goes on behind the last o
 """
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -19,10 +20,13 @@ from ee_tuning.line_file import read_lines
 
 MARK = ".ee_tuning_demo_llm"
 TASK = Path(__file__).resolve().parents[2] / "examples" / "tasks" / "facts.jsonl"
-LAYERS, VOCAB, AGREEMENT = "24,28", 4096, 0.95
+LAYERS, VOCAB = "4,24,28", 4096
+"""The first exit drafts, for what it costs; the others are right often enough to leave at."""
+AGREEMENTS = (0.95, 0.9)
+"""With the full model, of the tokens that leave at an exit: a careful calibration, and a bold one."""
 NUM_ASKED = 200
 """Questions of the task that are measured; the others are answered for the exits to learn."""
-NUM_PROMPTS, ANSWER_TOKENS, HELD_OUT = 140, 96, 5
+NUM_PROMPTS, ANSWER_TOKENS, HELD_OUT = 160, 96, 5
 """Prompts of other kinds that the model answers for its exits; tokens of an answer; one answer of so many is held out."""
 DOCUMENTATION = 30_000
 """Characters of Python's docstrings beside them."""
@@ -38,7 +42,8 @@ class Demo:
         self.questions, self.answers = text / "questions.jsonl", text / "answers.jsonl"
         self.train, self.held_out = text / "train.jsonl", text / "held_out.jsonl"
         self.converted, self.tuned = folder / "converted", folder / "run" / "exit_heads"
-        self.calibration, self.evaluation = folder / "calibration.json", folder / "evaluation" / "evaluation.json"
+        self.calibrations = [folder / f"calibration-{agreement:.0%}.json".replace("%", "") for agreement in AGREEMENTS]
+        self.evaluation = folder / "evaluation" / "evaluation.json"
         self.report = folder / "report.json"
 
     def steps(self) -> list[Step]:
@@ -48,9 +53,10 @@ class Demo:
             Step("have the model answer prompts, for its exits to learn", 1.5, self.answers, self._answer),
             Step(f"put exits behind layers {LAYERS}, fitted by least squares", 2.5, self.converted, self._convert),
             Step(f"tune them, {STEPS} steps", 2.5, self.tuned, self._tune),
-            Step("find a confidence for each exit from which it can be trusted", 1, self.calibration, self._calibrate),
+            *(Step(f"find the confidence from which {agreement:.0%} of each exit's tokens are the full model's", 0.7, file,
+                   partial(self._calibrate, agreement, file)) for agreement, file in zip(AGREEMENTS, self.calibrations, strict=True)),
             Step("measure quality and speed on a held-out task", 7, self.evaluation, self._evaluate),
-            Step("report", 0.5, self.report, lambda: write_report(self.folder))]
+            Step("report", 0.5, self.report, lambda: write_report(self.folder, self.calibrations[0]))]
 
     def _run(self, command: str, *words: str | Path) -> None:
         run_command(self.console, ee_tuning(command, "--model", self.model, *words))
@@ -87,13 +93,14 @@ class Demo:
                   str(SEQUENCE), "--micro-batch-size", str(BATCH), "--global-batch-size", str(BATCH), "--train-iters", str(STEPS),
                   "--lr", "3e-4", "--set", "tuning.eval_interval=0", "--output", self.tuned.parent)
 
-    def _calibrate(self) -> None:
-        self._run("calibrate", "--exits", self.tuned, "--data", self.held_out, "--agreement", str(AGREEMENT), "--measure",
-                  "max_probability", "--output", self.calibration)
+    def _calibrate(self, agreement: float, file: Path) -> None:
+        self._run("calibrate", "--exits", self.tuned, "--data", self.held_out, "--agreement", str(agreement), "--measure",
+                  "max_probability", "--output", file)
 
     def _evaluate(self) -> None:
         self._run("evaluate", "--exits", self.tuned, "--task", TASK, "--metric", "contains", "--limit", str(NUM_ASKED),
-                  "--thresholds", "0.9", "--calibration", self.calibration, "--speculative", "--output", self.evaluation.parent)
+                  "--thresholds", "none", *(word for file in self.calibrations for word in ("--calibration", file)), "--speculative",
+                  "--output", self.evaluation.parent)
 
 
 def demo_llm(output: Path) -> None:
@@ -111,13 +118,13 @@ def demo_llm(output: Path) -> None:
                   f"{sum(step.minutes for step in left):.0f} minutes on two quiet cores. Stopped, it goes on when the same command is "
                   "given again", soft_wrap=True)
     seconds = run_steps(console, steps)
-    tell(console, json.loads(demo.report.read_text(encoding="utf-8")), output, demo.model, seconds)
+    tell(console, json.loads(demo.report.read_text(encoding="utf-8")), output, seconds)
 
 
 def _begin(output: Path) -> None:
     """Makes the folder, or finds that of an earlier demo; what an earlier one made by other settings is removed."""
     job = to_json({"layers": LAYERS, "vocab": VOCAB, "prompts": [NUM_ASKED, NUM_PROMPTS, ANSWER_TOKENS, HELD_OUT, DOCUMENTATION],
-                   "tuning": [STEPS, SEQUENCE, BATCH], "agreement": AGREEMENT})
+                   "tuning": [STEPS, SEQUENCE, BATCH], "agreement": AGREEMENTS})
     output.mkdir(parents=True, exist_ok=True)
     mark = output / MARK
     if not mark.is_file():
@@ -127,7 +134,7 @@ def _begin(output: Path) -> None:
     elif mark.read_text(encoding="utf-8") != job:
         for made in ("text", "converted", "run", "evaluation"):
             shutil.rmtree(output / made, ignore_errors=True)
-        for made in ("calibration.json", "report.json"):
-            (output / made).unlink(missing_ok=True)
+        for made in (*output.glob("calibration-*.json"), output / "report.json"):
+            made.unlink(missing_ok=True)
     mark.write_text(job, encoding="utf-8")
 

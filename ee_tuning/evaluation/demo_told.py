@@ -24,17 +24,18 @@ ENOUGH = 0.99
 """Share of full depth's score that a way to leave must keep to count."""
 
 
-def write_report(folder: Path) -> None:
-    """report.json and report.png from what the demo's steps left in `folder`."""
+def write_report(folder: Path, calibration: Path) -> None:
+    """report.json and report.png from what the demo's steps left in `folder`; the answer in it is by `calibration`."""
     config = load_config(folder / "run" / "config.yaml", {"exits.path": str(folder / "run" / "exit_heads"),
-                                                          "generation.calibration": str(folder / "calibration.json")})
+                                                          "generation.calibration": str(calibration)})
     llm = EarlyExitLLM.from_config(config)
     before, after = _validation_losses(folder / "run" / "metrics.jsonl")
     sample, parts = _answered(llm)
     evaluation = json.loads((folder / "evaluation" / "evaluation.json").read_text(encoding="utf-8"))
     task = evaluation["tasks"][0]
     full = task["points"][0]
-    report = {"model": "SmolLM2-135M-Instruct", "num_layers": llm.num_layers, "exit_layers": list(llm.exit_layers),
+    report = {"model": "SmolLM2-135M-Instruct", "path": config.model.path, "calibration": str(calibration),
+              "num_layers": llm.num_layers, "exit_layers": list(llm.exit_layers),
               "task": task["name"], "metric": task["metric"], "num_prompts": task["num_prompts"],
               "full_depth_tokens_per_second": full["tokens_per_second"], "full_depth_score": full["metric"]["value"],
               "exit_loss_before": before, "exit_loss_after": after, "final_loss": final_head_loss(llm, config),
@@ -68,7 +69,7 @@ def _validation_losses(metrics: Path) -> tuple[dict[str, float], dict[str, float
     return losses[0], losses[-1]
 
 
-def tell(console: Console, report: dict[str, Any], folder: Path, model: Path, seconds: float) -> None:
+def tell(console: Console, report: dict[str, Any], folder: Path, seconds: float) -> None:
     """What was reached, an answer coloured by exits, and what to type next."""
     console.rule("What was reached", align="left")
     before, after = report["exit_loss_before"], report["exit_loss_after"]
@@ -85,8 +86,8 @@ def tell(console: Console, report: dict[str, Any], folder: Path, model: Path, se
     console.print(f"\nFigures: {folder}/report.json, {folder}/evaluation/index.html   Picture: {folder}/report.png   {seconds:.0f} s in "
                   "this call", soft_wrap=True)
     console.rule("Next", align="left")
-    console.print(f"ee-tuning chat --model {shlex.quote(str(model))} --exits {shlex.quote(str(folder / 'run' / 'exit_heads'))} "
-                  f"--calibration {shlex.quote(str(folder / 'calibration.json'))} --show-exits", soft_wrap=True, markup=False)
+    console.print(f"ee-tuning chat --model {shlex.quote(report['path'])} --exits {shlex.quote(str(folder / 'run' / 'exit_heads'))} "
+                  f"--calibration {shlex.quote(report['calibration'])} --show-exits", soft_wrap=True, markup=False)
 
 
 def _verdict(report: dict[str, Any]) -> str:

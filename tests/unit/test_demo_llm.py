@@ -92,11 +92,12 @@ def test_the_last_screen_tells_what_was_reached_and_no_more(tmp_path: Path, rela
     """A speed-up bought by wrong answers would be told as a success."""
     row = {"threshold": 0.9, "name": "threshold 0.9", "speedup": 1.2, "relative": relative, "score": 0.6, "agreement": 0.97,
            "identical": 0.8, "mean_exit_layer": 25.0, "exit_histogram": {"22": 0.4, "30": 0.6}}
-    report = {"model": "m", "num_layers": 30, "exit_layers": [22], "task": "capitals", "metric": "contains", "num_prompts": 200,
+    report = {"model": "m", "path": "m.gguf", "calibration": "c.json",
+              "num_layers": 30, "exit_layers": [22], "task": "capitals", "metric": "contains", "num_prompts": 200,
               "full_depth_tokens_per_second": 30.0, "full_depth_score": 0.6, "exit_loss_before": {"22": 4.0},
               "exit_loss_after": {"22": 3.0}, "final_loss": 1.0, "thresholds": [row], "speculative": [{**row, "identical": 1.0}],
               "sample": {"prompt": "?", "parts": [["early ", 22], ["late", 30]]}}
     out = console()
-    tell(out, report, tmp_path, tmp_path / "m.gguf", 1.0)
+    tell(out, report, tmp_path, 1.0)
     shown = out.file.getvalue()
     assert said in " ".join(shown.split()) and "full depth's own answers to 100.0%" in " ".join(shown.split()) and "early late" in shown
