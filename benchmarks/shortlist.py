@@ -17,8 +17,13 @@ from pathlib import Path
 
 import torch
 from fitting import _docstrings
+from torch import Tensor
 
+from ee_tuning.checkpoint.convert import write_initial_exits
+from ee_tuning.checkpoint.load import load_for_fitting
 from ee_tuning.config import Config, load_config, replace
+from ee_tuning.data.frequent_tokens import list_tokens
+from ee_tuning.data.loader import batches_of_each
 from ee_tuning.data.splits import load_samples
 from ee_tuning.data.standard_library import standard_library
 from ee_tuning.evaluation.calibrate import Outcome, Readings, choose, judge, read_exits
@@ -26,9 +31,12 @@ from ee_tuning.generation.costs import measure_costs
 from ee_tuning.generation.llm import EarlyExitLLM
 from ee_tuning.generation.policy import Policy
 from ee_tuning.model.config import read_model_config
+from ee_tuning.model.fit import Fit
 from ee_tuning.model.partition import final_head_cost, stage_costs
 from ee_tuning.parallel.topology import init_parallel
-from ee_tuning.tuning.command import convert_fitted
+from ee_tuning.tuning.command import load_job_samples
+from ee_tuning.tuning.fitting import FitPass, fit_record, fit_samples
+from ee_tuning.tuning.fitting_other import OtherFit
 
 SHAPES = ("llama-2-7b", "llama-2-13b", "llama-2-70b", "llama-3.1-8b", "llama-3.1-70b", "qwen2.5-7b")
 
@@ -53,22 +61,52 @@ def main() -> None:
         return
     print("  list  listed  ask, ms of a pass  agrees |  leave agreement speed-up", flush=True)
     with tempfile.TemporaryDirectory() as folder:
+        config = _job(args, Path(folder))
+        _write_all(config, Path(folder), args.sizes)
         for size in args.sizes:
-            _print_row(_job(args, Path(folder), size), Path(folder) / f"exits-{size}", args, size)
+            _print_row(config, Path(folder) / f"exits-{size}", args, size)
 
 
-def _job(args: argparse.Namespace, folder: Path, size: int) -> Config:
+def _write_all(config: Config, folder: Path, sizes: list[int]) -> None:
+    """Exits of every size, from one pass over the texts, as `exits-N` in `folder`."""
+    topology, jobs = init_parallel(config.parallel), {size: replace(config, exits={"output_vocab": size}) for size in sizes}
+    samples = load_job_samples(config, topology).train
+    lists = {size: list_tokens(job, samples, topology) for size, job in jobs.items()}
+    loaded = load_for_fitting(config, topology)
+    fit, taken = FitPass(loaded, config.tuning, topology), fit_samples(samples, config.tuning, loaded.model.config.hidden_size)
+    others = {size: OtherFit(loaded.model, listed.token_ids, topology) for size, listed in lists.items() if listed}
+    fit.other = _Together(list(others.values()))  # type: ignore[assignment]
+    fit.run(list(batches_of_each(samples, taken.chosen, config.tuning, dp=1, dp_rank=0)))
+    maps = fit.maps(loaded.stages)
+    for size, job in jobs.items():
+        found = Fit(maps, fit_record(taken), others[size].row() if size in others else None)
+        write_initial_exits(job, folder / f"exits-{size}", topology, make_fit=lambda _, found=found: found,  # type: ignore[misc]
+                            list_tokens=lambda _, size=size: lists[size])  # type: ignore[misc]
+
+
+class _Together:
+    """Several rows of any other token, fitted in one pass."""
+
+    def __init__(self, each: list[OtherFit]):
+        self.each = each
+
+    def add(self, final: Tensor, counts: Tensor) -> None:
+        """See OtherFit."""
+        for other in self.each:
+            other.add(final, counts)
+
+
+def _job(args: argparse.Namespace, folder: Path) -> Config:
     texts = list(_docstrings({name: source for files in standard_library() for name, source in files.items()}))
     for name, part in (("train", [text for index, text in enumerate(texts) if index % 5]), ("held_out", texts[::5])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part), encoding="utf-8")
     return load_config(None, {
         "model.path": args.model, "exits.exit_layers": args.layers, "exits.architecture": "norm", "exits.init": "fitted",
-        "exits.output_vocab": size, "data.paths": [str(folder / "train.jsonl")], "data.valid_paths": [str(folder / "held_out.jsonl")],
+        "data.paths": [str(folder / "train.jsonl")], "data.valid_paths": [str(folder / "held_out.jsonl")],
         "tuning.seq_length": args.length, "tuning.micro_batch_size": 2, "tuning.fit_tokens": args.fit_tokens})
 
 
 def _print_row(config: Config, exits: Path, args: argparse.Namespace, size: int) -> None:
-    convert_fitted(config, exits)
     llm = EarlyExitLLM.from_config(replace(config, exits={"path": str(exits)}))
     model = llm.model
     samples = load_samples(config.data, config.model.path, seq_length=args.length, vocab_size=model.config.vocab_size,
