@@ -55,7 +55,7 @@ def convert(config: Config, output: Path, *, overwrite: bool = False, make_fit: 
 
 def write_initial_exits(config: Config, output: Path, topology: Topology, *, overwrite: bool = False,
                         make_fit: MakeFit | None = None, list_tokens: ListTokens | None = None) -> ExitHeadsConfig:
-    """As `convert`, within a world that exists, in silence where there is no terminal; all ranks call it. Returns what was written."""
+    """`convert` within a world that exists, in silence where there is no terminal; all ranks call it. Returns what was written."""
     on_first_rank(topology, lambda: check_apart(output, (config.model.path, config.data.tokenizer)))
     reader, model, _ = open_model(config.model)
     with reader, owned(output, topology):

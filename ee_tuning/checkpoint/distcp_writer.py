@@ -40,7 +40,7 @@ class Chunk:
     key: str
     dtype: torch.dtype = torch.uint8
     shape: Shape = ()
-    """Of the whole tensor."""
+    """The shape of the whole tensor."""
     offsets: Shape = ()
     sizes: Shape = ()
 

@@ -31,7 +31,7 @@ class ExitHeadsConfig:
     exit_layers: tuple[int, ...]
     """Backbone layers (1-based) that are followed by an exit head."""
     architecture: tuple[Architecture, ...]
-    """Of each exit's head; in the file one word where all are alike."""
+    """Each exit's head; in the file one word where all are alike."""
     adapter_rank: int | None = None
     """Inner width of the `adapter` heads; None where there are none."""
     output: Literal["untied", "tied"]
@@ -47,7 +47,7 @@ class ExitHeadsConfig:
     init: Literal["copy", "random", "fitted", "ee_llm"]
     """How the heads began; fitted: copied, then fitted by least squares; ee_llm: as they stood, tuned, in an EE-LLM checkpoint."""
     seed: int | None = None
-    """Of random initialization."""
+    """The seed of random initialization."""
     tuned: dict[str, Any] | None = None
     """How they were tuned: steps, tokens, …; None where they were not, or not together."""
     origins: dict[str, Any] | None = None

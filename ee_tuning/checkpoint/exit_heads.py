@@ -49,7 +49,7 @@ class ExitHeadsReader(SafetensorsFolder):
         self.config = read_exit_config(folder)
         super().__init__(folder, STEM)
         self.digest: str | None = None
-        """Of the heads' weights and their shortlist, by the sums of their files; None where the manifest is not looked at."""
+        """The sha256 of the heads' weights and their shortlist, by the sums of their files; None where the manifest is not looked at."""
         if not verifies:
             return
         manifest = read_manifest(folder, _REMEDY)
@@ -122,7 +122,7 @@ def save_exit_heads(output: Path, exits: ExitHeadsConfig, config: ModelConfig, t
 
 def write_exit_heads(output: Path, exits: ExitHeadsConfig, config: ModelConfig, blocks: Callable[[str], Iterable[Tensor]],
                      topology: Topology | None = None, *, overwrite: bool = False, shard_bytes: int = EXIT_SHARD_BYTES) -> None:
-    """As `save_exit_heads`, from tensors that any process can make, block of rows by block: the processes share the files, and a file is
+    """`save_exit_heads` from tensors that any process can make, block of rows by block: the processes share the files, and a file is
     hashed while it is written.
     """
     rank, world = (0, 1) if topology is None else (topology.rank, topology.world_size)

@@ -40,7 +40,7 @@ class InitialExits:
         self.shapes = exits.tensor_shapes(config)
 
     def shape(self, name: str) -> Shape:
-        """Of the whole tensor."""
+        """The shape of the whole tensor."""
         return self.shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
@@ -89,7 +89,7 @@ class InitialExits:
 
     @cached_property
     def _listed_rows(self) -> Tensor:  # [n + 1, h]
-        """Of the backbone's output matrix, and of any other token. All exits begin with them."""
+        """Rows of the backbone's output matrix, and one of any other token. All exits begin with them."""
         name = exit_copy_source(f"exits.{self.exits.exit_layers[0]}.output.weight", self.config)
         assert name is not None
         is_listed = torch.zeros(self.config.vocab_size, dtype=torch.bool)
@@ -122,7 +122,7 @@ class InitialExits:
         return torch.cat(list(self._drawn_blocks(name)))
 
     def _drawn_blocks(self, name: str) -> Iterator[Tensor]:
-        """Of whole numbers of 16 values, by which torch's generator goes: the same values as those of the tensor drawn at once."""
+        """Blocks of whole numbers of 16 values, by which torch's generator goes: the same values as those of the tensor drawn at once."""
         if name.endswith(".weight") and len(self.shapes[name]) == 1:
             yield torch.ones(self.shapes[name], dtype=self.exits.torch_dtype)
             return

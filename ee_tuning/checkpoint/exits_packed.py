@@ -15,7 +15,7 @@ _LAYER = re.compile(r"(exits\.\d+\.layer\.)(.+)\.weight")
 
 
 def exit_files(artifact: ExitHeadsReader, config: ModelConfig) -> list[FileToWrite]:
-    """To be written beside the model."""
+    """The files to write beside the model."""
     parts = _parts(artifact, config)
     if all(own == [name] for name, own in parts.items()):
         return [copied_file(artifact, name) for name in sorted(artifact.weight_files())]

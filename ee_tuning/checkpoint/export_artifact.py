@@ -35,17 +35,17 @@ class ExitChoice:
     """Which exits the new artifact gets."""
 
     only: tuple[int, ...] = ()
-    """Of exits.path: just these."""
+    """Exits of exits.path to take: just these."""
     drop: tuple[int, ...] = ()
-    """Of exits.path: all but these."""
+    """Exits of exits.path to leave out: all but these are taken."""
     merge: Path | None = None
     """All exits of this artifact too."""
     add: tuple[int, ...] = ()
     """New exits after these layers, initialized from the model."""
     architecture: tuple[Architecture, ...] = ()
-    """Of the new exits, one or one each; by default what all exits of exits.path have."""
+    """Architectures of the new exits, one or one each; by default what all exits of exits.path have."""
     adapter_rank: int | None = None
-    """Of new adapters: an artifact has one for all. By default that of the others, or exits.adapter_rank where there are none."""
+    """The rank of new adapters: an artifact has one for all. By default that of the others, or exits.adapter_rank where there are none."""
 
 
 def export_artifact(config: Config, output: Path, choice: ExitChoice, *, overwrite: bool = False) -> ExitHeadsConfig:
@@ -132,7 +132,7 @@ def _new_exits(config: Config, base: ExitHeadsReader, parts: list[_Part], choice
 
 
 def _adapter_rank(config: Config, parts: list[_Part], choice: ExitChoice) -> int:
-    """Of new adapters. Raises InputError where another was asked for than the adapters that stay have."""
+    """The rank of new adapters. Raises InputError where another was asked for than the adapters that stay have."""
     held = max((head.adapter_rank for part in parts for head in part.exits.heads if head.layer in part.layers), default=0)
     if held and choice.adapter_rank not in (None, held):
         raise InputError(f"--adapter-rank must be {held}, which the adapters beside the new exits have, got {choice.adapter_rank}; leave "

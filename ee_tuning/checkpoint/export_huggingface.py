@@ -31,7 +31,7 @@ from ee_tuning.parallel.topology import Topology
 MODELLING = Path(__file__).parent / "exported" / "modeling_early_exit.py"
 _TOLD = ("exit_layers", "architecture", "adapter_rank", "output", "output_vocab", "init", "seed", "fitted", "tuned", "origins",
          "model_fingerprint")
-"""Of exit_config.json, what config.json tells under `early_exit`."""
+"""Keys of exit_config.json that config.json repeats under `early_exit`."""
 _MARKS = ("config.json", "model*.safetensors*")
 """What tells an export of this format from another."""
 _TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",

@@ -39,7 +39,7 @@ class ExportSource:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """The name that messages show."""
         return model_name(self.source.folder)
 
     def described(self) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from ee_tuning.parallel.topology import Topology
 Kind = Literal["huggingface", "megatron", "legacy_megatron", "gguf"]
 FORMATS: dict[Kind, str] = {"huggingface": "Hugging Face safetensors", "megatron": "Megatron-core distributed checkpoint",
                             "legacy_megatron": "legacy Megatron checkpoint (mp_rank folders)", "gguf": "GGUF file"}
-"""For people."""
+"""The names that messages show."""
 
 _LATEST, COMMON = "latest_checkpointed_iteration.txt", "common.pt"
 _REMEDY = "fetch or export the model again, or, if you changed it yourself, give --no-verify"

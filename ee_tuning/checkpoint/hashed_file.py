@@ -62,7 +62,7 @@ class HashedFile:
 
     @property
     def sha256(self) -> str:
-        """Of the whole file, in hex; known once the file is closed."""
+        """The whole file's, in hex; known once the file is closed."""
         assert self._sum is not None, "close the file first"
         return self._sum
 

@@ -49,7 +49,7 @@ class HuggingFaceReader(SafetensorsFolder):
         return sorted([*self._stored, *set(self.files).difference(self._stored.values())])
 
     def shape(self, name: str) -> Shape:
-        """Of the whole tensor."""
+        """The shape of the whole tensor."""
         slab = self._slabs.get(name)
         return slab.shape if slab else super().shape(name)
 

@@ -95,12 +95,12 @@ class LegacyReader(MegatronSource):
         self.checkpoint, self.num_ranks = checkpoint, checkpoint.num_ranks
 
     def stored_shape(self, parameter: str, rank: int) -> Shape | None:
-        """Of rank's shard."""
+        """The shape of rank's shard."""
         tensor = self._tensor(parameter, rank)
         return tensor.shape if tensor else None
 
     def stored_dtype(self, parameter: str) -> torch.dtype:
-        """Of a parameter that is there."""
+        """The dtype of a parameter that is there."""
         tensor = self._tensor(parameter, 0)
         assert tensor is not None
         return tensor.dtype
@@ -173,7 +173,7 @@ def _renamed(key: str) -> str:
 
 
 def _shifted(key: str, counts: dict[str, int]) -> str:
-    """With a layer's (or an exit's output matrix's) number counted over the stages, of which the earlier ones hold `counts`."""
+    """The name with a layer's (or an exit's output matrix's) number counted over the stages, of which the earlier ones hold `counts`."""
     match = _LAYER.match(key)
     return f"{match[1]}.{int(match[2]) + counts[match[1]]}.{match[3]}" if match else key
 

@@ -1,4 +1,4 @@
-"""From a job's configuration to this stage of an early-exit model with its weights.
+"""The way from a job's configuration to this stage of an early-exit model with its weights.
 
 The backbone is read in place, from whichever format it is in, the heads from their artifact.
 One data-parallel replica reads each tensor and hands it on to the others.
@@ -55,7 +55,7 @@ class LoadedModel:
     exits: ExitHeadsConfig | None
     """What the heads are; None where there are none."""
     heads_digest: str | None = None
-    """Of their weights, as an artifact's manifest has it: ExitHeadsReader.digest."""
+    """The sha256 of their weights, as an artifact's manifest has it: ExitHeadsReader.digest."""
 
 
 def load_for_tuning(config: Config, topology: Topology, fit: Fit | None = None, listed: ListedTokens | None = None) -> LoadedModel:

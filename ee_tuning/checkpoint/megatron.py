@@ -132,7 +132,7 @@ class MegatronReader(MegatronSource):
                            key=len, default="")
 
     def stored_shape(self, parameter: str, rank: int) -> Shape | None:
-        """Of the whole parameter: a distributed checkpoint's tensors are whole, whatever wrote them."""
+        """The shape of the whole parameter: a distributed checkpoint's tensors are whole, whatever wrote them."""
         shapes = []
         for key, entry in self._places(parameter):
             shape = self.checkpoint.shapes[key]
@@ -142,7 +142,7 @@ class MegatronReader(MegatronSource):
         return (sum(shape[0] for shape in shapes), *shapes[0][1:]) if shapes and all(shapes) else None
 
     def stored_dtype(self, parameter: str) -> torch.dtype:
-        """Of a parameter that is there."""
+        """The dtype of a parameter that is there."""
         return self.checkpoint.dtypes[self._places(parameter)[0][0]]
 
     def path(self, parameter: str, rank: int) -> Path:

@@ -48,11 +48,11 @@ class MegatronSource(ABC):
 
     @abstractmethod
     def stored_shape(self, parameter: str, rank: int) -> Shape | None:
-        """Of rank's shard, None where there is none."""
+        """The shape of rank's shard, None where there is none."""
 
     @abstractmethod
     def stored_dtype(self, parameter: str) -> torch.dtype:
-        """Of a parameter that is there."""
+        """The dtype of a parameter that is there."""
 
     @abstractmethod
     def read(self, parameter: str, rank: int, rows: slice, columns: slice | None) -> Tensor:
@@ -89,12 +89,12 @@ class MegatronSource(ABC):
         return sorted(self._shapes)
 
     def shape(self, name: str) -> Shape:
-        """Of the whole tensor."""
+        """The shape of the whole tensor."""
         self._parts(name)
         return self._shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
-        """As stored; one of float64, float32, float16 and bfloat16."""
+        """The stored dtype; one of float64, float32, float16 and bfloat16."""
         part = self._parts(name)[0]
         dtype = self.stored_dtype(part.parameter)
         if dtype not in DTYPES.values():

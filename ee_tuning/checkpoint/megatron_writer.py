@@ -85,12 +85,12 @@ class _Tensor:
 
     chunk: Chunk
     name: str
-    """For people."""
+    """The name that messages show."""
     blocks: Callable[[], Iterator[Tensor]]
 
     @property
     def num_bytes(self) -> int:
-        """Of its data."""
+        """The size of its data."""
         return torch.Size(self.chunk.sizes).numel() * self.chunk.dtype.itemsize
 
 

@@ -23,12 +23,12 @@ def tensor_parts(config: ModelConfig) -> dict[str, tuple[str, int | None]]:
 
 
 def parameters_by_part(config: ModelConfig) -> Parts:
-    """Of the whole model. A tied output matrix counts as embedding."""
+    """The whole model's parameters. A tied output matrix counts as embedding."""
     return _summed(config, list(_PARTS), tensor_parts(config))
 
 
 def parameters_per_layer(config: ModelConfig) -> dict[str, Parts]:
-    """Of one layer; where layers differ, of the first of each kind. Keyed by what to call it."""
+    """The parameters of one layer; where layers differ, of the first of each kind. Keyed by what to call it."""
     parts = tensor_parts(config)
     by_layer: dict[int, dict[str, tuple[str, int | None]]] = {}
     for name, (part, layer) in parts.items():
@@ -42,7 +42,7 @@ def parameters_per_layer(config: ModelConfig) -> dict[str, Parts]:
 
 
 def largest_group_parameters(config: ModelConfig) -> int:
-    """Of the largest group of tensors that belong together: one layer's, the embedding, or the output matrix."""
+    """The parameters of the largest group of tensors that belong together: one layer's, the embedding, or the output matrix."""
     whole = parameters_by_part(config)
     return max(whole["embedding"], whole["output"], *(layer["all"] for layer in parameters_per_layer(config).values()))
 

@@ -23,7 +23,7 @@ class Piece:
 
     name: str
     shape: Shape
-    """Of the whole tensor."""
+    """The shape of the whole tensor."""
     dim: int
     start: int
     stop: int
@@ -42,7 +42,7 @@ class Piece:
 
     @property
     def parameter_shape(self) -> Shape:
-        """Of the whole tensor as the parameter has it round."""
+        """The shape of the whole tensor as the parameter has it round."""
         return self.shape[::-1] if self.is_transposed else self.shape
 
 
@@ -55,7 +55,7 @@ class Shard:
 
     @property
     def shape(self) -> Shape:
-        """Of this rank's parameter."""
+        """The shape of this rank's parameter."""
         first = self.pieces[0]
         if first.cut_dim == 1:
             return (first.parameter_shape[0], first.size)
@@ -180,7 +180,7 @@ def layer_shard(name: str, prefix: str, config: ModelConfig, tp: int, tp_rank: i
 
 
 def mlp_shard(matrix: str, kind: str, prefix: str, config: ModelConfig, tp: int, tp_rank: int, *, expert: int | None = None) -> Shard:
-    """Of the weight or bias of the first matrix, fc1, or the last, fc2, of an MLP: a layer's only one, or an expert."""
+    """The shard of the weight or bias of the first matrix, fc1, or the last, fc2, of an MLP: a layer's only one, or an expert."""
     spelling, inner = SPELLINGS[config.family], config.ffn_hidden_size
     gate, up, down = spelling.gate, spelling.up, spelling.down
     if expert is not None:
@@ -232,7 +232,7 @@ def uncut(name: str, shape: Shape) -> Shard:
 
 
 def vocabulary_rows(name: str, shape: Shape, tp: int, tp_rank: int) -> Shard:
-    """Of a matrix of `shape` with a row for each word of a vocabulary, padded to as many rows on every rank."""
+    """The shard of a matrix of `shape` with a row for each word of a vocabulary, padded to as many rows on every rank."""
     size, width = shape
     rows = padded_size(size, tp) // tp
     start, stop = min(size, tp_rank * rows), min(size, (tp_rank + 1) * rows)

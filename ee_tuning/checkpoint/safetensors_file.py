@@ -38,10 +38,10 @@ class Entry:
     """A tensor of a file, as the header tells of it."""
 
     dtype: str
-    """In safetensors' spelling."""
+    """The dtype in safetensors' spelling."""
     shape: Shape
     begin: int
-    """Of its bytes, from the beginning of the file."""
+    """The place of its first byte, from the beginning of the file."""
     end: int
 
 
@@ -53,7 +53,7 @@ class SafetensorsFile:
         self._file: Reopened[OpenFile] = Reopened(path, OpenFile)
         try:
             self.entries = _read_header(self._file.now().handle)
-            """By name, in the order that they are stored in."""
+            """Entries by name, in the order that they are stored in."""
         except (OSError, ValueError, KeyError, TypeError) as error:
             self.close()
             if told := told_content(path):

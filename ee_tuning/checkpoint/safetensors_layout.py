@@ -39,15 +39,15 @@ class SafetensorsLayout:
 
     @property
     def num_bytes(self) -> int:
-        """Of all tensors."""
+        """The size of all tensors."""
         return sum(map(self.tensor_bytes, self.shapes))
 
     def tensor_bytes(self, name: str) -> int:
-        """Of one tensor."""
+        """The size of one tensor."""
         return math.prod(self.shapes[name]) * self.dtypes[name].itemsize
 
     def file_bytes(self, file: str) -> int:
-        """Of a whole file."""
+        """The size of a whole file."""
         return len(self.headers[file]) + sum(map(self.tensor_bytes, self.files[file]))
 
     def index(self) -> tuple[str, str] | None:

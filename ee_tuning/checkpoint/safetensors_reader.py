@@ -23,9 +23,9 @@ class TensorSource(Protocol):
     """Whole tensors that can be read by slices."""
 
     def shape(self, name: str) -> Shape:
-        """Of the whole tensor."""
+        """The shape of the whole tensor."""
     def dtype(self, name: str) -> torch.dtype:
-        """As stored."""
+        """The stored dtype."""
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """[stop - start, …], as stored."""
     def columns(self, name: str, start: int, stop: int) -> Tensor:
@@ -105,11 +105,11 @@ class SafetensorsFolder:
         return name
 
     def shape(self, name: str) -> Shape:
-        """Of the whole tensor."""
+        """The shape of the whole tensor."""
         return self._entry(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """As stored; one of float64, float32, float16 and bfloat16."""
+        """The stored dtype; one of float64, float32, float16 and bfloat16."""
         stored = self._entry(name).dtype
         if stored not in DTYPES:
             raise InputError(f"{self._path(name)}: tensor {name} is stored as {stored}, which is not supported; "

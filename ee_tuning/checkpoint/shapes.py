@@ -31,11 +31,11 @@ class ShapesOnly:
         self._shapes, self._dtype = shapes, dtype
 
     def shape(self, name: str) -> Shape:
-        """Of the whole tensor."""
+        """The shape of the whole tensor."""
         return self._shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
-        """As stored."""
+        """The stored dtype."""
         return self._dtype
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:

@@ -31,7 +31,7 @@ class Spelling:
     expert_gate: str = "mlp.experts.{}.gate_proj"
     expert_up: str = "mlp.experts.{}.up_proj"
     expert_down: str = "mlp.experts.{}.down_proj"
-    """With the expert's index."""
+    """The name, with a place for the expert's index."""
     is_transposed: bool = False
     """Whether the matrices of a layer are kept as [inputs, outputs]."""
 

@@ -4,7 +4,7 @@ from ee_tuning.commands.command import Command
 
 _ORDER = ("demo", "convert", "regenerate", "preprocess", "tune", "plan", "calibrate", "evaluate", "generate", "chat", "inspect", "profile",
           "export", "verify")
-"""As `ee-tuning --help` lists them: the way a user goes."""
+"""The order in which `ee-tuning --help` lists them: the way a user goes."""
 
 _ALL = {command.name: command for module in (demo, models, tuning, generation, evaluation) for command in module.COMMANDS}
 assert set(_ORDER) == set(_ALL), set(_ORDER) ^ set(_ALL)

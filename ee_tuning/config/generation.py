@@ -23,7 +23,7 @@ class GenerationSection:
     threshold: tuple[float, ...] = (0.8,)
     """Confidence at which a token leaves: one for all exits, or one for each, shallow to deep. Above 1 never."""
     measure: Measure = "max_probability"
-    """Of confidence, in the plain softmax: the largest probability, its margin over the second, or 1 - entropy / ln(vocabulary)."""
+    """Measure of confidence, in the plain softmax: the largest probability, its margin over the second, or 1 - entropy / ln(vocabulary)."""
     calibration: str | None = field(default=None, metadata=PATH)
     """File that `ee-tuning calibrate` wrote: its thresholds and its measure, in place of threshold and measure. One of these given
     on the command line overrules a file that the job names."""
@@ -50,9 +50,9 @@ class GenerationSection:
     frequency_penalty: float = 0.0
     """Taken from a token's logit for each time it is in the completion."""
     logprobs: int | None = None
-    """With each token its log-probability, and so many likeliest ones, in the distribution it was chosen from."""
+    """So many likeliest tokens with their log-probabilities, and each chosen one's, in the distribution it was chosen from."""
     seed: int = 0
-    """Of sampling, per prompt: the same seed gives a prompt the same tokens in any batch."""
+    """Seed of sampling, per prompt: the same seed gives a prompt the same tokens in any batch."""
     stop: tuple[str, ...] = field(default=(), metadata={"verbatim": True})
     """Strings that end a completion; they are left out of it. One that is a special token, such as <|eot_id|>, is that token's id among
     stop_token_ids, too."""

@@ -59,7 +59,7 @@ class ExitsSection:
     and none leaves where that is likeliest. The output matrices, untied, have so many rows. 0: the whole vocabulary. auto: by what asking
     costs and how many tokens of the texts are listed."""
     seed: int = 1234
-    """Of random initialization."""
+    """Seed of random initialization."""
     verify: bool = True
     """Whether every file of an artifact, and of a model that has a manifest, is checked against its sha256 before it is used."""
 

@@ -66,7 +66,7 @@ class TuningSection:
     """How the frozen layers' matrices are held while tuning. int8 takes half the memory of bfloat16 (torchao), nf4 0.28 of it (4 bits,
     bitsandbytes): what the exits learn from is then a little off. Embedding, norms, output matrix and exits stay as they are."""
     seed: int = 1234
-    """Of the order of the samples."""
+    """Seed of the order of the samples."""
     log_interval: int = 1
     """Steps between records in metrics.jsonl."""
     eval_interval: int = 100

@@ -44,7 +44,7 @@ class Entry:
     """Writes it into a folder, in steps."""
 
     def name(self) -> str:
-        """Of its folder."""
+        """The name of its folder."""
         canonical = to_json({"format": FORMAT, **self.depends_on()}, sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:32]
 

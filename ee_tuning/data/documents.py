@@ -25,7 +25,7 @@ class Piece:
     start: int
     """First byte; of a .parquet file, its first row group."""
     stop: int
-    """Behind the last."""
+    """The first place behind the last document."""
     num_bytes: int
     """How much work it is."""
     kind: FileKind

@@ -1,4 +1,4 @@
-"""In which order samples are consumed, without an end: a position in it, an int, is all that a checkpoint has to keep of the data."""
+"""The order in which samples are consumed, without an end: a position in it, an int, is all that a checkpoint has to keep of the data."""
 import warnings
 from collections.abc import Sequence
 from typing import Protocol

@@ -31,13 +31,13 @@ class Corpus:
     """What one weight stands for."""
 
     name: str
-    """As the user wrote it."""
+    """The name as the user wrote it."""
     weight: float | None
     """Its share of the samples, not normalized; None where all of data.paths is one corpus."""
     texts: tuple[Path, ...]
     """Files to tokenize."""
     prefixes: tuple[Path, ...]
-    """Of .bin and .idx."""
+    """Paths of .bin and .idx, without these endings."""
     passed_over: tuple[str, ...] = ()
     """Paths within folders that were not taken, hidden files left out."""
 

@@ -1,4 +1,4 @@
-"""From the config's section `data` to the samples of training and validation: what is found is tokenized once, kept, mapped and packed."""
+"""How the config's section `data` becomes samples of training and validation: what is found is tokenized once, kept, mapped and packed."""
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
@@ -155,7 +155,7 @@ def _bounds(num_documents: int, data: DataSection) -> tuple[int, int]:
 
 
 def _shares(split: str) -> list[float]:
-    """As Megatron-core reads its `split`."""
+    """Shares of training and validation, as Megatron-core reads its `split`."""
     try:
         shares = [float(share) for share in split.split(",")]
     except ValueError:
@@ -167,7 +167,7 @@ def _shares(split: str) -> list[float]:
 
 
 def check_data_settings(data: DataSection, seq_length: int, max_positions: int, needs_validation: bool) -> None:
-    """As `load_samples`, of all that no file needs to be read for. Raises InputError."""
+    """Checks what `load_samples` checks, as far as no file needs to be read. Raises InputError."""
     if not 1 <= seq_length <= max_positions:
         raise InputError(f"tuning.seq_length must lie in 1..{max_positions} (the model's max_position_embeddings), got {seq_length}")
     if not 0 <= data.valid_fraction < 1:

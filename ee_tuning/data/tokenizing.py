@@ -36,7 +36,7 @@ class Written:
     num_documents: int
     num_tokens: int
     largest: int
-    """Of the token ids."""
+    """The largest token id."""
 
 
 @dataclass(frozen=True, kw_only=True)

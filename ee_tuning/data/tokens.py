@@ -63,7 +63,7 @@ class Samples(Protocol):
         """One of them."""
 
     def order(self, seed: int) -> Order:
-        """In which they are consumed."""
+        """The order in which samples are consumed."""
 
     def identity(self) -> dict[str, Any]:
         """What must not change when a run goes on from a position in their order."""

@@ -93,7 +93,7 @@ def _check(config: Config, wish: Benchmark) -> None:
 
 
 def _run(driver: Driver, config: Config, wish: Benchmark, points: list[Point]) -> None:
-    """On rank 0."""
+    """The work of rank 0."""
     measure = _with_human_eval(driver, wish) if wish.harness is None else _with_harness(driver, wish.harness)
     folder = BenchmarkFolder(wish.output, wish.summary, _job(driver.llm, config, wish), overwrites=wish.overwrites)
     found = {point.name: known for point in points if (known := folder.known(point)) is not None}

@@ -19,7 +19,7 @@ Figures = dict[str, Any]
 
 
 class BenchmarkFolder:
-    """On rank 0, within `owned`. `summary` is the name of the file that holds the job and all figures."""
+    """The folder on rank 0, within `owned`. `summary` is the name of the file that holds the job and all figures."""
 
     def __init__(self, folder: Path, summary: str, job: Mapping[str, Any], *, overwrites: bool):
         """Raises InputError where `folder` holds anything else, or another job's figures, and not `overwrites`."""

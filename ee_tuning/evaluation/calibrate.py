@@ -29,7 +29,7 @@ CHUNK = 128
 CANDIDATES = 200
 """Thresholds that are looked at: quantiles of the confidences."""
 SURENESS = 0.99
-"""Of the lower end of an interval."""
+"""The probability that the true share is not below an interval's lower end."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,9 @@ class ExitResult:
     threshold: float | None
     """None where no threshold reaches the wanted agreement."""
     share: float
-    """Of the tokens that come to it, those that leave."""
+    """The share that leaves of the tokens that come to it."""
     agreement: float
-    """Of those that leave; where none may, of the surest ones, the most that was seen."""
+    """The share of agreement among those that leave; where none may, of the surest ones, the most that was seen."""
     at_least: float
     """Lower end of its interval."""
 
@@ -82,7 +82,7 @@ class Outcome:
     mean_depth: float
     """Layers that a token goes through."""
     agreement: float
-    """Of all tokens, those that do not leave included: they are the full model's own."""
+    """The share of agreement among all tokens, those that do not leave included: they are the full model's own."""
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from ee_tuning.json_file import parse_json, to_json
 
 SECONDS = 10
-"""Of a program, by the clock; of processor time as many."""
+"""The time limit of a program, by the clock; the same for processor time."""
 MEMORY = 2 ** 30
 """Bytes of address space."""
 _PROGRAM = Path(__file__).with_name("confined_program.py")

@@ -20,7 +20,7 @@ _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 def limit(seconds: int, memory: int) -> None:
-    """Of processor time, bytes of address space, files and processes, for good."""
+    """Limits processor time, bytes of address space, files and processes, for good."""
     for name, most in (("RLIMIT_CPU", seconds), ("RLIMIT_AS", memory), ("RLIMIT_FSIZE", 0), ("RLIMIT_CORE", 0), ("RLIMIT_NOFILE", 64),
                        ("RLIMIT_NPROC", 0)):
         with contextlib.suppress(OSError, ValueError):

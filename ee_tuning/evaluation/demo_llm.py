@@ -23,7 +23,7 @@ TASK = Path(__file__).resolve().parents[2] / "examples" / "tasks" / "facts.jsonl
 LAYERS, VOCAB = "4,24,28", 4096
 """The first exit drafts, for what it costs; the others are right often enough to leave at."""
 AGREEMENTS = (0.95, 0.9)
-"""With the full model, of the tokens that leave at an exit: a careful calibration, and a bold one."""
+"""Agreement with the full model of the tokens that leave at an exit: a careful calibration, and a bold one."""
 NUM_ASKED = 200
 """Questions of the task that are measured; the others are answered for the exits to learn."""
 NUM_PROMPTS, ANSWER_TOKENS, HELD_OUT = 160, 96, 5

@@ -43,7 +43,7 @@ class Total:
 
     @classmethod
     def of(cls, score: Score) -> "Total":
-        """Of a score."""
+        """What is kept of a score."""
         return cls(score.logprob, all(score.is_greedy), dict(Counter(score.exit_layers)))
 
 
@@ -126,7 +126,7 @@ def _key(pair: TokenPair) -> bytes:
 
 
 def _score(llm: EarlyExitLLM, pairs: list[TokenPair], policies: list[Policy], batch_size: int) -> list[list[Total]]:
-    """Of each pair its totals by each policy."""
+    """The totals of each pair by each policy."""
     def score(share: list[TokenPair]) -> list[list[Total]]:
         scores = score_by(llm.model, token_pairs(llm.model, llm.encode, share), policies, batch_size)
         return [[Total.of(each) for each in of_pair] for of_pair in zip(*scores, strict=True)]

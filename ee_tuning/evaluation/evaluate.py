@@ -51,7 +51,7 @@ class Procedure:
     chat_template: str | None = None
     """As `read_chat_template` returns it; None for the tokenizer's own."""
     seed: int = 0
-    """Of the order of the ways, and of the intervals."""
+    """Seed of the order of the ways, and of the intervals."""
 
     def block_size(self, num_replicas: int) -> int:
         """Prompts of a block."""

@@ -60,7 +60,7 @@ def _our_logits(loaded: LoadedModel, ids: Tensor) -> dict[int, Tensor]:  # [1, s
 
 
 def _exported_logits(folder: Path, config: ModelConfig, ids: Tensor, dtype: torch.dtype) -> dict[int, Tensor]:  # layer -> [s, v]
-    """From the folder's own modelling file, run from where it lies: transformers would copy it into its cache first."""
+    """The logits of the folder's own modelling file, run from where it lies: transformers would copy it into its cache first."""
     module = _module(folder / MODELLING.name)
     # Grouped products, which transformers prefers for experts, refuse widths that are no multiple of 16 bytes.
     plain = {"experts_implementation": "eager"} if config.num_experts else {}

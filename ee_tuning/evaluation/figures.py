@@ -31,7 +31,7 @@ class PointResult:
     time_saved: Estimate | None
     """1 - seconds for all prompts ÷ full depth's: another figure than `speedup` where completions have other lengths."""
     tokens_per_second: float | None
-    """Of a replica."""
+    """The speed of one replica."""
     mean_depth: Estimate
     """Layers behind which a token left."""
     agreement: Estimate | None

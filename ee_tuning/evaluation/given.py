@@ -39,7 +39,7 @@ def token_pair(llm: EarlyExitLLM, job: Job, text: str) -> TokenPair:
 
 
 def _scored(llm: EarlyExitLLM, jobs: Sequence[Job], texts: Sequence[tuple[str, ...]], points: Sequence[Point]) -> list[list[list[Score]]]:
-    """By each point, the score of each text behind each prompt."""
+    """The score, by each point, of each text behind each prompt."""
     pairs = [token_pair(llm, job, text) for job, each in zip(jobs, texts, strict=True) for text in each]
     by_point = map(iter, score_by(llm.model, pairs, [point.policy for point in points], _ROWS))
     return [[[next(scores) for _ in each] for each in texts] for scores in by_point]

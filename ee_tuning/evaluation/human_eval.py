@@ -23,7 +23,7 @@ from ee_tuning.json_file import parse_json, to_json
 STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 """What ends a completion, as in the paper."""
 MAX_NEW_TOKENS = 512
-"""Of a completion where nothing else is said."""
+"""Tokens of a completion where nothing else is said."""
 _KEYS = ("task_id", "prompt", "test", "entry_point")
 
 

@@ -26,9 +26,9 @@ from ee_tuning.generation.scoring import TokenPair
 
 NAME = "ee-tuning"
 MAX_NEW_TOKENS = 256
-"""Of a completion where its task says nothing, as the harness's other models have it."""
+"""Tokens of a completion where its task says nothing, as the harness's other models have it."""
 _BATCHES_AT_A_TIME = 16
-"""Between two moves of the progress bar."""
+"""Requests between two moves of the progress bar."""
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed")
 _OF_THE_HARNESS = ("until", "max_gen_toks", "do_sample")
 _NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True}
@@ -109,7 +109,7 @@ class EarlyExitLM(TemplateLM):
 
     def _loglikelihood_tokens(self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False,
                               **_: Any) -> list[tuple[float, bool]]:
-        """Of each request's continuation: its log-probability, and whether it is what each exit that was used says first."""
+        """For each request's continuation: its log-probability, and whether it is what each exit that was used says first."""
         scores = self._scores([(context, continuation) for _, context, continuation in requests], disable_tqdm)
         answers = [(score.logprob, score.is_greedy) for score in scores]
         for request, answer in zip(requests, answers, strict=True):
@@ -117,7 +117,7 @@ class EarlyExitLM(TemplateLM):
         return answers
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Of whole texts, in windows of the model's context, each token once."""
+        """Log-likelihoods of whole texts, in windows of the model's context, each token once."""
         windows = [[make_disjoint_window(window) for window in get_rolling_token_windows(
             self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, 1)] for request in requests]
         scores = iter(self._scores(list(itertools.chain(*windows)), disable_tqdm))

@@ -15,7 +15,7 @@ from ee_tuning.json_file import to_json
 NOTE = ("log-likelihoods are teacher-forced by exit: each token has the distribution of the exit at which its position leaves under the "
         "policy, the first token of an answer, too")
 KEY = "ee_tuning"
-"""Of what the results hold beside the harness's own."""
+"""The place of what the results hold beside the harness's own."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class HarnessTasks:
     include_path: Path | None = None
     """Folder with tasks of the user's own."""
     limit: float | None = None
-    """Of each task so many documents, or below 1 such a share of them."""
+    """Documents of each task: so many, or below 1 such a share of them."""
     num_fewshot: int | None = None
     batch_size: int = 32
     applies_chat_template: bool = False

@@ -36,7 +36,7 @@ class Item:
     """Its own, or the number of its line."""
     prompt: str | None = None
     messages: tuple[dict[str, Any], ...] = ()
-    """In place of a prompt; a chat template makes one of them."""
+    """Messages in place of a prompt; a chat template makes one of them."""
     answers: tuple[str, ...] = ()
     """Any of them is right."""
     choices: tuple[str, ...] = ()
@@ -44,9 +44,9 @@ class Item:
     right: int | None = None
     """Place of the right choice."""
     max_new_tokens: int | None = None
-    """In place of the job's."""
+    """The limit of this line, in place of the job's."""
     stop: tuple[str, ...] = ()
-    """Beside the job's."""
+    """Stop strings of this line, beside the job's."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -113,7 +113,7 @@ class BlockPool:
         return self._oldest(self._age.unfold(0, count, 1), 1, count)
 
     def _oldest(self, runs: torch.Tensor, distance: int, count: int) -> list[int] | None:
-        """Of runs of blocks that begin `distance` apart, the beginning of the one that nobody holds, and that was left first."""
+        """Among runs of blocks that begin `distance` apart, the beginning of the one that nobody holds, and that was left first."""
         age, index = runs.amax(1).min(0)
         first = int(index) * distance
         return None if int(age) == _HELD else list(range(first, first + count))

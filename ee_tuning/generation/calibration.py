@@ -17,11 +17,11 @@ class Calibration:
     thresholds: dict[int, float | None]
     """Exit layer -> confidence from which on a token may leave there; None where none is high enough."""
     measure: Measure
-    """Of that confidence."""
+    """The measure of that confidence."""
     num_layers: int
-    """Of the model it was made for."""
+    """The number of layers of the model it was made for."""
     heads_digest: str | None
-    """Of the exit heads it was made for; see LoadedModel."""
+    """The digest of the exit heads it was made for; see LoadedModel."""
 
     @property
     def used(self) -> dict[int, float]:

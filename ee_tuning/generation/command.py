@@ -18,7 +18,7 @@ from ee_tuning.generation.prompts import Line, read_prompts, requests_of
 from ee_tuning.parallel.topology import Topology, init_parallel, leave_parallel
 
 EXIT_COLOURS = ("bright_green", "green", "cyan", "bright_blue", "blue", "magenta", "bright_magenta", "yellow")
-"""By exit, shallow to deep; tokens that did not leave early keep the terminal's colour."""
+"""Colours of exits, shallow to deep; tokens that did not leave early keep the terminal's colour."""
 
 
 def generate(config: Config, prompts: list[str], *, prompts_file: Path | None = None, output: Path | None = None, overwrite: bool = False,

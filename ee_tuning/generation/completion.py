@@ -33,7 +33,7 @@ class Completion:
     """Why there is no completion."""
     statistics: SequenceStatistics = field(default_factory=SequenceStatistics, repr=False)
     seconds: float = 0.0
-    """From the call until this completion's end."""
+    """The time from the call until this completion's end."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -61,7 +61,7 @@ class StreamedToken:
     """A token as it is made."""
 
     index: int
-    """Of the prompt."""
+    """The prompt's place among the prompts."""
     text: str
     """What can be shown now: nothing while a character is incomplete or a stop string may be beginning."""
     exit_layer: int

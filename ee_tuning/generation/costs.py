@@ -32,10 +32,10 @@ class Costs:
 
     pieces: tuple[Curve, ...]
     heads: dict[int, Curve]
-    """Of each early exit."""
+    """The curve of each early exit."""
     final_head: Curve
     overhead: float = 0.0
-    """Of a step, whatever runs in it."""
+    """The seconds of a step, whatever runs in it."""
 
     def of_piece(self, index: int, num_tokens: float) -> float:
         """A pass of so many tokens, or so many in the mean, through a piece."""

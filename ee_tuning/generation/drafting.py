@@ -11,21 +11,21 @@ from ee_tuning.generation.speculation_memory import SpeculationMemory
 
 
 class Drafting:
-    """Of an engine whose sequences may have `max_pending` drafts each."""
+    """The drafting of an engine whose sequences may have `max_pending` drafts each."""
 
     def __init__(self, runner: Runner, max_pending: int, reserve: Callable[[Sequence, int], None]):
         """`reserve` gives a sequence memory for so many tokens, where there is some."""
         self.runner, self.pieces, self.max_pending, self._reserve = runner, runner.pieces, max_pending, reserve
         self.lone_rounds = LoneRounds(runner)
         self.speculation: Speculation | None = None
-        """From the first request that speculates on."""
+        """The learner, made by the first request that speculates."""
         self.memory: SpeculationMemory | None = None
         """Where to look first for what is known, and where to leave it."""
         self.seconds_in_heads = 0.0
-        """Of rounds that were made in one call."""
+        """The time in heads of rounds that were made in one call."""
 
     def begin(self, sequence: Sequence, num_rows: int) -> None:
-        """Before a sequence that speculates takes part in a step: a plan where a round begins."""
+        """Makes ready a sequence that speculates for a step: a plan where a round begins."""
         self.speculation = self.speculation or self._begun()
         if sequence.num_output and not sequence.num_drafts and sequence.has_all_fed:
             self.speculation.begin_round(sequence, num_rows)

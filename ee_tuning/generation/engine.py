@@ -40,11 +40,11 @@ class TokenStep(NamedTuple):
     exit_layer: int
     """The layer it left at; the number of layers where it did not leave early."""
     confidence: float
-    """By the request's measure, of the plain softmax there; 0 where a shortlist's "any other token" was likeliest."""
+    """The confidence by the request's measure, of the plain softmax there; 0 where a shortlist's "any other token" was likeliest."""
     logprob: float | None = None
-    """Of the token, in the distribution it was chosen from; None where the request does not ask."""
+    """The token's log-probability, in the distribution it was chosen from; None where the request does not ask."""
     top_logprobs: dict[int, float] | None = None
-    """Of the likeliest tokens there."""
+    """The log-probabilities of the likeliest tokens there."""
 
 
 class Engine:
@@ -82,7 +82,7 @@ class Engine:
 
     @property
     def seconds_in_heads(self) -> float:
-        """On this rank, waiting for the rank that has the head included."""
+        """Time on this rank, waiting for the rank that has the head included."""
         return self.walk.seconds_in_heads + self.drafting.seconds_in_heads + self.whole_steps.seconds_in_heads
 
     def add_request(self, prompt: list[int], params: SamplingParams | None = None, policy: Policy = FULL) -> list[Sequence]:

@@ -36,7 +36,7 @@ class Flight:
         return self._begun + (self._unheard[0].stage if self._unheard else 0)
 
     def proceed(self) -> list[Left]:
-        """On to the next stage behind the first one that decides. Returns who left since the last call, shallow ones first; nobody is
+        """Goes on to the next stage behind the first one that decides. Returns who left since the last call, shallow ones first; nobody is
         undecided when it is over.
         """
         left: list[Left] = []
@@ -55,7 +55,7 @@ class Flight:
         return left
 
     def _through_first(self, part: Part) -> list[Left]:
-        """As deep as anybody goes."""
+        """Runs the first stage as deep as any row goes."""
         called = self._call(part, None, [1] * len(self._rows)) if self._is_here(part) else None
         words = self._words(part, called.words if called else None)
         is_deep = any([word[0] == STAYS for word in words])
@@ -64,7 +64,7 @@ class Flight:
         return self._leave(part, words, num_run)
 
     def _through(self, part: Part) -> list[Word] | None:
-        """To the end of a later stage's part. Returns what it decided, where it did."""
+        """Runs to the end of a later stage's part. Returns what it decided, where it did."""
         first, here = part.starts[0], self._runner.topology.stage
         counts = [s.num_pending(first) for s in self._rows]
         called = None
@@ -136,7 +136,7 @@ class Flight:
         return sorted(left, key=lambda each: each.layer) if len(left) > 1 else left
 
     def _membership(self) -> list[bool]:
-        """Of each row, whether it is undecided."""
+        """Whether each row is undecided."""
         if len(self.undecided) == len(self._rows):
             return [True] * len(self._rows)
         undecided = {*self.undecided}

@@ -38,13 +38,13 @@ class KVCache:
 
     @property
     def bytes_per_token(self) -> int:
-        """Of one layer of this rank: keys and values of its heads."""
+        """Bytes of one token in one layer of this rank: keys and values of its heads."""
         _, groups, width = self._shape
         return 2 * groups * width * self._tensor["dtype"].itemsize
 
     @property
     def num_bytes(self) -> int:
-        """Of all layers of this rank that have run."""
+        """Bytes of all layers of this rank that have run."""
         return len(self._layers) * self.bytes_per_token * self._shape[0]
 
     def layer(self, number: int) -> LayerCache:
@@ -52,7 +52,7 @@ class KVCache:
         return self._of(("layer", number))
 
     def exit_head(self, number: int) -> LayerCache:
-        """Of the layer that the exit head after layer `number` has of its own."""
+        """The cache of the layer that the exit head after layer `number` has of its own."""
         return self._of(("exit head", number))
 
     def places(self, blocks: list[int]) -> CachePlaces:

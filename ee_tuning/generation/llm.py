@@ -63,7 +63,7 @@ class EarlyExitLLM:
 
     @classmethod
     def from_config(cls, config: Config, topology: Topology | None = None) -> "EarlyExitLLM":
-        """As `load`, from a job's configuration; its `generation` section becomes the default of `generate`."""
+        """Loads what a job's configuration names; its `generation` section becomes the default of `generate`."""
         topology = topology or init_parallel(config.parallel)
         loaded = load_for_generation(config, topology)
         folder = model_folder(config.model.path)
@@ -96,7 +96,7 @@ class EarlyExitLLM:
 
     def stream(self, prompts: str | Iterable[str], completions: list[Completion] | None = None,
                params: SamplingParams | Sequence[SamplingParams] | None = None, **options: Any) -> Generator[StreamedToken, None, None]:
-        """As `generate`, token by token; `completions`, if given, is filled with the finished records.
+        """Does what `generate` does, token by token; `completions`, if given, is filled with the finished records.
 
         A prompt that a chat template made has its special tokens already: not `adds_special_tokens`.
         """

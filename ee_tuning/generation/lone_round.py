@@ -21,11 +21,11 @@ class LoneRound(NamedTuple):
     """What was said of a sequence's newest token and of the drafts behind it."""
 
     said: list[Answer]
-    """By the exit, of each token that was asked."""
+    """The exit's answer for each token that was asked."""
     num_drafted: int
     """All of those, or all but the last one."""
     checked: list[Answer]
-    """By the full model, after the newest token and after each draft."""
+    """The full model's answers, after the newest token and after each draft."""
     seconds_in_heads: float
 
 

@@ -36,7 +36,7 @@ class SamplingParams:
     n: int = 1
     """Completions of the prompt."""
     logprobs: int | None = None
-    """With each token its log-probability, and the so many likeliest tokens with theirs, in the distribution it was chosen from."""
+    """So many likeliest tokens with their log-probabilities, and each chosen one's, in the distribution it was chosen from."""
     stop: tuple[str, ...] = ()
     """Strings that end the completion; they are left out of it. Special tokens may be written out in them: one alone counts as its id in
     `stop_token_ids`, too."""

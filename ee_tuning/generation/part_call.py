@@ -29,7 +29,7 @@ class Called(NamedTuple):
     num_run: int
     """Segments, from the part's first one on."""
     counts: list[int]
-    """Of each row, the tokens whose states have to wait behind the last one of them …"""
+    """The number of each row's tokens whose states have to wait behind the last one of them …"""
     states: Tensor
     """… [Σ counts, h]."""
     seconds_in_heads: float
@@ -38,13 +38,13 @@ class Called(NamedTuple):
 def call_part(runner: Runner, route: Route, part: Part, rows: list[Sequence], asked: Set[Sequence],
               entering: Tensor | None,  # [Σ counts, h]
               counts: list[int]) -> Called:
-    """Until nobody of `asked` goes on. `counts` tokens of each row come in, the newest one last: `entering`, or they are embedded."""
+    """Runs until no row of `asked` goes on. `counts` tokens of each row come in, the newest one last: `entering`, or they are embedded."""
     call = _by_kernels if route.segments is not None else _by_layers
     return call(runner, route, part, rows, asked, entering, Called([(STAYS, 0.0, 0.0)] * len(rows), 0, counts, torch.empty(0), 0.0))
 
 
 def fill_part(runner: Runner, route: Route, part: Part, rows: list[Sequence], before: Called) -> Called:
-    """From where a call ended to the part's end, with nobody asked."""
+    """Runs from where a call ended to the part's end, with no row asked."""
     call = _by_kernels if route.segments is not None else _by_layers
     return call(runner, route, part, rows, set(), before.states, before)
 
@@ -93,7 +93,7 @@ def _by_layers(runner: Runner, route: Route, part: Part, rows: list[Sequence], a
 
 
 def _joined(rows: list[Sequence], start: int, hidden: Tensor, counts: list[int]) -> tuple[Tensor, list[int]]:
-    """With what waits in front of piece `start`, each row's own before what came."""
+    """The states with those that wait in front of piece `start`, each row's own before what came."""
     num_waiting = [s.watermarks[start - 1] - s.watermarks[start] for s in rows]
     if not any(num_waiting):
         return hidden, counts

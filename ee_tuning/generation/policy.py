@@ -15,7 +15,7 @@ class Policy:
     thresholds: Mapping[int, float] = field(default_factory=dict)
     """Exits that are asked -> confidence at which a token leaves there for good."""
     measure: Measure = "max_probability"
-    """Of confidence."""
+    """The measure of confidence."""
     fixed_exit: int | None = None
     """Every token leaves here, those of the prompt too: deeper layers never run."""
     drafts_at: tuple[int, ...] = ()

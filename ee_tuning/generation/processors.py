@@ -59,7 +59,7 @@ def processed(logits: Tensor,  # [v]
 
 def log_probabilities(scores: Tensor,  # [..., v], processed
                       params: SamplingParams) -> Tensor:  # [..., v]
-    """Of the distribution that a token is chosen from; greedy choice takes the largest of the softmax at temperature 1."""
+    """Those of the distribution that a token is chosen from; greedy choice takes the largest of the softmax at temperature 1."""
     if not params.is_greedy:
         scores = warped(scores, params.temperature, params.top_k, params.top_p, params.min_p)
     return scores.log_softmax(-1)

@@ -19,7 +19,7 @@ _MISSPELT = 0.75
 """Likeness to a key of the generation section from which on another key is taken for that one, misspelt: max_tokens, treshold."""
 
 ENGINE_KEYS = frozenset({"max_pending", "prefill_chunk", "max_batch_size", "reuse_prefixes", "cache_tokens"})
-"""Of the whole run, not of a prompt."""
+"""Keys of the whole run, not of a prompt."""
 
 
 def read_prompts(path: Path) -> list[Line]:

@@ -13,7 +13,7 @@ from ee_tuning.kernel import calls
 from ee_tuning.model.ragged_head import RaggedExitHead
 
 MOST_TOKENS = 4 * calls.MOST_TOKENS
-"""Of a step, those that ride along included."""
+"""The most tokens of a step, those that ride along included."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class Part:
 
 
 class Route:
-    """Of a policy whose tokens go through the pieces up to `last_piece`."""
+    """The route of a policy whose tokens go through the pieces up to `last_piece`."""
 
     def __init__(self, runner: Runner, policy: Policy, last_piece: int):
         self.policy, self.last_piece, self._runner = policy, last_piece, runner
@@ -49,7 +49,7 @@ class Route:
         """Stages with layers that tokens go through."""
         own = [part for part in self.parts if part.stage == runner.topology.stage]
         self.segments = self._segments(own[0]) if own and self._is_native(own[0]) else None
-        """Of this stage, where the kernels serve."""
+        """The segments of this stage, where the kernels serve."""
         is_simple = policy.measure == "max_probability" and runner.head_layers.own.isdisjoint(self.heads.values())
         # In one process, going through segments one by one is what the walk through pieces does.
         self.serves = is_simple and (runner.topology.pp > 1 or self.segments is not None)

@@ -67,7 +67,7 @@ class Runner:
         self.layers = {number: RaggedLayer(model.backbone.layer(number), self.config, self.topology) for number in own}
         self.exit_heads = {spec.layer: RaggedExitHead(model, model.exit_head(spec.layer), self.topology) for spec in model.plan.own_exits}
         self.heads: dict[int | None, RaggedHead] = dict(self.exit_heads.items())
-        """Of this stage: by the layer that an exit follows; None is the model's own."""
+        """Heads of this stage by the layer that an exit follows; None is the model's own."""
         if model.plan.has_final_head and self.topology.is_last_stage:
             self.heads[None] = RaggedFinalHead(model)
         self.tables = rotation_tables(model.backbone.angles[:cache.max_length], model.plan.dtype)
@@ -120,7 +120,7 @@ class Runner:
                     sequence.boundary[index].append(output.hidden[first: first + length])
 
     def layers_of(self, index: int, last: int) -> LayerRun:
-        """Of the pieces from `index` to `last`, with their caches; on the stage that has them."""
+        """The layers of the pieces from `index` to `last`, with their caches; on the stage that has them."""
         if (index, last) not in self._runs:  # with the caches, which a piece that no token reaches has none of
             numbers = range(self.pieces[index].first_layer, self.pieces[last].last_layer + 1)
             self._runs[index, last] = LayerRun([self.layers[n] for n in numbers], [self.cache.layer(n) for n in numbers])

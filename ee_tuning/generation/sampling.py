@@ -1,4 +1,4 @@
-"""From logits to the next token: greedy, or drawn after temperature, top-k, top-p and min-p, processed as transformers does.
+"""The way from logits to the next token: greedy, or drawn after temperature, top-k, top-p and min-p, processed as transformers does.
 
 Needs torch alone. A draw depends on a key and nothing else, so that a prompt's tokens are the same in any batch; and two distributions
 that are alike mostly draw the same token with the same key, which is what lets drafts be accepted (see `draw`).
@@ -62,7 +62,7 @@ def draw(distribution: Tensor,  # [n, v], nonnegative
 
 
 def _exponential(keys: list[int], size: int, device: torch.device) -> Tensor:  # [n, size] float64, above 0
-    """From each key and place one number, on any device the same: SplitMix64 (Steele, Lea and Flood 2014) of key + place."""
+    """One number for each key and place, on any device the same: SplitMix64 (Steele, Lea and Flood 2014) of key + place."""
     x = torch.tensor(keys, device=device)[:, None] + torch.arange(1, size + 1, device=device) * -7046029254386353131  # wraps, as it should
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
         x = (x ^ _shifted(x, shift)) * factor

@@ -19,7 +19,7 @@ class Scheduler:
         self.cache, self.pool = cache, cache.pool
         self.num_slots, self.prefill_chunk, self.reuses_prefixes = num_slots, prefill_chunk, reuses_prefixes
         self.running: list[Sequence] = []
-        """As they lie in memory."""
+        """The running sequences in the order in which they lie in memory."""
         self.waiting: deque[Sequence] = deque()
 
     def remove(self, sequence: Sequence) -> bool:

@@ -43,7 +43,7 @@ class Score:
 
     token_ids: list[int]
     logprobs: list[float]
-    """Of each token, in nats."""
+    """The log-probability of each token, in nats."""
     is_greedy: list[bool]
     """Whether each token was the likeliest one where it was looked up."""
     exit_layers: list[int]
@@ -51,7 +51,7 @@ class Score:
 
     @property
     def logprob(self) -> float:
-        """Of the whole continuation."""
+        """The log-probability of the whole continuation."""
         return sum(self.logprobs)
 
 
@@ -63,7 +63,7 @@ class _Row:
     asked: list[tuple[int, int]]
     """(place in the sequence, token after it)."""
     answers: list[int]
-    """Of each of `asked`, its place among all answers."""
+    """The place of each of `asked` among all answers."""
 
 
 def token_pairs(model: EarlyExitModel, encode: Encode, pairs: Iterable[tuple[str, str] | TokenPair]) -> list[TokenPair]:

@@ -12,7 +12,7 @@ from ee_tuning.generation.sampling import request_key
 from ee_tuning.model.ragged_attention import CachePlaces
 
 Part = tuple[str, int]
-"""Of the network: a piece by its index."""
+"""A part of the network: a piece by its index."""
 
 _numbers = itertools.count()
 
@@ -34,11 +34,11 @@ class SequenceStatistics:
     num_read_again: int = 0
     """Tokens that had to be read a second time, for memory ran out and it had to wait."""
     seconds_waiting: float = 0.0
-    """Until there was room for it."""
+    """The time until there was room for it."""
     seconds_to_first_token: float = 0.0
-    """From when it was added."""
+    """The time from when it was added."""
     seconds: float = 0.0
-    """From when it was added until its end."""
+    """The time from when it was added until its end."""
 
 
 @dataclass
@@ -89,7 +89,7 @@ class Sequence:
     boundary: list[list[Tensor]] = field(default_factory=list, repr=False)
     """Per piece, the hidden states [k, h] of its pending tokens, on the stage that made them."""
     head_watermarks: dict[int, int] = field(default_factory=dict)
-    """For heads that have a layer of their own and may be asked about this sequence: how many tokens have keys and values there."""
+    """Tokens that have keys and values at each head that has a layer of its own and may be asked about this sequence."""
     head_states: dict[int, list[Tensor]] = field(default_factory=dict, repr=False)
     """Per such head, the states [k, h] of the tokens that lack them there, on the stage that has the head."""
     blocks: list[int] = field(default_factory=list)
@@ -107,7 +107,7 @@ class Sequence:
     statistics: SequenceStatistics = field(default_factory=SequenceStatistics)
     num_prompt_tokens: int = field(init=False)
     key: int = field(init=False)
-    """Of its draws."""
+    """The key of its draws."""
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.tokens)

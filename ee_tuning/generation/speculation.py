@@ -1,4 +1,4 @@
-"""At which exits tokens are drafted, from which confidence on, and when to check: chosen from what was right and what things cost.
+"""The exits at which tokens are drafted, from which confidence on, and when to check: chosen from what was right and what things cost.
 
 Tokens never depend on it: they are the full model's (see `Engine`). It decides alike on every rank, for all it knows is the same there.
 """
@@ -177,7 +177,7 @@ class _Rates:
 
 
 def _passed(record: _Record) -> dict[float, tuple[float, float]]:
-    """By threshold: the share of tokens that pass it, and of those that pass it and are right."""
+    """Two shares by threshold: that of tokens that pass it, and of those that pass it and are right."""
     share, hits, total, passed = 0.0, 0.0, sum(record.seen), {}
     for place in reversed(range(len(EDGES))):
         share += record.seen[place] / total

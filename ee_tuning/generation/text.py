@@ -26,7 +26,7 @@ class TextStream:
     def __init__(self, decode: Callable[[list[int]], str], prompt_ids: list[int], stop: tuple[str, ...] = (),
                  special: Mapping[int, str] = MappingProxyType({})):
         self.text = ""
-        """Without the prompt, and without the stop string where one was met."""
+        """The text without the prompt, and without the stop string where one was met."""
         self.has_stopped = False
         self._decode, self.stop, self._special = decode, stop, special
         self._left_out: list[tuple[int, str]] = []

@@ -11,13 +11,13 @@ from ee_tuning.generation.sequence import Sequence
 
 
 class PieceWalk:
-    """Of an engine."""
+    """The walk of an engine."""
 
     def __init__(self, runner: Runner, judge: Judge, drafting: Drafting):
         self.runner, self.judge, self.drafting = runner, judge, drafting
         self.pieces, self.num_layers = runner.pieces, runner.config.num_layers
         self.seconds_in_heads = 0.0
-        """On this rank, waiting for the rank that has the head included."""
+        """Time on this rank, waiting for the rank that has the head included."""
 
     def take(self, going: list[Sequence], running: list[Sequence]) -> list[Left]:
         """Takes `going` of those that run through the pieces. Pieces between which nothing is decided are one pass."""

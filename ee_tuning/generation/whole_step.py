@@ -23,7 +23,7 @@ class WholeSteps:
         self.is_able = True
         """Whether steps are taken so where they can be."""
         self._flights: deque[Flight] = deque()
-        """In the order in which they went on to the stage that they wait for: its words come in that order."""
+        """The flights in the order in which they went on to the stage that they wait for: its words come in that order."""
         self._held: list[Sequence] = []
         """Those that a step left out."""
         self._clock = 0
@@ -31,7 +31,7 @@ class WholeSteps:
         """Numbers of the sequences that wait for a later stage's word."""
         self._newest: Route | None = None
         self.seconds_in_heads = 0.0
-        """On this rank, of steps that are over."""
+        """The time in heads on this rank, of steps that are over."""
 
     def begin(self, rows: list[Sequence]) -> list[Left] | None:
         """Begins a step of `rows`, their newest tokens at the entrance, and says who left so far; None where the pieces have to be gone

@@ -12,9 +12,9 @@ from ee_tuning.kernel.build import Number, kernels
 # t tokens · h hidden · d width of a head · v vocabulary, padding included
 
 MOST_TOKENS = 32
-"""Of a pass that is worth a kernel: for more, torch's matrix products are as fast."""
+"""The most tokens of a pass that is worth a kernel: for more, torch's matrix products are as fast."""
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
-"""In the order that the kernels number them."""
+"""Activations in the order that the kernels number them."""
 STAYS = -1
 """Where a token left that has not left."""
 
@@ -27,14 +27,14 @@ def _fields(integers: str = "", pointers: str = "") -> list[tuple[str, Any]]:
 
 
 class Shape(ctypes.Structure):
-    """Of every layer and head of a model."""
+    """The shape of every layer and head of a model."""
 
     _fields_ = [*_fields("hidden groups per_group width has_layer_norm is_rotated activation"), ("epsilon", ctypes.c_double),
                 ("scale", ctypes.c_double)]
 
 
 class MLP(ctypes.Structure):
-    """Of a layer or head; all null where there is none."""
+    """The MLP of a layer or head; all null where there is none."""
 
     _fields_ = [*_fields(pointers="fc1 fc1_bias fc2 fc2_bias"), *_fields("inner is_gated")]
 
@@ -59,7 +59,7 @@ class Pass(ctypes.Structure):
 
 
 class Head(ctypes.Structure):
-    """From states to logits."""
+    """The way from states to logits."""
 
     _fields_ = [*_fields(pointers="norm norm_bias output"), ("mlp", MLP), *_fields("num_ids num_rows", "token_ids")]
 

@@ -62,7 +62,7 @@ class ModelConfig:
     kv_channels: int
     """Width of one head."""
     vocab_size: int
-    """Without padding."""
+    """The number of tokens, without padding."""
     max_position_embeddings: int
     norm_epsilon: float
     rope: RopeConfig
@@ -76,9 +76,9 @@ class ModelConfig:
     is_gated: bool = True
     """The MLP: down (activation(gate x) · up x); else down activation(up x)."""
     has_linear_bias: bool = False
-    """On every linear map of a layer."""
+    """Whether every linear map of a layer has a bias."""
     has_qkv_bias: bool = False
-    """On queries, keys and values."""
+    """Whether queries, keys and values have one."""
     has_proj_bias: bool = False
     """Whether the attention's output has one."""
     has_qk_norm: bool = False
@@ -148,7 +148,7 @@ def read_model_config(folder: Path) -> ModelConfig:
 
 
 def model_config_from_hf(raw: Any, path: Path) -> ModelConfig:
-    """As `read_model_config`, from the parsed config.json; `path` is named in errors."""
+    """The config that `read_model_config` reads, from the parsed config.json; `path` is named in errors."""
     if not isinstance(raw, dict):
         raise InputError(f"{path} must hold a JSON object, got {type(raw).__name__}; fetch the model's own config.json")
     refuse_quantized(raw, path)

@@ -29,7 +29,7 @@ class PackedDocuments:
 
     @classmethod
     def of(cls, ids: Tensor | None, positions: Tensor | None, device: torch.device) -> "PackedDocuments | None":
-        """From the loader's tensors on the CPU; None where documents are not told apart."""
+        """The documents of the loader's tensors on the CPU; None where documents are not told apart."""
         if ids is None and positions is None:
             return None
         starts, longest = None, 0

@@ -41,17 +41,17 @@ class ExitInput:
     residual: Tensor | None = None
     """[…, h]: for `mlp`, a_l, layer l's post-attention residual."""
     documents: PackedDocuments | None = None
-    """For `layer`: which tokens of a row may see each other, where documents are told apart."""
+    """Which tokens of a row may see each other, where documents are told apart."""
     layer_output: Tensor | None = None
     """[…, h]: for `layer`, its own layer's output, where decoding has run it already, for every token that passed."""
 
     def rows(self, index: list[int]) -> "ExitInput":
-        """Of the tokens at `index` of the first dimension, in decoding."""
+        """The input of the tokens at `index` of the first dimension, in decoding."""
         where = torch.tensor(index, pin_memory=self.hidden.is_cuda).to(self.hidden.device, non_blocking=True)
         return self._of_each(lambda x: x[where])
 
     def tokens(self, places: Tensor) -> "ExitInput":  # [n] int64
-        """Of the tokens [n, h] at `places` of hidden states [s, b, h], counted row by row of b; each is taken alone."""
+        """The input of the tokens [n, h] at `places` of hidden states [s, b, h], counted row by row of b; each is taken alone."""
         return self._of_each(lambda x: x.flatten(0, 1)[places])
 
     def padded(self, count: int) -> "ExitInput":

@@ -57,7 +57,7 @@ def few_bits_weights(module: nn.Module) -> Iterator[tuple[str, "FewBitsLinear"]]
 
 
 class FewBitsLinear(nn.Module, abc.ABC):
-    """As the `stock` map of Megatron's that it replaces: [s, b, i] -> [s, b, o], and the bias where the caller is to add it.
+    """Takes the place of Megatron's `stock` map: [s, b, i] -> [s, b, o], and the bias where the caller is to add it.
 
     Where the sequence is cut, column-parallel maps take [s/tp, b, i], and row-parallel ones give [s/tp, b, o].
     """
@@ -94,7 +94,7 @@ class FewBitsLinear(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def product(self, x: Tensor) -> Tensor:  # [s, b, i] -> [s, b, o]
-        """Before sum and bias."""
+        """The product, before sum and bias."""
 
 
 class Int8Linear(FewBitsLinear):

@@ -37,7 +37,7 @@ class Graph:
     """Where every replay leaves them, over those of the replay before."""
 
     def __init__(self, function: Callable[[], tuple[Tensor, ...]], device: torch.device, *, keeps: bool = True):
-        """With `keeps`, outputs stay as they are until the next replay; without, until another graph's: that saves a copy of them."""
+        """`keeps`: outputs stay as they are until the next replay; without, until another graph's: that saves a copy of them."""
         stream = _stream(device)
         try:
             stream.wait_stream(torch.cuda.current_stream(device))

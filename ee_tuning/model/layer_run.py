@@ -24,7 +24,7 @@ class LayerRun:
     def __init__(self, layers: Sequence[RaggedLayer], caches: Sequence[LayerCache]):
         self._steps = list(zip(layers, caches, strict=True))
         self.native: ctypes.Array[calls.Layer] | None = None
-        """For the kernels; None where they do not serve."""
+        """The layers as the kernels take them; None where they do not serve."""
         if layers and all(layer.is_native for layer in layers):
             self.native = (calls.Layer * len(layers))(*(layer.native(cache) for layer, cache in self._steps))
             self.shape = layers[0].native_shape

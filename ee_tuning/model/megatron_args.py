@@ -41,7 +41,7 @@ _ALLOWED_OF_EXPERTS: dict[str, tuple[Any, ...]] = {
     "moe_router_topk_limited_devices": (None,), "moe_router_topk_scaling_factor": (None, 1.0), "moe_router_enable_expert_bias": (False,),
     "moe_shared_expert_intermediate_size": (None,), "moe_expert_capacity_factor": (None,), "moe_apply_probs_on_input": (False,),
     "moe_latent_size": (None,), "moe_use_legacy_grouped_gemm": (False,)}
-"""As _ALLOWED, where there are experts. Noise, losses and dispatchers are how they are trained, not what they compute."""
+"""More of _ALLOWED, where there are experts. Noise, losses and dispatchers are how they are trained, not what they compute."""
 
 
 def read_megatron_config(saved: Mapping[str, Any] | None, shape: Path | None, where: Path) -> ModelConfig:
@@ -66,7 +66,7 @@ def read_megatron_config(saved: Mapping[str, Any] | None, shape: Path | None, wh
 
 
 def model_config_from_megatron(arguments: Mapping[str, Any], path: Path) -> ModelConfig:
-    """As `read_megatron_config`, from parsed arguments; `path` is named in errors."""
+    """The config that `read_megatron_config` reads, from parsed arguments; `path` is named in errors."""
     _refuse_what_would_be_ignored(arguments, path)
     family = _family(arguments, path)
     numbers: dict[str, Any] = {key: _number(arguments, key, path) for key in _REQUIRED}

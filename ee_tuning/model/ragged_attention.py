@@ -44,7 +44,7 @@ class CachePlaces:
 
     @cached_property
     def address(self) -> int:
-        """Of the index, in memory."""
+        """The address of the index, in memory."""
         return self.index.data_ptr()
 
 

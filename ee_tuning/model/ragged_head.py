@@ -24,7 +24,7 @@ class RaggedHead(ABC):
     """A head on this rank. Shares its weights."""
 
     layer: RaggedLayer | None = None
-    """Of its own, behind the backbone's."""
+    """The layer of its own, behind the backbone's."""
 
     def __init__(self, model: EarlyExitModel, vocab: VocabShard, norm: Any, output: Tensor, mlp: ExitMLP | None = None):
         """`vocab` is what the rows of `output` are."""
@@ -33,11 +33,11 @@ class RaggedHead(ABC):
         if mlp is not None:
             (row_major if is_native else column_major)(mlp.fc1.weight)
         self.native = _native(norm, output, mlp, vocab) if is_native else None
-        """For the kernels; None where they do not serve."""
+        """The head as the kernels take it; None where they do not serve."""
         self._shape = native_shape(model.config)
         self._is_recordable = graphs.serve(model.topology)
         self._graphs: dict[int, tuple[ExitInput, graphs.Graph]] = {}
-        """By padded count: what it reads, and the graph."""
+        """Entries by padded count: what it reads, and the graph."""
 
     @property
     def is_whole(self) -> bool:
@@ -74,7 +74,7 @@ class RaggedHead(ABC):
 
     @abstractmethod
     def logits(self, inputs: ExitInput) -> Tensor:  # [q, v/tp]
-        """By torch's operators."""
+        """The logits, by torch's operators."""
 
     @abstractmethod
     def native_states(self, inputs: ExitInput) -> tuple[Tensor, Tensor | None]:  # [q, h] each

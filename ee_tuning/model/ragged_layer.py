@@ -59,7 +59,7 @@ class RaggedLayer:
         self.native_shape = native_shape(config)
 
     def native(self, cache: LayerCache) -> calls.Layer:
-        """For the kernels, where there is one for it (`is_native`). Layer and cache have to outlive it."""
+        """The layer as the kernels take it, where there is one for it (`is_native`). Layer and cache have to outlive it."""
         made = calls.Layer()
         biases = {"input_norm_bias": self.input_norm_bias, "mlp_norm_bias": self.mlp_norm_bias} if self.has_layer_norm else {}
         calls.fill(made, {"input_norm": self.input_norm, "qkv": self.qkv, "qkv_bias": self.qkv_bias, "head_norm": self.head_norm,

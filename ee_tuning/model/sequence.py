@@ -26,5 +26,5 @@ def gathered_sequence(part: Tensor, group: Group) -> Tensor:  # [s/tp, …] -> [
 
 
 def summed_parts(partial: Tensor, group: Group) -> Tensor:  # [s, …] -> [s/tp, …]
-    """Of the sum of the ranks' shares, this rank's tokens."""
+    """This rank's tokens of the sum of the ranks' shares."""
     return reduce_scatter_to_sequence_parallel_region(partial, group=group)

@@ -24,7 +24,7 @@ MOST_GATHERED = 2 ** 28
 
 
 class StaticAttention(ABC):
-    """Of tokens that see up to `reach` places each, a multiple of BLOCK_SIZE."""
+    """Attention of tokens that see up to `reach` places each, a multiple of BLOCK_SIZE."""
 
     least_reach = 1024
     """Longer ones are powers of two: each is recorded by itself."""
@@ -113,7 +113,7 @@ class VarlenAttention(StaticAttention):
 
 
 class GatheredAttention(StaticAttention):
-    """Of any dtype, and blocks that lie anywhere: each token's keys and values are copied side by side."""
+    """Attention of any dtype, and blocks that lie anywhere: each token's keys and values are copied side by side."""
 
     least_reach = 64
 

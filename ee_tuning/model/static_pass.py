@@ -77,7 +77,7 @@ class StaticPass:
 
 
 class StaticPasses:
-    """Of a cache of `num_places` and one more block. One for each padded count, way to attend, and length that may be seen."""
+    """The passes over a cache of `num_places` and one more block. One for each padded count, way to attend, and length that may be seen."""
 
     def __init__(self, tables: tuple[Tensor, Tensor], *, width: int, num_places: int, bytes_per_place: int):
         """`tables` as TokenPass has them; `width` is h."""

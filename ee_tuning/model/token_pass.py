@@ -25,7 +25,7 @@ class TokenPass:
 
     @property
     def batch(self) -> RaggedBatch:
-        """For torch: masks and indices, built once for all layers."""
+        """The batch as torch's operators take it: masks and indices, built once for all layers."""
         if self._batch is None:
             self._batch = ragged_batch(self.rows, self.starts, self.lengths, *self._tables, queries_per_group=self._queries_per_group,
                                        num_places=self._num_places)
@@ -33,7 +33,7 @@ class TokenPass:
 
     @property
     def static(self) -> StaticPass | None:
-        """For layers that can be recorded: padded, and valid until another pass is told; None where `batch` serves."""
+        """The batch as layers that can be recorded take it: padded, and valid until another pass is told; None where `batch` serves."""
         if self._static_passes is not None:
             self._static, self._static_passes = self._static_passes.fitting(self.rows, self.starts, self.lengths), None
         if self._static is not None:
@@ -42,7 +42,7 @@ class TokenPass:
 
     @property
     def native(self) -> calls.Pass:
-        """For the kernels."""
+        """The batch as the kernels take it."""
         if self._native is None:
             self._native = calls.token_pass(self.starts, self.lengths, [row.address for row in self.rows], *self._tables)
         return self._native

@@ -22,13 +22,13 @@ class Feedback:
         """Tensors of `shape` and `dtype` for `stages`; the last stage may have `max_in_flight` sends to each unfinished."""
         assert all(0 <= stage < topology.pp - 1 for stage in stages), stages
         self.seconds_waited = 0.0
-        """For other stages, so far. On a GPU, of the host alone."""
+        """Time spent in waiting for other stages, so far. On a GPU, the host's alone."""
         self._topology, self._shape, self._dtype, self._stages = topology, shape, dtype, stages
         self._max_in_flight = max_in_flight * len(stages)
         self._under_way: deque[tuple[Tensor, Any]] = deque()
 
     def send(self, tensor: Tensor) -> None:
-        """On the last stage. `tensor` may not be written afterwards."""
+        """Sends from the last stage. `tensor` may not be written afterwards."""
         assert self._topology.is_last_stage and tensor.shape == self._shape and tensor.dtype == self._dtype
         tensor = tensor.detach().contiguous()
         for stage in self._stages:
@@ -36,7 +36,7 @@ class Feedback:
         self._wait_for_sends(self._max_in_flight)
 
     def expect(self) -> None:
-        """On a stage of `stages`: makes room for the next tensor, and returns at once."""
+        """Makes room, on a stage of `stages`, for the next tensor, and returns at once."""
         assert self._topology.stage in self._stages
         tensor = torch.empty(self._shape, dtype=self._dtype, device=self._topology.device)
         self._under_way.append((tensor, irecv(tensor, self._topology.pp_ranks[-1], self._topology.feedback_group)))
@@ -51,7 +51,7 @@ class Feedback:
         return tensor
 
     def finish(self) -> None:
-        """On the last stage: waits for the sends under way."""
+        """Waits on the last stage for the sends under way."""
         self._wait_for_sends(0)
 
     def _wait_for_sends(self, max_in_flight: int) -> None:

@@ -12,12 +12,12 @@ Group = Any  # torch.distributed.ProcessGroup
 Ranks = tuple[int, ...]
 
 _KEPT: dict[Ranks, Group] = {}
-"""Of the world at hand, alike on all ranks."""
+"""The groups of the world at hand, alike on all ranks."""
 
 
 @contextmanager
 def one_group_for_same_ranks(parallel_state: Any, kept: list[list[int]]) -> Iterator[None]:
-    """Within, Megatron-core's `parallel_state` makes one group for all purposes that have the same ranks, in place of dozens for each rank.
+    """Inside it, Megatron's `parallel_state` makes one group for all purposes that have the same ranks, in place of dozens for each rank.
     Its layers use them one after the other, in the same order on every rank.
 
     The groups `kept`, those of replicas, outlive the layout: torch remembers device meshes by their ranks, and with them the group of the

@@ -60,7 +60,7 @@ class Relay:
         """`shape` and `dtype` of the hidden states of one micro-batch; `max_in_flight` sends may be unfinished at a time."""
         assert max_in_flight >= 1, f"max_in_flight must be at least 1, got {max_in_flight}"
         self.seconds_waited = 0.0
-        """For other stages, so far. On a GPU, of the host alone."""
+        """Time spent in waiting for other stages, so far. On a GPU, the host's alone."""
         self._topology, self._shape, self._dtype, self._max_in_flight = topology, shape, dtype, max_in_flight
         self._sending: deque[_Transfer] = deque()
         self._num_sent = self._num_received = 0

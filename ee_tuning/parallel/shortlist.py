@@ -31,7 +31,7 @@ class Shortlist(VocabShard):
     whole: VocabShard
     """This rank's part of the model's vocabulary."""
     own_span: tuple[int, int]
-    """Of the list, the first token that lies in this rank's part of the vocabulary, and the one behind the last."""
+    """The first token of the list that lies in this rank's part of the vocabulary, and the one behind the last."""
 
     @classmethod
     def of_tokens(cls, token_ids: Sequence[int], whole: VocabShard, topology: Any) -> "Shortlist":
@@ -156,7 +156,7 @@ def token_logits(logits: Tensor,  # […, rows of `vocab`]
 
 
 def _merged(vocab: Shortlist, listed: Tensor, true: Tensor, other: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of all shards: the largest logit of a listed token, its class, the log-sum-exp, and the logit of any other token."""
+    """What all shards say: the largest logit of a listed token, its class, the log-sum-exp, and the logit of any other token."""
     nothing = true.new_full(true.shape[:-1], -torch.inf)
     best, index = listed.max(-1) if listed.shape[-1] else (nothing, torch.zeros_like(nothing))
     rival = nothing if other is None else other[..., 0]

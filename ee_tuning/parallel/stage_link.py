@@ -26,7 +26,7 @@ class StageLink:
     def __init__(self, topology: Topology, *, max_in_flight: int = 16):
         assert max_in_flight >= 1, max_in_flight
         self.seconds_waited = 0.0
-        """For other stages, so far. On a GPU, of the host alone."""
+        """Time spent in waiting for other stages, so far. On a GPU, the host's alone."""
         self._topology = topology
         self._hidden = _Outbox(max_in_flight)
         # As many steps are on their way as there are stages, and may wait as long again behind older ones (`whole_step.py`).
@@ -95,7 +95,7 @@ class _Outbox:
         self.wait(self._max_in_flight)
 
     def wait(self, at_most: int) -> None:
-        """Until so many messages are under way."""
+        """Waits until so many messages are under way."""
         while len(self._under_way) > at_most:
             for work in self._under_way.popleft()[1]:
                 work.wait()

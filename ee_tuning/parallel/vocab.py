@@ -1,4 +1,4 @@
-"""Over a vocabulary shard: what needs all of the vocabulary's logits, said with this rank's part of them.
+"""What needs all of the vocabulary's logits, computed with this rank's part of them.
 
 Padded ids (the vocabulary size and above) are cut off before anything is computed, so they never win and never weigh in a sum.
 Every function runs without gradient bookkeeping of its own: the loss, which needs one, is ee_tuning/tuning/loss.py.
@@ -80,7 +80,7 @@ class Top1(NamedTuple):
 
 def log_sum_exp(logits: Tensor,  # [..., v/tp]
                 shard: VocabShard) -> Tensor:  # [...], float32 (float64 for float64 logits)
-    """Over the whole vocabulary, in nats; the same bits on every rank."""
+    """The log of the sum of exponentials over the whole vocabulary, in nats; the same bits on every rank."""
     local = at_least_float32(shard.without_padding(logits)).logsumexp(-1)  # of no rows: -inf, which weighs nothing
     return local if shard.world_size == 1 else shard.gather(local).logsumexp(0)
 
@@ -88,7 +88,7 @@ def log_sum_exp(logits: Tensor,  # [..., v/tp]
 def log_probabilities_of(logits: Tensor,  # [n, v/tp]
                          token_ids: Tensor,  # [n] int64, of the true vocabulary
                          shard: VocabShard) -> Tensor:  # [n], float32 (float64 for float64 logits)
-    """Of one token for each row of logits, in nats; the same bits on every rank."""
+    """Log-probabilities of one token for each row of logits, in nats; the same bits on every rank."""
     local = token_ids - shard.first
     is_here = (local >= 0) & (local < shard.true_rows)
     found = at_least_float32(logits.new_zeros(len(logits)))
@@ -165,7 +165,7 @@ def _local_entropy(logits: Tensor, shard: VocabShard) -> Tensor:
 
 
 def _merge_top1(parts: Tensor, dtype: torch.dtype) -> Top1:
-    """From every shard's part, [tp, 3, ...]. Shards come in the order of their ids, so the first of equals has the lowest."""
+    """The largest from every shard's part, [tp, 3, ...]. Shards come in the order of their ids, so the first of equals has the lowest."""
     largest, winner = parts[:, 0].max(0)
     token_ids = parts[:, 1].gather(0, winner[None])[0].long()
     probability = (largest - parts[:, 2].logsumexp(0)).exp()

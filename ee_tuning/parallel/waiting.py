@@ -23,7 +23,7 @@ class _Wait:
 
 
 _waits: dict[int, _Wait] = {}
-"""Of this process, by thread."""
+"""The waits of this process, by thread."""
 _watcher: threading.Thread | None = None
 
 

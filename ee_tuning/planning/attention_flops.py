@@ -5,7 +5,7 @@ from typing import Any
 
 _DENSE = tuple(f"aten::_scaled_dot_product_{kind}" for kind in ("flash_attention", "efficient_attention", "cudnn_attention"))
 _BY_ROWS = ("torch_attn::_varlen_attn", "aten::_flash_attention_")
-"""Of tokens laid one after the other: all rows are taken to be as long as the longest one."""
+"""Operations for tokens laid one after the other: all rows are taken to be as long as the longest one."""
 
 
 def attention_flops(name: str, arguments: dict[str, Any]) -> int | None:

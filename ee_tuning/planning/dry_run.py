@@ -51,11 +51,11 @@ class Rehearsal:
     memory: dict[str, int]
     """Bytes alive at the worst moment, by what they are; the keys of MEMORY."""
     layer_flops: int
-    """Of one micro-batch through the frozen layers."""
+    """Operations of one micro-batch through the frozen layers."""
     head_flops: int
-    """Of one micro-batch through the heads, forward and backward."""
+    """Operations of one micro-batch through the heads, forward and backward."""
     validation_flops: int
-    """Of one micro-batch through the heads, forward alone."""
+    """Operations of one micro-batch through the heads, forward alone."""
     tp_bytes: int
     """Gathered and reduced over tensor parallelism, per micro-batch; what is all-reduced counts as both."""
     dp_bytes: int
@@ -206,7 +206,7 @@ class _MeasuredWalk(StageWalk):
         self.num_forward = self.num_trained = self.num_validated = 0
 
     def forward(self, leg: Leg, follows: Follows) -> Passed:
-        """As StageWalk's."""
+        """See StageWalk."""
         self.num_forward += 1
         with self._ledger.during("activations"):
             passed = super().forward(leg, follows)
@@ -216,7 +216,7 @@ class _MeasuredWalk(StageWalk):
         return passed
 
     def train(self, passed: Passed, teacher: Teacher | None, exits: list[ExitOptimizer]) -> dict[int, ExitLoss]:
-        """As StageWalk's."""
+        """See StageWalk."""
         self.num_trained += 1
         with self._ledger.during("loss"):
             losses = super().train(passed, teacher, exits)
@@ -224,7 +224,7 @@ class _MeasuredWalk(StageWalk):
         return losses
 
     def evaluate(self, passed: Passed, teacher: Teacher | None, exits: list[ExitOptimizer]) -> dict[int, ExitLoss]:
-        """As StageWalk's."""
+        """See StageWalk."""
         self.num_validated += 1
         with self._ledger.during("validation"):
             return super().evaluate(passed, teacher, exits)

@@ -32,7 +32,7 @@ GPUS = {gpu.name: gpu for gpu in (
     Gpu(name="rtx4090", memory=24, tflops=165, bandwidth=1008, link=32, network=1.25),
     Gpu(name="l4", memory=24, tflops=121, bandwidth=300, link=32, network=3.125),
 )}
-"""By the names that `--gpu` takes."""
+"""GPUs by the names that `--gpu` takes."""
 
 
 def gpu(name: str, **figures: float | None) -> Gpu:

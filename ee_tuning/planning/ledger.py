@@ -35,9 +35,9 @@ class Ledger(TorchDispatchMode):
         self.peak: Counter[str] = Counter()
         """Bytes alive, by what they are, at the moment when most were."""
         self.flops: Counter[str] = Counter()
-        """By phase: multiplications and additions of matrix products and attention. Of causal attention, the half that is needed."""
+        """Multiplications and additions by phase, of matrix products and attention. Causal attention counts the half that is needed."""
         self.sent: Counter[tuple[str, str]] = Counter()
-        """By phase and name of the process group: bytes of every collective's or message's tensor, the whole where ranks have parts of it;
+        """Bytes by phase and process group: of every collective's or message's tensor, the whole where ranks have parts of it;
         of an all-reduce twice, for it is a reduce-scatter and an all-gather."""
         self._blocks: dict[int, _Block] = {}
         self._live: Counter[str] = Counter()

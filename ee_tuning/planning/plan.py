@@ -16,7 +16,7 @@ from ee_tuning.planning.gpus import Gpu
 GPUS_PER_NODE = 8
 """GPUs in each node of a cluster that is not described."""
 RESERVED_GB = 2.0
-"""Of each GPU, for its context, NCCL's buffers and what the allocator can not use."""
+"""What each GPU keeps for its context, NCCL's buffers and what the allocator can not use."""
 
 FORMULA = (
     "micro-batch of stage p = (layers' + heads' operations) ÷ (efficiency × peak operations/s) + (t − 1)/t × bytes gathered and reduced "
@@ -61,7 +61,7 @@ class StageFigures:
     layers: tuple[tuple[int, int], ...]
     """First and last, of each of them."""
     exits: tuple[tuple[int, ...], ...]
-    """Of each of them."""
+    """The exits of each of them."""
     memory: dict[str, int]
     """Bytes on each of its ranks at the worst moment; keys as in MEMORY."""
     total_bytes: int
@@ -72,7 +72,7 @@ class StageFigures:
     """A micro-batch of it."""
     update: float
     idle_share: float
-    """Of the time that micro-batches take: while slower stages work."""
+    """The share of the time that micro-batches take in which this stage waits for slower ones."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ Means = dict[str, float]
 
 
 class Sums:
-    """Of this replica, by exit layer."""
+    """Sums of this replica, by exit layer."""
 
     def __init__(self) -> None:
         self.by_layer: dict[int, Tensor] = {}
@@ -33,7 +33,7 @@ class Sums:
             self.by_layer[layer] = self.by_layer[layer] + values if layer in self.by_layer else values
 
     def means(self, topology: Topology, divisor: Divisor) -> dict[int, Means]:
-        """Over all replicas, which call it together."""
+        """The means over all replicas, which call it together."""
         if not self.by_layer:
             return {}
         stacked = torch.stack(list(self.by_layer.values()))
@@ -43,7 +43,7 @@ class Sums:
 
 
 def means(sums: Sequence[float], divisor: Divisor) -> Means:
-    """From the SUMS of all replicas. Not a number where there was no token."""
+    """Means from the SUMS of all replicas. Not a number where there was no token."""
     named = dict(zip(SUMS, sums, strict=True))
     found = {name: _ratio(value, named[divisor if name == "loss" else "tokens"]) for name, value in named.items()}
     nats = found["cross_entropy"]

@@ -41,7 +41,7 @@ def tune(config: Config) -> int:
 
 
 def tune_within(config: Config, topology: Topology) -> bool:
-    """As `tune`, within a world that exists. Whether the run reached its end."""
+    """Does what `tune` does, within a world that exists. Returns whether the run reached its end."""
     check_settings(config.tuning)
     count_microbatches(config.tuning, topology.dp)
     check_dashboards(config)

@@ -113,7 +113,7 @@ class FitPass:
         self._is_pupil, self._chunk_tokens = topology.stage in pupils, tuning.loss_chunk_tokens
         has_list = bool(self._exits.token_ids) and topology.is_last_stage
         self.other = OtherFit(self._model, self._exits.token_ids, topology) if has_list else None
-        """Of the shortlist, where this is the last stage."""
+        """The fit of the shortlist's row of any other token, where this is the last stage."""
         self.sums = {spec.layer: FitSums(self._model.config.hidden_size, topology.device, topology.tp_rank, topology.tp)
                      for spec in self._model.plan.own_exits}
 

@@ -17,7 +17,7 @@ from ee_tuning.parallel.topology import Topology
 
 
 class OtherFit:
-    """On the last stage: Σ p (1 − p) y yᵀ and Σ p (1 − p) y o in float64, the same on all tensor-parallel ranks of a replica."""
+    """Sums on the last stage: Σ p (1 − p) y yᵀ and Σ p (1 − p) y o in float64, the same on all tensor-parallel ranks of a replica."""
 
     def __init__(self, model: EarlyExitModel, token_ids: tuple[int, ...], topology: Topology):
         width = model.config.hidden_size

@@ -12,11 +12,11 @@ class Leg:
 
     batch: Batch
     trains: bool
-    """For an optimizer step, or else for a validation."""
+    """Whether it is for an optimizer step, or else for a validation."""
     step: int
     """The optimizer step that it is part of, or that its validation follows; 0 before the first."""
     is_last: bool
-    """Of its step or of its validation."""
+    """Whether it is the last of its step or of its validation."""
     position: int
     """Samples that all replicas have consumed with it."""
     ends_step: bool
@@ -31,7 +31,7 @@ class Itinerary:
         self._source, self._validation, self._tuning = source, validation, tuning
 
     def after(self, step: int, *, validates_first: bool) -> Iterator[Leg]:
-        """From the validation after `step`, if wanted, or else from the next step."""
+        """The legs from the validation after `step`, if wanted, or else from the next step."""
         if validates_first:
             yield from self.validation(step)
         while True:

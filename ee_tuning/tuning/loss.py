@@ -20,7 +20,7 @@ from ee_tuning.tuning.teacher import Teacher, TeacherBuffers
 
 CROSS_ENTROPY = Objective()
 STATISTICS = ("tokens", "weights", *PER_TOKEN, *(f"above_{threshold}" for threshold in THRESHOLDS))
-"""Of `ExitLoss.statistics`: sums over the tokens, each times its loss mask."""
+"""Rows of `ExitLoss.statistics`: sums over the tokens, each times its loss mask."""
 
 
 class ExitLoss(NamedTuple):

@@ -60,7 +60,7 @@ class LossChunk:
 
     def gradient_in_place(self, weights: Tensor,  # [n, 1]
                           objective: Objective) -> Tensor:  # [n, v]
-        """Of weights · the objective by the logits. Call it last: it overwrites what it is made of."""
+        """The gradient of weights · the objective by the logits. Call it last: it overwrites what it is made of."""
         gradient, teaches = self._exponentials, self._teaches
         scale = weights / self._total
         if teaches is not None and objective.total_variation:  # ½ p (sign - its mean)

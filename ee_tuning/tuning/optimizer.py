@@ -27,9 +27,9 @@ class ExitUpdate:
     """What one step did to one exit."""
 
     means: Means
-    """Over the global batch, before the step."""
+    """Means over the global batch, before the step."""
     grad_norm: float
-    """Before the clip."""
+    """The norm before the clip."""
     is_skipped: bool
     """Whether the exit was left as it was, for its gradient is not finite, or larger than any that is believed."""
 
@@ -70,16 +70,16 @@ class ExitOptimizer:
         return int(self.adam.state[next(iter(self.parameters.values()))]["step"])
 
     def begin_microbatch(self, is_last: bool) -> None:
-        """Before a forward pass that is followed by a backward pass; `is_last` of the step: only then are gradients reduced."""
+        """Prepares a forward pass that is followed by a backward pass; `is_last` of the step: only then are gradients reduced."""
         self._sharded.set_requires_gradient_sync(is_last)
         self._sharded.set_reshard_after_backward(is_last)
 
     def reshard(self) -> None:
-        """After forward passes without a gradient: frees the whole weights, which the next step would leave stale."""
+        """Frees, after forward passes without a gradient, the whole weights, which the next step would leave stale."""
         self._sharded.reshard()
 
     def sum_partial_gradients(self, topology: Topology) -> None:
-        """Over tensor parallelism: of what every rank holds alike and sees a share of the gradient of. Its replicas are summed already."""
+        """Sums gradients over tensor-parallel ranks where every rank holds a parameter alike and sees a share; replicas are summed."""
         shares = [_gradient(self.parameters[name]) for name in self._partial]
         flat = torch.cat([share.flatten() for share in shares]) if shares else None
         if flat is None or not flat.numel():  # a replica among many may hold no row of them; then its shards hold none either

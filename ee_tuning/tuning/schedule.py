@@ -5,7 +5,7 @@ from ee_tuning.config import TuningSection
 
 
 def learning_rate(step: int, tuning: TuningSection) -> float:
-    """Of the 1-based optimizer step: a linear rise from 0 over the warm-up, then the decay, which meets min_lr at the last step."""
+    """Rate at the 1-based optimizer step: a linear rise from 0 over the warm-up, then the decay, which meets min_lr at the last step."""
     num_warmup = int(tuning.lr_warmup_fraction * tuning.train_iters)
     if step <= num_warmup:
         return tuning.lr * step / num_warmup

@@ -9,7 +9,7 @@ from ee_tuning.tuning.objective import THRESHOLDS
 
 
 def implied_speed_ups(record: Record, config: ModelConfig, exits: tuple[ExitSpec, ...]) -> dict[str, float]:
-    """By threshold, from a validation's `above_…`: multiply-adds of full depth ÷ those of a token on average, heads asked included.
+    """Speed-ups by threshold of a validation's `above_…`: multiply-adds of full depth ÷ those of a token on average, heads asked included.
 
     Which tokens two exits are sure of is not known, so it is taken that a token left by exit i where the surest exit up to i is: more can
     not be claimed. A lower bound, where layers cost what their multiply-adds do.

@@ -109,11 +109,11 @@ class _Rectangle:
     shape: tuple[int, ...]
     offset: tuple[int, ...]
     rows: slice
-    """Of the rank's part of the parameter."""
+    """The rows of the rank's part of the parameter."""
 
 
 def _rectangles(plan: Shard, first_row: int, num_rows: int) -> Iterator[_Rectangle]:
-    """Of the replica's rows first_row .. first_row + num_rows - 1 of the tensor-parallel shard that `plan` describes.
+    """The rectangles of the replica's rows first_row .. first_row + num_rows - 1 of the tensor-parallel shard that `plan` describes.
 
     Round as the parameter is, also where Hugging Face has the tensor transposed.
     """

@@ -34,7 +34,7 @@ class Passed:
     leg: Leg
     follows: Follows
     exit_inputs: dict[int, ExitInput]
-    """By layer."""
+    """What each exit takes, by layer."""
     teacher: Teacher | None
     """Where it is known already: on the last stage."""
 
@@ -57,7 +57,7 @@ class StageWalk:
         return 0 if self._tutor is None else self._tutor.num_ahead
 
     def forward(self, leg: Leg, follows: Follows) -> Passed:
-        """Through the frozen layers and on. What `follows` is the first stage's to say; the others pass on what they hear."""
+        """Runs the frozen layers and sends on. The first stage decides what `follows`; the others pass it on."""
         batch, tutor = leg.batch, self._tutor if self._teaches[leg.trains] else None
         documents = PackedDocuments.of(batch.document_ids, batch.position_ids, self._topology.device)
         if self._topology.is_first_stage:

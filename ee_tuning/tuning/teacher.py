@@ -28,10 +28,10 @@ class TeacherChunk(Protocol):
     where nobody asked."""
 
     def before_softmax(self, shifted: Tensor) -> list[Tensor]:
-        """Of the student's logits less their largest [n, v]: sums [n, 1] to be summed over the shards."""
+        """Sums of the student's logits less their largest [n, v]: sums [n, 1] to be summed over the shards."""
 
     def beside_softmax(self, exponentials: Tensor) -> list[Tensor]:
-        """Of their exponentials: more of these."""
+        """More such sums, of the exponentials."""
 
     def divergence(self, sums: list[Tensor], total: Tensor) -> Tensor:
         """All these, summed, and the student's sum of exponentials [n, 1]: KL(teacher ‖ student) [n, 1] in nats."""
@@ -41,7 +41,7 @@ class Teacher(Protocol):
     """What `linear_loss` may be given."""
 
     def chunk(self, part: slice, buffers: "TeacherBuffers", vocab: VocabShard, wants_likeliest: bool) -> TeacherChunk:
-        """For tokens `part` of s · b. Over the classes of `vocab`, where it is a shortlist."""
+        """The lesson for tokens `part` of s · b. Over the classes of `vocab`, where it is a shortlist."""
 
 
 @dataclass(frozen=True)

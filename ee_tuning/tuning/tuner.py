@@ -54,7 +54,7 @@ class Tuner:
 
     @property
     def exits(self) -> list[ExitOptimizer]:
-        """Of this stage."""
+        """The exits of this stage."""
         return self._work.exits
 
     def resume(self) -> None:

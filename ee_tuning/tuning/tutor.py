@@ -39,12 +39,12 @@ class Tutor:
         return self._topology.pp - 1 - self._topology.stage if self._is_pupil else 0
 
     def expect(self) -> None:
-        """Before a micro-batch is sent on whose lesson is wanted."""
+        """Makes ready for the lesson of a micro-batch that is about to be sent on."""
         if self._is_pupil:
             self.feedback.expect()
 
     def teach(self, hidden: Tensor) -> Teacher:  # [s, b, h], the last layer's output
-        """On the last stage: the lesson of a micro-batch, which goes out to the pupils, too."""
+        """The lesson of a micro-batch on the last stage, which goes out to the pupils, too."""
         hidden, weight = self._model.final_hidden(hidden), self._model.backbone.output_layer.weight
         if self._tells_hidden:
             self.feedback.send(hidden)
@@ -57,7 +57,7 @@ class Tutor:
         return told
 
     def lesson(self) -> Teacher | None:
-        """On the other stages: of the oldest micro-batch that expects one; None where there are no exits."""
+        """The lesson on the other stages, of the oldest micro-batch that expects one; None where there are no exits."""
         if not self._is_pupil:
             return None
         told = self._model.whole_sequence(self.feedback.take())  # over tensor parallelism: all ranks of a stage take theirs in order

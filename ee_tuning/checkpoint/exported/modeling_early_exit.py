@@ -29,8 +29,8 @@ _FOREIGN = ("assistant_model", "past_key_values", "inputs_embeds", "synced_gpus"
 
 @dataclass
 class EarlyExitOutput(ModelOutput):
-    """With return_dict_in_generate=True and an exit_threshold. `exit_layers` [r, new tokens]: the layer each token left at, the number of
-    layers where it did not leave early; 0 after a row's end."""
+    """The output for return_dict_in_generate=True with a threshold. `exit_layers` [r, new tokens]: the layer each token left at, the number
+    of layers where it did not leave early; 0 after a row's end."""
     sequences: Tensor | None = None
     scores: tuple[Tensor, ...] | None = None
     exit_layers: Tensor | None = None
@@ -89,7 +89,7 @@ class _WithExits:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As every model's, and then the exit heads."""
+        """Loads the model as transformers does, and then the exit heads."""
         # Unsaid, transformers asks on standard input whether to run what else lies in the folder.
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **{"trust_remote_code": False, **kwargs})
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -107,7 +107,7 @@ class _WithExits:
             self.exits[str(number)] = ExitHead(number, own, _layers_of(self), self.config)
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
-        """As every model's, with the exit heads beside it."""
+        """Saves the model as transformers does, with the exit heads beside it."""
         if tensors := {f"exits.{layer}.{name}": tensor for layer, head in self.exits.items() for name, tensor in head.tensors().items()}:
             self.config.early_exit = {**self.config.early_exit, "files": ["exit_heads.safetensors"]}
             os.makedirs(save_directory, exist_ok=True)
@@ -116,7 +116,7 @@ class _WithExits:
 
     @torch.no_grad()
     def generate(self, *args: Any, exit_threshold: float | None = None, max_pending: int = 16, **kwargs: Any) -> Any:
-        """As every model's `generate`; with `exit_threshold`, a token leaves at the first exit whose largest probability reaches it.
+        """The `generate` of transformers; with `exit_threshold`, a token leaves at the first exit whose largest probability reaches it.
 
         Each row of a batch decides for itself; the first token comes from full depth, which the prompt runs through anyway. Above 1 nothing
         leaves early. Once a row has `max_pending` tokens waiting before a layer, all rows catch up. Greedy or sampled, no beams.
