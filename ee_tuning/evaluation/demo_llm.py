@@ -49,13 +49,13 @@ class Demo:
     def steps(self) -> list[Step]:
         """The whole way. Minutes are of two quiet cores."""
         return [
-            Step("take the model", 0.5, self.model, self._take_model),
-            Step("have the model answer prompts, for its exits to learn", 1.5, self.answers, self._answer),
-            Step(f"put exits behind layers {LAYERS}, fitted by least squares", 2.5, self.converted, self._convert),
-            Step(f"tune them, {STEPS} steps", 2.5, self.tuned, self._tune),
-            *(Step(f"find the confidence from which {agreement:.0%} of each exit's tokens are the full model's", 0.7, file,
+            Step("take the model", 0.2, self.model, self._take_model),
+            Step("have the model answer prompts, for its exits to learn", 3, self.answers, self._answer),
+            Step(f"put exits behind layers {LAYERS}, fitted by least squares", 1, self.converted, self._convert),
+            Step(f"tune them, {STEPS} steps", 1.5, self.tuned, self._tune),
+            *(Step(f"find the confidence from which {agreement:.0%} of each exit's tokens are the full model's", 0.4, file,
                    partial(self._calibrate, agreement, file)) for agreement, file in zip(AGREEMENTS, self.calibrations, strict=True)),
-            Step("measure quality and speed on a held-out task", 7, self.evaluation, self._evaluate),
+            Step("measure quality and speed on a held-out task", 6.5, self.evaluation, self._evaluate),
             Step("report", 0.5, self.report, lambda: write_report(self.folder, self.calibrations[0]))]
 
     def _run(self, command: str, *words: str | Path) -> None:

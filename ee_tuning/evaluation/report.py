@@ -72,5 +72,5 @@ def _draw_losses(axes: Any, report: dict[str, Any]) -> None:
         axes.axhline(report["final_loss"], color=INK, linewidth=1, linestyle="--", label="the full model")
     axes.set_xticks(places, [f"layer {layer}" for layer in layers])
     axes.margins(y=0.12)
-    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=3)
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=3, fontsize=9, columnspacing=1)
     axes.set(title="Held-out loss per exit", ylabel="nats per token")
