@@ -134,7 +134,7 @@ def _begin(output: Path) -> None:
     elif mark.read_text(encoding="utf-8") != job:
         for made in ("text", "converted", "run", "evaluation"):
             shutil.rmtree(output / made, ignore_errors=True)
-        for made in (*output.glob("calibration-*.json"), output / "report.json"):
-            made.unlink(missing_ok=True)
+        for file in (*output.glob("calibration-*.json"), output / "report.json"):
+            file.unlink(missing_ok=True)
     mark.write_text(job, encoding="utf-8")
 
