@@ -42,7 +42,7 @@ def record_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets engines that are made from now on decode as on a GPU."""
     monkeypatch.setattr(graphs, "serve", lambda topology: True)
     monkeypatch.setattr(graphs, "Graph", ImitatedGraph)
-    monkeypatch.setattr(calls, "kernels", lambda: None)
+    monkeypatch.setattr(calls, "kernels", lambda *_: None)
     ImitatedGraph.num_replays = 0
     ImitatedGraph.recorded.clear()
 

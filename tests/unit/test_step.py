@@ -28,7 +28,7 @@ def test_labels_and_mask_are_copied_to_the_device_once_for_all_exits() -> None:
     weight = torch.zeros(5, 4, requires_grad=True)
     exits: list[Any] = [SimpleNamespace(layer=layer, begin_microbatch=lambda is_last: None,
                                         head=lambda hidden, project: project(hidden, weight)) for layer in (1, 2, 3)]
-    model: Any = SimpleNamespace(vocab=VocabShard(5, 0, 5, None, 1), plan=SimpleNamespace(cuts_sequence=False))
+    model: Any = SimpleNamespace(exit_vocab=VocabShard(5, 0, 5, None, 1), plan=SimpleNamespace(cuts_sequence=False))
     walk = StageWalk(model, None, SimpleNamespace(device=torch.device("cpu")), 2, Objective())  # type: ignore[arg-type]
     batch = Batch(tokens=torch.zeros(1, 3, dtype=torch.int64), labels=torch.zeros(3, 1, dtype=torch.int64).as_subclass(Counted),
                   loss_mask=torch.ones(3, 1).as_subclass(Counted))

@@ -175,5 +175,5 @@ def test_commands_that_read_weights_take_no_verify() -> None:
         assert ("--no-verify" in flags) == ("--model" in flags)
         if "--no-verify" in flags:
             needed = {"export": ["--format", "artifact", "--output", "o"], "convert": ["--output", "o"],
-                      "regenerate": ["--output", "o"]}.get(command, [])
+                      "regenerate": ["--output", "o"], "evaluate": ["--output", "o"]}.get(command, [])
             assert cli.parse([command, *needed, "--no-verify"]).overrides["exits.verify"] is False
