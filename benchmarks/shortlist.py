@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from fitting import _docstrings
 from torch import Tensor
 
 from ee_tuning.checkpoint.convert import write_initial_exits
@@ -25,7 +24,7 @@ from ee_tuning.config import Config, load_config, replace
 from ee_tuning.data.frequent_tokens import list_tokens
 from ee_tuning.data.loader import batches_of_each
 from ee_tuning.data.splits import load_samples
-from ee_tuning.data.standard_library import standard_library
+from ee_tuning.data.standard_library import documentation_strings, standard_library
 from ee_tuning.evaluation.calibrate import Outcome, Readings, choose, judge, read_exits
 from ee_tuning.generation.costs import measure_costs
 from ee_tuning.generation.llm import EarlyExitLLM
@@ -97,7 +96,7 @@ class _Together:
 
 
 def _job(args: argparse.Namespace, folder: Path) -> Config:
-    texts = list(_docstrings({name: source for files in standard_library() for name, source in files.items()}))
+    texts = list(documentation_strings({name: source for files in standard_library() for name, source in files.items()}))
     for name, part in (("train", [text for index, text in enumerate(texts) if index % 5]), ("held_out", texts[::5])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part), encoding="utf-8")
     return load_config(None, {
