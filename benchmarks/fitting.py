@@ -28,7 +28,7 @@ from ee_tuning.data.standard_library import documentation_strings, standard_libr
 from ee_tuning.model.documents import PackedDocuments
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.parallel.topology import init_parallel
-from ee_tuning.tuning.command import convert_fitted, tune_within
+from ee_tuning.tuning.command import convert_by_texts, tune_within
 
 SHIPPED = Path(__file__).parents[1] / "examples" / "tiny-python-llama"
 SURE = 0.8
@@ -77,7 +77,7 @@ def main() -> None:
         config = _job(args, Path(folder))
         for tokens in args.fit_tokens:
             began, fitted = time.perf_counter(), Path(folder) / f"fitted-{tokens}"
-            convert_fitted(replace(config, exits={"init": "fitted"}, tuning={"fit_tokens": tokens}), fitted)
+            convert_by_texts(replace(config, exits={"init": "fitted"}, tuning={"fit_tokens": tokens}), fitted)
             print(f"fitted on {json.loads((fitted / 'exit_config.json').read_text())['fitted']['tokens']:,} tokens, "
                   f"{time.perf_counter() - began:.0f} s with loading", flush=True)
             _print_table(config, {"fitted": fitted}, has_copied=True)

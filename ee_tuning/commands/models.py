@@ -13,7 +13,7 @@ def convert(args: argparse.Namespace) -> None:
     from ee_tuning.evaluation.profile import with_exit_layers
 
     if config.exits.init == "fitted" or config.exits.output_vocab:
-        from ee_tuning.tuning.command import convert_fitted as convert
+        from ee_tuning.tuning.command import convert_by_texts as convert
     else:
         from ee_tuning.checkpoint.convert import convert
     convert(with_exit_layers(config), args.output, overwrite=args.overwrite)

@@ -22,7 +22,7 @@ from ee_tuning.evaluation.code_runner import Outcome
 from ee_tuning.evaluation.driver import Driver, drive
 from ee_tuning.evaluation.evaluation_folder import OWNER
 from ee_tuning.evaluation.lm_eval_run import HarnessTasks
-from ee_tuning.evaluation.points import THRESHOLDS, Point, check_thresholds, points_of
+from ee_tuning.evaluation.points import Point, Ways, check_thresholds
 from ee_tuning.generation.llm import EarlyExitLLM
 from ee_tuning.generation.many import model_settings
 from ee_tuning.json_file import parse_json
@@ -47,10 +47,7 @@ class Benchmark:
     """HumanEval's; tasks of the harness have their own."""
     batch_size: int = BATCH
     overwrites: bool = False
-    thresholds: tuple[float, ...] = THRESHOLDS
-    fixed: tuple[int, ...] = ()
-    speculative: bool = False
-    calibrations: tuple[Path, ...] = ()
+    ways: Ways
     limit: int | None = None
 
     @property
@@ -68,8 +65,7 @@ def run_benchmark(config: Config, wish: Benchmark) -> None:
     on_first_rank(topology, lambda: _check(config, wish))
     with owned(wish.output, topology, lock_file=wish.output / OWNER):
         llm = EarlyExitLLM.from_config(config, topology)
-        points = points_of(llm, thresholds=wish.thresholds, measure=config.generation.measure, fixed=wish.fixed,
-                           speculative=wish.speculative, calibrations=wish.calibrations)
+        points = wish.ways.points(llm, config.generation.measure)
         template = ChatTemplate(llm.tokenizer, read_chat_template(config.data.chat_template))
         if wish.harness is not None and wish.harness.applies_chat_template:
             wish = dataclasses.replace(wish, harness=dataclasses.replace(wish.harness, chat_template=template.source()))
@@ -78,10 +74,10 @@ def run_benchmark(config: Config, wish: Benchmark) -> None:
 
 
 def _check(config: Config, wish: Benchmark) -> None:
-    check_thresholds(wish.thresholds)
-    sources = (*wish.calibrations, wish.problems, config.model.path, config.exits.path, config.data.tokenizer, config.data.chat_template)
-    own_tasks = None if wish.harness is None else wish.harness.include_path
-    check_apart(wish.output, (*sources, own_tasks), around=True)
+    check_thresholds(wish.ways.thresholds)
+    own = (wish.problems, None if wish.harness is None else wish.harness.include_path, *wish.ways.calibrations)
+    sources = (*own, config.model.path, config.exits.path, config.data.tokenizer, config.data.chat_template)
+    check_apart(wish.output, sources, around=True)
     check_folder(wish.output, wish.summary, overwrites=wish.overwrites)
     if wish.harness is None:
         human_eval.read_problems(wish.problems, wish.limit)

@@ -25,7 +25,7 @@ from ee_tuning.evaluation.evaluate import Block, Procedure, evaluate
 from ee_tuning.evaluation.evaluation_folder import OWNER, READINGS, EvaluationFolder, Settings, check_folder
 from ee_tuning.evaluation.evaluation_report import print_tables, write_reports
 from ee_tuning.evaluation.figures import Evaluation
-from ee_tuning.evaluation.points import THRESHOLDS, Point, check_thresholds, points_of
+from ee_tuning.evaluation.points import Point, Ways, check_thresholds
 from ee_tuning.evaluation.readings import Reading
 from ee_tuning.evaluation.task import METRICS, Metric, Task, read_task
 from ee_tuning.evaluation.text_metrics import score_of
@@ -46,10 +46,7 @@ class Wish:
     """One for all tasks, or one for each."""
     output: Path
     overwrites: bool = False
-    thresholds: tuple[float, ...] = THRESHOLDS
-    fixed: tuple[int, ...] = ()
-    speculative: bool = False
-    calibrations: tuple[Path, ...] = ()
+    ways: Ways
     limit: int | None = None
     """Prompts of each task at most."""
     block: int = 0
@@ -75,8 +72,8 @@ def _read(config: Config, wish: Wish) -> list[Task]:
     if len(wish.metrics) not in (1, len(wish.tasks)):
         raise InputError(f"--metric must be given once for all tasks, or as often as --task ({len(wish.tasks)}), got "
                          f"{len(wish.metrics) or 'none'}; they are {', '.join(METRICS)}")
-    check_thresholds(wish.thresholds)
-    sources = (*wish.tasks, *wish.calibrations, config.model.path, config.exits.path, config.data.tokenizer, config.data.chat_template)
+    check_thresholds(wish.ways.thresholds)
+    sources = (*wish.tasks, *wish.ways.calibrations, config.model.path, config.exits.path, config.data.tokenizer, config.data.chat_template)
     check_apart(wish.output, sources, around=True)
     check_folder(wish.output, wish.overwrites)
     metrics = wish.metrics * (len(wish.tasks) if len(wish.metrics) == 1 else 1)
@@ -93,9 +90,7 @@ def _read(config: Config, wish: Wish) -> list[Task]:
 def _evaluate(config: Config, wish: Wish, topology: Topology, tasks: list[Task]) -> None:
     template = read_chat_template(config.data.chat_template)
     llm = EarlyExitLLM.from_config(config, topology)
-    measure = config.generation.measure
-    points = points_of(llm, thresholds=wish.thresholds, measure=measure, fixed=wish.fixed, speculative=wish.speculative,
-                       calibrations=wish.calibrations)
+    points = wish.ways.points(llm, config.generation.measure)
     procedure = Procedure(batch_size=config.generation.max_batch_size, block=wish.block, repeats=wish.repeats, chat_template=template)
     opened: list[EvaluationFolder] = []
 

@@ -39,6 +39,22 @@ class Point:
 FULL_DEPTH = Point(name="full depth", kind="full", policy=FULL)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Ways:
+    """What a command is asked to compare with full depth, before a model is there."""
+
+    thresholds: tuple[float, ...] = THRESHOLDS
+    fixed: tuple[int, ...] = ()
+    """Exit layers."""
+    speculative: bool = False
+    calibrations: tuple[Path, ...] = ()
+
+    def points(self, llm: EarlyExitLLM, measure: Measure) -> list[Point]:
+        """See `points_of`."""
+        return points_of(llm, thresholds=self.thresholds, measure=measure, fixed=self.fixed, speculative=self.speculative,
+                         calibrations=self.calibrations)
+
+
 def points_of(llm: EarlyExitLLM, *, thresholds: Sequence[float] = THRESHOLDS, measure: Measure | None = None, fixed: Sequence[int] = (),
               speculative: bool = False, calibrations: Sequence[str | Path] = ()) -> list[Point]:
     """Full depth, and a point for each threshold (all exits alike, by `measure`), fixed exit, calibration file, and for speculation.

@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from ee_tuning.data.json_lines import read_json_lines
 from ee_tuning.data.messages import chat_messages
 from ee_tuning.errors import InputError
 from ee_tuning.evaluation.text_metrics import TextMetric
 from ee_tuning.json_file import parse_strict_json, to_json
-from ee_tuning.line_file import read_lines
 
 Metric = Literal["exact", "contains", "rouge-l", "choice", "perplexity"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
@@ -88,14 +88,7 @@ def read_task(path: Path, metric: Metric, *, limit: int | None = None, name: str
 
 
 def _lines(path: Path) -> Iterator[tuple[int, Line]]:
-    try:
-        texts = read_lines(path)
-    except OSError as error:
-        raise InputError(f"--task must name a file of JSON lines; {path} can not be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"--task must name a file of JSON lines in UTF-8, got {path}: {error}; unpack it where it is packed, else convert "
-                         "it (iconv -t utf-8)") from error
-    for number, text in enumerate(texts, 1):
+    for number, text in enumerate(read_json_lines(path, "--task"), 1):
         if not text.strip():
             continue
         try:

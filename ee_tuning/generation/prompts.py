@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from ee_tuning.config import GenerationSection
+from ee_tuning.data.json_lines import read_json_lines
 from ee_tuning.errors import InputError
 from ee_tuning.generation.llm import EarlyExitLLM, Job, params_of, with_options
 from ee_tuning.generation.record import RECORD_KEYS
 from ee_tuning.json_file import parse_strict_json
-from ee_tuning.line_file import read_lines
 
 Line = dict[str, Any]
 """`prompt`, keys of the `generation` section and `logit_bias` for this one, and others, which its record keeps."""
@@ -24,15 +24,8 @@ ENGINE_KEYS = frozenset({"max_pending", "prefill_chunk", "max_batch_size", "reus
 
 def read_prompts(path: Path) -> list[Line]:
     """The lines of a file. Raises InputError where it can not be read or a line is no object with a `prompt`."""
-    try:
-        texts = read_lines(path)
-    except OSError as error:
-        raise InputError(f"--prompts must name a file of JSON lines; {path} can not be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"--prompts must name a file of JSON lines in UTF-8, got {path}: {error}; unpack it where it is packed, else "
-                         "convert it (iconv -t utf-8)") from error
     lines = []
-    for number, line in enumerate(texts, 1):
+    for number, line in enumerate(read_json_lines(path, "--prompts"), 1):
         if not line.strip():
             continue
         try:

@@ -94,7 +94,7 @@ def _fit(config: Config, samples: Samples, topology: Topology, listed: ListedTok
     return fit_exits(config, samples, topology, width, listed)
 
 
-def convert_fitted(config: Config, output: Path, *, overwrite: bool = False) -> None:
+def convert_by_texts(config: Config, output: Path, *, overwrite: bool = False) -> None:
     """Does what `convert` does, with exits fitted on the texts that `tune` would train on, or with the tokens that these mostly hold.
     Raises InputError as both do.
     """

@@ -12,6 +12,7 @@ from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.errors import InputError
 from ee_tuning.evaluation import evaluate_command as module
 from ee_tuning.evaluation.evaluate_command import Wish, evaluate_tasks
+from ee_tuning.evaluation.points import Ways
 from ee_tuning.generation.replicas import over_replicas
 from ee_tuning.parallel.topology import init_parallel
 
@@ -25,7 +26,7 @@ def evaluate_at(folder: str, task: str, output: str, keys: dict[str, Any]) -> st
                                 "generation.max_new_tokens": 7, "generation.max_batch_size": 1, **keys})
     try:
         evaluate_tasks(config, Wish(tasks=(Path(task), Path(task).with_name("choice.jsonl")), metrics=("contains", "choice"),
-                                    output=Path(output), thresholds=(0.05,), fixed=(2,), speculative=True))
+                                    output=Path(output), ways=Ways(thresholds=(0.05,), fixed=(2,), speculative=True)))
     except InputError as error:
         return str(error)
     return ""

@@ -111,7 +111,7 @@ def test_flags_reach_the_benchmark(shared, tmp_path, monkeypatch):
     harness = first.harness
     assert harness is not None and (harness.names, harness.include_path) == (("a", "b", "c"), Path("tasks"))
     assert (harness.num_fewshot, harness.applies_chat_template, harness.gen_kwargs, harness.batch_size) == (0, True, "top_k=3", 4)
-    assert (harness.limit, harness.runs_code, first.speculative, first.fixed) == (7, True, True, (2,))
+    assert (harness.limit, harness.runs_code, first.ways.speculative, first.ways.fixed) == (7, True, True, (2,))
     assert [(each.problems, each.max_new_tokens, each.runs_code) for each in others] == [(None, 512, False), (Path("file"), 100, False)]
 
 

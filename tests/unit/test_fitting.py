@@ -25,7 +25,7 @@ from ee_tuning.model.config import read_model_config
 from ee_tuning.model.fit import RIDGE, FitSums, solved_of_rank
 from ee_tuning.parallel.topology import init_parallel
 from ee_tuning.tuning import command
-from ee_tuning.tuning.command import convert_fitted, load_job_samples, tune_within
+from ee_tuning.tuning.command import convert_by_texts, load_job_samples, tune_within
 from ee_tuning.tuning.fitting import fit_exits
 
 SHIPPED = Path(__file__).parents[2] / "examples" / "tiny-python-llama"
@@ -78,8 +78,8 @@ def test_the_map_solves_the_least_squares_of_transformers_states(tmp_path: Path,
 def test_a_tied_head_keeps_the_map_and_an_untied_one_folds_it(model: Path, tmp_path: Path) -> None:
     """A map applied from the wrong side, an intercept lost of a head that could keep it, a head that became another architecture's."""
     tied, untied, words = tmp_path / "tied", tmp_path / "untied", load_file(model / "model.safetensors")["lm_head.weight"].double()
-    convert_fitted(fitted_job(model, tmp_path), tied)
-    convert_fitted(fitted_job(model, tmp_path, **{"exits.output": "untied"}), untied)
+    convert_by_texts(fitted_job(model, tmp_path), tied)
+    convert_by_texts(fitted_job(model, tmp_path, **{"exits.output": "untied"}), untied)
     kept, folded = load_file(tied / "exit_heads.safetensors"), load_file(untied / "exit_heads.safetensors")
     assert set(kept) == {f"exits.{layer}.{name}" for layer in (2, 5) for name in ("norm.weight", "linear.weight", "linear.bias")}
     assert set(folded) == {f"exits.{layer}.{name}" for layer in (2, 5) for name in ("norm.weight", "output.weight")}
@@ -102,12 +102,12 @@ def test_a_tied_head_keeps_the_map_and_an_untied_one_folds_it(model: Path, tmp_p
 
 
 @pytest.mark.parametrize("output", ["tied", "untied"])
-def test_tuning_that_fits_by_itself_is_tuning_of_what_convert_fitted(model: Path, tmp_path: Path, output: str) -> None:
+def test_tuning_that_fits_by_itself_is_tuning_of_what_convert_by_texts(model: Path, tmp_path: Path, output: str) -> None:
     """Other texts, another order, held-out documents that are fitted on, maps that are rounded another way."""
     config = fitted_job(model, tmp_path, **{"exits.output": output, "exits.architecture": "mlp"})
     topology = init_parallel(config.parallel)
     assert tune_within(config, topology)
-    convert_fitted(config, tmp_path / "exits")
+    convert_by_texts(config, tmp_path / "exits")
     topology = init_parallel(config.parallel)
     other = job.replace(config, exits={"path": str(tmp_path / "exits")}, tuning={"run_folder": str(tmp_path / "other")})
     assert tune_within(other, topology)
@@ -131,7 +131,7 @@ def test_a_run_that_goes_on_fits_no_more(model: Path, tmp_path: Path, monkeypatc
 
 def test_fitted_and_copied_exits_become_one_artifact(model: Path, tmp_path: Path) -> None:
     """Maps that are lost on the way, or expected of an exit that has none."""
-    convert_fitted(fitted_job(model, tmp_path), tmp_path / "fitted")
+    convert_by_texts(fitted_job(model, tmp_path), tmp_path / "fitted")
     write_exits(model, tmp_path / "copied", exit_layers=[3], architecture="norm", init="copy", output="tied")
     config = load_config(None, {"model.path": str(model), "exits.path": str(tmp_path / "fitted")})
     export_artifact(config, tmp_path / "both", ExitChoice(merge=tmp_path / "copied"))
@@ -152,7 +152,7 @@ def test_fitted_exits_of_the_shipped_model_are_better_than_copied_ones(tmp_path:
     config = fitted_job(SHIPPED, tmp_path, **{
         "exits.exit_layers": [3, 6, 9], "tuning.fit_tokens": 8000, "tuning.eval_iters": 4,
         "data.paths": [str(path) for path in sources[1:]], "data.valid_paths": [str(sources[0])]})
-    convert_fitted(config, tmp_path / "exits")
+    convert_by_texts(config, tmp_path / "exits")
     topology = init_parallel(ParallelSection())
     stage = load_for_generation(job.replace(config, exits={"path": str(tmp_path / "exits")}), topology).model
     losses: dict[int, list[float]] = {3: [0, 0], 6: [0, 0], 9: [0, 0]}
@@ -179,7 +179,7 @@ def test_what_can_not_be_fitted_is_refused(model: Path, tmp_path: Path, keys: di
     """A system with more unknowns than tokens is solved by its ridge alone."""
     config = fitted_job(model, tmp_path, **{"tuning.seq_length": 8, **keys})
     with pytest.raises(InputError) as error:
-        convert_fitted(config, tmp_path / "exits")
+        convert_by_texts(config, tmp_path / "exits")
     message = str(error.value)
     assert all(word in message for word in words) and "\n" not in message, message
     assert not (tmp_path / "exits").exists() and not list(tmp_path.glob("*partial*"))
@@ -192,7 +192,7 @@ def test_states_that_are_no_numbers_are_refused(model: Path, tmp_path: Path) -> 
     tensors["model.layers.3.mlp.down_proj.weight"][0, 0] = math.inf
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match="finite"):
-        convert_fitted(fitted_job(broken, tmp_path), tmp_path / "exits")
+        convert_by_texts(fitted_job(broken, tmp_path), tmp_path / "exits")
     assert not (tmp_path / "exits").exists()
 
 
@@ -223,7 +223,7 @@ def test_a_map_of_low_rank_is_that_of_reduced_rank_regression(rank: int) -> None
 def test_a_tied_adapter_that_is_fitted_stays_small(model: Path, tmp_path: Path) -> None:
     """A map of [h, h] in a head that was chosen for its few parameters; one that is applied otherwise than it was fitted."""
     config = fitted_job(model, tmp_path, **{"exits.architecture": "adapter", "exits.adapter_rank": 4})
-    convert_fitted(config, tmp_path / "exits")
+    convert_by_texts(config, tmp_path / "exits")
     kept = load_file(tmp_path / "exits" / "exit_heads.safetensors")
     shapes = {name.removeprefix("exits.2.linear."): tuple(tensor.shape) for name, tensor in kept.items() if "2.linear." in name}
     assert shapes == {"down.weight": (4, 48), "up.weight": (48, 4), "bias": (48,)}

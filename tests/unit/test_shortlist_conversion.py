@@ -21,7 +21,7 @@ from ee_tuning.errors import InputError
 from ee_tuning.model.config import read_model_config
 from ee_tuning.model.fit import RIDGE
 from ee_tuning.parallel.topology import init_parallel
-from ee_tuning.tuning.command import convert_fitted, load_job_samples
+from ee_tuning.tuning.command import convert_by_texts, load_job_samples
 
 TEXT = " ".join(f"the {number} of {number * number} and {number % 7} more" for number in range(400))
 SIZE = 12
@@ -48,7 +48,7 @@ def test_the_list_is_the_most_frequent_tokens_and_those_that_end_texts(model: tu
     """A list that changes with the machine, an end of text that no exit can say; rows of other tokens, or of another matrix."""
     folder, reference = model
     config = listed_job(folder, tmp_path)
-    convert_fitted(config, tmp_path / "exits")
+    convert_by_texts(config, tmp_path / "exits")
     exits, tensors = read_exit_config(tmp_path / "exits"), load_file(tmp_path / "exits" / "exit_heads.safetensors")
     samples = load_job_samples(config, init_parallel(config.parallel)).train
     counts = Counter(np.concatenate([samples.sample(i).tokens[1:] for i in range(len(samples))]).tolist())
@@ -69,8 +69,8 @@ def test_a_fit_takes_the_listed_rows_and_a_row_of_the_others(model: tuple[Path, 
     """A map that is folded into rows of other tokens, or a row of the others that says nothing of them."""
     folder, reference = model
     config = listed_job(folder, tmp_path, **{"exits.init": "fitted"})
-    convert_fitted(config, tmp_path / "exits")
-    convert_fitted(load_config(None, {**as_keys(config), "exits.output_vocab": 0}), tmp_path / "whole")
+    convert_by_texts(config, tmp_path / "exits")
+    convert_by_texts(load_config(None, {**as_keys(config), "exits.output_vocab": 0}), tmp_path / "whole")
     exits = read_exit_config(tmp_path / "exits")
     got, whole = (load_file(tmp_path / name / "exit_heads.safetensors") for name in ("exits", "whole"))
     row = weighted_row(config, reference, exits.token_ids, exits.fitted["tokens"])
@@ -149,7 +149,7 @@ def test_artifacts_of_different_lists_are_not_merged_and_new_exits_share_the_lis
 def test_a_list_that_can_not_be_is_refused(model: tuple[Path, object], tmp_path: Path, keys: dict[str, object], told: str) -> None:
     """An artifact half written; a size past the vocabulary cut down in silence."""
     with pytest.raises(InputError, match=told):
-        convert_fitted(listed_job(model[0], tmp_path, **keys), tmp_path / "exits")
+        convert_by_texts(listed_job(model[0], tmp_path, **keys), tmp_path / "exits")
     assert not (tmp_path / "exits").exists()
 
 
