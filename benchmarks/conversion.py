@@ -3,11 +3,13 @@
     python benchmarks/conversion.py                       # all of it; needs about 30 GB of disk for some minutes
     python benchmarks/conversion.py --only convert --folder /data/tmp --keep
 
-Each job runs in processes of its own, alternating with `cp -r` of the very files that it wrote, caches warm and everything written before
-flushed; the tables say the medians. Time is that of the job itself, imports and process groups left out. The job ends when its bytes are
-on the disk (fsync), `cp` alone when they are in the system's cache: both are told. Memory is the highest VmHWM of any of the processes
-(file-backed pages included). The claim: at most 1.5 × the largest group of tensors (a layer, the embedding, the output matrix) + 1 GB.
+Each job runs in processes of its own, alternating with `cp -r` of the very files that it wrote, caches warm and
+everything written before flushed; the tables say the medians. Time is that of the job itself, imports and process
+groups left out. The job ends when its bytes are on the disk (fsync), `cp` alone when they are in the system's cache:
+both are told. Memory is the highest VmHWM of any of the processes (file-backed pages included). The claim: at most 1.5
+× the largest group of tensors (a layer, the embedding, the output matrix) + 1 GB.
 """
+
 import argparse
 import json
 import os
@@ -30,11 +32,24 @@ from ee_tuning.checkpoint.safetensors_layout import SafetensorsLayout
 from ee_tuning.config import load_config
 from ee_tuning.model.config import read_model_config
 
-SHAPE = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 3072, "intermediate_size": 8192,
-         "num_hidden_layers": 28, "num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 32000,
-         "rms_norm_eps": 1e-5, "dtype": "bfloat16", "max_position_embeddings": 4096, "tie_word_embeddings": False,
-         "bos_token_id": 1, "eos_token_id": 2}
-CONSTANT, FACTOR = 10 ** 9, 1.5
+SHAPE = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 32000,
+    "rms_norm_eps": 1e-5,
+    "dtype": "bfloat16",
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+CONSTANT, FACTOR = 10**9, 1.5
 JOBS = ("convert", "export hf", "export megatron", "megatron to hf")
 
 
@@ -52,18 +67,24 @@ class Timing:
 def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where the model and its copies go")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(tempfile.gettempdir()), help="where the model and its copies go"
+    )
     parser.add_argument("--only", choices=JOBS, nargs="+", default=list(JOBS))
     parser.add_argument("--processes", type=int, nargs="*", default=[2], help="numbers beside 1")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
-    parser.add_argument("--keep", action="store_true", help="leave model, exits and Megatron checkpoint for the next run")
+    parser.add_argument(
+        "--keep", action="store_true", help="leave model, exits and Megatron checkpoint for the next run"
+    )
     parser.add_argument("--job", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.job:
         run_job(*options.job)
         return
-    work = options.folder / f"ee-tuning-conversion-{options.layers}-layers"  # one that was kept is measured again, and no other for it
+    work = (
+        options.folder / f"ee-tuning-conversion-{options.layers}-layers"
+    )  # one that was kept is measured again, and no other for it
     try:
         prepare(work, options.layers)
         report(work, options)
@@ -74,11 +95,13 @@ def main() -> None:
 
 def prepare(work: Path, num_layers: int) -> None:
     """The model, its exits, and a Megatron checkpoint of it, where they are not there yet."""
-    needed = 30 * 10 ** 9 * num_layers // SHAPE["num_hidden_layers"]
+    needed = 30 * 10**9 * num_layers // SHAPE["num_hidden_layers"]
     work.mkdir(parents=True, exist_ok=True)
     if not (work / "model" / "config.json").exists():
         if (free := shutil.disk_usage(work).free) < needed:
-            raise SystemExit(f"{work} needs {needed / 1e9:.0f} GB, and {free / 1e9:.0f} are free there; give another --folder")
+            raise SystemExit(
+                f"{work} needs {needed / 1e9:.0f} GB, and {free / 1e9:.0f} are free there; give another --folder"
+            )
         write_model(work / "model", {**SHAPE, "num_hidden_layers": num_layers})
     for name, job in (("exits", "convert"), ("megatron", "export megatron")):
         if not (work / name).exists():
@@ -99,7 +122,7 @@ def write_model(folder: Path, shape: dict[str, Any]) -> None:
             for name in names:
                 left = layout.tensor_bytes(name) // 2
                 while left:
-                    left -= made.write(block[:min(left, len(block))]) // 2
+                    left -= made.write(block[: min(left, len(block))]) // 2
     if index := layout.index():
         (folder / index[0]).write_text(index[1])
 
@@ -108,22 +131,31 @@ def report(work: Path, options: argparse.Namespace) -> None:
     """Alternates the jobs with `cp`."""
     facts = model_facts(work / "model")
     limit = FACTOR * facts["largest_group_bytes"] + CONSTANT
-    print(f"{facts['parameters']['all'] / 1e9:.2f}B parameters, {facts['bytes'] / 1e9:.2f} GB; largest group "
-          f"{facts['largest_group_bytes'] / 1e6:.0f} MB, so at most {limit / 1e6:.0f} MB may be resident\n")
-    print("| job | processes | GB written | seconds | cp | cp, then fsync | cp ÷ job | cp and fsync ÷ job | goal | peak MB | of it files | "
-          "goal | met |\n|---|---|---|---|---|---|---|---|---|---|---|---|---|")
+    print(
+        f"{facts['parameters']['all'] / 1e9:.2f}B parameters, {facts['bytes'] / 1e9:.2f} GB; largest group "
+        f"{facts['largest_group_bytes'] / 1e6:.0f} MB, so at most {limit / 1e6:.0f} MB may be resident\n"
+    )
+    print(
+        "| job | processes | GB written | seconds | cp | cp, then fsync | cp ÷ job | cp and fsync ÷ job | goal | peak MB | of it files | "
+        "goal | met |\n|---|---|---|---|---|---|---|---|---|---|---|---|---|"
+    )
     for job in options.only:
         alone = None
         for processes in (1, *options.processes):
             runs, copies, synced, size = compare(job, work, processes, options.rounds)
-            seconds, copy, sync = (statistics.median(values) for values in ([run.seconds for run in runs], copies, synced))
+            seconds, copy, sync = (
+                statistics.median(values) for values in ([run.seconds for run in runs], copies, synced)
+            )
             alone = alone or seconds
             peak = max(run.peak for run in runs)
             is_met = peak <= limit and (copy / seconds >= 0.6 if processes == 1 else seconds < alone)
             goal = "≥ 0.6" if processes == 1 else f"< {alone:.1f} s"
-            print(f"| {job} | {processes} | {size / 1e9:.2f} | {seconds:.1f} | {copy:.1f} | {sync:.1f} | {copy / seconds:.2f} | "
-                  f"{sync / seconds:.2f} | {goal} | {peak / 1e6:.0f} | {max(run.file_backed for run in runs) / 1e6:.0f} | "
-                  f"≤ {limit / 1e6:.0f} | {'yes' if is_met else 'no'} |", flush=True)
+            print(
+                f"| {job} | {processes} | {size / 1e9:.2f} | {seconds:.1f} | {copy:.1f} | {sync:.1f} | {copy / seconds:.2f} | "
+                f"{sync / seconds:.2f} | {goal} | {peak / 1e6:.0f} | {max(run.file_backed for run in runs) / 1e6:.0f} | "
+                f"≤ {limit / 1e6:.0f} | {'yes' if is_met else 'no'} |",
+                flush=True,
+            )
 
 
 def compare(job: str, work: Path, processes: int, rounds: int) -> tuple[list[Timing], list[float], list[float], int]:
@@ -147,13 +179,21 @@ def compare(job: str, work: Path, processes: int, rounds: int) -> tuple[list[Tim
 
 
 def measured(job: str, work: Path, output: Path, processes: int) -> Timing:
-    """One run, in new processes, what it reads being in the system's cache: the slowest one's time, the largest one's memory."""
+    """One run, in new processes, what it reads being in the system's cache: the slowest one's time, the largest one's
+    memory.
+    """
     os.sync()
     read_once([work / "megatron"] if job == "megatron to hf" else [work / "model", work / "exits"])
     with tempfile.TemporaryDirectory() as results:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
-        subprocess.run([sys.executable, *launcher, __file__, "--folder", str(work), "--job", job, str(output), results], check=True,
-                       env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+        launcher = (
+            ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+        )
+        subprocess.run(
+            [sys.executable, *launcher, __file__, "--folder", str(work), "--job", job, str(output), results],
+            check=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+        )
         told = [json.loads(path.read_text()) for path in Path(results).iterdir()]
     assert len(told) == processes
     return Timing(*(max(each[key] for each in told) for key in ("seconds", "peak", "file_backed")))
@@ -175,11 +215,21 @@ def run_job(job: str, output: str, results: str) -> None:
     from ee_tuning.checkpoint.export_huggingface import export_huggingface
     from ee_tuning.checkpoint.megatron_writer import write_megatron
     from ee_tuning.parallel.topology import init_parallel, leave_parallel
+
     work = Path(output).parent
     model = work / ("megatron" if job == "megatron to hf" else "model")
-    keys, depth = {"model.path": str(model)}, json.loads((work / "model" / "config.json").read_text())["num_hidden_layers"]
+    keys, depth = (
+        {"model.path": str(model)},
+        json.loads((work / "model" / "config.json").read_text())["num_hidden_layers"],
+    )
     exit_layers = ",".join(str(depth * quarter // 4) for quarter in (1, 2, 3, 4))
-    keys |= {"exits.exit_layers": exit_layers} if job == "convert" else {"exits.path": str(work / "exits")} if "export" in job else {}
+    keys |= (
+        {"exits.exit_layers": exit_layers}
+        if job == "convert"
+        else {"exits.path": str(work / "exits")}
+        if "export" in job
+        else {}
+    )
     config = load_config(None, keys)
     topology = init_parallel(config.parallel)
     ended, file_backed = threading.Event(), [0]
@@ -187,15 +237,20 @@ def run_job(job: str, output: str, results: str) -> None:
     def watch() -> None:
         while not ended.wait(0.02):
             file_backed[0] = max(file_backed[0], memory("RssFile"))
+
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     topology.barrier()
     since = time.perf_counter()
-    {"convert": write_initial_exits, "export megatron": write_megatron}.get(job, export_huggingface)(config, Path(output), topology)
+    {"convert": write_initial_exits, "export megatron": write_megatron}.get(job, export_huggingface)(
+        config, Path(output), topology
+    )
     seconds = time.perf_counter() - since
     ended.set()
     watcher.join()
-    Path(results, str(topology.rank)).write_text(json.dumps({"seconds": seconds, "peak": memory("VmHWM"), "file_backed": file_backed[0]}))
+    Path(results, str(topology.rank)).write_text(
+        json.dumps({"seconds": seconds, "peak": memory("VmHWM"), "file_backed": file_backed[0]})
+    )
     leave_parallel()
 
 

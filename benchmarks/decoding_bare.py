@@ -1,8 +1,11 @@
-"""What depth alone costs: the engine's own layers and heads called one after the other, with nothing of an engine around them.
+"""What depth alone costs: the engine's own layers and heads called one after the other, with nothing of an engine
+around them.
 
-From their times come the speed-ups that decoding is held against: `fixed`, by the layers that run and the head behind them, and
-`threshold`, by the layers that each token ran through and every head that it was asked by on the way, the vain ones too.
+From their times come the speed-ups that decoding is held against: `fixed`, by the layers that run and the head behind
+them, and `threshold`, by the layers that each token ran through and every head that it was asked by on the way, the
+vain ones too.
 """
+
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -38,17 +41,21 @@ class BareTimes:
     def fixed(self, exit_index: int) -> float:
         """A generation whose tokens all leave at an exit."""
         upto = exit_index + 1
-        return sum(self.prefill[:upto]) + self.heads[exit_index] + self.num_steps * (sum(self.decode[:upto]) + self.heads[exit_index])
+        return (
+            sum(self.prefill[:upto])
+            + self.heads[exit_index]
+            + self.num_steps * (sum(self.decode[:upto]) + self.heads[exit_index])
+        )
 
     def implied(self, exit_layers: list[int], places: list[int]) -> float:
-        """A generation whose tokens left at `exit_layers`, exits behind the layers `places`: each decoded token costs its layers and all
-        heads up to the one it left at, a full step's share of both.
+        """A generation whose tokens left at `exit_layers`, exits behind the layers `places`: each decoded token costs
+        its layers and all heads up to the one it left at, a full step's share of both.
         """
         total, left = sum(self.prefill) + self.heads[-1], Counter(exit_layers)
         num_tokens = sum(left.values())
         for layer, count in left.items():
             index = places.index(layer) if layer in places else len(places)
-            one = sum(self.decode[:index + 1]) + sum(self.heads[:index + 1])
+            one = sum(self.decode[: index + 1]) + sum(self.heads[: index + 1])
             total += self.num_steps * one * count / num_tokens
         return total
 
@@ -61,7 +68,9 @@ def bare_times(llm: EarlyExitLLM, prompt_length: int, new_tokens: int, num_rows:
     sampled = sorted({i * num_steps // SAMPLED_STEPS for i in range(SAMPLED_STEPS)})
     prefill = _one_pass(engine, num_rows, 0, prompt_length)[0]
     steps = [_one_pass(engine, num_rows, prompt_length + i, 1) for i in sampled]
-    decode, heads = ([sum(parts) / len(steps) for parts in zip(*kind, strict=True)] for kind in zip(*steps, strict=True))
+    decode, heads = (
+        [sum(parts) / len(steps) for parts in zip(*kind, strict=True)] for kind in zip(*steps, strict=True)
+    )
     return BareTimes(prefill, decode, heads, num_steps)
 
 
@@ -71,8 +80,14 @@ def _one_pass(engine: Engine, num_rows: int, start: int, length: int) -> tuple[l
     hidden = torch.ones(num_rows * length, config.hidden_size, dtype=model.plan.dtype)
     each = engine.cache.pool.num_blocks // num_rows
     places = [engine.cache.places(list(range(row * each, (row + 1) * each))) for row in range(num_rows)]
-    tokens = TokenPass(places, [start] * num_rows, [length] * num_rows, runner.tables, num_places=engine.cache.num_places,
-                       queries_per_group=config.num_attention_heads // config.num_query_groups)
+    tokens = TokenPass(
+        places,
+        [start] * num_rows,
+        [length] * num_rows,
+        runner.tables,
+        num_places=engine.cache.num_places,
+        queries_per_group=config.num_attention_heads // config.num_query_groups,
+    )
     segments, heads = [], []
     for index, piece in enumerate(runner.pieces):
         began = time.perf_counter()

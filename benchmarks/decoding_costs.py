@@ -1,10 +1,12 @@
-"""What a token costs at an exit, what a question asked in vain, catching up and a round of drafts cost: measured, and told from bytes read.
+"""What a token costs at an exit, what a question asked in vain, catching up and a round of drafts cost: measured, and
+told from bytes read.
 
     python benchmarks/decoding_costs.py --model SmolLM2-135M-Instruct --exits runs/smol/exit_heads --exit-layer 22
 
-All as shares of a token at full depth in the same run. Told from bytes: each way reads the weights of the layers and heads that it runs,
-and costs in proportion. Measured are whole generations, the prompt left out.
+All as shares of a token at full depth in the same run. Told from bytes: each way reads the weights of the layers and
+heads that it runs, and costs in proportion. Measured are whole generations, the prompt left out.
 """
+
 import argparse
 import statistics
 import time
@@ -31,7 +33,9 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=33)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--drafts", type=int, default=4, help="of a round (default %(default)s)")
-    parser.add_argument("--real-time", action="store_true", help="keep all else off the cores while it decodes (needs root)")
+    parser.add_argument(
+        "--real-time", action="store_true", help="keep all else off the cores while it decodes (needs root)"
+    )
     options = parser.parse_args()
     llm = EarlyExitLLM.load(options.model, options.exits, dtype=options.dtype)
     ways = _ways(llm, options)
@@ -43,8 +47,10 @@ def main() -> None:
             set_real_time(False)
     medians = {name: statistics.median(each[1:]) for name, each in seconds.items()}
     full = medians[ways[0][0]]
-    print(f"\n{options.model}, {options.dtype}, exits after {llm.exit_layers}, {torch.get_num_threads()} threads; full depth "
-          f"{1e3 * full:.1f} ms a token\n\n| what | told from bytes | measured |\n|---|---|---|")
+    print(
+        f"\n{options.model}, {options.dtype}, exits after {llm.exit_layers}, {torch.get_num_threads()} threads; full depth "
+        f"{1e3 * full:.1f} ms a token\n\n| what | told from bytes | measured |\n|---|---|---|"
+    )
     for name, told, _ in ways:
         print(f"| {name} | {told:.2f} | {medians[name] / full:.2f} |")
 
@@ -63,13 +69,14 @@ def _ways(llm: EarlyExitLLM, options: argparse.Namespace) -> list[tuple[str, flo
             while not engine.is_idle:
                 count += len(engine.step())
             return (time.perf_counter() - began) / count
+
         return run
 
     def one_round() -> float:
         engine.add_request(ids, SamplingParams(max_tokens=60, ignore_eos=True), Policy(drafts_at=(layer,)))
         engine.step()
         known = engine.drafting
-        sequence, = engine.running
+        (sequence,) = engine.running
         known.begin(sequence, 1)
         assert known.speculation is not None
         known.speculation.worth = lambda *_: 0.0  # type: ignore[method-assign]
@@ -85,25 +92,44 @@ def _ways(llm: EarlyExitLLM, options: argparse.Namespace) -> list[tuple[str, flo
     head, final, layers = _bytes(llm)
     whole = llm.num_layers * layers + final
     deep = (llm.num_layers - layer) * layers
-    return [("full depth", 1.0, per_token(FULL)),
-            (f"a token that leaves at {layer} and never goes deeper (fixed)", (layer * layers + head[layer]) / whole,
-             per_token(Policy(fixed_exit=layer))),
-            (f"… that goes deeper later, sixteen at a time (threshold 0 at {layer})", (layer * layers + head[layer] + deep / 16) / whole,
-             per_token(Policy(thresholds={layer: 0.0}))),
-            (f"full depth, asked in vain at {layer}", 1 + head[layer] / whole, per_token(Policy(thresholds={layer: 2.0}))),
-            (f"full depth, asked in vain at all {len(exits)} exits", 1 + sum(head.values()) / whole,
-             per_token(Policy(thresholds=dict.fromkeys(exits, 2.0)))),
-            (f"a round of {options.drafts} drafts at {layer} and their check",
-             ((options.drafts + 1) * layer * layers + options.drafts * head[layer] + deep + final) / whole, one_round)]
+    return [
+        ("full depth", 1.0, per_token(FULL)),
+        (
+            f"a token that leaves at {layer} and never goes deeper (fixed)",
+            (layer * layers + head[layer]) / whole,
+            per_token(Policy(fixed_exit=layer)),
+        ),
+        (
+            f"… that goes deeper later, sixteen at a time (threshold 0 at {layer})",
+            (layer * layers + head[layer] + deep / 16) / whole,
+            per_token(Policy(thresholds={layer: 0.0})),
+        ),
+        (f"full depth, asked in vain at {layer}", 1 + head[layer] / whole, per_token(Policy(thresholds={layer: 2.0}))),
+        (
+            f"full depth, asked in vain at all {len(exits)} exits",
+            1 + sum(head.values()) / whole,
+            per_token(Policy(thresholds=dict.fromkeys(exits, 2.0))),
+        ),
+        (
+            f"a round of {options.drafts} drafts at {layer} and their check",
+            ((options.drafts + 1) * layer * layers + options.drafts * head[layer] + deep + final) / whole,
+            one_round,
+        ),
+    ]
 
 
 def _bytes(llm: EarlyExitLLM) -> tuple[dict[int, int], int, int]:
     """Numbers read by each exit's head, by the final head, and by a layer."""
     model = llm.model
-    heads = {layer: sum(p.numel() for p in head.parameters()) + (0 if any(p is head.output_weight for p in head.parameters())
-                                                                else head.output_weight.numel())
-             for layer in llm.exit_layers for head in [model.exit_head(layer)]}
-    in_layers = sum(p.numel() for name, p in model.backbone.named_parameters() if ".layers." in name or name.startswith("layers."))
+    heads = {
+        layer: sum(p.numel() for p in head.parameters())
+        + (0 if any(p is head.output_weight for p in head.parameters()) else head.output_weight.numel())
+        for layer in llm.exit_layers
+        for head in [model.exit_head(layer)]
+    }
+    in_layers = sum(
+        p.numel() for name, p in model.backbone.named_parameters() if ".layers." in name or name.startswith("layers.")
+    )
     return heads, model.backbone.output_layer.weight.numel(), in_layers // llm.num_layers
 
 

@@ -1,17 +1,23 @@
-"""Decoding on a GPU: how near it comes to reading each weight once a step, by every policy and batch, with CUDA graphs and without.
+"""Decoding on a GPU: how near it comes to reading each weight once a step, by every policy and batch, with CUDA graphs
+and without.
 
     python benchmarks/decoding_gpu.py --json decoding_gpu.json --profile profile.txt
-    python benchmarks/decoding_gpu.py --batches 1 --layers 4 --hidden 64 --inner 128 --heads 4 --vocab 300 --exits 1 2 --new-tokens 24
+    python benchmarks/decoding_gpu.py --batches 1 --layers 4 --hidden 64 --inner 128 --heads 4 --vocab 300 --exits 1 2
+    --new-tokens 24
 
-A Llama of 7B parameters (32 layers × 4096, bfloat16) with `norm` exits that have an output matrix of their own, drawn at random on the
-device: no file is read, torch and megatron-core are all that is needed. A few minutes on one H100. Layers behind the first exit add little
-to the states, so that exits are often right, as those of a tuned model are, and speculation has something to gain.
+A Llama of 7B parameters (32 layers × 4096, bfloat16) with `norm` exits that have an output matrix of their own, drawn
+at random on the
+device: no file is read, torch and megatron-core are all that is needed. A few minutes on one H100. Layers behind the
+first exit add little to the states, so that exits are often right, as those of a tuned model are, and speculation has
+something to gain.
 
-The limit is the bytes of the weights that a token's layers and head have, over the bandwidth that a copy of 1 GB reaches here. Each way
-decodes once unmeasured, which records the graphs, and then `--rounds` times; the median counts. Steps that read prompts are left out of the
-time. `threshold` is that which a share of tokens (`--leaving`) passes at the first exit. `fused` graphs, for which torch needs triton, are
-measured for policies of one depth at the first batch alone: each number of tokens is compiled by itself.
+The limit is the bytes of the weights that a token's layers and head have, over the bandwidth that a copy of 1 GB
+reaches here. Each way decodes once unmeasured, which records the graphs, and then `--rounds` times; the median counts.
+Steps that read prompts are left out of the time. `threshold` is that which a share of tokens (`--leaving`) passes at
+the first exit. `fused` graphs, for which torch needs triton, are measured for policies of one depth at the first batch
+alone: each number of tokens is compiled by itself.
 """
+
 import argparse
 import gc
 import json
@@ -36,7 +42,7 @@ from ee_tuning.model.early_exit import EarlyExitModel, StagePlan
 from ee_tuning.model.exit_spec import ExitSpec
 from ee_tuning.parallel.topology import Topology, init_parallel
 
-COPIED_BYTES = 2 ** 30
+COPIED_BYTES = 2**30
 SWITCHED = {"yes": "1", "no": "0", "fused": "fused"}
 """What the environment says."""
 GOALS = {"full": 0.80, "fixed": 0.75}
@@ -66,8 +72,10 @@ def main() -> None:
     topology = init_parallel(ParallelSection())
     bandwidth, model = _bandwidth(topology.device), random_llama(options, topology)
     name = torch.cuda.get_device_name() if topology.device.type == "cuda" else "CPU, where nothing is recorded"
-    print(f"{name}; torch {torch.__version__}; {sum(p.numel() for p in model.parameters()) / 1e9:.2f}G parameters in {options.dtype}; "
-          f"a copy reads and writes {bandwidth / 1e9:.0f} GB/s; {options.prompt_tokens} tokens of prompt, {options.new_tokens} new ones\n")
+    print(
+        f"{name}; torch {torch.__version__}; {sum(p.numel() for p in model.parameters()) / 1e9:.2f}G parameters in {options.dtype}; "
+        f"a copy reads and writes {bandwidth / 1e9:.0f} GB/s; {options.prompt_tokens} tokens of prompt, {options.new_tokens} new ones\n"
+    )
     policies = policies_of(model, options)
     if options.profile:
         _profile(model, options)
@@ -87,7 +95,14 @@ def main() -> None:
 def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; sizes are those of a 7B by default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, size in (("layers", 32), ("hidden", 4096), ("inner", 11008), ("heads", 32), ("groups", None), ("vocab", 32000)):
+    for name, size in (
+        ("layers", 32),
+        ("hidden", 4096),
+        ("inner", 11008),
+        ("heads", 32),
+        ("groups", None),
+        ("vocab", 32000),
+    ):
         parser.add_argument(f"--{name}", type=int, default=size)
     parser.add_argument("--exits", type=int, nargs="+", default=[8, 16, 24])
     parser.add_argument("--dtype", default="bfloat16")
@@ -105,12 +120,31 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
 def random_llama(options: argparse.Namespace, topology: Topology) -> EarlyExitModel:
     """The model that `options` describe, drawn on the device."""
     config = ModelConfig(
-        num_layers=options.layers, hidden_size=options.hidden, ffn_hidden_size=options.inner, num_attention_heads=options.heads,
-        num_query_groups=options.groups or options.heads, kv_channels=options.hidden // options.heads, vocab_size=options.vocab,
-        max_position_embeddings=4096, norm_epsilon=1e-5, rope=RopeConfig(), ties_embeddings=False)
+        num_layers=options.layers,
+        hidden_size=options.hidden,
+        ffn_hidden_size=options.inner,
+        num_attention_heads=options.heads,
+        num_query_groups=options.groups or options.heads,
+        kv_channels=options.hidden // options.heads,
+        vocab_size=options.vocab,
+        max_position_embeddings=4096,
+        norm_epsilon=1e-5,
+        rope=RopeConfig(),
+        ties_embeddings=False,
+    )
     exits = tuple(ExitSpec(layer=layer, architecture="norm", ties_output=False) for layer in options.exits)
-    model = EarlyExitModel(config, topology, StagePlan(first_layer=1, last_layer=options.layers, exits=exits, has_final_head=True,
-                                                       max_length=4096, dtype=getattr(torch, options.dtype)))
+    model = EarlyExitModel(
+        config,
+        topology,
+        StagePlan(
+            first_layer=1,
+            last_layer=options.layers,
+            exits=exits,
+            has_final_head=True,
+            max_length=4096,
+            dtype=getattr(torch, options.dtype),
+        ),
+    )
     draw = torch.Generator(topology.device).manual_seed(0)
     output = model.backbone.output_layer.weight
     with torch.no_grad():
@@ -132,7 +166,9 @@ def random_llama(options: argparse.Namespace, topology: Topology) -> EarlyExitMo
 
 def _bandwidth(device: torch.device) -> float:
     """Bytes per second, read and written."""
-    source = torch.empty(COPIED_BYTES if device.type == "cuda" else COPIED_BYTES // 16, dtype=torch.uint8, device=device)
+    source = torch.empty(
+        COPIED_BYTES if device.type == "cuda" else COPIED_BYTES // 16, dtype=torch.uint8, device=device
+    )
     target, times = torch.empty_like(source), []
     for _ in range(8):
         _wait(device)
@@ -156,8 +192,12 @@ def policies_of(model: EarlyExitModel, options: argparse.Namespace) -> dict[str,
         confidences = [step.confidence for step in decode(model, 1, Policy(fixed_exit=first), options)[0]]
     threshold = sorted(confidences)[int((1 - options.leaving) * len(confidences))]
     fixed = {f"fixed {layer}": Policy(fixed_exit=layer) for layer in options.exits}
-    return {"full": FULL, **fixed, f"threshold {threshold:.3g}": Policy(thresholds=dict.fromkeys(options.exits, threshold)),
-            "speculative": Policy(drafts_at=tuple(options.exits))}
+    return {
+        "full": FULL,
+        **fixed,
+        f"threshold {threshold:.3g}": Policy(thresholds=dict.fromkeys(options.exits, threshold)),
+        "speculative": Policy(drafts_at=tuple(options.exits)),
+    }
 
 
 @contextmanager
@@ -176,18 +216,27 @@ def graphs_as(kind: str) -> Iterator[None]:
 
 def made_engine(model: EarlyExitModel, batch: int, options: argparse.Namespace) -> Engine:
     """For `batch` sequences, which share nothing."""
-    return Engine(model, [(1, options.layers)], num_slots=batch, max_length=options.prompt_tokens + options.new_tokens + 16,
-                  prefill_chunk=2048, reuses_prefixes=False)
+    return Engine(
+        model,
+        [(1, options.layers)],
+        num_slots=batch,
+        max_length=options.prompt_tokens + options.new_tokens + 16,
+        prefill_chunk=2048,
+        reuses_prefixes=False,
+    )
 
 
-def decode(model: EarlyExitModel, batch: int, policy: Policy, options: argparse.Namespace,
-           engine: Engine | None = None) -> tuple[list[TokenStep], float, int]:
+def decode(
+    model: EarlyExitModel, batch: int, policy: Policy, options: argparse.Namespace, engine: Engine | None = None
+) -> tuple[list[TokenStep], float, int]:
     """What was said after the prompts were read; the seconds, and the steps."""
     engine = engine or made_engine(model, batch, options)
     draw = torch.Generator().manual_seed(batch)
     params = SamplingParams(max_tokens=options.new_tokens, ignore_eos=True)
     for _ in range(batch):
-        engine.add_request(torch.randint(options.vocab, (options.prompt_tokens,), generator=draw).tolist(), params, policy)
+        engine.add_request(
+            torch.randint(options.vocab, (options.prompt_tokens,), generator=draw).tolist(), params, policy
+        )
     while engine.waiting or any(not s.num_output for s in engine.running):
         engine.step()
     steps: list[TokenStep] = []
@@ -198,20 +247,37 @@ def decode(model: EarlyExitModel, batch: int, policy: Policy, options: argparse.
     return steps, time.perf_counter() - began, count
 
 
-def _measured(model: EarlyExitModel, batch: int, way: str, policy: Policy, kind: str, bandwidth: float,
-              options: argparse.Namespace) -> list[Row]:
+def _measured(
+    model: EarlyExitModel,
+    batch: int,
+    way: str,
+    policy: Policy,
+    kind: str,
+    bandwidth: float,
+    options: argparse.Namespace,
+) -> list[Row]:
     """The row, which is printed; none where this machine can not make it, for the others count all the same."""
     try:
         row = measure(model, batch, way, policy, kind, bandwidth, options)
     except (RuntimeError, ImportError) as error:  # no triton, no compiler for it, too little memory
-        print(f"| {batch} | {way} | {kind} | {type(error).__name__}: {str(error).strip().splitlines()[0][:200]} |", flush=True)
+        print(
+            f"| {batch} | {way} | {kind} | {type(error).__name__}: {str(error).strip().splitlines()[0][:200]} |",
+            flush=True,
+        )
         return []
     print(_line(row), flush=True)
     return [row]
 
 
-def measure(model: EarlyExitModel, batch: int, way: str, policy: Policy, kind: str, bandwidth: float,
-            options: argparse.Namespace) -> Row:
+def measure(
+    model: EarlyExitModel,
+    batch: int,
+    way: str,
+    policy: Policy,
+    kind: str,
+    bandwidth: float,
+    options: argparse.Namespace,
+) -> Row:
     """One way of decoding, `options.rounds` times after one that records the graphs."""
     gc.collect()  # the engine before this one has a cache as large
     with graphs_as(kind):
@@ -222,8 +288,15 @@ def measure(model: EarlyExitModel, batch: int, way: str, policy: Policy, kind: s
     share = None
     if batch == 1 and _has_one_depth(policy):
         share = rate * bytes_of(model, policy.fixed_exit) / bandwidth
-    return Row(batch=batch, way=way, graphs=kind, tokens_per_second=rate, mean_depth=sum(layers) / len(layers),
-               ms_per_step=1000 * statistics.median(seconds / count for _, seconds, count in runs), share_of_limit=share)
+    return Row(
+        batch=batch,
+        way=way,
+        graphs=kind,
+        tokens_per_second=rate,
+        mean_depth=sum(layers) / len(layers),
+        ms_per_step=1000 * statistics.median(seconds / count for _, seconds, count in runs),
+        share_of_limit=share,
+    )
 
 
 def _has_one_depth(policy: Policy) -> bool:
@@ -232,7 +305,11 @@ def _has_one_depth(policy: Policy) -> bool:
 
 def bytes_of(model: EarlyExitModel, fixed_exit: int | None) -> int:
     """Bytes of the weights that a token reads."""
-    read: list[Any] = [*model.backbone.output_layer.parameters()] if fixed_exit is None else [*model.exit_head(fixed_exit).parameters()]
+    read: list[Any] = (
+        [*model.backbone.output_layer.parameters()]
+        if fixed_exit is None
+        else [*model.exit_head(fixed_exit).parameters()]
+    )
     for number in range(1, (fixed_exit or model.config.num_layers) + 1):
         read += model.backbone.layer(number).parameters()
     return sum(weight.nbytes for weight in read)
@@ -240,8 +317,10 @@ def bytes_of(model: EarlyExitModel, fixed_exit: int | None) -> int:
 
 def _line(row: Row) -> str:
     share = "" if row.share_of_limit is None else f"{row.share_of_limit:.2f}"
-    return (f"| {row.batch} | {row.way} | {row.graphs} | {row.mean_depth:.1f} | {row.ms_per_step:.2f} | "
-            f"{row.tokens_per_second:.0f} | {share} |")
+    return (
+        f"| {row.batch} | {row.way} | {row.graphs} | {row.mean_depth:.1f} | {row.ms_per_step:.2f} | "
+        f"{row.tokens_per_second:.0f} | {share} |"
+    )
 
 
 def _print_goals(rows: list[Row]) -> None:
@@ -249,12 +328,16 @@ def _print_goals(rows: list[Row]) -> None:
     for row in rows:
         if row.share_of_limit is not None and row.graphs != "no":
             goal = GOALS[row.way.split()[0]]
-            print(f"| {row.way} | {row.graphs} | {row.share_of_limit:.2f} | ≥ {goal} | {'yes' if row.share_of_limit >= goal else 'no'} |")
+            print(
+                f"| {row.way} | {row.graphs} | {row.share_of_limit:.2f} | ≥ {goal} | {'yes' if row.share_of_limit >= goal else 'no'} |"
+            )
     without = {(row.batch, row.way): row.tokens_per_second for row in rows if row.graphs == "no"}
     print("\n| batch | way | graphs | ÷ without |\n|---|---|---|---|")
     for row in rows:
         if row.graphs != "no" and (row.batch, row.way) in without:
-            print(f"| {row.batch} | {row.way} | {row.graphs} | {row.tokens_per_second / without[row.batch, row.way]:.2f} |")
+            print(
+                f"| {row.batch} | {row.way} | {row.graphs} | {row.tokens_per_second / without[row.batch, row.way]:.2f} |"
+            )
 
 
 def _profile(model: EarlyExitModel, options: argparse.Namespace) -> None:

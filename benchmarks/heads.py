@@ -1,10 +1,12 @@
-"""What each head architecture learns on the shipped model: held-out loss per exit before and after tuning, and what an exit holds.
+"""What each head architecture learns on the shipped model: held-out loss per exit before and after tuning, and what an
+exit holds.
 
     python benchmarks/heads.py
 
-The shape to expect is EE-Tuning's (arXiv 2402.00518, figures 4 and 6): deeper exits and richer heads lose less, copies begin far ahead of
-random weights. One run per row, all on the same text, in one process.
+The shape to expect is EE-Tuning's (arXiv 2402.00518, figures 4 and 6): deeper exits and richer heads lose less, copies
+begin far ahead of random weights. One run per row, all on the same text, in one process.
 """
+
 import argparse
 import json
 import tempfile
@@ -27,7 +29,9 @@ EXIT_LAYERS, ADAPTER_RANK, TRAINING_BYTES = (3, 6, 9), 64, 3_000_000
 def main() -> None:
     """Prints a table in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200, help="optimizer steps of 8 × 256 tokens (default %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=200, help="optimizer steps of 8 × 256 tokens (default %(default)s)"
+    )
     parser.add_argument("--init", nargs="+", default=["copy", "random"], choices=("copy", "random"))
     options = parser.parse_args()
     rows = []
@@ -41,8 +45,15 @@ def main() -> None:
         llm = EarlyExitLLM.load(str(MODEL))
         final = final_head_loss(llm, config)
     layers = [str(layer) for layer in EXIT_LAYERS]
-    print(f"\n{options.steps} steps of 8 × 256 tokens, untied, adapters of rank {ADAPTER_RANK}; the model's own loss {final:.3f}\n")
-    columns = ["head", "init", "parameters of an exit, output matrix apart", *(f"layer {layer}: before → after" for layer in layers)]
+    print(
+        f"\n{options.steps} steps of 8 × 256 tokens, untied, adapters of rank {ADAPTER_RANK}; the model's own loss {final:.3f}\n"
+    )
+    columns = [
+        "head",
+        "init",
+        "parameters of an exit, output matrix apart",
+        *(f"layer {layer}: before → after" for layer in layers),
+    ]
     print(f"| {' | '.join(columns)} |")
     print("|---" * len(columns) + "|")
     for architecture, init, before, after in rows:
@@ -59,17 +70,32 @@ def write_texts(folder: Path) -> dict[str, list[str]]:
             break
         chosen.append(training[name])
     for file, texts in (("train", chosen), ("valid", [text for _, text in sorted(held_out.items())])):
-        (folder / f"{file}.jsonl").write_text("".join(json.dumps({"text": text.decode(errors="replace")}) + "\n" for text in texts))
+        (folder / f"{file}.jsonl").write_text(
+            "".join(json.dumps({"text": text.decode(errors="replace")}) + "\n" for text in texts)
+        )
     return {"data.paths": [str(folder / "train.jsonl")], "data.valid_paths": [str(folder / "valid.jsonl")]}
 
 
 def job(run: Path, texts: dict[str, list[str]], architecture: str, init: str, steps: int) -> Config:
     """A run of one row."""
     keys: dict[str, Any] = {
-        "model.path": str(MODEL), "exits.exit_layers": list(EXIT_LAYERS), "exits.architecture": architecture, "exits.init": init,
-        "exits.adapter_rank": ADAPTER_RANK, **texts, "tuning.run_folder": str(run), "tuning.train_iters": steps,
-        "tuning.micro_batch_size": 4, "tuning.global_batch_size": 8, "tuning.seq_length": 256, "tuning.lr": 3e-3, "tuning.min_lr": 3e-4,
-        "tuning.eval_interval": steps, "tuning.eval_iters": 16, "tuning.save_interval": 0}
+        "model.path": str(MODEL),
+        "exits.exit_layers": list(EXIT_LAYERS),
+        "exits.architecture": architecture,
+        "exits.init": init,
+        "exits.adapter_rank": ADAPTER_RANK,
+        **texts,
+        "tuning.run_folder": str(run),
+        "tuning.train_iters": steps,
+        "tuning.micro_batch_size": 4,
+        "tuning.global_batch_size": 8,
+        "tuning.seq_length": 256,
+        "tuning.lr": 3e-3,
+        "tuning.min_lr": 3e-4,
+        "tuning.eval_interval": steps,
+        "tuning.eval_iters": 16,
+        "tuning.save_interval": 0,
+    }
     return load_config(None, keys)
 
 

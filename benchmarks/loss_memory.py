@@ -3,10 +3,11 @@
     python benchmarks/loss_memory.py
     python benchmarks/loss_memory.py --vocab-sizes 32000 --tokens 2048 --chunk-tokens 256
 
-Each figure comes from a process of its own: peak memory is how far its resident set (ru_maxrss) rises over what it held with inputs and
-room for both gradients already there, so it counts logits, their gradients and other temporaries alone. Time is the best of a few
-forward and backward passes. Prints a Markdown table.
+Each figure comes from a process of its own: peak memory is how far its resident set (ru_maxrss) rises over what it held
+with inputs and room for both gradients already there, so it counts logits, their gradients and other temporaries alone.
+Time is the best of a few forward and backward passes. Prints a Markdown table.
 """
+
 import argparse
 import json
 import resource
@@ -21,7 +22,7 @@ from torch import Tensor
 from ee_tuning.parallel.vocab import VocabShard
 from ee_tuning.tuning.loss import linear_cross_entropy
 
-MIB = 2 ** 20
+MIB = 2**20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -31,16 +32,23 @@ def main() -> None:
     if options.one:
         print(json.dumps(_measure(options.one, options.vocab_sizes[0], options)))
         return
-    print(f"{options.tokens} tokens, hidden {options.hidden_size}, {options.dtype}, chunks of {options.chunk_tokens} tokens, "
-          f"{options.threads} thread(s)\n")
-    print("| vocabulary | plain time | chunked time | ratio | all logits | plain memory | one chunk of logits | chunked memory |")
+    print(
+        f"{options.tokens} tokens, hidden {options.hidden_size}, {options.dtype}, chunks of {options.chunk_tokens} tokens, "
+        f"{options.threads} thread(s)\n"
+    )
+    print(
+        "| vocabulary | plain time | chunked time | ratio | all logits | plain memory | one chunk of logits | chunked memory |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for vocab_size in options.vocab_sizes:
         plain, chunked = (_in_a_process(name, vocab_size) for name in ("plain", "chunked"))
         row = vocab_size * DTYPES[options.dtype].itemsize / MIB
-        print(f"| {vocab_size} | {plain['seconds']:.2f} s | {chunked['seconds']:.2f} s | {chunked['seconds'] / plain['seconds']:.2f} | "
-              f"{row * options.tokens:.0f} MiB | {plain['mebibytes']:.0f} MiB | "
-              f"{row * options.chunk_tokens:.0f} MiB | {chunked['mebibytes']:.0f} MiB |", flush=True)
+        print(
+            f"| {vocab_size} | {plain['seconds']:.2f} s | {chunked['seconds']:.2f} s | {chunked['seconds'] / plain['seconds']:.2f} | "
+            f"{row * options.tokens:.0f} MiB | {plain['mebibytes']:.0f} MiB | "
+            f"{row * options.chunk_tokens:.0f} MiB | {chunked['mebibytes']:.0f} MiB |",
+            flush=True,
+        )
 
 
 def _options() -> argparse.Namespace:
@@ -93,8 +101,14 @@ def _warm_up(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
     few = 16
     small = weight[:few].detach().requires_grad_()
     F.cross_entropy(F.linear(hidden[:few, 0], small).float(), labels[:few, 0] % few).backward()
-    linear_cross_entropy(hidden[:few], small, labels[:few] % few, torch.ones(few, 1), vocab=VocabShard(few, 0, few, None, 1),
-                         chunk_tokens=few).backward()
+    linear_cross_entropy(
+        hidden[:few],
+        small,
+        labels[:few] % few,
+        torch.ones(few, 1),
+        vocab=VocabShard(few, 0, few, None, 1),
+        chunk_tokens=few,
+    ).backward()
 
 
 def _peak_bytes() -> int:

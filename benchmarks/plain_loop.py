@@ -3,11 +3,13 @@
     python benchmarks/plain_loop.py
     python benchmarks/plain_loop.py --vocab-sizes 32000 --steps 5 --json plain_loop.json
 
-The plain loop is what one writes first: the frozen transformers model, called under no_grad; the same `mlp` heads as modules on its hidden
-states; logits made whole, cross-entropy, and autograd.
-Ours is a step of the tuner. Both train the same exits of the same random model on batches of the same shape, in float32. Each runs in a
-process of its own, in turn; peak memory is what the process holds at its worst moment beyond the imported libraries.
+The plain loop is what one writes first: the frozen transformers model, called under no_grad; the same `mlp` heads as
+modules on its hidden states; logits made whole, cross-entropy, and autograd.
+Ours is a step of the tuner. Both train the same exits of the same random model on batches of the same shape, in
+float32. Each runs in a process of its own, in turn; peak memory is what the process holds at its worst moment beyond
+the imported libraries.
 """
+
 import argparse
 import copy
 import json
@@ -21,8 +23,14 @@ from pathlib import Path
 from typing import Any
 
 EXITS = (2, 4)
-SHAPE = {"num_hidden_layers": 6, "hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 8, "num_key_value_heads": 4,
-         "max_position_embeddings": 1024}
+SHAPE = {
+    "num_hidden_layers": 6,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 1024,
+}
 FASTER, SMALLER = 1.3, 0.6
 
 
@@ -55,9 +63,18 @@ def main() -> None:
             for _ in range(options.rounds):
                 for name, way in (("plain", plain), ("ours", ours)):
                     taken[name].append(_in_process(way, Path(folder), options))
-        rows.append({"vocab_size": vocab_size, **{
-            name: {"seconds": statistics.median(each.seconds for each in own), "peak": max(each.peak for each in own)}
-            for name, own in taken.items()}})
+        rows.append(
+            {
+                "vocab_size": vocab_size,
+                **{
+                    name: {
+                        "seconds": statistics.median(each.seconds for each in own),
+                        "peak": max(each.peak for each in own),
+                    }
+                    for name, own in taken.items()
+                },
+            }
+        )
     _print_table(rows, options)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2) + "\n")
@@ -76,12 +93,20 @@ def plain(folder: Path, options: argparse.Namespace) -> Figures:
     heads: dict[int, Any] = {}
     for layer in EXITS:
         block = model.model.layers[layer - 1]
-        heads[layer] = torch.nn.ModuleDict({"mlp": copy.deepcopy(block.mlp), "norm": copy.deepcopy(model.model.norm),
-                                            "output": copy.deepcopy(model.lm_head)}).requires_grad_(True)
+        heads[layer] = torch.nn.ModuleDict(
+            {
+                "mlp": copy.deepcopy(block.mlp),
+                "norm": copy.deepcopy(model.model.norm),
+                "output": copy.deepcopy(model.lm_head),
+            }
+        ).requires_grad_(True)
         block.post_attention_layernorm.register_forward_hook(
-            lambda norm, inputs, out, layer=layer: caught.update({layer: (inputs[0], out)}))  # type: ignore[misc]
-    optimizers = {layer: torch.optim.AdamW(head.parameters(), lr=1e-4, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True)
-                  for layer, head in heads.items()}
+            lambda norm, inputs, out, layer=layer: caught.update({layer: (inputs[0], out)})
+        )  # type: ignore[misc]
+    optimizers = {
+        layer: torch.optim.AdamW(head.parameters(), lr=1e-4, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True)
+        for layer, head in heads.items()
+    }
 
     def step() -> None:
         tokens = torch.randint(0, model.config.vocab_size, (options.micro_batch_size, options.seq_length + 1))
@@ -97,6 +122,7 @@ def plain(folder: Path, options: argparse.Namespace) -> Figures:
             torch.nn.utils.clip_grad_norm_(heads[layer].parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
+
     return _timed(step, options.steps, before)
 
 
@@ -115,18 +141,36 @@ def ours(folder: Path, options: argparse.Namespace) -> Figures:
     from ee_tuning.tuning.step import StageWalk
     from ee_tuning.tuning.tuner import Tuner
 
-    config = load_config(None, {
-        "model.path": str(folder), "exits.exit_layers": list(EXITS), "tuning.micro_batch_size": options.micro_batch_size,
-        "tuning.global_batch_size": options.micro_batch_size, "tuning.seq_length": options.seq_length, "tuning.eval_iters": 0,
-        "tuning.save_interval": 0, "tuning.run_folder": str(folder / "run")})
+    config = load_config(
+        None,
+        {
+            "model.path": str(folder),
+            "exits.exit_layers": list(EXITS),
+            "tuning.micro_batch_size": options.micro_batch_size,
+            "tuning.global_batch_size": options.micro_batch_size,
+            "tuning.seq_length": options.seq_length,
+            "tuning.eval_iters": 0,
+            "tuning.save_interval": 0,
+            "tuning.run_folder": str(folder / "run"),
+        },
+    )
     topology = init_parallel(config.parallel)
     before = _resident()
     loaded = load_for_tuning(config, topology)
-    stream = np.random.default_rng(0).integers(0, loaded.model.config.vocab_size, 64 * options.seq_length + 1).astype(np.int32)
+    stream = (
+        np.random.default_rng(0)
+        .integers(0, loaded.model.config.vocab_size, 64 * options.seq_length + 1)
+        .astype(np.int32)
+    )
     tuner = Tuner(loaded, Splits(train=PackedSamples(stream, options.seq_length), valid=None), config, topology)
     shape = (options.seq_length, options.micro_batch_size, loaded.model.config.hidden_size)
-    walk = StageWalk(loaded.model, Relay(topology, shape, loaded.model.plan.dtype), topology, config.tuning.loss_chunk_tokens,
-                     objective(config.tuning))
+    walk = StageWalk(
+        loaded.model,
+        Relay(topology, shape, loaded.model.plan.dtype),
+        topology,
+        config.tuning.loss_chunk_tokens,
+        objective(config.tuning),
+    )
     return _timed(lambda: tuner.rehearse(walk), options.steps, before)
 
 
@@ -166,15 +210,21 @@ def _status(key: str) -> int:
 
 def _print_table(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     tokens = options.micro_batch_size * options.seq_length
-    print(f"\n{tokens} tokens a step, hidden size {SHAPE['hidden_size']}, `mlp` exits after {', '.join(map(str, EXITS))} of "
-          f"{SHAPE['num_hidden_layers']} layers, float32, {options.threads} thread(s)\n")
-    print("| vocabulary | plain loop | ours | tokens/s ratio | goal | plain memory | our memory | memory ratio | goal |")
+    print(
+        f"\n{tokens} tokens a step, hidden size {SHAPE['hidden_size']}, `mlp` exits after {', '.join(map(str, EXITS))} of "
+        f"{SHAPE['num_hidden_layers']} layers, float32, {options.threads} thread(s)\n"
+    )
+    print(
+        "| vocabulary | plain loop | ours | tokens/s ratio | goal | plain memory | our memory | memory ratio | goal |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         one, two = row["plain"], row["ours"]
-        print(f"| {row['vocab_size']} | {tokens / one['seconds']:.0f} tokens/s | {tokens / two['seconds']:.0f} tokens/s | "
-              f"{one['seconds'] / two['seconds']:.2f} | ≥ {FASTER} | {one['peak'] / 2**20:.0f} MiB | {two['peak'] / 2**20:.0f} MiB | "
-              f"{two['peak'] / one['peak']:.2f} | ≤ {SMALLER} |")
+        print(
+            f"| {row['vocab_size']} | {tokens / one['seconds']:.0f} tokens/s | {tokens / two['seconds']:.0f} tokens/s | "
+            f"{one['seconds'] / two['seconds']:.2f} | ≥ {FASTER} | {one['peak'] / 2**20:.0f} MiB | {two['peak'] / 2**20:.0f} MiB | "
+            f"{two['peak'] / one['peak']:.2f} | ≤ {SMALLER} |"
+        )
 
 
 if __name__ == "__main__":

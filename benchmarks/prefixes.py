@@ -1,10 +1,12 @@
-"""What it brings that prompts share what was computed of their beginning: time to the first token, and what the sharing costs later ones.
+"""What it brings that prompts share what was computed of their beginning: time to the first token, and what the sharing
+costs later ones.
 
     python benchmarks/random_model.py --output /tmp/llama-30m
     python benchmarks/prefixes.py --model /tmp/llama-30m/model --exits /tmp/llama-30m/exit_heads
 
 Full depth, random tokens. A table as docs/benchmarks.md has it.
 """
+
 import argparse
 import time
 from pathlib import Path
@@ -25,25 +27,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--exits", type=Path, required=True)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512, 896], help="tokens of the common beginning")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[128, 512, 896], help="tokens of the common beginning"
+    )
     options = parser.parse_args()
     config = load_config(None, {"model.path": str(options.model), "exits.path": str(options.exits)})
     loaded = load_for_generation(config, init_parallel(ParallelSection()))
-    print("| common tokens | requests | first token without, ms | with, ms | tokens/s after it without | with |\n|---|---|---|---|---|---|")
+    print(
+        "| common tokens | requests | first token without, ms | with, ms | tokens/s after it without | with |\n|---|---|---|---|---|---|"
+    )
     for length in options.lengths:
         for count in (1, 8):
             without: list[tuple[float, float]] = []
             shared: list[tuple[float, float]] = []
             for _ in range(ROUNDS):
                 for reuses, results in ((False, without), (True, shared)):
-                    engine = Engine(loaded.model, loaded.stages, num_slots=count, max_length=length + OWN_TOKENS + NEW_TOKENS,
-                                    reuses_prefixes=reuses)
+                    engine = Engine(
+                        loaded.model,
+                        loaded.stages,
+                        num_slots=count,
+                        max_length=length + OWN_TOKENS + NEW_TOKENS,
+                        reuses_prefixes=reuses,
+                    )
                     _decode(engine, length, 1, seed=0)  # who said it first; without reuse, a pass that warms up
                     results.append(_decode(engine, length, count, seed=1))
             # The best of the rounds: what else a machine does only makes it slower.
             first, first_shared = (1e3 * min(each)[0] for each in (without, shared))
             rate, rate_shared = (max(rate for _, rate in each) for each in (without, shared))
-            print(f"| {length} | {count} | {first:.0f} | {first_shared:.0f} | {rate:.0f} | {rate_shared:.0f} |", flush=True)
+            print(
+                f"| {length} | {count} | {first:.0f} | {first_shared:.0f} | {rate:.0f} | {rate_shared:.0f} |",
+                flush=True,
+            )
 
 
 def _decode(engine: Engine, length: int, count: int, seed: int) -> tuple[float, float]:
@@ -53,7 +67,9 @@ def _decode(engine: Engine, length: int, count: int, seed: int) -> tuple[float, 
     stem = [(7 * i) % size for i in range(length)]
     prompts = [stem + torch.randint(size, (OWN_TOKENS,), generator=generator).tolist() for _ in range(count)]
     began = time.perf_counter()
-    sequences = [engine.add_request(prompt, SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True))[0] for prompt in prompts]
+    sequences = [
+        engine.add_request(prompt, SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True))[0] for prompt in prompts
+    ]
     while not all(s.num_output for s in sequences):
         engine.step()
     first, said = time.perf_counter(), sum(s.num_output for s in sequences)

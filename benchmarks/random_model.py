@@ -1,10 +1,13 @@
-"""A random Llama of about 30M parameters in Hugging Face form with its untuned exit heads, for the other benchmarks here.
+"""A random Llama of about 30M parameters in Hugging Face form with its untuned exit heads, for the other benchmarks
+here.
 
     python benchmarks/random_model.py --output /tmp/llama-30m
-    python benchmarks/random_model.py --output /tmp/llama-wide --hidden-size 512 --intermediate-size 1024 --vocab-size 8000
+    python benchmarks/random_model.py --output /tmp/llama-wide --hidden-size 512 --intermediate-size 1024 --vocab-size
+    8000
 
 Speed does not ask what the weights are, so they are drawn and not trained. Writes OUTPUT/model and OUTPUT/exit_heads.
 """
+
 import argparse
 import shutil
 from pathlib import Path
@@ -19,8 +22,15 @@ from ee_tuning.parallel.topology import init_parallel
 
 SHIPPED_MODEL = Path(__file__).parents[1] / "examples" / "tiny-python-llama"
 TOKENIZER_SIZE = 257
-SHAPE = {"num_hidden_layers": 12, "hidden_size": 448, "intermediate_size": 1408, "num_attention_heads": 8, "num_key_value_heads": 4,
-         "vocab_size": TOKENIZER_SIZE, "max_position_embeddings": 1024}
+SHAPE = {
+    "num_hidden_layers": 12,
+    "hidden_size": 448,
+    "intermediate_size": 1408,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": TOKENIZER_SIZE,
+    "max_position_embeddings": 1024,
+}
 EXIT_LAYERS = (3, 6, 9)
 
 
@@ -35,7 +45,9 @@ def main() -> None:
     """Writes the model and its exits, and says how large they are."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for both, made where it is missing")
-    parser.add_argument("--tokenizer", type=Path, default=SHIPPED_MODEL, help="model folder whose byte tokenizer is copied")
+    parser.add_argument(
+        "--tokenizer", type=Path, default=SHIPPED_MODEL, help="model folder whose byte tokenizer is copied"
+    )
     for name, size in SHAPE.items():
         parser.add_argument("--" + name.replace("_", "-"), type=int, default=size)
     parser.add_argument("--exit-layers", type=int, nargs="+", default=list(EXIT_LAYERS))
@@ -45,7 +57,9 @@ def main() -> None:
     print(f"{num_parameters(folders.model) / 1e6:.1f}M parameters in {folders.model}, exits in {folders.exits}")
 
 
-def write_random_model(output: Path, tokenizer: Path, exit_layers: tuple[int, ...] = EXIT_LAYERS, seed: int = 0, **shape: int) -> Folders:
+def write_random_model(
+    output: Path, tokenizer: Path, exit_layers: tuple[int, ...] = EXIT_LAYERS, seed: int = 0, **shape: int
+) -> Folders:
     """Writes the model (float32, drawn from `seed`) and its `mlp` exits at copy initialization below `output`.
 
     `tokenizer` is a folder with the byte tokenizer; `shape` replaces keys of SHAPE, spelled as in config.json.
@@ -56,8 +70,9 @@ def write_random_model(output: Path, tokenizer: Path, exit_layers: tuple[int, ..
     folder = output / "model"
     torch.manual_seed(seed)
     sizes: dict[str, Any] = {**SHAPE, **shape}
-    config = transformers.LlamaConfig(**sizes, tie_word_embeddings=False, bos_token_id=TOKENIZER_SIZE - 1,
-                                      eos_token_id=TOKENIZER_SIZE - 1)
+    config = transformers.LlamaConfig(
+        **sizes, tie_word_embeddings=False, bos_token_id=TOKENIZER_SIZE - 1, eos_token_id=TOKENIZER_SIZE - 1
+    )
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     for name in TOKENIZER_FILES:
         if (tokenizer / name).is_file():

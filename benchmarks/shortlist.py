@@ -1,14 +1,17 @@
 """What a shortlist saves of an exit that is asked in vain, and what it costs in tokens that can not leave.
 
     python benchmarks/shortlist.py --model SmolLM2-135M-Instruct.Q4_1.gguf       # measured
-    python benchmarks/shortlist.py --shapes                                      # computed, for the shapes of examples/*/config.json
+    python benchmarks/shortlist.py --shapes                                      # computed, for the shapes of
+    examples/*/config.json
 
-Exits are fitted by least squares on documentation strings of Python's standard library; every fifth string is held out. For each size of
-the list: the share of held-out tokens that is listed; milliseconds of a question to an exit, and its share of a full pass (the mean over
-exits, the fastest of --repeats times); the share of tokens on which the exits agree with the full model; and, at thresholds that one half
-of the held-out text chooses so that tokens that leave are the full model's with probability --wanted, on the other half: tokens that leave,
-the agreement of all tokens, and the speed-up of decoding over full depth, the same prompts and engine, taken in turns.
+Exits are fitted by least squares on documentation strings of Python's standard library; every fifth string is held out.
+For each size of the list: the share of held-out tokens that is listed; milliseconds of a question to an exit, and its
+share of a full pass (the mean over exits, the fastest of --repeats times); the share of tokens on which the exits agree
+with the full model; and, at thresholds that one half of the held-out text chooses so that tokens that leave are the
+full model's with probability --wanted, on the other half: tokens that leave, the agreement of all tokens, and the
+speed-up of decoding over full depth, the same prompts and engine, taken in turns.
 """
+
 import argparse
 import json
 import tempfile
@@ -68,19 +71,30 @@ def main() -> None:
 
 def _write_all(config: Config, folder: Path, sizes: list[int]) -> None:
     """Exits of every size, from one pass over the texts, as `exits-N` in `folder`."""
-    topology, jobs = init_parallel(config.parallel), {size: replace(config, exits={"output_vocab": size}) for size in sizes}
+    topology, jobs = (
+        init_parallel(config.parallel),
+        {size: replace(config, exits={"output_vocab": size}) for size in sizes},
+    )
     samples = load_job_samples(config, topology).train
     lists = {size: list_tokens(job, samples, topology) for size, job in jobs.items()}
     loaded = load_for_fitting(config, topology)
-    fit, taken = FitPass(loaded, config.tuning, topology), fit_samples(samples, config.tuning, loaded.model.config.hidden_size)
+    fit, taken = (
+        FitPass(loaded, config.tuning, topology),
+        fit_samples(samples, config.tuning, loaded.model.config.hidden_size),
+    )
     others = {size: OtherFit(loaded.model, listed.token_ids, topology) for size, listed in lists.items() if listed}
     fit.other = _Together(list(others.values()))  # type: ignore[assignment]
     fit.run(list(batches_of_each(samples, taken.chosen, config.tuning, dp=1, dp_rank=0)))
     maps = fit.maps(loaded.stages)
     for size, job in jobs.items():
         found = Fit(maps, fit_record(taken), others[size].row() if size in others else None)
-        write_initial_exits(job, folder / f"exits-{size}", topology, make_fit=lambda _, found=found: found,  # type: ignore[misc]
-                            list_tokens=lambda _, size=size: lists[size])  # type: ignore[misc]
+        write_initial_exits(
+            job,
+            folder / f"exits-{size}",
+            topology,
+            make_fit=lambda _, found=found: found,  # type: ignore[misc]
+            list_tokens=lambda _, size=size: lists[size],
+        )  # type: ignore[misc]
 
 
 class _Together:
@@ -96,20 +110,39 @@ class _Together:
 
 
 def _job(args: argparse.Namespace, folder: Path) -> Config:
-    texts = list(documentation_strings({name: source for files in standard_library() for name, source in files.items()}))
+    texts = list(
+        documentation_strings({name: source for files in standard_library() for name, source in files.items()})
+    )
     for name, part in (("train", [text for index, text in enumerate(texts) if index % 5]), ("held_out", texts[::5])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part), encoding="utf-8")
-    return load_config(None, {
-        "model.path": args.model, "exits.exit_layers": args.layers, "exits.architecture": "norm", "exits.init": "fitted",
-        "data.paths": [str(folder / "train.jsonl")], "data.valid_paths": [str(folder / "held_out.jsonl")],
-        "tuning.seq_length": args.length, "tuning.micro_batch_size": 2, "tuning.fit_tokens": args.fit_tokens})
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"text": text}) + "\n" for text in part), encoding="utf-8"
+        )
+    return load_config(
+        None,
+        {
+            "model.path": args.model,
+            "exits.exit_layers": args.layers,
+            "exits.architecture": "norm",
+            "exits.init": "fitted",
+            "data.paths": [str(folder / "train.jsonl")],
+            "data.valid_paths": [str(folder / "held_out.jsonl")],
+            "tuning.seq_length": args.length,
+            "tuning.micro_batch_size": 2,
+            "tuning.fit_tokens": args.fit_tokens,
+        },
+    )
 
 
 def _print_row(config: Config, exits: Path, args: argparse.Namespace, size: int) -> None:
     llm = EarlyExitLLM.from_config(replace(config, exits={"path": str(exits)}))
     model = llm.model
-    samples = load_samples(config.data, config.model.path, seq_length=args.length, vocab_size=model.config.vocab_size,
-                           max_positions=model.config.max_position_embeddings).valid
+    samples = load_samples(
+        config.data,
+        config.model.path,
+        seq_length=args.length,
+        vocab_size=model.config.vocab_size,
+        max_positions=model.config.max_position_embeddings,
+    ).valid
     assert samples is not None
     rows = [torch.from_numpy(samples.sample(index).tokens) for index in range(min(len(samples), args.held_out_samples))]
     tokens, listed = torch.cat([row[1:] for row in rows]), set(model.plan.token_ids)
@@ -120,14 +153,17 @@ def _print_row(config: Config, exits: Path, args: argparse.Namespace, size: int)
     thresholds = choose(chosen_on, "max_probability", args.wanted)
     outcome = judge(judged_on, "max_probability", thresholds)
     policy = Policy(thresholds={layer: value for layer, value in thresholds.items() if value is not None})
-    prompts = [llm.tokenizer.decode(row[:64].tolist()) for row in rows[half: half + args.prompts]]
+    prompts = [llm.tokenizer.decode(row[:64].tolist()) for row in rows[half : half + args.prompts]]
     speed_up = _speed_up(llm, prompts, policy, args)
     assert llm.engine is not None
     costs = [measure_costs(llm.engine.runner) for _ in range(args.repeats)]
     ask = min(_mean(each.of_head(layer, 1) for layer in each.heads) for each in costs)
     whole = min(each.of_all(1) for each in costs)
-    print(f"{size or model.config.vocab_size:6d} {share:7.3f} {1e3 * ask:8.2f} {ask / whole:9.3f} {_agreement(judged_on):7.3f} | "
-          f"{1 - _stay(outcome):6.3f} {outcome.agreement:9.3f} {speed_up:8.2f}", flush=True)
+    print(
+        f"{size or model.config.vocab_size:6d} {share:7.3f} {1e3 * ask:8.2f} {ask / whole:9.3f} {_agreement(judged_on):7.3f} | "
+        f"{1 - _stay(outcome):6.3f} {outcome.agreement:9.3f} {speed_up:8.2f}",
+        flush=True,
+    )
 
 
 def _speed_up(llm: EarlyExitLLM, prompts: list[str], policy: Policy, args: argparse.Namespace) -> float:
@@ -135,8 +171,13 @@ def _speed_up(llm: EarlyExitLLM, prompts: list[str], policy: Policy, args: argpa
     seconds = {"full": 0.0, "early": 0.0}
     keys = {"max_new_tokens": args.new_tokens, "ignore_eos": True, "temperature": 0.0, "reuse_prefixes": False}
     for prompt in prompts:
-        rounds = [{name: llm.generate([prompt], policy=[way], **keys)[0].seconds for name, way in (("full", Policy()), ("early", policy))}
-                  for _ in range(args.repeats)]
+        rounds = [
+            {
+                name: llm.generate([prompt], policy=[way], **keys)[0].seconds
+                for name, way in (("full", Policy()), ("early", policy))
+            }
+            for _ in range(args.repeats)
+        ]
         for name in seconds:
             seconds[name] += min(each[name] for each in rounds)
     return seconds["full"] / seconds["early"]
@@ -160,12 +201,16 @@ def _stay(outcome: Outcome) -> float:
 
 
 def _print_shapes(args: argparse.Namespace) -> None:
-    """Multiply-adds of a question, as a share of a full pass over one token; and its share of the model's parameters."""
+    """Multiply-adds of a question, as a share of a full pass over one token; and its share of the model's
+    parameters.
+    """
     print(f"{'model':14} {'vocabulary':>10} " + " ".join(f"{size or 'all':>7}" for size in args.sizes))
     for name in SHAPES:
         model = read_model_config(Path(__file__).parents[1] / "examples" / name)
         whole = sum(stage_costs(model, model.num_layers, (), 0, trains_heads=False, has_final_head=True))
-        shares = [final_head_cost(model) * ((size + 1) / model.vocab_size if size else 1) / whole for size in args.sizes]
+        shares = [
+            final_head_cost(model) * ((size + 1) / model.vocab_size if size else 1) / whole for size in args.sizes
+        ]
         print(f"{name:14} {model.vocab_size:10,} " + " ".join(f"{share:7.2%}" for share in shares))
 
 

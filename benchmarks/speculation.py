@@ -1,12 +1,14 @@
-"""Speculative decoding on the shipped model: the same tokens as full depth, how much faster, and beside transformers' own.
+"""Speculative decoding on the shipped model: the same tokens as full depth, how much faster, and beside transformers'
+own.
 
     python benchmarks/draft_exits.py --output runs/drafts
     python benchmarks/speculation.py --exits runs/drafts/exit_heads
 
-Every held-out prompt is decoded at full depth and by speculation before the next one. A few are decoded by transformers too: plainly, and
-with `assistant_early_exit` at each of several layers, of which the best counts. That drafts with the first layers under the model's own
-last norm and output matrix, and can use no tuned head.
+Every held-out prompt is decoded at full depth and by speculation before the next one. A few are decoded by transformers
+too: plainly, and with `assistant_early_exit` at each of several layers, of which the best counts. That drafts with the
+first layers under the model's own last norm and output matrix, and can use no tuned head.
 """
+
 import argparse
 import json
 import statistics
@@ -31,15 +33,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--exits", type=Path, required=True, help="tuned exit heads of the shipped model")
     parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--their-prompts", type=int, default=4, help="of them, decoded by transformers too (default %(default)s)")
+    parser.add_argument(
+        "--their-prompts", type=int, default=4, help="of them, decoded by transformers too (default %(default)s)"
+    )
     parser.add_argument("--new-tokens", type=int, default=192)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="write the figures there, too")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    figures = measure(options.exits, held_out_prompts(options.prompts, PROMPT_BYTES), options.their_prompts, options.new_tokens)
-    print(f"\n{options.new_tokens} new tokens after each of {options.prompts} held-out prompts of {PROMPT_BYTES} bytes, float32, batch 1, "
-          f"{options.threads} thread(s)\n")
+    figures = measure(
+        options.exits, held_out_prompts(options.prompts, PROMPT_BYTES), options.their_prompts, options.new_tokens
+    )
+    print(
+        f"\n{options.new_tokens} new tokens after each of {options.prompts} held-out prompts of {PROMPT_BYTES} bytes, float32, batch 1, "
+        f"{options.threads} thread(s)\n"
+    )
     _print(figures)
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
@@ -67,7 +75,7 @@ def measure(exits: Path, prompts: list[str], num_theirs: int, new_tokens: int) -
             print(f"prompt {index + 1} of {len(prompts)}", file=sys.stderr, flush=True)
         said = {}
         for policy in ("full", "speculative"):
-            said[policy], = timed(policy, llm.generate, [prompt], policy=policy, **keys)
+            (said[policy],) = timed(policy, llm.generate, [prompt], policy=policy, **keys)
             first_token.setdefault(policy, []).append(said[policy].statistics.seconds_to_first_token)
         same += said["full"].token_ids == said["speculative"].token_ids
         drafted += said["speculative"].statistics.num_drafted
@@ -77,9 +85,19 @@ def measure(exits: Path, prompts: list[str], num_theirs: int, new_tokens: int) -
             timed("transformers", theirs.generate, ids, "dynamic", new_tokens)
             for layer in THEIR_LAYERS:
                 timed(f"early exit {layer}", theirs.exit_early, ids, new_tokens, layer)
-    return _figures(seconds, num_theirs, new_tokens, {"prompts": len(prompts), "same": same, "drafted": drafted, "accepted": accepted,
-                                                      "exits": list(llm.exit_layers),
-                                                      "behind_first": _behind_first(seconds, first_token)})
+    return _figures(
+        seconds,
+        num_theirs,
+        new_tokens,
+        {
+            "prompts": len(prompts),
+            "same": same,
+            "drafted": drafted,
+            "accepted": accepted,
+            "exits": list(llm.exit_layers),
+            "behind_first": _behind_first(seconds, first_token),
+        },
+    )
 
 
 def _behind_first(seconds: dict[str, list[float]], first_token: dict[str, list[float]]) -> float:
@@ -88,14 +106,21 @@ def _behind_first(seconds: dict[str, list[float]], first_token: dict[str, list[f
     return full / speculative
 
 
-def _figures(seconds: dict[str, list[float]], num_theirs: int, new_tokens: int, counts: dict[str, Any]) -> dict[str, Any]:
+def _figures(
+    seconds: dict[str, list[float]], num_theirs: int, new_tokens: int, counts: dict[str, Any]
+) -> dict[str, Any]:
     best = min(THEIR_LAYERS, key=lambda layer: sum(seconds[f"early exit {layer}"])) if num_theirs else None
-    return {**counts, "rates": {way: new_tokens * len(s) / sum(s) for way, s in seconds.items()},
-            "speed_up": sum(seconds["full"]) / sum(seconds["speculative"]),
-            "median_speed_up": statistics.median(f / s for f, s in zip(seconds["full"], seconds["speculative"], strict=True)),
-            "their_best_layer": best,
-            "to_theirs": best and sum(seconds[f"early exit {best}"]) / sum(seconds["speculative"][:num_theirs]),
-            "their_speed_up": best and sum(seconds["transformers"]) / sum(seconds[f"early exit {best}"])}
+    return {
+        **counts,
+        "rates": {way: new_tokens * len(s) / sum(s) for way, s in seconds.items()},
+        "speed_up": sum(seconds["full"]) / sum(seconds["speculative"]),
+        "median_speed_up": statistics.median(
+            f / s for f, s in zip(seconds["full"], seconds["speculative"], strict=True)
+        ),
+        "their_best_layer": best,
+        "to_theirs": best and sum(seconds[f"early exit {best}"]) / sum(seconds["speculative"][:num_theirs]),
+        "their_speed_up": best and sum(seconds["transformers"]) / sum(seconds[f"early exit {best}"]),
+    }
 
 
 def _print(figures: dict[str, Any]) -> None:
@@ -103,12 +128,24 @@ def _print(figures: dict[str, Any]) -> None:
     for way, rate in figures["rates"].items():
         print(f"| {way} | {rate:.0f} |")
     drafts = f"exits {figures['exits']}, {figures['accepted'] / max(figures['drafted'], 1):.0%} of {figures['drafted']} drafts right"
-    claims = [(f"prompts with the very tokens of full depth, of {figures['prompts']}", figures["same"], figures["prompts"]),
-              (f"speculative ÷ full depth ({drafts}; median of prompts {figures['median_speed_up']:.2f}; behind the first token "
-               f"{figures['behind_first']:.2f})", figures["speed_up"], 1.3)]
+    claims = [
+        (f"prompts with the very tokens of full depth, of {figures['prompts']}", figures["same"], figures["prompts"]),
+        (
+            f"speculative ÷ full depth ({drafts}; median of prompts {figures['median_speed_up']:.2f}; behind the first token "
+            f"{figures['behind_first']:.2f})",
+            figures["speed_up"],
+            1.3,
+        ),
+    ]
     if figures["their_best_layer"]:
-        claims.append((f"speculative ÷ transformers' assistant_early_exit at {figures['their_best_layer']}, its best (its own speed-up: "
-                       f"{figures['their_speed_up']:.2f})", figures["to_theirs"], 1.0))
+        claims.append(
+            (
+                f"speculative ÷ transformers' assistant_early_exit at {figures['their_best_layer']}, its best (its own speed-up: "
+                f"{figures['their_speed_up']:.2f})",
+                figures["to_theirs"],
+                1.0,
+            )
+        )
     print("\n| claim | measured | goal | met |\n|---|---|---|---|")
     for words, value, goal in claims:
         print(f"| {words} | {value:.4g} | ≥ {goal} | {'yes' if value >= goal else 'no'} |")

@@ -3,11 +3,13 @@
     python benchmarks/tuning_step.py
     python benchmarks/tuning_step.py --threads 1 --steps 30 --seq-length 512 --json tuning_step.json
 
-A step of the real tuner, in one process: data, frozen layers, exits forward and backward, clip, optimizer, metrics. It is divided by
-the bare work: embedding and the same layers under no_grad, then each head's forward and backward, called directly on plain copies of
-the heads, over as many micro-batches. The two alternate, so that a slow moment of the machine falls on both; the ratio is the median
-over the steps of the step's own ratio. For the shipped model and a random one of 30M parameters.
+A step of the real tuner, in one process: data, frozen layers, exits forward and backward, clip, optimizer, metrics. It
+is divided by the bare work: embedding and the same layers under no_grad, then each head's forward and backward, called
+directly on plain copies of the heads, over as many micro-batches. The two alternate, so that a slow moment of the
+machine falls on both; the ratio is the median over the steps of the step's own ratio. For the shipped model and a
+random one of 30M parameters.
 """
+
 import argparse
 import json
 import statistics
@@ -78,7 +80,9 @@ def main() -> None:
     results = []
     with tempfile.TemporaryDirectory() as folder:
         models: dict[str, Callable[[], Path]] = {
-            "shipped": lambda: options.model, "30M": lambda: write_random_model(Path(folder, "30m"), options.model).model}
+            "shipped": lambda: options.model,
+            "30M": lambda: write_random_model(Path(folder, "30m"), options.model).model,
+        }
         for name in options.only or models:
             print(f"{name}: {options.steps} steps", file=sys.stderr, flush=True)
             results.append(measure(name, models[name](), Path(folder, "runs", name), options))
@@ -89,7 +93,9 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=SHIPPED_MODEL, help="the shipped model; its tokenizer serves the random one too")
+    parser.add_argument(
+        "--model", type=Path, default=SHIPPED_MODEL, help="the shipped model; its tokenizer serves the random one too"
+    )
     parser.add_argument("--only", nargs="+", choices=["shipped", "30M"])
     parser.add_argument("--steps", type=int, default=15, help="steps that are timed, after two that are not")
     parser.add_argument("--seq-length", type=int, default=256)
@@ -103,18 +109,36 @@ def _options() -> argparse.Namespace:
 def measure(name: str, model: Path, run_folder: Path, options: argparse.Namespace) -> Result:
     """The figures of one model."""
     warm_up = 2
-    config = load_config(None, {
-        "model.path": str(model), "exits.exit_layers": list(EXIT_LAYERS), "data.paths": [str(TEXTS)], "data.tokenizer": str(model),
-        "tuning.run_folder": str(run_folder), "tuning.train_iters": options.steps + warm_up, "tuning.seq_length": options.seq_length,
-        "tuning.micro_batch_size": options.micro_batch_size, "tuning.global_batch_size": options.global_batch_size,
-        "tuning.eval_iters": 0, "tuning.eval_interval": 0, "tuning.save_interval": 0})
+    config = load_config(
+        None,
+        {
+            "model.path": str(model),
+            "exits.exit_layers": list(EXIT_LAYERS),
+            "data.paths": [str(TEXTS)],
+            "data.tokenizer": str(model),
+            "tuning.run_folder": str(run_folder),
+            "tuning.train_iters": options.steps + warm_up,
+            "tuning.seq_length": options.seq_length,
+            "tuning.micro_batch_size": options.micro_batch_size,
+            "tuning.global_batch_size": options.global_batch_size,
+            "tuning.eval_iters": 0,
+            "tuning.eval_interval": 0,
+            "tuning.save_interval": 0,
+        },
+    )
     tuner = TimedTuner(config)
     with tuner.timed():
         tuner.run()
     taken = tuner.taken[warm_up:]
-    medians = Seconds(**{field: statistics.median(getattr(each, field) for each in taken) for field in asdict(taken[0])})
-    return Result(model=name, million_parameters=num_parameters(model) / 1e6, seconds=medians,
-                  ratio=statistics.median(each.step / each.bare for each in taken))
+    medians = Seconds(
+        **{field: statistics.median(getattr(each, field) for each in taken) for field in asdict(taken[0])}
+    )
+    return Result(
+        model=name,
+        million_parameters=num_parameters(model) / 1e6,
+        seconds=medians,
+        ratio=statistics.median(each.step / each.bare for each in taken),
+    )
 
 
 class TimedTuner(Tuner):
@@ -124,8 +148,14 @@ class TimedTuner(Tuner):
         topology, tuning = init_parallel(config.parallel), config.tuning
         Path(tuning.run_folder).mkdir(parents=True)
         shape = read_model_config(Path(config.model.path))
-        samples = load_samples(config.data, config.model.path, seq_length=tuning.seq_length, vocab_size=shape.vocab_size,
-                               max_positions=shape.max_position_embeddings, needs_validation=False)
+        samples = load_samples(
+            config.data,
+            config.model.path,
+            seq_length=tuning.seq_length,
+            vocab_size=shape.vocab_size,
+            max_positions=shape.max_position_embeddings,
+            needs_validation=False,
+        )
         loaded = load_for_tuning(config, topology)
         self.bare = BareWork(loaded.model, samples, config)  # before the tuner shards the heads
         super().__init__(loaded, samples, config, topology)
@@ -155,7 +185,11 @@ class TimedTuner(Tuner):
             assert self._began is not None
             self.taken[-1].step, self._began = time.perf_counter() - self._began, None
             self.taken[-1].layers, self.taken[-1].heads = self.bare.do()
-        with mock.patch.object(exit_work, "update_exits", timed_update), mock.patch.object(ExitWork, "end_step", timed_end):
+
+        with (
+            mock.patch.object(exit_work, "update_exits", timed_update),
+            mock.patch.object(ExitWork, "end_step", timed_end),
+        ):
             yield
 
 
@@ -176,7 +210,9 @@ class TimedSource:
 
 
 class BareWork:
-    """The arithmetic of a step: the model's own frozen layers, and heads that are plain modules with the same weights."""
+    """The arithmetic of a step: the model's own frozen layers, and heads that are plain modules with the same
+    weights.
+    """
 
     def __init__(self, model: EarlyExitModel, samples: Splits, config: Config) -> None:
         source = BatchSource(samples.train, config.tuning, dp=1, dp_rank=0)
@@ -200,20 +236,28 @@ class BareWork:
 
 
 def _copy(head: ExitHead, model: EarlyExitModel) -> ExitHead:
-    own = build_exit_head(head.spec, model.config, model.topology, dtype=model.plan.dtype, tied_weight=None, angles=model.backbone.angles)
+    own = build_exit_head(
+        head.spec, model.config, model.topology, dtype=model.plan.dtype, tied_weight=None, angles=model.backbone.angles
+    )
     own.load_state_dict(head.state_dict())
     return own
 
 
 def _print_table(results: list[Result], options: argparse.Namespace) -> None:
-    print(f"\n{options.global_batch_size} sequences of {options.seq_length} tokens a step, micro-batches of {options.micro_batch_size}, "
-          f"`mlp` exits after {', '.join(map(str, EXIT_LAYERS))}, float32, {options.threads} thread(s), medians of {options.steps} steps\n")
-    print("| model | step | layers alone | heads alone | optimizer's share | data's share | step ÷ (layers + heads) | goal | met |")
+    print(
+        f"\n{options.global_batch_size} sequences of {options.seq_length} tokens a step, micro-batches of {options.micro_batch_size}, "
+        f"`mlp` exits after {', '.join(map(str, EXIT_LAYERS))}, float32, {options.threads} thread(s), medians of {options.steps} steps\n"
+    )
+    print(
+        "| model | step | layers alone | heads alone | optimizer's share | data's share | step ÷ (layers + heads) | goal | met |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     for r in results:
         s = r.seconds
-        print(f"| {r.model} ({r.million_parameters:.1f}M) | {s.step * 1e3:.0f} ms | {s.layers * 1e3:.0f} ms | {s.heads * 1e3:.0f} ms | "
-              f"{s.optimizer / s.step:.1%} | {s.data / s.step:.1%} | {r.ratio:.3f} | ≤ {GOAL} | {'yes' if r.ratio <= GOAL else 'no'} |")
+        print(
+            f"| {r.model} ({r.million_parameters:.1f}M) | {s.step * 1e3:.0f} ms | {s.layers * 1e3:.0f} ms | {s.heads * 1e3:.0f} ms | "
+            f"{s.optimizer / s.step:.1%} | {s.data / s.step:.1%} | {r.ratio:.3f} | ≤ {GOAL} | {'yes' if r.ratio <= GOAL else 'no'} |"
+        )
 
 
 if __name__ == "__main__":

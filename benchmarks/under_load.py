@@ -2,11 +2,13 @@
 
     python benchmarks/under_load.py --model SmolLM2-135M-Instruct.Q4_1.gguf
 
-Threads that wait for each other at a barrier spin first. A spinning thread looks busy: where a core is shared, it is given the time that
-the thread it waits for needs. One process for each setting of GOMP_SPINCOUNT takes its turn, alone and beside `--busy` processes that
-count; the ratio is of the same process in the same minutes. `--real-time` (needs root) keeps everything else that runs on the machine off
-its cores while nothing is to be beside it, so that an idle machine can be had on a busy one.
+Threads that wait for each other at a barrier spin first. A spinning thread looks busy: where a core is shared, it is
+given the time that the thread it waits for needs. One process for each setting of GOMP_SPINCOUNT takes its turn, alone
+and beside `--busy` processes that count; the ratio is of the same process in the same minutes. `--real-time` (needs
+root) keeps everything else that runs on the machine off its cores while nothing is to be beside it, so that an idle
+machine can be had on a busy one.
 """
+
 import argparse
 import contextlib
 import os
@@ -18,7 +20,11 @@ from collections.abc import Iterator
 
 from real_time import set_real_time
 
-SETTINGS = {"OpenMP's own": {}, "1000, as ee-tuning sets it": {"GOMP_SPINCOUNT": "1000"}, "none": {"GOMP_SPINCOUNT": "0"}}
+SETTINGS = {
+    "OpenMP's own": {},
+    "1000, as ee-tuning sets it": {"GOMP_SPINCOUNT": "1000"},
+    "none": {"GOMP_SPINCOUNT": "0"},
+}
 BUSY = "while True: pass"
 
 
@@ -38,11 +44,15 @@ def main() -> None:
         _work(options)
         return
     rates = _measure(options)
-    print(f"\n{options.model}, {options.dtype}, batch 1, {options.threads} threads, medians of {options.rounds} × {options.new_tokens} "
-          f"tokens\n\n| spins | tokens/s alone | beside {options.busy} busy | ratio |\n|---|---|---|---|")
+    print(
+        f"\n{options.model}, {options.dtype}, batch 1, {options.threads} threads, medians of {options.rounds} × {options.new_tokens} "
+        f"tokens\n\n| spins | tokens/s alone | beside {options.busy} busy | ratio |\n|---|---|---|---|"
+    )
     for name, (alone, beside) in rates.items():
-        print(f"| {name} | {statistics.median(alone):.4g} | {statistics.median(beside):.4g} | "
-              f"{statistics.median(beside) / statistics.median(alone):.2f} |")
+        print(
+            f"| {name} | {statistics.median(alone):.4g} | {statistics.median(beside):.4g} | "
+            f"{statistics.median(beside) / statistics.median(alone):.2f} |"
+        )
 
 
 def _measure(options: argparse.Namespace) -> dict[str, tuple[list[float], list[float]]]:
@@ -54,15 +64,22 @@ def _measure(options: argparse.Namespace) -> dict[str, tuple[list[float], list[f
             for name, worker in workers.items():
                 for place, num_busy in enumerate((0, options.busy)):
                     with _busy(num_busy):
-                        rates[name][place].append(_ask(worker, "real-time" if options.real_time and not num_busy else "plain"))
+                        rates[name][place].append(
+                            _ask(worker, "real-time" if options.real_time and not num_busy else "plain")
+                        )
     return rates
 
 
 @contextlib.contextmanager
 def _worker(setting: dict[str, str], threads: int) -> Iterator["subprocess.Popen[str]"]:
     known = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    worker = subprocess.Popen([sys.executable, __file__, "--worker", *sys.argv[1:]], text=True, stdin=subprocess.PIPE,
-                              stdout=subprocess.PIPE, env={**known, **setting, "OMP_NUM_THREADS": str(threads)})
+    worker = subprocess.Popen(
+        [sys.executable, __file__, "--worker", *sys.argv[1:]],
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**known, **setting, "OMP_NUM_THREADS": str(threads)},
+    )
     try:
         _ask(worker, "plain")  # pays for what a process does once
         yield worker

@@ -1,4 +1,7 @@
-"""How much of a stage's time is work, and the work of stages that wait for each other: for what measures the relay, and its tests."""
+"""How much of a stage's time is work, and the work of stages that wait for each other: for what measures the relay, and
+its tests.
+"""
+
 import time
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +29,7 @@ class Clock:
 
     def timed(self, work: Callable[..., Any], at_least: float = 0.0) -> Callable[..., Any]:
         """`work`, made to last `at_least` so many seconds."""
+
         def padded(*args: Any) -> Any:
             began = time.perf_counter()
             result = work(*args)
@@ -33,6 +37,7 @@ class Clock:
             self.began, self.ended = began if self.began is None else self.began, time.perf_counter()
             self.busy += self.ended - began
             return result
+
         return padded
 
 

@@ -1,4 +1,5 @@
 """Early-exit LLMs on Megatron-core: convert, tune and decode. `python -m ee_tuning --help` starts everything."""
+
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:

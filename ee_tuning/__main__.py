@@ -1,4 +1,5 @@
 """`python -m ee_tuning` is `ee-tuning`; this spelling is the one for torchrun."""
+
 import sys
 
 from ee_tuning.interrupts import end_at_once

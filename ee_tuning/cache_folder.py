@@ -1,8 +1,10 @@
 """The folder that keeps what later processes would otherwise make again: token ids of data, built kernels.
 
-$EE_TUNING_CACHE where it is set, else `.cache/ee_tuning` in the home folder. A container often runs as a user that has no home, or one that
-can not be written: a folder beside the machine's other temporary files then serves, and a warning says so once.
+$EE_TUNING_CACHE where it is set, else `.cache/ee_tuning` in the home folder. A container often runs as a user that has
+no home, or one that can not be written: a folder beside the machine's other temporary files then serves, and a warning
+says so once.
 """
+
 import functools
 import logging
 import os
@@ -18,7 +20,9 @@ log = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
-    """The folder, which may not exist yet where $EE_TUNING_CACHE names it; every process of a user on a machine gets the same."""
+    """The folder, which may not exist yet where $EE_TUNING_CACHE names it; every process of a user on a machine gets
+    the same.
+    """
     given = os.environ.get(VARIABLE)
     return Path(given).expanduser() if given else _default_folder()
 
@@ -34,12 +38,19 @@ def _default_folder() -> Path:
     except OSError as error:
         reason = f"{folder} can not be written ({error.strerror})"
     fallback = _temporary_folder()
-    log.warning("%s: token ids and kernels are kept in %s, which may not last; set %s to a folder that does", reason, fallback, VARIABLE)
+    log.warning(
+        "%s: token ids and kernels are kept in %s, which may not last; set %s to a folder that does",
+        reason,
+        fallback,
+        VARIABLE,
+    )
     return fallback
 
 
 def check_writable(folder: Path) -> None:
-    """Makes the folder where it is missing, and writes and removes a small file. Raises OSError where that fails, on a full disk too."""
+    """Makes the folder where it is missing, and writes and removes a small file. Raises OSError where that fails, on a
+    full disk too.
+    """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.NamedTemporaryFile(dir=folder, prefix="probe-") as probe:
         probe.write(bytes(_PROBE_BYTES))
@@ -56,7 +67,9 @@ def is_private(folder: Path) -> bool:
 
 
 def _temporary_folder() -> Path:
-    """`ee_tuning-UID` among the temporary files; a new folder of this process where another user has taken that name."""
+    """`ee_tuning-UID` among the temporary files; a new folder of this process where another user has taken that
+    name.
+    """
     folder = Path(tempfile.gettempdir()) / f"ee_tuning-{os.getuid()}"
     try:
         check_writable(folder)

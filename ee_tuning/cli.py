@@ -1,7 +1,9 @@
 """`ee-tuning COMMAND`: reads the command line and runs a row of the table in `commands`.
 
-What the user did wrong ends in one line on stderr and exit code 2; anything else that goes wrong is a bug and keeps its traceback.
+What the user did wrong ends in one line on stderr and exit code 2; anything else that goes wrong is a bug and keeps its
+traceback.
 """
+
 import argparse
 import difflib
 import os
@@ -23,8 +25,9 @@ from ee_tuning.utf8 import typed_text, use_utf8
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 SPINS = "1000"
-"""Looks that a thread takes at a barrier before it sleeps: some 25 µs. OpenMP's own 300,000 keep a core from the very thread that is waited
-for where other processes are busy; below 1,000 an idle machine decodes slower."""
+"""Looks that a thread takes at a barrier before it sleeps: some 25 µs. OpenMP's own 300,000 keep a core from the very
+thread that is waited for where other processes are busy; below 1,000 an idle machine decodes slower.
+"""
 _TEXTS = ("prompt", "system")
 """Arguments that go to a model."""
 
@@ -33,7 +36,9 @@ class _Parser(argparse.ArgumentParser):
     """An argparse parser whose complaints are InputErrors, and which takes no abbreviated flags."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **{**options, "allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter})
+        super().__init__(
+            *args, **{**options, "allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
+        )
 
     def error(self, message: str) -> NoReturn:
         flag = re.fullmatch(r"argument (--[\w-]+): expected (one|at least one) argument", message)
@@ -50,13 +55,20 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> _Parser:
     """The parser of every command; the chosen one's row stands in the namespace as `command`."""
-    parser = _Parser(prog="ee-tuning", description="Turn a trained LLM into an early-exit LLM: convert it, tune the exits alone, "
-                     "decode faster.", epilog="`ee-tuning COMMAND --help` explains a command by examples. Start with `ee-tuning demo`.")
+    parser = _Parser(
+        prog="ee-tuning",
+        description="Turn a trained LLM into an early-exit LLM: convert it, tune the exits alone, decode faster.",
+        epilog="`ee-tuning COMMAND --help` explains a command by examples. Start with `ee-tuning demo`.",
+    )
     parser.add_argument("--version", action="version", version=f"ee-tuning {__version__}")
     rows = parser.add_subparsers(metavar="COMMAND", title="commands")
     for command in COMMANDS:
-        row = rows.add_parser(command.name, help=command.summary, description=command.summary[0].upper() + command.summary[1:] + ".",
-                              epilog="examples:\n" + command.examples)
+        row = rows.add_parser(
+            command.name,
+            help=command.summary,
+            description=command.summary[0].upper() + command.summary[1:] + ".",
+            epilog="examples:\n" + command.examples,
+        )
         command.add_arguments(row)
         row.set_defaults(command=command, parser=row)
     return parser
@@ -71,7 +83,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if unknown:
         row: _Parser = getattr(args, "parser", parser)
         near = difflib.get_close_matches(unknown[0].partition("=")[0], row.flag_names(), n=1, cutoff=0.7)
-        raise InputError(f"{row.prog} takes no {unknown[0]}; " + (f"did you mean {near[0]}?" if near else f"see `{row.prog} --help`"))
+        raise InputError(
+            f"{row.prog} takes no {unknown[0]}; " + (f"did you mean {near[0]}?" if near else f"see `{row.prog} --help`")
+        )
     return args
 
 
@@ -80,7 +94,9 @@ def _as_meant(name: str, value: Any) -> Any:
     if isinstance(value, Path):  # --output=~/x reaches the program as it is written
         value = Path(expanded(str(value), f"--{name.replace('_', '-')}"))
         if name == "output" and value.name in ("", ".."):
-            raise InputError(f"--output must end in a name, for it is written beside its place first, got {value}; give {value / 'NAME'}")
+            raise InputError(
+                f"--output must end in a name, for it is written beside its place first, got {value}; give {value / 'NAME'}"
+            )
     elif name == "config" and isinstance(value, str):
         value = expanded(value, "CONFIG")
     elif name in _TEXTS and value is not None:
@@ -101,7 +117,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _outcome(sys.argv[1:] if argv is None else argv)
     finally:
         settle_output()
-        if not had_world and _world_size() == 1:  # a command that was refused half-way: the next one of this process makes its own
+        if (
+            not had_world and _world_size() == 1
+        ):  # a command that was refused half-way: the next one of this process makes its own
             from ee_tuning.parallel.topology import leave_parallel
 
             leave_parallel()

@@ -6,7 +6,8 @@ _MAX_CHARACTERS = 1000
 class InputError(ValueError):
     """Something the user gave can not be used. The message, one line, names the rule, the value and the remedy.
 
-    A value may come from a hostile file: what is no plain text in it is escaped, and of a very long message the middle is left out.
+    A value may come from a hostile file: what is no plain text in it is escaped, and of a very long message the middle
+    is left out.
     """
 
     def __init__(self, message: str):

@@ -1,8 +1,9 @@
 """Flags of the command line: each is a config key spelled out, and says what the key's own documentation says.
 
-`FLAGS` is the one table. Values are not looked at here: they go to `load_config` as overrides, where the same rules hold for YAML,
-`--set` and flags.
+`FLAGS` is the one table. Values are not looked at here: they go to `load_config` as overrides, where the same rules
+hold for YAML, `--set` and flags.
 """
+
 import argparse
 import ast
 import dataclasses
@@ -20,67 +21,172 @@ from ee_tuning.config.paths import split_paths
 from ee_tuning.errors import InputError
 from ee_tuning.utf8 import typed_text
 
-_MODEL = {"--model": "model.path", "--config": "model.config", "--trust-pickle": "model.trust_pickle", "--dtype": "model.dtype"}
+_MODEL = {
+    "--model": "model.path",
+    "--config": "model.config",
+    "--trust-pickle": "model.trust_pickle",
+    "--dtype": "model.dtype",
+}
 _HEADS = {"--architecture": "exits.architecture", "--adapter-rank": "exits.adapter_rank", "--init": "exits.init"}
 _TOKENIZER = {"--tokenizer": "data.tokenizer", "--trust-remote-code": "model.trust_remote_code"}
-_NEW_EXITS = {"--exit-layers": "exits.exit_layers", **_HEADS, "--exit-output": "exits.output",
-              "--output-vocab": "exits.output_vocab", "--profile-text": "exits.profile_text"}
+_NEW_EXITS = {
+    "--exit-layers": "exits.exit_layers",
+    **_HEADS,
+    "--exit-output": "exits.output",
+    "--output-vocab": "exits.output_vocab",
+    "--profile-text": "exits.profile_text",
+}
 _EXITS = {"--exits": "exits.path", "--no-verify": "exits.verify"}
-_PARALLEL = {"--tensor-model-parallel-size": "parallel.tensor_model_parallel_size",
-             "--pipeline-model-parallel-size": "parallel.pipeline_model_parallel_size"}
+_PARALLEL = {
+    "--tensor-model-parallel-size": "parallel.tensor_model_parallel_size",
+    "--pipeline-model-parallel-size": "parallel.pipeline_model_parallel_size",
+}
 _TUNING_LAYOUT = {**_PARALLEL, "--sequence-parallel": "parallel.sequence_parallel"}
-_TUNING = {"--data": "data.paths", **_TOKENIZER, "--chat-template": "data.chat_template",
-           "--output": "tuning.run_folder", "--train-iters": "tuning.train_iters", "--lr": "tuning.lr", "--seq-length": "tuning.seq_length",
-           "--micro-batch-size": "tuning.micro_batch_size", "--global-batch-size": "tuning.global_batch_size", "--seed": "tuning.seed",
-           "--loss": "tuning.loss", "--fit-tokens": "tuning.fit_tokens", "--resume": "tuning.resume", "--no-resume": "tuning.resume",
-           "--allow-config-change": "tuning.allow_config_change"}
-_SAMPLING = {"--max-new-tokens": "generation.max_new_tokens", "--temperature": "generation.temperature", "--top-k": "generation.top_k",
-             "--top-p": "generation.top_p", "--min-p": "generation.min_p", "--repetition-penalty": "generation.repetition_penalty",
-             "--presence-penalty": "generation.presence_penalty", "--frequency-penalty": "generation.frequency_penalty",
-             "--seed": "generation.seed", "--stop": "generation.stop"}
+_TUNING = {
+    "--data": "data.paths",
+    **_TOKENIZER,
+    "--chat-template": "data.chat_template",
+    "--output": "tuning.run_folder",
+    "--train-iters": "tuning.train_iters",
+    "--lr": "tuning.lr",
+    "--seq-length": "tuning.seq_length",
+    "--micro-batch-size": "tuning.micro_batch_size",
+    "--global-batch-size": "tuning.global_batch_size",
+    "--seed": "tuning.seed",
+    "--loss": "tuning.loss",
+    "--fit-tokens": "tuning.fit_tokens",
+    "--resume": "tuning.resume",
+    "--no-resume": "tuning.resume",
+    "--allow-config-change": "tuning.allow_config_change",
+}
+_SAMPLING = {
+    "--max-new-tokens": "generation.max_new_tokens",
+    "--temperature": "generation.temperature",
+    "--top-k": "generation.top_k",
+    "--top-p": "generation.top_p",
+    "--min-p": "generation.min_p",
+    "--repetition-penalty": "generation.repetition_penalty",
+    "--presence-penalty": "generation.presence_penalty",
+    "--frequency-penalty": "generation.frequency_penalty",
+    "--seed": "generation.seed",
+    "--stop": "generation.stop",
+}
 
 FLAGS: dict[str, dict[str, str]] = {
-    "convert": {**_MODEL, **_NEW_EXITS, "--data": "data.paths", **_TOKENIZER, "--chat-template": "data.chat_template",
-                "--fit-tokens": "tuning.fit_tokens", "--seq-length": "tuning.seq_length", "--micro-batch-size": "tuning.micro_batch_size",
-                "--seed": "exits.seed", "--no-verify": "exits.verify", **_TUNING_LAYOUT},
-    "preprocess": {"--data": "data.paths", **_TOKENIZER, "--text-key": "data.text_key",
-                   "--chat-template": "data.chat_template", "--workers": "data.workers"},
+    "convert": {
+        **_MODEL,
+        **_NEW_EXITS,
+        "--data": "data.paths",
+        **_TOKENIZER,
+        "--chat-template": "data.chat_template",
+        "--fit-tokens": "tuning.fit_tokens",
+        "--seq-length": "tuning.seq_length",
+        "--micro-batch-size": "tuning.micro_batch_size",
+        "--seed": "exits.seed",
+        "--no-verify": "exits.verify",
+        **_TUNING_LAYOUT,
+    },
+    "preprocess": {
+        "--data": "data.paths",
+        **_TOKENIZER,
+        "--text-key": "data.text_key",
+        "--chat-template": "data.chat_template",
+        "--workers": "data.workers",
+    },
     "tune": {**_MODEL, **_EXITS, **_NEW_EXITS, **_TUNING, **_TUNING_LAYOUT},
     "plan": {**_MODEL, **_EXITS, **_NEW_EXITS, **_TUNING, **_TUNING_LAYOUT},
     "profile": {**_MODEL, "--no-verify": "exits.verify", "--text": "exits.profile_text", **_TOKENIZER},
     "export": {**_MODEL, **_EXITS, **_TOKENIZER, **_HEADS, "--seed": "exits.seed"},
-    "calibrate": {**_MODEL, **_EXITS, "--data": "data.valid_paths", **_TOKENIZER, "--chat-template": "data.chat_template",
-                  "--max-new-tokens": "generation.max_new_tokens", "--stop": "generation.stop",
-                  "--max-batch-size": "generation.max_batch_size", **_PARALLEL},
+    "calibrate": {
+        **_MODEL,
+        **_EXITS,
+        "--data": "data.valid_paths",
+        **_TOKENIZER,
+        "--chat-template": "data.chat_template",
+        "--max-new-tokens": "generation.max_new_tokens",
+        "--stop": "generation.stop",
+        "--max-batch-size": "generation.max_batch_size",
+        **_PARALLEL,
+    },
     "evaluate": {
-        **_MODEL, **_EXITS, **_TOKENIZER, "--chat-template": "data.chat_template", "--measure": "generation.measure",
-        "--max-new-tokens": "generation.max_new_tokens", "--stop": "generation.stop", "--stop-token-ids": "generation.stop_token_ids",
-        "--max-batch-size": "generation.max_batch_size", **_PARALLEL},
+        **_MODEL,
+        **_EXITS,
+        **_TOKENIZER,
+        "--chat-template": "data.chat_template",
+        "--measure": "generation.measure",
+        "--max-new-tokens": "generation.max_new_tokens",
+        "--stop": "generation.stop",
+        "--stop-token-ids": "generation.stop_token_ids",
+        "--max-batch-size": "generation.max_batch_size",
+        **_PARALLEL,
+    },
     "generate": {
-        **_MODEL, **_EXITS, **_TOKENIZER, "--policy": "generation.policy", "--threshold": "generation.threshold",
-        "--measure": "generation.measure", "--calibration": "generation.calibration", "--exit-layer": "generation.exit_layer", **_SAMPLING,
-        "--min-new-tokens": "generation.min_new_tokens", "--n": "generation.n", "--logprobs": "generation.logprobs",
-        "--stop-token-ids": "generation.stop_token_ids", "--ignore-eos": "generation.ignore_eos",
-        "--max-batch-size": "generation.max_batch_size", "--cache-tokens": "generation.cache_tokens", **_PARALLEL},
+        **_MODEL,
+        **_EXITS,
+        **_TOKENIZER,
+        "--policy": "generation.policy",
+        "--threshold": "generation.threshold",
+        "--measure": "generation.measure",
+        "--calibration": "generation.calibration",
+        "--exit-layer": "generation.exit_layer",
+        **_SAMPLING,
+        "--min-new-tokens": "generation.min_new_tokens",
+        "--n": "generation.n",
+        "--logprobs": "generation.logprobs",
+        "--stop-token-ids": "generation.stop_token_ids",
+        "--ignore-eos": "generation.ignore_eos",
+        "--max-batch-size": "generation.max_batch_size",
+        "--cache-tokens": "generation.cache_tokens",
+        **_PARALLEL,
+    },
     "regenerate": {
-        **_MODEL, "--no-verify": "exits.verify", "--data": "data.paths", "--text-key": "data.text_key", **_TOKENIZER,
-        "--chat-template": "data.chat_template", "--n": "generation.n", **_SAMPLING,
-        "--max-batch-size": "generation.max_batch_size", "--cache-tokens": "generation.cache_tokens",
-        **_PARALLEL},
+        **_MODEL,
+        "--no-verify": "exits.verify",
+        "--data": "data.paths",
+        "--text-key": "data.text_key",
+        **_TOKENIZER,
+        "--chat-template": "data.chat_template",
+        "--n": "generation.n",
+        **_SAMPLING,
+        "--max-batch-size": "generation.max_batch_size",
+        "--cache-tokens": "generation.cache_tokens",
+        **_PARALLEL,
+    },
     "chat": {
-        **_MODEL, **_EXITS, **_TOKENIZER, "--chat-template": "data.chat_template", "--policy": "generation.policy",
-        "--threshold": "generation.threshold", "--measure": "generation.measure", "--calibration": "generation.calibration",
-        "--exit-layer": "generation.exit_layer", **_SAMPLING},
+        **_MODEL,
+        **_EXITS,
+        **_TOKENIZER,
+        "--chat-template": "data.chat_template",
+        "--policy": "generation.policy",
+        "--threshold": "generation.threshold",
+        "--measure": "generation.measure",
+        "--calibration": "generation.calibration",
+        "--exit-layer": "generation.exit_layer",
+        **_SAMPLING,
+    },
 }
 """Command -> flag -> config key. A flag `--no-…` sets its key to false, one that takes no value otherwise to true."""
 
-DEFAULTS: dict[str, dict[str, Any]] = {"regenerate": {"generation.max_new_tokens": 1024}, "evaluate": {"generation.max_batch_size": 1}}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "regenerate": {"generation.max_new_tokens": 1024},
+    "evaluate": {"generation.max_batch_size": 1},
+}
 """Command -> config key -> its default there, where it is another than the key's own."""
 
 _NOT = "--no-"
-_METAVARS = {"model.path": "FOLDER", "model.config": "FILE", "exits.path": "FOLDER", "data.tokenizer": "FOLDER",
-             "data.chat_template": "FILE|NAME", "generation.calibration": "FILE", "data.valid_paths": "PATH",
-             "tuning.run_folder": "FOLDER", "data.paths": "PATH", "exits.profile_text": "FILE", "exits.output_vocab": "N|auto"}
+_METAVARS = {
+    "model.path": "FOLDER",
+    "model.config": "FILE",
+    "exits.path": "FOLDER",
+    "data.tokenizer": "FOLDER",
+    "data.chat_template": "FILE|NAME",
+    "generation.calibration": "FILE",
+    "data.valid_paths": "PATH",
+    "tuning.run_folder": "FOLDER",
+    "data.paths": "PATH",
+    "exits.profile_text": "FILE",
+    "exits.output_vocab": "N|auto",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,15 +208,24 @@ def add_config_flags(parser: argparse.ArgumentParser, command: str) -> None:
     parser.set_defaults(overrides={})
     for flag, name in FLAGS[command].items():
         key = config_keys()[name]
-        options: dict[str, Any] = {"action": _Override, "key": name, "help": _help(flag, name, key, command),
-                                   "metavar": _metavar(name, key)}
+        options: dict[str, Any] = {
+            "action": _Override,
+            "key": name,
+            "help": _help(flag, name, key, command),
+            "metavar": _metavar(name, key),
+        }
         if key.kind is bool:
             options["nargs"] = 0
         elif key.is_list and not key.is_verbatim:
             options["nargs"] = "+"
         parser.add_argument(flag, **options)
-    parser.add_argument("--set", action=_Override, key=None, metavar="SECTION.KEY=VALUE",
-                        help="any key of the config, for example tuning.adam_beta2=0.99; repeatable")
+    parser.add_argument(
+        "--set",
+        action=_Override,
+        key=None,
+        metavar="SECTION.KEY=VALUE",
+        help="any key of the config, for example tuning.adam_beta2=0.99; repeatable",
+    )
 
 
 class _Override(argparse.Action):
@@ -120,8 +235,13 @@ class _Override(argparse.Action):
         super().__init__(*args, **{**options, "default": argparse.SUPPRESS})
         self.key = key
 
-    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: str | Sequence[Any] | None,
-                 option_string: str | None = None) -> None:
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
         overrides = namespace.overrides = dict(namespace.overrides)  # the default dict is shared by all parses
         if self.key is None:
             name, equals, value = str(values).partition("=")
@@ -162,20 +282,32 @@ def config_keys() -> dict[str, Key]:
             if typing.get_origin(hint) is tuple:
                 hint, is_list = typing.get_args(hint)[0], True
             doc = documented.get(field.name, "")
-            keys[f"{section}.{field.name}"] = Key(kind=hint, is_list=is_list, default=field.default, doc=doc,
-                                                  is_verbatim=bool(field.metadata.get("verbatim")),
-                                                  is_path=bool(field.metadata.get("path")))
+            keys[f"{section}.{field.name}"] = Key(
+                kind=hint,
+                is_list=is_list,
+                default=field.default,
+                doc=doc,
+                is_verbatim=bool(field.metadata.get("verbatim")),
+                is_path=bool(field.metadata.get("path")),
+            )
     return keys
 
 
 def _documented_fields(kind: type) -> dict[str, str]:
     """Field of a section -> the string beneath it. Python keeps no such strings, so the source is read."""
     found = {}
-    body = next(node.body for node in ast.parse(inspect.getsource(sys.modules[kind.__module__])).body
-                if isinstance(node, ast.ClassDef) and node.name == kind.__name__)
+    body = next(
+        node.body
+        for node in ast.parse(inspect.getsource(sys.modules[kind.__module__])).body
+        if isinstance(node, ast.ClassDef) and node.name == kind.__name__
+    )
     for field, beneath in itertools.pairwise(body):
-        if (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(beneath, ast.Expr)
-                and isinstance(beneath.value, ast.Constant)):
+        if (
+            isinstance(field, ast.AnnAssign)
+            and isinstance(field.target, ast.Name)
+            and isinstance(beneath, ast.Expr)
+            and isinstance(beneath.value, ast.Constant)
+        ):
             found[field.target.id] = inspect.cleandoc(str(beneath.value.value))
     return found
 

@@ -1,4 +1,5 @@
 """What a file holds that is not what its name promises: the cause behind `its header is broken`."""
+
 from pathlib import Path
 
 GIT_LFS = b"version https://git-lfs.github.com"
@@ -6,16 +7,24 @@ GIT_LFS = b"version https://git-lfs.github.com"
 _BEGINNINGS = (
     (GIT_LFS, "is a pointer of Git LFS and not the file itself; run `git lfs pull` in its folder"),
     (b"GGUF", "is a GGUF file (llama.cpp's) whatever its name; give it one that ends in .gguf"),
-    (b"PK\x03\x04", "is a file of torch.save, and no safetensors file, whatever its name; load the model by transformers and save it "
-                    "(save_pretrained)"),
+    (
+        b"PK\x03\x04",
+        "is a file of torch.save, and no safetensors file, whatever its name; load the model by transformers and save it "
+        "(save_pretrained)",
+    ),
     (b"\x89HDF", "is an HDF5 file, and no safetensors file; give the model as safetensors"),
-    (b"<!doctype html", "is a web page and not the file itself; fetch it again, and log in first where it asks for that"),
+    (
+        b"<!doctype html",
+        "is a web page and not the file itself; fetch it again, and log in first where it asks for that",
+    ),
     (b"<html", "is a web page and not the file itself; fetch it again, and log in first where it asks for that"),
 )
 
 
 def told_content(path: Path) -> str | None:
-    """What to say of the file, and what to do, where its first bytes are those of something else; None where they tell nothing."""
+    """What to say of the file, and what to do, where its first bytes are those of something else; None where they tell
+    nothing.
+    """
     try:
         if not path.is_file():
             return None
@@ -23,4 +32,4 @@ def told_content(path: Path) -> str | None:
             head = file.read(64).lstrip()
     except (OSError, ValueError):
         return None
-    return next((told for beginning, told in _BEGINNINGS if head[:len(beginning)].lower() == beginning.lower()), None)
+    return next((told for beginning, told in _BEGINNINGS if head[: len(beginning)].lower() == beginning.lower()), None)

@@ -1,4 +1,5 @@
 """Ctrl-C ends a command quietly, whatever the libraries that it meets on their way make of it."""
+
 import signal
 import threading
 import time
@@ -12,7 +13,8 @@ _last = -_SECONDS
 
 
 def end_at_once() -> None:
-    """Lets Ctrl-C end the process as it ends any other, without a traceback: while Python is still importing, or already going.
+    """Lets Ctrl-C end the process as it ends any other, without a traceback: while Python is still importing, or
+    already going.
 
     Where it is ignored, as for a job in a shell's background, it stays so.
     """
@@ -22,9 +24,14 @@ def end_at_once() -> None:
 
 @contextmanager
 def interrupts_raised() -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt within the block, and is remembered. In the main thread; elsewhere nothing changes."""
+    """Ctrl-C raises KeyboardInterrupt within the block, and is remembered. In the main thread; elsewhere nothing
+    changes.
+    """
     former = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or former not in (signal.SIG_DFL, signal.default_int_handler):
+    if threading.current_thread() is not threading.main_thread() or former not in (
+        signal.SIG_DFL,
+        signal.default_int_handler,
+    ):
         yield
         return
     global _last
@@ -37,8 +44,8 @@ def interrupts_raised() -> Iterator[None]:
 
 
 def were_interrupted() -> bool:
-    """Whether Ctrl-C came within the last seconds, in this command: an import that it breaks off comes out as an error of any kind, now or
-    at the next use of what was not imported.
+    """Whether Ctrl-C came within the last seconds, in this command: an import that it breaks off comes out as an error
+    of any kind, now or at the next use of what was not imported.
     """
     return time.monotonic() - _last < _SECONDS
 

@@ -1,4 +1,7 @@
-"""JSON: what a stranger may have written is read whole or refused in a few words; what is written here, any reader can read."""
+"""JSON: what a stranger may have written is read whole or refused in a few words; what is written here, any reader can
+read.
+"""
+
 import errno
 import json
 import math
@@ -10,8 +13,8 @@ from ee_tuning.foreign_content import told_content
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds. Raises OSError where there is no plain file that can be read (a pipe would be waited for without end), and
-    ValueError as `parse_json`.
+    """What a JSON file holds. Raises OSError where there is no plain file that can be read (a pipe would be waited for
+    without end), and ValueError as `parse_json`.
     """
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EINVAL, "it is no plain file", str(path))
@@ -24,7 +27,9 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(data: bytes) -> Any:
-    """What JSON says. Raises ValueError where it is none, is nested beyond sense, or has an object with one key twice."""
+    """What JSON says. Raises ValueError where it is none, is nested beyond sense, or has an object with one key
+    twice.
+    """
     try:
         return json.loads(data.decode(), object_pairs_hook=_without_doubles)
     except UnicodeDecodeError as error:  # its own words hold all of the data
@@ -34,7 +39,9 @@ def parse_json(data: bytes) -> Any:
 
 
 def parse_strict_json(text: str) -> Any:
-    """Does what `parse_json` does, and refuses numbers that JSON has no word for (NaN, Infinity) or no float can hold (1e999)."""
+    """Does what `parse_json` does, and refuses numbers that JSON has no word for (NaN, Infinity) or no float can hold
+    (1e999).
+    """
     tree = parse_json(text.encode(errors="surrogatepass"))
     if not _is_finite(tree):
         raise ValueError("it holds a number that is not finite")
@@ -44,7 +51,8 @@ def parse_strict_json(text: str) -> Any:
 def to_json(value: Any, **layout: Any) -> str:
     """`value` as strict JSON (RFC 8259): a number that is not finite becomes null. `layout` is what json.dumps takes.
 
-    Texts stay readable with ensure_ascii=False, but for one that is no Unicode (half a surrogate pair), which UTF-8 can not hold.
+    Texts stay readable with ensure_ascii=False, but for one that is no Unicode (half a surrogate pair), which UTF-8 can
+    not hold.
     """
     try:
         text = json.dumps(value, allow_nan=False, **layout)
@@ -82,5 +90,7 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     tree = dict(pairs)
     if len(tree) != len(pairs):
         last = {name: place for place, (name, _) in enumerate(pairs)}
-        raise ValueError(f"{next(name for place, (name, _) in enumerate(pairs) if last[name] != place)} stands in it twice")
+        raise ValueError(
+            f"{next(name for place, (name, _) in enumerate(pairs) if last[name] != place)} stands in it twice"
+        )
     return tree

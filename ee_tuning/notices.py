@@ -1,4 +1,5 @@
 """Lines that go to whoever runs a command, on stderr: what is odd about a model, and is no reason to stop."""
+
 import os
 import sys
 

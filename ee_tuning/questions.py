@@ -1,4 +1,7 @@
-"""Questions that libraries put to a terminal find no answer here: what stands on standard input is the user's text, not a yes."""
+"""Questions that libraries put to a terminal find no answer here: what stands on standard input is the user's text, not
+a yes.
+"""
+
 import os
 import sys
 from collections.abc import Iterator

@@ -1,4 +1,7 @@
-"""Standard streams that are closed, full or gone: told in a line on standard error, where there is one, and never by a traceback."""
+"""Standard streams that are closed, full or gone: told in a line on standard error, where there is one, and never by a
+traceback.
+"""
+
 import errno
 import io
 import os
@@ -16,14 +19,20 @@ class OutputRefused(OSError):
 
 
 def prepare_streams() -> None:
-    """Fills the places of streams that were closed when Python began; then standard output tells by OutputRefused what it can not take,
-    and standard error drops that.
+    """Fills the places of streams that were closed when Python began; then standard output tells by OutputRefused what
+    it can not take, and standard error drops that.
 
-    A place that stayed free would be the next opened file's: what goes to standard output would go into that. Streams of others (a
-    test's, a notebook's) are left as they are.
+    A place that stayed free would be the next opened file's: what goes to standard output would go into that. Streams
+    of others (a test's, a notebook's) are left as they are.
     """
-    for number, stream, flags in ((0, sys.stdin, os.O_WRONLY), (1, sys.stdout, os.O_RDONLY), (2, sys.stderr, os.O_WRONLY)):
-        if stream is None:  # what is asked of /dev/null, opened the other way, is refused, as a closed stream refuses it
+    for number, stream, flags in (
+        (0, sys.stdin, os.O_WRONLY),
+        (1, sys.stdout, os.O_RDONLY),
+        (2, sys.stderr, os.O_WRONLY),
+    ):
+        if (
+            stream is None
+        ):  # what is asked of /dev/null, opened the other way, is refused, as a closed stream refuses it
             handle = os.open(os.devnull, flags)
             if handle != number:
                 os.dup2(handle, number)
@@ -38,7 +47,9 @@ def prepare_streams() -> None:
 
 
 def told(error: OSError) -> str | None:
-    """The line for the user, where `error` is of a standard stream, or of a disk without room; None where it is a bug of ours."""
+    """The line for the user, where `error` is of a standard stream, or of a disk without room; None where it is a bug
+    of ours.
+    """
     if isinstance(error, OutputRefused):
         return f"standard output can not be written: {error.strerror}; give it a file with room, a pipe or a terminal"
     if error.errno in _NO_ROOM:
@@ -49,7 +60,9 @@ def told(error: OSError) -> str | None:
 
 
 def settle_output() -> None:
-    """Drops what standard output does not take, for good: the interpreter would try once more at its end, and tell of it."""
+    """Drops what standard output does not take, for good: the interpreter would try once more at its end, and tell of
+    it.
+    """
     try:
         sys.stdout.flush()
     except (OSError, ValueError):
@@ -92,6 +105,13 @@ def _refused(error: OSError) -> OSError:
 def _remade(kind: type[Stream], number: int, stream: object) -> Stream:
     """A stream of `kind` over the bytes of `stream`, or of descriptor `number` where there is none."""
     if not isinstance(stream, io.TextIOWrapper):
-        return kind(io.BufferedWriter(io.FileIO(number, "w", closefd=False)), encoding="utf-8", errors="backslashreplace")
-    return kind(stream.buffer, encoding=stream.encoding, errors=stream.errors, line_buffering=stream.line_buffering,
-                write_through=stream.write_through)
+        return kind(
+            io.BufferedWriter(io.FileIO(number, "w", closefd=False)), encoding="utf-8", errors="backslashreplace"
+        )
+    return kind(
+        stream.buffer,
+        encoding=stream.encoding,
+        errors=stream.errors,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )

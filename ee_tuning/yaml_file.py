@@ -1,4 +1,5 @@
 """YAML that a user wrote: read as it is meant, or refused in a few words."""
+
 import re
 from typing import Any
 
@@ -8,7 +9,9 @@ _DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 
 
 def parse_yaml(text: str) -> Any:
-    """What YAML says. Raises ValueError where it is none, is nested beyond sense, or has a mapping with one key twice."""
+    """What YAML says. Raises ValueError where it is none, is nested beyond sense, or has a mapping with one key
+    twice.
+    """
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
@@ -30,7 +33,9 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_whole_number(self, node: yaml.ScalarNode) -> int | str:
-        """All but plain decimal numbers stay text, as folders may be called: YAML 1.1 takes 010 for 8, 1:30 for 90, 2024_01 for 202401."""
+        """All but plain decimal numbers stay text, as folders may be called: YAML 1.1 takes 010 for 8, 1:30 for 90,
+        2024_01 for 202401.
+        """
         text = self.construct_scalar(node)
         return int(text) if _DECIMAL.fullmatch(text) else text
 

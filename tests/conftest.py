@@ -1,4 +1,5 @@
 """Makes modules that several test folders share importable, and the CPU the device of all tests but tests/gpu."""
+
 import gc
 import os
 import sys
@@ -37,8 +38,8 @@ def _one_thread() -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def _no_rubbish_between_modules() -> Iterator[None]:
-    """Process groups that only cycles still hold keep threads, each of which wakes a hundred times a second. What stays is not looked at
-    again.
+    """Process groups that only cycles still hold keep threads, each of which wakes a hundred times a second. What stays
+    is not looked at again.
     """
     yield
     gc.collect()

@@ -1,4 +1,5 @@
 """Requests to answers with an engine of one's own, as several test modules need it."""
+
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,8 +25,15 @@ def policy_for(model: Any, **keys: Any) -> Policy:
     return policy_of(generation, model.plan.exit_layers, model.config.num_layers)
 
 
-def decode(loaded: LoadedModel, prompts: list[list[int]], num_tokens: int, *, params: SamplingParams | None = None,
-           engine: dict[str, Any] | None = None, **generation: Any) -> list[Said]:
+def decode(
+    loaded: LoadedModel,
+    prompts: list[list[int]],
+    num_tokens: int,
+    *,
+    params: SamplingParams | None = None,
+    engine: dict[str, Any] | None = None,
+    **generation: Any,
+) -> list[Said]:
     """Each prompt's answer of `num_tokens` tokens, all decoded as one batch; greedy without `params`."""
     params = params or SamplingParams(max_tokens=num_tokens)
     made = Engine(loaded.model, loaded.stages, **{"num_slots": len(prompts), "max_length": 64, **(engine or {})})

@@ -1,4 +1,5 @@
 """Exit heads for the tests' random models."""
+
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,11 +10,13 @@ from ee_tuning.parallel.topology import init_parallel
 
 
 def write_exits(model: Path, folder: Path, listed: Sequence[int] = (), **exits: object) -> Path:
-    """An artifact for `model` from keys of the `exits` section; by default `mlp` heads after layers 2 and 4, drawn at random. They say no
-    more than the tokens `listed`, where there are any.
+    """An artifact for `model` from keys of the `exits` section; by default `mlp` heads after layers 2 and 4, drawn at
+    random. They say no more than the tokens `listed`, where there are any.
     """
     keys = {"exit_layers": [2, 4], "architecture": "mlp", "init": "random", **exits}
     config = load_config(None, {"model.path": str(model), **{f"exits.{key}": value for key, value in keys.items()}})
     tokens = ListedTokens(token_ids=tuple(listed), num_tokens=len(listed), num_listed=len(listed))
-    write_initial_exits(config, folder, init_parallel(ParallelSection()), list_tokens=(lambda topology: tokens) if listed else None)
+    write_initial_exits(
+        config, folder, init_parallel(ParallelSection()), list_tokens=(lambda topology: tokens) if listed else None
+    )
     return folder

@@ -1,4 +1,5 @@
 """GGUF files of small models, as llama.cpp's conversion writes them: by the package's own table of names."""
+
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +11,36 @@ ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2,
 Kind = gguf.GGMLQuantizationType
 
 
-def write_gguf(path: Path, model: Any, *, kind: Kind = Kind.F32, alphabet: list[str] | None = None, architecture: str | None = None,
-               leave_out: str = "", rope_factors: np.ndarray | None = None, fields: dict[str, Any] | None = None) -> None:
-    """Writes transformers' `model` with its matrices stored as `kind`; of the k-quants, which the package can not make, random blocks.
+def write_gguf(
+    path: Path,
+    model: Any,
+    *,
+    kind: Kind = Kind.F32,
+    alphabet: list[str] | None = None,
+    architecture: str | None = None,
+    leave_out: str = "",
+    rope_factors: np.ndarray | None = None,
+    fields: dict[str, Any] | None = None,
+) -> None:
+    """Writes transformers' `model` with its matrices stored as `kind`; of the k-quants, which the package can not make,
+    random blocks.
 
-    `alphabet` are the tokens of a byte-level tokenizer, "ab" and an end of text among them, `leave_out` a field that is not written,
-    `fields` are further ones of text or number.
+    `alphabet` are the tokens of a byte-level tokenizer, "ab" and an end of text among them, `leave_out` a field that is
+    not written, `fields` are further ones of text or number.
     """
     config = model.config
     writer = gguf.GGUFWriter(str(path), architecture or config.model_type)
     for name, value in (
-            ("vocab_size", config.vocab_size), ("block_count", config.num_hidden_layers),
-            ("context_length", config.max_position_embeddings), ("embedding_length", config.hidden_size),
-            ("feed_forward_length", config.intermediate_size),
-            ("head_count", config.num_attention_heads), ("head_count_kv", config.num_key_value_heads),
-            ("layer_norm_rms_eps", config.rms_norm_eps), ("rope_freq_base", config.rope_parameters["rope_theta"])):
+        ("vocab_size", config.vocab_size),
+        ("block_count", config.num_hidden_layers),
+        ("context_length", config.max_position_embeddings),
+        ("embedding_length", config.hidden_size),
+        ("feed_forward_length", config.intermediate_size),
+        ("head_count", config.num_attention_heads),
+        ("head_count_kv", config.num_key_value_heads),
+        ("layer_norm_rms_eps", config.rms_norm_eps),
+        ("rope_freq_base", config.rope_parameters["rope_theta"]),
+    ):
         if name != leave_out:
             getattr(writer, f"add_{name}")(value)
     if getattr(config, "head_dim", None):
@@ -58,7 +74,9 @@ def write_gguf(path: Path, model: Any, *, kind: Kind = Kind.F32, alphabet: list[
 
 
 def _interleaved(name: str, tensor: torch.Tensor, config: Any) -> torch.Tensor:
-    """llama.cpp rotates dimensions 2i and 2i + 1 of Llama's heads together, where transformers rotates i and i + width / 2."""
+    """llama.cpp rotates dimensions 2i and 2i + 1 of Llama's heads together, where transformers rotates i and i + width
+    / 2.
+    """
     if config.model_type != "llama" or not any(f"self_attn.{each}_proj." in name for each in "qk"):
         return tensor
     heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads

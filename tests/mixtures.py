@@ -1,4 +1,5 @@
 """Random mixtures of requests against a plain decoder that takes them one at a time."""
+
 import random
 from collections import Counter
 from dataclasses import replace
@@ -40,31 +41,52 @@ class Subject:
     def __init__(self, folder: Path, architecture: str = "mlp"):
         reference = random_llama(folder / "model", confident=True)
         exits = write_exits(folder / "model", folder / "exits", architecture=architecture)
-        config = load_config(None, {"model.path": str(folder / "model"), "exits.path": str(exits), "model.dtype": "float64"})
+        config = load_config(
+            None, {"model.path": str(folder / "model"), "exits.path": str(exits), "model.dtype": "float64"}
+        )
         self.loaded = load_for_generation(config, init_parallel(ParallelSection()))
         self.plain = PlainDecoder(reference, exits, (2, 4), torch.float64)
 
     def engine(self, **options: Any) -> Engine:
-        return Engine(self.loaded.model, self.loaded.stages, **{"num_slots": 4, "max_length": 64, "eos_ids": (EOS,), **options})
+        return Engine(
+            self.loaded.model, self.loaded.stages, **{"num_slots": 4, "max_length": 64, "eos_ids": (EOS,), **options}
+        )
 
     def policy(self, **keys: Any) -> Policy:
         return policy_for(self.loaded.model, **keys)
 
-    def wanted(self, prompt: list[int], params: SamplingParams, policy: Policy, completion: int = 0) -> tuple[list[int], list[int]]:
+    def wanted(
+        self, prompt: list[int], params: SamplingParams, policy: Policy, completion: int = 0
+    ) -> tuple[list[int], list[int]]:
         """From the plain decoder and transformers' processors."""
         stop = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else (EOS,))
         key = request_key(params.seed, prompt, completion)
 
         def choose(logits: torch.Tensor, tokens: list[int]) -> int:
-            scores = theirs(params, len(prompt), stop)(torch.tensor([tokens]), own_penalties(logits, tokens[len(prompt):], params)[None])
-            return int(scores.argmax()) if params.is_greedy else int(draw(scores.softmax(-1), [draw_key(key, len(tokens))]))
+            scores = theirs(params, len(prompt), stop)(
+                torch.tensor([tokens]), own_penalties(logits, tokens[len(prompt) :], params)[None]
+            )
+            return (
+                int(scores.argmax())
+                if params.is_greedy
+                else int(draw(scores.softmax(-1), [draw_key(key, len(tokens))]))
+            )
 
-        return self.plain.decode(prompt, min(params.max_tokens, 64 - len(prompt)), dict(policy.thresholds), policy.measure, choose,
-                                 policy.fixed_exit, stop)
+        return self.plain.decode(
+            prompt,
+            min(params.max_tokens, 64 - len(prompt)),
+            dict(policy.thresholds),
+            policy.measure,
+            choose,
+            policy.fixed_exit,
+            stop,
+        )
 
 
 def own_penalties(logits: torch.Tensor, said: list[int], params: SamplingParams) -> torch.Tensor:
-    """What transformers has no processor for; it commutes with a bias, and tests do not give it beside a repetition penalty."""
+    """What transformers has no processor for; it commutes with a bias, and tests do not give it beside a repetition
+    penalty.
+    """
     counts = torch.bincount(torch.tensor(said, dtype=torch.long), minlength=VOCAB)
     return logits - params.presence_penalty * (counts > 0) - params.frequency_penalty * counts
 
@@ -88,35 +110,65 @@ def theirs(params: SamplingParams, num_prompt_tokens: int, stop: frozenset[int])
 
 def random_request(subject: Subject, rng: random.Random) -> tuple[list[int], SamplingParams, Policy]:
     prompt = [rng.randrange(VOCAB) for _ in range(rng.choice([1, 2, 5, 17, 33, 63]))]
-    shared = min(rng.choice([0, 0, 10, 16, 20, 32, 40, 60]), len(prompt) - rng.randrange(2))  # tokens that it begins with as others do
+    shared = min(
+        rng.choice([0, 0, 10, 16, 20, 32, 40, 60]), len(prompt) - rng.randrange(2)
+    )  # tokens that it begins with as others do
     prompt[:shared] = STEMS[rng.randrange(2)][:shared]
-    policy = subject.policy(**rng.choice([
-        {"policy": "full"}, {"threshold": 0.5}, {"threshold": rng.random()}, {"threshold": [rng.random(), rng.random()]},
-        {"threshold": rng.random() * 0.6, "measure": "margin"}, {"threshold": rng.random() * 0.6, "measure": "entropy"},
-        {"policy": "fixed", "exit_layer": rng.choice([2, 4])}, {"policy": "speculative"}, {"policy": "speculative"}]))
-    params = SamplingParams(max_tokens=rng.choice([rng.randrange(1, 20)] * 3 + [50]), seed=rng.randrange(3), ignore_eos=rng.random() < 0.5)
+    policy = subject.policy(
+        **rng.choice(
+            [
+                {"policy": "full"},
+                {"threshold": 0.5},
+                {"threshold": rng.random()},
+                {"threshold": [rng.random(), rng.random()]},
+                {"threshold": rng.random() * 0.6, "measure": "margin"},
+                {"threshold": rng.random() * 0.6, "measure": "entropy"},
+                {"policy": "fixed", "exit_layer": rng.choice([2, 4])},
+                {"policy": "speculative"},
+                {"policy": "speculative"},
+            ]
+        )
+    )
+    params = SamplingParams(
+        max_tokens=rng.choice([rng.randrange(1, 20)] * 3 + [50]), seed=rng.randrange(3), ignore_eos=rng.random() < 0.5
+    )
     if rng.random() < 0.5:
-        params = replace(params, temperature=rng.choice([0.7, 1.5]), top_k=rng.choice([0, 10]), top_p=rng.choice([1.0, 0.9]),
-                         min_p=rng.choice([0.0, 0.05]))
+        params = replace(
+            params,
+            temperature=rng.choice([0.7, 1.5]),
+            top_k=rng.choice([0, 10]),
+            top_p=rng.choice([1.0, 0.9]),
+            min_p=rng.choice([0.0, 0.05]),
+        )
     if rng.random() < 0.3:
-        params = replace(params, **rng.choice([{"repetition_penalty": 1.3}, {"presence_penalty": 1.5, "frequency_penalty": 0.5}]))
+        params = replace(
+            params, **rng.choice([{"repetition_penalty": 1.3}, {"presence_penalty": 1.5, "frequency_penalty": 0.5}])
+        )
     if rng.random() < 0.2:
         params = replace(params, logit_bias={rng.randrange(VOCAB): 3.0, rng.randrange(VOCAB): -4.0})
     if rng.random() < 0.2:
-        params = replace(params, stop_token_ids=(rng.randrange(VOCAB), rng.randrange(VOCAB)),
-                         min_tokens=rng.randrange(0, params.max_tokens + 1))
+        params = replace(
+            params,
+            stop_token_ids=(rng.randrange(VOCAB), rng.randrange(VOCAB)),
+            min_tokens=rng.randrange(0, params.max_tokens + 1),
+        )
     if rng.random() < 0.15:
         params = replace(params, n=2)
     return prompt, params, policy
 
 
 def mixture(subject: Subject, seed: int) -> Counter[str]:
-    """Some requests join an engine of random size at random steps, and some are aborted; each must say what it says alone to the plain
-    decoder. Counts what happened.
+    """Some requests join an engine of random size at random steps, and some are aborted; each must say what it says
+    alone to the plain decoder. Counts what happened.
     """
     rng = random.Random(seed)
-    engine = subject.engine(num_slots=rng.randrange(1, 5), max_pending=rng.choice([1, 3, 16]), prefill_chunk=rng.choice([4, 7, 512]),
-                            cache_tokens=rng.choice([64, 80, 112, 256]), reuses_prefixes=rng.random() < 0.8)
+    engine = subject.engine(
+        num_slots=rng.randrange(1, 5),
+        max_pending=rng.choice([1, 3, 16]),
+        prefill_chunk=rng.choice([4, 7, 512]),
+        cache_tokens=rng.choice([64, 80, 112, 256]),
+        reuses_prefixes=rng.random() < 0.8,
+    )
     coming = [random_request(subject, rng) for _ in range(rng.randrange(1, 8))]
     jobs: list[tuple[Sequence, list[int]]] = []
     said: dict[int, tuple[list[int], list[int]]] = {}
@@ -137,17 +189,25 @@ def mixture(subject: Subject, seed: int) -> Counter[str]:
         assert seen["steps"] < 2000, "the engine does not come to an end"
     for sequence, prompt in jobs:
         _check(subject, seed, sequence, prompt, *said[sequence.number])
-        seen += Counter({"requests": 1, "aborted": sequence.finish_reason == "abort", "reused": sequence.statistics.num_reused,
-                         "put back": sequence.was_put_back})
+        seen += Counter(
+            {
+                "requests": 1,
+                "aborted": sequence.finish_reason == "abort",
+                "reused": sequence.statistics.num_reused,
+                "put back": sequence.was_put_back,
+            }
+        )
     assert engine.cache.pool.num_free == engine.cache.pool.num_blocks, "memory was lost"
     return seen
 
 
-def _check(subject: Subject, seed: int, sequence: Sequence, prompt: list[int], tokens: list[int], layers: list[int]) -> None:
+def _check(
+    subject: Subject, seed: int, sequence: Sequence, prompt: list[int], tokens: list[int], layers: list[int]
+) -> None:
     wanted, left = subject.wanted(prompt, sequence.params, sequence.policy, sequence.completion)
     about = (seed, prompt, sequence.params, sequence.policy)
     assert sequence.output == tokens, about
     if sequence.finish_reason == "abort":
-        wanted, left = wanted[:len(tokens)], left[:len(tokens)]
+        wanted, left = wanted[: len(tokens)], left[: len(tokens)]
     assert tokens == wanted, about
     assert layers == left or sequence.policy.drafts_at, about

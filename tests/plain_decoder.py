@@ -1,4 +1,5 @@
 """Early-exit decoding as plainly as it can be said: transformers, no cache, every token read again at every step."""
+
 import math
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +21,9 @@ def confidence(logits: Tensor, measure: str) -> float:
     p = logits.softmax(-1)
     largest = p.sort(descending=True)[0]
     entropy = -sum(x * math.log(x) for x in p.tolist() if x > 0) / math.log(len(p))
-    return {"max_probability": largest[0].item(), "margin": (largest[0] - largest[1]).item(), "entropy": 1 - entropy}[measure]
+    return {"max_probability": largest[0].item(), "margin": (largest[0] - largest[1]).item(), "entropy": 1 - entropy}[
+        measure
+    ]
 
 
 class PlainDecoder:
@@ -35,9 +38,12 @@ class PlainDecoder:
     def logits(self, tokens: list[int]) -> dict[int, Tensor]:  # layer -> [s, v]
         """Of every exit and, under the number of layers, of the final head, after each prefix of `tokens`."""
         residuals: dict[int, Tensor] = {}
-        hooks = [(layer.ln_2 if self.is_gpt2 else layer.post_attention_layernorm).register_forward_hook(
-            lambda _, x, y, number=number: residuals.update({number: (x[0][0], y[0])}))
-            for number, layer in enumerate(self.layers, 1)]
+        hooks = [
+            (layer.ln_2 if self.is_gpt2 else layer.post_attention_layernorm).register_forward_hook(
+                lambda _, x, y, number=number: residuals.update({number: (x[0][0], y[0])})
+            )
+            for number, layer in enumerate(self.layers, 1)
+        ]
         with torch.no_grad():
             out = self.model(torch.tensor([tokens]), output_hidden_states=True, use_cache=False)
         for hook in hooks:
@@ -47,21 +53,33 @@ class PlainDecoder:
         logits = {layer: self._head(layer, hidden, residuals[layer]) for layer, hidden in states.items()}
         return {**logits, len(self.layers): out.logits[0]}
 
-    def decode(self, prompt: list[int], num_tokens: int, threshold: float | dict[int, float], measure: str = "max_probability",
-               choose: "Choice | None" = None, fixed: int | None = None, stop: frozenset[int] = frozenset()) -> tuple[list[int], list[int]]:
-        """(tokens, the layer each left at): the first exit sure enough, else the final head; the first token is the final head's."""
+    def decode(
+        self,
+        prompt: list[int],
+        num_tokens: int,
+        threshold: float | dict[int, float],
+        measure: str = "max_probability",
+        choose: "Choice | None" = None,
+        fixed: int | None = None,
+        stop: frozenset[int] = frozenset(),
+    ) -> tuple[list[int], list[int]]:
+        """(tokens, the layer each left at): the first exit sure enough, else the final head; the first token is the
+        final head's.
+        """
         tokens, left, last = list(prompt), [], len(self.layers)
         for step in range(num_tokens):
             logits = self.logits(tokens)
             for layer in (*self.exit_layers, last):
                 wanted = threshold.get(layer, 2.0) if isinstance(threshold, dict) else threshold
-                if layer == (fixed or last) or (fixed is None and step > 0 and confidence(logits[layer][-1], measure) >= wanted):
+                if layer == (fixed or last) or (
+                    fixed is None and step > 0 and confidence(logits[layer][-1], measure) >= wanted
+                ):
                     break
             tokens.append(int(logits[layer][-1].argmax()) if choose is None else choose(logits[layer][-1], tokens))
             left.append(layer)
             if tokens[-1] in stop:
                 break
-        return tokens[len(prompt):], left
+        return tokens[len(prompt) :], left
 
     def _head(self, layer: int, hidden: Tensor, residual: tuple[Tensor, Tensor]) -> Tensor:
         def tensor(name: str) -> Tensor | None:
@@ -75,15 +93,20 @@ class PlainDecoder:
             inner = act(F.linear(self._norm(x, tensor, "adapter.norm"), tensor("adapter.down.weight")))
             x = x + F.linear(inner, tensor("adapter.up.weight"))
         if tensor("mlp.gate_proj.weight") is not None:
-            x = a + F.linear(F.silu(F.linear(normed, tensor("mlp.gate_proj.weight"))) * F.linear(normed, tensor("mlp.up_proj.weight")),
-                             tensor("mlp.down_proj.weight"))
+            x = a + F.linear(
+                F.silu(F.linear(normed, tensor("mlp.gate_proj.weight")))
+                * F.linear(normed, tensor("mlp.up_proj.weight")),
+                tensor("mlp.down_proj.weight"),
+            )
         if tensor("mlp.c_fc.weight") is not None:  # as gpt2 has it: [inputs, outputs]
             inner = F.gelu(normed @ tensor("mlp.c_fc.weight") + tensor("mlp.c_fc.bias"), approximate="tanh")
             x = a + inner @ tensor("mlp.c_proj.weight") + tensor("mlp.c_proj.bias")
         if tensor("norm.weight") is not None:
             x = self._norm(x, tensor, "norm")
         if tensor("linear.down.weight") is not None:
-            x = x + F.linear(F.linear(x, tensor("linear.down.weight")), tensor("linear.up.weight"), tensor("linear.bias"))
+            x = x + F.linear(
+                F.linear(x, tensor("linear.down.weight")), tensor("linear.up.weight"), tensor("linear.bias")
+            )
         if tensor("linear.weight") is not None:
             x = F.linear(x, tensor("linear.weight"), tensor("linear.bias"))
         output = tensor("output.weight")
@@ -98,7 +121,9 @@ class PlainDecoder:
     def _own_layer(self, exit_layer: int, hidden: Tensor) -> Tensor:  # [s, h] -> [s, h]
         """transformers' own class of layer with the head's weights, over the whole sequence."""
         prefix = f"exits.{exit_layer}.layer."
-        weights = _packed({name.removeprefix(prefix): tensor for name, tensor in self.heads.items() if name.startswith(prefix)})
+        weights = _packed(
+            {name.removeprefix(prefix): tensor for name, tensor in self.heads.items() if name.startswith(prefix)}
+        )
         assert weights.keys() == dict(self.layers[-1].named_parameters()).keys()
         positions = torch.arange(len(hidden))[None]
         # No mask: sdpa is then causal.
@@ -113,6 +138,8 @@ def _packed(layer: dict[str, Tensor]) -> dict[str, Tensor]:
     experts = {name: packed.pop(name) for name in list(packed) if ".experts." in name}
     if experts:
         parts = ("w1", "w3", "w2") if "mlp.experts.0.w1.weight" in experts else ("gate_proj", "up_proj", "down_proj")
-        gate, up, down = (torch.stack([experts[f"mlp.experts.{i}.{part}.weight"] for i in range(len(experts) // 3)]) for part in parts)
+        gate, up, down = (
+            torch.stack([experts[f"mlp.experts.{i}.{part}.weight"] for i in range(len(experts) // 3)]) for part in parts
+        )
         packed.update({"mlp.experts.gate_up_proj": torch.cat((gate, up), dim=1), "mlp.experts.down_proj": down})
     return packed

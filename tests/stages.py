@@ -1,4 +1,5 @@
 """Requests that come, end and are broken off over pipeline stages, for tests and for `make stress`."""
+
 import random
 from collections import defaultdict
 from dataclasses import dataclass
@@ -18,8 +19,13 @@ from ee_tuning.generation.speculation import Speculation
 from ee_tuning.kernel import calls
 from ee_tuning.parallel.topology import Topology, init_parallel
 
-POLICIES = {"thresholds": Policy(thresholds={2: 0.4, 4: 0.3}), "first exit": Policy(thresholds={2: 0.3}),
-            "last exit": Policy(thresholds={4: 0.3}), "fixed": Policy(fixed_exit=4), "full": FULL}
+POLICIES = {
+    "thresholds": Policy(thresholds={2: 0.4, 4: 0.3}),
+    "first exit": Policy(thresholds={2: 0.3}),
+    "last exit": Policy(thresholds={4: 0.3}),
+    "fixed": Policy(fixed_exit=4),
+    "full": FULL,
+}
 BROKEN_OFF = {1: 4, 5: 9, 8: 2}
 """Request -> tokens after which it is, at the earliest."""
 
@@ -55,17 +61,37 @@ def run_at(model: str, exits: str, way: Way, policy: Policy, cache_tokens: int |
         return _run(topology, model, exits, way, policy, cache_tokens, seed)
 
 
-def _run(topology: Topology, model: str, exits: str, way: Way, policy: Policy, cache_tokens: int | None, seed: int) -> Run:
-    loaded = load_for_generation(load_config(None, {"model.path": model, "exits.path": exits, "model.dtype": "float64",
-                                                    "parallel.pipeline_layout": list(way.layout)}), topology)
-    engine = Engine(loaded.model, loaded.stages, num_slots=5, max_length=64, max_pending=5, prefill_chunk=16, eos_ids=(EOS,),
-                    cache_tokens=cache_tokens)
+def _run(
+    topology: Topology, model: str, exits: str, way: Way, policy: Policy, cache_tokens: int | None, seed: int
+) -> Run:
+    loaded = load_for_generation(
+        load_config(
+            None,
+            {
+                "model.path": model,
+                "exits.path": exits,
+                "model.dtype": "float64",
+                "parallel.pipeline_layout": list(way.layout),
+            },
+        ),
+        topology,
+    )
+    engine = Engine(
+        loaded.model,
+        loaded.stages,
+        num_slots=5,
+        max_length=64,
+        max_pending=5,
+        prefill_chunk=16,
+        eos_ids=(EOS,),
+        cache_tokens=cache_tokens,
+    )
     engine.whole_steps.is_able = way.pp > 1
     if policy.drafts_at:  # a speculation that has learnt that drafts never pay
         costly, free = (1.0,) * 3, (1e-6,) * 3
         costs = Costs((free,) * len(engine.pieces), dict.fromkeys(policy.drafts_at, costly), free)
         known = engine.drafting.speculation = Speculation(costs, engine.pieces)
-        known.num_rounds, known._survey_end, known._next_plan = 1000, 0, 10 ** 9
+        known.num_rounds, known._survey_end, known._next_plan = 1000, 0, 10**9
     rng, num_overlaps, num_broken_off = random.Random(seed), 0, 0
     sequences: list[Sequence] = []
     came: dict[int, list[int]] = defaultdict(list)
@@ -84,8 +110,10 @@ def _run(topology: Topology, model: str, exits: str, way: Way, policy: Policy, c
     assert engine.cache.pool.num_free == engine.cache.pool.num_blocks
     assert all(came[s.number] == s.output for s in sequences), "a token came twice or never"
     ends = [BROKEN_OFF.get(place, 99) for place in range(12)]
-    said = [(s.output[:end], s.statistics.exit_layers[:end], "" if end < 99 else s.finish_reason)
-            for s, end in zip(sequences, ends, strict=True)]
+    said = [
+        (s.output[:end], s.statistics.exit_layers[:end], "" if end < 99 else s.finish_reason)
+        for s, end in zip(sequences, ends, strict=True)
+    ]
     return Run(said, num_overlaps, sum(s.was_put_back for s in sequences), num_broken_off)
 
 

@@ -1,4 +1,5 @@
 """Small tuning runs on random tokens, for the worlds of the distributed tests, and what they leave in their folders."""
+
 import json
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,37 @@ OF_THE_MACHINE = {"tokens_per_second", "flops_per_second", "idle_share", "memory
 """Keys of records that differ from run to run."""
 
 
-def configure(model: Path, run: Path, *, tp: int = 1, pp: int = 1, exits: tuple[int, ...] = (2, 5), dtype: str = "float64",
-              **tuning: Any) -> Config:
-    settings = {"train_iters": NUM_STEPS, "micro_batch_size": 1, "global_batch_size": 8, "seq_length": 12, "lr": 1e-2, "eval_interval": 2,
-                "eval_iters": 3, "save_interval": 0, "keep_checkpoints": 10, "clip_grad": 0.5, "weight_decay": 0.1, "loss_chunk_tokens": 5}
-    return job.replace(Config(), model={"path": str(model), "dtype": dtype}, exits={"exit_layers": exits},
-                       parallel={"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp},
-                       tuning={"run_folder": str(run), **settings, **tuning})
+def configure(
+    model: Path,
+    run: Path,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    exits: tuple[int, ...] = (2, 5),
+    dtype: str = "float64",
+    **tuning: Any,
+) -> Config:
+    settings = {
+        "train_iters": NUM_STEPS,
+        "micro_batch_size": 1,
+        "global_batch_size": 8,
+        "seq_length": 12,
+        "lr": 1e-2,
+        "eval_interval": 2,
+        "eval_iters": 3,
+        "save_interval": 0,
+        "keep_checkpoints": 10,
+        "clip_grad": 0.5,
+        "weight_decay": 0.1,
+        "loss_chunk_tokens": 5,
+    }
+    return job.replace(
+        Config(),
+        model={"path": str(model), "dtype": dtype},
+        exits={"exit_layers": exits},
+        parallel={"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp},
+        tuning={"run_folder": str(run), **settings, **tuning},
+    )
 
 
 def make_tuner(config: Config, kind: type[Tuner] = Tuner) -> Tuner:
@@ -39,8 +64,10 @@ def make_tuner(config: Config, kind: type[Tuner] = Tuner) -> Tuner:
 def make_samples(length: int) -> Splits:
     """Random tokens."""
     draw = np.random.RandomState(5)
-    return Splits(train=PackedSamples(draw.randint(0, 101, 23 * length + 1).astype(np.int32), length),
-                  valid=PackedSamples(draw.randint(0, 101, 3 * length + 1).astype(np.int32), length))
+    return Splits(
+        train=PackedSamples(draw.randint(0, 101, 23 * length + 1).astype(np.int32), length),
+        valid=PackedSamples(draw.randint(0, 101, 3 * length + 1).astype(np.int32), length),
+    )
 
 
 def tune(config: Config) -> bool:
@@ -58,7 +85,10 @@ def records(config: Config) -> list[dict[str, Any]]:
 def checkpoint(config: Config, step: int) -> dict[str, Tensor]:
     """Whole tensors of a checkpoint, whatever layout wrote it."""
     reader = dcp.FileSystemReader(Path(config.tuning.run_folder) / "checkpoints" / f"step_{step:08d}")
-    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype)
-               for name, entry in reader.read_metadata().state_dict_metadata.items() if hasattr(entry, "size")}
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if hasattr(entry, "size")
+    }
     dcp.load(tensors, storage_reader=reader, no_dist=True)
     return tensors

@@ -1,14 +1,16 @@
-"""Everything that wants a GPU, in prepared stages, for a machine that is at hand for minutes. docs/gpu.md tells what each stage tells.
+"""Everything that wants a GPU, in prepared stages, for a machine that is at hand for minutes. docs/gpu.md tells what
+each stage tells.
 
     python tools/gpu_check.py 1 --json stage1.json --budget 240
     python tools/gpu_check.py 2 3 --json stages.json --budget 660
     python tools/gpu_check.py 1 2 3 4 5 --json rehearsal.json --budget 600 --tiny --device cpu
 
-Each stage is a list of checks. A check that fails leaves its traceback in OUT and the others go on; one for which too little time is left
-is left out; OUT is written after every one, and the process ends by itself within its budget. What libraries print goes to OUT.log. A table
-comes last. The exit code is 0 where no check failed (a goal of speed that is missed is no failure), 1 where one did, 3 where the time was
-over first.
+Each stage is a list of checks. A check that fails leaves its traceback in OUT and the others go on; one for which too
+little time is left is left out; OUT is written after every one, and the process ends by itself within its budget. What
+libraries print goes to OUT.log. A table comes last. The exit code is 0 where no check failed (a goal of speed that is
+missed is no failure), 1 where one did, 3 where the time was over first.
 """
+
 import argparse
 import os
 import sys
@@ -29,14 +31,19 @@ def main(arguments: list[str] | None = None) -> int:
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
-        print("gpu_check: error: --device cuda needs a GPU, and torch sees none; give --device cpu --tiny for a rehearsal", file=sys.stderr)
+        print(
+            "gpu_check: error: --device cuda needs a GPU, and torch sees none; give --device cpu --tiny for a rehearsal",
+            file=sys.stderr,
+        )
         return 2
     _keep_apart(Path(options.json))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         return run(options.stages, Path(options.json), options.budget, device, Path(scratch), is_tiny=options.tiny)
 
 
-def run(numbers: list[int], out: Path, budget: float, device: str, scratch: Path, *, is_tiny: bool, is_inline: bool = False) -> int:
+def run(
+    numbers: list[int], out: Path, budget: float, device: str, scratch: Path, *, is_tiny: bool, is_inline: bool = False
+) -> int:
     """The stages `numbers`, as `main` has it."""
     from gpu_stages import decoding, layers, right, shared_gpu, tuning
     from gpu_stages.bench import Bench
@@ -44,7 +51,13 @@ def run(numbers: list[int], out: Path, budget: float, device: str, scratch: Path
     from gpu_stages.deadline import Deadline
     from gpu_stages.report import Report, facts_of
 
-    stages: dict[int, Sequence[Check]] = {1: right.CHECKS, 2: decoding.CHECKS, 3: tuning.CHECKS, 4: shared_gpu.CHECKS, 5: layers.CHECKS}
+    stages: dict[int, Sequence[Check]] = {
+        1: right.CHECKS,
+        2: decoding.CHECKS,
+        3: tuning.CHECKS,
+        4: shared_gpu.CHECKS,
+        5: layers.CHECKS,
+    }
     out.parent.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("EE_TUNING_CACHE", str(scratch / "cache"))
     bench = Bench(device, scratch, out.parent, is_tiny=is_tiny, is_inline=is_inline)
@@ -56,10 +69,16 @@ def run(numbers: list[int], out: Path, budget: float, device: str, scratch: Path
         report.cut_off(stack)
         report.write()
         print(report.table(), file=terminal, flush=True)
+
     deadline = Deadline(budget, at_end)
     try:
-        run_checks({number: stages[number] for number in numbers}, bench, report.outcomes, seconds_left=lambda: deadline.seconds_left,
-                   changed=report.write)
+        run_checks(
+            {number: stages[number] for number in numbers},
+            bench,
+            report.outcomes,
+            seconds_left=lambda: deadline.seconds_left,
+            changed=report.write,
+        )
     finally:
         report.write()
         print(report.table(), file=terminal, flush=True)
@@ -79,11 +98,19 @@ def _keep_apart(out: Path) -> None:
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", metavar="STAGE", type=int, nargs="+", choices=range(1, 6), help="1: it runs and is right; 2: decoding; "
-                        "3: tuning; 4: two processes on one GPU; 5: layers of larger models")
+    parser.add_argument(
+        "stages",
+        metavar="STAGE",
+        type=int,
+        nargs="+",
+        choices=range(1, 6),
+        help="1: it runs and is right; 2: decoding; 3: tuning; 4: two processes on one GPU; 5: layers of larger models",
+    )
     parser.add_argument("--json", metavar="OUT", required=True, help="the record; profiles are put beside it")
     parser.add_argument("--budget", metavar="SECONDS", type=float, required=True)
-    parser.add_argument("--tiny", action="store_true", help="shapes that a CPU runs in seconds; every check, whatever the time")
+    parser.add_argument(
+        "--tiny", action="store_true", help="shapes that a CPU runs in seconds; every check, whatever the time"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     return parser.parse_args(arguments)
 

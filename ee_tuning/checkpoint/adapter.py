@@ -1,4 +1,5 @@
 """An adapter's files (LoRA and its kin, as peft saves them) in a folder that is to be a model's."""
+
 import json
 from pathlib import Path
 
@@ -10,16 +11,18 @@ _FILES = (_CONFIG, "adapter_model.safetensors", "adapter_model.bin", "adapter.sa
 
 
 def refuse_adapter(folder: Path) -> None:
-    """Raises InputError where an adapter's files lie in `folder`, be it beside a model's: transformers would load the adapter's base model
-    and put the adapter on it, and no file tells whether the weights beside it hold it already.
+    """Raises InputError where an adapter's files lie in `folder`, be it beside a model's: transformers would load the
+    adapter's base model and put the adapter on it, and no file tells whether the weights beside it hold it already.
     """
     found = [name for name in _FILES if (folder / name).is_file()]
     if not found:
         return
     what = f"{folder} holds an adapter ({', '.join(found)}{_base(folder / _CONFIG)})"
     if (folder / "config.json").is_file():
-        raise InputError(f"{what} beside a model, and whether the weights hold it already is not told: if they do, move the adapter's "
-                         f"files away; if not, {MERGE}")
+        raise InputError(
+            f"{what} beside a model, and whether the weights hold it already is not told: if they do, move the adapter's "
+            f"files away; if not, {MERGE}"
+        )
     raise InputError(f"{what} and no model; {MERGE}")
 
 

@@ -1,4 +1,7 @@
-"""Outputs go where no input is read: else a command reads, the next time, what it wrote, or loses what it was made from."""
+"""Outputs go where no input is read: else a command reads, the next time, what it wrote, or loses what it was made
+from.
+"""
+
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,9 +13,12 @@ _MARKS = (("exit_config.json",), ("config.yaml", "metrics.jsonl"), ("config.yaml
 """Names that stand together in a folder of ours."""
 
 
-def check_apart(output: Path, sources: Iterable[str | Path | None], name: str = "--output", *, around: bool = False) -> None:
-    """Raises InputError where `output`, the value of `name`, is one of `sources`, or lies within one that is a folder; with `around`, also
-    where such a folder lies within `output`. Sources that are not there, such as names of models on the hub, count for nothing.
+def check_apart(
+    output: Path, sources: Iterable[str | Path | None], name: str = "--output", *, around: bool = False
+) -> None:
+    """Raises InputError where `output`, the value of `name`, is one of `sources`, or lies within one that is a folder;
+    with `around`, also where such a folder lies within `output`. Sources that are not there, such as names of models on
+    the hub, count for nothing.
     """
     place = output.resolve()
     for source in [Path(each) for each in sources if each]:
@@ -20,18 +26,28 @@ def check_apart(output: Path, sources: Iterable[str | Path | None], name: str = 
             continue
         there = source.resolve()
         if place == there:
-            raise InputError(f"{name} must not be {source}, which is read to make it and would be lost; give another {name}")
+            raise InputError(
+                f"{name} must not be {source}, which is read to make it and would be lost; give another {name}"
+            )
         if source.is_dir() and there in place.parents:
-            raise InputError(f"{name} must lie apart from {source}, which is read, got {output} within it: what is written there would be "
-                             f"read with it; give another {name}")
+            raise InputError(
+                f"{name} must lie apart from {source}, which is read, got {output} within it: what is written there would be "
+                f"read with it; give another {name}"
+            )
         if around and source.is_dir() and place in there.parents:
-            raise InputError(f"{name} must lie apart from {source}, which is read, got {output} around it: it would be lost with what is "
-                             f"written; give another {name}")
+            raise InputError(
+                f"{name} must lie apart from {source}, which is read, got {output} around it: it would be lost with what is "
+                f"written; give another {name}"
+            )
 
 
 def check_beside(output: Path, config: Config, sources: Iterable[str | Path | None]) -> None:
-    """`check_apart` for a file that a job in `config` makes: apart from `sources`, and from the model, exits and tokenizer."""
-    check_apart(output, (*sources, config.model.path, config.exits.path, config.data.tokenizer, config.data.chat_template))
+    """`check_apart` for a file that a job in `config` makes: apart from `sources`, and from the model, exits and
+    tokenizer.
+    """
+    check_apart(
+        output, (*sources, config.model.path, config.exits.path, config.data.tokenizer, config.data.chat_template)
+    )
 
 
 def is_ours(folder: Path) -> bool:

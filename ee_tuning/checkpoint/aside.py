@@ -1,4 +1,7 @@
-"""What is written aside and renamed into place when it is whole: folders, by all processes of a world together, and single files."""
+"""What is written aside and renamed into place when it is whole: folders, by all processes of a world together, and
+single files.
+"""
+
 import ctypes
 import errno
 import fcntl
@@ -23,8 +26,8 @@ REMEDY = "make room, or choose another folder"
 
 
 def on_first_rank(topology: Topology | None, action: Callable[[], Result]) -> Result:
-    """What `action` returns on rank 0, on every rank. Where it fails all ranks raise, as with `finish_together`: its InputError, or else
-    its own exception on rank 0 and a RuntimeError on the others. None is a world of one.
+    """What `action` returns on rank 0, on every rank. Where it fails all ranks raise, as with `finish_together`: its
+    InputError, or else its own exception on rank 0 and a RuntimeError on the others. None is a world of one.
     """
     if topology is None:
         return action()
@@ -59,9 +62,10 @@ def gathered(items: list[Result], topology: Topology | None) -> list[Result]:
 def written_aside(output: Path, topology: Topology | None, remedy: str = REMEDY) -> Iterator[Path]:
     """A new folder `<output>.partial-…`, the same on every rank, which becomes `output` when the block ends well.
 
-    An `output` that exists is replaced then. When the block fails, or the process is killed, `output` is as it was. The block must end with
-    rank 0 knowing that every rank has written. Raises InputError where the disk refuses. What writers of `output` that were killed left
-    is removed; of two that write it at once, the later one to end has its way.
+    An `output` that exists is replaced then. When the block fails, or the process is killed, `output` is as it was. The
+    block must end with rank 0 knowing that every rank has written. Raises InputError where the disk refuses. What
+    writers of `output` that were killed left is removed; of two that write it at once, the later one to end has its
+    way.
     """
     partial, lock = on_first_rank(topology, lambda: _begun(folder_place(output), Path.mkdir, remedy))
     is_first = topology is None or topology.rank == 0
@@ -77,10 +81,11 @@ def written_aside(output: Path, topology: Topology | None, remedy: str = REMEDY)
 
 @contextmanager
 def file_written_aside(output: Path) -> Iterator[Path]:
-    """A path for the block to write a file to, in one process; the file becomes `output`, replacing it, when the block ends well.
+    """A path for the block to write a file to, in one process; the file becomes `output`, replacing it, when the block
+    ends well.
 
-    Of a link, what it names is replaced; what is no plain file (/dev/null, a pipe) is written to as it is. Raises InputError where the
-    disk refuses.
+    Of a link, what it names is replaced; what is no plain file (/dev/null, a pipe) is written to as it is. Raises
+    InputError where the disk refuses.
     """
     if output.exists() and not output.is_file():
         with refusals_named(output):
@@ -101,7 +106,9 @@ def file_written_aside(output: Path) -> Iterator[Path]:
 
 @contextmanager
 def folder_beside(output: Path) -> Iterator[Path]:
-    """A new folder beside `output`, for what is on the way to it; gone when the block ends. Raises InputError where the disk refuses."""
+    """A new folder beside `output`, for what is on the way to it; gone when the block ends. Raises InputError where the
+    disk refuses.
+    """
     partial, lock = _begun(output, Path.mkdir)
     try:
         with refusals_named(output):
@@ -119,7 +126,9 @@ def move_into_place(made: Path, output: Path) -> None:
 
 
 def remove_leftovers(output: Path) -> None:
-    """Removes what writers of `output` that were killed left beside it. What a living process still writes has its lock, and stays."""
+    """Removes what writers of `output` that were killed left beside it. What a living process still writes has its
+    lock, and stays.
+    """
     for path in _named(output, "replaced"):
         if os.path.lexists(output):
             _remove(path)
@@ -132,18 +141,21 @@ def remove_leftovers(output: Path) -> None:
 
 
 def folder_place(output: Path) -> Path:
-    """`output`, or the folder that it is a link to: what replaces that folder must not replace the link, which may lead to another disk.
+    """`output`, or the folder that it is a link to: what replaces that folder must not replace the link, which may lead
+    to another disk.
 
-    Raises InputError where it is no folder that can be replaced: a device, or what this process stands in, which would stay behind in the
-    folder that was.
+    Raises InputError where it is no folder that can be replaced: a device, or what this process stands in, which would
+    stay behind in the folder that was.
     """
     if output.exists() and not (output.is_dir() or output.is_file()):
         raise InputError(f"{output} is a device or a pipe, and is not replaced; name a folder")
     place = output.resolve() if output.is_symlink() or output.name in ("", "..") else output
     with suppress(OSError):
         if Path.cwd().is_relative_to(place.resolve(strict=True)):
-            raise InputError(f"--output must not be {place.resolve()}, the folder that this command runs in (or one around it), for it is "
-                             "replaced as a whole; name a new folder, or run the command from elsewhere")
+            raise InputError(
+                f"--output must not be {place.resolve()}, the folder that this command runs in (or one around it), for it is "
+                "replaced as a whole; name a new folder, or run the command from elsewhere"
+            )
     return place
 
 
@@ -153,7 +165,9 @@ def check_file(output: Path) -> None:
         raise InputError(f"--output must name a file, got the folder {output}")
     parent = next(folder for folder in output.absolute().parents if os.path.lexists(folder))
     if not parent.is_dir() or not (os.access(parent, os.W_OK | os.X_OK) or output.exists()):
-        raise InputError(f"--output must name a file that can be written, got {output}, and {parent} is no folder that can be written to")
+        raise InputError(
+            f"--output must name a file that can be written, got {output}, and {parent} is no folder that can be written to"
+        )
 
 
 def check_room(output: Path, partial: Path, needed: int, remedy: str = REMEDY) -> None:
@@ -191,8 +205,9 @@ def _begun(output: Path, make: Callable[[Path], None], remedy: str = REMEDY) -> 
 
 
 def locked(path: Path, *, is_ours: bool = False) -> int | None:
-    """A handle that locks `path` until it is closed or this process ends, however it ends; None where another process has it, or where it
-    is gone. A file system without locks gives none for what is there already, so that no living writer's work is removed.
+    """A handle that locks `path` until it is closed or this process ends, however it ends; None where another process
+    has it, or where it is gone. A file system without locks gives none for what is there already, so that no living
+    writer's work is removed.
     """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -227,7 +242,8 @@ def _put_in_place(partial: Path, output: Path, remedy: str) -> None:
 def exchange(first: Path, second: Path) -> None:
     """Each path becomes the other at one stroke, so that a process killed here leaves both. Raises OSError.
 
-    Where the file system can not (some network ones), by renames: killed between them, `second` is whole, under a name `….replaced-…`.
+    Where the file system can not (some network ones), by renames: killed between them, `second` is whole, under a name
+    `….replaced-…`.
     """
     if _renameat2(first, second):
         return

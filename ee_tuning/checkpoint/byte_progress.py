@@ -1,4 +1,5 @@
 """The bar that long commands show: bytes done, speed, time left. Nothing where no terminal looks on."""
+
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,13 @@ Advance = Callable[[int], None]
 @contextmanager
 def byte_progress(description: str, total: int, *, is_shown: bool = True) -> Iterator[Advance]:
     """A bar of `total` bytes for the time of the block."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), disable=not (is_shown and sys.stderr.isatty())) as progress:
         task = progress.add_task(description, total=total)
         yield lambda num_bytes: progress.advance(task, num_bytes)

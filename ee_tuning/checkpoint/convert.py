@@ -2,6 +2,7 @@
 
 One process or many, at any TP × PP: each file is made by one rank, block by block, so the bytes written are the same.
 """
+
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -36,26 +37,45 @@ ListTokens = Callable[[Topology], ListedTokens | None]
 """Makes the exits' shortlist, before they are fitted; all ranks call it."""
 
 
-def convert(config: Config, output: Path, *, overwrite: bool = False, make_fit: MakeFit | None = None,
-            list_tokens: ListTokens | None = None) -> None:
-    """Writes the artifact that `config.exits` describes to `output`, and says what it wrote and what to type next. `make_fit` is given
-    where exits.init is fitted, `list_tokens` where exits.output_vocab asks for a shortlist.
+def convert(
+    config: Config,
+    output: Path,
+    *,
+    overwrite: bool = False,
+    make_fit: MakeFit | None = None,
+    list_tokens: ListTokens | None = None,
+) -> None:
+    """Writes the artifact that `config.exits` describes to `output`, and says what it wrote and what to type next.
+    `make_fit` is given where exits.init is fitted, `list_tokens` where exits.output_vocab asks for a shortlist.
 
     Raises InputError where the model, the exits, the layout or `output` can not be used; then nothing is left behind.
     """
     model = open_model(config.model)
     with model.source:
-        _check(config, model.config, model.source)  # before the processes meet, so that a wrong word is answered at once
+        _check(
+            config, model.config, model.source
+        )  # before the processes meet, so that a wrong word is answered at once
     topology = init_parallel(config.parallel)
-    exits = write_initial_exits(config, output, topology, overwrite=overwrite, make_fit=make_fit, list_tokens=list_tokens)
+    exits = write_initial_exits(
+        config, output, topology, overwrite=overwrite, make_fit=make_fit, list_tokens=list_tokens
+    )
     if topology.is_logging_rank:
         _print_summary(config, exits, output)
     leave_parallel()
 
 
-def write_initial_exits(config: Config, output: Path, topology: Topology, *, overwrite: bool = False,
-                        make_fit: MakeFit | None = None, list_tokens: ListTokens | None = None) -> ExitHeadsConfig:
-    """`convert` within a world that exists, in silence where there is no terminal; all ranks call it. Returns what was written."""
+def write_initial_exits(
+    config: Config,
+    output: Path,
+    topology: Topology,
+    *,
+    overwrite: bool = False,
+    make_fit: MakeFit | None = None,
+    list_tokens: ListTokens | None = None,
+) -> ExitHeadsConfig:
+    """`convert` within a world that exists, in silence where there is no terminal; all ranks call it. Returns what was
+    written.
+    """
     on_first_rank(topology, lambda: check_apart(output, (config.model.path, config.data.tokenizer)))
     reader, model, _ = open_model(config.model)
     with reader, owned(output, topology):
@@ -63,7 +83,9 @@ def write_initial_exits(config: Config, output: Path, topology: Topology, *, ove
         on_first_rank(topology, lambda: check_output(output, overwrite))
         check_model(reader, model, topology, verifies=config.exits.verify)
         if _wants_found(reader, config):
-            return _write_found(FoundExits(reader, model, model_name(reader.folder)), output, topology, overwrite=overwrite)
+            return _write_found(
+                FoundExits(reader, model, model_name(reader.folder)), output, topology, overwrite=overwrite
+            )
         on_first_rank(topology, lambda: reader.check_complete(model))
         listed = list_tokens(topology) if list_tokens else None
         exits = on_first_rank(topology, lambda: initial_exits_config(config, model, reader, listed))
@@ -75,66 +97,103 @@ def write_initial_exits(config: Config, output: Path, topology: Topology, *, ove
     return exits
 
 
-def initial_exits_config(config: Config, model: ModelConfig, reader: BackboneSource,
-                         listed: ListedTokens | None = None) -> ExitHeadsConfig:
-    """What conversion of this model makes, exits that say no more than what is `listed`. Raises InputError where the weights are not those
-    that the model's shape asks for, or the exits would hold nothing.
+def initial_exits_config(
+    config: Config, model: ModelConfig, reader: BackboneSource, listed: ListedTokens | None = None
+) -> ExitHeadsConfig:
+    """What conversion of this model makes, exits that say no more than what is `listed`. Raises InputError where the
+    weights are not those that the model's shape asks for, or the exits would hold nothing.
     """
     reader.check_complete(model)
-    return described_exits(config.exits, model, name=model_name(reader.folder), dtype=reader.dtype(embedding_name(model)),
-                           fingerprint=fingerprint(reader, model), listed=listed)
+    return described_exits(
+        config.exits,
+        model,
+        name=model_name(reader.folder),
+        dtype=reader.dtype(embedding_name(model)),
+        fingerprint=fingerprint(reader, model),
+        listed=listed,
+    )
 
 
-def described_exits(section: ExitsSection, model: ModelConfig, *, name: str, dtype: torch.dtype, fingerprint: str,
-                    listed: ListedTokens | None = None) -> ExitHeadsConfig:
+def described_exits(
+    section: ExitsSection,
+    model: ModelConfig,
+    *,
+    name: str,
+    dtype: torch.dtype,
+    fingerprint: str,
+    listed: ListedTokens | None = None,
+) -> ExitHeadsConfig:
     """The exits that `section` describes, of the model called `name`. Raises InputError where they can not be."""
     return ExitHeadsConfig(
-        **described_heads(section, layers := section.layers(model.num_layers), model), exit_layers=layers, output=section.output,
-        dtype=str(dtype).removeprefix("torch."), model_name=name, model_shape=model_shape(model), model_fingerprint=fingerprint,
-        output_vocab=listed.record if listed else None, token_ids=listed.token_ids if listed else ())
+        **described_heads(section, layers := section.layers(model.num_layers), model),
+        exit_layers=layers,
+        output=section.output,
+        dtype=str(dtype).removeprefix("torch."),
+        model_name=name,
+        model_shape=model_shape(model),
+        model_fingerprint=fingerprint,
+        output_vocab=listed.record if listed else None,
+        token_ids=listed.token_ids if listed else (),
+    )
 
 
 def described_heads(section: ExitsSection, layers: tuple[int, ...], model: ModelConfig) -> dict[str, Any]:
     """Keys of ExitHeadsConfig for exits after `layers`: each one's architecture, the adapters' rank, how they begin.
 
-    Where the section names no architecture it is `mlp`, and `norm` for a model with experts, which has no MLP that a head could begin as.
-    Raises InputError where the section names neither one architecture nor as many as exits, or what can not be.
+    Where the section names no architecture it is `mlp`, and `norm` for a model with experts, which has no MLP that a
+    head could begin as. Raises InputError where the section names neither one architecture nor as many as exits, or
+    what can not be.
     """
     words: tuple[Architecture, ...] = section.architecture or ("norm" if model.num_experts else "mlp",)
     if "mlp" in words and model.num_experts:
-        raise InputError(f"exits.architecture must not be mlp for a model with experts, got mlp: a layer has {model.num_experts} MLPs, and "
-                         "the head would be none of them; use --architecture norm")
+        raise InputError(
+            f"exits.architecture must not be mlp for a model with experts, got mlp: a layer has {model.num_experts} MLPs, and "
+            "the head would be none of them; use --architecture norm"
+        )
     if len(words) not in (1, len(layers)):
-        raise InputError(f"exits.architecture must be one word or one per exit, {len(layers)} for the exits {','.join(map(str, layers))}, "
-                         f"got {len(words)}: {','.join(words)}")
+        raise InputError(
+            f"exits.architecture must be one word or one per exit, {len(layers)} for the exits {','.join(map(str, layers))}, "
+            f"got {len(words)}: {','.join(words)}"
+        )
     if "embedding" in words and section.output == "tied" and section.init != "fitted":
-        raise InputError("exits.output must be untied for the architecture embedding, got tied, which leaves nothing to tune; "
-                         "use untied, or the architecture norm")
+        raise InputError(
+            "exits.output must be untied for the architecture embedding, got tied, which leaves nothing to tune; "
+            "use untied, or the architecture norm"
+        )
     if "adapter" in words and section.adapter_rank < 1:
         raise InputError(f"exits.adapter_rank must be at least 1, got {section.adapter_rank}")
     check_output_vocab(section, model.vocab_size)
     each = words * len(layers) if len(words) == 1 else words
     adds_linear = section.init == "fitted" and section.output == "tied"
-    return {"architecture": each, "init": section.init,
-            "adds_linear": tuple(layer for layer, word in zip(layers, each, strict=True) if adds_linear and word != "linear"),
-            "adapter_rank": section.adapter_rank if "adapter" in words else None,
-            "seed": section.seed if section.init == "random" or "adapter" in words else None}
+    return {
+        "architecture": each,
+        "init": section.init,
+        "adds_linear": tuple(
+            layer for layer, word in zip(layers, each, strict=True) if adds_linear and word != "linear"
+        ),
+        "adapter_rank": section.adapter_rank if "adapter" in words else None,
+        "seed": section.seed if section.init == "random" or "adapter" in words else None,
+    }
 
 
 def check_output_vocab(section: ExitsSection, vocab_size: int) -> None:
     """Raises InputError where exits of so large a vocabulary can have no shortlist as `section` asks for it."""
     asked = section.output_vocab
     if isinstance(asked, int) and not 0 <= asked < vocab_size:
-        raise InputError(f"exits.output_vocab must be at least 1 and below the model's vocabulary of {vocab_size}, got {asked}; 0 is all "
-                         "of it")
+        raise InputError(
+            f"exits.output_vocab must be at least 1 and below the model's vocabulary of {vocab_size}, got {asked}; 0 is all "
+            "of it"
+        )
     if asked and section.output == "tied":
-        raise InputError(f"exits.output must be untied with exits.output_vocab = {asked}, got tied: the backbone's output matrix has all "
-                         "rows; leave one of them out")
+        raise InputError(
+            f"exits.output must be untied with exits.output_vocab = {asked}, got tied: the backbone's output matrix has all "
+            "rows; leave one of them out"
+        )
 
 
 def model_name(folder: Path) -> str:
-    """The model's name for people: the folder's or file's own, or org/name of a snapshot in Hugging Face's cache, or the run's of an
-    iteration.
+    """The model's name for people: the folder's or file's own, or org/name of a snapshot in Hugging Face's cache, or
+    the run's of an iteration.
     """
     folder = folder.resolve()
     if folder.name == "release" or folder.name.startswith("iter_"):
@@ -153,7 +212,7 @@ def _wants_found(reader: BackboneSource, config: Config) -> TypeGuard[LegacyRead
 
 def _write_found(found: FoundExits, output: Path, topology: Topology, *, overwrite: bool) -> ExitHeadsConfig:
     found.reader.check_complete(found.config)
-    own = found.exits.exit_layers[topology.rank::topology.world_size]
+    own = found.exits.exit_layers[topology.rank :: topology.world_size]
     save_exit_heads(output, found.exits, found.config, found.tensors(own), topology, overwrite=overwrite)
     return found.exits
 
@@ -161,11 +220,15 @@ def _write_found(found: FoundExits, output: Path, topology: Topology, *, overwri
 def _check(config: Config, model: ModelConfig, reader: BackboneSource) -> None:
     if _wants_found(reader, config):
         if config.exits.init == "fitted":
-            raise InputError("exits.init = fitted is for new exits, and the checkpoint's own are asked for; give --exit-layers, or leave "
-                             "--init out")
+            raise InputError(
+                "exits.init = fitted is for new exits, and the checkpoint's own are asked for; give --exit-layers, or leave "
+                "--init out"
+            )
         if config.exits.output_vocab:
-            raise InputError(f"exits.output_vocab = {config.exits.output_vocab} is for new exits, and the checkpoint's own are asked for; "
-                             "give --exit-layers, or leave --output-vocab out")
+            raise InputError(
+                f"exits.output_vocab = {config.exits.output_vocab} is for new exits, and the checkpoint's own are asked for; "
+                "give --exit-layers, or leave --output-vocab out"
+            )
         FoundExits(reader, model, "")
         return
     model.check_layout(config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size)
@@ -177,9 +240,15 @@ def _check(config: Config, model: ModelConfig, reader: BackboneSource) -> None:
 def _print_summary(config: Config, exits: ExitHeadsConfig, output: Path) -> None:
     size = sum(path.stat().st_size for path in output.iterdir())
     layers = "layer" + "s" * (len(exits.exit_layers) > 1) + " " + ", ".join(map(str, exits.exit_layers))
-    print(f"wrote {output}: exit heads {told_architecture(exits.architecture)} after {layers} of {exits.model_name}, "
-          f"{told_init(exits.init, exits.seed)}, output {exits.output}" + told_vocab(exits.output_vocab))
-    print(f"{size:,} bytes in {exits.dtype}; bound to fingerprint {exits.model_fingerprint[:16]}…; the model itself is as it was")
+    print(
+        f"wrote {output}: exit heads {told_architecture(exits.architecture)} after {layers} of {exits.model_name}, "
+        f"{told_init(exits.init, exits.seed)}, output {exits.output}" + told_vocab(exits.output_vocab)
+    )
+    print(
+        f"{size:,} bytes in {exits.dtype}; bound to fingerprint {exits.model_fingerprint[:16]}…; the model itself is as it was"
+    )
     shape = f" --config {quote(config.model.config)}" if config.model.config else ""
-    print(f"next: ee-tuning tune --model {quote(config.model.path)}{shape} --exits {quote(str(output))} --data YOUR_TEXTS "
-          "--output runs/tune")
+    print(
+        f"next: ee-tuning tune --model {quote(config.model.path)}{shape} --exits {quote(str(output))} --data YOUR_TEXTS "
+        "--output runs/tune"
+    )

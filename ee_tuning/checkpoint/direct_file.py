@@ -1,8 +1,9 @@
 """A new file written from beginning to end, what is large of it past the system's cache.
 
-Nobody reads a model of many GB again at once, and taking it into the cache costs more processor time than all else that is done to it: 1.6
-to 2.4 s a GB were seen, and 0.2 past it.
+Nobody reads a model of many GB again at once, and taking it into the cache costs more processor time than all else that
+is done to it: 1.6 to 2.4 s a GB were seen, and 0.2 past it.
 """
+
 import errno
 import fcntl
 import mmap
@@ -33,7 +34,7 @@ class DirectFile:
         stage, data = np.frombuffer(self._memory, np.uint8), np.frombuffer(view, np.uint8)
         while len(data):
             count = min(len(data), STAGE_BYTES - self._num_staged)
-            stage[self._num_staged: self._num_staged + count] = data[:count]  # numpy lets other threads run meanwhile
+            stage[self._num_staged : self._num_staged + count] = data[:count]  # numpy lets other threads run meanwhile
             self._num_staged, data = self._num_staged + count, data[count:]
             if self._num_staged == STAGE_BYTES:
                 self._set_direct(True)
@@ -52,7 +53,7 @@ class DirectFile:
     def _hand_over(self) -> None:
         if self._memory is None:
             return
-        view, done = memoryview(self._memory)[:self._num_staged], 0
+        view, done = memoryview(self._memory)[: self._num_staged], 0
         while done < len(view):
             try:
                 done += os.write(self._handle, view[done:])

@@ -1,8 +1,9 @@
 """A distributed checkpoint in torch's format (`.metadata`, `*.distcp`), written tensor by tensor and block by block.
 
-torch's own writer wants all that a process writes in memory at once. Each process writes files of its own, and the first one describes the
-whole.
+torch's own writer wants all that a process writes in memory at once. Each process writes files of its own, and the
+first one describes the whole.
 """
+
 import io
 import math
 import pickle
@@ -56,8 +57,8 @@ class Written:
 
 
 class DistcpWriter:
-    """One process's files in `folder`, at most SHARD_BYTES each but for a single larger tensor, which gets a file of its own. A context
-    manager. Raises OSError.
+    """One process's files in `folder`, at most SHARD_BYTES each but for a single larger tensor, which gets a file of
+    its own. A context manager. Raises OSError.
     """
 
     def __init__(self, folder: Path, rank: int, advance: Advance, *, beside_other_work: bool = False):
@@ -117,8 +118,17 @@ class DistcpWriter:
 def write_common(folder: Path, content: dict[str, Any]) -> None:
     """What is not in parts, and how to read it all."""
     torch.save(content, folder / "common.pt")
-    (folder / "metadata.json").write_text(to_json({"sharded_backend": "torch_dist", "sharded_backend_version": 1,
-                                                        "common_backend": "torch", "common_backend_version": 1}), encoding="utf-8")
+    (folder / "metadata.json").write_text(
+        to_json(
+            {
+                "sharded_backend": "torch_dist",
+                "sharded_backend_version": 1,
+                "common_backend": "torch",
+                "common_backend_version": 1,
+            }
+        ),
+        encoding="utf-8",
+    )
 
 
 def write_metadata(folder: Path, written: Iterable[Written]) -> None:
@@ -132,7 +142,9 @@ def write_metadata(folder: Path, written: Iterable[Written]) -> None:
             tensors[chunk.key] = BytesStorageMetadata()
             places[MetadataIndex(chunk.key)] = info
             continue
-        entry = tensors.setdefault(chunk.key, TensorStorageMetadata(TensorProperties(dtype=chunk.dtype), torch.Size(chunk.shape), []))
+        entry = tensors.setdefault(
+            chunk.key, TensorStorageMetadata(TensorProperties(dtype=chunk.dtype), torch.Size(chunk.shape), [])
+        )
         assert isinstance(entry, TensorStorageMetadata)
         places[MetadataIndex(chunk.key, chunk.offsets, len(entry.chunks))] = info
         entry.chunks.append(ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes)))

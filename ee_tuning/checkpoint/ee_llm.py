@@ -1,9 +1,11 @@
 """The exits of an EE-LLM checkpoint: a legacy Megatron one whose layers carry exit norms, exit MLPs (`mlp.branch`),
 transformer layers (`exit_block`) and output matrices.
 
-What its saved arguments say is followed as its code does: with `pre_exit`, exit n reads the input of layer n, so it sits after layer n − 1,
-and its exit MLP is never run. The exit temperature divides logits in its loss alone, never in decoding: it is noted, no weight is scaled.
+What its saved arguments say is followed as its code does: with `pre_exit`, exit n reads the input of layer n, so it
+sits after layer n − 1, and its exit MLP is never run. The exit temperature divides logits in its loss alone, never in
+decoding: it is noted, no weight is scaled.
 """
+
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,15 +24,19 @@ from ee_tuning.model.config import ModelConfig
 
 
 class FoundExits:
-    """The exits in a legacy checkpoint. Raises InputError where there are none, or of a kind that this project has no head for."""
+    """The exits in a legacy checkpoint. Raises InputError where there are none, or of a kind that this project has no
+    head for.
+    """
 
     def __init__(self, reader: LegacyReader, config: ModelConfig, model_name: str):
         self.reader, self.config = reader, config
         arguments = reader.checkpoint.arguments or {}
         numbers = arguments.get("exit_layer_nums")
         if not isinstance(numbers, list | tuple) or not numbers or not all(type(number) is int for number in numbers):
-            raise InputError(f"{reader.folder} holds no exits (its saved exit_layer_nums is {numbers!r}); say where to put new ones: "
-                             "--exit-layers 8,16")
+            raise InputError(
+                f"{reader.folder} holds no exits (its saved exit_layer_nums is {numbers!r}); say where to put new ones: "
+                "--exit-layers 8,16"
+            )
         is_before = bool(arguments.get("pre_exit"))
         self._numbers = {number - is_before: (index, number) for index, number in enumerate(sorted(numbers))}
         config.check_exit_layers(tuple(self._numbers))
@@ -38,12 +44,24 @@ class FoundExits:
         self.exits = ExitHeadsConfig(
             exit_layers=tuple(self._numbers),
             architecture=(self._architecture(arguments),) * len(self._numbers),
-            output="untied" if arguments.get("untie_exit_output_weights") else "tied", dtype=str(dtype).removeprefix("torch."),
-            model_name=model_name, model_shape=model_shape(config), model_fingerprint=fingerprint(reader, config), init="ee_llm",
-            tuned={"by": "EE-LLM", "exit_layer_nums": list(numbers), "pre_exit": is_before, **_plain(arguments, "exit_layer_temperature"),
-                   **_plain(arguments, "exit_layer_weight")})
+            output="untied" if arguments.get("untie_exit_output_weights") else "tied",
+            dtype=str(dtype).removeprefix("torch."),
+            model_name=model_name,
+            model_shape=model_shape(config),
+            model_fingerprint=fingerprint(reader, config),
+            init="ee_llm",
+            tuned={
+                "by": "EE-LLM",
+                "exit_layer_nums": list(numbers),
+                "pre_exit": is_before,
+                **_plain(arguments, "exit_layer_temperature"),
+                **_plain(arguments, "exit_layer_weight"),
+            },
+        )
         if self.exits.ties_output and not config.ties_embeddings:
-            raise InputError(f"{reader.folder}: its exits have no output matrices of their own, and nor do its embeddings serve as one")
+            raise InputError(
+                f"{reader.folder}: its exits have no output matrices of their own, and nor do its embeddings serve as one"
+            )
 
     def tensors(self, layers: tuple[int, ...]) -> Iterator[tuple[str, Tensor]]:
         """The artifact's tensors of the exits after `layers`, whole."""
@@ -68,17 +86,28 @@ class FoundExits:
         return whole[:size]
 
     def _architecture(self, arguments: dict[str, Any]) -> Architecture:
-        """EE-LLM runs an exit's MLP (of the layer's attention output, so not with pre_exit), then a layer of its own, then a norm,
-        each where it has one.
+        """EE-LLM runs an exit's MLP (of the layer's attention output, so not with pre_exit), then a layer of its own,
+        then a norm, each where it has one.
         """
-        parts = (bool(arguments.get("use_exit_mlp")) and not arguments.get("pre_exit"), bool(arguments.get("use_exit_block")),
-                 bool(arguments.get("use_exit_norm")))
+        parts = (
+            bool(arguments.get("use_exit_mlp")) and not arguments.get("pre_exit"),
+            bool(arguments.get("use_exit_block")),
+            bool(arguments.get("use_exit_norm")),
+        )
         architectures: dict[tuple[bool, bool, bool], Architecture] = {
-            (True, False, True): "mlp", (False, True, True): "layer", (False, False, True): "norm", (False, False, False): "embedding"}
+            (True, False, True): "mlp",
+            (False, True, True): "layer",
+            (False, False, True): "norm",
+            (False, False, False): "embedding",
+        }
         if parts not in architectures:
-            told = ", ".join(f"{key} = {bool(arguments.get(key))}" for key in ("use_exit_mlp", "use_exit_block", "use_exit_norm"))
-            raise InputError(f"{self.reader.folder}: its exits have {told}, and no head here is built so; say where to put new ones: "
-                             "--exit-layers 8,16")
+            told = ", ".join(
+                f"{key} = {bool(arguments.get(key))}" for key in ("use_exit_mlp", "use_exit_block", "use_exit_norm")
+            )
+            raise InputError(
+                f"{self.reader.folder}: its exits have {told}, and no head here is built so; say where to put new ones: "
+                "--exit-layers 8,16"
+            )
         return architectures[parts]
 
     def _read(self, key: str) -> list[Tensor]:
@@ -86,14 +115,18 @@ class FoundExits:
         shards: list[StoredTensor] = []
         for table in self.reader.checkpoint.tables:
             if key not in table:
-                raise InputError(f"{self.reader.folder} must hold {key}, as its saved arguments say, and does not; fetch the whole folder")
+                raise InputError(
+                    f"{self.reader.folder} must hold {key}, as its saved arguments say, and does not; fetch the whole folder"
+                )
             table[key].check()
             shards.append(table[key])
         return [shard.mapped().clone() for shard in shards]
 
     def _check(self, holds: bool, key: str, shape: tuple[int, ...]) -> None:
         if not holds:
-            raise InputError(f"{self.reader.folder}: {key} must have shape {list(shape)}, as its saved arguments say; fetch it again")
+            raise InputError(
+                f"{self.reader.folder}: {key} must have shape {list(shape)}, as its saved arguments say; fetch it again"
+            )
 
 
 def _plain(arguments: dict[str, Any], key: str) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """The exit-heads artifact: a small folder beside the backbone, bound to it by a fingerprint.
 
-`exit_config.json`, `exit_heads.safetensors` (or shards and their index) with whole tensors under Hugging Face's spelling, `manifest.json`;
-`exit_vocab.json` where the exits have a shortlist.
+`exit_config.json`, `exit_heads.safetensors` (or shards and their index) with whole tensors under Hugging Face's
+spelling, `manifest.json`; `exit_vocab.json` where the exits have a shortlist.
 Any TP × PP reads it by slices, and the same bytes are written whatever the layout.
 """
+
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -38,8 +39,9 @@ _REMEDY = "fetch or convert the exits again"
 class ExitHeadsReader(SafetensorsFolder):
     """An artifact, its manifest checked: `config` and, by slices, its tensors.
 
-    With a topology all ranks open it together: they share the checking out and agree on what it finds. Without `verifies` the manifest is
-    not looked at. Raises InputError, naming the file, where anything is missing, altered or of another format.
+    With a topology all ranks open it together: they share the checking out and agree on what it finds. Without
+    `verifies` the manifest is not looked at. Raises InputError, naming the file, where anything is missing, altered or
+    of another format.
     """
 
     def __init__(self, folder: Path, topology: Topology | None = None, *, verifies: bool = True):
@@ -49,7 +51,9 @@ class ExitHeadsReader(SafetensorsFolder):
         self.config = read_exit_config(folder)
         super().__init__(folder, STEM)
         self.digest: str | None = None
-        """The sha256 of the heads' weights and their shortlist, by the sums of their files; None where the manifest is not looked at."""
+        """The sha256 of the heads' weights and their shortlist, by the sums of their files; None where the manifest is
+        not looked at.
+        """
         if not verifies:
             return
         manifest = read_manifest(folder, _REMEDY)
@@ -61,18 +65,23 @@ class ExitHeadsReader(SafetensorsFolder):
         self.digest = hashlib.sha256(to_json(sums).encode()).hexdigest()
 
     def check_complete(self, config: ModelConfig) -> None:
-        """Raises InputError where a tensor is missing, has another shape than the backbone asks for, or is no part of an exit head."""
+        """Raises InputError where a tensor is missing, has another shape than the backbone asks for, or is no part of
+        an exit head.
+        """
         config.check_exit_layers(self.config.exit_layers)
         expected = self.config.tensor_shapes(config)
         for name, shape in expected.items():
             self.check_shape(name, shape)
         for name in self.names():
             if name not in expected:
-                raise InputError(f"{self.folder / self.files[name]}: tensor {name} is no part of what {CONFIG} describes; {_REMEDY}")
+                raise InputError(
+                    f"{self.folder / self.files[name]}: tensor {name} is no part of what {CONFIG} describes; {_REMEDY}"
+                )
 
 
-def read_exit_tensor(source: TensorSource, config: ModelConfig, head: ExitSpec, parameter: str, tp: int, tp_rank: int,
-                     dtype: torch.dtype) -> Tensor:
+def read_exit_tensor(
+    source: TensorSource, config: ModelConfig, head: ExitSpec, parameter: str, tp: int, tp_rank: int, dtype: torch.dtype
+) -> Tensor:
     """Rank `tp_rank`'s part of a parameter (`exit_parameter_names`) of an exit head."""
     return read_shard(source, exit_shard(head, parameter, config, tp, tp_rank), dtype)
 
@@ -81,31 +90,50 @@ def check_bound_to(artifact: ExitHeadsReader, fingerprint: str) -> None:
     """Raises InputError where the artifact was made for another backbone than the one with this fingerprint."""
     bound = artifact.config.model_fingerprint
     if bound != fingerprint:
-        raise InputError(f"exits must be used with the model they were made for: {artifact.folder} is bound to "
-                         f"{artifact.config.model_name} (fingerprint {bound[:16]}…), and this model's fingerprint is {fingerprint[:16]}…; "
-                         "give that model, or convert this one")
+        raise InputError(
+            f"exits must be used with the model they were made for: {artifact.folder} is bound to "
+            f"{artifact.config.model_name} (fingerprint {bound[:16]}…), and this model's fingerprint is {fingerprint[:16]}…; "
+            "give that model, or convert this one"
+        )
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """Raises InputError where `output` can not become an artifact: it exists, and is neither empty nor one that may be replaced."""
+    """Raises InputError where `output` can not become an artifact: it exists, and is neither empty nor one that may be
+    replaced.
+    """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not overwrite:
-        raise InputError(f"{output} exists already; give --overwrite to replace an exit-heads artifact, or another --output")
+        raise InputError(
+            f"{output} exists already; give --overwrite to replace an exit-heads artifact, or another --output"
+        )
     if not output.is_dir() or not (output / CONFIG).is_file():
-        raise InputError(f"--overwrite replaces an exit-heads artifact only, and {output} is none; give another --output")
+        raise InputError(
+            f"--overwrite replaces an exit-heads artifact only, and {output} is none; give another --output"
+        )
     own = (CONFIG, VOCAB, MANIFEST, CARD, "calibration.json")
     strangers = [p.name for p in output.iterdir() if p.name not in own and not p.name.startswith(STEM)]
     if strangers:
-        raise InputError(f"--overwrite would remove {output / strangers[0]}, which is no part of an artifact; move it away first")
+        raise InputError(
+            f"--overwrite would remove {output / strangers[0]}, which is no part of an artifact; move it away first"
+        )
 
 
-def save_exit_heads(output: Path, exits: ExitHeadsConfig, config: ModelConfig, tensors: Iterable[tuple[str, Tensor]],
-                    topology: Topology | None = None, *, overwrite: bool = False, shard_bytes: int = EXIT_SHARD_BYTES) -> None:
+def save_exit_heads(
+    output: Path,
+    exits: ExitHeadsConfig,
+    config: ModelConfig,
+    tensors: Iterable[tuple[str, Tensor]],
+    topology: Topology | None = None,
+    *,
+    overwrite: bool = False,
+    shard_bytes: int = EXIT_SHARD_BYTES,
+) -> None:
     """Writes an artifact from whole tensors named as `exits.tensor_shapes` names them, written as they come.
 
-    With a topology all ranks save together: `tensors` is drawn from on every rank (it may hold collectives), and each tensor comes from
-    exactly one rank. The folder is written aside and renamed. Raises InputError where `output` exists (check_output) or the disk refuses.
+    With a topology all ranks save together: `tensors` is drawn from on every rank (it may hold collectives), and each
+    tensor comes from exactly one rank. The folder is written aside and renamed. Raises InputError where `output` exists
+    (check_output) or the disk refuses.
     """
     on_first_rank(topology, lambda: check_output(output, overwrite))
     with written_aside(output, topology) as partial:
@@ -116,14 +144,24 @@ def save_exit_heads(output: Path, exits: ExitHeadsConfig, config: ModelConfig, t
             writer.write(name, tensor)
             written.append(name)
         everything = gathered(written, topology)
-        assert sorted(everything) == sorted(writer.shapes), sorted(set(everything) ^ set(writer.shapes)) or "a tensor came from two ranks"
+        assert sorted(everything) == sorted(writer.shapes), (
+            sorted(set(everything) ^ set(writer.shapes)) or "a tensor came from two ranks"
+        )
         on_first_rank(topology, lambda: _finish(partial, output, exits, writer.layout, {}))
 
 
-def write_exit_heads(output: Path, exits: ExitHeadsConfig, config: ModelConfig, blocks: Callable[[str], Iterable[Tensor]],
-                     topology: Topology | None = None, *, overwrite: bool = False, shard_bytes: int = EXIT_SHARD_BYTES) -> None:
-    """`save_exit_heads` from tensors that any process can make, block of rows by block: the processes share the files, and a file is
-    hashed while it is written.
+def write_exit_heads(
+    output: Path,
+    exits: ExitHeadsConfig,
+    config: ModelConfig,
+    blocks: Callable[[str], Iterable[Tensor]],
+    topology: Topology | None = None,
+    *,
+    overwrite: bool = False,
+    shard_bytes: int = EXIT_SHARD_BYTES,
+) -> None:
+    """`save_exit_heads` from tensors that any process can make, block of rows by block: the processes share the files,
+    and a file is hashed while it is written.
     """
     rank, world = (0, 1) if topology is None else (topology.rank, topology.world_size)
     on_first_rank(topology, lambda: check_output(output, overwrite))
@@ -140,18 +178,25 @@ def write_exit_heads(output: Path, exits: ExitHeadsConfig, config: ModelConfig, 
                             advance(made.write(block.to(exits.torch_dtype).contiguous()))
                 sums[file] = made.sha256
         everything = gathered([sums], topology)
-        on_first_rank(topology, lambda: _finish(partial, output, exits, layout, {k: v for each in everything for k, v in each.items()}))
+        on_first_rank(
+            topology,
+            lambda: _finish(partial, output, exits, layout, {k: v for each in everything for k, v in each.items()}),
+        )
 
 
 def check_is_artifact(folder: Path) -> None:
     """Raises InputError where `folder` is no exit-heads artifact at all."""
     if not (folder / CONFIG).is_file():
-        raise InputError(f"--exits must be an exit-heads artifact, which holds {CONFIG}, and {folder} does not; make one with "
-                         "`ee-tuning convert`")
+        raise InputError(
+            f"--exits must be an exit-heads artifact, which holds {CONFIG}, and {folder} does not; make one with "
+            "`ee-tuning convert`"
+        )
 
 
 def check_integrity(folder: Path, topology: Topology | None = None) -> None:
-    """Raises InputError where a file of the artifact is not what its manifest says; all ranks share the work and raise together."""
+    """Raises InputError where a file of the artifact is not what its manifest says; all ranks share the work and raise
+    together.
+    """
     check_manifest(folder, _REMEDY, topology)
 
 
@@ -161,7 +206,9 @@ def _begin(partial: Path, output: Path, writer: SafetensorsWriter) -> None:
         writer.create()
 
 
-def _finish(partial: Path, output: Path, exits: ExitHeadsConfig, layout: SafetensorsLayout, sums: Mapping[str, str]) -> None:
+def _finish(
+    partial: Path, output: Path, exits: ExitHeadsConfig, layout: SafetensorsLayout, sums: Mapping[str, str]
+) -> None:
     with refusals_named(output):
         if index := layout.index():
             (partial / index[0]).write_text(index[1], encoding="utf-8")

@@ -1,7 +1,9 @@
-"""The first weights of exit heads: copied from the backbone, or drawn at random. A source of tensors, as a checkpoint is.
+"""The first weights of exit heads: copied from the backbone, or drawn at random. A source of tensors, as a checkpoint
+is.
 
 Each random tensor is drawn whole, on the CPU, from the seed and its name, so every layout gets the same.
 """
+
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
@@ -23,20 +25,32 @@ from ee_tuning.model.config import ModelConfig
 class InitialExits:
     """The tensors of the artifact that `exits` describes, before any tuning, in the artifact's dtype.
 
-    copy: norm <- the final norm, mlp <- the exit layer's own, layer <- the last transformer layer, output <- the final output matrix; an
-    adapter's norm <- the final norm, its `down` drawn, its `up` 0, so that it adds nothing yet; a linear map changes nothing. random:
-    N(0, the model's init_std), matrices that add to the residual narrower by √(2 · layer) as the reference has it, norms 1, biases 0.
-    fitted: as copy, with `maps`, by exit layer [h, h + 1] T and, last, b: they are the linear map, or folded into an output matrix of the
-    exit's own, W <- W T. Of a shortlisted output matrix the listed rows are copied; the last one, any other token's, is `other` [h], or the
-    mean of those that are not listed. Reading raises InputError where the backbone holds NaN or infinity, or a number that the artifact's
-    dtype has no room for.
+    copy: norm <- the final norm, mlp <- the exit layer's own, layer <- the last transformer layer, output <- the final
+        output matrix; an
+    adapter's norm <- the final norm, its `down` drawn, its `up` 0, so that it adds nothing yet; a linear map changes
+    nothing. random: N(0, the model's init_std), matrices that add to the residual narrower by √(2 · layer) as the
+    reference has it, norms 1, biases 0.
+    fitted: as copy, with `maps`, by exit layer [h, h + 1] T and, last, b: they are the linear map, or folded into an
+        output matrix of the
+    exit's own, W <- W T. Of a shortlisted output matrix the listed rows are copied; the last one, any other token's, is
+    `other` [h], or the mean of those that are not listed. Reading raises InputError where the backbone holds NaN or
+    infinity, or a number that the artifact's dtype has no room for.
     """
 
-    def __init__(self, exits: ExitHeadsConfig, reader: TensorSource, config: ModelConfig, maps: Mapping[int, Tensor] | None = None,
-                 other: Tensor | None = None):
+    def __init__(
+        self,
+        exits: ExitHeadsConfig,
+        reader: TensorSource,
+        config: ModelConfig,
+        maps: Mapping[int, Tensor] | None = None,
+        other: Tensor | None = None,
+    ):
         self.exits, self.reader, self.config, self._maps, self._other = exits, reader, config, maps or {}, other
-        self._folded = {f"exits.{head.layer}.output.weight": self._maps[head.layer][:, :-1] for head in exits.heads
-                        if head.layer in self._maps and not head.has_linear}
+        self._folded = {
+            f"exits.{head.layer}.output.weight": self._maps[head.layer][:, :-1]
+            for head in exits.heads
+            if head.layer in self._maps and not head.has_linear
+        }
         self.shapes = exits.tensor_shapes(config)
 
     def shape(self, name: str) -> Shape:
@@ -48,9 +62,13 @@ class InitialExits:
         return self.exits.torch_dtype
 
     def check_shape(self, name: str, shape: Shape) -> None:
-        """Raises InputError where the exits have no such tensor, or the backbone's, which it is a copy of, has another shape."""
+        """Raises InputError where the exits have no such tensor, or the backbone's, which it is a copy of, has another
+        shape.
+        """
         if self.shapes.get(name) != shape:
-            raise InputError(f"the exits after layers {self.exits.exit_layers} have no tensor {name} of shape {list(shape)}")
+            raise InputError(
+                f"the exits after layers {self.exits.exit_layers} have no tensor {name} of shape {list(shape)}"
+            )
         if (source := self._source(name)) is not None:
             self.reader.check_shape(source, (self.config.vocab_size, *shape[1:]) if self._is_listed(name) else shape)
 
@@ -64,7 +82,9 @@ class InitialExits:
         if (source := self._source(name)) is not None:
             values = self._listed_rows[start:stop] if self._is_listed(name) else self.reader.rows(source, start, stop)
             if (fitted := self._folded.get(name)) is not None:
-                values = values.double() @ fitted.double()  # so that it hardly matters which rows are asked for together
+                values = (
+                    values.double() @ fitted.double()
+                )  # so that it hardly matters which rows are asked for together
             return self._cast(source, values)
         return self._drawn(name)[start:stop]
 
@@ -96,7 +116,7 @@ class InitialExits:
         is_listed[list(self.exits.token_ids)] = True
         parts, others, first = [], torch.zeros(self.config.hidden_size, dtype=torch.float64), 0
         for block in tensor_blocks(self.reader, name):
-            own = is_listed[first: first + len(block)]
+            own = is_listed[first : first + len(block)]
             parts.append(block[own])
             others += block[~own].double().sum(0)
             first += len(block)
@@ -105,7 +125,9 @@ class InitialExits:
         return torch.cat((listed, other[None].to(listed.dtype)))
 
     def _cast(self, name: str, values: Tensor) -> Tensor:
-        """Values of the tensor `name` in the artifact's dtype. Raises InputError where one of them is no number in it."""
+        """Values of the tensor `name` in the artifact's dtype. Raises InputError where one of them is no number in
+        it.
+        """
         return check_finite(self.exits.model_name, name, values.to(self.exits.torch_dtype))
 
     def _source(self, name: str) -> str | None:
@@ -114,15 +136,25 @@ class InitialExits:
 
     def _linear(self, layer: int, part: str) -> Tensor:
         """A tensor of an exit's map, which the model's shape alone makes the identity."""
-        width, rank = self.config.hidden_size, next(head.linear_rank for head in self.exits.heads if head.layer == layer)
+        width, rank = (
+            self.config.hidden_size,
+            next(head.linear_rank for head in self.exits.heads if head.layer == layer),
+        )
         found = self._maps.get(layer, torch.zeros(width, 2 * rank + 1) if rank else torch.eye(width, width + 1))
-        return {"bias": found[:, -1], "weight": found[:, :-1], "up.weight": found[:, :rank], "down.weight": found[:, rank:-1].T}[part]
+        return {
+            "bias": found[:, -1],
+            "weight": found[:, :-1],
+            "up.weight": found[:, :rank],
+            "down.weight": found[:, rank:-1].T,
+        }[part]
 
     def _drawn(self, name: str) -> Tensor:
         return torch.cat(list(self._drawn_blocks(name)))
 
     def _drawn_blocks(self, name: str) -> Iterator[Tensor]:
-        """Blocks of whole numbers of 16 values, by which torch's generator goes: the same values as those of the tensor drawn at once."""
+        """Blocks of whole numbers of 16 values, by which torch's generator goes: the same values as those of the tensor
+        drawn at once.
+        """
         if name.endswith(".weight") and len(self.shapes[name]) == 1:
             yield torch.ones(self.shapes[name], dtype=self.exits.torch_dtype)
             return

@@ -1,7 +1,10 @@
-"""The exit heads' parameters and the artifact's tensors: which is made of which, how they are cut, and what of the backbone they copy.
+"""The exit heads' parameters and the artifact's tensors: which is made of which, how they are cut, and what of the
+backbone they copy.
 
-Pure functions, on the same pieces as `names.py`: a `layer` head's tensors are named as the family's own layers, after `exits.{l}.layer.`.
+Pure functions, on the same pieces as `names.py`: a `layer` head's tensors are named as the family's own layers, after
+`exits.{l}.layer.`.
 """
+
 from collections.abc import Iterable
 
 from ee_tuning.checkpoint.names import (
@@ -37,22 +40,27 @@ def exit_parameter_names(head: ExitSpec, config: ModelConfig) -> list[str]:
 
 
 def exit_shard(head: ExitSpec, parameter: str, config: ModelConfig, tp: int, tp_rank: int) -> Shard:
-    """Rank `tp_rank`'s part of a parameter of an exit head, one of `exit_parameter_names`. Its pieces are named as in the exit-heads
-    artifact. Raises KeyError on another name.
+    """Rank `tp_rank`'s part of a parameter of an exit head, one of `exit_parameter_names`. Its pieces are named as in
+    the exit-heads artifact. Raises KeyError on another name.
     """
     if parameter not in exit_parameter_names(head, config):
         raise KeyError(f"{parameter} is no parameter of an exit head `{head.architecture}` of a {config.family} model")
     prefix, (part, _, rest) = f"exits.{head.layer}.", parameter.partition(".")
     if part == "output":
-        return vocabulary_rows(f"{prefix}output.weight", (head.output_rows(config.vocab_size), config.hidden_size), tp, tp_rank)
+        return vocabulary_rows(
+            f"{prefix}output.weight", (head.output_rows(config.vocab_size), config.hidden_size), tp, tp_rank
+        )
     if part == "layer":
         return layer_shard(rest, f"{prefix}layer.", config, tp, tp_rank)
     if part == "mlp":
         matrix, _, kind = rest.partition(".")
         return mlp_shard(matrix, kind, prefix, config, tp, tp_rank)
     width = config.hidden_size
-    shapes = {"linear.weight": (width, width), **{f"{part}.down.weight": (head.adapter_rank, width) for part in ("adapter", "linear")},
-              **{f"{part}.up.weight": (width, head.adapter_rank) for part in ("adapter", "linear")}}
+    shapes = {
+        "linear.weight": (width, width),
+        **{f"{part}.down.weight": (head.adapter_rank, width) for part in ("adapter", "linear")},
+        **{f"{part}.up.weight": (width, head.adapter_rank) for part in ("adapter", "linear")},
+    }
     return uncut(prefix + parameter, shapes.get(parameter, (width,)))
 
 
@@ -63,13 +71,19 @@ def is_replicated(head: ExitSpec, parameter: str, config: ModelConfig, tp: int) 
 
 def exit_tensor_shapes(heads: Iterable[ExitSpec], config: ModelConfig) -> dict[str, Shape]:
     """Every tensor of the exit-heads artifact and its whole shape, in the artifact's order."""
-    return {piece.name: piece.shape for head in heads for name in exit_parameter_names(head, config)
-            for piece in exit_shard(head, name, config, 1, 0).pieces}
+    return {
+        piece.name: piece.shape
+        for head in heads
+        for name in exit_parameter_names(head, config)
+        for piece in exit_shard(head, name, config, 1, 0).pieces
+    }
 
 
 def exit_copy_source(name: str, config: ModelConfig) -> str | None:
-    """The backbone tensor that the artifact's tensor `name` is a copy of at copy initialization (of a shortlisted output matrix, all rows
-    but the last: some of it); None for the matrices of an adapter and the linear map before the output matrix."""
+    """The backbone tensor that the artifact's tensor `name` is a copy of at copy initialization (of a shortlisted
+    output matrix, all rows but the last: some of it); None for the matrices of an adapter and the linear map before the
+    output matrix.
+    """
     spelling = SPELLINGS[config.family]
     _, layer, part = name.split(".", 2)
     if part in ("adapter.down.weight", "adapter.up.weight") or part.startswith("linear."):

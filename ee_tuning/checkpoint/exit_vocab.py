@@ -1,4 +1,7 @@
-"""`exit_vocab.json`: the tokens that the exits of an artifact say, where they have a shortlist; any other token is one class more."""
+"""`exit_vocab.json`: the tokens that the exits of an artifact say, where they have a shortlist; any other token is one
+class more.
+"""
+
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,9 @@ def write_token_ids(folder: Path, token_ids: Sequence[int]) -> None:
 
 
 def read_token_ids(folder: Path, count: int, vocab_size: Any) -> tuple[int, ...]:
-    """Ids, increasing. Raises InputError, naming the file, where it holds other than `count` different ids below `vocab_size` in order."""
+    """Ids, increasing. Raises InputError, naming the file, where it holds other than `count` different ids below
+    `vocab_size` in order.
+    """
     path = folder / VOCAB
     try:
         tree = read_json(path)
@@ -29,10 +34,14 @@ def read_token_ids(folder: Path, count: int, vocab_size: Any) -> tuple[int, ...]
     if not isinstance(ids, list) or not all(type(token) is int for token in ids):
         raise InputError(f"{path} must hold token_ids, a list of token ids; {_REMEDY}")
     if len(ids) != count:
-        raise InputError(f"{path} must hold {count} token ids, as exit_config.json says, and holds {len(ids)}; {_REMEDY}")
+        raise InputError(
+            f"{path} must hold {count} token ids, as exit_config.json says, and holds {len(ids)}; {_REMEDY}"
+        )
     for before, token in zip([-1, *ids], ids, strict=False):
         if token <= before:
-            raise InputError(f"{path} must hold different token ids in increasing order, got {token} behind {before}; {_REMEDY}")
+            raise InputError(
+                f"{path} must hold different token ids in increasing order, got {token} behind {before}; {_REMEDY}"
+            )
     if isinstance(vocab_size, int) and ids[-1] >= vocab_size:
         raise InputError(f"{path} must hold ids of the model's vocabulary of {vocab_size}, got {ids[-1]}; {_REMEDY}")
     return tuple(ids)

@@ -1,7 +1,10 @@
-"""The exits' files of a merged Hugging Face folder: the artifact's own, byte for byte; where a `layer` head has experts, written anew.
+"""The exits' files of a merged Hugging Face folder: the artifact's own, byte for byte; where a `layer` head has
+experts, written anew.
 
-transformers 5 holds a layer's experts in two tensors: so must the file, or the folder's modelling file had to know every family's names.
+transformers 5 holds a layer's experts in two tensors: so must the file, or the folder's modelling file had to know
+every family's names.
 """
+
 import re
 
 from ee_tuning.checkpoint.exit_heads import STEM, ExitHeadsReader
@@ -29,8 +32,11 @@ def _parts(artifact: ExitHeadsReader, config: ModelConfig) -> dict[str, list[str
     spelling = SPELLINGS[config.family]
     places = {spelling.router: "mlp.gate.weight"}
     for expert in range(config.num_experts or 0):
-        places |= {spelling.expert_gate.format(expert): "mlp.experts.gate_up_proj", spelling.expert_up.format(expert):
-                   "mlp.experts.gate_up_proj", spelling.expert_down.format(expert): "mlp.experts.down_proj"}
+        places |= {
+            spelling.expert_gate.format(expert): "mlp.experts.gate_up_proj",
+            spelling.expert_up.format(expert): "mlp.experts.gate_up_proj",
+            spelling.expert_down.format(expert): "mlp.experts.down_proj",
+        }
     order = list(places)
 
     def place(name: str) -> tuple[str, int]:

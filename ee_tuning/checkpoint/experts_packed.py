@@ -1,7 +1,9 @@
-"""Experts packed as transformers 5 holds them in memory, and saves them where told to: all of a layer's in two tensors of three dimensions.
+"""Experts packed as transformers 5 holds them in memory, and saves them where told to: all of a layer's in two tensors
+of three dimensions.
 
 Seen as the tensors of single experts, which is how families name them, and how transformers saves them otherwise.
 """
+
 import json
 import re
 from dataclasses import dataclass
@@ -34,29 +36,41 @@ class Slab:
 
 
 def expert_slabs(folder: SafetensorsFolder) -> dict[str, Slab]:
-    """Every packed expert's tensor; none where experts stand alone, or there are none. Raises InputError where one is there twice."""
+    """Every packed expert's tensor; none where experts stand alone, or there are none. Raises InputError where one is
+    there twice.
+    """
     packs = {name: match for name in folder.files if (match := _PACK.fullmatch(name))}
     spelling = _spelling(folder) if packs else Spelling()
     slabs: dict[str, Slab] = {}
     for name, match in packs.items():
         shape = folder.shape(name)
         if len(shape) != 3 or (match[2] == "gate_up_proj" and shape[1] % 2):
-            raise InputError(f"{folder.folder / folder.files[name]}: tensor {name} must hold matrices of experts, got shape {list(shape)}; "
-                             "fetch it again")
+            raise InputError(
+                f"{folder.folder / folder.files[name]}: tensor {name} must hold matrices of experts, got shape {list(shape)}; "
+                "fetch it again"
+            )
         stems = (spelling.expert_gate, spelling.expert_up) if match[2] == "gate_up_proj" else (spelling.expert_down,)
         size = shape[1] // len(stems)
         for expert in range(shape[0]):
             for half, stem in enumerate(stems):
-                slabs[f"model.{match[1]}{stem.format(expert)}.weight"] = Slab(name, expert, half * size, (size, shape[2]))
+                slabs[f"model.{match[1]}{stem.format(expert)}.weight"] = Slab(
+                    name, expert, half * size, (size, shape[2])
+                )
     for name in slabs.keys() & folder.files.keys():
-        raise InputError(f"{folder.folder} holds tensor {name} twice, alone and in {slabs[name].stored}; fetch the folder again")
+        raise InputError(
+            f"{folder.folder} holds tensor {name} twice, alone and in {slabs[name].stored}; fetch the folder again"
+        )
     return slabs
 
 
 def router_names(folder: SafetensorsFolder) -> dict[str, str]:
     """Each router's name, where the family has one of its own, to the one that it has beside packed experts."""
     own = _spelling(folder).router
-    return {f"model.{match[1]}{own}.weight": name for name in folder.files if own != "mlp.gate" and (match := _ROUTER.fullmatch(name))}
+    return {
+        f"model.{match[1]}{own}.weight": name
+        for name in folder.files
+        if own != "mlp.gate" and (match := _ROUTER.fullmatch(name))
+    }
 
 
 def _spelling(folder: SafetensorsFolder) -> Spelling:
@@ -64,5 +78,6 @@ def _spelling(folder: SafetensorsFolder) -> Spelling:
     try:
         return SPELLINGS[json.loads(path.read_text(encoding="utf-8"))["model_type"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} must tell the model_type of the experts beside it: {error!r}; fetch the model's own config.json"
-                         ) from error
+        raise InputError(
+            f"{path} must tell the model_type of the experts beside it: {error!r}; fetch the model's own config.json"
+        ) from error

@@ -1,4 +1,7 @@
-"""Exits are plug-and-play: take some out of an artifact, put two artifacts of one model together, add new exits to tuned ones."""
+"""Exits are plug-and-play: take some out of an artifact, put two artifacts of one model together, add new exits to
+tuned ones.
+"""
+
 import dataclasses
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -45,14 +48,16 @@ class ExitChoice:
     architecture: tuple[Architecture, ...] = ()
     """Architectures of the new exits, one or one each; by default what all exits of exits.path have."""
     adapter_rank: int | None = None
-    """The rank of new adapters: an artifact has one for all. By default that of the others, or exits.adapter_rank where there are none."""
+    """The rank of new adapters: an artifact has one for all. By default that of the others, or exits.adapter_rank where
+    there are none.
+    """
 
 
 def export_artifact(config: Config, output: Path, choice: ExitChoice, *, overwrite: bool = False) -> ExitHeadsConfig:
     """Writes the artifact that `choice` makes of exits.path (and, for new exits, of the model). Returns what it holds.
 
-    Tensors are copied byte for byte, one at a time. Raises InputError where a layer is not there or there twice, the artifacts do not
-    belong together, or `output` can not be written; then nothing is left behind.
+    Tensors are copied byte for byte, one at a time. Raises InputError where a layer is not there or there twice, the
+    artifacts do not belong together, or `output` can not be written; then nothing is left behind.
     """
     if config.exits.path is None:
         raise InputError("export needs the exits to begin with, got none; give --exits FOLDER")
@@ -90,7 +95,9 @@ def _kept(base: ExitHeadsReader, choice: ExitChoice) -> tuple[int, ...]:
     for flag, layers in (("--only", choice.only), ("--drop", choice.drop)):
         for layer in layers:
             if layer not in held:
-                raise InputError(f"{flag} must name exits of {base.folder}, which holds {', '.join(map(str, held))}, got {layer}")
+                raise InputError(
+                    f"{flag} must name exits of {base.folder}, which holds {', '.join(map(str, held))}, got {layer}"
+                )
     return tuple(layer for layer in held if (layer in choice.only if choice.only else layer not in choice.drop))
 
 
@@ -99,31 +106,47 @@ def _check_belong_together(base: ExitHeadsReader, other: ExitHeadsReader) -> Non
     for key in ("output", "dtype", "model_shape", "adapter_rank"):
         ours, theirs = getattr(base.config, key), getattr(other.config, key)
         if ours != theirs and not (key == "adapter_rank" and None in (ours, theirs)):
-            raise InputError(f"artifacts that are merged must have the same {key}: {base.folder} has {ours}, {other.folder} has {theirs}; "
-                             "convert and tune one of them as the other")
+            raise InputError(
+                f"artifacts that are merged must have the same {key}: {base.folder} has {ours}, {other.folder} has {theirs}; "
+                "convert and tune one of them as the other"
+            )
     if base.config.token_ids != other.config.token_ids:
-        sizes = [f"{len(each.config.token_ids):,} tokens" if each.config.token_ids else "none" for each in (base, other)]
-        raise InputError(f"artifacts that are merged must have the same shortlist: {base.folder} has {sizes[0]}, {other.folder} has "
-                         f"{sizes[1]}, or others; convert one of them on the other's texts with the same --output-vocab")
+        sizes = [
+            f"{len(each.config.token_ids):,} tokens" if each.config.token_ids else "none" for each in (base, other)
+        ]
+        raise InputError(
+            f"artifacts that are merged must have the same shortlist: {base.folder} has {sizes[0]}, {other.folder} has "
+            f"{sizes[1]}, or others; convert one of them on the other's texts with the same --output-vocab"
+        )
 
 
-def _new_exits(config: Config, base: ExitHeadsReader, parts: list[_Part], choice: ExitChoice, stack: ExitStack) -> _Part:
+def _new_exits(
+    config: Config, base: ExitHeadsReader, parts: list[_Part], choice: ExitChoice, stack: ExitStack
+) -> _Part:
     """Exits of the kind of `base`'s, beside those of `parts`."""
     if not config.model.path:
         raise InputError("--add initializes exits from the model they are for, got none; give --model FOLDER")
     if config.exits.init == "fitted":
-        raise InputError("--add takes --init copy or random, got fitted, which reads texts; convert those by --init fitted --data …, and "
-                         "give --merge that folder")
+        raise InputError(
+            "--add takes --init copy or random, got fitted, which reads texts; convert those by --init fitted --data …, and "
+            "give --merge that folder"
+        )
     layers = tuple(sorted(choice.add))
     source, model, _ = open_model(config.model)
     stack.enter_context(source)
     model.check_exit_layers(layers)
     kinds = choice.architecture or tuple(dict.fromkeys(base.config.architecture))
     if not choice.architecture and len(kinds) > 1:
-        raise InputError(f"--add must be told the architecture of the new exits, for those of {base.folder} differ; "
-                         f"for example --architecture {kinds[0]}")
-    section = dataclasses.replace(config.exits, architecture=kinds, output=base.config.output,
-                                  adapter_rank=_adapter_rank(config, parts, choice) if "adapter" in kinds else config.exits.adapter_rank)
+        raise InputError(
+            f"--add must be told the architecture of the new exits, for those of {base.folder} differ; "
+            f"for example --architecture {kinds[0]}"
+        )
+    section = dataclasses.replace(
+        config.exits,
+        architecture=kinds,
+        output=base.config.output,
+        adapter_rank=_adapter_rank(config, parts, choice) if "adapter" in kinds else config.exits.adapter_rank,
+    )
     heads = described_heads(section, layers, model)
     check_model(source, model, None, verifies=config.exits.verify)
     check_bound_to(base, fingerprint(source, model))
@@ -133,31 +156,49 @@ def _new_exits(config: Config, base: ExitHeadsReader, parts: list[_Part], choice
 
 def _adapter_rank(config: Config, parts: list[_Part], choice: ExitChoice) -> int:
     """The rank of new adapters. Raises InputError where another was asked for than the adapters that stay have."""
-    held = max((head.adapter_rank for part in parts for head in part.exits.heads if head.layer in part.layers), default=0)
+    held = max(
+        (head.adapter_rank for part in parts for head in part.exits.heads if head.layer in part.layers), default=0
+    )
     if held and choice.adapter_rank not in (None, held):
-        raise InputError(f"--adapter-rank must be {held}, which the adapters beside the new exits have, got {choice.adapter_rank}; leave "
-                         "it out, or leave those out with --drop")
+        raise InputError(
+            f"--adapter-rank must be {held}, which the adapters beside the new exits have, got {choice.adapter_rank}; leave "
+            "it out, or leave those out with --drop"
+        )
     return held or choice.adapter_rank or config.exits.adapter_rank
 
 
 def _joined(parts: list[_Part]) -> ExitHeadsConfig:
     layers = [layer for part in parts for layer in part.layers]
     if not layers:
-        raise InputError("an artifact must hold at least one exit, and none would be left; keep one, or give --merge or --add")
+        raise InputError(
+            "an artifact must hold at least one exit, and none would be left; keep one, or give --merge or --add"
+        )
     for layer in layers:
         if layers.count(layer) > 1:
-            raise InputError(f"each layer can have one exit, and the one after layer {layer} comes from two places; "
-                             f"leave one out, for example with --drop {layer}")
+            raise InputError(
+                f"each layer can have one exit, and the one after layer {layer} comes from two places; "
+                f"leave one out, for example with --drop {layer}"
+            )
     origins = {layer: origin_of(part.exits, layer) for part in parts for layer in part.layers}
     first = next(iter(origins.values()))
-    heads = sorted((head for part in parts for head in part.exits.heads if head.layer in part.layers), key=lambda head: head.layer)
+    heads = sorted(
+        (head for part in parts for head in part.exits.heads if head.layer in part.layers), key=lambda head: head.layer
+    )
     base = dataclasses.replace(
-        parts[0].exits, exit_layers=tuple(head.layer for head in heads), architecture=tuple(head.architecture for head in heads),
-        adapter_rank=max(head.adapter_rank for head in heads) or None, adds_linear=tuple(head.layer for head in heads if head.adds_linear),
-        init=first["init"], seed=first["seed"], fitted=first.get("fitted"))
+        parts[0].exits,
+        exit_layers=tuple(head.layer for head in heads),
+        architecture=tuple(head.architecture for head in heads),
+        adapter_rank=max(head.adapter_rank for head in heads) or None,
+        adds_linear=tuple(head.layer for head in heads if head.adds_linear),
+        init=first["init"],
+        seed=first["seed"],
+        fitted=first.get("fitted"),
+    )
     if all(origin == first for origin in origins.values()):
         return dataclasses.replace(base, tuned=first["tuned"], origins=None)
-    return dataclasses.replace(base, tuned=None, fitted=None, origins={str(layer): origins[layer] for layer in sorted(layers)})
+    return dataclasses.replace(
+        base, tuned=None, fitted=None, origins={str(layer): origins[layer] for layer in sorted(layers)}
+    )
 
 
 def _blocks(parts: list[_Part], name: str) -> Iterator[Tensor]:

@@ -1,8 +1,11 @@
-"""A merged Hugging Face folder: the model as Hugging Face has it, its exits beside it, and one file that makes them leave early.
+"""A merged Hugging Face folder: the model as Hugging Face has it, its exits beside it, and one file that makes them
+leave early.
 
-transformers' stock class reads the folder as the plain model; with trust_remote_code=True it takes `modeling_early_exit.py`. A model in a
-Hugging Face folder keeps its files byte for byte; one in another format is written tensor by tensor, in Hugging Face's names.
+transformers' stock class reads the folder as the plain model; with trust_remote_code=True it takes
+`modeling_early_exit.py`. A model in a Hugging Face folder keeps its files byte for byte; one in another format is
+written tensor by tensor, in Hugging Face's names.
 """
+
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -29,37 +32,71 @@ from ee_tuning.model.huggingface_config import HUGGINGFACE_CLASSES
 from ee_tuning.parallel.topology import Topology
 
 MODELLING = Path(__file__).parent / "exported" / "modeling_early_exit.py"
-_TOLD = ("exit_layers", "architecture", "adapter_rank", "output", "output_vocab", "init", "seed", "fitted", "tuned", "origins",
-         "model_fingerprint")
+_TOLD = (
+    "exit_layers",
+    "architecture",
+    "adapter_rank",
+    "output",
+    "output_vocab",
+    "init",
+    "seed",
+    "fitted",
+    "tuned",
+    "origins",
+    "model_fingerprint",
+)
 """Keys of exit_config.json that config.json repeats under `early_exit`."""
 _MARKS = ("config.json", "model*.safetensors*")
 """What tells an export of this format from another."""
-_TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-                    "vocab.txt", "chat_template.json"}
+_TOKENIZER_FILES = {
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "chat_template.json",
+}
 
 
-def export_huggingface(config: Config, output: Path, topology: Topology | None = None, *, links: bool = False,
-                       overwrite: bool = False, special: Mapping[str, int] = MappingProxyType({})) -> None:
-    """Writes model.path, in whichever format it is, with the exits of exits.path, where given, to `output`. All ranks call it, if there are
-    several, and share the files.
+def export_huggingface(
+    config: Config,
+    output: Path,
+    topology: Topology | None = None,
+    *,
+    links: bool = False,
+    overwrite: bool = False,
+    special: Mapping[str, int] = MappingProxyType({}),
+) -> None:
+    """Writes model.path, in whichever format it is, with the exits of exits.path, where given, to `output`. All ranks
+    call it, if there are several, and share the files.
 
-    `links`: a Hugging Face folder's shards are not copied but linked (a hard link, or a relative symbolic one to another disk). The
-    tokenizer's files come from data.tokenizer, or the model's own folder; `special` are token ids that config.json is to tell where the
-    model's own does not. Raises InputError where model and exits do not belong together or `output` can not be written; then nothing is
-    left behind.
+    `links`: a Hugging Face folder's shards are not copied but linked (a hard link, or a relative symbolic one to
+    another disk). The tokenizer's files come from data.tokenizer, or the model's own folder; `special` are token ids
+    that config.json is to tell where the model's own does not. Raises InputError where model and exits do not belong
+    together or `output` can not be written; then nothing is left behind.
     """
     tokenizer = Path(config.data.tokenizer) if config.data.tokenizer else None
     on_first_rank(topology, lambda: check_target(config, output, overwrite, _MARKS))
     rank, world = (0, 1) if topology is None else (topology.rank, topology.world_size)
     with open_for_export(config, topology) as model:
         if links and model.files is None:
-            raise InputError(f"--link links the weights of a Hugging Face folder, and {model.source.folder} is in another format, whose "
-                             "weights have to be written anew; leave --link out")
+            raise InputError(
+                f"--link links the weights of a Hugging Face folder, and {model.source.folder} is in another format, whose "
+                "weights have to be written anew; leave --link out"
+            )
         files, described = _files(model, links), _described_config(model, special)
         with written_aside(output, topology) as partial:
-            on_first_rank(topology, lambda: check_room(
-                output, partial, sum(file.num_bytes for file in files if file.link_to is None),
-                "make room, choose another folder, or give --link"))
+            on_first_rank(
+                topology,
+                lambda: check_room(
+                    output,
+                    partial,
+                    sum(file.num_bytes for file in files if file.link_to is None),
+                    "make room, choose another folder, or give --link",
+                ),
+            )
             own = own_share({file: file.num_bytes for file in files}, rank, world)
             watch, sums = NonFinite(), {}
             with byte_progress("writing the model", sum(file.num_bytes for file in own), is_shown=rank == 0) as advance:
@@ -94,8 +131,14 @@ def _written(file: FileToWrite, partial: Path, output: Path, watch: NonFinite, a
     return made.sha256
 
 
-def _finish(model: ExportSource, described: dict[str, Any], partial: Path, output: Path, done: list[tuple[dict[str, str], list[str]]],
-            tokenizer: Path | None) -> None:
+def _finish(
+    model: ExportSource,
+    described: dict[str, Any],
+    partial: Path,
+    output: Path,
+    done: list[tuple[dict[str, str], list[str]]],
+    tokenizer: Path | None,
+) -> None:
     sums: dict[str, str] = {}
     for own, lines in done:
         sums |= own
@@ -125,9 +168,13 @@ def _described_config(model: ExportSource, special: Mapping[str, int]) -> dict[s
     raw = {**model.described(), **{key: token for key, token in special.items() if model.description.get(key) is None}}
     classes = raw.get("auto_map") or {}
     if not isinstance(classes, dict):
-        raise InputError(f"{model.source.folder / 'config.json'}: auto_map must be an object, got {classes!r}; fetch the model's own")
+        raise InputError(
+            f"{model.source.folder / 'config.json'}: auto_map must be an object, got {classes!r}; fetch the model's own"
+        )
     others = {key: value for key, value in classes.items() if not str(value).startswith(f"{MODELLING.stem}.")}
-    plain = {key: value for key, value in raw.items() if key != "early_exit" and (key != "auto_map" or others == classes)}
+    plain = {
+        key: value for key, value in raw.items() if key != "early_exit" and (key != "auto_map" or others == classes)
+    }
     if model.artifact is None:
         return {**plain, "auto_map": others} if others else plain
     tree = exit_config_tree(model.artifact.config)
@@ -135,7 +182,8 @@ def _described_config(model: ExportSource, special: Mapping[str, int]) -> dict[s
     told = {**{key: tree[key] for key in _TOLD if key in tree}, **listed}
     told["files"] = [file.name for file in exit_files(model.artifact, model.model)]
     own_class = f"{MODELLING.stem}.{early_exit_class(model.model)}"
-    # Who trusts the code of the exits runs no other, and needs none: transformers has a class for every family's config.
+    # Who trusts the code of the exits runs no other, and needs none: transformers has a class for every family's
+    # config.
     others = {key: value for key, value in others.items() if key == "AutoTokenizer"}
     return {**plain, "auto_map": {**others, "AutoModelForCausalLM": own_class}, "early_exit": told}
 
@@ -146,8 +194,8 @@ def early_exit_class(model: ModelConfig) -> str:
 
 
 def _companions(model: ExportSource, tokenizer: Path | None) -> dict[str, Path]:
-    """What belongs to the model besides weights and config.json, by its name: tokenizer, generation defaults, licence, code; the index of
-    copied shards.
+    """What belongs to the model besides weights and config.json, by its name: tokenizer, generation defaults, licence,
+    code; the index of copied shards.
     """
     folder = model.source.folder
     found = _named(folder, _belongs) if model.files else {}
@@ -156,8 +204,14 @@ def _companions(model: ExportSource, tokenizer: Path | None) -> dict[str, Path]:
     if tokenizer is not None:
         own = _named(tokenizer, is_tokenizer_file)
         if not own:
-            raise InputError(f"--tokenizer must be a folder with a tokenizer's files, and {tokenizer} holds none of them")
-        found = {name: path for name, path in found.items() if not is_tokenizer_file(name)} | own | _named(tokenizer, _is_code)
+            raise InputError(
+                f"--tokenizer must be a folder with a tokenizer's files, and {tokenizer} holds none of them"
+            )
+        found = (
+            {name: path for name, path in found.items() if not is_tokenizer_file(name)}
+            | own
+            | _named(tokenizer, _is_code)
+        )
     return found
 
 
@@ -173,8 +227,11 @@ def is_tokenizer_file(name: str) -> bool:
 def _belongs(name: str) -> bool:
     if name in (MANIFEST, "config.json", CONFIG) or name.endswith(".index.json"):
         return False
-    return Path(name).suffix in (".json", ".txt", ".model", ".jinja", ".tiktoken") or _is_code(name) or name.upper().startswith(
-        ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY"))
+    return (
+        Path(name).suffix in (".json", ".txt", ".model", ".jinja", ".tiktoken")
+        or _is_code(name)
+        or name.upper().startswith(("LICENSE", "LICENCE", "NOTICE", "USE_POLICY"))
+    )
 
 
 def _is_code(name: str) -> bool:

@@ -1,4 +1,7 @@
-"""What a merged export is made of: a model in any of the formats, its description as Hugging Face has it, exits that are bound to it."""
+"""What a merged export is made of: a model in any of the formats, its description as Hugging Face has it, exits that
+are bound to it.
+"""
+
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -33,7 +36,8 @@ class ExportSource:
     """config.json: the model's own where it has one, as it is."""
     artifact: ExitHeadsReader | None
     finish_check: Callable[[], None]
-    """Waits until the model's files, where it has a manifest, were compared with it, and raises InputError, on all ranks, where one is
+    """Waits until the model's files, where it has a manifest, were compared with it, and raises InputError, on all
+    ranks, where one is
     altered: to be called before what was written is put in place.
     """
 
@@ -45,12 +49,16 @@ class ExportSource:
     def described(self) -> dict[str, Any]:
         """config.json, true to the weights: it may tie an output matrix that is another than the embedding."""
         ties = model_config_from_hf(self.description, self.source.folder / "config.json").ties_embeddings
-        return self.description if ties == self.model.ties_embeddings else {**self.description, "tie_word_embeddings": not ties}
+        return (
+            self.description
+            if ties == self.model.ties_embeddings
+            else {**self.description, "tie_word_embeddings": not ties}
+        )
 
 
 def check_target(config: Config, output: Path, overwrite: bool, marks: Sequence[str]) -> None:
-    """Raises InputError where `output` can not become an export of model.path and exits.path, as `check_replaceable` or because it is one
-    of them.
+    """Raises InputError where `output` can not become an export of model.path and exits.path, as `check_replaceable` or
+    because it is one of them.
     """
     check_apart(output, (model_folder(config.model.path), config.exits.path, config.data.tokenizer))
     check_replaceable(output, overwrite, marks)
@@ -58,18 +66,24 @@ def check_target(config: Config, output: Path, overwrite: bool, marks: Sequence[
 
 @contextmanager
 def open_for_export(config: Config, topology: Topology | None) -> Iterator[ExportSource]:
-    """model.path and exits.path, for the time of the block. Raises InputError where they are not sound, or do not belong together."""
+    """model.path and exits.path, for the time of the block. Raises InputError where they are not sound, or do not
+    belong together.
+    """
     with ExitStack() as stack:
         source, model, _ = open_model(config.model)
         stack.enter_context(source)
         finish_check = stack.enter_context(checked_behind(source, model, topology, verifies=config.exits.verify))
         artifact = None
         if config.exits.path is not None:
-            artifact = stack.enter_context(ExitHeadsReader(Path(config.exits.path), topology, verifies=config.exits.verify))
+            artifact = stack.enter_context(
+                ExitHeadsReader(Path(config.exits.path), topology, verifies=config.exits.verify)
+            )
             check_bound_to(artifact, on_first_rank(topology, lambda: fingerprint(source, model)))
             artifact.check_complete(model)
         files = source if isinstance(source, SafetensorsFolder) else None
-        description = source.description if isinstance(source, GgufReader) else _description(config, source.folder, model)
+        description = (
+            source.description if isinstance(source, GgufReader) else _description(config, source.folder, model)
+        )
         yield ExportSource(source, model, files, description, artifact, finish_check)
 
 

@@ -1,8 +1,9 @@
 """The backbone's fingerprint: what binds exit heads to the model they were made for.
 
-It is one for a model in every format: whole tensors under Hugging Face's names, as float32, without padding. A few rows of each tensor
-are read, so that taking it is cheap for 140 GB.
+It is one for a model in every format: whole tensors under Hugging Face's names, as float32, without padding. A few rows
+of each tensor are read, so that taking it is cheap for 140 GB.
 """
+
 import dataclasses
 import hashlib
 import sys
@@ -20,17 +21,44 @@ from ee_tuning.errors import InputError
 from ee_tuning.json_file import to_json
 from ee_tuning.model.config import ModelConfig, RopeConfig
 
-_SHAPE_FIELDS = ("family", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
-                 "vocab_size", "ties_embeddings")
-_FAMILY_FIELDS = ("norm", "position", "activation", "is_gated", "has_linear_bias", "has_qkv_bias", "has_proj_bias", "has_qk_norm",
-                  "num_experts", "moe_router_topk", "moe_ffn_hidden_size", "renormalizes_router", "dense_layers")
+_SHAPE_FIELDS = (
+    "family",
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "vocab_size",
+    "ties_embeddings",
+)
+_FAMILY_FIELDS = (
+    "norm",
+    "position",
+    "activation",
+    "is_gated",
+    "has_linear_bias",
+    "has_qkv_bias",
+    "has_proj_bias",
+    "has_qk_norm",
+    "num_experts",
+    "moe_router_topk",
+    "moe_ffn_hidden_size",
+    "renormalizes_router",
+    "dense_layers",
+)
 
 
 def model_shape(config: ModelConfig) -> dict[str, Any]:
-    """What decides which tensors a backbone has, their shapes, and how they are used; of the family's ways, those that are not Llama's."""
+    """What decides which tensors a backbone has, their shapes, and how they are used; of the family's ways, those that
+    are not Llama's.
+    """
     fields = dataclasses.asdict(config)
     llama = {field.name: field.default for field in dataclasses.fields(config)}
-    return {name: fields[name] for name in (*_SHAPE_FIELDS, *(name for name in _FAMILY_FIELDS if fields[name] != llama[name]))}
+    return {
+        name: fields[name]
+        for name in (*_SHAPE_FIELDS, *(name for name in _FAMILY_FIELDS if fields[name] != llama[name]))
+    }
 
 
 def config_of_shape(shape: Mapping[str, Any], where: Path) -> ModelConfig:
@@ -43,7 +71,9 @@ def config_of_shape(shape: Mapping[str, Any], where: Path) -> ModelConfig:
     for name in (*_SHAPE_FIELDS, *(name for name in _FAMILY_FIELDS if name in shape)):
         value = shape.get(name)
         if not _is_kind(value, hints[name]) or (type(value) is int and value < (name in _SHAPE_FIELDS)):
-            raise InputError(f"{where} does not describe its model: {name} must not be {value!r}; fetch or convert the exits again")
+            raise InputError(
+                f"{where} does not describe its model: {name} must not be {value!r}; fetch or convert the exits again"
+            )
         fields[name] = tuple(value) if isinstance(value, list) else value
     return ModelConfig(**fields, max_position_embeddings=1, norm_epsilon=1e-6, rope=RopeConfig())
 
@@ -58,7 +88,8 @@ def _is_kind(value: Any, hint: Any) -> bool:
 
 
 def fingerprint(reader: TensorSource, config: ModelConfig) -> str:
-    """sha256, in hex: the shape as canonical JSON, then per tensor in sorted name its rows 0, n/3, 2n/3, n−1 as little-endian float32.
+    """sha256, in hex: the shape as canonical JSON, then per tensor in sorted name its rows 0, n/3, 2n/3, n−1 as
+    little-endian float32.
 
     Raises InputError where a backbone tensor is missing, broken or of another shape.
     """

@@ -1,8 +1,9 @@
 """Every way in: which of the formats a folder is in, its backbone as a source of tensors, and the model's shape.
 
-Hugging Face folders, GGUF files, Megatron-core's distributed checkpoints, legacy Megatron's `mp_rank_XX` folders; a Megatron run's folder,
-of which the latest iteration is taken; a name on the Hugging Face hub.
+Hugging Face folders, GGUF files, Megatron-core's distributed checkpoints, legacy Megatron's `mp_rank_XX` folders; a
+Megatron run's folder, of which the latest iteration is taken; a name on the Hugging Face hub.
 """
+
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,8 +35,12 @@ from ee_tuning.model.megatron_args import read_megatron_config
 from ee_tuning.parallel.topology import Topology
 
 Kind = Literal["huggingface", "megatron", "legacy_megatron", "gguf"]
-FORMATS: dict[Kind, str] = {"huggingface": "Hugging Face safetensors", "megatron": "Megatron-core distributed checkpoint",
-                            "legacy_megatron": "legacy Megatron checkpoint (mp_rank folders)", "gguf": "GGUF file"}
+FORMATS: dict[Kind, str] = {
+    "huggingface": "Hugging Face safetensors",
+    "megatron": "Megatron-core distributed checkpoint",
+    "legacy_megatron": "legacy Megatron checkpoint (mp_rank folders)",
+    "gguf": "GGUF file",
+}
 """The names that messages show."""
 
 _LATEST, COMMON = "latest_checkpointed_iteration.txt", "common.pt"
@@ -51,10 +56,16 @@ class BackboneSource(TensorSource, Protocol):
 
     def weight_files(self) -> set[str]:
         """Names of the files that tensors lie in."""
+
     def check_complete(self, config: ModelConfig) -> None:
-        """Raises InputError where a backbone tensor is missing, has another shape, or one is there that would be ignored."""
+        """Raises InputError where a backbone tensor is missing, has another shape, or one is there that would be
+        ignored.
+        """
+
     def __enter__(self) -> Self: ...
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
 
 
 class OpenModel(NamedTuple):
@@ -66,8 +77,8 @@ class OpenModel(NamedTuple):
 
 
 def open_model(model: ModelSection) -> OpenModel:
-    """The backbone that model.path names, in whichever format it is. No weights are read yet, but for an output matrix beside an
-    embedding that it is said to be tied to.
+    """The backbone that model.path names, in whichever format it is. No weights are read yet, but for an output matrix
+    beside an embedding that it is said to be tied to.
 
     Raises InputError where it is in none, not whole, of a kind that this project can not run, or not to be trusted.
     """
@@ -75,27 +86,41 @@ def open_model(model: ModelSection) -> OpenModel:
     shape = Path(model.config) if model.config else None
     if is_gguf(folder):
         if shape is not None:
-            raise InputError(f"model.config is the shape of a Megatron checkpoint, and {folder} has its own in its fields; leave "
-                             "--config out")
+            raise InputError(
+                f"model.config is the shape of a Megatron checkpoint, and {folder} has its own in its fields; leave "
+                "--config out"
+            )
         gguf = GgufReader(folder)
         return OpenModel(gguf, gguf.config, "gguf")
     if (folder / METADATA).is_file():
         shape = shape or describing_file(folder, None)
         common = folder / COMMON
-        saved = saved_arguments(Archive(common, map_file(common), is_trusted=model.trust_pickle).content) if common.is_file() else None
-        return _megatron(lambda config: MegatronReader(folder, config), read_megatron_config(saved, shape, common), "megatron")
+        saved = (
+            saved_arguments(Archive(common, map_file(common), is_trusted=model.trust_pickle).content)
+            if common.is_file()
+            else None
+        )
+        return _megatron(
+            lambda config: MegatronReader(folder, config), read_megatron_config(saved, shape, common), "megatron"
+        )
     if next(folder.glob("*.distcp"), None):
-        raise InputError(f"{folder / METADATA} is missing, which describes the *.distcp files beside it; fetch the whole checkpoint again")
+        raise InputError(
+            f"{folder / METADATA} is missing, which describes the *.distcp files beside it; fetch the whole checkpoint again"
+        )
     if is_legacy(folder):
         checkpoint = LegacyCheckpoint(folder, is_trusted=model.trust_pickle)
         config = read_megatron_config(checkpoint.arguments, shape, folder)
         if config.num_experts:
-            raise InputError(f"{folder} is a legacy Megatron checkpoint of a model with experts, which is not supported; save it as a "
-                             "distributed checkpoint (--ckpt-format torch_dist)")
+            raise InputError(
+                f"{folder} is a legacy Megatron checkpoint of a model with experts, which is not supported; save it as a "
+                "distributed checkpoint (--ckpt-format torch_dist)"
+            )
         return _megatron(lambda config: LegacyReader(checkpoint, config), config, "legacy_megatron")
     if shape is not None:
-        raise InputError(f"model.config is the shape of a Megatron checkpoint, and {folder} is none; a Hugging Face folder has its own "
-                         "config.json; leave --config out")
+        raise InputError(
+            f"model.config is the shape of a Megatron checkpoint, and {folder} is none; a Hugging Face folder has its own "
+            "config.json; leave --config out"
+        )
     return _huggingface(folder)
 
 
@@ -105,7 +130,9 @@ def _huggingface(folder: Path) -> OpenModel:
     reader = HuggingFaceReader(folder)
     if config.ties_embeddings:
         reader.take_output_for_embedding(config)
-        if all(map(reader.holds, (embedding_name(config), output_name(config)))) and holds_another_output(reader, config):
+        if all(map(reader.holds, (embedding_name(config), output_name(config)))) and holds_another_output(
+            reader, config
+        ):
             config = untied(config)
     return OpenModel(reader, config, "huggingface")
 
@@ -121,16 +148,17 @@ def _megatron(reader_of: Callable[[ModelConfig], MegatronSource], config: ModelC
 
 
 def check_model(source: BackboneSource, config: ModelConfig, topology: Topology | None, *, verifies: bool) -> None:
-    """Raises InputError, on all ranks, where the weights are not those that `config` asks for, or `verifies` and the folder has a manifest
-    that one of its files does not agree with. All ranks share the reading.
+    """Raises InputError, on all ranks, where the weights are not those that `config` asks for, or `verifies` and the
+    folder has a manifest that one of its files does not agree with. All ranks share the reading.
     """
     with checked_behind(source, config, topology, verifies=verifies) as finish:
         finish()
 
 
 @contextmanager
-def checked_behind(source: BackboneSource, config: ModelConfig, topology: Topology | None, *,
-                   verifies: bool) -> Iterator[Callable[[], None]]:
+def checked_behind(
+    source: BackboneSource, config: ModelConfig, topology: Topology | None, *, verifies: bool
+) -> Iterator[Callable[[], None]]:
     """`check_model`, whose reading of the files goes on behind the block; what is yielded waits for it, and raises."""
     on_first_rank(topology, lambda: source.check_complete(config))
     if not verifies or not on_first_rank(topology, lambda: holds_manifest(source.folder)):
@@ -145,17 +173,21 @@ def checked_behind(source: BackboneSource, config: ModelConfig, topology: Topolo
 def _check_listed(source: BackboneSource) -> None:
     """Raises InputError where weights lie in a file that the manifest does not vouch for."""
     for file in source.weight_files() - set(read_manifest(source.folder, _REMEDY)):
-        raise InputError(f"{source.folder / MANIFEST} does not list {file}, which holds weights of the model; {_REMEDY}")
+        raise InputError(
+            f"{source.folder / MANIFEST} does not list {file}, which holds weights of the model; {_REMEDY}"
+        )
 
 
 def has_weights(folder: Path) -> bool:
     """Whether the folder of a model (`model_folder`) holds more than its config.json."""
-    return is_gguf(folder) or (folder / METADATA).is_file() or is_legacy(folder) or any(folder.glob("model*.safetensors*"))
+    return (
+        is_gguf(folder) or (folder / METADATA).is_file() or is_legacy(folder) or any(folder.glob("model*.safetensors*"))
+    )
 
 
 def describing_file(folder: Path, shape: str | None) -> Path | None:
-    """The Hugging Face config.json that describes the model in `folder`: `shape` (model.config) where it is one, or the folder's own, which
-    this project's Megatron exports have too. None where there is none.
+    """The Hugging Face config.json that describes the model in `folder`: `shape` (model.config) where it is one, or the
+    folder's own, which this project's Megatron exports have too. None where there is none.
     """
     path = Path(shape) if shape else folder / "config.json"
     try:
@@ -166,8 +198,8 @@ def describing_file(folder: Path, shape: str | None) -> Path | None:
 
 
 def model_folder(path: str, *, needs_weights: bool = True) -> Path:
-    """The folder that holds the model: `path`, the latest iteration in it, or what the hub's `org/name@revision` was fetched to. A GGUF
-    file stands for itself.
+    """The folder that holds the model: `path`, the latest iteration in it, or what the hub's `org/name@revision` was
+    fetched to. A GGUF file stands for itself.
     """
     if not path:
         raise InputError("model.path must name a model's folder, got nothing; give --model FOLDER")
@@ -179,8 +211,10 @@ def model_folder(path: str, *, needs_weights: bool = True) -> Path:
         if name := hub_name(path):
             folder = fetch_model(name, needs_weights=needs_weights)
     if not folder.is_dir():
-        raise InputError(f"there is no folder {folder}; give the folder of a model (Hugging Face's, or a Megatron checkpoint), or a name "
-                         "on the Hugging Face hub")
+        raise InputError(
+            f"there is no folder {folder}; give the folder of a model (Hugging Face's, or a Megatron checkpoint), or a name "
+            "on the Hugging Face hub"
+        )
     if (folder / "config.json").is_file() or (folder / METADATA).is_file() or is_legacy(folder):
         return folder
     latest = folder / _LATEST
@@ -188,15 +222,21 @@ def model_folder(path: str, *, needs_weights: bool = True) -> Path:
         word = latest.read_text(errors="replace", encoding="utf-8").strip()
         iteration = folder / ("release" if word == "release" else f"iter_{int(word):07d}" if word.isdecimal() else "?")
         if not iteration.is_dir():
-            raise InputError(f"{latest} says {word[:40]!r}, and there is no such iteration; give the folder of one that is there")
+            raise InputError(
+                f"{latest} says {word[:40]!r}, and there is no such iteration; give the folder of one that is there"
+            )
         return iteration
     iterations = sorted(entry.name for entry in folder.glob("iter_*"))
     if iterations:
-        raise InputError(f"{folder} holds iterations ({', '.join(iterations[-3:])}) and no {_LATEST}; give the folder of one of them")
+        raise InputError(
+            f"{folder} holds iterations ({', '.join(iterations[-3:])}) and no {_LATEST}; give the folder of one of them"
+        )
     refuse_adapter(folder)
     if told := dangling_link(folder / "config.json") or dangling_link(folder / METADATA):
         raise InputError(told)
     if files := sorted(folder.glob(f"*{SUFFIX}")):
         raise InputError(f"{folder} holds GGUF files, which are given by name: --model {files[0]}")
-    raise InputError(f"{folder} is neither a Hugging Face folder (config.json and safetensors) nor a Megatron checkpoint ({METADATA}, "
-                     f"mp_rank_00 or {_LATEST}); give the folder of a model")
+    raise InputError(
+        f"{folder} is neither a Hugging Face folder (config.json and safetensors) nor a Megatron checkpoint ({METADATA}, "
+        f"mp_rank_00 or {_LATEST}); give the folder of a model"
+    )

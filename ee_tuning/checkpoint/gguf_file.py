@@ -1,7 +1,10 @@
-"""The backbone, read in place from a GGUF file (llama.cpp's): tensor by tensor, dequantized on the way, under Hugging Face's names.
+"""The backbone, read in place from a GGUF file (llama.cpp's): tensor by tensor, dequantized on the way, under Hugging
+Face's names.
 
-The package `gguf` knows the layout and the block formats. A file that is cut short, damaged or of an unknown kind is refused.
+The package `gguf` knows the layout and the block formats. A file that is cut short, damaged or of an unknown kind is
+refused.
 """
+
 import functools
 import hashlib
 import re
@@ -28,9 +31,18 @@ _QUANTIZED = ("Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K")
 _ROPE_FACTORS = "rope_freqs.weight"
 _NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER_NAMES = {
-    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
-    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 _LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 _ROTATED = re.compile(r"model\.layers\.\d+\.self_attn\.([qk])_proj\.(weight|bias)")
 
@@ -62,8 +74,12 @@ class GgufReader:
         factors = self._tensors.pop(_ROPE_FACTORS, None)
         embedding = self._tensors.get("model.embed_tokens.weight")
         self.description = config_of_gguf(
-            self.fields, vocab_size=0 if embedding is None else self._shape_of(embedding)[0], has_output="lm_head.weight" in self._tensors,
-            rope_factors=None if factors is None else np.asarray(factors.data), path=path)
+            self.fields,
+            vocab_size=0 if embedding is None else self._shape_of(embedding)[0],
+            has_output="lm_head.weight" in self._tensors,
+            rope_factors=None if factors is None else np.asarray(factors.data),
+            path=path,
+        )
         """The model's config.json, as far as the file tells it."""
         if embedding is not None:
             self.description["dtype"] = str(self.dtype("model.embed_tokens.weight")).removeprefix("torch.")
@@ -72,7 +88,9 @@ class GgufReader:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -98,19 +116,27 @@ class GgufReader:
         """GGUF's name of how a tensor is stored. Raises InputError where that is not supported."""
         stored: str = self._tensor(name).tensor_type.name
         if stored not in _FLOATS and stored not in _QUANTIZED:
-            raise InputError(f"{self.folder}: tensor {name} is stored as {stored}, and GGUF is read in "
-                             f"{', '.join((*_FLOATS, *_QUANTIZED))}; give a file in one of these")
+            raise InputError(
+                f"{self.folder}: tensor {name} is stored as {stored}, and GGUF is read in "
+                f"{', '.join((*_FLOATS, *_QUANTIZED))}; give a file in one of these"
+            )
         return stored
 
     def check_shape(self, name: str, shape: Shape) -> None:
-        """Raises InputError where the tensor is missing, has another shape, or is stored in a way that is not supported."""
+        """Raises InputError where the tensor is missing, has another shape, or is stored in a way that is not
+        supported.
+        """
         self.stored_type(name)
         if self.shape(name) != shape:
-            raise InputError(f"{self.folder}: tensor {name} must have shape {list(shape)}, as the file's fields say, got "
-                             f"{list(self.shape(name))}; fetch or convert the file again")
+            raise InputError(
+                f"{self.folder}: tensor {name} must have shape {list(shape)}, as the file's fields say, got "
+                f"{list(self.shape(name))}; fetch or convert the file again"
+            )
 
     def check_complete(self, config: ModelConfig) -> None:
-        """Raises InputError where a backbone tensor is missing, has another shape, or one is there that would be ignored."""
+        """Raises InputError where a backbone tensor is missing, has another shape, or one is there that would be
+        ignored.
+        """
         expected = backbone_tensor_shapes(config)
         for name, shape in expected.items():
             self.check_shape(name, shape)
@@ -130,23 +156,31 @@ class GgufReader:
         return _values(data, stored, tensor.tensor_type)
 
     def columns(self, name: str, start: int, stop: int) -> Tensor:
-        """[n, stop - start]: these columns, of `dtype`. Rows are dequantized block by block: a whole matrix may take gigabytes."""
+        """[n, stop - start]: these columns, of `dtype`. Rows are dequantized block by block: a whole matrix may take
+        gigabytes.
+        """
         num_rows, width = self.shape(name)
         step = max(1, BLOCK_BYTES // (4 * width))
-        return torch.cat([self.rows(name, row, min(row + step, num_rows))[:, start:stop] for row in range(0, num_rows, step)])
+        return torch.cat(
+            [self.rows(name, row, min(row + step, num_rows))[:, start:stop] for row in range(0, num_rows, step)]
+        )
 
     def _tensor(self, name: str) -> Any:
         if name not in self._tensors:
-            raise InputError(f"{self.folder} holds no tensor {name}, which the model must have; fetch or convert the file again")
+            raise InputError(
+                f"{self.folder} holds no tensor {name}, which the model must have; fetch or convert the file again"
+            )
         return self._tensors[name]
 
     @staticmethod
     def _shape_of(tensor: Any) -> Shape:
-        return tuple(int(size) for size in reversed(tensor.shape))  # GGUF names the dimension that lies together in memory first
+        return tuple(
+            int(size) for size in reversed(tensor.shape)
+        )  # GGUF names the dimension that lies together in memory first
 
     def _stored_order(self, name: str) -> NDArray | None:
-        """Which stored row each row is, where they differ: llama.cpp rotates neighbouring dimensions of a head together, so its conversion
-        interleaves the two halves of Llama's query and key heads.
+        """Which stored row each row is, where they differ: llama.cpp rotates neighbouring dimensions of a head
+        together, so its conversion interleaves the two halves of Llama's query and key heads.
         """
         match = _ROTATED.fullmatch(name)
         if match is None or self.config.family != "llama":
@@ -180,18 +214,28 @@ class _Parsed:
         reader = _checked_reader(path)
         # The tokenizer's lists have hundreds of thousands of items: only what describes the model is unpacked.
         self.fields = {name: field.contents() for name, field in reader.fields.items() if len(field.data) <= 1}
-        self.tokenizer_digest = hashlib.sha256(b"".join(
-            part.tobytes() for name, field in reader.fields.items() if name.startswith("tokenizer.") for part in field.parts)).hexdigest()
+        self.tokenizer_digest = hashlib.sha256(
+            b"".join(
+                part.tobytes()
+                for name, field in reader.fields.items()
+                if name.startswith("tokenizer.")
+                for part in field.parts
+            )
+        ).hexdigest()
         self.tensors = {tensor.name: tensor for tensor in reader.tensors}
 
 
 @functools.lru_cache(maxsize=1)
 def _parsed(path: Path, mtime_ns: int) -> _Parsed:
-    """Reading a header takes a second, and a command opens its model more than once; a file that has changed is another one."""
+    """Reading a header takes a second, and a command opens its model more than once; a file that has changed is another
+    one.
+    """
     try:
         import gguf  # noqa: F401
     except ImportError as error:
-        raise InputError(f"{path}: GGUF files need the package gguf, which is not installed; pip install 'ee_tuning[gguf]'") from error
+        raise InputError(
+            f"{path}: GGUF files need the package gguf, which is not installed; pip install 'ee_tuning[gguf]'"
+        ) from error
     try:
         return _Parsed(path)
     except OSError as error:

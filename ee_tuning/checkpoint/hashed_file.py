@@ -1,7 +1,9 @@
 """A file written from beginning to end, its sha256 taken on the way: reading, writing and hashing go on side by side.
 
-sha256 takes 1.5 to 2 GB/s of a core, as long as everything else together; a file hashed after it was written is read twice.
+sha256 takes 1.5 to 2 GB/s of a core, as long as everything else together; a file hashed after it was written is read
+twice.
 """
+
 import hashlib
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +24,8 @@ _SMALL = 1 << 20
 
 
 class HashedFile:
-    """A new file at `path`; with None nothing is written, and what would have been is hashed. A context manager. Raises OSError.
+    """A new file at `path`; with None nothing is written, and what would have been is hashed. A context manager. Raises
+    OSError.
 
     `beside_other_work`: this process computes meanwhile, with torch's threads.
     """
@@ -31,7 +34,8 @@ class HashedFile:
         self.num_bytes = 0
         self._file = None if path is None else DirectFile(path)
         self._digest = hashlib.sha256()
-        # torch's own threads spin between its short jobs, on the cores that hashing and writing need: a third of the time, with two.
+        # torch's own threads spin between its short jobs, on the cores that hashing and writing need: a third of the
+        # time, with two.
         self._torch_threads = None if beside_other_work else torch.get_num_threads()
         if self._torch_threads:
             torch.set_num_threads(1)
@@ -44,7 +48,9 @@ class HashedFile:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             if kind is None:
                 self._hand_on_small()

@@ -1,7 +1,9 @@
-"""Models and tokenizers by their name on the Hugging Face hub: what is read is fetched into Hugging Face's cache, and nothing else.
+"""Models and tokenizers by their name on the Hugging Face hub: what is read is fetched into Hugging Face's cache, and
+nothing else.
 
 A repository may hold a model several times over, in other formats and precisions; nobody is to wait for those.
 """
+
 import glob
 import json
 import re
@@ -14,14 +16,38 @@ from ee_tuning.errors import InputError
 _NAME = re.compile(r"((?:\w[\w.-]*/)?\w[\w.-]*)(?:@(\w[\w./-]*))?")
 _CONFIG = ["config.json"]
 _TOKENIZER = [
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
-    "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model", "*.tiktoken", "chat_template.jinja", "chat_template.json",
-    "additional_chat_templates/*.jinja"]
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tiktoken.model",
+    "*.tiktoken",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+]
 _CODE = ["*.py"]
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _ADAPTER = "adapter_config.json"
-_MODEL = [*_CONFIG, *_TOKENIZER, "generation_config.json", MANIFEST, _INDEX, _ADAPTER,
-          *_CODE, "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"]
+_MODEL = [
+    *_CONFIG,
+    *_TOKENIZER,
+    "generation_config.json",
+    MANIFEST,
+    _INDEX,
+    _ADAPTER,
+    *_CODE,
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+    "USE_POLICY*",
+]
 """All but the weights. Code and licences go along with an export."""
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pth", ".pt", ".h5", ".msgpack", ".onnx")
 
@@ -57,8 +83,10 @@ def fetch_model(name: HubName, *, needs_weights: bool) -> Path:
     if (folder / _ADAPTER).is_file():
         return folder  # it is refused where the model is opened
     if not (folder / "config.json").is_file():
-        raise InputError(f"{name} on the hub must hold a config.json, and holds {_other_weights(commit)}; give the model as transformers "
-                         "saves it, or fetch a GGUF file and give that")
+        raise InputError(
+            f"{name} on the hub must hold a config.json, and holds {_other_weights(commit)}; give the model as transformers "
+            "saves it, or fetch a GGUF file and give that"
+        )
     if not needs_weights:
         return folder
     if holds_manifest(folder):  # every file that it lists is read, to be checked
@@ -66,13 +94,17 @@ def fetch_model(name: HubName, *, needs_weights: bool) -> Path:
     if (folder / _INDEX).is_file() and not (folder / _SINGLE).exists() and not _holds(commit, _SINGLE):
         return _with(folder, commit, _shards(folder / _INDEX))
     if not (_with(folder, commit, [_SINGLE]) / _SINGLE).exists():
-        raise InputError(f"{name} on the hub must hold {_SINGLE} or {_INDEX}, and holds {_other_weights(commit)}; give a repository, or a "
-                         "revision (org/name@revision), with safetensors")
+        raise InputError(
+            f"{name} on the hub must hold {_SINGLE} or {_INDEX}, and holds {_other_weights(commit)}; give a repository, or a "
+            "revision (org/name@revision), with safetensors"
+        )
     return folder
 
 
 def fetch_tokenizer(name: HubName, *, with_code: bool) -> Path:
-    """The folder in Hugging Face's cache with the tokenizer's files, `with_code` also the repository's Python files. Raises InputError."""
+    """The folder in Hugging Face's cache with the tokenizer's files, `with_code` also the repository's Python files.
+    Raises InputError.
+    """
     folder = _fetched(name, [*_CONFIG, *_TOKENIZER, *(_CODE if with_code else [])])
     if not folder.is_dir():
         raise InputError(f"{name} on the hub holds no file of a tokenizer; give another --tokenizer")
@@ -103,17 +135,24 @@ def _fetched(name: HubName, files: list[str], *, is_large: bool = False) -> Path
         _COMMITS[name] = HubName(name.repository, folder.name)
         return folder
     except GatedRepoError as error:
-        raise InputError(f"{name} on the hub is for accounts that were let in; ask on its page, and log in (hf auth login, or set HF_TOKEN)"
-                         ) from error
+        raise InputError(
+            f"{name} on the hub is for accounts that were let in; ask on its page, and log in (hf auth login, or set HF_TOKEN)"
+        ) from error
     except RepositoryNotFoundError as error:
-        raise InputError(f"there is no folder {name}, and no such model on the Hugging Face hub, or not for this account; check the name, "
-                         "log in (hf auth login, or set HF_TOKEN), or give a folder") from error
+        raise InputError(
+            f"there is no folder {name}, and no such model on the Hugging Face hub, or not for this account; check the name, "
+            "log in (hf auth login, or set HF_TOKEN), or give a folder"
+        ) from error
     except RevisionNotFoundError as error:
-        raise InputError(f"{name.repository} on the hub has no revision {name.revision!r}; give a branch, a tag or a commit") from error
+        raise InputError(
+            f"{name.repository} on the hub has no revision {name.revision!r}; give a branch, a tag or a commit"
+        ) from error
     except Exception as error:  # of the network, by classes of whichever library it goes through
         reason = " ".join(str(error.__cause__ or error).split())[:200]
-        raise InputError(f"there is no folder {name}, and the Hugging Face hub can not be asked for it ({reason}); "
-                         "check the name and the network, or give a folder") from error
+        raise InputError(
+            f"there is no folder {name}, and the Hugging Face hub can not be asked for it ({reason}); "
+            "check the name and the network, or give a folder"
+        ) from error
 
 
 def _snapshot(name: HubName, files: list[str], shows_progress: bool) -> Path:

@@ -1,4 +1,5 @@
 """The backbone, read in place from a Hugging Face folder: each rank its own slices."""
+
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,9 +15,12 @@ from ee_tuning.checkpoint.unread import is_buffer, refuse_telling, unread
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
 
-_BARE = {"transformer.": re.compile(r"(wte|wpe|ln_f|h\.\d+)\."), "model.": re.compile(r"(embed_tokens|norm|layers\.\d+)\.")}
-"""Tensors of a model that was saved without its output matrix, as GPT-2's published folders and embedding models are: what begins every
-other name in whole models is missing before them.
+_BARE = {
+    "transformer.": re.compile(r"(wte|wpe|ln_f|h\.\d+)\."),
+    "model.": re.compile(r"(embed_tokens|norm|layers\.\d+)\."),
+}
+"""Tensors of a model that was saved without its output matrix, as GPT-2's published folders and embedding models are:
+what begins every other name in whole models is missing before them.
 """
 
 
@@ -28,8 +32,11 @@ class HuggingFaceReader(SafetensorsFolder):
         self._slabs: dict[str, Slab] = {}
         self._stored: dict[str, str] = {}
         self._slabs = expert_slabs(self)
-        self._stored = {**_whole_names(self.files), **(router_names(self) if self._slabs else {}),
-                        **{name: slab.stored for name, slab in self._slabs.items()}}
+        self._stored = {
+            **_whole_names(self.files),
+            **(router_names(self) if self._slabs else {}),
+            **{name: slab.stored for name, slab in self._slabs.items()},
+        }
 
     def holds(self, name: str) -> bool:
         """Whether there is a tensor of that name, as the family's whole models name it."""
@@ -58,14 +65,26 @@ class HuggingFaceReader(SafetensorsFolder):
         return super()._read(name, slab.within(part))[0] if slab else super()._read(name, part)
 
     def check_complete(self, config: ModelConfig) -> None:
-        """Raises InputError where a backbone tensor is missing, has another shape, or one is there that would be ignored."""
+        """Raises InputError where a backbone tensor is missing, has another shape, or one is there that would be
+        ignored.
+        """
         expected = backbone_tensor_shapes(config)
-        strangers = [name for name in self.names() if name not in expected and name != output_name(config) and not is_buffer(name)]
+        strangers = [
+            name
+            for name in self.names()
+            if name not in expected and name != output_name(config) and not is_buffer(name)
+        ]
         refuse_telling((name, self._path(name)) for name in strangers)
-        if output_name(config) in expected and not self.holds(output_name(config)) and self.holds(embedding_name(config)):
-            raise InputError(f"{self.table} holds no output matrix ({output_name(config)}), and the config ties none to the embedding "
-                             "(tie_word_embeddings): a model that embeds or scores texts has none; give the language model that it was "
-                             "made from")
+        if (
+            output_name(config) in expected
+            and not self.holds(output_name(config))
+            and self.holds(embedding_name(config))
+        ):
+            raise InputError(
+                f"{self.table} holds no output matrix ({output_name(config)}), and the config ties none to the embedding "
+                "(tie_word_embeddings): a model that embeds or scores texts has none; give the language model that it was "
+                "made from"
+            )
         for name, shape in expected.items():
             self.check_shape(name, shape)
         for name in strangers:
@@ -74,14 +93,21 @@ class HuggingFaceReader(SafetensorsFolder):
 
 def _whole_names(files: Iterable[str]) -> dict[str, str]:
     """Whole models' names of tensors that lack the beginning of them, to those that they have."""
-    return {prefix + name: name for prefix, pattern in _BARE.items() if not any(name.startswith(prefix) for name in files)
-            for name in files if pattern.match(name)}
+    return {
+        prefix + name: name
+        for prefix, pattern in _BARE.items()
+        if not any(name.startswith(prefix) for name in files)
+        for name in files
+        if pattern.match(name)
+    }
 
 
-def read_backbone_tensor(reader: TensorSource, config: ModelConfig, parameter: str, tp: int, tp_rank: int,
-                         dtype: torch.dtype) -> Tensor:
+def read_backbone_tensor(
+    reader: TensorSource, config: ModelConfig, parameter: str, tp: int, tp_rank: int, dtype: torch.dtype
+) -> Tensor:
     """Rank `tp_rank`'s part of a Megatron-core backbone parameter, as `dtype`, on the CPU.
 
-    Raises InputError, naming file and tensor, where a tensor is missing, broken or of another shape; KeyError on an unknown parameter.
+    Raises InputError, naming file and tensor, where a tensor is missing, broken or of another shape; KeyError on an
+    unknown parameter.
     """
     return read_shard(reader, backbone_shard(parameter, config, tp, tp_rank), dtype)

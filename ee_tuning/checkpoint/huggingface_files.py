@@ -1,4 +1,5 @@
 """The files of a Hugging Face folder to be written: where the blocks of each come from, and how large it will be."""
+
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,9 @@ def copied_file(folder: SafetensorsFolder, name: str, *, is_linked: bool = False
 
 
 def backbone_layout(source: TensorSource, model: ModelConfig) -> SafetensorsLayout:
-    """How a backbone that is in no Hugging Face folder lies in one: in Hugging Face's names, each tensor in the dtype that it has."""
+    """How a backbone that is in no Hugging Face folder lies in one: in Hugging Face's names, each tensor in the dtype
+    that it has.
+    """
     shapes = backbone_tensor_shapes(model)
     return SafetensorsLayout("model", shapes, {name: source.dtype(name) for name in shapes})
 
@@ -49,14 +52,18 @@ def backbone_files(source: TensorSource, layout: SafetensorsLayout) -> list[File
     return joined_files(source, layout, {name: [name] for name in layout.shapes})
 
 
-def joined_files(source: TensorSource, layout: SafetensorsLayout, parts: Mapping[str, Sequence[str]]) -> list[FileToWrite]:
+def joined_files(
+    source: TensorSource, layout: SafetensorsLayout, parts: Mapping[str, Sequence[str]]
+) -> list[FileToWrite]:
     """The files of `layout`, each of whose tensors is made of `parts` of it from `source`, one after the other."""
+
     def blocks_of(file: str) -> Callable[[NonFinite], Iterator[Tensor | bytes]]:
         def blocks(watch: NonFinite) -> Iterator[Tensor | bytes]:
             yield layout.headers[file]
             for tensor in layout.files[file]:
                 for part in parts[tensor]:
                     yield from watch.watched(part, tensor_blocks(source, part))
+
         return blocks
 
     return [FileToWrite(file, layout.file_bytes(file), blocks_of(file)) for file in layout.files]

@@ -1,4 +1,5 @@
 """`ee-tuning inspect`: what a model, in any of the formats that can be read, or an exit-heads artifact holds."""
+
 import dataclasses
 import math
 from pathlib import Path
@@ -22,7 +23,8 @@ from ee_tuning.model.exit_spec import ExitSpec
 
 
 def inspect_path(path: Path, *, as_json: bool, config: str | None = None, trust_pickle: bool = False) -> None:
-    """Prints what `path` holds, as a table or as one JSON object; `config` and `trust_pickle` as in the model section of a job.
+    """Prints what `path` holds, as a table or as one JSON object; `config` and `trust_pickle` as in the model section
+    of a job.
 
     Raises InputError where it is neither a model nor an exit-heads artifact, or not whole.
     """
@@ -41,28 +43,40 @@ def inspect_path(path: Path, *, as_json: bool, config: str | None = None, trust_
 def model_facts(path: Path, *, config: str | None = None, trust_pickle: bool = False) -> dict[str, Any]:
     """A backbone: format, shape, parameters and bytes per part, fingerprint, and what one exit head would take.
 
-    Reads no more than headers and a few rows; of a folder with no more than a config.json, that. Raises InputError where the weights are
-    not those that its shape asks for.
+    Reads no more than headers and a few rows; of a folder with no more than a config.json, that. Raises InputError
+    where the weights are not those that its shape asks for.
     """
     folder = model_folder(str(path))
     if not has_weights(folder):
         others = ", ".join(other_weights(folder)[:3])
         weights = f"its weights ({others}) are in a form that is not read" if others else "weights are missing"
-        return {"kind": "model", "format": f"config.json alone: {weights}, and sizes are computed from the shape",
-                "path": str(folder), "name": model_name(folder), **_described(model := read_model_config(folder), model.stored_dtype)}
+        return {
+            "kind": "model",
+            "format": f"config.json alone: {weights}, and sizes are computed from the shape",
+            "path": str(folder),
+            "name": model_name(folder),
+            **_described(model := read_model_config(folder), model.stored_dtype),
+        }
     reader, model, kind = open_model(ModelSection(path=str(path), config=config, trust_pickle=trust_pickle))
     with reader:
         reader.check_complete(model)
         dtype = reader.dtype(embedding_name(model))
         return {
-            "kind": "model", "format": FORMATS[kind], "path": str(reader.folder), "name": model_name(reader.folder),
+            "kind": "model",
+            "format": FORMATS[kind],
+            "path": str(reader.folder),
+            "name": model_name(reader.folder),
             **_described(model, str(dtype).removeprefix("torch.")),
-            "bytes": sum(math.prod(shape) * reader.dtype(name).itemsize for name, shape in backbone_tensor_shapes(model).items()),
-            "fingerprint": fingerprint(reader, model)}
+            "bytes": sum(
+                math.prod(shape) * reader.dtype(name).itemsize for name, shape in backbone_tensor_shapes(model).items()
+            ),
+            "fingerprint": fingerprint(reader, model),
+        }
 
 
 def artifact_facts(folder: Path) -> dict[str, Any]:
-    """An artifact: its exits, what they are bound to, how they began and were tuned, their size; every file's sha256 is checked.
+    """An artifact: its exits, what they are bound to, how they began and were tuned, their size; every file's sha256 is
+    checked.
 
     Raises InputError where a file is missing or altered.
     """
@@ -70,25 +84,44 @@ def artifact_facts(folder: Path) -> dict[str, Any]:
         exits = reader.config
         parameters = {name: math.prod(reader.shape(name)) for name in reader.names()}
         return {
-            "kind": "exit_heads", "path": str(folder), "exit_layers": list(exits.exit_layers),
-            "architecture": exit_config_tree(exits)["architecture"], "adapter_rank": exits.adapter_rank,
-            "output": exits.output, "dtype": exits.dtype,
+            "kind": "exit_heads",
+            "path": str(folder),
+            "exit_layers": list(exits.exit_layers),
+            "architecture": exit_config_tree(exits)["architecture"],
+            "adapter_rank": exits.adapter_rank,
+            "output": exits.output,
+            "dtype": exits.dtype,
             "bound_to": {"name": exits.model_name, "fingerprint": exits.model_fingerprint, "shape": exits.model_shape},
-            "initialized": {"init": exits.init, "seed": exits.seed, "fitted": exits.fitted}, "tuned": exits.tuned,
-            "adds_linear": list(exits.adds_linear) or None, "output_vocab": exits.output_vocab,
+            "initialized": {"init": exits.init, "seed": exits.seed, "fitted": exits.fitted},
+            "tuned": exits.tuned,
+            "adds_linear": list(exits.adds_linear) or None,
+            "output_vocab": exits.output_vocab,
             "origins": exits.origins,
-            "parameters": {**{f"exit {layer}": sum(n for name, n in parameters.items() if name.startswith(f"exits.{layer}."))
-                              for layer in exits.exit_layers}, "all": sum(parameters.values())},
-            "bytes": sum(file.stat().st_size for file in folder.iterdir()), "integrity": "every sha256 is as the manifest says"}
+            "parameters": {
+                **{
+                    f"exit {layer}": sum(n for name, n in parameters.items() if name.startswith(f"exits.{layer}."))
+                    for layer in exits.exit_layers
+                },
+                "all": sum(parameters.values()),
+            },
+            "bytes": sum(file.stat().st_size for file in folder.iterdir()),
+            "integrity": "every sha256 is as the manifest says",
+        }
 
 
 def _described(model: ModelConfig, dtype: str) -> dict[str, Any]:
     """What the shape tells, for weights in `dtype`."""
     parameters, width = parameters_by_part(model), getattr(torch, dtype).itemsize
     return {
-        "shape": model_shape(model), "dtype": dtype, "rope": _rope(model), "max_position_embeddings": model.max_position_embeddings,
-        "parameters": {**parameters, **parameters_per_layer(model)}, "bytes": width * parameters["all"],
-        "largest_group_bytes": width * largest_group_parameters(model), "one_exit_head_bytes": _exit_head_bytes(model, width)}
+        "shape": model_shape(model),
+        "dtype": dtype,
+        "rope": _rope(model),
+        "max_position_embeddings": model.max_position_embeddings,
+        "parameters": {**parameters, **parameters_per_layer(model)},
+        "bytes": width * parameters["all"],
+        "largest_group_bytes": width * largest_group_parameters(model),
+        "one_exit_head_bytes": _exit_head_bytes(model, width),
+    }
 
 
 def _rope(config: ModelConfig) -> dict[str, Any] | None:
@@ -96,17 +129,26 @@ def _rope(config: ModelConfig) -> dict[str, Any] | None:
     if config.position == "learned":
         return None
     plain = dataclasses.asdict(type(config.rope)())
-    return {key: value for key, value in dataclasses.asdict(config.rope).items() if key in ("kind", "theta") or value != plain[key]}
+    return {
+        key: value
+        for key, value in dataclasses.asdict(config.rope).items()
+        if key in ("kind", "theta") or value != plain[key]
+    }
 
 
 def _exit_head_bytes(config: ModelConfig, width: int) -> dict[str, int]:
     def num_parameters(architecture: Architecture, ties_output: bool) -> int:
-        spec = ExitSpec(layer=1, architecture=architecture, ties_output=ties_output, adapter_rank=ExitsSection.adapter_rank)
+        spec = ExitSpec(
+            layer=1, architecture=architecture, ties_output=ties_output, adapter_rank=ExitsSection.adapter_rank
+        )
         return sum(map(math.prod, exit_tensor_shapes((spec,), config).values()))
 
-    return {f"{architecture}, {'tied' if ties_output else 'untied'}": width * num_parameters(architecture, ties_output)
-            for architecture in get_args(Architecture) for ties_output in (False, True)
-            if not (ties_output and architecture == "embedding") and not (config.num_experts and architecture == "mlp")}
+    return {
+        f"{architecture}, {'tied' if ties_output else 'untied'}": width * num_parameters(architecture, ties_output)
+        for architecture in get_args(Architecture)
+        for ties_output in (False, True)
+        if not (ties_output and architecture == "embedding") and not (config.num_experts and architecture == "mlp")
+    }
 
 
 def _lines(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -1,8 +1,11 @@
-"""Megatron's older checkpoints: a folder `mp_rank_XX[_YYY]` per tensor-parallel rank and pipeline stage, all of it in one pickle each.
+"""Megatron's older checkpoints: a folder `mp_rank_XX[_YYY]` per tensor-parallel rank and pipeline stage, all of it in
+one pickle each.
 
-Two layouts of keys: Megatron-core's, and the older `language_model.encoder.layers.…`, which is renamed. Stages, and the parts of virtual
-pipelines, are laid one after the other, tensor-parallel shards merged as they are read. EE-LLM's exits are kept apart; see ee_llm.py.
+Two layouts of keys: Megatron-core's, and the older `language_model.encoder.layers.…`, which is renamed. Stages, and the
+parts of virtual pipelines, are laid one after the other, tensor-parallel shards merged as they are read. EE-LLM's exits
+are kept apart; see ee_llm.py.
 """
+
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -23,18 +26,27 @@ _RANK_FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
 _FILES = ("model_optim_rng.pt", "model_rng.pt")
 _LAYER = re.compile(r"(decoder\.layers|exit_output_layer)\.(\d+)\.(.+)")
 _OF_EXITS = re.compile(r"exit_output_layer\.|decoder\.layers\.\d+\.(exit_norm|exit_block|mlp\.branch)\.")
-_RENAMED = tuple((re.compile(old), new) for old, new in (
-    (r"^language_model\.(embedding|(exit_)?output_layer)\.", r"\1."), (r"^language_model\.(encoder|transformer)\.", "decoder."),
-    (r"^word_embeddings_for_head\.", "output_layer."), (r"^decoder\.final_norm\.", "decoder.final_layernorm."),
-    (r"\.input_norm\.", ".input_layernorm."), (r"\.post_attention_(layer)?norm\.", ".pre_mlp_layernorm."),
-    (r"\.(self_)?attention\.query_key_value\.", ".self_attention.linear_qkv."),
-    (r"\.(self_)?attention\.dense\.", ".self_attention.linear_proj."),
-    (r"\.mlp\.trunk\.", ".mlp."), (r"\.dense_h_to_4h\.", ".linear_fc1."), (r"\.dense_4h_to_h\.", ".linear_fc2.")))
+_RENAMED = tuple(
+    (re.compile(old), new)
+    for old, new in (
+        (r"^language_model\.(embedding|(exit_)?output_layer)\.", r"\1."),
+        (r"^language_model\.(encoder|transformer)\.", "decoder."),
+        (r"^word_embeddings_for_head\.", "output_layer."),
+        (r"^decoder\.final_norm\.", "decoder.final_layernorm."),
+        (r"\.input_norm\.", ".input_layernorm."),
+        (r"\.post_attention_(layer)?norm\.", ".pre_mlp_layernorm."),
+        (r"\.(self_)?attention\.query_key_value\.", ".self_attention.linear_qkv."),
+        (r"\.(self_)?attention\.dense\.", ".self_attention.linear_proj."),
+        (r"\.mlp\.trunk\.", ".mlp."),
+        (r"\.dense_h_to_4h\.", ".linear_fc1."),
+        (r"\.dense_4h_to_h\.", ".linear_fc2."),
+    )
+)
 
 
 class LegacyCheckpoint:
-    """The files of all ranks, opened. Raises InputError where one is missing or not sound, or asks for what is not on the list of names
-    (Archive), unless `is_trusted`.
+    """The files of all ranks, opened. Raises InputError where one is missing or not sound, or asks for what is not on
+    the list of names (Archive), unless `is_trusted`.
     """
 
     def __init__(self, folder: Path, *, is_trusted: bool = False):
@@ -49,8 +61,10 @@ class LegacyCheckpoint:
         for rank in range(self.num_ranks):
             parts = [self._open(files, rank, stage, is_trusted) for stage in range(self.num_stages)]
             if len({len(each) for each in parts}) > 1:
-                raise InputError(f"{folder}: every stage of a virtual pipeline must hold as many parts of the model, got "
-                                 f"{', '.join(str(len(each)) for each in parts)}; fetch the whole folder")
+                raise InputError(
+                    f"{folder}: every stage of a virtual pipeline must hold as many parts of the model, got "
+                    f"{', '.join(str(len(each)) for each in parts)}; fetch the whole folder"
+                )
             table: dict[str, StoredTensor] = {}
             counts = {"decoder.layers": 0, "exit_output_layer": 0}
             # The model goes through the first part of every stage before it comes to the second of any.
@@ -61,20 +75,28 @@ class LegacyCheckpoint:
                     counts[kind] = count + _depth(own, kind)
             self.tables.append(table)
 
-    def _open(self, files: dict[tuple[int, int], Path], rank: int, stage: int, is_trusted: bool) -> list[dict[str, StoredTensor]]:
-        """One file's tensors under Megatron-core's names, layers numbered within the stage, or within each part that a virtual pipeline
-        gave the stage (`model0`, `model1`, …).
+    def _open(
+        self, files: dict[tuple[int, int], Path], rank: int, stage: int, is_trusted: bool
+    ) -> list[dict[str, StoredTensor]]:
+        """One file's tensors under Megatron-core's names, layers numbered within the stage, or within each part that a
+        virtual pipeline gave the stage (`model0`, `model1`, …).
         """
         path = files.get((rank, stage))
         if path is None:
-            raise InputError(f"{self.folder} must hold every tensor-parallel rank of every stage, and rank {rank} of stage {stage} is "
-                             "missing; fetch the whole folder")
+            raise InputError(
+                f"{self.folder} must hold every tensor-parallel rank of every stage, and rank {rank} of stage {stage} is "
+                "missing; fetch the whole folder"
+            )
         content = Archive(path, map_file(path), is_trusted=is_trusted).content
         names = ["model"]
         if isinstance(content, dict) and "model0" in content:
-            names = [f"model{i}" for i in range(sum(re.fullmatch(r"model\d+", str(key)) is not None for key in content))]
+            names = [
+                f"model{i}" for i in range(sum(re.fullmatch(r"model\d+", str(key)) is not None for key in content))
+            ]
         if not isinstance(content, dict) or not all(isinstance(content.get(name), dict) for name in names):
-            raise InputError(f"{path} must hold a Megatron model under `{'`, `'.join(names)}`, and does not; give a Megatron checkpoint")
+            raise InputError(
+                f"{path} must hold a Megatron model under `{'`, `'.join(names)}`, and does not; give a Megatron checkpoint"
+            )
         self.arguments = self.arguments or saved_arguments(content)
         if any("language_model" in content[name] for name in names):
             self._check_version(content, path)
@@ -83,8 +105,10 @@ class LegacyCheckpoint:
     def _check_version(self, content: dict[str, Any], path: Path) -> None:
         version = content.get("checkpoint_version", 0)
         if not isinstance(version, int | float) or version < 2:
-            raise InputError(f"{path}: checkpoint_version must be at least 2.0, got {version}: before it, queries, keys and values stood "
-                             "in another order; load and save the model with a later Megatron-LM")
+            raise InputError(
+                f"{path}: checkpoint_version must be at least 2.0, got {version}: before it, queries, keys and values stood "
+                "in another order; load and save the model with a later Megatron-LM"
+            )
 
 
 class LegacyReader(MegatronSource):
@@ -118,7 +142,11 @@ class LegacyReader(MegatronSource):
 
     def weight_files(self) -> set[str]:
         """Files that tensors lie in, by their names in the folder."""
-        return {str(tensor.archive.path.relative_to(self.folder)) for table in self.checkpoint.tables for tensor in table.values()}
+        return {
+            str(tensor.archive.path.relative_to(self.folder))
+            for table in self.checkpoint.tables
+            for tensor in table.values()
+        }
 
     def path(self, parameter: str, rank: int) -> Path:
         """The file that the shard is in; the folder where there is none."""
@@ -127,10 +155,16 @@ class LegacyReader(MegatronSource):
 
     def strangers(self) -> Iterator[tuple[str, Path]]:
         """Tensors of the model that `config` does not know."""
-        known = {name for parameter in backbone_parameter_names(self.config) for name in (parameter, norm_alias(parameter))}
+        known = {
+            name for parameter in backbone_parameter_names(self.config) for name in (parameter, norm_alias(parameter))
+        }
         for table in self.checkpoint.tables:
             for key, tensor in table.items():
-                if key not in known and not _OF_EXITS.match(key) and not is_harmless(key, ties_embeddings=self.config.ties_embeddings):
+                if (
+                    key not in known
+                    and not _OF_EXITS.match(key)
+                    and not is_harmless(key, ties_embeddings=self.config.ties_embeddings)
+                ):
                     yield key, tensor.archive.path
 
     def _tensor(self, parameter: str, rank: int) -> StoredTensor | None:
@@ -149,7 +183,9 @@ def _find(folder: Path) -> dict[tuple[int, int], Path]:
     for path in sorted(folder.glob("mp_rank_*")):
         match = _RANK_FOLDER.fullmatch(path.name)
         if match is None:
-            raise InputError(f"{path} is of no tensor-parallel rank and stage (mp_rank_XX or mp_rank_XX_YYY); experts are not supported")
+            raise InputError(
+                f"{path} is of no tensor-parallel rank and stage (mp_rank_XX or mp_rank_XX_YYY); experts are not supported"
+            )
         file = next((path / name for name in _FILES if (path / name).is_file()), None)
         if file is None:
             raise InputError(f"{path} must hold {' or '.join(_FILES)}, and holds neither; fetch the whole folder")
@@ -173,7 +209,9 @@ def _renamed(key: str) -> str:
 
 
 def _shifted(key: str, counts: dict[str, int]) -> str:
-    """The name with a layer's (or an exit's output matrix's) number counted over the stages, of which the earlier ones hold `counts`."""
+    """The name with a layer's (or an exit's output matrix's) number counted over the stages, of which the earlier ones
+    hold `counts`.
+    """
     match = _LAYER.match(key)
     return f"{match[1]}.{int(match[2]) + counts[match[1]]}.{match[3]}" if match else key
 

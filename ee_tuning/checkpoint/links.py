@@ -1,9 +1,11 @@
 """Links in a model's folder: which are followed.
 
-A file's name in an index, a manifest or a description is the name of a file of the same folder: whoever wrote it may not point elsewhere.
-A link is what the file system's owner arranged (Hugging Face's cache, weights in a store, a disk that was added): it is followed,
-wherever it leads, where the user, the folder's owner or root made it. Anybody else's, in a folder that many may write to, is not.
+A file's name in an index, a manifest or a description is the name of a file of the same folder: whoever wrote it may
+not point elsewhere. A link is what the file system's owner arranged (Hugging Face's cache, weights in a store, a disk
+that was added): it is followed, wherever it leads, where the user, the folder's owner or root made it. Anybody else's,
+in a folder that many may write to, is not.
 """
+
 import os
 from pathlib import Path
 
@@ -14,9 +16,14 @@ _MOST_LINKS = 40
 
 
 def check_links(folder: Path, path: Path) -> None:
-    """Raises InputError where a link on the way from `folder` to `path`, a file in it, is another's, or leads nowhere."""
+    """Raises InputError where a link on the way from `folder` to `path`, a file in it, is another's, or leads
+    nowhere.
+    """
     owners = _trusted_owners(folder)
-    for step in [*reversed([parent for parent in path.parents if parent.is_relative_to(folder) and parent != folder]), path]:
+    for step in [
+        *reversed([parent for parent in path.parents if parent.is_relative_to(folder) and parent != folder]),
+        path,
+    ]:
         _check_chain(folder, step, owners)
 
 
@@ -41,8 +48,10 @@ def _check_chain(folder: Path, link: Path, owners: set[int]) -> None:
         except (OSError, ValueError) as error:  # a name that no file can have
             raise InputError(f"{first} can not be followed: {error}") from error
         if owner not in owners:
-            raise InputError(f"{link} is a link of another user (uid {owner}) to {target}, and only links of yours, of root's or of the "
-                             f"owner of {folder} are followed; make the link yourself, or put the file itself into the folder")
+            raise InputError(
+                f"{link} is a link of another user (uid {owner}) to {target}, and only links of yours, of root's or of the "
+                f"owner of {folder} are followed; make the link yourself, or put the file itself into the folder"
+            )
         link = target
     else:
         raise InputError(f"{first} is a link that leads back to itself; put the file itself into the folder")

@@ -3,6 +3,7 @@
 The backbone is read in place, from whichever format it is in, the heads from their artifact.
 One data-parallel replica reads each tensor and hands it on to the others.
 """
+
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -58,9 +59,12 @@ class LoadedModel:
     """The sha256 of their weights, as an artifact's manifest has it: ExitHeadsReader.digest."""
 
 
-def load_for_tuning(config: Config, topology: Topology, fit: Fit | None = None, listed: ListedTokens | None = None) -> LoadedModel:
-    """The layers up to the last exit and the heads, from exits.path or made as `exits` describes, of which `fit` is a part where exits.init
-    is fitted, and `listed` where they have a shortlist; all layers and the final head where tuning.loss or tuning.compare_final ask for it.
+def load_for_tuning(
+    config: Config, topology: Topology, fit: Fit | None = None, listed: ListedTokens | None = None
+) -> LoadedModel:
+    """The layers up to the last exit and the heads, from exits.path or made as `exits` describes, of which `fit` is a
+    part where exits.init is fitted, and `listed` where they have a shortlist; all layers and the final head where
+    tuning.loss or tuning.compare_final ask for it.
 
     Raises InputError where model, exits and layout do not fit each other.
     """
@@ -71,8 +75,8 @@ def load_for_tuning(config: Config, topology: Topology, fit: Fit | None = None, 
 
 
 def load_for_fitting(config: Config, topology: Topology, listed: ListedTokens | None = None) -> LoadedModel:
-    """All layers, the final norm, and the heads as `exits` describes them, but for the map that is to be found. `exits` of what is returned
-    is the artifact to be. Raises as `load_for_tuning`.
+    """All layers, the final norm, and the heads as `exits` describes them, but for the map that is to be found. `exits`
+    of what is returned is the artifact to be. Raises as `load_for_tuning`.
     """
     reader, model_config = _open_model(config, topology)
     with reader:
@@ -84,26 +88,42 @@ def load_for_generation(config: Config, topology: Topology) -> LoadedModel:
     """All layers, the final head, and the heads of exits.path where it is given. Raises as `load_for_tuning`."""
     reader, model_config = _open_model(config, topology)
     with reader:
-        exits, tensors = _open_exits(config, model_config, reader, topology, None) if config.exits.path else (None, None)
+        exits, tensors = (
+            _open_exits(config, model_config, reader, topology, None) if config.exits.path else (None, None)
+        )
         sources = Sources(model_config, reader, exits, tensors)
         loaded = build_stage(sources, _plan_generation(config, sources, topology), topology)
-        return dataclasses.replace(loaded, heads_digest=tensors.digest if isinstance(tensors, ExitHeadsReader) else None)
+        return dataclasses.replace(
+            loaded, heads_digest=tensors.digest if isinstance(tensors, ExitHeadsReader) else None
+        )
 
 
 def plan_fitting(config: Config, sources: Sources, topology: Topology) -> list[StagePlan]:
-    """What each stage holds while exits are fitted: no head has a map, or an output matrix of its own, for none is needed. Raises as
-    `plan_tuning`.
+    """What each stage holds while exits are fitted: no head has a map, or an output matrix of its own, for none is
+    needed. Raises as `plan_tuning`.
     """
     exits, model = sources.exits, sources.config
     assert exits is not None
     cuts_sequence = _cuts_sequence(config, topology)
     check_weight_format(config.tuning.backbone_weights, model)
-    heads = tuple(dataclasses.replace(head, ties_output=True, adds_linear=False, output_vocab=0,
-                                      architecture="norm" if head.architecture == "linear" else head.architecture) for head in exits.heads)
+    heads = tuple(
+        dataclasses.replace(
+            head,
+            ties_output=True,
+            adds_linear=False,
+            output_vocab=0,
+            architecture="norm" if head.architecture == "linear" else head.architecture,
+        )
+        for head in exits.heads
+    )
     costs = stage_costs(model, model.num_layers, (), config.tuning.seq_length, trains_heads=False, has_final_head=False)
     plans = _plans(config, exits, costs, topology, has_final_head=True, max_length=config.tuning.seq_length)
-    return [dataclasses.replace(plan, exits=heads, token_ids=(), cuts_sequence=cuts_sequence, weights=config.tuning.backbone_weights)
-            for plan in plans]
+    return [
+        dataclasses.replace(
+            plan, exits=heads, token_ids=(), cuts_sequence=cuts_sequence, weights=config.tuning.backbone_weights
+        )
+        for plan in plans
+    ]
 
 
 def fitted_dtype(exits: ExitHeadsConfig) -> torch.dtype:
@@ -112,24 +132,41 @@ def fitted_dtype(exits: ExitHeadsConfig) -> torch.dtype:
 
 
 def plan_tuning(config: Config, sources: Sources, topology: Topology) -> list[StagePlan]:
-    """What each stage holds while tuning. Raises InputError where the layers do not reach for the stages, or the sequence for its parts."""
+    """What each stage holds while tuning. Raises InputError where the layers do not reach for the stages, or the
+    sequence for its parts.
+    """
     exits = sources.exits
     assert exits is not None
     cuts_sequence = _cuts_sequence(config, topology)
     costs = tuning_costs(config, sources.config, exits)
-    plans = _plans(config, exits, costs, topology, has_final_head=config.tuning.wants_final_head, max_length=config.tuning.seq_length)
+    plans = _plans(
+        config,
+        exits,
+        costs,
+        topology,
+        has_final_head=config.tuning.wants_final_head,
+        max_length=config.tuning.seq_length,
+    )
     weights = config.tuning.backbone_weights
     check_weight_format(weights, sources.config)
-    return [dataclasses.replace(plan, shares_output_matrix=config.tuning.tells_hidden(exits.ties_output), cuts_sequence=cuts_sequence,
-                                weights=weights)
-            for plan in plans]
+    return [
+        dataclasses.replace(
+            plan,
+            shares_output_matrix=config.tuning.tells_hidden(exits.ties_output),
+            cuts_sequence=cuts_sequence,
+            weights=weights,
+        )
+        for plan in plans
+    ]
 
 
 def tuning_costs(config: Config, model: ModelConfig, exits: ExitHeadsConfig) -> list[float]:
     """Multiply-adds per token of each layer that is built for tuning, with what hangs on it."""
     has_final_head = config.tuning.wants_final_head
     num_layers = model.num_layers if has_final_head else max(exits.exit_layers)
-    return stage_costs(model, num_layers, exits.heads, config.tuning.seq_length, trains_heads=True, has_final_head=has_final_head)
+    return stage_costs(
+        model, num_layers, exits.heads, config.tuning.seq_length, trains_heads=True, has_final_head=has_final_head
+    )
 
 
 def build_stage(sources: Sources, plans: list[StagePlan], topology: Topology) -> LoadedModel:
@@ -152,16 +189,20 @@ def compute_dtype(config: Config, topology: Topology) -> torch.dtype:
     """model.dtype, or float32 on a CPU and bfloat16 on a GPU."""
     is_cpu = topology.device.type == "cpu"
     if is_cpu and config.model.dtype == "bfloat16" and not multiplies_bfloat16():
-        warn_once("this processor has no instructions for bfloat16: tuning and the reading of prompts take 2 to 11 times as long as in "
-                  "float32; leave --dtype away where memory allows (decoding token by token is no slower)")
+        warn_once(
+            "this processor has no instructions for bfloat16: tuning and the reading of prompts take 2 to 11 times as long as in "
+            "float32; leave --dtype away where memory allows (decoding token by token is no slower)"
+        )
     return getattr(torch, config.model.dtype or ("float32" if is_cpu else "bfloat16"))
 
 
 def _cuts_sequence(config: Config, topology: Topology) -> bool:
     cuts_sequence = config.parallel.sequence_parallel and topology.tp > 1
     if cuts_sequence and config.tuning.seq_length % topology.tp:
-        raise InputError(f"parallel.sequence_parallel cuts the sequence into tensor_model_parallel_size = {topology.tp} equal parts, but "
-                         f"tuning.seq_length is {config.tuning.seq_length}; set it to a multiple of {topology.tp}, or leave it whole")
+        raise InputError(
+            f"parallel.sequence_parallel cuts the sequence into tensor_model_parallel_size = {topology.tp} equal parts, but "
+            f"tuning.seq_length is {config.tuning.seq_length}; set it to a multiple of {topology.tp}, or leave it whole"
+        )
     return cuts_sequence
 
 
@@ -172,10 +213,16 @@ def _open_model(config: Config, topology: Topology) -> tuple[BackboneSource, Mod
     return reader, model_config
 
 
-def _open_exits(config: Config, model_config: ModelConfig, reader: BackboneSource, topology: Topology,
-                fit: Fit | None, listed: ListedTokens | None = None) -> tuple[ExitHeadsConfig, TensorSource]:
-    """The artifact at exits.path, which must be bound to this model; without a path, first weights as `exits`, `fit` and `listed` describe
-    them.
+def _open_exits(
+    config: Config,
+    model_config: ModelConfig,
+    reader: BackboneSource,
+    topology: Topology,
+    fit: Fit | None,
+    listed: ListedTokens | None = None,
+) -> tuple[ExitHeadsConfig, TensorSource]:
+    """The artifact at exits.path, which must be bound to this model; without a path, first weights as `exits`, `fit`
+    and `listed` describe them.
     """
     if config.exits.path is None:
         model_config.check_exit_layers(config.exits.layers(model_config.num_layers))
@@ -190,16 +237,33 @@ def _open_exits(config: Config, model_config: ModelConfig, reader: BackboneSourc
 
 def _plan_generation(config: Config, sources: Sources, topology: Topology) -> list[StagePlan]:
     exits, model = sources.exits, sources.config
-    costs = stage_costs(model, model.num_layers, exits.heads if exits else (), 0, trains_heads=False, has_final_head=True)
+    costs = stage_costs(
+        model, model.num_layers, exits.heads if exits else (), 0, trains_heads=False, has_final_head=True
+    )
     return _plans(config, exits, costs, topology, has_final_head=True, max_length=model.max_position_embeddings)
 
 
-def _plans(config: Config, exits: ExitHeadsConfig | None, costs: list[float], topology: Topology, *, has_final_head: bool,
-           max_length: int) -> list[StagePlan]:
-    return [StagePlan(
-        first_layer=first, last_layer=last, exits=exits.heads if exits else (), token_ids=exits.token_ids if exits else (),
-        has_final_head=has_final_head, max_length=max_length, dtype=compute_dtype(config, topology))
-        for first, last in stage_layers(config.parallel.pipeline_layout, costs, topology.pp)]
+def _plans(
+    config: Config,
+    exits: ExitHeadsConfig | None,
+    costs: list[float],
+    topology: Topology,
+    *,
+    has_final_head: bool,
+    max_length: int,
+) -> list[StagePlan]:
+    return [
+        StagePlan(
+            first_layer=first,
+            last_layer=last,
+            exits=exits.heads if exits else (),
+            token_ids=exits.token_ids if exits else (),
+            has_final_head=has_final_head,
+            max_length=max_length,
+            dtype=compute_dtype(config, topology),
+        )
+        for first, last in stage_layers(config.parallel.pipeline_layout, costs, topology.pp)
+    ]
 
 
 def _fill(parameter: nn.Parameter, read: Callable[[], Tensor], topology: Topology) -> None:

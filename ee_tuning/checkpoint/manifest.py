@@ -1,7 +1,9 @@
 """sha256 of every file of a folder, checked before anything in it is used: safetensors notices no flipped byte.
 
-`manifest.json` is {"files": {name: {"sha256", "bytes"}}} and is written last, so a folder without it was never finished.
+`manifest.json` is {"files": {name: {"sha256", "bytes"}}} and is written last, so a folder without it was never
+finished.
 """
+
 import fnmatch
 import hashlib
 import threading
@@ -23,8 +25,11 @@ TEMPLATES = "additional_chat_templates"
 
 def write_manifest(folder: Path, known: Mapping[str, str] | None = None) -> None:
     """Lists every file that stands in `folder` now. `known` are sha256 by file name that were taken while writing."""
-    files = {name: {"sha256": (known or {}).get(name) or _sha256(folder / name), "bytes": (folder / name).stat().st_size}
-             for name in file_names(folder) if name != MANIFEST}
+    files = {
+        name: {"sha256": (known or {}).get(name) or _sha256(folder / name), "bytes": (folder / name).stat().st_size}
+        for name in file_names(folder)
+        if name != MANIFEST
+    }
     (folder / MANIFEST).write_text(to_json({"files": files}, indent=2) + "\n", encoding="utf-8")
 
 
@@ -45,15 +50,17 @@ def read_manifest(folder: Path, remedy: str) -> dict[str, dict[str, Any]]:
             if Path(plain).name != plain or plain in ("", "..") or set(entry) != {"sha256", "bytes"}:
                 raise ValueError(f"entry {name!r} must be a file of this folder with its sha256 and bytes")
     except OSError as error:
-        raise InputError(f"the folder must hold its manifest, but {path} can not be read: {error.strerror}; {remedy}") from error
+        raise InputError(
+            f"the folder must hold its manifest, but {path} can not be read: {error.strerror}; {remedy}"
+        ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is not a manifest: {error!r}; {remedy}") from error
     return files
 
 
 def holds_manifest(folder: Path) -> bool:
-    """Whether this project wrote the folder's `manifest.json`, as far as can be told from one that may be broken: other programs have files
-    of that name too.
+    """Whether this project wrote the folder's `manifest.json`, as far as can be told from one that may be broken: other
+    programs have files of that name too.
     """
     try:
         tree = read_json(folder / MANIFEST)
@@ -62,11 +69,15 @@ def holds_manifest(folder: Path) -> bool:
     except (OSError, ValueError):
         return True
     files = tree.get("files") if isinstance(tree, dict) else None
-    return isinstance(files, dict) and any(isinstance(entry, dict) and entry.keys() & {"sha256", "bytes"} for entry in files.values())
+    return isinstance(files, dict) and any(
+        isinstance(entry, dict) and entry.keys() & {"sha256", "bytes"} for entry in files.values()
+    )
 
 
 def check_manifest(folder: Path, remedy: str, topology: Topology | None = None) -> None:
-    """Raises InputError where a file of the folder is not what its manifest says; all ranks share the work and raise together."""
+    """Raises InputError where a file of the folder is not what its manifest says; all ranks share the work and raise
+    together.
+    """
     with ManifestCheck(folder, remedy, topology) as check:
         check.finish()
 
@@ -85,7 +96,9 @@ class ManifestCheck:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._is_left.set()
         self._thread.shutdown()
 
@@ -115,12 +128,14 @@ def check_file(path: Path, entry: dict[str, Any], remedy: str, is_left: threadin
         raise InputError(f"{path} must have {entry['bytes']} bytes, as {MANIFEST} says, got {size}; {remedy}")
     digest = _sha256(path, is_left)
     if digest != entry["sha256"] and not (is_left and is_left.is_set()):
-        raise InputError(f"{path} is altered: its sha256 must be {entry['sha256']}, as {MANIFEST} says, got {digest}; {remedy}")
+        raise InputError(
+            f"{path} is altered: its sha256 must be {entry['sha256']}, as {MANIFEST} says, got {digest}; {remedy}"
+        )
 
 
 def check_replaceable(output: Path, overwrite: bool, marks: Sequence[str]) -> None:
-    """Raises InputError where `output` exists, unless it is empty, or may be replaced: it is an export of the format that has files named
-    as each of the patterns `marks`, and holds nothing that its manifest does not list.
+    """Raises InputError where `output` exists, unless it is empty, or may be replaced: it is an export of the format
+    that has files named as each of the patterns `marks`, and holds nothing that its manifest does not list.
     """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
@@ -135,7 +150,9 @@ def check_replaceable(output: Path, overwrite: bool, marks: Sequence[str]) -> No
             raise InputError(f"{rule}, and {output} is none: it holds no {mark}; {remedy}")
     for name in file_names(output):
         if name not in listed and name != MANIFEST:
-            raise InputError(f"--overwrite would remove {output / name}, which its manifest does not list; move it away first")
+            raise InputError(
+                f"--overwrite would remove {output / name}, which its manifest does not list; move it away first"
+            )
 
 
 def _sha256(path: Path, is_left: threading.Event | None = None) -> str:

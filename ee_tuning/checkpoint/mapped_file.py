@@ -1,4 +1,5 @@
 """A file's bytes by place: mapped, or read into a buffer."""
+
 import mmap
 from pathlib import Path
 

@@ -1,9 +1,10 @@
 """Megatron-core's distributed checkpoints: `.metadata`, `.distcp` files, `common.pt`.
 
-Read by slices, whatever layout wrote them: each rank copies the rectangles it needs out of the mapped files. Layers, and the experts of
-each, may be stacked in one tensor (`decoder.layers.mlp.experts.experts.…`) or stand alone (`decoder.layers.3.mlp.experts.experts.5.…`);
-norms may have the local spec's names or Transformer Engine's.
+Read by slices, whatever layout wrote them: each rank copies the rectangles it needs out of the mapped files. Layers,
+and the experts of each, may be stacked in one tensor (`decoder.layers.mlp.experts.experts.…`) or stand alone
+(`decoder.layers.3.mlp.experts.experts.5.…`); norms may have the local spec's names or Transformer Engine's.
 """
+
 import math
 import re
 from collections.abc import Iterator
@@ -46,7 +47,9 @@ class _Chunk:
 
 
 class DistributedCheckpoint:
-    """The tensors of a distributed checkpoint, by rectangles. Raises InputError, naming the file, where anything in it is not sound."""
+    """The tensors of a distributed checkpoint, by rectangles. Raises InputError, naming the file, where anything in it
+    is not sound.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -55,7 +58,11 @@ class DistributedCheckpoint:
         self.dtypes: dict[str, torch.dtype] = {}
         self._chunks: dict[str, list[_Chunk]] = {}
         try:
-            places = {(index.fqn, tuple(index.offset)): info for index, info in metadata.storage_data.items() if index.offset is not None}
+            places = {
+                (index.fqn, tuple(index.offset)): info
+                for index, info in metadata.storage_data.items()
+                if index.offset is not None
+            }
             if len({(info.relative_path, info.offset) for info in places.values()}) != len(places):
                 raise ValueError("two tensors in one place")
             for key, entry in metadata.state_dict_metadata.items():
@@ -63,20 +70,29 @@ class DistributedCheckpoint:
                     self.shapes[key], self.dtypes[key] = tuple(entry.size), entry.properties.dtype
                     self._chunks[key] = [_chunk(chunk, places[key, tuple(chunk.offsets)]) for chunk in entry.chunks]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{folder / METADATA} does not describe a distributed checkpoint: {error!r}; fetch it again") from error
+            raise InputError(
+                f"{folder / METADATA} does not describe a distributed checkpoint: {error!r}; fetch it again"
+            ) from error
         self._files: dict[str, MappedFile] = {}
         self._items: dict[tuple[str, int], StoredTensor] = {}
 
     def rectangle(self, key: str, lower: Shape, upper: Shape, *, is_checked: bool) -> Tensor:
-        """[upper - lower]: copied out of the chunks that it meets. `is_checked`: those chunks' checksums are compared first."""
+        """[upper - lower]: copied out of the chunks that it meets. `is_checked`: those chunks' checksums are compared
+        first.
+        """
         out = torch.empty([high - low for low, high in zip(lower, upper, strict=True)], dtype=self.dtypes[key])
         boxes: list[tuple[Shape, Shape]] = []
         for chunk in self._chunks[key]:
             low = tuple(map(max, lower, chunk.offsets))
-            high = tuple(min(end, offset + size) for end, offset, size in zip(upper, chunk.offsets, chunk.sizes, strict=True))
+            high = tuple(
+                min(end, offset + size) for end, offset, size in zip(upper, chunk.offsets, chunk.sizes, strict=True)
+            )
             if any(map(int.__ge__, low, high)):
                 continue
-            if any(all(map(int.__lt__, low, other_high)) and all(map(int.__lt__, other_low, high)) for other_low, other_high in boxes):
+            if any(
+                all(map(int.__lt__, low, other_high)) and all(map(int.__lt__, other_low, high))
+                for other_low, other_high in boxes
+            ):
                 raise InputError(f"{self.folder / METADATA}: two chunks of {key} overlap; fetch the checkpoint again")
             boxes.append((low, high))
             try:
@@ -91,10 +107,14 @@ class DistributedCheckpoint:
         return out
 
     def stored_tensors(self) -> Iterator[tuple[str, str, StoredTensor]]:
-        """Every chunk of every tensor: key, file, and what lies there. Raises InputError where chunks leave a part of a tensor out."""
+        """Every chunk of every tensor: key, file, and what lies there. Raises InputError where chunks leave a part of a
+        tensor out.
+        """
         for key, chunks in self._chunks.items():
             if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(self.shapes[key]):
-                raise InputError(f"{self.folder / METADATA}: the chunks of {key} are not all of it; fetch the checkpoint again")
+                raise InputError(
+                    f"{self.folder / METADATA}: the chunks of {key} are not all of it; fetch the checkpoint again"
+                )
             for chunk in chunks:
                 yield key, chunk.file, self._item(key, chunk)
 
@@ -108,15 +128,22 @@ class DistributedCheckpoint:
             path = self.folder / chunk.file
             if chunk.file not in self._files:
                 if Path(chunk.file).name != chunk.file or chunk.file in ("", ".."):
-                    raise InputError(f"{self.folder / METADATA}: {key} must be in a file of this very folder, got {chunk.file!r}")
+                    raise InputError(
+                        f"{self.folder / METADATA}: {key} must be in a file of this very folder, got {chunk.file!r}"
+                    )
                 check_links(self.folder, path)
                 self._files[chunk.file] = map_file(path)
             archive = Archive(path, self._files[chunk.file], chunk.start, chunk.start + chunk.length)
             stored = archive.content
-            if (not isinstance(stored, StoredTensor) or math.prod(stored.shape) != math.prod(chunk.sizes)
-                    or stored.dtype != self.dtypes[key]):
-                raise archive.broken(f"bytes {chunk.start} to {chunk.start + chunk.length} do not hold the part of {key} that "
-                                     f"{METADATA} says they do")
+            if (
+                not isinstance(stored, StoredTensor)
+                or math.prod(stored.shape) != math.prod(chunk.sizes)
+                or stored.dtype != self.dtypes[key]
+            ):
+                raise archive.broken(
+                    f"bytes {chunk.start} to {chunk.start + chunk.length} do not hold the part of {key} that "
+                    f"{METADATA} says they do"
+                )
             self._items[place] = stored
         return self._items[place]
 
@@ -128,8 +155,11 @@ class MegatronReader(MegatronSource):
         super().__init__(folder, config)
         self.checkpoint = DistributedCheckpoint(folder)
         # The optimizer's states have the same names behind longer prefixes of their own.
-        self._prefix = min((key.removesuffix(_FINAL_NORM) for key in self.checkpoint.shapes if key.endswith(_FINAL_NORM)),
-                           key=len, default="")
+        self._prefix = min(
+            (key.removesuffix(_FINAL_NORM) for key in self.checkpoint.shapes if key.endswith(_FINAL_NORM)),
+            key=len,
+            default="",
+        )
 
     def stored_shape(self, parameter: str, rank: int) -> Shape | None:
         """The shape of the whole parameter: a distributed checkpoint's tensors are whole, whatever wrote them."""
@@ -138,7 +168,7 @@ class MegatronReader(MegatronSource):
             shape = self.checkpoint.shapes[key]
             if any(map(int.__ge__, entry, shape)):
                 return None
-            shapes.append(shape[len(entry):])
+            shapes.append(shape[len(entry) :])
         return (sum(shape[0] for shape in shapes), *shapes[0][1:]) if shapes and all(shapes) else None
 
     def stored_dtype(self, parameter: str) -> torch.dtype:
@@ -153,15 +183,19 @@ class MegatronReader(MegatronSource):
         """A rectangle. A single row is read unchecked, or a fingerprint would read all of the checkpoint."""
         parts, row = [], 0
         for key, entry in self._places(parameter):
-            shape = self.checkpoint.shapes[key][len(entry):]
+            shape = self.checkpoint.shapes[key][len(entry) :]
             lower, upper = max(rows.start - row, 0), min(rows.stop - row, shape[0])
             row += shape[0]
             if lower >= upper:
                 continue
             width = [(columns.start, columns.stop) if columns else (0, size) for size in shape[1:]]
             bounds = [*((index, index + 1) for index in entry), (lower, upper), *width]
-            part = self.checkpoint.rectangle(key, tuple(low for low, _ in bounds), tuple(high for _, high in bounds),
-                                             is_checked=rows.stop - rows.start > 1 and not self.is_vouched_for)
+            part = self.checkpoint.rectangle(
+                key,
+                tuple(low for low, _ in bounds),
+                tuple(high for _, high in bounds),
+                is_checked=rows.stop - rows.start > 1 and not self.is_vouched_for,
+            )
             parts.append(part[(0,) * len(entry)])
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
@@ -170,7 +204,9 @@ class MegatronReader(MegatronSource):
         return self.checkpoint.files()
 
     def strangers(self) -> Iterator[tuple[str, Path]]:
-        """Tensors that are neither the model's, as `config` knows it, nor of the optimizer, random states or exits that lie beside it."""
+        """Tensors that are neither the model's, as `config` knows it, nor of the optimizer, random states or exits that
+        lie beside it.
+        """
         used: dict[str, set[tuple[int, ...]]] = {}
         for parameter in backbone_parameter_names(self.config):
             for key, entry in self._places(parameter):
@@ -179,17 +215,23 @@ class MegatronReader(MegatronSource):
         for key in sorted(self.checkpoint.shapes):
             name = key.removeprefix(self._prefix)
             if name.startswith(_FURTHER_TOKENS):
-                warn_once(f"{self.folder}: {name} and what else begins with {_FURTHER_TOKENS} is not read: it predicts tokens after the "
-                          "next one, and changes nothing in the model itself")
-            elif not (key in known or _BESIDE.match(key) or is_harmless(name, ties_embeddings=self.config.ties_embeddings)):
+                warn_once(
+                    f"{self.folder}: {name} and what else begins with {_FURTHER_TOKENS} is not read: it predicts tokens after the "
+                    "next one, and changes nothing in the model itself"
+                )
+            elif not (
+                key in known or _BESIDE.match(key) or is_harmless(name, ties_embeddings=self.config.ties_embeddings)
+            ):
                 yield key, self.folder / METADATA
         for key, entries in used.items():
-            stack = self.checkpoint.shapes[key][:len(next(iter(entries)))]
+            stack = self.checkpoint.shapes[key][: len(next(iter(entries)))]
             if math.prod(stack) != len(entries):
                 yield f"{key} of {' × '.join(map(str, stack))} layers or experts", self.folder / METADATA
 
     def _places(self, parameter: str) -> list[tuple[str, tuple[int, ...]]]:
-        """The tensor, or tensors one below the other, that a parameter lies in, and which entry of a stack. None where absent."""
+        """The tensor, or tensors one below the other, that a parameter lies in, and which entry of a stack. None where
+        absent.
+        """
         for name in (parameter, norm_alias(parameter)):
             for key, entry in stacked_names(name):
                 key = self._prefix + key
@@ -200,8 +242,8 @@ class MegatronReader(MegatronSource):
 
 
 def stacked_names(parameter: str) -> list[tuple[str, tuple[int, ...]]]:
-    """What stock Megatron-core may call a parameter in a distributed checkpoint, and which entry of the tensor of that name it is then: of
-    all layers and, within them, of all experts, where they are stacked.
+    """What stock Megatron-core may call a parameter in a distributed checkpoint, and which entry of the tensor of that
+    name it is then: of all layers and, within them, of all experts, where they are stacked.
     """
     layer = _LAYER.fullmatch(parameter)
     if layer is None:
@@ -209,16 +251,23 @@ def stacked_names(parameter: str) -> list[tuple[str, tuple[int, ...]]]:
     name, expert = layer[3], _EXPERT.fullmatch(layer[3])
     names: list[tuple[str, tuple[int, ...]]] = [(name, ())]
     if expert:
-        names = [(f"{expert[1]}experts.{expert[3]}", (int(expert[2]),)), (f"{expert[1]}experts.{expert[2]}.{expert[3]}", ())]
-    return [*((f"{layer[1]}{layer[2]}.{each}", entry) for each, entry in names),
-            *((layer[1] + each, (int(layer[2]), *entry)) for each, entry in names)]
+        names = [
+            (f"{expert[1]}experts.{expert[3]}", (int(expert[2]),)),
+            (f"{expert[1]}experts.{expert[2]}.{expert[3]}", ()),
+        ]
+    return [
+        *((f"{layer[1]}{layer[2]}.{each}", entry) for each, entry in names),
+        *((layer[1] + each, (int(layer[2]), *entry)) for each, entry in names),
+    ]
 
 
 def _chunk(chunk: Any, info: Any) -> _Chunk:
     if getattr(info, "transform_descriptors", None):
         raise ValueError(f"it was written with {info.transform_descriptors}, which is not supported")
     offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
-    if len(offsets) != len(sizes) or not all(isinstance(n, int) and n >= 0 for n in (*offsets, *sizes, info.offset, info.length)):
+    if len(offsets) != len(sizes) or not all(
+        isinstance(n, int) and n >= 0 for n in (*offsets, *sizes, info.offset, info.length)
+    ):
         raise ValueError("a chunk of a negative size")
     return _Chunk(offsets, sizes, str(info.relative_path), info.offset, info.length)
 

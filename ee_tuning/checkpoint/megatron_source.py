@@ -1,7 +1,9 @@
-"""Megatron's parameters, fused and sharded as a checkpoint of its own holds them, seen as whole tensors under Hugging Face's names.
+"""Megatron's parameters, fused and sharded as a checkpoint of its own holds them, seen as whole tensors under Hugging
+Face's names.
 
 The key maps of `names.py` read backwards: where each stretch of a Hugging Face tensor lies among the shards.
 """
+
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,13 +21,18 @@ from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
 
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
-_FUSED_NORMS = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_", "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+_FUSED_NORMS = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
 """Names of a layer's norms in the local layer spec, and what Transformer Engine's fused modules call them."""
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """A piece of a Hugging Face tensor: in rank `rank`'s `parameter`, from row `row` on where it lies along the parameter's rows."""
+    """A piece of a Hugging Face tensor: in rank `rank`'s `parameter`, from row `row` on where it lies along the
+    parameter's rows.
+    """
 
     piece: Piece
     parameter: str
@@ -77,7 +84,9 @@ class MegatronSource(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -98,19 +107,27 @@ class MegatronSource(ABC):
         part = self._parts(name)[0]
         dtype = self.stored_dtype(part.parameter)
         if dtype not in DTYPES.values():
-            raise InputError(f"{self.path(part.parameter, part.rank)}: {part.parameter} is stored as {dtype}, which is not supported; "
-                             "save the model in bfloat16, float16 or float32")
+            raise InputError(
+                f"{self.path(part.parameter, part.rank)}: {part.parameter} is stored as {dtype}, which is not supported; "
+                "save the model in bfloat16, float16 or float32"
+            )
         return dtype
 
     def check_shape(self, name: str, shape: Shape) -> None:
-        """Raises InputError where the tensor is missing, has another shape, or is stored as something that is no plain float."""
+        """Raises InputError where the tensor is missing, has another shape, or is stored as something that is no plain
+        float.
+        """
         self.dtype(name)
         if self.shape(name) != shape:
-            raise InputError(f"{self.folder}: tensor {name} must have shape {list(shape)}, got {list(self.shape(name))}; config and "
-                             "weights are of different models")
+            raise InputError(
+                f"{self.folder}: tensor {name} must have shape {list(shape)}, got {list(self.shape(name))}; config and "
+                "weights are of different models"
+            )
 
     def check_complete(self, config: ModelConfig) -> None:
-        """Raises InputError where a backbone tensor is missing, has another shape, or one is there that would be ignored."""
+        """Raises InputError where a backbone tensor is missing, has another shape, or one is there that would be
+        ignored.
+        """
         refuse_telling(self.strangers())
         for name, shape in backbone_tensor_shapes(config).items():
             self.check_shape(name, shape)
@@ -148,14 +165,18 @@ class MegatronSource(ABC):
                 part = self.read(stretch.parameter, stretch.rank, across, along)
             found.append(part.t() if piece.is_transposed else part)
         if not found:
-            return torch.empty([part.stop - part.start for part in (rows, columns) if part is not None], dtype=self.dtype(name))
+            return torch.empty(
+                [part.stop - part.start for part in (rows, columns) if part is not None], dtype=self.dtype(name)
+            )
         return torch.cat(found, dim=stretches[0].piece.dim) if len(found) > 1 else found[0].contiguous()
 
     def _parts(self, name: str) -> list[Stretch]:
         if self._stretches is None:
             self._stretches = self._plan()
         if name not in self._stretches:
-            raise InputError(f"{self.folder} holds no tensor {name}, which the model must have; shape and weights do not belong together")
+            raise InputError(
+                f"{self.folder} holds no tensor {name}, which the model must have; shape and weights do not belong together"
+            )
         return self._stretches[name]
 
     def _plan(self) -> dict[str, list[Stretch]]:
@@ -183,16 +204,20 @@ class MegatronSource(ABC):
         known = []
         for rank, shape in enumerate(shapes):
             if shape is None:
-                raise InputError(f"{self.path(parameter, rank)} holds no parameter {parameter}, which the model must have; shape and "
-                                 "weights do not belong together")
+                raise InputError(
+                    f"{self.path(parameter, rank)} holds no parameter {parameter}, which the model must have; shape and "
+                    "weights do not belong together"
+                )
             known.append(shape)
         if parameter in VOCABULARY:
             return self._vocabulary(parameter, known)
         plans = [backbone_shard(parameter, self.config, self.num_ranks, rank) for rank in range(self.num_ranks)]
         for rank, (shape, shard) in enumerate(zip(known, plans, strict=True)):
             if shape != shard.shape:
-                raise InputError(f"{self.path(parameter, rank)}: {parameter} must have shape {list(shard.shape)}, got {list(shape)}; the "
-                                 "shape (saved arguments, or --config) and the weights are of different models")
+                raise InputError(
+                    f"{self.path(parameter, rank)}: {parameter} must have shape {list(shard.shape)}, got {list(shape)}; the "
+                    "shape (saved arguments, or --config) and the weights are of different models"
+                )
         return [shard.pieces for shard in plans]
 
     def _vocabulary(self, parameter: str, shapes: list[Shape]) -> list[tuple[Piece, ...]]:
@@ -200,8 +225,10 @@ class MegatronSource(ABC):
         size, width = self.config.vocab_size, self.config.hidden_size
         name = next(iter(backbone_shard(parameter, self.config, 1, 0).pieces)).name
         if sum(shape[0] for shape in shapes) < size or any(shape[1:] != (width,) for shape in shapes):
-            raise InputError(f"{self.path(parameter, 0)}: {parameter} must have at least {size} rows of {width}, got "
-                             f"{sum(shape[0] for shape in shapes)} of {list(shapes[0][1:])}; give the model's own vocab_size by --config")
+            raise InputError(
+                f"{self.path(parameter, 0)}: {parameter} must have at least {size} rows of {width}, got "
+                f"{sum(shape[0] for shape in shapes)} of {list(shapes[0][1:])}; give the model's own vocab_size by --config"
+            )
         pieces: list[tuple[Piece, ...]] = []
         start = 0
         for shape in shapes:
@@ -218,5 +245,7 @@ def norm_alias(parameter: str) -> str:
 
 
 def is_harmless(key: str, *, ties_embeddings: bool) -> bool:
-    """Whether a key of a model that no parameter is known for may be left out: states of fused modules, buffers, a tied copy."""
+    """Whether a key of a model that no parameter is known for may be left out: states of fused modules, buffers, a tied
+    copy.
+    """
     return "_extra_state" in key or key.endswith("inv_freq") or (ties_embeddings and key == "output_layer.weight")

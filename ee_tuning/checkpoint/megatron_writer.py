@@ -1,8 +1,9 @@
 """A Megatron-core distributed checkpoint of a model, with its exits beside the backbone's stock keys.
 
-Stock Megatron-core loads it at any TP × PP and leaves the exits alone. Tensors are described as the whole model's, whoever writes them, so
-the number of writing processes leaves no trace.
+Stock Megatron-core loads it at any TP × PP and leaves the exits alone. Tensors are described as the whole model's,
+whoever writes them, so the number of writing processes leaves no trace.
 """
+
 import argparse
 import re
 from collections.abc import Callable, Iterator
@@ -42,11 +43,12 @@ _LINEAR = re.compile(r"(.+\.linear_(?:qkv|proj|fc1|fc2))\.weight")
 
 
 def write_megatron(config: Config, output: Path, topology: Topology | None = None, *, overwrite: bool = False) -> None:
-    """Writes model.path, in whichever format it is, with the exits of exits.path, where given, to `output`: `.metadata`, `*.distcp`,
-    `common.pt` with the arguments Megatron-LM asks for, config.json, and exit_config.json. All ranks, if there are several, call it and
-    share the tensors.
+    """Writes model.path, in whichever format it is, with the exits of exits.path, where given, to `output`:
+    `.metadata`, `*.distcp`, `common.pt` with the arguments Megatron-LM asks for, config.json, and exit_config.json. All
+    ranks, if there are several, call it and share the tensors.
 
-    Raises InputError where model and exits do not belong together or `output` can not be written; then nothing is left behind.
+    Raises InputError where model and exits do not belong together or `output` can not be written; then nothing is left
+    behind.
     """
     on_first_rank(topology, lambda: check_target(config, output, overwrite, _MARKS))
     with open_for_export(config, topology) as model:
@@ -60,7 +62,10 @@ def _write(model: ExportSource, output: Path, topology: Topology | None) -> None
         on_first_rank(topology, lambda: check_room(output, aside, sum(each.num_bytes for each in tensors)))
         own = own_share({each: each.num_bytes for each in tensors}, rank, world)
         watch, total = NonFinite(), sum(each.num_bytes for each in own)
-        with byte_progress("writing the model", total, is_shown=rank == 0) as advance, DistcpWriter(aside, rank, advance) as writer:
+        with (
+            byte_progress("writing the model", total, is_shown=rank == 0) as advance,
+            DistcpWriter(aside, rank, advance) as writer,
+        ):
             if rank == 0:
                 _add_extra_states(writer, model.model)
             for each in own:
@@ -95,9 +100,10 @@ class _Tensor:
 
 
 def _backbone(source: TensorSource, model: ModelConfig) -> Iterator[_Tensor]:
-    """A layer's parameter is one of `num_layers` along a new first axis, an expert's one of all experts along another, as stock
-    Megatron-core stacks them. A stock layer saves its norms as parts of the linear maps that Transformer Engine fuses them into; before
-    experts its two specs do not agree on that, and the norm gets both names. A tied model saves the word embedding alone.
+    """A layer's parameter is one of `num_layers` along a new first axis, an expert's one of all experts along another,
+    as stock Megatron-core stacks them. A stock layer saves its norms as parts of the linear maps that Transformer
+    Engine fuses them into; before experts its two specs do not agree on that, and the norm gets both names. A tied
+    model saves the word embedding alone.
     """
     for parameter in backbone_parameter_names(model):
         if parameter == "output_layer.weight" and model.ties_embeddings:
@@ -113,17 +119,26 @@ def _backbone(source: TensorSource, model: ModelConfig) -> Iterator[_Tensor]:
 
 
 def _stacked(parameter: str, model: ModelConfig) -> tuple[str, Shape, Shape]:
-    """A parameter's name in the checkpoint, how many entries it is one of, and which. Where layers differ, each stands alone."""
+    """A parameter's name in the checkpoint, how many entries it is one of, and which. Where layers differ, each stands
+    alone.
+    """
     names = stacked_names(parameter)
     key, entry = names[0 if model.dense_layers else len(names) // 2]
-    return key, ((model.num_experts,) if model.dense_layers else (model.num_layers, model.num_experts))[:len(entry)], entry
+    return (
+        key,
+        ((model.num_experts,) if model.dense_layers else (model.num_layers, model.num_experts))[: len(entry)],
+        entry,
+    )
 
 
 def _exits(artifact: ExitHeadsReader) -> Iterator[_Tensor]:
     for name in artifact.names():
         shape: Shape = artifact.shape(name)
-        yield _Tensor(Chunk(name, artifact.dtype(name), shape, (0,) * len(shape), shape), name,
-                      partial(tensor_blocks, artifact, name))
+        yield _Tensor(
+            Chunk(name, artifact.dtype(name), shape, (0,) * len(shape), shape),
+            name,
+            partial(tensor_blocks, artifact, name),
+        )
 
 
 def _add_extra_states(writer: DistcpWriter, model: ModelConfig) -> None:
@@ -131,13 +146,17 @@ def _add_extra_states(writer: DistcpWriter, model: ModelConfig) -> None:
     for parameter in backbone_parameter_names(model):
         if linear := _LINEAR.fullmatch(parameter):
             key, stack, entry = _stacked(linear[1] + "._extra_state", model)
-            writer.add_object(f"{key}/shard_{'.'.join(map(str, entry or (0,)))}_{'.'.join(map(str, stack or (1,)))}", [None])
+            writer.add_object(
+                f"{key}/shard_{'.'.join(map(str, entry or (0,)))}_{'.'.join(map(str, stack or (1,)))}", [None]
+            )
 
 
 def _finish(model: ExportSource, aside: Path, output: Path, reports: list[_Report]) -> None:
     warn_non_finite(model.source.folder, [line for report in reports for line in report.warnings])
     for what in untold_by_megatron(model.model):
-        warn(f"{output}: Megatron-LM's arguments have no word for {what}; config.json tells it: whatever runs these weights has to know")
+        warn(
+            f"{output}: Megatron-LM's arguments have no word for {what}; config.json tells it: whatever runs these weights has to know"
+        )
     with refusals_named(output):
         arguments = argparse.Namespace(**megatron_arguments(model.model))
         write_common(aside, {"args": arguments, "checkpoint_version": 3.0, "iteration": 0})
@@ -145,6 +164,8 @@ def _finish(model: ExportSource, aside: Path, output: Path, reports: list[_Repor
         (aside / "config.json").write_text(to_json(described, indent=2) + "\n", encoding="utf-8")
         if model.artifact is not None:
             write_token_ids(aside, model.artifact.config.token_ids)
-            (aside / CONFIG).write_text(to_json(exit_config_tree(model.artifact.config), indent=2) + "\n", encoding="utf-8")
+            (aside / CONFIG).write_text(
+                to_json(exit_config_tree(model.artifact.config), indent=2) + "\n", encoding="utf-8"
+            )
         write_metadata(aside, [each for report in reports for each in report.written])
         write_manifest(aside, {file: digest for report in reports for file, digest in report.sums.items()})

@@ -1,4 +1,7 @@
-"""`.metadata` of a distributed checkpoint is a pickle, and torch runs whatever it holds: here it is looked through first."""
+"""`.metadata` of a distributed checkpoint is a pickle, and torch runs whatever it holds: here it is looked through
+first.
+"""
+
 import io
 import pickle
 from pathlib import Path
@@ -11,8 +14,16 @@ METADATA = ".metadata"
 _DCP = "torch.distributed.checkpoint"
 # Whole names only: a pickle may ask for `name.attribute`, and a module of torch holds `os` among its attributes.
 _NAMES = {
-    f"{_DCP}.metadata": ("Metadata", "MetadataIndex", "ChunkStorageMetadata", "TensorStorageMetadata", "BytesStorageMetadata",
-                         "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING"),
+    f"{_DCP}.metadata": (
+        "Metadata",
+        "MetadataIndex",
+        "ChunkStorageMetadata",
+        "TensorStorageMetadata",
+        "BytesStorageMetadata",
+        "TensorProperties",
+        "StorageMeta",
+        "_MEM_FORMAT_ENCODING",
+    ),
     f"{_DCP}.planner": ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData"),
     f"{_DCP}.filesystem": ("_StorageInfo", "_StoragePrefix"),
     "torch": ("Size", *(name.removeprefix("torch.") for name in DTYPES)),
@@ -27,7 +38,9 @@ class _Empty:
     """Takes the place of one of `_EMPTY`: a plain holder of attributes."""
 
 
-class _LookingThrough(pickle._Unpickler):  # the one in Python: the one in C makes room for any memo index that a pickle names
+class _LookingThrough(
+    pickle._Unpickler
+):  # the one in Python: the one in C makes room for any memo index that a pickle names
     def __init__(self, path: Path, *, passes_over: bool):
         super().__init__(io.BytesIO(path.read_bytes()))
         self._passes_over = passes_over
@@ -46,15 +59,16 @@ class _LookingThrough(pickle._Unpickler):  # the one in Python: the one in C mak
 
 
 def check_metadata_pickle(folder: Path) -> None:
-    """Raises InputError where `.metadata` in `folder` can not be read, or asks for what no checkpoint's description needs: torch, which
-    is to read it next, imports and calls all that it asks for.
+    """Raises InputError where `.metadata` in `folder` can not be read, or asks for what no checkpoint's description
+    needs: torch, which is to read it next, imports and calls all that it asks for.
     """
     _read(folder / METADATA, passes_over=False)
 
 
 def read_metadata_pickle(folder: Path) -> Any:
-    """The description of a distributed checkpoint (torch's `Metadata`, its fields as yet unchecked). What is plain data besides, such as
-    the path that it was written to, is passed over. Raises InputError where the file can not be read, or asks for anything else.
+    """The description of a distributed checkpoint (torch's `Metadata`, its fields as yet unchecked). What is plain data
+    besides, such as the path that it was written to, is passed over. Raises InputError where the file can not be read,
+    or asks for anything else.
     """
     return _read(folder / METADATA, passes_over=True)
 
@@ -63,4 +77,6 @@ def _read(path: Path, *, passes_over: bool) -> Any:
     try:
         return _LookingThrough(path, passes_over=passes_over).load()
     except Exception as error:  # a pickle that is broken on purpose may raise anything
-        raise InputError(f"{path} is not the description of a distributed checkpoint: {error}; do not load this checkpoint") from error
+        raise InputError(
+            f"{path} is not the description of a distributed checkpoint: {error}; do not load this checkpoint"
+        ) from error

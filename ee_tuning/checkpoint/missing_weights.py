@@ -1,4 +1,5 @@
 """Where weights were to be and are not: what is there instead, and what to do."""
+
 import re
 from pathlib import Path
 
@@ -10,8 +11,10 @@ _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors")
 _OTHERS = ("*.bin", "*.pth", "*.pt", "*.gguf", "*.h5", "*.msgpack", "*.ckpt", "*.npz", "*.safetensors")
 """Patterns of files that weights are in elsewhere."""
 _NO_WEIGHTS = ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state")
-_SAVE_ANEW = ("load it by transformers and save it again (AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)), which "
-              "writes safetensors")
+_SAVE_ANEW = (
+    "load it by transformers and save it again (AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)), which "
+    "writes safetensors"
+)
 
 
 def other_weights(folder: Path) -> list[str]:
@@ -27,30 +30,44 @@ def no_weights(folder: Path, stem: str) -> InputError:
         return InputError(told)
     shards = sorted(path.name for path in folder.glob(f"{stem}-*.safetensors") if _SHARD.fullmatch(path.name))
     if shards:
-        return InputError(f"{index} is missing, and {len(shards)} shard{'s' * (len(shards) > 1)} of a model "
-                          f"({shards[0]}{', …' * (len(shards) > 1)}) are there: it tells which tensor is in which; fetch it, too")
+        return InputError(
+            f"{index} is missing, and {len(shards)} shard{'s' * (len(shards) > 1)} of a model "
+            f"({shards[0]}{', …' * (len(shards) > 1)}) are there: it tells which tensor is in which; fetch it, too"
+        )
     rule = f"{folder} must hold {single.name} or {index.name}, and holds neither"
     if found := other_weights(folder):
         safetensors = [name for name in found if name.endswith(".safetensors")]
         if safetensors:
-            return InputError(f"{rule}, but {safetensors[0]}; give the folder of the model as transformers saves it, or call the file "
-                              f"{single.name} where it holds all of the model under transformers' names")
+            return InputError(
+                f"{rule}, but {safetensors[0]}; give the folder of the model as transformers saves it, or call the file "
+                f"{single.name} where it holds all of the model under transformers' names"
+            )
         if ggufs := [name for name in found if name.endswith(".gguf")]:
             return InputError(f"{folder} holds GGUF files, which are given by name: --model {folder / ggufs[0]}")
         what = told_content(folder / found[0])
-        remedy = _SAVE_ANEW if found[0].startswith("pytorch_model") else "give the model as transformers saves it (safetensors)"
-        return InputError(f"{rule}, but {found[0]}, which is not read{f' (it {what})' if what and 'LFS' in what else ''}; {remedy}")
+        remedy = (
+            _SAVE_ANEW
+            if found[0].startswith("pytorch_model")
+            else "give the model as transformers saves it (safetensors)"
+        )
+        return InputError(
+            f"{rule}, but {found[0]}, which is not read{f' (it {what})' if what and 'LFS' in what else ''}; {remedy}"
+        )
     return InputError(f"{rule}; fetch the whole folder")
 
 
 def refuse_file(path: Path) -> None:
-    """Raises InputError where `path`, which was to be a model's folder, is a file or a link to nothing: what to give instead."""
+    """Raises InputError where `path`, which was to be a model's folder, is a file or a link to nothing: what to give
+    instead.
+    """
     if told := dangling_link(path):
         raise InputError(told)
     if path.is_file():
         if told := told_content(path):
             raise InputError(f"{path} {told}")
-        raise InputError(f"model.path must name a model's folder, and {path} is a file; give the folder of a model, with config.json and "
-                         f"safetensors, or that of a Megatron checkpoint{f' ({path.parent})' if path.suffix == '.safetensors' else ''}")
+        raise InputError(
+            f"model.path must name a model's folder, and {path} is a file; give the folder of a model, with config.json and "
+            f"safetensors, or that of a Megatron checkpoint{f' ({path.parent})' if path.suffix == '.safetensors' else ''}"
+        )
     if path.suffix == ".gguf":
         raise InputError(f"there is no GGUF file {path}; give one that is there")

@@ -1,4 +1,7 @@
-"""README.md of what is written: a short model card, as model hubs show it. Plain functions of what the folder's config says."""
+"""README.md of what is written: a short model card, as model hubs show it. Plain functions of what the folder's config
+says.
+"""
+
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,30 +12,56 @@ def artifact_card(exits: Mapping[str, Any]) -> str:
     """The card of an exit-heads artifact, from its `exit_config.json`."""
     name = " ".join(str(exits["model_name"]).split())
     layers = list(exits["exit_layers"])
-    return "\n".join([
-        *_front_matter(name, "ee_tuning"), f"# Exit heads for {name}", "",
-        f"{told_architecture(exits['architecture'])} heads after layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}, "
-        f"output matrix {exits['output']}{told_vocab(exits.get('output_vocab'))}, {exits['dtype']}. They let the model stop at one of "
-        "these layers where it is sure of the next token; the model itself is unchanged and not in this folder.", "",
-        *_history(exits), "",
-        "```bash", f"ee-tuning generate --model {_word(name)} --exits THIS_FOLDER --threshold 0.8 --prompt \"Once upon a time\"", "```", "",
-        f"Bound to the model with fingerprint `{exits['model_fingerprint']}`. `ee-tuning verify` checks the files.", ""])
+    return "\n".join(
+        [
+            *_front_matter(name, "ee_tuning"),
+            f"# Exit heads for {name}",
+            "",
+            f"{told_architecture(exits['architecture'])} heads after layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}, "
+            f"output matrix {exits['output']}{told_vocab(exits.get('output_vocab'))}, {exits['dtype']}. They let the model stop at one of "
+            "these layers where it is sure of the next token; the model itself is unchanged and not in this folder.",
+            "",
+            *_history(exits),
+            "",
+            "```bash",
+            f'ee-tuning generate --model {_word(name)} --exits THIS_FOLDER --threshold 0.8 --prompt "Once upon a time"',
+            "```",
+            "",
+            f"Bound to the model with fingerprint `{exits['model_fingerprint']}`. `ee-tuning verify` checks the files.",
+            "",
+        ]
+    )
 
 
 def export_card(name: str, exits: Mapping[str, Any] | None) -> str:
     """The card of a merged Hugging Face folder; without exits, of a plain one."""
     name = " ".join(name.split())
     if exits is None:
-        return "\n".join([*_front_matter(name, "transformers"), f"# {name}", "", "The model's own files, tensor for tensor.", ""])
-    return "\n".join([
-        *_front_matter(name, "transformers"), f"# {name}, with early exits", "",
-        f"`model*.safetensors` is {name} as it was; `exit_heads*.safetensors` holds {told_architecture(exits['architecture'])} exit "
-        f"heads after layers {', '.join(map(str, exits['exit_layers']))}.", "", *_history(exits), "",
-        "```python", "from transformers import AutoModelForCausalLM", "",
-        "plain = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=False)",
-        "early = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)",
-        "early.generate(**inputs, exit_threshold=0.8)  # a token leaves at the first exit that is so sure of it; without it: plain",
-        "```", "", "`modeling_early_exit.py` needs torch, transformers and safetensors alone.", ""])
+        return "\n".join(
+            [*_front_matter(name, "transformers"), f"# {name}", "", "The model's own files, tensor for tensor.", ""]
+        )
+    return "\n".join(
+        [
+            *_front_matter(name, "transformers"),
+            f"# {name}, with early exits",
+            "",
+            f"`model*.safetensors` is {name} as it was; `exit_heads*.safetensors` holds {told_architecture(exits['architecture'])} exit "
+            f"heads after layers {', '.join(map(str, exits['exit_layers']))}.",
+            "",
+            *_history(exits),
+            "",
+            "```python",
+            "from transformers import AutoModelForCausalLM",
+            "",
+            "plain = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=False)",
+            "early = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)",
+            "early.generate(**inputs, exit_threshold=0.8)  # a token leaves at the first exit that is so sure of it; without it: plain",
+            "```",
+            "",
+            "`modeling_early_exit.py` needs torch, transformers and safetensors alone.",
+            "",
+        ]
+    )
 
 
 def told_architecture(words: str | Sequence[str]) -> str:
@@ -43,17 +72,32 @@ def told_architecture(words: str | Sequence[str]) -> str:
 
 def told_init(init: str, seed: int | None) -> str:
     """How exits began."""
-    return {"copy": "copied from the model", "random": f"drawn at random, seed {seed}", "ee_llm": "as EE-LLM tuned them",
-            "fitted": "fitted to the final state by least squares"}[init]
+    return {
+        "copy": "copied from the model",
+        "random": f"drawn at random, seed {seed}",
+        "ee_llm": "as EE-LLM tuned them",
+        "fitted": "fitted to the final state by least squares",
+    }[init]
 
 
 def told_vocab(listed: Mapping[str, Any] | None) -> str:
     """What exits say, behind what their output matrix is."""
-    return "" if listed is None else f", for {listed['size']:,} tokens of the vocabulary ({listed['share']:.1%} of a text) and any other"
+    return (
+        ""
+        if listed is None
+        else f", for {listed['size']:,} tokens of the vocabulary ({listed['share']:.1%} of a text) and any other"
+    )
 
 
 def _front_matter(name: str, library: str) -> list[str]:
-    return ["---", f"library_name: {library}", f"base_model: {to_json(name)}", "tags: [early-exit, ee-tuning]", "---", ""]
+    return [
+        "---",
+        f"library_name: {library}",
+        f"base_model: {to_json(name)}",
+        "tags: [early-exit, ee-tuning]",
+        "---",
+        "",
+    ]
 
 
 def _word(name: str) -> str:
@@ -65,7 +109,10 @@ def _history(exits: Mapping[str, Any]) -> list[str]:
     origins = exits.get("origins")
     if origins is None:
         return [_origin(exits)]
-    return [f"- layer {layer}: {_origin({**origin, 'tuned': exits['tuned'] or origin['tuned']})}" for layer, origin in origins.items()]
+    return [
+        f"- layer {layer}: {_origin({**origin, 'tuned': exits['tuned'] or origin['tuned']})}"
+        for layer, origin in origins.items()
+    ]
 
 
 def _origin(origin: Mapping[str, Any]) -> str:

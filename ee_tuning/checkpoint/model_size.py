@@ -1,4 +1,5 @@
 """How large a model is, part by part, from its shape alone: nothing of it need be there but its config.json."""
+
 import math
 import re
 
@@ -42,7 +43,9 @@ def parameters_per_layer(config: ModelConfig) -> dict[str, Parts]:
 
 
 def largest_group_parameters(config: ModelConfig) -> int:
-    """The parameters of the largest group of tensors that belong together: one layer's, the embedding, or the output matrix."""
+    """The parameters of the largest group of tensors that belong together: one layer's, the embedding, or the output
+    matrix.
+    """
     whole = parameters_by_part(config)
     return max(whole["embedding"], whole["output"], *(layer["all"] for layer in parameters_per_layer(config).values()))
 

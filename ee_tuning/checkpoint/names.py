@@ -1,8 +1,10 @@
-"""Hugging Face's tensors and Megatron-core's parameters: which is made of which, and how a tensor-parallel rank's shard is cut.
+"""Hugging Face's tensors and Megatron-core's parameters: which is made of which, and how a tensor-parallel rank's shard
+is cut.
 
-Pure functions. A shard is a list of pieces of Hugging Face tensors laid one after the other; read so, it needs no other bytes of the
-checkpoint, and the same list read backwards (`merge_shards`) gives the Hugging Face tensors.
+Pure functions. A shard is a list of pieces of Hugging Face tensors laid one after the other; read so, it needs no other
+bytes of the checkpoint, and the same list read backwards (`merge_shards`) gives the Hugging Face tensors.
 """
+
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -68,25 +70,36 @@ def embedding_name(config: ModelConfig) -> str:
 
 
 def output_name(config: ModelConfig) -> str:
-    """The Hugging Face tensor of the model's own output matrix where it is not tied; some folders hold it where it is, too."""
+    """The Hugging Face tensor of the model's own output matrix where it is not tied; some folders hold it where it is,
+    too.
+    """
     return f"{SPELLINGS[config.family].output}.weight"
 
 
 def backbone_tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Every backbone tensor of the Hugging Face folder and its shape. The output matrix is absent where it is tied."""
-    return {piece.name: piece.shape for name in backbone_parameter_names(config) for piece in backbone_shard(name, config, 1, 0).pieces}
+    return {
+        piece.name: piece.shape
+        for name in backbone_parameter_names(config)
+        for piece in backbone_shard(name, config, 1, 0).pieces
+    }
 
 
 def backbone_parameter_names(config: ModelConfig) -> list[str]:
     """Every Megatron-core parameter of the backbone; `output_layer.weight` stands among them even where it is tied."""
     positions = ["embedding.position_embeddings.weight"] * (config.position == "learned")
-    layers = [f"decoder.layers.{index}.{name}" for index in range(config.num_layers) for name in layer_parameter_names(config, index + 1)]
+    layers = [
+        f"decoder.layers.{index}.{name}"
+        for index in range(config.num_layers)
+        for name in layer_parameter_names(config, index + 1)
+    ]
     norm = [f"decoder.final_layernorm.{kind}" for kind in norm_kinds(config)]
     return ["embedding.word_embeddings.weight", *positions, *layers, *norm, "output_layer.weight"]
 
 
 def backbone_shard(parameter: str, config: ModelConfig, tp: int, tp_rank: int) -> Shard:
-    """Rank `tp_rank`'s part of a Megatron-core parameter, named as in a stock GPTModel with global 0-based layer indices.
+    """Rank `tp_rank`'s part of a Megatron-core parameter, named as in a stock GPTModel with global 0-based layer
+    indices.
 
     Raises KeyError on a name that is no backbone parameter of the family.
     """
@@ -104,7 +117,9 @@ def backbone_shard(parameter: str, config: ModelConfig, tp: int, tp_rank: int) -
     layer, _, name = rest.partition(".")
     is_layer = not prefix and layer.isdecimal() and int(layer) < config.num_layers
     if not is_layer or name not in layer_parameter_names(config, int(layer) + 1):
-        raise KeyError(f"{parameter} is no backbone parameter of a {config.family} model with {config.num_layers} layers")
+        raise KeyError(
+            f"{parameter} is no backbone parameter of a {config.family} model with {config.num_layers} layers"
+        )
     return layer_shard(name, f"{spelling.layers}.{layer}.", config, tp, tp_rank)
 
 
@@ -116,7 +131,7 @@ def merge_shards(plans: Sequence[Shard], shards: Sequence[Tensor]) -> dict[str, 
         row = 0
         for piece in plan.pieces:
             whole = merged.setdefault(piece.name, torch.empty(piece.shape, dtype=shard.dtype, device=shard.device))
-            part = shard if piece.cut_dim == 1 else shard[row:row + piece.size]
+            part = shard if piece.cut_dim == 1 else shard[row : row + piece.size]
             whole.narrow(piece.dim, piece.start, piece.size).copy_(part.t() if piece.is_transposed else part)
             row += piece.size
     return merged
@@ -151,24 +166,35 @@ def _parameter_names(config: ModelConfig, has_experts: bool) -> dict[str, None]:
     }
     if has_experts:
         kinds["mlp.router"] = ("weight",)
-    for mlp in (f"mlp.experts.local_experts.{expert}" for expert in range(config.num_experts)) if has_experts else ("mlp",):
+    for mlp in (
+        (f"mlp.experts.local_experts.{expert}" for expert in range(config.num_experts)) if has_experts else ("mlp",)
+    ):
         kinds[f"{mlp}.linear_fc1"] = kinds[f"{mlp}.linear_fc2"] = linears
     return {f"{module}.{kind}": None for module in kinds for kind in kinds[module]}
 
 
 def layer_shard(name: str, prefix: str, config: ModelConfig, tp: int, tp_rank: int) -> Shard:
-    """Rank `tp_rank`'s part of a layer's parameter, one of `layer_parameter_names`; `prefix` begins the names of its pieces."""
+    """Rank `tp_rank`'s part of a layer's parameter, one of `layer_parameter_names`; `prefix` begins the names of its
+    pieces.
+    """
     spelling = SPELLINGS[config.family]
     module, _, kind = name.rpartition(".")
-    norms = {"input_layernorm": (spelling.input_norm, config.hidden_size), "pre_mlp_layernorm": (spelling.mlp_norm, config.hidden_size),
-             "self_attention.q_layernorm": (spelling.query_norm, config.kv_channels),
-             "self_attention.k_layernorm": (spelling.key_norm, config.kv_channels)}
+    norms = {
+        "input_layernorm": (spelling.input_norm, config.hidden_size),
+        "pre_mlp_layernorm": (spelling.mlp_norm, config.hidden_size),
+        "self_attention.q_layernorm": (spelling.query_norm, config.kv_channels),
+        "self_attention.k_layernorm": (spelling.key_norm, config.kv_channels),
+    }
     if module in norms:
         stem, width = norms[module]
         return uncut(f"{prefix}{stem}.{kind}", (width,))
     if module == "self_attention.linear_qkv":
-        return Shard(tuple(_rows(prefix + stem, kind, (out, config.hidden_size), start, stop, spelling)
-                           for stem, out, start, stop in _query_key_value(config, tp, tp_rank)))
+        return Shard(
+            tuple(
+                _rows(prefix + stem, kind, (out, config.hidden_size), start, stop, spelling)
+                for stem, out, start, stop in _query_key_value(config, tp, tp_rank)
+            )
+        )
     if module == "self_attention.linear_proj":
         inner = config.num_attention_heads * config.kv_channels
         return _columns(prefix + spelling.attention_output, kind, (config.hidden_size, inner), spelling, tp, tp_rank)
@@ -179,22 +205,34 @@ def layer_shard(name: str, prefix: str, config: ModelConfig, tp: int, tp_rank: i
     return mlp_shard(matrix, kind, prefix, config, tp, tp_rank, expert=int(expert) if expert != mlp else None)
 
 
-def mlp_shard(matrix: str, kind: str, prefix: str, config: ModelConfig, tp: int, tp_rank: int, *, expert: int | None = None) -> Shard:
-    """The shard of the weight or bias of the first matrix, fc1, or the last, fc2, of an MLP: a layer's only one, or an expert."""
+def mlp_shard(
+    matrix: str, kind: str, prefix: str, config: ModelConfig, tp: int, tp_rank: int, *, expert: int | None = None
+) -> Shard:
+    """The shard of the weight or bias of the first matrix, fc1, or the last, fc2, of an MLP: a layer's only one, or an
+    expert.
+    """
     spelling, inner = SPELLINGS[config.family], config.ffn_hidden_size
     gate, up, down = spelling.gate, spelling.up, spelling.down
     if expert is not None:
         inner = config.moe_ffn_hidden_size
-        gate, up, down = (stem.format(expert) for stem in (spelling.expert_gate, spelling.expert_up, spelling.expert_down))
+        gate, up, down = (
+            stem.format(expert) for stem in (spelling.expert_gate, spelling.expert_up, spelling.expert_down)
+        )
     if matrix == "fc2":
         return _columns(prefix + down, kind, (config.hidden_size, inner), spelling, tp, tp_rank)
     start, stop = tp_rank * inner // tp, (tp_rank + 1) * inner // tp
-    return Shard(tuple(_rows(prefix + stem, kind, (inner, config.hidden_size), start, stop, spelling)
-                       for stem in ((gate, up) if config.is_gated else (up,))))
+    return Shard(
+        tuple(
+            _rows(prefix + stem, kind, (inner, config.hidden_size), start, stop, spelling)
+            for stem in ((gate, up) if config.is_gated else (up,))
+        )
+    )
 
 
 def _query_key_value(config: ModelConfig, tp: int, tp_rank: int) -> Iterator[tuple[str, int, int, int]]:
-    """(name, its rows, first, last) in Megatron-core's order, which fuses by query group: its query heads, its key head, its value head."""
+    """(name, its rows, first, last) in Megatron-core's order, which fuses by query group: its query heads, its key
+    head, its value head.
+    """
     spelling, groups = SPELLINGS[config.family], config.num_query_groups
     width = groups * config.kv_channels
     sizes = {"query": config.num_attention_heads * config.kv_channels, "key": width, "value": width}
@@ -203,7 +241,12 @@ def _query_key_value(config: ModelConfig, tp: int, tp_rank: int) -> Iterator[tup
         offset = 0
         for part, size in sizes.items():
             rows = size // groups
-            yield getattr(spelling, part), sum(sizes.values()) if is_fused else size, offset + group * rows, offset + (group + 1) * rows
+            yield (
+                getattr(spelling, part),
+                sum(sizes.values()) if is_fused else size,
+                offset + group * rows,
+                offset + (group + 1) * rows,
+            )
             offset += size if is_fused else 0
 
 
@@ -217,7 +260,9 @@ def _rows(stem: str, kind: str, shape: Shape, start: int, stop: int, spelling: S
 
 
 def _columns(stem: str, kind: str, shape: Shape, spelling: Spelling, tp: int, tp_rank: int) -> Shard:
-    """A rank's part of the inputs of a linear map of `shape` [outputs, inputs]. Its bias, added after the ranks' sum, is whole."""
+    """A rank's part of the inputs of a linear map of `shape` [outputs, inputs]. Its bias, added after the ranks' sum,
+    is whole.
+    """
     if kind == "bias":
         return uncut(f"{stem}.bias", shape[:1])
     start, stop = tp_rank * shape[1] // tp, (tp_rank + 1) * shape[1] // tp
@@ -232,7 +277,9 @@ def uncut(name: str, shape: Shape) -> Shard:
 
 
 def vocabulary_rows(name: str, shape: Shape, tp: int, tp_rank: int) -> Shard:
-    """The shard of a matrix of `shape` with a row for each word of a vocabulary, padded to as many rows on every rank."""
+    """The shard of a matrix of `shape` with a row for each word of a vocabulary, padded to as many rows on every
+    rank.
+    """
     size, width = shape
     rows = padded_size(size, tp) // tp
     start, stop = min(size, tp_rank * rows), min(size, (tp_rank + 1) * rows)

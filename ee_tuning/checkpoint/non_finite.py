@@ -1,7 +1,9 @@
 """NaN and infinity in weights, which no format forbids and no checksum sees: counted as tensors pass by.
 
-What copies a whole model reports them and goes on, for the copy is to be the model; what makes exit heads of them refuses.
+What copies a whole model reports them and goes on, for the copy is to be the model; what makes exit heads of them
+refuses.
 """
+
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -26,7 +28,10 @@ class NonFinite:
 
     def told(self) -> list[str]:
         """A line per tensor."""
-        return [f"tensor {name} holds {num:,} value{'s' * (num > 1)} that are NaN or infinite" for name, num in sorted(self.counts.items())]
+        return [
+            f"tensor {name} holds {num:,} value{'s' * (num > 1)} that are NaN or infinite"
+            for name, num in sorted(self.counts.items())
+        ]
 
 
 def num_non_finite(tensor: Tensor) -> int:
@@ -46,15 +51,23 @@ def warn_non_finite(where: object, lines: Iterable[str]) -> None:
 def no_numbers(what: str, dtype: torch.dtype) -> InputError:
     """The error to raise where `what` of a model that computes in `dtype` came out as NaN or infinity."""
     name = str(dtype).removeprefix("torch.")
-    remedy = "give --dtype float32" if dtype in (torch.bfloat16, torch.float16) else "look for NaN in its files by `ee-tuning verify`"
-    return InputError(f"{what} are no numbers (NaN or infinite): the model's activations overflow in {name}, or weights of it or of an "
-                      f"exit are broken; {remedy}, or fetch it again")
+    remedy = (
+        "give --dtype float32"
+        if dtype in (torch.bfloat16, torch.float16)
+        else "look for NaN in its files by `ee-tuning verify`"
+    )
+    return InputError(
+        f"{what} are no numbers (NaN or infinite): the model's activations overflow in {name}, or weights of it or of an "
+        f"exit are broken; {remedy}, or fetch it again"
+    )
 
 
 def check_finite(where: object, name: str, tensor: Tensor) -> Tensor:
     """The tensor itself. Raises InputError where it holds NaN or infinity."""
     if num := num_non_finite(tensor):
-        raise InputError(f"{where}: tensor {name} holds {num:,} value{'s' * (num > 1)} that are NaN or infinite in "
-                         f"{str(tensor.dtype).removeprefix('torch.')}, and exit heads must not be made of them; fetch the model again, or "
-                         "give another")
+        raise InputError(
+            f"{where}: tensor {name} holds {num:,} value{'s' * (num > 1)} that are NaN or infinite in "
+            f"{str(tensor.dtype).removeprefix('torch.')}, and exit heads must not be made of them; fetch the model again, or "
+            "give another"
+        )
     return tensor

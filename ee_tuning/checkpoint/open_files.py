@@ -1,7 +1,9 @@
 """Files of models, opened when something is read from them: a few are open at a time, however many a model is cut into.
 
-A limit of open files (`ulimit -n`) is soon reached otherwise. A file that was closed meanwhile must be the same when it is opened again.
+A limit of open files (`ulimit -n`) is soon reached otherwise. A file that was closed meanwhile must be the same when it
+is opened again.
 """
+
 import errno
 import mmap
 import os
@@ -51,7 +53,9 @@ class OpenMapping(OpenFile):
 
 
 class Reopened(Generic[Opened]):
-    """A file that is open whenever it is asked for (`now`). Raises InputError where it can not be, or is another than it was."""
+    """A file that is open whenever it is asked for (`now`). Raises InputError where it can not be, or is another than
+    it was.
+    """
 
     def __init__(self, path: Path, kind: Callable[[Path], Opened]):
         self.path, self._kind = path, kind

@@ -1,10 +1,12 @@
-"""One owner for an output that takes long to write: a second job that wants the same is refused at once, and learns whose it is.
+"""One owner for an output that takes long to write: a second job that wants the same is refused at once, and learns
+whose it is.
 
-The owner holds a lock file, which names its process and machine. A lock ends with its process however that ends, so a file that is left
-behind by a killed job keeps nobody out. Network file systems carry locks between machines (NFS 3 and later, Lustre mounted with `flock`,
-GPFS). Where there are no locks, a process of the same machine is looked up; one of another machine can not be, and is overruled with a
-warning.
+The owner holds a lock file, which names its process and machine. A lock ends with its process however that ends, so a
+file that is left behind by a killed job keeps nobody out. Network file systems carry locks between machines (NFS 3 and
+later, Lustre mounted with `flock`, GPFS). Where there are no locks, a process of the same machine is looked up; one of
+another machine can not be, and is overruled with a warning.
 """
+
 import fcntl
 import json
 import os
@@ -43,7 +45,12 @@ class Owner:
     @classmethod
     def current(cls) -> "Owner":
         """This process."""
-        return cls(pid=os.getpid(), host=socket.gethostname(), started=psutil.Process().create_time(), command=shlex.join(sys.argv)[:300])
+        return cls(
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            started=psutil.Process().create_time(),
+            command=shlex.join(sys.argv)[:300],
+        )
 
     def is_running(self) -> bool:
         """Whether the process runs on this machine. False for one of another machine, which can not be seen."""
@@ -61,8 +68,8 @@ class Owner:
 
 @contextmanager
 def owned(output: Path, topology: Topology | None, *, lock_file: Path | None = None) -> Iterator[None]:
-    """Makes this job the one owner of `output` while the block runs. All ranks call it; rank 0 holds `lock_file`, by default a hidden file
-    beside `output`. Folders that are made for it go again where nothing else has come into them.
+    """Makes this job the one owner of `output` while the block runs. All ranks call it; rank 0 holds `lock_file`, by
+    default a hidden file beside `output`. Folders that are made for it go again where nothing else has come into them.
 
     Raises InputError, naming the owner, where another job has it, or where the disk refuses the file.
     """
@@ -90,11 +97,15 @@ def _acquire(output: Path, lock_file: Path) -> tuple[int, list[Path]]:
                 os.close(handle)
                 if not lock_file.exists():  # given back in between
                     continue
-                raise InputError(f"{output} is being written by {owner or 'another process'}; wait for it, stop it, or give another "
-                                 "--output")
+                raise InputError(
+                    f"{output} is being written by {owner or 'another process'}; wait for it, stop it, or give another "
+                    "--output"
+                )
             if is_locked is None and owner is not None and owner.host != socket.gethostname():
-                warn(f"{output} was being written by {owner}, and its file system has no locks that tell whether it still is; see that it "
-                     "is not")
+                warn(
+                    f"{output} was being written by {owner}, and its file system has no locks that tell whether it still is; see that it "
+                    "is not"
+                )
             if lock_file.exists() and os.path.samestat(lock_file.stat(), os.fstat(handle)):
                 os.truncate(handle, 0)
                 os.write(handle, to_json(asdict(Owner.current())).encode())
@@ -117,7 +128,9 @@ def _read_owner(lock_file: Path) -> Owner | None:
     """None where the file names none: its owner is about to write it, or was killed while it did."""
     try:
         tree: dict[str, Any] = json.loads(lock_file.read_text(encoding="utf-8"))
-        return Owner(pid=int(tree["pid"]), host=str(tree["host"]), started=float(tree["started"]), command=str(tree["command"]))
+        return Owner(
+            pid=int(tree["pid"]), host=str(tree["host"]), started=float(tree["started"]), command=str(tree["command"])
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

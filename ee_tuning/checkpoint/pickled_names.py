@@ -1,9 +1,12 @@
-"""Which names the pickles of checkpoints may ask for. Nothing is imported for any of them, and no code of theirs ever runs.
+"""Which names the pickles of checkpoints may ask for. Nothing is imported for any of them, and no code of theirs ever
+runs.
 
-What Megatron-LM saves beside a model is data: namespaces, dtypes, enumerations, signals, paths, random states, configurations. The few
-things that are looked at come as themselves; a class of Megatron's, of Transformer Engine's or of numpy's, and what else is only carried
-along, as an `Inert`. Functions, but for the few that put arrays together, are refused, and so is every other name.
+What Megatron-LM saves beside a model is data: namespaces, dtypes, enumerations, signals, paths, random states,
+configurations. The few things that are looked at come as themselves; a class of Megatron's, of Transformer Engine's or
+of numpy's, and what else is only carried along, as an `Inert`. Functions, but for the few that put arrays together, are
+refused, and so is every other name.
 """
+
 import _compat_pickle
 import argparse
 import collections
@@ -14,22 +17,66 @@ from typing import Any
 import torch
 
 _KNOWN: dict[str, Any] = {
-    "collections.OrderedDict": collections.OrderedDict, "argparse.Namespace": argparse.Namespace, "torch.Size": tuple,
-    "types.SimpleNamespace": types.SimpleNamespace, "builtins.set": set, "builtins.frozenset": frozenset, "builtins.complex": complex}
-DTYPES: dict[str, torch.dtype] = {f"torch.{name}": dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)}
+    "collections.OrderedDict": collections.OrderedDict,
+    "argparse.Namespace": argparse.Namespace,
+    "torch.Size": tuple,
+    "types.SimpleNamespace": types.SimpleNamespace,
+    "builtins.set": set,
+    "builtins.frozenset": frozenset,
+    "builtins.complex": complex,
+}
+DTYPES: dict[str, torch.dtype] = {
+    f"torch.{name}": dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)
+}
 """torch's own, by the names that it pickles them under."""
 _CARRIED = {
-    *(f"builtins.{name}" for name in ("bool", "bytearray", "bytes", "dict", "float", "int", "list", "object", "range", "slice", "str",
-                                      "tuple")),
+    *(
+        f"builtins.{name}"
+        for name in (
+            "bool",
+            "bytearray",
+            "bytes",
+            "dict",
+            "float",
+            "int",
+            "list",
+            "object",
+            "range",
+            "slice",
+            "str",
+            "tuple",
+        )
+    ),
     *(f"collections.{name}" for name in ("Counter", "defaultdict", "deque")),
     *(f"datetime.{name}" for name in ("date", "datetime", "time", "timedelta", "timezone")),
-    *(f"{module}.{name}" for module in ("pathlib", "pathlib._local")
-      for name in ("Path", "PosixPath", "PurePath", "PurePosixPath", "PureWindowsPath", "WindowsPath")),
-    *(f"numpy.{module}.{name}" for module in ("core.multiarray", "_core.multiarray", "core.numeric", "_core.numeric")
-      for name in ("_reconstruct", "scalar", "_frombuffer")),
-    *(f"torch.{name}" for name in ("device", "Generator", "_C.Generator", "memory_format", "storage._load_from_bytes", "layout",
-                                   "serialization._get_layout")),
-    "_codecs.encode", "_io.BytesIO", "io.BytesIO", "copyreg._reconstructor", "uuid.UUID", "decimal.Decimal",
+    *(
+        f"{module}.{name}"
+        for module in ("pathlib", "pathlib._local")
+        for name in ("Path", "PosixPath", "PurePath", "PurePosixPath", "PureWindowsPath", "WindowsPath")
+    ),
+    *(
+        f"numpy.{module}.{name}"
+        for module in ("core.multiarray", "_core.multiarray", "core.numeric", "_core.numeric")
+        for name in ("_reconstruct", "scalar", "_frombuffer")
+    ),
+    *(
+        f"torch.{name}"
+        for name in (
+            "device",
+            "Generator",
+            "_C.Generator",
+            "memory_format",
+            "storage._load_from_bytes",
+            "layout",
+            "serialization._get_layout",
+        )
+    ),
+    "_codecs.encode",
+    "_io.BytesIO",
+    "io.BytesIO",
+    "copyreg._reconstructor",
+    "uuid.UUID",
+    "decimal.Decimal",
 }
 _CLASS = re.compile(r"(megatron|transformer_engine|numpy)(\.\w+)*\._?[A-Z]\w*(\.[A-Z]\w*)*")
 """A class by its spelling, wherever a package's versions keep it."""
@@ -74,6 +121,8 @@ def harmless(name: str) -> Any:
             return table[name]
     if name in _CARRIED or _CLASS.fullmatch(name) or _NUMPY.fullmatch(name):
         return Inert
-    if match := _SIGNAL.fullmatch(name):  # Python 3.12 pickles a signal as a name of its module, those before as Signals(number)
+    if match := _SIGNAL.fullmatch(
+        name
+    ):  # Python 3.12 pickles a signal as a name of its module, those before as Signals(number)
         return Inert if match[1] in ("Signals", "Handlers") else Inert(match[1])
     raise KeyError(name)

@@ -1,7 +1,9 @@
 """One safetensors file, read by positional reads: no byte of it stays mapped or in memory, however large it is.
 
-The header is checked as a whole before anything is believed: the tensors it tells of must fill the file, one after the other.
+The header is checked as a whole before anything is believed: the tensors it tells of must fill the file, one after the
+other.
 """
+
 import itertools
 import math
 import operator
@@ -21,10 +23,28 @@ from ee_tuning.json_file import parse_json
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """safetensors' names of the types a model may be stored in."""
-_TORCH_DTYPES = {**DTYPES, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-                 "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
-_BITS = {**{name: 8 * dtype.itemsize for name, dtype in _TORCH_DTYPES.items()}, "U64": 64, "U32": 32, "U16": 16, "C64": 64,
-         "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
+_TORCH_DTYPES = {
+    **DTYPES,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+_BITS = {
+    **{name: 8 * dtype.itemsize for name, dtype in _TORCH_DTYPES.items()},
+    "U64": 64,
+    "U32": 32,
+    "U16": 16,
+    "C64": 64,
+    "F8_E8M0": 8,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F4": 4,
+}
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _REMEDY = "fetch it again"
 
@@ -46,7 +66,9 @@ class Entry:
 
 
 class SafetensorsFile:
-    """A file, opened when it is read from. Raises InputError, naming it, where it can not be read or its header does not describe it."""
+    """A file, opened when it is read from. Raises InputError, naming it, where it can not be read or its header does
+    not describe it.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -70,16 +92,19 @@ class SafetensorsFile:
         if entry.dtype not in _TORCH_DTYPES:
             raise InputError(f"{self.path}: tensor {name} is stored as {entry.dtype}, which can not be read here")
         whole = [(0, size) for size in entry.shape]
-        bounds = [_bounds(each, size) for each, size in zip(part, entry.shape, strict=False)] + whole[len(part):]
+        bounds = [_bounds(each, size) for each, size in zip(part, entry.shape, strict=False)] + whole[len(part) :]
         out = torch.empty([stop - start for start, stop in bounds], dtype=_TORCH_DTYPES[entry.dtype])
-        # The last dimension that is not whole, and all after it, lie in one stretch; there is one for each index before it.
+        # The last dimension that is not whole, and all after it, lie in one stretch; there is one for each index before
+        # it.
         cut = max((dim for dim in range(len(bounds)) if bounds[dim] != whole[dim]), default=0)
-        strides = [math.prod(entry.shape[dim + 1:]) * out.itemsize for dim in range(len(bounds))]
+        strides = [math.prod(entry.shape[dim + 1 :]) * out.itemsize for dim in range(len(bounds))]
         data = out.reshape(-1).view(torch.uint8).numpy().data
         done, length = 0, math.prod(out.shape[cut:]) * out.itemsize
         for index in itertools.product(*(range(*bound) for bound in bounds[:cut])):
-            start = entry.begin + sum(map(operator.mul, (*index, *(start for start, _ in bounds[cut:cut + 1])), strides))
-            self._fill(name, data[done:done + length], start)
+            start = entry.begin + sum(
+                map(operator.mul, (*index, *(start for start, _ in bounds[cut : cut + 1])), strides)
+            )
+            self._fill(name, data[done : done + length], start)
             done += length
         return out
 
@@ -116,7 +141,9 @@ def _read_header(handle: int) -> dict[str, Entry]:
     ends = [8 + length, *(entry.end for entry in in_order.values())]
     for end, (name, entry) in zip(ends, in_order.items(), strict=False):
         if entry.begin != end:
-            raise ValueError(f"tensor {name} must begin at byte {end}, where the one before ends, and is said to begin at {entry.begin}")
+            raise ValueError(
+                f"tensor {name} must begin at byte {end}, where the one before ends, and is said to begin at {entry.begin}"
+            )
     if ends[-1] != size:
         raise ValueError(f"its tensors end at byte {ends[-1]}, and it has {size}")
     return in_order

@@ -2,6 +2,7 @@
 
 It depends on names, shapes and dtypes alone, so every process knows it.
 """
+
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,8 +29,13 @@ class Place:
 class SafetensorsLayout:
     """`<stem>.safetensors`, or shards and their index. `dtypes`: of every tensor, or one for all."""
 
-    def __init__(self, stem: str, shapes: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype] | torch.dtype,
-                 shard_bytes: int = SHARD_BYTES):
+    def __init__(
+        self,
+        stem: str,
+        shapes: Mapping[str, Shape],
+        dtypes: Mapping[str, torch.dtype] | torch.dtype,
+        shard_bytes: int = SHARD_BYTES,
+    ):
         self.stem, self.shapes = stem, dict(shapes)
         self.dtypes = dict.fromkeys(shapes, dtypes) if isinstance(dtypes, torch.dtype) else dict(dtypes)
         self.files = self._assign_files(shard_bytes)
@@ -54,7 +60,10 @@ class SafetensorsLayout:
         """Name and content of the index; None where there is one file."""
         if len(self.files) == 1:
             return None
-        index = {"metadata": {"total_size": self.num_bytes}, "weight_map": {name: place.file for name, place in self.places.items()}}
+        index = {
+            "metadata": {"total_size": self.num_bytes},
+            "weight_map": {name: place.file for name, place in self.places.items()},
+        }
         return f"{self.stem}.safetensors.index.json", to_json(index, indent=2) + "\n"
 
     def _assign_files(self, shard_bytes: int) -> dict[str, list[str]]:
@@ -75,7 +84,11 @@ class SafetensorsLayout:
         start = 0
         for name in names:
             stop = start + self.tensor_bytes(name)
-            tree[name] = {"dtype": _NAMES[self.dtypes[name]], "shape": list(self.shapes[name]), "data_offsets": [start, stop]}
+            tree[name] = {
+                "dtype": _NAMES[self.dtypes[name]],
+                "shape": list(self.shapes[name]),
+                "data_offsets": [start, stop],
+            }
             start = stop
         text = to_json(tree, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # the data begins aligned

@@ -1,7 +1,9 @@
 """Tensors of a folder of safetensors, one file or shards with an index, read by slices and opened when first needed.
 
-Nothing in the folder is trusted: what is broken, missing, doubled or names a file elsewhere is refused with the file's name.
+Nothing in the folder is trusted: what is broken, missing, doubled or names a file elsewhere is refused with the file's
+name.
 """
+
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
@@ -24,18 +26,24 @@ class TensorSource(Protocol):
 
     def shape(self, name: str) -> Shape:
         """The shape of the whole tensor."""
+
     def dtype(self, name: str) -> torch.dtype:
         """The stored dtype."""
+
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """[stop - start, …], as stored."""
+
     def columns(self, name: str, start: int, stop: int) -> Tensor:
         """[n, stop - start], as stored."""
+
     def check_shape(self, name: str, shape: Shape) -> None:
         """Raises InputError where the tensor is missing or has another shape."""
 
 
 def read_shard(source: TensorSource, shard: Shard, dtype: torch.dtype) -> Tensor:
-    """The shard's tensor, contiguous, as `dtype`. Raises InputError where a tensor is missing or has another shape than it should."""
+    """The shard's tensor, contiguous, as `dtype`. Raises InputError where a tensor is missing or has another shape than
+    it should.
+    """
     out = torch.empty(shard.shape, dtype=dtype)
     row = 0
     for piece in shard.pieces:
@@ -44,7 +52,7 @@ def read_shard(source: TensorSource, shard: Shard, dtype: torch.dtype) -> Tensor
             out.copy_(_read_piece(source, piece))
             return out
         if piece.size:
-            out[row:row + piece.size].copy_(_read_piece(source, piece))
+            out[row : row + piece.size].copy_(_read_piece(source, piece))
         row += piece.size
     out[row:].zero_()
     return out
@@ -56,9 +64,11 @@ def _read_piece(source: TensorSource, piece: Piece) -> Tensor:
 
 
 class SafetensorsFolder:
-    """`<stem>.safetensors`, or `<stem>.safetensors.index.json` and its shards, in `folder`. A context manager; tensors come on the CPU.
+    """`<stem>.safetensors`, or `<stem>.safetensors.index.json` and its shards, in `folder`. A context manager; tensors
+    come on the CPU.
 
-    Raises InputError, naming file and tensor, where something is missing, broken, doubled or a link that is not to be followed.
+    Raises InputError, naming file and tensor, where something is missing, broken, doubled or a link that is not to be
+    followed.
     """
 
     is_vouched_for = False
@@ -83,7 +93,9 @@ class SafetensorsFolder:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -112,8 +124,10 @@ class SafetensorsFolder:
         """The stored dtype; one of float64, float32, float16 and bfloat16."""
         stored = self._entry(name).dtype
         if stored not in DTYPES:
-            raise InputError(f"{self._path(name)}: tensor {name} is stored as {stored}, which is not supported; "
-                             f"convert the model to one of {', '.join(DTYPES)}")
+            raise InputError(
+                f"{self._path(name)}: tensor {name} is stored as {stored}, which is not supported; "
+                f"convert the model to one of {', '.join(DTYPES)}"
+            )
         return DTYPES[stored]
 
     def full(self, name: str) -> Tensor:
@@ -129,11 +143,15 @@ class SafetensorsFolder:
         return self._read(name, (slice(None), slice(start, stop)))
 
     def check_shape(self, name: str, shape: Shape) -> None:
-        """Raises InputError where the tensor is missing, has another shape, or is stored as something that is no plain float."""
+        """Raises InputError where the tensor is missing, has another shape, or is stored as something that is no plain
+        float.
+        """
         self.dtype(name)
         if self.shape(name) != shape:
-            raise InputError(f"{self._path(name)}: tensor {name} must have shape {list(shape)}, as the folder's config says, "
-                             f"got {list(self.shape(name))}; config and weights are of different models")
+            raise InputError(
+                f"{self._path(name)}: tensor {name} must have shape {list(shape)}, as the folder's config says, "
+                f"got {list(self.shape(name))}; config and weights are of different models"
+            )
 
     def _path(self, name: str) -> Path:
         return self.folder / self.files[self.stored_name(name)]
@@ -147,11 +165,15 @@ class SafetensorsFolder:
     def _file_of(self, name: str) -> SafetensorsFile:
         stored = self.stored_name(name)
         if stored not in self.files:
-            raise InputError(f"{self.table} holds no tensor {name}, which the model must have; config and weights do not belong together")
+            raise InputError(
+                f"{self.table} holds no tensor {name}, which the model must have; config and weights do not belong together"
+            )
         return self.file(self.files[stored])
 
     def file(self, name: str) -> SafetensorsFile:
-        """The file of that name, opened. Raises InputError where it is missing, broken, another's link, or not as the index says."""
+        """The file of that name, opened. Raises InputError where it is missing, broken, another's link, or not as the
+        index says.
+        """
         if name not in self._open:
             path = self.folder / name
             check_links(self.folder, path)
@@ -165,11 +187,17 @@ class SafetensorsFolder:
     def _check_against_index(self, path: Path, held: set[str]) -> None:
         for name, file in self.files.items():
             if file == path.name and name not in held:
-                raise InputError(f"{path} does not hold tensor {name}, and {self.table} says it does; fetch the whole folder again")
+                raise InputError(
+                    f"{path} does not hold tensor {name}, and {self.table} says it does; fetch the whole folder again"
+                )
             if file != path.name and name in held:
-                raise InputError(f"tensor {name} is in {path} and, says {self.table}, in {self.folder / file} too; fetch the folder again")
+                raise InputError(
+                    f"tensor {name} is in {path} and, says {self.table}, in {self.folder / file} too; fetch the folder again"
+                )
         if unlisted := held - self.files.keys() if self.files else ():
-            raise InputError(f"{path} holds tensor {min(unlisted)}, which {self.table} does not name; fetch the whole folder again")
+            raise InputError(
+                f"{path} holds tensor {min(unlisted)}, which {self.table} does not name; fetch the whole folder again"
+            )
 
 
 def _is_file(path: Path) -> bool:
@@ -193,5 +221,7 @@ def _read_index(path: Path) -> dict[str, str]:
         raise InputError(f"{path} is not an index of safetensors shards: {error}; fetch it again") from error
     for name, file in files.items():
         if Path(file).name != file or file in ("", "..") or not file.isprintable():
-            raise InputError(f"{path}: tensor {name} must be in a file of this very folder, got {file!r}; fetch the index again")
+            raise InputError(
+                f"{path}: tensor {name} must be in a file of this very folder, got {file!r}; fetch the index again"
+            )
     return files

@@ -1,8 +1,10 @@
-"""Safetensors files written tensor by tensor, in any order and by any number of processes at once, never held in memory whole.
+"""Safetensors files written tensor by tensor, in any order and by any number of processes at once, never held in memory
+whole.
 
-Sizes are known beforehand, so the headers are written and every tensor has its place. The bytes depend on names, shapes, dtype and values
-alone. Files get the modes that the umask leaves (safetensors' own writer makes them 0600).
+Sizes are known beforehand, so the headers are written and every tensor has its place. The bytes depend on names,
+shapes, dtype and values alone. Files get the modes that the umask leaves (safetensors' own writer makes them 0600).
 """
+
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +23,9 @@ class SafetensorsWriter:
     Every process makes its own writer from the same shapes.
     """
 
-    def __init__(self, folder: Path, stem: str, shapes: Mapping[str, Shape], dtype: torch.dtype, shard_bytes: int = SHARD_BYTES):
+    def __init__(
+        self, folder: Path, stem: str, shapes: Mapping[str, Shape], dtype: torch.dtype, shard_bytes: int = SHARD_BYTES
+    ):
         self.folder, self.dtype = folder, dtype
         self.layout = SafetensorsLayout(stem, shapes, dtype, shard_bytes)
         self.shapes = self.layout.shapes

@@ -1,8 +1,10 @@
-"""A model of which only the shape is known: its config.json is there, its weights need not be. For planning and dry runs.
+"""A model of which only the shape is known: its config.json is there, its weights need not be. For planning and dry
+runs.
 
-Tensors have shapes and no content. Made under fake tensors they take no memory; read as shards, they prove that every piece of every
-parameter has its place.
+Tensors have shapes and no content. Made under fake tensors they take no memory; read as shards, they prove that every
+piece of every parameter has its place.
 """
+
 from pathlib import Path
 
 import torch
@@ -49,11 +51,14 @@ class ShapesOnly:
     def check_shape(self, name: str, shape: Shape) -> None:
         """Raises InputError where the model has no such tensor, or of another shape."""
         if self._shapes.get(name) != shape:
-            raise InputError(f"the model's config gives {name} the shape {self._shapes.get(name)}, and {shape} is asked for")
+            raise InputError(
+                f"the model's config gives {name} the shape {self._shapes.get(name)}, and {shape} is asked for"
+            )
 
 
 def shape_sources(config: Config) -> Sources:
-    """What `load_for_tuning` reads, without content. Where weights are there, their headers are held against the model's config.
+    """What `load_for_tuning` reads, without content. Where weights are there, their headers are held against the
+    model's config.
 
     Raises InputError where model and exits do not fit each other.
     """
@@ -64,7 +69,9 @@ def shape_sources(config: Config) -> Sources:
 
 
 def with_seq_length(config: Config) -> Config:
-    """`config` with the number that a tuning.seq_length of 0 stands for, which the model's shape decides. Weights need not be there."""
+    """`config` with the number that a tuning.seq_length of 0 stands for, which the model's shape decides. Weights need
+    not be there.
+    """
     if config.tuning.seq_length != 0:
         return config
     folder = model_folder(config.model.path, needs_weights=False)
@@ -97,12 +104,26 @@ def _exits_config(config: Config, model: ModelConfig) -> ExitHeadsConfig:
             artifact.check_complete(model)
         return artifact.config
     model.check_exit_layers(section.layers(model.num_layers))
-    return described_exits(section, model, name=Path(config.model.path).name, dtype=getattr(torch, model.stored_dtype), fingerprint="",
-                           listed=_unread_list(section, model))
+    return described_exits(
+        section,
+        model,
+        name=Path(config.model.path).name,
+        dtype=getattr(torch, model.stored_dtype),
+        fingerprint="",
+        listed=_unread_list(section, model),
+    )
 
 
 def _unread_list(section: ExitsSection, model: ModelConfig) -> ListedTokens | None:
-    """A shortlist of the size that is asked for: which tokens it holds changes no shape. Where texts are to decide, of LARGEST_AUTO."""
+    """A shortlist of the size that is asked for: which tokens it holds changes no shape. Where texts are to decide, of
+    LARGEST_AUTO.
+    """
     check_output_vocab(section, model.vocab_size)
-    size = section.output_vocab if isinstance(section.output_vocab, int) else LARGEST_AUTO if model.vocab_size > LARGEST_AUTO else 0
+    size = (
+        section.output_vocab
+        if isinstance(section.output_vocab, int)
+        else LARGEST_AUTO
+        if model.vocab_size > LARGEST_AUTO
+        else 0
+    )
     return ListedTokens(token_ids=tuple(range(size)), num_tokens=0, num_listed=0) if size else None

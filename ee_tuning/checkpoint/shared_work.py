@@ -1,4 +1,7 @@
-"""Pieces of work of known sizes, shared out so that processes end at about the same time. Every process comes to the same answer."""
+"""Pieces of work of known sizes, shared out so that processes end at about the same time. Every process comes to the
+same answer.
+"""
+
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -6,7 +9,9 @@ Piece = TypeVar("Piece")
 
 
 def own_share(sizes: Mapping[Piece, int], rank: int, world: int) -> list[Piece]:
-    """What `rank` of `world` does, in the order given: the largest pieces are given out first, each to whom has least."""
+    """What `rank` of `world` does, in the order given: the largest pieces are given out first, each to whom has
+    least.
+    """
     loads = [0] * world
     owner: dict[Piece, int] = {}
     for piece in sorted(sizes, key=lambda piece: -sizes[piece]):

@@ -1,4 +1,7 @@
-"""How the Hugging Face folders of each family name their tensors, and which way round they keep matrices. Data alone."""
+"""How the Hugging Face folders of each family name their tensors, and which way round they keep matrices. Data
+alone.
+"""
+
 from dataclasses import dataclass, replace
 
 from ee_tuning.model.families import Family
@@ -43,11 +46,27 @@ SPELLINGS: dict[Family, Spelling] = {
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
     "gpt2": replace(
-        _LLAMA, embedding="transformer.wte", positions="transformer.wpe", final_norm="transformer.ln_f", layers="transformer.h",
-        input_norm="ln_1", query="attn.c_attn", key="attn.c_attn", value="attn.c_attn", attention_output="attn.c_proj", mlp_norm="ln_2",
-        up="mlp.c_fc", down="mlp.c_proj", is_transposed=True),
+        _LLAMA,
+        embedding="transformer.wte",
+        positions="transformer.wpe",
+        final_norm="transformer.ln_f",
+        layers="transformer.h",
+        input_norm="ln_1",
+        query="attn.c_attn",
+        key="attn.c_attn",
+        value="attn.c_attn",
+        attention_output="attn.c_proj",
+        mlp_norm="ln_2",
+        up="mlp.c_fc",
+        down="mlp.c_proj",
+        is_transposed=True,
+    ),
     "mixtral": replace(
-        _LLAMA, router="block_sparse_moe.gate", expert_gate="block_sparse_moe.experts.{}.w1", expert_up="block_sparse_moe.experts.{}.w3",
-        expert_down="block_sparse_moe.experts.{}.w2"),
+        _LLAMA,
+        router="block_sparse_moe.gate",
+        expert_gate="block_sparse_moe.experts.{}.w1",
+        expert_up="block_sparse_moe.experts.{}.w3",
+        expert_down="block_sparse_moe.experts.{}.w2",
+    ),
     "qwen3_moe": _LLAMA,
 }

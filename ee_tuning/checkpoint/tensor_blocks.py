@@ -1,4 +1,5 @@
 """Tensors passed on in blocks of rows, so that none of them is ever in memory whole."""
+
 import ctypes
 from collections.abc import Iterator
 
@@ -10,7 +11,9 @@ from ee_tuning.checkpoint.safetensors_file import SafetensorsFile
 from ee_tuning.checkpoint.safetensors_reader import TensorSource
 
 BLOCK_BYTES = 4 << 20
-"""Large enough that a block costs its bytes and nothing else, small enough that the allocator keeps it for the next one."""
+"""Large enough that a block costs its bytes and nothing else, small enough that the allocator keeps it for the next
+one.
+"""
 
 
 def tensor_blocks(source: TensorSource, name: str) -> Iterator[Tensor]:
@@ -34,7 +37,9 @@ def stored_blocks(file: SafetensorsFile, name: str) -> Iterator[Tensor]:
 
 
 def parameter_blocks(source: TensorSource, parameter: Shard, dtype: torch.dtype) -> Iterator[Tensor]:
-    """The rows of a whole Megatron-core parameter (a shard of one) as `dtype`, block by block. Raises as `read_shard`."""
+    """The rows of a whole Megatron-core parameter (a shard of one) as `dtype`, block by block. Raises as
+    `read_shard`.
+    """
     for piece in parameter.pieces:
         source.check_shape(piece.name, piece.shape)
         for block in _piece_blocks(source, piece):
@@ -53,8 +58,8 @@ def parameter_dtype(source: TensorSource, parameter: Shard) -> torch.dtype:
 
 
 def keep_freed_blocks() -> None:
-    """Has malloc keep what is freed, up to 256 MB, for the next blocks, from now on: pages that the system hands out anew for every block
-    cost as much time as reading into them does. With another C library than glibc nothing changes.
+    """Has malloc keep what is freed, up to 256 MB, for the next blocks, from now on: pages that the system hands out
+    anew for every block cost as much time as reading into them does. With another C library than glibc nothing changes.
     """
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         trim_threshold, mmap_threshold = -1, -3

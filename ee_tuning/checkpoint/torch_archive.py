@@ -1,7 +1,10 @@
-"""Tensors in torch.save's file format, written as a stream: torch itself wants the whole tensor in memory, and copies it once more.
+"""Tensors in torch.save's file format, written as a stream: torch itself wants the whole tensor in memory, and copies
+it once more.
 
-A zip archive, uncompressed: `data.pkl` describes the tensor, `data/0` holds its bytes. See torch_file.py for the way back.
+A zip archive, uncompressed: `data.pkl` describes the tensor, `data/0` holds its bytes. See torch_file.py for the way
+back.
 """
+
 import collections
 import io
 import math
@@ -17,8 +20,12 @@ from torch._utils import _rebuild_tensor_v2
 from ee_tuning.checkpoint.names import Shape
 from ee_tuning.checkpoint.tensor_blocks import as_bytes
 
-_STORAGES = {torch.float64: torch.DoubleStorage, torch.float32: torch.FloatStorage, torch.float16: torch.HalfStorage,
-             torch.bfloat16: torch.BFloat16Storage}
+_STORAGES = {
+    torch.float64: torch.DoubleStorage,
+    torch.float32: torch.FloatStorage,
+    torch.float16: torch.HalfStorage,
+    torch.bfloat16: torch.BFloat16Storage,
+}
 _ZIP64 = 1 << 31
 ARCHIVE_BYTES = 4096
 """More than an archive has besides its tensor's own bytes."""
@@ -29,6 +36,7 @@ class Sink(Protocol):
 
     def write(self, data: bytes) -> int:
         """Appends; how many bytes."""
+
     def flush(self) -> None:
         """Nothing that matters."""
 
@@ -59,8 +67,15 @@ class _Storage:
 
 class _Tensor:
     def __init__(self, shape: Shape, dtype: torch.dtype):
-        strides = tuple(math.prod(shape[dim + 1:]) for dim in range(len(shape)))
-        self.arguments: tuple[Any, ...] = (_Storage(dtype, math.prod(shape)), 0, shape, strides, False, collections.OrderedDict())
+        strides = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+        self.arguments: tuple[Any, ...] = (
+            _Storage(dtype, math.prod(shape)),
+            0,
+            shape,
+            strides,
+            False,
+            collections.OrderedDict(),
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild_tensor_v2, self.arguments

@@ -1,10 +1,11 @@
 """What `torch.save` wrote, without letting its pickle do anything: tensors stay on the disk and are read by slices.
 
-A file, or a stretch of one, is a zip archive with a pickle and a record of raw bytes per storage. The pickle is read by an unpickler that
-imports nothing and knows what may be asked for (pickled_names.py); what is only carried along (random states, enumerations) is never
-built. Records are mapped into memory, or read from the file where a stretch of it is wanted, so that a slice costs no more than its bytes;
-each has a CRC-32, which `StoredTensor.check` compares.
+A file, or a stretch of one, is a zip archive with a pickle and a record of raw bytes per storage. The pickle is read by
+an unpickler that imports nothing and knows what may be asked for (pickled_names.py); what is only carried along (random
+states, enumerations) is never built. Records are mapped into memory, or read from the file where a stretch of it is
+wanted, so that a slice costs no more than its bytes; each has a CRC-32, which `StoredTensor.check` compares.
 """
+
 import argparse
 import io
 import mmap
@@ -28,9 +29,21 @@ from ee_tuning.checkpoint.tensor_blocks import as_bytes
 from ee_tuning.errors import InputError
 from ee_tuning.foreign_content import told_content
 
-_STORAGES = {f"torch.{name}Storage": dtype for name, dtype in (
-    ("Double", torch.float64), ("Float", torch.float32), ("Half", torch.float16), ("BFloat16", torch.bfloat16), ("Long", torch.int64),
-    ("Int", torch.int32), ("Short", torch.int16), ("Char", torch.int8), ("Byte", torch.uint8), ("Bool", torch.bool))}
+_STORAGES = {
+    f"torch.{name}Storage": dtype
+    for name, dtype in (
+        ("Double", torch.float64),
+        ("Float", torch.float32),
+        ("Half", torch.float16),
+        ("BFloat16", torch.bfloat16),
+        ("Long", torch.int64),
+        ("Int", torch.int32),
+        ("Short", torch.int16),
+        ("Char", torch.int8),
+        ("Byte", torch.uint8),
+        ("Bool", torch.bool),
+    )
+}
 _UNTYPED = "torch.storage.UntypedStorage"
 
 
@@ -44,17 +57,23 @@ class _Storage:
 class StoredTensor:
     """A tensor on the disk."""
 
-    def __init__(self, archive: "Archive", storage: _Storage, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]):
+    def __init__(
+        self, archive: "Archive", storage: _Storage, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]
+    ):
         self.archive, self.storage, self.offset, self.shape, self.stride = archive, storage, offset, shape, stride
         self.dtype = storage.dtype
 
     def mapped(self) -> Tensor:
-        """The tensor, its bytes still on the disk: to be sliced and copied from, never written to. Raises InputError where it is broken."""
+        """The tensor, its bytes still on the disk: to be sliced and copied from, never written to. Raises InputError
+        where it is broken.
+        """
         flat = self.archive.record(self.storage)
         try:
             return flat.as_strided(self.shape, self.stride, self.offset)
         except (RuntimeError, TypeError, ValueError) as error:
-            raise self.archive.broken(f"a tensor of shape {list(self.shape)} does not fit its {flat.numel()} stored values") from error
+            raise self.archive.broken(
+                f"a tensor of shape {list(self.shape)} does not fit its {flat.numel()} stored values"
+            ) from error
 
     def check(self) -> None:
         """Raises InputError where the stored bytes are not those that were written. Reads them all, once."""
@@ -62,13 +81,16 @@ class StoredTensor:
         self.release()
 
     def release(self) -> None:
-        """Lets go of what was read through the mapping: pages that were touched count as this process's memory until then."""
+        """Lets go of what was read through the mapping: pages that were touched count as this process's memory until
+        then.
+        """
         self.archive.release_record(self.storage.record)
 
     def copy_part(self, shape: tuple[int, ...], part: tuple[slice, ...], out: Tensor) -> None:
         """Copies a rectangle of the tensor, seen as `shape`, to `out`. Raises InputError where the file is broken.
 
-        One stretch of the file is read into place: through the mapping, a fault for every page would cost three times what its bytes do.
+        One stretch of the file is read into place: through the mapping, a fault for every page would cost three times
+        what its bytes do.
         """
         whole = self.mapped()
         source = whole.reshape(shape)[part]
@@ -83,10 +105,13 @@ class StoredTensor:
 class Archive:
     """The archive in bytes `start`..`stop` of a file that is mapped as `data`; `content` is what was saved.
 
-    Raises InputError, naming `path`, where it is broken or asks for a name that is not on the list; `is_trusted` lets it ask for any.
+    Raises InputError, naming `path`, where it is broken or asks for a name that is not on the list; `is_trusted` lets
+    it ask for any.
     """
 
-    def __init__(self, path: Path, data: MappedFile, start: int = 0, stop: int | None = None, *, is_trusted: bool = False):
+    def __init__(
+        self, path: Path, data: MappedFile, start: int = 0, stop: int | None = None, *, is_trusted: bool = False
+    ):
         self.path, self._data, self._start = path, data, start
         self._stop = len(data) if stop is None else stop
         self._checked: set[str] = set()
@@ -112,7 +137,9 @@ class Archive:
         """The values of a storage, mapped."""
         begin, end = self._place(f"data/{storage.record}")
         if end - begin != storage.num_elements * storage.dtype.itemsize:
-            raise self.broken(f"record {storage.record} must have {storage.num_elements * storage.dtype.itemsize} bytes, got {end - begin}")
+            raise self.broken(
+                f"record {storage.record} must have {storage.num_elements * storage.dtype.itemsize} bytes, got {end - begin}"
+            )
         if begin == end:
             return torch.empty(0, dtype=storage.dtype)
         with warnings.catch_warnings():
@@ -147,7 +174,7 @@ class Archive:
         crc = 0
         with memoryview(self._data.mapping()) as view:
             for position in range(begin, end, 1 << 24):
-                crc = zlib.crc32(view[position:min(end, position + (1 << 24))], crc)
+                crc = zlib.crc32(view[position : min(end, position + (1 << 24))], crc)
         if crc != self._entries[name].CRC:
             raise self.broken(f"the bytes of its record {name} are not those that were written")
         self._checked.add(name)
@@ -158,9 +185,9 @@ class Archive:
         if entry is None or entry.compress_type != zipfile.ZIP_STORED:
             raise self.broken(f"record {name} is missing, or compressed")
         local = self._start + entry.header_offset
-        if local + 30 > self._stop or self._data[local:local + 4] != b"PK\x03\x04":
+        if local + 30 > self._stop or self._data[local : local + 4] != b"PK\x03\x04":
             raise self.broken(f"record {name} has no header")
-        name_length, extra_length = struct.unpack("<HH", self._data[local + 26:local + 30])
+        name_length, extra_length = struct.unpack("<HH", self._data[local + 26 : local + 30])
         begin = local + 30 + name_length + extra_length
         if begin + entry.file_size > self._stop:
             raise self.broken(f"record {name} ends beyond the end of the file")
@@ -171,13 +198,15 @@ class Archive:
         begin, end = self._place("data.pkl")
         if "byteorder" in self._entries:
             where = self._place("byteorder")
-            if self._data[where[0]:where[1]] != b"little":
+            if self._data[where[0] : where[1]] != b"little":
                 raise self.broken("its numbers are not little-endian")
         try:
             return _Unpickler(io.BytesIO(self._data[begin:end]), self, is_trusted).load()
         except _NotAllowed as error:
-            raise InputError(f"{self.path} holds a pickle that asks for {error}, and unpickling may run anything; do not load this file, "
-                             "or, if you trust whoever wrote it, give --trust-pickle") from error
+            raise InputError(
+                f"{self.path} holds a pickle that asks for {error}, and unpickling may run anything; do not load this file, "
+                "or, if you trust whoever wrote it, give --trust-pickle"
+            ) from error
         except Exception as error:  # a pickle that is broken on purpose may raise anything
             raise self.broken(f"its pickle can not be read ({error!r})") from error
 
@@ -186,13 +215,17 @@ class _NotAllowed(pickle.UnpicklingError):
     """Names what a pickle asked for."""
 
 
-class _Unpickler(pickle._Unpickler):  # the one in Python: the one in C makes room for any memo index that a pickle names
+class _Unpickler(
+    pickle._Unpickler
+):  # the one in Python: the one in C makes room for any memo index that a pickle names
     def __init__(self, file: io.BytesIO, archive: Archive, is_trusted: bool):
         super().__init__(file)
         self._archive, self._is_trusted = archive, is_trusted
         self._rebuild: dict[str, Callable[..., Any]] = {
-            "torch._utils._rebuild_tensor_v2": self._tensor, "torch._utils._rebuild_tensor_v3": self._untyped_tensor,
-            "torch._utils._rebuild_parameter": lambda tensor, *_: tensor}
+            "torch._utils._rebuild_tensor_v2": self._tensor,
+            "torch._utils._rebuild_tensor_v3": self._untyped_tensor,
+            "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+        }
 
     def find_class(self, module_name: str, global_name: str) -> Any:
         name = plain_name(module_name, global_name)
@@ -210,19 +243,37 @@ class _Unpickler(pickle._Unpickler):  # the one in Python: the one in C makes ro
 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, dtype, record, _, num_elements = pid
-        if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(record, str) or not isinstance(num_elements, int):
+        if (
+            kind != "storage"
+            or not isinstance(dtype, torch.dtype)
+            or not isinstance(record, str)
+            or not isinstance(num_elements, int)
+        ):
             raise ValueError(f"a storage can not be {pid!r}")
         return _Storage(record, dtype, num_elements)
 
-    def _tensor(self, storage: Any, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> "StoredTensor | Inert":
+    def _tensor(
+        self, storage: Any, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], *_: Any
+    ) -> "StoredTensor | Inert":
         if isinstance(storage, Inert):  # within a random generator, whose tensors carry their bytes along
             return storage
-        if not isinstance(storage, _Storage) or not all(isinstance(n, int) and n >= 0 for n in (offset, *shape, *stride)):
+        if not isinstance(storage, _Storage) or not all(
+            isinstance(n, int) and n >= 0 for n in (offset, *shape, *stride)
+        ):
             raise ValueError("a tensor without storage, or of a negative size")
         return StoredTensor(self._archive, storage, offset, tuple(shape), tuple(stride))
 
-    def _untyped_tensor(self, storage: _Storage, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], requires_grad: bool,
-                        hooks: Any, dtype: torch.dtype, *_: Any) -> "StoredTensor | Inert":
+    def _untyped_tensor(
+        self,
+        storage: _Storage,
+        offset: int,
+        shape: tuple[int, ...],
+        stride: tuple[int, ...],
+        requires_grad: bool,
+        hooks: Any,
+        dtype: torch.dtype,
+        *_: Any,
+    ) -> "StoredTensor | Inert":
         """A tensor of a dtype that has no storage class of its own: torch counts such a storage in bytes."""
         typed = _Storage(storage.record, dtype, storage.num_elements // dtype.itemsize)
         return self._tensor(typed, offset, shape, stride)
@@ -252,8 +303,8 @@ class _Window(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         here = self._start + self._position
-        chunk = self._data[here:min(self._stop, here + len(buffer))]
-        buffer[:len(chunk)] = chunk
+        chunk = self._data[here : min(self._stop, here + len(buffer))]
+        buffer[: len(chunk)] = chunk
         self._position += len(chunk)
         return len(chunk)
 

@@ -1,7 +1,9 @@
-"""Tensors of a model's files that no parameter of the model is made of: the few that are known to change nothing, and what others tell.
+"""Tensors of a model's files that no parameter of the model is made of: the few that are known to change nothing, and
+what others tell.
 
 None is passed over in silence, for leaving one out may make another model.
 """
+
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,23 +11,46 @@ from pathlib import Path
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
 
-_BUFFER = re.compile(r"(.+\.)?rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)|transformer\.h\.\d+\.attn\.(masked_)?bias")
+_BUFFER = re.compile(
+    r"(.+\.)?rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)|transformer\.h\.\d+\.attn\.(masked_)?bias"
+)
 """What old versions saved besides: frequencies that follow from the config, and GPT-2's causal masks."""
-MERGE = ("merge it by peft (PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)) and give the folder of "
-         "the merged model")
+MERGE = (
+    "merge it by peft (PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)) and give the folder of "
+    "the merged model"
+)
 _TELLING = (
-    (re.compile(r"(^|\.)(lora_|base_layer\.|modules_to_save\.|dora_|ia3_|hada_|lokr_|vera_|oft_|prompt_encoder|base_model\.model\.|"
-                r"(.*\.)?adapter\.linear_(in|out)\.)"), "an adapter that is not merged into the model", MERGE),
-    (re.compile(r"\.(qweight|qzeros|scales|g_idx|weight_scale(_inv|_2)?|input_scale|weight_packed|weight_shape|absmax|quant_map|SCB|"
-                r"quant_state\..+|weight\.(absmax|quant_map|nested_\w+|quant_state\..+))$"),
-     "quantized weights", "give the model that they were made from, in bfloat16, float16 or float32"),
-    (re.compile(r"(^|\.)(score|classifier|v_head|value_head|reward_head|regression_head)\."),
-     "a head that scores texts instead of predicting tokens", "give the language model, saved without that head"),
-    (re.compile(r"(^|\.)(visual|vision_tower|vision_model|multi_modal_projector|audio_tower)\."),
-     "a model that reads more than text", "give the language model in it, saved by itself"),
-    (re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^module\."),
-     "a model that was saved in what it was wrapped in for training (torch.compile, DDP, FSDP)",
-     "save the model inside (model._orig_mod or model.module, by save_pretrained)"),
+    (
+        re.compile(
+            r"(^|\.)(lora_|base_layer\.|modules_to_save\.|dora_|ia3_|hada_|lokr_|vera_|oft_|prompt_encoder|base_model\.model\.|"
+            r"(.*\.)?adapter\.linear_(in|out)\.)"
+        ),
+        "an adapter that is not merged into the model",
+        MERGE,
+    ),
+    (
+        re.compile(
+            r"\.(qweight|qzeros|scales|g_idx|weight_scale(_inv|_2)?|input_scale|weight_packed|weight_shape|absmax|quant_map|SCB|"
+            r"quant_state\..+|weight\.(absmax|quant_map|nested_\w+|quant_state\..+))$"
+        ),
+        "quantized weights",
+        "give the model that they were made from, in bfloat16, float16 or float32",
+    ),
+    (
+        re.compile(r"(^|\.)(score|classifier|v_head|value_head|reward_head|regression_head)\."),
+        "a head that scores texts instead of predicting tokens",
+        "give the language model, saved without that head",
+    ),
+    (
+        re.compile(r"(^|\.)(visual|vision_tower|vision_model|multi_modal_projector|audio_tower)\."),
+        "a model that reads more than text",
+        "give the language model in it, saved by itself",
+    ),
+    (
+        re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^module\."),
+        "a model that was saved in what it was wrapped in for training (torch.compile, DDP, FSDP)",
+        "save the model inside (model._orig_mod or model.module, by save_pretrained)",
+    ),
 )
 
 
@@ -35,8 +60,8 @@ def is_buffer(name: str) -> bool:
 
 
 def refuse_telling(names: Iterable[tuple[str, Path]]) -> None:
-    """Raises InputError where one of these tensors, each with its file, tells that the files are no plain language model: what they are,
-    and what to do. To be asked before anything else is found missing.
+    """Raises InputError where one of these tensors, each with its file, tells that the files are no plain language
+    model: what they are, and what to do. To be asked before anything else is found missing.
     """
     for name, path in names:
         for pattern, what, remedy in _TELLING:
@@ -46,5 +71,7 @@ def refuse_telling(names: Iterable[tuple[str, Path]]) -> None:
 
 def unread(name: str, path: Path, config: ModelConfig, described: str) -> InputError:
     """The error to raise: the model has no use for a tensor. `described`: where its shape is from."""
-    return InputError(f"{path}: tensor {name} belongs to no {config.family} model with {config.num_layers} layers, and leaving it out "
-                      f"would change the model; {described} and weights do not belong together")
+    return InputError(
+        f"{path}: tensor {name} belongs to no {config.family} model with {config.num_layers} layers, and leaving it out "
+        f"would change the model; {described} and weights do not belong together"
+    )

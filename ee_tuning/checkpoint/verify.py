@@ -1,4 +1,7 @@
-"""`ee-tuning verify`: every file of what this project wrote against its sha256 manifest; another's model as far as its format goes."""
+"""`ee-tuning verify`: every file of what this project wrote against its sha256 manifest; another's model as far as its
+format goes.
+"""
+
 from pathlib import Path
 
 from ee_tuning.checkpoint.formats import has_weights
@@ -11,11 +14,12 @@ _REMEDY = "fetch or make the folder again"
 
 
 def verify_folder(folder: Path, *, trust_pickle: bool = False) -> bool:
-    """Prints one line per file of an artifact, a run's checkpoint or an export; of a run folder, of all that stands in it; of a model that
-    has no manifest of ours, of its files and all of ours that stands within. False where the model holds NaN or infinity.
-    `trust_pickle` as in the model section of a job.
+    """Prints one line per file of an artifact, a run's checkpoint or an export; of a run folder, of all that stands in
+    it; of a model that has no manifest of ours, of its files and all of ours that stands within. False where the model
+    holds NaN or infinity. `trust_pickle` as in the model section of a job.
 
-    Raises InputError, naming the file, at the first that is missing or altered, and where `folder` holds nothing that can be checked.
+    Raises InputError, naming the file, at the first that is missing or altered, and where `folder` holds nothing that
+    can be checked.
     """
     if holds_manifest(folder):
         _check(folder)
@@ -35,7 +39,9 @@ def _check(folder: Path) -> None:
     files = read_manifest(folder, _REMEDY)
     for name, entry in files.items():
         check_file(folder / name, entry, _REMEDY)
-        print(f"{folder / name}  whole, {entry['bytes']:,} bytes", flush=True)  # a large folder takes minutes: each is told when done
+        print(
+            f"{folder / name}  whole, {entry['bytes']:,} bytes", flush=True
+        )  # a large folder takes minutes: each is told when done
     for name in file_names(folder):
         if name not in files and name != MANIFEST:
             print(f"{folder / name}  not in the manifest, not checked")

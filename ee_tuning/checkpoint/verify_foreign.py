@@ -1,7 +1,9 @@
 """`ee-tuning verify` on a model that this project did not write: no manifest tells what its bytes should be.
 
-What a format has is checked (headers, index, sizes, stored checksums, NaN, whether the tensors are the model's); what it has not is told.
+What a format has is checked (headers, index, sizes, stored checksums, NaN, whether the tensors are the model's); what
+it has not is told.
 """
+
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,8 +29,8 @@ from ee_tuning.json_file import read_json
 def verify_foreign(path: Path, *, trust_pickle: bool = False) -> bool:
     """Prints a line per file, then what could not be checked. Whether all values are numbers.
 
-    `trust_pickle` as in the model section of a job. Raises InputError, naming the file, at the first damage, and where `path` holds no
-    model in a format that is known.
+    `trust_pickle` as in the model section of a job. Raises InputError, naming the file, at the first damage, and where
+    `path` holds no model in a format that is known.
     """
     folder, watch = model_folder(str(path)), NonFinite()
     _check_descriptions(folder, trust_pickle)
@@ -70,7 +72,9 @@ def _huggingface(folder: Path, watch: NonFinite) -> list[str]:
                 for _ in watch.watched(tensor, stored_blocks(file, tensor)):
                     pass
             size = (folder / name).stat().st_size
-            print(f"{folder / name}  header and sizes sound, {len(file.entries)} tensors, {size:,} bytes read", flush=True)
+            print(
+                f"{folder / name}  header and sizes sound, {len(file.entries)} tensors, {size:,} bytes read", flush=True
+            )
     return ["not checked: the values; safetensors keeps no checksums, so an altered byte of a tensor shows nowhere"]
 
 
@@ -79,9 +83,13 @@ def _gguf(path: Path, watch: NonFinite) -> list[str]:
         for name in reader.names():
             rows = max(1, BLOCK_BYTES // (4 * math.prod(reader.shape(name)[1:])))
             size = reader.shape(name)[0]
-            for _ in watch.watched(name, (reader.rows(name, start, min(start + rows, size)) for start in range(0, size, rows))):
+            for _ in watch.watched(
+                name, (reader.rows(name, start, min(start + rows, size)) for start in range(0, size, rows))
+            ):
                 pass
-        print(f"{path}  header and sizes sound, {len(reader.names())} tensors, {path.stat().st_size:,} bytes", flush=True)
+        print(
+            f"{path}  header and sizes sound, {len(reader.names())} tensors, {path.stat().st_size:,} bytes", flush=True
+        )
     return ["not checked: the values; GGUF keeps no checksums, so an altered byte of a tensor shows nowhere"]
 
 
@@ -115,12 +123,14 @@ def _check(key: str, tensor: StoredTensor, watch: NonFinite) -> None:
 def _blocks(tensor: StoredTensor) -> Iterator[Tensor]:
     flat = tensor.mapped().reshape(-1)
     for start in range(0, len(flat), BLOCK_BYTES):
-        yield flat[start:start + BLOCK_BYTES]
+        yield flat[start : start + BLOCK_BYTES]
         tensor.release()
 
 
 def _against_shape(folder: Path, trust_pickle: bool) -> list[str]:
-    """Whether the tensors are those that config.json, or the saved arguments, ask for. Raises InputError where they are not."""
+    """Whether the tensors are those that config.json, or the saved arguments, ask for. Raises InputError where they are
+    not.
+    """
     try:
         source, config, _ = open_model(ModelSection(path=str(folder), trust_pickle=trust_pickle))
     except InputError as error:

@@ -1,12 +1,29 @@
 """The table of commands. Each imports what it needs when it runs, so that `--help` answers at once."""
+
 from ee_tuning.commands import demo, evaluation, generation, models, tuning
 from ee_tuning.commands.command import Command
 
-_ORDER = ("demo", "convert", "regenerate", "preprocess", "tune", "plan", "calibrate", "evaluate", "generate", "chat", "inspect", "profile",
-          "export", "verify")
+_ORDER = (
+    "demo",
+    "convert",
+    "regenerate",
+    "preprocess",
+    "tune",
+    "plan",
+    "calibrate",
+    "evaluate",
+    "generate",
+    "chat",
+    "inspect",
+    "profile",
+    "export",
+    "verify",
+)
 """The order in which `ee-tuning --help` lists them: the way a user goes."""
 
-_ALL = {command.name: command for module in (demo, models, tuning, generation, evaluation) for command in module.COMMANDS}
+_ALL = {
+    command.name: command for module in (demo, models, tuning, generation, evaluation) for command in module.COMMANDS
+}
 assert set(_ORDER) == set(_ALL), set(_ORDER) ^ set(_ALL)
 
 COMMANDS: tuple[Command, ...] = tuple(_ALL[name] for name in _ORDER)

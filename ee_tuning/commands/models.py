@@ -1,4 +1,5 @@
 """Commands on models and exits as they lie on disk."""
+
 import argparse
 from pathlib import Path
 
@@ -45,7 +46,9 @@ def export(args: argparse.Namespace) -> int:
 
 
 def verify(args: argparse.Namespace) -> int:
-    """What this project wrote against its checksums, another's model as far as its format goes. 1 where it holds NaN."""
+    """What this project wrote against its checksums, another's model as far as its format goes. 1 where it holds
+    NaN.
+    """
     from ee_tuning.checkpoint.verify import verify_folder
 
     return 0 if verify_folder(args.path, trust_pickle=args.trust_pickle) else 1
@@ -53,56 +56,101 @@ def verify(args: argparse.Namespace) -> int:
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
     add_job(parser, "convert")
-    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where the exit-heads artifact goes")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FOLDER", help="where the exit-heads artifact goes"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an exit-heads artifact that is already there")
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", type=Path, nargs="?", metavar="FOLDER",
-                        help="a model's folder (Hugging Face, Megatron) or one with no more than its config.json, a GGUF file, or a name "
-                             "on the Hugging Face hub; or an exit-heads artifact")
+    parser.add_argument(
+        "path",
+        type=Path,
+        nargs="?",
+        metavar="FOLDER",
+        help="a model's folder (Hugging Face, Megatron) or one with no more than its config.json, a GGUF file, or a name "
+        "on the Hugging Face hub; or an exit-heads artifact",
+    )
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="the same, said as other commands say it")
-    parser.add_argument("--config", metavar="FILE", help="shape of a Megatron checkpoint whose saved arguments lack something")
-    parser.add_argument("--trust-pickle", action="store_true", help="unpickle whatever a Megatron checkpoint asks for; it may run anything")
+    parser.add_argument(
+        "--config", metavar="FILE", help="shape of a Megatron checkpoint whose saved arguments lack something"
+    )
+    parser.add_argument(
+        "--trust-pickle",
+        action="store_true",
+        help="unpickle whatever a Megatron checkpoint asks for; it may run anything",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
 
 
 def _add_profile(parser: argparse.ArgumentParser) -> None:
     add_job(parser, "profile")
-    parser.add_argument("--num-exits", type=int, default=3, metavar="N", help="how many exits to place (default %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("profile.png"), metavar="FILE", help="the picture (default %(default)s)")
+    parser.add_argument(
+        "--num-exits", type=int, default=3, metavar="N", help="how many exits to place (default %(default)s)"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("profile.png"), metavar="FILE", help="the picture (default %(default)s)"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
     add_job(parser, "export")
-    parser.add_argument("--format", required=True, choices=("artifact", "hf", "megatron"),
-                        help="artifact: exits alone. hf: the model with its exits, as a folder for transformers. "
-                        "megatron: as a distributed checkpoint of Megatron-core")
+    parser.add_argument(
+        "--format",
+        required=True,
+        choices=("artifact", "hf", "megatron"),
+        help="artifact: exits alone. hf: the model with its exits, as a folder for transformers. "
+        "megatron: as a distributed checkpoint of Megatron-core",
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where the export goes")
-    parser.add_argument("--overwrite", action="store_true", help="replace an export of the same format that is already there")
-    for flag, text in (("--only", "artifact: of --exits, just those after these layers"),
-                       ("--drop", "artifact: of --exits, all but those after these layers"),
-                       ("--add", "artifact: new exits after these layers, initialized from --model as convert does")):
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an export of the same format that is already there"
+    )
+    for flag, text in (
+        ("--only", "artifact: of --exits, just those after these layers"),
+        ("--drop", "artifact: of --exits, all but those after these layers"),
+        ("--add", "artifact: new exits after these layers, initialized from --model as convert does"),
+    ):
         parser.add_argument(flag, nargs="+", default=[], metavar="N", help=text)
     parser.add_argument("--merge", type=Path, metavar="FOLDER", help="artifact: all exits of this artifact too")
     parser.add_argument("--link", action="store_true", help="hf: link the model's weights instead of copying them")
-    parser.add_argument("--check", action="store_true",
-                        help="hf: print how far the logits of every exit are from this project's; exit code 1 above the tolerance")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="hf: what to compare them on; default some Python source")
-    parser.add_argument("--tolerance", type=float, default=1e-3, metavar="X",
-                        help="hf: largest logit difference allowed (default %(default)s)")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="hf: print how far the logits of every exit are from this project's; exit code 1 above the tolerance",
+    )
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE", help="hf: what to compare them on; default some Python source"
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-3,
+        metavar="X",
+        help="hf: largest logit difference allowed (default %(default)s)",
+    )
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", type=Path, metavar="FOLDER", 
-                        help="an exit-heads artifact, an export, a run's checkpoint or a run folder; or any model's folder or GGUF file")
-    parser.add_argument("--trust-pickle", action="store_true", help="unpickle whatever a Megatron checkpoint asks for; it may run anything")
+    parser.add_argument(
+        "path",
+        type=Path,
+        metavar="FOLDER",
+        help="an exit-heads artifact, an export, a run's checkpoint or a run folder; or any model's folder or GGUF file",
+    )
+    parser.add_argument(
+        "--trust-pickle",
+        action="store_true",
+        help="unpickle whatever a Megatron checkpoint asks for; it may run anything",
+    )
 
 
 COMMANDS = (
-    Command(name="convert", summary="put initialized exit heads on a model; writes an artifact beside it, the model stays as it is",
-            examples="""\
+    Command(
+        name="convert",
+        summary="put initialized exit heads on a model; writes an artifact beside it, the model stays as it is",
+        examples="""\
   ee-tuning convert --model Llama-2-7b-hf --exit-layers 8,16,24 --output exits/llama-2-7b
   ee-tuning convert --model Llama-2-7b-hf --exit-layers 8,16 --architecture adapter,mlp --exit-output tied --output exits/small
   torchrun --nproc-per-node 4 -m ee_tuning convert job.yaml --pipeline-model-parallel-size 4 --output exits/llama-2-7b
@@ -114,21 +162,35 @@ COMMANDS = (
 The bytes written do not depend on the number of processes. Without --exit-layers, an EE-LLM checkpoint's own exits are written.
 --init fitted runs the whole model over --data (--fit-tokens of it), in one process or many; without it no more is read than is copied.
 --output-vocab counts the tokens of --data.""",
-            add_arguments=_add_convert, run=convert),
-    Command(name="inspect", summary="tell what a model folder or an exit-heads artifact holds",
-            examples="""\
+        add_arguments=_add_convert,
+        run=convert,
+    ),
+    Command(
+        name="inspect",
+        summary="tell what a model folder or an exit-heads artifact holds",
+        examples="""\
   ee-tuning inspect Llama-2-7b-hf
   ee-tuning inspect --model folder_with_a_config_json --json
-  ee-tuning inspect runs/llama-2-7b/exit_heads --json""", add_arguments=_add_inspect, run=inspect),
-    Command(name="profile", summary="tell how far each layer turns the hidden states of a text, and where exits would go by it",
-            examples="""\
+  ee-tuning inspect runs/llama-2-7b/exit_heads --json""",
+        add_arguments=_add_inspect,
+        run=inspect,
+    ),
+    Command(
+        name="profile",
+        summary="tell how far each layer turns the hidden states of a text, and where exits would go by it",
+        examples="""\
   ee-tuning profile --model Llama-2-7b-hf --num-exits 8
   ee-tuning profile --model Llama-2-7b-hf --text sample.txt --output pictures/llama-2-7b.png --json
 
 Runs in one process, one layer at a time.
-`convert` and `tune` place exits by it themselves with --exit-layers auto:8:profile.""", add_arguments=_add_profile, run=profile),
-    Command(name="export", summary="write exits, or a model with its exits, in another form",
-            examples="""\
+`convert` and `tune` place exits by it themselves with --exit-layers auto:8:profile.""",
+        add_arguments=_add_profile,
+        run=profile,
+    ),
+    Command(
+        name="export",
+        summary="write exits, or a model with its exits, in another form",
+        examples="""\
   ee-tuning export --format artifact --exits runs/llama-2-7b/exit_heads --only 8,16 --output exits/two
   ee-tuning export --format artifact --exits exits/two --merge exits/deep --output exits/all
   ee-tuning export --format artifact --exits exits/two --model Llama-2-7b-hf --add 24 --output exits/three
@@ -139,9 +201,14 @@ Runs in one process, one layer at a time.
 hf: transformers loads the folder as the plain model, and with trust_remote_code=True as one whose generate takes exit_threshold=0.8.
 megatron: stock Megatron-core loads the model at any tensor × pipeline size and leaves the exits alone.
 artifact: what is put together must be of one model and one kind of output; heads may differ.
---add takes --architecture for the new exits.""", add_arguments=_add_export, run=export),
-    Command(name="verify", summary="check every file of an artifact, an export, a run or a model",
-            examples="""\
+--add takes --architecture for the new exits.""",
+        add_arguments=_add_export,
+        run=export,
+    ),
+    Command(
+        name="verify",
+        summary="check every file of an artifact, an export, a run or a model",
+        examples="""\
   ee-tuning verify runs/llama-2-7b/exit_heads
   ee-tuning verify runs/llama-2-7b
   ee-tuning verify Llama-2-7b-hf
@@ -150,5 +217,7 @@ One line per file; the first that is missing or altered is named and ends it wit
 its sha256. Another's model is checked as far as its format goes (headers, index, sizes, a Megatron checkpoint's own checksums, NaN, whether
 the tensors are the model's), and what can not be checked is told; exit code 1 where it holds NaN or infinity.
 Commands that load exits, or a model with a manifest, check them too; --no-verify spares the reading.""",
-            add_arguments=_add_verify, run=verify),
+        add_arguments=_add_verify,
+        run=verify,
+    ),
 )

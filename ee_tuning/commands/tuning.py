@@ -1,4 +1,5 @@
 """Commands that tune."""
+
 import argparse
 import sys
 from pathlib import Path
@@ -8,8 +9,17 @@ from ee_tuning.commands.command import Command, add_job, job_of
 from ee_tuning.config import Config, load_config
 from ee_tuning.errors import InputError
 
-_UNUSED_BY_PLAN = ("data.paths", "data.tokenizer", "model.trust_remote_code", "data.chat_template", "tuning.run_folder", "tuning.lr",
-                   "tuning.seed", "tuning.resume", "tuning.allow_config_change")
+_UNUSED_BY_PLAN = (
+    "data.paths",
+    "data.tokenizer",
+    "model.trust_remote_code",
+    "data.chat_template",
+    "tuning.run_folder",
+    "tuning.lr",
+    "tuning.seed",
+    "tuning.resume",
+    "tuning.allow_config_change",
+)
 """Keys of tune's flags that change nothing of what a job takes."""
 
 
@@ -22,7 +32,9 @@ def tune(args: argparse.Namespace) -> int:
         dry_run(config, args.world_size)
         return 0
     if args.world_size is not None:
-        raise InputError("--world-size is a size to imagine, for --dry-run; a true run takes the launcher's: torchrun --nproc-per-node N")
+        raise InputError(
+            "--world-size is a size to imagine, for --dry-run; a true run takes the launcher's: torchrun --nproc-per-node N"
+        )
     from ee_tuning.evaluation.profile import with_exit_layers
     from ee_tuning.tuning.command import tune
 
@@ -35,13 +47,17 @@ def preprocess(args: argparse.Namespace) -> None:
 
     config = load_config(args.config, args.overrides)
     written = preprocess(config.data, args.output, args.overwrite, trusts_code=config.model.trust_remote_code)
-    print(f"wrote {args.output}.bin and .idx: {written.num_documents:,} documents, {written.num_tokens:,} tokens\n"
-          f"next: ee-tuning tune --data {quote(str(args.output))} …")
+    print(
+        f"wrote {args.output}.bin and .idx: {written.num_documents:,} documents, {written.num_tokens:,} tokens\n"
+        f"next: ee-tuning tune --data {quote(str(args.output))} …"
+    )
 
 
 def _add_preprocess(parser: argparse.ArgumentParser) -> None:
     add_job(parser, "preprocess")
-    parser.add_argument("--output", type=Path, required=True, metavar="PREFIX", help="PREFIX.bin and PREFIX.idx are written")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="PREFIX", help="PREFIX.bin and PREFIX.idx are written"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a PREFIX that is already there")
 
 
@@ -53,7 +69,14 @@ def plan(args: argparse.Namespace) -> int:
     from ee_tuning.planning.report import print_plan
 
     _tell_unused(args, config)
-    chosen = gpu(args.gpu, memory=args.gpu_memory, tflops=args.tflops, bandwidth=args.bandwidth, link=args.link, network=args.network)
+    chosen = gpu(
+        args.gpu,
+        memory=args.gpu_memory,
+        tflops=args.tflops,
+        bandwidth=args.bandwidth,
+        link=args.link,
+        network=args.network,
+    )
     if is_smallest := args.nodes is None and args.gpus_per_node is None:
         found = smallest_plan(config, chosen, args.efficiency)
     else:
@@ -72,48 +95,81 @@ def _tell_unused(args: argparse.Namespace, config: Config) -> None:
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     add_job(parser, "plan")
-    parser.add_argument("--gpu", default="h100", metavar="NAME", help="whose documented peaks to take: h100, h200, a100, rtx4090 or "
-                        "l4 (default %(default)s)")
-    parser.add_argument("--nodes", type=int, metavar="N", help="machines; without this and --gpus-per-node, the fewest GPUs that fit")
-    parser.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs in each (default 8, where --nodes is given)")
-    for flag, text in (("--gpu-memory", "GB of a GPU"), ("--tflops", "10¹² bfloat16 operations a second of a GPU, dense"),
-                       ("--bandwidth", "GB/s of a GPU's memory"), ("--link", "GB/s that a GPU sends to others of its node, one way"),
-                       ("--network", "GB/s that a GPU sends to other nodes, one way")):
+    parser.add_argument(
+        "--gpu",
+        default="h100",
+        metavar="NAME",
+        help="whose documented peaks to take: h100, h200, a100, rtx4090 or l4 (default %(default)s)",
+    )
+    parser.add_argument(
+        "--nodes", type=int, metavar="N", help="machines; without this and --gpus-per-node, the fewest GPUs that fit"
+    )
+    parser.add_argument(
+        "--gpus-per-node", type=int, metavar="N", help="GPUs in each (default 8, where --nodes is given)"
+    )
+    for flag, text in (
+        ("--gpu-memory", "GB of a GPU"),
+        ("--tflops", "10¹² bfloat16 operations a second of a GPU, dense"),
+        ("--bandwidth", "GB/s of a GPU's memory"),
+        ("--link", "GB/s that a GPU sends to others of its node, one way"),
+        ("--network", "GB/s that a GPU sends to other nodes, one way"),
+    ):
         parser.add_argument(flag, type=float, metavar="X", help=f"{text}, in place of the documented figure")
-    parser.add_argument("--efficiency", type=float, default=0.5, metavar="X",
-                        help="share of its peak rate that a GPU is assumed to reach (default %(default)s)")
+    parser.add_argument(
+        "--efficiency",
+        type=float,
+        default=0.5,
+        metavar="X",
+        help="share of its peak rate that a GPU is assumed to reach (default %(default)s)",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
 
 
 def _add_tune(parser: argparse.ArgumentParser) -> None:
     add_job(parser, "tune")
-    parser.add_argument("--dry-run", action="store_true",
-                        help="tune nothing: run one rank of each kind of stage through a step on tensors without numbers, in one process, "
-                        "without a GPU. The model's config.json is enough, and no data are read")
-    parser.add_argument("--world-size", type=int, metavar="N", help="with --dry-run: processes to imagine (default tensor × pipeline)")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="tune nothing: run one rank of each kind of stage through a step on tensors without numbers, in one process, "
+        "without a GPU. The model's config.json is enough, and no data are read",
+    )
+    parser.add_argument(
+        "--world-size", type=int, metavar="N", help="with --dry-run: processes to imagine (default tensor × pipeline)"
+    )
 
 
 COMMANDS = (
-    Command(name="preprocess", summary="tokenize texts once, into .bin and .idx files that Megatron-core reads too",
-            examples="""\
+    Command(
+        name="preprocess",
+        summary="tokenize texts once, into .bin and .idx files that Megatron-core reads too",
+        examples="""\
   ee-tuning preprocess --data corpus.jsonl --tokenizer Llama-2-7b-hf --output corpora/mine
   ee-tuning preprocess --data chats/ more.parquet --tokenizer Qwen2.5-7B-Instruct --workers 16 --output corpora/chats
 
 Every document ends with the tokenizer's end of text. Of chats, PREFIX.mask marks the assistant's words, which are what is learned.
 tune takes texts as they are, too, and keeps their tokens: preprocess is for what other programs read, or other machines.
 A blend of both corpora is --data 0.3 corpora/mine 0.7 corpora/chats.""",
-            add_arguments=_add_preprocess, run=preprocess),
-    Command(name="tune", summary="train the exit heads alone; the model is frozen and nothing flows backward through it",
-            examples="""\
+        add_arguments=_add_preprocess,
+        run=preprocess,
+    ),
+    Command(
+        name="tune",
+        summary="train the exit heads alone; the model is frozen and nothing flows backward through it",
+        examples="""\
   ee-tuning tune --model Llama-2-7b-hf --exits exits/llama-2-7b --data corpus.jsonl --output runs/llama-2-7b
   torchrun --nproc-per-node 8 -m ee_tuning tune job.yaml --tensor-model-parallel-size 2 --pipeline-model-parallel-size 4
   ee-tuning tune job.yaml --dry-run --world-size 128
 
 Without --exits it converts by itself from --exit-layers, --architecture, --init and --exit-output.
 The tuned artifact is OUTPUT/exit_heads.
-A run that was stopped or killed goes on when the same command is given again, at any layout.""", add_arguments=_add_tune, run=tune),
-    Command(name="plan", summary="say what a tuning job takes on GPUs: memory, the split of layers, time and GPU-hours; no GPU is needed",
-            examples="""\
+A run that was stopped or killed goes on when the same command is given again, at any layout.""",
+        add_arguments=_add_tune,
+        run=tune,
+    ),
+    Command(
+        name="plan",
+        summary="say what a tuning job takes on GPUs: memory, the split of layers, time and GPU-hours; no GPU is needed",
+        examples="""\
   ee-tuning plan examples/llama-2-70b/job.yaml --gpu h100 --nodes 1
   ee-tuning plan --model Llama-2-7b-hf --exit-layers 8,16,24 --micro-batch-size 1
   ee-tuning plan job.yaml --gpu a100 --nodes 2 --gpus-per-node 4 --json
@@ -121,5 +177,8 @@ A run that was stopped or killed goes on when the same command is given again, a
 
 It takes the flags of tune. Without --nodes and --gpus-per-node it looks for the fewest GPUs that hold the job.
 Memory is counted in a dry run of the job, whose model needs no more than its config.json; time follows from a formula that is printed.
-The exit code is 1 where the job does not fit.""", add_arguments=_add_plan, run=plan),
+The exit code is 1 where the job does not fit.""",
+        add_arguments=_add_plan,
+        run=plan,
+    ),
 )

@@ -1,7 +1,9 @@
 """One YAML per job: frozen dataclasses, strict both ways, overridden by `--set section.key=value`.
 
-The same file drives convert, tune and generate; a command reads the sections it needs. Keys are Megatron's where Megatron has them.
+The same file drives convert, tune and generate; a command reads the sections it needs. Keys are Megatron's where
+Megatron has them.
 """
+
 import contextlib
 import dataclasses
 import difflib
@@ -26,8 +28,21 @@ from ee_tuning.config.tuning import TuningSection, WeightFormat
 from ee_tuning.errors import InputError
 from ee_tuning.yaml_file import parse_yaml
 
-__all__ = ["Architecture", "Config", "DType", "DataSection", "ExitsSection", "GenerationSection", "ModelSection", "ParallelSection",
-           "TuningSection", "WeightFormat", "load_config", "replace", "save_config"]
+__all__ = [
+    "Architecture",
+    "Config",
+    "DType",
+    "DataSection",
+    "ExitsSection",
+    "GenerationSection",
+    "ModelSection",
+    "ParallelSection",
+    "TuningSection",
+    "WeightFormat",
+    "load_config",
+    "replace",
+    "save_config",
+]
 
 _GROUPED = re.compile(r"-?[1-9][0-9]*(_[0-9]+)+")
 """1_000."""
@@ -47,17 +62,21 @@ class Config:
     generation: GenerationSection = field(default_factory=GenerationSection)
 
 
-def load_config(path: str | Path | None, overrides: dict[str, Any] | None = None, defaults: Mapping[str, Any] | None = None) -> Config:
-    """The job in the YAML file at `path` (defaults where None), with `overrides` {"section.key": value} laid over it, and over `defaults`
-    in place of those of the keys.
+def load_config(
+    path: str | Path | None, overrides: dict[str, Any] | None = None, defaults: Mapping[str, Any] | None = None
+) -> Config:
+    """The job in the YAML file at `path` (defaults where None), with `overrides` {"section.key": value} laid over it,
+    and over `defaults` in place of those of the keys.
 
-    Values of overrides may be strings as typed at a prompt; they are read as YAML where the key is no text. Raises InputError on a
-    file that is missing or not YAML, on a section or key that is unknown or there twice, and on values of another type, outside their
-    choices, or larger than a number can be.
+    Values of overrides may be strings as typed at a prompt; they are read as YAML where the key is no text. Raises
+    InputError on a file that is missing or not YAML, on a section or key that is unknown or there twice, and on values
+    of another type, outside their choices, or larger than a number can be.
     """
     tree = _read_yaml(Path(path)) if path is not None else {}
     if isinstance(tree.get("generation"), dict):
-        tree["generation"] = without_overruled(tree["generation"], [name.removeprefix("generation.") for name in overrides or {}])
+        tree["generation"] = without_overruled(
+            tree["generation"], [name.removeprefix("generation.") for name in overrides or {}]
+        )
     for dotted, value in (overrides or {}).items():
         section, _, key = dotted.partition(".")
         if not key:
@@ -112,7 +131,9 @@ def _hint(section: str, key: str) -> Any:
 
 
 def _as_typed(value: Any, hint: Any) -> Any:
-    """A value typed at a prompt. Texts stay as they are: a folder may be called 007 or on, which YAML reads as 7 and true."""
+    """A value typed at a prompt. Texts stay as they are: a folder may be called 007 or on, which YAML reads as 7 and
+    true.
+    """
     if isinstance(value, list):
         return [_as_typed(item, next(iter(typing.get_args(hint)), None)) for item in value]
     is_text = hint is str or (str in typing.get_args(hint) and value != "null" and not str(value).startswith("["))
@@ -135,19 +156,30 @@ def _build(kind: type, tree: Any, where: str, prefix: str) -> Any:
     for key in tree:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
-            raise InputError(f"{where}: unknown key {prefix}{key}; " +
-                             (f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(known)}"))
+            raise InputError(
+                f"{where}: unknown key {prefix}{key}; "
+                + (f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(known)}")
+            )
     hints = typing.get_type_hints(kind)
     tree = {key: _items(value, hints[key], known[key].metadata) for key, value in tree.items()}
     values = {key: _convert(value, hints[key], where, prefix + key) for key, value in tree.items()}
-    return kind(**{key: _with_paths(value, prefix + key) if known[key].metadata.get("path") else value for key, value in values.items()})
+    return kind(
+        **{
+            key: _with_paths(value, prefix + key) if known[key].metadata.get("path") else value
+            for key, value in values.items()
+        }
+    )
 
 
 def _items(value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any:
     """A lone text is one item where items may hold commas and spaces."""
     if isinstance(value, str) and metadata.get("verbatim"):
         return [value]
-    return split_paths(value) if isinstance(value, str) and metadata.get("path") and typing.get_origin(hint) is tuple else value
+    return (
+        split_paths(value)
+        if isinstance(value, str) and metadata.get("path") and typing.get_origin(hint) is tuple
+        else value
+    )
 
 
 def _with_paths(value: Any, name: str) -> Any:
@@ -196,7 +228,9 @@ def _convert_scalar(value: Any, hint: type, where: str, name: str) -> Any:
         try:
             return hint(value)
         except OverflowError as error:  # a whole number of hundreds of digits
-            raise InputError(f"{where}: {name} must be a number that a float can hold, got one of {len(str(value))} digits") from error
+            raise InputError(
+                f"{where}: {name} must be a number that a float can hold, got one of {len(str(value))} digits"
+            ) from error
     raise InputError(f"{where}: {name} must be {words[hint]}, got {value!r}")
 
 

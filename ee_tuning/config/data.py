@@ -1,4 +1,5 @@
 """Section `data`: the texts."""
+
 from dataclasses import dataclass, field
 
 from ee_tuning.config.paths import PATH
@@ -9,23 +10,28 @@ class DataSection:
     """What the heads are tuned on."""
 
     paths: tuple[str, ...] = field(default=(), metadata=PATH)
-    """Text files; .jsonl, .json, .csv and .parquet files of records (a text, a chat, or a prompt with its completion), packed or not;
-    prefixes of Megatron's .bin and .idx; or folders of these. A blend, as Megatron writes it, has a weight before each:
-    0.3 corpus_a 0.7 corpus_b."""
+    """Text files; .jsonl, .json, .csv and .parquet files of records (a text, a chat, or a prompt with its completion),
+    packed or not; prefixes of Megatron's .bin and .idx; or folders of these. A blend, as Megatron writes it, has a
+    weight before each: 0.3 corpus_a 0.7 corpus_b.
+    """
     text_key: str = "text"
     """Key of the text in a record, or its column."""
     tokenizer: str | None = field(default=None, metadata=PATH)
     """Folder of the tokenizer, or org/name on the Hugging Face hub; default the model's."""
     chat_template: str | None = field(default=None, metadata=PATH)
-    """File with the Jinja template that chat messages are rendered by, or the name of one of the tokenizer's; default its own, of several
-    the one named default, or tool_use for chats with tools."""
+    """File with the Jinja template that chat messages are rendered by, or the name of one of the tokenizer's; default
+    its own, of several the one named default, or tool_use for chats with tools.
+    """
     valid_paths: tuple[str, ...] = field(default=(), metadata=PATH)
     """Held-out files. Without them, valid_fraction of the documents is held out."""
     valid_fraction: float = 0.05
-    """Share of the documents held out for validation: of texts, chosen by a hash of the document; of .bin and .idx, the last ones."""
+    """Share of the documents held out for validation: of texts, chosen by a hash of the document; of .bin and .idx, the
+    last ones.
+    """
     split: str | None = None
-    """Megatron's split of the documents of .bin and .idx into training, validation and test, for example 969,30,1; in place of
-    valid_fraction, where data.paths names no texts."""
+    """Megatron's split of the documents of .bin and .idx into training, validation and test, for example 969,30,1; in
+    place of valid_fraction, where data.paths names no texts.
+    """
     reset_attention_mask: bool = False
     """Whether a token sees only those of its own document, where several share a sample."""
     reset_position_ids: bool = False
@@ -33,8 +39,9 @@ class DataSection:
     eod_mask_loss: bool = False
     """Whether the first token of a document is no label: it follows from another document's end."""
     cache: str | None = field(default=None, metadata=PATH)
-    """Folder that keeps token ids for later runs; default $EE_TUNING_CACHE, or .cache/ee_tuning in the home folder. One process of
-    each machine tokenizes, all read the same file. What no run has begun with for 90 days is removed when more is tokenized; the folder
-    may be emptied while no run reads it."""
+    """Folder that keeps token ids for later runs; default $EE_TUNING_CACHE, or .cache/ee_tuning in the home folder. One
+    process of each machine tokenizes, all read the same file. What no run has begun with for 90 days is removed when
+    more is tokenized; the folder may be emptied while no run reads it.
+    """
     workers: int = 0
     """Processes that tokenize; 0 for one per CPU core. Little text is tokenized without any."""

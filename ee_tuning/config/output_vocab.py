@@ -1,4 +1,5 @@
 """How many tokens exits say, where that is left to what they cost and how much of a text they are."""
+
 from dataclasses import dataclass
 
 

@@ -1,4 +1,5 @@
 """Paths as people write them: `~` and variables of the environment are expanded, lists are cut at commas."""
+
 import os
 import re
 from collections.abc import Mapping
@@ -21,8 +22,8 @@ def is_number(text: str) -> bool:
 
 
 def expanded(path: str, name: str) -> str:
-    """`path`, the value of `name`, with `~` and $VARIABLES replaced: no shell does so within YAML, --set or --flag=~/x. A path that exists
-    as it is written stays.
+    """`path`, the value of `name`, with `~` and $VARIABLES replaced: no shell does so within YAML, --set or --flag=~/x.
+    A path that exists as it is written stays.
 
     Raises InputError where a variable is not set, or the home folder is not known.
     """
@@ -31,14 +32,20 @@ def expanded(path: str, name: str) -> str:
         return path
     found = os.path.expanduser(os.path.expandvars(path))
     if unset := re.search(r"\$\{?([A-Za-z_]\w*)\}?", found):
-        raise InputError(f"{name} = {path} names the variable {unset[1]}, which is not set; set it, or write the path in full")
+        raise InputError(
+            f"{name} = {path} names the variable {unset[1]}, which is not set; set it, or write the path in full"
+        )
     if found == "~" or found.startswith("~/"):
-        raise InputError(f"{name} = {path} lies in the home folder, which is not known here; set HOME, or write the path in full")
+        raise InputError(
+            f"{name} = {path} lies in the home folder, which is not known here; set HOME, or write the path in full"
+        )
     return found
 
 
 def split_paths(text: str) -> list[str]:
-    """The paths that `text` lists between commas; itself alone where there is such a file, or such a prefix of .bin and .idx."""
+    """The paths that `text` lists between commas; itself alone where there is such a file, or such a prefix of .bin and
+    .idx.
+    """
     whole = os.path.expanduser(os.path.expandvars(text))
     if any(os.path.lexists(whole + suffix) for suffix in ("", ".bin", ".idx")):
         return [text]

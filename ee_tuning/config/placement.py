@@ -1,4 +1,5 @@
 """Where exits go when their number alone is given."""
+
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +9,9 @@ from ee_tuning.errors import InputError
 
 @dataclass(frozen=True)
 class AutoLayers:
-    """`auto:8`: so many exits, evenly in depth. `auto:8:profile`: evenly by how far the hidden states turn from layer to layer."""
+    """`auto:8`: so many exits, evenly in depth. `auto:8:profile`: evenly by how far the hidden states turn from layer
+    to layer.
+    """
 
     num_exits: int
     by_profile: bool = False
@@ -20,7 +23,9 @@ class AutoLayers:
             return None
         found = re.fullmatch(r"auto:([1-9]\d{0,3})(:profile)?", text)
         if found is None:
-            raise InputError(f"exits.exit_layers must be layer numbers, auto:N or auto:N:profile, got {text!r}; for example auto:8")
+            raise InputError(
+                f"exits.exit_layers must be layer numbers, auto:N or auto:N:profile, got {text!r}; for example auto:8"
+            )
         return cls(int(found[1]), bool(found[2]))
 
     def __str__(self) -> str:
@@ -28,14 +33,16 @@ class AutoLayers:
 
 
 def evenly_along(path: Sequence[float], num_exits: int) -> tuple[int, ...]:
-    """`num_exits` layers that cut a way through all layers into parts of about the same length; path[l - 1] is its length up to layer l's
-    output. The last layer gets no exit, for it would save nothing, unless every layer gets one.
+    """`num_exits` layers that cut a way through all layers into parts of about the same length; path[l - 1] is its
+    length up to layer l's output. The last layer gets no exit, for it would save nothing, unless every layer gets one.
 
     Raises InputError where there are not so many layers.
     """
     num_layers = len(path)
     if num_exits > num_layers:
-        raise InputError(f"exits.exit_layers must ask for at most {num_layers} exits, one per layer of the model, got {num_exits}")
+        raise InputError(
+            f"exits.exit_layers must ask for at most {num_layers} exits, one per layer of the model, got {num_exits}"
+        )
     chosen: list[int] = []
     for index in range(1, num_exits + 1):
         wanted = path[-1] * index / (num_exits + 1)

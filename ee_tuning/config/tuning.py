@@ -1,4 +1,5 @@
 """Section `tuning`: the tuner."""
+
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -35,21 +36,30 @@ class TuningSection:
     clip_grad: float = 1.0
     """Largest gradient norm of one exit head; 0 leaves gradients as they are."""
     skip_grad_norm: float = 0.0
-    """An exit's step is left out where its gradient norm, before the clip, is above this; 0: only where it is not finite."""
+    """An exit's step is left out where its gradient norm, before the clip, is above this; 0: only where it is not
+    finite.
+    """
     loss: tuple[str, ...] = ("cross_entropy",)
-    """What exits are trained to: cross_entropy, forward_kl and total_variation, the latter two by the final head's distribution. Several
-    are added up, with weights where given: cross_entropy=0.3,forward_kl=0.7."""
+    """What exits are trained to: cross_entropy, forward_kl and total_variation, the latter two by the final head's
+    distribution. Several are added up, with weights where given: cross_entropy=0.3,forward_kl=0.7.
+    """
     teacher: Literal["auto", "hidden", "top_k"] = "auto"
-    """How the final head reaches the stages: hidden (states; exact; the output matrix is then on every stage with exits), or its top_k
-    likeliest tokens and the mass of the others. auto: hidden where all exits are tied to the output matrix, else top_k."""
+    """How the final head reaches the stages: hidden (states; exact; the output matrix is then on every stage with
+    exits), or its top_k likeliest tokens and the mass of the others. auto: hidden where all exits are tied to the
+    output matrix, else top_k.
+    """
     teacher_top_k: int = 64
     """Tokens that the teacher top_k tells of."""
     token_weights: Literal["uniform", "confidence"] = "uniform"
-    """confidence: each token's loss is multiplied by the exit's largest probability, held constant (EE-Tuning's dynamic weights)."""
+    """confidence: each token's loss is multiplied by the exit's largest probability, held constant (EE-Tuning's dynamic
+    weights).
+    """
     divide_by_token_weights: bool = False
     """Whether the loss is divided by the sum of the tokens' weights in place of their number."""
     loss_weights: tuple[float, ...] = ()
-    """One per exit; default as loss_weight_preset. With separate heads, clip and Adam they nearly cancel; weight 0 freezes that exit."""
+    """One per exit; default as loss_weight_preset. With separate heads, clip and Adam they nearly cancel; weight 0
+    freezes that exit.
+    """
     loss_weight_preset: Literal["uniform", "depth"] = "uniform"
     """uniform: 1 for every exit. depth: its layer divided by the deepest exit's."""
     loss_weight_style: Literal["constant", "linear", "cosine"] = "constant"
@@ -57,14 +67,18 @@ class TuningSection:
     loss_weight_warmup_fraction: float = 0.1
     """Share of train_iters over which they rise, where they do."""
     compare_final: bool = False
-    """Whether validations tell how often each exit agrees with the final head, and how many of its drafts that would accept."""
+    """Whether validations tell how often each exit agrees with the final head, and how many of its drafts that would
+    accept.
+    """
     fit_tokens: int = 0
     """Tokens that exits.init = fitted reads; fewer where the training data hold no more. 0: 100 × (hidden size + 1)."""
     loss_chunk_tokens: int = 1024
     """Tokens whose logits exist at one time."""
     backbone_weights: WeightFormat = "native"
-    """How the frozen layers' matrices are held while tuning. int8 takes half the memory of bfloat16 (torchao), nf4 0.28 of it (4 bits,
-    bitsandbytes): what the exits learn from is then a little off. Embedding, norms, output matrix and exits stay as they are."""
+    """How the frozen layers' matrices are held while tuning. int8 takes half the memory of bfloat16 (torchao), nf4 0.28
+    of it (4 bits, bitsandbytes): what the exits learn from is then a little off. Embedding, norms, output matrix and
+    exits stay as they are.
+    """
     seed: int = 1234
     """Seed of the order of the samples."""
     log_interval: int = 1
@@ -74,14 +88,17 @@ class TuningSection:
     eval_iters: int = 8
     """Micro-batches per replica in one validation; 0 for no validation."""
     wandb_project: str | None = None
-    """Weights & Biases project that gets the metrics, too; it wants the package wandb. TensorBoard gets them wherever it is installed."""
+    """Weights & Biases project that gets the metrics, too; it wants the package wandb. TensorBoard gets them wherever
+    it is installed.
+    """
     save_interval: int = 500
     """Steps between checkpoints; the end of a run always saves. 0 for the end alone."""
     save_minutes: float = 0.0
     """Minutes after which a checkpoint is written at the end of the step, too; 0 for none."""
     async_save: bool = True
-    """Whether training goes on while a checkpoint is written, from a copy in host memory: the heads' float32 masters and Adam's moments, 12
-    bytes a parameter, shared by the replicas. Otherwise it waits for the disk."""
+    """Whether training goes on while a checkpoint is written, from a copy in host memory: the heads' float32 masters
+    and Adam's moments, 12 bytes a parameter, shared by the replicas. Otherwise it waits for the disk.
+    """
     keep_checkpoints: int = 2
     """Older checkpoints than this many are removed; later ones too, where a run went on from one before them."""
     resume: bool = True

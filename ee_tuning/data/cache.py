@@ -1,8 +1,10 @@
 """What is made of the data once and kept: token ids, mapped into memory by every process of a machine.
 
-An entry is a folder named by a hash of all it depends on. One process of a machine makes it, or one of all where they share the disk; it
-is renamed into place when whole. Two runs that want the same entry at a time wait for each other at a lock.
+An entry is a folder named by a hash of all it depends on. One process of a machine makes it, or one of all where they
+share the disk; it is renamed into place when whole. Two runs that want the same entry at a time wait for each other at
+a lock.
 """
+
 import hashlib
 import os
 import re
@@ -55,7 +57,9 @@ def cache_root(given: str | None) -> Path:
 
 
 def file_stamps(files: Sequence[Path]) -> list[list[Any]]:
-    """What tells that a file is still the one it was, cheap for files of any size: path, size, and time of its last change."""
+    """What tells that a file is still the one it was, cheap for files of any size: path, size, and time of its last
+    change.
+    """
     stamps = []
     for path in files:
         try:
@@ -116,7 +120,9 @@ def _remove_unused(root: Path) -> None:
 
 
 def _wait_for(path: Path) -> Generator[None, None, int]:
-    """Steps to go through until the lock file `path` is ours; its handle, which holds it until it is closed or this process ends."""
+    """Steps to go through until the lock file `path` is ours; its handle, which holds it until it is closed or this
+    process ends.
+    """
     while True:
         with refusals_named(path, _REMEDY):
             path.touch()  # anew each time: who had it before has removed it
@@ -132,7 +138,9 @@ def _lock_file(folder: Path) -> Path:
 
 
 def _makes(root: Path, topology: Topology) -> bool:
-    """Whether this rank makes what is missing: rank 0, and the first of each machine that does not see rank 0's disk."""
+    """Whether this rank makes what is missing: rank 0, and the first of each machine that does not see rank 0's
+    disk.
+    """
     hosts: list[str] = [""] * topology.world_size
     dist.all_gather_object(hosts, socket.gethostname(), group=topology.world_control)
     probe = root / topology.broadcast_object(f"probe-{secrets.token_hex(4)}")
@@ -154,8 +162,10 @@ def _await(folder: Path) -> None:
     until = time.monotonic() + _SECONDS_TO_APPEAR
     while not folder.is_dir():
         if time.monotonic() > until:
-            raise InputError(f"{folder} does not appear on {socket.gethostname()}, though it was made; set data.cache to a folder that "
-                             "every machine sees, or each has for itself")
+            raise InputError(
+                f"{folder} does not appear on {socket.gethostname()}, though it was made; set data.cache to a folder that "
+                "every machine sees, or each has for itself"
+            )
         time.sleep(0.5)
         with suppress(OSError):
             os.listdir(folder.parent)  # makes a network disk look anew

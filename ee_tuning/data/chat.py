@@ -1,10 +1,12 @@
 """Conversations become token ids by the tokenizer's chat template, with a mark on the assistant's words.
 
-Few templates mark the assistant's words themselves (`{% generation %}`). For the others, each turn of the assistant is looked at as the
-model says it: as the last one, behind what the messages before it are rendered to with the generation prompt. Where the whole conversation
-begins with that very text, the turn is marked there. Templates of thinking models leave out of earlier turns what was thought: a turn that
-was changed so is in a text of its own, which ends with it and has the earlier turns as the model saw them.
+Few templates mark the assistant's words themselves (`{% generation %}`). For the others, each turn of the assistant is
+looked at as the model says it: as the last one, behind what the messages before it are rendered to with the generation
+prompt. Where the whole conversation begins with that very text, the turn is marked there. Templates of thinking models
+leave out of earlier turns what was thought: a turn that was changed so is in a text of its own, which ends with it and
+has the earlier turns as the model saw them.
 """
+
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -50,27 +52,34 @@ class ChatFormat:
         self._ends = tuple(ends)
 
     def encode(self, conversation: Conversation) -> list[Marked]:
-        """The conversation as one text, or as several where a template renders earlier turns otherwise than the last. An assistant's
-        end-of-turn token is among its words; each turn of it is marked once.
+        """The conversation as one text, or as several where a template renders earlier turns otherwise than the last.
+        An assistant's end-of-turn token is among its words; each turn of it is marked once.
 
-        Raises InputError where there is no template, it refuses the messages, or the assistant's words can not be found in what it makes.
+        Raises InputError where there is no template, it refuses the messages, or the assistant's words can not be found
+        in what it makes.
         """
         try:
             source = self._template.source(has_tools=conversation.tools is not None)
         except InputError as error:
             raise InputError(f"{conversation.where()}: {error}") from error
         if _GENERATION_BLOCK.search(source):
-            encoded = self._render(conversation, conversation.messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+            encoded = self._render(
+                conversation, conversation.messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            )
             marked = encoded["input_ids"], [bool(each) for each in encoded["assistant_masks"]]
             return [self._without_end(*marked) if _is_cut(conversation) else marked]
         texts = self._texts(conversation)
         if not self._tokenizer.is_fast:
-            raise InputError("chat messages need a fast tokenizer (tokenizer.json), which tells the characters of each token, and the one "
-                             f"in {self._tokenizer.name_or_path} is slow; convert it, or give texts")
+            raise InputError(
+                "chat messages need a fast tokenizer (tokenizer.json), which tells the characters of each token, and the one "
+                f"in {self._tokenizer.name_or_path} is slow; convert it, or give texts"
+            )
         return [self._tokenized(*each) for each in texts]
 
     def _tokenized(self, text: str, spans: list[Span]) -> Marked:
-        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
+        encoded = self._tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
+        )
         return encoded["input_ids"], _tokens_within(encoded["offset_mapping"], spans)
 
     def _render(self, conversation: Conversation, messages: list[dict[str, Any]], **options: Any) -> Any:
@@ -86,7 +95,11 @@ class ChatFormat:
         """Texts that hold each of the assistant's turns once, and where."""
         whole: str = self._render(conversation, conversation.messages)
         found: dict[str, list[Span]] = {whole: []}
-        turns = [self._turn(conversation, index) for index, each in enumerate(conversation.messages) if each["role"] == ASSISTANT]
+        turns = [
+            self._turn(conversation, index)
+            for index, each in enumerate(conversation.messages)
+            if each["role"] == ASSISTANT
+        ]
         for turn in reversed(turns):
             text, (start, stop) = self._place(turn, found, whole)
             if turn is turns[-1] and _is_cut(conversation):
@@ -101,10 +114,10 @@ class ChatFormat:
     def _place(self, turn: _Turn, found: dict[str, list[Span]], whole: str) -> tuple[str, Span]:
         """The text that the turn is marked in: one of `found`, or its own; and where."""
         for text in found:
-            if text.startswith(turn.text[:turn.stop]):
+            if text.startswith(turn.text[: turn.stop]):
                 return text, (turn.start, turn.stop)
-        if turn.words and whole.startswith(turn.text[:turn.start]):
-            place = len(whole) - len(whole[turn.start:].lstrip())
+        if turn.words and whole.startswith(turn.text[: turn.start]):
+            place = len(whole) - len(whole[turn.start :].lstrip())
             if whole.startswith(turn.words, place):
                 return whole, (turn.start, self._behind(whole, place + len(turn.words)))
         return turn.text, (turn.start, turn.stop)
@@ -113,10 +126,14 @@ class ChatFormat:
         """Turn `index` behind the messages before it."""
         message = conversation.messages[index]
         prompt = self._prompt(conversation, index)
-        own: str = self._render(conversation, conversation.messages[:index + 1])
+        own: str = self._render(conversation, conversation.messages[: index + 1])
         thought, words = _parts(message, prompt)
-        if own.startswith(prompt) and len(own) > len(prompt) and (thought or "").removeprefix(_THINK).strip() in own[len(prompt):]:
-            turn = own[len(prompt):]
+        if (
+            own.startswith(prompt)
+            and len(own) > len(prompt)
+            and (thought or "").removeprefix(_THINK).strip() in own[len(prompt) :]
+        ):
+            turn = own[len(prompt) :]
             trimmed = turn.rstrip()  # nothing that follows the end-of-turn token is said by the assistant
             stop = len(prompt) + len(trimmed if trimmed.endswith(self._ends) else turn)
             return _Turn(own, len(prompt), stop, "" if thought or _reasoning(message) else words)
@@ -136,20 +153,25 @@ class ChatFormat:
         own: str = self._render(conversation, first)
         header = str(self._render(conversation, first, add_generation_prompt=True)).removeprefix(own)
         if header and header in own:
-            return own[:own.find(header) + len(header)]
+            return own[: own.find(header) + len(header)]
         words = _parts(first[0], "")[1]
         if not words or words not in own:
             raise _unstable(conversation)
-        head = own[:own.find(words)]
+        head = own[: own.find(words)]
         shared = next(length for length in range(len(header), -1, -1) if head.endswith(header[:length]))
-        return head[:len(head) - shared] + header
+        return head[: len(head) - shared] + header
 
     def _before(self, conversation: Conversation, index: int) -> str:
         return str(self._render(conversation, conversation.messages[:index])).rstrip() if index else ""
 
     def _start_of(self, words: str, prompt: str, own: str, before: str) -> int | None:
-        """Where `words` begin in `own`, which goes on from `before` otherwise than `prompt` does; None where they do not."""
-        same = next((place for place, pair in enumerate(zip(prompt, own, strict=False)) if pair[0] != pair[1]), min(len(prompt), len(own)))
+        """Where `words` begin in `own`, which goes on from `before` otherwise than `prompt` does; None where they do
+        not.
+        """
+        same = next(
+            (place for place, pair in enumerate(zip(prompt, own, strict=False)) if pair[0] != pair[1]),
+            min(len(prompt), len(own)),
+        )
         last = len(own) - len(own[same:].lstrip())
         places = (place for place in range(last, len(before) - 1, -1) if own.startswith(words, place))
         return next(places, None) if words and own.startswith(before) else None
@@ -174,7 +196,7 @@ class ChatFormat:
         while place >= 0 and marks[place] and not str(self._tokenizer.decode([ids[place]])).strip():
             place -= 1
         while place >= 0 and marks[place] and ids[place] in self._tokenizer.added_tokens_decoder:
-            marks[place: last + 1] = [False] * (last + 1 - place)
+            marks[place : last + 1] = [False] * (last + 1 - place)
             place -= 1
         return ids, marks
 
@@ -189,7 +211,9 @@ def _is_cut(conversation: Conversation) -> bool:
 
 
 def is_mid_thought(prompt: str, answer: str) -> bool:
-    """Whether `answer`, which a model gave to `prompt`, ends before its thought does: no template writes such a turn as it was said."""
+    """Whether `answer`, which a model gave to `prompt`, ends before its thought does: no template writes such a turn as
+    it was said.
+    """
     return _THOUGHT not in answer and (_THINK in answer or prompt.rstrip().endswith(_THINK))
 
 
@@ -198,8 +222,8 @@ def _reasoning(message: dict[str, Any]) -> str:
 
 
 def _parts(message: dict[str, Any], prompt: str) -> tuple[str | None, str]:
-    """What was thought, its opening tag included, and what was said after it. None where nothing was thought, or where it stands under a
-    key of its own while `prompt` asks for no thinking: templates may leave that out.
+    """What was thought, its opening tag included, and what was said after it. None where nothing was thought, or where
+    it stands under a key of its own while `prompt` asks for no thinking: templates may leave that out.
     """
     content = message.get("content")
     text = content.strip() if isinstance(content, str) else ""
@@ -212,9 +236,11 @@ def _parts(message: dict[str, Any], prompt: str) -> tuple[str | None, str]:
 
 
 def _unstable(conversation: Conversation) -> InputError:
-    return InputError(f"{conversation.where()}: the assistant's words can not be found in what the chat template makes of the messages: it "
-                      "renders the beginning of a conversation otherwise than the whole; set data.chat_template to a file with a template "
-                      "that marks them by {% generation %}")
+    return InputError(
+        f"{conversation.where()}: the assistant's words can not be found in what the chat template makes of the messages: it "
+        "renders the beginning of a conversation otherwise than the whole; set data.chat_template to a file with a template "
+        "that marks them by {% generation %}"
+    )
 
 
 def _tokens_within(offsets: list[tuple[int, int]], spans: list[Span]) -> list[bool]:

@@ -1,4 +1,7 @@
-"""Chat templates: which one of a tokenizer's is taken, and messages rendered by it. What it refuses, or fails on, is told in one line."""
+"""Chat templates: which one of a tokenizer's is taken, and messages rendered by it. What it refuses, or fails on, is
+told in one line.
+"""
+
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +22,8 @@ Messages = Sequence[dict[str, Any]]
 
 
 def read_chat_template(path: str | None) -> str | None:
-    """The template in the file `path`, or the name that `path` is where there is no such file; None for the tokenizer's own.
+    """The template in the file `path`, or the name that `path` is where there is no such file; None for the tokenizer's
+    own.
 
     Raises InputError where the file can not be read or holds no Jinja.
     """
@@ -28,12 +32,18 @@ def read_chat_template(path: str | None) -> str | None:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise InputError(f"data.chat_template must be a file with a Jinja template; {path} can not be read: {error.strerror}") from error
+        raise InputError(
+            f"data.chat_template must be a file with a Jinja template; {path} can not be read: {error.strerror}"
+        ) from error
     except UnicodeDecodeError as error:
-        raise InputError(f"data.chat_template must be UTF-8 text, and {path} is not; convert it (iconv -t utf-8)") from error
+        raise InputError(
+            f"data.chat_template must be UTF-8 text, and {path} is not; convert it (iconv -t utf-8)"
+        ) from error
     if not _is_jinja(text):
-        raise InputError(f"data.chat_template must be a file with a Jinja template, and {path} holds no {{{{ or {{%, "
-                         "so that it would say the same of all messages; give another file")
+        raise InputError(
+            f"data.chat_template must be a file with a Jinja template, and {path} holds no {{{{ or {{%, "
+            "so that it would say the same of all messages; give another file"
+        )
     return text
 
 
@@ -42,7 +52,9 @@ def _is_jinja(text: str) -> bool:
 
 
 class ChatTemplate:
-    """The template that a tokenizer's chats are rendered by: `given` (what `read_chat_template` returned), or its own."""
+    """The template that a tokenizer's chats are rendered by: `given` (what `read_chat_template` returned), or its
+    own.
+    """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", given: str | None) -> None:
         self._tokenizer, self._given = tokenizer, given
@@ -56,34 +68,43 @@ class ChatTemplate:
         if self._given is not None:
             if self._given not in named:
                 known = f"whose templates are {', '.join(sorted(named))}" if named else "which has none by name"
-                raise InputError(f"data.chat_template must be a file, or name a template of the tokenizer in {self._place} ({known}), got "
-                                 f"{self._given!r}, and there is no such file; give one of them")
+                raise InputError(
+                    f"data.chat_template must be a file, or name a template of the tokenizer in {self._place} ({known}), got "
+                    f"{self._given!r}, and there is no such file; give one of them"
+                )
             return named[self._given]
         for name in (*((TOOL_USE,) if has_tools else ()), DEFAULT):
             if name in named:
                 return named[name]
         if named:
-            raise InputError(f"the tokenizer in {self._place} has several chat templates ({', '.join(sorted(named))}) and none of the name "
-                             f"{DEFAULT}; give the name of one, or a file, with --chat-template (data.chat_template)")
+            raise InputError(
+                f"the tokenizer in {self._place} has several chat templates ({', '.join(sorted(named))}) and none of the name "
+                f"{DEFAULT}; give the name of one, or a file, with --chat-template (data.chat_template)"
+            )
         if not own or not isinstance(own, str):
-            raise InputError(f"messages need a chat template, and the tokenizer in {self._place} has no chat template; set "
-                             "data.chat_template (--chat-template) to a file with one")
+            raise InputError(
+                f"messages need a chat template, and the tokenizer in {self._place} has no chat template; set "
+                "data.chat_template (--chat-template) to a file with one"
+            )
         return own
 
     def render(self, messages: Messages, tools: list[Any] | None = None, **options: Any) -> Any:
         """What the template makes of `messages`: a text, or what `options` ask transformers for.
 
-        Raises InputError where there is no template, where it is no Jinja, and where it refuses the messages or fails on them.
+        Raises InputError where there is no template, where it is no Jinja, and where it refuses the messages or fails
+        on them.
         """
         source = self.source(has_tools=tools is not None)
         try:
-            return self._tokenizer.apply_chat_template(list(messages), tools=tools, chat_template=source, **{"tokenize": False, **options})
+            return self._tokenizer.apply_chat_template(
+                list(messages), tools=tools, chat_template=source, **{"tokenize": False, **options}
+            )
         except Exception as error:  # templates run code of their own: any error may come out of them
             raise InputError(self._told(error)) from error
 
     def end_of_turn_id(self) -> int | None:
-        """The added token that closes the assistant's turns, and so ends an answer, whether or not the model's config names it (Llama 3's
-        <|eot_id|> beside <|end_of_text|>). None where the template closes them by none.
+        """The added token that closes the assistant's turns, and so ends an answer, whether or not the model's config
+        names it (Llama 3's <|eot_id|> beside <|end_of_text|>). None where the template closes them by none.
         """
         said = "Yes, indeed."
         try:
@@ -91,7 +112,9 @@ class ChatTemplate:
         except InputError:
             return None
         _, found, behind = text.rpartition(said)
-        ids = self._tokenizer(behind.lstrip(), add_special_tokens=False)["input_ids"] if found and behind.strip() else []
+        ids = (
+            self._tokenizer(behind.lstrip(), add_special_tokens=False)["input_ids"] if found and behind.strip() else []
+        )
         return ids[0] if ids and ids[0] in self._tokenizer.added_tokens_decoder else None
 
     @property
@@ -108,4 +131,6 @@ class ChatTemplate:
             return f"the chat template asks for what is not there: {reason}; mend it or the messages, or {_OTHER}"
         if type(error) is TemplateError:  # what raise_exception raises
             return f"the chat template refuses the messages: {reason}; mend or remove them, or {_OTHER}"
-        return f"the chat template fails on the messages: {type(error).__name__}: {reason}; mend it or them, or {_OTHER}"
+        return (
+            f"the chat template fails on the messages: {type(error).__name__}: {reason}; mend it or them, or {_OTHER}"
+        )

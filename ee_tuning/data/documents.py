@@ -1,7 +1,9 @@
-"""Files of data, read one document after the other, in pieces that processes can share: the first step of the data's way.
+"""Files of data, read one document after the other, in pieces that processes can share: the first step of the data's
+way.
 
 A text file is one document; the others hold one a line, an element or a row (see `records.py` for what one may say).
 """
+
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -32,8 +34,8 @@ class Piece:
 
 
 def may_hold_records(path: Path, text_key: str) -> bool:
-    """False for a .json or a table, found in a folder, that names no key of records within its beginning. Raises InputError where it can
-    not be read.
+    """False for a .json or a table, found in a folder, that names no key of records within its beginning. Raises
+    InputError where it can not be read.
     """
     if (promised := named_format(path.name)) not in ("json", "table"):
         return True
@@ -42,7 +44,9 @@ def may_hold_records(path: Path, text_key: str) -> bool:
 
 
 def pieces_of(files: Iterable[Path]) -> list[Piece]:
-    """`files` in pieces, in order. Raises InputError where one can not be looked at, or is of a kind that is not read."""
+    """`files` in pieces, in order. Raises InputError where one can not be looked at, or is of a kind that is not
+    read.
+    """
     pieces = []
     for path in files:
         kind = kind_of(path)
@@ -51,15 +55,19 @@ def pieces_of(files: Iterable[Path]) -> list[Piece]:
             continue
         size = path.stat().st_size
         step = PIECE_BYTES if kind == FileKind("lines") else max(size, 1)
-        pieces += [Piece(path, start, min(start + step, size), min(step, size - start), kind) for start in range(0, max(size, 1), step)]
+        pieces += [
+            Piece(path, start, min(start + step, size), min(step, size - start), kind)
+            for start in range(0, max(size, 1), step)
+        ]
     return pieces
 
 
 def read_documents(piece: Piece, text_key: str) -> Iterator[Document | LeftOut]:
-    """The documents that begin in `piece`, and what it holds in their place that says nothing. `text_key` is the key of a text, or its
-    column.
+    """The documents that begin in `piece`, and what it holds in their place that says nothing. `text_key` is the key of
+    a text, or its column.
 
-    Raises InputError naming the file (and line, record or row) where one can not be read, is not UTF-8, or has no form that is known.
+    Raises InputError naming the file (and line, record or row) where one can not be read, is not UTF-8, or has no form
+    that is known.
     """
     if piece.kind.format == "text":
         text = _read_text(piece)
@@ -70,7 +78,8 @@ def read_documents(piece: Piece, text_key: str) -> Iterator[Document | LeftOut]:
 
 
 def read_records(piece: Piece, text_key: str) -> Iterator[Record]:
-    """The records that begin in `piece`, with all their keys, and their places; a text file is one, with its text under `text_key`.
+    """The records that begin in `piece`, with all their keys, and their places; a text file is one, with its text under
+    `text_key`.
 
     Raises InputError where the file can not be read.
     """
@@ -88,7 +97,9 @@ def _records(piece: Piece, columns: tuple[str, ...] | None) -> Iterator[Record]:
         return records_of_json(path, packing)
     if piece.kind.format == "table":
         return records_of_table(path, packing)
-    rows = read_arrow(path, columns) if piece.kind.format == "arrow" else read_rows(path, piece.start, piece.stop, columns)
+    rows = (
+        read_arrow(path, columns) if piece.kind.format == "arrow" else read_rows(path, piece.start, piece.stop, columns)
+    )
     return ((row, partial("{}, row {}".format, path, number)) for number, row in rows)
 
 
@@ -97,11 +108,15 @@ def _read_text(piece: Piece) -> str:
     with opened(path, piece.kind.packing) as file:
         content = file.read()
     if (place := content.find(b"\0")) >= 0:
-        raise InputError(f"{path} must be UTF-8 text, got a NUL byte at offset {place}; convert it (iconv -t utf-8), or leave it out")
+        raise InputError(
+            f"{path} must be UTF-8 text, got a NUL byte at offset {place}; convert it (iconv -t utf-8), or leave it out"
+        )
     try:
         text = content.decode("utf-8-sig")  # "-sig": a byte order mark is no part of the text
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} must be UTF-8 text, got byte {error.object[error.start]:#04x} at offset {error.start}; "
-                         "convert it (iconv -t utf-8), or leave it out") from error
+        raise InputError(
+            f"{path} must be UTF-8 text, got byte {error.object[error.start]:#04x} at offset {error.start}; "
+            "convert it (iconv -t utf-8), or leave it out"
+        ) from error
     check_no_lines(text, path)
     return text

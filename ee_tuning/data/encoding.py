@@ -1,4 +1,5 @@
 """Documents become token ids: what one process does with one piece of a file."""
+
 import functools
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -14,7 +15,14 @@ from ee_tuning.data.chat_template import read_chat_template
 from ee_tuning.data.documents import Piece, read_documents
 from ee_tuning.data.records import Completion, Conversation, Document, LeftOut
 from ee_tuning.data.tally import LeftOutCount
-from ee_tuning.data.tokenizer import beginning_ids, begun, end_of_text_id, load_tokenizer, tokenizer_digests, tokenizer_folder
+from ee_tuning.data.tokenizer import (
+    beginning_ids,
+    begun,
+    end_of_text_id,
+    load_tokenizer,
+    tokenizer_digests,
+    tokenizer_folder,
+)
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import to_json
 
@@ -43,7 +51,9 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Documents one after the other, each begun as the tokenizer begins any text and closed by the end-of-text token."""
+    """Documents one after the other, each begun as the tokenizer begins any text and closed by the end-of-text
+    token.
+    """
 
     ids: NDArray[np.int32]  # [n]
     lengths: NDArray[np.int64]  # [documents], end of text included
@@ -54,11 +64,13 @@ class Tokens:
 
 
 def tokenize_piece(piece: Piece, recipe: Recipe) -> Tokens:
-    """The tokens of the documents in `piece`, those left out that nothing can be learned from. Raises InputError on a document, or a
-    tokenizer, that can not be used.
+    """The tokens of the documents in `piece`, those left out that nothing can be learned from. Raises InputError on a
+    document, or a tokenizer, that can not be used.
     """
     left_out = LeftOutCount()
-    parts = [_encode(batch, recipe, left_out) for batch in _batched(_kept(read_documents(piece, recipe.text_key), left_out))]
+    parts = [
+        _encode(batch, recipe, left_out) for batch in _batched(_kept(read_documents(piece, recipe.text_key), left_out))
+    ]
     return joined(parts, left_out)
 
 
@@ -72,11 +84,15 @@ def _kept(records: Iterable[Document | LeftOut], left_out: LeftOutCount) -> Iter
 
 def joined(parts: list[Tokens], left_out: LeftOutCount) -> Tokens:
     """`parts` one after the other."""
+
     def all_of(name: str, dtype: type[np.generic]) -> NDArray:
         return np.concatenate([np.empty(0, dtype), *(getattr(part, name) for part in parts)]).astype(dtype, copy=False)
+
     counts = None
     if any(part.counts is not None for part in parts):
-        counts = np.concatenate([np.ones(len(part.ids), np.uint8) if part.counts is None else part.counts for part in parts])
+        counts = np.concatenate(
+            [np.ones(len(part.ids), np.uint8) if part.counts is None else part.counts for part in parts]
+        )
     return Tokens(all_of("ids", np.int32), all_of("lengths", np.int64), all_of("hashes", np.float64), counts, left_out)
 
 
@@ -107,23 +123,38 @@ def _tools(recipe: Recipe) -> tuple:
 def _encode(documents: list[Document], recipe: Recipe, left_out: LeftOutCount) -> Tokens:
     tokenizer, _, beginning, end = _tools(recipe)
     texts = [document for document in documents if isinstance(document, str)]
-    encoded = iter(tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False,
-                             verbose=False)["input_ids"] if texts else [])
+    encoded = iter(
+        tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+        )["input_ids"]
+        if texts
+        else []
+    )
     ids: list[int] = []
     counts: list[bool] = []
     lengths: list[int] = []
     hashes: list[float] = []
     for document in documents:
-        made = [_whole(begun(next(encoded), beginning), end)] if isinstance(document, str) else _encode_marked(document, recipe)
+        made = (
+            [_whole(begun(next(encoded), beginning), end)]
+            if isinstance(document, str)
+            else _encode_marked(document, recipe)
+        )
         if not made and not isinstance(document, str):
             left_out.add(LeftOut("chat without a word of the assistant's to learn", document.where))
         for words, marks in made:
             ids += words
             counts += marks
             lengths.append(len(words))
-        hashes += [document_hash(document)] * len(made)  # the turns of a conversation are trained on, or held out, together
-    return Tokens(np.array(ids, np.int32), np.array(lengths, np.int64), np.array(hashes, np.float64),
-                  np.array(counts, np.uint8) if len(texts) < len(documents) else None)
+        hashes += [document_hash(document)] * len(
+            made
+        )  # the turns of a conversation are trained on, or held out, together
+    return Tokens(
+        np.array(ids, np.int32),
+        np.array(lengths, np.int64),
+        np.array(hashes, np.float64),
+        np.array(counts, np.uint8) if len(texts) < len(documents) else None,
+    )
 
 
 def _whole(text: list[int], end: int) -> Marked:
@@ -131,7 +162,9 @@ def _whole(text: list[int], end: int) -> Marked:
 
 
 def _encode_marked(document: Conversation | Completion, recipe: Recipe) -> list[Marked]:
-    """Token ids of each text that the document makes, closed by end of text, and which of them are learned. No text where none is."""
+    """Token ids of each text that the document makes, closed by end of text, and which of them are learned. No text
+    where none is.
+    """
     tokenizer, chat, beginning, end = _tools(recipe)
     has_template = recipe.chat_template is not None or bool(tokenizer.chat_template)
     if isinstance(document, Completion) and not (document.as_chat and has_template):
@@ -154,16 +187,20 @@ def _encode_marked(document: Conversation | Completion, recipe: Recipe) -> list[
 
 
 def _holds_words(chat: Conversation) -> bool:
-    """Whether the assistant says, thinks or calls anything that is to be learned. An end of turn behind nothing is not."""
-    said = [message for message in chat.messages[chat.num_given:] if message["role"] == ASSISTANT]
+    """Whether the assistant says, thinks or calls anything that is to be learned. An end of turn behind nothing is
+    not.
+    """
+    said = [message for message in chat.messages[chat.num_given :] if message["role"] == ASSISTANT]
     return any(message["content"].strip() or len(message) > 2 for message in said)  # role and content are always there
 
 
 def _encode_chat(conversation: Conversation, chat: ChatFormat) -> list[Marked]:
     made = chat.encode(conversation)
-    given = conversation.messages[:conversation.num_given]
+    given = conversation.messages[: conversation.num_given]
     if any(message["role"] == ASSISTANT for message in given):  # what the assistant said in the prompt is not learned
-        num_given = sum(sum(marks) for _, marks in chat.encode(Conversation(given, conversation.tools, conversation.where)))
+        num_given = sum(
+            sum(marks) for _, marks in chat.encode(Conversation(given, conversation.tools, conversation.where))
+        )
         places = [(marks, place) for _, marks in made for place, is_marked in enumerate(marks) if is_marked]
         for marks, place in places[:num_given]:
             marks[place] = False
@@ -173,10 +210,17 @@ def _encode_chat(conversation: Conversation, chat: ChatFormat) -> list[Marked]:
 def _encode_completion(document: Completion, tokenizer: "PreTrainedTokenizerBase") -> Marked:
     """Prompt and completion are tokenized as one text; tokens that end in the completion are learned."""
     if not tokenizer.is_fast:
-        raise InputError("prompts with completions need a fast tokenizer (tokenizer.json), which tells the characters of each token, and "
-                         f"the one in {tokenizer.name_or_path} is slow; convert it, or give texts")
-    encoded = tokenizer(document.prompt + document.completion, add_special_tokens=False, return_offsets_mapping=True,
-                        return_attention_mask=False, verbose=False)
+        raise InputError(
+            "prompts with completions need a fast tokenizer (tokenizer.json), which tells the characters of each token, and "
+            f"the one in {tokenizer.name_or_path} is slow; convert it, or give texts"
+        )
+    encoded = tokenizer(
+        document.prompt + document.completion,
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        verbose=False,
+    )
     return encoded["input_ids"], [stop > len(document.prompt) for _, stop in encoded["offset_mapping"]]
 
 
@@ -200,7 +244,14 @@ def _num_characters(document: Document) -> int:
 
 
 def recipe_of(tokenizer: str | Path, text_key: str, chat_template: str | None, *, trusts_code: bool = False) -> Recipe:
-    """The recipe; `chat_template` is the file of one. Raises InputError where that, or the tokenizer's files, can not be read."""
+    """The recipe; `chat_template` is the file of one. Raises InputError where that, or the tokenizer's files, can not
+    be read.
+    """
     folder = tokenizer_folder(tokenizer, trusts_code=trusts_code)
-    return Recipe(tokenizer=str(folder), tokenizer_files=tuple(tokenizer_digests(folder, trusts_code=trusts_code).items()),
-                  text_key=text_key, chat_template=read_chat_template(chat_template), trusts_code=trusts_code)
+    return Recipe(
+        tokenizer=str(folder),
+        tokenizer_files=tuple(tokenizer_digests(folder, trusts_code=trusts_code).items()),
+        text_key=text_key,
+        chat_template=read_chat_template(chat_template),
+        trusts_code=trusts_code,
+    )

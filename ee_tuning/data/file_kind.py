@@ -1,4 +1,7 @@
-"""What a file of data is: its format by its name, where the name says it, and else by its content; how it is packed by its first bytes."""
+"""What a file of data is: its format by its name, where the name says it, and else by its content; how it is packed by
+its first bytes.
+"""
+
 import bz2
 import gzip
 import io
@@ -16,15 +19,55 @@ from ee_tuning.foreign_content import GIT_LFS
 
 Format = Literal["text", "lines", "json", "table", "parquet", "arrow"]
 _FORMATS: dict[str, Format] = {
-    ".jsonl": "lines", ".ndjson": "lines", ".jsonlines": "lines", ".ldjson": "lines", ".json": "json", ".csv": "table", ".tsv": "table",
-    ".parquet": "parquet", ".arrow": "arrow", ".md": "text", ".py": "text", ".rst": "text", ".txt": "text"}
+    ".jsonl": "lines",
+    ".ndjson": "lines",
+    ".jsonlines": "lines",
+    ".ldjson": "lines",
+    ".json": "json",
+    ".csv": "table",
+    ".tsv": "table",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".md": "text",
+    ".py": "text",
+    ".rst": "text",
+    ".txt": "text",
+}
 PACKED_SUFFIXES = (".gz", ".gzip", ".zst", ".zstd", ".bz2", ".xz")
 DATA_SUFFIXES = tuple(_FORMATS)
 """What is taken out of a folder, packed or not."""
-_REFUSED = {".zip": "unpack it", ".tar": "unpack it", ".tgz": "unpack it", ".7z": "unpack it", ".rar": "unpack it", ".lz4": "unpack it",
-            **dict.fromkeys((".pdf", ".docx", ".doc", ".odt", ".rtf", ".epub", ".xlsx", ".xls"), "save it as text, or as .csv"),
-            **dict.fromkeys((".pkl", ".pickle", ".pt", ".pth", ".npy", ".npz", ".safetensors", ".gguf", ".h5", ".hdf5", ".feather", ".avro",
-                             ".orc", ".msgpack", ".tfrecord", ".db", ".sqlite", ".mds"), "write it as .jsonl or .parquet")}
+_REFUSED = {
+    ".zip": "unpack it",
+    ".tar": "unpack it",
+    ".tgz": "unpack it",
+    ".7z": "unpack it",
+    ".rar": "unpack it",
+    ".lz4": "unpack it",
+    **dict.fromkeys((".pdf", ".docx", ".doc", ".odt", ".rtf", ".epub", ".xlsx", ".xls"), "save it as text, or as .csv"),
+    **dict.fromkeys(
+        (
+            ".pkl",
+            ".pickle",
+            ".pt",
+            ".pth",
+            ".npy",
+            ".npz",
+            ".safetensors",
+            ".gguf",
+            ".h5",
+            ".hdf5",
+            ".feather",
+            ".avro",
+            ".orc",
+            ".msgpack",
+            ".tfrecord",
+            ".db",
+            ".sqlite",
+            ".mds",
+        ),
+        "write it as .jsonl or .parquet",
+    ),
+}
 _HEAD_BYTES = 1 << 20
 
 
@@ -74,10 +117,14 @@ def opened(path: Path, packing: str | None) -> Iterator[IO[bytes]]:
 
 
 def check_no_lines(text: str, path: Path) -> None:
-    """Raises InputError where a file that is called a text holds JSON lines: it would be one document, braces and all."""
+    """Raises InputError where a file that is called a text holds JSON lines: it would be one document, braces and
+    all.
+    """
     if _holds_objects(text[:_HEAD_BYTES].encode(), least=1):
-        raise InputError(f"{path} holds JSON lines, and its name promises plain text; name it .jsonl, or write it as one "
-                         "{\"text\": \"…\"} in a .jsonl if its braces are meant")
+        raise InputError(
+            f"{path} holds JSON lines, and its name promises plain text; name it .jsonl, or write it as one "
+            '{"text": "…"} in a .jsonl if its braces are meant'
+        )
 
 
 def _inner_suffix(name: str) -> str:
@@ -94,7 +141,13 @@ def _packing(first: bytes) -> str | None:
 
 
 def _openers() -> dict[str | None, Callable[[Path], Any]]:
-    return {None: lambda path: path.open("rb"), "gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open, "zstd": _open_zstd}
+    return {
+        None: lambda path: path.open("rb"),
+        "gzip": gzip.open,
+        "bzip2": bz2.open,
+        "xz": lzma.open,
+        "zstd": _open_zstd,
+    }
 
 
 @contextmanager
@@ -102,8 +155,10 @@ def _open_zstd(path: Path) -> Iterator[IO[bytes]]:
     try:
         import zstandard
     except ImportError as error:
-        raise InputError(f"{path}: reading zstd needs zstandard, which is not installed; pip install 'ee_tuning[zstd]', or unpack the "
-                         "file (zstd -d)") from error
+        raise InputError(
+            f"{path}: reading zstd needs zstandard, which is not installed; pip install 'ee_tuning[zstd]', or unpack the "
+            "file (zstd -d)"
+        ) from error
     try:
         with path.open("rb") as packed:
             # Parallel compressors write several frames; `zstd --long` writes windows of up to 2 GiB.
@@ -129,7 +184,9 @@ def _json_or_lines(head: bytes) -> Format:
 
 
 def _holds_objects(head: bytes, least: int) -> bool:
-    """Whether the first two lines of a file that are not blank are JSON objects with keys, or `least` where there are no more."""
+    """Whether the first two lines of a file that are not blank are JSON objects with keys, or `least` where there are
+    no more.
+    """
     lines = [line for line in head.split(b"\n") if line.strip(b"\xef\xbb\xbf \t\r")]
     is_cut = len(head) >= _HEAD_BYTES
     if is_cut and len(lines) == 1:

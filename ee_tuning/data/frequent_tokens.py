@@ -1,4 +1,7 @@
-"""The shortlist of exits: the tokens that training texts mostly teach, and those that must be said however rare they are."""
+"""The shortlist of exits: the tokens that training texts mostly teach, and those that must be said however rare they
+are.
+"""
+
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,11 +51,16 @@ class TokenCounts:
     def listed(self, size: int) -> ListedTokens:
         """The first `size` of them."""
         chosen = np.sort(self.ordered()[:size])
-        return ListedTokens(token_ids=tuple(chosen.tolist()), num_tokens=int(self.counts.sum()), num_listed=int(self.counts[chosen].sum()))
+        return ListedTokens(
+            token_ids=tuple(chosen.tolist()),
+            num_tokens=int(self.counts.sum()),
+            num_listed=int(self.counts[chosen].sum()),
+        )
 
 
 def list_tokens(config: Config, samples: Samples, topology: Topology) -> ListedTokens | None:
-    """The shortlist that exits.output_vocab asks for, the same on all ranks; None where it asks for all tokens. All ranks call it.
+    """The shortlist that exits.output_vocab asks for, the same on all ranks; None where it asks for all tokens. All
+    ranks call it.
 
     Raises InputError where it asks for no more than the tokens that have to be listed, or the vocabulary has no more.
     """
@@ -60,8 +68,11 @@ def list_tokens(config: Config, samples: Samples, topology: Topology) -> ListedT
         return None
     listed = on_first_rank(topology, lambda: _list_tokens(config, samples))
     if topology.is_logging_rank and listed is not None:
-        print(f"exits say {len(listed.token_ids):,} tokens of the vocabulary, {listed.record['share']:.2%} of {listed.num_tokens:,} tokens "
-              "of the training data, and any other", flush=True)
+        print(
+            f"exits say {len(listed.token_ids):,} tokens of the vocabulary, {listed.record['share']:.2%} of {listed.num_tokens:,} tokens "
+            "of the training data, and any other",
+            flush=True,
+        )
     return listed
 
 
@@ -78,17 +89,23 @@ def _list_tokens(config: Config, samples: Samples) -> ListedTokens | None:
     if not isinstance(size, int):
         size = chosen_size(config, model, known)
         if size >= model.vocab_size:
-            print(f"exits.output_vocab = auto chooses all {model.vocab_size:,} tokens: a shortlist would save too little", flush=True)
+            print(
+                f"exits.output_vocab = auto chooses all {model.vocab_size:,} tokens: a shortlist would save too little",
+                flush=True,
+            )
             return None
     if size <= len(known.required):
-        raise InputError(f"exits.output_vocab must be more than the {len(known.required)} special and stop tokens, which are always "
-                         f"listed, got {size}; give more")
+        raise InputError(
+            f"exits.output_vocab must be more than the {len(known.required)} special and stop tokens, which are always "
+            f"listed, got {size}; give more"
+        )
     return known.listed(size)
 
 
 def chosen_size(config: Config, model: ModelConfig, known: TokenCounts) -> int:
-    """A power of two from FEWEST_AUTO on, or the vocabulary: the size with the smallest loss, in shares of a full pass. That is what asking
-    every exit in vain costs, and what tokens that are not listed would have saved at the middle exit.
+    """A power of two from FEWEST_AUTO on, or the vocabulary: the size with the smallest loss, in shares of a full pass.
+    That is what asking every exit in vain costs, and what tokens that are not listed would have saved at the middle
+    exit.
     """
     layers, num_layers = config.exits.layers(model.num_layers), model.num_layers
     whole = sum(stage_costs(model, num_layers, (), 0, trains_heads=False, has_final_head=True))
@@ -98,19 +115,27 @@ def chosen_size(config: Config, model: ModelConfig, known: TokenCounts) -> int:
 
     def loss(size: int) -> float:
         return len(layers) * final_head_cost(model) * size / model.vocab_size / whole + (1 - covered[size - 1]) * saved
+
     sizes = [1 << power for power in range(FEWEST_AUTO.bit_length() - 1, model.vocab_size.bit_length())]
     return min([*(size for size in sizes if len(known.required) < size < model.vocab_size), model.vocab_size], key=loss)
 
 
 def required_tokens(config: Config, folder: Path, model: ModelConfig) -> frozenset[int]:
-    """Stop tokens as generation has them, and the tokenizer's special ones. Token ids without a tokenizer know the former alone."""
+    """Stop tokens as generation has them, and the tokenizer's special ones. Token ids without a tokenizer know the
+    former alone.
+    """
     ids = {*model.eos_token_ids, *(generation_end_token_ids(folder, model.vocab_size) or ())}
     try:
         tokenizer: Any = load_tokenizer(tokenizer_of(config), trusts_code=config.model.trust_remote_code)
     except InputError as error:
-        warn(f"the exits' shortlist holds no special tokens but those that end texts, for there is no tokenizer: {error}")
+        warn(
+            f"the exits' shortlist holds no special tokens but those that end texts, for there is no tokenizer: {error}"
+        )
     else:
-        ids |= {*tokenizer.all_special_ids, *(token for token, each in tokenizer.added_tokens_decoder.items() if each.special)}
+        ids |= {
+            *tokenizer.all_special_ids,
+            *(token for token, each in tokenizer.added_tokens_decoder.items() if each.special),
+        }
     return frozenset(token for token in ids if 0 <= token < model.vocab_size)
 
 

@@ -1,8 +1,9 @@
-"""Megatron's indexed files: PREFIX.bin holds token ids, PREFIX.idx where each document begins. Read by Megatron-core's own class, mapped
-into memory; written so that it reads them.
+"""Megatron's indexed files: PREFIX.bin holds token ids, PREFIX.idx where each document begins. Read by Megatron-core's
+own class, mapped into memory; written so that it reads them.
 
 Beside the two, PREFIX.mask may hold a byte a token: 1 where it counts as a label. Megatron-core takes no notice of it.
 """
+
 import struct
 import warnings
 from collections.abc import Iterator
@@ -36,7 +37,9 @@ class TokenStream:
         """Those from `first` up to, not including, `stop`."""
         bounds = np.append(self.starts, len(self.ids))
         part = slice(int(bounds[first]), int(bounds[stop]))
-        return TokenStream(self.ids[part], self.starts[first:stop] - part.start, None if self.counts is None else self.counts[part])
+        return TokenStream(
+            self.ids[part], self.starts[first:stop] - part.start, None if self.counts is None else self.counts[part]
+        )
 
 
 def with_suffix(prefix: Path, suffix: str) -> Path:
@@ -56,29 +59,39 @@ def open_stream(prefix: Path) -> TokenStream:
         ends = np.cumsum(lengths, dtype=np.int64)
         in_order = np.array_equal(pointers, (ends - lengths) * dtype.itemsize)
         if num_tokens * dtype.itemsize != size or not in_order:
-            raise InputError(f"{index} does not agree with {data}: it tells of {num_tokens} tokens of {dtype.itemsize} bytes"
-                             f"{'' if in_order else ', not one after the other'}, and {data.name} has {size} bytes; copy the two again, or "
-                             "tokenize the texts anew")
+            raise InputError(
+                f"{index} does not agree with {data}: it tells of {num_tokens} tokens of {dtype.itemsize} bytes"
+                f"{'' if in_order else ', not one after the other'}, and {data.name} has {size} bytes; copy the two again, or "
+                "tokenize the texts anew"
+            )
         starts = np.append(0, ends)[documents[:-1]]
         counts = None
         if mask.exists():
             counts = np.memmap(mask, np.uint8, mode="r")
             if len(counts) != num_tokens:
-                raise InputError(f"{mask} must have a byte for each of the {num_tokens} tokens of {data}, got {len(counts)}; tokenize the "
-                                 "texts anew")
+                raise InputError(
+                    f"{mask} must have a byte for each of the {num_tokens} tokens of {data}, got {len(counts)}; tokenize the "
+                    "texts anew"
+                )
         return TokenStream(np.memmap(data, dtype, mode="r"), starts, counts)
     except OSError as error:
-        raise InputError(f"{prefix}{BIN_SUFFIX} and {INDEX_SUFFIX} can not be read: {error.strerror}; make them readable") from error
+        raise InputError(
+            f"{prefix}{BIN_SUFFIX} and {INDEX_SUFFIX} can not be read: {error.strerror}; make them readable"
+        ) from error
 
 
 def _read_index(prefix: Path) -> tuple[np.dtype, NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
-    """Type of the ids; per sequence length and place in bytes; the sequences that documents begin with, and their number."""
+    """Type of the ids; per sequence length and place in bytes; the sequences that documents begin with, and their
+    number.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the libraries that Megatron-core does without
         from megatron.core.datasets.indexed_dataset import IndexedDataset  # seconds: only where such files are read
 
     try:
-        _check_header(with_suffix(prefix, INDEX_SUFFIX))  # what Megatron-core stumbles over, it also tells of when it is collected
+        _check_header(
+            with_suffix(prefix, INDEX_SUFFIX)
+        )  # what Megatron-core stumbles over, it also tells of when it is collected
         dataset = IndexedDataset(str(prefix))
         index = dataset.index
         documents = np.array(index.document_indices)
@@ -89,8 +102,10 @@ def _read_index(prefix: Path) -> tuple[np.dtype, NDArray[np.int32], NDArray[np.i
             raise ValueError("its numbers make no sense")
     except (AssertionError, ValueError, IndexError, AttributeError, struct.error) as error:
         reason = " ".join(str(error).split())[:150]
-        raise InputError(f"{prefix}{INDEX_SUFFIX} is no index of Megatron's, or is cut short ({reason}); copy it again, or tokenize the "
-                         "texts anew") from error
+        raise InputError(
+            f"{prefix}{INDEX_SUFFIX} is no index of Megatron's, or is cut short ({reason}); copy it again, or tokenize the "
+            "texts anew"
+        ) from error
     return dtype, lengths, pointers, documents
 
 
@@ -98,10 +113,12 @@ def _check_header(path: Path) -> None:
     """Raises ValueError, or struct.error, where the index is none, or shorter than it says."""
     with path.open("rb") as file:
         header = file.read(34)
-    version, _, num_sequences, num_documents = struct.unpack("<QBQQ", header[len(_HEADER):])
-    if header[:len(_HEADER)] != _HEADER or version != 1:
+    version, _, num_sequences, num_documents = struct.unpack("<QBQQ", header[len(_HEADER) :])
+    if header[: len(_HEADER)] != _HEADER or version != 1:
         raise ValueError("its first bytes are others")
-    if (size := path.stat().st_size) < (least := len(header) + 12 * num_sequences + 8 * num_documents) or num_documents == 0:
+    if (size := path.stat().st_size) < (
+        least := len(header) + 12 * num_sequences + 8 * num_documents
+    ) or num_documents == 0:
         raise ValueError(f"it should have {least} bytes, and has {size}")
 
 
@@ -117,5 +134,5 @@ def write_index(path: Path, dtype: np.dtype, lengths: NDArray[np.int64]) -> None
 def extremes(stream: TokenStream) -> Iterator[tuple[int, int, int]]:
     """Smallest and largest id, block after block of the file, and the block's bytes: it may be longer than memory."""
     for start in range(0, len(stream.ids), _SCANNED_AT_ONCE):
-        block = stream.ids[start: start + _SCANNED_AT_ONCE]
+        block = stream.ids[start : start + _SCANNED_AT_ONCE]
         yield int(block.min()), int(block.max()), block.nbytes

@@ -1,12 +1,14 @@
 """Micro-batches of packed samples, for every replica its own, from any position on.
 
-All samples of a run stand in one endless order: epoch after epoch, each shuffled by (seed, epoch). A position is a place in that order. Of
-the next micro_batch_size × dp samples, replica r takes the r-th micro_batch_size. So the global batch of a step is the same set for every
-number of replicas and every micro-batch size, and a run goes on from its position, an int, under another layout without repeat or skip.
-Every stage and every tensor-parallel rank has a source of its own that yields the same: only hidden states travel between them.
+All samples of a run stand in one endless order: epoch after epoch, each shuffled by (seed, epoch). A position is a
+place in that order. Of the next micro_batch_size × dp samples, replica r takes the r-th micro_batch_size. So the global
+batch of a step is the same set for every number of replicas and every micro-batch size, and a run goes on from its
+position, an int, under another layout without repeat or skip. Every stage and every tensor-parallel rank has a source
+of its own that yields the same: only hidden states travel between them.
 
 s sequence · b micro-batch
 """
+
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -33,7 +35,9 @@ class Batch:
     loss_mask: Tensor
     """[s, b] float32: 1 where a label counts; 0 in rows that merely fill a validation micro-batch."""
     document_ids: Tensor | None = None
-    """[b, s] int64: grows by one where a document begins, where attention must stay within one (data.reset_attention_mask)."""
+    """[b, s] int64: grows by one where a document begins, where attention must stay within one
+    (data.reset_attention_mask).
+    """
     position_ids: Tensor | None = None
     """[b, s] int64: the place of each token in its document (data.reset_position_ids)."""
 
@@ -47,8 +51,10 @@ def count_microbatches(tuning: TuningSection, dp: int) -> int:
     below = tuning.global_batch_size // unit * unit
     if below != tuning.global_batch_size:
         choice = f"{below} or {below + unit}" if below else f"{unit}"
-        raise InputError(f"tuning.global_batch_size must be a multiple of micro_batch_size × replicas = {tuning.micro_batch_size} × {dp} = "
-                         f"{unit}, got {tuning.global_batch_size}; set it to {choice}, or change tuning.micro_batch_size")
+        raise InputError(
+            f"tuning.global_batch_size must be a multiple of micro_batch_size × replicas = {tuning.micro_batch_size} × {dp} = "
+            f"{unit}, got {tuning.global_batch_size}; set it to {choice}, or change tuning.micro_batch_size"
+        )
     return tuning.global_batch_size // unit
 
 
@@ -79,11 +85,13 @@ class BatchSource(Iterator[Batch]):
 
 
 def validation_batches(samples: Samples | None, tuning: TuningSection, *, dp: int, dp_rank: int) -> list[Batch]:
-    """The micro-batches of replica `dp_rank` for every validation: tuning.eval_iters of them, fewer where the samples do not reach.
+    """The micro-batches of replica `dp_rank` for every validation: tuning.eval_iters of them, fewer where the samples
+    do not reach.
 
-    Each replica has as many. Together they hold the first eval_iters × micro_batch_size × dp samples of a fixed order, each once, so
-    where the split is no larger, every layout judges by all of it. Rows beyond the last sample have loss mask 0, even whole
-    micro-batches of a replica: divide sums over all replicas. Empty where eval_iters is 0 or nothing is held out.
+    Each replica has as many. Together they hold the first eval_iters × micro_batch_size × dp samples of a fixed order,
+    each once, so where the split is no larger, every layout judges by all of it. Rows beyond the last sample have loss
+    mask 0, even whole micro-batches of a replica: divide sums over all replicas. Empty where eval_iters is 0 or nothing
+    is held out.
     """
     if tuning.eval_iters < 0:
         raise InputError(f"tuning.eval_iters must be at least 0, got {tuning.eval_iters}; 0 for no validation")
@@ -95,22 +103,31 @@ def validation_batches(samples: Samples | None, tuning: TuningSection, *, dp: in
     return list(batches_of_each(samples, chosen, tuning, dp=dp, dp_rank=dp_rank))
 
 
-def batches_of_each(samples: Samples, chosen: Sequence[int], tuning: TuningSection, *, dp: int, dp_rank: int) -> Iterator[Batch]:
-    """Micro-batches of replica `dp_rank`, as many for each: together they hold the `chosen` samples, each once, and rows of loss mask 0."""
+def batches_of_each(
+    samples: Samples, chosen: Sequence[int], tuning: TuningSection, *, dp: int, dp_rank: int
+) -> Iterator[Batch]:
+    """Micro-batches of replica `dp_rank`, as many for each: together they hold the `chosen` samples, each once, and
+    rows of loss mask 0.
+    """
     size = tuning.micro_batch_size
     for start in range(dp_rank * size, -(-len(chosen) // (size * dp)) * size * dp, size * dp):
-        yield _batch(samples, chosen[start:start + size], size)
+        yield _batch(samples, chosen[start : start + size], size)
 
 
 def _batch(samples: Samples, chosen: Sequence[int], micro_batch_size: int) -> Batch:
     """The `chosen` samples, filled up to `micro_batch_size` rows with sample 0 under loss mask 0."""
     rows = [samples.sample(index) for index in [*chosen, *[0] * (micro_batch_size - len(chosen))]]
     block, loss_mask = _stacked([row.tokens for row in rows]), _stacked([row.loss_mask for row in rows])
-    loss_mask[len(chosen):] = 0.0
+    loss_mask[len(chosen) :] = 0.0
     ids = [row.document_ids for row in rows if row.document_ids is not None]
     positions = [row.position_ids for row in rows if row.position_ids is not None]
-    return Batch(tokens=block[:, :-1].contiguous(), labels=block[:, 1:].T.contiguous(), loss_mask=loss_mask.T.contiguous(),
-                 document_ids=_stacked(ids) if ids else None, position_ids=_stacked(positions) if positions else None)
+    return Batch(
+        tokens=block[:, :-1].contiguous(),
+        labels=block[:, 1:].T.contiguous(),
+        loss_mask=loss_mask.T.contiguous(),
+        document_ids=_stacked(ids) if ids else None,
+        position_ids=_stacked(positions) if positions else None,
+    )
 
 
 def _stacked(rows: Sequence[NDArray]) -> Tensor:

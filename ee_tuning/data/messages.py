@@ -1,4 +1,5 @@
 """Messages of a chat, as files have them, become messages with a role and a text."""
+
 import json
 from collections.abc import Callable
 from typing import Any
@@ -8,8 +9,17 @@ from ee_tuning.errors import InputError
 MESSAGES = "messages"
 Where = Callable[[], str]
 """Tells a place, such as file and line: counted only when it is asked for."""
-_SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "model": "assistant",
-             "observation": "tool", "function_response": "tool", "tool_response": "tool"}
+_SPEAKERS = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+}
 """ShareGPT's words for roles, where they are others."""
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
@@ -25,7 +35,9 @@ def chat_messages(messages: Any, key: str, where: Where) -> list[dict[str, Any]]
         except (ValueError, RecursionError) as error:
             raise InputError(f"{where()}: {key!r} must be a list of messages: {error}; mend or remove it") from error
     if not isinstance(messages, list):
-        raise InputError(f"{where()}: {key!r} must be a list of messages, got {messages!r}"[:300] + "; mend or remove it")
+        raise InputError(
+            f"{where()}: {key!r} must be a list of messages, got {messages!r}"[:300] + "; mend or remove it"
+        )
     # Roles, names and calls of tools, too. Not every value of .parquet is one of JSON's.
     check_characters(json.dumps(messages, ensure_ascii=False, default=str), key, where)
     return [_message(message, key, where) for message in messages]
@@ -38,10 +50,18 @@ def _message(message: Any, key: str, where: Where) -> dict[str, Any]:
         role = message.get("role") or (_SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else None)
         content = message["value"] if message.get("content") is None and "value" in message else message.get("content")
     if not isinstance(role, str):
-        raise InputError(f"{where()}: each of {key!r} must be an object with role and content, or from and value, got {message!r}"[:300]
-                         + "; mend or remove it")
+        raise InputError(
+            f"{where()}: each of {key!r} must be an object with role and content, or from and value, got {message!r}"[
+                :300
+            ]
+            + "; mend or remove it"
+        )
     # .parquet has a value for each key that any message has; templates ask whether a key is there.
-    others = {name: value for name, value in message.items() if value is not None and name not in ("role", "content", "from", "value")}
+    others = {
+        name: value
+        for name, value in message.items()
+        if value is not None and name not in ("role", "content", "from", "value")
+    }
     return {"role": role, "content": _text_of(content, key, where), **others}
 
 
@@ -51,7 +71,9 @@ def _text_of(content: Any, key: str, where: Where) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise InputError(f"{where()}: a content in {key!r} must be a text, got {type(content).__name__}; write it as a text, or remove it")
+        raise InputError(
+            f"{where()}: a content in {key!r} must be a text, got {type(content).__name__}; write it as a text, or remove it"
+        )
     return "\n".join(_text_of_part(part, key, where) for part in content)
 
 
@@ -60,7 +82,9 @@ def _text_of_part(part: Any, key: str, where: Where) -> str:
     text = part.get("text") if isinstance(part, dict) else part
     if kind not in _TEXT_PARTS or not isinstance(text, str):
         what = repr(kind) if kind not in _TEXT_PARTS else type(text).__name__
-        raise InputError(f"{where()}: a content in {key!r} has a part of {what}, and text alone is learned; remove the part, or the chat")
+        raise InputError(
+            f"{where()}: a content in {key!r} has a part of {what}, and text alone is learned; remove the part, or the chat"
+        )
     return text
 
 
@@ -69,4 +93,6 @@ def check_characters(text: str, key: str, where: Where) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"{where()}: {key!r} holds half of a surrogate pair, which is no character; mend or remove it") from error
+        raise InputError(
+            f"{where()}: {key!r} holds half of a surrogate pair, which is no character; mend or remove it"
+        ) from error

@@ -1,4 +1,7 @@
-"""The order in which samples are consumed, without an end: a position in it, an int, is all that a checkpoint has to keep of the data."""
+"""The order in which samples are consumed, without an end: a position in it, an int, is all that a checkpoint has to
+keep of the data.
+"""
+
 import warnings
 from collections.abc import Sequence
 from typing import Protocol
@@ -34,13 +37,16 @@ class SampleOrder:
         epoch, place = divmod(position, self.num_distinct)
         if epoch != self._epoch:
             # RandomState, because NumPy promises that its streams never change: a run may resume under another version.
-            self._permutation = np.random.RandomState([*self._words[0], epoch, *self._words[1]]).permutation(self.num_distinct)
+            self._permutation = np.random.RandomState([*self._words[0], epoch, *self._words[1]]).permutation(
+                self.num_distinct
+            )
             self._epoch = epoch
         return int(self._permutation[place])
 
 
 class BlendedOrder:
-    """Samples of several corpora by weight: at each position the corpus that is furthest behind its share is next, as in Megatron-core.
+    """Samples of several corpora by weight: at each position the corpus that is furthest behind its share is next, as
+    in Megatron-core.
 
     Each corpus has epochs and permutations of its own. Samples are numbered through the corpora.
     """

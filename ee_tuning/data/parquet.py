@@ -1,4 +1,5 @@
 """Rows of .parquet and .arrow files, by pyarrow, which is wanted only where there are such files."""
+
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ def row_groups(path: Path) -> list[int]:
 
 
 def read_rows(path: Path, first_group: int, stop_group: int, columns: Sequence[str] | None) -> Iterator[Row]:
-    """The rows of some row groups of a .parquet file: those of `columns` that the file has, all where None. Raises InputError where it has
-    none of them.
+    """The rows of some row groups of a .parquet file: those of `columns` that the file has, all where None. Raises
+    InputError where it has none of them.
     """
     with _open(path) as file:
         present = _present(path, file.schema_arrow.names, columns)
@@ -27,7 +28,9 @@ def read_rows(path: Path, first_group: int, stop_group: int, columns: Sequence[s
 
 
 def read_arrow(path: Path, columns: Sequence[str] | None) -> Iterator[Row]:
-    """The rows of an .arrow file, a stream of batches (as the library datasets writes them) or a file of them; as `read_rows`."""
+    """The rows of an .arrow file, a stream of batches (as the library datasets writes them) or a file of them; as
+    `read_rows`.
+    """
     pyarrow = _pyarrow(path)
     try:
         with pyarrow.memory_map(str(path)) as file:
@@ -60,8 +63,10 @@ def _present(path: Path, names: Sequence[str], columns: Sequence[str] | None) ->
         return list(names)
     present = [name for name in columns if name in names]
     if not present:
-        raise InputError(f"{path}: a column {columns[0]!r}, or of chats or prompts with completions, is needed, its columns are "
-                         f"{', '.join(map(repr, names))}; set data.text_key to that of the text")
+        raise InputError(
+            f"{path}: a column {columns[0]!r}, or of chats or prompts with completions, is needed, its columns are "
+            f"{', '.join(map(repr, names))}; set data.text_key to that of the text"
+        )
     return present
 
 
@@ -70,8 +75,10 @@ def _pyarrow(path: Path) -> Any:
         import pyarrow.ipc
         import pyarrow.parquet
     except ImportError as error:
-        raise InputError(f"{path}: reading {path.suffix} needs pyarrow, which is not installed; pip install 'ee_tuning[parquet]', or give "
-                         ".jsonl") from error
+        raise InputError(
+            f"{path}: reading {path.suffix} needs pyarrow, which is not installed; pip install 'ee_tuning[parquet]', or give "
+            ".jsonl"
+        ) from error
     return pyarrow
 
 
@@ -84,4 +91,6 @@ def _open(path: Path) -> Any:
 
 
 def _broken(path: Path, error: Exception) -> InputError:
-    return InputError(f"{path} can not be read as {path.suffix[1:]}: {' '.join(str(error).split())[:200]}; write it anew, or leave it out")
+    return InputError(
+        f"{path} can not be read as {path.suffix[1:]}: {' '.join(str(error).split())[:200]}; write it anew, or leave it out"
+    )

@@ -1,4 +1,7 @@
-"""Pipes among data.paths: a pipe can be read once, by one process, so its content is copied to a file, which is read like others."""
+"""Pipes among data.paths: a pipe can be read once, by one process, so its content is copied to a file, which is read
+like others.
+"""
+
 import hashlib
 import os
 import secrets
@@ -25,10 +28,11 @@ def has_pipes(paths: Sequence[str]) -> bool:
 
 @contextmanager
 def pipes_copied(data: DataSection, root: Path, topology: Topology | None) -> Iterator[DataSection]:
-    """`data` with files within `root` in place of pipes, which rank 0 reads. All ranks of `topology` call it, and end the block together.
+    """`data` with files within `root` in place of pipes, which rank 0 reads. All ranks of `topology` call it, and end
+    the block together.
 
-    When the block ends well the files are removed; else they stay, for errors name their lines. Raises InputError where a pipe can not be
-    read or the disk refuses.
+    When the block ends well the files are removed; else they stay, for errors name their lines. Raises InputError where
+    a pipe can not be read or the disk refuses.
     """
     paths, valid_paths = on_first_rank(topology, lambda: (copied(data.paths, root), copied(data.valid_paths, root)))
     yield replace(data, paths=paths, valid_paths=valid_paths)
@@ -51,7 +55,11 @@ def as_given(text: str) -> str:
 
 
 def _is_pipe(path: str) -> bool:
-    return os.path.exists(path) and not os.path.isdir(path) and (not os.path.isfile(path) or path.startswith(("/dev/", "/proc/")))
+    return (
+        os.path.exists(path)
+        and not os.path.isdir(path)
+        and (not os.path.isfile(path) or path.startswith(("/dev/", "/proc/")))
+    )
 
 
 def _copy(path: Path, root: Path) -> Path:
@@ -65,7 +73,9 @@ def _copy(path: Path, root: Path) -> Path:
             for block in _blocks(path):
                 digest.update(block)
                 copy.write(block)
-        os.utime(partial / path.name, (0, 0))  # token ids are kept under path, size and time: the same content finds them again
+        os.utime(
+            partial / path.name, (0, 0)
+        )  # token ids are kept under path, size and time: the same content finds them again
         folder = root / f"{_PREFIX}{digest.hexdigest()[:32]}"
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)

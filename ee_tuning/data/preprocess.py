@@ -1,4 +1,7 @@
-"""`ee-tuning preprocess`: texts become PREFIX.bin and PREFIX.idx, which Megatron-core reads, and PREFIX.mask where there are chats."""
+"""`ee-tuning preprocess`: texts become PREFIX.bin and PREFIX.idx, which Megatron-core reads, and PREFIX.mask where
+there are chats.
+"""
+
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,17 +23,21 @@ _IN_ORDER = (MASK_SUFFIX, BIN_SUFFIX, INDEX_SUFFIX)
 
 
 def preprocess(data: DataSection, output: Path, overwrite: bool, *, trusts_code: bool = False) -> Written:
-    """Tokenizes what data.paths names into the prefix `output`, every document closed by end of text, in the order of the files.
-    The tokenizer's own Python files run where `trusts_code`.
+    """Tokenizes what data.paths names into the prefix `output`, every document closed by end of text, in the order of
+    the files. The tokenizer's own Python files run where `trusts_code`.
 
     Raises InputError where something given can not be used, or `output` is there already; then nothing is left behind.
     """
     if data.tokenizer is None:
         raise InputError("data.tokenizer must name a tokenizer's folder, got none; give --tokenizer FOLDER")
     if output.name in ("", ".."):
-        raise InputError(f"--output is the prefix of {BIN_SUFFIX} and {INDEX_SUFFIX}, got the folder {output}; give {output / 'corpus'}")
+        raise InputError(
+            f"--output is the prefix of {BIN_SUFFIX} and {INDEX_SUFFIX}, got the folder {output}; give {output / 'corpus'}"
+        )
     if output.suffix in _IN_ORDER:
-        raise InputError(f"--output is the prefix of {BIN_SUFFIX} and {INDEX_SUFFIX}, got {output}; give {output.with_suffix('')}")
+        raise InputError(
+            f"--output is the prefix of {BIN_SUFFIX} and {INDEX_SUFFIX}, got {output}; give {output.with_suffix('')}"
+        )
     check_workers(data.workers)
     there = [path for suffix in _IN_ORDER if (path := with_suffix(output, suffix)).exists()]
     if there and not overwrite:
@@ -73,8 +80,12 @@ def _preprocess(data: DataSection, output: Path, trusts_code: bool) -> Written:
 
 def _texts(corpus: Corpus) -> tuple[Path, ...]:
     if corpus.weight is not None:
-        raise InputError(f"preprocess takes no weights, got {corpus.weight:g} for {corpus.name}; preprocess each corpus by itself, and "
-                         "give the weights to tune")
+        raise InputError(
+            f"preprocess takes no weights, got {corpus.weight:g} for {corpus.name}; preprocess each corpus by itself, and "
+            "give the weights to tune"
+        )
     if corpus.prefixes:
-        raise InputError(f"preprocess takes texts, and {with_suffix(corpus.prefixes[0], BIN_SUFFIX)} holds token ids already; leave it out")
+        raise InputError(
+            f"preprocess takes texts, and {with_suffix(corpus.prefixes[0], BIN_SUFFIX)} holds token ids already; leave it out"
+        )
     return corpus.texts

@@ -1,4 +1,7 @@
-"""What the person who waits for token ids sees: a bar with bytes at a terminal, a line now and then elsewhere, nothing if it is quick."""
+"""What the person who waits for token ids sees: a bar with bytes at a terminal, a line now and then elsewhere, nothing
+if it is quick.
+"""
+
 import sys
 import time
 
@@ -50,11 +53,21 @@ class Progress:
             self._spoke = now
             left = int((now - self._began) * (self._total - self._done) / max(self._done, 1))
             ending = f" · {left // 60}:{left % 60:02d} left" if self._done else ""
-            print(f"{self._what}: {self._done / 1e6:,.0f} of {self._total / 1e6:,.0f} MB{ending}", file=sys.stderr, flush=True)
+            print(
+                f"{self._what}: {self._done / 1e6:,.0f} of {self._total / 1e6:,.0f} MB{ending}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _make_bar(self) -> rich.progress.Progress:
         console = Console(stderr=True)
         return rich.progress.Progress(
-            rich.progress.TextColumn("{task.description}"), rich.progress.BarColumn(), rich.progress.DownloadColumn(),
-            rich.progress.TransferSpeedColumn(), rich.progress.TimeRemainingColumn(), console=console, disable=not console.is_terminal,
-            transient=True)
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(),
+            rich.progress.DownloadColumn(),
+            rich.progress.TransferSpeedColumn(),
+            rich.progress.TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )

@@ -1,8 +1,9 @@
 """What records ask a model, their answers taken off: the prompts of `ee-tuning regenerate`.
 
-Every form that `records.py` reads is a prompt, with its answers or without. A chat asks for an answer at each place where the assistant
-spoke, and at its end where another spoke last.
+Every form that `records.py` reads is a prompt, with its answers or without. A chat asks for an answer at each place
+where the assistant spoke, and at its end where another spoke last.
 """
+
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -67,11 +68,17 @@ def prompt_of(record: Any, reading: Reading, where: Where) -> Prompt | LeftOut:
     text = document if isinstance(document, str) else document.prompt
     if not text:
         return LeftOut("empty prompt", where)
-    return Prompt(turns=([{"role": _USER, "content": text}],), kept=kept) if reading.as_chat else Prompt(text=text, kept=kept)
+    return (
+        Prompt(turns=([{"role": _USER, "content": text}],), kept=kept)
+        if reading.as_chat
+        else Prompt(text=text, kept=kept)
+    )
 
 
 def _read(record: Any, text_key: str, where: Where) -> str | Completion | Conversation | LeftOut:
-    """`record` as `document_of` reads it with some answer. A chat goes before an instruction, that before a prompt, that before a text."""
+    """`record` as `document_of` reads it with some answer. A chat goes before an instruction, that before a prompt,
+    that before a text.
+    """
     if not isinstance(record, dict):
         return document_of(record, text_key, where)  # which refuses it
     given = {key: value for key, value in record.items() if value is not None}
@@ -88,12 +95,14 @@ def _read(record: Any, text_key: str, where: Where) -> str | Completion | Conver
     if any(key in record for key in (text_key, "prompt", "instruction", MESSAGES, *SHAREGPT)):
         return LeftOut("null in place of a prompt", where)
     known = ", ".join(map(repr, record)) or "none"
-    raise InputError(f"{where()}: no messages, conversations, instruction, prompt or {text_key!r}; its keys are {known}; give the key of "
-                     "the prompt with --text-key")
+    raise InputError(
+        f"{where()}: no messages, conversations, instruction, prompt or {text_key!r}; its keys are {known}; give the key of "
+        "the prompt with --text-key"
+    )
 
 
 def _chat(chat: Conversation, reading: Reading, kept: dict[str, Any]) -> Prompt | LeftOut:
-    messages = chat.messages[:chat.num_given] if chat.num_given else chat.messages
+    messages = chat.messages[: chat.num_given] if chat.num_given else chat.messages
     is_given = bool(chat.num_given) or reading.last_turn
     if is_given and not chat.num_given:
         last = next((place for place in range(len(messages), 0, -1) if messages[place - 1]["role"] != ASSISTANT), 0)
@@ -105,13 +114,18 @@ def _chat(chat: Conversation, reading: Reading, kept: dict[str, Any]) -> Prompt 
             return LeftOut("prompt that ends with the assistant's words", chat.where)
         has_said = any(message["role"] == ASSISTANT for message in messages)
         return Prompt(turns=(messages,), tools=chat.tools, is_given=has_said, kept=kept)
-    if any(message["role"] in _TOOL_ROLES or message.get("tool_calls") or message.get("function_call") for message in messages):
+    if any(
+        message["role"] in _TOOL_ROLES or message.get("tool_calls") or message.get("function_call")
+        for message in messages
+    ):
         return LeftOut("chat in which tools are called (their results would not be those of new calls)", chat.where)
     return Prompt(turns=tuple(_turns(messages)), tools=chat.tools, kept=kept)
 
 
 def _turns(messages: list[Message]) -> Iterator[list[Message]]:
-    """Messages before each answer. The assistant's words before a user's first are dropped, and several in a row are one answer."""
+    """Messages before each answer. The assistant's words before a user's first are dropped, and several in a row are
+    one answer.
+    """
     before: list[Message] = []
     has_asked = False
     for message in messages:

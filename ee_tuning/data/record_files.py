@@ -1,4 +1,5 @@
 """Records of files that hold several: lines of JSON, arrays of JSON, tables. Each comes with its place."""
+
 import csv
 import io
 import json
@@ -18,8 +19,8 @@ _BLANK = b"\xef\xbb\xbf \t\r\n"
 
 
 def records_of_lines(path: Path, packing: str | None, start: int, stop: int) -> Iterator[Record]:
-    """The objects of the lines that begin within bytes `start` to `stop`: a line that reaches beyond belongs to this piece. A packed file
-    is read whole.
+    """The objects of the lines that begin within bytes `start` to `stop`: a line that reaches beyond belongs to this
+    piece. A packed file is read whole.
     """
     with opened(path, packing) as lines:
         if start:
@@ -42,8 +43,10 @@ def records_of_json(path: Path, packing: str | None) -> Iterator[Record]:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} must be JSON in UTF-8, got byte {error.object[error.start]:#04x} at offset {error.start}; convert it "
-                         "(iconv -t utf-8)") from error
+        raise InputError(
+            f"{path} must be JSON in UTF-8, got byte {error.object[error.start]:#04x} at offset {error.start}; convert it "
+            "(iconv -t utf-8)"
+        ) from error
     decoder, number = json.JSONDecoder(), 0
     at = _behind_blank(text, 0)
     is_array = text.startswith("[", at)
@@ -53,8 +56,10 @@ def records_of_json(path: Path, packing: str | None) -> Iterator[Record]:
             value, stop = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
             line = text.count("\n", 0, getattr(error, "pos", at)) + 1
-            raise InputError(f"{path}:{line}: it must be an array of JSON objects, or objects one after the other: "
-                             f"{getattr(error, 'msg', error)}; mend the file") from error
+            raise InputError(
+                f"{path}:{line}: it must be an array of JSON objects, or objects one after the other: "
+                f"{getattr(error, 'msg', error)}; mend the file"
+            ) from error
         number += 1
         yield value, partial("{}, record {}".format, path, number)
         at = _behind_blank(text, stop)
@@ -70,29 +75,42 @@ def records_of_table(path: Path, packing: str | None) -> Iterator[Record]:
         lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
         try:
             header = lines.readline()
-            delimiter = "\t" if "\t" in header and "," not in header else ";" if ";" in header and "," not in header else ","
+            delimiter = (
+                "\t" if "\t" in header and "," not in header else ";" if ";" in header and "," not in header else ","
+            )
             names = next(csv.reader([header], delimiter=delimiter), [])
             rows = csv.reader(lines, delimiter=delimiter, strict=True)
             for row in rows:
                 where = partial("{}:{}".format, path, rows.line_num + 1)
                 if len(row) > len(names):
-                    raise InputError(f"{where()}: a row has {len(row)} cells, and the first line names {len(names)}; put cells that hold "
-                                     f"{delimiter!r} into quotation marks")
+                    raise InputError(
+                        f"{where()}: a row has {len(row)} cells, and the first line names {len(names)}; put cells that hold "
+                        f"{delimiter!r} into quotation marks"
+                    )
                 if row:
                     yield dict(zip(names, row, strict=False)), where
         except UnicodeDecodeError as error:
-            raise InputError(f"{path} must be a table in UTF-8, got byte {error.object[error.start]:#04x}; convert it (iconv -t "
-                             "utf-8)") from error
+            raise InputError(
+                f"{path} must be a table in UTF-8, got byte {error.object[error.start]:#04x}; convert it (iconv -t "
+                "utf-8)"
+            ) from error
         except csv.Error as error:
-            raise InputError(f"{path}:{rows.line_num + 1}: it can not be read as a table: {error}; mend its quotation marks") from error
+            raise InputError(
+                f"{path}:{rows.line_num + 1}: it can not be read as a table: {error}; mend its quotation marks"
+            ) from error
 
 
 def _parsed(line: bytes, where: Where) -> Any:
     try:
         return json.loads(line_text(line))
-    except (ValueError, RecursionError) as error:  # ValueError: broken JSON, broken UTF-8, and numbers of thousands of digits
-        raise InputError(f"{where()}: a line must be one JSON object in UTF-8: {error}; mend or remove the line, or name the file "
-                         ".json where a record takes several") from error
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError: broken JSON, broken UTF-8, and numbers of thousands of digits
+        raise InputError(
+            f"{where()}: a line must be one JSON object in UTF-8: {error}; mend or remove the line, or name the file "
+            ".json where a record takes several"
+        ) from error
 
 
 def _place_of_line(path: Path, packing: str | None, place: int) -> str:

@@ -1,9 +1,11 @@
-"""What a line of JSON, a row of a table or an element of an array says: a text, a chat, or a prompt with its completion.
+"""What a line of JSON, a row of a table or an element of an array says: a text, a chat, or a prompt with its
+completion.
 
-The forms are those of the field's tools: `text`; `messages` as OpenAI has them; `conversations` of ShareGPT; `instruction`, `input` and
-`output` of Alpaca; `prompt` with `completion` or `response`, as texts or as two lists of messages. What says nothing is left out, and
-counted.
+The forms are those of the field's tools: `text`; `messages` as OpenAI has them; `conversations` of ShareGPT;
+`instruction`, `input` and `output` of Alpaca; `prompt` with `completion` or `response`, as texts or as two lists of
+messages. What says nothing is left out, and counted.
 """
+
 import json
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -62,13 +64,15 @@ class LeftOut(NamedTuple):
 
 
 def mentions_records(head: bytes, text_key: str) -> bool:
-    """Whether the beginning of a file names a key that records have: folders hold JSON and tables of other kinds, too."""
+    """Whether the beginning of a file names a key that records have: folders hold JSON and tables of other kinds,
+    too.
+    """
     return any(key.encode() in head for key in (text_key, *_FIRST_KEYS))
 
 
 def document_of(record: Any, text_key: str, where: Where) -> Document | LeftOut:
-    """What `record` says. `text_key` is the key of a text, which goes before other forms. A `finish_reason` of length says that the last
-    answer was cut.
+    """What `record` says. `text_key` is the key of a text, which goes before other forms. A `finish_reason` of length
+    says that the last answer was cut.
 
     Raises InputError, with its place, where it has no form that is known.
     """
@@ -82,8 +86,10 @@ def document_of(record: Any, text_key: str, where: Where) -> Document | LeftOut:
 
 def _document_of(record: Any, text_key: str, where: Where) -> Document | LeftOut:
     if not isinstance(record, dict):
-        raise InputError(f"{where()}: a line must be a JSON object, got {type(record).__name__}; write {{\"{text_key}\": \"…\"}}, or name "
-                         "the file .json where all of it is one array")
+        raise InputError(
+            f'{where()}: a line must be a JSON object, got {type(record).__name__}; write {{"{text_key}": "…"}}, or name '
+            "the file .json where all of it is one array"
+        )
     if record.get(text_key) is not None:
         return _text(record[text_key], text_key, where) or LeftOut("empty text", where)
     for key in (MESSAGES, *SHAREGPT):
@@ -94,15 +100,22 @@ def _document_of(record: Any, text_key: str, where: Where) -> Document | LeftOut
         return _completion(record, completion, where)
     if record.get("instruction") is not None and record.get("output") is not None:
         return _alpaca(record, where)
-    if any(key in record for key in (text_key, MESSAGES, *SHAREGPT, *_COMPLETIONS)) or {"instruction", "output"} <= record.keys():
+    if (
+        any(key in record for key in (text_key, MESSAGES, *SHAREGPT, *_COMPLETIONS))
+        or {"instruction", "output"} <= record.keys()
+    ):
         return LeftOut("null in place of a text", where)
     known = ", ".join(map(repr, record)) or "none"
-    raise InputError(f"{where()}: no key {text_key!r}, and no {_FORMS}; its keys are {known}; set data.text_key to that of the text")
+    raise InputError(
+        f"{where()}: no key {text_key!r}, and no {_FORMS}; its keys are {known}; set data.text_key to that of the text"
+    )
 
 
 def _text(value: Any, key: str, where: Where) -> str:
     if not isinstance(value, str):
-        raise InputError(f"{where()}: {key!r} must be a text, got {type(value).__name__}; mend it, or set data.text_key")
+        raise InputError(
+            f"{where()}: {key!r} must be a text, got {type(value).__name__}; mend it, or set data.text_key"
+        )
     check_characters(value, key, where)
     return value
 
@@ -119,19 +132,27 @@ def _conversation(record: dict[str, Any], key: str, where: Where) -> Conversatio
 def _completion(record: dict[str, Any], key: str, where: Where) -> Document | LeftOut:
     if isinstance(record["prompt"], list) or isinstance(record[key], list):
         prompt, said = (chat_messages(record[each], each, where) for each in ("prompt", key))
-        return Conversation([*prompt, *said], _tools(record, where), where, num_given=len(prompt)) if said else _nothing_said(key, where)
+        return (
+            Conversation([*prompt, *said], _tools(record, where), where, num_given=len(prompt))
+            if said
+            else _nothing_said(key, where)
+        )
     prompt_text, completion = _text(record["prompt"], "prompt", where), _text(record[key], key, where)
     return Completion(prompt_text, completion, where) if completion else _nothing_said(key, where)
 
 
 def _alpaca(record: dict[str, Any], where: Where) -> Document | LeftOut:
-    system, task, given, output = (_text(record.get(key) or "", key, where) for key in ("system", "instruction", "input", "output"))
+    system, task, given, output = (
+        _text(record.get(key) or "", key, where) for key in ("system", "instruction", "input", "output")
+    )
     if not output:
         return _nothing_said("output", where)
     messages = [{"role": "system", "content": system}] if system else []
     for turn in record.get("history") or []:
         if not isinstance(turn, list | tuple) or len(turn) != 2:
-            raise InputError(f"{where()}: 'history' must be pairs of an instruction and its output, got {turn!r}"[:300] + "; mend it")
+            raise InputError(
+                f"{where()}: 'history' must be pairs of an instruction and its output, got {turn!r}"[:300] + "; mend it"
+            )
         said = zip(("user", "assistant"), turn, strict=True)
         messages += [{"role": role, "content": _text(text, "history", where)} for role, text in said]
     messages.append({"role": "user", "content": "\n".join(part for part in (task, given) if part)})
@@ -149,6 +170,8 @@ def _tools(record: dict[str, Any], where: Where) -> list[Any] | None:
         try:
             tools = json.loads(tools) if tools.strip() else None
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{where()}: 'tools' must be a list, or JSON of one: {error}; mend or remove it") from error
+            raise InputError(
+                f"{where()}: 'tools' must be a list, or JSON of one: {error}; mend or remove it"
+            ) from error
     check_characters(json.dumps(tools, ensure_ascii=False, default=str), "tools", where)
     return tools if isinstance(tools, list) else None

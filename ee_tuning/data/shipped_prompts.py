@@ -1,7 +1,9 @@
-"""Chat prompts for those who have none: everyday questions, small programs, and Python's own documentation to put into other words.
+"""Chat prompts for those who have none: everyday questions, small programs, and Python's own documentation to put into
+other words.
 
 The same on every machine, but for those of the documentation, which are of the running Python's version.
 """
+
 import ast
 import hashlib
 import itertools
@@ -61,13 +63,16 @@ What can go wrong in a function that {}?
 _DOCUMENTATION_FORMS = (
     "Put this documentation of Python's {} into plain words:\n\n{}",
     "Summarize this in one sentence. It documents Python's {}.\n\n{}",
-    "Here is the documentation of Python's {}. Show by an example how it is used.\n\n{}")
+    "Here is the documentation of Python's {}. Show by an example how it is used.\n\n{}",
+)
 _DOCUMENTATION_CHARACTERS = range(150, 900)
 _FIRST_OF_A_FILE = 2
 
 
 def shipped_prompts(count: int) -> Iterator[str]:
-    """`count` prompts, none twice, of all kinds from the first few on. Raises InputError where there are not so many."""
+    """`count` prompts, none twice, of all kinds from the first few on. Raises InputError where there are not so
+    many.
+    """
     if count < 0:
         raise InputError(f"--shipped-prompts must be a number of prompts, got {count}")
     everyday = _filled(_FORMS, _TOPICS)
@@ -76,7 +81,7 @@ def shipped_prompts(count: int) -> Iterator[str]:
     while made < count:
         if not (turn := [prompt for kind in kinds if (prompt := next(kind, None)) is not None]):
             raise InputError(f"--shipped-prompts must be at most {made}, of which there are no more, got {count}")
-        yield from turn[:count - made]
+        yield from turn[: count - made]
         made += len(turn)
 
 
@@ -107,6 +112,9 @@ def _documented(module: str, source: bytes) -> list[tuple[str, str]]:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):
         return []
-    found = [(f"{module}.{node.name}", ast.get_docstring(node) or "") for node in tree.body
-             if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")]
+    found = [
+        (f"{module}.{node.name}", ast.get_docstring(node) or "")
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+    ]
     return [each for each in found if len(each[1]) in _DOCUMENTATION_CHARACTERS]

@@ -1,9 +1,11 @@
 """What data.paths names: files to tokenize and files of token ids, alone or as a blend of weighted corpora.
 
-Of a folder, the files whose endings are those of data are taken, to its depth, in the order of their names, so every machine reads the
-same. Passed over are hidden files, what describes a folder (README, LICENSE, the JSON files of models and data sets), JSON and tables
-without texts, other endings, and folders that this project wrote. Files named one by one may have any name.
+Of a folder, the files whose endings are those of data are taken, to its depth, in the order of their names, so every
+machine reads the same. Passed over are hidden files, what describes a folder (README, LICENSE, the JSON files of models
+and data sets), JSON and tables without texts, other endings, and folders that this project wrote. Files named one by
+one may have any name.
 """
+
 import math
 import os
 import re
@@ -21,9 +23,12 @@ from ee_tuning.errors import InputError
 INDEX_SUFFIX, BIN_SUFFIX = ".idx", ".bin"
 _BESIDE_DATA = (BIN_SUFFIX, ".mask")
 """Go without a word: they belong to an .idx."""
-_DESCRIPTIONS = re.compile(r"(readme|licen[cs]e|copying|notice|changelog|contributing|citation|authors|code_of_conduct|security)([._-].*)?"
-                           r"|(dataset_infos?|dataset_dict|state|config|generation_config|.*tokenizer.*|special_tokens_map|vocab|.*\.index"
-                           r"|manifest|exit_config)\.json|cache-.*\.arrow", re.IGNORECASE)
+_DESCRIPTIONS = re.compile(
+    r"(readme|licen[cs]e|copying|notice|changelog|contributing|citation|authors|code_of_conduct|security)([._-].*)?"
+    r"|(dataset_infos?|dataset_dict|state|config|generation_config|.*tokenizer.*|special_tokens_map|vocab|.*\.index"
+    r"|manifest|exit_config)\.json|cache-.*\.arrow",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +48,17 @@ class Corpus:
 
 
 def find_corpora(paths: Sequence[str], key: str, text_key: str, leave_out: Iterable[Corpus] = ()) -> list[Corpus]:
-    """The corpora that `paths` (the value of config key `key`) name, each file once. `text_key` is the key of texts in records.
+    """The corpora that `paths` (the value of config key `key`) name, each file once. `text_key` is the key of texts in
+    records.
 
-    Files that are also in `leave_out` are dropped. Raises InputError where a path is missing, a weight is no number, or nothing is found.
+    Files that are also in `leave_out` are dropped. Raises InputError where a path is missing, a weight is no number, or
+    nothing is found.
     """
     if not paths:
-        raise InputError(f"{key} must name text files, .jsonl, .json, .csv, .parquet, .bin with .idx, or folders of them, got none; "
-                         f"for example --set {key}=corpus.jsonl")
+        raise InputError(
+            f"{key} must name text files, .jsonl, .json, .csv, .parquet, .bin with .idx, or folders of them, got none; "
+            f"for example --set {key}=corpus.jsonl"
+        )
     seen = {path.resolve() for corpus in leave_out for path in (*corpus.texts, *corpus.prefixes)}
     corpora = []
     for weight, names in _weighed(paths, key):
@@ -63,9 +72,18 @@ def find_corpora(paths: Sequence[str], key: str, text_key: str, leave_out: Itera
                     seen.add(path.resolve())
                     found[kind].append(path)
         if not any(found.values()):
-            raise InputError(f"{key} = {', '.join(names)} names no file that is not held out already, or named before; add other files")
-        corpora.append(Corpus(name=", ".join(names), weight=weight, texts=tuple(found["texts"]), prefixes=tuple(found["prefixes"]),
-                              passed_over=tuple(passed_over)))
+            raise InputError(
+                f"{key} = {', '.join(names)} names no file that is not held out already, or named before; add other files"
+            )
+        corpora.append(
+            Corpus(
+                name=", ".join(names),
+                weight=weight,
+                texts=tuple(found["texts"]),
+                prefixes=tuple(found["prefixes"]),
+                passed_over=tuple(passed_over),
+            )
+        )
     return corpora
 
 
@@ -77,34 +95,46 @@ def _weighed(paths: Sequence[str], key: str) -> list[tuple[float | None, Sequenc
     for index in range(0, len(paths), 2):
         weight = float(paths[index]) if is_number(paths[index]) else 0.0
         if not 0 < weight < math.inf:
-            raise InputError(f"{key}: a blend is a weight above 0 before each path, such as 0.3 corpus_a 0.7 corpus_b, got "
-                             f"{paths[index]!r} where a weight belongs; give every path a weight, or none")
+            raise InputError(
+                f"{key}: a blend is a weight above 0 before each path, such as 0.3 corpus_a 0.7 corpus_b, got "
+                f"{paths[index]!r} where a weight belongs; give every path a weight, or none"
+            )
         if index + 1 == len(paths):
-            raise InputError(f"{key}: the weight {paths[index]} has no path after it; a blend is a weight before each path")
-        blend.append((weight, paths[index + 1: index + 2]))
+            raise InputError(
+                f"{key}: the weight {paths[index]} has no path after it; a blend is a weight before each path"
+            )
+        blend.append((weight, paths[index + 1 : index + 2]))
     return blend
 
 
 def _expand(path: Path, key: str, text_key: str, passed_over: list[str]) -> list[Path]:
-    """The files that `path` stands for; of .bin and .idx, the .idx. Adds to `passed_over` what a folder holds beside them."""
+    """The files that `path` stands for; of .bin and .idx, the .idx. Adds to `passed_over` what a folder holds beside
+    them.
+    """
     index, tokens = (Path(f"{path}{suffix}") for suffix in (INDEX_SUFFIX, BIN_SUFFIX))
     if path.suffix.lower() in (INDEX_SUFFIX, BIN_SUFFIX) and not path.is_dir():
         index, tokens = path.with_suffix(INDEX_SUFFIX), path.with_suffix(BIN_SUFFIX)
     if os.path.exists(index) or os.path.exists(tokens):
         for one, other in ((index, tokens), (tokens, index)):
             if not os.path.exists(one):
-                raise InputError(f"{key}: {other} needs {one} beside it, which is missing; copy it there, or name another file")
+                raise InputError(
+                    f"{key}: {other} needs {one} beside it, which is missing; copy it there, or name another file"
+                )
         return [index]
     if not os.path.exists(path):  # unlike Path.exists, False also where a folder above may not be entered
-        raise InputError(f"{key}: {path} does not exist or can not be reached; give text files, .jsonl, .parquet, the prefix of .bin and "
-                         ".idx, or folders of them")
+        raise InputError(
+            f"{key}: {path} does not exist or can not be reached; give text files, .jsonl, .parquet, the prefix of .bin and "
+            ".idx, or folders of them"
+        )
     if not path.is_dir():
         return [path]
     others: list[str] = []
     if not (files := sorted(_within(path, path, text_key, others))):
         told = f" (passed over: {listed(others)})" if others else ""
-        raise InputError(f"{key}: the folder {path} holds no {', '.join((*DATA_SUFFIXES, INDEX_SUFFIX))} file{told}; name files of other "
-                         "endings one by one")
+        raise InputError(
+            f"{key}: the folder {path} holds no {', '.join((*DATA_SUFFIXES, INDEX_SUFFIX))} file{told}; name files of other "
+            "endings one by one"
+        )
     passed_over += others
     return [file for _, file in files]
 

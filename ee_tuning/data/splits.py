@@ -1,4 +1,7 @@
-"""How the config's section `data` becomes samples of training and validation: what is found is tokenized once, kept, mapped and packed."""
+"""How the config's section `data` becomes samples of training and validation: what is found is tokenized once, kept,
+mapped and packed.
+"""
+
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
@@ -17,7 +20,15 @@ from ee_tuning.data.progress import Progress
 from ee_tuning.data.sources import Corpus, find_corpora
 from ee_tuning.data.tally import FileCount, nothing_to_learn, say_counts, say_passed_over, say_skipped
 from ee_tuning.data.tokenizing import check_workers, tokenize_files
-from ee_tuning.data.tokens import DocumentRules, DocumentSamples, Mixture, PackedSamples, Samples, Splits, learned_windows
+from ee_tuning.data.tokens import (
+    DocumentRules,
+    DocumentSamples,
+    Mixture,
+    PackedSamples,
+    Samples,
+    Splits,
+    learned_windows,
+)
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import to_json
 from ee_tuning.parallel.topology import Topology
@@ -37,74 +48,135 @@ class _Streams:
     """What each text gave."""
 
 
-def load_samples(data: DataSection, model_path: str | Path, *, seq_length: int, vocab_size: int, max_positions: int,
-                 needs_validation: bool = True, topology: Topology | None = None, trusts_code: bool = False,
-                 by_document: bool = False) -> Splits:
-    """Reads, tokenizes, splits and packs what `data` names; equal on every rank. All ranks of `topology` call it (None: a world of one).
+def load_samples(
+    data: DataSection,
+    model_path: str | Path,
+    *,
+    seq_length: int,
+    vocab_size: int,
+    max_positions: int,
+    needs_validation: bool = True,
+    topology: Topology | None = None,
+    trusts_code: bool = False,
+    by_document: bool = False,
+) -> Splits:
+    """Reads, tokenizes, splits and packs what `data` names; equal on every rank. All ranks of `topology` call it (None:
+    a world of one).
 
-    The tokenizer is data.tokenizer, or the one in `model_path`; its own Python files run where `trusts_code`. Held out are data.valid_paths
-    (files that data.paths name too are then not trained on), or else a share of the documents. Raises InputError on whatever can not be
-    used: paths, weights, files, lines, the tokenizer, ids beyond `vocab_size`, `seq_length` beyond `max_positions`, a split shorter than
-    one sample, and no held-out part where `needs_validation`. `by_document`: each sample is the beginning of one document, of at most
-    `seq_length` inputs.
+    The tokenizer is data.tokenizer, or the one in `model_path`; its own Python files run where `trusts_code`. Held out
+    are data.valid_paths (files that data.paths name too are then not trained on), or else a share of the documents.
+    Raises InputError on whatever can not be
+    used: paths, weights, files, lines, the tokenizer, ids beyond `vocab_size`, `seq_length` beyond `max_positions`, a
+        split shorter than
+    one sample, and no held-out part where `needs_validation`. `by_document`: each sample is the beginning of one
+    document, of at most `seq_length` inputs.
     """
     check_data_settings(data, seq_length, max_positions, needs_validation)
     check_apart(cache_root(data.cache), (*data.paths, *data.valid_paths), "data.cache")
     with pipes_copied(data, cache_root(data.cache), topology) as data:
-        return _load(data, Path(data.tokenizer or model_path), seq_length, vocab_size, needs_validation, topology, trusts_code,
-                     by_document)
+        return _load(
+            data,
+            Path(data.tokenizer or model_path),
+            seq_length,
+            vocab_size,
+            needs_validation,
+            topology,
+            trusts_code,
+            by_document,
+        )
 
 
-def _load(data: DataSection, tokenizer: Path, seq_length: int, vocab_size: int, needs_validation: bool, topology: Topology | None,
-          trusts_code: bool, by_document: bool) -> Splits:
+def _load(
+    data: DataSection,
+    tokenizer: Path,
+    seq_length: int,
+    vocab_size: int,
+    needs_validation: bool,
+    topology: Topology | None,
+    trusts_code: bool,
+    by_document: bool,
+) -> Splits:
     valid_corpora = find_corpora(data.valid_paths, "data.valid_paths", data.text_key) if data.valid_paths else []
     corpora = find_corpora(data.paths, "data.paths", data.text_key, leave_out=valid_corpora)
     if data.split and (texts := [path for corpus in corpora for path in corpus.texts]):
-        raise InputError(f"data.split = {data.split} divides the documents of .bin and .idx alone, and data.paths names the text "
-                         f"{texts[0]}; set data.valid_fraction instead, or preprocess the texts")
+        raise InputError(
+            f"data.split = {data.split} divides the documents of .bin and .idx alone, and data.paths names the text "
+            f"{texts[0]}; set data.valid_fraction instead, or preprocess the texts"
+        )
     wanted = [(corpus, not data.valid_paths) for corpus in corpora]
     wanted += [(corpus, False) for corpus in valid_corpora if needs_validation]
-    entries = [entry for corpus, is_split in wanted for entry in _entries(corpus, data, tokenizer, is_split, trusts_code)]
+    entries = [
+        entry for corpus, is_split in wanted for entry in _entries(corpus, data, tokenizer, is_split, trusts_code)
+    ]
     folders = iter(kept(entries, cache_root(data.cache), topology))
     streams = [_open(corpus, folders, data, tokenizer, vocab_size, is_split) for corpus, is_split in wanted]
     if topology is None or topology.is_logging_rank:
         say_passed_over([name for each in streams for name in each.corpus.passed_over])
         say_counts([count for each in streams for count in each.counts])
-    splits = _splits(streams[:len(corpora)], streams[len(corpora):], data, seq_length, needs_validation, by_document)
+    splits = _splits(streams[: len(corpora)], streams[len(corpora) :], data, seq_length, needs_validation, by_document)
     if topology is None or topology.is_logging_rank:
         say_skipped("training", splits.train)
         say_skipped("validation", splits.valid)
     return splits
 
 
-def _splits(streams: Sequence[_Streams], valid_streams: Sequence[_Streams], data: DataSection, seq_length: int,
-            needs_validation: bool, by_document: bool) -> Splits:
-    train = _pack([(each, each.train) for each in streams], data, seq_length, by_document, "data.paths", "training data")
+def _splits(
+    streams: Sequence[_Streams],
+    valid_streams: Sequence[_Streams],
+    data: DataSection,
+    seq_length: int,
+    needs_validation: bool,
+    by_document: bool,
+) -> Splits:
+    train = _pack(
+        [(each, each.train) for each in streams], data, seq_length, by_document, "data.paths", "training data"
+    )
     if not needs_validation:
         return Splits(train=train, valid=None)
     if data.valid_paths:
         judged = [(each, each.train) for each in valid_streams]
-        return Splits(train=train, valid=_pack(judged, data, seq_length, by_document, "data.valid_paths", "validation data"))
+        return Splits(
+            train=train, valid=_pack(judged, data, seq_length, by_document, "data.valid_paths", "validation data")
+        )
     judged = [(each, each.valid) for each in streams]
     part = f"split {data.split}" if data.split else f"{data.valid_fraction:g}"
-    return Splits(train=train, valid=_pack(judged, data, seq_length, by_document, "data.paths", "validation data",
-                                           f"{part} of the documents of "))
+    return Splits(
+        train=train,
+        valid=_pack(
+            judged, data, seq_length, by_document, "data.paths", "validation data", f"{part} of the documents of "
+        ),
+    )
 
 
 def _entries(corpus: Corpus, data: DataSection, tokenizer: Path, is_split: bool, trusts_code: bool) -> Iterator[Entry]:
-    """What has to be known of a corpus: the tokens of its texts, and the smallest and largest of the ids that it brings."""
+    """What has to be known of a corpus: the tokens of its texts, and the smallest and largest of the ids that it
+    brings.
+    """
     if corpus.texts:
         recipe = recipe_of(tokenizer, data.text_key, data.chat_template, trusts_code=trusts_code)
         fraction = data.valid_fraction if is_split else 0.0
 
         def tokenize(folder: Path, progress: Progress) -> Iterator[None]:
             outputs = (folder / _TRAIN, folder / _VALID)
-            tokenized = yield from tokenize_files(corpus.texts, recipe, folder, outputs, fraction, data.workers, progress)
-            (folder / _EXTREMES).write_text(to_json([0, max(each.largest for each in tokenized.outputs)]), encoding="utf-8")
+            tokenized = yield from tokenize_files(
+                corpus.texts, recipe, folder, outputs, fraction, data.workers, progress
+            )
+            (folder / _EXTREMES).write_text(
+                to_json([0, max(each.largest for each in tokenized.outputs)]), encoding="utf-8"
+            )
             (folder / _FILES).write_text(to_json([count.as_tree() for count in tokenized.files]), encoding="utf-8")
-        yield Entry(make=tokenize, depends_on=lambda: {
-            **dataclasses.asdict(recipe), "tokenizer": "", "files": file_stamps(corpus.texts), "valid_fraction": fraction})
+
+        yield Entry(
+            make=tokenize,
+            depends_on=lambda: {
+                **dataclasses.asdict(recipe),
+                "tokenizer": "",
+                "files": file_stamps(corpus.texts),
+                "valid_fraction": fraction,
+            },
+        )
     for prefix in corpus.prefixes:
+
         def scan(folder: Path, progress: Progress, prefix: Path = prefix) -> Iterator[None]:
             stream = open_stream(prefix)
             progress.expect(stream.ids.nbytes)
@@ -114,6 +186,7 @@ def _entries(corpus: Corpus, data: DataSection, tokenizer: Path, is_split: bool,
                 progress.advance(num_bytes)
                 yield
             (folder / _EXTREMES).write_text(to_json([smallest, largest]), encoding="utf-8")
+
         files = [with_suffix(prefix, suffix) for suffix in (BIN_SUFFIX, INDEX_SUFFIX)]
         yield Entry(make=scan, depends_on=partial(_id_stamps, files))
 
@@ -122,24 +195,38 @@ def _id_stamps(files: Sequence[Path]) -> dict[str, Any]:
     return {"ids": file_stamps(files)}
 
 
-def _open(corpus: Corpus, folders: Iterator[Path], data: DataSection, tokenizer: Path, vocab_size: int, is_split: bool) -> _Streams:
+def _open(
+    corpus: Corpus, folders: Iterator[Path], data: DataSection, tokenizer: Path, vocab_size: int, is_split: bool
+) -> _Streams:
     """The documents of a corpus, whose entries are the next of `folders`."""
     train, valid, counts = [], [], []
     if corpus.texts:
         folder = next(folders)
         counts = [FileCount.of_tree(tree) for tree in json.loads((folder / _FILES).read_text(encoding="utf-8"))]
-        _check_vocabulary(folder, vocab_size, f"the tokenizer in {tokenizer} gave",
-                          "set data.tokenizer to the one that the model was trained with")
-        train, valid = ([open_stream(folder / part)] if with_suffix(folder / part, BIN_SUFFIX).stat().st_size else []
-                        for part in (_TRAIN, _VALID))
+        _check_vocabulary(
+            folder,
+            vocab_size,
+            f"the tokenizer in {tokenizer} gave",
+            "set data.tokenizer to the one that the model was trained with",
+        )
+        train, valid = (
+            [open_stream(folder / part)] if with_suffix(folder / part, BIN_SUFFIX).stat().st_size else []
+            for part in (_TRAIN, _VALID)
+        )
     for prefix in corpus.prefixes:
-        _check_vocabulary(next(folders), vocab_size, f"{with_suffix(prefix, BIN_SUFFIX)} holds",
-                          "tokenize its texts anew with the model's tokenizer")
+        _check_vocabulary(
+            next(folders),
+            vocab_size,
+            f"{with_suffix(prefix, BIN_SUFFIX)} holds",
+            "tokenize its texts anew with the model's tokenizer",
+        )
         stream = open_stream(prefix)
         first, stop = _bounds(len(stream.starts), data) if is_split else (len(stream.starts),) * 2
         train.append(stream.documents(0, first))
         valid.append(stream.documents(first, stop))
-    return _Streams(corpus, [each for each in train if len(each.ids)], [each for each in valid if len(each.ids)], counts)
+    return _Streams(
+        corpus, [each for each in train if len(each.ids)], [each for each in valid if len(each.ids)], counts
+    )
 
 
 def _bounds(num_documents: int, data: DataSection) -> tuple[int, int]:
@@ -161,36 +248,53 @@ def _shares(split: str) -> list[float]:
     except ValueError:
         shares = []
     if not 1 <= len(shares) <= 3 or any(not 0 <= share < float("inf") for share in shares) or not shares[0] > 0:
-        raise InputError(f"data.split must be up to three shares of at least 0, for training, validation and test, such as 969,30,1, got "
-                         f"{split!r}")
+        raise InputError(
+            f"data.split must be up to three shares of at least 0, for training, validation and test, such as 969,30,1, got "
+            f"{split!r}"
+        )
     return shares
 
 
 def check_data_settings(data: DataSection, seq_length: int, max_positions: int, needs_validation: bool) -> None:
     """Checks what `load_samples` checks, as far as no file needs to be read. Raises InputError."""
     if not 1 <= seq_length <= max_positions:
-        raise InputError(f"tuning.seq_length must lie in 1..{max_positions} (the model's max_position_embeddings), got {seq_length}")
+        raise InputError(
+            f"tuning.seq_length must lie in 1..{max_positions} (the model's max_position_embeddings), got {seq_length}"
+        )
     if not 0 <= data.valid_fraction < 1:
         raise InputError(f"data.valid_fraction must be at least 0 and below 1, got {data.valid_fraction}")
     check_workers(data.workers)
     if data.split and data.valid_paths:
-        raise InputError(f"data.split and data.valid_paths both say what is held out, got {data.split} and {', '.join(data.valid_paths)}; "
-                         "leave one of them out")
+        raise InputError(
+            f"data.split and data.valid_paths both say what is held out, got {data.split} and {', '.join(data.valid_paths)}; "
+            "leave one of them out"
+        )
     held_out = sum(_shares(data.split)[1:2]) if data.split else data.valid_fraction
     if needs_validation and not data.valid_paths and held_out == 0:
         given = f"data.split = {data.split}" if data.split else "data.valid_fraction = 0"
-        raise InputError(f"validation needs held-out data, got {given} and no data.valid_paths; set one of them, or tuning.eval_iters to 0")
+        raise InputError(
+            f"validation needs held-out data, got {given} and no data.valid_paths; set one of them, or tuning.eval_iters to 0"
+        )
 
 
 def _check_vocabulary(folder: Path, vocab_size: int, who: str, remedy: str) -> None:
     smallest, largest = json.loads((folder / _EXTREMES).read_text(encoding="utf-8"))
     if largest >= vocab_size or smallest < 0:
-        raise InputError(f"token ids must lie in 0..{vocab_size - 1}, the model's vocabulary, but {who} "
-                         f"{largest if largest >= vocab_size else smallest}; {remedy}")
+        raise InputError(
+            f"token ids must lie in 0..{vocab_size - 1}, the model's vocabulary, but {who} "
+            f"{largest if largest >= vocab_size else smallest}; {remedy}"
+        )
 
 
-def _pack(corpora: Sequence[tuple[_Streams, list[TokenStream]]], data: DataSection, seq_length: int, by_document: bool,
-          key: str, what: str, share: str = "") -> Samples:
+def _pack(
+    corpora: Sequence[tuple[_Streams, list[TokenStream]]],
+    data: DataSection,
+    seq_length: int,
+    by_document: bool,
+    key: str,
+    what: str,
+    share: str = "",
+) -> Samples:
     """The samples of one split: of one stream, of several, or by weight."""
     packed: list[Samples] = []
     for whole, streams in corpora:
@@ -198,9 +302,11 @@ def _pack(corpora: Sequence[tuple[_Streams, list[TokenStream]]], data: DataSecti
         parts = [_samples_of(each, data, seq_length, by_document) for each in streams]
         if not any(map(len, parts)):
             num_windows = sum(part.num_windows for part in parts)
-            raise InputError(f"none of the {num_windows} samples of the {what} ({share}{whole.corpus.name}) has a token to learn "
-                             "from: prompts fill them, or no message has the role assistant; give another "
-                             "tuning.seq_length, more chats, or mend the roles")
+            raise InputError(
+                f"none of the {num_windows} samples of the {what} ({share}{whole.corpus.name}) has a token to learn "
+                "from: prompts fill them, or no message has the role assistant; give another "
+                "tuning.seq_length, more chats, or mend the roles"
+            )
         packed.append(parts[0] if len(parts) == 1 else Mixture(parts, None))
     weights = [whole.corpus.weight for whole, _ in corpora]
     return packed[0] if weights == [None] else Mixture(packed, [weight or 0.0 for weight in weights])
@@ -210,20 +316,32 @@ def _samples_of(stream: TokenStream, data: DataSection, seq_length: int, by_docu
     if by_document:
         return DocumentSamples(stream.ids, stream.starts, seq_length, stream.counts)
     rules = DocumentRules.of(data)
-    return PackedSamples(stream.ids, seq_length, stream.counts, stream.starts if rules != DocumentRules() else None, rules,
-                         learned_windows(stream.counts, seq_length))
+    return PackedSamples(
+        stream.ids,
+        seq_length,
+        stream.counts,
+        stream.starts if rules != DocumentRules() else None,
+        rules,
+        learned_windows(stream.counts, seq_length),
+    )
 
 
-def _check_size(whole: _Streams, streams: Sequence[TokenStream], seq_length: int, key: str, what: str, share: str) -> None:
+def _check_size(
+    whole: _Streams, streams: Sequence[TokenStream], seq_length: int, key: str, what: str, share: str
+) -> None:
     """Raises InputError where what one weight stands for makes no sample."""
     name = whole.corpus.name
     num_tokens = sum(len(each.ids) for each in streams)
     if not num_tokens and share and (whole.train or whole.valid):
-        raise InputError(f"{key} = {name} holds a single document, or copies of one, so none can be held out; give data.valid_paths or "
-                         "more documents, or set tuning.eval_iters to 0")
+        raise InputError(
+            f"{key} = {name} holds a single document, or copies of one, so none can be held out; give data.valid_paths or "
+            "more documents, or set tuning.eval_iters to 0"
+        )
     if not num_tokens:
         raise InputError(nothing_to_learn(key, name, whole.counts))
     if all(len(each.ids) <= seq_length for each in streams):
         remedy = "a larger data.valid_fraction, data.valid_paths, " if share else ""
-        raise InputError(f"a sample takes tuning.seq_length + 1 = {seq_length + 1} tokens, but the {what} ({share}{name}) holds only "
-                         f"{num_tokens}; give more text, {remedy}or a shorter tuning.seq_length")
+        raise InputError(
+            f"a sample takes tuning.seq_length + 1 = {seq_length + 1} tokens, but the {what} ({share}{name}) holds only "
+            f"{num_tokens}; give more text, {remedy}or a shorter tuning.seq_length"
+        )

@@ -1,4 +1,7 @@
-"""The text every Python installation carries, its standard library: the shipped model learned from it, the demo tunes with it."""
+"""The text every Python installation carries, its standard library: the shipped model learned from it, the demo tunes
+with it.
+"""
+
 import ast
 import hashlib
 import sysconfig
@@ -14,7 +17,9 @@ def is_held_out(name: str) -> bool:
 
 
 def standard_library() -> tuple[dict[str, bytes], dict[str, bytes]]:
-    """(training files, held-out files) by name: the sources, tests left out, and the documentation topics among them."""
+    """(training files, held-out files) by name: the sources, tests left out, and the documentation topics among
+    them.
+    """
     root = Path(sysconfig.get_paths()["stdlib"])
     training: dict[str, bytes] = {}
     held_out: dict[str, bytes] = {}
@@ -26,7 +31,9 @@ def standard_library() -> tuple[dict[str, bytes], dict[str, bytes]]:
 
 
 def documentation_strings(files: dict[str, bytes], shortest: int = 200) -> Iterator[str]:
-    """The docstrings of at least `shortest` characters in Python sources by name, file by file in the order of their names."""
+    """The docstrings of at least `shortest` characters in Python sources by name, file by file in the order of their
+    names.
+    """
     for name in sorted(files):
         for node in ast.walk(ast.parse(files[name])):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):

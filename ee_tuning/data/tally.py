@@ -1,4 +1,7 @@
-"""What was taken from which file, and what was left out or passed over: counted where files are read, said where a person reads it."""
+"""What was taken from which file, and what was left out or passed over: counted where files are read, said where a
+person reads it.
+"""
+
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +34,9 @@ class LeftOutCount:
             self.reasons[reason] = before + count, earlier
 
     def __str__(self) -> str:
-        return ", ".join(f"{count:,} × {reason} (the first at {first})" for reason, (count, first) in self.reasons.items())
+        return ", ".join(
+            f"{count:,} × {reason} (the first at {first})" for reason, (count, first) in self.reasons.items()
+        )
 
 
 @dataclass(kw_only=True)
@@ -76,7 +81,9 @@ def say_counts(counts: Sequence[FileCount]) -> None:
     for count in counts[:_FILES_TOLD]:
         _say(f"{count.name}: {count.documents:,} documents, {count.tokens:,} tokens")
     if more := counts[_FILES_TOLD:]:
-        _say(f"{len(more):,} more files: {sum(each.documents for each in more):,} documents, {sum(each.tokens for each in more):,} tokens")
+        _say(
+            f"{len(more):,} more files: {sum(each.documents for each in more):,} documents, {sum(each.tokens for each in more):,} tokens"
+        )
     if (left_out := left_out_of(counts)).reasons:
         _say(f"left out, for nothing can be learned from it: {left_out}")
 
@@ -90,8 +97,10 @@ def say_passed_over(names: Sequence[str]) -> None:
 def say_skipped(what: str, samples: Samples | None) -> None:
     """A line, where parts of the stream are no samples. On stderr."""
     if samples is not None and (num_skipped := samples.num_windows - len(samples)):
-        _say(f"{num_skipped:,} of {samples.num_windows:,} {what} samples are skipped: none of their tokens is to be learned, as within "
-             "prompts longer than tuning.seq_length")
+        _say(
+            f"{num_skipped:,} of {samples.num_windows:,} {what} samples are skipped: none of their tokens is to be learned, as within "
+            "prompts longer than tuning.seq_length"
+        )
 
 
 def listed(names: Sequence[str]) -> str:

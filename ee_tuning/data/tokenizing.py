@@ -1,7 +1,9 @@
-"""Files become .bin and .idx: pieces are tokenized by processes side by side, and joined in their order, whoever was first.
+"""Files become .bin and .idx: pieces are tokenized by processes side by side, and joined in their order, whoever was
+first.
 
 Everything happens in steps of well under a minute, so that whoever waits for it can be told that it goes on.
 """
+
 import json
 import os
 from collections.abc import Generator, Iterator, Sequence
@@ -59,12 +61,19 @@ def num_workers(pieces: Sequence[Piece], wanted: int) -> int:
     return min(wanted or cores, len(pieces), sum(piece.num_bytes for piece in pieces) // BYTES_PER_WORKER)
 
 
-def tokenize_files(files: Sequence[Path], recipe: Recipe, folder: Path, outputs: Sequence[Path], valid_fraction: float, workers: int,
-                   progress: Progress) -> Generator[None, None, Tokenized]:
+def tokenize_files(
+    files: Sequence[Path],
+    recipe: Recipe,
+    folder: Path,
+    outputs: Sequence[Path],
+    valid_fraction: float,
+    workers: int,
+    progress: Progress,
+) -> Generator[None, None, Tokenized]:
     """Writes the documents of `files` to the prefix outputs[0], those that `held_out` chooses to outputs[1].
 
-    `folder` takes what is on the way. Yields now and then; returns what was written. Raises InputError where a file or a
-    document can not be used.
+    `folder` takes what is on the way. Yields now and then; returns what was written. Raises InputError where a file or
+    a document can not be used.
     """
     pieces = pieces_of(files)
     parts = [folder / f"piece-{number:06d}.npz" for number in range(len(pieces))]
@@ -81,7 +90,7 @@ def tokenize_files(files: Sequence[Path], recipe: Recipe, folder: Path, outputs:
     joints = [_Joint(output, dtype, has_mask) for output in outputs]
     first = 0
     for part, own in zip(parts, hashes, strict=True):
-        here = chosen[first: first + len(own)]
+        here = chosen[first : first + len(own)]
         first += len(own)
         for joint, documents in zip(joints, (~here, here), strict=False):
             joint.append(_load(part), documents)
@@ -103,8 +112,8 @@ def _counted(files: Sequence[Path], pieces: Sequence[Piece], parts: Sequence[Pat
 def held_out(hashes: NDArray[np.float64], valid_fraction: float) -> NDArray[np.bool_]:
     """Which documents are held out: those whose hash lies below `valid_fraction`.
 
-    Of two different documents or more, at least one is held out and one trained on, so that a handful of files works too; of one
-    alone, none is held out.
+    Of two different documents or more, at least one is held out and one trained on, so that a handful of files works
+    too; of one alone, none is held out.
     """
     if valid_fraction == 0 or len(hashes) == 0 or hashes.min() == hashes.max():
         return np.zeros(len(hashes), dtype=bool)
@@ -113,8 +122,13 @@ def held_out(hashes: NDArray[np.float64], valid_fraction: float) -> NDArray[np.b
 
 def _write_part(piece: Piece, part: Path, recipe: Recipe) -> None:
     tokens = tokenize_piece(piece, recipe)
-    arrays: dict[str, Any] = {"ids": tokens.ids, "lengths": tokens.lengths, "hashes": tokens.hashes, "counts": tokens.counts,
-                              "left_out": np.array(to_json(tokens.left_out.reasons))}
+    arrays: dict[str, Any] = {
+        "ids": tokens.ids,
+        "lengths": tokens.lengths,
+        "hashes": tokens.hashes,
+        "counts": tokens.counts,
+        "left_out": np.array(to_json(tokens.left_out.reasons)),
+    }
     np.savez(part, **{name: array for name, array in arrays.items() if array is not None})
 
 
@@ -128,7 +142,9 @@ def _in_turn(pieces: Sequence[Piece], parts: Sequence[Path], recipe: Recipe) -> 
         yield piece
 
 
-def _side_by_side(pieces: Sequence[Piece], parts: Sequence[Path], recipe: Recipe, processes: int) -> Iterator[Piece | None]:
+def _side_by_side(
+    pieces: Sequence[Piece], parts: Sequence[Path], recipe: Recipe, processes: int
+) -> Iterator[Piece | None]:
     # Spawned, not forked: this process may have threads, of gloo or of CUDA.
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=end_at_once) as pool:
         try:
@@ -146,8 +162,10 @@ def _side_by_side(pieces: Sequence[Piece], parts: Sequence[Path], recipe: Recipe
                 if not done:
                     yield None
         except BrokenProcessPool as error:
-            raise InputError(f"one of {processes} processes that tokenize was ended from outside, as by a machine out of memory; set "
-                             "data.workers lower, or give shorter files") from error
+            raise InputError(
+                f"one of {processes} processes that tokenize was ended from outside, as by a machine out of memory; set "
+                "data.workers lower, or give shorter files"
+            ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 

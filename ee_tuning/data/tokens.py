@@ -1,8 +1,10 @@
 """Streams of token ids become samples of equal length.
 
-Sample i of a stream reads seq_length + 1 tokens from i · seq_length on: neighbours overlap by one token, so each token but the stream's
-first is a label exactly once. Windows without a label that counts, as within a long prompt, are no samples.
+Sample i of a stream reads seq_length + 1 tokens from i · seq_length on: neighbours overlap by one token, so each token
+but the stream's first is a label exactly once. Windows without a label that counts, as within a long prompt, are no
+samples.
 """
+
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -96,14 +98,19 @@ class PackedSamples:
         """See Samples."""
         assert 0 <= index < len(self)
         s, first = self.seq_length, (index if self.windows is None else int(self.windows[index])) * self.seq_length
-        tokens = self.stream[first: first + s + 1].astype(np.int64)
-        loss_mask = np.ones(s, np.float32) if self.counts is None else self.counts[first + 1: first + s + 1].astype(np.float32)
+        tokens = self.stream[first : first + s + 1].astype(np.int64)
+        loss_mask = (
+            np.ones(s, np.float32) if self.counts is None else self.counts[first + 1 : first + s + 1].astype(np.float32)
+        )
         begins = self._begins(first)
         if self.rules.eod_mask_loss:
             loss_mask[begins[1:]] = 0.0
-        return Sample(tokens, loss_mask,
-                      np.cumsum(begins[:-1], dtype=np.int64) if self.rules.reset_attention_mask else None,
-                      _places(begins[:-1]) if self.rules.reset_position_ids else None)
+        return Sample(
+            tokens,
+            loss_mask,
+            np.cumsum(begins[:-1], dtype=np.int64) if self.rules.reset_attention_mask else None,
+            _places(begins[:-1]) if self.rules.reset_position_ids else None,
+        )
 
     def order(self, seed: int) -> SampleOrder:
         """See Samples."""
@@ -118,7 +125,7 @@ class PackedSamples:
         begins = np.zeros(self.seq_length + 1, dtype=bool)
         if self.starts is not None:
             low, high = np.searchsorted(self.starts, (first, first + self.seq_length), side="right")
-            begins[self.starts[low: high] - first] = True
+            begins[self.starts[low:high] - first] = True
         return begins
 
 
@@ -149,8 +156,12 @@ class DocumentSamples:
     def sample(self, index: int) -> Sample:
         """See Samples; `tokens` may be fewer."""
         first, stop = self._bounds[index]
-        loss_mask = np.ones(stop - first - 1, np.float32) if self.counts is None else self.counts[first + 1: stop].astype(np.float32)
-        return Sample(self.stream[first: stop].astype(np.int64), loss_mask, None, None)
+        loss_mask = (
+            np.ones(stop - first - 1, np.float32)
+            if self.counts is None
+            else self.counts[first + 1 : stop].astype(np.float32)
+        )
+        return Sample(self.stream[first:stop].astype(np.int64), loss_mask, None, None)
 
     def order(self, seed: int) -> SampleOrder:
         """See Samples."""
@@ -168,7 +179,10 @@ class DocumentSamples:
         if self.counts is None or not len(bounds):
             return bounds
         edges = (bounds + np.array([1, 0])).ravel()  # labels are all but a sample's first token
-        return bounds[np.add.reduceat(self.counts, edges[:-1] if edges[-1] == len(self.stream) else edges, dtype=np.int64)[::2] > 0]
+        return bounds[
+            np.add.reduceat(self.counts, edges[:-1] if edges[-1] == len(self.stream) else edges, dtype=np.int64)[::2]
+            > 0
+        ]
 
 
 @dataclass(frozen=True)
@@ -208,7 +222,9 @@ class Mixture:
     def identity(self) -> dict[str, Any]:
         """See Samples."""
         total = sum(self.weights or [])
-        blend = [[round(weight / total, 12), len(part)] for weight, part in zip(self.weights or [], self.parts, strict=False)]
+        blend = [
+            [round(weight / total, 12), len(part)] for weight, part in zip(self.weights or [], self.parts, strict=False)
+        ]
         return {"number of training samples": len(self), **({"blend of training samples": blend} if blend else {})}
 
 
@@ -219,7 +235,7 @@ def learned_windows(counts: NDArray[np.uint8] | None, seq_length: int) -> NDArra
         return None
     holds, at_once = [], max(1, _SCANNED_AT_ONCE // seq_length)
     for first in range(0, num_windows, at_once):  # the file may be longer than memory
-        labels = counts[1 + first * seq_length: 1 + min(first + at_once, num_windows) * seq_length]
+        labels = counts[1 + first * seq_length : 1 + min(first + at_once, num_windows) * seq_length]
         holds.append(labels.reshape(-1, seq_length).any(axis=1))
     found = np.flatnonzero(np.concatenate(holds))
     return None if len(found) == num_windows else found

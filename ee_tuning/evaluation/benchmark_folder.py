@@ -1,4 +1,7 @@
-"""The folder of a benchmark of others (lm-evaluation-harness, HumanEval): what each way to leave scored, kept as soon as it is known."""
+"""The folder of a benchmark of others (lm-evaluation-harness, HumanEval): what each way to leave scored, kept as soon
+as it is known.
+"""
+
 import os
 import re
 from collections.abc import Mapping
@@ -36,7 +39,9 @@ class BenchmarkFolder:
         """What is there of it already. Raises InputError where a point of this name left by other rules."""
         there: Figures | None = self._points.get(point.name)
         if there is not None and there["policy"] != point.told():
-            raise InputError(f"{self.folder} holds a {point.name} that {there['policy']}, and now it {point.told()}; {_REMEDY}")
+            raise InputError(
+                f"{self.folder} holds a {point.name} that {there['policy']}, and now it {point.told()}; {_REMEDY}"
+            )
         return there
 
     def file(self, kind: str, point: Point) -> Path:
@@ -45,7 +50,9 @@ class BenchmarkFolder:
         return self.folder / f"{base}_{re.sub(r'[^A-Za-z0-9.-]+', '_', point.name)}.{ending}"
 
     def keep(self, point: Point, figures: Mapping[str, Any], files: Mapping[str, str]) -> Figures:
-        """Writes `files` (kind -> content), then the summary; a process killed in between leaves the point to do. Returns what is kept."""
+        """Writes `files` (kind -> content), then the summary; a process killed in between leaves the point to do.
+        Returns what is kept.
+        """
         for kind, content in files.items():
             _write(self.file(kind, point), content)
         self._points[point.name] = {"policy": point.told(), **parse_json(to_json(figures).encode())}
@@ -56,22 +63,31 @@ class BenchmarkFolder:
     def _check_same(self, there: Mapping[str, Any]) -> None:
         names = [name for name in {**there, **self._job} if there.get(name) != self._job.get(name)]
         if names:
-            told = ", ".join(f"{name} ({str(there.get(name))[:40]} there, {str(self._job.get(name))[:40]} here)" for name in names[:3])
-            raise InputError(f"{self.folder} holds another job's figures, which differs in {told}; to go on give that job, else {_REMEDY}")
+            told = ", ".join(
+                f"{name} ({str(there.get(name))[:40]} there, {str(self._job.get(name))[:40]} here)"
+                for name in names[:3]
+            )
+            raise InputError(
+                f"{self.folder} holds another job's figures, which differs in {told}; to go on give that job, else {_REMEDY}"
+            )
 
 
 def check_folder(folder: Path, summary: str, *, overwrites: bool) -> None:
     """Raises InputError where `folder` can not be written, or holds what is not of such a job. Nothing is changed."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f"--output must name a folder that can be written, got {folder}, and {existing} is "
-                         f"{'write-protected' if existing.is_dir() else 'no folder'}; choose another")
+        raise InputError(
+            f"--output must name a folder that can be written, got {folder}, and {existing} is "
+            f"{'write-protected' if existing.is_dir() else 'no folder'}; choose another"
+        )
     if not folder.is_dir():
         return
     others = sorted(path.name for path in folder.iterdir() if path.name != OWNER)
     foreign = [name for name in others if not _OWN.fullmatch(name)]
     if foreign and summary not in others:
-        raise InputError(f"--output must be a new folder or that of the same benchmark, and {folder} holds {foreign[0]}; give another")
+        raise InputError(
+            f"--output must be a new folder or that of the same benchmark, and {folder} holds {foreign[0]}; give another"
+        )
     if summary in others and not overwrites:
         _read(folder / summary)
 
@@ -79,7 +95,11 @@ def check_folder(folder: Path, summary: str, *, overwrites: bool) -> None:
 def _read(path: Path) -> dict[str, Any]:
     try:
         tree = read_json(path)
-        if isinstance(tree, dict) and isinstance(tree["job"], dict) and all("policy" in each for each in tree["points"].values()):
+        if (
+            isinstance(tree, dict)
+            and isinstance(tree["job"], dict)
+            and all("policy" in each for each in tree["points"].values())
+        ):
             return tree
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass

@@ -1,9 +1,10 @@
-"""Intervals of figures over prompts, by the bootstrap (Efron 1979): prompts are drawn with replacement, as many as there are, many times,
-and an interval holds the middle 95% of what the figure is over those draws.
+"""Intervals of figures over prompts, by the bootstrap (Efron 1979): prompts are drawn with replacement, as many as
+there are, many times, and an interval holds the middle 95% of what the figure is over those draws.
 
-A figure is a function of sums over prompts (a ratio of two, most often). All figures of one `Resampled` see the same draws: a ratio of two
-ways to decode is of the same prompts for both, so that what is hard for both does not widen it.
+A figure is a function of sums over prompts (a ratio of two, most often). All figures of one `Resampled` see the same
+draws: a ratio of two ways to decode is of the same prompts for both, so that what is hard for both does not widen it.
 """
+
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -40,7 +41,9 @@ class Resampled:
         table = np.stack([np.asarray(values, dtype=np.float64) for values in columns.values()], axis=1)  # [n, columns]
         n, random = len(table), np.random.default_rng(seed)
         size = max(1, _UNITS_AT_A_TIME // n)
-        drawn = [random.multinomial(n, np.full(n, 1 / n), size=min(size, draws - at)) @ table for at in range(0, draws, size)]
+        drawn = [
+            random.multinomial(n, np.full(n, 1 / n), size=min(size, draws - at)) @ table for at in range(0, draws, size)
+        ]
         sums = np.concatenate([table.sum(0, keepdims=True), *drawn])
         self._sums: dict[str, Floats] = {name: sums[:, place] for place, name in enumerate(columns)}
 
@@ -52,4 +55,6 @@ class Resampled:
             warnings.simplefilter("ignore")  # of draws without any number
             low, high = np.nanquantile(values[1:], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         value = float(values[0])
-        return Estimate(value, float(low), float(high)) if math.isfinite(value) else Estimate(math.nan, math.nan, math.nan)
+        return (
+            Estimate(value, float(low), float(high)) if math.isfinite(value) else Estimate(math.nan, math.nan, math.nan)
+        )

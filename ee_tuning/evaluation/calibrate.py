@@ -1,10 +1,11 @@
 """`ee-tuning calibrate`: from which confidence on each exit says what the full model says, measured on text.
 
-Every exit and the final head read the same tokens, whole texts at once. Exits are taken from shallow to deep, each judged by the tokens
-that have not left before it; its threshold is the lowest whose tokens agree with the final head as often as wanted, at the lower end of
-the confidence interval of that share. A part of the text is held out, and tells what the thresholds do on tokens that they were not chosen
-by.
+Every exit and the final head read the same tokens, whole texts at once. Exits are taken from shallow to deep, each
+judged by the tokens that have not left before it; its threshold is the lowest whose tokens agree with the final head as
+often as wanted, at the lower end of the confidence interval of that share. A part of the text is held out, and tells
+what the thresholds do on tokens that they were not chosen by.
 """
+
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -56,8 +57,12 @@ class Readings:
 
     def only(self, chosen: Tensor) -> "Readings":  # [n] bool
         """Those of some tokens."""
-        return Readings({key: values[chosen] for key, values in self.confidences.items()},
-                        {layer: values[chosen] for layer, values in self.agrees.items()}, self.samples[chosen], self.num_layers)
+        return Readings(
+            {key: values[chosen] for key, values in self.confidences.items()},
+            {layer: values[chosen] for layer, values in self.agrees.items()},
+            self.samples[chosen],
+            self.num_layers,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,13 +92,16 @@ class Outcome:
 
 @torch.no_grad()
 def read_exits(model: EarlyExitModel, samples: Iterable[Tensor]) -> Readings:  # samples: [s] int64
-    """Runs samples through a model that lies on one stage, and asks every exit about every token. Raises InputError on NaN."""
+    """Runs samples through a model that lies on one stage, and asks every exit about every token. Raises InputError on
+    NaN.
+    """
     last = model.config.num_layers
     known: dict[tuple[int, Measure], list[Tensor]] = {}
     agrees: dict[int, list[Tensor]] = {}
 
-    def look(hidden: Tensor, weight: Tensor, vocab: VocabShard,
-             measures: tuple[Measure, ...]) -> tuple[Tensor, list[Tensor]]:  # [s, 1, h] -> [s], …
+    def look(
+        hidden: Tensor, weight: Tensor, vocab: VocabShard, measures: tuple[Measure, ...]
+    ) -> tuple[Tensor, list[Tensor]]:  # [s, 1, h] -> [s], …
         ids: list[Tensor] = []
         found: list[list[Tensor]] = [[] for _ in measures]
         for part in hidden[:, 0].split(CHUNK):
@@ -112,25 +120,38 @@ def read_exits(model: EarlyExitModel, samples: Iterable[Tensor]) -> Readings:  #
         final = look(model.final_hidden(hidden), model.backbone.output_layer.weight, model.vocab, ())[0]
         for layer in sorted(inputs):
             if layer < last:
-                ids, found = model.exit_head(layer)(inputs[layer], lambda hidden, weight: look(hidden, weight, model.exit_vocab, MEASURES))
+                ids, found = model.exit_head(layer)(
+                    inputs[layer], lambda hidden, weight: look(hidden, weight, model.exit_vocab, MEASURES)
+                )
                 agrees.setdefault(layer, []).append(((ids == final) & (found[0] != UNSURE)).cpu())
                 for measure, values in zip(MEASURES, found, strict=True):
                     if num_non_finite(values):
                         raise no_numbers(f"the logits behind layer {layer}", hidden.dtype)
                     known.setdefault((layer, measure), []).append(values.cpu())
-    return Readings({key: torch.cat(values) for key, values in known.items()},
-                    {layer: torch.cat(values) for layer, values in agrees.items()},
-                    torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)), last)
+    return Readings(
+        {key: torch.cat(values) for key, values in known.items()},
+        {layer: torch.cat(values) for layer, values in agrees.items()},
+        torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)),
+        last,
+    )
 
 
 def choose(readings: Readings, measure: Measure, wanted: float) -> dict[int, float | None]:
-    """Exit layer -> the lowest confidence from which on it agrees as often as `wanted`, on the tokens that no exit before it took."""
+    """Exit layer -> the lowest confidence from which on it agrees as often as `wanted`, on the tokens that no exit
+    before it took.
+    """
     stays = torch.ones(readings.num_tokens, dtype=torch.bool)
     thresholds: dict[int, float | None] = {}
     for layer in readings.exit_layers:
         confidence = readings.confidences[layer, measure]
-        thresholds[layer] = next((each for each in _candidates(confidence[stays])
-                                   if lower_end(readings, layer, stays & (confidence >= each)) >= wanted), None)
+        thresholds[layer] = next(
+            (
+                each
+                for each in _candidates(confidence[stays])
+                if lower_end(readings, layer, stays & (confidence >= each)) >= wanted
+            ),
+            None,
+        )
         if (threshold := thresholds[layer]) is not None:
             stays &= confidence < threshold
     return thresholds
@@ -146,28 +167,41 @@ def judge(readings: Readings, measure: Measure, thresholds: dict[int, float | No
         leaves = stays & (confidence >= (threshold if threshold is not None else 2.0))
         count, right = int(leaves.sum()), int((leaves & agrees).sum())
         if threshold is None:
-            best = max((lower_end(readings, layer, stays & (confidence >= each)) for each in _candidates(confidence[stays])), default=0.0)
+            best = max(
+                (lower_end(readings, layer, stays & (confidence >= each)) for each in _candidates(confidence[stays])),
+                default=0.0,
+            )
             exits[layer] = ExitResult(threshold=None, share=0.0, agreement=best, at_least=best)
         else:
-            exits[layer] = ExitResult(threshold=threshold, share=count / max(reached, 1), agreement=right / max(count, 1),
-                                      at_least=lower_end(readings, layer, leaves))
+            exits[layer] = ExitResult(
+                threshold=threshold,
+                share=count / max(reached, 1),
+                agreement=right / max(count, 1),
+                at_least=lower_end(readings, layer, leaves),
+            )
         depth, agreed, stays = depth + count * layer, agreed + right, stays & ~leaves
     left = int(stays.sum())
-    return Outcome(exits=exits, mean_depth=(depth + left * readings.num_layers) / readings.num_tokens,
-                   agreement=(agreed + left) / readings.num_tokens)
+    return Outcome(
+        exits=exits,
+        mean_depth=(depth + left * readings.num_layers) / readings.num_tokens,
+        agreement=(agreed + left) / readings.num_tokens,
+    )
 
 
-def best_measure(readings: Readings, wanted: float, asked: Literal["best"] | Measure) -> tuple[Measure, dict[int, float | None]]:
+def best_measure(
+    readings: Readings, wanted: float, asked: Literal["best"] | Measure
+) -> tuple[Measure, dict[int, float | None]]:
     """(measure, thresholds): of all measures, or the one asked for, the one whose tokens leave earliest."""
     tried = [(measure, choose(readings, measure, wanted)) for measure in (MEASURES if asked == "best" else (asked,))]
     return min(tried, key=lambda each: judge(readings, *each).mean_depth)
 
 
 def lower_end(readings: Readings, layer: int, leaves: Tensor) -> float:  # [n] bool
-    """Lower end, one-sided, at SURENESS, of the interval of the share of these tokens that an exit has right; 0 of none.
+    """Lower end, one-sided, at SURENESS, of the interval of the share of these tokens that an exit has right; 0 of
+    none.
 
-    The lower one of two: Wilson's (1927), for which tokens are independent, and that of a ratio whose samples are (Cochran 1977, 6.3): a
-    sample's tokens are hard or easy together.
+    The lower one of two: Wilson's (1927), for which tokens are independent, and that of a ratio whose samples are
+    (Cochran 1977, 6.3): a sample's tokens are hard or easy together.
     """
     counts = torch.bincount(readings.samples[leaves])
     count, z = int(counts.sum()), NormalDist().inv_cdf(SURENESS)
@@ -181,7 +215,9 @@ def lower_end(readings: Readings, layer: int, leaves: Tensor) -> float:  # [n] b
 
 
 def curve(readings: Readings, layer: int, measure: Measure, num_points: int = 101) -> list[tuple[float, float, float]]:
-    """(threshold, share of all tokens at or above it, their agreement), over thresholds from 0 to 1, where a token is left."""
+    """(threshold, share of all tokens at or above it, their agreement), over thresholds from 0 to 1, where a token is
+    left.
+    """
     confidence, agrees = readings.confidences[layer, measure], readings.agrees[layer]
     points = []
     for threshold in torch.linspace(0, 1, num_points, dtype=torch.float64).tolist():
@@ -194,4 +230,8 @@ def curve(readings: Readings, layer: int, measure: Measure, num_points: int = 10
 def _candidates(confidence: Tensor) -> list[float]:  # [n]
     """Thresholds worth a look, lowest first: none at which an exit leaves that is UNSURE."""
     ordered = confidence[confidence >= 0].sort()[0]
-    return ordered[torch.linspace(0, len(ordered) - 1, min(CANDIDATES, len(ordered))).long()].unique().tolist() if len(ordered) else []
+    return (
+        ordered[torch.linspace(0, len(ordered) - 1, min(CANDIDATES, len(ordered))).long()].unique().tolist()
+        if len(ordered)
+        else []
+    )

@@ -1,6 +1,7 @@
 """What `ee-tuning calibrate` reads, writes and prints; the measuring is in `calibrate.py`, the way by `--guarantee` in
 `guarantee_command.py`.
 """
+
 import argparse
 import dataclasses
 from pathlib import Path
@@ -23,12 +24,16 @@ HELD_OUT = 4
 
 
 def calibrate(config: Config, flags: argparse.Namespace) -> None:
-    """Measures, writes `flags.output` and the picture beside it, and prints a table. Raises InputError on what can not be used."""
+    """Measures, writes `flags.output` and the picture beside it, and prints a table. Raises InputError on what can not
+    be used.
+    """
     _check_flags(flags)
     check_file(flags.output)
     picture = flags.output.with_suffix(".png")
     if picture == flags.output:
-        raise InputError(f"--output takes the thresholds, and the picture beside them is {picture}; give a name that does not end in .png")
+        raise InputError(
+            f"--output takes the thresholds, and the picture beside them is {picture}; give a name that does not end in .png"
+        )
     for path in (flags.output, picture):
         check_beside(path, config, (*config.data.valid_paths, *config.data.paths, flags.task))
     topology = init_parallel(config.parallel)
@@ -38,8 +43,10 @@ def calibrate(config: Config, flags: argparse.Namespace) -> None:
         leave_parallel()
         return
     if topology.world_size > topology.tp:
-        raise InputError(f"calibrate takes tensor-parallel processes alone, got pipeline {topology.pp} × data {topology.dp}; launch "
-                         f"{topology.tp}, or change parallel.*")
+        raise InputError(
+            f"calibrate takes tensor-parallel processes alone, got pipeline {topology.pp} × data {topology.dp}; launch "
+            f"{topology.tp}, or change parallel.*"
+        )
     loaded = load_for_generation(config, topology)
     if not any(layer < loaded.model.config.num_layers for layer in loaded.model.plan.exit_layers):
         raise InputError("calibrate needs exits before the last layer, got none; give --exits FOLDER")
@@ -59,12 +66,18 @@ def _check_flags(flags: argparse.Namespace) -> None:
             raise InputError(f"--{name} is of --task, and none is given; give --task FILE.jsonl with it")
     for flag, is_given in (("--data", "data.valid_paths" in flags.overrides), ("--tokens", flags.tokens is not None)):
         if flags.task is not None and is_given:
-            raise InputError(f"{flag} has no part in a guarantee by --task, whose prompts alone are measured; leave it out")
+            raise InputError(
+                f"{flag} has no part in a guarantee by --task, whose prompts alone are measured; leave it out"
+            )
     if flags.guarantee is not None and flags.agreement is not None:
-        raise InputError(f"--agreement {flags.agreement:g} and --guarantee {flags.guarantee:g} choose thresholds each in its own way; give "
-                         "one of them")
+        raise InputError(
+            f"--agreement {flags.agreement:g} and --guarantee {flags.guarantee:g} choose thresholds each in its own way; give "
+            "one of them"
+        )
     if flags.guarantee is None and flags.confidence is not None:
-        raise InputError(f"--confidence {flags.confidence:g} is of --guarantee, and none is given; give --guarantee 0.05 with it")
+        raise InputError(
+            f"--confidence {flags.confidence:g} is of --guarantee, and none is given; give --guarantee 0.05 with it"
+        )
     for name, start in (("agreement", 0.95), ("guarantee", 0.05), ("confidence", 0.95)):
         value = getattr(flags, name)
         if value is not None and not 0 < value < 1:
@@ -76,10 +89,14 @@ def _calibrate_by_agreement(config: Config, flags: argparse.Namespace, loaded: L
 
     wanted = AGREEMENT if flags.agreement is None else flags.agreement
     samples = samples_of(config, loaded.model.config)
-    count = min(samples.order(0).num_distinct, -(-(TOKENS if flags.tokens is None else flags.tokens) // samples.seq_length))
+    count = min(
+        samples.order(0).num_distinct, -(-(TOKENS if flags.tokens is None else flags.tokens) // samples.seq_length)
+    )
     if count < 2 * HELD_OUT:
-        raise InputError(f"calibrate needs at least {2 * HELD_OUT * samples.seq_length} tokens, got {count * samples.seq_length}; give "
-                         "more --data, or raise --tokens")
+        raise InputError(
+            f"calibrate needs at least {2 * HELD_OUT * samples.seq_length} tokens, got {count * samples.seq_length}; give "
+            "more --data, or raise --tokens"
+        )
     readings = read_drawn(loaded.model, draw(samples, [index for index in range(count) if index % HELD_OUT]))
     held_out = read_drawn(loaded.model, draw(samples, range(0, count, HELD_OUT)))
     measure, thresholds = best_measure(readings, wanted, flags.measure or "best")
@@ -87,10 +104,23 @@ def _calibrate_by_agreement(config: Config, flags: argparse.Namespace, loaded: L
     if not loaded.model.topology.is_logging_rank:
         return
     curves = {layer: curve(readings, layer, measure) for layer in readings.exit_layers}
-    write_calibration(flags.output, config, loaded.model.config.num_layers, loaded.heads_digest, {
-        "wanted_agreement": wanted, "measure": measure, "thresholds": thresholds, "tokens": readings.num_tokens,
-        "found": dataclasses.asdict(found), "held_out": {"tokens": held_out.num_tokens, **dataclasses.asdict(seen)},
-        "curves": {each: {layer: curve(readings, layer, each) for layer in readings.exit_layers} for each in MEASURES}})
+    write_calibration(
+        flags.output,
+        config,
+        loaded.model.config.num_layers,
+        loaded.heads_digest,
+        {
+            "wanted_agreement": wanted,
+            "measure": measure,
+            "thresholds": thresholds,
+            "tokens": readings.num_tokens,
+            "found": dataclasses.asdict(found),
+            "held_out": {"tokens": held_out.num_tokens, **dataclasses.asdict(seen)},
+            "curves": {
+                each: {layer: curve(readings, layer, each) for layer in readings.exit_layers} for each in MEASURES
+            },
+        },
+    )
     draw_calibration(curves, thresholds, wanted, measure, picture)
     _tell(wanted, measure, readings, held_out, found, seen)
     _tell_written(flags.output, picture, loaded.model.topology)
@@ -106,13 +136,21 @@ def _tell(wanted: float, measure: str, readings: Readings, held_out: Readings, f
     print(f"exit  {name}  of those that come  agreement (at least)  held out")
     for layer, result in found.exits.items():
         if result.threshold is None:
-            print(f"{layer:4}  not used: it can not be relied on to agree {wanted:.1%} of the time; "
-                  f"at its surest at least {result.agreement:.1%}")
+            print(
+                f"{layer:4}  not used: it can not be relied on to agree {wanted:.1%} of the time; "
+                f"at its surest at least {result.agreement:.1%}"
+            )
         else:
             agreement = f"{result.agreement:.1%} ({result.at_least:.1%})"
-            print(f"{layer:4}  {result.threshold:{len(name)}.4f}  {result.share:18.1%}  {agreement:>20}  "
-                  f"{seen.exits[layer].agreement:8.1%}")
+            print(
+                f"{layer:4}  {result.threshold:{len(name)}.4f}  {result.share:18.1%}  {agreement:>20}  "
+                f"{seen.exits[layer].agreement:8.1%}"
+            )
     if not any(result.threshold is not None for result in found.exits.values()):
-        print(f"no exit agrees {wanted:.1%} of the time: no token will leave early; tune the heads longer, or lower --agreement")
-    print(f"{found.agreement:.1%} of {readings.num_tokens:,} tokens as the full model has them, at {found.mean_depth:.2f} of "
-          f"{readings.num_layers} layers; {seen.agreement:.1%} of {held_out.num_tokens:,} held out, at {seen.mean_depth:.2f}")
+        print(
+            f"no exit agrees {wanted:.1%} of the time: no token will leave early; tune the heads longer, or lower --agreement"
+        )
+    print(
+        f"{found.agreement:.1%} of {readings.num_tokens:,} tokens as the full model has them, at {found.mean_depth:.2f} of "
+        f"{readings.num_layers} layers; {seen.agreement:.1%} of {held_out.num_tokens:,} held out, at {seen.mean_depth:.2f}"
+    )

@@ -1,11 +1,19 @@
-"""The picture of `ee-tuning calibrate`: how often each exit is right, and how many tokens it would take, by threshold."""
+"""The picture of `ee-tuning calibrate`: how often each exit is right, and how many tokens it would take, by
+threshold.
+"""
+
 from pathlib import Path
 
 from ee_tuning.checkpoint.aside import file_written_aside
 
 
-def draw_calibration(curves: dict[int, list[tuple[float, float, float]]], thresholds: dict[int, float | None], wanted: float, measure: str,
-                     output: Path) -> None:
+def draw_calibration(
+    curves: dict[int, list[tuple[float, float, float]]],
+    thresholds: dict[int, float | None],
+    wanted: float,
+    measure: str,
+    output: Path,
+) -> None:
     """`curves` as `calibrate.curve` has them, by exit. Raises InputError where `output` can not be written."""
     import matplotlib
 
@@ -24,8 +32,12 @@ def draw_calibration(curves: dict[int, list[tuple[float, float, float]]], thresh
             if threshold is not None:
                 axes.axvline(threshold, color=colour, linewidth=1, linestyle=":")
     right.axhline(100 * wanted, color="#8a90a0", linewidth=1, linestyle="--")
-    right.set(title="Agreement with the full model", xlabel=f"threshold ({measure})", ylabel="of the tokens above it, %")
-    taken.set(title="Tokens above the threshold", xlabel=f"threshold ({measure})", ylabel="of all tokens, %", ylim=(0, 100))
+    right.set(
+        title="Agreement with the full model", xlabel=f"threshold ({measure})", ylabel="of the tokens above it, %"
+    )
+    taken.set(
+        title="Tokens above the threshold", xlabel=f"threshold ({measure})", ylabel="of all tokens, %", ylim=(0, 100)
+    )
     taken.legend(frameon=False)
     figure.suptitle("Each exit by itself; dotted: the chosen thresholds, on tokens that no exit before took")
     with file_written_aside(output) as aside:

@@ -1,4 +1,5 @@
 """The text that `ee-tuning calibrate` measures on."""
+
 import dataclasses
 from collections.abc import Iterable, Iterator
 
@@ -18,15 +19,26 @@ SAMPLE_LENGTH = 512
 
 
 def samples_of(config: Config, model: ModelConfig, *, by_document: bool = False) -> Samples:
-    """All of data.valid_paths; else the documents of data.paths that tune holds out. `by_document`: see load_samples."""
+    """All of data.valid_paths; else the documents of data.paths that tune holds out. `by_document`: see
+    load_samples.
+    """
     data = config.data
     if not (data.valid_paths or data.paths):
-        raise InputError("calibrate needs text, got none; give --data FILE (data.valid_paths), best one that the heads were not tuned on")
+        raise InputError(
+            "calibrate needs text, got none; give --data FILE (data.valid_paths), best one that the heads were not tuned on"
+        )
     if data.valid_paths:
         data = dataclasses.replace(data, paths=data.valid_paths, valid_paths=(), valid_fraction=0.0, split=None)
-    splits = load_samples(data, tokenizer_of(config), seq_length=min(SAMPLE_LENGTH, model.max_position_embeddings),
-                          vocab_size=model.vocab_size, max_positions=model.max_position_embeddings,
-                          needs_validation=not config.data.valid_paths, trusts_code=config.model.trust_remote_code, by_document=by_document)
+    splits = load_samples(
+        data,
+        tokenizer_of(config),
+        seq_length=min(SAMPLE_LENGTH, model.max_position_embeddings),
+        vocab_size=model.vocab_size,
+        max_positions=model.max_position_embeddings,
+        needs_validation=not config.data.valid_paths,
+        trusts_code=config.model.trust_remote_code,
+        by_document=by_document,
+    )
     samples = splits.train if config.data.valid_paths else splits.valid
     assert samples is not None
     return samples

@@ -1,4 +1,7 @@
-"""`calibration.json` as `ee-tuning calibrate` writes it; what decoding reads of it is in `ee_tuning/generation/calibration.py`."""
+"""`calibration.json` as `ee-tuning calibrate` writes it; what decoding reads of it is in
+`ee_tuning/generation/calibration.py`.
+"""
+
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,12 +14,19 @@ from ee_tuning.generation.calibration import FORMAT_VERSION
 from ee_tuning.json_file import to_json
 
 
-def write_calibration(output: Path, config: Config, num_layers: int, heads_digest: str | None, measured: Mapping[str, Any]) -> None:
-    """`measured`, behind what binds it to the model and its heads (LoadedModel.heads_digest). Raises InputError where `output` can not be
-    written.
+def write_calibration(
+    output: Path, config: Config, num_layers: int, heads_digest: str | None, measured: Mapping[str, Any]
+) -> None:
+    """`measured`, behind what binds it to the model and its heads (LoadedModel.heads_digest). Raises InputError where
+    `output` can not be written.
     """
-    tree = {"format_version": FORMAT_VERSION, "model_name": model_folder(config.model.path).name,
-            "num_layers": num_layers, "heads_digest": heads_digest, **measured}
+    tree = {
+        "format_version": FORMAT_VERSION,
+        "model_name": model_folder(config.model.path).name,
+        "num_layers": num_layers,
+        "heads_digest": heads_digest,
+        **measured,
+    }
     with file_written_aside(output) as aside:
         aside.write_text(as_json(tree), encoding="utf-8")
 

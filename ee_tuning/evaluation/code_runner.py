@@ -1,7 +1,9 @@
-"""Runs programs that a model wrote, each in a process of its own with limits: time, memory, files, processes, network where it can be.
+"""Runs programs that a model wrote, each in a process of its own with limits: time, memory, files, processes, network
+where it can be.
 
 That is care, not a sandbox: run it in a container or on a machine that has nothing to lose. Nothing is run unasked.
 """
+
 import os
 import secrets
 import signal
@@ -18,7 +20,7 @@ from ee_tuning.json_file import parse_json, to_json
 
 SECONDS = 10
 """The time limit of a program, by the clock; the same for processor time."""
-MEMORY = 2 ** 30
+MEMORY = 2**30
 """Bytes of address space."""
 _PROGRAM = Path(__file__).with_name("confined_program.py")
 
@@ -45,9 +47,16 @@ def run_program(program: str, *, seconds: int = SECONDS, memory: int = MEMORY) -
     asked = {"program": program, "seconds": seconds, "memory": memory, "descriptor": writes, "token": token}
     try:
         with tempfile.TemporaryDirectory() as folder:
-            process = subprocess.Popen([sys.executable, "-I", "-X", "utf8", str(_PROGRAM)], stdin=subprocess.PIPE,
-                                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder, pass_fds=(writes,),
-                                       env={"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}, start_new_session=True)
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-X", "utf8", str(_PROGRAM)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                cwd=folder,
+                pass_fds=(writes,),
+                env={"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"},
+                start_new_session=True,
+            )
             is_late = _ended_late(process, to_json(asked).encode(), seconds)
         os.set_blocking(reads, False)
         return _outcome(_read(reads), token, is_late, process.returncode)

@@ -1,7 +1,9 @@
 """`ee-tuning demo`: the whole way with the model that ships with the project, by the commands a user would type.
 
-The shipped model → convert → tune at TP 2 × PP 2 on four processes → decode held-out prompts over thresholds → report.json and a picture.
+The shipped model → convert → tune at TP 2 × PP 2 on four processes → decode held-out prompts over thresholds →
+report.json and a picture.
 """
+
 import json
 import shutil
 import sys
@@ -32,7 +34,9 @@ NUM_PROMPTS, PROMPT_BYTES, NEW_TOKENS = 12, 300, 100
 
 
 def demo(output: Path) -> None:
-    """Runs the demo into the folder `output`. Raises InputError outside a checkout of the project, which carries the model."""
+    """Runs the demo into the folder `output`. Raises InputError outside a checkout of the project, which carries the
+    model.
+    """
     if not JOB.is_file():
         raise InputError(f"demo must run from a checkout of the project, which carries the model; {JOB} is not there")
     started, console = time.monotonic(), Console(highlight=False)
@@ -41,17 +45,37 @@ def demo(output: Path) -> None:
         for made in ("run", "exit_heads", "converted"):
             shutil.rmtree(output / made, ignore_errors=True)
     elif any(output.iterdir()):
-        raise InputError(f"demo must write into a new folder or that of an earlier demo, and {output} holds something else; give another "
-                         "--output")
+        raise InputError(
+            f"demo must write into a new folder or that of an earlier demo, and {output} holds something else; give another "
+            "--output"
+        )
     (output / MARK).touch()
     prompts = _write_text(output / "text")
     job = _write_job(output)
     console.rule("1 of 3: convert", align="left")
     run_command(console, ee_tuning("convert", job, "--output", output / "converted"))
     console.rule("2 of 3: tune the exit heads, tensor parallel 2 × pipeline parallel 2", align="left")
-    run_command(console, [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "-m", "ee_tuning", "tune",
-                   str(job), "--exits", str(output / "converted"), "--tensor-model-parallel-size", "2",
-                   "--pipeline-model-parallel-size", "2"])
+    run_command(
+        console,
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "4",
+            "-m",
+            "ee_tuning",
+            "tune",
+            str(job),
+            "--exits",
+            str(output / "converted"),
+            "--tensor-model-parallel-size",
+            "2",
+            "--pipeline-model-parallel-size",
+            "2",
+        ],
+    )
     shutil.copytree(output / "run" / "exit_heads", output / "exit_heads")
     console.rule("3 of 3: decode held-out code at each threshold", align="left")
     report = _measure(job, output, prompts)
@@ -77,7 +101,7 @@ def _write_text(folder: Path) -> list[str]:
         at = text.find("\n    def ", PROMPT_BYTES)
         if at > 0:
             end = text.index("(", at)
-            prompts.append(text[end - PROMPT_BYTES: end])
+            prompts.append(text[end - PROMPT_BYTES : end])
     step = max(1, len(prompts) // NUM_PROMPTS)
     return [p for p in prompts if p.isascii()][::step][:NUM_PROMPTS]
 
@@ -85,9 +109,13 @@ def _write_text(folder: Path) -> list[str]:
 def _write_job(output: Path) -> Path:
     config = load_config(JOB)
     text = output / "text"
-    config = replace(config, model={"path": str(CHECKOUT / config.model.path)}, tuning={"run_folder": str(output / "run")},
-                     parallel={"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1},
-                     data={"paths": (str(text / "train.jsonl"),), "valid_paths": (str(text / "valid.jsonl"),)})
+    config = replace(
+        config,
+        model={"path": str(CHECKOUT / config.model.path)},
+        tuning={"run_folder": str(output / "run")},
+        parallel={"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1},
+        data={"paths": (str(text / "train.jsonl"),), "valid_paths": (str(text / "valid.jsonl"),)},
+    )
     path = output / "job.yaml"
     save_config(config, path)
     return path
@@ -98,23 +126,37 @@ def _measure(job: Path, output: Path, prompts: list[str]) -> dict[str, Any]:
     llm = EarlyExitLLM.from_config(config)
     with Progress(transient=True) as progress:
         task = progress.add_task("decoding", total=len(prompts))
-        results, full_rate = measure_thresholds(llm, prompts, THRESHOLDS, NEW_TOKENS,
-                                                on_prompt=lambda done: progress.update(task, completed=done))
+        results, full_rate = measure_thresholds(
+            llm, prompts, THRESHOLDS, NEW_TOKENS, on_prompt=lambda done: progress.update(task, completed=done)
+        )
     before, after = _validation_losses(output / "run" / "metrics.jsonl")
     sample = llm.generate(prompts[:1], policy="threshold", threshold=0.8, max_new_tokens=NEW_TOKENS)[0]
     final_loss = final_head_loss(llm, config)
     leave_parallel()
-    return {"model": Path(config.model.path).name, "num_layers": llm.num_layers, "exit_layers": list(llm.exit_layers),
-            "num_prompts": len(prompts), "new_tokens_per_prompt": NEW_TOKENS, "full_depth_tokens_per_second": round(full_rate, 2),
-            "exit_loss_before": before, "exit_loss_after": after, "final_loss": final_loss,
-            "thresholds": [_row(result) for result in results],
-            "sample": {"prompt": sample.prompt, "text": sample.text, "exit_layers": sample.exit_layers}}
+    return {
+        "model": Path(config.model.path).name,
+        "num_layers": llm.num_layers,
+        "exit_layers": list(llm.exit_layers),
+        "num_prompts": len(prompts),
+        "new_tokens_per_prompt": NEW_TOKENS,
+        "full_depth_tokens_per_second": round(full_rate, 2),
+        "exit_loss_before": before,
+        "exit_loss_after": after,
+        "final_loss": final_loss,
+        "thresholds": [_row(result) for result in results],
+        "sample": {"prompt": sample.prompt, "text": sample.text, "exit_layers": sample.exit_layers},
+    }
 
 
 def _row(result: ThresholdResult) -> dict[str, Any]:
-    return {"threshold": result.threshold, "speedup": round(result.speedup, 3), "agreement": round(result.agreement, 4),
-            "mean_exit_layer": round(result.mean_exit_layer, 3), "tokens_per_second": round(result.tokens_per_second, 2),
-            "exit_histogram": {str(layer): count for layer, count in result.exit_histogram.items()}}
+    return {
+        "threshold": result.threshold,
+        "speedup": round(result.speedup, 3),
+        "agreement": round(result.agreement, 4),
+        "mean_exit_layer": round(result.mean_exit_layer, 3),
+        "tokens_per_second": round(result.tokens_per_second, 2),
+        "exit_histogram": {str(layer): count for layer, count in result.exit_histogram.items()},
+    }
 
 
 def _validation_losses(metrics: Path) -> tuple[dict[str, float], dict[str, float]]:
@@ -128,16 +170,22 @@ def _tell(console: Console, report: dict[str, Any], output: Path, seconds: float
     before, after = report["exit_loss_before"], report["exit_loss_after"]
     losses = ", ".join(f"layer {layer}: {before[layer]:.2f} → {after[layer]:.2f}" for layer in before)
     console.rule("What happened", align="left")
-    console.print(f"Exit heads were put on {report['model']} ({report['num_layers']} layers, frozen) and tuned.\n"
-                  f"Held-out loss in nats per byte: {losses}; the full model's own is {report['final_loss']:.2f}.\n\n"
-                  "threshold   speed-up   agreement   mean depth")
+    console.print(
+        f"Exit heads were put on {report['model']} ({report['num_layers']} layers, frozen) and tuned.\n"
+        f"Held-out loss in nats per byte: {losses}; the full model's own is {report['final_loss']:.2f}.\n\n"
+        "threshold   speed-up   agreement   mean depth"
+    )
     for row in report["thresholds"]:
-        console.print(f"{row['threshold']:>9g}   {row['speedup']:>7.2f}x   {100 * row['agreement']:>8.1f}%   "
-                      f"{row['mean_exit_layer']:>10.1f}")
-    console.print("\nSpeed-up: against the same engine at full depth in this run "
-                  f"({report['full_depth_tokens_per_second']:.0f} tokens/s).\n"
-                  "Agreement: share of tokens that the full model would have said after the same text.\n"
-                  f"Figures: {output}/report.json   Picture: {output}/report.png   {seconds:.0f} s in all")
+        console.print(
+            f"{row['threshold']:>9g}   {row['speedup']:>7.2f}x   {100 * row['agreement']:>8.1f}%   "
+            f"{row['mean_exit_layer']:>10.1f}"
+        )
+    console.print(
+        "\nSpeed-up: against the same engine at full depth in this run "
+        f"({report['full_depth_tokens_per_second']:.0f} tokens/s).\n"
+        "Agreement: share of tokens that the full model would have said after the same text.\n"
+        f"Figures: {output}/report.json   Picture: {output}/report.png   {seconds:.0f} s in all"
+    )
     console.rule("Next, with a model of your own", align="left")
     console.print(NEXT_STEPS, soft_wrap=True, markup=False)
 

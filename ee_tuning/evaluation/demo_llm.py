@@ -1,8 +1,9 @@
 """`ee-tuning demo --llm`: the whole way with a real LLM, SmolLM2-135M-Instruct, by the commands a user would type.
 
-Its own answers → exits fitted and tuned on them → thresholds calibrated → quality and speed on a held-out task → report.json, a picture.
-Each step is done once: the same command, given again, goes on behind the last one that is done.
+Its own answers → exits fitted and tuned on them → thresholds calibrated → quality and speed on a held-out task →
+report.json, a picture. Each step is done once: the same command, given again, goes on behind the last one that is done.
 """
+
 import json
 import shutil
 from functools import partial
@@ -27,7 +28,8 @@ AGREEMENTS = (0.95, 0.9)
 NUM_ASKED = 200
 """Questions of the task that are measured; the others are answered for the exits to learn."""
 NUM_PROMPTS, ANSWER_TOKENS, HELD_OUT = 160, 96, 5
-"""Prompts of other kinds that the model answers for its exits; tokens of an answer; one answer of so many is held out."""
+"""Prompts of other kinds that the model answers for its exits; tokens of an answer; one answer of so many is held out.
+"""
 DOCUMENTATION = 30_000
 """Characters of Python's docstrings beside them."""
 STEPS, SEQUENCE, BATCH = 36, 256, 4
@@ -53,10 +55,18 @@ class Demo:
             Step("have the model answer prompts, for its exits to learn", 3, self.answers, self._answer),
             Step(f"put exits behind layers {LAYERS}, fitted by least squares", 1, self.converted, self._convert),
             Step(f"tune them, {STEPS} steps", 1.5, self.tuned, self._tune),
-            *(Step(f"find the confidence from which {agreement:.0%} of each exit's tokens are the full model's", 0.4, file,
-                   partial(self._calibrate, agreement, file)) for agreement, file in zip(AGREEMENTS, self.calibrations, strict=True)),
+            *(
+                Step(
+                    f"find the confidence from which {agreement:.0%} of each exit's tokens are the full model's",
+                    0.4,
+                    file,
+                    partial(self._calibrate, agreement, file),
+                )
+                for agreement, file in zip(AGREEMENTS, self.calibrations, strict=True)
+            ),
             Step("measure quality and speed on a held-out task", 6.5, self.evaluation, self._evaluate),
-            Step("report", 0.5, self.report, lambda: write_report(self.folder, self.calibrations[0]))]
+            Step("report", 0.5, self.report, lambda: write_report(self.folder, self.calibrations[0])),
+        ]
 
     def _run(self, command: str, *words: str | Path) -> None:
         run_command(self.console, ee_tuning(command, "--model", self.model, *words))
@@ -68,13 +78,37 @@ class Demo:
     def _answer(self) -> None:
         self.answers.parent.mkdir(exist_ok=True)
         self.questions.write_text("\n".join(read_lines(TASK)[NUM_ASKED:]) + "\n", encoding="utf-8")
-        self._run("regenerate", "--data", self.questions, "--shipped-prompts", str(NUM_PROMPTS), "--max-new-tokens", str(ANSWER_TOKENS),
-                  "--output", self.answers)
+        self._run(
+            "regenerate",
+            "--data",
+            self.questions,
+            "--shipped-prompts",
+            str(NUM_PROMPTS),
+            "--max-new-tokens",
+            str(ANSWER_TOKENS),
+            "--output",
+            self.answers,
+        )
 
     def _convert(self) -> None:
         self._write_texts()
-        self._run("convert", "--exit-layers", LAYERS, "--architecture", "norm", "--output-vocab", str(VOCAB), "--init", "fitted",
-                  "--data", self.train, "--seq-length", str(SEQUENCE), "--output", self.converted)
+        self._run(
+            "convert",
+            "--exit-layers",
+            LAYERS,
+            "--architecture",
+            "norm",
+            "--output-vocab",
+            str(VOCAB),
+            "--init",
+            "fitted",
+            "--data",
+            self.train,
+            "--seq-length",
+            str(SEQUENCE),
+            "--output",
+            self.converted,
+        )
 
     def _write_texts(self) -> None:
         """Answers to learn, with some of Python's documentation, and answers held out."""
@@ -89,52 +123,110 @@ class Demo:
         self.train.write_text("\n".join(learned + documentation) + "\n", encoding="utf-8")
 
     def _tune(self) -> None:
-        self._run("tune", "--exits", self.converted, "--data", self.train, "--set", f"data.valid_paths={self.held_out}", "--seq-length",
-                  str(SEQUENCE), "--micro-batch-size", str(BATCH), "--global-batch-size", str(BATCH), "--train-iters", str(STEPS),
-                  "--lr", "3e-4", "--set", "tuning.eval_interval=0", "--output", self.tuned.parent)
+        self._run(
+            "tune",
+            "--exits",
+            self.converted,
+            "--data",
+            self.train,
+            "--set",
+            f"data.valid_paths={self.held_out}",
+            "--seq-length",
+            str(SEQUENCE),
+            "--micro-batch-size",
+            str(BATCH),
+            "--global-batch-size",
+            str(BATCH),
+            "--train-iters",
+            str(STEPS),
+            "--lr",
+            "3e-4",
+            "--set",
+            "tuning.eval_interval=0",
+            "--output",
+            self.tuned.parent,
+        )
 
     def _calibrate(self, agreement: float, file: Path) -> None:
-        self._run("calibrate", "--exits", self.tuned, "--data", self.held_out, "--agreement", str(agreement), "--measure",
-                  "max_probability", "--output", file)
+        self._run(
+            "calibrate",
+            "--exits",
+            self.tuned,
+            "--data",
+            self.held_out,
+            "--agreement",
+            str(agreement),
+            "--measure",
+            "max_probability",
+            "--output",
+            file,
+        )
 
     def _evaluate(self) -> None:
-        self._run("evaluate", "--exits", self.tuned, "--task", TASK, "--metric", "contains", "--limit", str(NUM_ASKED),
-                  "--thresholds", "none", *(word for file in self.calibrations for word in ("--calibration", file)), "--speculative",
-                  "--output", self.evaluation.parent)
+        self._run(
+            "evaluate",
+            "--exits",
+            self.tuned,
+            "--task",
+            TASK,
+            "--metric",
+            "contains",
+            "--limit",
+            str(NUM_ASKED),
+            "--thresholds",
+            "none",
+            *(word for file in self.calibrations for word in ("--calibration", file)),
+            "--speculative",
+            "--output",
+            self.evaluation.parent,
+        )
 
 
 def demo_llm(output: Path) -> None:
-    """Runs the demo into the folder `output`. Raises InputError outside a checkout of the project, which carries the task, where `output`
-    holds something else, and where a step fails.
+    """Runs the demo into the folder `output`. Raises InputError outside a checkout of the project, which carries the
+    task, where `output` holds something else, and where a step fails.
     """
     if not TASK.is_file():
-        raise InputError(f"demo --llm must run from a checkout of the project, which carries the task; {TASK} is not there")
+        raise InputError(
+            f"demo --llm must run from a checkout of the project, which carries the task; {TASK} is not there"
+        )
     console = Console(highlight=False)
     _begin(output)
     demo = Demo(output, console)
     steps = demo.steps()
     left = [step for step in steps if not step.makes.exists()]
-    console.print(f"SmolLM2-135M-Instruct, {len(steps)} steps into {output}; {len(left)} are left, about "
-                  f"{sum(step.minutes for step in left):.0f} minutes on two quiet cores. Stopped, it goes on when the same command is "
-                  "given again", soft_wrap=True)
+    console.print(
+        f"SmolLM2-135M-Instruct, {len(steps)} steps into {output}; {len(left)} are left, about "
+        f"{sum(step.minutes for step in left):.0f} minutes on two quiet cores. Stopped, it goes on when the same command is "
+        "given again",
+        soft_wrap=True,
+    )
     seconds = run_steps(console, steps)
     tell(console, json.loads(demo.report.read_text(encoding="utf-8")), output, seconds)
 
 
 def _begin(output: Path) -> None:
     """Makes the folder, or finds that of an earlier demo; what an earlier one made by other settings is removed."""
-    job = to_json({"layers": LAYERS, "vocab": VOCAB, "prompts": [NUM_ASKED, NUM_PROMPTS, ANSWER_TOKENS, HELD_OUT, DOCUMENTATION],
-                   "tuning": [STEPS, SEQUENCE, BATCH], "agreement": AGREEMENTS})
+    job = to_json(
+        {
+            "layers": LAYERS,
+            "vocab": VOCAB,
+            "prompts": [NUM_ASKED, NUM_PROMPTS, ANSWER_TOKENS, HELD_OUT, DOCUMENTATION],
+            "tuning": [STEPS, SEQUENCE, BATCH],
+            "agreement": AGREEMENTS,
+        }
+    )
     output.mkdir(parents=True, exist_ok=True)
     mark = output / MARK
     if not mark.is_file():
         if any(output.iterdir()):
-            raise InputError(f"demo --llm must write into a new folder or that of an earlier one, and {output} holds something else; give "
-                             "another --output")
+            raise InputError(
+                f"demo --llm must write into a new folder or that of an earlier one, and {output} holds something else; give "
+                "another --output"
+            )
     elif mark.read_text(encoding="utf-8") != job:
         for made in ("text", "converted", "run", "evaluation"):
             shutil.rmtree(output / made, ignore_errors=True)
         for file in (*output.glob("calibration-*.json"), output / "report.json"):
             file.unlink(missing_ok=True)
     mark.write_text(job, encoding="utf-8")
-

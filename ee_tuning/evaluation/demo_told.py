@@ -1,4 +1,5 @@
 """What `ee-tuning demo --llm` reached: report.json with its picture, and the last screen."""
+
 import json
 import shlex
 from pathlib import Path
@@ -26,22 +27,34 @@ ENOUGH = 0.99
 
 def write_report(folder: Path, calibration: Path) -> None:
     """report.json and report.png from what the demo's steps left in `folder`; the answer in it is by `calibration`."""
-    config = load_config(folder / "run" / "config.yaml", {"exits.path": str(folder / "run" / "exit_heads"),
-                                                          "generation.calibration": str(calibration)})
+    config = load_config(
+        folder / "run" / "config.yaml",
+        {"exits.path": str(folder / "run" / "exit_heads"), "generation.calibration": str(calibration)},
+    )
     llm = EarlyExitLLM.from_config(config)
     before, after = _validation_losses(folder / "run" / "metrics.jsonl")
     sample, parts = _answered(llm)
     evaluation = json.loads((folder / "evaluation" / "evaluation.json").read_text(encoding="utf-8"))
     task = evaluation["tasks"][0]
     full = task["points"][0]
-    report = {"model": "SmolLM2-135M-Instruct", "path": config.model.path, "calibration": str(calibration),
-              "num_layers": llm.num_layers, "exit_layers": list(llm.exit_layers),
-              "task": task["name"], "metric": task["metric"], "num_prompts": task["num_prompts"],
-              "full_depth_tokens_per_second": full["tokens_per_second"], "full_depth_score": full["metric"]["value"],
-              "exit_loss_before": before, "exit_loss_after": after, "final_loss": final_head_loss(llm, config),
-              "thresholds": [_row(point) for point in task["points"] if point["kind"] in ("threshold", "calibration")],
-              "speculative": [_row(point) for point in task["points"] if point["kind"] == "speculative"],
-              "sample": {"prompt": QUESTION, "text": sample.text, "exit_layers": sample.exit_layers, "parts": parts}}
+    report = {
+        "model": "SmolLM2-135M-Instruct",
+        "path": config.model.path,
+        "calibration": str(calibration),
+        "num_layers": llm.num_layers,
+        "exit_layers": list(llm.exit_layers),
+        "task": task["name"],
+        "metric": task["metric"],
+        "num_prompts": task["num_prompts"],
+        "full_depth_tokens_per_second": full["tokens_per_second"],
+        "full_depth_score": full["metric"]["value"],
+        "exit_loss_before": before,
+        "exit_loss_after": after,
+        "final_loss": final_head_loss(llm, config),
+        "thresholds": [_row(point) for point in task["points"] if point["kind"] in ("threshold", "calibration")],
+        "speculative": [_row(point) for point in task["points"] if point["kind"] == "speculative"],
+        "sample": {"prompt": QUESTION, "text": sample.text, "exit_layers": sample.exit_layers, "parts": parts},
+    }
     leave_parallel()
     draw_report(report, folder / "report.png")
     (folder / "report.json").write_text(to_json(report, indent=2) + "\n", encoding="utf-8")
@@ -51,16 +64,28 @@ def _answered(llm: EarlyExitLLM) -> tuple[Completion, list[tuple[str, int]]]:
     """An answer under the calibrated thresholds, and its text piece by piece with the layer that each left at."""
     template, completions = ChatTemplate(llm.tokenizer, None), list[Completion]()
     prompt = template.render([{"role": "user", "content": QUESTION}], add_generation_prompt=True)
-    stream = llm.stream([prompt], completions, adds_special_tokens=False, stop_token_ids=stop_ids_of(llm, template), max_new_tokens=100)
+    stream = llm.stream(
+        [prompt], completions, adds_special_tokens=False, stop_token_ids=stop_ids_of(llm, template), max_new_tokens=100
+    )
     parts = [(token.text, token.exit_layer) for token in stream]
     return completions[0], parts
 
 
 def _row(point: dict[str, Any]) -> dict[str, Any]:
-    told = {"speedup": "speedup", "relative": "relative", "score": "metric", "agreement": "agreement", "identical": "identical",
-            "mean_exit_layer": "mean_depth"}
-    return {"threshold": point["value"], "name": point["name"], **{name: point[key]["value"] for name, key in told.items()},
-            "exit_histogram": {layer: each["value"] for layer, each in point["exits"].items()}}
+    told = {
+        "speedup": "speedup",
+        "relative": "relative",
+        "score": "metric",
+        "agreement": "agreement",
+        "identical": "identical",
+        "mean_exit_layer": "mean_depth",
+    }
+    return {
+        "threshold": point["value"],
+        "name": point["name"],
+        **{name: point[key]["value"] for name, key in told.items()},
+        "exit_histogram": {layer: each["value"] for layer, each in point["exits"].items()},
+    }
 
 
 def _validation_losses(metrics: Path) -> tuple[dict[str, float], dict[str, float]]:
@@ -74,29 +99,44 @@ def tell(console: Console, report: dict[str, Any], folder: Path, seconds: float)
     console.rule("What was reached", align="left")
     before, after = report["exit_loss_before"], report["exit_loss_after"]
     losses = ", ".join(f"layer {layer}: {before[layer]:.2f} → {after[layer]:.2f}" for layer in before)
-    console.print(f"Held-out loss of the fitted exits in nats per token, before and after tuning: {losses}; the model's own is "
-                  f"{report['final_loss']:.2f}.\n{report['task']}, {report['num_prompts']} prompts: full depth scores "
-                  f"{report['full_depth_score']:.1%} at {report['full_depth_tokens_per_second']:.0f} tokens/s.\n", soft_wrap=True)
+    console.print(
+        f"Held-out loss of the fitted exits in nats per token, before and after tuning: {losses}; the model's own is "
+        f"{report['final_loss']:.2f}.\n{report['task']}, {report['num_prompts']} prompts: full depth scores "
+        f"{report['full_depth_score']:.1%} at {report['full_depth_tokens_per_second']:.0f} tokens/s.\n",
+        soft_wrap=True,
+    )
     console.print("                    score   of full depth's   speed-up   agreement   mean depth")
     for row in [*report["thresholds"], *report["speculative"]]:
-        console.print(f"{row['name']:<16}  {row['score']:>7.1%}   {row['relative']:>15.1%}   {row['speedup']:>7.2f}x   "
-                      f"{row['agreement']:>9.1%}   {row['mean_exit_layer']:>10.1f}")
+        console.print(
+            f"{row['name']:<16}  {row['score']:>7.1%}   {row['relative']:>15.1%}   {row['speedup']:>7.2f}x   "
+            f"{row['agreement']:>9.1%}   {row['mean_exit_layer']:>10.1f}"
+        )
     console.print(f"\n{_verdict(report)}\n", soft_wrap=True)
     _show_answer(console, report)
-    console.print(f"\nFigures: {folder}/report.json, {folder}/evaluation/index.html   Picture: {folder}/report.png   {seconds:.0f} s in "
-                  "this call", soft_wrap=True)
+    console.print(
+        f"\nFigures: {folder}/report.json, {folder}/evaluation/index.html   Picture: {folder}/report.png   {seconds:.0f} s in "
+        "this call",
+        soft_wrap=True,
+    )
     console.rule("Next", align="left")
-    console.print(f"ee-tuning chat --model {shlex.quote(report['path'])} --exits {shlex.quote(str(folder / 'run' / 'exit_heads'))} "
-                  f"--calibration {shlex.quote(report['calibration'])} --show-exits", soft_wrap=True, markup=False)
+    console.print(
+        f"ee-tuning chat --model {shlex.quote(report['path'])} --exits {shlex.quote(str(folder / 'run' / 'exit_heads'))} "
+        f"--calibration {shlex.quote(report['calibration'])} --show-exits",
+        soft_wrap=True,
+        markup=False,
+    )
 
 
 def _verdict(report: dict[str, Any]) -> str:
     good = [row for row in report["thresholds"] if row["relative"] >= ENOUGH]
     best = max(good, key=lambda row: row["speedup"], default=None)
-    told = (f"Leaving early keeps {best['relative']:.1%} of the score at {best['speedup']:.2f} x full depth's speed ({best['name']})."
-            if best else f"No threshold keeps {ENOUGH:.0%} of the score.")
+    told = (
+        f"Leaving early keeps {best['relative']:.1%} of the score at {best['speedup']:.2f} x full depth's speed ({best['name']})."
+        if best
+        else f"No threshold keeps {ENOUGH:.0%} of the score."
+    )
     for row in report["speculative"]:
-        told += (f" Speculation gives full depth's own answers to {row['identical']:.1%} of the prompts at {row['speedup']:.2f} x.")
+        told += f" Speculation gives full depth's own answers to {row['identical']:.1%} of the prompts at {row['speedup']:.2f} x."
     return told
 
 

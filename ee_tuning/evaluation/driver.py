@@ -1,8 +1,10 @@
-"""One rank runs a program that asks the model again and again; the others do what it asks, until it ends (a driver and its workers).
+"""One rank runs a program that asks the model again and again; the others do what it asks, until it ends (a driver and
+its workers).
 
-Programs of others (lm-evaluation-harness) need not do the same on all ranks then: they read files, draw, and write on rank 0 alone. What is
-asked at a time is shared out over replicas.
+Programs of others (lm-evaluation-harness) need not do the same on all ranks then: they read files, draw, and write on
+rank 0 alone. What is asked at a time is shared out over replicas.
 """
+
 import dataclasses
 import hashlib
 from array import array
@@ -48,7 +50,9 @@ class Total:
 
 
 class Driver:
-    """Asks a model on all its ranks. `is_alone` where nobody waits to be told: in one process, or where all ranks make the same calls."""
+    """Asks a model on all its ranks. `is_alone` where nobody waits to be told: in one process, or where all ranks make
+    the same calls.
+    """
 
     def __init__(self, llm: EarlyExitLLM, *, is_alone: bool = True):
         self.llm, self._is_alone = llm, is_alone
@@ -56,13 +60,15 @@ class Driver:
         self._known: dict[bytes, list[Total]] = {}
 
     def expect(self, policies: Sequence[Policy]) -> None:
-        """Says by which policies the same continuations will be scored, one after the other: what one pass tells of all of them is kept."""
+        """Says by which policies the same continuations will be scored, one after the other: what one pass tells of all
+        of them is kept.
+        """
         self._policies, self._known = list(policies), {}
 
     def score(self, pairs: Sequence[TokenPair], policy: Policy, batch_size: int) -> list[Total]:
         """As `EarlyExitLLM.score`, summed."""
         if policy not in self._policies:
-            return [each for each, in self._ask(_score, list(pairs), [policy], batch_size)]
+            return [each for (each,) in self._ask(_score, list(pairs), [policy], batch_size)]
         keys = [_key(pair) for pair in pairs]
         new = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in self._known}
         if new:
@@ -83,7 +89,8 @@ class Driver:
 def drive(llm: EarlyExitLLM, program: Callable[[Driver], Result]) -> Result | None:
     """What `program` returns, on rank 0, which alone runs it; None on the others. All ranks call it.
 
-    Ends on all ranks where it fails: by the same InputError, or else by its own exception on rank 0 and a RuntimeError on the others.
+    Ends on all ranks where it fails: by the same InputError, or else by its own exception on rank 0 and a RuntimeError
+    on the others.
     """
     topology = llm.model.topology
     if topology.world_size == 1:
@@ -127,16 +134,21 @@ def _key(pair: TokenPair) -> bytes:
 
 def _score(llm: EarlyExitLLM, pairs: list[TokenPair], policies: list[Policy], batch_size: int) -> list[list[Total]]:
     """The totals of each pair by each policy."""
+
     def score(share: list[TokenPair]) -> list[list[Total]]:
         scores = score_by(llm.model, token_pairs(llm.model, llm.encode, share), policies, batch_size)
         return [[Total.of(each) for each in of_pair] for of_pair in zip(*scores, strict=True)]
+
     return over_replicas(pairs, score, llm.model.topology)
 
 
 def _complete(llm: EarlyExitLLM, jobs: list[Job], batch_size: int) -> list[Completion]:
     def complete(share: list[Job]) -> list[Completion]:
         completions: list[Completion] = []
-        for _ in llm.run(share, completions, dataclasses.replace(llm.defaults, max_batch_size=batch_size), shows_text=False):
+        for _ in llm.run(
+            share, completions, dataclasses.replace(llm.defaults, max_batch_size=batch_size), shows_text=False
+        ):
             pass
         return completions
+
     return over_replicas(jobs, complete, llm.model.topology)

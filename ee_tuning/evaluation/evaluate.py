@@ -8,9 +8,11 @@
     found = evaluate(llm, [read_task(Path("task.jsonl"), "contains")], points_of(llm, thresholds=(0.9, 0.8)))
     print(found.tasks[0].points[1].speedup)
 
-A group of prompts (one prompt, where batch_size is 1) is decoded by every way before the next group, in an order drawn for each group: a
-slow moment of the machine falls on all alike. No way takes keys and values that another one left of the same prompt.
+A group of prompts (one prompt, where batch_size is 1) is decoded by every way before the next group, in an order drawn
+for each group: a slow moment of the machine falls on all alike. No way takes keys and values that another one left of
+the same prompt.
 """
+
 import dataclasses
 import itertools
 import random
@@ -73,15 +75,22 @@ class Block(NamedTuple):
         return range(self.first, self.first + self.size)
 
 
-def evaluate(llm: EarlyExitLLM, tasks: Sequence[Task], points: Sequence[Point] | None = None, procedure: Procedure | None = None, *,
-             known: Mapping[int, list[Reading]] | None = None,
-             on_block: Callable[[Block, list[Reading]], None] = lambda block, readings: None,
-             on_prompts: Callable[[int], None] = lambda count: None) -> Evaluation:
-    """Measures every task by every point, full depth first; by default those of `points_of`. All ranks call it, and get the same.
+def evaluate(
+    llm: EarlyExitLLM,
+    tasks: Sequence[Task],
+    points: Sequence[Point] | None = None,
+    procedure: Procedure | None = None,
+    *,
+    known: Mapping[int, list[Reading]] | None = None,
+    on_block: Callable[[Block, list[Reading]], None] = lambda block, readings: None,
+    on_prompts: Callable[[int], None] = lambda count: None,
+) -> Evaluation:
+    """Measures every task by every point, full depth first; by default those of `points_of`. All ranks call it, and get
+    the same.
 
-    `llm.defaults` has max_new_tokens, stop and the like; tokens are the likeliest ones. Blocks in `known`, by number, are not measured
-    again; `on_block` is called after each that is, `on_prompts` after so many of this replica's prompts. Raises InputError, before anything
-    is decoded, on a prompt that can not be used.
+    `llm.defaults` has max_new_tokens, stop and the like; tokens are the likeliest ones. Blocks in `known`, by number,
+    are not measured again; `on_block` is called after each that is, `on_prompts` after so many of this replica's
+    prompts. Raises InputError, before anything is decoded, on a prompt that can not be used.
     """
     points = list(points_of(llm) if points is None else points)
     assert points and points[0].kind == "full"
@@ -99,25 +108,38 @@ def evaluate(llm: EarlyExitLLM, tasks: Sequence[Task], points: Sequence[Point] |
         found = bench.measure(block, asked[block.task.name])
         readings += found
         on_block(block, found)
-    results = [task_result(task, points, [each for each in readings if each.task == task.name], llm.num_layers, seed=procedure.seed)
-               for task in tasks]
+    results = [
+        task_result(
+            task, points, [each for each in readings if each.task == task.name], llm.num_layers, seed=procedure.seed
+        )
+        for task in tasks
+    ]
     return Evaluation(num_layers=llm.num_layers, tasks=results, readings=readings)
 
 
 def blocks_of(tasks: Sequence[Task], size: int) -> list[Block]:
     """All prompts of all tasks, in order."""
     places = [(task, first) for task in tasks for first in range(0, len(task.items), size)]
-    return [Block(number, task, first, min(size, len(task.items) - first)) for number, (task, first) in enumerate(places)]
+    return [
+        Block(number, task, first, min(size, len(task.items) - first)) for number, (task, first) in enumerate(places)
+    ]
 
 
 class Bench:
     """Decodes prompts by all points in turn."""
 
-    def __init__(self, llm: EarlyExitLLM, points: Sequence[Point], procedure: Procedure,
-                 on_prompts: Callable[[int], None] = lambda count: None):
+    def __init__(
+        self,
+        llm: EarlyExitLLM,
+        points: Sequence[Point],
+        procedure: Procedure,
+        on_prompts: Callable[[int], None] = lambda count: None,
+    ):
         self.llm, self.points, self.procedure, self.on_prompts = llm, points, procedure, on_prompts
         self.template = ChatTemplate(llm.tokenizer, procedure.chat_template)
-        self.options: GenerationSection = with_options(llm.defaults, {"max_batch_size": procedure.batch_size, "reuse_prefixes": False})
+        self.options: GenerationSection = with_options(
+            llm.defaults, {"max_batch_size": procedure.batch_size, "reuse_prefixes": False}
+        )
         self._plain = greedy_params(llm)
         self._in_chats = dataclasses.replace(self._plain, stop_token_ids=stop_ids_of(llm, self.template))
 
@@ -127,9 +149,15 @@ class Bench:
 
     def _job(self, item: Item, task: Task) -> Job:
         try:
-            text = item.prompt if item.prompt is not None else self.template.render(item.messages, add_generation_prompt=True)
+            text = (
+                item.prompt
+                if item.prompt is not None
+                else self.template.render(item.messages, add_generation_prompt=True)
+            )
             params = self._plain if item.prompt is not None else self._in_chats
-            params = dataclasses.replace(params, max_tokens=item.max_new_tokens or params.max_tokens, stop=(*params.stop, *item.stop))
+            params = dataclasses.replace(
+                params, max_tokens=item.max_new_tokens or params.max_tokens, stop=(*params.stop, *item.stop)
+            )
             params.check(self.llm.model.config.vocab_size)
             job = Job(text, params, FULL, adds_special_tokens=item.prompt is not None)
             self._ids(job)
@@ -143,8 +171,12 @@ class Bench:
         """Decodes a little by each way, in an engine that then has room for all of `jobs`."""
         longest = max(jobs, key=lambda job: len(self._ids(job)) + job.params.max_tokens)
         for point in self.points:
-            tokens = self.llm.run([dataclasses.replace(longest, policy=point.policy)] * self.procedure.batch_size, [], self.options,
-                                  shows_text=False)
+            tokens = self.llm.run(
+                [dataclasses.replace(longest, policy=point.policy)] * self.procedure.batch_size,
+                [],
+                self.options,
+                shows_text=False,
+            )
             for _ in itertools.islice(tokens, WARM_TOKENS * self.procedure.batch_size):
                 pass
             tokens.close()
@@ -158,7 +190,7 @@ class Bench:
             if score is None:
                 return given_readings(self.llm, block.task, places, jobs, self.points)
             size = self.procedure.batch_size
-            groups = [places[at:at + size] for at in range(0, len(places), size)]
+            groups = [places[at : at + size] for at in range(0, len(places), size)]
             return [readings for group in groups for readings in self._measure_group(block, jobs, group, score)]
 
         found = over_replicas(block.items, measure_share, topology)
@@ -166,7 +198,9 @@ class Bench:
         groups = [f"{block.number}.{place % topology.dp}.{place // size}" for place in range(block.size)]
         return [reading.in_group(group) for group, readings in zip(groups, found, strict=True) for reading in readings]
 
-    def _measure_group(self, block: Block, jobs: Sequence[Job], places: Sequence[int], score: Score) -> Iterator[list[Reading]]:
+    def _measure_group(
+        self, block: Block, jobs: Sequence[Job], places: Sequence[int], score: Score
+    ) -> Iterator[list[Reading]]:
         """The readings of each of these prompts."""
         order = list(self.points)
         random.Random(f"{self.procedure.seed}/{block.task.name}/{places[0]}").shuffle(order)
@@ -174,32 +208,68 @@ class Bench:
         for _ in range(self.procedure.repeats):
             for point in order:
                 said = list[Completion]()
-                for _ in self.llm.run([dataclasses.replace(jobs[place], policy=point.policy) for place in places], said, self.options,
-                                      shows_text=False):
+                for _ in self.llm.run(
+                    [dataclasses.replace(jobs[place], policy=point.policy) for place in places],
+                    said,
+                    self.options,
+                    shows_text=False,
+                ):
                     pass
                 seconds = max(completion.seconds for completion in said)
-                fastest[point.name] = min(fastest.get(point.name, (seconds, said)), (seconds, said), key=lambda each: each[0])
+                fastest[point.name] = min(
+                    fastest.get(point.name, (seconds, said)), (seconds, said), key=lambda each: each[0]
+                )
         full = fastest[FULL_DEPTH.name][1]
         for number, place in enumerate(places):
-            yield [self._reading(block, place, point, jobs[place], fastest[point.name][0], fastest[point.name][1][number], full[number],
-                                 score) for point in self.points]
+            yield [
+                self._reading(
+                    block,
+                    place,
+                    point,
+                    jobs[place],
+                    fastest[point.name][0],
+                    fastest[point.name][1][number],
+                    full[number],
+                    score,
+                )
+                for point in self.points
+            ]
         self.on_prompts(len(places))
 
-    def _reading(self, block: Block, place: int, point: Point, job: Job, seconds: float, said: Completion, full: Completion,
-                 score: Score) -> Reading:
-        return Reading(task=block.task.name, item=place, point=point.name, exits=said.exit_histogram, seconds=round(seconds, 6),
-                       scores={block.task.metric: score(said.text, block.task.items[place].answers)}, text=said.text,
-                       num_agreed=self._num_agreed(job, said, full), is_same=said.token_ids == full.token_ids)
+    def _reading(
+        self,
+        block: Block,
+        place: int,
+        point: Point,
+        job: Job,
+        seconds: float,
+        said: Completion,
+        full: Completion,
+        score: Score,
+    ) -> Reading:
+        return Reading(
+            task=block.task.name,
+            item=place,
+            point=point.name,
+            exits=said.exit_histogram,
+            seconds=round(seconds, 6),
+            scores={block.task.metric: score(said.text, block.task.items[place].answers)},
+            text=said.text,
+            num_agreed=self._num_agreed(job, said, full),
+            is_same=said.token_ids == full.token_ids,
+        )
 
     def _num_agreed(self, job: Job, said: Completion, full: Completion) -> int:
-        """Tokens of `said` that the full model says after the same prefix; what it says after its own, `full`, is known."""
+        """Tokens of `said` that the full model says after the same prefix; what it says after its own, `full`, is
+        known.
+        """
         ids, own = said.token_ids, full.token_ids
         same = next((at for at, (a, b) in enumerate(zip(ids, own, strict=False)) if a != b), min(len(ids), len(own)))
         if same == len(ids) or (same == len(ids) - 1 and same < len(own)):
             return same  # none differs, or the last one alone
         prompt = self._ids(job)
         assert self.llm.engine is not None
-        wanted = self.llm.engine.full_model_tokens(prompt + ids[:-1])[len(prompt) - 1:]
+        wanted = self.llm.engine.full_model_tokens(prompt + ids[:-1])[len(prompt) - 1 :]
         return sum(a == b for a, b in zip(ids, wanted, strict=True))
 
     def _ids(self, job: Job) -> list[int]:
@@ -207,15 +277,22 @@ class Bench:
 
 
 def greedy_params(llm: EarlyExitLLM) -> SamplingParams:
-    """The job's, which must take the likeliest token as it is: agreement and speed of drawn ones would be of the draw, too. Raises
-    InputError where they do not.
+    """The job's, which must take the likeliest token as it is: agreement and speed of drawn ones would be of the draw,
+    too. Raises InputError where they do not.
     """
     params = params_of(llm.defaults)
-    plain = SamplingParams(max_tokens=params.max_tokens, stop=params.stop, stop_token_ids=params.stop_token_ids,
-                           ignore_eos=params.ignore_eos, seed=params.seed)
+    plain = SamplingParams(
+        max_tokens=params.max_tokens,
+        stop=params.stop,
+        stop_token_ids=params.stop_token_ids,
+        ignore_eos=params.ignore_eos,
+        seed=params.seed,
+    )
     for field in dataclasses.fields(SamplingParams):
         here, there = getattr(params, field.name), getattr(plain, field.name)
         if here != there:
-            raise InputError(f"evaluate takes the likeliest token at each step, for which generation.{field.name} must be {there!r}, got "
-                             f"{here!r}; leave it out")
+            raise InputError(
+                f"evaluate takes the likeliest token at each step, for which generation.{field.name} must be {there!r}, got "
+                f"{here!r}; leave it out"
+            )
     return plain

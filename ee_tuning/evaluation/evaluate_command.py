@@ -1,4 +1,5 @@
 """`ee-tuning evaluate`: what it reads, keeps and prints; the measuring is in `evaluate.py`. Rank 0 reads and writes."""
+
 import dataclasses
 import hashlib
 import os
@@ -54,7 +55,8 @@ class Wish:
 
 
 def evaluate_tasks(config: Config, wish: Wish) -> None:
-    """Measures, and writes readings, figures, page and pictures into `wish.output`; what was measured before a stop is not measured again.
+    """Measures, and writes readings, figures, page and pictures into `wish.output`; what was measured before a stop is
+    not measured again.
 
     Raises InputError, before the model is loaded, on tasks, metrics and an output that can not be used.
     """
@@ -70,10 +72,19 @@ def _read(config: Config, wish: Wish) -> list[Task]:
     if not wish.tasks:
         raise InputError("evaluate needs a task, got none; give --task FILE.jsonl")
     if len(wish.metrics) not in (1, len(wish.tasks)):
-        raise InputError(f"--metric must be given once for all tasks, or as often as --task ({len(wish.tasks)}), got "
-                         f"{len(wish.metrics) or 'none'}; they are {', '.join(METRICS)}")
+        raise InputError(
+            f"--metric must be given once for all tasks, or as often as --task ({len(wish.tasks)}), got "
+            f"{len(wish.metrics) or 'none'}; they are {', '.join(METRICS)}"
+        )
     check_thresholds(wish.ways.thresholds)
-    sources = (*wish.tasks, *wish.ways.calibrations, config.model.path, config.exits.path, config.data.tokenizer, config.data.chat_template)
+    sources = (
+        *wish.tasks,
+        *wish.ways.calibrations,
+        config.model.path,
+        config.exits.path,
+        config.data.tokenizer,
+        config.data.chat_template,
+    )
     check_apart(wish.output, sources, around=True)
     check_folder(wish.output, wish.overwrites)
     metrics = wish.metrics * (len(wish.tasks) if len(wish.metrics) == 1 else 1)
@@ -91,7 +102,9 @@ def _evaluate(config: Config, wish: Wish, topology: Topology, tasks: list[Task])
     template = read_chat_template(config.data.chat_template)
     llm = EarlyExitLLM.from_config(config, topology)
     points = wish.ways.points(llm, config.generation.measure)
-    procedure = Procedure(batch_size=config.generation.max_batch_size, block=wish.block, repeats=wish.repeats, chat_template=template)
+    procedure = Procedure(
+        batch_size=config.generation.max_batch_size, block=wish.block, repeats=wish.repeats, chat_template=template
+    )
     opened: list[EvaluationFolder] = []
 
     def open_folder() -> dict[int, list[Reading]]:
@@ -101,37 +114,69 @@ def _evaluate(config: Config, wish: Wish, topology: Topology, tasks: list[Task])
 
     known = on_first_rank(topology, open_folder)
     num_known = len({(each.task, each.item) for readings in known.values() for each in readings})
-    display = _Display(sum(len(task.items) for task in tasks), len(points), num_known, wish.output, speaks=topology.is_logging_rank)
+    display = _Display(
+        sum(len(task.items) for task in tasks), len(points), num_known, wish.output, speaks=topology.is_logging_rank
+    )
 
     def keep(block: Block, readings: list[Reading]) -> None:
         on_first_rank(topology, lambda: opened[0].keep(block.number, readings))
         display.keep(block.size)
+
     with display:
-        found = evaluate(llm, tasks, points, procedure, known=known, on_block=keep,
-                         on_prompts=lambda count: display.count(count * topology.dp))
+        found = evaluate(
+            llm,
+            tasks,
+            points,
+            procedure,
+            known=known,
+            on_block=keep,
+            on_prompts=lambda count: display.count(count * topology.dp),
+        )
     on_first_rank(topology, lambda: _report(config, wish, llm, tasks, found, opened[0]))
 
 
-def _settings(llm: EarlyExitLLM, config: Config, tasks: Sequence[Task], points: Sequence[Point], procedure: Procedure) -> Settings:
+def _settings(
+    llm: EarlyExitLLM, config: Config, tasks: Sequence[Task], points: Sequence[Point], procedure: Procedure
+) -> Settings:
     """All that the figures depend on."""
     topology, generation = llm.model.topology, config.generation
     is_chat = any(item.messages for task in tasks for item in task.items)
-    template = hashlib.sha256(ChatTemplate(llm.tokenizer, procedure.chat_template).source().encode()).hexdigest()[:16] if is_chat else None
-    return {**model_settings(llm, config), "max_new_tokens": generation.max_new_tokens, "stop": generation.stop,
-            "stop_token_ids": generation.stop_token_ids, "ignore_eos": generation.ignore_eos, "chat template": template,
-            "max_batch_size": procedure.batch_size, "--block": procedure.block_size(topology.dp), "--repeats": procedure.repeats,
-            "tensor × pipeline × data": f"{topology.tp} × {topology.pp} × {topology.dp}",
-            **{f"task {task.name}": f"{task.metric}, {len(task.items)} prompts, {task.digest()}" for task in tasks},
-            **{point.name: point.told() for point in points}}
+    template = (
+        hashlib.sha256(ChatTemplate(llm.tokenizer, procedure.chat_template).source().encode()).hexdigest()[:16]
+        if is_chat
+        else None
+    )
+    return {
+        **model_settings(llm, config),
+        "max_new_tokens": generation.max_new_tokens,
+        "stop": generation.stop,
+        "stop_token_ids": generation.stop_token_ids,
+        "ignore_eos": generation.ignore_eos,
+        "chat template": template,
+        "max_batch_size": procedure.batch_size,
+        "--block": procedure.block_size(topology.dp),
+        "--repeats": procedure.repeats,
+        "tensor × pipeline × data": f"{topology.tp} × {topology.pp} × {topology.dp}",
+        **{f"task {task.name}": f"{task.metric}, {len(task.items)} prompts, {task.digest()}" for task in tasks},
+        **{point.name: point.told() for point in points},
+    }
 
 
 def session_of(topology: Topology) -> dict[str, Any]:
     """What this process, on behalf of its world, runs on."""
     device = topology.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return {"began": time.strftime("%Y-%m-%d %H:%M:%S %z"), "device": name, "cores": len(os.sched_getaffinity(0)),
-            "threads": torch.get_num_threads(), "load_average": round(os.getloadavg()[0], 2), "processes": topology.world_size,
-            "ee_tuning": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    return {
+        "began": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "device": name,
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 2),
+        "processes": topology.world_size,
+        "ee_tuning": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def _processor() -> str:
@@ -142,40 +187,70 @@ def _processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _report(config: Config, wish: Wish, llm: EarlyExitLLM, tasks: list[Task], found: Evaluation, folder: EvaluationFolder) -> None:
+def _report(
+    config: Config, wish: Wish, llm: EarlyExitLLM, tasks: list[Task], found: Evaluation, folder: EvaluationFolder
+) -> None:
     folder.close()
-    about = {"model": model_folder(config.model.path).name, "num_layers": llm.num_layers, "exit_layers": list(llm.exit_layers),
-             "settings": folder.settings, "sessions": folder.sessions}
+    about = {
+        "model": model_folder(config.model.path).name,
+        "num_layers": llm.num_layers,
+        "exit_layers": list(llm.exit_layers),
+        "settings": folder.settings,
+        "sessions": folder.sessions,
+    }
     paths = write_reports(found, tasks, about, wish.output)  # first: standard output may be closed
     print_tables(found)
     print(f"wrote {', '.join(map(str, paths))}")
 
 
 class _Display:
-    """A bar of prompts at a terminal, a line now and then elsewhere; what is kept, where Ctrl-C ends the block. Use it as a context."""
+    """A bar of prompts at a terminal, a line now and then elsewhere; what is kept, where Ctrl-C ends the block. Use it
+    as a context.
+    """
 
     def __init__(self, num_prompts: int, num_points: int, num_known: int, output: Path, *, speaks: bool) -> None:
-        self._num, self._done, self._known, self._output, self._speaks = num_prompts, num_known, num_known, output, speaks
+        self._num, self._done, self._known, self._output, self._speaks = (
+            num_prompts,
+            num_known,
+            num_known,
+            output,
+            speaks,
+        )
         self._within = 0
         """Prompts of the block at hand that are measured."""
         self._began = self._spoke = time.monotonic()
         console = Console(stderr=True)
-        self._bar = Progress(TextColumn(f"evaluating by {num_points} ways"), BarColumn(), MofNCompleteColumn(), TextColumn("prompts"),
-                             TimeRemainingColumn(), console=console, disable=not (speaks and console.is_terminal))
+        self._bar = Progress(
+            TextColumn(f"evaluating by {num_points} ways"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("prompts"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not (speaks and console.is_terminal),
+        )
         self._row = self._bar.add_task("", total=num_prompts, completed=num_known)
 
     def __enter__(self) -> "_Display":
         if self._speaks and self._known:
             left = f"{self._num - self._known} are left" if self._known < self._num else "nothing is left to measure"
-            print(f"{self._known} of {self._num} prompts are in {self._output / READINGS} already: {left}", file=sys.stderr, flush=True)
+            print(
+                f"{self._known} of {self._num} prompts are in {self._output / READINGS} already: {left}",
+                file=sys.stderr,
+                flush=True,
+            )
         self._bar.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._bar.stop()
         if self._speaks and kind is not None and issubclass(kind, KeyboardInterrupt):
-            print(f"ee-tuning: stopped; {self._done} of {self._num} prompts are kept in {self._output / READINGS}: the same command, given "
-                  "again, goes on with them", file=sys.stderr, flush=True)
+            print(
+                f"ee-tuning: stopped; {self._done} of {self._num} prompts are kept in {self._output / READINGS}: the same command, given "
+                "again, goes on with them",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def count(self, num_prompts: int) -> None:
         """So many more are measured, of a block that is not kept yet."""
@@ -190,7 +265,11 @@ class _Display:
     def _show(self) -> None:
         done, now = min(self._done + self._within, self._num), time.monotonic()
         self._bar.update(self._row, completed=done)
-        if self._bar.disable and self._speaks and now - self._spoke >= max(_SECONDS_BETWEEN_LINES, (now - self._began) / 50):
+        if (
+            self._bar.disable
+            and self._speaks
+            and now - self._spoke >= max(_SECONDS_BETWEEN_LINES, (now - self._began) / 50)
+        ):
             self._spoke = now
             left = round((now - self._began) * (self._num - done) / (done - self._known))
             print(f"{done:,} of {self._num:,} prompts · {left // 60}:{left % 60:02d} left", file=sys.stderr, flush=True)

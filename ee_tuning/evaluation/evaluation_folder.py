@@ -1,8 +1,10 @@
 """The folder of an evaluation: readings that outlive whatever stops the command, and the reports that are made of them.
 
-`readings.jsonl` begins with the job's settings; then each process that measures adds a line of what it runs on, and a line for each block
-of prompts once all of it is measured. The same command, given again, goes on behind the last whole block.
+`readings.jsonl` begins with the job's settings; then each process that measures adds a line of what it runs on, and a
+line for each block of prompts once all of it is measured. The same command, given again, goes on behind the last whole
+block.
 """
+
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,14 +28,18 @@ def check_folder(folder: Path, overwrites: bool) -> None:
     """Raises InputError where `folder` can not be written, or holds what is no evaluation. Nothing is changed."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f"--output must name a folder that can be written, got {folder}, and {existing} is "
-                         f"{'write-protected' if existing.is_dir() else 'no folder'}; choose another")
+        raise InputError(
+            f"--output must name a folder that can be written, got {folder}, and {existing} is "
+            f"{'write-protected' if existing.is_dir() else 'no folder'}; choose another"
+        )
     journal = folder / READINGS
     if not folder.is_dir() or (journal.exists() and overwrites):
         return
     others = [path.name for path in folder.iterdir() if path.name != OWNER]
     if others and not journal.exists():
-        raise InputError(f"--output must be a new folder or that of an evaluation, and {folder} holds {others[0]}; give another --output")
+        raise InputError(
+            f"--output must be a new folder or that of an evaluation, and {folder} holds {others[0]}; give another --output"
+        )
     if journal.exists():
         _settings_in(journal)  # refuses what is none
 
@@ -42,8 +48,8 @@ class EvaluationFolder:
     """The readings of one job, in one process, within `owned`."""
 
     def __init__(self, folder: Path, settings: Settings, overwrites: bool, session: Mapping[str, Any]):
-        """Finds what is there of the job already; `session` is what this process runs on. Raises InputError where it is another job's, or
-        damaged.
+        """Finds what is there of the job already; `session` is what this process runs on. Raises InputError where it is
+        another job's, or damaged.
         """
         self.path = folder / READINGS
         self.blocks: dict[int, list[Reading]] = {}
@@ -87,7 +93,7 @@ class EvaluationFolder:
         line = (to_json(tree, ensure_ascii=False) + "\n").encode()
         rest = memoryview(line)
         while rest:
-            rest = rest[self._file.write(rest):]
+            rest = rest[self._file.write(rest) :]
         self._end += len(line)
 
     def _read(self) -> None:
@@ -114,8 +120,10 @@ class EvaluationFolder:
         differing = [f"{key} ({_told(a)} there, {_told(b)} here)" for key, (a, b) in pairs.items() if a != b]
         if differing:
             more = f" and {len(differing) - _MOST_TOLD} more" if len(differing) > _MOST_TOLD else ""
-            raise InputError(f"{self.path.parent} holds an evaluation of another job, which differs in "
-                             f"{', '.join(differing[:_MOST_TOLD])}{more}; to go on give that job, else {_REMEDY}")
+            raise InputError(
+                f"{self.path.parent} holds an evaluation of another job, which differs in "
+                f"{', '.join(differing[:_MOST_TOLD])}{more}; to go on give that job, else {_REMEDY}"
+            )
 
 
 def _settings_in(journal: Path) -> Settings | None:
@@ -125,7 +133,7 @@ def _settings_in(journal: Path) -> Settings | None:
             line = file.readline()
     except OSError as error:
         raise InputError(f"{journal}, which is there, can not be read: {error.strerror}; {_REMEDY}") from error
-    if not line.endswith(b"\n") and line[:len(_BEGINNING)] == _BEGINNING[:len(line)]:
+    if not line.endswith(b"\n") and line[: len(_BEGINNING)] == _BEGINNING[: len(line)]:
         return None
     try:
         tree = parse_json(line)

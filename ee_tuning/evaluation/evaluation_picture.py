@@ -1,4 +1,7 @@
-"""Pictures of an evaluation, as EE-Tuning's figures 5 to 9 have them: quality against speed-up, and where tokens left at each threshold."""
+"""Pictures of an evaluation, as EE-Tuning's figures 5 to 9 have them: quality against speed-up, and where tokens left
+at each threshold.
+"""
+
 from pathlib import Path
 from typing import Any
 
@@ -6,7 +9,12 @@ from ee_tuning.checkpoint.aside import file_written_aside
 from ee_tuning.evaluation.bootstrap import Estimate
 from ee_tuning.evaluation.figures import Evaluation, PointResult, TaskResult
 
-INK, MUTED, CURVE, OTHERS = "#1f2430", "#8a90a0", "#2f6fde", {"fixed": "#c2571a", "speculative": "#1f8a4c", "calibration": "#8a3ffc"}
+INK, MUTED, CURVE, OTHERS = (
+    "#1f2430",
+    "#8a90a0",
+    "#2f6fde",
+    {"fixed": "#c2571a", "speculative": "#1f8a4c", "calibration": "#8a3ffc"},
+)
 _MARKS = {"fixed": "s", "speculative": "D", "calibration": "^"}
 _LABEL_HEIGHTS = (8, -15, 20, -27)
 """Points above or below a mark: neighbours take turns, so that labels of ways that do alike do not meet."""
@@ -15,8 +23,13 @@ _LEGEND = {"threshold": "by threshold", "fixed": "at one exit (its layer)", "spe
 _WIDE = 3.0
 """Speed-up from which on the axis is logarithmic: fixed exits would press all others together."""
 
-NAMES = {"exact": "exact answers, %", "contains": "answers contained, %", "rouge-l": "ROUGE-L, %", "choice": "right choices, %",
-         "perplexity": "perplexity (lower is better)"}
+NAMES = {
+    "exact": "exact answers, %",
+    "contains": "answers contained, %",
+    "rouge-l": "ROUGE-L, %",
+    "choice": "right choices, %",
+    "perplexity": "perplexity (lower is better)",
+}
 
 
 def draw_evaluation(found: Evaluation, folder: Path) -> list[Path]:
@@ -27,8 +40,17 @@ def draw_evaluation(found: Evaluation, folder: Path) -> list[Path]:
     import matplotlib.pyplot as plt
 
     paths = []
-    style: Any = {"font.size": 10, "axes.edgecolor": MUTED, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK,
-                  "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False, "figure.facecolor": "#ffffff"}
+    style: Any = {
+        "font.size": 10,
+        "axes.edgecolor": MUTED,
+        "axes.labelcolor": INK,
+        "text.color": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "figure.facecolor": "#ffffff",
+    }
     with plt.rc_context(style):
         for task in found.tasks:
             height = 0.9 + 0.42 * (len(task.points) + 2)
@@ -46,23 +68,55 @@ def draw_quality(axes: Any, task: TaskResult, num_layers: int) -> None:
     """Quality against speed-up, or against depth where nothing was timed, with intervals both ways."""
     full, scale = task.full_depth, 1.0 if task.metric == "perplexity" else 100.0
     axes.axhspan(scale * full.metric.low, scale * full.metric.high, color=MUTED, alpha=0.12, linewidth=0)
-    axes.axhline(scale * full.metric.value, color=MUTED, linewidth=1, linestyle="--", label="full depth, and its interval")
-    axes.plot(_across(full, num_layers).value, scale * full.metric.value, "o", color=MUTED, markerfacecolor="none", markersize=10)
+    axes.axhline(
+        scale * full.metric.value, color=MUTED, linewidth=1, linestyle="--", label="full depth, and its interval"
+    )
+    axes.plot(
+        _across(full, num_layers).value,
+        scale * full.metric.value,
+        "o",
+        color=MUTED,
+        markerfacecolor="none",
+        markersize=10,
+    )
     if full.speedup is not None:
         axes.axvline(1.0, color=MUTED, linewidth=1, linestyle=":")
     curve = [point for point in task.points if point.kind == "threshold"]
-    axes.plot([_across(point, num_layers).value for point in curve], [scale * point.metric.value for point in curve], "-", color=CURVE,
-              linewidth=1.2)
+    axes.plot(
+        [_across(point, num_layers).value for point in curve],
+        [scale * point.metric.value for point in curve],
+        "-",
+        color=CURVE,
+        linewidth=1.2,
+    )
     named = set[str]()
     for number, point in enumerate(task.points[1:]):
-        colour, label = OTHERS.get(point.kind, CURVE), point.name if point.kind == "calibration" else _LEGEND[point.kind]
+        colour, label = (
+            OTHERS.get(point.kind, CURVE),
+            point.name if point.kind == "calibration" else _LEGEND[point.kind],
+        )
         across, up = _across(point, num_layers), point.metric
-        axes.errorbar(across.value, scale * up.value, xerr=_errors(across), yerr=_errors(up, scale), fmt=_MARKS.get(point.kind, "o"),
-                      color=colour, ecolor=(colour, 0.35), elinewidth=1, label=None if label in named else label)
+        axes.errorbar(
+            across.value,
+            scale * up.value,
+            xerr=_errors(across),
+            yerr=_errors(up, scale),
+            fmt=_MARKS.get(point.kind, "o"),
+            color=colour,
+            ecolor=(colour, 0.35),
+            elinewidth=1,
+            label=None if label in named else label,
+        )
         named.add(label)
         if point.value is not None:
-            axes.annotate(f"{point.value:g}", (across.value, scale * up.value), textcoords="offset points", ha="center", fontsize=9,
-                          xytext=(0, _LABEL_HEIGHTS[number % len(_LABEL_HEIGHTS)]))
+            axes.annotate(
+                f"{point.value:g}",
+                (across.value, scale * up.value),
+                textcoords="offset points",
+                ha="center",
+                fontsize=9,
+                xytext=(0, _LABEL_HEIGHTS[number % len(_LABEL_HEIGHTS)]),
+            )
     axes.margins(0.08, 0.12)
     if full.speedup is not None and max(_across(point, num_layers).value for point in task.points) > _WIDE:
         ticks = (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)
@@ -72,8 +126,13 @@ def draw_quality(axes: Any, task: TaskResult, num_layers: int) -> None:
         axes.xaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
     axes.legend(frameon=False, fontsize=9, loc="best")
-    axes.set(title=f"{task.name}: {task.num_prompts} prompts, 95% intervals", ylabel=NAMES[task.metric],
-             xlabel="speed-up over full depth, same run" if full.speedup is not None else "layers saved per token, % (nothing is timed)")
+    axes.set(
+        title=f"{task.name}: {task.num_prompts} prompts, 95% intervals",
+        ylabel=NAMES[task.metric],
+        xlabel="speed-up over full depth, same run"
+        if full.speedup is not None
+        else "layers saved per token, % (nothing is timed)",
+    )
 
 
 def draw_exits(axes: Any, task: TaskResult, num_layers: int) -> None:
@@ -85,7 +144,9 @@ def draw_exits(axes: Any, task: TaskResult, num_layers: int) -> None:
     for i, layer in enumerate(layers):
         shares = [100 * point.exits[layer].value for point in points]
         name = "the end" if layer == num_layers else f"layer {layer}"
-        axes.barh(range(len(points)), shares, left=left, color=shades(0.25 + 0.65 * i / max(len(layers) - 1, 1)), label=name)
+        axes.barh(
+            range(len(points)), shares, left=left, color=shades(0.25 + 0.65 * i / max(len(layers) - 1, 1)), label=name
+        )
         left = [a + b for a, b in zip(left, shares, strict=True)]
     axes.set_yticks(range(len(points)), [point.name for point in points])
     axes.invert_yaxis()

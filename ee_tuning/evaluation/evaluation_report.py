@@ -1,4 +1,7 @@
-"""What `ee-tuning evaluate` leaves: evaluation.json, the pictures, one page with all of it, and a table at the terminal."""
+"""What `ee-tuning evaluate` leaves: evaluation.json, the pictures, one page with all of it, and a table at the
+terminal.
+"""
+
 import base64
 import dataclasses
 import html
@@ -38,8 +41,12 @@ depth's."""
 def write_reports(found: Evaluation, tasks: list[Task], about: dict[str, Any], folder: Path) -> list[Path]:
     """`about` is what the figures are of: model, settings, machines. Raises InputError where the disk refuses."""
     pictures = draw_evaluation(found, folder)
-    tree = {"format_version": FORMAT_VERSION, **about, "intervals": {"level": LEVEL, "draws": DRAWS, "method": "percentile bootstrap"},
-            "tasks": [dataclasses.asdict(task) for task in found.tasks]}
+    tree = {
+        "format_version": FORMAT_VERSION,
+        **about,
+        "intervals": {"level": LEVEL, "draws": DRAWS, "method": "percentile bootstrap"},
+        "tasks": [dataclasses.asdict(task) for task in found.tasks],
+    }
     with file_written_aside(folder / FIGURES) as aside:
         aside.write_text(as_json(tree), encoding="utf-8")
     with file_written_aside(folder / PAGE) as aside:
@@ -58,14 +65,20 @@ def print_tables(found: Evaluation) -> None:
         for place, name in enumerate(_head(task)):
             table.add_column(name, justify="left" if place == 0 else "right", no_wrap=True)
         for point in task.points:
-            table.add_row(*(value + (f" ({interval})" if interval and console.width >= 140 else "")
-                            for value, interval in _row(task, point, found.num_layers)))
+            table.add_row(
+                *(
+                    value + (f" ({interval})" if interval and console.width >= 140 else "")
+                    for value, interval in _row(task, point, found.num_layers)
+                )
+            )
         console.print(table)
 
 
 def _title(task: TaskResult) -> str:
     rate = task.full_depth.tokens_per_second
-    return f"{task.name}: {task.metric}, {task.num_prompts} prompts" + (f"; full depth made {rate:.1f} tokens/s" if rate else "")
+    return f"{task.name}: {task.metric}, {task.num_prompts} prompts" + (
+        f"; full depth made {rate:.1f} tokens/s" if rate else ""
+    )
 
 
 def _head(task: TaskResult) -> list[str]:
@@ -76,11 +89,17 @@ def _head(task: TaskResult) -> list[str]:
 def _row(task: TaskResult, point: PointResult, num_layers: int) -> list[tuple[str, str]]:
     """A cell for each of the head: figure, and interval."""
     is_full, quality = point is task.full_depth, _plain if task.metric == "perplexity" else _percent
-    return [(point.name, ""), quality(point.metric), ("1", "") if is_full else _percent(point.relative),
-            *map(quality, point.other_metrics.values()), ("1", "") if is_full and point.speedup else _plain(point.speedup),
-            ("", "") if is_full else _percent(point.time_saved),
-            _plain(point.mean_depth) if not is_full else (str(num_layers), ""), ("", "") if is_full else _percent(point.agreement),
-            ("", "") if is_full else _percent(point.identical)]
+    return [
+        (point.name, ""),
+        quality(point.metric),
+        ("1", "") if is_full else _percent(point.relative),
+        *map(quality, point.other_metrics.values()),
+        ("1", "") if is_full and point.speedup else _plain(point.speedup),
+        ("", "") if is_full else _percent(point.time_saved),
+        _plain(point.mean_depth) if not is_full else (str(num_layers), ""),
+        ("", "") if is_full else _percent(point.agreement),
+        ("", "") if is_full else _percent(point.identical),
+    ]
 
 
 def _percent(estimate: Estimate | None) -> tuple[str, str]:
@@ -100,20 +119,26 @@ def _cell(estimate: Estimate | None, shown: Any, bound: Any) -> tuple[str, str]:
 def _page(found: Evaluation, tasks: list[Task], about: dict[str, Any], pictures: list[Path]) -> str:
     """One file: pictures are within it."""
     title = f"{about['model']}: leaving early, measured"
-    parts = [f"<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><title>{html.escape(title)}</title>"
-             f"<style>{_STYLE}</style></head><body>\n<h1>{html.escape(title)}</h1>\n<p>{html.escape(_LEGEND)}</p>"]
+    parts = [
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{_STYLE}</style></head><body>\n<h1>{html.escape(title)}</h1>\n<p>{html.escape(_LEGEND)}</p>"
+    ]
     for number, (task, result) in enumerate(zip(tasks, found.tasks, strict=True)):
         parts.append(f"<h2>{html.escape(_title(result))}</h2>")
         parts.append(_table(result, found.num_layers))
-        parts += [_image(path) for path in pictures[2 * number: 2 * number + 2]]
+        parts += [_image(path) for path in pictures[2 * number : 2 * number + 2]]
         parts.append(_exits_table(result, found.num_layers))
         parts.append(_said(found, task))
-    parts.append(f"<h2>What was run</h2>\n<pre>{html.escape(to_json(about, indent=1, ensure_ascii=False))}</pre>\n</body></html>\n")
+    parts.append(
+        f"<h2>What was run</h2>\n<pre>{html.escape(to_json(about, indent=1, ensure_ascii=False))}</pre>\n</body></html>\n"
+    )
     return "\n".join(parts)
 
 
 def _table(task: TaskResult, num_layers: int) -> str:
-    rows = "".join(f"<tr>{''.join(_td(*cell) for cell in _row(task, point, num_layers))}</tr>\n" for point in task.points)
+    rows = "".join(
+        f"<tr>{''.join(_td(*cell) for cell in _row(task, point, num_layers))}</tr>\n" for point in task.points
+    )
     return f"<table><tr>{''.join(f'<th>{name}</th>' for name in _head(task))}</tr>\n{rows}</table>"
 
 
@@ -121,8 +146,10 @@ def _exits_table(task: TaskResult, num_layers: int) -> str:
     """Where tokens left, the second picture in numbers."""
     layers = sorted(task.full_depth.exits)
     head = "".join(f"<th>{'the end' if layer == num_layers else f'layer {layer}'}</th>" for layer in layers)
-    rows = "".join(f"<tr><td>{html.escape(point.name)}</td>{''.join(_td(*_percent(point.exits[layer])) for layer in layers)}</tr>\n"
-                   for point in task.points)
+    rows = "".join(
+        f"<tr><td>{html.escape(point.name)}</td>{''.join(_td(*_percent(point.exits[layer])) for layer in layers)}</tr>\n"
+        for point in task.points
+    )
     return f"<table><tr><th>tokens that left behind</th>{head}</tr>\n{rows}</table>"
 
 
@@ -140,7 +167,9 @@ def _said(found: Evaluation, task: Task) -> str:
     for each in found.readings:
         if each.task == task.name:
             by_item.setdefault(each.item, []).append((each.point, each.text, each.is_same is not False))
-    differing = [place for place, said in sorted(by_item.items()) if not all(is_same for _, _, is_same in said)][:_EXAMPLES]
+    differing = [place for place, said in sorted(by_item.items()) if not all(is_same for _, _, is_same in said)][
+        :_EXAMPLES
+    ]
     rows = list[str]()
     for place in differing:
         item = task.items[place]
@@ -150,8 +179,15 @@ def _said(found: Evaluation, task: Task) -> str:
             ways.setdefault(text, []).append(point)
         right = html.escape(_cut(" | ".join(item.answers)))
         rows.append(f'<tr><td colspan="2"><b>{html.escape(_end_of(asked))}</b> <small>{right}</small></td></tr>')
-        rows += [f"<tr><td>{html.escape(', '.join(points))}</td><td>{html.escape(_cut(text))}</td></tr>" for text, points in ways.items()]
-    return f'<h3>Where they differ: the first {len(differing)}</h3>\n<table class="said">{"".join(rows)}</table>' if rows else ""
+        rows += [
+            f"<tr><td>{html.escape(', '.join(points))}</td><td>{html.escape(_cut(text))}</td></tr>"
+            for text, points in ways.items()
+        ]
+    return (
+        f'<h3>Where they differ: the first {len(differing)}</h3>\n<table class="said">{"".join(rows)}</table>'
+        if rows
+        else ""
+    )
 
 
 def _end_of(text: str) -> str:

@@ -1,4 +1,5 @@
 """`ee-tuning export`: which writer gets the job, and the check that may follow."""
+
 import argparse
 import tempfile
 from collections.abc import Iterator
@@ -15,7 +16,8 @@ NEW_EXITS = {"exits.architecture", "exits.adapter_rank", "exits.init", "exits.se
 
 
 def export(config: Config, flags: argparse.Namespace) -> int:
-    """Writes `flags.output` in `flags.format`; the exit code: 1 where `flags.check` finds that the export says something else.
+    """Writes `flags.output` in `flags.format`; the exit code: 1 where `flags.check` finds that the export says
+    something else.
 
     Raises InputError on flags that do not go together, and as the format's writer does.
     """
@@ -24,12 +26,16 @@ def export(config: Config, flags: argparse.Namespace) -> int:
     for name in dict.fromkeys(name for names in FLAGS.values() for name in names):
         if getattr(flags, name) and name not in FLAGS[flags.format]:
             formats = " or ".join(kind for kind, names in FLAGS.items() if name in names)
-            raise InputError(f"--{name} goes with --format {formats}, got --format {flags.format}; leave one of them out")
+            raise InputError(
+                f"--{name} goes with --format {formats}, got --format {flags.format}; leave one of them out"
+            )
     if (of_new := sorted(NEW_EXITS & flags.overrides.keys())) and not flags.add:
         raise InputError(f"{', '.join(of_new)} is of new exits, and none is asked for; give --add N, or leave it out")
     num_processes = world_size()
     if num_processes > 1 and (flags.format == "artifact" or flags.check):
-        raise InputError(f"--format artifact and --check are for one process, got {num_processes}; start it without torchrun")
+        raise InputError(
+            f"--format artifact and --check are for one process, got {num_processes}; start it without torchrun"
+        )
     if flags.format == "artifact":
         from ee_tuning.checkpoint.export_artifact import ExitChoice, export_artifact
         from ee_tuning.checkpoint.owner import owned
@@ -43,7 +49,9 @@ def export(config: Config, flags: argparse.Namespace) -> int:
         print(f"wrote {flags.output}")
         return 0
     if not config.model.path:
-        raise InputError(f"--format {flags.format} writes the model too, got none; give --model FOLDER or a config file")
+        raise InputError(
+            f"--format {flags.format} writes the model too, got none; give --model FOLDER or a config file"
+        )
     if flags.check and not config.exits.path:
         raise InputError("--check compares exits, got none; give --exits FOLDER, or leave --check out")
     text = _text(flags.text) if flags.check else ""
@@ -80,8 +88,14 @@ def _write_merged(config: Config, flags: argparse.Namespace, *, is_shared: bool)
         if flags.format == "hf":
             from ee_tuning.checkpoint.export_huggingface import export_huggingface
 
-            export_huggingface(config, flags.output, topology, links=flags.link, overwrite=flags.overwrite,
-                               special=_special_tokens(config.data.tokenizer, trusts_code=config.model.trust_remote_code))
+            export_huggingface(
+                config,
+                flags.output,
+                topology,
+                links=flags.link,
+                overwrite=flags.overwrite,
+                special=_special_tokens(config.data.tokenizer, trusts_code=config.model.trust_remote_code),
+            )
         else:
             from ee_tuning.checkpoint.megatron_writer import write_megatron
 
@@ -96,7 +110,9 @@ def _write_merged(config: Config, flags: argparse.Namespace, *, is_shared: bool)
 
 @contextmanager
 def _tokenizer_of(config: Config, export_format: str) -> Iterator[Config]:
-    """`config` with a folder of tokenizer files in data.tokenizer where the model's lie in its GGUF file, for the time of the block."""
+    """`config` with a folder of tokenizer files in data.tokenizer where the model's lie in its GGUF file, for the time
+    of the block.
+    """
     from ee_tuning.checkpoint.gguf_file import is_gguf
 
     tokenizer = Path(config.data.tokenizer or config.model.path)

@@ -1,4 +1,7 @@
-"""Whether an exported Hugging Face folder says what our engine says: the largest logit difference of every exit, on real text."""
+"""Whether an exported Hugging Face folder says what our engine says: the largest logit difference of every exit, on
+real text.
+"""
+
 import dataclasses
 import importlib.util
 from pathlib import Path
@@ -43,8 +46,10 @@ def check_export(config: Config, output: Path, text: str, tolerance: float) -> b
         difference = torch.where(ours[layer] == theirs[layer], 0.0, ours[layer] - theirs[layer]).abs().max().item()
         is_within = difference <= tolerance  # false for NaN too
         name = "the model's own head" if layer == loaded.model.config.num_layers else f"exit after layer {layer}"
-        print(f"{name}: largest logit difference {difference:.2e} over {ids.shape[1]} tokens"
-              + ("" if is_within else f", above the tolerance of {tolerance:g}"))
+        print(
+            f"{name}: largest logit difference {difference:.2e} over {ids.shape[1]} tokens"
+            + ("" if is_within else f", above the tolerance of {tolerance:g}")
+        )
         is_close = is_close and is_within
     return is_close
 
@@ -53,18 +58,29 @@ def check_export(config: Config, output: Path, text: str, tolerance: float) -> b
 def _our_logits(loaded: LoadedModel, ids: Tensor) -> dict[int, Tensor]:  # [1, s] -> layer -> [s, v]
     model = loaded.model
     hidden, inputs = model.run_layers(model.embed(ids.to(model.topology.device)))
-    early = {layer: token_logits(model.exit_head(layer)(x, F.linear), model.exit_vocab) for layer, x in inputs.items()
-             if layer < model.config.num_layers}
+    early = {
+        layer: token_logits(model.exit_head(layer)(x, F.linear), model.exit_vocab)
+        for layer, x in inputs.items()
+        if layer < model.config.num_layers
+    }
     final = F.linear(model.final_hidden(hidden), model.backbone.output_layer.weight)
     return {layer: logits[:, 0].double().cpu() for layer, logits in {**early, model.config.num_layers: final}.items()}
 
 
-def _exported_logits(folder: Path, config: ModelConfig, ids: Tensor, dtype: torch.dtype) -> dict[int, Tensor]:  # layer -> [s, v]
-    """The logits of the folder's own modelling file, run from where it lies: transformers would copy it into its cache first."""
+def _exported_logits(
+    folder: Path, config: ModelConfig, ids: Tensor, dtype: torch.dtype
+) -> dict[int, Tensor]:  # layer -> [s, v]
+    """The logits of the folder's own modelling file, run from where it lies: transformers would copy it into its cache
+    first.
+    """
     module = _module(folder / MODELLING.name)
     # Grouped products, which transformers prefers for experts, refuse widths that are no multiple of 16 bytes.
     plain = {"experts_implementation": "eager"} if config.num_experts else {}
-    model = getattr(module, early_exit_class(config)).from_pretrained(folder, dtype=dtype, trust_remote_code=False, **plain).eval()
+    model = (
+        getattr(module, early_exit_class(config))
+        .from_pretrained(folder, dtype=dtype, trust_remote_code=False, **plain)
+        .eval()
+    )
     return {layer: logits[0].double().cpu() for layer, logits in model.to(ids.device).exit_logits(ids).items()}
 
 

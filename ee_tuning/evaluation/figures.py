@@ -1,4 +1,7 @@
-"""What an evaluation found: for each task and way to leave the metric, the speed, the depth and the agreement, with their intervals."""
+"""What an evaluation found: for each task and way to leave the metric, the speed, the depth and the agreement, with
+their intervals.
+"""
+
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,13 +32,16 @@ class PointResult:
     speedup: Estimate | None
     """Tokens per second ÷ full depth's, the reading of prompts included; None where nothing is generated."""
     time_saved: Estimate | None
-    """1 - seconds for all prompts ÷ full depth's: another figure than `speedup` where completions have other lengths."""
+    """1 - seconds for all prompts ÷ full depth's: another figure than `speedup` where completions have other lengths.
+    """
     tokens_per_second: float | None
     """The speed of one replica."""
     mean_depth: Estimate
     """Layers behind which a token left."""
     agreement: Estimate | None
-    """Share of the tokens that the full model says, too, after the same text before them; None where nothing is generated."""
+    """Share of the tokens that the full model says, too, after the same text before them; None where nothing is
+    generated.
+    """
     identical: Estimate | None
     """Share of the prompts to which all that is said, or the choice, is full depth's; None of perplexity."""
     exits: dict[int, Estimate]
@@ -70,24 +76,38 @@ class Evaluation:
     """Prompt by prompt."""
 
 
-def task_result(task: Task, points: Sequence[Point], readings: Sequence[Reading], num_layers: int, *, draws: int = DRAWS,
-                seed: int = 0) -> TaskResult:
+def task_result(
+    task: Task,
+    points: Sequence[Point],
+    readings: Sequence[Reading],
+    num_layers: int,
+    *,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> TaskResult:
     """The figures of one task from its readings, whose points are `points`, full depth first."""
-    by_point = {point.name: sorted((each for each in readings if each.point == point.name), key=lambda each: each.item)
-                for point in points}
+    by_point = {
+        point.name: sorted((each for each in readings if each.point == point.name), key=lambda each: each.item)
+        for point in points
+    }
     layers = sorted({layer for each in readings for layer in each.exits})
     columns: dict[str, list[float]] = {}
     for name, found in by_point.items():
-        columns |= {f"{name}/weight": [each.weight for each in found], f"{name}/tokens": [each.num_tokens for each in found],
-                    f"{name}/agreed": [each.num_agreed or 0 for each in found],
-                    f"{name}/same": [float(each.is_same or 0) for each in found],
-                    f"{name}/prompts": [1.0] * len(found),
-                    f"{name}/layers": [sum(layer * count for layer, count in each.exits.items()) for each in found],
-                    **{f"{name}/score {key}": [each.scores[key] for each in found] for key in found[0].scores},
-                    **{f"{name}/left {layer}": [each.exits.get(layer, 0) for each in found] for layer in layers}}
+        columns |= {
+            f"{name}/weight": [each.weight for each in found],
+            f"{name}/tokens": [each.num_tokens for each in found],
+            f"{name}/agreed": [each.num_agreed or 0 for each in found],
+            f"{name}/same": [float(each.is_same or 0) for each in found],
+            f"{name}/prompts": [1.0] * len(found),
+            f"{name}/layers": [sum(layer * count for layer, count in each.exits.items()) for each in found],
+            **{f"{name}/score {key}": [each.scores[key] for each in found] for key in found[0].scores},
+            **{f"{name}/left {layer}": [each.exits.get(layer, 0) for each in found] for layer in layers},
+        }
     prompts = Resampled(columns, draws=draws, seed=seed)
     times = _times(by_point, draws, seed)
-    results = [_point_result(task, point, by_point[point.name], layers, points[0].name, prompts, times) for point in points]
+    results = [
+        _point_result(task, point, by_point[point.name], layers, points[0].name, prompts, times) for point in points
+    ]
     return TaskResult(name=task.name, metric=task.metric, num_prompts=len(task.items), points=results)
 
 
@@ -102,12 +122,22 @@ def _times(by_point: Mapping[str, list[Reading]], draws: int, seed: int) -> Resa
             tokens[each.group] = tokens.get(each.group, 0) + each.num_tokens
             seconds[each.group] = each.seconds
         groups = sorted(tokens)
-        columns |= {f"{name}/tokens": [tokens[group] for group in groups], f"{name}/seconds": [seconds[group] for group in groups]}
+        columns |= {
+            f"{name}/tokens": [tokens[group] for group in groups],
+            f"{name}/seconds": [seconds[group] for group in groups],
+        }
     return Resampled(columns, draws=draws, seed=seed)
 
 
-def _point_result(task: Task, point: Point, found: list[Reading], layers: list[int], full: str, prompts: Resampled,
-                  times: Resampled | None) -> PointResult:
+def _point_result(
+    task: Task,
+    point: Point,
+    found: list[Reading],
+    layers: list[int],
+    full: str,
+    prompts: Resampled,
+    times: Resampled | None,
+) -> PointResult:
     name, keys = point.name, list(found[0].scores)
 
     def share(what: str, of: str) -> Callable[[Sums], Floats]:
@@ -121,16 +151,24 @@ def _point_result(task: Task, point: Point, found: list[Reading], layers: list[i
     seconds = None if times is None else math.fsum({each.group: each.seconds or 0.0 for each in found}.values())
     num_tokens = sum(each.num_tokens for each in found)
     return PointResult(
-        name=name, kind=point.kind, value=point.value, metric=metrics[task.metric],
+        name=name,
+        kind=point.kind,
+        value=point.value,
+        metric=metrics[task.metric],
         other_metrics={key: value for key, value in metrics.items() if key != task.metric},
         relative=prompts.estimate(lambda sums: metric(name, task.metric)(sums) / metric(full, task.metric)(sums)),
         speedup=None if times is None else times.estimate(lambda sums: _rate(sums, name) / _rate(sums, full)),
-        time_saved=None if times is None else times.estimate(lambda sums: 1 - sums[f"{name}/seconds"] / sums[f"{full}/seconds"]),
+        time_saved=None
+        if times is None
+        else times.estimate(lambda sums: 1 - sums[f"{name}/seconds"] / sums[f"{full}/seconds"]),
         tokens_per_second=num_tokens / seconds if seconds else None,
         mean_depth=prompts.estimate(share("layers", "tokens")),
         agreement=None if found[0].num_agreed is None else prompts.estimate(share("agreed", "tokens")),
         identical=None if found[0].is_same is None else prompts.estimate(share("same", "prompts")),
-        exits={layer: prompts.estimate(share(f"left {layer}", "tokens")) for layer in layers}, num_tokens=num_tokens, seconds=seconds)
+        exits={layer: prompts.estimate(share(f"left {layer}", "tokens")) for layer in layers},
+        num_tokens=num_tokens,
+        seconds=seconds,
+    )
 
 
 def _rate(sums: Sums, name: str) -> Floats:

@@ -1,8 +1,10 @@
 """Metrics of given texts: which of several choices a model holds for likeliest, and how likely it holds an answer.
 
 Texts are teacher-forced: each token has the probability that the exit gives it at which its position would leave (see
-`ee_tuning/generation/scoring.py`), so speculation says what full depth says. Nothing is generated, and time says nothing.
+`ee_tuning/generation/scoring.py`), so speculation says what full depth says. Nothing is generated, and time says
+nothing.
 """
+
 from collections import Counter
 from collections.abc import Sequence
 
@@ -16,13 +18,19 @@ BY_LENGTH = "choice by length"
 _ROWS = 32
 
 
-def given_readings(llm: EarlyExitLLM, task: Task, places: Sequence[int], jobs: Sequence[Job],
-                   points: Sequence[Point]) -> list[list[Reading]]:
+def given_readings(
+    llm: EarlyExitLLM, task: Task, places: Sequence[int], jobs: Sequence[Job], points: Sequence[Point]
+) -> list[list[Reading]]:
     """A reading of each point, full depth first, for each prompt at `places` of the task, whose jobs are `jobs`."""
     texts = [given_texts(task, task.items[place]) for place in places]
     by_point = _scored(llm, [jobs[place] for place in places], texts, points)
-    return [[_reading(task, place, point, scores[number], by_point[0][number])
-             for point, scores in zip(points, by_point, strict=True)] for number, place in enumerate(places)]
+    return [
+        [
+            _reading(task, place, point, scores[number], by_point[0][number])
+            for point, scores in zip(points, by_point, strict=True)
+        ]
+        for number, place in enumerate(places)
+    ]
 
 
 def given_texts(task: Task, item: Item) -> tuple[str, ...]:
@@ -31,14 +39,18 @@ def given_texts(task: Task, item: Item) -> tuple[str, ...]:
 
 
 def token_pair(llm: EarlyExitLLM, job: Job, text: str) -> TokenPair:
-    """The prompt's tokens as decoding has them, and those that follow where `text` is read on with it; its own where the prompt's last
-    token would be another then. Raises InputError where both together are too long.
+    """The prompt's tokens as decoding has them, and those that follow where `text` is read on with it; its own where
+    the prompt's last token would be another then. Raises InputError where both together are too long.
     """
     prompt, whole = (llm.encode(each, job.adds_special_tokens) for each in (job.prompt, job.prompt + text))
-    return prompt, whole[len(prompt):] if whole[:len(prompt)] == prompt and len(whole) > len(prompt) else llm.encode(text, False)
+    return prompt, whole[len(prompt) :] if whole[: len(prompt)] == prompt and len(whole) > len(prompt) else llm.encode(
+        text, False
+    )
 
 
-def _scored(llm: EarlyExitLLM, jobs: Sequence[Job], texts: Sequence[tuple[str, ...]], points: Sequence[Point]) -> list[list[list[Score]]]:
+def _scored(
+    llm: EarlyExitLLM, jobs: Sequence[Job], texts: Sequence[tuple[str, ...]], points: Sequence[Point]
+) -> list[list[list[Score]]]:
     """The score, by each point, of each text behind each prompt."""
     pairs = [token_pair(llm, job, text) for job, each in zip(jobs, texts, strict=True) for text in each]
     by_point = map(iter, score_by(llm.model, pairs, [point.policy for point in points], _ROWS))
@@ -49,15 +61,32 @@ def _reading(task: Task, place: int, point: Point, scores: list[Score], full: li
     exits = dict(sorted(Counter(layer for score in scores for layer in score.exit_layers).items()))
     item = task.items[place]
     if task.metric == "perplexity":
-        return Reading(task=task.name, item=place, point=point.name, scores={task.metric: -scores[0].logprob}, exits=exits,
-                       weight=float(len(scores[0].token_ids)))
+        return Reading(
+            task=task.name,
+            item=place,
+            point=point.name,
+            scores={task.metric: -scores[0].logprob},
+            exits=exits,
+            weight=float(len(scores[0].token_ids)),
+        )
     chosen, by_length = likeliest(item, scores)
-    return Reading(task=task.name, item=place, point=point.name, exits=exits, text=item.choices[chosen],
-                   scores={task.metric: float(chosen == item.right), BY_LENGTH: float(by_length == item.right)},
-                   is_same=chosen == likeliest(item, full)[0])
+    return Reading(
+        task=task.name,
+        item=place,
+        point=point.name,
+        exits=exits,
+        text=item.choices[chosen],
+        scores={task.metric: float(chosen == item.right), BY_LENGTH: float(by_length == item.right)},
+        is_same=chosen == likeliest(item, full)[0],
+    )
 
 
 def likeliest(item: Item, scores: Sequence[Score]) -> tuple[int, int]:
-    """Place of the choice of the highest log-likelihood, and of that of the highest one for each of its characters; the first of equals."""
+    """Place of the choice of the highest log-likelihood, and of that of the highest one for each of its characters; the
+    first of equals.
+    """
     places = range(len(item.choices))
-    return (max(places, key=lambda at: scores[at].logprob), max(places, key=lambda at: scores[at].logprob / len(item.choices[at])))
+    return (
+        max(places, key=lambda at: scores[at].logprob),
+        max(places, key=lambda at: scores[at].logprob / len(item.choices[at])),
+    )

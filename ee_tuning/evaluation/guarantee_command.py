@@ -1,7 +1,9 @@
 """`ee-tuning calibrate --guarantee`: what it reads, writes and prints; the tests are in `guarantee.py`.
 
-Documents are the units, for what is drawn has to be independent: the tokens of a document are not, nor are samples cut from one.
+Documents are the units, for what is drawn has to be independent: the tokens of a document are not, nor are samples cut
+from one.
 """
+
 import argparse
 import dataclasses
 import math
@@ -35,24 +37,41 @@ class _Asked:
 
 
 def calibrate_with_guarantee(config: Config, flags: argparse.Namespace, loaded: LoadedModel, picture: Path) -> None:
-    """Measures, writes `flags.output` and the picture beside it, and prints a table. Raises InputError where documents are too few."""
+    """Measures, writes `flags.output` and the picture beside it, and prints a table. Raises InputError where documents
+    are too few.
+    """
     from ee_tuning.evaluation.guarantee_picture import draw_guarantee
 
-    asked = _Asked(flags.guarantee, CONFIDENCE if flags.confidence is None else flags.confidence,
-                   MEASURES if flags.measure in (None, "best") else (flags.measure,))
+    asked = _Asked(
+        flags.guarantee,
+        CONFIDENCE if flags.confidence is None else flags.confidence,
+        MEASURES if flags.measure in (None, "best") else (flags.measure,),
+    )
     samples = samples_of(config, loaded.model.config, by_document=True)
     documents = _documents(samples, TOKENS if flags.tokens is None else flags.tokens)
     _check_number(len(documents), asked, is_cut=len(documents) < samples.order(0).num_distinct)
     readings = read_drawn(loaded.model, documents)
-    proofs = prove({measure: try_thresholds(readings, measure) for measure in asked.measures}, asked.delta, asked.epsilon)
+    proofs = prove(
+        {measure: try_thresholds(readings, measure) for measure in asked.measures}, asked.delta, asked.epsilon
+    )
     measure = earliest(proofs)
     thresholds = {layer: proofs[measure].threshold for layer in readings.exit_layers}
     found = judge(readings, measure, thresholds)
     if not loaded.model.topology.is_logging_rank:
         return
-    write_calibration(flags.output, config, loaded.model.config.num_layers, loaded.heads_digest, {
-        "measure": measure, "thresholds": thresholds, "tokens": readings.num_tokens, "found": dataclasses.asdict(found),
-        "guarantee": _tree(asked, proofs)})
+    write_calibration(
+        flags.output,
+        config,
+        loaded.model.config.num_layers,
+        loaded.heads_digest,
+        {
+            "measure": measure,
+            "thresholds": thresholds,
+            "tokens": readings.num_tokens,
+            "found": dataclasses.asdict(found),
+            "guarantee": _tree(asked, proofs),
+        },
+    )
     draw_guarantee(proofs, measure, asked.delta, picture)
     _tell(asked, measure, proofs[measure], readings.num_tokens, found, readings.num_layers)
     print(f"wrote {flags.output} and {picture}; next: ee-tuning generate --calibration {flags.output} …")
@@ -74,36 +93,65 @@ def _check_number(num_documents: int, asked: _Asked, *, is_cut: bool) -> None:
     needed, by_one = documents_needed(asked.delta, level), documents_needed(asked.delta, asked.epsilon)
     assert needed is not None and by_one is not None
     if num_documents < needed:
-        remedy = "raise --tokens" if is_cut else "give more --data (a text file is one document, each line of a .jsonl file another)"
+        remedy = (
+            "raise --tokens"
+            if is_cut
+            else "give more --data (a text file is one document, each line of a .jsonl file another)"
+        )
         fewer = f"; by one --measure alone, {by_one:,} would do" if by_one < needed else ""
-        raise InputError(f"--guarantee {asked.delta:g} with --confidence {asked.confidence:g} needs at least {needed:,} documents, even "
-                         f"where no exit is ever wrong, got {num_documents:,}; {remedy}{fewer}")
+        raise InputError(
+            f"--guarantee {asked.delta:g} with --confidence {asked.confidence:g} needs at least {needed:,} documents, even "
+            f"where no exit is ever wrong, got {num_documents:,}; {remedy}{fewer}"
+        )
 
 
 def _tree(asked: _Asked, proofs: Mapping[Measure, Proof]) -> dict[str, object]:
     """The guarantee as the calibration file tells it: all that is needed to check the tests."""
     first = next(iter(proofs.values()))
-    tests = {measure: {"num_proven": proof.num_proven, "losses": proof.losses.tolist(), "mean_depths": proof.depths.tolist(),
-                       "p_values": proof.p_values.tolist()} for measure, proof in proofs.items()}
-    return {"delta": asked.delta, "confidence": asked.confidence, "epsilon": asked.epsilon, "documents": first.num_documents,
-            "loss": "share of a document's tokens that differ from the full model's", "level": first.level, "grid": GRID, "tests": tests}
+    tests = {
+        measure: {
+            "num_proven": proof.num_proven,
+            "losses": proof.losses.tolist(),
+            "mean_depths": proof.depths.tolist(),
+            "p_values": proof.p_values.tolist(),
+        }
+        for measure, proof in proofs.items()
+    }
+    return {
+        "delta": asked.delta,
+        "confidence": asked.confidence,
+        "epsilon": asked.epsilon,
+        "documents": first.num_documents,
+        "loss": "share of a document's tokens that differ from the full model's",
+        "level": first.level,
+        "grid": GRID,
+        "tests": tests,
+    }
 
 
 def _tell(asked: _Asked, measure: str, proof: Proof, num_tokens: int, found: Outcome, num_layers: int) -> None:
     print(f"{len(GRID)} thresholds tested on {proof.num_documents:,} documents, {num_tokens:,} tokens")
     if proof.threshold is None:
         needed = documents_needed(asked.delta, proof.level, float(proof.losses[0]))
-        remedy = "tune the heads longer, or raise --guarantee" if needed is None else f"about {needed:,} documents would do for the first"
-        print(f"no threshold can be guaranteed: no token will leave early. At {GRID[0]:g}, the highest, exits are wrong at "
-              f"{float(proof.losses[0]):.2%} of a document's tokens (p = {float(proof.p_values[0]):.2g}, and {proof.level:.2g} is needed); "
-              f"{remedy}")
+        remedy = (
+            "tune the heads longer, or raise --guarantee"
+            if needed is None
+            else f"about {needed:,} documents would do for the first"
+        )
+        print(
+            f"no threshold can be guaranteed: no token will leave early. At {GRID[0]:g}, the highest, exits are wrong at "
+            f"{float(proof.losses[0]):.2%} of a document's tokens (p = {float(proof.p_values[0]):.2g}, and {proof.level:.2g} is needed); "
+            f"{remedy}"
+        )
         return
     name, at = f"leaves from {measure}", proof.num_proven - 1
     print(f"exit  {name}  of those that come  agreement")
     for layer, result in found.exits.items():
         print(f"{layer:4}  {proof.threshold:{len(name)}.6f}  {result.share:18.1%}  {result.agreement:9.1%}")
-    print(f"guaranteed: of documents like these, at most {asked.delta:.2%} of the tokens differ from the full model's, on average over "
-          f"documents, with confidence {asked.confidence:g}; measured: {float(proof.losses[at]):.2%}, p = {float(proof.p_values[at]):.2g}")
+    print(
+        f"guaranteed: of documents like these, at most {asked.delta:.2%} of the tokens differ from the full model's, on average over "
+        f"documents, with confidence {asked.confidence:g}; measured: {float(proof.losses[at]):.2%}, p = {float(proof.p_values[at]):.2g}"
+    )
     if math.isclose(float(proof.depths[at]), num_layers):
         print("hardly a token leaves by it; more documents prove lower thresholds")
     else:

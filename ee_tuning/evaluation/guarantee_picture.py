@@ -1,4 +1,5 @@
 """The picture of `ee-tuning calibrate --guarantee`: what each threshold costs and saves, and how sure that is."""
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,9 @@ class Words:
     units: str = "documents"
 
 
-def draw_guarantee(proofs: Mapping[Measure, Proof], chosen: Measure, delta: float, output: Path, words: Words = Words()) -> None:
+def draw_guarantee(
+    proofs: Mapping[Measure, Proof], chosen: Measure, delta: float, output: Path, words: Words = Words()
+) -> None:
     """Raises InputError where `output` can not be written."""
     import matplotlib
 
@@ -30,7 +33,13 @@ def draw_guarantee(proofs: Mapping[Measure, Proof], chosen: Measure, delta: floa
         colour, at = shades(0.85 * i / max(len(proofs) - 1, 1)), proof.num_proven - 1
         label = f"{measure}, " + ("none proven" if proof.threshold is None else f"down to {proof.threshold:.3f}")
         loss.plot(proof.depths, 100 * proof.losses, color=colour, linewidth=2 if measure == chosen else 1, label=label)
-        doubt.plot(proof.depths, proof.p_values.clamp(min=1e-6), color=colour, linewidth=2 if measure == chosen else 1, label=label)
+        doubt.plot(
+            proof.depths,
+            proof.p_values.clamp(min=1e-6),
+            color=colour,
+            linewidth=2 if measure == chosen else 1,
+            label=label,
+        )
         if at >= 0:
             loss.plot(proof.depths[at], 100 * proof.losses[at], "o", color=colour)
             doubt.plot(proof.depths[at], proof.p_values[at].clamp(min=1e-6), "o", color=colour)
@@ -42,7 +51,9 @@ def draw_guarantee(proofs: Mapping[Measure, Proof], chosen: Measure, delta: floa
     for axes in (loss, doubt):
         axes.invert_xaxis()
     loss.legend(frameon=False)
-    figure.suptitle(f"{first.num_documents:,} {words.units}; points: the lowest thresholds that hold; dashed: the guarantee, and its level")
+    figure.suptitle(
+        f"{first.num_documents:,} {words.units}; points: the lowest thresholds that hold; dashed: the guarantee, and its level"
+    )
     with file_written_aside(output) as aside:
         figure.savefig(aside, dpi=110, format="png")
     plt.close(figure)

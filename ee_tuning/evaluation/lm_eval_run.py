@@ -1,4 +1,7 @@
-"""lm-evaluation-harness on an early-exit model, one way to leave after the other, and its results in its own form with ours beside them."""
+"""lm-evaluation-harness on an early-exit model, one way to leave after the other, and its results in its own form with
+ours beside them.
+"""
+
 import dataclasses
 import functools
 import logging
@@ -12,8 +15,10 @@ from ee_tuning.evaluation.driver import Driver
 from ee_tuning.generation.policy import Policy
 from ee_tuning.json_file import to_json
 
-NOTE = ("log-likelihoods are teacher-forced by exit: each token has the distribution of the exit at which its position leaves under the "
-        "policy, the first token of an answer, too")
+NOTE = (
+    "log-likelihoods are teacher-forced by exit: each token has the distribution of the exit at which its position leaves under the "
+    "policy, the first token of an answer, too"
+)
 KEY = "ee_tuning"
 """The place of what the results hold beside the harness's own."""
 
@@ -41,8 +46,10 @@ class HarnessTasks:
 def check_harness(tasks: HarnessTasks) -> None:
     """Raises InputError where the harness is not installed or what is asked for can not be."""
     if missing := next((name for name in ("lm_eval", "datasets") if find_spec(name) is None), None):
-        raise InputError(f"--lm-eval needs lm-evaluation-harness, and its package {missing} is not installed; pip install "
-                         "'ee_tuning[eval]'")
+        raise InputError(
+            f"--lm-eval needs lm-evaluation-harness, and its package {missing} is not installed; pip install "
+            "'ee_tuning[eval]'"
+        )
     if tasks.include_path is not None and not tasks.include_path.is_dir():
         raise InputError(f"--include-path must be a folder with tasks (YAML), got {tasks.include_path}")
     if tasks.limit is not None and tasks.limit <= 0:
@@ -52,8 +59,10 @@ def check_harness(tasks: HarnessTasks) -> None:
     known = _manager(tasks)
     for name in tasks.names:
         if not known.match_tasks([name]):
-            raise InputError(f"--lm-eval must name tasks, groups or tags of lm-evaluation-harness, got {name!r}; `lm-eval ls tasks` lists "
-                             "them, --include-path DIR adds your own")
+            raise InputError(
+                f"--lm-eval must name tasks, groups or tags of lm-evaluation-harness, got {name!r}; `lm-eval ls tasks` lists "
+                "them, --include-path DIR adds your own"
+            )
 
 
 def run_harness(driver: Driver, tasks: HarnessTasks, policy: Policy, policy_told: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,16 +78,31 @@ def run_harness(driver: Driver, tasks: HarnessTasks, policy: Policy, policy_told
     manager = _manager(tasks)
     try:
         manager.load(list(tasks.names))  # alone, so that the harness's and our own mistakes are told apart
-    except Exception as error:  # of any kind: data sets that are not there, YAML that is none, functions of the task's own
-        raise InputError(f"lm-evaluation-harness can not read {', '.join(tasks.names)}: {type(error).__name__}: "
-                         f"{' '.join(str(error).split())[:300]}") from error
+    except (
+        Exception
+    ) as error:  # of any kind: data sets that are not there, YAML that is none, functions of the task's own
+        raise InputError(
+            f"lm-evaluation-harness can not read {', '.join(tasks.names)}: {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:300]}"
+        ) from error
     results = simple_evaluate(
-        model=model, tasks=list(tasks.names), task_manager=manager, num_fewshot=tasks.num_fewshot, batch_size=model.batch_size,
-        limit=tasks.limit if tasks.limit is None or tasks.limit < 1 else int(tasks.limit), log_samples=False,
-        apply_chat_template=tasks.applies_chat_template, gen_kwargs=tasks.gen_kwargs, confirm_run_unsafe_code=tasks.runs_code)
+        model=model,
+        tasks=list(tasks.names),
+        task_manager=manager,
+        num_fewshot=tasks.num_fewshot,
+        batch_size=model.batch_size,
+        limit=tasks.limit if tasks.limit is None or tasks.limit < 1 else int(tasks.limit),
+        log_samples=False,
+        apply_chat_template=tasks.applies_chat_template,
+        gen_kwargs=tasks.gen_kwargs,
+        confirm_run_unsafe_code=tasks.runs_code,
+    )
     assert results is not None
     results["config"]["model"] = "ee-tuning"
-    return {**results, KEY: {"policy": dict(policy_told), "note": NOTE, "left": _left(model.left, driver.llm.num_layers)}}
+    return {
+        **results,
+        KEY: {"policy": dict(policy_told), "note": NOTE, "left": _left(model.left, driver.llm.num_layers)},
+    }
 
 
 def results_json(results: Mapping[str, Any]) -> str:
@@ -100,18 +124,30 @@ def _left(left: Mapping[str, Mapping[int, int]], num_layers: int) -> dict[str, A
     told = {}
     for kind, counts in left.items():
         if total := sum(counts.values()):
-            told[kind] = {"tokens": total, "mean_depth": sum(layer * count for layer, count in counts.items()) / total,
-                          "num_layers": num_layers, "share_by_exit": {str(layer): counts[layer] / total for layer in sorted(counts)}}
+            told[kind] = {
+                "tokens": total,
+                "mean_depth": sum(layer * count for layer, count in counts.items()) / total,
+                "num_layers": num_layers,
+                "share_by_exit": {str(layer): counts[layer] / total for layer in sorted(counts)},
+            }
     return told
 
 
 @functools.lru_cache(maxsize=1)
 def _manager(tasks: HarnessTasks) -> Any:
-    """The harness's, of the user's own tasks alone where they are enough: reading the YAML of all others takes seconds."""
+    """The harness's, of the user's own tasks alone where they are enough: reading the YAML of all others takes
+    seconds.
+    """
     from lm_eval.tasks import TaskManager
 
-    logging.getLogger("lm_eval.api.task").setLevel(logging.ERROR)  # else a line or two on each metric, each time that a task is read
+    logging.getLogger("lm_eval.api.task").setLevel(
+        logging.ERROR
+    )  # else a line or two on each metric, each time that a task is read
     if tasks.include_path is None:
         return TaskManager()
     own = TaskManager(include_path=str(tasks.include_path), include_defaults=False)
-    return own if all(own.match_tasks([name]) for name in tasks.names) else TaskManager(include_path=str(tasks.include_path))
+    return (
+        own
+        if all(own.match_tasks([name]) for name in tasks.names)
+        else TaskManager(include_path=str(tasks.include_path))
+    )

@@ -1,4 +1,5 @@
 """Ways to leave that are compared with full depth: the points of a curve of quality against speed."""
+
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +30,9 @@ class Point:
     def told(self) -> str:
         """All that its tokens depend on, in few words."""
         if self.policy.thresholds:
-            exits = ", ".join(f"{threshold:g} at {layer}" for layer, threshold in sorted(self.policy.thresholds.items()))
+            exits = ", ".join(
+                f"{threshold:g} at {layer}" for layer, threshold in sorted(self.policy.thresholds.items())
+            )
             return f"leaves from {exits} by {self.policy.measure}"
         if self.policy.drafts_at:
             return f"drafts at {', '.join(map(str, self.policy.drafts_at))}"
@@ -51,30 +54,57 @@ class Ways:
 
     def points(self, llm: EarlyExitLLM, measure: Measure) -> list[Point]:
         """See `points_of`."""
-        return points_of(llm, thresholds=self.thresholds, measure=measure, fixed=self.fixed, speculative=self.speculative,
-                         calibrations=self.calibrations)
+        return points_of(
+            llm,
+            thresholds=self.thresholds,
+            measure=measure,
+            fixed=self.fixed,
+            speculative=self.speculative,
+            calibrations=self.calibrations,
+        )
 
 
-def points_of(llm: EarlyExitLLM, *, thresholds: Sequence[float] = THRESHOLDS, measure: Measure | None = None, fixed: Sequence[int] = (),
-              speculative: bool = False, calibrations: Sequence[str | Path] = ()) -> list[Point]:
-    """Full depth, and a point for each threshold (all exits alike, by `measure`), fixed exit, calibration file, and for speculation.
+def points_of(
+    llm: EarlyExitLLM,
+    *,
+    thresholds: Sequence[float] = THRESHOLDS,
+    measure: Measure | None = None,
+    fixed: Sequence[int] = (),
+    speculative: bool = False,
+    calibrations: Sequence[str | Path] = (),
+) -> list[Point]:
+    """Full depth, and a point for each threshold (all exits alike, by `measure`), fixed exit, calibration file, and for
+    speculation.
 
     Raises InputError where the exits are not there, a value is out of range or given twice, or a file does not fit.
     """
     check_thresholds(thresholds)
     if thresholds and not any(layer < llm.num_layers for layer in llm.exit_layers):
-        raise InputError("--thresholds need exits before the last layer, got none; give --exits FOLDER, or --thresholds none")
+        raise InputError(
+            "--thresholds need exits before the last layer, got none; give --exits FOLDER, or --thresholds none"
+        )
     measured = {} if measure is None else {"measure": measure}
     points = [FULL_DEPTH]
-    points += [_point(llm, f"threshold {each:g}", "threshold", float(each), policy="threshold", threshold=float(each), **measured)
-               for each in sorted(thresholds, reverse=True)]
-    points += [_point(llm, f"exit {layer}", "fixed", float(layer), policy="fixed", exit_layer=layer) for layer in sorted(fixed)]
-    points += [_point(llm, Path(file).stem, "calibration", None, policy="threshold", calibration=str(file)) for file in calibrations]
+    points += [
+        _point(
+            llm, f"threshold {each:g}", "threshold", float(each), policy="threshold", threshold=float(each), **measured
+        )
+        for each in sorted(thresholds, reverse=True)
+    ]
+    points += [
+        _point(llm, f"exit {layer}", "fixed", float(layer), policy="fixed", exit_layer=layer) for layer in sorted(fixed)
+    ]
+    points += [
+        _point(llm, Path(file).stem, "calibration", None, policy="threshold", calibration=str(file))
+        for file in calibrations
+    ]
     if speculative:
         points.append(_point(llm, "speculative", "speculative", None, policy="speculative"))
     names = [point.name for point in points]
     if double := next((name for name in names if names.count(name) > 1), None):
-        raise InputError(f"each way to leave must be given once, got {double!r} twice; leave one out, or rename its file")
+        raise InputError(
+            f"each way to leave must be given once, got {double!r} twice; leave one out, or rename its file"
+        )
     return points
 
 
@@ -82,7 +112,9 @@ def check_thresholds(thresholds: Sequence[float]) -> None:
     """Raises InputError where one is out of range."""
     for threshold in thresholds:
         if not 0 <= threshold <= 1:
-            raise InputError(f"--thresholds must lie in 0..1, got {threshold:g}; full depth, which never leaves, is measured anyway")
+            raise InputError(
+                f"--thresholds must lie in 0..1, got {threshold:g}; full depth, which never leaves, is measured anyway"
+            )
 
 
 def _point(llm: EarlyExitLLM, name: str, kind: Kind, value: float | None, **options: Any) -> Point:

@@ -1,8 +1,10 @@
 """`ee-tuning profile`: how far each layer turns the hidden states of a text, and where exits go by it.
 
-The angular distance of two layers' inputs is as in arXiv 2403.17887: arccos of their cosine, over π, here averaged over all tokens. Layers
-are built, read and dropped one after the other, so a model of any size takes the memory of one layer.
+The angular distance of two layers' inputs is as in arXiv 2403.17887: arccos of their cosine, over π, here averaged over
+all tokens. Layers are built, read and dropped one after the other, so a model of any size takes the memory of one
+layer.
 """
+
 import argparse
 import math
 from collections.abc import Generator, Iterator
@@ -39,7 +41,9 @@ class Profile:
     """What a text's hidden states do."""
 
     distances: Tensor
-    """[layers + 1, layers + 1] float64: angular distance between the inputs of two layers; the last row is the last layer's output."""
+    """[layers + 1, layers + 1] float64: angular distance between the inputs of two layers; the last row is the last
+    layer's output.
+    """
     num_tokens: int
 
     @property
@@ -73,11 +77,14 @@ def with_exit_layers(config: Config) -> Config:
 
 
 def measure_profile(config: Config, topology: Topology) -> Profile:
-    """Runs exits.profile_text through the model, on rank 0 alone. All ranks call it. Raises InputError where either can not be used."""
+    """Runs exits.profile_text through the model, on rank 0 alone. All ranks call it. Raises InputError where either can
+    not be used.
+    """
     found: list[Profile] = []
 
     def look() -> Iterator[None]:
         found.append((yield from _by_layers(config, topology)))
+
     finish_together(look() if topology.rank == 0 else iter(()), topology)
     return topology.broadcast_object(found)[0]
 
@@ -102,7 +109,9 @@ def _by_layers(config: Config, topology: Topology) -> Generator[None, None, Prof
 
 
 def profile(config: Config, flags: argparse.Namespace) -> None:
-    """Prints a line per layer and where `flags.num_exits` exits go, as a table or one JSON object; draws it all to `flags.output`."""
+    """Prints a line per layer and where `flags.num_exits` exits go, as a table or one JSON object; draws it all to
+    `flags.output`.
+    """
     from ee_tuning.evaluation.profile_picture import draw_profile
 
     if flags.num_exits < 1:
@@ -117,8 +126,17 @@ def profile(config: Config, flags: argparse.Namespace) -> None:
     draw_profile(measured.distances, layers, model_folder(config.model.path).name, flags.output)
     whole = measured.path[-1]
     if flags.json:
-        print(to_json({"tokens": measured.num_tokens, "turns": measured.turns, "distances": measured.distances.tolist(),
-                          "exit_layers": layers, "picture": str(flags.output)}))
+        print(
+            to_json(
+                {
+                    "tokens": measured.num_tokens,
+                    "turns": measured.turns,
+                    "distances": measured.distances.tolist(),
+                    "exit_layers": layers,
+                    "picture": str(flags.output),
+                }
+            )
+        )
         return
     print("layer  turns its input by  share of the way done")
     for number, (turn, done) in enumerate(zip(measured.turns, measured.path, strict=True), 1):
@@ -127,10 +145,20 @@ def profile(config: Config, flags: argparse.Namespace) -> None:
     print(f"as auto:{flags.num_exits}:profile has it: --exit-layers {','.join(map(str, layers))}")
 
 
-def _one_layer(number: int, reader: BackboneSource, model: ModelConfig, topology: Topology, dtype: torch.dtype,
-               length: int) -> BackboneStage:
-    stage = BackboneStage(model, topology, first_layer=number, last_layer=number, has_embedding=number == 1, has_output=False,
-                          has_final_norm=False, max_length=length, dtype=dtype)
+def _one_layer(
+    number: int, reader: BackboneSource, model: ModelConfig, topology: Topology, dtype: torch.dtype, length: int
+) -> BackboneStage:
+    stage = BackboneStage(
+        model,
+        topology,
+        first_layer=number,
+        last_layer=number,
+        has_embedding=number == 1,
+        has_output=False,
+        has_final_norm=False,
+        max_length=length,
+        dtype=dtype,
+    )
     read = partial(read_backbone_tensor, reader, model, tp=1, tp_rank=0, dtype=dtype)
     for name, parameter in stage.named_parameters():
         parameter.copy_(read(name))
@@ -143,18 +171,26 @@ def _sample_ids(config: Config, model: ModelConfig) -> Tensor:  # [b, s] int64
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise InputError(f"exits.profile_text (--text) must be a text file; {path} can not be read: {error.strerror}") from error
+        raise InputError(
+            f"exits.profile_text (--text) must be a text file; {path} can not be read: {error.strerror}"
+        ) from error
     except ValueError as error:
-        raise InputError(f"exits.profile_text (--text) must be a text file in UTF-8, got {path}: {error}; unpack it where it is packed, "
-                         "else convert it (iconv -t utf-8)") from error
+        raise InputError(
+            f"exits.profile_text (--text) must be a text file in UTF-8, got {path}: {error}; unpack it where it is packed, "
+            "else convert it (iconv -t utf-8)"
+        ) from error
     length = min(SAMPLE_LENGTH, model.max_position_embeddings)
-    ids = torch.tensor(tokenizer(text)["input_ids"][:NUM_SAMPLES * length])
+    ids = torch.tensor(tokenizer(text)["input_ids"][: NUM_SAMPLES * length])
     if len(ids) < length:
-        raise InputError(f"exits.profile_text must have at least {length} tokens, and {path} has {len(ids)}; give a longer one")
+        raise InputError(
+            f"exits.profile_text must have at least {length} tokens, and {path} has {len(ids)}; give a longer one"
+        )
     if int(ids.max()) >= model.vocab_size:
-        raise InputError(f"the tokenizer makes token {int(ids.max())}, and the model's vocabulary ends at {model.vocab_size - 1}; "
-                         "give its own --tokenizer")
-    return ids[:len(ids) // length * length].view(-1, length)
+        raise InputError(
+            f"the tokenizer makes token {int(ids.max())}, and the model's vocabulary ends at {model.vocab_size - 1}; "
+            "give its own --tokenizer"
+        )
+    return ids[: len(ids) // length * length].view(-1, length)
 
 
 def _distances(states: list[Tensor]) -> Tensor:  # [layers + 1] of [s, b, h] -> [layers + 1, layers + 1]

@@ -1,4 +1,7 @@
-"""The picture of `ee-tuning profile`: how far each layer turns the hidden states, and the distances between all of them."""
+"""The picture of `ee-tuning profile`: how far each layer turns the hidden states, and the distances between all of
+them.
+"""
+
 from pathlib import Path
 
 from torch import Tensor
@@ -9,7 +12,9 @@ LINE, EXIT = "#2f6fde", "#c9ced9"
 
 
 def draw_profile(distances: Tensor, exit_layers: tuple[int, ...], name: str, output: Path) -> None:
-    """`distances` [layers + 1, layers + 1] as `Profile` has them. Raises InputError where `output` can not be written."""
+    """`distances` [layers + 1, layers + 1] as `Profile` has them. Raises InputError where `output` can not be
+    written.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -20,9 +25,15 @@ def draw_profile(distances: Tensor, exit_layers: tuple[int, ...], name: str, out
     for layer in exit_layers:
         line.axvline(layer, color=EXIT, linewidth=4)
     line.plot(range(1, len(turns) + 1), turns, "-o", color=LINE, markersize=4)
-    line.set(title=f"Exits after {', '.join(map(str, exit_layers))}", xlabel="layer", ylabel="angular distance from input to output")
+    line.set(
+        title=f"Exits after {', '.join(map(str, exit_layers))}",
+        xlabel="layer",
+        ylabel="angular distance from input to output",
+    )
     line.set_ylim(bottom=0)
-    image = heat.imshow(distances.numpy(), cmap="viridis", origin="lower", extent=(0.5, len(turns) + 1.5, 0.5, len(turns) + 1.5))
+    image = heat.imshow(
+        distances.numpy(), cmap="viridis", origin="lower", extent=(0.5, len(turns) + 1.5, 0.5, len(turns) + 1.5)
+    )
     heat.set(title="Between the inputs of two layers", xlabel="layer", ylabel="layer")
     figure.colorbar(image, ax=heat)
     figure.suptitle(f"{name}: what its layers do to a text's hidden states")

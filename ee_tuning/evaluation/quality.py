@@ -1,4 +1,7 @@
-"""What leaving early costs and gains: tokens, depth and speed over confidence thresholds, against the same engine at full depth."""
+"""What leaving early costs and gains: tokens, depth and speed over confidence thresholds, against the same engine at
+full depth.
+"""
+
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -31,16 +34,30 @@ class ThresholdResult:
     """Tokens by the layer they left at; the number of layers for those that did not leave early."""
 
 
-def measure_thresholds(llm: EarlyExitLLM, prompts: list[str], thresholds: Iterable[float], max_new_tokens: int,
-                       on_prompt: Callable[[int], None] = lambda done: None) -> tuple[list[ThresholdResult], float]:
+def measure_thresholds(
+    llm: EarlyExitLLM,
+    prompts: list[str],
+    thresholds: Iterable[float],
+    max_new_tokens: int,
+    on_prompt: Callable[[int], None] = lambda done: None,
+) -> tuple[list[ThresholdResult], float]:
     """A result per threshold, and full depth's tokens per second. Greedy, one prompt at a time, past the end of text.
 
-    Every prompt is decoded at full depth and at all thresholds before the next one, and all that several times: a slow moment of the
-    machine falls on all alike, and of a way's times the shortest counts. The first one pays for memory that a longer prompt wants.
+    Every prompt is decoded at full depth and at all thresholds before the next one, and all that several times: a slow
+    moment of the machine falls on all alike, and of a way's times the shortest counts. The first one pays for memory
+    that a longer prompt wants.
     """
     thresholds = list(thresholds)
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "ignore_eos": True, "temperature": 0.0, "reuse_prefixes": False}
-    ways: list[dict[str, Any]] = [{"policy": "full"}, *({"policy": "threshold", "threshold": threshold} for threshold in thresholds)]
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "ignore_eos": True,
+        "temperature": 0.0,
+        "reuse_prefixes": False,
+    }
+    ways: list[dict[str, Any]] = [
+        {"policy": "full"},
+        *({"policy": "threshold", "threshold": threshold} for threshold in thresholds),
+    ]
     fastest: list[list[Completion]] = [[] for _ in ways]
     for done, prompt in enumerate(prompts, 1):
         rounds = [[llm.generate([prompt], **way, **options)[0] for way in ways] for _ in range(REPEATS)]
@@ -49,32 +66,46 @@ def measure_thresholds(llm: EarlyExitLLM, prompts: list[str], thresholds: Iterab
         on_prompt(done)
     full, *early = fastest
     full_rate = _rate(full)
-    return [_result(llm, threshold, told, full_rate) for threshold, told in zip(thresholds, early, strict=True)], full_rate
+    return [
+        _result(llm, threshold, told, full_rate) for threshold, told in zip(thresholds, early, strict=True)
+    ], full_rate
 
 
 def agreement(llm: EarlyExitLLM, completion: Completion) -> float:
     """Share of a completion's tokens that the full model would have said, greedily, after the same prefix."""
     assert llm.engine is not None
     prompt = llm.encode(completion.prompt)
-    said = llm.engine.full_model_tokens(prompt + completion.token_ids[:-1])[len(prompt) - 1:]
+    said = llm.engine.full_model_tokens(prompt + completion.token_ids[:-1])[len(prompt) - 1 :]
     return sum(a == b for a, b in zip(said, completion.token_ids, strict=True)) / len(said)
 
 
 def final_head_loss(llm: EarlyExitLLM, config: Config) -> float:
-    """The full model's own mean loss, nats per token, on what `tune` validates with: what the exits' losses come down towards.
+    """The full model's own mean loss, nats per token, on what `tune` validates with: what the exits' losses come down
+    towards.
 
     In one process.
     """
     model, tuning = llm.model, config.tuning
-    splits = load_samples(config.data, tokenizer_of(config), seq_length=tuning.seq_length, vocab_size=model.config.vocab_size,
-                          max_positions=model.config.max_position_embeddings, trusts_code=config.model.trust_remote_code)
+    splits = load_samples(
+        config.data,
+        tokenizer_of(config),
+        seq_length=tuning.seq_length,
+        vocab_size=model.config.vocab_size,
+        max_positions=model.config.max_position_embeddings,
+        trusts_code=config.model.trust_remote_code,
+    )
     loss_sum = num_tokens = 0.0
     for batch in validation_batches(splits.valid, tuning, dp=1, dp_rank=0):
         documents = PackedDocuments.of(batch.document_ids, batch.position_ids, model.topology.device)
         hidden, _ = model.run_layers(model.embed(batch.tokens.to(model.topology.device), documents), documents)
         labels, mask = batch.labels.to(hidden.device), batch.loss_mask.to(hidden.device)
-        losses = token_losses(model.final_hidden(hidden), model.backbone.output_layer.weight, labels, vocab=model.vocab,
-                              chunk_tokens=tuning.loss_chunk_tokens)
+        losses = token_losses(
+            model.final_hidden(hidden),
+            model.backbone.output_layer.weight,
+            labels,
+            vocab=model.vocab,
+            chunk_tokens=tuning.loss_chunk_tokens,
+        )
         loss_sum += float((losses * mask).sum())
         num_tokens += float(mask.sum())
     return loss_sum / num_tokens
@@ -88,5 +119,10 @@ def _result(llm: EarlyExitLLM, threshold: float, completions: list[Completion], 
     layers = [layer for c in completions for layer in c.exit_layers]
     agreed = sum(agreement(llm, c) * len(c.token_ids) for c in completions)
     return ThresholdResult(
-        threshold=threshold, speedup=_rate(completions) / full_rate, tokens_per_second=_rate(completions),
-        agreement=agreed / len(layers), mean_exit_layer=sum(layers) / len(layers), exit_histogram=dict(sorted(Counter(layers).items())))
+        threshold=threshold,
+        speedup=_rate(completions) / full_rate,
+        tokens_per_second=_rate(completions),
+        agreement=agreed / len(layers),
+        mean_exit_layer=sum(layers) / len(layers),
+        exit_histogram=dict(sorted(Counter(layers).items())),
+    )

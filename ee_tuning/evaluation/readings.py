@@ -1,4 +1,5 @@
 """What each way to leave did to each prompt: what is kept while more is measured, and what all figures are made of."""
+
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 

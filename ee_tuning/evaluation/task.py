@@ -1,9 +1,10 @@
 """Task files: JSON lines, each a prompt (or the messages of a chat) with the answers that are right.
 
-    {"prompt": "2 + 2 =", "answer": "4"}
-    {"messages": [{"role": "user", "content": "Capital of France?"}], "answers": ["Paris", "Paris, France"], "id": "fr"}
-    {"prompt": "The sky is", "choices": [" blue", " green"], "answer": 0, "max_new_tokens": 5, "stop": ["\\n"]}
+{"prompt": "2 + 2 =", "answer": "4"}
+{"messages": [{"role": "user", "content": "Capital of France?"}], "answers": ["Paris", "Paris, France"], "id": "fr"}
+{"prompt": "The sky is", "choices": [" blue", " green"], "answer": 0, "max_new_tokens": 5, "stop": ["\\n"]}
 """
+
 import difflib
 import hashlib
 from collections.abc import Iterator
@@ -64,14 +65,18 @@ class Task:
 
     def digest(self) -> str:
         """Tells this task from others, in few characters."""
-        told = [self.metric, [{key: value for key, value in asdict(item).items() if key != "where"} for item in self.items]]
+        told = [
+            self.metric,
+            [{key: value for key, value in asdict(item).items() if key != "where"} for item in self.items],
+        ]
         return hashlib.sha256(to_json(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def read_task(path: Path, metric: Metric, *, limit: int | None = None, name: str | None = None) -> Task:
     """The task in a file, its first `limit` lines alone where given; `name` is the file's by default.
 
-    Raises InputError, with its place, on what can not be read, a line that is no task, and where `metric` does not fit it.
+    Raises InputError, with its place, on what can not be read, a line that is no task, and where `metric` does not fit
+    it.
     """
     if metric not in METRICS:
         raise InputError(f"--metric must be one of {', '.join(METRICS)}, got {metric!r}")
@@ -107,13 +112,17 @@ def _item(line: Line, where: str, number: int) -> Item:
             raise InputError(f"{where}: unknown key {key!r}; did you mean {near[0]!r}?")
     prompt, messages = line.get("prompt"), line.get("messages")
     if (prompt is None) == (messages is None):
-        raise InputError(f'{where}: a line must have either a "prompt" or "messages", got {"both" if prompt is not None else "neither"}')
+        raise InputError(
+            f'{where}: a line must have either a "prompt" or "messages", got {"both" if prompt is not None else "neither"}'
+        )
     if prompt is not None and not isinstance(prompt, str):
         raise InputError(f'{where}: "prompt" must be a text, got {prompt!r:.60}; messages of a chat go into "messages"')
     said = () if messages is None else tuple(chat_messages(messages, "messages", lambda: where))
     if messages is not None and (not said or said[-1]["role"] == "assistant"):
-        raise InputError(f'{where}: "messages" must end with what the model is to answer, got {"none" if not said else "an answer"}; the '
-                         'right answer goes into "answer"')
+        raise InputError(
+            f'{where}: "messages" must end with what the model is to answer, got {"none" if not said else "an answer"}; the '
+            'right answer goes into "answer"'
+        )
     choices = _texts(line.get("choices", []), "choices", where)
     answers, right = _answers(line, choices, where)
     limit, stop, own = line.get("max_new_tokens"), line.get("stop", []), line.get("id", number)
@@ -124,8 +133,17 @@ def _item(line: Line, where: str, number: int) -> Item:
         raise InputError(f'{where}: a "stop" must not be empty; leave it out to have none')
     if not isinstance(own, str | int):
         raise InputError(f'{where}: "id" must be a text or a whole number, got {own!r:.60}')
-    return Item(where=where, id=own, prompt=prompt, messages=said, answers=answers, choices=choices, right=right, max_new_tokens=limit,
-                stop=stops)
+    return Item(
+        where=where,
+        id=own,
+        prompt=prompt,
+        messages=said,
+        answers=answers,
+        choices=choices,
+        right=right,
+        max_new_tokens=limit,
+        stop=stops,
+    )
 
 
 def _answers(line: Line, choices: tuple[str, ...], where: str) -> tuple[tuple[str, ...], int | None]:
@@ -136,15 +154,19 @@ def _answers(line: Line, choices: tuple[str, ...], where: str) -> tuple[tuple[st
     if not choices:
         answers = _texts(line.get("answers", [] if answer is None else [answer]), "answers", where)
         if not answers or not all(answers):
-            raise InputError(f'{where}: a line must have an "answer", "answers" or "choices", got {"an empty one" if answers else "none"}')
+            raise InputError(
+                f'{where}: a line must have an "answer", "answers" or "choices", got {"an empty one" if answers else "none"}'
+            )
         return answers, None
     if len(choices) < 2 or len(set(choices)) < len(choices) or not all(choices):
         raise InputError(f'{where}: "choices" must be at least two different texts, got {list(choices)!r:.60}')
     if isinstance(answer, str) and answer in choices:
         answer = choices.index(answer)
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
-        raise InputError(f'{where}: "answer" must be the right one of the {len(choices)} choices, or its place, counted from 0, got '
-                         f"{answer!r:.60}")
+        raise InputError(
+            f'{where}: "answer" must be the right one of the {len(choices)} choices, or its place, counted from 0, got '
+            f"{answer!r:.60}"
+        )
     return (choices[answer],), answer
 
 
@@ -156,7 +178,11 @@ def _texts(value: Any, key: str, where: str) -> tuple[str, ...]:
 
 def _check_fit(item: Item, metric: Metric) -> None:
     if metric == "choice" and item.right is None:
-        raise InputError(f'{item.where}: --metric choice needs "choices", and this line has answers alone; exact, contains, rouge-l and '
-                         "perplexity fit it")
+        raise InputError(
+            f'{item.where}: --metric choice needs "choices", and this line has answers alone; exact, contains, rouge-l and '
+            "perplexity fit it"
+        )
     if metric == "perplexity" and len(item.answers) > 1:
-        raise InputError(f"{item.where}: --metric perplexity takes one answer, got {len(item.answers)}; leave the others out")
+        raise InputError(
+            f"{item.where}: --metric perplexity takes one answer, got {len(item.answers)}; leave the others out"
+        )

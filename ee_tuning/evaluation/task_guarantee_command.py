@@ -1,4 +1,7 @@
-"""`ee-tuning calibrate --guarantee DELTA --task FILE --metric M`: what it reads, writes and prints; the tests are in `guarantee.py`."""
+"""`ee-tuning calibrate --guarantee DELTA --task FILE --metric M`: what it reads, writes and prints; the tests are in
+`guarantee.py`.
+"""
+
 import argparse
 import sys
 from collections.abc import Mapping
@@ -24,8 +27,8 @@ _BOUNDED = ("exact", "contains", "rouge-l", "choice")
 
 
 def calibrate_on_task(config: Config, flags: argparse.Namespace, topology: Topology, picture: Path) -> None:
-    """Measures, writes `flags.output` and the picture beside it, and prints what holds. Raises InputError, before the model is loaded, on a
-    task, a metric or a grid that can not be used, and where prompts are too few.
+    """Measures, writes `flags.output` and the picture beside it, and prints what holds. Raises InputError, before the
+    model is loaded, on a task, a metric or a grid that can not be used, and where prompts are too few.
     """
     measures: tuple[Measure, ...] = MEASURES if flags.measure == "best" else (flags.measure or "max_probability",)
     confidence = CONFIDENCE if flags.confidence is None else flags.confidence
@@ -40,24 +43,48 @@ def calibrate_on_task(config: Config, flags: argparse.Namespace, topology: Topol
 
     def tell(threshold: float, loss: float, p_value: float) -> None:
         if topology.is_logging_rank:
-            print(f"threshold {threshold:g}: {task.metric} drops by {loss:.2%} of a prompt, p = {p_value:.2g}", file=sys.stderr, flush=True)
-    proofs = prove({measure: try_on_task(scores, full, measure, grid, flags.guarantee, level, tell) for measure in measures},
-                   flags.guarantee, 1 - confidence, grid)
+            print(
+                f"threshold {threshold:g}: {task.metric} drops by {loss:.2%} of a prompt, p = {p_value:.2g}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    proofs = prove(
+        {measure: try_on_task(scores, full, measure, grid, flags.guarantee, level, tell) for measure in measures},
+        flags.guarantee,
+        1 - confidence,
+        grid,
+    )
     measure = earliest(proofs)
     early = sorted(layer for layer in llm.exit_layers if layer < llm.num_layers)
     if not topology.is_logging_rank:
         return
-    write_calibration(flags.output, config, llm.num_layers, llm.heads_digest, {
-        "measure": measure, "thresholds": dict.fromkeys(early, proofs[measure].threshold),
-        "guarantee": _tree(config, task, flags.guarantee, confidence, proofs, full)})
-    draw_guarantee(proofs, measure, flags.guarantee, picture,
-                   Words(loss=f"Drop of {task.metric} below full depth's", of="of a prompt, %", units="prompts"))
+    write_calibration(
+        flags.output,
+        config,
+        llm.num_layers,
+        llm.heads_digest,
+        {
+            "measure": measure,
+            "thresholds": dict.fromkeys(early, proofs[measure].threshold),
+            "guarantee": _tree(config, task, flags.guarantee, confidence, proofs, full),
+        },
+    )
+    draw_guarantee(
+        proofs,
+        measure,
+        flags.guarantee,
+        picture,
+        Words(loss=f"Drop of {task.metric} below full depth's", of="of a prompt, %", units="prompts"),
+    )
     _tell(task, flags.guarantee, confidence, measure, proofs[measure], full, llm.num_layers)
 
 
 def _read(flags: argparse.Namespace, grid: tuple[float, ...]) -> Task:
     if flags.metric not in _BOUNDED:
-        raise InputError(f"--metric must be one whose score lies in 0..1, {', '.join(_BOUNDED)}, got {flags.metric or 'none'}")
+        raise InputError(
+            f"--metric must be one whose score lies in 0..1, {', '.join(_BOUNDED)}, got {flags.metric or 'none'}"
+        )
     check_thresholds(grid)
     if len(set(grid)) < len(grid):
         raise InputError("--thresholds must be different, got one twice; leave it out")
@@ -67,37 +94,72 @@ def _read(flags: argparse.Namespace, grid: tuple[float, ...]) -> Task:
 def _check_number(num_prompts: int, delta: float, confidence: float, num_measures: int) -> None:
     needed = documents_needed(delta, (1 - confidence) / num_measures)
     if needed is not None and num_prompts < needed:
-        raise InputError(f"--guarantee {delta:g} with --confidence {confidence:g} needs at least {needed:,} prompts, even where no score "
-                         f"ever drops, got {num_prompts:,}; give a task with more")
+        raise InputError(
+            f"--guarantee {delta:g} with --confidence {confidence:g} needs at least {needed:,} prompts, even where no score "
+            f"ever drops, got {num_prompts:,}; give a task with more"
+        )
 
 
-def _tree(config: Config, task: Task, delta: float, confidence: float, proofs: Mapping[Measure, Proof],
-          full: list[Scored]) -> dict[str, object]:
+def _tree(
+    config: Config, task: Task, delta: float, confidence: float, proofs: Mapping[Measure, Proof], full: list[Scored]
+) -> dict[str, object]:
     """The guarantee as the calibration file tells it: all that is needed to check the tests."""
     first = next(iter(proofs.values()))
-    tests = {measure: {"num_proven": proof.num_proven, "losses": proof.losses.tolist(), "mean_depths": proof.depths.tolist(),
-                       "p_values": proof.p_values.tolist()} for measure, proof in proofs.items()}
-    return {"delta": delta, "confidence": confidence, "epsilon": 1 - confidence, "prompts": first.num_documents,
-            "loss": f"max(0, full depth's {task.metric} - {task.metric}) of a prompt", "full_depth": _mean(full),
-            "task": {"name": task.name, "metric": task.metric, "digest": task.digest(),
-                     "max_new_tokens": config.generation.max_new_tokens, "stop": config.generation.stop},
-            "level": first.level, "grid": first.grid, "tests": tests}
+    tests = {
+        measure: {
+            "num_proven": proof.num_proven,
+            "losses": proof.losses.tolist(),
+            "mean_depths": proof.depths.tolist(),
+            "p_values": proof.p_values.tolist(),
+        }
+        for measure, proof in proofs.items()
+    }
+    return {
+        "delta": delta,
+        "confidence": confidence,
+        "epsilon": 1 - confidence,
+        "prompts": first.num_documents,
+        "loss": f"max(0, full depth's {task.metric} - {task.metric}) of a prompt",
+        "full_depth": _mean(full),
+        "task": {
+            "name": task.name,
+            "metric": task.metric,
+            "digest": task.digest(),
+            "max_new_tokens": config.generation.max_new_tokens,
+            "stop": config.generation.stop,
+        },
+        "level": first.level,
+        "grid": first.grid,
+        "tests": tests,
+    }
 
 
 def _mean(scored: list[Scored]) -> float:
     return sum(each.score for each in scored) / len(scored)
 
 
-def _tell(task: Task, delta: float, confidence: float, measure: str, proof: Proof, full: list[Scored], num_layers: int) -> None:
+def _tell(
+    task: Task, delta: float, confidence: float, measure: str, proof: Proof, full: list[Scored], num_layers: int
+) -> None:
     tried, at = len(proof.losses), proof.num_proven - 1
-    print(f"{tried} of {len(proof.grid)} thresholds tested on {proof.num_documents:,} prompts of {task.name}, by {measure}; full depth's "
-          f"{task.metric}: {_mean(full):.1%}")
+    print(
+        f"{tried} of {len(proof.grid)} thresholds tested on {proof.num_documents:,} prompts of {task.name}, by {measure}; full depth's "
+        f"{task.metric}: {_mean(full):.1%}"
+    )
     if proof.threshold is None:
         needed = documents_needed(delta, proof.level, float(proof.losses[0]))
-        remedy = "tune the heads longer, or raise --guarantee" if needed is None else f"about {needed:,} prompts would do for the first"
-        print(f"no threshold can be guaranteed: no token will leave early. At {proof.grid[0]:g}, the highest, {task.metric} drops by "
-              f"{float(proof.losses[0]):.2%} of a prompt (p = {float(proof.p_values[0]):.2g}, and {proof.level:.2g} is needed); {remedy}")
+        remedy = (
+            "tune the heads longer, or raise --guarantee"
+            if needed is None
+            else f"about {needed:,} prompts would do for the first"
+        )
+        print(
+            f"no threshold can be guaranteed: no token will leave early. At {proof.grid[0]:g}, the highest, {task.metric} drops by "
+            f"{float(proof.losses[0]):.2%} of a prompt (p = {float(proof.p_values[0]):.2g}, and {proof.level:.2g} is needed); {remedy}"
+        )
         return
-    print(f"guaranteed, leaving from {proof.threshold:g}: on prompts like these {task.metric} drops by at most {delta:.2%} of a prompt, in "
-          f"expectation, with confidence {confidence:g}; measured: {float(proof.losses[at]):.2%}, p = {float(proof.p_values[at]):.2g}\n"
-          f"{float(proof.depths[at]):.2f} of {num_layers} layers a token")
+    print(
+        f"guaranteed, leaving from {proof.threshold:g}: on prompts like these {task.metric} drops by at most {delta:.2%} of a prompt, in "
+        f"expectation, with confidence {confidence:g}; measured: {float(proof.losses[at]):.2%}, p = {float(proof.p_values[at]):.2g}\n"
+        f"{float(proof.depths[at]):.2f} of {num_layers} layers a token"
+    )

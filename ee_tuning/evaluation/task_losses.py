@@ -1,8 +1,10 @@
-"""Thresholds against the score of a task, for a guarantee (`guarantee.py`): a prompt's loss is the drop of its score below full depth's.
+"""Thresholds against the score of a task, for a guarantee (`guarantee.py`): a prompt's loss is the drop of its score
+below full depth's.
 
-Every threshold costs a completion of each prompt. A sequence of tests ends at its first failure, so thresholds are tried from the most
-careful one on, and those behind the failure are never decoded.
+Every threshold costs a completion of each prompt. A sequence of tests ends at its first failure, so thresholds are
+tried from the most careful one on, and those behind the failure are never decoded.
 """
+
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -47,19 +49,35 @@ class TaskScores:
 
     def _share(self, point: Point, places: list[int]) -> list[Scored]:
         if (metric := self.task.text_metric) is None:
-            readings = [reading for reading, in given_readings(self.llm, self.task, places, self._jobs, [point])]
-            return [Scored(each.scores[self.task.metric], sum(layer * count for layer, count in each.exits.items()) / each.num_tokens)
-                    for each in readings]
+            readings = [reading for (reading,) in given_readings(self.llm, self.task, places, self._jobs, [point])]
+            return [
+                Scored(
+                    each.scores[self.task.metric],
+                    sum(layer * count for layer, count in each.exits.items()) / each.num_tokens,
+                )
+                for each in readings
+            ]
         said, score = list[Completion](), score_of(metric)
         jobs: list[Job] = [dataclasses.replace(self._jobs[place], policy=point.policy) for place in places]
         for _ in self.llm.run(jobs, said, self.options, shows_text=False):
             pass
-        return [Scored(score(each.text, self.task.items[place].answers), each.mean_depth) for place, each in zip(places, said, strict=True)]
+        return [
+            Scored(score(each.text, self.task.items[place].answers), each.mean_depth)
+            for place, each in zip(places, said, strict=True)
+        ]
 
 
-def try_on_task(scores: TaskScores, full: Sequence[Scored], measure: Measure, grid: Sequence[float], delta: float, level: float,
-                on_threshold: Callable[[float, float, float], None] = lambda threshold, loss, p_value: None) -> Trials:
-    """What the thresholds of `grid` do to each prompt, up to the first whose test fails at `level`; those behind it are not tried.
+def try_on_task(
+    scores: TaskScores,
+    full: Sequence[Scored],
+    measure: Measure,
+    grid: Sequence[float],
+    delta: float,
+    level: float,
+    on_threshold: Callable[[float, float, float], None] = lambda threshold, loss, p_value: None,
+) -> Trials:
+    """What the thresholds of `grid` do to each prompt, up to the first whose test fails at `level`; those behind it are
+    not tried.
 
     `full` is full depth's, `on_threshold` is told each threshold's mean loss and p-value.
     """

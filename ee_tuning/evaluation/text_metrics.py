@@ -1,9 +1,11 @@
-"""Metrics of a completion against the answers that a task takes for right: each gives a prompt a score in 0..1, the best over its answers.
+"""Metrics of a completion against the answers that a task takes for right: each gives a prompt a score in 0..1, the
+best over its answers.
 
-Texts are compared as SQuAD 1.1 does (Rajpurkar et al., arXiv 1606.05250): in lower case, without punctuation, without the articles a, an
-and the, white space as single blanks. Unlike there, punctuation is Unicode's, long dashes part words, and a point or comma between digits
-is read as in numbers: 3.5 stays, 1,000 is 1000.
+Texts are compared as SQuAD 1.1 does (Rajpurkar et al., arXiv 1606.05250): in lower case, without punctuation, without
+the articles a, an and the, white space as single blanks. Unlike there, punctuation is Unicode's, long dashes part
+words, and a point or comma between digits is read as in numbers: 3.5 stays, 1,000 is 1000.
 """
+
 import importlib
 import re
 import unicodedata
@@ -19,7 +21,9 @@ Score = Callable[[str, Sequence[str]], float]
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _THOUSANDS, _POINT = re.compile(r"(?<=\d),(?=\d)"), re.compile(r"(?<=\d)\.(?=\d)")
 _KEPT_POINT = "\uf8ff"
-_UNPARTED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+_UNPARTED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
 """Letters of scripts that part no words: Thai, Lao, Burmese, Khmer, Japanese, Chinese."""
 
 
@@ -37,21 +41,23 @@ def exact(text: str, answers: Sequence[str]) -> float:
 
 
 def contains(text: str, answers: Sequence[str]) -> float:
-    """1 where an answer stands in the completion as whole words, both normalized. Chinese, Japanese, Thai … part no words: there it stands
-    anywhere.
+    """1 where an answer stands in the completion as whole words, both normalized. Chinese, Japanese, Thai … part no
+    words: there it stands anywhere.
     """
     said = normalized(text)
     return float(any(_stands_in(normalized(answer), said) for answer in answers))
 
 
 def rouge_l() -> Score:
-    """F1 of the longest common subsequence of words (Lin 2004), by the package rouge-score, without stemming. Raises InputError where it
-    is missing.
+    """F1 of the longest common subsequence of words (Lin 2004), by the package rouge-score, without stemming. Raises
+    InputError where it is missing.
     """
     try:
         scorer: Any = importlib.import_module("rouge_score.rouge_scorer").RougeScorer(["rougeL"], use_stemmer=False)
     except ImportError as error:
-        raise InputError(f"the metric rouge-l needs the package rouge-score ({error}); pip install 'ee_tuning[eval]'") from error
+        raise InputError(
+            f"the metric rouge-l needs the package rouge-score ({error}); pip install 'ee_tuning[eval]'"
+        ) from error
     return lambda text, answers: max(float(scorer.score(answer, text)["rougeL"].fmeasure) for answer in answers)
 
 
@@ -63,14 +69,16 @@ def score_of(metric: TextMetric) -> Score:
 def _without_punctuation(text: str) -> str:
     """Long dashes part words, as they do in print."""
     kinds = ((character, unicodedata.category(character)) for character in text)
-    return "".join(" " if kind == "Pd" and character != "-" else "" if kind[0] in "PS" else character for character, kind in kinds)
+    return "".join(
+        " " if kind == "Pd" and character != "-" else "" if kind[0] in "PS" else character for character, kind in kinds
+    )
 
 
 def _stands_in(answer: str, text: str) -> bool:
     at = text.find(answer)
     while at >= 0:
         end = at + len(answer)
-        if not _joins(text[at - 1: at], answer[0]) and not _joins(answer[-1], text[end: end + 1]):
+        if not _joins(text[at - 1 : at], answer[0]) and not _joins(answer[-1], text[end : end + 1]):
             return True
         at = text.find(answer, at + 1)
     return False

@@ -1,9 +1,12 @@
-"""Blocks of the cache: lent to sequences, shared by those that begin alike, and kept behind them as long as nobody wants the memory.
+"""Blocks of the cache: lent to sequences, shared by those that begin alike, and kept behind them as long as nobody
+wants the memory.
 
-A full block whose tokens have gone through every part of the network that its request uses is known by its tokens and all before them,
-and by these parts; later requests that begin so hold it too, instead of computing it. Nobody writes to a known block. One that nobody
-holds is taken for something else when memory is wanted, the one unused for longest first (as vLLM does, arXiv 2309.06180).
+A full block whose tokens have gone through every part of the network that its request uses is known by its tokens and
+all before them, and by these parts; later requests that begin so hold it too, instead of computing it. Nobody writes to
+a known block. One that nobody holds is taken for something else when memory is wanted, the one unused for longest first
+(as vLLM does, arXiv 2309.06180).
 """
+
 import hashlib
 from array import array
 from typing import NamedTuple
@@ -13,7 +16,7 @@ import torch
 from ee_tuning.generation.sequence import Part
 from ee_tuning.model.ragged_attention import BLOCK_SIZE
 
-_HELD = 2 ** 62
+_HELD = 2**62
 
 
 def blocks_for(num_tokens: int) -> int:
@@ -32,7 +35,9 @@ class _Content(NamedTuple):
 
 
 class BlockPool:
-    """Which of `num_blocks` blocks are free, and what is in them. `run` is how far apart sequences are put while there is room."""
+    """Which of `num_blocks` blocks are free, and what is in them. `run` is how far apart sequences are put while there
+    is room.
+    """
 
     def __init__(self, num_blocks: int, run: int):
         self.num_blocks, self.run = num_blocks, run
@@ -46,7 +51,8 @@ class BlockPool:
         self._clock = 0
 
     def take(self, count: int, after: int | None = None) -> list[int] | None:
-        """`count` blocks, one after the other where that can be had, best right behind block `after`; None where there are not so many.
+        """`count` blocks, one after the other where that can be had, best right behind block `after`; None where there
+        are not so many.
 
         What was known of them is forgotten.
         """
@@ -85,7 +91,9 @@ class BlockPool:
         return block if block is not None and self._contents[block].parts >= parts else None
 
     def make_known(self, block: int, key: bytes, parts: frozenset[Part]) -> None:
-        """These parts of the network have filled a held block. Of two alike one alone is known, which keeps its place where it has all."""
+        """These parts of the network have filled a held block. Of two alike one alone is known, which keeps its place
+        where it has all.
+        """
         other = self._blocks.get(key)
         if other is not None:
             if self._contents[other].parts >= parts:
@@ -101,7 +109,7 @@ class BlockPool:
                 self._age[block] = 0
 
     def _behind(self, after: int | None, count: int) -> list[int] | None:
-        if after is None or after + 1 + count > self.num_blocks or any(self._holders[after + 1: after + 1 + count]):
+        if after is None or after + 1 + count > self.num_blocks or any(self._holders[after + 1 : after + 1 + count]):
             return None
         return list(range(after + 1, after + 1 + count))
 
@@ -113,7 +121,9 @@ class BlockPool:
         return self._oldest(self._age.unfold(0, count, 1), 1, count)
 
     def _oldest(self, runs: torch.Tensor, distance: int, count: int) -> list[int] | None:
-        """Among runs of blocks that begin `distance` apart, the beginning of the one that nobody holds, and that was left first."""
+        """Among runs of blocks that begin `distance` apart, the beginning of the one that nobody holds, and that was
+        left first.
+        """
         age, index = runs.amax(1).min(0)
         first = int(index) * distance
         return None if int(age) == _HELD else list(range(first, first + count))

@@ -1,4 +1,7 @@
-"""`ee-tuning chat`: a conversation at a terminal, in the words of the model's chat template, answers streamed as they are made."""
+"""`ee-tuning chat`: a conversation at a terminal, in the words of the model's chat template, answers streamed as they
+are made.
+"""
+
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -34,12 +37,14 @@ class Talk(NamedTuple):
     """What ends an answer beside the model's end of text."""
 
 
-def chat(config: Config, *, system: str | None = None, show_exits: bool = False, ask: Callable[[], str] | None = None) -> None:
+def chat(
+    config: Config, *, system: str | None = None, show_exits: bool = False, ask: Callable[[], str] | None = None
+) -> None:
     """Reads what the user says, a line at a time, and answers, until an empty line or the end of input.
 
-    Ctrl-C ends an answer, of which stays what was said so far; another one, or one where the user is asked, ends the conversation. Raises
-    InputError where the tokenizer has no chat template, or one that refuses what every conversation begins with, and under a launcher of
-    several processes.
+    Ctrl-C ends an answer, of which stays what was said so far; another one, or one where the user is asked, ends the
+    conversation. Raises InputError where the tokenizer has no chat template, or one that refuses what every
+    conversation begins with, and under a launcher of several processes.
     """
     topology = init_parallel(config.parallel)
     if topology.world_size > 1:
@@ -47,7 +52,13 @@ def chat(config: Config, *, system: str | None = None, show_exits: bool = False,
     given = read_chat_template(config.data.chat_template)
     llm = EarlyExitLLM.from_config(config, topology)
     template = ChatTemplate(llm.tokenizer, given)
-    talk = Talk(llm, template, Console(highlight=False, soft_wrap=True), colours_of(llm) if show_exits else {}, stop_ids_of(llm, template))
+    talk = Talk(
+        llm,
+        template,
+        Console(highlight=False, soft_wrap=True),
+        colours_of(llm) if show_exits else {},
+        stop_ids_of(llm, template),
+    )
     beginning: list[Message] = [{"role": "system", "content": system}] if system else []
     _check_template(talk.template, beginning)
     messages = list(beginning)
@@ -71,7 +82,9 @@ def chat(config: Config, *, system: str | None = None, show_exits: bool = False,
 
 
 def stop_ids_of(llm: EarlyExitLLM, template: ChatTemplate) -> tuple[int, ...]:
-    """Token ids that end an answer in a chat, beside the model's end of text: those that the user gave, and the template's end of turn."""
+    """Token ids that end an answer in a chat, beside the model's end of text: those that the user gave, and the
+    template's end of turn.
+    """
     own, end = llm.defaults.stop_token_ids, template.end_of_turn_id()
     return own if end is None or end >= llm.model.config.vocab_size or llm.defaults.ignore_eos else (*own, end)
 
@@ -85,8 +98,8 @@ def _check_template(template: ChatTemplate, beginning: list[Message]) -> None:
 
 
 def answer(talk: Talk, messages: list[Message]) -> str | None:
-    """What the model says to `messages`, streamed to the console; where Ctrl-C ended it, what was said so far, and None before the first
-    word.
+    """What the model says to `messages`, streamed to the console; where Ctrl-C ended it, what was said so far, and None
+    before the first word.
     """
     prompt = talk.template.render(messages, add_generation_prompt=True)
     completions: list[Completion] = []
@@ -112,7 +125,10 @@ def _interrupted() -> Iterator[Callable[[], bool]]:
         pressed.append(number)
         if len(pressed) > 1:
             raise KeyboardInterrupt
-    former = signal.signal(signal.SIGINT, note)  # raised in the middle of a step, it would leave keys and values half written
+
+    former = signal.signal(
+        signal.SIGINT, note
+    )  # raised in the middle of a step, it would leave keys and values half written
     try:
         yield lambda: bool(pressed)
     finally:
@@ -127,6 +143,8 @@ def _next_line(ask: Callable[[], str]) -> str | None:
     try:
         return ask().strip() or None
     except UnicodeDecodeError as error:
-        raise InputError(f"what is said must be UTF-8 text, but standard input is not: {error}; convert it first") from error
+        raise InputError(
+            f"what is said must be UTF-8 text, but standard input is not: {error}; convert it first"
+        ) from error
     except (EOFError, KeyboardInterrupt):
         return None

@@ -1,4 +1,5 @@
 """`ee-tuning generate`: prompts to completions at a terminal or as JSON lines. Under torchrun the first rank prints."""
+
 import sys
 from collections import Counter
 from pathlib import Path
@@ -21,28 +22,49 @@ EXIT_COLOURS = ("bright_green", "green", "cyan", "bright_blue", "blue", "magenta
 """Colours of exits, shallow to deep; tokens that did not leave early keep the terminal's colour."""
 
 
-def generate(config: Config, prompts: list[str], *, prompts_file: Path | None = None, output: Path | None = None, overwrite: bool = False,
-             as_json: bool = False, show_exits: bool = False) -> int:
+def generate(
+    config: Config,
+    prompts: list[str],
+    *,
+    prompts_file: Path | None = None,
+    output: Path | None = None,
+    overwrite: bool = False,
+    as_json: bool = False,
+    show_exits: bool = False,
+) -> int:
     """Loads the model and its exits, completes the prompts together, and prints them. The prompt `-` is standard input.
 
-    Those of `prompts_file`, a line each, bring wishes of their own; a line that can not be done gets its error, and the exit code is 2.
-    Records go to `output`, if given: see output_file.py.
+    Those of `prompts_file`, a line each, bring wishes of their own; a line that can not be done gets its error, and the
+    exit code is 2. Records go to `output`, if given: see output_file.py.
     """
     topology = init_parallel(config.parallel)
     if topology.dp > 1:
-        raise InputError(f"generate takes tensor × pipeline = {topology.tp} × {topology.pp} processes, got {topology.world_size}; "
-                         f"launch {topology.num_in_replica}, or change parallel.*")
+        raise InputError(
+            f"generate takes tensor × pipeline = {topology.tp} × {topology.pp} processes, got {topology.world_size}; "
+            f"launch {topology.num_in_replica}, or change parallel.*"
+        )
     if output is not None:
         check_beside(output, config, (prompts_file, config.generation.calibration))
         on_first_rank(topology, lambda: check_output(output, overwrite))
     with owned_output(output, topology):
-        code = _generate(config, topology, prompts, prompts_file, output, overwrite=overwrite, as_json=as_json, show_exits=show_exits)
+        code = _generate(
+            config, topology, prompts, prompts_file, output, overwrite=overwrite, as_json=as_json, show_exits=show_exits
+        )
     leave_parallel()
     return code
 
 
-def _generate(config: Config, topology: Topology, prompts: list[str], prompts_file: Path | None, output: Path | None, *, overwrite: bool,
-              as_json: bool, show_exits: bool) -> int:
+def _generate(
+    config: Config,
+    topology: Topology,
+    prompts: list[str],
+    prompts_file: Path | None,
+    output: Path | None,
+    *,
+    overwrite: bool,
+    as_json: bool,
+    show_exits: bool,
+) -> int:
     # All ranks share one standard input, and a pipe of prompts can be read once: the first rank reads them.
     prompts, lines = on_first_rank(topology, lambda: _read(prompts, prompts_file))
     llm = EarlyExitLLM.from_config(config, topology)
@@ -59,8 +81,12 @@ def _generate(config: Config, topology: Topology, prompts: list[str], prompts_fi
     else:
         completions, num_failed = deliver(llm, config, requests, options, output, overwrite)
         if num_failed and topology.is_logging_rank:
-            print(f"ee-tuning: {num_failed} of {len(requests)} prompts could not be done; "
-                  f"{'their records' if output is None else output} tell{'' if output is None else 's'} why", file=sys.stderr, flush=True)
+            print(
+                f"ee-tuning: {num_failed} of {len(requests)} prompts could not be done; "
+                f"{'their records' if output is None else output} tell{'' if output is None else 's'} why",
+                file=sys.stderr,
+                flush=True,
+            )
     if topology.is_logging_rank and completions and not as_json:
         _print_summary(llm, completions, colours_of(llm) if show_exits else {})
     return 2 if num_failed or any(c.error for c in completions) else 0
@@ -87,13 +113,21 @@ def _read_standard_input() -> str:
     try:
         return sys.stdin.read()
     except UnicodeDecodeError as error:
-        raise InputError(f"a prompt must be UTF-8 text, but standard input is not: {error}; convert it first") from error
+        raise InputError(
+            f"a prompt must be UTF-8 text, but standard input is not: {error}; convert it first"
+        ) from error
     except OSError as error:
-        raise InputError(f"--prompt - reads standard input, which can not be read: {error.strerror}; give --prompt TEXT") from error
+        raise InputError(
+            f"--prompt - reads standard input, which can not be read: {error.strerror}; give --prompt TEXT"
+        ) from error
 
 
-def _print_text(llm: EarlyExitLLM, jobs: list[Job], options: GenerationSection, completions: list[Completion], show_exits: bool) -> None:
-    """One completion streams as it is made; several come whole, one after the other. A pipe gets the completions alone, as they are."""
+def _print_text(
+    llm: EarlyExitLLM, jobs: list[Job], options: GenerationSection, completions: list[Completion], show_exits: bool
+) -> None:
+    """One completion streams as it is made; several come whole, one after the other. A pipe gets the completions alone,
+    as they are.
+    """
     out = Console(highlight=False, soft_wrap=True)
     colours = colours_of(llm) if show_exits else {}
 
@@ -130,12 +164,16 @@ def _print_summary(llm: EarlyExitLLM, completions: list[Completion], colours: di
     seconds = max(c.seconds for c in completions)
     histogram = Counter(layers)
     first = min(c.statistics.seconds_to_first_token for c in completions)
-    summary = Text(f"{len(layers)} tokens in {seconds:.2f} s, {len(layers) / seconds:.1f} tokens/s, the first after {first:.2f} s; "
-                   f"mean depth {sum(layers) / len(layers):.1f} of {llm.num_layers} layers; left at ")
+    summary = Text(
+        f"{len(layers)} tokens in {seconds:.2f} s, {len(layers) / seconds:.1f} tokens/s, the first after {first:.2f} s; "
+        f"mean depth {sum(layers) / len(layers):.1f} of {llm.num_layers} layers; left at "
+    )
     for i, layer in enumerate(sorted(histogram)):
         name = "the end" if layer == llm.num_layers else f"layer {layer}"
         summary.append(", " if i else "").append(f"{name}: {histogram[layer]}", style=colours.get(layer, ""))
-    caught_up, drafted = (sum(getattr(c.statistics, name) for c in completions) for name in ("num_catch_up", "num_drafted"))
+    caught_up, drafted = (
+        sum(getattr(c.statistics, name) for c in completions) for name in ("num_catch_up", "num_drafted")
+    )
     if drafted:
         accepted = sum(c.statistics.num_accepted for c in completions)
         summary.append(f"; {drafted} drafted, {accepted / drafted:.0%} accepted")
@@ -144,6 +182,8 @@ def _print_summary(llm: EarlyExitLLM, completions: list[Completion], colours: di
     if reused := sum(c.statistics.num_reused for c in completions):
         summary.append(f"; {reused} tokens of prompts were known from others")
     if llm.engine is not None:
-        summary.append(f"; {llm.engine.seconds_in_heads / seconds:.0%} of the time in heads; "
-                       f"KV cache {llm.engine.cache.num_bytes / 1e6:.1f} MB")
+        summary.append(
+            f"; {llm.engine.seconds_in_heads / seconds:.0%} of the time in heads; "
+            f"KV cache {llm.engine.cache.num_bytes / 1e6:.1f} MB"
+        )
     console.print(summary, soft_wrap=True)

@@ -1,4 +1,5 @@
 """What was made of a prompt, and how it is put together token by token."""
+
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -28,7 +29,9 @@ class Completion:
     top_logprobs: list[dict[int, float]] = field(default_factory=list)
     """Per token the likeliest ids there with theirs, where asked for."""
     finish_reason: str = ""
-    """stop: end of text, a stop token or a stop string. length: max_new_tokens or the end of the context. error: see `error`."""
+    """stop: end of text, a stop token or a stop string. length: max_new_tokens or the end of the context. error: see
+    `error`.
+    """
     error: str = ""
     """Why there is no completion."""
     statistics: SequenceStatistics = field(default_factory=SequenceStatistics, repr=False)
@@ -109,4 +112,6 @@ class Writer:
             shown += self.stream.flush()
             done.text, done.statistics = self.stream.text, self.sequence.statistics
             done.seconds = time.perf_counter() - started
-        return StreamedToken(self.prompt_index, shown, step.exit_layer, step.confidence, bool(done.finish_reason), done.index)
+        return StreamedToken(
+            self.prompt_index, shown, step.exit_layer, step.confidence, bool(done.finish_reason), done.index
+        )

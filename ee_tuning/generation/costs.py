@@ -1,4 +1,7 @@
-"""What passes and heads cost on this machine, measured once: what speculation reckons with. All ranks agree on the figures."""
+"""What passes and heads cost on this machine, measured once: what speculation reckons with. All ranks agree on the
+figures.
+"""
+
 import time
 from bisect import bisect_right
 from dataclasses import dataclass
@@ -47,15 +50,20 @@ class Costs:
 
     def of_all(self, num_tokens: int) -> float:
         """A step of so many tokens at full depth, no exit asked."""
-        return self.overhead + sum(self.of_piece(i, num_tokens) for i in range(len(self.pieces))) + self.of_head(None, num_tokens)
+        return (
+            self.overhead
+            + sum(self.of_piece(i, num_tokens) for i in range(len(self.pieces)))
+            + self.of_head(None, num_tokens)
+        )
 
 
 def measure_costs(runner: Runner) -> Costs:
-    """Times this stage's pieces and heads on numbers that do not matter; then each figure is that of the slowest rank that has one.
+    """Times this stage's pieces and heads on numbers that do not matter; then each figure is that of the slowest rank
+    that has one.
 
-    The pieces run one after the other, as in a step: what one leaves in a processor's cache, the others push out. Those before the last one
-    run twice and count the mean: drafts come one after the other, and find in the cache what the draft before them left. Of several such
-    rounds the fastest counts, for what else runs on a machine only ever adds.
+    The pieces run one after the other, as in a step: what one leaves in a processor's cache, the others push out. Those
+    before the last one run twice and count the mean: drafts come one after the other, and find in the cache what the
+    draft before them left. Of several such rounds the fastest counts, for what else runs on a machine only ever adds.
     """
     num_pieces = len(runner.pieces)
     figures = torch.zeros(2 * num_pieces + 1, len(COUNTS), dtype=torch.float64)
@@ -66,12 +74,18 @@ def measure_costs(runner: Runner) -> Costs:
     if runner.topology.num_in_replica > 1:
         dist.all_reduce(figures, op=dist.ReduceOp.MAX, group=runner.topology.replica_control)
     curves: list[Curve] = [tuple(row) for row in figures.cummax(dim=1)[0].tolist()]  # more tokens never cost less
-    heads = {piece.exit_layer: curves[num_pieces + i] for i, piece in enumerate(runner.pieces[:-1]) if piece.exit_layer is not None}
+    heads = {
+        piece.exit_layer: curves[num_pieces + i]
+        for i, piece in enumerate(runner.pieces[:-1])
+        if piece.exit_layer is not None
+    }
     return Costs(tuple(curves[:num_pieces]), heads, curves[2 * num_pieces - 1], overhead=curves[-1][0])
 
 
 class _Imitation:
-    """This stage's pieces and heads, with a cache of their own that all layers share: `count` tokens behind CONTEXT others."""
+    """This stage's pieces and heads, with a cache of their own that all layers share: `count` tokens behind CONTEXT
+    others.
+    """
 
     def __init__(self, runner: Runner, count: int):
         self.runner, self.count = runner, count
@@ -84,18 +98,33 @@ class _Imitation:
         # Of any length of context: the engine's own tables may end before the measured tokens do.
         cos, sin = (table.new_ones(CONTEXT + count, table.shape[-1]) for table in runner.tables)
         self.tables = cos, sin
-        self.static_passes = StaticPasses(self.tables, width=config.hidden_size, num_places=self.num_places,
-                                          bytes_per_place=runner.cache.bytes_per_token)
+        self.static_passes = StaticPasses(
+            self.tables,
+            width=config.hidden_size,
+            num_places=self.num_places,
+            bytes_per_place=runner.cache.bytes_per_token,
+        )
         own = [piece for piece in runner.pieces if piece.stage == runner.topology.stage]
-        self.pieces = {piece: self._run(cache, [runner.layers[n] for n in range(piece.first_layer, piece.last_layer + 1)]) for piece in own}
-        self.own_layers = {layer: self._run(cache, [head.layer]) for layer, head in runner.exit_heads.items() if head.layer is not None}
+        self.pieces = {
+            piece: self._run(cache, [runner.layers[n] for n in range(piece.first_layer, piece.last_layer + 1)])
+            for piece in own
+        }
+        self.own_layers = {
+            layer: self._run(cache, [head.layer]) for layer, head in runner.exit_heads.items() if head.layer is not None
+        }
 
     def tokens(self) -> TokenPass:
         """A pass, told anew."""
         config = self.runner.config
-        return TokenPass([self.places], [CONTEXT], [self.count], self.tables,
-                         queries_per_group=config.num_attention_heads // config.num_query_groups, num_places=self.num_places,
-                         static_passes=self.static_passes)
+        return TokenPass(
+            [self.places],
+            [CONTEXT],
+            [self.count],
+            self.tables,
+            queries_per_group=config.num_attention_heads // config.num_query_groups,
+            num_places=self.num_places,
+            static_passes=self.static_passes,
+        )
 
     def ask(self, layer: int | None, hidden: Tensor, inner: ExitInput, tokens: TokenPass) -> None:
         """A head about all tokens; its answer has come when this returns."""
@@ -137,5 +166,5 @@ def _one_run(imitation: _Imitation) -> Tensor:
 def _between(curve: Curve, count: float) -> float:
     """Straight lines between the counts that were measured, and on from the last two."""
     right = min(max(bisect_right(COUNTS, count), 1), len(COUNTS) - 1)
-    (a, b), (low, high) = COUNTS[right - 1: right + 1], curve[right - 1: right + 1]
+    (a, b), (low, high) = COUNTS[right - 1 : right + 1], curve[right - 1 : right + 1]
     return low + (high - low) * (count - a) / (b - a)

@@ -1,4 +1,7 @@
-"""Where records of completions go while more are made: to a stream, in the prompts' order, or into a file (output_file.py)."""
+"""Where records of completions go while more are made: to a stream, in the prompts' order, or into a file
+(output_file.py).
+"""
+
 import sys
 import time
 from contextlib import suppress
@@ -76,7 +79,9 @@ class InOrder:
             except OSError as error:
                 if self._stream is sys.stdout:
                     raise
-                raise InputError(f"--output {self._stream.name} can not be written: {error.strerror}; give another --output") from error
+                raise InputError(
+                    f"--output {self._stream.name} can not be written: {error.strerror}; give another --output"
+                ) from error
         self._held[place].clear()
 
 
@@ -98,5 +103,9 @@ class Progress:
         if now - self._spoke >= max(_SECONDS_BETWEEN_LINES, (now - self._began) / 50):
             self._spoke, seconds = now, now - self._began
             left = round(seconds * (self._num - self._done) / (self._done - self._done_before))
-            print(f"{self._done:,} of {self._num:,} completions · {self._tokens / seconds:,.1f} tokens/s · "
-                  f"{left // 60}:{left % 60:02d} left", file=sys.stderr, flush=True)
+            print(
+                f"{self._done:,} of {self._num:,} completions · {self._tokens / seconds:,.1f} tokens/s · "
+                f"{left // 60}:{left % 60:02d} left",
+                file=sys.stderr,
+                flush=True,
+            )

@@ -1,4 +1,7 @@
-"""Prompts on the way to their answers, in rounds: each round asks for the next answer of every dialogue that is not over."""
+"""Prompts on the way to their answers, in rounds: each round asks for the next answer of every dialogue that is not
+over.
+"""
+
 import itertools
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -66,8 +69,13 @@ class Dialogue:
             *given, answer = self.messages
             body = {"prompt": given, "completion": [answer]}
         tools = {"tools": self.prompt.tools} if self.prompt.tools else {}
-        return {**self.prompt.kept, **body, **tools, "finish_reason": self.finish_reason,
-                MARK: {"prompt_index": self.place, "index": self.index}}
+        return {
+            **self.prompt.kept,
+            **body,
+            **tools,
+            "finish_reason": self.finish_reason,
+            MARK: {"prompt_index": self.place, "index": self.index},
+        }
 
 
 @dataclass(kw_only=True)
@@ -87,9 +95,17 @@ class Tally:
 class Dialogues:
     """All of a job, a few at a time."""
 
-    def __init__(self, dialogues: Iterable[Dialogue], template: ChatTemplate, *, at_a_time: int, drops_cut: bool, wheres: Sequence[Where]):
-        """`at_a_time` dialogues are finished before others begin. With `drops_cut` an answer that is cut ends its dialogue unsaid.
-        `wheres` tell, by place, where prompts stand.
+    def __init__(
+        self,
+        dialogues: Iterable[Dialogue],
+        template: ChatTemplate,
+        *,
+        at_a_time: int,
+        drops_cut: bool,
+        wheres: Sequence[Where],
+    ):
+        """`at_a_time` dialogues are finished before others begin. With `drops_cut` an answer that is cut ends its
+        dialogue unsaid. `wheres` tell, by place, where prompts stand.
         """
         self.tally = Tally()
         self._coming: Iterator[Dialogue] = iter(dialogues)
@@ -102,7 +118,9 @@ class Dialogues:
         """What is asked next; empty where all dialogues are over."""
         questions: list[Question] = []
         while not questions:
-            dialogues = [each for each, _ in self._asked if not each.is_over] or list(itertools.islice(self._coming, self._at_a_time))
+            dialogues = [each for each, _ in self._asked if not each.is_over] or list(
+                itertools.islice(self._coming, self._at_a_time)
+            )
             if not dialogues:
                 return []
             self._asked = []
@@ -127,7 +145,9 @@ class Dialogues:
         elif is_cut and self._drops_cut:
             self._break_off(dialogue, "the answer was cut at max_new_tokens, or the end of the model's context")
         elif is_cut and question.is_rendered and is_mid_thought(question.text, completion.text):
-            self._break_off(dialogue, "the answer was cut within its thought, before it said anything; give more --max-new-tokens")
+            self._break_off(
+                dialogue, "the answer was cut within its thought, before it said anything; give more --max-new-tokens"
+            )
         else:
             dialogue.answers.append(completion.text)
             dialogue.finish_reason = completion.finish_reason

@@ -1,4 +1,5 @@
 """Drafts of sequences that speculate: where they are made, and what a check leaves of them."""
+
 from collections.abc import Callable
 
 from ee_tuning.generation.costs import measure_costs
@@ -54,8 +55,8 @@ class Drafting:
             sequence.statistics.num_drafted += 1
 
     def lone_round(self, sequence: Sequence) -> list[Left] | None:
-        """Drafts and their check, as `check` returns them, of a sequence that runs alone, its newest token at the entrance; None where
-        that can not be had in one call.
+        """Drafts and their check, as `check` returns them, of a sequence that runs alone, its newest token at the
+        entrance; None where that can not be had in one call.
         """
         plan, room = sequence.drafts.plan, self._room(sequence)
         if not sequence.num_output or len(plan) > 1 or room < 0:
@@ -73,21 +74,21 @@ class Drafting:
         return self.check(sequence, run.checked)
 
     def check(self, sequence: Sequence, answers: list[Answer]) -> list[Left]:
-        """Keeps the drafts that are what the full model says, and its own token behind them, each with the exit that drafted it; forgets
-        the others, and what was made of them.
+        """Keeps the drafts that are what the full model says, and its own token behind them, each with the exit that
+        drafted it; forgets the others, and what was made of them.
 
-        The full model's token is chosen as it would be without any draft, drawn with the same key: so the tokens are exactly those of
-        full depth. An exit's draw with that key is mostly the same (see `draw`).
+        The full model's token is chosen as it would be without any draft, drawn with the same key: so the tokens are
+        exactly those of full depth. An exit's draw with that key is mostly the same (see `draw`).
         """
-        drafts, layers = sequence.tokens[sequence.num_final:], list(sequence.drafts.layers)
+        drafts, layers = sequence.tokens[sequence.num_final :], list(sequence.drafts.layers)
         num_kept = next((i for i, draft in enumerate(drafts) if answers[i].token_id != draft), len(drafts))
         self._known.end_round(sequence, answers, num_kept)
         sequence.statistics.num_accepted += num_kept
-        del sequence.tokens[sequence.num_final:]
+        del sequence.tokens[sequence.num_final :]
         sequence.crop(len(sequence.tokens) + num_kept)
         sequence.drafts.begin({})
         layers = [*layers[:num_kept], self.runner.config.num_layers]
-        return [Left(sequence, *each) for each in zip(answers[:num_kept + 1], layers, strict=True)]
+        return [Left(sequence, *each) for each in zip(answers[: num_kept + 1], layers, strict=True)]
 
     @property
     def _known(self) -> Speculation:

@@ -1,11 +1,13 @@
-"""The decoding engine: requests come and go between steps, a step takes every running sequence on, and each token leaves the network
-where its own confidence lets it.
+"""The decoding engine: requests come and go between steps, a step takes every running sequence on, and each token
+leaves the network where its own confidence lets it.
 
-A token that leaves early lacks keys and values in the deeper pieces. Its hidden state waits at their entrance (it is *pending* there),
-and runs with the next token that goes deeper, as a causal block: shallow layers never run twice, and the caches end up as a full pass
-leaves them.
-Every rank of TP × PP makes the same calls and runs this same loop over the same tokens; only the stage that owns a piece computes it.
+A token that leaves early lacks keys and values in the deeper pieces. Its hidden state waits at their entrance (it is
+*pending* there), and runs with the next token that goes deeper, as a causal block: shallow layers never run twice, and
+the caches end up as a full pass leaves them.
+Every rank of TP × PP makes the same calls and runs this same loop over the same tokens; only the stage that owns a
+piece computes it.
 """
+
 import time
 from typing import NamedTuple
 
@@ -40,7 +42,9 @@ class TokenStep(NamedTuple):
     exit_layer: int
     """The layer it left at; the number of layers where it did not leave early."""
     confidence: float
-    """The confidence by the request's measure, of the plain softmax there; 0 where a shortlist's "any other token" was likeliest."""
+    """The confidence by the request's measure, of the plain softmax there; 0 where a shortlist's "any other token" was
+    likeliest.
+    """
     logprob: float | None = None
     """The token's log-probability, in the distribution it was chosen from; None where the request does not ask."""
     top_logprobs: dict[int, float] | None = None
@@ -50,25 +54,47 @@ class TokenStep(NamedTuple):
 class Engine:
     """Decodes up to `num_slots` sequences at a time, of up to `max_length` tokens each.
 
-    stages[p] is stage p's (first, last) layer. `cache_tokens` bounds the tokens of all sequences together; by default all can be longest.
-    Raises InputError where the model has fewer positions.
+    stages[p] is stage p's (first, last) layer. `cache_tokens` bounds the tokens of all sequences together; by default
+    all can be longest. Raises InputError where the model has fewer positions.
     """
 
-    def __init__(self, model: EarlyExitModel, stages: list[tuple[int, int]], *, num_slots: int, max_length: int, max_pending: int = 16,
-                 prefill_chunk: int = 512, cache_tokens: int | None = None, eos_ids: tuple[int, ...] = (), reuses_prefixes: bool = True):
+    def __init__(
+        self,
+        model: EarlyExitModel,
+        stages: list[tuple[int, int]],
+        *,
+        num_slots: int,
+        max_length: int,
+        max_pending: int = 16,
+        prefill_chunk: int = 512,
+        cache_tokens: int | None = None,
+        eos_ids: tuple[int, ...] = (),
+        reuses_prefixes: bool = True,
+    ):
         if max_length > model.plan.max_length:
-            raise InputError(f"max_length must be at most {model.plan.max_length}, the positions that the model has, got {max_length}")
+            raise InputError(
+                f"max_length must be at most {model.plan.max_length}, the positions that the model has, got {max_length}"
+            )
         self.model, self.topology, self.config = model, model.topology, model.config
         self.pieces = cut_pieces(stages, model.plan.exit_layers)
         self.fill_behind = FILL_BEHIND
-        self.max_pending, self.prefill_chunk, self.num_slots, self.eos_ids = max_pending, prefill_chunk, num_slots, eos_ids
+        self.max_pending, self.prefill_chunk, self.num_slots, self.eos_ids = (
+            max_pending,
+            prefill_chunk,
+            num_slots,
+            eos_ids,
+        )
         tokens = num_slots * blocks_for(max_length) * BLOCK_SIZE if cache_tokens is None else cache_tokens
-        self.cache = KVCache(self.config, self.topology, num_tokens=tokens, max_length=max_length, dtype=model.plan.dtype)
+        self.cache = KVCache(
+            self.config, self.topology, num_tokens=tokens, max_length=max_length, dtype=model.plan.dtype
+        )
         self.link = StageLink(self.topology)
         self.runner = Runner(model, self.pieces, self.cache, self.link)
         self.judge = Judge(model, self.runner.heads, self.link)
         self.whole_steps = WholeSteps(self.runner)
-        self.scheduler = Scheduler(self.cache, num_slots=num_slots, prefill_chunk=prefill_chunk, reuses_prefixes=reuses_prefixes)
+        self.scheduler = Scheduler(
+            self.cache, num_slots=num_slots, prefill_chunk=prefill_chunk, reuses_prefixes=reuses_prefixes
+        )
         self.drafting = Drafting(self.runner, max_pending, self.scheduler.reserve)
         self.walk = PieceWalk(self.runner, self.judge, self.drafting)
         self.running, self.waiting = self.scheduler.running, self.scheduler.waiting
@@ -85,8 +111,11 @@ class Engine:
         """Time on this rank, waiting for the rank that has the head included."""
         return self.walk.seconds_in_heads + self.drafting.seconds_in_heads + self.whole_steps.seconds_in_heads
 
-    def add_request(self, prompt: list[int], params: SamplingParams | None = None, policy: Policy = FULL) -> list[Sequence]:
-        """Queues a prompt, once for each of its `n` completions; the next steps take them up as there is room, in order.
+    def add_request(
+        self, prompt: list[int], params: SamplingParams | None = None, policy: Policy = FULL
+    ) -> list[Sequence]:
+        """Queues a prompt, once for each of its `n` completions; the next steps take them up as there is room, in
+        order.
 
         Raises InputError, and queues nothing, on values no sampler can use and on a prompt that can never fit.
         """
@@ -98,10 +127,23 @@ class Engine:
             last_piece = next(i for i, piece in enumerate(self.pieces) if piece.last_layer == policy.fixed_exit)
         stop_ids = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else self.eos_ids)
         own_layers = policy.asked & self.runner.head_layers.own
-        added = [Sequence(tokens=list(prompt), params=params, policy=policy, limit=limit, stop_ids=stop_ids, last_piece=last_piece,
-                          completion=i, added_at=time.perf_counter(), watermarks=[0] * len(self.pieces),
-                          boundary=[[] for _ in self.pieces], head_watermarks=dict.fromkeys(own_layers, 0),
-                          head_states={layer: [] for layer in own_layers}) for i in range(params.n)]
+        added = [
+            Sequence(
+                tokens=list(prompt),
+                params=params,
+                policy=policy,
+                limit=limit,
+                stop_ids=stop_ids,
+                last_piece=last_piece,
+                completion=i,
+                added_at=time.perf_counter(),
+                watermarks=[0] * len(self.pieces),
+                boundary=[[] for _ in self.pieces],
+                head_watermarks=dict.fromkeys(own_layers, 0),
+                head_states={layer: [] for layer in own_layers},
+            )
+            for i in range(params.n)
+        ]
         self.waiting.extend(added)
         return added
 
@@ -133,8 +175,8 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[TokenStep]:
-        """Takes running sequences on: a token each in most steps, none for one whose prompt is still being read or that waits for a later
-        stage, more where drafts were right.
+        """Takes running sequences on: a token each in most steps, none for one whose prompt is still being read or that
+        waits for a later stage, more where drafts were right.
 
         Sequences that end with their token are out of the engine afterwards, their finish_reason says why.
         """
@@ -159,22 +201,28 @@ class Engine:
 
     @torch.inference_mode()
     def full_model_tokens(self, tokens: list[int]) -> list[int]:
-        """What the full model would say greedily after each prefix of `tokens`, from one pass over all of them. In an idle engine."""
+        """What the full model would say greedily after each prefix of `tokens`, from one pass over all of them. In an
+        idle engine.
+        """
         assert self.is_idle
-        sequence, = self.add_request(tokens, SamplingParams(max_tokens=1))
+        (sequence,) = self.add_request(tokens, SamplingParams(max_tokens=1))
         sequence.shares = False
         self.scheduler.admit()
         try:
             sequence.num_fed = len(tokens)
             for piece in range(len(self.pieces)):
                 output = self.runner.run(piece, [sequence])
-            (answers,) = self.walk.ask(len(self.pieces) - 1, None, [Question(sequence, list(range(len(tokens))), 1)], output)
+            (answers,) = self.walk.ask(
+                len(self.pieces) - 1, None, [Question(sequence, list(range(len(tokens))), 1)], output
+            )
         finally:
             self.abort(sequence)
         return [answer.token_id for answer in answers]
 
     def _feed(self) -> list[Sequence]:
-        """The sequences that take part in this step, their next tokens at the entrance, those that speculate with a plan."""
+        """The sequences that take part in this step, their next tokens at the entrance, those that speculate with a
+        plan.
+        """
         going = self.scheduler.feed(self.whole_steps.busy)
         for sequence in going:
             if sequence.speculates:
@@ -182,10 +230,11 @@ class Engine:
         return going
 
     def _take_at_once(self, going: list[Sequence]) -> list[Left] | None:
-        """A step in one call for each stage, or a round of drafts; None where the pieces have to be gone through one by one.
+        """A step in one call for each stage, or a round of drafts; None where the pieces have to be gone through one by
+        one.
 
-        Those that left go on in the next step, while later stages are with the others; whose word is heard once the first stage has done
-        something else meanwhile, or has nothing else to do.
+        Those that left go on in the next step, while later stages are with the others; whose word is heard once the
+        first stage has done something else meanwhile, or has nothing else to do.
         """
         busy = self.whole_steps.busy
         if len(self.running) > len(going) + len(busy):
@@ -221,12 +270,15 @@ class Engine:
             sequence.finish_reason = "stop"
         elif len(sequence.tokens) >= sequence.limit:
             sequence.finish_reason = "length"
-        return TokenStep(sequence, answer.token_id, layer, max(answer.confidence, 0.0), answer.logprob, answer.top_logprobs)
+        return TokenStep(
+            sequence, answer.token_id, layer, max(answer.confidence, 0.0), answer.logprob, answer.top_logprobs
+        )
 
     def _catch_up(self) -> None:
         """Runs the deeper pieces for everybody once a sequence has as many tokens waiting at one as may wait there.
 
-        At the entrance of a stage they are not let pile up: it computes them while the stages before it go on with the next tokens.
+        At the entrance of a stage they are not let pile up: it computes them while the stages before it go on with the
+        next tokens.
         """
         busy = self.whole_steps.busy
         free = [s for s in self.running if s.number not in busy and not s.speculates]

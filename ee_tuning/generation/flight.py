@@ -1,9 +1,11 @@
 """One step of some sequences through the stages, each stage's part of it at one go.
 
-The first stage decides who leaves in it, says so, and is done with the step: it goes on with those that left, while later stages take the
-others through, and with them the keys and values that are missing there. A later stage takes all it is given to its end, whoever leaves on
-the way; who did is heard when the engine asks for it. Between these moments every rank knows the same.
+The first stage decides who leaves in it, says so, and is done with the step: it goes on with those that left, while
+later stages take the others through, and with them the keys and values that are missing there. A later stage takes all
+it is given to its end, whoever leaves on the way; who did is heard when the engine asks for it. Between these moments
+every rank knows the same.
 """
+
 import torch
 from torch import Tensor
 
@@ -36,8 +38,8 @@ class Flight:
         return self._begun + (self._unheard[0].stage if self._unheard else 0)
 
     def proceed(self) -> list[Left]:
-        """Goes on to the next stage behind the first one that decides. Returns who left since the last call, shallow ones first; nobody is
-        undecided when it is over.
+        """Goes on to the next stage behind the first one that decides. Returns who left since the last call, shallow
+        ones first; nobody is undecided when it is over.
         """
         left: list[Left] = []
         if self._unheard is not None:
@@ -73,7 +75,9 @@ class Flight:
             for sequence in self._rows:
                 sequence.boundary[first].clear()
         elif self._is_here(part):
-            entering = self._runner.link.receive(sum(counts), self._runner.config.hidden_size, self._runner.model.plan.dtype)
+            entering = self._runner.link.receive(
+                sum(counts), self._runner.config.hidden_size, self._runner.model.plan.dtype
+            )
             called = self._call(part, entering, counts)
             if called.num_run < len(part.ends):
                 called = fill_part(self._runner, self._route, part, self._rows, called)
@@ -81,7 +85,9 @@ class Flight:
         return called.words if called else None
 
     def _call(self, part: Part, entering: Tensor | None, counts: list[int]) -> Called:
-        """Runs a part until nobody goes on, and says at once who left: before what is missing is filled in behind them."""
+        """Runs a part until nobody goes on, and says at once who left: before what is missing is filled in behind
+        them.
+        """
         called = call_part(self._runner, self._route, part, self._rows, {*self.undecided}, entering, counts)
         self.seconds_in_heads += called.seconds_in_heads
         if part.decides and self._runner.topology.num_in_replica > 1:
@@ -102,24 +108,28 @@ class Flight:
         return part.stage == self._runner.topology.stage
 
     def _book(self, part: Part, num_run: int, called: Called | None) -> None:
-        """All rows have gone through the first `num_run` segments of a part, behind which their states wait where it was `called`."""
+        """All rows have gone through the first `num_run` segments of a part, behind which their states wait where it
+        was `called`.
+        """
         first, index = part.starts[0], part.ends[num_run - 1]
         num_pieces, place = index + 1 - first, 0
         states = None if called is None or index == self._route.last_piece else called.states
         is_going = self._membership()
         for r, sequence in enumerate(self._rows):
             marks, num_fed = sequence.watermarks, sequence.num_fed
-            sequence.statistics.num_catch_up += num_pieces * (num_fed - is_going[r]) - sum(marks[first: index + 1])
+            sequence.statistics.num_catch_up += num_pieces * (num_fed - is_going[r]) - sum(marks[first : index + 1])
             for piece in range(first, index + 1):
                 marks[piece] = num_fed
                 if sequence.boundary[piece]:
                     sequence.boundary[piece].clear()
             if states is not None and called is not None:
-                sequence.boundary[index + 1].append(states[place: place + called.counts[r]])
+                sequence.boundary[index + 1].append(states[place : place + called.counts[r]])
                 place += called.counts[r]
 
     def _leave(self, part: Part, words: list[Word], num_run: int) -> list[Left]:
-        """Those of a part's rows that its words let go; of the network's last one all, though a broken model's NaN passes no threshold."""
+        """Those of a part's rows that its words let go; of the network's last one all, though a broken model's NaN
+        passes no threshold.
+        """
         is_last, pieces, reached = part.ends[-1] == self._route.last_piece, self._runner.pieces, part.ends[num_run - 1]
         left: list[Left] = []
         stay = []

@@ -1,4 +1,5 @@
 """What one prompt is to become."""
+
 import dataclasses
 
 from ee_tuning.generation.params import SamplingParams

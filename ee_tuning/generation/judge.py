@@ -1,4 +1,7 @@
-"""Asks a head about states of a pass: is it sure enough, and which token is next? Decided once, then the same on every rank."""
+"""Asks a head about states of a pass: is it sure enough, and which token is next? Decided once, then the same on every
+rank.
+"""
+
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -20,7 +23,9 @@ from ee_tuning.parallel.vocab import VocabShard
 
 
 class Question(NamedTuple):
-    """About consecutive states of one sequence: the first follows `length` of its tokens, each next one a token more."""
+    """About consecutive states of one sequence: the first follows `length` of its tokens, each next one a token
+    more.
+    """
 
     sequence: Sequence
     states: list[int]
@@ -61,16 +66,24 @@ class Judge:
         """Frees what is kept of a sequence that has ended."""
         self._counts.pop(sequence.number, None)
 
-    def ask(self, head_layer: int | None, questions: list[Question], inputs: ExitInput | None, stage: int) -> list[list[Answer]]:
-        """An answer for each state of each question. `inputs` are of these states, in order, on the stage that has the head.
+    def ask(
+        self, head_layer: int | None, questions: list[Question], inputs: ExitInput | None, stage: int
+    ) -> list[list[Answer]]:
+        """An answer for each state of each question. `inputs` are of these states, in order, on the stage that has the
+        head.
 
         `head_layer` None is the model's own final head.
         """
         if self._is_alone and all([_is_plain(q) for q in questions]):
             assert inputs is not None
             said = iter(self.heads[head_layer].ask(inputs)[1].tolist())
-            return [[Answer(confidence, int(token), None, None) for _, (token, confidence) in zip(q.states, said, strict=False)]
-                    for q in questions]
+            return [
+                [
+                    Answer(confidence, int(token), None, None)
+                    for _, (token, confidence) in zip(q.states, said, strict=False)
+                ]
+                for q in questions
+            ]
         num_top = max((q.sequence.params.logprobs or 0 for q in questions), default=0)
         num_states = sum(len(q.states) for q in questions)
         decided = torch.full((num_states, 3 + 2 * num_top), -1.0, dtype=torch.float64)
@@ -80,7 +93,9 @@ class Judge:
         rows = iter(decided.tolist())
         return [[_answer(next(rows), q.sequence, num_top) for _ in q.states] for q in questions]
 
-    def _decide(self, decided: Tensor, head_layer: int | None, questions: list[Question], inputs: ExitInput, num_top: int) -> None:
+    def _decide(
+        self, decided: Tensor, head_layer: int | None, questions: list[Question], inputs: ExitInput, num_top: int
+    ) -> None:
         logits, decided[:, :2] = self.heads[head_layer].ask(inputs)
         first = 0
         careful: list[tuple[Question, int]] = []
@@ -95,9 +110,13 @@ class Judge:
         if careful:
             self._choose(decided, logits, self.heads[head_layer].vocab, careful, num_top)
 
-    def _choose(self, decided: Tensor, logits: Tensor, vocab: VocabShard, careful: list[tuple[Question, int]], num_top: int) -> None:
+    def _choose(
+        self, decided: Tensor, logits: Tensor, vocab: VocabShard, careful: list[tuple[Question, int]], num_top: int
+    ) -> None:
         """Tokens of questions that ask for more than the likeliest one: of a shortlist, chosen among what is listed."""
-        wanted = [first + i for q, first in careful for i in range(len(q.states)) if decided[first + i, 1] >= q.threshold]
+        wanted = [
+            first + i for q, first in careful for i in range(len(q.states)) if decided[first + i, 1] >= q.threshold
+        ]
         if not wanted:  # the same on all tensor-parallel ranks
             return
         whole = dict(zip(wanted, token_logits(logits[wanted], vocab).cpu(), strict=True))
@@ -110,7 +129,9 @@ class Judge:
                     if scores.isneginf().all():  # a shortlist of which the request allows nothing
                         decided[first + i, 1] = UNSURE
                         continue
-                    group = alike.setdefault((params.temperature, params.top_k, params.top_p, params.min_p, params.logprobs), [])
+                    group = alike.setdefault(
+                        (params.temperature, params.top_k, params.top_p, params.min_p, params.logprobs), []
+                    )
                     group.append(_Choice(first + i, scores, draw_key(q.sequence.key, q.length + i), params))
         for group in alike.values():
             _choose_alike(decided, group, num_top)
@@ -145,13 +166,13 @@ def _choose_alike(decided: Tensor, group: list[_Choice], num_top: int) -> None:
     decided[places, 0], decided[places, 2] = tokens.double(), known.gather(1, tokens[:, None])[:, 0].double()
     if params.logprobs:
         best, ids = known.topk(params.logprobs)
-        decided[places, 3: 3 + params.logprobs] = ids.double()
-        decided[places, 3 + num_top: 3 + num_top + params.logprobs] = best.double()
+        decided[places, 3 : 3 + params.logprobs] = ids.double()
+        decided[places, 3 + num_top : 3 + num_top + params.logprobs] = best.double()
 
 
 def _answer(row: list[float], sequence: Sequence, num_top: int) -> Answer:
     wanted = sequence.params.logprobs
     if wanted is None:
         return Answer(row[1], int(row[0]), None, None)
-    ids, best = row[3: 3 + wanted], row[3 + num_top: 3 + num_top + wanted]
+    ids, best = row[3 : 3 + wanted], row[3 + num_top : 3 + num_top + wanted]
     return Answer(row[1], int(row[0]), row[2], {int(token): logprob for token, logprob in zip(ids, best, strict=True)})

@@ -1,9 +1,10 @@
 """Memory of the decoder: keys and values in blocks of places, lent to sequences and taken back.
 
-A block is the same one in every layer and segment. Blocks one after the other are views that attention reads without copying, so a
-sequence gets a run of them where there is one, at equal distances from its neighbours where there is room for that too; scattered
-blocks serve where there is not.
+A block is the same one in every layer and segment. Blocks one after the other are views that attention reads without
+copying, so a sequence gets a run of them where there is one, at equal distances from its neighbours where there is room
+for that too; scattered blocks serve where there is not.
 """
+
 import itertools
 from typing import Any
 
@@ -23,7 +24,9 @@ class KVCache:
     Where passes are padded (`StaticPasses`), a spare block lies behind the places that sequences may have.
     """
 
-    def __init__(self, config: ModelConfig, topology: Topology, *, num_tokens: int, max_length: int, dtype: torch.dtype):
+    def __init__(
+        self, config: ModelConfig, topology: Topology, *, num_tokens: int, max_length: int, dtype: torch.dtype
+    ):
         """Raises InputError where so many tokens are more than can be counted; see `layer` for more than fit."""
         try:
             self.pool = BlockPool(blocks_for(num_tokens), blocks_for(max_length))
@@ -48,7 +51,9 @@ class KVCache:
         return len(self._layers) * self.bytes_per_token * self._shape[0]
 
     def layer(self, number: int) -> LayerCache:
-        """The cache of layer `number`. Layers that a fixed exit never reaches take no memory. Raises InputError where it is not enough."""
+        """The cache of layer `number`. Layers that a fixed exit never reaches take no memory. Raises InputError where
+        it is not enough.
+        """
         return self._of(("layer", number))
 
     def exit_head(self, number: int) -> LayerCache:
@@ -67,11 +72,15 @@ class KVCache:
             try:
                 keys, values = torch.zeros(self._shape, **self._tensor), torch.zeros(self._shape, **self._tensor)
             except RuntimeError as error:  # out of memory is one of its kind, on every device
-                raise _too_large(self.num_places, f", {self.bytes_per_token * self.num_places / 1e9:,.1f} GB in each layer") from error
+                raise _too_large(
+                    self.num_places, f", {self.bytes_per_token * self.num_places / 1e9:,.1f} GB in each layer"
+                ) from error
             self._layers[owner] = LayerCache(keys=keys, values=values)
         return self._layers[owner]
 
 
 def _too_large(num_tokens: int, size: str = "") -> InputError:
-    return InputError(f"a KV cache of {num_tokens:,} tokens{size} does not fit the memory; lower generation.cache_tokens, or "
-                      "--max-batch-size and --max-new-tokens, which it follows by default")
+    return InputError(
+        f"a KV cache of {num_tokens:,} tokens{size} does not fit the memory; lower generation.cache_tokens, or "
+        "--max-batch-size and --max-new-tokens, which it follows by default"
+    )

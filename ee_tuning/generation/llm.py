@@ -6,6 +6,7 @@
 
 Under torchrun every rank makes the same calls with the same arguments, and every rank gets the same answers.
 """
+
 import dataclasses
 import math
 import time
@@ -39,26 +40,47 @@ __all__ = ["Completion", "EarlyExitLLM", "Job", "StreamedToken"]
 class EarlyExitLLM:
     """A model with exit heads, ready to decode."""
 
-    def __init__(self, model: EarlyExitModel, stages: list[tuple[int, int]], tokenizer: Any, defaults: GenerationSection,
-                 stop_token_ids: tuple[int, ...], heads_digest: str | None = None):
+    def __init__(
+        self,
+        model: EarlyExitModel,
+        stages: list[tuple[int, int]],
+        tokenizer: Any,
+        defaults: GenerationSection,
+        stop_token_ids: tuple[int, ...],
+        heads_digest: str | None = None,
+    ):
         """`heads_digest` tells a calibration made for these exit heads from others; see LoadedModel."""
         self.model, self.stages, self.tokenizer, self.defaults = model, stages, tokenizer, defaults
         self.stop_token_ids, self.heads_digest = stop_token_ids, heads_digest
         self.engine: Engine | None = None
-        self._special = {token: text for token, text in special_tokens(tokenizer).items() if token < model.config.vocab_size}
+        self._special = {
+            token: text for token, text in special_tokens(tokenizer).items() if token < model.config.vocab_size
+        }
         self._beginning = beginning_ids(tokenizer)
         self._settings: dict[str, Any] = {}
 
     @classmethod
-    def load(cls, model: str | Path, exits: str | Path | None = None, *, dtype: str | None = None,
-             tensor_model_parallel_size: int = 1, pipeline_model_parallel_size: int = 1, trust_remote_code: bool = False) -> "EarlyExitLLM":
-        """Reads a model and, where given, an exit-heads artifact bound to it. With `trust_remote_code`, Python files of the tokenizer's
-        folder run where it needs them. Raises InputError where they do not fit.
+    def load(
+        cls,
+        model: str | Path,
+        exits: str | Path | None = None,
+        *,
+        dtype: str | None = None,
+        tensor_model_parallel_size: int = 1,
+        pipeline_model_parallel_size: int = 1,
+        trust_remote_code: bool = False,
+    ) -> "EarlyExitLLM":
+        """Reads a model and, where given, an exit-heads artifact bound to it. With `trust_remote_code`, Python files of
+        the tokenizer's folder run where it needs them. Raises InputError where they do not fit.
         """
-        overrides = {"model.path": str(model), "exits.path": str(exits) if exits else None, "model.dtype": dtype,
-                     "model.trust_remote_code": trust_remote_code,
-                     "parallel.tensor_model_parallel_size": tensor_model_parallel_size,
-                     "parallel.pipeline_model_parallel_size": pipeline_model_parallel_size}
+        overrides = {
+            "model.path": str(model),
+            "exits.path": str(exits) if exits else None,
+            "model.dtype": dtype,
+            "model.trust_remote_code": trust_remote_code,
+            "parallel.tensor_model_parallel_size": tensor_model_parallel_size,
+            "parallel.pipeline_model_parallel_size": pipeline_model_parallel_size,
+        }
         return cls.from_config(load_config(None, overrides))
 
     @classmethod
@@ -68,8 +90,14 @@ class EarlyExitLLM:
         loaded = load_for_generation(config, topology)
         folder = model_folder(config.model.path)
         tokenizer = load_tokenizer(tokenizer_of(config), trusts_code=config.model.trust_remote_code)
-        return cls(loaded.model, loaded.stages, tokenizer, config.generation,
-                   _stop_token_ids(folder, loaded.model.config, tokenizer), loaded.heads_digest)
+        return cls(
+            loaded.model,
+            loaded.stages,
+            tokenizer,
+            config.generation,
+            _stop_token_ids(folder, loaded.model.config, tokenizer),
+            loaded.heads_digest,
+        )
 
     @property
     def exit_layers(self) -> tuple[int, ...]:
@@ -81,12 +109,18 @@ class EarlyExitLLM:
         """Layers of the backbone."""
         return self.model.config.num_layers
 
-    def generate(self, prompts: str | Iterable[str], params: SamplingParams | Sequence[SamplingParams] | None = None,
-                 **options: Any) -> list[Completion]:
-        """Completes each prompt, or the one, `n` times where asked. `options` are keys of the `generation` section: policy, threshold, …
+    def generate(
+        self,
+        prompts: str | Iterable[str],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **options: Any,
+    ) -> list[Completion]:
+        """Completes each prompt, or the one, `n` times where asked. `options` are keys of the `generation` section:
+        policy, threshold, …
 
-        `params`, one for all prompts or one for each, replaces the section's keys of sampling; `policy` may be a list, too, of `Policy`s.
-        Raises InputError, before anything is decoded, on an option that can not be used and on a prompt that is empty or too long.
+        `params`, one for all prompts or one for each, replaces the section's keys of sampling; `policy` may be a list,
+        too, of `Policy`s. Raises InputError, before anything is decoded, on an option that can not be used and on a
+        prompt that is empty or too long.
         """
         completions: list[Completion] = []
         resolved, jobs = self._jobs_of(prompts, params, **options)
@@ -94,8 +128,13 @@ class EarlyExitLLM:
             pass
         return completions
 
-    def stream(self, prompts: str | Iterable[str], completions: list[Completion] | None = None,
-               params: SamplingParams | Sequence[SamplingParams] | None = None, **options: Any) -> Generator[StreamedToken, None, None]:
+    def stream(
+        self,
+        prompts: str | Iterable[str],
+        completions: list[Completion] | None = None,
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **options: Any,
+    ) -> Generator[StreamedToken, None, None]:
         """Does what `generate` does, token by token; `completions`, if given, is filled with the finished records.
 
         A prompt that a chat template made has its special tokens already: not `adds_special_tokens`.
@@ -105,24 +144,42 @@ class EarlyExitLLM:
         yield from self.run(jobs, own, resolved)
 
     def score(self, pairs: Iterable[tuple[str, str] | TokenPair], **options: Any) -> list[Score]:
-        """Log-probabilities of each pair's continuation after its context, both texts or both token ids; see `scoring.py`.
+        """Log-probabilities of each pair's continuation after its context, both texts or both token ids; see
+        `scoring.py`.
 
-        `options` as `generate`'s. A context is cut from the left to what the model has positions for. Raises InputError on pairs and
-        options that can not be used, and while completions are streamed.
+        `options` as `generate`'s. A context is cut from the left to what the model has positions for. Raises InputError
+        on pairs and options that can not be used, and while completions are streamed.
         """
         given = options.pop("policy") if isinstance(options.get("policy"), Policy) else None
         resolved = self._options(options)
         if self.engine is not None and not self.engine.is_idle:
-            raise InputError("score must wait until all completions of a stream are there; read it to its end, or close it")
-        return score(self.model, token_pairs(self.model, self._token_ids, pairs), given or self.policy(resolved), resolved.max_batch_size)
+            raise InputError(
+                "score must wait until all completions of a stream are there; read it to its end, or close it"
+            )
+        return score(
+            self.model,
+            token_pairs(self.model, self._token_ids, pairs),
+            given or self.policy(resolved),
+            resolved.max_batch_size,
+        )
 
-    def _jobs_of(self, prompts: str | Iterable[str], params: SamplingParams | Sequence[SamplingParams] | None, *,
-                 adds_special_tokens: bool = True, **options: Any) -> tuple[GenerationSection, list[Job]]:
+    def _jobs_of(
+        self,
+        prompts: str | Iterable[str],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        *,
+        adds_special_tokens: bool = True,
+        **options: Any,
+    ) -> tuple[GenerationSection, list[Job]]:
         resolved, jobs = self.jobs(prompts, params, **options)
         return resolved, [dataclasses.replace(job, adds_special_tokens=adds_special_tokens) for job in jobs]
 
-    def jobs(self, prompts: str | Iterable[str], params: SamplingParams | Sequence[SamplingParams] | None = None,
-             **options: Any) -> tuple[GenerationSection, list[Job]]:
+    def jobs(
+        self,
+        prompts: str | Iterable[str],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **options: Any,
+    ) -> tuple[GenerationSection, list[Job]]:
         """The `generation` section that `options` make, and what is to be done."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         given = options.get("policy")
@@ -135,26 +192,39 @@ class EarlyExitLLM:
         listed = list(params) if isinstance(params, Sequence) else [params or params_of(resolved)] * len(prompts)
         for name, values in (("params", listed), ("policy", policies)):
             if len(values) != len(prompts):
-                raise InputError(f"{name} must be one for all prompts or one for each of the {len(prompts)}, got {len(values)}")
+                raise InputError(
+                    f"{name} must be one for all prompts or one for each of the {len(prompts)}, got {len(values)}"
+                )
         return resolved, [Job(*job) for job in zip(prompts, listed, policies, strict=True)]
 
     def policy(self, options: GenerationSection) -> Policy:
         """What the section's keys ask of these exits. Raises InputError where it is not to be had."""
         return policy_of(options, self.exit_layers, self.num_layers, self.heads_digest)
 
-    def run(self, jobs: list[Job], completions: list[Completion], options: GenerationSection, *, keeps_errors: bool = False,
-            shows_text: bool = True) -> Generator[StreamedToken, None, None]:
+    def run(
+        self,
+        jobs: list[Job],
+        completions: list[Completion],
+        options: GenerationSection,
+        *,
+        keeps_errors: bool = False,
+        shows_text: bool = True,
+    ) -> Generator[StreamedToken, None, None]:
         """Decodes `jobs`, appends a record for each completion to `completions`, and yields tokens as they come.
 
-        With `keeps_errors` a job that can not be done gets a record with its `error`, and the others go on. Without `shows_text` tokens
-        come without their text, which is made once, for the record.
+        With `keeps_errors` a job that can not be done gets a record with its `error`, and the others go on. Without
+        `shows_text` tokens come without their text, which is made once, for the record.
         """
         if not jobs:
             return
         prompts = [self._prepared(job, keeps_errors) for job in jobs]
-        jobs = [dataclasses.replace(job, params=self._with_stop_tokens(job.params)) if isinstance(ids, list) else job
-                for job, ids in zip(jobs, prompts, strict=True)]
-        engine = self._engine([(ids, job.params) for ids, job in zip(prompts, jobs, strict=True) if isinstance(ids, list)], options)
+        jobs = [
+            dataclasses.replace(job, params=self._with_stop_tokens(job.params)) if isinstance(ids, list) else job
+            for job, ids in zip(jobs, prompts, strict=True)
+        ]
+        engine = self._engine(
+            [(ids, job.params) for ids, job in zip(prompts, jobs, strict=True) if isinstance(ids, list)], options
+        )
         started, writers = time.perf_counter(), {}
         try:
             for index, (job, ids) in enumerate(zip(jobs, prompts, strict=True)):
@@ -165,12 +235,16 @@ class EarlyExitLLM:
                 except InputError as error:
                     if not keeps_errors:
                         raise
-                    completions.append(Completion(prompt=job.prompt, prompt_index=index, finish_reason="error", error=str(error)))
+                    completions.append(
+                        Completion(prompt=job.prompt, prompt_index=index, finish_reason="error", error=str(error))
+                    )
                     continue
                 for sequence in added:
                     completions.append(Completion(prompt=job.prompt, prompt_index=index, index=sequence.completion))
                     text = TextStream(self._decode, ids, special=self._special)
-                    writers[sequence.number] = Writer(index, sequence, completions[-1], text, shows_text or bool(job.params.stop))
+                    writers[sequence.number] = Writer(
+                        index, sequence, completions[-1], text, shows_text or bool(job.params.stop)
+                    )
             while not engine.is_idle:
                 for step in engine.step():
                     writer = writers[step.sequence.number]
@@ -185,7 +259,9 @@ class EarlyExitLLM:
             engine.drafting.keep()
 
     def _booked(self, writer: Writer, step: TokenStep, started: float, keeps_errors: bool) -> StreamedToken:
-        """Where logits are NaN the token is the vocabulary's first, again and again: an error, raised or in the record, in its place."""
+        """Where logits are NaN the token is the vocabulary's first, again and again: an error, raised or in the record,
+        in its place.
+        """
         if not math.isnan(step.confidence):
             return writer.take(step, started)
         error = no_numbers(f"the logits behind layer {step.exit_layer}", self.model.plan.dtype)
@@ -214,30 +290,46 @@ class EarlyExitLLM:
     def _with_stop_tokens(self, params: SamplingParams) -> SamplingParams:
         """`params`, in which a stop string that is a special token is that token's id, too."""
         named = tuple(token for token, text in self._special.items() if text in params.stop)
-        return dataclasses.replace(params, stop_token_ids=tuple(dict.fromkeys((*params.stop_token_ids, *named)))) if named else params
+        return (
+            dataclasses.replace(params, stop_token_ids=tuple(dict.fromkeys((*params.stop_token_ids, *named))))
+            if named
+            else params
+        )
 
     def encode(self, prompt: str, adds_special_tokens: bool = True) -> list[int]:
-        """Token ids of a prompt, which the tokenizer begins and does not end; the beginning-of-text token for an empty one.
+        """Token ids of a prompt, which the tokenizer begins and does not end; the beginning-of-text token for an empty
+        one.
 
         Raises InputError where there are none, or too many.
         """
         ids, limit = self._token_ids(prompt, adds_special_tokens), self.model.config.max_position_embeddings
         if len(ids) >= limit:
-            raise InputError(f"a prompt must be shorter than the model's context of {limit} tokens, got {len(ids)}; shorten it")
+            raise InputError(
+                f"a prompt must be shorter than the model's context of {limit} tokens, got {len(ids)}; shorten it"
+            )
         return ids
 
     def _token_ids(self, prompt: str, adds_special_tokens: bool = True) -> list[int]:
         try:
-            ids = begun(self.tokenizer(prompt, add_special_tokens=False)["input_ids"], self._beginning if adds_special_tokens else [])
+            ids = begun(
+                self.tokenizer(prompt, add_special_tokens=False)["input_ids"],
+                self._beginning if adds_special_tokens else [],
+            )
         except (TypeError, ValueError, UnicodeError) as error:
-            raise InputError(f"a prompt must be UTF-8 text, got {prompt!r:.80}: {' '.join(str(error).split())}") from error
+            raise InputError(
+                f"a prompt must be UTF-8 text, got {prompt!r:.80}: {' '.join(str(error).split())}"
+            ) from error
         if not ids and self.model.config.bos_token_id is not None:
             ids = [self.model.config.bos_token_id]
         if not ids:
-            raise InputError("a prompt must hold at least one token, got an empty one; this model has no beginning-of-text token")
+            raise InputError(
+                "a prompt must hold at least one token, got an empty one; this model has no beginning-of-text token"
+            )
         if max(ids) >= self.model.config.vocab_size:
-            raise InputError(f"token ids must lie below the model's vocabulary of {self.model.config.vocab_size}, but its tokenizer gave "
-                             f"{max(ids)}; use the tokenizer that the model was trained with")
+            raise InputError(
+                f"token ids must lie below the model's vocabulary of {self.model.config.vocab_size}, but its tokenizer gave "
+                f"{max(ids)}; use the tokenizer that the model was trained with"
+            )
         return ids
 
     def _decode(self, ids: list[int]) -> str:
@@ -248,25 +340,42 @@ class EarlyExitLLM:
         limit = self.model.config.max_position_embeddings
         longest = min(max((len(ids) + params.max_tokens for ids, params in jobs), default=limit), limit)
         rows = max(1, min(sum(params.n for _, params in jobs), options.max_batch_size))
-        settings: dict[str, Any] = {"max_pending": options.max_pending, "prefill_chunk": options.prefill_chunk,
-                                    "cache_tokens": options.cache_tokens, "reuses_prefixes": options.reuse_prefixes}
+        settings: dict[str, Any] = {
+            "max_pending": options.max_pending,
+            "prefill_chunk": options.prefill_chunk,
+            "cache_tokens": options.cache_tokens,
+            "reuses_prefixes": options.reuse_prefixes,
+        }
         engine = self.engine
-        if (engine is None or not engine.is_idle or engine.num_slots < rows or engine.cache.max_length < longest
-                or self._settings != settings):
-            if engine is not None and engine.cache.max_length < longest:  # a conversation: not a new engine, which knows nothing, each turn
+        if (
+            engine is None
+            or not engine.is_idle
+            or engine.num_slots < rows
+            or engine.cache.max_length < longest
+            or self._settings != settings
+        ):
+            if (
+                engine is not None and engine.cache.max_length < longest
+            ):  # a conversation: not a new engine, which knows nothing, each turn
                 longest = min(2 * longest, limit)
             known = (engine.drafting.speculation, engine.drafting.memory) if engine is not None else None
             self.engine = engine = None  # before the new caches are made
             self._settings = settings
-            self.engine = engine = Engine(self.model, self.stages, num_slots=rows, max_length=longest,
-                                          eos_ids=self.stop_token_ids, **settings)
+            self.engine = engine = Engine(
+                self.model, self.stages, num_slots=rows, max_length=longest, eos_ids=self.stop_token_ids, **settings
+            )
             # What costs and is right at which exit is as it was.
-            engine.drafting.speculation, engine.drafting.memory = known or (None, speculation_memory(engine.runner, self.heads_digest))
+            engine.drafting.speculation, engine.drafting.memory = known or (
+                None,
+                speculation_memory(engine.runner, self.heads_digest),
+            )
         return engine
 
 
 def with_options(defaults: GenerationSection, options: dict[str, Any]) -> GenerationSection:
-    """`defaults`, but for the keys in `options`. A threshold or measure of its own overrules a calibration file among the defaults."""
+    """`defaults`, but for the keys in `options`. A threshold or measure of its own overrules a calibration file among
+    the defaults.
+    """
     given = load_config(None, {f"generation.{key}": value for key, value in options.items()}).generation
     kept = without_overruled(vars(defaults), options)
     return GenerationSection(**{**kept, **{key: getattr(given, key) for key in options}})
@@ -274,13 +383,19 @@ def with_options(defaults: GenerationSection, options: dict[str, Any]) -> Genera
 
 def params_of(generation: GenerationSection) -> SamplingParams:
     """The section's keys of sampling. Values are looked at when a request is added."""
-    same = {field.name for field in dataclasses.fields(SamplingParams)} & {field.name for field in dataclasses.fields(GenerationSection)}
-    return SamplingParams(max_tokens=generation.max_new_tokens, min_tokens=generation.min_new_tokens,
-                          **{name: getattr(generation, name) for name in same})
+    same = {field.name for field in dataclasses.fields(SamplingParams)} & {
+        field.name for field in dataclasses.fields(GenerationSection)
+    }
+    return SamplingParams(
+        max_tokens=generation.max_new_tokens,
+        min_tokens=generation.min_new_tokens,
+        **{name: getattr(generation, name) for name in same},
+    )
 
 
 def _stop_token_ids(folder: Path, config: ModelConfig, tokenizer: Any) -> tuple[int, ...]:
-    """Tokens that end a completion: generation_config.json's where it names any, as transformers has it, else config.json's.
+    """Tokens that end a completion: generation_config.json's where it names any, as transformers has it, else
+    config.json's.
 
     A Megatron checkpoint names none: then the tokenizer's end of text.
     """

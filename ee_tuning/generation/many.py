@@ -1,4 +1,7 @@
-"""Many prompts to records: each is delivered as soon as it is made, and what an earlier process delivered is not made again."""
+"""Many prompts to records: each is delivered as soon as it is made, and what an earlier process delivered is not made
+again.
+"""
+
 import dataclasses
 import hashlib
 import signal
@@ -27,11 +30,19 @@ STOPPED_BY_TERM = 143
 """Exit code of a process that SIGTERM ended, as shells have it."""
 
 
-def deliver(llm: EarlyExitLLM, config: Config, requests: list[Request], options: GenerationSection, output: Path | None,
-            overwrites: bool) -> tuple[list[Completion], int]:
-    """Completes the requests that have a job and delivers a record for each completion, or error: to `output`, or standard output.
+def deliver(
+    llm: EarlyExitLLM,
+    config: Config,
+    requests: list[Request],
+    options: GenerationSection,
+    output: Path | None,
+    overwrites: bool,
+) -> tuple[list[Completion], int]:
+    """Completes the requests that have a job and delivers a record for each completion, or error: to `output`, or
+    standard output.
 
-    Returns the completions that were made here, and how many requests could not be done. All ranks call it; rank 0 delivers.
+    Returns the completions that were made here, and how many requests could not be done. All ranks call it; rank 0
+    delivers.
     """
     topology, counts = llm.model.topology, [request.num_completions for request in requests]
     opened: list[Delivery] = []
@@ -40,13 +51,18 @@ def deliver(llm: EarlyExitLLM, config: Config, requests: list[Request], options:
         if output is None or is_stream(output):
             opened.append(InOrder(_stream(output), counts))
             return opened[0].done, 0
-        opened.append(file := OutputFile(output, settings_of(llm, config, requests, options), len(requests), overwrites))
+        opened.append(
+            file := OutputFile(output, settings_of(llm, config, requests, options), len(requests), overwrites)
+        )
         return (None if file.is_whole else file.done), file.num_errors
 
     done, num_errors = on_first_rank(topology, open_delivery)
     delivery = opened[0] if opened else None
     if done is None:  # on all ranks
-        _tell(delivery, f"{output} has all {len(requests)} prompts of this job already: nothing is left to do; --overwrite makes it anew")
+        _tell(
+            delivery,
+            f"{output} has all {len(requests)} prompts of this job already: nothing is left to do; --overwrite makes it anew",
+        )
         return [], num_errors
     if done:
         _tell(delivery, f"{len(done)} of {sum(counts)} completions are in {output}.partial already")
@@ -61,8 +77,11 @@ def settings_of(llm: EarlyExitLLM, config: Config, requests: list[Request], opti
     for request in requests:
         asked = None if request.job is None else dataclasses.asdict(request.job)
         digest.update((to_json([request.prompt, request.kept, asked], sort_keys=True, default=str) + "\n").encode())
-    return {**model_settings(llm, config), **{name: value for name, value in dataclasses.asdict(options).items() if name not in free},
-            "prompts": digest.hexdigest()}
+    return {
+        **model_settings(llm, config),
+        **{name: value for name, value in dataclasses.asdict(options).items() if name not in free},
+        "prompts": digest.hexdigest(),
+    }
 
 
 def model_settings(llm: EarlyExitLLM, config: Config) -> Settings:
@@ -70,8 +89,13 @@ def model_settings(llm: EarlyExitLLM, config: Config) -> Settings:
     reader, model, _ = open_model(config.model)
     with reader:
         backbone = fingerprint(reader, model)
-    return {"model": backbone, "exits": llm.heads_digest, "dtype": str(llm.model.plan.dtype).removeprefix("torch."),
-            "tokenizer": config.data.tokenizer, "end of text": list(llm.stop_token_ids)}
+    return {
+        "model": backbone,
+        "exits": llm.heads_digest,
+        "dtype": str(llm.model.plan.dtype).removeprefix("torch."),
+        "tokenizer": config.data.tokenizer,
+        "end of text": list(llm.stop_token_ids),
+    }
 
 
 def _stream(output: Path | None) -> TextIO:
@@ -83,13 +107,25 @@ def _stream(output: Path | None) -> TextIO:
         raise InputError(f"--output must name a file that can be written, got {output}: {error.strerror}") from error
 
 
-def _decode(llm: EarlyExitLLM, requests: list[Request], options: GenerationSection, done: frozenset[Key], delivery: Delivery | None,
-            progress: Progress) -> tuple[list[Completion], int]:
+def _decode(
+    llm: EarlyExitLLM,
+    requests: list[Request],
+    options: GenerationSection,
+    done: frozenset[Key],
+    delivery: Delivery | None,
+    progress: Progress,
+) -> tuple[list[Completion], int]:
     """Does what `deliver` does, but for the completions in `done`."""
-    places = [place for place, request in enumerate(requests)
-              if request.job is not None and not all((place, index) in done for index in range(request.num_completions))]
-    refused = [Completion(prompt=request.prompt, prompt_index=place, finish_reason="error", error=request.error)
-               for place, request in enumerate(requests) if request.job is None]
+    places = [
+        place
+        for place, request in enumerate(requests)
+        if request.job is not None and not all((place, index) in done for index in range(request.num_completions))
+    ]
+    refused = [
+        Completion(prompt=request.prompt, prompt_index=place, finish_reason="error", error=request.error)
+        for place, request in enumerate(requests)
+        if request.job is None
+    ]
     _fail(delivery, requests, refused)
     completions, made = list[Completion](), dict[Key, Completion]()
     jobs = [job for place in places if (job := requests[place].job) is not None]
@@ -129,8 +165,12 @@ def closed_at_the_end(delivery: Delivery | None, num_completions: int) -> Iterat
             yield
     except (KeyboardInterrupt, SystemExit):
         if isinstance(delivery, OutputFile):
-            print(f"ee-tuning: stopped; {len(delivery.done)} of {num_completions} completions are kept in {delivery.journal}: the same "
-                  "command, given again, goes on with them", file=sys.stderr, flush=True)
+            print(
+                f"ee-tuning: stopped; {len(delivery.done)} of {num_completions} completions are kept in {delivery.journal}: the same "
+                "command, given again, goes on with them",
+                file=sys.stderr,
+                flush=True,
+            )
         raise
     finally:
         if delivery is not None:
@@ -140,6 +180,7 @@ def closed_at_the_end(delivery: Delivery | None, num_completions: int) -> Iterat
 @contextmanager
 def _term_raises() -> Iterator[None]:
     """Lets SIGTERM end the block as an exception does, so that what is finished is delivered."""
+
     def stop(_: int, __: FrameType | None) -> NoReturn:
         raise SystemExit(STOPPED_BY_TERM)
 

@@ -1,9 +1,12 @@
-"""`--output FILE` of commands that complete: records that outlive whatever stops the command, and a FILE that is there once it is whole.
+"""`--output FILE` of commands that complete: records that outlive whatever stops the command, and a FILE that is there
+once it is whole.
 
-A completion goes, as soon as it is ready, into the journal FILE.partial: a first line with the job's settings, then records as FILE has
-them, in the order in which they were ready. Once all are there they become FILE, in the prompts' order, at one stroke. The same command,
-given again, goes on with the journal; of a whole FILE the `job` of its records tells whether it is that command's.
+A completion goes, as soon as it is ready, into the journal FILE.partial: a first line with the job's settings, then
+records as FILE has them, in the order in which they were ready. Once all are there they become FILE, in the prompts'
+order, at one stroke. The same command, given again, goes on with the journal; of a whole FILE the `job` of its records
+tells whether it is that command's.
 """
+
 import hashlib
 import os
 import stat
@@ -44,7 +47,9 @@ class Form:
 
     def marked(self, record: Record, job: str) -> Record:
         """`record` with its job."""
-        return {**record, "job": job} if self.under is None else {**record, self.under: {**record[self.under], "job": job}}
+        return (
+            {**record, "job": job} if self.under is None else {**record, self.under: {**record[self.under], "job": job}}
+        )
 
 
 GENERATED = Form("generate")
@@ -80,8 +85,8 @@ def journal_of(path: Path) -> Path:
 
 @contextmanager
 def owned_output(path: Path | None, topology: Topology) -> Iterator[None]:
-    """Makes this job the one owner of FILE while the block runs, where it is no stream; all ranks call it. Raises InputError, naming the
-    owner, where another job is.
+    """Makes this job the one owner of FILE while the block runs, where it is no stream; all ranks call it. Raises
+    InputError, naming the owner, where another job is.
     """
     if path is None or on_first_rank(topology, lambda: is_stream(path)):
         yield
@@ -93,7 +98,9 @@ def owned_output(path: Path | None, topology: Topology) -> Iterator[None]:
 class OutputFile:
     """FILE and its journal, of one job, in one process, within `owned_output`."""
 
-    def __init__(self, path: Path, settings: Settings, num_prompts: int | None, overwrites: bool, form: Form = GENERATED):
+    def __init__(
+        self, path: Path, settings: Settings, num_prompts: int | None, overwrites: bool, form: Form = GENERATED
+    ):
         """Finds what is there of the job already. Raises InputError where it is another job's.
 
         `num_prompts` is how many a whole FILE tells of; None where some may be left out.
@@ -139,11 +146,15 @@ class OutputFile:
         self._errors[record["prompt_index"], 0] = self._line(record)
 
     def finish(self) -> None:
-        """Makes FILE of all that is there. Raises InputError where the disk refuses, and where no completion could be made."""
+        """Makes FILE of all that is there. Raises InputError where the disk refuses, and where no completion could be
+        made.
+        """
         if not self._lines and self.path.exists():
             first = parse_json(self._errors[min(self._errors)])["error"]
-            raise InputError(f"{self.path} is left as it was, for not one of {len(self._errors)} prompts can be done, the first because "
-                             f"{first}")
+            raise InputError(
+                f"{self.path} is left as it was, for not one of {len(self._errors)} prompts can be done, the first because "
+                f"{first}"
+            )
         with self._refusals_named(), file_written_aside(self.path) as aside, aside.open("wb") as file:
             for key in sorted(self._lines.keys() | self._errors.keys()):
                 file.write(self._errors[key] if key in self._errors else self._kept(key))
@@ -169,7 +180,7 @@ class OutputFile:
         self._file.seek(self._end)
         rest = memoryview(line)
         while rest:
-            rest = rest[self._file.write(rest):]
+            rest = rest[self._file.write(rest) :]
         self._end += len(line)
         return len(line)
 
@@ -206,10 +217,16 @@ class OutputFile:
         if not isinstance(there, dict):
             raise InputError(f"{self.journal} is not what `ee-tuning {self._form.command} --output` leaves; {_REMEDY}")
         differing = [key for key in {**there, **self._settings} if there.get(key) != self._settings.get(key)]
-        named = [f"{key} ({_told(there.get(key))} there, {_told(self._settings.get(key))} here)" for key in differing if key != "prompts"]
+        named = [
+            f"{key} ({_told(there.get(key))} there, {_told(self._settings.get(key))} here)"
+            for key in differing
+            if key != "prompts"
+        ]
         if differing:
-            raise InputError(f"{self.journal} holds completions of another job, which differs in "
-                             f"{', '.join(named[:_MOST_TOLD]) or 'its prompts'}; to go on give that job, else {_REMEDY}")
+            raise InputError(
+                f"{self.journal} holds completions of another job, which differs in "
+                f"{', '.join(named[:_MOST_TOLD]) or 'its prompts'}; to go on give that job, else {_REMEDY}"
+            )
 
     def _read_whole(self, num_prompts: int | None) -> None:
         prompts = set()
@@ -218,12 +235,16 @@ class OutputFile:
                 record = _check_ours(self.path, line, self._form)
                 marks = self._form.marks(record)
                 if marks["job"] != self._job:
-                    raise InputError(f"{self.path} holds completions of another job: the model, the exits, a setting or a prompt was "
-                                     f"another; {_REMEDY}")
+                    raise InputError(
+                        f"{self.path} holds completions of another job: the model, the exits, a setting or a prompt was "
+                        f"another; {_REMEDY}"
+                    )
                 prompts.add(marks.get("prompt_index"))
                 self.num_errors += "error" in record
         if prompts and num_prompts is not None and len(prompts) != num_prompts:
-            raise InputError(f"{self.path} holds {len(prompts)} of this job's {num_prompts} prompts, so something was taken out; {_REMEDY}")
+            raise InputError(
+                f"{self.path} holds {len(prompts)} of this job's {num_prompts} prompts, so something was taken out; {_REMEDY}"
+            )
         self.is_whole = bool(prompts)
 
     @contextmanager
@@ -235,9 +256,14 @@ class OutputFile:
             if not isinstance(cause, OSError) or isinstance(cause, BlockingIOError):
                 raise
             reason = cause.strerror or cause
-            kept = (f"; {len(self._lines)} completions are kept in {self.journal}, and the same command goes on with them" if self._lines
-                    else "")
-            raise InputError(f"{self.path} can not be written: {reason}; make room, or give another --output{kept}") from error
+            kept = (
+                f"; {len(self._lines)} completions are kept in {self.journal}, and the same command goes on with them"
+                if self._lines
+                else ""
+            )
+            raise InputError(
+                f"{self.path} can not be written: {reason}; make room, or give another --output{kept}"
+            ) from error
 
 
 @contextmanager
@@ -253,7 +279,9 @@ def _check_ours(path: Path, line: bytes, form: Form) -> Record:
     """The record in a line of a FILE; nothing, in an empty file, is taken for ours."""
     record = _parsed(line) if line else form.marked({form.under: {}} if form.under else {}, "")
     if record is None or not isinstance(form.marks(record).get("job"), str):
-        raise InputError(f"{path} is there already, and is not what `ee-tuning {form.command} --output` writes; {_REMEDY}")
+        raise InputError(
+            f"{path} is there already, and is not what `ee-tuning {form.command} --output` writes; {_REMEDY}"
+        )
     return record
 
 

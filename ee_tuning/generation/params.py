@@ -1,4 +1,5 @@
 """What a request may ask of sampling, and when it ends."""
+
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -36,10 +37,13 @@ class SamplingParams:
     n: int = 1
     """Completions of the prompt."""
     logprobs: int | None = None
-    """So many likeliest tokens with their log-probabilities, and each chosen one's, in the distribution it was chosen from."""
+    """So many likeliest tokens with their log-probabilities, and each chosen one's, in the distribution it was chosen
+    from.
+    """
     stop: tuple[str, ...] = ()
-    """Strings that end the completion; they are left out of it. Special tokens may be written out in them: one alone counts as its id in
-    `stop_token_ids`, too."""
+    """Strings that end the completion; they are left out of it. Special tokens may be written out in them: one alone
+    counts as its id in `stop_token_ids`, too.
+    """
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end the completion, beside the model's own end of text."""
     ignore_eos: bool = False
@@ -52,7 +56,9 @@ class SamplingParams:
 
     @cached_property
     def takes_likeliest(self) -> bool:
-        """Whether the likeliest token by the logits as they are is taken, and no log-probability wanted, once `min_tokens` are there."""
+        """Whether the likeliest token by the logits as they are is taken, and no log-probability wanted, once
+        `min_tokens` are there.
+        """
         return self.is_greedy and self.logprobs is None and not self.has_penalties and not self.logit_bias
 
     @property
@@ -64,7 +70,9 @@ class SamplingParams:
         """Raises InputError on a value that no sampler can use."""
         for name, (holds, rule) in self._rules(vocab_size).items():
             if not holds:
-                shown = {"max_tokens": "max_tokens (max_new_tokens)", "min_tokens": "min_tokens (min_new_tokens)"}.get(name, name)
+                shown = {"max_tokens": "max_tokens (max_new_tokens)", "min_tokens": "min_tokens (min_new_tokens)"}.get(
+                    name, name
+                )
                 raise InputError(f"{shown} must be {rule}, got {getattr(self, name)!r}")
         if isinstance(self.stop, str) or not all(isinstance(s, str) for s in self.stop):
             raise InputError(f"stop must be a tuple of strings, got {self.stop!r}")
@@ -84,19 +92,31 @@ class SamplingParams:
         number, whole = _is_number, _is_whole
         return {
             "max_tokens": (whole(self.max_tokens) and self.max_tokens >= 1, "a whole number of at least 1"),
-            "min_tokens": (whole(self.min_tokens) and 0 <= self.min_tokens <= self.max_tokens, f"in 0..{self.max_tokens} (max_tokens)"),
+            "min_tokens": (
+                whole(self.min_tokens) and 0 <= self.min_tokens <= self.max_tokens,
+                f"in 0..{self.max_tokens} (max_tokens)",
+            ),
             "temperature": (number(self.temperature) and 0 <= self.temperature <= 100, "in 0..100"),
             "top_k": (whole(self.top_k) and self.top_k >= 0, "a whole number of at least 0"),
             "top_p": (number(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (number(self.min_p) and 0 <= self.min_p <= 1, "in 0..1"),
-            "repetition_penalty": (number(self.repetition_penalty) and 0.01 <= self.repetition_penalty <= 100, "in 0.01..100"),
+            "repetition_penalty": (
+                number(self.repetition_penalty) and 0.01 <= self.repetition_penalty <= 100,
+                "in 0.01..100",
+            ),
             "presence_penalty": (number(self.presence_penalty) and abs(self.presence_penalty) <= 100, "in -100..100"),
-            "frequency_penalty": (number(self.frequency_penalty) and abs(self.frequency_penalty) <= 100, "in -100..100"),
-            "seed": (whole(self.seed) and abs(self.seed) < 2 ** 63, "a whole number of at most 63 bits"),
+            "frequency_penalty": (
+                number(self.frequency_penalty) and abs(self.frequency_penalty) <= 100,
+                "in -100..100",
+            ),
+            "seed": (whole(self.seed) and abs(self.seed) < 2**63, "a whole number of at most 63 bits"),
             "n": (whole(self.n) and 1 <= self.n <= 1024, "in 1..1024"),
-            "logprobs": (self.logprobs is None or (whole(self.logprobs) and 0 <= self.logprobs <= vocab_size),
-                         f"in 0..{vocab_size}, or left out"),
-            "ignore_eos": (isinstance(self.ignore_eos, bool), "true or false")}
+            "logprobs": (
+                self.logprobs is None or (whole(self.logprobs) and 0 <= self.logprobs <= vocab_size),
+                f"in 0..{vocab_size}, or left out",
+            ),
+            "ignore_eos": (isinstance(self.ignore_eos, bool), "true or false"),
+        }
 
 
 def _is_whole(value: object) -> bool:
@@ -106,4 +126,6 @@ def _is_whole(value: object) -> bool:
 def _is_number(value: object) -> bool:
     if isinstance(value, float):
         return math.isfinite(value)
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2 ** 63  # one of hundreds of digits is no float
+    return (
+        isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+    )  # one of hundreds of digits is no float

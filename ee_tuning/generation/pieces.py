@@ -1,4 +1,5 @@
 """How decoding cuts the network: a segment ends at an exit, and again where a pipeline stage ends."""
+
 from dataclasses import dataclass
 
 

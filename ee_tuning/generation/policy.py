@@ -1,4 +1,5 @@
 """When a token may leave the network: what a request may ask for, checked against the exits that are there."""
+
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -24,21 +25,29 @@ class Policy:
     @property
     def asked(self) -> frozenset[int]:
         """Exits whose heads may ever be asked."""
-        return frozenset({*self.thresholds, *self.drafts_at} | ({self.fixed_exit} if self.fixed_exit is not None else set()))
+        return frozenset(
+            {*self.thresholds, *self.drafts_at} | ({self.fixed_exit} if self.fixed_exit is not None else set())
+        )
 
 
 FULL = Policy()
 
 
-def policy_of(generation: GenerationSection, exit_layers: tuple[int, ...], num_layers: int, heads_digest: str | None = None) -> Policy:
-    """The policy that the keys describe, for a model with these exits. Raises InputError where it asks for what is not there."""
+def policy_of(
+    generation: GenerationSection, exit_layers: tuple[int, ...], num_layers: int, heads_digest: str | None = None
+) -> Policy:
+    """The policy that the keys describe, for a model with these exits. Raises InputError where it asks for what is not
+    there.
+    """
     kind = generation.policy
     if kind == "full":
         return FULL
     known = ", ".join(map(str, exit_layers)) or "none, give --exits"
     if kind == "fixed":
         if generation.exit_layer not in exit_layers:
-            raise InputError(f"policy fixed needs --exit-layer, one of the exits ({known}), got {generation.exit_layer}")
+            raise InputError(
+                f"policy fixed needs --exit-layer, one of the exits ({known}), got {generation.exit_layer}"
+            )
         return Policy(fixed_exit=generation.exit_layer)
     if not exit_layers:
         raise InputError(f"policy {kind} needs exit heads, got none; give --exits FOLDER, or --policy full")
@@ -51,13 +60,19 @@ def policy_of(generation: GenerationSection, exit_layers: tuple[int, ...], num_l
         return Policy(thresholds=calibration.used, measure=calibration.measure)
     thresholds = _thresholds(generation.threshold, exit_layers)
     # No measure is above 1.
-    return Policy(thresholds={layer: thresholds[layer] for layer in early if thresholds[layer] <= 1}, measure=generation.measure)
+    return Policy(
+        thresholds={layer: thresholds[layer] for layer in early if thresholds[layer] <= 1}, measure=generation.measure
+    )
 
 
 def _thresholds(given: tuple[float, ...], exit_layers: tuple[int, ...]) -> dict[int, float]:
     if len(given) not in (1, len(exit_layers)):
-        raise InputError(f"--threshold must be one number, or one for each of the {len(exit_layers)} exits "
-                         f"({', '.join(map(str, exit_layers))}), got {len(given)}")
+        raise InputError(
+            f"--threshold must be one number, or one for each of the {len(exit_layers)} exits "
+            f"({', '.join(map(str, exit_layers))}), got {len(given)}"
+        )
     if not all(value >= 0 for value in given):
-        raise InputError(f"--threshold must be at least 0, got {', '.join(f'{v:g}' for v in given)}; 1.1 never exits, 0.8 is a good start")
+        raise InputError(
+            f"--threshold must be at least 0, got {', '.join(f'{v:g}' for v in given)}; 1.1 never exits, 0.8 is a good start"
+        )
     return dict(zip(exit_layers, given * (len(exit_layers) if len(given) == 1 else 1), strict=True))

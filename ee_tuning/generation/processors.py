@@ -1,4 +1,7 @@
-"""What is done to logits before a token is chosen from them: bias, penalties, stop tokens put off. The order is transformers'."""
+"""What is done to logits before a token is chosen from them: bias, penalties, stop tokens put off. The order is
+transformers'.
+"""
+
 import torch
 from torch import Tensor
 
@@ -19,7 +22,9 @@ class TokenCounts:
         self._counted: list[int] = []
 
     def move_to(self, tokens: list[int], n: int) -> None:
-        """Counts the first n of `tokens`, which differ from those counted before in nothing but rejected drafts at the end."""
+        """Counts the first n of `tokens`, which differ from those counted before in nothing but rejected drafts at the
+        end.
+        """
         while self._counted and (len(self._counted) > n or self._counted[-1] != tokens[len(self._counted) - 1]):
             self._add(self._counted.pop(), len(self._counted), -1)
         for place in range(len(self._counted), n):
@@ -33,7 +38,8 @@ class TokenCounts:
 
 
 def takes_likeliest(sequence: Sequence, length: int) -> bool:
-    """Whether the token after the first `length` is the likeliest by the logits as they are, and nothing more is asked of it.
+    """Whether the token after the first `length` is the likeliest by the logits as they are, and nothing more is asked
+    of it.
 
     Once it is, it is behind every further token.
     """
@@ -42,9 +48,15 @@ def takes_likeliest(sequence: Sequence, length: int) -> bool:
     return params.takes_likeliest and num_said >= params.min_tokens
 
 
-def processed(logits: Tensor,  # [v]
-              sequence: Sequence, length: int, counts: TokenCounts | None) -> Tensor:  # [v], at least float32
-    """The logits of the token that follows the first `length` of a sequence. `counts` stand there; None where nothing is penalized."""
+def processed(
+    logits: Tensor,  # [v]
+    sequence: Sequence,
+    length: int,
+    counts: TokenCounts | None,
+) -> Tensor:  # [v], at least float32
+    """The logits of the token that follows the first `length` of a sequence. `counts` stand there; None where nothing
+    is penalized.
+    """
     params = sequence.params
     scores = logits.double() if logits.dtype == torch.float64 else logits.float()
     if params.logit_bias:
@@ -57,9 +69,13 @@ def processed(logits: Tensor,  # [v]
     return scores
 
 
-def log_probabilities(scores: Tensor,  # [..., v], processed
-                      params: SamplingParams) -> Tensor:  # [..., v]
-    """Those of the distribution that a token is chosen from; greedy choice takes the largest of the softmax at temperature 1."""
+def log_probabilities(
+    scores: Tensor,  # [..., v], processed
+    params: SamplingParams,
+) -> Tensor:  # [..., v]
+    """Those of the distribution that a token is chosen from; greedy choice takes the largest of the softmax at
+    temperature 1.
+    """
     if not params.is_greedy:
         scores = warped(scores, params.temperature, params.top_k, params.top_p, params.min_p)
     return scores.log_softmax(-1)

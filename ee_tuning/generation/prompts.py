@@ -1,4 +1,7 @@
-"""Prompts from a file: a JSON object a line, with wishes of its own beside the prompt, and keys that its record keeps."""
+"""Prompts from a file: a JSON object a line, with wishes of its own beside the prompt, and keys that its record
+keeps.
+"""
+
 import dataclasses
 import difflib
 from pathlib import Path
@@ -16,7 +19,9 @@ Line = dict[str, Any]
 
 _WISHES = frozenset(field.name for field in dataclasses.fields(GenerationSection)) | {"logit_bias"}
 _MISSPELT = 0.75
-"""Likeness to a key of the generation section from which on another key is taken for that one, misspelt: max_tokens, treshold."""
+"""Likeness to a key of the generation section from which on another key is taken for that one, misspelt: max_tokens,
+treshold.
+"""
 
 ENGINE_KEYS = frozenset({"max_pending", "prefill_chunk", "max_batch_size", "reuse_prefixes", "cache_tokens"})
 """Keys of the whole run, not of a prompt."""
@@ -59,7 +64,9 @@ class Request:
 
 
 def requests_of(llm: EarlyExitLLM, prompts: list[str], lines: list[Line]) -> tuple[GenerationSection, list[Request]]:
-    """(the options of all, a request for each prompt and then for each line, in their order). Raises InputError on options of no use."""
+    """(the options of all, a request for each prompt and then for each line, in their order). Raises InputError on
+    options of no use.
+    """
     options, jobs = llm.jobs(prompts)
     params_of(options).check(llm.model.config.vocab_size)
     return options, [Request(job.prompt, job) for job in jobs] + [_request_of(llm, line) for line in lines]
@@ -70,23 +77,35 @@ def _request_of(llm: EarlyExitLLM, line: Line) -> Request:
     try:
         for key in kept:
             _check_kept(key)
-        return Request(line["prompt"], job_of(llm, {key: value for key, value in line.items() if key not in kept}), kept=kept)
+        return Request(
+            line["prompt"], job_of(llm, {key: value for key, value in line.items() if key not in kept}), kept=kept
+        )
     except InputError as error:
-        return Request(line["prompt"], None, str(error), {key: value for key, value in kept.items() if key not in RECORD_KEYS})
+        return Request(
+            line["prompt"], None, str(error), {key: value for key, value in kept.items() if key not in RECORD_KEYS}
+        )
 
 
 def _check_kept(key: str) -> None:
     if near := difflib.get_close_matches(key, _WISHES, n=1, cutoff=_MISSPELT):
-        raise InputError(f"unknown key {key}; did you mean generation.{near[0]}? A key that its record is to keep needs another name")
+        raise InputError(
+            f"unknown key {key}; did you mean generation.{near[0]}? A key that its record is to keep needs another name"
+        )
     if key in RECORD_KEYS:
-        raise InputError(f"a line must not have the key {key}, which its record has for the completion; give it another name")
+        raise InputError(
+            f"a line must not have the key {key}, which its record has for the completion; give it another name"
+        )
 
 
 def job_of(llm: EarlyExitLLM, line: Line) -> Job:
-    """A line's job: its own keys, the run's for the others. Raises InputError on a key or value that can not be used."""
+    """A line's job: its own keys, the run's for the others. Raises InputError on a key or value that can not be
+    used.
+    """
     keys = {key: value for key, value in line.items() if key not in ("prompt", "logit_bias")}
     if misplaced := ENGINE_KEYS & keys.keys():
-        raise InputError(f"{min(misplaced)} is of the whole run, not of a prompt; give it with --set generation.{min(misplaced)}=…")
+        raise InputError(
+            f"{min(misplaced)} is of the whole run, not of a prompt; give it with --set generation.{min(misplaced)}=…"
+        )
     generation = with_options(llm.defaults, keys)
     biases = line.get("logit_bias", {})
     try:

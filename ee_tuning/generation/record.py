@@ -1,4 +1,5 @@
 """A completion as a JSON object: what `generate --json` and `--output` write of it."""
+
 import math
 from typing import Any
 
@@ -6,12 +7,29 @@ from ee_tuning.generation.completion import Completion
 
 Record = dict[str, Any]
 
-RECORD_KEYS = frozenset({
-    "prompt", "prompt_index", "index", "text", "token_ids", "exit_layers", "confidences", "logprobs", "top_logprobs", "tokens_per_second",
-    "finish_reason", "statistics", "error", "job"})
+RECORD_KEYS = frozenset(
+    {
+        "prompt",
+        "prompt_index",
+        "index",
+        "text",
+        "token_ids",
+        "exit_layers",
+        "confidences",
+        "logprobs",
+        "top_logprobs",
+        "tokens_per_second",
+        "finish_reason",
+        "statistics",
+        "error",
+        "job",
+    }
+)
 """Keys of the record itself. `job` stands in files alone: what was asked, in few characters (see output_file.py)."""
 IMPOSSIBLE = -9999.0
-"""Stands for a log-probability of minus infinity, which JSON has no word for; OpenAI's API says that a token is very unlikely so."""
+"""Stands for a log-probability of minus infinity, which JSON has no word for; OpenAI's API says that a token is very
+unlikely so.
+"""
 
 
 def as_record(completion: Completion, kept: Record) -> Record:
@@ -20,18 +38,36 @@ def as_record(completion: Completion, kept: Record) -> Record:
     if completion.error:
         return {**begins, "error": completion.error}
     told, statistics = completion, completion.statistics
-    return {**begins, "index": told.index, "text": told.text, "token_ids": told.token_ids, "exit_layers": told.exit_layers,
-            "confidences": [round(c, 6) for c in told.confidences],
-            **({"logprobs": [_said(value) for value in told.logprobs],
-                "top_logprobs": [{token: _said(value) for token, value in top.items()} for top in told.top_logprobs]}
-               if told.logprobs else {}),
-            "tokens_per_second": round(told.tokens_per_second, 2), "finish_reason": told.finish_reason,
-            "statistics": {"exit_histogram": told.exit_histogram, "mean_depth": round(told.mean_depth, 3),
-                           "catch_up_tokens": statistics.num_catch_up, "drafted": statistics.num_drafted,
-                           "accepted": statistics.num_accepted, "reused_tokens": statistics.num_reused,
-                           "tokens_read_again": statistics.num_read_again,
-                           "seconds_waiting": round(statistics.seconds_waiting, 4),
-                           "seconds_to_first_token": round(statistics.seconds_to_first_token, 4), "seconds": round(told.seconds, 4)}}
+    return {
+        **begins,
+        "index": told.index,
+        "text": told.text,
+        "token_ids": told.token_ids,
+        "exit_layers": told.exit_layers,
+        "confidences": [round(c, 6) for c in told.confidences],
+        **(
+            {
+                "logprobs": [_said(value) for value in told.logprobs],
+                "top_logprobs": [{token: _said(value) for token, value in top.items()} for top in told.top_logprobs],
+            }
+            if told.logprobs
+            else {}
+        ),
+        "tokens_per_second": round(told.tokens_per_second, 2),
+        "finish_reason": told.finish_reason,
+        "statistics": {
+            "exit_histogram": told.exit_histogram,
+            "mean_depth": round(told.mean_depth, 3),
+            "catch_up_tokens": statistics.num_catch_up,
+            "drafted": statistics.num_drafted,
+            "accepted": statistics.num_accepted,
+            "reused_tokens": statistics.num_reused,
+            "tokens_read_again": statistics.num_read_again,
+            "seconds_waiting": round(statistics.seconds_waiting, 4),
+            "seconds_to_first_token": round(statistics.seconds_to_first_token, 4),
+            "seconds": round(told.seconds, 4),
+        },
+    }
 
 
 def _said(logprob: float) -> float:

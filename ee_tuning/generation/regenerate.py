@@ -1,4 +1,7 @@
-"""`ee-tuning regenerate`: the full model answers prompts, and what it says is data that exits learn it by. Rank 0 reads and writes."""
+"""`ee-tuning regenerate`: the full model answers prompts, and what it says is data that exits learn it by. Rank 0 reads
+and writes.
+"""
+
 import dataclasses
 import hashlib
 import itertools
@@ -37,7 +40,9 @@ from ee_tuning.parallel.topology import Topology, init_parallel, leave_parallel
 
 FORM = Form("regenerate", under=MARK)
 _BATCHES_AT_A_TIME, _BATCHES_OF_LONG = 64, 8
-"""Batches of dialogues under way: where all have one answer, which is kept at once; where some have several, which a kill loses."""
+"""Batches of dialogues under way: where all have one answer, which is kept at once; where some have several, which a
+kill loses.
+"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,10 +79,11 @@ class _Prompts:
 
 
 def regenerate(config: Config, wish: Wish) -> None:
-    """Answers the prompts by the full model, in their order, into `wish.output`; what was answered before a stop is not asked again.
+    """Answers the prompts by the full model, in their order, into `wish.output`; what was answered before a stop is not
+    asked again.
 
-    Raises InputError, before the model is loaded, on files, options and an output that can not be used, and where no prompt can be
-    answered. A prompt alone that can not be is left out.
+    Raises InputError, before the model is loaded, on files, options and an output that can not be used, and where no
+    prompt can be answered. A prompt alone that can not be is left out.
     """
     topology = init_parallel(config.parallel)
     _check(config, topology.dp, topology.num_in_replica)
@@ -103,19 +109,26 @@ def _regenerate(config: Config, topology: Topology, wish: Wish, read: _Prompts) 
 
     if on_first_rank(topology, open_output):
         if topology.is_logging_rank:
-            print(f"{wish.output} has the answers of this job already: nothing is left to do; --overwrite makes it anew", file=sys.stderr)
+            print(
+                f"{wish.output} has the answers of this job already: nothing is left to do; --overwrite makes it anew",
+                file=sys.stderr,
+            )
     else:
         _answer(llm, config, wish, options, read, opened[0] if opened else None)
 
 
 def _check(config: Config, num_replicas: int, num_in_replica: int) -> None:
     if num_replicas > 1:
-        raise InputError(f"regenerate takes tensor × pipeline = {num_in_replica} processes, got {num_in_replica * num_replicas}; launch "
-                         f"{num_in_replica}, or change parallel.*")
+        raise InputError(
+            f"regenerate takes tensor × pipeline = {num_in_replica} processes, got {num_in_replica * num_replicas}; launch "
+            f"{num_in_replica}, or change parallel.*"
+        )
     generation = config.generation
     if generation.n > 1 and generation.temperature == 0:
-        raise InputError(f"generation.n = {generation.n} answers to a prompt would all be the same at temperature 0; give --temperature, "
-                         "0.7 for example")
+        raise InputError(
+            f"generation.n = {generation.n} answers to a prompt would all be the same at temperature 0; give --temperature, "
+            "0.7 for example"
+        )
 
 
 def _read(config: Config, wish: Wish, read: _Prompts) -> None:
@@ -123,16 +136,24 @@ def _read(config: Config, wish: Wish, read: _Prompts) -> None:
     if named_format(wish.output.name) != "lines" or wish.output.suffix.lower() in (".gz", ".zst", ".bz2", ".xz"):
         raise InputError(f"--output must end in .jsonl, for which tune reads a record a line, got {wish.output}")
     if wish.output.exists() and is_stream(wish.output):
-        raise InputError(f"--output must name a file, beside which answers are kept until all are made, got {wish.output}")
+        raise InputError(
+            f"--output must name a file, beside which answers are kept until all are made, got {wish.output}"
+        )
     check_beside(wish.output, config, config.data.paths)
     check_output(wish.output, wish.overwrites, FORM)
     if not config.data.paths and not wish.num_shipped:
-        raise InputError("regenerate needs prompts, got none; give --data FILE, or --shipped-prompts N for N of those that come with "
-                         "ee-tuning")
+        raise InputError(
+            "regenerate needs prompts, got none; give --data FILE, or --shipped-prompts N for N of those that come with "
+            "ee-tuning"
+        )
     given = read_chat_template(config.data.chat_template)
     tokenizer = load_tokenizer(tokenizer_of(config), trusts_code=config.model.trust_remote_code)
-    reading = Reading(text_key=config.data.text_key, has_template=bool(given or tokenizer.chat_template), as_chat=wish.as_chat,
-                      last_turn=wish.last_turn)
+    reading = Reading(
+        text_key=config.data.text_key,
+        has_template=bool(given or tokenizer.chat_template),
+        as_chat=wish.as_chat,
+        last_turn=wish.last_turn,
+    )
     for prompt, where in itertools.islice(_prompts(config, wish, reading, read.left_out), wish.limit):
         read.prompts.append(prompt)
         read.wheres.append(where)
@@ -151,8 +172,10 @@ def _prompts(config: Config, wish: Wish, reading: Reading, left_out: list[LeftOu
         corpora = find_corpora(paths, "data.paths", reading.text_key) if paths else []
         for corpus in corpora:
             if corpus.weight is not None or corpus.prefixes:
-                raise InputError(f"regenerate takes files of prompts, without weights and not tokenized, got {corpus.name}; leave weights "
-                                 "out, and give texts in place of .bin and .idx")
+                raise InputError(
+                    f"regenerate takes files of prompts, without weights and not tokenized, got {corpus.name}; leave weights "
+                    "out, and give texts in place of .bin and .idx"
+                )
             say_passed_over(corpus.passed_over)
         files = [path for corpus in corpora for path in corpus.texts]
         records = (record for piece in pieces_of(files) for record in read_records(piece, reading.text_key))
@@ -170,22 +193,38 @@ def _settings(llm: EarlyExitLLM, config: Config, wish: Wish, params: SamplingPar
     """All that the output depends on."""
     is_chat = any(prompt.turns for prompt in read.prompts)
     template = ChatTemplate(llm.tokenizer, read_chat_template(config.data.chat_template)).source() if is_chat else ""
-    return {**model_settings(llm, config), **{name: value for name, value in dataclasses.asdict(params).items() if name != "logprobs"},
-            "chat template": hashlib.sha256(template.encode()).hexdigest()[:16], "--drop-cut": wish.drops_cut, "prompts": read.digest()}
+    return {
+        **model_settings(llm, config),
+        **{name: value for name, value in dataclasses.asdict(params).items() if name != "logprobs"},
+        "chat template": hashlib.sha256(template.encode()).hexdigest()[:16],
+        "--drop-cut": wish.drops_cut,
+        "prompts": read.digest(),
+    }
 
 
-def _answer(llm: EarlyExitLLM, config: Config, wish: Wish, options: GenerationSection, read: _Prompts, output: OutputFile | None) -> None:
+def _answer(
+    llm: EarlyExitLLM, config: Config, wish: Wish, options: GenerationSection, read: _Prompts, output: OutputFile | None
+) -> None:
     """Asks for what `output` lacks, and finishes it. `output` is rank 0's alone."""
     done = output.done if output is not None else frozenset[Key]()
     num_all = len(read.prompts) * options.n
     if done:
         print(f"{len(done)} of {num_all} answers are in {wish.output}.partial already", file=sys.stderr, flush=True)
-    coming = (Dialogue(prompt, place, index) for place, prompt in enumerate(read.prompts) for index in range(options.n)
-              if (place, index) not in done)
+    coming = (
+        Dialogue(prompt, place, index)
+        for place, prompt in enumerate(read.prompts)
+        for index in range(options.n)
+        if (place, index) not in done
+    )
     is_long = any(prompt.num_answers > 1 for prompt in read.prompts)
     template = ChatTemplate(llm.tokenizer, read_chat_template(config.data.chat_template))
-    dialogues = Dialogues(coming, template, at_a_time=options.max_batch_size * (_BATCHES_OF_LONG if is_long else _BATCHES_AT_A_TIME),
-                          drops_cut=wish.drops_cut, wheres=read.wheres)
+    dialogues = Dialogues(
+        coming,
+        template,
+        at_a_time=options.max_batch_size * (_BATCHES_OF_LONG if is_long else _BATCHES_AT_A_TIME),
+        drops_cut=wish.drops_cut,
+        wheres=read.wheres,
+    )
     for record in read.left_out:
         dialogues.leave_out(*record)
     with closed_at_the_end(output, num_all):
@@ -193,9 +232,16 @@ def _answer(llm: EarlyExitLLM, config: Config, wish: Wish, options: GenerationSe
         on_first_rank(llm.model.topology, lambda: _finish(wish, dialogues, output, len(done)))
 
 
-def _decode(llm: EarlyExitLLM, options: GenerationSection, dialogues: Dialogues, ends_of_turn: tuple[int, ...], output: OutputFile | None,
-            progress: Progress) -> None:
+def _decode(
+    llm: EarlyExitLLM,
+    options: GenerationSection,
+    dialogues: Dialogues,
+    ends_of_turn: tuple[int, ...],
+    output: OutputFile | None,
+    progress: Progress,
+) -> None:
     """`ends_of_turn` are stop tokens of chats."""
+
     def write_ended() -> None:
         if output is None:
             return
@@ -207,8 +253,15 @@ def _decode(llm: EarlyExitLLM, options: GenerationSection, dialogues: Dialogues,
     continued = dataclasses.replace(params_of(options), n=1)
     said = dataclasses.replace(continued, stop_token_ids=ends_of_turn)
     while questions := on_first_rank(llm.model.topology, dialogues.next_round):
-        jobs = [Job(each.text, _with_own_seed(said if each.is_rendered else continued, each.sample), FULL,
-                    adds_special_tokens=not each.is_rendered) for each in questions]
+        jobs = [
+            Job(
+                each.text,
+                _with_own_seed(said if each.is_rendered else continued, each.sample),
+                FULL,
+                adds_special_tokens=not each.is_rendered,
+            )
+            for each in questions
+        ]
         completions: list[Completion] = []  # one for each job, in their order
         for token in llm.run(jobs, completions, options, keeps_errors=True, shows_text=False):
             progress.token()
@@ -226,7 +279,9 @@ def _with_own_seed(params: SamplingParams, index: int) -> SamplingParams:
     """Several answers to one prompt are drawn apart, in each turn; the first is what n = 1 gives."""
     if index == 0:
         return params
-    return dataclasses.replace(params, seed=int.from_bytes(hashlib.sha256(f"{params.seed}/{index}".encode()).digest()[:7]))
+    return dataclasses.replace(
+        params, seed=int.from_bytes(hashlib.sha256(f"{params.seed}/{index}".encode()).digest()[:7])
+    )
 
 
 def _finish(wish: Wish, dialogues: Dialogues, output: OutputFile | None, num_done: int) -> None:
@@ -234,12 +289,19 @@ def _finish(wish: Wish, dialogues: Dialogues, output: OutputFile | None, num_don
     if output is None:
         return
     if not output.done:
-        raise InputError(f"no prompt could be answered, and {wish.output} is not written; {tally.left_out} are left out, the first is "
-                         f"{tally.first_reason}")
+        raise InputError(
+            f"no prompt could be answered, and {wish.output} is not written; {tally.left_out} are left out, the first is "
+            f"{tally.first_reason}"
+        )
     output.finish()
-    notes = [f"last answer cut at max_new_tokens or the end of the context, where tune learns no end: {tally.cut:,}" if tally.cut else "",
-             f"without their later turns: {tally.shortened:,}" if tally.shortened else "",
-             f"prompts left out: {tally.left_out:,}" if tally.left_out else ""]
-    print("; ".join([f"wrote {wish.output}, records: {tally.answered + num_done:,}", *filter(None, notes)]), file=sys.stderr)
-
-
+    notes = [
+        f"last answer cut at max_new_tokens or the end of the context, where tune learns no end: {tally.cut:,}"
+        if tally.cut
+        else "",
+        f"without their later turns: {tally.shortened:,}" if tally.shortened else "",
+        f"prompts left out: {tally.left_out:,}" if tally.left_out else "",
+    ]
+    print(
+        "; ".join([f"wrote {wish.output}, records: {tally.answered + num_done:,}", *filter(None, notes)]),
+        file=sys.stderr,
+    )

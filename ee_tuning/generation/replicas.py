@@ -1,7 +1,9 @@
-"""Prompts shared out over the replicas of a model (data parallelism), their results in the order of the prompts on every rank.
+"""Prompts shared out over the replicas of a model (data parallelism), their results in the order of the prompts on
+every rank.
 
 A replica's ranks, tensor × pipeline, decode together and know the same results; of each replica one rank's are taken.
 """
+
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -13,14 +15,17 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def over_replicas(items: Sequence[Item], action: Callable[[list[Item]], list[Result]], topology: Topology) -> list[Result]:
-    """What `action` makes of the items, one result each, in their order, on every rank. All ranks call it with the same items.
+def over_replicas(
+    items: Sequence[Item], action: Callable[[list[Item]], list[Result]], topology: Topology
+) -> list[Result]:
+    """What `action` makes of the items, one result each, in their order, on every rank. All ranks call it with the same
+    items.
 
-    Replica r is given items r, r + dp, … ; one that is given none does nothing. Where `action` fails on one rank all raise: its
-    InputError, or else its own exception there and a RuntimeError on the others.
+    Replica r is given items r, r + dp, … ; one that is given none does nothing. Where `action` fails on one rank all
+    raise: its InputError, or else its own exception there and a RuntimeError on the others.
     """
     results, failure = list[Result](), None
-    share = list(items[topology.dp_rank::topology.dp])
+    share = list(items[topology.dp_rank :: topology.dp])
     try:
         results = action(share) if share else []
         assert len(results) == len(share), (len(results), len(share))
@@ -31,7 +36,13 @@ def over_replicas(items: Sequence[Item], action: Callable[[list[Item]], list[Res
             raise failure
         return results
     is_refusal = isinstance(failure, InputError)
-    told = None if failure is None else str(failure) if is_refusal else f"rank {topology.rank} failed: {type(failure).__name__}: {failure}"
+    told = (
+        None
+        if failure is None
+        else str(failure)
+        if is_refusal
+        else f"rank {topology.rank} failed: {type(failure).__name__}: {failure}"
+    )
     speaks = topology.stage == 0 and topology.tp_rank == 0
     answers = gathered([(topology.dp_rank, results if speaks else None, told, is_refusal)], topology)
     for _, _, reason, refused in answers:

@@ -1,4 +1,5 @@
 """The way of a policy's tokens through the network: the segments of each stage, and the heads behind them."""
+
 import ctypes
 from dataclasses import dataclass
 from itertools import groupby
@@ -18,7 +19,9 @@ MOST_TOKENS = 4 * calls.MOST_TOKENS
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """The segments of one stage. Each begins at a piece of `starts` and ends with the one in the same place of `ends`."""
+    """The segments of one stage. Each begins at a piece of `starts` and ends with the one in the same place of
+    `ends`.
+    """
 
     stage: int
     starts: tuple[int, ...]
@@ -42,10 +45,15 @@ class Route:
         self.heads: dict[int, int | None] = {**{i: pieces[i].last_layer for i in asked}, last_piece: policy.fixed_exit}
         """Piece -> the head that is asked behind it; None is the model's own."""
         self.thresholds = {**{i: policy.thresholds[pieces[i].last_layer] for i in asked}, last_piece: 0.0}
-        self.parts = tuple(self._part(stage, list(indices)) for stage, indices in groupby(range(last_piece + 1), lambda i: pieces[i].stage))
+        self.parts = tuple(
+            self._part(stage, list(indices))
+            for stage, indices in groupby(range(last_piece + 1), lambda i: pieces[i].stage)
+        )
         self._inner_starts = [start for part in self.parts for start in part.starts if start]
-        self.num_busy_stages = sum(any(pieces[i].last_layer >= pieces[i].first_layer for i in range(part.starts[0], part.ends[-1] + 1))
-                                   for part in self.parts)
+        self.num_busy_stages = sum(
+            any(pieces[i].last_layer >= pieces[i].first_layer for i in range(part.starts[0], part.ends[-1] + 1))
+            for part in self.parts
+        )
         """Stages with layers that tokens go through."""
         own = [part for part in self.parts if part.stage == runner.topology.stage]
         self.segments = self._segments(own[0]) if own and self._is_native(own[0]) else None
@@ -56,12 +64,18 @@ class Route:
         """Whether steps can be had so. The same on every rank."""
 
     def _is_native(self, part: Part) -> bool:
-        return self._runner.is_native and all(self._runner.heads[self.heads[end]].is_whole for end in part.ends if end in self.heads)
+        return self._runner.is_native and all(
+            self._runner.heads[self.heads[end]].is_whole for end in part.ends if end in self.heads
+        )
 
     def _part(self, stage: int, indices: list[int]) -> Part:
         ends = [i for i in indices if i in self.heads or i == indices[-1]]
-        return Part(stage=stage, starts=(indices[0], *(end + 1 for end in ends[:-1])), ends=tuple(ends),
-                    is_asked=tuple(end in self.heads for end in ends))
+        return Part(
+            stage=stage,
+            starts=(indices[0], *(end + 1 for end in ends[:-1])),
+            ends=tuple(ends),
+            is_asked=tuple(end in self.heads for end in ends),
+        )
 
     def _segments(self, part: Part) -> "ctypes.Array[calls.Segment]":
         runs = [self._runner.layers_of(start, end) for start, end in zip(part.starts, part.ends, strict=True)]
@@ -94,8 +108,8 @@ class Route:
 
 
 def waiting_within(part: Part, rows: list[Sequence]) -> tuple["ctypes.Array[calls.Waiting]", int, list[Tensor]]:
-    """What waits in front of a part's segments but the first, on the stage that has them: table, number of tokens, and the tensors that it
-    lies in.
+    """What waits in front of a part's segments but the first, on the stage that has them: table, number of tokens, and
+    the tensors that it lies in.
     """
     table, kept, total = (calls.Waiting * (len(part.starts) * len(rows)))(), list[Tensor](), 0
     if all([s.watermarks[part.starts[0]] == s.watermarks[part.ends[-1]] for s in rows]):

@@ -1,4 +1,5 @@
 """Runs a piece of the network over the pending tokens of some sequences, on the stage that owns it."""
+
 import itertools
 from typing import NamedTuple
 
@@ -25,9 +26,11 @@ from ee_tuning.parallel.stage_link import StageLink
 
 
 class PieceOutput(NamedTuple):
-    """What a pass leaves: the states behind the piece's last layer, and what an exit there takes. None on other stages."""
+    """What a pass leaves: the states behind the piece's last layer, and what an exit there takes. None on other
+    stages.
+    """
 
-    hidden: Tensor | None       # [t, h]
+    hidden: Tensor | None  # [t, h]
     exit_input: ExitInput | None
     firsts: tuple[int, ...]
     """Per sequence, the index of its first token of the pass."""
@@ -35,12 +38,16 @@ class PieceOutput(NamedTuple):
 
 
 class _Passes:
-    """What goes through the layers together. The newest one is kept: the pieces of a step mostly see the same tokens."""
+    """What goes through the layers together. The newest one is kept: the pieces of a step mostly see the same
+    tokens.
+    """
 
     def __init__(self, tables: tuple[Tensor, Tensor], config: ModelConfig, cache: KVCache):
         self._tables, self._num_places = tables, cache.num_places
         self._per_group = config.num_attention_heads // config.num_query_groups
-        self._static = StaticPasses(tables, width=config.hidden_size, num_places=cache.num_places, bytes_per_place=cache.bytes_per_token)
+        self._static = StaticPasses(
+            tables, width=config.hidden_size, num_places=cache.num_places, bytes_per_place=cache.bytes_per_token
+        )
         self._newest: TokenPass | None = None
 
     def __call__(self, rows: list[Sequence], starts: list[int], lengths: list[int]) -> TokenPass:
@@ -48,8 +55,15 @@ class _Passes:
         places = [s.places for s in rows if s.places is not None]
         newest = self._newest
         if newest is None or starts != newest.starts or lengths != newest.lengths or not _are_same(places, newest.rows):
-            newest = self._newest = TokenPass(places, starts, lengths, self._tables, queries_per_group=self._per_group,
-                                              num_places=self._num_places, static_passes=self._static)
+            newest = self._newest = TokenPass(
+                places,
+                starts,
+                lengths,
+                self._tables,
+                queries_per_group=self._per_group,
+                num_places=self._num_places,
+                static_passes=self._static,
+            )
         return newest
 
 
@@ -61,31 +75,50 @@ class Runner:
     """The layers of one stage, and their caches."""
 
     def __init__(self, model: EarlyExitModel, pieces: tuple[Piece, ...], cache: KVCache, link: StageLink):
-        self.model, self.topology, self.config, self.pieces, self.cache = model, model.topology, model.config, pieces, cache
+        self.model, self.topology, self.config, self.pieces, self.cache = (
+            model,
+            model.topology,
+            model.config,
+            pieces,
+            cache,
+        )
         self.link = link
         own = range(model.plan.first_layer, model.plan.last_layer + 1)
         self.layers = {number: RaggedLayer(model.backbone.layer(number), self.config, self.topology) for number in own}
-        self.exit_heads = {spec.layer: RaggedExitHead(model, model.exit_head(spec.layer), self.topology) for spec in model.plan.own_exits}
+        self.exit_heads = {
+            spec.layer: RaggedExitHead(model, model.exit_head(spec.layer), self.topology)
+            for spec in model.plan.own_exits
+        }
         self.heads: dict[int | None, RaggedHead] = dict(self.exit_heads.items())
         """Heads of this stage by the layer that an exit follows; None is the model's own."""
         if model.plan.has_final_head and self.topology.is_last_stage:
             self.heads[None] = RaggedFinalHead(model)
-        self.tables = rotation_tables(model.backbone.angles[:cache.max_length], model.plan.dtype)
+        self.tables = rotation_tables(model.backbone.angles[: cache.max_length], model.plan.dtype)
         own_layers = frozenset(spec.layer for spec in model.plan.exits if spec.architecture == "layer")
         self.describe = _Passes(self.tables, self.config, cache)
         self.head_layers = HeadLayers(own_layers, self.exit_heads, cache, self.describe)
         self._runs: dict[tuple[int, int], LayerRun] = {}
         self._carried: tuple[int, list[Sequence], PieceOutput] | None = None
-        """What the newest pass gave to the piece behind it: mostly the next pass is of the same rows, and nothing is cut and joined."""
-        # A token's row of the embedding is all there is to it in one process: Megatron's modules take ten times as long over it.
+        """What the newest pass gave to the piece behind it: mostly the next pass is of the same rows, and nothing is
+        cut and joined.
+        """
+        # A token's row of the embedding is all there is to it in one process: Megatron's modules take ten times as long
+        # over it.
         is_plain = self.config.position == "rope" and self.topology.tp == 1 and self.topology.is_first_stage
         self.words: Tensor | None = model.backbone.embedding.word_embeddings.weight if is_plain else None
         """[v, h]"""
-        self.is_native = self.config.position == "rope" and bool(self.layers) and all(layer.is_native for layer in self.layers.values())
-        """Whether the kernels can take a token through all layers of this stage, from the embedding on where that is here."""
+        self.is_native = (
+            self.config.position == "rope"
+            and bool(self.layers)
+            and all(layer.is_native for layer in self.layers.values())
+        )
+        """Whether the kernels can take a token through all layers of this stage, from the embedding on where that is
+        here.
+        """
 
     def run(self, index: int, rows: list[Sequence], through: int | None = None) -> PieceOutput:
-        """One pass of `rows`' pending tokens through piece `index`, and on through the pieces up to `through` of the same stage.
+        """One pass of `rows`' pending tokens through piece `index`, and on through the pieces up to `through` of the
+        same stage.
 
         States wait behind the last one for those rows that go deeper.
         """
@@ -110,25 +143,31 @@ class Runner:
         return output
 
     def settle(self) -> None:
-        """Leaves what the newest pass carries behind it with its sequences, those that go deeper: before anything else is done to them."""
+        """Leaves what the newest pass carries behind it with its sequences, those that go deeper: before anything else
+        is done to them.
+        """
         if self._carried is not None:
             index, rows, output = self._carried
             self._carried = None
             assert output.hidden is not None
             for sequence, first, length in zip(rows, output.firsts, output.lengths, strict=True):
                 if index <= sequence.last_piece:
-                    sequence.boundary[index].append(output.hidden[first: first + length])
+                    sequence.boundary[index].append(output.hidden[first : first + length])
 
     def layers_of(self, index: int, last: int) -> LayerRun:
         """The layers of the pieces from `index` to `last`, with their caches; on the stage that has them."""
         if (index, last) not in self._runs:  # with the caches, which a piece that no token reaches has none of
             numbers = range(self.pieces[index].first_layer, self.pieces[last].last_layer + 1)
-            self._runs[index, last] = LayerRun([self.layers[n] for n in numbers], [self.cache.layer(n) for n in numbers])
+            self._runs[index, last] = LayerRun(
+                [self.layers[n] for n in numbers], [self.cache.layer(n) for n in numbers]
+            )
         return self._runs[index, last]
 
-    def asked_states(self, index: int, head_layer: int | None, rows: list[Sequence], states: list[int],
-                     output: PieceOutput) -> ExitInput | None:
-        """What a head behind piece `index` takes at `states`, places in the pass that left `output`; None on the other stages.
+    def asked_states(
+        self, index: int, head_layer: int | None, rows: list[Sequence], states: list[int], output: PieceOutput
+    ) -> ExitInput | None:
+        """What a head behind piece `index` takes at `states`, places in the pass that left `output`; None on the other
+        stages.
 
         `head_layer` None is the final head. Early exits are asked about the newest token of each of `rows`.
         """
@@ -141,8 +180,12 @@ class Runner:
             inputs = ExitInput(output.hidden)
         return inputs if states == list(range(inputs.hidden.shape[0])) else inputs.rows(states)
 
-    def _entrance(self, index: int, rows: list[Sequence], starts: list[int], lengths: list[int]) -> Tensor | None:  # [t, h]
-        """The pending tokens' states where the piece is computed: embedded, kept from before, or sent by the stage before."""
+    def _entrance(
+        self, index: int, rows: list[Sequence], starts: list[int], lengths: list[int]
+    ) -> Tensor | None:  # [t, h]
+        """The pending tokens' states where the piece is computed: embedded, kept from before, or sent by the stage
+        before.
+        """
         here, stage = self.pieces[index].stage == self.topology.stage, self.topology.stage
         carried = self._carried
         if index == 0:
@@ -169,13 +212,17 @@ class Runner:
 
     def embedded(self, rows: list[Sequence], starts: list[int], lengths: list[int]) -> Tensor:  # [t, h]
         """`lengths` tokens of `rows` from `starts` on; on the first stage."""
-        ids = [token for s, start, n in zip(rows, starts, lengths, strict=True) for token in s.tokens[start: start + n]]
+        ids = [
+            token for s, start, n in zip(rows, starts, lengths, strict=True) for token in s.tokens[start : start + n]
+        ]
         if self.words is not None and len(ids) == 1:
-            return self.words[ids[0]: ids[0] + 1]
+            return self.words[ids[0] : ids[0] + 1]
         flat, positions = torch.tensor([ids], device=self.topology.device), None
         if self.words is not None:
             return F.embedding(flat[0], self.words)
         if self.config.position == "learned":
-            positions = torch.tensor([[p for start, n in zip(starts, lengths, strict=True) for p in range(start, start + n)]],
-                                     device=self.topology.device)
+            positions = torch.tensor(
+                [[p for start, n in zip(starts, lengths, strict=True) for p in range(start, start + n)]],
+                device=self.topology.device,
+            )
         return self.model.backbone.embed(flat, positions)[:, 0]

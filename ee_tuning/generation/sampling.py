@@ -1,8 +1,11 @@
-"""The way from logits to the next token: greedy, or drawn after temperature, top-k, top-p and min-p, processed as transformers does.
+"""The way from logits to the next token: greedy, or drawn after temperature, top-k, top-p and min-p, processed as
+transformers does.
 
-Needs torch alone. A draw depends on a key and nothing else, so that a prompt's tokens are the same in any batch; and two distributions
-that are alike mostly draw the same token with the same key, which is what lets drafts be accepted (see `draw`).
+Needs torch alone. A draw depends on a key and nothing else, so that a prompt's tokens are the same in any batch; and
+two distributions that are alike mostly draw the same token with the same key, which is what lets drafts be accepted
+(see `draw`).
 """
+
 # n sequences · v vocabulary, padding left out
 import hashlib
 
@@ -13,20 +16,21 @@ _COLD = 1e-30
 """Below this temperature no logits but equal ones can be drawn: others lie 10²⁰ apart, or are equal."""
 
 
-def probabilities(scores: Tensor,  # [v] or [n, v]
-                  temperature: float,  # above 0
-                  top_k: int = 0,  # 0 for all
-                  top_p: float = 1.0,  # 1 for all
-                  min_p: float = 0.0,  # 0 for all
-                  ) -> Tensor:  # as scores, float32 (float64 for float64); tokens left out have exactly 0
+def probabilities(
+    scores: Tensor,  # [v] or [n, v]
+    temperature: float,  # above 0
+    top_k: int = 0,  # 0 for all
+    top_p: float = 1.0,  # 1 for all
+    min_p: float = 0.0,  # 0 for all
+) -> Tensor:  # as scores, float32 (float64 for float64); tokens left out have exactly 0
     """What is drawn from: the softmax of `warped`."""
     return warped(scores, temperature, top_k, top_p, min_p).softmax(-1)
 
 
 def warped(scores: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
-    """scores / temperature, then the top_k largest (with those equal to the last), then the fewest likeliest that reach top_p together,
-    then those at least min_p times as likely as the likeliest; the others are -inf. At least one is left. Order and ties are those of
-    transformers' logits processors.
+    """scores / temperature, then the top_k largest (with those equal to the last), then the fewest likeliest that reach
+    top_p together, then those at least min_p times as likely as the likeliest; the others are -inf. At least one is
+    left. Order and ties are those of transformers' logits processors.
     """
     scores = _tempered(scores if scores.dtype == torch.float64 else scores.float(), temperature)
     if 0 < top_k < scores.shape[-1]:
@@ -49,26 +53,32 @@ def draw_key(request: int, length: int) -> int:
     return _digest(f"{request}:{length}")
 
 
-def draw(distribution: Tensor,  # [n, v], nonnegative
-         keys: list[int]) -> Tensor:  # [n], int64
+def draw(
+    distribution: Tensor,  # [n, v], nonnegative
+    keys: list[int],
+) -> Tensor:  # [n], int64
     """One token per row, never one of probability 0; rows need no sum of 1.
 
-    An exponential race: token i wins with p_i / e_i largest, its e_i drawn from the row's key and i. Then two distributions p and q draw
-    the same token with the same key at least as often as (1 - d) / (1 + d), d their total variation distance (Daliri, Musco and Suresh
-    2024, arXiv 2408.07978).
+    An exponential race: token i wins with p_i / e_i largest, its e_i drawn from the row's key and i. Then two
+    distributions p and q draw the same token with the same key at least as often as (1 - d) / (1 + d), d their total
+    variation distance (Daliri, Musco and Suresh 2024, arXiv 2408.07978).
     """
     assert len(distribution) == len(keys), (len(distribution), len(keys))
     return (distribution.double() / _exponential(keys, distribution.shape[-1], distribution.device)).argmax(-1)
 
 
 def _exponential(keys: list[int], size: int, device: torch.device) -> Tensor:  # [n, size] float64, above 0
-    """One number for each key and place, on any device the same: SplitMix64 (Steele, Lea and Flood 2014) of key + place."""
-    x = torch.tensor(keys, device=device)[:, None] + torch.arange(1, size + 1, device=device) * -7046029254386353131  # wraps, as it should
+    """One number for each key and place, on any device the same: SplitMix64 (Steele, Lea and Flood 2014) of key +
+    place.
+    """
+    x = (
+        torch.tensor(keys, device=device)[:, None] + torch.arange(1, size + 1, device=device) * -7046029254386353131
+    )  # wraps, as it should
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
         x = (x ^ _shifted(x, shift)) * factor
     x = x ^ _shifted(x, 31)
     # 52 bits and a half: neither 0 nor 1 in float64, so the logarithm is finite and not 0.
-    return -((_shifted(x, 12).double() + 0.5) * 2.0 ** -52).log()
+    return -((_shifted(x, 12).double() + 0.5) * 2.0**-52).log()
 
 
 def _shifted(x: Tensor, bits: int) -> Tensor:
@@ -82,7 +92,8 @@ def _digest(text: str) -> int:
 def _tempered(scores: Tensor, temperature: float) -> Tensor:
     if temperature >= _COLD:
         return scores / temperature
-    # The quotient, or the temperature itself, is beyond the type's range: of what lies below the largest, its limit is minus infinity.
+    # The quotient, or the temperature itself, is beyond the type's range: of what lies below the largest, its limit is
+    # minus infinity.
     largest = scores.amax(-1, keepdim=True)
     return torch.where(scores == largest, 0.0, -torch.inf).to(scores.dtype)
 

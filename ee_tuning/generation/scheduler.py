@@ -1,8 +1,11 @@
-"""Who runs and who waits: sequences are let in as there is memory, and each step takes the next tokens of those that run.
+"""Who runs and who waits: sequences are let in as there is memory, and each step takes the next tokens of those that
+run.
 
-A sequence takes memory as it grows. Where none is left the youngest is put back in front of those that wait, and later reads its tokens
-again; its next ones are the same. It comes back when all that it may ever need is free: nobody is put back twice.
+A sequence takes memory as it grows. Where none is left the youngest is put back in front of those that wait, and later
+reads its tokens again; its next ones are the same. It comes back when all that it may ever need is free: nobody is put
+back twice.
 """
+
 import time
 from collections import deque
 from collections.abc import Set
@@ -13,7 +16,9 @@ from ee_tuning.generation.sequence import Sequence
 
 
 class Scheduler:
-    """The sequences of an engine, up to `num_slots` of them running. Ranks that see the same requests and tokens decide alike."""
+    """The sequences of an engine, up to `num_slots` of them running. Ranks that see the same requests and tokens decide
+    alike.
+    """
 
     def __init__(self, cache: KVCache, *, num_slots: int, prefill_chunk: int, reuses_prefixes: bool = True):
         self.cache, self.pool = cache, cache.pool
@@ -58,8 +63,8 @@ class Scheduler:
         return sum([s.num_fed == len(s.blocks) * BLOCK_SIZE for s in self.running]) > self.pool.num_free
 
     def feed(self, busy: Set[int] = frozenset()) -> list[Sequence]:
-        """The sequences that take part in a step, their next tokens at the entrance: the newest token, or a chunk of a prompt. Those whose
-        numbers are in `busy` are in the middle of one.
+        """The sequences that take part in a step, their next tokens at the entrance: the newest token, or a chunk of a
+        prompt. Those whose numbers are in `busy` are in the middle of one.
         """
         self._grow()
         budget, going = self.prefill_chunk, []
@@ -89,7 +94,11 @@ class Scheduler:
         self.pool.hold(shared)
         # Whoever runs has to be able to grow: else the next one would be let in to be put back at once.
         growing = sum(len(s.blocks) < blocks_for(s.limit) for s in self.running)
-        own = self.pool.take(wanted, after=shared[-1] if shared else None) if wanted + growing <= self.pool.num_free else None
+        own = (
+            self.pool.take(wanted, after=shared[-1] if shared else None)
+            if wanted + growing <= self.pool.num_free
+            else None
+        )
         if own is None:
             self.pool.give_back(shared)
             return False
@@ -142,12 +151,16 @@ class Scheduler:
         return blocks
 
     def _is_being_read(self, sequence: Sequence, index: int) -> bool:
-        """Whether block `index` of a waiting sequence is in another's prompt that is being read: waiting for it costs less than doing it
-        twice, and the chunk that a step reads is taken anyway.
+        """Whether block `index` of a waiting sequence is in another's prompt that is being read: waiting for it costs
+        less than doing it twice, and the chunk that a step reads is taken anyway.
         """
         return index < self._num_shareable(sequence) and any(
-            s.is_reading and s.parts >= sequence.parts and index < self._num_shareable(s)
-            and self._key(s, index) == self._key(sequence, index) for s in self.running)
+            s.is_reading
+            and s.parts >= sequence.parts
+            and index < self._num_shareable(s)
+            and self._key(s, index) == self._key(sequence, index)
+            for s in self.running
+        )
 
     def _num_shareable(self, sequence: Sequence) -> int:
         return (len(sequence.tokens) - 1) // BLOCK_SIZE if sequence.shares and self.reuses_prefixes else 0
@@ -156,7 +169,8 @@ class Scheduler:
         keys = sequence.block_keys
         while len(keys) <= index:
             first = len(keys) * BLOCK_SIZE
-            # Heads with layers of their own fill them for those who ask: who asks the same ones shares blocks, and pushes out no other's.
+            # Heads with layers of their own fill them for those who ask: who asks the same ones shares blocks, and
+            # pushes out no other's.
             before = keys[-1] if keys else repr(sorted(sequence.head_watermarks)).encode()
-            keys.append(block_key(before, sequence.tokens[first: first + BLOCK_SIZE]))
+            keys.append(block_key(before, sequence.tokens[first : first + BLOCK_SIZE]))
         return keys[index]

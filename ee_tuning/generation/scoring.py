@@ -1,10 +1,11 @@
 """Log-probabilities of given continuations under a policy, from whole sequences at once (`EarlyExitLLM.score`).
 
-Every position is teacher-forced: it has the distribution of the exit at which its token would leave, of the final head where it leaves
-at none. In decoding the first token of a completion is the final head's, for reading the prompt goes through all layers anyway; here it
-may leave as all others do: answers of one token would say nothing about exits otherwise. A token that a shortlisted exit can not say has
-there the part of "any other token" that each of them has.
+Every position is teacher-forced: it has the distribution of the exit at which its token would leave, of the final head
+where it leaves at none. In decoding the first token of a completion is the final head's, for reading the prompt goes
+through all layers anyway; here it may leave as all others do: answers of one token would say nothing about exits
+otherwise. A token that a shortlisted exit can not say has there the part of "any other token" that each of them has.
 """
+
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,7 +25,8 @@ from ee_tuning.parallel.shortlist import token_confidences, token_log_probabilit
 from ee_tuning.parallel.stage_link import StageLink
 from ee_tuning.parallel.vocab import VocabShard
 
-# s sequence · b rows of a pass · p policies · h hidden · v/tp this rank's shard of the vocabulary · n positions that are scored
+# s sequence · b rows of a pass · p policies · h hidden · v/tp this rank's shard of the vocabulary · n positions that
+# are scored
 
 CHUNK = 128
 """Positions whose logits are there at a time."""
@@ -67,7 +69,8 @@ class _Row:
 
 
 def token_pairs(model: EarlyExitModel, encode: Encode, pairs: Iterable[tuple[str, str] | TokenPair]) -> list[TokenPair]:
-    """Token ids of each pair. Contexts are cut from the left, as lm-evaluation-harness does, to what the model has positions for.
+    """Token ids of each pair. Contexts are cut from the left, as lm-evaluation-harness does, to what the model has
+    positions for.
 
     Raises InputError where either part is empty, a continuation alone is too long, or a token is not of the vocabulary.
     """
@@ -75,15 +78,17 @@ def token_pairs(model: EarlyExitModel, encode: Encode, pairs: Iterable[tuple[str
 
 
 def _encoded(encode: Encode, context: str | list[int], continuation: str | list[int]) -> TokenPair:
-    """Both texts are read as one and cut where the tokens of the first end; spaces there go to the second, as tokenizers want them."""
+    """Both texts are read as one and cut where the tokens of the first end; spaces there go to the second, as
+    tokenizers want them.
+    """
     if not (isinstance(context, str) and isinstance(continuation, str)):
         return list(context), list(continuation)  # type: ignore[arg-type]
     kept = context.rstrip()
-    before, after = encode(kept, True), context[len(kept):] + continuation
+    before, after = encode(kept, True), context[len(kept) :] + continuation
     if not after:
         return before, []
     # One token may hold the end of the first and all of the second.
-    return before, (encode(kept + after, True)[len(before):] if kept else []) or encode(after, False)
+    return before, (encode(kept + after, True)[len(before) :] if kept else []) or encode(after, False)
 
 
 def _checked(model: EarlyExitModel, context: list[int], continuation: list[int]) -> TokenPair:
@@ -94,20 +99,25 @@ def _checked(model: EarlyExitModel, context: list[int], continuation: list[int])
         if not all(isinstance(token, int) and 0 <= token < size for token in ids):
             raise InputError(f"token ids must be integers in 0..{size - 1}, got {ids!r:.60} as a {name} to score")
     if len(continuation) > positions:
-        raise InputError(f"a continuation to score must have at most the {positions} tokens that the model has positions for, got "
-                         f"{len(continuation)}; cut it into parts")
-    return context[-(positions + 1 - len(continuation)):], continuation
+        raise InputError(
+            f"a continuation to score must have at most the {positions} tokens that the model has positions for, got "
+            f"{len(continuation)}; cut it into parts"
+        )
+    return context[-(positions + 1 - len(continuation)) :], continuation
 
 
 def score(model: EarlyExitModel, pairs: Sequence[TokenPair], policy: Policy, max_rows: int) -> list[Score]:
-    """A score for each of `pairs` (`token_pairs`), passes of at most `max_rows` rows. All ranks of the replica call it alike.
+    """A score for each of `pairs` (`token_pairs`), passes of at most `max_rows` rows. All ranks of the replica call it
+    alike.
 
     Raises InputError, on all ranks, where logits are not finite.
     """
     return score_by(model, pairs, [policy], max_rows)[0]
 
 
-def score_by(model: EarlyExitModel, pairs: Sequence[TokenPair], policies: Sequence[Policy], max_rows: int) -> list[list[Score]]:
+def score_by(
+    model: EarlyExitModel, pairs: Sequence[TokenPair], policies: Sequence[Policy], max_rows: int
+) -> list[list[Score]]:
     """What `score` returns, for each of the policies: layers are run, and exits asked, once for all of them."""
     ends = list(itertools.accumulate((len(continuation) for _, continuation in pairs), initial=0))
     answers = torch.zeros(len(policies), ends[-1], 3, dtype=torch.float64)
@@ -126,12 +136,21 @@ def score_by(model: EarlyExitModel, pairs: Sequence[TokenPair], policies: Sequen
 
 def _scores(pairs: Sequence[TokenPair], answers: Tensor) -> list[Score]:  # [tokens, 3]
     lengths = [len(continuation) for _, continuation in pairs]
-    return [Score(token_ids=continuation, logprobs=found[:, 1].tolist(), is_greedy=found[:, 2].bool().tolist(),
-                  exit_layers=found[:, 0].int().tolist()) for (_, continuation), found in zip(pairs, answers.split(lengths), strict=True)]
+    return [
+        Score(
+            token_ids=continuation,
+            logprobs=found[:, 1].tolist(),
+            is_greedy=found[:, 2].bool().tolist(),
+            exit_layers=found[:, 0].int().tolist(),
+        )
+        for (_, continuation), found in zip(pairs, answers.split(lengths), strict=True)
+    ]
 
 
 def _rows(pairs: Sequence[TokenPair], ends: list[int]) -> list[_Row]:
-    """Longest first, so that memory which does not suffice is missed at once. Pairs that differ in their last token alone share a row."""
+    """Longest first, so that memory which does not suffice is missed at once. Pairs that differ in their last token
+    alone share a row.
+    """
     rows: dict[tuple[int, ...], _Row] = {}
     for (context, continuation), first in zip(pairs, ends, strict=False):
         tokens = [*context, *continuation][:-1]
@@ -145,7 +164,7 @@ def _batches(rows: list[_Row], max_rows: int) -> Iterator[list[_Row]]:
     first = 0
     while first < len(rows):
         count = max(1, min(max_rows, PASS_TOKENS // len(rows[first].tokens)))
-        yield rows[first: first + count]
+        yield rows[first : first + count]
         first += count
 
 
@@ -158,15 +177,18 @@ class _Scorer:
         self._through = max(last if policy.fixed_exit is None else policy.fixed_exit for policy in policies)
         """No layer behind this one is needed."""
         self._asked: dict[int, dict[int, float | None]] = {}
-        """Exits of this stage, shallow to deep -> policies that ask them, by place -> the confidence at which a position leaves; None where
-        all do."""
+        """Exits of this stage, shallow to deep -> policies that ask them, by place -> the confidence at which a
+        position leaves; None where all do.
+        """
         for place, policy in enumerate(policies):
             asked = dict(policy.thresholds) if policy.fixed_exit is None else {policy.fixed_exit: None}
             for layer, threshold in asked.items():
                 if plan.first_layer <= layer <= plan.last_layer:
                     self._asked.setdefault(layer, {})[place] = threshold
         self._asked = dict(sorted(self._asked.items()))
-        self._ask_final = [place for place, policy in enumerate(policies) if policy.fixed_exit is None and plan.last_layer == last]
+        self._ask_final = [
+            place for place, policy in enumerate(policies) if policy.fixed_exit is None and plan.last_layer == last
+        ]
 
     def read(self, rows: list[_Row], answers: Tensor) -> None:
         """Takes rows through this stage, and writes those answers that are found here."""
@@ -178,7 +200,10 @@ class _Scorer:
         labels = torch.tensor([label for row in rows for _, label in row.asked], device=device)
         if self.topology.is_first_stage:
             tokens = torch.tensor([row.tokens + [0] * (length - len(row.tokens)) for row in rows], device=device)
-            hidden, stays = self.model.embed(tokens), torch.ones(len(self.policies), len(places), dtype=torch.bool, device=device)
+            hidden, stays = (
+                self.model.embed(tokens),
+                torch.ones(len(self.policies), len(places), dtype=torch.bool, device=device),
+            )
         else:
             dtype = self.model.plan.dtype
             hidden = self.link.receive(length * len(rows), width, dtype).view(length, len(rows), width)
@@ -191,15 +216,24 @@ class _Scorer:
             self.link.send(hidden.flatten(0, 1))
             self.link.send(stays.T.to(hidden.dtype).contiguous())
 
-    def _ask(self, hidden: Tensor, inputs: dict[int, ExitInput],  # [s, b, h]
-             places: Tensor, labels: Tensor, stays: Tensor, found: Tensor) -> None:  # [n], [n], [p, n] bool, [p, n, 3]
-        """Asks the exits of this stage, shallow to deep, about the positions that have not left by all policies; those that leave are taken
-        out of `stays`.
+    def _ask(
+        self,
+        hidden: Tensor,
+        inputs: dict[int, ExitInput],  # [s, b, h]
+        places: Tensor,
+        labels: Tensor,
+        stays: Tensor,
+        found: Tensor,
+    ) -> None:  # [n], [n], [p, n] bool, [p, n, 3]
+        """Asks the exits of this stage, shallow to deep, about the positions that have not left by all policies; those
+        that leave are taken out of `stays`.
         """
         for layer, thresholds in self._asked.items():
             if not len(going := stays[list(thresholds)].any(0).nonzero()[:, 0]):
                 continue
-            measures = sorted({self.policies[place].measure for place, threshold in thresholds.items() if threshold is not None})
+            measures = sorted(
+                {self.policies[place].measure for place, threshold in thresholds.items() if threshold is not None}
+            )
             told = self._ask_exit(layer, measures, inputs[layer], places[going], labels[going])
             for place, threshold in thresholds.items():
                 leaves = stays[place, going]
@@ -213,22 +247,38 @@ class _Scorer:
                 leaves = stays[place, going]
                 self._leave(place, self.model.config.num_layers, going[leaves], told[leaves], stays, found)
 
-    def _leave(self, policy: int, layer: int, where: Tensor, told: Tensor, stays: Tensor, found: Tensor) -> None:  # …, [m], [m, 2 + …], …
+    def _leave(
+        self, policy: int, layer: int, where: Tensor, told: Tensor, stays: Tensor, found: Tensor
+    ) -> None:  # …, [m], [m, 2 + …], …
         """Writes what a policy has by this layer."""
         found[policy, where, 0] = layer
         found[policy, where, 1:] = told[:, :2]
         stays[policy, where] = False
 
-    def _ask_exit(self, layer: int, measures: Sequence[Measure], inputs: ExitInput, places: Tensor, labels: Tensor) -> Tensor:
+    def _ask_exit(
+        self, layer: int, measures: Sequence[Measure], inputs: ExitInput, places: Tensor, labels: Tensor
+    ) -> Tensor:
         head, vocab = self.model.exit_head(layer), self.model.exit_vocab
         if head.own_layer is None:
-            return head(inputs.tokens(places), lambda states, weight: self._read(states, weight, vocab, labels, measures))
+            return head(
+                inputs.tokens(places), lambda states, weight: self._read(states, weight, vocab, labels, measures)
+            )
         # A head with a layer of its own attends over whole sequences.
-        return head(inputs, lambda states, weight: self._read(states.flatten(0, 1)[places], weight, vocab, labels, measures))
+        return head(
+            inputs, lambda states, weight: self._read(states.flatten(0, 1)[places], weight, vocab, labels, measures)
+        )
 
-    def _read(self, hidden: Tensor, weight: Tensor, vocab: VocabShard,  # [n, h], [rows of `vocab`, h]
-              labels: Tensor, measures: Sequence[Measure]) -> Tensor:  # [n] -> [n, 2 + measures]
-        """The label's log-probability, whether it is the likeliest token, and the confidence by each measure; float64."""
+    def _read(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        vocab: VocabShard,  # [n, h], [rows of `vocab`, h]
+        labels: Tensor,
+        measures: Sequence[Measure],
+    ) -> Tensor:  # [n] -> [n, 2 + measures]
+        """The label's log-probability, whether it is the likeliest token, and the confidence by each measure;
+        float64.
+        """
         told = torch.zeros(len(labels), 2 + len(measures), dtype=torch.float64, device=hidden.device)
         for part, states, wanted in zip(told.split(CHUNK), hidden.split(CHUNK), labels.split(CHUNK), strict=True):
             logits = F.linear(states, weight)

@@ -1,4 +1,7 @@
-"""One completion in the making: its tokens, where its keys and values lie, and how far each piece of the network has come with it."""
+"""One completion in the making: its tokens, where its keys and values lie, and how far each piece of the network has
+come with it.
+"""
+
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -89,7 +92,8 @@ class Sequence:
     boundary: list[list[Tensor]] = field(default_factory=list, repr=False)
     """Per piece, the hidden states [k, h] of its pending tokens, on the stage that made them."""
     head_watermarks: dict[int, int] = field(default_factory=dict)
-    """Tokens that have keys and values at each head that has a layer of its own and may be asked about this sequence."""
+    """Tokens that have keys and values at each head that has a layer of its own and may be asked about this sequence.
+    """
     head_states: dict[int, list[Tensor]] = field(default_factory=dict, repr=False)
     """Per such head, the states [k, h] of the tokens that lack them there, on the stage that has the head."""
     blocks: list[int] = field(default_factory=list)
@@ -162,7 +166,7 @@ class Sequence:
     @property
     def output(self) -> list[int]:
         """The completion so far."""
-        return self.tokens[self.num_prompt_tokens: self.num_final]
+        return self.tokens[self.num_prompt_tokens : self.num_final]
 
     def num_arrived(self, piece: int) -> int:
         """Tokens that have reached the entrance of a piece."""
@@ -173,18 +177,24 @@ class Sequence:
         return self.num_arrived(piece) - self.watermarks[piece] if piece <= self.last_piece else 0
 
     def crop(self, num_tokens: int) -> None:
-        """Forgets the keys and values of tokens past the first `num_tokens`. No token may be waiting between two pieces."""
-        assert not any(self.boundary[piece] for piece in range(1, self.last_piece + 1)), "states of tokens that may be gone"
+        """Forgets the keys and values of tokens past the first `num_tokens`. No token may be waiting between two
+        pieces.
+        """
+        assert not any(self.boundary[piece] for piece in range(1, self.last_piece + 1)), (
+            "states of tokens that may be gone"
+        )
         self.num_fed = min(self.num_fed, num_tokens)
         self.watermarks = [min(mark, num_tokens) for mark in self.watermarks]
         for layer, mark in self.head_watermarks.items():
             self.head_watermarks[layer] = min(mark, num_tokens)
             if self.head_states[layer]:
-                self.head_states[layer] = [torch.cat(self.head_states[layer])[:max(0, num_tokens - mark)]]
+                self.head_states[layer] = [torch.cat(self.head_states[layer])[: max(0, num_tokens - mark)]]
 
     def begin_at(self, num_tokens: int) -> None:
-        """The first tokens have keys and values in all of its parts, and nothing else was computed. Drafts are forgotten."""
-        del self.tokens[self.num_final:]
+        """The first tokens have keys and values in all of its parts, and nothing else was computed. Drafts are
+        forgotten.
+        """
+        del self.tokens[self.num_final :]
         self.drafts.begin({})
         self.num_fed = num_tokens
         self.watermarks = [num_tokens] * len(self.watermarks)

@@ -1,7 +1,10 @@
-"""The exits at which tokens are drafted, from which confidence on, and when to check: chosen from what was right and what things cost.
+"""The exits at which tokens are drafted, from which confidence on, and when to check: chosen from what was right and
+what things cost.
 
-Tokens never depend on it: they are the full model's (see `Engine`). It decides alike on every rank, for all it knows is the same there.
+Tokens never depend on it: they are the full model's (see `Engine`). It decides alike on every rank, for all it knows is
+the same there.
 """
+
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,7 +25,9 @@ FIRST_ROUNDS = 40
 SURVEY = 8
 """Rounds after each plan that ask every exit, too."""
 LATEST = 512
-"""Rounds after which the plan is made anew, at most; it comes half as often each time. Then every exit is asked again for a while."""
+"""Rounds after which the plan is made anew, at most; it comes half as often each time. Then every exit is asked again
+for a while.
+"""
 NEVER = 2.0
 """A confidence that no token has."""
 
@@ -62,14 +67,18 @@ class Speculation:
         self._known_costs: dict[tuple[int, int], float] = {}
 
     def recall(self, records: Mapping[int, tuple[list[float], list[float]]]) -> None:
-        """Begins with what is known of exits, (seen, right) of each by bins of confidence: no round asks all of them to learn it."""
+        """Begins with what is known of exits, (seen, right) of each by bins of confidence: no round asks all of them to
+        learn it.
+        """
         for layer, (seen, right) in records.items():
             self.records[layer] = _Record(seen, right)
         self.num_rounds, self._interval = FIRST_ROUNDS, LATEST // 4
         self._next_plan = FIRST_ROUNDS + self._interval
 
     def begin_round(self, sequence: Sequence, num_rows: int) -> None:
-        """Says where the sequence's next tokens are drafted, `num_rows` sequences decoding beside each other; nowhere if it would lose."""
+        """Says where the sequence's next tokens are drafted, `num_rows` sequences decoding beside each other; nowhere
+        if it would lose.
+        """
         self.num_rounds += 1
         if self.num_rounds > self._next_plan or (num_rows != self._planned_rows and self.num_rounds > FIRST_ROUNDS):
             if self.num_rounds > self._next_plan:
@@ -99,8 +108,8 @@ class Speculation:
         return max(wanted, enough[0]) if enough and sequence.drafts.odds >= worth else None
 
     def worth(self, sequence: Sequence, exit_layer: int, num_rows: int) -> float:
-        """How likely right a further draft has to be, those before it included: it brings a token then, and costs the way to the exit
-        once more, and a place in the check.
+        """How likely right a further draft has to be, those before it included: it brings a token then, and costs the
+        way to the exit once more, and a place in the check.
         """
         return sequence.drafts.rate * self._cost_of_one_more(exit_layer, num_rows)
 
@@ -123,17 +132,21 @@ class Speculation:
         if key not in self._known_costs:
             last = next(i for i, piece in enumerate(self.pieces) if piece.exit_layer == exit_layer)
             passes = sum(self._costs(i, num_rows)[i <= last] for i in range(len(self.pieces)))
-            self._known_costs[key] = passes + (self.costs.of_head(exit_layer, num_rows) + self.costs.overhead) / num_rows
+            self._known_costs[key] = (
+                passes + (self.costs.of_head(exit_layer, num_rows) + self.costs.overhead) / num_rows
+            )
         return self._known_costs[key]
 
     def _costs(self, index: int, num_rows: int) -> tuple[float, float]:
-        """Seconds of a piece for a sequence: (one more token in a pass that is made anyway, a pass for its newest token)."""
+        """Seconds of a piece for a sequence: (one more token in a pass that is made anyway, a pass for its newest
+        token).
+        """
         one = self.costs.of_piece(index, num_rows) / num_rows
         return (self.costs.of_piece(index, num_rows + 4) - self.costs.of_piece(index, num_rows)) / 4, one
 
     def _best_plan(self, num_rows: int, exits: tuple[int, ...]) -> tuple[Plan, float]:
-        """The plan with the highest rate that asks none but `exits`, by moving one exit's threshold at a time; the empty one where none is
-        better than full depth.
+        """The plan with the highest rate that asks none but `exits`, by moving one exit's threshold at a time; the
+        empty one where none is better than full depth.
         """
         rates = _Rates(self, num_rows)
         best: Plan = {}
@@ -149,18 +162,23 @@ class Speculation:
 
 
 class _Rates:
-    """Tokens per second and sequence that plans would bring, if tokens came to exits as they did so far, each for itself."""
+    """Tokens per second and sequence that plans would bring, if tokens came to exits as they did so far, each for
+    itself.
+    """
 
     def __init__(self, speculation: Speculation, num_rows: int):
         self._costs, self._num_rows = speculation.costs, num_rows
-        self._pieces = [(piece.exit_layer, speculation._costs(index, num_rows)[0]) for index, piece in enumerate(speculation.pieces)]
+        self._pieces = [
+            (piece.exit_layer, speculation._costs(index, num_rows)[0]) for index, piece in enumerate(speculation.pieces)
+        ]
         self._passed = {layer: _passed(record) for layer, record in speculation.records.items()}
 
     def of(self, plan: Plan) -> float:
-        """A round drafts with probability r each time, so it takes L = 1 / (1 - r) tokens to its check, and brings 1 / (1 - r a) of them
-        where drafts are right with probability a.
+        """A round drafts with probability r each time, so it takes L = 1 / (1 - r) tokens to its check, and brings 1 /
+        (1 - r a) of them where drafts are right with probability a.
 
-        Sequences draft each for itself: a pass is made where any of them goes on, and costs less the fewer do, but not in proportion.
+        Sequences draft each for itself: a pass is made where any of them goes on, and costs less the fewer do, but not
+        in proportion.
         """
         n = self._num_rows
         reaches, leaves, right, per_token = 1.0, 0.0, 0.0, self._costs.overhead / n
@@ -171,9 +189,15 @@ class _Rates:
             if layer is not None and layer in plan:
                 share, hits = self._passed[layer][plan[layer]]
                 per_token += is_made * self._costs.of_head(layer, num_together) / n
-                leaves, right, reaches = leaves + reaches * share, right + reaches * hits, max(reaches * (1 - share), 1e-6)
+                leaves, right, reaches = (
+                    leaves + reaches * share,
+                    right + reaches * hits,
+                    max(reaches * (1 - share), 1e-6),
+                )
         length = 1 / max(1 - leaves, 1 / 16)  # as many as may wait
-        return (1 / max(1 - right, 1 / 16)) / (length * per_token + self._costs.of_head(None, num_together) / num_together)
+        return (1 / max(1 - right, 1 / 16)) / (
+            length * per_token + self._costs.of_head(None, num_together) / num_together
+        )
 
 
 def _passed(record: _Record) -> dict[float, tuple[float, float]]:

@@ -1,8 +1,11 @@
-"""What speculation learnt of an artifact's exits on a machine, kept for later processes: what passes cost, and how often exits were right.
+"""What speculation learnt of an artifact's exits on a machine, kept for later processes: what passes cost, and how
+often exits were right.
 
-A file in the cache folder for each artifact, numbers' type, number of threads and machine. Without it, a process measures, and asks every
-exit for a while, before it knows where to draft: most of a short one's life. Tokens never depend on it.
+A file in the cache folder for each artifact, numbers' type, number of threads and machine. Without it, a process
+measures, and asks every exit for a while, before it knows where to draft: most of a short one's life. Tokens never
+depend on it.
 """
+
 import hashlib
 import logging
 import math
@@ -43,7 +46,9 @@ class SpeculationMemory:
         self._rounds_kept = 0
 
     def recall(self, pieces: tuple[Piece, ...], measure: Callable[[], Costs]) -> Speculation:
-        """Speculation that knows what is kept; one that knows nothing, by costs that are measured, where nothing fit for use is."""
+        """Speculation that knows what is kept; one that knows nothing, by costs that are measured, where nothing fit
+        for use is.
+        """
         try:
             tree = read_json(self.path)
             is_recent = time.time() - self.path.stat().st_mtime < DAYS_COSTS_LAST * 86400
@@ -51,7 +56,11 @@ class SpeculationMemory:
         except FileNotFoundError:
             return Speculation(measure(), pieces)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            log.warning("%s is not what speculation kept there, and is made anew: %s", self.path, str(error).replace("\n", " ")[:200])
+            log.warning(
+                "%s is not what speculation kept there, and is made anew: %s",
+                self.path,
+                str(error).replace("\n", " ")[:200],
+            )
             return Speculation(measure(), pieces)
         speculation = Speculation(costs if is_recent else measure(), pieces)
         speculation.recall(records)
@@ -59,7 +68,9 @@ class SpeculationMemory:
         return speculation
 
     def keep(self, speculation: Speculation) -> None:
-        """Writes what is known, where enough of it is new. A folder that can not be written is none of a decoding's troubles."""
+        """Writes what is known, where enough of it is new. A folder that can not be written is none of a decoding's
+        troubles.
+        """
         if speculation.num_rounds < self._rounds_kept + ROUNDS_BETWEEN:
             return
         self._rounds_kept = speculation.num_rounds
@@ -77,9 +88,12 @@ class SpeculationMemory:
             raise ValueError("it is of another format, model or machine")
         layers = [piece.exit_layer for piece in pieces[:-1] if piece.exit_layer is not None]
         told, records = tree["costs"], {}
-        costs = Costs(tuple(_numbers(curve, len(COUNTS)) for curve in told["pieces"]),
-                      {layer: _numbers(told["heads"][str(layer)], len(COUNTS)) for layer in layers},
-                      _numbers(told["final_head"], len(COUNTS)), _numbers([told["overhead"]], 1)[0])
+        costs = Costs(
+            tuple(_numbers(curve, len(COUNTS)) for curve in told["pieces"]),
+            {layer: _numbers(told["heads"][str(layer)], len(COUNTS)) for layer in layers},
+            _numbers(told["final_head"], len(COUNTS)),
+            _numbers([told["overhead"]], 1)[0],
+        )
         if len(costs.pieces) != len(pieces) or costs.of_all(1) <= 0:
             raise ValueError("it is of another number of pieces")
         for layer in layers:
@@ -91,13 +105,21 @@ class SpeculationMemory:
 
 
 def speculation_memory(runner: Runner, heads_digest: str | None) -> SpeculationMemory | None:
-    """The memory of a model with these exits; None over several ranks, which have to know the same, and for heads without a digest."""
+    """The memory of a model with these exits; None over several ranks, which have to know the same, and for heads
+    without a digest.
+    """
     if heads_digest is None or runner.topology.num_in_replica > 1:
         return None
     device = runner.topology.device
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-    key = {"heads": heads_digest, "dtype": str(runner.model.plan.dtype), "threads": torch.get_num_threads(), "kernels": runner.is_native,
-           "machine": hashlib.sha256(machine.encode()).hexdigest()[:16], "pieces": [asdict(piece) for piece in runner.pieces]}
+    key = {
+        "heads": heads_digest,
+        "dtype": str(runner.model.plan.dtype),
+        "threads": torch.get_num_threads(),
+        "kernels": runner.is_native,
+        "machine": hashlib.sha256(machine.encode()).hexdigest()[:16],
+        "pieces": [asdict(piece) for piece in runner.pieces],
+    }
     name = hashlib.sha256(to_json(key, sort_keys=True).encode()).hexdigest()[:32]
     return SpeculationMemory(cache_folder() / "speculation" / f"{name}.json", key)
 

@@ -1,4 +1,7 @@
-"""Token ids to text while they come: characters are held until whole, and stop strings are cut before anyone sees them."""
+"""Token ids to text while they come: characters are held until whole, and stop strings are cut before anyone sees
+them.
+"""
+
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -19,12 +22,17 @@ def special_tokens(tokenizer: Any) -> dict[int, str]:
 class TextStream:
     """The text of one completion of the prompt `prompt_ids`.
 
-    `decode(ids)` is the tokenizer's, and leaves out `special` (`special_tokens`). A stop string that holds the text of one of them is
-    looked for in the text as it would be with them.
+    `decode(ids)` is the tokenizer's, and leaves out `special` (`special_tokens`). A stop string that holds the text of
+    one of them is looked for in the text as it would be with them.
     """
 
-    def __init__(self, decode: Callable[[list[int]], str], prompt_ids: list[int], stop: tuple[str, ...] = (),
-                 special: Mapping[int, str] = MappingProxyType({})):
+    def __init__(
+        self,
+        decode: Callable[[list[int]], str],
+        prompt_ids: list[int],
+        stop: tuple[str, ...] = (),
+        special: Mapping[int, str] = MappingProxyType({}),
+    ):
         self.text = ""
         """The text without the prompt, and without the stop string where one was met."""
         self.has_stopped = False
@@ -34,7 +42,9 @@ class TextStream:
         self._holds_special: dict[str, bool] = {}
         self._ids, told = _last_tokens(prompt_ids, decode)
         self._settled = 0
-        """Ids before this one have their text in `_before` for good: decoding restarts here, so that length costs nothing."""
+        """Ids before this one have their text in `_before` for good: decoding restarts here, so that length costs
+        nothing.
+        """
         self._before = ""
         self._prompt_length = len(told)
         self._shown = 0
@@ -42,9 +52,9 @@ class TextStream:
     def push(self, token_id: int) -> str:
         """Adds a token; returns the text that can be shown now."""
         self._ids.append(token_id)
-        tail = self._decode(self._ids[self._settled:])
+        tail = self._decode(self._ids[self._settled :])
         whole = tail.rstrip(REPLACEMENT)  # a character's later bytes are still to come
-        self.text = (self._before + whole)[self._prompt_length:]
+        self.text = (self._before + whole)[self._prompt_length :]
         if token_id in self._special:
             self._left_out.append((len(self.text), self._special[token_id]))
         if whole == tail:
@@ -58,7 +68,9 @@ class TextStream:
     def flush(self) -> str:
         """The text held back, at the end of the completion."""
         if not self.has_stopped:
-            self.text = (self._before + _with_cut_character(self._ids[self._settled:], self._decode))[self._prompt_length:]
+            self.text = (self._before + _with_cut_character(self._ids[self._settled :], self._decode))[
+                self._prompt_length :
+            ]
         return self._show(is_last=True)
 
     def _settle(self, tail: str) -> None:
@@ -75,7 +87,7 @@ class TextStream:
                 self.text, self.has_stopped = self.text[: min(found)], True
         held = 0 if is_last or self.has_stopped else max(map(self._beginning, self.stop), default=0)
         end = max(self._shown, len(self.text) - held)
-        shown, self._shown = self.text[self._shown:end], end
+        shown, self._shown = self.text[self._shown : end], end
         return shown
 
     def _find(self, stop: str) -> int:

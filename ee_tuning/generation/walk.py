@@ -1,7 +1,9 @@
-"""The walk through the pieces of the network, one by one, each sequence until it leaves: any mixture of requests, at any layout.
+"""The walk through the pieces of the network, one by one, each sequence until it leaves: any mixture of requests, at
+any layout.
 
 What can be had in fewer calls takes another way (`whole_step.py`, `lone_round.py`), to the same end.
 """
+
 import time
 
 from ee_tuning.generation.drafting import Drafting
@@ -24,8 +26,8 @@ class PieceWalk:
         left: list[Left] = []
         index = 0
         while going and index < len(self.pieces):
-            # Rows that left earlier wait here with their states: they ride along, for the weights are read anyway. Drafts wait for their
-            # check, which brings tokens and so is a step of their own.
+            # Rows that left earlier wait here with their states: they ride along, for the weights are read anyway.
+            # Drafts wait for their check, which brings tokens and so is a step of their own.
             rows = [s for s in running if s.num_pending(index) and (s in going or not s.speculates)]
             last, asked = index, self._asked_behind(index, going)
             while not asked and self.runs_on(last, rows, running):
@@ -51,24 +53,36 @@ class PieceWalk:
         return asked
 
     def runs_on(self, index: int, rows: list[Sequence], running: list[Sequence]) -> bool:
-        """Whether `rows` of those that run, none of them asked, go on into the piece behind `index` as they are: nobody ends there, and
-        nobody waits there.
+        """Whether `rows` of those that run, none of them asked, go on into the piece behind `index` as they are: nobody
+        ends there, and nobody waits there.
         """
         if index + 1 == len(self.pieces) or self.pieces[index].stage != self.pieces[index + 1].stage:
             return False
         layer = self.pieces[index].last_layer
         return not any(s.last_piece == index or layer in s.head_watermarks for s in rows) and not any(
-            s.num_pending(index + 1) for s in running)
+            s.num_pending(index + 1) for s in running
+        )
 
-    def _count_riders(self, going: list[Sequence], rows: list[Sequence], lengths: tuple[int, ...], num_pieces: int) -> None:
+    def _count_riders(
+        self, going: list[Sequence], rows: list[Sequence], lengths: tuple[int, ...], num_pieces: int
+    ) -> None:
         for sequence, length in zip(rows, lengths, strict=True):
             is_read = sequence in going and not sequence.has_all_fed
             if sequence.num_output and not sequence.speculates and not is_read:
                 sequence.statistics.num_catch_up += (length - (sequence in going)) * num_pieces
 
-    def _leave(self, index: int, stays: list[Sequence], wanted: list[tuple[Sequence, float]], rows: list[Sequence], output: PieceOutput,
-               left: list[Left]) -> list[Sequence]:
-        """Asks the heads behind a piece about the rows that want it, adds who leaves to `left`, and returns who of `stays` goes on."""
+    def _leave(
+        self,
+        index: int,
+        stays: list[Sequence],
+        wanted: list[tuple[Sequence, float]],
+        rows: list[Sequence],
+        output: PieceOutput,
+        left: list[Left],
+    ) -> list[Sequence]:
+        """Asks the heads behind a piece about the rows that want it, adds who leaves to `left`, and returns who of
+        `stays` goes on.
+        """
         piece = self.pieces[index]
         questions: dict[int | None, list[Question]] = {}
         for sequence, threshold in wanted:
@@ -76,16 +90,23 @@ class PieceWalk:
             end = output.firsts[place] + output.lengths[place]
             # The check of drafts asks about the token before them and all of them; the others about their newest token.
             num_asked = sequence.num_drafts + 1 if index == sequence.last_piece else 1
-            head = None if piece.last_layer == self.num_layers and sequence.policy.fixed_exit is None else piece.exit_layer
-            question = Question(sequence, list(range(end - num_asked, end)), len(sequence.tokens) + 1 - num_asked, threshold)
+            head = (
+                None if piece.last_layer == self.num_layers and sequence.policy.fixed_exit is None else piece.exit_layer
+            )
+            question = Question(
+                sequence, list(range(end - num_asked, end)), len(sequence.tokens) + 1 - num_asked, threshold
+            )
             questions.setdefault(head, []).append(question)
         for head, asked in questions.items():
             for question, answers in zip(asked, self.ask(index, head, asked, output), strict=True):
                 sequence = question.sequence
                 # A broken model's NaN passes no threshold, but its sequences must end.
                 if index == sequence.last_piece:
-                    left += self.drafting.check(sequence, answers) if sequence.speculates else [
-                        Left(sequence, answers[0], piece.last_layer)]
+                    left += (
+                        self.drafting.check(sequence, answers)
+                        if sequence.speculates
+                        else [Left(sequence, answers[0], piece.last_layer)]
+                    )
                     continue
                 leaves = answers[0].confidence >= question.threshold
                 if leaves:

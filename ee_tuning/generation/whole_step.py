@@ -1,8 +1,10 @@
-"""Steps of sequences that decode side by side, each stage's part at one go: over stages, so that none waits for what it need not know; in
-one process by one call of the kernels, for what lies between two segments would cost more than a shallow one.
+"""Steps of sequences that decode side by side, each stage's part at one go: over stages, so that none waits for what it
+need not know; in one process by one call of the kernels, for what lies between two segments would cost more than a
+shallow one.
 
 They do what `PieceWalk` does piece by piece, where all sequences decode by one policy and take the likeliest token.
 """
+
 from collections import deque
 from collections.abc import Set
 
@@ -23,7 +25,8 @@ class WholeSteps:
         self.is_able = True
         """Whether steps are taken so where they can be."""
         self._flights: deque[Flight] = deque()
-        """The flights in the order in which they went on to the stage that they wait for: its words come in that order."""
+        """The flights in the order in which they went on to the stage that they wait for: its words come in that order.
+        """
         self._held: list[Sequence] = []
         """Those that a step left out."""
         self._clock = 0
@@ -34,8 +37,8 @@ class WholeSteps:
         """The time in heads on this rank, of steps that are over."""
 
     def begin(self, rows: list[Sequence]) -> list[Left] | None:
-        """Begins a step of `rows`, their newest tokens at the entrance, and says who left so far; None where the pieces have to be gone
-        through one by one.
+        """Begins a step of `rows`, their newest tokens at the entrance, and says who left so far; None where the pieces
+        have to be gone through one by one.
         """
         policy, route = _taken_as(rows[0]), self._newest
         if not self.is_able or not all([_is_known(s, policy) for s in rows]):
@@ -47,8 +50,8 @@ class WholeSteps:
         return self._proceed(Flight(self.runner, route, self._share_of(rows, route), self._clock))
 
     def hear_due(self) -> list[Left]:
-        """Ends a step of the engine, by what it is time to hear: a stage's word comes as many steps after a step began as the stage lies
-        behind the first one.
+        """Ends a step of the engine, by what it is time to hear: a stage's word comes as many steps after a step began
+        as the stage lies behind the first one.
         """
         left: list[Left] = []
         while self._flights and self._flights[0].due <= self._clock:
@@ -61,8 +64,8 @@ class WholeSteps:
         return self._proceed(self._flights.popleft())
 
     def _share_of(self, rows: list[Sequence], route: Route) -> list[Sequence]:
-        """Those that begin a step. Where nobody can leave in the first stage, all rows in one step would keep one stage busy at a time: as
-        many steps as stages share them. Who was left out comes first the next time.
+        """Those that begin a step. Where nobody can leave in the first stage, all rows in one step would keep one stage
+        busy at a time: as many steps as stages share them. Who was left out comes first the next time.
         """
         self._held, held = [], [s for s in self._held if s in rows]
         if route.num_busy_stages == 1 or route.parts[0].decides:
@@ -85,12 +88,22 @@ class WholeSteps:
 
 def _taken_as(sequence: Sequence) -> Policy:
     """The policy of a sequence's next step: one that speculates goes to full depth where nothing is drafted."""
-    is_plain = sequence.policy.drafts_at and not sequence.drafts.plan and not sequence.num_drafts and not sequence.head_watermarks
+    is_plain = (
+        sequence.policy.drafts_at
+        and not sequence.drafts.plan
+        and not sequence.num_drafts
+        and not sequence.head_watermarks
+    )
     return FULL if is_plain else sequence.policy
 
 
 def _is_known(sequence: Sequence, policy: Policy) -> bool:
     """Whether a sequence wants the likeliest token after its newest one and nothing more, by this policy."""
     own = _taken_as(sequence)
-    return ((own is policy or own == policy) and not policy.drafts_at and sequence.has_all_fed and sequence.num_output > 0
-            and takes_likeliest(sequence, len(sequence.tokens)))
+    return (
+        (own is policy or own == policy)
+        and not policy.drafts_at
+        and sequence.has_all_fed
+        and sequence.num_output > 0
+        and takes_likeliest(sequence, len(sequence.tokens))
+    )

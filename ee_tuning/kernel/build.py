@@ -1,8 +1,10 @@
-"""Builds the kernels of this folder with the machine's own C++ compiler, for its own processor, once; later processes find them kept.
+"""Builds the kernels of this folder with the machine's own C++ compiler, for its own processor, once; later processes
+find them kept.
 
-Where there is no compiler, or it fails, decoding takes torch's operators: nothing is lost but speed. The environment variable
-EE_TUNING_KERNEL=0 asks for that.
+Where there is no compiler, or it fails, decoding takes torch's operators: nothing is lost but speed. The environment
+variable EE_TUNING_KERNEL=0 asks for that.
 """
+
 import ctypes
 import hashlib
 import logging
@@ -37,19 +39,26 @@ def kernels(number: Number = "float") -> ctypes.CDLL | None:
         return None
     compiler = _compiler()
     if compiler is None:
-        log.warning("no C++ compiler (CXX, g++ or clang++): decoding on this processor takes torch's operators, about half as fast")
+        log.warning(
+            "no C++ compiler (CXX, g++ or clang++): decoding on this processor takes torch's operators, about half as fast"
+        )
         return None
     try:
         return _loaded(compiler, number)
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
-        log.warning("the decoding kernels could not be built with %s, torch's operators serve in their place, about half as fast: %s",
-                    compiler, said.strip()[-400:])
+        log.warning(
+            "the decoding kernels could not be built with %s, torch's operators serve in their place, about half as fast: %s",
+            compiler,
+            said.strip()[-400:],
+        )
         return None
 
 
 def _compiler() -> str | None:
-    return next((found for name in (os.environ.get("CXX"), "g++", "clang++") if name and (found := shutil.which(name))), None)
+    return next(
+        (found for name in (os.environ.get("CXX"), "g++", "clang++") if name and (found := shutil.which(name))), None
+    )
 
 
 def _loaded(compiler: str, number: Number) -> ctypes.CDLL:
@@ -67,7 +76,14 @@ def _loaded(compiler: str, number: Number) -> ctypes.CDLL:
 def _library(compiler: str, number: Number = "float") -> Path:
     """Where the library lies that this compiler makes of these sources for this processor."""
     sources = sorted([*SOURCE.glob("*.h"), *SOURCE.glob("*.cpp")])
-    told = [compiler, *FLAGS, number, processor(), str(_openmp_in_use()), *(source.read_text(encoding="utf-8") for source in sources)]
+    told = [
+        compiler,
+        *FLAGS,
+        number,
+        processor(),
+        str(_openmp_in_use()),
+        *(source.read_text(encoding="utf-8") for source in sources),
+    ]
     return kernel_folder() / f"kernels-{hashlib.sha256(chr(0).join(told).encode()).hexdigest()[:24]}.so"
 
 
@@ -83,13 +99,19 @@ def _build(compiler: str, number: Number, library: Path) -> None:
 
 
 def kernel_folder() -> Path:
-    """Where built kernels are kept: `kernels` in the cache folder; a folder that ends with the process where others could write there."""
+    """Where built kernels are kept: `kernels` in the cache folder; a folder that ends with the process where others
+    could write there.
+    """
     folder = cache_folder() / "kernels"
     try:
         check_writable(folder)
     except OSError as error:
-        log.warning("%s can not be written (%s): the decoding kernels are built anew by each process; set %s to a folder that can",
-                    folder, error.strerror, VARIABLE)
+        log.warning(
+            "%s can not be written (%s): the decoding kernels are built anew by each process; set %s to a folder that can",
+            folder,
+            error.strerror,
+            VARIABLE,
+        )
         return _own_folder()
     return folder if is_private(folder.resolve()) else _own_folder()
 
@@ -120,8 +142,12 @@ def processor() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n")
     except OSError:
         return platform.processor() or platform.machine()
-    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "model name", "Features", "CPU part"))}))
+    return "\n".join(
+        sorted({line for line in lines if line.startswith(("flags", "model name", "Features", "CPU part"))})
+    )
 
 
 def _run(command: list[str]) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIMEOUT, encoding="utf-8", errors="replace")
+    subprocess.run(
+        command, check=True, capture_output=True, text=True, timeout=TIMEOUT, encoding="utf-8", errors="replace"
+    )

@@ -1,4 +1,5 @@
 """What the kernels take, as they take it: pointers to tensors that the caller keeps alive. See decoding.cpp."""
+
 import ctypes
 from collections.abc import Sequence
 from functools import cache
@@ -29,8 +30,11 @@ def _fields(integers: str = "", pointers: str = "") -> list[tuple[str, Any]]:
 class Shape(ctypes.Structure):
     """The shape of every layer and head of a model."""
 
-    _fields_ = [*_fields("hidden groups per_group width has_layer_norm is_rotated activation"), ("epsilon", ctypes.c_double),
-                ("scale", ctypes.c_double)]
+    _fields_ = [
+        *_fields("hidden groups per_group width has_layer_norm is_rotated activation"),
+        ("epsilon", ctypes.c_double),
+        ("scale", ctypes.c_double),
+    ]
 
 
 class MLP(ctypes.Structure):
@@ -42,8 +46,11 @@ class MLP(ctypes.Structure):
 class Layer(ctypes.Structure):
     """A layer and its cache."""
 
-    _fields_ = [*_fields(pointers="input_norm input_norm_bias qkv qkv_bias head_norm proj proj_bias mlp_norm mlp_norm_bias"), ("mlp", MLP),
-                *_fields(pointers="keys values")]
+    _fields_ = [
+        *_fields(pointers="input_norm input_norm_bias qkv qkv_bias head_norm proj proj_bias mlp_norm mlp_norm_bias"),
+        ("mlp", MLP),
+        *_fields(pointers="keys values"),
+    ]
 
 
 class Row(ctypes.Structure):
@@ -67,30 +74,54 @@ class Head(ctypes.Structure):
 class DraftRule(ctypes.Structure):
     """When drafting ends; see drafts.h."""
 
-    _fields_ = [("wanted", ctypes.c_double), ("worth", ctypes.c_double), *_fields(pointers="edges odds"), *_fields("num_bins"),
-                *_fields(pointers="ends"), *_fields("num_ends")]
+    _fields_ = [
+        ("wanted", ctypes.c_double),
+        ("worth", ctypes.c_double),
+        *_fields(pointers="edges odds"),
+        *_fields("num_bins"),
+        *_fields(pointers="ends"),
+        *_fields("num_ends"),
+    ]
 
 
 class Route(ctypes.Structure):
     """The network around an exit that drafts; see drafts.h."""
 
-    _fields_ = [("layers", ctypes.POINTER(Layer)), *_fields("num_layers"), ("own", ctypes.POINTER(Layer)), ("head", ctypes.POINTER(Head)),
-                *_fields("takes_mlp_input"), ("rest", ctypes.POINTER(Layer)), *_fields("num_rest"), ("final_head", ctypes.POINTER(Head))]
+    _fields_ = [
+        ("layers", ctypes.POINTER(Layer)),
+        *_fields("num_layers"),
+        ("own", ctypes.POINTER(Layer)),
+        ("head", ctypes.POINTER(Head)),
+        *_fields("takes_mlp_input"),
+        ("rest", ctypes.POINTER(Layer)),
+        *_fields("num_rest"),
+        ("final_head", ctypes.POINTER(Head)),
+    ]
 
 
 class Round(ctypes.Structure):
     """A round of speculation, and what came of it; see drafts.h."""
 
-    _fields_ = [*_fields("token position most num_threads num_waiting"), ("sure", ctypes.c_double),
-                *_fields(pointers="places cos sin embedding waiting"), *_fields("num_asked num_drafted"),
-                ("seconds_in_heads", ctypes.c_double), *_fields(pointers="said checked")]
+    _fields_ = [
+        *_fields("token position most num_threads num_waiting"),
+        ("sure", ctypes.c_double),
+        *_fields(pointers="places cos sin embedding waiting"),
+        *_fields("num_asked num_drafted"),
+        ("seconds_in_heads", ctypes.c_double),
+        *_fields(pointers="said checked"),
+    ]
 
 
 class Segment(ctypes.Structure):
     """Layers, the head behind them where anybody is asked, and when a token leaves there; see step.h."""
 
-    _fields_ = [("layers", ctypes.POINTER(Layer)), *_fields("num_layers"), ("head", ctypes.POINTER(Head)), *_fields("takes_mlp_input"),
-                ("threshold", ctypes.c_double)]
+    _fields_ = [
+        ("layers", ctypes.POINTER(Layer)),
+        *_fields("num_layers"),
+        ("head", ctypes.POINTER(Head)),
+        *_fields("takes_mlp_input"),
+        ("threshold", ctypes.c_double),
+    ]
 
 
 class Waiting(ctypes.Structure):
@@ -102,15 +133,25 @@ class Waiting(ctypes.Structure):
 class StepRow(ctypes.Structure):
     """The newest token of a sequence, and where it left; see step.h."""
 
-    _fields_ = [*_fields("token position"), *_fields(pointers="places"), *_fields("num_carried segment"), ("top", ctypes.c_double * 2)]
+    _fields_ = [
+        *_fields("token position"),
+        *_fields(pointers="places"),
+        *_fields("num_carried segment"),
+        ("top", ctypes.c_double * 2),
+    ]
 
 
 class Step(ctypes.Structure):
     """Sequences that decode side by side, and how far that went; see step.h."""
 
-    _fields_ = [*_fields("num_threads num_rows first num_segments is_fill"), ("rows", ctypes.POINTER(StepRow)),
-                ("waiting", ctypes.POINTER(Waiting)), *_fields(pointers="cos sin embedding entering"), *_fields("num_run"),
-                ("seconds_in_heads", ctypes.c_double)]
+    _fields_ = [
+        *_fields("num_threads num_rows first num_segments is_fill"),
+        ("rows", ctypes.POINTER(StepRow)),
+        ("waiting", ctypes.POINTER(Waiting)),
+        *_fields(pointers="cos sin embedding entering"),
+        *_fields("num_run"),
+        ("seconds_in_heads", ctypes.c_double),
+    ]
 
 
 def serves(tensor: Tensor) -> bool:
@@ -128,35 +169,58 @@ def fill(structure: ctypes.Structure, tensors: dict[str, Tensor | None]) -> None
 def token_pass(starts: Sequence[int], lengths: Sequence[int], places: Sequence[int], cos: Tensor, sin: Tensor) -> Pass:
     """`places` are addresses of each row's places, int64 from its first token on; cos and sin [positions, d]."""
     rows = (Row * len(starts))(*(Row(*row) for row in zip(starts, lengths, places, strict=True)))
-    made = Pass(sum(lengths), len(starts), torch.get_num_threads(), ctypes.addressof(rows), cos.data_ptr(), sin.data_ptr())
+    made = Pass(
+        sum(lengths), len(starts), torch.get_num_threads(), ctypes.addressof(rows), cos.data_ptr(), sin.data_ptr()
+    )
     made.kept = rows
     return made
 
 
-def run_layers(shape: Shape, layers: "ctypes.Array[Layer]", given: Pass, hidden: Tensor,  # [t, h]
-               ) -> tuple[Tensor, Tensor, Tensor]:  # [t, h] each
+def run_layers(
+    shape: Shape,
+    layers: "ctypes.Array[Layer]",
+    given: Pass,
+    hidden: Tensor,  # [t, h]
+) -> tuple[Tensor, Tensor, Tensor]:  # [t, h] each
     """Hidden states behind the layers, and what the last one's MLP took and was added to."""
     hidden = hidden.contiguous()
     out, normed, residual = torch.empty_like(hidden), torch.empty_like(hidden), torch.empty_like(hidden)
-    _function("run_layers", hidden.dtype)(shape, layers, len(layers), given, hidden.data_ptr(), out.data_ptr(), normed.data_ptr(),
-                                          residual.data_ptr())
+    _function("run_layers", hidden.dtype)(
+        shape, layers, len(layers), given, hidden.data_ptr(), out.data_ptr(), normed.data_ptr(), residual.data_ptr()
+    )
     return out, normed, residual
 
 
-def run_head(shape: Shape, head: Head, states: Tensor, residual: Tensor | None,  # [t, h]
-             ) -> tuple[Tensor, Tensor]:  # [t, v], float32 of fewer bits; [t, 2] float64
-    """Logits, and of each token the likeliest id and its probability, of ids that are no padding; of a shortlist as `token_top1` has it."""
+def run_head(
+    shape: Shape,
+    head: Head,
+    states: Tensor,
+    residual: Tensor | None,  # [t, h]
+) -> tuple[Tensor, Tensor]:  # [t, v], float32 of fewer bits; [t, 2] float64
+    """Logits, and of each token the likeliest id and its probability, of ids that are no padding; of a shortlist as
+    `token_top1` has it.
+    """
     states = states.contiguous()
     residual = None if residual is None else residual.contiguous()
     count = states.shape[0]
     logits = torch.empty(count, head.num_rows, dtype=torch.promote_types(states.dtype, torch.float32))
     top = torch.empty(count, 2, dtype=torch.float64)
-    _function("run_head", states.dtype)(shape, head, count, torch.get_num_threads(), states.data_ptr(),
-                                        None if residual is None else residual.data_ptr(), logits.data_ptr(), top.data_ptr())
+    _function("run_head", states.dtype)(
+        shape,
+        head,
+        count,
+        torch.get_num_threads(),
+        states.data_ptr(),
+        None if residual is None else residual.data_ptr(),
+        logits.data_ptr(),
+        top.data_ptr(),
+    )
     return logits, top
 
 
-def run_round(shape: Shape, route: Route, rule: DraftRule, round_: Round, states: Tensor) -> None:  # [round_.most + 1, h]
+def run_round(
+    shape: Shape, route: Route, rule: DraftRule, round_: Round, states: Tensor
+) -> None:  # [round_.most + 1, h]
     """Fills in what came of `round_`, and the states behind the exit."""
     _function("run_round", states.dtype)(shape, route, rule, round_, states.data_ptr())
 
@@ -167,10 +231,35 @@ def run_step(shape: Shape, segments: "ctypes.Array[Segment]", step: Step, carrie
 
 
 _ARGUMENTS: dict[str, list[Any]] = {
-    "run_layers": [ctypes.POINTER(Shape), ctypes.POINTER(Layer), _INTEGER, ctypes.POINTER(Pass), _POINTER, _POINTER, _POINTER, _POINTER],
-    "run_round": [ctypes.POINTER(Shape), ctypes.POINTER(Route), ctypes.POINTER(DraftRule), ctypes.POINTER(Round), _POINTER],
+    "run_layers": [
+        ctypes.POINTER(Shape),
+        ctypes.POINTER(Layer),
+        _INTEGER,
+        ctypes.POINTER(Pass),
+        _POINTER,
+        _POINTER,
+        _POINTER,
+        _POINTER,
+    ],
+    "run_round": [
+        ctypes.POINTER(Shape),
+        ctypes.POINTER(Route),
+        ctypes.POINTER(DraftRule),
+        ctypes.POINTER(Round),
+        _POINTER,
+    ],
     "run_step": [ctypes.POINTER(Shape), ctypes.POINTER(Segment), ctypes.POINTER(Step), _INTEGER, _POINTER],
-    "run_head": [ctypes.POINTER(Shape), ctypes.POINTER(Head), _INTEGER, _INTEGER, _POINTER, _POINTER, _POINTER, _POINTER]}
+    "run_head": [
+        ctypes.POINTER(Shape),
+        ctypes.POINTER(Head),
+        _INTEGER,
+        _INTEGER,
+        _POINTER,
+        _POINTER,
+        _POINTER,
+        _POINTER,
+    ],
+}
 
 
 @cache

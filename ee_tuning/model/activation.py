@@ -1,4 +1,5 @@
 """The activations of the families."""
+
 from collections.abc import Callable
 from functools import partial
 
@@ -11,5 +12,9 @@ from ee_tuning.model.config import ModelConfig
 def activation(config: ModelConfig) -> Callable[[Tensor], Tensor]:
     """The MLP's own."""
     functions: dict[str, Callable[[Tensor], Tensor]] = {
-        "silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu}
+        "silu": F.silu,
+        "gelu": F.gelu,
+        "gelu_tanh": partial(F.gelu, approximate="tanh"),
+        "relu": F.relu,
+    }
     return functions[config.activation]

@@ -2,6 +2,7 @@
 
 The first goes into Megatron's layer spec, because the stock one wants the CUDA random-number tracker.
 """
+
 import math
 from typing import Any
 
@@ -20,18 +21,24 @@ from ee_tuning.parallel.imagined import is_imagined
 
 def softmax_scale(config: ModelConfig) -> float:
     """1/√d, times YaRN's attention factor once for the queries and once for the keys."""
-    return config.rope.attention_factor ** 2 / math.sqrt(config.kv_channels)
+    return config.rope.attention_factor**2 / math.sqrt(config.kv_channels)
 
 
 class CausalAttention(MegatronModule):
-    """q [s, b, n, d], k and v [s, b, g, d] -> [s, b, n * d]. A token sees itself and those before it, in its document where told apart."""
+    """q [s, b, n, d], k and v [s, b, g, d] -> [s, b, n * d]. A token sees itself and those before it, in its document
+    where told apart.
+    """
 
-    def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: Any, attention_type: str, **_: Any):
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, attn_mask_type: Any, attention_type: str, **_: Any
+    ):
         super().__init__(config)
         self.layer_number = layer_number
         self.scale = config.softmax_scale
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: PackedDocuments | None = None, **_: Any) -> Tensor:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: PackedDocuments | None = None, **_: Any
+    ) -> Tensor:
         """See the class. Megatron's layers hand on what they are given as `attention_mask`."""
         s, b, n, d = query.shape
         if attention_mask is not None and attention_mask.starts is not None and _has_varlen(query):
@@ -41,8 +48,9 @@ class CausalAttention(MegatronModule):
             return out.view(b, s, n * d).transpose(0, 1)
         mask = None if attention_mask is None else attention_mask.mask
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale,
-                                             enable_gqa=k.shape[1] != n)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=k.shape[1] != n
+        )
         return out.permute(2, 0, 1, 3).reshape(s, b, n * d)
 
 

@@ -2,6 +2,7 @@
 
 Parameters carry the names a stock GPTModel gives them, with global layer indices, whatever the stage.
 """
+
 import warnings
 from typing import Any
 
@@ -30,40 +31,69 @@ from ee_tuning.parallel.topology import Topology
 
 # s sequence · b micro-batch · h hidden · v/tp this rank's shard of the vocabulary
 
-# Megatron-core wants one queue for all of a GPU's work where a layer trains under tensor parallelism; the relay would wait in it.
+# Megatron-core wants one queue for all of a GPU's work where a layer trains under tensor parallelism; the relay would
+# wait in it.
 warnings.filterwarnings("ignore", message="When using (async grad allreduce|sequence parallelism)")
 
 
-def transformer_config(config: ModelConfig, topology: Topology, dtype: torch.dtype, *, cuts_sequence: bool = False) -> TransformerConfig:
+def transformer_config(
+    config: ModelConfig, topology: Topology, dtype: torch.dtype, *, cuts_sequence: bool = False
+) -> TransformerConfig:
     """Megatron's description of the layers. Pipelining is left out of it: stages take the layers they are given.
 
-    `cuts_sequence`: they take and give each tensor-parallel rank its part of the sequence (Megatron's sequence parallelism).
+    `cuts_sequence`: they take and give each tensor-parallel rank its part of the sequence (Megatron's sequence
+    parallelism).
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of defaults of its own that it deprecates
         return _transformer_config(config, topology, dtype, cuts_sequence)
 
 
-def _transformer_config(config: ModelConfig, topology: Topology, dtype: torch.dtype, cuts_sequence: bool) -> TransformerConfig:
+def _transformer_config(
+    config: ModelConfig, topology: Topology, dtype: torch.dtype, cuts_sequence: bool
+) -> TransformerConfig:
     return TransformerConfig(
-        num_layers=config.num_layers, hidden_size=config.hidden_size, ffn_hidden_size=config.ffn_hidden_size,
-        num_attention_heads=config.num_attention_heads, num_query_groups=config.num_query_groups, kv_channels=config.kv_channels,
-        layernorm_epsilon=config.norm_epsilon, normalization="RMSNorm" if config.norm == "rms" else "LayerNorm",
-        gated_linear_unit=config.is_gated, activation_func=activation(config), add_bias_linear=config.has_linear_bias,
-        add_qkv_bias=config.has_qkv_bias, qk_layernorm=config.has_qk_norm, softmax_scale=softmax_scale(config), attention_dropout=0.0,
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.ffn_hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_query_groups,
+        kv_channels=config.kv_channels,
+        layernorm_epsilon=config.norm_epsilon,
+        normalization="RMSNorm" if config.norm == "rms" else "LayerNorm",
+        gated_linear_unit=config.is_gated,
+        activation_func=activation(config),
+        add_bias_linear=config.has_linear_bias,
+        add_qkv_bias=config.has_qkv_bias,
+        qk_layernorm=config.has_qk_norm,
+        softmax_scale=softmax_scale(config),
+        attention_dropout=0.0,
         hidden_dropout=0.0,
-        tensor_model_parallel_size=topology.tp, sequence_parallel=cuts_sequence, params_dtype=dtype, pipeline_dtype=dtype,
+        tensor_model_parallel_size=topology.tp,
+        sequence_parallel=cuts_sequence,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        perform_initialization=False, use_cpu_initialization=topology.device.type == "cpu",
-        bias_activation_fusion=False, bias_dropout_fusion=False, masked_softmax_fusion=False, gradient_accumulation_fusion=False,
-        apply_rope_fusion=False, persist_layer_norm=False, **expert_fields(config))
+        perform_initialization=False,
+        use_cpu_initialization=topology.device.type == "cpu",
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        **expert_fields(config),
+    )
 
 
 def layer_spec(config: ModelConfig, number: int) -> Any:
     """Megatron's stock layer, with norms and a core attention of our own."""
     norm = backbone_norm(config)
-    spec = get_gpt_layer_local_spec(num_experts=config.num_experts if config.has_experts(number) else None,
-                                    normalization="RMSNorm" if config.norm == "rms" else None, qk_layernorm=config.has_qk_norm)
+    spec = get_gpt_layer_local_spec(
+        num_experts=config.num_experts if config.has_experts(number) else None,
+        normalization="RMSNorm" if config.norm == "rms" else None,
+        qk_layernorm=config.has_qk_norm,
+    )
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
     attention = spec.submodules.self_attention.submodules
     attention.core_attention = CausalAttention
@@ -74,8 +104,12 @@ def layer_spec(config: ModelConfig, number: int) -> Any:
     return spec
 
 
-def build_layer(config: ModelConfig, topology: Topology, number: int, dtype: torch.dtype, *, cuts_sequence: bool = False) -> Any:
-    """A layer as the backbone's layer `number` (1-based) is built, its weights uninitialized. `cuts_sequence` as `transformer_config`."""
+def build_layer(
+    config: ModelConfig, topology: Topology, number: int, dtype: torch.dtype, *, cuts_sequence: bool = False
+) -> Any:
+    """A layer as the backbone's layer `number` (1-based) is built, its weights uninitialized. `cuts_sequence` as
+    `transformer_config`.
+    """
     megatron = transformer_config(config, topology, dtype, cuts_sequence=cuts_sequence)
     layer = build_module(layer_spec(config, number), config=megatron, layer_number=number)
     if config.has_experts(number):
@@ -84,30 +118,52 @@ def build_layer(config: ModelConfig, topology: Topology, number: int, dtype: tor
     return layer
 
 
-def apply_layer(layer: Any, hidden: Tensor, angles: Tensor, config: ModelConfig,  # [s, b, h], [positions, d]
-                documents: PackedDocuments | None) -> Tensor:  # [s, b, h]
-    """A layer (`build_layer`) over whole sequences, causally; `documents` where they are told apart. [s/tp, b, h] where it cuts them."""
+def apply_layer(
+    layer: Any,
+    hidden: Tensor,
+    angles: Tensor,
+    config: ModelConfig,  # [s, b, h], [positions, d]
+    documents: PackedDocuments | None,
+) -> Tensor:  # [s, b, h]
+    """A layer (`build_layer`) over whole sequences, causally; `documents` where they are told apart. [s/tp, b, h] where
+    it cuts them.
+    """
     length = hidden.shape[0] * (layer.config.tensor_model_parallel_size if layer.config.sequence_parallel else 1)
     rotary = rotations(angles, length, documents) if config.position == "rope" else None
     return layer(hidden, attention_mask=documents, rotary_pos_emb=rotary)[0]
 
 
 class BiasedProjection(RowParallelLinear):
-    """The attention's output with a bias, in a layer whose other linear maps have none: Megatron has one word for all of them."""
+    """The attention's output with a bias, in a layer whose other linear maps have none: Megatron has one word for all
+    of them.
+    """
 
     def __init__(self, *sizes: int, **keys: Any):
         super().__init__(*sizes, **{**keys, "bias": True})
 
 
 class BackboneStage(nn.Module):
-    """Layers `first_layer`..`last_layer` (1-based), after the word embedding on the first stage, before the final head where asked for.
+    """Layers `first_layer`..`last_layer` (1-based), after the word embedding on the first stage, before the final head
+    where asked for.
 
     Frozen and in evaluation mode. Weights are uninitialized until a checkpoint's reader fills every parameter.
     """
 
-    def __init__(self, config: ModelConfig, topology: Topology, *, first_layer: int, last_layer: int, has_embedding: bool,
-                 has_output: bool, has_final_norm: bool, max_length: int, dtype: torch.dtype, cuts_sequence: bool = False,
-                 weights: WeightFormat = "native"):
+    def __init__(
+        self,
+        config: ModelConfig,
+        topology: Topology,
+        *,
+        first_layer: int,
+        last_layer: int,
+        has_embedding: bool,
+        has_output: bool,
+        has_final_norm: bool,
+        max_length: int,
+        dtype: torch.dtype,
+        cuts_sequence: bool = False,
+        weights: WeightFormat = "native",
+    ):
         """`cuts_sequence`: layers take and give [s/tp, b, h], each tensor-parallel rank its part of the sequence."""
         super().__init__()
         self.config, self.dtype = config, dtype
@@ -116,9 +172,15 @@ class BackboneStage(nn.Module):
         padded = config.padded_vocab_size(topology.tp)
         if has_embedding:
             self.embedding = LanguageModelEmbedding(
-                megatron, padded, config.max_position_embeddings, tp_group=topology.tp_group,
-                position_embedding_type="rope" if config.position == "rope" else "learned_absolute")
-            cast_parameters(self.embedding, dtype, topology.device)  # Megatron-core has that of positions on the CPU, as float32
+                megatron,
+                padded,
+                config.max_position_embeddings,
+                tp_group=topology.tp_group,
+                position_embedding_type="rope" if config.position == "rope" else "learned_absolute",
+            )
+            cast_parameters(
+                self.embedding, dtype, topology.device
+            )  # Megatron-core has that of positions on the CPU, as float32
         layers = nn.ModuleDict()
         for number in range(first_layer, last_layer + 1):
             layers[str(number - 1)] = layer = build_layer(config, topology, number, dtype, cuts_sequence=cuts_sequence)
@@ -126,9 +188,13 @@ class BackboneStage(nn.Module):
                 hold_in_few_bits(layer, weights, topology)
         self.decoder = nn.ModuleDict({"layers": layers})
         if has_final_norm:
-            self.decoder["final_layernorm"] = backbone_norm(config)(megatron, config.hidden_size, eps=config.norm_epsilon)
+            self.decoder["final_layernorm"] = backbone_norm(config)(
+                megatron, config.hidden_size, eps=config.norm_epsilon
+            )
         if has_output:
-            self.output_layer = nn.Linear(config.hidden_size, padded // topology.tp, bias=False, dtype=dtype, device=topology.device)
+            self.output_layer = nn.Linear(
+                config.hidden_size, padded // topology.tp, bias=False, dtype=dtype, device=topology.device
+            )
             if config.ties_embeddings and has_embedding:
                 self.output_layer.weight = self.embedding.word_embeddings.weight
         self.angles: Tensor
@@ -151,6 +217,10 @@ class BackboneStage(nn.Module):
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         return self.embedding(tokens, positions)
 
-    def run_layer(self, number: int, hidden: Tensor, documents: PackedDocuments | None = None) -> Tensor:  # [s, b, h] -> [s, b, h]
-        """One layer over whole sequences, causally, or this rank's part of them; `documents` where they are told apart."""
+    def run_layer(
+        self, number: int, hidden: Tensor, documents: PackedDocuments | None = None
+    ) -> Tensor:  # [s, b, h] -> [s, b, h]
+        """One layer over whole sequences, causally, or this rank's part of them; `documents` where they are told
+        apart.
+        """
         return apply_layer(self.layer(number), hidden, self.angles, self.config, documents)

@@ -1,10 +1,12 @@
 """Parameters in another dtype or on another device."""
+
 import torch
 from torch import nn
 
 
 def cast_parameters(module: nn.Module, dtype: torch.dtype | None = None, device: torch.device | None = None) -> None:
-    """`module.to` with new parameters in place of the old ones: under fake tensors, `to` can not change those that are there.
+    """`module.to` with new parameters in place of the old ones: under fake tensors, `to` can not change those that are
+    there.
 
     Parameters that are right already stay the same objects. Buffers follow to the device and keep their dtype.
     """

@@ -1,4 +1,5 @@
 """How matrices lie in memory while decoding."""
+
 from torch import Tensor
 
 

@@ -1,4 +1,5 @@
 """The backbone's shape, read from a Hugging Face config.json in its old and its new spelling."""
+
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -41,7 +42,9 @@ class RopeConfig:
     attention_factor: float = 1.0
     """yarn, longrope: scale of queries and of keys alike."""
     short_factor: tuple[float, ...] = ()
-    """longrope: of each pair of dimensions, how many times longer its wave is, in texts no longer than the original context."""
+    """longrope: of each pair of dimensions, how many times longer its wave is, in texts no longer than the original
+    context.
+    """
     long_factor: tuple[float, ...] = ()
     """longrope: the same in longer texts, which do not occur here: `read_model_config` cuts the context."""
 
@@ -111,37 +114,60 @@ class ModelConfig:
         """Raises InputError where the model can not be cut tp × num_stages ways."""
         if tp < 1 or num_stages < 1:
             raise InputError(f"tensor and pipeline_model_parallel_size must be at least 1, got {tp} and {num_stages}")
-        for name, size in (("num_attention_heads", self.num_attention_heads), ("num_key_value_heads", self.num_query_groups),
-                           ("intermediate_size", self.ffn_hidden_size), ("moe_intermediate_size", self.moe_ffn_hidden_size)):
+        for name, size in (
+            ("num_attention_heads", self.num_attention_heads),
+            ("num_key_value_heads", self.num_query_groups),
+            ("intermediate_size", self.ffn_hidden_size),
+            ("moe_intermediate_size", self.moe_ffn_hidden_size),
+        ):
             if size % tp:
-                widths = (self.num_attention_heads, self.num_query_groups, self.ffn_hidden_size, self.moe_ffn_hidden_size)
-                raise InputError(f"tensor_model_parallel_size must divide the model's {name} = {size}, got {tp}; use a divisor of "
-                                 f"{math.gcd(*widths)}")
+                widths = (
+                    self.num_attention_heads,
+                    self.num_query_groups,
+                    self.ffn_hidden_size,
+                    self.moe_ffn_hidden_size,
+                )
+                raise InputError(
+                    f"tensor_model_parallel_size must divide the model's {name} = {size}, got {tp}; use a divisor of "
+                    f"{math.gcd(*widths)}"
+                )
         if num_stages > self.num_layers:
-            raise InputError(f"pipeline_model_parallel_size must be at most the model's {self.num_layers} layers, got {num_stages}")
+            raise InputError(
+                f"pipeline_model_parallel_size must be at most the model's {self.num_layers} layers, got {num_stages}"
+            )
 
     def check_exit_layers(self, exit_layers: tuple[int, ...]) -> None:
         """Raises InputError where there are none, or they lie outside the model, repeat, or are unsorted."""
         if not exit_layers:
-            raise InputError(f"exits.exit_layers must name at least one layer in 1..{self.num_layers}, got none; "
-                             f"for example --exit-layers {max(1, self.num_layers // 4)},{max(1, self.num_layers // 2)}")
+            raise InputError(
+                f"exits.exit_layers must name at least one layer in 1..{self.num_layers}, got none; "
+                f"for example --exit-layers {max(1, self.num_layers // 4)},{max(1, self.num_layers // 2)}"
+            )
         outside = [layer for layer in exit_layers if not 1 <= layer <= self.num_layers]
         if outside:
             raise InputError(f"exit_layers must lie in 1..{self.num_layers} (the model's layers), got {outside[0]}")
         if list(exit_layers) != sorted(set(exit_layers)):
             wanted = ",".join(map(str, sorted(set(exit_layers))))
-            raise InputError(f"exit_layers must increase without repeats, got {','.join(map(str, exit_layers))}; write {wanted}")
+            raise InputError(
+                f"exit_layers must increase without repeats, got {','.join(map(str, exit_layers))}; write {wanted}"
+            )
 
 
 def read_model_config(folder: Path) -> ModelConfig:
-    """The shape of the model in a Hugging Face folder. Raises InputError on what is missing or what this project can not run."""
+    """The shape of the model in a Hugging Face folder. Raises InputError on what is missing or what this project can
+    not run.
+    """
     path = folder / "config.json"
     if not folder.is_dir():
-        raise InputError(f"--model must be a Hugging Face folder with config.json and safetensors, but there is no folder {folder}")
+        raise InputError(
+            f"--model must be a Hugging Face folder with config.json and safetensors, but there is no folder {folder}"
+        )
     try:
         raw = read_json(path)
     except OSError as error:
-        raise InputError(f"the model folder must hold config.json, but {path} can not be read: {error.strerror}") from error
+        raise InputError(
+            f"the model folder must hold config.json, but {path} can not be read: {error.strerror}"
+        ) from error
     except ValueError as error:
         raise InputError(f"{path} is not JSON: {error}") from error
     return model_config_from_hf(raw, path)
@@ -157,27 +183,35 @@ def model_config_from_hf(raw: Any, path: Path) -> ModelConfig:
     except InputError:
         raise
     except (TypeError, ValueError, AttributeError, KeyError, OverflowError) as error:
-        raise InputError(f"{path} has a value of a wrong type ({error!r}); fetch the model's own config.json") from error
+        raise InputError(
+            f"{path} has a value of a wrong type ({error!r}); fetch the model's own config.json"
+        ) from error
     if config.num_attention_heads % config.num_query_groups:
-        raise InputError(f"{path}: num_attention_heads = {config.num_attention_heads} must be a multiple of num_key_value_heads = "
-                         f"{config.num_query_groups}")
+        raise InputError(
+            f"{path}: num_attention_heads = {config.num_attention_heads} must be a multiple of num_key_value_heads = "
+            f"{config.num_query_groups}"
+        )
     if config.position == "rope" and config.kv_channels % 2:
         raise InputError(f"{path}: the width of a head must be even to be rotated, got {config.kv_channels}")
     return _within_short_context(config, path) if config.rope.kind == "longrope" else config
 
 
 def _within_short_context(config: ModelConfig, path: Path) -> ModelConfig:
-    """A text that is longer than the original context has other frequencies from its first token on, with longrope: all keys so far would
-    have to be computed anew where one grows past it.
+    """A text that is longer than the original context has other frequencies from its first token on, with longrope: all
+    keys so far would have to be computed anew where one grows past it.
     """
     rope, positions, pairs = config.rope, config.rope.original_max_position_embeddings, config.kv_channels // 2
     if len(rope.short_factor) != pairs or any(factor <= 0 for factor in rope.short_factor):
-        raise InputError(f"{path}: short_factor of rope scaling longrope must be {pairs} positive numbers, one for each pair of a head's "
-                         f"dimensions, got {len(rope.short_factor)}")
+        raise InputError(
+            f"{path}: short_factor of rope scaling longrope must be {pairs} positive numbers, one for each pair of a head's "
+            f"dimensions, got {len(rope.short_factor)}"
+        )
     if config.max_position_embeddings <= positions:
         return config
-    warn_once(f"{path}: of longrope's context of {config.max_position_embeddings} tokens the first {positions} are used "
-              "(original_max_position_embeddings), where positions are rotated by short_factor; texts must not be longer")
+    warn_once(
+        f"{path}: of longrope's context of {config.max_position_embeddings} tokens the first {positions} are used "
+        "(original_max_position_embeddings), where positions are rotated by short_factor; texts must not be longer"
+    )
     return dataclasses.replace(config, max_position_embeddings=positions)
 
 
@@ -192,14 +226,22 @@ def _from_object(raw: dict[str, Any], path: Path) -> ModelConfig:
     vocabulary = positive_number(raw, "vocab_size", path)
     single_token_id(raw, "pad_token_id", vocabulary, path)
     return ModelConfig(
-        **family_fields(raw, path), num_layers=positive_number(raw, "num_hidden_layers", path), hidden_size=hidden,
-        num_attention_heads=heads, num_query_groups=int(raw.get("num_key_value_heads") or heads),
+        **family_fields(raw, path),
+        num_layers=positive_number(raw, "num_hidden_layers", path),
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        num_query_groups=int(raw.get("num_key_value_heads") or heads),
         kv_channels=int(raw.get("head_dim") or hidden // heads),
-        vocab_size=vocabulary, max_position_embeddings=max_positions,
-        norm_epsilon=float(raw.get("rms_norm_eps", 1e-6)), rope=_rope(raw, max_positions, path),
-        ties_embeddings=bool(raw.get("tie_word_embeddings", False)), init_std=float(raw.get("initializer_range", 0.02)),
-        stored_dtype=dtype, eos_token_ids=end_token_ids(raw, vocabulary, path),
-        bos_token_id=single_token_id(raw, "bos_token_id", vocabulary, path))
+        vocab_size=vocabulary,
+        max_position_embeddings=max_positions,
+        norm_epsilon=float(raw.get("rms_norm_eps", 1e-6)),
+        rope=_rope(raw, max_positions, path),
+        ties_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        init_std=float(raw.get("initializer_range", 0.02)),
+        stored_dtype=dtype,
+        eos_token_ids=end_token_ids(raw, vocabulary, path),
+        bos_token_id=single_token_id(raw, "bos_token_id", vocabulary, path),
+    )
 
 
 def _rope(raw: dict[str, Any], max_positions: int, path: Path) -> RopeConfig:
@@ -212,22 +254,42 @@ def _rope(raw: dict[str, Any], max_positions: int, path: Path) -> RopeConfig:
     theta = float(fields.get("rope_theta") or raw.get("rope_theta") or 10000.0)
     if kind == "default":
         return RopeConfig(theta=theta)
-    missing = [key for key in {"linear": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor"], "dynamic": ["factor"],
-                               "yarn": ["factor"], "longrope": ["short_factor", "long_factor"]}[kind] if key not in fields]
+    missing = [
+        key
+        for key in {
+            "linear": ["factor"],
+            "llama3": ["factor", "low_freq_factor", "high_freq_factor"],
+            "dynamic": ["factor"],
+            "yarn": ["factor"],
+            "longrope": ["short_factor", "long_factor"],
+        }[kind]
+        if key not in fields
+    ]
     if missing:
         raise InputError(f"{path}: rope scaling {kind} needs {', '.join(missing)}")
-    original = int(fields.get("original_max_position_embeddings") or raw.get("original_max_position_embeddings") or max_positions)
+    original = int(
+        fields.get("original_max_position_embeddings") or raw.get("original_max_position_embeddings") or max_positions
+    )
     has_factor = kind not in ("yarn", "longrope") or fields.get("factor") is not None
     factor = float(fields["factor"]) if has_factor else max_positions / original
     return RopeConfig(
-        kind=kind, theta=theta, factor=factor, original_max_position_embeddings=original,
-        low_freq_factor=float(fields.get("low_freq_factor", 1.0)), high_freq_factor=float(fields.get("high_freq_factor", 4.0)),
-        beta_fast=float(fields.get("beta_fast") or 32.0), beta_slow=float(fields.get("beta_slow") or 1.0),
+        kind=kind,
+        theta=theta,
+        factor=factor,
+        original_max_position_embeddings=original,
+        low_freq_factor=float(fields.get("low_freq_factor", 1.0)),
+        high_freq_factor=float(fields.get("high_freq_factor", 4.0)),
+        beta_fast=float(fields.get("beta_fast") or 32.0),
+        beta_slow=float(fields.get("beta_slow") or 1.0),
         truncate=bool(fields.get("truncate", True)),
-        attention_factor={"yarn": _yarn_attention_factor, "longrope": _longrope_attention_factor}[kind](fields, factor, original)
-        if kind in ("yarn", "longrope") else 1.0,
+        attention_factor={"yarn": _yarn_attention_factor, "longrope": _longrope_attention_factor}[kind](
+            fields, factor, original
+        )
+        if kind in ("yarn", "longrope")
+        else 1.0,
         short_factor=tuple(map(float, fields["short_factor"])) if kind == "longrope" else (),
-        long_factor=tuple(map(float, fields["long_factor"])) if kind == "longrope" else ())
+        long_factor=tuple(map(float, fields["long_factor"])) if kind == "longrope" else (),
+    )
 
 
 def _longrope_attention_factor(fields: dict[str, Any], factor: float, original: int) -> float:
@@ -239,6 +301,7 @@ def _longrope_attention_factor(fields: dict[str, Any], factor: float, original: 
 
 def _yarn_attention_factor(fields: dict[str, Any], factor: float, _: int) -> float:
     """Section 3.4 of arXiv 2309.00071, with DeepSeek's two-sided form where a config gives it."""
+
     def scale(mscale: float) -> float:
         return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 

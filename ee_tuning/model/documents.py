@@ -2,6 +2,7 @@
 
 Every stage makes this from the micro-batch of its own loader; it never travels with the hidden states.
 """
+
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,11 +20,15 @@ class PackedDocuments:
     """The documents of a micro-batch, on the device that computes."""
 
     ids: Tensor | None
-    """[b, s] int64: grows by one where a document begins; tokens see those of their own id. None: they see all before them."""
+    """[b, s] int64: grows by one where a document begins; tokens see those of their own id. None: they see all before
+    them.
+    """
     positions: Tensor | None
     """[b, s] int64: where each token stands in its document. None: where it stands in its row."""
     starts: Tensor | None
-    """[documents + 1] int32: first token of each document, rows laid one after the other, and the number of tokens; with `ids`."""
+    """[documents + 1] int32: first token of each document, rows laid one after the other, and the number of tokens;
+    with `ids`.
+    """
     longest: int
     """Tokens of the longest document; with `ids`."""
 
@@ -41,7 +46,9 @@ class PackedDocuments:
 
     @cached_property
     def mask(self) -> Tensor | None:
-        """[b, 1, s, s] bool: whether a token (row) sees another (column). One for all layers. None where all before it are seen."""
+        """[b, 1, s, s] bool: whether a token (row) sees another (column). One for all layers. None where all before it
+        are seen.
+        """
         if self.ids is None:
             return None
         return (self.ids[:, :, None] == self.ids[:, None, :]).tril_()[:, None]
@@ -56,7 +63,9 @@ def _bounds(ids: Tensor) -> tuple[Tensor, int]:  # [b, s] -> [documents + 1], to
     return bounds, int(bounds.diff().max())
 
 
-def rotations(angles: Tensor, length: int, documents: PackedDocuments | None) -> Tensor:  # [positions, d] -> [s, 1 or b, 1, d]
+def rotations(
+    angles: Tensor, length: int, documents: PackedDocuments | None
+) -> Tensor:  # [positions, d] -> [s, 1 or b, 1, d]
     """Rotary angles of whole sequences, as Megatron's layers take them."""
     if documents is None or documents.positions is None:
         return angles[:length, None, None]

@@ -1,7 +1,10 @@
-"""A stage of an early-exit model: frozen backbone layers, and the exit heads that sit on them. Exits cut the network into segments.
+"""A stage of an early-exit model: frozen backbone layers, and the exit heads that sit on them. Exits cut the network
+into segments.
 
-`run_layers` walks whole sequences, for tuning and evaluation; decoding walks the same layers token by token (`ragged_layer.py`).
+`run_layers` walks whole sequences, for tuning and evaluation; decoding walks the same layers token by token
+(`ragged_layer.py`).
 """
+
 from dataclasses import dataclass
 from functools import partial
 
@@ -61,7 +64,9 @@ class StagePlan:
 
 
 class EarlyExitModel(nn.Module):
-    """One stage: `backbone` (frozen) and `exit_heads`, keyed by layer. Weights are uninitialized until they are loaded."""
+    """One stage: `backbone` (frozen) and `exit_heads`, keyed by layer. Weights are uninitialized until they are
+    loaded.
+    """
 
     def __init__(self, config: ModelConfig, topology: Topology, plan: StagePlan):
         super().__init__()
@@ -71,14 +76,33 @@ class EarlyExitModel(nn.Module):
         """What exits say."""
         has_final = plan.has_final_head and topology.is_last_stage
         self.backbone = BackboneStage(
-            config, topology, first_layer=plan.first_layer, last_layer=plan.last_layer, has_embedding=topology.is_first_stage,
-            has_output=has_final or plan.ties_output or (plan.shares_output_matrix and bool(plan.own_exits)), has_final_norm=has_final,
-            max_length=plan.max_length, dtype=plan.dtype, cuts_sequence=plan.cuts_sequence, weights=plan.weights)
+            config,
+            topology,
+            first_layer=plan.first_layer,
+            last_layer=plan.last_layer,
+            has_embedding=topology.is_first_stage,
+            has_output=has_final or plan.ties_output or (plan.shares_output_matrix and bool(plan.own_exits)),
+            has_final_norm=has_final,
+            max_length=plan.max_length,
+            dtype=plan.dtype,
+            cuts_sequence=plan.cuts_sequence,
+            weights=plan.weights,
+        )
         tied = self.backbone.output_layer.weight if plan.ties_output else None
         self.exit_heads = nn.ModuleDict(
-            {str(spec.layer): build_exit_head(spec, config, topology, dtype=plan.dtype, tied_weight=tied, angles=self.backbone.angles,
-                                             cuts_sequence=plan.cuts_sequence)
-             for spec in plan.own_exits})
+            {
+                str(spec.layer): build_exit_head(
+                    spec,
+                    config,
+                    topology,
+                    dtype=plan.dtype,
+                    tied_weight=tied,
+                    angles=self.backbone.angles,
+                    cuts_sequence=plan.cuts_sequence,
+                )
+                for spec in plan.own_exits
+            }
+        )
 
     def exit_head(self, layer: int) -> ExitHead:
         """The head after `layer`, which must be on this stage."""
@@ -100,14 +124,22 @@ class EarlyExitModel(nn.Module):
 
     def hidden_shape(self, seq_length: int, micro_batch_size: int) -> tuple[int, int, int]:
         """[s, b, h] of what goes from layer to layer and from stage to stage, for sequences of `seq_length`."""
-        return seq_length // (self.topology.tp if self.plan.cuts_sequence else 1), micro_batch_size, self.config.hidden_size
+        return (
+            seq_length // (self.topology.tp if self.plan.cuts_sequence else 1),
+            micro_batch_size,
+            self.config.hidden_size,
+        )
 
     @torch.no_grad()
-    def run_layers(self, hidden: Tensor,  # [s, b, h]
-                   documents: PackedDocuments | None = None,
-                   *, through: int | None = None) -> tuple[Tensor, dict[int, ExitInput]]:  # [s, b, h], …
-        """This stage's layers over whole sequences, those behind layer `through` left out: their output, and what each exit among them
-        takes.
+    def run_layers(
+        self,
+        hidden: Tensor,  # [s, b, h]
+        documents: PackedDocuments | None = None,
+        *,
+        through: int | None = None,
+    ) -> tuple[Tensor, dict[int, ExitInput]]:  # [s, b, h], …
+        """This stage's layers over whole sequences, those behind layer `through` left out: their output, and what each
+        exit among them takes.
 
         `documents` tells those apart that share a row.
         """
@@ -128,7 +160,9 @@ class EarlyExitModel(nn.Module):
         """What the model's own output matrix is applied to; last stage only."""
         return self.backbone.final_norm(hidden)
 
-    def _run_layer_with_mlp_exit(self, number: int, hidden: Tensor, documents: PackedDocuments | None) -> tuple[Tensor, ExitInput]:
+    def _run_layer_with_mlp_exit(
+        self, number: int, hidden: Tensor, documents: PackedDocuments | None
+    ) -> tuple[Tensor, ExitInput]:
         # The post-attention residual is what enters the norm before the MLP, in every layer spec of Megatron's.
         seen: list[ExitInput] = []
         hook = self.backbone.layer(number).pre_mlp_layernorm.register_forward_hook(partial(_keep, seen))

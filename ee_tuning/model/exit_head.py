@@ -1,9 +1,11 @@
 """Exit heads: what turns the hidden states of an intermediate layer into logits.
 
-An exit head is the same module while tuning, where it is trained over whole sequences, and while decoding, where it sees a row a sequence.
-Tensor parallelism cuts the MLP by its inner width and the output matrix by vocabulary; norms are replicated. Where the sequence is cut,
-too, each rank has its part of the tokens but within the MLP, within attention, and before the output matrix.
+An exit head is the same module while tuning, where it is trained over whole sequences, and while decoding, where it
+sees a row a sequence. Tensor parallelism cuts the MLP by its inner width and the output matrix by vocabulary; norms are
+replicated. Where the sequence is cut, too, each rank has its part of the tokens but within the MLP, within attention,
+and before the output matrix.
 """
+
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,8 +28,8 @@ from ee_tuning.parallel.shard_sums import sum_over_shards
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.vocab import padded_size
 
-# … any leading dimensions · h hidden · f/tp this rank's part of the MLP's inner width · v/tp its shard of the vocabulary, or
-# of what a head of a shortlist says
+# … any leading dimensions · h hidden · f/tp this rank's part of the MLP's inner width · v/tp its shard of the
+# vocabulary, or of what a head of a shortlist says
 
 Result = TypeVar("Result")
 
@@ -51,7 +53,9 @@ class ExitInput:
         return self._of_each(lambda x: x[where])
 
     def tokens(self, places: Tensor) -> "ExitInput":  # [n] int64
-        """The input of the tokens [n, h] at `places` of hidden states [s, b, h], counted row by row of b; each is taken alone."""
+        """The input of the tokens [n, h] at `places` of hidden states [s, b, h], counted row by row of b; each is taken
+        alone.
+        """
         return self._of_each(lambda x: x.flatten(0, 1)[places])
 
     def padded(self, count: int) -> "ExitInput":
@@ -60,9 +64,13 @@ class ExitInput:
 
     def overwrite(self, other: "ExitInput") -> None:
         """Puts those of fewer tokens in the first places."""
-        for mine, theirs in ((self.hidden, other.hidden), (self.residual, other.residual), (self.layer_output, other.layer_output)):
+        for mine, theirs in (
+            (self.hidden, other.hidden),
+            (self.residual, other.residual),
+            (self.layer_output, other.layer_output),
+        ):
             if mine is not None and theirs is not None:
-                mine[:theirs.shape[0]] = theirs
+                mine[: theirs.shape[0]] = theirs
 
     def _of_each(self, change: Callable[[Tensor], Tensor]) -> "ExitInput":
         residual = None if self.residual is None else change(self.residual)
@@ -98,22 +106,35 @@ class ExitMLP(nn.Module):
 
 
 class ExitHead(nn.Module, ABC):
-    """What all architectures share: the exit's place, and its output matrix. The design is EE-Tuning's (arXiv 2402.00518).
+    """What all architectures share: the exit's place, and its output matrix. The design is EE-Tuning's (arXiv
+    2402.00518).
 
-    `tied_weight` is the backbone's frozen output matrix [v/tp, h], used where the exit ties it; `angles` [positions, d] its rotations.
-    `cuts_sequence`: it takes each rank's part of the sequence, and `project` gets all of it. Parameters are named as in
-    `checkpoint/exit_names.py`.
+    `tied_weight` is the backbone's frozen output matrix [v/tp, h], used where the exit ties it; `angles` [positions, d]
+    its rotations. `cuts_sequence`: it takes each rank's part of the sequence, and `project` gets all of it. Parameters
+    are named as in `checkpoint/exit_names.py`.
     """
 
     takes_mlp_input = False
     """Whether it reads layer l's normed post-attention residual and not its output."""
 
-    def __init__(self, spec: ExitSpec, config: ModelConfig, topology: Topology, *, dtype: torch.dtype, tied_weight: Tensor | None,
-                 angles: Tensor, cuts_sequence: bool):
+    def __init__(
+        self,
+        spec: ExitSpec,
+        config: ModelConfig,
+        topology: Topology,
+        *,
+        dtype: torch.dtype,
+        tied_weight: Tensor | None,
+        angles: Tensor,
+        cuts_sequence: bool,
+    ):
         super().__init__()
         self.spec, self.config, self.cuts_sequence, self._group = spec, config, cuts_sequence, topology.tp_group
         assert not spec.ties_output or tied_weight is not None
-        self._backbones = (tied_weight if spec.ties_output else None, angles)  # in a tuple, so that they are none of the head's own
+        self._backbones = (
+            tied_weight if spec.ties_output else None,
+            angles,
+        )  # in a tuple, so that they are none of the head's own
         tensor: dict[str, Any] = {"dtype": dtype, "device": topology.device}
         self.build(config, topology, tensor)
         if spec.has_linear:
@@ -141,11 +162,15 @@ class ExitHead(nn.Module, ABC):
 
     @property
     def partial_gradients(self) -> tuple[str, ...]:
-        """Parameters that every tensor-parallel rank holds alike and, though it has all tokens, sees its own share of the gradient of."""
+        """Parameters that every tensor-parallel rank holds alike and, though it has all tokens, sees its own share of
+        the gradient of.
+        """
         return ()
 
     def build(self, config: ModelConfig, topology: Topology, tensor: dict[str, Any]) -> None:
-        """Makes the parameters between the backbone's states and the output matrix; `tensor` is their dtype and device."""
+        """Makes the parameters between the backbone's states and the output matrix; `tensor` is their dtype and
+        device.
+        """
 
     @abstractmethod
     def own_hidden(self, inputs: ExitInput) -> Tensor:  # […, h]
@@ -160,8 +185,8 @@ class ExitHead(nn.Module, ABC):
     def forward(self, inputs: ExitInput, project: Callable[[Tensor, Tensor], Result]) -> Result:
         """`project(final hidden […, h], output weight [v/tp, h])`: logits, or a loss that never makes them.
 
-        Projecting inside forward is what `fully_shard` needs: parameters are whole only while it runs. Where the sequence is cut, the
-        gradient that `project` gives hidden states is this shard's share of it.
+        Projecting inside forward is what `fully_shard` needs: parameters are whole only while it runs. Where the
+        sequence is cut, the gradient that `project` gives hidden states is this shard's share of it.
         """
         hidden = self.final_hidden(inputs)
         return project(gathered_sequence(hidden, self._group) if self.cuts_sequence else hidden, self.output_weight)
@@ -190,7 +215,8 @@ class NormHead(ExitHead):
 class LinearHead(NormHead):
     """W (T Norm(x) + b), the tuned lens (arXiv 2303.08112).
 
-    Every tensor-parallel rank holds all of T, as of any map that `ExitSpec.has_linear` puts there: cutting it would cost a sum over ranks.
+    Every tensor-parallel rank holds all of T, as of any map that `ExitSpec.has_linear` puts there: cutting it would
+    cost a sum over ranks.
     """
 
 
@@ -213,15 +239,20 @@ class MLPHead(NormHead):
 class AdapterHead(NormHead):
     """W Norm(x + B σ(A Norm_a(x))): a bottleneck beside the residual stream.
 
-    Every tensor-parallel rank holds all of A and B: they are small, and cutting them would cost a sum over ranks in each direction.
+    Every tensor-parallel rank holds all of A and B: they are small, and cutting them would cost a sum over ranks in
+    each direction.
     """
 
     def build(self, config: ModelConfig, topology: Topology, tensor: dict[str, Any]) -> None:
         """See ExitHead."""
         super().build(config, topology, tensor)
-        self.adapter = nn.ModuleDict({
-            "norm": exit_norm(config, **tensor), "down": nn.Linear(config.hidden_size, self.spec.adapter_rank, bias=False, **tensor),
-            "up": nn.Linear(self.spec.adapter_rank, config.hidden_size, bias=False, **tensor)})
+        self.adapter = nn.ModuleDict(
+            {
+                "norm": exit_norm(config, **tensor),
+                "down": nn.Linear(config.hidden_size, self.spec.adapter_rank, bias=False, **tensor),
+                "up": nn.Linear(self.spec.adapter_rank, config.hidden_size, bias=False, **tensor),
+            }
+        )
         self.activation = activation(config)
 
     def own_hidden(self, inputs: ExitInput) -> Tensor:  # […, h]
@@ -255,15 +286,34 @@ class LayerHead(NormHead):
     def own_hidden(self, inputs: ExitInput) -> Tensor:  # […, h]
         """See ExitHead. Without `inputs.layer_output`, hidden states are whole sequences [s, b, h]."""
         out = inputs.layer_output
-        return self.norm(apply_layer(self.layer, inputs.hidden, self._backbones[1], self.config, inputs.documents) if out is None else out)
+        return self.norm(
+            apply_layer(self.layer, inputs.hidden, self._backbones[1], self.config, inputs.documents)
+            if out is None
+            else out
+        )
 
 
 _CLASSES: dict[Architecture, type[ExitHead]] = {
-    "embedding": EmbeddingHead, "norm": NormHead, "linear": LinearHead, "mlp": MLPHead, "layer": LayerHead, "adapter": AdapterHead}
+    "embedding": EmbeddingHead,
+    "norm": NormHead,
+    "linear": LinearHead,
+    "mlp": MLPHead,
+    "layer": LayerHead,
+    "adapter": AdapterHead,
+}
 
 
-def build_exit_head(spec: ExitSpec, config: ModelConfig, topology: Topology, *, dtype: torch.dtype, tied_weight: Tensor | None,
-                    angles: Tensor, cuts_sequence: bool = False) -> ExitHead:
+def build_exit_head(
+    spec: ExitSpec,
+    config: ModelConfig,
+    topology: Topology,
+    *,
+    dtype: torch.dtype,
+    tied_weight: Tensor | None,
+    angles: Tensor,
+    cuts_sequence: bool = False,
+) -> ExitHead:
     """The head that `spec` describes, as ExitHead takes it. Weights are uninitialized."""
-    return _CLASSES[spec.architecture](spec, config, topology, dtype=dtype, tied_weight=tied_weight, angles=angles,
-                                       cuts_sequence=cuts_sequence)
+    return _CLASSES[spec.architecture](
+        spec, config, topology, dtype=dtype, tied_weight=tied_weight, angles=angles, cuts_sequence=cuts_sequence
+    )

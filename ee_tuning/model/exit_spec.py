@@ -1,4 +1,5 @@
 """What an exit is: where it sits, which architecture its head has, which tokens it says. Data alone."""
+
 from dataclasses import dataclass
 
 from ee_tuning.config import Architecture
@@ -18,7 +19,11 @@ class ListedTokens:
     @property
     def record(self) -> dict[str, float]:
         """{"size", "tokens", "share"}, for the artifact."""
-        return {"size": len(self.token_ids), "tokens": self.num_tokens, "share": round(self.num_listed / max(self.num_tokens, 1), 6)}
+        return {
+            "size": len(self.token_ids),
+            "tokens": self.num_tokens,
+            "share": round(self.num_listed / max(self.num_tokens, 1), 6),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +38,14 @@ class ExitSpec:
     adapter_rank: int = 0
     """Inner width of an `adapter` head."""
     adds_linear: bool = False
-    """Whether a linear map stands before the output matrix that the architecture does not bring: what a least-squares fit leaves of a head
-    whose output matrix is not its own."""
+    """Whether a linear map stands before the output matrix that the architecture does not bring: what a least-squares
+    fit leaves of a head whose output matrix is not its own.
+    """
 
     output_vocab: int = 0
-    """Tokens that the head says, with an output matrix of its own for these and any other token; 0 for the whole vocabulary."""
+    """Tokens that the head says, with an output matrix of its own for these and any other token; 0 for the whole
+    vocabulary.
+    """
 
     def output_rows(self, vocab_size: int) -> int:
         """Rows of its output matrix, padding left out."""
@@ -50,5 +58,7 @@ class ExitSpec:
 
     @property
     def linear_rank(self) -> int:
-        """Rank of the linear map, I + B A, where it is of low rank: an `adapter`'s, a head that is to stay small; 0 where it is [h, h]."""
+        """Rank of the linear map, I + B A, where it is of low rank: an `adapter`'s, a head that is to stay small; 0
+        where it is [h, h].
+        """
         return self.adapter_rank if self.adds_linear and self.architecture == "adapter" else 0

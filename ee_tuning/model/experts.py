@@ -1,4 +1,7 @@
-"""Layers with experts: Megatron-core's own, where every tensor-parallel rank holds all tokens and a part of each expert."""
+"""Layers with experts: Megatron-core's own, where every tensor-parallel rank holds all tokens and a part of each
+expert.
+"""
+
 import warnings
 from typing import Any
 
@@ -19,7 +22,9 @@ from ee_tuning.parallel.shard_sums import shared_by_shards, sum_over_shards
 
 # t tokens · h hidden · e experts
 
-if not hasattr(moe_utils, "te_general_gemm"):  # it asks whether this is None, and without Transformer Engine forgets to say so
+if not hasattr(
+    moe_utils, "te_general_gemm"
+):  # it asks whether this is None, and without Transformer Engine forgets to say so
     moe_utils.te_general_gemm = None
 
 
@@ -27,28 +32,39 @@ def expert_fields(config: ModelConfig) -> dict[str, Any]:
     """What Megatron's TransformerConfig says of the experts; nothing where there are none."""
     if not config.num_experts:
         return {}
-    return {"num_moe_experts": config.num_experts, "moe_router_topk": config.moe_router_topk,
-            "moe_ffn_hidden_size": config.moe_ffn_hidden_size,
-            # A softmax over the chosen experts' logits is a softmax over all, renormalized.
-            "moe_router_pre_softmax": not config.renormalizes_router, "moe_router_load_balancing_type": "none",
-            "moe_layer_freq": moe_layer_freq(config),
-            "moe_token_dispatcher_type": "allgather", "moe_grouped_gemm": False}
+    return {
+        "num_moe_experts": config.num_experts,
+        "moe_router_topk": config.moe_router_topk,
+        "moe_ffn_hidden_size": config.moe_ffn_hidden_size,
+        # A softmax over the chosen experts' logits is a softmax over all, renormalized.
+        "moe_router_pre_softmax": not config.renormalizes_router,
+        "moe_router_load_balancing_type": "none",
+        "moe_layer_freq": moe_layer_freq(config),
+        "moe_token_dispatcher_type": "allgather",
+        "moe_grouped_gemm": False,
+    }
 
 
 def dispatch_in_place(mlp: MoELayer) -> None:
-    """Lets the tokens stay where they are. The stock dispatcher would gather them from every rank, though every rank has them all, and
-    compute each as many times.
+    """Lets the tokens stay where they are. The stock dispatcher would gather them from every rank, though every rank
+    has them all, and compute each as many times.
     """
     mlp.eval()  # nothing here works otherwise while it is trained, and Megatron-core refuses to train it so
     stock, kind = mlp.token_dispatcher, _Tokens if mlp.config.sequence_parallel else _TokensInPlace
-    mlp.token_dispatcher = kind(stock.num_local_experts, stock.local_expert_indices, mlp.config, get_default_pg_collection())
+    mlp.token_dispatcher = kind(
+        stock.num_local_experts, stock.local_expert_indices, mlp.config, get_default_pg_collection()
+    )
 
 
 class _Tokens(MoEAllGatherTokenDispatcher):
     """The stock dispatcher. In a dry run, which has no numbers to choose by, every expert gets as many tokens."""
 
-    def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [t, h], [t, e]
-        """Each expert's tokens one after the other [t · k, h], how many there are of each [e], and their weights [t · k]."""
+    def dispatch_postprocess(
+        self, hidden_states: Tensor, probs: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:  # [t, h], [t, e]
+        """Each expert's tokens one after the other [t · k, h], how many there are of each [e], and their weights [t ·
+        k].
+        """
         if not is_imagined(hidden_states):
             return super().dispatch_postprocess(hidden_states, probs)
         num_experts, chosen = probs.shape[1], probs.shape[0] * self.router_topk
@@ -56,7 +72,9 @@ class _Tokens(MoEAllGatherTokenDispatcher):
         self.reversed_local_input_permutation_mapping = torch.empty(chosen, dtype=torch.int64, device=probs.device)
         self.local_probs = probs.flatten().index_select(0, self.reversed_local_input_permutation_mapping)
         with unset_fake_temporarily():
-            counts = torch.tensor([(expert + 1) * chosen // num_experts - expert * chosen // num_experts for expert in range(num_experts)])
+            counts = torch.tensor(
+                [(expert + 1) * chosen // num_experts - expert * chosen // num_experts for expert in range(num_experts)]
+            )
         return hidden_states.index_select(0, self.reversed_local_input_permutation_mapping), counts, self.local_probs
 
 

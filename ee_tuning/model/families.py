@@ -1,7 +1,10 @@
-"""What a Hugging Face family fixes about its models, and what of a config.json would be ignored and is therefore refused.
+"""What a Hugging Face family fixes about its models, and what of a config.json would be ignored and is therefore
+refused.
 
-A family is data here: the keys of its config.json in Llama's spelling, its defaults, and the fields of ModelConfig that it sets.
+A family is data here: the keys of its config.json in Llama's spelling, its defaults, and the fields of ModelConfig that
+it sets.
 """
+
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,26 +28,52 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
     "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
     "gpt2": {"tie_word_embeddings": True, "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new"},
-    "mixtral": {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "sliding_window": None, "num_local_experts": 8,
-                "num_experts_per_tok": 2},
-    "qwen3_moe": {"num_key_value_heads": 4, "sliding_window": 4096, "num_local_experts": 128, "num_experts_per_tok": 8,
-                  "moe_intermediate_size": 768, "norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    "mixtral": {
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "sliding_window": None,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    },
+    "qwen3_moe": {
+        "num_key_value_heads": 4,
+        "sliding_window": 4096,
+        "num_local_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": False,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
 }
 """What transformers takes where config.json is silent, as far as it is not what it takes for Llama."""
 
-_GPT2_NAMES = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
-               "max_position_embeddings": "n_positions"}
+_GPT2_NAMES = {
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions",
+}
 
 _LLAMA_SHAPED: dict[str, tuple[Any, ...]] = {
-    "mlp_bias": (False, None), "hidden_act": ("silu", None), "partial_rotary_factor": (1, 1.0, None)}
+    "mlp_bias": (False, None),
+    "hidden_act": ("silu", None),
+    "partial_rotary_factor": (1, 1.0, None),
+}
 _NO_SHARED_EXPERTS: dict[str, tuple[Any, ...]] = dict.fromkeys(
-    ("num_shared_experts", "n_shared_experts", "shared_expert_intermediate_size"), (0, None))
+    ("num_shared_experts", "n_shared_experts", "shared_expert_intermediate_size"), (0, None)
+)
 _ALLOWED: dict[str, dict[str, tuple[Any, ...]]] = {
     "llama": _LLAMA_SHAPED,
     "mistral": _LLAMA_SHAPED,
     "qwen2": _LLAMA_SHAPED,
     "qwen3": _LLAMA_SHAPED,
-    "gpt2": {"scale_attn_weights": (True, None), "scale_attn_by_inverse_layer_idx": (False, None), "add_cross_attention": (False, None)},
+    "gpt2": {
+        "scale_attn_weights": (True, None),
+        "scale_attn_by_inverse_layer_idx": (False, None),
+        "add_cross_attention": (False, None),
+    },
     "mixtral": {**_LLAMA_SHAPED, **_NO_SHARED_EXPERTS, "attention_bias": (False, None)},
     "qwen3_moe": {**_LLAMA_SHAPED, **_NO_SHARED_EXPERTS},
 }
@@ -53,8 +82,14 @@ _ALLOWED: dict[str, dict[str, tuple[Any, ...]]] = {
 WITH_ATTENTION_BIAS = ("llama", "qwen3", "qwen3_moe")
 """Families whose `attention_bias` says whether queries, keys, values and the attention's output have a bias."""
 
-ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "relu": "relu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
-                "gelu_pytorch_tanh": "gelu_tanh"}
+ACTIVATIONS = {
+    "silu": "silu",
+    "gelu": "gelu",
+    "relu": "relu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
 
 
 def in_llama_spelling(raw: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -64,21 +99,28 @@ def in_llama_spelling(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     """
     family = raw.get("model_type")
     if not isinstance(family, str) or family not in _FIELDS:
-        raise InputError(f"{path}: model_type must be one of {', '.join(_FIELDS)}, got {family}; other families are not supported yet")
+        raise InputError(
+            f"{path}: model_type must be one of {', '.join(_FIELDS)}, got {family}; other families are not supported yet"
+        )
     full = {**_DEFAULTS.get(family, {}), **raw}
     if "num_local_experts" in full:  # older versions say num_experts for some families
         full["num_local_experts"] = raw.get("num_experts", full["num_local_experts"])
         if raw.get("num_local_experts", full["num_local_experts"]) != full["num_local_experts"]:
-            raise InputError(f"{path}: num_experts = {raw['num_experts']} and num_local_experts = {raw['num_local_experts']} must be the "
-                             "same; leave one of them out")
+            raise InputError(
+                f"{path}: num_experts = {raw['num_experts']} and num_local_experts = {raw['num_local_experts']} must be the "
+                "same; leave one of them out"
+            )
     for key, allowed in _ALLOWED[family].items():
         value = (full.get("rope_parameters") or {}).get(key, full.get(key))
         if value not in allowed:
             raise InputError(f"{path}: {key} = {value} is not supported for model_type {family} (must be {allowed[0]})")
     if family == "gpt2":
         full.update({ours: positive_number(full, theirs, path) for ours, theirs in _GPT2_NAMES.items()})
-        full.update(rms_norm_eps=full["layer_norm_epsilon"], intermediate_size=full.get("n_inner") or 4 * full["n_embd"],
-                    hidden_act=full["activation_function"])
+        full.update(
+            rms_norm_eps=full["layer_norm_epsilon"],
+            intermediate_size=full.get("n_inner") or 4 * full["n_embd"],
+            hidden_act=full["activation_function"],
+        )
     _refuse_active_window(full, path)
     return full
 
@@ -97,19 +139,31 @@ def family_fields(spelled: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _expert_fields(spelled: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The router's noise while a model is trained, and the losses that balance experts, are no part of the model: nothing is trained here
-    that they would reach.
+    """The router's noise while a model is trained, and the losses that balance experts, are no part of the model:
+    nothing is trained here that they would reach.
     """
     experts, topk = (positive_number(spelled, key, path) for key in ("num_local_experts", "num_experts_per_tok"))
-    asked = _DEFAULTS[spelled["model_type"]]  # any other key of experts is one that transformers does not ask this family for
-    width = positive_number(spelled, "moe_intermediate_size" if "moe_intermediate_size" in asked else "intermediate_size", path)
+    asked = _DEFAULTS[
+        spelled["model_type"]
+    ]  # any other key of experts is one that transformers does not ask this family for
+    width = positive_number(
+        spelled, "moe_intermediate_size" if "moe_intermediate_size" in asked else "intermediate_size", path
+    )
     renormalizes = "norm_topk_prob" not in asked or bool(spelled["norm_topk_prob"])
     if topk > experts or (topk == 1 and renormalizes):
-        raise InputError(f"{path}: num_experts_per_tok must be at most num_experts = {experts}"
-                         f"{', and at least 2 where their weights are renormalized' if renormalizes else ''}, got {topk}")
+        raise InputError(
+            f"{path}: num_experts_per_tok must be at most num_experts = {experts}"
+            f"{', and at least 2 where their weights are renormalized' if renormalizes else ''}, got {topk}"
+        )
     dense = _dense_layers(spelled, path) if "mlp_only_layers" in asked else ()
-    return {"num_experts": experts, "moe_router_topk": topk, "moe_ffn_hidden_size": width, "renormalizes_router": renormalizes,
-            "dense_layers": dense, "ffn_hidden_size": positive_number(spelled, "intermediate_size", path) if dense else width}
+    return {
+        "num_experts": experts,
+        "moe_router_topk": topk,
+        "moe_ffn_hidden_size": width,
+        "renormalizes_router": renormalizes,
+        "dense_layers": dense,
+        "ffn_hidden_size": positive_number(spelled, "intermediate_size", path) if dense else width,
+    }
 
 
 def _dense_layers(spelled: dict[str, Any], path: Path) -> tuple[int, ...]:
@@ -118,7 +172,9 @@ def _dense_layers(spelled: dict[str, Any], path: Path) -> tuple[int, ...]:
     listed = spelled["mlp_only_layers"]
     listed = [] if listed is None else listed
     if not isinstance(listed, list) or any(type(each) is not int or not 0 <= each < num_layers for each in listed):
-        raise InputError(f"{path}: mlp_only_layers must be a list of whole numbers in 0..{num_layers - 1}, got {listed!r}")
+        raise InputError(
+            f"{path}: mlp_only_layers must be a list of whole numbers in 0..{num_layers - 1}, got {listed!r}"
+        )
     return tuple(layer for layer in range(1, num_layers + 1) if layer - 1 in listed or layer % step)
 
 
@@ -143,12 +199,20 @@ def _refuse_active_window(full: dict[str, Any], path: Path) -> None:
     elif family in ("qwen2", "qwen3"):
         strange = set(layer_types or ()) - {"full_attention", "sliding_attention"}
         if strange:
-            raise InputError(f"{path}: layer_types must name full_attention and sliding_attention only, got {sorted(strange)[0]}")
-        slides = ("sliding_attention" in layer_types if layer_types is not None else
-                  bool(full.get("use_sliding_window")) and full["max_window_layers"] < positive_number(full, "num_hidden_layers", path))
+            raise InputError(
+                f"{path}: layer_types must name full_attention and sliding_attention only, got {sorted(strange)[0]}"
+            )
+        slides = (
+            "sliding_attention" in layer_types
+            if layer_types is not None
+            else bool(full.get("use_sliding_window"))
+            and full["max_window_layers"] < positive_number(full, "num_hidden_layers", path)
+        )
     else:
         slides = family == "qwen3_moe" and bool(full.get("use_sliding_window"))
     positions = positive_number(full, "max_position_embeddings", path)
     if slides and (full["sliding_window"] is None or full["sliding_window"] < positions):
-        raise InputError(f"{path}: sliding_window = {full['sliding_window']} is shorter than max_position_embeddings = {positions}, and "
-                         "windows are not supported; lower max_position_embeddings to the window to use the model within it")
+        raise InputError(
+            f"{path}: sliding_window = {full['sliding_window']} is shorter than max_position_embeddings = {positions}, and "
+            "windows are not supported; lower max_position_embeddings to the window to use the model within it"
+        )

@@ -1,7 +1,9 @@
-"""Frozen linear maps whose weights are held in 8 or 4 bits: int8 by torchao, NF4 (QLoRA, arXiv 2305.14314) by bitsandbytes.
+"""Frozen linear maps whose weights are held in 8 or 4 bits: int8 by torchao, NF4 (QLoRA, arXiv 2305.14314) by
+bitsandbytes.
 
 They stand in the backbone's layers where Megatron-core has its column- and row-parallel ones, and go forward alone.
 """
+
 import abc
 import functools
 import importlib.util
@@ -35,18 +37,25 @@ def check_weight_format(weights: WeightFormat, config: ModelConfig) -> None:
     if weights == "native":
         return
     if config.num_experts:
-        raise InputError(f"tuning.backbone_weights = {weights} is for models without experts, and this one has {config.num_experts}; "
-                         "leave it native")
+        raise InputError(
+            f"tuning.backbone_weights = {weights} is for models without experts, and this one has {config.num_experts}; "
+            "leave it native"
+        )
     library = _LIBRARIES[weights]
     if importlib.util.find_spec(library) is None:
-        raise InputError(f"tuning.backbone_weights = {weights} needs {library}, which is not installed; pip install 'ee_tuning[quantize]', "
-                         "or leave it native")
+        raise InputError(
+            f"tuning.backbone_weights = {weights} needs {library}, which is not installed; pip install 'ee_tuning[quantize]', "
+            "or leave it native"
+        )
 
 
 def hold_in_few_bits(layer: nn.Module, weights: Literal["int8", "nf4"], topology: Topology) -> None:
     """Puts a FewBitsLinear, its weights to be taken, in place of each linear map of a Megatron layer."""
     kind = {"int8": Int8Linear, "nf4": NF4Linear}[weights]
-    for part, names in ((layer.self_attention, ("linear_qkv", "linear_proj")), (layer.mlp, ("linear_fc1", "linear_fc2"))):
+    for part, names in (
+        (layer.self_attention, ("linear_qkv", "linear_proj")),
+        (layer.mlp, ("linear_fc1", "linear_fc2")),
+    ):
         for name in names:
             setattr(part, name, kind(getattr(part, name), topology))
 
@@ -65,7 +74,9 @@ class FewBitsLinear(nn.Module, abc.ABC):
     def __init__(self, stock: Any, topology: Topology):
         super().__init__()
         self.shape, self.dtype = tuple(stock.weight.shape), stock.weight.dtype  # [o, i]
-        self.library_dtype = torch.float32 if self.dtype == torch.float64 else self.dtype  # neither library knows float64
+        self.library_dtype = (
+            torch.float32 if self.dtype == torch.float64 else self.dtype
+        )  # neither library knows float64
         self.bias, self.leaves_bias = stock.bias, stock.skip_bias_add
         self.is_row_parallel, self.cuts_sequence = isinstance(stock, RowParallelLinear), stock.sequence_parallel
         self.group = topology.tp_group if topology.tp > 1 else None
@@ -120,7 +131,9 @@ class Int8Linear(FewBitsLinear):
 
     def product(self, x: Tensor) -> Tensor:  # [s, b, i] -> [s, b, o]
         """See FewBitsLinear."""
-        return F.linear(x, _library("torchao.quantization").Int8Tensor(self.values, self.scale, [1, self.shape[1]], self.dtype))
+        return F.linear(
+            x, _library("torchao.quantization").Int8Tensor(self.values, self.scale, [1, self.shape[1]], self.dtype)
+        )
 
 
 class NF4Linear(FewBitsLinear):
@@ -138,7 +151,8 @@ class NF4Linear(FewBitsLinear):
     def take(self, weight: Tensor) -> None:  # [o, i]
         """See FewBitsLinear."""
         weight = weight.to(self.scale.device, self.library_dtype)
-        # The scales are not quantized in their turn, as QLoRA has it: that wants their mean, which differs from rank to rank.
+        # The scales are not quantized in their turn, as QLoRA has it: that wants their mean, which differs from rank to
+        # rank.
         packed, state = _library("bitsandbytes.functional").quantize_4bit(weight, blocksize=NF4_BLOCK, quant_type="nf4")
         self.packed.copy_(packed)
         self.scale.copy_(state.absmax)
@@ -146,7 +160,9 @@ class NF4Linear(FewBitsLinear):
     def product(self, x: Tensor) -> Tensor:  # [s, b, i] -> [s, b, o]
         """See FewBitsLinear."""
         functional = _library("bitsandbytes.functional")
-        state = functional.QuantState(self.scale, torch.Size(self.shape), blocksize=NF4_BLOCK, quant_type="nf4", dtype=self.library_dtype)
+        state = functional.QuantState(
+            self.scale, torch.Size(self.shape), blocksize=NF4_BLOCK, quant_type="nf4", dtype=self.library_dtype
+        )
         return F.linear(x, functional.dequantize_4bit(self.packed, state).to(self.dtype))
 
 

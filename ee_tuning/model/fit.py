@@ -1,7 +1,9 @@
-"""A linear map for an exit by least squares: its states z are regressed on the final ones y, and of all tokens only sums are kept.
+"""A linear map for an exit by least squares: its states z are regressed on the final ones y, and of all tokens only
+sums are kept.
 
 Reduced-rank regression: Izenman, Journal of Multivariate Analysis 5 (1975) 248–264.
 """
+
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +20,9 @@ class Fit:
     """What `exits.init: fitted` brings to copied heads."""
 
     maps: dict[int, Tensor]
-    """Map of each exit layer, [h, h + 1]: T and, last, b; or, of rank r, [h, 2r + 1]: B, Aᵀ and b of I + B A. None where a checkpoint
-    brings the heads."""
+    """Map of each exit layer, [h, h + 1]: T and, last, b; or, of rank r, [h, 2r + 1]: B, Aᵀ and b of I + B A. None
+    where a checkpoint brings the heads.
+    """
     record: dict[str, float]
     """{"tokens", "ridge"}, for the artifact."""
     other: Tensor | None = None
@@ -27,7 +30,9 @@ class Fit:
 
 
 class FitSums:
-    """Σ z' z'ᵀ and Σ z' yᵀ in float64, z' being z and a one; of their h + 1 rows those of tensor-parallel rank `rank` among `size`."""
+    """Σ z' z'ᵀ and Σ z' yᵀ in float64, z' being z and a one; of their h + 1 rows those of tensor-parallel rank `rank`
+    among `size`.
+    """
 
     def __init__(self, width: int, device: torch.device, rank: int = 0, size: int = 1):
         self._rows = slice((width + 1) * rank // size, (width + 1) * (rank + 1) // size)
@@ -51,19 +56,26 @@ def num_columns(width: int, rank: int) -> int:
 
 
 def solved(sums: Tensor, *, has_bias: bool) -> Tensor:  # [h + 1, 2h + 1] float64 -> [h, h + 1] float64
-    """T and, last, b of argmin Σ ‖T z + b − y‖² + λ ‖T‖²; b is 0 without `has_bias`. NaN where the sums are not finite."""
+    """T and, last, b of argmin Σ ‖T z + b − y‖² + λ ‖T‖²; b is 0 without `has_bias`. NaN where the sums are not
+    finite.
+    """
     size = sums.shape[0] - (not has_bias)
-    return _solved(_ridged(sums)[:size, :size], sums[:size, sums.shape[0]:], sums.shape[0])
+    return _solved(_ridged(sums)[:size, :size], sums[:size, sums.shape[0] :], sums.shape[0])
 
 
 def solved_of_rank(sums: Tensor, rank: int) -> Tensor:  # [h + 1, 2h + 1] float64 -> [h, 2r + 1] float64
     """B, Aᵀ and b of argmin Σ ‖z + B A z + b − y‖² + λ ‖B A‖², B A of rank `rank`. NaN where the sums are not finite.
 
-    With C and b the solution of any rank, B has the leading eigenvectors of C (Σ (z − z̄) (z − z̄)ᵀ + λ) Cᵀ, and A is Bᵀ C.
+    With C and b the solution of any rank, B has the leading eigenvectors of C (Σ (z − z̄) (z − z̄)ᵀ + λ) Cᵀ, and A is
+    Bᵀ C.
     """
     width, ridged = sums.shape[0] - 1, _ridged(sums)
-    number, of_states, of_change = sums[width, width], sums[:width, width], sums[width, width + 1:] - sums[width, :width]
-    whole = _solved(ridged, sums[:, width + 1:] - sums[:, :width], width + 1)[:, :-1]
+    number, of_states, of_change = (
+        sums[width, width],
+        sums[:width, width],
+        sums[width, width + 1 :] - sums[width, :width],
+    )
+    whole = _solved(ridged, sums[:, width + 1 :] - sums[:, :width], width + 1)[:, :-1]
     found = torch.full((width, num_columns(width, rank)), torch.nan, dtype=torch.float64)
     if not whole.isfinite().all():
         return found
@@ -71,20 +83,22 @@ def solved_of_rank(sums: Tensor, rank: int) -> Tensor:  # [h + 1, 2h + 1] float6
     rest = torch.linalg.eigh(whole @ centred @ whole.T).eigenvectors.flip(1)[:, :rank]
     kept = rest.T @ whole
     found.zero_()
-    found[:, :rest.shape[1]], found[:, rank: rank + rest.shape[1]] = rest, kept.T
+    found[:, : rest.shape[1]], found[:, rank : rank + rest.shape[1]] = rest, kept.T
     found[:, -1] = (of_change - rest @ (kept @ of_states)) / number
     return found
 
 
 def _ridged(sums: Tensor) -> Tensor:  # [h + 1, h + 1]
-    gram = sums[:, :sums.shape[0]].clone()
+    gram = sums[:, : sums.shape[0]].clone()
     diagonal = gram.diagonal()[:-1]
     diagonal += RIDGE * diagonal.mean()
     return gram
 
 
-def _solved(gram: Tensor, moments: Tensor, num: int) -> Tensor:  # [n, n], [n, h] -> [h, num], zeros behind the nth column
+def _solved(
+    gram: Tensor, moments: Tensor, num: int
+) -> Tensor:  # [n, n], [n, h] -> [h, num], zeros behind the nth column
     factor, info = torch.linalg.cholesky_ex(gram)
     found = torch.zeros(moments.shape[1], num, dtype=torch.float64)
-    found[:, :gram.shape[0]] = torch.cholesky_solve(moments, factor).T if not info else torch.nan
+    found[:, : gram.shape[0]] = torch.cholesky_solve(moments, factor).T if not info else torch.nan
     return found

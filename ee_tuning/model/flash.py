@@ -1,9 +1,10 @@
 """FlashAttention over rows of any length, through what the torch at hand has of it.
 
-`varlen_attn` has grown from release to release, and refuses parameters that it does not know yet: up to torch 2.11 it lacks
-`seqused_k`, `block_table` and `enable_gqa`. The operator beneath it takes `seqused_k` in every release that is supported, and grouped
-queries as they are.
+`varlen_attn` has grown from release to release, and refuses parameters that it does not know yet: up to torch 2.11 it
+lacks `seqused_k`, `block_table` and `enable_gqa`. The operator beneath it takes `seqused_k` in every release that is
+supported, and grouped queries as they are.
 """
+
 import inspect
 from functools import cache
 from typing import Any
@@ -28,20 +29,35 @@ def takes(dtype: torch.dtype, width: int) -> bool:
 
 def serves(like: Tensor, parameter: str | None = None) -> bool:
     """Whether there is a kernel for tensors of this device, dtype and last dimension, d, and it takes `parameter`."""
-    if parameter is not None and parameter not in _names() and (parameter != "seqused_k" or not _kernel_has_seqused_k()):
+    if (
+        parameter is not None
+        and parameter not in _names()
+        and (parameter != "seqused_k" or not _kernel_has_seqused_k())
+    ):
         return False
-    if not like.is_cuda or not takes(like.dtype, like.shape[-1]) or not torch.backends.cuda.is_flash_attention_available():
+    if (
+        not like.is_cuda
+        or not takes(like.dtype, like.shape[-1])
+        or not torch.backends.cuda.is_flash_attention_available()
+    ):
         return False
     return torch.cuda.get_device_capability(like.device) >= (8, 0)
 
 
-def varlen_attention(query: Tensor,  # [t, n, d]
-                     key: Tensor, value: Tensor,  # [places, g, d] each; with a block table [blocks, places of one, g, d]
-                     cu_seq_q: Tensor, cu_seq_k: Tensor | None,  # [r + 1] int32: where rows begin, and end
-                     max_q: int, max_k: int, *, scale: float, is_causal: bool = False,
-                     seqused_k: Tensor | None = None,  # [r] int32: keys that a row sees from its beginning on
-                     block_table: Tensor | None = None,  # [r, blocks of one] int32
-                     ) -> Tensor:  # [t, n, d]
+def varlen_attention(
+    query: Tensor,  # [t, n, d]
+    key: Tensor,
+    value: Tensor,  # [places, g, d] each; with a block table [blocks, places of one, g, d]
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor | None,  # [r + 1] int32: where rows begin, and end
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float,
+    is_causal: bool = False,
+    seqused_k: Tensor | None = None,  # [r] int32: keys that a row sees from its beginning on
+    block_table: Tensor | None = None,  # [r, blocks of one] int32
+) -> Tensor:  # [t, n, d]
     """As torch's `varlen_attn`. Queries of several heads share a key's where g is less than n."""
     wanted: dict[str, Any] = {"scale": scale, "window_size": (-1, 0) if is_causal else (-1, -1)}
     wanted |= {name: x for name, x in (("seqused_k", seqused_k), ("block_table", block_table)) if x is not None}
@@ -52,7 +68,9 @@ def varlen_attention(query: Tensor,  # [t, n, d]
         assert isinstance(out, Tensor)
         return out
     assert block_table is None, "only varlen_attn has a parameter for blocks"
-    return _KERNEL(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, 0.0, is_causal, False, scale=scale, seqused_k=seqused_k)[0]
+    return _KERNEL(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, 0.0, is_causal, False, scale=scale, seqused_k=seqused_k
+    )[0]
 
 
 def _names() -> frozenset[str]:

@@ -1,4 +1,7 @@
-"""A run of layers over the tokens of a pass: by a kernel or a CUDA graph where there is one, else layer by layer with torch's operators."""
+"""A run of layers over the tokens of a pass: by a kernel or a CUDA graph where there is one, else layer by layer with
+torch's operators.
+"""
+
 import ctypes
 from collections.abc import Sequence
 from functools import cache as made_once
@@ -19,7 +22,9 @@ from ee_tuning.model.token_pass import TokenPass
 
 
 class LayerRun:
-    """`layers`, one after the other, each with its cache. Kernel and graphs serve passes of few tokens, which decoding mostly makes."""
+    """`layers`, one after the other, each with its cache. Kernel and graphs serve passes of few tokens, which decoding
+    mostly makes.
+    """
 
     def __init__(self, layers: Sequence[RaggedLayer], caches: Sequence[LayerCache]):
         self._steps = list(zip(layers, caches, strict=True))
@@ -33,7 +38,9 @@ class LayerRun:
         self._graphs: dict[StaticPass, graphs.Graph] = {}
 
     def __call__(self, hidden: Tensor, tokens: TokenPass) -> tuple[Tensor, ExitInput]:  # [t, h] -> [t, h], …
-        """The last layer's output, and what an `mlp` exit behind it takes (made on the way in any case), for use before the next call."""
+        """The last layer's output, and what an `mlp` exit behind it takes (made on the way in any case), for use before
+        the next call.
+        """
         if self.native is not None and tokens.num_tokens <= calls.MOST_TOKENS:
             hidden, normed, residual = calls.run_layers(self.shape, self.native, tokens.native, hidden)
             return hidden, ExitInput(normed, residual=residual)
@@ -60,12 +67,14 @@ class LayerRun:
         graph = self._graphs[static]
         graph.replay()
         out, normed, residual = (x[:count] for x in graph.outputs)
-        # States wait at boundaries and travel to other stages while this run goes on with other tokens; a head is asked at once.
+        # States wait at boundaries and travel to other stages while this run goes on with other tokens; a head is asked
+        # at once.
         return out.clone(), ExitInput(normed, residual=residual)
 
     def _recorded(self, static: StaticPass) -> tuple[Tensor, Tensor, Tensor]:  # [padded t, h] each
         hidden, inner = static.hidden, ExitInput(static.hidden)
-        # The first layer leaves its input alone, or padding would grow from one replay to the next; the last one leaves what an exit takes.
+        # The first layer leaves its input alone, or padding would grow from one replay to the next; the last one leaves
+        # what an exit takes.
         for number, (layer, cache) in enumerate(self._steps, 1):
             hidden, inner = self._walk_layer(layer, hidden, cache, static, keeps=number in (1, len(self._steps)))
         assert inner.residual is not None
@@ -74,6 +83,8 @@ class LayerRun:
 
 @made_once
 def _compiled() -> Any:
-    """Layers of one shape share what is compiled for a number of tokens; `keeps`, and attention of other lengths, take another one."""
+    """Layers of one shape share what is compiled for a number of tokens; `keeps`, and attention of other lengths, take
+    another one.
+    """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(COUNTS))
     return torch.compile(RaggedLayer.__call__, dynamic=False)

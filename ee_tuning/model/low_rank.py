@@ -1,4 +1,5 @@
 """A linear map of low rank beside the identity: what a fit leaves of an exit head that is to stay small."""
+
 from typing import Any
 
 import torch

@@ -1,4 +1,7 @@
-"""The backbone's shape from the arguments that Megatron saves with a model, or from a file that spells them out; and back again."""
+"""The backbone's shape from the arguments that Megatron saves with a model, or from a file that spells them out; and
+back again.
+"""
+
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,47 +16,104 @@ from ee_tuning.model.families import Family, fixed_fields
 from ee_tuning.yaml_file import parse_yaml
 
 _REQUIRED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "max_position_embeddings")
-_LLAMA: dict[str, Any] = {"normalization": "RMSNorm", "swiglu": True, "add_bias_linear": False, "add_qkv_bias": False,
-                          "qk_layernorm": False, "position_embedding_type": "rope"}
+_LLAMA: dict[str, Any] = {
+    "normalization": "RMSNorm",
+    "swiglu": True,
+    "add_bias_linear": False,
+    "add_qkv_bias": False,
+    "qk_layernorm": False,
+    "position_embedding_type": "rope",
+}
 _FAMILIES: dict[Family, dict[str, Any]] = {
     "llama": _LLAMA,
     "qwen2": {**_LLAMA, "add_qkv_bias": True},
     "qwen3": {**_LLAMA, "qk_layernorm": True},
-    "gpt2": {**_LLAMA, "normalization": "LayerNorm", "swiglu": False, "add_bias_linear": True,
-             "position_embedding_type": "learned_absolute"},
+    "gpt2": {
+        **_LLAMA,
+        "normalization": "LayerNorm",
+        "swiglu": False,
+        "add_bias_linear": True,
+        "position_embedding_type": "learned_absolute",
+    },
 }
-"""What Megatron calls the ways of a family; absent is as Llama has it. A Mistral is a Llama to Megatron: a config.json tells them apart."""
+"""What Megatron calls the ways of a family; absent is as Llama has it. A Mistral is a Llama to Megatron: a config.json
+tells them apart.
+"""
 _WITH_EXPERTS: dict[Family, Family] = {"llama": "mixtral", "qwen3": "qwen3_moe"}
 """Families that are others with experts."""
 _ALLOWED: dict[str, tuple[Any, ...]] = {
-    "rotary_percent": (1.0,), "rotary_interleaved": (False,),
-    "multi_latent_attention": (False,), "apply_layernorm_1p": (False,), "apply_residual_connection_post_layernorm": (False,),
-    "squared_relu": (False,), "quick_geglu": (False,),
-    "window_size": (None,), "softmax_type": ("vanilla",), "attention_output_gate": (False,), "linear_attention_freq": (None,),
-    "no_rope_freq": (None,), "qk_l2_norm": (False,), "heterogeneous_layers_config_path": (None,)}
+    "rotary_percent": (1.0,),
+    "rotary_interleaved": (False,),
+    "multi_latent_attention": (False,),
+    "apply_layernorm_1p": (False,),
+    "apply_residual_connection_post_layernorm": (False,),
+    "squared_relu": (False,),
+    "quick_geglu": (False,),
+    "window_size": (None,),
+    "softmax_type": ("vanilla",),
+    "attention_output_gate": (False,),
+    "linear_attention_freq": (None,),
+    "no_rope_freq": (None,),
+    "qk_l2_norm": (False,),
+    "heterogeneous_layers_config_path": (None,),
+}
 """Arguments that change what the layers compute, and the values that this project computes; absent is as good."""
-_OPTIONAL = ("num_query_groups", "group_query_attention", "kv_channels", "vocab_size", "padded_vocab_size", "norm_epsilon",
-             "layernorm_epsilon", "rotary_base", "rotary_seq_len_interpolation_factor", "use_rope_scaling", "rope_scaling_factor",
-             "untie_embeddings_and_output_weights", "init_method_std", "params_dtype", "use_rotary_position_embeddings", "openai_gelu",
-             "bias_gelu_fusion", "num_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_router_pre_softmax", "moe_layer_freq")
+_OPTIONAL = (
+    "num_query_groups",
+    "group_query_attention",
+    "kv_channels",
+    "vocab_size",
+    "padded_vocab_size",
+    "norm_epsilon",
+    "layernorm_epsilon",
+    "rotary_base",
+    "rotary_seq_len_interpolation_factor",
+    "use_rope_scaling",
+    "rope_scaling_factor",
+    "untie_embeddings_and_output_weights",
+    "init_method_std",
+    "params_dtype",
+    "use_rotary_position_embeddings",
+    "openai_gelu",
+    "bias_gelu_fusion",
+    "num_experts",
+    "moe_router_topk",
+    "moe_ffn_hidden_size",
+    "moe_router_pre_softmax",
+    "moe_layer_freq",
+)
 _ALLOWED_OF_EXPERTS: dict[str, tuple[Any, ...]] = {
-    "moe_router_score_function": ("softmax",), "moe_router_num_groups": (None,), "moe_router_group_topk": (None,),
-    "moe_router_topk_limited_devices": (None,), "moe_router_topk_scaling_factor": (None, 1.0), "moe_router_enable_expert_bias": (False,),
-    "moe_shared_expert_intermediate_size": (None,), "moe_expert_capacity_factor": (None,), "moe_apply_probs_on_input": (False,),
-    "moe_latent_size": (None,), "moe_use_legacy_grouped_gemm": (False,)}
-"""More of _ALLOWED, where there are experts. Noise, losses and dispatchers are how they are trained, not what they compute."""
+    "moe_router_score_function": ("softmax",),
+    "moe_router_num_groups": (None,),
+    "moe_router_group_topk": (None,),
+    "moe_router_topk_limited_devices": (None,),
+    "moe_router_topk_scaling_factor": (None, 1.0),
+    "moe_router_enable_expert_bias": (False,),
+    "moe_shared_expert_intermediate_size": (None,),
+    "moe_expert_capacity_factor": (None,),
+    "moe_apply_probs_on_input": (False,),
+    "moe_latent_size": (None,),
+    "moe_use_legacy_grouped_gemm": (False,),
+}
+"""More of _ALLOWED, where there are experts. Noise, losses and dispatchers are how they are trained, not what they
+compute.
+"""
 
 
 def read_megatron_config(saved: Mapping[str, Any] | None, shape: Path | None, where: Path) -> ModelConfig:
-    """The shape of a Megatron model: the arguments `saved` with it (None where there are none), those in the file `shape` laid over them.
+    """The shape of a Megatron model: the arguments `saved` with it (None where there are none), those in the file
+    `shape` laid over them.
 
-    `shape` is JSON or YAML under Megatron's names, or a Hugging Face config.json (a file that has a model_type), which then says
-    everything. `where` is named in errors. Raises InputError on what is missing, or what this project can not run.
+    `shape` is JSON or YAML under Megatron's names, or a Hugging Face config.json (a file that has a model_type), which
+    then says everything. `where` is named in errors. Raises InputError on what is missing, or what this project can not
+    run.
     """
     if shape is None:
         if saved is None:
-            raise InputError(f"{where} holds no saved arguments, so the model's shape must be given: --config FILE, a Hugging Face "
-                             "config.json, or YAML with Megatron's names (num_layers, hidden_size, …)")
+            raise InputError(
+                f"{where} holds no saved arguments, so the model's shape must be given: --config FILE, a Hugging Face "
+                "config.json, or YAML with Megatron's names (num_layers, hidden_size, …)"
+            )
         return model_config_from_megatron(saved, where)
     fields = _read(shape)
     if "model_type" in fields:
@@ -76,43 +136,79 @@ def model_config_from_megatron(arguments: Mapping[str, Any], path: Path) -> Mode
     dtype = str(arguments.get("params_dtype") or "float32").removeprefix("torch.")
     epsilon = arguments.get("norm_epsilon", arguments.get("layernorm_epsilon", 1e-5))
     if arguments.get("num_experts"):
-        family, numbers = _WITH_EXPERTS.get(family, family), {**numbers, **_expert_fields(arguments, family, numbers, path)}
+        family, numbers = (
+            _WITH_EXPERTS.get(family, family),
+            {**numbers, **_expert_fields(arguments, family, numbers, path)},
+        )
     config = ModelConfig(
-        family=family, activation=_activation(arguments), **fixed_fields(family), **numbers,
+        family=family,
+        activation=_activation(arguments),
+        **fixed_fields(family),
+        **numbers,
         num_query_groups=_number(arguments, "num_query_groups", path) if has_groups else heads,
-        kv_channels=_number(arguments, "kv_channels", path) if arguments.get("kv_channels") else numbers["hidden_size"] // heads,
-        vocab_size=_number(arguments, vocabulary, path), norm_epsilon=_real(epsilon, "norm_epsilon", path),
-        rope=_rope(arguments, path), ties_embeddings=not arguments.get("untie_embeddings_and_output_weights", False),
+        kv_channels=_number(arguments, "kv_channels", path)
+        if arguments.get("kv_channels")
+        else numbers["hidden_size"] // heads,
+        vocab_size=_number(arguments, vocabulary, path),
+        norm_epsilon=_real(epsilon, "norm_epsilon", path),
+        rope=_rope(arguments, path),
+        ties_embeddings=not arguments.get("untie_embeddings_and_output_weights", False),
         init_std=_real(arguments.get("init_method_std", 0.02), "init_method_std", path),
-        stored_dtype=dtype if dtype in STORED_DTYPES else "float32")
+        stored_dtype=dtype if dtype in STORED_DTYPES else "float32",
+    )
     if family == "gpt2" and (config.num_query_groups != heads or config.kv_channels * heads != config.hidden_size):
-        raise InputError(f"{path}: a model with learned positions must have num_query_groups = num_attention_heads and heads as wide as "
-                         "hidden_size / num_attention_heads (GPT-2's), and has not; others are not supported")
+        raise InputError(
+            f"{path}: a model with learned positions must have num_query_groups = num_attention_heads and heads as wide as "
+            "hidden_size / num_attention_heads (GPT-2's), and has not; others are not supported"
+        )
     return config
 
 
 def megatron_arguments(config: ModelConfig) -> dict[str, Any]:
-    """The shape in the words of Megatron-LM's command line, as its own checkpoints carry it: what `model_config_from_megatron` reads."""
+    """The shape in the words of Megatron-LM's command line, as its own checkpoints carry it: what
+    `model_config_from_megatron` reads.
+    """
     plain = {with_experts: without for without, with_experts in _WITH_EXPERTS.items()}.get(config.family, config.family)
     return {
-        **_FAMILIES["llama" if plain == "mistral" else plain], **_expert_arguments(config), "add_qkv_bias": config.has_qkv_bias,
-        "num_layers": config.num_layers, "hidden_size": config.hidden_size, "ffn_hidden_size": config.ffn_hidden_size,
-        "num_attention_heads": config.num_attention_heads, "group_query_attention": config.num_query_groups < config.num_attention_heads,
-        "num_query_groups": config.num_query_groups, "kv_channels": config.kv_channels,
-        "max_position_embeddings": config.max_position_embeddings, "seq_length": config.max_position_embeddings,
-        "norm_epsilon": config.norm_epsilon, "untie_embeddings_and_output_weights": not config.ties_embeddings,
-        "rotary_base": round(config.rope.theta), "rotary_percent": 1.0,
+        **_FAMILIES["llama" if plain == "mistral" else plain],
+        **_expert_arguments(config),
+        "add_qkv_bias": config.has_qkv_bias,
+        "num_layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "ffn_hidden_size": config.ffn_hidden_size,
+        "num_attention_heads": config.num_attention_heads,
+        "group_query_attention": config.num_query_groups < config.num_attention_heads,
+        "num_query_groups": config.num_query_groups,
+        "kv_channels": config.kv_channels,
+        "max_position_embeddings": config.max_position_embeddings,
+        "seq_length": config.max_position_embeddings,
+        "norm_epsilon": config.norm_epsilon,
+        "untie_embeddings_and_output_weights": not config.ties_embeddings,
+        "rotary_base": round(config.rope.theta),
+        "rotary_percent": 1.0,
         "rotary_seq_len_interpolation_factor": round(config.rope.factor) if config.rope.kind == "linear" else None,
-        "use_rope_scaling": config.rope.kind == "llama3", "rope_scaling_factor": config.rope.factor,
-        "openai_gelu": config.activation == "gelu_tanh", "bias_gelu_fusion": False, "init_method_std": config.init_std,
-        "vocab_size": config.vocab_size, "padded_vocab_size": config.vocab_size, "params_dtype": getattr(torch, config.stored_dtype)}
+        "use_rope_scaling": config.rope.kind == "llama3",
+        "rope_scaling_factor": config.rope.factor,
+        "openai_gelu": config.activation == "gelu_tanh",
+        "bias_gelu_fusion": False,
+        "init_method_std": config.init_std,
+        "vocab_size": config.vocab_size,
+        "padded_vocab_size": config.vocab_size,
+        "params_dtype": getattr(torch, config.stored_dtype),
+    }
 
 
 def untold_by_megatron(config: ModelConfig) -> list[str]:
     """What of a model Megatron-LM has no argument for, so that whoever runs its weights there has to see to it."""
     rope = config.rope
-    told = RopeConfig(kind="llama3", theta=rope.theta, factor=rope.factor, original_max_position_embeddings=8192, low_freq_factor=1.0,
-                      high_freq_factor=4.0)
+    told = RopeConfig(
+        kind="llama3",
+        theta=rope.theta,
+        factor=rope.factor,
+        original_max_position_embeddings=8192,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+    )
     untold = []
     is_whole = rope.kind != "linear" or rope.factor == round(rope.factor)
     if rope.kind in ("yarn", "dynamic", "longrope") or (rope.kind == "llama3" and rope != told) or not is_whole:
@@ -155,29 +251,48 @@ def _family(arguments: Mapping[str, Any], path: Path) -> Family:
     differing = {family: [key for key in ways if ways[key] != wanted[key]] for family, wanted in _FAMILIES.items()}
     nearest = min(differing, key=lambda family: len(differing[family]))
     for key in differing[nearest]:
-        raise InputError(f"{path}: {key} = {ways[key]} is not supported (must be {_FAMILIES[nearest][key]} in a {nearest}, the nearest "
-                         "family)")
+        raise InputError(
+            f"{path}: {key} = {ways[key]} is not supported (must be {_FAMILIES[nearest][key]} in a {nearest}, the nearest "
+            "family)"
+        )
     return nearest
 
 
 def _expert_fields(arguments: Mapping[str, Any], family: Family, numbers: dict[str, Any], path: Path) -> dict[str, Any]:
-    experts, topk = _number(arguments, "num_experts", path), _number({"moe_router_topk": 2, **arguments}, "moe_router_topk", path)
+    experts, topk = (
+        _number(arguments, "num_experts", path),
+        _number({"moe_router_topk": 2, **arguments}, "moe_router_topk", path),
+    )
     shares = bool(arguments.get("moe_router_pre_softmax", False))
     if family not in _WITH_EXPERTS or (family == "llama" and shares):
-        raise InputError(f"{path}: num_experts = {experts} is not supported in a {family}{' with moe_router_pre_softmax' * shares}; layers "
-                         "with experts must be Mixtral's, or, with qk_layernorm, Qwen3-MoE's")
+        raise InputError(
+            f"{path}: num_experts = {experts} is not supported in a {family}{' with moe_router_pre_softmax' * shares}; layers "
+            "with experts must be Mixtral's, or, with qk_layernorm, Qwen3-MoE's"
+        )
     if topk > experts or (topk == 1 and not shares):
-        raise InputError(f"{path}: moe_router_topk must be at most num_experts = {experts}, and at least 2 without moe_router_pre_softmax, "
-                         f"got {topk}")
+        raise InputError(
+            f"{path}: moe_router_topk must be at most num_experts = {experts}, and at least 2 without moe_router_pre_softmax, "
+            f"got {topk}"
+        )
     frequency, num_layers = arguments.get("moe_layer_freq", 1), numbers["num_layers"]
     if isinstance(frequency, int) and frequency >= 1:
         frequency = [int(index % frequency == 0) for index in range(num_layers)]
     if not isinstance(frequency, list) or len(frequency) != num_layers or not set(frequency) <= {0, 1}:
-        raise InputError(f"{path}: moe_layer_freq must be at least 1, or a 0 or a 1 for each of the {num_layers} layers, got {frequency}")
+        raise InputError(
+            f"{path}: moe_layer_freq must be at least 1, or a 0 or a 1 for each of the {num_layers} layers, got {frequency}"
+        )
     dense = tuple(layer for layer, has_experts in enumerate(frequency, 1) if not has_experts)
-    width = _number(arguments, "moe_ffn_hidden_size" if arguments.get("moe_ffn_hidden_size") else "ffn_hidden_size", path)
-    return {"num_experts": experts, "moe_router_topk": topk, "moe_ffn_hidden_size": width, "renormalizes_router": not shares,
-            "dense_layers": dense, "ffn_hidden_size": numbers["ffn_hidden_size"] if dense else width}
+    width = _number(
+        arguments, "moe_ffn_hidden_size" if arguments.get("moe_ffn_hidden_size") else "ffn_hidden_size", path
+    )
+    return {
+        "num_experts": experts,
+        "moe_router_topk": topk,
+        "moe_ffn_hidden_size": width,
+        "renormalizes_router": not shares,
+        "dense_layers": dense,
+        "ffn_hidden_size": numbers["ffn_hidden_size"] if dense else width,
+    }
 
 
 def moe_layer_freq(config: ModelConfig) -> int | list[int]:
@@ -188,9 +303,15 @@ def moe_layer_freq(config: ModelConfig) -> int | list[int]:
 def _expert_arguments(config: ModelConfig) -> dict[str, Any]:
     if not config.num_experts:
         return {"num_experts": None}
-    return {"num_experts": config.num_experts, "moe_router_topk": config.moe_router_topk,
-            "moe_ffn_hidden_size": config.moe_ffn_hidden_size, "moe_router_pre_softmax": not config.renormalizes_router,
-            "moe_router_load_balancing_type": "none", "moe_layer_freq": moe_layer_freq(config), "moe_grouped_gemm": False}
+    return {
+        "num_experts": config.num_experts,
+        "moe_router_topk": config.moe_router_topk,
+        "moe_ffn_hidden_size": config.moe_ffn_hidden_size,
+        "moe_router_pre_softmax": not config.renormalizes_router,
+        "moe_router_load_balancing_type": "none",
+        "moe_layer_freq": moe_layer_freq(config),
+        "moe_grouped_gemm": False,
+    }
 
 
 def _activation(arguments: Mapping[str, Any]) -> Literal["silu", "gelu", "gelu_tanh"]:
@@ -203,7 +324,9 @@ def _activation(arguments: Mapping[str, Any]) -> Literal["silu", "gelu", "gelu_t
 def _number(arguments: Mapping[str, Any], key: str, path: Path) -> int:
     value = arguments.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{path}: {key} must be a positive whole number, got {value!r}; spell it out in a file given by --config")
+        raise InputError(
+            f"{path}: {key} must be a positive whole number, got {value!r}; spell it out in a file given by --config"
+        )
     return value
 
 
@@ -217,8 +340,16 @@ def _rope(arguments: Mapping[str, Any], path: Path) -> RopeConfig:
     theta = _real(arguments.get("rotary_base", 10000), "rotary_base", path)
     interpolation = arguments.get("rotary_seq_len_interpolation_factor")
     if arguments.get("use_rope_scaling"):  # Megatron fixes the other three numbers of Llama 3.1's scaling
-        return RopeConfig(kind="llama3", theta=theta, factor=_real(arguments.get("rope_scaling_factor", 8.0), "rope_scaling_factor", path),
-                          original_max_position_embeddings=8192, low_freq_factor=1.0, high_freq_factor=4.0)
+        return RopeConfig(
+            kind="llama3",
+            theta=theta,
+            factor=_real(arguments.get("rope_scaling_factor", 8.0), "rope_scaling_factor", path),
+            original_max_position_embeddings=8192,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+        )
     if interpolation is not None and interpolation != 1:
-        return RopeConfig(kind="linear", theta=theta, factor=_real(interpolation, "rotary_seq_len_interpolation_factor", path))
+        return RopeConfig(
+            kind="linear", theta=theta, factor=_real(interpolation, "rotary_seq_len_interpolation_factor", path)
+        )
     return RopeConfig(theta=theta)

@@ -1,4 +1,5 @@
 """The norms of the families: as a layer spec of Megatron's builds them, and as an exit head does."""
+
 from typing import Any
 
 import torch
@@ -34,4 +35,7 @@ def exit_norm(config: ModelConfig, **tensor: Any) -> nn.RMSNorm | nn.LayerNorm:
 
 
 def _tensor(config: TransformerConfig) -> dict[str, Any]:
-    return {"dtype": config.params_dtype, "device": "cpu" if config.use_cpu_initialization else torch.cuda.current_device()}
+    return {
+        "dtype": config.params_dtype,
+        "device": "cpu" if config.use_cpu_initialization else torch.cuda.current_device(),
+    }

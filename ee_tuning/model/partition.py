@@ -1,4 +1,5 @@
 """Which layers each pipeline stage gets: contiguous, by cost, exits included."""
+
 import itertools
 
 from ee_tuning.errors import InputError
@@ -7,7 +8,9 @@ from ee_tuning.model.exit_spec import ExitSpec
 
 
 def layer_cost(config: ModelConfig, layer: int, seq_length: int) -> float:
-    """Multiply-adds per token of the forward pass of `layer` (1-based) over sequences of `seq_length` tokens, of which each sees half."""
+    """Multiply-adds per token of the forward pass of `layer` (1-based) over sequences of `seq_length` tokens, of which
+    each sees half.
+    """
     queries, keys = config.kv_channels * config.num_attention_heads, config.kv_channels * config.num_query_groups
     inner = config.moe_router_topk * config.moe_ffn_hidden_size if config.has_experts(layer) else config.ffn_hidden_size
     router = config.num_experts if config.has_experts(layer) else 0
@@ -15,14 +18,16 @@ def layer_cost(config: ModelConfig, layer: int, seq_length: int) -> float:
 
 
 def exit_head_cost(config: ModelConfig, spec: ExitSpec, seq_length: int, *, trains: bool) -> float:
-    """Multiply-adds per token of one exit head, forward, and backward where it `trains`: a matrix product costs once more for the gradient
-    of its weight, and once more for that of its input. The frozen matrix of a tied exit needs the latter alone, and so does what stands
-    behind it; what the backbone gives needs none.
+    """Multiply-adds per token of one exit head, forward, and backward where it `trains`: a matrix product costs once
+    more for the gradient of its weight, and once more for that of its input. The frozen matrix of a tied exit needs the
+    latter alone, and so does what stands behind it; what the backbone gives needs none.
     """
     hidden, inner = config.hidden_size, config.ffn_hidden_size
-    first, others = {"mlp": ((_mlp_matrices(config) - 1) * hidden * inner, hidden * inner),
-                     "layer": (0.0, layer_cost(config, config.num_layers, seq_length)),
-                     "adapter": (0.0, 2 * hidden * spec.adapter_rank)}.get(spec.architecture, (0.0, 0.0))
+    first, others = {
+        "mlp": ((_mlp_matrices(config) - 1) * hidden * inner, hidden * inner),
+        "layer": (0.0, layer_cost(config, config.num_layers, seq_length)),
+        "adapter": (0.0, 2 * hidden * spec.adapter_rank),
+    }.get(spec.architecture, (0.0, 0.0))
     others += hidden * (2 * spec.linear_rank or hidden) * spec.has_linear
     output = hidden * spec.output_rows(config.vocab_size)
     if not trains:
@@ -36,8 +41,15 @@ def final_head_cost(config: ModelConfig) -> float:
     return config.hidden_size * config.vocab_size
 
 
-def stage_costs(config: ModelConfig, num_layers: int, exits: tuple[ExitSpec, ...], seq_length: int, *, trains_heads: bool,
-                has_final_head: bool) -> list[float]:
+def stage_costs(
+    config: ModelConfig,
+    num_layers: int,
+    exits: tuple[ExitSpec, ...],
+    seq_length: int,
+    *,
+    trains_heads: bool,
+    has_final_head: bool,
+) -> list[float]:
     """Cost of each of the first `num_layers` layers with what hangs on it."""
     costs = [layer_cost(config, layer, seq_length) for layer in range(1, num_layers + 1)]
     for spec in exits:
@@ -50,14 +62,23 @@ def stage_costs(config: ModelConfig, num_layers: int, exits: tuple[ExitSpec, ...
 def stage_layers(layout: tuple[int, ...], costs: list[float], num_stages: int) -> list[tuple[int, int]]:
     """(first, last) layer, 1-based, of each stage: as many as `layout` says, or split by cost where it is empty.
 
-    A first stage of no layers, (1, 0), has the word embedding alone. Raises InputError where the layers can not be laid out so.
+    A first stage of no layers, (1, 0), has the word embedding alone. Raises InputError where the layers can not be laid
+    out so.
     """
     if not layout:
         return split_layers(costs, num_stages)
-    if len(layout) != num_stages or sum(layout) != len(costs) or layout[0] < 0 or min(layout[1:], default=1) < 1 or not any(layout):
-        raise InputError(f"parallel.pipeline_layout must give each of the {num_stages} stages its number of layers, {len(costs)} in all "
-                         "(up to the last exit when tuning, the model's when decoding), and only the first may have none; got "
-                         f"{','.join(map(str, layout))}; leave it out to have them split by cost")
+    if (
+        len(layout) != num_stages
+        or sum(layout) != len(costs)
+        or layout[0] < 0
+        or min(layout[1:], default=1) < 1
+        or not any(layout)
+    ):
+        raise InputError(
+            f"parallel.pipeline_layout must give each of the {num_stages} stages its number of layers, {len(costs)} in all "
+            "(up to the last exit when tuning, the model's when decoding), and only the first may have none; got "
+            f"{','.join(map(str, layout))}; leave it out to have them split by cost"
+        )
     ends = list(itertools.accumulate(layout))
     return [(end - count + 1, end) for count, end in zip(layout, ends, strict=True)]
 
@@ -68,8 +89,10 @@ def split_layers(costs: list[float], num_stages: int) -> list[tuple[int, int]]:
     Raises InputError where there are fewer layers than stages.
     """
     if num_stages > len(costs):
-        raise InputError(f"each pipeline stage must get a layer, but {len(costs)} layers are needed for {num_stages} stages; "
-                         f"use pipeline_model_parallel_size {len(costs)} or less, or a deeper exit")
+        raise InputError(
+            f"each pipeline stage must get a layer, but {len(costs)} layers are needed for {num_stages} stages; "
+            f"use pipeline_model_parallel_size {len(costs)} or less, or a deeper exit"
+        )
     low, high = max(costs), sum(costs)
     for _ in range(60):  # bisect on what the dearest stage may cost
         middle = (low + high) / 2
@@ -78,7 +101,7 @@ def split_layers(costs: list[float], num_stages: int) -> list[tuple[int, int]]:
     while len(parts) < num_stages:  # greedy filling may need fewer stages: halve the longest
         longest = max(range(len(parts)), key=lambda i: len(parts[i]))
         middle = len(parts[longest]) // 2
-        parts[longest:longest + 1] = [parts[longest][:middle], parts[longest][middle:]]
+        parts[longest : longest + 1] = [parts[longest][:middle], parts[longest][middle:]]
     return [(part[0], part[-1]) for part in parts]
 
 

@@ -1,8 +1,10 @@
-"""Attention over a ragged batch: tokens of several sequences in one pass, each seeing its own sequence in the KV cache up to itself.
+"""Attention over a ragged batch: tokens of several sequences in one pass, each seeing its own sequence in the KV cache
+up to itself.
 
-A layer's cache is one long row of places. A sequence's tokens lie in blocks of it, mostly one after the other: then its keys are a view
-of the cache, and nothing is copied. Where blocks lie apart, they are gathered.
+A layer's cache is one long row of places. A sequence's tokens lie in blocks of it, mostly one after the other: then its
+keys are a view of the cache, and nothing is copied. Where blocks lie apart, they are gathered.
 """
+
 import itertools
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,7 +35,9 @@ class CachePlaces:
     """Where the tokens of a sequence lie in every layer's cache."""
 
     index: Tensor
-    """[tokens] int64: the place of each. On the CPU: it is read there, or goes to the device with other numbers of a pass."""
+    """[tokens] int64: the place of each. On the CPU: it is read there, or goes to the device with other numbers of a
+    pass.
+    """
     first: int | None
     """The first token's place where the others follow it one by one; None where blocks lie apart."""
 
@@ -58,7 +62,9 @@ class _Row:
     length: int
     end: int
     mask: Tensor | None
-    """[1, 1, length · n/g, c], added to the scores; None for a single token, and for the beginning of a sequence, which is causal."""
+    """[1, 1, length · n/g, c], added to the scores; None for a single token, and for the beginning of a sequence, which
+    is causal.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,23 +115,49 @@ class RaggedBatch:
             return _attend_together(query, cache, self.together, len(self.lengths), scale)
         if len(self.rows) == 1:
             return _attend_alone(query, cache, self.rows[0], scale)
-        return torch.cat([_attend_alone(q, cache, row, scale) for q, row in zip(query.split(self.lengths), self.rows, strict=True)])
+        return torch.cat(
+            [_attend_alone(q, cache, row, scale) for q, row in zip(query.split(self.lengths), self.rows, strict=True)]
+        )
 
 
-def ragged_batch(rows: list[CachePlaces], starts: list[int], lengths: list[int], cos: Tensor, sin: Tensor, *, queries_per_group: int,
-                 num_places: int) -> RaggedBatch:
-    """Describes a pass. `cos`, `sin` [positions, d] are the tables of `rotation_tables`, on the device that computes."""
+def ragged_batch(
+    rows: list[CachePlaces],
+    starts: list[int],
+    lengths: list[int],
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    queries_per_group: int,
+    num_places: int,
+) -> RaggedBatch:
+    """Describes a pass. `cos`, `sin` [positions, d] are the tables of `rotation_tables`, on the device that
+    computes.
+    """
     device = cos.device
-    positions = torch.tensor([p for start, n in zip(starts, lengths, strict=True) for p in range(start, start + n)], device=device)
-    places = torch.cat([row.index[start: start + n] for row, start, n in zip(rows, starts, lengths, strict=True)]).to(device)
+    positions = torch.tensor(
+        [p for start, n in zip(starts, lengths, strict=True) for p in range(start, start + n)], device=device
+    )
+    places = torch.cat([row.index[start : start + n] for row, start, n in zip(rows, starts, lengths, strict=True)]).to(
+        device
+    )
     alone: tuple[_Row, ...] = ()
     together = None
     if len(rows) > 1 and max(lengths) <= PADDED_BLOCK_LIMIT:
         together = _together(rows, starts, lengths, queries_per_group, num_places, cos)
     else:
-        alone = tuple(_row(row, start, n, queries_per_group, cos) for row, start, n in zip(rows, starts, lengths, strict=True))
-    return RaggedBatch(starts=tuple(starts), lengths=tuple(lengths), positions=positions, places=places,
-                       cos=cos[positions][:, None, None], sin=sin[positions][:, None, None], rows=alone, together=together)
+        alone = tuple(
+            _row(row, start, n, queries_per_group, cos) for row, start, n in zip(rows, starts, lengths, strict=True)
+        )
+    return RaggedBatch(
+        starts=tuple(starts),
+        lengths=tuple(lengths),
+        positions=positions,
+        places=places,
+        cos=cos[positions][:, None, None],
+        sin=sin[positions][:, None, None],
+        rows=alone,
+        together=together,
+    )
 
 
 def rotation_tables(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -151,14 +183,20 @@ def _row(row: CachePlaces, start: int, length: int, queries_per_group: int, like
     return _Row(first=row.first, index=index, length=length, end=end, mask=mask)
 
 
-def _together(rows: list[CachePlaces], starts: list[int], lengths: list[int], queries_per_group: int, num_places: int,
-              like: Tensor) -> _Together:
+def _together(
+    rows: list[CachePlaces],
+    starts: list[int],
+    lengths: list[int],
+    queries_per_group: int,
+    num_places: int,
+    like: Tensor,
+) -> _Together:
     device, longest = like.device, max(lengths)
     end = max(start + n for start, n in zip(starts, lengths, strict=True))
-    place = torch.arange(longest, device=device)[None]                           # [1, longest]
+    place = torch.arange(longest, device=device)[None]  # [1, longest]
     counts = torch.tensor(lengths, device=device)[:, None]
     # Padding repeats the row's last token, so that no row of the softmax is empty.
-    within = torch.minimum(place, counts - 1)                                    # [r, longest]
+    within = torch.minimum(place, counts - 1)  # [r, longest]
     unseen = torch.arange(end, device=device) > (torch.tensor(starts, device=device)[:, None] + within)[..., None]
     mask = _added(unseen.repeat_interleave(queries_per_group, dim=1)[:, None], like.dtype)
     gather = scatter = None
@@ -186,7 +224,9 @@ def _stride(rows: list[CachePlaces], end: int, num_places: int) -> tuple[int, in
 
 def _padded_index(rows: list[CachePlaces], end: int) -> Tensor:  # [r · c]
     # A shorter row is filled up with its first place, which its mask hides.
-    return torch.cat([part for row in rows for part in (row.index[:end], row.index[:1].expand(max(0, end - len(row.index))))])
+    return torch.cat(
+        [part for row in rows for part in (row.index[:end], row.index[:1].expand(max(0, end - len(row.index))))]
+    )
 
 
 def _attend_together(query: Tensor, cache: LayerCache, rows: _Together, num_rows: int, scale: float) -> Tensor:
@@ -212,10 +252,12 @@ def _attend_alone(query: Tensor, cache: LayerCache, row: _Row, scale: float) -> 
     if row.first is None:
         keys, values = cache.keys.index_select(0, row.index), cache.values.index_select(0, row.index)
     else:
-        keys, values = cache.keys[row.first: row.first + row.end], cache.values[row.first: row.first + row.end]
-    keys, values = keys.transpose(0, 1)[None], values.transpose(0, 1)[None]      # [1, g, c, d]
+        keys, values = cache.keys[row.first : row.first + row.end], cache.values[row.first : row.first + row.end]
+    keys, values = keys.transpose(0, 1)[None], values.transpose(0, 1)[None]  # [1, g, c, d]
     if t == 1:
-        return F.scaled_dot_product_attention(query.transpose(0, 1).view(1, g, per_group, d), keys, values, scale=scale).reshape(1, -1)
+        return F.scaled_dot_product_attention(
+            query.transpose(0, 1).view(1, g, per_group, d), keys, values, scale=scale
+        ).reshape(1, -1)
     if row.mask is None:
         heads = query.reshape(t, g * per_group, d).transpose(0, 1)[None]
         out = F.scaled_dot_product_attention(heads, keys, values, is_causal=True, scale=scale, enable_gqa=per_group > 1)

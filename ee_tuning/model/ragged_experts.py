@@ -1,4 +1,7 @@
-"""The experts of a layer over a ragged batch, straight through the weights of Megatron's modules; see ragged_layer.py."""
+"""The experts of a layer over a ragged batch, straight through the weights of Megatron's modules; see
+ragged_layer.py.
+"""
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -14,10 +17,12 @@ from ee_tuning.parallel.topology import Topology
 
 
 class RaggedExperts:
-    """Shares the weights of `mlp`. Every tensor-parallel rank routes all tokens alike and computes its part of each expert."""
+    """Shares the weights of `mlp`. Every tensor-parallel rank routes all tokens alike and computes its part of each
+    expert.
+    """
 
     def __init__(self, mlp: MoELayer, config: ModelConfig, topology: Topology):
-        self.router = mlp.router.weight                                                 # [e, h]
+        self.router = mlp.router.weight  # [e, h]
         self.fc1 = [column_major(expert.linear_fc1.weight) for expert in mlp.experts.local_experts]
         self.fc2 = [expert.linear_fc2.weight for expert in mlp.experts.local_experts]
         self.num_chosen, self.renormalizes = config.moe_router_topk, config.renormalizes_router
@@ -27,7 +32,7 @@ class RaggedExperts:
     def __call__(self, normed: Tensor, residual: Tensor) -> Tensor:  # [t, h], [t, h] -> [t, h]
         """`residual` and what the chosen experts make of `normed`."""
         weights, chosen = self._route(normed)
-        order = chosen.flatten().argsort(stable=True)                                   # [t · k], by expert
+        order = chosen.flatten().argsort(stable=True)  # [t · k], by expert
         tokens, shares = order // self.num_chosen, weights.flatten()[order, None]
         counts = torch.bincount(chosen.flatten(), minlength=len(self.fc1)).tolist()
         gathered = normed[tokens]

@@ -1,4 +1,7 @@
-"""Heads for decoding, the exits' and the model's own: from the states of a pass to logits, and to the likeliest tokens."""
+"""Heads for decoding, the exits' and the model's own: from the states of a pass to logits, and to the likeliest
+tokens.
+"""
+
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -10,14 +13,24 @@ from ee_tuning.kernel import calls
 from ee_tuning.model import graphs
 from ee_tuning.model.column_major import column_major, row_major
 from ee_tuning.model.early_exit import EarlyExitModel
-from ee_tuning.model.exit_head import AdapterHead, EmbeddingHead, ExitHead, ExitInput, ExitMLP, LayerHead, MLPHead, NormHead
+from ee_tuning.model.exit_head import (
+    AdapterHead,
+    EmbeddingHead,
+    ExitHead,
+    ExitInput,
+    ExitMLP,
+    LayerHead,
+    MLPHead,
+    NormHead,
+)
 from ee_tuning.model.ragged_layer import RaggedLayer, native_shape
 from ee_tuning.model.static_pass import padded_count
 from ee_tuning.parallel.shortlist import Shortlist, token_top1
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.vocab import VocabShard
 
-# t tokens of a pass · q of them that a head is asked about · h hidden · v/tp a shard of the vocabulary, or of a shortlist's classes
+# t tokens of a pass · q of them that a head is asked about · h hidden · v/tp a shard of the vocabulary, or of a
+# shortlist's classes
 
 
 class RaggedHead(ABC):
@@ -45,8 +58,8 @@ class RaggedHead(ABC):
         return self.native is not None
 
     def ask(self, inputs: ExitInput) -> tuple[Tensor, Tensor]:  # [q, v/tp]; [q, 2] float64
-        """Logits of the tokens that are asked about; and of each, over the whole vocabulary, the likeliest id and its probability, on
-        the CPU: of a shortlist as `token_top1` has them. For use before anything else is asked or run.
+        """Logits of the tokens that are asked about; and of each, over the whole vocabulary, the likeliest id and its
+        probability, on the CPU: of a shortlist as `token_top1` has them. For use before anything else is asked or run.
         """
         if self.native is not None and inputs.hidden.shape[0] <= calls.MOST_TOKENS:
             return calls.run_head(self._shape, self.native, *self.native_states(inputs))
@@ -86,7 +99,9 @@ class RaggedFinalHead(RaggedHead):
 
     def __init__(self, model: EarlyExitModel):
         self.model = model
-        super().__init__(model, model.vocab, model.backbone.decoder["final_layernorm"], model.backbone.output_layer.weight)
+        super().__init__(
+            model, model.vocab, model.backbone.decoder["final_layernorm"], model.backbone.output_layer.weight
+        )
 
     def logits(self, inputs: ExitInput) -> Tensor:  # [q, v/tp]
         """See RaggedHead."""
@@ -100,7 +115,8 @@ class RaggedFinalHead(RaggedHead):
 class RaggedExitHead(RaggedHead):
     """An exit head.
 
-    One with a layer of its own has a cache of its own: before it is asked about a token, it has to see all tokens before that one.
+    One with a layer of its own has a cache of its own: before it is asked about a token, it has to see all tokens
+    before that one.
     """
 
     def __init__(self, model: EarlyExitModel, head: ExitHead, topology: Topology):
@@ -112,12 +128,19 @@ class RaggedExitHead(RaggedHead):
                 if matrix.dim() == 2:
                     column_major(matrix)
             return
-        super().__init__(model, model.exit_vocab, head.norm if isinstance(head, NormHead) else None, head.output_weight,
-                         head.mlp if isinstance(head, MLPHead) else None)
+        super().__init__(
+            model,
+            model.exit_vocab,
+            head.norm if isinstance(head, NormHead) else None,
+            head.output_weight,
+            head.mlp if isinstance(head, MLPHead) else None,
+        )
 
     @property
     def is_whole(self) -> bool:
-        """See RaggedHead. An adapter is torch's, and then its norm and output matrix the kernel's; so is a linear map and all before it."""
+        """See RaggedHead. An adapter is torch's, and then its norm and output matrix the kernel's; so is a linear map
+        and all before it.
+        """
         is_torchs = self._is_mapped or isinstance(self.head, AdapterHead)
         return self.native is not None and not is_torchs and (self.layer is None or self.layer.is_native)
 
@@ -152,9 +175,13 @@ class RaggedExitHead(RaggedHead):
 
 def _native(norm: Any, output: Tensor, mlp: ExitMLP | None, vocab: VocabShard) -> calls.Head:
     made = calls.Head()
-    calls.fill(made, {"norm": getattr(norm, "weight", None), "norm_bias": getattr(norm, "bias", None), "output": output})
+    calls.fill(
+        made, {"norm": getattr(norm, "weight", None), "norm_bias": getattr(norm, "bias", None), "output": output}
+    )
     if mlp is not None:
-        calls.fill(made.mlp, {"fc1": mlp.fc1.weight, "fc1_bias": mlp.fc1.bias, "fc2": mlp.fc2.weight, "fc2_bias": mlp.fc2.bias})
+        calls.fill(
+            made.mlp, {"fc1": mlp.fc1.weight, "fc1_bias": mlp.fc1.bias, "fc2": mlp.fc2.weight, "fc2_bias": mlp.fc2.bias}
+        )
         made.mlp.inner, made.mlp.is_gated = mlp.fc2.in_features, mlp.is_gated
     made.num_ids, made.num_rows = vocab.true_rows, vocab.rows
     if isinstance(vocab, Shortlist):

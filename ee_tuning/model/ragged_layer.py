@@ -1,9 +1,11 @@
 """A backbone layer over a ragged batch, straight through the weights of Megatron's modules.
 
-A decode step moves so few numbers that Python above the matrix products would cost several times what they do: this walk makes some
-fifteen calls a layer where Megatron's own forward makes over a hundred. Tests hold it equal to that forward. On a CPU a kernel takes its
-place where there is one, on a GPU it is recorded (`layer_run.py`); as it stands it then serves passes of many tokens.
+A decode step moves so few numbers that Python above the matrix products would cost several times what they do: this
+walk makes some fifteen calls a layer where Megatron's own forward makes over a hundred. Tests hold it equal to that
+forward. On a CPU a kernel takes its place where there is one, on a GPU it is recorded (`layer_run.py`); as it stands it
+then serves passes of many tokens.
 """
+
 from typing import Any
 
 import torch
@@ -36,7 +38,9 @@ class RaggedLayer:
         if self.has_layer_norm:
             self.input_norm_bias, self.mlp_norm_bias = layer.input_layernorm.bias, layer.pre_mlp_layernorm.bias
         self.is_native = topology.tp == 1 and not layer.is_moe_layer and calls.serves(attention.linear_qkv.weight)
-        self.is_recordable = not layer.is_moe_layer and graphs.serve(topology)  # experts ask the device how many tokens they got
+        self.is_recordable = not layer.is_moe_layer and graphs.serve(
+            topology
+        )  # experts ask the device how many tokens they got
         tall = row_major if self.is_native else column_major
         self.qkv, self.qkv_bias = tall(attention.linear_qkv.weight), attention.linear_qkv.bias
         self.proj, self.proj_bias = attention.linear_proj.weight, attention.linear_proj.bias
@@ -59,27 +63,51 @@ class RaggedLayer:
         self.native_shape = native_shape(config)
 
     def native(self, cache: LayerCache) -> calls.Layer:
-        """The layer as the kernels take it, where there is one for it (`is_native`). Layer and cache have to outlive it."""
+        """The layer as the kernels take it, where there is one for it (`is_native`). Layer and cache have to outlive
+        it.
+        """
         made = calls.Layer()
-        biases = {"input_norm_bias": self.input_norm_bias, "mlp_norm_bias": self.mlp_norm_bias} if self.has_layer_norm else {}
-        calls.fill(made, {"input_norm": self.input_norm, "qkv": self.qkv, "qkv_bias": self.qkv_bias, "head_norm": self.head_norm,
-                          "proj": self.proj, "proj_bias": self.proj_bias, "mlp_norm": self.mlp_norm, "keys": cache.keys,
-                          "values": cache.values, **biases})
+        biases = (
+            {"input_norm_bias": self.input_norm_bias, "mlp_norm_bias": self.mlp_norm_bias}
+            if self.has_layer_norm
+            else {}
+        )
+        calls.fill(
+            made,
+            {
+                "input_norm": self.input_norm,
+                "qkv": self.qkv,
+                "qkv_bias": self.qkv_bias,
+                "head_norm": self.head_norm,
+                "proj": self.proj,
+                "proj_bias": self.proj_bias,
+                "mlp_norm": self.mlp_norm,
+                "keys": cache.keys,
+                "values": cache.values,
+                **biases,
+            },
+        )
         calls.fill(made.mlp, {"fc1": self.fc1, "fc1_bias": self.fc1_bias, "fc2": self.fc2, "fc2_bias": self.fc2_bias})
         made.mlp.inner, made.mlp.is_gated = self.fc2.shape[1], self.is_gated
         return made
 
-    def __call__(self, x: Tensor, cache: LayerCache, batch: RaggedBatch | StaticPass, *, keeps: bool = True,  # [t, h]
-                 ) -> tuple[Tensor, ExitInput]:  # [t, h], …
-        """The layer's output, and what an `mlp` exit here takes (made on the way in any case). Without `keeps` nothing but the output
-        is of use afterwards, `x` neither.
+    def __call__(
+        self,
+        x: Tensor,
+        cache: LayerCache,
+        batch: RaggedBatch | StaticPass,
+        *,
+        keeps: bool = True,  # [t, h]
+    ) -> tuple[Tensor, ExitInput]:  # [t, h], …
+        """The layer's output, and what an `mlp` exit here takes (made on the way in any case). Without `keeps` nothing
+        but the output is of use afterwards, `x` neither.
         """
         if self.has_layer_norm:
             normed = F.layer_norm(x, self.shape, self.input_norm, self.input_norm_bias, self.epsilon)
         else:
             normed = F.rms_norm(x, self.shape, self.input_norm, self.epsilon)
-        qkv = F.linear(normed, self.qkv, self.qkv_bias).view(-1, *self.heads_shape)     # [t, g, n/g + 2, d]
-        heads = qkv[:, :, :-1]                                                          # queries, and the key behind them
+        qkv = F.linear(normed, self.qkv, self.qkv_bias).view(-1, *self.heads_shape)  # [t, g, n/g + 2, d]
+        heads = qkv[:, :, :-1]  # queries, and the key behind them
         if self.head_norm is not None:
             heads = F.rms_norm(heads, self.head_shape, None, self.epsilon).mul_(self.head_norm)
         if self.is_rotated:
@@ -116,6 +144,14 @@ class RaggedLayer:
 
 def native_shape(config: ModelConfig) -> calls.Shape:
     """What the kernels want to know of every layer and head of a model that is not cut."""
-    return calls.Shape(config.hidden_size, config.num_query_groups, config.num_attention_heads // config.num_query_groups,
-                       config.kv_channels, config.norm == "layer", config.position == "rope", calls.ACTIVATIONS.index(config.activation),
-                       config.norm_epsilon, softmax_scale(config))
+    return calls.Shape(
+        config.hidden_size,
+        config.num_query_groups,
+        config.num_attention_heads // config.num_query_groups,
+        config.kv_channels,
+        config.norm == "layer",
+        config.position == "rope",
+        calls.ACTIVATIONS.index(config.activation),
+        config.norm_epsilon,
+        softmax_scale(config),
+    )

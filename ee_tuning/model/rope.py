@@ -2,6 +2,7 @@
 
 Frequencies of our own: Megatron-core's llama3 scaling fixes three of its four numbers.
 """
+
 import math
 
 import torch
@@ -27,7 +28,9 @@ def inverse_frequencies(rope: RopeConfig, width: int) -> Tensor:  # [d/2], float
 
 
 def rotary_angles(config: ModelConfig, length: int, device: torch.device) -> Tensor:  # [s, d], float32
-    """Angle of each position and dimension; the second half of the dimensions repeats the first. Zeros where positions are learned."""
+    """Angle of each position and dimension; the second half of the dimensions repeats the first. Zeros where positions
+    are learned.
+    """
     if config.position == "learned":
         return torch.zeros(length, config.kv_channels, device=device)
     positions = torch.arange(length, dtype=torch.float32)
@@ -45,8 +48,13 @@ def _llama3(frequencies: Tensor, rope: RopeConfig) -> Tensor:
 
 def _yarn(frequencies: Tensor, rope: RopeConfig, width: int) -> Tensor:
     """YaRN (arXiv 2309.00071, section 3.2): a ramp over dimensions from kept to interpolated by `factor`."""
+
     def dimension_of(rotations: float) -> float:
-        return width * math.log(rope.original_max_position_embeddings / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+        return (
+            width
+            * math.log(rope.original_max_position_embeddings / (rotations * 2 * math.pi))
+            / (2 * math.log(rope.theta))
+        )
 
     low, high = dimension_of(rope.beta_fast), dimension_of(rope.beta_slow)
     if rope.truncate:

@@ -1,17 +1,25 @@
-"""Hidden states cut along the sequence over tensor parallelism, Megatron's sequence parallelism (arXiv 2205.05198): by its own mappings.
+"""Hidden states cut along the sequence over tensor parallelism, Megatron's sequence parallelism (arXiv 2205.05198): by
+its own mappings.
 
-Between a row-parallel and the next column-parallel map each rank has a part of the tokens; what follows is on all of them.
+Between a row-parallel and the next column-parallel map each rank has a part of the tokens; what follows is on all of
+them.
 """
+
 # s sequence · tp tensor-parallel ranks
 import warnings
 
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region, reduce_scatter_to_sequence_parallel_region
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
 from torch import Tensor
 
 from ee_tuning.parallel.topology import Group, Topology
 
 # Megatron-core calls what torch has renamed, in every layer.
-warnings.filterwarnings("ignore", message=r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated")
+warnings.filterwarnings(
+    "ignore", message=r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
+)
 
 
 def own_part(x: Tensor, topology: Topology) -> Tensor:  # [s, …] -> [s/tp, …], a view
@@ -21,7 +29,9 @@ def own_part(x: Tensor, topology: Topology) -> Tensor:  # [s, …] -> [s/tp, …
 
 
 def gathered_sequence(part: Tensor, group: Group) -> Tensor:  # [s/tp, …] -> [s, …]
-    """All ranks' tokens. Each rank's gradient is taken for a share of the whole: they are summed, and each gets its own tokens' part."""
+    """All ranks' tokens. Each rank's gradient is taken for a share of the whole: they are summed, and each gets its own
+    tokens' part.
+    """
     return gather_from_sequence_parallel_region(part, tensor_parallel_output_grad=True, group=group)
 
 

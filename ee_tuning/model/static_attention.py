@@ -1,8 +1,11 @@
-"""Attention of passes whose shapes are fixed: every token is a row of its own with one query, which sees the first places of its sequence.
+"""Attention of passes whose shapes are fixed: every token is a row of its own with one query, which sees the first
+places of its sequence.
 
-A token's key and value are stored before any token of the pass attends. Then the token at position p sees p + 1 places, and that is causal
-for tokens of one sequence that go together as well: no mask knows of rows, and numbers of each token by itself describe a pass.
+A token's key and value are stored before any token of the pass attends. Then the token at position p sees p + 1 places,
+and that is causal for tokens of one sequence that go together as well: no mask knows of rows, and numbers of each token
+by itself describe a pass.
 """
+
 from abc import ABC, abstractmethod
 
 import torch
@@ -17,9 +20,10 @@ try:
 except ImportError:
     current_flash_attention_impl = None  # type: ignore[assignment]
 
-# t tokens, padded · b blocks told of each one's sequence · c places that it may see · g key-value heads · n query heads · d width of a head
+# t tokens, padded · b blocks told of each one's sequence · c places that it may see · g key-value heads · n query heads
+# · d width of a head
 
-MOST_GATHERED = 2 ** 28
+MOST_GATHERED = 2**28
 """Bytes of keys and values that a layer may copy together."""
 
 
@@ -48,7 +52,9 @@ class StaticAttention(ABC):
         """Whether it takes sequences that lie so. All tokens together may see `num_seen` places, padding included."""
 
     @abstractmethod
-    def prepared(self, positions: Tensor, blocks: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:  # [t] int32, [t, b] int32
+    def prepared(
+        self, positions: Tensor, blocks: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, ...]:  # [t] int32, [t, b] int32
         """What all layers share."""
 
     @abstractmethod
@@ -57,7 +63,9 @@ class StaticAttention(ABC):
 
 
 class PagedAttention(StaticAttention):
-    """The kernel for sequences of any length, which finds their blocks by a table: FlashAttention 3, where the process has activated it."""
+    """The kernel for sequences of any length, which finds their blocks by a table: FlashAttention 3, where the process
+    has activated it.
+    """
 
     @staticmethod
     def is_there(like: Tensor) -> bool:
@@ -78,8 +86,18 @@ class PagedAttention(StaticAttention):
         """See StaticAttention."""
         queries, seen, table = prepared
         keys, values = (x.view(-1, BLOCK_SIZE, *x.shape[1:]) for x in (cache.keys, cache.values))
-        return flash.varlen_attention(query.flatten(1, 2), keys, values, queries, None, 1, self.reach, scale=scale, seqused_k=seen,
-                                      block_table=table).flatten(1)
+        return flash.varlen_attention(
+            query.flatten(1, 2),
+            keys,
+            values,
+            queries,
+            None,
+            1,
+            self.reach,
+            scale=scale,
+            seqused_k=seen,
+            block_table=table,
+        ).flatten(1)
 
 
 class VarlenAttention(StaticAttention):
@@ -102,14 +120,16 @@ class VarlenAttention(StaticAttention):
 
     def prepared(self, positions: Tensor, blocks: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """See StaticAttention. First query of each row, its sequence's first place, places that it sees."""
-        # The kernel takes a row's end from what it sees: the beginnings need no order, and the last number means nothing.
+        # The kernel takes a row's end from what it sees: the beginnings need no order, and the last number means
+        # nothing.
         return _each(positions), F.pad(blocks[:, 0] * BLOCK_SIZE, (0, 1)), positions + 1
 
     def attend(self, query: Tensor, cache: LayerCache, prepared: tuple[Tensor, ...], scale: float) -> Tensor:
         """See StaticAttention."""
         queries, firsts, seen = prepared
-        return flash.varlen_attention(query.flatten(1, 2), cache.keys, cache.values, queries, firsts, 1, self.reach, scale=scale,
-                                      seqused_k=seen).flatten(1)
+        return flash.varlen_attention(
+            query.flatten(1, 2), cache.keys, cache.values, queries, firsts, 1, self.reach, scale=scale, seqused_k=seen
+        ).flatten(1)
 
 
 class GatheredAttention(StaticAttention):
@@ -139,7 +159,9 @@ class GatheredAttention(StaticAttention):
         """See StaticAttention."""
         index, mask = prepared
         count, g, _, d = query.shape
-        keys, values = (x.index_select(0, index).view(count, self.reach, g, d).transpose(1, 2) for x in (cache.keys, cache.values))
+        keys, values = (
+            x.index_select(0, index).view(count, self.reach, g, d).transpose(1, 2) for x in (cache.keys, cache.values)
+        )
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale).flatten(1)
 
 

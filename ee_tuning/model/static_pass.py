@@ -1,7 +1,10 @@
-"""Passes padded to few shapes, so that what layers do with them can be recorded (`graphs.py`) and said again for other tokens.
+"""Passes padded to few shapes, so that what layers do with them can be recorded (`graphs.py`) and said again for other
+tokens.
 
-A pass is told to the device in one small copy; what all layers need of it is computed there, once for all segments of a step.
+A pass is told to the device in one small copy; what all layers need of it is computed there, once for all segments of a
+step.
 """
+
 from bisect import bisect_left
 
 import torch
@@ -15,9 +18,10 @@ from ee_tuning.model.static_attention import BEST_FIRST, StaticAttention
 
 COUNTS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Tokens of a padded pass. Larger ones, prompts for the most part, keep a GPU busy without graphs."""
-MOST_REREAD = 2 ** 29
-"""Bytes of a layer's keys and values that a pass may read more often than once, since each token of a sequence reads them for itself. They
-come from a GPU's second-level cache in about the time that the calls for a layer take without a graph.
+MOST_REREAD = 2**29
+"""Bytes of a layer's keys and values that a pass may read more often than once, since each token of a sequence reads
+them for itself. They come from a GPU's second-level cache in about the time that the calls for a layer take without a
+graph.
 """
 
 
@@ -28,9 +32,13 @@ def padded_count(num_tokens: int) -> int | None:
 
 
 class StaticPass:
-    """A pass of `count` tokens. Those beyond a pass's own write to a block that no sequence has, and see the first place there."""
+    """A pass of `count` tokens. Those beyond a pass's own write to a block that no sequence has, and see the first
+    place there.
+    """
 
-    def __init__(self, count: int, attention: StaticAttention, tables: tuple[Tensor, Tensor], width: int, spare_block: int):
+    def __init__(
+        self, count: int, attention: StaticAttention, tables: tuple[Tensor, Tensor], width: int, spare_block: int
+    ):
         """`tables` as TokenPass has them; `width` is h."""
         cos, _ = tables
         self.count, self._attention, self._tables, self._spare_block = count, attention, tables, spare_block
@@ -56,9 +64,9 @@ class StaticPass:
             blocks, end = row.blocks, first + length
             positions += range(start, start + length)
             places += [blocks[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in range(start, start + length)]
-            shown = blocks[:self._attention.num_blocks]
-            told[first:end, 2: 2 + len(shown)] = shown
-            told[first:end, 2 + len(shown):] = blocks[0]  # hidden by the mask, and nobody else's
+            shown = blocks[: self._attention.num_blocks]
+            told[first:end, 2 : 2 + len(shown)] = shown
+            told[first:end, 2 + len(shown) :] = blocks[0]  # hidden by the mask, and nobody else's
             first = end
         told[:first, 0], told[:first, 1] = positions, places
         told[first:, 0], told[first:, 1], told[first:, 2:] = 0, self._spare_block * BLOCK_SIZE, self._spare_block
@@ -77,19 +85,31 @@ class StaticPass:
 
 
 class StaticPasses:
-    """The passes over a cache of `num_places` and one more block. One for each padded count, way to attend, and length that may be seen."""
+    """The passes over a cache of `num_places` and one more block. One for each padded count, way to attend, and length
+    that may be seen.
+    """
 
     def __init__(self, tables: tuple[Tensor, Tensor], *, width: int, num_places: int, bytes_per_place: int):
         """`tables` as TokenPass has them; `width` is h."""
-        self._tables, self._width, self._spare_block, self._bytes_per_place = tables, width, num_places // BLOCK_SIZE, bytes_per_place
+        self._tables, self._width, self._spare_block, self._bytes_per_place = (
+            tables,
+            width,
+            num_places // BLOCK_SIZE,
+            bytes_per_place,
+        )
         self._longest = -(-len(tables[0]) // BLOCK_SIZE) * BLOCK_SIZE
         self._ways = [way for way in BEST_FIRST if way.is_there(tables[0])]
         self._made: dict[tuple[int, type[StaticAttention], int], StaticPass] = {}
 
     @torch.inference_mode()
     def fitting(self, rows: list[CachePlaces], starts: list[int], lengths: list[int]) -> StaticPass | None:
-        """What these tokens can be told to; None where they are too many, or lie so that nothing but separate calls suits."""
-        count, ends = padded_count(sum(lengths)), [start + length for start, length in zip(starts, lengths, strict=True)]
+        """What these tokens can be told to; None where they are too many, or lie so that nothing but separate calls
+        suits.
+        """
+        count, ends = (
+            padded_count(sum(lengths)),
+            [start + length for start, length in zip(starts, lengths, strict=True)],
+        )
         num_reread = sum([(length - 1) * end for length, end in zip(lengths, ends, strict=True)])
         if count is None or num_reread * self._bytes_per_place > MOST_REREAD:
             return None

@@ -1,8 +1,10 @@
-"""The special tokens that a model's files name: ids that begin, end and pad texts, each looked at once, where its file is read.
+"""The special tokens that a model's files name: ids that begin, end and pad texts, each looked at once, where its file
+is read.
 
-What transformers passes over is passed over, with a warning: a negative id, one past the vocabulary. No text holds such a token, so nothing
-ends by it. What is no number of a token at all is refused.
+What transformers passes over is passed over, with a warning: a negative id, one past the vocabulary. No text holds such
+a token, so nothing ends by it. What is no number of a token at all is refused.
 """
+
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ _GENERATION = "generation_config.json"
 
 
 def end_token_ids(raw: dict[str, Any], vocab_size: int, path: Path) -> tuple[int, ...]:
-    """Those that `eos_token_id` names in the parsed file `path`, in order and each once; none where it is null or missing.
+    """Those that `eos_token_id` names in the parsed file `path`, in order and each once; none where it is null or
+    missing.
 
     Raises InputError where it is neither a whole number nor a list of such.
     """
@@ -35,8 +38,8 @@ def single_token_id(raw: dict[str, Any], key: str, vocab_size: int, path: Path) 
 
 
 def generation_end_token_ids(folder: Path, vocab_size: int) -> tuple[int, ...] | None:
-    """Those of the folder's generation_config.json; None where there is no such file, or it leaves them open. Raises InputError where it is
-    no JSON object, or names a token by what is no whole number.
+    """Those of the folder's generation_config.json; None where there is no such file, or it leaves them open. Raises
+    InputError where it is no JSON object, or names a token by what is no whole number.
     """
     path = folder / _GENERATION
     try:
@@ -49,7 +52,10 @@ def generation_end_token_ids(folder: Path, vocab_size: int) -> tuple[int, ...] |
         raise InputError(f"{path} is not JSON: {error}; fetch it again, or take it away") from error
     if not isinstance(raw, dict):
         raise InputError(f"{path} must hold a JSON object, got {type(raw).__name__}; fetch it again, or take it away")
-    for key in ("bos_token_id", "pad_token_id"):  # nothing here reads them from this file; transformers does, of what is exported
+    for key in (
+        "bos_token_id",
+        "pad_token_id",
+    ):  # nothing here reads them from this file; transformers does, of what is exported
         single_token_id(raw, key, vocab_size, path)
     return None if raw.get("eos_token_id") is None else end_token_ids(raw, vocab_size, path)
 
@@ -65,5 +71,7 @@ def _is_known(token: int, key: str, vocab_size: int, path: Path) -> bool:
         return True
     if token >= 0 or key == "eos_token_id":  # -1 is an old way of saying that there is none
         meaning = "no text ends by it" if key == "eos_token_id" else "it is taken as not set"
-        warn_once(f"{path}: {key} names {token}, which is no token of the vocabulary of {vocab_size}: {meaning}, as with transformers")
+        warn_once(
+            f"{path}: {key} names {token}, which is no token of the vocabulary of {vocab_size}: {meaning}, as with transformers"
+        )
     return False

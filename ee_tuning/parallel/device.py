@@ -2,6 +2,7 @@
 
 Applied only where CUDA is absent, once, before a model is built.
 """
+
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -20,18 +21,24 @@ def device() -> torch.device:
 
 
 def collective_backend() -> str:
-    """The process-group backend of tensors on `device()`. NCCL refuses several processes on one GPU, so they talk over gloo."""
+    """The process-group backend of tensors on `device()`. NCCL refuses several processes on one GPU, so they talk over
+    gloo.
+    """
     has_own_gpu = torch.cuda.is_available() and processes_here() <= torch.cuda.device_count()
     return "nccl" if has_own_gpu else "gloo"
 
 
 def control_backend() -> str:
-    """The process-group backend of small CPU tensors: gloo, or none at all in a world that is imagined (`dry_world.py`)."""
+    """The process-group backend of small CPU tensors: gloo, or none at all in a world that is imagined
+    (`dry_world.py`).
+    """
     return "fake" if dist.get_backend() == "fake" else "gloo"
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether this machine's processor has instructions for matrix products in bfloat16. Where it is not known, it has."""
+    """Whether this machine's processor has instructions for matrix products in bfloat16. Where it is not known, it
+    has.
+    """
     told = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return told.get("architecture") != "x86_64" or bool(told.get("avx512_bf16") or told.get("amx_bf16"))
 
@@ -43,7 +50,9 @@ def prepare_device() -> torch.device:
     if this.type == "cuda":
         torch.cuda.set_device(this)
         return this
-    with torch.device("meta"):  # torch notes, at the first use, which functions such a context steers: they must still be its own
+    with torch.device(
+        "meta"
+    ):  # torch notes, at the first use, which functions such a context steers: they must still be its own
         torch.empty(0)
     # Megatron-core asks for these three wherever it allocates, with no CPU in mind.
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
@@ -59,4 +68,5 @@ def _cuda_means_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
         if kwargs.get("device") == "cuda":
             kwargs["device"] = "cpu"
         return factory(*args, **kwargs)
+
     return wrapped

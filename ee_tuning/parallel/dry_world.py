@@ -1,7 +1,9 @@
 """A world of any size that is imagined: this process is one of its ranks, and the others do not exist.
 
-Collectives and messages return at once and move nothing. Under fake tensors, which have shapes and no numbers, nothing is missed.
+Collectives and messages return at once and move nothing. Under fake tensors, which have shapes and no numbers, nothing
+is missed.
 """
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -1,7 +1,10 @@
-"""Hands a tensor per micro-batch back from the last stage to earlier ones, against the relay's direction. Knows no teachers.
+"""Hands a tensor per micro-batch back from the last stage to earlier ones, against the relay's direction. Knows no
+teachers.
 
-It has a process group of its own: on the relay's, a receive that waits for the last stage would hold up the hidden states behind it.
+It has a process group of its own: on the relay's, a receive that waits for the last stage would hold up the hidden
+states behind it.
 """
+
 import time
 from collections import deque
 from typing import Any
@@ -15,11 +18,22 @@ from ee_tuning.parallel.waiting import waiting_for
 
 
 class Feedback:
-    """This stage's end. Every stage of `stages` must `expect` each tensor before the last stage sends it, and `take` it afterwards."""
+    """This stage's end. Every stage of `stages` must `expect` each tensor before the last stage sends it, and `take` it
+    afterwards.
+    """
 
-    def __init__(self, topology: Topology, shape: tuple[int, ...], dtype: torch.dtype, stages: tuple[int, ...], *,
-                 max_in_flight: int = 2) -> None:
-        """Tensors of `shape` and `dtype` for `stages`; the last stage may have `max_in_flight` sends to each unfinished."""
+    def __init__(
+        self,
+        topology: Topology,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        stages: tuple[int, ...],
+        *,
+        max_in_flight: int = 2,
+    ) -> None:
+        """Tensors of `shape` and `dtype` for `stages`; the last stage may have `max_in_flight` sends to each
+        unfinished.
+        """
         assert all(0 <= stage < topology.pp - 1 for stage in stages), stages
         self.seconds_waited = 0.0
         """Time spent in waiting for other stages, so far. On a GPU, the host's alone."""
@@ -32,7 +46,9 @@ class Feedback:
         assert self._topology.is_last_stage and tensor.shape == self._shape and tensor.dtype == self._dtype
         tensor = tensor.detach().contiguous()
         for stage in self._stages:
-            self._under_way.append((tensor, isend(tensor, self._topology.pp_ranks[stage], self._topology.feedback_group)))
+            self._under_way.append(
+                (tensor, isend(tensor, self._topology.pp_ranks[stage], self._topology.feedback_group))
+            )
         self._wait_for_sends(self._max_in_flight)
 
     def expect(self) -> None:
@@ -45,7 +61,9 @@ class Feedback:
         """The oldest tensor that is expected, once it is here; the caller's to keep."""
         began = time.perf_counter()
         tensor, work = self._under_way.popleft()
-        with waiting_for(self._topology, f"what the last stage (rank {self._topology.pp_ranks[-1]}) tells of a micro-batch"):
+        with waiting_for(
+            self._topology, f"what the last stage (rank {self._topology.pp_ranks[-1]}) tells of a micro-batch"
+        ):
             work.wait()
         self.seconds_waited += time.perf_counter() - began
         return tensor

@@ -1,4 +1,5 @@
 """Tensors of a dry run: they have shapes and no numbers. What depends on numbers asks here, and assumes."""
+
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 

@@ -1,8 +1,10 @@
-"""Messages between two ranks. gloo sends and receives host memory alone: what is on a GPU goes through pinned memory on either side.
+"""Messages between two ranks. gloo sends and receives host memory alone: what is on a GPU goes through pinned memory on
+either side.
 
-That is what several processes on one GPU have, for NCCL refuses them. It costs a copy over PCIe on each side, and the sender waits for the
-GPU to have computed what it sends.
+That is what several processes on one GPU have, for NCCL refuses them. It costs a copy over PCIe on each side, and the
+sender waits for the GPU to have computed what it sends.
 """
+
 from typing import Any
 
 import torch
@@ -20,7 +22,9 @@ def isend(tensor: Tensor, peer: int, group: Group) -> Any:
 
 
 def irecv(tensor: Tensor, peer: int, group: Group) -> Any:
-    """As torch's; after `wait` of what is returned, `tensor` holds what was sent, for all that is done on the current stream."""
+    """As torch's; after `wait` of what is returned, `tensor` holds what was sent, for all that is done on the current
+    stream.
+    """
     if not _is_staged(tensor, group):
         return dist.irecv(tensor, peer, group=group)
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)

@@ -1,4 +1,5 @@
 """Few process groups, and none left: each of gloo's keeps threads and sockets, each of NCCL's memory on the device."""
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,11 +18,11 @@ _KEPT: dict[Ranks, Group] = {}
 
 @contextmanager
 def one_group_for_same_ranks(parallel_state: Any, kept: list[list[int]]) -> Iterator[None]:
-    """Inside it, Megatron's `parallel_state` makes one group for all purposes that have the same ranks, in place of dozens for each rank.
-    Its layers use them one after the other, in the same order on every rank.
+    """Inside it, Megatron's `parallel_state` makes one group for all purposes that have the same ranks, in place of
+    dozens for each rank. Its layers use them one after the other, in the same order on every rank.
 
-    The groups `kept`, those of replicas, outlive the layout: torch remembers device meshes by their ranks, and with them the group of the
-    first one. A later layout gets them again.
+    The groups `kept`, those of replicas, outlive the layout: torch remembers device meshes by their ranks, and with
+    them the group of the first one. A later layout gets them again.
     """
     create, made = parallel_state.create_group, dict(_KEPT)
 
@@ -31,6 +32,7 @@ def one_group_for_same_ranks(parallel_state: Any, kept: list[list[int]]) -> Iter
         if key not in made:
             made[key] = create(ranks, *args, **options)
         return made[key]
+
     parallel_state.create_group = create_once
     try:
         yield
@@ -40,7 +42,9 @@ def one_group_for_same_ranks(parallel_state: Any, kept: list[list[int]]) -> Iter
 
 
 def own_group(partition: list[list[int]], *, rank: int, timeout: timedelta, backend: str | None = None) -> Group:
-    """A group for each part, one of control unless `backend` is given; this rank's own. Every rank makes every group, in order."""
+    """A group for each part, one of control unless `backend` is given; this rank's own. Every rank makes every group,
+    in order.
+    """
     own = None
     for ranks in partition:
         group = dist.new_group(ranks, timeout=timeout, backend=backend or control_backend())

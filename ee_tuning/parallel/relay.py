@@ -1,8 +1,10 @@
 """Hands hidden states from one pipeline stage to the next, micro-batch after micro-batch, forward only. Knows no exits.
 
-Every micro-batch is a header on `pp_control` (gloo, CPU) and hidden states on `pp_group` (gloo or NCCL, `messages.py`). The header says
-what follows, so a wish to stop or to save travels with the activations, and a receive that nobody will answer is never posted.
+Every micro-batch is a header on `pp_control` (gloo, CPU) and hidden states on `pp_group` (gloo or NCCL, `messages.py`).
+The header says what follows, so a wish to stop or to save travels with the activations, and a receive that nobody will
+answer is never posted.
 """
+
 import enum
 import time
 from collections import deque
@@ -50,14 +52,19 @@ class _Transfer(NamedTuple):
 
 
 class Relay:
-    """This stage's place in the relay. One Relay serves one run: from the first micro-batch to the one sent with `Follows.END`.
+    """This stage's place in the relay. One Relay serves one run: from the first micro-batch to the one sent with
+    `Follows.END`.
 
     On NCCL a receive posted ahead may not block the send behind it: they run on communicators of their own because the
     process groups are made without `device_id`, and then PyTorch gives every unbatched pair of ranks one.
     """
 
-    def __init__(self, topology: Topology, shape: tuple[int, ...], dtype: torch.dtype, *, max_in_flight: int = 2) -> None:
-        """`shape` and `dtype` of the hidden states of one micro-batch; `max_in_flight` sends may be unfinished at a time."""
+    def __init__(
+        self, topology: Topology, shape: tuple[int, ...], dtype: torch.dtype, *, max_in_flight: int = 2
+    ) -> None:
+        """`shape` and `dtype` of the hidden states of one micro-batch; `max_in_flight` sends may be unfinished at a
+        time.
+        """
         assert max_in_flight >= 1, f"max_in_flight must be at least 1, got {max_in_flight}"
         self.seconds_waited = 0.0
         """Time spent in waiting for other stages, so far. On a GPU, the host's alone."""
@@ -68,8 +75,8 @@ class Relay:
         self._more_to_come = not topology.is_first_stage
 
     def receive(self) -> Received:
-        """The next micro-batch of the stage before. If another one follows, its receive is under way when this returns: it ends with the
-        stage before's next send, so nobody may wait for the whole device meanwhile.
+        """The next micro-batch of the stage before. If another one follows, its receive is under way when this returns:
+        it ends with the stage before's next send, so nobody may wait for the whole device meanwhile.
         """
         assert self._more_to_come, "nothing to receive: this is the first stage, or the last micro-batch said so"
         began = time.perf_counter()
@@ -94,11 +101,19 @@ class Relay:
         `hidden` may be read but not written by the caller afterwards.
         """
         assert not self._topology.is_last_stage, "the last stage has nobody to send to"
-        assert hidden.shape == self._shape and hidden.dtype == self._dtype, f"{hidden.shape} {hidden.dtype} is not what was agreed"
+        assert hidden.shape == self._shape and hidden.dtype == self._dtype, (
+            f"{hidden.shape} {hidden.dtype} is not what was agreed"
+        )
         peer = self._topology.pp_ranks[self._topology.stage + 1]
         header, hidden = torch.tensor([self._num_sent, int(follows)]), hidden.detach().contiguous()
-        self._sending.append(_Transfer(header, hidden, dist.isend(header, peer, group=self._topology.pp_control),
-                                       isend(hidden, peer, self._topology.pp_group)))
+        self._sending.append(
+            _Transfer(
+                header,
+                hidden,
+                dist.isend(header, peer, group=self._topology.pp_control),
+                isend(hidden, peer, self._topology.pp_group),
+            )
+        )
         self._num_sent += 1
         self._wait_for_sends(self._max_in_flight)
 
@@ -110,7 +125,9 @@ class Relay:
         began, stage = time.perf_counter(), self._topology.stage + 1
         while len(self._sending) > max_in_flight:
             index = self._num_sent - len(self._sending) + 1
-            with waiting_for(self._topology, f"stage {stage} (rank {self._topology.pp_ranks[stage]}) to take micro-batch {index}"):
+            with waiting_for(
+                self._topology, f"stage {stage} (rank {self._topology.pp_ranks[stage]}) to take micro-batch {index}"
+            ):
                 self._sending.popleft().wait()
         self.seconds_waited += time.perf_counter() - began
 
@@ -119,5 +136,9 @@ class Relay:
         peer = self._topology.pp_ranks[self._topology.stage - 1]
         header = torch.empty(2, dtype=torch.int64)
         hidden = torch.empty(self._shape, dtype=self._dtype, device=self._topology.device)
-        return _Transfer(header, hidden, dist.irecv(header, peer, group=self._topology.pp_control),
-                         irecv(hidden, peer, self._topology.pp_group))
+        return _Transfer(
+            header,
+            hidden,
+            dist.irecv(header, peer, group=self._topology.pp_control),
+            irecv(hidden, peer, self._topology.pp_group),
+        )

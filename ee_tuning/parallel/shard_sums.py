@@ -2,6 +2,7 @@
 
 Megatron-core has the same two; where a gradient is not contiguous, its own reduce a copy and return the part.
 """
+
 from typing import Any
 
 import torch

@@ -1,11 +1,13 @@
-"""Exits that say a part of the vocabulary only: a class for each token of a list, and one more, the last, for any other token.
+"""Exits that say a part of the vocabulary only: a class for each token of a list, and one more, the last, for any other
+token.
 
-The list is in the order of ids, and cut over tensor parallelism as a vocabulary is. Probabilities are those of the whole vocabulary, with
-all that is not listed taken together: so confidence is what it would be, and where "any other token" is likeliest an exit is sure of
-nothing.
+The list is in the order of ids, and cut over tensor parallelism as a vocabulary is. Probabilities are those of the
+whole vocabulary, with all that is not listed taken together: so confidence is what it would be, and where "any other
+token" is likeliest an exit is sure of nothing.
 """
-# v vocabulary · v/tp this rank's true rows of it · n tokens in the list · c classes, n + 1 · t tokens that are looked at
-# … any leading dimensions
+
+# v vocabulary · v/tp this rank's true rows of it · n tokens in the list · c classes, n + 1 · t tokens that are looked
+# at … any leading dimensions
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -16,7 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ee_tuning.parallel.vocab import Top1, VocabShard, at_least_float32, confidences, gather_logits, log_probabilities_of, padded_size, top1
+from ee_tuning.parallel.vocab import (
+    Top1,
+    VocabShard,
+    at_least_float32,
+    confidences,
+    gather_logits,
+    log_probabilities_of,
+    padded_size,
+    top1,
+)
 
 UNSURE = -1.0
 """Confidence where "any other token" is likeliest: no threshold is so low."""
@@ -40,8 +51,16 @@ class Shortlist(VocabShard):
         size, stop = len(token_ids) + 1, whole.first + whole.true_rows
         rows = padded_size(size, topology.tp) // topology.tp
         span = (bisect_left(token_ids, whole.first), bisect_left(token_ids, stop))
-        return cls(size, topology.tp_rank * rows, rows, topology.tp_group, topology.tp,
-                   torch.tensor(token_ids, device=topology.device), whole, span)
+        return cls(
+            size,
+            topology.tp_rank * rows,
+            rows,
+            topology.tp_group,
+            topology.tp,
+            torch.tensor(token_ids, device=topology.device),
+            whole,
+            span,
+        )
 
     @property
     def other(self) -> int:
@@ -59,7 +78,9 @@ class Shortlist(VocabShard):
         return torch.where(token_ids < 0, token_ids, torch.where(token_ids >= self.whole.size, self.size, known))
 
     def coarsened(self, logits: Tensor) -> Tensor:  # [t, v/tp] -> [t, this rank's true rows of the classes]
-        """Logits of classes from those of all tokens, by as many as both have in common; overwrites `logits` (float32 at least)."""
+        """Logits of classes from those of all tokens, by as many as both have in common; overwrites `logits` (float32
+        at least).
+        """
         first, last = self.own_span
         columns = self.token_ids[first:last] - self.whole.first
         listed = logits[:, columns]
@@ -70,7 +91,7 @@ class Shortlist(VocabShard):
         everything[:, first:last] = listed
         self.max_over_shards(everything)
         everything[:, self.other] = self.gather(other).logsumexp(0)
-        return everything[:, self.first: self.first + self.true_rows]
+        return everything[:, self.first : self.first + self.true_rows]
 
     def other_and_total(self, logits: Tensor) -> tuple[Tensor, Tensor]:  # [t, v/tp] -> [t], [t]
         """The logit of "any other token" and the log-sum-exp of all; overwrites `logits` (float32 at least)."""
@@ -87,7 +108,10 @@ class Shortlist(VocabShard):
         if logits.shape[-1]:
             largest, column = logits.max(-1)
         else:  # a shard of padding alone
-            largest, column = logits.new_full((len(logits),), -torch.inf), torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+            largest, column = (
+                logits.new_full((len(logits),), -torch.inf),
+                torch.zeros(len(logits), dtype=torch.int64, device=logits.device),
+            )
         ids = column + self.whole.first
         if self.world_size > 1:
             winner = self.gather(largest).argmax(0)  # shards come in the order of their ids
@@ -97,7 +121,7 @@ class Shortlist(VocabShard):
     def of_other(self, values: Tensor) -> Tensor:  # [t, this rank's true rows] -> [t, 1]
         """The column of `other`, zeros where it is another rank's: to be summed over the shards."""
         place = self.other - self.first
-        return values[:, place: place + 1] if 0 <= place < values.shape[-1] else values.new_zeros(len(values), 1)
+        return values[:, place : place + 1] if 0 <= place < values.shape[-1] else values.new_zeros(len(values), 1)
 
 
 def exit_vocab(token_ids: Sequence[int], whole: VocabShard, topology: Any) -> VocabShard:
@@ -105,15 +129,17 @@ def exit_vocab(token_ids: Sequence[int], whole: VocabShard, topology: Any) -> Vo
     return Shortlist.of_tokens(token_ids, whole, topology) if token_ids else whole
 
 
-def token_top1(logits: Tensor,  # […, rows of `vocab`]
-               vocab: VocabShard) -> Top1:
-    """`top1` in ids of the model's vocabulary. Of a shortlist the likeliest token that is listed; where "any other token" is likelier its
-    probability is given as UNSURE.
+def token_top1(
+    logits: Tensor,  # […, rows of `vocab`]
+    vocab: VocabShard,
+) -> Top1:
+    """`top1` in ids of the model's vocabulary. Of a shortlist the likeliest token that is listed; where "any other
+    token" is likelier its probability is given as UNSURE.
     """
     if not isinstance(vocab, Shortlist):
         return top1(logits, vocab)
     true, place = at_least_float32(vocab.without_padding(logits)), vocab.other - vocab.first
-    listed, other = true[..., :max(place, 0)], true[..., place: place + 1] if 0 <= place < vocab.rows else None
+    listed, other = true[..., : max(place, 0)], true[..., place : place + 1] if 0 <= place < vocab.rows else None
     if vocab.world_size == 1:
         assert other is not None
         (best, index), total, rival = listed.max(-1), true.logsumexp(-1), other[..., 0]
@@ -122,8 +148,11 @@ def token_top1(logits: Tensor,  # […, rows of `vocab`]
     return Top1(vocab.token_ids[index], torch.where(rival > best, UNSURE, (best - total).exp()).to(true.dtype))
 
 
-def token_confidences(logits: Tensor,  # […, rows of `vocab`]
-                      vocab: VocabShard, measure: str) -> Tensor:  # […], float32 (float64 for float64 logits)
+def token_confidences(
+    logits: Tensor,  # […, rows of `vocab`]
+    vocab: VocabShard,
+    measure: str,
+) -> Tensor:  # […], float32 (float64 for float64 logits)
     """`confidences` over the classes of a shortlist, UNSURE where "any other token" is likeliest."""
     if not isinstance(vocab, Shortlist):
         return confidences(logits, vocab, measure)
@@ -133,9 +162,11 @@ def token_confidences(logits: Tensor,  # […, rows of `vocab`]
     return torch.where(likeliest == UNSURE, UNSURE, confidences(logits, vocab, measure))
 
 
-def token_log_probabilities(logits: Tensor,  # [t, rows of `vocab`]
-                            token_ids: Tensor,  # [t] int64
-                            vocab: VocabShard) -> Tensor:  # [t], float32 (float64 for float64 logits)
+def token_log_probabilities(
+    logits: Tensor,  # [t, rows of `vocab`]
+    token_ids: Tensor,  # [t] int64
+    vocab: VocabShard,
+) -> Tensor:  # [t], float32 (float64 for float64 logits)
     """`log_probabilities_of` tokens; one that is not listed has the part of "any other token" that each of them has."""
     if not isinstance(vocab, Shortlist):
         return log_probabilities_of(logits, token_ids, vocab)
@@ -144,8 +175,10 @@ def token_log_probabilities(logits: Tensor,  # [t, rows of `vocab`]
     return torch.where(classes == vocab.other, found - math.log(vocab.whole.size - vocab.other), found)
 
 
-def token_logits(logits: Tensor,  # […, rows of `vocab`]
-                 vocab: VocabShard) -> Tensor:  # […, v], dtype of logits
+def token_logits(
+    logits: Tensor,  # […, rows of `vocab`]
+    vocab: VocabShard,
+) -> Tensor:  # […, v], dtype of logits
     """`gather_logits` of the whole vocabulary, on every rank; -inf where an exit can not say a token."""
     gathered = gather_logits(logits, vocab)
     if not isinstance(vocab, Shortlist):
@@ -155,8 +188,12 @@ def token_logits(logits: Tensor,  # […, rows of `vocab`]
     return whole
 
 
-def _merged(vocab: Shortlist, listed: Tensor, true: Tensor, other: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What all shards say: the largest logit of a listed token, its class, the log-sum-exp, and the logit of any other token."""
+def _merged(
+    vocab: Shortlist, listed: Tensor, true: Tensor, other: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What all shards say: the largest logit of a listed token, its class, the log-sum-exp, and the logit of any other
+    token.
+    """
     nothing = true.new_full(true.shape[:-1], -torch.inf)
     best, index = listed.max(-1) if listed.shape[-1] else (nothing, torch.zeros_like(nothing))
     rival = nothing if other is None else other[..., 0]

@@ -1,10 +1,13 @@
-"""How the stages of a decoder talk: hidden states go on to the next stage, what a stage has decided goes to everybody. Knows no exits.
+"""How the stages of a decoder talk: hidden states go on to the next stage, what a stage has decided goes to everybody.
+Knows no exits.
 
-Nobody waits for a send. A stage that hands states on, or says what it decided, goes on at once; whoever needs either waits for it when it
-comes to that place. So a stage lags behind another by as many messages as may be under way, and no more.
-Every rank sends and receives in the order of one and the same program, and the oldest operation that anybody waits for can always be
+Nobody waits for a send. A stage that hands states on, or says what it decided, goes on at once; whoever needs either
+waits for it when it comes to that place. So a stage lags behind another by as many messages as may be under way, and no
+more. Every rank sends and receives in the order of one and the same program, and the oldest operation that anybody
+waits for can always be
 finished: that is why this can not deadlock, as long as a stage may post what others hear later in that program.
 """
+
 import time
 from collections import deque
 from typing import Any
@@ -29,7 +32,8 @@ class StageLink:
         """Time spent in waiting for other stages, so far. On a GPU, the host's alone."""
         self._topology = topology
         self._hidden = _Outbox(max_in_flight)
-        # As many steps are on their way as there are stages, and may wait as long again behind older ones (`whole_step.py`).
+        # As many steps are on their way as there are stages, and may wait as long again behind older ones
+        # (`whole_step.py`).
         self._decisions = _Outbox(max(max_in_flight, 2 * topology.pp))
 
     def send(self, hidden: Tensor) -> None:  # [t, h]
@@ -42,15 +46,18 @@ class StageLink:
     def receive(self, num_tokens: int, width: int, dtype: torch.dtype) -> Tensor:  # [t, h]
         """The oldest hidden states of the stage before that were not received yet."""
         began = time.perf_counter()
-        hidden, peer = torch.empty(num_tokens, width, dtype=dtype, device=self._topology.device), self._topology.stage - 1
+        hidden, peer = (
+            torch.empty(num_tokens, width, dtype=dtype, device=self._topology.device),
+            self._topology.stage - 1,
+        )
         with waiting_for(self._topology, f"hidden states from stage {peer} (rank {self._topology.pp_ranks[peer]})"):
             irecv(hidden, self._topology.pp_ranks[peer], self._topology.pp_group).wait()
         self.seconds_waited += time.perf_counter() - began
         return hidden
 
     def tell(self, decided: Tensor, stage: int) -> None:
-        """Overwrites `decided`, of one shape on every rank and on the CPU, with that of a stage's first rank, where it may not be
-        written afterwards.
+        """Overwrites `decided`, of one shape on every rank and on the CPU, with that of a stage's first rank, where it
+        may not be written afterwards.
         """
         self.post(decided, stage)
         self.hear(decided, stage)
@@ -69,7 +76,9 @@ class StageLink:
         self.seconds_waited += time.perf_counter() - began
 
     def hear(self, decided: Tensor, stage: int) -> None:
-        """The receiving half of `tell`; nothing is done on the stage's first rank. What a stage says is heard in the order it was said."""
+        """The receiving half of `tell`; nothing is done on the stage's first rank. What a stage says is heard in the
+        order it was said.
+        """
         if self._topology.num_in_replica == 1 or self.speaks_for(stage):
             return
         began, source = time.perf_counter(), self._topology.first_rank_of_stage(stage)

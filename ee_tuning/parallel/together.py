@@ -1,4 +1,5 @@
 """Long work on some ranks while the others wait for it: all meet now and then, lest a collective times out."""
+
 import time
 from collections.abc import Generator, Iterator
 
@@ -11,9 +12,11 @@ _SECONDS_BETWEEN_ANSWERS = 20.0
 
 
 def finish_together(steps: Iterator[None], topology: Topology) -> None:
-    """Goes through `steps`, each of well under a minute, while the other ranks go through theirs, or wait. All ranks call it.
+    """Goes through `steps`, each of well under a minute, while the other ranks go through theirs, or wait. All ranks
+    call it.
 
-    Ends on all ranks where it fails on one: by the same InputError, or else by that rank's own exception and a RuntimeError on the others.
+    Ends on all ranks where it fails on one: by the same InputError, or else by that rank's own exception and a
+    RuntimeError on the others.
     """
     is_done, failure = False, None
     while True:
@@ -30,8 +33,9 @@ def finish_together(steps: Iterator[None], topology: Topology) -> None:
         answers: list[tuple[bool, str | None, str | None]] = [(False, None, None)] * topology.world_size
         is_refusal = isinstance(failure, InputError)
         told = None if failure is None else str(failure) if is_refusal else f"{type(failure).__name__}: {failure}"
-        dist.all_gather_object(answers, (is_done, told if is_refusal else None, None if is_refusal else told),
-                               group=topology.world_control)
+        dist.all_gather_object(
+            answers, (is_done, told if is_refusal else None, None if is_refusal else told), group=topology.world_control
+        )
         refusals = [text for _, text, _ in answers if text is not None]
         crashes = [f"rank {rank} failed: {text}" for rank, (_, _, text) in enumerate(answers) if text is not None]
         if (refusals or crashes) and isinstance(steps, Generator):

@@ -1,7 +1,9 @@
-"""Process groups, made by Megatron's parallel_state and read from it once, here. Everything else is handed the frozen Topology.
+"""Process groups, made by Megatron's parallel_state and read from it once, here. Everything else is handed the frozen
+Topology.
 
 Ranks are ordered as Megatron orders them: tensor fastest, then data, then pipeline.
 """
+
 import gc
 import os
 import sys
@@ -109,7 +111,9 @@ def init_parallel(parallel: ParallelSection) -> Topology:
     """
     check_world_size(parallel, world_size())
     if not 0.01 <= (minutes := parallel.distributed_timeout_minutes) <= 10080:
-        raise InputError(f"parallel.distributed_timeout_minutes must lie between 0.01 and 10080, a week, got {minutes:g}; 30 is usual")
+        raise InputError(
+            f"parallel.distributed_timeout_minutes must lie between 0.01 and 10080, a week, got {minutes:g}; 30 is usual"
+        )
     device = prepare_device()
     if not dist.is_initialized():
         _join_world(timedelta(minutes=parallel.distributed_timeout_minutes))
@@ -128,15 +132,18 @@ def check_world_size(parallel: ParallelSection, world_size: int) -> None:
     if world_size < 1 or world_size % (tp * pp):
         raise InputError(
             f"the number of processes must be a multiple of tensor × pipeline = {tp} × {pp} = {tp * pp}, got {world_size}; "
-            f"launch with `torchrun --nproc-per-node {tp * pp} -m ee_tuning …`, or change parallel.*")
+            f"launch with `torchrun --nproc-per-node {tp * pp} -m ee_tuning …`, or change parallel.*"
+        )
 
 
 def connection_warning(topology: Topology) -> str | None:
     """What is wrong with an inherited CUDA_DEVICE_MAX_CONNECTIONS, in one line; None where nothing is."""
     if topology.device.type != "cuda" or topology.pp == 1 or os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") != "1":
         return None
-    return ("CUDA_DEVICE_MAX_CONNECTIONS=1 puts all of a GPU's work in one queue, where a receive posted ahead holds up the layers behind "
-            "it; unset it")
+    return (
+        "CUDA_DEVICE_MAX_CONNECTIONS=1 puts all of a GPU's work in one queue, where a receive posted ahead holds up the layers behind "
+        "it; unset it"
+    )
 
 
 def leave_parallel() -> None:
@@ -148,7 +155,9 @@ def leave_parallel() -> None:
 
 
 def world_size() -> int:
-    """Processes of the world that this one is in, or that its launcher described. Raises InputError where that makes no sense."""
+    """Processes of the world that this one is in, or that its launcher described. Raises InputError where that makes no
+    sense.
+    """
     if dist.is_initialized():
         return dist.get_world_size()
     place = launched()
@@ -163,14 +172,17 @@ def _join_world(timeout: timedelta) -> None:
     check_address(place)
     try:
         store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
-        # torchrun's store outlives its workers: without a prefix those of a restart meet the addresses of the ones before.
+        # torchrun's store outlives its workers: without a prefix those of a restart meet the addresses of the ones
+        # before.
         store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(collective_backend(), store=store, rank=rank, world_size=world_size, timeout=timeout)
     except dist.DistError as error:  # nothing listens there, another program has the port, or somebody did not come
         reason, _, _ = str(error).partition("\n")
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise NotMet(f"{place.world_size} processes must meet at {where} (MASTER_ADDR, MASTER_PORT), and rank {place.rank} could not: "
-                     f"{reason[:300]}; see that all were started, and that the port is free") from error
+        raise NotMet(
+            f"{place.world_size} processes must meet at {where} (MASTER_ADDR, MASTER_PORT), and rank {place.rank} could not: "
+            f"{reason[:300]}; see that all were started, and that the port is free"
+        ) from error
 
 
 def lay_out(parallel: ParallelSection, device: torch.device) -> Topology:
@@ -185,24 +197,40 @@ def lay_out(parallel: ParallelSection, device: torch.device) -> Topology:
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dp = world_size // (tp * pp)
-    with one_group_for_same_ranks(parallel_state, kept=[[(p * dp + d) * tp + t for d in range(dp)] for p in range(pp) for t in range(tp)]):
-        parallel_state.initialize_model_parallel(tp, pp, create_gloo_process_groups=False,  # those it would make are of no use here
-                                                 distributed_timeout_minutes=parallel.distributed_timeout_minutes)
+    with one_group_for_same_ranks(
+        parallel_state, kept=[[(p * dp + d) * tp + t for d in range(dp)] for p in range(pp) for t in range(tp)]
+    ):
+        parallel_state.initialize_model_parallel(
+            tp,
+            pp,
+            create_gloo_process_groups=False,  # those it would make are of no use here
+            distributed_timeout_minutes=parallel.distributed_timeout_minutes,
+        )
     stage, column = rank // (tp * dp), rank % (tp * dp)
     stages = [list(range(p * tp * dp, (p + 1) * tp * dp)) for p in range(pp)]
     columns = [[p * tp * dp + i for p in range(pp)] for i in range(tp * dp)]
-    replicas = [[rank for p in range(pp) for rank in stages[p][d * tp: (d + 1) * tp]] for d in range(dp)]
+    replicas = [[rank for p in range(pp) for rank in stages[p][d * tp : (d + 1) * tp]] for d in range(dp)]
     everybody = [list(range(world_size))]
     make = partial(own_group, rank=rank, timeout=timedelta(minutes=parallel.distributed_timeout_minutes))
     return Topology(
-        world_size=world_size, rank=rank, device=device,
-        tp=tp, tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-        pp=pp, stage=stage,
-        dp=dp, dp_rank=parallel_state.get_data_parallel_rank(),
+        world_size=world_size,
+        rank=rank,
+        device=device,
+        tp=tp,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pp=pp,
+        stage=stage,
+        dp=dp,
+        dp_rank=parallel_state.get_data_parallel_rank(),
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
-        stage_control=make(stages), feedback_group=make(columns, backend=dist.get_backend()), pp_control=make(columns),
-        replica_control=make(replicas), world_control=make(everybody), save_control=make(everybody),
+        stage_control=make(stages),
+        feedback_group=make(columns, backend=dist.get_backend()),
+        pp_control=make(columns),
+        replica_control=make(replicas),
+        world_control=make(everybody),
+        save_control=make(everybody),
         pp_ranks=tuple(columns[column]),
-        dp_mesh=DeviceMesh.from_group(parallel_state.get_data_parallel_group(), device.type))
+        dp_mesh=DeviceMesh.from_group(parallel_state.get_data_parallel_group(), device.type),
+    )

@@ -1,8 +1,10 @@
 """What needs all of the vocabulary's logits, computed with this rank's part of them.
 
-Padded ids (the vocabulary size and above) are cut off before anything is computed, so they never win and never weigh in a sum.
-Every function runs without gradient bookkeeping of its own: the loss, which needs one, is ee_tuning/tuning/loss.py.
+Padded ids (the vocabulary size and above) are cut off before anything is computed, so they never win and never weigh in
+a sum. Every function runs without gradient bookkeeping of its own: the loss, which needs one, is
+ee_tuning/tuning/loss.py.
 """
+
 # v vocabulary · v/tp this rank's rows, padding included · … any leading dimensions, as many numbers of rows as tokens
 import math
 from dataclasses import dataclass
@@ -48,7 +50,7 @@ class VocabShard:
     def without_padding(self, logits: Tensor) -> Tensor:
         """[..., v/tp] -> [..., true_rows], a view."""
         assert logits.shape[-1] == self.rows, (tuple(logits.shape), self)
-        return logits if self.first + self.rows <= self.size else logits[..., :self.true_rows]
+        return logits if self.first + self.rows <= self.size else logits[..., : self.true_rows]
 
     def max_over_shards(self, values: Tensor) -> Tensor:
         """`values`, overwritten by their largest over the shards, element by element."""
@@ -78,16 +80,20 @@ class Top1(NamedTuple):
     """[...] float32 (float64 for float64 logits): its probability in the softmax over the vocabulary."""
 
 
-def log_sum_exp(logits: Tensor,  # [..., v/tp]
-                shard: VocabShard) -> Tensor:  # [...], float32 (float64 for float64 logits)
+def log_sum_exp(
+    logits: Tensor,  # [..., v/tp]
+    shard: VocabShard,
+) -> Tensor:  # [...], float32 (float64 for float64 logits)
     """The log of the sum of exponentials over the whole vocabulary, in nats; the same bits on every rank."""
     local = at_least_float32(shard.without_padding(logits)).logsumexp(-1)  # of no rows: -inf, which weighs nothing
     return local if shard.world_size == 1 else shard.gather(local).logsumexp(0)
 
 
-def log_probabilities_of(logits: Tensor,  # [n, v/tp]
-                         token_ids: Tensor,  # [n] int64, of the true vocabulary
-                         shard: VocabShard) -> Tensor:  # [n], float32 (float64 for float64 logits)
+def log_probabilities_of(
+    logits: Tensor,  # [n, v/tp]
+    token_ids: Tensor,  # [n] int64, of the true vocabulary
+    shard: VocabShard,
+) -> Tensor:  # [n], float32 (float64 for float64 logits)
     """Log-probabilities of one token for each row of logits, in nats; the same bits on every rank."""
     local = token_ids - shard.first
     is_here = (local >= 0) & (local < shard.true_rows)
@@ -98,11 +104,15 @@ def log_probabilities_of(logits: Tensor,  # [n, v/tp]
     return shard.sum_over_shards(found) - log_sum_exp(logits, shard)
 
 
-def top1(logits: Tensor,  # [..., v/tp]
-         shard: VocabShard) -> Top1:
-    """The likeliest token and its probability, the same bits on every rank. Gathers three numbers per shard and leading index.
+def top1(
+    logits: Tensor,  # [..., v/tp]
+    shard: VocabShard,
+) -> Top1:
+    """The likeliest token and its probability, the same bits on every rank. Gathers three numbers per shard and leading
+    index.
 
-    On one rank it is the last thing done for every decoded token and costs three calls into torch, about 4 µs for 257 ids.
+    On one rank it is the last thing done for every decoded token and costs three calls into torch, about 4 µs for 257
+    ids.
     """
     if shard.world_size == 1:
         logits = at_least_float32(shard.without_padding(logits))
@@ -111,8 +121,11 @@ def top1(logits: Tensor,  # [..., v/tp]
     return _merge_top1(shard.gather(_local_top1(logits, shard)), logits.dtype)
 
 
-def confidences(logits: Tensor,  # [..., v/tp]
-                shard: VocabShard, measure: str) -> Tensor:  # [...], float32 (float64 for float64 logits)
+def confidences(
+    logits: Tensor,  # [..., v/tp]
+    shard: VocabShard,
+    measure: str,
+) -> Tensor:  # [...], float32 (float64 for float64 logits)
     """How sure the softmax over the vocabulary is, in 0..1, higher is surer; the same bits on every rank.
 
     max_probability: p₁, the largest; margin: p₁ - p₂; entropy: 1 - H / ln v, of the true vocabulary.
@@ -131,17 +144,21 @@ def confidences(logits: Tensor,  # [..., v/tp]
     return value if logits.dtype == torch.float64 else value.float()
 
 
-def gather_logits(logits: Tensor,  # [..., v/tp]
-                  shard: VocabShard) -> Tensor:  # [..., v], dtype of logits
+def gather_logits(
+    logits: Tensor,  # [..., v/tp]
+    shard: VocabShard,
+) -> Tensor:  # [..., v], dtype of logits
     """The whole vocabulary's logits on every rank, padding dropped."""
     if shard.world_size == 1:
         return shard.without_padding(logits)
     assert logits.shape[-1] == shard.rows
-    return shard.gather(logits).movedim(0, -2).flatten(-2)[..., :shard.size]
+    return shard.gather(logits).movedim(0, -2).flatten(-2)[..., : shard.size]
 
 
 def _local_top1(logits: Tensor, shard: VocabShard) -> Tensor:
-    """This shard's largest logit, its id and the shard's log-sum-exp: [3, ...]. float64 holds every id and logit exactly."""
+    """This shard's largest logit, its id and the shard's log-sum-exp: [3, ...]. float64 holds every id and logit
+    exactly.
+    """
     true = at_least_float32(shard.without_padding(logits))
     if not shard.true_rows:
         return true.new_full((3, *true.shape[:-1]), -torch.inf, dtype=torch.float64)
@@ -165,7 +182,9 @@ def _local_entropy(logits: Tensor, shard: VocabShard) -> Tensor:
 
 
 def _merge_top1(parts: Tensor, dtype: torch.dtype) -> Top1:
-    """The largest from every shard's part, [tp, 3, ...]. Shards come in the order of their ids, so the first of equals has the lowest."""
+    """The largest from every shard's part, [tp, 3, ...]. Shards come in the order of their ids, so the first of equals
+    has the lowest.
+    """
     largest, winner = parts[:, 0].max(0)
     token_ids = parts[:, 1].gather(0, winner[None])[0].long()
     probability = (largest - parts[:, 2].logsumexp(0)).exp()

@@ -1,4 +1,5 @@
 """Says what a rank waits for, where that takes long or does not come: else a hang of 64 processes is 64 silent ones."""
+
 import sys
 import threading
 import time
@@ -29,8 +30,8 @@ _watcher: threading.Thread | None = None
 
 @contextmanager
 def waiting_for(topology: Topology, what: str) -> Iterator[None]:
-    """Around a wait for other ranks. Where the process group gives up, for time or because a rank is gone, the RuntimeError names this rank
-    and `what`.
+    """Around a wait for other ranks. Where the process group gives up, for time or because a rank is gone, the
+    RuntimeError names this rank and `what`.
     """
     who = f"rank {topology.rank} (stage {topology.stage}, tensor {topology.tp_rank}, replica {topology.dp_rank})"
     wait = _waits[threading.get_ident()] = _Wait(who, what, time.monotonic(), PATIENCE)
@@ -41,7 +42,9 @@ def waiting_for(topology: Topology, what: str) -> Iterator[None]:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):  # gloo's are of no kind of their own
             raise
         waited = time.monotonic() - wait.since
-        raise RuntimeError(f"{who} waited {waited:.0f} s for {what}, in vain: {str(error).partition(chr(10))[0]}") from error
+        raise RuntimeError(
+            f"{who} waited {waited:.0f} s for {what}, in vain: {str(error).partition(chr(10))[0]}"
+        ) from error
     finally:
         _waits.pop(threading.get_ident(), None)
 

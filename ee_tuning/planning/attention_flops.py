@@ -1,16 +1,19 @@
-"""Operations of torch's attention, forward and backward: torch's own counts refuse grouped queries up to release 2.12, and do not know the
-CPU's kernel.
+"""Operations of torch's attention, forward and backward: torch's own counts refuse grouped queries up to release 2.12,
+and do not know the CPU's kernel.
 """
+
 from typing import Any
 
-_DENSE = tuple(f"aten::_scaled_dot_product_{kind}" for kind in ("flash_attention", "efficient_attention", "cudnn_attention"))
+_DENSE = tuple(
+    f"aten::_scaled_dot_product_{kind}" for kind in ("flash_attention", "efficient_attention", "cudnn_attention")
+)
 _BY_ROWS = ("torch_attn::_varlen_attn", "aten::_flash_attention_")
 """Operations for tokens laid one after the other: all rows are taken to be as long as the longest one."""
 
 
 def attention_flops(name: str, arguments: dict[str, Any]) -> int | None:
-    """Multiplications and additions of the operation `name`, its `arguments` by the names of its schema; None where it is none of
-    attention's. Of causal attention, the half that is needed.
+    """Multiplications and additions of the operation `name`, its `arguments` by the names of its schema; None where it
+    is none of attention's. Of causal attention, the half that is needed.
     """
     if name.startswith(_DENSE):
         num_rows, num_heads, num_queries, width = arguments["query"].shape

@@ -1,4 +1,5 @@
 """The fit before the first step in a dry run: the true code of one rank of every stage, on fake tensors."""
+
 import time
 from dataclasses import dataclass
 
@@ -36,7 +37,8 @@ class FitRehearsal:
 
 
 def rehearse_fit(config: Config, world_size: int) -> list[FitRehearsal]:
-    """One rank of every stage through as many micro-batches as wait at a time for the final states; none where nothing is to be fitted.
+    """One rank of every stage through as many micro-batches as wait at a time for the final states; none where nothing
+    is to be fitted.
 
     model.dtype is bfloat16 where it is not given. Raises InputError as `tune` would.
     """
@@ -44,20 +46,27 @@ def rehearse_fit(config: Config, world_size: int) -> list[FitRehearsal]:
         return []
     config = replace(with_seq_length(config), model={"dtype": config.model.dtype or "bfloat16"})
     sources, num_stages = shape_sources(config), config.parallel.pipeline_model_parallel_size
-    return [_rehearse_rank(config, sources, world_size, stage, stage * world_size // num_stages) for stage in range(num_stages)]
+    return [
+        _rehearse_rank(config, sources, world_size, stage, stage * world_size // num_stages)
+        for stage in range(num_stages)
+    ]
 
 
 def print_fit(rehearsals: list[FitRehearsal]) -> None:
     """A line for every stage."""
     for each in rehearsals:
-        print(f"fitting exits, stage {each.stage}: rank {each.rank}, layers {each.layers[0]}..{each.layers[1]}; "
-              f"{each.num_bytes / 1e9:.1f} GB at the most, {each.num_tokens:,} tokens; {each.seconds:.1f} s")
+        print(
+            f"fitting exits, stage {each.stage}: rank {each.rank}, layers {each.layers[0]}..{each.layers[1]}; "
+            f"{each.num_bytes / 1e9:.1f} GB at the most, {each.num_tokens:,} tokens; {each.seconds:.1f} s"
+        )
 
 
 def _rehearse_rank(config: Config, sources: Sources, world_size: int, stage: int, rank: int) -> FitRehearsal:
     began, ledger, tuning = time.perf_counter(), Ledger(), config.tuning
     count = config.parallel.pipeline_model_parallel_size + 1
-    samples = PackedSamples(np.zeros(tuning.seq_length + 1, dtype=np.int32), tuning.seq_length, rules=DocumentRules.of(config.data))
+    samples = PackedSamples(
+        np.zeros(tuning.seq_length + 1, dtype=np.int32), tuning.seq_length, rules=DocumentRules.of(config.data)
+    )
     with dry_world(config.parallel, world_size, rank) as topology, ledger.account():
         plans = plan_fitting(config, sources, topology)
         loaded = build_stage(sources, plans, topology)
@@ -69,6 +78,12 @@ def _rehearse_rank(config: Config, sources: Sources, world_size: int, stage: int
         dp = topology.dp
     num_tokens = num_fit_tokens(tuning, sources.config.hidden_size)
     return FitRehearsal(
-        stage=stage, rank=rank, layers=(plans[stage].first_layer, plans[stage].last_layer), num_bytes=ledger.peak.total(),
-        flops=ledger.flops["fit"] // count, num_tokens=num_tokens,
-        num_micro_batches=-(-num_tokens // (tuning.seq_length * tuning.micro_batch_size * dp)), seconds=time.perf_counter() - began)
+        stage=stage,
+        rank=rank,
+        layers=(plans[stage].first_layer, plans[stage].last_layer),
+        num_bytes=ledger.peak.total(),
+        flops=ledger.flops["fit"] // count,
+        num_tokens=num_tokens,
+        num_micro_batches=-(-num_tokens // (tuning.seq_length * tuning.micro_batch_size * dp)),
+        seconds=time.perf_counter() - began,
+    )

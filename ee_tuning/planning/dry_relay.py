@@ -1,4 +1,5 @@
 """A relay for dry runs: what it receives was sent by nobody."""
+
 from typing import Any
 
 import torch

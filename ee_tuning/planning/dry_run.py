@@ -1,7 +1,10 @@
-"""`ee-tuning tune --dry-run`: the true tuning code at full world size on fake tensors, one rank of each kind of stage, without a GPU.
+"""`ee-tuning tune --dry-run`: the true tuning code at full world size on fake tensors, one rank of each kind of stage,
+without a GPU.
 
-The model's config.json is enough. Whatever would break by shape, layout or type at the first step on the cluster breaks here.
+The model's config.json is enough. Whatever would break by shape, layout or type at the first step on the cluster breaks
+here.
 """
+
 import dataclasses
 import time
 from collections.abc import Iterator
@@ -86,23 +89,30 @@ def dry_run(config: Config, world_size: int | None) -> None:
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     world_size = tp * pp if world_size is None else world_size
     rehearsals = rehearse(config, world_size)
-    print(f"dry run of {config.model.path} on {world_size} ranks: tensor {tp} × pipeline {pp} × data {world_size // (tp * pp)}, "
-          "one rank of each kind of stage")
+    print(
+        f"dry run of {config.model.path} on {world_size} ranks: tensor {tp} × pipeline {pp} × data {world_size // (tp * pp)}, "
+        "one rank of each kind of stage"
+    )
     for each in rehearsals:
         which = f"stage {each.stages[0]}" if len(each.stages) == 1 else f"stages {', '.join(map(str, each.stages))}"
-        (first, last), exits = each.layers[0], f"exits after {', '.join(map(str, each.exits[0]))}" if each.exits[0] else "no exit"
-        print(f"{which}: rank {each.rank}, layers {first}..{last}, {exits}; "
-              f"{sum(each.memory.values()) / 1e9:.1f} GB at the most; {each.seconds:.1f} s")
+        (first, last), exits = (
+            each.layers[0],
+            f"exits after {', '.join(map(str, each.exits[0]))}" if each.exits[0] else "no exit",
+        )
+        print(
+            f"{which}: rank {each.rank}, layers {first}..{last}, {exits}; "
+            f"{sum(each.memory.values()) / 1e9:.1f} GB at the most; {each.seconds:.1f} s"
+        )
     print_fit(rehearse_fit(config, world_size))
     print("every shape fits: one optimizer step and one validation ran through, without numbers")
 
 
 def rehearse(config: Config, world_size: int) -> list[Rehearsal]:
-    """One rank of each kind of stage through one optimizer step and one validation, at tensor × pipeline of `config` and as many replicas
-    as `world_size` gives.
+    """One rank of each kind of stage through one optimizer step and one validation, at tensor × pipeline of `config`
+    and as many replicas as `world_size` gives.
 
-    model.dtype is bfloat16 where it is not given, as on a GPU. Raises InputError as `tune` would where config, model, exits and layout do
-    not fit each other; whatever else it raises would have ended the first step, too.
+    model.dtype is bfloat16 where it is not given, as on a GPU. Raises InputError as `tune` would where config, model,
+    exits and layout do not fit each other; whatever else it raises would have ended the first step, too.
     """
     check_settings(config.tuning)
     check_world_size(config.parallel, world_size)
@@ -110,7 +120,9 @@ def rehearse(config: Config, world_size: int) -> list[Rehearsal]:
     parallel, sources = config.parallel, shape_sources(config)
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     sources.config.check_layout(tp, pp)
-    check_data_settings(config.data, config.tuning.seq_length, sources.config.max_position_embeddings, config.tuning.eval_iters > 0)
+    check_data_settings(
+        config.data, config.tuning.seq_length, sources.config.max_position_embeddings, config.tuning.eval_iters > 0
+    )
     per_stage = world_size // pp
     kinds: dict[Any, list[int]] = {}
     with dry_world(parallel, world_size, 0) as topology:
@@ -128,15 +140,18 @@ def rehearse(config: Config, world_size: int) -> list[Rehearsal]:
 
 
 def _shortened(config: Config, world_size: int) -> Config:
-    """The job with two micro-batches a step at the most, and one per validation: further ones do the same. With a teacher, as many as let
-    the queue of those that wait for it grow to its length.
+    """The job with two micro-batches a step at the most, and one per validation: further ones do the same. With a
+    teacher, as many as let the queue of those that wait for it grow to its length.
     """
     tuning, parallel = config.tuning, config.parallel
     dp = world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
     count = count_microbatches(tuning, dp)
     count = parallel.pipeline_model_parallel_size + 1 if tuning.wants_final_head else min(count, 2)
-    return replace(config, model={"dtype": config.model.dtype or "bfloat16"},
-                   tuning={"global_batch_size": count * tuning.micro_batch_size * dp, "eval_iters": min(tuning.eval_iters, 1)})
+    return replace(
+        config,
+        model={"dtype": config.model.dtype or "bfloat16"},
+        tuning={"global_batch_size": count * tuning.micro_batch_size * dp, "eval_iters": min(tuning.eval_iters, 1)},
+    )
 
 
 def _kind(plan: StagePlan, stage: int, num_stages: int) -> Any:
@@ -165,15 +180,22 @@ def _rehearse_rank(config: Config, sources: Sources, world_size: int, stages: li
 
     def sent(group: Any, phase: str) -> int:
         return ledger.sent[phase, group.group_name] if group.size() > 1 else 0
+
     return Rehearsal(
-        stages=tuple(stages), rank=rank, layers=tuple((each.first_layer, each.last_layer) for each in alike),
+        stages=tuple(stages),
+        rank=rank,
+        layers=tuple((each.first_layer, each.last_layer) for each in alike),
         exits=tuple(tuple(spec.layer for spec in each.own_exits) for each in alike),
         memory={kind: ledger.peak[kind] for kind in MEMORY},
-        layer_flops=ledger.flops["activations"] // walk.num_forward, head_flops=ledger.flops["loss"] // walk.num_trained,
+        layer_flops=ledger.flops["activations"] // walk.num_forward,
+        head_flops=ledger.flops["loss"] // walk.num_trained,
         validation_flops=ledger.flops["validation"] // max(walk.num_validated, 1),
-        tp_bytes=sent(topology.tp_group, "activations") // walk.num_forward + sent(topology.tp_group, "loss") // walk.num_trained,
-        dp_bytes=sent(topology.dp_group, "loss"), pp_bytes=sent(topology.pp_group, "activations") // walk.num_forward,
-        seconds=time.perf_counter() - began)
+        tp_bytes=sent(topology.tp_group, "activations") // walk.num_forward
+        + sent(topology.tp_group, "loss") // walk.num_trained,
+        dp_bytes=sent(topology.dp_group, "loss"),
+        pp_bytes=sent(topology.pp_group, "activations") // walk.num_forward,
+        seconds=time.perf_counter() - began,
+    )
 
 
 def _state(optimizer: ExitOptimizer) -> Iterator[Tensor]:
@@ -197,11 +219,20 @@ def _samples(config: Config) -> Splits:
 class _MeasuredWalk(StageWalk):
     """The walk, telling the ledger what runs."""
 
-    def __init__(self, model: EarlyExitModel, config: Config, topology: Topology, ledger: Ledger, tutor: Tutor | None) -> None:
+    def __init__(
+        self, model: EarlyExitModel, config: Config, topology: Topology, ledger: Ledger, tutor: Tutor | None
+    ) -> None:
         tuning = config.tuning
         shape = model.hidden_shape(tuning.seq_length, tuning.micro_batch_size)
-        super().__init__(model, _AccountedRelay(topology, shape, model.plan.dtype, ledger), topology, tuning.loss_chunk_tokens,
-                         objective(tuning), tutor, teaches_validation=tuning.compare_final)
+        super().__init__(
+            model,
+            _AccountedRelay(topology, shape, model.plan.dtype, ledger),
+            topology,
+            tuning.loss_chunk_tokens,
+            objective(tuning),
+            tutor,
+            teaches_validation=tuning.compare_final,
+        )
         self._ledger = ledger
         self.num_forward = self.num_trained = self.num_validated = 0
 
@@ -211,7 +242,12 @@ class _MeasuredWalk(StageWalk):
         with self._ledger.during("activations"):
             passed = super().forward(leg, follows)
         if self.num_ahead:
-            kept = [each for inputs in passed.exit_inputs.values() for each in (inputs.hidden, inputs.residual) if each is not None]
+            kept = [
+                each
+                for inputs in passed.exit_inputs.values()
+                for each in (inputs.hidden, inputs.residual)
+                if each is not None
+            ]
             self._ledger.rebook("activations", "queue", kept)
         return passed
 

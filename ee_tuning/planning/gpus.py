@@ -1,4 +1,5 @@
 """Peak figures of GPUs as their makers document them, for plans."""
+
 import dataclasses
 from dataclasses import dataclass
 
@@ -22,16 +23,19 @@ class Gpu:
     """GB/s that it sends to other nodes, one way."""
 
 
-GPUS = {gpu.name: gpu for gpu in (
-    # NVIDIA's data sheets of the SXM boards. NVLink is given there both ways together (900 and 600 GB/s); networks are those of DGX
-    # machines, one adapter per GPU: 400 Gbit/s with H100 and H200, 200 Gbit/s with A100.
-    Gpu(name="h100", memory=80, tflops=989, bandwidth=3350, link=450, network=50),
-    Gpu(name="h200", memory=141, tflops=989, bandwidth=4800, link=450, network=50),
-    Gpu(name="a100", memory=80, tflops=312, bandwidth=2039, link=300, network=25),
-    # Cards of 24 GB on PCIe 4 × 16, in a workstation with 10 Gbit/s and in a server with 25.
-    Gpu(name="rtx4090", memory=24, tflops=165, bandwidth=1008, link=32, network=1.25),
-    Gpu(name="l4", memory=24, tflops=121, bandwidth=300, link=32, network=3.125),
-)}
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        # NVIDIA's data sheets of the SXM boards. NVLink is given there both ways together (900 and 600 GB/s); networks
+        # are those of DGX machines, one adapter per GPU: 400 Gbit/s with H100 and H200, 200 Gbit/s with A100.
+        Gpu(name="h100", memory=80, tflops=989, bandwidth=3350, link=450, network=50),
+        Gpu(name="h200", memory=141, tflops=989, bandwidth=4800, link=450, network=50),
+        Gpu(name="a100", memory=80, tflops=312, bandwidth=2039, link=300, network=25),
+        # Cards of 24 GB on PCIe 4 × 16, in a workstation with 10 Gbit/s and in a server with 25.
+        Gpu(name="rtx4090", memory=24, tflops=165, bandwidth=1008, link=32, network=1.25),
+        Gpu(name="l4", memory=24, tflops=121, bandwidth=300, link=32, network=3.125),
+    )
+}
 """GPUs by the names that `--gpu` takes."""
 
 
@@ -41,8 +45,10 @@ def gpu(name: str, **figures: float | None) -> Gpu:
     Raises InputError on a name that is not in the table, or a figure that is not above 0.
     """
     if name not in GPUS:
-        raise InputError(f"--gpu must be one of {', '.join(GPUS)}, got {name}; for another give its --gpu-memory, --tflops, "
-                         "--bandwidth, --link and --network over one of these")
+        raise InputError(
+            f"--gpu must be one of {', '.join(GPUS)}, got {name}; for another give its --gpu-memory, --tflops, "
+            "--bandwidth, --link and --network over one of these"
+        )
     given = {field: value for field, value in figures.items() if value is not None}
     for field, value in given.items():
         if not 0 < value < float("inf"):

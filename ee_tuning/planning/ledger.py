@@ -1,7 +1,10 @@
-"""Keeps account of what operations would cost while they run on fake tensors: bytes alive, floating-point operations, bytes sent.
+"""Keeps account of what operations would cost while they run on fake tensors: bytes alive, floating-point operations,
+bytes sent.
 
-Nothing is computed, so nothing here is a second model of the code: the account is of the operations that the true code calls.
+Nothing is computed, so nothing here is a second model of the code: the account is of the operations that the true code
+calls.
 """
+
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -35,10 +38,13 @@ class Ledger(TorchDispatchMode):
         self.peak: Counter[str] = Counter()
         """Bytes alive, by what they are, at the moment when most were."""
         self.flops: Counter[str] = Counter()
-        """Multiplications and additions by phase, of matrix products and attention. Causal attention counts the half that is needed."""
+        """Multiplications and additions by phase, of matrix products and attention. Causal attention counts the half
+        that is needed.
+        """
         self.sent: Counter[tuple[str, str]] = Counter()
-        """Bytes by phase and process group: of every collective's or message's tensor, the whole where ranks have parts of it;
-        of an all-reduce twice, for it is a reduce-scatter and an all-gather."""
+        """Bytes by phase and process group: of every collective's or message's tensor, the whole where ranks have parts
+        of it; of an all-reduce twice, for it is a reduce-scatter and an all-gather.
+        """
         self._blocks: dict[int, _Block] = {}
         self._live: Counter[str] = Counter()
         self._is_paused = False
@@ -48,10 +54,13 @@ class Ledger(TorchDispatchMode):
         """While it lasts, operations are on fake tensors, and accounted for."""
         resize = torch.UntypedStorage.resize_
 
-        def resized(storage: Any, size: int) -> Any:  # how fully_shard takes and frees whole weights: no operation shows it
+        def resized(
+            storage: Any, size: int
+        ) -> Any:  # how fully_shard takes and frees whole weights: no operation shows it
             result = resize(storage, size)
             self._note(storage, "heads")
             return result
+
         imagine = ShardingPropagator._propagate_tensor_meta_non_cached
 
         def imagined(propagator: Any, schema: Any) -> Any:  # DTensor asks about whole shapes by fake tensors of its own
@@ -60,8 +69,13 @@ class Ledger(TorchDispatchMode):
                 return imagine(propagator, schema)
             finally:
                 self._is_paused = False
-        with (FakeTensorMode(allow_non_fake_inputs=True), mock.patch.object(torch.UntypedStorage, "resize_", resized),
-              mock.patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", imagined), self):
+
+        with (
+            FakeTensorMode(allow_non_fake_inputs=True),
+            mock.patch.object(torch.UntypedStorage, "resize_", resized),
+            mock.patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", imagined),
+            self,
+        ):
             yield self
 
     @contextmanager
@@ -83,7 +97,9 @@ class Ledger(TorchDispatchMode):
                 self._live[new] += block.size
                 self._blocks[key] = block._replace(kind=new)
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         """One operation."""
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # it comes back as operations on what the DTensor holds
@@ -121,9 +137,10 @@ class Ledger(TorchDispatchMode):
             self._live[known.kind] -= self._blocks.pop(key).size
 
     def _note_traffic(self, args: Any, rounds: int) -> None:
-        group = next((dist.ProcessGroup.unbox(each) for each in args if isinstance(each, torch.ScriptObject)
-                      and each._type().name() == "ProcessGroup"), None)  # type: ignore[attr-defined]
-        if group is not None:
+        scripted = [each for each in args if isinstance(each, torch.ScriptObject)]
+        groups = [each for each in scripted if each._type().name() == "ProcessGroup"]  # type: ignore[attr-defined]
+        if groups:
+            group = dist.ProcessGroup.unbox(groups[0])
             size = max((each.nbytes for each in tree_leaves(args) if isinstance(each, Tensor)), default=0)
             self.sent[self.phase, group.group_name] += rounds * size
 

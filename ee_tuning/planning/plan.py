@@ -1,8 +1,10 @@
-"""What a tuning job takes: bytes on every rank, time, GPU-hours. From the operations of a dry run and the figures of a GPU.
+"""What a tuning job takes: bytes on every rank, time, GPU-hours. From the operations of a dry run and the figures of a
+GPU.
 
-Memory is counted, not modelled: it is what the true code's tensors take (`dry_run.py`). Time is a formula over counted operations and
-bytes, FORMULA, with one number that is assumed: the share of its peak that a GPU reaches.
+Memory is counted, not modelled: it is what the true code's tensors take (`dry_run.py`). Time is a formula over counted
+operations and bytes, FORMULA, with one number that is assumed: the share of its peak that a GPU reaches.
 """
+
 from dataclasses import dataclass
 
 from ee_tuning.checkpoint.shapes import with_seq_length
@@ -100,8 +102,8 @@ class Plan:
 
 
 def smallest_plan(config: Config, gpu: Gpu, efficiency: float) -> Plan:
-    """The plan with the fewest GPUs that hold the job: one replica, or more where its optimizer has to be shared. Where none does, the
-    largest that was tried. Nodes have GPUS_PER_NODE GPUs. Raises InputError as `make_plan` does.
+    """The plan with the fewest GPUs that hold the job: one replica, or more where its optimizer has to be shared. Where
+    none does, the largest that was tried. Nodes have GPUS_PER_NODE GPUs. Raises InputError as `make_plan` does.
     """
     tuning, parallel = config.tuning, config.parallel
     in_replica = max(1, parallel.tensor_model_parallel_size) * max(1, parallel.pipeline_model_parallel_size)
@@ -111,13 +113,17 @@ def smallest_plan(config: Config, gpu: Gpu, efficiency: float) -> Plan:
         per_node = min(world_size, GPUS_PER_NODE)
         if world_size % per_node:
             continue
-        plan = make_plan(config, Cluster(gpu=gpu, nodes=world_size // per_node, gpus_per_node=per_node, efficiency=efficiency))
+        plan = make_plan(
+            config, Cluster(gpu=gpu, nodes=world_size // per_node, gpus_per_node=per_node, efficiency=efficiency)
+        )
         # More replicas share the optimizer's state, and nothing else.
         if plan.fits or any(each.total_bytes - each.memory["optimizer"] > _room(gpu) for each in plan.stages):
             return plan
     if plan is None:
-        raise InputError(f"tensor × pipeline = {in_replica} processes do not fill nodes of {GPUS_PER_NODE} GPUs evenly; say the cluster by "
-                         "--nodes and --gpus-per-node")
+        raise InputError(
+            f"tensor × pipeline = {in_replica} processes do not fill nodes of {GPUS_PER_NODE} GPUs evenly; say the cluster by "
+            "--nodes and --gpus-per-node"
+        )
     return plan
 
 
@@ -145,28 +151,50 @@ def make_plan(config: Config, cluster: Cluster) -> Plan:
     step = count * slowest + max(each.update for each in stages)
     tokens_per_step = tuning.global_batch_size * tuning.seq_length
     validations = 2 + (tuning.train_iters - 1) // tuning.eval_interval if tuning.eval_interval else 2
-    run = (tuning.train_iters * step + validations * tuning.eval_iters * max(each.validation for each in stages) + (pp - 1) * slowest)
+    run = (
+        tuning.train_iters * step
+        + validations * tuning.eval_iters * max(each.validation for each in stages)
+        + (pp - 1) * slowest
+    )
     fit_bytes, fit_seconds = max((each.num_bytes for each in fit), default=0), _fit_seconds(fit, cluster)
     run += fit_seconds
     flops = count * dp * tp * sum((each.layer_flops + each.head_flops) * len(each.stages) for each in rehearsals)
     return Plan(
-        cluster=cluster, tensor=tp, pipeline=pp, data=dp, stages=stages,
-        fits=all(each.fits for each in stages) and fit_bytes <= _room(cluster.gpu), fit_bytes=fit_bytes, fit_seconds=fit_seconds,
-        seq_length=tuning.seq_length, step_seconds=step,
-        tokens_per_second=tokens_per_step / step, tokens=tuning.train_iters * tokens_per_step, hours=run / 3600,
-        gpu_hours=run / 3600 * world, efficiency_of_run=flops / (step * world * cluster.gpu.tflops * 1e12))
+        cluster=cluster,
+        tensor=tp,
+        pipeline=pp,
+        data=dp,
+        stages=stages,
+        fits=all(each.fits for each in stages) and fit_bytes <= _room(cluster.gpu),
+        fit_bytes=fit_bytes,
+        fit_seconds=fit_seconds,
+        seq_length=tuning.seq_length,
+        step_seconds=step,
+        tokens_per_second=tokens_per_step / step,
+        tokens=tuning.train_iters * tokens_per_step,
+        hours=run / 3600,
+        gpu_hours=run / 3600 * world,
+        efficiency_of_run=flops / (step * world * cluster.gpu.tflops * 1e12),
+    )
 
 
 def _check_batch(config: Config, world_size: int) -> None:
-    """Raises InputError where the cluster has more replicas than a step has micro-batches for, or a number that does not divide them."""
+    """Raises InputError where the cluster has more replicas than a step has micro-batches for, or a number that does
+    not divide them.
+    """
     tuning, parallel = config.tuning, config.parallel
     check_world_size(parallel, world_size)
     dp = world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
-    if tuning.micro_batch_size > 0 and tuning.global_batch_size > 0 and tuning.global_batch_size % (tuning.micro_batch_size * dp):
+    if (
+        tuning.micro_batch_size > 0
+        and tuning.global_batch_size > 0
+        and tuning.global_batch_size % (tuning.micro_batch_size * dp)
+    ):
         raise InputError(
             f"tuning.global_batch_size must be a multiple of micro_batch_size × replicas = {tuning.micro_batch_size} × {dp}"
             f"{f', as {world_size} GPUs make {dp} replicas' if dp > 1 else ''}, got {tuning.global_batch_size}; change one of them"
-            f"{', give other --nodes and --gpus-per-node, or leave both out, for the fewest GPUs that fit' if dp > 1 else ''}")
+            f"{', give other --nodes and --gpus-per-node, or leave both out, for the fewest GPUs that fit' if dp > 1 else ''}"
+        )
 
 
 def _room(gpu: Gpu) -> float:
@@ -179,14 +207,23 @@ def _figures(each: Rehearsal, cluster: Cluster, tp: int, dp: int, slowest: float
     replicas = (dp - 1) / dp * each.dp_bytes / cluster.bandwidth(tp * dp)
     assert set(each.memory) == set(MEMORY)
     return StageFigures(
-        stages=each.stages, layers=each.layers, exits=each.exits, memory=each.memory, total_bytes=total,
-        fits=total <= _room(cluster.gpu), micro_batch=own,
+        stages=each.stages,
+        layers=each.layers,
+        exits=each.exits,
+        memory=each.memory,
+        total_bytes=total,
+        fits=total <= _room(cluster.gpu),
+        micro_batch=own,
         validation=_micro_batch(each, cluster, tp, dp, trains=False),
-        update=2 * each.memory["optimizer"] / (cluster.gpu.bandwidth * 1e9) + replicas, idle_share=1 - own / slowest)
+        update=2 * each.memory["optimizer"] / (cluster.gpu.bandwidth * 1e9) + replicas,
+        idle_share=1 - own / slowest,
+    )
 
 
 def _fit_seconds(fit: list[FitRehearsal], cluster: Cluster) -> float:
-    return max((each.num_micro_batches * each.flops for each in fit), default=0) / (cluster.efficiency * cluster.gpu.tflops * 1e12)
+    return max((each.num_micro_batches * each.flops for each in fit), default=0) / (
+        cluster.efficiency * cluster.gpu.tflops * 1e12
+    )
 
 
 def _micro_batch(each: Rehearsal, cluster: Cluster, tp: int, dp: int, *, trains: bool) -> float:

@@ -1,4 +1,5 @@
 """`ee-tuning plan`: a plan for people, or as one JSON object."""
+
 import dataclasses
 from typing import Any
 
@@ -9,22 +10,35 @@ from ee_tuning.planning.plan import FORMULA, RESERVED_GB, Plan, StageFigures
 
 
 def print_plan(config: Config, plan: Plan, *, is_smallest: bool, as_json: bool) -> bool:
-    """Prints the plan of `config`; `is_smallest` where its number of GPUs was looked for. Returns whether every rank fits."""
+    """Prints the plan of `config`; `is_smallest` where its number of GPUs was looked for. Returns whether every rank
+    fits.
+    """
     if as_json:
         print(to_json(plan_tree(plan), indent=2))
         return plan.fits
     lines = _lines(config, plan)
     if is_smallest:
-        found = "the fewest that fit" if plan.fits else "more of them would not help: raise tensor × pipeline, or take larger GPUs"
-        lines[1:1] = [f"number of GPUs: {plan.cluster.world_size}, {found} (neither --nodes nor --gpus-per-node is given)"]
+        found = (
+            "the fewest that fit"
+            if plan.fits
+            else "more of them would not help: raise tensor × pipeline, or take larger GPUs"
+        )
+        lines[1:1] = [
+            f"number of GPUs: {plan.cluster.world_size}, {found} (neither --nodes nor --gpus-per-node is given)"
+        ]
     print("\n".join(lines))
     return plan.fits
 
 
 def plan_tree(plan: Plan) -> dict[str, Any]:
     """The plan as plain data, bytes and seconds, with what its words mean."""
-    return {**dataclasses.asdict(plan), "world_size": plan.cluster.world_size, "reserved_bytes": int(RESERVED_GB * 1e9),
-            "memory_is": MEMORY, "formula": list(FORMULA)}
+    return {
+        **dataclasses.asdict(plan),
+        "world_size": plan.cluster.world_size,
+        "reserved_bytes": int(RESERVED_GB * 1e9),
+        "memory_is": MEMORY,
+        "formula": list(FORMULA),
+    }
 
 
 def _lines(config: Config, plan: Plan) -> list[str]:
@@ -34,32 +48,52 @@ def _lines(config: Config, plan: Plan) -> list[str]:
     return [
         f"{config.model.path} on {cluster.nodes} × {cluster.gpus_per_node} {gpu.name}: tensor {plan.tensor} × pipeline {plan.pipeline} × "
         f"data {plan.data}, sequences of {plan.seq_length}, micro-batch {tuning.micro_batch_size}, global batch "
-        f"{tuning.global_batch_size}{weights}", "",
-        *_table(plan.stages), "",
+        f"{tuning.global_batch_size}{weights}",
+        "",
+        *_table(plan.stages),
+        "",
         "GB (10⁹ bytes) on each GPU at the worst moment:",
         *(f"  {kind}: {meaning}" for kind, meaning in MEMORY.items()),
         f"{yes}: {max(each.total_bytes for each in plan.stages) / 1e9:.1f} GB at the most, of {gpu.memory:g} GB less {RESERVED_GB:g} that "
         "are kept for the context, NCCL and the allocator",
-        *[f"fitting exits before the first step: {plan.fit_bytes / 1e9:.1f} GB at the most, {_seconds(plan.fit_seconds)}"
-          for _ in range(plan.fit_bytes > 0)],
+        *[
+            f"fitting exits before the first step: {plan.fit_bytes / 1e9:.1f} GB at the most, {_seconds(plan.fit_seconds)}"
+            for _ in range(plan.fit_bytes > 0)
+        ],
         f"beside each GPU {max(each.memory['optimizer'] for each in plan.stages) / 1e9:.1f} GB of the host's memory, at the most, for the "
-        "copy that checkpoints are written from", "",
+        "copy that checkpoints are written from",
+        "",
         f"step {_seconds(plan.step_seconds)}, {plan.tokens_per_second:,.0f} tokens/s, {plan.efficiency_of_run:.0%} of the GPUs' peak",
-        f"{plan.tokens:,} tokens in {tuning.train_iters:,} steps: {plan.hours:.1f} hours, {plan.gpu_hours:.0f} GPU-hours", "",
+        f"{plan.tokens:,} tokens in {tuning.train_iters:,} steps: {plan.hours:.1f} hours, {plan.gpu_hours:.0f} GPU-hours",
+        "",
         f"with {gpu.tflops:g} Tflop/s at {cluster.efficiency:.0%} efficiency (assumed), memory {gpu.bandwidth:g} GB/s, between GPUs "
         f"{gpu.link:g}, between nodes {gpu.network:g} GB/s one way:",
-        *(f"  {formula}" for formula in FORMULA)]
+        *(f"  {formula}" for formula in FORMULA),
+    ]
 
 
 def _table(stages: tuple[StageFigures, ...]) -> list[str]:
     head = ["stage", "layers", "exits", *MEMORY, "total", "ms/micro-batch", "idle"]
-    rows = [[_spans([(stage, stage) for stage in each.stages]), _spans(list(each.layers)),
-             ", ".join(str(layer) for own in each.exits for layer in own) or "none",
-             *(f"{each.memory[kind] / 1e9:.2f}" for kind in MEMORY), f"{each.total_bytes / 1e9:.1f}{'' if each.fits else ' !'}",
-             f"{each.micro_batch * 1e3:.0f}", f"{each.idle_share:.0%}"] for each in stages]
+    rows = [
+        [
+            _spans([(stage, stage) for stage in each.stages]),
+            _spans(list(each.layers)),
+            ", ".join(str(layer) for own in each.exits for layer in own) or "none",
+            *(f"{each.memory[kind] / 1e9:.2f}" for kind in MEMORY),
+            f"{each.total_bytes / 1e9:.1f}{'' if each.fits else ' !'}",
+            f"{each.micro_batch * 1e3:.0f}",
+            f"{each.idle_share:.0%}",
+        ]
+        for each in stages
+    ]
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    return ["  ".join(word.ljust(width) if i < 3 else word.rjust(width) for i, (word, width) in enumerate(zip(row, widths, strict=True)))
-            for row in (head, *rows)]
+    return [
+        "  ".join(
+            word.ljust(width) if i < 3 else word.rjust(width)
+            for i, (word, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in (head, *rows)
+    ]
 
 
 def _spans(spans: list[tuple[int, int]]) -> str:
@@ -70,7 +104,9 @@ def _spans(spans: list[tuple[int, int]]) -> str:
             joined[-1] = (joined[-1][0], last)
         else:
             joined.append((first, last))
-    return ", ".join(str(first) if first == last else f"{first}-{last}" if first < last else "none" for first, last in joined)
+    return ", ".join(
+        str(first) if first == last else f"{first}-{last}" if first < last else "none" for first, last in joined
+    )
 
 
 def _seconds(seconds: float) -> str:

@@ -1,4 +1,5 @@
 """Sums over micro-batches, replicas and tokens, and the means that are reported of them, per exit."""
+
 import math
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -57,14 +58,17 @@ def training_figures(by_layer: dict[int, Means], has_teacher: bool) -> dict[str,
 
 
 def validation_figures(by_layer: dict[int, Means], has_teacher: bool) -> dict[str, dict[str, float]]:
-    """What a record of a validation tells: also the shares of tokens that are sure and, with a teacher, that say what it says.
+    """What a record of a validation tells: also the shares of tokens that are sure and, with a teacher, that say what
+    it says.
 
     `acceptance` is the share of the exit's drafts that speculative sampling would accept, one less the total variation.
     """
     names = ["loss", "perplexity", "confidence", *(f"above_{threshold}" for threshold in THRESHOLDS)]
     figures: dict[str, Any] = {name: {str(layer): each[name] for layer, each in by_layer.items()} for name in names}
     if has_teacher:
-        figures |= {name: {str(layer): each[name] for layer, each in by_layer.items()} for name in ("forward_kl", "agreement")}
+        figures |= {
+            name: {str(layer): each[name] for layer, each in by_layer.items()} for name in ("forward_kl", "agreement")
+        }
         figures["acceptance"] = {str(layer): 1 - each["total_variation"] for layer, each in by_layer.items()}
     return figures
 

@@ -2,6 +2,7 @@
 
 `ee-tuning tune job.yaml` in one process, `torchrun --nproc-per-node N -m ee_tuning tune job.yaml` in many.
 """
+
 from pathlib import Path
 from shlex import quote
 
@@ -31,8 +32,9 @@ from ee_tuning.tuning.tuner import Tuner
 
 
 def tune(config: Config) -> int:
-    """Tunes the exits that `config` describes, into its run folder, and returns the exit code: 0, or tuning.stop_exit_code where a signal
-    stopped it before its end. Raises InputError where something given can not be used.
+    """Tunes the exits that `config` describes, into its run folder, and returns the exit code: 0, or
+    tuning.stop_exit_code where a signal stopped it before its end. Raises InputError where something given can not be
+    used.
     """
     topology = init_parallel(config.parallel)
     is_finished = tune_within(config, topology)
@@ -65,21 +67,30 @@ def _tune_owned(config: Config, topology: Topology) -> bool:
         output = tuner.run_folder / EXIT_HEADS
         tuner.save_exit_heads(output)
         if topology.is_logging_rank:
-            print(f"wrote {output}\nnext: ee-tuning generate --model {quote(config.model.path)} "
-                  f"--exits {quote(str(output))} --threshold 0.8 --show-exits --prompt \"…\"", flush=True)
+            print(
+                f"wrote {output}\nnext: ee-tuning generate --model {quote(config.model.path)} "
+                f'--exits {quote(str(output))} --threshold 0.8 --show-exits --prompt "…"',
+                flush=True,
+            )
             write_plots(tuner.run_folder, f"{tuner.run_folder}: exits of {config.model.path}")
     return is_finished
 
 
 def _check_updated(tuner: Tuner, topology: Topology) -> None:
-    """Raises InputError, on all ranks, where no exit was ever updated, and tells of those that were not where others were."""
+    """Raises InputError, on all ranks, where no exit was ever updated, and tells of those that were not where others
+    were.
+    """
     never, trained = tuner.never_updated()
     if not never:
         return
-    told = (f"not one step updated exit {', '.join(map(str, never))}: its loss or gradient was never finite (give --dtype float32 if the "
-            "model overflows), its gradient norm was above tuning.skip_grad_norm, or no token of the data counts")
+    told = (
+        f"not one step updated exit {', '.join(map(str, never))}: its loss or gradient was never finite (give --dtype float32 if the "
+        "model overflows), its gradient norm was above tuning.skip_grad_norm, or no token of the data counts"
+    )
     if never == trained:
-        raise InputError(f"{told}; {tuner.run_folder / EXIT_HEADS} is not written, for it would be what the run began with")
+        raise InputError(
+            f"{told}; {tuner.run_folder / EXIT_HEADS} is not written, for it would be what the run began with"
+        )
     if topology.is_logging_rank:
         warn(told)
 
@@ -89,27 +100,39 @@ def _fit(config: Config, samples: Samples, topology: Topology, listed: ListedTok
     if config.exits.path is not None or config.exits.init != "fitted":
         return None
     width = _width(config)
-    if config.tuning.resume and on_first_rank(topology, lambda: latest_checkpoint(Path(config.tuning.run_folder))) is not None:
+    if (
+        config.tuning.resume
+        and on_first_rank(topology, lambda: latest_checkpoint(Path(config.tuning.run_folder))) is not None
+    ):
         return Fit({}, fit_record(fit_samples(samples, config.tuning, width)))
     return fit_exits(config, samples, topology, width, listed)
 
 
 def convert_by_texts(config: Config, output: Path, *, overwrite: bool = False) -> None:
-    """Does what `convert` does, with exits fitted on the texts that `tune` would train on, or with the tokens that these mostly hold.
-    Raises InputError as both do.
+    """Does what `convert` does, with exits fitted on the texts that `tune` would train on, or with the tokens that
+    these mostly hold. Raises InputError as both do.
     """
     config = with_seq_length(config)
     check_settings(config.tuning)
     is_fitted, has_list = config.exits.init == "fitted", bool(config.exits.output_vocab)
     if not config.data.paths:
-        asks, remedy = ("exits.init = fitted", "use exits.init = copy") if is_fitted else (
-            f"exits.output_vocab = {config.exits.output_vocab}", "leave it out")
+        asks, remedy = (
+            ("exits.init = fitted", "use exits.init = copy")
+            if is_fitted
+            else (f"exits.output_vocab = {config.exits.output_vocab}", "leave it out")
+        )
         raise InputError(f"{asks} reads texts, and data.paths names none; give --data PATH, or {remedy}")
     if config.tuning.micro_batch_size < 1:
         raise InputError(f"tuning.micro_batch_size must be at least 1, got {config.tuning.micro_batch_size}")
 
     texts = _Texts(config)
-    convert(config, output, overwrite=overwrite, make_fit=texts.fit if is_fitted else None, list_tokens=texts.list if has_list else None)
+    convert(
+        config,
+        output,
+        overwrite=overwrite,
+        make_fit=texts.fit if is_fitted else None,
+        list_tokens=texts.list if has_list else None,
+    )
 
 
 class _Texts:
@@ -131,7 +154,9 @@ class _Texts:
 
     def _read(self, topology: Topology) -> Samples:
         if self._samples is None:
-            self._samples = load_job_samples(replace(self._config, tuning={"eval_iters": 0}), topology).train  # nothing is validated
+            self._samples = load_job_samples(
+                replace(self._config, tuning={"eval_iters": 0}), topology
+            ).train  # nothing is validated
         return self._samples
 
 
@@ -146,6 +171,13 @@ def load_job_samples(config: Config, topology: Topology) -> Splits:
     source, model, _ = open_model(config.model)
     with source:
         pass
-    return load_samples(config.data, tokenizer_of(config), seq_length=config.tuning.seq_length, vocab_size=model.vocab_size,
-                        max_positions=model.max_position_embeddings, needs_validation=config.tuning.eval_iters > 0, topology=topology,
-                        trusts_code=config.model.trust_remote_code)
+    return load_samples(
+        config.data,
+        tokenizer_of(config),
+        seq_length=config.tuning.seq_length,
+        vocab_size=model.vocab_size,
+        max_positions=model.max_position_embeddings,
+        needs_validation=config.tuning.eval_iters > 0,
+        topology=topology,
+        trusts_code=config.model.trust_remote_code,
+    )

@@ -1,4 +1,7 @@
-"""A run's records in TensorBoard, where it is installed, and in Weights & Biases, where tuning.wandb_project asks for it."""
+"""A run's records in TensorBoard, where it is installed, and in Weights & Biases, where tuning.wandb_project asks for
+it.
+"""
+
 import importlib.util
 import secrets
 from collections.abc import Callable, Iterator
@@ -18,13 +21,17 @@ WANDB_ID = "wandb_id"
 def check_dashboards(config: Config) -> None:
     """Raises InputError where a dashboard is asked for whose package is missing."""
     if config.tuning.wandb_project and importlib.util.find_spec("wandb") is None:
-        raise InputError(f"tuning.wandb_project wants the package wandb, which is not installed, got {config.tuning.wandb_project}; "
-                         "install it (pip install wandb), or leave the key out")
+        raise InputError(
+            f"tuning.wandb_project wants the package wandb, which is not installed, got {config.tuning.wandb_project}; "
+            "install it (pip install wandb), or leave the key out"
+        )
 
 
 @contextmanager
 def tensorboard(folder: Path, step: int) -> Iterator[list[Callable[[Record], None]]]:
-    """What takes records into event files in `folder`/tensorboard; nothing where it is missing. Events after `step` are dropped."""
+    """What takes records into event files in `folder`/tensorboard; nothing where it is missing. Events after `step` are
+    dropped.
+    """
     if importlib.util.find_spec("tensorboard") is None:
         yield []
         return
@@ -35,6 +42,7 @@ def tensorboard(folder: Path, step: int) -> Iterator[list[Callable[[Record], Non
     def take(record: Record) -> None:
         for name, value in scalars(record).items():
             writer.add_scalar(name, value, record["step"])
+
     try:
         yield [take]
     finally:
@@ -58,11 +66,19 @@ def weights_and_biases(config: Config) -> Iterator[list[Callable[[Record], None]
     folder = Path(config.tuning.run_folder).absolute()
     try:
         with no_questions():
-            run = wandb.init(project=project, id=_run_id(folder), name=folder.name, dir=str(folder), resume="allow",
-                             config=dataclasses.asdict(config))
+            run = wandb.init(
+                project=project,
+                id=_run_id(folder),
+                name=folder.name,
+                dir=str(folder),
+                resume="allow",
+                config=dataclasses.asdict(config),
+            )
     except Exception as error:  # its classes differ from version to version
-        raise InputError(f"tuning.wandb_project = {project} can not be reached: {' '.join(str(error).split())[:200]}; give a key (wandb "
-                         "login), set WANDB_MODE=offline, or leave the key out") from error
+        raise InputError(
+            f"tuning.wandb_project = {project} can not be reached: {' '.join(str(error).split())[:200]}; give a key (wandb "
+            "login), set WANDB_MODE=offline, or leave the key out"
+        ) from error
     try:
         yield [lambda record: run.log({**scalars(record), "step": record["step"]})]
     finally:
@@ -70,7 +86,9 @@ def weights_and_biases(config: Config) -> Iterator[list[Callable[[Record], None]
 
 
 def _run_id(folder: Path) -> str:
-    """The run's name to Weights & Biases, kept in the folder: what goes on with the folder goes on with the run, and nothing else does."""
+    """The run's name to Weights & Biases, kept in the folder: what goes on with the folder goes on with the run, and
+    nothing else does.
+    """
     path = folder / WANDB_ID
     if not path.exists():
         with file_written_aside(path) as partial:

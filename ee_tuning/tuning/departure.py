@@ -1,4 +1,7 @@
-"""What follows a micro-batch: the first stage decides, and its word travels with the activations, so every stage does the same."""
+"""What follows a micro-batch: the first stage decides, and its word travels with the activations, so every stage does
+the same.
+"""
+
 import time
 
 import torch
@@ -20,7 +23,9 @@ class Departure:
         self._saved_at = time.monotonic()
 
     def follows(self, leg: Leg) -> Follows:
-        """What follows `leg`. All ranks of the first stage call it together; on other stages it says nothing of worth."""
+        """What follows `leg`. All ranks of the first stage call it together; on other stages it says nothing of
+        worth.
+        """
         if not leg.is_last or not self._topology.is_first_stage:
             return Follows.NEXT
         if leg.step == self._tuning.train_iters:  # the end is near enough for who wants to stop

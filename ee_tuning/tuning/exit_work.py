@@ -1,4 +1,7 @@
-"""What the exits of a stage do with the micro-batches that passed it: train or validate, and at the end of either tell the metrics."""
+"""What the exits of a stage do with the micro-batches that passed it: train or validate, and at the end of either tell
+the metrics.
+"""
+
 from collections import Counter
 
 from ee_tuning.config import TuningSection
@@ -26,7 +29,9 @@ class ExitWork:
     def do(self, passed: Passed, walk: StageWalk, metrics: MetricsBoard, pace: Pace) -> None:
         """The micro-batches of a run, in order. All ranks of the stage do the same one together."""
         teacher, leg = walk.lesson(passed), passed.leg
-        self._sums.add(walk.train(passed, teacher, self._trained) if leg.trains else walk.evaluate(passed, teacher, self.exits))
+        self._sums.add(
+            walk.train(passed, teacher, self._trained) if leg.trains else walk.evaluate(passed, teacher, self.exits)
+        )
         if leg.is_last and leg.trains:
             self.end_step(passed, metrics, pace)
         elif leg.is_last:
@@ -37,20 +42,29 @@ class ExitWork:
         tuning, sums, self.step = self._tuning, self._take_sums(), passed.leg.step
         lr, ramp = learning_rate(self.step, tuning), loss_weight_ramp(self.step, tuning)
         with waiting_for(self._topology, f"the update of step {self.step} (all ranks of its stage take part)"):
-            updates = update_exits(self._trained, sums, self._divisor, lr, ramp, self._topology) if self._trained else {}
+            updates = (
+                update_exits(self._trained, sums, self._divisor, lr, ramp, self._topology) if self._trained else {}
+            )
         self._skipped.update(layer for layer, update in updates.items() if update.is_skipped)
         pace.count_step()
         if self.step % tuning.log_interval and passed.follows is not Follows.END and self.step != tuning.train_iters:
             return
         pace.lap(trained=True)
         own, stage = pace.report(), str(self._topology.stage)
-        metrics.post({
-            "kind": "train", "step": self.step, "lr": lr,
-            **training_figures({layer: update.means for layer, update in updates.items()}, tuning.distils),
-            "grad_norm": {str(layer): update.grad_norm for layer, update in updates.items()},
-            "skipped": {str(layer): count for layer, count in self._skipped.items()},
-            "tokens_per_second": own["tokens_per_second"], "flops_per_second": own["flops_per_second"],
-            "idle_share": {stage: own["idle_share"]}, "memory_bytes": {stage: own["memory_bytes"]}})
+        metrics.post(
+            {
+                "kind": "train",
+                "step": self.step,
+                "lr": lr,
+                **training_figures({layer: update.means for layer, update in updates.items()}, tuning.distils),
+                "grad_norm": {str(layer): update.grad_norm for layer, update in updates.items()},
+                "skipped": {str(layer): count for layer, count in self._skipped.items()},
+                "tokens_per_second": own["tokens_per_second"],
+                "flops_per_second": own["flops_per_second"],
+                "idle_share": {stage: own["idle_share"]},
+                "memory_bytes": {stage: own["memory_bytes"]},
+            }
+        )
         self._skipped.clear()
 
     def end_validation(self, passed: Passed, metrics: MetricsBoard) -> None:
@@ -58,7 +72,9 @@ class ExitWork:
         for each in self.exits:
             each.reshard()
         means = self._take_sums().means(self._topology, self._divisor)
-        metrics.post({"kind": "validation", "step": passed.leg.step, **validation_figures(means, self._tuning.wants_final_head)})
+        metrics.post(
+            {"kind": "validation", "step": passed.leg.step, **validation_figures(means, self._tuning.wants_final_head)}
+        )
 
     def _take_sums(self) -> Sums:
         sums, self._sums = self._sums, Sums()

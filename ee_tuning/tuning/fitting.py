@@ -1,8 +1,11 @@
-"""`exits.init: fitted`: one pass of the relay over training samples, and then a linear map for every exit; no gradient, no step.
+"""`exits.init: fitted`: one pass of the relay over training samples, and then a linear map for every exit; no gradient,
+no step.
 
-The final normed states go back to the stages with exits as a teacher's hidden states do. Each stage sums over its replicas and
-tensor-parallel ranks and solves on one of them, so all have the same bits, and another layout the same up to rounding.
+The final normed states go back to the stages with exits as a teacher's hidden states do. Each stage sums over its
+replicas and tensor-parallel ranks and solves on one of them, so all have the same bits, and another layout the same up
+to rounding.
 """
+
 import gc
 import itertools
 import time
@@ -55,7 +58,8 @@ def num_fit_tokens(tuning: TuningSection, width: int) -> int:
 
 
 def fit_samples(samples: Samples, tuning: TuningSection, width: int) -> FitSamples:
-    """What exits of hidden size `width` are fitted on: tuning.fit_tokens tokens, or all there are. The same at every layout.
+    """What exits of hidden size `width` are fitted on: tuning.fit_tokens tokens, or all there are. The same at every
+    layout.
 
     Raises InputError where they are fewer than a row of the map has unknowns.
     """
@@ -67,14 +71,18 @@ def fit_samples(samples: Samples, tuning: TuningSection, width: int) -> FitSampl
         num_tokens += int(samples.sample(chosen[-1]).loss_mask.sum())
     if num_tokens <= width:
         which = f"tuning.fit_tokens = {tuning.fit_tokens} takes" if num_tokens >= wanted else "the training data hold"
-        raise InputError(f"exits.init = fitted needs at least {width + 1} tokens to fit, one for each unknown of a row, and {which} "
-                         f"{num_tokens}; give more, or use exits.init = copy")
+        raise InputError(
+            f"exits.init = fitted needs at least {width + 1} tokens to fit, one for each unknown of a row, and {which} "
+            f"{num_tokens}; give more, or use exits.init = copy"
+        )
     return FitSamples(chosen, num_tokens)
 
 
-def fit_exits(config: Config, samples: Samples, topology: Topology, width: int, listed: ListedTokens | None = None) -> Fit:
-    """Reads the model and fits the exits that `config.exits` describes, of a shortlist where one is given. Nothing of it stays in memory
-    but the maps. All ranks call it.
+def fit_exits(
+    config: Config, samples: Samples, topology: Topology, width: int, listed: ListedTokens | None = None
+) -> Fit:
+    """Reads the model and fits the exits that `config.exits` describes, of a shortlist where one is given. Nothing of
+    it stays in memory but the maps. All ranks call it.
 
     Raises InputError, on all ranks, where model, exits and layout do not fit each other, or states are not finite.
     """
@@ -82,8 +90,10 @@ def fit_exits(config: Config, samples: Samples, topology: Topology, width: int, 
     if topology.is_logging_rank:
         print(f"fitting exits by least squares on {taken.num_tokens:,} tokens", flush=True)
         if taken.num_tokens < FEW_PER_UNKNOWN * (width + 1):
-            warn(f"{taken.num_tokens:,} tokens are few for maps of {width + 1} unknowns a row, which then fit these texts and no others; "
-                 f"tuning.fit_tokens is {TOKENS_PER_UNKNOWN * (width + 1):,} by default")
+            warn(
+                f"{taken.num_tokens:,} tokens are few for maps of {width + 1} unknowns a row, which then fit these texts and no others; "
+                f"tuning.fit_tokens is {TOKENS_PER_UNKNOWN * (width + 1):,} by default"
+            )
     loaded = load_for_fitting(config, topology, listed)
     fit = FitPass(loaded, config.tuning, topology)
     fit.run(list(batches_of_each(samples, taken.chosen, config.tuning, dp=topology.dp, dp_rank=topology.dp_rank)))
@@ -107,15 +117,20 @@ class FitPass:
         assert loaded.exits is not None
         self._model, self._exits, self._topology = loaded.model, loaded.exits, topology
         shape, dtype = self._model.hidden_shape(tuning.seq_length, tuning.micro_batch_size), self._model.plan.dtype
-        pupils = tuple(stage for stage, (first, last) in enumerate(loaded.stages[:-1])
-                       if any(first <= layer <= last for layer in self._exits.exit_layers))
+        pupils = tuple(
+            stage
+            for stage, (first, last) in enumerate(loaded.stages[:-1])
+            if any(first <= layer <= last for layer in self._exits.exit_layers)
+        )
         self._relay, self._feedback = kind(topology, shape, dtype), Feedback(topology, shape, dtype, pupils)
         self._is_pupil, self._chunk_tokens = topology.stage in pupils, tuning.loss_chunk_tokens
         has_list = bool(self._exits.token_ids) and topology.is_last_stage
         self.other = OtherFit(self._model, self._exits.token_ids, topology) if has_list else None
         """The fit of the shortlist's row of any other token, where this is the last stage."""
-        self.sums = {spec.layer: FitSums(self._model.config.hidden_size, topology.device, topology.tp_rank, topology.tp)
-                     for spec in self._model.plan.own_exits}
+        self.sums = {
+            spec.layer: FitSums(self._model.config.hidden_size, topology.device, topology.tp_rank, topology.tp)
+            for spec in self._model.plan.own_exits
+        }
 
     @torch.no_grad()
     def run(self, batches: list[Batch]) -> None:
@@ -131,7 +146,8 @@ class FitPass:
         self._feedback.finish()
 
     def maps(self, stages: list[tuple[int, int]]) -> dict[int, Tensor]:
-        """Map of each exit layer, as in `Fit`, on the CPU, on every rank: `stages` are first and last layer of each. All ranks call it.
+        """Map of each exit layer, as in `Fit`, on the CPU, on every rank: `stages` are first and last layer of each.
+        All ranks call it.
 
         Raises InputError where an exit's states are not finite.
         """
@@ -145,17 +161,24 @@ class FitPass:
                 sums = self.sums.pop(head.layer).whole()
                 dist.reduce(sums, dst=writer, group=topology.stage_control)
                 if topology.rank == writer:
-                    own.copy_(solved_of_rank(sums, head.linear_rank) if head.linear_rank else solved(sums, has_bias=head.has_linear))
+                    own.copy_(
+                        solved_of_rank(sums, head.linear_rank)
+                        if head.linear_rank
+                        else solved(sums, has_bias=head.has_linear)
+                    )
             with waiting_for(topology, f"the map of the exit after layer {head.layer} (rank {writer} solves for it)"):
                 dist.broadcast(own, src=writer, group=topology.world_control)
             if not own.isfinite().all():
-                raise InputError(f"exits.init = fitted needs states that are finite, and those of the exit after layer {head.layer} or of "
-                                 "the last layer are not; look at the model with `ee-tuning verify`, or use exits.init = copy")
+                raise InputError(
+                    f"exits.init = fitted needs states that are finite, and those of the exit after layer {head.layer} or of "
+                    "the last layer are not; look at the model with `ee-tuning verify`, or use exits.init = copy"
+                )
             found[head.layer] = own
         return found
 
     def other_row(self) -> Tensor | None:
-        """The row of a shortlist's "any other token", [h] on the CPU, on every rank; None without a shortlist. All ranks call it.
+        """The row of a shortlist's "any other token", [h] on the CPU, on every rank; None without a shortlist. All
+        ranks call it.
 
         Raises InputError where final states are not finite.
         """
@@ -167,8 +190,10 @@ class FitPass:
         with waiting_for(topology, "the row of any other token (the last stage solves for it)"):
             dist.broadcast(row, src=topology.writer_of_stage(topology.pp - 1), group=topology.world_control)
         if not row.isfinite().all():
-            raise InputError("exits.init = fitted needs states that are finite, and those of the last layer are not; look at the model "
-                             "with `ee-tuning verify`, or use exits.init = copy")
+            raise InputError(
+                "exits.init = fitted needs states that are finite, and those of the last layer are not; look at the model "
+                "with `ee-tuning verify`, or use exits.init = copy"
+            )
         return row
 
     def _forward(self, batch: Batch, follows: Follows) -> tuple[dict[int, ExitInput], Tensor | None]:

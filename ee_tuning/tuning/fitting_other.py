@@ -1,9 +1,11 @@
-"""The row of "any other token" in a shortlist's output matrix, for final states y: a fit beside that of the exits' maps.
+"""The row of "any other token" in a shortlist's output matrix, for final states y: a fit beside that of the exits'
+maps.
 
-Its logit should be o = log Σ exp(w · y) of all tokens that are not listed. That is regressed on y with weights p (1 − p), p being their
-share of the probability: to second order that is the least divergence from the full model's "is it listed?". Where an exit's map takes its
-states to y, the same row behind the map serves the exit.
+Its logit should be o = log Σ exp(w · y) of all tokens that are not listed. That is regressed on y with weights p (1 −
+p), p being their share of the probability: to second order that is the least divergence from the full model's "is it
+listed?". Where an exit's map takes its states to y, the same row behind the map serves the exit.
 """
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -17,7 +19,9 @@ from ee_tuning.parallel.topology import Topology
 
 
 class OtherFit:
-    """Sums on the last stage: Σ p (1 − p) y yᵀ and Σ p (1 − p) y o in float64, the same on all tensor-parallel ranks of a replica."""
+    """Sums on the last stage: Σ p (1 − p) y yᵀ and Σ p (1 − p) y o in float64, the same on all tensor-parallel ranks of
+    a replica.
+    """
 
     def __init__(self, model: EarlyExitModel, token_ids: tuple[int, ...], topology: Topology):
         width = model.config.hidden_size
@@ -27,7 +31,7 @@ class OtherFit:
 
     def add(self, final: Tensor, counts: Tensor) -> None:  # [n, h], [n]
         """Tokens, of which those count where `counts` is 1."""
-        logits = final @ self._weight[:self._shortlist.whole.true_rows].t()
+        logits = final @ self._weight[: self._shortlist.whole.true_rows].t()
         known = self._shortlist.other_and_total(logits.to(torch.promote_types(logits.dtype, torch.float32)))
         other, total = (each.double() for each in known)
         share, states = (other - total).exp(), final.double()

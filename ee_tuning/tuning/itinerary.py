@@ -1,4 +1,5 @@
 """Which micro-batches go down the relay, in which order, and what they are for. The same on every stage."""
+
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -43,17 +44,27 @@ class Itinerary:
     def validates_after(self, step: int) -> bool:
         """Whether a validation follows `step`, the last one, say. 0: whether one comes before the first."""
         interval = self._tuning.eval_interval
-        return bool(self._validation) and (step in (0, self._tuning.train_iters) or bool(interval and step % interval == 0))
+        return bool(self._validation) and (
+            step in (0, self._tuning.train_iters) or bool(interval and step % interval == 0)
+        )
 
     def training(self, step: int) -> Iterator[Leg]:
         """The micro-batches of optimizer step `step`."""
         for index in range(self._source.num_microbatches):
             is_last = index == self._source.num_microbatches - 1
-            yield Leg(batch=next(self._source), trains=True, step=step, is_last=is_last, position=self._source.position,
-                      ends_step=is_last and not self.validates_after(step))
+            yield Leg(
+                batch=next(self._source),
+                trains=True,
+                step=step,
+                is_last=is_last,
+                position=self._source.position,
+                ends_step=is_last and not self.validates_after(step),
+            )
 
     def validation(self, step: int) -> Iterator[Leg]:
         """Those of a validation after `step`."""
         for index, batch in enumerate(self._validation):
             is_last = index == len(self._validation) - 1
-            yield Leg(batch=batch, trains=False, step=step, is_last=is_last, position=self._source.position, ends_step=is_last)
+            yield Leg(
+                batch=batch, trains=False, step=step, is_last=is_last, position=self._source.position, ends_step=is_last
+            )

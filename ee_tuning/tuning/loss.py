@@ -1,10 +1,12 @@
 """Output matrix and loss in one step, chunk after chunk of tokens, over a vocabulary shard.
 
-The logits of a chunk become their softmax, then their own gradient, in one buffer that the next chunk uses again; both gradients are
-taken at once, in the forward pass. So a head of any vocabulary costs one chunk of logits, three where there is a teacher, never
-sequence × batch × vocabulary.
+The logits of a chunk become their softmax, then their own gradient, in one buffer that the next chunk uses again; both
+gradients are taken at once, in the forward pass. So a head of any vocabulary costs one chunk of logits, three where
+there is a teacher, never sequence × batch × vocabulary.
 """
-# s sequence · b micro-batch · h hidden · v vocabulary · v/tp this rank's rows, padding included · n tokens of all or of a chunk
+
+# s sequence · b micro-batch · h hidden · v vocabulary · v/tp this rank's rows, padding included · n tokens of all or of
+# a chunk
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,26 +31,29 @@ class ExitLoss(NamedTuple):
     loss: Tensor
     """Scalar: of loss_mask · weight · the objective; differentiable."""
     statistics: Tensor
-    """[len(STATISTICS)]; `weights` is that of loss_mask · weight, `agreement` that of tokens likeliest to the teacher, too."""
+    """[len(STATISTICS)]; `weights` is that of loss_mask · weight, `agreement` that of tokens likeliest to the teacher,
+    too.
+    """
 
 
-def linear_loss(hidden: Tensor,  # [s, b, h]
-                weight: Tensor,  # [v/tp, h], of hidden's dtype
-                labels: Tensor,  # [s, b], int64
-                loss_mask: Tensor,  # [s, b], float; any weights, 0 leaves a token out
-                *,
-                vocab: VocabShard,
-                chunk_tokens: int,  # tokens whose logits exist at one time
-                objective: Objective = CROSS_ENTROPY,
-                teacher: Teacher | None = None,  # what it says of masked tokens does not matter
-                sums_gradient: bool = True,  # that of hidden, over the shards; else each gets its own share
-                ) -> ExitLoss:
+def linear_loss(
+    hidden: Tensor,  # [s, b, h]
+    weight: Tensor,  # [v/tp, h], of hidden's dtype
+    labels: Tensor,  # [s, b], int64
+    loss_mask: Tensor,  # [s, b], float; any weights, 0 leaves a token out
+    *,
+    vocab: VocabShard,
+    chunk_tokens: int,  # tokens whose logits exist at one time
+    objective: Objective = CROSS_ENTROPY,
+    teacher: Teacher | None = None,  # what it says of masked tokens does not matter
+    sums_gradient: bool = True,  # that of hidden, over the shards; else each gets its own share
+) -> ExitLoss:
     """The loss of softmax(weight · hidden), and what else is known of it by then.
 
-    Differentiable, once, in hidden and weight; what does not require a gradient costs none, and without gradients only the sums are
-    computed. In bf16, the weight's is accumulated in float32.
-    A label outside of 0 .. vocabulary - 1 is allowed where loss_mask is 0 only; elsewhere the loss is NaN. Of a shortlist all is said of
-    its classes: a label that is not listed is "any other token".
+    Differentiable, once, in hidden and weight; what does not require a gradient costs none, and without gradients only
+    the sums are computed. In bf16, the weight's is accumulated in float32.
+    A label outside of 0 .. vocabulary - 1 is allowed where loss_mask is 0 only; elsewhere the loss is NaN. Of a
+    shortlist all is said of its classes: a label that is not listed is "any other token".
     """
     assert hidden.dtype == weight.dtype and weight.shape[0] == vocab.rows and chunk_tokens > 0
     assert teacher is not None or not objective.wants_teacher
@@ -60,20 +65,22 @@ def linear_loss(hidden: Tensor,  # [s, b, h]
     return ExitLoss(walked.loss, walked.statistics)
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor, *, vocab: VocabShard,
-                         chunk_tokens: int) -> Tensor:  # scalar, nats
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor, *, vocab: VocabShard, chunk_tokens: int
+) -> Tensor:  # scalar, nats
     """`linear_loss` of the cross-entropy alone, its loss alone."""
     return linear_loss(hidden, weight, labels, loss_mask, vocab=vocab, chunk_tokens=chunk_tokens).loss
 
 
 @torch.no_grad()
-def token_losses(hidden: Tensor,  # [s, b, h]
-                 weight: Tensor,  # [v/tp, h]
-                 labels: Tensor,  # [s, b], int64
-                 *,
-                 vocab: VocabShard,
-                 chunk_tokens: int,
-                 ) -> Tensor:  # [s, b], nats, float32 (float64 for float64 hidden states)
+def token_losses(
+    hidden: Tensor,  # [s, b, h]
+    weight: Tensor,  # [v/tp, h]
+    labels: Tensor,  # [s, b], int64
+    *,
+    vocab: VocabShard,
+    chunk_tokens: int,
+) -> Tensor:  # [s, b], nats, float32 (float64 for float64 hidden states)
     """Each token's cross-entropy, without a gradient; NaN for a label outside of the vocabulary."""
     mask = torch.ones_like(labels, dtype=torch.float32)
     task = _Task(labels.reshape(-1), mask.reshape(-1), vocab, chunk_tokens, CROSS_ENTROPY, None, False)
@@ -129,16 +136,22 @@ class _Walked:
 def _walk(hidden: Tensor, weight: Tensor, task: _Task, wants_hidden: bool, wants_weight: bool) -> _Walked:
     tokens, vocab = hidden.reshape(-1, hidden.shape[-1]), task.vocab
     accumulate, differentiates = torch.promote_types(hidden.dtype, torch.float32), wants_hidden or wants_weight
-    mask, true_weight = task.mask.to(accumulate), weight[:vocab.true_rows]
+    mask, true_weight = task.mask.to(accumulate), weight[: vocab.true_rows]
     grad_tokens = tokens.new_empty(tokens.shape) if wants_hidden else None
     grad_weight = torch.zeros_like(weight, dtype=accumulate) if wants_weight else None
     per_token, largest = {name: mask.new_zeros(len(tokens)) for name in PER_TOKEN}, mask.new_zeros(len(tokens))
-    scratch = _Scratch(min(task.chunk_tokens, len(tokens)), vocab.true_rows, hidden, accumulate, task.teacher is not None)
+    scratch = _Scratch(
+        min(task.chunk_tokens, len(tokens)), vocab.true_rows, hidden, accumulate, task.teacher is not None
+    )
 
     for start in range(0, len(tokens), task.chunk_tokens):
         part = slice(start, start + task.chunk_tokens)
         logits = scratch.logits(tokens[part], true_weight)
-        teaches = None if task.teacher is None else task.teacher.chunk(part, scratch.of_teacher(len(logits)), vocab, not differentiates)
+        teaches = (
+            None
+            if task.teacher is None
+            else task.teacher.chunk(part, scratch.of_teacher(len(logits)), vocab, not differentiates)
+        )
         chunk = LossChunk(logits, task.labels[part], vocab, teaches)
         for name, values in chunk.per_token.items():
             per_token[name][part] = values
@@ -150,29 +163,39 @@ def _walk(hidden: Tensor, weight: Tensor, task: _Task, wants_hidden: bool, wants
         if grad_tokens is not None:
             torch.mm(grad_logits, true_weight, out=grad_tokens[part])
         if grad_weight is not None:
-            _add_product(grad_weight[:vocab.true_rows], grad_logits, tokens[part])
+            _add_product(grad_weight[: vocab.true_rows], grad_logits, tokens[part])
 
     if grad_tokens is not None and task.sums_gradient:
         vocab.sum_over_shards(grad_tokens)
     loss, statistics = _sums(per_token, largest, mask, task.objective)
-    return _Walked(loss, statistics, per_token, None if grad_tokens is None else grad_tokens.view_as(hidden), grad_weight)
+    return _Walked(
+        loss, statistics, per_token, None if grad_tokens is None else grad_tokens.view_as(hidden), grad_weight
+    )
 
 
 def _sums(per_token: dict[str, Tensor], largest: Tensor, mask: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
     confidence = per_token["confidence"]
     weights = mask * largest if objective.weighs_by_confidence else mask
-    terms = [getattr(objective, name) * per_token[name] for name in ("cross_entropy", "forward_kl", "total_variation")
-             if getattr(objective, name)]
+    terms = [
+        getattr(objective, name) * per_token[name]
+        for name in ("cross_entropy", "forward_kl", "total_variation")
+        if getattr(objective, name)
+    ]
     # Each sum leaves masked tokens out whatever they hold: 0 times NaN is NaN.
     loss = torch.where(mask == 0, 0.0, weights * sum(terms[1:], terms[0])).sum()
-    rows = [torch.ones_like(mask), torch.where(mask == 0, 0.0, weights / mask), *per_token.values(),
-            *(confidence >= threshold for threshold in THRESHOLDS)]
+    rows = [
+        torch.ones_like(mask),
+        torch.where(mask == 0, 0.0, weights / mask),
+        *per_token.values(),
+        *(confidence >= threshold for threshold in THRESHOLDS),
+    ]
     return loss, torch.where(mask == 0, 0.0, mask * torch.stack([row.to(mask.dtype) for row in rows])).sum(-1)
 
 
 class _Scratch:
-    """Buffers for one chunk of logits: one of the student's, two of the teacher's; for 16-bit inputs, one more of theirs that takes the
-    matrix products' side."""
+    """Buffers for one chunk of logits: one of the student's, two of the teacher's; for 16-bit inputs, one more of
+    theirs that takes the matrix products' side.
+    """
 
     def __init__(self, num_tokens: int, num_rows: int, like: Tensor, dtype: torch.dtype, has_teacher: bool) -> None:
         self._wide = like.new_empty(1 + 2 * has_teacher, num_tokens, num_rows, dtype=dtype)
@@ -180,8 +203,8 @@ class _Scratch:
 
     def logits(self, tokens: Tensor, weight: Tensor) -> Tensor:
         """tokens [n, h] · weight [v, h] transposed, in the student's buffer."""
-        wide = self._wide[0, :len(tokens)]
-        narrow = torch.mm(tokens, weight.t(), out=self._narrow[:len(tokens)])
+        wide = self._wide[0, : len(tokens)]
+        narrow = torch.mm(tokens, weight.t(), out=self._narrow[: len(tokens)])
         return wide if narrow.dtype == wide.dtype else wide.copy_(narrow)
 
     def of_teacher(self, num_tokens: int) -> TeacherBuffers:
@@ -190,7 +213,7 @@ class _Scratch:
 
     def narrowed(self, gradient: Tensor) -> Tensor:
         """The student's buffer's content in the inputs' dtype."""
-        return gradient if self._narrow.dtype == gradient.dtype else self._narrow[:len(gradient)].copy_(gradient)
+        return gradient if self._narrow.dtype == gradient.dtype else self._narrow[: len(gradient)].copy_(gradient)
 
 
 def _add_product(grad_weight: Tensor, grad_logits: Tensor, tokens: Tensor) -> None:

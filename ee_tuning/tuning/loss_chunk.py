@@ -1,7 +1,10 @@
-"""The loss of a chunk of tokens whose logits are here, in place: values first, then the gradient in the logits' own buffer.
+"""The loss of a chunk of tokens whose logits are here, in place: values first, then the gradient in the logits' own
+buffer.
 
-What runs over the vocabulary is summed over the shards in two small collectives per chunk, and two more where there is a teacher.
+What runs over the vocabulary is summed over the shards in two small collectives per chunk, and two more where there is
+a teacher.
 """
+
 # v this rank's true rows of the vocabulary · n tokens of the chunk
 import torch
 from torch import Tensor
@@ -19,17 +22,26 @@ class LossChunk:
     """A chunk's logits, turned into exponentials, and what follows from them."""
 
     per_token: dict[str, Tensor]
-    """[n] each: `cross_entropy` in nats and `confidence`; with a teacher `forward_kl` in nats and `total_variation`, and `agreement` where
-    the teacher names its likeliest token. Of a shortlist all over its classes; where "any other token" is likeliest, `confidence` is 0."""
+    """[n] each: `cross_entropy` in nats and `confidence`; with a teacher `forward_kl` in nats and `total_variation`,
+    and `agreement` where the teacher names its likeliest token. Of a shortlist all over its classes; where "any other
+    token" is likeliest, `confidence` is 0.
+    """
     largest: Tensor
     """[n]: the largest probability."""
 
-    def __init__(self, logits: Tensor,  # [n, v]
-                 labels: Tensor,  # [n], classes where `vocab` is a shortlist
-                 vocab: VocabShard, teaches: TeacherChunk | None) -> None:
+    def __init__(
+        self,
+        logits: Tensor,  # [n, v]
+        labels: Tensor,  # [n], classes where `vocab` is a shortlist
+        vocab: VocabShard,
+        teaches: TeacherChunk | None,
+    ) -> None:
         """Overwrites `logits`."""
         local = (labels - vocab.first)[:, None]
-        self._column, self._is_here = local.clamp(0, max(vocab.true_rows - 1, 0)), (local >= 0) & (local < vocab.true_rows)
+        self._column, self._is_here = (
+            local.clamp(0, max(vocab.true_rows - 1, 0)),
+            (local >= 0) & (local < vocab.true_rows),
+        )
         self._vocab, self._teaches, self.per_token = vocab, teaches, {}
         shifted = logits.sub_(vocab.max_over_shards(row_maxima(logits)))
         if teaches is not None and teaches.likeliest is not None:
@@ -42,7 +54,9 @@ class LossChunk:
         self._total, of_label, *rest = vocab.sum_over_shards(torch.stack(sums))
         of_other, of_teacher = (rest[:1], rest[1:]) if isinstance(vocab, Shortlist) else ([], rest)
         # Without the fill a label of no shard would pass as a loss that no training lowers.
-        losses = (self._total.log() - of_label).squeeze(-1).masked_fill_((labels < 0) | (labels >= vocab.size), torch.nan)
+        losses = (
+            (self._total.log() - of_label).squeeze(-1).masked_fill_((labels < 0) | (labels >= vocab.size), torch.nan)
+        )
         self.largest = 1 / self._total.squeeze(-1)  # the largest exponential is 1
         confidence = self.largest.masked_fill(of_other[0].squeeze(-1) == 0, 0.0) if of_other else self.largest
         self.per_token.update(cross_entropy=losses, confidence=confidence)
@@ -58,8 +72,11 @@ class LossChunk:
         distance, self._mean_sign = self._vocab.sum_over_shards(torch.stack((distance, mean_sign)))
         self.per_token["total_variation"] = distance.squeeze(-1) / 2
 
-    def gradient_in_place(self, weights: Tensor,  # [n, 1]
-                          objective: Objective) -> Tensor:  # [n, v]
+    def gradient_in_place(
+        self,
+        weights: Tensor,  # [n, 1]
+        objective: Objective,
+    ) -> Tensor:  # [n, v]
         """The gradient of weights · the objective by the logits. Call it last: it overwrites what it is made of."""
         gradient, teaches = self._exponentials, self._teaches
         scale = weights / self._total

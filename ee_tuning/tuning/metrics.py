@@ -1,7 +1,10 @@
-"""Metrics of all stages on one rank, without any stage waiting: records are posted to the process groups' store and fetched by polling.
+"""Metrics of all stages on one rank, without any stage waiting: records are posted to the process groups' store and
+fetched by polling.
 
-Every stage posts the same sequence of records. The logging rank writes a record to metrics.jsonl once every stage's part is there.
+Every stage posts the same sequence of records. The logging rank writes a record to metrics.jsonl once every stage's
+part is there.
 """
+
 import json
 import threading
 from collections import deque
@@ -21,7 +24,9 @@ Record = dict[str, Any]
 
 
 class MetricsBoard:
-    """Where stages post, and the logging rank collects. `on_record` is called with each whole record, on the logging rank, in order."""
+    """Where stages post, and the logging rank collects. `on_record` is called with each whole record, on the logging
+    rank, in order.
+    """
 
     def __init__(self, topology: Topology, on_record: Callable[[Record], None]) -> None:
         self._topology, self._on_record = topology, on_record
@@ -32,10 +37,14 @@ class MetricsBoard:
         """Records posted so far."""
 
     def post(self, record: Record) -> None:
-        """This stage's part of the next record. Values that are dictionaries are united over the stages; for others the first counts."""
+        """This stage's part of the next record. Values that are dictionaries are united over the stages; for others the
+        first counts.
+        """
         if not self._topology.is_writer:
             return
-        self._store.set(self._key(self.num_posted, self._topology.stage), json.dumps(record))  # NaN stays NaN on its way
+        self._store.set(
+            self._key(self.num_posted, self._topology.stage), json.dumps(record)
+        )  # NaN stays NaN on its way
         self.num_posted += 1
         if self._topology.is_logging_rank:
             self._expected.append(self.num_posted - 1)
@@ -48,8 +57,8 @@ class MetricsBoard:
                 self._take()
 
     def finish(self, num_records: int | None = None) -> None:
-        """Waits until the logging rank has taken the first `num_records`, or all that it posted itself. From any thread, which holds the
-        others up meanwhile: ask it where every stage has posted them.
+        """Waits until the logging rank has taken the first `num_records`, or all that it posted itself. From any
+        thread, which holds the others up meanwhile: ask it where every stage has posted them.
         """
         with self._taking:
             while self._expected and (num_records is None or self._expected[0] < num_records):
@@ -60,9 +69,13 @@ class MetricsBoard:
         whole: Record = {}
         for key in self._keys(self._expected.popleft()):
             for name, value in json.loads(self._store.get(key)).items():
-                whole[name] = {**whole[name], **value} if isinstance(value, dict) and name in whole else whole.get(name, value)
+                whole[name] = (
+                    {**whole[name], **value} if isinstance(value, dict) and name in whole else whole.get(name, value)
+                )
             self._store.delete_key(key)
-        self._on_record({name: _sorted_by_layer(value) if isinstance(value, dict) else value for name, value in whole.items()})
+        self._on_record(
+            {name: _sorted_by_layer(value) if isinstance(value, dict) else value for name, value in whole.items()}
+        )
 
     def _keys(self, index: int) -> list[str]:
         return [self._key(index, stage) for stage in range(self._topology.pp)]
@@ -78,8 +91,11 @@ class MetricsFile:
         """Begins anew, or after the records of step `resume_after`: a run that was killed may have written more."""
         kept = []
         if resume_after is not None and path.exists():
-            kept = [line + "\n" for line in read_lines(path, errors="replace")
-                    if (record := _parsed(line)) and record["step"] <= resume_after]
+            kept = [
+                line + "\n"
+                for line in read_lines(path, errors="replace")
+                if (record := _parsed(line)) and record["step"] <= resume_after
+            ]
         with file_written_aside(path) as partial:  # killed now, a run would lose its records
             partial.write_text("".join(kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")

@@ -1,4 +1,5 @@
 """What an exit is trained to."""
+
 from dataclasses import dataclass
 
 THRESHOLDS = (0.9, 0.8, 0.6)
@@ -14,9 +15,13 @@ class Objective:
     forward_kl: float = 0.0
     """Σ t log(t / p)."""
     total_variation: float = 0.0
-    """½ Σ |t - p|, whose complement is the share of drafts that speculative sampling accepts (arXiv 2211.17192, section 3.5)."""
+    """½ Σ |t - p|, whose complement is the share of drafts that speculative sampling accepts (arXiv 2211.17192, section
+    3.5).
+    """
     weighs_by_confidence: bool = False
-    """Whether a token's loss is multiplied by its largest probability, held constant: EE-Tuning's dynamic weights (arXiv 2402.00518)."""
+    """Whether a token's loss is multiplied by its largest probability, held constant: EE-Tuning's dynamic weights
+    (arXiv 2402.00518).
+    """
 
     @property
     def wants_teacher(self) -> bool:

@@ -1,9 +1,10 @@
 """An optimizer for each exit head: sharded over its data-parallel replicas, clipped and stepped apart from all others.
 
-Weights compute in the backbone's dtype; masters, gradients' sums and Adam's moments are float32 (float64 for a float64 backbone).
-Gradients of summed losses are added up over micro-batches and replicas, and divided once by the tokens of the global batch, so every
-number of replicas takes the same step.
+Weights compute in the backbone's dtype; masters, gradients' sums and Adam's moments are float32 (float64 for a float64
+backbone). Gradients of summed losses are added up over micro-batches and replicas, and divided once by the tokens of
+the global batch, so every number of replicas takes the same step.
 """
+
 import math
 from dataclasses import dataclass
 
@@ -38,7 +39,12 @@ class ExitOptimizer:
     """One exit head and its AdamW. `loss_weight` 0 freezes the head."""
 
     def __init__(self, head: ExitHead, loss_weight: float, tuning: TuningSection, topology: Topology):
-        self.layer, self.loss_weight, self._clip, self._device = head.exit_layer, loss_weight, tuning.clip_grad, topology.device
+        self.layer, self.loss_weight, self._clip, self._device = (
+            head.exit_layer,
+            loss_weight,
+            tuning.clip_grad,
+            topology.device,
+        )
         self._largest_norm = tuning.skip_grad_norm or math.inf
         dtype = next(head.parameters()).dtype
         master = torch.promote_types(dtype, torch.float32)
@@ -46,18 +52,37 @@ class ExitOptimizer:
         self.head, self._sharded = head, _shard(head, dtype, master, topology.dp_mesh)
         # Taken now: inside and after a forward pass the module holds whole copies in the computing dtype.
         self.parameters: dict[str, nn.Parameter] = dict(head.named_parameters())
-        self._replicated = {name for name in self.parameters if is_replicated(head.spec, name, head.config, topology.tp)}
+        self._replicated = {
+            name for name in self.parameters if is_replicated(head.spec, name, head.config, topology.tp)
+        }
         # Of a sequence that is cut, a rank sees the gradient of its own tokens.
-        self._partial = [name for name in self.parameters
-                         if name in (self._replicated if head.cuts_sequence else head.partial_gradients)] if topology.tp > 1 else []
+        self._partial = (
+            [
+                name
+                for name in self.parameters
+                if name in (self._replicated if head.cuts_sequence else head.partial_gradients)
+            ]
+            if topology.tp > 1
+            else []
+        )
         decayed = [p for p in self.parameters.values() if p.dim() > 1]
         others = [p for p in self.parameters.values() if p.dim() <= 1]
         groups = [{"params": decayed, "weight_decay": tuning.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self.adam = torch.optim.AdamW([group for group in groups if group["params"]], lr=tuning.lr, eps=tuning.adam_eps,
-                                      betas=(tuning.adam_beta1, tuning.adam_beta2), fused=True)
-        for parameter in self.parameters.values():  # before the first step, so that a checkpoint always has the same tensors
-            self.adam.state[parameter] = {"step": torch.zeros((), device=topology.device), "exp_avg": torch.zeros_like(parameter),
-                                          "exp_avg_sq": torch.zeros_like(parameter)}
+        self.adam = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=tuning.lr,
+            eps=tuning.adam_eps,
+            betas=(tuning.adam_beta1, tuning.adam_beta2),
+            fused=True,
+        )
+        for (
+            parameter
+        ) in self.parameters.values():  # before the first step, so that a checkpoint always has the same tensors
+            self.adam.state[parameter] = {
+                "step": torch.zeros((), device=topology.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
 
     @property
     def trains(self) -> bool:
@@ -70,7 +95,9 @@ class ExitOptimizer:
         return int(self.adam.state[next(iter(self.parameters.values()))]["step"])
 
     def begin_microbatch(self, is_last: bool) -> None:
-        """Prepares a forward pass that is followed by a backward pass; `is_last` of the step: only then are gradients reduced."""
+        """Prepares a forward pass that is followed by a backward pass; `is_last` of the step: only then are gradients
+        reduced.
+        """
         self._sharded.set_requires_gradient_sync(is_last)
         self._sharded.set_reshard_after_backward(is_last)
 
@@ -79,17 +106,23 @@ class ExitOptimizer:
         self._sharded.reshard()
 
     def sum_partial_gradients(self, topology: Topology) -> None:
-        """Sums gradients over tensor-parallel ranks where every rank holds a parameter alike and sees a share; replicas are summed."""
+        """Sums gradients over tensor-parallel ranks where every rank holds a parameter alike and sees a share; replicas
+        are summed.
+        """
         shares = [_gradient(self.parameters[name]) for name in self._partial]
         flat = torch.cat([share.flatten() for share in shares]) if shares else None
-        if flat is None or not flat.numel():  # a replica among many may hold no row of them; then its shards hold none either
+        if (
+            flat is None or not flat.numel()
+        ):  # a replica among many may hold no row of them; then its shards hold none either
             return
         dist.all_reduce(flat, group=topology.tp_group)
         for share, summed in zip(shares, flat.split([share.numel() for share in shares]), strict=True):
             share.copy_(summed.view_as(share))
 
     def square_sums(self) -> tuple[Tensor, Tensor]:
-        """Sums of squares of this rank's part of the gradient: of parameters cut over tensor parallelism, and of replicated ones."""
+        """Sums of squares of this rank's part of the gradient: of parameters cut over tensor parallelism, and of
+        replicated ones.
+        """
         cut = torch.zeros((), dtype=torch.float64, device=self._device)
         replicated = torch.zeros_like(cut)
         for name, parameter in self.parameters.items():
@@ -98,7 +131,8 @@ class ExitOptimizer:
         return cut, replicated
 
     def update(self, square_sum: float, scale: float, lr: float) -> tuple[float, bool]:
-        """Multiplies the gradient by `scale`, clips and steps, unless the gradient is not to be believed or of no token.
+        """Multiplies the gradient by `scale`, clips and steps, unless the gradient is not to be believed or of no
+        token.
 
         Returns the gradient's norm before the clip, and whether it was believed.
         """
@@ -115,8 +149,9 @@ class ExitOptimizer:
         return norm, is_believed
 
 
-def update_exits(exits: list[ExitOptimizer], sums: Sums, divisor: Divisor, lr: float, ramp: float,
-                 topology: Topology) -> dict[int, ExitUpdate]:
+def update_exits(
+    exits: list[ExitOptimizer], sums: Sums, divisor: Divisor, lr: float, ramp: float, topology: Topology
+) -> dict[int, ExitUpdate]:
     """One optimizer step of this stage's trained `exits`, each for itself; their weights are multiplied by `ramp`.
 
     `sums` are this replica's. Decisions are taken on sums over all replicas and shards, so every rank takes the same.
@@ -142,8 +177,12 @@ def update_exits(exits: list[ExitOptimizer], sums: Sums, divisor: Divisor, lr: f
 
 
 def _shard(head: ExitHead, dtype: torch.dtype, master: torch.dtype, mesh: DeviceMesh) -> FSDPModule:
-    policy = MixedPrecisionPolicy(param_dtype=dtype if dtype != master else None, reduce_dtype=master, cast_forward_inputs=False)
-    sharded = fully_shard(head, mesh=mesh, mp_policy=policy, reshard_after_forward=False)  # its backward follows at once
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype if dtype != master else None, reduce_dtype=master, cast_forward_inputs=False
+    )
+    sharded = fully_shard(
+        head, mesh=mesh, mp_policy=policy, reshard_after_forward=False
+    )  # its backward follows at once
     sharded.set_gradient_divide_factor(1.0)  # sums, not means
     sharded.set_force_sum_reduction_for_comms(True)  # else the factor goes into an operation that gloo lacks
     return sharded

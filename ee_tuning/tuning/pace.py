@@ -1,4 +1,5 @@
 """How fast a run goes, and how much of its time a stage waits for others."""
+
 import resource
 import sys
 import time
@@ -12,7 +13,11 @@ class Pace:
 
     def __init__(self, tokens_per_step: int, flops_per_token: float, seconds_waited: Callable[[], float]) -> None:
         """`seconds_waited`: for other stages, since the run began."""
-        self._tokens_per_step, self._flops_per_token, self._seconds_waited = tokens_per_step, flops_per_token, seconds_waited
+        self._tokens_per_step, self._flops_per_token, self._seconds_waited = (
+            tokens_per_step,
+            flops_per_token,
+            seconds_waited,
+        )
         self._num_steps, self._seconds, self._waited = 0, 0.0, 0.0
         self._at = (time.perf_counter(), seconds_waited())
 
@@ -28,13 +33,19 @@ class Pace:
         self._num_steps += 1
 
     def report(self) -> dict[str, float]:
-        """Since the last one: tokens per second, FLOP/s of the whole model (multiplications and additions of matrix products), and the
-        share of the time that this stage waited for others; and this process's peak of memory in bytes since it began."""
+        """Since the last one: tokens per second, FLOP/s of the whole model (multiplications and additions of matrix
+        products), and the share of the time that this stage waited for others; and this process's peak of memory in
+        bytes since it began.
+        """
         tokens_per_second = self._num_steps * self._tokens_per_step / max(self._seconds, 1e-9)
         idle_share = self._waited / max(self._seconds, 1e-9)
         self._num_steps, self._seconds, self._waited = 0, 0.0, 0.0
-        return {"tokens_per_second": tokens_per_second, "flops_per_second": tokens_per_second * self._flops_per_token,
-                "idle_share": idle_share, "memory_bytes": _peak_bytes()}
+        return {
+            "tokens_per_second": tokens_per_second,
+            "flops_per_second": tokens_per_second * self._flops_per_token,
+            "idle_share": idle_share,
+            "memory_bytes": _peak_bytes(),
+        }
 
 
 def _peak_bytes() -> int:

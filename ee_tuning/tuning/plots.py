@@ -1,4 +1,5 @@
 """A page of plots of a run, drawn from its metrics.jsonl: plots.png, and plots.html with the last figures beside it."""
+
 import base64
 import html
 import io
@@ -12,22 +13,32 @@ from ee_tuning.tuning.metrics import METRICS, Record
 
 PNG, HTML = "plots.png", "plots.html"
 PANELS = {
-    ("train", "loss"): "training loss", ("validation", "loss"): "validation loss", ("validation", "perplexity"): "validation perplexity",
-    ("validation", "confidence"): "mean confidence", ("validation", "above_0.8"): "share of tokens above 0.8",
-    ("validation", "speed_up"): "speed-up implied, at least, by threshold", ("validation", "agreement"): "agreement with the final head",
-    ("validation", "acceptance"): "drafts that speculation would accept", ("train", "grad_norm"): "gradient norm before the clip",
-    ("train", "lr"): "learning rate", ("train", "tokens_per_second"): "tokens per second", ("train", "idle_share"): "idle share, by stage"}
+    ("train", "loss"): "training loss",
+    ("validation", "loss"): "validation loss",
+    ("validation", "perplexity"): "validation perplexity",
+    ("validation", "confidence"): "mean confidence",
+    ("validation", "above_0.8"): "share of tokens above 0.8",
+    ("validation", "speed_up"): "speed-up implied, at least, by threshold",
+    ("validation", "agreement"): "agreement with the final head",
+    ("validation", "acceptance"): "drafts that speculation would accept",
+    ("train", "grad_norm"): "gradient norm before the clip",
+    ("train", "lr"): "learning rate",
+    ("train", "tokens_per_second"): "tokens per second",
+    ("train", "idle_share"): "idle share, by stage",
+}
 """Kind and key of a record -> title. A panel that no record has is left out."""
 _COLUMNS = 3
 
 
 def write_plots(folder: Path, title: str) -> None:
-    """Draws the run in `folder`, whose metrics.jsonl is whole, or nothing where there is nothing to draw. Raises InputError where the disk
-    refuses.
+    """Draws the run in `folder`, whose metrics.jsonl is whole, or nothing where there is nothing to draw. Raises
+    InputError where the disk refuses.
     """
     path = folder / METRICS
     records = [json.loads(line) for line in read_lines(path)] if path.exists() else []
-    panels = [panel for panel in PANELS if any(record["kind"] == panel[0] and record.get(panel[1]) for record in records)]
+    panels = [
+        panel for panel in PANELS if any(record["kind"] == panel[0] and record.get(panel[1]) for record in records)
+    ]
     if not panels:
         return
     picture = _draw(records, panels, title)
@@ -44,10 +55,12 @@ def _draw(records: list[Record], panels: list[tuple[str, str]], title: str) -> b
     from matplotlib import pyplot as plt
 
     num_rows = -(-len(panels) // _COLUMNS)
-    figure, axes = plt.subplots(num_rows, _COLUMNS, figsize=(5 * _COLUMNS, 3.2 * num_rows), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        num_rows, _COLUMNS, figsize=(5 * _COLUMNS, 3.2 * num_rows), layout="constrained", squeeze=False
+    )
     for ax, panel in zip(axes.flat, panels, strict=False):
         _panel(ax, records, *panel)
-    for ax in axes.flat[len(panels):]:
+    for ax in axes.flat[len(panels) :]:
         ax.set_axis_off()
     figure.suptitle(title)
     buffer = io.BytesIO()
@@ -62,8 +75,13 @@ def _panel(ax: Any, records: list[Record], kind: str, key: str) -> None:
     for name in names:
         points = [(record["step"], record[key].get(name) if name else record[key]) for record in own]
         known = [(step, value) for step, value in points if value is not None]
-        ax.plot([step for step, _ in known], [value for _, value in known], label=name, marker="." if kind == "validation" else None,
-                linewidth=1.2)
+        ax.plot(
+            [step for step, _ in known],
+            [value for _, value in known],
+            label=name,
+            marker="." if kind == "validation" else None,
+            linewidth=1.2,
+        )
     ax.set_title(PANELS[kind, key], fontsize=10)
     ax.set_xlabel("step")
     ax.grid(alpha=0.3)
@@ -73,9 +91,11 @@ def _panel(ax: Any, records: list[Record], kind: str, key: str) -> None:
 
 def _page(records: list[Record], picture: bytes, title: str) -> str:
     image = base64.b64encode(picture).decode()
-    return (f"<!doctype html>\n<meta charset=utf-8>\n<title>{html.escape(title)}</title>\n"
-            "<style>body{font-family:sans-serif;margin:2em}td,th{padding:.2em .8em;text-align:right}img{max-width:100%}</style>\n"
-            f"<h1>{html.escape(title)}</h1>\n{_table(records)}<img alt=\"plots\" src=\"data:image/png;base64,{image}\">\n")
+    return (
+        f"<!doctype html>\n<meta charset=utf-8>\n<title>{html.escape(title)}</title>\n"
+        "<style>body{font-family:sans-serif;margin:2em}td,th{padding:.2em .8em;text-align:right}img{max-width:100%}</style>\n"
+        f'<h1>{html.escape(title)}</h1>\n{_table(records)}<img alt="plots" src="data:image/png;base64,{image}">\n'
+    )
 
 
 def _table(records: list[Record]) -> str:
@@ -85,7 +105,10 @@ def _table(records: list[Record]) -> str:
         return ""
     columns = [key for key, value in last.items() if isinstance(value, dict) and value.keys() == last["loss"].keys()]
     head = "".join(f"<th>{html.escape(name)}" for name in ("exit", *columns))
-    rows = "".join(f"<tr><td>{layer}" + "".join(f"<td>{_number(last[key][layer])}" for key in columns) + "\n" for layer in last["loss"])
+    rows = "".join(
+        f"<tr><td>{layer}" + "".join(f"<td>{_number(last[key][layer])}" for key in columns) + "\n"
+        for layer in last["loss"]
+    )
     return f"<p>Held out, after step {last['step']}:\n<table><tr>{head}\n{rows}</table>\n"
 
 

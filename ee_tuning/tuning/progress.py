@@ -1,4 +1,5 @@
 """What the person who waits sees: a bar at a terminal, a line now and then elsewhere, every line in log.txt."""
+
 import sys
 import time
 from pathlib import Path
@@ -21,8 +22,15 @@ class ProgressDisplay:
         self._spoke = -_SECONDS_BETWEEN_LINES
         self._skipping: set[str] = set()
         console = Console(stderr=True)
-        self._bar = Progress(TextColumn("tuning"), BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"),
-                             TimeRemainingColumn(), console=console, disable=not console.is_terminal)
+        self._bar = Progress(
+            TextColumn("tuning"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
         self._task = self._bar.add_task("", total=num_steps, completed=first_step)
 
     def __enter__(self) -> "ProgressDisplay":
@@ -39,11 +47,17 @@ class ProgressDisplay:
         if record["kind"] == "validation":
             self.say(f"step {record['step']} · validation loss of exit {losses}")
             return
-        self._bar.update(self._task, completed=record["step"], description=f"loss {losses} · {record['tokens_per_second']:,.0f} tokens/s")
+        self._bar.update(
+            self._task,
+            completed=record["step"],
+            description=f"loss {losses} · {record['tokens_per_second']:,.0f} tokens/s",
+        )
         line = f"step {record['step']}/{self._num_steps} · loss of exit {losses} · {record['tokens_per_second']:,.0f} tokens/s"
         if begun := record["skipped"].keys() - self._skipping:
-            self.say(f"step {record['step']} · exit {', '.join(sorted(begun, key=int))} is not updated: its loss or gradient is not "
-                     "finite, its gradient norm is above tuning.skip_grad_norm, or the step has no token to learn")
+            self.say(
+                f"step {record['step']} · exit {', '.join(sorted(begun, key=int))} is not updated: its loss or gradient is not "
+                "finite, its gradient norm is above tuning.skip_grad_norm, or the step has no token to learn"
+            )
         self._skipping = set(record["skipped"])
         is_due = record["step"] == self._num_steps or time.monotonic() - self._spoke >= _SECONDS_BETWEEN_LINES
         self._write(line)

@@ -1,4 +1,7 @@
-"""The folder of a run: what it may be is asked before anything is loaded, and nothing is written to it until the run can begin."""
+"""The folder of a run: what it may be is asked before anything is loaded, and nothing is written to it until the run
+can begin.
+"""
+
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,10 +25,11 @@ OWNER = ".owner"
 
 @contextmanager
 def owned_run_folder(config: Config, topology: Topology) -> Iterator[None]:
-    """Makes this job the one owner of tuning.run_folder while the block runs; all ranks call it. Raises InputError where another job is.
+    """Makes this job the one owner of tuning.run_folder while the block runs; all ranks call it. Raises InputError
+    where another job is.
 
-    The lock file lies inside: the folder may be a mounted volume, whose parent can not be written. A folder that was made for the lock
-    alone goes again.
+    The lock file lies inside: the folder may be a mounted volume, whose parent can not be written. A folder that was
+    made for the lock alone goes again.
     """
     folder = Path(config.tuning.run_folder)
     on_first_rank(topology, lambda: _check_place(config, folder))
@@ -34,27 +38,40 @@ def owned_run_folder(config: Config, topology: Topology) -> Iterator[None]:
 
 
 def check_run_folder(config: Config, topology: Topology) -> None:
-    """Raises InputError where the run could not be kept in tuning.run_folder, or its artifact would replace what it must not."""
+    """Raises InputError where the run could not be kept in tuning.run_folder, or its artifact would replace what it
+    must not.
+    """
     folder = Path(config.tuning.run_folder)
 
     def check() -> None:
         is_new = latest_checkpoint(folder) is None
         if not is_new and not config.tuning.resume:
-            raise InputError(f"with --no-resume tuning.run_folder must be new, and {folder} holds the checkpoints of a run; leave "
-                             "--no-resume out to go on with it, or give another folder")
+            raise InputError(
+                f"with --no-resume tuning.run_folder must be new, and {folder} holds the checkpoints of a run; leave "
+                "--no-resume out to go on with it, or give another folder"
+            )
         if not is_new:
             check_same_job(config, folder)
         with refusals_named(folder):
             # A run that goes on has its heads in its checkpoints: then the artifact is its own, of an earlier end.
-            if is_new and config.exits.path is not None and Path(config.exits.path).resolve() == (folder / EXIT_HEADS).resolve():
-                raise InputError(f"exits.path must lie elsewhere than tuning.run_folder/{EXIT_HEADS}, which the tuned exits become, got "
-                                 f"{config.exits.path}; choose another tuning.run_folder")
+            if (
+                is_new
+                and config.exits.path is not None
+                and Path(config.exits.path).resolve() == (folder / EXIT_HEADS).resolve()
+            ):
+                raise InputError(
+                    f"exits.path must lie elsewhere than tuning.run_folder/{EXIT_HEADS}, which the tuned exits become, got "
+                    f"{config.exits.path}; choose another tuning.run_folder"
+                )
             check_output(folder / EXIT_HEADS, overwrite=True)
+
     on_first_rank(topology, check)
 
 
 def open_run_folder(config: Config, topology: Topology) -> None:
-    """Makes the folder where it is missing, with the resolved job in config.yaml. Raises InputError where the disk refuses."""
+    """Makes the folder where it is missing, with the resolved job in config.yaml. Raises InputError where the disk
+    refuses.
+    """
     folder = Path(config.tuning.run_folder)
 
     def write() -> None:
@@ -62,6 +79,7 @@ def open_run_folder(config: Config, topology: Topology) -> None:
             folder.mkdir(parents=True, exist_ok=True)
         with file_written_aside(folder / CONFIG) as partial:
             save_config(config, partial)
+
     on_first_rank(topology, write)
 
 
@@ -75,5 +93,7 @@ def _check_place(config: Config, folder: Path) -> None:
 def _check_writable(folder: Path) -> None:
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f"tuning.run_folder must be a folder that can be written, got {folder}, and {existing} is "
-                         f"{'write-protected' if existing.is_dir() else 'a file'}; choose another")
+        raise InputError(
+            f"tuning.run_folder must be a folder that can be written, got {folder}, and {existing} is "
+            f"{'write-protected' if existing.is_dir() else 'a file'}; choose another"
+        )

@@ -1,4 +1,5 @@
 """Whether a run folder holds the run of this very job, so that the same command, given again, goes on with it."""
+
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -10,25 +11,46 @@ CONFIG = "config.yaml"
 """The resolved job, within the folder."""
 _FREE_SECTIONS = ("parallel", "generation")
 _FREE = {
-    "model.path", "model.config", "model.trust_pickle",  # the fingerprint tells whether it is the model
-    "exits.verify", "data.cache", "data.workers",
-    "tuning.run_folder", "tuning.micro_batch_size", "tuning.loss_chunk_tokens", "tuning.log_interval",
-    "tuning.eval_interval", "tuning.eval_iters", "tuning.compare_final", "tuning.save_interval", "tuning.save_minutes", "tuning.async_save",
-    "tuning.keep_checkpoints", "tuning.resume", "tuning.allow_config_change", "tuning.stop_exit_code", "tuning.wandb_project"}
+    "model.path",
+    "model.config",
+    "model.trust_pickle",  # the fingerprint tells whether it is the model
+    "exits.verify",
+    "data.cache",
+    "data.workers",
+    "tuning.run_folder",
+    "tuning.micro_batch_size",
+    "tuning.loss_chunk_tokens",
+    "tuning.log_interval",
+    "tuning.eval_interval",
+    "tuning.eval_iters",
+    "tuning.compare_final",
+    "tuning.save_interval",
+    "tuning.save_minutes",
+    "tuning.async_save",
+    "tuning.keep_checkpoints",
+    "tuning.resume",
+    "tuning.allow_config_change",
+    "tuning.stop_exit_code",
+    "tuning.wandb_project",
+}
 """What may differ: it changes where and how a run is computed and watched, and not what comes out."""
 _MOST_TOLD = 5
 
 
 def check_same_job(config: Config, folder: Path) -> None:
-    """Raises InputError where the run in `folder` was begun by a job that differs in more than its layout and its watching."""
+    """Raises InputError where the run in `folder` was begun by a job that differs in more than its layout and its
+    watching.
+    """
     if config.tuning.allow_config_change or not (folder / CONFIG).exists():
         return
     former = load_config(folder / CONFIG)
     changes = [f"{key} ({_told(there)} there, {_told(here)} here)" for key, there, here in _differences(former, config)]
     if changes:
         more = f" and {len(changes) - _MOST_TOLD} more" if len(changes) > _MOST_TOLD else ""
-        raise InputError(f"{folder} holds a run of another job, which differs in {', '.join(changes[:_MOST_TOLD])}{more}; give another "
-                         "tuning.run_folder, or --allow-config-change to go on with the new values")
+        raise InputError(
+            f"{folder} holds a run of another job, which differs in {', '.join(changes[:_MOST_TOLD])}{more}; give another "
+            "tuning.run_folder, or --allow-config-change to go on with the new values"
+        )
 
 
 def _differences(former: Config, config: Config) -> list[tuple[str, Any, Any]]:

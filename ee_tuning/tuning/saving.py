@@ -1,8 +1,9 @@
 """Writes a run's checkpoints while training goes on: a copy is taken at the end of a step, the rest is a thread's work.
 
-The threads of all ranks meet on a process group of their own. No stage waits for another one to save: each copies when it comes to the
-end of the step.
+The threads of all ranks meet on a process group of their own. No stage waits for another one to save: each copies when
+it comes to the end of the step.
 """
+
 import dataclasses
 import shutil
 import threading
@@ -12,7 +13,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ee_tuning.checkpoint.aside import file_written_aside, gathered, on_first_rank, refusals_named, remove_leftovers, written_aside
+from ee_tuning.checkpoint.aside import (
+    file_written_aside,
+    gathered,
+    on_first_rank,
+    refusals_named,
+    remove_leftovers,
+    written_aside,
+)
 from ee_tuning.checkpoint.distcp_writer import Chunk, DistcpWriter, Written, write_common, write_metadata
 from ee_tuning.checkpoint.manifest import write_manifest
 from ee_tuning.config import TuningSection
@@ -29,9 +37,15 @@ from ee_tuning.tuning.state import CHECKPOINTS, LATEST, PROGRESS, Progress, own_
 class Saver:
     """This rank's part of a run's checkpoints. One is written at a time. Make it before the relay starts."""
 
-    def __init__(self, exits: list[ExitOptimizer], config: ModelConfig, tuning: TuningSection, topology: Topology) -> None:
+    def __init__(
+        self, exits: list[ExitOptimizer], config: ModelConfig, tuning: TuningSection, topology: Topology
+    ) -> None:
         self._exits, self._config, self._training_topology = exits, config, topology
-        self._folder, self._keep, self._is_async = Path(tuning.run_folder) / CHECKPOINTS, tuning.keep_checkpoints, tuning.async_save
+        self._folder, self._keep, self._is_async = (
+            Path(tuning.run_folder) / CHECKPOINTS,
+            tuning.keep_checkpoints,
+            tuning.async_save,
+        )
         self._topology = dataclasses.replace(topology, world_control=topology.save_control)
         self._copy = HostCopy([tensor for _, tensor in self._own_state()])
         self._thread: threading.Thread | None = None
@@ -39,14 +53,17 @@ class Saver:
 
     @property
     def has_failed(self) -> bool:
-        """Whether a checkpoint could not be written; then none is any more. The same on all ranks, sooner or later: see `settle`."""
+        """Whether a checkpoint could not be written; then none is any more. The same on all ranks, sooner or later: see
+        `settle`.
+        """
         return self._failure is not None
 
     def save(self, progress: Progress, before_latest: Callable[[], None]) -> None:
-        """Copies the state and returns; what writes it calls `before_latest` on rank 0 when all ranks have written, before `latest` moves.
+        """Copies the state and returns; what writes it calls `before_latest` on rank 0 when all ranks have written,
+        before `latest` moves.
 
-        All ranks call it after the same step, each in its own time. Waits for the checkpoint before, and, without tuning.async_save, for
-        this one.
+        All ranks call it after the same step, each in its own time. Waits for the checkpoint before, and, without
+        tuning.async_save, for this one.
         """
         self.settle()
         if self.has_failed:
@@ -54,13 +71,17 @@ class Saver:
         chunks, tensors = zip(*state, strict=True) if (state := self._own_state()) else ((), ())
         self._copy.take(tensors)
         # A daemon: where training fails, what is being written is given up, as it would be with the process.
-        self._thread = threading.Thread(target=self._run, args=(progress, chunks, before_latest), name="checkpoint", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(progress, chunks, before_latest), name="checkpoint", daemon=True
+        )
         self._thread.start()
         if not self._is_async:
             self.settle()
 
     def settle(self) -> None:
-        """Waits for the checkpoint that is being written, if there is one. `has_failed` is the same on all ranks then."""
+        """Waits for the checkpoint that is being written, if there is one. `has_failed` is the same on all ranks
+        then.
+        """
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -76,8 +97,16 @@ class Saver:
     def _own_state(self) -> list[tuple[Chunk, Tensor]]:
         """What this rank writes: of several that hold the same, the first one does."""
         state = own_state(self._exits, self._config, self._training_topology)
-        return [(Chunk(each.key, each.dtype, tuple(each.global_shape), tuple(each.global_offset), tuple(each.local_shape)), each.data)
-                for each in state.values() if each.replica_id == 0 and each.data is not None]
+        return [
+            (
+                Chunk(
+                    each.key, each.dtype, tuple(each.global_shape), tuple(each.global_offset), tuple(each.local_shape)
+                ),
+                each.data,
+            )
+            for each in state.values()
+            if each.replica_id == 0 and each.data is not None
+        ]
 
     def _run(self, progress: Progress, chunks: Sequence[Chunk], before_latest: Callable[[], None]) -> None:
         try:
@@ -98,6 +127,7 @@ class Saver:
         def finish() -> None:
             before_latest()
             _point_at(folder, self._keep)
+
         on_first_rank(topology, finish)
 
     def _write_own(self, partial: Path, folder: Path, chunks: Sequence[Chunk]) -> "_Report":
@@ -121,9 +151,11 @@ class _Report:
 
 def _refusal(folder: Path, error: Exception) -> str:
     reason = " ".join(str((error.strerror if isinstance(error, OSError) else None) or repr(error)).split())
-    free = shutil.disk_usage(folder.parent).free // 2 ** 20
-    return (f"the checkpoint {folder} can not be written: {reason} (with {free} MiB free there); make room, and give the same command "
-            "again, which goes on from the checkpoint before")
+    free = shutil.disk_usage(folder.parent).free // 2**20
+    return (
+        f"the checkpoint {folder} can not be written: {reason} (with {free} MiB free there); make room, and give the same command "
+        "again, which goes on from the checkpoint before"
+    )
 
 
 def _describe(partial: Path, progress: Progress, reports: list[_Report]) -> None:
@@ -138,9 +170,13 @@ def _point_at(folder: Path, keep: int) -> None:
     """Has `latest` name `folder`, and removes all but the `keep` last checkpoints of the run's way there."""
     with file_written_aside(folder.parent / LATEST) as pointer:
         pointer.write_text(folder.name + "\n", encoding="utf-8")
-    for partial in folder.parent.glob("step_????????.partial-*"):  # of a save that was killed, at a step where none may follow
+    for partial in folder.parent.glob(
+        "step_????????.partial-*"
+    ):  # of a save that was killed, at a step where none may follow
         remove_leftovers(partial.with_name(partial.name.partition(".")[0]))
     found = sorted(folder.parent.glob("step_????????"))
-    older, newer = found[:found.index(folder)], found[found.index(folder) + 1:]
-    for each in newer + older[:max(len(older) - keep + 1, 0)]:  # newer: of a way that the run left when it went on from before them
+    older, newer = found[: found.index(folder)], found[found.index(folder) + 1 :]
+    for each in (
+        newer + older[: max(len(older) - keep + 1, 0)]
+    ):  # newer: of a way that the run left when it went on from before them
         shutil.rmtree(each, ignore_errors=True)

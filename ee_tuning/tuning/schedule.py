@@ -1,23 +1,30 @@
 """The learning rate and the rise of the loss weights at a step."""
+
 import math
 
 from ee_tuning.config import TuningSection
 
 
 def learning_rate(step: int, tuning: TuningSection) -> float:
-    """Rate at the 1-based optimizer step: a linear rise from 0 over the warm-up, then the decay, which meets min_lr at the last step."""
+    """Rate at the 1-based optimizer step: a linear rise from 0 over the warm-up, then the decay, which meets min_lr at
+    the last step.
+    """
     num_warmup = int(tuning.lr_warmup_fraction * tuning.train_iters)
     if step <= num_warmup:
         return tuning.lr * step / num_warmup
     if tuning.lr_decay_style == "constant":
         return tuning.lr
-    progress = min((step - num_warmup) / (tuning.train_iters - num_warmup), 1.0) if tuning.train_iters > num_warmup else 1.0
+    progress = (
+        min((step - num_warmup) / (tuning.train_iters - num_warmup), 1.0) if tuning.train_iters > num_warmup else 1.0
+    )
     share = 1 - progress if tuning.lr_decay_style == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     return tuning.min_lr + (tuning.lr - tuning.min_lr) * share
 
 
 def loss_weight_ramp(step: int, tuning: TuningSection) -> float:
-    """What the exits' loss weights are multiplied by at the 1-based optimizer step: from near 0 to 1 over the first steps, then 1."""
+    """What the exits' loss weights are multiplied by at the 1-based optimizer step: from near 0 to 1 over the first
+    steps, then 1.
+    """
     num_warmup = int(tuning.loss_weight_warmup_fraction * tuning.train_iters)
     if tuning.loss_weight_style == "constant" or step >= num_warmup:
         return 1.0

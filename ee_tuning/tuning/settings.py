@@ -1,4 +1,5 @@
 """What the tuner asks of its settings, beyond their types."""
+
 import math
 
 from ee_tuning.config import TuningSection
@@ -9,10 +10,23 @@ _TERMS = ("cross_entropy", "forward_kl", "total_variation")
 
 
 def check_settings(tuning: TuningSection) -> None:
-    """Raises InputError on a value out of range. Batch sizes are the loader's to check, loss weights those of `loss_weights`."""
-    for name, least in (("train_iters", 1), ("log_interval", 1), ("loss_chunk_tokens", 1), ("keep_checkpoints", 1), ("eval_interval", 0),
-                        ("save_interval", 0), ("clip_grad", 0), ("min_lr", 0), ("skip_grad_norm", 0),
-                        ("save_minutes", 0), ("teacher_top_k", 1), ("fit_tokens", 0)):
+    """Raises InputError on a value out of range. Batch sizes are the loader's to check, loss weights those of
+    `loss_weights`.
+    """
+    for name, least in (
+        ("train_iters", 1),
+        ("log_interval", 1),
+        ("loss_chunk_tokens", 1),
+        ("keep_checkpoints", 1),
+        ("eval_interval", 0),
+        ("save_interval", 0),
+        ("clip_grad", 0),
+        ("min_lr", 0),
+        ("skip_grad_norm", 0),
+        ("save_minutes", 0),
+        ("teacher_top_k", 1),
+        ("fit_tokens", 0),
+    ):
         value = getattr(tuning, name)
         if value < least:
             raise InputError(f"tuning.{name} must be at least {least}, got {value}")
@@ -30,7 +44,9 @@ def check_settings(tuning: TuningSection) -> None:
         if not 0 <= value <= 1:
             raise InputError(f"tuning.{name} must lie in 0..1, got {value}")
     if tuning.min_lr > tuning.lr:
-        raise InputError(f"tuning.min_lr must be at most tuning.lr = {tuning.lr}, got {tuning.min_lr}; lower it or raise tuning.lr")
+        raise InputError(
+            f"tuning.min_lr must be at most tuning.lr = {tuning.lr}, got {tuning.min_lr}; lower it or raise tuning.lr"
+        )
     if not 0 <= tuning.stop_exit_code <= 255:
         raise InputError(f"tuning.stop_exit_code must be in 0..255, as of any process, got {tuning.stop_exit_code}")
     objective(tuning)  # here, before the run has a folder
@@ -43,7 +59,9 @@ def objective(tuning: TuningSection) -> Objective:
         name, equals, written = item.partition("=")
         name = name.strip()
         if name not in _TERMS:
-            raise InputError(f"tuning.loss must be made of {', '.join(_TERMS)}, got {item!r}; for example cross_entropy=0.3,forward_kl=0.7")
+            raise InputError(
+                f"tuning.loss must be made of {', '.join(_TERMS)}, got {item!r}; for example cross_entropy=0.3,forward_kl=0.7"
+            )
         if name in weights:
             raise InputError(f"tuning.loss must name each loss once, got {name} twice")
         weights[name] = _weight(written, item) if equals else 1.0
@@ -53,7 +71,9 @@ def objective(tuning: TuningSection) -> Objective:
 
 
 def loss_weights(tuning: TuningSection, exit_layers: tuple[int, ...]) -> dict[int, float]:
-    """The weight of each exit's loss, that of the preset where none are given. Raises InputError where they do not fit the exits."""
+    """The weight of each exit's loss, that of the preset where none are given. Raises InputError where they do not fit
+    the exits.
+    """
     _check_loss_weights(tuning.loss_weights, exit_layers)
     deepest = max(exit_layers)
     preset = [layer / deepest if tuning.loss_weight_preset == "depth" else 1.0 for layer in exit_layers]
@@ -66,7 +86,9 @@ def _weight(written: str, item: str) -> float:
     except ValueError:
         weight = math.nan
     if not 0 < weight < math.inf:
-        raise InputError(f"a weight in tuning.loss must be a number above 0, got {item!r}; leave out what is not wanted")
+        raise InputError(
+            f"a weight in tuning.loss must be a number above 0, got {item!r}; leave out what is not wanted"
+        )
     return weight
 
 
@@ -74,10 +96,14 @@ def _check_loss_weights(weights: tuple[float, ...], exit_layers: tuple[int, ...]
     if not weights:
         return
     if len(weights) != len(exit_layers):
-        raise InputError(f"tuning.loss_weights must give one weight per exit, {len(exit_layers)} for the exits "
-                         f"{','.join(map(str, exit_layers))}, got {len(weights)}")
+        raise InputError(
+            f"tuning.loss_weights must give one weight per exit, {len(exit_layers)} for the exits "
+            f"{','.join(map(str, exit_layers))}, got {len(weights)}"
+        )
     wrong = [weight for weight in weights if not 0 <= weight < float("inf")]
     if wrong:
         raise InputError(f"tuning.loss_weights must be at least 0 and finite, got {wrong[0]}; 0 freezes an exit")
     if not any(weights):
-        raise InputError("tuning.loss_weights must leave an exit to train, got 0 for each; give one of them a weight above 0")
+        raise InputError(
+            "tuning.loss_weights must leave an exit to train, got 0 for each; give one of them a weight above 0"
+        )

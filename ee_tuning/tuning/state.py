@@ -1,9 +1,11 @@
-"""What a checkpoint of a run holds, and the way back: float32 masters, Adam's moments and step counts of every exit, the step and the
-position in the data.
+"""What a checkpoint of a run holds, and the way back: float32 masters, Adam's moments and step counts of every exit,
+the step and the position in the data.
 
-`checkpoints/step_00000100/` is Megatron-core's distributed format, with tensors under Hugging Face's names, beside `progress.json` and a
-sha256 manifest. Every rank writes and reads just the rectangles of those tensors that are its own, so a run resumes under any TP × PP × DP.
+`checkpoints/step_00000100/` is Megatron-core's distributed format, with tensors under Hugging Face's names, beside
+`progress.json` and a sha256 manifest. Every rank writes and reads just the rectangles of those tensors that are its
+own, so a run resumes under any TP × PP × DP.
 """
+
 import json
 import warnings
 from collections.abc import Iterator
@@ -59,11 +61,14 @@ def latest_checkpoint(run_folder: Path) -> Path | None:
     return folder
 
 
-def load_checkpoint(folder: Path, fixed: dict[str, Any], exits: list[ExitOptimizer], config: ModelConfig, topology: Topology) -> Progress:
+def load_checkpoint(
+    folder: Path, fixed: dict[str, Any], exits: list[ExitOptimizer], config: ModelConfig, topology: Topology
+) -> Progress:
     """Fills the exits' masters and optimizers. All ranks call it.
 
     Raises InputError where a file is missing or altered, or the checkpoint is of a run that differs from `fixed`.
     """
+
     def checked() -> Progress:
         for name, entry in read_manifest(folder, _REMEDY).items():
             check_file(folder / name, entry, _REMEDY)
@@ -113,7 +118,8 @@ class _Rectangle:
 
 
 def _rectangles(plan: Shard, first_row: int, num_rows: int) -> Iterator[_Rectangle]:
-    """The rectangles of the replica's rows first_row .. first_row + num_rows - 1 of the tensor-parallel shard that `plan` describes.
+    """The rectangles of the replica's rows first_row .. first_row + num_rows - 1 of the tensor-parallel shard that
+    `plan` describes.
 
     Round as the parameter is, also where Hugging Face has the tensor transposed.
     """
@@ -137,24 +143,45 @@ def _tensors(exits: list[ExitOptimizer], config: ModelConfig, topology: Topology
             chunk = -(-parameter.shape[0] // topology.dp)  # fully_shard cuts rows as torch.chunk does
             replica_id = topology.tp_rank if is_replicated(each.head.spec, name, config, topology.tp) else 0
             moments = each.adam.state[parameter]
-            for kind, value in (("master", parameter), ("exp_avg", moments["exp_avg"]), ("exp_avg_sq", moments["exp_avg_sq"])):
+            for kind, value in (
+                ("master", parameter),
+                ("exp_avg", moments["exp_avg"]),
+                ("exp_avg_sq", moments["exp_avg_sq"]),
+            ):
                 local = _as_sharded(value.detach()).to_local()
                 for part in _rectangles(plan, topology.dp_rank * chunk, local.shape[0]):
                     data = local[part.rows]
                     tensors[f"{part.name}.{kind}@{part.offset}"] = ShardedTensor(
-                        f"{part.name}.{kind}", data, data.dtype, tuple(data.shape), part.shape, part.offset, axis_fragmentations=None,
-                        replica_id=replica_id)
+                        f"{part.name}.{kind}",
+                        data,
+                        data.dtype,
+                        tuple(data.shape),
+                        part.shape,
+                        part.offset,
+                        axis_fragmentations=None,
+                        replica_id=replica_id,
+                    )
     return tensors
 
 
 def own_state(exits: list[ExitOptimizer], config: ModelConfig, topology: Topology) -> dict[str, ShardedTensor]:
-    """This rank's part of what a checkpoint holds, as views but for counts; of ranks that have the same, one has `replica_id` 0."""
+    """This rank's part of what a checkpoint holds, as views but for counts; of ranks that have the same, one has
+    `replica_id` 0.
+    """
     state = _tensors(exits, config, topology)
     for each in exits:
         count = next(iter(each.adam.state.values()))["step"].reshape(1).clone()
         key = _count_key(each.layer)
-        state[key] = ShardedTensor(key, count, count.dtype, (1,), (1,), (0,), axis_fragmentations=None,
-                                   replica_id=topology.tp_rank * topology.dp + topology.dp_rank)
+        state[key] = ShardedTensor(
+            key,
+            count,
+            count.dtype,
+            (1,),
+            (1,),
+            (0,),
+            axis_fragmentations=None,
+            replica_id=topology.tp_rank * topology.dp + topology.dp_rank,
+        )
     return state
 
 
@@ -175,6 +202,8 @@ def _read_progress(folder: Path, fixed: dict[str, Any]) -> Progress:
         raise InputError(f"{path} can not be read: {error}; {_REMEDY}") from error
     for key, value in fixed.items():
         if progress.fixed.get(key) != value:
-            raise InputError(f"a resumed run must keep its {key}: {folder} has {progress.fixed.get(key)}, got {value}; "
-                             "set it back, or use another tuning.run_folder")
+            raise InputError(
+                f"a resumed run must keep its {key}: {folder} has {progress.fixed.get(key)}, got {value}; "
+                "set it back, or use another tuning.run_folder"
+            )
     return progress

@@ -1,7 +1,9 @@
-"""One micro-batch through this stage: receive, frozen layers, send on; then, once its lesson is here, the losses of the exits.
+"""One micro-batch through this stage: receive, frozen layers, send on; then, once its lesson is here, the losses of the
+exits.
 
 Nothing waits for a later stage: hidden states leave before the first loss is computed.
 """
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +26,8 @@ from ee_tuning.tuning.optimizer import ExitOptimizer
 from ee_tuning.tuning.teacher import Teacher
 from ee_tuning.tuning.tutor import Tutor
 
-# s sequence, or this rank's part of it where the plan cuts it · b micro-batch · h hidden · v/tp this rank's shard of the vocabulary
+# s sequence, or this rank's part of it where the plan cuts it · b micro-batch · h hidden · v/tp this rank's shard of
+# the vocabulary
 
 
 @dataclass(frozen=True)
@@ -42,14 +45,28 @@ class Passed:
 class StageWalk:
     """This stage's part in the forward-only relay."""
 
-    def __init__(self, model: EarlyExitModel, relay: Relay, topology: Topology, loss_chunk_tokens: int,
-                 objective: Objective, tutor: Tutor | None = None, *, teaches_validation: bool = False) -> None:
+    def __init__(
+        self,
+        model: EarlyExitModel,
+        relay: Relay,
+        topology: Topology,
+        loss_chunk_tokens: int,
+        objective: Objective,
+        tutor: Tutor | None = None,
+        *,
+        teaches_validation: bool = False,
+    ) -> None:
         """`tutor` is there where `objective` or validations want a teacher."""
         assert tutor is not None or not (objective.wants_teacher or teaches_validation)
         self._model, self._relay, self._topology, self._tutor = model, relay, topology, tutor
         self._teaches = {True: objective.wants_teacher, False: objective.wants_teacher or teaches_validation}
-        self._project = partial(linear_loss, vocab=model.exit_vocab, chunk_tokens=loss_chunk_tokens, objective=objective,
-                                sums_gradient=not model.plan.cuts_sequence)
+        self._project = partial(
+            linear_loss,
+            vocab=model.exit_vocab,
+            chunk_tokens=loss_chunk_tokens,
+            objective=objective,
+            sums_gradient=not model.plan.cuts_sequence,
+        )
 
     @property
     def num_ahead(self) -> int:
@@ -64,7 +81,9 @@ class StageWalk:
             hidden = self._model.embed(to_device(batch.tokens, self._topology.device), documents)
         else:
             hidden, follows = self._relay.receive()
-        with waiting_for(self._topology, f"the layers of a micro-batch of step {leg.step} (its tensor-parallel ranks take part)"):
+        with waiting_for(
+            self._topology, f"the layers of a micro-batch of step {leg.step} (its tensor-parallel ranks take part)"
+        ):
             hidden, exit_inputs = self._model.run_layers(hidden, documents)
         if self._topology.is_last_stage:
             return Passed(leg, follows, exit_inputs, tutor.teach(hidden) if tutor else None)
@@ -101,4 +120,5 @@ class StageWalk:
 
         def project(hidden: Tensor, weight: Tensor) -> ExitLoss:  # [s, b, h], [v/tp, h]
             return self._project(hidden, weight, labels, loss_mask, teacher=teacher)
+
         return project

@@ -1,8 +1,10 @@
 """A wish to stop, from a signal; what comes of it is departure.py's.
 
-A signal asks for a checkpoint and an orderly end. Launchers repeat signals: a group kill reaches the agent and its workers, and the agent
-forwards its own. So a repeat changes nothing, but for a Ctrl-C after a while, which ends the process at once.
+A signal asks for a checkpoint and an orderly end. Launchers repeat signals: a group kill reaches the agent and its
+workers, and the agent forwards its own. So a repeat changes nothing, but for a Ctrl-C after a while, which ends the
+process at once.
 """
+
 import signal
 import threading
 import time
@@ -17,8 +19,8 @@ SECONDS_OF_ONE_PRESS = 2.0
 class StopRequest:
     """While entered, SIGTERM (torchrun, Slurm), SIGINT (Ctrl-C) and SIGUSR1 are noted in place of ending the process.
 
-    A signal counts where it reaches a rank of the first stage; launchers signal all ranks. Repeats are ignored, except a second SIGINT
-    `SECONDS_OF_ONE_PRESS` after the first one or later: that acts as if nothing were entered.
+    A signal counts where it reaches a rank of the first stage; launchers signal all ranks. Repeats are ignored, except
+    a second SIGINT `SECONDS_OF_ONE_PRESS` after the first one or later: that acts as if nothing were entered.
     """
 
     def __init__(self) -> None:
@@ -31,7 +33,9 @@ class StopRequest:
             self._former = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for number, handler in self._former.items():
             signal.signal(number, handler)
 

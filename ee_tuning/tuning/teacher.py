@@ -1,8 +1,12 @@
-"""The final head as the exits' teacher: its distribution over a vocabulary shard, from its hidden states or from its likeliest tokens.
+"""The final head as the exits' teacher: its distribution over a vocabulary shard, from its hidden states or from its
+likeliest tokens.
 
-A teacher is read chunk after chunk of tokens, beside the student's logits (loss.py), into buffers that the next chunk uses again.
+A teacher is read chunk after chunk of tokens, beside the student's logits (loss.py), into buffers that the next chunk
+uses again.
 """
-# s sequence · b micro-batch · h hidden · v this rank's true rows of the vocabulary · n tokens of a chunk · k tokens that are told
+
+# s sequence · b micro-batch · h hidden · v this rank's true rows of the vocabulary · n tokens of a chunk · k tokens
+# that are told
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -24,8 +28,9 @@ class TeacherChunk(Protocol):
     spare: Tensor
     """[n, v], room that is free then."""
     likeliest: Tensor | None
-    """[n] int64: the teacher's likeliest token, of equal ones the lowest id, NOT_LISTED where a shortlist has no class for it alone; None
-    where nobody asked."""
+    """[n] int64: the teacher's likeliest token, of equal ones the lowest id, NOT_LISTED where a shortlist has no class
+    for it alone; None where nobody asked.
+    """
 
     def before_softmax(self, shifted: Tensor) -> list[Tensor]:
         """Sums of the student's logits less their largest [n, v]: sums [n, 1] to be summed over the shards."""
@@ -69,7 +74,7 @@ class HiddenTeacher:
             said = _class_logits(tokens, self.weight, vocab, dtype)
             logits, likeliest = buffers.probabilities.copy_(said.logits), said.likeliest if wants_likeliest else None
         else:
-            logits = buffers.probabilities.copy_(tokens @ self.weight[:vocab.true_rows].t())
+            logits = buffers.probabilities.copy_(tokens @ self.weight[: vocab.true_rows].t())
         largest = vocab.max_over_shards(row_maxima(logits))
         logits.sub_(largest)
         if wants_likeliest and likeliest is None:
@@ -99,12 +104,14 @@ class _WholeChunk:
 class TopKTeacher:
     """The k likeliest tokens and the mass of all others, the tail.
 
-    The tail is spread as the student's own: only its mass is taught. KL and total variation are then those of the two distributions
-    over k + 1 events, lower bounds of the true ones.
+    The tail is spread as the student's own: only its mass is taught. KL and total variation are then those of the two
+    distributions over k + 1 events, lower bounds of the true ones.
     """
 
     ids: Tensor
-    """[n, k] int64, likeliest first. Of a shortlist its classes: first that of the likeliest token, then the likeliest others."""
+    """[n, k] int64, likeliest first. Of a shortlist its classes: first that of the likeliest token, then the likeliest
+    others.
+    """
     probabilities: Tensor
     """[n, k], float32 (float64 for a float64 backbone)."""
 
@@ -155,17 +162,26 @@ class _TopKChunk:
 
 
 @torch.no_grad()
-def top_k_teacher(hidden: Tensor,  # [s, b, h], after the final norm
-                  weight: Tensor,  # [v/tp, h]
-                  k: int, *, vocab: VocabShard, chunk_tokens: int) -> TopKTeacher:
-    """The k likeliest tokens (all, where the vocabulary is smaller) of softmax(weight · hidden), the same on every shard.
+def top_k_teacher(
+    hidden: Tensor,  # [s, b, h], after the final norm
+    weight: Tensor,  # [v/tp, h]
+    k: int,
+    *,
+    vocab: VocabShard,
+    chunk_tokens: int,
+) -> TopKTeacher:
+    """The k likeliest tokens (all, where the vocabulary is smaller) of softmax(weight · hidden), the same on every
+    shard.
 
-    Of tokens equally likely the one with the lowest id comes first. Where `vocab` is a shortlist they are its classes, as TopKTeacher has
-    them.
+    Of tokens equally likely the one with the lowest id comes first. Where `vocab` is a shortlist they are its classes,
+    as TopKTeacher has them.
     """
     k, tokens = min(k, vocab.size), hidden.reshape(-1, hidden.shape[-1])
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    ids, probabilities = tokens.new_empty(len(tokens), k, dtype=torch.int64), tokens.new_empty(len(tokens), k, dtype=dtype)
+    ids, probabilities = (
+        tokens.new_empty(len(tokens), k, dtype=torch.int64),
+        tokens.new_empty(len(tokens), k, dtype=dtype),
+    )
     for start in range(0, len(tokens), chunk_tokens):
         part = slice(start, start + chunk_tokens)
         said = _class_logits(tokens[part], weight, vocab, dtype)
@@ -192,10 +208,12 @@ class _ClassLogits(NamedTuple):
     """[n]: the class of the likeliest token, or NOT_LISTED; None where classes are tokens."""
 
 
-def _class_logits(tokens: Tensor, weight: Tensor, vocab: VocabShard, dtype: torch.dtype) -> _ClassLogits:  # [n, h], [v/tp, h]
+def _class_logits(
+    tokens: Tensor, weight: Tensor, vocab: VocabShard, dtype: torch.dtype
+) -> _ClassLogits:  # [n, h], [v/tp, h]
     if not isinstance(vocab, Shortlist):
-        return _ClassLogits((tokens @ weight[:vocab.true_rows].t()).to(dtype), None)
-    logits = (tokens @ weight[:vocab.whole.true_rows].t()).to(dtype)
+        return _ClassLogits((tokens @ weight[: vocab.true_rows].t()).to(dtype), None)
+    logits = (tokens @ weight[: vocab.whole.true_rows].t()).to(dtype)
     likeliest = _listed(vocab.likeliest_classes(logits), vocab)
     return _ClassLogits(vocab.coarsened(logits), likeliest)
 
@@ -208,7 +226,9 @@ def _local_top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """This shard's k largest logits and their columns [n, k]; where it has fewer, the rest is -inf."""
     values, columns = logits.topk(min(k, logits.shape[-1]), dim=-1)
     missing = k - values.shape[-1]
-    return torch.nn.functional.pad(values, (0, missing), value=-torch.inf), torch.nn.functional.pad(columns, (0, missing))
+    return torch.nn.functional.pad(values, (0, missing), value=-torch.inf), torch.nn.functional.pad(
+        columns, (0, missing)
+    )
 
 
 def row_maxima(logits: Tensor) -> Tensor:  # [n, v] -> [n, 1]

@@ -1,4 +1,7 @@
-"""Tuning: exit heads are trained on a frozen backbone, in a forward-only relay of micro-batches that drains at the end alone."""
+"""Tuning: exit heads are trained on a frozen backbone, in a forward-only relay of micro-batches that drains at the end
+alone.
+"""
+
 import dataclasses
 from collections import deque
 from collections.abc import Iterator
@@ -41,8 +44,14 @@ class Tuner:
         self.run_folder = Path(config.tuning.run_folder)
         self._model, self._loaded = loaded.model, loaded
         weights = loss_weights(self.tuning, loaded.exits.exit_layers)
-        self._work = ExitWork([ExitOptimizer(loaded.model.exit_head(spec.layer), weights[spec.layer], self.tuning, topology)
-                               for spec in loaded.model.plan.own_exits], self.tuning, topology)
+        self._work = ExitWork(
+            [
+                ExitOptimizer(loaded.model.exit_head(spec.layer), weights[spec.layer], self.tuning, topology)
+                for spec in loaded.model.plan.own_exits
+            ],
+            self.tuning,
+            topology,
+        )
         self._samples = samples
         self._source = BatchSource(samples.train, self.tuning, dp=topology.dp, dp_rank=topology.dp_rank)
         self._validation = validation_batches(samples.valid, self.tuning, dp=topology.dp, dp_rank=topology.dp_rank)
@@ -58,14 +67,21 @@ class Tuner:
         return self._work.exits
 
     def resume(self) -> None:
-        """Goes on from the run folder's latest checkpoint, if there is one. Raises InputError where it is of another run."""
+        """Goes on from the run folder's latest checkpoint, if there is one. Raises InputError where it is of another
+        run.
+        """
         folder = on_first_rank(self.topology, lambda: latest_checkpoint(self.run_folder))
         if folder is None:
             return
         progress = load_checkpoint(folder, self._fixed(), self.exits, self._model.config, self.topology)
         self._work.step = progress.step
-        self._source = BatchSource(self._samples.train, self.tuning, dp=self.topology.dp, dp_rank=self.topology.dp_rank,
-                                   position=progress.position)
+        self._source = BatchSource(
+            self._samples.train,
+            self.tuning,
+            dp=self.topology.dp,
+            dp_rank=self.topology.dp_rank,
+            position=progress.position,
+        )
 
     def run(self) -> bool:
         """Steps until train_iters or a signal, saves a checkpoint, and says whether train_iters was reached.
@@ -75,8 +91,15 @@ class Tuner:
         if self.step >= self.tuning.train_iters:
             return True
         relay, tutor = self._relay(), self.make_tutor()
-        walk = StageWalk(self._model, relay, self.topology, self.tuning.loss_chunk_tokens, objective(self.tuning), tutor,
-                         teaches_validation=self.tuning.compare_final)
+        walk = StageWalk(
+            self._model,
+            relay,
+            self.topology,
+            self.tuning.loss_chunk_tokens,
+            objective(self.tuning),
+            tutor,
+            teaches_validation=self.tuning.compare_final,
+        )
         itinerary = Itinerary(self._source, self._validation, self.tuning)
         validates_first = self._validates_first(itinerary)
         waiting: deque[Passed] = deque()  # micro-batches that the backbone is ahead of the exits
@@ -84,8 +107,11 @@ class Tuner:
         with watched(self.config, self.topology, self._loaded, self.step) as metrics, StopRequest() as stop:
             departure = Departure(self.tuning, self.topology, stop, saver)
             flops_per_token = 2 * sum(tuning_costs(self.config, self._model.config, self.exits_config))
-            pace = Pace(self.tuning.global_batch_size * self.tuning.seq_length, flops_per_token,
-                        lambda: relay.seconds_waited + (tutor.feedback.seconds_waited if tutor else 0.0))
+            pace = Pace(
+                self.tuning.global_batch_size * self.tuning.seq_length,
+                flops_per_token,
+                lambda: relay.seconds_waited + (tutor.feedback.seconds_waited if tutor else 0.0),
+            )
             for leg in itinerary.after(self.step, validates_first=validates_first):
                 follows = Follows.NEXT
                 for done, follows in self._advance(walk, leg, departure.follows(leg), waiting, metrics, pace):
@@ -119,32 +145,56 @@ class Tuner:
         """Trained exits that no step has updated, and all trained ones, of every stage. All ranks call it."""
         own = [(each.layer, each.num_updates) for each in self.exits if each.trains and each.parameters]
         every = gathered(own, self.topology)
-        return sorted({layer for layer, _ in every} - {layer for layer, count in every if count}), sorted({layer for layer, _ in every})
+        return sorted({layer for layer, _ in every} - {layer for layer, count in every if count}), sorted(
+            {layer for layer, _ in every}
+        )
 
     def make_tutor(self) -> Tutor | None:
         """What hands on the final head's lessons; None where nobody asks for them."""
         if not self.tuning.wants_final_head:
             return None
-        stages = [stage for stage, (first, last) in enumerate(self._loaded.stages)
-                  if any(first <= layer <= last for layer in self.exits_config.exit_layers)]
-        return Tutor(self._model, self.topology, self.tuning, stages,
-                     tells_hidden=self.tuning.tells_hidden(self.exits_config.ties_output))
+        stages = [
+            stage
+            for stage, (first, last) in enumerate(self._loaded.stages)
+            if any(first <= layer <= last for layer in self.exits_config.exit_layers)
+        ]
+        return Tutor(
+            self._model,
+            self.topology,
+            self.tuning,
+            stages,
+            tells_hidden=self.tuning.tells_hidden(self.exits_config.ties_output),
+        )
 
     def save_exit_heads(self, output: Path) -> None:
         """Writes the artifact of the tuned heads, in the backbone's dtype. All ranks call it."""
         settings = ("global_batch_size", "seq_length", "lr", "min_lr", "lr_decay_style", "backbone_weights", "seed")
-        tuned = {"steps": self.step, "tokens": self._source.position * self.tuning.seq_length,
-                 **{key: getattr(self.tuning, key) for key in settings}}
-        save_exit_heads(output, dataclasses.replace(self.exits_config, tuned=tuned), self._model.config,
-                        whole_tensors(self.exits, self._model.config, self.topology), self.topology, overwrite=True)
+        tuned = {
+            "steps": self.step,
+            "tokens": self._source.position * self.tuning.seq_length,
+            **{key: getattr(self.tuning, key) for key in settings},
+        }
+        save_exit_heads(
+            output,
+            dataclasses.replace(self.exits_config, tuned=tuned),
+            self._model.config,
+            whole_tensors(self.exits, self._model.config, self.topology),
+            self.topology,
+            overwrite=True,
+        )
 
     def _relay(self) -> Relay:
-        return Relay(self.topology, self._model.hidden_shape(self.tuning.seq_length, self.tuning.micro_batch_size), self._model.plan.dtype)
+        return Relay(
+            self.topology,
+            self._model.hidden_shape(self.tuning.seq_length, self.tuning.micro_batch_size),
+            self._model.plan.dtype,
+        )
 
-    def _advance(self, walk: StageWalk, leg: Leg, follows: Follows, waiting: deque[Passed], metrics: MetricsBoard,
-                 pace: Pace) -> Iterator[tuple[Leg, Follows]]:
-        """A micro-batch through the layers, and as many that wait through the exits as must not wait longer: each of these, when its exits
-        are done, and what follows it.
+    def _advance(
+        self, walk: StageWalk, leg: Leg, follows: Follows, waiting: deque[Passed], metrics: MetricsBoard, pace: Pace
+    ) -> Iterator[tuple[Leg, Follows]]:
+        """A micro-batch through the layers, and as many that wait through the exits as must not wait longer: each of
+        these, when its exits are done, and what follows it.
         """
         waiting.append(walk.forward(leg, follows))
         is_end = waiting[-1].follows is Follows.END
@@ -155,9 +205,12 @@ class Tuner:
             yield done, follows
 
     def _validates_first(self, itinerary: Itinerary) -> bool:
-        """Whether a validation comes before the next step: of the heads as they began, or one that a stop left out. All ranks call it."""
+        """Whether a validation comes before the next step: of the heads as they began, or one that a stop left out. All
+        ranks call it.
+        """
         return itinerary.validates_after(self.step) and not on_first_rank(
-            self.topology, lambda: bool(self.step) and holds_validation(self.run_folder / METRICS, self.step))
+            self.topology, lambda: bool(self.step) and holds_validation(self.run_folder / METRICS, self.step)
+        )
 
     def _save(self, saver: Saver, done: Leg, metrics: MetricsBoard) -> None:
         progress = Progress(step=self.step, position=done.position, fixed=self._fixed())
@@ -166,9 +219,15 @@ class Tuner:
 
     def _fixed(self) -> dict[str, Any]:
         exits = self.exits_config
-        return {"model_fingerprint": exits.model_fingerprint, "exit_layers": list(exits.exit_layers),
-                "architecture": exit_config_tree(exits)["architecture"], "adapter_rank": exits.adapter_rank,
-                "output": exits.output, "adds_linear": list(exits.adds_linear) or None,
-                "output_vocab": sha256(to_json(exits.token_ids).encode()).hexdigest() if exits.token_ids else None,
-                "seq_length": self.tuning.seq_length, "seed": self.tuning.seed,
-                **self._samples.train.identity()}
+        return {
+            "model_fingerprint": exits.model_fingerprint,
+            "exit_layers": list(exits.exit_layers),
+            "architecture": exit_config_tree(exits)["architecture"],
+            "adapter_rank": exits.adapter_rank,
+            "output": exits.output,
+            "adds_linear": list(exits.adds_linear) or None,
+            "output_vocab": sha256(to_json(exits.token_ids).encode()).hexdigest() if exits.token_ids else None,
+            "seq_length": self.tuning.seq_length,
+            "seed": self.tuning.seed,
+            **self._samples.train.identity(),
+        }

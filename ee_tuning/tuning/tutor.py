@@ -1,8 +1,10 @@
 """The final head's lessons: made on the last stage, once per micro-batch, and handed back to every stage with an exit.
 
-The backbone is frozen, so it runs ahead: a stage keeps its exits' inputs until the lesson arrives. How far ahead is a fixed number of
-micro-batches, the same on all ranks of the stage: if each looked for itself whether a lesson is here, their collectives would not meet.
+The backbone is frozen, so it runs ahead: a stage keeps its exits' inputs until the lesson arrives. How far ahead is a
+fixed number of micro-batches, the same on all ranks of the stage: if each looked for itself whether a lesson is here,
+their collectives would not meet.
 """
+
 from collections.abc import Iterable
 
 import torch
@@ -15,15 +17,25 @@ from ee_tuning.parallel.feedback import Feedback
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.tuning.teacher import HiddenTeacher, Teacher, TopKTeacher, top_k_teacher
 
-# s sequence, or this rank's part of it where the plan cuts it · b micro-batch · h hidden · n its tokens · k tokens that are told
+# s sequence, or this rank's part of it where the plan cuts it · b micro-batch · h hidden · n its tokens · k tokens that
+# are told
 
 
 class Tutor:
     """This stage's part in teaching."""
 
-    def __init__(self, model: EarlyExitModel, topology: Topology, tuning: TuningSection, stages_with_exits: Iterable[int], *,
-                 tells_hidden: bool) -> None:
-        """`tells_hidden`: final hidden states travel and every stage with an exit holds the output matrix; else the likeliest tokens do."""
+    def __init__(
+        self,
+        model: EarlyExitModel,
+        topology: Topology,
+        tuning: TuningSection,
+        stages_with_exits: Iterable[int],
+        *,
+        tells_hidden: bool,
+    ) -> None:
+        """`tells_hidden`: final hidden states travel and every stage with an exit holds the output matrix; else the
+        likeliest tokens do.
+        """
         self._model, self._topology, self._tuning, self._tells_hidden = model, topology, tuning, tells_hidden
         pupils = tuple(stage for stage in stages_with_exits if stage < topology.pp - 1)
         shape, dtype = model.hidden_shape(tuning.seq_length, tuning.micro_batch_size), model.plan.dtype
@@ -49,8 +61,13 @@ class Tutor:
         if self._tells_hidden:
             self.feedback.send(hidden)
             return HiddenTeacher(self._model.whole_sequence(hidden), weight)
-        told = top_k_teacher(self._model.whole_sequence(hidden), weight, self._tuning.teacher_top_k, vocab=self._model.exit_vocab,
-                             chunk_tokens=self._tuning.loss_chunk_tokens)
+        told = top_k_teacher(
+            self._model.whole_sequence(hidden),
+            weight,
+            self._tuning.teacher_top_k,
+            vocab=self._model.exit_vocab,
+            chunk_tokens=self._tuning.loss_chunk_tokens,
+        )
         # As numbers of one type, float32 at least, which holds every id.
         numbers = torch.stack((told.ids.to(told.probabilities.dtype), told.probabilities), dim=1)
         self.feedback.send(own_part(numbers, self._topology) if self._model.plan.cuts_sequence else numbers)
@@ -60,7 +77,9 @@ class Tutor:
         """The lesson on the other stages, of the oldest micro-batch that expects one; None where there are no exits."""
         if not self._is_pupil:
             return None
-        told = self._model.whole_sequence(self.feedback.take())  # over tensor parallelism: all ranks of a stage take theirs in order
+        told = self._model.whole_sequence(
+            self.feedback.take()
+        )  # over tensor parallelism: all ranks of a stage take theirs in order
         if self._tells_hidden:
             return HiddenTeacher(told, self._model.backbone.output_layer.weight)
         return TopKTeacher(told[:, 0].long(), told[:, 1])

@@ -1,4 +1,5 @@
 """Where a run's records end: in metrics.jsonl, in log.txt, before the user's eyes, and on dashboards."""
+
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,8 +24,11 @@ def watched(config: Config, topology: Topology, loaded: LoadedModel, step: int) 
         return
     folder, last = Path(config.tuning.run_folder), config.tuning.train_iters
     file = MetricsFile(folder / METRICS, resume_after=step or None)
-    with (ProgressDisplay(folder / "log.txt", last, step) as display, tensorboard(folder, step) as events,
-          weights_and_biases(config) as online):
+    with (
+        ProgressDisplay(folder / "log.txt", last, step) as display,
+        tensorboard(folder, step) as events,
+        weights_and_biases(config) as online,
+    ):
         sinks: list[Sink] = [file.write, display.show, *events, *online]
         reached = step
 
@@ -36,6 +40,7 @@ def watched(config: Config, topology: Topology, loaded: LoadedModel, step: int) 
             with refusals_named(folder):
                 for sink in sinks:
                     sink(record)
+
         yield MetricsBoard(topology, take)
         if reached < last:
             display.say(f"stopped after step {reached}; the same command goes on from there")

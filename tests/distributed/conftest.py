@@ -1,4 +1,5 @@
 """The world of four processes that the distributed tests of a pytest process share, and the model they tune."""
+
 import gc
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,5 @@
 """Conversion by several processes."""
+
 from pathlib import Path
 
 import pytest
@@ -40,8 +41,12 @@ def test_every_layout_writes_the_same_bytes(world: World, tmp_path: Path, init: 
     random_llama(tmp_path / "llama")
     written = []
     for tp, pp in ((1, 1), (2, 1), (1, 2), (2, 2)):
-        config = job.replace(Config(), model={"path": str(tmp_path / "llama")}, exits={"exit_layers": (1, 5), "init": init},
-                             parallel={"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp})
+        config = job.replace(
+            Config(),
+            model={"path": str(tmp_path / "llama")},
+            exits={"exit_layers": (1, 5), "init": init},
+            parallel={"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp},
+        )
         output = tmp_path / f"tp{tp}-pp{pp}"
         assert world.run(_convert, config, str(output)) == [None] * 4
         written.append({path.name: path.read_bytes() for path in output.iterdir()})

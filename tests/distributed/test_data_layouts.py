@@ -1,4 +1,7 @@
-"""Every rank reads the data of its run from what one of them has tokenized: the same samples at every layout, chats and blends too."""
+"""Every rank reads the data of its run from what one of them has tokenized: the same samples at every layout, chats and
+blends too.
+"""
+
 import json
 import os
 from pathlib import Path
@@ -20,8 +23,10 @@ from ee_tuning.errors import InputError
 from ee_tuning.parallel.topology import init_parallel
 from ee_tuning.tuning.command import tune_within
 
-TEMPLATE = ("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|endoftext|>' }}{% endfor %}"
-            "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|endoftext|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
 STEADY = {"lr_decay_style": "constant", "lr_warmup_fraction": 0.0}
 
 
@@ -32,8 +37,10 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     random_llama(folder / "model", vocab_size=257, eos_token_id=256, bos_token_id=256)
     write_byte_tokenizer(folder / "model")
     (folder / "template").write_text(TEMPLATE)
-    chats = [[{"role": "user", "content": f"What is {n} times {n}?"}, {"role": "assistant", "content": f"It is {n * n}."}]
-             for n in range(20)]
+    chats = [
+        [{"role": "user", "content": f"What is {n} times {n}?"}, {"role": "assistant", "content": f"It is {n * n}."}]
+        for n in range(20)
+    ]
     (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
     (folder / "texts").mkdir()
     for number in range(7):
@@ -43,10 +50,20 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def data_job(corpora: Path, run: Path, cache: Path, *, tp: int = 1, pp: int = 1, **data: Any) -> Config:
     config = configure(corpora / "model", run, tp=tp, pp=pp, save_interval=2, eval_iters=1000, eval_interval=4)
-    return job.replace(config, exits={"output": "tied"}, data={
-        "paths": ("1", str(corpora / "texts"), "2", str(corpora / "chats.jsonl")), "chat_template": str(corpora / "template"),
-        "valid_fraction": 0.3, "cache": str(cache), "reset_attention_mask": True, "reset_position_ids": True, "eod_mask_loss": True,
-        **data})
+    return job.replace(
+        config,
+        exits={"output": "tied"},
+        data={
+            "paths": ("1", str(corpora / "texts"), "2", str(corpora / "chats.jsonl")),
+            "chat_template": str(corpora / "template"),
+            "valid_fraction": 0.3,
+            "cache": str(cache),
+            "reset_attention_mask": True,
+            "reset_position_ids": True,
+            "eod_mask_loss": True,
+            **data,
+        },
+    )
 
 
 def tune(config: Config) -> int:
@@ -57,6 +74,7 @@ def tune(config: Config) -> int:
     def counted(*arguments: Any) -> Any:
         calls.append(1)
         return tokenize_files(*arguments)
+
     splits.tokenize_files = counted
     try:
         tune_within(config, init_parallel(config.parallel))
@@ -74,12 +92,17 @@ def alone(corpora: Path) -> Config:
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 2)])
-def test_every_layout_learns_the_same_from_a_blend(world: World, corpora: Path, alone: Config, tmp_path: Path, tp: int, pp: int) -> None:
-    """A stage whose documents begin elsewhere, a mask that one rank does not have, or has for its part of the sequence; a corpus in another
-    order; each rank tokenizing.
+def test_every_layout_learns_the_same_from_a_blend(
+    world: World, corpora: Path, alone: Config, tmp_path: Path, tp: int, pp: int
+) -> None:
+    """A stage whose documents begin elsewhere, a mask that one rank does not have, or has for its part of the sequence;
+    a corpus in another order; each rank tokenizing.
     """
-    layout = job.replace(data_job(corpora, tmp_path / "layout", tmp_path / "cache", tp=tp, pp=pp), tuning=STEADY,
-                         parallel={"sequence_parallel": True})
+    layout = job.replace(
+        data_job(corpora, tmp_path / "layout", tmp_path / "cache", tp=tp, pp=pp),
+        tuning=STEADY,
+        parallel={"sequence_parallel": True},
+    )
     assert world.run(tune, layout) == [2, 0, 0, 0]
     assert_same_records(records(layout), records(alone))
 
@@ -136,13 +159,21 @@ def test_a_document_that_can_not_be_used_ends_every_rank(world: World, corpora: 
     assert len(set(complaints)) == 1 and "must be UTF-8" in complaints[0] and not os.path.exists(tmp_path / "run")
 
 
-def test_a_step_without_a_token_to_learn_from_changes_nothing(corpora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_without_a_token_to_learn_from_changes_nothing(
+    corpora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A loss divided by zero tokens that poisons the heads, or that passes without a word."""
     monkeypatch.setattr(splits, "learned_windows", lambda *_: None)  # else no sample is without a token to learn
-    (tmp_path / "prompts.jsonl").write_text("".join(
-        json.dumps({"messages": [{"role": "user", "content": "x" * 20}, {"role": "assistant", "content": "y" * 3}]}) + "\n"
-        for _ in range(2)))
-    config = data_job(corpora, tmp_path / "run", tmp_path / "cache", paths=(str(tmp_path / "prompts.jsonl"),), valid_fraction=0.0)
+    (tmp_path / "prompts.jsonl").write_text(
+        "".join(
+            json.dumps({"messages": [{"role": "user", "content": "x" * 20}, {"role": "assistant", "content": "y" * 3}]})
+            + "\n"
+            for _ in range(2)
+        )
+    )
+    config = data_job(
+        corpora, tmp_path / "run", tmp_path / "cache", paths=(str(tmp_path / "prompts.jsonl"),), valid_fraction=0.0
+    )
     config = job.replace(config, tuning={"global_batch_size": 1, "eval_iters": 0, "save_interval": 1, "train_iters": 7})
     tune(config)
     train = [record for record in records(config) if record["kind"] == "train"]

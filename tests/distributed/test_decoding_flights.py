@@ -1,4 +1,7 @@
-"""Over stages, tokens that left go on while later stages are with the others: what is said is what one process says piece by piece."""
+"""Over stages, tokens that left go on while later stages are with the others: what is said is what one process says
+piece by piece.
+"""
+
 import pytest
 from exits import write_exits
 from random_models import random_llama
@@ -19,8 +22,16 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return str(folder / "model"), str(write_exits(folder / "model", folder / "exits", architecture="mlp", init="copy"))
 
 
-WAYS = [Way(pp=2), Way(pp=2, layout=(4, 2)), Way(pp=4), Way(pp=2, plain=(0, 1)), Way(pp=2, plain=(1,)), Way(pp=2, layout=(0, 6)),
-        Way(pp=4, plain=(0, 1, 2, 3)), Way(tp=2, pp=2)]
+WAYS = [
+    Way(pp=2),
+    Way(pp=2, layout=(4, 2)),
+    Way(pp=4),
+    Way(pp=2, plain=(0, 1)),
+    Way(pp=2, plain=(1,)),
+    Way(pp=2, layout=(0, 6)),
+    Way(pp=4, plain=(0, 1, 2, 3)),
+    Way(tp=2, pp=2),
+]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +42,9 @@ def wanted(subject: tuple[str, str]) -> dict[str, Run]:
 @pytest.mark.parametrize("way", WAYS, ids=str)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_stages_say_what_one_process_says(world, subject, wanted, way, policy):
-    """A word taken for another step's; states of a row that went on meanwhile; keys that stay missing behind who left; a hang."""
+    """A word taken for another step's; states of a row that went on meanwhile; keys that stay missing behind who left;
+    a hang.
+    """
     for run in world.run(run_at, *subject, way, POLICIES[policy]):
         assert run.said == wanted[policy].said
         is_on_one_stage = way.layout == (0, 6) or (way.layout == (4, 2) and policy == "fixed")
@@ -51,7 +64,9 @@ def test_where_drafts_do_not_pay_speculation_is_full_depth(world, subject, wante
 def break_all_off_at(model: str, exits: str, pp: int) -> bool:
     """While some wait for later stages. Whether any did."""
     topology = init_parallel(ParallelSection(pipeline_model_parallel_size=pp))
-    loaded = load_for_generation(load_config(None, {"model.path": model, "exits.path": exits, "model.dtype": "float64"}), topology)
+    loaded = load_for_generation(
+        load_config(None, {"model.path": model, "exits.path": exits, "model.dtype": "float64"}), topology
+    )
     engine = Engine(loaded.model, loaded.stages, num_slots=6, max_length=64)
     waited = False
     for number in range(4, 12):
@@ -70,7 +85,9 @@ def break_all_off_at(model: str, exits: str, pp: int) -> bool:
 
 @pytest.mark.parametrize("pp", [2, 4])
 def test_requests_broken_off_on_their_way_leave_nothing(world, subject, pp):
-    """A token of one that is gone, heard while another is broken off, for which the engine never is idle; sends that nobody waits for."""
+    """A token of one that is gone, heard while another is broken off, for which the engine never is idle; sends that
+    nobody waits for.
+    """
     assert all(world.run(break_all_off_at, *subject, pp))
 
 

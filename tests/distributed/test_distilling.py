@@ -1,4 +1,7 @@
-"""Distillation through the relay: whatever the layout, the lessons are those of one process, and checkpoints are of whole steps."""
+"""Distillation through the relay: whatever the layout, the lessons are those of one process, and checkpoints are of
+whole steps.
+"""
+
 import json
 import shutil
 from pathlib import Path
@@ -16,24 +19,37 @@ from ee_tuning.config import Config
 
 MIXTURES: dict[str, dict[str, Any]] = {
     "top_k": {"loss": ("cross_entropy=0.3", "forward_kl=0.7"), "teacher_top_k": 7},
-    "hidden": {"loss": ("forward_kl", "total_variation=0.5"), "teacher": "hidden", "token_weights": "confidence",
-               "divide_by_token_weights": True},
-    "compared": {"compare_final": True, "token_weights": "confidence"}}
-LAYOUTS = {"top_k": [(1, 4, False), (2, 2, True)], "hidden": [(1, 4, False), (2, 2, True), (2, 1, False)], "compared": [(1, 4, False)]}
+    "hidden": {
+        "loss": ("forward_kl", "total_variation=0.5"),
+        "teacher": "hidden",
+        "token_weights": "confidence",
+        "divide_by_token_weights": True,
+    },
+    "compared": {"compare_final": True, "token_weights": "confidence"},
+}
+LAYOUTS = {
+    "top_k": [(1, 4, False), (2, 2, True)],
+    "hidden": [(1, 4, False), (2, 2, True), (2, 1, False)],
+    "compared": [(1, 4, False)],
+}
 """TP, PP, and whether the sequence is cut over TP."""
 
 
 @pytest.fixture(scope="module", params=list(MIXTURES))
 def alone(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Config]:
     """A run in one process."""
-    config = configure(model, tmp_path_factory.mktemp(request.param) / "run", save_interval=2, **MIXTURES[request.param])
+    config = configure(
+        model, tmp_path_factory.mktemp(request.param) / "run", save_interval=2, **MIXTURES[request.param]
+    )
     assert tune(config)
     return request.param, config
 
 
-def test_every_layout_learns_the_lessons_of_one_process(world: World, model: Path, alone: tuple[str, Config], tmp_path: Path) -> None:
-    """A lesson of another micro-batch, or of a part of the sequence, an update before its step is whole, a backbone that runs past a
-    checkpoint.
+def test_every_layout_learns_the_lessons_of_one_process(
+    world: World, model: Path, alone: tuple[str, Config], tmp_path: Path
+) -> None:
+    """A lesson of another micro-batch, or of a part of the sequence, an update before its step is whole, a backbone
+    that runs past a checkpoint.
     """
     mixture, wanted = alone
     for tp, pp, cuts_sequence in LAYOUTS[mixture]:
@@ -52,7 +68,13 @@ def test_every_layout_learns_the_lessons_of_one_process(world: World, model: Pat
 
 def test_a_run_that_distils_goes_on_to_the_same_bits_after_a_signal(world: World, model: Path, tmp_path: Path) -> None:
     """Micro-batches whose lesson had not arrived when the run stopped, left out or read twice."""
-    settings = {"pp": 4, "dtype": "float32", "global_batch_size": 2, "loss": ("cross_entropy", "forward_kl"), "exits": (1, 2, 3, 4, 5, 6)}
+    settings = {
+        "pp": 4,
+        "dtype": "float32",
+        "global_batch_size": 2,
+        "loss": ("cross_entropy", "forward_kl"),
+        "exits": (1, 2, 3, 4, 5, 6),
+    }
     whole, parts = (configure(model, tmp_path / name, **settings) for name in ("whole", "parts"))
     assert world.run(tune, whole) == [True] * 4
     assert world.run(tune_until_signal, parts, 0) == [(False, 2)] * 4
@@ -62,12 +84,26 @@ def test_a_run_that_distils_goes_on_to_the_same_bits_after_a_signal(world: World
     assert records(parts) == records(whole)
 
 
-def test_a_checkpoint_of_a_run_that_distils_is_taken_while_later_steps_are_under_way(world: World, model: Path, tmp_path: Path) -> None:
-    """The data position of the backbone, which is ahead, in place of the exits'; a checkpoint that waits for the lessons of later steps."""
-    settings = {"pp": 4, "dtype": "float32", "global_batch_size": 2, "loss": ("forward_kl",), "exits": (1, 4, 6), "train_iters": 8}
+def test_a_checkpoint_of_a_run_that_distils_is_taken_while_later_steps_are_under_way(
+    world: World, model: Path, tmp_path: Path
+) -> None:
+    """The data position of the backbone, which is ahead, in place of the exits'; a checkpoint that waits for the
+    lessons of later steps.
+    """
+    settings = {
+        "pp": 4,
+        "dtype": "float32",
+        "global_batch_size": 2,
+        "loss": ("forward_kl",),
+        "exits": (1, 4, 6),
+        "train_iters": 8,
+    }
     whole, parts = (configure(model, tmp_path / name, save_interval=3, **settings) for name in ("whole", "parts"))
     assert world.run(tune, whole) == [True] * 4
-    assert json.loads((tmp_path / "whole" / "checkpoints" / "step_00000003" / "progress.json").read_text())["position"] == 6
+    assert (
+        json.loads((tmp_path / "whole" / "checkpoints" / "step_00000003" / "progress.json").read_text())["position"]
+        == 6
+    )
     shutil.copytree(tmp_path / "whole", tmp_path / "parts")
     (tmp_path / "parts" / "checkpoints" / "latest").write_text("step_00000003\n")
     assert world.run(tune, job.replace(parts, tuning={"resume": True})) == [True] * 4

@@ -1,4 +1,7 @@
-"""An exported distributed checkpoint is one that stock Megatron-core wrote: its own GPTModel loads it, at any TP × PP."""
+"""An exported distributed checkpoint is one that stock Megatron-core wrote: its own GPTModel loads it, at any TP ×
+PP.
+"""
+
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,9 @@ def write_hf(model: str, exits: str, output: str) -> None:
 
 
 def stock_model(tp: int, pp: int, ties: bool) -> Any:
-    """Megatron-core's GPTModel from its local layer spec; only the attention core is ours, for the stock one wants CUDA."""
+    """Megatron-core's GPTModel from its local layer spec; only the attention core is ours, for the stock one wants
+    CUDA.
+    """
     import torch.nn.functional as F
     from megatron.core import parallel_state
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -40,16 +45,43 @@ def stock_model(tp: int, pp: int, ties: bool) -> Any:
     from ee_tuning.model.attention import CausalAttention
 
     config = TransformerConfig(
-        num_layers=6, hidden_size=48, ffn_hidden_size=88, num_attention_heads=4, num_query_groups=2, kv_channels=10,
-        layernorm_epsilon=1e-6, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, pipeline_dtype=torch.float32,
-        use_cpu_initialization=True, normalization="RMSNorm", gated_linear_unit=True, activation_func=F.silu, add_bias_linear=False,
-        softmax_scale=10 ** -0.5, attention_dropout=0.0, hidden_dropout=0.0, bias_activation_fusion=False, bias_dropout_fusion=False,
-        masked_softmax_fusion=False, gradient_accumulation_fusion=False, apply_rope_fusion=False, persist_layer_norm=False)
+        num_layers=6,
+        hidden_size=48,
+        ffn_hidden_size=88,
+        num_attention_heads=4,
+        num_query_groups=2,
+        kv_channels=10,
+        layernorm_epsilon=1e-6,
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        pipeline_dtype=torch.float32,
+        use_cpu_initialization=True,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        softmax_scale=10**-0.5,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+    )
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     spec.submodules.self_attention.submodules.core_attention = CausalAttention
-    return GPTModel(config, spec, vocab_size=102, max_sequence_length=128, position_embedding_type="rope",  # 101 does not divide by 2
-                    share_embeddings_and_output_weights=ties, pre_process=parallel_state.is_pipeline_first_stage(),
-                    post_process=parallel_state.is_pipeline_last_stage()).eval()
+    return GPTModel(
+        config,
+        spec,
+        vocab_size=102,
+        max_sequence_length=128,
+        position_embedding_type="rope",  # 101 does not divide by 2
+        share_embeddings_and_output_weights=ties,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+    ).eval()
 
 
 def stock_logits(folder: str, tp: int, pp: int, ties: bool) -> torch.Tensor | None:
@@ -59,7 +91,9 @@ def stock_logits(folder: str, tp: int, pp: int, ties: bool) -> torch.Tensor | No
 
     topology = init_parallel(ParallelSection(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp))
     model = stock_model(tp, pp, ties)
-    loaded = dist_checkpointing.load({"model": model.sharded_state_dict()}, folder)  # as Megatron-LM loads: arguments lie beside the model
+    loaded = dist_checkpointing.load(
+        {"model": model.sharded_state_dict()}, folder
+    )  # as Megatron-LM loads: arguments lie beside the model
     model.load_state_dict(loaded["model"])
     assert loaded["args"].num_layers == 6 and loaded["args"].padded_vocab_size == 101
     tokens = torch.tensor(TOKENS)
@@ -69,8 +103,15 @@ def stock_logits(folder: str, tp: int, pp: int, ties: bool) -> torch.Tensor | No
         return model(tokens, positions, None), lambda out, **_: out
 
     out = get_forward_backward_func()(
-        forward_step_func=step, data_iterator=None, model=[model] if pp == 1 else model, num_microbatches=1, seq_length=tokens.shape[1],
-        micro_batch_size=len(TOKENS), forward_only=True, collect_non_loss_data=True)
+        forward_step_func=step,
+        data_iterator=None,
+        model=[model] if pp == 1 else model,
+        num_microbatches=1,
+        seq_length=tokens.shape[1],
+        micro_batch_size=len(TOKENS),
+        forward_only=True,
+        collect_non_loss_data=True,
+    )
     if not topology.is_last_stage:
         return None
     parts = [torch.empty_like(out[0]) for _ in range(tp)]
@@ -82,19 +123,29 @@ def all_tensors(folder: str) -> dict[str, torch.Tensor]:
     from megatron.core import dist_checkpointing
 
     init_parallel(ParallelSection())
-    return {name: tensor for name, tensor in dist_checkpointing.load_plain_tensors(folder).items() if isinstance(tensor, torch.Tensor)}
+    return {
+        name: tensor
+        for name, tensor in dist_checkpointing.load_plain_tensors(folder).items()
+        if isinstance(tensor, torch.Tensor)
+    }
 
 
 @pytest.mark.parametrize(("ties", "layouts"), [(False, [(1, 1), (2, 1), (1, 2), (2, 2)]), (True, [(2, 1)])])
-def test_stock_megatron_loads_it_at_any_layout(world: World, tmp_path: Path, ties: bool, layouts: list[tuple[int, int]]) -> None:
-    """A key, an offset or an order of rows that only our own reader understands; exits that a strict loader trips over."""
+def test_stock_megatron_loads_it_at_any_layout(
+    world: World, tmp_path: Path, ties: bool, layouts: list[tuple[int, int]]
+) -> None:
+    """A key, an offset or an order of rows that only our own reader understands; exits that a strict loader trips
+    over.
+    """
     reference = random_llama(tmp_path / "model", tie_word_embeddings=ties)
     exits = write_exits(tmp_path / "model", tmp_path / "exits")
     world.run(write, str(tmp_path / "model"), str(exits), str(tmp_path / "export"))
     with torch.no_grad():
         wanted = reference(torch.tensor(TOKENS)).logits
     for tp, pp in layouts:
-        answers = [logits for logits in world.run(stock_logits, str(tmp_path / "export"), tp, pp, ties) if logits is not None]
+        answers = [
+            logits for logits in world.run(stock_logits, str(tmp_path / "export"), tp, pp, ties) if logits is not None
+        ]
         assert len(answers) == 4 // pp
         for logits in answers:
             torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-4)
@@ -109,8 +160,22 @@ def test_one_process_writes_what_four_write(world: World, tmp_path: Path) -> Non
     random_llama(tmp_path / "model")
     exits = write_exits(tmp_path / "model", tmp_path / "exits")
     world.run(write, str(tmp_path / "model"), str(exits), str(tmp_path / "four"))
-    assert cli.main(["export", "--format", "megatron", "--model", str(tmp_path / "model"), "--exits", str(exits),
-                     "--output", str(tmp_path / "one")]) == 0
+    assert (
+        cli.main(
+            [
+                "export",
+                "--format",
+                "megatron",
+                "--model",
+                str(tmp_path / "model"),
+                "--exits",
+                str(exits),
+                "--output",
+                str(tmp_path / "one"),
+            ]
+        )
+        == 0
+    )
     for folder in ("one", "four"):
         assert cli.main(["verify", str(tmp_path / folder)]) == 0
     one, four = (world.run(all_tensors, str(tmp_path / folder))[0] for folder in ("one", "four"))
@@ -118,8 +183,24 @@ def test_one_process_writes_what_four_write(world: World, tmp_path: Path) -> Non
     assert sorted(path.name for path in tmp_path.iterdir()) == ["exits", "four", "model", "one"]
     # The same for a Hugging Face folder, made of the checkpoint.
     world.run(write_hf, str(tmp_path / "one"), str(exits), str(tmp_path / "hf_four"))
-    assert cli.main(["export", "--format", "hf", "--model", str(tmp_path / "one"), "--exits", str(exits),
-                     "--output", str(tmp_path / "hf_one")]) == 0
+    assert (
+        cli.main(
+            [
+                "export",
+                "--format",
+                "hf",
+                "--model",
+                str(tmp_path / "one"),
+                "--exits",
+                str(exits),
+                "--output",
+                str(tmp_path / "hf_one"),
+            ]
+        )
+        == 0
+    )
     names = sorted(path.name for path in (tmp_path / "hf_one").iterdir())
     assert "manifest.json" in names and names == sorted(path.name for path in (tmp_path / "hf_four").iterdir())
-    assert all((tmp_path / "hf_one" / name).read_bytes() == (tmp_path / "hf_four" / name).read_bytes() for name in names)
+    assert all(
+        (tmp_path / "hf_one" / name).read_bytes() == (tmp_path / "hf_four" / name).read_bytes() for name in names
+    )

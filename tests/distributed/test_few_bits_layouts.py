@@ -1,4 +1,5 @@
 """Tuning on weights of few bits: the same at every layout, and exactly resumed."""
+
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,12 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("weights", ["int8", "nf4"])
 def test_every_layout_learns_from_the_same_weights(world: World, wide: Path, tmp_path: Path, weights: str) -> None:
-    """A scale of a rank's own part of a row: exits tuned at one size would meet another backbone at the next, and a resumed run, too."""
-    one, laid_out = (configure(wide, tmp_path / f"{tp}", tp=tp, pp=tp, exits=(2, 4), backbone_weights=weights) for tp in (1, 2))
+    """A scale of a rank's own part of a row: exits tuned at one size would meet another backbone at the next, and a
+    resumed run, too.
+    """
+    one, laid_out = (
+        configure(wide, tmp_path / f"{tp}", tp=tp, pp=tp, exits=(2, 4), backbone_weights=weights) for tp in (1, 2)
+    )
     native = configure(wide, tmp_path / "native", exits=(2, 4))
     assert tune(one) and tune(native) and world.run(tune, laid_out) == [True] * 4
     for got, wanted, unrounded in zip(*map(records, (laid_out, one, native)), strict=True):
@@ -32,7 +37,9 @@ def test_every_layout_learns_from_the_same_weights(world: World, wide: Path, tmp
         torch.testing.assert_close(tensors[name], wanted[name], rtol=1e-6, atol=1e-8, msg=name)
 
 
-def test_replicas_get_what_the_first_one_rounded_and_may_cut_the_sequence(world: World, wide: Path, tmp_path: Path) -> None:
+def test_replicas_get_what_the_first_one_rounded_and_may_cut_the_sequence(
+    world: World, wide: Path, tmp_path: Path
+) -> None:
     """Buffers of replicas that read nothing, left as they were made; a map that takes its rank's tokens for all."""
     one, shared = (configure(wide, tmp_path / f"{tp}", tp=tp, exits=(2, 4), backbone_weights="int8") for tp in (1, 2))
     shared = job.replace(shared, parallel={"sequence_parallel": True})
@@ -44,8 +51,15 @@ def test_replicas_get_what_the_first_one_rounded_and_may_cut_the_sequence(world:
 @pytest.mark.parametrize("weights", ["int8", "nf4"])
 def test_a_resumed_run_is_the_run_never_stopped(wide: Path, tmp_path: Path, weights: str) -> None:
     """Weights rounded anew from what had been rounded."""
-    whole = configure(wide, tmp_path / "whole", exits=(2, 4), dtype="float32", backbone_weights=weights, lr_decay_style="constant",
-                      lr_warmup_fraction=0.0)
+    whole = configure(
+        wide,
+        tmp_path / "whole",
+        exits=(2, 4),
+        dtype="float32",
+        backbone_weights=weights,
+        lr_decay_style="constant",
+        lr_warmup_fraction=0.0,
+    )
     parts = job.replace(whole, tuning={"run_folder": str(tmp_path / "parts")})
     assert tune(whole) and tune(job.replace(parts, tuning={"train_iters": 2})) and tune(parts)
     got, wanted = checkpoint(parts, NUM_STEPS), checkpoint(whole, NUM_STEPS)

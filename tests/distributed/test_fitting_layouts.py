@@ -1,4 +1,5 @@
 """Exits fitted by several processes are those of one."""
+
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,12 @@ LAYERS = (1, 2, 4, 5, 6)
 
 def fitting_job(model: Path, *, tp: int = 1, pp: int = 1, cuts_sequence: bool = False) -> Config:
     config = configure(model, model / "run", exits=LAYERS, tp=tp, pp=pp)
-    exits = {"architecture": ("norm", "linear", "layer", "mlp", "adapter"), "adapter_rank": 7, "init": "fitted", "output": "untied"}
+    exits = {
+        "architecture": ("norm", "linear", "layer", "mlp", "adapter"),
+        "adapter_rank": 7,
+        "init": "fitted",
+        "output": "untied",
+    }
     return job.replace(config, exits=exits, parallel={"sequence_parallel": cuts_sequence})
 
 
@@ -32,24 +38,33 @@ def alone(model: Path) -> dict[int, Tensor]:
     return fitted_maps(fitting_job(model))
 
 
-@pytest.mark.parametrize(("tp", "pp", "cuts_sequence"), [
-    (2, 2, False), (2, 2, True), (1, 2, False), (1, 1, False), (2, 1, True), (1, 4, False)])
-def test_every_layout_finds_the_maps_of_one_process(world: World, model: Path, alone: dict[int, Tensor], tmp_path: Path, tp: int, pp: int,
-                                                    cuts_sequence: bool) -> None:
-    """Tokens counted by every shard or by the first replica alone, a part of the sequence beside another part's final states, final states
-    of the micro-batch before, a map that one rank has and the others do not.
+@pytest.mark.parametrize(
+    ("tp", "pp", "cuts_sequence"),
+    [(2, 2, False), (2, 2, True), (1, 2, False), (1, 1, False), (2, 1, True), (1, 4, False)],
+)
+def test_every_layout_finds_the_maps_of_one_process(
+    world: World, model: Path, alone: dict[int, Tensor], tmp_path: Path, tp: int, pp: int, cuts_sequence: bool
+) -> None:
+    """Tokens counted by every shard or by the first replica alone, a part of the sequence beside another part's final
+    states, final states of the micro-batch before, a map that one rank has and the others do not.
     """
     answers = world.run(fitted_maps, fitting_job(model, tp=tp, pp=pp, cuts_sequence=cuts_sequence))
     for layer in LAYERS:
-        torch.testing.assert_close(answers[0][layer], alone[layer], rtol=1e-5, atol=1e-6, msg=f"the exit after layer {layer}")
+        torch.testing.assert_close(
+            answers[0][layer], alone[layer], rtol=1e-5, atol=1e-6, msg=f"the exit after layer {layer}"
+        )
         assert all(torch.equal(answer[layer], answers[0][layer]) for answer in answers)
 
 
 def test_every_layout_finds_the_map_of_low_rank(world: World, model: Path) -> None:
-    """Sums of one rank's rows; a shape that other ranks do not wait for. Which factors make the product is any layout's own."""
+    """Sums of one rank's rows; a shape that other ranks do not wait for. Which factors make the product is any layout's
+    own.
+    """
+
     def product(maps: dict[int, Tensor]) -> Tensor:  # [h, h + 1]
         found = maps[6].double()
         return torch.cat((found[:, :7] @ found[:, 7:-1].T, found[:, -1:]), dim=1)
+
     config = fitting_job(model, tp=2, pp=2)
     alone, answers = (job.replace(each, exits={"output": "tied"}) for each in (fitting_job(model), config))
     found = world.run(fitted_maps, answers)
@@ -60,7 +75,9 @@ def test_every_layout_finds_the_map_of_low_rank(world: World, model: Path) -> No
 
 def fitted_row(config: Config) -> Tensor:
     listed = ListedTokens(token_ids=(0, 3, 5, 20, 21, 22, 24, 49, 100), num_tokens=1, num_listed=1)
-    row = fit_exits(config, make_samples(config.tuning.seq_length).train, init_parallel(config.parallel), 48, listed).other
+    row = fit_exits(
+        config, make_samples(config.tuning.seq_length).train, init_parallel(config.parallel), 48, listed
+    ).other
     assert row is not None
     return row
 

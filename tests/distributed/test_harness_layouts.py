@@ -1,4 +1,5 @@
 """One rank runs lm-evaluation-harness, or any other program, and the others follow it, at every layout TP × PP × DP."""
+
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ POLICIES = {"full": FULL, "threshold": Policy(thresholds={2: 0.3, 4: 0.5})}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("harness")
-    random_llama(folder / "model", vocab_size=257, eos_token_id=256, bos_token_id=256, max_position_embeddings=96, confident=True)
+    random_llama(
+        folder / "model", vocab_size=257, eos_token_id=256, bos_token_id=256, max_position_embeddings=96, confident=True
+    )
     write_byte_tokenizer(folder / "model")
     write_exits(folder / "model", folder / "exits")
     write_tasks(folder / "tasks", num_documents=4)
@@ -43,10 +46,17 @@ def figures(folder: Path, driver: Driver) -> dict[str, Any]:
     found = {}
     driver.expect(list(POLICIES.values()))
     for name, policy in POLICIES.items():
-        with patch("datasets.config.HF_DATASETS_CACHE", folder / "cache"), patch("lm_eval.evaluator.add_env_info", lambda results: None):
+        with (
+            patch("datasets.config.HF_DATASETS_CACHE", folder / "cache"),
+            patch("lm_eval.evaluator.add_env_info", lambda results: None),
+        ):
             told = run_harness(driver, wish, policy, {})
-        numbers = {f"{task} {metric}": float(f"{value:.7g}") for task, metrics in told["results"].items()
-                   for metric, value in metrics.items() if isinstance(value, float)}
+        numbers = {
+            f"{task} {metric}": float(f"{value:.7g}")
+            for task, metrics in told["results"].items()
+            for metric, value in metrics.items()
+            if isinstance(value, float)
+        }
         left = told["ee_tuning"]["left"]
         found[name] = {**numbers, **{kind: left[kind]["share_by_exit"] for kind in ("loglikelihood", "generate_until")}}
     return found
@@ -60,7 +70,9 @@ def figures_at(folder: Path, tp: int, pp: int) -> dict[str, Any] | None:
 
 @pytest.mark.parametrize(("tp", "pp"), [(2, 2), (1, 4), (1, 2)])
 def test_layouts_give_the_harness_the_same_figures(world, folder, tp, pp):
-    """The harness's own Megatron model refuses pipeline parallelism; ranks that each run the harness need not draw the same documents."""
+    """The harness's own Megatron model refuses pipeline parallelism; ranks that each run the harness need not draw the
+    same documents.
+    """
     pytest.importorskip("lm_eval")
     wanted = figures(folder, Driver(llm_at(folder, 1, 1)))
     assert len(wanted["threshold"]["loglikelihood"]) == 3 and wanted["full"] != wanted["threshold"]
@@ -76,6 +88,7 @@ def scores_and_failure(folder: Path, failure: str) -> tuple[float, str]:
             driver.score([([1], [])], FULL, 4)  # a refusal that the program lives with
         seen.append(driver.score([([1], [2])], FULL, 4)[0].logprob)
         raise InputError(failure) if failure == "refused" else KeyError(failure)
+
     try:
         drive(llm, program)
     except Exception as error:
@@ -83,9 +96,13 @@ def scores_and_failure(folder: Path, failure: str) -> tuple[float, str]:
     raise AssertionError("it must fail")
 
 
-@pytest.mark.parametrize(("failure", "told", "told_others"), [
-    ("refused", "InputError: refused", "InputError: refused"),
-    ("broken", "KeyError: 'broken'", "RuntimeError: rank 0 failed: KeyError: 'broken'")])
+@pytest.mark.parametrize(
+    ("failure", "told", "told_others"),
+    [
+        ("refused", "InputError: refused", "InputError: refused"),
+        ("broken", "KeyError: 'broken'", "RuntimeError: rank 0 failed: KeyError: 'broken'"),
+    ],
+)
 def test_a_program_that_fails_ends_all_ranks(world, folder, failure, told, told_others):
     """Ranks that wait for a rank 0 that is gone, until a time-out half an hour later."""
     (logprob, first), *others = world.run(scores_and_failure, folder, failure)

@@ -1,4 +1,5 @@
 """A run whose exits have every architecture there is: over every layout, in parts, and each exit alone."""
+
 from pathlib import Path
 from typing import get_args
 
@@ -21,13 +22,17 @@ NUM_STEPS = 20
 
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Qwen3: norms of queries and keys, which each tensor-parallel rank holds alike and uses for its own heads."""
+    """A random Qwen3: norms of queries and keys, which each tensor-parallel rank holds alike and uses for its own
+    heads.
+    """
     folder = tmp_path_factory.mktemp("qwen3")
     random_model("qwen3", folder)
     return folder
 
 
-def mixed(model: Path, run: Path, *, layers: tuple[int, ...] = LAYERS, tp: int = 1, pp: int = 1, **tuning: object) -> Config:
+def mixed(
+    model: Path, run: Path, *, layers: tuple[int, ...] = LAYERS, tp: int = 1, pp: int = 1, **tuning: object
+) -> Config:
     settings = {"train_iters": NUM_STEPS, "eval_interval": 10, "global_batch_size": 4, **tuning}
     config = configure(model, run, exits=layers, tp=tp, pp=pp, **settings)
     kinds = tuple(kind for layer, kind in zip(LAYERS, KINDS, strict=True) if layer in layers)
@@ -50,10 +55,11 @@ def tune_to_artifact(config: Config) -> bool:
 
 
 @pytest.mark.parametrize(("tp", "pp", "cuts_sequence"), [(1, 2, True), (2, 1, True), (2, 2, False), (2, 2, True)])
-def test_every_architecture_takes_the_steps_of_one_process(world: World, qwen: Path, alone: Config, tmp_path: Path, tp: int,
-                                                           pp: int, cuts_sequence: bool) -> None:
-    """A query norm trained by the gradient of one rank's heads, a bias's or an adapter's summed over ranks that have it alike; of a
-    sequence in parts, a norm trained by one rank's tokens, a part taken for the whole.
+def test_every_architecture_takes_the_steps_of_one_process(
+    world: World, qwen: Path, alone: Config, tmp_path: Path, tp: int, pp: int, cuts_sequence: bool
+) -> None:
+    """A query norm trained by the gradient of one rank's heads, a bias's or an adapter's summed over ranks that have it
+    alike; of a sequence in parts, a norm trained by one rank's tokens, a part taken for the whole.
     """
     config = job.replace(mixed(qwen, tmp_path / "run", tp=tp, pp=pp), parallel={"sequence_parallel": cuts_sequence})
     assert world.run(tune_to_artifact, config) == [True] * 4
@@ -86,8 +92,12 @@ def assert_moved(tuned: dict[str, Tensor], first: dict[str, Tensor]) -> None:
         assert (tensor - first[name]).abs().max() > 1e-3, f"{name} is not trained"
 
 
-def test_exits_of_any_architecture_tuned_together_are_those_tuned_alone(qwen: Path, alone: Config, tmp_path: Path) -> None:
-    """A `layer` head that runs into its neighbour's states, a rank or an architecture read from another exit's place."""
+def test_exits_of_any_architecture_tuned_together_are_those_tuned_alone(
+    qwen: Path, alone: Config, tmp_path: Path
+) -> None:
+    """A `layer` head that runs into its neighbour's states, a rank or an architecture read from another exit's
+    place.
+    """
     together = checkpoint(alone, NUM_STEPS)
     for layer in LAYERS:
         single = mixed(qwen, tmp_path / str(layer), layers=(layer,))
@@ -97,7 +107,9 @@ def test_exits_of_any_architecture_tuned_together_are_those_tuned_alone(qwen: Pa
 
 
 def test_a_mixed_run_in_two_parts_is_the_run_in_one_to_the_bit(world: World, qwen: Path, tmp_path: Path) -> None:
-    """Moments of a `layer` head saved under the backbone layer's name; replicated parts restored from another rank's."""
+    """Moments of a `layer` head saved under the backbone layer's name; replicated parts restored from another
+    rank's.
+    """
     settings = {"train_iters": 4, "lr_decay_style": "constant", "lr_warmup_fraction": 0.0, "eval_interval": 0}
     whole = mixed(qwen, tmp_path / "whole", tp=2, pp=2, **settings)
     parts = mixed(qwen, tmp_path / "parts", tp=2, pp=2, **settings)

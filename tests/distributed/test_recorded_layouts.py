@@ -1,4 +1,7 @@
-"""Graphs on every rank of a layout, as on GPUs with NCCL between them, say what one process says without; without a GPU (recorded.py)."""
+"""Graphs on every rank of a layout, as on GPUs with NCCL between them, say what one process says without; without a GPU
+(recorded.py).
+"""
+
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,9 @@ def recorded_at(model: str, exits: str, tp: int, pp: int) -> tuple[Any, int]:
 
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
 def test_recorded_layouts_decode_the_same(world: Any, tmp_path: Path, tp: int, pp: int) -> None:
-    """A shard's answer taken for the whole vocabulary's, states overwritten while they travel, a graph that one rank alone makes."""
+    """A shard's answer taken for the whole vocabulary's, states overwritten while they travel, a graph that one rank
+    alone makes.
+    """
     random_llama(tmp_path / "model", confident=True)
     model, exits = str(tmp_path / "model"), str(write_exits(tmp_path / "model", tmp_path / "exits"))
     wanted = decode_at(model, exits, 1, 1)

@@ -1,4 +1,5 @@
 """Answers to a file of chats are the same at every layout, and one rank reads and writes."""
+
 import json
 from pathlib import Path
 from typing import Any
@@ -12,20 +13,41 @@ from ee_tuning.errors import InputError
 from ee_tuning.generation import regenerate as module
 from ee_tuning.generation.regenerate import Wish, regenerate
 
-TEMPLATE = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-            "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 LINES: list[dict[str, Any]] = [
-    {"id": 1, "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "x"}, {"role": "user", "content": "b"}]},
-    {"id": 2, "prompt": "once"}, {"id": 3, "messages": [{"role": "user", "content": "w" * 300}]},
-    {"id": 4, "messages": [{"role": "user", "content": "c"}]}]
+    {
+        "id": 1,
+        "messages": [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "x"},
+            {"role": "user", "content": "b"},
+        ],
+    },
+    {"id": 2, "prompt": "once"},
+    {"id": 3, "messages": [{"role": "user", "content": "w" * 300}]},
+    {"id": 4, "messages": [{"role": "user", "content": "c"}]},
+]
 
 
 def regenerate_at(folder: str, output: str, keys: dict[str, Any]) -> str:
     """What the command ends with: nothing, or its error."""
     module.leave_parallel = lambda: None  # type: ignore[assignment]  # the world goes on
     prompts = Path(folder) / "prompts.jsonl"
-    config = load_config(None, {"model.path": folder, "model.dtype": "float64", "data.paths": [str(prompts)],
-                                "generation.max_new_tokens": 9, "generation.temperature": 0.8, "generation.n": 2, **keys})
+    config = load_config(
+        None,
+        {
+            "model.path": folder,
+            "model.dtype": "float64",
+            "data.paths": [str(prompts)],
+            "generation.max_new_tokens": 9,
+            "generation.temperature": 0.8,
+            "generation.n": 2,
+            **keys,
+        },
+    )
     try:
         regenerate(config, Wish(output=Path(output)))
     except InputError as error:
@@ -34,7 +56,9 @@ def regenerate_at(folder: str, output: str, keys: dict[str, Any]) -> str:
 
 
 def test_layouts_answer_the_same(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Ranks that render, draw or stop otherwise and wait for ever; a file that four ranks write; prompts left out by one rank alone."""
+    """Ranks that render, draw or stop otherwise and wait for ever; a file that four ranks write; prompts left out by
+    one rank alone.
+    """
     monkeypatch.setattr(module, "leave_parallel", module.leave_parallel)
     random_llama(tmp_path, vocab_size=VOCABULARY + 2, eos_token_id=256, bos_token_id=256)
     write_byte_tokenizer(tmp_path, "<|im_start|>", "<|im_end|>")

@@ -1,4 +1,5 @@
 """The relay between four stages: order, content, the end of a run, and that nobody waits who need not."""
+
 from pathlib import Path
 from unittest import mock
 
@@ -15,7 +16,9 @@ from ee_tuning.parallel.topology import Topology, init_parallel
 SHAPE = (3, 2, 4)  # [s, b, h]
 
 
-def relay_all(topology: Topology, num_microbatches: int, dtype: torch.dtype, max_in_flight: int = 2) -> list[torch.Tensor]:
+def relay_all(
+    topology: Topology, num_microbatches: int, dtype: torch.dtype, max_in_flight: int = 2
+) -> list[torch.Tensor]:
     """What this stage held of every micro-batch; each stage adds one before it sends on."""
     relay = Relay(topology, SHAPE, dtype, max_in_flight=max_in_flight)
     seen = []
@@ -34,13 +37,21 @@ def relay_all(topology: Topology, num_microbatches: int, dtype: torch.dtype, max
 
 
 def relay_on_every_stage(num_microbatches: int, dtype: torch.dtype, max_in_flight: int) -> list[torch.Tensor]:
-    return relay_all(init_parallel(ParallelSection(pipeline_model_parallel_size=4)), num_microbatches, dtype, max_in_flight)
+    return relay_all(
+        init_parallel(ParallelSection(pipeline_model_parallel_size=4)), num_microbatches, dtype, max_in_flight
+    )
 
 
-@pytest.mark.parametrize(("num_microbatches", "dtype", "max_in_flight"),
-                         [(17, torch.float32, 2), (17, torch.bfloat16, 1), (1, torch.float32, 2), (5, torch.float64, 100)])
-def test_every_stage_sees_every_microbatch_in_order(world: World, num_microbatches: int, dtype: torch.dtype, max_in_flight: int) -> None:
-    """A receive posted ahead into a buffer still being read, or matched with another send, would change what a stage sees."""
+@pytest.mark.parametrize(
+    ("num_microbatches", "dtype", "max_in_flight"),
+    [(17, torch.float32, 2), (17, torch.bfloat16, 1), (1, torch.float32, 2), (5, torch.float64, 100)],
+)
+def test_every_stage_sees_every_microbatch_in_order(
+    world: World, num_microbatches: int, dtype: torch.dtype, max_in_flight: int
+) -> None:
+    """A receive posted ahead into a buffer still being read, or matched with another send, would change what a stage
+    sees.
+    """
     for stage, seen in enumerate(world.run(relay_on_every_stage, num_microbatches, dtype, max_in_flight)):
         wanted = [torch.full(SHAPE, 10.0 * i + stage, dtype=dtype) for i in range(num_microbatches)]
         assert len(seen) == num_microbatches
@@ -54,7 +65,9 @@ def relay_staged(num_microbatches: int) -> list[torch.Tensor]:
 
 
 def test_states_that_go_through_host_memory_arrive_in_order(world: World) -> None:
-    """What processes on one GPU have: a copy taken before the states were there, or put where the receiver does not look."""
+    """What processes on one GPU have: a copy taken before the states were there, or put where the receiver does not
+    look.
+    """
     for stage, seen in enumerate(world.run(relay_staged, 9)):
         assert [each.unique().item() for each in seen] == [10.0 * i + stage for i in range(9)]
 
@@ -91,7 +104,9 @@ def relay_twice() -> int:
 
 
 def test_a_second_run_follows_the_first_on_the_same_groups(world: World) -> None:
-    """A receive that nobody answers, left behind by a run that stopped, would swallow the first micro-batch of the next."""
+    """A receive that nobody answers, left behind by a run that stopped, would swallow the first micro-batch of the
+    next.
+    """
     assert world.run(relay_twice) == [7, 7, 7, 7]
 
 
@@ -112,11 +127,15 @@ def all_met(folder: Path, patience: float, drains: bool) -> bool:
 
 
 def test_all_stages_work_at_once_but_where_they_drain(world: World, tmp_path: Path) -> None:
-    """Any wait for a later stage, within a step or between steps, would come back as the bubble the relay is there to avoid."""
+    """Any wait for a later stage, within a step or between steps, would come back as the bubble the relay is there to
+    avoid.
+    """
     for drains, patience in ((False, LONG), (True, SHORT)):
         (folder := tmp_path / str(drains)).mkdir()
         met = world.run(all_met, folder, patience, drains)
-        assert not any(met[1:]) if drains else all(met), "the first stage, when it is late, finds that the others waited no longer"
+        assert not any(met[1:]) if drains else all(met), (
+            "the first stage, when it is late, finds that the others waited no longer"
+        )
 
 
 def fail_on_rank_two() -> None:

@@ -1,4 +1,5 @@
 """A rank that dies under torchrun: the launcher starts all of them anew, and they go on from the latest checkpoint."""
+
 import json
 import os
 import signal
@@ -16,13 +17,47 @@ NUM_STEPS = 150
 def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(tmp_path: Path) -> None:
     """Workers that come up again and meet their predecessors' addresses, or begin at the beginning."""
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1",
-               "-m", "ee_tuning", "tune", "--model", str(ROOT / "examples" / "tiny-python-llama"), "--exit-layers", "1",
-               "--architecture", "norm", "--exit-output", "tied", "--data", str(ROOT / "ee_tuning" / "errors.py"), "--output", str(run),
-               "--train-iters", str(NUM_STEPS), "--seq-length", "16", "--micro-batch-size", "1", "--global-batch-size", "2",
-               "--set", "tuning.save_interval=20", "--set", "tuning.eval_iters=0"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--max-restarts",
+        "1",
+        "-m",
+        "ee_tuning",
+        "tune",
+        "--model",
+        str(ROOT / "examples" / "tiny-python-llama"),
+        "--exit-layers",
+        "1",
+        "--architecture",
+        "norm",
+        "--exit-output",
+        "tied",
+        "--data",
+        str(ROOT / "ee_tuning" / "errors.py"),
+        "--output",
+        str(run),
+        "--train-iters",
+        str(NUM_STEPS),
+        "--seq-length",
+        "16",
+        "--micro-batch-size",
+        "1",
+        "--global-batch-size",
+        "2",
+        "--set",
+        "tuning.save_interval=20",
+        "--set",
+        "tuning.eval_iters=0",
+    ]
     with (tmp_path / "log").open("w") as log:
-        launcher = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
+        launcher = subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log
+        )
     try:
         end = time.monotonic() + 120
         while not (run / "checkpoints" / "latest").exists():

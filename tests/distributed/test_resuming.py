@@ -1,4 +1,5 @@
 """Checkpoints of a run: when one may be written, what stops a run, and that a resumed one is the run never stopped."""
+
 import os
 import pickle
 import resource
@@ -25,7 +26,9 @@ from ee_tuning.tuning.step import Passed, StageWalk
 
 
 def tune_with_a_slow_disk(config: Config, seconds: float) -> list[bool]:
-    """Nothing is written before the next step has ended, or `seconds` have passed. Whether it had, for each checkpoint but the last."""
+    """Nothing is written before the next step has ended, or `seconds` have passed. Whether it had, for each checkpoint
+    but the last.
+    """
     tuner, write, seen = make_tuner(config), Saver._write_own, []
 
     def write_late(*args: Any) -> Any:
@@ -35,14 +38,19 @@ def tune_with_a_slow_disk(config: Config, seconds: float) -> list[bool]:
         if begun < NUM_STEPS:
             seen.append(tuner.step > begun)
         return write(*args)
+
     with mock.patch.object(Saver, "_write_own", write_late):
         assert tuner.run()
     return seen
 
 
-def test_training_goes_on_while_a_checkpoint_is_written_of_what_was_there(world: World, model: Path, tmp_path: Path) -> None:
+def test_training_goes_on_while_a_checkpoint_is_written_of_what_was_there(
+    world: World, model: Path, tmp_path: Path
+) -> None:
     """Masters written after a later step's update, or ranks that wait for the disk."""
-    beside, waited = (configure(model, tmp_path / name, tp=2, pp=2, dtype="float32", save_interval=2) for name in ("beside", "waited"))
+    beside, waited = (
+        configure(model, tmp_path / name, tp=2, pp=2, dtype="float32", save_interval=2) for name in ("beside", "waited")
+    )
     waited = job.replace(waited, tuning={"async_save": False})
     assert world.run(tune_with_a_slow_disk, beside, 30.0) == [[True]] * 4
     assert world.run(tune_with_a_slow_disk, waited, 0.1) == [[False]] * 4
@@ -57,7 +65,10 @@ def tune_by_the_clock(config: Config) -> bool:
     tuner, passed = make_tuner(config), Departure._minutes_passed
 
     def once(departure: Departure) -> bool:
-        return passed(departure) or (tuner.topology.rank == 1 and tuner.step == 1)  # it is asked before the step's last micro-batch
+        return passed(departure) or (
+            tuner.topology.rank == 1 and tuner.step == 1
+        )  # it is asked before the step's last micro-batch
+
     with mock.patch.object(Departure, "_minutes_passed", once):
         return tuner.run()
 
@@ -84,13 +95,18 @@ def tune_until_signal(config: Config, rank: int = 1) -> tuple[bool, int]:
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)
         return forward(walk, leg, follows)
+
     with mock.patch.object(StageWalk, "forward", signalled):
         return tuner.run(), tuner.step
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(2, 2), (1, 2)])
-def test_a_run_stopped_by_a_signal_goes_on_to_the_same_bits(world: World, model: Path, tmp_path: Path, tp: int, pp: int) -> None:
-    """Moments, step counts, masters or a data position lost in a checkpoint; stages that disagree where to stop; a validation left out."""
+def test_a_run_stopped_by_a_signal_goes_on_to_the_same_bits(
+    world: World, model: Path, tmp_path: Path, tp: int, pp: int
+) -> None:
+    """Moments, step counts, masters or a data position lost in a checkpoint; stages that disagree where to stop; a
+    validation left out.
+    """
     whole = configure(model, tmp_path / "whole", tp=tp, pp=pp, dtype="float32")
     parts = configure(model, tmp_path / "parts", tp=tp, pp=pp, dtype="float32")
     assert world.run(tune, whole) == [True] * 4
@@ -146,7 +162,9 @@ class Hostile:
 
 
 def test_a_pickle_that_runs_commands_is_refused(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch unpickles a checkpoint's .metadata without a question; the manifest beside it is no protection from who wrote both."""
+    """torch unpickles a checkpoint's .metadata without a question; the manifest beside it is no protection from who
+    wrote both.
+    """
     monkeypatch.chdir(tmp_path)
     config = configure(model, tmp_path / "run", train_iters=1)
     assert tune(config)
@@ -159,7 +177,9 @@ def test_a_pickle_that_runs_commands_is_refused(model: Path, tmp_path: Path, mon
 
 
 def tune_where_files_end_early(config: Config, num_bytes: int) -> tuple[bool, str]:
-    """No file may grow beyond `num_bytes` on the last rank, as on a disk that is full. Whether the run ended well, and its complaint."""
+    """No file may grow beyond `num_bytes` on the last rank, as on a disk that is full. Whether the run ended well, and
+    its complaint.
+    """
     tuner = make_tuner(config)
     tuner.resume()
     former = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -173,12 +193,17 @@ def tune_where_files_end_early(config: Config, num_bytes: int) -> tuple[bool, st
         resource.setrlimit(resource.RLIMIT_FSIZE, former)
 
 
-def test_a_full_disk_ends_the_run_in_one_line_and_leaves_the_checkpoint_before(world: World, model: Path, tmp_path: Path) -> None:
+def test_a_full_disk_ends_the_run_in_one_line_and_leaves_the_checkpoint_before(
+    world: World, model: Path, tmp_path: Path
+) -> None:
     """A rank that can not write and leaves the others waiting; half a checkpoint that `latest` names."""
     config = configure(model, tmp_path / "run", tp=2, pp=2, dtype="float32", train_iters=2)
     assert world.run(tune, config) == [True] * 4
     more = job.replace(config, tuning={"train_iters": NUM_STEPS})
-    for further in (more, job.replace(more, tuning={"train_iters": 1000, "save_interval": 4})):  # at the end; and midway, found out later
+    for further in (
+        more,
+        job.replace(more, tuning={"train_iters": 1000, "save_interval": 4}),
+    ):  # at the end; and midway, found out later
         results = world.run(tune_where_files_end_early, further, 10_000)
         assert len(set(results)) == 1 and results[0][0] is False
         assert "step_00000004 can not be written: File too large" in results[0][1] and "\n" not in results[0][1]

@@ -10,20 +10,44 @@ from ee_tuning.generation.policy import policy_of
 from ee_tuning.generation.scoring import score, score_by
 from ee_tuning.parallel.topology import init_parallel
 
-PAIRS = [([5, 17, 80, 3, 9], [41, 6, 7]), ([41], [2]), ([41], [100]), ([7, 7, 7, 90, 12, 60], [33, 2, 51, 18, 64, 9, 12]), ([99], [0] * 4)]
-POLICIES = ({"policy": "full"}, {"policy": "fixed", "exit_layer": 2}, {"policy": "fixed", "exit_layer": 4}, {"threshold": 0.6},
-            {"threshold": "0.5,0.3", "measure": "margin"}, {"threshold": 0.7, "measure": "entropy"})
+PAIRS = [
+    ([5, 17, 80, 3, 9], [41, 6, 7]),
+    ([41], [2]),
+    ([41], [100]),
+    ([7, 7, 7, 90, 12, 60], [33, 2, 51, 18, 64, 9, 12]),
+    ([99], [0] * 4),
+]
+POLICIES = (
+    {"policy": "full"},
+    {"policy": "fixed", "exit_layer": 2},
+    {"policy": "fixed", "exit_layer": 4},
+    {"threshold": 0.6},
+    {"threshold": "0.5,0.3", "measure": "margin"},
+    {"threshold": 0.7, "measure": "entropy"},
+)
 
 
 def scores_at(model: str, exits: str, tp: int, pp: int) -> list[list[tuple[list[float], list[bool], list[int]]]]:
-    """Per policy (each alone, then all from one pass) and pair the log-probabilities, which tokens were the likeliest, and the exits."""
+    """Per policy (each alone, then all from one pass) and pair the log-probabilities, which tokens were the likeliest,
+    and the exits.
+    """
     topology = init_parallel(ParallelSection(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp))
-    loaded = load_for_generation(load_config(None, {"model.path": model, "exits.path": exits, "model.dtype": "float64"}), topology)
-    policies = [policy_of(load_config(None, {f"generation.{key}": value for key, value in keys.items()}).generation,
-                          loaded.model.plan.exit_layers, loaded.model.config.num_layers) for keys in POLICIES]
+    loaded = load_for_generation(
+        load_config(None, {"model.path": model, "exits.path": exits, "model.dtype": "float64"}), topology
+    )
+    policies = [
+        policy_of(
+            load_config(None, {f"generation.{key}": value for key, value in keys.items()}).generation,
+            loaded.model.plan.exit_layers,
+            loaded.model.config.num_layers,
+        )
+        for keys in POLICIES
+    ]
     alone = [score(loaded.model, PAIRS, policy, max_rows=2) for policy in policies]
-    return [[([round(value, 8) for value in each.logprobs], each.is_greedy, each.exit_layers) for each in scores]
-            for scores in (*alone, *score_by(loaded.model, PAIRS, policies, max_rows=2))]
+    return [
+        [([round(value, 8) for value in each.logprobs], each.is_greedy, each.exit_layers) for each in scores]
+        for scores in (*alone, *score_by(loaded.model, PAIRS, policies, max_rows=2))
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
 """Exits that say a part of the vocabulary: whatever the layout, they learn, and go on, as in one process."""
+
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +26,8 @@ LISTED = ListedTokens(token_ids=(0, 3, 5, 20, 21, 22, 24, 49, 60, 100), num_toke
 """11 classes, 12 rows; most of the list lies in the first half of the vocabulary."""
 MIXTURES: dict[str, dict[str, Any]] = {
     "top_k": {"loss": ("cross_entropy=0.3", "forward_kl=0.7"), "teacher_top_k": 4, "compare_final": True},
-    "hidden": {"loss": ("forward_kl", "total_variation=0.5"), "teacher": "hidden", "token_weights": "confidence"}}
+    "hidden": {"loss": ("forward_kl", "total_variation=0.5"), "teacher": "hidden", "token_weights": "confidence"},
+}
 LAYOUTS = {"top_k": [(2, 2, True)], "hidden": [(2, 2, False)]}
 """TP, PP, and whether the sequence is cut over TP."""
 
@@ -33,14 +35,18 @@ LAYOUTS = {"top_k": [(2, 2, True)], "hidden": [(2, 2, False)]}
 def tune_listed(config: Config) -> bool:
     Path(config.tuning.run_folder).mkdir(parents=True, exist_ok=True)
     topology = init_parallel(config.parallel)
-    tuner = Tuner(load_for_tuning(config, topology, listed=LISTED), make_samples(config.tuning.seq_length), config, topology)
+    tuner = Tuner(
+        load_for_tuning(config, topology, listed=LISTED), make_samples(config.tuning.seq_length), config, topology
+    )
     tuner.resume()
     return tuner.run()
 
 
 @pytest.mark.parametrize("mixture", list(MIXTURES))
 def test_every_layout_learns_as_one_process(world: World, model: Path, tmp_path: Path, mixture: str) -> None:
-    """A listed token that lies on another rank in the teacher's vocabulary than in the exits'; "any other token" counted in each shard."""
+    """A listed token that lies on another rank in the teacher's vocabulary than in the exits'; "any other token"
+    counted in each shard.
+    """
     wanted = configure(model, tmp_path / "alone", save_interval=2, **MIXTURES[mixture])
     assert tune_listed(wanted)
     for tp, pp, cuts_sequence in LAYOUTS[mixture]:
@@ -56,19 +62,24 @@ def test_every_layout_learns_as_one_process(world: World, model: Path, tmp_path:
 
 def said_on_shards(tp: int, token_ids: tuple[int, ...], vocab_size: int) -> dict[str, Any]:
     topology = init_parallel(ParallelSection(tensor_model_parallel_size=tp))
-    return said(Shortlist.of_tokens(token_ids, VocabShard.of(vocab_size, padded_size(vocab_size, tp), topology), topology))
+    return said(
+        Shortlist.of_tokens(token_ids, VocabShard.of(vocab_size, padded_size(vocab_size, tp), topology), topology)
+    )
 
 
 def said(vocab: Shortlist) -> dict[str, Any]:
     """Of the same inputs in every layout."""
     draw, h = torch.Generator().manual_seed(3), 8
     hidden, teaching = torch.randn(2, 5, 3, h, generator=draw, dtype=torch.float64)
-    weight, frozen = (torch.randn(size, h, generator=draw, dtype=torch.float64) for size in (vocab.size, vocab.whole.size))
+    weight, frozen = (
+        torch.randn(size, h, generator=draw, dtype=torch.float64) for size in (vocab.size, vocab.whole.size)
+    )
     labels, mask = torch.randint(vocab.whole.size, (5, 3), generator=draw), torch.rand(5, 3, generator=draw)
 
     def own(full: torch.Tensor, shard: VocabShard) -> torch.Tensor:
         padding = full.new_full((shard.rows * shard.world_size - shard.size, h), 50.0)
-        return torch.cat((full, padding))[shard.first: shard.first + shard.rows]
+        return torch.cat((full, padding))[shard.first : shard.first + shard.rows]
+
     weight, frozen = own(weight, vocab), own(frozen, vocab.whole)
     teachers = (HiddenTeacher(teaching, frozen), top_k_teacher(teaching, frozen, 2, vocab=vocab, chunk_tokens=4))
     logits = hidden @ weight.T
@@ -82,7 +93,9 @@ def said(vocab: Shortlist) -> dict[str, Any]:
     return got
 
 
-@pytest.mark.parametrize(("tp", "token_ids", "vocab_size"), [(4, (0, 1, 2), 37), (4, (30, 36), 37), (2, tuple(range(0, 37, 3)), 38)])
+@pytest.mark.parametrize(
+    ("tp", "token_ids", "vocab_size"), [(4, (0, 1, 2), 37), (4, (30, 36), 37), (2, tuple(range(0, 37, 3)), 38)]
+)
 def test_shards_say_what_one_says(world: World, tp: int, token_ids: tuple[int, ...], vocab_size: int) -> None:
     """A list that lies on one rank, a rank with padding alone, "any other token" on a rank of its own."""
     whole = VocabShard(vocab_size, 0, vocab_size, None, 1)

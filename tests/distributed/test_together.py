@@ -1,4 +1,5 @@
 """Long work of one rank while the others wait for it."""
+
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -24,8 +25,10 @@ def crash() -> Iterator[None]:
 def failing(rank: int) -> list[str]:
     """What this rank hears where `rank` fails while all work, and where the first one fails at what it does for all."""
     topology, heard = init_parallel(ParallelSection()), []
-    for work in (lambda: finish_together(crash() if topology.rank == rank else iter(()), topology),
-                 lambda: on_first_rank(topology, lambda: list(crash()))):
+    for work in (
+        lambda: finish_together(crash() if topology.rank == rank else iter(()), topology),
+        lambda: on_first_rank(topology, lambda: list(crash())),
+    ):
         try:
             work()
         except Exception as error:
@@ -36,14 +39,20 @@ def failing(rank: int) -> list[str]:
 def test_an_exception_that_nobody_expected_ends_every_rank(world: World) -> None:
     """The rank that meets it ends, and the others wait for it until a collective times out."""
     own, heard = "KeyError: 'a key'", "RuntimeError: rank {} failed: KeyError: 'a key'"
-    assert world.run(failing, 2) == [[heard.format(2) if rank != 2 else own, heard.format(0) if rank else own] for rank in range(4)]
+    assert world.run(failing, 2) == [
+        [heard.format(2) if rank != 2 else own, heard.format(0) if rank else own] for rank in range(4)
+    ]
 
 
 def profiled(text: str) -> tuple[object, int]:
     """The exits' layers, and how often this rank met the others for them."""
-    config = load_config(None, {"model.path": str(MODEL), "exits.exit_layers": "auto:3:profile", "exits.profile_text": text})
-    with (mock.patch.object(together, "_SECONDS_BETWEEN_ANSWERS", 0.0),
-          mock.patch.object(dist, "all_gather_object", side_effect=dist.all_gather_object) as meeting):
+    config = load_config(
+        None, {"model.path": str(MODEL), "exits.exit_layers": "auto:3:profile", "exits.profile_text": text}
+    )
+    with (
+        mock.patch.object(together, "_SECONDS_BETWEEN_ANSWERS", 0.0),
+        mock.patch.object(dist, "all_gather_object", side_effect=dist.all_gather_object) as meeting,
+    ):
         return with_exit_layers(config).exits.exit_layers, meeting.call_count
 
 

@@ -1,4 +1,7 @@
-"""Tuning over every layout: the same losses, gradients and steps; exits that do not touch each other or the backbone."""
+"""Tuning over every layout: the same losses, gradients and steps; exits that do not touch each other or the
+backbone.
+"""
+
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -15,8 +18,9 @@ from ee_tuning.config import Config
 def assert_same_records(got: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> None:
     assert len(got) == len(wanted)
     for one, other in zip(got, wanted, strict=True):
-        assert {key: value for key, value in one.items() if not isinstance(value, dict)} == \
-               {key: value for key, value in other.items() if not isinstance(value, dict)}
+        assert {key: value for key, value in one.items() if not isinstance(value, dict)} == {
+            key: value for key, value in other.items() if not isinstance(value, dict)
+        }
         for key in ("loss", "grad_norm"):
             assert one.get(key, {}) == pytest.approx(other.get(key, {}), rel=1e-9)
 
@@ -30,7 +34,9 @@ def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (1, 2), (2, 1), (2, 2), (1, 4)])
-def test_every_layout_takes_the_steps_of_one_process(world: World, model: Path, alone: Config, tmp_path: Path, tp: int, pp: int) -> None:
+def test_every_layout_takes_the_steps_of_one_process(
+    world: World, model: Path, alone: Config, tmp_path: Path, tp: int, pp: int
+) -> None:
     """A gradient averaged or left unsummed over replicas or shards, a norm that counts twice, or a batch read twice."""
     config = configure(model, tmp_path / "run", tp=tp, pp=pp, save_interval=1)
     assert world.run(tune, config) == [True] * 4
@@ -62,14 +68,21 @@ def tune_and_watch_backbone(config: Config) -> dict[str, Any]:
 
     def digest() -> str:
         return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in backbone.parameters())).hexdigest()
+
     before = digest()
     tuner.run()
-    return {"same": digest() == before, "gradients": sum(p.grad is not None for p in backbone.parameters()),
-            "wants": sum(p.requires_grad for p in backbone.parameters()), "parameters": len(list(backbone.parameters()))}
+    return {
+        "same": digest() == before,
+        "gradients": sum(p.grad is not None for p in backbone.parameters()),
+        "wants": sum(p.requires_grad for p in backbone.parameters()),
+        "parameters": len(list(backbone.parameters())),
+    }
 
 
 @pytest.mark.parametrize("output", ["tied", "untied"])
-def test_the_backbone_keeps_its_bytes_and_never_has_a_gradient(world: World, model: Path, tmp_path: Path, output: str) -> None:
+def test_the_backbone_keeps_its_bytes_and_never_has_a_gradient(
+    world: World, model: Path, tmp_path: Path, output: str
+) -> None:
     """A tied output matrix trained along, or layers run with a graph behind them."""
     config = job.replace(configure(model, tmp_path / "run", tp=2, pp=2, dtype="float32"), exits={"output": output})
     for seen in world.run(tune_and_watch_backbone, config):
@@ -83,7 +96,9 @@ def tune_with_a_broken_shard(config: Config) -> bool:
     return tuner.run()
 
 
-def test_an_exit_whose_gradient_is_not_finite_is_left_alone_on_every_rank(world: World, model: Path, tmp_path: Path) -> None:
+def test_an_exit_whose_gradient_is_not_finite_is_left_alone_on_every_rank(
+    world: World, model: Path, tmp_path: Path
+) -> None:
     """A decision taken on one rank's own loss hangs the others; a skipped exit must not hold up its neighbour."""
     config = configure(model, tmp_path / "run", tp=2, dtype="float32")
     healthy = configure(model, tmp_path / "healthy", tp=2, dtype="float32")
@@ -97,7 +112,9 @@ def test_an_exit_whose_gradient_is_not_finite_is_left_alone_on_every_rank(world:
 
 
 def test_a_gradient_beyond_belief_is_left_out_of_its_exit_alone(world: World, model: Path, tmp_path: Path) -> None:
-    """An explosion that gets into the moments, a limit compared with one shard's norm, an exit held up by its neighbour's explosion."""
+    """An explosion that gets into the moments, a limit compared with one shard's norm, an exit held up by its
+    neighbour's explosion.
+    """
     free = configure(model, tmp_path / "free", clip_grad=0.0)
     assert tune(free)
     norms = next(record["grad_norm"] for record in records(free) if record["kind"] == "train")

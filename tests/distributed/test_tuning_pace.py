@@ -1,4 +1,7 @@
-"""The Tuner's whole loop, with its metrics, validations, checkpoints and stop agreements, lets every stage be at work at once."""
+"""The Tuner's whole loop, with its metrics, validations, checkpoints and stop agreements, lets every stage be at work
+at once.
+"""
+
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,9 +18,16 @@ from ee_tuning.tuning.exit_work import ExitWork
 from ee_tuning.tuning.saving import Saver
 from ee_tuning.tuning.tutor import Tutor
 
-# An exit on every layer, so that every stage has losses and an optimizer; 2 micro-batches a step, and 3 in each of 4 validations.
-JOB: dict[str, Any] = {"pp": 4, "exits": (1, 2, 3, 4, 5, 6), "train_iters": 12, "global_batch_size": 2, "eval_interval": 4,
-                       "save_interval": 4}
+# An exit on every layer, so that every stage has losses and an optimizer; 2 micro-batches a step, and 3 in each of 4
+# validations.
+JOB: dict[str, Any] = {
+    "pp": 4,
+    "exits": (1, 2, 3, 4, 5, 6),
+    "train_iters": 12,
+    "global_batch_size": 2,
+    "eval_interval": 4,
+    "save_interval": 4,
+}
 NUM_MICROBATCHES = 12 * 2 + 4 * 3
 
 
@@ -26,9 +36,11 @@ def all_met(config: Config, folder: Path, patience: float, fault: str) -> bool:
     with mock.patch.object(tuner_module, "ExitWork", DrainingWork if fault == "drains" else ExitWork):
         tuner = make_tuner(config)
     meeting = Meeting(folder, tuner.topology.stage, tuner.topology.pp, NUM_MICROBATCHES, patience)
-    with (mock.patch.object(Tutor, "num_ahead", 0) if fault == "waits" else nullcontext(),
-          mock.patch.object(tuner._model, "run_layers", meeting.at_work(tuner._model.run_layers)),
-          mock.patch.object(Saver, "_write_own", meeting.goes_on_meanwhile(Saver._write_own))):
+    with (
+        mock.patch.object(Tutor, "num_ahead", 0) if fault == "waits" else nullcontext(),
+        mock.patch.object(tuner._model, "run_layers", meeting.at_work(tuner._model.run_layers)),
+        mock.patch.object(Saver, "_write_own", meeting.goes_on_meanwhile(Saver._write_own)),
+    ):
         tuner.run()
     assert meeting.num_done == NUM_MICROBATCHES
     return meeting.all_met
@@ -40,7 +52,9 @@ def run(world: World, folder: Path, config: Config, patience: float = LONG, faul
 
 
 def test_all_stages_of_a_run_work_at_once(world: World, model: Path, tmp_path: Path) -> None:
-    """A rank that waits for another one's metrics, a validation, a checkpoint or a stop agreement that drains the relay."""
+    """A rank that waits for another one's metrics, a validation, a checkpoint or a stop agreement that drains the
+    relay.
+    """
     config = configure(model, tmp_path, **JOB)
     assert all(run(world, tmp_path / "healthy", config))
     # The first stage, when it is late, finds that the others waited no longer.

@@ -1,4 +1,5 @@
 """A rank that waits long says for whom, and one that gave up does, too; layouts leave no process groups behind."""
+
 import io
 import time
 from contextlib import redirect_stderr
@@ -39,7 +40,9 @@ class Marked(io.StringIO):
 
 
 def slow_first_stage(folder: Path) -> tuple[str, timedelta]:
-    """What a rank says while the first stage takes its time, until all others have said something; when its relay's group gives up."""
+    """What a rank says while the first stage takes its time, until all others have said something; when its relay's
+    group gives up.
+    """
     topology = init_parallel(ParallelSection(pipeline_model_parallel_size=4, distributed_timeout_minutes=7))
     with mock.patch.object(waiting, "PATIENCE", 0.2), redirect_stderr(Marked(folder / str(topology.rank))) as said:
         relay, hidden = Relay(topology, SHAPE, torch.float32), torch.zeros(SHAPE)

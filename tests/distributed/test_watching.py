@@ -1,4 +1,5 @@
 """What a run leaves to look at: plots, TensorBoard's events, and figures that mean what they say."""
+
 import json
 import sys
 from pathlib import Path
@@ -27,21 +28,29 @@ def test_a_page_of_plots_stands_on_its_own(run: Path) -> None:
     write_plots(run, "exits of <a model>")
     page, picture = (run / "plots.html").read_text(), (run / "plots.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
-    assert "data:image/png;base64," in page and "src=\"http" not in page and "&lt;a model&gt;" in page
-    assert all(f"<th>{key}" in page for key in ("loss", "perplexity", "confidence", "agreement", "acceptance", "above_0.8"))
+    assert "data:image/png;base64," in page and 'src="http' not in page and "&lt;a model&gt;" in page
+    assert all(
+        f"<th>{key}" in page for key in ("loss", "perplexity", "confidence", "agreement", "acceptance", "above_0.8")
+    )
 
 
 def test_tensorboard_gets_every_number_of_every_record(run: Path) -> None:
     """Events under another step, or keys that are dropped."""
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator").EventAccumulator(str(run / "tensorboard"))
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator").EventAccumulator(
+        str(run / "tensorboard")
+    )
     accumulator.Reload()
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for record in records:
         for name, value in scalars(record).items():
             (event,) = [event for event in accumulator.Scalars(name) if event.step == record["step"]]
             assert event.value == pytest.approx(value, rel=1e-5), name
-    assert {"train/loss/exit 2", "validation/agreement/exit 5", "validation/speed_up/threshold 0.9", "train/idle_share/stage 0"} <= \
-        set(accumulator.Tags()["scalars"])
+    assert {
+        "train/loss/exit 2",
+        "validation/agreement/exit 5",
+        "validation/speed_up/threshold 0.9",
+        "train/idle_share/stage 0",
+    } <= set(accumulator.Tags()["scalars"])
 
 
 def test_figures_keep_within_their_bounds(run: Path) -> None:
@@ -52,10 +61,14 @@ def test_figures_keep_within_their_bounds(run: Path) -> None:
         for layer in ("2", "5"):
             assert record["perplexity"][layer] > 1 and 1 / 101 < record["confidence"][layer] < 1
         if record["kind"] == "train":
-            assert 0 <= record["idle_share"]["0"] < 1 and record["memory_bytes"]["0"] > 2 ** 20 and record["skipped"] == {}
+            assert (
+                0 <= record["idle_share"]["0"] < 1 and record["memory_bytes"]["0"] > 2**20 and record["skipped"] == {}
+            )
             assert record["flops_per_second"] > record["tokens_per_second"] > 0
         else:
-            assert all(0 <= record[key][layer] <= 1 for key in ("agreement", "acceptance", "above_0.6") for layer in ("2", "5"))
+            assert all(
+                0 <= record[key][layer] <= 1 for key in ("agreement", "acceptance", "above_0.6") for layer in ("2", "5")
+            )
             assert all(0.5 < value < 3.1 for value in record["speed_up"].values())
 
 
@@ -74,10 +87,13 @@ def test_runs_whose_folders_are_called_alike_are_two(tmp_path: Path, monkeypatch
     def init(**words: Any) -> SimpleNamespace:
         told.append(words)
         return SimpleNamespace(log=None, finish=lambda: None)
+
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))  # the true one has an account, and a network
     for run in ("a/tune", "b/tune", "a/tune"):
         (tmp_path / run).mkdir(parents=True, exist_ok=True)
-        with weights_and_biases(replace(Config(), tuning={"run_folder": str(tmp_path / run), "wandb_project": "exits"})):
+        with weights_and_biases(
+            replace(Config(), tuning={"run_folder": str(tmp_path / run), "wandb_project": "exits"})
+        ):
             pass
     first, second, again = (each["id"] for each in told)
     assert first == again != second and {each["name"] for each in told} == {"tune"}

@@ -1,4 +1,5 @@
 """A checkpoint that stock Megatron-core wrote at TP2 × PP2 is the Hugging Face model at every layout."""
+
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,12 @@ from ee_tuning.config import ModelSection, ParallelSection, load_config
 from ee_tuning.parallel.topology import init_parallel
 
 # What stock Megatron-core can be told to write: layers stacked or apart, halves of the gated MLP together or apart.
-LAYOUTS = {"stacked": (None, True), "apart": ({"non_homogeneous_layers": True}, True), "halves": ({"singleton_local_shards": True}, True),
-           "local names": (None, False)}
+LAYOUTS = {
+    "stacked": (None, True),
+    "apart": ({"non_homogeneous_layers": True}, True),
+    "halves": ({"singleton_local_shards": True}, True),
+    "local names": (None, False),
+}
 
 
 @pytest.fixture(scope="module")
@@ -37,15 +42,19 @@ def stock(world: World, model: Path, tmp_path_factory: pytest.TempPathFactory) -
 def differing(model: str, megatron: str, tp: int, pp: int) -> list[str]:
     """Parameters of this rank's stage that differ by a bit, and how many there are."""
     topology = init_parallel(ParallelSection(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp))
-    wanted, got = (dict(load_for_generation(load_config(None, {"model.path": path}), topology).model.backbone.named_parameters())
-                   for path in (model, megatron))
+    wanted, got = (
+        dict(load_for_generation(load_config(None, {"model.path": path}), topology).model.backbone.named_parameters())
+        for path in (model, megatron)
+    )
     assert wanted.keys() == got.keys() and len(wanted) > 5
     return [name for name in wanted if not torch.equal(wanted[name], got[name])]
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4), (4, 1)])
 def test_a_stock_checkpoint_is_read_at_every_layout(world: World, model: Path, stock: Path, tp: int, pp: int) -> None:
-    """A slice cut along the writer's layout; queries, keys and values of another order; rows of padding taken for tokens."""
+    """A slice cut along the writer's layout; queries, keys and values of another order; rows of padding taken for
+    tokens.
+    """
     assert world.run(differing, str(model), str(stock), tp, pp) == [[]] * 4
 
 

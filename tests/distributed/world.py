@@ -3,6 +3,7 @@
 A job is a module-level function of a test module, called with the same arguments on every rank; it lays its own
 TP x PP x DP over the world with `init_parallel`. The process that runs pytest is none of the four.
 """
+
 import gc
 import multiprocessing
 import os
@@ -29,7 +30,8 @@ class World:
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 180.0) -> list[Any]:
         """`function(*args)` of every rank, by rank.
 
-        Raises AssertionError with the traceback of the rank that failed first, or naming the ranks that hang after `timeout` seconds.
+        Raises AssertionError with the traceback of the rank that failed first, or naming the ranks that hang after
+        `timeout` seconds.
         """
         if not self._workers:
             self._start()
@@ -89,8 +91,15 @@ def _read_outcome(connection: Connection) -> tuple[bool, Any]:
 
 
 def _work(rank: int, port: int, connection: Connection) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(SIZE), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-                      OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(SIZE),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+        CUDA_VISIBLE_DEVICES="",
+    )
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     import torch
 
@@ -109,7 +118,9 @@ def _work(rank: int, port: int, connection: Connection) -> None:
             answer = pickle.dumps((False, traceback.format_exc()))
         connection.send_bytes(answer)
         outcome = answer = job = function = args = None
-        gc.collect()  # process groups that only cycles still hold keep threads, each of which wakes a hundred times a second
+        # process groups that only cycles still hold keep threads, each of which wakes a hundred times a
+        # second
+        gc.collect()
         gc.freeze()
 
 
@@ -121,7 +132,9 @@ def _leave_with_parent() -> None:
 
 
 def _leave(code: int) -> NoReturn:
-    """At once: an orderly end of the process groups would wait for ranks that may be gone. Megatron's writers would stay behind."""
+    """At once: an orderly end of the process groups would wait for ranks that may be gone. Megatron's writers would
+    stay behind.
+    """
     for child in multiprocessing.active_children():
         child.kill()
     os._exit(code)

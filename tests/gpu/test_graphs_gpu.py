@@ -1,4 +1,7 @@
-"""On a CUDA device: attention by its kernels is attention, and decoding by graphs says what decoding without them says."""
+"""On a CUDA device: attention by its kernels is attention, and decoding by graphs says what decoding without them
+says.
+"""
+
 import json
 from pathlib import Path
 
@@ -77,7 +80,9 @@ print(json.dumps({"replays": len(replays), "answers": answers}))
 
 
 def test_every_way_to_attend_says_the_same() -> None:
-    """A kernel that reads a row's end from what was meant for another's beginning, or heads of a group in another order."""
+    """A kernel that reads a row's end from what was meant for another's beginning, or heads of a group in another
+    order.
+    """
     found = json.loads(run(ATTEND, on_gpu=True))
     assert {name for name, _, _ in found} >= {"GatheredAttention", "VarlenAttention"}
     for name, apart, size in found:
@@ -87,7 +92,8 @@ def test_every_way_to_attend_says_the_same() -> None:
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 @pytest.mark.parametrize("width", [10, 16])
 def test_graphs_say_what_kernels_one_by_one_say(tmp_path: Path, dtype: str, width: int) -> None:
-    """A graph that reads what was there when it was recorded, a state that the next replay overwrites, kernels that were never recorded.
+    """A graph that reads what was there when it was recorded, a state that the next replay overwrites, kernels that
+    were never recorded.
 
     Heads 10 wide keep to attention that takes any width; those of 16 have FlashAttention in bfloat16.
     """
@@ -100,8 +106,11 @@ def test_graphs_say_what_kernels_one_by_one_say(tmp_path: Path, dtype: str, widt
     if dtype == "float64":
         assert said["1"]["answers"] == said["0"]["answers"]
     else:  # near ties fall as sums are ordered, and all that follows is another text: most beginnings have to agree
-        same = [one[0] == other[0] for way, sequences in said["1"]["answers"].items()
-                for one, other in zip(sequences, said["0"]["answers"][way], strict=True)]
+        same = [
+            one[0] == other[0]
+            for way, sequences in said["1"]["answers"].items()
+            for one, other in zip(sequences, said["0"]["answers"][way], strict=True)
+        ]
         assert sum(same) >= 0.75 * len(same)
 
 
@@ -111,5 +120,7 @@ def test_fused_graphs_decode(tmp_path: Path) -> None:
     said = {}
     for switch in ("fused", "0"):
         (tmp_path / switch).mkdir()
-        said[switch] = json.loads(run(DECODE, tmp_path / "model", tmp_path / switch, "float64", switch, "threshold", on_gpu=True))
+        said[switch] = json.loads(
+            run(DECODE, tmp_path / "model", tmp_path / switch, "float64", switch, "threshold", on_gpu=True)
+        )
     assert said["fused"]["replays"] > 2 * 40 and said["fused"]["answers"] == said["0"]["answers"]

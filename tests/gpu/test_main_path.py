@@ -2,6 +2,7 @@
 
 Each side runs in a process of its own, since a process settles on its device once.
 """
+
 import json
 import os
 import shutil
@@ -16,7 +17,9 @@ from random_models import random_llama
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "examples" / "tiny-python-llama"
-HAS_GPU = shutil.which("nvidia-smi") is not None and subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0
+HAS_GPU = (
+    shutil.which("nvidia-smi") is not None and subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0
+)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")]
 
 DECODE = """
@@ -62,14 +65,23 @@ print((run / "metrics.jsonl").read_text().replace("\\n", ","))
 def run(program: str, *arguments: object, on_gpu: bool) -> str:
     """The last line of what `program` prints."""
     seen = os.environ["EE_TUNING_TEST_GPUS"]
-    paths = [str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")]  # megatron-core may lie in a folder that it names
+    paths = [
+        str(ROOT / "tests"),
+        str(ROOT),
+        os.environ.get("PYTHONPATH", ""),
+    ]  # megatron-core may lie in a folder that it names
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     if on_gpu and seen == "all":
         del environment["CUDA_VISIBLE_DEVICES"]
     elif on_gpu:
         environment["CUDA_VISIBLE_DEVICES"] = seen
-    done = subprocess.run([sys.executable, "-c", program, *map(str, arguments)], env=environment, capture_output=True, text=True,
-                          timeout=280)
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1]
 
@@ -84,11 +96,15 @@ def decode(model: Path, folder: Path, dtype: str, *, on_gpu: bool) -> dict[str, 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-6), ("float32", 2e-2), ("bfloat16", None)])
 @pytest.mark.parametrize("shape", ["shipped", "awkward"])
 def test_gpu_decodes_as_the_cpu_does(tmp_path, shape, dtype, tolerance):
-    """A tensor left on the CPU, a kernel that masks otherwise or returns other strides, an index on the wrong device."""
+    """A tensor left on the CPU, a kernel that masks otherwise or returns other strides, an index on the wrong
+    device.
+    """
     if shape == "awkward":
         random_llama(tmp_path / "model", confident=True)
     model = SHIPPED if shape == "shipped" else tmp_path / "model"
-    gpu, cpu = (decode(model, tmp_path / name, dtype, on_gpu=on_gpu) for name, on_gpu in (("gpu", True), ("cpu", False)))
+    gpu, cpu = (
+        decode(model, tmp_path / name, dtype, on_gpu=on_gpu) for name, on_gpu in (("gpu", True), ("cpu", False))
+    )
     if tolerance is not None:  # in bfloat16 it is enough to get to the end
         torch.testing.assert_close(torch.tensor(gpu["logits"]), torch.tensor(cpu["logits"]), rtol=0, atol=tolerance)
     if dtype == "float64":
@@ -101,6 +117,8 @@ def test_gpu_tunes_as_the_cpu_does(tmp_path, dtype, tolerance):
     losses = []
     for name, on_gpu in (("gpu", True), ("cpu", False)):
         (tmp_path / name).mkdir()
-        records = json.loads(f"[{run(TUNE, SHIPPED, tmp_path / name, dtype, ROOT / 'ee_tuning', on_gpu=on_gpu).rstrip(',')}]")
+        records = json.loads(
+            f"[{run(TUNE, SHIPPED, tmp_path / name, dtype, ROOT / 'ee_tuning', on_gpu=on_gpu).rstrip(',')}]"
+        )
         losses.append([list(record["loss"].values()) for record in records])
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=tolerance, atol=0)

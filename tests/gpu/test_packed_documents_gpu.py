@@ -1,4 +1,5 @@
 """On a CUDA device: the kernel that computes each document by itself says what the masked one says."""
+
 import json
 
 from test_main_path import pytestmark as needs_gpu

@@ -1,4 +1,7 @@
-"""Whole steps, and rounds of drafts of a lone sequence, in one call of the kernels: the same is said and counted as piece by piece."""
+"""Whole steps, and rounds of drafts of a lone sequence, in one call of the kernels: the same is said and counted as
+piece by piece.
+"""
+
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +69,9 @@ def drafted_both_ways(loaded: LoadedModel, plan: dict[int, float], ends: dict[st
         free, dear = (1e-9,) * 3, (1.0,) * 3
         costs = Costs((*(free for _ in exits), dear), dict.fromkeys(exits, free), free)
         known = engine.drafting.speculation = Speculation(costs, engine.pieces)
-        known._plans[exits], known._next_plan, known._planned_rows, known._survey_end = (plan, 0.4), 10 ** 9, 1, -1
+        known._plans[exits], known._next_plan, known._planned_rows, known._survey_end = (plan, 0.4), 10**9, 1, -1
         params = SamplingParams(max_tokens=NEW_TOKENS, **ends)
-        sequence, = engine.add_request(PROMPT, params, policy_for(loaded.model, policy="speculative"))
+        (sequence,) = engine.add_request(PROMPT, params, policy_for(loaded.model, policy="speculative"))
         answers.append({**told(sequence, run_all(engine)), "records": known.records})
     return answers
 
@@ -79,33 +82,60 @@ def told(sequence: Sequence, steps: list[TokenStep]) -> dict[str, Any]:
     return {"said": own, "reason": sequence.finish_reason, **counts}
 
 
-@pytest.mark.parametrize("policy", [
-    {"policy": "full"}, {"policy": "fixed", "exit_layer": 2}, {"policy": "fixed", "exit_layer": 4}, {"threshold": 0.5}, {"threshold": 0.0},
-    {"threshold": [0.3, 1.5]}, {"threshold": 0.4, "measure": "margin"}])
-def test_a_step_in_one_call_is_the_step_piece_by_piece(loaded: LoadedModel, made: list[str], policy: dict[str, Any]) -> None:
-    """A state that waits in front of the wrong piece, a head that is asked about the wrong token, a rider that is not counted."""
+@pytest.mark.parametrize(
+    "policy",
+    [
+        {"policy": "full"},
+        {"policy": "fixed", "exit_layer": 2},
+        {"policy": "fixed", "exit_layer": 4},
+        {"threshold": 0.5},
+        {"threshold": 0.0},
+        {"threshold": [0.3, 1.5]},
+        {"threshold": 0.4, "measure": "margin"},
+    ],
+)
+def test_a_step_in_one_call_is_the_step_piece_by_piece(
+    loaded: LoadedModel, made: list[str], policy: dict[str, Any]
+) -> None:
+    """A state that waits in front of the wrong piece, a head that is asked about the wrong token, a rider that is not
+    counted.
+    """
     answers = []
     for at_once in (True, False):
         engine = engine_for(loaded, at_once=at_once)
-        sequence, = engine.add_request(PROMPT, SamplingParams(max_tokens=NEW_TOKENS), policy_for(loaded.model, **policy))
+        (sequence,) = engine.add_request(
+            PROMPT, SamplingParams(max_tokens=NEW_TOKENS), policy_for(loaded.model, **policy)
+        )
         answers.append(told(sequence, run_all(engine)))
     assert answers[0] == answers[1] and len(answers[0]["said"]) == NEW_TOKENS
-    is_known = policy.get("policy") == "full" or (architecture(loaded) not in ("layer", "adapter", "linear") and "measure" not in policy)
+    is_known = policy.get("policy") == "full" or (
+        architecture(loaded) not in ("layer", "adapter", "linear") and "measure" not in policy
+    )
     assert ("run_step" in made) == is_known
 
 
-@pytest.mark.parametrize("policy", [{"policy": "full"}, {"policy": "fixed", "exit_layer": 2}, {"threshold": 0.5},
-                                    {"threshold": [0.3, 1.5]}])
-def test_a_batch_in_one_call_is_the_batch_piece_by_piece(loaded: LoadedModel, made: list[str], policy: dict[str, Any]) -> None:
-    """A sequence that gets its neighbour's states or answer, or leaves because it did; states of those that ride along lost on the way."""
+@pytest.mark.parametrize(
+    "policy", [{"policy": "full"}, {"policy": "fixed", "exit_layer": 2}, {"threshold": 0.5}, {"threshold": [0.3, 1.5]}]
+)
+def test_a_batch_in_one_call_is_the_batch_piece_by_piece(
+    loaded: LoadedModel, made: list[str], policy: dict[str, Any]
+) -> None:
+    """A sequence that gets its neighbour's states or answer, or leaves because it did; states of those that ride along
+    lost on the way.
+    """
     answers, same = [], policy_for(loaded.model, **policy)
     for at_once in (True, False):
         engine = engine_for(loaded, at_once=at_once, num_slots=4)
-        added = [engine.add_request(PROMPT[i:] * (i + 1), SamplingParams(max_tokens=NEW_TOKENS - 7 * i), same)[0] for i in range(4)]
+        added = [
+            engine.add_request(PROMPT[i:] * (i + 1), SamplingParams(max_tokens=NEW_TOKENS - 7 * i), same)[0]
+            for i in range(4)
+        ]
         steps = run_all(engine)
         answers.append([told(sequence, steps) for sequence in added])
     assert answers[0] == answers[1]
-    assert ("run_step" in made) == (policy.get("policy") == "full" or architecture(loaded) not in ("layer", "adapter", "linear"))
+    assert ("run_step" in made) == (
+        policy.get("policy") == "full" or architecture(loaded) not in ("layer", "adapter", "linear")
+    )
 
 
 def test_company_that_comes_and_goes(loaded: LoadedModel) -> None:
@@ -113,10 +143,14 @@ def test_company_that_comes_and_goes(loaded: LoadedModel) -> None:
     answers = []
     for at_once in (True, False):
         engine, steps = engine_for(loaded, at_once=at_once), list[TokenStep]()
-        first, = engine.add_request(PROMPT, SamplingParams(max_tokens=NEW_TOKENS), policy_for(loaded.model, threshold=0.5))
+        (first,) = engine.add_request(
+            PROMPT, SamplingParams(max_tokens=NEW_TOKENS), policy_for(loaded.model, threshold=0.5)
+        )
         for _ in range(9):
             steps += engine.step()
-        second, = engine.add_request(PROMPT[::-1], SamplingParams(max_tokens=12), policy_for(loaded.model, threshold=0.3))
+        (second,) = engine.add_request(
+            PROMPT[::-1], SamplingParams(max_tokens=12), policy_for(loaded.model, threshold=0.3)
+        )
         steps += run_all(engine)
         answers.append([told(first, steps)["said"], told(second, steps)["said"]])
     assert answers[0] == answers[1]
@@ -124,9 +158,12 @@ def test_company_that_comes_and_goes(loaded: LoadedModel) -> None:
 
 @pytest.mark.parametrize("plan", [{2: 0.0}, {4: 0.0}, {2: 0.6, 4: 0.3}, {2: 0.9}, {}])
 @pytest.mark.parametrize("ends", [{}, {"stop_token_ids": tuple(range(0, 101, 3)), "min_tokens": 20}])
-def test_drafts_in_one_call_are_the_drafts_one_by_one(loaded: LoadedModel, made: list[str], plan: dict[int, float],
-                                                      ends: dict[str, Any]) -> None:
-    """A draft behind an end or beyond what there is room for, one more or less than the odds allow, a lesson that is not learnt."""
+def test_drafts_in_one_call_are_the_drafts_one_by_one(
+    loaded: LoadedModel, made: list[str], plan: dict[int, float], ends: dict[str, Any]
+) -> None:
+    """A draft behind an end or beyond what there is room for, one more or less than the odds allow, a lesson that is
+    not learnt.
+    """
     answers = drafted_both_ways(loaded, plan, ends)
     assert answers[0] == answers[1]
     # Two heads with layers of their own wait for states.
@@ -135,7 +172,9 @@ def test_drafts_in_one_call_are_the_drafts_one_by_one(loaded: LoadedModel, made:
 
 
 @pytest.mark.parametrize("plan", [{2: 0.0}, {2: 0.6}, {2: 0.95}, {}])
-def test_a_head_with_a_layer_of_its_own_drafts_in_one_call(tmp_path: Path, made: list[str], plan: dict[int, float]) -> None:
+def test_a_head_with_a_layer_of_its_own_drafts_in_one_call(
+    tmp_path: Path, made: list[str], plan: dict[int, float]
+) -> None:
     """Keys and values that the head's layer lacks, or has of a draft that was rejected."""
     random_llama(tmp_path / "model", confident=True)
     exits = write_exits(tmp_path / "model", tmp_path / "exits", architecture="layer", init="copy", exit_layers=[2])

@@ -1,4 +1,5 @@
 """The backbone is the model that transformers loads: the same logits from Megatron's layers."""
+
 from pathlib import Path
 
 import pytest
@@ -14,15 +15,35 @@ SHIPPED = Path(__file__).parents[2] / "examples" / "tiny-python-llama"
 ROPES = {
     "default": {"rope_type": "default"},
     "linear": {"rope_type": "linear", "factor": 2.5},
-    "llama3": {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.5, "high_freq_factor": 3.0,
-               "original_max_position_embeddings": 32},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 4.0,
+        "low_freq_factor": 1.5,
+        "high_freq_factor": 3.0,
+        "original_max_position_embeddings": 32,
+    },
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
-    "yarn-spelled-out": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 20.0, "beta_slow": 2.0,
-                         "attention_factor": 1.3, "truncate": False},
+    "yarn-spelled-out": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 32,
+        "beta_fast": 20.0,
+        "beta_slow": 2.0,
+        "attention_factor": 1.3,
+        "truncate": False,
+    },
 }
 SHAPES = {
-    "grouped queries": {}, "tied": {"tie_word_embeddings": True}, "no groups": {"num_key_value_heads": 4},
-    "one key head, odd width": {"num_key_value_heads": 1, "intermediate_size": 37, "vocab_size": 67, "eos_token_id": 1, "bos_token_id": 1},
+    "grouped queries": {},
+    "tied": {"tie_word_embeddings": True},
+    "no groups": {"num_key_value_heads": 4},
+    "one key head, odd width": {
+        "num_key_value_heads": 1,
+        "intermediate_size": 37,
+        "vocab_size": 67,
+        "eos_token_id": 1,
+        "bos_token_id": 1,
+    },
 }
 
 

@@ -1,7 +1,9 @@
-"""Decoding with caches, pending tokens and batches says what transformers says when every token is read again at every step.
+"""Decoding with caches, pending tokens and batches says what transformers says when every token is read again at every
+step.
 
 In float64, where random models have no ties between tokens.
 """
+
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,17 @@ from ee_tuning.parallel.topology import init_parallel
 
 NEW_TOKENS = 24
 PROMPTS = [[5, 17, 80, 3, 9], [41], [7, 7, 7, 90, 12, 60, 33, 2, 51, 18, 64], [99, 1, 0]]
-HEADS = {"embedding": {"architecture": "embedding"}, "norm untied": {"architecture": "norm"}, "mlp untied": {"architecture": "mlp"},
-         "layer, linear": {"architecture": "layer,linear"}, "adapter tied": {"architecture": "adapter", "output": "tied"},
-         "layer, mlp": {"architecture": "layer,mlp"}, "adapter, layer": {"architecture": ["adapter", "layer"]},
-         "norm tied": {"architecture": "norm", "output": "tied"}, "mlp tied": {"architecture": "mlp", "output": "tied"}}
+HEADS = {
+    "embedding": {"architecture": "embedding"},
+    "norm untied": {"architecture": "norm"},
+    "mlp untied": {"architecture": "mlp"},
+    "layer, linear": {"architecture": "layer,linear"},
+    "adapter tied": {"architecture": "adapter", "output": "tied"},
+    "layer, mlp": {"architecture": "layer,mlp"},
+    "adapter, layer": {"architecture": ["adapter", "layer"]},
+    "norm tied": {"architecture": "norm", "output": "tied"},
+    "mlp tied": {"architecture": "mlp", "output": "tied"},
+}
 
 
 @dataclass
@@ -45,7 +54,9 @@ class Subject:
 def subject(folder: Path, heads: dict[str, str]) -> Subject:
     reference = random_llama(folder / "model", confident=True)
     exits = write_exits(folder / "model", folder / "exits", **heads)
-    config = load_config(None, {"model.path": str(folder / "model"), "exits.path": str(exits), "model.dtype": "float64"})
+    config = load_config(
+        None, {"model.path": str(folder / "model"), "exits.path": str(exits), "model.dtype": "float64"}
+    )
     loaded = load_for_generation(config, init_parallel(ParallelSection()))
     return Subject(loaded, PlainDecoder(reference, exits, (2, 4), torch.float64))
 
@@ -71,7 +82,9 @@ def test_tokens_and_exit_layers_equal_the_plain_decoder(each_kind, threshold):
 
 @pytest.mark.parametrize("max_pending", [1, 3, 16])
 def test_batch_equals_one_at_a_time_however_many_tokens_may_wait(mlp, max_pending):
-    """A row made to exit by its neighbour; a padded row that sees another's keys; a catch-up that drops or doubles a token."""
+    """A row made to exit by its neighbour; a padded row that sees another's keys; a catch-up that drops or doubles a
+    token.
+    """
     wanted = [mlp.plain.decode(prompt, NEW_TOKENS, 0.5) for prompt in PROMPTS]
     assert mlp.decode(PROMPTS, threshold=0.5, engine={"max_pending": max_pending}) == wanted
 
@@ -84,7 +97,9 @@ def test_threshold_above_one_equals_the_full_model(mlp):
 
 
 def test_the_full_model_is_asked_after_every_prefix(mlp):
-    """Agreement with the full model is measured by this: no answer after a prefix of the prompt is no agreement anywhere."""
+    """Agreement with the full model is measured by this: no answer after a prefix of the prompt is no agreement
+    anywhere.
+    """
     model = mlp.loaded.model
     engine = Engine(model, mlp.loaded.stages, num_slots=1, max_length=64)
     assert engine.full_model_tokens(PROMPTS[2]) == mlp.plain.logits(PROMPTS[2])[6].argmax(-1).tolist()
@@ -96,13 +111,15 @@ def test_fixed_exit_reads_the_prompt_no_deeper(mlp):
     for prompt, (tokens, left) in zip(PROMPTS, got, strict=True):
         assert left == [4] * NEW_TOKENS
         said = mlp.plain.logits(prompt + tokens[:-1])[4].argmax(-1).tolist()
-        assert tokens == said[len(prompt) - 1:]
+        assert tokens == said[len(prompt) - 1 :]
 
 
 def test_caches_after_catch_up_equal_a_full_pass(mlp):
     """Keys of a token that left early computed from the wrong states, or left out."""
     engine, fresh = mlp.engine(max_pending=4), mlp.engine()
-    sequence, = engine.add_request(PROMPTS[0], SamplingParams(max_tokens=60), policy_for(mlp.loaded.model, threshold=0.3))
+    (sequence,) = engine.add_request(
+        PROMPTS[0], SamplingParams(max_tokens=60), policy_for(mlp.loaded.model, threshold=0.3)
+    )
     while not (len(sequence.tokens) > 20 and sequence.watermarks[-1] == len(sequence.tokens) - 1):
         engine.step()
         assert len(sequence.tokens) < 60, "the deep layers never caught up"
@@ -118,14 +135,18 @@ def test_the_cache_of_a_layer_head_has_no_holes(tmp_path):
     """Keys that a `layer` head makes only for tokens it is asked about: those that left before it would be missing."""
     own = subject(tmp_path, {"architecture": "norm,layer"})
     engine, fresh, steps = own.engine(max_pending=4), own.engine(), []
-    sequence, = engine.add_request(PROMPTS[0], SamplingParams(max_tokens=60), policy_for(own.loaded.model, threshold=0.4))
+    (sequence,) = engine.add_request(
+        PROMPTS[0], SamplingParams(max_tokens=60), policy_for(own.loaded.model, threshold=0.4)
+    )
     while len(sequence.tokens) < 40 or sequence.num_pending(1):  # nothing waits before layer 3
         steps += engine.step()
         assert len(sequence.tokens) < 60, "the deep layers never caught up"
     assert {2, 4} <= {step.exit_layer for step in steps}
     n = sequence.head_watermarks[4]
     assert n > 20
-    fresh.add_request(sequence.tokens[:n], SamplingParams(max_tokens=1), policy_for(own.loaded.model, policy="fixed", exit_layer=4))
+    fresh.add_request(
+        sequence.tokens[:n], SamplingParams(max_tokens=1), policy_for(own.loaded.model, policy="fixed", exit_layer=4)
+    )
     run_all(fresh)
     for name in ("keys", "values"):
         mine, theirs = (getattr(e.cache.exit_head(4), name)[:n] for e in (engine, fresh))
@@ -136,10 +157,10 @@ def test_the_cache_of_a_layer_head_has_no_holes(tmp_path):
 def test_a_sequence_that_joins_late_is_not_disturbed(mlp):
     """A new prompt read among running ones must fill its own cache and leave theirs."""
     engine, policy = mlp.engine(num_slots=2), policy_for(mlp.loaded.model, threshold=0.5)
-    first, = engine.add_request(PROMPTS[0], SamplingParams(max_tokens=NEW_TOKENS), policy)
+    (first,) = engine.add_request(PROMPTS[0], SamplingParams(max_tokens=NEW_TOKENS), policy)
     for _ in range(5):
         engine.step()
-    second, = engine.add_request(PROMPTS[2], SamplingParams(max_tokens=NEW_TOKENS), policy)
+    (second,) = engine.add_request(PROMPTS[2], SamplingParams(max_tokens=NEW_TOKENS), policy)
     run_all(engine)
     for sequence, prompt in ((first, PROMPTS[0]), (second, PROMPTS[2])):
         assert sequence.output == mlp.plain.decode(prompt, NEW_TOKENS, 0.5)[0]

@@ -1,4 +1,7 @@
-"""What tuning sees of an exit head, its loss and every gradient, is what autograd finds in transformers' own modules."""
+"""What tuning sees of an exit head, its loss and every gradient, is what autograd finds in transformers' own
+modules.
+"""
+
 from functools import partial
 from typing import Any, get_args
 
@@ -26,12 +29,24 @@ def test_losses_and_gradients_equal_autograd_through_transformers(tmp_path, fami
     """A head that is fed the wrong states; a weight of a `layer` head that Megatron's modules train less, or twice."""
     deep = {"n_layer" if family == "gpt2" else "num_hidden_layers": 7}  # one more than architectures
     reference = random_model(family, tmp_path / "model", **deep)
-    words = [word for word in get_args(Architecture) if (word, output) != ("embedding", "tied")
-             and not (word == "mlp" and family in WITH_EXPERTS)]
+    words = [
+        word
+        for word in get_args(Architecture)
+        if (word, output) != ("embedding", "tied") and not (word == "mlp" and family in WITH_EXPERTS)
+    ]
     layers = list(range(1, 1 + len(words)))
-    exits = write_exits(tmp_path / "model", tmp_path / "exits", architecture=words, exit_layers=layers, output=output, adapter_rank=7)
-    config = load_config(None, {"model.path": str(tmp_path / "model"), "exits.path": str(exits), "model.dtype": "float64",
-                                "tuning.seq_length": len(TOKENS)})
+    exits = write_exits(
+        tmp_path / "model", tmp_path / "exits", architecture=words, exit_layers=layers, output=output, adapter_rank=7
+    )
+    config = load_config(
+        None,
+        {
+            "model.path": str(tmp_path / "model"),
+            "exits.path": str(exits),
+            "model.dtype": "float64",
+            "tuning.seq_length": len(TOKENS),
+        },
+    )
     model = load_for_tuning(config, init_parallel(ParallelSection())).model
     plain = PlainDecoder(reference, exits, tuple(layers), torch.float64)
     for tensor in plain.heads.values():
@@ -44,7 +59,10 @@ def test_losses_and_gradients_equal_autograd_through_transformers(tmp_path, fami
         head = model.exit_head(spec.layer)
 
         def project(hidden: Tensor, weight: Tensor) -> Tensor:
-            return linear_cross_entropy(hidden, weight, labels[:, None], torch.ones(len(TOKENS), 1), vocab=model.vocab, chunk_tokens=4)
+            return linear_cross_entropy(
+                hidden, weight, labels[:, None], torch.ones(len(TOKENS), 1), vocab=model.vocab, chunk_tokens=4
+            )
+
         got: Any = head(inputs[spec.layer], project)
         got.backward()
         # transformers makes its rotations in another precision.
@@ -53,4 +71,6 @@ def test_losses_and_gradients_equal_autograd_through_transformers(tmp_path, fami
             assert parameter.grad is not None, name
             plan = exit_shard(spec, name, model.config, 1, 0)
             for whole, gradient in merge_shards([plan], [parameter.grad]).items():
-                torch.testing.assert_close(gradient, plain.heads[whole].grad, rtol=1e-5, atol=5e-6, msg=partial("{}: {}".format, whole))
+                torch.testing.assert_close(
+                    gradient, plain.heads[whole].grad, rtol=1e-5, atol=5e-6, msg=partial("{}: {}".format, whole)
+                )

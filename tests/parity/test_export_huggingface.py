@@ -1,4 +1,5 @@
 """An exported folder, loaded by transformers in a process that can not import ee_tuning, decodes as our engine does."""
+
 import json
 import os
 import shutil
@@ -92,18 +93,32 @@ print(json.dumps(reports))
 
 
 def stranger(folders: list[Path], scratch: Path) -> dict[str, Any]:
-    environment = {**os.environ, "PYTHONPATH": "", "HF_HOME": str(scratch / "hub"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": "",
+        "HF_HOME": str(scratch / "hub"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     job = json.dumps([list(map(str, folders)), PROMPTS, THRESHOLDS, NEW_TOKENS])
-    done = subprocess.run([sys.executable, "-c", STRANGER, job, str(scratch / "again")],
-                          cwd=scratch, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(
+        [sys.executable, "-c", STRANGER, job, str(scratch / "again")],
+        cwd=scratch,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def ours(model: Path, exits: Path, threshold: float) -> list[list[list[int]]]:
     """[tokens of each prompt, exit layers of each]."""
-    loaded = load_for_generation(load_config(None, {"model.path": str(model), "exits.path": str(exits), "model.dtype": "float64"}),
-                                 init_parallel(ParallelSection()))
+    loaded = load_for_generation(
+        load_config(None, {"model.path": str(model), "exits.path": str(exits), "model.dtype": "float64"}),
+        init_parallel(ParallelSection()),
+    )
     answers = decode(loaded, PROMPTS, NEW_TOKENS, threshold=threshold)
     return [[said.tokens for said in answers], [said.exit_layers for said in answers]]
 
@@ -112,15 +127,26 @@ def export(*words: str | Path, code: int = 0) -> None:
     assert cli.main(["export", "--format", "hf", *map(str, words)]) == code
 
 
-# The first is looked at most closely. What is drawn at random has biases of 0 and adapters like any other; a copied adapter is none.
-# "listed" heads say every third token, and any other as one class more.
-KINDS = [("llama", "mlp", "untied", "random"), ("llama", "norm", "listed", "random"), ("gpt2", "mlp", "listed", "copy"),
-         ("llama", "mlp", "tied", "random"), ("llama", "norm", "untied", "random"),
-         ("llama", "adapter", "tied", "random"), ("mistral", "layer,linear", "untied", "random"),
-         ("qwen2", "embedding", "untied", "random"),
-         ("qwen2", "mlp", "untied", "copy"), ("qwen3", "layer", "untied", "copy"), ("gpt2", "mlp", "untied", "copy"),
-         ("gpt2", "layer", "untied", "random"), ("mixtral", "norm", "untied", "random"), ("qwen3_moe", "norm,adapter", "untied", "random"),
-         ("mixtral", "layer,norm", "untied", "random"), ("qwen3_moe", "layer", "tied", "copy")]
+# The first is looked at most closely. What is drawn at random has biases of 0 and adapters like any other; a copied
+# adapter is none. "listed" heads say every third token, and any other as one class more.
+KINDS = [
+    ("llama", "mlp", "untied", "random"),
+    ("llama", "norm", "listed", "random"),
+    ("gpt2", "mlp", "listed", "copy"),
+    ("llama", "mlp", "tied", "random"),
+    ("llama", "norm", "untied", "random"),
+    ("llama", "adapter", "tied", "random"),
+    ("mistral", "layer,linear", "untied", "random"),
+    ("qwen2", "embedding", "untied", "random"),
+    ("qwen2", "mlp", "untied", "copy"),
+    ("qwen3", "layer", "untied", "copy"),
+    ("gpt2", "mlp", "untied", "copy"),
+    ("gpt2", "layer", "untied", "random"),
+    ("mixtral", "norm", "untied", "random"),
+    ("qwen3_moe", "norm,adapter", "untied", "random"),
+    ("mixtral", "layer,norm", "untied", "random"),
+    ("qwen3_moe", "layer", "tied", "copy"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -138,10 +164,14 @@ def decoded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
 
 @pytest.mark.parametrize("kind", range(len(KINDS)), ids=["-".join(kind) for kind in KINDS])
 def test_a_stranger_decodes_as_our_engine_does(decoded, kind):
-    """A head fed the wrong states, a cache that lacks a skipped token, a padded row that sees its padding, one decision for a batch."""
+    """A head fed the wrong states, a cache that lacks a skipped token, a padded row that sees its padding, one decision
+    for a batch.
+    """
     own, told = decoded[0] / str(kind), decoded[1][str(decoded[0] / str(kind) / "export")]
     family = KINDS[kind][0]
-    assert told["class"] == f"transformers.models.{family}.modeling_{family}" and told["early_class"].startswith("EarlyExit")
+    assert told["class"] == f"transformers.models.{family}.modeling_{family}" and told["early_class"].startswith(
+        "EarlyExit"
+    )
     assert told["state"], "exit tensors in the state dict would end in the plain model's checkpoint"
     wanted = [ours(own / "model", own / "exits", threshold) for threshold in THRESHOLDS]
     assert len({layer for _, rows in wanted for left in rows for layer in left}) > 1, "else the claim is empty"
@@ -188,6 +218,7 @@ def test_the_backbone_s_files_are_its_own(llama, tmp_path, link):
 
 def test_another_disk_gets_a_relative_link(llama, tmp_path, monkeypatch):
     """Hard links end at the disk's edge; an absolute one breaks when both folders move."""
+
     def refuse(*_: object, **__: object) -> None:
         raise OSError(18, "Invalid cross-device link")
 
@@ -201,7 +232,9 @@ def test_without_exits_the_plain_model_comes_back(llama, tmp_path):
     """Exits of an earlier export that stay in the config would make the plain model ask for code."""
     export("--model", llama / "model", "--exits", llama / "exits", "--output", tmp_path / "early")
     export("--model", tmp_path / "early", "--output", tmp_path / "plain")
-    assert json.loads((tmp_path / "plain" / "config.json").read_text()) == json.loads((llama / "model" / "config.json").read_text())
+    assert json.loads((tmp_path / "plain" / "config.json").read_text()) == json.loads(
+        (llama / "model" / "config.json").read_text()
+    )
     for path in (llama / "model").glob("model*"):
         assert (tmp_path / "plain" / path.name).read_bytes() == path.read_bytes()
     assert not list((tmp_path / "plain").glob("*exit*"))
@@ -209,9 +242,15 @@ def test_without_exits_the_plain_model_comes_back(llama, tmp_path):
     assert (tmp_path / "direct" / "config.json").read_bytes() == (llama / "model" / "config.json").read_bytes()
 
 
-@pytest.mark.parametrize(("told", "kept"), [
-    (None, {}), ({"AutoTokenizer": ["tok.T", None]}, {"AutoTokenizer": ["tok.T", None]}), ({}, {}),
-    ({"AutoModelForCausalLM": "modeling_early_exit.Old", "AutoConfig": "other.C"}, {"AutoConfig": "other.C"})])
+@pytest.mark.parametrize(
+    ("told", "kept"),
+    [
+        (None, {}),
+        ({"AutoTokenizer": ["tok.T", None]}, {"AutoTokenizer": ["tok.T", None]}),
+        ({}, {}),
+        ({"AutoModelForCausalLM": "modeling_early_exit.Old", "AutoConfig": "other.C"}, {"AutoConfig": "other.C"}),
+    ],
+)
 def test_classes_of_others_stay(llama, tmp_path, told, kept):
     """A traceback, after all weights were written, on what transformers itself writes for a tokenizer of its own."""
     model = Path(shutil.copytree(llama / "model", tmp_path / "model"))
@@ -228,11 +267,15 @@ def test_classes_of_others_stay(llama, tmp_path, told, kept):
 
 
 def test_code_and_named_templates_come_along(llama, tmp_path):
-    """An export whose config names code that was left behind loads nowhere; templates beside the default one are lost."""
+    """An export whose config names code that was left behind loads nowhere; templates beside the default one are
+    lost.
+    """
     import transformers
 
     model = Path(shutil.copytree(llama / "model", tmp_path / "model"))
-    (model / "configuration_own.py").write_text("import transformers\nclass OwnConfig(transformers.LlamaConfig): pass\n")
+    (model / "configuration_own.py").write_text(
+        "import transformers\nclass OwnConfig(transformers.LlamaConfig): pass\n"
+    )
     tree = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**tree, "auto_map": {"AutoConfig": "configuration_own.OwnConfig"}}))
     write_byte_tokenizer(model)
@@ -243,7 +286,9 @@ def test_code_and_named_templates_come_along(llama, tmp_path):
     export("--model", model, "--output", tmp_path / "plain")
     export("--model", model, "--tokenizer", model, "--output", tmp_path / "plain", "--overwrite")
     early = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "early", trust_remote_code=True)
-    assert type(early).__name__ == "EarlyExitLlamaForCausalLM" and type(early.config) is transformers.LlamaConfig, "other code ran"
+    assert type(early).__name__ == "EarlyExitLlamaForCausalLM" and type(early.config) is transformers.LlamaConfig, (
+        "other code ran"
+    )
     assert (tmp_path / "plain" / "configuration_own.py").read_text() == (model / "configuration_own.py").read_text()
     for folder in ("early", "plain"):
         assert transformers.AutoTokenizer.from_pretrained(tmp_path / folder).chat_template == tokenizer.chat_template
@@ -275,9 +320,12 @@ def test_what_does_not_belong_together_is_refused(llama, tmp_path, capsys):
     """Exits of another model in one folder with this one decode noise for everybody who loads it."""
     random_llama(tmp_path / "other", seed=3)
     output = tmp_path / "export"
-    for words, named in ((["--model", tmp_path / "other", "--exits", llama / "exits"], "fingerprint"),
-                         (["--model", llama / "model", "--check"], "--exits"), (["--model", llama / "model", "--drop", "2"], "--drop"),
-                         (["--exits", llama / "exits"], "--model")):
+    for words, named in (
+        (["--model", tmp_path / "other", "--exits", llama / "exits"], "fingerprint"),
+        (["--model", llama / "model", "--check"], "--exits"),
+        (["--model", llama / "model", "--drop", "2"], "--drop"),
+        (["--exits", llama / "exits"], "--model"),
+    ):
         export(*words, "--output", output, code=2)
         assert named in capsys.readouterr().err and not output.exists()
     output.mkdir()
@@ -306,14 +354,29 @@ def test_a_megatron_checkpoint_comes_out_with_a_tokenizer(tmp_path, capsys):
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "gpt2", "mixtral"])
 def test_every_family_can_be_checked(tmp_path, capsys, monkeypatch, family):
-    """A check that knows Llama's class alone, or takes grouped products for experts, which want widths of multiples of 16 bytes."""
+    """A check that knows Llama's class alone, or takes grouped products for experts, which want widths of multiples of
+    16 bytes.
+    """
     import transformers
 
-    # What transformers notes of a class, its subclasses inherit: so it is where a process has loaded a plain Mixtral before.
-    monkeypatch.setattr(transformers.MixtralForCausalLM, "_can_set_experts_implementation_cached_value", True, raising=False)
+    # What transformers notes of a class, its subclasses inherit: so it is where a process has loaded a plain Mixtral
+    # before.
+    monkeypatch.setattr(
+        transformers.MixtralForCausalLM, "_can_set_experts_implementation_cached_value", True, raising=False
+    )
     random_model(family, tmp_path / "model", vocab_size=300)
     exits = write_exits(tmp_path / "model", tmp_path / "exits", architecture="norm")
-    export("--model", tmp_path / "model", "--exits", exits, "--output", tmp_path / "export", "--tokenizer", SHIPPED, "--check")
+    export(
+        "--model",
+        tmp_path / "model",
+        "--exits",
+        exits,
+        "--output",
+        tmp_path / "export",
+        "--tokenizer",
+        SHIPPED,
+        "--check",
+    )
     assert len(capsys.readouterr().out.splitlines()) == 4
 
 
@@ -327,18 +390,37 @@ def test_an_export_is_replaced_only_on_demand(llama, tmp_path, capsys):
 
 
 def test_check_compares_every_exit_and_finds_a_difference(tmp_path, capsys, monkeypatch):
-    """A check that can not fail; one that is content with the final head; one that wants as many processes as the job."""
+    """A check that can not fail; one that is content with the final head; one that wants as many processes as the
+    job.
+    """
     exits = write_exits(SHIPPED, tmp_path / "exits", exit_layers=[3, 9], init="copy")
-    words = ["--model", SHIPPED, "--exits", exits, "--output", tmp_path / "export", "--check",
-             "--set", "parallel.tensor_model_parallel_size=4", "--set", "parallel.pipeline_layout=[6,6]"]
+    words = [
+        "--model",
+        SHIPPED,
+        "--exits",
+        exits,
+        "--output",
+        tmp_path / "export",
+        "--check",
+        "--set",
+        "parallel.tensor_model_parallel_size=4",
+        "--set",
+        "parallel.pipeline_layout=[6,6]",
+    ]
     export(*words)
     wrote, *lines = capsys.readouterr().out.splitlines()
     assert wrote.startswith("wrote ")
-    assert [line.partition(":")[0] for line in lines] == ["exit after layer 3", "exit after layer 9", "the model's own head"]
+    assert [line.partition(":")[0] for line in lines] == [
+        "exit after layer 3",
+        "exit after layer 9",
+        "the model's own head",
+    ]
     from ee_tuning.checkpoint import export_huggingface
 
     wrong = tmp_path / "modeling_early_exit.py"
-    wrong.write_text(export_huggingface.MODELLING.read_text().replace("x = seen.residual + self", "x = seen.hidden + self"))
+    wrong.write_text(
+        export_huggingface.MODELLING.read_text().replace("x = seen.residual + self", "x = seen.hidden + self")
+    )
     monkeypatch.setattr(export_huggingface, "MODELLING", wrong)
     export(*words, "--overwrite", code=1)
     lines = capsys.readouterr().out.splitlines()[1:]
@@ -355,18 +437,27 @@ def test_exit_tensors_are_the_artifact_s(llama, tmp_path):
 @pytest.mark.parametrize("place", ["model-00002", "exit_heads", "config.json"])
 def test_a_killed_export_leaves_nothing_that_loads(llama, tmp_path, place):
     """Half a folder under the name that was asked for, taken for a whole one."""
-    script = ("import os, sys\nfrom pathlib import Path\nfrom ee_tuning import cli\n"
-              "from ee_tuning.checkpoint import export_huggingface as writer\n"
-              "def dying(does):\n    def dies(first, *more, **keys):\n"
-              "        if Path(getattr(first, 'name', first)).name.startswith(sys.argv[1]):\n            os._exit(9)\n"
-              "        return does(first, *more, **keys)\n    return dies\n"
-              "writer._written, writer.shutil.copyfile = dying(writer._written), dying(writer.shutil.copyfile)\n"
-              "sys.exit(cli.main(sys.argv[2:]))\n")
+    script = (
+        "import os, sys\nfrom pathlib import Path\nfrom ee_tuning import cli\n"
+        "from ee_tuning.checkpoint import export_huggingface as writer\n"
+        "def dying(does):\n    def dies(first, *more, **keys):\n"
+        "        if Path(getattr(first, 'name', first)).name.startswith(sys.argv[1]):\n            os._exit(9)\n"
+        "        return does(first, *more, **keys)\n    return dies\n"
+        "writer._written, writer.shutil.copyfile = dying(writer._written), dying(writer.shutil.copyfile)\n"
+        "sys.exit(cli.main(sys.argv[2:]))\n"
+    )
     words = ["export", "--format", "hf", "--model", llama / "model", "--output", tmp_path / "export"]
     words += [] if place == "config.json" else ["--exits", llama / "exits"]
-    done = subprocess.run([sys.executable, "-c", script, place, *map(str, words)], cwd=SHIPPED.parents[1], capture_output=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", script, place, *map(str, words)],
+        cwd=SHIPPED.parents[1],
+        capture_output=True,
+        timeout=120,
+    )
     assert done.returncode == 9
     assert not (tmp_path / "export").exists()
     assert not list(tmp_path.glob("*/config.json")), "what was left behind could be loaded"
     export(*words[3:])
-    assert cli.main(["verify", str(tmp_path / "export")]) == 0 and [path.name for path in tmp_path.iterdir()] == ["export"]
+    assert cli.main(["verify", str(tmp_path / "export")]) == 0 and [path.name for path in tmp_path.iterdir()] == [
+        "export"
+    ]

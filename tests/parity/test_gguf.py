@@ -1,4 +1,5 @@
 """A GGUF file is the model that transformers reads from it."""
+
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,17 @@ from ee_tuning.config import ModelSection, ParallelSection, load_config
 from ee_tuning.model.gguf_config import llama3_factors
 from ee_tuning.parallel.topology import init_parallel
 
-SHAPE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-         "head_dim": 64, "vocab_size": 96, "eos_token_id": 95, "bos_token_id": 95}
+SHAPE = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 96,
+    "eos_token_id": 95,
+    "bos_token_id": 95,
+}
 
 
 QWEN3 = {"head_dim": 128}  # transformers takes no other width from a GGUF file of Qwen3
@@ -26,15 +36,29 @@ QWEN3 = {"head_dim": 128}  # transformers takes no other width from a GGUF file 
 
 def theirs(path: Path) -> torch.nn.Module:
     transformers.utils.logging.disable_progress_bar()
-    return transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    ).eval()
 
 
-@pytest.mark.parametrize(("family", "kind", "ties"), [
-    ("llama", Kind.F32, False), ("llama", Kind.Q4_1, True), ("llama", Kind.Q6_K, False), ("qwen2", Kind.Q8_0, True),
-    ("qwen2", Kind.Q5_K, False), ("qwen3", Kind.Q4_0, False), ("qwen3", Kind.Q4_K, True), ("qwen3", Kind.BF16, False),
-    ("llama", Kind.F16, True)])
+@pytest.mark.parametrize(
+    ("family", "kind", "ties"),
+    [
+        ("llama", Kind.F32, False),
+        ("llama", Kind.Q4_1, True),
+        ("llama", Kind.Q6_K, False),
+        ("qwen2", Kind.Q8_0, True),
+        ("qwen2", Kind.Q5_K, False),
+        ("qwen3", Kind.Q4_0, False),
+        ("qwen3", Kind.Q4_K, True),
+        ("qwen3", Kind.BF16, False),
+        ("llama", Kind.F16, True),
+    ],
+)
 def test_tensors_and_logits_equal_transformers(tmp_path: Path, family: str, kind: Kind, ties: bool) -> None:
-    """Heads whose halves are left interleaved, a block format read by another's rule, a bias left out: fluent nonsense."""
+    """Heads whose halves are left interleaved, a block format read by another's rule, a bias left out: fluent
+    nonsense.
+    """
     path = tmp_path / "model.gguf"
     shape = {**SHAPE, **(QWEN3 if family == "qwen3" else {}), "tie_word_embeddings": ties}
     write_gguf(path, random_model(family, tmp_path / "hf", **shape), kind=kind)
@@ -78,13 +102,20 @@ def test_an_export_is_the_same_model_with_its_tokenizer(tmp_path: Path, capsys: 
 
 def test_llama_3s_frequencies_are_told_by_their_tensor(tmp_path: Path) -> None:
     """A long context read with the frequencies of a short one: fluent at first, and lost after some thousand tokens."""
-    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-               "original_max_position_embeddings": 8192}
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
     model = random_model("llama", tmp_path / "hf", **SHAPE, rope_parameters={**scaling, "rope_theta": 500000.0})
     inverse, _ = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["llama3"](model.config, "cpu")
     plain = 500000.0 ** (-np.arange(0, 64, 2) / 64)
     factors = plain / inverse.double().numpy()
     np.testing.assert_allclose(llama3_factors(scaling, 500000.0, 64), factors, rtol=1e-5)
     write_gguf(tmp_path / "model.gguf", model, rope_factors=factors)
-    assert open_model(ModelSection(path=str(tmp_path / "model.gguf"))).config.rope == open_model(
-        ModelSection(path=str(tmp_path / "hf"))).config.rope
+    assert (
+        open_model(ModelSection(path=str(tmp_path / "model.gguf"))).config.rope
+        == open_model(ModelSection(path=str(tmp_path / "hf"))).config.rope
+    )

@@ -1,4 +1,7 @@
-"""The kernels against torch's operators over the same layers and heads, on shapes that fill no vector; and what they promise beyond."""
+"""The kernels against torch's operators over the same layers and heads, on shapes that fill no vector; and what they
+promise beyond.
+"""
+
 from pathlib import Path
 
 import pytest
@@ -22,7 +25,15 @@ PLACES = 160
 NATIVE = [family for family in FAMILIES if family not in WITH_EXPERTS]
 BLOCKS = ([4, 5, 6, 7], [0, 3, 2, 1], [9, 8])
 """Of three sequences, 16 places each: one after the other, and scattered."""
-PASSES = [([0], [1]), ([37], [1]), ([0], [32]), ([30], [7]), ([15, 40, 3], [1, 1, 1]), ([0, 17, 20], [5, 3, 9]), ([60, 0, 28], [4, 2, 4])]
+PASSES = [
+    ([0], [1]),
+    ([37], [1]),
+    ([0], [32]),
+    ([30], [7]),
+    ([15, 40, 3], [1, 1, 1]),
+    ([0, 17, 20], [5, 3, 9]),
+    ([60, 0, 28], [4, 2, 4]),
+]
 """(starts, lengths)"""
 
 
@@ -51,20 +62,30 @@ class Subject:
         shape = (PLACES, config.num_query_groups, config.kv_channels)
         self.kept = [torch.randn(2, *shape, generator=draw, dtype=self.dtype) for _ in range(4)]
         index = [torch.tensor([block * 16 + i for block in blocks for i in range(16)]) for blocks in BLOCKS]
-        self.rows = [CachePlaces(index=places, first=int(places[0]) if i == 0 else None) for i, places in enumerate(index)]
+        self.rows = [
+            CachePlaces(index=places, first=int(places[0]) if i == 0 else None) for i, places in enumerate(index)
+        ]
 
     def run(self, hidden: torch.Tensor, rows: list[int], starts: list[int], lengths: list[int]) -> list[torch.Tensor]:
         """What the layers give, and what they leave in their caches."""
         config = self.runner.config
         caches = [LayerCache(keys=keys.clone(), values=values.clone()) for keys, values in self.kept]
-        tokens = TokenPass([self.rows[i] for i in rows], starts, lengths, self.runner.tables, num_places=PLACES,
-                           queries_per_group=config.num_attention_heads // config.num_query_groups)
+        tokens = TokenPass(
+            [self.rows[i] for i in rows],
+            starts,
+            lengths,
+            self.runner.tables,
+            num_places=PLACES,
+            queries_per_group=config.num_attention_heads // config.num_query_groups,
+        )
         out, inner = LayerRun([self.runner.layers[n] for n in (1, 2, 3, 4)], caches)(hidden, tokens)
         assert inner.residual is not None
         return [out, inner.hidden, inner.residual, *(x for cache in caches for x in (cache.keys, cache.values))]
 
     def states(self, count: int) -> torch.Tensor:
-        return torch.randn(count, self.runner.config.hidden_size, generator=torch.Generator().manual_seed(count), dtype=self.dtype)
+        return torch.randn(
+            count, self.runner.config.hidden_size, generator=torch.Generator().manual_seed(count), dtype=self.dtype
+        )
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
@@ -75,11 +96,15 @@ def llama(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReque
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize("family", NATIVE)
 def test_layers_are_those_of_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, dtype: str) -> None:
-    """A bias, a norm or a rotation forgotten; numbers behind the last whole vector; a place taken for another, a row for its neighbour."""
+    """A bias, a norm or a rotation forgotten; numbers behind the last whole vector; a place taken for another, a row
+    for its neighbour.
+    """
     loaded = load(tmp_path, family, dtype)
     native = Subject(loaded)
     assert native.runner.layers[1].is_native
-    got = [native.run(native.states(sum(lengths)), list(range(len(starts))), starts, lengths) for starts, lengths in PASSES]
+    got = [
+        native.run(native.states(sum(lengths)), list(range(len(starts))), starts, lengths) for starts, lengths in PASSES
+    ]
     monkeypatch.setattr(calls, "kernels", lambda *_: None)
     plain = Subject(loaded)
     assert not plain.runner.layers[1].is_native
@@ -91,8 +116,12 @@ def test_layers_are_those_of_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize("architecture", ["embedding", "norm", "linear", "mlp", "adapter", "layer"])
-def test_heads_are_those_of_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, dtype: str) -> None:
-    """Padding of the vocabulary that wins, a probability of other logits, an MLP's output that is not added to what it came from."""
+def test_heads_are_those_of_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, dtype: str
+) -> None:
+    """Padding of the vocabulary that wins, a probability of other logits, an MLP's output that is not added to what it
+    came from.
+    """
     loaded = load(tmp_path, dtype=dtype, architecture=architecture, init="random")
     native = Subject(loaded)
     states, residual = native.states(5), native.states(6)[:5]
@@ -101,7 +130,9 @@ def test_heads_are_those_of_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(calls, "kernels", lambda *_: None)
     for layer, head in Subject(loaded).runner.heads.items():
         for one, other in zip(got[layer], head.ask(inputs), strict=True):
-            if dtype == "bfloat16" and other.dtype == torch.float64:  # torch rounds logits, so that many tie, and its likeliest is another
+            if (
+                dtype == "bfloat16" and other.dtype == torch.float64
+            ):  # torch rounds logits, so that many tie, and its likeliest is another
                 one, other = one[:, 1], other[:, 1]
             assert_close(one, other, dtype)
     assert set(got) == {2, 4, None}
@@ -109,7 +140,9 @@ def test_heads_are_those_of_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_a_token_is_the_same_bits_in_any_company(llama: Subject, threads: int) -> None:
-    """Sums whose order hangs on how many tokens, rows or threads there are: near ties would fall otherwise in another batch."""
+    """Sums whose order hangs on how many tokens, rows or threads there are: near ties would fall otherwise in another
+    batch.
+    """
     starts, lengths = [15, 40, 3], [3, 1, 6]
     hidden = llama.states(sum(lengths))
     alone = []
@@ -131,9 +164,9 @@ def test_tokens_one_by_one_are_the_bits_of_a_block(llama: Subject) -> None:
     one_by_one = []
     try:
         for i in range(4):
-            out, _, _, *caches = llama.run(hidden[i: i + 1], [1], [20 + i], [1])
+            out, _, _, *caches = llama.run(hidden[i : i + 1], [1], [20 + i], [1])
             one_by_one.append(out)
-            llama.kept = [torch.stack(caches[n: n + 2]) for n in range(0, 8, 2)]
+            llama.kept = [torch.stack(caches[n : n + 2]) for n in range(0, 8, 2)]
     finally:
         llama.kept = kept
     assert torch.equal(torch.cat(one_by_one), block)

@@ -1,4 +1,5 @@
 """Heads with a layer of their own: what they cost those who ask them, and those who do not. In float64."""
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,15 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedModel, PlainDec
     """A `norm` head at layer 2 and a `layer` head at 4, of 6."""
     folder: Path = tmp_path_factory.mktemp("own")
     reference = random_llama(folder / "model", confident=True)
-    exits = write_exits(folder / "model", folder / "exits", architecture="norm,layer", init="copy")  # so that some drafts are right
-    config = load_config(None, {"model.path": str(folder / "model"), "exits.path": str(exits), "model.dtype": "float64"})
-    return load_for_generation(config, init_parallel(ParallelSection())), PlainDecoder(reference, exits, (2, 4), torch.float64)
+    exits = write_exits(
+        folder / "model", folder / "exits", architecture="norm,layer", init="copy"
+    )  # so that some drafts are right
+    config = load_config(
+        None, {"model.path": str(folder / "model"), "exits.path": str(exits), "model.dtype": "float64"}
+    )
+    return load_for_generation(config, init_parallel(ParallelSection())), PlainDecoder(
+        reference, exits, (2, 4), torch.float64
+    )
 
 
 def counted(engine: Engine) -> list[int]:
@@ -51,7 +58,9 @@ def counted(engine: Engine) -> list[int]:
 
 
 def test_who_does_not_ask_pays_nothing(own: tuple[LoadedModel, PlainDecoder]) -> None:
-    """A head's layer run over the tokens of requests that never ask it, its states kept for them, or its answers mixed up beside them."""
+    """A head's layer run over the tokens of requests that never ask it, its states kept for them, or its answers mixed
+    up beside them.
+    """
     loaded, plain = own
     engine = Engine(loaded.model, loaded.stages, num_slots=2, max_length=64)
     passes = counted(engine)
@@ -60,8 +69,8 @@ def test_who_does_not_ask_pays_nothing(own: tuple[LoadedModel, PlainDecoder]) ->
         engine.add_request(PROMPTS[0], params, policy)
         run_all(engine)
     assert not passes
-    silent, = engine.add_request(PROMPTS[0], params, FULL)
-    asked, = engine.add_request(PROMPTS[1], params, asking)
+    (silent,) = engine.add_request(PROMPTS[0], params, FULL)
+    (asked,) = engine.add_request(PROMPTS[1], params, asking)
     run_all(engine)
     assert asked.output == plain.decode(PROMPTS[1], NEW_TOKENS, 0.5)[0]
     assert silent.output == plain.decode(PROMPTS[0], NEW_TOKENS, 1.1)[0]
@@ -71,8 +80,9 @@ def test_who_does_not_ask_pays_nothing(own: tuple[LoadedModel, PlainDecoder]) ->
 
 
 @pytest.mark.parametrize("wait", [1, 3])
-def test_states_do_not_pile_up_at_a_head_that_is_seldom_asked(own: tuple[LoadedModel, PlainDecoder], wait: int,
-                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+def test_states_do_not_pile_up_at_a_head_that_is_seldom_asked(
+    own: tuple[LoadedModel, PlainDecoder], wait: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """States kept for ever; or the newest token's state used up by the time its head is asked."""
     monkeypatch.setattr(head_layers, "LONGEST_WAIT", wait)
     loaded, plain = own
@@ -81,7 +91,7 @@ def test_states_do_not_pile_up_at_a_head_that_is_seldom_asked(own: tuple[LoadedM
         assert (said.tokens, said.exit_layers) == plain.decode(prompt, NEW_TOKENS, 0.4)
     engine = Engine(loaded.model, loaded.stages, num_slots=1, max_length=64)
     policy = policy_for(loaded.model, threshold=(0.0, 0.9))  # all but the first token leave at layer 2
-    sequence, = engine.add_request(PROMPTS[0], SamplingParams(max_tokens=40), policy)
+    (sequence,) = engine.add_request(PROMPTS[0], SamplingParams(max_tokens=40), policy)
     while not engine.is_idle:
         engine.step()
         waiting = sum(len(states) for states in sequence.head_states.get(4, []))
@@ -94,16 +104,22 @@ def test_rejected_drafts_leave_the_cache_of_a_head(own: tuple[LoadedModel, Plain
     loaded, plain = own
     engine, fresh = (Engine(loaded.model, loaded.stages, num_slots=1, max_length=64) for _ in range(2))
     cheap = (1e-9,) * 3
-    engine.drafting.speculation = Speculation(Costs((cheap, cheap, (1.0,) * 3), {2: cheap, 4: cheap}, cheap), engine.pieces)
+    engine.drafting.speculation = Speculation(
+        Costs((cheap, cheap, (1.0,) * 3), {2: cheap, 4: cheap}, cheap), engine.pieces
+    )
     engine.drafting.speculation._best_plan = lambda rows, exits: ({4: 0.0}, 0.0)  # type: ignore[method-assign]
-    sequence, = engine.add_request(PROMPTS[1], SamplingParams(max_tokens=40), policy_for(loaded.model, policy="speculative"))
+    (sequence,) = engine.add_request(
+        PROMPTS[1], SamplingParams(max_tokens=40), policy_for(loaded.model, policy="speculative")
+    )
     while sequence.num_output < 30 or sequence.num_drafts:
         engine.step()
-    assert sequence.output == plain.decode(PROMPTS[1], 40, 1.1)[0][:sequence.num_output]
+    assert sequence.output == plain.decode(PROMPTS[1], 40, 1.1)[0][: sequence.num_output]
     assert sequence.statistics.num_drafted > sequence.statistics.num_accepted > 0
     n = sequence.head_watermarks[4]
     assert n > 30
-    fresh.add_request(sequence.tokens[:n], SamplingParams(max_tokens=1), policy_for(loaded.model, policy="fixed", exit_layer=4))
+    fresh.add_request(
+        sequence.tokens[:n], SamplingParams(max_tokens=1), policy_for(loaded.model, policy="fixed", exit_layer=4)
+    )
     run_all(fresh)
     for name in ("keys", "values"):
         mine, theirs = (getattr(e.cache.exit_head(4), name)[:n] for e in (engine, fresh))

@@ -1,4 +1,7 @@
-"""lm-evaluation-harness on an early-exit model: at full depth it says what its own `hf` model says of the same folder."""
+"""lm-evaluation-harness on an early-exit model: at full depth it says what its own `hf` model says of the same
+folder.
+"""
+
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,15 +23,19 @@ from ee_tuning.json_file import parse_json
 pytest.importorskip("lm_eval", reason="pip install 'ee_tuning[eval]'")  # brings datasets
 
 TASKS = ("ours_choice", "ours_text", "ours_rolling")
-TEMPLATE = ("{% for message in messages %}<|{{ message.role }}|>{{ message.content }}{% endfor %}"
-            "{% if add_generation_prompt %}<|a|>{% endif %}")
+TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|a|>{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch_module: pytest.MonkeyPatch) -> Path:
     folder = tmp_path_factory.mktemp("harness")
     monkeypatch_module.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
-    random_llama(folder / "model", vocab_size=257, eos_token_id=256, bos_token_id=256, max_position_embeddings=96, confident=True)
+    random_llama(
+        folder / "model", vocab_size=257, eos_token_id=256, bos_token_id=256, max_position_embeddings=96, confident=True
+    )
     tokenizer = write_byte_tokenizer(folder / "model")
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder / "model")
@@ -57,10 +64,17 @@ def theirs(folder: Path) -> Any:
 
 
 def ours(llm: EarlyExitLLM, folder: Path, policy: Policy = FULL, **wish: Any) -> dict[str, Any]:
-    return run_harness(Driver(llm), HarnessTasks(**{"names": TASKS, "include_path": folder / "tasks", **wish}), policy, {"name": "mine"})
+    return run_harness(
+        Driver(llm),
+        HarnessTasks(**{"names": TASKS, "include_path": folder / "tasks", **wish}),
+        policy,
+        {"name": "mine"},
+    )
 
 
-@pytest.mark.parametrize("wish", [{}, {"num_fewshot": 2, "applies_chat_template": True, "limit": 3}], ids=["plain", "few-shot chat"])
+@pytest.mark.parametrize(
+    "wish", [{}, {"num_fewshot": 2, "applies_chat_template": True, "limit": 3}], ids=["plain", "few-shot chat"]
+)
 def test_full_depth_says_what_the_harness_says_of_transformers(llm, theirs, folder, wish):
     """Another beginning of text, another cut, another stop: figures that can not be compared with anybody's."""
     from lm_eval.evaluator import simple_evaluate
@@ -68,9 +82,15 @@ def test_full_depth_says_what_the_harness_says_of_transformers(llm, theirs, fold
 
     told = ours(llm, folder, **wish)
     manager = TaskManager(include_path=str(folder / "tasks"), include_defaults=False)
-    wanted = simple_evaluate(model=theirs, tasks=list(TASKS), task_manager=manager,
-                             log_samples=False, limit=wish.get("limit"), num_fewshot=wish.get("num_fewshot"),
-                             apply_chat_template=wish.get("applies_chat_template", False))
+    wanted = simple_evaluate(
+        model=theirs,
+        tasks=list(TASKS),
+        task_manager=manager,
+        log_samples=False,
+        limit=wish.get("limit"),
+        num_fewshot=wish.get("num_fewshot"),
+        apply_chat_template=wish.get("applies_chat_template", False),
+    )
     for task in TASKS:
         assert told["results"][task].keys() == wanted["results"][task].keys()
         numbers = {name: value for name, value in wanted["results"][task].items() if isinstance(value, int | float)}
@@ -79,7 +99,9 @@ def test_full_depth_says_what_the_harness_says_of_transformers(llm, theirs, fold
 
 
 def test_requests_are_answered_as_the_harness_answers_them(llm, theirs):
-    """Metrics hide what a sum of log-probabilities would tell: empty contexts, texts longer than the context, spaces at its end."""
+    """Metrics hide what a sum of log-probabilities would tell: empty contexts, texts longer than the context, spaces at
+    its end.
+    """
     from lm_eval.api.instance import Instance
 
     from ee_tuning.evaluation.lm_eval_model import EarlyExitLM
@@ -91,10 +113,18 @@ def test_requests_are_answered_as_the_harness_answers_them(llm, theirs):
     assert [value for value, _ in told] == pytest.approx([value for value, _ in wanted], rel=1e-4)
     assert [greedy for _, greedy in told] == [greedy for _, greedy in wanted]
     texts = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in ("short", " ".join(map(str, range(70))))]
-    assert model.loglikelihood_rolling(texts, True) == pytest.approx(theirs.loglikelihood_rolling(texts, True), rel=1e-4)
+    assert model.loglikelihood_rolling(texts, True) == pytest.approx(
+        theirs.loglikelihood_rolling(texts, True), rel=1e-4
+    )
     keys = {"until": ["e"], "max_gen_toks": 9}
-    prompts = [Instance("generate_until", {}, pair, 0) for pair in (("the quick", keys), ("w" * 300, keys),
-                                                                    ("sampled", {**keys, "do_sample": False, "temperature": 0.0}))]
+    prompts = [
+        Instance("generate_until", {}, pair, 0)
+        for pair in (
+            ("the quick", keys),
+            ("w" * 300, keys),
+            ("sampled", {**keys, "do_sample": False, "temperature": 0.0}),
+        )
+    ]
     assert model.generate_until(prompts, True) == theirs.generate_until(prompts, True)
 
 
@@ -104,7 +134,9 @@ def test_thresholds_are_told_with_the_results(llm, folder):
     found = parse_json(results_json(told).encode())["ee_tuning"]
     assert found["policy"] == {"name": "mine"} and "teacher-forced" in found["note"]
     for kind in ("loglikelihood", "generate_until"):
-        assert found["left"][kind]["mean_depth"] < 6 and sum(found["left"][kind]["share_by_exit"].values()) == pytest.approx(1)
+        assert found["left"][kind]["mean_depth"] < 6 and sum(
+            found["left"][kind]["share_by_exit"].values()
+        ) == pytest.approx(1)
     assert ours(llm, folder)["ee_tuning"]["left"]["loglikelihood"]["mean_depth"] == 6
     assert all(task in results_table(told) for task in TASKS)
 
@@ -139,9 +171,14 @@ def test_repeated_samples_differ(llm):
     assert len(set(model.generate_until([request] * 4, True))) > 1
 
 
-@pytest.mark.parametrize(("wish", "words"), [
-    ({"include_path": Path("nowhere")}, "--include-path must be a folder"),
-    ({"limit": -1}, "--limit must be above 0"), ({"num_fewshot": -1}, "--num-fewshot must be at least 0")])
+@pytest.mark.parametrize(
+    ("wish", "words"),
+    [
+        ({"include_path": Path("nowhere")}, "--include-path must be a folder"),
+        ({"limit": -1}, "--limit must be above 0"),
+        ({"num_fewshot": -1}, "--num-fewshot must be at least 0"),
+    ],
+)
 def test_what_the_harness_can_not_do_is_refused(folder, wish, words):
     """A traceback of a package that the user did not call, after the model was loaded."""
     with pytest.raises(InputError, match=words):
@@ -153,7 +190,9 @@ def test_a_task_that_is_not_there_is_refused(folder, monkeypatch):
     from lm_eval.tasks import TaskManager
 
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **keys: TaskManager(**{**keys, "include_defaults": False}))
-    with pytest.raises(InputError, match="--lm-eval must name tasks, groups or tags of lm-evaluation-harness, got 'no_such_task'"):
+    with pytest.raises(
+        InputError, match="--lm-eval must name tasks, groups or tags of lm-evaluation-harness, got 'no_such_task'"
+    ):
         check_harness(HarnessTasks(names=("ours_text", "no_such_task"), include_path=folder / "tasks"))
 
 
@@ -182,7 +221,9 @@ def test_the_harness_finds_the_model_by_name(folder):
 
     import ee_tuning.evaluation.lm_eval_model  # noqa: F401
 
-    model = get_model("ee-tuning").create_from_arg_string(f"model={folder / 'model'},exits={folder / 'exits'},threshold=0.4,dtype=float32",
-                                                          {"batch_size": 7, "device": None, "max_batch_size": None})
+    model = get_model("ee-tuning").create_from_arg_string(
+        f"model={folder / 'model'},exits={folder / 'exits'},threshold=0.4,dtype=float32",
+        {"batch_size": 7, "device": None, "max_batch_size": None},
+    )
     assert model.policy == Policy(thresholds={2: 0.4, 4: 0.4}) and model.batch_size == 7
     assert model.driver.llm.model.plan.dtype == torch.float32

@@ -1,4 +1,7 @@
-"""Documents that share a row are as if each were alone: the same logits as transformers gives for one after the other."""
+"""Documents that share a row are as if each were alone: the same logits as transformers gives for one after the
+other.
+"""
+
 from pathlib import Path
 
 import pytest
@@ -33,13 +36,17 @@ def our_logits(folder: Path, tokens: torch.Tensor, documents: PackedDocuments | 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_packed_documents_equal_documents_alone(tmp_path: Path, family: str) -> None:
-    """A document that reads its neighbour, or stands at its neighbour's positions: rotary ones forgive the second, learned ones do not."""
+    """A document that reads its neighbour, or stands at its neighbour's positions: rotary ones forgive the second,
+    learned ones do not.
+    """
     reference = random_model(family, tmp_path)
     tokens, ids, positions = rows()
     documents = PackedDocuments.of(ids, positions, torch.device("cpu"))
     with torch.no_grad():
-        alone = [torch.cat([reference(part[None]).logits[0] for part in row.split(lengths)])
-                 for row, lengths in zip(tokens, LENGTHS, strict=True)]
+        alone = [
+            torch.cat([reference(part[None]).logits[0] for part in row.split(lengths)])
+            for row, lengths in zip(tokens, LENGTHS, strict=True)
+        ]
         torch.testing.assert_close(our_logits(tmp_path, tokens, documents), torch.stack(alone), rtol=0, atol=1e-4)
 
 
@@ -67,8 +74,12 @@ def test_a_layer_head_keeps_documents_apart_too(tmp_path: Path, family: str) -> 
     def logits(tokens: torch.Tensor, documents: PackedDocuments | None) -> torch.Tensor:  # [b, s] -> [b, s, v]
         _, inputs = model.run_layers(model.embed(tokens, documents), documents)
         return model.exit_head(3)(inputs[3], F.linear).transpose(0, 1)
+
     tokens, ids, positions = rows()
-    alone = [torch.cat([logits(part[None], None)[0] for part in row.split(lengths)]) for row, lengths in zip(tokens, LENGTHS, strict=True)]
+    alone = [
+        torch.cat([logits(part[None], None)[0] for part in row.split(lengths)])
+        for row, lengths in zip(tokens, LENGTHS, strict=True)
+    ]
     packed = logits(tokens, PackedDocuments.of(ids, positions, torch.device("cpu")))
     torch.testing.assert_close(packed, torch.stack(alone), rtol=0, atol=1e-4)
 
@@ -78,13 +89,18 @@ def test_exits_see_their_own_document_alone(tmp_path: Path) -> None:
     reference = random_model("llama", tmp_path / "model")
     words = ["norm", "mlp", "layer", "adapter"]
     exits = write_exits(tmp_path / "model", tmp_path / "exits", architecture=words, exit_layers=[1, 2, 3, 4])
-    model = load_for_generation(load_config(None, {"model.path": str(tmp_path / "model"), "exits.path": str(exits)}),
-                                init_parallel(ParallelSection())).model
+    model = load_for_generation(
+        load_config(None, {"model.path": str(tmp_path / "model"), "exits.path": str(exits)}),
+        init_parallel(ParallelSection()),
+    ).model
     plain = PlainDecoder(reference, exits, (1, 2, 3, 4), torch.float32)
     tokens, ids, positions = rows()
     documents = PackedDocuments.of(ids, positions, torch.device("cpu"))
     _, inputs = model.run_layers(model.embed(tokens, documents), documents)
-    alone = [[plain.logits(part.tolist()) for part in row.split(lengths)] for row, lengths in zip(tokens, LENGTHS, strict=True)]
+    alone = [
+        [plain.logits(part.tolist()) for part in row.split(lengths)]
+        for row, lengths in zip(tokens, LENGTHS, strict=True)
+    ]
     with torch.no_grad():
         for layer in (1, 2, 3, 4):
             got = model.exit_head(layer)(inputs[layer], F.linear).transpose(0, 1)

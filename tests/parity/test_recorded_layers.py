@@ -1,4 +1,7 @@
-"""Passes as a GPU's graphs take them, padded and each token a row of its own, against the walk over rows; without a GPU (recorded.py)."""
+"""Passes as a GPU's graphs take them, padded and each token a row of its own, against the walk over rows; without a GPU
+(recorded.py).
+"""
+
 import random
 from functools import partial
 from pathlib import Path
@@ -34,7 +37,9 @@ PLAIN = [family for family in FAMILIES if family not in WITH_EXPERTS]
 def load(folder: Path, family: str = "llama", **exits: object) -> LoadedModel:
     random_model(family, folder / "model")
     written = write_exits(folder / "model", folder / "exits", **exits)
-    config = load_config(None, {"model.path": str(folder / "model"), "exits.path": str(written), "model.dtype": "float64"})
+    config = load_config(
+        None, {"model.path": str(folder / "model"), "exits.path": str(written), "model.dtype": "float64"}
+    )
     return load_for_generation(config, init_parallel(ParallelSection()))
 
 
@@ -49,14 +54,28 @@ class Subject:
         self.kept = [torch.randn(2, *shape, generator=draw, dtype=torch.float64) for _ in range(3)]
         self.caches = [LayerCache(keys=keys.clone(), values=values.clone()) for keys, values in self.kept]
         self.run = LayerRun([self.runner.layers[n] for n in (1, 2, 3)], self.caches)
-        self.passes = StaticPasses(self.runner.tables, width=config.hidden_size, num_places=NUM_PLACES, bytes_per_place=1)
+        self.passes = StaticPasses(
+            self.runner.tables, width=config.hidden_size, num_places=NUM_PLACES, bytes_per_place=1
+        )
 
     def tokens(self, blocks: list[list[int]], starts: list[int], lengths: list[int]) -> TokenPass:
         config = self.runner.config
-        rows = [CachePlaces(index=torch.tensor([block * 16 + i for block in own for i in range(16)]),
-                            first=own[0] * 16 if own in TOGETHER else None) for own in blocks]
-        return TokenPass(rows, starts, lengths, self.runner.tables, num_places=NUM_PLACES, static_passes=self.passes,
-                         queries_per_group=config.num_attention_heads // config.num_query_groups)
+        rows = [
+            CachePlaces(
+                index=torch.tensor([block * 16 + i for block in own for i in range(16)]),
+                first=own[0] * 16 if own in TOGETHER else None,
+            )
+            for own in blocks
+        ]
+        return TokenPass(
+            rows,
+            starts,
+            lengths,
+            self.runner.tables,
+            num_places=NUM_PLACES,
+            static_passes=self.passes,
+            queries_per_group=config.num_attention_heads // config.num_query_groups,
+        )
 
     def outcome(self, hidden: torch.Tensor, tokens: TokenPass) -> list[torch.Tensor]:
         """What the layers give, and what they leave in every place that a sequence may have."""
@@ -69,22 +88,29 @@ class Subject:
         return [x.clone() for x in (out, inner.hidden, inner.residual, *left)]
 
     def states(self, count: int) -> torch.Tensor:
-        return torch.randn(count, self.runner.config.hidden_size, generator=torch.Generator().manual_seed(count), dtype=torch.float64)
+        return torch.randn(
+            count, self.runner.config.hidden_size, generator=torch.Generator().manual_seed(count), dtype=torch.float64
+        )
 
 
 def mixture(rng: random.Random, *, is_scattered: bool) -> tuple[list[list[int]], list[int], list[int]]:
     """Blocks, starts and lengths of some rows."""
     blocks = rng.sample(TOGETHER + (SCATTERED if is_scattered else ()), rng.randrange(1, 4))
     starts = [rng.randrange(len(own) * 16) for own in blocks]
-    lengths = [rng.randrange(1, 1 + min(rng.choice([1, 4, 20]), len(own) * 16 - start)) for own, start in zip(blocks, starts, strict=True)]
+    lengths = [
+        rng.randrange(1, 1 + min(rng.choice([1, 4, 20]), len(own) * 16 - start))
+        for own, start in zip(blocks, starts, strict=True)
+    ]
     return blocks, starts, lengths
 
 
 @pytest.mark.parametrize("way", [GatheredAttention, VarlenAttention, PagedAttention])
 @pytest.mark.parametrize("family", PLAIN)
-def test_padded_passes_are_the_walk_over_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, way: type) -> None:
-    """A token that sees its neighbour's sequence, one too many or too few of its own, or not those of its own pass; padding that writes
-    to a place of somebody's; a residual overwritten while an exit needs it.
+def test_padded_passes_are_the_walk_over_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, way: type
+) -> None:
+    """A token that sees its neighbour's sequence, one too many or too few of its own, or not those of its own pass;
+    padding that writes to a place of somebody's; a residual overwritten while an exit needs it.
     """
     rng, loaded = random.Random(family), load(tmp_path, family)
     cases = [mixture(rng, is_scattered=way is not VarlenAttention) for _ in range(25)]
@@ -106,7 +132,9 @@ def test_padded_passes_are_the_walk_over_rows(tmp_path: Path, monkeypatch: pytes
 
 
 def test_what_a_run_gave_is_not_overwritten_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """States that wait at a boundary lie in a graph's own memory, and another token's are there when they are fetched."""
+    """States that wait at a boundary lie in a graph's own memory, and another token's are there when they are
+    fetched.
+    """
     record_on_cpu(monkeypatch)
     subject = Subject(load(tmp_path))
     states = subject.states(2)
@@ -117,7 +145,9 @@ def test_what_a_run_gave_is_not_overwritten_by_the_next(tmp_path: Path, monkeypa
 
 
 def test_a_pass_is_told_again_after_another_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pass that goes on into deeper layers after another one of its shape went through: it would store keys at the other's places."""
+    """A pass that goes on into deeper layers after another one of its shape went through: it would store keys at the
+    other's places.
+    """
     record_on_cpu(monkeypatch)
     subject = Subject(load(tmp_path))
     one, other = subject.tokens([TOGETHER[0]], [7], [1]), subject.tokens([TOGETHER[1]], [3], [1])
@@ -146,8 +176,8 @@ def test_recorded_heads_are_the_heads(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_each_pass_takes_the_best_that_suits_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scattered blocks given to a kernel that reads on from the first one; a copy of more keys than there is memory for; the end of a long
-    prompt whose tokens each read all of it.
+    """Scattered blocks given to a kernel that reads on from the first one; a copy of more keys than there is memory
+    for; the end of a long prompt whose tokens each read all of it.
     """
     record_on_cpu(monkeypatch)
     imitate_flash_attention(monkeypatch, version=2)
@@ -164,7 +194,10 @@ def test_each_pass_takes_the_best_that_suits_it(tmp_path: Path, monkeypatch: pyt
     got = subject.outcome(subject.states(2), subject.tokens([TOGETHER[0], SCATTERED[0]], [40, 40], [1, 1]))
     assert len(got) == 9
     monkeypatch.setattr(static_pass, "MOST_REREAD", 3 * 44)
-    assert subject.tokens([TOGETHER[0]], [40], [4]).static is not None and subject.tokens([TOGETHER[0]], [40], [5]).static is None
+    assert (
+        subject.tokens([TOGETHER[0]], [40], [4]).static is not None
+        and subject.tokens([TOGETHER[0]], [40], [5]).static is None
+    )
     assert [padded_count(n) for n in (1, 3, 16, 17, 256, 257)] == [1, 4, 16, 24, 256, None]
 
 
@@ -175,7 +208,9 @@ def test_flash_attention_takes_what_it_is_given(way: type[StaticAttention], per_
     if way is PagedAttention and "block_table" not in flash._names():
         pytest.skip("this torch has no attention by blocks")
     attention, tensor = way(128), {"device": "meta", "dtype": torch.bfloat16}
-    positions, blocks = (torch.empty(*shape, dtype=torch.int32, device="meta") for shape in ((4,), (4, attention.num_blocks)))
+    positions, blocks = (
+        torch.empty(*shape, dtype=torch.int32, device="meta") for shape in ((4,), (4, attention.num_blocks))
+    )
     cache = LayerCache(keys=torch.empty(320, 2, 64, **tensor), values=torch.empty(320, 2, 64, **tensor))
     query = torch.empty(4, 2, per_group + 1, 64, **tensor)[:, :, :-1]
     out = attention.attend(query, cache, attention.prepared(positions, blocks, torch.bfloat16), 0.125)
@@ -194,7 +229,11 @@ def test_layers_with_experts_are_not_recorded(tmp_path: Path, monkeypatch: pytes
     """A graph that gives every token to the experts of the token it was recorded with."""
     record_on_cpu(monkeypatch)
     subject = Subject(load(tmp_path, "qwen3_moe", architecture="norm"))
-    assert [subject.runner.layers[n].is_recordable for n in (2, 3, 4)] == [False, True, False] and not subject.run._is_recordable
+    assert [subject.runner.layers[n].is_recordable for n in (2, 3, 4)] == [
+        False,
+        True,
+        False,
+    ] and not subject.run._is_recordable
 
 
 def test_costs_are_those_of_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +259,9 @@ def test_compiled_layers_are_the_layers(tmp_path: Path, monkeypatch: pytest.Monk
     layer_run._compiled.cache_clear()
     subject = Subject(loaded)
     for case, theirs in zip(cases, wanted, strict=True):
-        for one, other in zip(subject.outcome(subject.states(sum(case[2])), subject.tokens(*case)), theirs, strict=True):
+        for one, other in zip(
+            subject.outcome(subject.states(sum(case[2])), subject.tokens(*case)), theirs, strict=True
+        ):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
     layer_run._compiled.cache_clear()
     assert len(cases) > 3 and torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2 * 2 * 2

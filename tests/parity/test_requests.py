@@ -1,4 +1,7 @@
-"""Every request is decoded as if it were alone, by its own wishes, whatever runs beside it and wherever its memory lies."""
+"""Every request is decoded as if it were alone, by its own wishes, whatever runs beside it and wherever its memory
+lies.
+"""
+
 from collections import Counter
 from typing import Any
 
@@ -20,14 +23,21 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
 
 
 def test_random_mixtures_equal_one_at_a_time(subject, tmp_path):
-    """Whatever one request does to another: its memory, its beginning, its place in a pass, its policy, its draws, its end."""
+    """Whatever one request does to another: its memory, its beginning, its place in a pass, its policy, its draws, its
+    end.
+    """
     subjects = [subject, Subject(tmp_path, "layer,mlp")]
     seen = sum((mixture(subjects[seed % 2], seed) for seed in range(80, 120)), Counter())
     assert min(seen[what] for what in ("requests", "aborted", "reused", "put back", "scattered")) > 0, seen
 
 
-PENALIZED = [{"repetition_penalty": 1.7}, {"repetition_penalty": 0.6, "logit_bias": {3: 2.5, 77: -100}}, {"presence_penalty": 2.0},
-             {"frequency_penalty": 1.1}, {"temperature": 0.8, "top_k": 12, "top_p": 0.9, "min_p": 0.02, "seed": 4}]
+PENALIZED = [
+    {"repetition_penalty": 1.7},
+    {"repetition_penalty": 0.6, "logit_bias": {3: 2.5, 77: -100}},
+    {"presence_penalty": 2.0},
+    {"frequency_penalty": 1.1},
+    {"temperature": 0.8, "top_k": 12, "top_p": 0.9, "min_p": 0.02, "seed": 4},
+]
 
 
 @pytest.mark.parametrize("keys", PENALIZED)
@@ -38,11 +48,13 @@ def test_logprobs_are_those_of_transformers(subject, keys):
     engine.add_request(prompt, params, subject.policy(threshold=0.5))
     tokens, left = list(prompt), set()
     for step in run_all(engine):
-        logits = own_penalties(subject.plain.logits(tokens)[step.exit_layer][-1], tokens[len(prompt):], params)
+        logits = own_penalties(subject.plain.logits(tokens)[step.exit_layer][-1], tokens[len(prompt) :], params)
         known = theirs(params, len(prompt), frozenset())(torch.tensor([tokens]), logits[None])[0].log_softmax(-1)
         assert step.logprob == pytest.approx(known[step.token_id].item(), abs=1e-5)
         best, ids = known.topk(5)
-        assert list(step.top_logprobs) == ids.tolist() and list(step.top_logprobs.values()) == pytest.approx(best.tolist(), abs=1e-5)
+        assert list(step.top_logprobs) == ids.tolist() and list(step.top_logprobs.values()) == pytest.approx(
+            best.tolist(), abs=1e-5
+        )
         tokens.append(step.token_id)
         left.add(step.exit_layer)
     assert len(left) > 1, "one head alone spoke"
@@ -62,8 +74,10 @@ def test_several_completions_differ_and_the_first_is_that_of_one(subject):
 def test_abort_frees_every_block(subject, steps):
     """Memory that an abandoned request keeps, or its neighbour's that goes with it."""
     engine = subject.engine(num_slots=2, prefill_chunk=3)
-    kept, gone, queued = (engine.add_request([7] * n, SamplingParams(max_tokens=8, ignore_eos=True), subject.policy(threshold=0.4))[0]
-                          for n in (5, 9, 3))
+    kept, gone, queued = (
+        engine.add_request([7] * n, SamplingParams(max_tokens=8, ignore_eos=True), subject.policy(threshold=0.4))[0]
+        for n in (5, 9, 3)
+    )
     for _ in range(steps):
         engine.step()
     engine.abort(gone)
@@ -76,13 +90,19 @@ def test_abort_frees_every_block(subject, steps):
 
 
 POLICIES: list[dict[str, Any]] = [
-    {"policy": "full"}, {"threshold": 0.4}, {"policy": "fixed", "exit_layer": 2}, {"policy": "speculative"}]
+    {"policy": "full"},
+    {"threshold": 0.4},
+    {"policy": "fixed", "exit_layer": 2},
+    {"policy": "speculative"},
+]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("temperature", [0.0, 1.3])
 def test_a_batch_says_what_each_says_alone(subject, policy, temperature):
-    """Padding that a row sees, a neighbour's decision, a token in the wrong row: with lengths mixed, and half of them joining late."""
+    """Padding that a row sees, a neighbour's decision, a token in the wrong row: with lengths mixed, and half of them
+    joining late.
+    """
     params = SamplingParams(max_tokens=14, temperature=temperature, ignore_eos=True, seed=2)
     prompts = [[(3 * i + j) % 100 for j in range(length)] for i, length in enumerate((1, 40, 5, 17, 2, 33))]
     together, made = subject.engine(num_slots=5, prefill_chunk=24, max_pending=3), []
@@ -92,7 +112,7 @@ def test_a_batch_says_what_each_says_alone(subject, policy, temperature):
             together.step()
     run_all(together)
     for sequence, prompt in zip(made, prompts, strict=True):
-        alone, = (engine := subject.engine(num_slots=1)).add_request(prompt, params, sequence.policy)
+        (alone,) = (engine := subject.engine(num_slots=1)).add_request(prompt, params, sequence.policy)
         run_all(engine)
         assert sequence.output == alone.output == subject.wanted(prompt, params, sequence.policy)[0]
         if policy.get("policy") != "speculative":
@@ -106,7 +126,7 @@ def test_the_end_of_the_context(subject, policy):
     for length in (63, 62, 50):
         prompt = [(7 * i) % 90 for i in range(length)]
         params = SamplingParams(max_tokens=30, ignore_eos=True)
-        sequence, = engine.add_request(prompt, params, subject.policy(**policy))
+        (sequence,) = engine.add_request(prompt, params, subject.policy(**policy))
         run_all(engine)
         assert sequence.finish_reason == "length" and len(sequence.tokens) == min(64, length + 30)
         assert sequence.output == subject.wanted(prompt, params, sequence.policy)[0]
@@ -124,21 +144,35 @@ def test_no_engine_is_longer_than_the_model(subject):
 
 
 REFUSED: list[tuple[list[int], dict[str, Any], str]] = [
-    ([], {}, "at least one token"), ([101], {}, "0..100.*got 101"), ([-1], {}, "got -1"),
-    ([1], {"temperature": float("nan")}, "temperature.*nan"), ([1], {"temperature": -0.1}, "temperature.*-0.1"),
-    ([1], {"top_p": 0.0}, "top_p"), ([1], {"top_p": 1.5}, "top_p"), ([1], {"top_k": -1}, "top_k"),
-    ([1], {"min_p": 2.0}, "min_p"), ([1], {"max_tokens": 0}, "max_tokens"), ([1], {"min_tokens": 101}, "min_tokens.*0..100"),
-    ([1], {"repetition_penalty": 0.0}, "repetition_penalty"), ([1], {"frequency_penalty": float("inf")}, "frequency_penalty.*inf"),
-    ([1], {"logit_bias": {101: 1.0}}, "logit_bias.*101"), ([1], {"logit_bias": {1: float("nan")}}, "logit_bias.*nan"),
-    ([1], {"stop": ("",)}, "empty"), ([1], {"stop": "ab"}, "tuple of strings"), ([1], {"stop_token_ids": (500,)}, "stop_token_ids.*500"),
-    ([1], {"n": 0}, "n must"), ([1], {"logprobs": 200}, "logprobs"), ([1], {"seed": 1.5}, "seed"),
-    ([1], {"max_tokens": True}, "max_tokens")]
+    ([], {}, "at least one token"),
+    ([101], {}, "0..100.*got 101"),
+    ([-1], {}, "got -1"),
+    ([1], {"temperature": float("nan")}, "temperature.*nan"),
+    ([1], {"temperature": -0.1}, "temperature.*-0.1"),
+    ([1], {"top_p": 0.0}, "top_p"),
+    ([1], {"top_p": 1.5}, "top_p"),
+    ([1], {"top_k": -1}, "top_k"),
+    ([1], {"min_p": 2.0}, "min_p"),
+    ([1], {"max_tokens": 0}, "max_tokens"),
+    ([1], {"min_tokens": 101}, "min_tokens.*0..100"),
+    ([1], {"repetition_penalty": 0.0}, "repetition_penalty"),
+    ([1], {"frequency_penalty": float("inf")}, "frequency_penalty.*inf"),
+    ([1], {"logit_bias": {101: 1.0}}, "logit_bias.*101"),
+    ([1], {"logit_bias": {1: float("nan")}}, "logit_bias.*nan"),
+    ([1], {"stop": ("",)}, "empty"),
+    ([1], {"stop": "ab"}, "tuple of strings"),
+    ([1], {"stop_token_ids": (500,)}, "stop_token_ids.*500"),
+    ([1], {"n": 0}, "n must"),
+    ([1], {"logprobs": 200}, "logprobs"),
+    ([1], {"seed": 1.5}, "seed"),
+    ([1], {"max_tokens": True}, "max_tokens"),
+]
 
 
 def test_a_bad_request_is_refused_and_the_others_go_on(subject):
     """A value that no sampler can use, found in the middle of a step, would end every request."""
     engine = subject.engine()
-    good, = engine.add_request([5, 17], SamplingParams(max_tokens=len(REFUSED) + 2, ignore_eos=True))
+    (good,) = engine.add_request([5, 17], SamplingParams(max_tokens=len(REFUSED) + 2, ignore_eos=True))
     for prompt, keys, words in REFUSED:
         engine.step()
         with pytest.raises(InputError, match=words):
@@ -168,7 +202,9 @@ def test_scattered_blocks_are_read_in_order(subject):
     engine.step()
     engine.abort(holders[0])
     engine.abort(holders[2])
-    late, = engine.add_request([9, 8, 7], SamplingParams(max_tokens=40, ignore_eos=True), subject.policy(threshold=0.5))
+    (late,) = engine.add_request(
+        [9, 8, 7], SamplingParams(max_tokens=40, ignore_eos=True), subject.policy(threshold=0.5)
+    )
     while len(late.tokens) < 20:
         engine.step()
     assert late.places is not None and late.places.first is None, "the claim is empty where blocks follow each other"
@@ -188,7 +224,9 @@ def test_statistics_tell_what_happened(subject):
     """Counts that do not add up."""
     engine = subject.engine(max_pending=4)
     sequence: Sequence
-    sequence, = engine.add_request([5, 17, 80], SamplingParams(max_tokens=20, ignore_eos=True), subject.policy(threshold=0.5))
+    (sequence,) = engine.add_request(
+        [5, 17, 80], SamplingParams(max_tokens=20, ignore_eos=True), subject.policy(threshold=0.5)
+    )
     steps = run_all(engine)
     told = sequence.statistics
     assert told.exit_layers == [step.exit_layer for step in steps] and len(steps) == 20

@@ -1,4 +1,7 @@
-"""Log-probabilities of given continuations, against transformers and an artifact's heads applied by hand. In float64."""
+"""Log-probabilities of given continuations, against transformers and an artifact's heads applied by hand. In
+float64.
+"""
+
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,12 +19,26 @@ from ee_tuning.generation.policy import policy_of
 from ee_tuning.generation.scoring import Score, score, score_by, token_pairs
 from ee_tuning.parallel.topology import init_parallel
 
-PAIRS = [([5, 17, 80, 3, 9], [41, 6, 7]), ([41], [2]), ([41], [3]), ([7, 7, 7, 90, 12, 60], [33, 2, 51, 18, 64, 9, 12]), ([99, 1], [0] * 4)]
-HEADS = {"mlp": {"architecture": "mlp"}, "layer, norm tied": {"architecture": "layer,norm", "output": "tied"},
-         "adapter": {"architecture": "adapter"}}
-POLICIES = {"full": {"policy": "full"}, "speculative": {"policy": "speculative"}, "fixed": {"policy": "fixed", "exit_layer": 2},
-            "threshold": {"threshold": 0.6}, "margin": {"threshold": "0.5,0.3", "measure": "margin"},
-            "entropy": {"threshold": 0.7, "measure": "entropy"}}
+PAIRS = [
+    ([5, 17, 80, 3, 9], [41, 6, 7]),
+    ([41], [2]),
+    ([41], [3]),
+    ([7, 7, 7, 90, 12, 60], [33, 2, 51, 18, 64, 9, 12]),
+    ([99, 1], [0] * 4),
+]
+HEADS = {
+    "mlp": {"architecture": "mlp"},
+    "layer, norm tied": {"architecture": "layer,norm", "output": "tied"},
+    "adapter": {"architecture": "adapter"},
+}
+POLICIES = {
+    "full": {"policy": "full"},
+    "speculative": {"policy": "speculative"},
+    "fixed": {"policy": "fixed", "exit_layer": 2},
+    "threshold": {"threshold": 0.6},
+    "margin": {"threshold": "0.5,0.3", "measure": "margin"},
+    "entropy": {"threshold": 0.7, "measure": "entropy"},
+}
 
 
 class Subject(NamedTuple):
@@ -32,7 +49,9 @@ class Subject(NamedTuple):
 def subject(family: str, folder: Path, **heads: str) -> Subject:
     reference = random_model(family, folder / "model", confident=True)
     exits = write_exits(folder / "model", folder / "exits", **heads)
-    config = load_config(None, {"model.path": str(folder / "model"), "exits.path": str(exits), "model.dtype": "float64"})
+    config = load_config(
+        None, {"model.path": str(folder / "model"), "exits.path": str(exits), "model.dtype": "float64"}
+    )
     model = load_for_generation(config, init_parallel(ParallelSection())).model
     return Subject(model, PlainDecoder(reference, exits, (2, 4), torch.float64))
 
@@ -50,18 +69,31 @@ def mlp(tmp_path_factory: pytest.TempPathFactory) -> Subject:
 def scored(model, pairs: list[tuple[list[int], list[int]]], max_rows: int = 32, **keys: object) -> list[Score]:
     generation = load_config(None, {f"generation.{key}": value for key, value in keys.items()}).generation
     policy = policy_of(generation, model.plan.exit_layers, model.config.num_layers)
-    return score(model, token_pairs(model, lambda text, begins: [ord(letter) % 101 for letter in text], pairs), policy, max_rows)
+    return score(
+        model, token_pairs(model, lambda text, begins: [ord(letter) % 101 for letter in text], pairs), policy, max_rows
+    )
 
 
-def plainly(plain: PlainDecoder, pair: tuple[list[int], list[int]], *, policy: str = "threshold", exit_layer: int = 0,
-            threshold: float | str = 2.0, measure: str = "max_probability") -> Score:
+def plainly(
+    plain: PlainDecoder,
+    pair: tuple[list[int], list[int]],
+    *,
+    policy: str = "threshold",
+    exit_layer: int = 0,
+    threshold: float | str = 2.0,
+    measure: str = "max_probability",
+) -> Score:
     """The same without any sharing, padding, batching or shortcut."""
     context, continuation = pair
     asked = dict(zip((2, 4), map(float, str(threshold).split(",") * 2), strict=False))
     logits = plain.logits([*context, *continuation][:-1])
     logprobs, is_greedy, left = [], [], []
     for at, token in enumerate(continuation, len(context) - 1):
-        early = [layer for layer in (2, 4) if policy == "threshold" and confidence(logits[layer][at], measure) >= asked[layer]]
+        early = [
+            layer
+            for layer in (2, 4)
+            if policy == "threshold" and confidence(logits[layer][at], measure) >= asked[layer]
+        ]
         left.append(exit_layer or (early or [6])[0])
         row = logits[left[-1]][at]
         logprobs.append(row.log_softmax(-1)[token].item())
@@ -71,29 +103,41 @@ def plainly(plain: PlainDecoder, pair: tuple[list[int], list[int]], *, policy: s
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_scores_are_those_of_heads_applied_by_hand(each_kind, policy):
-    """A position that takes its neighbour's distribution, a padded row that is seen, an exit that is asked though an earlier one had it."""
+    """A position that takes its neighbour's distribution, a padded row that is seen, an exit that is asked though an
+    earlier one had it.
+    """
     keys, left = POLICIES[policy], set[int]()
     for told, pair in zip(scored(each_kind.model, PAIRS, **keys), PAIRS, strict=True):
         wanted = plainly(each_kind.plain, pair, **keys)
         assert told.logprobs == pytest.approx(wanted.logprobs, abs=2e-4)  # transformers rotates in float32
-        assert (told.is_greedy, told.exit_layers, told.token_ids) == (wanted.is_greedy, wanted.exit_layers, wanted.token_ids)
+        assert (told.is_greedy, told.exit_layers, told.token_ids) == (
+            wanted.is_greedy,
+            wanted.exit_layers,
+            wanted.token_ids,
+        )
         assert told.logprob == pytest.approx(sum(wanted.logprobs), abs=1e-3)
         left |= set(told.exit_layers)
     assert len(left) > 1 or policy in ("full", "speculative", "fixed")
 
 
 def test_one_pass_scores_by_all_policies(each_kind):
-    """A position that is taken out for one policy because it left by another; a measure's column read for another measure."""
+    """A position that is taken out for one policy because it left by another; a measure's column read for another
+    measure.
+    """
     model, wanted = each_kind.model, {name: scored(each_kind.model, PAIRS, **keys) for name, keys in POLICIES.items()}
-    policies = [policy_of(load_config(None, {f"generation.{key}": value for key, value in keys.items()}).generation, (2, 4), 6)
-                for keys in POLICIES.values()]
+    policies = [
+        policy_of(load_config(None, {f"generation.{key}": value for key, value in keys.items()}).generation, (2, 4), 6)
+        for keys in POLICIES.values()
+    ]
     for told, each in zip(score_by(model, PAIRS, policies, max_rows=3), wanted.values(), strict=True):
         assert [(x.is_greedy, x.exit_layers) for x in told] == [(x.is_greedy, x.exit_layers) for x in each]
         assert [x.logprob for x in told] == pytest.approx([x.logprob for x in each], abs=1e-9)
 
 
 def test_a_greedy_continuation_is_greedy_at_each_exit(mlp):
-    """`is_greedy` of the final head's token where an exit is asked: accuracy of single-token answers is then the full model's."""
+    """`is_greedy` of the final head's token where an exit is asked: accuracy of single-token answers is then the full
+    model's.
+    """
     context = [5, 17, 80, 3, 9]
     logits = mlp.plain.logits(context)
     for layer, keys in ((2, {"policy": "fixed", "exit_layer": 2}), (6, {"policy": "full"})):
@@ -115,8 +159,8 @@ def test_batches_and_chunks_do_not_matter(mlp, monkeypatch, max_rows, pass_token
 def test_contexts_are_cut_from_the_left(mlp):
     """A harness's few-shot prompt that is longer than the model's context would end the whole run."""
     long = [*range(100)] * 2
-    told, = scored(mlp.model, [(long, [4, 5, 6])], policy="full")
-    wanted, = scored(mlp.model, [(long[-126:], [4, 5, 6])], policy="full")
+    (told,) = scored(mlp.model, [(long, [4, 5, 6])], policy="full")
+    (wanted,) = scored(mlp.model, [(long[-126:], [4, 5, 6])], policy="full")
     assert told == wanted == plainly_full(mlp.plain, (long[-126:], [4, 5, 6]), told)
 
 
@@ -127,9 +171,15 @@ def plainly_full(plain: PlainDecoder, pair: tuple[list[int], list[int]], told: S
     return told
 
 
-@pytest.mark.parametrize(("pair", "words"), [
-    (([], [3]), "the context of a pair to score must hold at least one token"), (([3], []), "the continuation of a pair"),
-    (([3], [101]), "token ids must be integers in 0..100"), (([3], [1] * 129), "at most the 128 tokens")])
+@pytest.mark.parametrize(
+    ("pair", "words"),
+    [
+        (([], [3]), "the context of a pair to score must hold at least one token"),
+        (([3], []), "the continuation of a pair"),
+        (([3], [101]), "token ids must be integers in 0..100"),
+        (([3], [1] * 129), "at most the 128 tokens"),
+    ],
+)
 def test_what_can_not_be_scored_is_refused(mlp, pair, words):
     """An index error deep in an embedding, or a score of nothing, which sums to probability one."""
     with pytest.raises(InputError, match=words):
@@ -137,10 +187,15 @@ def test_what_can_not_be_scored_is_refused(mlp, pair, words):
 
 
 def test_texts_are_read_as_one(mlp):
-    """Two texts tokenized each for itself: another beginning-of-text token in the middle, or the space of a word left with the context."""
+    """Two texts tokenized each for itself: another beginning-of-text token in the middle, or the space of a word left
+    with the context.
+    """
     encode = lambda text, begins: [100] * begins + [ord(letter) % 100 for letter in text]  # noqa: E731
     assert token_pairs(mlp.model, encode, [("ab ", "cd"), ("", "cd"), ("  ", "c")]) == [
-        ([100, 97, 98], [32, 99, 0]), ([100], [99, 0]), ([100], [32, 32, 99])]
+        ([100, 97, 98], [32, 99, 0]),
+        ([100], [99, 0]),
+        ([100], [32, 32, 99]),
+    ]
 
 
 def test_numbers_that_are_none_are_refused(mlp):

@@ -1,4 +1,7 @@
-"""Requests that begin alike share memory, and none is lost by it or by running out of it: every request says what it says alone."""
+"""Requests that begin alike share memory, and none is lost by it or by running out of it: every request says what it
+says alone.
+"""
+
 from typing import Any
 
 import pytest
@@ -11,7 +14,11 @@ from ee_tuning.generation.params import SamplingParams
 from ee_tuning.generation.sequence import Sequence
 
 POLICIES: list[dict[str, Any]] = [
-    {"policy": "full"}, {"threshold": 0.4}, {"policy": "fixed", "exit_layer": 2}, {"policy": "speculative"}]
+    {"policy": "full"},
+    {"threshold": 0.4},
+    {"policy": "fixed", "exit_layer": 2},
+    {"policy": "speculative"},
+]
 PARAMS = SamplingParams(max_tokens=12, ignore_eos=True)
 STEM = STEMS[0]
 
@@ -21,9 +28,11 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return Subject(tmp_path_factory.mktemp("subject"), architecture=request.param)
 
 
-def say(engine: Engine, subject: Subject, prompt: list[int], policy: dict[str, Any], params: SamplingParams = PARAMS) -> Sequence:
+def say(
+    engine: Engine, subject: Subject, prompt: list[int], policy: dict[str, Any], params: SamplingParams = PARAMS
+) -> Sequence:
     """Alone in the engine, and as the plain decoder has it."""
-    sequence, = engine.add_request(prompt, params, subject.policy(**policy))
+    (sequence,) = engine.add_request(prompt, params, subject.policy(**policy))
     run_all(engine)
     check(subject, [sequence])
     return sequence
@@ -31,7 +40,7 @@ def say(engine: Engine, subject: Subject, prompt: list[int], policy: dict[str, A
 
 def check(subject: Subject, sequences: list[Sequence]) -> None:
     for sequence in sequences:
-        prompt = sequence.tokens[:sequence.num_prompt_tokens]
+        prompt = sequence.tokens[: sequence.num_prompt_tokens]
         assert sequence.output == subject.wanted(prompt, sequence.params, sequence.policy, sequence.completion)[0]
 
 
@@ -50,11 +59,13 @@ def test_what_ended_serves_the_next(subject, policy):
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_those_that_run_beside_each_other_share(subject, policy):
-    """A beginning that is read once for each, or taken before it is there; a neighbour's end or abort that takes it away."""
+    """A beginning that is read once for each, or taken before it is there; a neighbour's end or abort that takes it
+    away.
+    """
     engine = subject.engine(prefill_chunk=8)
     params = SamplingParams(max_tokens=12, ignore_eos=True, temperature=1.2, n=3)
     made = engine.add_request(STEM[:37], params, subject.policy(**policy))
-    late, = engine.add_request([*STEM[:36], 3], PARAMS, subject.policy(**policy))
+    (late,) = engine.add_request([*STEM[:36], 3], PARAMS, subject.policy(**policy))
     for _ in range(6):
         engine.step()
     engine.abort(made[0])
@@ -68,13 +79,21 @@ def test_shallow_blocks_serve_shallow_requests_alone(subject):
     fixed, full = {"policy": "fixed", "exit_layer": 2}, {"policy": "full"}
     engine = subject.engine()
     own = engine.runner.head_layers.own  # layers of heads, filled for those alone who ask
-    for policy, reused in ((fixed, 0), (full, 0), (fixed, 32), (full, 32), ({"policy": "fixed", "exit_layer": 4}, 0 if own else 32)):
+    for policy, reused in (
+        (fixed, 0),
+        (full, 0),
+        (fixed, 32),
+        (full, 32),
+        ({"policy": "fixed", "exit_layer": 4}, 0 if own else 32),
+    ):
         assert say(engine, subject, STEM[:40], policy).statistics.num_reused == reused
 
 
 @pytest.mark.parametrize("policy", POLICIES[:2])
 def test_what_was_said_serves_as_well(subject, policy):
-    """A conversation that is read from its beginning at every turn; or tokens that left early, shared before they were taken deeper."""
+    """A conversation that is read from its beginning at every turn; or tokens that left early, shared before they were
+    taken deeper.
+    """
     engine = subject.engine(max_pending=4)
     first = say(engine, subject, STEM[:10], policy, SamplingParams(max_tokens=34, ignore_eos=True))
     second = say(engine, subject, [*first.tokens, 5, 6], policy)
@@ -93,7 +112,9 @@ def test_memory_that_is_wanted_is_taken_from_the_oldest(subject, policy):
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_sequence_that_lost_its_memory_goes_on_as_if_it_had_not(subject, policy):
-    """Tokens said twice or left out, a token asked at the wrong exit, draws that depend on how often a prompt was read."""
+    """Tokens said twice or left out, a token asked at the wrong exit, draws that depend on how often a prompt was
+    read.
+    """
     engine = subject.engine(cache_tokens=96, max_pending=3, prefill_chunk=20)
     params = SamplingParams(max_tokens=40, ignore_eos=True, temperature=0.8)
     made = [engine.add_request([i, 2, 3], params, subject.policy(**policy))[0] for i in range(3)]
@@ -115,7 +136,7 @@ def test_blocks_are_counted_and_the_oldest_goes_first():
     pool = BlockPool(4, run=1)
     a, b = block_key(b"", [1] * 16), block_key(b"", [2] * 16)
     blocks = pool.take(2)
-    one, two = (frozenset(('piece', i) for i in range(n)) for n in (1, 2))
+    one, two = (frozenset(("piece", i) for i in range(n)) for n in (1, 2))
     pool.make_known(blocks[0], a, one)
     pool.make_known(blocks[1], block_key(a, [1] * 16), one)
     pool.hold(blocks[:1])

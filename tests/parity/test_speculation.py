@@ -1,4 +1,7 @@
-"""Speculative decoding says what the full model says: the same tokens greedily and drawn, and so the same distribution."""
+"""Speculative decoding says what the full model says: the same tokens greedily and drawn, and so the same
+distribution.
+"""
+
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -25,7 +28,9 @@ def load(folder: Path, dtype: str = "float64", **shape: int) -> tuple[LoadedMode
     reference = random_llama(folder / "model", confident=True, **shape)
     exits = write_exits(folder / "model", folder / "exits", init="copy")  # alike enough that some drafts are right
     config = load_config(None, {"model.path": str(folder / "model"), "exits.path": str(exits), "model.dtype": dtype})
-    return load_for_generation(config, init_parallel(ParallelSection())), PlainDecoder(reference, exits, (2, 4), torch.float64)
+    return load_for_generation(config, init_parallel(ParallelSection())), PlainDecoder(
+        reference, exits, (2, 4), torch.float64
+    )
 
 
 @pytest.fixture(scope="module")
@@ -38,15 +43,21 @@ def drafting_engine(loaded: LoadedModel, plan: dict[int, float], **options: int)
     engine = Engine(loaded.model, loaded.stages, **{"num_slots": 4, "max_length": 64, **options})
     free, dear = (1e-9,) * 3, (1.0,) * 3
     engine.drafting.speculation = Speculation(Costs((free, free, dear), {2: free, 4: free}, free), engine.pieces)
-    engine.drafting.speculation._plans[2, 4], engine.drafting.speculation._next_plan = (plan, 0.0), 10 ** 9
+    engine.drafting.speculation._plans[2, 4], engine.drafting.speculation._next_plan = (plan, 0.0), 10**9
     engine.drafting.speculation._planned_rows = -1
     engine.drafting.speculation._best_plan = lambda rows, exits: (plan, 0.0)  # type: ignore[method-assign]
     return engine
 
 
 @pytest.mark.parametrize("plan", [{2: 0.0}, {4: 0.0}, {2: 0.6, 4: 0.3}])
-@pytest.mark.parametrize("params", [SamplingParams(max_tokens=NEW_TOKENS), SamplingParams(max_tokens=NEW_TOKENS, temperature=0.8, seed=3),
-                                    SamplingParams(max_tokens=NEW_TOKENS, repetition_penalty=1.2, logprobs=2)])
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(max_tokens=NEW_TOKENS),
+        SamplingParams(max_tokens=NEW_TOKENS, temperature=0.8, seed=3),
+        SamplingParams(max_tokens=NEW_TOKENS, repetition_penalty=1.2, logprobs=2),
+    ],
+)
 def test_tokens_are_those_of_full_depth(llama, plan, params):
     """A rejected draft whose keys stay, a correction at the wrong place, a draw that depends on what was drafted."""
     loaded, _ = llama
@@ -70,8 +81,13 @@ def test_tokens_are_those_of_full_depth(llama, plan, params):
 def test_caches_behind_a_check_equal_a_full_pass(llama):
     """Keys of rejected drafts that are taken for those of the tokens in their place."""
     loaded, _ = llama
-    engine, fresh = drafting_engine(loaded, {2: 0.0}, num_slots=1), Engine(loaded.model, loaded.stages, num_slots=1, max_length=64)
-    sequence, = engine.add_request(PROMPTS[0], SamplingParams(max_tokens=50), policy_for(loaded.model, policy="speculative"))
+    engine, fresh = (
+        drafting_engine(loaded, {2: 0.0}, num_slots=1),
+        Engine(loaded.model, loaded.stages, num_slots=1, max_length=64),
+    )
+    (sequence,) = engine.add_request(
+        PROMPTS[0], SamplingParams(max_tokens=50), policy_for(loaded.model, policy="speculative")
+    )
     while sequence.num_output < 40 or sequence.num_drafts:
         engine.step()
     assert 0 < sequence.statistics.num_accepted < sequence.statistics.num_drafted
@@ -85,21 +101,38 @@ def test_caches_behind_a_check_equal_a_full_pass(llama):
 
 
 def test_the_distribution_is_the_full_models(tmp_path):
-    """A token that a rejection makes more or less likely. Chi-square of three tokens, 20,000 draws, 0.001 by Wilson and Hilferty."""
+    """A token that a rejection makes more or less likely. Chi-square of three tokens, 20,000 draws, 0.001 by Wilson and
+    Hilferty.
+    """
     loaded, plain = load(tmp_path, vocab_size=5, eos_token_id=None, bos_token_id=None)
     params, draws = SamplingParams(max_tokens=3, temperature=3.0, n=1000), 20
     engine = drafting_engine(loaded, {2: 0.0}, num_slots=128)
-    made = [s for seed in range(draws) for s in engine.add_request([1, 2], SamplingParams(**{**vars(params), "seed": seed}),
-                                                                   policy_for(loaded.model, policy="speculative"))]
+    made = [
+        s
+        for seed in range(draws)
+        for s in engine.add_request(
+            [1, 2], SamplingParams(**{**vars(params), "seed": seed}), policy_for(loaded.model, policy="speculative")
+        )
+    ]
     run_all(engine)
     drafted, kept = (sum(getattr(s.statistics, name) for s in made) for name in ("num_drafted", "num_accepted"))
     assert 0.2 < kept / drafted < 0.98
-    counts = torch.bincount(torch.tensor([s.output[0] * 25 + s.output[1] * 5 + s.output[2] for s in made]), minlength=125)
-    known = {prefix: (plain.logits([1, 2, *prefix])[6][-1] / 3.0).softmax(-1)
-             for length in range(3) for prefix in product(range(5), repeat=length)}
-    expected = torch.stack([known[()][a] * known[(a,)][b] * known[(a, b)][c] for a, b, c in product(range(5), repeat=3)]) * len(made)
+    counts = torch.bincount(
+        torch.tensor([s.output[0] * 25 + s.output[1] * 5 + s.output[2] for s in made]), minlength=125
+    )
+    known = {
+        prefix: (plain.logits([1, 2, *prefix])[6][-1] / 3.0).softmax(-1)
+        for length in range(3)
+        for prefix in product(range(5), repeat=length)
+    }
+    expected = torch.stack(
+        [known[()][a] * known[(a,)][b] * known[(a, b)][c] for a, b, c in product(range(5), repeat=3)]
+    ) * len(made)
     often = expected >= 5
-    merged = torch.cat((counts[often], counts[~often].sum()[None])), torch.cat((expected[often], expected[~often].sum()[None]))
+    merged = (
+        torch.cat((counts[often], counts[~often].sum()[None])),
+        torch.cat((expected[often], expected[~often].sum()[None])),
+    )
     freedom = int(often.sum())
     limit = freedom * (1 - 2 / (9 * freedom) + 3.09 * (2 / (9 * freedom)) ** 0.5) ** 3
     assert len(made) == 20_000 and freedom > 20
@@ -111,8 +144,12 @@ def test_speculation_stops_where_it_would_lose(llama):
     loaded, _ = llama
     engine = Engine(loaded.model, loaded.stages, num_slots=1, max_length=128)
     dear = (1.0, 1.0, 1.0)
-    engine.drafting.speculation = Speculation(Costs((dear, (0.01,) * 3, (0.01,) * 3), {2: dear, 4: dear}, (0.01,) * 3), engine.pieces)
-    sequence, = engine.add_request([5], SamplingParams(max_tokens=100, ignore_eos=True), policy_for(loaded.model, policy="speculative"))
+    engine.drafting.speculation = Speculation(
+        Costs((dear, (0.01,) * 3, (0.01,) * 3), {2: dear, 4: dear}, (0.01,) * 3), engine.pieces
+    )
+    (sequence,) = engine.add_request(
+        [5], SamplingParams(max_tokens=100, ignore_eos=True), policy_for(loaded.model, policy="speculative")
+    )
     asked = 0
     while not sequence.finish_reason:
         engine.step()
@@ -124,8 +161,10 @@ def test_speculation_goes_on_where_it_wins(llama):
     """A plan that gives up exits that are cheap and right."""
     loaded, _ = llama
     engine = Engine(loaded.model, loaded.stages, num_slots=1, max_length=64)
-    speculation = Speculation(Costs(((0.1, 0.11, 0.12),) * 2 + ((1.0, 1.1, 1.2),), {2: (0.01,) * 3, 4: (0.5,) * 3}, (0.01,) * 3),
-                              engine.pieces)
+    speculation = Speculation(
+        Costs(((0.1, 0.11, 0.12),) * 2 + ((1.0, 1.1, 1.2),), {2: (0.01,) * 3, 4: (0.5,) * 3}, (0.01,) * 3),
+        engine.pieces,
+    )
     for _ in range(50):
         speculation.records[2].add(8, True)
         speculation.records[2].add(2, False)
@@ -134,7 +173,9 @@ def test_speculation_goes_on_where_it_wins(llama):
     assert set(plan) == {2} and 0.3 < plan[2] <= 0.9
     assert rate > 1.2 * speculation.plain_rate(1)
     assert speculation._best_plan(1, (4,))[0] == {}, "a request that lets none but the dear exit draft"
-    assert speculation._best_plan(8, (2, 4))[0] == {}, "a pass that some of many sequences need is made, and costs what one of all does"
+    assert speculation._best_plan(8, (2, 4))[0] == {}, (
+        "a pass that some of many sequences need is made, and costs what one of all does"
+    )
 
 
 def test_costs_are_measured(llama):
@@ -142,5 +183,8 @@ def test_costs_are_measured(llama):
     loaded, _ = llama
     costs = measure_costs(Engine(loaded.model, loaded.stages, num_slots=1, max_length=64).runner)
     assert len(costs.pieces) == 3 and set(costs.heads) == {2, 4}
-    assert all(0 < low <= high for curve in (*costs.pieces, *costs.heads.values(), costs.final_head)
-               for low, high in pairwise(curve))
+    assert all(
+        0 < low <= high
+        for curve in (*costs.pieces, *costs.heads.values(), costs.final_head)
+        for low, high in pairwise(curve)
+    )

@@ -1,4 +1,5 @@
 """Damage to any file: what disks, networks and strangers do to bytes."""
+
 import json
 import os
 import random
@@ -21,14 +22,16 @@ def overwrite_bytes(draw: random.Random, path: Path, start: int = 0, stop: int |
     end = len(data) if stop is None else stop
     place = draw.randrange(start, end)
     length = min(draw.randint(1, 64), end - place)
-    data[place:place + length] = bytes(length) if draw.random() < 0.5 else draw.randbytes(length)
+    data[place : place + length] = bytes(length) if draw.random() < 0.5 else draw.randbytes(length)
     return rewritten(path, bytes(data))
 
 
 def truncate(draw: random.Random, path: Path) -> Path:
     """A download that broke off, somewhere."""
     data = path.read_bytes()
-    return rewritten(path, data[:draw.choice((0, draw.randrange(min(64, len(data))), draw.randrange(len(data)), len(data) - 1))])
+    return rewritten(
+        path, data[: draw.choice((0, draw.randrange(min(64, len(data))), draw.randrange(len(data)), len(data) - 1))]
+    )
 
 
 def extend(draw: random.Random, path: Path) -> Path:
@@ -61,12 +64,37 @@ def replace_by_something_else(draw: random.Random, path: Path) -> Path:
     return path
 
 
-HOSTILE_VALUES: tuple[Any, ...] = (None, True, -1, 0, 1.5, 1e400, 1 << 63, 10 ** 40, "", "x", "\x00", "a\nb", "\ud800", [], [1], {},
-                                   {"a": 1}, "../" * 8 + "etc/passwd", "/etc/passwd", ".", "..", "x" * 5000, [[[]]])
+HOSTILE_VALUES: tuple[Any, ...] = (
+    None,
+    True,
+    -1,
+    0,
+    1.5,
+    1e400,
+    1 << 63,
+    10**40,
+    "",
+    "x",
+    "\x00",
+    "a\nb",
+    "\ud800",
+    [],
+    [1],
+    {},
+    {"a": 1},
+    "../" * 8 + "etc/passwd",
+    "/etc/passwd",
+    ".",
+    "..",
+    "x" * 5000,
+    [[[]]],
+)
 
 
 def spoil_json(draw: random.Random, tree: Any) -> bytes:
-    """JSON in which one value, somewhere, has become something else, is missing, or stands there twice; or that is not quite JSON."""
+    """JSON in which one value, somewhere, has become something else, is missing, or stands there twice; or that is not
+    quite JSON.
+    """
     places = list(_places(tree))
     parent, key = draw.choice(places)
     kind = draw.choice(("value", "value", "value", "missing", "twice", "deep", "text"))

@@ -1,4 +1,7 @@
-"""The decoder, for long: mixtures of requests by the thousand, drafts on prompts nobody learned from, and tokens by the ten thousand."""
+"""The decoder, for long: mixtures of requests by the thousand, drafts on prompts nobody learned from, and tokens by the
+ten thousand.
+"""
+
 import gc
 import os
 from collections import Counter
@@ -49,14 +52,18 @@ def stress_mixtures(count: int, seed: int, folder: Path) -> Report:
             seen += mixture(subjects[index % len(subjects)], seed * 1_000_000 + index)
         except Exception as error:  # whatever it is, the others are tried too
             report.failures.append(f"mixture {index}: {type(error).__name__}: {error}")
-    report.told = (f"{seen['requests']} requests, by heads, policies, lengths, penalties, memory and common beginnings drawn at random, "
-                   f"equal to a plain decoder's in {seen['steps']} steps; {seen['aborted']} were aborted, {seen['put back']} lost their "
-                   f"memory and came back, and {seen['reused']} tokens of prompts were not computed, for another had computed them.")
+    report.told = (
+        f"{seen['requests']} requests, by heads, policies, lengths, penalties, memory and common beginnings drawn at random, "
+        f"equal to a plain decoder's in {seen['steps']} steps; {seen['aborted']} were aborted, {seen['put back']} lost their "
+        f"memory and came back, and {seen['reused']} tokens of prompts were not computed, for another had computed them."
+    )
     return report
 
 
 def stress_speculation(count: int, seed: int, folder: Path) -> Report:
-    """`count` prompts from files that the shipped model did not learn from, in float64: drafts change no token, greedily nor drawn."""
+    """`count` prompts from files that the shipped model did not learn from, in float64: drafts change no token,
+    greedily nor drawn.
+    """
     exits = write_exits(MODEL, folder / "heads", exit_layers=[3, 6, 9], init="copy")
     llm, report, prompts = EarlyExitLLM.load(MODEL, exits, dtype="float64"), Report(), held_out_prompts(count)
     drafted = accepted = tokens = 0
@@ -74,8 +81,10 @@ def stress_speculation(count: int, seed: int, folder: Path) -> Report:
                 report.failures.append(f"{one.prompt!r}, {sampling}: {one.text!r}, and speculatively {other.text!r}")
     if not 0 < accepted < drafted:
         report.failures.append(f"{accepted} of {drafted} drafts accepted: nothing was put to the test")
-    report.told = (f"{count} prompts of {PROMPT_BYTES} held-out bytes, {tokens} tokens, half of them drawn at temperature 0.8: those of "
-                   f"full depth; {drafted} were drafted and {accepted} of them right, by heads that were not tuned.")
+    report.told = (
+        f"{count} prompts of {PROMPT_BYTES} held-out bytes, {tokens} tokens, half of them drawn at temperature 0.8: those of "
+        f"full depth; {drafted} were drafted and {accepted} of them right, by heads that were not tuned."
+    )
     return report
 
 
@@ -83,18 +92,22 @@ def drafting(engine: Engine) -> Speculation:
     """Believes that exits are free: heads that were not tuned are wrong so often that it would hardly ever draft."""
     free, dear, last = (1e-9,) * 3, (1.0,) * 3, len(engine.pieces) - 1
     pieces = tuple(dear if index == last else free for index in range(last + 1))
-    return Speculation(Costs(pieces, {piece.exit_layer: free for piece in engine.pieces[:-1] if piece.exit_layer}, free), engine.pieces)
+    return Speculation(
+        Costs(pieces, {piece.exit_layer: free for piece in engine.pieces[:-1] if piece.exit_layer}, free), engine.pieces
+    )
 
 
 def held_out_prompts(count: int) -> list[str]:
     """As many, spread over the held-out files."""
     text = "".join(data.decode(errors="replace") for _, data in sorted(standard_library()[1].items()))
     step = (len(text) - PROMPT_BYTES) // count
-    return [text[i * step: i * step + PROMPT_BYTES] for i in range(count)]
+    return [text[i * step : i * step + PROMPT_BYTES] for i in range(count)]
 
 
 def stress_growth(count: int, seed: int, folder: Path) -> Report:
-    """`count` tokens of one completion, and as many in short ones: the process grows by the formula of the KV cache and nothing else."""
+    """`count` tokens of one completion, and as many in short ones: the process grows by the formula of the KV cache and
+    nothing else.
+    """
     random_llama(folder / "model", confident=True, max_position_embeddings=count + 64)
     exits = write_exits(folder / "model", folder / "exits")
     config = load_config(None, {"model.path": str(folder / "model"), "exits.path": str(exits)})
@@ -106,17 +119,29 @@ def stress_growth(count: int, seed: int, folder: Path) -> Report:
         for warm in (True, False):
             before, made = resident_bytes(), 0
             for index in range(1 + num_requests // 10 if warm else num_requests):
-                engine.add_request([5, (seed + index) % 90, 7], SamplingParams(
-                    max_tokens=min(length, 100) if warm else length, ignore_eos=True, repetition_penalty=1.1), policy)
+                engine.add_request(
+                    [5, (seed + index) % 90, 7],
+                    SamplingParams(
+                        max_tokens=min(length, 100) if warm else length, ignore_eos=True, repetition_penalty=1.1
+                    ),
+                    policy,
+                )
                 while not engine.is_idle:
                     made += len(engine.step())
             grown = resident_bytes() - before
-        kept = {"boundary, counts": len(engine.judge._counts) + len(engine.running) + len(engine.waiting),
-                "cache beyond the formula": sum(each.keys.nbytes + each.values.nbytes for each in engine.cache._layers.values()) - formula,
-                "blocks": len(engine.cache.pool._contents) - engine.cache.pool.num_blocks}
+        kept = {
+            "boundary, counts": len(engine.judge._counts) + len(engine.running) + len(engine.waiting),
+            "cache beyond the formula": sum(
+                each.keys.nbytes + each.values.nbytes for each in engine.cache._layers.values()
+            )
+            - formula,
+            "blocks": len(engine.cache.pool._contents) - engine.cache.pool.num_blocks,
+        }
         if grown > formula + SLACK_BYTES or any(size > 0 for size in kept.values()):
-            report.failures.append(f"{name}: {grown / 2 ** 20:.1f} MB for {made} tokens, the cache takes {formula / 2 ** 20:.1f}; {kept}")
-        told.append(f"{made} tokens in {name}: {grown / 2 ** 20:+.1f} MB (the cache: {formula / 2 ** 20:.1f})")
+            report.failures.append(
+                f"{name}: {grown / 2**20:.1f} MB for {made} tokens, the cache takes {formula / 2**20:.1f}; {kept}"
+            )
+        told.append(f"{made} tokens in {name}: {grown / 2**20:+.1f} MB (the cache: {formula / 2**20:.1f})")
     report.told = "Memory of the process, a random model of 6 layers × 48: " + "; ".join(told) + "."
     return report
 

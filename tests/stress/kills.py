@@ -1,4 +1,5 @@
 """`kill -9` at random moments: of commands that save, and of a tuning run on 2 × 2 processes."""
+
 import contextlib
 import functools
 import io
@@ -57,14 +58,18 @@ class _Save:
 
 
 def stress_saves(count: int, seed: int, scratch: Path, nursery: Nursery) -> Deaths:
-    """Kills `count` saves, half of them over an earlier output, and looks what is there; then runs each again to its end."""
+    """Kills `count` saves, half of them over an earlier output, and looks what is there; then runs each again to its
+    end.
+    """
     deaths, former, wanted, durations = Deaths(), {}, {}, {}
     saves = _saves(scratch)
     for name, save in saves.items():
         former[name], wanted[name] = scratch / "former" / name, scratch / "wanted" / name
         _run(nursery, save.arguments(1), former[name], scratch)
         durations[name] = _run(nursery, save.arguments(2), wanted[name], scratch)
-        assert not _is_same(save.read(former[name]), save.read(wanted[name])), f"{name}: nobody could tell the former from the new"
+        assert not _is_same(save.read(former[name]), save.read(wanted[name])), (
+            f"{name}: nobody could tell the former from the new"
+        )
     for index in range(count):
         name = list(saves)[index % len(saves)]
         draw = random.Random(f"{seed} save {index}")
@@ -85,7 +90,9 @@ def stress_saves(count: int, seed: int, scratch: Path, nursery: Nursery) -> Deat
             _run(nursery, [*saves[name].arguments(2), "--overwrite"], output, scratch)
             _check_same(saves[name].read(output), saves[name].read(wanted[name]))
             _verify(output)
-            assert [path.name for path in folder.iterdir()] == ["output"], f"left behind: {sorted(path.name for path in folder.iterdir())}"
+            assert [path.name for path in folder.iterdir()] == ["output"], (
+                f"left behind: {sorted(path.name for path in folder.iterdir())}"
+            )
             deaths.found[name, finding] += 1
             deaths.found[name, "of these, killed while it wrote"] += is_partial
         except (AssertionError, InputError, OSError) as error:
@@ -95,7 +102,15 @@ def stress_saves(count: int, seed: int, scratch: Path, nursery: Nursery) -> Deat
 
 def _saves(scratch: Path) -> dict[str, _Save]:
     model = scratch / "model"
-    random_llama(model, hidden_size=128, intermediate_size=512, vocab_size=4001, num_attention_heads=4, num_key_value_heads=2, head_dim=32)
+    random_llama(
+        model,
+        hidden_size=128,
+        intermediate_size=512,
+        vocab_size=4001,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+    )
 
     def converted(seed: int) -> list[str]:
         return ["convert", "--model", str(model), "--init", "random", "--seed", str(seed), "--exit-layers", "2,4"]
@@ -105,10 +120,12 @@ def _saves(scratch: Path) -> dict[str, _Save]:
 
     for seed in (1, 2):
         assert cli.main([*converted(seed), "--output", str(scratch / f"exits{seed}")]) == 0
-    return {"convert": _Save(converted, read_artifact),
-            "export --format artifact": _Save(lambda seed: exported("artifact", seed, "--add", "5"), read_artifact),
-            "export --format hf": _Save(functools.partial(exported, "hf"), _read_early_model),
-            "export --format megatron": _Save(functools.partial(exported, "megatron"), _read_early_checkpoint)}
+    return {
+        "convert": _Save(converted, read_artifact),
+        "export --format artifact": _Save(lambda seed: exported("artifact", seed, "--add", "5"), read_artifact),
+        "export --format hf": _Save(functools.partial(exported, "hf"), _read_early_model),
+        "export --format megatron": _Save(functools.partial(exported, "megatron"), _read_early_checkpoint),
+    }
 
 
 def _read_early_model(folder: Path) -> Content:
@@ -123,8 +140,11 @@ def _read_early_model(folder: Path) -> Content:
 def _read_early_checkpoint(folder: Path) -> Content:
     """A distributed checkpoint: the backbone, and the exits beside it."""
     model, checkpoint = read_model(folder), DistributedCheckpoint(folder)
-    tensors = {key: checkpoint.rectangle(key, (0,) * len(shape), shape, is_checked=True)
-               for key, shape in checkpoint.shapes.items() if key.startswith("exits.")}
+    tensors = {
+        key: checkpoint.rectangle(key, (0,) * len(shape), shape, is_checked=True)
+        for key, shape in checkpoint.shapes.items()
+        if key.startswith("exits.")
+    }
     return Content({**model.tensors, **tensors}, (model.identity, read_exit_config(folder)))
 
 
@@ -144,7 +164,9 @@ def _run(nursery: Nursery, arguments: list[str], output: Path, scratch: Path) ->
 
 
 def _found(save: _Save, folder: Path, output: Path, former: Path | None, wanted: Path) -> str:
-    """What stands where the output belongs. Raises AssertionError where that, or something beside it, is half of anything."""
+    """What stands where the output belongs. Raises AssertionError where that, or something beside it, is half of
+    anything.
+    """
     new = save.read(wanted)
     for partial in folder.iterdir():
         if partial not in (output, output.with_name(f".{output.name}.owner")):  # whose lock has ended with its process
@@ -154,7 +176,9 @@ def _found(save: _Save, folder: Path, output: Path, former: Path | None, wanted:
             except InputError:
                 continue
             # Killed just before it was given its name, or after another had it: whole all the same.
-            assert any(_is_same(content, save.read(whole)) for whole in (wanted, former) if whole), "half of a save loads"
+            assert any(_is_same(content, save.read(whole)) for whole in (wanted, former) if whole), (
+                "half of a save loads"
+            )
     if not output.exists():
         assert former is None, "the former output is gone"
         return "nothing there"
@@ -172,8 +196,11 @@ def _verify(folder: Path) -> None:
 
 
 def _is_same(a: Content, b: Content) -> bool:
-    return a.identity == b.identity and a.tensors.keys() == b.tensors.keys() and all(
-        same_bytes(a.tensors[name], b.tensors[name]) for name in a.tensors)
+    return (
+        a.identity == b.identity
+        and a.tensors.keys() == b.tensors.keys()
+        and all(same_bytes(a.tensors[name], b.tensors[name]) for name in a.tensors)
+    )
 
 
 def _check_same(got: Content, wanted: Content) -> None:
@@ -181,7 +208,9 @@ def _check_same(got: Content, wanted: Content) -> None:
 
 
 def stress_tuning(count: int, seed: int, scratch: Path, nursery: Nursery) -> Deaths:
-    """Kills a run on TP 2 × PP 2 `count` times, some again while they resume; each goes on to the bits of the run never stopped."""
+    """Kills a run on TP 2 × PP 2 `count` times, some again while they resume; each goes on to the bits of the run never
+    stopped.
+    """
     deaths = Deaths()
     model = scratch / "model"
     random_llama(model)

@@ -1,4 +1,7 @@
-"""Processes to be killed: forked from one that has imported everything, so that a life costs milliseconds before its work begins."""
+"""Processes to be killed: forked from one that has imported everything, so that a life costs milliseconds before its
+work begins.
+"""
+
 import contextlib
 import multiprocessing
 import os
@@ -13,9 +16,18 @@ from typing import Any
 
 _TESTS = Path(__file__).parents[1]
 _PATHS = [str(path) for path in (_TESTS.parent, _TESTS, _TESTS / "distributed", _TESTS / "stress")]
-_IMPORTED = ["ee_tuning.cli", "ee_tuning.checkpoint.convert", "ee_tuning.checkpoint.export_artifact",
-             "ee_tuning.checkpoint.export_huggingface", "ee_tuning.checkpoint.megatron_writer", "ee_tuning.evaluation.export",
-             "ee_tuning.tuning.tuner", "ee_tuning.checkpoint.load", "tuning_jobs", "safetensors_stress"]
+_IMPORTED = [
+    "ee_tuning.cli",
+    "ee_tuning.checkpoint.convert",
+    "ee_tuning.checkpoint.export_artifact",
+    "ee_tuning.checkpoint.export_huggingface",
+    "ee_tuning.checkpoint.megatron_writer",
+    "ee_tuning.evaluation.export",
+    "ee_tuning.tuning.tuner",
+    "ee_tuning.checkpoint.load",
+    "tuning_jobs",
+    "safetensors_stress",
+]
 
 
 class Nursery:
@@ -38,9 +50,16 @@ class Nursery:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         world = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        return Life([self._begun(function, arguments, {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)}, log) for rank in range(size)])
+        return Life(
+            [
+                self._begun(function, arguments, {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)}, log)
+                for rank in range(size)
+            ]
+        )
 
-    def _begun(self, function: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str], log: Path) -> BaseProcess:
+    def _begun(
+        self, function: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str], log: Path
+    ) -> BaseProcess:
         process = self._context.Process(target=_live, args=(function, arguments, environment, str(log)))
         process.start()
         return process
@@ -60,7 +79,9 @@ class Life:
         return time.monotonic() - self._since
 
     def wait_for(self, path: Path, *, other_than: int | None = None) -> float:
-        """Until there is such a file, with another inode than `other_than`, or one of them has ended. Returns how long they have lived."""
+        """Until there is such a file, with another inode than `other_than`, or one of them has ended. Returns how long
+        they have lived.
+        """
         while inode(path) in (None, other_than) and all(process.is_alive() for process in self.processes):
             time.sleep(0.01)
         return time.monotonic() - self._since
@@ -70,11 +91,15 @@ class Life:
         return [process.exitcode for process in self.processes]
 
     def kill(self, *, first: int = 0, pause: float = 0.0, with_children: bool = True) -> None:
-        """kill -9: one process, after a pause the others, each with what it started where `with_children`. Returns when all is gone.
+        """kill -9: one process, after a pause the others, each with what it started where `with_children`. Returns when
+        all is gone.
 
         Raises AssertionError where something that they started lives on.
         """
-        order = [self.processes[first], *(process for process in self.processes if process is not self.processes[first])]
+        order = [
+            self.processes[first],
+            *(process for process in self.processes if process is not self.processes[first]),
+        ]
         for process in order:
             if with_children:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -86,7 +111,9 @@ class Life:
         self.check_gone()
 
     def check_gone(self) -> None:
-        """Raises AssertionError where a process of one of the groups lives on for long after the first of it has ended."""
+        """Raises AssertionError where a process of one of the groups lives on for long after the first of it has
+        ended.
+        """
         groups = {process.pid for process in self.processes}
         # One that is just being started learns of its parent's end when it has imported what it needs.
         deadline = time.monotonic() + 90
@@ -119,6 +146,7 @@ def _live(function: Callable[..., Any], arguments: tuple[Any, ...], environment:
     os.dup2(out, 2)
     os.environ.update(environment)
     import torch
+
     torch.set_num_threads(1)
     code = function(*arguments)
     sys.stdout.flush()

@@ -1,4 +1,5 @@
 """What became of a damaged file: the possible outcomes, and the judge who finds out which it was."""
+
 import enum
 import random
 import resource
@@ -41,7 +42,9 @@ class Content:
 
 
 Mutation = Callable[[random.Random, Path], Path]
-"""Damages a folder; returns what has to be named. `unknowable` marks those that a format without checksums can not tell."""
+"""Damages a folder; returns what has to be named. `unknowable` marks those that a format without checksums can not
+tell.
+"""
 
 
 @dataclass
@@ -62,7 +65,11 @@ class Tally:
         rows = sorted({(target, kind) for target, kind, _ in self.counts})
         lines = ["| of | mutation | " + " | ".join(Outcome) + " |", "|---|---|" + "---|" * len(Outcome)]
         for target, kind in rows:
-            lines.append(f"| {target} | {kind} | " + " | ".join(str(self.counts[target, kind, outcome]) for outcome in Outcome) + " |")
+            lines.append(
+                f"| {target} | {kind} | "
+                + " | ".join(str(self.counts[target, kind, outcome]) for outcome in Outcome)
+                + " |"
+            )
         sums = [sum(count for (_, _, each), count in self.counts.items() if each is outcome) for outcome in Outcome]
         return "\n".join([*lines, "| all | | " + " | ".join(map(str, sums)) + " |"])
 
@@ -74,8 +81,10 @@ class Hangs(BaseException):
 @contextmanager
 def limits() -> Iterator[None]:
     """Ends the block by an error when it takes longer, or more memory, than reading a small folder may."""
+
     def ring(*_: Any) -> None:
         raise Hangs(f"still reading after {MAX_SECONDS} s")
+
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     before = signal.signal(signal.SIGALRM, ring)
@@ -89,7 +98,9 @@ def limits() -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def judge(read: Callable[[Path], Content], folder: Path, damaged: Path, wanted: Content, *, is_unknowable: bool) -> tuple[Outcome, str]:
+def judge(
+    read: Callable[[Path], Content], folder: Path, damaged: Path, wanted: Content, *, is_unknowable: bool
+) -> tuple[Outcome, str]:
     """The outcome of reading `folder`, in which `damaged` is no longer as it was, and a word on it."""
     try:
         with limits():
@@ -103,7 +114,8 @@ def judge(read: Callable[[Path], Content], folder: Path, damaged: Path, wanted: 
     except (Exception, Hangs):
         return Outcome.WRONG, traceback.format_exc()
     is_same = got.tensors.keys() == wanted.tensors.keys() and all(
-        same_bytes(tensor, wanted.tensors[name]) for name, tensor in got.tensors.items())
+        same_bytes(tensor, wanted.tensors[name]) for name, tensor in got.tensors.items()
+    )
     if is_same and got.identity == wanted.identity:
         return Outcome.UNHARMED, ""
     if is_unknowable:
@@ -113,13 +125,28 @@ def judge(read: Callable[[Path], Content], folder: Path, damaged: Path, wanted: 
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:
     """Whether shape, type and every bit agree, those of NaN too."""
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(
-        a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8))
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8))
+    )
 
 
-def torture(target: str, source: Path, read: Callable[[Path], Content], mutations: Mapping[str, Mutation], unknowable: set[str],
-            count: int, seed: int, scratch: Path, tally: Tally, seal: Callable[[Path], None] | None = None) -> None:
-    """Damages `count` copies of `source`, one way after the other (then `seal`s them), reads each and tallies what came of it."""
+def torture(
+    target: str,
+    source: Path,
+    read: Callable[[Path], Content],
+    mutations: Mapping[str, Mutation],
+    unknowable: set[str],
+    count: int,
+    seed: int,
+    scratch: Path,
+    tally: Tally,
+    seal: Callable[[Path], None] | None = None,
+) -> None:
+    """Damages `count` copies of `source`, one way after the other (then `seal`s them), reads each and tallies what came
+    of it.
+    """
     wanted = read(source)
     kinds = list(mutations)
     for index in range(count):

@@ -1,7 +1,8 @@
 """`make stress`: the full counts, and the record of them in docs/stress.md. Takes most of an hour on two cores.
 
-    python tests/stress/run.py --output docs/stress.md
+python tests/stress/run.py --output docs/stress.md
 """
+
 import argparse
 import datetime
 import os
@@ -15,15 +16,26 @@ from typing import Protocol
 TESTS = Path(__file__).parents[1]
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
-COUNTS = {"safetensors": 3000, "checkpoints": 500, "saves": 100, "tuning": 100, "mixtures": 1000, "stages": 200, "speculation": 200,
-          "growth": 10_000, "calibrations": 1000}
+COUNTS = {
+    "safetensors": 3000,
+    "checkpoints": 500,
+    "saves": 100,
+    "tuning": 100,
+    "mixtures": 1000,
+    "stages": 200,
+    "speculation": 200,
+    "growth": 10_000,
+    "calibrations": 1000,
+}
 
 
 def main() -> int:
     """Runs it all; the exit code is 1 where anything went wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="Markdown file for the record")
-    parser.add_argument("--only", choices=list(COUNTS), nargs="+", default=list(COUNTS), help="the other parts of the record stay")
+    parser.add_argument(
+        "--only", choices=list(COUNTS), nargs="+", default=list(COUNTS), help="the other parts of the record stay"
+    )
     parser.add_argument("--seed", type=int, default=1)
     for name, count in COUNTS.items():
         parser.add_argument(f"--{name}", type=int, default=count, metavar="N")
@@ -37,20 +49,56 @@ def main() -> int:
     from nursery import Nursery
     from safetensors_stress import stress_safetensors
     from stages_stress import stress_stages
+
     torch.set_num_threads(1)
     nursery, seed = Nursery(), options["seed"]
     damaged, killed = "mutations", "kills"
     stories = [
-        _Part("Damaged safetensors", options["safetensors"], damaged, lambda n, folder: stress_safetensors(n, seed, folder)),
-        _Part("Damaged Megatron checkpoints", options["checkpoints"], damaged, lambda n, folder: stress_checkpoints(n, seed, folder)),
-        _Part("`kill -9` while a command saves", options["saves"], killed, lambda n, folder: stress_saves(n, seed, folder, nursery)),
-        _Part("`kill -9` while a run tunes", options["tuning"], killed, lambda n, folder: stress_tuning(n, seed, folder, nursery)),
-        _Part("Mixtures of decoding requests", options["mixtures"], "mixtures", lambda n, folder: stress_mixtures(n, seed, folder)),
-        _Part("Decoding over stages", options["stages"], "dozens of requests", lambda n, folder: stress_stages(n, seed, folder)),
+        _Part(
+            "Damaged safetensors",
+            options["safetensors"],
+            damaged,
+            lambda n, folder: stress_safetensors(n, seed, folder),
+        ),
+        _Part(
+            "Damaged Megatron checkpoints",
+            options["checkpoints"],
+            damaged,
+            lambda n, folder: stress_checkpoints(n, seed, folder),
+        ),
+        _Part(
+            "`kill -9` while a command saves",
+            options["saves"],
+            killed,
+            lambda n, folder: stress_saves(n, seed, folder, nursery),
+        ),
+        _Part(
+            "`kill -9` while a run tunes",
+            options["tuning"],
+            killed,
+            lambda n, folder: stress_tuning(n, seed, folder, nursery),
+        ),
+        _Part(
+            "Mixtures of decoding requests",
+            options["mixtures"],
+            "mixtures",
+            lambda n, folder: stress_mixtures(n, seed, folder),
+        ),
+        _Part(
+            "Decoding over stages",
+            options["stages"],
+            "dozens of requests",
+            lambda n, folder: stress_stages(n, seed, folder),
+        ),
         _Part("Speculation", options["speculation"], "prompts", lambda n, folder: stress_speculation(n, seed, folder)),
         _Part("Memory over many tokens", options["growth"], "tokens", lambda n, folder: stress_growth(n, seed, folder)),
-        _Part("Thresholds with a guarantee", options["calibrations"], "calibrations of a kind",
-              lambda n, folder: stress_calibrations(n, seed, folder))]
+        _Part(
+            "Thresholds with a guarantee",
+            options["calibrations"],
+            "calibrations of a kind",
+            lambda n, folder: stress_calibrations(n, seed, folder),
+        ),
+    ]
     stories = [story for name, story in zip(COUNTS, stories, strict=True) if name in options["only"]]
     for story in stories:
         story.run(seed)
@@ -78,7 +126,9 @@ class _Part:
         with tempfile.TemporaryDirectory(prefix="ee-tuning-stress-") as folder:
             outcome = self._stress(self.count, Path(folder))
         self.seconds, self.table, self.failures = time.monotonic() - since, outcome.table(), outcome.failures
-        print(f"{self.title}: {self.count} {self.what}, {len(self.failures)} went wrong, {self.seconds:.0f} s", flush=True)
+        print(
+            f"{self.title}: {self.count} {self.what}, {len(self.failures)} went wrong, {self.seconds:.0f} s", flush=True
+        )
 
     def told(self) -> str:
         """A section of the record."""
@@ -90,9 +140,16 @@ class _Part:
 def write_record(path: Path, story: _Part) -> None:
     """Puts a part into the record, in the place of what it told before."""
     import torch
-    cpu = next(line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-    head = (f"# Stress\n\nWritten by `make stress` on {os.cpu_count()} cores of: {cpu}; Python {sys.version.split()[0]}, torch "
-            f"{torch.__version__}, CPU. `make test` runs a few of each by the same code.\n\n{_MEANING}")
+
+    cpu = next(
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    )
+    head = (
+        f"# Stress\n\nWritten by `make stress` on {os.cpu_count()} cores of: {cpu}; Python {sys.version.split()[0]}, torch "
+        f"{torch.__version__}, CPU. `make test` runs a few of each by the same code.\n\n{_MEANING}"
+    )
     parts = ["## " + part.rstrip() for part in path.read_text().split("\n## ")[1:]] if path.exists() else []
     kept = [part for part in parts if not part.startswith(f"## {story.title}\n")]
     path.write_text("\n\n".join([head.rstrip(), *sorted([*kept, story.told().rstrip()])]) + "\n")

@@ -1,4 +1,7 @@
-"""Damage to a folder of safetensors: bytes, headers that lie, tensors that are not where they should be, indices that lead elsewhere."""
+"""Damage to a folder of safetensors: bytes, headers that lie, tensors that are not where they should be, indices that
+lead elsewhere.
+"""
+
 import functools
 import json
 import random
@@ -6,7 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from damage import HOSTILE_VALUES, extend, flip_bits, overwrite_bytes, remove, replace_by_something_else, rewritten, spoil_json, truncate
+from damage import (
+    HOSTILE_VALUES,
+    extend,
+    flip_bits,
+    overwrite_bytes,
+    remove,
+    replace_by_something_else,
+    rewritten,
+    spoil_json,
+    truncate,
+)
 
 Tree = dict[str, Any]
 
@@ -68,8 +81,23 @@ def header_length(draw: random.Random, path: Path) -> Path:
     """Another length of the header, up to one beyond any memory."""
     data = path.read_bytes()
     true = int.from_bytes(data[:8], "little")
-    said = draw.choice((0, 1, true - 1, true + 1, true + 8, len(data), len(data) - 8, 99_999_999, 100_000_001, 1 << 40, (1 << 63) - 1,
-                        (1 << 64) - 8, draw.randrange(1 << 64)))
+    said = draw.choice(
+        (
+            0,
+            1,
+            true - 1,
+            true + 1,
+            true + 8,
+            len(data),
+            len(data) - 8,
+            99_999_999,
+            100_000_001,
+            1 << 40,
+            (1 << 63) - 1,
+            (1 << 64) - 8,
+            draw.randrange(1 << 64),
+        )
+    )
     return rewritten(path, said.to_bytes(8, "little") + data[8:])
 
 
@@ -84,8 +112,21 @@ def shapes(draw: random.Random, path: Path) -> Path:
     tree, data = _parts(path)
     entry = tree[draw.choice(_tensors(tree))]
     shape = entry["shape"]
-    entry["shape"] = draw.choice((shape[::-1], [*shape, 1], [1, *shape], [shape[0] + 1, *shape[1:]], [*shape[:-1], shape[-1] - 1], [], [0],
-                                  [-n for n in shape], [functools.reduce(int.__mul__, shape)], [1 << 32, 1 << 32], shape[:-1]))
+    entry["shape"] = draw.choice(
+        (
+            shape[::-1],
+            [*shape, 1],
+            [1, *shape],
+            [shape[0] + 1, *shape[1:]],
+            [*shape[:-1], shape[-1] - 1],
+            [],
+            [0],
+            [-n for n in shape],
+            [functools.reduce(int.__mul__, shape)],
+            [1 << 32, 1 << 32],
+            shape[:-1],
+        )
+    )
     return _joined(path, tree, data)
 
 
@@ -105,8 +146,18 @@ def offsets(draw: random.Random, path: Path) -> Path:
     entry, other = tree[draw.choice(names)], tree[draw.choice(names)]
     start, stop = entry["data_offsets"]
     step = draw.choice((1, 2, 4, 8, 100, 1 << 20, 1 << 62))
-    entry["data_offsets"] = draw.choice(([start + step, stop + step], [start - step, stop - step], [start, stop + step], [stop, start],
-                                         [start, start], list(other["data_offsets"]), [start, draw.choice(HOSTILE_VALUES)], [start]))
+    entry["data_offsets"] = draw.choice(
+        (
+            [start + step, stop + step],
+            [start - step, stop - step],
+            [start, stop + step],
+            [stop, start],
+            [start, start],
+            list(other["data_offsets"]),
+            [start, draw.choice(HOSTILE_VALUES)],
+            [start],
+        )
+    )
     return _joined(path, tree, data)
 
 
@@ -124,8 +175,20 @@ def renamed(draw: random.Random, path: Path) -> Path:
     """A name that no model has, or the model has elsewhere."""
     tree, data = _parts(path)
     name = draw.choice(_tensors(tree))
-    new = draw.choice((name + "x", name[:-1], "", name.replace("0", "7"), name.upper(), name.replace(".", "/"), "__metadata__x", "../x",
-                       "\x1b[2J" + name, "a\nb"))
+    new = draw.choice(
+        (
+            name + "x",
+            name[:-1],
+            "",
+            name.replace("0", "7"),
+            name.upper(),
+            name.replace(".", "/"),
+            "__metadata__x",
+            "../x",
+            "\x1b[2J" + name,
+            "a\nb",
+        )
+    )
     return _joined(path, {(new if each == name else each): entry for each, entry in tree.items()}, data)
 
 
@@ -139,9 +202,19 @@ def added(draw: random.Random, path: Path) -> Path:
     """A tensor too many, in a file that is sound: a bias, a layer, a buffer, one that another shard has."""
     tree, data = _parts(path)
     own = draw.choice(_tensors(tree))
-    name = draw.choice(("model.layers.0.self_attn.q_proj.bias", "model.layers.9.input_layernorm.weight", "lora.weight", own + ".scale",
-                        "exits.9.norm.weight"))
-    tree[name] = {**tree[own], "data_offsets": [len(data), len(data) + tree[own]["data_offsets"][1] - tree[own]["data_offsets"][0]]}
+    name = draw.choice(
+        (
+            "model.layers.0.self_attn.q_proj.bias",
+            "model.layers.9.input_layernorm.weight",
+            "lora.weight",
+            own + ".scale",
+            "exits.9.norm.weight",
+        )
+    )
+    tree[name] = {
+        **tree[own],
+        "data_offsets": [len(data), len(data) + tree[own]["data_offsets"][1] - tree[own]["data_offsets"][0]],
+    }
     return _joined(path, tree, data + bytes(tree[name]["data_offsets"][1] - len(data)))
 
 
@@ -159,13 +232,18 @@ def doubled(draw: random.Random, folder: Path) -> Path:
         return _joined(path, tree, data + their_data[start:stop])
     name = draw.choice(_tensors(tree))
     text = json.dumps(tree)
-    return _joined(path, f'{{{json.dumps(name)}: {json.dumps(tree[name])}, {text[1:]}'.encode(), data)
+    return _joined(path, f"{{{json.dumps(name)}: {json.dumps(tree[name])}, {text[1:]}".encode(), data)
 
 
 def _without(tree: Tree, data: bytes, name: str) -> tuple[Tree, bytes]:
     start, stop = tree[name]["data_offsets"]
-    kept = {each: entry if each == "__metadata__" or entry["data_offsets"][0] < start else
-            {**entry, "data_offsets": [n - (stop - start) for n in entry["data_offsets"]]} for each, entry in tree.items() if each != name}
+    kept = {
+        each: entry
+        if each == "__metadata__" or entry["data_offsets"][0] < start
+        else {**entry, "data_offsets": [n - (stop - start) for n in entry["data_offsets"]]}
+        for each, entry in tree.items()
+        if each != name
+    }
     return kept, data[:start] + data[stop:]
 
 
@@ -184,9 +262,23 @@ def index_paths(draw: random.Random, folder: Path) -> Path:
     tree = json.loads(path.read_text())
     names = sorted(tree["weight_map"])
     target = draw.choice(weights(folder)).name
-    tree["weight_map"][draw.choice(names)] = draw.choice((f"../{folder.name}/{target}", f"./{target}", str(folder / target), f"../{target}",
-                                                          "/etc/passwd", "", ".", "..", target + "\x00", "x" * 300, "missing.safetensors",
-                                                          "config.json", target))
+    tree["weight_map"][draw.choice(names)] = draw.choice(
+        (
+            f"../{folder.name}/{target}",
+            f"./{target}",
+            str(folder / target),
+            f"../{target}",
+            "/etc/passwd",
+            "",
+            ".",
+            "..",
+            target + "\x00",
+            "x" * 300,
+            "missing.safetensors",
+            "config.json",
+            target,
+        )
+    )
     return rewritten(path, json.dumps(tree).encode())
 
 
@@ -197,14 +289,35 @@ def index_bits(draw: random.Random, folder: Path) -> Path:
     return flip_bits(draw, path)
 
 
-_SHARD = {"header: bits flipped": header_bits, "header: bytes lost": header_noise, "header: length lies": header_length,
-          "header: senseless values": header_values, "header: shapes lie": shapes, "header: types lie": dtypes,
-          "header: offsets lie": offsets, "weights: bits flipped": data_bits, "weights: bytes lost": data_noise, "truncated": truncate,
-          "extended": extend, "missing": remove, "link, pipe or folder": replace_by_something_else, "tensors: names swapped": swapped,
-          "tensors: renamed": renamed, "tensors: one missing": dropped, "tensors: one too many": added}
+_SHARD = {
+    "header: bits flipped": header_bits,
+    "header: bytes lost": header_noise,
+    "header: length lies": header_length,
+    "header: senseless values": header_values,
+    "header: shapes lie": shapes,
+    "header: types lie": dtypes,
+    "header: offsets lie": offsets,
+    "weights: bits flipped": data_bits,
+    "weights: bytes lost": data_noise,
+    "truncated": truncate,
+    "extended": extend,
+    "missing": remove,
+    "link, pipe or folder": replace_by_something_else,
+    "tensors: names swapped": swapped,
+    "tensors: renamed": renamed,
+    "tensors: one missing": dropped,
+    "tensors: one too many": added,
+}
 
-SHARD_MUTATIONS = {**{kind: functools.partial(_on_a_shard, damage) for kind, damage in _SHARD.items()}, "tensors: one twice": doubled}
+SHARD_MUTATIONS = {
+    **{kind: functools.partial(_on_a_shard, damage) for kind, damage in _SHARD.items()},
+    "tensors: one twice": doubled,
+}
 """On the weights of a folder, one file or many."""
-INDEX_MUTATIONS = {"index: senseless values": index_values, "index: leads elsewhere": index_paths, "index: bits flipped": index_bits}
+INDEX_MUTATIONS = {
+    "index: senseless values": index_values,
+    "index: leads elsewhere": index_paths,
+    "index: bits flipped": index_bits,
+}
 UNKNOWABLE = {"weights: bits flipped", "weights: bytes lost", "tensors: names swapped", "header: types lie"}
 """Values that nothing else in a folder without checksums speaks of; of types, those of one width."""

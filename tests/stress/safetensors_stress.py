@@ -1,4 +1,7 @@
-"""Mutated safetensors: a model's folder as strangers give it, one with a manifest, and an exit-heads artifact, sealed and sealed anew."""
+"""Mutated safetensors: a model's folder as strangers give it, one with a manifest, and an exit-heads artifact, sealed
+and sealed anew.
+"""
+
 import functools
 import json
 import random
@@ -20,8 +23,14 @@ from ee_tuning.checkpoint.names import backbone_tensor_shapes
 from ee_tuning.config import ModelSection, ParallelSection, load_config
 from ee_tuning.parallel.topology import init_parallel
 
-_SHARES = {"model in one file": 10, "model in shards": 9, "model with a manifest": 4, "artifact in one file": 3, "artifact in shards": 2,
-           "artifact, its manifest forged": 2}
+_SHARES = {
+    "model in one file": 10,
+    "model in shards": 9,
+    "model with a manifest": 4,
+    "artifact in one file": 3,
+    "artifact in shards": 2,
+    "artifact, its manifest forged": 2,
+}
 """Of 30."""
 
 
@@ -34,9 +43,14 @@ def stress_safetensors(count: int, seed: int, scratch: Path) -> Tally:
     model.save_pretrained(sharded, max_shard_size="30KB")
     assert cli.main(["export", "--format", "hf", "--model", str(sharded), "--output", str(exported)]) == 0
     artifact, artifact_shards = _artifacts(single, scratch)
-    sources = {"model in one file": (single, read_model), "model in shards": (sharded, read_model),
-               "model with a manifest": (exported, read_model), "artifact in one file": (artifact, read_artifact),
-               "artifact in shards": (artifact_shards, read_artifact), "artifact, its manifest forged": (artifact_shards, read_artifact)}
+    sources = {
+        "model in one file": (single, read_model),
+        "model in shards": (sharded, read_model),
+        "model with a manifest": (exported, read_model),
+        "artifact in one file": (artifact, read_artifact),
+        "artifact in shards": (artifact_shards, read_artifact),
+        "artifact, its manifest forged": (artifact_shards, read_artifact),
+    }
     for target, (source, read) in sources.items():
         is_forged = target.endswith("forged")
         has_manifest = (source / "manifest.json").exists() and not is_forged
@@ -48,7 +62,18 @@ def stress_safetensors(count: int, seed: int, scratch: Path) -> Tally:
         if read is read_artifact:
             mutations |= {"exit_config.json": functools.partial(_spoil, "exit_config.json")}
         unknowable = set() if has_manifest else UNKNOWABLE | {"exit_config.json"}
-        torture(target, source, read, mutations, unknowable, _share(target, count), seed, scratch, tally, _forge if is_forged else None)
+        torture(
+            target,
+            source,
+            read,
+            mutations,
+            unknowable,
+            _share(target, count),
+            seed,
+            scratch,
+            tally,
+            _forge if is_forged else None,
+        )
     return tally
 
 
@@ -75,7 +100,9 @@ def _artifacts(model: Path, scratch: Path) -> tuple[Path, Path]:
     write_initial_exits(config, single, init_parallel(ParallelSection()))
     with ExitHeadsReader(single) as reader:
         shape = config_of_shape(reader.config.model_shape, single)
-        save_exit_heads(sharded, reader.config, shape, ((name, reader.full(name)) for name in reader.names()), shard_bytes=30_000)
+        save_exit_heads(
+            sharded, reader.config, shape, ((name, reader.full(name)) for name in reader.names()), shard_bytes=30_000
+        )
     return single, sharded
 
 
@@ -94,4 +121,7 @@ def _spoil(name: str, draw: random.Random, folder: Path) -> Path:
 
     def values(draw: random.Random, path: Path) -> Path:
         return rewritten(path, spoil_json(draw, json.loads(path.read_text())))
-    return draw.choice((values, values, flip_bits, overwrite_bytes, truncate, remove, replace_by_something_else))(draw, path)
+
+    return draw.choice((values, values, flip_bits, overwrite_bytes, truncate, remove, replace_by_something_else))(
+        draw, path
+    )

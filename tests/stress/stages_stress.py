@@ -1,4 +1,5 @@
 """The decoder over stages, for long: ways to lay them out, thresholds, memory and requests at random."""
+
 import random
 import sys
 from collections import Counter
@@ -14,8 +15,17 @@ from ee_tuning.generation.policy import FULL, Policy
 sys.path.append(str(Path(__file__).parents[1] / "distributed"))
 from world import World
 
-WAYS = [Way(pp=2), Way(pp=2, layout=(4, 2)), Way(pp=2, layout=(0, 6)), Way(pp=2, plain=(0,)), Way(pp=4), Way(pp=4, layout=(1, 1, 2, 2)),
-        Way(pp=4, layout=(2, 2, 1, 1)), Way(pp=4, plain=(1, 2)), Way(tp=2, pp=2)]
+WAYS = [
+    Way(pp=2),
+    Way(pp=2, layout=(4, 2)),
+    Way(pp=2, layout=(0, 6)),
+    Way(pp=2, plain=(0,)),
+    Way(pp=4),
+    Way(pp=4, layout=(1, 1, 2, 2)),
+    Way(pp=4, layout=(2, 2, 1, 1)),
+    Way(pp=4, plain=(1, 2)),
+    Way(tp=2, pp=2),
+]
 
 
 def stress_stages(count: int, seed: int, folder: Path) -> Report:
@@ -23,8 +33,12 @@ def stress_stages(count: int, seed: int, folder: Path) -> Report:
     subjects = []
     for heads in ("mlp", "norm"):
         random_llama(folder / heads / "model", confident=True)
-        subjects.append((str(folder / heads / "model"), str(write_exits(folder / heads / "model", folder / heads / "exits",
-                                                                       architecture=heads, init="copy"))))
+        subjects.append(
+            (
+                str(folder / heads / "model"),
+                str(write_exits(folder / heads / "model", folder / heads / "exits", architecture=heads, init="copy")),
+            )
+        )
     rng, report, seen, world = random.Random(seed), Report(), Counter[str](), World()
     for index in range(count):
         subject, way = subjects[index % 2], rng.choice(WAYS)
@@ -39,10 +53,12 @@ def stress_stages(count: int, seed: int, folder: Path) -> Report:
         except Exception as error:  # whatever it is, the others are tried too
             report.failures.append(f"{told}: {type(error).__name__}: {error}")
     world.stop()
-    report.told = (f"A dozen requests each, over two and four stages in {len(WAYS)} layouts, with the kernels and without, in much memory "
-                   "and little: tokens, exits and ends are those of one process piece by piece. "
-                   f"In {seen['overlaps']} steps some said a token while others were on their way; {seen['broken off']} were broken off "
-                   f"there, and {seen['put back']} lost their memory and came back.")
+    report.told = (
+        f"A dozen requests each, over two and four stages in {len(WAYS)} layouts, with the kernels and without, in much memory "
+        "and little: tokens, exits and ends are those of one process piece by piece. "
+        f"In {seen['overlaps']} steps some said a token while others were on their way; {seen['broken off']} were broken off "
+        f"there, and {seen['put back']} lost their memory and came back."
+    )
     return report
 
 

@@ -1,4 +1,5 @@
 """A little of what `make stress` does to calibrations with a guarantee."""
+
 from pathlib import Path
 
 from calibration_stress import stress_calibrations

@@ -1,4 +1,5 @@
 """A little of what `make stress` does to the decoder for long."""
+
 from pathlib import Path
 
 from decoding_stress import stress_growth, stress_speculation

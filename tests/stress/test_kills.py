@@ -1,4 +1,5 @@
 """A few of the deaths that `make stress` deals by the hundred."""
+
 from pathlib import Path
 
 import pytest

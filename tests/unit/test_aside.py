@@ -1,4 +1,5 @@
 """What is written aside: whole or not at all, and no litter."""
+
 import os
 from pathlib import Path
 
@@ -13,7 +14,14 @@ from ee_tuning.tuning.metrics import MetricsFile, holds_validation
 
 def test_a_writer_removes_what_a_killed_one_left_and_nothing_else(tmp_path: Path) -> None:
     """Each killed save leaves its gigabytes for ever; or a name that only looks alike is taken for one of them."""
-    strangers = ["out.partial-0123abcg", "out.partial-0123abcd0", "other.partial-0123abcd", "out.partial", "xout.partial-0123abcd", "o"]
+    strangers = [
+        "out.partial-0123abcg",
+        "out.partial-0123abcd0",
+        "other.partial-0123abcd",
+        "out.partial",
+        "xout.partial-0123abcd",
+        "o",
+    ]
     for name in ("out.partial-0123abcd", "out.partial-89efabcd", *strangers):
         (tmp_path / name).mkdir()
         (tmp_path / name / "weights").touch()
@@ -41,12 +49,18 @@ def test_what_another_process_still_writes_is_no_leftover(tmp_path: Path) -> Non
     assert [path.name for path in output.iterdir()] == ["other"]
     os.write(go[1], b"!")
     assert os.waitpid(child, 0)[1] == 0
-    assert sorted(path.name for path in output.iterdir()) == ["first", "second"] and list(tmp_path.iterdir()) == [output]
+    assert sorted(path.name for path in output.iterdir()) == ["first", "second"] and list(tmp_path.iterdir()) == [
+        output
+    ]
 
 
 @pytest.mark.parametrize("is_atomic", [True, False])
-def test_a_replaced_folder_is_there_at_every_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_atomic: bool) -> None:
-    """A job killed between two renames leaves no output at all; where there is no other way, the next writer brings it back."""
+def test_a_replaced_folder_is_there_at_every_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_atomic: bool
+) -> None:
+    """A job killed between two renames leaves no output at all; where there is no other way, the next writer brings it
+    back.
+    """
     old, new = tmp_path / "out", tmp_path / "out.partial-0123abcd"
     for folder in (old, new):
         folder.mkdir()
@@ -59,6 +73,7 @@ def test_a_replaced_folder_is_there_at_every_moment(tmp_path: Path, monkeypatch:
             if path == new:
                 raise KeyboardInterrupt
             return real(path, target)
+
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(Path, "rename", killed)
             exchange(new, old)
@@ -91,12 +106,18 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
 def test_resuming_never_cuts_the_metrics_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run killed while it resumes loses the records of all its steps."""
     file = tmp_path / "metrics.jsonl"
-    lines = [f'{{"kind": "{kind}", "step": {step}}}\n' for kind, step in (("train", 1), ("train", 2), ("validation", 2), ("train", 3))]
+    lines = [
+        f'{{"kind": "{kind}", "step": {step}}}\n'
+        for kind, step in (("train", 1), ("train", 2), ("validation", 2), ("train", 3))
+    ]
     file.write_text("".join(lines) + '{"kind": "tra')
-    assert holds_validation(file, 2) and not holds_validation(file, 3) and not holds_validation(tmp_path / "none.jsonl", 2)
+    assert (
+        holds_validation(file, 2) and not holds_validation(file, 3) and not holds_validation(tmp_path / "none.jsonl", 2)
+    )
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
+
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Path, "replace", killed)
         MetricsFile(file, resume_after=2)
@@ -106,7 +127,9 @@ def test_resuming_never_cuts_the_metrics_in_place(tmp_path: Path, monkeypatch: p
 
 
 def test_a_file_behind_a_link_is_replaced_and_a_device_is_not(tmp_path):
-    """A link that becomes a file of its own, while what others read through it stays as it was; /dev/null replaced by a picture."""
+    """A link that becomes a file of its own, while what others read through it stays as it was; /dev/null replaced by a
+    picture.
+    """
     (tmp_path / "disk").mkdir()
     file, link = tmp_path / "disk" / "file", tmp_path / "link"
     file.write_text("old")
@@ -148,12 +171,20 @@ def test_an_output_that_is_a_link_stays_one(tmp_path: Path, is_there: bool) -> N
     with file_written_aside(link.parent / "notes") as file:
         file.write_text("two")
     assert link.is_symlink() and (disk / "notes").read_text() == "two" and (link.parent / "notes").is_symlink()
-    assert sorted(path.name for path in disk.iterdir()) == ["notes", "weights"] and len(list(link.parent.iterdir())) == 2
+    assert (
+        sorted(path.name for path in disk.iterdir()) == ["notes", "weights"] and len(list(link.parent.iterdir())) == 2
+    )
 
 
-@pytest.mark.parametrize(("output", "words"), [(".", "runs in"), ("..", "runs in"), ("/", "runs in"), ("/dev/null", "is a device")])
-def test_what_can_not_be_replaced_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, words: str) -> None:
-    """A traceback; a shell that is left in a folder which is gone, the export in another of its name; a device that becomes a file."""
+@pytest.mark.parametrize(
+    ("output", "words"), [(".", "runs in"), ("..", "runs in"), ("/", "runs in"), ("/dev/null", "is a device")]
+)
+def test_what_can_not_be_replaced_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, words: str
+) -> None:
+    """A traceback; a shell that is left in a folder which is gone, the export in another of its name; a device that
+    becomes a file.
+    """
     monkeypatch.chdir(tmp_path)
     for write in (lambda path: owned(path, None), lambda path: written_aside(path, None)):
         with pytest.raises(InputError, match=words), write(Path(output)):

@@ -1,4 +1,5 @@
 """Bad input ends in one line that names rule, value and remedy, and leaves nothing half-written."""
+
 import json
 import shutil
 from pathlib import Path
@@ -24,11 +25,16 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shared")
     vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        decoders.ByteLevel(),
+    )
     tokenizer.add_special_tokens(["<|end|>"])
     for name, seed in (("model", 0), ("other", 1)):
         random_llama(folder / name, seed=seed, vocab_size=257, eos_token_id=256, bos_token_id=256)
-        transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>").save_pretrained(folder / name)
+        transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>").save_pretrained(
+            folder / name
+        )
     write_exits(folder / "model", folder / "exits")
     (folder / "text.txt").write_text("early exits leave early. " * 400)
     (folder / "more.txt").write_text("deep layers rest. " * 400)
@@ -36,10 +42,20 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tuning_job(shared: Path, run: Path, **overrides: object) -> Config:
-    return load_config(None, {
-        "model.path": str(shared / "model"), "exits.path": str(shared / "exits"), "tuning.run_folder": str(run),
-        "data.paths": [str(shared / "text.txt"), str(shared / "more.txt")], "tuning.micro_batch_size": 2, "tuning.global_batch_size": 2,
-        "tuning.seq_length": 64, "tuning.train_iters": 1, **overrides})
+    return load_config(
+        None,
+        {
+            "model.path": str(shared / "model"),
+            "exits.path": str(shared / "exits"),
+            "tuning.run_folder": str(run),
+            "data.paths": [str(shared / "text.txt"), str(shared / "more.txt")],
+            "tuning.micro_batch_size": 2,
+            "tuning.global_batch_size": 2,
+            "tuning.seq_length": 64,
+            "tuning.train_iters": 1,
+            **overrides,
+        },
+    )
 
 
 def complaint(error: pytest.ExceptionInfo[InputError]) -> str:
@@ -48,17 +64,20 @@ def complaint(error: pytest.ExceptionInfo[InputError]) -> str:
     return message
 
 
-@pytest.mark.parametrize(("overrides", "words"), [
-    ({"exits.exit_layers": [2, 7]}, ["1..6", "7"]),
-    ({"exits.exit_layers": [0, 2]}, ["1..6", "0"]),
-    ({"exits.exit_layers": [4, 2]}, ["increase", "4,2", "2,4"]),
-    ({"exits.exit_layers": []}, ["at least one", "--exit-layers"]),
-    ({"parallel.tensor_model_parallel_size": 3}, ["tensor_model_parallel_size", "3", "divi"]),
-    ({"parallel.pipeline_model_parallel_size": 2}, ["2", "1", "torchrun"]),
-    ({"parallel.pipeline_model_parallel_size": 9}, ["6 layers", "9"]),
-    ({"parallel.tensor_model_parallel_size": 0}, ["at least 1", "0"]),
-    ({"model.path": "/no/such/model"}, ["/no/such/model", "folder"]),
-])
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"exits.exit_layers": [2, 7]}, ["1..6", "7"]),
+        ({"exits.exit_layers": [0, 2]}, ["1..6", "0"]),
+        ({"exits.exit_layers": [4, 2]}, ["increase", "4,2", "2,4"]),
+        ({"exits.exit_layers": []}, ["at least one", "--exit-layers"]),
+        ({"parallel.tensor_model_parallel_size": 3}, ["tensor_model_parallel_size", "3", "divi"]),
+        ({"parallel.pipeline_model_parallel_size": 2}, ["2", "1", "torchrun"]),
+        ({"parallel.pipeline_model_parallel_size": 9}, ["6 layers", "9"]),
+        ({"parallel.tensor_model_parallel_size": 0}, ["at least 1", "0"]),
+        ({"model.path": "/no/such/model"}, ["/no/such/model", "folder"]),
+    ],
+)
 def test_convert_refuses(shared, tmp_path, overrides, words):
     """A wrong word that surfaces as a traceback from inside a library, after a folder was made."""
     config = load_config(None, {"model.path": str(shared / "model"), "exits.exit_layers": [2, 4], **overrides})
@@ -68,11 +87,23 @@ def test_convert_refuses(shared, tmp_path, overrides, words):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("changes", [
-    {"num_key_value_heads": "two"}, {"num_key_value_heads": 3}, {"head_dim": 9}, {"rope_scaling": [1]}, {"rms_norm_eps": "small"},
-    {"rope_parameters": {"rope_type": "linear", "factor": "x"}}, {"rope_parameters": {"rope_type": "linear", "factor": None}},
-    {"rope_parameters": {"rope_type": "su", "factor": 2}}, {"vocab_size": -1}, {"model_type": "other"}, {"mlp_bias": True}, None,
-])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_key_value_heads": "two"},
+        {"num_key_value_heads": 3},
+        {"head_dim": 9},
+        {"rope_scaling": [1]},
+        {"rms_norm_eps": "small"},
+        {"rope_parameters": {"rope_type": "linear", "factor": "x"}},
+        {"rope_parameters": {"rope_type": "linear", "factor": None}},
+        {"rope_parameters": {"rope_type": "su", "factor": 2}},
+        {"vocab_size": -1},
+        {"model_type": "other"},
+        {"mlp_bias": True},
+        None,
+    ],
+)
 def test_a_config_that_makes_no_sense_is_refused_by_its_file(shared, tmp_path, changes):
     """A traceback from a conversion deep inside, for a file that was edited by hand."""
     model = shutil.copytree(shared / "model", tmp_path / "model")
@@ -120,18 +151,21 @@ def test_exits_of_another_backbone_are_refused(shared):
     assert "fingerprint" in complaint(error)
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    ({"threshold": "high"}, ["generation.threshold", "number", "high"]),
-    ({"threshold": float("nan")}, ["generation.threshold", "nan"]),
-    ({"threshold": -0.5}, ["at least 0", "-0.5"]),
-    ({"policy": "fixed", "exit_layer": 3}, ["2, 4", "3"]),
-    ({"policy": "fixed"}, ["--exit-layer", "2, 4"]),
-    ({"max_new_tokens": 0}, ["max_new_tokens", "at least 1", "0"]),
-    ({"temperature": -1}, ["temperature", "-1"]),
-    ({"top_p": 0}, ["top_p", "0"]),
-    ({"stop": [""]}, ["stop", "empty"]),
-    ({"treshold": 0.5}, ["treshold", "threshold"]),
-])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"threshold": "high"}, ["generation.threshold", "number", "high"]),
+        ({"threshold": float("nan")}, ["generation.threshold", "nan"]),
+        ({"threshold": -0.5}, ["at least 0", "-0.5"]),
+        ({"policy": "fixed", "exit_layer": 3}, ["2, 4", "3"]),
+        ({"policy": "fixed"}, ["--exit-layer", "2, 4"]),
+        ({"max_new_tokens": 0}, ["max_new_tokens", "at least 1", "0"]),
+        ({"temperature": -1}, ["temperature", "-1"]),
+        ({"top_p": 0}, ["top_p", "0"]),
+        ({"stop": [""]}, ["stop", "empty"]),
+        ({"treshold": 0.5}, ["treshold", "threshold"]),
+    ],
+)
 def test_generate_refuses(shared, options, words):
     """An option that is ignored, or fails after the first token."""
     llm = EarlyExitLLM.load(shared / "model", shared / "exits")
@@ -154,21 +188,26 @@ def test_a_prompt_as_long_as_the_context_is_refused_and_one_less_answers(shared)
     assert len(empty.token_ids) == 3
 
 
-@pytest.mark.parametrize(("overrides", "words"), [
-    ({"data.paths": []}, ["data.paths"]),
-    ({"data.paths": ["EMPTY"]}, ["empty"]),
-    ({"data.paths": ["/no/such/text"]}, ["/no/such/text"]),
-    ({"tuning.seq_length": 129}, ["128", "129"]),
-    ({"tuning.global_batch_size": 3}, ["multiple", "3"]),
-    ({"tuning.micro_batch_size": 0}, ["micro_batch_size", "0"]),
-    ({"tuning.loss_weights": [1.0]}, ["loss_weights", "2"]),
-    ({"tuning.lr": -1}, ["lr", "-1"]),
-    ({"tuning.train_iters": 0}, ["train_iters", "0"]),
-])
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"data.paths": []}, ["data.paths"]),
+        ({"data.paths": ["EMPTY"]}, ["empty"]),
+        ({"data.paths": ["/no/such/text"]}, ["/no/such/text"]),
+        ({"tuning.seq_length": 129}, ["128", "129"]),
+        ({"tuning.global_batch_size": 3}, ["multiple", "3"]),
+        ({"tuning.micro_batch_size": 0}, ["micro_batch_size", "0"]),
+        ({"tuning.loss_weights": [1.0]}, ["loss_weights", "2"]),
+        ({"tuning.lr": -1}, ["lr", "-1"]),
+        ({"tuning.train_iters": 0}, ["train_iters", "0"]),
+    ],
+)
 def test_tune_refuses(shared, tmp_path, overrides, words):
     """An hour of waiting before a run that can not be."""
     (tmp_path / "empty.txt").write_text("")
-    overrides = {key: [str(tmp_path / "empty.txt")] if value == ["EMPTY"] else value for key, value in overrides.items()}
+    overrides = {
+        key: [str(tmp_path / "empty.txt")] if value == ["EMPTY"] else value for key, value in overrides.items()
+    }
     config = tuning_job(shared, tmp_path / "run", **overrides)
     with pytest.raises(InputError) as error:
         tune_within(config, init_parallel(config.parallel))
@@ -201,7 +240,9 @@ def test_a_finished_run_that_is_started_again_needs_no_records(shared, tmp_path,
 
 
 @pytest.mark.parametrize("case", ["a stranger's file", "the exits that are tuned", "a file"])
-def test_a_run_folder_that_can_not_take_the_tuned_exits_is_refused_before_anything_runs(shared, tmp_path, monkeypatch, case):
+def test_a_run_folder_that_can_not_take_the_tuned_exits_is_refused_before_anything_runs(
+    shared, tmp_path, monkeypatch, case
+):
     """A finished run that can not be written, or one that replaces the exits it was given."""
     run, overrides = tmp_path / "run", {}
     if case == "a stranger's file":
@@ -211,11 +252,16 @@ def test_a_run_folder_that_can_not_take_the_tuned_exits_is_refused_before_anythi
     elif case == "the exits that are tuned":
         shutil.copytree(shared / "exits", run / "exit_heads")
         (tmp_path / "link").symlink_to(run)
-        overrides, words = {"exits.path": str(tmp_path / "link" / "exit_heads")}, ["exits.path", "elsewhere", "tuning.run_folder"]
+        overrides, words = (
+            {"exits.path": str(tmp_path / "link" / "exit_heads")},
+            ["exits.path", "elsewhere", "tuning.run_folder"],
+        )
     else:
         run.touch()
         words = ["run_folder", "a file"]
-    monkeypatch.setattr("ee_tuning.tuning.command.load_for_tuning", lambda *_: pytest.fail("loaded before it was refused"))
+    monkeypatch.setattr(
+        "ee_tuning.tuning.command.load_for_tuning", lambda *_: pytest.fail("loaded before it was refused")
+    )
     before = sorted(tmp_path.rglob("*"))
     config = tuning_job(shared, run, **overrides)
     with pytest.raises(InputError) as error:

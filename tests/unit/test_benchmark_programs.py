@@ -1,4 +1,5 @@
 """The programs in benchmarks/ are run by hand, months apart."""
+
 import importlib.util
 from pathlib import Path
 

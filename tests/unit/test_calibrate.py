@@ -1,4 +1,5 @@
 """Calibration keeps what it promises, on tokens that it has not seen, or says that it can not."""
+
 import dataclasses
 import json
 import math
@@ -31,13 +32,17 @@ def synthetic(seed: int, num_samples: int, skill: tuple[float, ...] = (0.7, 1.0,
     for i, each in enumerate(skill):
         sure = 1 - torch.rand(len(ease), generator=generator, dtype=torch.float64) ** 2 * (1.2 - ease)
         known.update({(2 * i + 2, measure): sure.clamp(0, 1) for measure in MEASURES})
-        agrees[2 * i + 2] = torch.rand(len(ease), generator=generator, dtype=torch.float64) < sure.clamp(0, 1) ** (1 / each)
+        agrees[2 * i + 2] = torch.rand(len(ease), generator=generator, dtype=torch.float64) < sure.clamp(0, 1) ** (
+            1 / each
+        )
     return Readings(known, agrees, torch.arange(num_samples).repeat_interleave(SAMPLE), num_layers=8)
 
 
 @pytest.mark.parametrize("wanted", [0.9, 0.95, 0.98])
 def test_tokens_held_out_agree_as_often_as_promised(wanted):
-    """Thresholds that fit the noise; an exit judged by tokens that left before it. Of 8 calibrations, none may fail by 3 deviations."""
+    """Thresholds that fit the noise; an exit judged by tokens that left before it. Of 8 calibrations, none may fail by
+    3 deviations.
+    """
     for seed in range(8):
         thresholds = choose(synthetic(seed, 200), "margin", wanted)
         seen = judge(held_out := synthetic(1000 + seed, 1000), "margin", thresholds)
@@ -57,7 +62,12 @@ def test_an_exit_that_can_not_reach_it_is_not_used():
     thresholds = choose(readings, "entropy", 0.97)
     assert thresholds[2] is None and thresholds[4] is not None
     assert judge(readings, "entropy", thresholds).exits[2].agreement < 0.97
-    few = Readings({(2, m): torch.ones(7) for m in MEASURES}, {2: torch.ones(7, dtype=torch.bool)}, torch.zeros(7, dtype=torch.int64), 8)
+    few = Readings(
+        {(2, m): torch.ones(7) for m in MEASURES},
+        {2: torch.ones(7, dtype=torch.bool)},
+        torch.zeros(7, dtype=torch.int64),
+        8,
+    )
     assert choose(few, "margin", 0.97) == {2: None}
 
 
@@ -66,7 +76,9 @@ def test_the_best_measure_is_the_one_that_leaves_earliest():
     readings = synthetic(0, 100)
     for layer in readings.exit_layers:
         for measure in ("max_probability", "entropy"):
-            readings.confidences[layer, measure] = torch.rand(readings.num_tokens, generator=torch.Generator().manual_seed(layer)).double()
+            readings.confidences[layer, measure] = torch.rand(
+                readings.num_tokens, generator=torch.Generator().manual_seed(layer)
+            ).double()
     assert best_measure(readings, 0.95, "best")[0] == "margin"
     assert best_measure(readings, 0.95, "entropy")[0] == "entropy"
 
@@ -76,7 +88,9 @@ def test_readings_are_those_of_transformers(tmp_path, architecture):
     """Another exit's confidence, another token's, or another measure's."""
     reference = random_llama(tmp_path / "model", confident=True)
     exits = write_exits(tmp_path / "model", tmp_path / "exits", architecture=architecture)
-    config = load_config(None, {"model.path": str(tmp_path / "model"), "exits.path": str(exits), "model.dtype": "float64"})
+    config = load_config(
+        None, {"model.path": str(tmp_path / "model"), "exits.path": str(exits), "model.dtype": "float64"}
+    )
     plain = PlainDecoder(reference, exits, (2, 4), torch.float64)
     model = load_for_generation(config, init_parallel(ParallelSection())).model
     samples = [[(7 * i + j) % 101 for i in range(20)] for j in range(2)]
@@ -86,7 +100,9 @@ def test_readings_are_those_of_transformers(tmp_path, architecture):
         for measure in MEASURES:
             wanted = [confidence(row, measure) for each in told for row in each[layer]]
             assert readings.confidences[layer, measure].tolist() == pytest.approx(wanted, abs=1e-5)
-        assert readings.agrees[layer].tolist() == [bool(x) for each in told for x in each[layer].argmax(-1) == each[6].argmax(-1)]
+        assert readings.agrees[layer].tolist() == [
+            bool(x) for each in told for x in each[layer].argmax(-1) == each[6].argmax(-1)
+        ]
     assert readings.samples.tolist() == [0] * 20 + [1] * 20
 
 
@@ -96,9 +112,25 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("calibrated")
     exits = write_exits(MODEL, folder / "heads", exit_layers=[4, 8], init="copy")
     (folder / "text.txt").write_text(Path(json.__file__).read_text() + Path(cli.__file__).read_text())
-    code = cli.main(["calibrate", "--model", str(MODEL), "--exits", str(exits), "--data", str(folder / "text.txt"), "--agreement", "0.8",
-                     "--measure", "margin", "--output", str(folder / "out" / "calibration.json"), "--set",
-                     f"data.cache={folder / 'cache'}"])
+    code = cli.main(
+        [
+            "calibrate",
+            "--model",
+            str(MODEL),
+            "--exits",
+            str(exits),
+            "--data",
+            str(folder / "text.txt"),
+            "--agreement",
+            "0.8",
+            "--measure",
+            "margin",
+            "--output",
+            str(folder / "out" / "calibration.json"),
+            "--set",
+            f"data.cache={folder / 'cache'}",
+        ]
+    )
     assert not code
     return exits, folder / "out" / "calibration.json"
 
@@ -116,7 +148,9 @@ def test_generate_leaves_where_the_calibration_says(calibrated):
     assert set(mine.exit_layers) > {12}
     llm.defaults = dataclasses.replace(llm.defaults, calibration=str(path))
     assert llm.generate(["def main("], max_new_tokens=40)[0].exit_layers == mine.exit_layers
-    assert set(llm.generate(["def main("], threshold=1.1, max_new_tokens=40)[0].exit_layers) == {12}, "what is asked for itself counts"
+    assert set(llm.generate(["def main("], threshold=1.1, max_new_tokens=40)[0].exit_layers) == {12}, (
+        "what is asked for itself counts"
+    )
 
 
 def test_a_calibration_holds_for_the_weights_it_was_made_for(calibrated, tmp_path):
@@ -125,22 +159,47 @@ def test_a_calibration_holds_for_the_weights_it_was_made_for(calibrated, tmp_pat
     asked = {"calibration": str(calibrated[1]), "max_new_tokens": 2}
     with pytest.raises(InputError, match="made for other weights of these exits"):
         EarlyExitLLM.load(MODEL, others).generate(["x"], **asked)
-    assert EarlyExitLLM.from_config(load_config(None, {"model.path": str(MODEL), "exits.path": str(others), "exits.verify": False})
-                                    ).generate(["x"], **asked), "the sums are not looked at where that is asked for"
+    assert EarlyExitLLM.from_config(
+        load_config(None, {"model.path": str(MODEL), "exits.path": str(others), "exits.verify": False})
+    ).generate(["x"], **asked), "the sums are not looked at where that is asked for"
 
 
-DAMAGED = [("", "Expecting value"), ("[]", "format version 2, got None"), ('{"format_version": 9}', "got 9"),
-           ('{"format_version": 2, "thresholds": {"4": 2}, "measure": "margin", "num_layers": 12}', "must hold thresholds"),
-           ('{"format_version": 2, "thresholds": {"4": 0.5}, "measure": "margin", "num_layers": 12}', "made for exits 4 of 12"),
-           ('{"format_version": 2, "thresholds": {"4": 0.5, "8": null}, "measure": "luck", "num_layers": 12}', "must hold thresholds")]
+DAMAGED = [
+    ("", "Expecting value"),
+    ("[]", "format version 2, got None"),
+    ('{"format_version": 9}', "got 9"),
+    ('{"format_version": 2, "thresholds": {"4": 2}, "measure": "margin", "num_layers": 12}', "must hold thresholds"),
+    (
+        '{"format_version": 2, "thresholds": {"4": 0.5}, "measure": "margin", "num_layers": 12}',
+        "made for exits 4 of 12",
+    ),
+    (
+        '{"format_version": 2, "thresholds": {"4": 0.5, "8": null}, "measure": "luck", "num_layers": 12}',
+        "must hold thresholds",
+    ),
+]
 
 
 @pytest.mark.parametrize(("text", "words"), DAMAGED)
 def test_a_file_that_makes_no_sense_is_refused(calibrated, tmp_path, text, words, capsys):
     """A traceback, or thresholds of other exits."""
     (tmp_path / "bad.json").write_text(text)
-    assert cli.main(["generate", "--model", str(MODEL), "--exits", str(calibrated[0]), "--calibration", str(tmp_path / "bad.json"),
-                     "--prompt", "x"]) == 2
+    assert (
+        cli.main(
+            [
+                "generate",
+                "--model",
+                str(MODEL),
+                "--exits",
+                str(calibrated[0]),
+                "--calibration",
+                str(tmp_path / "bad.json"),
+                "--prompt",
+                "x",
+            ]
+        )
+        == 2
+    )
     said = capsys.readouterr().err
     assert words in said and "bad.json" in said and "Traceback" not in said and said.count("ee-tuning: error") == 1
 
@@ -161,8 +220,14 @@ def test_calibrate_refuses_what_it_can_not_use(calibrated, tmp_path):
         calibrate(load_config(None, base), flags)
 
 
-@pytest.mark.parametrize(("output", "words"), [("sub", "got the folder sub"), ("c.png", "the picture beside them is c.png"),
-                                               ("text.txt/c.json", "text.txt is no folder")])
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        ("sub", "got the folder sub"),
+        ("c.png", "the picture beside them is c.png"),
+        ("text.txt/c.json", "text.txt is no folder"),
+    ],
+)
 def test_a_place_for_no_file_is_refused_before_anything_is_read(tmp_path, monkeypatch, output, words):
     """The work of an hour ends at its last step, or in a picture that replaces it."""
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,5 @@
 """The command line teaches, answers at once, and says in one line what the user did wrong."""
+
 import os
 import shlex
 import subprocess
@@ -36,10 +37,12 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in COMMANDS)])
 def test_help_imports_nothing_heavy(arguments: list[str]):
     """`--help` that imports torch takes seconds. Modules are counted, for a loaded machine makes time lie."""
-    script = ("import sys\nfrom ee_tuning.cli import main\n"
-              "try:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n    assert not end.code\n"
-              "heavy = {'torch', 'megatron', 'transformers', 'numpy', 'safetensors', 'rich', 'matplotlib'} & set(sys.modules)\n"
-              "assert not heavy, heavy")
+    script = (
+        "import sys\nfrom ee_tuning.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n    assert not end.code\n"
+        "heavy = {'torch', 'megatron', 'transformers', 'numpy', 'safetensors', 'rich', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
     done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "ee-tuning" in done.stdout
@@ -56,7 +59,7 @@ def test_help_teaches_by_an_example_that_parses(command: Command, capsys: pytest
     for line in lines:
         assert line in shown
         words = shlex.split(line)
-        assert cli.parse(words[words.index(command.name):]).command is command
+        assert cli.parse(words[words.index(command.name) :]).command is command
 
 
 def test_help_shows_the_defaults(capsys: pytest.CaptureFixture[str]):
@@ -73,8 +76,31 @@ def test_flags_and_set_reach_the_config(monkeypatch: pytest.MonkeyPatch, tmp_pat
     calls = stand_in(monkeypatch, "ee_tuning.tuning.command", "tune")
     job = tmp_path / "job.yaml"
     job.write_text("model:\n  path: from_file\ntuning:\n  lr: 1\n  seed: 5\n")
-    assert cli.main(["tune", str(job), "--data", "a.txt,b.txt", "c.txt", "--exit-layers", "3,6", "--exit-output", "tied", "--lr", "1e-3",
-                     "--output", "runs/x", "--resume", "--set", "tuning.adam_beta2=0.5", "--lr", "2e-3"]) == 0
+    assert (
+        cli.main(
+            [
+                "tune",
+                str(job),
+                "--data",
+                "a.txt,b.txt",
+                "c.txt",
+                "--exit-layers",
+                "3,6",
+                "--exit-output",
+                "tied",
+                "--lr",
+                "1e-3",
+                "--output",
+                "runs/x",
+                "--resume",
+                "--set",
+                "tuning.adam_beta2=0.5",
+                "--lr",
+                "2e-3",
+            ]
+        )
+        == 0
+    )
     config = calls[0][0]
     assert config.model.path == "from_file" and config.data.paths == ("a.txt", "b.txt", "c.txt")
     assert (config.exits.exit_layers, config.exits.output) == ((3, 6), "tied")
@@ -107,22 +133,34 @@ def test_convert_passes_where_to_write(monkeypatch: pytest.MonkeyPatch):
     assert (config.exits.exit_layers, output, keys) == ((3, 6), Path("out"), {"overwrite": False})
 
 
-@pytest.mark.parametrize(("arguments", "named"), [
-    (["tun"], "'tun'"),
-    (["tune", "--modle", "m"], "did you mean --model?"), (["generate", "--prompt", "---"], "begins with a hyphen is written --prompt=…"),
-    (["tune", "--mod", "m"], "takes no --mod"),
-    (["convert", "--model", "m"], "--output"),
-    (["tune"], "--model FOLDER"),
-    (["generate", "--model", "m"], "--prompt TEXT"),
-    (["generate", "--model", "m", "--prompt", "p", "--threshold", "high"], "generation.threshold must be a number, got 'high'"),
-    (["generate", "--model", "m", "--prompt", "p", "--threshold", "nan"], "generation.threshold must be a number, got nan"),
-    (["generate", "--model", "m", "--policy", "fast"], "generation.policy must be one of full, threshold, fixed"),
-    (["tune", "--model", "m", "--exit-layers", "3,six"], "exits.exit_layers must be a whole number, got 'six'"),
-    (["tune", "--model", "m", "--set", "tuning.lr"], "section.key=value"),
-    (["tune", "--model", "m", "--set", "tuning.lrr=1"], "did you mean tuning.lr?"),
-    (["tune", "no_such.yaml"], "no_such.yaml can not be read"),
-])
-def test_what_the_user_did_wrong_is_one_line_and_exit_code_2(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["tun"], "'tun'"),
+        (["tune", "--modle", "m"], "did you mean --model?"),
+        (["generate", "--prompt", "---"], "begins with a hyphen is written --prompt=…"),
+        (["tune", "--mod", "m"], "takes no --mod"),
+        (["convert", "--model", "m"], "--output"),
+        (["tune"], "--model FOLDER"),
+        (["generate", "--model", "m"], "--prompt TEXT"),
+        (
+            ["generate", "--model", "m", "--prompt", "p", "--threshold", "high"],
+            "generation.threshold must be a number, got 'high'",
+        ),
+        (
+            ["generate", "--model", "m", "--prompt", "p", "--threshold", "nan"],
+            "generation.threshold must be a number, got nan",
+        ),
+        (["generate", "--model", "m", "--policy", "fast"], "generation.policy must be one of full, threshold, fixed"),
+        (["tune", "--model", "m", "--exit-layers", "3,six"], "exits.exit_layers must be a whole number, got 'six'"),
+        (["tune", "--model", "m", "--set", "tuning.lr"], "section.key=value"),
+        (["tune", "--model", "m", "--set", "tuning.lrr=1"], "did you mean tuning.lr?"),
+        (["tune", "no_such.yaml"], "no_such.yaml can not be read"),
+    ],
+)
+def test_what_the_user_did_wrong_is_one_line_and_exit_code_2(
+    arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]
+):
     """A traceback for a misspelt flag."""
     assert cli.main(arguments) == 2
     assert named in one_line(capsys)
@@ -138,7 +176,9 @@ def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> int:
     return cli.main(["inspect", "folder"])
 
 
-def test_an_error_that_every_rank_meets_is_said_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_an_error_that_every_rank_meets_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     """Eight ranks that print the same line."""
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "3")
@@ -157,10 +197,18 @@ def test_an_error_that_one_rank_meets_is_said_by_that_rank(tmp_path: Path):
         "    dist.init_process_group('gloo', init_method='file://' + sys.argv[1], rank=int(os.environ['RANK']), world_size=2)\n"
         "    dist.barrier()\n    if os.environ['RANK'] == '1' or sys.argv[2] == 'all':\n        raise InputError('damaged')\n"
         "sys.modules['ee_tuning.checkpoint.inspect'] = fake = types.ModuleType('fake')\nfake.inspect_path = inspect_path\n"
-        "sys.exit(cli.main(['inspect', 'folder']))\n")
+        "sys.exit(cli.main(['inspect', 'folder']))\n"
+    )
     for who, codes in (("last", [0, 2]), ("all", [2, 2])):
-        ranks = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path / f"store_{who}"), who], stderr=subprocess.PIPE, text=True,
-                                  env={**os.environ, "RANK": str(rank), "OMP_NUM_THREADS": "1"}) for rank in range(2)]
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-c", script, str(tmp_path / f"store_{who}"), who],
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**os.environ, "RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            )
+            for rank in range(2)
+        ]
         said = "".join(rank.communicate(timeout=120)[1] for rank in ranks)
         assert [rank.returncode for rank in ranks] == codes
         assert said.count("ee-tuning: error: damaged") == 1
@@ -176,9 +224,11 @@ def test_an_interrupt_is_quiet_and_a_bug_is_not(monkeypatch: pytest.MonkeyPatch,
 
 def test_a_reader_who_leaves_is_no_error():
     """`ee-tuning … | head -1` that ends in a traceback."""
-    script = ("import sys, types\nfrom ee_tuning import cli\ndef inspect_path(path, as_json, **_):\n    print('x' * 10_000_000)\n"
-              "sys.modules['ee_tuning.checkpoint.inspect'] = fake = types.ModuleType('fake')\nfake.inspect_path = inspect_path\n"
-              "sys.exit(cli.main(['inspect', 'folder']))\n")
+    script = (
+        "import sys, types\nfrom ee_tuning import cli\ndef inspect_path(path, as_json, **_):\n    print('x' * 10_000_000)\n"
+        "sys.modules['ee_tuning.checkpoint.inspect'] = fake = types.ModuleType('fake')\nfake.inspect_path = inspect_path\n"
+        "sys.exit(cli.main(['inspect', 'folder']))\n"
+    )
     writer = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert writer.stdout is not None and writer.stderr is not None
     writer.stdout.read(10)

@@ -1,4 +1,5 @@
 """The command `convert`: the same bytes every time, and nothing half-written."""
+
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -51,10 +52,15 @@ def test_the_summary_says_what_to_type_next(llama: Path, tmp_path: Path, capsys:
     """A folder with a space would break the command that is proposed."""
     convert(conversion(llama), tmp_path / "my exits")
     printed = capsys.readouterr().out
-    assert f"ee-tuning tune --model {llama} --exits '{tmp_path / 'my exits'}'" in printed and "layers 2, 4 of small-llama" in printed
+    assert (
+        f"ee-tuning tune --model {llama} --exits '{tmp_path / 'my exits'}'" in printed
+        and "layers 2, 4 of small-llama" in printed
+    )
 
 
-def test_a_conversion_that_fails_midway_leaves_nothing(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_conversion_that_fails_midway_leaves_nothing(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Half an artifact in place would be loaded, or would stand in the way of the next attempt."""
     write, blocks = HashedFile.write, []
 
@@ -71,17 +77,33 @@ def test_a_conversion_that_fails_midway_leaves_nothing(llama: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("moment", ["after every tensor", "before the rename"])
-def test_what_a_killed_conversion_leaves_does_not_load(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
-    """SIGKILL runs no clean-up. Up to its very last step the folder must be no artifact, and never under its final name."""
+def test_what_a_killed_conversion_leaves_does_not_load(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """SIGKILL runs no clean-up. Up to its very last step the folder must be no artifact, and never under its final
+    name.
+    """
     seen: list[Path] = []
     if moment == "after every tensor":
         finish = exit_heads._finish
-        monkeypatch.setattr(exit_heads, "_finish", lambda partial, *rest: (
-            seen.append(Path(shutil.copytree(partial, tmp_path / "killed"))), finish(partial, *rest)))
+        monkeypatch.setattr(
+            exit_heads,
+            "_finish",
+            lambda partial, *rest: (
+                seen.append(Path(shutil.copytree(partial, tmp_path / "killed"))),
+                finish(partial, *rest),
+            ),
+        )
     else:
         write_manifest = exit_heads.write_manifest
-        monkeypatch.setattr(exit_heads, "write_manifest", lambda partial, sums: (
-            seen.append(Path(shutil.copytree(partial, tmp_path / "killed"))), write_manifest(partial, sums)))
+        monkeypatch.setattr(
+            exit_heads,
+            "write_manifest",
+            lambda partial, sums: (
+                seen.append(Path(shutil.copytree(partial, tmp_path / "killed"))),
+                write_manifest(partial, sums),
+            ),
+        )
     convert(conversion(llama), tmp_path / "exits")
     assert (seen[0] / "exit_heads.safetensors").is_file()
     refusal(lambda: ExitHeadsReader(seen[0]))
@@ -103,7 +125,9 @@ def test_an_existing_output_is_replaced_only_where_asked_and_only_an_artifact(ll
     assert (output / "notes.txt").read_text() == "mine" and (llama / "config.json").is_file()
 
 
-def test_a_failed_replacement_keeps_the_old_artifact(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_replacement_keeps_the_old_artifact(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """--overwrite that removes first and writes then would lose tuned heads to a full disk."""
     output = tmp_path / "exits"
     convert(conversion(llama), output)
@@ -117,11 +141,18 @@ def test_a_failed_replacement_keeps_the_old_artifact(llama: Path, tmp_path: Path
     assert contents(output) == before and [path.name for path in tmp_path.iterdir()] == ["exits"]
 
 
-@pytest.mark.parametrize(("section", "named"), [({"exit_layers": (2, 7)}, "1..6"), ({"exit_layers": (4, 2)}, "2,4"),
-                                                ({"exit_layers": ()}, "exit_layers"),
-                                                ({"architecture": "embedding", "output": "tied"}, "exits.output must be untied")])
-def test_exits_that_can_not_be_are_refused_before_anything_is_made(llama: Path, tmp_path: Path, section: dict[str, Any],
-                                                                           named: str) -> None:
+@pytest.mark.parametrize(
+    ("section", "named"),
+    [
+        ({"exit_layers": (2, 7)}, "1..6"),
+        ({"exit_layers": (4, 2)}, "2,4"),
+        ({"exit_layers": ()}, "exit_layers"),
+        ({"architecture": "embedding", "output": "tied"}, "exits.output must be untied"),
+    ],
+)
+def test_exits_that_can_not_be_are_refused_before_anything_is_made(
+    llama: Path, tmp_path: Path, section: dict[str, Any], named: str
+) -> None:
     """A head after a layer that does not exist would be written and fail only when it is loaded."""
     assert named in refusal(lambda: convert(conversion(llama, **section), tmp_path / "exits"))
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,5 @@
 """From files to micro-batches: what is read, what is held out, and in which order it is consumed."""
+
 import gzip
 import json
 import random
@@ -29,12 +30,25 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def load(model: Path, *, seq_length: int = 4, vocab_size: int = VOCABULARY, max_positions: int = 64, needs_validation: bool = False,
-         **data: Any) -> Splits:
+def load(
+    model: Path,
+    *,
+    seq_length: int = 4,
+    vocab_size: int = VOCABULARY,
+    max_positions: int = 64,
+    needs_validation: bool = False,
+    **data: Any,
+) -> Splits:
     """`load_samples` with small defaults."""
     data = {key: tuple(map(str, value)) if key.endswith("paths") else value for key, value in data.items()}
-    return load_samples(DataSection(**data), model, seq_length=seq_length, vocab_size=vocab_size, max_positions=max_positions,
-                        needs_validation=needs_validation)
+    return load_samples(
+        DataSection(**data),
+        model,
+        seq_length=seq_length,
+        vocab_size=vocab_size,
+        max_positions=max_positions,
+        needs_validation=needs_validation,
+    )
 
 
 def texts_of(samples: Samples | None, model: Path) -> list[str]:
@@ -58,11 +72,15 @@ def indices(batch: Batch, seq_length: int = 3) -> list[int]:
     return [int(row[0]) // seq_length for row, mask in zip(batch.tokens, batch.loss_mask.T, strict=True) if mask.any()]
 
 
-def global_steps(samples: PackedSamples, tuning: TuningSection, dp: int, num_steps: int, position: int = 0) -> list[list[int]]:
+def global_steps(
+    samples: PackedSamples, tuning: TuningSection, dp: int, num_steps: int, position: int = 0
+) -> list[list[int]]:
     """The samples of each step over all replicas, sorted."""
     sources = [BatchSource(samples, tuning, dp=dp, dp_rank=rank, position=position) for rank in range(dp)]
-    steps = [sorted(index for source in sources for _ in range(source.num_microbatches) for index in indices(next(source)))
-             for _ in range(num_steps)]
+    steps = [
+        sorted(index for source in sources for _ in range(source.num_microbatches) for index in indices(next(source)))
+        for _ in range(num_steps)
+    ]
     assert {source.position for source in sources} == {position + num_steps * tuning.global_batch_size}
     return steps
 
@@ -91,14 +109,20 @@ def test_samples_cover_the_stream_and_labels_are_the_next_token() -> None:
         samples = PackedSamples(np.array([rng.randrange(100) for _ in range(length)], dtype=np.int32), seq_length)
         assert len(samples) == (length - 1) // seq_length
         labels = [token for sample in range(len(samples)) for token in samples.sample(sample).tokens[1:]]
-        assert labels == samples.stream[1: 1 + len(labels)].tolist() and length - 1 - len(labels) < seq_length
+        assert labels == samples.stream[1 : 1 + len(labels)].tolist() and length - 1 - len(labels) < seq_length
         batch = next(BatchSource(samples, sizes(2, 4), dp=1, dp_rank=0))
         assert batch.tokens.shape == (2, seq_length) and batch.labels.shape == batch.loss_mask.shape == (seq_length, 2)
-        assert (batch.tokens.dtype, batch.labels.dtype, batch.loss_mask.dtype) == (torch.int64, torch.int64, torch.float32)
+        assert (batch.tokens.dtype, batch.labels.dtype, batch.loss_mask.dtype) == (
+            torch.int64,
+            torch.int64,
+            torch.float32,
+        )
         assert torch.equal(batch.labels.T[:, :-1], batch.tokens[:, 1:]) and batch.loss_mask.all()
 
 
-def test_tokens_of_a_batch_are_those_of_each_document_alone(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_of_a_batch_are_those_of_each_document_alone(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Documents lost, or joined, where one tokenizer batch ends and the next begins."""
     monkeypatch.setattr("ee_tuning.data.encoding.BATCH_CHARACTERS", 10)
     texts = ["abc", "ünïcode text", "x" * 25, "de", "f"]
@@ -111,7 +135,9 @@ def test_tokens_of_a_batch_are_those_of_each_document_alone(tmp_path: Path, mode
 
 
 def test_documents_begin_as_the_tokenizer_begins_any_text(tmp_path: Path) -> None:
-    """Exits learn texts without the beginning-of-text token that every prompt has; or with two, or with the end twice."""
+    """Exits learn texts without the beginning-of-text token that every prompt has; or with two, or with the end
+    twice.
+    """
     write_byte_tokenizer(tmp_path, "<s>", encloses=True)
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ("abc", "<s>de")))
     tokens = tokenize_piece(pieces_of([tmp_path / "texts.jsonl"])[0], recipe_of(tmp_path, "text", None))
@@ -155,7 +181,9 @@ def test_files_held_out_by_name_are_not_trained_on(tmp_path: Path, model: Path) 
         (tmp_path / f"{name}.txt").write_text(f"the text of {name}")
     same_file = tmp_path / ".." / tmp_path.name / "b.txt"
     splits = load(model, paths=[tmp_path], valid_paths=[same_file], valid_fraction=0.5, needs_validation=True)
-    assert texts_of(splits.train, model) == ["the text of a", "the text of c"] and texts_of(splits.valid, model) == ["the text of b"]
+    assert texts_of(splits.train, model) == ["the text of a", "the text of c"] and texts_of(splits.valid, model) == [
+        "the text of b"
+    ]
 
 
 def test_a_step_holds_the_same_samples_under_every_layout() -> None:
@@ -172,14 +200,16 @@ def test_an_epoch_holds_every_sample_once_and_the_next_is_shuffled_anew() -> Non
     for num_samples, seed in ((12, 0), (33, -5), (48, 2**40)):
         source = BatchSource(numbered(num_samples), sizes(3, 3, seed=seed), dp=1, dp_rank=0)
         consumed = [index for _ in range(num_samples) for index in indices(next(source))]
-        epochs = [consumed[start: start + num_samples] for start in range(0, len(consumed), num_samples)]
+        epochs = [consumed[start : start + num_samples] for start in range(0, len(consumed), num_samples)]
         assert all(sorted(epoch) == list(range(num_samples)) for epoch in epochs)
         assert epochs[0] != epochs[1] and epochs[0] != list(range(num_samples))
 
 
 def test_seeds_give_different_orders() -> None:
     """A seed that is ignored."""
-    assert len({str(global_steps(numbered(50), sizes(1, 4, seed=seed), 1, 3)) for seed in (0, 1, -1, 2**32, 2**33)}) == 5
+    assert (
+        len({str(global_steps(numbered(50), sizes(1, 4, seed=seed), 1, 3)) for seed in (0, 1, -1, 2**32, 2**33)}) == 5
+    )
 
 
 def test_a_run_resumed_anywhere_goes_on_as_if_never_stopped() -> None:
@@ -197,7 +227,10 @@ def test_a_resumed_run_may_have_other_replicas() -> None:
     samples = numbered(31)
     expected = global_steps(samples, sizes(1, 8), 1, 20)
     for dp, micro in ((1, 4), (2, 2), (4, 2)):
-        assert global_steps(samples, sizes(2, 8), 2, 7) + global_steps(samples, sizes(micro, 8), dp, 13, position=56) == expected
+        assert (
+            global_steps(samples, sizes(2, 8), 2, 7) + global_steps(samples, sizes(micro, 8), dp, 13, position=56)
+            == expected
+        )
 
 
 def test_validation_judges_by_the_whole_split_under_every_layout() -> None:
@@ -206,9 +239,13 @@ def test_validation_judges_by_the_whole_split_under_every_layout() -> None:
         for dp, micro in ((1, 1), (1, 4), (2, 2), (4, 4), (8, 1)):
             tuning = sizes(micro, 32, eval_iters=50)
             replicas = [validation_batches(numbered(num_samples), tuning, dp=dp, dp_rank=rank) for rank in range(dp)]
-            assert len({len(batches) for batches in replicas}) == 1 and len(replicas[0]) == -(-num_samples // (micro * dp))
+            assert len({len(batches) for batches in replicas}) == 1 and len(replicas[0]) == -(
+                -num_samples // (micro * dp)
+            )
             assert all(batch.tokens.shape == (micro, 3) for batches in replicas for batch in batches)
-            assert sorted(index for batches in replicas for batch in batches for index in indices(batch)) == list(range(num_samples))
+            assert sorted(index for batches in replicas for batch in batches for index in indices(batch)) == list(
+                range(num_samples)
+            )
 
 
 def test_validation_takes_as_many_microbatches_as_asked_and_always_the_same() -> None:
@@ -224,43 +261,82 @@ def test_validation_takes_as_many_microbatches_as_asked_and_always_the_same() ->
     assert validation_batches(None, sizes(1, 1), dp=1, dp_rank=0) == []
 
 
-@pytest.mark.parametrize(("micro", "total", "dp", "message"), [
-    (4, 12, 2, "4 × 2 = 8, got 12; set it to 8 or 16"), (4, 2, 1, "got 2; set it to 4,"), (0, 8, 1, "micro_batch_size must be at least 1"),
-    (4, 0, 1, "global_batch_size must be at least 1")])
+@pytest.mark.parametrize(
+    ("micro", "total", "dp", "message"),
+    [
+        (4, 12, 2, "4 × 2 = 8, got 12; set it to 8 or 16"),
+        (4, 2, 1, "got 2; set it to 4,"),
+        (0, 8, 1, "micro_batch_size must be at least 1"),
+        (4, 0, 1, "global_batch_size must be at least 1"),
+    ],
+)
 def test_batch_sizes_that_do_not_divide_are_refused(micro: int, total: int, dp: int, message: str) -> None:
     """Rounding the number of micro-batches trains on another global batch than the one asked for."""
     with pytest.raises(InputError, match=message):
         count_microbatches(sizes(micro, total), dp)
 
 
-@pytest.mark.parametrize(("name", "content", "message"), [
-    ("latin.txt", "naïve".encode("latin-1"), r"latin\.txt must be UTF-8 text, got byte 0xef at offset 2"),
-    ("broken.jsonl", b'{"text": "abcdef"}\n{"text": \n', r"broken\.jsonl:2: a line must be one JSON object"),
-    ("bytes.jsonl", b'{"text": "\xff"}\n', r"bytes\.jsonl:1: a line must be one JSON object"),
-    ("deep.jsonl", b"[" * 100_000, r"deep\.jsonl:1: a line must be one JSON object"),
-    ("list.jsonl", b'\n["abc"]\n', r"list\.jsonl:2: a line must be a JSON object, got list"),
-    ("key.jsonl", b'{"body": "abc", "id": 1}\n', r"key\.jsonl:1: no key 'text', and no .*; its keys are 'body', 'id'; set data\."),
-    ("number.jsonl", b'{"text": 7}\n', r"number\.jsonl:1: 'text' must be a text, got int"),
-    ("half.jsonl", b'{"text": "\\ud800"}\n', r"half\.jsonl:1: 'text' holds half of a surrogate pair"),
-    ("cut.json", b'[{"text": "abc"},\n {"text": "de"}', r"cut\.json: its array has no end after record 2: the file is cut short"),
-    ("broken.json", b'[{"text": "abc"},\n {"text" "de"}]', r"broken\.json:2: it must be an array of JSON objects"),
-    ("key.json", b'[{"text": "abc"}, {"body": ""}]', r"key\.json, record 2: no key 'text'"),
-    ("key.csv", b'title,body\na,b\n', r"key\.csv:2: no key 'text'.* its keys are 'title', 'body'; set data\.text_key"),
-    ("cells.csv", b'id,text\n1,a\n2,b,c\n', r"cells\.csv:3: a row has 3 cells, and the first line names 2"),
-    ("open.csv", b'id,text\n1,"a\n2,b\n', r"open\.csv:.* can not be read as a table"),
-    ("cut.jsonl.gz", gzip.compress(b'{"text": "abc"}\n' * 99, mtime=0)[:-9], r"cut\.jsonl\.gz can not be read as gzip: .*copy it again"),
-    ("lines.txt", b'{"text": "abc"}\n{"text": "de"}\n', r"lines\.txt holds JSON lines, and its name promises plain text; name it \.jsonl"),
-    ("one.txt", b'\n{"text": "abc"}\n', r"one\.txt holds JSON lines"),
-    ("wide.txt", "abc".encode("utf-16-le"), r"wide\.txt must be UTF-8 text, got a NUL byte at offset 1"),
-    ("set.zip", b"PK", r"set\.zip: \.zip is no format that data are read from; unpack it"),
-    ("set.pkl", b"", r"set\.pkl: \.pkl is no format .*write it as \.jsonl or \.parquet"),
-    ("rows.parquet.gz", gzip.compress(b"PAR1", mtime=0), r"rows\.parquet\.gz: parquet is read unpacked alone, and this is gzip; unpack it"),
-    ("lfs.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", r"lfs\.jsonl is a pointer of Git LFS"),
-    ("empty.txt", b"", r"empty\.txt holds nothing to learn from: 1 × empty text"),
-    ("empty.jsonl", b"", r"empty\.jsonl holds no text"),
-    ("short.txt", b"abc", r"training data \(.*short\.txt\) holds only 4; .*a shorter tuning\.seq_length"),
-])
-def test_a_file_that_can_not_be_used_is_named(tmp_path: Path, model: Path, name: str, content: bytes, message: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("latin.txt", "naïve".encode("latin-1"), r"latin\.txt must be UTF-8 text, got byte 0xef at offset 2"),
+        ("broken.jsonl", b'{"text": "abcdef"}\n{"text": \n', r"broken\.jsonl:2: a line must be one JSON object"),
+        ("bytes.jsonl", b'{"text": "\xff"}\n', r"bytes\.jsonl:1: a line must be one JSON object"),
+        ("deep.jsonl", b"[" * 100_000, r"deep\.jsonl:1: a line must be one JSON object"),
+        ("list.jsonl", b'\n["abc"]\n', r"list\.jsonl:2: a line must be a JSON object, got list"),
+        (
+            "key.jsonl",
+            b'{"body": "abc", "id": 1}\n',
+            r"key\.jsonl:1: no key 'text', and no .*; its keys are 'body', 'id'; set data\.",
+        ),
+        ("number.jsonl", b'{"text": 7}\n', r"number\.jsonl:1: 'text' must be a text, got int"),
+        ("half.jsonl", b'{"text": "\\ud800"}\n', r"half\.jsonl:1: 'text' holds half of a surrogate pair"),
+        (
+            "cut.json",
+            b'[{"text": "abc"},\n {"text": "de"}',
+            r"cut\.json: its array has no end after record 2: the file is cut short",
+        ),
+        ("broken.json", b'[{"text": "abc"},\n {"text" "de"}]', r"broken\.json:2: it must be an array of JSON objects"),
+        ("key.json", b'[{"text": "abc"}, {"body": ""}]', r"key\.json, record 2: no key 'text'"),
+        (
+            "key.csv",
+            b"title,body\na,b\n",
+            r"key\.csv:2: no key 'text'.* its keys are 'title', 'body'; set data\.text_key",
+        ),
+        ("cells.csv", b"id,text\n1,a\n2,b,c\n", r"cells\.csv:3: a row has 3 cells, and the first line names 2"),
+        ("open.csv", b'id,text\n1,"a\n2,b\n', r"open\.csv:.* can not be read as a table"),
+        (
+            "cut.jsonl.gz",
+            gzip.compress(b'{"text": "abc"}\n' * 99, mtime=0)[:-9],
+            r"cut\.jsonl\.gz can not be read as gzip: .*copy it again",
+        ),
+        (
+            "lines.txt",
+            b'{"text": "abc"}\n{"text": "de"}\n',
+            r"lines\.txt holds JSON lines, and its name promises plain text; name it \.jsonl",
+        ),
+        ("one.txt", b'\n{"text": "abc"}\n', r"one\.txt holds JSON lines"),
+        ("wide.txt", "abc".encode("utf-16-le"), r"wide\.txt must be UTF-8 text, got a NUL byte at offset 1"),
+        ("set.zip", b"PK", r"set\.zip: \.zip is no format that data are read from; unpack it"),
+        ("set.pkl", b"", r"set\.pkl: \.pkl is no format .*write it as \.jsonl or \.parquet"),
+        (
+            "rows.parquet.gz",
+            gzip.compress(b"PAR1", mtime=0),
+            r"rows\.parquet\.gz: parquet is read unpacked alone, and this is gzip; unpack it",
+        ),
+        (
+            "lfs.jsonl",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n",
+            r"lfs\.jsonl is a pointer of Git LFS",
+        ),
+        ("empty.txt", b"", r"empty\.txt holds nothing to learn from: 1 × empty text"),
+        ("empty.jsonl", b"", r"empty\.jsonl holds no text"),
+        ("short.txt", b"abc", r"training data \(.*short\.txt\) holds only 4; .*a shorter tuning\.seq_length"),
+    ],
+)
+def test_a_file_that_can_not_be_used_is_named(
+    tmp_path: Path, model: Path, name: str, content: bytes, message: str
+) -> None:
     """A traceback from a decoder does not say which of a thousand files to mend."""
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message) as caught:
@@ -268,25 +344,41 @@ def test_a_file_that_can_not_be_used_is_named(tmp_path: Path, model: Path, name:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("settings", "message"), [
-    ({"paths": []}, r"data\.paths must name .* got none"),
-    ({"paths": ["nowhere.txt"]}, r"data\.paths: nowhere\.txt does not exist"),
-    ({"paths": ["empty_folder"]}, r"the folder .*empty_folder holds no"),
-    ({"valid_paths": ["good.txt"]}, r"data\.paths = .*good\.txt names no file that is not held out already"),
-    ({"valid_paths": ["short.txt"], "needs_validation": True}, r"validation data \(.*short\.txt\) holds only 2"),
-    ({"needs_validation": True}, r"good\.txt holds a single document, or copies of one, so none can be held out; give data\.valid_paths"),
-    ({"paths": ["good.txt", "short.txt"], "valid_fraction": 1e-9, "needs_validation": True}, r"validation data \(1e-09 of the documents"),
-    ({"valid_fraction": 0.0, "needs_validation": True}, r"validation needs held-out data, got data\.valid_fraction = 0"),
-    ({"valid_fraction": 1.0}, r"data\.valid_fraction must be at least 0 and below 1, got 1\.0"),
-    ({"seq_length": 65}, r"tuning\.seq_length must lie in 1\.\.64 .*got 65"),
-    ({"seq_length": 0}, r"tuning\.seq_length must lie in 1\.\.64"),
-    ({"vocab_size": 256}, r"0\.\.255, the model.s vocabulary, but the tokenizer in .* gave 256; set data\.tokenizer"),
-    ({"tokenizer": "nowhere"}, "there is no folder nowhere, and the Hugging Face hub can not be asked"),
-    ({"tokenizer": "empty_folder"}, r"empty_folder has no tokenizer"),
-    ({"tokenizer": "broken_folder"}, r"the tokenizer in broken_folder can not be read: .*; copy its files anew"),
-])
-def test_settings_that_can_not_be_used_are_refused(tmp_path: Path, model: Path, settings: dict, message: str,
-                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"paths": []}, r"data\.paths must name .* got none"),
+        ({"paths": ["nowhere.txt"]}, r"data\.paths: nowhere\.txt does not exist"),
+        ({"paths": ["empty_folder"]}, r"the folder .*empty_folder holds no"),
+        ({"valid_paths": ["good.txt"]}, r"data\.paths = .*good\.txt names no file that is not held out already"),
+        ({"valid_paths": ["short.txt"], "needs_validation": True}, r"validation data \(.*short\.txt\) holds only 2"),
+        (
+            {"needs_validation": True},
+            r"good\.txt holds a single document, or copies of one, so none can be held out; give data\.valid_paths",
+        ),
+        (
+            {"paths": ["good.txt", "short.txt"], "valid_fraction": 1e-9, "needs_validation": True},
+            r"validation data \(1e-09 of the documents",
+        ),
+        (
+            {"valid_fraction": 0.0, "needs_validation": True},
+            r"validation needs held-out data, got data\.valid_fraction = 0",
+        ),
+        ({"valid_fraction": 1.0}, r"data\.valid_fraction must be at least 0 and below 1, got 1\.0"),
+        ({"seq_length": 65}, r"tuning\.seq_length must lie in 1\.\.64 .*got 65"),
+        ({"seq_length": 0}, r"tuning\.seq_length must lie in 1\.\.64"),
+        (
+            {"vocab_size": 256},
+            r"0\.\.255, the model.s vocabulary, but the tokenizer in .* gave 256; set data\.tokenizer",
+        ),
+        ({"tokenizer": "nowhere"}, "there is no folder nowhere, and the Hugging Face hub can not be asked"),
+        ({"tokenizer": "empty_folder"}, r"empty_folder has no tokenizer"),
+        ({"tokenizer": "broken_folder"}, r"the tokenizer in broken_folder can not be read: .*; copy its files anew"),
+    ],
+)
+def test_settings_that_can_not_be_used_are_refused(
+    tmp_path: Path, model: Path, settings: dict, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each would otherwise surface steps later as an index out of range, a loss of NaN, or a run without validation."""
     monkeypatch.chdir(tmp_path)
     Path("empty_folder").mkdir()

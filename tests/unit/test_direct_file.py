@@ -1,4 +1,5 @@
 """Bytes reach the file in order whether the system writes directly, refuses to, or refuses in the middle."""
+
 import errno
 import fcntl
 import os
@@ -16,7 +17,7 @@ def written(path: Path, content: bytes, piece: int) -> bytes:
     file = DirectFile(path)
     try:
         for start in range(0, len(content), piece):
-            file.write(memoryview(content)[start: start + piece])
+            file.write(memoryview(content)[start : start + piece])
         file.finish()
     finally:
         file.close()
@@ -24,10 +25,16 @@ def written(path: Path, content: bytes, piece: int) -> bytes:
 
 
 @pytest.mark.parametrize("refused_at", ["never", "asking", "writing"])
-@pytest.mark.parametrize(("size", "piece"), [
-    (0, 1), (1, 1), (STAGE - 1, 100), (STAGE, STAGE), (STAGE + 1, 4096), (5 * STAGE + 4097, 3 * STAGE + 7)])
-def test_what_is_written_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused_at: str, size: int, piece: int) -> None:
-    """A stretch lost or written twice where direct writing begins, where it ends, or where a file system will not have it."""
+@pytest.mark.parametrize(
+    ("size", "piece"),
+    [(0, 1), (1, 1), (STAGE - 1, 100), (STAGE, STAGE), (STAGE + 1, 4096), (5 * STAGE + 4097, 3 * STAGE + 7)],
+)
+def test_what_is_written_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused_at: str, size: int, piece: int
+) -> None:
+    """A stretch lost or written twice where direct writing begins, where it ends, or where a file system will not have
+    it.
+    """
     monkeypatch.setattr(direct_file, "STAGE_BYTES", STAGE)
     real_fcntl, real_write = fcntl.fcntl, os.write
     asked = []
@@ -42,6 +49,7 @@ def test_what_is_written_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         if refused_at == "writing" and real_fcntl(handle, fcntl.F_GETFL) & os.O_DIRECT:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         return real_write(handle, view)
+
     monkeypatch.setattr(direct_file.fcntl, "fcntl", ask)
     monkeypatch.setattr(direct_file.os, "write", write)
     content = os.urandom(size)
@@ -55,6 +63,7 @@ def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     def full(handle: int, view: memoryview) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     monkeypatch.setattr(direct_file.os, "write", full)
     with pytest.raises(OSError, match="No space left"):
         written(tmp_path / "file", bytes(3 * STAGE), STAGE)

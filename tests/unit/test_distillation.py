@@ -1,4 +1,7 @@
-"""Claims about the chunked loss with a teacher and with token weights: it is the plain formula over all logits, at the memory of chunks."""
+"""Claims about the chunked loss with a teacher and with token weights: it is the plain formula over all logits, at the
+memory of chunks.
+"""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,10 +14,15 @@ from ee_tuning.tuning.teacher import HiddenTeacher, Teacher, TopKTeacher, top_k_
 
 S, B, H, V, PADDED = 7, 3, 16, 37, 42
 SHARD = VocabShard(V, 0, PADDED, None, 1)
-MIXTURES = [Objective(), Objective(cross_entropy=0, forward_kl=1), Objective(cross_entropy=0, total_variation=1),
-            Objective(cross_entropy=0.3, forward_kl=0.5), Objective(cross_entropy=0.7, total_variation=1.5),
-            Objective(cross_entropy=0.2, forward_kl=0.5, total_variation=0.4, weighs_by_confidence=True),
-            Objective(weighs_by_confidence=True)]
+MIXTURES = [
+    Objective(),
+    Objective(cross_entropy=0, forward_kl=1),
+    Objective(cross_entropy=0, total_variation=1),
+    Objective(cross_entropy=0.3, forward_kl=0.5),
+    Objective(cross_entropy=0.7, total_variation=1.5),
+    Objective(cross_entropy=0.2, forward_kl=0.5, total_variation=0.4, weighs_by_confidence=True),
+    Objective(weighs_by_confidence=True),
+]
 
 
 class Inputs:
@@ -25,6 +33,7 @@ class Inputs:
 
         def randn(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=draw, dtype=torch.float64).to(dtype)
+
         self.hidden, self.weight = randn(S, B, H).requires_grad_(), randn(PADDED, H).requires_grad_()
         self.teacher_hidden, self.teacher_weight = randn(S, B, H) / 2, randn(PADDED, H)
         self.labels = torch.randint(V, (S, B), generator=draw)
@@ -43,34 +52,57 @@ def plain(inputs: Inputs, kind: str, objective: Objective) -> tuple[Tensor, dict
     t = F.linear(inputs.teacher_hidden, inputs.teacher_weight[:V]).flatten(0, 1).softmax(-1)
     mask, events_p, events_t = inputs.mask.flatten(), p, t
     if kind != "hidden":  # k + 1 events
-        told = t.argsort(descending=True)[:, :int(kind)]
-        events_p, events_t = (torch.cat((each.gather(1, told), 1 - each.gather(1, told).sum(1, keepdim=True)), 1) for each in (p, t))
-    parts = {"cross_entropy": F.cross_entropy(logits, inputs.labels.flatten(), reduction="none"),
-             "forward_kl": F.kl_div(events_p.log(), events_t, reduction="none").sum(-1),
-             "total_variation": (events_p - events_t).abs().sum(-1) / 2, "confidence": p.amax(-1),
-             "agreement": (p.argmax(-1) == t.argmax(-1)).double(), "above_0.6": (p.amax(-1) >= 0.6).double()}
+        told = t.argsort(descending=True)[:, : int(kind)]
+        events_p, events_t = (
+            torch.cat((each.gather(1, told), 1 - each.gather(1, told).sum(1, keepdim=True)), 1) for each in (p, t)
+        )
+    parts = {
+        "cross_entropy": F.cross_entropy(logits, inputs.labels.flatten(), reduction="none"),
+        "forward_kl": F.kl_div(events_p.log(), events_t, reduction="none").sum(-1),
+        "total_variation": (events_p - events_t).abs().sum(-1) / 2,
+        "confidence": p.amax(-1),
+        "agreement": (p.argmax(-1) == t.argmax(-1)).double(),
+        "above_0.6": (p.amax(-1) >= 0.6).double(),
+    }
     weights = mask * p.amax(-1).detach() if objective.weighs_by_confidence else mask
-    per_token = sum(getattr(objective, name) * parts[name] for name in ("cross_entropy", "forward_kl", "total_variation"))
-    sums = {name: (mask * each).sum() for name, each in parts.items()} | {"tokens": mask.sum(), "weights": weights.sum()}
+    per_token = sum(
+        getattr(objective, name) * parts[name] for name in ("cross_entropy", "forward_kl", "total_variation")
+    )
+    sums = {name: (mask * each).sum() for name, each in parts.items()} | {
+        "tokens": mask.sum(),
+        "weights": weights.sum(),
+    }
     return (weights * per_token).sum(), sums
 
 
 def ours(inputs: Inputs, kind: str, objective: Objective, chunk_tokens: int = 4) -> ExitLoss:
-    return linear_loss(inputs.hidden, inputs.weight, inputs.labels, inputs.mask, vocab=SHARD, chunk_tokens=chunk_tokens,
-                       objective=objective, teacher=inputs.teacher(kind))
+    return linear_loss(
+        inputs.hidden,
+        inputs.weight,
+        inputs.labels,
+        inputs.mask,
+        vocab=SHARD,
+        chunk_tokens=chunk_tokens,
+        objective=objective,
+        teacher=inputs.teacher(kind),
+    )
 
 
 @pytest.mark.parametrize("kind", ["hidden", "1", "5", "36"])
 @pytest.mark.parametrize("objective", MIXTURES, ids=str)
 def test_every_mixture_equals_the_materialized_one(objective: Objective, kind: str) -> None:
-    """A term missing from the gradient trains to something else; a weight that is not held constant is trained along."""
+    """A term missing from the gradient trains to something else; a weight that is not held constant is trained
+    along.
+    """
     inputs = Inputs()
     expected, sums = plain(inputs, kind, objective)
     wanted = torch.autograd.grad(expected * 0.37, (inputs.hidden, inputs.weight))
     for chunk_tokens in (4, 1000):
         got = ours(inputs, kind, objective, chunk_tokens)
         torch.testing.assert_close(got.loss, expected, rtol=1e-10, atol=0)
-        torch.testing.assert_close(torch.autograd.grad(got.loss * 0.37, (inputs.hidden, inputs.weight)), wanted, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(
+            torch.autograd.grad(got.loss * 0.37, (inputs.hidden, inputs.weight)), wanted, rtol=1e-10, atol=1e-12
+        )
     with torch.no_grad():
         evaluated = ours(inputs, kind, objective)
     torch.testing.assert_close(evaluated.loss, expected.detach(), rtol=1e-10, atol=0)
@@ -84,9 +116,17 @@ def test_a_student_that_equals_its_teacher_has_nothing_to_learn() -> None:
     inputs = Inputs(torch.float32)
     teacher = HiddenTeacher(inputs.hidden.detach(), inputs.weight.detach())
     for objective in (Objective(cross_entropy=0, forward_kl=1), Objective(cross_entropy=0, total_variation=1)):
-        loss = linear_loss(inputs.hidden, inputs.weight, inputs.labels, inputs.mask, vocab=SHARD, chunk_tokens=4, objective=objective,
-                           teacher=teacher).loss
-        gradient, = torch.autograd.grad(loss, inputs.hidden)
+        loss = linear_loss(
+            inputs.hidden,
+            inputs.weight,
+            inputs.labels,
+            inputs.mask,
+            vocab=SHARD,
+            chunk_tokens=4,
+            objective=objective,
+            teacher=teacher,
+        ).loss
+        (gradient,) = torch.autograd.grad(loss, inputs.hidden)
         assert abs(loss.item()) < 1e-5 and gradient.abs().max() < 1e-5
 
 
@@ -95,7 +135,9 @@ def test_a_teacher_told_whole_is_the_teacher() -> None:
     inputs = Inputs()
     objective = Objective(cross_entropy=0, forward_kl=1, total_variation=1)
     for k in (str(V), str(V + 10)):  # a k above the vocabulary is the vocabulary
-        torch.testing.assert_close(ours(inputs, k, objective).loss, ours(inputs, "hidden", objective).loss, rtol=1e-9, atol=0)
+        torch.testing.assert_close(
+            ours(inputs, k, objective).loss, ours(inputs, "hidden", objective).loss, rtol=1e-9, atol=0
+        )
 
 
 def test_of_equal_tokens_the_teacher_names_the_lowest_first() -> None:
@@ -126,8 +168,8 @@ def test_bf16_students_and_teachers_stay_near_float64() -> None:
         got, wanted = ours(inputs, kind, objective), plain(exact, kind, objective)[0]
         assert got.loss.dtype == torch.float32
         torch.testing.assert_close(got.loss.double(), wanted, rtol=1e-2, atol=0)
-        gradient, = torch.autograd.grad(got.loss, inputs.hidden)
-        expected, = torch.autograd.grad(wanted, exact.hidden)
+        (gradient,) = torch.autograd.grad(got.loss, inputs.hidden)
+        (expected,) = torch.autograd.grad(wanted, exact.hidden)
         assert (gradient.double() - expected).norm() < 0.03 * expected.norm()
 
 

@@ -1,4 +1,5 @@
 """A dry run meets what a true run would meet, at any size, and its account of memory is that of the true tensors."""
+
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +21,17 @@ from ee_tuning.parallel.topology import init_parallel, leave_parallel
 from ee_tuning.planning.dry_run import rehearse
 from ee_tuning.tuning.tuner import Tuner
 
-LLAMA_70B = {"model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
-             "num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 4096, "torch_dtype": "float16"}
+LLAMA_70B = {
+    "model_type": "llama",
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "torch_dtype": "float16",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -41,17 +51,46 @@ def config_only(folder: Path, **changes: Any) -> Path:
 
 def job(model: Path, tp: int = 1, pp: int = 1, **keys: Any) -> Config:
     dotted = {key.replace("__", "."): value for key, value in keys.items()}
-    return load_config(None, {"model.path": str(model), "parallel.tensor_model_parallel_size": tp,
-                              "parallel.pipeline_model_parallel_size": pp, **dotted})
+    return load_config(
+        None,
+        {
+            "model.path": str(model),
+            "parallel.tensor_model_parallel_size": tp,
+            "parallel.pipeline_model_parallel_size": pp,
+            **dotted,
+        },
+    )
 
 
-def test_70b_on_128_ranks_is_rehearsed_from_its_config_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_70b_on_128_ranks_is_rehearsed_from_its_config_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A dry run that needs the weights, or a process per rank, is of no use on a laptop."""
     model = config_only(tmp_path / "70b")
-    assert cli.main(["tune", "--model", str(model), "--exit-layers", "10,20,30,40,50,60,70,80", "--tensor-model-parallel-size", "8",
-                     "--pipeline-model-parallel-size", "8", "--dry-run", "--world-size", "128"]) == 0
+    assert (
+        cli.main(
+            [
+                "tune",
+                "--model",
+                str(model),
+                "--exit-layers",
+                "10,20,30,40,50,60,70,80",
+                "--tensor-model-parallel-size",
+                "8",
+                "--pipeline-model-parallel-size",
+                "8",
+                "--dry-run",
+                "--world-size",
+                "128",
+            ]
+        )
+        == 0
+    )
     printed = capsys.readouterr().out
-    assert "tensor 8 × pipeline 8 × data 2" in printed and "stages 1, 2, 3, 4, 5, 6: rank 16, layers 11..20, exits after 20" in printed
+    assert (
+        "tensor 8 × pipeline 8 × data 2" in printed
+        and "stages 1, 2, 3, 4, 5, 6: rank 16, layers 11..20, exits after 20" in printed
+    )
     layer = 2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672
     head = 3 * 8192 * 28672 + 32000 * 8192 + 8192
     first, middle, last = rehearse(job(model, 8, 8, exits__exit_layers=list(range(10, 81, 10))), 128)
@@ -63,48 +102,82 @@ def test_70b_on_128_ranks_is_rehearsed_from_its_config_alone(tmp_path: Path, cap
         assert memory["heads"] == pytest.approx(2 * head / 8, rel=1e-3)
         assert memory["gradients"] == pytest.approx(4 * head / 8, rel=1e-3)
     assert (first.stages, middle.stages, last.stages) == ((0,), (1, 2, 3, 4, 5, 6), (7,))
-    # A matrix product of n × m by m × k is 2 n m k operations; a head goes forward once and backward twice; causal attention is half.
+    # A matrix product of n × m by m × k is 2 n m k operations; a head goes forward once and backward twice; causal
+    # attention is half.
     tokens, heads = 4 * 2048, 64 / 8
     attention = 10 * 4 * heads * 4 * 2048 * 2048 * 128 / 2
     assert first.layer_flops == pytest.approx(2 * 10 * layer / 8 * tokens + attention, rel=1e-3)
     mlp, output = 3 * 8192 * 28672 / 8, 32000 * 8192 / 8
-    assert first.head_flops == pytest.approx(3 * 2 * tokens * (mlp + output) - 2 * tokens * mlp * 2 / 3, rel=1e-3)  # normed input: frozen
+    assert first.head_flops == pytest.approx(
+        3 * 2 * tokens * (mlp + output) - 2 * tokens * mlp * 2 / 3, rel=1e-3
+    )  # normed input: frozen
     assert first.pp_bytes == 2048 * 4 * 8192 * 2 and last.pp_bytes == 0
-    # Per layer two sums; of the head one forward (its MLP) and one backward (the gradient of what enters the output matrix).
+    # Per layer two sums; of the head one forward (its MLP) and one backward (the gradient of what enters the output
+    # matrix).
     states = 2048 * 4 * 8192 * 2
-    assert first.tp_bytes == pytest.approx(2 * (10 * 2 + 1 + 1 + 1) * states, rel=1e-2)  # and one of the embedding; both ways
+    assert first.tp_bytes == pytest.approx(
+        2 * (10 * 2 + 1 + 1 + 1) * states, rel=1e-2
+    )  # and one of the embedding; both ways
 
 
 def test_a_sequence_in_parts_is_accounted_for_in_parts(tmp_path: Path) -> None:
-    """A plan that promises what the run does not save, or a micro-batch that leaves the fake world with another shape."""
+    """A plan that promises what the run does not save, or a micro-batch that leaves the fake world with another
+    shape.
+    """
     model = config_only(tmp_path / "70b", num_hidden_layers=20)
     keys = {"exits__exit_layers": [10, 20], "tuning__loss": "forward_kl", "tuning__eval_iters": 0}
-    (whole, _), (cut, _) = (rehearse(job(model, 8, 2, parallel__sequence_parallel=cuts, **keys), 16) for cuts in (False, True))
+    (whole, _), (cut, _) = (
+        rehearse(job(model, 8, 2, parallel__sequence_parallel=cuts, **keys), 16) for cuts in (False, True)
+    )
     assert cut.pp_bytes == whole.pp_bytes / 8 == 2048 * 4 * 8192 * 2 / 8
     assert cut.memory["queue"] == whole.memory["queue"] / 8 > 0 and cut.memory["weights"] == whole.memory["weights"]
     assert cut.memory["activations"] < whole.memory["activations"] and cut.layer_flops == whole.layer_flops
-    # Beside what sums did: a gather before the output matrix, for what stood whole there is in parts; and the teacher's.
+    # Beside what sums did: a gather before the output matrix, for what stood whole there is in parts; and the
+    # teacher's.
     assert cut.tp_bytes == pytest.approx(whole.tp_bytes, rel=0.1)
     with pytest.raises(InputError, match=r"8 equal parts, but tuning\.seq_length is 2044; set it to a multiple of 8"):
         rehearse(job(model, 8, 2, parallel__sequence_parallel=True, tuning__seq_length=2044, **keys), 16)
 
 
-@pytest.mark.parametrize(("family", "architecture", "output", "exits"), [
-    ("llama", "mlp", "untied", [2, 6]), ("qwen2", "norm,embedding", "untied", [3, 4]), ("gpt2", "layer", "untied", [4]),
-    ("qwen3", "adapter,layer", "tied", [1, 2])])
-def test_the_account_is_of_the_true_tensors(family: str, architecture: str, output: str, exits: list[int], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "architecture", "output", "exits"),
+    [
+        ("llama", "mlp", "untied", [2, 6]),
+        ("qwen2", "norm,embedding", "untied", [3, 4]),
+        ("gpt2", "layer", "untied", [4]),
+        ("qwen3", "adapter,layer", "tied", [1, 2]),
+    ],
+)
+def test_the_account_is_of_the_true_tensors(
+    family: str, architecture: str, output: str, exits: list[int], tmp_path: Path
+) -> None:
     """An estimate beside the code goes wrong with the next change of the code."""
     random_model(family, tmp_path / "model")
-    config = job(tmp_path / "model", model__dtype="bfloat16", exits__exit_layers=exits, exits__architecture=architecture,
-                 exits__output=output, tuning__seq_length=8, tuning__micro_batch_size=1, tuning__global_batch_size=2)
+    config = job(
+        tmp_path / "model",
+        model__dtype="bfloat16",
+        exits__exit_layers=exits,
+        exits__architecture=architecture,
+        exits__output=output,
+        tuning__seq_length=8,
+        tuning__micro_batch_size=1,
+        tuning__global_batch_size=2,
+    )
     (rehearsal,) = rehearse(config, 1)
     topology = init_parallel(config.parallel)
     loaded = load_for_tuning(config, topology)
     samples = PackedSamples(torch.zeros(9, dtype=torch.int32).numpy(), 8)
     tuner = Tuner(loaded, Splits(train=samples, valid=None), config, topology)
-    assert rehearsal.memory["weights"] == sum(each.nbytes for each in [*loaded.model.backbone.parameters(), loaded.model.backbone.angles])
+    assert rehearsal.memory["weights"] == sum(
+        each.nbytes for each in [*loaded.model.backbone.parameters(), loaded.model.backbone.angles]
+    )
     masters = [parameter for each in tuner.exits for parameter in each.parameters.values()]
-    moments = [moment for each in tuner.exits for state in each.adam.state.values() for moment in (state["exp_avg"], state["exp_avg_sq"])]
+    moments = [
+        moment
+        for each in tuner.exits
+        for state in each.adam.state.values()
+        for moment in (state["exp_avg"], state["exp_avg_sq"])
+    ]
     held = [each.to_local() for each in (*masters, *moments) if isinstance(each, DTensor)]
     assert len(held) == 3 * len(masters)
     counts = 4 * len(masters)  # Adam's own counts of its steps
@@ -123,10 +196,27 @@ def test_a_wrong_shape_is_found_and_its_rank_named(tmp_path: Path, monkeypatch: 
 
 def test_ranks_with_padding_alone_and_uneven_replicas_pass(tmp_path: Path) -> None:
     """A vocabulary and a width that do not divide are where layouts break."""
-    model = config_only(tmp_path / "odd", num_hidden_layers=3, hidden_size=96, intermediate_size=192, num_attention_heads=8,
-                        vocab_size=33)
-    rehearsals = rehearse(job(model, 8, 3, exits__exit_layers=[1, 3], exits__output="tied", tuning__seq_length=4,
-                              tuning__micro_batch_size=1, tuning__global_batch_size=10), 8 * 3 * 5)
+    model = config_only(
+        tmp_path / "odd",
+        num_hidden_layers=3,
+        hidden_size=96,
+        intermediate_size=192,
+        num_attention_heads=8,
+        vocab_size=33,
+    )
+    rehearsals = rehearse(
+        job(
+            model,
+            8,
+            3,
+            exits__exit_layers=[1, 3],
+            exits__output="tied",
+            tuning__seq_length=4,
+            tuning__micro_batch_size=1,
+            tuning__global_batch_size=10,
+        ),
+        8 * 3 * 5,
+    )
     assert [each.exits for each in rehearsals] == [((1,),), ((),), ((3,),)]
     bare, trained = rehearsals[1].memory, rehearsals[0].memory
     assert not (bare["optimizer"] or bare["heads"] or bare["gradients"]), "a stage without exits trains nothing"
@@ -134,20 +224,34 @@ def test_ranks_with_padding_alone_and_uneven_replicas_pass(tmp_path: Path) -> No
     assert trained["optimizer"] == 3 * 4 * (20 + 10 * 96 + 20 * 24) + 3 * 4
 
 
-@pytest.mark.parametrize(("changes", "keys", "world", "says"), [
-    ({}, {"exits__exit_layers": [81]}, 1, "exit_layers must lie in 1..80"),
-    ({}, {"exits__exit_layers": [8], "pp": 2}, 3, "multiple of tensor × pipeline"),
-    ({}, {"exits__exit_layers": [8], "tp": 16}, 16, "tensor_model_parallel_size must divide"),
-    ({}, {"exits__exit_layers": [1], "pp": 2}, 2, "each pipeline stage must get a layer"),
-    ({}, {"exits__exit_layers": [8]}, 3, "global_batch_size must be a multiple"),
-    ({"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None},
-     {"exits__exit_layers": [8], "exits__architecture": "mlp"}, 1, "experts"),
-    ({}, {"exits__exit_layers": [8], "tuning__seq_length": 100000}, 1, r"tuning\.seq_length must lie in 1\.\.4096"),
-    ({}, {"exits__exit_layers": [8], "data__valid_fraction": 3.0}, 1, r"data\.valid_fraction must be at least 0 and below 1"),
-    ({}, {"exits__exit_layers": [8], "data__valid_fraction": 0.0}, 1, "validation needs held-out data"),
-    ({"model_type": "mamba"}, {"exits__exit_layers": [8]}, 1, "model_type must be one of")])
-def test_what_a_true_run_refuses_a_dry_run_refuses(changes: dict[str, Any], keys: dict[str, Any], world: int, says: str,
-                                                  tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changes", "keys", "world", "says"),
+    [
+        ({}, {"exits__exit_layers": [81]}, 1, "exit_layers must lie in 1..80"),
+        ({}, {"exits__exit_layers": [8], "pp": 2}, 3, "multiple of tensor × pipeline"),
+        ({}, {"exits__exit_layers": [8], "tp": 16}, 16, "tensor_model_parallel_size must divide"),
+        ({}, {"exits__exit_layers": [1], "pp": 2}, 2, "each pipeline stage must get a layer"),
+        ({}, {"exits__exit_layers": [8]}, 3, "global_batch_size must be a multiple"),
+        (
+            {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None},
+            {"exits__exit_layers": [8], "exits__architecture": "mlp"},
+            1,
+            "experts",
+        ),
+        ({}, {"exits__exit_layers": [8], "tuning__seq_length": 100000}, 1, r"tuning\.seq_length must lie in 1\.\.4096"),
+        (
+            {},
+            {"exits__exit_layers": [8], "data__valid_fraction": 3.0},
+            1,
+            r"data\.valid_fraction must be at least 0 and below 1",
+        ),
+        ({}, {"exits__exit_layers": [8], "data__valid_fraction": 0.0}, 1, "validation needs held-out data"),
+        ({"model_type": "mamba"}, {"exits__exit_layers": [8]}, 1, "model_type must be one of"),
+    ],
+)
+def test_what_a_true_run_refuses_a_dry_run_refuses(
+    changes: dict[str, Any], keys: dict[str, Any], world: int, says: str, tmp_path: Path
+) -> None:
     """A dry run that passes what the cluster will refuse has cost a place in its queue."""
     with pytest.raises(InputError, match=says):
         rehearse(job(config_only(tmp_path / "model", **changes), **keys), world)
@@ -168,16 +272,32 @@ def test_a_size_to_imagine_is_for_dry_runs(capsys: pytest.CaptureFixture[str]) -
     assert "--dry-run" in capsys.readouterr().err
 
 
-MIXTRAL = {"model_type": "mixtral", "hidden_size": 512, "intermediate_size": 896, "num_hidden_layers": 4, "num_attention_heads": 8,
-           "num_key_value_heads": 2, "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None, "vocab_size": 1000}
+MIXTRAL = {
+    "model_type": "mixtral",
+    "hidden_size": 512,
+    "intermediate_size": 896,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "sliding_window": None,
+    "vocab_size": 1000,
+}
 
 
 @pytest.mark.parametrize("cuts_sequence", [False, True])
 def test_experts_are_counted_all_in_memory_and_the_chosen_in_time(cuts_sequence: bool, tmp_path: Path) -> None:
     """A plan by the dense model's formula holds one expert of eight, or computes eight of two."""
     model = config_only(tmp_path / "mixtral", **MIXTRAL)
-    keys = {"exits__exit_layers": [2, 4], "exits__architecture": ["norm", "layer"], "tuning__seq_length": 64, "tuning__micro_batch_size": 3,
-            "tuning__global_batch_size": 6, "parallel__sequence_parallel": cuts_sequence}
+    keys = {
+        "exits__exit_layers": [2, 4],
+        "exits__architecture": ["norm", "layer"],
+        "tuning__seq_length": 64,
+        "tuning__micro_batch_size": 3,
+        "tuning__global_batch_size": 6,
+        "parallel__sequence_parallel": cuts_sequence,
+    }
     first, last = rehearse(job(model, 2, 2, **keys, parallel__pipeline_layout=[2, 2]), 8)
     expert, attention, router = 3 * 512 * 896, 2 * 512 * 512 + 2 * 512 * 128, 8 * 512
     layer = (attention + 8 * expert) / 2 + router + 2 * 512
@@ -188,48 +308,102 @@ def test_experts_are_counted_all_in_memory_and_the_chosen_in_time(cuts_sequence:
     assert first.layer_flops == last.layer_flops == pytest.approx(2 * per_layer, rel=1e-6)
     output = 2 * tokens * 512 * 500
     assert last.validation_flops == pytest.approx(per_layer + output, rel=1e-6)
-    assert last.head_flops == pytest.approx(3 * (per_layer + output), rel=0.03)  # attention's backward is 5 products to its forward's 2
+    assert last.head_flops == pytest.approx(
+        3 * (per_layer + output), rel=0.03
+    )  # attention's backward is 5 products to its forward's 2
     assert last.memory["optimizer"] == pytest.approx(3 * 4 * (layer + 512 * 500 + 512) / 2, rel=1e-3)
 
 
 def test_documents_that_share_a_row_cost_what_the_kernel_for_them_does(tmp_path: Path) -> None:
     """Rules for documents that a plan leaves out, or a masked attention that is counted whole and holds its mask."""
-    model = config_only(tmp_path / "llama", hidden_size=128, intermediate_size=224, num_hidden_layers=2, num_attention_heads=2,
-                        num_key_value_heads=1)
-    keys = {"exits__exit_layers": [1, 2], "exits__architecture": ["norm", "layer"], "tuning__seq_length": 1024,
-            "tuning__micro_batch_size": 2, "tuning__global_batch_size": 2, "tuning__loss_chunk_tokens": 16}
+    model = config_only(
+        tmp_path / "llama",
+        hidden_size=128,
+        intermediate_size=224,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    keys = {
+        "exits__exit_layers": [1, 2],
+        "exits__architecture": ["norm", "layer"],
+        "tuning__seq_length": 1024,
+        "tuning__micro_batch_size": 2,
+        "tuning__global_batch_size": 2,
+        "tuning__loss_chunk_tokens": 16,
+    }
     rules = {"data__reset_attention_mask": True, "data__reset_position_ids": True, "data__eod_mask_loss": True}
     mask = 2 * 1024 * 1024  # bytes
     (plain,), (told_apart,) = (rehearse(job(model, **keys, **more), 1) for more in ({}, rules))
-    assert (told_apart.layer_flops, told_apart.head_flops) == (plain.layer_flops, plain.head_flops), "at most: documents as long as rows"
+    assert (told_apart.layer_flops, told_apart.head_flops) == (plain.layer_flops, plain.head_flops), (
+        "at most: documents as long as rows"
+    )
     assert told_apart.memory["activations"] < plain.memory["activations"] + mask
     (plain,), (masked,) = (rehearse(job(model, model__dtype="float32", **keys, **more), 1) for more in ({}, rules))
     assert masked.memory["activations"] > plain.memory["activations"] + mask, "the kernel wants 16 bits"
-    assert masked.layer_flops == pytest.approx(plain.layer_flops + 2 * 4 * 2 * 2 * 1024 * 1024 * 64 / 2), "all of every block is computed"
+    assert masked.layer_flops == pytest.approx(plain.layer_flops + 2 * 4 * 2 * 2 * 1024 * 1024 * 64 / 2), (
+        "all of every block is computed"
+    )
 
 
-@pytest.mark.parametrize(("keys", "kinds"), [
-    ({"tuning__loss": ["forward_kl"]}, [((1,),), ((4,),), ((),)]),
-    ({"tuning__loss": ["cross_entropy=0.5", "total_variation=0.5"], "tuning__teacher": "hidden", "parallel__sequence_parallel": True},
-     [((1,),), ((4,),), ((),)]),
-    ({"tuning__compare_final": True, "exits__output": "tied"}, [((1,),), ((4,),), ((),)])])
+@pytest.mark.parametrize(
+    ("keys", "kinds"),
+    [
+        ({"tuning__loss": ["forward_kl"]}, [((1,),), ((4,),), ((),)]),
+        (
+            {
+                "tuning__loss": ["cross_entropy=0.5", "total_variation=0.5"],
+                "tuning__teacher": "hidden",
+                "parallel__sequence_parallel": True,
+            },
+            [((1,),), ((4,),), ((),)],
+        ),
+        ({"tuning__compare_final": True, "exits__output": "tied"}, [((1,),), ((4,),), ((),)]),
+    ],
+)
 def test_lessons_of_the_final_head_are_rehearsed(keys: dict[str, Any], kinds: list[Any], tmp_path: Path) -> None:
-    """A dry run that leaves the teacher out passes jobs that lack memory for the layers past the last exit, or for what waits."""
-    model = config_only(tmp_path / "llama", hidden_size=512, intermediate_size=896, num_hidden_layers=6, num_attention_heads=8,
-                        num_key_value_heads=2, vocab_size=1000)
-    sizes = {"tuning__seq_length": 64, "tuning__micro_batch_size": 2, "tuning__global_batch_size": 12, "exits__architecture": ["norm"],
-             "exits__exit_layers": [1, 4], "parallel__pipeline_layout": [2, 2, 2]}
+    """A dry run that leaves the teacher out passes jobs that lack memory for the layers past the last exit, or for what
+    waits.
+    """
+    model = config_only(
+        tmp_path / "llama",
+        hidden_size=512,
+        intermediate_size=896,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        vocab_size=1000,
+    )
+    sizes = {
+        "tuning__seq_length": 64,
+        "tuning__micro_batch_size": 2,
+        "tuning__global_batch_size": 12,
+        "exits__architecture": ["norm"],
+        "exits__exit_layers": [1, 4],
+        "parallel__pipeline_layout": [2, 2, 2],
+    }
     stages = rehearse(job(model, 2, 3, **sizes, **keys), 12)
-    assert [each.exits for each in stages] == kinds and [each.layers for each in stages] == [((1, 2),), ((3, 4),), ((5, 6),)]
+    assert [each.exits for each in stages] == kinds and [each.layers for each in stages] == [
+        ((1, 2),),
+        ((3, 4),),
+        ((5, 6),),
+    ]
     states = 64 * 2 * 512 * 2  # hidden states of a micro-batch
     own = states // 2 if keys.get("parallel__sequence_parallel") else states
-    # A `norm` exit keeps the states it takes of the micro-batch at hand and each that the backbone is ahead: pipeline - 1 - stage.
+    # A `norm` exit keeps the states it takes of the micro-batch at hand and each that the backbone is ahead: pipeline -
+    # 1 - stage.
     queues = [each.memory["queue"] // own for each in stages]
     assert queues == [3, 2, 0] if "tuning__loss" in keys else queues[0] and queues[1] and not queues[2]
-    output = 1000 * 512 * 2 // 2  # the model's own output matrix: on the last stage, and where it is the exits', or turns told states
+    output = (
+        1000 * 512 * 2 // 2
+    )  # the model's own output matrix: on the last stage, and where it is the exits', or turns told states
     layers = 2 * 2 * (512 * 512 * 2 + 512 * 128 * 2 + 3 * 512 * 896) // 2
     is_shared = keys.get("tuning__teacher") == "hidden" or keys.get("exits__output") == "tied"
     for each, held in zip(stages, (1 + is_shared, is_shared, 1), strict=True):
-        assert each.memory["weights"] == pytest.approx(layers + held * output, rel=0.01), "the first has the word embedding besides"
-    bare, taught = (rehearse(job(model, 2, 3, **{**sizes, "parallel__pipeline_layout": []}, **each), 12) for each in ({}, keys))
+        assert each.memory["weights"] == pytest.approx(layers + held * output, rel=0.01), (
+            "the first has the word embedding besides"
+        )
+    bare, taught = (
+        rehearse(job(model, 2, 3, **{**sizes, "parallel__pipeline_layout": []}, **each), 12) for each in ({}, keys)
+    )
     assert max(each.layers[-1][1] for each in bare) == 4 and max(each.layers[-1][1] for each in taught) == 6

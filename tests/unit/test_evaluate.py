@@ -1,4 +1,5 @@
 """`ee-tuning evaluate`: what is measured, and that nothing of it is lost or mixed with another job's."""
+
 import json
 import re
 from pathlib import Path
@@ -21,9 +22,13 @@ from ee_tuning.evaluation.task import Item, Task
 from ee_tuning.evaluation.text_metrics import contains
 from ee_tuning.generation.policy import Policy
 
-LINES: list[dict[str, Any]] = [{"prompt": "def f(x):", "answer": "a"}, {"prompt": "import ", "answer": "os", "max_new_tokens": 3},
-                               {"messages": [{"role": "user", "content": "hi"}], "answers": ["e", "t"]}, {"prompt": "x = ", "answer": "1"},
-                               {"prompt": "while True", "answer": "zz"}]
+LINES: list[dict[str, Any]] = [
+    {"prompt": "def f(x):", "answer": "a"},
+    {"prompt": "import ", "answer": "os", "max_new_tokens": 3},
+    {"messages": [{"role": "user", "content": "hi"}], "answers": ["e", "t"]},
+    {"prompt": "x = ", "answer": "1"},
+    {"prompt": "while True", "answer": "zz"},
+]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +37,9 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evaluate")
     random_llama(folder / "model", vocab_size=VOCABULARY, eos_token_id=END, bos_token_id=END)
     write_byte_tokenizer(folder / "model")
-    (folder / "model" / "chat_template.jinja").write_text("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}")
+    (folder / "model" / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    )
     write_exits(folder / "model", folder / "exits")
     (folder / "task.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
     return folder
@@ -44,17 +51,36 @@ def llm(shared: Path) -> EarlyExitLLM:
 
 
 def a_task() -> Task:
-    return Task(name="t", metric="contains", items=tuple(
-        Item(where=f"t:{number}", id=number, prompt=line.get("prompt"), messages=tuple(line.get("messages", ())),
-             answers=(line["answer"],) if "answer" in line else tuple(line["answers"]), max_new_tokens=line.get("max_new_tokens", 12))
-        for number, line in enumerate(LINES, 1)))
+    return Task(
+        name="t",
+        metric="contains",
+        items=tuple(
+            Item(
+                where=f"t:{number}",
+                id=number,
+                prompt=line.get("prompt"),
+                messages=tuple(line.get("messages", ())),
+                answers=(line["answer"],) if "answer" in line else tuple(line["answers"]),
+                max_new_tokens=line.get("max_new_tokens", 12),
+            )
+            for number, line in enumerate(LINES, 1)
+        ),
+    )
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_readings_are_what_generate_and_the_full_model_say(llm: EarlyExitLLM, batch_size: int):
-    """Text of another policy or prompt, agreement with the wrong prefix, a prompt's own limit that is not heeded, chats as texts."""
+    """Text of another policy or prompt, agreement with the wrong prefix, a prompt's own limit that is not heeded, chats
+    as texts.
+    """
     points = points_of(llm, thresholds=(0.3, 0.05), fixed=(4,), speculative=True)
-    assert [point.name for point in points] == ["full depth", "threshold 0.3", "threshold 0.05", "exit 4", "speculative"]
+    assert [point.name for point in points] == [
+        "full depth",
+        "threshold 0.3",
+        "threshold 0.05",
+        "exit 4",
+        "speculative",
+    ]
     task = a_task()
     found = evaluate(llm, [task], points, Procedure(batch_size=batch_size))
     by_key = {(each.item, each.point): each for each in found.readings}
@@ -63,8 +89,12 @@ def test_readings_are_what_generate_and_the_full_model_say(llm: EarlyExitLLM, ba
     for point in points:
         for place, prompt in enumerate(asked):
             reading, is_chat = by_key[place, point.name], "messages" in LINES[place]
-            said, = llm.generate([prompt], policy=point.policy, max_new_tokens=task.items[place].max_new_tokens,
-                                 adds_special_tokens=not is_chat)
+            (said,) = llm.generate(
+                [prompt],
+                policy=point.policy,
+                max_new_tokens=task.items[place].max_new_tokens,
+                adds_special_tokens=not is_chat,
+            )
             assert (reading.text, reading.exits) == (said.text, said.exit_histogram)
             if not is_chat:
                 assert reading.num_agreed == round(agreement(llm, said) * len(said.token_ids))
@@ -85,8 +115,18 @@ def test_sampling_is_refused(shared: Path):
 
 
 def reading(item: int, point: str, score: float, exits: dict[int, int], seconds: float, **more: Any) -> Reading:
-    return Reading(task="t", item=item, point=point, scores={more.get("metric", "exact"): score}, weight=more.get("weight", 1.0),
-                   exits=exits, num_agreed=sum(exits.values()) - 1, is_same=False, group=f"0.0.{item}", seconds=seconds)
+    return Reading(
+        task="t",
+        item=item,
+        point=point,
+        scores={more.get("metric", "exact"): score},
+        weight=more.get("weight", 1.0),
+        exits=exits,
+        num_agreed=sum(exits.values()) - 1,
+        is_same=False,
+        group=f"0.0.{item}",
+        seconds=seconds,
+    )
 
 
 def test_figures_of_readings():
@@ -94,21 +134,37 @@ def test_figures_of_readings():
     points = [FULL_DEPTH, Point(name="threshold 0.5", kind="threshold", value=0.5, policy=Policy())]
     items = tuple(Item(where="t", id=i, prompt="x", answers=("y",)) for i in range(2))
     task = Task(name="t", metric="exact", items=items)
-    readings = [reading(0, "full depth", 1, {8: 10}, 2.0), reading(1, "full depth", 1, {8: 30}, 6.0),
-                reading(0, "threshold 0.5", 1, {2: 6, 8: 4}, 1.0), reading(1, "threshold 0.5", 0, {2: 10}, 1.0)]
+    readings = [
+        reading(0, "full depth", 1, {8: 10}, 2.0),
+        reading(1, "full depth", 1, {8: 30}, 6.0),
+        reading(0, "threshold 0.5", 1, {2: 6, 8: 4}, 1.0),
+        reading(1, "threshold 0.5", 0, {2: 10}, 1.0),
+    ]
     full, early = task_result(task, points, readings, 8).points
     assert full.speedup is not None and (full.speedup.value, full.metric.value, full.relative.value) == (1, 1, 1)
     assert early.speedup is not None and early.time_saved is not None
-    assert (early.metric.value, early.relative.value, early.speedup.value, early.time_saved.value) == (0.5, 0.5, 2.0, 0.75)
+    assert (early.metric.value, early.relative.value, early.speedup.value, early.time_saved.value) == (
+        0.5,
+        0.5,
+        2.0,
+        0.75,
+    )
     assert (early.mean_depth.value, early.agreement.value, early.identical.value) == (16 * 2 / 20 + 4 * 8 / 20, 0.9, 0)
-    assert {layer: each.value for layer, each in early.exits.items()} == {2: 0.8, 8: 0.2} and early.tokens_per_second == 10
+    assert {layer: each.value for layer, each in early.exits.items()} == {
+        2: 0.8,
+        8: 0.2,
+    } and early.tokens_per_second == 10
 
 
 def test_perplexity_is_that_of_all_tokens():
     """The mean of perplexities, which one strange answer makes."""
-    task = Task(name="t", metric="perplexity", items=tuple(Item(where="t", id=i, prompt="x", answers=("y",)) for i in range(2)))
-    readings = [reading(0, "full depth", 0.0, {8: 1}, 1.0, metric="perplexity", weight=1),
-                reading(1, "full depth", 9.0, {8: 3}, 1.0, metric="perplexity", weight=3)]
+    task = Task(
+        name="t", metric="perplexity", items=tuple(Item(where="t", id=i, prompt="x", answers=("y",)) for i in range(2))
+    )
+    readings = [
+        reading(0, "full depth", 0.0, {8: 1}, 1.0, metric="perplexity", weight=1),
+        reading(1, "full depth", 9.0, {8: 3}, 1.0, metric="perplexity", weight=3),
+    ]
     assert task_result(task, [FULL_DEPTH], readings, 8).full_depth.metric.value == pytest.approx(2.718281828 ** (9 / 4))
 
 
@@ -116,16 +172,37 @@ def test_blocks_hold_prompts_of_one_task():
     """A block of two tasks; a prompt in none or two."""
     one, other = a_task(), Task(name="u", metric="exact", items=a_task().items[:2])
     assert [(block.number, block.task.name, block.items) for block in blocks_of([one, other], 3)] == [
-        (0, "t", range(3)), (1, "t", range(3, 5)), (2, "u", range(2))]
+        (0, "t", range(3)),
+        (1, "t", range(3, 5)),
+        (2, "u", range(2)),
+    ]
 
 
 @pytest.fixture
 def command(shared: Path) -> list[str]:
-    return ["evaluate", "--model", str(shared / "model"), "--exits", str(shared / "exits"), "--task", str(shared / "task.jsonl"),
-            "--metric", "contains", "--thresholds", "0.3", "0.05", "--max-new-tokens", "6", "--block", "2"]
+    return [
+        "evaluate",
+        "--model",
+        str(shared / "model"),
+        "--exits",
+        str(shared / "exits"),
+        "--task",
+        str(shared / "task.jsonl"),
+        "--metric",
+        "contains",
+        "--thresholds",
+        "0.3",
+        "0.05",
+        "--max-new-tokens",
+        "6",
+        "--block",
+        "2",
+    ]
 
 
-def test_the_same_command_goes_on(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_the_same_command_goes_on(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     """An hour's decoding lost by Ctrl-C; readings measured twice, or of two jobs in one folder; reports of a part."""
     output, told, whole = tmp_path / "out", evaluate_command.EvaluationFolder.keep, list[int]()
     given = [*command, "--output", str(output)]
@@ -145,7 +222,10 @@ def test_the_same_command_goes_on(command: list[str], tmp_path: Path, monkeypatc
         file.write(b'{"block": 2, "readings": [{"task"')  # what a kill leaves
     assert cli.main([*given, "--thresholds", "0.3"]) == 2
     assert "differs in threshold 0.05 (leaves from" in capsys.readouterr().err
-    assert cli.main([*given, "--max-new-tokens", "7"]) == 2 and "max_new_tokens (6 there, 7 here)" in capsys.readouterr().err
+    assert (
+        cli.main([*given, "--max-new-tokens", "7"]) == 2
+        and "max_new_tokens (6 there, 7 here)" in capsys.readouterr().err
+    )
     assert cli.main(given) == 0
     out, err = capsys.readouterr()
     assert "4 of 5 prompts are in" in err and whole == [0, 1, 2] and "task: contains, 5 prompts" in out
@@ -154,7 +234,11 @@ def test_the_same_command_goes_on(command: list[str], tmp_path: Path, monkeypatc
     assert names == {"readings.jsonl", "evaluation.json", "index.html", "quality-task.png", "exits-task.png"}
     figures = json.loads((output / "evaluation.json").read_text())
     assert len(figures["sessions"]) == 2 and figures["settings"]["exits"] and figures["tasks"][0]["num_prompts"] == 5
-    assert [point["name"] for point in figures["tasks"][0]["points"]] == ["full depth", "threshold 0.3", "threshold 0.05"]
+    assert [point["name"] for point in figures["tasks"][0]["points"]] == [
+        "full depth",
+        "threshold 0.3",
+        "threshold 0.05",
+    ]
     page = (output / "index.html").read_text()
     assert page.count("data:image/png;base64,") == 2 and "http" not in page and "threshold 0.05" in page
     before = (output / "readings.jsonl").read_bytes()
@@ -164,17 +248,31 @@ def test_the_same_command_goes_on(command: list[str], tmp_path: Path, monkeypatc
     assert json.loads((output / "evaluation.json").read_text())["tasks"][0]["num_prompts"] == 1
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["--metric", "choice"], '"choices", and this line has answers alone'), (["--thresholds", "1.5"], "must lie in 0..1, got 1.5"),
-    (["--thresholds", "none", "0.4"], "must be numbers in 0..1"), (["--fixed", "3"], r"one of the exits \(2, 4\), got 3"),
-    (["--exits", ""], "need exits before the last layer, got none; give --exits"), (["--limit", "0"], "--limit must be at least 1"),
-    (["--task", "{}/no.jsonl"], "can not be read"), (["--task", "{}/long.jsonl"], "long.jsonl:1: a prompt must be shorter than"),
-    (["--task", "{}/bare.jsonl"], 'bare.jsonl:1: a line must have an "answer"'), (["--output", "{}/mine"], "holds notes.txt"),
-    (["--output", "MODEL/new"], "--output must lie apart from"), (["--calibration", "{}/long.jsonl"], "calibrate again"),
-    (["--set", "generation.temperature=1"], "likeliest token at each step"), (["--thresholds", "0.3", "0.3"], "'threshold 0.3' twice")])
-def test_bad_input_is_one_line_and_nothing_is_written(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str],
-                                                      arguments: list[str], words: str):
-    """A traceback after hours of decoding; a folder that is left half made; a user's own files taken for an evaluation."""
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--metric", "choice"], '"choices", and this line has answers alone'),
+        (["--thresholds", "1.5"], "must lie in 0..1, got 1.5"),
+        (["--thresholds", "none", "0.4"], "must be numbers in 0..1"),
+        (["--fixed", "3"], r"one of the exits \(2, 4\), got 3"),
+        (["--exits", ""], "need exits before the last layer, got none; give --exits"),
+        (["--limit", "0"], "--limit must be at least 1"),
+        (["--task", "{}/no.jsonl"], "can not be read"),
+        (["--task", "{}/long.jsonl"], "long.jsonl:1: a prompt must be shorter than"),
+        (["--task", "{}/bare.jsonl"], 'bare.jsonl:1: a line must have an "answer"'),
+        (["--output", "{}/mine"], "holds notes.txt"),
+        (["--output", "MODEL/new"], "--output must lie apart from"),
+        (["--calibration", "{}/long.jsonl"], "calibrate again"),
+        (["--set", "generation.temperature=1"], "likeliest token at each step"),
+        (["--thresholds", "0.3", "0.3"], "'threshold 0.3' twice"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+):
+    """A traceback after hours of decoding; a folder that is left half made; a user's own files taken for an
+    evaluation.
+    """
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "word " * 4000, "answer": "x"}))
@@ -182,7 +280,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(command: list[str], tmp_pa
     given = [argument.replace("{}", str(tmp_path)).replace("MODEL", command[2]) for argument in arguments]
     if given[0] in ("--task", "--metric"):
         at = command.index(given[0])
-        command = [*command[:at], *command[at + 2:]]
+        command = [*command[:at], *command[at + 2 :]]
     before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
     assert cli.main([*command, *([] if "--output" in given else ["--output", str(tmp_path / "out")]), *given]) == 2
     error = capsys.readouterr().err

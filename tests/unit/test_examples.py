@@ -1,4 +1,5 @@
 """The examples pass a dry run at the size of their scripts, fit the GPUs that they name, and agree with each other."""
+
 import os
 import re
 import subprocess
@@ -24,7 +25,8 @@ highest=0
 for rank in 0 1; do SLURM_PROCID=$rank SLURM_LOCALID=$rank SLURM_NTASKS=2 "$@"; code=$?; (( code > highest )) && highest=$code; done
 exit $highest""",
     "scontrol": 'if [[ $1 == show ]]; then printf "%s\\n" first second; else echo "$@" >> "$TOLD/scontrol"; fi',
-    "python": 'echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT $*" >> "$TOLD/python"; exit $((RANK ? LAST : 0))'}
+    "python": 'echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT $*" >> "$TOLD/python"; exit $((RANK ? LAST : 0))',
+}
 """Slurm's commands as far as the scripts need them, on two processes, and a `python` that tells what it was asked."""
 
 
@@ -36,7 +38,9 @@ def job(folder: Path) -> Config:
 def plan_of(folder: Path, nodes: int, gpus_per_node: int = 8, name: str = "h100", config: Config | None = None) -> Plan:
     if dist.is_initialized():  # of another test
         leave_parallel()
-    return make_plan(config or job(folder), Cluster(gpu=gpu(name), nodes=nodes, gpus_per_node=gpus_per_node, efficiency=0.5))
+    return make_plan(
+        config or job(folder), Cluster(gpu=gpu(name), nodes=nodes, gpus_per_node=gpus_per_node, efficiency=0.5)
+    )
 
 
 def number(pattern: str, script: str) -> int:
@@ -46,20 +50,30 @@ def number(pattern: str, script: str) -> int:
 
 def test_the_promised_models_are_there() -> None:
     """A glob that finds nothing passes every test of its files."""
-    assert [path.name for path in EXAMPLES] == ["llama-2-13b", "llama-2-70b", "llama-2-7b", "llama-3.1-70b", "llama-3.1-8b", "qwen2.5-7b"]
+    assert [path.name for path in EXAMPLES] == [
+        "llama-2-13b",
+        "llama-2-70b",
+        "llama-2-7b",
+        "llama-3.1-70b",
+        "llama-3.1-8b",
+        "qwen2.5-7b",
+    ]
 
 
 @pytest.mark.parametrize("folder", EXAMPLES, ids=lambda path: path.name)
 def test_scripts_and_job_name_the_same_things(folder: Path) -> None:
-    """A script that starts another example's job, or on other GPUs than it asks for; a job whose run another example has."""
+    """A script that starts another example's job, or on other GPUs than it asks for; a job whose run another example
+    has.
+    """
     config, where = load_config(folder / "job.yaml"), f"examples/{folder.name}/job.yaml"
     torchrun, slurm = ((folder / name).read_text() for name in ("torchrun.sh", "slurm.sh"))
     for script in (folder / "torchrun.sh", folder / "slurm.sh", BODY):
         subprocess.run(["bash", "-n", script], check=True)
     assert f"-m ee_tuning tune {where}" in torchrun and f"{BODY.relative_to(ROOT)} {where} " in slurm
     assert "SIGUSR1" in torchrun, "torchrun would be killed by it and orphan its workers"
-    assert "#SBATCH --signal=USR1@300" in slurm and not re.search("^[^#]*torchrun", BODY.read_text(), re.MULTILINE), \
+    assert "#SBATCH --signal=USR1@300" in slurm and not re.search("^[^#]*torchrun", BODY.read_text(), re.MULTILINE), (
         "torchrun makes every exit code 1"
+    )
     assert config.tuning.run_folder == f"runs/{folder.name}"
     assert config.tuning.stop_exit_code == number(r"\$code -eq (\d+)", BODY.read_text())
     nodes = number(r"^#SBATCH --nodes=(\d+)$", slurm)
@@ -67,17 +81,26 @@ def test_scripts_and_job_name_the_same_things(folder: Path) -> None:
     assert number(r"--nproc-per-node (\d+)", torchrun) == 8
     assert nodes == (number(r"--nnodes (\d+)", torchrun) if "--nnodes" in torchrun else 1)
     layers, exits = read_model_config(folder).num_layers, config.exits.layers(80)
-    assert len(exits) == 8 and exits == tuple(round(layers * i / 8 - 1e-9) for i in range(1, 9)), "every eighth of the depth"
+    assert len(exits) == 8 and exits == tuple(round(layers * i / 8 - 1e-9) for i in range(1, 9)), (
+        "every eighth of the depth"
+    )
 
 
 @pytest.mark.parametrize(("last", "comes_again"), [(75, True), (0, False), (1, False), (137, False)])
 def test_a_job_comes_again_where_its_run_says_so(tmp_path: Path, last: int, comes_again: bool) -> None:
-    """One that was told another run folder and never comes again, or for ever; one that failed and fails again; flags that get lost."""
+    """One that was told another run folder and never comes again, or for ever; one that failed and fails again; flags
+    that get lost.
+    """
     for name, script in SLURM.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
         (tmp_path / name).chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TOLD": str(tmp_path / "told"), "LAST": str(last),
-                   "SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "node[1-2]"}
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "TOLD": str(tmp_path / "told"),
+        "LAST": str(last),
+        "SLURM_JOB_ID": "17",
+        "SLURM_JOB_NODELIST": "node[1-2]",
+    }
     (tmp_path / "told").mkdir()
     flags = ["--output", "else where"]
     done = subprocess.run(["bash", ROOT / "examples/llama-2-7b/slurm.sh", *flags], env=environment, cwd=ROOT)
@@ -96,7 +119,9 @@ def test_examples_run_dry_and_fit(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("weights", ["int8", "nf4"])
-@pytest.mark.parametrize("exits", [{}, {"exit_layers": (32,), "architecture": ("mlp",), "output": "untied"}], ids=["adapters", "mlp"])
+@pytest.mark.parametrize(
+    "exits", [{}, {"exit_layers": (32,), "architecture": ("mlp",), "output": "untied"}], ids=["adapters", "mlp"]
+)
 def test_7b_fits_a_card_of_24_gb(exits: dict[str, Any], weights: str) -> None:
     """Weights counted in 16 bits, or heads that are not counted: the card's owner has no second one."""
     config = load_config(ROOT / "examples/llama-2-7b/card-24gb.yaml", {"model.path": str(ROOT / "examples/llama-2-7b")})
@@ -105,7 +130,9 @@ def test_7b_fits_a_card_of_24_gb(exits: dict[str, Any], weights: str) -> None:
     plan = plan_of(ROOT / "examples/llama-2-7b", 1, 1, "rtx4090", config)
     (stage,) = plan.stages
     matrices = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
-    held = {"int8": 1 + 4 / 4096 * 0.8, "nf4": 0.5 + 4 / 64}[weights] * matrices  # int8: a scale for 4096 or 11008 weights
+    held = {"int8": 1 + 4 / 4096 * 0.8, "nf4": 0.5 + 4 / 64}[
+        weights
+    ] * matrices  # int8: a scale for 4096 or 11008 weights
     outside = 32000 * 4096 * 2 * (1 + (not exits))  # word embedding; tied exits have the output matrix there
     assert stage.memory["weights"] == pytest.approx(held + outside, rel=2e-3)
     assert plan.fits and stage.layers == ((1, 32),) and stage.total_bytes < 16e9

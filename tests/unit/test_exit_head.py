@@ -1,4 +1,5 @@
 """What a head computes at its beginning is known without training: these equalities hold the initialization."""
+
 from pathlib import Path
 
 import pytest
@@ -35,8 +36,10 @@ def logits(model: Path, exits: Path) -> dict[int, Tensor]:  # layer -> [s, b, v]
 
 def test_copied_mlp_head_equals_norm_head(model, tmp_path):
     """a + MLP(PreMLPNorm(a)) is layer l's own output, unless a piece was copied from the wrong layer."""
-    mlp, norm = (logits(model, write_exits(model, tmp_path / kind, architecture=kind, init="copy", exit_layers=[1, 3, 6]))
-                 for kind in ("mlp", "norm"))
+    mlp, norm = (
+        logits(model, write_exits(model, tmp_path / kind, architecture=kind, init="copy", exit_layers=[1, 3, 6]))
+        for kind in ("mlp", "norm")
+    )
     for layer in (1, 3, 6):
         torch.testing.assert_close(mlp[layer], norm[layer], rtol=0, atol=1e-10)
 
@@ -44,9 +47,13 @@ def test_copied_mlp_head_equals_norm_head(model, tmp_path):
 @pytest.mark.parametrize("architecture", ["adapter", "linear"])
 @pytest.mark.parametrize("output", ["tied", "untied"])
 def test_copied_head_that_adds_nothing_yet_equals_norm_head(model, tmp_path, output, architecture):
-    """An `up` that is not 0 at copy initialization, an adapter that replaces what it should add to, a linear map that is drawn."""
+    """An `up` that is not 0 at copy initialization, an adapter that replaces what it should add to, a linear map that
+    is drawn.
+    """
     keys = {"init": "copy", "exit_layers": [1, 3, 6], "output": output}
-    other, norm = (logits(model, write_exits(model, tmp_path / kind, architecture=kind, **keys)) for kind in (architecture, "norm"))
+    other, norm = (
+        logits(model, write_exits(model, tmp_path / kind, architecture=kind, **keys)) for kind in (architecture, "norm")
+    )
     for layer in (1, 3, 6):
         assert torch.equal(other[layer], norm[layer])
 
@@ -62,18 +69,24 @@ def test_copied_layer_head_after_the_last_but_one_layer_equals_the_final_head(mo
 @pytest.mark.parametrize("output", ["tied", "untied"])
 def test_copied_head_after_the_last_layer_equals_the_final_head(model, tmp_path, architecture, output):
     """A head that copies the wrong norm, or the word embedding where the output matrix is another."""
-    got = logits(model, write_exits(model, tmp_path / "exits", architecture=architecture, output=output, init="copy", exit_layers=[6]))
+    got = logits(
+        model,
+        write_exits(model, tmp_path / "exits", architecture=architecture, output=output, init="copy", exit_layers=[6]),
+    )
     torch.testing.assert_close(got[6], got[0], rtol=0, atol=1e-10)
 
 
 def test_random_head_is_no_copy(model, tmp_path):
     """init: random that is ignored would pass every other claim here."""
-    drawn, copied = (logits(model, write_exits(model, tmp_path / init, init=init, exit_layers=[3])) for init in ("random", "copy"))
+    drawn, copied = (
+        logits(model, write_exits(model, tmp_path / init, init=init, exit_layers=[3])) for init in ("random", "copy")
+    )
     assert (drawn[3] - copied[3]).abs().max() > 0.1
 
 
 def test_a_head_must_say_what_its_output_matrix_is_applied_to():
     """An architecture that forgets it fails at the first token and not when it is built."""
+
     class Forgetful(ExitHead):
         pass
 

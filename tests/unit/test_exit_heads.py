@@ -1,4 +1,5 @@
 """The exit-heads artifact: first weights, the folder, and what is refused of one."""
+
 import dataclasses
 import json
 import math
@@ -40,7 +41,9 @@ def first_weights(folder: Path, **section: Any) -> InitialExits:
 
 
 def save(source: InitialExits, output: Path, exits: ExitHeadsConfig | None = None, **options: Any) -> Path:
-    save_exit_heads(output, exits or source.exits, source.config, ((name, source.full(name)) for name in source.shapes), **options)
+    save_exit_heads(
+        output, exits or source.exits, source.config, ((name, source.full(name)) for name in source.shapes), **options
+    )
     return output
 
 
@@ -66,7 +69,9 @@ def refusal(action: Callable[[], object]) -> str:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("ties_embeddings", [False, True])
 def test_copies_are_the_backbone_s_own_bytes(tmp_path: Path, dtype: torch.dtype, ties_embeddings: bool) -> None:
-    """A cast on the way, another layer's MLP, or lm_head where the embedding is meant, would break equality with the full model."""
+    """A cast on the way, another layer's MLP, or lm_head where the embedding is meant, would break equality with the
+    full model.
+    """
     model = random_llama(tmp_path / "llama", tie_word_embeddings=ties_embeddings).to(dtype)
     model.save_pretrained(tmp_path / "llama")
     weights = model.state_dict()
@@ -75,16 +80,28 @@ def test_copies_are_the_backbone_s_own_bytes(tmp_path: Path, dtype: torch.dtype,
     for layer in (2, 4):
         expected[f"exits.{layer}.norm.weight"] = weights["model.norm.weight"]
         for part in ("gate", "up", "down"):
-            expected[f"exits.{layer}.mlp.{part}_proj.weight"] = weights[f"model.layers.{layer - 1}.mlp.{part}_proj.weight"]
-        expected[f"exits.{layer}.output.weight"] = weights["model.embed_tokens.weight" if ties_embeddings else "lm_head.weight"]
+            expected[f"exits.{layer}.mlp.{part}_proj.weight"] = weights[
+                f"model.layers.{layer - 1}.mlp.{part}_proj.weight"
+            ]
+        expected[f"exits.{layer}.output.weight"] = weights[
+            "model.embed_tokens.weight" if ties_embeddings else "lm_head.weight"
+        ]
     assert saved.keys() == expected.keys()
     assert all(saved[name].dtype == dtype and torch.equal(saved[name], tensor) for name, tensor in expected.items())
 
 
-@pytest.mark.parametrize(("architecture", "output", "parts"), [
-    ("embedding", "untied", {"output.weight"}), ("norm", "tied", {"norm.weight"}), ("norm", "untied", {"norm.weight", "output.weight"}),
-    ("mlp", "tied", {"norm.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"})])
-def test_an_artifact_holds_what_its_heads_own_and_no_more(llama: Path, architecture: str, output: str, parts: set[str]) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "output", "parts"),
+    [
+        ("embedding", "untied", {"output.weight"}),
+        ("norm", "tied", {"norm.weight"}),
+        ("norm", "untied", {"norm.weight", "output.weight"}),
+        ("mlp", "tied", {"norm.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"}),
+    ],
+)
+def test_an_artifact_holds_what_its_heads_own_and_no_more(
+    llama: Path, architecture: str, output: str, parts: set[str]
+) -> None:
     """A tied output stored would be trained bytes that nobody reads."""
     shapes = first_weights(llama, architecture=architecture, output=output).shapes
     assert set(shapes) == {f"exits.{layer}.{part}" for layer in (2, 4) for part in parts}
@@ -111,9 +128,21 @@ def test_random_weights_depend_on_seed_and_name_alone(llama: Path) -> None:
 
 
 @pytest.mark.parametrize("init", ["copy", "random"])
-@pytest.mark.parametrize("parameter", ["norm.weight", "mlp.fc1.weight", "mlp.fc2.weight", "output.weight", "adapter.down.weight",
-                                       "layer.self_attention.linear_qkv.weight", "layer.self_attention.linear_proj.weight"])
-def test_a_rank_reads_the_same_from_the_artifact_as_from_the_first_weights(llama: Path, tmp_path: Path, init: str, parameter: str) -> None:
+@pytest.mark.parametrize(
+    "parameter",
+    [
+        "norm.weight",
+        "mlp.fc1.weight",
+        "mlp.fc2.weight",
+        "output.weight",
+        "adapter.down.weight",
+        "layer.self_attention.linear_qkv.weight",
+        "layer.self_attention.linear_proj.weight",
+    ],
+)
+def test_a_rank_reads_the_same_from_the_artifact_as_from_the_first_weights(
+    llama: Path, tmp_path: Path, init: str, parameter: str
+) -> None:
     """Tuning without an artifact begins from these sources directly: it must begin where a converted one begins."""
     part = parameter.partition(".")[0]
     source = first_weights(llama, init=init, architecture=("norm", part if part in ("layer", "adapter") else "mlp"))
@@ -124,10 +153,16 @@ def test_a_rank_reads_the_same_from_the_artifact_as_from_the_first_weights(llama
 
 
 def test_a_number_that_the_artifact_has_no_room_for_is_refused(tmp_path: Path) -> None:
-    """A norm in float32 beside weights in float16: heads with an infinite norm, made by whoever does not go through `convert`."""
+    """A norm in float32 beside weights in float16: heads with an infinite norm, made by whoever does not go through
+    `convert`.
+    """
     random_llama(tmp_path, num_hidden_layers=4, dtype=torch.float16).half().save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    save_file({**tensors, "model.norm.weight": torch.full([48], 1e5)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {**tensors, "model.norm.weight": torch.full([48], 1e5)},
+        tmp_path / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     source = first_weights(tmp_path, architecture="norm")
     for read in (source.full, lambda name: list(source.blocks(name))):
         with pytest.raises(InputError, match=r"tensor model\.norm\.weight holds 48 values .* float16"):
@@ -199,11 +234,27 @@ def test_a_manifest_reads_no_file_elsewhere(artifact: Path) -> None:
     assert str(path) in refusal(lambda: ExitHeadsReader(artifact))
 
 
-@pytest.mark.parametrize("change", [
-    {"format_version": 5}, {"adds_linear": [2]}, {"fitted": 3},
-    {"exit_layers": [4, 2]}, {"exit_layers": []}, {"exit_layers": "24"}, {"architecture": "lstm"},
-    {"architecture": ["mlp"]}, {"architecture": ["mlp", "adapter"]}, {"adapter_rank": 8},
-    {"output": "none"}, {"dtype": "cdouble"}, {"init": None}, {"model_fingerprint": 3}, {"surprise": 1}, {"tuned": "yes"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format_version": 5},
+        {"adds_linear": [2]},
+        {"fitted": 3},
+        {"exit_layers": [4, 2]},
+        {"exit_layers": []},
+        {"exit_layers": "24"},
+        {"architecture": "lstm"},
+        {"architecture": ["mlp"]},
+        {"architecture": ["mlp", "adapter"]},
+        {"adapter_rank": 8},
+        {"output": "none"},
+        {"dtype": "cdouble"},
+        {"init": None},
+        {"model_fingerprint": 3},
+        {"surprise": 1},
+        {"tuned": "yes"},
+    ],
+)
 def test_an_exit_config_is_read_strictly(llama: Path, tmp_path: Path, change: dict[str, Any]) -> None:
     """A key of a later version ignored would run other heads than were saved."""
     source = first_weights(llama)
@@ -219,7 +270,11 @@ def test_an_artifact_of_an_earlier_format_is_read(llama: Path, tmp_path: Path, v
     folder = save(first_weights(llama), tmp_path / "exits")
     path = folder / CONFIG
     tree = {**json.loads(path.read_text()), "format_version": version}
-    for key in ("output_vocab", *(["adds_linear", "fitted"] if version < 3 else []), *(["adapter_rank"] if version == 1 else [])):
+    for key in (
+        "output_vocab",
+        *(["adds_linear", "fitted"] if version < 3 else []),
+        *(["adapter_rank"] if version == 1 else []),
+    ):
         del tree[key]
     exits = read_exit_config(folder)
     path.write_text(json.dumps(tree))
@@ -231,7 +286,9 @@ def test_exits_of_another_backbone_are_refused_by_both_names(artifact: Path) -> 
     reader = ExitHeadsReader(artifact)
     check_bound_to(reader, reader.config.model_fingerprint)
     message = refusal(lambda: check_bound_to(reader, "f" * 64))
-    assert reader.config.model_name in message and "ffffffff" in message and reader.config.model_fingerprint[:8] in message
+    assert (
+        reader.config.model_name in message and "ffffffff" in message and reader.config.model_fingerprint[:8] in message
+    )
 
 
 def test_exits_that_do_not_fit_the_model_s_shape_are_refused(artifact: Path, llama: Path) -> None:

@@ -1,4 +1,5 @@
 """Exits taken out, put together and added: each keeps its own bytes."""
+
 import json
 import shutil
 from pathlib import Path
@@ -14,18 +15,41 @@ from ee_tuning.checkpoint.manifest import write_manifest
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`a` and `b`, two models; `a24` (exits 2 and 4, seed 1) and `a5` (exit 5, seed 2) of a, and what can not be put together with them."""
+    """`a` and `b`, two models; `a24` (exits 2 and 4, seed 1) and `a5` (exit 5, seed 2) of a, and what can not be put
+    together with them.
+    """
     folder = tmp_path_factory.mktemp("models")
     random_llama(folder / "a")
     random_llama(folder / "b", seed=1)
     random_model("mixtral", folder / "moe")
     for name, model, layers, *more in (
-            ("a24", "a", "2,4", "--seed", "1"), ("a5", "a", "5", "--seed", "2"), ("a4", "a", "4", "--seed", "3"), ("b5", "b", "5"),
-            ("norm5", "a", "5", "--architecture", "norm"), ("adapter4", "a", "4", "--architecture", "adapter", "--adapter-rank", "8"),
-            ("adapter5", "a", "5", "--architecture", "adapter"), ("tied5", "a", "5", "--exit-output", "tied"),
-            ("moe2", "moe", "2")):
-        assert cli.main(["convert", "--model", str(folder / model), "--exit-layers", layers, "--init", "random", *more,
-                         "--output", str(folder / name)]) == 0
+        ("a24", "a", "2,4", "--seed", "1"),
+        ("a5", "a", "5", "--seed", "2"),
+        ("a4", "a", "4", "--seed", "3"),
+        ("b5", "b", "5"),
+        ("norm5", "a", "5", "--architecture", "norm"),
+        ("adapter4", "a", "4", "--architecture", "adapter", "--adapter-rank", "8"),
+        ("adapter5", "a", "5", "--architecture", "adapter"),
+        ("tied5", "a", "5", "--exit-output", "tied"),
+        ("moe2", "moe", "2"),
+    ):
+        assert (
+            cli.main(
+                [
+                    "convert",
+                    "--model",
+                    str(folder / model),
+                    "--exit-layers",
+                    layers,
+                    "--init",
+                    "random",
+                    *more,
+                    "--output",
+                    str(folder / name),
+                ]
+            )
+            == 0
+        )
     return folder
 
 
@@ -70,8 +94,22 @@ def test_exits_of_different_architectures_become_one_artifact(models, tmp_path):
     assert json.loads((merged / "exit_config.json").read_text())["architecture"] == ["mlp", "mlp", "norm"]
     back = export(models, tmp_path / "back", "--exits", str(merged), "--only", "5")
     assert read_exit_config(back) == read_exit_config(models / "norm5") and tensors(back) == tensors(models / "norm5")
-    more = export(models, tmp_path / "more", "--exits", str(merged), "--model", "a", "--add", "1,6", "--architecture", "adapter,layer")
-    assert read_exit_config(more).architecture == ("adapter", "mlp", "mlp", "norm", "layer") and read_exit_config(more).adapter_rank == 64
+    more = export(
+        models,
+        tmp_path / "more",
+        "--exits",
+        str(merged),
+        "--model",
+        "a",
+        "--add",
+        "1,6",
+        "--architecture",
+        "adapter,layer",
+    )
+    assert (
+        read_exit_config(more).architecture == ("adapter", "mlp", "mlp", "norm", "layer")
+        and read_exit_config(more).adapter_rank == 64
+    )
     export(models, tmp_path / "untold", "--exits", str(merged), "--model", "a", "--add", "1", code=2)
 
 
@@ -83,11 +121,15 @@ def test_an_exit_gives_way_to_another_s(models, tmp_path):
 
 def test_added_exits_are_those_that_convert_makes(models, tmp_path):
     """A second initialization would drift away from the first."""
-    added = export(models, tmp_path / "added", "--exits", "a24", "--model", "a", "--add", "5", "--init", "random", "--seed", "2")
+    added = export(
+        models, tmp_path / "added", "--exits", "a24", "--model", "a", "--add", "5", "--init", "random", "--seed", "2"
+    )
     assert tensors(added) == {**tensors(models / "a24"), **tensors(models / "a5")}
     copied = export(models, tmp_path / "copied", "--exits", "a24", "--model", "a", "--add", "1,6")
     backbone = load_file(models / "a" / "model.safetensors")
-    assert tensors(copied)["exits.6.mlp.up_proj.weight"] == backbone["model.layers.5.mlp.up_proj.weight"].numpy().tobytes()
+    assert (
+        tensors(copied)["exits.6.mlp.up_proj.weight"] == backbone["model.layers.5.mlp.up_proj.weight"].numpy().tobytes()
+    )
     assert read_exit_config(copied).exit_layers == (1, 2, 4, 6)
 
 
@@ -111,7 +153,9 @@ def test_one_artifact_s_adapters_have_one_rank(models, tmp_path):
     alone = export(models, tmp_path / "alone", "--exits", "adapter4", "--drop", "4", *words, "--adapter-rank", "16")
     assert (read_exit_config(beside).adapter_rank, read_exit_config(alone).adapter_rank) == (8, 16)
     for folder in (beside, alone):
-        export(models, folder.with_name("copy"), "--exits", str(folder), "--only", "1", "--overwrite")  # which reads all of it
+        export(
+            models, folder.with_name("copy"), "--exits", str(folder), "--only", "1", "--overwrite"
+        )  # which reads all of it
 
 
 def test_a_model_with_experts_gets_heads_that_it_takes(models):
@@ -119,28 +163,49 @@ def test_a_model_with_experts_gets_heads_that_it_takes(models):
     assert read_exit_config(models / "moe2").architecture == ("norm",)
 
 
-@pytest.mark.parametrize(("arguments", "named"), [
-    (["--exits", "a24", "--merge", "b5"], "bound to b"),
-    (["--exits", "adapter4", "--merge", "adapter5"], "adapter_rank"),
-    (["--exits", "a24", "--merge", "tied5"], "output"),
-    (["--exits", "a24", "--merge", "a4"], "after layer 4 comes from two places"),
-    (["--exits", "a24", "--drop", "2", "--architecture", "mlp"], "exits.architecture is of new exits, and none is asked for"),
-    (["--exits", "a24", "--model", "a", "--add", "2"], "after layer 2 comes from two places"),
-    (["--exits", "a24", "--model", "b", "--add", "5"], "bound to a"),
-    (["--exits", "a24", "--model", "a", "--add", "7"], "1..6"),
-    (["--exits", "a24", "--add", "5"], "--model"),
-    (["--exits", "adapter4", "--model", "a", "--add", "5", "--adapter-rank", "16"], "--adapter-rank must be 8"),
-    (["--exits", "a24", "--merge", "adapter5", "--model", "a", "--add", "1", "--architecture", "adapter", "--adapter-rank", "8"],
-     "--adapter-rank must be 64"),
-    (["--exits", "moe2", "--model", "moe", "--add", "3", "--architecture", "mlp"], "architecture must not be mlp"),
-    (["--exits", "a24", "--model", "a", "--add", "5", "--init", "fitted"], "--merge"),
-    (["--exits", "a24", "--drop", "3"], "holds 2, 4, got 3"),
-    (["--exits", "a24", "--drop", "2,4"], "at least one exit"),
-    (["--exits", "a24", "--drop", "2", "--only", "4"], "one of them"),
-    (["--exits", "a24", "--drop", "two"], "layer numbers"),
-    (["--exits", "a"], "convert"),
-    ([], "--exits"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--exits", "a24", "--merge", "b5"], "bound to b"),
+        (["--exits", "adapter4", "--merge", "adapter5"], "adapter_rank"),
+        (["--exits", "a24", "--merge", "tied5"], "output"),
+        (["--exits", "a24", "--merge", "a4"], "after layer 4 comes from two places"),
+        (
+            ["--exits", "a24", "--drop", "2", "--architecture", "mlp"],
+            "exits.architecture is of new exits, and none is asked for",
+        ),
+        (["--exits", "a24", "--model", "a", "--add", "2"], "after layer 2 comes from two places"),
+        (["--exits", "a24", "--model", "b", "--add", "5"], "bound to a"),
+        (["--exits", "a24", "--model", "a", "--add", "7"], "1..6"),
+        (["--exits", "a24", "--add", "5"], "--model"),
+        (["--exits", "adapter4", "--model", "a", "--add", "5", "--adapter-rank", "16"], "--adapter-rank must be 8"),
+        (
+            [
+                "--exits",
+                "a24",
+                "--merge",
+                "adapter5",
+                "--model",
+                "a",
+                "--add",
+                "1",
+                "--architecture",
+                "adapter",
+                "--adapter-rank",
+                "8",
+            ],
+            "--adapter-rank must be 64",
+        ),
+        (["--exits", "moe2", "--model", "moe", "--add", "3", "--architecture", "mlp"], "architecture must not be mlp"),
+        (["--exits", "a24", "--model", "a", "--add", "5", "--init", "fitted"], "--merge"),
+        (["--exits", "a24", "--drop", "3"], "holds 2, 4, got 3"),
+        (["--exits", "a24", "--drop", "2,4"], "at least one exit"),
+        (["--exits", "a24", "--drop", "2", "--only", "4"], "one of them"),
+        (["--exits", "a24", "--drop", "two"], "layer numbers"),
+        (["--exits", "a"], "convert"),
+        ([], "--exits"),
+    ],
+)
 def test_what_can_not_be_put_together_is_refused_by_name(models, tmp_path, capsys, arguments, named):
     """Heads of another model decode noise; two heads after one layer can not both be asked."""
     output = export(models, tmp_path / "refused", *arguments, code=2)
@@ -196,10 +261,25 @@ def test_the_card_tells_what_the_folder_holds(models, tmp_path):
     ExitHeadsReader(merged)
 
 
-@pytest.mark.parametrize("shape", [
-    {}, {"hidden_size": "48"}, {"num_layers": 0}, {"num_layers": True}, {"family": "foo"}, {"family": [1]}, {"ties_embeddings": "no"},
-    {"norm": "batch"}, {"activation": ["gelu"]}, {"position": 3}, {"is_gated": 1}, {"num_experts": -1}, {"dense_layers": ["x"]},
-    {"dense_layers": 3}])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"hidden_size": "48"},
+        {"num_layers": 0},
+        {"num_layers": True},
+        {"family": "foo"},
+        {"family": [1]},
+        {"ties_embeddings": "no"},
+        {"norm": "batch"},
+        {"activation": ["gelu"]},
+        {"position": 3},
+        {"is_gated": 1},
+        {"num_experts": -1},
+        {"dense_layers": ["x"]},
+        {"dense_layers": 3},
+    ],
+)
 def test_a_broken_description_of_the_model_is_one_line(models, tmp_path, capsys, shape):
     """A traceback for an artifact that was edited by hand, or one read as if it were whole."""
     broken = export(models, tmp_path / "broken", "--exits", "a24")

@@ -1,4 +1,5 @@
 """Frozen weights in 8 and 4 bits: how far off they may be, what they take, and that the heads do not learn of it."""
+
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -17,19 +18,30 @@ from ee_tuning.planning.dry_run import rehearse
 
 FORMATS = ("int8", "nf4")
 NF4_GAP = 1 - 0.6961928
-"""Between the two neighbours among NF4's sixteen values that are farthest apart (-1 and the next; QLoRA, appendix E)."""
+"""Between the two neighbours among NF4's sixteen values that are farthest apart (-1 and the next; QLoRA, appendix E).
+"""
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("llama")
-    random_llama(folder, hidden_size=128, intermediate_size=256, head_dim=32, num_hidden_layers=3, initializer_range=0.06)
+    random_llama(
+        folder, hidden_size=128, intermediate_size=256, head_dim=32, num_hidden_layers=3, initializer_range=0.06
+    )
     return folder
 
 
 def job(model: Path, weights: str, **keys: Any) -> Config:
-    return load_config(None, {"model.path": str(model), "exits.exit_layers": [1, 3], "tuning.backbone_weights": weights,
-                              "tuning.seq_length": 32, **keys})
+    return load_config(
+        None,
+        {
+            "model.path": str(model),
+            "exits.exit_layers": [1, 3],
+            "tuning.backbone_weights": weights,
+            "tuning.seq_length": 32,
+            **keys,
+        },
+    )
 
 
 def load(config: Config) -> LoadedModel:
@@ -41,7 +53,9 @@ def native_weights(model: Path) -> dict[str, Tensor]:
 
 
 def error_bound(weights: str, x: Tensor, weight: Tensor) -> Tensor:  # [t, i], [o, i] -> [t, o]
-    """Rounding is off by half a step at the most: of int8 a 127.5th of the row's largest weight, of NF4 half its widest gap."""
+    """Rounding is off by half a step at the most: of int8 a 127.5th of the row's largest weight, of NF4 half its widest
+    gap.
+    """
     if weights == "int8":
         return x.abs().sum(-1, keepdim=True) * weight.abs().amax(-1) / 127.5 / 2
     largest = weight.abs().unflatten(-1, (-1, 64)).amax(-1).repeat_interleave(64, dim=-1)
@@ -55,7 +69,7 @@ def test_every_product_is_within_the_rounding_of_its_weights(weights: str, model
     assert len(found) == 3 * 4
     x = torch.randn(5, 256, generator=torch.Generator().manual_seed(0))
     for name, linear in found.items():
-        weight, rows = native[name], x[:, :native[name].shape[1]]
+        weight, rows = native[name], x[:, : native[name].shape[1]]
         error, bound = (linear.product(rows) - rows @ weight.t()).abs(), error_bound(weights, rows, weight)
         assert (error <= bound * 1.01 + 1e-5).all(), name
         assert error.mean() > bound.mean() / 100, "nothing was rounded"
@@ -63,14 +77,15 @@ def test_every_product_is_within_the_rounding_of_its_weights(weights: str, model
 
 @pytest.mark.parametrize(("weights", "most"), [("int8", 0.03), ("nf4", 0.35)])
 def test_hidden_states_stay_close(weights: str, most: float, model: Path) -> None:
-    """A map that was left out. Rounding a normal weight moves it by 0.8% (int8, rows of 128) and 9% (NF4) of its size, and three layers of
-    four maps add their errors, which are independent, as squares: some √12 times that at the most.
+    """A map that was left out. Rounding a normal weight moves it by 0.8% (int8, rows of 128) and 9% (NF4) of its size,
+    and three layers of four maps add their errors, which are independent, as squares: some √12 times that at the most.
     """
     tokens = torch.arange(24)[None]
 
     def hidden(weights: str) -> Tensor:
         stage = load(job(model, weights)).model
         return stage.run_layers(stage.embed(tokens))[0]
+
     wanted, got = hidden("native"), hidden(weights)
     off = float((got - wanted).norm() / wanted.norm())
     assert most / 20 < off < most
@@ -79,7 +94,9 @@ def test_hidden_states_stay_close(weights: str, most: float, model: Path) -> Non
 @pytest.mark.parametrize("weights", FORMATS)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
 def test_heads_and_all_other_weights_are_the_models_own(weights: str, family: str, tmp_path: Path) -> None:
-    """Heads copied from rounded weights start worse for good; a bias or an embedding that was rounded along. Widths here fit no block."""
+    """Heads copied from rounded weights start worse for good; a bias or an embedding that was rounded along. Widths
+    here fit no block.
+    """
     random_model(family, tmp_path, initializer_range=0.06)
     stage, native = (load(job(tmp_path, each, **{"exits.exit_layers": [2, 6]})).model for each in (weights, "native"))
     heads, wanted = dict(stage.exit_heads.named_parameters()), dict(native.exit_heads.named_parameters())
@@ -96,8 +113,16 @@ def test_heads_and_all_other_weights_are_the_models_own(weights: str, family: st
 @pytest.mark.parametrize("weights", FORMATS)
 def test_memory_is_what_the_formats_say_and_the_dry_run_knows(weights: str, model: Path) -> None:
     """Weights kept beside their rounded copies; a plan that says 4 bits and counts 16."""
-    config = job(model, weights, **{"model.dtype": "bfloat16", "tuning.seq_length": 8, "tuning.micro_batch_size": 1,
-                                    "tuning.global_batch_size": 1})
+    config = job(
+        model,
+        weights,
+        **{
+            "model.dtype": "bfloat16",
+            "tuning.seq_length": 8,
+            "tuning.micro_batch_size": 1,
+            "tuning.global_batch_size": 1,
+        },
+    )
     maps = [(4 * 32 + 2 * 2 * 32, 128), (128, 4 * 32), (2 * 256, 128), (128, 256)]
     bytes_of = {"int8": lambda o, i: o * i + 4 * o, "nf4": lambda o, i: o * i / 2 + 4 * o * i / 64}[weights]
     others = 2 * (101 * 128 + 3 * 2 * 128)  # embedding, norms
@@ -110,8 +135,19 @@ def test_memory_is_what_the_formats_say_and_the_dry_run_knows(weights: str, mode
     (rehearsal,) = rehearse(config, 1)
     assert rehearsal.memory["weights"] == held
     # A product wants its own weight in the computing dtype, and no other's.
-    (native,) = rehearse(job(model, "native", **{"model.dtype": "bfloat16", "tuning.seq_length": 8, "tuning.micro_batch_size": 1,
-                                                 "tuning.global_batch_size": 1}), 1)
+    (native,) = rehearse(
+        job(
+            model,
+            "native",
+            **{
+                "model.dtype": "bfloat16",
+                "tuning.seq_length": 8,
+                "tuning.micro_batch_size": 1,
+                "tuning.global_batch_size": 1,
+            },
+        ),
+        1,
+    )
     assert rehearsal.memory["activations"] <= native.memory["activations"] + 2 * max(o * i for o, i in maps) + 4096
 
 
@@ -136,9 +172,16 @@ def test_quantization_is_layer_by_layer(model: Path, monkeypatch: pytest.MonkeyP
     def counted(*args: Any, **keys: Any) -> Any:
         layer = build(*args, **keys)
         built.append(layer)
-        alive.append(sum(not isinstance(part, FewBitsLinear) for each in built for name, part in each.named_modules()
-                         if name.rpartition(".")[2] in ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")))
+        alive.append(
+            sum(
+                not isinstance(part, FewBitsLinear)
+                for each in built
+                for name, part in each.named_modules()
+                if name.rpartition(".")[2] in ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+            )
+        )
         return layer
+
     built: list[Any] = []
     monkeypatch.setattr(backbone, "build_layer", counted)
     load(job(model, "int8"))

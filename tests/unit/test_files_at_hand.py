@@ -1,4 +1,7 @@
-"""Folders as they lie about on disks: links, shards without an index, weights in other forms, more files than may be open."""
+"""Folders as they lie about on disks: links, shards without an index, weights in other forms, more files than may be
+open.
+"""
+
 import json
 import os
 import shutil
@@ -24,7 +27,9 @@ INDEX = "model.safetensors.index.json"
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`single` and `sharded`, one model, `sharded` in more files than a low limit allows; `legacy` and `megatron`, the same."""
+    """`single` and `sharded`, one model, `sharded` in more files than a low limit allows; `legacy` and `megatron`, the
+    same.
+    """
     folder = tmp_path_factory.mktemp("saved")
     model = random_llama(folder / "single")
     model.save_pretrained(folder / "sharded", max_shard_size="15KB")
@@ -57,7 +62,9 @@ def refusal(folder: Path | str) -> str:
 
 
 def test_links_that_the_owner_made_are_followed(saved: Path, sharded: Path, tmp_path: Path) -> None:
-    """Weights linked from a store, a cache whose blobs were moved to another disk: refused as leading out of the folder."""
+    """Weights linked from a store, a cache whose blobs were moved to another disk: refused as leading out of the
+    folder.
+    """
     wanted, store = print_of(saved / "single"), tmp_path / "store"
     store.mkdir()
     shards = sorted(sharded.glob("*.safetensors"))
@@ -116,13 +123,22 @@ def test_shards_without_their_index_are_told_from_no_weights(sharded: Path) -> N
     """`holds neither`, though all of the weights are there."""
     (sharded / INDEX).unlink()
     message = refusal(sharded)
-    assert message.startswith(f"{sharded / INDEX} is missing") and "model-00001-of-" in message and "fetch it, too" in message
+    assert (
+        message.startswith(f"{sharded / INDEX} is missing")
+        and "model-00001-of-" in message
+        and "fetch it, too" in message
+    )
 
 
-@pytest.mark.parametrize(("name", "words"), [
-    ("pytorch_model.bin", ["pytorch_model.bin, which is not read", "save_pretrained"]), ("model-q4.gguf", ["model-q4.gguf"]),
-    ("consolidated.safetensors", ["consolidated.safetensors", "call the file model.safetensors"]),
-    ("training_args.bin", ["holds neither; fetch"])])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("pytorch_model.bin", ["pytorch_model.bin, which is not read", "save_pretrained"]),
+        ("model-q4.gguf", ["model-q4.gguf"]),
+        ("consolidated.safetensors", ["consolidated.safetensors", "call the file model.safetensors"]),
+        ("training_args.bin", ["holds neither; fetch"]),
+    ],
+)
 def test_weights_in_another_form_are_named(saved: Path, tmp_path: Path, name: str, words: list[str]) -> None:
     """A folder with .bin files alone: nothing said how to get on; `inspect` called its weights missing."""
     shutil.copy(saved / "single" / "config.json", tmp_path)
@@ -132,12 +148,24 @@ def test_weights_in_another_form_are_named(saved: Path, tmp_path: Path, name: st
     assert (name in model_facts(tmp_path)["format"]) == (name != "training_args.bin")
 
 
-@pytest.mark.parametrize(("content", "words"), [
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n", ["pointer of Git LFS", "git lfs pull"]),
-    (b"<!DOCTYPE html><html>login</html>", ["web page"]), (b"GGUF\x03\x00\x00\x00", ["GGUF"]),
-    (b"PK\x03\x04" + b"\0" * 60, ["torch.save"])])
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", INDEX, "common.pt", "mp_rank_00_000/model_optim_rng.pt"])
-def test_what_a_file_holds_instead_is_told(saved: Path, tmp_path: Path, name: str, content: bytes, words: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n",
+            ["pointer of Git LFS", "git lfs pull"],
+        ),
+        (b"<!DOCTYPE html><html>login</html>", ["web page"]),
+        (b"GGUF\x03\x00\x00\x00", ["GGUF"]),
+        (b"PK\x03\x04" + b"\0" * 60, ["torch.save"]),
+    ],
+)
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", INDEX, "common.pt", "mp_rank_00_000/model_optim_rng.pt"]
+)
+def test_what_a_file_holds_instead_is_told(
+    saved: Path, tmp_path: Path, name: str, content: bytes, words: list[str]
+) -> None:
     """A clone without Git LFS: `its header is broken; fetch it again`, which gives the same pointer again."""
     source = {"common.pt": "megatron", INDEX: "sharded"}.get(name, "legacy" if "/" in name else "single")
     folder = Path(shutil.copytree(saved / source, tmp_path / "model"))
@@ -155,9 +183,15 @@ def test_a_tokenizer_that_is_a_pointer_is_told(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize(("name", "content", "words"), [
-    ("m.bin", b"GGUF", ["GGUF", "one that ends in .gguf"]), ("m.gguf", None, ["GGUF", "there is no"]),
-    ("model.safetensors", b"xxxxxxxxxx", ["is a file", "the folder"]), ("config.json", b"{}", ["is a file", "config.json"])])
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("m.bin", b"GGUF", ["GGUF", "one that ends in .gguf"]),
+        ("m.gguf", None, ["GGUF", "there is no"]),
+        ("model.safetensors", b"xxxxxxxxxx", ["is a file", "the folder"]),
+        ("config.json", b"{}", ["is a file", "config.json"]),
+    ],
+)
 def test_a_file_is_no_folder(tmp_path: Path, name: str, content: bytes | None, words: list[str]) -> None:
     """`--model file.gguf`: there is no folder, though there is a file."""
     if content is not None:
@@ -166,22 +200,35 @@ def test_a_file_is_no_folder(tmp_path: Path, name: str, content: bytes | None, w
     assert all(word in message for word in words), message
 
 
-@pytest.mark.parametrize(("fields", "words"), [
-    ({"quant_method": "awq", "bits": 4}, "awq in 4 bits"), ({"quant_method": "gptq", "bits": 8}, "gptq in 8 bits"),
-    ({"quant_method": "fp8"}, "fp8"), ({"load_in_4bit": True, "quant_method": "bitsandbytes"}, "bitsandbytes in 4 bits"),
-    ({"quant_algo": "NVFP4"}, "NVFP4")])
-def test_quantized_weights_are_told_by_their_method(saved: Path, tmp_path: Path, fields: dict[str, object], words: str) -> None:
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"quant_method": "awq", "bits": 4}, "awq in 4 bits"),
+        ({"quant_method": "gptq", "bits": 8}, "gptq in 8 bits"),
+        ({"quant_method": "fp8"}, "fp8"),
+        ({"load_in_4bit": True, "quant_method": "bitsandbytes"}, "bitsandbytes in 4 bits"),
+        ({"quant_algo": "NVFP4"}, "NVFP4"),
+    ],
+)
+def test_quantized_weights_are_told_by_their_method(
+    saved: Path, tmp_path: Path, fields: dict[str, object], words: str
+) -> None:
     """`config and weights do not belong together`, though the config names what they are."""
     folder = Path(shutil.copytree(saved / "single", tmp_path / "model"))
     raw = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**raw, "quantization_config": fields}))
     message = refusal(folder)
-    assert f"quantized by {words} (quantization_config)" in message and "give the model that they were made from" in message
+    assert (
+        f"quantized by {words} (quantization_config)" in message
+        and "give the model that they were made from" in message
+    )
 
 
 @pytest.mark.parametrize("kind", ["sharded", "legacy", "megatron"])
 def test_few_files_are_open_at_a_time(saved: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    """A model of sixty shards under a low limit of open files: `can not be read: Too many open files; fetch it again`."""
+    """A model of sixty shards under a low limit of open files: `can not be read: Too many open files; fetch it
+    again`.
+    """
     monkeypatch.setattr(open_files, "_num_open", lambda: 2)
     before, most = len(os.listdir("/proc/self/fd")), 0
     model = opened(saved / kind)

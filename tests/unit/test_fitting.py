@@ -1,4 +1,7 @@
-"""Exits fitted by least squares: the map is the one that solves the problem, lies where it should, and is made where it is asked for."""
+"""Exits fitted by least squares: the map is the one that solves the problem, lies where it should, and is made where it
+is asked for.
+"""
+
 import json
 import math
 import shutil
@@ -43,16 +46,32 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fitted_job(model: Path, folder: Path, **keys: object) -> Config:
     (folder / "text.txt").write_text(TEXT)
     (folder / "more.txt").write_text(TEXT[::-1])
-    return load_config(None, {
-        "model.path": str(model), "exits.exit_layers": [2, 5], "exits.architecture": "norm", "exits.init": "fitted", "exits.output": "tied",
-        "data.paths": [str(folder / "text.txt"), str(folder / "more.txt")], "data.cache": str(folder / "cache"), "tuning.seq_length": 64,
-        "tuning.micro_batch_size": 2, "tuning.global_batch_size": 2, "tuning.fit_tokens": 1000, "tuning.train_iters": 3,
-        "tuning.run_folder": str(folder / "run"), **keys})
+    return load_config(
+        None,
+        {
+            "model.path": str(model),
+            "exits.exit_layers": [2, 5],
+            "exits.architecture": "norm",
+            "exits.init": "fitted",
+            "exits.output": "tied",
+            "data.paths": [str(folder / "text.txt"), str(folder / "more.txt")],
+            "data.cache": str(folder / "cache"),
+            "tuning.seq_length": 64,
+            "tuning.micro_batch_size": 2,
+            "tuning.global_batch_size": 2,
+            "tuning.fit_tokens": 1000,
+            "tuning.train_iters": 3,
+            "tuning.run_folder": str(folder / "run"),
+            **keys,
+        },
+    )
 
 
 @pytest.mark.parametrize("output", ["tied", "untied"])
 def test_the_map_solves_the_least_squares_of_transformers_states(tmp_path: Path, output: str) -> None:
-    """States of another layer, a final state without its norm, a ridge of another size, tokens that are left out or counted twice."""
+    """States of another layer, a final state without its norm, a ridge of another size, tokens that are left out or
+    counted twice.
+    """
     reference = random_llama(tmp_path / "model").double()
     exits = {"architecture": ("norm",), "init": "fitted", "output": output}
     config = job.replace(configure(tmp_path / "model", tmp_path / "run"), exits=exits)
@@ -60,49 +79,76 @@ def test_the_map_solves_the_least_squares_of_transformers_states(tmp_path: Path,
     got = fit_exits(config, samples, init_parallel(ParallelSection()), 48)
     rows = torch.stack([torch.from_numpy(samples.sample(index).tokens[:-1]) for index in range(len(samples))])
     last: list[torch.Tensor] = []
-    reference.model.layers[-1].register_forward_hook(lambda module, given, made: last.append(made[0] if isinstance(made, tuple) else made))
+    reference.model.layers[-1].register_forward_hook(
+        lambda module, given, made: last.append(made[0] if isinstance(made, tuple) else made)
+    )
     with torch.no_grad():
         states = reference(rows, output_hidden_states=True).hidden_states
         final = reference.model.norm(last[0]).flatten(0, 1)
         for layer in (2, 5):
             z = reference.model.norm(states[layer]).flatten(0, 1)
             weight = math.sqrt(RIDGE * float(z.square().sum(0).mean()))
-            one, zero = torch.ones(len(z), output == "tied", dtype=z.dtype), torch.zeros(48, output == "tied", dtype=z.dtype)
+            one, zero = (
+                torch.ones(len(z), output == "tied", dtype=z.dtype),
+                torch.zeros(48, output == "tied", dtype=z.dtype),
+            )
             system = torch.cat((torch.cat((z, one), 1), torch.cat((weight * torch.eye(48, dtype=z.dtype), zero), 1)))
             wanted = torch.linalg.lstsq(system, torch.cat((final, torch.zeros(48, 48, dtype=z.dtype)))).solution.T
-            torch.testing.assert_close(got.maps[layer][:, :wanted.shape[1]].double(), wanted, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(got.maps[layer][:, : wanted.shape[1]].double(), wanted, rtol=1e-5, atol=1e-6)
             assert output == "tied" or not got.maps[layer][:, -1].any()
     assert got.record == {"tokens": len(samples) * config.tuning.seq_length, "ridge": RIDGE}
 
 
 def test_a_tied_head_keeps_the_map_and_an_untied_one_folds_it(model: Path, tmp_path: Path) -> None:
-    """A map applied from the wrong side, an intercept lost of a head that could keep it, a head that became another architecture's."""
-    tied, untied, words = tmp_path / "tied", tmp_path / "untied", load_file(model / "model.safetensors")["lm_head.weight"].double()
+    """A map applied from the wrong side, an intercept lost of a head that could keep it, a head that became another
+    architecture's.
+    """
+    tied, untied, words = (
+        tmp_path / "tied",
+        tmp_path / "untied",
+        load_file(model / "model.safetensors")["lm_head.weight"].double(),
+    )
     convert_by_texts(fitted_job(model, tmp_path), tied)
     convert_by_texts(fitted_job(model, tmp_path, **{"exits.output": "untied"}), untied)
     kept, folded = load_file(tied / "exit_heads.safetensors"), load_file(untied / "exit_heads.safetensors")
-    assert set(kept) == {f"exits.{layer}.{name}" for layer in (2, 5) for name in ("norm.weight", "linear.weight", "linear.bias")}
+    assert set(kept) == {
+        f"exits.{layer}.{name}" for layer in (2, 5) for name in ("norm.weight", "linear.weight", "linear.bias")
+    }
     assert set(folded) == {f"exits.{layer}.{name}" for layer in (2, 5) for name in ("norm.weight", "output.weight")}
     topology = init_parallel(ParallelSection())
-    maps = fit_exits(fitted_job(model, tmp_path, **{"exits.output": "untied"}),
-                     load_job_samples(fitted_job(model, tmp_path), topology).train, topology, 48).maps
+    maps = fit_exits(
+        fitted_job(model, tmp_path, **{"exits.output": "untied"}),
+        load_job_samples(fitted_job(model, tmp_path), topology).train,
+        topology,
+        48,
+    ).maps
     config = load_config(None, {"model.path": str(model), "exits.path": str(tied), "model.dtype": "float64"})
     stage = load_for_generation(config, topology).model
     with torch.no_grad():
         _, inputs = stage.run_layers(stage.embed(torch.tensor([[5, 17, 80, 3]])))
         for layer in (2, 5):
-            torch.testing.assert_close(folded[f"exits.{layer}.output.weight"].double(), words @ maps[layer][:, :-1].double())
+            torch.testing.assert_close(
+                folded[f"exits.{layer}.output.weight"].double(), words @ maps[layer][:, :-1].double()
+            )
             z, head = stage.exit_head(layer).own_hidden(inputs[layer]), stage.exit_head(layer)
-            wanted = (z @ kept[f"exits.{layer}.linear.weight"].double().T + kept[f"exits.{layer}.linear.bias"].double()) @ words.T
+            wanted = (
+                z @ kept[f"exits.{layer}.linear.weight"].double().T + kept[f"exits.{layer}.linear.bias"].double()
+            ) @ words.T
             torch.testing.assert_close(head(inputs[layer], F.linear), wanted)
     with ExitHeadsReader(tied) as reader:
-        assert reader.config.adds_linear == (2, 5) and reader.config.init == "fitted" and reader.config.fitted["ridge"] == RIDGE
+        assert (
+            reader.config.adds_linear == (2, 5)
+            and reader.config.init == "fitted"
+            and reader.config.fitted["ridge"] == RIDGE
+        )
     with ExitHeadsReader(untied) as reader:
         assert reader.config.adds_linear == ()
 
 
 @pytest.mark.parametrize("output", ["tied", "untied"])
-def test_tuning_that_fits_by_itself_is_tuning_of_what_convert_by_texts(model: Path, tmp_path: Path, output: str) -> None:
+def test_tuning_that_fits_by_itself_is_tuning_of_what_convert_by_texts(
+    model: Path, tmp_path: Path, output: str
+) -> None:
     """Other texts, another order, held-out documents that are fitted on, maps that are rounded another way."""
     config = fitted_job(model, tmp_path, **{"exits.output": output, "exits.architecture": "mlp"})
     topology = init_parallel(config.parallel)
@@ -111,9 +157,14 @@ def test_tuning_that_fits_by_itself_is_tuning_of_what_convert_by_texts(model: Pa
     topology = init_parallel(config.parallel)
     other = job.replace(config, exits={"path": str(tmp_path / "exits")}, tuning={"run_folder": str(tmp_path / "other")})
     assert tune_within(other, topology)
-    got, wanted = (load_file(folder / "exit_heads" / "exit_heads.safetensors") for folder in (tmp_path / "run", tmp_path / "other"))
+    got, wanted = (
+        load_file(folder / "exit_heads" / "exit_heads.safetensors") for folder in (tmp_path / "run", tmp_path / "other")
+    )
     assert got.keys() == wanted.keys() and all(torch.equal(got[name], wanted[name]) for name in wanted)
-    told = [json.loads((folder / "exit_heads" / "exit_config.json").read_text()) for folder in (tmp_path / "run", tmp_path / "other")]
+    told = [
+        json.loads((folder / "exit_heads" / "exit_config.json").read_text())
+        for folder in (tmp_path / "run", tmp_path / "other")
+    ]
     assert told[0] == told[1] and told[0]["fitted"]["tokens"] >= 1000
 
 
@@ -125,8 +176,10 @@ def test_a_run_that_goes_on_fits_no_more(model: Path, tmp_path: Path, monkeypatc
     monkeypatch.setattr(command, "fit_exits", lambda *_: pytest.fail("fitted again"))
     further = job.replace(config, tuning={"train_iters": 4, "allow_config_change": True})
     assert tune_within(further, init_parallel(config.parallel))
-    assert all((tmp_path / "run" / "exit_heads" / name).read_bytes() == (tmp_path / "whole" / "exit_heads" / name).read_bytes()
-               for name in ("exit_heads.safetensors", "exit_config.json"))
+    assert all(
+        (tmp_path / "run" / "exit_heads" / name).read_bytes() == (tmp_path / "whole" / "exit_heads" / name).read_bytes()
+        for name in ("exit_heads.safetensors", "exit_config.json")
+    )
 
 
 def test_fitted_and_copied_exits_become_one_artifact(model: Path, tmp_path: Path) -> None:
@@ -138,20 +191,39 @@ def test_fitted_and_copied_exits_become_one_artifact(model: Path, tmp_path: Path
     with ExitHeadsReader(tmp_path / "both") as reader:
         reader.check_complete(read_model_config(model))
         exits = reader.config
-    assert exits.adds_linear == (2, 5) and [head.has_linear for head in exits.heads] == [True, False, True] and exits.fitted is None
-    assert exits.origins is not None and [exits.origins[layer]["init"] for layer in ("2", "3", "5")] == ["fitted", "copy", "fitted"]
+    assert (
+        exits.adds_linear == (2, 5)
+        and [head.has_linear for head in exits.heads] == [True, False, True]
+        and exits.fitted is None
+    )
+    assert exits.origins is not None and [exits.origins[layer]["init"] for layer in ("2", "3", "5")] == [
+        "fitted",
+        "copy",
+        "fitted",
+    ]
     assert exits.origins["2"]["fitted"]["tokens"] >= 1000 and "fitted" not in exits.origins["3"]
-    export_artifact(job.replace(config, exits={"path": str(tmp_path / "both")}), tmp_path / "again", ExitChoice(drop=(3,)))
+    export_artifact(
+        job.replace(config, exits={"path": str(tmp_path / "both")}), tmp_path / "again", ExitChoice(drop=(3,))
+    )
     assert {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()} == {
-        path.name: path.read_bytes() for path in (tmp_path / "fitted").iterdir()}
+        path.name: path.read_bytes() for path in (tmp_path / "fitted").iterdir()
+    }
 
 
 def test_fitted_exits_of_the_shipped_model_are_better_than_copied_ones(tmp_path: Path) -> None:
     """A map that fits its own texts and nothing else; one that makes states alike and words apart."""
     sources = sorted((Path(__file__).parents[2] / "ee_tuning" / "checkpoint").glob("e*.py"))
-    config = fitted_job(SHIPPED, tmp_path, **{
-        "exits.exit_layers": [3, 6, 9], "tuning.fit_tokens": 8000, "tuning.eval_iters": 4,
-        "data.paths": [str(path) for path in sources[1:]], "data.valid_paths": [str(sources[0])]})
+    config = fitted_job(
+        SHIPPED,
+        tmp_path,
+        **{
+            "exits.exit_layers": [3, 6, 9],
+            "tuning.fit_tokens": 8000,
+            "tuning.eval_iters": 4,
+            "data.paths": [str(path) for path in sources[1:]],
+            "data.valid_paths": [str(sources[0])],
+        },
+    )
     convert_by_texts(config, tmp_path / "exits")
     topology = init_parallel(ParallelSection())
     stage = load_for_generation(job.replace(config, exits={"path": str(tmp_path / "exits")}), topology).model
@@ -162,20 +234,28 @@ def test_fitted_exits_of_the_shipped_model_are_better_than_copied_ones(tmp_path:
             for layer, (copied, fitted) in losses.items():
                 head = stage.exit_head(layer)
                 of_copy = F.linear(head.own_hidden(inputs[layer]), head.output_weight)
-                both = [F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten()).item()
-                        for logits in (of_copy, head(inputs[layer], F.linear))]
+                both = [
+                    F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten()).item()
+                    for logits in (of_copy, head(inputs[layer], F.linear))
+                ]
                 losses[layer] = [copied + both[0], fitted + both[1]]
     for layer, (copied, fitted) in losses.items():
         assert fitted < copied, layer
 
 
-@pytest.mark.parametrize(("keys", "words"), [
-    ({"data.paths": []}, ["data.paths", "--data"]),
-    ({"tuning.fit_tokens": 40}, ["at least 49", "fit_tokens = 40"]),
-    ({"tuning.fit_tokens": -1}, ["tuning.fit_tokens", "-1"]),
-    ({"tuning.micro_batch_size": 0}, ["micro_batch_size", "0"]),
-    ({"tuning.seq_length": 500}, ["1..128", "500"])])
-def test_what_can_not_be_fitted_is_refused(model: Path, tmp_path: Path, keys: dict[str, object], words: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"data.paths": []}, ["data.paths", "--data"]),
+        ({"tuning.fit_tokens": 40}, ["at least 49", "fit_tokens = 40"]),
+        ({"tuning.fit_tokens": -1}, ["tuning.fit_tokens", "-1"]),
+        ({"tuning.micro_batch_size": 0}, ["micro_batch_size", "0"]),
+        ({"tuning.seq_length": 500}, ["1..128", "500"]),
+    ],
+)
+def test_what_can_not_be_fitted_is_refused(
+    model: Path, tmp_path: Path, keys: dict[str, object], words: list[str]
+) -> None:
     """A system with more unknowns than tokens is solved by its ridge alone."""
     config = fitted_job(model, tmp_path, **{"tuning.seq_length": 8, **keys})
     with pytest.raises(InputError) as error:
@@ -198,8 +278,8 @@ def test_states_that_are_no_numbers_are_refused(model: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("rank", [1, 5, 16, 20])
 def test_a_map_of_low_rank_is_that_of_reduced_rank_regression(rank: int) -> None:
-    """The map of full rank cut by its own singular values, which knows nothing of how far states reach in which direction; a mean that is
-    squeezed through the rank; a rank above the width.
+    """The map of full rank cut by its own singular values, which knows nothing of how far states reach in which
+    direction; a mean that is squeezed through the rank; a rank above the width.
     """
     draws, width, num = np.random.default_rng(1), 16, 400
     z = draws.normal(size=(num, width)) @ draws.normal(size=(width, width)) + draws.normal(size=width)
@@ -221,14 +301,22 @@ def test_a_map_of_low_rank_is_that_of_reduced_rank_regression(rank: int) -> None
 
 
 def test_a_tied_adapter_that_is_fitted_stays_small(model: Path, tmp_path: Path) -> None:
-    """A map of [h, h] in a head that was chosen for its few parameters; one that is applied otherwise than it was fitted."""
+    """A map of [h, h] in a head that was chosen for its few parameters; one that is applied otherwise than it was
+    fitted.
+    """
     config = fitted_job(model, tmp_path, **{"exits.architecture": "adapter", "exits.adapter_rank": 4})
     convert_by_texts(config, tmp_path / "exits")
     kept = load_file(tmp_path / "exits" / "exit_heads.safetensors")
-    shapes = {name.removeprefix("exits.2.linear."): tuple(tensor.shape) for name, tensor in kept.items() if "2.linear." in name}
+    shapes = {
+        name.removeprefix("exits.2.linear."): tuple(tensor.shape)
+        for name, tensor in kept.items()
+        if "2.linear." in name
+    }
     assert shapes == {"down.weight": (4, 48), "up.weight": (48, 4), "bias": (48,)}
-    stage = load_for_generation(load_config(None, {"model.path": str(model), "exits.path": str(tmp_path / "exits")}),
-                                init_parallel(ParallelSection())).model
+    stage = load_for_generation(
+        load_config(None, {"model.path": str(model), "exits.path": str(tmp_path / "exits")}),
+        init_parallel(ParallelSection()),
+    ).model
     with torch.no_grad():
         _, inputs = stage.run_layers(stage.embed(torch.tensor([[5, 17, 80, 3]])))
         for layer in (2, 5):

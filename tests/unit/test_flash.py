@@ -1,4 +1,7 @@
-"""FlashAttention is called as each release of torch wants it called; what the kernel itself does with it, `tests/gpu` says."""
+"""FlashAttention is called as each release of torch wants it called; what the kernel itself does with it, `tests/gpu`
+says.
+"""
+
 from typing import Any
 
 import pytest
@@ -11,13 +14,33 @@ ROWS = torch.tensor([0, 1, 2, 3], dtype=torch.int32)
 SEEN = torch.tensor([3, 1, 2], dtype=torch.int32)
 
 
-def of_2_10(query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int,
-            is_causal: bool = False, return_aux: Any = None) -> Tensor:
+def of_2_10(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    is_causal: bool = False,
+    return_aux: Any = None,
+) -> Tensor:
     raise AssertionError("it has no scale")
 
 
-def of_2_11(query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *,
-            return_aux: Any = None, scale: float | None = None, window_size: tuple[int, int] = (-1, -1)) -> Tensor:
+def of_2_11(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    return_aux: Any = None,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+) -> Tensor:
     return query + (1 if window_size == (-1, 0) else 2)
 
 
@@ -35,7 +58,9 @@ def called(monkeypatch: pytest.MonkeyPatch, function: Any, **options: Any) -> fl
 
 
 def test_an_older_torch_gets_no_parameter_that_it_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packed documents of a model with grouped queries, and every token decoded, ended in a TypeError under torch 2.11."""
+    """Packed documents of a model with grouped queries, and every token decoded, ended in a TypeError under torch
+    2.11.
+    """
     assert called(monkeypatch, of_2_11, is_causal=True) == 1 and called(monkeypatch, of_2_11) == 2
     assert called(monkeypatch, of_2_11, seqused_k=SEEN) == 30
     for function in (of_2_10, None):
@@ -57,12 +82,18 @@ def test_the_operator_beneath_takes_these_arguments(monkeypatch: pytest.MonkeyPa
 
 def test_a_card_that_is_too_old_or_too_wide_a_head_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packed documents on a card without the kernel: an error in the first step and not the masked way."""
+
     class OnGpu:
         is_cuda, device, dtype, shape = True, None, torch.bfloat16, (4, 64)
+
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     like: Any = OnGpu()
     assert flash.serves(like) and flash.serves(like, "seqused_k") and not flash.serves(like, "no such parameter")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert not flash.serves(like)
-    assert not flash.takes(torch.float32, 64) and not flash.takes(torch.bfloat16, 10) and not flash.takes(torch.bfloat16, 264)
+    assert (
+        not flash.takes(torch.float32, 64)
+        and not flash.takes(torch.bfloat16, 10)
+        and not flash.takes(torch.bfloat16, 264)
+    )

@@ -1,4 +1,5 @@
 """Metrics of given texts: choices and perplexity, teacher-forced."""
+
 import math
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("given")
     random_llama(folder / "model", vocab_size=VOCABULARY, eos_token_id=END, bos_token_id=END)
     write_byte_tokenizer(folder / "model")
-    (folder / "model" / "chat_template.jinja").write_text("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}")
+    (folder / "model" / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    )
     write_exits(folder / "model", folder / "exits")
     return folder
 
@@ -40,13 +43,32 @@ def log_likelihood(plain: Any, tokenizer: Any, context: str, text: str) -> float
 
 
 def test_choices_and_perplexity_are_those_of_transformers(folder: Path):
-    """The likelihood of the prompt in the choice's; the next prompt's choices; a chat that is asked as a text; exits that are not asked."""
+    """The likelihood of the prompt in the choice's; the next prompt's choices; a chat that is asked as a text; exits
+    that are not asked.
+    """
     llm = EarlyExitLLM.load(folder / "model", folder / "exits", dtype="float64")
-    items = tuple(Item(where="t", id=number, prompt=prompt, messages=messages, choices=choices, right=right, answers=(choices[right],))
-                  for number, (prompt, messages, choices, right) in enumerate([
-                      ("The sky", (), (" is blue", " green", "!"), 2), ("x", (), ("y", "zz"), 0), (None, CHAT, ("a", "bb", "ccc"), 1)]))
+    items = tuple(
+        Item(
+            where="t",
+            id=number,
+            prompt=prompt,
+            messages=messages,
+            choices=choices,
+            right=right,
+            answers=(choices[right],),
+        )
+        for number, (prompt, messages, choices, right) in enumerate(
+            [
+                ("The sky", (), (" is blue", " green", "!"), 2),
+                ("x", (), ("y", "zz"), 0),
+                (None, CHAT, ("a", "bb", "ccc"), 1),
+            ]
+        )
+    )
     points = points_of(llm, thresholds=(0.0,), fixed=(4,), speculative=True)
-    choose, perplexity = (evaluate(llm, [Task(name="t", metric=metric, items=items)], points) for metric in ("choice", "perplexity"))
+    choose, perplexity = (
+        evaluate(llm, [Task(name="t", metric=metric, items=items)], points) for metric in ("choice", "perplexity")
+    )
     plain = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float64)
     contexts, rights, nll = ["The sky", "x", "user: a or b?\n"], list[bool](), list[float]()
     for item, context in zip(items, contexts, strict=True):
@@ -55,7 +77,9 @@ def test_choices_and_perplexity_are_those_of_transformers(folder: Path):
         nll.append(-likelihoods[item.right or 0])
     full = [each for each in choose.readings if each.point == "full depth"]
     assert [each.scores["choice"] for each in full] == rights and all(each.is_same for each in full)
-    assert [each.scores["perplexity"] for each in perplexity.readings if each.point == "full depth"] == pytest.approx(nll)
+    assert [each.scores["perplexity"] for each in perplexity.readings if each.point == "full depth"] == pytest.approx(
+        nll
+    )
     tokens = sum(len(item.answers[0]) for item in items)
     assert perplexity.tasks[0].full_depth.metric.value == pytest.approx(math.exp(sum(nll) / tokens))
     by_name = {point.name: point for point in choose.tasks[0].points}
@@ -68,11 +92,15 @@ def test_choices_and_perplexity_are_those_of_transformers(folder: Path):
 
 
 def test_all_ways_at_once_are_each_by_itself(folder: Path):
-    """A position that left by one threshold, missing from another; the confidence of another measure; a fixed exit that ends the pass."""
+    """A position that left by one threshold, missing from another; the confidence of another measure; a fixed exit that
+    ends the pass.
+    """
     llm = EarlyExitLLM.load(folder / "model", folder / "exits", dtype="float64")
     pairs = [([1, 2, 3], [4, 5]), ([7], [8, 9, 10, 11]), ([7], [12])]
     policies = [point.policy for point in points_of(llm, thresholds=[each / 20 for each in range(21)], fixed=(2, 4))]
-    policies += [point.policy for point in points_of(llm, thresholds=(0.1, 0.3), measure="entropy", speculative=True)[1:]]
+    policies += [
+        point.policy for point in points_of(llm, thresholds=(0.1, 0.3), measure="entropy", speculative=True)[1:]
+    ]
     together = score_by(llm.model, pairs, policies, 8)
     assert len({tuple(layer for each in scores for layer in each.exit_layers) for scores in together}) > 4
     for policy, scores in zip(policies, together, strict=True):

@@ -1,4 +1,5 @@
 """What is run on a GPU at hand for minutes is rehearsed here on tiny shapes, so that only CUDA itself can surprise."""
+
 import json
 import os
 import subprocess
@@ -30,7 +31,9 @@ STAGES = {1: right, 2: decoding, 3: tuning, 5: layers}
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    made = Bench("cpu", tmp_path_factory.mktemp("scratch"), tmp_path_factory.mktemp("results"), is_tiny=True, is_inline=True)
+    made = Bench(
+        "cpu", tmp_path_factory.mktemp("scratch"), tmp_path_factory.mktemp("results"), is_tiny=True, is_inline=True
+    )
     yield made
     made.close()
 
@@ -42,10 +45,12 @@ def no_world() -> Iterator[None]:
     yield
 
 
-@pytest.mark.parametrize(("stage", "name"), [(number, check.name) for number, stage in STAGES.items() for check in stage.CHECKS])
+@pytest.mark.parametrize(
+    ("stage", "name"), [(number, check.name) for number, stage in STAGES.items() for check in stage.CHECKS]
+)
 def test_every_check_runs(bench: Bench, stage: int, name: str) -> None:
     """Minutes with a GPU that end in a misspelt name."""
-    check, = (each for each in STAGES[stage].CHECKS if each.name == name)
+    (check,) = (each for each in STAGES[stage].CHECKS if each.name == name)
     findings = list(check.run(bench))
     assert findings and not [each for each in findings if each.is_must and each.is_met is False]
     assert all(isinstance(each.value, str) or each.value == each.value for each in findings)
@@ -56,6 +61,7 @@ def check(*findings: Finding, fails: bool = False, seconds: float = 1.0) -> Chec
         yield from findings
         if fails:
             raise ValueError("as it must")
+
     return Check("a check", seconds, run)
 
 
@@ -68,7 +74,9 @@ def outcomes_of(bench: Bench, *checks: Check, left: Callable[[], float] = lambda
 def test_a_failure_keeps_its_traceback_and_what_was_found_before_it(bench: Bench) -> None:
     """One surprise that ends all that the time would have sufficed for."""
     found = at_least("speed", 3.0, 5.0)
-    first, second, third = outcomes_of(bench, check(found, fails=True), check(at_most("error", 2.0, 1.0, is_must=True)), check(found))
+    first, second, third = outcomes_of(
+        bench, check(found, fails=True), check(at_most("error", 2.0, 1.0, is_must=True)), check(found)
+    )
     assert (first.state, first.findings) == ("failed", [found]) and "ValueError: as it must" in first.error
     assert second.state == "failed" and third.state == "passed", "a goal of speed that is missed is no failure"
     assert "not met: speed" in third.line and "as it must" in first.line
@@ -88,6 +96,7 @@ def test_the_record_is_whole_at_every_moment_and_the_table_short(bench: Bench, t
     def changed() -> None:
         report.write()
         states.append([each["state"] for each in json.loads((tmp_path / "out.json").read_text())["checks"]])
+
     many = check(*[Finding(what=f"figure {i}", value=float("nan")) for i in range(200)], at_least("the goal", 1.0, 2.0))
     run_checks({7: [many, check(fails=True)]}, bench, report.outcomes, seconds_left=lambda: 0.0, changed=changed)
     assert states[0] == ["running"] and states[-1] == ["passed", "failed"]
@@ -109,7 +118,9 @@ hangs()
 def test_what_hangs_ends_with_the_budget() -> None:
     """A deadlock that takes the whole time, and the figures before it with it."""
     began = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", HANGS.format(tools=str(TOOLS))], capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        [sys.executable, "-c", HANGS.format(tools=str(TOOLS))], capture_output=True, text=True, timeout=100
+    )
     assert done.returncode == 3 and time.monotonic() - began < 50 and "in hangs" in done.stdout, done
 
 

@@ -1,4 +1,7 @@
-"""The hub's models and tokenizers: what is read is fetched, and nothing else. A server on this machine stands in for the hub."""
+"""The hub's models and tokenizers: what is read is fetched, and nothing else. A server on this machine stands in for
+the hub.
+"""
+
 import hashlib
 import json
 import re
@@ -22,13 +25,27 @@ from ee_tuning.data.tokenizer import load_tokenizer, tokenizer_of
 from ee_tuning.errors import InputError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-BALLAST = ("pytorch_model.bin", "model.fp16.safetensors", "consolidated.safetensors", "original/consolidated.00.pth",
-           "original/params.json", "onnx/model.onnx", "README.md", "training.json", "model-q4.gguf", "fp16/model.safetensors",
-           "tf_model.h5", "own.py", "notes.txt")
+BALLAST = (
+    "pytorch_model.bin",
+    "model.fp16.safetensors",
+    "consolidated.safetensors",
+    "original/consolidated.00.pth",
+    "original/params.json",
+    "onnx/model.onnx",
+    "README.md",
+    "training.json",
+    "model-q4.gguf",
+    "fp16/model.safetensors",
+    "tf_model.h5",
+    "own.py",
+    "notes.txt",
+)
 
 
 class Hub:
-    """Folders of `root` as repositories, each at one commit; `fetched` are the names of files that went out, `asked` all paths."""
+    """Folders of `root` as repositories, each at one commit; `fetched` are the names of files that went out, `asked`
+    all paths.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root, self.fetched, self.asked = root, list[str](), list[str]()
@@ -59,7 +76,9 @@ class Hub:
                 hub.asked.append(path)
                 if found := re.fullmatch(r"/api/models/(.+)/(revision|tree)/([^/]+)", path):
                     self.tell(*found.groups())
-                elif (found := re.fullmatch(rf"/(.+)/resolve/({COMMIT}|main)/(.+)", path)) and (hub.root / found[1] / found[3]).is_file():
+                elif (found := re.fullmatch(rf"/(.+)/resolve/({COMMIT}|main)/(.+)", path)) and (
+                    hub.root / found[1] / found[3]
+                ).is_file():
                     if self.command == "GET":
                         hub.fetched.append(found[3])
                     self.send(200, (hub.root / found[1] / found[3]).read_bytes())
@@ -75,15 +94,27 @@ class Hub:
                 if revision not in ("main", "v1", COMMIT):
                     return self.send(404, b"", {"X-Error-Code": "RevisionNotFound"})
                 files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-                tree = [{"type": "file", "path": path.relative_to(folder).as_posix(), "size": path.stat().st_size, "oid": "0" * 40}
-                        for path in files]
+                tree = [
+                    {
+                        "type": "file",
+                        "path": path.relative_to(folder).as_posix(),
+                        "size": path.stat().st_size,
+                        "oid": "0" * 40,
+                    }
+                    for path in files
+                ]
                 told = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": each["path"]} for each in tree]}
                 self.send(200, json.dumps(told if kind == "revision" else tree).encode())
 
             def send(self, code: int, body: bytes, headers: dict[str, str] | None = None) -> None:
                 self.send_response(code)
-                for key, value in {"Content-Length": str(len(body)), "X-Repo-Commit": COMMIT, "Content-Type": "application/json",
-                                   "ETag": f'"{hashlib.sha256(body).hexdigest()}"', **(headers or {})}.items():
+                for key, value in {
+                    "Content-Length": str(len(body)),
+                    "X-Repo-Commit": COMMIT,
+                    "Content-Type": "application/json",
+                    "ETag": f'"{hashlib.sha256(body).hexdigest()}"',
+                    **(headers or {}),
+                }.items():
                     self.send_header(key, value)
                 self.end_headers()
                 if self.command == "GET":
@@ -91,6 +122,7 @@ class Hub:
 
             def log_message(self, *words: Any) -> None:
                 pass
+
         return Handler
 
 
@@ -98,8 +130,12 @@ class Hub:
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     made = Hub(tmp_path / "hub")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    for name, value in (("ENDPOINT", made.url), ("HUGGINGFACE_CO_URL_TEMPLATE", made.url + "/{repo_id}/resolve/{revision}/{filename}"),
-                        ("HF_HUB_CACHE", str(tmp_path / "cache")), ("HF_HUB_OFFLINE", False)):
+    for name, value in (
+        ("ENDPOINT", made.url),
+        ("HUGGINGFACE_CO_URL_TEMPLATE", made.url + "/{repo_id}/resolve/{revision}/{filename}"),
+        ("HF_HUB_CACHE", str(tmp_path / "cache")),
+        ("HF_HUB_OFFLINE", False),
+    ):
         monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
     monkeypatch.setattr("ee_tuning.checkpoint.hub._COMMITS", {})
     yield made
@@ -118,7 +154,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "additional_chat_templates/tool_use.jinja"}
+TOKENIZER = {
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "additional_chat_templates/tool_use.jinja",
+}
 
 
 @pytest.mark.parametrize("name", ["org/tiny", "tiny", "org/tiny@v1", f"org/tiny@{COMMIT}"])
@@ -140,14 +181,20 @@ def test_of_shards_those_that_the_index_names_are_fetched(hub: Hub, model: Path)
     """Shards of another precision beside them; or an index without its shards."""
     from huggingface_hub import constants
 
-    folder = hub.add("org/sharded", *BALLAST, "model-00001-of-00002.fp16.safetensors", "model-00009-of-00009.safetensors")
+    folder = hub.add(
+        "org/sharded", *BALLAST, "model-00001-of-00002.fp16.safetensors", "model-00009-of-00009.safetensors"
+    )
     shutil.copytree(model, folder, dirs_exist_ok=True)
     shutil.move(folder / "model.safetensors", folder / "model-00001-of-00001.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors",
-                                                                                   "x": "../../etc/passwd"}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors", "x": "../../etc/passwd"}})
+    )
     found = model_folder("org/sharded")
     assert (found / "model-00001-of-00001.safetensors").is_file()
-    assert {name for name in hub.names() if "safetensors" in name} == {"model.safetensors.index.json", "model-00001-of-00001.safetensors"}
+    assert {name for name in hub.names() if "safetensors" in name} == {
+        "model.safetensors.index.json",
+        "model-00001-of-00001.safetensors",
+    }
     hub.server.shutdown()
     hub_module._COMMITS.clear()
     constants.HF_HUB_OFFLINE = True  # the fixture puts it back
@@ -158,7 +205,9 @@ def test_one_file_is_fetched_where_both_are_there(hub: Hub, model: Path) -> None
     """Shards of a model beside the whole of it in one file, which is what is read: twice the bytes."""
     folder = hub.add("org/both", "model-00001-of-00001.safetensors")
     shutil.copytree(model, folder, dirs_exist_ok=True)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "model-00001-of-00001.safetensors"}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"x": "model-00001-of-00001.safetensors"}})
+    )
     model_folder("org/both")
     assert {name for name in hub.names() if name.endswith(".safetensors")} == {"model.safetensors"}
 
@@ -196,20 +245,38 @@ def test_what_the_hub_does_not_have_is_told_in_one_line(hub: Hub, model: Path) -
     """A page of HTTP for a misspelled name; weights in another form taken for missing ones."""
     hub.add("org/bin", "config.json", "pytorch_model.bin")
     hub.add("org/gguf", "model.gguf")
-    for name, words in (("org/nosuch", "no such model on the Hugging Face hub"), ("nosuch", "there is no folder nosuch"),
-                        ("org/bin@v9", "org/bin on the hub has no revision 'v9'"), ("org/bin", r"and holds pytorch_model\.bin; give a"),
-                        ("org/gguf", r"must hold a config\.json, and holds model\.gguf")):
+    for name, words in (
+        ("org/nosuch", "no such model on the Hugging Face hub"),
+        ("nosuch", "there is no folder nosuch"),
+        ("org/bin@v9", "org/bin on the hub has no revision 'v9'"),
+        ("org/bin", r"and holds pytorch_model\.bin; give a"),
+        ("org/gguf", r"must hold a config\.json, and holds model\.gguf"),
+    ):
         with pytest.raises(InputError, match=words) as error:
             model_folder(name)
         assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
 
-@pytest.mark.parametrize(("text", "wanted"), [
-    ("gpt2", ("gpt2", None)), ("org/na.me-1", ("org/na.me-1", None)), ("org/name@refs/pr/1", ("org/name", "refs/pr/1")),
-    ("name@v1.0", ("name", "v1.0")), ("./name", None), ("/org/name", None), ("a/b/c", None), ("org/name@", None), ("~/name", None),
-    ("org/..", None), ("org/name@../x", None), ("", None)])
-def test_names_are_told_from_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str,
-                                   wanted: tuple[str, str | None] | None) -> None:
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("gpt2", ("gpt2", None)),
+        ("org/na.me-1", ("org/na.me-1", None)),
+        ("org/name@refs/pr/1", ("org/name", "refs/pr/1")),
+        ("name@v1.0", ("name", "v1.0")),
+        ("./name", None),
+        ("/org/name", None),
+        ("a/b/c", None),
+        ("org/name@", None),
+        ("~/name", None),
+        ("org/..", None),
+        ("org/name@../x", None),
+        ("", None),
+    ],
+)
+def test_names_are_told_from_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, wanted: tuple[str, str | None] | None
+) -> None:
     """A path that is sent over the network; a folder that is there, and fetched all the same."""
     monkeypatch.chdir(tmp_path)
     assert hub_name(text) == wanted

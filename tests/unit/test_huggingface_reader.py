@@ -1,4 +1,5 @@
 """Reading a Hugging Face folder by slices, and refusing what is wrong with one."""
+
 import json
 import shutil
 from collections.abc import Callable
@@ -85,7 +86,8 @@ def test_the_output_of_a_tied_model_is_its_embedding(tmp_path: Path) -> None:
 
 
 def test_a_model_has_one_fingerprint_however_it_is_sharded_and_another_one_has_another(
-        saved: tuple[Path, Path, dict[str, Tensor]], tmp_path: Path) -> None:
+    saved: tuple[Path, Path, dict[str, Tensor]], tmp_path: Path
+) -> None:
     """Exits would be refused by their own model saved again, or taken by another."""
     random_llama(tmp_path, num_hidden_layers=2, seed=1)
     prints = []
@@ -100,7 +102,12 @@ def test_the_fingerprint_sees_the_first_and_the_last_row(single: Path) -> None:
     config = read_model_config(single)
     tensors = load_file(single / "model.safetensors")
     prints = set()
-    for name, row in (("lm_head.weight", 0), ("lm_head.weight", 100), ("model.norm.weight", 47), ("model.norm.weight", 16)):
+    for name, row in (
+        ("lm_head.weight", 0),
+        ("lm_head.weight", 100),
+        ("model.norm.weight", 47),
+        ("model.norm.weight", 16),
+    ):
         changed = {**tensors, name: tensors[name].clone()}
         changed[name][row] += 1
         save_file(changed, single / "model.safetensors")
@@ -150,19 +157,29 @@ def test_a_tensor_that_the_index_puts_elsewhere_is_refused(sharded: Path) -> Non
 def test_a_tensor_that_stands_in_the_index_twice_is_refused(sharded: Path) -> None:
     """json keeps the later one in silence."""
     text = (sharded / INDEX).read_text()
-    (sharded / INDEX).write_text(text.replace('"weight_map": {', '"weight_map": {"model.norm.weight": "model-00001-of-00009.safetensors",'))
+    (sharded / INDEX).write_text(
+        text.replace('"weight_map": {', '"weight_map": {"model.norm.weight": "model-00001-of-00009.safetensors",')
+    )
     assert "model.norm.weight" in refusal(sharded)
 
 
-@pytest.mark.parametrize(("change", "named"), [
-    (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), "model.layers.1.mlp.up_proj.weight"),
-    (lambda t: t.update({"model.norm.weight": torch.ones(47)}), "model.norm.weight"),
-    (lambda t: t.update({"model.norm.weight": torch.ones(48, dtype=torch.int8)}), "model.norm.weight"),
-    (lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(40)}), "q_proj.bias"),
-    (lambda t: t.update({"model.layers.2.mlp.up_proj.weight": torch.ones(88, 48)}), "model.layers.2.mlp.up_proj.weight"),
-], ids=["missing", "wrong shape", "quantized", "bias the config lacks", "layer the config lacks"])
-def test_weights_that_the_config_does_not_describe_are_named(single: Path, change: Callable[[dict[str, Tensor]], object],
-                                                             named: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), "model.layers.1.mlp.up_proj.weight"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(47)}), "model.norm.weight"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(48, dtype=torch.int8)}), "model.norm.weight"),
+        (lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(40)}), "q_proj.bias"),
+        (
+            lambda t: t.update({"model.layers.2.mlp.up_proj.weight": torch.ones(88, 48)}),
+            "model.layers.2.mlp.up_proj.weight",
+        ),
+    ],
+    ids=["missing", "wrong shape", "quantized", "bias the config lacks", "layer the config lacks"],
+)
+def test_weights_that_the_config_does_not_describe_are_named(
+    single: Path, change: Callable[[dict[str, Tensor]], object], named: str
+) -> None:
     """A tensor ignored or broadcast gives a model that is silently another."""
     tensors = load_file(single / "model.safetensors")
     change(tensors)

@@ -1,4 +1,7 @@
-"""HumanEval: problems are read, programs of a model are run within limits, and only where they end well do they pass."""
+"""HumanEval: problems are read, programs of a model are run within limits, and only where they end well do they
+pass.
+"""
+
 import gzip
 import json
 import time
@@ -19,8 +22,13 @@ from ee_tuning.evaluation.human_eval import (
 )
 from ee_tuning.generation.completion import Completion
 
-ADD = {"task_id": "ours/add", "prompt": "def add(a, b):\n", "canonical_solution": "    return a + b\n", "entry_point": "add",
-       "test": "def check(candidate):\n    assert candidate(2, 3) == 5\n"}
+ADD = {
+    "task_id": "ours/add",
+    "prompt": "def add(a, b):\n",
+    "canonical_solution": "    return a + b\n",
+    "entry_point": "add",
+    "test": "def check(candidate):\n    assert candidate(2, 3) == 5\n",
+}
 
 
 def problems_file(folder: Path, *lines: object) -> Path:
@@ -32,19 +40,32 @@ def problems_file(folder: Path, *lines: object) -> Path:
 def test_what_passes_and_what_does_not(tmp_path):
     """A completion that counts as right because its process ended, or because it never came to the test."""
     problems = read_problems(problems_file(tmp_path, *({**ADD, "task_id": f"ours/{i}"} for i in range(5))))
-    texts = ("    return a + b\n", "    return a - b\n", "    import os\n    os._exit(0)\n", "    raise SystemExit(0)\n", "    return (\n")
+    texts = (
+        "    return a + b\n",
+        "    return a - b\n",
+        "    import os\n    os._exit(0)\n",
+        "    raise SystemExit(0)\n",
+        "    return (\n",
+    )
     outcomes = check_completions(problems, texts)
     assert [each.passed for each in outcomes] == [True, False, False, False, False]
     figures = passed(problems, outcomes)
     assert figures["pass@1"] == 0.2 and figures["failed"]["ours/1"].startswith("failed: AssertionError")
 
 
-@pytest.mark.parametrize(("program", "words"), [
-    ("import socket\nsocket.create_connection(('127.0.0.1', 9))", "socket"), ("open('left', 'w').write('x')", "open is refused"),
-    ("import os\nos.fork()", "os.fork is refused"), ("import subprocess\nsubprocess.run(['true'])", "subprocess.Popen is refused"),
-    ("x = bytearray(1 << 33)", "MemoryError"), ("import os\nos.kill(os.getppid(), 9)", "os.kill is refused"),
-    ("import shutil, sys\nshutil.rmtree(sys.prefix)", "shutil.rmtree is refused")],
-    ids=["net", "file", "fork", "start", "memory", "kill", "rm"])
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        ("import socket\nsocket.create_connection(('127.0.0.1', 9))", "socket"),
+        ("open('left', 'w').write('x')", "open is refused"),
+        ("import os\nos.fork()", "os.fork is refused"),
+        ("import subprocess\nsubprocess.run(['true'])", "subprocess.Popen is refused"),
+        ("x = bytearray(1 << 33)", "MemoryError"),
+        ("import os\nos.kill(os.getppid(), 9)", "os.kill is refused"),
+        ("import shutil, sys\nshutil.rmtree(sys.prefix)", "shutil.rmtree is refused"),
+    ],
+    ids=["net", "file", "fork", "start", "memory", "kill", "rm"],
+)
 def test_a_program_reaches_nothing(program, words):
     """A model's program that asks the network, fills the disk or the memory, or ends the evaluation."""
     outcome = run_program(program)
@@ -61,7 +82,11 @@ def test_a_program_without_end_is_ended():
 
 def test_programs_do_not_share_a_namespace():
     """One completion that redefines what the next one uses."""
-    assert [each.passed for each in run_programs(["y = 1", "y", "import sys; assert not sys.argv[1:]"])] == [True, False, True]
+    assert [each.passed for each in run_programs(["y = 1", "y", "import sys; assert not sys.argv[1:]"])] == [
+        True,
+        False,
+        True,
+    ]
 
 
 def test_completions_are_written_as_the_package_reads_them(tmp_path):
@@ -89,10 +114,18 @@ def test_problems_are_read_packed_or_not(tmp_path):
     assert read_problems(path) == read_problems(packed) and len(read_problems(packed, limit=1)) == 1
 
 
-@pytest.mark.parametrize(("content", "words"), [
-    (None, "can not be read: No such file"), (b"", "is empty"), (b"{}\n", "task_id is none"), (b"[1]\n", "task_id is none"),
-    (b"nonsense\n", "must be a JSON object"), (json.dumps(ADD).encode() + b"\n" + json.dumps(ADD).encode(), "ours/add twice"),
-    (b"\x1f\x8bbroken", "can not be read")])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "can not be read: No such file"),
+        (b"", "is empty"),
+        (b"{}\n", "task_id is none"),
+        (b"[1]\n", "task_id is none"),
+        (b"nonsense\n", "must be a JSON object"),
+        (json.dumps(ADD).encode() + b"\n" + json.dumps(ADD).encode(), "ours/add twice"),
+        (b"\x1f\x8bbroken", "can not be read"),
+    ],
+)
 def test_what_is_no_file_of_problems_is_refused(tmp_path, content, words):
     """A traceback, or pass@1 of no problem."""
     path = tmp_path / "problems"

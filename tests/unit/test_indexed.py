@@ -1,4 +1,5 @@
 """Megatron's .bin and .idx, alone and blended: what is written, what is read, in which order, and what is refused."""
+
 import json
 import struct
 from pathlib import Path
@@ -40,11 +41,19 @@ def write_with_megatron(prefix: Path, documents: list[list[int]], dtype: type = 
     return prefix
 
 
-def load(tokenizer: Path, *, seq_length: int = 8, vocab_size: int = VOCABULARY, needs_validation: bool = False, **data: Any) -> Splits:
+def load(
+    tokenizer: Path, *, seq_length: int = 8, vocab_size: int = VOCABULARY, needs_validation: bool = False, **data: Any
+) -> Splits:
     """`load_samples` with small defaults."""
     data = {key: tuple(map(str, value)) if key.endswith("paths") else value for key, value in data.items()}
-    return load_samples(DataSection(**data), tokenizer, seq_length=seq_length, vocab_size=vocab_size, max_positions=64,
-                        needs_validation=needs_validation)
+    return load_samples(
+        DataSection(**data),
+        tokenizer,
+        seq_length=seq_length,
+        vocab_size=vocab_size,
+        max_positions=64,
+        needs_validation=needs_validation,
+    )
 
 
 def test_megatron_core_reads_what_preprocess_writes(tmp_path: Path, tokenizer: Path) -> None:
@@ -52,7 +61,9 @@ def test_megatron_core_reads_what_preprocess_writes(tmp_path: Path, tokenizer: P
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    written = preprocess(DataSection(paths=(str(tmp_path / "texts.jsonl"),), tokenizer=str(tokenizer)), tmp_path / "a.b", False)
+    written = preprocess(
+        DataSection(paths=(str(tmp_path / "texts.jsonl"),), tokenizer=str(tokenizer)), tmp_path / "a.b", False
+    )
     dataset = IndexedDataset(str(tmp_path / "a.b"))
     ours = write_byte_tokenizer(tmp_path / "again")
     assert [dataset[index].tolist() for index in range(len(dataset))] == [[*ours.encode(text), END] for text in TEXTS]
@@ -61,14 +72,22 @@ def test_megatron_core_reads_what_preprocess_writes(tmp_path: Path, tokenizer: P
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.b.bin", "a.b.idx", "again", "texts.jsonl"]
 
 
-def test_tokens_are_the_same_however_many_processes(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lines lost or doubled where one piece of a file ends and the next begins; documents in the order in which processes ended."""
-    monkeypatch.setattr("ee_tuning.data.documents.PIECE_BYTES", 100)  # many lines are longer, many pieces begin at a line's first byte
+def test_tokens_are_the_same_however_many_processes(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lines lost or doubled where one piece of a file ends and the next begins; documents in the order in which
+    processes ended.
+    """
+    monkeypatch.setattr(
+        "ee_tuning.data.documents.PIECE_BYTES", 100
+    )  # many lines are longer, many pieces begin at a line's first byte
     (tmp_path / "one.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:30]))
     (tmp_path / "two.txt").write_text(TEXTS[30])
     for name, bytes_per_worker in (("alone", 10**9), ("together", 1)):
         monkeypatch.setattr("ee_tuning.data.tokenizing.BYTES_PER_WORKER", bytes_per_worker)
-        data = DataSection(paths=(str(tmp_path / "one.jsonl"), str(tmp_path / "two.txt")), tokenizer=str(tokenizer), workers=2)
+        data = DataSection(
+            paths=(str(tmp_path / "one.jsonl"), str(tmp_path / "two.txt")), tokenizer=str(tokenizer), workers=2
+        )
         preprocess(data, tmp_path / name, False)
     stream = open_stream(tmp_path / "alone")
     assert len(stream.starts) == 31 and len(stream.ids) == sum(len(text) + 1 for text in TEXTS[:31])
@@ -80,15 +99,20 @@ def test_parquet_gives_what_jsonl_gives(tmp_path: Path, tokenizer: Path) -> None
     """Row groups skipped; keys that a chat template finds and that are None."""
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     rows: list[dict[str, Any]] = [{"text": text, "messages": None} for text in TEXTS[:9]]
-    rows += [{"text": None, "messages": [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": text}]}
-             for text in TEXTS[9:12]]
+    rows += [
+        {"text": None, "messages": [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": text}]}
+        for text in TEXTS[9:12]
+    ]
     rows[9]["messages"][0]["name"] = "Ann"  # a column of all messages, then
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet", row_group_size=5)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "template").write_text("{% for m in messages %}{% if 'name' in m %}{{ m['name'] + ':' }}{% endif %}{{ m['content'] }}"
-                                       "{% endfor %}")
+    (tmp_path / "template").write_text(
+        "{% for m in messages %}{% if 'name' in m %}{{ m['name'] + ':' }}{% endif %}{{ m['content'] }}{% endfor %}"
+    )
     for name in ("parquet", "jsonl"):
-        data = DataSection(paths=(str(tmp_path / f"rows.{name}"),), tokenizer=str(tokenizer), chat_template=str(tmp_path / "template"))
+        data = DataSection(
+            paths=(str(tmp_path / f"rows.{name}"),), tokenizer=str(tokenizer), chat_template=str(tmp_path / "template")
+        )
         preprocess(data, tmp_path / name, False)
     for suffix in (".bin", ".idx", ".mask"):
         assert (tmp_path / f"jsonl{suffix}").read_bytes() == (tmp_path / f"parquet{suffix}").read_bytes()
@@ -115,8 +139,13 @@ def test_a_run_reads_what_megatron_wrote(tmp_path: Path, tokenizer: Path) -> Non
 
 
 def test_the_split_is_megatrons(tmp_path: Path, tokenizer: Path) -> None:
-    """Documents on another side of the split than in the pretraining run: validation on what was learned, or the test set learned."""
-    from megatron.core.datasets.blended_megatron_dataset_config import convert_split_vector_to_split_matrix, parse_and_normalize_split
+    """Documents on another side of the split than in the pretraining run: validation on what was learned, or the test
+    set learned.
+    """
+    from megatron.core.datasets.blended_megatron_dataset_config import (
+        convert_split_vector_to_split_matrix,
+        parse_and_normalize_split,
+    )
 
     prefix = write_with_megatron(tmp_path / "corpus", [[number] * 30 for number in range(61)])
     for split in ("969,30,1", "70,20,10", "8,1.5,0.5", "90,10", "1,1"):
@@ -139,12 +168,14 @@ def test_the_order_of_a_blend_is_megatrons_however_far_it_is_asked_for() -> None
     chosen = [order.sample_at(position) for position in [*range(500), 99_999, *range(500, 2000)]]
     chosen.pop(500)
     firsts = np.array([0, 50, 57])
-    assert all(firsts[corpus[position]] <= sample < firsts[corpus[position]] + sizes[corpus[position]]
-               for position, sample in enumerate(chosen))
+    assert all(
+        firsts[corpus[position]] <= sample < firsts[corpus[position]] + sizes[corpus[position]]
+        for position, sample in enumerate(chosen)
+    )
     for index, size in enumerate(sizes):  # each epoch of each corpus holds every sample once
         own = [sample for sample in chosen if firsts[index] <= sample < firsts[index] + size]
         for start in range(0, len(own) - size, size):
-            assert sorted(own[start: start + size]) == list(range(firsts[index], firsts[index] + size))
+            assert sorted(own[start : start + size]) == list(range(firsts[index], firsts[index] + size))
 
 
 def blend(tmp_path: Path, tokenizer: Path) -> Mixture:
@@ -163,8 +194,16 @@ def test_a_blend_goes_on_under_other_replicas_without_repeat_or_skip(tmp_path: P
     def rows(dp: int, micro: int, num_steps: int, position: int = 0) -> list[list[list[int]]]:
         tuning = TuningSection(micro_batch_size=micro, global_batch_size=8)
         sources = [BatchSource(samples, tuning, dp=dp, dp_rank=rank, position=position) for rank in range(dp)]
-        return [sorted(row for source in sources for _ in range(source.num_microbatches) for row in next(source).tokens.tolist())
-                for _ in range(num_steps)]
+        return [
+            sorted(
+                row
+                for source in sources
+                for _ in range(source.num_microbatches)
+                for row in next(source).tokens.tolist()
+            )
+            for _ in range(num_steps)
+        ]
+
     whole = rows(1, 1, 40)
     share = np.mean([token < 100 for step in whole for row in step for token in row])
     assert share == pytest.approx(0.75, abs=0.01)
@@ -176,9 +215,16 @@ def test_validation_of_a_blend_keeps_its_weights_and_takes_no_sample_twice(tmp_p
     """A small corpus judged by again and again, or a large one by all that the small one leaves over."""
     for name, first, count in (("a", 0, 10), ("b", 100, 60)):
         write_with_megatron(tmp_path / name, [[first + number] * 40 for number in range(count)])
-    splits = load(tokenizer, paths=["1", tmp_path / "a", "1", tmp_path / "b"], valid_fraction=0.5, needs_validation=True)
+    splits = load(
+        tokenizer, paths=["1", tmp_path / "a", "1", tmp_path / "b"], valid_fraction=0.5, needs_validation=True
+    )
     batches = validation_batches(splits.valid, TuningSection(micro_batch_size=3, eval_iters=1000), dp=1, dp_rank=0)
-    rows = [tuple(row) for batch in batches for row, mask in zip(batch.tokens.tolist(), batch.loss_mask.T, strict=True) if mask.any()]
+    rows = [
+        tuple(row)
+        for batch in batches
+        for row, mask in zip(batch.tokens.tolist(), batch.loss_mask.T, strict=True)
+        if mask.any()
+    ]
     from_a = sum(row[0] < 100 for row in rows)
     assert abs(2 * from_a - len(rows)) <= 1 and from_a == (5 * 40 - 1) // 8
 
@@ -201,21 +247,40 @@ def damage_length(prefix: Path) -> None:
     prefix.with_suffix(".idx").write_bytes(content)
 
 
-@pytest.mark.parametrize(("damage", "words"), [
-    (lambda prefix: prefix.with_suffix(".bin").write_bytes(prefix.with_suffix(".bin").read_bytes()[:-4]), "does not agree with"),
-    (damage_length, "does not agree with"),
-    (lambda prefix: prefix.with_suffix(".bin").write_bytes(b""), "is empty"),
-    (lambda prefix: prefix.with_suffix(".bin").unlink(), "corpus.bin beside it, which is missing"),
-    (lambda prefix: prefix.with_suffix(".idx").unlink(), "corpus.idx beside it, which is missing"),
-    (lambda prefix: prefix.with_suffix(".idx").write_bytes(prefix.with_suffix(".idx").read_bytes()[:-9]), "no index of Megatron's"),
-    (lambda prefix: prefix.with_suffix(".idx").write_bytes(prefix.with_suffix(".idx").read_bytes()[:20]), "no index of Megatron's"),
-    (lambda prefix: prefix.with_suffix(".idx").write_bytes(b""), "no index of Megatron's"),
-    (lambda prefix: prefix.with_suffix(".idx").write_bytes(b"text" * 30), "no index of Megatron's"),
-    (lambda prefix: write_index(prefix.with_suffix(".idx"), np.dtype(np.int32), np.full(20, -40)), "no index of Megatron's"),
-    (lambda prefix: prefix.with_suffix(".mask").write_bytes(b"\1" * 7), "must have a byte for each of the 800 tokens"),
-])
-def test_an_index_that_disagrees_with_its_tokens_is_refused(tmp_path: Path, tokenizer: Path, damage: Any, words: str,
-                                                            capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (
+            lambda prefix: prefix.with_suffix(".bin").write_bytes(prefix.with_suffix(".bin").read_bytes()[:-4]),
+            "does not agree with",
+        ),
+        (damage_length, "does not agree with"),
+        (lambda prefix: prefix.with_suffix(".bin").write_bytes(b""), "is empty"),
+        (lambda prefix: prefix.with_suffix(".bin").unlink(), "corpus.bin beside it, which is missing"),
+        (lambda prefix: prefix.with_suffix(".idx").unlink(), "corpus.idx beside it, which is missing"),
+        (
+            lambda prefix: prefix.with_suffix(".idx").write_bytes(prefix.with_suffix(".idx").read_bytes()[:-9]),
+            "no index of Megatron's",
+        ),
+        (
+            lambda prefix: prefix.with_suffix(".idx").write_bytes(prefix.with_suffix(".idx").read_bytes()[:20]),
+            "no index of Megatron's",
+        ),
+        (lambda prefix: prefix.with_suffix(".idx").write_bytes(b""), "no index of Megatron's"),
+        (lambda prefix: prefix.with_suffix(".idx").write_bytes(b"text" * 30), "no index of Megatron's"),
+        (
+            lambda prefix: write_index(prefix.with_suffix(".idx"), np.dtype(np.int32), np.full(20, -40)),
+            "no index of Megatron's",
+        ),
+        (
+            lambda prefix: prefix.with_suffix(".mask").write_bytes(b"\1" * 7),
+            "must have a byte for each of the 800 tokens",
+        ),
+    ],
+)
+def test_an_index_that_disagrees_with_its_tokens_is_refused(
+    tmp_path: Path, tokenizer: Path, damage: Any, words: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Documents read from their neighbours' bytes, or a segmentation fault behind the end of the file."""
     prefix = write_with_megatron(tmp_path / "corpus", [[number] * 40 for number in range(20)])
     damage(prefix)
@@ -225,26 +290,39 @@ def test_an_index_that_disagrees_with_its_tokens_is_refused(tmp_path: Path, toke
     assert capfd.readouterr().err == ""
 
 
-@pytest.mark.parametrize(("settings", "words"), [
-    ({"paths": ["0.3", "a", "heavy", "b"]}, "a weight above 0 before each path, such as 0.3 corpus_a 0.7 corpus_b, got 'heavy'"),
-    ({"paths": ["0.3", "a", "b"]}, "got 'b' where a weight belongs"),
-    ({"paths": ["a", "0.3"]}, "got 'a' where a weight belongs"),
-    ({"paths": ["0.3", "a", "0.7"]}, "the weight 0.7 has no path after it"),
-    ({"paths": ["-1", "a", "2", "b"]}, "got '-1' where a weight belongs"),
-    ({"paths": ["nan", "a", "2", "b"]}, "got 'nan' where a weight belongs"),
-    ({"paths": ["1", "a", "2", "a"]}, "names no file that is not held out already, or named before"),
-    ({"paths": ["a"], "vocab_size": 19}, "token ids must lie in 0..18, the model's vocabulary, but a.bin holds 19"),
-    ({"paths": ["a"], "split": "90,high"}, "data.split must be up to three shares"),
-    ({"paths": ["a"], "split": "0,1"}, "data.split must be up to three shares"),
-    ({"paths": ["a"], "split": "1,0", "needs_validation": True}, "validation needs held-out data, got data.split = 1,0"),
-    ({"paths": ["text.txt"], "split": "9,1"}, "data.split = 9,1 divides the documents of .bin and .idx"),
-    ({"paths": ["0.5", "a", "0.5", "text.txt"], "split": "9,1"}, "alone, and data.paths names the text text.txt"),
-    ({"paths": ["a"], "split": "9,1", "valid_paths": ["b"]}, "data.split and data.valid_paths both say what is held out, got 9,1 and b"),
-    ({"paths": ["a"], "workers": -2}, "data.workers must be at least 0, got -2"),
-    ({"paths": ["a"], "seq_length": 65}, "tuning.seq_length must lie in 1..64"),
-])
-def test_settings_of_corpora_that_can_not_be_used_are_refused(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch,
-                                                              settings: dict, words: str) -> None:
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"paths": ["0.3", "a", "heavy", "b"]},
+            "a weight above 0 before each path, such as 0.3 corpus_a 0.7 corpus_b, got 'heavy'",
+        ),
+        ({"paths": ["0.3", "a", "b"]}, "got 'b' where a weight belongs"),
+        ({"paths": ["a", "0.3"]}, "got 'a' where a weight belongs"),
+        ({"paths": ["0.3", "a", "0.7"]}, "the weight 0.7 has no path after it"),
+        ({"paths": ["-1", "a", "2", "b"]}, "got '-1' where a weight belongs"),
+        ({"paths": ["nan", "a", "2", "b"]}, "got 'nan' where a weight belongs"),
+        ({"paths": ["1", "a", "2", "a"]}, "names no file that is not held out already, or named before"),
+        ({"paths": ["a"], "vocab_size": 19}, "token ids must lie in 0..18, the model's vocabulary, but a.bin holds 19"),
+        ({"paths": ["a"], "split": "90,high"}, "data.split must be up to three shares"),
+        ({"paths": ["a"], "split": "0,1"}, "data.split must be up to three shares"),
+        (
+            {"paths": ["a"], "split": "1,0", "needs_validation": True},
+            "validation needs held-out data, got data.split = 1,0",
+        ),
+        ({"paths": ["text.txt"], "split": "9,1"}, "data.split = 9,1 divides the documents of .bin and .idx"),
+        ({"paths": ["0.5", "a", "0.5", "text.txt"], "split": "9,1"}, "alone, and data.paths names the text text.txt"),
+        (
+            {"paths": ["a"], "split": "9,1", "valid_paths": ["b"]},
+            "data.split and data.valid_paths both say what is held out, got 9,1 and b",
+        ),
+        ({"paths": ["a"], "workers": -2}, "data.workers must be at least 0, got -2"),
+        ({"paths": ["a"], "seq_length": 65}, "tuning.seq_length must lie in 1..64"),
+    ],
+)
+def test_settings_of_corpora_that_can_not_be_used_are_refused(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, settings: dict, words: str
+) -> None:
     """A weight taken for a file, or an index out of range in the middle of a run."""
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b"):
@@ -255,17 +333,23 @@ def test_settings_of_corpora_that_can_not_be_used_are_refused(tmp_path: Path, to
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("settings", "words"), [
-    ({}, "data.tokenizer must name"), ({"tokenizer": True, "paths": ("1", "text.txt")}, "preprocess takes no weights, got 1 for text.txt"),
-    ({"tokenizer": True, "paths": ("a",)}, "a.bin holds token ids already"),
-    ({"tokenizer": True, "workers": -1}, "data.workers must be at least 0, got -1"),
-    ({"tokenizer": True, "paths": ("empty.txt",)}, "holds nothing to learn from"),
-    ({"tokenizer": True, "output": "a"}, "a.bin exists already"),
-    ({"tokenizer": True, "output": "new.bin"}, "--output is the prefix"), ({"tokenizer": True, "output": "."}, "give corpus"),
-    ({"tokenizer": True, "paths": ("text.txt", "latin.txt")}, "latin.txt must be UTF-8 text"),
-])
-def test_preprocess_refuses_and_leaves_nothing(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, settings: dict,
-                                               words: str) -> None:
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "data.tokenizer must name"),
+        ({"tokenizer": True, "paths": ("1", "text.txt")}, "preprocess takes no weights, got 1 for text.txt"),
+        ({"tokenizer": True, "paths": ("a",)}, "a.bin holds token ids already"),
+        ({"tokenizer": True, "workers": -1}, "data.workers must be at least 0, got -1"),
+        ({"tokenizer": True, "paths": ("empty.txt",)}, "holds nothing to learn from"),
+        ({"tokenizer": True, "output": "a"}, "a.bin exists already"),
+        ({"tokenizer": True, "output": "new.bin"}, "--output is the prefix"),
+        ({"tokenizer": True, "output": "."}, "give corpus"),
+        ({"tokenizer": True, "paths": ("text.txt", "latin.txt")}, "latin.txt must be UTF-8 text"),
+    ],
+)
+def test_preprocess_refuses_and_leaves_nothing(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, settings: dict, words: str
+) -> None:
     """Half a corpus that looks like a whole one."""
     monkeypatch.chdir(tmp_path)
     write_with_megatron(Path("a"), [[1, 2, 3]])
@@ -274,7 +358,9 @@ def test_preprocess_refuses_and_leaves_nothing(tmp_path: Path, tokenizer: Path, 
     Path("latin.txt").write_bytes("naïve".encode("latin-1"))
     there = sorted(path.name for path in tmp_path.iterdir())
     output = Path(settings.get("output", "new"))
-    settings = {key: str(tokenizer) if key == "tokenizer" else value for key, value in settings.items() if key != "output"}
+    settings = {
+        key: str(tokenizer) if key == "tokenizer" else value for key, value in settings.items() if key != "output"
+    }
     with pytest.raises(InputError) as error:
         preprocess(DataSection(**{"paths": ("text.txt",), **settings}), output, False)
     assert words in str(error.value) and sorted(path.name for path in tmp_path.iterdir()) == there

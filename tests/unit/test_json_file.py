@@ -1,4 +1,5 @@
 """JSON that is written here can be read by any reader; JSON of strangers is read whole or refused."""
+
 import ast
 import json
 import math
@@ -28,22 +29,37 @@ def strictly(text: str) -> object:
 
 
 def test_all_json_is_written_by_one_writer():
-    """NaN and Infinity, which json.dumps writes unasked, and which jq, JavaScript, Rust and Go refuse with the whole file."""
+    """NaN and Infinity, which json.dumps writes unasked, and which jq, JavaScript, Rust and Go refuse with the whole
+    file.
+    """
     calls = {}
     for path in [*(ROOT / "ee_tuning").rglob("*.py"), *(ROOT / "tools").glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if (isinstance(node, ast.Attribute) and node.attr in ("dump", "dumps", "JSONEncoder") and isinstance(node.value, ast.Name)
-                    and node.value.id == "json"):
-                calls[path.relative_to(ROOT / "ee_tuning" if "tools" not in path.parts else ROOT).as_posix()] = node.lineno
-            assert not (isinstance(node, ast.ImportFrom) and node.module == "json"), f"{path} imports from json past the writer"
+            if (
+                isinstance(node, ast.Attribute)
+                and node.attr in ("dump", "dumps", "JSONEncoder")
+                and isinstance(node.value, ast.Name)
+                and node.value.id == "json"
+            ):
+                calls[path.relative_to(ROOT / "ee_tuning" if "tools" not in path.parts else ROOT).as_posix()] = (
+                    node.lineno
+                )
+            assert not (isinstance(node, ast.ImportFrom) and node.module == "json"), (
+                f"{path} imports from json past the writer"
+            )
     assert set(calls) == {"json_file.py", *OTHERS}
 
 
 @pytest.mark.parametrize("layout", [{}, {"indent": 2}, {"ensure_ascii": False}, {"sort_keys": True}])
 def test_what_is_not_finite_becomes_null(layout):
     """One perplexity that overflows, and a whole report that no reader takes."""
-    tree = {"a": [1.5, math.nan, (math.inf, {"b": -math.inf})], "c": "Infinity", "d": 1e-320, "é": 2 ** 70}
-    assert strictly(to_json(tree, **layout)) == {"a": [1.5, None, [None, {"b": None}]], "c": "Infinity", "d": 1e-320, "é": 2 ** 70}
+    tree = {"a": [1.5, math.nan, (math.inf, {"b": -math.inf})], "c": "Infinity", "d": 1e-320, "é": 2**70}
+    assert strictly(to_json(tree, **layout)) == {
+        "a": [1.5, None, [None, {"b": None}]],
+        "c": "Infinity",
+        "d": 1e-320,
+        "é": 2**70,
+    }
     assert to_json({"x": [0.1, 1e22, None]}) == json.dumps({"x": [0.1, 1e22, None]}), "digests hang on these bytes"
 
 
@@ -53,7 +69,9 @@ def test_half_a_surrogate_pair_is_written():
     assert to_json("é\u2028", ensure_ascii=False) == '"é\u2028"'
 
 
-@pytest.mark.parametrize("text", ['{"a": NaN}', '[-Infinity]', '{"a": {"b": [1e999]}}', '{"a": 1, "a": 2}', '[' * 100_000, "{"])
+@pytest.mark.parametrize(
+    "text", ['{"a": NaN}', "[-Infinity]", '{"a": {"b": [1e999]}}', '{"a": 1, "a": 2}', "[" * 100_000, "{"]
+)
 def test_what_is_no_json_is_refused(text):
     """A number that nothing can write again."""
     with pytest.raises(ValueError, match=r"\w"):

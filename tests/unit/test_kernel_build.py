@@ -1,4 +1,5 @@
 """Building the kernels: what is kept, and what happens where they can not be built."""
+
 import logging
 from pathlib import Path
 
@@ -60,7 +61,9 @@ def test_without_a_compiler_torch_serves(monkeypatch: pytest.MonkeyPatch, caplog
     assert "no C++ compiler (CXX, g++ or clang++)" in caplog.text
 
 
-def test_a_compiler_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_compiler_that_fails_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Its words lost, or a traceback in their place."""
     compiler = tmp_path / "broken++"
     compiler.write_text("#!/bin/sh\necho 'no such option: -fopenmp' >&2\nexit 1\n")

@@ -1,4 +1,5 @@
 """What a launcher says in the environment: a world of one needs no address, and what makes no sense is one line."""
+
 import pytest
 
 from ee_tuning import cli
@@ -15,22 +16,40 @@ def say(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
         monkeypatch.setenv(name, value)
 
 
-@pytest.mark.parametrize(("environment", "place"), [
-    ({}, None), ({"WORLD_SIZE": "4"}, None), ({"RANK": "", "WORLD_SIZE": ""}, None), ({"RANK": "0", "WORLD_SIZE": "1"}, Place(0, 1)),
-    ({"RANK": "3", "WORLD_SIZE": "4"}, Place(3, 4))])
-def test_a_place_is_what_both_variables_say(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], place: Place | None):
+@pytest.mark.parametrize(
+    ("environment", "place"),
+    [
+        ({}, None),
+        ({"WORLD_SIZE": "4"}, None),
+        ({"RANK": "", "WORLD_SIZE": ""}, None),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, Place(0, 1)),
+        ({"RANK": "3", "WORLD_SIZE": "4"}, Place(3, 4)),
+    ],
+)
+def test_a_place_is_what_both_variables_say(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], place: Place | None
+):
     """A variable that a shell has left, taken for a launcher."""
     say(monkeypatch, environment)
     assert launched() == place and is_first() == (place is None or place.rank == 0)
 
 
-@pytest.mark.parametrize(("environment", "words"), [
-    ({"RANK": "0"}, "RANK=0 alone"), ({"RANK": "2", "WORLD_SIZE": "2"}, "below WORLD_SIZE"), ({"RANK": "a", "WORLD_SIZE": "2"}, "'a'"),
-    ({"RANK": "-1", "WORLD_SIZE": "2"}, "'-1'"), ({"RANK": "0", "WORLD_SIZE": "0"}, "at least 1"),
-    ({"RANK": "0", "WORLD_SIZE": "1.0"}, "'1.0'"),
-    ({"RANK": "9" * 5000, "WORLD_SIZE": "2"}, "RANK in the environment"), ({"WORLD_SIZE": "many"}, "'many'")])
-def test_what_makes_no_sense_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-                                         environment: dict[str, str], words: str):
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"RANK": "0"}, "RANK=0 alone"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "below WORLD_SIZE"),
+        ({"RANK": "a", "WORLD_SIZE": "2"}, "'a'"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "'-1'"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "at least 1"),
+        ({"RANK": "0", "WORLD_SIZE": "1.0"}, "'1.0'"),
+        ({"RANK": "9" * 5000, "WORLD_SIZE": "2"}, "RANK in the environment"),
+        ({"WORLD_SIZE": "many"}, "'many'"),
+    ],
+)
+def test_what_makes_no_sense_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], environment: dict[str, str], words: str
+):
     """A traceback of int(), or a command that fails without a word, for its rank is not the one that tells."""
     say(monkeypatch, environment)
     with pytest.raises(InputError, match=words):
@@ -40,10 +59,16 @@ def test_what_makes_no_sense_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys
     assert said.startswith("ee-tuning: error: ") and said.count("\n") == 1
 
 
-@pytest.mark.parametrize(("environment", "words"), [
-    ({}, "MASTER_ADDR, and the environment has none"), ({"MASTER_ADDR": "a"}, "has none"),
-    ({"MASTER_ADDR": "a", "MASTER_PORT": "x"}, "'x'"),
-    ({"MASTER_ADDR": "a", "MASTER_PORT": "65536"}, "65536"), ({"MASTER_ADDR": "a", "MASTER_PORT": "0"}, "'0'")])
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({}, "MASTER_ADDR, and the environment has none"),
+        ({"MASTER_ADDR": "a"}, "has none"),
+        ({"MASTER_ADDR": "a", "MASTER_PORT": "x"}, "'x'"),
+        ({"MASTER_ADDR": "a", "MASTER_PORT": "65536"}, "65536"),
+        ({"MASTER_ADDR": "a", "MASTER_PORT": "0"}, "'0'"),
+    ],
+)
 def test_several_processes_need_an_address(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], words: str):
     """A traceback of torch's rendezvous."""
     say(monkeypatch, environment)

@@ -1,4 +1,5 @@
 """Files of lines are read alike, whoever reads them: prompts, data, metrics."""
+
 import json
 from pathlib import Path
 
@@ -16,12 +17,25 @@ SEPARATORS = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg"
 PACKAGE = Path(__file__).parents[2] / "ee_tuning"
 
 
-@pytest.mark.parametrize(("content", "wanted"), [
-    (b"", []), (b"\n", [""]), (b"a", ["a"]), (b"a\nb\n", ["a", "b"]), (b"a\r\n\r\nb\r\n", ["a", "", "b"]), (b"a\rb\n", ["a\rb"]),
-    (b"\xef\xbb\xbfa\nb", ["a", "b"]), (b"a\n\xef\xbb\xbfb\n", ["a", "b"]), (f"{SEPARATORS}\nz".encode(), [SEPARATORS, "z"]),
-    (b"\xef\xbb\xbf", [])])
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        (b"", []),
+        (b"\n", [""]),
+        (b"a", ["a"]),
+        (b"a\nb\n", ["a", "b"]),
+        (b"a\r\n\r\nb\r\n", ["a", "", "b"]),
+        (b"a\rb\n", ["a\rb"]),
+        (b"\xef\xbb\xbfa\nb", ["a", "b"]),
+        (b"a\n\xef\xbb\xbfb\n", ["a", "b"]),
+        (f"{SEPARATORS}\nz".encode(), [SEPARATORS, "z"]),
+        (b"\xef\xbb\xbf", []),
+    ],
+)
 def test_a_line_ends_at_a_line_feed_alone(tmp_path: Path, content: bytes, wanted: list[str]) -> None:
-    """A text that holds U+2028 is cut in two, neither of which is JSON; a byte order mark is taken for a part of the first line."""
+    """A text that holds U+2028 is cut in two, neither of which is JSON; a byte order mark is taken for a part of the
+    first line.
+    """
     (tmp_path / "lines").write_bytes(content)
     assert read_lines(tmp_path / "lines") == wanted
 
@@ -29,7 +43,9 @@ def test_a_line_ends_at_a_line_feed_alone(tmp_path: Path, content: bytes, wanted
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_prompts_and_documents_are_cut_alike(tmp_path: Path, mark: bytes, end: str) -> None:
-    """A file that data takes and prompts refuse; our own output, which holds what the model said as it is, that can not be read back."""
+    """A file that data takes and prompts refuse; our own output, which holds what the model said as it is, that can not
+    be read back.
+    """
     texts = ["first\u2028line", "second\u2029", "\x85third", "fourth"]
     lines = [json.dumps({"prompt": text, "text": text}, ensure_ascii=False) for text in texts]
     path = tmp_path / "lines.jsonl"

@@ -1,4 +1,7 @@
-"""Claims about the chunked linear cross-entropy on one rank: it is F.cross_entropy of F.linear, at the memory of one chunk."""
+"""Claims about the chunked linear cross-entropy on one rank: it is F.cross_entropy of F.linear, at the memory of one
+chunk.
+"""
+
 from typing import Any
 
 import pytest
@@ -45,7 +48,9 @@ def test_loss_and_gradients_equal_the_materialized_ones(chunk_tokens: int) -> No
 
 @pytest.mark.parametrize(("trains_hidden", "trains_weight"), [(True, False), (False, True)])
 def test_what_is_frozen_gets_no_gradient_and_the_other_the_same(trains_hidden: bool, trains_weight: bool) -> None:
-    """A tied head's frozen matrix must cost no gradient of its size, and a head without anything before it none of the states."""
+    """A tied head's frozen matrix must cost no gradient of its size, and a head without anything before it none of the
+    states.
+    """
     hidden, weight, labels, mask = _inputs()
     expected = torch.autograd.grad(_plain(hidden, weight, labels, mask), (hidden, weight))
     hidden.requires_grad_(trains_hidden), weight.requires_grad_(trains_weight)
@@ -102,7 +107,10 @@ def test_bf16_is_as_near_to_float64_as_the_plain_loss_in_bf16() -> None:
 
 def test_the_weights_gradient_in_bf16_keeps_growing_over_many_chunks() -> None:
     """A bf16 sum stops growing once it is 256 times its terms: hundreds of chunks would count as a few."""
-    hidden, weight = torch.ones(1000, 1, H, dtype=torch.bfloat16), torch.zeros(V, H, dtype=torch.bfloat16, requires_grad=True)
+    hidden, weight = (
+        torch.ones(1000, 1, H, dtype=torch.bfloat16),
+        torch.zeros(V, H, dtype=torch.bfloat16, requires_grad=True),
+    )
     labels, mask = torch.zeros(1000, 1, dtype=torch.long), torch.ones(1000, 1)
     linear_cross_entropy(hidden, weight, labels, mask, vocab=_shard(V), chunk_tokens=1).backward()
     assert weight.grad is not None
@@ -116,7 +124,9 @@ def test_without_gradient_the_same_loss_and_each_tokens_own() -> None:
     with torch.inference_mode():
         assert torch.equal(linear_cross_entropy(hidden, weight, labels, mask, vocab=_shard(V), chunk_tokens=4), trained)
         each = token_losses(hidden, weight, labels, vocab=_shard(V), chunk_tokens=4)
-    torch.testing.assert_close(each, F.cross_entropy((hidden @ weight.T).transpose(1, 2), labels, reduction="none").detach())
+    torch.testing.assert_close(
+        each, F.cross_entropy((hidden @ weight.T).transpose(1, 2), labels, reduction="none").detach()
+    )
 
 
 def test_a_second_backward_is_refused() -> None:
@@ -143,7 +153,9 @@ class _LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_tensor_is_larger_than_a_chunk_of_logits(dtype: torch.dtype) -> None:
-    """The one promise of chunking: the plain loss makes a tensor of sequence × batch × vocabulary, ours nothing near it."""
+    """The one promise of chunking: the plain loss makes a tensor of sequence × batch × vocabulary, ours nothing near
+    it.
+    """
     hidden = torch.randn(64, 4, 8).to(dtype).requires_grad_()
     weight = torch.randn(500, 8).to(dtype).requires_grad_()
     labels, mask = torch.randint(500, (64, 4)), torch.ones(64, 4)

@@ -1,4 +1,5 @@
 """Megatron's checkpoints: the same model as Hugging Face's, and nothing in them is believed or run."""
+
 import fractions
 import os
 import pickle
@@ -39,7 +40,9 @@ class Hostile:
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`hf`, the same in `legacy` (TP2, uneven stages), and in `megatron`, as stock Megatron-core saves it from one process."""
+    """`hf`, the same in `legacy` (TP2, uneven stages), and in `megatron`, as stock Megatron-core saves it from one
+    process.
+    """
     folder = tmp_path_factory.mktemp("shared")
     reference = random_llama(folder / "hf")
     save_legacy(reference, read_model_config(folder / "hf"), folder / "legacy", 2, (2, 4), is_old=False)
@@ -66,7 +69,9 @@ def refusal(action: Callable[[], Any]) -> str:
 @pytest.mark.parametrize("is_old", [False, True])
 @pytest.mark.parametrize(("tp", "stages"), [(1, (6,)), (2, (6,)), (2, (1, 5)), (1, (2, 2, 2))])
 def test_a_legacy_checkpoint_is_the_same_model(tmp_path: Path, is_old: bool, tp: int, stages: tuple[int, ...]) -> None:
-    """Shards merged in the wrong order, stages that number their layers from zero, columns read along the wrong axis."""
+    """Shards merged in the wrong order, stages that number their layers from zero, columns read along the wrong
+    axis.
+    """
     reference = random_llama(tmp_path / "hf")
     save_legacy(reference, read_model_config(tmp_path / "hf"), tmp_path / "run" / "release", tp, stages, is_old=is_old)
     (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("release")
@@ -77,16 +82,22 @@ def test_a_legacy_checkpoint_is_the_same_model(tmp_path: Path, is_old: bool, tp:
         assert torch.equal(tensors[name], tensor), name
         if tensor.dim() == 2:
             assert torch.equal(got.source.columns(name, 5, 33), tensor[:, 5:33]), name
-    model = load_for_generation(load_config(None, {"model.path": str(tmp_path / "run")}), init_parallel(ParallelSection())).model
+    model = load_for_generation(
+        load_config(None, {"model.path": str(tmp_path / "run")}), init_parallel(ParallelSection())
+    ).model
     tokens = torch.randint(0, 100, (2, 19))
     with torch.no_grad():
         hidden, _ = model.run_layers(model.embed(tokens))
-        logits = torch.nn.functional.linear(model.final_hidden(hidden), model.backbone.output_layer.weight).transpose(0, 1)
+        logits = torch.nn.functional.linear(model.final_hidden(hidden), model.backbone.output_layer.weight).transpose(
+            0, 1
+        )
         torch.testing.assert_close(logits, reference(tokens).logits, rtol=0, atol=1e-4)
 
 
 def test_a_tied_output_matrix_is_read_once(tmp_path: Path) -> None:
-    """The copy of the embedding that Megatron keeps on its last stage taken for an output matrix, or for a tensor too many."""
+    """The copy of the embedding that Megatron keeps on its last stage taken for an output matrix, or for a tensor too
+    many.
+    """
     reference = random_llama(tmp_path / "hf", tie_word_embeddings=True)
     config = read_model_config(tmp_path / "hf")
     save_stock_model(str(tmp_path / "hf"), str(tmp_path / "megatron"), 1, 1, None, True)
@@ -102,19 +113,26 @@ def test_a_tied_output_matrix_is_read_once(tmp_path: Path) -> None:
 def test_experts_in_a_legacy_checkpoint_are_refused(tmp_path: Path) -> None:
     """Experts that were cut over ranks otherwise than anything here reads."""
     reference = random_llama(tmp_path / "hf")
-    save_legacy(reference, read_model_config(tmp_path / "hf"), tmp_path / "legacy", 2, (6,), is_old=False, num_experts=4)
+    save_legacy(
+        reference, read_model_config(tmp_path / "hf"), tmp_path / "legacy", 2, (6,), is_old=False, num_experts=4
+    )
     message = refusal(lambda: opened(tmp_path / "legacy"))
     assert all(word in message for word in (str(tmp_path / "legacy"), "legacy", "experts", "torch_dist"))
 
 
-@pytest.mark.parametrize("file", ["legacy/mp_rank_01_000/model_optim_rng.pt", "megatron/common.pt", "megatron/.metadata"])
-def test_a_hostile_pickle_is_refused_by_its_file(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
+@pytest.mark.parametrize(
+    "file", ["legacy/mp_rank_01_000/model_optim_rng.pt", "megatron/common.pt", "megatron/.metadata"]
+)
+def test_a_hostile_pickle_is_refused_by_its_file(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
     """A checkpoint from a stranger that runs commands on whoever looks at it."""
     monkeypatch.chdir(tmp_path)
     folder = Path(shutil.copytree(shared / file.split("/")[0], tmp_path / "model"))
     target = folder.joinpath(*file.split("/")[1:])
     if target.name == ".metadata":
         import pickle
+
         target.write_bytes(pickle.dumps(Hostile()))
     else:
         torch.save({"model": {}, "args": Hostile()}, target)
@@ -138,7 +156,9 @@ def test_trust_is_the_way_past_a_pickle(tmp_path: Path) -> None:
     message = refusal(lambda: opened(tmp_path / "model"))
     assert "fractions.Fraction" in message and "--trust-pickle" in message
     assert opened(tmp_path / "model", trust_pickle=True).config.num_layers == 6
-    assert "--trust-pickle" in refusal(lambda: verify_folder(tmp_path / "model")) and verify_folder(tmp_path / "model", trust_pickle=True)
+    assert "--trust-pickle" in refusal(lambda: verify_folder(tmp_path / "model")) and verify_folder(
+        tmp_path / "model", trust_pickle=True
+    )
 
 
 @pytest.mark.parametrize("kind", ["megatron", "legacy"])
@@ -153,7 +173,7 @@ def test_damage_is_detected(shared: Path, tmp_path: Path, kind: str) -> None:
         victim = folder / source.choice(files).relative_to(shared / kind)
         data = bytearray(victim.read_bytes())
         if number % 4 == 0:
-            del data[source.randrange(len(data)):]
+            del data[source.randrange(len(data)) :]
         else:
             data[source.randrange(len(data))] ^= 1 << source.randrange(8)
         victim.write_bytes(data)
@@ -172,15 +192,30 @@ def test_damage_is_detected(shared: Path, tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("is_qwen", [True, False])
 def test_layers_without_experts_come_back_from_a_config_json_or_make_none(is_qwen: bool) -> None:
     """An export whose config.json tells of other layers and other widths than its weights have."""
-    config = model_config_from_megatron({
-        "num_layers": 6, "hidden_size": 48, "ffn_hidden_size": 88, "moe_ffn_hidden_size": 20, "num_attention_heads": 4, "kv_channels": 12,
-        "vocab_size": 101, "max_position_embeddings": 128, "num_experts": 5, "moe_layer_freq": 2, "qk_layernorm": is_qwen,
-        "untie_embeddings_and_output_weights": True}, Path("args"))
+    config = model_config_from_megatron(
+        {
+            "num_layers": 6,
+            "hidden_size": 48,
+            "ffn_hidden_size": 88,
+            "moe_ffn_hidden_size": 20,
+            "num_attention_heads": 4,
+            "kv_channels": 12,
+            "vocab_size": 101,
+            "max_position_embeddings": 128,
+            "num_experts": 5,
+            "moe_layer_freq": 2,
+            "qk_layernorm": is_qwen,
+            "untie_embeddings_and_output_weights": True,
+        },
+        Path("args"),
+    )
     assert config.dense_layers == (2, 4, 6) and config.ffn_hidden_size == 88 and config.moe_ffn_hidden_size == 20
     if is_qwen:
         assert model_config_from_hf(huggingface_config(config), Path("config.json")) == config
         return
-    assert "must have experts in every layer, and layers 2, 4, 6 have none" in refusal(lambda: huggingface_config(config))
+    assert "must have experts in every layer, and layers 2, 4, 6 have none" in refusal(
+        lambda: huggingface_config(config)
+    )
 
 
 def test_files_that_are_missing_are_named(shared: Path, tmp_path: Path) -> None:
@@ -193,17 +228,26 @@ def test_files_that_are_missing_are_named(shared: Path, tmp_path: Path) -> None:
     assert ".distcp" in refusal(lambda: all_rows(opened(folder)))
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-    ({"normalization": "LayerNorm"}, ["normalization", "LayerNorm"]), ({"add_qkv_bias": True}, ["linear_qkv.bias"]),
-    ({"num_experts": 8}, ["mlp.router.weight"]),
-    ({"num_experts": 8, "moe_router_pre_softmax": True}, ["num_experts", "pre_softmax"]),
-    ({"num_experts": 8, "moe_shared_expert_intermediate_size": 16}, ["moe_shared_expert_intermediate_size = 16"]),
-    ({"num_experts": 8, "moe_layer_freq": [1, 0]}, ["moe_layer_freq", "6 layers", "[1, 0]"]),
-    ({"rotary_interleaved": True}, ["rotary_interleaved"]),
-    ({"num_layers": 5}, ["linear_qkv", "6 layers", "5 layers"]), ({"num_layers": 7}, ["layers.6"]),
-    ({"ffn_hidden_size": 80}, ["linear_fc1", "160", "176"]),
-    ({"vocab_size": 129}, ["129", "vocab_size"]), ({"hidden_size": "48"}, ["hidden_size", "'48'"])])
-def test_a_shape_that_is_another_models_is_refused(shared: Path, tmp_path: Path, changes: dict[str, Any], words: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"normalization": "LayerNorm"}, ["normalization", "LayerNorm"]),
+        ({"add_qkv_bias": True}, ["linear_qkv.bias"]),
+        ({"num_experts": 8}, ["mlp.router.weight"]),
+        ({"num_experts": 8, "moe_router_pre_softmax": True}, ["num_experts", "pre_softmax"]),
+        ({"num_experts": 8, "moe_shared_expert_intermediate_size": 16}, ["moe_shared_expert_intermediate_size = 16"]),
+        ({"num_experts": 8, "moe_layer_freq": [1, 0]}, ["moe_layer_freq", "6 layers", "[1, 0]"]),
+        ({"rotary_interleaved": True}, ["rotary_interleaved"]),
+        ({"num_layers": 5}, ["linear_qkv", "6 layers", "5 layers"]),
+        ({"num_layers": 7}, ["layers.6"]),
+        ({"ffn_hidden_size": 80}, ["linear_fc1", "160", "176"]),
+        ({"vocab_size": 129}, ["129", "vocab_size"]),
+        ({"hidden_size": "48"}, ["hidden_size", "'48'"]),
+    ],
+)
+def test_a_shape_that_is_another_models_is_refused(
+    shared: Path, tmp_path: Path, changes: dict[str, Any], words: list[str]
+) -> None:
     """Saved arguments that name what this project would leave out, or a shape given by hand that cuts weights off."""
     shape = tmp_path / "shape.yaml"
     shape.write_text(yaml.safe_dump(changes))
@@ -218,9 +262,20 @@ def test_the_shape_can_be_given(shared: Path, tmp_path: Path) -> None:
     assert "--config" in refusal(lambda: opened(folder))
     shape = opened(shared / "hf").config
     written = tmp_path / "shape.yaml"
-    names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "vocab_size",
-             "max_position_embeddings", "norm_epsilon")
-    written.write_text(yaml.safe_dump({**{name: getattr(shape, name) for name in names}, "untie_embeddings_and_output_weights": True}))
+    names = (
+        "num_layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_attention_heads",
+        "num_query_groups",
+        "kv_channels",
+        "vocab_size",
+        "max_position_embeddings",
+        "norm_epsilon",
+    )
+    written.write_text(
+        yaml.safe_dump({**{name: getattr(shape, name) for name in names}, "untie_embeddings_and_output_weights": True})
+    )
     for given in (written, shared / "hf" / "config.json"):
         got = opened(folder, config=str(given))
         assert fingerprint(*got[:2]) == fingerprint(*opened(shared / "hf")[:2])
@@ -256,10 +311,17 @@ def test_a_megatron_checkpoint_generates_with_a_tokenizer_from_elsewhere(tmp_pat
 
     reference = random_llama(tmp_path / "hf", vocab_size=257, eos_token_id=256, bos_token_id=256)
     save_legacy(reference, read_model_config(tmp_path / "hf"), tmp_path / "model", 1, (6,), is_old=True)
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
+    tokenizer = Tokenizer(
+        models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])
+    )
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        decoders.ByteLevel(),
+    )
     tokenizer.add_special_tokens(["<|end|>"])
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>").save_pretrained(tmp_path / "hf")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>").save_pretrained(
+        tmp_path / "hf"
+    )
     overrides = {"model.path": str(tmp_path / "model"), "model.dtype": "float64"}
     assert "data.tokenizer" in refusal(lambda: EarlyExitLLM.from_config(load_config(None, overrides)))
     ours = EarlyExitLLM.from_config(load_config(None, {**overrides, "data.tokenizer": str(tmp_path / "hf")}))
@@ -268,7 +330,9 @@ def test_a_megatron_checkpoint_generates_with_a_tokenizer_from_elsewhere(tmp_pat
     assert said[0] == said[1] and ours.stop_token_ids == theirs.stop_token_ids == (256,)
 
 
-def test_files_of_an_export_have_their_largest_size(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_an_export_have_their_largest_size(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A file closed only once it is too large: twice what a disk or a hub takes."""
     limit = 30_000
     monkeypatch.setattr(distcp_writer, "SHARD_BYTES", limit)

@@ -1,4 +1,5 @@
 """Sizes from shapes: what plans for models that nobody has fetched stand on."""
+
 import json
 from pathlib import Path
 from typing import Any
@@ -11,22 +12,39 @@ from ee_tuning.checkpoint.model_size import parameters_by_part, parameters_per_l
 from ee_tuning.checkpoint.names import backbone_tensor_shapes
 from ee_tuning.model.config import read_model_config
 
-LLAMA_70B = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 8192, "intermediate_size": 28672,
-             "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "dtype": "bfloat16",
-             "max_position_embeddings": 4096, "tie_word_embeddings": False}
+LLAMA_70B = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "dtype": "bfloat16",
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+}
 
 
-@pytest.mark.parametrize(("changes", "parameters"), [
-    ({"vocab_size": 32000}, 68_976_648_192), ({"vocab_size": 128256, "rope_theta": 500000.0}, 70_553_706_496)],
-    ids=["Llama-2-70B", "Llama-3.1-70B"])
-def test_a_config_alone_tells_the_published_size(tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any],
-                                                 parameters: int) -> None:
-    """A projection counted by query heads where keys have fewer; an output matrix forgotten, or a refusal for want of 140 GB."""
+@pytest.mark.parametrize(
+    ("changes", "parameters"),
+    [({"vocab_size": 32000}, 68_976_648_192), ({"vocab_size": 128256, "rope_theta": 500000.0}, 70_553_706_496)],
+    ids=["Llama-2-70B", "Llama-3.1-70B"],
+)
+def test_a_config_alone_tells_the_published_size(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], parameters: int
+) -> None:
+    """A projection counted by query heads where keys have fewer; an output matrix forgotten, or a refusal for want of
+    140 GB.
+    """
     (tmp_path / "config.json").write_text(json.dumps({**LLAMA_70B, **changes}))
     assert cli.main(["inspect", "--model", str(tmp_path), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     vocabulary = changes["vocab_size"] * 8192
-    assert facts["parameters"]["all"] == parameters and facts["bytes"] == 2 * parameters and "missing" in facts["format"]
+    assert (
+        facts["parameters"]["all"] == parameters and facts["bytes"] == 2 * parameters and "missing" in facts["format"]
+    )
     assert facts["parameters"]["output"] == vocabulary and facts["parameters"]["norms"] == 161 * 8192
     assert facts["one_exit_head_bytes"]["mlp, untied"] == 2 * (vocabulary + 3 * 8192 * 28672 + 8192)
     assert facts["largest_group_bytes"] == 2 * max(vocabulary, facts["parameters"]["each layer"]["all"])

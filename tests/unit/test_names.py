@@ -1,4 +1,5 @@
 """Hugging Face's tensors against Megatron-core's shards."""
+
 from typing import Any
 
 import pytest
@@ -18,8 +19,19 @@ from ee_tuning.model.exit_spec import ExitSpec
 
 
 def config(**changes: object) -> ModelConfig:
-    shape = {"num_layers": 3, "hidden_size": 24, "ffn_hidden_size": 40, "num_attention_heads": 8, "num_query_groups": 4, "kv_channels": 6,
-             "vocab_size": 101, "max_position_embeddings": 64, "norm_epsilon": 1e-5, "rope": RopeConfig(), "ties_embeddings": False}
+    shape = {
+        "num_layers": 3,
+        "hidden_size": 24,
+        "ffn_hidden_size": 40,
+        "num_attention_heads": 8,
+        "num_query_groups": 4,
+        "kv_channels": 6,
+        "vocab_size": 101,
+        "max_position_embeddings": 64,
+        "norm_epsilon": 1e-5,
+        "rope": RopeConfig(),
+        "ties_embeddings": False,
+    }
     return ModelConfig(**{**shape, **changes})
 
 
@@ -41,9 +53,23 @@ def random_tensors(shapes: dict[str, tuple[int, ...]]) -> Tensors:
     return Tensors({name: torch.randn(shape, generator=generator) for name, shape in shapes.items()})
 
 
-GPT2 = {"family": "gpt2", "norm": "layer", "position": "learned", "activation": "gelu_tanh", "is_gated": False, "has_linear_bias": True,
-        "num_query_groups": 8, "kv_channels": 3}
-FAMILIES = [{}, {"ties_embeddings": True}, {"family": "qwen2", "has_qkv_bias": True}, {"family": "qwen3", "has_qk_norm": True}, GPT2]
+GPT2 = {
+    "family": "gpt2",
+    "norm": "layer",
+    "position": "learned",
+    "activation": "gelu_tanh",
+    "is_gated": False,
+    "has_linear_bias": True,
+    "num_query_groups": 8,
+    "kv_channels": 3,
+}
+FAMILIES = [
+    {},
+    {"ties_embeddings": True},
+    {"family": "qwen2", "has_qkv_bias": True},
+    {"family": "qwen3", "has_qk_norm": True},
+    GPT2,
+]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -64,12 +90,16 @@ def test_the_shards_of_all_ranks_hold_the_model_and_give_it_back(tp: int, family
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_queries_keys_and_values_are_fused_by_query_group(tp: int) -> None:
-    """Megatron-core splits the fused rows by group: all queries first, as others fuse them, would mix up heads without an error."""
+    """Megatron-core splits the fused rows by group: all queries first, as others fuse them, would mix up heads without
+    an error.
+    """
     model = config()
     tensors = random_tensors(backbone_tensor_shapes(model))
     q, k, v = (tensors[f"model.layers.1.self_attn.{part}_proj.weight"] for part in "qkv")
     groups, width = model.num_query_groups, model.kv_channels
-    fused = torch.cat([q.view(groups, 2 * width, -1), k.view(groups, width, -1), v.view(groups, width, -1)], dim=1).flatten(0, 1)
+    fused = torch.cat(
+        [q.view(groups, 2 * width, -1), k.view(groups, width, -1), v.view(groups, width, -1)], dim=1
+    ).flatten(0, 1)
     for rank, part in enumerate(fused.chunk(tp)):
         plan = backbone_shard("decoder.layers.1.self_attention.linear_qkv.weight", model, tp, rank)
         assert torch.equal(read_shard(tensors, plan, torch.float32), part)
@@ -86,19 +116,29 @@ def test_each_rank_has_its_gate_above_its_up() -> None:
 
 @pytest.mark.parametrize(("vocab_size", "tp"), [(101, 4), (5, 4)])
 def test_vocabulary_padding_is_zeros_after_the_last_token(vocab_size: int, tp: int) -> None:
-    """Uninitialized padding holds anything, NaN included; with 5 tokens on 4 ranks the last rank has nothing but padding."""
+    """Uninitialized padding holds anything, NaN included; with 5 tokens on 4 ranks the last rank has nothing but
+    padding.
+    """
     model = config(vocab_size=vocab_size)
     tensors = random_tensors(backbone_tensor_shapes(model))
-    shards = [read_shard(tensors, backbone_shard("output_layer.weight", model, tp, rank), torch.float32)
-              for rank in range(tp)]
+    shards = [
+        read_shard(tensors, backbone_shard("output_layer.weight", model, tp, rank), torch.float32) for rank in range(tp)
+    ]
     whole = torch.cat(shards)
     assert len({shard.shape for shard in shards}) == 1
     assert torch.equal(whole[:vocab_size], tensors["lm_head.weight"])
     assert not whole[vocab_size:].any()
 
 
-@pytest.mark.parametrize("parameter", ["decoder.layers.3.mlp.linear_fc1.weight", "decoder.layers.0.mlp.linear_fc1.bias",
-                                       "module.decoder.layers.0.mlp.linear_fc1.weight", "decoder.layers.-1.mlp.linear_fc1.weight"])
+@pytest.mark.parametrize(
+    "parameter",
+    [
+        "decoder.layers.3.mlp.linear_fc1.weight",
+        "decoder.layers.0.mlp.linear_fc1.bias",
+        "module.decoder.layers.0.mlp.linear_fc1.weight",
+        "decoder.layers.-1.mlp.linear_fc1.weight",
+    ],
+)
 def test_a_parameter_the_family_lacks_is_an_error(parameter: str) -> None:
     """A name taken for a similar one would load weights into the wrong place."""
     with pytest.raises(KeyError):
@@ -130,13 +170,17 @@ def test_an_exit_copies_the_layer_it_follows() -> None:
     assert exit_copy_source("exits.2.norm.bias", config(**GPT2)) == "transformer.ln_f.bias"
     assert exit_copy_source("exits.2.mlp.c_fc.weight", config(**GPT2)) == "transformer.h.1.mlp.c_fc.weight"
     assert exit_copy_source("exits.2.layer.attn.c_attn.bias", config(**GPT2)) == "transformer.h.2.attn.c_attn.bias"
-    assert exit_copy_source("exits.2.layer.self_attn.q_proj.weight", config()) == "model.layers.2.self_attn.q_proj.weight"
+    assert (
+        exit_copy_source("exits.2.layer.self_attn.q_proj.weight", config()) == "model.layers.2.self_attn.q_proj.weight"
+    )
     assert exit_copy_source("exits.2.adapter.norm.weight", config()) == "model.norm.weight"
     assert exit_copy_source("exits.2.adapter.down.weight", config()) is None
 
 
 def test_gpt2_keeps_its_matrices_the_other_way_round() -> None:
-    """c_attn holds [inputs, queries and keys and values]: read as it lies, or fused as it lies, it is another map of the same size."""
+    """c_attn holds [inputs, queries and keys and values]: read as it lies, or fused as it lies, it is another map of
+    the same size.
+    """
     model = config(**GPT2)
     tensors = random_tensors(backbone_tensor_shapes(model))
     q, k, v = tensors["transformer.h.1.attn.c_attn.weight"].t().chunk(3)

@@ -1,4 +1,7 @@
-"""A model whose activations overflow: what is made of NaN looks like a result, and every command that would make it stops."""
+"""A model whose activations overflow: what is made of NaN looks like a result, and every command that would make it
+stops.
+"""
+
 from pathlib import Path
 
 import pytest
@@ -24,15 +27,42 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("command", "words"), [
-    (["calibrate", "--exits", "exits", "--data", "text", "--output", "out.json"], "hidden states behind layer 6 are no numbers"),
-    (["profile", "--text", "text", "--output", "out.png"], "hidden states behind layer 2 are no numbers"),
-    (["tune", "--exits", "exits", "--data", "text", "--output", "out", "--train-iters", "2", "--seq-length", "16", "--global-batch-size",
-      "4", "--set", "tuning.eval_iters=0"], "not one step updated exit 2, 4"),
-])
-def test_a_command_stops_at_nan(job: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: list[str],
-                                words: str) -> None:
-    """A traceback from a picture, layers chosen by NaN, an artifact that holds what the run began with: and exit code 0."""
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (
+            ["calibrate", "--exits", "exits", "--data", "text", "--output", "out.json"],
+            "hidden states behind layer 6 are no numbers",
+        ),
+        (["profile", "--text", "text", "--output", "out.png"], "hidden states behind layer 2 are no numbers"),
+        (
+            [
+                "tune",
+                "--exits",
+                "exits",
+                "--data",
+                "text",
+                "--output",
+                "out",
+                "--train-iters",
+                "2",
+                "--seq-length",
+                "16",
+                "--global-batch-size",
+                "4",
+                "--set",
+                "tuning.eval_iters=0",
+            ],
+            "not one step updated exit 2, 4",
+        ),
+    ],
+)
+def test_a_command_stops_at_nan(
+    job: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: list[str], words: str
+) -> None:
+    """A traceback from a picture, layers chosen by NaN, an artifact that holds what the run began with: and exit code
+    0.
+    """
     monkeypatch.chdir(job)
     monkeypatch.setenv("EE_TUNING_CACHE", str(job / "cache"))
     assert cli.main([*command, "--model", "model"]) == 2

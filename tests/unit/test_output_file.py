@@ -1,4 +1,5 @@
 """`generate --output FILE`: what is finished is kept whatever ends the command, and the same command goes on."""
+
 import json
 import math
 import os
@@ -21,9 +22,24 @@ from ee_tuning.parallel.topology import init_parallel
 
 MODEL = CHECKOUT / "examples" / "tiny-python-llama"
 JOB = {"model": "abc", "temperature": 0.5, "prompts": "1f"}
-COMMAND = ["generate", "--model", str(MODEL), "--policy", "full", "--max-new-tokens", "6", "--ignore-eos", "--max-batch-size", "2"]
-LINES = [{"prompt": "def f(", "id": "first", "max_new_tokens": 12}, {"prompt": "x", "temperature": -1, "id": 7},
-         {"prompt": "import ", "n": 2, "temperature": 0.9}, {"prompt": "class A", "meta": {"of": [1, None]}}]
+COMMAND = [
+    "generate",
+    "--model",
+    str(MODEL),
+    "--policy",
+    "full",
+    "--max-new-tokens",
+    "6",
+    "--ignore-eos",
+    "--max-batch-size",
+    "2",
+]
+LINES = [
+    {"prompt": "def f(", "id": "first", "max_new_tokens": 12},
+    {"prompt": "x", "temperature": -1, "id": 7},
+    {"prompt": "import ", "n": 2, "temperature": 0.9},
+    {"prompt": "class A", "meta": {"of": [1, None]}},
+]
 
 
 def record(place: int, index: int = 0, **more: Any) -> dict[str, Any]:
@@ -42,7 +58,10 @@ def prompts(tmp_path: Path) -> Path:
 
 
 def texts(records: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    return [(r.get("id"), r.get("meta"), r["prompt"], r["prompt_index"], r.get("index"), r.get("text"), r.get("error")) for r in records]
+    return [
+        (r.get("id"), r.get("meta"), r["prompt"], r["prompt_index"], r.get("index"), r.get("text"), r.get("error"))
+        for r in records
+    ]
 
 
 def test_records_are_kept_at_once_and_put_in_order_at_the_end(tmp_path: Path):
@@ -70,7 +89,9 @@ def test_records_are_kept_at_once_and_put_in_order_at_the_end(tmp_path: Path):
 
 
 def test_another_job_is_refused_and_overwrite_begins_anew(tmp_path: Path):
-    """Completions of two temperatures in one file; an old file that is gone though the new job never came to a result."""
+    """Completions of two temperatures in one file; an old file that is gone though the new job never came to a
+    result.
+    """
     path = tmp_path / "out.jsonl"
     first = OutputFile(path, JOB, 1, overwrites=False)
     first.write(record(0))
@@ -81,7 +102,10 @@ def test_another_job_is_refused_and_overwrite_begins_anew(tmp_path: Path):
         OutputFile(path, {**JOB, "prompts": "2e"}, 1, overwrites=False)
     OutputFile(path, JOB, 1, overwrites=False).finish()
     before = path.read_bytes()
-    for other, num_prompts, words in (({**JOB, "temperature": 0}, 1, "of another job"), (JOB, 2, "1 of this job's 2 prompts")):
+    for other, num_prompts, words in (
+        ({**JOB, "temperature": 0}, 1, "of another job"),
+        (JOB, 2, "1 of this job's 2 prompts"),
+    ):
         with pytest.raises(InputError, match=words):
             OutputFile(path, other, num_prompts, overwrites=False)
     anew = OutputFile(path, {**JOB, "temperature": 0}, 1, overwrites=True)
@@ -97,7 +121,11 @@ def test_a_damaged_journal_and_a_file_of_something_else_are_refused(tmp_path: Pa
     """Notes of a user's own that are replaced by completions, or a journal half of which is silently made again."""
     notes = tmp_path / "notes.txt"
     notes.write_text("mine\n")
-    for path, words in ((notes, "is not what"), (tmp_path, "got the folder"), (notes / "x", "no folder that can be written")):
+    for path, words in (
+        (notes, "is not what"),
+        (tmp_path, "got the folder"),
+        (notes / "x", "no folder that can be written"),
+    ):
         with pytest.raises(InputError, match=words):
             check_output(path, overwrites=False)
     check_output(notes, overwrites=True)
@@ -134,6 +162,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path, monkeypatch: 
 
 def test_a_stream_gets_records_in_order_as_soon_as_they_can_be(tmp_path: Path):
     """A refused line before all others; hours without a line on a pipe; records that Ctrl-C takes along."""
+
     class Stream:
         def __init__(self) -> None:
             self.name, self.said = "pipe", list[int]()
@@ -161,13 +190,25 @@ def test_a_stream_gets_records_in_order_as_soon_as_they_can_be(tmp_path: Path):
 
 
 @pytest.mark.parametrize("ends_by", [KeyboardInterrupt, SystemExit])
-def test_the_same_command_goes_on(prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-                                  ends_by: type[BaseException]):
-    """All completions lost by Ctrl-C; other tokens after going on; refused lines before all others, and keys that are lost."""
+def test_the_same_command_goes_on(
+    prompts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    ends_by: type[BaseException],
+):
+    """All completions lost by Ctrl-C; other tokens after going on; refused lines before all others, and keys that are
+    lost.
+    """
     whole, stopped = tmp_path / "whole.jsonl", tmp_path / "stopped.jsonl"
     assert cli.main([*COMMAND, "--prompts", str(prompts), "--output", str(whole)]) == 2
     assert [(r.get("id"), r["prompt_index"], r.get("index")) for r in lines(whole)] == [
-        ("first", 0, 0), (7, 1, None), (None, 2, 0), (None, 2, 1), (None, 3, 0)]
+        ("first", 0, 0),
+        (7, 1, None),
+        (None, 2, 0),
+        (None, 2, 1),
+        (None, 3, 0),
+    ]
     assert lines(whole)[4]["meta"] == {"of": [1, None]} and "temperature" in lines(whole)[1]["error"]
     told, kept = delivery.Progress.completion, []
 
@@ -203,26 +244,48 @@ def test_nothing_is_touched_where_nothing_can_be_done(tmp_path: Path, capsys: py
     old, bad = tmp_path / "old.jsonl", tmp_path / "bad.jsonl"
     old.write_text("precious")
     bad.write_text('{"prompt": "x", "n": 0}\n{"prompt": "y", "n": -1}\n')
-    for arguments in (["--model", "/no/such", "--overwrite"], ["--top-p", "7", "--overwrite"], [], ["--prompts", str(bad), "--overwrite"]):
-        assert cli.main([*COMMAND, *([] if "--prompts" in arguments else ["--prompt", "x"]), "--output", str(old), *arguments]) == 2
+    for arguments in (
+        ["--model", "/no/such", "--overwrite"],
+        ["--top-p", "7", "--overwrite"],
+        [],
+        ["--prompts", str(bad), "--overwrite"],
+    ):
+        assert (
+            cli.main(
+                [*COMMAND, *([] if "--prompts" in arguments else ["--prompt", "x"]), "--output", str(old), *arguments]
+            )
+            == 2
+        )
         assert capsys.readouterr().err.count("\n") == 1 and old.read_text() == "precious"
     assert sorted(os.listdir(tmp_path)) == ["bad.jsonl", "old.jsonl"]
 
 
 def test_a_token_without_probability_has_a_log_probability_that_json_can_hold():
     """-Infinity among the top_logprobs of a distribution that top-k cut, which no JSON reader takes."""
-    made = Completion(prompt="x", token_ids=[5], logprobs=[0.0], top_logprobs=[{5: 0.0, 3: -math.inf}], confidences=[math.nan])
+    made = Completion(
+        prompt="x", token_ids=[5], logprobs=[0.0], top_logprobs=[{5: 0.0, 3: -math.inf}], confidences=[math.nan]
+    )
     told = json.loads(to_json(as_record(made, {"id": 3})), parse_constant=pytest.fail)
     assert (told["top_logprobs"], told["logprobs"], told["id"]) == ([{"5": 0.0, "3": -9999.0}], [0.0], 3)
 
 
 def test_a_file_has_one_owner_and_a_stream_none(tmp_path: Path):
-    """Two commands into one file, each of whose completions replace the other's; a pipe that only one command may write to."""
-    topology, path, link, pipe = init_parallel(ParallelSection()), tmp_path / "out.jsonl", tmp_path / "link.jsonl", tmp_path / "pipe"
+    """Two commands into one file, each of whose completions replace the other's; a pipe that only one command may write
+    to.
+    """
+    topology, path, link, pipe = (
+        init_parallel(ParallelSection()),
+        tmp_path / "out.jsonl",
+        tmp_path / "link.jsonl",
+        tmp_path / "pipe",
+    )
     link.symlink_to(path)
     os.mkfifo(pipe)
     with owned_output(path, topology):
-        with pytest.raises(InputError, match=rf"out\.jsonl is being written by process {os.getpid()} on "), owned_output(link, topology):
+        with (
+            pytest.raises(InputError, match=rf"out\.jsonl is being written by process {os.getpid()} on "),
+            owned_output(link, topology),
+        ):
             pass
         with owned_output(pipe, topology), owned_output(pipe, topology), owned_output(None, topology):
             pass

@@ -1,4 +1,5 @@
 """An output that takes long to write has one owner."""
+
 import fcntl
 import json
 import os
@@ -19,12 +20,13 @@ MODEL = Path(__file__).parents[2] / "examples/tiny-python-llama"
 
 
 def test_a_second_job_is_refused_by_the_first_ones_name(tmp_path: Path) -> None:
-    """Two jobs into one folder: configuration and checkpoints of the one, the artifact of the other, both with exit code 0."""
+    """Two jobs into one folder: configuration and checkpoints of the one, the artifact of the other, both with exit
+    code 0.
+    """
     output = tmp_path / "made" / "out"
     with owned(output, None):
         name = rf"out is being written by process {os.getpid()} on {socket.gethostname()} \(since .*; wait"
-        with pytest.raises(InputError, match=name), \
-                owned(output, None):
+        with pytest.raises(InputError, match=name), owned(output, None):
             raise AssertionError("two owners")
         assert output.parent.exists()
         with owned(tmp_path / "made" / "other", None):
@@ -58,11 +60,23 @@ def _no_locks(*_: object) -> None:
     raise OSError(95, "Operation not supported")
 
 
-@pytest.mark.parametrize(("change", "is_free"), [
-    (lambda it: it, False), (lambda it: replace(it, host="another-machine"), True), (lambda it: replace(it, started=it.started - 60), True),
-    (lambda it: replace(it, pid=2 ** 22 + 1), True)], ids=["running", "other machine", "number reused", "gone"])
-def test_without_locks_the_process_is_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-                                                change: Callable[[Owner], Owner], is_free: bool) -> None:
+@pytest.mark.parametrize(
+    ("change", "is_free"),
+    [
+        (lambda it: it, False),
+        (lambda it: replace(it, host="another-machine"), True),
+        (lambda it: replace(it, started=it.started - 60), True),
+        (lambda it: replace(it, pid=2**22 + 1), True),
+    ],
+    ids=["running", "other machine", "number reused", "gone"],
+)
+def test_without_locks_the_process_is_looked_up(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    change: Callable[[Owner], Owner],
+    is_free: bool,
+) -> None:
     """A file system without locks: a living owner of this machine overrun, or a dead one that blocks for ever."""
     monkeypatch.setattr(fcntl, "flock", _no_locks)
     there = change(Owner.current())
@@ -84,12 +98,17 @@ def test_a_lock_file_without_a_name_is_no_obstacle(tmp_path: Path, content: str)
         assert owner._read_owner(tmp_path / ".out.owner") == Owner.current()
 
 
-@pytest.mark.parametrize("command", [
-    ["tune", "--model", str(MODEL), "--exit-layers", "3", "--data", str(MODEL / "README.md"), "--output"],
-    ["convert", "--model", str(MODEL), "--exit-layers", "3", "--output"],
-    ["export", "--format", "hf", "--model", str(MODEL), "--output"],
-    ["export", "--format", "megatron", "--model", str(MODEL), "--output"],
-    ["preprocess", "--data", str(MODEL / "README.md"), "--tokenizer", str(MODEL), "--output"]], ids=lambda command: " ".join(command[:3]))
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["tune", "--model", str(MODEL), "--exit-layers", "3", "--data", str(MODEL / "README.md"), "--output"],
+        ["convert", "--model", str(MODEL), "--exit-layers", "3", "--output"],
+        ["export", "--format", "hf", "--model", str(MODEL), "--output"],
+        ["export", "--format", "megatron", "--model", str(MODEL), "--output"],
+        ["preprocess", "--data", str(MODEL / "README.md"), "--tokenizer", str(MODEL), "--output"],
+    ],
+    ids=lambda command: " ".join(command[:3]),
+)
 def test_commands_respect_an_owner(tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
     """A command that does not ask, and replaces what another one is about to finish."""
     output = tmp_path / "out"

@@ -1,4 +1,5 @@
 """Which layers a stage gets: the split is the best there is, and the costs it is made by are those of the code."""
+
 import itertools
 import json
 from pathlib import Path
@@ -14,8 +15,16 @@ from ee_tuning.model.partition import exit_head_cost, layer_cost, split_layers, 
 from ee_tuning.parallel.topology import leave_parallel
 from ee_tuning.planning.dry_run import rehearse
 
-SHAPE = {"model_type": "llama", "hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 6, "num_attention_heads": 8,
-         "num_key_value_heads": 2, "vocab_size": 4000, "max_position_embeddings": 512}
+SHAPE = {
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 640,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 4000,
+    "max_position_embeddings": 512,
+}
 
 
 @pytest.mark.parametrize("exits", [(), (3,), (2, 4, 7), (1, 2), (10,)])
@@ -25,23 +34,48 @@ def test_the_dearest_stage_is_as_cheap_as_can_be(exits: tuple[int, ...], num_sta
     costs = [1.0 + 1.7 * (layer in exits) for layer in range(1, 11)]
     stages = split_layers(costs, num_stages)
     assert [layer for first, last in stages for layer in range(first, last + 1)] == list(range(1, 11))
-    dearest = max(sum(costs[first - 1:last]) for first, last in stages)
-    cuts = (tuple(itertools.pairwise((0, *middle, 10))) for middle in itertools.combinations(range(1, 10), num_stages - 1))
+    dearest = max(sum(costs[first - 1 : last]) for first, last in stages)
+    cuts = (
+        tuple(itertools.pairwise((0, *middle, 10))) for middle in itertools.combinations(range(1, 10), num_stages - 1)
+    )
     assert dearest == pytest.approx(min(max(sum(costs[a:b]) for a, b in each) for each in cuts))
 
 
-@pytest.mark.parametrize(("architecture", "output"), [
-    ("mlp", "untied"), ("mlp", "tied"), ("norm", "untied"), ("norm", "tied"), ("embedding", "untied"), ("adapter", "tied"),
-    ("linear", "tied"), ("linear", "untied"),
-    ("layer", "untied")])
+@pytest.mark.parametrize(
+    ("architecture", "output"),
+    [
+        ("mlp", "untied"),
+        ("mlp", "tied"),
+        ("norm", "untied"),
+        ("norm", "tied"),
+        ("embedding", "untied"),
+        ("adapter", "tied"),
+        ("linear", "tied"),
+        ("linear", "untied"),
+        ("layer", "untied"),
+    ],
+)
 def test_modelled_costs_are_what_the_code_does(architecture: str, output: str, tmp_path: Path) -> None:
     """A head that is cheaper or dearer than the model of it says makes every other stage wait."""
     if dist.is_initialized():
         leave_parallel()
     (tmp_path / "config.json").write_text(json.dumps(SHAPE))
-    (rehearsal,) = rehearse(load_config(None, {
-        "model.path": str(tmp_path), "exits.exit_layers": [4], "exits.architecture": architecture, "exits.output": output,
-        "exits.adapter_rank": 64, "tuning.seq_length": 256, "tuning.micro_batch_size": 2, "tuning.global_batch_size": 2}), 1)
+    (rehearsal,) = rehearse(
+        load_config(
+            None,
+            {
+                "model.path": str(tmp_path),
+                "exits.exit_layers": [4],
+                "exits.architecture": architecture,
+                "exits.output": output,
+                "exits.adapter_rank": 64,
+                "tuning.seq_length": 256,
+                "tuning.micro_batch_size": 2,
+                "tuning.global_batch_size": 2,
+            },
+        ),
+        1,
+    )
     model = model_config_from_hf(SHAPE, tmp_path)
     spec = ExitSpec(layer=4, architecture=architecture, ties_output=output == "tied", adapter_rank=64)  # type: ignore[arg-type]
     tokens = 2 * 256
@@ -63,7 +97,21 @@ def test_a_first_stage_with_the_embedding_alone_runs(tmp_path: Path) -> None:
     if dist.is_initialized():
         leave_parallel()
     (tmp_path / "config.json").write_text(json.dumps(SHAPE))
-    first, second = rehearse(load_config(None, {
-        "model.path": str(tmp_path), "exits.exit_layers": [4], "parallel.pipeline_model_parallel_size": 2,
-        "parallel.pipeline_layout": [0, 4], "tuning.seq_length": 32}), 2)
-    assert first.memory["weights"] == pytest.approx(4000 * 256 * 2, rel=0.01) and first.layer_flops == 0 and second.layers == ((1, 4),)
+    first, second = rehearse(
+        load_config(
+            None,
+            {
+                "model.path": str(tmp_path),
+                "exits.exit_layers": [4],
+                "parallel.pipeline_model_parallel_size": 2,
+                "parallel.pipeline_layout": [0, 4],
+                "tuning.seq_length": 32,
+            },
+        ),
+        2,
+    )
+    assert (
+        first.memory["weights"] == pytest.approx(4000 * 256 * 2, rel=0.01)
+        and first.layer_flops == 0
+        and second.layers == ((1, 4),)
+    )

@@ -1,4 +1,5 @@
 """Pickles of checkpoints: what is data is read, whatever can run is refused, and nothing is imported for either."""
+
 import datetime
 import io
 import pickle
@@ -33,8 +34,18 @@ def test_all_that_megatron_holds_for_safe_is_read(tmp_path: Path) -> None:
     assert "15" in repr(got["exit_signal"]) and isinstance(got["optimizer"], Inert)
 
 
-@pytest.mark.parametrize("value", [
-    datetime.timedelta(seconds=3), frozenset({1}), slice(1, 2), range(3), bytearray(b"ab"), 1j, {"a": torch.nn.Parameter(torch.ones(2))}])
+@pytest.mark.parametrize(
+    "value",
+    [
+        datetime.timedelta(seconds=3),
+        frozenset({1}),
+        slice(1, 2),
+        range(3),
+        bytearray(b"ab"),
+        1j,
+        {"a": torch.nn.Parameter(torch.ones(2))},
+    ],
+)
 def test_plain_data_of_python_is_read(tmp_path: Path, value: Any) -> None:
     """torch.save writes the names that Python 2 had: a set among the arguments was refused as __builtin__.set."""
     content(tmp_path, {"args": value})
@@ -46,10 +57,25 @@ def test_a_tensor_of_a_dtype_without_a_storage_class_is_read(tmp_path: Path) -> 
     assert isinstance(tensor, StoredTensor) and tensor.mapped().tolist() == [[4, 5, 6, 7], [8, 9, 10, 11]]
 
 
-@pytest.mark.parametrize(("module", "name"), [
-    ("posix", "system"), ("builtins", "eval"), ("__builtin__", "getattr"), ("functools", "partial"), ("signal", "signal"),
-    ("megatron.core.utils", "import_module"), ("megatron.core.x", "os.system"), ("numpy.testing", "runstring"), ("torch", "load"),
-    ("signal", "SIGTERM.__class__"), ("megatronic", "Evil"), ("collections", "namedtuple"), ("torch", "storage"), ("numpy", "load")])
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("posix", "system"),
+        ("builtins", "eval"),
+        ("__builtin__", "getattr"),
+        ("functools", "partial"),
+        ("signal", "signal"),
+        ("megatron.core.utils", "import_module"),
+        ("megatron.core.x", "os.system"),
+        ("numpy.testing", "runstring"),
+        ("torch", "load"),
+        ("signal", "SIGTERM.__class__"),
+        ("megatronic", "Evil"),
+        ("collections", "namedtuple"),
+        ("torch", "storage"),
+        ("numpy", "load"),
+    ],
+)
 def test_whatever_can_run_is_refused(module: str, name: str) -> None:
     """A rule for classes that lets a function through, or an attribute of a module."""
     with pytest.raises(KeyError):
@@ -58,7 +84,9 @@ def test_whatever_can_run_is_refused(module: str, name: str) -> None:
 
 def test_nothing_is_imported_for_a_class_that_is_passed_over(tmp_path: Path) -> None:
     """A module's code runs when it is imported, whatever the class does."""
-    (tmp_path / "data.pkl").write_bytes(b"\x80\x02cmegatron.training.never_there\nConfig\n)R}X\x01\x00\x00\x00aK\x01sb.")
+    (tmp_path / "data.pkl").write_bytes(
+        b"\x80\x02cmegatron.training.never_there\nConfig\n)R}X\x01\x00\x00\x00aK\x01sb."
+    )
     with zipfile.ZipFile(tmp_path / "file.pt", "w") as archive:
         archive.write(tmp_path / "data.pkl", "archive/data.pkl")
     assert isinstance(Archive(tmp_path / "file.pt", map_file(tmp_path / "file.pt")).content, Inert)

@@ -1,4 +1,5 @@
 """Exits placed by their number alone."""
+
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,19 @@ from ee_tuning.config.placement import AutoLayers, evenly_along
 from ee_tuning.errors import InputError
 
 
-@pytest.mark.parametrize(("num_layers", "num_exits", "wanted"), [
-    (32, 7, (4, 8, 12, 16, 20, 24, 28)), (32, 3, (8, 16, 24)), (40, 7, (5, 10, 15, 20, 25, 30, 35)), (6, 2, (2, 4)), (6, 1, (3,)),
-    (6, 5, (1, 2, 3, 4, 5)), (6, 6, (1, 2, 3, 4, 5, 6)), (1, 1, (1,))])
+@pytest.mark.parametrize(
+    ("num_layers", "num_exits", "wanted"),
+    [
+        (32, 7, (4, 8, 12, 16, 20, 24, 28)),
+        (32, 3, (8, 16, 24)),
+        (40, 7, (5, 10, 15, 20, 25, 30, 35)),
+        (6, 2, (2, 4)),
+        (6, 1, (3,)),
+        (6, 5, (1, 2, 3, 4, 5)),
+        (6, 6, (1, 2, 3, 4, 5, 6)),
+        (1, 1, (1,)),
+    ],
+)
 def test_exits_cut_the_depth_into_equal_parts(num_layers: int, num_exits: int, wanted: tuple[int, ...]) -> None:
     """An exit after the last layer, which saves nothing, in the place of one that does; two exits after one layer."""
     assert evenly_along(range(1, num_layers + 1), num_exits) == wanted

@@ -1,4 +1,5 @@
 """A plan says what a job takes; its arithmetic is checked against a second way to the same numbers."""
+
 import json
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,17 @@ import torch.distributed as dist
 from ee_tuning import cli
 from ee_tuning.parallel.topology import leave_parallel
 
-LLAMA_70B = {"model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
-             "num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 4096, "torch_dtype": "float16"}
+LLAMA_70B = {
+    "model_type": "llama",
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "torch_dtype": "float16",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -28,28 +38,52 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def plan(model: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[int, dict[str, Any]]:
-    code = cli.main(["plan", "--model", str(model), "--exit-layers", "4", "8", "--train-iters", "100", *flags, "--json"])
+    code = cli.main(
+        ["plan", "--model", str(model), "--exit-layers", "4", "8", "--train-iters", "100", *flags, "--json"]
+    )
     return code, json.loads(capsys.readouterr().out)
 
 
 def test_time_follows_from_the_operations_counted(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Hours that are wrong by a factor of two are found when the queue's time limit strikes."""
-    code, told = plan(model, capsys, "--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2", "--gpus-per-node", "8",
-                      "--gpu", "a100", "--efficiency", "0.4")
+    code, told = plan(
+        model,
+        capsys,
+        "--tensor-model-parallel-size",
+        "2",
+        "--pipeline-model-parallel-size",
+        "2",
+        "--gpus-per-node",
+        "8",
+        "--gpu",
+        "a100",
+        "--efficiency",
+        "0.4",
+    )
     assert code == 0 and (told["tensor"], told["pipeline"], told["data"], told["world_size"]) == (2, 2, 2, 8)
     mlp, output = 3 * 8192 * 28672, 32000 * 8192
     layer, tokens = 2 * 8192 * 8192 + 2 * 8192 * 1024 + mlp, 4 * 2048
-    flops = 2 * tokens / 2 * (4 * (layer + 2048 * 8192) + 3 * (mlp + output) - mlp * 2 / 3)  # four layers and one `mlp` exit, on one of two
-    sums = (2 * 4 + 2) * tokens * 8192 * 2  # two a layer, two for the exit; all-reduced among two: each sends half, twice
+    flops = (
+        2 * tokens / 2 * (4 * (layer + 2048 * 8192) + 3 * (mlp + output) - mlp * 2 / 3)
+    )  # four layers and one `mlp` exit, on one of two
+    sums = (
+        (2 * 4 + 2) * tokens * 8192 * 2
+    )  # two a layer, two for the exit; all-reduced among two: each sends half, twice
     stage = flops / (0.4 * 312e12) + sums / 300e9
     last = told["stages"][-1]
     assert last["micro_batch"] == pytest.approx(stage, rel=0.01)
     head = (mlp + output + 8192) / 2
-    update = 2 * 12 * head / 2 / 2039e9 + (2 + 4) * head / 2 / 300e9  # gathered as bfloat16, reduced as float32, among two
+    update = (
+        2 * 12 * head / 2 / 2039e9 + (2 + 4) * head / 2 / 300e9
+    )  # gathered as bfloat16, reduced as float32, among two
     assert last["update"] == pytest.approx(update, rel=0.01)
     slowest = max(each["micro_batch"] for each in told["stages"])
-    assert told["step_seconds"] == pytest.approx(2 * slowest + max(each["update"] for each in told["stages"]))  # two micro-batches a step
-    assert told["tokens"] == 100 * 16 * 2048 and told["tokens_per_second"] == pytest.approx(16 * 2048 / told["step_seconds"])
+    assert told["step_seconds"] == pytest.approx(
+        2 * slowest + max(each["update"] for each in told["stages"])
+    )  # two micro-batches a step
+    assert told["tokens"] == 100 * 16 * 2048 and told["tokens_per_second"] == pytest.approx(
+        16 * 2048 / told["step_seconds"]
+    )
     validations = 2 * 8 * max(each["validation"] for each in told["stages"])
     assert told["hours"] * 3600 == pytest.approx(100 * told["step_seconds"] + validations + slowest)
     assert told["gpu_hours"] == pytest.approx(8 * told["hours"])
@@ -57,8 +91,18 @@ def test_time_follows_from_the_operations_counted(model: Path, capsys: pytest.Ca
 
 def test_a_fit_before_the_first_step_is_counted(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A job that fits while it tunes and not while it fits: all layers are there then, and the sums of every exit."""
-    flags = ("--architecture", "norm", "--exit-output", "tied", "--pipeline-model-parallel-size", "2", "--gpus-per-node", "2", "--set",
-             "tuning.micro_batch_size=1")
+    flags = (
+        "--architecture",
+        "norm",
+        "--exit-output",
+        "tied",
+        "--pipeline-model-parallel-size",
+        "2",
+        "--gpus-per-node",
+        "2",
+        "--set",
+        "tuning.micro_batch_size=1",
+    )
     _, copied = plan(model, capsys, *flags)
     _, told = plan(model, capsys, *flags, "--init", "fitted", "--fit-tokens", "819200")
     layer, sums = 2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672, 8 * 8193 * (2 * 8192 + 1)
@@ -70,7 +114,9 @@ def test_a_fit_before_the_first_step_is_counted(model: Path, capsys: pytest.Capt
     assert "fitting exits, stage 0: rank 0, layers 1..8" in capsys.readouterr().out
 
 
-def test_replicas_share_the_optimizer_and_a_card_too_small_is_said(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_replicas_share_the_optimizer_and_a_card_too_small_is_said(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A plan that says yes to what ends out of memory, or no to what fits, is worse than none."""
     flags = ("--tensor-model-parallel-size", "2", "--global-batch-size", "32")
     code, one = plan(model, capsys, *flags, "--gpus-per-node", "2")
@@ -87,18 +133,44 @@ def test_replicas_share_the_optimizer_and_a_card_too_small_is_said(model: Path, 
 
 def test_the_table_shows_every_stage_and_the_formula(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A figure without its formula can not be argued with."""
-    assert cli.main(["plan", "--model", str(model), "--exit-layers", "2", "8", "--pipeline-model-parallel-size", "4", "--nodes", "2",
-                     "--gpus-per-node", "2"]) == 0
+    assert (
+        cli.main(
+            [
+                "plan",
+                "--model",
+                str(model),
+                "--exit-layers",
+                "2",
+                "8",
+                "--pipeline-model-parallel-size",
+                "4",
+                "--nodes",
+                "2",
+                "--gpus-per-node",
+                "2",
+            ]
+        )
+        == 0
+    )
     shown = capsys.readouterr().out
     assert "pipeline 4 × data 1" in shown and "efficiency (assumed)" in shown and "micro-batch of stage p = " in shown
     rows = [line.split() for line in shown.splitlines()[3:6]]
     assert [row[:3] for row in rows] == [["0", "1-2", "2"], ["1-2", "3-6", "none"], ["3", "7-8", "8"]]
 
 
-@pytest.mark.parametrize(("flags", "says"), [
-    (("--gpu", "h900"), "--gpu must be one of h100"), (("--efficiency", "0"), "--efficiency is a share"), (("--nodes", "0"), "at least 1"),
-    (("--gpu-memory", "-1"), "must be above 0"), (("--gpus-per-node", "3", "--tensor-model-parallel-size", "2"), "multiple of tensor")])
-def test_what_makes_no_sense_is_refused(model: Path, flags: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--gpu", "h900"), "--gpu must be one of h100"),
+        (("--efficiency", "0"), "--efficiency is a share"),
+        (("--nodes", "0"), "at least 1"),
+        (("--gpu-memory", "-1"), "must be above 0"),
+        (("--gpus-per-node", "3", "--tensor-model-parallel-size", "2"), "multiple of tensor"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(
+    model: Path, flags: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A negative bandwidth gives negative hours."""
     assert cli.main(["plan", "--model", str(model), "--exit-layers", "4", *flags]) == 2
     assert says in capsys.readouterr().err
@@ -106,8 +178,20 @@ def test_what_makes_no_sense_is_refused(model: Path, flags: tuple[str, ...], say
 
 def test_what_waits_for_the_teacher_is_counted(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Distillation lets the backbone run ahead; the first stages keep the most, and run out of memory first."""
-    flags = ("--pipeline-model-parallel-size", "4", "--gpus-per-node", "4", "--loss", "forward_kl", "--micro-batch-size", "1",
-             "--architecture", "norm", "--set", "exits.exit_layers=1,3,5,8")
+    flags = (
+        "--pipeline-model-parallel-size",
+        "4",
+        "--gpus-per-node",
+        "4",
+        "--loss",
+        "forward_kl",
+        "--micro-batch-size",
+        "1",
+        "--architecture",
+        "norm",
+        "--set",
+        "exits.exit_layers=1,3,5,8",
+    )
     _, told = plan(model, capsys, *flags)
     kept = 2048 * 8192 * 2  # what one `norm` exit keeps of a micro-batch
     queues = [each["memory"]["queue"] / kept for each in told["stages"]]
@@ -118,17 +202,32 @@ def test_what_waits_for_the_teacher_is_counted(model: Path, capsys: pytest.Captu
 def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small model with fewer positions than sequences are long by default."""
     folder = tmp_path_factory.mktemp("short")
-    (folder / "config.json").write_text(json.dumps({
-        **LLAMA_70B, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "vocab_size": 256, "max_position_embeddings": 128}))
+    (folder / "config.json").write_text(
+        json.dumps(
+            {
+                **LLAMA_70B,
+                "hidden_size": 64,
+                "intermediate_size": 128,
+                "num_hidden_layers": 4,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "vocab_size": 256,
+                "max_position_embeddings": 128,
+            }
+        )
+    )
     return folder
 
 
 def test_defaults_fit_each_other(short: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`plan --model M --exit-layers 2,3` that fails by what nobody asked for: eight replicas, sequences longer than the model."""
+    """`plan --model M --exit-layers 2,3` that fails by what nobody asked for: eight replicas, sequences longer than the
+    model.
+    """
     assert cli.main(["plan", "--model", str(short), "--exit-layers", "2,3"]) == 0
     told = capsys.readouterr().out
-    assert "tensor 1 × pipeline 1 × data 1, sequences of 128," in told and "number of GPUs: 1, the fewest that fit" in told
+    assert (
+        "tensor 1 × pipeline 1 × data 1, sequences of 128," in told and "number of GPUs: 1, the fewest that fit" in told
+    )
 
 
 def test_the_fewest_gpus_that_fit_are_found(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,7 +235,9 @@ def test_the_fewest_gpus_that_fit_are_found(model: Path, capsys: pytest.CaptureF
     layout = ("--tensor-model-parallel-size", "2", "--global-batch-size", "32")
     _, one = plan(model, capsys, *layout, "--nodes", "1", "--gpus-per-node", "2")
     memory = one["stages"][0]["memory"]
-    between = (sum(memory.values()) - memory["optimizer"] / 3) / 1e9 + 2  # too little for one replica, enough where two share
+    between = (
+        sum(memory.values()) - memory["optimizer"] / 3
+    ) / 1e9 + 2  # too little for one replica, enough where two share
     code, two = plan(model, capsys, *layout, "--gpu-memory", str(between))
     assert code == 0 and two["fits"] and (two["tensor"], two["data"], two["world_size"]) == (2, 2, 4)
     without_optimizer = (sum(memory.values()) - memory["optimizer"]) / 1e9
@@ -151,16 +252,27 @@ def test_the_flags_of_tune_are_taken_and_unused_ones_named(short: Path, capsys: 
     assert "plan does not use data.paths, tuning.run_folder, tuning.lr: " in capsys.readouterr().err
 
 
-def test_a_batch_that_the_cluster_does_not_divide_names_the_cluster(short: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """"2 × 8 replicas" that nobody asked for, and no word of --gpus-per-node."""
-    assert cli.main(["plan", "--model", str(short), "--exit-layers", "2", "--nodes", "1", "--micro-batch-size", "2"]) == 0
-    assert cli.main(["plan", "--model", str(short), "--exit-layers", "2", "--nodes", "1", "--micro-batch-size", "4"]) == 2
-    assert "as 8 GPUs make 8 replicas, got 16; change one of them, give other --nodes and --gpus-per-node" in capsys.readouterr().err
+def test_a_batch_that_the_cluster_does_not_divide_names_the_cluster(
+    short: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """ "2 × 8 replicas" that nobody asked for, and no word of --gpus-per-node."""
+    assert (
+        cli.main(["plan", "--model", str(short), "--exit-layers", "2", "--nodes", "1", "--micro-batch-size", "2"]) == 0
+    )
+    assert (
+        cli.main(["plan", "--model", str(short), "--exit-layers", "2", "--nodes", "1", "--micro-batch-size", "4"]) == 2
+    )
+    assert (
+        "as 8 GPUs make 8 replicas, got 16; change one of them, give other --nodes and --gpus-per-node"
+        in capsys.readouterr().err
+    )
     assert cli.main(["plan", "--model", str(short), "--exit-layers", "2", "--micro-batch-size", "3"]) == 2
     assert capsys.readouterr().err.endswith("replicas = 3 × 1, got 16; change one of them\n"), "neither flag is given"
 
 
-def test_a_job_that_was_refused_leaves_no_world_behind(short: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_job_that_was_refused_leaves_no_world_behind(
+    short: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A notebook in which `plan` after a refused `tune` ends in an AssertionError about the world that is there."""
     job = ["--model", str(short), "--exit-layers", "2"]
     assert cli.main(["tune", *job, "--data", str(tmp_path / "none.jsonl"), "--output", str(tmp_path / "run")]) == 2

@@ -1,4 +1,5 @@
 """What records ask, their answers taken off, and dialogues that go on answer by answer."""
+
 from typing import Any
 
 import pytest
@@ -12,8 +13,10 @@ from ee_tuning.generation.completion import Completion
 from ee_tuning.generation.dialogues import Dialogue, Dialogues
 
 READING = Reading(text_key="text", has_template=True)
-SYSTEM, ASKED, SAID, AGAIN = ({"role": role, "content": text} for role, text in
-                              (("system", "Be brief."), ("user", "Hello?"), ("assistant", "Hi."), ("user", "And?")))
+SYSTEM, ASKED, SAID, AGAIN = (
+    {"role": role, "content": text}
+    for role, text in (("system", "Be brief."), ("user", "Hello?"), ("assistant", "Hi."), ("user", "And?"))
+)
 CALLS = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
 
 
@@ -27,16 +30,26 @@ def asked(record: Any, **changes: Any) -> Prompt:
     return found
 
 
-@pytest.mark.parametrize(("record", "turns"), [
-    ({"messages": [SYSTEM, ASKED, SAID, AGAIN, SAID]}, ([SYSTEM, ASKED], [AGAIN])),
-    ({"messages": [ASKED, SAID, AGAIN], "text": "rendered", "prompt": "Hello?"}, ([ASKED], [AGAIN])),
-    ({"messages": [SAID, ASKED, AGAIN, SAID, SAID]}, ([ASKED, AGAIN],)),
-    ({"conversations": [{"from": "human", "value": "Hello?"}, {"from": "gpt", "value": "Hi."}], "system": "Be brief."}, ([SYSTEM, ASKED],)),
-    ({"instruction": "Hello?", "input": "", "output": None}, ([ASKED],)),
-    ({"prompt": [SYSTEM, ASKED], "completion": [SAID]}, ([SYSTEM, ASKED],)),
-    ({"messages": None, "prompt": "Hello?", "completion": "Hi."}, ()),
-    ({"text": "Hello?"}, ())],
-    ids=["chat", "before others", "begun by the assistant", "ShareGPT", "Alpaca", "prompt", "text prompt", "text"])
+@pytest.mark.parametrize(
+    ("record", "turns"),
+    [
+        ({"messages": [SYSTEM, ASKED, SAID, AGAIN, SAID]}, ([SYSTEM, ASKED], [AGAIN])),
+        ({"messages": [ASKED, SAID, AGAIN], "text": "rendered", "prompt": "Hello?"}, ([ASKED], [AGAIN])),
+        ({"messages": [SAID, ASKED, AGAIN, SAID, SAID]}, ([ASKED, AGAIN],)),
+        (
+            {
+                "conversations": [{"from": "human", "value": "Hello?"}, {"from": "gpt", "value": "Hi."}],
+                "system": "Be brief.",
+            },
+            ([SYSTEM, ASKED],),
+        ),
+        ({"instruction": "Hello?", "input": "", "output": None}, ([ASKED],)),
+        ({"prompt": [SYSTEM, ASKED], "completion": [SAID]}, ([SYSTEM, ASKED],)),
+        ({"messages": None, "prompt": "Hello?", "completion": "Hi."}, ()),
+        ({"text": "Hello?"}, ()),
+    ],
+    ids=["chat", "before others", "begun by the assistant", "ShareGPT", "Alpaca", "prompt", "text prompt", "text"],
+)
 def test_answers_are_taken_off_every_form(record: dict[str, Any], turns: tuple[Any, ...]):
     """A stale answer that the model is shown or that stays in the data, and an id that is lost."""
     prompt = asked({**record, "id": 3, "tags": ["x"], "finish_reason": "length"})
@@ -62,17 +75,27 @@ def test_the_last_turn_alone():
     assert asked({"messages": [ASKED, CALLS, {"role": "tool", "content": "4"}, SAID]}, last_turn=True).num_answers == 1
 
 
-@pytest.mark.parametrize(("record", "reason"), [
-    ({"messages": [ASKED, CALLS, {"role": "tool", "content": "4"}, SAID]}, "tools are called"), ({"messages": [SYSTEM]}, "without a user"),
-    ({"prompt": [ASKED, SAID], "completion": [SAID]}, "ends with the assistant"), ({"prompt": None}, "null"), ({"prompt": ""}, "empty"),
-    ({"messages": []}, "empty messages"), ({"text": ""}, "empty text")])
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"messages": [ASKED, CALLS, {"role": "tool", "content": "4"}, SAID]}, "tools are called"),
+        ({"messages": [SYSTEM]}, "without a user"),
+        ({"prompt": [ASKED, SAID], "completion": [SAID]}, "ends with the assistant"),
+        ({"prompt": None}, "null"),
+        ({"prompt": ""}, "empty"),
+        ({"messages": []}, "empty messages"),
+        ({"text": ""}, "empty text"),
+    ],
+)
 def test_what_asks_nothing_is_left_out(record: dict[str, Any], reason: str):
     """Tools whose results belong to other calls; one empty record that ends the job."""
     found = prompt_of(record, READING, where)
     assert isinstance(found, LeftOut) and reason in found.reason
 
 
-@pytest.mark.parametrize("record", [{"question": "x"}, {}, [1], {"messages": "x"}, {"messages": [{"content": "x"}]}, {"prompt": 3}])
+@pytest.mark.parametrize(
+    "record", [{"question": "x"}, {}, [1], {"messages": "x"}, {"messages": [{"content": "x"}]}, {"prompt": 3}]
+)
 def test_what_has_no_form_is_refused_by_its_line(record: Any):
     """A traceback, or a file that is silently none."""
     with pytest.raises(InputError, match=r"^chats\.jsonl:7: "):
@@ -99,7 +122,9 @@ def chat(*questions: str) -> Prompt:
 
 
 def test_each_answer_is_asked_behind_the_models_own(capsys: pytest.CaptureFixture[str]):
-    """Turns behind stale answers, answers in other dialogues, a refusal that ends all, and records that say they are whole."""
+    """Turns behind stale answers, answers in other dialogues, a refusal that ends all, and records that say they are
+    whole.
+    """
     dialogues = dialogues_of(chat("a", "b"), chat("NO"), Prompt(text="t"), chat("c", "d"), at_a_time=3)
     assert [each.text for each in dialogues.next_round()] == ["u:a ", "t"]
     for number, text in enumerate(("a1", " t1")):
@@ -114,18 +139,24 @@ def test_each_answer_is_asked_behind_the_models_own(capsys: pytest.CaptureFixtur
     dialogues.take(0, Completion(prompt="", error="too long"))
     assert dialogues.next_round() == []
     first, last = (record for record in dialogues.ended() if record is not None)
-    assert [message["content"] for message in first["messages"]] == ["a", "a1", "b", "b1"] and first["finish_reason"] == "length"
+    assert [message["content"] for message in first["messages"]] == ["a", "a1", "b", "b1"] and first[
+        "finish_reason"
+    ] == "length"
     assert [message["content"] for message in last["messages"]] == ["c", "c1"] and last["finish_reason"] == "stop"
     tally = dialogues.tally
     assert (tally.answered, tally.cut, tally.shortened, tally.left_out) == (3, 1, 1, 1)
     assert capsys.readouterr().err == "left out line 1: the chat template refuses the messages\n"
 
 
-@pytest.mark.parametrize(("answer", "drops_cut", "reason"), [
-    (Completion(prompt="", text="x", finish_reason="length"), True, "cut at max_new_tokens"),
-    (Completion(prompt="", text=" \n", finish_reason="stop"), False, "empty"),
-    (Completion(prompt="", error="logits are NaN", finish_reason="error"), False, "NaN"),
-    (Completion(prompt="", text="<think>\nHm", finish_reason="length"), False, "cut within its thought")])
+@pytest.mark.parametrize(
+    ("answer", "drops_cut", "reason"),
+    [
+        (Completion(prompt="", text="x", finish_reason="length"), True, "cut at max_new_tokens"),
+        (Completion(prompt="", text=" \n", finish_reason="stop"), False, "empty"),
+        (Completion(prompt="", error="logits are NaN", finish_reason="error"), False, "NaN"),
+        (Completion(prompt="", text="<think>\nHm", finish_reason="length"), False, "cut within its thought"),
+    ],
+)
 def test_an_answer_that_teaches_nothing_good_is_left_out(answer: Completion, drops_cut: bool, reason: str):
     """Heads that learn to say nothing, or that a thought is followed by the end."""
     dialogues = dialogues_of(chat("a"), drops_cut=drops_cut)
@@ -138,9 +169,15 @@ def test_an_answer_that_teaches_nothing_good_is_left_out(answer: Completion, dro
 def test_shipped_prompts_are_many_and_none_is_there_twice(monkeypatch: pytest.MonkeyPatch):
     """A user without data who tunes on one question a hundred times."""
     prompts = list(shipped_prompts(1200))
-    assert len(set(prompts)) == 1200 and prompts[:40] == list(shipped_prompts(40)) and not any("{}" in prompt for prompt in prompts[:300])
+    assert (
+        len(set(prompts)) == 1200
+        and prompts[:40] == list(shipped_prompts(40))
+        and not any("{}" in prompt for prompt in prompts[:300])
+    )
     assert any("documentation" in prompt for prompt in prompts[:8])
     source = f'def f():\n    """{"x" * 200}"""\n'
-    monkeypatch.setattr("ee_tuning.data.shipped_prompts.standard_library", lambda: ({"a.py": source.encode(), "b.py": b"def"}, {}))
+    monkeypatch.setattr(
+        "ee_tuning.data.shipped_prompts.standard_library", lambda: ({"a.py": source.encode(), "b.py": b"def"}, {})
+    )
     with pytest.raises(InputError, match=r"must be at most \d+, .* got 100000"):
         list(shipped_prompts(10**5))

@@ -1,4 +1,5 @@
 """`ee-tuning regenerate`: the model's own answers, in a file of which `tune` learns them and nothing else."""
+
 import json
 import os
 import re
@@ -21,24 +22,40 @@ from ee_tuning.generation.llm import Job
 from ee_tuning.generation.regenerate import Wish, regenerate
 
 MODEL = CHECKOUT / "examples" / "tiny-python-llama"
-TEMPLATE = ("{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system, please') }}{% endif %}"
-            "{{ '# ' + m['role'] + '\n' + m['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '# assistant\n' }}{% endif %}")
-ASKED, STALE, AGAIN = ({"role": role, "content": text} for role, text in
-                       (("user", "import os"), ("assistant", "stale"), ("user", "def f(")))
+TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system, please') }}{% endif %}"
+    "{{ '# ' + m['role'] + '\n' + m['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '# assistant\n' }}{% endif %}"
+)
+ASKED, STALE, AGAIN = (
+    {"role": role, "content": text}
+    for role, text in (("user", "import os"), ("assistant", "stale"), ("user", "def f("))
+)
 LINES: list[dict[str, Any]] = [
     {"id": "chat", "messages": [ASKED, STALE, AGAIN, STALE]},
     {"id": "system", "messages": [{"role": "system", "content": "x"}, ASKED]},
     {"prompt": "class A:\n    def ", "index": 5, "job": "teacher"},
     {"id": "long", "text": "word " * 4000},
-    {"id": "given", "prompt": [ASKED, STALE, AGAIN], "completion": [STALE]}]
+    {"id": "given", "prompt": [ASKED, STALE, AGAIN], "completion": [STALE]},
+]
 
 
 @pytest.fixture
 def command(tmp_path: Path) -> list[str]:
     (tmp_path / "template.jinja").write_text(TEMPLATE)
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, LINES)))
-    return ["regenerate", "--model", str(MODEL), "--data", str(tmp_path / "prompts.jsonl"), "--max-new-tokens", "5",
-            "--max-batch-size", "2", "--chat-template", str(tmp_path / "template.jinja")]
+    return [
+        "regenerate",
+        "--model",
+        str(MODEL),
+        "--data",
+        str(tmp_path / "prompts.jsonl"),
+        "--max-new-tokens",
+        "5",
+        "--max-batch-size",
+        "2",
+        "--chat-template",
+        str(tmp_path / "template.jinja"),
+    ]
 
 
 def records_of(path: Path) -> list[dict[str, Any]]:
@@ -51,13 +68,20 @@ def said(record: dict[str, Any]) -> list[str]:
     return [record["completion"] if isinstance(record["completion"], str) else record["completion"][0]["content"]]
 
 
-def test_the_models_own_answers_are_what_tune_learns(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """Answers of another depth, behind stale ones or of another line; a question that is learned; one bad line that ends the job."""
+def test_the_models_own_answers_are_what_tune_learns(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Answers of another depth, behind stale ones or of another line; a question that is learned; one bad line that
+    ends the job.
+    """
     output = tmp_path / "answers.jsonl"
     assert cli.main([*command, "--output", str(output)]) == 0
     told = capsys.readouterr().err
     assert f"left out {tmp_path / 'prompts.jsonl'}:2: the chat template refuses the messages: no system, please" in told
-    assert f"left out {tmp_path / 'prompts.jsonl'}:4: a prompt must be shorter than" in told and "prompts left out: 2" in told
+    assert (
+        f"left out {tmp_path / 'prompts.jsonl'}:4: a prompt must be shorter than" in told
+        and "prompts left out: 2" in told
+    )
     chat, text, given = records = records_of(output)
     assert (chat["id"], text["index"], text["job"], given["id"]) == ("chat", 5, "teacher", "given")
     assert [record["regenerated"]["prompt_index"] for record in records] == [0, 2, 4]
@@ -66,10 +90,15 @@ def test_the_models_own_answers_are_what_tune_learns(command: list[str], tmp_pat
     llm = EarlyExitLLM.load(MODEL)
     begun = "# user\nimport os\n# assistant\n"
     prompts = [begun, LINES[2]["prompt"], f"{begun}stale\n# user\ndef f(\n# assistant\n"]
-    wanted = [each.text for each in llm.generate(prompts, SamplingParams(max_tokens=5), policy="full", adds_special_tokens=False)]
+    wanted = [
+        each.text
+        for each in llm.generate(prompts, SamplingParams(max_tokens=5), policy="full", adds_special_tokens=False)
+    ]
     assert [said(record)[0] for record in records] == wanted
     learned = learned_of(output, tmp_path / "template.jinja")
-    assert learned == [text for record in records for text in said(record)], "neither a question, nor the end of what is cut"
+    assert learned == [text for record in records for text in said(record)], (
+        "neither a question, nor the end of what is cut"
+    )
 
 
 def learned_of(path: Path, template: Path) -> list[str]:
@@ -89,19 +118,31 @@ def test_whole_answers_are_learned_with_their_end(command: list[str], tmp_path: 
     """Heads that never stop talking; a second turn that is not asked."""
     output = tmp_path / "answers.jsonl"
     assert cli.main([*command, "--output", str(output), "--stop", "\n", "--max-new-tokens", "60", "--limit", "1"]) == 0
-    record, = records_of(output)
+    (record,) = records_of(output)
     assert record["finish_reason"] == "stop" and len(said(record)) == 2
     first, second = learned_of(output, tmp_path / "template.jinja")
-    assert first == said(record)[0] + "\n" and second.startswith(said(record)[1] + "\n") and second.rstrip("\n") != said(record)[1]
+    assert (
+        first == said(record)[0] + "\n"
+        and second.startswith(said(record)[1] + "\n")
+        and second.rstrip("\n") != said(record)[1]
+    )
 
 
-def test_the_same_command_goes_on(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                  capsys: pytest.CaptureFixture[str]):
+def test_the_same_command_goes_on(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     """Hours of answers lost by Ctrl-C, others after going on, and two jobs' answers in one file."""
     whole, stopped = tmp_path / "whole.jsonl", tmp_path / "stopped.jsonl"
     drawn = [*command, "--temperature", "0.9", "--n", "2"]
     assert cli.main([*drawn, "--output", str(whole)]) == 0
-    assert [tuple(record["regenerated"].values())[:2] for record in records_of(whole)] == [(0, 0), (0, 1), (2, 0), (2, 1), (4, 0), (4, 1)]
+    assert [tuple(record["regenerated"].values())[:2] for record in records_of(whole)] == [
+        (0, 0),
+        (0, 1),
+        (2, 0),
+        (2, 1),
+        (4, 0),
+        (4, 1),
+    ]
     assert len({text for record in records_of(whole)[2:4] for text in said(record)}) == 2
     told, kept = delivery.Progress.completion, []
 
@@ -122,27 +163,48 @@ def test_the_same_command_goes_on(command: list[str], tmp_path: Path, monkeypatc
     assert re.search(r"[1-5] of 10 answers are in", told_anew) and told_anew.count("left out /") == 2
     assert stopped.read_bytes() == whole.read_bytes() and not Path(f"{stopped}.partial").exists()
     assert cli.main([*drawn, "--output", str(stopped)]) == 0 and "nothing is left to do" in capsys.readouterr().err
-    assert cli.main([*drawn, "--output", str(stopped), "--seed", "3"]) == 2 and "of another job" in capsys.readouterr().err
+    assert (
+        cli.main([*drawn, "--output", str(stopped), "--seed", "3"]) == 2 and "of another job" in capsys.readouterr().err
+    )
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["--output", "{}/out.txt"], "must end in .jsonl"), (["--output", "{}/out.jsonl.gz"], "must end in .jsonl"),
-    (["--output", "{}/prompts.jsonl", "--overwrite"], "must not be"), (["--output", "{}/notes.jsonl"], "not what `ee-tuning regenerate"),
-    (["--n", "2"], "would all be the same at temperature 0"), (["--data", "{}/broken.jsonl"], "broken.jsonl:2: a line must be one JSON"),
-    (["--data", "{}/unknown.jsonl"], "unknown.jsonl:1: no messages, .*--text-key"), (["--limit", "0"], "at least 1"),
-    (["--shipped-prompts", "-1"], "must be a number"), (["--top-p", "7"], "top_p"), (["--data", "{}/system.jsonl"], "no prompt could be"),
-    (["--data", "{}/empty.jsonl"], "holds no prompt"), (["--chat-template", "{}/no"], "can not be read")])
-def test_bad_input_is_one_line_and_nothing_is_written(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str],
-                                                      arguments: list[str], words: str):
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--output", "{}/out.txt"], "must end in .jsonl"),
+        (["--output", "{}/out.jsonl.gz"], "must end in .jsonl"),
+        (["--output", "{}/prompts.jsonl", "--overwrite"], "must not be"),
+        (["--output", "{}/notes.jsonl"], "not what `ee-tuning regenerate"),
+        (["--n", "2"], "would all be the same at temperature 0"),
+        (["--data", "{}/broken.jsonl"], "broken.jsonl:2: a line must be one JSON"),
+        (["--data", "{}/unknown.jsonl"], "unknown.jsonl:1: no messages, .*--text-key"),
+        (["--limit", "0"], "at least 1"),
+        (["--shipped-prompts", "-1"], "must be a number"),
+        (["--top-p", "7"], "top_p"),
+        (["--data", "{}/system.jsonl"], "no prompt could be"),
+        (["--data", "{}/empty.jsonl"], "holds no prompt"),
+        (["--chat-template", "{}/no"], "can not be read"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+):
     """A traceback after hours; a file of prompts that its own answers replace; a file that stands there half."""
-    for name, content in {"broken": '{"prompt": "x"}\n{', "unknown": '{"q": 1}', "notes": "mine", "empty": "",
-                          "system": json.dumps(LINES[1])}.items():
+    for name, content in {
+        "broken": '{"prompt": "x"}\n{',
+        "unknown": '{"q": 1}',
+        "notes": "mine",
+        "empty": "",
+        "system": json.dumps(LINES[1]),
+    }.items():
         (tmp_path / f"{name}.jsonl").write_text(content)
     given = [argument.replace("{}", str(tmp_path)) for argument in arguments]
     if "--data" in given:
         command = [*command[:3], *command[5:]]
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    assert cli.main([*command, *([] if "--output" in given else ["--output", str(tmp_path / "out.jsonl")]), *given]) == 2
+    assert (
+        cli.main([*command, *([] if "--output" in given else ["--output", str(tmp_path / "out.jsonl")]), *given]) == 2
+    )
     error = capsys.readouterr().err
     assert error.rstrip().split("\n")[-1].startswith("ee-tuning: error") and "Traceback" not in error
     assert re.search(words, error), error
@@ -150,11 +212,14 @@ def test_bad_input_is_one_line_and_nothing_is_written(command: list[str], tmp_pa
 
 
 def test_a_chat_is_answered_until_the_template_ends_the_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Answers that go on as the user's, where the model's config names another end than its template: what is learned is such talk."""
+    """Answers that go on as the user's, where the model's config names another end than its template: what is learned
+    is such talk.
+    """
     random_llama(tmp_path, vocab_size=VOCABULARY + 2, eos_token_id=END, bos_token_id=END)
     write_byte_tokenizer(tmp_path, "<|im_start|>", "<|im_end|>")
     (tmp_path / "chat_template.jinja").write_text(
-        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}")
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    )
     prompts = tmp_path.with_name(f"{tmp_path.name}_prompts.jsonl")  # apart from the model, as all outputs have to be
     prompts.write_text('{"prompt": "a"}\n{"messages": [{"role": "user", "content": "a"}]}\n')
     asked, run = list[Job](), EarlyExitLLM.run
@@ -164,9 +229,14 @@ def test_a_chat_is_answered_until_the_template_ends_the_turn(tmp_path: Path, mon
         return run(llm, jobs, *arguments, **options)
 
     monkeypatch.setattr(EarlyExitLLM, "run", spy)
-    config = load_config(None, {"model.path": str(tmp_path), "data.paths": [str(prompts)], "generation.max_new_tokens": 3})
+    config = load_config(
+        None, {"model.path": str(tmp_path), "data.paths": [str(prompts)], "generation.max_new_tokens": 3}
+    )
     regenerate(config, Wish(output=prompts.with_suffix(".out.jsonl")))
-    assert [(job.params.stop_token_ids, job.adds_special_tokens) for job in asked] == [((), True), ((VOCABULARY + 1,), False)]
+    assert [(job.params.stop_token_ids, job.adds_special_tokens) for job in asked] == [
+        ((), True),
+        ((VOCABULARY + 1,), False),
+    ]
 
 
 def test_without_prompts_and_without_a_template(tmp_path: Path):

@@ -1,4 +1,7 @@
-"""Our reader of safetensors against the format's own library: the same tensors, by any slices, and the same files refused."""
+"""Our reader of safetensors against the format's own library: the same tensors, by any slices, and the same files
+refused.
+"""
+
 import json
 import os
 from pathlib import Path
@@ -10,8 +13,15 @@ from safetensors.torch import load_file, save_file
 from ee_tuning.checkpoint.safetensors_file import SafetensorsFile
 from ee_tuning.errors import InputError
 
-TENSORS = {"cube": torch.randn(3, 5, 7), "matrix": torch.randn(11, 6).bfloat16(), "vector": torch.randn(9, dtype=torch.float64),
-           "number": torch.tensor(2.5), "nothing": torch.empty(0, 4), "mask": torch.tensor([True, False]), "ids": torch.arange(5)}
+TENSORS = {
+    "cube": torch.randn(3, 5, 7),
+    "matrix": torch.randn(11, 6).bfloat16(),
+    "vector": torch.randn(9, dtype=torch.float64),
+    "number": torch.tensor(2.5),
+    "nothing": torch.empty(0, 4),
+    "mask": torch.tensor([True, False]),
+    "ids": torch.arange(5),
+}
 
 
 @pytest.fixture
@@ -23,11 +33,19 @@ def path(tmp_path: Path) -> Path:
 def test_every_part_of_every_tensor_is_what_the_library_reads(path: Path) -> None:
     """A stride off by one dimension gives numbers of a neighbour."""
     file, wanted = SafetensorsFile(path), load_file(path)
-    assert {name: entry.shape for name, entry in file.entries.items()} == {name: tuple(tensor.shape) for name, tensor in wanted.items()}
+    assert {name: entry.shape for name, entry in file.entries.items()} == {
+        name: tuple(tensor.shape) for name, tensor in wanted.items()
+    }
     for name, tensor in wanted.items():
         assert torch.equal(file.read(name), tensor) and file.read(name).dtype == tensor.dtype
-    for part in [(slice(1, 3),), (slice(None), slice(2, 4)), (slice(0, 2), slice(1, 5), slice(3, 4)), (slice(2, 2),),
-                 (slice(None), slice(None), slice(0, 6)), (slice(1, 2), slice(None), slice(2, None))]:
+    for part in [
+        (slice(1, 3),),
+        (slice(None), slice(2, 4)),
+        (slice(0, 2), slice(1, 5), slice(3, 4)),
+        (slice(2, 2),),
+        (slice(None), slice(None), slice(0, 6)),
+        (slice(1, 2), slice(None), slice(2, None)),
+    ]:
         assert torch.equal(file.read("cube", part), TENSORS["cube"][part])
     assert torch.equal(file.read("matrix", (slice(None), slice(5, 6))), TENSORS["matrix"][:, 5:6])
 
@@ -36,8 +54,8 @@ def test_metadata_may_be_null(path: Path) -> None:
     """A whole model that the library reads is said to be broken, to be fetched again."""
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
-    text = json.dumps({**json.loads(data[8:8 + length]), "__metadata__": None}).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length:])
+    text = json.dumps({**json.loads(data[8 : 8 + length]), "__metadata__": None}).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
     assert torch.equal(SafetensorsFile(path).read("cube"), load_file(path)["cube"])
 
 
@@ -54,14 +72,31 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.mark.parametrize("header", [
-    {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "b": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}},
-    {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "b": {"dtype": "F32", "shape": [0], "data_offsets": [12, 12]}},
-    {"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}, {"a": {"dtype": "F32", "shape": [2, -1], "data_offsets": [0, 8]}},
-    {"a": {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}}, {"a": {"dtype": "Q4", "shape": [2], "data_offsets": [0, 8]}},
-    {"a": {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}}, {"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}},
-    {"a": {"dtype": "F32", "shape": [1 << 62, 4], "data_offsets": [0, 0]}}, {"a": 1}, {"a": {"shape": [2], "data_offsets": [0, 8]}}, [],
-    {"__metadata__": {"a": 1}, "b": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}}], ids=str)
+@pytest.mark.parametrize(
+    "header",
+    [
+        {
+            "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+            "b": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]},
+        },
+        {
+            "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+            "b": {"dtype": "F32", "shape": [0], "data_offsets": [12, 12]},
+        },
+        {"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}},
+        {"a": {"dtype": "F32", "shape": [2, -1], "data_offsets": [0, 8]}},
+        {"a": {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}},
+        {"a": {"dtype": "Q4", "shape": [2], "data_offsets": [0, 8]}},
+        {"a": {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}},
+        {"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}},
+        {"a": {"dtype": "F32", "shape": [1 << 62, 4], "data_offsets": [0, 0]}},
+        {"a": 1},
+        {"a": {"shape": [2], "data_offsets": [0, 8]}},
+        [],
+        {"__metadata__": {"a": 1}, "b": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}},
+    ],
+    ids=str,
+)
 def test_a_header_that_does_not_describe_the_file_is_refused(tmp_path: Path, header: object) -> None:
     """Believing an offset, a shape or a type that the others contradict."""
     path, text = tmp_path / "a.safetensors", json.dumps(header).encode()

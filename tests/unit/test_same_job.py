@@ -1,4 +1,5 @@
 """The same command, given again, goes on; another job is told from it before it spoils a run."""
+
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -20,25 +21,41 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"parallel": {"tensor_model_parallel_size": 4}}, {"tuning": {"micro_batch_size": 1, "save_minutes": 5.0, "run_folder": "moved"}},
-    {"model": {"path": "moved"}, "generation": {"threshold": 0.3}}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"parallel": {"tensor_model_parallel_size": 4}},
+        {"tuning": {"micro_batch_size": 1, "save_minutes": 5.0, "run_folder": "moved"}},
+        {"model": {"path": "moved"}, "generation": {"threshold": 0.3}},
+    ],
+)
 def test_layout_and_watching_may_change(run: Path, changes: dict[str, Any]) -> None:
     """A run that can not go on on fewer machines."""
     check_same_job(replace(JOB, **changes), run)
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-    ({"tuning": {"lr": 1e-3}}, ["tuning.lr (0.0001 there, 0.001 here)"]),
-    ({"tuning": {"backbone_weights": "nf4"}}, ["tuning.backbone_weights (native there, nf4 here)"]),
-    ({"tuning": {"loss": ("forward_kl",), "train_iters": 7}}, ["tuning.loss (cross_entropy there, forward_kl here)", "tuning.train_iters"]),
-    ({"data": {"paths": ("a",)}}, ["data.paths (a,b there, a here)"]), ({"exits": {"path": "elsewhere"}}, ["exits.path"])])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tuning": {"lr": 1e-3}}, ["tuning.lr (0.0001 there, 0.001 here)"]),
+        ({"tuning": {"backbone_weights": "nf4"}}, ["tuning.backbone_weights (native there, nf4 here)"]),
+        (
+            {"tuning": {"loss": ("forward_kl",), "train_iters": 7}},
+            ["tuning.loss (cross_entropy there, forward_kl here)", "tuning.train_iters"],
+        ),
+        ({"data": {"paths": ("a",)}}, ["data.paths (a,b there, a here)"]),
+        ({"exits": {"path": "elsewhere"}}, ["exits.path"]),
+    ],
+)
 def test_what_changes_the_outcome_is_named(run: Path, changes: dict[str, Any], words: list[str]) -> None:
     """A run that goes on with another learning rate, unasked and unseen."""
     with pytest.raises(InputError) as error:
         check_same_job(replace(JOB, **changes), run)
     assert all(word in str(error.value) for word in (*words, "--allow-config-change")) and len(str(error.value)) < 500
-    check_same_job(replace(JOB, **{**changes, "tuning": {**changes.get("tuning", {}), "allow_config_change": True}}), run)
+    check_same_job(
+        replace(JOB, **{**changes, "tuning": {**changes.get("tuning", {}), "allow_config_change": True}}), run
+    )
 
 
 def test_the_keys_that_are_free_exist() -> None:

@@ -1,7 +1,14 @@
 """Claims about choosing a token: transformers' distribution, drawn fairly, and draws that depend on their key alone."""
+
 import pytest
 import torch
-from transformers import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from ee_tuning.generation.sampling import draw, draw_key, probabilities, request_key
 
@@ -10,11 +17,24 @@ def _logits(*shape: int, scale: float = 3.0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(11)) * scale
 
 
-@pytest.mark.parametrize(("temperature", "top_k", "top_p", "min_p"), [
-    (1.0, 0, 1.0, 0.0), (0.7, 0, 1.0, 0.0), (1.0, 5, 1.0, 0.0), (1.0, 0, 0.9, 0.0), (1.3, 40, 0.8, 0.1), (0.5, 3, 0.5, 0.0),
-    (2.0, 1000, 0.99, 0.05), (1.0, 0, 0.01, 0.0), (1.0, 0, 1.0, 1.0)])
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p", "min_p"),
+    [
+        (1.0, 0, 1.0, 0.0),
+        (0.7, 0, 1.0, 0.0),
+        (1.0, 5, 1.0, 0.0),
+        (1.0, 0, 0.9, 0.0),
+        (1.3, 40, 0.8, 0.1),
+        (0.5, 3, 0.5, 0.0),
+        (2.0, 1000, 0.99, 0.05),
+        (1.0, 0, 0.01, 0.0),
+        (1.0, 0, 1.0, 1.0),
+    ],
+)
 def test_the_distribution_is_that_of_transformers(temperature: float, top_k: int, top_p: float, min_p: float) -> None:
-    """Top-p before top-k, or before the temperature, keeps other tokens. Equal logits at the k-th place are all kept."""
+    """Top-p before top-k, or before the temperature, keeps other tokens. Equal logits at the k-th place are all
+    kept.
+    """
     logits = (_logits(6, 101) * 2).round() / 2  # many ties
     processors = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
     if top_k:
@@ -35,7 +55,9 @@ def _keys(seed: int, count: int) -> list[int]:
 
 @pytest.mark.parametrize("seed", [5, 6])
 def test_draws_follow_the_distribution(seed: int) -> None:
-    """Chi-square over 20,000 draws, 19 degrees of freedom: a value above 43.8 has probability 0.001 if draws are fair."""
+    """Chi-square over 20,000 draws, 19 degrees of freedom: a value above 43.8 has probability 0.001 if draws are
+    fair.
+    """
     distribution = probabilities(_logits(20, scale=1.0), 1.0)
     counts = torch.bincount(draw(distribution.expand(20_000, -1), _keys(seed, 20_000)), minlength=20)
     expected = distribution.double() * 20_000
@@ -43,7 +65,9 @@ def test_draws_follow_the_distribution(seed: int) -> None:
 
 
 def test_neighbouring_draws_do_not_know_of_each_other() -> None:
-    """Keys that differ by little must not give draws that go together: chi-square of pairs, 24 degrees of freedom, 0.001 at 51.2."""
+    """Keys that differ by little must not give draws that go together: chi-square of pairs, 24 degrees of freedom,
+    0.001 at 51.2.
+    """
     drawn = draw(torch.ones(20_001, 5), _keys(7, 20_001))
     pairs = torch.bincount(drawn[:-1] * 5 + drawn[1:], minlength=25)
     assert ((pairs - 800.0) ** 2 / 800).sum() < 51.2
@@ -60,9 +84,15 @@ def test_a_draw_hangs_on_seed_prompt_completion_and_place_alone() -> None:
     """One stream of numbers for a batch would make a prompt's text depend on its neighbours."""
     distribution = probabilities(_logits(3, 60, scale=1.0), 0.9)
     together = draw(distribution, _keys(1, 3)).tolist()
-    assert together == [int(draw(distribution[i: i + 1], [key])) for i, key in enumerate(_keys(1, 3))]
-    keys = {request_key(1, [1, 2]), request_key(2, [1, 2]), request_key(1, [12]), request_key(1, [1, 2], 1), draw_key(1, 2),
-            draw_key(12, 0)}
+    assert together == [int(draw(distribution[i : i + 1], [key])) for i, key in enumerate(_keys(1, 3))]
+    keys = {
+        request_key(1, [1, 2]),
+        request_key(2, [1, 2]),
+        request_key(1, [12]),
+        request_key(1, [1, 2], 1),
+        draw_key(1, 2),
+        draw_key(12, 0),
+    }
     assert len(keys) == 6
 
 

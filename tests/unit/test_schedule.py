@@ -1,4 +1,5 @@
 """The learning rate, and the settings that the tuner refuses."""
+
 from typing import Any
 
 import pytest
@@ -20,7 +21,9 @@ def test_the_rate_rises_from_zero_in_equal_parts_and_meets_its_top() -> None:
     assert rates == pytest.approx([step / 10 for step in range(1, 11)])
 
 
-@pytest.mark.parametrize(("style", "middle", "last"), [("cosine", 0.55, 0.1), ("linear", 0.55, 0.1), ("constant", 1.0, 1.0)])
+@pytest.mark.parametrize(
+    ("style", "middle", "last"), [("cosine", 0.55, 0.1), ("linear", 0.55, 0.1), ("constant", 1.0, 1.0)]
+)
 def test_the_decay_ends_at_min_lr_with_the_last_step(style: Any, middle: float, last: float) -> None:
     """A decay measured over all steps and not over those after the warm-up ends too high."""
     tuning = section(lr_decay_style=style)
@@ -34,24 +37,29 @@ def test_no_warm_up_and_nothing_else_have_a_rate_at_every_step(fraction: float) 
     assert all(0 < learning_rate(step, section(lr_warmup_fraction=fraction, train_iters=3)) <= 1 for step in (1, 2, 3))
 
 
-@pytest.mark.parametrize(("keys", "message"), [
-    ({"train_iters": 0}, "train_iters must be at least 1, got 0"),
-    ({"lr": 0.0}, "lr must be in 1e-30"),
-    ({"min_lr": 2.0}, "min_lr must be at most"),
-    ({"lr_warmup_fraction": 1.5}, "lr_warmup_fraction must lie in 0..1, got 1.5"),
-    ({"adam_beta2": 1.0}, "adam_beta2 must be at least 0 and below 1, got 1.0"),
-    ({"keep_checkpoints": 0}, "keep_checkpoints must be at least 1"),
-    ({"loss": ("cross_entropy=0",)}, "a number above 0, got 'cross_entropy=0'"),
-    ({"stop_exit_code": 999}, r"stop_exit_code must be in 0\.\.255"),
-])
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"train_iters": 0}, "train_iters must be at least 1, got 0"),
+        ({"lr": 0.0}, "lr must be in 1e-30"),
+        ({"min_lr": 2.0}, "min_lr must be at most"),
+        ({"lr_warmup_fraction": 1.5}, "lr_warmup_fraction must lie in 0..1, got 1.5"),
+        ({"adam_beta2": 1.0}, "adam_beta2 must be at least 0 and below 1, got 1.0"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints must be at least 1"),
+        ({"loss": ("cross_entropy=0",)}, "a number above 0, got 'cross_entropy=0'"),
+        ({"stop_exit_code": 999}, r"stop_exit_code must be in 0\.\.255"),
+    ],
+)
 def test_settings_out_of_range_are_named(keys: dict[str, Any], message: str) -> None:
     """A run that fails, or learns nothing, hours after it began."""
     with pytest.raises(InputError, match=message):
         check_settings(section(**keys))
 
 
-@pytest.mark.parametrize(("weights", "message"), [
-    ((1.0,), "one weight per exit, 2"), ((1.0, -1.0), "at least 0"), ((0.0, 0.0), "leave an exit")])
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [((1.0,), "one weight per exit, 2"), ((1.0, -1.0), "at least 0"), ((0.0, 0.0), "leave an exit")],
+)
 def test_loss_weights_must_fit_the_exits(weights: tuple[float, ...], message: str) -> None:
     """A weight that silently belongs to another exit."""
     with pytest.raises(InputError, match=message):
@@ -60,9 +68,16 @@ def test_loss_weights_must_fit_the_exits(weights: tuple[float, ...], message: st
     assert loss_weights(section(loss_weight_preset="depth"), (2, 4)) == {2: 0.5, 4: 1.0}
 
 
-@pytest.mark.parametrize(("loss", "message"), [
-    (("kl",), "made of cross_entropy, forward_kl, total_variation, got 'kl'"), (("forward_kl=x",), "a number above 0, got 'forward_kl=x'"),
-    (("forward_kl=0",), "a number above 0"), (("forward_kl", "forward_kl=2"), "forward_kl twice"), ((), "must name a loss")])
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (("kl",), "made of cross_entropy, forward_kl, total_variation, got 'kl'"),
+        (("forward_kl=x",), "a number above 0, got 'forward_kl=x'"),
+        (("forward_kl=0",), "a number above 0"),
+        (("forward_kl", "forward_kl=2"), "forward_kl twice"),
+        ((), "must name a loss"),
+    ],
+)
 def test_losses_that_can_not_be_read_are_named(loss: tuple[str, ...], message: str) -> None:
     """A misspelt loss that is left out, and trains to something else for a night."""
     with pytest.raises(InputError, match=message):
@@ -70,7 +85,9 @@ def test_losses_that_can_not_be_read_are_named(loss: tuple[str, ...], message: s
 
 
 def test_losses_are_read_with_their_weights() -> None:
-    """A cross-entropy nobody asked for in a pure distillation; a final head that is not built for the loss that needs it."""
+    """A cross-entropy nobody asked for in a pure distillation; a final head that is not built for the loss that needs
+    it.
+    """
     assert objective(section()) == Objective() and not section().wants_final_head
     mixed = section(loss=("cross_entropy=0.3", " total_variation = 2"), token_weights="confidence")
     assert objective(mixed) == Objective(cross_entropy=0.3, total_variation=2.0, weighs_by_confidence=True)

@@ -1,4 +1,7 @@
-"""Claims about exits that say a part of the vocabulary: losses, statistics and confidence are those of the coarsened distributions."""
+"""Claims about exits that say a part of the vocabulary: losses, statistics and confidence are those of the coarsened
+distributions.
+"""
+
 from types import SimpleNamespace
 
 import pytest
@@ -17,8 +20,12 @@ ALONE = SimpleNamespace(tp=1, tp_rank=0, tp_group=None, device=torch.device("cpu
 IDS = (0, 3, 4, 11, 17, 18, 29, 36)
 VOCAB = Shortlist.of_tokens(IDS, VocabShard(V, 0, PADDED, None, 1), ALONE)
 OTHER = len(IDS)
-MIXTURES = [Objective(), Objective(cross_entropy=0, forward_kl=1), Objective(cross_entropy=0, total_variation=1),
-            Objective(cross_entropy=0.2, forward_kl=0.5, total_variation=0.4, weighs_by_confidence=True)]
+MIXTURES = [
+    Objective(),
+    Objective(cross_entropy=0, forward_kl=1),
+    Objective(cross_entropy=0, total_variation=1),
+    Objective(cross_entropy=0.2, forward_kl=0.5, total_variation=0.4, weighs_by_confidence=True),
+]
 
 
 class Inputs:
@@ -29,6 +36,7 @@ class Inputs:
 
         def randn(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=draw, dtype=torch.float64)
+
         self.hidden, self.weight = randn(S, B, H).requires_grad_(), randn(OTHER + 1, H).requires_grad_()
         self.teacher_hidden, self.teacher_weight = self.hidden.detach() + randn(S, B, H) / 3, randn(PADDED, H)
         self.teacher_weight[list(IDS)] = self.weight.detach()[:-1]
@@ -55,36 +63,59 @@ def plain(inputs: Inputs, kind: str, objective: Objective) -> tuple[Tensor, dict
     mask, events_p, events_t = inputs.mask.flatten(), p, t
     if kind != "hidden":  # k + 1 events, the likeliest token's class among the k
         ranks = t.scatter(1, torch.tensor(named)[:, None], 2.0)
-        told = ranks.argsort(descending=True)[:, :int(kind)]
-        events_p, events_t = (torch.cat((each.gather(1, told), 1 - each.gather(1, told).sum(1, keepdim=True)), 1) for each in (p, t))
+        told = ranks.argsort(descending=True)[:, : int(kind)]
+        events_p, events_t = (
+            torch.cat((each.gather(1, told), 1 - each.gather(1, told).sum(1, keepdim=True)), 1) for each in (p, t)
+        )
     says = p.argmax(-1)
     sure = torch.where(says == OTHER, 0.0, p.amax(-1))
-    parts = {"cross_entropy": F.cross_entropy(logits, labels, reduction="none"),
-             "forward_kl": F.kl_div(events_p.log(), events_t, reduction="none").sum(-1),
-             "total_variation": (events_p - events_t).abs().sum(-1) / 2, "confidence": sure,
-             "agreement": ((says == torch.tensor(named)) & (says != OTHER)).double(), "above_0.6": (sure >= 0.6).double()}
+    parts = {
+        "cross_entropy": F.cross_entropy(logits, labels, reduction="none"),
+        "forward_kl": F.kl_div(events_p.log(), events_t, reduction="none").sum(-1),
+        "total_variation": (events_p - events_t).abs().sum(-1) / 2,
+        "confidence": sure,
+        "agreement": ((says == torch.tensor(named)) & (says != OTHER)).double(),
+        "above_0.6": (sure >= 0.6).double(),
+    }
     weights = mask * p.amax(-1).detach() if objective.weighs_by_confidence else mask
-    per_token = sum(getattr(objective, name) * parts[name] for name in ("cross_entropy", "forward_kl", "total_variation"))
-    sums = {name: (mask * each).sum() for name, each in parts.items()} | {"tokens": mask.sum(), "weights": weights.sum()}
+    per_token = sum(
+        getattr(objective, name) * parts[name] for name in ("cross_entropy", "forward_kl", "total_variation")
+    )
+    sums = {name: (mask * each).sum() for name, each in parts.items()} | {
+        "tokens": mask.sum(),
+        "weights": weights.sum(),
+    }
     return (weights * per_token).sum(), sums
 
 
 def ours(inputs: Inputs, kind: str, objective: Objective, chunk_tokens: int = 4) -> ExitLoss:
-    return linear_loss(inputs.hidden, inputs.weight, inputs.labels, inputs.mask, vocab=VOCAB, chunk_tokens=chunk_tokens,
-                       objective=objective, teacher=inputs.teacher(kind))
+    return linear_loss(
+        inputs.hidden,
+        inputs.weight,
+        inputs.labels,
+        inputs.mask,
+        vocab=VOCAB,
+        chunk_tokens=chunk_tokens,
+        objective=objective,
+        teacher=inputs.teacher(kind),
+    )
 
 
 @pytest.mark.parametrize("kind", ["hidden", "1", "2", "5"])
 @pytest.mark.parametrize("objective", MIXTURES, ids=str)
 def test_losses_and_statistics_are_those_of_the_coarsened_distributions(objective: Objective, kind: str) -> None:
-    """A label that is not listed left out, a teacher's mass that goes nowhere, an exit that agrees by saying "any other token"."""
+    """A label that is not listed left out, a teacher's mass that goes nowhere, an exit that agrees by saying "any other
+    token".
+    """
     inputs = Inputs()
     expected, sums = plain(inputs, kind, objective)
     wanted = torch.autograd.grad(expected * 0.37, (inputs.hidden, inputs.weight))
     for chunk_tokens in (4, 1000):
         got = ours(inputs, kind, objective, chunk_tokens)
         torch.testing.assert_close(got.loss, expected, rtol=1e-10, atol=0)
-        torch.testing.assert_close(torch.autograd.grad(got.loss * 0.37, (inputs.hidden, inputs.weight)), wanted, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(
+            torch.autograd.grad(got.loss * 0.37, (inputs.hidden, inputs.weight)), wanted, rtol=1e-9, atol=1e-11
+        )
     with torch.no_grad():
         statistics = dict(zip(STATISTICS, ours(inputs, kind, objective).statistics, strict=True))
     for name, value in sums.items():
@@ -93,7 +124,9 @@ def test_losses_and_statistics_are_those_of_the_coarsened_distributions(objectiv
 
 
 def test_labels_that_are_no_tokens_stay_so() -> None:
-    """-100 at a masked place counted as any other token is harmless, one past the vocabulary that counts would pass for a loss."""
+    """-100 at a masked place counted as any other token is harmless, one past the vocabulary that counts would pass for
+    a loss.
+    """
     inputs = Inputs()
     expected = ours(inputs, "hidden", Objective()).loss
     inputs.labels[inputs.mask == 0] = -100
@@ -107,7 +140,9 @@ def test_the_likeliest_token_is_told_first_however_likely_the_others_are_togethe
     hidden, weight = torch.eye(3)[:, None], torch.full((3, PADDED), 2.0)
     weight[0, 11], weight[1, 12], weight[2, 11] = 3.0, 9.0, 9.0
     teacher = top_k_teacher(hidden, weight.T.contiguous(), 2, vocab=VOCAB, chunk_tokens=2)
-    assert isinstance(teacher, TopKTeacher) and teacher.ids[:, 0].tolist() == [3, OTHER, 3] and teacher.ids[0, 1] == OTHER
+    assert (
+        isinstance(teacher, TopKTeacher) and teacher.ids[:, 0].tolist() == [3, OTHER, 3] and teacher.ids[0, 1] == OTHER
+    )
     assert teacher.probabilities[0, 1] > teacher.probabilities[0, 0]
 
 
@@ -127,7 +162,11 @@ def test_heads_say_listed_tokens_and_are_sure_of_none_where_another_is_likelier(
         got = token_confidences(logits, VOCAB, measure).double()
         torch.testing.assert_close(got, torch.where(is_other, UNSURE, wanted), rtol=1e-4, atol=1e-6)
     whole = token_logits(logits, VOCAB)
-    assert whole.shape == (200, V) and torch.equal(whole[:, list(IDS)], logits[:, :-1]) and whole.isneginf().sum() == 200 * (V - OTHER)
+    assert (
+        whole.shape == (200, V)
+        and torch.equal(whole[:, list(IDS)], logits[:, :-1])
+        and whole.isneginf().sum() == 200 * (V - OTHER)
+    )
 
 
 def test_a_head_that_is_no_number_stays_none() -> None:

@@ -1,4 +1,5 @@
 """Claims about where shortlisted exits begin: which tokens are listed, and which rows their output matrices have."""
+
 import json
 import shutil
 from collections import Counter
@@ -30,7 +31,9 @@ SIZE = 12
 @pytest.fixture(scope="module", params=["untied", "tied"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, object]:
     folder = tmp_path_factory.mktemp("model")
-    reference = random_llama(folder, vocab_size=257, eos_token_id=256, bos_token_id=256, tie_word_embeddings=request.param == "tied")
+    reference = random_llama(
+        folder, vocab_size=257, eos_token_id=256, bos_token_id=256, tie_word_embeddings=request.param == "tied"
+    )
     write_byte_tokenizer(folder)
     return folder, reference.double()
 
@@ -38,14 +41,30 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def listed_job(model: Path, folder: Path, **keys: object) -> Config:
     folder.mkdir(exist_ok=True)
     (folder / "text.txt").write_text(TEXT)
-    return load_config(None, {
-        "model.path": str(model), "exits.exit_layers": [2, 5], "exits.architecture": "norm", "exits.output_vocab": SIZE,
-        "data.paths": [str(folder / "text.txt")], "data.cache": str(folder / "cache"), "tuning.seq_length": 64,
-        "tuning.micro_batch_size": 2, "tuning.fit_tokens": 1000, "tuning.eval_iters": 0, **keys})
+    return load_config(
+        None,
+        {
+            "model.path": str(model),
+            "exits.exit_layers": [2, 5],
+            "exits.architecture": "norm",
+            "exits.output_vocab": SIZE,
+            "data.paths": [str(folder / "text.txt")],
+            "data.cache": str(folder / "cache"),
+            "tuning.seq_length": 64,
+            "tuning.micro_batch_size": 2,
+            "tuning.fit_tokens": 1000,
+            "tuning.eval_iters": 0,
+            **keys,
+        },
+    )
 
 
-def test_the_list_is_the_most_frequent_tokens_and_those_that_end_texts(model: tuple[Path, object], tmp_path: Path) -> None:
-    """A list that changes with the machine, an end of text that no exit can say; rows of other tokens, or of another matrix."""
+def test_the_list_is_the_most_frequent_tokens_and_those_that_end_texts(
+    model: tuple[Path, object], tmp_path: Path
+) -> None:
+    """A list that changes with the machine, an end of text that no exit can say; rows of other tokens, or of another
+    matrix.
+    """
     folder, reference = model
     config = listed_job(folder, tmp_path)
     convert_by_texts(config, tmp_path / "exits")
@@ -53,10 +72,13 @@ def test_the_list_is_the_most_frequent_tokens_and_those_that_end_texts(model: tu
     samples = load_job_samples(config, init_parallel(config.parallel)).train
     counts = Counter(np.concatenate([samples.sample(i).tokens[1:] for i in range(len(samples))]).tolist())
     frequent = sorted(counts, key=lambda token: (-counts[token], token))
-    wanted = sorted({256, *[token for token in frequent if token != 256][:SIZE - 1]})
+    wanted = sorted({256, *[token for token in frequent if token != 256][: SIZE - 1]})
     assert list(exits.token_ids) == wanted and exits.output == "untied"
-    assert exits.output_vocab == {"size": SIZE, "tokens": counts.total(),
-                                  "share": round(sum(counts[token] for token in wanted) / counts.total(), 6)}
+    assert exits.output_vocab == {
+        "size": SIZE,
+        "tokens": counts.total(),
+        "share": round(sum(counts[token] for token in wanted) / counts.total(), 6),
+    }
     matrix = reference.lm_head.weight.detach().float()
     others = [token for token in range(257) if token not in wanted]
     for layer in (2, 5):
@@ -89,7 +111,9 @@ def weighted_row(config: Config, reference: object, ids: tuple[int, ...], num_to
     while sum(samples.sample(i).loss_mask.sum() for i in chosen) < num_tokens:
         chosen.append(order.sample_at(len(chosen)))
     with torch.no_grad():
-        out = reference(torch.from_numpy(np.stack([samples.sample(i).tokens[:-1] for i in chosen])), output_hidden_states=True)
+        out = reference(
+            torch.from_numpy(np.stack([samples.sample(i).tokens[:-1] for i in chosen])), output_hidden_states=True
+        )
     states, logits = out.hidden_states[-1].flatten(0, 1), out.logits.flatten(0, 1)
     target, p = logits[:, others].logsumexp(-1), logits.softmax(-1)[:, others].sum(-1)
     gram = states.T @ (states * (p * (1 - p))[:, None])
@@ -98,9 +122,18 @@ def weighted_row(config: Config, reference: object, ids: tuple[int, ...], num_to
 
 
 def as_keys(config: Config) -> dict[str, object]:
-    return {"model.path": config.model.path, "exits.exit_layers": [2, 5], "exits.architecture": "norm", "exits.init": "fitted",
-            "data.paths": list(config.data.paths), "data.cache": config.data.cache, "tuning.seq_length": 64, "tuning.micro_batch_size": 2,
-            "tuning.fit_tokens": 1000, "tuning.eval_iters": 0}
+    return {
+        "model.path": config.model.path,
+        "exits.exit_layers": [2, 5],
+        "exits.architecture": "norm",
+        "exits.init": "fitted",
+        "data.paths": list(config.data.paths),
+        "data.cache": config.data.cache,
+        "tuning.seq_length": 64,
+        "tuning.micro_batch_size": 2,
+        "tuning.fit_tokens": 1000,
+        "tuning.eval_iters": 0,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -108,10 +141,20 @@ def artifact(model: tuple[Path, object], tmp_path_factory: pytest.TempPathFactor
     return write_exits(model[0], tmp_path_factory.mktemp("artifact") / "exits", (3, 4, 7, 90, 256), architecture="norm")
 
 
-@pytest.mark.parametrize(("ids", "told"), [([3, 4, 7, 90], "5 token ids"), ([3, 4, 7, 7, 256], "7 behind 7"),
-                                           ([4, 3, 7, 90, 256], "3 behind 4"), ([3, 4, 7, 90, 257], "vocabulary of 257"),
-                                           ([-1, 3, 4, 7, 256], "-1"), ("3", "a list"),
-                                           ([3, 4, 7.0, 90, 256], "a list"), (None, "can not be read")], ids=str)
+@pytest.mark.parametrize(
+    ("ids", "told"),
+    [
+        ([3, 4, 7, 90], "5 token ids"),
+        ([3, 4, 7, 7, 256], "7 behind 7"),
+        ([4, 3, 7, 90, 256], "3 behind 4"),
+        ([3, 4, 7, 90, 257], "vocabulary of 257"),
+        ([-1, 3, 4, 7, 256], "-1"),
+        ("3", "a list"),
+        ([3, 4, 7.0, 90, 256], "a list"),
+        (None, "can not be read"),
+    ],
+    ids=str,
+)
 def test_a_list_that_makes_no_sense_is_refused(artifact: Path, tmp_path: Path, ids: object, told: str) -> None:
     """Tokens of one class said as another's, without a word."""
     folder = tmp_path / "exits"
@@ -123,7 +166,9 @@ def test_a_list_that_makes_no_sense_is_refused(artifact: Path, tmp_path: Path, i
     assert str(path) in str(caught.value) and told in str(caught.value)
 
 
-def test_the_list_is_part_of_what_a_calibration_is_bound_to(model: tuple[Path, object], artifact: Path, tmp_path: Path) -> None:
+def test_the_list_is_part_of_what_a_calibration_is_bound_to(
+    model: tuple[Path, object], artifact: Path, tmp_path: Path
+) -> None:
     """Thresholds of other classes, taken for those of these heads, whose tensors are the same."""
     other = write_exits(model[0], tmp_path / "other", (3, 4, 7, 91, 256), architecture="norm")
     with ExitHeadsReader(artifact) as one, ExitHeadsReader(other) as two:
@@ -131,7 +176,8 @@ def test_the_list_is_part_of_what_a_calibration_is_bound_to(model: tuple[Path, o
 
 
 def test_artifacts_of_different_lists_are_not_merged_and_new_exits_share_the_list(
-        model: tuple[Path, object], artifact: Path, tmp_path: Path) -> None:
+    model: tuple[Path, object], artifact: Path, tmp_path: Path
+) -> None:
     """Exits of one artifact that mean different tokens by the same row."""
     other = write_exits(model[0], tmp_path / "other", (3, 4, 7, 91, 256), architecture="norm", exit_layers=[3])
     config = load_config(None, {"model.path": str(model[0]), "exits.path": str(artifact)})
@@ -142,11 +188,20 @@ def test_artifacts_of_different_lists_are_not_merged_and_new_exits_share_the_lis
         assert more.config.token_ids == (3, 4, 7, 90, 256) and more.shape("exits.3.output.weight") == (6, 48)
 
 
-@pytest.mark.parametrize(("keys", "told"), [
-    ({"exits.output_vocab": 257}, "vocabulary of 257, got 257"), ({"exits.output_vocab": -1}, "at least 1"),
-    ({"exits.output_vocab": 1}, "special and stop tokens"), ({"exits.output": "tied"}, "exits.output must be untied"),
-    ({"data.paths": []}, "data.paths names none")], ids=str)
-def test_a_list_that_can_not_be_is_refused(model: tuple[Path, object], tmp_path: Path, keys: dict[str, object], told: str) -> None:
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"exits.output_vocab": 257}, "vocabulary of 257, got 257"),
+        ({"exits.output_vocab": -1}, "at least 1"),
+        ({"exits.output_vocab": 1}, "special and stop tokens"),
+        ({"exits.output": "tied"}, "exits.output must be untied"),
+        ({"data.paths": []}, "data.paths names none"),
+    ],
+    ids=str,
+)
+def test_a_list_that_can_not_be_is_refused(
+    model: tuple[Path, object], tmp_path: Path, keys: dict[str, object], told: str
+) -> None:
     """An artifact half written; a size past the vocabulary cut down in silence."""
     with pytest.raises(InputError, match=told):
         convert_by_texts(listed_job(model[0], tmp_path, **keys), tmp_path / "exits")
@@ -154,7 +209,9 @@ def test_a_list_that_can_not_be_is_refused(model: tuple[Path, object], tmp_path:
 
 
 def test_auto_weighs_what_asking_costs_against_tokens_that_can_not_leave(tmp_path: Path) -> None:
-    """A list that grows with the vocabulary whatever a text uses of it, or one that a text of rare words is cut down to."""
+    """A list that grows with the vocabulary whatever a text uses of it, or one that a text of rare words is cut down
+    to.
+    """
     random_llama(tmp_path / "model", vocab_size=40000, num_hidden_layers=2)
     shape = read_model_config(tmp_path / "model")
     config = load_config(None, {"exits.exit_layers": [1], "exits.output_vocab": "auto"})

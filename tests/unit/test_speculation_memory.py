@@ -1,4 +1,7 @@
-"""What speculation learnt, kept for later processes: what comes back is what was known, and what is damaged or foreign is made anew."""
+"""What speculation learnt, kept for later processes: what comes back is what was known, and what is damaged or foreign
+is made anew.
+"""
+
 import json
 import logging
 import os
@@ -70,7 +73,8 @@ DAMAGES: dict[str, Callable[[Any], Any]] = {
     "layer": lambda tree: tree["records"].pop("6"),
     "format": lambda tree: tree.update(format=0),
     "key": lambda tree: tree["key"].update(heads="abd"),
-    "empty": lambda tree: tree.clear()}
+    "empty": lambda tree: tree.clear(),
+}
 
 
 @pytest.mark.parametrize("damage", [*DAMAGES, "cut", "binary", "list"])

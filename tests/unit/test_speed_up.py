@@ -1,4 +1,5 @@
 """The speed-up that the exits' confidence implies."""
+
 from pathlib import Path
 
 import torch
@@ -34,8 +35,12 @@ def test_it_is_that_of_tokens_that_stay_sure_and_a_lower_bound_of_others() -> No
     confidences = torch.rand(500, 3, generator=draw)
     for nested in (True, False):
         confidences = confidences.cummax(1).values if nested else torch.rand(500, 3, generator=draw)
-        record = {f"above_{each}": {str(spec.layer): (confidences[:, i] >= each).double().mean().item() for i, spec in enumerate(EXITS)}
-                  for each in THRESHOLDS}
+        record = {
+            f"above_{each}": {
+                str(spec.layer): (confidences[:, i] >= each).double().mean().item() for i, spec in enumerate(EXITS)
+            }
+            for each in THRESHOLDS
+        }
         for threshold, implied in implied_speed_ups(record, MODEL, EXITS).items():
             walked = decoded(confidences, float(threshold))
             assert abs(implied - walked) < 1e-9 if nested else implied <= walked

@@ -1,4 +1,5 @@
 """One micro-batch through a stage."""
+
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,14 +27,23 @@ class Counted(Tensor):
 def test_labels_and_mask_are_copied_to_the_device_once_for_all_exits() -> None:
     """A copy for each exit stalls the device as often."""
     weight = torch.zeros(5, 4, requires_grad=True)
-    exits: list[Any] = [SimpleNamespace(layer=layer, begin_microbatch=lambda is_last: None,
-                                        head=lambda hidden, project: project(hidden, weight)) for layer in (1, 2, 3)]
+    exits: list[Any] = [
+        SimpleNamespace(
+            layer=layer, begin_microbatch=lambda is_last: None, head=lambda hidden, project: project(hidden, weight)
+        )
+        for layer in (1, 2, 3)
+    ]
     model: Any = SimpleNamespace(exit_vocab=VocabShard(5, 0, 5, None, 1), plan=SimpleNamespace(cuts_sequence=False))
     walk = StageWalk(model, None, SimpleNamespace(device=torch.device("cpu")), 2, Objective())  # type: ignore[arg-type]
-    batch = Batch(tokens=torch.zeros(1, 3, dtype=torch.int64), labels=torch.zeros(3, 1, dtype=torch.int64).as_subclass(Counted),
-                  loss_mask=torch.ones(3, 1).as_subclass(Counted))
+    batch = Batch(
+        tokens=torch.zeros(1, 3, dtype=torch.int64),
+        labels=torch.zeros(3, 1, dtype=torch.int64).as_subclass(Counted),
+        loss_mask=torch.ones(3, 1).as_subclass(Counted),
+    )
     inputs: Any = {layer: torch.ones(3, 1, 4) for layer in (1, 2, 3)}
-    passed = Passed(Leg(batch=batch, trains=True, step=1, is_last=True, position=1, ends_step=True), Follows.NEXT, inputs, None)
+    passed = Passed(
+        Leg(batch=batch, trains=True, step=1, is_last=True, position=1, ends_step=True), Follows.NEXT, inputs, None
+    )
     for walked in (lambda: walk.train(passed, None, exits), lambda: walk.evaluate(passed, None, exits)):
         assert list(walked()) == [1, 2, 3] and Counted.num_copies == 2
         Counted.num_copies = 0

@@ -1,4 +1,5 @@
 """Signals that ask a run to stop, sent to this very process."""
+
 import os
 import signal
 from types import FrameType
@@ -10,11 +11,14 @@ from ee_tuning.tuning.stopping import StopRequest
 
 
 def test_a_signal_that_a_launcher_repeats_does_not_end_the_process_before_its_checkpoint() -> None:
-    """A group kill and torchrun's own forwarding give each worker two SIGTERMs within milliseconds; the second one ended it."""
+    """A group kill and torchrun's own forwarding give each worker two SIGTERMs within milliseconds; the second one
+    ended it.
+    """
     acted: list[int] = []
 
     def act(number: int, frame: FrameType | None) -> None:
         acted.append(number)
+
     numbers = (signal.SIGTERM, signal.SIGUSR1)
     former = [signal.signal(number, act) for number in numbers]
     try:
@@ -31,7 +35,9 @@ def test_a_signal_that_a_launcher_repeats_does_not_end_the_process_before_its_ch
             signal.signal(number, handler)
 
 
-def test_a_second_press_of_control_c_ends_the_process_and_a_forwarded_one_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_press_of_control_c_ends_the_process_and_a_forwarded_one_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A run that can not be left by the keyboard, or one that torchrun's forwarded SIGINT robs of its checkpoint."""
     now = 100.0
     monkeypatch.setattr(stopping.time, "monotonic", lambda: now)

@@ -1,4 +1,5 @@
 """Text that is shown while it is made adds up to the text of all tokens, cut at the first stop string."""
+
 import random
 
 import pytest
@@ -27,13 +28,16 @@ def test_characters_of_several_bytes_are_shown_whole():
     assert all("�" not in part for part in shown(text))
 
 
-@pytest.mark.parametrize(("text", "stop", "wanted"), [
-    ("one two three", ("two",), "one "),
-    ("aaab", ("aab",), "a"),
-    ("x = 1\n\ndef f", ("\n\n", "def"), "x = 1"),
-    ("never", ("no such",), "never"),
-    ("ends with sto", ("stop",), "ends with sto"),
-])
+@pytest.mark.parametrize(
+    ("text", "stop", "wanted"),
+    [
+        ("one two three", ("two",), "one "),
+        ("aaab", ("aab",), "a"),
+        ("x = 1\n\ndef f", ("\n\n", "def"), "x = 1"),
+        ("never", ("no such",), "never"),
+        ("ends with sto", ("stop",), "ends with sto"),
+    ],
+)
 def test_stop_string_is_cut_and_never_seen(text, stop, wanted):
     """The beginning of a stop string that was already on the screen."""
     assert "".join(shown(text, stop)) == wanted
@@ -51,7 +55,9 @@ def test_random_texts_and_stops_agree_with_a_search_of_the_whole():
 
 
 def test_space_at_the_beginning_of_a_completion_is_kept():
-    """Tokenizers of the SentencePiece kind drop the space that a text begins with, and a completion does not begin a text."""
+    """Tokenizers of the SentencePiece kind drop the space that a text begins with, and a completion does not begin a
+    text.
+    """
     words = ["The", " laws", " are", " there", " three", " of", " them"]
     stream = TextStream(lambda ids: "".join(words[i] for i in ids).removeprefix(" "), [0, 1, 2])
     assert [stream.push(3), stream.push(4)] == [" there", " three"]
@@ -88,7 +94,9 @@ def decode_by_fallback(ids: list[int]) -> str:
 
 
 def test_characters_of_bytes_survive_a_prompt_that_ends_in_such_characters() -> None:
-    """The prompt's last tokens begin amid a character: the decoder makes marks of the whole run, and of the completion with it."""
+    """The prompt's last tokens begin amid a character: the decoder makes marks of the whole run, and of the completion
+    with it.
+    """
     text = "日本語のテキスト" * 4
     for place in range(1, 8):
         prompt, said = text[:place].encode(), text[place:].encode()
@@ -112,17 +120,28 @@ def test_a_last_character_that_is_cut_spoils_no_other() -> None:
 MARKS = {1: "<|eot|>", 2: "<|im_end|>"}
 
 
-@pytest.mark.parametrize(("said", "stop", "wanted"), [
-    (["go", 1, "on"], ("<|eot|>",), "go"), (["go", 1, "on"], ("<|im_end|>",), "goon"), (["go", 2, "\n", "on"], ("<|im_end|>\n",), "go"),
-    (["go", 2, "x", "\non"], ("<|im_end|>\n",), "gox\non"),
-    (["a\n", 1, "b"], ("\n<|eot|>",), "a"), (["a\n", "b", 1], ("\n<|eot|>",), "a\nb"),
-    (["go", 1, 2, "on"], ("<|eot|><|im_end|>",), "go"), (["go", 2, 1, "on"], ("<|eot|><|im_end|>",), "goon"),
-    (["go", 1, "on"], ("oo",), "g"), (["go", 1], ("<|eot|>x", "never"), "go"), ([1, "x"], ("<|eot|>",), ""),
-])
+@pytest.mark.parametrize(
+    ("said", "stop", "wanted"),
+    [
+        (["go", 1, "on"], ("<|eot|>",), "go"),
+        (["go", 1, "on"], ("<|im_end|>",), "goon"),
+        (["go", 2, "\n", "on"], ("<|im_end|>\n",), "go"),
+        (["go", 2, "x", "\non"], ("<|im_end|>\n",), "gox\non"),
+        (["a\n", 1, "b"], ("\n<|eot|>",), "a"),
+        (["a\n", "b", 1], ("\n<|eot|>",), "a\nb"),
+        (["go", 1, 2, "on"], ("<|eot|><|im_end|>",), "go"),
+        (["go", 2, 1, "on"], ("<|eot|><|im_end|>",), "goon"),
+        (["go", 1, "on"], ("oo",), "g"),
+        (["go", 1], ("<|eot|>x", "never"), "go"),
+        ([1, "x"], ("<|eot|>",), ""),
+    ],
+)
 def test_stop_strings_that_hold_special_tokens_stop(said: list[int | str], stop: tuple[str, ...], wanted: str) -> None:
     """Text is decoded without special tokens: a stop string with one never stops, and nobody hears why."""
+
     def without(ids: list[int]) -> str:
         return bytes(each for each in ids if each not in MARKS).decode(errors="replace")
+
     stream, parts = TextStream(without, list(b"say"), stop, MARKS), []
     for token in (byte for part in said for byte in ([part] if isinstance(part, int) else part.encode())):
         parts.append(stream.push(token))

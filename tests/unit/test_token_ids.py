@@ -1,4 +1,7 @@
-"""The special tokens that config.json and generation_config.json name: checked where they are read, before anything is decoded by them."""
+"""The special tokens that config.json and generation_config.json name: checked where they are read, before anything is
+decoded by them.
+"""
+
 import json
 import shutil
 from pathlib import Path
@@ -49,15 +52,31 @@ def test_what_is_no_number_of_a_token_is_refused(tmp_path: Path, file: str, valu
 
 
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
-@pytest.mark.parametrize(("value", "wanted", "told"), [
-    (2, (2,), None), ([2, 0, 2], (2, 0), None), (-1, (), -1), ([2, -1], (2,), -1), (VOCABULARY, (), VOCABULARY),
-    ([10 ** 9, 1], (1,), 10 ** 9), ([], (), None)])
-def test_an_id_that_no_token_has_ends_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, value: Any,
-                                              wanted: tuple[int, ...], told: int | None) -> None:
-    """The last word of the vocabulary banned in its stead: -1 as an index counts from the end. transformers warns and goes on."""
+@pytest.mark.parametrize(
+    ("value", "wanted", "told"),
+    [
+        (2, (2,), None),
+        ([2, 0, 2], (2, 0), None),
+        (-1, (), -1),
+        ([2, -1], (2,), -1),
+        (VOCABULARY, (), VOCABULARY),
+        ([10**9, 1], (1,), 10**9),
+        ([], (), None),
+    ],
+)
+def test_an_id_that_no_token_has_ends_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, value: Any, wanted: tuple[int, ...], told: int | None
+) -> None:
+    """The last word of the vocabulary banned in its stead: -1 as an index counts from the end. transformers warns and
+    goes on.
+    """
     assert end_ids(folder_with(tmp_path, file, eos_token_id=value)) == wanted
     warning = capsys.readouterr().err
-    assert (not warning) if told is None else f"eos_token_id names {told}, which is no token of the vocabulary of {VOCABULARY}" in warning
+    assert (
+        (not warning)
+        if told is None
+        else f"eos_token_id names {told}, which is no token of the vocabulary of {VOCABULARY}" in warning
+    )
 
 
 def test_null_leaves_it_to_the_other_file(tmp_path: Path) -> None:
@@ -68,7 +87,9 @@ def test_null_leaves_it_to_the_other_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["bos_token_id", "pad_token_id"])
-def test_what_begins_and_pads_a_text_is_checked_too(tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str) -> None:
+def test_what_begins_and_pads_a_text_is_checked_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str
+) -> None:
     """An empty prompt that begins with a token past the vocabulary."""
     for value in ("1", [1], 1.0):
         with pytest.raises(InputError, match=f"{key} must be the number of a token, or null"):
@@ -86,7 +107,9 @@ def test_a_generation_config_that_is_broken_is_told(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"generation_config.json is not JSON"):
         generation_end_token_ids(tmp_path, 10)
     (tmp_path / "generation_config.json").write_text('{"bos_token_id": "x"}')
-    with pytest.raises(InputError, match=r"generation_config.json: bos_token_id must be the number of a token, or null, got 'x'"):
+    with pytest.raises(
+        InputError, match=r"generation_config.json: bos_token_id must be the number of a token, or null, got 'x'"
+    ):
         generation_end_token_ids(tmp_path, 10)
 
 

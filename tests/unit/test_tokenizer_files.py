@@ -1,4 +1,5 @@
 """Tokenizers that are whole in folders that are not, and files that want a package."""
+
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from ee_tuning.errors import InputError
 
 @pytest.mark.parametrize("changes", [{"attention_bias": None}, {"rms_norm_eps": 1}, {"hidden_size": 48.0}])
 def test_a_tokenizer_does_not_hang_on_the_model_s_config(tmp_path: Path, changes: dict[str, Any]) -> None:
-    """transformers reads a config strictly, also to open the tokenizer beside it: that is said to be broken, and is not."""
+    """transformers reads a config strictly, also to open the tokenizer beside it: that is said to be broken, and is
+    not.
+    """
     written = write_byte_tokenizer(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**LLAMA_SHAPE, "model_type": "llama", **changes}))
     assert load_tokenizer(tmp_path)("hi é")["input_ids"] == written("hi é")["input_ids"]

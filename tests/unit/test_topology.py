@@ -1,4 +1,5 @@
 """Worlds without a launcher, and what is inherited from a shell."""
+
 import dataclasses
 
 import pytest
@@ -31,11 +32,22 @@ def test_a_world_size_without_a_rank_is_a_world_of_one(no_world: None, monkeypat
         leave_parallel()
 
 
-@pytest.mark.parametrize(("device", "pp", "connections", "warns"), [
-    ("cuda", 2, "1", True), ("cuda", 2, None, False), ("cuda", 2, "8", False), ("cuda", 1, "1", False), ("cpu", 2, "1", False)])
-def test_one_queue_for_all_of_a_gpus_work_is_warned_of(monkeypatch: pytest.MonkeyPatch, device: str, pp: int, connections: str | None,
-                                                       warns: bool) -> None:
-    """Megatron's launch scripts export CUDA_DEVICE_MAX_CONNECTIONS=1, under which a receive posted ahead stops the layers behind it."""
+@pytest.mark.parametrize(
+    ("device", "pp", "connections", "warns"),
+    [
+        ("cuda", 2, "1", True),
+        ("cuda", 2, None, False),
+        ("cuda", 2, "8", False),
+        ("cuda", 1, "1", False),
+        ("cpu", 2, "1", False),
+    ],
+)
+def test_one_queue_for_all_of_a_gpus_work_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, device: str, pp: int, connections: str | None, warns: bool
+) -> None:
+    """Megatron's launch scripts export CUDA_DEVICE_MAX_CONNECTIONS=1, under which a receive posted ahead stops the
+    layers behind it.
+    """
     monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
     if connections is not None:
         monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", connections)

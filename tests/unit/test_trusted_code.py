@@ -1,4 +1,7 @@
-"""Nothing that lies in a model's or a tokenizer's folder is run unasked, and nothing asks: standard input is the user's text."""
+"""Nothing that lies in a model's or a tokenizer's folder is run unasked, and nothing asks: standard input is the user's
+text.
+"""
+
 import ast
 import io
 import json
@@ -20,20 +23,22 @@ from ee_tuning.errors import InputError
 from ee_tuning.tuning.dashboards import weights_and_biases
 
 CHECKOUT = Path(__file__).parents[2]
-CODE = '''from pathlib import Path
+CODE = """from pathlib import Path
 Path(__file__).with_name("ran").touch(); Path({ran!r}).touch()
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 class OwnTokenizer(PreTrainedTokenizerFast):
     said_by = "code of the folder"
 class OwnConfig(LlamaConfig):
     model_type = "own"
-'''
+"""
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 
 
 @pytest.fixture(autouse=True)
 def yes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> io.StringIO:
-    """What a user types, or a script sends, that happens to read like an answer. And a place for the code that transformers copies."""
+    """What a user types, or a script sends, that happens to read like an answer. And a place for the code that
+    transformers copies.
+    """
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     said = io.StringIO("y\n" * 50)
     monkeypatch.setattr(sys, "stdin", said)
@@ -45,7 +50,10 @@ def hostile(folder: Path, tokenizer: dict[str, Any] | None, config: dict[str, An
     folder.mkdir(exist_ok=True)
     write_byte_tokenizer(folder)
     (folder / "own.py").write_text(CODE.format(ran=str(folder.parent / "ran")))
-    for name, changes in (("tokenizer_config.json", {"chat_template": TEMPLATE, **(tokenizer or {})}), ("config.json", config)):
+    for name, changes in (
+        ("tokenizer_config.json", {"chat_template": TEMPLATE, **(tokenizer or {})}),
+        ("config.json", config),
+    ):
         if changes is not None:
             former = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
             (folder / name).write_text(json.dumps({**former, **changes}))
@@ -57,10 +65,18 @@ OLD_SPELLING = {"tokenizer_class": "OwnTokenizer", "auto_map": ["own.OwnTokenize
 OWN_CONFIG = {"model_type": "own", "tokenizer_class": "OwnTokenizer", "auto_map": {"AutoConfig": "own.OwnConfig"}}
 
 
-@pytest.mark.parametrize(("tokenizer", "config"), [(OWN_TOKENIZER, None), (OLD_SPELLING, None), (OWN_TOKENIZER, OWN_CONFIG),
-                                                   ({"auto_map": {"AutoTokenizer": ["own.OwnTokenizer", "own.OwnTokenizer"]}}, None)])
-def test_a_tokenizers_code_is_not_run_for_a_yes_on_standard_input(tmp_path: Path, yes: io.StringIO, tokenizer: dict[str, Any] | None,
-                                                                 config: dict[str, Any] | None) -> None:
+@pytest.mark.parametrize(
+    ("tokenizer", "config"),
+    [
+        (OWN_TOKENIZER, None),
+        (OLD_SPELLING, None),
+        (OWN_TOKENIZER, OWN_CONFIG),
+        ({"auto_map": {"AutoTokenizer": ["own.OwnTokenizer", "own.OwnTokenizer"]}}, None),
+    ],
+)
+def test_a_tokenizers_code_is_not_run_for_a_yes_on_standard_input(
+    tmp_path: Path, yes: io.StringIO, tokenizer: dict[str, Any] | None, config: dict[str, Any] | None
+) -> None:
     """transformers asks, and takes the first words of a chat, or of `yes |`, for the answer."""
     folder = hostile(tmp_path / "model", tokenizer, config)
     try:
@@ -89,21 +105,37 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose tokenizer and config name code; exits, a text and a chat beside it."""
     folder = tmp_path_factory.mktemp("hostile") / "model"
     random_llama(folder, vocab_size=257, eos_token_id=256)
-    hostile(folder, OWN_TOKENIZER, {"auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}})
+    hostile(
+        folder, OWN_TOKENIZER, {"auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}}
+    )
     write_exits(folder, folder.parent / "exits")
     (folder.parent / "text.txt").write_text("early exits leave early. " * 200)
     return folder
 
 
-@pytest.mark.parametrize("words", [
-    "generate --exits {exits} --prompt -", "chat --exits {exits}", "preprocess --data {text} --output {out}",
-    "tune --exits {exits} --data {text} --output {out} --seq-length 16 --train-iters 1 --micro-batch-size 1 --global-batch-size 1",
-    "profile --output {out}", "convert --exit-layers auto:2:profile --output {out}",
-    "calibrate --exits {exits} --data {text} --output {out}",
-    "export --format hf --exits {exits} --output {out} --tokenizer {model}"])
-def test_every_command_refuses_in_one_line(model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], words: str) -> None:
+@pytest.mark.parametrize(
+    "words",
+    [
+        "generate --exits {exits} --prompt -",
+        "chat --exits {exits}",
+        "preprocess --data {text} --output {out}",
+        "tune --exits {exits} --data {text} --output {out} --seq-length 16 --train-iters 1 --micro-batch-size 1 --global-batch-size 1",
+        "profile --output {out}",
+        "convert --exit-layers auto:2:profile --output {out}",
+        "calibrate --exits {exits} --data {text} --output {out}",
+        "export --format hf --exits {exits} --output {out} --tokenizer {model}",
+    ],
+)
+def test_every_command_refuses_in_one_line(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], words: str
+) -> None:
     """One command of eight that was forgotten."""
-    names = {"exits": model.parent / "exits", "text": model.parent / "text.txt", "out": tmp_path / "out", "model": model}
+    names = {
+        "exits": model.parent / "exits",
+        "text": model.parent / "text.txt",
+        "out": tmp_path / "out",
+        "model": model,
+    }
     command, *flags = words.format(**names).split()
     flags += ["--tokenizer" if command == "preprocess" else "--model", str(model)]
     assert cli.main([command, *flags]) == 2
@@ -137,21 +169,34 @@ def test_every_from_pretrained_says_whether_code_is_trusted() -> None:
                 found += 1
                 assert "trust_remote_code" in ast.unparse(call), f"{path}:{call.lineno}"
     assert found >= 4
-    for path in [*CHECKOUT.glob("*.md"), *CHECKOUT.glob("docs/*.md"), *CHECKOUT.glob("examples/*.md"),
-                 CHECKOUT / "ee_tuning" / "checkpoint" / "model_card.py"]:
+    for path in [
+        *CHECKOUT.glob("*.md"),
+        *CHECKOUT.glob("docs/*.md"),
+        *CHECKOUT.glob("examples/*.md"),
+        CHECKOUT / "ee_tuning" / "checkpoint" / "model_card.py",
+    ]:
         for line in path.read_text(encoding="utf-8").splitlines():
             assert "from_pretrained(" not in line or "trust_remote_code=" in line, f"{path}: {line}"
 
 
-def test_weights_and_biases_finds_no_terminal_to_ask_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, yes: io.StringIO) -> None:
-    """A package that asks for an account's key, and takes the user's text for it; or a traceback where there is no key."""
+def test_weights_and_biases_finds_no_terminal_to_ask_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, yes: io.StringIO
+) -> None:
+    """A package that asks for an account's key, and takes the user's text for it; or a traceback where there is no
+    key.
+    """
+
     class Asking:
         @staticmethod
         def init(**words: Any) -> None:
             assert not sys.stdin.isatty() and sys.stdin.read() == ""
             raise RuntimeError("No API key configured.\nUse `wandb login` to log in.")
+
     monkeypatch.setitem(sys.modules, "wandb", Asking)
     job = replace(Config(), tuning={"run_folder": str(tmp_path), "wandb_project": "exits"})
-    with pytest.raises(InputError, match=r"No API key configured\. Use `wandb login`") as error, weights_and_biases(job):
+    with (
+        pytest.raises(InputError, match=r"No API key configured\. Use `wandb login`") as error,
+        weights_and_biases(job),
+    ):
         pass
     assert "WANDB_MODE=offline" in str(error.value) and yes.tell() == 0 and sys.stdin is yes

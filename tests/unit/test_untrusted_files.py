@@ -1,4 +1,5 @@
 """What strangers' files did to readers until they were caught: `make stress` found these."""
+
 import os
 import pickle
 import resource
@@ -74,7 +75,9 @@ def test_a_pickle_gets_no_memory_for_the_asking(tmp_path: Path, file: str) -> No
 
 
 def test_two_tensors_in_one_place_are_refused(stock: Path, tmp_path: Path) -> None:
-    """One bit of a pickle's back reference, and one rank's shard is read in the place of another's, its checksum right."""
+    """One bit of a pickle's back reference, and one rank's shard is read in the place of another's, its checksum
+    right.
+    """
     folder = Path(shutil.copytree(stock / "megatron", tmp_path / "model"))
     described: Any = pickle.loads((folder / ".metadata").read_bytes())
     first, second = [index for index in described.storage_data if index.fqn.endswith("linear_proj.weight")]
@@ -97,7 +100,9 @@ def test_a_tensor_that_the_index_forgets_is_refused(stock: Path, tmp_path: Path)
     folder = Path(shutil.copytree(stock / "hf", tmp_path / "model"))
     (folder / "model.safetensors").unlink()
     save_file({**tensors, "model.layers.0.self_attn.q_proj.bias": torch.ones(40)}, folder / "one.safetensors")
-    (folder / "model.safetensors.index.json").write_text(str({"weight_map": dict.fromkeys(tensors, "one.safetensors")}).replace("'", '"'))
+    (folder / "model.safetensors.index.json").write_text(
+        str({"weight_map": dict.fromkeys(tensors, "one.safetensors")}).replace("'", '"')
+    )
     message = refusal(folder)
     assert "q_proj.bias" in message and "model.safetensors.index.json" in message
 

@@ -1,4 +1,5 @@
 """`ee-tuning verify` finds damage in whatever this project wrote; `--no-verify` does not look for it."""
+
 import json
 import os
 import shutil
@@ -19,7 +20,9 @@ from ee_tuning.flags import FLAGS
 def artifact(tmp_path: Path) -> Path:
     random_llama(tmp_path / "model")
     output = tmp_path / "run" / "exit_heads"
-    assert cli.main(["convert", "--model", str(tmp_path / "model"), "--exit-layers", "2,4", "--output", str(output)]) == 0
+    assert (
+        cli.main(["convert", "--model", str(tmp_path / "model"), "--exit-layers", "2,4", "--output", str(output)]) == 0
+    )
     return output
 
 
@@ -37,7 +40,9 @@ def test_each_file_has_its_line(artifact: Path, capsys: pytest.CaptureFixture[st
     lines = capsys.readouterr().out.splitlines()
     names = set(json.loads((artifact / "manifest.json").read_text())["files"])
     assert {line.split("  ")[0] for line in lines if "whole" in line} == {str(artifact / name) for name in names}
-    assert [line for line in lines if "whole" not in line] == [f"{artifact / 'notes.txt'}  not in the manifest, not checked"]
+    assert [line for line in lines if "whole" not in line] == [
+        f"{artifact / 'notes.txt'}  not in the manifest, not checked"
+    ]
 
 
 @pytest.mark.parametrize("damage", ["flipped", "shorter", "missing"])
@@ -62,8 +67,9 @@ def test_a_run_folder_is_checked_with_all_that_is_in_it(artifact: Path, capsys: 
     (step / "__0_0.distcp").write_bytes(b"weights")
     write_manifest(step)
     assert cli.main(["verify", str(artifact.parent)]) == 0
-    assert {str(artifact / "exit_config.json"), str(step / "__0_0.distcp")} <= {line.split("  ")[0]
-                                                                               for line in capsys.readouterr().out.splitlines()}
+    assert {str(artifact / "exit_config.json"), str(step / "__0_0.distcp")} <= {
+        line.split("  ")[0] for line in capsys.readouterr().out.splitlines()
+    }
     flip(step / "__0_0.distcp")
     assert cli.main(["verify", str(artifact.parent)]) == 2
     assert str(step / "__0_0.distcp") in capsys.readouterr().err
@@ -84,8 +90,12 @@ def test_unverified_exits_are_read_as_they_are(artifact: Path) -> None:
     assert altered.shape == whole.shape and not torch.equal(altered, whole)
 
 
-def test_an_exported_model_is_checked_where_it_is_used(artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A manifest beside the weights that nobody looks at; a folder whose manifest.json is another program's, refused."""
+def test_an_exported_model_is_checked_where_it_is_used(
+    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A manifest beside the weights that nobody looks at; a folder whose manifest.json is another program's,
+    refused.
+    """
     plain = tmp_path / "plain"
     assert cli.main(["export", "--format", "hf", "--model", str(tmp_path / "model"), "--output", str(plain)]) == 0
     convert = ["convert", "--model", str(plain), "--exit-layers", "2", "--output"]
@@ -100,10 +110,11 @@ def test_an_exported_model_is_checked_where_it_is_used(artifact: Path, tmp_path:
 
 @pytest.mark.parametrize("source", ["hf", "megatron"])
 @pytest.mark.parametrize("target", ["hf", "megatron"])
-def test_what_is_exported_from_an_altered_model_is_never_put_in_place(artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-                                                                      source: str, target: str) -> None:
-    """Files are compared with the manifest while they are copied: an output that appears before the comparison ends, or without it; a file
-    with weights that the manifest, and so nobody, vouches for.
+def test_what_is_exported_from_an_altered_model_is_never_put_in_place(
+    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], source: str, target: str
+) -> None:
+    """Files are compared with the manifest while they are copied: an output that appears before the comparison ends, or
+    without it; a file with weights that the manifest, and so nobody, vouches for.
     """
     model, output = tmp_path / source, tmp_path / "output"
     assert cli.main(["export", "--format", source, "--model", str(tmp_path / "model"), "--output", str(model)]) == 0
@@ -111,9 +122,13 @@ def test_what_is_exported_from_an_altered_model_is_never_put_in_place(artifact: 
     file = next(model.glob("*.distcp" if source == "megatron" else "*.safetensors"))
     whole = file.read_bytes()
     middle = len(whole) // 2  # far from what describes the tensors
-    file.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1:])
+    file.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
     assert cli.main(export) == 2
-    assert f"{file} is altered" in capsys.readouterr().err and not output.exists() and not list(tmp_path.glob("*.partial-*"))
+    assert (
+        f"{file} is altered" in capsys.readouterr().err
+        and not output.exists()
+        and not list(tmp_path.glob("*.partial-*"))
+    )
     file.write_bytes(whole)
     manifest = json.loads((model / "manifest.json").read_text())
     del manifest["files"][file.name]
@@ -122,12 +137,19 @@ def test_what_is_exported_from_an_altered_model_is_never_put_in_place(artifact: 
     assert f"does not list {file.name}" in capsys.readouterr().err and not output.exists()
 
 
-STRANGERS = ({"name": "a web page", "icons": []}, {"files": ["a.js"]}, {"files": {"main.js": "static/main.js"}}, {"files": None}, [1])
+STRANGERS = (
+    {"name": "a web page", "icons": []},
+    {"files": ["a.js"]},
+    {"files": {"main.js": "static/main.js"}},
+    {"files": None},
+    [1],
+)
 
 
 @pytest.mark.parametrize("content", STRANGERS)
-def test_another_program_s_manifest_stands_in_nobody_s_way(artifact: Path, tmp_path: Path, content: object,
-                                                           capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_program_s_manifest_stands_in_nobody_s_way(
+    artifact: Path, tmp_path: Path, content: object, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A sound model refused for a file of that name; a model passed over for a folder within it that has one."""
     model = tmp_path / "model"
     (model / "manifest.json").write_text(json.dumps(content))
@@ -137,19 +159,37 @@ def test_another_program_s_manifest_stands_in_nobody_s_way(artifact: Path, tmp_p
     capsys.readouterr()
     assert cli.main(["verify", str(model)]) == 0
     told = capsys.readouterr().out
-    assert f"{model / 'model.safetensors'}  header and sizes sound" in told and f"{model / 'exits' / 'exit_config.json'}  whole" in told
+    assert (
+        f"{model / 'model.safetensors'}  header and sizes sound" in told
+        and f"{model / 'exits' / 'exit_config.json'}  whole" in told
+    )
     assert cli.main(["export", "--format", "hf", "--model", str(model), "--output", str(tmp_path / "export")]) == 0
     flip(model / "exits" / "exit_heads.safetensors")
     assert cli.main(["verify", str(model)]) == 2
 
 
 @pytest.mark.parametrize("kind", ["hf", "megatron"])
-def test_an_export_with_exits_is_inspected_as_a_model(artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-                                                      kind: str) -> None:
+def test_an_export_with_exits_is_inspected_as_a_model(
+    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
     """A Megatron checkpoint that is taken for an artifact without its weights, for its exit_config.json."""
     export = tmp_path / kind
-    assert cli.main(["export", "--format", kind, "--model", str(tmp_path / "model"), "--exits", str(artifact),
-                     "--output", str(export)]) == 0
+    assert (
+        cli.main(
+            [
+                "export",
+                "--format",
+                kind,
+                "--model",
+                str(tmp_path / "model"),
+                "--exits",
+                str(artifact),
+                "--output",
+                str(export),
+            ]
+        )
+        == 0
+    )
     capsys.readouterr()
     assert cli.main(["inspect", str(export), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
@@ -161,8 +201,22 @@ def test_exports_are_readable_as_the_umask_says(artifact: Path, tmp_path: Path, 
     """Modes of 0600, as safetensors' own writer leaves them: a model that a team's other members can not load."""
     old = os.umask(0o027)
     try:
-        assert cli.main(["export", "--format", kind, "--model", str(tmp_path / "model"), "--exits", str(artifact), "--output",
-                         str(tmp_path / kind)]) == 0
+        assert (
+            cli.main(
+                [
+                    "export",
+                    "--format",
+                    kind,
+                    "--model",
+                    str(tmp_path / "model"),
+                    "--exits",
+                    str(artifact),
+                    "--output",
+                    str(tmp_path / kind),
+                ]
+            )
+            == 0
+        )
     finally:
         os.umask(old)
     assert stat.S_IMODE((tmp_path / kind).stat().st_mode) == 0o750
@@ -174,6 +228,10 @@ def test_commands_that_read_weights_take_no_verify() -> None:
     for command, flags in FLAGS.items():
         assert ("--no-verify" in flags) == ("--model" in flags)
         if "--no-verify" in flags:
-            needed = {"export": ["--format", "artifact", "--output", "o"], "convert": ["--output", "o"],
-                      "regenerate": ["--output", "o"], "evaluate": ["--output", "o"]}.get(command, [])
+            needed = {
+                "export": ["--format", "artifact", "--output", "o"],
+                "convert": ["--output", "o"],
+                "regenerate": ["--output", "o"],
+                "evaluate": ["--output", "o"],
+            }.get(command, [])
             assert cli.parse([command, *needed, "--no-verify"]).overrides["exits.verify"] is False

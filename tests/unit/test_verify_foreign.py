@@ -1,4 +1,7 @@
-"""`ee-tuning verify` on models of others, and values that are no numbers: damage is found where the format shows it, the rest is told."""
+"""`ee-tuning verify` on models of others, and values that are no numbers: damage is found where the format shows it,
+the rest is told.
+"""
+
 import os
 from pathlib import Path
 from typing import Any
@@ -68,12 +71,18 @@ def test_another_family_s_files_are_looked_at_all_the_same(model: Path, capsys: 
     path = model / "config.json"
     path.write_text(path.read_text().replace('"llama"', '"gemma"'))
     assert "not checked: whether the tensors are those of the model" in verify(model, 0, capsys)
-    path.write_text(path.read_text().replace('"gemma"', '"llama"').replace('"num_hidden_layers": 6', '"num_hidden_layers": 7'))
+    path.write_text(
+        path.read_text().replace('"gemma"', '"llama"').replace('"num_hidden_layers": 6', '"num_hidden_layers": 7')
+    )
     assert "layers.6" in verify(model, 2, capsys)
 
 
-def test_small_files_that_are_damaged_or_hostile_are_no_mere_remark(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`verify && tune` on a folder that all other commands refuse: an adapter, a pointer for a config, a pickle that calls."""
+def test_small_files_that_are_damaged_or_hostile_are_no_mere_remark(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`verify && tune` on a folder that all other commands refuse: an adapter, a pointer for a config, a pickle that
+    calls.
+    """
     (model / "adapter_config.json").write_text("{}")
     assert "holds an adapter" in verify(model, 2, capsys)
     (model / "adapter_config.json").unlink()
@@ -100,7 +109,9 @@ def test_a_distributed_checkpoint_s_own_checksums_are_compared(model: Path, caps
 
 def test_a_legacy_checkpoint_s_own_checksums_are_compared(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Only the first rank's files looked at."""
-    save_legacy(random_llama(model.parent / "again"), read_model_config(model), model.parent / "legacy", 2, (3, 3), is_old=True)
+    save_legacy(
+        random_llama(model.parent / "again"), read_model_config(model), model.parent / "legacy", 2, (3, 3), is_old=True
+    )
     told = verify(model.parent / "legacy", 0, capsys)
     files = sorted((model.parent / "legacy").glob("*/*.pt"))
     assert len(files) == 4 and all(str(path) in told for path in files)
@@ -123,9 +134,30 @@ def test_an_export_warns_and_copies_what_is_there(model: Path, capsys: pytest.Ca
     words = ["export", "--format", kind, "--model", str(model), "--output", str(model.parent / "export")]
     assert cli.main(words) == 0
     error = capsys.readouterr().err
-    assert "warning" in error and ("lm_head.weight" if kind == "hf" else "output_layer.weight") in error and error.count("\n") == 1
-    assert cli.main(["export", "--format", "hf", "--model", str(model.parent / "export"), "--output", str(model.parent / "back")]) == 0
-    got = [tensors for path in (model.parent / "back").glob("*.safetensors") if "lm_head.weight" in (tensors := load_file(path))]
+    assert (
+        "warning" in error
+        and ("lm_head.weight" if kind == "hf" else "output_layer.weight") in error
+        and error.count("\n") == 1
+    )
+    assert (
+        cli.main(
+            [
+                "export",
+                "--format",
+                "hf",
+                "--model",
+                str(model.parent / "export"),
+                "--output",
+                str(model.parent / "back"),
+            ]
+        )
+        == 0
+    )
+    got = [
+        tensors
+        for path in (model.parent / "back").glob("*.safetensors")
+        if "lm_head.weight" in (tensors := load_file(path))
+    ]
     assert got[0]["lm_head.weight"].isnan().sum() == 1
 
 

@@ -1,4 +1,7 @@
-"""Legacy checkpoints of virtual pipelines: each stage holds several parts of the model, which goes round the stages more than once."""
+"""Legacy checkpoints of virtual pipelines: each stage holds several parts of the model, which goes round the stages
+more than once.
+"""
+
 from pathlib import Path
 
 import pytest
@@ -18,8 +21,10 @@ def save_virtual(folder: Path, num_stages: int, *, is_old: bool) -> Path:
     reference = random_llama(folder / "hf")
     save_legacy(reference, read_model_config(folder / "hf"), folder / "parts", 2, (1,) * 6, is_old=is_old)
     for rank in range(2):
-        parts = [torch.load(folder / "parts" / f"mp_rank_{rank:02d}_{part:03d}" / "model_optim_rng.pt", weights_only=False)
-                 for part in range(6)]
+        parts = [
+            torch.load(folder / "parts" / f"mp_rank_{rank:02d}_{part:03d}" / "model_optim_rng.pt", weights_only=False)
+            for part in range(6)
+        ]
         for stage in range(num_stages):
             state = {key: value for key, value in parts[stage].items() if key != "model"}
             state.update({f"model{i}": parts[part]["model"] for i, part in enumerate(range(stage, 6, num_stages))})

@@ -1,4 +1,7 @@
-"""Claims about what is computed over a vocabulary shard, one rank and its padding; several ranks are in tests/distributed."""
+"""Claims about what is computed over a vocabulary shard, one rank and its padding; several ranks are in
+tests/distributed.
+"""
+
 from types import SimpleNamespace
 
 import pytest

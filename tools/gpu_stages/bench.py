@@ -1,4 +1,5 @@
 """What the checks share: the device, its ceilings, a folder, and a way to ask a process that sees no GPU."""
+
 import gc
 import os
 import statistics
@@ -28,7 +29,9 @@ class Bench:
     """Of one run of `gpu_check.py`."""
 
     def __init__(self, device: str, scratch: Path, results: Path, *, is_tiny: bool, is_inline: bool = False) -> None:
-        """`scratch` goes away, files in `results` stay. With `is_inline` nothing starts a process, so that a test takes seconds."""
+        """`scratch` goes away, files in `results` stay. With `is_inline` nothing starts a process, so that a test takes
+        seconds.
+        """
         self.device, self.scratch, self.results = torch.device(device), scratch, results
         self.is_tiny, self.is_inline = is_tiny, is_inline
         self._pool: ProcessPoolExecutor | None = None
@@ -50,7 +53,7 @@ class Bench:
     @cached_property
     def bandwidth(self) -> float:
         """Bytes/s that a large copy reads and writes."""
-        source = torch.empty(2 ** 22 if self.is_tiny else 2 ** 31, dtype=torch.uint8, device=self.device).random_()
+        source = torch.empty(2**22 if self.is_tiny else 2**31, dtype=torch.uint8, device=self.device).random_()
         target = torch.empty_like(source)
         return 2 * len(source) / self.seconds(lambda: target.copy_(source))
 
@@ -60,7 +63,7 @@ class Bench:
         size = 128 if self.is_tiny else 8192
         one, other = (torch.randn(size, size, device=self.device, dtype=torch.bfloat16) for _ in range(2))
         out = torch.empty_like(one)
-        return 2 * size ** 3 / self.seconds(lambda: torch.mm(one, other, out=out))
+        return 2 * size**3 / self.seconds(lambda: torch.mm(one, other, out=out))
 
     def seconds(self, function: Callable[[], Any], repeats: int = 10) -> float:
         """Median over `repeats` calls, after three that are not counted. Each is waited for."""
@@ -86,10 +89,14 @@ class Bench:
         return made
 
     def without_gpu(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        """`function` of a module of these, called with `arguments` in a process that sees no GPU, while this one goes on. Asked once."""
+        """`function` of a module of these, called with `arguments` in a process that sees no GPU, while this one goes
+        on. Asked once.
+        """
         key = (function, *map(repr, arguments))
         if key not in self._asked:
-            self._asked[key] = self._inline(function, *arguments) if self.is_inline else self._submitted(function, *arguments)
+            self._asked[key] = (
+                self._inline(function, *arguments) if self.is_inline else self._submitted(function, *arguments)
+            )
         return self._asked[key]
 
     def command(self, *arguments: object) -> str:
@@ -97,8 +104,13 @@ class Bench:
         words = [str(each) for each in arguments]
         if self.is_inline:
             return _in_process(words)
-        done = subprocess.run([sys.executable, "-m", "ee_tuning", *words], capture_output=True, text=True, cwd=ROOT,
-                              env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])})
+        done = subprocess.run(
+            [sys.executable, "-m", "ee_tuning", *words],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+        )
         if done.returncode:
             raise RuntimeError(f"ee-tuning {' '.join(words)} ended with {done.returncode}: {done.stderr[-4000:]}")
         return done.stdout
@@ -131,7 +143,9 @@ class Bench:
 
 
 def in_own_world(function: Callable[..., Any], *arguments: Any) -> Any:
-    """`function(*arguments)`, in a process that is in no world before and after: the one asked before may have left it in one."""
+    """`function(*arguments)`, in a process that is in no world before and after: the one asked before may have left it
+    in one.
+    """
     if dist.is_initialized():
         leave_parallel()
     try:

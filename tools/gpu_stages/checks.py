@@ -1,4 +1,7 @@
-"""What a check is, what it finds, and how checks are run: each within what is left of the time, none ending the others."""
+"""What a check is, what it finds, and how checks are run: each within what is left of the time, none ending the
+others.
+"""
+
 import sys
 import time
 import traceback
@@ -62,7 +65,13 @@ class Outcome:
     def line(self) -> str:
         """For the one who waits."""
         missed = [finding.what for finding in self.findings if finding.is_met is False]
-        reason = self.error.strip().rpartition("\n")[2][:160] if self.error else f"not met: {', '.join(missed)[:160]}" if missed else ""
+        reason = (
+            self.error.strip().rpartition("\n")[2][:160]
+            if self.error
+            else f"not met: {', '.join(missed)[:160]}"
+            if missed
+            else ""
+        )
         return f"{self.stage}. {self.name}: {self.state}, {self.seconds:.1f} s{'; ' + reason if reason else ''}"
 
     def tree(self) -> dict[str, Any]:
@@ -70,8 +79,14 @@ class Outcome:
         return asdict(self)
 
 
-def run_checks(stages: dict[int, Sequence[Check]], bench: Bench, outcomes: list[Outcome], *, seconds_left: Callable[[], float],
-               changed: Callable[[], None]) -> None:
+def run_checks(
+    stages: dict[int, Sequence[Check]],
+    bench: Bench,
+    outcomes: list[Outcome],
+    *,
+    seconds_left: Callable[[], float],
+    changed: Callable[[], None],
+) -> None:
     """Runs all checks in order, appending to `outcomes`; `changed` is called whenever something is worth keeping."""
     for stage, checks in stages.items():
         for check in checks:
@@ -93,7 +108,9 @@ def _run(check: Check, bench: Bench, outcome: Outcome, changed: Callable[[], Non
             for finding in check.run(bench):
                 outcome.findings.append(finding)
                 changed()
-        outcome.state = "failed" if any(each.is_must and each.is_met is False for each in outcome.findings) else "passed"
+        outcome.state = (
+            "failed" if any(each.is_must and each.is_met is False for each in outcome.findings) else "passed"
+        )
     except Exception:  # the others are worth knowing all the same
         outcome.state, outcome.error = "failed", traceback.format_exc()
     outcome.seconds = time.perf_counter() - began

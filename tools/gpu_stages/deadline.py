@@ -1,4 +1,5 @@
 """The end of the time: whatever hangs by then, the record is written and the process gone."""
+
 import faulthandler
 import os
 import sys
@@ -15,7 +16,9 @@ MARGIN = 6.0
 
 
 class Deadline:
-    """`budget` seconds from now on. `at_end` is called, from a thread, with the stack of the main thread, if it comes to that."""
+    """`budget` seconds from now on. `at_end` is called, from a thread, with the stack of the main thread, if it comes
+    to that.
+    """
 
     def __init__(self, budget: float, at_end: Callable[[str], None]) -> None:
         self._end, self._at_end = time.monotonic() + budget, at_end

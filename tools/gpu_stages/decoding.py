@@ -1,4 +1,5 @@
 """Stage 2: decoding a 7B in bfloat16, drawn at random on the device, against what the memory's bandwidth allows."""
+
 import argparse
 import json
 import time
@@ -16,8 +17,28 @@ from gpu_stages.profile import steps_profiled
 
 GOALS = {"full": 0.80, "fixed": 0.75}
 """Share of bytes ÷ bandwidth at batch 1; next 0.85."""
-TINY = ["--layers", "2", "--hidden", "64", "--inner", "96", "--heads", "4", "--vocab", "300", "--exits", "1", "--prompt-tokens", "8",
-        "--new-tokens", "6", "--rounds", "1", "--dtype", "float32"]
+TINY = [
+    "--layers",
+    "2",
+    "--hidden",
+    "64",
+    "--inner",
+    "96",
+    "--heads",
+    "4",
+    "--vocab",
+    "300",
+    "--exits",
+    "1",
+    "--prompt-tokens",
+    "8",
+    "--new-tokens",
+    "6",
+    "--rounds",
+    "1",
+    "--dtype",
+    "float32",
+]
 
 
 def ceilings(bench: Bench) -> Iterator[Finding]:
@@ -45,7 +66,9 @@ def batches(bench: Bench) -> Iterator[Finding]:
     from decoding_gpu import policies_of
 
     model, options = _model(bench)
-    policies = {name.split()[0]: policy for name, policy in policies_of(model, options).items() if not name.startswith("fixed")}
+    policies = {
+        name.split()[0]: policy for name, policy in policies_of(model, options).items() if not name.startswith("fixed")
+    }
     for batch in (1, 2) if bench.is_tiny else (1, 8, 32, 128):
         for way, policy in policies.items():
             row = _measured(bench, model, batch, way, policy, "yes", options)
@@ -61,11 +84,15 @@ def long_context(bench: Bench) -> Iterator[Finding]:
     row = _measured(bench, model, 1, "full", FULL, "yes", options)
     kept = 2 * options.prompt_tokens * options.layers * options.hidden * model.plan.dtype.itemsize
     yield Finding(what=f"batch 1 behind {options.prompt_tokens} tokens", value=row.ms_per_step, unit="ms/token")
-    yield at_least("the same, of the limit", row.share_of_limit + kept * row.tokens_per_second / bench.bandwidth, GOALS["full"])
+    yield at_least(
+        "the same, of the limit", row.share_of_limit + kept * row.tokens_per_second / bench.bandwidth, GOALS["full"]
+    )
 
 
 def against_transformers(bench: Bench) -> Iterator[Finding]:
-    """`generate` with a static cache, compiled, at batch 1, the same shape and type: a token's time without the prompt's."""
+    """`generate` with a static cache, compiled, at batch 1, the same shape and type: a token's time without the
+    prompt's.
+    """
     model, options = _model(bench)
     ours = _measured(bench, model, 1, "full", FULL, "yes", options)
     del model
@@ -77,10 +104,17 @@ def against_transformers(bench: Bench) -> Iterator[Finding]:
         bench.wait()
         began = time.perf_counter()
         with torch.inference_mode():
-            theirs.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new_tokens,
-                            cache_implementation="static", pad_token_id=0)
+            theirs.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=new_tokens,
+                cache_implementation="static",
+                pad_token_id=0,
+            )
         bench.wait()
         return time.perf_counter() - began
+
     long, short = options.new_tokens, options.new_tokens // 4
     for count in (long, short, long):  # what is compiled is compiled here
         seconds(count)
@@ -90,7 +124,9 @@ def against_transformers(bench: Bench) -> Iterator[Finding]:
 
 
 def profile(bench: Bench) -> Iterator[Finding]:
-    """Where the time of a step at full depth goes: kernels, and what lies between them. Whole in profile_decoding.json."""
+    """Where the time of a step at full depth goes: kernels, and what lies between them. Whole in
+    profile_decoding.json.
+    """
     from decoding_gpu import decode, graphs_as, made_engine
 
     model, options = _model(bench)
@@ -107,7 +143,9 @@ def profile(bench: Bench) -> Iterator[Finding]:
         yield Finding(what=f"profile: gap before {gap['before'][:60]}", value=gap["microseconds"], unit="µs")
 
 
-def _measured(bench: Bench, model: EarlyExitModel, batch: int, way: str, policy: Policy, kind: str, options: argparse.Namespace) -> Any:
+def _measured(
+    bench: Bench, model: EarlyExitModel, batch: int, way: str, policy: Policy, kind: str, options: argparse.Namespace
+) -> Any:
     from decoding_gpu import measure
 
     return measure(model, batch, way, policy, kind, bench.bandwidth, options)
@@ -123,8 +161,14 @@ def _model(bench: Bench) -> tuple[EarlyExitModel, argparse.Namespace]:
 def sizes_of(example: str) -> list[str]:
     """The shape in an example's config.json, as the benchmark's flags have it."""
     config = json.loads((ROOT / "examples" / example / "config.json").read_text(encoding="utf-8"))
-    named = {"layers": "num_hidden_layers", "hidden": "hidden_size", "inner": "intermediate_size", "heads": "num_attention_heads",
-             "groups": "num_key_value_heads", "vocab": "vocab_size"}
+    named = {
+        "layers": "num_hidden_layers",
+        "hidden": "hidden_size",
+        "inner": "intermediate_size",
+        "heads": "num_attention_heads",
+        "groups": "num_key_value_heads",
+        "vocab": "vocab_size",
+    }
     return [word for flag, key in named.items() for word in (f"--{flag}", str(config[key]))]
 
 
@@ -132,8 +176,14 @@ def _theirs(bench: Bench, options: argparse.Namespace) -> Any:
     import transformers
 
     config = transformers.LlamaConfig(
-        num_hidden_layers=options.layers, hidden_size=options.hidden, intermediate_size=options.inner, vocab_size=options.vocab,
-        num_attention_heads=options.heads, num_key_value_heads=options.groups or options.heads, max_position_embeddings=4096)
+        num_hidden_layers=options.layers,
+        hidden_size=options.hidden,
+        intermediate_size=options.inner,
+        vocab_size=options.vocab,
+        num_attention_heads=options.heads,
+        num_key_value_heads=options.groups or options.heads,
+        max_position_embeddings=4096,
+    )
     with torch.device(bench.device):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype)).eval()
     model.generation_config.eos_token_id = None

@@ -1,4 +1,7 @@
-"""Stage 5: layers of larger models, as many as fit, against the times that `plan` assumes, and this card against the table of GPUs."""
+"""Stage 5: layers of larger models, as many as fit, against the times that `plan` assumes, and this card against the
+table of GPUs.
+"""
+
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -29,15 +32,23 @@ def the_table(bench: Bench) -> Iterator[Finding]:
     yield Finding(what=f"8192³ ÷ peak of {card.name} in the table", value=bench.matrix_rate / 1e12 / card.tflops)
     if bench.is_cuda:
         free, total = torch.cuda.mem_get_info()
-        yield Finding(what=f"memory of {card.name} in the table: {card.memory:g} GB; here", value=total / 1e9, unit="GB")
-        yield Finding(what="taken by the context and the allocator", value=(total - free - torch.cuda.memory_reserved()) / 1e9, unit="GB")
+        yield Finding(
+            what=f"memory of {card.name} in the table: {card.memory:g} GB; here", value=total / 1e9, unit="GB"
+        )
+        yield Finding(
+            what="taken by the context and the allocator",
+            value=(total - free - torch.cuda.memory_reserved()) / 1e9,
+            unit="GB",
+        )
 
 
 def times(bench: Bench, example: str) -> Iterator[Finding]:
     """A layer over whole sequences, as while tuning, and over one token, as while decoding."""
     from decoding_gpu import measure, parsed, random_llama
 
-    options = parsed(TINY if bench.is_tiny else [*sizes_of(example), "--exits", "1", "--new-tokens", "32", "--rounds", "1"])
+    options = parsed(
+        TINY if bench.is_tiny else [*sizes_of(example), "--exits", "1", "--new-tokens", "32", "--rounds", "1"]
+    )
     options.layers = min(options.layers, MOST_LAYERS)
     model = random_llama(options, bench.topology)
     name, length = example, 16 if bench.is_tiny else SEQUENCE
@@ -46,7 +57,9 @@ def times(bench: Bench, example: str) -> Iterator[Finding]:
         seconds = bench.seconds(partial(model.run_layers, hidden), repeats=5) / options.layers
         flops = _flops_of_layer(model, length, rows)
         yield Finding(what=f"{name}, a layer, micro-batch {rows}", value=1000 * seconds, unit="ms")
-        yield at_least(f"{name}, a layer, micro-batch {rows}, of the matrix rate", flops / seconds / bench.matrix_rate, EFFICIENCY)
+        yield at_least(
+            f"{name}, a layer, micro-batch {rows}, of the matrix rate", flops / seconds / bench.matrix_rate, EFFICIENCY
+        )
     row = measure(model, 1, "full", FULL, "yes", bench.bandwidth, options)
     yield Finding(what=f"{name}, {options.layers} layers, a token", value=row.ms_per_step, unit="ms")
     yield at_least(f"{name}, a token, of the limit", row.share_of_limit or 0.0, 0.80)
@@ -57,7 +70,9 @@ def _flops_of_layer(model: EarlyExitModel, length: int, rows: int) -> int:
     layer, config = model.backbone.layer(1), model.config
     matrices = sum(weight.numel() for weight in layer.parameters() if weight.dim() == 2)
     heads: Any = torch.empty(rows, config.num_attention_heads, length, config.kv_channels, device="meta")
-    attention = attention_flops("aten::_scaled_dot_product_flash_attention", {"query": heads, "key": heads, "is_causal": True})
+    attention = attention_flops(
+        "aten::_scaled_dot_product_flash_attention", {"query": heads, "key": heads, "is_causal": True}
+    )
     assert attention is not None
     return 2 * matrices * length * rows + attention
 

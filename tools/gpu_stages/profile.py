@@ -1,4 +1,5 @@
 """Kernels and the gaps between them, by torch's profiler."""
+
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -10,16 +11,24 @@ from gpu_stages.bench import Bench
 
 
 def steps_profiled(function: Callable[[], Any], bench: Bench, num_steps: int) -> dict[str, Any]:
-    """What `function`, of `num_steps` steps, does on the device: time by kernel, the share of it that the device is idle, and the longest
-    gaps, in microseconds.
+    """What `function`, of `num_steps` steps, does on the device: time by kernel, the share of it that the device is
+    idle, and the longest gaps, in microseconds.
     """
-    activities = [torch.profiler.ProfilerActivity.CPU] + ([torch.profiler.ProfilerActivity.CUDA] if bench.is_cuda else [])
+    activities = [torch.profiler.ProfilerActivity.CPU] + (
+        [torch.profiler.ProfilerActivity.CUDA] if bench.is_cuda else []
+    )
     with torch.profiler.profile(activities=activities) as profile:
         function()
         bench.wait()
     kind = DeviceType.CUDA if bench.is_cuda else DeviceType.CPU
-    return of_spans([(each.time_range.start, each.time_range.end, each.name) for each in profile.events() or []
-                     if each.device_type == kind], num_steps)
+    return of_spans(
+        [
+            (each.time_range.start, each.time_range.end, each.name)
+            for each in profile.events() or []
+            if each.device_type == kind
+        ],
+        num_steps,
+    )
 
 
 def of_spans(spans: list[tuple[float, float, str]], num_steps: int) -> dict[str, Any]:
@@ -38,8 +47,20 @@ def of_spans(spans: list[tuple[float, float, str]], num_steps: int) -> dict[str,
         until, last = (end, name) if end > until else (until, last)
     total = max(until - spans[0][0], 1e-9) if spans else 1e-9
     return {
-        "microseconds_per_step": total / num_steps, "idle_share": 1 - busy / total, "kernels_per_step": len(spans) / num_steps,
-        "kernels": [{"name": name, "share": time / total, "microseconds_per_step": time / num_steps,
-                     "calls_per_step": calls[name] / num_steps}
-                    for name, time in sorted(by_name.items(), key=lambda item: -item[1])[:40]],
-        "gaps": [{"microseconds": gap, "after": after, "before": before} for gap, after, before in sorted(gaps, reverse=True)[:40]]}
+        "microseconds_per_step": total / num_steps,
+        "idle_share": 1 - busy / total,
+        "kernels_per_step": len(spans) / num_steps,
+        "kernels": [
+            {
+                "name": name,
+                "share": time / total,
+                "microseconds_per_step": time / num_steps,
+                "calls_per_step": calls[name] / num_steps,
+            }
+            for name, time in sorted(by_name.items(), key=lambda item: -item[1])[:40]
+        ],
+        "gaps": [
+            {"microseconds": gap, "after": after, "before": before}
+            for gap, after, before in sorted(gaps, reverse=True)[:40]
+        ],
+    }

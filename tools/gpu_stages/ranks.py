@@ -1,4 +1,5 @@
 """Starts processes that meet as ranks of one world, and waits for what they found, for no longer than is allowed."""
+
 import faulthandler
 import json
 import os
@@ -13,21 +14,38 @@ from pathlib import Path
 from typing import Any
 
 
-def run_ranks(function: Callable[..., Any], arguments: tuple[Any, ...], folder: Path, *, size: int, seconds: float,
-              environment: dict[str, str]) -> list[Any]:
-    """What `function(*arguments)` of a module returns on each of `size` ranks, as JSON has it. `environment` is theirs besides.
+def run_ranks(
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    folder: Path,
+    *,
+    size: int,
+    seconds: float,
+    environment: dict[str, str],
+) -> list[Any]:
+    """What `function(*arguments)` of a module returns on each of `size` ranks, as JSON has it. `environment` is theirs
+    besides.
 
     Raises RuntimeError with the traceback of every rank that failed, or the stacks of those that hang after `seconds`.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    common = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-              # A machine whose name leads nowhere has no other address to meet at.
-              "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", **environment}
+    common = {
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        # A machine whose name leads nowhere has no other address to meet at.
+        "GLOO_SOCKET_IFNAME": "lo",
+        "NCCL_SOCKET_IFNAME": "lo",
+        **environment,
+    }
     spawn = get_context("spawn")
-    processes = [spawn.Process(target=_work, args=(rank, common, function, arguments, folder, seconds), daemon=True)
-                 for rank in range(size)]
+    processes = [
+        spawn.Process(target=_work, args=(rank, common, function, arguments, folder, seconds), daemon=True)
+        for rank in range(size)
+    ]
     for process in processes:
         process.start()
     end = time.monotonic() + seconds
@@ -37,14 +55,22 @@ def run_ranks(function: Callable[..., Any], arguments: tuple[Any, ...], folder: 
         process.kill()
         process.join()
     found = [folder / f"rank{rank}.json" for rank in range(size)]
-    told = [json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"error": _stacks(path)} for path in found]
+    told = [
+        json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"error": _stacks(path)} for path in found
+    ]
     if problems := [f"rank {rank}: {each['error']}" for rank, each in enumerate(told) if "error" in each]:
         raise RuntimeError("\n".join(problems))
     return [each["found"] for each in told]
 
 
-def _work(rank: int, environment: dict[str, str], function: Callable[..., Any], arguments: tuple[Any, ...], folder: Path,
-          seconds: float) -> None:
+def _work(
+    rank: int,
+    environment: dict[str, str],
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    folder: Path,
+    seconds: float,
+) -> None:
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
     path = folder / f"rank{rank}.json"
     with path.with_suffix(".stacks").open("w", encoding="utf-8") as stacks, redirect_stdout(sys.stderr):

@@ -1,4 +1,5 @@
 """The record of a run: OUT, replaced whole whenever something is known, and a table for the end."""
+
 import os
 import threading
 import time
@@ -23,7 +24,11 @@ class Report:
 
     def write(self) -> None:
         """Replaces the file."""
-        tree = {**self._facts, "seconds": time.time() - self._began, "checks": [each.tree() for each in list(self.outcomes)]}
+        tree = {
+            **self._facts,
+            "seconds": time.time() - self._began,
+            "checks": [each.tree() for each in list(self.outcomes)],
+        }
         with self._lock:
             partial = self._path.with_name(self._path.name + ".partial")
             partial.write_text(to_json(tree, indent=1) + "\n", encoding="utf-8")
@@ -44,9 +49,15 @@ class Report:
         if len(rows) > room:
             rows = sorted(rows, key=lambda row: row[1].is_met is None)[:room]
         states = [outcome.state for outcome in self.outcomes]
-        lines = ["", f"{self._facts['device']}: {len(states)} checks, "
-                 + ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)),
-                 "| stage | figure | value | goal | met |", "|---|---|---|---|---|", *(_row(*row) for row in rows), *failed[:15]]
+        lines = [
+            "",
+            f"{self._facts['device']}: {len(states)} checks, "
+            + ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)),
+            "| stage | figure | value | goal | met |",
+            "|---|---|---|---|---|",
+            *(_row(*row) for row in rows),
+            *failed[:15],
+        ]
         return "\n".join(lines)
 
     @property
@@ -59,12 +70,23 @@ def facts_of(device: torch.device, stages: list[int], is_tiny: bool) -> dict[str
     """What is to be told with the figures."""
     import transformers
 
-    found = {"device": "CPU", "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "transformers": transformers.__version__,
-             "stages": stages, "is_tiny": is_tiny}
+    found = {
+        "device": "CPU",
+        "date": time.strftime("%Y-%m-%d"),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "stages": stages,
+        "is_tiny": is_tiny,
+    }
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
-        found |= {"device": card.name, "memory_bytes": card.total_memory, "multiprocessors": card.multi_processor_count,
-                  "cuda": torch.version.cuda, "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
+        found |= {
+            "device": card.name,
+            "memory_bytes": card.total_memory,
+            "multiprocessors": card.multi_processor_count,
+            "cuda": torch.version.cuda,
+            "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+        }
     return found
 
 

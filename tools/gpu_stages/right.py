@@ -1,4 +1,5 @@
 """Stage 1: it runs, and is right."""
+
 import json
 import os
 import subprocess
@@ -19,10 +20,18 @@ from gpu_stages.bench import ROOT, SHIPPED, Bench
 from gpu_stages.checks import Check, Finding, at_least, at_most
 
 EXIT_LAYERS = (3, 6, 9)
-PROMPTS = ("def main():\n", "import os\n\nclass Reader:\n    def __init__(self", "for i in range(10):\n    print(", "return {")
+PROMPTS = (
+    "def main():\n",
+    "import os\n\nclass Reader:\n    def __init__(self",
+    "for i in range(10):\n    print(",
+    "return {",
+)
 POLICIES: dict[str, dict[str, Any]] = {
-    "full": {"policy": "full"}, "fixed": {"policy": "fixed", "exit_layer": 6}, "threshold": {"policy": "threshold", "threshold": 0.5},
-    "speculative": {"policy": "speculative"}}
+    "full": {"policy": "full"},
+    "fixed": {"policy": "fixed", "exit_layer": 6},
+    "threshold": {"policy": "threshold", "threshold": 0.5},
+    "speculative": {"policy": "speculative"},
+}
 GPU_TESTS = ROOT / "tests" / "gpu"
 
 
@@ -32,10 +41,25 @@ def tests_for_gpus(bench: Bench, folder: Path = GPU_TESTS) -> Iterator[Finding]:
         folder = bench.folder()
         (folder / "test_nothing.py").write_text("def test_nothing():\n    pass\n", encoding="utf-8")
     record, has_xdist = bench.folder() / "junit.xml", _is_there("xdist")
-    command = [sys.executable, "-m", "pytest", str(folder), "-q", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={record}",
-               *(["-n", "8"] if has_xdist and not bench.is_inline else [])]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT if folder == GPU_TESTS else folder,
-                          env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])})
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        str(folder),
+        "-q",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+        f"--junitxml={record}",
+        *(["-n", "8"] if has_xdist and not bench.is_inline else []),
+    ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=ROOT if folder == GPU_TESTS else folder,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+    )
     if not record.exists():
         raise RuntimeError(f"pytest ended with {done.returncode}: {(done.stdout + done.stderr)[-3000:]}")
     cases = list(ET.parse(record).getroot().iter("testcase"))
@@ -43,7 +67,9 @@ def tests_for_gpus(bench: Bench, folder: Path = GPU_TESTS) -> Iterator[Finding]:
     num_skipped = sum(problem.tag == "skipped" for case in cases for problem in case)
     yield at_least("tests/gpu: tests that ran", len(cases) - num_skipped, 1 if bench.is_cuda else 0, is_must=True)
     for case, problem in failed:
-        yield Finding(what=f"{case.get('name')}", value=(problem.text or "")[-6000:], goal="passes", is_met=False, is_must=True)
+        yield Finding(
+            what=f"{case.get('name')}", value=(problem.text or "")[-6000:], goal="passes", is_met=False, is_must=True
+        )
 
 
 def as_transformers(bench: Bench, dtype: str) -> Iterator[Finding]:
@@ -51,26 +77,40 @@ def as_transformers(bench: Bench, dtype: str) -> Iterator[Finding]:
     from ee_tuning import EarlyExitLLM
 
     llm = EarlyExitLLM.load(SHIPPED, dtype=dtype)
-    ours = [each.token_ids for each in llm.generate(list(_prompts(bench)), max_new_tokens=_num_new(bench), ignore_eos=True, policy="full")]
+    ours = [
+        each.token_ids
+        for each in llm.generate(list(_prompts(bench)), max_new_tokens=_num_new(bench), ignore_eos=True, policy="full")
+    ]
     theirs = _of_transformers(bench, [llm.encode(prompt) for prompt in _prompts(bench)], dtype)
     # In bfloat16 logits tie often, and all that follows such a token is another text.
-    yield at_least(f"tokens as transformers', {dtype}", _same(ours, theirs), 0.99 if dtype == "float32" else 0.3,
-                   is_must=dtype == "float32")
+    yield at_least(
+        f"tokens as transformers', {dtype}",
+        _same(ours, theirs),
+        0.99 if dtype == "float32" else 0.3,
+        is_must=dtype == "float32",
+    )
 
 
 def _of_transformers(bench: Bench, prompts: list[list[int]], dtype: str) -> list[list[int]]:
     import transformers
 
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=getattr(torch, dtype), trust_remote_code=False)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        SHIPPED, dtype=getattr(torch, dtype), trust_remote_code=False
+    )
     model = model.to(bench.device).eval()
     model.generation_config.eos_token_id = None
     said = []
     for prompt in prompts:
         ids = torch.tensor([prompt], device=bench.device)
         with torch.inference_mode():
-            out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=_num_new(bench),
-                                 pad_token_id=0)
-        said.append(out[0, len(prompt):].tolist())
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=_num_new(bench),
+                pad_token_id=0,
+            )
+        said.append(out[0, len(prompt) :].tolist())
     return said
 
 
@@ -79,8 +119,12 @@ def answers(exits: str, num_new: int, prompts: tuple[str, ...]) -> dict[str, lis
     from ee_tuning import EarlyExitLLM
 
     llm = EarlyExitLLM.load(SHIPPED, exits, dtype="float32")
-    return {name: [each.token_ids for each in llm.generate(list(prompts), max_new_tokens=num_new, ignore_eos=True, **policy)]
-            for name, policy in POLICIES.items()}
+    return {
+        name: [
+            each.token_ids for each in llm.generate(list(prompts), max_new_tokens=num_new, ignore_eos=True, **policy)
+        ]
+        for name, policy in POLICIES.items()
+    }
 
 
 def as_the_cpu(bench: Bench, graphs: str) -> Iterator[Finding]:
@@ -110,7 +154,9 @@ def losses(folder: str, num_steps: int, seq_length: int) -> list[dict[str, float
 
 def train_losses(run_folder: Path) -> list[dict[str, float]]:
     """By step, of each exit, from the record of a run."""
-    records = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text(encoding="utf-8").split("\n") if line]
+    records = [
+        json.loads(line) for line in (run_folder / "metrics.jsonl").read_text(encoding="utf-8").split("\n") if line
+    ]
     return [record["loss"] for record in records if record["kind"] == "train"]
 
 
@@ -129,26 +175,45 @@ def from_convert_to_export(bench: Bench) -> Iterator[Finding]:
     folder = bench.folder()
     job = ("--model", SHIPPED, "--dtype", "float32")
     bench.command("convert", *job, "--exit-layers", "6", "--output", folder / "exits")
-    said = bench.command("export", *job, "--exits", folder / "exits", "--format", "hf", "--check", "--output", folder / "export")
+    said = bench.command(
+        "export", *job, "--exits", folder / "exits", "--format", "hf", "--check", "--output", folder / "export"
+    )
     bench.command("verify", folder / "export")
-    worst = max(float(line.partition("difference ")[2].split()[0]) for line in said.split("\n") if "difference " in line)
+    worst = max(
+        float(line.partition("difference ")[2].split()[0]) for line in said.split("\n") if "difference " in line
+    )
     yield at_most("export --check: largest difference of logits", worst, 1e-3, is_must=True)
 
 
 def tuning_job(folder: str, num_steps: int, seq_length: int, **more: Any) -> Config:
     """A run of the shipped model in float32 on this project's own sources."""
-    return load_config(None, {
-        "model.path": str(SHIPPED), "model.dtype": "float32", "exits.exit_layers": list(EXIT_LAYERS),
-        "data.paths": [str(ROOT / "ee_tuning" / "model")], "tuning.run_folder": folder, "tuning.train_iters": num_steps,
-        "tuning.seq_length": seq_length, "tuning.micro_batch_size": 2, "tuning.global_batch_size": 4, "tuning.eval_iters": 1,
-        "tuning.lr": 1e-3, "tuning.lr_warmup_fraction": 0.1, **more})
+    return load_config(
+        None,
+        {
+            "model.path": str(SHIPPED),
+            "model.dtype": "float32",
+            "exits.exit_layers": list(EXIT_LAYERS),
+            "data.paths": [str(ROOT / "ee_tuning" / "model")],
+            "tuning.run_folder": folder,
+            "tuning.train_iters": num_steps,
+            "tuning.seq_length": seq_length,
+            "tuning.micro_batch_size": 2,
+            "tuning.global_batch_size": 4,
+            "tuning.eval_iters": 1,
+            "tuning.lr": 1e-3,
+            "tuning.lr_warmup_fraction": 0.1,
+            **more,
+        },
+    )
 
 
 def _exits(bench: Bench) -> Path:
     """Heads copied from the shipped model, made once."""
     folder = bench.scratch / "shipped_exits"
     if not folder.exists():
-        config = load_config(None, {"model.path": str(SHIPPED), "exits.exit_layers": list(EXIT_LAYERS), "exits.init": "copy"})
+        config = load_config(
+            None, {"model.path": str(SHIPPED), "exits.exit_layers": list(EXIT_LAYERS), "exits.init": "copy"}
+        )
         write_initial_exits(config, folder, init_parallel(ParallelSection()))
     return folder
 

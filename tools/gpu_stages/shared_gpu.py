@@ -1,4 +1,5 @@
 """Stage 4: two pipeline stages on one GPU, over gloo by pinned memory, and over NCCL where that allows it."""
+
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,23 +21,34 @@ PROMPTS = ("def main():\n", "class Reader:\n    def __init__(self")
 
 
 def pass_states(shape: tuple[int, int, int], num_microbatches: int) -> dict[str, Any]:
-    """Micro-batches of known content down the relay, with work for the device in between; what the last stage held of them."""
+    """Micro-batches of known content down the relay, with work for the device in between; what the last stage held of
+    them.
+    """
     topology = init_parallel(ParallelSection(pipeline_model_parallel_size=2))
     relay, held = Relay(topology, shape, torch.bfloat16), []
-    work = torch.full((shape[2], shape[2]), 1 / shape[2], device=topology.device, dtype=torch.bfloat16)  # of ones it makes ones
+    work = torch.full(
+        (shape[2], shape[2]), 1 / shape[2], device=topology.device, dtype=torch.bfloat16
+    )  # of ones it makes ones
     began = time.perf_counter()
     follows, index = Follows.NEXT, 0
     while follows is not Follows.END:
         if topology.is_first_stage:
             follows = Follows.NEXT if index < num_microbatches - 1 else Follows.END
-            relay.send(_worked(torch.full(shape, float(index), device=topology.device, dtype=torch.bfloat16), work), follows=follows)
+            relay.send(
+                _worked(torch.full(shape, float(index), device=topology.device, dtype=torch.bfloat16), work),
+                follows=follows,
+            )
         else:
             hidden, follows = relay.receive()
             held.append(_worked(hidden, work))
             held[-1] = torch.stack((held[-1].amin(), held[-1].amax()))
         index += 1
     relay.finish()
-    return {"held": [each.tolist() for each in held], "seconds": time.perf_counter() - began, "device": str(topology.device)}
+    return {
+        "held": [each.tolist() for each in held],
+        "seconds": time.perf_counter() - began,
+        "device": str(topology.device),
+    }
 
 
 def _worked(hidden: torch.Tensor, work: torch.Tensor) -> torch.Tensor:
@@ -57,11 +69,21 @@ def tuned_and_decoded(folder: str, num_stages: int, num_steps: int, seq_length: 
 
 
 def _said(folder: Path, parallel: dict[str, Any], topology: Topology, num_new: int) -> dict[str, list[list[int]]]:
-    config = load_config(None, {"model.path": str(SHIPPED), "model.dtype": "float32", "exits.path": str(folder / "exit_heads"), **parallel})
+    config = load_config(
+        None,
+        {"model.path": str(SHIPPED), "model.dtype": "float32", "exits.path": str(folder / "exit_heads"), **parallel},
+    )
     llm = EarlyExitLLM.from_config(config, topology)
-    policies = {name: {**policy, "exit_layer": EXIT_LAYERS[0]} if name == "fixed" else policy for name, policy in POLICIES.items()}
-    return {name: [each.token_ids for each in llm.generate(list(PROMPTS), max_new_tokens=num_new, ignore_eos=True, **policy)]
-            for name, policy in policies.items()}
+    policies = {
+        name: {**policy, "exit_layer": EXIT_LAYERS[0]} if name == "fixed" else policy
+        for name, policy in POLICIES.items()
+    }
+    return {
+        name: [
+            each.token_ids for each in llm.generate(list(PROMPTS), max_new_tokens=num_new, ignore_eos=True, **policy)
+        ]
+        for name, policy in policies.items()
+    }
 
 
 def relay_of_two(bench: Bench) -> Iterator[Finding]:
@@ -80,7 +102,11 @@ def job_of_two(bench: Bench) -> Iterator[Finding]:
     sizes = (2, 32, 4) if bench.is_tiny else (10, 256, 32)
     two, _ = _ranks(bench, tuned_and_decoded, (str(bench.folder()), 2, *sizes))
     one = tuned_and_decoded(str(bench.folder()), 1, *sizes)
-    apart = max(abs(mine[layer] / other[layer] - 1) for mine, other in zip(two["losses"], one["losses"], strict=True) for layer in other)
+    apart = max(
+        abs(mine[layer] / other[layer] - 1)
+        for mine, other in zip(two["losses"], one["losses"], strict=True)
+        for layer in other
+    )
     yield at_most("losses of two stages, relative to those of one", apart, 1e-3, is_must=True)
     for name, said in one["said"].items():
         same = sum(a == b for a, b in zip(two["said"][name], said, strict=True)) / len(said)
@@ -95,15 +121,23 @@ def over_nccl(bench: Bench) -> Iterator[Finding]:
     try:
         _, last = _ranks(bench, pass_states, ((2048, 1, 4096), 20), environment={"LOCAL_WORLD_SIZE": "1"}, seconds=60)
     except RuntimeError as error:
-        reason = next((line for line in str(error).split("\n") if "uplicate GPU" in line), str(error).strip().split("\n")[-1])
+        reason = next(
+            (line for line in str(error).split("\n") if "uplicate GPU" in line), str(error).strip().split("\n")[-1]
+        )
         yield Finding(what="NCCL with two ranks on one GPU", value=f"refused: {reason[:120]}")
         return
     right = sum(each == [float(index)] * 2 for index, each in enumerate(last["held"]))
     yield at_least("NCCL with two ranks on one GPU: micro-batches that arrived right", right / 20, 1.0, is_must=True)
 
 
-def _ranks(bench: Bench, function: Any, arguments: tuple[Any, ...], *, environment: dict[str, str] | None = None,
-           seconds: float = 90) -> list[Any]:
+def _ranks(
+    bench: Bench,
+    function: Any,
+    arguments: tuple[Any, ...],
+    *,
+    environment: dict[str, str] | None = None,
+    seconds: float = 90,
+) -> list[Any]:
     """What the first and the second stage found."""
     if bench.stages is not None:
         return bench.stages(function, *arguments)

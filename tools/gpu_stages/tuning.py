@@ -1,4 +1,7 @@
-"""Stage 3: tuning eight `mlp` exits of a 7B in bfloat16, random, made on the device, against what the matrix units do and `plan` says."""
+"""Stage 3: tuning eight `mlp` exits of a 7B in bfloat16, random, made on the device, against what the matrix units do
+and `plan` says.
+"""
+
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -32,8 +35,10 @@ DOCUMENT = 300
 
 
 def planned(keys: dict[str, Any]) -> dict[str, float]:
-    """What `plan` counts of the job: bytes at the worst moment, operations of a micro-batch. In a process without a world."""
-    found, = rehearse(load_config(None, keys), 1)
+    """What `plan` counts of the job: bytes at the worst moment, operations of a micro-batch. In a process without a
+    world.
+    """
+    (found,) = rehearse(load_config(None, keys), 1)
     return {"bytes": sum(found.memory.values()), "flops": found.layer_flops + found.head_flops}
 
 
@@ -58,7 +63,9 @@ def tokens_per_second(bench: Bench, name: str, changes: dict[str, Any]) -> Itera
 
 
 def chunked_loss(bench: Bench) -> Iterator[Finding]:
-    """Time and memory of the loss by chunks against all logits at once, forward and backward, for a small and a large vocabulary."""
+    """Time and memory of the loss by chunks against all logits at once, forward and backward, for a small and a large
+    vocabulary.
+    """
     tokens, width = (64, 32) if bench.is_tiny else (8192, 4096)
     for vocabulary in (100, 300) if bench.is_tiny else (32000, 128256):
         plain, plain_bytes = _loss(bench, tokens, width, vocabulary, None)
@@ -75,7 +82,10 @@ def _loss(bench: Bench, tokens: int, width: int, vocabulary: int, chunk: int | N
     draw: dict[str, Any] = {"device": bench.device, "dtype": torch.bfloat16}
     hidden = torch.randn(tokens, 1, width, **draw).requires_grad_()
     weight = torch.empty(vocabulary, width, **draw).normal_(std=0.02).requires_grad_()
-    labels, mask = torch.randint(vocabulary, (tokens, 1), device=bench.device), torch.ones(tokens, 1, device=bench.device)
+    labels, mask = (
+        torch.randint(vocabulary, (tokens, 1), device=bench.device),
+        torch.ones(tokens, 1, device=bench.device),
+    )
     vocab = VocabShard(vocabulary, 0, vocabulary, None, 1)
 
     def loss() -> Tensor:
@@ -86,6 +96,7 @@ def _loss(bench: Bench, tokens: int, width: int, vocabulary: int, chunk: int | N
     def step() -> None:
         hidden.grad = weight.grad = None
         loss().backward()
+
     if bench.is_cuda:
         torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated() if bench.is_cuda else 0
@@ -96,9 +107,18 @@ def _loss(bench: Bench, tokens: int, width: int, vocabulary: int, chunk: int | N
 def _job(bench: Bench) -> dict[str, Any]:
     """Keys of the config: the example's shape alone is read, and no weights."""
     model, layers = (SHIPPED, [2, 4]) if bench.is_tiny else (ROOT / "examples" / "llama-2-7b", list(range(4, 33, 4)))
-    return {"model.path": str(model), "model.dtype": "bfloat16", "exits.exit_layers": layers, "exits.architecture": "mlp",
-            "exits.output": "untied", "tuning.seq_length": 32 if bench.is_tiny else 2048, "tuning.micro_batch_size": 4,
-            "tuning.global_batch_size": 8, "tuning.eval_iters": 0, "tuning.run_folder": str(bench.scratch / "run")}
+    return {
+        "model.path": str(model),
+        "model.dtype": "bfloat16",
+        "exits.exit_layers": layers,
+        "exits.architecture": "mlp",
+        "exits.output": "untied",
+        "tuning.seq_length": 32 if bench.is_tiny else 2048,
+        "tuning.micro_batch_size": 4,
+        "tuning.global_batch_size": 8,
+        "tuning.eval_iters": 0,
+        "tuning.run_folder": str(bench.scratch / "run"),
+    }
 
 
 def _step(config: Config, topology: Topology) -> Any:
@@ -128,16 +148,22 @@ def _samples(config: Config, vocab_size: int) -> Splits:
     length = config.tuning.seq_length
     stream = np.random.RandomState(0).randint(0, vocab_size, 64 * length + 1).astype(np.int32)
     rules = DocumentRules.of(config.data)
-    starts = np.arange(0, len(stream), DOCUMENT if length > DOCUMENT else length // 3) if rules.reset_attention_mask else None
+    starts = (
+        np.arange(0, len(stream), DOCUMENT if length > DOCUMENT else length // 3)
+        if rules.reset_attention_mask
+        else None
+    )
     return Splits(train=PackedSamples(stream, length, starts=starts, rules=rules), valid=None)
 
 
 def memory_copies(bench: Bench) -> Iterator[Finding]:
-    """Pinned memory to the device and back, for checkpoints, and what several processes on one card have between them."""
+    """Pinned memory to the device and back, for checkpoints, and what several processes on one card have between
+    them.
+    """
     if not bench.is_cuda:
         yield Finding(what="copies from pinned memory", value="no GPU")
         return
-    host = torch.empty(2 ** 28, dtype=torch.uint8, pin_memory=True)
+    host = torch.empty(2**28, dtype=torch.uint8, pin_memory=True)
     there = torch.empty_like(host, device=bench.device)
     for name, target, source in (("to the device", there, host), ("to the host", host, there)):
         seconds = bench.seconds(partial(target.copy_, source, non_blocking=True))
@@ -149,7 +175,11 @@ _PACKED = {"data.reset_attention_mask": True, "data.reset_position_ids": True, "
 CHECKS = (
     Check("plain", 45, partial(tokens_per_second, name="native", changes={})),
     Check("documents packed", 30, partial(tokens_per_second, name="documents apart", changes=_PACKED)),
-    Check("loss chunks of 4096", 30, partial(tokens_per_second, name="loss by 4096", changes={"tuning.loss_chunk_tokens": 4096})),
+    Check(
+        "loss chunks of 4096",
+        30,
+        partial(tokens_per_second, name="loss by 4096", changes={"tuning.loss_chunk_tokens": 4096}),
+    ),
     Check("chunked loss", 20, chunked_loss),
     Check("int8", 45, partial(tokens_per_second, name="int8", changes={"tuning.backbone_weights": "int8"})),
     Check("nf4", 45, partial(tokens_per_second, name="nf4", changes={"tuning.backbone_weights": "nf4"})),

@@ -1,13 +1,17 @@
-"""Causal language models with early exits: a token may leave the network at an intermediate layer that is sure enough of it.
+"""Causal language models with early exits: a token may leave the network at an intermediate layer that is sure enough
+of it.
 
     AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True).generate(**inputs, exit_threshold=0.8)
 
-This file stands alone: it needs torch, transformers 5 and safetensors. The exit heads are in the files that config.json lists under
-`early_exit`, beside the model's own `model*.safetensors`; transformers' own class reads the same folder and knows nothing of them.
+This file stands alone: it needs torch, transformers 5 and safetensors. The exit heads are in the files that config.json
+lists under `early_exit`, beside the model's own `model*.safetensors`; transformers' own class reads the same folder and
+knows nothing of them.
 
-A token that leaves early lacks keys and values in the deeper layers. Its hidden state waits at their entrance and runs with the next token
-of its row that goes deeper, as a causal block: shallow layers never run twice, and the caches end up as a full pass leaves them.
+A token that leaves early lacks keys and values in the deeper layers. Its hidden state waits at their entrance and runs
+with the next token of its row that goes deeper, as a causal block: shallow layers never run twice, and the caches end
+up as a full pass leaves them.
 """
+
 import os
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +25,8 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.utils import ModelOutput, cached_file
 
-# r rows · q tokens of the longest row in a pass · c positions of a cache · g key-value heads · d width of a head · h hidden · v vocabulary
+# r rows · q tokens of the longest row in a pass · c positions of a cache · g key-value heads · d width of a head · h
+# hidden · v vocabulary
 
 _CACHE_STEP, _WHERE = 256, ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 _FOREIGN = ("assistant_model", "past_key_values", "inputs_embeds", "synced_gpus")
@@ -29,15 +34,20 @@ _FOREIGN = ("assistant_model", "past_key_values", "inputs_embeds", "synced_gpus"
 
 @dataclass
 class EarlyExitOutput(ModelOutput):
-    """The output for return_dict_in_generate=True with a threshold. `exit_layers` [r, new tokens]: the layer each token left at, the number
-    of layers where it did not leave early; 0 after a row's end."""
+    """The output for return_dict_in_generate=True with a threshold. `exit_layers` [r, new tokens]: the layer each token
+    left at, the number of layers where it did not leave early; 0 after a row's end.
+    """
+
     sequences: Tensor | None = None
     scores: tuple[Tensor, ...] | None = None
     exit_layers: Tensor | None = None
 
 
 class LayerStates(NamedTuple):
-    """What a layer leaves for a head: its output, the residual after its attention, that normed, what a layer of the head's own made."""
+    """What a layer leaves for a head: its output, the residual after its attention, that normed, what a layer of the
+    head's own made.
+    """
+
     hidden: Tensor
     residual: Tensor
     normed: Tensor
@@ -45,7 +55,9 @@ class LayerStates(NamedTuple):
 
 
 class ExitHead(nn.Module):
-    """The head after a layer. Its weights are buffers outside the state dict: the plain model's checkpoint stays the plain model's."""
+    """The head after a layer. Its weights are buffers outside the state dict: the plain model's checkpoint stays the
+    plain model's.
+    """
 
     def __init__(self, number: int, tensors: dict[str, Tensor], layers: nn.ModuleList, config: Any):
         super().__init__()
@@ -53,35 +65,69 @@ class ExitHead(nn.Module):
         for name in self.names:
             self.register_buffer(name.replace(".", "_"), tensors[name], persistent=False)
         self.size, listed = config.vocab_size, config.early_exit.get("token_ids")
-        self.said = torch.tensor([*listed, self.size]) if listed else None  # by the rows of its output matrix; last any other token
-        with torch.device("meta"):  # a layer as the model's last one, which lends its code; a transformer layer of the head's own has
-            layer = type(layers[-1])(config, layer_idx=len(layers) - 1).eval()  # keys and values of its own, under a number of its own
+        self.said = (
+            torch.tensor([*listed, self.size]) if listed else None
+        )  # by the rows of its output matrix; last any other token
+        with torch.device(
+            "meta"
+        ):  # a layer as the model's last one, which lends its code; a transformer layer of the head's own has
+            layer = type(layers[-1])(
+                config, layer_idx=len(layers) - 1
+            ).eval()  # keys and values of its own, under a number of its own
         (layer.attn if hasattr(layer, "attn") else layer.self_attn).layer_idx = -number
         norm = layer.ln_1 if hasattr(layer, "ln_1") else layer.input_layernorm
-        self.code = {"layer.": layer, "mlp.": layer.mlp, "norm.": norm, "adapter.norm.": norm, "linear.": nn.Linear(1, 1)}
+        self.code = {
+            "layer.": layer,
+            "mlp.": layer.mlp,
+            "norm.": norm,
+            "adapter.norm.": norm,
+            "linear.": nn.Linear(1, 1),
+        }
         self.activation = ACT2FN[getattr(config, "hidden_act", None) or config.activation_function]
 
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
         """Name in the file, without its prefix -> tensor."""
-        return {name.removeprefix(prefix): getattr(self, name.replace(".", "_")) for name in self.names if name.startswith(prefix)}
+        return {
+            name.removeprefix(prefix): getattr(self, name.replace(".", "_"))
+            for name in self.names
+            if name.startswith(prefix)
+        }
 
     def run(self, part: str, x: Tensor, **more: Any) -> Tensor:
         """A part of the head, on `x`; `x` itself where the head has no such part."""
         weights = self.tensors(part)
-        return torch.func.functional_call(self.code[part], weights, (x.to(next(iter(weights.values())).device),), more) if weights else x
+        return (
+            torch.func.functional_call(self.code[part], weights, (x.to(next(iter(weights.values())).device),), more)
+            if weights
+            else x
+        )
 
     def forward(self, seen: LayerStates, lm_head: nn.Module) -> Tensor:  # […, v + 1]
-        """Logits, the last of any token that the head can not say. `lm_head` is the model's output matrix, for heads that have none."""
+        """Logits, the last of any token that the head can not say. `lm_head` is the model's output matrix, for heads
+        that have none.
+        """
         x, w = seen.own, self.tensors()
         if "adapter.down.weight" in w:
-            x = x + F.linear(self.activation(F.linear(self.run("adapter.norm.", x), w["adapter.down.weight"])), w["adapter.up.weight"])
+            x = x + F.linear(
+                self.activation(F.linear(self.run("adapter.norm.", x), w["adapter.down.weight"])),
+                w["adapter.up.weight"],
+            )
         elif self.tensors("mlp."):
             x = seen.residual + self.run("mlp.", seen.normed)
         x, down = self.run("norm.", x), w.get("linear.down.weight")  # of a map of low rank
-        x = self.run("linear.", x) if down is None else x + F.linear(F.linear(x, down), w["linear.up.weight"], w["linear.bias"])
+        x = (
+            self.run("linear.", x)
+            if down is None
+            else x + F.linear(F.linear(x, down), w["linear.up.weight"], w["linear.bias"])
+        )
         logits = F.linear(x, w["output.weight"]) if "output.weight" in w else lm_head(x)
-        return F.pad(logits, (0, 1), value=-torch.inf) if self.said is None else logits.new_full(
-            (*logits.shape[:-1], self.size + 1), -torch.inf).index_copy(-1, self.said.to(logits.device), logits)
+        return (
+            F.pad(logits, (0, 1), value=-torch.inf)
+            if self.said is None
+            else logits.new_full((*logits.shape[:-1], self.size + 1), -torch.inf).index_copy(
+                -1, self.said.to(logits.device), logits
+            )
+        )
 
 
 class _WithExits:
@@ -97,18 +143,30 @@ class _WithExits:
         return loaded
 
     def load_exits(self, path: Any, **where: Any) -> None:
-        """Reads the exit heads of config.early_exit from the folder or hub repository `path`, in each layer's dtype, on its device."""
+        """Reads the exit heads of config.early_exit from the folder or hub repository `path`, in each layer's dtype, on
+        its device.
+        """
         self.exits = nn.ModuleDict()
         described = getattr(self.config, "early_exit", None) or {"files": (), "exit_layers": ()}
-        tensors = dict(item for file in described["files"] for item in load_file(cached_file(path, file, **where)).items())
+        tensors = dict(
+            item for file in described["files"] for item in load_file(cached_file(path, file, **where)).items()
+        )
         for number in described["exit_layers"]:
             beside, prefix = next(_layers_of(self)[number - 1].parameters()), f"exits.{number}."
-            own = {name.removeprefix(prefix): tensor.to(beside) for name, tensor in tensors.items() if name.startswith(prefix)}
+            own = {
+                name.removeprefix(prefix): tensor.to(beside)
+                for name, tensor in tensors.items()
+                if name.startswith(prefix)
+            }
             self.exits[str(number)] = ExitHead(number, own, _layers_of(self), self.config)
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         """Saves the model as transformers does, with the exit heads beside it."""
-        if tensors := {f"exits.{layer}.{name}": tensor for layer, head in self.exits.items() for name, tensor in head.tensors().items()}:
+        if tensors := {
+            f"exits.{layer}.{name}": tensor
+            for layer, head in self.exits.items()
+            for name, tensor in head.tensors().items()
+        }:
             self.config.early_exit = {**self.config.early_exit, "files": ["exit_heads.safetensors"]}
             os.makedirs(save_directory, exist_ok=True)
             save_file(tensors, os.path.join(save_directory, "exit_heads.safetensors"), metadata={"format": "pt"})
@@ -116,38 +174,63 @@ class _WithExits:
 
     @torch.no_grad()
     def generate(self, *args: Any, exit_threshold: float | None = None, max_pending: int = 16, **kwargs: Any) -> Any:
-        """The `generate` of transformers; with `exit_threshold`, a token leaves at the first exit whose largest probability reaches it.
+        """The `generate` of transformers; with `exit_threshold`, a token leaves at the first exit whose largest
+        probability reaches it.
 
-        Each row of a batch decides for itself; the first token comes from full depth, which the prompt runs through anyway. Above 1 nothing
-        leaves early. Once a row has `max_pending` tokens waiting before a layer, all rows catch up. Greedy or sampled, no beams.
+        Each row of a batch decides for itself; the first token comes from full depth, which the prompt runs through
+        anyway. Above 1 nothing leaves early. Once a row has `max_pending` tokens waiting before a layer, all rows catch
+        up. Greedy or sampled, no beams.
         """
         if exit_threshold is None:
             return super().generate(*args, **kwargs)
         if not exit_threshold >= 0 or max_pending < 1:
-            raise ValueError(f"exit_threshold must be at least 0 and max_pending at least 1, got {exit_threshold} and {max_pending}")
+            raise ValueError(
+                f"exit_threshold must be at least 0 and max_pending at least 1, got {exit_threshold} and {max_pending}"
+            )
         if not self.exits:
-            raise ValueError("exit_threshold needs exit heads, and this folder's config.json describes none (no `early_exit`)")
+            raise ValueError(
+                "exit_threshold needs exit heads, and this folder's config.json describes none (no `early_exit`)"
+            )
         if wrong := [name for name in _FOREIGN if kwargs.get(name) is not None]:
             raise ValueError(f"exit_threshold does not go with {wrong[0]}; leave one of them out")
-        decode = partial(_decode, exit_threshold=exit_threshold, max_pending=max_pending, streamer=kwargs.get("streamer"))
+        decode = partial(
+            _decode, exit_threshold=exit_threshold, max_pending=max_pending, streamer=kwargs.get("streamer")
+        )
         return super().generate(*args, custom_generate=decode, **kwargs)
 
     @torch.no_grad()
     def exit_logits(self, input_ids: Tensor) -> dict[int, Tensor]:  # [r, s] -> layer -> [r, s, v]
-        """Logits of every exit (-inf of what it can not say) and, under the number of layers, of the model's own head, of whole rows."""
+        """Logits of every exit (-inf of what it can not say) and, under the number of layers, of the model's own head,
+        of whole rows.
+        """
         walk = _Walk(self, input_ids.tolist(), max_pending=1)
-        return {end: walk.judge(index, walk.run(index, list(range(len(input_ids))))[0])[..., :-1] for index, end in enumerate(walk.ends)}
+        return {
+            end: walk.judge(index, walk.run(index, list(range(len(input_ids))))[0])[..., :-1]
+            for index, end in enumerate(walk.ends)
+        }
 
 
 def _layers_of(model: Any) -> nn.ModuleList:
     return model.base_model.h if hasattr(model.base_model, "h") else model.base_model.layers
 
 
-def _decode(model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, *,
-            exit_threshold: float, max_pending: int, streamer: Any = None, **prepared: Any) -> Any:
+def _decode(
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    *,
+    exit_threshold: float,
+    max_pending: int,
+    streamer: Any = None,
+    **prepared: Any,
+) -> Any:
     """The decoding loop that transformers' `generate` calls once it has prepared everything else."""
     if generation_config.num_beams > 1:
-        raise ValueError(f"exit_threshold goes with greedy decoding and sampling, not with num_beams={generation_config.num_beams}")
+        raise ValueError(
+            f"exit_threshold goes with greedy decoding and sampling, not with num_beams={generation_config.num_beams}"
+        )
     device, ends_rows = input_ids.device, any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     mask = prepared["attention_mask"] if prepared.get("attention_mask") is not None else torch.ones_like(input_ids)
     walk = _Walk(model, [ids[keep].tolist() for ids, keep in zip(input_ids, mask.bool(), strict=True)], max_pending)
@@ -157,8 +240,12 @@ def _decode(model: Any, input_ids: Tensor, logits_processor: Any, stopping_crite
         logits, left = walk.step(unfinished.nonzero()[:, 0].tolist(), exit_threshold)
         processed = logits_processor(input_ids, logits.to(device))
         scores += (processed,) if generation_config.output_scores else ()
-        tokens = torch.multinomial(processed.softmax(-1), 1)[:, 0] if generation_config.do_sample else processed.argmax(-1)
-        tokens = torch.where(unfinished, tokens, generation_config._pad_token_tensor.to(device)) if ends_rows else tokens
+        tokens = (
+            torch.multinomial(processed.softmax(-1), 1)[:, 0] if generation_config.do_sample else processed.argmax(-1)
+        )
+        tokens = (
+            torch.where(unfinished, tokens, generation_config._pad_token_tensor.to(device)) if ends_rows else tokens
+        )
         layers.append(left)
         input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
         _ = streamer and streamer.put(tokens.cpu())
@@ -167,7 +254,11 @@ def _decode(model: Any, input_ids: Tensor, logits_processor: Any, stopping_crite
         unfinished = unfinished & ~stopping_criteria(input_ids, scores)
     _ = streamer and streamer.end()
     exit_layers = torch.tensor(layers, device=device).T
-    return EarlyExitOutput(input_ids, scores or None, exit_layers) if generation_config.return_dict_in_generate else input_ids
+    return (
+        EarlyExitOutput(input_ids, scores or None, exit_layers)
+        if generation_config.return_dict_in_generate
+        else input_ids
+    )
 
 
 class _Walk:
@@ -175,21 +266,26 @@ class _Walk:
 
     def __init__(self, model: Any, prompts: list[list[int]], max_pending: int):
         if model.config._attn_implementation not in ("sdpa", "eager"):
-            raise ValueError(f"early exits need attn_implementation sdpa or eager, got {model.config._attn_implementation}; "
-                             "load the model with attn_implementation=\"sdpa\"")
+            raise ValueError(
+                f"early exits need attn_implementation sdpa or eager, got {model.config._attn_implementation}; "
+                'load the model with attn_implementation="sdpa"'
+            )
         if not all(prompts):
             raise ValueError("each row must have at least one token that its attention_mask lets through")
         self.model, self.tokens, self.max_pending, self.cache = model, prompts, max_pending, _Cache(len(prompts))
         depth = len(_layers_of(model))
         self.ends = [*sorted(int(layer) for layer in model.exits if int(layer) < depth), depth]
-        # Per segment and row: how many tokens have their keys and values there, and the hidden states [k, h] that wait at its entrance.
+        # Per segment and row: how many tokens have their keys and values there, and the hidden states [k, h] that wait
+        # at its entrance.
         self.watermarks = [[0] * len(prompts) for _ in self.ends]
         self.waiting: list[list[list[Tensor]]] = [[[] for _ in prompts] for _ in self.ends]
 
     def pending(self, index: int, row: int) -> int:  # tokens waiting at the entrance
         return (self.watermarks[index - 1][row] if index else len(self.tokens[row])) - self.watermarks[index][row]
 
-    def step(self, rows: list[int], threshold: float) -> tuple[Tensor, list[int]]:  # [all rows, v], the layer each left at
+    def step(
+        self, rows: list[int], threshold: float
+    ) -> tuple[Tensor, list[int]]:  # [all rows, v], the layer each left at
         """The next token's logits of `rows`; zeros and layer 0 for the others."""
         reads_prompt = self.watermarks[0][rows[0]] == 0
         logits, left, going, last = None, [0] * len(self.tokens), list(rows), len(self.ends) - 1
@@ -202,9 +298,13 @@ class _Walk:
             if reads_prompt and index < last:
                 continue
             places = torch.tensor([running.index(row) for row in going], device=seen.hidden.device)
-            asked = self.judge(index, LayerStates(*(states[places, lengths.to(places.device)[places] - 1] for states in seen)))
+            asked = self.judge(
+                index, LayerStates(*(states[places, lengths.to(places.device)[places] - 1] for states in seen))
+            )
             likely, token = asked.softmax(-1).max(-1)
-            leaves = [index == last or is_sure for is_sure in ((likely >= threshold) & (token < asked.shape[-1] - 1)).tolist()]
+            leaves = [
+                index == last or is_sure for is_sure in ((likely >= threshold) & (token < asked.shape[-1] - 1)).tolist()
+            ]
             logits = asked.new_zeros(len(self.tokens), asked.shape[-1] - 1) if logits is None else logits
             for i, row in ((i, row) for i, row in enumerate(going) if leaves[i]):
                 logits[row], left[row] = asked[i, :-1].to(logits.device), end
@@ -222,13 +322,15 @@ class _Walk:
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def run(self, index: int, rows: list[int]) -> tuple[LayerStates, Tensor]:  # states [r, q, h], lengths [r]
-        """One pass of the rows' pending tokens through a segment. Shorter rows repeat their last token, which changes nothing."""
+        """One pass of the rows' pending tokens through a segment. Shorter rows repeat their last token, which changes
+        nothing.
+        """
         starts, counts = [self.watermarks[index][row] for row in rows], [self.pending(index, row) for row in rows]
         base, device = self.model.base_model, self.model.get_input_embeddings().weight.device
         lengths, first = torch.tensor(counts, device=device), torch.tensor(starts, device=device)[:, None]
         place = torch.minimum(torch.arange(max(counts), device=device)[None], lengths[:, None] - 1)
         if index == 0:
-            ids = [self.tokens[row][start:start + n] for row, start, n in zip(rows, starts, counts, strict=True)]
+            ids = [self.tokens[row][start : start + n] for row, start, n in zip(rows, starts, counts, strict=True)]
             padded = torch.tensor([row + row[-1:] * (max(counts) - len(row)) for row in ids], device=device)
             hidden = self.model.get_input_embeddings()(padded)
             hidden = hidden + base.wpe(first + place) if hasattr(base, "wpe") else hidden
@@ -244,27 +346,42 @@ class _Walk:
         return seen, lengths
 
     def _layers(self, index: int, hidden: Tensor, positions: Tensor, rows: list[int], end: int) -> LayerStates:
-        base, layers, (first, last) = self.model.base_model, _layers_of(self.model), ([0, *self.ends][index], self.ends[index])
+        base, layers, (first, last) = (
+            self.model.base_model,
+            _layers_of(self.model),
+            ([0, *self.ends][index], self.ends[index]),
+        )
         self.cache.aim(rows, positions, end)
-        unseen = (torch.arange(end, device=positions.device) > positions[..., None]).to(hidden.device)          # [r, q, c]
+        unseen = (torch.arange(end, device=positions.device) > positions[..., None]).to(hidden.device)  # [r, q, c]
         mask = hidden.new_zeros(unseen.shape).masked_fill_(unseen, torch.finfo(hidden.dtype).min)[:, None]
         more = {"attention_mask": mask, "past_key_values": self.cache}
         if hasattr(base, "rotary_emb"):
-            more |= {"position_ids": positions, "position_embeddings": base.rotary_emb(hidden, position_ids=positions.to(hidden.device))}
+            more |= {
+                "position_ids": positions,
+                "position_embeddings": base.rotary_emb(hidden, position_ids=positions.to(hidden.device)),
+            }
         norm, kept = getattr(layers[last - 1], "ln_2", None) or layers[last - 1].post_attention_layernorm, []
         with norm.register_forward_hook(lambda _, before, after: kept.extend((*before, after))):
             for layer in layers[first:last]:
                 hidden = layer(hidden, **more)
-        return LayerStates(hidden, *kept, hidden if last == len(layers) else self.model.exits[str(last)].run("layer.", hidden, **more))
+        return LayerStates(
+            hidden, *kept, hidden if last == len(layers) else self.model.exits[str(last)].run("layer.", hidden, **more)
+        )
 
     def _catch_up(self, rows: list[int]) -> None:
-        crowded = (index for index in range(1, len(self.ends)) if any(self.pending(index, row) >= self.max_pending for row in rows))
+        crowded = (
+            index
+            for index in range(1, len(self.ends))
+            if any(self.pending(index, row) >= self.max_pending for row in rows)
+        )
         for index in range(next(crowded, len(self.ends)), len(self.ends)):
             self.run(index, [row for row in rows if self.pending(index, row)])
 
 
 class _Cache:
-    """Keys and values of each layer, [all rows, g, c, d], filled by each row at positions of its own. Stands in for transformers' Cache."""
+    """Keys and values of each layer, [all rows, g, c, d], filled by each row at positions of its own. Stands in for
+    transformers' Cache.
+    """
 
     def __init__(self, num_rows: int):
         self.num_rows = num_rows
@@ -281,7 +398,7 @@ class _Cache:
         rows, positions = self.rows.to(keys.device), self.positions.to(keys.device)
         for whole, new in zip(stored, (keys, values), strict=True):
             whole[rows[:, None], :, positions] = new.transpose(1, 2)
-        return tuple(whole[:, :, :self.end] if self.is_all else whole[rows, :, :self.end] for whole in stored)
+        return tuple(whole[:, :, : self.end] if self.is_all else whole[rows, :, : self.end] for whole in stored)
 
     def _room(self, layer_idx: int, keys: Tensor) -> tuple[Tensor, Tensor]:
         old = self.layers.get(layer_idx) or (keys.new_zeros(self.num_rows, keys.shape[1], 0, keys.shape[3]),) * 2
@@ -292,7 +409,14 @@ class _Cache:
         return self.layers[layer_idx]
 
 
-for _name in (*(f"{_family}ForCausalLM" for _family in ("Llama", "Mistral", "Mixtral", "Qwen2", "Qwen3", "Qwen3Moe")), "GPT2LMHeadModel"):
-    _early = type(f"EarlyExit{_name}", (_WithExits, getattr(transformers, _name)), {"__module__": __name__, "__doc__": "With early exits."})
+for _name in (
+    *(f"{_family}ForCausalLM" for _family in ("Llama", "Mistral", "Mixtral", "Qwen2", "Qwen3", "Qwen3Moe")),
+    "GPT2LMHeadModel",
+):
+    _early = type(
+        f"EarlyExit{_name}",
+        (_WithExits, getattr(transformers, _name)),
+        {"__module__": __name__, "__doc__": "With early exits."},
+    )
     _early.register_for_auto_class("AutoModelForCausalLM")
     globals()[_early.__name__] = _early
