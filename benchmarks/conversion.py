@@ -214,7 +214,7 @@ def run_job(job: str, output: str, results: str) -> None:
     from ee_tuning.checkpoint.convert import write_initial_exits
     from ee_tuning.checkpoint.export_huggingface import export_huggingface
     from ee_tuning.checkpoint.megatron_writer import write_megatron
-    from ee_tuning.parallel.topology import init_parallel, leave_parallel
+    from ee_tuning.parallel.topology import destroy_parallel, init_parallel
 
     work = Path(output).parent
     model = work / ("megatron" if job == "megatron to hf" else "model")
@@ -251,7 +251,7 @@ def run_job(job: str, output: str, results: str) -> None:
     Path(results, str(topology.rank)).write_text(
         json.dumps({"seconds": seconds, "peak": memory("VmHWM"), "file_backed": file_backed[0]})
     )
-    leave_parallel()
+    destroy_parallel()
 
 
 def memory(key: str) -> int:

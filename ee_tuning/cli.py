@@ -18,7 +18,7 @@ from ee_tuning.commands import COMMANDS
 from ee_tuning.config.paths import expanded
 from ee_tuning.errors import InputError
 from ee_tuning.interrupts import interrupts_raised, were_interrupted
-from ee_tuning.parallel.launcher import NotMet, is_first
+from ee_tuning.parallel.launcher import RendezvousError, is_first
 from ee_tuning.standard_streams import prepare_streams, settle_output, told
 from ee_tuning.utf8 import typed_text, use_utf8
 
@@ -120,9 +120,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (
             not had_world and _world_size() == 1
         ):  # a command that was refused half-way: the next one of this process makes its own
-            from ee_tuning.parallel.topology import leave_parallel
+            from ee_tuning.parallel.topology import destroy_parallel
 
-            leave_parallel()
+            destroy_parallel()
 
 
 def _world_size() -> int:
@@ -148,7 +148,7 @@ def _outcome(argv: Sequence[str]) -> int:
         if were_interrupted():  # and a library made something else of it
             return INTERRUPTED
         if isinstance(error, InputError):
-            if isinstance(error, NotMet) or _speaks():
+            if isinstance(error, RendezvousError) or _speaks():
                 _say(str(error))
             return 2
         if isinstance(error, OSError) and (line := told(error)) is not None:

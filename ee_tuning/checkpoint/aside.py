@@ -26,7 +26,7 @@ REMEDY = "make room, or choose another folder"
 
 
 def on_first_rank(topology: Topology | None, action: Callable[[], Result]) -> Result:
-    """What `action` returns on rank 0, on every rank. Where it fails all ranks raise, as with `finish_together`: its
+    """What `action` returns on rank 0, on every rank. Where it fails all ranks raise, as with `run_with_heartbeat`: its
     InputError, or else its own exception on rank 0 and a RuntimeError on the others. None is a world of one.
     """
     if topology is None:

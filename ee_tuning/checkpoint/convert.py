@@ -29,7 +29,7 @@ from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.exit_spec import ListedTokens
 from ee_tuning.model.fit import Fit
-from ee_tuning.parallel.topology import Topology, init_parallel, leave_parallel
+from ee_tuning.parallel.topology import Topology, destroy_parallel, init_parallel
 
 MakeFit = Callable[[Topology], Fit]
 """Fits exits; all ranks call it."""
@@ -61,7 +61,7 @@ def convert(
     )
     if topology.is_logging_rank:
         _print_summary(config, exits, output)
-    leave_parallel()
+    destroy_parallel()
 
 
 def write_initial_exits(

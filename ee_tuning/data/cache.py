@@ -25,7 +25,7 @@ from ee_tuning.checkpoint.aside import locked, on_first_rank, refusals_named, wr
 from ee_tuning.data.progress import Progress
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import to_json
-from ee_tuning.parallel.together import finish_together
+from ee_tuning.parallel.heartbeat import run_with_heartbeat
 from ee_tuning.parallel.topology import Topology
 
 FORMAT = 3
@@ -84,7 +84,7 @@ def kept(entries: Sequence[Entry], root: Path, topology: Topology | None) -> lis
             for _ in steps:
                 pass
         else:
-            finish_together(steps, topology)
+            run_with_heartbeat(steps, topology)
     for folder in folders:
         _await(folder)
     return folders

@@ -29,7 +29,7 @@ from ee_tuning.evaluation.points import Point, Ways, check_thresholds
 from ee_tuning.generation.llm import EarlyExitLLM
 from ee_tuning.generation.many import model_settings
 from ee_tuning.json_file import parse_json
-from ee_tuning.parallel.topology import init_parallel, leave_parallel
+from ee_tuning.parallel.topology import destroy_parallel, init_parallel
 
 HARNESS, HUMAN_EVAL = "lm_eval.json", "human_eval.json"
 BATCH = 32
@@ -74,7 +74,7 @@ def run_benchmark(config: Config, wish: Benchmark) -> None:
         if wish.harness is not None and wish.harness.applies_chat_template:
             wish = dataclasses.replace(wish, harness=dataclasses.replace(wish.harness, chat_template=template.source()))
         drive(llm, lambda driver: _run(driver, config, wish, points))
-    leave_parallel()
+    destroy_parallel()
 
 
 def _check(config: Config, wish: Benchmark) -> None:

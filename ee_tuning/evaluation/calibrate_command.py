@@ -16,7 +16,7 @@ from ee_tuning.evaluation.calibrate_text import draw, read_drawn, samples_of
 from ee_tuning.evaluation.calibration_file import write_calibration
 from ee_tuning.evaluation.guarantee_command import calibrate_with_guarantee
 from ee_tuning.evaluation.task_guarantee_command import calibrate_on_task
-from ee_tuning.parallel.topology import Topology, init_parallel, leave_parallel
+from ee_tuning.parallel.topology import Topology, destroy_parallel, init_parallel
 
 AGREEMENT, TOKENS = 0.95, 50_000
 HELD_OUT = 4
@@ -40,7 +40,7 @@ def calibrate(config: Config, flags: argparse.Namespace) -> None:
     if flags.task is not None:
         calibrate_on_task(config, flags, topology, picture)
         _tell_written(flags.output, picture, topology)
-        leave_parallel()
+        destroy_parallel()
         return
     if topology.world_size > topology.tp:
         raise InputError(
@@ -54,7 +54,7 @@ def calibrate(config: Config, flags: argparse.Namespace) -> None:
         calibrate_with_guarantee(config, flags, loaded, picture)
     else:
         _calibrate_by_agreement(config, flags, loaded, picture)
-    leave_parallel()
+    destroy_parallel()
 
 
 def _check_flags(flags: argparse.Namespace) -> None:

@@ -23,7 +23,7 @@ from ee_tuning.evaluation.report import draw_report
 from ee_tuning.generation.llm import EarlyExitLLM
 from ee_tuning.json_file import to_json
 from ee_tuning.line_file import read_lines
-from ee_tuning.parallel.topology import leave_parallel
+from ee_tuning.parallel.topology import destroy_parallel
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 JOB = CHECKOUT / "examples" / "tiny.yaml"
@@ -132,7 +132,7 @@ def _measure(job: Path, output: Path, prompts: list[str]) -> dict[str, Any]:
     before, after = _validation_losses(output / "run" / "metrics.jsonl")
     sample = llm.generate(prompts[:1], policy="threshold", threshold=0.8, max_new_tokens=NEW_TOKENS)[0]
     final_loss = final_head_loss(llm, config)
-    leave_parallel()
+    destroy_parallel()
     return {
         "model": Path(config.model.path).name,
         "num_layers": llm.num_layers,

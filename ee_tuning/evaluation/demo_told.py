@@ -18,7 +18,7 @@ from ee_tuning.generation.completion import Completion
 from ee_tuning.generation.llm import EarlyExitLLM
 from ee_tuning.json_file import to_json
 from ee_tuning.line_file import read_lines
-from ee_tuning.parallel.topology import leave_parallel
+from ee_tuning.parallel.topology import destroy_parallel
 
 QUESTION = "What is the most important thing to know about rainbows?"
 ENOUGH = 0.99
@@ -55,7 +55,7 @@ def write_report(folder: Path, calibration: Path) -> None:
         "speculative": [_row(point) for point in task["points"] if point["kind"] == "speculative"],
         "sample": {"prompt": QUESTION, "text": sample.text, "exit_layers": sample.exit_layers, "parts": parts},
     }
-    leave_parallel()
+    destroy_parallel()
     draw_report(report, folder / "report.png")
     (folder / "report.json").write_text(to_json(report, indent=2) + "\n", encoding="utf-8")
 

@@ -20,7 +20,7 @@ from ee_tuning.generation.llm import EarlyExitLLM
 from ee_tuning.generation.policy import Policy
 from ee_tuning.generation.replicas import over_replicas
 from ee_tuning.generation.scoring import Score, TokenPair, score_by, token_pairs
-from ee_tuning.parallel.waiting import waiting_for
+from ee_tuning.parallel.watchdog import hang_watchdog
 
 Result = TypeVar("Result")
 
@@ -114,7 +114,7 @@ def drive(llm: EarlyExitLLM, program: Callable[[Driver], Result]) -> Result | No
 def _work(llm: EarlyExitLLM) -> None:
     topology = llm.model.topology
     while True:
-        with waiting_for(topology, "what rank 0 asks next"):
+        with hang_watchdog(topology, "what rank 0 asks next"):
             message = topology.broadcast_object()
         if isinstance(message, _End):
             break

@@ -33,7 +33,7 @@ from ee_tuning.evaluation.text_metrics import score_of
 from ee_tuning.generation.llm import EarlyExitLLM
 from ee_tuning.generation.many import model_settings
 from ee_tuning.line_file import read_lines
-from ee_tuning.parallel.topology import Topology, init_parallel, leave_parallel
+from ee_tuning.parallel.topology import Topology, destroy_parallel, init_parallel
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -64,7 +64,7 @@ def evaluate_tasks(config: Config, wish: Wish) -> None:
     tasks = on_first_rank(topology, lambda: _read(config, wish))
     with owned(wish.output, topology, lock_file=wish.output / OWNER):
         _evaluate(config, wish, topology, tasks)
-    leave_parallel()
+    destroy_parallel()
 
 
 def _read(config: Config, wish: Wish) -> list[Task]:

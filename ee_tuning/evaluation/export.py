@@ -103,9 +103,9 @@ def _write_merged(config: Config, flags: argparse.Namespace, *, is_shared: bool)
     if topology is None or topology.is_logging_rank:
         print(f"wrote {flags.output}", flush=True)
     if is_shared:
-        from ee_tuning.parallel.topology import leave_parallel
+        from ee_tuning.parallel.topology import destroy_parallel
 
-        leave_parallel()
+        destroy_parallel()
 
 
 @contextmanager

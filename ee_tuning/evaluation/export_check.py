@@ -18,7 +18,7 @@ from ee_tuning.data.tokenizer import load_tokenizer, tokenizer_of
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.parallel.shortlist import token_logits
-from ee_tuning.parallel.topology import init_parallel, leave_parallel
+from ee_tuning.parallel.topology import destroy_parallel, init_parallel
 
 MAX_TOKENS = 512
 
@@ -38,7 +38,7 @@ def check_export(config: Config, output: Path, text: str, tolerance: float) -> b
         raise InputError(f"the check needs a text of at least two tokens, got {ids.numel()}; give another --text")
     ours = _our_logits(loaded, ids)
     theirs = _exported_logits(output, loaded.model.config, ids.to(topology.device), compute_dtype(config, topology))
-    leave_parallel()
+    destroy_parallel()
     assert ours.keys() == theirs.keys(), (ours.keys(), theirs.keys())
     is_close = True
     for layer in sorted(ours):

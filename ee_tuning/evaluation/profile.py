@@ -28,8 +28,8 @@ from ee_tuning.errors import InputError
 from ee_tuning.json_file import to_json
 from ee_tuning.model.backbone import BackboneStage
 from ee_tuning.model.config import ModelConfig
-from ee_tuning.parallel.together import finish_together
-from ee_tuning.parallel.topology import Topology, init_parallel, leave_parallel, world_size
+from ee_tuning.parallel.heartbeat import run_with_heartbeat
+from ee_tuning.parallel.topology import Topology, destroy_parallel, init_parallel, world_size
 
 # b samples · s tokens of a sample · h hidden
 
@@ -85,7 +85,7 @@ def measure_profile(config: Config, topology: Topology) -> Profile:
     def look() -> Iterator[None]:
         found.append((yield from _by_layers(config, topology)))
 
-    finish_together(look() if topology.rank == 0 else iter(()), topology)
+    run_with_heartbeat(look() if topology.rank == 0 else iter(()), topology)
     return topology.broadcast_object(found)[0]
 
 
@@ -121,7 +121,7 @@ def profile(config: Config, flags: argparse.Namespace) -> None:
     check_file(flags.output)
     check_beside(flags.output, config, (config.exits.profile_text,))
     measured = measure_profile(config, init_parallel(ParallelSection()))  # however many processes the job is for
-    leave_parallel()
+    destroy_parallel()
     layers = measured.exit_layers(flags.num_exits)
     draw_profile(measured.distances, layers, model_folder(config.model.path).name, flags.output)
     whole = measured.path[-1]

@@ -18,7 +18,7 @@ from ee_tuning.errors import InputError
 from ee_tuning.generation.command import colours_of
 from ee_tuning.generation.completion import Completion
 from ee_tuning.generation.llm import EarlyExitLLM
-from ee_tuning.parallel.topology import init_parallel, leave_parallel
+from ee_tuning.parallel.topology import destroy_parallel, init_parallel
 
 HELP = "Empty line or Ctrl-D: leave. Ctrl-C: end an answer; twice, or where nothing is being said: leave. /reset: forget what was said."
 
@@ -78,7 +78,7 @@ def chat(
             messages.pop()
         else:
             messages.append({"role": "assistant", "content": words})
-    leave_parallel()
+    destroy_parallel()
 
 
 def stop_ids_of(llm: EarlyExitLLM, template: ChatTemplate) -> tuple[int, ...]:

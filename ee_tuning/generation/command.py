@@ -16,7 +16,7 @@ from ee_tuning.generation.llm import EarlyExitLLM, Job
 from ee_tuning.generation.many import deliver
 from ee_tuning.generation.output_file import check_output, owned_output
 from ee_tuning.generation.prompts import Line, read_prompts, requests_of
-from ee_tuning.parallel.topology import Topology, init_parallel, leave_parallel
+from ee_tuning.parallel.topology import Topology, destroy_parallel, init_parallel
 
 EXIT_COLOURS = ("bright_green", "green", "cyan", "bright_blue", "blue", "magenta", "bright_magenta", "yellow")
 """Colours of exits, shallow to deep; tokens that did not leave early keep the terminal's colour."""
@@ -50,7 +50,7 @@ def generate(
         code = _generate(
             config, topology, prompts, prompts_file, output, overwrite=overwrite, as_json=as_json, show_exits=show_exits
         )
-    leave_parallel()
+    destroy_parallel()
     return code
 
 

@@ -91,17 +91,17 @@ class Flight:
         called = call_part(self._runner, self._route, part, self._rows, {*self.undecided}, entering, counts)
         self.seconds_in_heads += called.seconds_in_heads
         if part.decides and self._runner.topology.num_in_replica > 1:
-            self._runner.link.post(torch.tensor(called.words, dtype=torch.float64), part.stage)
+            self._runner.link.send_decision(torch.tensor(called.words, dtype=torch.float64), part.stage)
         return called
 
     def _words(self, part: Part, own: list[Word] | None) -> list[Word]:
         """What a part's stage says, here."""
         if not part.decides:
             return [(STAYS, 0.0, 0.0)] * len(self._rows)
-        if own is not None and self._runner.link.speaks_for(part.stage):
+        if own is not None and self._runner.link.is_source(part.stage):
             return own
         heard = torch.empty(len(self._rows), 3, dtype=torch.float64)
-        self._runner.link.hear(heard, part.stage)
+        self._runner.link.recv_decision(heard, part.stage)
         return heard.tolist()
 
     def _is_here(self, part: Part) -> bool:

@@ -89,7 +89,7 @@ class Judge:
         decided = torch.full((num_states, 3 + 2 * num_top), -1.0, dtype=torch.float64)
         if inputs is not None:
             self._decide(decided, head_layer, questions, inputs, num_top)
-        self.link.tell(decided, stage)
+        self.link.broadcast(decided, stage)
         rows = iter(decided.tolist())
         return [[_answer(next(rows), q.sequence, num_top) for _ in q.states] for q in questions]
 

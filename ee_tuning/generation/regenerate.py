@@ -36,7 +36,7 @@ from ee_tuning.generation.output_file import Form, Key, OutputFile, Settings, ch
 from ee_tuning.generation.params import SamplingParams
 from ee_tuning.generation.policy import FULL
 from ee_tuning.json_file import to_json
-from ee_tuning.parallel.topology import Topology, init_parallel, leave_parallel
+from ee_tuning.parallel.topology import Topology, destroy_parallel, init_parallel
 
 FORM = Form("regenerate", under=MARK)
 _BATCHES_AT_A_TIME, _BATCHES_OF_LONG = 64, 8
@@ -93,7 +93,7 @@ def regenerate(config: Config, wish: Wish) -> None:
     on_first_rank(topology, lambda: _read(config, wish, read))
     with owned_output(wish.output, topology):
         _regenerate(config, topology, wish, read)
-    leave_parallel()
+    destroy_parallel()
 
 
 def _regenerate(config: Config, topology: Topology, wish: Wish, read: _Prompts) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ee_tuning.model import flash
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.documents import PackedDocuments
-from ee_tuning.parallel.imagined import is_imagined
+from ee_tuning.parallel.fake_tensor import is_fake
 
 # s sequence · b micro-batch · g key-value heads · n query heads · d width of a head
 
@@ -56,4 +56,4 @@ class CausalAttention(MegatronModule):
 
 def _has_varlen(query: Tensor) -> bool:
     """Whether the kernel that computes no masked block can take it; a dry run imagines a GPU that has it."""
-    return flash.takes(query.dtype, query.shape[-1]) if is_imagined(query) else flash.serves(query)
+    return flash.takes(query.dtype, query.shape[-1]) if is_fake(query) else flash.serves(query)

@@ -9,8 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ee_tuning.parallel.host_copy import to_device
-from ee_tuning.parallel.imagined import is_imagined
+from ee_tuning.parallel.fake_tensor import is_fake
+from ee_tuning.parallel.pinned_staging import to_device
 
 # b micro-batch · s sequence · d width of a head
 
@@ -55,7 +55,7 @@ class PackedDocuments:
 
 
 def _bounds(ids: Tensor) -> tuple[Tensor, int]:  # [b, s] -> [documents + 1], tokens of the longest
-    if is_imagined(ids):  # a document in each row: so attention takes most
+    if is_fake(ids):  # a document in each row: so attention takes most
         return torch.arange(0, ids.numel() + 1, ids.shape[1]), ids.shape[1]
     is_start = torch.ones_like(ids, dtype=torch.bool)
     is_start[:, 1:] = ids[:, 1:] != ids[:, :-1]

@@ -24,8 +24,8 @@ from ee_tuning.model.exit_spec import ExitSpec
 from ee_tuning.model.low_rank import LowRankMap
 from ee_tuning.model.norm import exit_norm
 from ee_tuning.model.sequence import gathered_sequence, summed_parts
-from ee_tuning.parallel.shard_sums import sum_over_shards
 from ee_tuning.parallel.topology import Topology
+from ee_tuning.parallel.tp_autograd import reduce_from_tp
 from ee_tuning.parallel.vocab import padded_size
 
 # … any leading dimensions · h hidden · f/tp this rank's part of the MLP's inner width · v/tp its shard of the
@@ -101,7 +101,7 @@ class ExitMLP(nn.Module):
             inner = self.activation(self.fc1(x))
         if self.group is None:
             return self.fc2(inner)
-        out = (summed_parts if self.cuts_sequence else sum_over_shards)(F.linear(inner, self.fc2.weight), self.group)
+        out = (summed_parts if self.cuts_sequence else reduce_from_tp)(F.linear(inner, self.fc2.weight), self.group)
         return out if self.fc2.bias is None else out + self.fc2.bias
 
 

@@ -17,8 +17,8 @@ with warnings.catch_warnings():
 
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.megatron_args import moe_layer_freq
-from ee_tuning.parallel.imagined import is_imagined
-from ee_tuning.parallel.shard_sums import shared_by_shards, sum_over_shards
+from ee_tuning.parallel.fake_tensor import is_fake
+from ee_tuning.parallel.tp_autograd import copy_to_tp, reduce_from_tp
 
 # t tokens · h hidden · e experts
 
@@ -65,7 +65,7 @@ class _Tokens(MoEAllGatherTokenDispatcher):
         """Each expert's tokens one after the other [t · k, h], how many there are of each [e], and their weights [t ·
         k].
         """
-        if not is_imagined(hidden_states):
+        if not is_fake(hidden_states):
             return super().dispatch_postprocess(hidden_states, probs)
         num_experts, chosen = probs.shape[1], probs.shape[0] * self.router_topk
         self.hidden_shape_before_permute, self.local_map = hidden_states.shape, self.routing_map
@@ -83,8 +83,8 @@ class _TokensInPlace(_Tokens):
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:  # [t, h], [t, e]
         """The same."""
-        return shared_by_shards(hidden_states, self.tp_group), shared_by_shards(probs, self.tp_group)
+        return copy_to_tp(hidden_states, self.tp_group), copy_to_tp(probs, self.tp_group)
 
     def token_combine(self, hidden_states: Tensor) -> Tensor:  # [t, h]
         """The sum over the ranks."""
-        return sum_over_shards(hidden_states, self.tp_group)
+        return reduce_from_tp(hidden_states, self.tp_group)

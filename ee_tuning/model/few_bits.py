@@ -22,8 +22,8 @@ from ee_tuning.config import WeightFormat
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.sequence import gathered_sequence, summed_parts
-from ee_tuning.parallel.shard_sums import sum_over_shards
 from ee_tuning.parallel.topology import Topology
+from ee_tuning.parallel.tp_autograd import reduce_from_tp
 
 # s sequence · b micro-batch · i inputs of this rank · o outputs of this rank
 
@@ -89,7 +89,7 @@ class FewBitsLinear(nn.Module, abc.ABC):
             x = gathered_sequence(x, self.group)
         out = self.product(x)
         if self.group is not None and self.is_row_parallel:
-            out = summed_parts(out, self.group) if self.cuts_sequence else sum_over_shards(out, self.group)
+            out = summed_parts(out, self.group) if self.cuts_sequence else reduce_from_tp(out, self.group)
         if self.bias is not None and not self.leaves_bias:
             out = out + self.bias
         return out, self.bias if self.leaves_bias else None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ee_tuning.parallel.launcher import local_rank, processes_here
+from ee_tuning.parallel.launcher import local_rank, local_world_size
 
 
 def device() -> torch.device:
@@ -24,13 +24,13 @@ def collective_backend() -> str:
     """The process-group backend of tensors on `device()`. NCCL refuses several processes on one GPU, so they talk over
     gloo.
     """
-    has_own_gpu = torch.cuda.is_available() and processes_here() <= torch.cuda.device_count()
+    has_own_gpu = torch.cuda.is_available() and local_world_size() <= torch.cuda.device_count()
     return "nccl" if has_own_gpu else "gloo"
 
 
 def control_backend() -> str:
     """The process-group backend of small CPU tensors: gloo, or none at all in a world that is imagined
-    (`dry_world.py`).
+    (`fake_world.py`).
     """
     return "fake" if dist.get_backend() == "fake" else "gloo"
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ee_tuning.parallel.messages import irecv, isend
+from ee_tuning.parallel.p2p import irecv, isend
 from ee_tuning.parallel.topology import Topology
-from ee_tuning.parallel.waiting import waiting_for
+from ee_tuning.parallel.watchdog import hang_watchdog
 
 
 class Feedback:
@@ -61,7 +61,7 @@ class Feedback:
         """The oldest tensor that is expected, once it is here; the caller's to keep."""
         began = time.perf_counter()
         tensor, work = self._under_way.popleft()
-        with waiting_for(
+        with hang_watchdog(
             self._topology, f"what the last stage (rank {self._topology.pp_ranks[-1]}) tells of a micro-batch"
         ):
             work.wait()
@@ -75,6 +75,6 @@ class Feedback:
     def _wait_for_sends(self, max_in_flight: int) -> None:
         began = time.perf_counter()
         while len(self._under_way) > max_in_flight:
-            with waiting_for(self._topology, "an earlier stage to take what it is told of a micro-batch"):
+            with hang_watchdog(self._topology, "an earlier stage to take what it is told of a micro-batch"):
                 self._under_way.popleft()[1].wait()
         self.seconds_waited += time.perf_counter() - began

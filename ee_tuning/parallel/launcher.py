@@ -6,18 +6,18 @@ from typing import NamedTuple
 from ee_tuning.errors import InputError
 
 
-class Place(NamedTuple):
+class LaunchedRank(NamedTuple):
     """This process among those that were launched together."""
 
     rank: int
     world_size: int
 
 
-class NotMet(InputError):
+class RendezvousError(InputError):
     """This process could not join the others, so it alone knows why."""
 
 
-def launched() -> Place | None:
+def launched_rank() -> LaunchedRank | None:
     """Where RANK and WORLD_SIZE put this process; None where no launcher did.
 
     WORLD_SIZE alone is none: it is left in many a shell and container, and nothing else would come to that world.
@@ -36,7 +36,7 @@ def launched() -> Place | None:
             f"RANK must be below WORLD_SIZE, and the environment has RANK={rank} and WORLD_SIZE={world_size}; ranks count "
             "from 0; unset both for a single process"
         )
-    return Place(rank, world_size)
+    return LaunchedRank(rank, world_size)
 
 
 def local_rank() -> int:
@@ -44,14 +44,14 @@ def local_rank() -> int:
     return _number("LOCAL_RANK", least=0) or 0
 
 
-def processes_here() -> int:
+def local_world_size() -> int:
     """How many processes were launched on this machine; 1 where nothing says so. Raises InputError on what is no
     number.
     """
     return _number("LOCAL_WORLD_SIZE", least=1) or 1
 
 
-def check_address(place: Place) -> None:
+def check_address(place: LaunchedRank) -> None:
     """Raises InputError where the environment does not say where a world of several processes meets."""
     if not _value("MASTER_ADDR"):
         raise InputError(
@@ -69,7 +69,7 @@ def check_address(place: Place) -> None:
 def is_first() -> bool:
     """Whether this process is rank 0, or alone, as far as its environment makes sense."""
     try:
-        place = launched()
+        place = launched_rank()
     except InputError:
         return True
     return place is None or place.rank == 0

@@ -12,7 +12,7 @@ from ee_tuning.parallel.device import control_backend
 Group = Any  # torch.distributed.ProcessGroup
 Ranks = tuple[int, ...]
 
-_KEPT: dict[Ranks, Group] = {}
+_PERSISTENT: dict[Ranks, Group] = {}
 """The groups of the world at hand, alike on all ranks."""
 
 
@@ -24,7 +24,7 @@ def one_group_for_same_ranks(parallel_state: Any, kept: list[list[int]]) -> Iter
     The groups `kept`, those of replicas, outlive the layout: torch remembers device meshes by their ranks, and with
     them the group of the first one. A later layout gets them again.
     """
-    create, made = parallel_state.create_group, dict(_KEPT)
+    create, made = parallel_state.create_group, dict(_PERSISTENT)
 
     def create_once(ranks: list[int], *args: Any, **options: Any) -> Group:
         assert options.get("backend") is None, options
@@ -38,7 +38,7 @@ def one_group_for_same_ranks(parallel_state: Any, kept: list[list[int]]) -> Iter
         yield
     finally:
         parallel_state.create_group = create
-    _KEPT.update({tuple(ranks): made[tuple(ranks)] for ranks in kept})
+    _PERSISTENT.update({tuple(ranks): made[tuple(ranks)] for ranks in kept})
 
 
 def own_group(partition: list[list[int]], *, rank: int, timeout: timedelta, backend: str | None = None) -> Group:
@@ -58,12 +58,12 @@ def destroy_groups() -> None:
     """Ends those of a layout that are not kept. All ranks call it."""
     dist.barrier()
     for group in list(dist.distributed_c10d._world.pg_map):
-        if not any(group is each for each in (dist.group.WORLD, *_KEPT.values())):
+        if not any(group is each for each in (dist.group.WORLD, *_PERSISTENT.values())):
             dist.destroy_process_group(group)
 
 
 def destroy_world() -> None:
     """Ends them all."""
-    _KEPT.clear()
+    _PERSISTENT.clear()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,6 +1,6 @@
 """Hands hidden states from one pipeline stage to the next, micro-batch after micro-batch, forward only. Knows no exits.
 
-Every micro-batch is a header on `pp_control` (gloo, CPU) and hidden states on `pp_group` (gloo or NCCL, `messages.py`).
+Every micro-batch is a header on `pp_control` (gloo, CPU) and hidden states on `pp_group` (gloo or NCCL, `p2p.py`).
 The header says what follows, so a wish to stop or to save travels with the activations, and a receive that nobody will
 answer is never posted.
 """
@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ee_tuning.parallel.messages import irecv, isend
+from ee_tuning.parallel.p2p import irecv, isend
 from ee_tuning.parallel.topology import Topology
-from ee_tuning.parallel.waiting import waiting_for
+from ee_tuning.parallel.watchdog import hang_watchdog
 
 
-class Follows(enum.IntEnum):
+class NextAction(enum.IntEnum):
     """What comes after a micro-batch. Of several wishes the smallest has its way."""
 
     END = 0
@@ -35,7 +35,7 @@ class Received(NamedTuple):
 
     hidden: Tensor
     """The relay's shape and dtype, on the topology's device; the receiver's to keep."""
-    follows: Follows
+    next_action: NextAction
 
 
 class _Transfer(NamedTuple):
@@ -53,7 +53,7 @@ class _Transfer(NamedTuple):
 
 class Relay:
     """This stage's place in the relay. One Relay serves one run: from the first micro-batch to the one sent with
-    `Follows.END`.
+    `NextAction.END`.
 
     On NCCL a receive posted ahead may not block the send behind it: they run on communicators of their own because the
     process groups are made without `device_id`, and then PyTorch gives every unbatched pair of ranks one.
@@ -83,19 +83,19 @@ class Relay:
         transfer = self._receiving or self._post_receive()
         stage, number = self._topology.stage - 1, self._num_received + 1
         what = f"micro-batch {number} from stage {stage} (rank {self._topology.pp_ranks[stage]})"
-        with waiting_for(self._topology, what):
+        with hang_watchdog(self._topology, what):
             transfer.header_work.wait()
-        index, follows = transfer.header.tolist()
+        index, next_action = transfer.header.tolist()
         assert index == self._num_received, f"micro-batch {index} arrived in place of {self._num_received}"
         self._num_received += 1
-        self._more_to_come = follows != Follows.END
+        self._more_to_come = next_action != NextAction.END
         self._receiving = self._post_receive() if self._more_to_come else None
-        with waiting_for(self._topology, what):
+        with hang_watchdog(self._topology, what):
             transfer.hidden_work.wait()
         self.seconds_waited += time.perf_counter() - began
-        return Received(transfer.hidden, Follows(follows))
+        return Received(transfer.hidden, NextAction(next_action))
 
-    def send(self, hidden: Tensor, *, follows: Follows) -> None:
+    def send(self, hidden: Tensor, *, next_action: NextAction) -> None:
         """Sends `hidden` on and returns at once, unless more than `max_in_flight` sends are under way.
 
         `hidden` may be read but not written by the caller afterwards.
@@ -105,7 +105,7 @@ class Relay:
             f"{hidden.shape} {hidden.dtype} is not what was agreed"
         )
         peer = self._topology.pp_ranks[self._topology.stage + 1]
-        header, hidden = torch.tensor([self._num_sent, int(follows)]), hidden.detach().contiguous()
+        header, hidden = torch.tensor([self._num_sent, int(next_action)]), hidden.detach().contiguous()
         self._sending.append(
             _Transfer(
                 header,
@@ -125,7 +125,7 @@ class Relay:
         began, stage = time.perf_counter(), self._topology.stage + 1
         while len(self._sending) > max_in_flight:
             index = self._num_sent - len(self._sending) + 1
-            with waiting_for(
+            with hang_watchdog(
                 self._topology, f"stage {stage} (rank {self._topology.pp_ranks[stage]}) to take micro-batch {index}"
             ):
                 self._sending.popleft().wait()

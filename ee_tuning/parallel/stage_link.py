@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ee_tuning.parallel.messages import irecv, isend
+from ee_tuning.parallel.p2p import irecv, isend
 from ee_tuning.parallel.topology import Topology
-from ee_tuning.parallel.waiting import waiting_for
+from ee_tuning.parallel.watchdog import hang_watchdog
 
 # t tokens · h hidden
 
@@ -50,39 +50,39 @@ class StageLink:
             torch.empty(num_tokens, width, dtype=dtype, device=self._topology.device),
             self._topology.stage - 1,
         )
-        with waiting_for(self._topology, f"hidden states from stage {peer} (rank {self._topology.pp_ranks[peer]})"):
+        with hang_watchdog(self._topology, f"hidden states from stage {peer} (rank {self._topology.pp_ranks[peer]})"):
             irecv(hidden, self._topology.pp_ranks[peer], self._topology.pp_group).wait()
         self.seconds_waited += time.perf_counter() - began
         return hidden
 
-    def tell(self, decided: Tensor, stage: int) -> None:
+    def broadcast(self, decided: Tensor, stage: int) -> None:
         """Overwrites `decided`, of one shape on every rank and on the CPU, with that of a stage's first rank, where it
         may not be written afterwards.
         """
-        self.post(decided, stage)
-        self.hear(decided, stage)
+        self.send_decision(decided, stage)
+        self.recv_decision(decided, stage)
 
-    def speaks_for(self, stage: int) -> bool:
+    def is_source(self, stage: int) -> bool:
         """Whether this rank says what a stage decided."""
         return self._topology.rank == self._topology.first_rank_of_stage(stage)
 
-    def post(self, decided: Tensor, stage: int) -> None:
-        """The sending half of `tell`; nothing is done on other ranks than the stage's first."""
-        if self._topology.num_in_replica == 1 or not self.speaks_for(stage):
+    def send_decision(self, decided: Tensor, stage: int) -> None:
+        """The sending half of `broadcast`; nothing is done on other ranks than the stage's first."""
+        if self._topology.num_in_replica == 1 or not self.is_source(stage):
             return
         began, group = time.perf_counter(), self._topology.replica_control
         others = [rank for rank in dist.get_process_group_ranks(group) if rank != self._topology.rank]
         self._decisions.keep(decided, [dist.isend(decided, rank, group=group) for rank in others])
         self.seconds_waited += time.perf_counter() - began
 
-    def hear(self, decided: Tensor, stage: int) -> None:
-        """The receiving half of `tell`; nothing is done on the stage's first rank. What a stage says is heard in the
-        order it was said.
+    def recv_decision(self, decided: Tensor, stage: int) -> None:
+        """The receiving half of `broadcast`; does nothing on the stage's first rank. Decisions of a stage arrive in the
+        order in which they were sent.
         """
-        if self._topology.num_in_replica == 1 or self.speaks_for(stage):
+        if self._topology.num_in_replica == 1 or self.is_source(stage):
             return
         began, source = time.perf_counter(), self._topology.first_rank_of_stage(stage)
-        with waiting_for(self._topology, f"what stage {stage} (rank {source}) decides"):
+        with hang_watchdog(self._topology, f"what stage {stage} (rank {source}) decides"):
             dist.recv(decided, source, group=self._topology.replica_control)
         self.seconds_waited += time.perf_counter() - began
 

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ee_tuning.config import ParallelSection
 from ee_tuning.errors import InputError
 from ee_tuning.parallel.device import collective_backend, prepare_device
-from ee_tuning.parallel.launcher import NotMet, check_address, launched
+from ee_tuning.parallel.launcher import RendezvousError, check_address, launched_rank
 from ee_tuning.parallel.process_groups import Group, destroy_groups, destroy_world, one_group_for_same_ranks, own_group
 
 
@@ -117,7 +117,7 @@ def init_parallel(parallel: ParallelSection) -> Topology:
     device = prepare_device()
     if not dist.is_initialized():
         _join_world(timedelta(minutes=parallel.distributed_timeout_minutes))
-    topology = lay_out(parallel, device)
+    topology = build_topology(parallel, device)
     if topology.is_logging_rank and (warning := connection_warning(topology)):
         print(f"ee-tuning: warning: {warning}", file=sys.stderr, flush=True)
     return topology
@@ -146,7 +146,7 @@ def connection_warning(topology: Topology) -> str | None:
     )
 
 
-def leave_parallel() -> None:
+def destroy_parallel() -> None:
     """Takes the process groups down, so that the interpreter ends without a warning."""
     from megatron.core import parallel_state
 
@@ -160,12 +160,12 @@ def world_size() -> int:
     """
     if dist.is_initialized():
         return dist.get_world_size()
-    place = launched()
+    place = launched_rank()
     return place.world_size if place else 1
 
 
 def _join_world(timeout: timedelta) -> None:
-    place = launched()
+    place = launched_rank()
     if place is None or place.world_size == 1:  # nobody to meet, so no address
         dist.init_process_group(collective_backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
@@ -179,13 +179,13 @@ def _join_world(timeout: timedelta) -> None:
     except dist.DistError as error:  # nothing listens there, another program has the port, or somebody did not come
         reason, _, _ = str(error).partition("\n")
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise NotMet(
+        raise RendezvousError(
             f"{place.world_size} processes must meet at {where} (MASTER_ADDR, MASTER_PORT), and rank {place.rank} could not: "
             f"{reason[:300]}; see that all were started, and that the port is free"
         ) from error
 
 
-def lay_out(parallel: ParallelSection, device: torch.device) -> Topology:
+def build_topology(parallel: ParallelSection, device: torch.device) -> Topology:
     """TP × PP × DP over the world that this process is in, whose size they divide. All ranks call it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Megatron-core tells of the libraries it does without, on every rank

@@ -10,7 +10,7 @@ from ee_tuning.checkpoint.shapes import shape_sources, with_seq_length
 from ee_tuning.config import Config, replace
 from ee_tuning.data.loader import batches_of_each
 from ee_tuning.data.tokens import DocumentRules, PackedSamples
-from ee_tuning.parallel.dry_world import dry_world
+from ee_tuning.parallel.fake_world import fake_world
 from ee_tuning.planning.dry_relay import DryRelay
 from ee_tuning.planning.ledger import Ledger
 from ee_tuning.tuning.fitting import FitPass, num_fit_tokens
@@ -67,7 +67,7 @@ def _rehearse_rank(config: Config, sources: Sources, world_size: int, stage: int
     samples = PackedSamples(
         np.zeros(tuning.seq_length + 1, dtype=np.int32), tuning.seq_length, rules=DocumentRules.of(config.data)
     )
-    with dry_world(config.parallel, world_size, rank) as topology, ledger.account():
+    with fake_world(config.parallel, world_size, rank) as topology, ledger.account():
         plans = plan_fitting(config, sources, topology)
         loaded = build_stage(sources, plans, topology)
         fit = FitPass(loaded, tuning, topology, DryRelay)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from ee_tuning.parallel.relay import Follows, Relay
+from ee_tuning.parallel.relay import NextAction, Relay
 
 
 class DryRelay(Relay):
@@ -14,4 +14,4 @@ class DryRelay(Relay):
     def _post_receive(self) -> Any:
         transfer = super()._post_receive()
         with unset_fake_temporarily():
-            return transfer._replace(header=torch.tensor([self._num_received, Follows.NEXT]))
+            return transfer._replace(header=torch.tensor([self._num_received, NextAction.NEXT]))

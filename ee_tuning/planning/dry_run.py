@@ -24,8 +24,8 @@ from ee_tuning.data.loader import count_microbatches
 from ee_tuning.data.splits import check_data_settings
 from ee_tuning.data.tokens import DocumentRules, PackedSamples, Splits
 from ee_tuning.model.early_exit import EarlyExitModel, StagePlan
-from ee_tuning.parallel.dry_world import dry_world
-from ee_tuning.parallel.relay import Follows
+from ee_tuning.parallel.fake_world import fake_world
+from ee_tuning.parallel.relay import NextAction
 from ee_tuning.parallel.topology import Topology, check_world_size
 from ee_tuning.planning.dry_fit import print_fit, rehearse_fit
 from ee_tuning.planning.dry_relay import DryRelay
@@ -125,7 +125,7 @@ def rehearse(config: Config, world_size: int) -> list[Rehearsal]:
     )
     per_stage = world_size // pp
     kinds: dict[Any, list[int]] = {}
-    with dry_world(parallel, world_size, 0) as topology:
+    with fake_world(parallel, world_size, 0) as topology:
         plans = plan_tuning(config, sources, topology)
     for stage, plan in enumerate(plans):
         kinds.setdefault(_kind(plan, stage, pp), []).append(stage)
@@ -163,7 +163,7 @@ def _kind(plan: StagePlan, stage: int, num_stages: int) -> Any:
 
 def _rehearse_rank(config: Config, sources: Sources, world_size: int, stages: list[int], rank: int) -> Rehearsal:
     began, ledger = time.perf_counter(), Ledger()
-    with dry_world(config.parallel, world_size, rank) as topology, ledger.account():
+    with fake_world(config.parallel, world_size, rank) as topology, ledger.account():
         plans = plan_tuning(config, sources, topology)
         loaded = build_stage(sources, plans, topology)
         ledger.rebook("building", "weights")
@@ -236,11 +236,11 @@ class _MeasuredWalk(StageWalk):
         self._ledger = ledger
         self.num_forward = self.num_trained = self.num_validated = 0
 
-    def forward(self, leg: Leg, follows: Follows) -> Passed:
+    def forward(self, leg: Leg, next_action: NextAction) -> Passed:
         """See StageWalk."""
         self.num_forward += 1
         with self._ledger.during("activations"):
-            passed = super().forward(leg, follows)
+            passed = super().forward(leg, next_action)
         if self.num_ahead:
             kept = [
                 each

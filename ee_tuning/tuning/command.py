@@ -21,7 +21,7 @@ from ee_tuning.errors import InputError
 from ee_tuning.model.exit_spec import ListedTokens
 from ee_tuning.model.fit import Fit
 from ee_tuning.notices import warn
-from ee_tuning.parallel.topology import Topology, init_parallel, leave_parallel
+from ee_tuning.parallel.topology import Topology, destroy_parallel, init_parallel
 from ee_tuning.tuning.dashboards import check_dashboards
 from ee_tuning.tuning.fitting import fit_exits, fit_record, fit_samples
 from ee_tuning.tuning.plots import write_plots
@@ -38,7 +38,7 @@ def tune(config: Config) -> int:
     """
     topology = init_parallel(config.parallel)
     is_finished = tune_within(config, topology)
-    leave_parallel()
+    destroy_parallel()
     return 0 if is_finished else config.tuning.stop_exit_code
 
 
@@ -49,10 +49,10 @@ def tune_within(config: Config, topology: Topology) -> bool:
     check_dashboards(config)
     config = with_seq_length(config)
     with owned_run_folder(config, topology):
-        return _tune_owned(config, topology)
+        return _tune_within_folder(config, topology)
 
 
-def _tune_owned(config: Config, topology: Topology) -> bool:
+def _tune_within_folder(config: Config, topology: Topology) -> bool:
     check_run_folder(config, topology)
     samples = load_job_samples(config, topology)
     listed = None if config.exits.path else list_tokens(config, samples.train, topology)

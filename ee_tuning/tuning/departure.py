@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from ee_tuning.config import TuningSection
-from ee_tuning.parallel.relay import Follows
+from ee_tuning.parallel.relay import NextAction
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.tuning.itinerary import Leg
 from ee_tuning.tuning.saving import Saver
@@ -22,19 +22,19 @@ class Departure:
         self._tuning, self._topology, self._stop, self._saver = tuning, topology, stop, saver
         self._saved_at = time.monotonic()
 
-    def follows(self, leg: Leg) -> Follows:
+    def next_action(self, leg: Leg) -> NextAction:
         """What follows `leg`. All ranks of the first stage call it together; on other stages it says nothing of
         worth.
         """
         if not leg.is_last or not self._topology.is_first_stage:
-            return Follows.NEXT
+            return NextAction.NEXT
         if leg.step == self._tuning.train_iters:  # the end is near enough for who wants to stop
-            return Follows.END if leg.ends_step else Follows.NEXT
+            return NextAction.END if leg.ends_step else NextAction.NEXT
         saves = leg.ends_step and leg.step > 0 and (self._is_due(leg.step) or self._minutes_passed())
         if saves:
             self._saver.settle()  # here, for if the one before could not be written, the word has to be another
         ends = self._stop.is_asked or self._saver.has_failed
-        return self._smallest(Follows.END if ends else Follows.SAVE if saves else Follows.NEXT)
+        return self._smallest(NextAction.END if ends else NextAction.SAVE if saves else NextAction.NEXT)
 
     def saved(self) -> None:
         """A checkpoint was just taken."""
@@ -48,9 +48,9 @@ class Departure:
         minutes = self._tuning.save_minutes
         return bool(minutes) and time.monotonic() - self._saved_at >= 60 * minutes
 
-    def _smallest(self, wish: Follows) -> Follows:
+    def _smallest(self, wish: NextAction) -> NextAction:
         if self._topology.tp * self._topology.dp == 1:
             return wish
         agreed = torch.tensor([int(wish)])
         dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=self._topology.stage_control)
-        return Follows(int(agreed.item()))
+        return NextAction(int(agreed.item()))

@@ -5,9 +5,9 @@ the metrics.
 from collections import Counter
 
 from ee_tuning.config import TuningSection
-from ee_tuning.parallel.relay import Follows
+from ee_tuning.parallel.relay import NextAction
 from ee_tuning.parallel.topology import Topology
-from ee_tuning.parallel.waiting import waiting_for
+from ee_tuning.parallel.watchdog import hang_watchdog
 from ee_tuning.tuning.averages import Divisor, Sums, training_figures, validation_figures
 from ee_tuning.tuning.metrics import MetricsBoard
 from ee_tuning.tuning.optimizer import ExitOptimizer, update_exits
@@ -41,13 +41,17 @@ class ExitWork:
         """Updates every exit, and posts a record where one is due."""
         tuning, sums, self.step = self._tuning, self._take_sums(), passed.leg.step
         lr, ramp = learning_rate(self.step, tuning), loss_weight_ramp(self.step, tuning)
-        with waiting_for(self._topology, f"the update of step {self.step} (all ranks of its stage take part)"):
+        with hang_watchdog(self._topology, f"the update of step {self.step} (all ranks of its stage take part)"):
             updates = (
                 update_exits(self._trained, sums, self._divisor, lr, ramp, self._topology) if self._trained else {}
             )
         self._skipped.update(layer for layer, update in updates.items() if update.is_skipped)
         pace.count_step()
-        if self.step % tuning.log_interval and passed.follows is not Follows.END and self.step != tuning.train_iters:
+        if (
+            self.step % tuning.log_interval
+            and passed.next_action is not NextAction.END
+            and self.step != tuning.train_iters
+        ):
             return
         pace.lap(trained=True)
         own, stage = pace.report(), str(self._topology.stage)

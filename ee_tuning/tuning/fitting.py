@@ -28,10 +28,10 @@ from ee_tuning.model.exit_spec import ListedTokens
 from ee_tuning.model.fit import RIDGE, Fit, FitSums, num_columns, solved, solved_of_rank
 from ee_tuning.notices import warn
 from ee_tuning.parallel.feedback import Feedback
-from ee_tuning.parallel.host_copy import to_device
-from ee_tuning.parallel.relay import Follows, Relay
+from ee_tuning.parallel.pinned_staging import to_device
+from ee_tuning.parallel.relay import NextAction, Relay
 from ee_tuning.parallel.topology import Topology
-from ee_tuning.parallel.waiting import waiting_for
+from ee_tuning.parallel.watchdog import hang_watchdog
 from ee_tuning.tuning.fitting_other import OtherFit
 
 # s sequence, or this rank's part of it where the plan cuts it · b micro-batch · h hidden
@@ -138,7 +138,7 @@ class FitPass:
         waiting: deque[tuple[Batch, dict[int, ExitInput]]] = deque()  # the last stage's states are on their way
         num_ahead = self._topology.pp - 1 - self._topology.stage if self._is_pupil else 0
         for index, batch in enumerate(batches):
-            inputs, final = self._forward(batch, Follows.END if index == len(batches) - 1 else Follows.NEXT)
+            inputs, final = self._forward(batch, NextAction.END if index == len(batches) - 1 else NextAction.NEXT)
             waiting.append((batch, inputs))
             while len(waiting) > (num_ahead if index < len(batches) - 1 else 0):
                 self._add(*waiting.popleft(), final)
@@ -166,7 +166,7 @@ class FitPass:
                         if head.linear_rank
                         else solved(sums, has_bias=head.has_linear)
                     )
-            with waiting_for(topology, f"the map of the exit after layer {head.layer} (rank {writer} solves for it)"):
+            with hang_watchdog(topology, f"the map of the exit after layer {head.layer} (rank {writer} solves for it)"):
                 dist.broadcast(own, src=writer, group=topology.world_control)
             if not own.isfinite().all():
                 raise InputError(
@@ -187,7 +187,7 @@ class FitPass:
         topology, row = self._topology, torch.empty(self._model.config.hidden_size, dtype=fitted_dtype(self._exits))
         if self.other is not None:
             row.copy_(self.other.row())
-        with waiting_for(topology, "the row of any other token (the last stage solves for it)"):
+        with hang_watchdog(topology, "the row of any other token (the last stage solves for it)"):
             dist.broadcast(row, src=topology.writer_of_stage(topology.pp - 1), group=topology.world_control)
         if not row.isfinite().all():
             raise InputError(
@@ -196,13 +196,13 @@ class FitPass:
             )
         return row
 
-    def _forward(self, batch: Batch, follows: Follows) -> tuple[dict[int, ExitInput], Tensor | None]:
+    def _forward(self, batch: Batch, next_action: NextAction) -> tuple[dict[int, ExitInput], Tensor | None]:
         """What each exit takes; on the last stage, the final states [s, b, h]."""
         documents = PackedDocuments.of(batch.document_ids, batch.position_ids, self._topology.device)
         if self._topology.is_first_stage:
             hidden = self._model.embed(to_device(batch.tokens, self._topology.device), documents)
         else:
-            hidden, follows = self._relay.receive()
+            hidden, next_action = self._relay.receive()
         hidden, inputs = self._model.run_layers(hidden, documents)
         if self._topology.is_last_stage:
             final = self._model.final_hidden(hidden)
@@ -210,7 +210,7 @@ class FitPass:
             return inputs, final
         if self._is_pupil:
             self._feedback.expect()
-        self._relay.send(hidden, follows=follows)
+        self._relay.send(hidden, next_action=next_action)
         return inputs, None
 
     def _add(self, batch: Batch, inputs: dict[int, ExitInput], final: Tensor | None) -> None:

@@ -27,9 +27,9 @@ from ee_tuning.config import TuningSection
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import to_json
 from ee_tuning.model.config import ModelConfig
-from ee_tuning.parallel.host_copy import HostCopy
+from ee_tuning.parallel.pinned_staging import PinnedStaging
 from ee_tuning.parallel.topology import Topology
-from ee_tuning.parallel.waiting import waiting_for
+from ee_tuning.parallel.watchdog import hang_watchdog
 from ee_tuning.tuning.optimizer import ExitOptimizer
 from ee_tuning.tuning.state import CHECKPOINTS, LATEST, PROGRESS, Progress, own_state
 
@@ -47,7 +47,7 @@ class Saver:
             tuning.async_save,
         )
         self._topology = dataclasses.replace(topology, world_control=topology.save_control)
-        self._copy = HostCopy([tensor for _, tensor in self._own_state()])
+        self._copy = PinnedStaging([tensor for _, tensor in self._own_state()])
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
 
@@ -118,7 +118,7 @@ class Saver:
         folder, topology = self._folder / f"step_{progress.step:08d}", self._topology
         with written_aside(folder, topology) as partial:
             own = self._write_own(partial, folder, chunks)
-            with waiting_for(topology, f"the other ranks to write their parts of {folder}"):
+            with hang_watchdog(topology, f"the other ranks to write their parts of {folder}"):
                 reports = gathered([own], topology)
             if refused := [each.refusal for each in reports if each.refusal]:
                 raise InputError(refused[0])

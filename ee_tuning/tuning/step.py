@@ -15,10 +15,10 @@ from ee_tuning.data.loader import Batch
 from ee_tuning.model.documents import PackedDocuments
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.model.exit_head import ExitInput
-from ee_tuning.parallel.host_copy import to_device
-from ee_tuning.parallel.relay import Follows, Relay
+from ee_tuning.parallel.pinned_staging import to_device
+from ee_tuning.parallel.relay import NextAction, Relay
 from ee_tuning.parallel.topology import Topology
-from ee_tuning.parallel.waiting import waiting_for
+from ee_tuning.parallel.watchdog import hang_watchdog
 from ee_tuning.tuning.itinerary import Leg
 from ee_tuning.tuning.loss import ExitLoss, linear_loss
 from ee_tuning.tuning.objective import Objective
@@ -35,7 +35,7 @@ class Passed:
     """What a micro-batch left on this stage."""
 
     leg: Leg
-    follows: Follows
+    next_action: NextAction
     exit_inputs: dict[int, ExitInput]
     """What each exit takes, by layer."""
     teacher: Teacher | None
@@ -73,24 +73,24 @@ class StageWalk:
         """Micro-batches that `forward` should be ahead of `train` and `evaluate`."""
         return 0 if self._tutor is None else self._tutor.num_ahead
 
-    def forward(self, leg: Leg, follows: Follows) -> Passed:
-        """Runs the frozen layers and sends on. The first stage decides what `follows`; the others pass it on."""
+    def forward(self, leg: Leg, next_action: NextAction) -> Passed:
+        """Runs the frozen layers and sends on. The first stage decides what `next_action`; the others pass it on."""
         batch, tutor = leg.batch, self._tutor if self._teaches[leg.trains] else None
         documents = PackedDocuments.of(batch.document_ids, batch.position_ids, self._topology.device)
         if self._topology.is_first_stage:
             hidden = self._model.embed(to_device(batch.tokens, self._topology.device), documents)
         else:
-            hidden, follows = self._relay.receive()
-        with waiting_for(
+            hidden, next_action = self._relay.receive()
+        with hang_watchdog(
             self._topology, f"the layers of a micro-batch of step {leg.step} (its tensor-parallel ranks take part)"
         ):
             hidden, exit_inputs = self._model.run_layers(hidden, documents)
         if self._topology.is_last_stage:
-            return Passed(leg, follows, exit_inputs, tutor.teach(hidden) if tutor else None)
+            return Passed(leg, next_action, exit_inputs, tutor.teach(hidden) if tutor else None)
         if tutor:
             tutor.expect()
-        self._relay.send(hidden, follows=follows)
-        return Passed(leg, follows, exit_inputs, None)
+        self._relay.send(hidden, next_action=next_action)
+        return Passed(leg, next_action, exit_inputs, None)
 
     def lesson(self, passed: Passed) -> Teacher | None:
         """What the final head says of a micro-batch, where it is wanted. Call it once for each, in order."""

@@ -18,7 +18,7 @@ from ee_tuning.config import Config
 from ee_tuning.data.loader import BatchSource, validation_batches
 from ee_tuning.data.tokens import Splits
 from ee_tuning.json_file import to_json
-from ee_tuning.parallel.relay import Follows, Relay
+from ee_tuning.parallel.relay import NextAction, Relay
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.tuning.departure import Departure
 from ee_tuning.tuning.exit_work import ExitWork
@@ -113,16 +113,16 @@ class Tuner:
                 lambda: relay.seconds_waited + (tutor.feedback.seconds_waited if tutor else 0.0),
             )
             for leg in itinerary.after(self.step, validates_first=validates_first):
-                follows = Follows.NEXT
-                for done, follows in self._advance(walk, leg, departure.follows(leg), waiting, metrics, pace):
-                    if follows is not Follows.NEXT:
+                next_action = NextAction.NEXT
+                for done, next_action in self._advance(walk, leg, departure.next_action(leg), waiting, metrics, pace):
+                    if next_action is not NextAction.NEXT:
                         pace.lap(trained=leg.trains)
                         self._save(saver, done, metrics)
                         departure.saved()
                         pace.lap(trained=False)
                 pace.lap(trained=leg.trains)
                 metrics.poll()
-                if follows is Follows.END:
+                if next_action is NextAction.END:
                     break
             relay.finish()
             if tutor:
@@ -137,7 +137,7 @@ class Tuner:
         metrics, pace = MetricsBoard(self.topology, lambda record: None), Pace(1, 0.0, lambda: 0.0)
         itinerary, waiting = Itinerary(self._source, self._validation, self.tuning), deque[Passed]()
         for leg in (*itinerary.training(1), *itinerary.validation(1)):
-            deque(self._advance(walk, leg, Follows.NEXT, waiting, metrics, pace), maxlen=0)
+            deque(self._advance(walk, leg, NextAction.NEXT, waiting, metrics, pace), maxlen=0)
         while waiting:
             self._work.do(waiting.popleft(), walk, metrics, pace)
 
@@ -191,18 +191,24 @@ class Tuner:
         )
 
     def _advance(
-        self, walk: StageWalk, leg: Leg, follows: Follows, waiting: deque[Passed], metrics: MetricsBoard, pace: Pace
-    ) -> Iterator[tuple[Leg, Follows]]:
+        self,
+        walk: StageWalk,
+        leg: Leg,
+        next_action: NextAction,
+        waiting: deque[Passed],
+        metrics: MetricsBoard,
+        pace: Pace,
+    ) -> Iterator[tuple[Leg, NextAction]]:
         """A micro-batch through the layers, and as many that wait through the exits as must not wait longer: each of
         these, when its exits are done, and what follows it.
         """
-        waiting.append(walk.forward(leg, follows))
-        is_end = waiting[-1].follows is Follows.END
+        waiting.append(walk.forward(leg, next_action))
+        is_end = waiting[-1].next_action is NextAction.END
         while len(waiting) > (0 if is_end else walk.num_ahead):
-            done, follows = waiting[0].leg, waiting[0].follows
+            done, next_action = waiting[0].leg, waiting[0].next_action
             # Not kept in a variable here: it would lie beside the next micro-batch's.
             self._work.do(waiting.popleft(), walk, metrics, pace)
-            yield done, follows
+            yield done, next_action
 
     def _validates_first(self, itinerary: Itinerary) -> bool:
         """Whether a validation comes before the next step: of the heads as they began, or one that a stop left out. All

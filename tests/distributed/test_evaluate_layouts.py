@@ -25,7 +25,7 @@ LINES = [
 
 def evaluate_at(folder: str, task: str, output: str, keys: dict[str, Any]) -> str:
     """What the command ends with: nothing, or its error."""
-    module.leave_parallel = lambda: None  # type: ignore[assignment]  # the world goes on
+    module.destroy_parallel = lambda: None  # type: ignore[assignment]  # the world goes on
     config = load_config(
         None,
         {
@@ -68,7 +68,7 @@ def test_layouts_find_the_same(world: Any, tmp_path: Path, monkeypatch: pytest.M
     """Replicas that measure the same prompts, or lose some; results in another order; a file that four ranks write;
     ranks that wait for ever where one prompt is refused.
     """
-    monkeypatch.setattr(module, "leave_parallel", module.leave_parallel)
+    monkeypatch.setattr(module, "destroy_parallel", module.destroy_parallel)
     random_llama(tmp_path / "model", vocab_size=VOCABULARY, eos_token_id=END, bos_token_id=END)
     write_byte_tokenizer(tmp_path / "model")
     write_exits(tmp_path / "model", tmp_path / "exits")

@@ -34,7 +34,7 @@ LINES: list[dict[str, Any]] = [
 
 def regenerate_at(folder: str, output: str, keys: dict[str, Any]) -> str:
     """What the command ends with: nothing, or its error."""
-    module.leave_parallel = lambda: None  # type: ignore[assignment]  # the world goes on
+    module.destroy_parallel = lambda: None  # type: ignore[assignment]  # the world goes on
     prompts = Path(folder) / "prompts.jsonl"
     config = load_config(
         None,
@@ -59,7 +59,7 @@ def test_layouts_answer_the_same(world: Any, tmp_path: Path, monkeypatch: pytest
     """Ranks that render, draw or stop otherwise and wait for ever; a file that four ranks write; prompts left out by
     one rank alone.
     """
-    monkeypatch.setattr(module, "leave_parallel", module.leave_parallel)
+    monkeypatch.setattr(module, "destroy_parallel", module.destroy_parallel)
     random_llama(tmp_path, vocab_size=VOCABULARY + 2, eos_token_id=256, bos_token_id=256)
     write_byte_tokenizer(tmp_path, "<|im_start|>", "<|im_end|>")
     (tmp_path / "chat_template.jinja").write_text(TEMPLATE)

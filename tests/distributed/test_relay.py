@@ -9,8 +9,8 @@ from meeting import LONG, SHORT, Meeting
 from world import World
 
 from ee_tuning.config import ParallelSection
-from ee_tuning.parallel import messages
-from ee_tuning.parallel.relay import Follows, Relay
+from ee_tuning.parallel import p2p
+from ee_tuning.parallel.relay import NextAction, Relay
 from ee_tuning.parallel.topology import Topology, init_parallel
 
 SHAPE = (3, 2, 4)  # [s, b, h]
@@ -22,16 +22,16 @@ def relay_all(
     """What this stage held of every micro-batch; each stage adds one before it sends on."""
     relay = Relay(topology, SHAPE, dtype, max_in_flight=max_in_flight)
     seen = []
-    follows = Follows.NEXT
-    while follows is not Follows.END:
+    next_action = NextAction.NEXT
+    while next_action is not NextAction.END:
         if topology.is_first_stage:
             hidden = torch.full(SHAPE, 10.0 * len(seen), dtype=dtype)
-            follows = Follows.NEXT if len(seen) < num_microbatches - 1 else Follows.END
+            next_action = NextAction.NEXT if len(seen) < num_microbatches - 1 else NextAction.END
         else:
-            hidden, follows = relay.receive()
+            hidden, next_action = relay.receive()
         seen.append(hidden)
         if not topology.is_last_stage:
-            relay.send(hidden + 1, follows=follows)
+            relay.send(hidden + 1, next_action=next_action)
     relay.finish()
     return seen
 
@@ -60,7 +60,7 @@ def test_every_stage_sees_every_microbatch_in_order(
 
 
 def relay_staged(num_microbatches: int) -> list[torch.Tensor]:
-    with mock.patch.object(messages, "_is_staged", lambda tensor, group: tensor.is_floating_point()):
+    with mock.patch.object(p2p, "_is_staged", lambda tensor, group: tensor.is_floating_point()):
         return relay_on_every_stage(num_microbatches, torch.bfloat16, 2)
 
 
@@ -72,26 +72,28 @@ def test_states_that_go_through_host_memory_arrive_in_order(world: World) -> Non
         assert [each.unique().item() for each in seen] == [10.0 * i + stage for i in range(9)]
 
 
-def relay_with_saves(num_microbatches: int) -> list[tuple[float, Follows]]:
+def relay_with_saves(num_microbatches: int) -> list[tuple[float, NextAction]]:
     """A checkpoint follows each third micro-batch: what this stage held of every one, and what it heard."""
     topology = init_parallel(ParallelSection(pipeline_model_parallel_size=4))
     relay = Relay(topology, SHAPE, torch.float32)
     seen = []
     for i in range(num_microbatches):
-        follows = Follows.END if i == num_microbatches - 1 else Follows.SAVE if i % 3 == 2 else Follows.NEXT
+        next_action = (
+            NextAction.END if i == num_microbatches - 1 else NextAction.SAVE if i % 3 == 2 else NextAction.NEXT
+        )
         hidden = torch.full(SHAPE, 10.0 * i)
         if not topology.is_first_stage:
-            hidden, follows = relay.receive()
-        seen.append((hidden.mean().item(), follows))
+            hidden, next_action = relay.receive()
+        seen.append((hidden.mean().item(), next_action))
         if not topology.is_last_stage:
-            relay.send(hidden + 1, follows=follows)
+            relay.send(hidden + 1, next_action=next_action)
     relay.finish()
     return seen
 
 
 def test_every_stage_hears_where_a_checkpoint_is_taken(world: World) -> None:
     """A stage that saves after another micro-batch than the first one, or takes a checkpoint for the end."""
-    words = [Follows.NEXT, Follows.NEXT, Follows.SAVE] * 3 + [Follows.END]
+    words = [NextAction.NEXT, NextAction.NEXT, NextAction.SAVE] * 3 + [NextAction.END]
     for stage, seen in enumerate(world.run(relay_with_saves, 10)):
         assert seen == [(10.0 * i + stage, word) for i, word in enumerate(words)]
 
@@ -119,7 +121,7 @@ def all_met(folder: Path, patience: float, drains: bool) -> bool:
     for i in range(num_microbatches):
         hidden = work(torch.zeros(SHAPE) if topology.is_first_stage else relay.receive().hidden)
         if not topology.is_last_stage:
-            relay.send(hidden, follows=Follows.NEXT if i < num_microbatches - 1 else Follows.END)
+            relay.send(hidden, next_action=NextAction.NEXT if i < num_microbatches - 1 else NextAction.END)
         if drains and i % 2:
             topology.barrier()
     relay.finish()

@@ -18,7 +18,7 @@ from ee_tuning import config as job
 from ee_tuning.checkpoint.manifest import write_manifest
 from ee_tuning.config import Config
 from ee_tuning.errors import InputError
-from ee_tuning.parallel.relay import Follows
+from ee_tuning.parallel.relay import NextAction
 from ee_tuning.tuning.departure import Departure
 from ee_tuning.tuning.itinerary import Leg
 from ee_tuning.tuning.saving import Saver
@@ -90,11 +90,11 @@ def tune_until_signal(config: Config, rank: int = 1) -> tuple[bool, int]:
     """One rank of the first stage gets a signal while the second step is under way, twice as launchers give it."""
     tuner, forward = make_tuner(config), StageWalk.forward
 
-    def signalled(walk: StageWalk, leg: Leg, follows: Follows) -> Passed:
+    def signalled(walk: StageWalk, leg: Leg, next_action: NextAction) -> Passed:
         if leg.trains and leg.step == 2 and tuner.topology.rank == rank:
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)
-        return forward(walk, leg, follows)
+        return forward(walk, leg, next_action)
 
     with mock.patch.object(StageWalk, "forward", signalled):
         return tuner.run(), tuner.step

@@ -13,7 +13,7 @@ from ee_tuning import notices
 from ee_tuning.checkpoint.load import compute_dtype
 from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.parallel.device import collective_backend
-from ee_tuning.parallel.host_copy import to_device
+from ee_tuning.parallel.pinned_staging import to_device
 from ee_tuning.parallel.topology import init_parallel
 
 CHECK = """

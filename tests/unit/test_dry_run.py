@@ -17,7 +17,7 @@ from ee_tuning.config import Config, load_config
 from ee_tuning.data.tokens import PackedSamples, Splits
 from ee_tuning.errors import InputError
 from ee_tuning.model.exit_head import ExitMLP
-from ee_tuning.parallel.topology import init_parallel, leave_parallel
+from ee_tuning.parallel.topology import destroy_parallel, init_parallel
 from ee_tuning.planning.dry_run import rehearse
 from ee_tuning.tuning.tuner import Tuner
 
@@ -37,10 +37,10 @@ LLAMA_70B = {
 @pytest.fixture(autouse=True)
 def no_world() -> Iterator[None]:
     if dist.is_initialized():  # of another test
-        leave_parallel()
+        destroy_parallel()
     yield
     if dist.is_initialized():
-        leave_parallel()
+        destroy_parallel()
 
 
 def config_only(folder: Path, **changes: Any) -> Path:
@@ -182,7 +182,7 @@ def test_the_account_is_of_the_true_tensors(
     assert len(held) == 3 * len(masters)
     counts = 4 * len(masters)  # Adam's own counts of its steps
     assert rehearsal.memory["optimizer"] == sum(each.nbytes for each in held) + counts
-    leave_parallel()
+    destroy_parallel()
 
 
 def test_a_wrong_shape_is_found_and_its_rank_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

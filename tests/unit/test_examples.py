@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from ee_tuning.config import Config, load_config, replace
 from ee_tuning.model.config import read_model_config
-from ee_tuning.parallel.topology import leave_parallel
+from ee_tuning.parallel.topology import destroy_parallel
 from ee_tuning.planning.gpus import gpu
 from ee_tuning.planning.plan import Cluster, Plan, make_plan
 
@@ -37,7 +37,7 @@ def job(folder: Path) -> Config:
 
 def plan_of(folder: Path, nodes: int, gpus_per_node: int = 8, name: str = "h100", config: Config | None = None) -> Plan:
     if dist.is_initialized():  # of another test
-        leave_parallel()
+        destroy_parallel()
     return make_plan(
         config or job(folder), Cluster(gpu=gpu(name), nodes=nodes, gpus_per_node=gpus_per_node, efficiency=0.5)
     )

@@ -13,7 +13,7 @@ from ee_tuning.checkpoint.load import LoadedModel, load_for_tuning
 from ee_tuning.config import Config, load_config
 from ee_tuning.errors import InputError
 from ee_tuning.model.few_bits import FewBitsLinear, few_bits_weights
-from ee_tuning.parallel.topology import init_parallel, leave_parallel
+from ee_tuning.parallel.topology import destroy_parallel, init_parallel
 from ee_tuning.planning.dry_run import rehearse
 
 FORMATS = ("int8", "nf4")
@@ -131,7 +131,7 @@ def test_memory_is_what_the_formats_say_and_the_dry_run_knows(weights: str, mode
     angles = backbone.angles.nbytes
     held = sum(each.nbytes for each in (*backbone.parameters(), *backbone.buffers()))
     assert held - angles == others + 3 * sum(bytes_of(*each) for each in maps)
-    leave_parallel()
+    destroy_parallel()
     (rehearsal,) = rehearse(config, 1)
     assert rehearsal.memory["weights"] == held
     # A product wants its own weight in the computing dtype, and no other's.

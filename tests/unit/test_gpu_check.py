@@ -24,7 +24,7 @@ from gpu_stages.ranks import run_ranks  # noqa: E402
 from gpu_stages.report import LONGEST_TABLE, Report, facts_of  # noqa: E402
 
 from ee_tuning.config import ParallelSection  # noqa: E402
-from ee_tuning.parallel.topology import init_parallel, leave_parallel  # noqa: E402
+from ee_tuning.parallel.topology import destroy_parallel, init_parallel  # noqa: E402
 
 STAGES = {1: right, 2: decoding, 3: tuning, 5: layers}
 
@@ -41,7 +41,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
 @pytest.fixture(autouse=True)
 def no_world() -> Iterator[None]:
     if dist.is_initialized():  # of another test
-        leave_parallel()
+        destroy_parallel()
     yield
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from ee_tuning import cli
 from ee_tuning.errors import InputError
-from ee_tuning.parallel.launcher import Place, check_address, is_first, launched, local_rank
+from ee_tuning.parallel.launcher import LaunchedRank, check_address, is_first, launched_rank, local_rank
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -22,16 +22,16 @@ def say(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
         ({}, None),
         ({"WORLD_SIZE": "4"}, None),
         ({"RANK": "", "WORLD_SIZE": ""}, None),
-        ({"RANK": "0", "WORLD_SIZE": "1"}, Place(0, 1)),
-        ({"RANK": "3", "WORLD_SIZE": "4"}, Place(3, 4)),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, LaunchedRank(0, 1)),
+        ({"RANK": "3", "WORLD_SIZE": "4"}, LaunchedRank(3, 4)),
     ],
 )
 def test_a_place_is_what_both_variables_say(
-    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], place: Place | None
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], place: LaunchedRank | None
 ):
     """A variable that a shell has left, taken for a launcher."""
     say(monkeypatch, environment)
-    assert launched() == place and is_first() == (place is None or place.rank == 0)
+    assert launched_rank() == place and is_first() == (place is None or place.rank == 0)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_what_makes_no_sense_is_one_line(
     """A traceback of int(), or a command that fails without a word, for its rank is not the one that tells."""
     say(monkeypatch, environment)
     with pytest.raises(InputError, match=words):
-        launched()
+        launched_rank()
     assert cli.main(["no such command"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("ee-tuning: error: ") and said.count("\n") == 1
@@ -73,8 +73,8 @@ def test_several_processes_need_an_address(monkeypatch: pytest.MonkeyPatch, envi
     """A traceback of torch's rendezvous."""
     say(monkeypatch, environment)
     with pytest.raises(InputError, match=words):
-        check_address(Place(0, 2))
+        check_address(LaunchedRank(0, 2))
     say(monkeypatch, {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500", "LOCAL_RANK": "gpu"})
-    check_address(Place(0, 2))
+    check_address(LaunchedRank(0, 2))
     with pytest.raises(InputError, match="LOCAL_RANK"):
         local_rank()

@@ -12,7 +12,7 @@ from ee_tuning.errors import InputError
 from ee_tuning.model.config import model_config_from_hf
 from ee_tuning.model.exit_spec import ExitSpec
 from ee_tuning.model.partition import exit_head_cost, layer_cost, split_layers, stage_layers
-from ee_tuning.parallel.topology import leave_parallel
+from ee_tuning.parallel.topology import destroy_parallel
 from ee_tuning.planning.dry_run import rehearse
 
 SHAPE = {
@@ -58,7 +58,7 @@ def test_the_dearest_stage_is_as_cheap_as_can_be(exits: tuple[int, ...], num_sta
 def test_modelled_costs_are_what_the_code_does(architecture: str, output: str, tmp_path: Path) -> None:
     """A head that is cheaper or dearer than the model of it says makes every other stage wait."""
     if dist.is_initialized():
-        leave_parallel()
+        destroy_parallel()
     (tmp_path / "config.json").write_text(json.dumps(SHAPE))
     (rehearsal,) = rehearse(
         load_config(
@@ -95,7 +95,7 @@ def test_a_layout_that_is_given_is_taken() -> None:
 def test_a_first_stage_with_the_embedding_alone_runs(tmp_path: Path) -> None:
     """A stage without layers has nothing to take a hidden state from but the embedding."""
     if dist.is_initialized():
-        leave_parallel()
+        destroy_parallel()
     (tmp_path / "config.json").write_text(json.dumps(SHAPE))
     first, second = rehearse(
         load_config(

@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from ee_tuning import cli
-from ee_tuning.parallel.topology import leave_parallel
+from ee_tuning.parallel.topology import destroy_parallel
 
 LLAMA_70B = {
     "model_type": "llama",
@@ -26,7 +26,7 @@ LLAMA_70B = {
 @pytest.fixture(autouse=True)
 def no_world() -> None:
     if dist.is_initialized():  # of another test
-        leave_parallel()
+        destroy_parallel()
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ee_tuning.data.loader import Batch
-from ee_tuning.parallel.relay import Follows
+from ee_tuning.parallel.relay import NextAction
 from ee_tuning.parallel.vocab import VocabShard
 from ee_tuning.tuning.itinerary import Leg
 from ee_tuning.tuning.objective import Objective
@@ -42,7 +42,7 @@ def test_labels_and_mask_are_copied_to_the_device_once_for_all_exits() -> None:
     )
     inputs: Any = {layer: torch.ones(3, 1, 4) for layer in (1, 2, 3)}
     passed = Passed(
-        Leg(batch=batch, trains=True, step=1, is_last=True, position=1, ends_step=True), Follows.NEXT, inputs, None
+        Leg(batch=batch, trains=True, step=1, is_last=True, position=1, ends_step=True), NextAction.NEXT, inputs, None
     )
     for walked in (lambda: walk.train(passed, None, exits), lambda: walk.evaluate(passed, None, exits)):
         assert list(walked()) == [1, 2, 3] and Counted.num_copies == 2

@@ -8,13 +8,13 @@ import torch.distributed as dist
 
 from ee_tuning.config import ParallelSection
 from ee_tuning.errors import InputError
-from ee_tuning.parallel.topology import connection_warning, init_parallel, leave_parallel
+from ee_tuning.parallel.topology import connection_warning, destroy_parallel, init_parallel
 
 
 @pytest.fixture
 def no_world() -> None:
     if dist.is_initialized():  # of another test
-        leave_parallel()
+        destroy_parallel()
 
 
 def test_a_world_size_without_a_rank_is_a_world_of_one(no_world: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,7 +29,7 @@ def test_a_world_size_without_a_rank_is_a_world_of_one(no_world: None, monkeypat
             dist.all_reduce(ones, group=group)
         topology.barrier()
         assert topology.broadcast_object({"a": 1}) == {"a": 1} and ones.tolist() == [1.0, 1.0]
-        leave_parallel()
+        destroy_parallel()
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_a_world_of_one_needs_no_address(no_world: None, monkeypatch: pytest.Mon
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert init_parallel(ParallelSection(distributed_timeout_minutes=0.1)).world_size == 1
-    leave_parallel()
+    destroy_parallel()
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="MASTER_ADDR"):
         init_parallel(ParallelSection(tensor_model_parallel_size=2))

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from ee_tuning.config import ParallelSection
-from ee_tuning.parallel.topology import Topology, init_parallel, leave_parallel
+from ee_tuning.parallel.topology import Topology, destroy_parallel, init_parallel
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "examples" / "tiny-python-llama"
@@ -128,7 +128,7 @@ class Bench:
             for child in active_children():  # the interpreter would wait for them at its end
                 child.kill()
         if dist.is_initialized():
-            leave_parallel()
+            destroy_parallel()
 
     def _submitted(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         if self._pool is None:
@@ -147,12 +147,12 @@ def in_own_world(function: Callable[..., Any], *arguments: Any) -> Any:
     in one.
     """
     if dist.is_initialized():
-        leave_parallel()
+        destroy_parallel()
     try:
         return function(*arguments)
     finally:
         if dist.is_initialized():
-            leave_parallel()
+            destroy_parallel()
 
 
 @contextmanager
@@ -178,7 +178,7 @@ def _in_process(words: list[str]) -> str:
 
     with redirect_stdout(io.StringIO()) as said:
         if dist.is_initialized():
-            leave_parallel()
+            destroy_parallel()
         code = cli.main(words)
     if code:
         raise RuntimeError(f"ee-tuning {' '.join(words)} ended with {code}")

@@ -9,7 +9,7 @@ import torch
 
 from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.generation.llm import EarlyExitLLM
-from ee_tuning.parallel.relay import Follows, Relay
+from ee_tuning.parallel.relay import NextAction, Relay
 from ee_tuning.parallel.topology import Topology, init_parallel
 from ee_tuning.tuning.command import tune_within
 from gpu_stages.bench import SHIPPED, Bench
@@ -30,16 +30,16 @@ def pass_states(shape: tuple[int, int, int], num_microbatches: int) -> dict[str,
         (shape[2], shape[2]), 1 / shape[2], device=topology.device, dtype=torch.bfloat16
     )  # of ones it makes ones
     began = time.perf_counter()
-    follows, index = Follows.NEXT, 0
-    while follows is not Follows.END:
+    next_action, index = NextAction.NEXT, 0
+    while next_action is not NextAction.END:
         if topology.is_first_stage:
-            follows = Follows.NEXT if index < num_microbatches - 1 else Follows.END
+            next_action = NextAction.NEXT if index < num_microbatches - 1 else NextAction.END
             relay.send(
                 _worked(torch.full(shape, float(index), device=topology.device, dtype=torch.bfloat16), work),
-                follows=follows,
+                next_action=next_action,
             )
         else:
-            hidden, follows = relay.receive()
+            hidden, next_action = relay.receive()
             held.append(_worked(hidden, work))
             held[-1] = torch.stack((held[-1].amin(), held[-1].amax()))
         index += 1

@@ -4,6 +4,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 
-def is_imagined(x: Tensor) -> bool:
+def is_fake(x: Tensor) -> bool:
     """Whether `x` is a tensor of a dry run, which imagines a GPU."""
     return isinstance(x, FakeTensor)

@@ -10,8 +10,8 @@ from world import World
 from ee_tuning.checkpoint.aside import on_first_rank
 from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.evaluation.profile import with_exit_layers
-from ee_tuning.parallel import together
-from ee_tuning.parallel.together import finish_together
+from ee_tuning.parallel import heartbeat
+from ee_tuning.parallel.heartbeat import run_with_heartbeat
 from ee_tuning.parallel.topology import init_parallel
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny-python-llama"
@@ -26,7 +26,7 @@ def failing(rank: int) -> list[str]:
     """What this rank hears where `rank` fails while all work, and where the first one fails at what it does for all."""
     topology, heard = init_parallel(ParallelSection()), []
     for work in (
-        lambda: finish_together(crash() if topology.rank == rank else iter(()), topology),
+        lambda: run_with_heartbeat(crash() if topology.rank == rank else iter(()), topology),
         lambda: on_first_rank(topology, lambda: list(crash())),
     ):
         try:
@@ -50,7 +50,7 @@ def profiled(text: str) -> tuple[object, int]:
         None, {"model.path": str(MODEL), "exits.exit_layers": "auto:3:profile", "exits.profile_text": text}
     )
     with (
-        mock.patch.object(together, "_SECONDS_BETWEEN_ANSWERS", 0.0),
+        mock.patch.object(heartbeat, "_SECONDS_BETWEEN_ANSWERS", 0.0),
         mock.patch.object(dist, "all_gather_object", side_effect=dist.all_gather_object) as meeting,
     ):
         return with_exit_layers(config).exits.exit_layers, meeting.call_count

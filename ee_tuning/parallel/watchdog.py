@@ -11,30 +11,30 @@ import torch.distributed as dist
 
 from ee_tuning.parallel.topology import Topology
 
-PATIENCE = 60.0
+REPORT_AFTER_SECONDS = 60.0
 """Seconds after which a wait is told; again after twice as long, and so on."""
 
 
 @dataclass
 class _Wait:
-    who: str
+    rank_name: str
     what: str
     since: float
-    told_after: float
+    next_report_after: float
 
 
-_waits: dict[int, _Wait] = {}
+_active_waits: dict[int, _Wait] = {}
 """The waits of this process, by thread."""
 _watcher: threading.Thread | None = None
 
 
 @contextmanager
-def waiting_for(topology: Topology, what: str) -> Iterator[None]:
+def hang_watchdog(topology: Topology, what: str) -> Iterator[None]:
     """Around a wait for other ranks. Where the process group gives up, for time or because a rank is gone, the
     RuntimeError names this rank and `what`.
     """
-    who = f"rank {topology.rank} (stage {topology.stage}, tensor {topology.tp_rank}, replica {topology.dp_rank})"
-    wait = _waits[threading.get_ident()] = _Wait(who, what, time.monotonic(), PATIENCE)
+    rank_name = f"rank {topology.rank} (stage {topology.stage}, tensor {topology.tp_rank}, replica {topology.dp_rank})"
+    wait = _active_waits[threading.get_ident()] = _Wait(rank_name, what, time.monotonic(), REPORT_AFTER_SECONDS)
     _start_watching()
     try:
         yield
@@ -43,10 +43,10 @@ def waiting_for(topology: Topology, what: str) -> Iterator[None]:
             raise
         waited = time.monotonic() - wait.since
         raise RuntimeError(
-            f"{who} waited {waited:.0f} s for {what}, in vain: {str(error).partition(chr(10))[0]}"
+            f"{rank_name} waited {waited:.0f} s for {what}, in vain: {str(error).partition(chr(10))[0]}"
         ) from error
     finally:
-        _waits.pop(threading.get_ident(), None)
+        _active_waits.pop(threading.get_ident(), None)
 
 
 def _start_watching() -> None:
@@ -59,16 +59,16 @@ def _start_watching() -> None:
 def _watch() -> None:
     while True:
         time.sleep(1.0)
-        for line in _due(time.monotonic()):
+        for line in _due_reports(time.monotonic()):
             print(line, file=sys.stderr, flush=True)
 
 
-def _due(now: float) -> list[str]:
+def _due_reports(now: float) -> list[str]:
     """What is to be told at a moment of `time.monotonic`."""
     lines = []
-    for wait in list(_waits.values()):
+    for wait in list(_active_waits.values()):
         waited = now - wait.since
-        if waited >= wait.told_after:
-            wait.told_after = 2 * waited
-            lines.append(f"ee-tuning: {wait.who} has waited {waited:.0f} s for {wait.what}")
+        if waited >= wait.next_report_after:
+            wait.next_report_after = 2 * waited
+            lines.append(f"ee-tuning: {wait.rank_name} has waited {waited:.0f} s for {wait.what}")
     return lines

@@ -12,11 +12,11 @@ import torch.testing._internal.distributed.fake_pg  # noqa: F401 -- registers to
 
 from ee_tuning.config import ParallelSection
 from ee_tuning.parallel.device import prepare_device
-from ee_tuning.parallel.topology import Topology, check_world_size, lay_out, leave_parallel
+from ee_tuning.parallel.topology import Topology, build_topology, check_world_size, destroy_parallel
 
 
 @contextmanager
-def dry_world(parallel: ParallelSection, world_size: int, rank: int) -> Iterator[Topology]:
+def fake_world(parallel: ParallelSection, world_size: int, rank: int) -> Iterator[Topology]:
     """This process as `rank` of `world_size`, while it lasts. No other world may have been joined.
 
     Raises InputError where TP × PP does not divide `world_size`.
@@ -26,6 +26,6 @@ def dry_world(parallel: ParallelSection, world_size: int, rank: int) -> Iterator
     device = prepare_device()
     dist.init_process_group("fake", store=dist.HashStore(), rank=rank, world_size=world_size)
     try:
-        yield lay_out(parallel, device)
+        yield build_topology(parallel, device)
     finally:
-        leave_parallel()
+        destroy_parallel()

@@ -17,10 +17,10 @@ from world import World
 
 from ee_tuning.config import ParallelSection
 from ee_tuning.errors import InputError
-from ee_tuning.parallel import waiting
-from ee_tuning.parallel.relay import Follows, Relay
+from ee_tuning.parallel import watchdog
+from ee_tuning.parallel.relay import NextAction, Relay
 from ee_tuning.parallel.topology import init_parallel
-from ee_tuning.parallel.waiting import waiting_for
+from ee_tuning.parallel.watchdog import hang_watchdog
 
 SHAPE = (3, 2, 4)
 PLACE: Any = SimpleNamespace(rank=5, stage=2, tp_rank=1, dp_rank=0)
@@ -44,7 +44,10 @@ def slow_first_stage(folder: Path) -> tuple[str, timedelta]:
     group gives up.
     """
     topology = init_parallel(ParallelSection(pipeline_model_parallel_size=4, distributed_timeout_minutes=7))
-    with mock.patch.object(waiting, "PATIENCE", 0.2), redirect_stderr(Marked(folder / str(topology.rank))) as said:
+    with (
+        mock.patch.object(watchdog, "REPORT_AFTER_SECONDS", 0.2),
+        redirect_stderr(Marked(folder / str(topology.rank))) as said,
+    ):
         relay, hidden = Relay(topology, SHAPE, torch.float32), torch.zeros(SHAPE)
         ends = time.monotonic() + 60
         while topology.is_first_stage and len(list(folder.iterdir())) < 3 and time.monotonic() < ends:
@@ -52,7 +55,7 @@ def slow_first_stage(folder: Path) -> tuple[str, timedelta]:
         if not topology.is_first_stage:
             hidden, _ = relay.receive()
         if not topology.is_last_stage:
-            relay.send(hidden, follows=Follows.END)
+            relay.send(hidden, next_action=NextAction.END)
         relay.finish()
     return said.getvalue(), topology.pp_control._get_backend(torch.device("cpu")).options._timeout
 
@@ -69,19 +72,19 @@ def test_a_rank_says_for_whom_it_waits(world: World, tmp_path: Path) -> None:
 
 def test_a_wait_is_told_ever_less_often() -> None:
     """A line a second of a hang fills the log of a night."""
-    with waiting_for(PLACE, "a word"):
+    with hang_watchdog(PLACE, "a word"):
         now = time.monotonic()
-        told = [seconds for seconds in range(1000) if waiting._due(now + seconds)]
+        told = [seconds for seconds in range(1000) if watchdog._due_reports(now + seconds)]
     assert told[0] in (60, 61) and [round(later / earlier) for earlier, later in pairwise(told)] == [2, 2, 2, 2]
-    assert not waiting._due(now + 10_000), "it is over"
+    assert not watchdog._due_reports(now + 10_000), "it is over"
 
 
 def test_a_wait_in_vain_names_what_was_waited_for() -> None:
     """gloo's own words, which name a line of its source."""
     told = r"^rank 5 \(stage 2, tensor 1, replica 0\) waited 0 s for micro-batch 3, in vain: .*Timed out"
-    with pytest.raises(RuntimeError, match=told), waiting_for(PLACE, "micro-batch 3"):
+    with pytest.raises(RuntimeError, match=told), hang_watchdog(PLACE, "micro-batch 3"):
         raise RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv\nmore")
-    with pytest.raises(RuntimeError, match=r"^shapes differ"), waiting_for(PLACE, "the layers"):
+    with pytest.raises(RuntimeError, match=r"^shapes differ"), hang_watchdog(PLACE, "the layers"):
         raise RuntimeError("shapes differ")
 
 

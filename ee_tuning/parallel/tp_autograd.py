@@ -33,12 +33,12 @@ class _SumOfGradients(torch.autograd.Function):
         return _reduced(gradients[0], ctx.group), None
 
 
-def sum_over_shards(partial: Tensor, group: Group) -> Tensor:
+def reduce_from_tp(partial: Tensor, group: Group) -> Tensor:
     """The sum of the ranks' parts, which may be overwritten; each rank's part gets the sum's gradient."""
     return _Sum.apply(partial, group)
 
 
-def shared_by_shards(x: Tensor, group: Group) -> Tensor:
+def copy_to_tp(x: Tensor, group: Group) -> Tensor:
     """`x`, which every rank holds and uses for its own part: its gradient is the sum of theirs."""
     return _SumOfGradients.apply(x, group)
 

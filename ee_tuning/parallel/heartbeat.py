@@ -11,7 +11,7 @@ from ee_tuning.parallel.topology import Topology
 _SECONDS_BETWEEN_ANSWERS = 20.0
 
 
-def finish_together(steps: Iterator[None], topology: Topology) -> None:
+def run_with_heartbeat(steps: Iterator[None], topology: Topology) -> None:
     """Goes through `steps`, each of well under a minute, while the other ranks go through theirs, or wait. All ranks
     call it.
 

@@ -13,7 +13,7 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
-class HostCopy:
+class PinnedStaging:
     """Copies of tensors in host memory, so that what changes on the device can be written as it was while work on it
     goes on.
 
