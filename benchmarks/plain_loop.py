@@ -138,7 +138,7 @@ def ours(folder: Path, options: argparse.Namespace) -> Figures:
     from ee_tuning.parallel.relay import Relay
     from ee_tuning.parallel.topology import init_parallel
     from ee_tuning.tuning.settings import objective
-    from ee_tuning.tuning.step import StageWalk
+    from ee_tuning.tuning.stage_forward import StageForward
     from ee_tuning.tuning.tuner import Tuner
 
     config = load_config(
@@ -164,14 +164,14 @@ def ours(folder: Path, options: argparse.Namespace) -> Figures:
     )
     tuner = Tuner(loaded, Splits(train=PackedSamples(stream, options.seq_length), valid=None), config, topology)
     shape = (options.seq_length, options.micro_batch_size, loaded.model.config.hidden_size)
-    walk = StageWalk(
+    stage_forward = StageForward(
         loaded.model,
         Relay(topology, shape, loaded.model.plan.dtype),
         topology,
         config.tuning.loss_chunk_tokens,
         objective(config.tuning),
     )
-    return _timed(lambda: tuner.rehearse(walk), options.steps, before)
+    return _timed(lambda: tuner.rehearse(stage_forward), options.steps, before)
 
 
 def _timed(step: Callable[[], None], steps: int, before: int) -> Figures:

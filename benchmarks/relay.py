@@ -27,12 +27,12 @@ from ee_tuning.checkpoint.load import load_for_tuning
 from ee_tuning.config import Config, load_config
 from ee_tuning.data.tokens import PackedSamples, Splits
 from ee_tuning.parallel.topology import init_parallel
-from ee_tuning.tuning import exit_work
+from ee_tuning.tuning import exit_trainer
 from ee_tuning.tuning import tuner as tuner_module
 from ee_tuning.tuning.saving import Saver
-from ee_tuning.tuning.step import StageWalk
+from ee_tuning.tuning.stage_forward import StageForward
+from ee_tuning.tuning.teacher_channel import TeacherChannel
 from ee_tuning.tuning.tuner import Tuner
-from ee_tuning.tuning.tutor import Tutor
 
 SEQ_LENGTH = 16
 WAYS: dict[str, tuple[float | None, dict[str, Any]]] = {
@@ -123,13 +123,13 @@ def _timed_run(way: str, config: Config, seconds: float) -> tuple[float, float]:
             stack.enter_context(mock.patch.object(target, name, value))
 
         if way.endswith("drained at every step"):
-            replace(tuner_module, "ExitWork", DrainingWork)
+            replace(tuner_module, "ExitTrainer", DrainingWork)
         tuner = Tuner(load_for_tuning(config, topology), samples, config, topology)
         model = tuner._model
         replace(model, "run_layers", clock.timed(model.run_layers, seconds))
-        replace(StageWalk, "train", clock.timed(StageWalk.train, seconds))
-        replace(Tutor, "teach", clock.timed(Tutor.teach))
-        replace(exit_work, "update_exits", clock.timed(exit_work.update_exits))
+        replace(StageForward, "train", clock.timed(StageForward.train, seconds))
+        replace(TeacherChannel, "teach", clock.timed(TeacherChannel.publish))
+        replace(exit_trainer, "update_exits", clock.timed(exit_trainer.update_exits))
         replace(Saver, "save", lambda *_, **__: None)
         topology.barrier()
         tuner.run()

@@ -36,8 +36,8 @@ from ee_tuning.model.config import read_model_config
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.model.exit_head import ExitHead, build_exit_head
 from ee_tuning.parallel.topology import init_parallel
-from ee_tuning.tuning import exit_work
-from ee_tuning.tuning.exit_work import ExitWork
+from ee_tuning.tuning import exit_trainer
+from ee_tuning.tuning.exit_trainer import ExitTrainer
 from ee_tuning.tuning.loss import linear_cross_entropy
 from ee_tuning.tuning.tuner import Tuner
 
@@ -172,7 +172,7 @@ class TimedTuner(Tuner):
     @contextmanager
     def timed(self) -> Iterator[None]:
         """While it lasts, steps are timed, and clip and optimizer in them."""
-        update_exits, end_step = exit_work.update_exits, ExitWork.end_step
+        update_exits, end_step = exit_trainer.update_exits, ExitTrainer.end_step
 
         def timed_update(*arguments: Any) -> Any:
             began = time.perf_counter()
@@ -187,8 +187,8 @@ class TimedTuner(Tuner):
             self.taken[-1].layers, self.taken[-1].heads = self.bare.do()
 
         with (
-            mock.patch.object(exit_work, "update_exits", timed_update),
-            mock.patch.object(ExitWork, "end_step", timed_end),
+            mock.patch.object(exit_trainer, "update_exits", timed_update),
+            mock.patch.object(ExitTrainer, "end_step", timed_end),
         ):
             yield
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ee_tuning.tuning.exit_work import ExitWork
+from ee_tuning.tuning.exit_trainer import ExitTrainer
 
 
 class Clock:
@@ -41,10 +41,10 @@ class Clock:
         return padded
 
 
-class DrainingWork(ExitWork):
+class DrainingWork(ExitTrainer):
     """Lets every stage wait for the last one at the end of a step."""
 
     def end_step(self, *args: Any) -> None:
-        """As ExitWork's, and then waits."""
+        """As ExitTrainer's, and then waits."""
         super().end_step(*args)
         self._topology.barrier()

@@ -152,7 +152,7 @@ def plan_tuning(config: Config, sources: Sources, topology: Topology) -> list[St
     return [
         dataclasses.replace(
             plan,
-            shares_output_matrix=config.tuning.tells_hidden(exits.ties_output),
+            shares_output_matrix=config.tuning.sends_hidden(exits.ties_output),
             cuts_sequence=cuts_sequence,
             weights=weights,
         )

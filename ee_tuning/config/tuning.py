@@ -118,6 +118,6 @@ class TuningSection:
         """Whether the layers past the last exit, and the final head, are built."""
         return self.distils or self.compare_final
 
-    def tells_hidden(self, ties_output: bool) -> bool:
+    def sends_hidden(self, ties_output: bool) -> bool:
         """Whether the teacher is told by hidden states, where exits are tied to the output matrix or not."""
         return self.wants_final_head and (self.teacher == "hidden" or (self.teacher == "auto" and ties_output))

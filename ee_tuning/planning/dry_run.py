@@ -30,14 +30,14 @@ from ee_tuning.parallel.topology import Topology, check_world_size
 from ee_tuning.planning.dry_fit import print_fit, rehearse_fit
 from ee_tuning.planning.dry_relay import DryRelay
 from ee_tuning.planning.ledger import Ledger
-from ee_tuning.tuning.itinerary import Leg
 from ee_tuning.tuning.loss import ExitLoss
+from ee_tuning.tuning.microbatch_schedule import Microbatch
 from ee_tuning.tuning.optimizer import ExitOptimizer
 from ee_tuning.tuning.settings import check_settings, objective
-from ee_tuning.tuning.step import Passed, StageWalk
+from ee_tuning.tuning.stage_forward import StageForward, StageOutput
 from ee_tuning.tuning.teacher import Teacher
+from ee_tuning.tuning.teacher_channel import TeacherChannel
 from ee_tuning.tuning.tuner import Tuner
-from ee_tuning.tuning.tutor import Tutor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,8 +174,8 @@ def _rehearse_rank(config: Config, sources: Sources, world_size: int, stages: li
             ledger.rebook("other", "optimizer", _state(each))
             each.head.register_forward_pre_hook(partial(_book_whole_copies, ledger))
         with ledger.during("other"):
-            walk = _MeasuredWalk(loaded.model, config, topology, ledger, tuner.make_tutor())
-            tuner.rehearse(walk)
+            stage_forward = _MeasuredForward(loaded.model, config, topology, ledger, tuner.make_teacher_channel())
+            tuner.rehearse(stage_forward)
     alike = [plans[stage] for stage in stages]
 
     def sent(group: Any, phase: str) -> int:
@@ -187,13 +187,13 @@ def _rehearse_rank(config: Config, sources: Sources, world_size: int, stages: li
         layers=tuple((each.first_layer, each.last_layer) for each in alike),
         exits=tuple(tuple(spec.layer for spec in each.own_exits) for each in alike),
         memory={kind: ledger.peak[kind] for kind in MEMORY},
-        layer_flops=ledger.flops["activations"] // walk.num_forward,
-        head_flops=ledger.flops["loss"] // walk.num_trained,
-        validation_flops=ledger.flops["validation"] // max(walk.num_validated, 1),
-        tp_bytes=sent(topology.tp_group, "activations") // walk.num_forward
-        + sent(topology.tp_group, "loss") // walk.num_trained,
+        layer_flops=ledger.flops["activations"] // stage_forward.num_forward,
+        head_flops=ledger.flops["loss"] // stage_forward.num_trained,
+        validation_flops=ledger.flops["validation"] // max(stage_forward.num_validated, 1),
+        tp_bytes=sent(topology.tp_group, "activations") // stage_forward.num_forward
+        + sent(topology.tp_group, "loss") // stage_forward.num_trained,
         dp_bytes=sent(topology.dp_group, "loss"),
-        pp_bytes=sent(topology.pp_group, "activations") // walk.num_forward,
+        pp_bytes=sent(topology.pp_group, "activations") // stage_forward.num_forward,
         seconds=time.perf_counter() - began,
     )
 
@@ -216,11 +216,16 @@ def _samples(config: Config) -> Splits:
     return Splits(train=samples, valid=samples if config.tuning.eval_iters else None)
 
 
-class _MeasuredWalk(StageWalk):
+class _MeasuredForward(StageForward):
     """The walk, telling the ledger what runs."""
 
     def __init__(
-        self, model: EarlyExitModel, config: Config, topology: Topology, ledger: Ledger, tutor: Tutor | None
+        self,
+        model: EarlyExitModel,
+        config: Config,
+        topology: Topology,
+        ledger: Ledger,
+        teacher_channel: TeacherChannel | None,
     ) -> None:
         tuning = config.tuning
         shape = model.hidden_shape(tuning.seq_length, tuning.micro_batch_size)
@@ -230,40 +235,40 @@ class _MeasuredWalk(StageWalk):
             topology,
             tuning.loss_chunk_tokens,
             objective(tuning),
-            tutor,
-            teaches_validation=tuning.compare_final,
+            teacher_channel,
+            validates_against_teacher=tuning.compare_final,
         )
         self._ledger = ledger
         self.num_forward = self.num_trained = self.num_validated = 0
 
-    def forward(self, leg: Leg, next_action: NextAction) -> Passed:
-        """See StageWalk."""
+    def forward(self, microbatch: Microbatch, next_action: NextAction) -> StageOutput:
+        """See StageForward."""
         self.num_forward += 1
         with self._ledger.during("activations"):
-            passed = super().forward(leg, next_action)
+            output = super().forward(microbatch, next_action)
         if self.num_ahead:
             kept = [
                 each
-                for inputs in passed.exit_inputs.values()
+                for inputs in output.exit_inputs.values()
                 for each in (inputs.hidden, inputs.residual)
                 if each is not None
             ]
             self._ledger.rebook("activations", "queue", kept)
-        return passed
+        return output
 
-    def train(self, passed: Passed, teacher: Teacher | None, exits: list[ExitOptimizer]) -> dict[int, ExitLoss]:
-        """See StageWalk."""
+    def train(self, output: StageOutput, teacher: Teacher | None, exits: list[ExitOptimizer]) -> dict[int, ExitLoss]:
+        """See StageForward."""
         self.num_trained += 1
         with self._ledger.during("loss"):
-            losses = super().train(passed, teacher, exits)
+            losses = super().train(output, teacher, exits)
         self._ledger.rebook("loss", "gradients")
         return losses
 
-    def evaluate(self, passed: Passed, teacher: Teacher | None, exits: list[ExitOptimizer]) -> dict[int, ExitLoss]:
-        """See StageWalk."""
+    def evaluate(self, output: StageOutput, teacher: Teacher | None, exits: list[ExitOptimizer]) -> dict[int, ExitLoss]:
+        """See StageForward."""
         self.num_validated += 1
         with self._ledger.during("validation"):
-            return super().evaluate(passed, teacher, exits)
+            return super().evaluate(output, teacher, exits)
 
 
 class _AccountedRelay(DryRelay):

@@ -83,16 +83,16 @@ def _check_updated(tuner: Tuner, topology: Topology) -> None:
     never, trained = tuner.never_updated()
     if not never:
         return
-    told = (
+    message = (
         f"not one step updated exit {', '.join(map(str, never))}: its loss or gradient was never finite (give --dtype float32 if the "
         "model overflows), its gradient norm was above tuning.skip_grad_norm, or no token of the data counts"
     )
     if never == trained:
         raise InputError(
-            f"{told}; {tuner.run_folder / EXIT_HEADS} is not written, for it would be what the run began with"
+            f"{message}; {tuner.run_folder / EXIT_HEADS} is not written, for it would be what the run began with"
         )
     if topology.is_logging_rank:
-        warn(told)
+        warn(message)
 
 
 def _fit(config: Config, samples: Samples, topology: Topology, listed: ListedTokens | None) -> Fit | None:

@@ -117,13 +117,13 @@ class FitPass:
         assert loaded.exits is not None
         self._model, self._exits, self._topology = loaded.model, loaded.exits, topology
         shape, dtype = self._model.hidden_shape(tuning.seq_length, tuning.micro_batch_size), self._model.plan.dtype
-        pupils = tuple(
+        student_stages = tuple(
             stage
             for stage, (first, last) in enumerate(loaded.stages[:-1])
             if any(first <= layer <= last for layer in self._exits.exit_layers)
         )
-        self._relay, self._feedback = kind(topology, shape, dtype), Feedback(topology, shape, dtype, pupils)
-        self._is_pupil, self._chunk_tokens = topology.stage in pupils, tuning.loss_chunk_tokens
+        self._relay, self._feedback = kind(topology, shape, dtype), Feedback(topology, shape, dtype, student_stages)
+        self._is_student, self._chunk_tokens = topology.stage in student_stages, tuning.loss_chunk_tokens
         has_list = bool(self._exits.token_ids) and topology.is_last_stage
         self.other = OtherFit(self._model, self._exits.token_ids, topology) if has_list else None
         """The fit of the shortlist's row of any other token, where this is the last stage."""
@@ -135,13 +135,13 @@ class FitPass:
     @torch.no_grad()
     def run(self, batches: list[Batch]) -> None:
         """The micro-batches of this replica, the same on all ranks of it."""
-        waiting: deque[tuple[Batch, dict[int, ExitInput]]] = deque()  # the last stage's states are on their way
-        num_ahead = self._topology.pp - 1 - self._topology.stage if self._is_pupil else 0
+        queue: deque[tuple[Batch, dict[int, ExitInput]]] = deque()  # the last stage's states are on their way
+        num_ahead = self._topology.pp - 1 - self._topology.stage if self._is_student else 0
         for index, batch in enumerate(batches):
             inputs, final = self._forward(batch, NextAction.END if index == len(batches) - 1 else NextAction.NEXT)
-            waiting.append((batch, inputs))
-            while len(waiting) > (num_ahead if index < len(batches) - 1 else 0):
-                self._add(*waiting.popleft(), final)
+            queue.append((batch, inputs))
+            while len(queue) > (num_ahead if index < len(batches) - 1 else 0):
+                self._add(*queue.popleft(), final)
         self._relay.finish()
         self._feedback.finish()
 
@@ -208,7 +208,7 @@ class FitPass:
             final = self._model.final_hidden(hidden)
             self._feedback.send(final)
             return inputs, final
-        if self._is_pupil:
+        if self._is_student:
             self._feedback.expect()
         self._relay.send(hidden, next_action=next_action)
         return inputs, None

@@ -147,12 +147,12 @@ def _walk(hidden: Tensor, weight: Tensor, task: _Task, wants_hidden: bool, wants
     for start in range(0, len(tokens), task.chunk_tokens):
         part = slice(start, start + task.chunk_tokens)
         logits = scratch.logits(tokens[part], true_weight)
-        teaches = (
+        teacher_chunk = (
             None
             if task.teacher is None
             else task.teacher.chunk(part, scratch.of_teacher(len(logits)), vocab, not differentiates)
         )
-        chunk = LossChunk(logits, task.labels[part], vocab, teaches)
+        chunk = LossChunk(logits, task.labels[part], vocab, teacher_chunk)
         for name, values in chunk.per_token.items():
             per_token[name][part] = values
         largest[part] = chunk.largest

@@ -34,7 +34,7 @@ class LossChunk:
         logits: Tensor,  # [n, v]
         labels: Tensor,  # [n], classes where `vocab` is a shortlist
         vocab: VocabShard,
-        teaches: TeacherChunk | None,
+        teacher_chunk: TeacherChunk | None,
     ) -> None:
         """Overwrites `logits`."""
         local = (labels - vocab.first)[:, None]
@@ -42,14 +42,16 @@ class LossChunk:
             local.clamp(0, max(vocab.true_rows - 1, 0)),
             (local >= 0) & (local < vocab.true_rows),
         )
-        self._vocab, self._teaches, self.per_token = vocab, teaches, {}
+        self._vocab, self._teacher_chunk, self.per_token = vocab, teacher_chunk, {}
         shifted = logits.sub_(vocab.max_over_shards(row_maxima(logits)))
-        if teaches is not None and teaches.likeliest is not None:
-            self.per_token["agreement"] = likeliest_ids(shifted, vocab) == teaches.likeliest
+        if teacher_chunk is not None and teacher_chunk.likeliest is not None:
+            self.per_token["agreement"] = likeliest_ids(shifted, vocab) == teacher_chunk.likeliest
         sums = [_at_label(shifted, self._column, self._is_here), *_of_other(shifted, vocab)]
-        sums += [] if teaches is None else teaches.before_softmax(shifted)
+        sums += [] if teacher_chunk is None else teacher_chunk.sums_of_logits(shifted)
         self._exponentials = shifted.exp_()
-        sums = [shifted.sum(-1, keepdim=True), *sums] + ([] if teaches is None else teaches.beside_softmax(shifted))
+        sums = [shifted.sum(-1, keepdim=True), *sums] + (
+            [] if teacher_chunk is None else teacher_chunk.sums_of_exponentials(shifted)
+        )
         # A shard of padding alone takes part in the collectives all the same.
         self._total, of_label, *rest = vocab.sum_over_shards(torch.stack(sums))
         of_other, of_teacher = (rest[:1], rest[1:]) if isinstance(vocab, Shortlist) else ([], rest)
@@ -60,13 +62,15 @@ class LossChunk:
         self.largest = 1 / self._total.squeeze(-1)  # the largest exponential is 1
         confidence = self.largest.masked_fill(of_other[0].squeeze(-1) == 0, 0.0) if of_other else self.largest
         self.per_token.update(cross_entropy=losses, confidence=confidence)
-        if teaches is not None:
-            self.per_token["forward_kl"] = teaches.divergence(of_teacher, self._total).squeeze(-1)
-            self._compare(teaches)
+        if teacher_chunk is not None:
+            self.per_token["forward_kl"] = teacher_chunk.divergence(of_teacher, self._total).squeeze(-1)
+            self._compare(teacher_chunk)
 
-    def _compare(self, teaches: TeacherChunk) -> None:
+    def _compare(self, teacher_chunk: TeacherChunk) -> None:
         """Total variation, and what its gradient needs: the sign of p - t, and that sign's mean under p."""
-        self._signs = torch.div(self._exponentials, self._total, out=teaches.spare).sub_(teaches.probabilities)
+        self._signs = torch.div(self._exponentials, self._total, out=teacher_chunk.spare).sub_(
+            teacher_chunk.probabilities
+        )
         distance = self._signs.abs().sum(-1, keepdim=True)
         mean_sign = row_products(self._signs.sign_(), self._exponentials) / self._total
         distance, self._mean_sign = self._vocab.sum_over_shards(torch.stack((distance, mean_sign)))
@@ -78,15 +82,15 @@ class LossChunk:
         objective: Objective,
     ) -> Tensor:  # [n, v]
         """The gradient of weights · the objective by the logits. Call it last: it overwrites what it is made of."""
-        gradient, teaches = self._exponentials, self._teaches
+        gradient, teacher_chunk = self._exponentials, self._teacher_chunk
         scale = weights / self._total
-        if teaches is not None and objective.total_variation:  # ½ p (sign - its mean)
+        if teacher_chunk is not None and objective.total_variation:  # ½ p (sign - its mean)
             share = objective.cross_entropy + objective.forward_kl
             gradient.mul_(self._signs.sub_(self._mean_sign).mul_(objective.total_variation / 2).add_(share).mul_(scale))
         else:
             gradient.mul_(scale * (objective.cross_entropy + objective.forward_kl))
-        if teaches is not None and objective.forward_kl:  # p - t
-            gradient.sub_(teaches.probabilities.mul_(weights * objective.forward_kl))
+        if teacher_chunk is not None and objective.forward_kl:  # p - t
+            gradient.sub_(teacher_chunk.probabilities.mul_(weights * objective.forward_kl))
         if objective.cross_entropy and gradient.shape[-1]:  # p - one-hot
             gradient.scatter_add_(-1, self._column, torch.where(self._is_here, -weights * objective.cross_entropy, 0.0))
         return gradient

@@ -1,4 +1,4 @@
-"""A wish to stop, from a signal; what comes of it is departure.py's.
+"""A wish to stop, from a signal; its consequence is decided in save_stop_policy.py.
 
 A signal asks for a checkpoint and an orderly end. Launchers repeat signals: a group kill reaches the agent and its
 workers, and the agent forwards its own. So a repeat changes nothing, but for a Ctrl-C after a while, which ends the

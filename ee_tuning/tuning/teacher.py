@@ -32,10 +32,10 @@ class TeacherChunk(Protocol):
     for it alone; None where nobody asked.
     """
 
-    def before_softmax(self, shifted: Tensor) -> list[Tensor]:
+    def sums_of_logits(self, shifted: Tensor) -> list[Tensor]:
         """Sums of the student's logits less their largest [n, v]: sums [n, 1] to be summed over the shards."""
 
-    def beside_softmax(self, exponentials: Tensor) -> list[Tensor]:
+    def sums_of_exponentials(self, exponentials: Tensor) -> list[Tensor]:
         """More such sums, of the exponentials."""
 
     def divergence(self, sums: list[Tensor], total: Tensor) -> Tensor:
@@ -86,12 +86,12 @@ class _WholeChunk:
     def __init__(self, shifted: Tensor, spare: Tensor, likeliest: Tensor | None) -> None:
         self.probabilities, self.spare, self.likeliest = shifted, spare, likeliest
 
-    def before_softmax(self, shifted: Tensor) -> list[Tensor]:
+    def sums_of_logits(self, shifted: Tensor) -> list[Tensor]:
         ratio = torch.sub(self.probabilities, shifted, out=self.spare)
         self.probabilities.exp_()
         return [self.probabilities.sum(-1, keepdim=True), row_products(self.probabilities, ratio)]
 
-    def beside_softmax(self, exponentials: Tensor) -> list[Tensor]:
+    def sums_of_exponentials(self, exponentials: Tensor) -> list[Tensor]:
         return []
 
     def divergence(self, sums: list[Tensor], total: Tensor) -> Tensor:
@@ -122,43 +122,47 @@ class TopKTeacher:
 
     def chunk(self, part: slice, buffers: TeacherBuffers, vocab: VocabShard, wants_likeliest: bool) -> TeacherChunk:
         """See Teacher."""
-        told = _TopKChunk(TopKTeacher(self.ids[part], self.probabilities[part]), buffers, vocab)
+        top_k = _TopKChunk(TopKTeacher(self.ids[part], self.probabilities[part]), buffers, vocab)
         if isinstance(vocab, Shortlist):
-            told.likeliest = _listed(self.ids[part, 0], vocab)
-        return told
+            top_k.likeliest = _listed(self.ids[part, 0], vocab)
+        return top_k
 
 
 class _TopKChunk:
     def __init__(self, teacher: TopKTeacher, buffers: TeacherBuffers, vocab: VocabShard) -> None:
-        self._told, self._tail = teacher.probabilities, teacher.tail
+        self._probabilities, self._tail = teacher.probabilities, teacher.tail
         self.probabilities, self.spare = buffers.probabilities, buffers.spare
         self.likeliest: Tensor | None = teacher.ids[:, 0]
         local = teacher.ids - vocab.first
         self._is_here = (local >= 0) & (local < vocab.true_rows)
         self._columns = local.clamp(0, max(vocab.true_rows - 1, 0))
 
-    def before_softmax(self, shifted: Tensor) -> list[Tensor]:
+    def sums_of_logits(self, shifted: Tensor) -> list[Tensor]:
         if not shifted.shape[-1]:  # a shard of padding alone
             return [shifted.new_zeros(len(shifted), 1)]
-        log_ratio = self._told.log() - shifted.gather(-1, self._columns)
-        return [(self._told * log_ratio).masked_fill_(~self._is_here | (self._told == 0), 0.0).sum(-1, keepdim=True)]
+        log_ratio = self._probabilities.log() - shifted.gather(-1, self._columns)
+        return [
+            (self._probabilities * log_ratio)
+            .masked_fill_(~self._is_here | (self._probabilities == 0), 0.0)
+            .sum(-1, keepdim=True)
+        ]
 
-    def beside_softmax(self, exponentials: Tensor) -> list[Tensor]:
+    def sums_of_exponentials(self, exponentials: Tensor) -> list[Tensor]:
         self.probabilities.copy_(exponentials)
         if exponentials.shape[-1]:
             # Added, not set: columns of tokens that lie in another shard all point to an edge of this one.
-            told = exponentials.gather(-1, self._columns).neg_().masked_fill_(~self._is_here, 0.0)
-            self.probabilities.scatter_add_(-1, self._columns, told)
+            top_k = exponentials.gather(-1, self._columns).neg_().masked_fill_(~self._is_here, 0.0)
+            self.probabilities.scatter_add_(-1, self._columns, top_k)
         return [self.probabilities.sum(-1, keepdim=True)]
 
     def divergence(self, sums: list[Tensor], total: Tensor) -> Tensor:
-        of_told, tail_sum = sums
+        of_listed, tail_sum = sums
         tail_sum = tail_sum.clamp(min=torch.finfo(tail_sum.dtype).tiny)
         self.probabilities.mul_(self._tail / tail_sum)
         if self.probabilities.shape[-1]:
-            self.probabilities.scatter_add_(-1, self._columns, self._told.masked_fill(~self._is_here, 0.0))
+            self.probabilities.scatter_add_(-1, self._columns, self._probabilities.masked_fill(~self._is_here, 0.0))
         of_tail = torch.xlogy(self._tail, self._tail) - self._tail * (tail_sum.log() - total.log())
-        return of_told + (1 - self._tail) * total.log() + of_tail
+        return of_listed + (1 - self._tail) * total.log() + of_tail
 
 
 @torch.no_grad()

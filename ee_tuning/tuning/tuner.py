@@ -20,18 +20,18 @@ from ee_tuning.data.tokens import Splits
 from ee_tuning.json_file import to_json
 from ee_tuning.parallel.relay import NextAction, Relay
 from ee_tuning.parallel.topology import Topology
-from ee_tuning.tuning.departure import Departure
-from ee_tuning.tuning.exit_work import ExitWork
-from ee_tuning.tuning.itinerary import Itinerary, Leg
+from ee_tuning.tuning.exit_trainer import ExitTrainer
 from ee_tuning.tuning.metrics import METRICS, MetricsBoard, holds_validation
+from ee_tuning.tuning.microbatch_schedule import Microbatch, MicrobatchSchedule
 from ee_tuning.tuning.optimizer import ExitOptimizer
-from ee_tuning.tuning.pace import Pace
+from ee_tuning.tuning.save_stop_policy import SaveStopPolicy
 from ee_tuning.tuning.saving import Saver
 from ee_tuning.tuning.settings import loss_weights, objective
+from ee_tuning.tuning.stage_forward import StageForward, StageOutput
 from ee_tuning.tuning.state import Progress, latest_checkpoint, load_checkpoint, whole_tensors
-from ee_tuning.tuning.step import Passed, StageWalk
 from ee_tuning.tuning.stopping import StopRequest
-from ee_tuning.tuning.tutor import Tutor
+from ee_tuning.tuning.teacher_channel import TeacherChannel
+from ee_tuning.tuning.throughput import Throughput
 from ee_tuning.tuning.watching import watched
 
 
@@ -44,7 +44,7 @@ class Tuner:
         self.run_folder = Path(config.tuning.run_folder)
         self._model, self._loaded = loaded.model, loaded
         weights = loss_weights(self.tuning, loaded.exits.exit_layers)
-        self._work = ExitWork(
+        self._trainer = ExitTrainer(
             [
                 ExitOptimizer(loaded.model.exit_head(spec.layer), weights[spec.layer], self.tuning, topology)
                 for spec in loaded.model.plan.own_exits
@@ -59,12 +59,12 @@ class Tuner:
     @property
     def step(self) -> int:
         """Optimizer steps taken."""
-        return self._work.step
+        return self._trainer.step
 
     @property
     def exits(self) -> list[ExitOptimizer]:
         """The exits of this stage."""
-        return self._work.exits
+        return self._trainer.exits
 
     def resume(self) -> None:
         """Goes on from the run folder's latest checkpoint, if there is one. Raises InputError where it is of another
@@ -74,7 +74,7 @@ class Tuner:
         if folder is None:
             return
         progress = load_checkpoint(folder, self._fixed(), self.exits, self._model.config, self.topology)
-        self._work.step = progress.step
+        self._trainer.step = progress.step
         self._source = BatchSource(
             self._samples.train,
             self.tuning,
@@ -90,56 +90,58 @@ class Tuner:
         """
         if self.step >= self.tuning.train_iters:
             return True
-        relay, tutor = self._relay(), self.make_tutor()
-        walk = StageWalk(
+        relay, teacher_channel = self._relay(), self.make_teacher_channel()
+        stage_forward = StageForward(
             self._model,
             relay,
             self.topology,
             self.tuning.loss_chunk_tokens,
             objective(self.tuning),
-            tutor,
-            teaches_validation=self.tuning.compare_final,
+            teacher_channel,
+            validates_against_teacher=self.tuning.compare_final,
         )
-        itinerary = Itinerary(self._source, self._validation, self.tuning)
-        validates_first = self._validates_first(itinerary)
-        waiting: deque[Passed] = deque()  # micro-batches that the backbone is ahead of the exits
+        schedule = MicrobatchSchedule(self._source, self._validation, self.tuning)
+        validates_first = self._validates_first(schedule)
+        queue: deque[StageOutput] = deque()  # micro-batches that the backbone is ahead of the exits
         saver = Saver(self.exits, self._model.config, self.tuning, self.topology)
         with watched(self.config, self.topology, self._loaded, self.step) as metrics, StopRequest() as stop:
-            departure = Departure(self.tuning, self.topology, stop, saver)
+            policy = SaveStopPolicy(self.tuning, self.topology, stop, saver)
             flops_per_token = 2 * sum(tuning_costs(self.config, self._model.config, self.exits_config))
-            pace = Pace(
+            throughput = Throughput(
                 self.tuning.global_batch_size * self.tuning.seq_length,
                 flops_per_token,
-                lambda: relay.seconds_waited + (tutor.feedback.seconds_waited if tutor else 0.0),
+                lambda: relay.seconds_waited + (teacher_channel.feedback.seconds_waited if teacher_channel else 0.0),
             )
-            for leg in itinerary.after(self.step, validates_first=validates_first):
+            for microbatch in schedule.after(self.step, validates_first=validates_first):
                 next_action = NextAction.NEXT
-                for done, next_action in self._advance(walk, leg, departure.next_action(leg), waiting, metrics, pace):
+                for done, next_action in self._advance(
+                    stage_forward, microbatch, policy.next_action(microbatch), queue, metrics, throughput
+                ):
                     if next_action is not NextAction.NEXT:
-                        pace.lap(trained=leg.trains)
+                        throughput.mark(trained=microbatch.is_training)
                         self._save(saver, done, metrics)
-                        departure.saved()
-                        pace.lap(trained=False)
-                pace.lap(trained=leg.trains)
+                        policy.mark_saved()
+                        throughput.mark(trained=False)
+                throughput.mark(trained=microbatch.is_training)
                 metrics.poll()
                 if next_action is NextAction.END:
                     break
             relay.finish()
-            if tutor:
-                tutor.feedback.finish()
+            if teacher_channel:
+                teacher_channel.feedback.finish()
             saver.settle()
             metrics.finish()
             saver.check()
         return self.step == self.tuning.train_iters
 
-    def rehearse(self, walk: StageWalk) -> None:
+    def rehearse(self, stage_forward: StageForward) -> None:
         """One optimizer step and one validation, whose records go nowhere. For dry runs."""
-        metrics, pace = MetricsBoard(self.topology, lambda record: None), Pace(1, 0.0, lambda: 0.0)
-        itinerary, waiting = Itinerary(self._source, self._validation, self.tuning), deque[Passed]()
-        for leg in (*itinerary.training(1), *itinerary.validation(1)):
-            deque(self._advance(walk, leg, NextAction.NEXT, waiting, metrics, pace), maxlen=0)
-        while waiting:
-            self._work.do(waiting.popleft(), walk, metrics, pace)
+        metrics, throughput = MetricsBoard(self.topology, lambda record: None), Throughput(1, 0.0, lambda: 0.0)
+        schedule, queue = MicrobatchSchedule(self._source, self._validation, self.tuning), deque[StageOutput]()
+        for microbatch in (*schedule.training(1), *schedule.validation(1)):
+            deque(self._advance(stage_forward, microbatch, NextAction.NEXT, queue, metrics, throughput), maxlen=0)
+        while queue:
+            self._trainer.process(queue.popleft(), stage_forward, metrics, throughput)
 
     def never_updated(self) -> tuple[list[int], list[int]]:
         """Trained exits that no step has updated, and all trained ones, of every stage. All ranks call it."""
@@ -149,7 +151,7 @@ class Tuner:
             {layer for layer, _ in every}
         )
 
-    def make_tutor(self) -> Tutor | None:
+    def make_teacher_channel(self) -> TeacherChannel | None:
         """What hands on the final head's lessons; None where nobody asks for them."""
         if not self.tuning.wants_final_head:
             return None
@@ -158,12 +160,12 @@ class Tuner:
             for stage, (first, last) in enumerate(self._loaded.stages)
             if any(first <= layer <= last for layer in self.exits_config.exit_layers)
         ]
-        return Tutor(
+        return TeacherChannel(
             self._model,
             self.topology,
             self.tuning,
             stages,
-            tells_hidden=self.tuning.tells_hidden(self.exits_config.ties_output),
+            sends_hidden=self.tuning.sends_hidden(self.exits_config.ties_output),
         )
 
     def save_exit_heads(self, output: Path) -> None:
@@ -192,33 +194,33 @@ class Tuner:
 
     def _advance(
         self,
-        walk: StageWalk,
-        leg: Leg,
+        stage_forward: StageForward,
+        microbatch: Microbatch,
         next_action: NextAction,
-        waiting: deque[Passed],
+        queue: deque[StageOutput],
         metrics: MetricsBoard,
-        pace: Pace,
-    ) -> Iterator[tuple[Leg, NextAction]]:
+        throughput: Throughput,
+    ) -> Iterator[tuple[Microbatch, NextAction]]:
         """A micro-batch through the layers, and as many that wait through the exits as must not wait longer: each of
         these, when its exits are done, and what follows it.
         """
-        waiting.append(walk.forward(leg, next_action))
-        is_end = waiting[-1].next_action is NextAction.END
-        while len(waiting) > (0 if is_end else walk.num_ahead):
-            done, next_action = waiting[0].leg, waiting[0].next_action
+        queue.append(stage_forward.forward(microbatch, next_action))
+        is_end = queue[-1].next_action is NextAction.END
+        while len(queue) > (0 if is_end else stage_forward.num_ahead):
+            done, next_action = queue[0].microbatch, queue[0].next_action
             # Not kept in a variable here: it would lie beside the next micro-batch's.
-            self._work.do(waiting.popleft(), walk, metrics, pace)
+            self._trainer.process(queue.popleft(), stage_forward, metrics, throughput)
             yield done, next_action
 
-    def _validates_first(self, itinerary: Itinerary) -> bool:
+    def _validates_first(self, schedule: MicrobatchSchedule) -> bool:
         """Whether a validation comes before the next step: of the heads as they began, or one that a stop left out. All
         ranks call it.
         """
-        return itinerary.validates_after(self.step) and not on_first_rank(
+        return schedule.validates_after(self.step) and not on_first_rank(
             self.topology, lambda: bool(self.step) and holds_validation(self.run_folder / METRICS, self.step)
         )
 
-    def _save(self, saver: Saver, done: Leg, metrics: MetricsBoard) -> None:
+    def _save(self, saver: Saver, done: Microbatch, metrics: MetricsBoard) -> None:
         progress = Progress(step=self.step, position=done.position, fixed=self._fixed())
         # So that a run that goes on from here has the records of all steps before it.
         saver.save(progress, before_latest=partial(metrics.finish, metrics.num_posted))

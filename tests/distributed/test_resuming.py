@@ -19,10 +19,10 @@ from ee_tuning.checkpoint.manifest import write_manifest
 from ee_tuning.config import Config
 from ee_tuning.errors import InputError
 from ee_tuning.parallel.relay import NextAction
-from ee_tuning.tuning.departure import Departure
-from ee_tuning.tuning.itinerary import Leg
+from ee_tuning.tuning.microbatch_schedule import Microbatch
+from ee_tuning.tuning.save_stop_policy import SaveStopPolicy
 from ee_tuning.tuning.saving import Saver
-from ee_tuning.tuning.step import Passed, StageWalk
+from ee_tuning.tuning.stage_forward import StageForward, StageOutput
 
 
 def tune_with_a_slow_disk(config: Config, seconds: float) -> list[bool]:
@@ -62,14 +62,14 @@ def test_training_goes_on_while_a_checkpoint_is_written_of_what_was_there(
 
 def tune_by_the_clock(config: Config) -> bool:
     """On one rank of the first stage alone the minutes have passed, at the end of step 2."""
-    tuner, passed = make_tuner(config), Departure._minutes_passed
+    tuner, passed = make_tuner(config), SaveStopPolicy._minutes_passed
 
-    def once(departure: Departure) -> bool:
-        return passed(departure) or (
+    def once(policy: SaveStopPolicy) -> bool:
+        return passed(policy) or (
             tuner.topology.rank == 1 and tuner.step == 1
         )  # it is asked before the step's last micro-batch
 
-    with mock.patch.object(Departure, "_minutes_passed", once):
+    with mock.patch.object(SaveStopPolicy, "_minutes_passed", once):
         return tuner.run()
 
 
@@ -88,15 +88,15 @@ def saved_steps(config: Config) -> list[int]:
 
 def tune_until_signal(config: Config, rank: int = 1) -> tuple[bool, int]:
     """One rank of the first stage gets a signal while the second step is under way, twice as launchers give it."""
-    tuner, forward = make_tuner(config), StageWalk.forward
+    tuner, forward = make_tuner(config), StageForward.forward
 
-    def signalled(walk: StageWalk, leg: Leg, next_action: NextAction) -> Passed:
-        if leg.trains and leg.step == 2 and tuner.topology.rank == rank:
+    def signalled(stage_forward: StageForward, microbatch: Microbatch, next_action: NextAction) -> StageOutput:
+        if microbatch.is_training and microbatch.step == 2 and tuner.topology.rank == rank:
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)
-        return forward(walk, leg, next_action)
+        return forward(stage_forward, microbatch, next_action)
 
-    with mock.patch.object(StageWalk, "forward", signalled):
+    with mock.patch.object(StageForward, "forward", signalled):
         return tuner.run(), tuner.step
 
 

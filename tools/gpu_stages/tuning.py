@@ -23,7 +23,7 @@ from ee_tuning.parallel.vocab import VocabShard
 from ee_tuning.planning.dry_run import rehearse
 from ee_tuning.tuning.loss import linear_cross_entropy
 from ee_tuning.tuning.settings import objective
-from ee_tuning.tuning.step import StageWalk
+from ee_tuning.tuning.stage_forward import StageForward
 from ee_tuning.tuning.tuner import Tuner
 from gpu_stages.bench import ROOT, SHIPPED, Bench
 from gpu_stages.checks import Check, Finding, at_least, at_most
@@ -131,8 +131,10 @@ def _step(config: Config, topology: Topology) -> Any:
     tuner = Tuner(loaded, _samples(config, sources.config.vocab_size), config, topology)
     tuning = config.tuning
     relay = Relay(topology, model.hidden_shape(tuning.seq_length, tuning.micro_batch_size), model.plan.dtype)
-    walk = StageWalk(model, relay, topology, tuning.loss_chunk_tokens, objective(tuning), tuner.make_tutor())
-    return partial(tuner.rehearse, walk)
+    stage_forward = StageForward(
+        model, relay, topology, tuning.loss_chunk_tokens, objective(tuning), tuner.make_teacher_channel()
+    )
+    return partial(tuner.rehearse, stage_forward)
 
 
 @torch.no_grad()

@@ -8,11 +8,11 @@ from ee_tuning.data.loader import Batch, BatchSource
 
 
 @dataclass(frozen=True, kw_only=True)
-class Leg:
+class Microbatch:
     """One micro-batch and its purpose."""
 
     batch: Batch
-    trains: bool
+    is_training: bool
     """Whether it is for an optimizer step, or else for a validation."""
     step: int
     """The optimizer step that it is part of, or that its validation follows; 0 before the first."""
@@ -24,14 +24,14 @@ class Leg:
     """Whether the next one, if there is one, is of another step: no validation follows."""
 
 
-class Itinerary:
+class MicrobatchSchedule:
     """Step after step, with validations where they are due. Endless: whoever walks it stops where it should end."""
 
     def __init__(self, source: BatchSource, validation: list[Batch], tuning: TuningSection) -> None:
         """`validation` may be empty: then there is none."""
         self._source, self._validation, self._tuning = source, validation, tuning
 
-    def after(self, step: int, *, validates_first: bool) -> Iterator[Leg]:
+    def after(self, step: int, *, validates_first: bool) -> Iterator[Microbatch]:
         """The legs from the validation after `step`, if wanted, or else from the next step."""
         if validates_first:
             yield from self.validation(step)
@@ -48,23 +48,28 @@ class Itinerary:
             step in (0, self._tuning.train_iters) or bool(interval and step % interval == 0)
         )
 
-    def training(self, step: int) -> Iterator[Leg]:
+    def training(self, step: int) -> Iterator[Microbatch]:
         """The micro-batches of optimizer step `step`."""
         for index in range(self._source.num_microbatches):
             is_last = index == self._source.num_microbatches - 1
-            yield Leg(
+            yield Microbatch(
                 batch=next(self._source),
-                trains=True,
+                is_training=True,
                 step=step,
                 is_last=is_last,
                 position=self._source.position,
                 ends_step=is_last and not self.validates_after(step),
             )
 
-    def validation(self, step: int) -> Iterator[Leg]:
+    def validation(self, step: int) -> Iterator[Microbatch]:
         """Those of a validation after `step`."""
         for index, batch in enumerate(self._validation):
             is_last = index == len(self._validation) - 1
-            yield Leg(
-                batch=batch, trains=False, step=step, is_last=is_last, position=self._source.position, ends_step=is_last
+            yield Microbatch(
+                batch=batch,
+                is_training=False,
+                step=step,
+                is_last=is_last,
+                position=self._source.position,
+                ends_step=is_last,
             )

@@ -11,12 +11,12 @@ from ee_tuning.parallel.watchdog import hang_watchdog
 from ee_tuning.tuning.averages import Divisor, Sums, training_figures, validation_figures
 from ee_tuning.tuning.metrics import MetricsBoard
 from ee_tuning.tuning.optimizer import ExitOptimizer, update_exits
-from ee_tuning.tuning.pace import Pace
 from ee_tuning.tuning.schedule import learning_rate, loss_weight_ramp
-from ee_tuning.tuning.step import Passed, StageWalk
+from ee_tuning.tuning.stage_forward import StageForward, StageOutput
+from ee_tuning.tuning.throughput import Throughput
 
 
-class ExitWork:
+class ExitTrainer:
     """The exits of this stage. `step` counts the optimizer steps taken."""
 
     def __init__(self, exits: list[ExitOptimizer], tuning: TuningSection, topology: Topology, step: int = 0) -> None:
@@ -26,35 +26,39 @@ class ExitWork:
         self._divisor: Divisor = "weights" if tuning.divide_by_token_weights else "tokens"
         self._skipped: Counter[int] = Counter()
 
-    def do(self, passed: Passed, walk: StageWalk, metrics: MetricsBoard, pace: Pace) -> None:
+    def process(
+        self, output: StageOutput, stage_forward: StageForward, metrics: MetricsBoard, throughput: Throughput
+    ) -> None:
         """The micro-batches of a run, in order. All ranks of the stage do the same one together."""
-        teacher, leg = walk.lesson(passed), passed.leg
+        teacher, microbatch = stage_forward.teacher_signal(output), output.microbatch
         self._sums.add(
-            walk.train(passed, teacher, self._trained) if leg.trains else walk.evaluate(passed, teacher, self.exits)
+            stage_forward.train(output, teacher, self._trained)
+            if microbatch.is_training
+            else stage_forward.evaluate(output, teacher, self.exits)
         )
-        if leg.is_last and leg.trains:
-            self.end_step(passed, metrics, pace)
-        elif leg.is_last:
-            self.end_validation(passed, metrics)
+        if microbatch.is_last and microbatch.is_training:
+            self.end_step(output, metrics, throughput)
+        elif microbatch.is_last:
+            self.end_validation(output, metrics)
 
-    def end_step(self, passed: Passed, metrics: MetricsBoard, pace: Pace) -> None:
+    def end_step(self, output: StageOutput, metrics: MetricsBoard, throughput: Throughput) -> None:
         """Updates every exit, and posts a record where one is due."""
-        tuning, sums, self.step = self._tuning, self._take_sums(), passed.leg.step
+        tuning, sums, self.step = self._tuning, self._take_sums(), output.microbatch.step
         lr, ramp = learning_rate(self.step, tuning), loss_weight_ramp(self.step, tuning)
         with hang_watchdog(self._topology, f"the update of step {self.step} (all ranks of its stage take part)"):
             updates = (
                 update_exits(self._trained, sums, self._divisor, lr, ramp, self._topology) if self._trained else {}
             )
         self._skipped.update(layer for layer, update in updates.items() if update.is_skipped)
-        pace.count_step()
+        throughput.count_step()
         if (
             self.step % tuning.log_interval
-            and passed.next_action is not NextAction.END
+            and output.next_action is not NextAction.END
             and self.step != tuning.train_iters
         ):
             return
-        pace.lap(trained=True)
-        own, stage = pace.report(), str(self._topology.stage)
+        throughput.mark(trained=True)
+        own, stage = throughput.report(), str(self._topology.stage)
         metrics.post(
             {
                 "kind": "train",
@@ -71,13 +75,17 @@ class ExitWork:
         )
         self._skipped.clear()
 
-    def end_validation(self, passed: Passed, metrics: MetricsBoard) -> None:
+    def end_validation(self, output: StageOutput, metrics: MetricsBoard) -> None:
         """Posts a record of every exit."""
         for each in self.exits:
             each.reshard()
         means = self._take_sums().means(self._topology, self._divisor)
         metrics.post(
-            {"kind": "validation", "step": passed.leg.step, **validation_figures(means, self._tuning.wants_final_head)}
+            {
+                "kind": "validation",
+                "step": output.microbatch.step,
+                **validation_figures(means, self._tuning.wants_final_head),
+            }
         )
 
     def _take_sums(self) -> Sums:

@@ -19,22 +19,22 @@ from ee_tuning.parallel.pinned_staging import to_device
 from ee_tuning.parallel.relay import NextAction, Relay
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.watchdog import hang_watchdog
-from ee_tuning.tuning.itinerary import Leg
 from ee_tuning.tuning.loss import ExitLoss, linear_loss
+from ee_tuning.tuning.microbatch_schedule import Microbatch
 from ee_tuning.tuning.objective import Objective
 from ee_tuning.tuning.optimizer import ExitOptimizer
 from ee_tuning.tuning.teacher import Teacher
-from ee_tuning.tuning.tutor import Tutor
+from ee_tuning.tuning.teacher_channel import TeacherChannel
 
 # s sequence, or this rank's part of it where the plan cuts it · b micro-batch · h hidden · v/tp this rank's shard of
 # the vocabulary
 
 
 @dataclass(frozen=True)
-class Passed:
+class StageOutput:
     """What a micro-batch left on this stage."""
 
-    leg: Leg
+    microbatch: Microbatch
     next_action: NextAction
     exit_inputs: dict[int, ExitInput]
     """What each exit takes, by layer."""
@@ -42,7 +42,7 @@ class Passed:
     """Where it is known already: on the last stage."""
 
 
-class StageWalk:
+class StageForward:
     """This stage's part in the forward-only relay."""
 
     def __init__(
@@ -52,14 +52,17 @@ class StageWalk:
         topology: Topology,
         loss_chunk_tokens: int,
         objective: Objective,
-        tutor: Tutor | None = None,
+        teacher_channel: TeacherChannel | None = None,
         *,
-        teaches_validation: bool = False,
+        validates_against_teacher: bool = False,
     ) -> None:
-        """`tutor` is there where `objective` or validations want a teacher."""
-        assert tutor is not None or not (objective.wants_teacher or teaches_validation)
-        self._model, self._relay, self._topology, self._tutor = model, relay, topology, tutor
-        self._teaches = {True: objective.wants_teacher, False: objective.wants_teacher or teaches_validation}
+        """`teacher_channel` is there where `objective` or validations want a teacher."""
+        assert teacher_channel is not None or not (objective.wants_teacher or validates_against_teacher)
+        self._model, self._relay, self._topology, self._teacher_channel = model, relay, topology, teacher_channel
+        self._needs_teacher = {
+            True: objective.wants_teacher,
+            False: objective.wants_teacher or validates_against_teacher,
+        }
         self._project = partial(
             linear_loss,
             vocab=model.exit_vocab,
@@ -71,48 +74,58 @@ class StageWalk:
     @property
     def num_ahead(self) -> int:
         """Micro-batches that `forward` should be ahead of `train` and `evaluate`."""
-        return 0 if self._tutor is None else self._tutor.num_ahead
+        return 0 if self._teacher_channel is None else self._teacher_channel.num_ahead
 
-    def forward(self, leg: Leg, next_action: NextAction) -> Passed:
+    def forward(self, microbatch: Microbatch, next_action: NextAction) -> StageOutput:
         """Runs the frozen layers and sends on. The first stage decides what `next_action`; the others pass it on."""
-        batch, tutor = leg.batch, self._tutor if self._teaches[leg.trains] else None
+        batch, teacher_channel = (
+            microbatch.batch,
+            self._teacher_channel if self._needs_teacher[microbatch.is_training] else None,
+        )
         documents = PackedDocuments.of(batch.document_ids, batch.position_ids, self._topology.device)
         if self._topology.is_first_stage:
             hidden = self._model.embed(to_device(batch.tokens, self._topology.device), documents)
         else:
             hidden, next_action = self._relay.receive()
         with hang_watchdog(
-            self._topology, f"the layers of a micro-batch of step {leg.step} (its tensor-parallel ranks take part)"
+            self._topology,
+            f"the layers of a micro-batch of step {microbatch.step} (its tensor-parallel ranks take part)",
         ):
             hidden, exit_inputs = self._model.run_layers(hidden, documents)
         if self._topology.is_last_stage:
-            return Passed(leg, next_action, exit_inputs, tutor.teach(hidden) if tutor else None)
-        if tutor:
-            tutor.expect()
+            return StageOutput(
+                microbatch, next_action, exit_inputs, teacher_channel.publish(hidden) if teacher_channel else None
+            )
+        if teacher_channel:
+            teacher_channel.expect()
         self._relay.send(hidden, next_action=next_action)
-        return Passed(leg, next_action, exit_inputs, None)
+        return StageOutput(microbatch, next_action, exit_inputs, None)
 
-    def lesson(self, passed: Passed) -> Teacher | None:
+    def teacher_signal(self, output: StageOutput) -> Teacher | None:
         """What the final head says of a micro-batch, where it is wanted. Call it once for each, in order."""
-        if passed.teacher is not None or self._tutor is None or not self._teaches[passed.leg.trains]:
-            return passed.teacher
-        return self._tutor.lesson()
+        if (
+            output.teacher is not None
+            or self._teacher_channel is None
+            or not self._needs_teacher[output.microbatch.is_training]
+        ):
+            return output.teacher
+        return self._teacher_channel.teacher_signal()
 
-    def train(self, passed: Passed, teacher: Teacher | None, exits: list[ExitOptimizer]) -> dict[int, ExitLoss]:
+    def train(self, output: StageOutput, teacher: Teacher | None, exits: list[ExitOptimizer]) -> dict[int, ExitLoss]:
         """Forward and at once backward of each exit; gradients add up. Sums, by exit layer."""
-        losses, project = {}, self._projection(passed.leg.batch, teacher)
+        losses, project = {}, self._projection(output.microbatch.batch, teacher)
         for each in exits:
-            each.begin_microbatch(passed.leg.is_last)
-            loss, statistics = each.head(passed.exit_inputs[each.layer], project)
+            each.begin_microbatch(output.microbatch.is_last)
+            loss, statistics = each.head(output.exit_inputs[each.layer], project)
             loss.backward()
             losses[each.layer] = ExitLoss(loss.detach(), statistics)
         return losses
 
     @torch.no_grad()
-    def evaluate(self, passed: Passed, teacher: Teacher | None, exits: list[ExitOptimizer]) -> dict[int, ExitLoss]:
+    def evaluate(self, output: StageOutput, teacher: Teacher | None, exits: list[ExitOptimizer]) -> dict[int, ExitLoss]:
         """Sums, by exit layer, without a gradient."""
-        project = self._projection(passed.leg.batch, teacher)
-        return {each.layer: each.head(passed.exit_inputs[each.layer], project) for each in exits}
+        project = self._projection(output.microbatch.batch, teacher)
+        return {each.layer: each.head(output.exit_inputs[each.layer], project) for each in exits}
 
     def _projection(self, batch: Batch, teacher: Teacher | None) -> Callable[[Tensor, Tensor], ExitLoss]:
         # One copy to the device serves every exit.

@@ -14,9 +14,9 @@ from world import World
 
 from ee_tuning.config import Config, replace
 from ee_tuning.tuning import tuner as tuner_module
-from ee_tuning.tuning.exit_work import ExitWork
+from ee_tuning.tuning.exit_trainer import ExitTrainer
 from ee_tuning.tuning.saving import Saver
-from ee_tuning.tuning.tutor import Tutor
+from ee_tuning.tuning.teacher_channel import TeacherChannel
 
 # An exit on every layer, so that every stage has losses and an optimizer; 2 micro-batches a step, and 3 in each of 4
 # validations.
@@ -33,11 +33,11 @@ NUM_MICROBATCHES = 12 * 2 + 4 * 3
 
 def all_met(config: Config, folder: Path, patience: float, fault: str) -> bool:
     """Whether this stage saw all others at work whenever it ran a micro-batch through its layers."""
-    with mock.patch.object(tuner_module, "ExitWork", DrainingWork if fault == "drains" else ExitWork):
+    with mock.patch.object(tuner_module, "ExitTrainer", DrainingWork if fault == "drains" else ExitTrainer):
         tuner = make_tuner(config)
     meeting = Meeting(folder, tuner.topology.stage, tuner.topology.pp, NUM_MICROBATCHES, patience)
     with (
-        mock.patch.object(Tutor, "num_ahead", 0) if fault == "waits" else nullcontext(),
+        mock.patch.object(TeacherChannel, "num_ahead", 0) if fault == "waits" else nullcontext(),
         mock.patch.object(tuner._model, "run_layers", meeting.at_work(tuner._model.run_layers)),
         mock.patch.object(Saver, "_write_own", meeting.goes_on_meanwhile(Saver._write_own)),
     ):

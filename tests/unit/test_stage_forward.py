@@ -9,9 +9,9 @@ from torch import Tensor
 from ee_tuning.data.loader import Batch
 from ee_tuning.parallel.relay import NextAction
 from ee_tuning.parallel.vocab import VocabShard
-from ee_tuning.tuning.itinerary import Leg
+from ee_tuning.tuning.microbatch_schedule import Microbatch
 from ee_tuning.tuning.objective import Objective
-from ee_tuning.tuning.step import Passed, StageWalk
+from ee_tuning.tuning.stage_forward import StageForward, StageOutput
 
 
 class Counted(Tensor):
@@ -34,16 +34,22 @@ def test_labels_and_mask_are_copied_to_the_device_once_for_all_exits() -> None:
         for layer in (1, 2, 3)
     ]
     model: Any = SimpleNamespace(exit_vocab=VocabShard(5, 0, 5, None, 1), plan=SimpleNamespace(cuts_sequence=False))
-    walk = StageWalk(model, None, SimpleNamespace(device=torch.device("cpu")), 2, Objective())  # type: ignore[arg-type]
+    stage_forward = StageForward(model, None, SimpleNamespace(device=torch.device("cpu")), 2, Objective())  # type: ignore[arg-type]
     batch = Batch(
         tokens=torch.zeros(1, 3, dtype=torch.int64),
         labels=torch.zeros(3, 1, dtype=torch.int64).as_subclass(Counted),
         loss_mask=torch.ones(3, 1).as_subclass(Counted),
     )
     inputs: Any = {layer: torch.ones(3, 1, 4) for layer in (1, 2, 3)}
-    passed = Passed(
-        Leg(batch=batch, trains=True, step=1, is_last=True, position=1, ends_step=True), NextAction.NEXT, inputs, None
+    output = StageOutput(
+        Microbatch(batch=batch, is_training=True, step=1, is_last=True, position=1, ends_step=True),
+        NextAction.NEXT,
+        inputs,
+        None,
     )
-    for walked in (lambda: walk.train(passed, None, exits), lambda: walk.evaluate(passed, None, exits)):
+    for walked in (
+        lambda: stage_forward.train(output, None, exits),
+        lambda: stage_forward.evaluate(output, None, exits),
+    ):
         assert list(walked()) == [1, 2, 3] and Counted.num_copies == 2
         Counted.num_copies = 0

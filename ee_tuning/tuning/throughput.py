@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 
-class Pace:
+class Throughput:
     """Seconds and steps of training since the last report; validations and checkpoints are left out."""
 
     def __init__(self, tokens_per_step: int, flops_per_token: float, seconds_waited: Callable[[], float]) -> None:
@@ -21,7 +21,7 @@ class Pace:
         self._num_steps, self._seconds, self._waited = 0, 0.0, 0.0
         self._at = (time.perf_counter(), seconds_waited())
 
-    def lap(self, *, trained: bool) -> None:
+    def mark(self, *, trained: bool) -> None:
         """What passed since the last lap was training, or was not."""
         former, self._at = self._at, (time.perf_counter(), self._seconds_waited())
         if trained:

@@ -10,33 +10,35 @@ import torch.distributed as dist
 from ee_tuning.config import TuningSection
 from ee_tuning.parallel.relay import NextAction
 from ee_tuning.parallel.topology import Topology
-from ee_tuning.tuning.itinerary import Leg
+from ee_tuning.tuning.microbatch_schedule import Microbatch
 from ee_tuning.tuning.saving import Saver
 from ee_tuning.tuning.stopping import StopRequest
 
 
-class Departure:
+class SaveStopPolicy:
     """Decides where checkpoints are taken and where the run ends."""
 
     def __init__(self, tuning: TuningSection, topology: Topology, stop: StopRequest, saver: Saver) -> None:
         self._tuning, self._topology, self._stop, self._saver = tuning, topology, stop, saver
         self._saved_at = time.monotonic()
 
-    def next_action(self, leg: Leg) -> NextAction:
-        """What follows `leg`. All ranks of the first stage call it together; on other stages it says nothing of
+    def next_action(self, microbatch: Microbatch) -> NextAction:
+        """What follows `microbatch`. All ranks of the first stage call it together; on other stages it says nothing of
         worth.
         """
-        if not leg.is_last or not self._topology.is_first_stage:
+        if not microbatch.is_last or not self._topology.is_first_stage:
             return NextAction.NEXT
-        if leg.step == self._tuning.train_iters:  # the end is near enough for who wants to stop
-            return NextAction.END if leg.ends_step else NextAction.NEXT
-        saves = leg.ends_step and leg.step > 0 and (self._is_due(leg.step) or self._minutes_passed())
+        if microbatch.step == self._tuning.train_iters:  # the end is near enough for who wants to stop
+            return NextAction.END if microbatch.ends_step else NextAction.NEXT
+        saves = (
+            microbatch.ends_step and microbatch.step > 0 and (self._is_due(microbatch.step) or self._minutes_passed())
+        )
         if saves:
             self._saver.settle()  # here, for if the one before could not be written, the word has to be another
         ends = self._stop.is_asked or self._saver.has_failed
-        return self._smallest(NextAction.END if ends else NextAction.SAVE if saves else NextAction.NEXT)
+        return self._agreed(NextAction.END if ends else NextAction.SAVE if saves else NextAction.NEXT)
 
-    def saved(self) -> None:
+    def mark_saved(self) -> None:
         """A checkpoint was just taken."""
         self._saved_at = time.monotonic()
 
@@ -48,7 +50,7 @@ class Departure:
         minutes = self._tuning.save_minutes
         return bool(minutes) and time.monotonic() - self._saved_at >= 60 * minutes
 
-    def _smallest(self, wish: NextAction) -> NextAction:
+    def _agreed(self, wish: NextAction) -> NextAction:
         if self._topology.tp * self._topology.dp == 1:
             return wish
         agreed = torch.tensor([int(wish)])

@@ -21,7 +21,7 @@ from ee_tuning.tuning.teacher import HiddenTeacher, Teacher, TopKTeacher, top_k_
 # are told
 
 
-class Tutor:
+class TeacherChannel:
     """This stage's part in teaching."""
 
     def __init__(
@@ -31,37 +31,37 @@ class Tutor:
         tuning: TuningSection,
         stages_with_exits: Iterable[int],
         *,
-        tells_hidden: bool,
+        sends_hidden: bool,
     ) -> None:
-        """`tells_hidden`: final hidden states travel and every stage with an exit holds the output matrix; else the
+        """`sends_hidden`: final hidden states travel and every stage with an exit holds the output matrix; else the
         likeliest tokens do.
         """
-        self._model, self._topology, self._tuning, self._tells_hidden = model, topology, tuning, tells_hidden
-        pupils = tuple(stage for stage in stages_with_exits if stage < topology.pp - 1)
+        self._model, self._topology, self._tuning, self._sends_hidden = model, topology, tuning, sends_hidden
+        student_stages = tuple(stage for stage in stages_with_exits if stage < topology.pp - 1)
         shape, dtype = model.hidden_shape(tuning.seq_length, tuning.micro_batch_size), model.plan.dtype
-        if not tells_hidden:
+        if not sends_hidden:
             num_tokens, k = shape[0] * shape[1], min(tuning.teacher_top_k, model.exit_vocab.size)
             shape, dtype = (num_tokens, 2, k), torch.promote_types(dtype, torch.float32)
-        self.feedback = Feedback(topology, shape, dtype, pupils)
-        self._is_pupil = topology.stage in pupils
+        self.feedback = Feedback(topology, shape, dtype, student_stages)
+        self._is_student = topology.stage in student_stages
 
     @property
     def num_ahead(self) -> int:
         """Micro-batches that this stage's backbone is ahead of its exits: as many as are in the stages behind it."""
-        return self._topology.pp - 1 - self._topology.stage if self._is_pupil else 0
+        return self._topology.pp - 1 - self._topology.stage if self._is_student else 0
 
     def expect(self) -> None:
         """Makes ready for the lesson of a micro-batch that is about to be sent on."""
-        if self._is_pupil:
+        if self._is_student:
             self.feedback.expect()
 
-    def teach(self, hidden: Tensor) -> Teacher:  # [s, b, h], the last layer's output
+    def publish(self, hidden: Tensor) -> Teacher:  # [s, b, h], the last layer's output
         """The lesson of a micro-batch on the last stage, which goes out to the pupils, too."""
         hidden, weight = self._model.final_hidden(hidden), self._model.backbone.output_layer.weight
-        if self._tells_hidden:
+        if self._sends_hidden:
             self.feedback.send(hidden)
             return HiddenTeacher(self._model.whole_sequence(hidden), weight)
-        told = top_k_teacher(
+        signal = top_k_teacher(
             self._model.whole_sequence(hidden),
             weight,
             self._tuning.teacher_top_k,
@@ -69,17 +69,17 @@ class Tutor:
             chunk_tokens=self._tuning.loss_chunk_tokens,
         )
         # As numbers of one type, float32 at least, which holds every id.
-        numbers = torch.stack((told.ids.to(told.probabilities.dtype), told.probabilities), dim=1)
+        numbers = torch.stack((signal.ids.to(signal.probabilities.dtype), signal.probabilities), dim=1)
         self.feedback.send(own_part(numbers, self._topology) if self._model.plan.cuts_sequence else numbers)
-        return told
+        return signal
 
-    def lesson(self) -> Teacher | None:
+    def teacher_signal(self) -> Teacher | None:
         """The lesson on the other stages, of the oldest micro-batch that expects one; None where there are no exits."""
-        if not self._is_pupil:
+        if not self._is_student:
             return None
-        told = self._model.whole_sequence(
+        signal = self._model.whole_sequence(
             self.feedback.take()
         )  # over tensor parallelism: all ranks of a stage take theirs in order
-        if self._tells_hidden:
-            return HiddenTeacher(told, self._model.backbone.output_layer.weight)
-        return TopKTeacher(told[:, 0].long(), told[:, 1])
+        if self._sends_hidden:
+            return HiddenTeacher(signal, self._model.backbone.output_layer.weight)
+        return TopKTeacher(signal[:, 0].long(), signal[:, 1])
