@@ -85,8 +85,8 @@ def measure(way: str, options: argparse.Namespace) -> tuple[float, list[float], 
         )
         records = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
     told = [record["idle_share"] for record in records if record["kind"] == "train"]
-    means = [sum(each[stage] for each in told) / len(told) for stage in told[0]]
-    return max(seconds for seconds, _ in results), [share for _, share in results], max(means)
+    mean_metrics = [sum(each[stage] for each in told) / len(told) for stage in told[0]]
+    return max(seconds for seconds, _ in results), [share for _, share in results], max(mean_metrics)
 
 
 def _config(way: str, folder: Path, options: argparse.Namespace) -> Config:

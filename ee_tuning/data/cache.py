@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from ee_tuning.cache_folder import VARIABLE, cache_folder
 from ee_tuning.checkpoint.aside import locked, on_first_rank, refusals_named, written_aside
-from ee_tuning.data.progress import Progress
+from ee_tuning.data.progress_bar import ProgressBar
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import to_json
 from ee_tuning.parallel.heartbeat import run_with_heartbeat
@@ -42,7 +42,7 @@ class Entry:
 
     depends_on: Callable[[], dict[str, Any]]
     """All that its content depends on, as JSON. Asked on rank 0 alone."""
-    make: Callable[[Path, Progress], Iterator[None]]
+    make: Callable[[Path, ProgressBar], Iterator[None]]
     """Writes it into a folder, in steps."""
 
     def name(self) -> str:
@@ -77,7 +77,7 @@ def kept(entries: Sequence[Entry], root: Path, topology: Topology | None) -> lis
     """
     # Rank 0's names for all: the files' times of change may differ where each machine has a copy of them.
     folders = [root / name for name in on_first_rank(topology, lambda: [entry.name() for entry in entries])]
-    with Progress("tokenizing", speaks=topology is None or topology.is_logging_rank) as progress:
+    with ProgressBar("tokenizing", speaks=topology is None or topology.is_logging_rank) as progress:
         makes = topology is None or _makes(root, topology)
         steps = _make_missing(entries, folders, root, progress) if makes else iter(())
         if topology is None:
@@ -90,7 +90,9 @@ def kept(entries: Sequence[Entry], root: Path, topology: Topology | None) -> lis
     return folders
 
 
-def _make_missing(entries: Sequence[Entry], folders: Sequence[Path], root: Path, progress: Progress) -> Iterator[None]:
+def _make_missing(
+    entries: Sequence[Entry], folders: Sequence[Path], root: Path, progress: ProgressBar
+) -> Iterator[None]:
     for entry, folder in zip(entries, folders, strict=True):
         if folder.is_dir():
             with suppress(OSError):

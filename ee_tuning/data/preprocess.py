@@ -12,7 +12,7 @@ from ee_tuning.config import DataSection
 from ee_tuning.data.encoding import recipe_of
 from ee_tuning.data.indexed import BIN_SUFFIX, INDEX_SUFFIX, MASK_SUFFIX, with_suffix
 from ee_tuning.data.piped import as_given, copied, has_pipes
-from ee_tuning.data.progress import Progress
+from ee_tuning.data.progress_bar import ProgressBar
 from ee_tuning.data.sources import Corpus, find_corpora
 from ee_tuning.data.tally import nothing_to_learn, say_counts, say_passed_over
 from ee_tuning.data.tokenizing import Tokenized, Written, check_workers, tokenize_files
@@ -58,7 +58,7 @@ def _preprocess(data: DataSection, output: Path, trusts_code: bool) -> Written:
     files = [path for corpus in corpora for path in _texts(corpus)]
     say_passed_over([name for corpus in corpora for name in corpus.passed_over])
     recipe = recipe_of(data.tokenizer, data.text_key, data.chat_template, trusts_code=trusts_code)
-    with owned(output, None), folder_beside(output) as folder, Progress("tokenizing", speaks=True) as progress:
+    with owned(output, None), folder_beside(output) as folder, ProgressBar("tokenizing", speaks=True) as progress:
         steps = tokenize_files(files, recipe, folder, [folder / output.name], 0.0, data.workers, progress)
         while True:
             try:

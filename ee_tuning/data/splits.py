@@ -16,7 +16,7 @@ from ee_tuning.data.cache import Entry, cache_root, file_stamps, kept
 from ee_tuning.data.encoding import recipe_of
 from ee_tuning.data.indexed import BIN_SUFFIX, INDEX_SUFFIX, TokenStream, extremes, open_stream, with_suffix
 from ee_tuning.data.piped import pipes_copied
-from ee_tuning.data.progress import Progress
+from ee_tuning.data.progress_bar import ProgressBar
 from ee_tuning.data.sources import Corpus, find_corpora
 from ee_tuning.data.tally import FileCount, nothing_to_learn, say_counts, say_passed_over, say_skipped
 from ee_tuning.data.tokenizing import check_workers, tokenize_files
@@ -156,7 +156,7 @@ def _entries(corpus: Corpus, data: DataSection, tokenizer: Path, is_split: bool,
         recipe = recipe_of(tokenizer, data.text_key, data.chat_template, trusts_code=trusts_code)
         fraction = data.valid_fraction if is_split else 0.0
 
-        def tokenize(folder: Path, progress: Progress) -> Iterator[None]:
+        def tokenize(folder: Path, progress: ProgressBar) -> Iterator[None]:
             outputs = (folder / _TRAIN, folder / _VALID)
             tokenized = yield from tokenize_files(
                 corpus.texts, recipe, folder, outputs, fraction, data.workers, progress
@@ -177,7 +177,7 @@ def _entries(corpus: Corpus, data: DataSection, tokenizer: Path, is_split: bool,
         )
     for prefix in corpus.prefixes:
 
-        def scan(folder: Path, progress: Progress, prefix: Path = prefix) -> Iterator[None]:
+        def scan(folder: Path, progress: ProgressBar, prefix: Path = prefix) -> Iterator[None]:
             stream = open_stream(prefix)
             progress.expect(stream.ids.nbytes)
             smallest, largest = 0, 0

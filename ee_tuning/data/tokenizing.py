@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ee_tuning.data.documents import Piece, pieces_of
 from ee_tuning.data.encoding import Recipe, id_type, tokenize_piece
 from ee_tuning.data.indexed import BIN_SUFFIX, INDEX_SUFFIX, MASK_SUFFIX, with_suffix, write_index
-from ee_tuning.data.progress import Progress
+from ee_tuning.data.progress_bar import ProgressBar
 from ee_tuning.data.tally import FileCount
 from ee_tuning.errors import InputError
 from ee_tuning.interrupts import end_at_once
@@ -68,7 +68,7 @@ def tokenize_files(
     outputs: Sequence[Path],
     valid_fraction: float,
     workers: int,
-    progress: Progress,
+    progress: ProgressBar,
 ) -> Generator[None, None, Tokenized]:
     """Writes the documents of `files` to the prefix outputs[0], those that `held_out` chooses to outputs[1].
 

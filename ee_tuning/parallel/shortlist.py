@@ -41,7 +41,7 @@ class Shortlist(VocabShard):
     """[n] int64, increasing."""
     whole: VocabShard
     """This rank's part of the model's vocabulary."""
-    own_span: tuple[int, int]
+    local_span: tuple[int, int]
     """The first token of the list that lies in this rank's part of the vocabulary, and the one behind the last."""
 
     @classmethod
@@ -77,11 +77,11 @@ class Shortlist(VocabShard):
         known = self._class_of[token_ids.clamp(0, self.whole.size - 1)]
         return torch.where(token_ids < 0, token_ids, torch.where(token_ids >= self.whole.size, self.size, known))
 
-    def coarsened(self, logits: Tensor) -> Tensor:  # [t, v/tp] -> [t, this rank's true rows of the classes]
+    def to_class_logits(self, logits: Tensor) -> Tensor:  # [t, v/tp] -> [t, this rank's true rows of the classes]
         """Logits of classes from those of all tokens, by as many as both have in common; overwrites `logits` (float32
         at least).
         """
-        first, last = self.own_span
+        first, last = self.local_span
         columns = self.token_ids[first:last] - self.whole.first
         listed = logits[:, columns]
         other = logits.index_fill_(-1, columns, -torch.inf).logsumexp(-1)
@@ -95,7 +95,7 @@ class Shortlist(VocabShard):
 
     def other_and_total(self, logits: Tensor) -> tuple[Tensor, Tensor]:  # [t, v/tp] -> [t], [t]
         """The logit of "any other token" and the log-sum-exp of all; overwrites `logits` (float32 at least)."""
-        first, last = self.own_span
+        first, last = self.local_span
         total = logits.logsumexp(-1)
         other = logits.index_fill_(-1, self.token_ids[first:last] - self.whole.first, -torch.inf).logsumexp(-1)
         if self.world_size == 1:
@@ -118,7 +118,7 @@ class Shortlist(VocabShard):
             ids = self.gather(ids).gather(0, winner[None])[0]
         return self.classes(ids)
 
-    def of_other(self, values: Tensor) -> Tensor:  # [t, this rank's true rows] -> [t, 1]
+    def other_column(self, values: Tensor) -> Tensor:  # [t, this rank's true rows] -> [t, 1]
         """The column of `other`, zeros where it is another rank's: to be summed over the shards."""
         place = self.other - self.first
         return values[:, place : place + 1] if 0 <= place < values.shape[-1] else values.new_zeros(len(values), 1)

@@ -8,8 +8,8 @@ from ee_tuning.config import TuningSection
 from ee_tuning.parallel.relay import NextAction
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.watchdog import hang_watchdog
-from ee_tuning.tuning.averages import Divisor, Sums, training_figures, validation_figures
-from ee_tuning.tuning.metrics import MetricsBoard
+from ee_tuning.tuning.loss_metrics import Divisor, LossSums, training_figures, validation_figures
+from ee_tuning.tuning.metrics import MetricsGatherer
 from ee_tuning.tuning.optimizer import ExitOptimizer, update_exits
 from ee_tuning.tuning.schedule import learning_rate, loss_weight_ramp
 from ee_tuning.tuning.stage_forward import StageForward, StageOutput
@@ -21,13 +21,13 @@ class ExitTrainer:
 
     def __init__(self, exits: list[ExitOptimizer], tuning: TuningSection, topology: Topology, step: int = 0) -> None:
         self.exits, self.step = exits, step
-        self._tuning, self._topology, self._sums = tuning, topology, Sums()
+        self._tuning, self._topology, self._sums = tuning, topology, LossSums()
         self._trained = [each for each in exits if each.trains]
         self._divisor: Divisor = "weights" if tuning.divide_by_token_weights else "tokens"
         self._skipped: Counter[int] = Counter()
 
     def process(
-        self, output: StageOutput, stage_forward: StageForward, metrics: MetricsBoard, throughput: Throughput
+        self, output: StageOutput, stage_forward: StageForward, metrics: MetricsGatherer, throughput: Throughput
     ) -> None:
         """The micro-batches of a run, in order. All ranks of the stage do the same one together."""
         teacher, microbatch = stage_forward.teacher_signal(output), output.microbatch
@@ -41,7 +41,7 @@ class ExitTrainer:
         elif microbatch.is_last:
             self.end_validation(output, metrics)
 
-    def end_step(self, output: StageOutput, metrics: MetricsBoard, throughput: Throughput) -> None:
+    def end_step(self, output: StageOutput, metrics: MetricsGatherer, throughput: Throughput) -> None:
         """Updates every exit, and posts a record where one is due."""
         tuning, sums, self.step = self._tuning, self._take_sums(), output.microbatch.step
         lr, ramp = learning_rate(self.step, tuning), loss_weight_ramp(self.step, tuning)
@@ -64,7 +64,7 @@ class ExitTrainer:
                 "kind": "train",
                 "step": self.step,
                 "lr": lr,
-                **training_figures({layer: update.means for layer, update in updates.items()}, tuning.distils),
+                **training_figures({layer: update.mean_metrics for layer, update in updates.items()}, tuning.distils),
                 "grad_norm": {str(layer): update.grad_norm for layer, update in updates.items()},
                 "skipped": {str(layer): count for layer, count in self._skipped.items()},
                 "tokens_per_second": own["tokens_per_second"],
@@ -75,19 +75,19 @@ class ExitTrainer:
         )
         self._skipped.clear()
 
-    def end_validation(self, output: StageOutput, metrics: MetricsBoard) -> None:
+    def end_validation(self, output: StageOutput, metrics: MetricsGatherer) -> None:
         """Posts a record of every exit."""
         for each in self.exits:
             each.reshard()
-        means = self._take_sums().means(self._topology, self._divisor)
+        mean_metrics = self._take_sums().mean_metrics(self._topology, self._divisor)
         metrics.post(
             {
                 "kind": "validation",
                 "step": output.microbatch.step,
-                **validation_figures(means, self._tuning.wants_final_head),
+                **validation_figures(mean_metrics, self._tuning.wants_final_head),
             }
         )
 
-    def _take_sums(self) -> Sums:
-        sums, self._sums = self._sums, Sums()
+    def _take_sums(self) -> LossSums:
+        sums, self._sums = self._sums, LossSums()
         return sums

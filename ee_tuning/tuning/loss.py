@@ -58,11 +58,13 @@ def linear_loss(
     assert hidden.dtype == weight.dtype and weight.shape[0] == vocab.rows and chunk_tokens > 0
     assert teacher is not None or not objective.wants_teacher
     classes = vocab.classes(labels) if isinstance(vocab, Shortlist) else labels
-    task = _Task(classes.reshape(-1), loss_mask.reshape(-1), vocab, chunk_tokens, objective, teacher, sums_gradient)
+    inputs = _LossInputs(
+        classes.reshape(-1), loss_mask.reshape(-1), vocab, chunk_tokens, objective, teacher, sums_gradient
+    )
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return ExitLoss(*_LinearLoss.apply(hidden, weight, task))
-    walked = _walk(hidden, weight, task, False, False)
-    return ExitLoss(walked.loss, walked.statistics)
+        return ExitLoss(*_LinearLoss.apply(hidden, weight, inputs))
+    sums = _chunked_loss(hidden, weight, inputs, False, False)
+    return ExitLoss(sums.loss, sums.statistics)
 
 
 def linear_cross_entropy(
@@ -83,12 +85,12 @@ def token_losses(
 ) -> Tensor:  # [s, b], nats, float32 (float64 for float64 hidden states)
     """Each token's cross-entropy, without a gradient; NaN for a label outside of the vocabulary."""
     mask = torch.ones_like(labels, dtype=torch.float32)
-    task = _Task(labels.reshape(-1), mask.reshape(-1), vocab, chunk_tokens, CROSS_ENTROPY, None, False)
-    return _walk(hidden, weight, task, False, False).per_token["cross_entropy"].view_as(labels)
+    inputs = _LossInputs(labels.reshape(-1), mask.reshape(-1), vocab, chunk_tokens, CROSS_ENTROPY, None, False)
+    return _chunked_loss(hidden, weight, inputs, False, False).per_token["cross_entropy"].view_as(labels)
 
 
 @dataclass(frozen=True)
-class _Task:
+class _LossInputs:
     """What there is to know beside the two matrices."""
 
     labels: Tensor  # [n]
@@ -102,12 +104,12 @@ class _Task:
 
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, task: _Task) -> tuple[Tensor, Tensor]:
-        walked = _walk(hidden, weight, task, *ctx.needs_input_grad[:2])
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, inputs: _LossInputs) -> tuple[Tensor, Tensor]:
+        sums = _chunked_loss(hidden, weight, inputs, *ctx.needs_input_grad[:2])
         # Held by hand and not by save_for_backward: the engine may then take the weight's gradient over without a copy.
-        ctx.gradients, ctx.weight_dtype = (walked.grad_hidden, walked.grad_weight), weight.dtype
-        ctx.mark_non_differentiable(walked.statistics)
-        return walked.loss, walked.statistics
+        ctx.gradients, ctx.weight_dtype = (sums.grad_hidden, sums.grad_weight), weight.dtype
+        ctx.mark_non_differentiable(sums.statistics)
+        return sums.loss, sums.statistics
 
     @staticmethod
     @once_differentiable
@@ -123,7 +125,7 @@ class _LinearLoss(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class _Walked:
+class _LossSums:
     """What one walk over the chunks leaves."""
 
     loss: Tensor
@@ -133,42 +135,44 @@ class _Walked:
     grad_weight: Tensor | None  # [v/tp, h], float32 at least
 
 
-def _walk(hidden: Tensor, weight: Tensor, task: _Task, wants_hidden: bool, wants_weight: bool) -> _Walked:
-    tokens, vocab = hidden.reshape(-1, hidden.shape[-1]), task.vocab
+def _chunked_loss(
+    hidden: Tensor, weight: Tensor, inputs: _LossInputs, wants_hidden: bool, wants_weight: bool
+) -> _LossSums:
+    tokens, vocab = hidden.reshape(-1, hidden.shape[-1]), inputs.vocab
     accumulate, differentiates = torch.promote_types(hidden.dtype, torch.float32), wants_hidden or wants_weight
-    mask, true_weight = task.mask.to(accumulate), weight[: vocab.true_rows]
+    mask, true_weight = inputs.mask.to(accumulate), weight[: vocab.true_rows]
     grad_tokens = tokens.new_empty(tokens.shape) if wants_hidden else None
     grad_weight = torch.zeros_like(weight, dtype=accumulate) if wants_weight else None
     per_token, largest = {name: mask.new_zeros(len(tokens)) for name in PER_TOKEN}, mask.new_zeros(len(tokens))
-    scratch = _Scratch(
-        min(task.chunk_tokens, len(tokens)), vocab.true_rows, hidden, accumulate, task.teacher is not None
+    buffers = _ChunkBuffers(
+        min(inputs.chunk_tokens, len(tokens)), vocab.true_rows, hidden, accumulate, inputs.teacher is not None
     )
 
-    for start in range(0, len(tokens), task.chunk_tokens):
-        part = slice(start, start + task.chunk_tokens)
-        logits = scratch.logits(tokens[part], true_weight)
+    for start in range(0, len(tokens), inputs.chunk_tokens):
+        part = slice(start, start + inputs.chunk_tokens)
+        logits = buffers.logits(tokens[part], true_weight)
         teacher_chunk = (
             None
-            if task.teacher is None
-            else task.teacher.chunk(part, scratch.of_teacher(len(logits)), vocab, not differentiates)
+            if inputs.teacher is None
+            else inputs.teacher.chunk(part, buffers.of_teacher(len(logits)), vocab, not differentiates)
         )
-        chunk = LossChunk(logits, task.labels[part], vocab, teacher_chunk)
+        chunk = LossChunk(logits, inputs.labels[part], vocab, teacher_chunk)
         for name, values in chunk.per_token.items():
             per_token[name][part] = values
         largest[part] = chunk.largest
         if not differentiates:
             continue
-        weights = mask[part] * largest[part] if task.objective.weighs_by_confidence else mask[part]
-        grad_logits = scratch.narrowed(chunk.gradient_in_place(weights[:, None], task.objective))
+        weights = mask[part] * largest[part] if inputs.objective.weighs_by_confidence else mask[part]
+        grad_logits = buffers.narrowed(chunk.gradient_in_place(weights[:, None], inputs.objective))
         if grad_tokens is not None:
             torch.mm(grad_logits, true_weight, out=grad_tokens[part])
         if grad_weight is not None:
             _add_product(grad_weight[: vocab.true_rows], grad_logits, tokens[part])
 
-    if grad_tokens is not None and task.sums_gradient:
+    if grad_tokens is not None and inputs.sums_gradient:
         vocab.sum_over_shards(grad_tokens)
-    loss, statistics = _sums(per_token, largest, mask, task.objective)
-    return _Walked(
+    loss, statistics = _sums(per_token, largest, mask, inputs.objective)
+    return _LossSums(
         loss, statistics, per_token, None if grad_tokens is None else grad_tokens.view_as(hidden), grad_weight
     )
 
@@ -192,7 +196,7 @@ def _sums(per_token: dict[str, Tensor], largest: Tensor, mask: Tensor, objective
     return loss, torch.where(mask == 0, 0.0, mask * torch.stack([row.to(mask.dtype) for row in rows])).sum(-1)
 
 
-class _Scratch:
+class _ChunkBuffers:
     """Buffers for one chunk of logits: one of the student's, two of the teacher's; for 16-bit inputs, one more of
     theirs that takes the matrix products' side.
     """

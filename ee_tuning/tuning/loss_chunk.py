@@ -54,13 +54,13 @@ class LossChunk:
         )
         # A shard of padding alone takes part in the collectives all the same.
         self._total, of_label, *rest = vocab.sum_over_shards(torch.stack(sums))
-        of_other, of_teacher = (rest[:1], rest[1:]) if isinstance(vocab, Shortlist) else ([], rest)
+        other_column, of_teacher = (rest[:1], rest[1:]) if isinstance(vocab, Shortlist) else ([], rest)
         # Without the fill a label of no shard would pass as a loss that no training lowers.
         losses = (
             (self._total.log() - of_label).squeeze(-1).masked_fill_((labels < 0) | (labels >= vocab.size), torch.nan)
         )
         self.largest = 1 / self._total.squeeze(-1)  # the largest exponential is 1
-        confidence = self.largest.masked_fill(of_other[0].squeeze(-1) == 0, 0.0) if of_other else self.largest
+        confidence = self.largest.masked_fill(other_column[0].squeeze(-1) == 0, 0.0) if other_column else self.largest
         self.per_token.update(cross_entropy=losses, confidence=confidence)
         if teacher_chunk is not None:
             self.per_token["forward_kl"] = teacher_chunk.divergence(of_teacher, self._total).squeeze(-1)
@@ -103,4 +103,4 @@ def _at_label(shifted: Tensor, column: Tensor, is_here: Tensor) -> Tensor:  # [n
 
 
 def _of_other(shifted: Tensor, vocab: VocabShard) -> list[Tensor]:  # [n, v] -> [n, 1], where `vocab` is a shortlist
-    return [vocab.of_other(shifted).clone()] if isinstance(vocab, Shortlist) else []
+    return [vocab.other_column(shifted).clone()] if isinstance(vocab, Shortlist) else []

@@ -23,7 +23,7 @@ METRICS = "metrics.jsonl"
 Record = dict[str, Any]
 
 
-class MetricsBoard:
+class MetricsGatherer:
     """Where stages post, and the logging rank collects. `on_record` is called with each whole record, on the logging
     rank, in order.
     """
@@ -32,7 +32,7 @@ class MetricsBoard:
         self._topology, self._on_record = topology, on_record
         self._store = dist.distributed_c10d._get_default_store()
         self._expected: deque[int] = deque()
-        self._taking = threading.Lock()
+        self._lock = threading.Lock()
         self.num_posted = 0
         """Records posted so far."""
 
@@ -52,7 +52,7 @@ class MetricsBoard:
 
     def poll(self) -> None:
         """Takes what has arrived whole. Returns at once."""
-        with self._taking:
+        with self._lock:
             while self._expected and self._store.check(self._keys(self._expected[0])):
                 self._take()
 
@@ -60,7 +60,7 @@ class MetricsBoard:
         """Waits until the logging rank has taken the first `num_records`, or all that it posted itself. From any
         thread, which holds the others up meanwhile: ask it where every stage has posted them.
         """
-        with self._taking:
+        with self._lock:
             while self._expected and (num_records is None or self._expected[0] < num_records):
                 self._store.wait(self._keys(self._expected[0]))
                 self._take()

@@ -20,14 +20,14 @@ from ee_tuning.config import TuningSection
 from ee_tuning.model.cast import cast_parameters
 from ee_tuning.model.exit_head import ExitHead
 from ee_tuning.parallel.topology import Topology
-from ee_tuning.tuning.averages import SUMS, Divisor, Means, Sums, means
+from ee_tuning.tuning.loss_metrics import SUMS, Divisor, LossSums, Means, mean_metrics
 
 
 @dataclass(frozen=True)
 class ExitUpdate:
     """What one step did to one exit."""
 
-    means: Means
+    mean_metrics: Means
     """Means over the global batch, before the step."""
     grad_norm: float
     """The norm before the clip."""
@@ -150,7 +150,7 @@ class ExitOptimizer:
 
 
 def update_exits(
-    exits: list[ExitOptimizer], sums: Sums, divisor: Divisor, lr: float, ramp: float, topology: Topology
+    exits: list[ExitOptimizer], sums: LossSums, divisor: Divisor, lr: float, ramp: float, topology: Topology
 ) -> dict[int, ExitUpdate]:
     """One optimizer step of this stage's trained `exits`, each for itself; their weights are multiplied by `ramp`.
 
@@ -172,7 +172,7 @@ def update_exits(
         total = dict(zip(SUMS, own_sums, strict=True))[divisor]
         square_sum = cut + replicated if math.isfinite(own_sums[0]) else math.nan
         norm, is_believed = each.update(square_sum, each.loss_weight * ramp / total if total else 0.0, lr)
-        updates[each.layer] = ExitUpdate(means(own_sums, divisor), norm, not is_believed or not total)
+        updates[each.layer] = ExitUpdate(mean_metrics(own_sums, divisor), norm, not is_believed or not total)
     return updates
 
 

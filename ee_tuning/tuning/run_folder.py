@@ -14,7 +14,7 @@ from ee_tuning.checkpoint.owner import owned
 from ee_tuning.config import Config, save_config
 from ee_tuning.errors import InputError
 from ee_tuning.parallel.topology import Topology
-from ee_tuning.tuning.same_job import CONFIG, check_same_job
+from ee_tuning.tuning.resume_check import CONFIG, check_resumable
 from ee_tuning.tuning.state import latest_checkpoint
 
 EXIT_HEADS = "exit_heads"
@@ -51,7 +51,7 @@ def check_run_folder(config: Config, topology: Topology) -> None:
                 "--no-resume out to go on with it, or give another folder"
             )
         if not is_new:
-            check_same_job(config, folder)
+            check_resumable(config, folder)
         with refusals_named(folder):
             # A run that goes on has its heads in its checkpoints: then the artifact is its own, of an earlier end.
             if (

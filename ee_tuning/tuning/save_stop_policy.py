@@ -34,7 +34,7 @@ class SaveStopPolicy:
             microbatch.ends_step and microbatch.step > 0 and (self._is_due(microbatch.step) or self._minutes_passed())
         )
         if saves:
-            self._saver.settle()  # here, for if the one before could not be written, the word has to be another
+            self._saver.wait()  # here, for if the one before could not be written, the word has to be another
         ends = self._stop.is_asked or self._saver.has_failed
         return self._agreed(NextAction.END if ends else NextAction.SAVE if saves else NextAction.NEXT)
 

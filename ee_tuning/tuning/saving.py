@@ -31,7 +31,7 @@ from ee_tuning.parallel.pinned_staging import PinnedStaging
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.watchdog import hang_watchdog
 from ee_tuning.tuning.optimizer import ExitOptimizer
-from ee_tuning.tuning.state import CHECKPOINTS, LATEST, PROGRESS, Progress, own_state
+from ee_tuning.tuning.state import CHECKPOINTS, LATEST, PROGRESS, TrainingProgress, own_state
 
 
 class Saver:
@@ -54,18 +54,18 @@ class Saver:
     @property
     def has_failed(self) -> bool:
         """Whether a checkpoint could not be written; then none is any more. The same on all ranks, sooner or later: see
-        `settle`.
+        `wait`.
         """
         return self._failure is not None
 
-    def save(self, progress: Progress, before_latest: Callable[[], None]) -> None:
+    def save(self, progress: TrainingProgress, before_latest: Callable[[], None]) -> None:
         """Copies the state and returns; what writes it calls `before_latest` on rank 0 when all ranks have written,
         before `latest` moves.
 
         All ranks call it after the same step, each in its own time. Waits for the checkpoint before, and, without
         tuning.async_save, for this one.
         """
-        self.settle()
+        self.wait()
         if self.has_failed:
             return
         chunks, tensors = zip(*state, strict=True) if (state := self._own_state()) else ((), ())
@@ -76,9 +76,9 @@ class Saver:
         )
         self._thread.start()
         if not self._is_async:
-            self.settle()
+            self.wait()
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         """Waits for the checkpoint that is being written, if there is one. `has_failed` is the same on all ranks
         then.
         """
@@ -108,13 +108,13 @@ class Saver:
             if each.replica_id == 0 and each.data is not None
         ]
 
-    def _run(self, progress: Progress, chunks: Sequence[Chunk], before_latest: Callable[[], None]) -> None:
+    def _run(self, progress: TrainingProgress, chunks: Sequence[Chunk], before_latest: Callable[[], None]) -> None:
         try:
             self._write(progress, chunks, before_latest)
         except Exception as error:  # whoever settles will see it
             self._failure = error
 
-    def _write(self, progress: Progress, chunks: Sequence[Chunk], before_latest: Callable[[], None]) -> None:
+    def _write(self, progress: TrainingProgress, chunks: Sequence[Chunk], before_latest: Callable[[], None]) -> None:
         folder, topology = self._folder / f"step_{progress.step:08d}", self._topology
         with written_aside(folder, topology) as partial:
             own = self._write_own(partial, folder, chunks)
@@ -122,26 +122,26 @@ class Saver:
                 reports = gathered([own], topology)
             if refused := [each.refusal for each in reports if each.refusal]:
                 raise InputError(refused[0])
-            on_first_rank(topology, lambda: _describe(partial, progress, reports))
+            on_first_rank(topology, lambda: _write_metadata(partial, progress, reports))
 
         def finish() -> None:
             before_latest()
-            _point_at(folder, self._keep)
+            _update_latest(folder, self._keep)
 
         on_first_rank(topology, finish)
 
-    def _write_own(self, partial: Path, folder: Path, chunks: Sequence[Chunk]) -> "_Report":
+    def _write_own(self, partial: Path, folder: Path, chunks: Sequence[Chunk]) -> "_RankReport":
         try:
             with DistcpWriter(partial, self._topology.rank, lambda num_bytes: None, beside_other_work=True) as writer:
                 for chunk, tensor in zip(chunks, self._copy.tensors(), strict=True):
                     writer.add_tensor(chunk, [tensor])
-            return _Report(writer.written, writer.sums)
+            return _RankReport(writer.written, writer.sums)
         except Exception as error:  # of any kind: all ranks have to meet, or the others wait
-            return _Report([], {}, _refusal(folder, error))
+            return _RankReport([], {}, _refusal(folder, error))
 
 
 @dataclass(frozen=True)
-class _Report:
+class _RankReport:
     """What a rank did."""
 
     written: list[Written]
@@ -158,7 +158,7 @@ def _refusal(folder: Path, error: Exception) -> str:
     )
 
 
-def _describe(partial: Path, progress: Progress, reports: list[_Report]) -> None:
+def _write_metadata(partial: Path, progress: TrainingProgress, reports: list[_RankReport]) -> None:
     with refusals_named(partial):
         write_common(partial, {})
         write_metadata(partial, [each for report in reports for each in report.written])
@@ -166,7 +166,7 @@ def _describe(partial: Path, progress: Progress, reports: list[_Report]) -> None
         write_manifest(partial, {file: digest for report in reports for file, digest in report.sums.items()})
 
 
-def _point_at(folder: Path, keep: int) -> None:
+def _update_latest(folder: Path, keep: int) -> None:
     """Has `latest` name `folder`, and removes all but the `keep` last checkpoints of the run's way there."""
     with file_written_aside(folder.parent / LATEST) as pointer:
         pointer.write_text(folder.name + "\n", encoding="utf-8")

@@ -38,7 +38,7 @@ _REMEDY = "write the name of another folder of checkpoints/ into checkpoints/lat
 
 
 @dataclass(frozen=True, kw_only=True)
-class Progress:
+class TrainingProgress:
     """How far a run has come, and what must not change when it goes on."""
 
     step: int
@@ -63,13 +63,13 @@ def latest_checkpoint(run_folder: Path) -> Path | None:
 
 def load_checkpoint(
     folder: Path, fixed: dict[str, Any], exits: list[ExitOptimizer], config: ModelConfig, topology: Topology
-) -> Progress:
+) -> TrainingProgress:
     """Fills the exits' masters and optimizers. All ranks call it.
 
     Raises InputError where a file is missing or altered, or the checkpoint is of a run that differs from `fixed`.
     """
 
-    def checked() -> Progress:
+    def checked() -> TrainingProgress:
         for name, entry in read_manifest(folder, _REMEDY).items():
             check_file(folder / name, entry, _REMEDY)
         check_metadata_pickle(folder)
@@ -194,10 +194,10 @@ def _as_sharded(value: Tensor) -> DTensor:
     return value
 
 
-def _read_progress(folder: Path, fixed: dict[str, Any]) -> Progress:
+def _read_progress(folder: Path, fixed: dict[str, Any]) -> TrainingProgress:
     path = folder / PROGRESS
     try:
-        progress = Progress(**json.loads(path.read_text(encoding="utf-8")))
+        progress = TrainingProgress(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path} can not be read: {error}; {_REMEDY}") from error
     for key, value in fixed.items():

@@ -219,7 +219,7 @@ def _class_logits(
         return _ClassLogits((tokens @ weight[: vocab.true_rows].t()).to(dtype), None)
     logits = (tokens @ weight[: vocab.whole.true_rows].t()).to(dtype)
     likeliest = _listed(vocab.likeliest_classes(logits), vocab)
-    return _ClassLogits(vocab.coarsened(logits), likeliest)
+    return _ClassLogits(vocab.to_class_logits(logits), likeliest)
 
 
 def _listed(classes: Tensor, vocab: Shortlist) -> Tensor:  # [n] -> [n]

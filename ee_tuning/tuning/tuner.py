@@ -21,18 +21,18 @@ from ee_tuning.json_file import to_json
 from ee_tuning.parallel.relay import NextAction, Relay
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.tuning.exit_trainer import ExitTrainer
-from ee_tuning.tuning.metrics import METRICS, MetricsBoard, holds_validation
+from ee_tuning.tuning.log_sinks import open_log_sinks
+from ee_tuning.tuning.metrics import METRICS, MetricsGatherer, holds_validation
 from ee_tuning.tuning.microbatch_schedule import Microbatch, MicrobatchSchedule
 from ee_tuning.tuning.optimizer import ExitOptimizer
 from ee_tuning.tuning.save_stop_policy import SaveStopPolicy
 from ee_tuning.tuning.saving import Saver
 from ee_tuning.tuning.settings import loss_weights, objective
 from ee_tuning.tuning.stage_forward import StageForward, StageOutput
-from ee_tuning.tuning.state import Progress, latest_checkpoint, load_checkpoint, whole_tensors
+from ee_tuning.tuning.state import TrainingProgress, latest_checkpoint, load_checkpoint, whole_tensors
 from ee_tuning.tuning.stopping import StopRequest
 from ee_tuning.tuning.teacher_channel import TeacherChannel
 from ee_tuning.tuning.throughput import Throughput
-from ee_tuning.tuning.watching import watched
 
 
 class Tuner:
@@ -104,7 +104,7 @@ class Tuner:
         validates_first = self._validates_first(schedule)
         queue: deque[StageOutput] = deque()  # micro-batches that the backbone is ahead of the exits
         saver = Saver(self.exits, self._model.config, self.tuning, self.topology)
-        with watched(self.config, self.topology, self._loaded, self.step) as metrics, StopRequest() as stop:
+        with open_log_sinks(self.config, self.topology, self._loaded, self.step) as metrics, StopRequest() as stop:
             policy = SaveStopPolicy(self.tuning, self.topology, stop, saver)
             flops_per_token = 2 * sum(tuning_costs(self.config, self._model.config, self.exits_config))
             throughput = Throughput(
@@ -129,14 +129,14 @@ class Tuner:
             relay.finish()
             if teacher_channel:
                 teacher_channel.feedback.finish()
-            saver.settle()
+            saver.wait()
             metrics.finish()
             saver.check()
         return self.step == self.tuning.train_iters
 
     def rehearse(self, stage_forward: StageForward) -> None:
         """One optimizer step and one validation, whose records go nowhere. For dry runs."""
-        metrics, throughput = MetricsBoard(self.topology, lambda record: None), Throughput(1, 0.0, lambda: 0.0)
+        metrics, throughput = MetricsGatherer(self.topology, lambda record: None), Throughput(1, 0.0, lambda: 0.0)
         schedule, queue = MicrobatchSchedule(self._source, self._validation, self.tuning), deque[StageOutput]()
         for microbatch in (*schedule.training(1), *schedule.validation(1)):
             deque(self._advance(stage_forward, microbatch, NextAction.NEXT, queue, metrics, throughput), maxlen=0)
@@ -198,7 +198,7 @@ class Tuner:
         microbatch: Microbatch,
         next_action: NextAction,
         queue: deque[StageOutput],
-        metrics: MetricsBoard,
+        metrics: MetricsGatherer,
         throughput: Throughput,
     ) -> Iterator[tuple[Microbatch, NextAction]]:
         """A micro-batch through the layers, and as many that wait through the exits as must not wait longer: each of
@@ -220,8 +220,8 @@ class Tuner:
             self.topology, lambda: bool(self.step) and holds_validation(self.run_folder / METRICS, self.step)
         )
 
-    def _save(self, saver: Saver, done: Microbatch, metrics: MetricsBoard) -> None:
-        progress = Progress(step=self.step, position=done.position, fixed=self._fixed())
+    def _save(self, saver: Saver, done: Microbatch, metrics: MetricsGatherer) -> None:
+        progress = TrainingProgress(step=self.step, position=done.position, fixed=self._fixed())
         # So that a run that goes on from here has the records of all steps before it.
         saver.save(progress, before_latest=partial(metrics.finish, metrics.num_posted))
 

@@ -13,7 +13,7 @@ from byte_tokenizer import VOCABULARY, write_byte_tokenizer
 from ee_tuning.config import DataSection
 from ee_tuning.data import splits
 from ee_tuning.data.cache import Entry, _make_missing, kept
-from ee_tuning.data.progress import Progress
+from ee_tuning.data.progress_bar import ProgressBar
 from ee_tuning.data.tokens import PackedSamples
 from ee_tuning.errors import InputError
 
@@ -94,7 +94,7 @@ def test_two_runs_that_begin_at_a_time_make_an_entry_once(tmp_path: Path) -> Non
     """The second run removes what the first is writing, or tokenizes a terabyte along with it."""
     made, meet = [], threading.Barrier(2)
 
-    def make(folder: Path, progress: Progress) -> Iterator[None]:
+    def make(folder: Path, progress: ProgressBar) -> Iterator[None]:
         made.append(folder)
         for step in range(3):
             time.sleep(0.02)
@@ -123,13 +123,15 @@ def test_who_waits_at_a_lock_that_was_removed_waits_at_the_new_one(
     monkeypatch.setattr("time.sleep", lambda _: None)
     made = []
 
-    def make(folder: Path, progress: Progress) -> Iterator[None]:
+    def make(folder: Path, progress: ProgressBar) -> Iterator[None]:
         made.append(folder)
         yield
 
     lock = tmp_path / "entry.lock"
     second, third = (
-        _make_missing([Entry(depends_on=dict, make=make)], [tmp_path / "entry"], tmp_path, Progress("", speaks=False))
+        _make_missing(
+            [Entry(depends_on=dict, make=make)], [tmp_path / "entry"], tmp_path, ProgressBar("", speaks=False)
+        )
         for _ in range(2)
     )
     with lock.open("w") as first:

@@ -20,7 +20,7 @@ Means = dict[str, float]
 """`loss`, `perplexity` and the STATISTICS, per unmasked token."""
 
 
-class Sums:
+class LossSums:
     """Sums of this replica, by exit layer."""
 
     def __init__(self) -> None:
@@ -33,17 +33,19 @@ class Sums:
             values = torch.cat((loss[None], statistics)).double()
             self.by_layer[layer] = self.by_layer[layer] + values if layer in self.by_layer else values
 
-    def means(self, topology: Topology, divisor: Divisor) -> dict[int, Means]:
+    def mean_metrics(self, topology: Topology, divisor: Divisor) -> dict[int, Means]:
         """The means over all replicas, which call it together."""
         if not self.by_layer:
             return {}
         stacked = torch.stack(list(self.by_layer.values()))
         if topology.dp > 1:
             dist.all_reduce(stacked, group=topology.dp_group)
-        return {layer: means(values, divisor) for layer, values in zip(self.by_layer, stacked.tolist(), strict=True)}
+        return {
+            layer: mean_metrics(values, divisor) for layer, values in zip(self.by_layer, stacked.tolist(), strict=True)
+        }
 
 
-def means(sums: Sequence[float], divisor: Divisor) -> Means:
+def mean_metrics(sums: Sequence[float], divisor: Divisor) -> Means:
     """Means from the SUMS of all replicas. Not a number where there was no token."""
     named = dict(zip(SUMS, sums, strict=True))
     found = {name: _ratio(value, named[divisor if name == "loss" else "tokens"]) for name, value in named.items()}

@@ -12,7 +12,7 @@ _QUIET_SECONDS = 2.0
 _SECONDS_BETWEEN_LINES = 10.0
 
 
-class Progress:
+class ProgressBar:
     """Bytes done of those expected. Use it as a context; `speaks` on one process."""
 
     def __init__(self, what: str, *, speaks: bool) -> None:
@@ -22,7 +22,7 @@ class Progress:
         self._bar: rich.progress.Progress | None = None
         self._task: rich.progress.TaskID | None = None
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "ProgressBar":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -34,21 +34,23 @@ _FREE = {
     "tuning.wandb_project",
 }
 """What may differ: it changes where and how a run is computed and watched, and not what comes out."""
-_MOST_TOLD = 5
+_MOST_LISTED = 5
 
 
-def check_same_job(config: Config, folder: Path) -> None:
+def check_resumable(config: Config, folder: Path) -> None:
     """Raises InputError where the run in `folder` was begun by a job that differs in more than its layout and its
     watching.
     """
     if config.tuning.allow_config_change or not (folder / CONFIG).exists():
         return
     former = load_config(folder / CONFIG)
-    changes = [f"{key} ({_told(there)} there, {_told(here)} here)" for key, there, here in _differences(former, config)]
+    changes = [
+        f"{key} ({_shown(there)} there, {_shown(here)} here)" for key, there, here in _differences(former, config)
+    ]
     if changes:
-        more = f" and {len(changes) - _MOST_TOLD} more" if len(changes) > _MOST_TOLD else ""
+        more = f" and {len(changes) - _MOST_LISTED} more" if len(changes) > _MOST_LISTED else ""
         raise InputError(
-            f"{folder} holds a run of another job, which differs in {', '.join(changes[:_MOST_TOLD])}{more}; give another "
+            f"{folder} holds a run of another job, which differs in {', '.join(changes[:_MOST_LISTED])}{more}; give another "
             "tuning.run_folder, or --allow-config-change to go on with the new values"
         )
 
@@ -66,6 +68,6 @@ def _differences(former: Config, config: Config) -> list[tuple[str, Any, Any]]:
     return found
 
 
-def _told(value: Any) -> str:
+def _shown(value: Any) -> str:
     text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
     return text if len(text) <= 40 else f"{text[:37]}…"

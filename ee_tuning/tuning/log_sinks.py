@@ -9,18 +9,18 @@ from ee_tuning.checkpoint.load import LoadedModel
 from ee_tuning.config import Config
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.tuning.dashboards import tensorboard, weights_and_biases
-from ee_tuning.tuning.metrics import METRICS, MetricsBoard, MetricsFile, Record
-from ee_tuning.tuning.progress import ProgressDisplay
+from ee_tuning.tuning.metrics import METRICS, MetricsFile, MetricsGatherer, Record
+from ee_tuning.tuning.progress_display import ProgressDisplay
 from ee_tuning.tuning.speed_up import implied_speed_ups
 
 Sink = Callable[[Record], None]
 
 
 @contextmanager
-def watched(config: Config, topology: Topology, loaded: LoadedModel, step: int) -> Iterator[MetricsBoard]:
+def open_log_sinks(config: Config, topology: Topology, loaded: LoadedModel, step: int) -> Iterator[MetricsGatherer]:
     """Where this stage posts its records of the steps after `step`."""
     if not topology.is_logging_rank:
-        yield MetricsBoard(topology, _ignore)
+        yield MetricsGatherer(topology, _ignore)
         return
     folder, last = Path(config.tuning.run_folder), config.tuning.train_iters
     file = MetricsFile(folder / METRICS, resume_after=step or None)
@@ -41,7 +41,7 @@ def watched(config: Config, topology: Topology, loaded: LoadedModel, step: int) 
                 for sink in sinks:
                     sink(record)
 
-        yield MetricsBoard(topology, take)
+        yield MetricsGatherer(topology, take)
         if reached < last:
             display.say(f"stopped after step {reached}; the same command goes on from there")
     file.close()

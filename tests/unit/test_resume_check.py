@@ -8,8 +8,8 @@ import pytest
 
 from ee_tuning.config import Config, replace, save_config
 from ee_tuning.errors import InputError
-from ee_tuning.tuning import same_job
-from ee_tuning.tuning.same_job import CONFIG, check_same_job
+from ee_tuning.tuning import resume_check
+from ee_tuning.tuning.resume_check import CONFIG, check_resumable
 
 JOB = replace(Config(), model={"path": "m"}, exits={"exit_layers": (2, 5)}, data={"paths": ("a", "b")})
 
@@ -32,7 +32,7 @@ def run(tmp_path: Path) -> Path:
 )
 def test_layout_and_watching_may_change(run: Path, changes: dict[str, Any]) -> None:
     """A run that can not go on on fewer machines."""
-    check_same_job(replace(JOB, **changes), run)
+    check_resumable(replace(JOB, **changes), run)
 
 
 @pytest.mark.parametrize(
@@ -51,9 +51,9 @@ def test_layout_and_watching_may_change(run: Path, changes: dict[str, Any]) -> N
 def test_what_changes_the_outcome_is_named(run: Path, changes: dict[str, Any], words: list[str]) -> None:
     """A run that goes on with another learning rate, unasked and unseen."""
     with pytest.raises(InputError) as error:
-        check_same_job(replace(JOB, **changes), run)
+        check_resumable(replace(JOB, **changes), run)
     assert all(word in str(error.value) for word in (*words, "--allow-config-change")) and len(str(error.value)) < 500
-    check_same_job(
+    check_resumable(
         replace(JOB, **{**changes, "tuning": {**changes.get("tuning", {}), "allow_config_change": True}}), run
     )
 
@@ -61,4 +61,4 @@ def test_what_changes_the_outcome_is_named(run: Path, changes: dict[str, Any], w
 def test_the_keys_that_are_free_exist() -> None:
     """A key that was renamed, and is no longer free."""
     known = {f"{section.name}.{key.name}" for section in fields(Config) for key in fields(getattr(JOB, section.name))}
-    assert known >= same_job._FREE
+    assert known >= resume_check._FREE
