@@ -19,7 +19,7 @@ from ee_tuning.config.paths import expanded
 from ee_tuning.errors import InputError
 from ee_tuning.interrupts import interrupts_raised, were_interrupted
 from ee_tuning.parallel.launcher import RendezvousError, is_first
-from ee_tuning.standard_streams import prepare_streams, settle_output, told
+from ee_tuning.standard_streams import output_error_text, prepare_streams, settle_output
 from ee_tuning.utf8 import typed_text, use_utf8
 
 INTERRUPTED = 130
@@ -151,7 +151,7 @@ def _outcome(argv: Sequence[str]) -> int:
             if isinstance(error, RendezvousError) or _speaks():
                 _say(str(error))
             return 2
-        if isinstance(error, OSError) and (line := told(error)) is not None:
+        if isinstance(error, OSError) and (line := output_error_text(error)) is not None:
             _say(line)
             return 2
         raise

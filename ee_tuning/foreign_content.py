@@ -21,7 +21,7 @@ _BEGINNINGS = (
 )
 
 
-def told_content(path: Path) -> str | None:
+def describe_content(path: Path) -> str | None:
     """What to say of the file, and what to do, where its first bytes are those of something else; None where they tell
     nothing.
     """
@@ -32,4 +32,7 @@ def told_content(path: Path) -> str | None:
             head = file.read(64).lstrip()
     except (OSError, ValueError):
         return None
-    return next((told for beginning, told in _BEGINNINGS if head[: len(beginning)].lower() == beginning.lower()), None)
+    return next(
+        (description for beginning, description in _BEGINNINGS if head[: len(beginning)].lower() == beginning.lower()),
+        None,
+    )

@@ -9,7 +9,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from ee_tuning.foreign_content import told_content
+from ee_tuning.foreign_content import describe_content
 
 
 def read_json(path: Path) -> Any:
@@ -21,8 +21,8 @@ def read_json(path: Path) -> Any:
     try:
         return parse_json(path.read_bytes())
     except ValueError as error:
-        if told := told_content(path):
-            raise ValueError(f"it {told}") from error
+        if reason := describe_content(path):
+            raise ValueError(f"it {reason}") from error
         raise
 
 

@@ -3,7 +3,7 @@
 import os
 import sys
 
-_told: set[str] = set()
+_shown_lines: set[str] = set()
 
 
 def warn(line: str) -> None:
@@ -13,6 +13,6 @@ def warn(line: str) -> None:
 
 def warn_once(line: str) -> None:
     """Prints a line, once, on the first of the processes that torchrun started."""
-    if line not in _told and os.environ.get("RANK", "0") == "0":
+    if line not in _shown_lines and os.environ.get("RANK", "0") == "0":
         warn(line)
-    _told.add(line)
+    _shown_lines.add(line)

@@ -46,7 +46,7 @@ def prepare_streams() -> None:
         sys.stderr = _remade(_Lenient, 2, sys.stderr)
 
 
-def told(error: OSError) -> str | None:
+def output_error_text(error: OSError) -> str | None:
     """The line for the user, where `error` is of a standard stream, or of a disk without room; None where it is a bug
     of ours.
     """

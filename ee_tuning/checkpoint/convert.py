@@ -12,7 +12,7 @@ from typing import Any, TypeGuard
 import torch
 
 from ee_tuning.checkpoint.apart import check_apart
-from ee_tuning.checkpoint.aside import on_first_rank
+from ee_tuning.checkpoint.atomic_write import on_first_rank
 from ee_tuning.checkpoint.ee_llm import FoundExits
 from ee_tuning.checkpoint.exit_config import ExitHeadsConfig
 from ee_tuning.checkpoint.exit_heads import check_output, save_exit_heads, write_exit_heads
@@ -21,7 +21,7 @@ from ee_tuning.checkpoint.fingerprint import fingerprint, model_shape
 from ee_tuning.checkpoint.formats import BackboneSource, check_model, open_model
 from ee_tuning.checkpoint.gguf_file import is_gguf
 from ee_tuning.checkpoint.legacy import LegacyReader
-from ee_tuning.checkpoint.model_card import told_architecture, told_init, told_vocab
+from ee_tuning.checkpoint.model_card import architecture_text, init_text, vocab_text
 from ee_tuning.checkpoint.names import embedding_name
 from ee_tuning.checkpoint.owner import owned
 from ee_tuning.config import Architecture, Config, ExitsSection
@@ -241,8 +241,8 @@ def _print_summary(config: Config, exits: ExitHeadsConfig, output: Path) -> None
     size = sum(path.stat().st_size for path in output.iterdir())
     layers = "layer" + "s" * (len(exits.exit_layers) > 1) + " " + ", ".join(map(str, exits.exit_layers))
     print(
-        f"wrote {output}: exit heads {told_architecture(exits.architecture)} after {layers} of {exits.model_name}, "
-        f"{told_init(exits.init, exits.seed)}, output {exits.output}" + told_vocab(exits.output_vocab)
+        f"wrote {output}: exit heads {architecture_text(exits.architecture)} after {layers} of {exits.model_name}, "
+        f"{init_text(exits.init, exits.seed)}, output {exits.output}" + vocab_text(exits.output_vocab)
     )
     print(
         f"{size:,} bytes in {exits.dtype}; bound to fingerprint {exits.model_fingerprint[:16]}…; the model itself is as it was"

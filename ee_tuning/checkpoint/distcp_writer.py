@@ -47,7 +47,7 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Written:
+class StoredChunk:
     """Where a chunk went."""
 
     chunk: Chunk
@@ -62,7 +62,7 @@ class DistcpWriter:
     """
 
     def __init__(self, folder: Path, rank: int, advance: Advance, *, beside_other_work: bool = False):
-        self.written: list[Written] = []
+        self.written: list[StoredChunk] = []
         self.sums: dict[str, str] = {}
         """sha256 by file name, of the files that are closed."""
         self._folder, self._rank, self._advance, self._beside_other_work = folder, rank, advance, beside_other_work
@@ -78,9 +78,9 @@ class DistcpWriter:
         """Appends the chunk, whose consecutive rows are `blocks`."""
         file = self._room(needed := math.prod(chunk.sizes) * chunk.dtype.itemsize + ARCHIVE_BYTES)
         start = file.num_bytes
-        write_tensor(file, chunk.sizes, chunk.dtype, self._told(blocks))
+        write_tensor(file, chunk.sizes, chunk.dtype, self._counted(blocks))
         assert file.num_bytes - start <= needed, (chunk, file.num_bytes - start)
-        self.written.append(Written(chunk, self._name(), start, file.num_bytes - start))
+        self.written.append(StoredChunk(chunk, self._name(), start, file.num_bytes - start))
 
     def add_object(self, key: str, content: Any) -> None:
         """Appends what is no tensor."""
@@ -89,9 +89,9 @@ class DistcpWriter:
         file = self._room(buffer.tell())
         start = file.num_bytes
         file.write(buffer.getvalue())
-        self.written.append(Written(Chunk(key), self._name(), start, file.num_bytes - start))
+        self.written.append(StoredChunk(Chunk(key), self._name(), start, file.num_bytes - start))
 
-    def _told(self, blocks: Iterable[Tensor]) -> Iterable[Tensor]:
+    def _counted(self, blocks: Iterable[Tensor]) -> Iterable[Tensor]:
         for block in blocks:
             yield block
             self._advance(block.numel() * block.itemsize)
@@ -131,7 +131,7 @@ def write_common(folder: Path, content: dict[str, Any]) -> None:
     )
 
 
-def write_metadata(folder: Path, written: Iterable[Written]) -> None:
+def write_metadata(folder: Path, written: Iterable[StoredChunk]) -> None:
     """Describes what all processes wrote, whoever wrote it."""
     tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}

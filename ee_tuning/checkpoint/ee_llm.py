@@ -101,11 +101,11 @@ class FoundExits:
             (False, False, False): "embedding",
         }
         if parts not in architectures:
-            told = ", ".join(
+            found = ", ".join(
                 f"{key} = {bool(arguments.get(key))}" for key in ("use_exit_mlp", "use_exit_block", "use_exit_norm")
             )
             raise InputError(
-                f"{self.reader.folder}: its exits have {told}, and no head here is built so; say where to put new ones: "
+                f"{self.reader.folder}: its exits have {found}, and no head here is built so; say where to put new ones: "
                 "--exit-layers 8,16"
             )
         return architectures[parts]

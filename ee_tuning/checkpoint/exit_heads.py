@@ -12,7 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ee_tuning.checkpoint.aside import check_room, gathered, on_first_rank, refusals_named, written_aside
+from ee_tuning.checkpoint.atomic_write import (
+    atomic_folder,
+    check_room,
+    gathered,
+    on_first_rank,
+    os_errors_as_input_errors,
+)
 from ee_tuning.checkpoint.byte_progress import byte_progress
 from ee_tuning.checkpoint.exit_config import CONFIG, ExitHeadsConfig, exit_config_tree, read_exit_config
 from ee_tuning.checkpoint.exit_names import exit_shard
@@ -23,7 +29,7 @@ from ee_tuning.checkpoint.model_card import artifact_card
 from ee_tuning.checkpoint.safetensors_layout import SafetensorsLayout
 from ee_tuning.checkpoint.safetensors_reader import SafetensorsFolder, TensorSource, read_shard
 from ee_tuning.checkpoint.safetensors_writer import SafetensorsWriter
-from ee_tuning.checkpoint.shared_work import own_share
+from ee_tuning.checkpoint.work_partition import share_of
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import to_json
 from ee_tuning.model.config import ModelConfig
@@ -112,10 +118,10 @@ def check_output(output: Path, overwrite: bool) -> None:
             f"--overwrite replaces an exit-heads artifact only, and {output} is none; give another --output"
         )
     own = (CONFIG, VOCAB, MANIFEST, CARD, "calibration.json")
-    strangers = [p.name for p in output.iterdir() if p.name not in own and not p.name.startswith(STEM)]
-    if strangers:
+    unexpected_files = [p.name for p in output.iterdir() if p.name not in own and not p.name.startswith(STEM)]
+    if unexpected_files:
         raise InputError(
-            f"--overwrite would remove {output / strangers[0]}, which is no part of an artifact; move it away first"
+            f"--overwrite would remove {output / unexpected_files[0]}, which is no part of an artifact; move it away first"
         )
 
 
@@ -136,7 +142,7 @@ def save_exit_heads(
     (check_output) or the disk refuses.
     """
     on_first_rank(topology, lambda: check_output(output, overwrite))
-    with written_aside(output, topology) as partial:
+    with atomic_folder(output, topology) as partial:
         writer = SafetensorsWriter(partial, STEM, exits.tensor_shapes(config), exits.torch_dtype, shard_bytes)
         on_first_rank(topology, lambda: _begin(partial, output, writer))
         written = []
@@ -166,9 +172,9 @@ def write_exit_heads(
     rank, world = (0, 1) if topology is None else (topology.rank, topology.world_size)
     on_first_rank(topology, lambda: check_output(output, overwrite))
     layout = SafetensorsLayout(STEM, exits.tensor_shapes(config), exits.torch_dtype, shard_bytes)
-    with written_aside(output, topology) as partial:
+    with atomic_folder(output, topology) as partial:
         on_first_rank(topology, lambda: check_room(output, partial, layout.num_bytes))
-        sums, own = {}, own_share({file: layout.file_bytes(file) for file in layout.files}, rank, world)
+        sums, own = {}, share_of({file: layout.file_bytes(file) for file in layout.files}, rank, world)
         with byte_progress("writing exit heads", sum(map(layout.file_bytes, own)), is_shown=rank == 0) as advance:
             for file in own:
                 with HashedFile(partial / file) as made:
@@ -202,14 +208,14 @@ def check_integrity(folder: Path, topology: Topology | None = None) -> None:
 
 def _begin(partial: Path, output: Path, writer: SafetensorsWriter) -> None:
     check_room(output, partial, writer.layout.num_bytes)
-    with refusals_named(output):
+    with os_errors_as_input_errors(output):
         writer.create()
 
 
 def _finish(
     partial: Path, output: Path, exits: ExitHeadsConfig, layout: SafetensorsLayout, sums: Mapping[str, str]
 ) -> None:
-    with refusals_named(output):
+    with os_errors_as_input_errors(output):
         if index := layout.index():
             (partial / index[0]).write_text(index[1], encoding="utf-8")
         tree = exit_config_tree(exits)

@@ -7,6 +7,7 @@ Pure functions, on the same pieces as `names.py`: a `layer` head's tensors are n
 
 from collections.abc import Iterable
 
+from ee_tuning.checkpoint.hf_names import HF_NAMES
 from ee_tuning.checkpoint.names import (
     Shape,
     Shard,
@@ -20,7 +21,6 @@ from ee_tuning.checkpoint.names import (
     uncut,
     vocabulary_rows,
 )
-from ee_tuning.checkpoint.spelling import SPELLINGS
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.exit_spec import ExitSpec
 
@@ -84,21 +84,21 @@ def exit_copy_source(name: str, config: ModelConfig) -> str | None:
     output matrix, all rows but the last: some of it); None for the matrices of an adapter and the linear map before the
     output matrix.
     """
-    spelling = SPELLINGS[config.family]
+    hf_names = HF_NAMES[config.family]
     _, layer, part = name.split(".", 2)
     if part in ("adapter.down.weight", "adapter.up.weight") or part.startswith("linear."):
         return None
     if part.startswith(("norm.", "adapter.norm.")):
-        return f"{spelling.final_norm}.{part.rpartition('.')[2]}"
+        return f"{hf_names.final_norm}.{part.rpartition('.')[2]}"
     if part == "output.weight":
         return embedding_name(config) if config.ties_embeddings else output_name(config)
     if part.startswith("layer."):
-        return f"{spelling.layers}.{config.num_layers - 1}.{part.removeprefix('layer.')}"
-    return f"{spelling.layers}.{int(layer) - 1}.{part}"
+        return f"{hf_names.layers}.{config.num_layers - 1}.{part.removeprefix('layer.')}"
+    return f"{hf_names.layers}.{int(layer) - 1}.{part}"
 
 
 def is_residual_projection(name: str, config: ModelConfig) -> bool:
     """Whether the artifact's tensor `name` is a matrix whose output is added to the residual."""
-    spelling = SPELLINGS[config.family]
-    matrices = (spelling.down, spelling.expert_down.rpartition(".")[2], spelling.attention_output, "adapter.up")
+    hf_names = HF_NAMES[config.family]
+    matrices = (hf_names.down, hf_names.expert_down.rpartition(".")[2], hf_names.attention_output, "adapter.up")
     return name.endswith(tuple(f".{matrix}.weight" for matrix in matrices))

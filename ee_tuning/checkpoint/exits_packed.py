@@ -8,10 +8,10 @@ every family's names.
 import re
 
 from ee_tuning.checkpoint.exit_heads import STEM, ExitHeadsReader
+from ee_tuning.checkpoint.hf_names import HF_NAMES
 from ee_tuning.checkpoint.huggingface_files import FileToWrite, copied_file, joined_files
 from ee_tuning.checkpoint.names import Shape
 from ee_tuning.checkpoint.safetensors_layout import SafetensorsLayout
-from ee_tuning.checkpoint.spelling import SPELLINGS
 from ee_tuning.model.config import ModelConfig
 
 _LAYER = re.compile(r"(exits\.\d+\.layer\.)(.+)\.weight")
@@ -29,13 +29,13 @@ def exit_files(artifact: ExitHeadsReader, config: ModelConfig) -> list[FileToWri
 
 def _parts(artifact: ExitHeadsReader, config: ModelConfig) -> dict[str, list[str]]:
     """Tensor in the exported file -> those of the artifact that it holds, one after the other."""
-    spelling = SPELLINGS[config.family]
-    places = {spelling.router: "mlp.gate.weight"}
+    hf_names = HF_NAMES[config.family]
+    places = {hf_names.router: "mlp.gate.weight"}
     for expert in range(config.num_experts or 0):
         places |= {
-            spelling.expert_gate.format(expert): "mlp.experts.gate_up_proj",
-            spelling.expert_up.format(expert): "mlp.experts.gate_up_proj",
-            spelling.expert_down.format(expert): "mlp.experts.down_proj",
+            hf_names.expert_gate.format(expert): "mlp.experts.gate_up_proj",
+            hf_names.expert_up.format(expert): "mlp.experts.gate_up_proj",
+            hf_names.expert_down.format(expert): "mlp.experts.down_proj",
         }
     order = list(places)
 

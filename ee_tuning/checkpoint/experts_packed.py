@@ -8,10 +8,10 @@ import json
 import re
 from dataclasses import dataclass
 
+from ee_tuning.checkpoint.hf_names import HF_NAMES, HFNames
 from ee_tuning.checkpoint.names import Shape
-from ee_tuning.checkpoint.safetensors_file import Part
+from ee_tuning.checkpoint.safetensors_file import TensorRange
 from ee_tuning.checkpoint.safetensors_reader import SafetensorsFolder
-from ee_tuning.checkpoint.spelling import SPELLINGS, Spelling
 from ee_tuning.errors import InputError
 
 _PACK = re.compile(r"(?:model\.)?(layers\.\d+\.)mlp\.experts\.(gate_up_proj|down_proj)")
@@ -28,7 +28,7 @@ class Slab:
     first_row: int
     shape: Shape
 
-    def within(self, part: Part) -> Part:
+    def within(self, part: TensorRange) -> TensorRange:
         """`part` of this matrix, as a part of `stored`."""
         rows, columns = (*part, *(slice(None),) * (2 - len(part)))
         start, stop, _ = rows.indices(self.shape[0])
@@ -40,7 +40,7 @@ def expert_slabs(folder: SafetensorsFolder) -> dict[str, Slab]:
     there twice.
     """
     packs = {name: match for name in folder.files if (match := _PACK.fullmatch(name))}
-    spelling = _spelling(folder) if packs else Spelling()
+    hf_names = _hf_names(folder) if packs else HFNames()
     slabs: dict[str, Slab] = {}
     for name, match in packs.items():
         shape = folder.shape(name)
@@ -49,7 +49,7 @@ def expert_slabs(folder: SafetensorsFolder) -> dict[str, Slab]:
                 f"{folder.folder / folder.files[name]}: tensor {name} must hold matrices of experts, got shape {list(shape)}; "
                 "fetch it again"
             )
-        stems = (spelling.expert_gate, spelling.expert_up) if match[2] == "gate_up_proj" else (spelling.expert_down,)
+        stems = (hf_names.expert_gate, hf_names.expert_up) if match[2] == "gate_up_proj" else (hf_names.expert_down,)
         size = shape[1] // len(stems)
         for expert in range(shape[0]):
             for half, stem in enumerate(stems):
@@ -65,7 +65,7 @@ def expert_slabs(folder: SafetensorsFolder) -> dict[str, Slab]:
 
 def router_names(folder: SafetensorsFolder) -> dict[str, str]:
     """Each router's name, where the family has one of its own, to the one that it has beside packed experts."""
-    own = _spelling(folder).router
+    own = _hf_names(folder).router
     return {
         f"model.{match[1]}{own}.weight": name
         for name in folder.files
@@ -73,10 +73,10 @@ def router_names(folder: SafetensorsFolder) -> dict[str, str]:
     }
 
 
-def _spelling(folder: SafetensorsFolder) -> Spelling:
+def _hf_names(folder: SafetensorsFolder) -> HFNames:
     path = folder.folder / "config.json"
     try:
-        return SPELLINGS[json.loads(path.read_text(encoding="utf-8"))["model_type"]]
+        return HF_NAMES[json.loads(path.read_text(encoding="utf-8"))["model_type"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{path} must tell the model_type of the experts beside it: {error!r}; fetch the model's own config.json"

@@ -25,7 +25,7 @@ from ee_tuning.errors import InputError
 
 
 @dataclass(frozen=True)
-class _Part:
+class _ExitOrigin:
     """Exits that come from one place."""
 
     source: ExitHeadsReader | InitialExits
@@ -66,12 +66,12 @@ def export_artifact(config: Config, output: Path, choice: ExitChoice, *, overwri
         base = stack.enter_context(ExitHeadsReader(Path(config.exits.path), verifies=config.exits.verify))
         model = config_of_shape(base.config.model_shape, base.folder)
         base.check_complete(model)
-        parts = [_Part(base, base.config, _kept(base, choice))]
+        parts = [_ExitOrigin(base, base.config, _kept(base, choice))]
         if choice.merge is not None:
             other = stack.enter_context(ExitHeadsReader(choice.merge, verifies=config.exits.verify))
             _check_belong_together(base, other)
             other.check_complete(model)
-            parts.append(_Part(other, other.config, other.config.exit_layers))
+            parts.append(_ExitOrigin(other, other.config, other.config.exit_layers))
         if choice.add:
             parts.append(_new_exits(config, base, parts, choice, stack))
         exits = _joined(parts)
@@ -121,8 +121,8 @@ def _check_belong_together(base: ExitHeadsReader, other: ExitHeadsReader) -> Non
 
 
 def _new_exits(
-    config: Config, base: ExitHeadsReader, parts: list[_Part], choice: ExitChoice, stack: ExitStack
-) -> _Part:
+    config: Config, base: ExitHeadsReader, parts: list[_ExitOrigin], choice: ExitChoice, stack: ExitStack
+) -> _ExitOrigin:
     """Exits of the kind of `base`'s, beside those of `parts`."""
     if not config.model.path:
         raise InputError("--add initializes exits from the model they are for, got none; give --model FOLDER")
@@ -151,10 +151,10 @@ def _new_exits(
     check_model(source, model, None, verifies=config.exits.verify)
     check_bound_to(base, fingerprint(source, model))
     exits = dataclasses.replace(base.config, exit_layers=layers, tuned=None, origins=None, fitted=None, **heads)
-    return _Part(InitialExits(exits, source, model), exits, layers)
+    return _ExitOrigin(InitialExits(exits, source, model), exits, layers)
 
 
-def _adapter_rank(config: Config, parts: list[_Part], choice: ExitChoice) -> int:
+def _adapter_rank(config: Config, parts: list[_ExitOrigin], choice: ExitChoice) -> int:
     """The rank of new adapters. Raises InputError where another was asked for than the adapters that stay have."""
     held = max(
         (head.adapter_rank for part in parts for head in part.exits.heads if head.layer in part.layers), default=0
@@ -167,7 +167,7 @@ def _adapter_rank(config: Config, parts: list[_Part], choice: ExitChoice) -> int
     return held or choice.adapter_rank or config.exits.adapter_rank
 
 
-def _joined(parts: list[_Part]) -> ExitHeadsConfig:
+def _joined(parts: list[_ExitOrigin]) -> ExitHeadsConfig:
     layers = [layer for part in parts for layer in part.layers]
     if not layers:
         raise InputError(
@@ -201,7 +201,7 @@ def _joined(parts: list[_Part]) -> ExitHeadsConfig:
     )
 
 
-def _blocks(parts: list[_Part], name: str) -> Iterator[Tensor]:
+def _blocks(parts: list[_ExitOrigin], name: str) -> Iterator[Tensor]:
     layer = int(name.split(".")[1])
     source = next(part.source for part in parts if layer in part.layers)
     return source.blocks(name) if isinstance(source, InitialExits) else tensor_blocks(source, name)

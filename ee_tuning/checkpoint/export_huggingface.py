@@ -13,7 +13,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ee_tuning.checkpoint.aside import check_room, gathered, on_first_rank, refusals_named, written_aside
+from ee_tuning.checkpoint.atomic_write import (
+    atomic_folder,
+    check_room,
+    gathered,
+    on_first_rank,
+    os_errors_as_input_errors,
+)
 from ee_tuning.checkpoint.byte_progress import Advance, byte_progress
 from ee_tuning.checkpoint.exit_config import CONFIG, exit_config_tree
 from ee_tuning.checkpoint.exits_packed import exit_files
@@ -22,8 +28,8 @@ from ee_tuning.checkpoint.hashed_file import HashedFile
 from ee_tuning.checkpoint.huggingface_files import FileToWrite, backbone_files, backbone_layout, copied_file
 from ee_tuning.checkpoint.manifest import MANIFEST, file_names, write_manifest
 from ee_tuning.checkpoint.model_card import export_card
-from ee_tuning.checkpoint.non_finite import NonFinite, warn_non_finite
-from ee_tuning.checkpoint.shared_work import own_share
+from ee_tuning.checkpoint.non_finite import NonFiniteCheck, warn_non_finite
+from ee_tuning.checkpoint.work_partition import share_of
 from ee_tuning.config import Config
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import to_json
@@ -32,7 +38,7 @@ from ee_tuning.model.huggingface_config import HUGGINGFACE_CLASSES
 from ee_tuning.parallel.topology import Topology
 
 MODELLING = Path(__file__).parent / "exported" / "modeling_early_exit.py"
-_TOLD = (
+_COPIED_KEYS = (
     "exit_layers",
     "architecture",
     "adapter_rank",
@@ -87,7 +93,7 @@ def export_huggingface(
                 "weights have to be written anew; leave --link out"
             )
         files, described = _files(model, links), _described_config(model, special)
-        with written_aside(output, topology) as partial:
+        with atomic_folder(output, topology) as partial:
             on_first_rank(
                 topology,
                 lambda: check_room(
@@ -97,13 +103,13 @@ def export_huggingface(
                     "make room, choose another folder, or give --link",
                 ),
             )
-            own = own_share({file: file.num_bytes for file in files}, rank, world)
-            watch, sums = NonFinite(), {}
+            own = share_of({file: file.num_bytes for file in files}, rank, world)
+            watch, sums = NonFiniteCheck(), {}
             with byte_progress("writing the model", sum(file.num_bytes for file in own), is_shown=rank == 0) as advance:
                 for file in own:
                     sums[file.name] = _written(file, partial, output, watch, advance)
             model.finish_check()
-            done = gathered([(sums, watch.told())], topology)
+            done = gathered([(sums, watch.lines())], topology)
             on_first_rank(topology, lambda: _finish(model, described, partial, output, done, tokenizer))
 
 
@@ -117,7 +123,7 @@ def _files(model: ExportSource, links: bool) -> list[FileToWrite]:
     return files
 
 
-def _written(file: FileToWrite, partial: Path, output: Path, watch: NonFinite, advance: Advance) -> str:
+def _written(file: FileToWrite, partial: Path, output: Path, watch: NonFiniteCheck, advance: Advance) -> str:
     """Writes a file, or links it, and returns its sha256."""
     target = partial / file.name
     if file.link_to is not None:
@@ -143,7 +149,7 @@ def _finish(
     for own, lines in done:
         sums |= own
         warn_non_finite(model.source.folder, lines)
-    with refusals_named(output):
+    with os_errors_as_input_errors(output):
         for name, path in _companions(model, tokenizer).items():
             (partial / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, partial / name)
@@ -179,13 +185,13 @@ def _described_config(model: ExportSource, special: Mapping[str, int]) -> dict[s
         return {**plain, "auto_map": others} if others else plain
     tree = exit_config_tree(model.artifact.config)
     listed = {"token_ids": list(model.artifact.config.token_ids)} if model.artifact.config.token_ids else {}
-    told = {**{key: tree[key] for key in _TOLD if key in tree}, **listed}
-    told["files"] = [file.name for file in exit_files(model.artifact, model.model)]
+    early_exit = {**{key: tree[key] for key in _COPIED_KEYS if key in tree}, **listed}
+    early_exit["files"] = [file.name for file in exit_files(model.artifact, model.model)]
     own_class = f"{MODELLING.stem}.{early_exit_class(model.model)}"
     # Who trusts the code of the exits runs no other, and needs none: transformers has a class for every family's
     # config.
     others = {key: value for key, value in others.items() if key == "AutoTokenizer"}
-    return {**plain, "auto_map": {**others, "AutoModelForCausalLM": own_class}, "early_exit": told}
+    return {**plain, "auto_map": {**others, "AutoModelForCausalLM": own_class}, "early_exit": early_exit}
 
 
 def early_exit_class(model: ModelConfig) -> str:

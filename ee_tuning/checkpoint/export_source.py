@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ee_tuning.checkpoint.apart import check_apart
-from ee_tuning.checkpoint.aside import on_first_rank
+from ee_tuning.checkpoint.atomic_write import on_first_rank
 from ee_tuning.checkpoint.convert import model_name
 from ee_tuning.checkpoint.exit_heads import ExitHeadsReader, check_bound_to
 from ee_tuning.checkpoint.fingerprint import fingerprint
-from ee_tuning.checkpoint.formats import BackboneSource, checked_behind, describing_file, model_folder, open_model
+from ee_tuning.checkpoint.formats import BackboneSource, background_check, describing_file, model_folder, open_model
 from ee_tuning.checkpoint.gguf_file import GgufReader
 from ee_tuning.checkpoint.manifest import check_replaceable
 from ee_tuning.checkpoint.safetensors_reader import SafetensorsFolder
@@ -72,7 +72,7 @@ def open_for_export(config: Config, topology: Topology | None) -> Iterator[Expor
     with ExitStack() as stack:
         source, model, _ = open_model(config.model)
         stack.enter_context(source)
-        finish_check = stack.enter_context(checked_behind(source, model, topology, verifies=config.exits.verify))
+        finish_check = stack.enter_context(background_check(source, model, topology, verifies=config.exits.verify))
         artifact = None
         if config.exits.path is not None:
             artifact = stack.enter_context(

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Literal, NamedTuple, Protocol, Self
 
 from ee_tuning.checkpoint.adapter import refuse_adapter
-from ee_tuning.checkpoint.aside import on_first_rank
+from ee_tuning.checkpoint.atomic_write import on_first_rank
 from ee_tuning.checkpoint.gguf_file import SUFFIX, GgufReader, is_gguf
 from ee_tuning.checkpoint.hub import fetch_model, hub_name
 from ee_tuning.checkpoint.huggingface import HuggingFaceReader
@@ -51,7 +51,7 @@ class BackboneSource(TensorSource, Protocol):
     """A model's tensors under Hugging Face's names, wherever they come from. A context manager."""
 
     folder: Path
-    is_vouched_for: bool
+    manifest_verified: bool
     """Whether a manifest is checked: the format's own checksums are then spared."""
 
     def weight_files(self) -> set[str]:
@@ -151,12 +151,12 @@ def check_model(source: BackboneSource, config: ModelConfig, topology: Topology 
     """Raises InputError, on all ranks, where the weights are not those that `config` asks for, or `verifies` and the
     folder has a manifest that one of its files does not agree with. All ranks share the reading.
     """
-    with checked_behind(source, config, topology, verifies=verifies) as finish:
+    with background_check(source, config, topology, verifies=verifies) as finish:
         finish()
 
 
 @contextmanager
-def checked_behind(
+def background_check(
     source: BackboneSource, config: ModelConfig, topology: Topology | None, *, verifies: bool
 ) -> Iterator[Callable[[], None]]:
     """`check_model`, whose reading of the files goes on behind the block; what is yielded waits for it, and raises."""
@@ -165,7 +165,7 @@ def checked_behind(
         yield lambda: None
         return
     on_first_rank(topology, lambda: _check_listed(source))
-    source.is_vouched_for = True
+    source.manifest_verified = True
     with ManifestCheck(source.folder, _REMEDY, topology) as check:
         yield check.finish
 
@@ -232,8 +232,8 @@ def model_folder(path: str, *, needs_weights: bool = True) -> Path:
             f"{folder} holds iterations ({', '.join(iterations[-3:])}) and no {_LATEST}; give the folder of one of them"
         )
     refuse_adapter(folder)
-    if told := dangling_link(folder / "config.json") or dangling_link(folder / METADATA):
-        raise InputError(told)
+    if reason := dangling_link(folder / "config.json") or dangling_link(folder / METADATA):
+        raise InputError(reason)
     if files := sorted(folder.glob(f"*{SUFFIX}")):
         raise InputError(f"{folder} holds GGUF files, which are given by name: --model {files[0]}")
     raise InputError(

@@ -63,7 +63,7 @@ class GgufReader:
     Raises InputError, naming the file, where it is no GGUF file, is not whole, or holds a model that is not supported.
     """
 
-    is_vouched_for = False
+    manifest_verified = False
 
     def __init__(self, path: Path):
         self.folder = path

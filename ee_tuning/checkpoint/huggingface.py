@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ee_tuning.checkpoint.experts_packed import Slab, expert_slabs, router_names
 from ee_tuning.checkpoint.names import Shape, backbone_shard, backbone_tensor_shapes, embedding_name, output_name
-from ee_tuning.checkpoint.safetensors_file import Part
+from ee_tuning.checkpoint.safetensors_file import TensorRange
 from ee_tuning.checkpoint.safetensors_reader import SafetensorsFolder, TensorSource, read_shard
-from ee_tuning.checkpoint.unread import is_buffer, refuse_telling, unread
+from ee_tuning.checkpoint.unread import is_buffer, refuse_meaningful, unread
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
 
@@ -60,7 +60,7 @@ class HuggingFaceReader(SafetensorsFolder):
         slab = self._slabs.get(name)
         return slab.shape if slab else super().shape(name)
 
-    def _read(self, name: str, part: Part) -> Tensor:
+    def _read(self, name: str, part: TensorRange) -> Tensor:
         slab = self._slabs.get(name)
         return super()._read(name, slab.within(part))[0] if slab else super()._read(name, part)
 
@@ -69,12 +69,12 @@ class HuggingFaceReader(SafetensorsFolder):
         ignored.
         """
         expected = backbone_tensor_shapes(config)
-        strangers = [
+        unexpected_keys = [
             name
             for name in self.names()
             if name not in expected and name != output_name(config) and not is_buffer(name)
         ]
-        refuse_telling((name, self._path(name)) for name in strangers)
+        refuse_meaningful((name, self._path(name)) for name in unexpected_keys)
         if (
             output_name(config) in expected
             and not self.holds(output_name(config))
@@ -87,7 +87,7 @@ class HuggingFaceReader(SafetensorsFolder):
             )
         for name, shape in expected.items():
             self.check_shape(name, shape)
-        for name in strangers:
+        for name in unexpected_keys:
             raise unread(name, self._path(name), config, "config")
 
 

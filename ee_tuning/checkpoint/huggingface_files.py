@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ee_tuning.checkpoint.names import backbone_tensor_shapes
-from ee_tuning.checkpoint.non_finite import NonFinite
+from ee_tuning.checkpoint.non_finite import NonFiniteCheck
 from ee_tuning.checkpoint.safetensors_layout import SafetensorsLayout
 from ee_tuning.checkpoint.safetensors_reader import SafetensorsFolder, TensorSource
 from ee_tuning.checkpoint.tensor_blocks import stored_blocks, tensor_blocks
@@ -20,7 +20,7 @@ class FileToWrite:
 
     name: str
     num_bytes: int
-    blocks: Callable[[NonFinite], Iterator[Tensor | bytes]]
+    blocks: Callable[[NonFiniteCheck], Iterator[Tensor | bytes]]
     link_to: Path | None = None
     """The file that it is linked to instead of being written; its blocks are then read for their sum alone."""
 
@@ -30,11 +30,11 @@ def copied_file(folder: SafetensorsFolder, name: str, *, is_linked: bool = False
     path, file = folder.folder / name, folder.file(name)
     start = min((entry.begin for entry in file.entries.values()), default=path.stat().st_size)
 
-    def blocks(watch: NonFinite) -> Iterator[Tensor | bytes]:
+    def blocks(watch: NonFiniteCheck) -> Iterator[Tensor | bytes]:
         with path.open("rb") as stream:
             yield stream.read(start)
         for tensor in sorted(file.entries, key=lambda tensor: (file.entries[tensor].begin, file.entries[tensor].end)):
-            yield from watch.watched(tensor, stored_blocks(file, tensor))
+            yield from watch.checked(tensor, stored_blocks(file, tensor))
 
     return FileToWrite(name, path.stat().st_size, blocks, path.resolve() if is_linked else None)
 
@@ -57,12 +57,12 @@ def joined_files(
 ) -> list[FileToWrite]:
     """The files of `layout`, each of whose tensors is made of `parts` of it from `source`, one after the other."""
 
-    def blocks_of(file: str) -> Callable[[NonFinite], Iterator[Tensor | bytes]]:
-        def blocks(watch: NonFinite) -> Iterator[Tensor | bytes]:
+    def blocks_of(file: str) -> Callable[[NonFiniteCheck], Iterator[Tensor | bytes]]:
+        def blocks(watch: NonFiniteCheck) -> Iterator[Tensor | bytes]:
             yield layout.headers[file]
             for tensor in layout.files[file]:
                 for part in parts[tensor]:
-                    yield from watch.watched(part, tensor_blocks(source, part))
+                    yield from watch.checked(part, tensor_blocks(source, part))
 
         return blocks
 

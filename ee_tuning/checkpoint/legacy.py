@@ -133,7 +133,7 @@ class LegacyReader(MegatronSource):
         """A rectangle. A single row is read unchecked, or a fingerprint would read all of the checkpoint."""
         tensor = self._tensor(parameter, rank)
         assert tensor is not None
-        if rows.stop - rows.start > 1 and not self.is_vouched_for:
+        if rows.stop - rows.start > 1 and not self.manifest_verified:
             tensor.check()
         part = (rows, *((columns,) if columns else ()))
         out = torch.empty_like(tensor.mapped()[part], memory_format=torch.contiguous_format)
@@ -153,7 +153,7 @@ class LegacyReader(MegatronSource):
         tensor = self._tensor(parameter, rank)
         return tensor.archive.path if tensor else self.folder
 
-    def strangers(self) -> Iterator[tuple[str, Path]]:
+    def unexpected_keys(self) -> Iterator[tuple[str, Path]]:
         """Tensors of the model that `config` does not know."""
         known = {
             name for parameter in backbone_parameter_names(self.config) for name in (parameter, norm_alias(parameter))

@@ -55,8 +55,8 @@ def _check_chain(folder: Path, link: Path, owners: set[int]) -> None:
         link = target
     else:
         raise InputError(f"{first} is a link that leads back to itself; put the file itself into the folder")
-    if told := dangling_link(first):
-        raise InputError(told)
+    if reason := dangling_link(first):
+        raise InputError(reason)
 
 
 def _trusted_owners(folder: Path) -> set[int]:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ee_tuning.checkpoint.aside import on_first_rank
+from ee_tuning.checkpoint.atomic_write import on_first_rank
 from ee_tuning.checkpoint.convert import initial_exits_config
 from ee_tuning.checkpoint.exit_heads import ExitHeadsConfig, ExitHeadsReader, check_bound_to, read_exit_tensor
 from ee_tuning.checkpoint.exit_init import InitialExits

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from ee_tuning.checkpoint.aside import gathered
+from ee_tuning.checkpoint.atomic_write import gathered
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import read_json, to_json
 from ee_tuning.parallel.topology import Topology

@@ -36,7 +36,7 @@ _FINAL_NORM = "decoder.final_layernorm.weight"
 
 
 @dataclass(frozen=True)
-class _Chunk:
+class _ChunkOnDisk:
     """A rectangle of a stored tensor, and the stretch of a file that it lies in."""
 
     offsets: Shape
@@ -56,7 +56,7 @@ class DistributedCheckpoint:
         metadata = read_metadata_pickle(folder)
         self.shapes: dict[str, Shape] = {}
         self.dtypes: dict[str, torch.dtype] = {}
-        self._chunks: dict[str, list[_Chunk]] = {}
+        self._chunks: dict[str, list[_ChunkOnDisk]] = {}
         try:
             places = {
                 (index.fqn, tuple(index.offset)): info
@@ -122,7 +122,7 @@ class DistributedCheckpoint:
         """Names of the files that tensors lie in."""
         return {chunk.file for chunks in self._chunks.values() for chunk in chunks}
 
-    def _item(self, key: str, chunk: _Chunk) -> StoredTensor:
+    def _item(self, key: str, chunk: _ChunkOnDisk) -> StoredTensor:
         place = (chunk.file, chunk.start)
         if place not in self._items:
             path = self.folder / chunk.file
@@ -194,7 +194,7 @@ class MegatronReader(MegatronSource):
                 key,
                 tuple(low for low, _ in bounds),
                 tuple(high for _, high in bounds),
-                is_checked=rows.stop - rows.start > 1 and not self.is_vouched_for,
+                is_checked=rows.stop - rows.start > 1 and not self.manifest_verified,
             )
             parts.append(part[(0,) * len(entry)])
         return torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -203,7 +203,7 @@ class MegatronReader(MegatronSource):
         """Names of the files that tensors lie in."""
         return self.checkpoint.files()
 
-    def strangers(self) -> Iterator[tuple[str, Path]]:
+    def unexpected_keys(self) -> Iterator[tuple[str, Path]]:
         """Tensors that are neither the model's, as `config` knows it, nor of the optimizer, random states or exits that
         lie beside it.
         """
@@ -261,7 +261,7 @@ def stacked_names(parameter: str) -> list[tuple[str, tuple[int, ...]]]:
     ]
 
 
-def _chunk(chunk: Any, info: Any) -> _Chunk:
+def _chunk(chunk: Any, info: Any) -> _ChunkOnDisk:
     if getattr(info, "transform_descriptors", None):
         raise ValueError(f"it was written with {info.transform_descriptors}, which is not supported")
     offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
@@ -269,7 +269,7 @@ def _chunk(chunk: Any, info: Any) -> _Chunk:
         isinstance(n, int) and n >= 0 for n in (*offsets, *sizes, info.offset, info.length)
     ):
         raise ValueError("a chunk of a negative size")
-    return _Chunk(offsets, sizes, str(info.relative_path), info.offset, info.length)
+    return _ChunkOnDisk(offsets, sizes, str(info.relative_path), info.offset, info.length)
 
 
 def _slices(low: Shape, high: Shape, origin: Shape) -> tuple[slice, ...]:

@@ -14,9 +14,15 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ee_tuning.checkpoint.names import Piece, Shape, backbone_parameter_names, backbone_shard, backbone_tensor_shapes
+from ee_tuning.checkpoint.names import (
+    Shape,
+    TensorSlice,
+    backbone_parameter_names,
+    backbone_shard,
+    backbone_tensor_shapes,
+)
 from ee_tuning.checkpoint.safetensors_reader import DTYPES
-from ee_tuning.checkpoint.unread import refuse_telling, unread
+from ee_tuning.checkpoint.unread import refuse_meaningful, unread
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
 
@@ -29,12 +35,12 @@ _FUSED_NORMS = {
 
 
 @dataclass(frozen=True)
-class Stretch:
+class StoredSlice:
     """A piece of a Hugging Face tensor: in rank `rank`'s `parameter`, from row `row` on where it lies along the
     parameter's rows.
     """
 
-    piece: Piece
+    piece: TensorSlice
     parameter: str
     rank: int
     row: int
@@ -45,13 +51,13 @@ class MegatronSource(ABC):
 
     num_ranks = 1
     """Tensor-parallel shards that the stored parameters are cut into."""
-    is_vouched_for = False
+    manifest_verified = False
     """Whether a manifest is checked: the archives' own checksums are then spared."""
 
     def __init__(self, folder: Path, config: ModelConfig):
         self.folder, self.config = folder, config
         self._shapes = backbone_tensor_shapes(config)
-        self._stretches: dict[str, list[Stretch]] | None = None
+        self._stretches: dict[str, list[StoredSlice]] | None = None
 
     @abstractmethod
     def stored_shape(self, parameter: str, rank: int) -> Shape | None:
@@ -78,7 +84,7 @@ class MegatronSource(ABC):
         """Files that tensors lie in, by their names in the folder."""
 
     @abstractmethod
-    def strangers(self) -> Iterator[tuple[str, Path]]:
+    def unexpected_keys(self) -> Iterator[tuple[str, Path]]:
         """Tensors of the model that `config` does not know, and their files."""
 
     def __enter__(self) -> Self:
@@ -128,10 +134,10 @@ class MegatronSource(ABC):
         """Raises InputError where a backbone tensor is missing, has another shape, or one is there that would be
         ignored.
         """
-        refuse_telling(self.strangers())
+        refuse_meaningful(self.unexpected_keys())
         for name, shape in backbone_tensor_shapes(config).items():
             self.check_shape(name, shape)
-        for key, path in self.strangers():
+        for key, path in self.unexpected_keys():
             raise unread(key, path, config, "the shape (saved arguments, or --config)")
 
     def full(self, name: str) -> Tensor:
@@ -170,7 +176,7 @@ class MegatronSource(ABC):
             )
         return torch.cat(found, dim=stretches[0].piece.dim) if len(found) > 1 else found[0].contiguous()
 
-    def _parts(self, name: str) -> list[Stretch]:
+    def _parts(self, name: str) -> list[StoredSlice]:
         if self._stretches is None:
             self._stretches = self._plan()
         if name not in self._stretches:
@@ -179,9 +185,9 @@ class MegatronSource(ABC):
             )
         return self._stretches[name]
 
-    def _plan(self) -> dict[str, list[Stretch]]:
+    def _plan(self) -> dict[str, list[StoredSlice]]:
         """Every Hugging Face tensor's stretches, in order. All shapes are checked on the way."""
-        plan: dict[str, list[Stretch]] = {}
+        plan: dict[str, list[StoredSlice]] = {}
         for parameter in backbone_parameter_names(self.config):
             if parameter == "output_layer.weight" and self.config.ties_embeddings:
                 continue
@@ -191,14 +197,14 @@ class MegatronSource(ABC):
                 for piece in pieces:
                     place = (piece.name, piece.dim, piece.start)
                     if place not in seen and piece.size:  # every rank holds what is replicated: the first one's is read
-                        plan.setdefault(piece.name, []).append(Stretch(piece, parameter, rank, row))
+                        plan.setdefault(piece.name, []).append(StoredSlice(piece, parameter, rank, row))
                         seen.add(place)
                     row += piece.size
         for stretches in plan.values():
             stretches.sort(key=lambda stretch: stretch.piece.start)
         return plan
 
-    def _pieces(self, parameter: str) -> list[tuple[Piece, ...]]:
+    def _pieces(self, parameter: str) -> list[tuple[TensorSlice, ...]]:
         """Per rank, what its shard is made of."""
         shapes = [self.stored_shape(parameter, rank) for rank in range(self.num_ranks)]
         known = []
@@ -220,7 +226,7 @@ class MegatronSource(ABC):
                 )
         return [shard.pieces for shard in plans]
 
-    def _vocabulary(self, parameter: str, shapes: list[Shape]) -> list[tuple[Piece, ...]]:
+    def _vocabulary(self, parameter: str, shapes: list[Shape]) -> list[tuple[TensorSlice, ...]]:
         """Megatron pads the vocabulary as each run was told to, so the stored shapes say who has which rows."""
         size, width = self.config.vocab_size, self.config.hidden_size
         name = next(iter(backbone_shard(parameter, self.config, 1, 0).pieces)).name
@@ -229,10 +235,10 @@ class MegatronSource(ABC):
                 f"{self.path(parameter, 0)}: {parameter} must have at least {size} rows of {width}, got "
                 f"{sum(shape[0] for shape in shapes)} of {list(shapes[0][1:])}; give the model's own vocab_size by --config"
             )
-        pieces: list[tuple[Piece, ...]] = []
+        pieces: list[tuple[TensorSlice, ...]] = []
         start = 0
         for shape in shapes:
-            pieces.append((Piece(name, (size, width), 0, min(start, size), min(start + shape[0], size)),))
+            pieces.append((TensorSlice(name, (size, width), 0, min(start, size), min(start + shape[0], size)),))
             start += shape[0]
         return pieces
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ee_tuning.checkpoint.links import dangling_link
 from ee_tuning.errors import InputError
-from ee_tuning.foreign_content import told_content
+from ee_tuning.foreign_content import describe_content
 
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors")
 _OTHERS = ("*.bin", "*.pth", "*.pt", "*.gguf", "*.h5", "*.msgpack", "*.ckpt", "*.npz", "*.safetensors")
@@ -26,8 +26,8 @@ def other_weights(folder: Path) -> list[str]:
 def no_weights(folder: Path, stem: str) -> InputError:
     """The error to raise where `folder` holds neither `<stem>.safetensors` nor the index of its shards."""
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
-    if told := dangling_link(single) or dangling_link(index):
-        return InputError(told)
+    if reason := dangling_link(single) or dangling_link(index):
+        return InputError(reason)
     shards = sorted(path.name for path in folder.glob(f"{stem}-*.safetensors") if _SHARD.fullmatch(path.name))
     if shards:
         return InputError(
@@ -44,7 +44,7 @@ def no_weights(folder: Path, stem: str) -> InputError:
             )
         if ggufs := [name for name in found if name.endswith(".gguf")]:
             return InputError(f"{folder} holds GGUF files, which are given by name: --model {folder / ggufs[0]}")
-        what = told_content(folder / found[0])
+        what = describe_content(folder / found[0])
         remedy = (
             _SAVE_ANEW
             if found[0].startswith("pytorch_model")
@@ -60,11 +60,11 @@ def refuse_file(path: Path) -> None:
     """Raises InputError where `path`, which was to be a model's folder, is a file or a link to nothing: what to give
     instead.
     """
-    if told := dangling_link(path):
-        raise InputError(told)
+    if reason := dangling_link(path):
+        raise InputError(reason)
     if path.is_file():
-        if told := told_content(path):
-            raise InputError(f"{path} {told}")
+        if reason := describe_content(path):
+            raise InputError(f"{path} {reason}")
         raise InputError(
             f"model.path must name a model's folder, and {path} is a file; give the folder of a model, with config.json and "
             f"safetensors, or that of a Megatron checkpoint{f' ({path.parent})' if path.suffix == '.safetensors' else ''}"

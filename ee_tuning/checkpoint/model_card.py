@@ -17,8 +17,8 @@ def artifact_card(exits: Mapping[str, Any]) -> str:
             *_front_matter(name, "ee_tuning"),
             f"# Exit heads for {name}",
             "",
-            f"{told_architecture(exits['architecture'])} heads after layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}, "
-            f"output matrix {exits['output']}{told_vocab(exits.get('output_vocab'))}, {exits['dtype']}. They let the model stop at one of "
+            f"{architecture_text(exits['architecture'])} heads after layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}, "
+            f"output matrix {exits['output']}{vocab_text(exits.get('output_vocab'))}, {exits['dtype']}. They let the model stop at one of "
             "these layers where it is sure of the next token; the model itself is unchanged and not in this folder.",
             "",
             *_history(exits),
@@ -45,7 +45,7 @@ def export_card(name: str, exits: Mapping[str, Any] | None) -> str:
             *_front_matter(name, "transformers"),
             f"# {name}, with early exits",
             "",
-            f"`model*.safetensors` is {name} as it was; `exit_heads*.safetensors` holds {told_architecture(exits['architecture'])} exit "
+            f"`model*.safetensors` is {name} as it was; `exit_heads*.safetensors` holds {architecture_text(exits['architecture'])} exit "
             f"heads after layers {', '.join(map(str, exits['exit_layers']))}.",
             "",
             *_history(exits),
@@ -64,13 +64,13 @@ def export_card(name: str, exits: Mapping[str, Any] | None) -> str:
     )
 
 
-def told_architecture(words: str | Sequence[str]) -> str:
+def architecture_text(words: str | Sequence[str]) -> str:
     """`mlp`, where all exits have one, or `norm`, `mlp` in the order of the exits."""
     each = [words] if isinstance(words, str) else list(words)
     return ", ".join(f"`{word}`" for word in (each if len(set(each)) > 1 else each[:1]))
 
 
-def told_init(init: str, seed: int | None) -> str:
+def init_text(init: str, seed: int | None) -> str:
     """How exits began."""
     return {
         "copy": "copied from the model",
@@ -80,7 +80,7 @@ def told_init(init: str, seed: int | None) -> str:
     }[init]
 
 
-def told_vocab(listed: Mapping[str, Any] | None) -> str:
+def vocab_text(listed: Mapping[str, Any] | None) -> str:
     """What exits say, behind what their output matrix is."""
     return (
         ""
@@ -116,7 +116,7 @@ def _history(exits: Mapping[str, Any]) -> list[str]:
 
 
 def _origin(origin: Mapping[str, Any]) -> str:
-    began, tuned = told_init(origin["init"], origin["seed"]), origin["tuned"]
+    began, tuned = init_text(origin["init"], origin["seed"]), origin["tuned"]
     if tuned is None:
         return f"Initialization: {began}; not tuned."
     return f"Initialization: {began}; tuned: " + ", ".join(f"{key} {value}" for key, value in tuned.items()) + "."

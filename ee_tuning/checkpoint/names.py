@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ee_tuning.checkpoint.spelling import SPELLINGS, Spelling
+from ee_tuning.checkpoint.hf_names import HF_NAMES, HFNames
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.parallel.vocab import padded_size
 
@@ -20,7 +20,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorSlice:
     """Rows (`dim` 0) or columns (`dim` 1) `start`..`stop` of the Hugging Face tensor `name`."""
 
     name: str
@@ -52,7 +52,7 @@ class Piece:
 class Shard:
     """A rank's part of a Megatron-core parameter: `pieces` laid one below the other, then `zero_rows` of padding."""
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[TensorSlice, ...]
     zero_rows: int = 0
 
     @property
@@ -66,14 +66,14 @@ class Shard:
 
 def embedding_name(config: ModelConfig) -> str:
     """The Hugging Face tensor that words are looked up in."""
-    return f"{SPELLINGS[config.family].embedding}.weight"
+    return f"{HF_NAMES[config.family].embedding}.weight"
 
 
 def output_name(config: ModelConfig) -> str:
     """The Hugging Face tensor of the model's own output matrix where it is not tied; some folders hold it where it is,
     too.
     """
-    return f"{SPELLINGS[config.family].output}.weight"
+    return f"{HF_NAMES[config.family].output}.weight"
 
 
 def backbone_tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
@@ -103,16 +103,16 @@ def backbone_shard(parameter: str, config: ModelConfig, tp: int, tp_rank: int) -
 
     Raises KeyError on a name that is no backbone parameter of the family.
     """
-    spelling = SPELLINGS[config.family]
+    hf_names = HF_NAMES[config.family]
     if parameter in ("embedding.word_embeddings.weight", "output_layer.weight"):
         is_output = parameter == "output_layer.weight" and not config.ties_embeddings
         name = output_name(config) if is_output else embedding_name(config)
         return vocabulary_rows(name, (config.vocab_size, config.hidden_size), tp, tp_rank)
     if parameter == "embedding.position_embeddings.weight" and config.position == "learned":
-        return uncut(f"{spelling.positions}.weight", (config.max_position_embeddings, config.hidden_size))
+        return uncut(f"{hf_names.positions}.weight", (config.max_position_embeddings, config.hidden_size))
     module, _, kind = parameter.rpartition(".")
     if module == "decoder.final_layernorm" and kind in norm_kinds(config):
-        return uncut(f"{spelling.final_norm}.{kind}", (config.hidden_size,))
+        return uncut(f"{hf_names.final_norm}.{kind}", (config.hidden_size,))
     prefix, _, rest = parameter.partition("decoder.layers.")
     layer, _, name = rest.partition(".")
     is_layer = not prefix and layer.isdecimal() and int(layer) < config.num_layers
@@ -120,7 +120,7 @@ def backbone_shard(parameter: str, config: ModelConfig, tp: int, tp_rank: int) -
         raise KeyError(
             f"{parameter} is no backbone parameter of a {config.family} model with {config.num_layers} layers"
         )
-    return layer_shard(name, f"{spelling.layers}.{layer}.", config, tp, tp_rank)
+    return layer_shard(name, f"{hf_names.layers}.{layer}.", config, tp, tp_rank)
 
 
 def merge_shards(plans: Sequence[Shard], shards: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -177,13 +177,13 @@ def layer_shard(name: str, prefix: str, config: ModelConfig, tp: int, tp_rank: i
     """Rank `tp_rank`'s part of a layer's parameter, one of `layer_parameter_names`; `prefix` begins the names of its
     pieces.
     """
-    spelling = SPELLINGS[config.family]
+    hf_names = HF_NAMES[config.family]
     module, _, kind = name.rpartition(".")
     norms = {
-        "input_layernorm": (spelling.input_norm, config.hidden_size),
-        "pre_mlp_layernorm": (spelling.mlp_norm, config.hidden_size),
-        "self_attention.q_layernorm": (spelling.query_norm, config.kv_channels),
-        "self_attention.k_layernorm": (spelling.key_norm, config.kv_channels),
+        "input_layernorm": (hf_names.input_norm, config.hidden_size),
+        "pre_mlp_layernorm": (hf_names.mlp_norm, config.hidden_size),
+        "self_attention.q_layernorm": (hf_names.query_norm, config.kv_channels),
+        "self_attention.k_layernorm": (hf_names.key_norm, config.kv_channels),
     }
     if module in norms:
         stem, width = norms[module]
@@ -191,15 +191,15 @@ def layer_shard(name: str, prefix: str, config: ModelConfig, tp: int, tp_rank: i
     if module == "self_attention.linear_qkv":
         return Shard(
             tuple(
-                _rows(prefix + stem, kind, (out, config.hidden_size), start, stop, spelling)
+                _rows(prefix + stem, kind, (out, config.hidden_size), start, stop, hf_names)
                 for stem, out, start, stop in _query_key_value(config, tp, tp_rank)
             )
         )
     if module == "self_attention.linear_proj":
         inner = config.num_attention_heads * config.kv_channels
-        return _columns(prefix + spelling.attention_output, kind, (config.hidden_size, inner), spelling, tp, tp_rank)
+        return _columns(prefix + hf_names.attention_output, kind, (config.hidden_size, inner), hf_names, tp, tp_rank)
     if module == "mlp.router":
-        return uncut(f"{prefix}{spelling.router}.{kind}", (config.num_experts, config.hidden_size))
+        return uncut(f"{prefix}{hf_names.router}.{kind}", (config.num_experts, config.hidden_size))
     mlp, _, matrix = module.rpartition(".linear_")
     expert = mlp.removeprefix("mlp.experts.local_experts.")
     return mlp_shard(matrix, kind, prefix, config, tp, tp_rank, expert=int(expert) if expert != mlp else None)
@@ -211,19 +211,19 @@ def mlp_shard(
     """The shard of the weight or bias of the first matrix, fc1, or the last, fc2, of an MLP: a layer's only one, or an
     expert.
     """
-    spelling, inner = SPELLINGS[config.family], config.ffn_hidden_size
-    gate, up, down = spelling.gate, spelling.up, spelling.down
+    hf_names, inner = HF_NAMES[config.family], config.ffn_hidden_size
+    gate, up, down = hf_names.gate, hf_names.up, hf_names.down
     if expert is not None:
         inner = config.moe_ffn_hidden_size
         gate, up, down = (
-            stem.format(expert) for stem in (spelling.expert_gate, spelling.expert_up, spelling.expert_down)
+            stem.format(expert) for stem in (hf_names.expert_gate, hf_names.expert_up, hf_names.expert_down)
         )
     if matrix == "fc2":
-        return _columns(prefix + down, kind, (config.hidden_size, inner), spelling, tp, tp_rank)
+        return _columns(prefix + down, kind, (config.hidden_size, inner), hf_names, tp, tp_rank)
     start, stop = tp_rank * inner // tp, (tp_rank + 1) * inner // tp
     return Shard(
         tuple(
-            _rows(prefix + stem, kind, (inner, config.hidden_size), start, stop, spelling)
+            _rows(prefix + stem, kind, (inner, config.hidden_size), start, stop, hf_names)
             for stem in ((gate, up) if config.is_gated else (up,))
         )
     )
@@ -233,16 +233,16 @@ def _query_key_value(config: ModelConfig, tp: int, tp_rank: int) -> Iterator[tup
     """(name, its rows, first, last) in Megatron-core's order, which fuses by query group: its query heads, its key
     head, its value head.
     """
-    spelling, groups = SPELLINGS[config.family], config.num_query_groups
+    hf_names, groups = HF_NAMES[config.family], config.num_query_groups
     width = groups * config.kv_channels
     sizes = {"query": config.num_attention_heads * config.kv_channels, "key": width, "value": width}
-    is_fused = spelling.query == spelling.key == spelling.value
+    is_fused = hf_names.query == hf_names.key == hf_names.value
     for group in range(tp_rank * groups // tp, (tp_rank + 1) * groups // tp):
         offset = 0
         for part, size in sizes.items():
             rows = size // groups
             yield (
-                getattr(spelling, part),
+                getattr(hf_names, part),
                 sum(sizes.values()) if is_fused else size,
                 offset + group * rows,
                 offset + (group + 1) * rows,
@@ -250,30 +250,30 @@ def _query_key_value(config: ModelConfig, tp: int, tp_rank: int) -> Iterator[tup
             offset += size if is_fused else 0
 
 
-def _rows(stem: str, kind: str, shape: Shape, start: int, stop: int, spelling: Spelling) -> Piece:
+def _rows(stem: str, kind: str, shape: Shape, start: int, stop: int, hf_names: HFNames) -> TensorSlice:
     """Outputs `start`..`stop` of a linear map of `shape` [outputs, inputs]."""
     if kind == "bias":
-        return Piece(f"{stem}.bias", shape[:1], 0, start, stop)
-    if spelling.is_transposed:
-        return Piece(f"{stem}.weight", shape[::-1], 1, start, stop, is_transposed=True)
-    return Piece(f"{stem}.weight", shape, 0, start, stop)
+        return TensorSlice(f"{stem}.bias", shape[:1], 0, start, stop)
+    if hf_names.is_transposed:
+        return TensorSlice(f"{stem}.weight", shape[::-1], 1, start, stop, is_transposed=True)
+    return TensorSlice(f"{stem}.weight", shape, 0, start, stop)
 
 
-def _columns(stem: str, kind: str, shape: Shape, spelling: Spelling, tp: int, tp_rank: int) -> Shard:
+def _columns(stem: str, kind: str, shape: Shape, hf_names: HFNames, tp: int, tp_rank: int) -> Shard:
     """A rank's part of the inputs of a linear map of `shape` [outputs, inputs]. Its bias, added after the ranks' sum,
     is whole.
     """
     if kind == "bias":
         return uncut(f"{stem}.bias", shape[:1])
     start, stop = tp_rank * shape[1] // tp, (tp_rank + 1) * shape[1] // tp
-    if spelling.is_transposed:
-        return Shard((Piece(f"{stem}.weight", shape[::-1], 0, start, stop, is_transposed=True),))
-    return Shard((Piece(f"{stem}.weight", shape, 1, start, stop),))
+    if hf_names.is_transposed:
+        return Shard((TensorSlice(f"{stem}.weight", shape[::-1], 0, start, stop, is_transposed=True),))
+    return Shard((TensorSlice(f"{stem}.weight", shape, 1, start, stop),))
 
 
 def uncut(name: str, shape: Shape) -> Shard:
     """A tensor that every rank holds all of."""
-    return Shard((Piece(name, shape, 0, 0, shape[0]),))
+    return Shard((TensorSlice(name, shape, 0, 0, shape[0]),))
 
 
 def vocabulary_rows(name: str, shape: Shape, tp: int, tp_rank: int) -> Shard:
@@ -283,4 +283,4 @@ def vocabulary_rows(name: str, shape: Shape, tp: int, tp_rank: int) -> Shard:
     size, width = shape
     rows = padded_size(size, tp) // tp
     start, stop = min(size, tp_rank * rows), min(size, (tp_rank + 1) * rows)
-    return Shard((Piece(name, (size, width), 0, start, stop),), zero_rows=rows - (stop - start))
+    return Shard((TensorSlice(name, (size, width), 0, start, stop),), zero_rows=rows - (stop - start))

@@ -13,20 +13,20 @@ from ee_tuning.errors import InputError
 from ee_tuning.notices import warn
 
 
-class NonFinite:
+class NonFiniteCheck:
     """How many values that are no numbers were seen in each tensor."""
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
 
-    def watched(self, name: str, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+    def checked(self, name: str, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
         """The blocks of the tensor `name`, looked at as they pass."""
         for block in blocks:
             if num := num_non_finite(block):
                 self.counts[name] = self.counts.get(name, 0) + num
             yield block
 
-    def told(self) -> list[str]:
+    def lines(self) -> list[str]:
         """A line per tensor."""
         return [
             f"tensor {name} holds {num:,} value{'s' * (num > 1)} that are NaN or infinite"

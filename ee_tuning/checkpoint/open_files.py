@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 from ee_tuning.errors import InputError
-from ee_tuning.foreign_content import told_content
+from ee_tuning.foreign_content import describe_content
 
 Opened = TypeVar("Opened", bound="OpenFile")
 
@@ -119,4 +119,4 @@ def unreadable(path: Path, error: Exception) -> InputError:
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM):
         return InputError(f"{path} can not be read: {error.strerror}; make it readable for you (chmod u+r), or copy it")
     reason = f"can not be read: {error.strerror}" if isinstance(error, OSError) else "is empty"
-    return InputError(f"{path} {told_content(path) or reason + '; fetch the file again'}")
+    return InputError(f"{path} {describe_content(path) or reason + '; fetch the file again'}")

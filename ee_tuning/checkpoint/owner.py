@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from ee_tuning.checkpoint.aside import folder_place, on_first_rank, refusals_named
+from ee_tuning.checkpoint.atomic_write import on_first_rank, os_errors_as_input_errors, resolve_target
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import to_json
 from ee_tuning.notices import warn
@@ -74,7 +74,7 @@ def owned(output: Path, topology: Topology | None, *, lock_file: Path | None = N
     Raises InputError, naming the owner, where another job has it, or where the disk refuses the file.
     """
     if lock_file is None:
-        place = folder_place(output)
+        place = resolve_target(output)
         lock_file = place.with_name(f".{place.name}.owner")
     handle, made = on_first_rank(topology, lambda: _acquire(output, lock_file))
     try:
@@ -86,7 +86,7 @@ def owned(output: Path, topology: Topology | None, *, lock_file: Path | None = N
 
 def _acquire(output: Path, lock_file: Path) -> tuple[int, list[Path]]:
     """The open lock file, and the folders that were made for it, innermost first."""
-    with refusals_named(output):
+    with os_errors_as_input_errors(output):
         made = [folder for folder in (lock_file.parent, *lock_file.parent.parents) if not folder.exists()]
         lock_file.parent.mkdir(parents=True, exist_ok=True)
         while True:

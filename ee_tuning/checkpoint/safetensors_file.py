@@ -18,7 +18,7 @@ from torch import Tensor
 from ee_tuning.checkpoint.names import Shape
 from ee_tuning.checkpoint.open_files import OpenFile, Reopened, unreadable
 from ee_tuning.errors import InputError
-from ee_tuning.foreign_content import told_content
+from ee_tuning.foreign_content import describe_content
 from ee_tuning.json_file import parse_json
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -49,12 +49,12 @@ _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _REMEDY = "fetch it again"
 
 
-Part = tuple[slice, ...]
+TensorRange = tuple[slice, ...]
 """Which part of each dimension, from the first on."""
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """A tensor of a file, as the header tells of it."""
 
     dtype: str
@@ -78,15 +78,15 @@ class SafetensorsFile:
             """Entries by name, in the order that they are stored in."""
         except (OSError, ValueError, KeyError, TypeError) as error:
             self.close()
-            if told := told_content(path):
-                raise InputError(f"{path} {told}") from error
-            raise InputError(f"{path} is not a whole safetensors file: {_told(error)}; {_REMEDY}") from error
+            if reason := describe_content(path):
+                raise InputError(f"{path} {reason}") from error
+            raise InputError(f"{path} is not a whole safetensors file: {_in_one_line(error)}; {_REMEDY}") from error
 
     def close(self) -> None:
         """Gives the file back until it is read from again; harmless when done twice."""
         self._file.close()
 
-    def read(self, name: str, part: Part = ()) -> Tensor:
+    def read(self, name: str, part: TensorRange = ()) -> Tensor:
         """This part of the tensor, as stored; no other bytes are read. Dimensions that `part` leaves out are whole."""
         entry = self.entries[name]
         if entry.dtype not in _TORCH_DTYPES:
@@ -123,7 +123,7 @@ def _bounds(part: slice, size: int) -> tuple[int, int]:
     return start, stop
 
 
-def _read_header(handle: int) -> dict[str, Entry]:
+def _read_header(handle: int) -> dict[str, TensorEntry]:
     size = os.fstat(handle).st_size
     length = int.from_bytes(os.pread(handle, 8, 0), "little")
     if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
@@ -149,7 +149,7 @@ def _read_header(handle: int) -> dict[str, Entry]:
     return in_order
 
 
-def _entry(name: str, fields: dict[str, Any], begin: int) -> Entry:
+def _entry(name: str, fields: dict[str, Any], begin: int) -> TensorEntry:
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if dtype not in _BITS:
         raise ValueError(f"tensor {name} is of the unknown type {dtype!r}")
@@ -158,8 +158,8 @@ def _entry(name: str, fields: dict[str, Any], begin: int) -> Entry:
     start, stop = offsets
     if math.prod(shape) * _BITS[dtype] != 8 * (stop - start):
         raise ValueError(f"tensor {name} of shape {shape} in {dtype} can not take {stop - start} bytes")
-    return Entry(dtype, tuple(shape), begin + start, begin + stop)
+    return TensorEntry(dtype, tuple(shape), begin + start, begin + stop)
 
 
-def _told(error: Exception) -> str:
+def _in_one_line(error: Exception) -> str:
     return f"{error.args[0]} is missing from its header" if isinstance(error, KeyError) else str(error)

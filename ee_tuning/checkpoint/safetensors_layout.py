@@ -19,7 +19,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorLocation:
     """Where a tensor begins."""
 
     file: str
@@ -94,11 +94,11 @@ class SafetensorsLayout:
         text += b" " * (-len(text) % 8)  # the data begins aligned
         return len(text).to_bytes(8, "little") + text
 
-    def _assign_places(self) -> dict[str, Place]:
+    def _assign_places(self) -> dict[str, TensorLocation]:
         places = {}
         for file, names in self.files.items():
             offset = len(self.headers[file])
             for name in names:
-                places[name] = Place(file, offset)
+                places[name] = TensorLocation(file, offset)
                 offset += self.tensor_bytes(name)
         return places

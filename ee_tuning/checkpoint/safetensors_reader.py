@@ -13,11 +13,11 @@ from torch import Tensor
 
 from ee_tuning.checkpoint.links import check_links
 from ee_tuning.checkpoint.missing_weights import no_weights
-from ee_tuning.checkpoint.names import Piece, Shape, Shard
+from ee_tuning.checkpoint.names import Shape, Shard, TensorSlice
 from ee_tuning.checkpoint.open_files import unreadable
-from ee_tuning.checkpoint.safetensors_file import DTYPES, Entry, Part, SafetensorsFile
+from ee_tuning.checkpoint.safetensors_file import DTYPES, SafetensorsFile, TensorEntry, TensorRange
 from ee_tuning.errors import InputError
-from ee_tuning.foreign_content import told_content
+from ee_tuning.foreign_content import describe_content
 from ee_tuning.json_file import read_json
 
 
@@ -58,7 +58,7 @@ def read_shard(source: TensorSource, shard: Shard, dtype: torch.dtype) -> Tensor
     return out
 
 
-def _read_piece(source: TensorSource, piece: Piece) -> Tensor:
+def _read_piece(source: TensorSource, piece: TensorSlice) -> Tensor:
     part = (source.columns if piece.dim == 1 else source.rows)(piece.name, piece.start, piece.stop)
     return part.t() if piece.is_transposed else part
 
@@ -71,7 +71,7 @@ class SafetensorsFolder:
     followed.
     """
 
-    is_vouched_for = False
+    manifest_verified = False
 
     def __init__(self, folder: Path, stem: str):
         self.folder = folder
@@ -156,10 +156,10 @@ class SafetensorsFolder:
     def _path(self, name: str) -> Path:
         return self.folder / self.files[self.stored_name(name)]
 
-    def _read(self, name: str, part: Part) -> Tensor:
+    def _read(self, name: str, part: TensorRange) -> Tensor:
         return self._file_of(name).read(self.stored_name(name), part)
 
-    def _entry(self, name: str) -> Entry:
+    def _entry(self, name: str) -> TensorEntry:
         return self._file_of(name).entries[self.stored_name(name)]
 
     def _file_of(self, name: str) -> SafetensorsFile:
@@ -216,8 +216,8 @@ def _read_index(path: Path) -> dict[str, str]:
     except OSError as error:
         raise unreadable(path, error) from error
     except (ValueError, KeyError, TypeError) as error:
-        if told := told_content(path):
-            raise InputError(f"{path} {told}") from error
+        if reason := describe_content(path):
+            raise InputError(f"{path} {reason}") from error
         raise InputError(f"{path} is not an index of safetensors shards: {error}; fetch it again") from error
     for name, file in files.items():
         if Path(file).name != file or file in ("", "..") or not file.isprintable():

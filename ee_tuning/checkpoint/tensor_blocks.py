@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ee_tuning.checkpoint.names import Piece, Shard
+from ee_tuning.checkpoint.names import Shard, TensorSlice
 from ee_tuning.checkpoint.safetensors_file import SafetensorsFile
 from ee_tuning.checkpoint.safetensors_reader import TensorSource
 
@@ -72,7 +72,7 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _piece_blocks(source: TensorSource, piece: Piece) -> Iterator[Tensor]:
+def _piece_blocks(source: TensorSource, piece: TensorSlice) -> Iterator[Tensor]:
     """A piece lies along the parameter's rows, or is all of its columns."""
     is_whole = piece.cut_dim == 1
     assert not is_whole or piece.size == piece.parameter_shape[1], piece

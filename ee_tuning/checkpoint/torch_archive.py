@@ -31,7 +31,7 @@ ARCHIVE_BYTES = 4096
 """More than an archive has besides its tensor's own bytes."""
 
 
-class Sink(Protocol):
+class ByteSink(Protocol):
     """What an archive is written to, from beginning to end."""
 
     def write(self, data: bytes) -> int:
@@ -41,7 +41,7 @@ class Sink(Protocol):
         """Nothing that matters."""
 
 
-def write_tensor(out: Sink, shape: Shape, dtype: torch.dtype, blocks: Iterable[Tensor]) -> None:
+def write_tensor(out: ByteSink, shape: Shape, dtype: torch.dtype, blocks: Iterable[Tensor]) -> None:
     """Appends an archive of one tensor, whose consecutive rows are `blocks`."""
     num_bytes = math.prod(shape) * dtype.itemsize
     with zipfile.ZipFile(cast(Any, out), "w", zipfile.ZIP_STORED) as archive:

@@ -27,7 +27,7 @@ from ee_tuning.checkpoint.mapped_file import MappedFile
 from ee_tuning.checkpoint.pickled_names import Inert, harmless, plain_name
 from ee_tuning.checkpoint.tensor_blocks import as_bytes
 from ee_tuning.errors import InputError
-from ee_tuning.foreign_content import told_content
+from ee_tuning.foreign_content import describe_content
 
 _STORAGES = {
     f"torch.{name}Storage": dtype
@@ -121,8 +121,8 @@ class Archive:
             with zipfile.ZipFile(_Window(data, start, self._stop)) as archive:
                 entries = archive.infolist()
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
-            if told := told_content(path):
-                raise InputError(f"{path} {told}") from error
+            if reason := describe_content(path):
+                raise InputError(f"{path} {reason}") from error
             raise self.broken(f"it is no archive as torch.save has written them since torch 1.6 ({error})") from error
         self._entries = {entry.filename.partition("/")[2]: entry for entry in entries}
         if "data.pkl" not in self._entries or len(self._entries) != len(entries):

@@ -19,7 +19,7 @@ MERGE = (
     "merge it by peft (PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)) and give the folder of "
     "the merged model"
 )
-_TELLING = (
+_MEANINGFUL = (
     (
         re.compile(
             r"(^|\.)(lora_|base_layer\.|modules_to_save\.|dora_|ia3_|hada_|lokr_|vera_|oft_|prompt_encoder|base_model\.model\.|"
@@ -59,12 +59,12 @@ def is_buffer(name: str) -> bool:
     return _BUFFER.fullmatch(name) is not None
 
 
-def refuse_telling(names: Iterable[tuple[str, Path]]) -> None:
+def refuse_meaningful(names: Iterable[tuple[str, Path]]) -> None:
     """Raises InputError where one of these tensors, each with its file, tells that the files are no plain language
     model: what they are, and what to do. To be asked before anything else is found missing.
     """
     for name, path in names:
-        for pattern, what, remedy in _TELLING:
+        for pattern, what, remedy in _MEANINGFUL:
             if pattern.search(name):
                 raise InputError(f"{path}: tensor {name} belongs to {what}, which is not read here; {remedy}")
 

@@ -17,7 +17,7 @@ from ee_tuning.checkpoint.legacy import LegacyCheckpoint, is_legacy
 from ee_tuning.checkpoint.mapped_file import map_file
 from ee_tuning.checkpoint.megatron import DistributedCheckpoint
 from ee_tuning.checkpoint.metadata_pickle import METADATA
-from ee_tuning.checkpoint.non_finite import NonFinite
+from ee_tuning.checkpoint.non_finite import NonFiniteCheck
 from ee_tuning.checkpoint.safetensors_reader import SafetensorsFolder
 from ee_tuning.checkpoint.tensor_blocks import BLOCK_BYTES, stored_blocks
 from ee_tuning.checkpoint.torch_file import Archive, StoredTensor, saved_arguments
@@ -32,19 +32,19 @@ def verify_foreign(path: Path, *, trust_pickle: bool = False) -> bool:
     `trust_pickle` as in the model section of a job. Raises InputError, naming the file, at the first damage, and where
     `path` holds no model in a format that is known.
     """
-    folder, watch = model_folder(str(path)), NonFinite()
+    folder, watch = model_folder(str(path)), NonFiniteCheck()
     _check_descriptions(folder, trust_pickle)
     if is_gguf(folder):
-        told = _gguf(folder, watch)
+        facts = _gguf(folder, watch)
     elif (folder / METADATA).is_file():
-        told = _distributed(folder, watch)
+        facts = _distributed(folder, watch)
     elif is_legacy(folder):
-        told = _legacy(folder, watch, trust_pickle)
+        facts = _legacy(folder, watch, trust_pickle)
     else:
-        told = _huggingface(folder, watch)
-    for line in [*_against_shape(folder, trust_pickle), *told]:
+        facts = _huggingface(folder, watch)
+    for line in [*_against_shape(folder, trust_pickle), *facts]:
         print(f"{folder}  {line}")
-    for line in watch.told():
+    for line in watch.lines():
         print(f"{folder}  {line}")
     return not watch.counts
 
@@ -64,12 +64,12 @@ def _check_descriptions(folder: Path, trust_pickle: bool) -> None:
         saved_arguments(Archive(common, map_file(common), is_trusted=trust_pickle).content)
 
 
-def _huggingface(folder: Path, watch: NonFinite) -> list[str]:
+def _huggingface(folder: Path, watch: NonFiniteCheck) -> list[str]:
     with SafetensorsFolder(folder, "model") as reader:
         for name in sorted(set(reader.files.values())):
             file = reader.file(name)
             for tensor in file.entries:
-                for _ in watch.watched(tensor, stored_blocks(file, tensor)):
+                for _ in watch.checked(tensor, stored_blocks(file, tensor)):
                     pass
             size = (folder / name).stat().st_size
             print(
@@ -78,12 +78,12 @@ def _huggingface(folder: Path, watch: NonFinite) -> list[str]:
     return ["not checked: the values; safetensors keeps no checksums, so an altered byte of a tensor shows nowhere"]
 
 
-def _gguf(path: Path, watch: NonFinite) -> list[str]:
+def _gguf(path: Path, watch: NonFiniteCheck) -> list[str]:
     with GgufReader(path) as reader:
         for name in reader.names():
             rows = max(1, BLOCK_BYTES // (4 * math.prod(reader.shape(name)[1:])))
             size = reader.shape(name)[0]
-            for _ in watch.watched(
+            for _ in watch.checked(
                 name, (reader.rows(name, start, min(start + rows, size)) for start in range(0, size, rows))
             ):
                 pass
@@ -93,7 +93,7 @@ def _gguf(path: Path, watch: NonFinite) -> list[str]:
     return ["not checked: the values; GGUF keeps no checksums, so an altered byte of a tensor shows nowhere"]
 
 
-def _distributed(folder: Path, watch: NonFinite) -> list[str]:
+def _distributed(folder: Path, watch: NonFiniteCheck) -> list[str]:
     checkpoint, counts = DistributedCheckpoint(folder), dict[str, int]()
     for key, file, tensor in checkpoint.stored_tensors():
         _check(key, tensor, watch)
@@ -103,7 +103,7 @@ def _distributed(folder: Path, watch: NonFinite) -> list[str]:
     return ["not checked: what are no tensors in it (random states, empty states of fused modules)"]
 
 
-def _legacy(folder: Path, watch: NonFinite, trust_pickle: bool) -> list[str]:
+def _legacy(folder: Path, watch: NonFiniteCheck, trust_pickle: bool) -> list[str]:
     counts = dict[Path, int]()
     for table in LegacyCheckpoint(folder, is_trusted=trust_pickle).tables:
         for key, tensor in table.items():
@@ -114,9 +114,9 @@ def _legacy(folder: Path, watch: NonFinite, trust_pickle: bool) -> list[str]:
     return ["not checked: the optimizer's and random states beside the model"]
 
 
-def _check(key: str, tensor: StoredTensor, watch: NonFinite) -> None:
+def _check(key: str, tensor: StoredTensor, watch: NonFiniteCheck) -> None:
     tensor.check()
-    for _ in watch.watched(key, _blocks(tensor)):
+    for _ in watch.checked(key, _blocks(tensor)):
         pass
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ee_tuning.cache_folder import VARIABLE, cache_folder
-from ee_tuning.checkpoint.aside import locked, on_first_rank, refusals_named, written_aside
+from ee_tuning.checkpoint.atomic_write import atomic_folder, on_first_rank, os_errors_as_input_errors, try_lock
 from ee_tuning.data.progress_bar import ProgressBar
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import to_json
@@ -98,13 +98,13 @@ def _make_missing(
             with suppress(OSError):
                 os.utime(folder)  # when it was last of use
             continue
-        with refusals_named(folder, _REMEDY):
+        with os_errors_as_input_errors(folder, _REMEDY):
             root.mkdir(parents=True, exist_ok=True)
             _remove_unused(root)
         lock = yield from _wait_for(_lock_file(folder))
         try:
             if not folder.is_dir():
-                with written_aside(folder, None, _REMEDY) as partial:
+                with atomic_folder(folder, None, _REMEDY) as partial:
                     yield from entry.make(partial, progress)
         finally:
             with suppress(OSError):  # whoever waits for it looks for the folder first
@@ -126,10 +126,10 @@ def _wait_for(path: Path) -> Generator[None, None, int]:
     process ends.
     """
     while True:
-        with refusals_named(path, _REMEDY):
+        with os_errors_as_input_errors(path, _REMEDY):
             path.touch()  # anew each time: who had it before has removed it
         # On a disk without locks it is ours at once: at worst, two runs that start at a time make the same.
-        if (lock := locked(path, is_ours=True)) is not None:
+        if (lock := try_lock(path, is_ours=True)) is not None:
             return lock
         time.sleep(0.5)
         yield

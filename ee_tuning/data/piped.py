@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from ee_tuning.checkpoint.aside import on_first_rank, refusals_named
+from ee_tuning.checkpoint.atomic_write import on_first_rank, os_errors_as_input_errors
 from ee_tuning.config import DataSection
 from ee_tuning.errors import InputError
 from ee_tuning.parallel.topology import Topology
@@ -67,7 +67,7 @@ def _copy(path: Path, root: Path) -> Path:
         return path.resolve()
     partial = root / f"{_PREFIX}{secrets.token_hex(4)}.partial"
     digest = hashlib.sha256()
-    with refusals_named(root):
+    with os_errors_as_input_errors(root):
         partial.mkdir(parents=True)
         with (partial / path.name).open("wb") as copy:
             for block in _blocks(path):

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ee_tuning.checkpoint.apart import check_apart
-from ee_tuning.checkpoint.aside import folder_beside, move_into_place
+from ee_tuning.checkpoint.atomic_write import move_into_place, scratch_folder
 from ee_tuning.checkpoint.owner import owned
 from ee_tuning.config import DataSection
 from ee_tuning.data.encoding import recipe_of
@@ -45,7 +45,7 @@ def preprocess(data: DataSection, output: Path, overwrite: bool, *, trusts_code:
     check_apart(output, (*data.paths, data.tokenizer))
     if not has_pipes(data.paths):
         return _preprocess(data, output, trusts_code)
-    with folder_beside(output) as folder:
+    with scratch_folder(output) as folder:
         try:
             return _preprocess(replace(data, paths=copied(data.paths, folder)), output, trusts_code)
         except InputError as error:  # the copies go with the folder
@@ -58,7 +58,7 @@ def _preprocess(data: DataSection, output: Path, trusts_code: bool) -> Written:
     files = [path for corpus in corpora for path in _texts(corpus)]
     say_passed_over([name for corpus in corpora for name in corpus.passed_over])
     recipe = recipe_of(data.tokenizer, data.text_key, data.chat_template, trusts_code=trusts_code)
-    with owned(output, None), folder_beside(output) as folder, ProgressBar("tokenizing", speaks=True) as progress:
+    with owned(output, None), scratch_folder(output) as folder, ProgressBar("tokenizing", speaks=True) as progress:
         steps = tokenize_files(files, recipe, folder, [folder / output.name], 0.0, data.workers, progress)
         while True:
             try:

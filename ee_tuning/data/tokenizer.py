@@ -12,7 +12,7 @@ from ee_tuning.checkpoint.gguf_file import is_gguf, tokenizer_digest
 from ee_tuning.checkpoint.hub import fetch_tokenizer, hub_name
 from ee_tuning.config import Config
 from ee_tuning.errors import InputError
-from ee_tuning.foreign_content import told_content
+from ee_tuning.foreign_content import describe_content
 from ee_tuning.questions import no_questions
 
 if TYPE_CHECKING:
@@ -66,8 +66,8 @@ def load_tokenizer(path: str | Path, *, trusts_code: bool = False) -> "PreTraine
             ) from error
         reason = " ".join(str(error).split())[:300]
         for name in TOKENIZER_FILES:
-            if told := told_content(folder / name):
-                raise InputError(f"{folder / name} {told}") from error
+            if content := describe_content(folder / name):
+                raise InputError(f"{folder / name} {content}") from error
         raise InputError(
             f"the tokenizer in {folder} can not be read: {reason}; copy its files anew, or set data.tokenizer"
         ) from error

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ee_tuning.checkpoint.apart import check_apart
-from ee_tuning.checkpoint.aside import on_first_rank
+from ee_tuning.checkpoint.atomic_write import on_first_rank
 from ee_tuning.checkpoint.owner import owned
 from ee_tuning.config import Config
 from ee_tuning.data.chat_template import ChatTemplate, read_chat_template

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ee_tuning.checkpoint.aside import file_written_aside
+from ee_tuning.checkpoint.atomic_write import atomic_file
 from ee_tuning.errors import InputError
 from ee_tuning.evaluation.evaluation_folder import OWNER
 from ee_tuning.evaluation.points import Point
@@ -107,5 +107,5 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, content: str) -> None:
-    with file_written_aside(path) as partial:
+    with atomic_file(path) as partial:
         partial.write_text(content, encoding="utf-8", newline="\n")

@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 
 from ee_tuning.checkpoint.apart import check_beside
-from ee_tuning.checkpoint.aside import check_file
+from ee_tuning.checkpoint.atomic_write import check_file
 from ee_tuning.checkpoint.load import LoadedModel, load_for_generation
 from ee_tuning.config import Config
 from ee_tuning.errors import InputError

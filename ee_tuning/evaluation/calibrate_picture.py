@@ -4,7 +4,7 @@ threshold.
 
 from pathlib import Path
 
-from ee_tuning.checkpoint.aside import file_written_aside
+from ee_tuning.checkpoint.atomic_write import atomic_file
 
 
 def draw_calibration(
@@ -40,6 +40,6 @@ def draw_calibration(
     )
     taken.legend(frameon=False)
     figure.suptitle("Each exit by itself; dotted: the chosen thresholds, on tokens that no exit before took")
-    with file_written_aside(output) as aside:
-        figure.savefig(aside, dpi=110, format="png")
+    with atomic_file(output) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
     plt.close(figure)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ee_tuning.checkpoint.aside import file_written_aside
+from ee_tuning.checkpoint.atomic_write import atomic_file
 from ee_tuning.checkpoint.formats import model_folder
 from ee_tuning.config import Config
 from ee_tuning.generation.calibration import FORMAT_VERSION
@@ -27,8 +27,8 @@ def write_calibration(
         "heads_digest": heads_digest,
         **measured,
     }
-    with file_written_aside(output) as aside:
-        aside.write_text(as_json(tree), encoding="utf-8")
+    with atomic_file(output) as temporary:
+        temporary.write_text(as_json(tree), encoding="utf-8")
 
 
 def as_json(tree: object) -> str:

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ee_tuning import __version__
 from ee_tuning.checkpoint.apart import check_apart
-from ee_tuning.checkpoint.aside import on_first_rank
+from ee_tuning.checkpoint.atomic_write import on_first_rank
 from ee_tuning.checkpoint.formats import model_folder
 from ee_tuning.checkpoint.owner import owned
 from ee_tuning.config import Config

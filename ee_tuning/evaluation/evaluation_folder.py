@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ee_tuning.checkpoint.aside import refusals_named
+from ee_tuning.checkpoint.atomic_write import os_errors_as_input_errors
 from ee_tuning.errors import InputError
 from ee_tuning.evaluation.readings import Reading
 from ee_tuning.json_file import parse_json, to_json
@@ -64,7 +64,7 @@ class EvaluationFolder:
 
     def keep(self, block: int, readings: list[Reading]) -> None:
         """Keeps a block. Raises InputError where the disk refuses."""
-        with refusals_named(self.path, "make room; the same command goes on with the blocks that are kept"):
+        with os_errors_as_input_errors(self.path, "make room; the same command goes on with the blocks that are kept"):
             if self._file is None:
                 self._begin()
             self._append({"block": block, "readings": [reading.tree() for reading in readings]})

@@ -5,7 +5,7 @@ at each threshold.
 from pathlib import Path
 from typing import Any
 
-from ee_tuning.checkpoint.aside import file_written_aside
+from ee_tuning.checkpoint.atomic_write import atomic_file
 from ee_tuning.evaluation.bootstrap import Estimate
 from ee_tuning.evaluation.figures import Evaluation, PointResult, TaskResult
 
@@ -58,8 +58,8 @@ def draw_evaluation(found: Evaluation, folder: Path) -> list[Path]:
                 figure, axes = plt.subplots(figsize=size, constrained_layout=True)
                 draw(axes, task, found.num_layers)
                 paths.append(folder / f"{name}-{task.name}.png")
-                with file_written_aside(paths[-1]) as aside:
-                    figure.savefig(aside, dpi=110, format="png")
+                with atomic_file(paths[-1]) as temporary:
+                    figure.savefig(temporary, dpi=110, format="png")
                 plt.close(figure)
     return paths
 

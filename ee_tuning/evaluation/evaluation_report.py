@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ee_tuning.checkpoint.aside import file_written_aside
+from ee_tuning.checkpoint.atomic_write import atomic_file
 from ee_tuning.evaluation.bootstrap import DRAWS, LEVEL, Estimate
 from ee_tuning.evaluation.calibration_file import as_json
 from ee_tuning.evaluation.evaluation_folder import FIGURES, PAGE
@@ -47,10 +47,10 @@ def write_reports(found: Evaluation, tasks: list[Task], about: dict[str, Any], f
         "intervals": {"level": LEVEL, "draws": DRAWS, "method": "percentile bootstrap"},
         "tasks": [dataclasses.asdict(task) for task in found.tasks],
     }
-    with file_written_aside(folder / FIGURES) as aside:
-        aside.write_text(as_json(tree), encoding="utf-8")
-    with file_written_aside(folder / PAGE) as aside:
-        aside.write_text(_page(found, tasks, about, pictures), encoding="utf-8")
+    with atomic_file(folder / FIGURES) as temporary:
+        temporary.write_text(as_json(tree), encoding="utf-8")
+    with atomic_file(folder / PAGE) as temporary:
+        temporary.write_text(_page(found, tasks, about, pictures), encoding="utf-8")
     return [folder / FIGURES, folder / PAGE, *pictures]
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ee_tuning.checkpoint.aside import file_written_aside
+from ee_tuning.checkpoint.atomic_write import atomic_file
 from ee_tuning.config.generation import Measure
 from ee_tuning.evaluation.guarantee import Proof
 
@@ -54,6 +54,6 @@ def draw_guarantee(
     figure.suptitle(
         f"{first.num_documents:,} {words.units}; points: the lowest thresholds that hold; dashed: the guarantee, and its level"
     )
-    with file_written_aside(output) as aside:
-        figure.savefig(aside, dpi=110, format="png")
+    with atomic_file(output) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
     plt.close(figure)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ee_tuning.checkpoint.apart import check_beside
-from ee_tuning.checkpoint.aside import check_file
+from ee_tuning.checkpoint.atomic_write import check_file
 from ee_tuning.checkpoint.formats import BackboneSource, check_model, model_folder, open_model
 from ee_tuning.checkpoint.huggingface import read_backbone_tensor
 from ee_tuning.checkpoint.load import compute_dtype

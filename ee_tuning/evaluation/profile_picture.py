@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ee_tuning.checkpoint.aside import file_written_aside
+from ee_tuning.checkpoint.atomic_write import atomic_file
 
 LINE, EXIT = "#2f6fde", "#c9ced9"
 
@@ -37,6 +37,6 @@ def draw_profile(distances: Tensor, exit_layers: tuple[int, ...], name: str, out
     heat.set(title="Between the inputs of two layers", xlabel="layer", ylabel="layer")
     figure.colorbar(image, ax=heat)
     figure.suptitle(f"{name}: what its layers do to a text's hidden states")
-    with file_written_aside(output) as aside:
-        figure.savefig(aside, dpi=110, format="png")
+    with atomic_file(output) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
     plt.close(figure)

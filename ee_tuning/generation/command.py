@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ee_tuning.checkpoint.apart import check_beside
-from ee_tuning.checkpoint.aside import on_first_rank
+from ee_tuning.checkpoint.atomic_write import on_first_rank
 from ee_tuning.config import Config, GenerationSection
 from ee_tuning.errors import InputError
 from ee_tuning.generation.completion import Completion

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ee_tuning.checkpoint.aside import check_file, file_written_aside, on_first_rank
+from ee_tuning.checkpoint.atomic_write import atomic_file, check_file, on_first_rank
 from ee_tuning.checkpoint.owner import owned
 from ee_tuning.errors import InputError
 from ee_tuning.generation.record import Record
@@ -155,7 +155,7 @@ class OutputFile:
                 f"{self.path} is left as it was, for not one of {len(self._errors)} prompts can be done, the first because "
                 f"{first}"
             )
-        with self._refusals_named(), file_written_aside(self.path) as aside, aside.open("wb") as file:
+        with self._refusals_named(), atomic_file(self.path) as aside, aside.open("wb") as file:
             for key in sorted(self._lines.keys() | self._errors.keys()):
                 file.write(self._errors[key] if key in self._errors else self._kept(key))
         with suppress(OSError):

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from ee_tuning.checkpoint.apart import check_beside
-from ee_tuning.checkpoint.aside import on_first_rank
+from ee_tuning.checkpoint.atomic_write import on_first_rank
 from ee_tuning.config import Config, GenerationSection, replace
 from ee_tuning.data.chat_template import ChatTemplate, read_chat_template
 from ee_tuning.data.documents import pieces_of, read_records

@@ -7,7 +7,7 @@ A replica's ranks, tensor × pipeline, decode together and know the same results
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from ee_tuning.checkpoint.aside import gathered
+from ee_tuning.checkpoint.atomic_write import gathered
 from ee_tuning.errors import InputError
 from ee_tuning.parallel.topology import Topology
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ee_tuning.cache_folder import cache_folder
-from ee_tuning.checkpoint.aside import file_written_aside
+from ee_tuning.checkpoint.atomic_write import atomic_file
 from ee_tuning.errors import InputError
 from ee_tuning.generation.costs import COUNTS, Costs
 from ee_tuning.generation.pieces import Piece
@@ -78,7 +78,7 @@ class SpeculationMemory:
         tree = {"format": FORMAT, "key": self._key, "costs": asdict(speculation.costs), "records": records}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with file_written_aside(self.path) as partial:
+            with atomic_file(self.path) as partial:
                 partial.write_text(to_json(tree) + "\n", encoding="utf-8")
         except (OSError, InputError) as error:
             log.info("what speculation learnt is not kept: %s", error)

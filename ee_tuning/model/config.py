@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import read_json
-from ee_tuning.model.families import Family, family_fields, in_llama_spelling, positive_number
+from ee_tuning.model.families import Family, family_fields, positive_number, with_llama_keys
 from ee_tuning.model.quantized import refuse_quantized
 from ee_tuning.model.token_ids import end_token_ids, single_token_id
 from ee_tuning.notices import warn_once
@@ -216,7 +216,7 @@ def _within_short_context(config: ModelConfig, path: Path) -> ModelConfig:
 
 
 def _from_object(raw: dict[str, Any], path: Path) -> ModelConfig:
-    raw = in_llama_spelling(raw, path)
+    raw = with_llama_keys(raw, path)
     heads = positive_number(raw, "num_attention_heads", path)
     hidden = positive_number(raw, "hidden_size", path)
     max_positions = positive_number(raw, "max_position_embeddings", path)

@@ -92,7 +92,7 @@ ACTIVATIONS = {
 }
 
 
-def in_llama_spelling(raw: dict[str, Any], path: Path) -> dict[str, Any]:
+def with_llama_keys(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     """A parsed config.json with its family's defaults, under the keys of Llama's. `path` is named in errors.
 
     Raises InputError where the family is not supported, or a key asks for something that would be ignored.

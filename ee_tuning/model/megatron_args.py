@@ -198,10 +198,10 @@ def megatron_arguments(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def untold_by_megatron(config: ModelConfig) -> list[str]:
+def missing_from_megatron_args(config: ModelConfig) -> list[str]:
     """What of a model Megatron-LM has no argument for, so that whoever runs its weights there has to see to it."""
     rope = config.rope
-    told = RopeConfig(
+    megatron_rope = RopeConfig(
         kind="llama3",
         theta=rope.theta,
         factor=rope.factor,
@@ -209,17 +209,21 @@ def untold_by_megatron(config: ModelConfig) -> list[str]:
         low_freq_factor=1.0,
         high_freq_factor=4.0,
     )
-    untold = []
+    missing = []
     is_whole = rope.kind != "linear" or rope.factor == round(rope.factor)
-    if rope.kind in ("yarn", "dynamic", "longrope") or (rope.kind == "llama3" and rope != told) or not is_whole:
-        untold.append(f"rope scaling {rope.kind} with these numbers")
+    if (
+        rope.kind in ("yarn", "dynamic", "longrope")
+        or (rope.kind == "llama3" and rope != megatron_rope)
+        or not is_whole
+    ):
+        missing.append(f"rope scaling {rope.kind} with these numbers")
     if rope.theta != round(rope.theta):
-        untold.append(f"a rope_theta of {rope.theta}")
+        missing.append(f"a rope_theta of {rope.theta}")
     if config.has_proj_bias:
-        untold.append("a bias of the attention alone")
+        missing.append("a bias of the attention alone")
     if config.activation == "relu":
-        untold.append("the activation relu")
-    return untold
+        missing.append("the activation relu")
+    return missing
 
 
 def _read(shape: Path) -> dict[str, Any]:

@@ -39,8 +39,10 @@ def multiplies_bfloat16() -> bool:
     """Whether this machine's processor has instructions for matrix products in bfloat16. Where it is not known, it
     has.
     """
-    told = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return told.get("architecture") != "x86_64" or bool(told.get("avx512_bf16") or told.get("amx_bf16"))
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return capabilities.get("architecture") != "x86_64" or bool(
+        capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    )
 
 
 @functools.cache

@@ -32,9 +32,13 @@ def run_with_heartbeat(steps: Iterator[None], topology: Topology) -> None:
                 break
         answers: list[tuple[bool, str | None, str | None]] = [(False, None, None)] * topology.world_size
         is_refusal = isinstance(failure, InputError)
-        told = None if failure is None else str(failure) if is_refusal else f"{type(failure).__name__}: {failure}"
+        failure_text = (
+            None if failure is None else str(failure) if is_refusal else f"{type(failure).__name__}: {failure}"
+        )
         dist.all_gather_object(
-            answers, (is_done, told if is_refusal else None, None if is_refusal else told), group=topology.world_control
+            answers,
+            (is_done, failure_text if is_refusal else None, None if is_refusal else failure_text),
+            group=topology.world_control,
         )
         refusals = [text for _, text, _ in answers if text is not None]
         crashes = [f"rank {rank} failed: {text}" for rank, (_, _, text) in enumerate(answers) if text is not None]

@@ -6,7 +6,7 @@
 from pathlib import Path
 from shlex import quote
 
-from ee_tuning.checkpoint.aside import on_first_rank
+from ee_tuning.checkpoint.atomic_write import on_first_rank
 from ee_tuning.checkpoint.convert import convert
 from ee_tuning.checkpoint.formats import open_model
 from ee_tuning.checkpoint.load import load_for_tuning

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ee_tuning.checkpoint.aside import file_written_aside
+from ee_tuning.checkpoint.atomic_write import atomic_file
 from ee_tuning.config import Config
 from ee_tuning.errors import InputError
 from ee_tuning.questions import no_questions
@@ -91,7 +91,7 @@ def _run_id(folder: Path) -> str:
     """
     path = folder / WANDB_ID
     if not path.exists():
-        with file_written_aside(path) as partial:
+        with atomic_file(path) as partial:
             partial.write_text(secrets.token_hex(8) + "\n", encoding="utf-8")
     return path.read_text(encoding="utf-8").strip()
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ee_tuning.checkpoint.aside import refusals_named
+from ee_tuning.checkpoint.atomic_write import os_errors_as_input_errors
 from ee_tuning.checkpoint.load import LoadedModel
 from ee_tuning.config import Config
 from ee_tuning.parallel.topology import Topology
@@ -37,7 +37,7 @@ def open_log_sinks(config: Config, topology: Topology, loaded: LoadedModel, step
             reached = record["step"]
             if record["kind"] == "validation" and loaded.exits is not None:
                 record = {**record, "speed_up": implied_speed_ups(record, loaded.model.config, loaded.exits.heads)}
-            with refusals_named(folder):
+            with os_errors_as_input_errors(folder):
                 for sink in sinks:
                     sink(record)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ee_tuning.checkpoint.aside import file_written_aside
+from ee_tuning.checkpoint.atomic_write import atomic_file
 from ee_tuning.json_file import to_json
 from ee_tuning.line_file import read_lines
 from ee_tuning.parallel.topology import Topology
@@ -96,7 +96,7 @@ class MetricsFile:
                 for line in read_lines(path, errors="replace")
                 if (record := _parsed(line)) and record["step"] <= resume_after
             ]
-        with file_written_aside(path) as partial:  # killed now, a run would lose its records
+        with atomic_file(path) as partial:  # killed now, a run would lose its records
             partial.write_text("".join(kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
 

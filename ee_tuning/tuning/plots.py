@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ee_tuning.checkpoint.aside import file_written_aside
+from ee_tuning.checkpoint.atomic_write import atomic_file
 from ee_tuning.line_file import read_lines
 from ee_tuning.tuning.metrics import METRICS, Record
 
@@ -42,9 +42,9 @@ def write_plots(folder: Path, title: str) -> None:
     if not panels:
         return
     picture = _draw(records, panels, title)
-    with file_written_aside(folder / PNG) as partial:
+    with atomic_file(folder / PNG) as partial:
         partial.write_bytes(picture)
-    with file_written_aside(folder / HTML) as partial:
+    with atomic_file(folder / HTML) as partial:
         partial.write_text(_page(records, picture, title), encoding="utf-8")
 
 

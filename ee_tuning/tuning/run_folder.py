@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ee_tuning.checkpoint.apart import check_apart
-from ee_tuning.checkpoint.aside import file_written_aside, on_first_rank, refusals_named
+from ee_tuning.checkpoint.atomic_write import atomic_file, on_first_rank, os_errors_as_input_errors
 from ee_tuning.checkpoint.exit_heads import check_output
 from ee_tuning.checkpoint.owner import owned
 from ee_tuning.config import Config, save_config
@@ -52,7 +52,7 @@ def check_run_folder(config: Config, topology: Topology) -> None:
             )
         if not is_new:
             check_resumable(config, folder)
-        with refusals_named(folder):
+        with os_errors_as_input_errors(folder):
             # A run that goes on has its heads in its checkpoints: then the artifact is its own, of an earlier end.
             if (
                 is_new
@@ -75,9 +75,9 @@ def open_run_folder(config: Config, topology: Topology) -> None:
     folder = Path(config.tuning.run_folder)
 
     def write() -> None:
-        with refusals_named(folder):
+        with os_errors_as_input_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        with file_written_aside(folder / CONFIG) as partial:
+        with atomic_file(folder / CONFIG) as partial:
             save_config(config, partial)
 
     on_first_rank(topology, write)

@@ -13,15 +13,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ee_tuning.checkpoint.aside import (
-    file_written_aside,
+from ee_tuning.checkpoint.atomic_write import (
+    atomic_file,
+    atomic_folder,
     gathered,
     on_first_rank,
-    refusals_named,
+    os_errors_as_input_errors,
     remove_leftovers,
-    written_aside,
 )
-from ee_tuning.checkpoint.distcp_writer import Chunk, DistcpWriter, Written, write_common, write_metadata
+from ee_tuning.checkpoint.distcp_writer import Chunk, DistcpWriter, StoredChunk, write_common, write_metadata
 from ee_tuning.checkpoint.manifest import write_manifest
 from ee_tuning.config import TuningSection
 from ee_tuning.errors import InputError
@@ -116,7 +116,7 @@ class Saver:
 
     def _write(self, progress: TrainingProgress, chunks: Sequence[Chunk], before_latest: Callable[[], None]) -> None:
         folder, topology = self._folder / f"step_{progress.step:08d}", self._topology
-        with written_aside(folder, topology) as partial:
+        with atomic_folder(folder, topology) as partial:
             own = self._write_own(partial, folder, chunks)
             with hang_watchdog(topology, f"the other ranks to write their parts of {folder}"):
                 reports = gathered([own], topology)
@@ -144,7 +144,7 @@ class Saver:
 class _RankReport:
     """What a rank did."""
 
-    written: list[Written]
+    written: list[StoredChunk]
     sums: dict[str, str]
     refusal: str | None = None
 
@@ -159,7 +159,7 @@ def _refusal(folder: Path, error: Exception) -> str:
 
 
 def _write_metadata(partial: Path, progress: TrainingProgress, reports: list[_RankReport]) -> None:
-    with refusals_named(partial):
+    with os_errors_as_input_errors(partial):
         write_common(partial, {})
         write_metadata(partial, [each for report in reports for each in report.written])
         (partial / PROGRESS).write_text(to_json(dataclasses.asdict(progress), indent=2) + "\n", encoding="utf-8")
@@ -168,7 +168,7 @@ def _write_metadata(partial: Path, progress: TrainingProgress, reports: list[_Ra
 
 def _update_latest(folder: Path, keep: int) -> None:
     """Has `latest` name `folder`, and removes all but the `keep` last checkpoints of the run's way there."""
-    with file_written_aside(folder.parent / LATEST) as pointer:
+    with atomic_file(folder.parent / LATEST) as pointer:
         pointer.write_text(folder.name + "\n", encoding="utf-8")
     for partial in folder.parent.glob(
         "step_????????.partial-*"

@@ -23,7 +23,7 @@ with warnings.catch_warnings():
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing import ShardedTensor
 
-from ee_tuning.checkpoint.aside import on_first_rank
+from ee_tuning.checkpoint.atomic_write import on_first_rank
 from ee_tuning.checkpoint.exit_names import exit_shard, is_replicated
 from ee_tuning.checkpoint.manifest import check_file, read_manifest
 from ee_tuning.checkpoint.metadata_pickle import check_metadata_pickle

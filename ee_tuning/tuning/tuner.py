@@ -10,7 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from ee_tuning.checkpoint.aside import gathered, on_first_rank
+from ee_tuning.checkpoint.atomic_write import gathered, on_first_rank
 from ee_tuning.checkpoint.exit_config import exit_config_tree
 from ee_tuning.checkpoint.exit_heads import save_exit_heads
 from ee_tuning.checkpoint.load import LoadedModel, tuning_costs

@@ -7,7 +7,7 @@ from unittest import mock
 import torch.distributed as dist
 from world import World
 
-from ee_tuning.checkpoint.aside import on_first_rank
+from ee_tuning.checkpoint.atomic_write import on_first_rank
 from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.evaluation.profile import with_exit_layers
 from ee_tuning.parallel import heartbeat

@@ -153,7 +153,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path, monkeypatch: 
         out.write(record(1))
     monkeypatch.undo()
     out.write(record(1))
-    monkeypatch.setattr("ee_tuning.checkpoint.aside._sync", refuse)
+    monkeypatch.setattr("ee_tuning.checkpoint.atomic_write._sync", refuse)
     with pytest.raises(InputError, match=r"No space left on device; .*2 completions are kept"):
         out.finish()
     out.close()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ee_tuning import cli
-from ee_tuning.checkpoint.aside import refusals_named
+from ee_tuning.checkpoint.atomic_write import os_errors_as_input_errors
 from ee_tuning.errors import InputError
 from ee_tuning.interrupts import interrupts_raised, were_interrupted
 from ee_tuning.standard_streams import OutputRefused
@@ -95,7 +95,7 @@ def test_a_full_disk_anywhere_is_one_line_and_a_bug_is_not(
     raised.append(FileNotFoundError(errno.ENOENT, "no such file", "ours"))
     with pytest.raises(FileNotFoundError):
         cli.main(["inspect", "folder"])
-    with pytest.raises(OutputRefused), refusals_named(Path("folder")):
+    with pytest.raises(OutputRefused), os_errors_as_input_errors(Path("folder")):
         raise OutputRefused(errno.ENOSPC, "full")
 
 

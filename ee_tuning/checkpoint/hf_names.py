@@ -8,7 +8,7 @@ from ee_tuning.model.families import Family
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spelling:
+class HFNames:
     """Names without the `.weight` and `.bias` at their end. Those of a layer follow `layers`.{its index}."""
 
     embedding: str = "model.embed_tokens"
@@ -39,8 +39,8 @@ class Spelling:
     """Whether the matrices of a layer are kept as [inputs, outputs]."""
 
 
-_LLAMA = Spelling()
-SPELLINGS: dict[Family, Spelling] = {
+_LLAMA = HFNames()
+HF_NAMES: dict[Family, HFNames] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,

@@ -59,7 +59,7 @@ def gathered(items: list[Result], topology: Topology | None) -> list[Result]:
 
 
 @contextmanager
-def written_aside(output: Path, topology: Topology | None, remedy: str = REMEDY) -> Iterator[Path]:
+def atomic_folder(output: Path, topology: Topology | None, remedy: str = REMEDY) -> Iterator[Path]:
     """A new folder `<output>.partial-…`, the same on every rank, which becomes `output` when the block ends well.
 
     An `output` that exists is replaced then. When the block fails, or the process is killed, `output` is as it was. The
@@ -67,12 +67,12 @@ def written_aside(output: Path, topology: Topology | None, remedy: str = REMEDY)
     writers of `output` that were killed left is removed; of two that write it at once, the later one to end has its
     way.
     """
-    partial, lock = on_first_rank(topology, lambda: _begun(folder_place(output), Path.mkdir, remedy))
+    partial, lock = on_first_rank(topology, lambda: _create_partial(resolve_target(output), Path.mkdir, remedy))
     is_first = topology is None or topology.rank == 0
     try:
-        with refusals_named(output, remedy):
+        with os_errors_as_input_errors(output, remedy):
             yield partial
-        on_first_rank(topology, lambda: _put_in_place(partial, folder_place(output), remedy))
+        on_first_rank(topology, lambda: _commit(partial, resolve_target(output), remedy))
     finally:
         if is_first:
             _remove(partial)
@@ -80,7 +80,7 @@ def written_aside(output: Path, topology: Topology | None, remedy: str = REMEDY)
 
 
 @contextmanager
-def file_written_aside(output: Path) -> Iterator[Path]:
+def atomic_file(output: Path) -> Iterator[Path]:
     """A path for the block to write a file to, in one process; the file becomes `output`, replacing it, when the block
     ends well.
 
@@ -88,13 +88,13 @@ def file_written_aside(output: Path) -> Iterator[Path]:
     InputError where the disk refuses.
     """
     if output.exists() and not output.is_file():
-        with refusals_named(output):
+        with os_errors_as_input_errors(output):
             yield output
         return
     named, output = output, Path(os.path.realpath(output))
-    partial, lock = _begun(output, lambda path: path.touch(exist_ok=False))
+    partial, lock = _create_partial(output, lambda path: path.touch(exist_ok=False))
     try:
-        with refusals_named(named):
+        with os_errors_as_input_errors(named):
             yield partial
             _sync(partial)
             partial.replace(output)
@@ -105,13 +105,13 @@ def file_written_aside(output: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def folder_beside(output: Path) -> Iterator[Path]:
+def scratch_folder(output: Path) -> Iterator[Path]:
     """A new folder beside `output`, for what is on the way to it; gone when the block ends. Raises InputError where the
     disk refuses.
     """
-    partial, lock = _begun(output, Path.mkdir)
+    partial, lock = _create_partial(output, Path.mkdir)
     try:
-        with refusals_named(output):
+        with os_errors_as_input_errors(output):
             yield partial
     finally:
         _remove(partial)
@@ -129,18 +129,18 @@ def remove_leftovers(output: Path) -> None:
     """Removes what writers of `output` that were killed left beside it. What a living process still writes has its
     lock, and stays.
     """
-    for path in _named(output, "replaced"):
+    for path in _leftovers(output, "replaced"):
         if os.path.lexists(output):
             _remove(path)
         else:
             path.rename(output)
-    for path in _named(output, "partial"):
-        if not path.is_symlink() and (lock := locked(path)) is not None:
+    for path in _leftovers(output, "partial"):
+        if not path.is_symlink() and (lock := try_lock(path)) is not None:
             _remove(path)
             os.close(lock)
 
 
-def folder_place(output: Path) -> Path:
+def resolve_target(output: Path) -> Path:
     """`output`, or the folder that it is a link to: what replaces that folder must not replace the link, which may lead
     to another disk.
 
@@ -177,7 +177,7 @@ def check_room(output: Path, partial: Path, needed: int, remedy: str = REMEDY) -
 
 
 @contextmanager
-def refusals_named(output: Path, remedy: str = REMEDY) -> Iterator[None]:
+def os_errors_as_input_errors(output: Path, remedy: str = REMEDY) -> Iterator[None]:
     """Turns what the file system refuses into an InputError that names `output`."""
     try:
         yield
@@ -187,24 +187,24 @@ def refusals_named(output: Path, remedy: str = REMEDY) -> Iterator[None]:
         raise InputError(f"{output} can not be written: {error.strerror or error}; {remedy}") from error
 
 
-def _named(output: Path, what: str) -> list[Path]:
+def _leftovers(output: Path, what: str) -> list[Path]:
     name = re.compile(re.escape(output.name) + rf"\.{what}-[0-9a-f]{{8}}")
     return [path for path in output.parent.glob(f"*.{what}-*") if name.fullmatch(path.name)]
 
 
-def _begun(output: Path, make: Callable[[Path], None], remedy: str = REMEDY) -> tuple[Path, int]:
+def _create_partial(output: Path, make: Callable[[Path], None], remedy: str = REMEDY) -> tuple[Path, int]:
     """A partial of `output` that `make` has made, and the handle that holds its lock."""
-    with refusals_named(output, remedy):
+    with os_errors_as_input_errors(output, remedy):
         remove_leftovers(output)
         output.parent.mkdir(parents=True, exist_ok=True)
         while True:
             partial = output.with_name(f"{output.name}.partial-{secrets.token_hex(4)}")
             make(partial)
-            if (lock := locked(partial, is_ours=True)) is not None:
+            if (lock := try_lock(partial, is_ours=True)) is not None:
                 return partial, lock
 
 
-def locked(path: Path, *, is_ours: bool = False) -> int | None:
+def try_lock(path: Path, *, is_ours: bool = False) -> int | None:
     """A handle that locks `path` until it is closed or this process ends, however it ends; None where another process
     has it, or where it is gone. A file system without locks gives none for what is there already, so that no living
     writer's work is removed.
@@ -228,8 +228,8 @@ def locked(path: Path, *, is_ours: bool = False) -> int | None:
     return None
 
 
-def _put_in_place(partial: Path, output: Path, remedy: str) -> None:
-    with refusals_named(output, remedy):
+def _commit(partial: Path, output: Path, remedy: str) -> None:
+    with os_errors_as_input_errors(output, remedy):
         for path in (*partial.iterdir(), partial):  # else a power cut could leave a name without its content
             _sync(path)
         if not os.path.lexists(output):

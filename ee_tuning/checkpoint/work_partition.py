@@ -5,15 +5,15 @@ same answer.
 from collections.abc import Mapping
 from typing import TypeVar
 
-Piece = TypeVar("Piece")
+Item = TypeVar("Item")
 
 
-def own_share(sizes: Mapping[Piece, int], rank: int, world: int) -> list[Piece]:
+def share_of(sizes: Mapping[Item, int], rank: int, world: int) -> list[Item]:
     """What `rank` of `world` does, in the order given: the largest pieces are given out first, each to whom has
     least.
     """
     loads = [0] * world
-    owner: dict[Piece, int] = {}
+    owner: dict[Item, int] = {}
     for piece in sorted(sizes, key=lambda piece: -sizes[piece]):
         owner[piece] = loads.index(min(loads))
         loads[owner[piece]] += sizes[piece]

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from ee_tuning.checkpoint import aside
-from ee_tuning.checkpoint.aside import check_file, exchange, file_written_aside, remove_leftovers, written_aside
+from ee_tuning.checkpoint import atomic_write
+from ee_tuning.checkpoint.atomic_write import atomic_file, atomic_folder, check_file, exchange, remove_leftovers
 from ee_tuning.checkpoint.owner import owned
 from ee_tuning.errors import InputError
 from ee_tuning.tuning.metrics import MetricsFile, holds_validation
@@ -25,7 +25,7 @@ def test_a_writer_removes_what_a_killed_one_left_and_nothing_else(tmp_path: Path
     for name in ("out.partial-0123abcd", "out.partial-89efabcd", *strangers):
         (tmp_path / name).mkdir()
         (tmp_path / name / "weights").touch()
-    with written_aside(tmp_path / "out", None) as partial:
+    with atomic_folder(tmp_path / "out", None) as partial:
         (partial / "weights").touch()
         assert {path.name for path in tmp_path.iterdir()} == {*strangers, partial.name}
     assert {path.name for path in tmp_path.iterdir()} == {*strangers, "out"}
@@ -37,14 +37,14 @@ def test_what_another_process_still_writes_is_no_leftover(tmp_path: Path) -> Non
     ready, go = os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:
-        with written_aside(output, None) as partial:
+        with atomic_folder(output, None) as partial:
             (partial / "first").touch()
             os.write(ready[1], b"!")
             os.read(go[0], 1)
             (partial / "second").touch()
         os._exit(0)
     os.read(ready[0], 1)
-    with written_aside(output, None) as partial:
+    with atomic_folder(output, None) as partial:
         (partial / "other").touch()
     assert [path.name for path in output.iterdir()] == ["other"]
     os.write(go[1], b"!")
@@ -66,7 +66,7 @@ def test_a_replaced_folder_is_there_at_every_moment(
         folder.mkdir()
         (folder / folder.name).touch()
     if not is_atomic:
-        monkeypatch.setattr(aside, "_renameat2", lambda *_: False)
+        monkeypatch.setattr(atomic_write, "_renameat2", lambda *_: False)
         real = Path.rename
 
         def killed(path: Path, target: Path) -> Path:
@@ -92,13 +92,13 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     (tmp_path / "config.yaml.partial-0123abcd").touch()
     for content in ("first", "second"):
-        with file_written_aside(file) as partial:
+        with atomic_file(file) as partial:
             partial.write_text(content)
         assert file.read_text() == content
-    with pytest.raises(RuntimeError), file_written_aside(file) as partial:
+    with pytest.raises(RuntimeError), atomic_file(file) as partial:
         partial.write_text("thi")
         raise RuntimeError
-    with pytest.raises(InputError, match=r"config\.yaml can not be written"), file_written_aside(file):
+    with pytest.raises(InputError, match=r"config\.yaml can not be written"), atomic_file(file):
         raise OSError(28, "No space left on device")
     assert file.read_text() == "second" and list(tmp_path.iterdir()) == [file]
 
@@ -134,13 +134,13 @@ def test_a_file_behind_a_link_is_replaced_and_a_device_is_not(tmp_path):
     file, link = tmp_path / "disk" / "file", tmp_path / "link"
     file.write_text("old")
     link.symlink_to(file)
-    with file_written_aside(link) as aside:
-        aside.write_text("new")
+    with atomic_file(link) as aside:
+        atomic_write.write_text("new")
         assert file.read_text() == "old"
     assert link.is_symlink() and file.read_text() == "new" and [path.name for path in file.parent.iterdir()] == ["file"]
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    with file_written_aside(pipe) as aside:
+    with atomic_file(pipe) as aside:
         assert aside == pipe
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link", "pipe"]
 
@@ -162,13 +162,13 @@ def test_an_output_that_is_a_link_stays_one(tmp_path: Path, is_there: bool) -> N
     for folder in (disk.parent, link.parent, *([disk] if is_there else [])):
         folder.mkdir()
     link.symlink_to(disk)
-    with owned(link, None), written_aside(link, None) as partial:
+    with owned(link, None), atomic_folder(link, None) as partial:
         (partial / "weights").touch()
         assert partial.parent == disk.parent
-    with file_written_aside(link / "notes") as file:
+    with atomic_file(link / "notes") as file:
         file.write_text("one")
     (link.parent / "notes").symlink_to(disk / "notes")
-    with file_written_aside(link.parent / "notes") as file:
+    with atomic_file(link.parent / "notes") as file:
         file.write_text("two")
     assert link.is_symlink() and (disk / "notes").read_text() == "two" and (link.parent / "notes").is_symlink()
     assert (
@@ -186,7 +186,7 @@ def test_what_can_not_be_replaced_is_refused(
     becomes a file.
     """
     monkeypatch.chdir(tmp_path)
-    for write in (lambda path: owned(path, None), lambda path: written_aside(path, None)):
+    for write in (lambda path: owned(path, None), lambda path: atomic_folder(path, None)):
         with pytest.raises(InputError, match=words), write(Path(output)):
             pass
     assert not list(tmp_path.iterdir())
