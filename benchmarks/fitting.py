@@ -26,8 +26,8 @@ from ee_tuning.checkpoint.load import load_for_generation
 from ee_tuning.checkpoint.shapes import with_seq_length
 from ee_tuning.config import Config, load_config, replace
 from ee_tuning.data.loader import validation_batches
+from ee_tuning.data.sample_corpus import documentation_strings, sample_corpus
 from ee_tuning.data.splits import load_samples
-from ee_tuning.data.standard_library import documentation_strings, standard_library
 from ee_tuning.model.documents import PackedDocuments
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.parallel.topology import init_parallel
@@ -116,10 +116,10 @@ def _job(args: argparse.Namespace, folder: Path) -> Config:
     )
     if args.train:
         return with_seq_length(replace(config, data={"paths": (args.train,), "valid_paths": (args.held_out,)}))
-    train, held_out = ([source.decode(errors="replace") for source in files.values()] for files in standard_library())
+    train, held_out = ([source.decode(errors="replace") for source in files.values()] for files in sample_corpus())
     if args.text == "docstrings":
         texts = list(
-            documentation_strings({name: source for files in standard_library() for name, source in files.items()})
+            documentation_strings({name: source for files in sample_corpus() for name, source in files.items()})
         )
         train, held_out = [text for index, text in enumerate(texts) if index % 5], texts[::5]
     for name, texts in (("train", train), ("held_out", held_out)):

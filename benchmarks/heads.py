@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 from ee_tuning.checkpoint.exit_names import exit_tensor_shapes
 from ee_tuning.config import Architecture, Config, load_config
-from ee_tuning.data.standard_library import standard_library
+from ee_tuning.data.sample_corpus import sample_corpus
 from ee_tuning.evaluation.quality import final_head_loss
 from ee_tuning.generation.llm import EarlyExitLLM
 from ee_tuning.model.config import read_model_config
@@ -63,7 +63,7 @@ def main() -> None:
 
 def write_texts(folder: Path) -> dict[str, list[str]]:
     """Python's own library, as the demo takes it."""
-    training, held_out = standard_library()
+    training, held_out = sample_corpus()
     size, chosen = 0, []
     for name in sorted(training, key=lambda n: n[::-1]):
         if (size := size + len(training[name])) > TRAINING_BYTES:

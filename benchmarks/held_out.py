@@ -2,7 +2,7 @@
 
 import random
 
-from ee_tuning.data.standard_library import standard_library
+from ee_tuning.data.sample_corpus import sample_corpus
 
 
 def held_out_prompts(count: int, size: int, seed: int = 0) -> list[str]:
@@ -10,7 +10,7 @@ def held_out_prompts(count: int, size: int, seed: int = 0) -> list[str]:
     time.
     """
     prompts = []
-    for _, source in sorted(standard_library()[1].items()):
+    for _, source in sorted(sample_corpus()[1].items()):
         text, at = source.decode(errors="replace"), size
         while (at := text.find("def ", at)) >= 0 and (end := text.find("(", at)) >= 0:
             if text[end - size : end].isascii():

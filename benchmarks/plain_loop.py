@@ -171,7 +171,7 @@ def ours(folder: Path, options: argparse.Namespace) -> Figures:
         config.tuning.loss_chunk_tokens,
         objective(config.tuning),
     )
-    return _timed(lambda: tuner.rehearse(stage_forward), options.steps, before)
+    return _timed(lambda: tuner.dry_step(stage_forward), options.steps, before)
 
 
 def _timed(step: Callable[[], None], steps: int, before: int) -> Figures:

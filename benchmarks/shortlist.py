@@ -26,8 +26,8 @@ from ee_tuning.checkpoint.load import load_for_fitting
 from ee_tuning.config import Config, load_config, replace
 from ee_tuning.data.frequent_tokens import list_tokens
 from ee_tuning.data.loader import batches_of_each
+from ee_tuning.data.sample_corpus import documentation_strings, sample_corpus
 from ee_tuning.data.splits import load_samples
-from ee_tuning.data.standard_library import documentation_strings, standard_library
 from ee_tuning.evaluation.calibrate import Outcome, Readings, choose, judge, read_exits
 from ee_tuning.generation.costs import measure_costs
 from ee_tuning.generation.llm import EarlyExitLLM
@@ -110,9 +110,7 @@ class _Together:
 
 
 def _job(args: argparse.Namespace, folder: Path) -> Config:
-    texts = list(
-        documentation_strings({name: source for files in standard_library() for name, source in files.items()})
-    )
+    texts = list(documentation_strings({name: source for files in sample_corpus() for name, source in files.items()}))
     for name, part in (("train", [text for index, text in enumerate(texts) if index % 5]), ("held_out", texts[::5])):
         (folder / f"{name}.jsonl").write_text(
             "".join(json.dumps({"text": text}) + "\n" for text in part), encoding="utf-8"

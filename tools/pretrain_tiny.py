@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ee_tuning.data.standard_library import standard_library
+from ee_tuning.data.sample_corpus import sample_corpus
 from ee_tuning.json_file import to_json
 
 END_OF_TEXT = "<|endoftext|>"
@@ -134,7 +134,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     torch.manual_seed(args.seed)
-    training, held_out = standard_library()
+    training, held_out = sample_corpus()
     tokens, validation = stream(training), stream(held_out)
     config = LlamaConfig(
         vocab_size=257,

@@ -12,7 +12,7 @@ import argparse
 import random
 from pathlib import Path
 
-from ee_tuning.data.standard_library import standard_library
+from ee_tuning.data.sample_corpus import sample_corpus
 from ee_tuning.json_file import to_json
 
 CAPITALS = """\
@@ -83,7 +83,7 @@ def _asked(question: str, answers: list[str], name: str) -> dict[str, object]:
 def python_lines() -> list[dict[str, object]]:
     """What follows "return" in held-out files of the standard library, six lines before it given."""
     found = list[dict[str, object]]()
-    for name, source in sorted(standard_library()[1].items()):
+    for name, source in sorted(sample_corpus()[1].items()):
         lines = source.decode(errors="replace").split("\n")
         for number, line in enumerate(lines):
             statement = line.strip()

@@ -37,7 +37,7 @@ _SECONDS_TO_APPEAR = 90.0  # other machines may learn of a new folder on a share
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class CacheEntry:
     """Something to be kept."""
 
     depends_on: Callable[[], dict[str, Any]]
@@ -70,7 +70,7 @@ def file_stamps(files: Sequence[Path]) -> list[list[Any]]:
     return stamps
 
 
-def kept(entries: Sequence[Entry], root: Path, topology: Topology | None) -> list[Path]:
+def get_or_build(entries: Sequence[CacheEntry], root: Path, topology: Topology | None) -> list[Path]:
     """The folders of `entries`, made where they are not there yet. All ranks call it.
 
     Raises InputError, the same on every rank, where the data or the disk refuse.
@@ -91,7 +91,7 @@ def kept(entries: Sequence[Entry], root: Path, topology: Topology | None) -> lis
 
 
 def _make_missing(
-    entries: Sequence[Entry], folders: Sequence[Path], root: Path, progress: ProgressBar
+    entries: Sequence[CacheEntry], folders: Sequence[Path], root: Path, progress: ProgressBar
 ) -> Iterator[None]:
     for entry, folder in zip(entries, folders, strict=True):
         if folder.is_dir():

@@ -15,12 +15,12 @@ from ee_tuning.data.record_files import Record, records_of_json, records_of_line
 from ee_tuning.data.records import KEYS, Document, LeftOut, document_of, mentions_records
 from ee_tuning.errors import InputError
 
-PIECE_BYTES = 4_000_000
+RANGE_BYTES = 4_000_000
 _HEAD_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
-class Piece:
+class FileRange:
     """A part of a file that is read by itself."""
 
     path: Path
@@ -43,69 +43,67 @@ def may_hold_records(path: Path, text_key: str) -> bool:
         return mentions_records(file.readline(_HEAD_BYTES) if promised == "table" else file.read(_HEAD_BYTES), text_key)
 
 
-def pieces_of(files: Iterable[Path]) -> list[Piece]:
+def file_ranges(files: Iterable[Path]) -> list[FileRange]:
     """`files` in pieces, in order. Raises InputError where one can not be looked at, or is of a kind that is not
     read.
     """
-    pieces = []
+    ranges = []
     for path in files:
         kind = kind_of(path)
         if kind.format == "parquet":
-            pieces += [Piece(path, group, group + 1, size, kind) for group, size in enumerate(row_groups(path))]
+            ranges += [FileRange(path, group, group + 1, size, kind) for group, size in enumerate(row_groups(path))]
             continue
         size = path.stat().st_size
-        step = PIECE_BYTES if kind == FileKind("lines") else max(size, 1)
-        pieces += [
-            Piece(path, start, min(start + step, size), min(step, size - start), kind)
+        step = RANGE_BYTES if kind == FileKind("lines") else max(size, 1)
+        ranges += [
+            FileRange(path, start, min(start + step, size), min(step, size - start), kind)
             for start in range(0, max(size, 1), step)
         ]
-    return pieces
+    return ranges
 
 
-def read_documents(piece: Piece, text_key: str) -> Iterator[Document | LeftOut]:
-    """The documents that begin in `piece`, and what it holds in their place that says nothing. `text_key` is the key of
+def read_documents(part: FileRange, text_key: str) -> Iterator[Document | LeftOut]:
+    """The documents that begin in `part`, and what it holds in their place that says nothing. `text_key` is the key of
     a text, or its column.
 
     Raises InputError naming the file (and line, record or row) where one can not be read, is not UTF-8, or has no form
     that is known.
     """
-    if piece.kind.format == "text":
-        text = _read_text(piece)
-        yield text or LeftOut("empty text", partial(str, piece.path))
+    if part.kind.format == "text":
+        text = _read_text(part)
+        yield text or LeftOut("empty text", partial(str, part.path))
         return
-    for record, where in _records(piece, (text_key, *KEYS)):
+    for record, where in _records(part, (text_key, *KEYS)):
         yield document_of(record, text_key, where)
 
 
-def read_records(piece: Piece, text_key: str) -> Iterator[Record]:
-    """The records that begin in `piece`, with all their keys, and their places; a text file is one, with its text under
+def read_records(part: FileRange, text_key: str) -> Iterator[Record]:
+    """The records that begin in `part`, with all their keys, and their places; a text file is one, with its text under
     `text_key`.
 
     Raises InputError where the file can not be read.
     """
-    if piece.kind.format == "text":
-        yield {text_key: _read_text(piece)}, partial(str, piece.path)
+    if part.kind.format == "text":
+        yield {text_key: _read_text(part)}, partial(str, part.path)
         return
-    yield from _records(piece, None)
+    yield from _records(part, None)
 
 
-def _records(piece: Piece, columns: tuple[str, ...] | None) -> Iterator[Record]:
-    path, packing = piece.path, piece.kind.packing
-    if piece.kind.format == "lines":
-        return records_of_lines(path, packing, piece.start, piece.stop)
-    if piece.kind.format == "json":
+def _records(part: FileRange, columns: tuple[str, ...] | None) -> Iterator[Record]:
+    path, packing = part.path, part.kind.packing
+    if part.kind.format == "lines":
+        return records_of_lines(path, packing, part.start, part.stop)
+    if part.kind.format == "json":
         return records_of_json(path, packing)
-    if piece.kind.format == "table":
+    if part.kind.format == "table":
         return records_of_table(path, packing)
-    rows = (
-        read_arrow(path, columns) if piece.kind.format == "arrow" else read_rows(path, piece.start, piece.stop, columns)
-    )
+    rows = read_arrow(path, columns) if part.kind.format == "arrow" else read_rows(path, part.start, part.stop, columns)
     return ((row, partial("{}, row {}".format, path, number)) for number, row in rows)
 
 
-def _read_text(piece: Piece) -> str:
-    path = piece.path
-    with opened(path, piece.kind.packing) as file:
+def _read_text(part: FileRange) -> str:
+    path = part.path
+    with opened(path, part.kind.packing) as file:
         content = file.read()
     if (place := content.find(b"\0")) >= 0:
         raise InputError(

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ee_tuning.data.chat import ASSISTANT, ChatFormat, Marked
 from ee_tuning.data.chat_template import read_chat_template
-from ee_tuning.data.documents import Piece, read_documents
+from ee_tuning.data.documents import FileRange, read_documents
 from ee_tuning.data.records import Completion, Conversation, Document, LeftOut
 from ee_tuning.data.tally import LeftOutCount
 from ee_tuning.data.tokenizer import (
@@ -63,7 +63,7 @@ class Tokens:
     left_out: LeftOutCount = field(default_factory=LeftOutCount)
 
 
-def tokenize_piece(piece: Piece, recipe: Recipe) -> Tokens:
+def tokenize_range(piece: FileRange, recipe: Recipe) -> Tokens:
     """The tokens of the documents in `piece`, those left out that nothing can be learned from. Raises InputError on a
     document, or a tokenizer, that can not be used.
     """

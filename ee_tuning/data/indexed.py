@@ -131,7 +131,7 @@ def write_index(path: Path, dtype: np.dtype, lengths: NDArray[np.int64]) -> None
         np.arange(len(lengths) + 1, dtype=np.int64).tofile(file)
 
 
-def extremes(stream: TokenStream) -> Iterator[tuple[int, int, int]]:
+def id_range(stream: TokenStream) -> Iterator[tuple[int, int, int]]:
     """Smallest and largest id, block after block of the file, and the block's bytes: it may be longer than memory."""
     for start in range(0, len(stream.ids), _SCANNED_AT_ONCE):
         block = stream.ids[start : start + _SCANNED_AT_ONCE]

@@ -15,14 +15,14 @@ from ee_tuning.data.piped import as_given, copied, has_pipes
 from ee_tuning.data.progress_bar import ProgressBar
 from ee_tuning.data.sources import Corpus, find_corpora
 from ee_tuning.data.tally import nothing_to_learn, say_counts, say_passed_over
-from ee_tuning.data.tokenizing import Tokenized, Written, check_workers, tokenize_files
+from ee_tuning.data.tokenizing import Tokenized, TokenizedRange, check_workers, tokenize_files
 from ee_tuning.errors import InputError
 
 _IN_ORDER = (MASK_SUFFIX, BIN_SUFFIX, INDEX_SUFFIX)
 """The index comes last: without it, the others are no dataset."""
 
 
-def preprocess(data: DataSection, output: Path, overwrite: bool, *, trusts_code: bool = False) -> Written:
+def preprocess(data: DataSection, output: Path, overwrite: bool, *, trusts_code: bool = False) -> TokenizedRange:
     """Tokenizes what data.paths names into the prefix `output`, every document closed by end of text, in the order of
     the files. The tokenizer's own Python files run where `trusts_code`.
 
@@ -52,7 +52,7 @@ def preprocess(data: DataSection, output: Path, overwrite: bool, *, trusts_code:
             raise InputError(as_given(str(error))) from error
 
 
-def _preprocess(data: DataSection, output: Path, trusts_code: bool) -> Written:
+def _preprocess(data: DataSection, output: Path, trusts_code: bool) -> TokenizedRange:
     assert data.tokenizer is not None
     corpora = find_corpora(data.paths, "data.paths", data.text_key)
     files = [path for corpus in corpora for path in _texts(corpus)]

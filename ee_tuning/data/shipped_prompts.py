@@ -9,7 +9,7 @@ import hashlib
 import itertools
 from collections.abc import Iterator
 
-from ee_tuning.data.standard_library import standard_library
+from ee_tuning.data.sample_corpus import sample_corpus
 from ee_tuning.errors import InputError
 
 _TOPICS = """
@@ -96,7 +96,7 @@ def _filled(forms: str, words: str) -> Iterator[str]:
 def _of_documentation() -> Iterator[str]:
     """Files in an order that mixes subjects; a few functions of each before more of any."""
     forms, others = itertools.cycle(_DOCUMENTATION_FORMS), list[tuple[str, str]]()
-    training, _ = standard_library()
+    training, _ = sample_corpus()
     for name in sorted(training, key=lambda name: hashlib.sha256(name.encode()).digest()):
         documented = _documented(name.removesuffix(".py").removesuffix("/__init__").replace("/", "."), training[name])
         for each in documented[:_FIRST_OF_A_FILE]:

@@ -12,9 +12,9 @@ from typing import Any
 
 from ee_tuning.checkpoint.apart import check_apart
 from ee_tuning.config import DataSection
-from ee_tuning.data.cache import Entry, cache_root, file_stamps, kept
+from ee_tuning.data.cache import CacheEntry, cache_root, file_stamps, get_or_build
 from ee_tuning.data.encoding import recipe_of
-from ee_tuning.data.indexed import BIN_SUFFIX, INDEX_SUFFIX, TokenStream, extremes, open_stream, with_suffix
+from ee_tuning.data.indexed import BIN_SUFFIX, INDEX_SUFFIX, TokenStream, id_range, open_stream, with_suffix
 from ee_tuning.data.piped import pipes_copied
 from ee_tuning.data.progress_bar import ProgressBar
 from ee_tuning.data.sources import Corpus, find_corpora
@@ -34,7 +34,7 @@ from ee_tuning.json_file import to_json
 from ee_tuning.parallel.topology import Topology
 
 _TRAIN, _VALID = "train", "valid"
-_EXTREMES, _FILES = "extremes.json", "files.json"
+_ID_RANGE, _FILES = "extremes.json", "files.json"
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _load(
     entries = [
         entry for corpus, is_split in wanted for entry in _entries(corpus, data, tokenizer, is_split, trusts_code)
     ]
-    folders = iter(kept(entries, cache_root(data.cache), topology))
+    folders = iter(get_or_build(entries, cache_root(data.cache), topology))
     streams = [_open(corpus, folders, data, tokenizer, vocab_size, is_split) for corpus, is_split in wanted]
     if topology is None or topology.is_logging_rank:
         say_passed_over([name for each in streams for name in each.corpus.passed_over])
@@ -148,7 +148,9 @@ def _splits(
     )
 
 
-def _entries(corpus: Corpus, data: DataSection, tokenizer: Path, is_split: bool, trusts_code: bool) -> Iterator[Entry]:
+def _entries(
+    corpus: Corpus, data: DataSection, tokenizer: Path, is_split: bool, trusts_code: bool
+) -> Iterator[CacheEntry]:
     """What has to be known of a corpus: the tokens of its texts, and the smallest and largest of the ids that it
     brings.
     """
@@ -161,12 +163,12 @@ def _entries(corpus: Corpus, data: DataSection, tokenizer: Path, is_split: bool,
             tokenized = yield from tokenize_files(
                 corpus.texts, recipe, folder, outputs, fraction, data.workers, progress
             )
-            (folder / _EXTREMES).write_text(
+            (folder / _ID_RANGE).write_text(
                 to_json([0, max(each.largest for each in tokenized.outputs)]), encoding="utf-8"
             )
             (folder / _FILES).write_text(to_json([count.as_tree() for count in tokenized.files]), encoding="utf-8")
 
-        yield Entry(
+        yield CacheEntry(
             make=tokenize,
             depends_on=lambda: {
                 **dataclasses.asdict(recipe),
@@ -181,14 +183,14 @@ def _entries(corpus: Corpus, data: DataSection, tokenizer: Path, is_split: bool,
             stream = open_stream(prefix)
             progress.expect(stream.ids.nbytes)
             smallest, largest = 0, 0
-            for low, high, num_bytes in extremes(stream):
+            for low, high, num_bytes in id_range(stream):
                 smallest, largest = min(smallest, low), max(largest, high)
                 progress.advance(num_bytes)
                 yield
-            (folder / _EXTREMES).write_text(to_json([smallest, largest]), encoding="utf-8")
+            (folder / _ID_RANGE).write_text(to_json([smallest, largest]), encoding="utf-8")
 
         files = [with_suffix(prefix, suffix) for suffix in (BIN_SUFFIX, INDEX_SUFFIX)]
-        yield Entry(make=scan, depends_on=partial(_id_stamps, files))
+        yield CacheEntry(make=scan, depends_on=partial(_id_stamps, files))
 
 
 def _id_stamps(files: Sequence[Path]) -> dict[str, Any]:
@@ -278,7 +280,7 @@ def check_data_settings(data: DataSection, seq_length: int, max_positions: int, 
 
 
 def _check_vocabulary(folder: Path, vocab_size: int, who: str, remedy: str) -> None:
-    smallest, largest = json.loads((folder / _EXTREMES).read_text(encoding="utf-8"))
+    smallest, largest = json.loads((folder / _ID_RANGE).read_text(encoding="utf-8"))
     if largest >= vocab_size or smallest < 0:
         raise InputError(
             f"token ids must lie in 0..{vocab_size - 1}, the model's vocabulary, but {who} "

@@ -11,8 +11,8 @@ from ee_tuning.data.piped import as_given
 from ee_tuning.data.records import LeftOut
 from ee_tuning.data.tokens import Samples
 
-_FILES_TOLD = 20
-_NAMES_TOLD = 8
+_MAX_FILES = 20
+_MAX_NAMES = 8
 
 
 @dataclass(kw_only=True)
@@ -78,9 +78,9 @@ def nothing_to_learn(key: str, names: str, counts: Sequence[FileCount]) -> str:
 
 def say_counts(counts: Sequence[FileCount]) -> None:
     """A line for each file, of many those of the first alone, and one for what was left out. On stderr."""
-    for count in counts[:_FILES_TOLD]:
+    for count in counts[:_MAX_FILES]:
         _say(f"{count.name}: {count.documents:,} documents, {count.tokens:,} tokens")
-    if more := counts[_FILES_TOLD:]:
+    if more := counts[_MAX_FILES:]:
         _say(
             f"{len(more):,} more files: {sum(each.documents for each in more):,} documents, {sum(each.tokens for each in more):,} tokens"
         )
@@ -105,8 +105,8 @@ def say_skipped(what: str, samples: Samples | None) -> None:
 
 def listed(names: Sequence[str]) -> str:
     """Some of the names, and how many more there are."""
-    more = f" and {len(names) - _NAMES_TOLD:,} more" if len(names) > _NAMES_TOLD else ""
-    return ", ".join(names[:_NAMES_TOLD]) + more
+    more = f" and {len(names) - _MAX_NAMES:,} more" if len(names) > _MAX_NAMES else ""
+    return ", ".join(names[:_MAX_NAMES]) + more
 
 
 def _say(line: str) -> None:

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ee_tuning.data.documents import Piece, pieces_of
-from ee_tuning.data.encoding import Recipe, id_type, tokenize_piece
+from ee_tuning.data.documents import FileRange, file_ranges
+from ee_tuning.data.encoding import Recipe, id_type, tokenize_range
 from ee_tuning.data.indexed import BIN_SUFFIX, INDEX_SUFFIX, MASK_SUFFIX, with_suffix, write_index
 from ee_tuning.data.progress_bar import ProgressBar
 from ee_tuning.data.tally import FileCount
@@ -32,7 +32,7 @@ _SECONDS_PER_STEP = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Written:
+class TokenizedRange:
     """What became of the files."""
 
     num_documents: int
@@ -45,7 +45,7 @@ class Written:
 class Tokenized:
     """All outputs, and what each file gave."""
 
-    outputs: list[Written]
+    outputs: list[TokenizedRange]
     files: list[FileCount]
 
 
@@ -55,10 +55,10 @@ def check_workers(wanted: int) -> None:
         raise InputError(f"data.workers must be at least 0, got {wanted}; 0 takes one per CPU core")
 
 
-def num_workers(pieces: Sequence[Piece], wanted: int) -> int:
+def num_workers(ranges: Sequence[FileRange], wanted: int) -> int:
     """Processes worth starting; 0 means that this one does the work."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(wanted or cores, len(pieces), sum(piece.num_bytes for piece in pieces) // BYTES_PER_WORKER)
+    return min(wanted or cores, len(ranges), sum(piece.num_bytes for piece in ranges) // BYTES_PER_WORKER)
 
 
 def tokenize_files(
@@ -75,19 +75,19 @@ def tokenize_files(
     `folder` takes what is on the way. Yields now and then; returns what was written. Raises InputError where a file or
     a document can not be used.
     """
-    pieces = pieces_of(files)
-    parts = [folder / f"piece-{number:06d}.npz" for number in range(len(pieces))]
-    progress.expect(sum(piece.num_bytes for piece in pieces))
-    processes = num_workers(pieces, workers)
-    for piece in _side_by_side(pieces, parts, recipe, processes) if processes else _in_turn(pieces, parts, recipe):
+    ranges = file_ranges(files)
+    parts = [folder / f"piece-{number:06d}.npz" for number in range(len(ranges))]
+    progress.expect(sum(piece.num_bytes for piece in ranges))
+    processes = num_workers(ranges, workers)
+    for piece in _side_by_side(ranges, parts, recipe, processes) if processes else _in_turn(ranges, parts, recipe):
         progress.advance(piece.num_bytes if piece else 0)
         yield
     hashes = [_load(part)["hashes"] for part in parts]
-    counts = _counted(files, pieces, parts)
+    counts = _counted(files, ranges, parts)
     chosen = held_out(np.concatenate([np.empty(0), *hashes]), valid_fraction)
     dtype = np.dtype(id_type(recipe))
     has_mask = any("counts" in _load(part) for part in parts)
-    joints = [_Joint(output, dtype, has_mask) for output in outputs]
+    joints = [ShardWriter(output, dtype, has_mask) for output in outputs]
     first = 0
     for part, own in zip(parts, hashes, strict=True):
         here = chosen[first : first + len(own)]
@@ -99,9 +99,9 @@ def tokenize_files(
     return Tokenized(outputs=[joint.close() for joint in joints], files=counts)
 
 
-def _counted(files: Sequence[Path], pieces: Sequence[Piece], parts: Sequence[Path]) -> list[FileCount]:
+def _counted(files: Sequence[Path], ranges: Sequence[FileRange], parts: Sequence[Path]) -> list[FileCount]:
     counts = {path: FileCount(name=str(path)) for path in files}
-    for piece, part in zip(pieces, parts, strict=True):
+    for piece, part in zip(ranges, parts, strict=True):
         count, loaded = counts[piece.path], _load(part)
         count.documents += len(loaded["lengths"])
         count.tokens += int(loaded["lengths"].sum())
@@ -120,8 +120,8 @@ def held_out(hashes: NDArray[np.float64], valid_fraction: float) -> NDArray[np.b
     return hashes < min(max(valid_fraction, np.nextafter(hashes.min(), 2)), hashes.max())
 
 
-def _write_part(piece: Piece, part: Path, recipe: Recipe) -> None:
-    tokens = tokenize_piece(piece, recipe)
+def _write_part(piece: FileRange, part: Path, recipe: Recipe) -> None:
+    tokens = tokenize_range(piece, recipe)
     arrays: dict[str, Any] = {
         "ids": tokens.ids,
         "lengths": tokens.lengths,
@@ -136,20 +136,20 @@ def _load(part: Path) -> np.lib.npyio.NpzFile:
     return np.load(part)  # its arrays are read when they are asked for
 
 
-def _in_turn(pieces: Sequence[Piece], parts: Sequence[Path], recipe: Recipe) -> Iterator[Piece | None]:
-    for piece, part in zip(pieces, parts, strict=True):
+def _in_turn(ranges: Sequence[FileRange], parts: Sequence[Path], recipe: Recipe) -> Iterator[FileRange | None]:
+    for piece, part in zip(ranges, parts, strict=True):
         _write_part(piece, part, recipe)
         yield piece
 
 
 def _side_by_side(
-    pieces: Sequence[Piece], parts: Sequence[Path], recipe: Recipe, processes: int
-) -> Iterator[Piece | None]:
+    ranges: Sequence[FileRange], parts: Sequence[Path], recipe: Recipe, processes: int
+) -> Iterator[FileRange | None]:
     # Spawned, not forked: this process may have threads, of gloo or of CUDA.
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=end_at_once) as pool:
         try:
-            waiting = iter(zip(pieces, parts, strict=True))
-            running: dict[Future[None], Piece] = {}
+            waiting = iter(zip(ranges, parts, strict=True))
+            running: dict[Future[None], FileRange] = {}
             while True:
                 while len(running) < 2 * processes and (job := next(waiting, None)):
                     running[pool.submit(_write_part, *job, recipe)] = job[0]
@@ -170,7 +170,7 @@ def _side_by_side(
             pool.shutdown(cancel_futures=True)
 
 
-class _Joint:
+class ShardWriter:
     """One output, growing."""
 
     def __init__(self, prefix: Path, dtype: np.dtype, has_mask: bool) -> None:
@@ -191,11 +191,11 @@ class _Joint:
         if self._mask:
             (part["counts"][tokens] if "counts" in part else np.ones(len(ids), np.uint8)).tofile(self._mask)
 
-    def close(self) -> Written:
+    def close(self) -> TokenizedRange:
         """Call it last."""
         for file in (self._data, self._mask):
             if file:
                 file.close()
         lengths = np.concatenate(self._lengths)
         write_index(with_suffix(self._prefix, INDEX_SUFFIX), self._dtype, lengths)
-        return Written(num_documents=len(lengths), num_tokens=int(lengths.sum()), largest=self._largest)
+        return TokenizedRange(num_documents=len(lengths), num_tokens=int(lengths.sum()), largest=self._largest)

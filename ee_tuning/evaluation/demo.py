@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ee_tuning.config import load_config, replace, save_config
-from ee_tuning.data.standard_library import standard_library
+from ee_tuning.data.sample_corpus import sample_corpus
 from ee_tuning.errors import InputError
 from ee_tuning.evaluation.demo_steps import ee_tuning, run_command
 from ee_tuning.evaluation.quality import ThresholdResult, final_head_loss, measure_thresholds
@@ -87,7 +87,7 @@ def demo(output: Path) -> None:
 def _write_text(folder: Path) -> list[str]:
     """Training and held-out text as .jsonl; returns prompts, from files that neither model nor heads learned from."""
     folder.mkdir(exist_ok=True)
-    training, held_out = standard_library()
+    training, held_out = sample_corpus()
     with (folder / "train.jsonl").open("w", encoding="utf-8") as file:
         size = 0
         for name in sorted(training, key=lambda n: n[::-1]):  # neither the alphabet's beginning alone nor one package

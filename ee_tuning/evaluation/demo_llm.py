@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ee_tuning.data.standard_library import documentation_strings, standard_library
+from ee_tuning.data.sample_corpus import documentation_strings, sample_corpus
 from ee_tuning.errors import InputError
 from ee_tuning.evaluation.demo_model import smollm2
 from ee_tuning.evaluation.demo_steps import Step, ee_tuning, run_command, run_steps
@@ -114,7 +114,7 @@ class Demo:
         """Answers to learn, with some of Python's documentation, and answers held out."""
         answers = read_lines(self.answers)
         documentation, size = list[str](), 0
-        for text in documentation_strings(standard_library()[0]):
+        for text in documentation_strings(sample_corpus()[0]):
             if (size := size + len(text)) > DOCUMENTATION:
                 break
             documentation.append(to_json({"text": text}))

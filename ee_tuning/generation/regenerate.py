@@ -15,7 +15,7 @@ from ee_tuning.checkpoint.apart import check_beside
 from ee_tuning.checkpoint.atomic_write import on_first_rank
 from ee_tuning.config import Config, GenerationSection, replace
 from ee_tuning.data.chat_template import ChatTemplate, read_chat_template
-from ee_tuning.data.documents import pieces_of, read_records
+from ee_tuning.data.documents import file_ranges, read_records
 from ee_tuning.data.file_kind import named_format
 from ee_tuning.data.messages import Where
 from ee_tuning.data.piped import copied, has_pipes
@@ -178,7 +178,7 @@ def _prompts(config: Config, wish: Wish, reading: Reading, left_out: list[LeftOu
                 )
             say_passed_over(corpus.passed_over)
         files = [path for corpus in corpora for path in corpus.texts]
-        records = (record for piece in pieces_of(files) for record in read_records(piece, reading.text_key))
+        records = (record for piece in file_ranges(files) for record in read_records(piece, reading.text_key))
         for number, (record, where) in enumerate(records, 1):
             if has_pipes(config.data.paths):  # whose copies are gone when an error wants to name a line
                 where = partial("record {}".format, number)

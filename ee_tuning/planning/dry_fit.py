@@ -12,12 +12,12 @@ from ee_tuning.data.loader import batches_of_each
 from ee_tuning.data.tokens import DocumentRules, PackedSamples
 from ee_tuning.parallel.fake_world import fake_world
 from ee_tuning.planning.dry_relay import DryRelay
-from ee_tuning.planning.ledger import Ledger
+from ee_tuning.planning.memory_tracker import MemoryTracker
 from ee_tuning.tuning.fitting import FitPass, num_fit_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitRehearsal:
+class FitProfile:
     """What one rank of a stage did while exits were fitted."""
 
     stage: int
@@ -36,7 +36,7 @@ class FitRehearsal:
     """What the rehearsal itself took."""
 
 
-def rehearse_fit(config: Config, world_size: int) -> list[FitRehearsal]:
+def profile_fit(config: Config, world_size: int) -> list[FitProfile]:
     """One rank of every stage through as many micro-batches as wait at a time for the final states; none where nothing
     is to be fitted.
 
@@ -47,42 +47,42 @@ def rehearse_fit(config: Config, world_size: int) -> list[FitRehearsal]:
     config = replace(with_seq_length(config), model={"dtype": config.model.dtype or "bfloat16"})
     sources, num_stages = shape_sources(config), config.parallel.pipeline_model_parallel_size
     return [
-        _rehearse_rank(config, sources, world_size, stage, stage * world_size // num_stages)
+        _profile_rank(config, sources, world_size, stage, stage * world_size // num_stages)
         for stage in range(num_stages)
     ]
 
 
-def print_fit(rehearsals: list[FitRehearsal]) -> None:
+def print_fit(profiles: list[FitProfile]) -> None:
     """A line for every stage."""
-    for each in rehearsals:
+    for each in profiles:
         print(
             f"fitting exits, stage {each.stage}: rank {each.rank}, layers {each.layers[0]}..{each.layers[1]}; "
             f"{each.num_bytes / 1e9:.1f} GB at the most, {each.num_tokens:,} tokens; {each.seconds:.1f} s"
         )
 
 
-def _rehearse_rank(config: Config, sources: Sources, world_size: int, stage: int, rank: int) -> FitRehearsal:
-    began, ledger, tuning = time.perf_counter(), Ledger(), config.tuning
+def _profile_rank(config: Config, sources: Sources, world_size: int, stage: int, rank: int) -> FitProfile:
+    began, tracker, tuning = time.perf_counter(), MemoryTracker(), config.tuning
     count = config.parallel.pipeline_model_parallel_size + 1
     samples = PackedSamples(
         np.zeros(tuning.seq_length + 1, dtype=np.int32), tuning.seq_length, rules=DocumentRules.of(config.data)
     )
-    with fake_world(config.parallel, world_size, rank) as topology, ledger.account():
+    with fake_world(config.parallel, world_size, rank) as topology, tracker.account():
         plans = plan_fitting(config, sources, topology)
         loaded = build_stage(sources, plans, topology)
         fit = FitPass(loaded, tuning, topology, DryRelay)
-        ledger.peak.clear()  # of loading, which is done by parts
+        tracker.peak.clear()  # of loading, which is done by parts
         chosen = [0] * (count * tuning.micro_batch_size * topology.dp)
-        with ledger.during("fit"):
+        with tracker.during("fit"):
             fit.run(list(batches_of_each(samples, chosen, tuning, dp=topology.dp, dp_rank=topology.dp_rank)))
         dp = topology.dp
     num_tokens = num_fit_tokens(tuning, sources.config.hidden_size)
-    return FitRehearsal(
+    return FitProfile(
         stage=stage,
         rank=rank,
         layers=(plans[stage].first_layer, plans[stage].last_layer),
-        num_bytes=ledger.peak.total(),
-        flops=ledger.flops["fit"] // count,
+        num_bytes=tracker.peak.total(),
+        flops=tracker.flops["fit"] // count,
         num_tokens=num_tokens,
         num_micro_batches=-(-num_tokens // (tuning.seq_length * tuning.micro_batch_size * dp)),
         seconds=time.perf_counter() - began,

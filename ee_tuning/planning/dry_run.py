@@ -27,9 +27,9 @@ from ee_tuning.model.early_exit import EarlyExitModel, StagePlan
 from ee_tuning.parallel.fake_world import fake_world
 from ee_tuning.parallel.relay import NextAction
 from ee_tuning.parallel.topology import Topology, check_world_size
-from ee_tuning.planning.dry_fit import print_fit, rehearse_fit
+from ee_tuning.planning.dry_fit import print_fit, profile_fit
 from ee_tuning.planning.dry_relay import DryRelay
-from ee_tuning.planning.ledger import Ledger
+from ee_tuning.planning.memory_tracker import MemoryTracker
 from ee_tuning.tuning.loss import ExitLoss
 from ee_tuning.tuning.microbatch_schedule import Microbatch
 from ee_tuning.tuning.optimizer import ExitOptimizer
@@ -41,7 +41,7 @@ from ee_tuning.tuning.tuner import Tuner
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rehearsal:
+class RankProfile:
     """What one rank of a stage did in one optimizer step and one validation."""
 
     stages: tuple[int, ...]
@@ -84,16 +84,16 @@ MEMORY = {
 
 
 def dry_run(config: Config, world_size: int | None) -> None:
-    """Rehearses the job and prints a line per kind of stage. Raises as `rehearse` does."""
+    """Rehearses the job and prints a line per kind of stage. Raises as `profile_ranks` does."""
     parallel = config.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     world_size = tp * pp if world_size is None else world_size
-    rehearsals = rehearse(config, world_size)
+    profiles = profile_ranks(config, world_size)
     print(
         f"dry run of {config.model.path} on {world_size} ranks: tensor {tp} × pipeline {pp} × data {world_size // (tp * pp)}, "
         "one rank of each kind of stage"
     )
-    for each in rehearsals:
+    for each in profiles:
         which = f"stage {each.stages[0]}" if len(each.stages) == 1 else f"stages {', '.join(map(str, each.stages))}"
         (first, last), exits = (
             each.layers[0],
@@ -103,11 +103,11 @@ def dry_run(config: Config, world_size: int | None) -> None:
             f"{which}: rank {each.rank}, layers {first}..{last}, {exits}; "
             f"{sum(each.memory.values()) / 1e9:.1f} GB at the most; {each.seconds:.1f} s"
         )
-    print_fit(rehearse_fit(config, world_size))
+    print_fit(profile_fit(config, world_size))
     print("every shape fits: one optimizer step and one validation ran through, without numbers")
 
 
-def rehearse(config: Config, world_size: int) -> list[Rehearsal]:
+def profile_ranks(config: Config, world_size: int) -> list[RankProfile]:
     """One rank of each kind of stage through one optimizer step and one validation, at tensor × pipeline of `config`
     and as many replicas as `world_size` gives.
 
@@ -129,14 +129,14 @@ def rehearse(config: Config, world_size: int) -> list[Rehearsal]:
         plans = plan_tuning(config, sources, topology)
     for stage, plan in enumerate(plans):
         kinds.setdefault(_kind(plan, stage, pp), []).append(stage)
-    rehearsals = []
+    profiles = []
     for stages in kinds.values():
         try:
-            rehearsals.append(_rehearse_rank(config, sources, world_size, stages, stages[0] * per_stage))
+            profiles.append(_profile_rank(config, sources, world_size, stages, stages[0] * per_stage))
         except Exception as error:
             error.add_note(f"in the dry run of rank {stages[0] * per_stage} of {world_size}, stage {stages[0]} of {pp}")
             raise
-    return rehearsals
+    return profiles
 
 
 def _shortened(config: Config, world_size: int) -> Config:
@@ -161,35 +161,35 @@ def _kind(plan: StagePlan, stage: int, num_stages: int) -> Any:
     return plan.last_layer - plan.first_layer, exits, stage == 0, stage == num_stages - 1, queue
 
 
-def _rehearse_rank(config: Config, sources: Sources, world_size: int, stages: list[int], rank: int) -> Rehearsal:
-    began, ledger = time.perf_counter(), Ledger()
-    with fake_world(config.parallel, world_size, rank) as topology, ledger.account():
+def _profile_rank(config: Config, sources: Sources, world_size: int, stages: list[int], rank: int) -> RankProfile:
+    began, tracker = time.perf_counter(), MemoryTracker()
+    with fake_world(config.parallel, world_size, rank) as topology, tracker.account():
         plans = plan_tuning(config, sources, topology)
         loaded = build_stage(sources, plans, topology)
-        ledger.rebook("building", "weights")
-        with ledger.during("other"):
+        tracker.reclassify("building", "weights")
+        with tracker.during("other"):
             tuner = Tuner(loaded, _samples(config), config, topology)
-        ledger.peak.clear()  # of loading, which is done by parts
+        tracker.peak.clear()  # of loading, which is done by parts
         for each in tuner.exits:
-            ledger.rebook("other", "optimizer", _state(each))
-            each.head.register_forward_pre_hook(partial(_book_whole_copies, ledger))
-        with ledger.during("other"):
-            stage_forward = _MeasuredForward(loaded.model, config, topology, ledger, tuner.make_teacher_channel())
-            tuner.rehearse(stage_forward)
+            tracker.reclassify("other", "optimizer", _state(each))
+            each.head.register_forward_pre_hook(partial(_classify_whole_copies, tracker))
+        with tracker.during("other"):
+            stage_forward = _MeasuredForward(loaded.model, config, topology, tracker, tuner.make_teacher_channel())
+            tuner.dry_step(stage_forward)
     alike = [plans[stage] for stage in stages]
 
     def sent(group: Any, phase: str) -> int:
-        return ledger.sent[phase, group.group_name] if group.size() > 1 else 0
+        return tracker.sent[phase, group.group_name] if group.size() > 1 else 0
 
-    return Rehearsal(
+    return RankProfile(
         stages=tuple(stages),
         rank=rank,
         layers=tuple((each.first_layer, each.last_layer) for each in alike),
         exits=tuple(tuple(spec.layer for spec in each.own_exits) for each in alike),
-        memory={kind: ledger.peak[kind] for kind in MEMORY},
-        layer_flops=ledger.flops["activations"] // stage_forward.num_forward,
-        head_flops=ledger.flops["loss"] // stage_forward.num_trained,
-        validation_flops=ledger.flops["validation"] // max(stage_forward.num_validated, 1),
+        memory={kind: tracker.peak[kind] for kind in MEMORY},
+        layer_flops=tracker.flops["activations"] // stage_forward.num_forward,
+        head_flops=tracker.flops["loss"] // stage_forward.num_trained,
+        validation_flops=tracker.flops["validation"] // max(stage_forward.num_validated, 1),
         tp_bytes=sent(topology.tp_group, "activations") // stage_forward.num_forward
         + sent(topology.tp_group, "loss") // stage_forward.num_trained,
         dp_bytes=sent(topology.dp_group, "loss"),
@@ -204,9 +204,9 @@ def _state(optimizer: ExitOptimizer) -> Iterator[Tensor]:
         yield from (each.to_local() if isinstance(each, DTensor) else each for each in (parameter, *state.values()))
 
 
-def _book_whole_copies(ledger: Ledger, head: nn.Module, arguments: Any) -> None:
+def _classify_whole_copies(tracker: MemoryTracker, head: nn.Module, arguments: Any) -> None:
     # fully_shard's own hook came first: here the parameters are whole.
-    ledger.rebook("loss", "heads", head.parameters())
+    tracker.reclassify("loss", "heads", head.parameters())
 
 
 def _samples(config: Config) -> Splits:
@@ -224,27 +224,27 @@ class _MeasuredForward(StageForward):
         model: EarlyExitModel,
         config: Config,
         topology: Topology,
-        ledger: Ledger,
+        tracker: MemoryTracker,
         teacher_channel: TeacherChannel | None,
     ) -> None:
         tuning = config.tuning
         shape = model.hidden_shape(tuning.seq_length, tuning.micro_batch_size)
         super().__init__(
             model,
-            _AccountedRelay(topology, shape, model.plan.dtype, ledger),
+            _AccountedRelay(topology, shape, model.plan.dtype, tracker),
             topology,
             tuning.loss_chunk_tokens,
             objective(tuning),
             teacher_channel,
             validates_against_teacher=tuning.compare_final,
         )
-        self._ledger = ledger
+        self._tracker = tracker
         self.num_forward = self.num_trained = self.num_validated = 0
 
     def forward(self, microbatch: Microbatch, next_action: NextAction) -> StageOutput:
         """See StageForward."""
         self.num_forward += 1
-        with self._ledger.during("activations"):
+        with self._tracker.during("activations"):
             output = super().forward(microbatch, next_action)
         if self.num_ahead:
             kept = [
@@ -253,31 +253,31 @@ class _MeasuredForward(StageForward):
                 for each in (inputs.hidden, inputs.residual)
                 if each is not None
             ]
-            self._ledger.rebook("activations", "queue", kept)
+            self._tracker.reclassify("activations", "queue", kept)
         return output
 
     def train(self, output: StageOutput, teacher: Teacher | None, exits: list[ExitOptimizer]) -> dict[int, ExitLoss]:
         """See StageForward."""
         self.num_trained += 1
-        with self._ledger.during("loss"):
+        with self._tracker.during("loss"):
             losses = super().train(output, teacher, exits)
-        self._ledger.rebook("loss", "gradients")
+        self._tracker.reclassify("loss", "gradients")
         return losses
 
     def evaluate(self, output: StageOutput, teacher: Teacher | None, exits: list[ExitOptimizer]) -> dict[int, ExitLoss]:
         """See StageForward."""
         self.num_validated += 1
-        with self._ledger.during("validation"):
+        with self._tracker.during("validation"):
             return super().evaluate(output, teacher, exits)
 
 
 class _AccountedRelay(DryRelay):
     """A relay that tells the ledger what waits to come in."""
 
-    def __init__(self, topology: Topology, shape: tuple[int, ...], dtype: torch.dtype, ledger: Ledger) -> None:
+    def __init__(self, topology: Topology, shape: tuple[int, ...], dtype: torch.dtype, tracker: MemoryTracker) -> None:
         super().__init__(topology, shape, dtype)
-        self._ledger = ledger
+        self._tracker = tracker
 
     def _post_receive(self) -> Any:
-        with self._ledger.during("relay"):
+        with self._tracker.during("relay"):
             return super()._post_receive()

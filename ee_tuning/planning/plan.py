@@ -11,8 +11,8 @@ from ee_tuning.checkpoint.shapes import with_seq_length
 from ee_tuning.config import Config
 from ee_tuning.errors import InputError
 from ee_tuning.parallel.topology import check_world_size
-from ee_tuning.planning.dry_fit import FitRehearsal, rehearse_fit
-from ee_tuning.planning.dry_run import MEMORY, Rehearsal, rehearse
+from ee_tuning.planning.dry_fit import FitProfile, profile_fit
+from ee_tuning.planning.dry_run import MEMORY, RankProfile, profile_ranks
 from ee_tuning.planning.gpus import Gpu
 
 GPUS_PER_NODE = 8
@@ -143,10 +143,10 @@ def make_plan(config: Config, cluster: Cluster) -> Plan:
     tuning, parallel, world = config.tuning, config.parallel, cluster.world_size
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     _check_batch(config, world)
-    rehearsals, fit = rehearse(config, world), rehearse_fit(config, world)
+    profiles, fit = profile_ranks(config, world), profile_fit(config, world)
     dp = world // (tp * pp)
-    slowest = max(_micro_batch(each, cluster, tp, dp, trains=True) for each in rehearsals)
-    stages = tuple(_figures(each, cluster, tp, dp, slowest) for each in rehearsals)
+    slowest = max(_micro_batch(each, cluster, tp, dp, trains=True) for each in profiles)
+    stages = tuple(_figures(each, cluster, tp, dp, slowest) for each in profiles)
     count = tuning.global_batch_size // (tuning.micro_batch_size * dp)
     step = count * slowest + max(each.update for each in stages)
     tokens_per_step = tuning.global_batch_size * tuning.seq_length
@@ -158,7 +158,7 @@ def make_plan(config: Config, cluster: Cluster) -> Plan:
     )
     fit_bytes, fit_seconds = max((each.num_bytes for each in fit), default=0), _fit_seconds(fit, cluster)
     run += fit_seconds
-    flops = count * dp * tp * sum((each.layer_flops + each.head_flops) * len(each.stages) for each in rehearsals)
+    flops = count * dp * tp * sum((each.layer_flops + each.head_flops) * len(each.stages) for each in profiles)
     return Plan(
         cluster=cluster,
         tensor=tp,
@@ -202,7 +202,7 @@ def _room(gpu: Gpu) -> float:
     return (gpu.memory - RESERVED_GB) * 1e9
 
 
-def _figures(each: Rehearsal, cluster: Cluster, tp: int, dp: int, slowest: float) -> StageFigures:
+def _figures(each: RankProfile, cluster: Cluster, tp: int, dp: int, slowest: float) -> StageFigures:
     own, total = _micro_batch(each, cluster, tp, dp, trains=True), sum(each.memory.values())
     replicas = (dp - 1) / dp * each.dp_bytes / cluster.bandwidth(tp * dp)
     assert set(each.memory) == set(MEMORY)
@@ -220,13 +220,13 @@ def _figures(each: Rehearsal, cluster: Cluster, tp: int, dp: int, slowest: float
     )
 
 
-def _fit_seconds(fit: list[FitRehearsal], cluster: Cluster) -> float:
+def _fit_seconds(fit: list[FitProfile], cluster: Cluster) -> float:
     return max((each.num_micro_batches * each.flops for each in fit), default=0) / (
         cluster.efficiency * cluster.gpu.tflops * 1e12
     )
 
 
-def _micro_batch(each: Rehearsal, cluster: Cluster, tp: int, dp: int, *, trains: bool) -> float:
+def _micro_batch(each: RankProfile, cluster: Cluster, tp: int, dp: int, *, trains: bool) -> float:
     flops = each.layer_flops + (each.head_flops if trains else each.validation_flops)
     computing = flops / (cluster.efficiency * cluster.gpu.tflops * 1e12)
     summing = (tp - 1) / tp * each.tp_bytes / cluster.bandwidth(tp)

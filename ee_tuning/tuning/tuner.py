@@ -134,7 +134,7 @@ class Tuner:
             saver.check()
         return self.step == self.tuning.train_iters
 
-    def rehearse(self, stage_forward: StageForward) -> None:
+    def dry_step(self, stage_forward: StageForward) -> None:
         """One optimizer step and one validation, whose records go nowhere. For dry runs."""
         metrics, throughput = MetricsGatherer(self.topology, lambda record: None), Throughput(1, 0.0, lambda: 0.0)
         schedule, queue = MicrobatchSchedule(self._source, self._validation, self.tuning), deque[StageOutput]()

@@ -17,7 +17,7 @@ from random_models import random_llama
 from ee_tuning import EarlyExitLLM
 from ee_tuning.checkpoint.load import load_for_generation
 from ee_tuning.config import ParallelSection, load_config
-from ee_tuning.data.standard_library import standard_library
+from ee_tuning.data.sample_corpus import sample_corpus
 from ee_tuning.evaluation.demo import CHECKOUT
 from ee_tuning.generation.costs import Costs
 from ee_tuning.generation.engine import Engine
@@ -99,7 +99,7 @@ def drafting(engine: Engine) -> Speculation:
 
 def held_out_prompts(count: int) -> list[str]:
     """As many, spread over the held-out files."""
-    text = "".join(data.decode(errors="replace") for _, data in sorted(standard_library()[1].items()))
+    text = "".join(data.decode(errors="replace") for _, data in sorted(sample_corpus()[1].items()))
     step = (len(text) - PROMPT_BYTES) // count
     return [text[i * step : i * step + PROMPT_BYTES] for i in range(count)]
 

@@ -12,7 +12,7 @@ from byte_tokenizer import VOCABULARY, write_byte_tokenizer
 
 from ee_tuning.config import DataSection
 from ee_tuning.data import splits
-from ee_tuning.data.cache import Entry, _make_missing, kept
+from ee_tuning.data.cache import CacheEntry, _make_missing, get_or_build
 from ee_tuning.data.progress_bar import ProgressBar
 from ee_tuning.data.tokens import PackedSamples
 from ee_tuning.errors import InputError
@@ -103,7 +103,7 @@ def test_two_runs_that_begin_at_a_time_make_an_entry_once(tmp_path: Path) -> Non
 
     def run() -> None:
         meet.wait()
-        (folder,) = kept([Entry(depends_on=lambda: {"on": "nothing"}, make=make)], tmp_path, None)
+        (folder,) = get_or_build([CacheEntry(depends_on=lambda: {"on": "nothing"}, make=make)], tmp_path, None)
         assert len(list(folder.iterdir())) == 3
 
     threads = [threading.Thread(target=run) for _ in range(2)]
@@ -130,7 +130,7 @@ def test_who_waits_at_a_lock_that_was_removed_waits_at_the_new_one(
     lock = tmp_path / "entry.lock"
     second, third = (
         _make_missing(
-            [Entry(depends_on=dict, make=make)], [tmp_path / "entry"], tmp_path, ProgressBar("", speaks=False)
+            [CacheEntry(depends_on=dict, make=make)], [tmp_path / "entry"], tmp_path, ProgressBar("", speaks=False)
         )
         for _ in range(2)
     )

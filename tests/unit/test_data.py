@@ -12,8 +12,8 @@ import torch
 from byte_tokenizer import END, VOCABULARY, write_byte_tokenizer
 
 from ee_tuning.config import DataSection, TuningSection
-from ee_tuning.data.documents import pieces_of
-from ee_tuning.data.encoding import document_hash, recipe_of, tokenize_piece
+from ee_tuning.data.documents import file_ranges
+from ee_tuning.data.encoding import document_hash, recipe_of, tokenize_range
 from ee_tuning.data.loader import Batch, BatchSource, count_microbatches, validation_batches
 from ee_tuning.data.splits import load_samples
 from ee_tuning.data.tokenizer import load_tokenizer
@@ -128,7 +128,7 @@ def test_tokens_of_a_batch_are_those_of_each_document_alone(
     texts = ["abc", "ünïcode text", "x" * 25, "de", "f"]
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     tokenizer = load_tokenizer(model)
-    tokens = tokenize_piece(pieces_of([tmp_path / "texts.jsonl"])[0], recipe_of(model, "text", None))
+    tokens = tokenize_range(file_ranges([tmp_path / "texts.jsonl"])[0], recipe_of(model, "text", None))
     documents = [part.tolist() for part in np.split(tokens.ids, np.cumsum(tokens.lengths)[:-1])]
     assert documents == [[*tokenizer.encode(text, add_special_tokens=False), END] for text in texts]
     assert len(set(tokens.hashes)) == len(texts) and tokens.counts is None
@@ -140,7 +140,7 @@ def test_documents_begin_as_the_tokenizer_begins_any_text(tmp_path: Path) -> Non
     """
     write_byte_tokenizer(tmp_path, "<s>", encloses=True)
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ("abc", "<s>de")))
-    tokens = tokenize_piece(pieces_of([tmp_path / "texts.jsonl"])[0], recipe_of(tmp_path, "text", None))
+    tokens = tokenize_range(file_ranges([tmp_path / "texts.jsonl"])[0], recipe_of(tmp_path, "text", None))
     begin = VOCABULARY
     a, b, c, d, e = load_tokenizer(tmp_path)("abcde", add_special_tokens=False)["input_ids"]
     assert tokens.ids.tolist() == [begin, a, b, c, END, begin, d, e, END] and tokens.lengths.tolist() == [5, 4]

@@ -20,8 +20,8 @@ from byte_tokenizer import write_byte_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from ee_tuning.config import DataSection
-from ee_tuning.data.documents import pieces_of, read_documents
-from ee_tuning.data.encoding import Tokens, recipe_of, tokenize_piece
+from ee_tuning.data.documents import file_ranges, read_documents
+from ee_tuning.data.encoding import Tokens, recipe_of, tokenize_range
 from ee_tuning.data.preprocess import preprocess
 from ee_tuning.data.splits import load_samples
 from ee_tuning.data.tokens import PackedSamples
@@ -94,7 +94,7 @@ FILES: dict[str, Callable[[], bytes]] = {
 
 
 def documents_of(path: Path) -> list[Any]:
-    return [document for piece in pieces_of([path]) for document in read_documents(piece, "text")]
+    return [document for piece in file_ranges([path]) for document in read_documents(piece, "text")]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -130,7 +130,7 @@ def test_arrow_is_read(tmp_path: Path, is_stream: bool) -> None:
 def learned(path: Path, model: Path, with_template: bool = True) -> tuple[list[str], list[str], Tokens]:
     """Text of each document, and what of it is learned."""
     recipe = recipe_of(model, "text", str(model / "template.jinja") if with_template else None)
-    tokens = tokenize_piece(pieces_of([path])[0], recipe)
+    tokens = tokenize_range(file_ranges([path])[0], recipe)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
     bounds = np.cumsum(tokens.lengths)[:-1]
     counts = np.ones(len(tokens.ids), np.uint8) if tokens.counts is None else tokens.counts

@@ -18,7 +18,7 @@ from ee_tuning.data.tokens import PackedSamples, Splits
 from ee_tuning.errors import InputError
 from ee_tuning.model.exit_head import ExitMLP
 from ee_tuning.parallel.topology import destroy_parallel, init_parallel
-from ee_tuning.planning.dry_run import rehearse
+from ee_tuning.planning.dry_run import profile_ranks
 from ee_tuning.tuning.tuner import Tuner
 
 LLAMA_70B = {
@@ -93,7 +93,7 @@ def test_70b_on_128_ranks_is_rehearsed_from_its_config_alone(
     )
     layer = 2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672
     head = 3 * 8192 * 28672 + 32000 * 8192 + 8192
-    first, middle, last = rehearse(job(model, 8, 8, exits__exit_layers=list(range(10, 81, 10))), 128)
+    first, middle, last = profile_ranks(job(model, 8, 8, exits__exit_layers=list(range(10, 81, 10))), 128)
     for each in (first, middle, last):
         memory = each.memory
         embedding = 32000 * 8192 * 2 / 8 if each is first else 0
@@ -127,7 +127,7 @@ def test_a_sequence_in_parts_is_accounted_for_in_parts(tmp_path: Path) -> None:
     model = config_only(tmp_path / "70b", num_hidden_layers=20)
     keys = {"exits__exit_layers": [10, 20], "tuning__loss": "forward_kl", "tuning__eval_iters": 0}
     (whole, _), (cut, _) = (
-        rehearse(job(model, 8, 2, parallel__sequence_parallel=cuts, **keys), 16) for cuts in (False, True)
+        profile_ranks(job(model, 8, 2, parallel__sequence_parallel=cuts, **keys), 16) for cuts in (False, True)
     )
     assert cut.pp_bytes == whole.pp_bytes / 8 == 2048 * 4 * 8192 * 2 / 8
     assert cut.memory["queue"] == whole.memory["queue"] / 8 > 0 and cut.memory["weights"] == whole.memory["weights"]
@@ -136,7 +136,7 @@ def test_a_sequence_in_parts_is_accounted_for_in_parts(tmp_path: Path) -> None:
     # teacher's.
     assert cut.tp_bytes == pytest.approx(whole.tp_bytes, rel=0.1)
     with pytest.raises(InputError, match=r"8 equal parts, but tuning\.seq_length is 2044; set it to a multiple of 8"):
-        rehearse(job(model, 8, 2, parallel__sequence_parallel=True, tuning__seq_length=2044, **keys), 16)
+        profile_ranks(job(model, 8, 2, parallel__sequence_parallel=True, tuning__seq_length=2044, **keys), 16)
 
 
 @pytest.mark.parametrize(
@@ -163,12 +163,12 @@ def test_the_account_is_of_the_true_tensors(
         tuning__micro_batch_size=1,
         tuning__global_batch_size=2,
     )
-    (rehearsal,) = rehearse(config, 1)
+    (profile,) = profile_ranks(config, 1)
     topology = init_parallel(config.parallel)
     loaded = load_for_tuning(config, topology)
     samples = PackedSamples(torch.zeros(9, dtype=torch.int32).numpy(), 8)
     tuner = Tuner(loaded, Splits(train=samples, valid=None), config, topology)
-    assert rehearsal.memory["weights"] == sum(
+    assert profile.memory["weights"] == sum(
         each.nbytes for each in [*loaded.model.backbone.parameters(), loaded.model.backbone.angles]
     )
     masters = [parameter for each in tuner.exits for parameter in each.parameters.values()]
@@ -181,7 +181,7 @@ def test_the_account_is_of_the_true_tensors(
     held = [each.to_local() for each in (*masters, *moments) if isinstance(each, DTensor)]
     assert len(held) == 3 * len(masters)
     counts = 4 * len(masters)  # Adam's own counts of its steps
-    assert rehearsal.memory["optimizer"] == sum(each.nbytes for each in held) + counts
+    assert profile.memory["optimizer"] == sum(each.nbytes for each in held) + counts
     destroy_parallel()
 
 
@@ -190,7 +190,7 @@ def test_a_wrong_shape_is_found_and_its_rank_named(tmp_path: Path, monkeypatch: 
     model = config_only(tmp_path / "small", num_hidden_layers=4)
     monkeypatch.setattr(ExitMLP, "forward", lambda self, x: self.fc2(x))  # as if the first matrix had been forgotten
     with pytest.raises(RuntimeError) as caught:
-        rehearse(job(model, 2, 2, exits__exit_layers=[4]), 8)
+        profile_ranks(job(model, 2, 2, exits__exit_layers=[4]), 8)
     assert any("rank 4 of 8, stage 1 of 2" in note for note in caught.value.__notes__)
 
 
@@ -204,7 +204,7 @@ def test_ranks_with_padding_alone_and_uneven_replicas_pass(tmp_path: Path) -> No
         num_attention_heads=8,
         vocab_size=33,
     )
-    rehearsals = rehearse(
+    profiles = profile_ranks(
         job(
             model,
             8,
@@ -217,8 +217,8 @@ def test_ranks_with_padding_alone_and_uneven_replicas_pass(tmp_path: Path) -> No
         ),
         8 * 3 * 5,
     )
-    assert [each.exits for each in rehearsals] == [((1,),), ((),), ((3,),)]
-    bare, trained = rehearsals[1].memory, rehearsals[0].memory
+    assert [each.exits for each in profiles] == [((1,),), ((),), ((3,),)]
+    bare, trained = profiles[1].memory, profiles[0].memory
     assert not (bare["optimizer"] or bare["heads"] or bare["gradients"]), "a stage without exits trains nothing"
     # Of five replicas the first holds the most rows: of the norm (96), of fc1 (48 × 96 here) and of fc2 (96 × 24 here).
     assert trained["optimizer"] == 3 * 4 * (20 + 10 * 96 + 20 * 24) + 3 * 4
@@ -254,7 +254,7 @@ def test_what_a_true_run_refuses_a_dry_run_refuses(
 ) -> None:
     """A dry run that passes what the cluster will refuse has cost a place in its queue."""
     with pytest.raises(InputError, match=says):
-        rehearse(job(config_only(tmp_path / "model", **changes), **keys), world)
+        profile_ranks(job(config_only(tmp_path / "model", **changes), **keys), world)
 
 
 def test_weights_that_are_there_are_held_against_the_config(tmp_path: Path) -> None:
@@ -263,7 +263,7 @@ def test_weights_that_are_there_are_held_against_the_config(tmp_path: Path) -> N
     raw = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps({**raw, "intermediate_size": 96}))
     with pytest.raises(InputError, match="must have shape"):
-        rehearse(job(tmp_path / "model", exits__exit_layers=[2], tuning__seq_length=32), 4)
+        profile_ranks(job(tmp_path / "model", exits__exit_layers=[2], tuning__seq_length=32), 4)
 
 
 def test_a_size_to_imagine_is_for_dry_runs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -298,7 +298,7 @@ def test_experts_are_counted_all_in_memory_and_the_chosen_in_time(cuts_sequence:
         "tuning__global_batch_size": 6,
         "parallel__sequence_parallel": cuts_sequence,
     }
-    first, last = rehearse(job(model, 2, 2, **keys, parallel__pipeline_layout=[2, 2]), 8)
+    first, last = profile_ranks(job(model, 2, 2, **keys, parallel__pipeline_layout=[2, 2]), 8)
     expert, attention, router = 3 * 512 * 896, 2 * 512 * 512 + 2 * 512 * 128, 8 * 512
     layer = (attention + 8 * expert) / 2 + router + 2 * 512
     assert last.memory["weights"] == 2 * 2 * layer + 64 * 64 * 4, "two layers in bfloat16, rotations in float32"
@@ -334,12 +334,12 @@ def test_documents_that_share_a_row_cost_what_the_kernel_for_them_does(tmp_path:
     }
     rules = {"data__reset_attention_mask": True, "data__reset_position_ids": True, "data__eod_mask_loss": True}
     mask = 2 * 1024 * 1024  # bytes
-    (plain,), (told_apart,) = (rehearse(job(model, **keys, **more), 1) for more in ({}, rules))
+    (plain,), (told_apart,) = (profile_ranks(job(model, **keys, **more), 1) for more in ({}, rules))
     assert (told_apart.layer_flops, told_apart.head_flops) == (plain.layer_flops, plain.head_flops), (
         "at most: documents as long as rows"
     )
     assert told_apart.memory["activations"] < plain.memory["activations"] + mask
-    (plain,), (masked,) = (rehearse(job(model, model__dtype="float32", **keys, **more), 1) for more in ({}, rules))
+    (plain,), (masked,) = (profile_ranks(job(model, model__dtype="float32", **keys, **more), 1) for more in ({}, rules))
     assert masked.memory["activations"] > plain.memory["activations"] + mask, "the kernel wants 16 bits"
     assert masked.layer_flops == pytest.approx(plain.layer_flops + 2 * 4 * 2 * 2 * 1024 * 1024 * 64 / 2), (
         "all of every block is computed"
@@ -382,7 +382,7 @@ def test_lessons_of_the_final_head_are_rehearsed(keys: dict[str, Any], kinds: li
         "exits__exit_layers": [1, 4],
         "parallel__pipeline_layout": [2, 2, 2],
     }
-    stages = rehearse(job(model, 2, 3, **sizes, **keys), 12)
+    stages = profile_ranks(job(model, 2, 3, **sizes, **keys), 12)
     assert [each.exits for each in stages] == kinds and [each.layers for each in stages] == [
         ((1, 2),),
         ((3, 4),),
@@ -404,6 +404,6 @@ def test_lessons_of_the_final_head_are_rehearsed(keys: dict[str, Any], kinds: li
             "the first has the word embedding besides"
         )
     bare, taught = (
-        rehearse(job(model, 2, 3, **{**sizes, "parallel__pipeline_layout": []}, **each), 12) for each in ({}, keys)
+        profile_ranks(job(model, 2, 3, **{**sizes, "parallel__pipeline_layout": []}, **each), 12) for each in ({}, keys)
     )
     assert max(each.layers[-1][1] for each in bare) == 4 and max(each.layers[-1][1] for each in taught) == 6

@@ -14,7 +14,7 @@ from ee_tuning.config import Config, load_config
 from ee_tuning.errors import InputError
 from ee_tuning.model.few_bits import FewBitsLinear, few_bits_weights
 from ee_tuning.parallel.topology import destroy_parallel, init_parallel
-from ee_tuning.planning.dry_run import rehearse
+from ee_tuning.planning.dry_run import profile_ranks
 
 FORMATS = ("int8", "nf4")
 NF4_GAP = 1 - 0.6961928
@@ -132,10 +132,10 @@ def test_memory_is_what_the_formats_say_and_the_dry_run_knows(weights: str, mode
     held = sum(each.nbytes for each in (*backbone.parameters(), *backbone.buffers()))
     assert held - angles == others + 3 * sum(bytes_of(*each) for each in maps)
     destroy_parallel()
-    (rehearsal,) = rehearse(config, 1)
-    assert rehearsal.memory["weights"] == held
+    (profile,) = profile_ranks(config, 1)
+    assert profile.memory["weights"] == held
     # A product wants its own weight in the computing dtype, and no other's.
-    (native,) = rehearse(
+    (native,) = profile_ranks(
         job(
             model,
             "native",
@@ -148,7 +148,7 @@ def test_memory_is_what_the_formats_say_and_the_dry_run_knows(weights: str, mode
         ),
         1,
     )
-    assert rehearsal.memory["activations"] <= native.memory["activations"] + 2 * max(o * i for o, i in maps) + 4096
+    assert profile.memory["activations"] <= native.memory["activations"] + 2 * max(o * i for o, i in maps) + 4096
 
 
 def test_what_can_not_be_done_is_said_first(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

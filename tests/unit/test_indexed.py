@@ -79,7 +79,7 @@ def test_tokens_are_the_same_however_many_processes(
     processes ended.
     """
     monkeypatch.setattr(
-        "ee_tuning.data.documents.PIECE_BYTES", 100
+        "ee_tuning.data.documents.RANGE_BYTES", 100
     )  # many lines are longer, many pieces begin at a line's first byte
     (tmp_path / "one.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:30]))
     (tmp_path / "two.txt").write_text(TEXTS[30])

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from byte_tokenizer import write_byte_tokenizer
 
-from ee_tuning.data.documents import pieces_of, read_documents
-from ee_tuning.data.encoding import recipe_of, tokenize_piece
+from ee_tuning.data.documents import file_ranges, read_documents
+from ee_tuning.data.encoding import recipe_of, tokenize_range
 from ee_tuning.generation.prompts import read_prompts
 from ee_tuning.line_file import read_lines
 from ee_tuning.tuning.metrics import MetricsFile, holds_validation
@@ -51,9 +51,9 @@ def test_prompts_and_documents_are_cut_alike(tmp_path: Path, mark: bytes, end: s
     path = tmp_path / "lines.jsonl"
     path.write_bytes(mark + end.join([*lines, ""]).encode())
     assert [line["prompt"] for line in read_prompts(path)] == texts
-    assert [document for piece in pieces_of([path]) for document in read_documents(piece, "text")] == texts
+    assert [document for piece in file_ranges([path]) for document in read_documents(piece, "text")] == texts
     write_byte_tokenizer(tmp_path / "tokenizer")
-    assert len(tokenize_piece(pieces_of([path])[0], recipe_of(tmp_path / "tokenizer", "text", None)).lengths) == 4
+    assert len(tokenize_range(file_ranges([path])[0], recipe_of(tmp_path / "tokenizer", "text", None)).lengths) == 4
 
 
 def test_records_of_a_run_survive_bytes_that_a_crash_left(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from ee_tuning.model.config import model_config_from_hf
 from ee_tuning.model.exit_spec import ExitSpec
 from ee_tuning.model.partition import exit_head_cost, layer_cost, split_layers, stage_layers
 from ee_tuning.parallel.topology import destroy_parallel
-from ee_tuning.planning.dry_run import rehearse
+from ee_tuning.planning.dry_run import profile_ranks
 
 SHAPE = {
     "model_type": "llama",
@@ -60,7 +60,7 @@ def test_modelled_costs_are_what_the_code_does(architecture: str, output: str, t
     if dist.is_initialized():
         destroy_parallel()
     (tmp_path / "config.json").write_text(json.dumps(SHAPE))
-    (rehearsal,) = rehearse(
+    (profile,) = profile_ranks(
         load_config(
             None,
             {
@@ -79,8 +79,8 @@ def test_modelled_costs_are_what_the_code_does(architecture: str, output: str, t
     model = model_config_from_hf(SHAPE, tmp_path)
     spec = ExitSpec(layer=4, architecture=architecture, ties_output=output == "tied", adapter_rank=64)  # type: ignore[arg-type]
     tokens = 2 * 256
-    assert rehearsal.layer_flops == pytest.approx(2 * tokens * 4 * layer_cost(model, 1, 256), rel=1e-3)
-    assert rehearsal.head_flops == pytest.approx(2 * tokens * exit_head_cost(model, spec, 256, trains=True), rel=0.05)
+    assert profile.layer_flops == pytest.approx(2 * tokens * 4 * layer_cost(model, 1, 256), rel=1e-3)
+    assert profile.head_flops == pytest.approx(2 * tokens * exit_head_cost(model, spec, 256, trains=True), rel=0.05)
 
 
 def test_a_layout_that_is_given_is_taken() -> None:
@@ -97,7 +97,7 @@ def test_a_first_stage_with_the_embedding_alone_runs(tmp_path: Path) -> None:
     if dist.is_initialized():
         destroy_parallel()
     (tmp_path / "config.json").write_text(json.dumps(SHAPE))
-    first, second = rehearse(
+    first, second = profile_ranks(
         load_config(
             None,
             {

@@ -177,7 +177,7 @@ def test_shipped_prompts_are_many_and_none_is_there_twice(monkeypatch: pytest.Mo
     assert any("documentation" in prompt for prompt in prompts[:8])
     source = f'def f():\n    """{"x" * 200}"""\n'
     monkeypatch.setattr(
-        "ee_tuning.data.shipped_prompts.standard_library", lambda: ({"a.py": source.encode(), "b.py": b"def"}, {})
+        "ee_tuning.data.shipped_prompts.sample_corpus", lambda: ({"a.py": source.encode(), "b.py": b"def"}, {})
     )
     with pytest.raises(InputError, match=r"must be at most \d+, .* got 100000"):
         list(shipped_prompts(10**5))

@@ -12,8 +12,8 @@ from random_models import random_llama
 
 from ee_tuning import EarlyExitLLM, SamplingParams, cli
 from ee_tuning.config import load_config
-from ee_tuning.data.documents import pieces_of
-from ee_tuning.data.encoding import recipe_of, tokenize_piece
+from ee_tuning.data.documents import file_ranges
+from ee_tuning.data.encoding import recipe_of, tokenize_range
 from ee_tuning.data.tokenizer import load_tokenizer
 from ee_tuning.errors import InputError
 from ee_tuning.evaluation.demo import CHECKOUT
@@ -103,7 +103,7 @@ def test_the_models_own_answers_are_what_tune_learns(
 
 def learned_of(path: Path, template: Path) -> list[str]:
     """The text of each run of tokens that `tune` takes for labels."""
-    tokens = tokenize_piece(pieces_of([path])[0], recipe_of(MODEL, "text", str(template)))
+    tokens = tokenize_range(file_ranges([path])[0], recipe_of(MODEL, "text", str(template)))
     assert tokens.counts is not None
     tokenizer, runs = load_tokenizer(MODEL), list[list[int]]()
     for place, (token, counts) in enumerate(zip(tokens.ids.tolist(), tokens.counts.tolist(), strict=True)):

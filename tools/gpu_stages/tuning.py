@@ -20,7 +20,7 @@ from ee_tuning.model.few_bits import few_bits_weights
 from ee_tuning.parallel.relay import Relay
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.vocab import VocabShard
-from ee_tuning.planning.dry_run import rehearse
+from ee_tuning.planning.dry_run import profile_ranks
 from ee_tuning.tuning.loss import linear_cross_entropy
 from ee_tuning.tuning.settings import objective
 from ee_tuning.tuning.stage_forward import StageForward
@@ -38,7 +38,7 @@ def planned(keys: dict[str, Any]) -> dict[str, float]:
     """What `plan` counts of the job: bytes at the worst moment, operations of a micro-batch. In a process without a
     world.
     """
-    (found,) = rehearse(load_config(None, keys), 1)
+    (found,) = profile_ranks(load_config(None, keys), 1)
     return {"bytes": sum(found.memory.values()), "flops": found.layer_flops + found.head_flops}
 
 
@@ -134,7 +134,7 @@ def _step(config: Config, topology: Topology) -> Any:
     stage_forward = StageForward(
         model, relay, topology, tuning.loss_chunk_tokens, objective(tuning), tuner.make_teacher_channel()
     )
-    return partial(tuner.rehearse, stage_forward)
+    return partial(tuner.dry_step, stage_forward)
 
 
 @torch.no_grad()

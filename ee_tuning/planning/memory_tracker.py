@@ -28,7 +28,7 @@ from ee_tuning.planning.attention_flops import attention_flops
 _READS_A_NUMBER = torch.ops.aten._local_scalar_dense.default
 
 
-class Ledger(TorchDispatchMode):
+class MemoryTracker(TorchDispatchMode):
     """Where the code reads a number, it gets 1.0, 0 or False, for there are none."""
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class Ledger(TorchDispatchMode):
         self._is_paused = False
 
     @contextmanager
-    def account(self) -> Iterator["Ledger"]:
+    def account(self) -> Iterator["MemoryTracker"]:
         """While it lasts, operations are on fake tensors, and accounted for."""
         resize = torch.UntypedStorage.resize_
 
@@ -87,7 +87,7 @@ class Ledger(TorchDispatchMode):
         finally:
             self.phase = before
 
-    def rebook(self, old: str, new: str, tensors: Iterable[Tensor] | None = None) -> None:
+    def reclassify(self, old: str, new: str, tensors: Iterable[Tensor] | None = None) -> None:
         """What is alive of `old`, or of `tensors` alone, is `new` from now on."""
         keys = list(self._blocks) if tensors is None else [each.untyped_storage()._cdata for each in tensors]
         for key in keys:

@@ -16,7 +16,7 @@ def is_held_out(name: str) -> bool:
     return hashlib.sha256(name.encode()).digest()[0] % 32 == 0
 
 
-def standard_library() -> tuple[dict[str, bytes], dict[str, bytes]]:
+def sample_corpus() -> tuple[dict[str, bytes], dict[str, bytes]]:
     """(training files, held-out files) by name: the sources, tests left out, and the documentation topics among
     them.
     """
