@@ -28,7 +28,7 @@ from ee_tuning.data.frequent_tokens import list_tokens
 from ee_tuning.data.loader import batches_of_each
 from ee_tuning.data.sample_corpus import documentation_strings, sample_corpus
 from ee_tuning.data.splits import load_samples
-from ee_tuning.evaluation.calibrate import Outcome, Readings, choose, judge, read_exits
+from ee_tuning.evaluation.calibrate import CalibrationResult, ExitObservations, choose, judge, read_exits
 from ee_tuning.generation.costs import measure_costs
 from ee_tuning.generation.llm import EarlyExitLLM
 from ee_tuning.generation.policy import Policy
@@ -186,11 +186,11 @@ def _mean(values: Iterator[float]) -> float:
     return sum(found) / len(found)
 
 
-def _agreement(readings: Readings) -> float:
+def _agreement(readings: ExitObservations) -> float:
     return _mean(float(readings.agrees[layer].double().mean()) for layer in readings.exit_layers)
 
 
-def _stay(outcome: Outcome) -> float:
+def _stay(outcome: CalibrationResult) -> float:
     """Share of tokens that go to the end."""
     stay = 1.0
     for result in outcome.exits.values():

@@ -9,7 +9,7 @@ from ee_tuning.config import Config, GenerationSection
 from ee_tuning.errors import InputError
 
 if TYPE_CHECKING:
-    from ee_tuning.evaluation.points import Ways
+    from ee_tuning.evaluation.points import PolicySweep
 
 NO_THRESHOLDS = "none"
 _OF_BENCHMARKS = (
@@ -44,16 +44,16 @@ def evaluate(args: argparse.Namespace) -> None:
         raise InputError(f"{others[0]} is of --human-eval and --lm-eval; leave it out with --task")
     if args.lm_eval or args.human_eval:
         return _benchmark(args, config)
-    from ee_tuning.evaluation.evaluate_command import Wish, evaluate_tasks
+    from ee_tuning.evaluation.evaluate_command import EvaluateOptions, evaluate_tasks
 
     evaluate_tasks(
         config,
-        Wish(
+        EvaluateOptions(
             tasks=tuple(args.task or ()),
             metrics=tuple(args.metric or ()),
             output=args.output,
             overwrites=args.overwrite,
-            ways=_ways(args),
+            sweep=_ways(args),
             limit=args.limit,
             block=args.block or 0,
             repeats=args.repeats,
@@ -92,16 +92,16 @@ def _benchmark(args: argparse.Namespace, config: Config) -> None:
             max_new_tokens=config.generation.max_new_tokens if own_length else MAX_NEW_TOKENS,
             batch_size=batch_size,
             overwrites=args.overwrite,
-            ways=_ways(args),
+            sweep=_ways(args),
             limit=args.limit,
         ),
     )
 
 
-def _ways(args: argparse.Namespace) -> "Ways":
-    from ee_tuning.evaluation.points import Ways
+def _ways(args: argparse.Namespace) -> "PolicySweep":
+    from ee_tuning.evaluation.points import PolicySweep
 
-    return Ways(
+    return PolicySweep(
         thresholds=_thresholds(args.thresholds),
         fixed=tuple(args.fixed),
         speculative=args.speculative,

@@ -68,7 +68,7 @@ def plan(args: argparse.Namespace) -> int:
     from ee_tuning.planning.plan import GPUS_PER_NODE, Cluster, make_plan, smallest_plan
     from ee_tuning.planning.report import print_plan
 
-    _tell_unused(args, config)
+    _warn_unused(args, config)
     chosen = gpu(
         args.gpu,
         memory=args.gpu_memory,
@@ -86,7 +86,7 @@ def plan(args: argparse.Namespace) -> int:
     return 0 if print_plan(config, found, is_smallest=is_smallest, as_json=args.json) else 1
 
 
-def _tell_unused(args: argparse.Namespace, config: Config) -> None:
+def _warn_unused(args: argparse.Namespace, config: Config) -> None:
     """Names, on standard error, the keys that tuning would read and a plan does not."""
     given = [key for key in _UNUSED_BY_PLAN if key in args.overrides or (key == "data.paths" and config.data.paths)]
     if given:

@@ -100,7 +100,7 @@ class ChatTemplate:
                 list(messages), tools=tools, chat_template=source, **{"tokenize": False, **options}
             )
         except Exception as error:  # templates run code of their own: any error may come out of them
-            raise InputError(self._told(error)) from error
+            raise InputError(self._shown(error)) from error
 
     def end_of_turn_id(self) -> int | None:
         """The added token that closes the assistant's turns, and so ends an answer, whether or not the model's config
@@ -121,7 +121,7 @@ class ChatTemplate:
     def _place(self) -> str:
         return str(self._tokenizer.name_or_path)
 
-    def _told(self, error: Exception) -> str:
+    def _shown(self, error: Exception) -> str:
         from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError
 
         reason = " ".join(str(error).split())[:200]

@@ -42,7 +42,7 @@ class Prompt:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
+class PromptFormat:
     """How records are taken."""
 
     text_key: str
@@ -55,7 +55,7 @@ class Reading:
     """Whether a chat asks for its last answer alone, the earlier ones being given."""
 
 
-def prompt_of(record: Any, reading: Reading, where: Where) -> Prompt | LeftOut:
+def prompt_of(record: Any, reading: PromptFormat, where: Where) -> Prompt | LeftOut:
     """What `record` asks. Raises InputError, with its place, where it has no form that is known."""
     document = _read(record, reading.text_key, where)
     if isinstance(document, LeftOut):
@@ -101,7 +101,7 @@ def _read(record: Any, text_key: str, where: Where) -> str | Completion | Conver
     )
 
 
-def _chat(chat: Conversation, reading: Reading, kept: dict[str, Any]) -> Prompt | LeftOut:
+def _chat(chat: Conversation, reading: PromptFormat, kept: dict[str, Any]) -> Prompt | LeftOut:
     messages = chat.messages[: chat.num_given] if chat.num_given else chat.messages
     is_given = bool(chat.num_given) or reading.last_turn
     if is_given and not chat.num_given:

@@ -130,9 +130,9 @@ def _expand(path: Path, key: str, text_key: str, passed_over: list[str]) -> list
         return [path]
     others: list[str] = []
     if not (files := sorted(_within(path, path, text_key, others))):
-        told = f" (passed over: {listed(others)})" if others else ""
+        others_text = f" (passed over: {listed(others)})" if others else ""
         raise InputError(
-            f"{key}: the folder {path} holds no {', '.join((*DATA_SUFFIXES, INDEX_SUFFIX))} file{told}; name files of other "
+            f"{key}: the folder {path} holds no {', '.join((*DATA_SUFFIXES, INDEX_SUFFIX))} file{others_text}; name files of other "
             "endings one by one"
         )
     passed_over += others

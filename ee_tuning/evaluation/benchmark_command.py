@@ -21,11 +21,11 @@ from ee_tuning.data.chat_template import ChatTemplate, read_chat_template
 from ee_tuning.errors import InputError
 from ee_tuning.evaluation import human_eval, lm_eval_run
 from ee_tuning.evaluation.benchmark_folder import BenchmarkFolder, Figures, check_folder
-from ee_tuning.evaluation.code_runner import Outcome
+from ee_tuning.evaluation.code_runner import ProgramResult
 from ee_tuning.evaluation.driver import Driver, drive
 from ee_tuning.evaluation.evaluation_folder import OWNER
 from ee_tuning.evaluation.lm_eval_run import HarnessTasks
-from ee_tuning.evaluation.points import Point, Ways, check_thresholds
+from ee_tuning.evaluation.points import Point, PolicySweep, check_thresholds
 from ee_tuning.generation.llm import EarlyExitLLM
 from ee_tuning.generation.many import model_settings
 from ee_tuning.json_file import parse_json
@@ -50,7 +50,7 @@ class Benchmark:
     """HumanEval's; tasks of the harness have their own."""
     batch_size: int = BATCH
     overwrites: bool = False
-    ways: Ways
+    sweep: PolicySweep
     limit: int | None = None
 
     @property
@@ -69,7 +69,7 @@ def run_benchmark(config: Config, wish: Benchmark) -> None:
     on_first_rank(topology, lambda: _check(config, wish))
     with owned(wish.output, topology, lock_file=wish.output / OWNER):
         llm = EarlyExitLLM.from_config(config, topology)
-        points = wish.ways.points(llm, config.generation.measure)
+        points = wish.sweep.points(llm, config.generation.measure)
         template = ChatTemplate(llm.tokenizer, read_chat_template(config.data.chat_template))
         if wish.harness is not None and wish.harness.applies_chat_template:
             wish = dataclasses.replace(wish, harness=dataclasses.replace(wish.harness, chat_template=template.source()))
@@ -78,8 +78,8 @@ def run_benchmark(config: Config, wish: Benchmark) -> None:
 
 
 def _check(config: Config, wish: Benchmark) -> None:
-    check_thresholds(wish.ways.thresholds)
-    own = (wish.problems, None if wish.harness is None else wish.harness.include_path, *wish.ways.calibrations)
+    check_thresholds(wish.sweep.thresholds)
+    own = (wish.problems, None if wish.harness is None else wish.harness.include_path, *wish.sweep.calibrations)
     sources = (*own, config.model.path, config.exits.path, config.data.tokenizer, config.data.chat_template)
     check_apart(wish.output, sources, around=True)
     check_folder(wish.output, wish.summary, overwrites=wish.overwrites)
@@ -126,7 +126,9 @@ def _with_harness(driver: Driver, tasks: HarnessTasks) -> Measure:
     def measure(
         point: Point, folder: BenchmarkFolder, known: Figures | None
     ) -> tuple[Mapping[str, Any], Mapping[str, str]]:
-        results = lm_eval_run.run_harness(driver, tasks, point.policy, {"name": point.name, "told": point.told()})
+        results = lm_eval_run.run_harness(
+            driver, tasks, point.policy, {"name": point.name, "told": point.description()}
+        )
         print(f"{point.name}\n{lm_eval_run.results_table(results)}", flush=True)
         text = lm_eval_run.results_json(results)
         tree = parse_json(text.encode())
@@ -138,7 +140,7 @@ def _with_harness(driver: Driver, tasks: HarnessTasks) -> Measure:
 def _with_human_eval(driver: Driver, wish: Benchmark) -> Measure:
     problems = human_eval.read_problems(wish.problems, wish.limit)
 
-    def check(texts: list[str]) -> list[Outcome]:
+    def check(texts: list[str]) -> list[ProgramResult]:
         return human_eval.check_completions(problems, texts) if wish.runs_code else []
 
     def measure(

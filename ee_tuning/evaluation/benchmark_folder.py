@@ -38,9 +38,9 @@ class BenchmarkFolder:
     def known(self, point: Point) -> Figures | None:
         """What is there of it already. Raises InputError where a point of this name left by other rules."""
         there: Figures | None = self._points.get(point.name)
-        if there is not None and there["policy"] != point.told():
+        if there is not None and there["policy"] != point.description():
             raise InputError(
-                f"{self.folder} holds a {point.name} that {there['policy']}, and now it {point.told()}; {_REMEDY}"
+                f"{self.folder} holds a {point.name} that {there['policy']}, and now it {point.description()}; {_REMEDY}"
             )
         return there
 
@@ -55,7 +55,7 @@ class BenchmarkFolder:
         """
         for kind, content in files.items():
             _write(self.file(kind, point), content)
-        self._points[point.name] = {"policy": point.told(), **parse_json(to_json(figures).encode())}
+        self._points[point.name] = {"policy": point.description(), **parse_json(to_json(figures).encode())}
         _write(self.path, to_json({"job": self._job, "points": self._points}, indent=2, ensure_ascii=False) + "\n")
         kept: Figures = self._points[point.name]
         return kept
@@ -63,12 +63,12 @@ class BenchmarkFolder:
     def _check_same(self, there: Mapping[str, Any]) -> None:
         names = [name for name in {**there, **self._job} if there.get(name) != self._job.get(name)]
         if names:
-            told = ", ".join(
+            differences = ", ".join(
                 f"{name} ({str(there.get(name))[:40]} there, {str(self._job.get(name))[:40]} here)"
                 for name in names[:3]
             )
             raise InputError(
-                f"{self.folder} holds another job's figures, which differs in {told}; to go on give that job, else {_REMEDY}"
+                f"{self.folder} holds another job's figures, which differs in {differences}; to go on give that job, else {_REMEDY}"
             )
 
 

@@ -34,7 +34,7 @@ SURENESS = 0.99
 
 
 @dataclass(frozen=True)
-class Readings:
+class ExitObservations:
     """What the exits said of the same n tokens."""
 
     confidences: dict[tuple[int, Measure], Tensor]
@@ -55,9 +55,9 @@ class Readings:
         """n."""
         return len(self.samples)
 
-    def only(self, chosen: Tensor) -> "Readings":  # [n] bool
+    def only(self, chosen: Tensor) -> "ExitObservations":  # [n] bool
         """Those of some tokens."""
-        return Readings(
+        return ExitObservations(
             {key: values[chosen] for key, values in self.confidences.items()},
             {layer: values[chosen] for layer, values in self.agrees.items()},
             self.samples[chosen],
@@ -80,7 +80,7 @@ class ExitResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class CalibrationResult:
     """All exits at their thresholds on some tokens."""
 
     exits: dict[int, ExitResult]
@@ -91,7 +91,7 @@ class Outcome:
 
 
 @torch.no_grad()
-def read_exits(model: EarlyExitModel, samples: Iterable[Tensor]) -> Readings:  # samples: [s] int64
+def read_exits(model: EarlyExitModel, samples: Iterable[Tensor]) -> ExitObservations:  # samples: [s] int64
     """Runs samples through a model that lies on one stage, and asks every exit about every token. Raises InputError on
     NaN.
     """
@@ -128,7 +128,7 @@ def read_exits(model: EarlyExitModel, samples: Iterable[Tensor]) -> Readings:  #
                     if num_non_finite(values):
                         raise no_numbers(f"the logits behind layer {layer}", hidden.dtype)
                     known.setdefault((layer, measure), []).append(values.cpu())
-    return Readings(
+    return ExitObservations(
         {key: torch.cat(values) for key, values in known.items()},
         {layer: torch.cat(values) for layer, values in agrees.items()},
         torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)),
@@ -136,7 +136,7 @@ def read_exits(model: EarlyExitModel, samples: Iterable[Tensor]) -> Readings:  #
     )
 
 
-def choose(readings: Readings, measure: Measure, wanted: float) -> dict[int, float | None]:
+def choose(readings: ExitObservations, measure: Measure, wanted: float) -> dict[int, float | None]:
     """Exit layer -> the lowest confidence from which on it agrees as often as `wanted`, on the tokens that no exit
     before it took.
     """
@@ -157,7 +157,7 @@ def choose(readings: Readings, measure: Measure, wanted: float) -> dict[int, flo
     return thresholds
 
 
-def judge(readings: Readings, measure: Measure, thresholds: dict[int, float | None]) -> Outcome:
+def judge(readings: ExitObservations, measure: Measure, thresholds: dict[int, float | None]) -> CalibrationResult:
     """What these thresholds do."""
     stays = torch.ones(readings.num_tokens, dtype=torch.bool)
     depth, agreed, exits = 0.0, 0, {}
@@ -181,7 +181,7 @@ def judge(readings: Readings, measure: Measure, thresholds: dict[int, float | No
             )
         depth, agreed, stays = depth + count * layer, agreed + right, stays & ~leaves
     left = int(stays.sum())
-    return Outcome(
+    return CalibrationResult(
         exits=exits,
         mean_depth=(depth + left * readings.num_layers) / readings.num_tokens,
         agreement=(agreed + left) / readings.num_tokens,
@@ -189,14 +189,14 @@ def judge(readings: Readings, measure: Measure, thresholds: dict[int, float | No
 
 
 def best_measure(
-    readings: Readings, wanted: float, asked: Literal["best"] | Measure
+    readings: ExitObservations, wanted: float, asked: Literal["best"] | Measure
 ) -> tuple[Measure, dict[int, float | None]]:
     """(measure, thresholds): of all measures, or the one asked for, the one whose tokens leave earliest."""
     tried = [(measure, choose(readings, measure, wanted)) for measure in (MEASURES if asked == "best" else (asked,))]
     return min(tried, key=lambda each: judge(readings, *each).mean_depth)
 
 
-def lower_end(readings: Readings, layer: int, leaves: Tensor) -> float:  # [n] bool
+def lower_end(readings: ExitObservations, layer: int, leaves: Tensor) -> float:  # [n] bool
     """Lower end, one-sided, at SURENESS, of the interval of the share of these tokens that an exit has right; 0 of
     none.
 
@@ -214,7 +214,9 @@ def lower_end(readings: Readings, layer: int, leaves: Tensor) -> float:  # [n] b
     return max(0.0, min(wilson, share - z * deviation))
 
 
-def curve(readings: Readings, layer: int, measure: Measure, num_points: int = 101) -> list[tuple[float, float, float]]:
+def curve(
+    readings: ExitObservations, layer: int, measure: Measure, num_points: int = 101
+) -> list[tuple[float, float, float]]:
     """(threshold, share of all tokens at or above it, their agreement), over thresholds from 0 to 1, where a token is
     left.
     """

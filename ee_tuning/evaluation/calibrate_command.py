@@ -11,7 +11,7 @@ from ee_tuning.checkpoint.atomic_write import check_file
 from ee_tuning.checkpoint.load import LoadedModel, load_for_generation
 from ee_tuning.config import Config
 from ee_tuning.errors import InputError
-from ee_tuning.evaluation.calibrate import MEASURES, Outcome, Readings, best_measure, curve, judge
+from ee_tuning.evaluation.calibrate import MEASURES, CalibrationResult, ExitObservations, best_measure, curve, judge
 from ee_tuning.evaluation.calibrate_text import draw, read_drawn, samples_of
 from ee_tuning.evaluation.calibration_file import write_calibration
 from ee_tuning.evaluation.guarantee_command import calibrate_with_guarantee
@@ -39,7 +39,7 @@ def calibrate(config: Config, flags: argparse.Namespace) -> None:
     topology = init_parallel(config.parallel)
     if flags.task is not None:
         calibrate_on_task(config, flags, topology, picture)
-        _tell_written(flags.output, picture, topology)
+        _print_written(flags.output, picture, topology)
         destroy_parallel()
         return
     if topology.world_size > topology.tp:
@@ -122,16 +122,23 @@ def _calibrate_by_agreement(config: Config, flags: argparse.Namespace, loaded: L
         },
     )
     draw_calibration(curves, thresholds, wanted, measure, picture)
-    _tell(wanted, measure, readings, held_out, found, seen)
-    _tell_written(flags.output, picture, loaded.model.topology)
+    _print_summary(wanted, measure, readings, held_out, found, seen)
+    _print_written(flags.output, picture, loaded.model.topology)
 
 
-def _tell_written(output: Path, picture: Path, topology: Topology) -> None:
+def _print_written(output: Path, picture: Path, topology: Topology) -> None:
     if topology.is_logging_rank:
         print(f"wrote {output} and {picture}; next: ee-tuning generate --calibration {output} …")
 
 
-def _tell(wanted: float, measure: str, readings: Readings, held_out: Readings, found: Outcome, seen: Outcome) -> None:
+def _print_summary(
+    wanted: float,
+    measure: str,
+    readings: ExitObservations,
+    held_out: ExitObservations,
+    found: CalibrationResult,
+    seen: CalibrationResult,
+) -> None:
     name = f"leaves from {measure}"
     print(f"exit  {name}  of those that come  agreement (at least)  held out")
     for layer, result in found.exits.items():

@@ -11,7 +11,7 @@ from ee_tuning.data.splits import load_samples
 from ee_tuning.data.tokenizer import tokenizer_of
 from ee_tuning.data.tokens import Samples
 from ee_tuning.errors import InputError
-from ee_tuning.evaluation.calibrate import Readings, read_exits
+from ee_tuning.evaluation.calibrate import ExitObservations, read_exits
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.early_exit import EarlyExitModel
 
@@ -45,7 +45,7 @@ def samples_of(config: Config, model: ModelConfig, *, by_document: bool = False)
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawn:
+class SampledText:
     """One sample."""
 
     tokens: Tensor
@@ -54,15 +54,15 @@ class Drawn:
     """[s] bool: whether the token's successor is for the model to say; of a chat, the assistant's words alone."""
 
 
-def draw(samples: Samples, positions: Iterable[int]) -> Iterator[Drawn]:
+def draw(samples: Samples, positions: Iterable[int]) -> Iterator[SampledText]:
     """Those at `positions` of their first order, which has each once."""
     order = samples.order(0)
     for position in positions:
         sample = samples.sample(order.sample_at(position))
-        yield Drawn(torch.from_numpy(sample.tokens[:-1]), torch.from_numpy(sample.loss_mask) > 0)
+        yield SampledText(torch.from_numpy(sample.tokens[:-1]), torch.from_numpy(sample.loss_mask) > 0)
 
 
-def read_drawn(model: EarlyExitModel, drawn: Iterable[Drawn]) -> Readings:
+def read_drawn(model: EarlyExitModel, drawn: Iterable[SampledText]) -> ExitObservations:
     """What the exits say of the tokens that count."""
     drawn = list(drawn)
     return read_exits(model, [each.tokens for each in drawn]).only(torch.cat([each.counts for each in drawn]))

@@ -25,23 +25,23 @@ MEMORY = 2**30
 _PROGRAM = Path(__file__).with_name("confined_program.py")
 
 
-class Outcome(NamedTuple):
+class ProgramResult(NamedTuple):
     """How a program ended."""
 
     passed: bool
-    told: str
+    verdict: str
     """passed, timed out, or failed and why."""
     has_no_network: bool
     """Whether the system took the network away; else Python's sockets alone were refused."""
 
 
-def run_programs(programs: Sequence[str], *, seconds: int = SECONDS, memory: int = MEMORY) -> list[Outcome]:
+def run_programs(programs: Sequence[str], *, seconds: int = SECONDS, memory: int = MEMORY) -> list[ProgramResult]:
     """The outcome of each, as many at a time as there are cores."""
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         return list(pool.map(lambda program: run_program(program, seconds=seconds, memory=memory), programs))
 
 
-def run_program(program: str, *, seconds: int = SECONDS, memory: int = MEMORY) -> Outcome:
+def run_program(program: str, *, seconds: int = SECONDS, memory: int = MEMORY) -> ProgramResult:
     """Passed is a program that comes to its end: not one that raises, leaves, is killed or takes too long."""
     token, (reads, writes) = secrets.token_hex(16), os.pipe()
     asked = {"program": program, "seconds": seconds, "memory": memory, "descriptor": writes, "token": token}
@@ -85,13 +85,13 @@ def _read(descriptor: int) -> bytes:
         return b""
 
 
-def _outcome(said: bytes, token: str, is_late: bool, code: int) -> Outcome:
+def _outcome(said: bytes, token: str, is_late: bool, code: int) -> ProgramResult:
     try:
         tree: Any = parse_json(said)
-        told, (word, has_no_network) = str(tree["outcome"]), str(tree["token"]).split()
+        verdict, (word, has_no_network) = str(tree["outcome"]), str(tree["token"]).split()
     except (ValueError, KeyError, TypeError):
         word = ""
     if word != token:
         late = is_late or code in (-signal.SIGXCPU, -signal.SIGKILL)
-        return Outcome(False, "timed out" if late else f"failed: ended with {code}", False)
-    return Outcome(told == "passed", told, has_no_network == "True")
+        return ProgramResult(False, "timed out" if late else f"failed: ended with {code}", False)
+    return ProgramResult(verdict == "passed", verdict, has_no_network == "True")

@@ -81,7 +81,7 @@ def demo(output: Path) -> None:
     report = _measure(job, output, prompts)
     (output / "report.json").write_text(to_json(report, indent=2) + "\n", encoding="utf-8")
     draw_report(report, output / "report.png")
-    _tell(console, report, output, time.monotonic() - started)
+    _print_summary(console, report, output, time.monotonic() - started)
 
 
 def _write_text(folder: Path) -> list[str]:
@@ -165,7 +165,7 @@ def _validation_losses(metrics: Path) -> tuple[dict[str, float], dict[str, float
     return losses[0], losses[-1]
 
 
-def _tell(console: Console, report: dict[str, Any], output: Path, seconds: float) -> None:
+def _print_summary(console: Console, report: dict[str, Any], output: Path, seconds: float) -> None:
     """What happened, and what to type next."""
     before, after = report["exit_loss_before"], report["exit_loss_after"]
     losses = ", ".join(f"layer {layer}: {before[layer]:.2f} → {after[layer]:.2f}" for layer in before)

@@ -14,8 +14,8 @@ from rich.console import Console
 from ee_tuning.data.sample_corpus import documentation_strings, sample_corpus
 from ee_tuning.errors import InputError
 from ee_tuning.evaluation.demo_model import smollm2
+from ee_tuning.evaluation.demo_report import print_summary, write_report
 from ee_tuning.evaluation.demo_steps import Step, ee_tuning, run_command, run_steps
-from ee_tuning.evaluation.demo_told import tell, write_report
 from ee_tuning.json_file import to_json
 from ee_tuning.line_file import read_lines
 
@@ -202,7 +202,7 @@ def demo_llm(output: Path) -> None:
         soft_wrap=True,
     )
     seconds = run_steps(console, steps)
-    tell(console, json.loads(demo.report.read_text(encoding="utf-8")), output, seconds)
+    print_summary(console, json.loads(demo.report.read_text(encoding="utf-8")), output, seconds)
 
 
 def _begin(output: Path) -> None:

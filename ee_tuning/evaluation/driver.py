@@ -34,7 +34,7 @@ class _End:
 
 
 @dataclasses.dataclass(frozen=True)
-class Total:
+class TextScore:
     """A continuation's score, summed over its tokens."""
 
     logprob: float
@@ -44,7 +44,7 @@ class Total:
     """Layer -> tokens whose distribution is of it."""
 
     @classmethod
-    def of(cls, score: Score) -> "Total":
+    def of(cls, score: Score) -> "TextScore":
         """What is kept of a score."""
         return cls(score.logprob, all(score.is_greedy), dict(Counter(score.exit_layers)))
 
@@ -57,7 +57,7 @@ class Driver:
     def __init__(self, llm: EarlyExitLLM, *, is_alone: bool = True):
         self.llm, self._is_alone = llm, is_alone
         self._policies: list[Policy] = []
-        self._known: dict[bytes, list[Total]] = {}
+        self._known: dict[bytes, list[TextScore]] = {}
 
     def expect(self, policies: Sequence[Policy]) -> None:
         """Says by which policies the same continuations will be scored, one after the other: what one pass tells of all
@@ -65,7 +65,7 @@ class Driver:
         """
         self._policies, self._known = list(policies), {}
 
-    def score(self, pairs: Sequence[TokenPair], policy: Policy, batch_size: int) -> list[Total]:
+    def score(self, pairs: Sequence[TokenPair], policy: Policy, batch_size: int) -> list[TextScore]:
         """As `EarlyExitLLM.score`, summed."""
         if policy not in self._policies:
             return [each for (each,) in self._ask(_score, list(pairs), [policy], batch_size)]
@@ -132,12 +132,12 @@ def _key(pair: TokenPair) -> bytes:
     return hashlib.blake2b(array("q", [len(context), *context, *continuation]).tobytes(), digest_size=16).digest()
 
 
-def _score(llm: EarlyExitLLM, pairs: list[TokenPair], policies: list[Policy], batch_size: int) -> list[list[Total]]:
+def _score(llm: EarlyExitLLM, pairs: list[TokenPair], policies: list[Policy], batch_size: int) -> list[list[TextScore]]:
     """The totals of each pair by each policy."""
 
-    def score(share: list[TokenPair]) -> list[list[Total]]:
+    def score(share: list[TokenPair]) -> list[list[TextScore]]:
         scores = score_by(llm.model, token_pairs(llm.model, llm.encode, share), policies, batch_size)
-        return [[Total.of(each) for each in of_pair] for of_pair in zip(*scores, strict=True)]
+        return [[TextScore.of(each) for each in of_pair] for of_pair in zip(*scores, strict=True)]
 
     return over_replicas(pairs, score, llm.model.topology)
 

@@ -25,8 +25,8 @@ from ee_tuning.errors import InputError
 from ee_tuning.evaluation.figures import Evaluation, task_result
 from ee_tuning.evaluation.given import given_readings, given_texts, token_pair
 from ee_tuning.evaluation.points import FULL_DEPTH, Point, points_of
-from ee_tuning.evaluation.readings import Reading
-from ee_tuning.evaluation.task import Item, Task
+from ee_tuning.evaluation.readings import ItemResult
+from ee_tuning.evaluation.task import Task, TaskItem
 from ee_tuning.evaluation.text_metrics import Score, score_of
 from ee_tuning.generation.chat import stop_ids_of
 from ee_tuning.generation.completion import Completion
@@ -81,8 +81,8 @@ def evaluate(
     points: Sequence[Point] | None = None,
     procedure: Procedure | None = None,
     *,
-    known: Mapping[int, list[Reading]] | None = None,
-    on_block: Callable[[Block, list[Reading]], None] = lambda block, readings: None,
+    known: Mapping[int, list[ItemResult]] | None = None,
+    on_block: Callable[[Block, list[ItemResult]], None] = lambda block, readings: None,
     on_prompts: Callable[[int], None] = lambda count: None,
 ) -> Evaluation:
     """Measures every task by every point, full depth first; by default those of `points_of`. All ranks call it, and get
@@ -95,17 +95,17 @@ def evaluate(
     points = list(points_of(llm) if points is None else points)
     assert points and points[0].kind == "full"
     procedure, known = procedure or Procedure(), known or {}
-    bench = Bench(llm, points, procedure, on_prompts)
-    asked = {task.name: bench.jobs_of(task) for task in tasks}
+    runner = BlockRunner(llm, points, procedure, on_prompts)
+    asked = {task.name: runner.jobs_of(task) for task in tasks}
     readings = [reading for part in known.values() for reading in part]
     is_warm = False
     for block in blocks_of(tasks, procedure.block_size(llm.model.topology.dp)):
         if block.number in known:
             continue
         if block.task.text_metric is not None and not is_warm:
-            bench.warm([job for task in tasks if task.text_metric is not None for job in asked[task.name]])
+            runner.warm([job for task in tasks if task.text_metric is not None for job in asked[task.name]])
             is_warm = True
-        found = bench.measure(block, asked[block.task.name])
+        found = runner.measure(block, asked[block.task.name])
         readings += found
         on_block(block, found)
     results = [
@@ -125,7 +125,7 @@ def blocks_of(tasks: Sequence[Task], size: int) -> list[Block]:
     ]
 
 
-class Bench:
+class BlockRunner:
     """Decodes prompts by all points in turn."""
 
     def __init__(
@@ -147,7 +147,7 @@ class Bench:
         """What is asked of each prompt. Raises InputError, naming its line, where it can not be."""
         return [self._job(item, task) for item in task.items]
 
-    def _job(self, item: Item, task: Task) -> Job:
+    def _job(self, item: TaskItem, task: Task) -> Job:
         try:
             text = (
                 item.prompt
@@ -181,12 +181,12 @@ class Bench:
                 pass
             tokens.close()
 
-    def measure(self, block: Block, jobs: Sequence[Job]) -> list[Reading]:
+    def measure(self, block: Block, jobs: Sequence[Job]) -> list[ItemResult]:
         """A reading for each prompt of the block and each point. `jobs` are the task's."""
         topology, metric = self.llm.model.topology, block.task.text_metric
         score = None if metric is None else score_of(metric)
 
-        def measure_share(places: list[int]) -> list[list[Reading]]:
+        def measure_share(places: list[int]) -> list[list[ItemResult]]:
             if score is None:
                 return given_readings(self.llm, block.task, places, jobs, self.points)
             size = self.procedure.batch_size
@@ -200,7 +200,7 @@ class Bench:
 
     def _measure_group(
         self, block: Block, jobs: Sequence[Job], places: Sequence[int], score: Score
-    ) -> Iterator[list[Reading]]:
+    ) -> Iterator[list[ItemResult]]:
         """The readings of each of these prompts."""
         order = list(self.points)
         random.Random(f"{self.procedure.seed}/{block.task.name}/{places[0]}").shuffle(order)
@@ -246,8 +246,8 @@ class Bench:
         said: Completion,
         full: Completion,
         score: Score,
-    ) -> Reading:
-        return Reading(
+    ) -> ItemResult:
+        return ItemResult(
             task=block.task.name,
             item=place,
             point=point.name,

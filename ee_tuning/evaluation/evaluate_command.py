@@ -26,8 +26,8 @@ from ee_tuning.evaluation.evaluate import Block, Procedure, evaluate
 from ee_tuning.evaluation.evaluation_folder import OWNER, READINGS, EvaluationFolder, Settings, check_folder
 from ee_tuning.evaluation.evaluation_report import print_tables, write_reports
 from ee_tuning.evaluation.figures import Evaluation
-from ee_tuning.evaluation.points import Point, Ways, check_thresholds
-from ee_tuning.evaluation.readings import Reading
+from ee_tuning.evaluation.points import Point, PolicySweep, check_thresholds
+from ee_tuning.evaluation.readings import ItemResult
 from ee_tuning.evaluation.task import METRICS, Metric, Task, read_task
 from ee_tuning.evaluation.text_metrics import score_of
 from ee_tuning.generation.llm import EarlyExitLLM
@@ -39,7 +39,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Wish:
+class EvaluateOptions:
     """What is asked of the command beside its job."""
 
     tasks: tuple[Path, ...]
@@ -47,48 +47,48 @@ class Wish:
     """One for all tasks, or one for each."""
     output: Path
     overwrites: bool = False
-    ways: Ways
+    sweep: PolicySweep
     limit: int | None = None
     """Prompts of each task at most."""
     block: int = 0
     repeats: int = 1
 
 
-def evaluate_tasks(config: Config, wish: Wish) -> None:
+def evaluate_tasks(config: Config, options: EvaluateOptions) -> None:
     """Measures, and writes readings, figures, page and pictures into `wish.output`; what was measured before a stop is
     not measured again.
 
     Raises InputError, before the model is loaded, on tasks, metrics and an output that can not be used.
     """
     topology = init_parallel(config.parallel)
-    tasks = on_first_rank(topology, lambda: _read(config, wish))
-    with owned(wish.output, topology, lock_file=wish.output / OWNER):
-        _evaluate(config, wish, topology, tasks)
+    tasks = on_first_rank(topology, lambda: _read(config, options))
+    with owned(options.output, topology, lock_file=options.output / OWNER):
+        _evaluate(config, options, topology, tasks)
     destroy_parallel()
 
 
-def _read(config: Config, wish: Wish) -> list[Task]:
+def _read(config: Config, options: EvaluateOptions) -> list[Task]:
     """The tasks. Nothing is written."""
-    if not wish.tasks:
+    if not options.tasks:
         raise InputError("evaluate needs a task, got none; give --task FILE.jsonl")
-    if len(wish.metrics) not in (1, len(wish.tasks)):
+    if len(options.metrics) not in (1, len(options.tasks)):
         raise InputError(
-            f"--metric must be given once for all tasks, or as often as --task ({len(wish.tasks)}), got "
-            f"{len(wish.metrics) or 'none'}; they are {', '.join(METRICS)}"
+            f"--metric must be given once for all tasks, or as often as --task ({len(options.tasks)}), got "
+            f"{len(options.metrics) or 'none'}; they are {', '.join(METRICS)}"
         )
-    check_thresholds(wish.ways.thresholds)
+    check_thresholds(options.sweep.thresholds)
     sources = (
-        *wish.tasks,
-        *wish.ways.calibrations,
+        *options.tasks,
+        *options.sweep.calibrations,
         config.model.path,
         config.exits.path,
         config.data.tokenizer,
         config.data.chat_template,
     )
-    check_apart(wish.output, sources, around=True)
-    check_folder(wish.output, wish.overwrites)
-    metrics = wish.metrics * (len(wish.tasks) if len(wish.metrics) == 1 else 1)
-    tasks = [read_task(path, metric, limit=wish.limit) for path, metric in zip(wish.tasks, metrics, strict=True)]
+    check_apart(options.output, sources, around=True)
+    check_folder(options.output, options.overwrites)
+    metrics = options.metrics * (len(options.tasks) if len(options.metrics) == 1 else 1)
+    tasks = [read_task(path, metric, limit=options.limit) for path, metric in zip(options.tasks, metrics, strict=True)]
     names = [task.name for task in tasks]
     if double := next((name for name in names if names.count(name) > 1), None):
         raise InputError(f"tasks must have different names, got {double} twice; rename a file")
@@ -98,27 +98,30 @@ def _read(config: Config, wish: Wish) -> list[Task]:
     return tasks
 
 
-def _evaluate(config: Config, wish: Wish, topology: Topology, tasks: list[Task]) -> None:
+def _evaluate(config: Config, options: EvaluateOptions, topology: Topology, tasks: list[Task]) -> None:
     template = read_chat_template(config.data.chat_template)
     llm = EarlyExitLLM.from_config(config, topology)
-    points = wish.ways.points(llm, config.generation.measure)
+    points = options.sweep.points(llm, config.generation.measure)
     procedure = Procedure(
-        batch_size=config.generation.max_batch_size, block=wish.block, repeats=wish.repeats, chat_template=template
+        batch_size=config.generation.max_batch_size,
+        block=options.block,
+        repeats=options.repeats,
+        chat_template=template,
     )
     opened: list[EvaluationFolder] = []
 
-    def open_folder() -> dict[int, list[Reading]]:
+    def open_folder() -> dict[int, list[ItemResult]]:
         settings = _settings(llm, config, tasks, points, procedure)
-        opened.append(EvaluationFolder(wish.output, settings, wish.overwrites, session_of(topology)))
+        opened.append(EvaluationFolder(options.output, settings, options.overwrites, session_of(topology)))
         return dict(opened[0].blocks)
 
     known = on_first_rank(topology, open_folder)
     num_known = len({(each.task, each.item) for readings in known.values() for each in readings})
     display = _Display(
-        sum(len(task.items) for task in tasks), len(points), num_known, wish.output, speaks=topology.is_logging_rank
+        sum(len(task.items) for task in tasks), len(points), num_known, options.output, speaks=topology.is_logging_rank
     )
 
-    def keep(block: Block, readings: list[Reading]) -> None:
+    def keep(block: Block, readings: list[ItemResult]) -> None:
         on_first_rank(topology, lambda: opened[0].keep(block.number, readings))
         display.keep(block.size)
 
@@ -132,7 +135,7 @@ def _evaluate(config: Config, wish: Wish, topology: Topology, tasks: list[Task])
             on_block=keep,
             on_prompts=lambda count: display.count(count * topology.dp),
         )
-    on_first_rank(topology, lambda: _report(config, wish, llm, tasks, found, opened[0]))
+    on_first_rank(topology, lambda: _report(config, options, llm, tasks, found, opened[0]))
 
 
 def _settings(
@@ -158,7 +161,7 @@ def _settings(
         "--repeats": procedure.repeats,
         "tensor × pipeline × data": f"{topology.tp} × {topology.pp} × {topology.dp}",
         **{f"task {task.name}": f"{task.metric}, {len(task.items)} prompts, {task.digest()}" for task in tasks},
-        **{point.name: point.told() for point in points},
+        **{point.name: point.description() for point in points},
     }
 
 
@@ -188,7 +191,12 @@ def _processor() -> str:
 
 
 def _report(
-    config: Config, wish: Wish, llm: EarlyExitLLM, tasks: list[Task], found: Evaluation, folder: EvaluationFolder
+    config: Config,
+    options: EvaluateOptions,
+    llm: EarlyExitLLM,
+    tasks: list[Task],
+    found: Evaluation,
+    folder: EvaluationFolder,
 ) -> None:
     folder.close()
     about = {
@@ -198,7 +206,7 @@ def _report(
         "settings": folder.settings,
         "sessions": folder.sessions,
     }
-    paths = write_reports(found, tasks, about, wish.output)  # first: standard output may be closed
+    paths = write_reports(found, tasks, about, options.output)  # first: standard output may be closed
     print_tables(found)
     print(f"wrote {', '.join(map(str, paths))}")
 

@@ -12,12 +12,12 @@ from typing import Any, BinaryIO
 
 from ee_tuning.checkpoint.atomic_write import os_errors_as_input_errors
 from ee_tuning.errors import InputError
-from ee_tuning.evaluation.readings import Reading
+from ee_tuning.evaluation.readings import ItemResult
 from ee_tuning.json_file import parse_json, to_json
 
 READINGS, FIGURES, PAGE, OWNER = "readings.jsonl", "evaluation.json", "index.html", ".owner"
 _REMEDY = "give another --output, or --overwrite to begin anew"
-_MOST_TOLD = 3
+_MOST_LISTED = 3
 _BEGINNING = b'{"job": '
 
 Settings = dict[str, Any]
@@ -52,7 +52,7 @@ class EvaluationFolder:
         another job's, or damaged.
         """
         self.path = folder / READINGS
-        self.blocks: dict[int, list[Reading]] = {}
+        self.blocks: dict[int, list[ItemResult]] = {}
         """Number of a block -> its readings."""
         self.sessions: list[dict[str, Any]] = []
         """What each process that measured ran on."""
@@ -62,7 +62,7 @@ class EvaluationFolder:
         if self.path.exists() and not overwrites:
             self._read()
 
-    def keep(self, block: int, readings: list[Reading]) -> None:
+    def keep(self, block: int, readings: list[ItemResult]) -> None:
         """Keeps a block. Raises InputError where the disk refuses."""
         with os_errors_as_input_errors(self.path, "make room; the same command goes on with the blocks that are kept"):
             if self._file is None:
@@ -110,19 +110,19 @@ class EvaluationFolder:
                     if "session" in tree:
                         self.sessions.append(tree["session"])
                     elif number > 1:
-                        self.blocks[tree["block"]] = [Reading.of_tree(each) for each in tree["readings"]]
+                        self.blocks[tree["block"]] = [ItemResult.of_tree(each) for each in tree["readings"]]
                 except (ValueError, KeyError, TypeError, InputError) as error:
                     raise InputError(f"line {number} of {self.path} is damaged; {_REMEDY}") from error
                 self._end += len(line)
 
     def _check_same(self, there: Settings) -> None:
         pairs = {key: (there.get(key), self.settings.get(key)) for key in {**there, **self.settings}}
-        differing = [f"{key} ({_told(a)} there, {_told(b)} here)" for key, (a, b) in pairs.items() if a != b]
+        differing = [f"{key} ({_shown(a)} there, {_shown(b)} here)" for key, (a, b) in pairs.items() if a != b]
         if differing:
-            more = f" and {len(differing) - _MOST_TOLD} more" if len(differing) > _MOST_TOLD else ""
+            more = f" and {len(differing) - _MOST_LISTED} more" if len(differing) > _MOST_LISTED else ""
             raise InputError(
                 f"{self.path.parent} holds an evaluation of another job, which differs in "
-                f"{', '.join(differing[:_MOST_TOLD])}{more}; to go on give that job, else {_REMEDY}"
+                f"{', '.join(differing[:_MOST_LISTED])}{more}; to go on give that job, else {_REMEDY}"
             )
 
 
@@ -145,6 +145,6 @@ def _settings_in(journal: Path) -> Settings | None:
     return job
 
 
-def _told(value: Any) -> str:
+def _shown(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 40 else f"{text[:37]}…"

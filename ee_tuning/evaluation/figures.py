@@ -10,10 +10,10 @@ import numpy as np
 
 from ee_tuning.evaluation.bootstrap import DRAWS, Estimate, Floats, Resampled
 from ee_tuning.evaluation.points import Kind, Point
-from ee_tuning.evaluation.readings import Reading
+from ee_tuning.evaluation.readings import ItemResult
 from ee_tuning.evaluation.task import Metric, Task
 
-Sums = Mapping[str, Floats]
+SumsByName = Mapping[str, Floats]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,14 +72,14 @@ class Evaluation:
 
     num_layers: int
     tasks: list[TaskResult]
-    readings: list[Reading]
+    readings: list[ItemResult]
     """Prompt by prompt."""
 
 
 def task_result(
     task: Task,
     points: Sequence[Point],
-    readings: Sequence[Reading],
+    readings: Sequence[ItemResult],
     num_layers: int,
     *,
     draws: int = DRAWS,
@@ -111,7 +111,7 @@ def task_result(
     return TaskResult(name=task.name, metric=task.metric, num_prompts=len(task.items), points=results)
 
 
-def _times(by_point: Mapping[str, list[Reading]], draws: int, seed: int) -> Resampled | None:
+def _times(by_point: Mapping[str, list[ItemResult]], draws: int, seed: int) -> Resampled | None:
     """Tokens and seconds by group: what is timed together is drawn together."""
     columns: dict[str, list[float]] = {}
     for name, found in by_point.items():
@@ -132,7 +132,7 @@ def _times(by_point: Mapping[str, list[Reading]], draws: int, seed: int) -> Resa
 def _point_result(
     task: Task,
     point: Point,
-    found: list[Reading],
+    found: list[ItemResult],
     layers: list[int],
     full: str,
     prompts: Resampled,
@@ -140,11 +140,11 @@ def _point_result(
 ) -> PointResult:
     name, keys = point.name, list(found[0].scores)
 
-    def share(what: str, of: str) -> Callable[[Sums], Floats]:
+    def share(what: str, of: str) -> Callable[[SumsByName], Floats]:
         return lambda sums: sums[f"{name}/{what}"] / sums[f"{name}/{of}"]
 
-    def metric(way: str, key: str) -> Callable[[Sums], Floats]:
-        mean: Callable[[Sums], Floats] = lambda sums: sums[f"{way}/score {key}"] / sums[f"{way}/weight"]  # noqa: E731
+    def metric(way: str, key: str) -> Callable[[SumsByName], Floats]:
+        mean: Callable[[SumsByName], Floats] = lambda sums: sums[f"{way}/score {key}"] / sums[f"{way}/weight"]  # noqa: E731
         return (lambda sums: np.exp(mean(sums))) if task.metric == "perplexity" else mean
 
     metrics = {key: prompts.estimate(metric(name, key)) for key in keys}
@@ -171,5 +171,5 @@ def _point_result(
     )
 
 
-def _rate(sums: Sums, name: str) -> Floats:
+def _rate(sums: SumsByName, name: str) -> Floats:
     return sums[f"{name}/tokens"] / sums[f"{name}/seconds"]

@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from ee_tuning.evaluation.points import Point
-from ee_tuning.evaluation.readings import Reading
-from ee_tuning.evaluation.task import Item, Task
+from ee_tuning.evaluation.readings import ItemResult
+from ee_tuning.evaluation.task import Task, TaskItem
 from ee_tuning.generation.llm import EarlyExitLLM, Job
 from ee_tuning.generation.scoring import Score, TokenPair, score_by
 
@@ -20,7 +20,7 @@ _ROWS = 32
 
 def given_readings(
     llm: EarlyExitLLM, task: Task, places: Sequence[int], jobs: Sequence[Job], points: Sequence[Point]
-) -> list[list[Reading]]:
+) -> list[list[ItemResult]]:
     """A reading of each point, full depth first, for each prompt at `places` of the task, whose jobs are `jobs`."""
     texts = [given_texts(task, task.items[place]) for place in places]
     by_point = _scored(llm, [jobs[place] for place in places], texts, points)
@@ -33,7 +33,7 @@ def given_readings(
     ]
 
 
-def given_texts(task: Task, item: Item) -> tuple[str, ...]:
+def given_texts(task: Task, item: TaskItem) -> tuple[str, ...]:
     """What is asked about: the choices, or the answer; nothing where the task is to generate."""
     return item.choices if task.metric == "choice" else item.answers if task.metric == "perplexity" else ()
 
@@ -57,11 +57,11 @@ def _scored(
     return [[[next(scores) for _ in each] for each in texts] for scores in by_point]
 
 
-def _reading(task: Task, place: int, point: Point, scores: list[Score], full: list[Score]) -> Reading:
+def _reading(task: Task, place: int, point: Point, scores: list[Score], full: list[Score]) -> ItemResult:
     exits = dict(sorted(Counter(layer for score in scores for layer in score.exit_layers).items()))
     item = task.items[place]
     if task.metric == "perplexity":
-        return Reading(
+        return ItemResult(
             task=task.name,
             item=place,
             point=point.name,
@@ -70,7 +70,7 @@ def _reading(task: Task, place: int, point: Point, scores: list[Score], full: li
             weight=float(len(scores[0].token_ids)),
         )
     chosen, by_length = likeliest(item, scores)
-    return Reading(
+    return ItemResult(
         task=task.name,
         item=place,
         point=point.name,
@@ -81,7 +81,7 @@ def _reading(task: Task, place: int, point: Point, scores: list[Score], full: li
     )
 
 
-def likeliest(item: Item, scores: Sequence[Score]) -> tuple[int, int]:
+def likeliest(item: TaskItem, scores: Sequence[Score]) -> tuple[int, int]:
     """Place of the choice of the highest log-likelihood, and of that of the highest one for each of its characters; the
     first of equals.
     """

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ee_tuning.config.generation import Measure
-from ee_tuning.evaluation.calibrate import Readings
+from ee_tuning.evaluation.calibrate import ExitObservations
 
 # d documents · g thresholds of the grid · n tokens
 
@@ -67,7 +67,7 @@ class Proof:
         return self.grid[self.num_proven - 1] if self.num_proven else None
 
 
-def try_thresholds(readings: Readings, measure: Measure) -> Trials:
+def try_thresholds(readings: ExitObservations, measure: Measure) -> Trials:
     """Each threshold of the grid on each sample of `readings`; every sample has a token there."""
     documents = readings.samples
     lengths = documents.bincount()

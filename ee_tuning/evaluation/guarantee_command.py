@@ -15,8 +15,8 @@ from ee_tuning.config import Config
 from ee_tuning.config.generation import Measure
 from ee_tuning.data.tokens import Samples
 from ee_tuning.errors import InputError
-from ee_tuning.evaluation.calibrate import MEASURES, Outcome, judge
-from ee_tuning.evaluation.calibrate_text import Drawn, draw, read_drawn, samples_of
+from ee_tuning.evaluation.calibrate import MEASURES, CalibrationResult, judge
+from ee_tuning.evaluation.calibrate_text import SampledText, draw, read_drawn, samples_of
 from ee_tuning.evaluation.calibration_file import write_calibration
 from ee_tuning.evaluation.guarantee import GRID, Proof, documents_needed, earliest, prove, try_thresholds
 
@@ -24,7 +24,7 @@ CONFIDENCE, TOKENS = 0.95, 200_000
 
 
 @dataclasses.dataclass(frozen=True)
-class _Asked:
+class _GuaranteeOptions:
     """What is to be guaranteed."""
 
     delta: float
@@ -42,7 +42,7 @@ def calibrate_with_guarantee(config: Config, flags: argparse.Namespace, loaded: 
     """
     from ee_tuning.evaluation.guarantee_picture import draw_guarantee
 
-    asked = _Asked(
+    asked = _GuaranteeOptions(
         flags.guarantee,
         CONFIDENCE if flags.confidence is None else flags.confidence,
         MEASURES if flags.measure in (None, "best") else (flags.measure,),
@@ -73,13 +73,13 @@ def calibrate_with_guarantee(config: Config, flags: argparse.Namespace, loaded: 
         },
     )
     draw_guarantee(proofs, measure, asked.delta, picture)
-    _tell(asked, measure, proofs[measure], readings.num_tokens, found, readings.num_layers)
+    _print_summary(asked, measure, proofs[measure], readings.num_tokens, found, readings.num_layers)
     print(f"wrote {flags.output} and {picture}; next: ee-tuning generate --calibration {flags.output} …")
 
 
-def _documents(samples: Samples, num_tokens: int) -> list[Drawn]:
+def _documents(samples: Samples, num_tokens: int) -> list[SampledText]:
     """Documents until they have `num_tokens` tokens; what they say has no part in the choice."""
-    documents: list[Drawn] = []
+    documents: list[SampledText] = []
     for document in draw(samples, range(samples.order(0).num_distinct)):
         if num_tokens <= 0:
             break
@@ -88,7 +88,7 @@ def _documents(samples: Samples, num_tokens: int) -> list[Drawn]:
     return documents
 
 
-def _check_number(num_documents: int, asked: _Asked, *, is_cut: bool) -> None:
+def _check_number(num_documents: int, asked: _GuaranteeOptions, *, is_cut: bool) -> None:
     level = asked.epsilon / len(asked.measures)
     needed, by_one = documents_needed(asked.delta, level), documents_needed(asked.delta, asked.epsilon)
     assert needed is not None and by_one is not None
@@ -105,7 +105,7 @@ def _check_number(num_documents: int, asked: _Asked, *, is_cut: bool) -> None:
         )
 
 
-def _tree(asked: _Asked, proofs: Mapping[Measure, Proof]) -> dict[str, object]:
+def _tree(asked: _GuaranteeOptions, proofs: Mapping[Measure, Proof]) -> dict[str, object]:
     """The guarantee as the calibration file tells it: all that is needed to check the tests."""
     first = next(iter(proofs.values()))
     tests = {
@@ -129,7 +129,9 @@ def _tree(asked: _Asked, proofs: Mapping[Measure, Proof]) -> dict[str, object]:
     }
 
 
-def _tell(asked: _Asked, measure: str, proof: Proof, num_tokens: int, found: Outcome, num_layers: int) -> None:
+def _print_summary(
+    asked: _GuaranteeOptions, measure: str, proof: Proof, num_tokens: int, found: CalibrationResult, num_layers: int
+) -> None:
     print(f"{len(GRID)} thresholds tested on {proof.num_documents:,} documents, {num_tokens:,} tokens")
     if proof.threshold is None:
         needed = documents_needed(asked.delta, proof.level, float(proof.losses[0]))

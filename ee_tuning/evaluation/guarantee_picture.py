@@ -10,7 +10,7 @@ from ee_tuning.evaluation.guarantee import Proof
 
 
 @dataclass(frozen=True, kw_only=True)
-class Words:
+class PictureLabels:
     """What the losses are."""
 
     loss: str = "Tokens that differ from the full model's"
@@ -19,7 +19,7 @@ class Words:
 
 
 def draw_guarantee(
-    proofs: Mapping[Measure, Proof], chosen: Measure, delta: float, output: Path, words: Words = Words()
+    proofs: Mapping[Measure, Proof], chosen: Measure, delta: float, output: Path, words: PictureLabels = PictureLabels()
 ) -> None:
     """Raises InputError where `output` can not be written."""
     import matplotlib

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ee_tuning.errors import InputError
-from ee_tuning.evaluation.code_runner import Outcome, run_programs
+from ee_tuning.evaluation.code_runner import ProgramResult, run_programs
 from ee_tuning.evaluation.driver import Driver
 from ee_tuning.generation.completion import Completion
 from ee_tuning.generation.job import Job
@@ -109,7 +109,7 @@ def read_completions(path: Path, problems: Sequence[Problem]) -> list[str]:
         ) from error
 
 
-def check_completions(problems: Sequence[Problem], texts: Sequence[str]) -> list[Outcome]:
+def check_completions(problems: Sequence[Problem], texts: Sequence[str]) -> list[ProgramResult]:
     """Runs what the model wrote, and its tests. See `code_runner.py` for what that means."""
     return run_programs([problem.program(text) for problem, text in zip(problems, texts, strict=True)])
 
@@ -126,12 +126,12 @@ def depth(completions: Sequence[Completion]) -> dict[str, Any]:
     }
 
 
-def passed(problems: Sequence[Problem], outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def passed(problems: Sequence[Problem], outcomes: Sequence[ProgramResult]) -> dict[str, Any]:
     """`pass@1`, and what became of the others."""
     return {
         "pass@1": sum(each.passed for each in outcomes) / len(problems),
         "failed": {
-            problem.task_id: each.told for problem, each in zip(problems, outcomes, strict=True) if not each.passed
+            problem.task_id: each.verdict for problem, each in zip(problems, outcomes, strict=True) if not each.passed
         },
-        "ran_without_network": all(each.has_no_network for each in outcomes if each.told != "timed out"),
+        "ran_without_network": all(each.has_no_network for each in outcomes if each.verdict != "timed out"),
     }

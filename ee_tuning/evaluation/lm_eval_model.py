@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ee_tuning.data.chat_template import ChatTemplate
 from ee_tuning.data.tokenizer import beginning_ids, begun
 from ee_tuning.errors import InputError
-from ee_tuning.evaluation.driver import Driver, Total
+from ee_tuning.evaluation.driver import Driver, TextScore
 from ee_tuning.generation.job import Job
 from ee_tuning.generation.llm import EarlyExitLLM, with_options
 from ee_tuning.generation.params import SamplingParams
@@ -204,7 +204,7 @@ class EarlyExitLM(TemplateLM):
             self.cache_hook.add_partial("generate_until", request.args, answers[-1])
         return answers
 
-    def _scores(self, pairs: list[TokenPair], disable_tqdm: bool) -> list[Total]:
+    def _scores(self, pairs: list[TokenPair], disable_tqdm: bool) -> list[TextScore]:
         longest = self.max_length + 1
         cut = [
             (context[max(0, len(context) + len(continuation) - longest) :], continuation)

@@ -65,8 +65,10 @@ def check_harness(tasks: HarnessTasks) -> None:
             )
 
 
-def run_harness(driver: Driver, tasks: HarnessTasks, policy: Policy, policy_told: Mapping[str, Any]) -> dict[str, Any]:
-    """The harness's results, and under `ee_tuning` the policy as `policy_told` and where tokens left.
+def run_harness(
+    driver: Driver, tasks: HarnessTasks, policy: Policy, policy_described: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The harness's results, and under `ee_tuning` the policy as `policy_described` and where tokens left.
 
     Raises InputError where a task can not be read, or asks for what is not to be had.
     """
@@ -101,7 +103,7 @@ def run_harness(driver: Driver, tasks: HarnessTasks, policy: Policy, policy_told
     results["config"]["model"] = "ee-tuning"
     return {
         **results,
-        KEY: {"policy": dict(policy_told), "note": NOTE, "left": _left(model.left, driver.llm.num_layers)},
+        KEY: {"policy": dict(policy_described), "note": NOTE, "left": _left(model.left, driver.llm.num_layers)},
     }
 
 
@@ -121,16 +123,16 @@ def results_table(results: Mapping[str, Any]) -> str:
 
 def _left(left: Mapping[str, Mapping[int, int]], num_layers: int) -> dict[str, Any]:
     """Per kind of request: how many tokens, their mean depth in layers, and the share that left at each exit."""
-    told = {}
+    figures = {}
     for kind, counts in left.items():
         if total := sum(counts.values()):
-            told[kind] = {
+            figures[kind] = {
                 "tokens": total,
                 "mean_depth": sum(layer * count for layer, count in counts.items()) / total,
                 "num_layers": num_layers,
                 "share_by_exit": {str(layer): counts[layer] / total for layer in sorted(counts)},
             }
-    return told
+    return figures
 
 
 @functools.lru_cache(maxsize=1)

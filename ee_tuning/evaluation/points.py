@@ -27,7 +27,7 @@ class Point:
     value: float | None = None
     """The threshold, or the layer of the fixed exit."""
 
-    def told(self) -> str:
+    def description(self) -> str:
         """All that its tokens depend on, in few words."""
         if self.policy.thresholds:
             exits = ", ".join(
@@ -43,7 +43,7 @@ FULL_DEPTH = Point(name="full depth", kind="full", policy=FULL)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ways:
+class PolicySweep:
     """What a command is asked to compare with full depth, before a model is there."""
 
     thresholds: tuple[float, ...] = THRESHOLDS

@@ -47,7 +47,7 @@ class Profile:
     num_tokens: int
 
     @property
-    def turns(self) -> list[float]:
+    def angular_distances(self) -> list[float]:
         """How far each layer turns its input, 0 to 1 (opposite)."""
         return self.distances.diagonal(1).tolist()
 
@@ -130,7 +130,7 @@ def profile(config: Config, flags: argparse.Namespace) -> None:
             to_json(
                 {
                     "tokens": measured.num_tokens,
-                    "turns": measured.turns,
+                    "turns": measured.angular_distances,
                     "distances": measured.distances.tolist(),
                     "exit_layers": layers,
                     "picture": str(flags.output),
@@ -139,7 +139,7 @@ def profile(config: Config, flags: argparse.Namespace) -> None:
         )
         return
     print("layer  turns its input by  share of the way done")
-    for number, (turn, done) in enumerate(zip(measured.turns, measured.path, strict=True), 1):
+    for number, (turn, done) in enumerate(zip(measured.angular_distances, measured.path, strict=True), 1):
         print(f"{number:5}  {turn:18.4f}  {done / whole:20.1%}" + "  exit" * (number in layers))
     print(f"angular distances, 1 is opposite, mean over {measured.num_tokens:,} tokens; wrote {flags.output}")
     print(f"as auto:{flags.num_exits}:profile has it: --exit-layers {','.join(map(str, layers))}")

@@ -20,11 +20,11 @@ def draw_profile(distances: Tensor, exit_layers: tuple[int, ...], name: str, out
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    turns = distances.diagonal(1).tolist()
+    distances_by_layer = distances.diagonal(1).tolist()
     figure, (line, heat) = plt.subplots(1, 2, figsize=(11, 4.4), constrained_layout=True)
     for layer in exit_layers:
         line.axvline(layer, color=EXIT, linewidth=4)
-    line.plot(range(1, len(turns) + 1), turns, "-o", color=LINE, markersize=4)
+    line.plot(range(1, len(distances_by_layer) + 1), distances_by_layer, "-o", color=LINE, markersize=4)
     line.set(
         title=f"Exits after {', '.join(map(str, exit_layers))}",
         xlabel="layer",
@@ -32,7 +32,10 @@ def draw_profile(distances: Tensor, exit_layers: tuple[int, ...], name: str, out
     )
     line.set_ylim(bottom=0)
     image = heat.imshow(
-        distances.numpy(), cmap="viridis", origin="lower", extent=(0.5, len(turns) + 1.5, 0.5, len(turns) + 1.5)
+        distances.numpy(),
+        cmap="viridis",
+        origin="lower",
+        extent=(0.5, len(distances_by_layer) + 1.5, 0.5, len(distances_by_layer) + 1.5),
     )
     heat.set(title="Between the inputs of two layers", xlabel="layer", ylabel="layer")
     figure.colorbar(image, ax=heat)

@@ -61,13 +61,13 @@ def measure_thresholds(
     fastest: list[list[Completion]] = [[] for _ in ways]
     for done, prompt in enumerate(prompts, 1):
         rounds = [[llm.generate([prompt], **way, **options)[0] for way in ways] for _ in range(REPEATS)]
-        for completions, told in zip(fastest, zip(*rounds, strict=True), strict=True):
-            completions.append(min(told, key=lambda completion: completion.seconds))
+        for completions, completed in zip(fastest, zip(*rounds, strict=True), strict=True):
+            completions.append(min(completed, key=lambda completion: completion.seconds))
         on_prompt(done)
     full, *early = fastest
     full_rate = _rate(full)
     return [
-        _result(llm, threshold, told, full_rate) for threshold, told in zip(thresholds, early, strict=True)
+        _result(llm, threshold, completed, full_rate) for threshold, completed in zip(thresholds, early, strict=True)
     ], full_rate
 
 

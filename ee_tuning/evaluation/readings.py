@@ -7,7 +7,7 @@ from ee_tuning.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
+class ItemResult:
     """One prompt by one way to leave."""
 
     task: str
@@ -35,7 +35,7 @@ class Reading:
         """New tokens of a completion, or tokens of the texts that were asked about."""
         return sum(self.exits.values())
 
-    def in_group(self, group: str) -> "Reading":
+    def in_group(self, group: str) -> "ItemResult":
         """This one, timed in `group`."""
         return replace(self, group=group)
 
@@ -44,7 +44,7 @@ class Reading:
         return {key: value for key, value in asdict(self).items() if value not in (None, "")}
 
     @classmethod
-    def of_tree(cls, tree: dict[str, Any]) -> "Reading":
+    def of_tree(cls, tree: dict[str, Any]) -> "ItemResult":
         """What `tree` made. Raises InputError on anything else."""
         try:
             return cls(**{**tree, "exits": {int(layer): count for layer, count in tree["exits"].items()}})

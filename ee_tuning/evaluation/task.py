@@ -28,7 +28,7 @@ Line = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Item:
+class TaskItem:
     """A prompt of a task."""
 
     where: str
@@ -56,7 +56,7 @@ class Task:
 
     name: str
     metric: Metric
-    items: tuple[Item, ...]
+    items: tuple[TaskItem, ...]
 
     @property
     def text_metric(self) -> TextMetric | None:
@@ -65,11 +65,11 @@ class Task:
 
     def digest(self) -> str:
         """Tells this task from others, in few characters."""
-        told = [
+        fields = [
             self.metric,
             [{key: value for key, value in asdict(item).items() if key != "where"} for item in self.items],
         ]
-        return hashlib.sha256(to_json(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        return hashlib.sha256(to_json(fields, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def read_task(path: Path, metric: Metric, *, limit: int | None = None, name: str | None = None) -> Task:
@@ -80,7 +80,7 @@ def read_task(path: Path, metric: Metric, *, limit: int | None = None, name: str
     """
     if metric not in METRICS:
         raise InputError(f"--metric must be one of {', '.join(METRICS)}, got {metric!r}")
-    items = list[Item]()
+    items = list[TaskItem]()
     for number, line in _lines(path):
         if limit is not None and len(items) >= limit:
             break
@@ -105,7 +105,7 @@ def _lines(path: Path) -> Iterator[tuple[int, Line]]:
         yield number, line
 
 
-def _item(line: Line, where: str, number: int) -> Item:
+def _item(line: Line, where: str, number: int) -> TaskItem:
     """Raises InputError where the line is no task."""
     for key in line.keys() - set(_KEYS):
         if near := difflib.get_close_matches(key, _KEYS, n=1, cutoff=_MISSPELT):
@@ -133,7 +133,7 @@ def _item(line: Line, where: str, number: int) -> Item:
         raise InputError(f'{where}: a "stop" must not be empty; leave it out to have none')
     if not isinstance(own, str | int):
         raise InputError(f'{where}: "id" must be a text or a whole number, got {own!r:.60}')
-    return Item(
+    return TaskItem(
         where=where,
         id=own,
         prompt=prompt,
@@ -176,7 +176,7 @@ def _texts(value: Any, key: str, where: str) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _check_fit(item: Item, metric: Metric) -> None:
+def _check_fit(item: TaskItem, metric: Metric) -> None:
     if metric == "choice" and item.right is None:
         raise InputError(
             f'{item.where}: --metric choice needs "choices", and this line has answers alone; exact, contains, rouge-l and '

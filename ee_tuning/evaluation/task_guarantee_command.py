@@ -15,7 +15,7 @@ from ee_tuning.errors import InputError
 from ee_tuning.evaluation.calibrate import MEASURES
 from ee_tuning.evaluation.calibration_file import write_calibration
 from ee_tuning.evaluation.guarantee import Proof, documents_needed, earliest, prove
-from ee_tuning.evaluation.guarantee_picture import Words, draw_guarantee
+from ee_tuning.evaluation.guarantee_picture import PictureLabels, draw_guarantee
 from ee_tuning.evaluation.points import FULL_DEPTH, check_thresholds
 from ee_tuning.evaluation.task import Task, read_task
 from ee_tuning.evaluation.task_losses import GRID, Scored, TaskScores, try_on_task
@@ -41,7 +41,7 @@ def calibrate_on_task(config: Config, flags: argparse.Namespace, topology: Topol
     scores = TaskScores(llm, task, read_chat_template(config.data.chat_template))
     full, level = scores.by(FULL_DEPTH), (1 - confidence) / len(measures)
 
-    def tell(threshold: float, loss: float, p_value: float) -> None:
+    def progress_line(threshold: float, loss: float, p_value: float) -> None:
         if topology.is_logging_rank:
             print(
                 f"threshold {threshold:g}: {task.metric} drops by {loss:.2%} of a prompt, p = {p_value:.2g}",
@@ -50,7 +50,10 @@ def calibrate_on_task(config: Config, flags: argparse.Namespace, topology: Topol
             )
 
     proofs = prove(
-        {measure: try_on_task(scores, full, measure, grid, flags.guarantee, level, tell) for measure in measures},
+        {
+            measure: try_on_task(scores, full, measure, grid, flags.guarantee, level, progress_line)
+            for measure in measures
+        },
         flags.guarantee,
         1 - confidence,
         grid,
@@ -75,9 +78,9 @@ def calibrate_on_task(config: Config, flags: argparse.Namespace, topology: Topol
         measure,
         flags.guarantee,
         picture,
-        Words(loss=f"Drop of {task.metric} below full depth's", of="of a prompt, %", units="prompts"),
+        PictureLabels(loss=f"Drop of {task.metric} below full depth's", of="of a prompt, %", units="prompts"),
     )
-    _tell(task, flags.guarantee, confidence, measure, proofs[measure], full, llm.num_layers)
+    _print_summary(task, flags.guarantee, confidence, measure, proofs[measure], full, llm.num_layers)
 
 
 def _read(flags: argparse.Namespace, grid: tuple[float, ...]) -> Task:
@@ -138,7 +141,7 @@ def _mean(scored: list[Scored]) -> float:
     return sum(each.score for each in scored) / len(scored)
 
 
-def _tell(
+def _print_summary(
     task: Task, delta: float, confidence: float, measure: str, proof: Proof, full: list[Scored], num_layers: int
 ) -> None:
     tried, at = len(proof.losses), proof.num_proven - 1

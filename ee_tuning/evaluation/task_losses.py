@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from ee_tuning.config.generation import Measure
-from ee_tuning.evaluation.evaluate import Bench, Procedure
+from ee_tuning.evaluation.evaluate import BlockRunner, Procedure
 from ee_tuning.evaluation.given import given_readings
 from ee_tuning.evaluation.guarantee import Trials, hoeffding_bentkus
 from ee_tuning.evaluation.points import FULL_DEPTH, Point, points_of
@@ -40,8 +40,10 @@ class TaskScores:
     def __init__(self, llm: EarlyExitLLM, task: Task, chat_template: str | None = None):
         """Raises InputError, naming its line, on a prompt that can not be used."""
         self.llm, self.task = llm, task
-        bench = Bench(llm, [FULL_DEPTH], Procedure(batch_size=llm.defaults.max_batch_size, chat_template=chat_template))
-        self.options, self._jobs = bench.options, bench.jobs_of(task)
+        runner = BlockRunner(
+            llm, [FULL_DEPTH], Procedure(batch_size=llm.defaults.max_batch_size, chat_template=chat_template)
+        )
+        self.options, self._jobs = runner.options, runner.jobs_of(task)
 
     def by(self, point: Point) -> list[Scored]:
         """One for each prompt, on every rank."""

@@ -19,7 +19,7 @@ from ee_tuning.data.documents import file_ranges, read_records
 from ee_tuning.data.file_kind import named_format
 from ee_tuning.data.messages import Where
 from ee_tuning.data.piped import copied, has_pipes
-from ee_tuning.data.prompt_records import Prompt, Reading, prompt_of
+from ee_tuning.data.prompt_records import Prompt, PromptFormat, prompt_of
 from ee_tuning.data.records import LeftOut
 from ee_tuning.data.shipped_prompts import shipped_prompts
 from ee_tuning.data.sources import find_corpora
@@ -56,9 +56,9 @@ class Wish:
     limit: int | None = None
     """Prompts at most."""
     as_chat: bool = False
-    """Whether texts are asked as a user's message; see `Reading`."""
+    """Whether texts are asked as a user's message; see `PromptFormat`."""
     last_turn: bool = False
-    """Whether the last answer of a chat is made alone; see `Reading`."""
+    """Whether the last answer of a chat is made alone; see `PromptFormat`."""
     drops_cut: bool = False
 
 
@@ -148,7 +148,7 @@ def _read(config: Config, wish: Wish, read: _Prompts) -> None:
         )
     given = read_chat_template(config.data.chat_template)
     tokenizer = load_tokenizer(tokenizer_of(config), trusts_code=config.model.trust_remote_code)
-    reading = Reading(
+    reading = PromptFormat(
         text_key=config.data.text_key,
         has_template=bool(given or tokenizer.chat_template),
         as_chat=wish.as_chat,
@@ -164,7 +164,9 @@ def _read(config: Config, wish: Wish, read: _Prompts) -> None:
         ChatTemplate(tokenizer, given).source()  # refuses its absence before a model is loaded
 
 
-def _prompts(config: Config, wish: Wish, reading: Reading, left_out: list[LeftOut]) -> Iterator[tuple[Prompt, Where]]:
+def _prompts(
+    config: Config, wish: Wish, reading: PromptFormat, left_out: list[LeftOut]
+) -> Iterator[tuple[Prompt, Where]]:
     for number, text in enumerate(shipped_prompts(wish.num_shipped), 1):
         yield Prompt(turns=([{"role": "user", "content": text}],)), partial("shipped prompt {}".format, number)
     with tempfile.TemporaryDirectory() as folder:

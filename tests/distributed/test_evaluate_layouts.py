@@ -12,8 +12,8 @@ from random_models import random_llama
 from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.errors import InputError
 from ee_tuning.evaluation import evaluate_command as module
-from ee_tuning.evaluation.evaluate_command import Wish, evaluate_tasks
-from ee_tuning.evaluation.points import Ways
+from ee_tuning.evaluation.evaluate_command import EvaluateOptions, evaluate_tasks
+from ee_tuning.evaluation.points import PolicySweep
 from ee_tuning.generation.replicas import over_replicas
 from ee_tuning.parallel.topology import init_parallel
 
@@ -40,11 +40,11 @@ def evaluate_at(folder: str, task: str, output: str, keys: dict[str, Any]) -> st
     try:
         evaluate_tasks(
             config,
-            Wish(
+            EvaluateOptions(
                 tasks=(Path(task), Path(task).with_name("choice.jsonl")),
                 metrics=("contains", "choice"),
                 output=Path(output),
-                ways=Ways(thresholds=(0.05,), fixed=(2,), speculative=True),
+                sweep=PolicySweep(thresholds=(0.05,), fixed=(2,), speculative=True),
             ),
         )
     except InputError as error:

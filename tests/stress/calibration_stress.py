@@ -14,7 +14,7 @@ from ee_tuning.checkpoint.load import load_for_generation
 from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.config.generation import Measure
 from ee_tuning.data.tokenizer import load_tokenizer
-from ee_tuning.evaluation.calibrate import MEASURES, Readings, read_exits
+from ee_tuning.evaluation.calibrate import MEASURES, ExitObservations, read_exits
 from ee_tuning.evaluation.guarantee import Trials, earliest, prove, try_thresholds
 from ee_tuning.parallel.topology import init_parallel
 
@@ -44,7 +44,7 @@ def stress_calibrations(count: int, seed: int, folder: Path, num_documents: int 
     """`count` calibrations of each case, drawn from `num_documents` that the shipped model did not learn from."""
     readings, report = record(folder, num_documents), Report()
     alone = readings.only(torch.arange(readings.num_tokens) % (LENGTH // 4) == 0)
-    alone = Readings(alone.confidences, alone.agrees, torch.arange(alone.num_tokens), alone.num_layers)
+    alone = ExitObservations(alone.confidences, alone.agrees, torch.arange(alone.num_tokens), alone.num_layers)
     trials = {
         units: {measure: try_thresholds(each, measure) for measure in MEASURES}
         for units, each in (("documents", readings), ("single tokens", alone))
@@ -75,7 +75,7 @@ def stress_calibrations(count: int, seed: int, folder: Path, num_documents: int 
     return report
 
 
-def record(folder: Path, num_documents: int) -> Readings:
+def record(folder: Path, num_documents: int) -> ExitObservations:
     """What untuned exits say of held-out documents of LENGTH tokens."""
     exits = write_exits(MODEL, folder / "heads", exit_layers=[3, 6, 9], init="copy")
     config = load_config(None, {"model.path": str(MODEL), "exits.path": str(exits)})

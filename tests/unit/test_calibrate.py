@@ -15,7 +15,7 @@ from ee_tuning import EarlyExitLLM, cli
 from ee_tuning.checkpoint.load import load_for_generation
 from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.errors import InputError
-from ee_tuning.evaluation.calibrate import MEASURES, Readings, best_measure, choose, judge, read_exits
+from ee_tuning.evaluation.calibrate import MEASURES, ExitObservations, best_measure, choose, judge, read_exits
 from ee_tuning.evaluation.calibrate_command import calibrate
 from ee_tuning.evaluation.demo import CHECKOUT
 from ee_tuning.parallel.topology import init_parallel
@@ -24,7 +24,7 @@ MODEL = CHECKOUT / "examples" / "tiny-python-llama"
 SAMPLE = 100
 
 
-def synthetic(seed: int, num_samples: int, skill: tuple[float, ...] = (0.7, 1.0, 1.3)) -> Readings:
+def synthetic(seed: int, num_samples: int, skill: tuple[float, ...] = (0.7, 1.0, 1.3)) -> ExitObservations:
     """Exits that are right with probability confidence ** (1 / skill), on samples that are hard or easy as a whole."""
     generator = torch.Generator().manual_seed(seed)
     ease = torch.rand(num_samples, generator=generator, dtype=torch.float64).repeat_interleave(SAMPLE)
@@ -35,7 +35,7 @@ def synthetic(seed: int, num_samples: int, skill: tuple[float, ...] = (0.7, 1.0,
         agrees[2 * i + 2] = torch.rand(len(ease), generator=generator, dtype=torch.float64) < sure.clamp(0, 1) ** (
             1 / each
         )
-    return Readings(known, agrees, torch.arange(num_samples).repeat_interleave(SAMPLE), num_layers=8)
+    return ExitObservations(known, agrees, torch.arange(num_samples).repeat_interleave(SAMPLE), num_layers=8)
 
 
 @pytest.mark.parametrize("wanted", [0.9, 0.95, 0.98])
@@ -62,7 +62,7 @@ def test_an_exit_that_can_not_reach_it_is_not_used():
     thresholds = choose(readings, "entropy", 0.97)
     assert thresholds[2] is None and thresholds[4] is not None
     assert judge(readings, "entropy", thresholds).exits[2].agreement < 0.97
-    few = Readings(
+    few = ExitObservations(
         {(2, m): torch.ones(7) for m in MEASURES},
         {2: torch.ones(7, dtype=torch.bool)},
         torch.zeros(7, dtype=torch.int64),

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from ee_tuning.errors import InputError
 from ee_tuning.evaluation import demo_llm, demo_model
+from ee_tuning.evaluation.demo_report import print_summary
 from ee_tuning.evaluation.demo_steps import Step, run_steps
-from ee_tuning.evaluation.demo_told import tell
 
 
 def console() -> Console:
@@ -132,7 +132,7 @@ def test_the_last_screen_tells_what_was_reached_and_no_more(tmp_path: Path, rela
         "sample": {"prompt": "?", "parts": [["early ", 22], ["late", 30]]},
     }
     out = console()
-    tell(out, report, tmp_path, 1.0)
+    print_summary(out, report, tmp_path, 1.0)
     shown = out.file.getvalue()
     assert (
         said in " ".join(shown.split())

@@ -17,8 +17,8 @@ from ee_tuning.evaluation.evaluate import Procedure, blocks_of, evaluate
 from ee_tuning.evaluation.figures import task_result
 from ee_tuning.evaluation.points import FULL_DEPTH, Point, points_of
 from ee_tuning.evaluation.quality import agreement
-from ee_tuning.evaluation.readings import Reading
-from ee_tuning.evaluation.task import Item, Task
+from ee_tuning.evaluation.readings import ItemResult
+from ee_tuning.evaluation.task import Task, TaskItem
 from ee_tuning.evaluation.text_metrics import contains
 from ee_tuning.generation.policy import Policy
 
@@ -55,7 +55,7 @@ def a_task() -> Task:
         name="t",
         metric="contains",
         items=tuple(
-            Item(
+            TaskItem(
                 where=f"t:{number}",
                 id=number,
                 prompt=line.get("prompt"),
@@ -114,8 +114,8 @@ def test_sampling_is_refused(shared: Path):
             evaluate(llm, [a_task()])
 
 
-def reading(item: int, point: str, score: float, exits: dict[int, int], seconds: float, **more: Any) -> Reading:
-    return Reading(
+def reading(item: int, point: str, score: float, exits: dict[int, int], seconds: float, **more: Any) -> ItemResult:
+    return ItemResult(
         task="t",
         item=item,
         point=point,
@@ -132,7 +132,7 @@ def reading(item: int, point: str, score: float, exits: dict[int, int], seconds:
 def test_figures_of_readings():
     """Means of ratios in place of ratios of sums, depths of the wrong layers, a speed-up upside down."""
     points = [FULL_DEPTH, Point(name="threshold 0.5", kind="threshold", value=0.5, policy=Policy())]
-    items = tuple(Item(where="t", id=i, prompt="x", answers=("y",)) for i in range(2))
+    items = tuple(TaskItem(where="t", id=i, prompt="x", answers=("y",)) for i in range(2))
     task = Task(name="t", metric="exact", items=items)
     readings = [
         reading(0, "full depth", 1, {8: 10}, 2.0),
@@ -159,7 +159,9 @@ def test_figures_of_readings():
 def test_perplexity_is_that_of_all_tokens():
     """The mean of perplexities, which one strange answer makes."""
     task = Task(
-        name="t", metric="perplexity", items=tuple(Item(where="t", id=i, prompt="x", answers=("y",)) for i in range(2))
+        name="t",
+        metric="perplexity",
+        items=tuple(TaskItem(where="t", id=i, prompt="x", answers=("y",)) for i in range(2)),
     )
     readings = [
         reading(0, "full depth", 0.0, {8: 1}, 1.0, metric="perplexity", weight=1),
@@ -207,7 +209,7 @@ def test_the_same_command_goes_on(
     output, told, whole = tmp_path / "out", evaluate_command.EvaluationFolder.keep, list[int]()
     given = [*command, "--output", str(output)]
 
-    def stop(folder: Any, block: int, readings: list[Reading]) -> None:
+    def stop(folder: Any, block: int, readings: list[ItemResult]) -> None:
         told(folder, block, readings)
         whole.append(block)
         if len(whole) == 2:

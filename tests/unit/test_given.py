@@ -15,7 +15,7 @@ from ee_tuning import EarlyExitLLM
 from ee_tuning.evaluation.evaluate import evaluate
 from ee_tuning.evaluation.given import BY_LENGTH, likeliest
 from ee_tuning.evaluation.points import points_of
-from ee_tuning.evaluation.task import Item, Task
+from ee_tuning.evaluation.task import Task, TaskItem
 from ee_tuning.generation.scoring import Score, score_by
 
 CHAT = ({"role": "user", "content": "a or b?"},)
@@ -48,7 +48,7 @@ def test_choices_and_perplexity_are_those_of_transformers(folder: Path):
     """
     llm = EarlyExitLLM.load(folder / "model", folder / "exits", dtype="float64")
     items = tuple(
-        Item(
+        TaskItem(
             where="t",
             id=number,
             prompt=prompt,
@@ -111,6 +111,6 @@ def test_all_ways_at_once_are_each_by_itself(folder: Path):
 
 def test_a_long_choice_may_win_by_length():
     """The shortest choice, whatever it says; a mean over tokens, of which tokenizers have other numbers."""
-    item = Item(where="t", id=0, prompt="x", choices=("no", "certainly"), right=1)
+    item = TaskItem(where="t", id=0, prompt="x", choices=("no", "certainly"), right=1)
     scores = [Score(token_ids=[1], logprobs=[logprob], is_greedy=[True], exit_layers=[1]) for logprob in (-3.0, -4.0)]
     assert likeliest(item, scores) == (0, 1)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ee_tuning import EarlyExitLLM, cli
 from ee_tuning.data.tokens import DocumentSamples
 from ee_tuning.evaluation import calibrate_text
-from ee_tuning.evaluation.calibrate import MEASURES, Readings, judge
+from ee_tuning.evaluation.calibrate import MEASURES, ExitObservations, judge
 from ee_tuning.evaluation.demo import CHECKOUT
 from ee_tuning.evaluation.guarantee import (
     GRID,
@@ -32,7 +32,7 @@ from ee_tuning.json_file import to_json
 MODEL = CHECKOUT / "examples" / "tiny-python-llama"
 
 
-def readings_of(seed: int, num_documents: int, length: int) -> Readings:
+def readings_of(seed: int, num_documents: int, length: int) -> ExitObservations:
     """Two exits whose confidence is half of the truth, on documents that are hard or easy as a whole."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -44,7 +44,7 @@ def readings_of(seed: int, num_documents: int, length: int) -> Readings:
         sure = draw(len(ease))
         known.update({(layer, measure): sure if measure == "margin" else draw(len(ease)) for measure in MEASURES})
         agrees[layer] = draw(len(ease)) < (sure + ease) / 2
-    return Readings(known, agrees, torch.arange(num_documents).repeat_interleave(length), num_layers=8)
+    return ExitObservations(known, agrees, torch.arange(num_documents).repeat_interleave(length), num_layers=8)
 
 
 def brute_force(total: Fraction, n: int, delta: Fraction) -> float:
@@ -159,7 +159,7 @@ def test_tokens_that_count_alone_are_judged(monkeypatch):
     monkeypatch.setattr(
         calibrate_text,
         "read_exits",
-        lambda _, given: Readings(
+        lambda _, given: ExitObservations(
             {(2, "margin"): torch.cat(list(given)).double()},
             {2: torch.ones(6, dtype=torch.bool)},
             torch.arange(3).repeat_interleave(torch.tensor([len(tokens) for tokens in given])),

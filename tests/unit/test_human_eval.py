@@ -69,14 +69,14 @@ def test_what_passes_and_what_does_not(tmp_path):
 def test_a_program_reaches_nothing(program, words):
     """A model's program that asks the network, fills the disk or the memory, or ends the evaluation."""
     outcome = run_program(program)
-    assert not outcome.passed and words in outcome.told
+    assert not outcome.passed and words in outcome.verdict
 
 
 def test_a_program_without_end_is_ended():
     """`while True` in one of 164 completions, and no result ever."""
     began = time.monotonic()
-    assert run_program("while True:\n    pass", seconds=1).told == "timed out"
-    assert run_program("import time\ntime.sleep(60)", seconds=1).told == "timed out"
+    assert run_program("while True:\n    pass", seconds=1).verdict == "timed out"
+    assert run_program("import time\ntime.sleep(60)", seconds=1).verdict == "timed out"
     assert time.monotonic() - began < 30
 
 
@@ -144,4 +144,4 @@ def test_the_solutions_of_the_package_pass():
     assert len(problems) == 164 == len(theirs)
     some = problems[::40]
     outcomes = check_completions(some, [theirs[problem.task_id]["canonical_solution"] for problem in some])
-    assert [each.told for each in outcomes] == ["passed"] * len(some)
+    assert [each.verdict for each in outcomes] == ["passed"] * len(some)

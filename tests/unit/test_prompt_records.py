@@ -5,14 +5,14 @@ from typing import Any
 import pytest
 
 from ee_tuning.data.messages import Where
-from ee_tuning.data.prompt_records import Prompt, Reading, prompt_of
+from ee_tuning.data.prompt_records import Prompt, PromptFormat, prompt_of
 from ee_tuning.data.records import LeftOut
 from ee_tuning.data.shipped_prompts import shipped_prompts
 from ee_tuning.errors import InputError
 from ee_tuning.generation.completion import Completion
 from ee_tuning.generation.dialogues import Dialogue, Dialogues
 
-READING = Reading(text_key="text", has_template=True)
+READING = PromptFormat(text_key="text", has_template=True)
 SYSTEM, ASKED, SAID, AGAIN = (
     {"role": role, "content": text}
     for role, text in (("system", "Be brief."), ("user", "Hello?"), ("assistant", "Hi."), ("user", "And?"))
@@ -25,7 +25,7 @@ def where() -> str:
 
 
 def asked(record: Any, **changes: Any) -> Prompt:
-    found = prompt_of(record, Reading(**{**vars(READING), **changes}), where)
+    found = prompt_of(record, PromptFormat(**{**vars(READING), **changes}), where)
     assert isinstance(found, Prompt), found
     return found
 

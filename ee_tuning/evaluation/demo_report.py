@@ -72,7 +72,7 @@ def _answered(llm: EarlyExitLLM) -> tuple[Completion, list[tuple[str, int]]]:
 
 
 def _row(point: dict[str, Any]) -> dict[str, Any]:
-    told = {
+    columns = {
         "speedup": "speedup",
         "relative": "relative",
         "score": "metric",
@@ -83,7 +83,7 @@ def _row(point: dict[str, Any]) -> dict[str, Any]:
     return {
         "threshold": point["value"],
         "name": point["name"],
-        **{name: point[key]["value"] for name, key in told.items()},
+        **{name: point[key]["value"] for name, key in columns.items()},
         "exit_histogram": {layer: each["value"] for layer, each in point["exits"].items()},
     }
 
@@ -94,7 +94,7 @@ def _validation_losses(metrics: Path) -> tuple[dict[str, float], dict[str, float
     return losses[0], losses[-1]
 
 
-def tell(console: Console, report: dict[str, Any], folder: Path, seconds: float) -> None:
+def print_summary(console: Console, report: dict[str, Any], folder: Path, seconds: float) -> None:
     """What was reached, an answer coloured by exits, and what to type next."""
     console.rule("What was reached", align="left")
     before, after = report["exit_loss_before"], report["exit_loss_after"]
@@ -130,14 +130,14 @@ def tell(console: Console, report: dict[str, Any], folder: Path, seconds: float)
 def _verdict(report: dict[str, Any]) -> str:
     good = [row for row in report["thresholds"] if row["relative"] >= ENOUGH]
     best = max(good, key=lambda row: row["speedup"], default=None)
-    told = (
+    sentence = (
         f"Leaving early keeps {best['relative']:.1%} of the score at {best['speedup']:.2f} x full depth's speed ({best['name']})."
         if best
         else f"No threshold keeps {ENOUGH:.0%} of the score."
     )
     for row in report["speculative"]:
-        told += f" Speculation gives full depth's own answers to {row['identical']:.1%} of the prompts at {row['speedup']:.2f} x."
-    return told
+        sentence += f" Speculation gives full depth's own answers to {row['identical']:.1%} of the prompts at {row['speedup']:.2f} x."
+    return sentence
 
 
 def _show_answer(console: Console, report: dict[str, Any]) -> None:
