@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 from ee_tuning.checkpoint.byte_progress import Advance
 from ee_tuning.checkpoint.hashed_file import HashedFile
 from ee_tuning.checkpoint.metadata_pickle import METADATA
-from ee_tuning.checkpoint.names import Shape
+from ee_tuning.checkpoint.names import TensorShape
 from ee_tuning.checkpoint.safetensors_layout import SHARD_BYTES
 from ee_tuning.checkpoint.torch_archive import ARCHIVE_BYTES, write_tensor
 from ee_tuning.json_file import to_json
@@ -40,10 +40,10 @@ class Chunk:
 
     key: str
     dtype: torch.dtype = torch.uint8
-    shape: Shape = ()
+    shape: TensorShape = ()
     """The shape of the whole tensor."""
-    offsets: Shape = ()
-    sizes: Shape = ()
+    offsets: TensorShape = ()
+    sizes: TensorShape = ()
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 
 from ee_tuning.checkpoint.exit_names import exit_tensor_shapes
 from ee_tuning.checkpoint.exit_vocab import VOCAB, read_token_ids
-from ee_tuning.checkpoint.names import Shape
+from ee_tuning.checkpoint.names import TensorShape
 from ee_tuning.config import Architecture
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import read_json
@@ -96,7 +96,7 @@ class ExitHeadsConfig:
             for layer, architecture in zip(self.exit_layers, self.architecture, strict=True)
         )
 
-    def tensor_shapes(self, config: ModelConfig) -> dict[str, Shape]:
+    def tensor_shapes(self, config: ModelConfig) -> dict[str, TensorShape]:
         """Every tensor of the artifact and its whole shape, in the order that they are stored in."""
         return exit_tensor_shapes(self.heads, config)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ee_tuning.checkpoint.exit_config import ExitHeadsConfig
 from ee_tuning.checkpoint.exit_names import exit_copy_source, is_residual_projection
-from ee_tuning.checkpoint.names import Shape
+from ee_tuning.checkpoint.names import TensorShape
 from ee_tuning.checkpoint.non_finite import check_finite
 from ee_tuning.checkpoint.safetensors_reader import TensorSource
 from ee_tuning.checkpoint.tensor_blocks import BLOCK_BYTES, tensor_blocks
@@ -53,7 +53,7 @@ class InitialExits:
         }
         self.shapes = exits.tensor_shapes(config)
 
-    def shape(self, name: str) -> Shape:
+    def shape(self, name: str) -> TensorShape:
         """The shape of the whole tensor."""
         return self.shapes[name]
 
@@ -61,7 +61,7 @@ class InitialExits:
         """The artifact's."""
         return self.exits.torch_dtype
 
-    def check_shape(self, name: str, shape: Shape) -> None:
+    def check_shape(self, name: str, shape: TensorShape) -> None:
         """Raises InputError where the exits have no such tensor, or the backbone's, which it is a copy of, has another
         shape.
         """

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 
 from ee_tuning.checkpoint.hf_names import HF_NAMES
 from ee_tuning.checkpoint.names import (
-    Shape,
     Shard,
+    TensorShape,
     embedding_name,
     layer_parameter_names,
     layer_shard,
@@ -69,7 +69,7 @@ def is_replicated(head: ExitSpec, parameter: str, config: ModelConfig, tp: int) 
     return exit_shard(head, parameter, config, tp, 0) == exit_shard(head, parameter, config, tp, tp - 1)
 
 
-def exit_tensor_shapes(heads: Iterable[ExitSpec], config: ModelConfig) -> dict[str, Shape]:
+def exit_tensor_shapes(heads: Iterable[ExitSpec], config: ModelConfig) -> dict[str, TensorShape]:
     """Every tensor of the exit-heads artifact and its whole shape, in the artifact's order."""
     return {
         piece.name: piece.shape

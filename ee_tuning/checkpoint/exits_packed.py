@@ -10,7 +10,7 @@ import re
 from ee_tuning.checkpoint.exit_heads import STEM, ExitHeadsReader
 from ee_tuning.checkpoint.hf_names import HF_NAMES
 from ee_tuning.checkpoint.huggingface_files import FileToWrite, copied_file, joined_files
-from ee_tuning.checkpoint.names import Shape
+from ee_tuning.checkpoint.names import TensorShape
 from ee_tuning.checkpoint.safetensors_layout import SafetensorsLayout
 from ee_tuning.model.config import ModelConfig
 
@@ -49,6 +49,6 @@ def _parts(artifact: ExitHeadsReader, config: ModelConfig) -> dict[str, list[str
     return parts
 
 
-def _shape(artifact: ExitHeadsReader, name: str, own: list[str], num_experts: int) -> Shape:
+def _shape(artifact: ExitHeadsReader, name: str, own: list[str], num_experts: int) -> TensorShape:
     rows, *width = artifact.shape(own[0])
     return (rows, *width) if name in own or len(own) == 1 else (num_experts, len(own) // num_experts * rows, *width)

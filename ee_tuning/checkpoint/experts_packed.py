@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 
 from ee_tuning.checkpoint.hf_names import HF_NAMES, HFNames
-from ee_tuning.checkpoint.names import Shape
+from ee_tuning.checkpoint.names import TensorShape
 from ee_tuning.checkpoint.safetensors_file import TensorRange
 from ee_tuning.checkpoint.safetensors_reader import SafetensorsFolder
 from ee_tuning.errors import InputError
@@ -26,7 +26,7 @@ class Slab:
     stored: str
     expert: int
     first_row: int
-    shape: Shape
+    shape: TensorShape
 
     def within(self, part: TensorRange) -> TensorRange:
         """`part` of this matrix, as a part of `stored`."""

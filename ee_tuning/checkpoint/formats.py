@@ -34,8 +34,8 @@ from ee_tuning.model.config import ModelConfig, read_model_config
 from ee_tuning.model.megatron_args import read_megatron_config
 from ee_tuning.parallel.topology import Topology
 
-Kind = Literal["huggingface", "megatron", "legacy_megatron", "gguf"]
-FORMATS: dict[Kind, str] = {
+ModelFormat = Literal["huggingface", "megatron", "legacy_megatron", "gguf"]
+FORMATS: dict[ModelFormat, str] = {
     "huggingface": "Hugging Face safetensors",
     "megatron": "Megatron-core distributed checkpoint",
     "legacy_megatron": "legacy Megatron checkpoint (mp_rank folders)",
@@ -73,7 +73,7 @@ class OpenModel(NamedTuple):
 
     source: BackboneSource
     config: ModelConfig
-    kind: Kind
+    kind: ModelFormat
 
 
 def open_model(model: ModelSection) -> OpenModel:
@@ -137,7 +137,7 @@ def _huggingface(folder: Path) -> OpenModel:
     return OpenModel(reader, config, "huggingface")
 
 
-def _megatron(reader_of: Callable[[ModelConfig], MegatronSource], config: ModelConfig, kind: Kind) -> OpenModel:
+def _megatron(reader_of: Callable[[ModelConfig], MegatronSource], config: ModelConfig, kind: ModelFormat) -> OpenModel:
     reader = reader_of(config)
     if config.ties_embeddings and reader.has_output():
         own = untied(config)

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ee_tuning.checkpoint.names import Shape, backbone_tensor_shapes
+from ee_tuning.checkpoint.names import TensorShape, backbone_tensor_shapes
 from ee_tuning.checkpoint.tensor_blocks import BLOCK_BYTES
 from ee_tuning.checkpoint.unread import unread
 from ee_tuning.errors import InputError
@@ -104,7 +104,7 @@ class GgufReader:
         """The file's name: it is all there is."""
         return {self.folder.name}
 
-    def shape(self, name: str) -> Shape:
+    def shape(self, name: str) -> TensorShape:
         """Shape of the whole tensor."""
         return self._shape_of(self._tensor(name))
 
@@ -122,7 +122,7 @@ class GgufReader:
             )
         return stored
 
-    def check_shape(self, name: str, shape: Shape) -> None:
+    def check_shape(self, name: str, shape: TensorShape) -> None:
         """Raises InputError where the tensor is missing, has another shape, or is stored in a way that is not
         supported.
         """
@@ -173,7 +173,7 @@ class GgufReader:
         return self._tensors[name]
 
     @staticmethod
-    def _shape_of(tensor: Any) -> Shape:
+    def _shape_of(tensor: Any) -> TensorShape:
         return tuple(
             int(size) for size in reversed(tensor.shape)
         )  # GGUF names the dimension that lies together in memory first

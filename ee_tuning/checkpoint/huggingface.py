@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ee_tuning.checkpoint.experts_packed import Slab, expert_slabs, router_names
-from ee_tuning.checkpoint.names import Shape, backbone_shard, backbone_tensor_shapes, embedding_name, output_name
+from ee_tuning.checkpoint.names import TensorShape, backbone_shard, backbone_tensor_shapes, embedding_name, output_name
 from ee_tuning.checkpoint.safetensors_file import TensorRange
 from ee_tuning.checkpoint.safetensors_reader import SafetensorsFolder, TensorSource, read_shard
 from ee_tuning.checkpoint.unread import is_buffer, refuse_meaningful, unread
@@ -55,7 +55,7 @@ class HuggingFaceReader(SafetensorsFolder):
         """Every tensor there is, sorted, as the family's whole models name them, each expert alone."""
         return sorted([*self._stored, *set(self.files).difference(self._stored.values())])
 
-    def shape(self, name: str) -> Shape:
+    def shape(self, name: str) -> TensorShape:
         """The shape of the whole tensor."""
         slab = self._slabs.get(name)
         return slab.shape if slab else super().shape(name)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ee_tuning.checkpoint.links import check_links
 from ee_tuning.checkpoint.mapped_file import map_file
 from ee_tuning.checkpoint.megatron_source import MegatronSource, is_harmless, norm_alias
-from ee_tuning.checkpoint.names import Shape, backbone_parameter_names
+from ee_tuning.checkpoint.names import TensorShape, backbone_parameter_names
 from ee_tuning.checkpoint.torch_file import Archive, StoredTensor, saved_arguments
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
@@ -118,7 +118,7 @@ class LegacyReader(MegatronSource):
         super().__init__(checkpoint.folder, config)
         self.checkpoint, self.num_ranks = checkpoint, checkpoint.num_ranks
 
-    def stored_shape(self, parameter: str, rank: int) -> Shape | None:
+    def stored_shape(self, parameter: str, rank: int) -> TensorShape | None:
         """The shape of rank's shard."""
         tensor = self._tensor(parameter, rank)
         return tensor.shape if tensor else None

@@ -27,9 +27,9 @@ from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.early_exit import EarlyExitModel, StagePlan
 from ee_tuning.model.exit_spec import ListedTokens
-from ee_tuning.model.few_bits import FewBitsLinear, check_weight_format, few_bits_weights
 from ee_tuning.model.fit import Fit
 from ee_tuning.model.partition import stage_costs, stage_layers
+from ee_tuning.model.quantized_linear import QuantizedLinear, check_weight_format, quantized_weights
 from ee_tuning.notices import warn_once
 from ee_tuning.parallel.device import multiplies_bfloat16
 from ee_tuning.parallel.topology import Topology
@@ -176,8 +176,8 @@ def build_stage(sources: Sources, plans: list[StagePlan], topology: Topology) ->
     shard = (topology.tp, topology.tp_rank, plan.dtype)
     for name, parameter in model.backbone.named_parameters():
         _fill(parameter, partial(read_backbone_tensor, sources.backbone, config, name, *shard), topology)
-    for name, linear in few_bits_weights(model.backbone):
-        _fill_few_bits(linear, partial(read_backbone_tensor, sources.backbone, config, name, *shard), topology)
+    for name, linear in quantized_weights(model.backbone):
+        _fill_quantized(linear, partial(read_backbone_tensor, sources.backbone, config, name, *shard), topology)
     for spec in plan.own_exits:
         for name, parameter in model.exit_head(spec.layer).named_parameters():
             assert sources.exit_tensors is not None
@@ -274,9 +274,9 @@ def _fill(parameter: nn.Parameter, read: Callable[[], Tensor], topology: Topolog
             dist.broadcast(parameter, group_src=0, group=topology.dp_group)
 
 
-def _fill_few_bits(linear: FewBitsLinear, read: Callable[[], Tensor], topology: Topology) -> None:
+def _fill_quantized(linear: QuantizedLinear, read: Callable[[], Tensor], topology: Topology) -> None:
     if topology.dp_rank == 0:
-        linear.take(read())
+        linear.quantize_(read())
     if topology.dp > 1:
         for buffer in linear.buffers():
             dist.broadcast(buffer, group_src=0, group=topology.dp_group)

@@ -20,7 +20,7 @@ from ee_tuning.checkpoint.links import check_links
 from ee_tuning.checkpoint.mapped_file import MappedFile, map_file
 from ee_tuning.checkpoint.megatron_source import MegatronSource, is_harmless, norm_alias
 from ee_tuning.checkpoint.metadata_pickle import METADATA, read_metadata_pickle
-from ee_tuning.checkpoint.names import Shape, backbone_parameter_names
+from ee_tuning.checkpoint.names import TensorShape, backbone_parameter_names
 from ee_tuning.checkpoint.torch_file import Archive, StoredTensor
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
@@ -39,8 +39,8 @@ _FINAL_NORM = "decoder.final_layernorm.weight"
 class _ChunkOnDisk:
     """A rectangle of a stored tensor, and the stretch of a file that it lies in."""
 
-    offsets: Shape
-    sizes: Shape
+    offsets: TensorShape
+    sizes: TensorShape
     file: str
     start: int
     length: int
@@ -54,7 +54,7 @@ class DistributedCheckpoint:
     def __init__(self, folder: Path):
         self.folder = folder
         metadata = read_metadata_pickle(folder)
-        self.shapes: dict[str, Shape] = {}
+        self.shapes: dict[str, TensorShape] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self._chunks: dict[str, list[_ChunkOnDisk]] = {}
         try:
@@ -76,12 +76,12 @@ class DistributedCheckpoint:
         self._files: dict[str, MappedFile] = {}
         self._items: dict[tuple[str, int], StoredTensor] = {}
 
-    def rectangle(self, key: str, lower: Shape, upper: Shape, *, is_checked: bool) -> Tensor:
+    def rectangle(self, key: str, lower: TensorShape, upper: TensorShape, *, is_checked: bool) -> Tensor:
         """[upper - lower]: copied out of the chunks that it meets. `is_checked`: those chunks' checksums are compared
         first.
         """
         out = torch.empty([high - low for low, high in zip(lower, upper, strict=True)], dtype=self.dtypes[key])
-        boxes: list[tuple[Shape, Shape]] = []
+        boxes: list[tuple[TensorShape, TensorShape]] = []
         for chunk in self._chunks[key]:
             low = tuple(map(max, lower, chunk.offsets))
             high = tuple(
@@ -161,7 +161,7 @@ class MegatronReader(MegatronSource):
             default="",
         )
 
-    def stored_shape(self, parameter: str, rank: int) -> Shape | None:
+    def stored_shape(self, parameter: str, rank: int) -> TensorShape | None:
         """The shape of the whole parameter: a distributed checkpoint's tensors are whole, whatever wrote them."""
         shapes = []
         for key, entry in self._places(parameter):
@@ -272,5 +272,5 @@ def _chunk(chunk: Any, info: Any) -> _ChunkOnDisk:
     return _ChunkOnDisk(offsets, sizes, str(info.relative_path), info.offset, info.length)
 
 
-def _slices(low: Shape, high: Shape, origin: Shape) -> tuple[slice, ...]:
+def _slices(low: TensorShape, high: TensorShape, origin: TensorShape) -> tuple[slice, ...]:
     return tuple(slice(start - zero, stop - zero) for start, stop, zero in zip(low, high, origin, strict=True))

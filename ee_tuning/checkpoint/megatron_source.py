@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ee_tuning.checkpoint.names import (
-    Shape,
+    TensorShape,
     TensorSlice,
     backbone_parameter_names,
     backbone_shard,
@@ -60,7 +60,7 @@ class MegatronSource(ABC):
         self._stretches: dict[str, list[StoredSlice]] | None = None
 
     @abstractmethod
-    def stored_shape(self, parameter: str, rank: int) -> Shape | None:
+    def stored_shape(self, parameter: str, rank: int) -> TensorShape | None:
         """The shape of rank's shard, None where there is none."""
 
     @abstractmethod
@@ -103,7 +103,7 @@ class MegatronSource(ABC):
         """Every tensor there is, sorted."""
         return sorted(self._shapes)
 
-    def shape(self, name: str) -> Shape:
+    def shape(self, name: str) -> TensorShape:
         """The shape of the whole tensor."""
         self._parts(name)
         return self._shapes[name]
@@ -119,7 +119,7 @@ class MegatronSource(ABC):
             )
         return dtype
 
-    def check_shape(self, name: str, shape: Shape) -> None:
+    def check_shape(self, name: str, shape: TensorShape) -> None:
         """Raises InputError where the tensor is missing, has another shape, or is stored as something that is no plain
         float.
         """
@@ -226,7 +226,7 @@ class MegatronSource(ABC):
                 )
         return [shard.pieces for shard in plans]
 
-    def _vocabulary(self, parameter: str, shapes: list[Shape]) -> list[tuple[TensorSlice, ...]]:
+    def _vocabulary(self, parameter: str, shapes: list[TensorShape]) -> list[tuple[TensorSlice, ...]]:
         """Megatron pads the vocabulary as each run was told to, so the stored shapes say who has which rows."""
         size, width = self.config.vocab_size, self.config.hidden_size
         name = next(iter(backbone_shard(parameter, self.config, 1, 0).pieces)).name

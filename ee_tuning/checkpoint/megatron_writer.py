@@ -31,7 +31,7 @@ from ee_tuning.checkpoint.manifest import write_manifest
 from ee_tuning.checkpoint.megatron import stacked_names
 from ee_tuning.checkpoint.megatron_source import norm_alias
 from ee_tuning.checkpoint.metadata_pickle import METADATA
-from ee_tuning.checkpoint.names import Shape, backbone_parameter_names, backbone_shard
+from ee_tuning.checkpoint.names import TensorShape, backbone_parameter_names, backbone_shard
 from ee_tuning.checkpoint.non_finite import NonFiniteCheck, warn_non_finite
 from ee_tuning.checkpoint.safetensors_reader import TensorSource
 from ee_tuning.checkpoint.tensor_blocks import parameter_blocks, parameter_dtype, tensor_blocks
@@ -124,7 +124,7 @@ def _backbone(source: TensorSource, model: ModelConfig) -> Iterator[_Tensor]:
             yield _Tensor(chunk, parameter, partial(parameter_blocks, source, shard, dtype))
 
 
-def _stacked(parameter: str, model: ModelConfig) -> tuple[str, Shape, Shape]:
+def _stacked(parameter: str, model: ModelConfig) -> tuple[str, TensorShape, TensorShape]:
     """A parameter's name in the checkpoint, how many entries it is one of, and which. Where layers differ, each stands
     alone.
     """
@@ -139,7 +139,7 @@ def _stacked(parameter: str, model: ModelConfig) -> tuple[str, Shape, Shape]:
 
 def _exits(artifact: ExitHeadsReader) -> Iterator[_Tensor]:
     for name in artifact.names():
-        shape: Shape = artifact.shape(name)
+        shape: TensorShape = artifact.shape(name)
         yield _Tensor(
             Chunk(name, artifact.dtype(name), shape, (0,) * len(shape), shape),
             name,

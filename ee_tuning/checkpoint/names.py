@@ -16,7 +16,7 @@ from ee_tuning.checkpoint.hf_names import HF_NAMES, HFNames
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.parallel.vocab import padded_size
 
-Shape = tuple[int, ...]
+TensorShape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class TensorSlice:
     """Rows (`dim` 0) or columns (`dim` 1) `start`..`stop` of the Hugging Face tensor `name`."""
 
     name: str
-    shape: Shape
+    shape: TensorShape
     """The shape of the whole tensor."""
     dim: int
     start: int
@@ -43,7 +43,7 @@ class TensorSlice:
         return 1 - self.dim if self.is_transposed else self.dim
 
     @property
-    def parameter_shape(self) -> Shape:
+    def parameter_shape(self) -> TensorShape:
         """The shape of the whole tensor as the parameter has it round."""
         return self.shape[::-1] if self.is_transposed else self.shape
 
@@ -56,7 +56,7 @@ class Shard:
     zero_rows: int = 0
 
     @property
-    def shape(self) -> Shape:
+    def shape(self) -> TensorShape:
         """The shape of this rank's parameter."""
         first = self.pieces[0]
         if first.cut_dim == 1:
@@ -76,7 +76,7 @@ def output_name(config: ModelConfig) -> str:
     return f"{HF_NAMES[config.family].output}.weight"
 
 
-def backbone_tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
+def backbone_tensor_shapes(config: ModelConfig) -> dict[str, TensorShape]:
     """Every backbone tensor of the Hugging Face folder and its shape. The output matrix is absent where it is tied."""
     return {
         piece.name: piece.shape
@@ -250,7 +250,7 @@ def _query_key_value(config: ModelConfig, tp: int, tp_rank: int) -> Iterator[tup
             offset += size if is_fused else 0
 
 
-def _rows(stem: str, kind: str, shape: Shape, start: int, stop: int, hf_names: HFNames) -> TensorSlice:
+def _rows(stem: str, kind: str, shape: TensorShape, start: int, stop: int, hf_names: HFNames) -> TensorSlice:
     """Outputs `start`..`stop` of a linear map of `shape` [outputs, inputs]."""
     if kind == "bias":
         return TensorSlice(f"{stem}.bias", shape[:1], 0, start, stop)
@@ -259,7 +259,7 @@ def _rows(stem: str, kind: str, shape: Shape, start: int, stop: int, hf_names: H
     return TensorSlice(f"{stem}.weight", shape, 0, start, stop)
 
 
-def _columns(stem: str, kind: str, shape: Shape, hf_names: HFNames, tp: int, tp_rank: int) -> Shard:
+def _columns(stem: str, kind: str, shape: TensorShape, hf_names: HFNames, tp: int, tp_rank: int) -> Shard:
     """A rank's part of the inputs of a linear map of `shape` [outputs, inputs]. Its bias, added after the ranks' sum,
     is whole.
     """
@@ -271,12 +271,12 @@ def _columns(stem: str, kind: str, shape: Shape, hf_names: HFNames, tp: int, tp_
     return Shard((TensorSlice(f"{stem}.weight", shape, 1, start, stop),))
 
 
-def uncut(name: str, shape: Shape) -> Shard:
+def uncut(name: str, shape: TensorShape) -> Shard:
     """A tensor that every rank holds all of."""
     return Shard((TensorSlice(name, shape, 0, 0, shape[0]),))
 
 
-def vocabulary_rows(name: str, shape: Shape, tp: int, tp_rank: int) -> Shard:
+def vocabulary_rows(name: str, shape: TensorShape, tp: int, tp_rank: int) -> Shard:
     """The shard of a matrix of `shape` with a row for each word of a vocabulary, padded to as many rows on every
     rank.
     """

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ee_tuning.checkpoint.names import Shape
+from ee_tuning.checkpoint.names import TensorShape
 from ee_tuning.checkpoint.open_files import OpenFile, Reopened, unreadable
 from ee_tuning.errors import InputError
 from ee_tuning.foreign_content import describe_content
@@ -59,7 +59,7 @@ class TensorEntry:
 
     dtype: str
     """The dtype in safetensors' spelling."""
-    shape: Shape
+    shape: TensorShape
     begin: int
     """The place of its first byte, from the beginning of the file."""
     end: int

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ee_tuning.checkpoint.names import Shape
+from ee_tuning.checkpoint.names import TensorShape
 from ee_tuning.checkpoint.safetensors_file import DTYPES
 from ee_tuning.json_file import to_json
 
@@ -32,7 +32,7 @@ class SafetensorsLayout:
     def __init__(
         self,
         stem: str,
-        shapes: Mapping[str, Shape],
+        shapes: Mapping[str, TensorShape],
         dtypes: Mapping[str, torch.dtype] | torch.dtype,
         shard_bytes: int = SHARD_BYTES,
     ):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ee_tuning.checkpoint.links import check_links
 from ee_tuning.checkpoint.missing_weights import no_weights
-from ee_tuning.checkpoint.names import Shape, Shard, TensorSlice
+from ee_tuning.checkpoint.names import Shard, TensorShape, TensorSlice
 from ee_tuning.checkpoint.open_files import unreadable
 from ee_tuning.checkpoint.safetensors_file import DTYPES, SafetensorsFile, TensorEntry, TensorRange
 from ee_tuning.errors import InputError
@@ -24,7 +24,7 @@ from ee_tuning.json_file import read_json
 class TensorSource(Protocol):
     """Whole tensors that can be read by slices."""
 
-    def shape(self, name: str) -> Shape:
+    def shape(self, name: str) -> TensorShape:
         """The shape of the whole tensor."""
 
     def dtype(self, name: str) -> torch.dtype:
@@ -36,7 +36,7 @@ class TensorSource(Protocol):
     def columns(self, name: str, start: int, stop: int) -> Tensor:
         """[n, stop - start], as stored."""
 
-    def check_shape(self, name: str, shape: Shape) -> None:
+    def check_shape(self, name: str, shape: TensorShape) -> None:
         """Raises InputError where the tensor is missing or has another shape."""
 
 
@@ -116,7 +116,7 @@ class SafetensorsFolder:
         """What the files call the tensor `name`."""
         return name
 
-    def shape(self, name: str) -> Shape:
+    def shape(self, name: str) -> TensorShape:
         """The shape of the whole tensor."""
         return self._entry(name).shape
 
@@ -142,7 +142,7 @@ class SafetensorsFolder:
         """[n, stop - start]: these columns, as stored."""
         return self._read(name, (slice(None), slice(start, stop)))
 
-    def check_shape(self, name: str, shape: Shape) -> None:
+    def check_shape(self, name: str, shape: TensorShape) -> None:
         """Raises InputError where the tensor is missing, has another shape, or is stored as something that is no plain
         float.
         """

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ee_tuning.checkpoint.names import Shape
+from ee_tuning.checkpoint.names import TensorShape
 from ee_tuning.checkpoint.safetensors_layout import SHARD_BYTES, SafetensorsLayout
 from ee_tuning.checkpoint.tensor_blocks import as_bytes
 
@@ -24,7 +24,12 @@ class SafetensorsWriter:
     """
 
     def __init__(
-        self, folder: Path, stem: str, shapes: Mapping[str, Shape], dtype: torch.dtype, shard_bytes: int = SHARD_BYTES
+        self,
+        folder: Path,
+        stem: str,
+        shapes: Mapping[str, TensorShape],
+        dtype: torch.dtype,
+        shard_bytes: int = SHARD_BYTES,
     ):
         self.folder, self.dtype = folder, dtype
         self.layout = SafetensorsLayout(stem, shapes, dtype, shard_bytes)

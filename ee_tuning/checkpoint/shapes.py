@@ -14,7 +14,7 @@ from ee_tuning.checkpoint.convert import check_output_vocab, described_exits
 from ee_tuning.checkpoint.exit_heads import ExitHeadsConfig, ExitHeadsReader
 from ee_tuning.checkpoint.formats import has_weights, model_folder, open_model
 from ee_tuning.checkpoint.load import Sources
-from ee_tuning.checkpoint.names import Shape, backbone_tensor_shapes
+from ee_tuning.checkpoint.names import TensorShape, backbone_tensor_shapes
 from ee_tuning.config import Config, ExitsSection, replace
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig, read_model_config
@@ -29,10 +29,10 @@ LARGEST_AUTO = 16384
 class ShapesOnly:
     """A source of tensors without content, as a checkpoint is one with it."""
 
-    def __init__(self, shapes: dict[str, Shape], dtype: torch.dtype):
+    def __init__(self, shapes: dict[str, TensorShape], dtype: torch.dtype):
         self._shapes, self._dtype = shapes, dtype
 
-    def shape(self, name: str) -> Shape:
+    def shape(self, name: str) -> TensorShape:
         """The shape of the whole tensor."""
         return self._shapes[name]
 
@@ -48,7 +48,7 @@ class ShapesOnly:
         """[n, stop - start], uninitialized."""
         return torch.empty(self._shapes[name], dtype=self._dtype)[:, start:stop]
 
-    def check_shape(self, name: str, shape: Shape) -> None:
+    def check_shape(self, name: str, shape: TensorShape) -> None:
         """Raises InputError where the model has no such tensor, or of another shape."""
         if self._shapes.get(name) != shape:
             raise InputError(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._utils import _rebuild_tensor_v2
 
-from ee_tuning.checkpoint.names import Shape
+from ee_tuning.checkpoint.names import TensorShape
 from ee_tuning.checkpoint.tensor_blocks import as_bytes
 
 _STORAGES = {
@@ -41,7 +41,7 @@ class ByteSink(Protocol):
         """Nothing that matters."""
 
 
-def write_tensor(out: ByteSink, shape: Shape, dtype: torch.dtype, blocks: Iterable[Tensor]) -> None:
+def write_tensor(out: ByteSink, shape: TensorShape, dtype: torch.dtype, blocks: Iterable[Tensor]) -> None:
     """Appends an archive of one tensor, whose consecutive rows are `blocks`."""
     num_bytes = math.prod(shape) * dtype.itemsize
     with zipfile.ZipFile(cast(Any, out), "w", zipfile.ZIP_STORED) as archive:
@@ -66,7 +66,7 @@ class _Storage:
 
 
 class _Tensor:
-    def __init__(self, shape: Shape, dtype: torch.dtype):
+    def __init__(self, shape: TensorShape, dtype: torch.dtype):
         strides = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
         self.arguments: tuple[Any, ...] = (
             _Storage(dtype, math.prod(shape)),
@@ -86,7 +86,7 @@ class _Pickler(pickle.Pickler):
         return obj.pid if isinstance(obj, _Storage) else None
 
 
-def _described(shape: Shape, dtype: torch.dtype) -> bytes:
+def _described(shape: TensorShape, dtype: torch.dtype) -> bytes:
     buffer = io.BytesIO()
     _Pickler(buffer, protocol=2).dump(_Tensor(shape, dtype))
     return buffer.getvalue()

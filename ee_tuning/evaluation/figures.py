@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ee_tuning.evaluation.bootstrap import DRAWS, Estimate, Floats, Resampled
-from ee_tuning.evaluation.points import Kind, Point
+from ee_tuning.evaluation.points import Point, PointKind
 from ee_tuning.evaluation.readings import ItemResult
 from ee_tuning.evaluation.task import Metric, Task
 
@@ -21,7 +21,7 @@ class PointResult:
     """One way to leave on one task. Intervals are over prompts, ratios to full depth of the same prompts."""
 
     name: str
-    kind: Kind
+    kind: PointKind
     value: float | None
     """The threshold, or the layer of the fixed exit."""
     metric: Estimate

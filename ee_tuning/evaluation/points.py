@@ -14,7 +14,7 @@ from ee_tuning.generation.policy import FULL, Policy
 THRESHOLDS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 """As EE-Tuning's figures have them (arXiv 2402.00518)."""
 
-Kind = Literal["full", "threshold", "fixed", "speculative", "calibration"]
+PointKind = Literal["full", "threshold", "fixed", "speculative", "calibration"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class Point:
     """One way to leave."""
 
     name: str
-    kind: Kind
+    kind: PointKind
     policy: Policy
     value: float | None = None
     """The threshold, or the layer of the fixed exit."""
@@ -117,6 +117,6 @@ def check_thresholds(thresholds: Sequence[float]) -> None:
             )
 
 
-def _point(llm: EarlyExitLLM, name: str, kind: Kind, value: float | None, **options: Any) -> Point:
+def _point(llm: EarlyExitLLM, name: str, kind: PointKind, value: float | None, **options: Any) -> Point:
     plain = dataclasses.replace(llm.defaults, calibration=None)
     return Point(name=name, kind=kind, value=value, policy=llm.policy(with_options(plain, options)))

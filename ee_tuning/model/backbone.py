@@ -24,8 +24,8 @@ from ee_tuning.model.cast import cast_parameters
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.documents import PackedDocuments, rotations
 from ee_tuning.model.experts import dispatch_in_place, expert_fields
-from ee_tuning.model.few_bits import hold_in_few_bits
 from ee_tuning.model.norm import backbone_norm
+from ee_tuning.model.quantized_linear import quantize_layer
 from ee_tuning.model.rope import rotary_angles
 from ee_tuning.parallel.topology import Topology
 
@@ -185,7 +185,7 @@ class BackboneStage(nn.Module):
         for number in range(first_layer, last_layer + 1):
             layers[str(number - 1)] = layer = build_layer(config, topology, number, dtype, cuts_sequence=cuts_sequence)
             if weights != "native":  # layer by layer, so that no more than one is ever there in `dtype`
-                hold_in_few_bits(layer, weights, topology)
+                quantize_layer(layer, weights, topology)
         self.decoder = nn.ModuleDict({"layers": layers})
         if has_final_norm:
             self.decoder["final_layernorm"] = backbone_norm(config)(

@@ -17,7 +17,7 @@ from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.documents import PackedDocuments
 from ee_tuning.model.exit_head import ExitHead, ExitInput, build_exit_head
 from ee_tuning.model.exit_spec import ExitSpec
-from ee_tuning.model.sequence import gathered_sequence, own_part
+from ee_tuning.model.sequence_parallel import gather_sequence, local_sequence
 from ee_tuning.parallel.shortlist import exit_vocab
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.vocab import VocabShard
@@ -115,12 +115,12 @@ class EarlyExitModel(nn.Module):
         """Word embeddings; first stage only."""
         hidden = self.backbone.embed(tokens, documents.positions if documents else None)
         # Megatron-core would cut it, too, and then asks for CUDA's random numbers, for a dropout of nothing.
-        return own_part(hidden, self.topology).clone() if self.plan.cuts_sequence else hidden
+        return local_sequence(hidden, self.topology).clone() if self.plan.cuts_sequence else hidden
 
     @torch.no_grad()
     def whole_sequence(self, x: Tensor) -> Tensor:  # [s, …] -> [s, …]
         """Every rank's part of the sequence, one after the other, where the plan cuts it; else `x`."""
-        return gathered_sequence(x.contiguous(), self.topology.tp_group) if self.plan.cuts_sequence else x
+        return gather_sequence(x.contiguous(), self.topology.tp_group) if self.plan.cuts_sequence else x
 
     def hidden_shape(self, seq_length: int, micro_batch_size: int) -> tuple[int, int, int]:
         """[s, b, h] of what goes from layer to layer and from stage to stage, for sequences of `seq_length`."""

@@ -23,7 +23,7 @@ from ee_tuning.model.documents import PackedDocuments
 from ee_tuning.model.exit_spec import ExitSpec
 from ee_tuning.model.low_rank import LowRankMap
 from ee_tuning.model.norm import exit_norm
-from ee_tuning.model.sequence import gathered_sequence, summed_parts
+from ee_tuning.model.sequence_parallel import gather_sequence, reduce_scatter_sequence
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.tp_autograd import reduce_from_tp
 from ee_tuning.parallel.vocab import padded_size
@@ -93,7 +93,7 @@ class ExitMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # […, h] -> […, h]
         """See the class."""
         if self.cuts_sequence:
-            x = gathered_sequence(x, self.group)
+            x = gather_sequence(x, self.group)
         if self.is_gated:
             gate, up = self.fc1(x).chunk(2, dim=-1)
             inner = self.activation(gate) * up
@@ -101,7 +101,9 @@ class ExitMLP(nn.Module):
             inner = self.activation(self.fc1(x))
         if self.group is None:
             return self.fc2(inner)
-        out = (summed_parts if self.cuts_sequence else reduce_from_tp)(F.linear(inner, self.fc2.weight), self.group)
+        out = (reduce_scatter_sequence if self.cuts_sequence else reduce_from_tp)(
+            F.linear(inner, self.fc2.weight), self.group
+        )
         return out if self.fc2.bias is None else out + self.fc2.bias
 
 
@@ -189,7 +191,7 @@ class ExitHead(nn.Module, ABC):
         sequence is cut, the gradient that `project` gives hidden states is this shard's share of it.
         """
         hidden = self.final_hidden(inputs)
-        return project(gathered_sequence(hidden, self._group) if self.cuts_sequence else hidden, self.output_weight)
+        return project(gather_sequence(hidden, self._group) if self.cuts_sequence else hidden, self.output_weight)
 
 
 class EmbeddingHead(ExitHead):

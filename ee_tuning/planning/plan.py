@@ -78,7 +78,7 @@ class StageFigures:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class TuningPlan:
     """A job on a cluster."""
 
     cluster: Cluster
@@ -101,13 +101,13 @@ class Plan:
     """Share of the GPUs' peak rate that all counted operations take of a step, waiting and messages included."""
 
 
-def smallest_plan(config: Config, gpu: Gpu, efficiency: float) -> Plan:
+def smallest_plan(config: Config, gpu: Gpu, efficiency: float) -> TuningPlan:
     """The plan with the fewest GPUs that hold the job: one replica, or more where its optimizer has to be shared. Where
     none does, the largest that was tried. Nodes have GPUS_PER_NODE GPUs. Raises InputError as `make_plan` does.
     """
     tuning, parallel = config.tuning, config.parallel
     in_replica = max(1, parallel.tensor_model_parallel_size) * max(1, parallel.pipeline_model_parallel_size)
-    plan: Plan | None = None
+    plan: TuningPlan | None = None
     for num_replicas in _replica_counts(tuning.global_batch_size // max(1, tuning.micro_batch_size)):
         world_size = in_replica * num_replicas
         per_node = min(world_size, GPUS_PER_NODE)
@@ -132,7 +132,7 @@ def _replica_counts(num_microbatches: int) -> list[int]:
     return [count for count in range(1, max(1, num_microbatches) + 1) if num_microbatches % count == 0]
 
 
-def make_plan(config: Config, cluster: Cluster) -> Plan:
+def make_plan(config: Config, cluster: Cluster) -> TuningPlan:
     """The plan of the job in `config`. Raises InputError as a dry run does, and where the cluster makes no sense."""
     config = with_seq_length(config)
     for name, value in (("nodes", cluster.nodes), ("gpus-per-node", cluster.gpus_per_node)):
@@ -159,7 +159,7 @@ def make_plan(config: Config, cluster: Cluster) -> Plan:
     fit_bytes, fit_seconds = max((each.num_bytes for each in fit), default=0), _fit_seconds(fit, cluster)
     run += fit_seconds
     flops = count * dp * tp * sum((each.layer_flops + each.head_flops) * len(each.stages) for each in profiles)
-    return Plan(
+    return TuningPlan(
         cluster=cluster,
         tensor=tp,
         pipeline=pp,

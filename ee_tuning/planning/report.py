@@ -6,10 +6,10 @@ from typing import Any
 from ee_tuning.config import Config
 from ee_tuning.json_file import to_json
 from ee_tuning.planning.dry_run import MEMORY
-from ee_tuning.planning.plan import FORMULA, RESERVED_GB, Plan, StageFigures
+from ee_tuning.planning.plan import FORMULA, RESERVED_GB, StageFigures, TuningPlan
 
 
-def print_plan(config: Config, plan: Plan, *, is_smallest: bool, as_json: bool) -> bool:
+def print_plan(config: Config, plan: TuningPlan, *, is_smallest: bool, as_json: bool) -> bool:
     """Prints the plan of `config`; `is_smallest` where its number of GPUs was looked for. Returns whether every rank
     fits.
     """
@@ -30,7 +30,7 @@ def print_plan(config: Config, plan: Plan, *, is_smallest: bool, as_json: bool) 
     return plan.fits
 
 
-def plan_tree(plan: Plan) -> dict[str, Any]:
+def plan_tree(plan: TuningPlan) -> dict[str, Any]:
     """The plan as plain data, bytes and seconds, with what its words mean."""
     return {
         **dataclasses.asdict(plan),
@@ -41,7 +41,7 @@ def plan_tree(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _lines(config: Config, plan: Plan) -> list[str]:
+def _lines(config: Config, plan: TuningPlan) -> list[str]:
     cluster, gpu, tuning = plan.cluster, plan.cluster.gpu, config.tuning
     yes = "fits" if plan.fits else "DOES NOT FIT"
     weights = "" if tuning.backbone_weights == "native" else f", frozen layers in {tuning.backbone_weights}"

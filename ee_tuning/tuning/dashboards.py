@@ -13,7 +13,7 @@ from ee_tuning.checkpoint.atomic_write import atomic_file
 from ee_tuning.config import Config
 from ee_tuning.errors import InputError
 from ee_tuning.questions import no_questions
-from ee_tuning.tuning.metrics import Record
+from ee_tuning.tuning.metrics import MetricsRecord
 
 WANDB_ID = "wandb_id"
 
@@ -28,7 +28,7 @@ def check_dashboards(config: Config) -> None:
 
 
 @contextmanager
-def tensorboard(folder: Path, step: int) -> Iterator[list[Callable[[Record], None]]]:
+def tensorboard(folder: Path, step: int) -> Iterator[list[Callable[[MetricsRecord], None]]]:
     """What takes records into event files in `folder`/tensorboard; nothing where it is missing. Events after `step` are
     dropped.
     """
@@ -39,7 +39,7 @@ def tensorboard(folder: Path, step: int) -> Iterator[list[Callable[[Record], Non
 
     writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
 
-    def take(record: Record) -> None:
+    def take(record: MetricsRecord) -> None:
         for name, value in scalars(record).items():
             writer.add_scalar(name, value, record["step"])
 
@@ -50,7 +50,7 @@ def tensorboard(folder: Path, step: int) -> Iterator[list[Callable[[Record], Non
 
 
 @contextmanager
-def weights_and_biases(config: Config) -> Iterator[list[Callable[[Record], None]]]:
+def weights_and_biases(config: Config) -> Iterator[list[Callable[[MetricsRecord], None]]]:
     """What takes records into a run of the project tuning.wandb_project; nothing where none is asked for.
 
     Raises InputError where the package can not begin a run without asking for an account's key.
@@ -96,7 +96,7 @@ def _run_id(folder: Path) -> str:
     return path.read_text(encoding="utf-8").strip()
 
 
-def scalars(record: Record) -> dict[str, float]:
+def scalars(record: MetricsRecord) -> dict[str, float]:
     """The numbers of a record by names such as `validation/loss/exit 8` and `train/lr`."""
     found = {}
     for key, value in record.items():

@@ -9,11 +9,11 @@ from ee_tuning.checkpoint.load import LoadedModel
 from ee_tuning.config import Config
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.tuning.dashboards import tensorboard, weights_and_biases
-from ee_tuning.tuning.metrics import METRICS, MetricsFile, MetricsGatherer, Record
+from ee_tuning.tuning.metrics import METRICS, MetricsFile, MetricsGatherer, MetricsRecord
 from ee_tuning.tuning.progress_display import ProgressDisplay
 from ee_tuning.tuning.speed_up import implied_speed_ups
 
-Sink = Callable[[Record], None]
+Sink = Callable[[MetricsRecord], None]
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def open_log_sinks(config: Config, topology: Topology, loaded: LoadedModel, step
         sinks: list[Sink] = [file.write, display.show, *events, *online]
         reached = step
 
-        def take(record: Record) -> None:
+        def take(record: MetricsRecord) -> None:
             nonlocal reached
             reached = record["step"]
             if record["kind"] == "validation" and loaded.exits is not None:
@@ -47,5 +47,5 @@ def open_log_sinks(config: Config, topology: Topology, loaded: LoadedModel, step
     file.close()
 
 
-def _ignore(record: Record) -> None:
+def _ignore(record: MetricsRecord) -> None:
     """Records are taken on the logging rank."""

@@ -20,7 +20,7 @@ from ee_tuning.line_file import read_lines
 from ee_tuning.parallel.topology import Topology
 
 METRICS = "metrics.jsonl"
-Record = dict[str, Any]
+MetricsRecord = dict[str, Any]
 
 
 class MetricsGatherer:
@@ -28,7 +28,7 @@ class MetricsGatherer:
     rank, in order.
     """
 
-    def __init__(self, topology: Topology, on_record: Callable[[Record], None]) -> None:
+    def __init__(self, topology: Topology, on_record: Callable[[MetricsRecord], None]) -> None:
         self._topology, self._on_record = topology, on_record
         self._store = dist.distributed_c10d._get_default_store()
         self._expected: deque[int] = deque()
@@ -36,7 +36,7 @@ class MetricsGatherer:
         self.num_posted = 0
         """Records posted so far."""
 
-    def post(self, record: Record) -> None:
+    def post(self, record: MetricsRecord) -> None:
         """This stage's part of the next record. Values that are dictionaries are united over the stages; for others the
         first counts.
         """
@@ -66,7 +66,7 @@ class MetricsGatherer:
                 self._take()
 
     def _take(self) -> None:
-        whole: Record = {}
+        whole: MetricsRecord = {}
         for key in self._keys(self._expected.popleft()):
             for name, value in json.loads(self._store.get(key)).items():
                 whole[name] = (
@@ -100,7 +100,7 @@ class MetricsFile:
             partial.write_text("".join(kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
 
-    def write(self, record: Record) -> None:
+    def write(self, record: MetricsRecord) -> None:
         """Appends `record`; numbers that are not finite become null, which JSON has no other word for."""
         self._file.write(to_json(record) + "\n")
         self._file.flush()
@@ -116,7 +116,7 @@ def holds_validation(path: Path, step: int) -> bool:
     return any(record["kind"] == "validation" and record["step"] == step for record in map(_parsed, lines) if record)
 
 
-def _parsed(line: str) -> Record | None:
+def _parsed(line: str) -> MetricsRecord | None:
     try:
         record = json.loads(line)
     except ValueError:
@@ -124,5 +124,5 @@ def _parsed(line: str) -> Record | None:
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) and "kind" in record else None
 
 
-def _sorted_by_layer(values: Record) -> Record:
+def _sorted_by_layer(values: MetricsRecord) -> MetricsRecord:
     return dict(sorted(values.items(), key=lambda item: int(item[0])))

@@ -9,7 +9,7 @@ from typing import Any
 
 from ee_tuning.checkpoint.atomic_write import atomic_file
 from ee_tuning.line_file import read_lines
-from ee_tuning.tuning.metrics import METRICS, Record
+from ee_tuning.tuning.metrics import METRICS, MetricsRecord
 
 PNG, HTML = "plots.png", "plots.html"
 PANELS = {
@@ -48,7 +48,7 @@ def write_plots(folder: Path, title: str) -> None:
         partial.write_text(_page(records, picture, title), encoding="utf-8")
 
 
-def _draw(records: list[Record], panels: list[tuple[str, str]], title: str) -> bytes:
+def _draw(records: list[MetricsRecord], panels: list[tuple[str, str]], title: str) -> bytes:
     import matplotlib  # here, so that a rank that draws nothing does not load it
 
     matplotlib.use("Agg")
@@ -69,7 +69,7 @@ def _draw(records: list[Record], panels: list[tuple[str, str]], title: str) -> b
     return buffer.getvalue()
 
 
-def _panel(ax: Any, records: list[Record], kind: str, key: str) -> None:
+def _panel(ax: Any, records: list[MetricsRecord], kind: str, key: str) -> None:
     own = [record for record in records if record["kind"] == kind and record.get(key) is not None]
     names = list(own[0][key]) if isinstance(own[0][key], dict) else [""]
     for name in names:
@@ -89,7 +89,7 @@ def _panel(ax: Any, records: list[Record], kind: str, key: str) -> None:
         ax.legend(fontsize=7, ncols=2)
 
 
-def _page(records: list[Record], picture: bytes, title: str) -> str:
+def _page(records: list[MetricsRecord], picture: bytes, title: str) -> str:
     image = base64.b64encode(picture).decode()
     return (
         f"<!doctype html>\n<meta charset=utf-8>\n<title>{html.escape(title)}</title>\n"
@@ -98,7 +98,7 @@ def _page(records: list[Record], picture: bytes, title: str) -> str:
     )
 
 
-def _table(records: list[Record]) -> str:
+def _table(records: list[MetricsRecord]) -> str:
     """The last validation's figures, by exit."""
     last = next((record for record in reversed(records) if record["kind"] == "validation"), None)
     if last is None:

@@ -5,11 +5,11 @@ from itertools import accumulate
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.exit_spec import ExitSpec
 from ee_tuning.model.partition import exit_head_cost, final_head_cost, layer_cost
-from ee_tuning.tuning.metrics import Record
+from ee_tuning.tuning.metrics import MetricsRecord
 from ee_tuning.tuning.objective import THRESHOLDS
 
 
-def implied_speed_ups(record: Record, config: ModelConfig, exits: tuple[ExitSpec, ...]) -> dict[str, float]:
+def implied_speed_ups(record: MetricsRecord, config: ModelConfig, exits: tuple[ExitSpec, ...]) -> dict[str, float]:
     """Speed-ups by threshold of a validation's `above_…`: multiply-adds of full depth ÷ those of a token on average,
     heads asked included.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ee_tuning.config import TuningSection
 from ee_tuning.model.early_exit import EarlyExitModel
-from ee_tuning.model.sequence import own_part
+from ee_tuning.model.sequence_parallel import local_sequence
 from ee_tuning.parallel.feedback import Feedback
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.tuning.teacher import HiddenTeacher, Teacher, TopKTeacher, top_k_teacher
@@ -70,7 +70,7 @@ class TeacherChannel:
         )
         # As numbers of one type, float32 at least, which holds every id.
         numbers = torch.stack((signal.ids.to(signal.probabilities.dtype), signal.probabilities), dim=1)
-        self.feedback.send(own_part(numbers, self._topology) if self._model.plan.cuts_sequence else numbers)
+        self.feedback.send(local_sequence(numbers, self._topology) if self._model.plan.cuts_sequence else numbers)
         return signal
 
     def teacher_signal(self) -> Teacher | None:

@@ -13,7 +13,7 @@ from ee_tuning.config import Config, load_config, replace
 from ee_tuning.model.config import read_model_config
 from ee_tuning.parallel.topology import destroy_parallel
 from ee_tuning.planning.gpus import gpu
-from ee_tuning.planning.plan import Cluster, Plan, make_plan
+from ee_tuning.planning.plan import Cluster, TuningPlan, make_plan
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted(path.parent for path in ROOT.glob("examples/*/job.yaml"))
@@ -35,7 +35,9 @@ def job(folder: Path) -> Config:
     return load_config(folder / "job.yaml", {"model.path": str(folder)})
 
 
-def plan_of(folder: Path, nodes: int, gpus_per_node: int = 8, name: str = "h100", config: Config | None = None) -> Plan:
+def plan_of(
+    folder: Path, nodes: int, gpus_per_node: int = 8, name: str = "h100", config: Config | None = None
+) -> TuningPlan:
     if dist.is_initialized():  # of another test
         destroy_parallel()
     return make_plan(

@@ -16,7 +16,7 @@ from ee_tuning.checkpoint.shapes import shape_sources
 from ee_tuning.config import Config, load_config
 from ee_tuning.data.tokens import DocumentRules, PackedSamples, Splits
 from ee_tuning.model.early_exit import EarlyExitModel
-from ee_tuning.model.few_bits import few_bits_weights
+from ee_tuning.model.quantized_linear import quantized_weights
 from ee_tuning.parallel.relay import Relay
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.vocab import VocabShard
@@ -142,8 +142,8 @@ def _draw(model: EarlyExitModel) -> None:
     """Random weights, whatever holds them."""
     for parameter in model.parameters():
         _ = parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(std=0.02)
-    for _, linear in few_bits_weights(model.backbone):
-        linear.take(torch.empty(linear.shape, dtype=linear.dtype, device=model.topology.device).normal_(std=0.02))
+    for _, linear in quantized_weights(model.backbone):
+        linear.quantize_(torch.empty(linear.shape, dtype=linear.dtype, device=model.topology.device).normal_(std=0.02))
 
 
 def _samples(config: Config, vocab_size: int) -> Splits:

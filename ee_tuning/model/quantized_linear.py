@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ee_tuning.config import WeightFormat
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
-from ee_tuning.model.sequence import gathered_sequence, summed_parts
+from ee_tuning.model.sequence_parallel import gather_sequence, reduce_scatter_sequence
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.tp_autograd import reduce_from_tp
 
@@ -49,8 +49,8 @@ def check_weight_format(weights: WeightFormat, config: ModelConfig) -> None:
         )
 
 
-def hold_in_few_bits(layer: nn.Module, weights: Literal["int8", "nf4"], topology: Topology) -> None:
-    """Puts a FewBitsLinear, its weights to be taken, in place of each linear map of a Megatron layer."""
+def quantize_layer(layer: nn.Module, weights: Literal["int8", "nf4"], topology: Topology) -> None:
+    """Puts a QuantizedLinear, its weights to be taken, in place of each linear map of a Megatron layer."""
     kind = {"int8": Int8Linear, "nf4": NF4Linear}[weights]
     for part, names in (
         (layer.self_attention, ("linear_qkv", "linear_proj")),
@@ -60,12 +60,12 @@ def hold_in_few_bits(layer: nn.Module, weights: Literal["int8", "nf4"], topology
             setattr(part, name, kind(getattr(part, name), topology))
 
 
-def few_bits_weights(module: nn.Module) -> Iterator[tuple[str, "FewBitsLinear"]]:
+def quantized_weights(module: nn.Module) -> Iterator[tuple[str, "QuantizedLinear"]]:
     """What Megatron-core would call the weight, and the linear map that holds it."""
-    return ((f"{name}.weight", each) for name, each in module.named_modules() if isinstance(each, FewBitsLinear))
+    return ((f"{name}.weight", each) for name, each in module.named_modules() if isinstance(each, QuantizedLinear))
 
 
-class FewBitsLinear(nn.Module, abc.ABC):
+class QuantizedLinear(nn.Module, abc.ABC):
     """Takes the place of Megatron's `stock` map: [s, b, i] -> [s, b, o], and the bias where the caller is to add it.
 
     Where the sequence is cut, column-parallel maps take [s/tp, b, i], and row-parallel ones give [s/tp, b, o].
@@ -86,10 +86,10 @@ class FewBitsLinear(nn.Module, abc.ABC):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """See the class."""
         if self.group is not None and self.cuts_sequence and not self.is_row_parallel:
-            x = gathered_sequence(x, self.group)
+            x = gather_sequence(x, self.group)
         out = self.product(x)
         if self.group is not None and self.is_row_parallel:
-            out = summed_parts(out, self.group) if self.cuts_sequence else reduce_from_tp(out, self.group)
+            out = reduce_scatter_sequence(out, self.group) if self.cuts_sequence else reduce_from_tp(out, self.group)
         if self.bias is not None and not self.leaves_bias:
             out = out + self.bias
         return out, self.bias if self.leaves_bias else None
@@ -100,7 +100,7 @@ class FewBitsLinear(nn.Module, abc.ABC):
         """Name, shape and dtype of what holds a weight [outputs, inputs]."""
 
     @abc.abstractmethod
-    def take(self, weight: Tensor) -> None:  # [o, i]
+    def quantize_(self, weight: Tensor) -> None:  # [o, i]
         """Holds this rank's part of the weight from now on. All ranks of a tensor-parallel group call it at once."""
 
     @abc.abstractmethod
@@ -108,7 +108,7 @@ class FewBitsLinear(nn.Module, abc.ABC):
         """The product, before sum and bias."""
 
 
-class Int8Linear(FewBitsLinear):
+class Int8Linear(QuantizedLinear):
     """A scale for each output, the same on every rank: a weight comes out alike at every tensor-parallel size."""
 
     values: Tensor
@@ -116,12 +116,12 @@ class Int8Linear(FewBitsLinear):
 
     @staticmethod
     def buffers_of(outputs: int, inputs: int) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
-        """See FewBitsLinear."""
+        """See QuantizedLinear."""
         yield "values", (outputs, inputs), torch.int8
         yield "scale", (outputs, 1), torch.float32
 
-    def take(self, weight: Tensor) -> None:  # [o, i]
-        """See FewBitsLinear."""
+    def quantize_(self, weight: Tensor) -> None:  # [o, i]
+        """See QuantizedLinear."""
         torchao, weight = _library("torchao.quantization"), weight.to(self.scale.device, self.library_dtype)
         scale = torchao.Int8Tensor.from_hp(weight, torchao.PerRow()).scale
         if self.group is not None and self.is_row_parallel:  # each rank has seen a part of the inputs
@@ -130,13 +130,13 @@ class Int8Linear(FewBitsLinear):
         self.values.copy_(torchao.Int8Tensor.from_hp(weight, torchao.PerRow(), scale=scale).qdata)
 
     def product(self, x: Tensor) -> Tensor:  # [s, b, i] -> [s, b, o]
-        """See FewBitsLinear."""
+        """See QuantizedLinear."""
         return F.linear(
             x, _library("torchao.quantization").Int8Tensor(self.values, self.scale, [1, self.shape[1]], self.dtype)
         )
 
 
-class NF4Linear(FewBitsLinear):
+class NF4Linear(QuantizedLinear):
     """Weights in blocks of NF4_BLOCK. A weight comes out alike at every tensor-parallel size that cuts no block."""
 
     packed: Tensor
@@ -144,12 +144,12 @@ class NF4Linear(FewBitsLinear):
 
     @staticmethod
     def buffers_of(outputs: int, inputs: int) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
-        """See FewBitsLinear."""
+        """See QuantizedLinear."""
         yield "packed", (-(-outputs * inputs // 2), 1), torch.uint8
         yield "scale", (-(-outputs * inputs // NF4_BLOCK),), torch.float32
 
-    def take(self, weight: Tensor) -> None:  # [o, i]
-        """See FewBitsLinear."""
+    def quantize_(self, weight: Tensor) -> None:  # [o, i]
+        """See QuantizedLinear."""
         weight = weight.to(self.scale.device, self.library_dtype)
         # The scales are not quantized in their turn, as QLoRA has it: that wants their mean, which differs from rank to
         # rank.
@@ -158,7 +158,7 @@ class NF4Linear(FewBitsLinear):
         self.scale.copy_(state.absmax)
 
     def product(self, x: Tensor) -> Tensor:  # [s, b, i] -> [s, b, o]
-        """See FewBitsLinear."""
+        """See QuantizedLinear."""
         functional = _library("bitsandbytes.functional")
         state = functional.QuantState(
             self.scale, torch.Size(self.shape), blocksize=NF4_BLOCK, quant_type="nf4", dtype=self.library_dtype

@@ -12,7 +12,7 @@ from torch import Tensor
 from ee_tuning.checkpoint.load import LoadedModel, load_for_tuning
 from ee_tuning.config import Config, load_config
 from ee_tuning.errors import InputError
-from ee_tuning.model.few_bits import FewBitsLinear, few_bits_weights
+from ee_tuning.model.quantized_linear import QuantizedLinear, quantized_weights
 from ee_tuning.parallel.topology import destroy_parallel, init_parallel
 from ee_tuning.planning.dry_run import profile_ranks
 
@@ -65,7 +65,7 @@ def error_bound(weights: str, x: Tensor, weight: Tensor) -> Tensor:  # [t, i], [
 @pytest.mark.parametrize("weights", FORMATS)
 def test_every_product_is_within_the_rounding_of_its_weights(weights: str, model: Path) -> None:
     """A scale that belongs to another row or block, or nibbles read the other way round."""
-    native, found = native_weights(model), dict(few_bits_weights(load(job(model, weights)).model.backbone))
+    native, found = native_weights(model), dict(quantized_weights(load(job(model, weights)).model.backbone))
     assert len(found) == 3 * 4
     x = torch.randn(5, 256, generator=torch.Generator().manual_seed(0))
     for name, linear in found.items():
@@ -102,7 +102,7 @@ def test_heads_and_all_other_weights_are_the_models_own(weights: str, family: st
     heads, wanted = dict(stage.exit_heads.named_parameters()), dict(native.exit_heads.named_parameters())
     assert heads.keys() == wanted.keys() and all(torch.equal(heads[name], wanted[name]) for name in wanted)
     kept, parameters = dict(stage.backbone.named_parameters()), dict(native.backbone.named_parameters())
-    rounded = {name for name, _ in few_bits_weights(stage.backbone)}
+    rounded = {name for name, _ in quantized_weights(stage.backbone)}
     assert parameters.keys() - kept.keys() == rounded and len(rounded) == 6 * 4
     assert all(torch.equal(kept[name], parameters[name]) for name in kept)
     tokens = torch.arange(9)[None]
@@ -174,7 +174,7 @@ def test_quantization_is_layer_by_layer(model: Path, monkeypatch: pytest.MonkeyP
         built.append(layer)
         alive.append(
             sum(
-                not isinstance(part, FewBitsLinear)
+                not isinstance(part, QuantizedLinear)
                 for each in built
                 for name, part in each.named_modules()
                 if name.rpartition(".")[2] in ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")

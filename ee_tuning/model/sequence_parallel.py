@@ -22,19 +22,19 @@ warnings.filterwarnings(
 )
 
 
-def own_part(x: Tensor, topology: Topology) -> Tensor:  # [s, …] -> [s/tp, …], a view
+def local_sequence(x: Tensor, topology: Topology) -> Tensor:  # [s, …] -> [s/tp, …], a view
     """This rank's tokens."""
     size = x.shape[0] // topology.tp
     return x.narrow(0, topology.tp_rank * size, size)
 
 
-def gathered_sequence(part: Tensor, group: Group) -> Tensor:  # [s/tp, …] -> [s, …]
+def gather_sequence(part: Tensor, group: Group) -> Tensor:  # [s/tp, …] -> [s, …]
     """All ranks' tokens. Each rank's gradient is taken for a share of the whole: they are summed, and each gets its own
     tokens' part.
     """
     return gather_from_sequence_parallel_region(part, tensor_parallel_output_grad=True, group=group)
 
 
-def summed_parts(partial: Tensor, group: Group) -> Tensor:  # [s, …] -> [s/tp, …]
+def reduce_scatter_sequence(partial: Tensor, group: Group) -> Tensor:  # [s, …] -> [s/tp, …]
     """This rank's tokens of the sum of the ranks' shares."""
     return reduce_scatter_to_sequence_parallel_region(partial, group=group)
