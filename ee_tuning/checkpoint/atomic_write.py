@@ -12,50 +12,14 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
-
-import torch.distributed as dist
 
 from ee_tuning.errors import InputError
+from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.standard_streams import OutputRefused
 
-Result = TypeVar("Result")
 REMEDY = "make room, or choose another folder"
 """What helps where the disk refuses."""
-
-
-def on_first_rank(topology: Topology | None, action: Callable[[], Result]) -> Result:
-    """What `action` returns on rank 0, on every rank. Where it fails all ranks raise, as with `run_with_heartbeat`: its
-    InputError, or else its own exception on rank 0 and a RuntimeError on the others. None is a world of one.
-    """
-    if topology is None:
-        return action()
-    result, failure = None, None
-    if topology.rank == 0:
-        try:
-            result = action()
-        except Exception as error:  # of any kind: the others wait for an answer
-            failure = error
-    refusal = str(failure) if isinstance(failure, InputError) else None
-    crash = None if failure is None or refusal is not None else f"rank 0 failed: {type(failure).__name__}: {failure}"
-    result, refusal, crash = topology.broadcast_object((result, refusal, crash))
-    if failure is not None:
-        raise failure
-    if refusal is not None:
-        raise InputError(refusal)
-    if crash is not None:
-        raise RuntimeError(crash)
-    return result
-
-
-def gathered(items: list[Result], topology: Topology | None) -> list[Result]:
-    """Every rank's items, on every rank, and a barrier with it."""
-    if topology is None:
-        return items
-    parts: list[list[Result]] = [[] for _ in range(topology.world_size)]
-    dist.all_gather_object(parts, items, group=topology.world_control)
-    return [item for part in parts for item in part]
 
 
 @contextmanager

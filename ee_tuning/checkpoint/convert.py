@@ -12,7 +12,6 @@ from typing import Any, TypeGuard
 import torch
 
 from ee_tuning.checkpoint.apart import check_apart
-from ee_tuning.checkpoint.atomic_write import on_first_rank
 from ee_tuning.checkpoint.ee_llm import FoundExits
 from ee_tuning.checkpoint.exit_config import ExitHeadsConfig
 from ee_tuning.checkpoint.exit_heads import check_output, save_exit_heads, write_exit_heads
@@ -29,6 +28,7 @@ from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.exit_spec import ListedTokens
 from ee_tuning.model.fit import Fit
+from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology, destroy_parallel, init_parallel
 
 MakeFit = Callable[[Topology], Fit]

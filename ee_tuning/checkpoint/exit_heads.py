@@ -12,13 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ee_tuning.checkpoint.atomic_write import (
-    atomic_folder,
-    check_room,
-    gathered,
-    on_first_rank,
-    os_errors_as_input_errors,
-)
+from ee_tuning.checkpoint.atomic_write import atomic_folder, check_room, os_errors_as_input_errors
 from ee_tuning.checkpoint.byte_progress import byte_progress
 from ee_tuning.checkpoint.exit_config import CONFIG, ExitHeadsConfig, exit_config_tree, read_exit_config
 from ee_tuning.checkpoint.exit_names import exit_shard
@@ -34,6 +28,7 @@ from ee_tuning.errors import InputError
 from ee_tuning.json_file import to_json
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.exit_spec import ExitSpec
+from ee_tuning.parallel.collectives import gather_lists, on_first_rank
 from ee_tuning.parallel.topology import Topology
 
 STEM, CARD = "exit_heads", "README.md"
@@ -149,7 +144,7 @@ def save_exit_heads(
         for name, tensor in tensors:
             writer.write(name, tensor)
             written.append(name)
-        everything = gathered(written, topology)
+        everything = gather_lists(written, topology)
         assert sorted(everything) == sorted(writer.shapes), (
             sorted(set(everything) ^ set(writer.shapes)) or "a tensor came from two ranks"
         )
@@ -183,7 +178,7 @@ def write_exit_heads(
                         for block in blocks(name):
                             advance(made.write(block.to(exits.torch_dtype).contiguous()))
                 sums[file] = made.sha256
-        everything = gathered([sums], topology)
+        everything = gather_lists([sums], topology)
         on_first_rank(
             topology,
             lambda: _finish(partial, output, exits, layout, {k: v for each in everything for k, v in each.items()}),

@@ -13,13 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ee_tuning.checkpoint.atomic_write import (
-    atomic_folder,
-    check_room,
-    gathered,
-    on_first_rank,
-    os_errors_as_input_errors,
-)
+from ee_tuning.checkpoint.atomic_write import atomic_folder, check_room, os_errors_as_input_errors
 from ee_tuning.checkpoint.byte_progress import Advance, byte_progress
 from ee_tuning.checkpoint.exit_config import CONFIG, exit_config_tree
 from ee_tuning.checkpoint.exits_packed import exit_files
@@ -35,6 +29,7 @@ from ee_tuning.errors import InputError
 from ee_tuning.json_file import to_json
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.huggingface_config import HUGGINGFACE_CLASSES
+from ee_tuning.parallel.collectives import gather_lists, on_first_rank
 from ee_tuning.parallel.topology import Topology
 
 MODELLING = Path(__file__).parent / "exported" / "modeling_early_exit.py"
@@ -109,7 +104,7 @@ def export_huggingface(
                 for file in own:
                     sums[file.name] = _written(file, partial, output, watch, advance)
             model.finish_check()
-            done = gathered([(sums, watch.lines())], topology)
+            done = gather_lists([(sums, watch.lines())], topology)
             on_first_rank(topology, lambda: _finish(model, described, partial, output, done, tokenizer))
 
 

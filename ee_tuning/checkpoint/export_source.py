@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from ee_tuning.checkpoint.apart import check_apart
-from ee_tuning.checkpoint.atomic_write import on_first_rank
 from ee_tuning.checkpoint.convert import model_name
 from ee_tuning.checkpoint.exit_heads import ExitHeadsReader, check_bound_to
 from ee_tuning.checkpoint.fingerprint import fingerprint
@@ -21,6 +20,7 @@ from ee_tuning.checkpoint.safetensors_reader import SafetensorsFolder
 from ee_tuning.config import Config
 from ee_tuning.model.config import ModelConfig, model_config_from_hf
 from ee_tuning.model.huggingface_config import huggingface_config
+from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology
 
 

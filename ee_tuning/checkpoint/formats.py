@@ -12,7 +12,6 @@ from types import TracebackType
 from typing import Literal, NamedTuple, Protocol, Self
 
 from ee_tuning.checkpoint.adapter import refuse_adapter
-from ee_tuning.checkpoint.atomic_write import on_first_rank
 from ee_tuning.checkpoint.gguf_file import SUFFIX, GgufReader, is_gguf
 from ee_tuning.checkpoint.hub import fetch_model, hub_name
 from ee_tuning.checkpoint.huggingface import HuggingFaceReader
@@ -32,6 +31,7 @@ from ee_tuning.config import ModelSection
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig, read_model_config
 from ee_tuning.model.megatron_args import read_megatron_config
+from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology
 
 ModelFormat = Literal["huggingface", "megatron", "legacy_megatron", "gguf"]

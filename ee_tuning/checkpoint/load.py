@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ee_tuning.checkpoint.atomic_write import on_first_rank
 from ee_tuning.checkpoint.convert import initial_exits_config
 from ee_tuning.checkpoint.exit_heads import ExitHeadsConfig, ExitHeadsReader, check_bound_to, read_exit_tensor
 from ee_tuning.checkpoint.exit_init import InitialExits
@@ -31,6 +30,7 @@ from ee_tuning.model.fit import Fit
 from ee_tuning.model.partition import stage_costs, stage_layers
 from ee_tuning.model.quantized_linear import QuantizedLinear, check_weight_format, quantized_weights
 from ee_tuning.notices import warn_once
+from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.device import multiplies_bfloat16
 from ee_tuning.parallel.topology import Topology
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from ee_tuning.checkpoint.atomic_write import gathered
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import read_json, to_json
+from ee_tuning.parallel.collectives import gather_lists
 from ee_tuning.parallel.topology import Topology
 
 MANIFEST = "manifest.json"
@@ -104,7 +104,7 @@ class ManifestCheck:
 
     def finish(self) -> None:
         """Waits for the check. Raises InputError, on all ranks, where a file is not what the manifest says."""
-        if found := gathered(self._complaints.result(), self._topology):
+        if found := gather_lists(self._complaints.result(), self._topology):
             raise InputError(found[0])
 
     def _complain(self) -> list[str]:

@@ -14,13 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ee_tuning.checkpoint.atomic_write import (
-    atomic_folder,
-    check_room,
-    gathered,
-    on_first_rank,
-    os_errors_as_input_errors,
-)
+from ee_tuning.checkpoint.atomic_write import atomic_folder, check_room, os_errors_as_input_errors
 from ee_tuning.checkpoint.byte_progress import byte_progress
 from ee_tuning.checkpoint.distcp_writer import Chunk, DistcpWriter, StoredChunk, write_common, write_metadata
 from ee_tuning.checkpoint.exit_config import CONFIG, exit_config_tree
@@ -41,6 +35,7 @@ from ee_tuning.json_file import to_json
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.megatron_args import megatron_arguments, missing_from_megatron_args
 from ee_tuning.notices import warn
+from ee_tuning.parallel.collectives import gather_lists, on_first_rank
 from ee_tuning.parallel.topology import Topology
 
 _MARKS = (METADATA, "common.pt", "config.json")
@@ -77,7 +72,7 @@ def _write(model: ExportSource, output: Path, topology: Topology | None) -> None
             for each in own:
                 writer.add_tensor(each.chunk, watch.checked(each.name, each.blocks()))
         model.finish_check()
-        reports = gathered([_RankReport(writer.written, writer.sums, watch.lines())], topology)
+        reports = gather_lists([_RankReport(writer.written, writer.sums, watch.lines())], topology)
         on_first_rank(topology, lambda: _finish(model, temporary, output, reports))
 
 

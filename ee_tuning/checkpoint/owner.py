@@ -22,10 +22,11 @@ from typing import Any
 
 import psutil
 
-from ee_tuning.checkpoint.atomic_write import on_first_rank, os_errors_as_input_errors, resolve_target
+from ee_tuning.checkpoint.atomic_write import os_errors_as_input_errors, resolve_target
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import to_json
 from ee_tuning.notices import warn
+from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology
 
 _CLOCK_TOLERANCE = 2.0

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ee_tuning.checkpoint.atomic_write import on_first_rank
 from ee_tuning.checkpoint.convert import check_output_vocab
 from ee_tuning.checkpoint.formats import open_model
 from ee_tuning.config import Config
@@ -22,6 +21,7 @@ from ee_tuning.model.exit_spec import ListedTokens
 from ee_tuning.model.partition import final_head_cost, stage_costs
 from ee_tuning.model.token_ids import generation_end_token_ids
 from ee_tuning.notices import warn
+from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology
 
 # v vocabulary

@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 
 from ee_tuning.checkpoint.apart import check_apart
-from ee_tuning.checkpoint.atomic_write import on_first_rank
 from ee_tuning.checkpoint.owner import owned
 from ee_tuning.config import Config
 from ee_tuning.data.chat_template import ChatTemplate, read_chat_template
@@ -29,6 +28,7 @@ from ee_tuning.evaluation.points import Point, PolicySweep, check_thresholds
 from ee_tuning.generation.llm import EarlyExitLLM
 from ee_tuning.generation.many import model_settings
 from ee_tuning.json_file import parse_json
+from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import destroy_parallel, init_parallel
 
 HARNESS, HUMAN_EVAL = "lm_eval.json", "human_eval.json"

@@ -16,7 +16,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ee_tuning import __version__
 from ee_tuning.checkpoint.apart import check_apart
-from ee_tuning.checkpoint.atomic_write import on_first_rank
 from ee_tuning.checkpoint.formats import model_folder
 from ee_tuning.checkpoint.owner import owned
 from ee_tuning.config import Config
@@ -33,6 +32,7 @@ from ee_tuning.evaluation.text_metrics import score_of
 from ee_tuning.generation.llm import EarlyExitLLM
 from ee_tuning.generation.many import model_settings
 from ee_tuning.line_file import read_lines
+from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology, destroy_parallel, init_parallel
 
 _SECONDS_BETWEEN_LINES = 10.0

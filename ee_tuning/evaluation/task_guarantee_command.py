@@ -7,7 +7,6 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from ee_tuning.checkpoint.atomic_write import on_first_rank
 from ee_tuning.config import Config
 from ee_tuning.config.generation import Measure
 from ee_tuning.data.chat_template import read_chat_template
@@ -20,6 +19,7 @@ from ee_tuning.evaluation.points import FULL_DEPTH, check_thresholds
 from ee_tuning.evaluation.task import Task, read_task
 from ee_tuning.evaluation.task_losses import GRID, Scored, TaskScores, try_on_task
 from ee_tuning.generation.llm import EarlyExitLLM
+from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology
 
 CONFIDENCE = 0.95

@@ -8,7 +8,6 @@ from rich.console import Console
 from rich.text import Text
 
 from ee_tuning.checkpoint.apart import check_beside
-from ee_tuning.checkpoint.atomic_write import on_first_rank
 from ee_tuning.config import Config, GenerationSection
 from ee_tuning.errors import InputError
 from ee_tuning.generation.completion import Completion
@@ -16,6 +15,7 @@ from ee_tuning.generation.llm import EarlyExitLLM, Job
 from ee_tuning.generation.many import deliver
 from ee_tuning.generation.output_file import check_output, owned_output
 from ee_tuning.generation.prompts import Line, read_prompts, requests_of
+from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology, destroy_parallel, init_parallel
 
 EXIT_COLOURS = ("bright_green", "green", "cyan", "bright_blue", "blue", "magenta", "bright_magenta", "yellow")

@@ -13,7 +13,6 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn, TextIO
 
-from ee_tuning.checkpoint.atomic_write import on_first_rank
 from ee_tuning.checkpoint.fingerprint import fingerprint
 from ee_tuning.checkpoint.formats import open_model
 from ee_tuning.config import Config, GenerationSection
@@ -25,6 +24,7 @@ from ee_tuning.generation.output_file import Key, OutputFile, Settings, is_stand
 from ee_tuning.generation.prompts import ENGINE_KEYS, Request
 from ee_tuning.generation.record import as_record
 from ee_tuning.json_file import to_json
+from ee_tuning.parallel.collectives import on_first_rank
 
 STOPPED_BY_TERM = 143
 """Exit code of a process that SIGTERM ended, as shells have it."""

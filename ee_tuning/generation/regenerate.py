@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 from ee_tuning.checkpoint.apart import check_beside
-from ee_tuning.checkpoint.atomic_write import on_first_rank
 from ee_tuning.config import Config, GenerationSection, replace
 from ee_tuning.data.chat_template import ChatTemplate, read_chat_template
 from ee_tuning.data.documents import file_ranges, read_records
@@ -36,6 +35,7 @@ from ee_tuning.generation.output_file import Form, Key, OutputFile, Settings, ch
 from ee_tuning.generation.params import SamplingParams
 from ee_tuning.generation.policy import FULL
 from ee_tuning.json_file import to_json
+from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology, destroy_parallel, init_parallel
 
 FORM = Form("regenerate", under=MARK)

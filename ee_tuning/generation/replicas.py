@@ -7,8 +7,8 @@ A replica's ranks, tensor × pipeline, decode together and know the same results
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from ee_tuning.checkpoint.atomic_write import gathered
 from ee_tuning.errors import InputError
+from ee_tuning.parallel.collectives import gather_lists
 from ee_tuning.parallel.topology import Topology
 
 Item = TypeVar("Item")
@@ -44,7 +44,7 @@ def over_replicas(
         else f"rank {topology.rank} failed: {type(failure).__name__}: {failure}"
     )
     speaks = topology.stage == 0 and topology.tp_rank == 0
-    answers = gathered([(topology.dp_rank, results if speaks else None, told, is_refusal)], topology)
+    answers = gather_lists([(topology.dp_rank, results if speaks else None, told, is_refusal)], topology)
     for _, _, reason, refused in answers:
         if reason is not None:
             raise failure if failure is not None else InputError(reason) if refused else RuntimeError(reason)

@@ -6,7 +6,6 @@
 from pathlib import Path
 from shlex import quote
 
-from ee_tuning.checkpoint.atomic_write import on_first_rank
 from ee_tuning.checkpoint.convert import convert
 from ee_tuning.checkpoint.formats import open_model
 from ee_tuning.checkpoint.load import load_for_tuning
@@ -21,6 +20,7 @@ from ee_tuning.errors import InputError
 from ee_tuning.model.exit_spec import ListedTokens
 from ee_tuning.model.fit import Fit
 from ee_tuning.notices import warn
+from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology, destroy_parallel, init_parallel
 from ee_tuning.tuning.dashboards import check_dashboards
 from ee_tuning.tuning.fitting import fit_exits, fit_record, fit_samples

@@ -13,20 +13,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ee_tuning.checkpoint.atomic_write import (
-    atomic_file,
-    atomic_folder,
-    gathered,
-    on_first_rank,
-    os_errors_as_input_errors,
-    remove_leftovers,
-)
+from ee_tuning.checkpoint.atomic_write import atomic_file, atomic_folder, os_errors_as_input_errors, remove_leftovers
 from ee_tuning.checkpoint.distcp_writer import Chunk, DistcpWriter, StoredChunk, write_common, write_metadata
 from ee_tuning.checkpoint.manifest import write_manifest
 from ee_tuning.config import TuningSection
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import to_json
 from ee_tuning.model.config import ModelConfig
+from ee_tuning.parallel.collectives import gather_lists, on_first_rank
 from ee_tuning.parallel.pinned_staging import PinnedStaging
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.watchdog import hang_watchdog
@@ -119,7 +113,7 @@ class Saver:
         with atomic_folder(folder, topology) as partial:
             own = self._write_own(partial, folder, chunks)
             with hang_watchdog(topology, f"the other ranks to write their parts of {folder}"):
-                reports = gathered([own], topology)
+                reports = gather_lists([own], topology)
             if refused := [each.refusal for each in reports if each.refusal]:
                 raise InputError(refused[0])
             on_first_rank(topology, lambda: _write_metadata(partial, progress, reports))

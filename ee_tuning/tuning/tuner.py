@@ -10,7 +10,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from ee_tuning.checkpoint.atomic_write import gathered, on_first_rank
 from ee_tuning.checkpoint.exit_config import exit_config_tree
 from ee_tuning.checkpoint.exit_heads import save_exit_heads
 from ee_tuning.checkpoint.load import LoadedModel, tuning_costs
@@ -18,6 +17,7 @@ from ee_tuning.config import Config
 from ee_tuning.data.loader import BatchSource, validation_batches
 from ee_tuning.data.tokens import Splits
 from ee_tuning.json_file import to_json
+from ee_tuning.parallel.collectives import gather_lists, on_first_rank
 from ee_tuning.parallel.relay import NextAction, Relay
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.tuning.exit_trainer import ExitTrainer
@@ -146,7 +146,7 @@ class Tuner:
     def never_updated(self) -> tuple[list[int], list[int]]:
         """Trained exits that no step has updated, and all trained ones, of every stage. All ranks call it."""
         own = [(each.layer, each.num_updates) for each in self.exits if each.trains and each.parameters]
-        every = gathered(own, self.topology)
+        every = gather_lists(own, self.topology)
         return sorted({layer for layer, _ in every} - {layer for layer, count in every if count}), sorted(
             {layer for layer, _ in every}
         )

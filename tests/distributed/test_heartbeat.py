@@ -7,10 +7,10 @@ from unittest import mock
 import torch.distributed as dist
 from world import World
 
-from ee_tuning.checkpoint.atomic_write import on_first_rank
 from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.evaluation.profile import with_exit_layers
 from ee_tuning.parallel import heartbeat
+from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.heartbeat import run_with_heartbeat
 from ee_tuning.parallel.topology import init_parallel
 
