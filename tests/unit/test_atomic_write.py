@@ -135,7 +135,7 @@ def test_a_file_behind_a_link_is_replaced_and_a_device_is_not(tmp_path):
     file.write_text("old")
     link.symlink_to(file)
     with atomic_file(link) as aside:
-        atomic_write.write_text("new")
+        aside.write_text("new")
         assert file.read_text() == "old"
     assert link.is_symlink() and file.read_text() == "new" and [path.name for path in file.parent.iterdir()] == ["file"]
     pipe = tmp_path / "pipe"

@@ -58,7 +58,7 @@ def test_bfloat16_on_a_processor_without_it_is_told(
 ) -> None:
     """Tuning at a tenth of the speed, and nothing that says why; or a warning where the processor can do it."""
     topology = init_parallel(ParallelSection())
-    monkeypatch.setattr(notices, "_told", set())
+    monkeypatch.setattr(notices, "_shown_lines", set())
     for told, warnings in (
         ({"architecture": "x86_64", "avx512_bf16": True}, 0),
         ({"architecture": "aarch64"}, 0),

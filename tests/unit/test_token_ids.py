@@ -21,7 +21,7 @@ VOCABULARY = json.loads((TINY / "config.json").read_text())["vocab_size"]
 
 @pytest.fixture(autouse=True)
 def untold(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(notices, "_told", set())
+    monkeypatch.setattr(notices, "_shown_lines", set())
 
 
 def folder_with(folder: Path, file: str, **changes: Any) -> Path:

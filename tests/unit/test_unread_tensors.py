@@ -56,7 +56,7 @@ def test_an_output_matrix_of_its_own_is_the_one_that_speaks(
     """A config that was left saying tied beside a trained lm_head: the embedding was taken, and other tokens came out,
     without a word.
     """
-    monkeypatch.setattr(notices, "_told", set())
+    monkeypatch.setattr(notices, "_shown_lines", set())
     random_model(family, tmp_path / "model", tie_word_embeddings=False)
     edited(tmp_path / "model", tie_word_embeddings=True)
     assert not opened(tmp_path / "model").config.ties_embeddings
@@ -182,7 +182,7 @@ def test_what_lies_beside_a_megatron_model_is_known_or_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, key: str, is_read_over: bool
 ) -> None:
     """Only names that begin as a model's were looked at: all others were left out in silence."""
-    monkeypatch.setattr(notices, "_told", set())
+    monkeypatch.setattr(notices, "_shown_lines", set())
     random_llama(tmp_path / "hf")
     write_megatron(load_config(None, {"model.path": str(tmp_path / "hf")}), tmp_path / "model")
     source = opened(tmp_path / "model").source
