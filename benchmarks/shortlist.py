@@ -28,7 +28,7 @@ from ee_tuning.data.frequent_tokens import list_tokens
 from ee_tuning.data.loader import batches_of_each
 from ee_tuning.data.sample_corpus import documentation_strings, sample_corpus
 from ee_tuning.data.splits import load_samples
-from ee_tuning.evaluation.calibrate import CalibrationResult, ExitObservations, choose, judge, read_exits
+from ee_tuning.evaluation.calibrate import CalibrationResult, ExitObservations, choose, read_exits, score_thresholds
 from ee_tuning.generation.costs import measure_costs
 from ee_tuning.generation.llm import EarlyExitLLM
 from ee_tuning.generation.policy import Policy
@@ -149,7 +149,7 @@ def _print_row(config: Config, exits: Path, args: argparse.Namespace, size: int)
     with torch.inference_mode():
         chosen_on, judged_on = (read_exits(model, [row[:-1] for row in part]) for part in (rows[:half], rows[half:]))
     thresholds = choose(chosen_on, "max_probability", args.wanted)
-    outcome = judge(judged_on, "max_probability", thresholds)
+    outcome = score_thresholds(judged_on, "max_probability", thresholds)
     policy = Policy(thresholds={layer: value for layer, value in thresholds.items() if value is not None})
     prompts = [llm.tokenizer.decode(row[:64].tolist()) for row in rows[half : half + args.prompts]]
     speed_up = _speed_up(llm, prompts, policy, args)

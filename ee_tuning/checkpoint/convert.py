@@ -12,7 +12,7 @@ from typing import Any, TypeGuard
 import torch
 
 from ee_tuning.checkpoint.apart import check_apart
-from ee_tuning.checkpoint.ee_llm import FoundExits
+from ee_tuning.checkpoint.ee_llm import EELLMExits
 from ee_tuning.checkpoint.exit_config import ExitHeadsConfig
 from ee_tuning.checkpoint.exit_heads import check_output, save_exit_heads, write_exit_heads
 from ee_tuning.checkpoint.exit_init import InitialExits
@@ -84,7 +84,7 @@ def write_initial_exits(
         check_model(reader, model, topology, verifies=config.exits.verify)
         if _wants_found(reader, config):
             return _write_found(
-                FoundExits(reader, model, model_name(reader.folder)), output, topology, overwrite=overwrite
+                EELLMExits(reader, model, model_name(reader.folder)), output, topology, overwrite=overwrite
             )
         on_first_rank(topology, lambda: reader.check_complete(model))
         listed = list_tokens(topology) if list_tokens else None
@@ -210,7 +210,7 @@ def _wants_found(reader: BackboneSource, config: Config) -> TypeGuard[LegacyRead
     return isinstance(reader, LegacyReader) and not config.exits.exit_layers
 
 
-def _write_found(found: FoundExits, output: Path, topology: Topology, *, overwrite: bool) -> ExitHeadsConfig:
+def _write_found(found: EELLMExits, output: Path, topology: Topology, *, overwrite: bool) -> ExitHeadsConfig:
     found.reader.check_complete(found.config)
     own = found.exits.exit_layers[topology.rank :: topology.world_size]
     save_exit_heads(output, found.exits, found.config, found.tensors(own), topology, overwrite=overwrite)
@@ -229,7 +229,7 @@ def _check(config: Config, model: ModelConfig, reader: BackboneSource) -> None:
                 f"exits.output_vocab = {config.exits.output_vocab} is for new exits, and the checkpoint's own are asked for; "
                 "give --exit-layers, or leave --output-vocab out"
             )
-        FoundExits(reader, model, "")
+        EELLMExits(reader, model, "")
         return
     model.check_layout(config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size)
     layers = config.exits.layers(model.num_layers)

@@ -23,7 +23,7 @@ from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
 
 
-class FoundExits:
+class EELLMExits:
     """The exits in a legacy checkpoint. Raises InputError where there are none, or of a kind that this project has no
     head for.
     """

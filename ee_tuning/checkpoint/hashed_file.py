@@ -17,7 +17,7 @@ from torch import Tensor
 from ee_tuning.checkpoint.direct_file import DirectFile
 from ee_tuning.checkpoint.tensor_blocks import as_bytes, keep_freed_blocks
 
-_WAITING = 8
+_MAX_QUEUED = 8
 """Blocks that may be under way: more of them would take memory and no time off."""
 _SMALL = 1 << 20
 """Bytes that are gathered before they are handed on."""
@@ -98,7 +98,7 @@ class HashedFile:
         if self._file is not None:
             self._under_way.append(writer.submit(self._file.write, view))
         self._under_way.append(hasher.submit(self._digest.update, view))
-        self._wait(2 * _WAITING)
+        self._wait(2 * _MAX_QUEUED)
 
     def _wait(self, num_left: int) -> None:
         while len(self._under_way) > num_left:

@@ -38,7 +38,7 @@ class _Empty:
     """Takes the place of one of `_EMPTY`: a plain holder of attributes."""
 
 
-class _LookingThrough(
+class _NameCheckingUnpickler(
     pickle._Unpickler
 ):  # the one in Python: the one in C makes room for any memo index that a pickle names
     def __init__(self, path: Path, *, passes_over: bool):
@@ -75,7 +75,7 @@ def read_metadata_pickle(folder: Path) -> Any:
 
 def _read(path: Path, *, passes_over: bool) -> Any:
     try:
-        return _LookingThrough(path, passes_over=passes_over).load()
+        return _NameCheckingUnpickler(path, passes_over=passes_over).load()
     except Exception as error:  # a pickle that is broken on purpose may raise anything
         raise InputError(
             f"{path} is not the description of a distributed checkpoint: {error}; do not load this checkpoint"

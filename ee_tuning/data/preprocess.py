@@ -14,7 +14,7 @@ from ee_tuning.data.indexed import BIN_SUFFIX, INDEX_SUFFIX, MASK_SUFFIX, with_s
 from ee_tuning.data.piped import as_given, copied, has_pipes
 from ee_tuning.data.progress_bar import ProgressBar
 from ee_tuning.data.sources import Corpus, find_corpora
-from ee_tuning.data.tally import nothing_to_learn, say_counts, say_passed_over
+from ee_tuning.data.tally import nothing_to_learn, print_counts, print_passed_over
 from ee_tuning.data.tokenizing import Tokenized, TokenizedRange, check_workers, tokenize_files
 from ee_tuning.errors import InputError
 
@@ -56,7 +56,7 @@ def _preprocess(data: DataSection, output: Path, trusts_code: bool) -> Tokenized
     assert data.tokenizer is not None
     corpora = find_corpora(data.paths, "data.paths", data.text_key)
     files = [path for corpus in corpora for path in _texts(corpus)]
-    say_passed_over([name for corpus in corpora for name in corpus.passed_over])
+    print_passed_over([name for corpus in corpora for name in corpus.passed_over])
     recipe = recipe_of(data.tokenizer, data.text_key, data.chat_template, trusts_code=trusts_code)
     with owned(output, None), scratch_folder(output) as folder, ProgressBar("tokenizing", speaks=True) as progress:
         steps = tokenize_files(files, recipe, folder, [folder / output.name], 0.0, data.workers, progress)
@@ -74,7 +74,7 @@ def _preprocess(data: DataSection, output: Path, trusts_code: bool) -> Tokenized
         for suffix in _IN_ORDER:
             if (made := with_suffix(folder / output.name, suffix)).exists():
                 move_into_place(made, with_suffix(output, suffix))
-    say_counts(tokenized.files)
+    print_counts(tokenized.files)
     return written
 
 

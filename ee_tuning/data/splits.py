@@ -18,7 +18,7 @@ from ee_tuning.data.indexed import BIN_SUFFIX, INDEX_SUFFIX, TokenStream, id_ran
 from ee_tuning.data.piped import pipes_copied
 from ee_tuning.data.progress_bar import ProgressBar
 from ee_tuning.data.sources import Corpus, find_corpora
-from ee_tuning.data.tally import FileCount, nothing_to_learn, say_counts, say_passed_over, say_skipped
+from ee_tuning.data.tally import FileCount, nothing_to_learn, print_counts, print_passed_over, print_skipped
 from ee_tuning.data.tokenizing import check_workers, tokenize_files
 from ee_tuning.data.tokens import (
     DocumentRules,
@@ -111,12 +111,12 @@ def _load(
     folders = iter(get_or_build(entries, cache_root(data.cache), topology))
     streams = [_open(corpus, folders, data, tokenizer, vocab_size, is_split) for corpus, is_split in wanted]
     if topology is None or topology.is_logging_rank:
-        say_passed_over([name for each in streams for name in each.corpus.passed_over])
-        say_counts([count for each in streams for count in each.counts])
+        print_passed_over([name for each in streams for name in each.corpus.passed_over])
+        print_counts([count for each in streams for count in each.counts])
     splits = _splits(streams[: len(corpora)], streams[len(corpora) :], data, seq_length, needs_validation, by_document)
     if topology is None or topology.is_logging_rank:
-        say_skipped("training", splits.train)
-        say_skipped("validation", splits.valid)
+        print_skipped("training", splits.train)
+        print_skipped("validation", splits.valid)
     return splits
 
 

@@ -76,28 +76,28 @@ def nothing_to_learn(key: str, names: str, counts: Sequence[FileCount]) -> str:
     return f"{key} = {names} holds no text; give files that are not empty"
 
 
-def say_counts(counts: Sequence[FileCount]) -> None:
+def print_counts(counts: Sequence[FileCount]) -> None:
     """A line for each file, of many those of the first alone, and one for what was left out. On stderr."""
     for count in counts[:_MAX_FILES]:
-        _say(f"{count.name}: {count.documents:,} documents, {count.tokens:,} tokens")
+        _print_line(f"{count.name}: {count.documents:,} documents, {count.tokens:,} tokens")
     if more := counts[_MAX_FILES:]:
-        _say(
+        _print_line(
             f"{len(more):,} more files: {sum(each.documents for each in more):,} documents, {sum(each.tokens for each in more):,} tokens"
         )
     if (left_out := left_out_of(counts)).reasons:
-        _say(f"left out, for nothing can be learned from it: {left_out}")
+        _print_line(f"left out, for nothing can be learned from it: {left_out}")
 
 
-def say_passed_over(names: Sequence[str]) -> None:
+def print_passed_over(names: Sequence[str]) -> None:
     """A line, where a folder holds what was not taken. On stderr."""
     if names:
-        _say(f"passed over: {listed(names)}")
+        _print_line(f"passed over: {listed(names)}")
 
 
-def say_skipped(what: str, samples: Samples | None) -> None:
+def print_skipped(what: str, samples: Samples | None) -> None:
     """A line, where parts of the stream are no samples. On stderr."""
     if samples is not None and (num_skipped := samples.num_windows - len(samples)):
-        _say(
+        _print_line(
             f"{num_skipped:,} of {samples.num_windows:,} {what} samples are skipped: none of their tokens is to be learned, as within "
             "prompts longer than tuning.seq_length"
         )
@@ -109,5 +109,5 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:_MAX_NAMES]) + more
 
 
-def _say(line: str) -> None:
+def _print_line(line: str) -> None:
     print(f"data: {as_given(line)}", file=sys.stderr, flush=True)

@@ -157,7 +157,9 @@ def choose(readings: ExitObservations, measure: Measure, wanted: float) -> dict[
     return thresholds
 
 
-def judge(readings: ExitObservations, measure: Measure, thresholds: dict[int, float | None]) -> CalibrationResult:
+def score_thresholds(
+    readings: ExitObservations, measure: Measure, thresholds: dict[int, float | None]
+) -> CalibrationResult:
     """What these thresholds do."""
     stays = torch.ones(readings.num_tokens, dtype=torch.bool)
     depth, agreed, exits = 0.0, 0, {}
@@ -193,7 +195,7 @@ def best_measure(
 ) -> tuple[Measure, dict[int, float | None]]:
     """(measure, thresholds): of all measures, or the one asked for, the one whose tokens leave earliest."""
     tried = [(measure, choose(readings, measure, wanted)) for measure in (MEASURES if asked == "best" else (asked,))]
-    return min(tried, key=lambda each: judge(readings, *each).mean_depth)
+    return min(tried, key=lambda each: score_thresholds(readings, *each).mean_depth)
 
 
 def lower_end(readings: ExitObservations, layer: int, leaves: Tensor) -> float:  # [n] bool

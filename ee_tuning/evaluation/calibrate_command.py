@@ -11,7 +11,14 @@ from ee_tuning.checkpoint.atomic_write import check_file
 from ee_tuning.checkpoint.load import LoadedModel, load_for_generation
 from ee_tuning.config import Config
 from ee_tuning.errors import InputError
-from ee_tuning.evaluation.calibrate import MEASURES, CalibrationResult, ExitObservations, best_measure, curve, judge
+from ee_tuning.evaluation.calibrate import (
+    MEASURES,
+    CalibrationResult,
+    ExitObservations,
+    best_measure,
+    curve,
+    score_thresholds,
+)
 from ee_tuning.evaluation.calibrate_text import draw, read_drawn, samples_of
 from ee_tuning.evaluation.calibration_file import write_calibration
 from ee_tuning.evaluation.guarantee_command import calibrate_with_guarantee
@@ -100,7 +107,7 @@ def _calibrate_by_agreement(config: Config, flags: argparse.Namespace, loaded: L
     readings = read_drawn(loaded.model, draw(samples, [index for index in range(count) if index % HELD_OUT]))
     held_out = read_drawn(loaded.model, draw(samples, range(0, count, HELD_OUT)))
     measure, thresholds = best_measure(readings, wanted, flags.measure or "best")
-    found, seen = judge(readings, measure, thresholds), judge(held_out, measure, thresholds)
+    found, seen = score_thresholds(readings, measure, thresholds), score_thresholds(held_out, measure, thresholds)
     if not loaded.model.topology.is_logging_rank:
         return
     curves = {layer: curve(readings, layer, measure) for layer in readings.exit_layers}

@@ -15,7 +15,7 @@ from ee_tuning.config import Config
 from ee_tuning.config.generation import Measure
 from ee_tuning.data.tokens import Samples
 from ee_tuning.errors import InputError
-from ee_tuning.evaluation.calibrate import MEASURES, CalibrationResult, judge
+from ee_tuning.evaluation.calibrate import MEASURES, CalibrationResult, score_thresholds
 from ee_tuning.evaluation.calibrate_text import SampledText, draw, read_drawn, samples_of
 from ee_tuning.evaluation.calibration_file import write_calibration
 from ee_tuning.evaluation.guarantee import GRID, Proof, documents_needed, earliest, prove, try_thresholds
@@ -56,7 +56,7 @@ def calibrate_with_guarantee(config: Config, flags: argparse.Namespace, loaded: 
     )
     measure = earliest(proofs)
     thresholds = {layer: proofs[measure].threshold for layer in readings.exit_layers}
-    found = judge(readings, measure, thresholds)
+    found = score_thresholds(readings, measure, thresholds)
     if not loaded.model.topology.is_logging_rank:
         return
     write_calibration(

@@ -22,7 +22,7 @@ from ee_tuning.data.prompt_records import Prompt, PromptFormat, prompt_of
 from ee_tuning.data.records import LeftOut
 from ee_tuning.data.shipped_prompts import shipped_prompts
 from ee_tuning.data.sources import find_corpora
-from ee_tuning.data.tally import say_passed_over
+from ee_tuning.data.tally import print_passed_over
 from ee_tuning.data.tokenizer import load_tokenizer, tokenizer_of
 from ee_tuning.errors import InputError
 from ee_tuning.generation.chat import stop_ids_of
@@ -178,7 +178,7 @@ def _prompts(
                     f"regenerate takes files of prompts, without weights and not tokenized, got {corpus.name}; leave weights "
                     "out, and give texts in place of .bin and .idx"
                 )
-            say_passed_over(corpus.passed_over)
+            print_passed_over(corpus.passed_over)
         files = [path for corpus in corpora for path in corpus.texts]
         records = (record for piece in file_ranges(files) for record in read_records(piece, reading.text_key))
         for number, (record, where) in enumerate(records, 1):

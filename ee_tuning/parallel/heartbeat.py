@@ -8,7 +8,7 @@ import torch.distributed as dist
 from ee_tuning.errors import InputError
 from ee_tuning.parallel.topology import Topology
 
-_SECONDS_BETWEEN_ANSWERS = 20.0
+_HEARTBEAT_SECONDS = 20.0
 
 
 def run_with_heartbeat(steps: Iterator[None], topology: Topology) -> None:
@@ -20,7 +20,7 @@ def run_with_heartbeat(steps: Iterator[None], topology: Topology) -> None:
     """
     is_done, failure = False, None
     while True:
-        until = time.monotonic() + _SECONDS_BETWEEN_ANSWERS
+        until = time.monotonic() + _HEARTBEAT_SECONDS
         while not is_done:
             try:
                 next(steps)

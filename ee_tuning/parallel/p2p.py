@@ -18,7 +18,7 @@ def isend(tensor: Tensor, peer: int, group: Group) -> Any:
     """As torch's; `wait` of what is returned means that `tensor`, which must be kept until then, has been taken."""
     if not _is_staged(tensor, group):
         return dist.isend(tensor, peer, group=group)
-    return _Staged(host := tensor.cpu(), None, dist.isend(host, peer, group=group))
+    return _StagedTransfer(host := tensor.cpu(), None, dist.isend(host, peer, group=group))
 
 
 def irecv(tensor: Tensor, peer: int, group: Group) -> Any:
@@ -28,10 +28,10 @@ def irecv(tensor: Tensor, peer: int, group: Group) -> Any:
     if not _is_staged(tensor, group):
         return dist.irecv(tensor, peer, group=group)
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-    return _Staged(host, tensor, dist.irecv(host, peer, group=group))
+    return _StagedTransfer(host, tensor, dist.irecv(host, peer, group=group))
 
 
-class _Staged:
+class _StagedTransfer:
     """A message under way, its host memory, and where that goes in the end."""
 
     def __init__(self, host: Tensor, target: Tensor | None, work: Any) -> None:

@@ -27,7 +27,7 @@ class PinnedStaging:
         self._room = [torch.empty(each.shape, dtype=each.dtype, pin_memory=each.is_cuda) for each in tensors]
         self._copied = torch.cuda.Event() if any(each.is_cuda for each in tensors) else None
 
-    def take(self, tensors: Sequence[Tensor]) -> None:
+    def copy_from(self, tensors: Sequence[Tensor]) -> None:
         """Copies `tensors`, which may change afterwards. On a GPU it returns at once, and what is queued after it waits
         for it.
         """
@@ -37,7 +37,7 @@ class PinnedStaging:
             self._copied.record()
 
     def tensors(self) -> list[Tensor]:
-        """What was taken last, once it is here; good until the next `take`. From any thread."""
+        """What was taken last, once it is here; good until the next `copy_from`. From any thread."""
         if self._copied is not None:
             self._copied.synchronize()
         return self._room

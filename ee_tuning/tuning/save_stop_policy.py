@@ -35,7 +35,7 @@ class SaveStopPolicy:
         )
         if saves:
             self._saver.wait()  # here, for if the one before could not be written, the word has to be another
-        ends = self._stop.is_asked or self._saver.has_failed
+        ends = self._stop.is_requested or self._saver.has_failed
         return self._agreed(NextAction.END if ends else NextAction.SAVE if saves else NextAction.NEXT)
 
     def mark_saved(self) -> None:

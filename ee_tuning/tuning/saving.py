@@ -63,7 +63,7 @@ class Saver:
         if self.has_failed:
             return
         chunks, tensors = zip(*state, strict=True) if (state := self._own_state()) else ((), ())
-        self._copy.take(tensors)
+        self._copy.copy_from(tensors)
         # A daemon: where training fails, what is being written is given up, as it would be with the process.
         self._thread = threading.Thread(
             target=self._run, args=(progress, chunks, before_latest), name="checkpoint", daemon=True

@@ -24,7 +24,7 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        self.is_asked = False
+        self.is_requested = False
         self._pressed_at: float | None = None
         self._former: dict[signal.Signals, Any] = {}
 
@@ -40,7 +40,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.is_asked = True
+        self.is_requested = True
         if number != signal.SIGINT:
             signal.signal(number, signal.SIG_IGN)
         elif self._pressed_at is None:

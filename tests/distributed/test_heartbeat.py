@@ -50,7 +50,7 @@ def profiled(text: str) -> tuple[object, int]:
         None, {"model.path": str(MODEL), "exits.exit_layers": "auto:3:profile", "exits.profile_text": text}
     )
     with (
-        mock.patch.object(heartbeat, "_SECONDS_BETWEEN_ANSWERS", 0.0),
+        mock.patch.object(heartbeat, "_HEARTBEAT_SECONDS", 0.0),
         mock.patch.object(dist, "all_gather_object", side_effect=dist.all_gather_object) as meeting,
     ):
         return with_exit_layers(config).exits.exit_layers, meeting.call_count

@@ -15,7 +15,14 @@ from ee_tuning import EarlyExitLLM, cli
 from ee_tuning.checkpoint.load import load_for_generation
 from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.errors import InputError
-from ee_tuning.evaluation.calibrate import MEASURES, ExitObservations, best_measure, choose, judge, read_exits
+from ee_tuning.evaluation.calibrate import (
+    MEASURES,
+    ExitObservations,
+    best_measure,
+    choose,
+    read_exits,
+    score_thresholds,
+)
 from ee_tuning.evaluation.calibrate_command import calibrate
 from ee_tuning.evaluation.demo import CHECKOUT
 from ee_tuning.parallel.topology import init_parallel
@@ -45,7 +52,7 @@ def test_tokens_held_out_agree_as_often_as_promised(wanted):
     """
     for seed in range(8):
         thresholds = choose(synthetic(seed, 200), "margin", wanted)
-        seen = judge(held_out := synthetic(1000 + seed, 1000), "margin", thresholds)
+        seen = score_thresholds(held_out := synthetic(1000 + seed, 1000), "margin", thresholds)
         assert all(threshold is not None for threshold in thresholds.values())
         reached = float(held_out.num_tokens)
         for result in seen.exits.values():
@@ -61,7 +68,7 @@ def test_an_exit_that_can_not_reach_it_is_not_used():
     readings.agrees[2] &= torch.rand(readings.num_tokens, generator=torch.Generator().manual_seed(1)) < 0.9
     thresholds = choose(readings, "entropy", 0.97)
     assert thresholds[2] is None and thresholds[4] is not None
-    assert judge(readings, "entropy", thresholds).exits[2].agreement < 0.97
+    assert score_thresholds(readings, "entropy", thresholds).exits[2].agreement < 0.97
     few = ExitObservations(
         {(2, m): torch.ones(7) for m in MEASURES},
         {2: torch.ones(7, dtype=torch.bool)},

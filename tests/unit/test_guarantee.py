@@ -15,7 +15,7 @@ from torch import Tensor
 from ee_tuning import EarlyExitLLM, cli
 from ee_tuning.data.tokens import DocumentSamples
 from ee_tuning.evaluation import calibrate_text
-from ee_tuning.evaluation.calibrate import MEASURES, ExitObservations, judge
+from ee_tuning.evaluation.calibrate import MEASURES, ExitObservations, score_thresholds
 from ee_tuning.evaluation.demo import CHECKOUT
 from ee_tuning.evaluation.guarantee import (
     GRID,
@@ -105,7 +105,9 @@ def test_each_threshold_does_what_decoding_would():
     assert list(GRID) == sorted(GRID, reverse=True) and GRID[0] < 1 and GRID[-1] == 0
     for index in (0, 50, 79, 80, 120, 180, 230, 260):
         thresholds: dict[int, float | None] = dict.fromkeys((2, 4), GRID[index])
-        outcomes = [judge(readings.only(readings.samples == document), "margin", thresholds) for document in range(6)]
+        outcomes = [
+            score_thresholds(readings.only(readings.samples == document), "margin", thresholds) for document in range(6)
+        ]
         assert trials.losses[:, index].tolist() == pytest.approx(
             [1 - outcome.agreement for outcome in outcomes], abs=1e-12
         )

@@ -23,10 +23,10 @@ def test_a_signal_that_a_launcher_repeats_does_not_end_the_process_before_its_ch
     former = [signal.signal(number, act) for number in numbers]
     try:
         with StopRequest() as stop:
-            assert not stop.is_asked
+            assert not stop.is_requested
             for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM):
                 os.kill(os.getpid(), number)
-                assert stop.is_asked
+                assert stop.is_requested
         assert acted == []
         os.kill(os.getpid(), signal.SIGTERM)
         assert acted == [signal.SIGTERM]  # what was before is in force again
@@ -45,7 +45,7 @@ def test_a_second_press_of_control_c_ends_the_process_and_a_forwarded_one_does_n
         os.kill(os.getpid(), signal.SIGINT)
         now += 0.1
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop.is_asked
+        assert stop.is_requested
         now += stopping.SECONDS_OF_ONE_PRESS
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
