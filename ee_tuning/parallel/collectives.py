@@ -1,6 +1,4 @@
-"""Collectives of Python objects over all ranks: work of one rank whose result or failure all ranks share, and gathered
-lists.
-"""
+"""Collectives of Python objects over all ranks: a result or failure of rank 0 for every rank, and gathered lists."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -14,8 +12,10 @@ Result = TypeVar("Result")
 
 
 def on_first_rank(topology: Topology | None, action: Callable[[], Result]) -> Result:
-    """What `action` returns on rank 0, on every rank. Where it fails all ranks raise, as with `run_with_heartbeat`: its
-    InputError, or else its own exception on rank 0 and a RuntimeError on the others. None is a world of one.
+    """Runs `action` on rank 0 and returns its result on every rank.
+
+    If `action` fails, all ranks raise, as in `run_with_heartbeat`: its InputError, or else its own exception on rank 0
+    and a RuntimeError on the others. Without a topology the world has one rank.
     """
     if topology is None:
         return action()
@@ -23,7 +23,7 @@ def on_first_rank(topology: Topology | None, action: Callable[[], Result]) -> Re
     if topology.rank == 0:
         try:
             result = action()
-        except Exception as error:  # of any kind: the others wait for an answer
+        except Exception as error:  # any exception: the other ranks wait for an answer
             failure = error
     refusal = str(failure) if isinstance(failure, InputError) else None
     crash = None if failure is None or refusal is not None else f"rank 0 failed: {type(failure).__name__}: {failure}"
@@ -38,7 +38,7 @@ def on_first_rank(topology: Topology | None, action: Callable[[], Result]) -> Re
 
 
 def gather_lists(items: list[Result], topology: Topology | None) -> list[Result]:
-    """Every rank's items, on every rank, and a barrier with it."""
+    """Returns the items of all ranks, in the order of ranks, on every rank. This is a barrier, too."""
     if topology is None:
         return items
     parts: list[list[Result]] = [[] for _ in range(topology.world_size)]

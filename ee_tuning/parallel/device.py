@@ -1,6 +1,6 @@
-"""What a machine without CUDA needs before Megatron-core runs on it. Nothing else in the package knows.
+"""Devices and backends of this process, and the patches that let Megatron-core run without CUDA.
 
-Applied only where CUDA is absent, once, before a model is built.
+The patches are applied once, before a model is built, and only where CUDA is absent. No other file depends on them.
 """
 
 import functools
@@ -14,31 +14,25 @@ from ee_tuning.parallel.launcher import local_rank, local_world_size
 
 
 def device() -> torch.device:
-    """This process's device: its own GPU where there is one, else the CPU."""
+    """Returns this process's own GPU, or the CPU where there is none."""
     if torch.cuda.is_available():
         return torch.device("cuda", local_rank() % torch.cuda.device_count())
     return torch.device("cpu")
 
 
 def collective_backend() -> str:
-    """The process-group backend of tensors on `device()`. NCCL refuses several processes on one GPU, so they talk over
-    gloo.
-    """
+    """Returns the backend for tensors on `device()`: gloo where several processes share a GPU, which NCCL refuses."""
     has_own_gpu = torch.cuda.is_available() and local_world_size() <= torch.cuda.device_count()
     return "nccl" if has_own_gpu else "gloo"
 
 
 def control_backend() -> str:
-    """The process-group backend of small CPU tensors: gloo, or none at all in a world that is imagined
-    (`fake_world.py`).
-    """
+    """Returns the backend for small CPU tensors: gloo, or the fake one inside a fake world (`fake_world.py`)."""
     return "fake" if dist.get_backend() == "fake" else "gloo"
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether this machine's processor has instructions for matrix products in bfloat16. Where it is not known, it
-    has.
-    """
+    """Whether this machine's processor multiplies matrices in bfloat16. Assumed where torch does not report it."""
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return capabilities.get("architecture") != "x86_64" or bool(
         capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
@@ -47,16 +41,17 @@ def multiplies_bfloat16() -> bool:
 
 @functools.cache
 def prepare_device() -> torch.device:
-    """Makes this process's device current and, without CUDA, lets Megatron-core build and run on the CPU."""
+    """Makes this process's device current. Without CUDA, patches torch so that Megatron-core runs on the CPU."""
     this = device()
     if this.type == "cuda":
         torch.cuda.set_device(this)
         return this
     with torch.device(
         "meta"
-    ):  # torch notes, at the first use, which functions such a context steers: they must still be its own
+        # torch notes, when it first enters such a context, which functions to intercept; they must be the original ones
+    ):
         torch.empty(0)
-    # Megatron-core asks for these three wherever it allocates, with no CPU in mind.
+    # Megatron-core calls these three when it allocates, and assumes CUDA.
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda *_, **__: None
     for name in ("zeros", "empty", "tensor"):

@@ -1,9 +1,9 @@
-"""Tensors of a dry run: they have shapes and no numbers. What depends on numbers asks here, and assumes."""
+"""Detection of fake tensors, which a dry run uses: they have shapes and no values."""
 
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 
 def is_fake(x: Tensor) -> bool:
-    """Whether `x` is a tensor of a dry run, which imagines a GPU."""
+    """Whether `x` is a fake tensor. Code that depends on values must then assume something."""
     return isinstance(x, FakeTensor)

@@ -1,7 +1,6 @@
-"""A world of any size that is imagined: this process is one of its ranks, and the others do not exist.
+"""A fake world of any size: this process acts as one of its ranks, and the others do not exist.
 
-Collectives and messages return at once and move nothing. Under fake tensors, which have shapes and no numbers, nothing
-is missed.
+Collectives and messages return at once and move nothing. Fake tensors have no values that could be missed.
 """
 
 from collections.abc import Iterator
@@ -17,9 +16,9 @@ from ee_tuning.parallel.topology import Topology, build_topology, check_world_si
 
 @contextmanager
 def fake_world(parallel: ParallelSection, world_size: int, rank: int) -> Iterator[Topology]:
-    """This process as `rank` of `world_size`, while it lasts. No other world may have been joined.
+    """Makes this process `rank` of a fake world of `world_size` while the context is open.
 
-    Raises InputError where TP × PP does not divide `world_size`.
+    The process must not have joined another world. Raises InputError where TP × PP does not divide `world_size`.
     """
     check_world_size(parallel, world_size)
     assert not dist.is_initialized(), "leave the world that is there before imagining one"

@@ -1,8 +1,7 @@
-"""Hands a tensor per micro-batch back from the last stage to earlier ones, against the relay's direction. Knows no
-teachers.
+"""Sends one tensor per micro-batch back from the last stage to earlier ones, against the direction of the relay.
 
-It has a process group of its own: on the relay's, a receive that waits for the last stage would hold up the hidden
-states behind it.
+It has a process group of its own: on the relay's group, a receive that waits for the last stage would block the hidden
+states behind it. This file knows nothing of teachers.
 """
 
 import time
@@ -18,8 +17,9 @@ from ee_tuning.parallel.watchdog import hang_watchdog
 
 
 class Feedback:
-    """This stage's end. Every stage of `stages` must `expect` each tensor before the last stage sends it, and `take` it
-    afterwards.
+    """This stage's end of the channel.
+
+    Every stage in `stages` must call `expect` for a tensor before the last stage sends it, and `take` afterwards.
     """
 
     def __init__(
@@ -31,18 +31,18 @@ class Feedback:
         *,
         max_in_flight: int = 2,
     ) -> None:
-        """Tensors of `shape` and `dtype` for `stages`; the last stage may have `max_in_flight` sends to each
+        """`shape` and `dtype` describe the tensors; `stages` receive them. Per receiver, `max_in_flight` sends may be
         unfinished.
         """
         assert all(0 <= stage < topology.pp - 1 for stage in stages), stages
         self.seconds_waited = 0.0
-        """Time spent in waiting for other stages, so far. On a GPU, the host's alone."""
+        """Seconds that this stage has waited for other stages. On a GPU only the host's waiting counts."""
         self._topology, self._shape, self._dtype, self._stages = topology, shape, dtype, stages
         self._max_in_flight = max_in_flight * len(stages)
         self._under_way: deque[tuple[Tensor, Any]] = deque()
 
     def send(self, tensor: Tensor) -> None:
-        """Sends from the last stage. `tensor` may not be written afterwards."""
+        """Sends `tensor` from the last stage. The caller must not write to it afterwards."""
         assert self._topology.is_last_stage and tensor.shape == self._shape and tensor.dtype == self._dtype
         tensor = tensor.detach().contiguous()
         for stage in self._stages:
@@ -52,13 +52,13 @@ class Feedback:
         self._wait_for_sends(self._max_in_flight)
 
     def expect(self) -> None:
-        """Makes room, on a stage of `stages`, for the next tensor, and returns at once."""
+        """Posts the receive of the next tensor on a stage of `stages`, and returns at once."""
         assert self._topology.stage in self._stages
         tensor = torch.empty(self._shape, dtype=self._dtype, device=self._topology.device)
         self._under_way.append((tensor, irecv(tensor, self._topology.pp_ranks[-1], self._topology.feedback_group)))
 
     def take(self) -> Tensor:
-        """The oldest tensor that is expected, once it is here; the caller's to keep."""
+        """Waits for the oldest expected tensor and returns it. The caller may keep it."""
         began = time.perf_counter()
         tensor, work = self._under_way.popleft()
         with hang_watchdog(
@@ -69,7 +69,7 @@ class Feedback:
         return tensor
 
     def finish(self) -> None:
-        """Waits on the last stage for the sends under way."""
+        """Waits on the last stage until all sends have finished."""
         self._wait_for_sends(0)
 
     def _wait_for_sends(self, max_in_flight: int) -> None:

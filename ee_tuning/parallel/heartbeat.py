@@ -1,4 +1,4 @@
-"""Long work on some ranks while the others wait for it: all meet now and then, lest a collective times out."""
+"""Long work on some ranks while others wait: all ranks meet regularly, so that no collective times out."""
 
 import time
 from collections.abc import Generator, Iterator
@@ -12,10 +12,10 @@ _HEARTBEAT_SECONDS = 20.0
 
 
 def run_with_heartbeat(steps: Iterator[None], topology: Topology) -> None:
-    """Goes through `steps`, each of well under a minute, while the other ranks go through theirs, or wait. All ranks
-    call it.
+    """Runs this rank's `steps`, each much shorter than a minute, while other ranks run theirs or wait. All ranks call
+    it.
 
-    Ends on all ranks where it fails on one: by the same InputError, or else by that rank's own exception and a
+    If a step fails on one rank, all ranks raise: the same InputError, or else that rank's own exception and a
     RuntimeError on the others.
     """
     is_done, failure = False, None
@@ -26,7 +26,7 @@ def run_with_heartbeat(steps: Iterator[None], topology: Topology) -> None:
                 next(steps)
             except StopIteration:
                 is_done = True
-            except Exception as error:  # told to the others before it is raised: they would wait for this rank
+            except Exception as error:  # reported to the other ranks before it is raised, since they wait for this one
                 is_done, failure = True, error
             if time.monotonic() >= until:
                 break
@@ -43,7 +43,7 @@ def run_with_heartbeat(steps: Iterator[None], topology: Topology) -> None:
         refusals = [text for _, text, _ in answers if text is not None]
         crashes = [f"rank {rank} failed: {text}" for rank, (_, _, text) in enumerate(answers) if text is not None]
         if (refusals or crashes) and isinstance(steps, Generator):
-            steps.close()  # removes what was on the way
+            steps.close()  # removes partial outputs
         if crashes:
             raise failure if failure is not None and not is_refusal else RuntimeError(crashes[0])
         if refusals:

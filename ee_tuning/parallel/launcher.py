@@ -1,4 +1,4 @@
-"""What a launcher (torchrun, Slurm scripts, notebooks) says of this process in its environment. Needs no torch."""
+"""The place of this process, as its launcher (torchrun, a Slurm script, a notebook) set it in the environment."""
 
 import os
 from typing import NamedTuple
@@ -7,21 +7,21 @@ from ee_tuning.errors import InputError
 
 
 class LaunchedRank(NamedTuple):
-    """This process among those that were launched together."""
+    """Rank and world size that a launcher assigned to this process."""
 
     rank: int
     world_size: int
 
 
 class RendezvousError(InputError):
-    """This process could not join the others, so it alone knows why."""
+    """This process could not join the others. Only this rank knows why, so it reports the error itself."""
 
 
 def launched_rank() -> LaunchedRank | None:
-    """Where RANK and WORLD_SIZE put this process; None where no launcher did.
+    """Returns what RANK and WORLD_SIZE say, or None where no launcher set them.
 
-    WORLD_SIZE alone is none: it is left in many a shell and container, and nothing else would come to that world.
-    Raises InputError where the two make no sense.
+    WORLD_SIZE alone does not count: many shells and containers leave it set, and no other process would join. Raises
+    InputError where the two contradict each other.
     """
     rank, world_size = _number("RANK", least=0), _number("WORLD_SIZE", least=1)
     if rank is None:
@@ -40,19 +40,19 @@ def launched_rank() -> LaunchedRank | None:
 
 
 def local_rank() -> int:
-    """Which of its machine's processes this one is; 0 where nothing says so. Raises InputError on what is no number."""
+    """Returns LOCAL_RANK, or 0 where it is not set. Raises InputError where it is not a number."""
     return _number("LOCAL_RANK", least=0) or 0
 
 
 def local_world_size() -> int:
-    """How many processes were launched on this machine; 1 where nothing says so. Raises InputError on what is no
-    number.
-    """
+    """Returns LOCAL_WORLD_SIZE, or 1 where it is not set. Raises InputError where it is not a number."""
     return _number("LOCAL_WORLD_SIZE", least=1) or 1
 
 
 def check_address(place: LaunchedRank) -> None:
-    """Raises InputError where the environment does not say where a world of several processes meets."""
+    """Raises InputError where the environment has no usable MASTER_ADDR and MASTER_PORT for a world of several
+    processes.
+    """
     if not _value("MASTER_ADDR"):
         raise InputError(
             f"{place.world_size} processes meet at MASTER_ADDR, and the environment has none; launch with torchrun, or unset "
@@ -67,7 +67,7 @@ def check_address(place: LaunchedRank) -> None:
 
 
 def is_first() -> bool:
-    """Whether this process is rank 0, or alone, as far as its environment makes sense."""
+    """Whether this process is rank 0 or alone. True, too, where the environment is invalid."""
     try:
         place = launched_rank()
     except InputError:

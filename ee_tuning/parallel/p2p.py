@@ -1,8 +1,8 @@
-"""Messages between two ranks. gloo sends and receives host memory alone: what is on a GPU goes through pinned memory on
-either side.
+"""Point-to-point messages. gloo moves host memory only, so tensors on a GPU go through pinned host memory on both
+sides.
 
-That is what several processes on one GPU have, for NCCL refuses them. It costs a copy over PCIe on each side, and the
-sender waits for the GPU to have computed what it sends.
+This applies to several processes on one GPU, which NCCL refuses. It costs a copy over PCIe on each side, and the sender
+waits until the GPU has computed the tensor.
 """
 
 from typing import Any
@@ -15,15 +15,15 @@ from ee_tuning.parallel.process_groups import Group
 
 
 def isend(tensor: Tensor, peer: int, group: Group) -> Any:
-    """As torch's; `wait` of what is returned means that `tensor`, which must be kept until then, has been taken."""
+    """Like `torch.distributed.isend`. Keep `tensor` until `wait` of the returned handle has returned."""
     if not _is_staged(tensor, group):
         return dist.isend(tensor, peer, group=group)
     return _StagedTransfer(host := tensor.cpu(), None, dist.isend(host, peer, group=group))
 
 
 def irecv(tensor: Tensor, peer: int, group: Group) -> Any:
-    """As torch's; after `wait` of what is returned, `tensor` holds what was sent, for all that is done on the current
-    stream.
+    """Like `torch.distributed.irecv`. After `wait` of the returned handle, work on the current stream sees the received
+    data.
     """
     if not _is_staged(tensor, group):
         return dist.irecv(tensor, peer, group=group)
@@ -32,7 +32,7 @@ def irecv(tensor: Tensor, peer: int, group: Group) -> Any:
 
 
 class _StagedTransfer:
-    """A message under way, its host memory, and where that goes in the end."""
+    """A transfer in flight, its host buffer, and the device tensor that it fills."""
 
     def __init__(self, host: Tensor, target: Tensor | None, work: Any) -> None:
         self._host, self._target, self._work = host, target, work
@@ -40,7 +40,8 @@ class _StagedTransfer:
     def wait(self) -> None:
         self._work.wait()
         if self._target is not None:
-            self._target.copy_(self._host, non_blocking=True)  # torch keeps pinned memory until copies from it are done
+            # torch keeps pinned memory until copies from it have finished
+            self._target.copy_(self._host, non_blocking=True)
 
 
 def _is_staged(tensor: Tensor, group: Group) -> bool:

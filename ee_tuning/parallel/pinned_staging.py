@@ -1,4 +1,4 @@
-"""Copies between host and device that hold up nobody."""
+"""Copies between host and device that block neither of them."""
 
 from collections.abc import Sequence
 
@@ -7,20 +7,19 @@ from torch import Tensor
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on `device`. On a GPU by way of pinned memory: from any other the host would wait for all
-    that is queued.
+    """Copies a host tensor to `device`, through pinned memory on a GPU.
+
+    From other memory, the host would wait for all queued work.
     """
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 class PinnedStaging:
-    """Copies of tensors in host memory, so that what changes on the device can be written as it was while work on it
-    goes on.
+    """Buffers in host memory for copies of device tensors: training goes on while the copy is written to disk.
 
-    Room for tensors of some shapes, taken once: pinned where they are on a GPU, so that to copy them holds up nobody.
-
-    Pinning and freeing pinned memory may wait for all that the device has to do, a receive that is posted ahead
-    included: make it before the relay starts, and keep it as long.
+    The buffers are allocated once, pinned for tensors on a GPU, so that copying does not block. Allocating and freeing
+    pinned memory may wait for all work of the device, posted receives included: create this before the relay starts,
+    and keep it as long.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -28,16 +27,14 @@ class PinnedStaging:
         self._copied = torch.cuda.Event() if any(each.is_cuda for each in tensors) else None
 
     def copy_from(self, tensors: Sequence[Tensor]) -> None:
-        """Copies `tensors`, which may change afterwards. On a GPU it returns at once, and what is queued after it waits
-        for it.
-        """
+        """Copies `tensors`, which may change afterwards. On a GPU the copy is queued, and later work waits for it."""
         for room, tensor in zip(self._room, tensors, strict=True):
             room.copy_(tensor.detach(), non_blocking=True)
         if self._copied is not None:
             self._copied.record()
 
     def tensors(self) -> list[Tensor]:
-        """What was taken last, once it is here; good until the next `copy_from`. From any thread."""
+        """Waits for the last copy and returns it, valid until the next `copy_from`. May be called from any thread."""
         if self._copied is not None:
             self._copied.synchronize()
         return self._room

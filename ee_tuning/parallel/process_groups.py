@@ -1,4 +1,4 @@
-"""Few process groups, and none left: each of gloo's keeps threads and sockets, each of NCCL's memory on the device."""
+"""Creates as few process groups as possible and destroys them all: each costs threads and sockets, or GPU memory."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,16 +13,16 @@ Group = Any  # torch.distributed.ProcessGroup
 Ranks = tuple[int, ...]
 
 _PERSISTENT: dict[Ranks, Group] = {}
-"""The groups of the world at hand, alike on all ranks."""
+"""Groups that outlive a layout, by their ranks. The same on all ranks."""
 
 
 @contextmanager
 def one_group_for_same_ranks(parallel_state: Any, kept: list[list[int]]) -> Iterator[None]:
-    """Inside it, Megatron's `parallel_state` makes one group for all purposes that have the same ranks, in place of
-    dozens for each rank. Its layers use them one after the other, in the same order on every rank.
+    """Makes Megatron's `parallel_state` create one group per set of ranks, shared by all purposes, instead of dozens.
 
-    The groups `kept`, those of replicas, outlive the layout: torch remembers device meshes by their ranks, and with
-    them the group of the first one. A later layout gets them again.
+    This is safe because its layers use them one after the other, in the same order on every rank. The groups in `kept`,
+    those of replicas, outlive the layout, and a later layout gets them again: torch caches device meshes by their
+    ranks, and with them the first group.
     """
     create, made = parallel_state.create_group, dict(_PERSISTENT)
 
@@ -42,8 +42,10 @@ def one_group_for_same_ranks(parallel_state: Any, kept: list[list[int]]) -> Iter
 
 
 def own_group(partition: list[list[int]], *, rank: int, timeout: timedelta, backend: str | None = None) -> Group:
-    """A group for each part, one of control unless `backend` is given; this rank's own. Every rank makes every group,
-    in order.
+    """Creates a group for each part of `partition` and returns this rank's. All ranks create all groups, in the same
+    order.
+
+    The backend is that of control messages unless `backend` is given.
     """
     own = None
     for ranks in partition:
@@ -55,7 +57,7 @@ def own_group(partition: list[list[int]], *, rank: int, timeout: timedelta, back
 
 
 def destroy_groups() -> None:
-    """Ends those of a layout that are not kept. All ranks call it."""
+    """Destroys the groups of a layout, except persistent ones. All ranks call it."""
     dist.barrier()
     for group in list(dist.distributed_c10d._world.pg_map):
         if not any(group is each for each in (dist.group.WORLD, *_PERSISTENT.values())):
@@ -63,7 +65,7 @@ def destroy_groups() -> None:
 
 
 def destroy_world() -> None:
-    """Ends them all."""
+    """Destroys all groups and leaves the world."""
     _PERSISTENT.clear()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,8 +1,8 @@
-"""Hands hidden states from one pipeline stage to the next, micro-batch after micro-batch, forward only. Knows no exits.
+"""Sends hidden states from each pipeline stage to the next, micro-batch by micro-batch, forward only. Knows no exits.
 
-Every micro-batch is a header on `pp_control` (gloo, CPU) and hidden states on `pp_group` (gloo or NCCL, `p2p.py`).
-The header says what follows, so a wish to stop or to save travels with the activations, and a receive that nobody will
-answer is never posted.
+A micro-batch consists of a header on `pp_control` (gloo, CPU) and hidden states on `pp_group` (gloo or NCCL, `p2p.py`).
+The header holds the next action, so a request to stop or to save travels with the activations, and a stage never posts
+a receive that will not be answered.
 """
 
 import enum
@@ -20,28 +20,28 @@ from ee_tuning.parallel.watchdog import hang_watchdog
 
 
 class NextAction(enum.IntEnum):
-    """What comes after a micro-batch. Of several wishes the smallest has its way."""
+    """The action after a micro-batch. Among several requests the smallest value wins."""
 
     END = 0
-    """Nothing."""
+    """The run ends."""
     SAVE = 1
-    """Another one, at once, and a checkpoint of the steps so far."""
+    """Another micro-batch follows at once, and the stage saves a checkpoint of the steps so far."""
     NEXT = 2
-    """Another one, at once."""
+    """Another micro-batch follows at once."""
 
 
 class Received(NamedTuple):
-    """One micro-batch from the stage before."""
+    """A micro-batch from the previous stage."""
 
     hidden: Tensor
-    """The relay's shape and dtype, on the topology's device; the receiver's to keep."""
+    """Hidden states in the relay's shape and dtype, on the topology's device. The receiver may keep them."""
     next_action: NextAction
 
 
 class _Transfer(NamedTuple):
-    """A header and hidden states under way, with what has to live until they have arrived."""
+    """A header and hidden states in flight, with the buffers that must live until they arrive."""
 
-    header: Tensor  # [2] int64: number of the micro-batch, what follows
+    header: Tensor  # [2] int64: number of the micro-batch, next action
     hidden: Tensor
     header_work: Any
     hidden_work: Any
@@ -52,22 +52,21 @@ class _Transfer(NamedTuple):
 
 
 class Relay:
-    """This stage's place in the relay. One Relay serves one run: from the first micro-batch to the one sent with
-    `NextAction.END`.
+    """This stage's end of the relay. One Relay serves one run: until the micro-batch with `NextAction.END`.
 
-    On NCCL a receive posted ahead may not block the send behind it: they run on communicators of their own because the
-    process groups are made without `device_id`, and then PyTorch gives every unbatched pair of ranks one.
+    On NCCL, a receive posted ahead must not block the send behind it. It does not, because the process groups are
+    created without `device_id`, and PyTorch then gives every pair of ranks a communicator of its own.
     """
 
     def __init__(
         self, topology: Topology, shape: tuple[int, ...], dtype: torch.dtype, *, max_in_flight: int = 2
     ) -> None:
-        """`shape` and `dtype` of the hidden states of one micro-batch; `max_in_flight` sends may be unfinished at a
-        time.
+        """`shape` and `dtype` describe the hidden states of one micro-batch. At most `max_in_flight` sends may be
+        unfinished.
         """
         assert max_in_flight >= 1, f"max_in_flight must be at least 1, got {max_in_flight}"
         self.seconds_waited = 0.0
-        """Time spent in waiting for other stages, so far. On a GPU, the host's alone."""
+        """Seconds that this stage has waited for other stages. On a GPU only the host's waiting counts."""
         self._topology, self._shape, self._dtype, self._max_in_flight = topology, shape, dtype, max_in_flight
         self._sending: deque[_Transfer] = deque()
         self._num_sent = self._num_received = 0
@@ -75,8 +74,10 @@ class Relay:
         self._more_to_come = not topology.is_first_stage
 
     def receive(self) -> Received:
-        """The next micro-batch of the stage before. If another one follows, its receive is under way when this returns:
-        it ends with the stage before's next send, so nobody may wait for the whole device meanwhile.
+        """Receives the next micro-batch from the previous stage.
+
+        If another one follows, its receive is already posted when this returns. It completes with the previous stage's
+        next send, so do not synchronize the whole device in between.
         """
         assert self._more_to_come, "nothing to receive: this is the first stage, or the last micro-batch said so"
         began = time.perf_counter()
@@ -96,9 +97,9 @@ class Relay:
         return Received(transfer.hidden, NextAction(next_action))
 
     def send(self, hidden: Tensor, *, next_action: NextAction) -> None:
-        """Sends `hidden` on and returns at once, unless more than `max_in_flight` sends are under way.
+        """Sends `hidden` to the next stage. Returns at once unless more than `max_in_flight` sends are unfinished.
 
-        `hidden` may be read but not written by the caller afterwards.
+        The caller may read `hidden` afterwards but must not write to it.
         """
         assert not self._topology.is_last_stage, "the last stage has nobody to send to"
         assert hidden.shape == self._shape and hidden.dtype == self._dtype, (
@@ -118,7 +119,7 @@ class Relay:
         self._wait_for_sends(self._max_in_flight)
 
     def finish(self) -> None:
-        """Waits for the sends under way."""
+        """Waits until all sends have finished."""
         self._wait_for_sends(0)
 
     def _wait_for_sends(self, max_in_flight: int) -> None:
@@ -132,7 +133,7 @@ class Relay:
         self.seconds_waited += time.perf_counter() - began
 
     def _post_receive(self) -> _Transfer:
-        # A buffer of its own for each micro-batch: two live at a time, and the receiver may keep what it got.
+        # Each micro-batch has its own buffer: two are alive at a time, and the receiver may keep what it received.
         peer = self._topology.pp_ranks[self._topology.stage - 1]
         header = torch.empty(2, dtype=torch.int64)
         hidden = torch.empty(self._shape, dtype=self._dtype, device=self._topology.device)

@@ -1,13 +1,12 @@
-"""Exits that say a part of the vocabulary only: a class for each token of a list, and one more, the last, for any other
-token.
+"""Exits with a shortlist: one class for each listed token, and a last class for any other token.
 
-The list is in the order of ids, and cut over tensor parallelism as a vocabulary is. Probabilities are those of the
-whole vocabulary, with all that is not listed taken together: so confidence is what it would be, and where "any other
-token" is likeliest an exit is sure of nothing.
+The list is sorted by id and cut over tensor parallelism like a vocabulary. Probabilities are those of the whole
+vocabulary, with all unlisted tokens summed into one class. So confidence keeps its meaning, and where "any other token"
+is likeliest the exit has no confidence at all.
 """
 
-# v vocabulary · v/tp this rank's true rows of it · n tokens in the list · c classes, n + 1 · t tokens that are looked
-# at … any leading dimensions
+# v vocabulary · v/tp this rank's true rows of it · n tokens in the list · c classes, n + 1 · t tokens of a batch … any
+# leading dimensions
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -30,23 +29,23 @@ from ee_tuning.parallel.vocab import (
 )
 
 UNSURE = -1.0
-"""Confidence where "any other token" is likeliest: no threshold is so low."""
+"""Confidence where "any other token" is likeliest. No threshold is as low."""
 
 
 @dataclass(frozen=True, eq=False)
 class Shortlist(VocabShard):
-    """A shard of the classes; `size` is c."""
+    """This rank's shard of the classes; `size` is c."""
 
     token_ids: Tensor
     """[n] int64, increasing."""
     whole: VocabShard
-    """This rank's part of the model's vocabulary."""
+    """This rank's shard of the model's vocabulary."""
     local_span: tuple[int, int]
-    """The first token of the list that lies in this rank's part of the vocabulary, and the one behind the last."""
+    """Positions in the list of this rank's vocabulary shard: the first one, and the one after the last."""
 
     @classmethod
     def of_tokens(cls, token_ids: Sequence[int], whole: VocabShard, topology: Any) -> "Shortlist":
-        """`token_ids` are increasing, and fewer than the vocabulary has."""
+        """Builds this rank's shard. `token_ids` must be increasing and fewer than the vocabulary."""
         assert 0 < len(token_ids) < whole.size and token_ids[0] >= 0 and token_ids[-1] < whole.size
         size, stop = len(token_ids) + 1, whole.first + whole.true_rows
         rows = padded_size(size, topology.tp) // topology.tp
@@ -64,7 +63,7 @@ class Shortlist(VocabShard):
 
     @property
     def other(self) -> int:
-        """The class of all tokens that are not listed."""
+        """The class of all unlisted tokens."""
         return self.size - 1
 
     @cached_property
@@ -73,13 +72,14 @@ class Shortlist(VocabShard):
         return table.scatter_(0, self.token_ids, torch.arange(self.other, device=table.device))
 
     def classes(self, token_ids: Tensor) -> Tensor:  # […] int64 -> […] int64
-        """The class of each token; what is no token stays none, so that it is no class either."""
+        """Returns the class of each token. Ids outside of the vocabulary stay outside of the classes."""
         known = self._class_of[token_ids.clamp(0, self.whole.size - 1)]
         return torch.where(token_ids < 0, token_ids, torch.where(token_ids >= self.whole.size, self.size, known))
 
     def to_class_logits(self, logits: Tensor) -> Tensor:  # [t, v/tp] -> [t, this rank's true rows of the classes]
-        """Logits of classes from those of all tokens, by as many as both have in common; overwrites `logits` (float32
-        at least).
+        """Returns the logits of classes for the logits of all tokens, up to a common constant.
+
+        Overwrites `logits` (float32 at least).
         """
         first, last = self.local_span
         columns = self.token_ids[first:last] - self.whole.first
@@ -94,7 +94,7 @@ class Shortlist(VocabShard):
         return everything[:, self.first : self.first + self.true_rows]
 
     def other_and_total(self, logits: Tensor) -> tuple[Tensor, Tensor]:  # [t, v/tp] -> [t], [t]
-        """The logit of "any other token" and the log-sum-exp of all; overwrites `logits` (float32 at least)."""
+        """Returns the logit of "any other token" and the log-sum-exp of all. Overwrites `logits` (float32 at least)."""
         first, last = self.local_span
         total = logits.logsumexp(-1)
         other = logits.index_fill_(-1, self.token_ids[first:last] - self.whole.first, -torch.inf).logsumexp(-1)
@@ -104,28 +104,30 @@ class Shortlist(VocabShard):
         return merged[0], merged[1]
 
     def likeliest_classes(self, logits: Tensor) -> Tensor:  # [t, v/tp] -> [t] int64
-        """The class of the likeliest token, of equal ones that with the lowest id; `other` where it is not listed."""
+        """Returns the class of the likeliest token, or `other` if it is not listed. Among equal logits the lowest id
+        wins.
+        """
         if logits.shape[-1]:
             largest, column = logits.max(-1)
-        else:  # a shard of padding alone
+        else:  # this shard holds padding only
             largest, column = (
                 logits.new_full((len(logits),), -torch.inf),
                 torch.zeros(len(logits), dtype=torch.int64, device=logits.device),
             )
         ids = column + self.whole.first
         if self.world_size > 1:
-            winner = self.gather(largest).argmax(0)  # shards come in the order of their ids
+            winner = self.gather(largest).argmax(0)  # shards are in the order of their ids
             ids = self.gather(ids).gather(0, winner[None])[0]
         return self.classes(ids)
 
     def other_column(self, values: Tensor) -> Tensor:  # [t, this rank's true rows] -> [t, 1]
-        """The column of `other`, zeros where it is another rank's: to be summed over the shards."""
+        """Returns the column of `other`, or zeros if another rank has it. Meant to be summed over the shards."""
         place = self.other - self.first
         return values[:, place : place + 1] if 0 <= place < values.shape[-1] else values.new_zeros(len(values), 1)
 
 
 def exit_vocab(token_ids: Sequence[int], whole: VocabShard, topology: Any) -> VocabShard:
-    """What exits say: the tokens of a list, or the whole vocabulary where there is none."""
+    """Returns the vocabulary of exits: a shortlist of the listed tokens, or the whole vocabulary without a list."""
     return Shortlist.of_tokens(token_ids, whole, topology) if token_ids else whole
 
 
@@ -133,8 +135,10 @@ def token_top1(
     logits: Tensor,  # […, rows of `vocab`]
     vocab: VocabShard,
 ) -> Top1:
-    """`top1` in ids of the model's vocabulary. Of a shortlist the likeliest token that is listed; where "any other
-    token" is likelier its probability is given as UNSURE.
+    """Like `top1`, with ids of the model's vocabulary.
+
+    For a shortlist it returns the likeliest listed token; where "any other token" is likelier, its probability is
+    UNSURE.
     """
     if not isinstance(vocab, Shortlist):
         return top1(logits, vocab)
@@ -153,7 +157,7 @@ def token_confidences(
     vocab: VocabShard,
     measure: str,
 ) -> Tensor:  # […], float32 (float64 for float64 logits)
-    """`confidences` over the classes of a shortlist, UNSURE where "any other token" is likeliest."""
+    """Like `confidences`, over the classes of a shortlist. UNSURE where "any other token" is likeliest."""
     if not isinstance(vocab, Shortlist):
         return confidences(logits, vocab, measure)
     likeliest = token_top1(logits, vocab).max_probability
@@ -167,7 +171,7 @@ def token_log_probabilities(
     token_ids: Tensor,  # [t] int64
     vocab: VocabShard,
 ) -> Tensor:  # [t], float32 (float64 for float64 logits)
-    """`log_probabilities_of` tokens; one that is not listed has the part of "any other token" that each of them has."""
+    """Like `log_probabilities_of`. An unlisted token gets an equal share of "any other token"."""
     if not isinstance(vocab, Shortlist):
         return log_probabilities_of(logits, token_ids, vocab)
     classes = vocab.classes(token_ids)
@@ -179,7 +183,7 @@ def token_logits(
     logits: Tensor,  # […, rows of `vocab`]
     vocab: VocabShard,
 ) -> Tensor:  # […, v], dtype of logits
-    """`gather_logits` of the whole vocabulary, on every rank; -inf where an exit can not say a token."""
+    """Like `gather_logits`, for the whole vocabulary on every rank. Tokens that the exit can not predict get -inf."""
     gathered = gather_logits(logits, vocab)
     if not isinstance(vocab, Shortlist):
         return gathered
@@ -191,9 +195,7 @@ def token_logits(
 def _merged(
     vocab: Shortlist, listed: Tensor, true: Tensor, other: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What all shards say: the largest logit of a listed token, its class, the log-sum-exp, and the logit of any other
-    token.
-    """
+    """Merges over the shards: largest logit of a listed token, its class, log-sum-exp, and logit of any other token."""
     nothing = true.new_full(true.shape[:-1], -torch.inf)
     best, index = listed.max(-1) if listed.shape[-1] else (nothing, torch.zeros_like(nothing))
     rival = nothing if other is None else other[..., 0]

@@ -1,11 +1,9 @@
-"""How the stages of a decoder talk: hidden states go on to the next stage, what a stage has decided goes to everybody.
-Knows no exits.
+"""Messages between the stages of a decoder: hidden states to the next stage, decisions to all stages. Knows no exits.
 
-Nobody waits for a send. A stage that hands states on, or says what it decided, goes on at once; whoever needs either
-waits for it when it comes to that place. So a stage lags behind another by as many messages as may be under way, and no
-more. Every rank sends and receives in the order of one and the same program, and the oldest operation that anybody
-waits for can always be
-finished: that is why this can not deadlock, as long as a stage may post what others hear later in that program.
+Sends do not block. A stage continues after sending hidden states or a decision, and a receiver waits only when it needs
+the message. So a stage may run ahead of another by the number of messages in flight, and no more. All ranks send and
+receive in the order of the same program, and the oldest pending operation can always complete; this is why the stages
+can not deadlock, provided that every awaited message is sent at some point of that program.
 """
 
 import time
@@ -24,27 +22,26 @@ from ee_tuning.parallel.watchdog import hang_watchdog
 
 
 class StageLink:
-    """This rank's end. Of each kind of message `max_in_flight` may be under way to every receiver."""
+    """This rank's end. For each kind of message, `max_in_flight` may be in flight to each receiver."""
 
     def __init__(self, topology: Topology, *, max_in_flight: int = 16):
         assert max_in_flight >= 1, max_in_flight
         self.seconds_waited = 0.0
-        """Time spent in waiting for other stages, so far. On a GPU, the host's alone."""
+        """Seconds that this stage has waited for other stages. On a GPU only the host's waiting counts."""
         self._topology = topology
         self._hidden = _Outbox(max_in_flight)
-        # As many steps are on their way as there are stages, and may wait as long again behind older ones
-        # (`whole_step.py`).
+        # As many steps are in flight as there are stages, and each may wait as long again behind older ones.
         self._decisions = _Outbox(max(max_in_flight, 2 * topology.pp))
 
     def send(self, hidden: Tensor) -> None:  # [t, h]
-        """Hands hidden states on to the next stage. They may be read, but not written, afterwards."""
+        """Sends hidden states to the next stage. The caller may read them afterwards but must not write to them."""
         began = time.perf_counter()
         hidden, peer = hidden.contiguous(), self._topology.pp_ranks[self._topology.stage + 1]
         self._hidden.keep(hidden, [isend(hidden, peer, self._topology.pp_group)])
         self.seconds_waited += time.perf_counter() - began
 
     def receive(self, num_tokens: int, width: int, dtype: torch.dtype) -> Tensor:  # [t, h]
-        """The oldest hidden states of the stage before that were not received yet."""
+        """Receives the oldest pending hidden states of the previous stage."""
         began = time.perf_counter()
         hidden, peer = (
             torch.empty(num_tokens, width, dtype=dtype, device=self._topology.device),
@@ -56,18 +53,19 @@ class StageLink:
         return hidden
 
     def broadcast(self, decided: Tensor, stage: int) -> None:
-        """Overwrites `decided`, of one shape on every rank and on the CPU, with that of a stage's first rank, where it
-        may not be written afterwards.
+        """Overwrites `decided` on every rank with the value on the first rank of `stage`.
+
+        `decided` lies on the CPU and has one shape on all ranks. The source must not write to it afterwards.
         """
         self.send_decision(decided, stage)
         self.recv_decision(decided, stage)
 
     def is_source(self, stage: int) -> bool:
-        """Whether this rank says what a stage decided."""
+        """Whether this rank sends the decisions of `stage`."""
         return self._topology.rank == self._topology.first_rank_of_stage(stage)
 
     def send_decision(self, decided: Tensor, stage: int) -> None:
-        """The sending half of `broadcast`; nothing is done on other ranks than the stage's first."""
+        """The sending half of `broadcast`. Only the first rank of `stage` sends; elsewhere this does nothing."""
         if self._topology.num_in_replica == 1 or not self.is_source(stage):
             return
         began, group = time.perf_counter(), self._topology.replica_control
@@ -76,8 +74,9 @@ class StageLink:
         self.seconds_waited += time.perf_counter() - began
 
     def recv_decision(self, decided: Tensor, stage: int) -> None:
-        """The receiving half of `broadcast`; does nothing on the stage's first rank. Decisions of a stage arrive in the
-        order in which they were sent.
+        """The receiving half of `broadcast`. Does nothing on the first rank of `stage`.
+
+        Decisions of a stage arrive in the order in which they were sent.
         """
         if self._topology.num_in_replica == 1 or self.is_source(stage):
             return
@@ -87,13 +86,13 @@ class StageLink:
         self.seconds_waited += time.perf_counter() - began
 
     def finish(self) -> None:
-        """Waits until everything sent has arrived."""
+        """Waits until all messages have been received."""
         self._hidden.wait(0)
         self._decisions.wait(0)
 
 
 class _Outbox:
-    """Sends under way, and the tensors that they read."""
+    """Sends in flight, with the tensors that they read."""
 
     def __init__(self, max_in_flight: int):
         self._max_in_flight = max_in_flight
@@ -104,7 +103,7 @@ class _Outbox:
         self.wait(self._max_in_flight)
 
     def wait(self, at_most: int) -> None:
-        """Waits until so many messages are under way."""
+        """Waits until at most this many messages are in flight."""
         while len(self._under_way) > at_most:
             for work in self._under_way.popleft()[1]:
                 work.wait()

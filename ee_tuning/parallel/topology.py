@@ -1,7 +1,6 @@
-"""Process groups, made by Megatron's parallel_state and read from it once, here. Everything else is handed the frozen
-Topology.
+"""Process groups from Megatron's `parallel_state`, which is read here only. All other code gets the frozen Topology.
 
-Ranks are ordered as Megatron orders them: tensor fastest, then data, then pipeline.
+Ranks are ordered as Megatron orders them: tensor parallelism fastest, then data, then pipeline.
 """
 
 import gc
@@ -26,7 +25,7 @@ from ee_tuning.parallel.process_groups import Group, destroy_groups, destroy_wor
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
-    """Where this process stands, and its groups. `control` groups are gloo, for CPU tensors, whatever the device."""
+    """The position of this process and its groups. `control` groups use gloo and CPU tensors on every device."""
 
     world_size: int
     rank: int
@@ -38,23 +37,23 @@ class Topology:
     dp_rank: int
     device: torch.device
     tp_group: Group
-    """Shards of one layer. Collectives of tensors on `device`."""
+    """The shards of one layer. For collectives of tensors on `device`."""
     dp_group: Group
-    """Replicas of this stage's shard."""
+    """The replicas of this stage's shard."""
     pp_group: Group
-    """The stages of one replica, first to last, for hidden states only."""
+    """The stages of one replica, first to last. For hidden states only."""
     stage_control: Group
     """gloo: all tensor- and data-parallel ranks of this stage."""
     feedback_group: Group
-    """The stages of one replica, for what the last one sends back to earlier ones."""
+    """The stages of one replica. For tensors that the last stage sends back to earlier ones."""
     pp_control: Group
-    """gloo: the stages of one replica, for small messages beside the hidden states."""
+    """gloo: the stages of one replica. For small messages beside the hidden states."""
     replica_control: Group
     """gloo: all tensor- and pipeline-parallel ranks of one replica."""
     world_control: Group
-    """gloo: everybody."""
+    """gloo: all ranks."""
     save_control: Group
-    """gloo: everybody, for the threads that write checkpoints while the ranks themselves work on."""
+    """gloo: all ranks. For the threads that write checkpoints while training goes on."""
     pp_ranks: tuple[int, ...]
     """Global ranks of `pp_group`, by stage."""
     dp_mesh: Any
@@ -62,35 +61,35 @@ class Topology:
 
     @property
     def is_first_stage(self) -> bool:
-        """Whether token ids enter here."""
+        """Whether this stage embeds token ids."""
         return self.stage == 0
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether the final head is here."""
+        """Whether this stage holds the final head."""
         return self.stage == self.pp - 1
 
     @property
     def is_logging_rank(self) -> bool:
-        """Whether this process speaks for all."""
+        """Whether this process logs for all ranks."""
         return self.rank == 0
 
     @property
     def is_writer(self) -> bool:
-        """Whether this process writes what its stage's replicas and shards have in common."""
+        """Whether this process writes the data that the replicas and shards of its stage have in common."""
         return self.tp_rank == 0 and self.dp_rank == 0
 
     @property
     def num_in_replica(self) -> int:
-        """Ranks that hold one copy of the model."""
+        """Number of ranks that together hold one copy of the model."""
         return self.tp * self.pp
 
     def first_rank_of_stage(self, stage: int) -> int:
-        """Global rank of a stage's first tensor-parallel rank, in this replica."""
+        """Returns the global rank of a stage's first tensor-parallel rank in this replica."""
         return self.pp_ranks[stage] - self.tp_rank
 
     def writer_of_stage(self, stage: int) -> int:
-        """Global rank of a stage's `is_writer`."""
+        """Returns the global rank of a stage's `is_writer`."""
         return stage * self.tp * self.dp
 
     def barrier(self) -> None:
@@ -98,16 +97,16 @@ class Topology:
         dist.barrier(group=self.world_control)
 
     def broadcast_object(self, value: Any = None) -> Any:
-        """Rank 0's `value`, on every rank."""
+        """Returns rank 0's `value` on every rank."""
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.world_control)
         return box[0]
 
 
 def init_parallel(parallel: ParallelSection) -> Topology:
-    """Joins the world that the launcher described (one process without a launcher) and lays TP × PP × DP over it.
+    """Joins the launcher's world (or a world of one process) and builds a TP × PP × DP topology on it.
 
-    Raises InputError where TP × PP does not divide the world.
+    Raises InputError where TP × PP does not divide the world size.
     """
     check_world_size(parallel, world_size())
     if not 0.01 <= (minutes := parallel.distributed_timeout_minutes) <= 10080:
@@ -137,7 +136,9 @@ def check_world_size(parallel: ParallelSection, world_size: int) -> None:
 
 
 def connection_warning(topology: Topology) -> str | None:
-    """What is wrong with an inherited CUDA_DEVICE_MAX_CONNECTIONS, in one line; None where nothing is."""
+    """Returns a one-line warning about an inherited CUDA_DEVICE_MAX_CONNECTIONS that would slow this layout down, or
+    None.
+    """
     if topology.device.type != "cuda" or topology.pp == 1 or os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") != "1":
         return None
     return (
@@ -147,7 +148,7 @@ def connection_warning(topology: Topology) -> str | None:
 
 
 def destroy_parallel() -> None:
-    """Takes the process groups down, so that the interpreter ends without a warning."""
+    """Destroys the process groups, so that the interpreter exits without a warning."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
@@ -155,8 +156,9 @@ def destroy_parallel() -> None:
 
 
 def world_size() -> int:
-    """Processes of the world that this one is in, or that its launcher described. Raises InputError where that makes no
-    sense.
+    """Returns the size of the joined world, or of the one that the launcher described.
+
+    Raises InputError where the launcher's variables contradict each other.
     """
     if dist.is_initialized():
         return dist.get_world_size()
@@ -166,17 +168,17 @@ def world_size() -> int:
 
 def _join_world(timeout: timedelta) -> None:
     place = launched_rank()
-    if place is None or place.world_size == 1:  # nobody to meet, so no address
+    if place is None or place.world_size == 1:  # a single process needs no address
         dist.init_process_group(collective_backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
     check_address(place)
     try:
         store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
-        # torchrun's store outlives its workers: without a prefix those of a restart meet the addresses of the ones
-        # before.
+        # torchrun's store outlives its workers: without a prefix, restarted workers would read the addresses of former
+        # ones.
         store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(collective_backend(), store=store, rank=rank, world_size=world_size, timeout=timeout)
-    except dist.DistError as error:  # nothing listens there, another program has the port, or somebody did not come
+    except dist.DistError as error:  # nothing listens there, another program has the port, or a process is missing
         reason, _, _ = str(error).partition("\n")
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise RendezvousError(
@@ -186,14 +188,15 @@ def _join_world(timeout: timedelta) -> None:
 
 
 def build_topology(parallel: ParallelSection, device: torch.device) -> Topology:
-    """TP × PP × DP over the world that this process is in, whose size they divide. All ranks call it."""
+    """Builds TP × PP × DP on the joined world, whose size they must divide. All ranks call it."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Megatron-core tells of the libraries it does without, on every rank
+        warnings.simplefilter("ignore")  # Megatron-core warns of missing optional libraries on every rank
         from megatron.core import parallel_state
-    if parallel_state.model_parallel_is_initialized():  # another layout of the same world
+    if parallel_state.model_parallel_is_initialized():  # another layout of the same world exists
         destroy_groups()
         parallel_state.destroy_model_parallel()
-        gc.collect()  # models hold their groups, and themselves in cycles: until they go, the groups' threads stay
+        # models refer to their groups and to themselves in cycles: while they live, the groups' threads do, too
+        gc.collect()
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dp = world_size // (tp * pp)
@@ -203,7 +206,7 @@ def build_topology(parallel: ParallelSection, device: torch.device) -> Topology:
         parallel_state.initialize_model_parallel(
             tp,
             pp,
-            create_gloo_process_groups=False,  # those it would make are of no use here
+            create_gloo_process_groups=False,  # not used here
             distributed_timeout_minutes=parallel.distributed_timeout_minutes,
         )
     stage, column = rank // (tp * dp), rank % (tp * dp)

@@ -1,6 +1,7 @@
-"""Sums over tensor-parallel ranks that gradients pass through: before and behind what is cut over them.
+"""Differentiable sums over tensor-parallel ranks, before and after operations that are cut over them.
 
-Megatron-core has the same two; where a gradient is not contiguous, its own reduce a copy and return the part.
+Megatron-core has the same two functions, but where a gradient is not contiguous they reduce a copy and return the
+partial one.
 """
 
 from typing import Any
@@ -34,12 +35,12 @@ class _SumOfGradients(torch.autograd.Function):
 
 
 def reduce_from_tp(partial: Tensor, group: Group) -> Tensor:
-    """The sum of the ranks' parts, which may be overwritten; each rank's part gets the sum's gradient."""
+    """Returns the sum of the ranks' `partial`, which may be overwritten. Each rank's part gets the sum's gradient."""
     return _Sum.apply(partial, group)
 
 
 def copy_to_tp(x: Tensor, group: Group) -> Tensor:
-    """`x`, which every rank holds and uses for its own part: its gradient is the sum of theirs."""
+    """Returns `x`, which is the same on all ranks. Its gradient is the sum of the ranks' gradients."""
     return _SumOfGradients.apply(x, group)
 
 

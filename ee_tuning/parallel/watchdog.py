@@ -1,4 +1,4 @@
-"""Says what a rank waits for, where that takes long or does not come: else a hang of 64 processes is 64 silent ones."""
+"""Reports what a process waits for when the wait is long or fails. Otherwise a hang would be silent."""
 
 import sys
 import threading
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from ee_tuning.parallel.topology import Topology
 
 REPORT_AFTER_SECONDS = 60.0
-"""Seconds after which a wait is told; again after twice as long, and so on."""
+"""Seconds after which a wait is reported. The next report follows after twice as long, and so on."""
 
 
 @dataclass
@@ -24,14 +24,15 @@ class _Wait:
 
 
 _active_waits: dict[int, _Wait] = {}
-"""The waits of this process, by thread."""
+"""The current waits of this process, by thread."""
 _watcher: threading.Thread | None = None
 
 
 @contextmanager
 def hang_watchdog(topology: Topology, what: str) -> Iterator[None]:
-    """Around a wait for other ranks. Where the process group gives up, for time or because a rank is gone, the
-    RuntimeError names this rank and `what`.
+    """Wraps a wait for other ranks, described by `what`.
+
+    If the process group gives up, by timeout or because a rank is gone, the RuntimeError names this rank and `what`.
     """
     rank_name = f"rank {topology.rank} (stage {topology.stage}, tensor {topology.tp_rank}, replica {topology.dp_rank})"
     wait = _active_waits[threading.get_ident()] = _Wait(rank_name, what, time.monotonic(), REPORT_AFTER_SECONDS)
@@ -39,7 +40,7 @@ def hang_watchdog(topology: Topology, what: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):  # gloo's are of no kind of their own
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):  # gloo raises plain RuntimeErrors
             raise
         waited = time.monotonic() - wait.since
         raise RuntimeError(
@@ -64,7 +65,7 @@ def _watch() -> None:
 
 
 def _due_reports(now: float) -> list[str]:
-    """What is to be told at a moment of `time.monotonic`."""
+    """Returns the reports that are due at `now`, in seconds of `time.monotonic`."""
     lines = []
     for wait in list(_active_waits.values()):
         waited = now - wait.since
