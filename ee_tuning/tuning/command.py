@@ -1,6 +1,6 @@
-"""`tune`: from a job to a run folder with the tuned artifact.
+"""`tune`: trains the exits of a job into a run folder with the tuned artifact.
 
-`ee-tuning tune job.yaml` in one process, `torchrun --nproc-per-node N -m ee_tuning tune job.yaml` in many.
+Run `ee-tuning tune job.yaml` in one process, or `torchrun --nproc-per-node N -m ee_tuning tune job.yaml` in many.
 """
 
 from pathlib import Path
@@ -32,9 +32,10 @@ from ee_tuning.tuning.tuner import Tuner
 
 
 def tune(config: Config) -> int:
-    """Tunes the exits that `config` describes, into its run folder, and returns the exit code: 0, or
-    tuning.stop_exit_code where a signal stopped it before its end. Raises InputError where something given can not be
-    used.
+    """Tunes the exits of `config` into its run folder and returns the exit code.
+
+    The code is 0, or tuning.stop_exit_code where a signal stopped the run early. Raises InputError where an input can
+    not be used.
     """
     topology = init_parallel(config.parallel)
     is_finished = tune_within(config, topology)
@@ -43,7 +44,7 @@ def tune(config: Config) -> int:
 
 
 def tune_within(config: Config, topology: Topology) -> bool:
-    """Does what `tune` does, within a world that exists. Returns whether the run reached its end."""
+    """Does the work of `tune` in a world that exists. Returns whether the run reached its end."""
     check_settings(config.tuning)
     count_microbatches(config.tuning, topology.dp)
     check_dashboards(config)
@@ -60,7 +61,8 @@ def _tune_within_folder(config: Config, topology: Topology) -> bool:
     tuner = Tuner(loaded, samples, config, topology)
     if config.tuning.resume:
         tuner.resume()
-    open_run_folder(config, topology)  # only now: a job that was refused leaves nothing, and a good run its config.yaml
+    # only now: a refused job leaves nothing behind, and a good run keeps its config.yaml
+    open_run_folder(config, topology)
     is_finished = tuner.run()
     if is_finished:
         _check_updated(tuner, topology)
@@ -77,9 +79,7 @@ def _tune_within_folder(config: Config, topology: Topology) -> bool:
 
 
 def _check_updated(tuner: Tuner, topology: Topology) -> None:
-    """Raises InputError, on all ranks, where no exit was ever updated, and tells of those that were not where others
-    were.
-    """
+    """Warns of trained exits that were never updated. Raises InputError, on all ranks, where no exit was updated."""
     never, trained = tuner.never_updated()
     if not never:
         return
@@ -96,7 +96,10 @@ def _check_updated(tuner: Tuner, topology: Topology) -> None:
 
 
 def _fit(config: Config, samples: Samples, topology: Topology, listed: ListedTokens | None) -> Fit | None:
-    """None where none is asked for; without maps where the run goes on from a checkpoint, which has the heads."""
+    """Fits the exits, or returns None where `exits.init` does not ask for it.
+
+    A run that continues from a checkpoint gets a Fit without maps, since the checkpoint holds the heads.
+    """
     if config.exits.path is not None or config.exits.init != "fitted":
         return None
     width = _width(config)
@@ -109,8 +112,9 @@ def _fit(config: Config, samples: Samples, topology: Topology, listed: ListedTok
 
 
 def convert_by_texts(config: Config, output: Path, *, overwrite: bool = False) -> None:
-    """Does what `convert` does, with exits fitted on the texts that `tune` would train on, or with the tokens that
-    these mostly hold. Raises InputError as both do.
+    """Does the work of `convert` for exits that need texts: fitted ones, or ones with a shortlist of frequent tokens.
+
+    The texts are those that `tune` would train on. Raises InputError like both commands.
     """
     config = with_seq_length(config)
     check_settings(config.tuning)
@@ -136,7 +140,7 @@ def convert_by_texts(config: Config, output: Path, *, overwrite: bool = False) -
 
 
 class _Texts:
-    """What a conversion asks of the texts of a job: the list first, for the fit needs it."""
+    """The texts of a job, as a conversion uses them. The list comes first, because the fit needs it."""
 
     def __init__(self, config: Config):
         self._config = config
@@ -156,7 +160,7 @@ class _Texts:
         if self._samples is None:
             self._samples = load_job_samples(
                 replace(self._config, tuning={"eval_iters": 0}), topology
-            ).train  # nothing is validated
+            ).train  # a conversion validates nothing
         return self._samples
 
 
@@ -167,7 +171,10 @@ def _width(config: Config) -> int:
 
 
 def load_job_samples(config: Config, topology: Topology) -> Splits:
-    """What a job learns from and is judged by. All ranks call it. Raises InputError where its texts can not be used."""
+    """Loads the training and validation samples of a job. All ranks call it.
+
+    Raises InputError where its texts can not be used.
+    """
     source, model, _ = open_model(config.model)
     with source:
         pass

@@ -1,6 +1,4 @@
-"""A run's records in TensorBoard, where it is installed, and in Weights & Biases, where tuning.wandb_project asks for
-it.
-"""
+"""Records of a run in TensorBoard, if it is installed, and in Weights & Biases, if tuning.wandb_project is set."""
 
 import importlib.util
 import secrets
@@ -19,7 +17,7 @@ WANDB_ID = "wandb_id"
 
 
 def check_dashboards(config: Config) -> None:
-    """Raises InputError where a dashboard is asked for whose package is missing."""
+    """Raises InputError where the package of a requested dashboard is missing."""
     if config.tuning.wandb_project and importlib.util.find_spec("wandb") is None:
         raise InputError(
             f"tuning.wandb_project wants the package wandb, which is not installed, got {config.tuning.wandb_project}; "
@@ -29,8 +27,9 @@ def check_dashboards(config: Config) -> None:
 
 @contextmanager
 def tensorboard(folder: Path, step: int) -> Iterator[list[Callable[[MetricsRecord], None]]]:
-    """What takes records into event files in `folder`/tensorboard; nothing where it is missing. Events after `step` are
-    dropped.
+    """Yields sinks that write records to event files in `folder`/tensorboard, none without TensorBoard.
+
+    Former events after `step` are dropped.
     """
     if importlib.util.find_spec("tensorboard") is None:
         yield []
@@ -51,9 +50,9 @@ def tensorboard(folder: Path, step: int) -> Iterator[list[Callable[[MetricsRecor
 
 @contextmanager
 def weights_and_biases(config: Config) -> Iterator[list[Callable[[MetricsRecord], None]]]:
-    """What takes records into a run of the project tuning.wandb_project; nothing where none is asked for.
+    """Yields sinks that send records to the project tuning.wandb_project, none where it is not set.
 
-    Raises InputError where the package can not begin a run without asking for an account's key.
+    Raises InputError where the package can not start a run without asking for an account's key.
     """
     project = config.tuning.wandb_project
     if not project:
@@ -74,7 +73,7 @@ def weights_and_biases(config: Config) -> Iterator[list[Callable[[MetricsRecord]
                 resume="allow",
                 config=dataclasses.asdict(config),
             )
-    except Exception as error:  # its classes differ from version to version
+    except Exception as error:  # its exception classes differ from version to version
         raise InputError(
             f"tuning.wandb_project = {project} can not be reached: {' '.join(str(error).split())[:200]}; give a key (wandb "
             "login), set WANDB_MODE=offline, or leave the key out"
@@ -86,9 +85,7 @@ def weights_and_biases(config: Config) -> Iterator[list[Callable[[MetricsRecord]
 
 
 def _run_id(folder: Path) -> str:
-    """The run's name to Weights & Biases, kept in the folder: what goes on with the folder goes on with the run, and
-    nothing else does.
-    """
+    """Returns the run's id for Weights & Biases, which is stored in the folder. A resumed run keeps its id."""
     path = folder / WANDB_ID
     if not path.exists():
         with atomic_file(path) as partial:
@@ -97,7 +94,7 @@ def _run_id(folder: Path) -> str:
 
 
 def scalars(record: MetricsRecord) -> dict[str, float]:
-    """The numbers of a record by names such as `validation/loss/exit 8` and `train/lr`."""
+    """Returns the numbers of a record under names such as `validation/loss/exit 8` and `train/lr`."""
     found = {}
     for key, value in record.items():
         if key in ("kind", "step"):

@@ -1,6 +1,4 @@
-"""What the exits of a stage do with the micro-batches that passed it: train or validate, and at the end of either tell
-the metrics.
-"""
+"""Training and validation of a stage's exits on the micro-batches that went through the stage, and their metrics."""
 
 from collections import Counter
 
@@ -29,7 +27,9 @@ class ExitTrainer:
     def process(
         self, output: StageOutput, stage_forward: StageForward, metrics: MetricsGatherer, throughput: Throughput
     ) -> None:
-        """The micro-batches of a run, in order. All ranks of the stage do the same one together."""
+        """Trains or validates the exits on one micro-batch. All ranks of the stage process the same micro-batches in
+        order.
+        """
         teacher, microbatch = stage_forward.teacher_signal(output), output.microbatch
         self._sums.add(
             stage_forward.train(output, teacher, self._trained)
@@ -42,7 +42,7 @@ class ExitTrainer:
             self.end_validation(output, metrics)
 
     def end_step(self, output: StageOutput, metrics: MetricsGatherer, throughput: Throughput) -> None:
-        """Updates every exit, and posts a record where one is due."""
+        """Updates all exits, and posts a record if one is due."""
         tuning, sums, self.step = self._tuning, self._take_sums(), output.microbatch.step
         lr, ramp = learning_rate(self.step, tuning), loss_weight_ramp(self.step, tuning)
         with hang_watchdog(self._topology, f"the update of step {self.step} (all ranks of its stage take part)"):
@@ -76,7 +76,7 @@ class ExitTrainer:
         self._skipped.clear()
 
     def end_validation(self, output: StageOutput, metrics: MetricsGatherer) -> None:
-        """Posts a record of every exit."""
+        """Posts the validation record of all exits."""
         for each in self.exits:
             each.reshard()
         mean_metrics = self._take_sums().mean_metrics(self._topology, self._divisor)

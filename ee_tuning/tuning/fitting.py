@@ -1,9 +1,8 @@
-"""`exits.init: fitted`: one pass of the relay over training samples, and then a linear map for every exit; no gradient,
-no step.
+"""`exits.init: fitted`: one pass over training samples, then a linear map for each exit. No gradient, no step.
 
-The final normed states go back to the stages with exits as a teacher's hidden states do. Each stage sums over its
-replicas and tensor-parallel ranks and solves on one of them, so all have the same bits, and another layout the same up
-to rounding.
+The last stage sends the final normed states back to the stages with exits, like a teacher's hidden states. Each stage
+sums over its replicas and tensor-parallel ranks and solves on one rank, so all ranks have the same bits. Other layouts
+give the same result up to rounding.
 """
 
 import gc
@@ -37,31 +36,31 @@ from ee_tuning.tuning.fitting_other import OtherFit
 # s sequence, or this rank's part of it where the plan cuts it · b micro-batch · h hidden
 
 TOKENS_PER_UNKNOWN = 100
-"""Tokens that a fit reads for each unknown of a row, by default."""
+"""Default number of tokens per unknown of a row."""
 FEW_PER_UNKNOWN = 10
-"""Tokens for each unknown below which a warning says that they are few."""
+"""Number of tokens per unknown below which a warning is printed."""
 
 
 @dataclass(frozen=True)
 class FitSamples:
-    """The first training samples of a run, until they hold the tokens that are asked for."""
+    """The training samples of a fit: the first ones of a run, until they hold enough tokens."""
 
     chosen: list[int]
-    """Their indices."""
+    """Indices of the samples."""
     num_tokens: int
-    """Those that count as labels."""
+    """Number of tokens that count as labels."""
 
 
 def num_fit_tokens(tuning: TuningSection, width: int) -> int:
-    """How many tokens exits of hidden size `width` are to be fitted on."""
+    """Returns how many tokens exits of hidden size `width` are to be fitted on."""
     return tuning.fit_tokens or TOKENS_PER_UNKNOWN * (width + 1)
 
 
 def fit_samples(samples: Samples, tuning: TuningSection, width: int) -> FitSamples:
-    """What exits of hidden size `width` are fitted on: tuning.fit_tokens tokens, or all there are. The same at every
-    layout.
+    """Chooses the samples that exits of hidden size `width` are fitted on, the same at every layout.
 
-    Raises InputError where they are fewer than a row of the map has unknowns.
+    They hold tuning.fit_tokens tokens, or all there are. Raises InputError where these are fewer than the unknowns of a
+    row of the map.
     """
     wanted, order, chosen, num_tokens = num_fit_tokens(tuning, width), samples.order(tuning.seed), list[int](), 0
     for position in range(order.num_distinct):
@@ -81,10 +80,10 @@ def fit_samples(samples: Samples, tuning: TuningSection, width: int) -> FitSampl
 def fit_exits(
     config: Config, samples: Samples, topology: Topology, width: int, listed: ListedTokens | None = None
 ) -> Fit:
-    """Reads the model and fits the exits that `config.exits` describes, of a shortlist where one is given. Nothing of
-    it stays in memory but the maps. All ranks call it.
+    """Loads the model and fits the exits of `config.exits`, with the shortlist `listed` if given. All ranks call it.
 
-    Raises InputError, on all ranks, where model, exits and layout do not fit each other, or states are not finite.
+    Only the maps stay in memory. Raises InputError, on all ranks, where model, exits and layout do not fit each other,
+    or states are not finite.
     """
     began, taken = time.monotonic(), fit_samples(samples, config.tuning, width)
     if topology.is_logging_rank:
@@ -99,19 +98,19 @@ def fit_exits(
     fit.run(list(batches_of_each(samples, taken.chosen, config.tuning, dp=topology.dp, dp_rank=topology.dp_rank)))
     maps, other = fit.maps(loaded.stages), fit.other_row()
     del loaded, fit
-    gc.collect()  # modules hold each other in cycles
+    gc.collect()  # modules refer to each other in cycles
     if topology.is_logging_rank:
         print(f"fitted in {time.monotonic() - began:.0f} s", flush=True)
     return Fit(maps, fit_record(taken), other)
 
 
 def fit_record(taken: FitSamples) -> dict[str, float]:
-    """What the artifact tells of a fit."""
+    """Returns the facts about a fit that the artifact keeps."""
     return {"tokens": taken.num_tokens, "ridge": RIDGE}
 
 
 class FitPass:
-    """This stage's part of the pass."""
+    """This stage's part of the pass over the samples."""
 
     def __init__(self, loaded: LoadedModel, tuning: TuningSection, topology: Topology, kind: type[Relay] = Relay):
         assert loaded.exits is not None
@@ -126,7 +125,7 @@ class FitPass:
         self._is_student, self._chunk_tokens = topology.stage in student_stages, tuning.loss_chunk_tokens
         has_list = bool(self._exits.token_ids) and topology.is_last_stage
         self.other = OtherFit(self._model, self._exits.token_ids, topology) if has_list else None
-        """The fit of the shortlist's row of any other token, where this is the last stage."""
+        """On the last stage: the fit of the shortlist's row of "any other token"."""
         self.sums = {
             spec.layer: FitSums(self._model.config.hidden_size, topology.device, topology.tp_rank, topology.tp)
             for spec in self._model.plan.own_exits
@@ -134,8 +133,9 @@ class FitPass:
 
     @torch.no_grad()
     def run(self, batches: list[Batch]) -> None:
-        """The micro-batches of this replica, the same on all ranks of it."""
-        queue: deque[tuple[Batch, dict[int, ExitInput]]] = deque()  # the last stage's states are on their way
+        """Processes the micro-batches of this replica. All ranks of the replica get the same ones."""
+        # micro-batches whose final states have not arrived yet
+        queue: deque[tuple[Batch, dict[int, ExitInput]]] = deque()
         num_ahead = self._topology.pp - 1 - self._topology.stage if self._is_student else 0
         for index, batch in enumerate(batches):
             inputs, final = self._forward(batch, NextAction.END if index == len(batches) - 1 else NextAction.NEXT)
@@ -146,10 +146,10 @@ class FitPass:
         self._feedback.finish()
 
     def maps(self, stages: list[tuple[int, int]]) -> dict[int, Tensor]:
-        """Map of each exit layer, as in `Fit`, on the CPU, on every rank: `stages` are first and last layer of each.
-        All ranks call it.
+        """Returns the map of each exit layer as in `Fit`, on the CPU of every rank. All ranks call it.
 
-        Raises InputError where an exit's states are not finite.
+        `stages` holds the first and last layer of each stage. Raises InputError where the states of an exit are not
+        finite.
         """
         topology, width, found = self._topology, self._model.config.hidden_size, {}
         dtype = fitted_dtype(self._exits)
@@ -177,10 +177,10 @@ class FitPass:
         return found
 
     def other_row(self) -> Tensor | None:
-        """The row of a shortlist's "any other token", [h] on the CPU, on every rank; None without a shortlist. All
-        ranks call it.
+        """Returns the row of a shortlist's "any other token", [h] on the CPU of every rank, or None without a
+        shortlist.
 
-        Raises InputError where final states are not finite.
+        All ranks call it. Raises InputError where final states are not finite.
         """
         if not self._exits.token_ids:
             return None
@@ -197,7 +197,7 @@ class FitPass:
         return row
 
     def _forward(self, batch: Batch, next_action: NextAction) -> tuple[dict[int, ExitInput], Tensor | None]:
-        """What each exit takes; on the last stage, the final states [s, b, h]."""
+        """Returns the exits' inputs and, on the last stage, the final states [s, b, h]."""
         documents = PackedDocuments.of(batch.document_ids, batch.position_ids, self._topology.device)
         if self._topology.is_first_stage:
             hidden = self._model.embed(to_device(batch.tokens, self._topology.device), documents)

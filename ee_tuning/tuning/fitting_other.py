@@ -1,9 +1,8 @@
-"""The row of "any other token" in a shortlist's output matrix, for final states y: a fit beside that of the exits'
-maps.
+"""The row of "any other token" in a shortlist's output matrix, fitted to final states y beside the exits' maps.
 
-Its logit should be o = log Σ exp(w · y) of all tokens that are not listed. That is regressed on y with weights p (1 −
-p), p being their share of the probability: to second order that is the least divergence from the full model's "is it
-listed?". Where an exit's map takes its states to y, the same row behind the map serves the exit.
+Its logit should be o = log Σ exp(w · y) over all unlisted tokens. It is regressed on y with weights p (1 − p), where p
+is their share of the probability: to second order this minimizes the divergence from the full model's "is it listed?".
+An exit whose map takes its states to y can use the same row behind that map.
 """
 
 import torch
@@ -19,8 +18,8 @@ from ee_tuning.parallel.topology import Topology
 
 
 class OtherFit:
-    """Sums on the last stage: Σ p (1 − p) y yᵀ and Σ p (1 − p) y o in float64, the same on all tensor-parallel ranks of
-    a replica.
+    """Sums on the last stage, Σ p (1 − p) y yᵀ and Σ p (1 − p) y o in float64, the same on all tensor-parallel
+    ranks.
     """
 
     def __init__(self, model: EarlyExitModel, token_ids: tuple[int, ...], topology: Topology):
@@ -30,7 +29,7 @@ class OtherFit:
         self._sums = torch.zeros(width, width + 1, dtype=torch.float64, device=topology.device)
 
     def add(self, final: Tensor, counts: Tensor) -> None:  # [n, h], [n]
-        """Tokens, of which those count where `counts` is 1."""
+        """Adds the tokens whose `counts` is 1."""
         logits = final @ self._weight[: self._shortlist.whole.true_rows].t()
         known = self._shortlist.other_and_total(logits.to(torch.promote_types(logits.dtype, torch.float32)))
         other, total = (each.double() for each in known)
@@ -38,7 +37,7 @@ class OtherFit:
         self._sums += (states * (counts * share * (1 - share))[:, None]).T @ torch.cat((states, other[:, None]), dim=1)
 
     def row(self) -> Tensor:  # [h] float64, on the CPU; of meaning on the writer of the last stage
-        """Summed over replicas and solved. All ranks of the last stage call it."""
+        """Sums over replicas and solves. All ranks of the last stage call it."""
         topology, sums = self._topology, self._sums.cpu()
         if topology.tp_rank:
             sums.zero_()

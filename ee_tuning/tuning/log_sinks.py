@@ -1,4 +1,4 @@
-"""Where a run's records end: in metrics.jsonl, in log.txt, before the user's eyes, and on dashboards."""
+"""Destinations of a run's records: metrics.jsonl, log.txt, the terminal, and dashboards."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ Sink = Callable[[MetricsRecord], None]
 
 @contextmanager
 def open_log_sinks(config: Config, topology: Topology, loaded: LoadedModel, step: int) -> Iterator[MetricsGatherer]:
-    """Where this stage posts its records of the steps after `step`."""
+    """Yields the gatherer to which this stage posts its records of steps after `step`."""
     if not topology.is_logging_rank:
         yield MetricsGatherer(topology, _ignore)
         return
@@ -48,4 +48,4 @@ def open_log_sinks(config: Config, topology: Topology, loaded: LoadedModel, step
 
 
 def _ignore(record: MetricsRecord) -> None:
-    """Records are taken on the logging rank."""
+    """Ignores a record. Only the logging rank has sinks."""

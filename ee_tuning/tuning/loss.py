@@ -1,8 +1,8 @@
-"""Output matrix and loss in one step, chunk after chunk of tokens, over a vocabulary shard.
+"""Output matrix and loss in one function, chunk by chunk of tokens, over a vocabulary shard.
 
-The logits of a chunk become their softmax, then their own gradient, in one buffer that the next chunk uses again; both
-gradients are taken at once, in the forward pass. So a head of any vocabulary costs one chunk of logits, three where
-there is a teacher, never sequence × batch × vocabulary.
+The logits of a chunk are overwritten by their softmax, then by their gradient, and the next chunk reuses the buffer.
+Both gradients are computed in the forward pass. So a head of any vocabulary needs one chunk of logits, or three with a
+teacher, and never sequence × batch × vocabulary.
 """
 
 # s sequence · b micro-batch · h hidden · v vocabulary · v/tp this rank's rows, padding included · n tokens of all or of
@@ -22,16 +22,16 @@ from ee_tuning.tuning.teacher import Teacher, TeacherBuffers
 
 CROSS_ENTROPY = Objective()
 STATISTICS = ("tokens", "weights", *PER_TOKEN, *(f"above_{threshold}" for threshold in THRESHOLDS))
-"""Rows of `ExitLoss.statistics`: sums over the tokens, each times its loss mask."""
+"""Rows of `ExitLoss.statistics`: sums over the tokens, each multiplied by its loss mask."""
 
 
 class ExitLoss(NamedTuple):
-    """Sums over the tokens, the same on every tensor-parallel rank; float32 (float64 for float64 hidden states)."""
+    """Sums over the tokens, the same on every tensor-parallel rank. float32 (float64 for float64 hidden states)."""
 
     loss: Tensor
-    """Scalar: of loss_mask · weight · the objective; differentiable."""
+    """Scalar, differentiable: sum of loss_mask · weight · objective."""
     statistics: Tensor
-    """[len(STATISTICS)]; `weights` is that of loss_mask · weight, `agreement` that of tokens likeliest to the teacher,
+    """[len(STATISTICS)]. `weights` sums loss_mask · weight; `agreement` counts tokens that are the teacher's likeliest,
     too.
     """
 
@@ -45,15 +45,16 @@ def linear_loss(
     vocab: VocabShard,
     chunk_tokens: int,  # tokens whose logits exist at one time
     objective: Objective = CROSS_ENTROPY,
-    teacher: Teacher | None = None,  # what it says of masked tokens does not matter
-    sums_gradient: bool = True,  # that of hidden, over the shards; else each gets its own share
+    teacher: Teacher | None = None,  # its values at masked tokens do not matter
+    # whether the gradient of `hidden` is summed over the shards, or each rank keeps its own share
+    sums_gradient: bool = True,
 ) -> ExitLoss:
-    """The loss of softmax(weight · hidden), and what else is known of it by then.
+    """Returns the loss of softmax(weight · hidden) and its statistics.
 
-    Differentiable, once, in hidden and weight; what does not require a gradient costs none, and without gradients only
-    the sums are computed. In bf16, the weight's is accumulated in float32.
-    A label outside of 0 .. vocabulary - 1 is allowed where loss_mask is 0 only; elsewhere the loss is NaN. Of a
-    shortlist all is said of its classes: a label that is not listed is "any other token".
+    Differentiable, once, in `hidden` and `weight`. Gradients that are not required cost nothing, and without gradients
+    only the sums are computed. In bf16, the gradient of `weight` is accumulated in float32. A label outside of 0 ..
+    vocabulary - 1 is allowed only where loss_mask is 0; elsewhere the loss is NaN. With a shortlist everything refers
+    to its classes: a label that is not listed is "any other token".
     """
     assert hidden.dtype == weight.dtype and weight.shape[0] == vocab.rows and chunk_tokens > 0
     assert teacher is not None or not objective.wants_teacher
@@ -70,7 +71,7 @@ def linear_loss(
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor, *, vocab: VocabShard, chunk_tokens: int
 ) -> Tensor:  # scalar, nats
-    """`linear_loss` of the cross-entropy alone, its loss alone."""
+    """Returns the loss of `linear_loss` for the cross-entropy alone."""
     return linear_loss(hidden, weight, labels, loss_mask, vocab=vocab, chunk_tokens=chunk_tokens).loss
 
 
@@ -83,7 +84,7 @@ def token_losses(
     vocab: VocabShard,
     chunk_tokens: int,
 ) -> Tensor:  # [s, b], nats, float32 (float64 for float64 hidden states)
-    """Each token's cross-entropy, without a gradient; NaN for a label outside of the vocabulary."""
+    """Returns each token's cross-entropy, without a gradient. NaN for a label outside of the vocabulary."""
     mask = torch.ones_like(labels, dtype=torch.float32)
     inputs = _LossInputs(labels.reshape(-1), mask.reshape(-1), vocab, chunk_tokens, CROSS_ENTROPY, None, False)
     return _chunked_loss(hidden, weight, inputs, False, False).per_token["cross_entropy"].view_as(labels)
@@ -91,7 +92,7 @@ def token_losses(
 
 @dataclass(frozen=True)
 class _LossInputs:
-    """What there is to know beside the two matrices."""
+    """The inputs of the loss beside the two matrices."""
 
     labels: Tensor  # [n]
     mask: Tensor  # [n]
@@ -106,7 +107,8 @@ class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, inputs: _LossInputs) -> tuple[Tensor, Tensor]:
         sums = _chunked_loss(hidden, weight, inputs, *ctx.needs_input_grad[:2])
-        # Held by hand and not by save_for_backward: the engine may then take the weight's gradient over without a copy.
+        # Kept by hand and not by save_for_backward, so that the engine can take over the weight's gradient without a
+        # copy.
         ctx.gradients, ctx.weight_dtype = (sums.grad_hidden, sums.grad_weight), weight.dtype
         ctx.mark_non_differentiable(sums.statistics)
         return sums.loss, sums.statistics
@@ -126,7 +128,7 @@ class _LinearLoss(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _LossSums:
-    """What one walk over the chunks leaves."""
+    """The results of one pass over the chunks."""
 
     loss: Tensor
     statistics: Tensor  # [len(STATISTICS)]
@@ -197,8 +199,9 @@ def _sums(per_token: dict[str, Tensor], largest: Tensor, mask: Tensor, objective
 
 
 class _ChunkBuffers:
-    """Buffers for one chunk of logits: one of the student's, two of the teacher's; for 16-bit inputs, one more of
-    theirs that takes the matrix products' side.
+    """Buffers for one chunk of logits: one for the student, two for a teacher.
+
+    For 16-bit inputs one more buffer, in the inputs' dtype, takes part in the matrix products.
     """
 
     def __init__(self, num_tokens: int, num_rows: int, like: Tensor, dtype: torch.dtype, has_teacher: bool) -> None:
@@ -206,22 +209,22 @@ class _ChunkBuffers:
         self._narrow = self._wide[0] if like.dtype == dtype else like.new_empty(num_tokens, num_rows)
 
     def logits(self, tokens: Tensor, weight: Tensor) -> Tensor:
-        """tokens [n, h] · weight [v, h] transposed, in the student's buffer."""
+        """Returns tokens [n, h] · weight [v, h] transposed, in the student's buffer."""
         wide = self._wide[0, : len(tokens)]
         narrow = torch.mm(tokens, weight.t(), out=self._narrow[: len(tokens)])
         return wide if narrow.dtype == wide.dtype else wide.copy_(narrow)
 
     def of_teacher(self, num_tokens: int) -> TeacherBuffers:
-        """The teacher's."""
+        """Returns the teacher's buffers."""
         return TeacherBuffers(self._wide[1, :num_tokens], self._wide[2, :num_tokens])
 
     def narrowed(self, gradient: Tensor) -> Tensor:
-        """The student's buffer's content in the inputs' dtype."""
+        """Returns the student's buffer in the inputs' dtype."""
         return gradient if self._narrow.dtype == gradient.dtype else self._narrow[: len(gradient)].copy_(gradient)
 
 
 def _add_product(grad_weight: Tensor, grad_logits: Tensor, tokens: Tensor) -> None:
-    """grad_weight [v, h] += grad_logits [n, v] transposed · tokens [n, h], the sum in grad_weight's dtype."""
+    """Adds grad_logits [n, v] transposed · tokens [n, h] to grad_weight [v, h], in grad_weight's dtype."""
     if grad_weight.dtype == grad_logits.dtype:
         grad_weight.addmm_(grad_logits.t(), tokens)
     else:

@@ -1,7 +1,6 @@
-"""The loss of a chunk of tokens whose logits are here, in place: values first, then the gradient in the logits' own
-buffer.
+"""The loss of a chunk of tokens, computed in place: first the values, then the gradient in the buffer of the logits.
 
-What runs over the vocabulary is summed over the shards in two small collectives per chunk, and two more where there is
+Quantities that run over the vocabulary are summed over the shards in two small collectives per chunk, and two more with
 a teacher.
 """
 
@@ -15,16 +14,16 @@ from ee_tuning.tuning.objective import Objective
 from ee_tuning.tuning.teacher import TeacherChunk, likeliest_ids, row_maxima, row_products
 
 PER_TOKEN = ("cross_entropy", "forward_kl", "total_variation", "confidence", "agreement")
-"""What `LossChunk.per_token` may hold."""
+"""Possible keys of `LossChunk.per_token`."""
 
 
 class LossChunk:
-    """A chunk's logits, turned into exponentials, and what follows from them."""
+    """The logits of a chunk, turned into exponentials, and the values that follow from them."""
 
     per_token: dict[str, Tensor]
-    """[n] each: `cross_entropy` in nats and `confidence`; with a teacher `forward_kl` in nats and `total_variation`,
-    and `agreement` where the teacher names its likeliest token. Of a shortlist all over its classes; where "any other
-    token" is likeliest, `confidence` is 0.
+    """[n] each: `cross_entropy` in nats and `confidence`. With a teacher also `forward_kl` in nats, `total_variation`,
+    and `agreement` if the teacher names its likeliest token. With a shortlist all refer to its classes, and
+    `confidence` is 0 where "any other token" is likeliest.
     """
     largest: Tensor
     """[n]: the largest probability."""
@@ -52,10 +51,10 @@ class LossChunk:
         sums = [shifted.sum(-1, keepdim=True), *sums] + (
             [] if teacher_chunk is None else teacher_chunk.sums_of_exponentials(shifted)
         )
-        # A shard of padding alone takes part in the collectives all the same.
+        # A shard of padding alone must take part in the collectives, too.
         self._total, of_label, *rest = vocab.sum_over_shards(torch.stack(sums))
         other_column, of_teacher = (rest[:1], rest[1:]) if isinstance(vocab, Shortlist) else ([], rest)
-        # Without the fill a label of no shard would pass as a loss that no training lowers.
+        # Without the fill, a label that no shard holds would give a loss that no training lowers.
         losses = (
             (self._total.log() - of_label).squeeze(-1).masked_fill_((labels < 0) | (labels >= vocab.size), torch.nan)
         )
@@ -67,7 +66,9 @@ class LossChunk:
             self._compare(teacher_chunk)
 
     def _compare(self, teacher_chunk: TeacherChunk) -> None:
-        """Total variation, and what its gradient needs: the sign of p - t, and that sign's mean under p."""
+        """Computes the total variation and the terms of its gradient: the sign of p - t, and the mean of that sign
+        under p.
+        """
         self._signs = torch.div(self._exponentials, self._total, out=teacher_chunk.spare).sub_(
             teacher_chunk.probabilities
         )
@@ -81,7 +82,10 @@ class LossChunk:
         weights: Tensor,  # [n, 1]
         objective: Objective,
     ) -> Tensor:  # [n, v]
-        """The gradient of weights · the objective by the logits. Call it last: it overwrites what it is made of."""
+        """Returns the gradient of weights · objective with respect to the logits.
+
+        Call it last: it overwrites its inputs.
+        """
         gradient, teacher_chunk = self._exponentials, self._teacher_chunk
         scale = weights / self._total
         if teacher_chunk is not None and objective.total_variation:  # ½ p (sign - its mean)

@@ -1,4 +1,4 @@
-"""Sums over micro-batches, replicas and tokens, and the means that are reported of them, per exit."""
+"""Sums over micro-batches, replicas and tokens, and the reported means, per exit."""
 
 import math
 from collections.abc import Sequence
@@ -13,28 +13,28 @@ from ee_tuning.tuning.loss import STATISTICS, ExitLoss
 from ee_tuning.tuning.objective import THRESHOLDS
 
 Divisor = Literal["tokens", "weights"]
-"""What the loss is the mean over: the unmasked tokens, or the sum of their weights."""
+"""The denominator of the mean loss: the number of unmasked tokens, or the sum of their weights."""
 SUMS = ("loss", *STATISTICS)
-"""What is summed."""
+"""Names of the sums."""
 Means = dict[str, float]
 """`loss`, `perplexity` and the STATISTICS, per unmasked token."""
 
 
 class LossSums:
-    """Sums of this replica, by exit layer."""
+    """The sums of this replica, by exit layer."""
 
     def __init__(self) -> None:
         self.by_layer: dict[int, Tensor] = {}
         """[len(SUMS)] float64 each, on the device."""
 
     def add(self, losses: dict[int, ExitLoss]) -> None:
-        """A micro-batch's."""
+        """Adds the sums of a micro-batch."""
         for layer, (loss, statistics) in losses.items():
             values = torch.cat((loss[None], statistics)).double()
             self.by_layer[layer] = self.by_layer[layer] + values if layer in self.by_layer else values
 
     def mean_metrics(self, topology: Topology, divisor: Divisor) -> dict[int, Means]:
-        """The means over all replicas, which call it together."""
+        """Returns the means over all replicas. All replicas call it."""
         if not self.by_layer:
             return {}
         stacked = torch.stack(list(self.by_layer.values()))
@@ -46,7 +46,7 @@ class LossSums:
 
 
 def mean_metrics(sums: Sequence[float], divisor: Divisor) -> Means:
-    """Means from the SUMS of all replicas. Not a number where there was no token."""
+    """Returns means from the SUMS of all replicas. NaN where there was no token."""
     named = dict(zip(SUMS, sums, strict=True))
     found = {name: _ratio(value, named[divisor if name == "loss" else "tokens"]) for name, value in named.items()}
     nats = found["cross_entropy"]
@@ -54,16 +54,17 @@ def mean_metrics(sums: Sequence[float], divisor: Divisor) -> Means:
 
 
 def training_figures(by_layer: dict[int, Means], has_teacher: bool) -> dict[str, dict[str, float]]:
-    """What a record of a step tells of each exit."""
+    """Returns the figures of each exit in the record of a training step."""
     names = ["loss", "perplexity", "confidence"] + ["forward_kl", "total_variation"] * has_teacher
     return {name: {str(layer): each[name] for layer, each in by_layer.items()} for name in names}
 
 
 def validation_figures(by_layer: dict[int, Means], has_teacher: bool) -> dict[str, dict[str, float]]:
-    """What a record of a validation tells: also the shares of tokens that are sure and, with a teacher, that say what
-    it says.
+    """Returns the figures of each exit in a validation record.
 
-    `acceptance` is the share of the exit's drafts that speculative sampling would accept, one less the total variation.
+    These include the shares of tokens above each confidence and, with a teacher, the share that agrees with it.
+    `acceptance` is the share of the exit's drafts that speculative sampling would accept: one minus the total
+    variation.
     """
     names = ["loss", "perplexity", "confidence", *(f"above_{threshold}" for threshold in THRESHOLDS)]
     figures: dict[str, Any] = {name: {str(layer): each[name] for layer, each in by_layer.items()} for name in names}

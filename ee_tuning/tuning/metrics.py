@@ -1,8 +1,8 @@
-"""Metrics of all stages on one rank, without any stage waiting: records are posted to the process groups' store and
-fetched by polling.
+"""Gathers the metrics of all stages on one rank, without blocking a stage: through the process groups' store, by
+polling.
 
-Every stage posts the same sequence of records. The logging rank writes a record to metrics.jsonl once every stage's
-part is there.
+All stages post the same sequence of records. The logging rank writes a record to metrics.jsonl when the parts of all
+stages have arrived.
 """
 
 import json
@@ -24,8 +24,8 @@ MetricsRecord = dict[str, Any]
 
 
 class MetricsGatherer:
-    """Where stages post, and the logging rank collects. `on_record` is called with each whole record, on the logging
-    rank, in order.
+    """Posts this stage's parts of records. The logging rank gathers them and calls `on_record` with each record, in
+    order.
     """
 
     def __init__(self, topology: Topology, on_record: Callable[[MetricsRecord], None]) -> None:
@@ -34,31 +34,33 @@ class MetricsGatherer:
         self._expected: deque[int] = deque()
         self._lock = threading.Lock()
         self.num_posted = 0
-        """Records posted so far."""
+        """Number of records posted so far."""
 
     def post(self, record: MetricsRecord) -> None:
-        """This stage's part of the next record. Values that are dictionaries are united over the stages; for others the
-        first counts.
+        """Posts this stage's part of the next record.
+
+        Values that are dictionaries are merged over the stages; of other values, that of the first stage counts.
         """
         if not self._topology.is_writer:
             return
         self._store.set(
             self._key(self.num_posted, self._topology.stage), json.dumps(record)
-        )  # NaN stays NaN on its way
+        )  # json.dumps keeps NaN
         self.num_posted += 1
         if self._topology.is_logging_rank:
             self._expected.append(self.num_posted - 1)
             self.poll()
 
     def poll(self) -> None:
-        """Takes what has arrived whole. Returns at once."""
+        """Gathers the records that have arrived completely. Returns at once."""
         with self._lock:
             while self._expected and self._store.check(self._keys(self._expected[0])):
                 self._take()
 
     def finish(self, num_records: int | None = None) -> None:
-        """Waits until the logging rank has taken the first `num_records`, or all that it posted itself. From any
-        thread, which holds the others up meanwhile: ask it where every stage has posted them.
+        """Waits until the logging rank has gathered the first `num_records`, or all that it has posted itself.
+
+        May be called from any thread, once every stage has posted them. It blocks the other threads meanwhile.
         """
         with self._lock:
             while self._expected and (num_records is None or self._expected[0] < num_records):
@@ -85,10 +87,10 @@ class MetricsGatherer:
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object a line."""
+    """metrics.jsonl, with one JSON object per line."""
 
     def __init__(self, path: Path, resume_after: int | None) -> None:
-        """Begins anew, or after the records of step `resume_after`: a run that was killed may have written more."""
+        """Starts an empty file, or keeps the records up to step `resume_after`. A killed run may have written more."""
         kept = []
         if resume_after is not None and path.exists():
             kept = [
@@ -96,22 +98,22 @@ class MetricsFile:
                 for line in read_lines(path, errors="replace")
                 if (record := _parsed(line)) and record["step"] <= resume_after
             ]
-        with atomic_file(path) as partial:  # killed now, a run would lose its records
+        with atomic_file(path) as partial:  # a run killed here would lose its records
             partial.write_text("".join(kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: MetricsRecord) -> None:
-        """Appends `record`; numbers that are not finite become null, which JSON has no other word for."""
+        """Appends `record`. Numbers that are not finite become null, since JSON has no other notation for them."""
         self._file.write(to_json(record) + "\n")
         self._file.flush()
 
     def close(self) -> None:
-        """Call it last."""
+        """Closes the file. Call it last."""
         self._file.close()
 
 
 def holds_validation(path: Path, step: int) -> bool:
-    """Whether the metrics.jsonl at `path` has the validation of `step`."""
+    """Whether the metrics.jsonl at `path` holds the validation of `step`."""
     lines = read_lines(path, errors="replace") if path.exists() else []
     return any(record["kind"] == "validation" and record["step"] == step for record in map(_parsed, lines) if record)
 

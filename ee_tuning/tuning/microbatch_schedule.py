@@ -1,4 +1,4 @@
-"""Which micro-batches go down the relay, in which order, and what they are for. The same on every stage."""
+"""The order and purpose of the micro-batches that go down the relay. The same on every stage."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,30 +9,30 @@ from ee_tuning.data.loader import Batch, BatchSource
 
 @dataclass(frozen=True, kw_only=True)
 class Microbatch:
-    """One micro-batch and its purpose."""
+    """A micro-batch and its purpose."""
 
     batch: Batch
     is_training: bool
-    """Whether it is for an optimizer step, or else for a validation."""
+    """Whether it belongs to an optimizer step, and not to a validation."""
     step: int
-    """The optimizer step that it is part of, or that its validation follows; 0 before the first."""
+    """The optimizer step that it belongs to, or that its validation follows; 0 before the first step."""
     is_last: bool
-    """Whether it is the last of its step or of its validation."""
+    """Whether it is the last one of its step or of its validation."""
     position: int
-    """Samples that all replicas have consumed with it."""
+    """Number of samples that all replicas have consumed after it."""
     ends_step: bool
-    """Whether the next one, if there is one, is of another step: no validation follows."""
+    """Whether it is the last one of its step, the step's validation included."""
 
 
 class MicrobatchSchedule:
-    """Step after step, with validations where they are due. Endless: whoever walks it stops where it should end."""
+    """All optimizer steps, with validations where they are due. Endless: the caller stops."""
 
     def __init__(self, source: BatchSource, validation: list[Batch], tuning: TuningSection) -> None:
-        """`validation` may be empty: then there is none."""
+        """Without batches in `validation` there are no validations."""
         self._source, self._validation, self._tuning = source, validation, tuning
 
     def after(self, step: int, *, validates_first: bool) -> Iterator[Microbatch]:
-        """The legs from the validation after `step`, if wanted, or else from the next step."""
+        """Yields micro-batches, from the validation after `step` if wanted, or else from the next step."""
         if validates_first:
             yield from self.validation(step)
         while True:
@@ -42,14 +42,14 @@ class MicrobatchSchedule:
                 yield from self.validation(step)
 
     def validates_after(self, step: int) -> bool:
-        """Whether a validation follows `step`, the last one, say. 0: whether one comes before the first."""
+        """Whether a validation follows `step`. For step 0: whether one precedes the first step."""
         interval = self._tuning.eval_interval
         return bool(self._validation) and (
             step in (0, self._tuning.train_iters) or bool(interval and step % interval == 0)
         )
 
     def training(self, step: int) -> Iterator[Microbatch]:
-        """The micro-batches of optimizer step `step`."""
+        """Yields the micro-batches of optimizer step `step`."""
         for index in range(self._source.num_microbatches):
             is_last = index == self._source.num_microbatches - 1
             yield Microbatch(
@@ -62,7 +62,7 @@ class MicrobatchSchedule:
             )
 
     def validation(self, step: int) -> Iterator[Microbatch]:
-        """Those of a validation after `step`."""
+        """Yields the micro-batches of a validation after `step`."""
         for index, batch in enumerate(self._validation):
             is_last = index == len(self._validation) - 1
             yield Microbatch(

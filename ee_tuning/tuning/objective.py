@@ -1,14 +1,14 @@
-"""What an exit is trained to."""
+"""The training objective of an exit."""
 
 from dataclasses import dataclass
 
 THRESHOLDS = (0.9, 0.8, 0.6)
-"""Confidences at which tokens are counted."""
+"""Confidences whose shares of tokens are reported."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What a token's loss is: a weighted sum of three, p being the exit's distribution and t its teacher's."""
+    """Weights of the three terms of a token's loss, with p the exit's distribution and t its teacher's."""
 
     cross_entropy: float = 1.0
     """-log p(label)."""
@@ -19,11 +19,11 @@ class Objective:
     3.5).
     """
     weighs_by_confidence: bool = False
-    """Whether a token's loss is multiplied by its largest probability, held constant: EE-Tuning's dynamic weights
+    """Whether a token's loss is multiplied by its largest probability, held constant: the dynamic weights of EE-Tuning
     (arXiv 2402.00518).
     """
 
     @property
     def wants_teacher(self) -> bool:
-        """Whether t is asked for."""
+        """Whether the loss needs the teacher's distribution t."""
         return self.forward_kl > 0 or self.total_variation > 0

@@ -1,8 +1,9 @@
-"""An optimizer for each exit head: sharded over its data-parallel replicas, clipped and stepped apart from all others.
+"""An optimizer for each exit head: sharded over data-parallel replicas, clipped and stepped independently of the
+others.
 
-Weights compute in the backbone's dtype; masters, gradients' sums and Adam's moments are float32 (float64 for a float64
-backbone). Gradients of summed losses are added up over micro-batches and replicas, and divided once by the tokens of
-the global batch, so every number of replicas takes the same step.
+Weights compute in the backbone's dtype; master weights, sums of gradients and Adam's moments are float32 (float64 for a
+float64 backbone). Gradients of summed losses are added up over micro-batches and replicas, and divided once by the
+tokens of the global batch, so every number of replicas takes the same step.
 """
 
 import math
@@ -25,14 +26,14 @@ from ee_tuning.tuning.loss_metrics import SUMS, Divisor, LossSums, Means, mean_m
 
 @dataclass(frozen=True)
 class ExitUpdate:
-    """What one step did to one exit."""
+    """The result of one step for one exit."""
 
     mean_metrics: Means
     """Means over the global batch, before the step."""
     grad_norm: float
-    """The norm before the clip."""
+    """Norm of the gradient before clipping."""
     is_skipped: bool
-    """Whether the exit was left as it was, for its gradient is not finite, or larger than any that is believed."""
+    """Whether the exit was left unchanged, because its gradient is not finite or above tuning.skip_grad_norm."""
 
 
 class ExitOptimizer:
@@ -50,12 +51,12 @@ class ExitOptimizer:
         master = torch.promote_types(dtype, torch.float32)
         cast_parameters(head, master)
         self.head, self._sharded = head, _shard(head, dtype, master, topology.dp_mesh)
-        # Taken now: inside and after a forward pass the module holds whole copies in the computing dtype.
+        # Read now: during and after a forward pass the module holds whole copies in the computing dtype.
         self.parameters: dict[str, nn.Parameter] = dict(head.named_parameters())
         self._replicated = {
             name for name in self.parameters if is_replicated(head.spec, name, head.config, topology.tp)
         }
-        # Of a sequence that is cut, a rank sees the gradient of its own tokens.
+        # Where the sequence is cut, a rank has the gradient of its own tokens only.
         self._partial = (
             [
                 name
@@ -77,7 +78,8 @@ class ExitOptimizer:
         )
         for (
             parameter
-        ) in self.parameters.values():  # before the first step, so that a checkpoint always has the same tensors
+            # created before the first step, so that a checkpoint always has the same tensors
+        ) in self.parameters.values():
             self.adam.state[parameter] = {
                 "step": torch.zeros((), device=topology.device),
                 "exp_avg": torch.zeros_like(parameter),
@@ -86,42 +88,42 @@ class ExitOptimizer:
 
     @property
     def trains(self) -> bool:
-        """Whether this exit is not frozen."""
+        """Whether this exit is trained, and not frozen."""
         return self.loss_weight > 0
 
     @property
     def num_updates(self) -> int:
-        """Steps that were taken, in the runs that this one goes on from, too; not those that were left out."""
+        """Number of updates, former runs of a resumed run included. Skipped steps do not count."""
         return int(self.adam.state[next(iter(self.parameters.values()))]["step"])
 
     def begin_microbatch(self, is_last: bool) -> None:
-        """Prepares a forward pass that is followed by a backward pass; `is_last` of the step: only then are gradients
-        reduced.
-        """
+        """Prepares a forward pass with a backward pass. Gradients are reduced only if `is_last` of the step."""
         self._sharded.set_requires_gradient_sync(is_last)
         self._sharded.set_reshard_after_backward(is_last)
 
     def reshard(self) -> None:
-        """Frees, after forward passes without a gradient, the whole weights, which the next step would leave stale."""
+        """Frees the whole weights after forward passes without a gradient. The next step would leave them stale."""
         self._sharded.reshard()
 
     def sum_partial_gradients(self, topology: Topology) -> None:
-        """Sums gradients over tensor-parallel ranks where every rank holds a parameter alike and sees a share; replicas
-        are summed.
+        """Sums, over tensor-parallel ranks, the gradients of replicated parameters to which each rank contributes a
+        part.
+
+        The sum over replicas is fully_shard's.
         """
         shares = [_gradient(self.parameters[name]) for name in self._partial]
         flat = torch.cat([share.flatten() for share in shares]) if shares else None
         if (
             flat is None or not flat.numel()
-        ):  # a replica among many may hold no row of them; then its shards hold none either
+        ):  # one of many replicas may hold no row of a parameter; then its tensor-parallel peers hold none either
             return
         dist.all_reduce(flat, group=topology.tp_group)
         for share, summed in zip(shares, flat.split([share.numel() for share in shares]), strict=True):
             share.copy_(summed.view_as(share))
 
     def square_sums(self) -> tuple[Tensor, Tensor]:
-        """Sums of squares of this rank's part of the gradient: of parameters cut over tensor parallelism, and of
-        replicated ones.
+        """Returns the squared norm of this rank's part of the gradient: of parameters cut over tensor parallelism, and
+        of replicated ones.
         """
         cut = torch.zeros((), dtype=torch.float64, device=self._device)
         replicated = torch.zeros_like(cut)
@@ -131,10 +133,9 @@ class ExitOptimizer:
         return cut, replicated
 
     def update(self, square_sum: float, scale: float, lr: float) -> tuple[float, bool]:
-        """Multiplies the gradient by `scale`, clips and steps, unless the gradient is not to be believed or of no
-        token.
+        """Scales the gradient, clips and steps, unless the gradient is implausible or of no token.
 
-        Returns the gradient's norm before the clip, and whether it was believed.
+        Returns the gradient's norm before clipping, and whether the step was taken.
         """
         norm = math.sqrt(square_sum) * scale if square_sum >= 0 else math.nan
         is_believed = math.isfinite(norm) and norm <= self._largest_norm
@@ -152,16 +153,16 @@ class ExitOptimizer:
 def update_exits(
     exits: list[ExitOptimizer], sums: LossSums, divisor: Divisor, lr: float, ramp: float, topology: Topology
 ) -> dict[int, ExitUpdate]:
-    """One optimizer step of this stage's trained `exits`, each for itself; their weights are multiplied by `ramp`.
+    """Takes one optimizer step of each of this stage's trained `exits`, whose weights are multiplied by `ramp`.
 
-    `sums` are this replica's. Decisions are taken on sums over all replicas and shards, so every rank takes the same.
+    `sums` are this replica's. All ranks decide on sums over all replicas and shards, so they decide alike.
     """
     counts: list[Tensor] = []
     for each in exits:
         each.sum_partial_gradients(topology)
         counts.append(torch.cat((sums.by_layer[each.layer], torch.stack(each.square_sums()))))
     values = torch.stack(counts)
-    if topology.tp_rank != 0:  # what every shard has alike is counted once
+    if topology.tp_rank != 0:  # replicated on every shard, so counted once
         values[:, :-2] = 0.0
         values[:, -1] = 0.0
     for size, group in ((topology.dp, topology.dp_group), (topology.tp, topology.tp_group)):
@@ -182,9 +183,9 @@ def _shard(head: ExitHead, dtype: torch.dtype, master: torch.dtype, mesh: Device
     )
     sharded = fully_shard(
         head, mesh=mesh, mp_policy=policy, reshard_after_forward=False
-    )  # its backward follows at once
+    )  # the backward pass follows at once
     sharded.set_gradient_divide_factor(1.0)  # sums, not means
-    sharded.set_force_sum_reduction_for_comms(True)  # else the factor goes into an operation that gloo lacks
+    sharded.set_force_sum_reduction_for_comms(True)  # otherwise the factor goes into an operation that gloo lacks
     return sharded
 
 

@@ -1,4 +1,4 @@
-"""A page of plots of a run, drawn from its metrics.jsonl: plots.png, and plots.html with the last figures beside it."""
+"""Plots of a run from its metrics.jsonl: plots.png, and plots.html with the last figures beside it."""
 
 import base64
 import html
@@ -26,13 +26,14 @@ PANELS = {
     ("train", "tokens_per_second"): "tokens per second",
     ("train", "idle_share"): "idle share, by stage",
 }
-"""Kind and key of a record -> title. A panel that no record has is left out."""
+"""Kind and key of a record -> title. Panels without a record are left out."""
 _COLUMNS = 3
 
 
 def write_plots(folder: Path, title: str) -> None:
-    """Draws the run in `folder`, whose metrics.jsonl is whole, or nothing where there is nothing to draw. Raises
-    InputError where the disk refuses.
+    """Draws the run in `folder`, whose metrics.jsonl is complete. Draws nothing where there are no records.
+
+    Raises InputError where the disk refuses.
     """
     path = folder / METRICS
     records = [json.loads(line) for line in read_lines(path)] if path.exists() else []
@@ -49,7 +50,7 @@ def write_plots(folder: Path, title: str) -> None:
 
 
 def _draw(records: list[MetricsRecord], panels: list[tuple[str, str]], title: str) -> bytes:
-    import matplotlib  # here, so that a rank that draws nothing does not load it
+    import matplotlib  # imported here, so that ranks that draw nothing do not load it
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -99,7 +100,7 @@ def _page(records: list[MetricsRecord], picture: bytes, title: str) -> str:
 
 
 def _table(records: list[MetricsRecord]) -> str:
-    """The last validation's figures, by exit."""
+    """Builds the table of the last validation's figures, by exit."""
     last = next((record for record in reversed(records) if record["kind"] == "validation"), None)
     if last is None:
         return ""

@@ -1,4 +1,4 @@
-"""What the person who waits sees: a bar at a terminal, a line now and then elsewhere, every line in log.txt."""
+"""Progress of a run for the user: a bar at a terminal, a line now and then elsewhere, and every line in log.txt."""
 
 import sys
 import time
@@ -12,10 +12,10 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 
 class ProgressDisplay:
-    """Loss per exit, tokens per second, time left. Use it as a context on the logging rank."""
+    """Shows loss per exit, tokens per second and time left. A context manager, for the logging rank."""
 
     def __init__(self, log: Path, num_steps: int, first_step: int) -> None:
-        """Steps `first_step` + 1 up to `num_steps` are to come."""
+        """The run takes steps `first_step` + 1 .. `num_steps`."""
         self._log = log.open("a", encoding="utf-8")
         self._num_steps, self._first_step = num_steps, first_step
         self._began = time.monotonic()
@@ -42,7 +42,7 @@ class ProgressDisplay:
         self._log.close()
 
     def show(self, record: dict[str, Any]) -> None:
-        """One record of metrics.jsonl."""
+        """Shows one record of metrics.jsonl."""
         losses = " ".join(f"{layer}: {loss:.3f}" for layer, loss in record["loss"].items())
         if record["kind"] == "validation":
             self.say(f"step {record['step']} · validation loss of exit {losses}")
@@ -66,7 +66,7 @@ class ProgressDisplay:
             print(f"{line} · {self._time_left(record['step'])} left", file=sys.stderr, flush=True)
 
     def say(self, line: str) -> None:
-        """A line for the log and for whoever watches."""
+        """Writes a line to the log and shows it."""
         self._write(line)
         if self._bar.disable:
             print(line, file=sys.stderr, flush=True)

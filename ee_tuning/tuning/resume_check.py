@@ -1,4 +1,4 @@
-"""Whether a run folder holds the run of this very job, so that the same command, given again, goes on with it."""
+"""Checks that a run folder belongs to the same job, so that the same command continues it."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -13,7 +13,7 @@ _FREE_SECTIONS = ("parallel", "generation")
 _FREE = {
     "model.path",
     "model.config",
-    "model.trust_pickle",  # the fingerprint tells whether it is the model
+    "model.trust_pickle",  # the fingerprint identifies the model
     "exits.verify",
     "data.cache",
     "data.workers",
@@ -33,14 +33,12 @@ _FREE = {
     "tuning.stop_exit_code",
     "tuning.wandb_project",
 }
-"""What may differ: it changes where and how a run is computed and watched, and not what comes out."""
+"""Keys that may differ: they change where and how a run is computed and logged, and not its result."""
 _MOST_LISTED = 5
 
 
 def check_resumable(config: Config, folder: Path) -> None:
-    """Raises InputError where the run in `folder` was begun by a job that differs in more than its layout and its
-    watching.
-    """
+    """Raises InputError where the job of the run in `folder` differs in more than layout and logging."""
     if config.tuning.allow_config_change or not (folder / CONFIG).exists():
         return
     former = load_config(folder / CONFIG)

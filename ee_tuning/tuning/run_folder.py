@@ -1,6 +1,4 @@
-"""The folder of a run: what it may be is asked before anything is loaded, and nothing is written to it until the run
-can begin.
-"""
+"""The folder of a run. It is checked before anything is loaded, and written only when the run can begin."""
 
 import os
 from collections.abc import Iterator
@@ -21,16 +19,15 @@ from ee_tuning.tuning.state import latest_checkpoint
 EXIT_HEADS = "exit_heads"
 """The tuned artifact, within the folder."""
 OWNER = ".owner"
-"""The file that names the process which tunes into the folder, while it does."""
+"""The file that names the process which currently tunes into the folder."""
 
 
 @contextmanager
 def owned_run_folder(config: Config, topology: Topology) -> Iterator[None]:
-    """Makes this job the one owner of tuning.run_folder while the block runs; all ranks call it. Raises InputError
-    where another job is.
+    """Makes this job the only owner of tuning.run_folder while the context is open. All ranks call it.
 
-    The lock file lies inside: the folder may be a mounted volume, whose parent can not be written. A folder that was
-    made for the lock alone goes again.
+    Raises InputError where another job owns it. The lock file lies inside, because the folder may be a mounted volume
+    whose parent is read-only. A folder that was created only for the lock is removed again.
     """
     folder = Path(config.tuning.run_folder)
     on_first_rank(topology, lambda: _check_place(config, folder))
@@ -39,9 +36,7 @@ def owned_run_folder(config: Config, topology: Topology) -> Iterator[None]:
 
 
 def check_run_folder(config: Config, topology: Topology) -> None:
-    """Raises InputError where the run could not be kept in tuning.run_folder, or its artifact would replace what it
-    must not.
-    """
+    """Raises InputError where tuning.run_folder can not hold the run, or the run would replace a foreign artifact."""
     folder = Path(config.tuning.run_folder)
 
     def check() -> None:
@@ -54,7 +49,7 @@ def check_run_folder(config: Config, topology: Topology) -> None:
         if not is_new:
             check_resumable(config, folder)
         with os_errors_as_input_errors(folder):
-            # A run that goes on has its heads in its checkpoints: then the artifact is its own, of an earlier end.
+            # A resumed run has its heads in its checkpoints, so the artifact is its own, written at an earlier end.
             if (
                 is_new
                 and config.exits.path is not None
@@ -70,8 +65,9 @@ def check_run_folder(config: Config, topology: Topology) -> None:
 
 
 def open_run_folder(config: Config, topology: Topology) -> None:
-    """Makes the folder where it is missing, with the resolved job in config.yaml. Raises InputError where the disk
-    refuses.
+    """Creates the folder if it is missing, and writes the resolved job to config.yaml.
+
+    Raises InputError where the disk refuses.
     """
     folder = Path(config.tuning.run_folder)
 

@@ -1,6 +1,4 @@
-"""What follows a micro-batch: the first stage decides, and its word travels with the activations, so every stage does
-the same.
-"""
+"""Decides, on the first stage, when a run saves and when it stops. The decision travels with the activations."""
 
 import time
 
@@ -16,30 +14,31 @@ from ee_tuning.tuning.stopping import StopRequest
 
 
 class SaveStopPolicy:
-    """Decides where checkpoints are taken and where the run ends."""
+    """Decides when checkpoints are saved and when the run ends."""
 
     def __init__(self, tuning: TuningSection, topology: Topology, stop: StopRequest, saver: Saver) -> None:
         self._tuning, self._topology, self._stop, self._saver = tuning, topology, stop, saver
         self._saved_at = time.monotonic()
 
     def next_action(self, microbatch: Microbatch) -> NextAction:
-        """What follows `microbatch`. All ranks of the first stage call it together; on other stages it says nothing of
-        worth.
+        """Returns the action after `microbatch`. All ranks of the first stage call it; elsewhere the result is always
+        NEXT.
         """
         if not microbatch.is_last or not self._topology.is_first_stage:
             return NextAction.NEXT
-        if microbatch.step == self._tuning.train_iters:  # the end is near enough for who wants to stop
+        # the run is about to end anyway, so a request to stop changes nothing
+        if microbatch.step == self._tuning.train_iters:
             return NextAction.END if microbatch.ends_step else NextAction.NEXT
         saves = (
             microbatch.ends_step and microbatch.step > 0 and (self._is_due(microbatch.step) or self._minutes_passed())
         )
         if saves:
-            self._saver.wait()  # here, for if the one before could not be written, the word has to be another
+            self._saver.wait()  # waits first: if the former checkpoint failed, the run must end
         ends = self._stop.is_requested or self._saver.has_failed
         return self._agreed(NextAction.END if ends else NextAction.SAVE if saves else NextAction.NEXT)
 
     def mark_saved(self) -> None:
-        """A checkpoint was just taken."""
+        """Records that a checkpoint was just saved."""
         self._saved_at = time.monotonic()
 
     def _is_due(self, step: int) -> bool:

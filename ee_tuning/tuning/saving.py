@@ -1,7 +1,7 @@
-"""Writes a run's checkpoints while training goes on: a copy is taken at the end of a step, the rest is a thread's work.
+"""Writes a run's checkpoints in the background: a copy is taken at the end of a step, and a thread does the rest.
 
-The threads of all ranks meet on a process group of their own. No stage waits for another one to save: each copies when
-it comes to the end of the step.
+The threads of all ranks meet on a process group of their own. Stages do not wait for each other: each copies its state
+when it reaches the end of the step.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from ee_tuning.tuning.state import CHECKPOINTS, LATEST, PROGRESS, TrainingProgre
 
 
 class Saver:
-    """This rank's part of a run's checkpoints. One is written at a time. Make it before the relay starts."""
+    """Writes this rank's part of a run's checkpoints, one at a time. Create it before the relay starts."""
 
     def __init__(
         self, exits: list[ExitOptimizer], config: ModelConfig, tuning: TuningSection, topology: Topology
@@ -47,16 +47,14 @@ class Saver:
 
     @property
     def has_failed(self) -> bool:
-        """Whether a checkpoint could not be written; then none is any more. The same on all ranks, sooner or later: see
-        `wait`.
-        """
+        """Whether a checkpoint could not be written. No further one is tried then. All ranks agree after `wait`."""
         return self._failure is not None
 
     def save(self, progress: TrainingProgress, before_latest: Callable[[], None]) -> None:
-        """Copies the state and returns; what writes it calls `before_latest` on rank 0 when all ranks have written,
-        before `latest` moves.
+        """Copies the state and returns, while a thread writes the copy.
 
-        All ranks call it after the same step, each in its own time. Waits for the checkpoint before, and, without
+        The thread calls `before_latest` on rank 0 when all ranks have written, before `latest` is updated. All ranks
+        call `save` after the same step, each in its own time. It waits for the former checkpoint and, without
         tuning.async_save, for this one.
         """
         self.wait()
@@ -64,7 +62,7 @@ class Saver:
             return
         chunks, tensors = zip(*state, strict=True) if (state := self._own_state()) else ((), ())
         self._copy.copy_from(tensors)
-        # A daemon: where training fails, what is being written is given up, as it would be with the process.
+        # A daemon: if training fails, the checkpoint in progress is given up together with the process.
         self._thread = threading.Thread(
             target=self._run, args=(progress, chunks, before_latest), name="checkpoint", daemon=True
         )
@@ -73,23 +71,21 @@ class Saver:
             self.wait()
 
     def wait(self) -> None:
-        """Waits for the checkpoint that is being written, if there is one. `has_failed` is the same on all ranks
-        then.
-        """
+        """Waits for the checkpoint in progress, if any. Afterwards all ranks agree on `has_failed`."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
     def check(self) -> None:
-        """Raises, on all ranks that have settled, what a checkpoint met with: an InputError where the disk refused."""
+        """Raises the failure of a checkpoint, on all ranks, after `wait`: an InputError where the disk refused."""
         if self._failure is None:
             return
         if isinstance(self._failure, InputError):
-            self._topology.barrier()  # none leaves while another one still waits for its micro-batches
+            self._topology.barrier()  # no rank leaves while another one still waits for its micro-batches
         raise self._failure
 
     def _own_state(self) -> list[tuple[Chunk, Tensor]]:
-        """What this rank writes: of several that hold the same, the first one does."""
+        """Returns the tensors that this rank writes. Of ranks with the same tensor the first one writes it."""
         state = own_state(self._exits, self._config, self._training_topology)
         return [
             (
@@ -105,7 +101,7 @@ class Saver:
     def _run(self, progress: TrainingProgress, chunks: Sequence[Chunk], before_latest: Callable[[], None]) -> None:
         try:
             self._write(progress, chunks, before_latest)
-        except Exception as error:  # whoever settles will see it
+        except Exception as error:  # raised later by `check`
             self._failure = error
 
     def _write(self, progress: TrainingProgress, chunks: Sequence[Chunk], before_latest: Callable[[], None]) -> None:
@@ -130,13 +126,13 @@ class Saver:
                 for chunk, tensor in zip(chunks, self._copy.tensors(), strict=True):
                     writer.add_tensor(chunk, [tensor])
             return _RankReport(writer.written, writer.sums)
-        except Exception as error:  # of any kind: all ranks have to meet, or the others wait
+        except Exception as error:  # any exception: all ranks must meet here, or the others wait forever
             return _RankReport([], {}, _refusal(folder, error))
 
 
 @dataclass(frozen=True)
 class _RankReport:
-    """What a rank did."""
+    """The files that a rank wrote, or the reason for its failure."""
 
     written: list[StoredChunk]
     sums: dict[str, str]
@@ -161,16 +157,16 @@ def _write_metadata(partial: Path, progress: TrainingProgress, reports: list[_Ra
 
 
 def _update_latest(folder: Path, keep: int) -> None:
-    """Has `latest` name `folder`, and removes all but the `keep` last checkpoints of the run's way there."""
+    """Makes `latest` name `folder`, and removes all but the last `keep` checkpoints."""
     with atomic_file(folder.parent / LATEST) as pointer:
         pointer.write_text(folder.name + "\n", encoding="utf-8")
     for partial in folder.parent.glob(
         "step_????????.partial-*"
-    ):  # of a save that was killed, at a step where none may follow
+    ):  # left by a killed save, at a step where no other save may follow
         remove_leftovers(partial.with_name(partial.name.partition(".")[0]))
     found = sorted(folder.parent.glob("step_????????"))
     older, newer = found[: found.index(folder)], found[found.index(folder) + 1 :]
     for each in (
         newer + older[: max(len(older) - keep + 1, 0)]
-    ):  # newer: of a way that the run left when it went on from before them
+    ):  # newer ones: the run went on from a checkpoint before them
         shutil.rmtree(each, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The learning rate and the rise of the loss weights at a step."""
+"""The learning rate and the warm-up of loss weights."""
 
 import math
 
@@ -6,8 +6,9 @@ from ee_tuning.config import TuningSection
 
 
 def learning_rate(step: int, tuning: TuningSection) -> float:
-    """Rate at the 1-based optimizer step: a linear rise from 0 over the warm-up, then the decay, which meets min_lr at
-    the last step.
+    """Returns the learning rate of the 1-based optimizer step.
+
+    It rises linearly from 0 during the warm-up, then decays and reaches min_lr at the last step.
     """
     num_warmup = int(tuning.lr_warmup_fraction * tuning.train_iters)
     if step <= num_warmup:
@@ -22,9 +23,7 @@ def learning_rate(step: int, tuning: TuningSection) -> float:
 
 
 def loss_weight_ramp(step: int, tuning: TuningSection) -> float:
-    """What the exits' loss weights are multiplied by at the 1-based optimizer step: from near 0 to 1 over the first
-    steps, then 1.
-    """
+    """Returns the factor of the exits' loss weights at the 1-based optimizer step: a rise from near 0 to 1, then 1."""
     num_warmup = int(tuning.loss_weight_warmup_fraction * tuning.train_iters)
     if tuning.loss_weight_style == "constant" or step >= num_warmup:
         return 1.0

@@ -1,4 +1,4 @@
-"""What the tuner asks of its settings, beyond their types."""
+"""Checks of the tuning settings beyond their types."""
 
 import math
 
@@ -10,8 +10,8 @@ _TERMS = ("cross_entropy", "forward_kl", "total_variation")
 
 
 def check_settings(tuning: TuningSection) -> None:
-    """Raises InputError on a value out of range. Batch sizes are the loader's to check, loss weights those of
-    `loss_weights`.
+    """Raises InputError on a value out of range. The loader checks batch sizes, and `loss_weights` checks loss
+    weights.
     """
     for name, least in (
         ("train_iters", 1),
@@ -30,7 +30,7 @@ def check_settings(tuning: TuningSection) -> None:
         value = getattr(tuning, name)
         if value < least:
             raise InputError(f"tuning.{name} must be at least {least}, got {value}")
-    # Beyond these, float32 has zero or infinity for the number or an update by it, and NaN follows.
+    # Beyond these limits, float32 holds zero or infinity for the value or for an update by it, and NaN follows.
     for name, low, high in (("lr", 1e-30, 1000), ("adam_eps", 1e-30, 1), ("weight_decay", 0, 1000)):
         value = getattr(tuning, name)
         if not low <= value <= high:
@@ -49,11 +49,11 @@ def check_settings(tuning: TuningSection) -> None:
         )
     if not 0 <= tuning.stop_exit_code <= 255:
         raise InputError(f"tuning.stop_exit_code must be in 0..255, as of any process, got {tuning.stop_exit_code}")
-    objective(tuning)  # here, before the run has a folder
+    objective(tuning)  # checked here, before the run has a folder
 
 
 def objective(tuning: TuningSection) -> Objective:
-    """What tuning.loss asks for: `name` or `name=weight` each. Raises InputError where it can not be read."""
+    """Parses tuning.loss, whose items are `name` or `name=weight`. Raises InputError where that fails."""
     weights: dict[str, float] = {}
     for item in tuning.loss:
         name, equals, written = item.partition("=")
@@ -71,8 +71,9 @@ def objective(tuning: TuningSection) -> Objective:
 
 
 def loss_weights(tuning: TuningSection, exit_layers: tuple[int, ...]) -> dict[int, float]:
-    """The weight of each exit's loss, that of the preset where none are given. Raises InputError where they do not fit
-    the exits.
+    """Returns the weight of each exit's loss; without explicit weights, that of the preset.
+
+    Raises InputError where they do not fit the exits.
     """
     _check_loss_weights(tuning.loss_weights, exit_layers)
     deepest = max(exit_layers)

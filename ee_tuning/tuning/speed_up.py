@@ -1,4 +1,4 @@
-"""How much faster decoding would be at a threshold, told by the shares of tokens that each exit is sure of."""
+"""Estimates the speed-up of decoding at a threshold from the shares of tokens above it at each exit."""
 
 from itertools import accumulate
 
@@ -10,11 +10,12 @@ from ee_tuning.tuning.objective import THRESHOLDS
 
 
 def implied_speed_ups(record: MetricsRecord, config: ModelConfig, exits: tuple[ExitSpec, ...]) -> dict[str, float]:
-    """Speed-ups by threshold of a validation's `above_…`: multiply-adds of full depth ÷ those of a token on average,
-    heads asked included.
+    """Returns speed-ups by threshold for a validation record: multiply-adds at full depth ÷ mean multiply-adds per
+    token.
 
-    Which tokens two exits are sure of is not known, so it is taken that a token left by exit i where the surest exit up
-    to i is: more can not be claimed. A lower bound, where layers cost what their multiply-adds do.
+    Heads that a token asks are included. The records do not say which tokens two exits have in common, so a token is
+    assumed to leave at exit i where the most confident exit up to i does; more can not be claimed. The result is a
+    lower bound where layers cost as much as their multiply-adds.
     """
     return {str(threshold): _speed_up(record[f"above_{threshold}"], config, exits) for threshold in THRESHOLDS}
 
@@ -23,7 +24,7 @@ def _speed_up(shares: dict[str, float], config: ModelConfig, exits: tuple[ExitSp
     passed = [
         0.0,
         *accumulate(layer_cost(config, layer, 0) for layer in range(1, config.num_layers + 1)),
-    ]  # by how many layers
+    ]  # number of layers saved
     full = passed[-1] + final_head_cost(config)
     cost = asked = left = 0.0
     for spec in sorted(exits, key=lambda each: each.layer):

@@ -1,7 +1,7 @@
-"""One micro-batch through this stage: receive, frozen layers, send on; then, once its lesson is here, the losses of the
-exits.
+"""One micro-batch through this stage: receive, run frozen layers, send; and, when its teacher signal is here, the
+losses.
 
-Nothing waits for a later stage: hidden states leave before the first loss is computed.
+No stage waits for a later one: hidden states leave before the first loss is computed.
 """
 
 from collections.abc import Callable
@@ -32,18 +32,18 @@ from ee_tuning.tuning.teacher_channel import TeacherChannel
 
 @dataclass(frozen=True)
 class StageOutput:
-    """What a micro-batch left on this stage."""
+    """The results of a micro-batch's forward pass on this stage."""
 
     microbatch: Microbatch
     next_action: NextAction
     exit_inputs: dict[int, ExitInput]
-    """What each exit takes, by layer."""
+    """Input of each exit, by layer."""
     teacher: Teacher | None
-    """Where it is known already: on the last stage."""
+    """The teacher, where it is already known: on the last stage."""
 
 
 class StageForward:
-    """This stage's part in the forward-only relay."""
+    """Forward passes and losses of this stage in the relay."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class StageForward:
         *,
         validates_against_teacher: bool = False,
     ) -> None:
-        """`teacher_channel` is there where `objective` or validations want a teacher."""
+        """`teacher_channel` is required where `objective` or validations need a teacher."""
         assert teacher_channel is not None or not (objective.wants_teacher or validates_against_teacher)
         self._model, self._relay, self._topology, self._teacher_channel = model, relay, topology, teacher_channel
         self._needs_teacher = {
@@ -73,11 +73,13 @@ class StageForward:
 
     @property
     def num_ahead(self) -> int:
-        """Micro-batches that `forward` should be ahead of `train` and `evaluate`."""
+        """Number of micro-batches by which `forward` should be ahead of `train` and `evaluate`."""
         return 0 if self._teacher_channel is None else self._teacher_channel.num_ahead
 
     def forward(self, microbatch: Microbatch, next_action: NextAction) -> StageOutput:
-        """Runs the frozen layers and sends on. The first stage decides what `next_action`; the others pass it on."""
+        """Runs the frozen layers and sends the result on. The first stage chooses `next_action`; the others pass
+        it on.
+        """
         batch, teacher_channel = (
             microbatch.batch,
             self._teacher_channel if self._needs_teacher[microbatch.is_training] else None,
@@ -102,7 +104,9 @@ class StageForward:
         return StageOutput(microbatch, next_action, exit_inputs, None)
 
     def teacher_signal(self, output: StageOutput) -> Teacher | None:
-        """What the final head says of a micro-batch, where it is wanted. Call it once for each, in order."""
+        """Returns the teacher of a micro-batch, or None where it needs none. Call it once for each micro-batch, in
+        order.
+        """
         if (
             output.teacher is not None
             or self._teacher_channel is None
@@ -112,7 +116,7 @@ class StageForward:
         return self._teacher_channel.teacher_signal()
 
     def train(self, output: StageOutput, teacher: Teacher | None, exits: list[ExitOptimizer]) -> dict[int, ExitLoss]:
-        """Forward and at once backward of each exit; gradients add up. Sums, by exit layer."""
+        """Runs each exit forward and backward; gradients add up. Returns sums by exit layer."""
         losses, project = {}, self._projection(output.microbatch.batch, teacher)
         for each in exits:
             each.begin_microbatch(output.microbatch.is_last)
@@ -123,7 +127,7 @@ class StageForward:
 
     @torch.no_grad()
     def evaluate(self, output: StageOutput, teacher: Teacher | None, exits: list[ExitOptimizer]) -> dict[int, ExitLoss]:
-        """Sums, by exit layer, without a gradient."""
+        """Runs each exit forward without a gradient. Returns sums by exit layer."""
         project = self._projection(output.microbatch.batch, teacher)
         return {each.layer: each.head(output.exit_inputs[each.layer], project) for each in exits}
 

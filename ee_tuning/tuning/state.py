@@ -1,9 +1,8 @@
-"""What a checkpoint of a run holds, and the way back: float32 masters, Adam's moments and step counts of every exit,
-the step and the position in the data.
+"""The content of a run's checkpoint: master weights, Adam's moments and update counts of every exit, and the progress.
 
-`checkpoints/step_00000100/` is Megatron-core's distributed format, with tensors under Hugging Face's names, beside
-`progress.json` and a sha256 manifest. Every rank writes and reads just the rectangles of those tensors that are its
-own, so a run resumes under any TP × PP × DP.
+`checkpoints/step_00000100/` is in Megatron-core's distributed format, with tensors under Hugging Face's names, beside
+`progress.json` and a sha256 manifest. Every rank writes and reads only its own rectangles of those tensors, so a run
+resumes under any TP × PP × DP.
 """
 
 import json
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # of optional libraries that are not installed
+    warnings.simplefilter("ignore")  # optional libraries are not installed
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing import ShardedTensor
 
@@ -39,18 +38,18 @@ _REMEDY = "write the name of another folder of checkpoints/ into checkpoints/lat
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingProgress:
-    """How far a run has come, and what must not change when it goes on."""
+    """The progress of a run, and the facts that must not change when it resumes."""
 
     step: int
-    """Optimizer steps taken."""
+    """Number of optimizer steps taken."""
     position: int
-    """Samples consumed by all replicas."""
+    """Number of samples consumed by all replicas."""
     fixed: dict[str, Any]
-    """What the exits are and the order of the data; a resumed run must agree."""
+    """Facts about the exits and the order of the data. A resumed run must have the same."""
 
 
 def latest_checkpoint(run_folder: Path) -> Path | None:
-    """The folder that `latest` names; None where no checkpoint was written. Raises InputError where it names none."""
+    """Returns the folder that `latest` names, or None without a checkpoint. Raises InputError where it names none."""
     pointer = run_folder / CHECKPOINTS / LATEST
     if not pointer.exists():
         return None
@@ -64,9 +63,9 @@ def latest_checkpoint(run_folder: Path) -> Path | None:
 def load_checkpoint(
     folder: Path, fixed: dict[str, Any], exits: list[ExitOptimizer], config: ModelConfig, topology: Topology
 ) -> TrainingProgress:
-    """Fills the exits' masters and optimizers. All ranks call it.
+    """Loads a checkpoint into the exits' master weights and optimizers. All ranks call it.
 
-    Raises InputError where a file is missing or altered, or the checkpoint is of a run that differs from `fixed`.
+    Raises InputError where a file is missing or altered, or the checkpoint's facts differ from `fixed`.
     """
 
     def checked() -> TrainingProgress:
@@ -78,7 +77,7 @@ def load_checkpoint(
     progress = on_first_rank(topology, checked)
     state = own_state(exits, config, topology)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # Megatron-core calls what torch has renamed
+        warnings.simplefilter("ignore", FutureWarning)  # Megatron-core calls functions that torch has renamed
         loaded = dist_checkpointing.load(dict(state), str(folder))
     with torch.no_grad():
         for key, target in _tensors(exits, config, topology).items():
@@ -90,9 +89,9 @@ def load_checkpoint(
 
 
 def whole_tensors(exits: list[ExitOptimizer], config: ModelConfig, topology: Topology) -> Iterator[tuple[str, Tensor]]:
-    """The artifact's tensors, from the masters: name and whole tensor, on the rank that writes for its stage.
+    """Yields the artifact's tensors from the master weights, as name and whole tensor, on the writer of each stage.
 
-    All ranks of a stage draw from it together: parameters are gathered over replicas and shards, one at a time.
+    All ranks of a stage iterate together: parameters are gathered over replicas and shards, one at a time.
     """
     for each in exits:
         for name, parameter in each.parameters.items():
@@ -108,20 +107,20 @@ def whole_tensors(exits: list[ExitOptimizer], config: ModelConfig, topology: Top
 
 @dataclass(frozen=True)
 class _Rectangle:
-    """Where rows of a parameter lie in a whole tensor."""
+    """The position of a parameter's rows within a whole tensor."""
 
     name: str
     shape: tuple[int, ...]
     offset: tuple[int, ...]
     rows: slice
-    """The rows of the rank's part of the parameter."""
+    """The rows within the rank's part of the parameter."""
 
 
 def _rectangles(plan: Shard, first_row: int, num_rows: int) -> Iterator[_Rectangle]:
-    """The rectangles of the replica's rows first_row .. first_row + num_rows - 1 of the tensor-parallel shard that
-    `plan` describes.
+    """Yields the rectangles of rows first_row .. first_row + num_rows - 1 of the tensor-parallel shard that `plan`
+    describes.
 
-    Round as the parameter is, also where Hugging Face has the tensor transposed.
+    They have the parameter's orientation, also where Hugging Face stores the tensor transposed.
     """
     row = 0
     for piece in plan.pieces:
@@ -135,7 +134,7 @@ def _rectangles(plan: Shard, first_row: int, num_rows: int) -> Iterator[_Rectang
 
 
 def _tensors(exits: list[ExitOptimizer], config: ModelConfig, topology: Topology) -> dict[Any, ShardedTensor]:
-    """This rank's part of all masters and moments, as views; keyed by tensor name, kind and offset."""
+    """Returns this rank's part of all master weights and moments, as views, keyed by tensor name, kind and offset."""
     tensors = {}
     for each in exits:
         for name, parameter in each.parameters.items():
@@ -165,8 +164,9 @@ def _tensors(exits: list[ExitOptimizer], config: ModelConfig, topology: Topology
 
 
 def own_state(exits: list[ExitOptimizer], config: ModelConfig, topology: Topology) -> dict[str, ShardedTensor]:
-    """This rank's part of what a checkpoint holds, as views but for counts; of ranks that have the same, one has
-    `replica_id` 0.
+    """Returns this rank's part of a checkpoint: views, and copies of counts.
+
+    Of ranks that hold the same tensor, one has `replica_id` 0.
     """
     state = _tensors(exits, config, topology)
     for each in exits:

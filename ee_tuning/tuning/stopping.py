@@ -1,7 +1,7 @@
-"""A wish to stop, from a signal; its consequence is decided in save_stop_policy.py.
+"""Requests to stop, by signals. save_stop_policy.py acts on them.
 
-A signal asks for a checkpoint and an orderly end. Launchers repeat signals: a group kill reaches the agent and its
-workers, and the agent forwards its own. So a repeat changes nothing, but for a Ctrl-C after a while, which ends the
+A signal requests a checkpoint and an orderly end. Launchers repeat signals: a group kill reaches the agent and its
+workers, and the agent forwards its own. So repeats change nothing, except a second Ctrl-C after a while, which ends the
 process at once.
 """
 
@@ -13,14 +13,15 @@ from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SECONDS_OF_ONE_PRESS = 2.0
-"""A Ctrl-C that follows another within this time is the same one, forwarded by the launcher."""
+"""A Ctrl-C within this time after another one is the same one, forwarded by the launcher."""
 
 
 class StopRequest:
-    """While entered, SIGTERM (torchrun, Slurm), SIGINT (Ctrl-C) and SIGUSR1 are noted in place of ending the process.
+    """Records SIGTERM (torchrun, Slurm), SIGINT (Ctrl-C) and SIGUSR1 while the context is open, instead of ending the
+    process.
 
-    A signal counts where it reaches a rank of the first stage; launchers signal all ranks. Repeats are ignored, except
-    a second SIGINT `SECONDS_OF_ONE_PRESS` after the first one or later: that acts as if nothing were entered.
+    A signal counts if it reaches a rank of the first stage; launchers signal all ranks. Repeats are ignored, except a
+    SIGINT at least `SECONDS_OF_ONE_PRESS` after the first one, which has its usual effect.
     """
 
     def __init__(self) -> None:
@@ -29,7 +30,7 @@ class StopRequest:
         self._former: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python sets no handlers
+        if threading.current_thread() is threading.main_thread():  # Python sets handlers in the main thread only
             self._former = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 

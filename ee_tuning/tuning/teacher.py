@@ -1,12 +1,11 @@
-"""The final head as the exits' teacher: its distribution over a vocabulary shard, from its hidden states or from its
-likeliest tokens.
+"""The final head as the exits' teacher, from its hidden states or from its k likeliest tokens.
 
-A teacher is read chunk after chunk of tokens, beside the student's logits (loss.py), into buffers that the next chunk
-uses again.
+A teacher's distribution is computed chunk by chunk beside the student's logits (loss.py), in buffers that the next
+chunk reuses.
 """
 
 # s sequence · b micro-batch · h hidden · v this rank's true rows of the vocabulary · n tokens of a chunk · k tokens
-# that are told
+# that a TopKTeacher lists
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -17,41 +16,45 @@ from ee_tuning.parallel.shortlist import Shortlist
 from ee_tuning.parallel.vocab import VocabShard
 
 NOT_LISTED = -1
-"""No class of a shortlist."""
+"""A token that is no class of a shortlist."""
 
 
 class TeacherChunk(Protocol):
     """A teacher's distribution for n tokens, built in three steps around the student's softmax."""
 
     probabilities: Tensor
-    """[n, v], once `divergence` was asked."""
+    """[n, v], valid after `divergence`."""
     spare: Tensor
-    """[n, v], room that is free then."""
+    """[n, v], a buffer that is free after `divergence`."""
     likeliest: Tensor | None
-    """[n] int64: the teacher's likeliest token, of equal ones the lowest id, NOT_LISTED where a shortlist has no class
-    for it alone; None where nobody asked.
+    """[n] int64: the teacher's likeliest token, the lowest id among equals, NOT_LISTED where a shortlist has no class
+    for it. None where it was not requested.
     """
 
     def sums_of_logits(self, shifted: Tensor) -> list[Tensor]:
-        """Sums of the student's logits less their largest [n, v]: sums [n, 1] to be summed over the shards."""
+        """Returns partial sums [n, 1] of the student's logits minus their maximum [n, v], to be summed over the
+        shards.
+        """
 
     def sums_of_exponentials(self, exponentials: Tensor) -> list[Tensor]:
-        """More such sums, of the exponentials."""
+        """Returns further partial sums, of the student's exponentials."""
 
     def divergence(self, sums: list[Tensor], total: Tensor) -> Tensor:
-        """All these, summed, and the student's sum of exponentials [n, 1]: KL(teacher ‖ student) [n, 1] in nats."""
+        """Returns KL(teacher ‖ student) [n, 1] in nats, from the total sums and the student's sum of exponentials [n,
+        1].
+        """
 
 
 class Teacher(Protocol):
-    """What `linear_loss` may be given."""
+    """A teacher for `linear_loss`."""
 
     def chunk(self, part: slice, buffers: "TeacherBuffers", vocab: VocabShard, wants_likeliest: bool) -> TeacherChunk:
-        """The lesson for tokens `part` of s · b. Over the classes of `vocab`, where it is a shortlist."""
+        """Returns the distribution for tokens `part` of s · b, over the classes of `vocab` where it is a shortlist."""
 
 
 @dataclass(frozen=True)
 class TeacherBuffers:
-    """Room for one chunk, [n, v] each."""
+    """Buffers for one chunk, [n, v] each."""
 
     probabilities: Tensor
     spare: Tensor
@@ -102,22 +105,22 @@ class _WholeChunk:
 
 @dataclass(frozen=True)
 class TopKTeacher:
-    """The k likeliest tokens and the mass of all others, the tail.
+    """The k likeliest tokens and the total probability of all others, the tail.
 
-    The tail is spread as the student's own: only its mass is taught. KL and total variation are then those of the two
-    distributions over k + 1 events, lower bounds of the true ones.
+    The tail is distributed like the student's own: only its mass is taught. KL and total variation are then those of
+    two distributions over k + 1 events, and lower bounds of the true ones.
     """
 
     ids: Tensor
-    """[n, k] int64, likeliest first. Of a shortlist its classes: first that of the likeliest token, then the likeliest
-    others.
+    """[n, k] int64, likeliest first. With a shortlist its classes: first that of the likeliest token, then the
+    likeliest others.
     """
     probabilities: Tensor
     """[n, k], float32 (float64 for a float64 backbone)."""
 
     @property
     def tail(self) -> Tensor:  # [n, 1]
-        """Probability of all tokens that are not told."""
+        """Total probability of all tokens that are not listed."""
         return (1 - self.probabilities.sum(-1, keepdim=True)).clamp_(min=0)
 
     def chunk(self, part: slice, buffers: TeacherBuffers, vocab: VocabShard, wants_likeliest: bool) -> TeacherChunk:
@@ -150,7 +153,7 @@ class _TopKChunk:
     def sums_of_exponentials(self, exponentials: Tensor) -> list[Tensor]:
         self.probabilities.copy_(exponentials)
         if exponentials.shape[-1]:
-            # Added, not set: columns of tokens that lie in another shard all point to an edge of this one.
+            # Added, not assigned: the columns of tokens in other shards all point to an edge of this one.
             top_k = exponentials.gather(-1, self._columns).neg_().masked_fill_(~self._is_here, 0.0)
             self.probabilities.scatter_add_(-1, self._columns, top_k)
         return [self.probabilities.sum(-1, keepdim=True)]
@@ -174,11 +177,10 @@ def top_k_teacher(
     vocab: VocabShard,
     chunk_tokens: int,
 ) -> TopKTeacher:
-    """The k likeliest tokens (all, where the vocabulary is smaller) of softmax(weight · hidden), the same on every
+    """Returns the k likeliest tokens (all, if the vocabulary is smaller) of softmax(weight · hidden), the same on every
     shard.
 
-    Of tokens equally likely the one with the lowest id comes first. Where `vocab` is a shortlist they are its classes,
-    as TopKTeacher has them.
+    Among equal probabilities the lowest id comes first. With a shortlist the ids are its classes, as in TopKTeacher.
     """
     k, tokens = min(k, vocab.size), hidden.reshape(-1, hidden.shape[-1])
     dtype = torch.promote_types(hidden.dtype, torch.float32)
@@ -195,7 +197,8 @@ def top_k_teacher(
             values, columns = (vocab.gather(each).movedim(0, 1).flatten(1) for each in (values, columns + vocab.first))
             total = vocab.gather(total).logsumexp(0)
         by_id, ranks = columns.argsort(-1), values
-        if said.likeliest is not None:  # "any other token" may be likelier than each, so it is among the first two
+        # "any other token" may be likelier than each listed one, so it is among the first two
+        if said.likeliest is not None:
             first = said.likeliest.where(said.likeliest >= 0, vocab.size - 1)
             ranks = values.masked_fill((columns == first[:, None]) & (values > -torch.inf), torch.inf)
         order = by_id.gather(-1, ranks.gather(-1, by_id).argsort(stable=True, dim=-1, descending=True))[:, :k]
@@ -204,12 +207,12 @@ def top_k_teacher(
 
 
 class _ClassLogits(NamedTuple):
-    """What a teacher's likeliest token and its distribution are, in a student's classes."""
+    """A teacher's logits and likeliest token, in a student's classes."""
 
     logits: Tensor
     """[n, v], float32 at least."""
     likeliest: Tensor | None
-    """[n]: the class of the likeliest token, or NOT_LISTED; None where classes are tokens."""
+    """[n]: the class of the likeliest token, or NOT_LISTED. None where classes are tokens."""
 
 
 def _class_logits(
@@ -227,7 +230,7 @@ def _listed(classes: Tensor, vocab: Shortlist) -> Tensor:  # [n] -> [n]
 
 
 def _local_top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """This shard's k largest logits and their columns [n, k]; where it has fewer, the rest is -inf."""
+    """Returns this shard's k largest logits and their columns [n, k], padded with -inf where the shard has fewer."""
     values, columns = logits.topk(min(k, logits.shape[-1]), dim=-1)
     missing = k - values.shape[-1]
     return torch.nn.functional.pad(values, (0, missing), value=-torch.inf), torch.nn.functional.pad(
@@ -236,17 +239,17 @@ def _local_top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def row_maxima(logits: Tensor) -> Tensor:  # [n, v] -> [n, 1]
-    """The largest of each row; -inf where a shard is padding alone."""
+    """Returns the largest value of each row, -inf for a shard of padding alone."""
     return logits.amax(-1, keepdim=True) if logits.shape[-1] else logits.new_full((len(logits), 1), -torch.inf)
 
 
 def row_products(one: Tensor, other: Tensor) -> Tensor:  # [n, v], [n, v] -> [n, 1]
-    """Inner products of rows, without a matrix in between."""
+    """Returns the inner products of rows without an intermediate matrix."""
     return torch.bmm(one[:, None], other[:, :, None])[:, 0]
 
 
 def likeliest_ids(shifted: Tensor, vocab: VocabShard) -> Tensor:  # [n, v] -> [n] int64
-    """Where logits, less their largest over all shards, are 0: of several the lowest id."""
+    """Returns the lowest id at which the logits, minus their maximum over all shards, are 0."""
     nowhere = float(vocab.first + vocab.rows * vocab.world_size)
     ids = shifted.new_full((len(shifted),), nowhere, dtype=torch.float64)
     if shifted.shape[-1]:

@@ -1,8 +1,8 @@
-"""The final head's lessons: made on the last stage, once per micro-batch, and handed back to every stage with an exit.
+"""The teacher signal: computed on the last stage, once per micro-batch, and sent back to every stage with an exit.
 
-The backbone is frozen, so it runs ahead: a stage keeps its exits' inputs until the lesson arrives. How far ahead is a
-fixed number of micro-batches, the same on all ranks of the stage: if each looked for itself whether a lesson is here,
-their collectives would not meet.
+The frozen backbone runs ahead: a stage keeps its exits' inputs until the teacher signal arrives. It runs ahead by a
+fixed number of micro-batches, the same on all ranks of the stage; if each rank looked for itself whether a signal has
+arrived, their collectives would not match.
 """
 
 from collections.abc import Iterable
@@ -17,12 +17,12 @@ from ee_tuning.parallel.feedback import Feedback
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.tuning.teacher import HiddenTeacher, Teacher, TopKTeacher, top_k_teacher
 
-# s sequence, or this rank's part of it where the plan cuts it · b micro-batch · h hidden · n its tokens · k tokens that
-# are told
+# s sequence, or this rank's part of it where the plan cuts it · b micro-batch · h hidden · n its tokens · k tokens of a
+# TopKTeacher
 
 
 class TeacherChannel:
-    """This stage's part in teaching."""
+    """This stage's end of the teacher channel."""
 
     def __init__(
         self,
@@ -33,8 +33,8 @@ class TeacherChannel:
         *,
         sends_hidden: bool,
     ) -> None:
-        """`sends_hidden`: final hidden states travel and every stage with an exit holds the output matrix; else the
-        likeliest tokens do.
+        """If `sends_hidden`, final hidden states are sent and every stage with an exit holds the output matrix.
+        Otherwise the likeliest tokens are sent.
         """
         self._model, self._topology, self._tuning, self._sends_hidden = model, topology, tuning, sends_hidden
         student_stages = tuple(stage for stage in stages_with_exits if stage < topology.pp - 1)
@@ -47,16 +47,16 @@ class TeacherChannel:
 
     @property
     def num_ahead(self) -> int:
-        """Micro-batches that this stage's backbone is ahead of its exits: as many as are in the stages behind it."""
+        """Number of micro-batches by which the backbone is ahead of the exits: as many as the later stages hold."""
         return self._topology.pp - 1 - self._topology.stage if self._is_student else 0
 
     def expect(self) -> None:
-        """Makes ready for the lesson of a micro-batch that is about to be sent on."""
+        """Posts the receive of the teacher signal for a micro-batch that is about to be sent on."""
         if self._is_student:
             self.feedback.expect()
 
     def publish(self, hidden: Tensor) -> Teacher:  # [s, b, h], the last layer's output
-        """The lesson of a micro-batch on the last stage, which goes out to the pupils, too."""
+        """Computes the teacher of a micro-batch on the last stage, and sends it to the student stages."""
         hidden, weight = self._model.final_hidden(hidden), self._model.backbone.output_layer.weight
         if self._sends_hidden:
             self.feedback.send(hidden)
@@ -68,13 +68,13 @@ class TeacherChannel:
             vocab=self._model.exit_vocab,
             chunk_tokens=self._tuning.loss_chunk_tokens,
         )
-        # As numbers of one type, float32 at least, which holds every id.
+        # Sent as one tensor, float32 at least, which holds every id exactly.
         numbers = torch.stack((signal.ids.to(signal.probabilities.dtype), signal.probabilities), dim=1)
         self.feedback.send(local_sequence(numbers, self._topology) if self._model.plan.cuts_sequence else numbers)
         return signal
 
     def teacher_signal(self) -> Teacher | None:
-        """The lesson on the other stages, of the oldest micro-batch that expects one; None where there are no exits."""
+        """Returns the teacher of the oldest expected micro-batch on other stages, or None on stages without exits."""
         if not self._is_student:
             return None
         signal = self._model.whole_sequence(

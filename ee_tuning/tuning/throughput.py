@@ -1,4 +1,4 @@
-"""How fast a run goes, and how much of its time a stage waits for others."""
+"""The throughput of a run, and the share of its time that a stage waits for others."""
 
 import resource
 import sys
@@ -9,10 +9,10 @@ import torch
 
 
 class Throughput:
-    """Seconds and steps of training since the last report; validations and checkpoints are left out."""
+    """Seconds and steps of training since the last report. Validations and checkpoints do not count."""
 
     def __init__(self, tokens_per_step: int, flops_per_token: float, seconds_waited: Callable[[], float]) -> None:
-        """`seconds_waited`: for other stages, since the run began."""
+        """`seconds_waited` returns the seconds that this stage has waited for others since the run began."""
         self._tokens_per_step, self._flops_per_token, self._seconds_waited = (
             tokens_per_step,
             flops_per_token,
@@ -22,20 +22,21 @@ class Throughput:
         self._at = (time.perf_counter(), seconds_waited())
 
     def mark(self, *, trained: bool) -> None:
-        """What passed since the last lap was training, or was not."""
+        """Ends a time span, which was training or not."""
         former, self._at = self._at, (time.perf_counter(), self._seconds_waited())
         if trained:
             self._seconds += self._at[0] - former[0]
             self._waited += self._at[1] - former[1]
 
     def count_step(self) -> None:
-        """An optimizer step is done."""
+        """Counts an optimizer step."""
         self._num_steps += 1
 
     def report(self) -> dict[str, float]:
-        """Since the last one: tokens per second, FLOP/s of the whole model (multiplications and additions of matrix
-        products), and the share of the time that this stage waited for others; and this process's peak of memory in
-        bytes since it began.
+        """Returns the figures since the last report.
+
+        These are tokens per second, FLOP/s of the whole model (multiplications and additions of matrix products), the
+        share of time that this stage waited for others, and this process's peak memory in bytes since it began.
         """
         tokens_per_second = self._num_steps * self._tokens_per_step / max(self._seconds, 1e-9)
         idle_share = self._waited / max(self._seconds, 1e-9)

@@ -1,6 +1,4 @@
-"""Tuning: exit heads are trained on a frozen backbone, in a forward-only relay of micro-batches that drains at the end
-alone.
-"""
+"""Tunes exit heads on a frozen backbone, in a forward-only relay of micro-batches that drains only at the end."""
 
 import dataclasses
 from collections import deque
@@ -58,7 +56,7 @@ class Tuner:
 
     @property
     def step(self) -> int:
-        """Optimizer steps taken."""
+        """Number of optimizer steps taken."""
         return self._trainer.step
 
     @property
@@ -67,7 +65,7 @@ class Tuner:
         return self._trainer.exits
 
     def resume(self) -> None:
-        """Goes on from the run folder's latest checkpoint, if there is one. Raises InputError where it is of another
+        """Loads the latest checkpoint of the run folder, if there is one. Raises InputError where it is of another
         run.
         """
         folder = on_first_rank(self.topology, lambda: latest_checkpoint(self.run_folder))
@@ -84,9 +82,9 @@ class Tuner:
         )
 
     def run(self) -> bool:
-        """Steps until train_iters or a signal, saves a checkpoint, and says whether train_iters was reached.
+        """Trains until train_iters or a signal, saves a checkpoint, and returns whether train_iters was reached.
 
-        Raises InputError, on all ranks, where a checkpoint can not be written; those before it stay as they are.
+        Raises InputError, on all ranks, where a checkpoint can not be written; former ones stay as they are.
         """
         if self.step >= self.tuning.train_iters:
             return True
@@ -102,7 +100,7 @@ class Tuner:
         )
         schedule = MicrobatchSchedule(self._source, self._validation, self.tuning)
         validates_first = self._validates_first(schedule)
-        queue: deque[StageOutput] = deque()  # micro-batches that the backbone is ahead of the exits
+        queue: deque[StageOutput] = deque()  # micro-batches that wait for their teacher signal
         saver = Saver(self.exits, self._model.config, self.tuning, self.topology)
         with open_log_sinks(self.config, self.topology, self._loaded, self.step) as metrics, StopRequest() as stop:
             policy = SaveStopPolicy(self.tuning, self.topology, stop, saver)
@@ -135,7 +133,7 @@ class Tuner:
         return self.step == self.tuning.train_iters
 
     def dry_step(self, stage_forward: StageForward) -> None:
-        """One optimizer step and one validation, whose records go nowhere. For dry runs."""
+        """Takes one optimizer step and one validation without records. For dry runs."""
         metrics, throughput = MetricsGatherer(self.topology, lambda record: None), Throughput(1, 0.0, lambda: 0.0)
         schedule, queue = MicrobatchSchedule(self._source, self._validation, self.tuning), deque[StageOutput]()
         for microbatch in (*schedule.training(1), *schedule.validation(1)):
@@ -144,7 +142,7 @@ class Tuner:
             self._trainer.process(queue.popleft(), stage_forward, metrics, throughput)
 
     def never_updated(self) -> tuple[list[int], list[int]]:
-        """Trained exits that no step has updated, and all trained ones, of every stage. All ranks call it."""
+        """Returns the trained exits of all stages that no step has updated, and all trained ones. All ranks call it."""
         own = [(each.layer, each.num_updates) for each in self.exits if each.trains and each.parameters]
         every = gather_lists(own, self.topology)
         return sorted({layer for layer, _ in every} - {layer for layer, count in every if count}), sorted(
@@ -152,7 +150,7 @@ class Tuner:
         )
 
     def make_teacher_channel(self) -> TeacherChannel | None:
-        """What hands on the final head's lessons; None where nobody asks for them."""
+        """Creates the channel of the teacher signal, or returns None where no loss or validation needs it."""
         if not self.tuning.wants_final_head:
             return None
         stages = [
@@ -201,20 +199,22 @@ class Tuner:
         metrics: MetricsGatherer,
         throughput: Throughput,
     ) -> Iterator[tuple[Microbatch, NextAction]]:
-        """A micro-batch through the layers, and as many that wait through the exits as must not wait longer: each of
-        these, when its exits are done, and what follows it.
+        """Runs a micro-batch through the layers, then trains or validates queued ones whose teacher signals must be
+        here.
+
+        Yields each finished micro-batch and the action after it.
         """
         queue.append(stage_forward.forward(microbatch, next_action))
         is_end = queue[-1].next_action is NextAction.END
         while len(queue) > (0 if is_end else stage_forward.num_ahead):
             done, next_action = queue[0].microbatch, queue[0].next_action
-            # Not kept in a variable here: it would lie beside the next micro-batch's.
+            # Not kept in a variable: it would stay alive beside the next micro-batch's output.
             self._trainer.process(queue.popleft(), stage_forward, metrics, throughput)
             yield done, next_action
 
     def _validates_first(self, schedule: MicrobatchSchedule) -> bool:
-        """Whether a validation comes before the next step: of the heads as they began, or one that a stop left out. All
-        ranks call it.
+        """Whether a validation precedes the next step: the first one, or one that a stop left out. All ranks call
+        it.
         """
         return schedule.validates_after(self.step) and not on_first_rank(
             self.topology, lambda: bool(self.step) and holds_validation(self.run_folder / METRICS, self.step)
@@ -222,7 +222,7 @@ class Tuner:
 
     def _save(self, saver: Saver, done: Microbatch, metrics: MetricsGatherer) -> None:
         progress = TrainingProgress(step=self.step, position=done.position, fixed=self._fixed())
-        # So that a run that goes on from here has the records of all steps before it.
+        # A run that resumes here must have the records of all steps before.
         saver.save(progress, before_latest=partial(metrics.finish, metrics.num_posted))
 
     def _fixed(self) -> dict[str, Any]:
