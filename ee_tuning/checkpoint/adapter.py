@@ -1,4 +1,4 @@
-"""An adapter's files (LoRA and its kin, as peft saves them) in a folder that is to be a model's."""
+"""Refuses the files of an adapter (LoRA and similar ones, as peft saves them) in a model's folder."""
 
 import json
 from pathlib import Path
@@ -11,8 +11,10 @@ _FILES = (_CONFIG, "adapter_model.safetensors", "adapter_model.bin", "adapter.sa
 
 
 def refuse_adapter(folder: Path) -> None:
-    """Raises InputError where an adapter's files lie in `folder`, be it beside a model's: transformers would load the
-    adapter's base model and put the adapter on it, and no file tells whether the weights beside it hold it already.
+    """Raises InputError where `folder` holds an adapter, even beside a model.
+
+    transformers would load the adapter's base model and apply the adapter, and no file says whether the weights beside
+    it already include it.
     """
     found = [name for name in _FILES if (folder / name).is_file()]
     if not found:

@@ -1,6 +1,4 @@
-"""Outputs go where no input is read: else a command reads, the next time, what it wrote, or loses what it was made
-from.
-"""
+"""Keeps outputs away from inputs: otherwise a command would later read its own output, or overwrite its input."""
 
 import re
 from collections.abc import Iterable
@@ -10,15 +8,16 @@ from ee_tuning.config import Config
 from ee_tuning.errors import InputError
 
 _MARKS = (("exit_config.json",), ("config.yaml", "metrics.jsonl"), ("config.yaml", "checkpoints"))
-"""Names that stand together in a folder of ours."""
+"""Names that occur together in a folder of this project."""
 
 
 def check_apart(
     output: Path, sources: Iterable[str | Path | None], name: str = "--output", *, around: bool = False
 ) -> None:
-    """Raises InputError where `output`, the value of `name`, is one of `sources`, or lies within one that is a folder;
-    with `around`, also where such a folder lies within `output`. Sources that are not there, such as names of models on
-    the hub, count for nothing.
+    """Raises InputError where `output`, the value of `name`, is one of `sources` or lies within one of them.
+
+    With `around`, also where a source lies within `output`. Sources that do not exist, such as names of models on the
+    hub, do not count.
     """
     place = output.resolve()
     for source in [Path(each) for each in sources if each]:
@@ -42,7 +41,7 @@ def check_apart(
 
 
 def check_beside(output: Path, config: Config, sources: Iterable[str | Path | None]) -> None:
-    """`check_apart` for a file that a job in `config` makes: apart from `sources`, and from the model, exits and
+    """Like `check_apart`, for a file that a job in `config` makes: apart from `sources`, the model, the exits and the
     tokenizer.
     """
     check_apart(
@@ -51,6 +50,6 @@ def check_beside(output: Path, config: Config, sources: Iterable[str | Path | No
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether `folder` is a run, an artifact, or one of them half-written."""
+    """Whether `folder` is a run, an artifact, or an unfinished one."""
     is_partial = re.search(r"\.(partial|replaced)-[0-9a-f]{8}$", folder.name) is not None
     return is_partial or any(all((folder / name).exists() for name in names) for names in _MARKS)

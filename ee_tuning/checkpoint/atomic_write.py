@@ -1,5 +1,6 @@
-"""What is written aside and renamed into place when it is whole: folders, by all processes of a world together, and
-single files.
+"""Atomic writes: a file or folder is written under a temporary name and renamed into place when it is complete.
+
+Folders may be written by all processes of a world together.
 """
 
 import ctypes
@@ -19,17 +20,16 @@ from ee_tuning.parallel.topology import Topology
 from ee_tuning.standard_streams import OutputRefused
 
 REMEDY = "make room, or choose another folder"
-"""What helps where the disk refuses."""
+"""Advice for the case that the disk refuses."""
 
 
 @contextmanager
 def atomic_folder(output: Path, topology: Topology | None, remedy: str = REMEDY) -> Iterator[Path]:
-    """A new folder `<output>.partial-…`, the same on every rank, which becomes `output` when the block ends well.
+    """Yields a new folder `<output>.partial-…`, the same on every rank, which becomes `output` when the block succeeds.
 
-    An `output` that exists is replaced then. When the block fails, or the process is killed, `output` is as it was. The
-    block must end with rank 0 knowing that every rank has written. Raises InputError where the disk refuses. What
-    writers of `output` that were killed left is removed; of two that write it at once, the later one to end has its
-    way.
+    An existing `output` is replaced then. If the block fails, or the process is killed, `output` is unchanged. At the
+    end of the block, rank 0 must know that all ranks have written. Partial folders of killed writers are removed; of
+    two concurrent writers the later one to finish wins. Raises InputError where the disk refuses.
     """
     partial, lock = on_first_rank(topology, lambda: _create_partial(resolve_target(output), Path.mkdir, remedy))
     is_first = topology is None or topology.rank == 0
@@ -45,11 +45,11 @@ def atomic_folder(output: Path, topology: Topology | None, remedy: str = REMEDY)
 
 @contextmanager
 def atomic_file(output: Path) -> Iterator[Path]:
-    """A path for the block to write a file to, in one process; the file becomes `output`, replacing it, when the block
-    ends well.
+    """Yields a path to which the block, in one process, writes a file. The file replaces `output` when the block
+    succeeds.
 
-    Of a link, what it names is replaced; what is no plain file (/dev/null, a pipe) is written to as it is. Raises
-    InputError where the disk refuses.
+    If `output` is a link, its target is replaced. If it is no plain file (/dev/null, a pipe), it is written to
+    directly. Raises InputError where the disk refuses.
     """
     if output.exists() and not output.is_file():
         with os_errors_as_input_errors(output):
@@ -70,8 +70,9 @@ def atomic_file(output: Path) -> Iterator[Path]:
 
 @contextmanager
 def scratch_folder(output: Path) -> Iterator[Path]:
-    """A new folder beside `output`, for what is on the way to it; gone when the block ends. Raises InputError where the
-    disk refuses.
+    """Yields a new folder beside `output` for intermediate files, and removes it when the block ends.
+
+    Raises InputError where the disk refuses.
     """
     partial, lock = _create_partial(output, Path.mkdir)
     try:
@@ -83,15 +84,15 @@ def scratch_folder(output: Path) -> Iterator[Path]:
 
 
 def move_into_place(made: Path, output: Path) -> None:
-    """Renames the file `made` to `output`, such that a power cut leaves no name without its content."""
+    """Renames the file `made` to `output`. After a power cut, `output` exists with its content or not at all."""
     _sync(made)
     made.replace(output)
     _sync(output.parent)
 
 
 def remove_leftovers(output: Path) -> None:
-    """Removes what writers of `output` that were killed left beside it. What a living process still writes has its
-    lock, and stays.
+    """Removes what killed writers of `output` left beside it. Partial outputs of living processes are locked, and
+    stay.
     """
     for path in _leftovers(output, "replaced"):
         if os.path.lexists(output):
@@ -105,11 +106,10 @@ def remove_leftovers(output: Path) -> None:
 
 
 def resolve_target(output: Path) -> Path:
-    """`output`, or the folder that it is a link to: what replaces that folder must not replace the link, which may lead
-    to another disk.
+    """Returns `output`, or the folder that it links to, which may lie on another disk: the link itself must stay.
 
-    Raises InputError where it is no folder that can be replaced: a device, or what this process stands in, which would
-    stay behind in the folder that was.
+    Raises InputError where `output` can not be replaced: it is a device, or it contains the working directory of this
+    process, which would stay behind in the replaced folder.
     """
     if output.exists() and not (output.is_dir() or output.is_file()):
         raise InputError(f"{output} is a device or a pipe, and is not replaced; name a folder")
@@ -124,7 +124,7 @@ def resolve_target(output: Path) -> Path:
 
 
 def check_file(output: Path) -> None:
-    """Raises InputError where no file can be written at `output`: cheap, before the work whose result it is to take."""
+    """Raises InputError where no file can be written at `output`. A cheap check before long work."""
     if output.is_dir():
         raise InputError(f"--output must name a file, got the folder {output}")
     parent = next(folder for folder in output.absolute().parents if os.path.lexists(folder))
@@ -135,17 +135,17 @@ def check_file(output: Path) -> None:
 
 
 def check_room(output: Path, partial: Path, needed: int, remedy: str = REMEDY) -> None:
-    """Raises InputError where the disk that `output` is written to (as `partial`) has no room for `needed` bytes."""
+    """Raises InputError where the disk of `output` (written as `partial`) has less than `needed` bytes free."""
     if (free := shutil.disk_usage(partial).free) < needed:
         raise InputError(f"{output} takes {needed:,} bytes, and {free:,} are free there; {remedy}")
 
 
 @contextmanager
 def os_errors_as_input_errors(output: Path, remedy: str = REMEDY) -> Iterator[None]:
-    """Turns what the file system refuses into an InputError that names `output`."""
+    """Turns an OSError into an InputError that names `output`."""
     try:
         yield
-    except OutputRefused:  # of what is printed meanwhile
+    except OutputRefused:  # raised by printing, not by the file system
         raise
     except OSError as error:
         raise InputError(f"{output} can not be written: {error.strerror or error}; {remedy}") from error
@@ -157,7 +157,7 @@ def _leftovers(output: Path, what: str) -> list[Path]:
 
 
 def _create_partial(output: Path, make: Callable[[Path], None], remedy: str = REMEDY) -> tuple[Path, int]:
-    """A partial of `output` that `make` has made, and the handle that holds its lock."""
+    """Creates a partial of `output` by `make`, and returns it with the handle that holds its lock."""
     with os_errors_as_input_errors(output, remedy):
         remove_leftovers(output)
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -169,9 +169,10 @@ def _create_partial(output: Path, make: Callable[[Path], None], remedy: str = RE
 
 
 def try_lock(path: Path, *, is_ours: bool = False) -> int | None:
-    """A handle that locks `path` until it is closed or this process ends, however it ends; None where another process
-    has it, or where it is gone. A file system without locks gives none for what is there already, so that no living
-    writer's work is removed.
+    """Locks `path` and returns a handle, or None where another process holds the lock or `path` is gone.
+
+    The lock ends when the handle is closed or the process ends. On a file system without locks, only new paths
+    (`is_ours`) can be locked, so that no living writer's files are removed.
     """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -185,7 +186,7 @@ def try_lock(path: Path, *, is_ours: bool = False) -> int | None:
     except OSError:
         is_locked = is_ours
     with suppress(OSError):
-        # Between its making and its locking, another writer may have taken it for a leftover, and removed it.
+        # Between creation and locking, another writer may have removed it as a leftover.
         if is_locked and os.path.samestat(path.stat(), os.fstat(handle)):
             return handle
     os.close(handle)
@@ -194,7 +195,7 @@ def try_lock(path: Path, *, is_ours: bool = False) -> int | None:
 
 def _commit(partial: Path, output: Path, remedy: str) -> None:
     with os_errors_as_input_errors(output, remedy):
-        for path in (*partial.iterdir(), partial):  # else a power cut could leave a name without its content
+        for path in (*partial.iterdir(), partial):  # otherwise a power cut could leave a name without its content
             _sync(path)
         if not os.path.lexists(output):
             partial.rename(output)
@@ -204,10 +205,10 @@ def _commit(partial: Path, output: Path, remedy: str) -> None:
 
 
 def exchange(first: Path, second: Path) -> None:
-    """Each path becomes the other at one stroke, so that a process killed here leaves both. Raises OSError.
+    """Exchanges two paths atomically, so that a killed process leaves both. Raises OSError.
 
-    Where the file system can not (some network ones), by renames: killed between them, `second` is whole, under a name
-    `….replaced-…`.
+    On file systems without this operation (some network ones) it renames in steps; a process killed in between leaves
+    `second` complete, under a name `….replaced-…`.
     """
     if _renameat2(first, second):
         return
@@ -222,7 +223,7 @@ def exchange(first: Path, second: Path) -> None:
 
 
 def _renameat2(first: Path, second: Path) -> bool:
-    """Linux's exchange of two paths; False where it is not to be had."""
+    """Exchanges two paths by Linux's system call. Returns False where it is not available."""
     call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if call is None:
         return False

@@ -1,4 +1,4 @@
-"""The bar that long commands show: bytes done, speed, time left. Nothing where no terminal looks on."""
+"""Progress bar of long commands: bytes, speed and time left. Shown on a terminal only."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -8,12 +8,12 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 Advance = Callable[[int], None]
-"""So many bytes are done."""
+"""Adds to the number of bytes done."""
 
 
 @contextmanager
 def byte_progress(description: str, total: int, *, is_shown: bool = True) -> Iterator[Advance]:
-    """A bar of `total` bytes for the time of the block."""
+    """Shows a bar of `total` bytes while the context is open."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -1,6 +1,7 @@
-"""`ee-tuning convert`: initialized exit heads for a backbone, which is read by slices and stays as it is.
+"""`ee-tuning convert`: creates initialized exit heads for a backbone, which is read by slices and stays unchanged.
 
-One process or many, at any TP × PP: each file is made by one rank, block by block, so the bytes written are the same.
+Runs in any number of processes, at any TP × PP. Each file is made by one rank, block by block, so the bytes written are
+always the same.
 """
 
 import dataclasses
@@ -32,9 +33,9 @@ from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology, destroy_parallel, init_parallel
 
 MakeFit = Callable[[Topology], Fit]
-"""Fits exits; all ranks call it."""
+"""Fits exits. All ranks call it."""
 ListTokens = Callable[[Topology], ListedTokens | None]
-"""Makes the exits' shortlist, before they are fitted; all ranks call it."""
+"""Chooses the exits' shortlist, before they are fitted. All ranks call it."""
 
 
 def convert(
@@ -45,16 +46,14 @@ def convert(
     make_fit: MakeFit | None = None,
     list_tokens: ListTokens | None = None,
 ) -> None:
-    """Writes the artifact that `config.exits` describes to `output`, and says what it wrote and what to type next.
-    `make_fit` is given where exits.init is fitted, `list_tokens` where exits.output_vocab asks for a shortlist.
+    """Writes the artifact that `config.exits` describes to `output`, and prints a summary and the next command.
 
-    Raises InputError where the model, the exits, the layout or `output` can not be used; then nothing is left behind.
+    `make_fit` is required where exits.init is fitted, `list_tokens` where exits.output_vocab asks for a shortlist.
+    Raises InputError where the model, the exits, the layout or `output` can not be used; nothing is left behind then.
     """
     model = open_model(config.model)
     with model.source:
-        _check(
-            config, model.config, model.source
-        )  # before the processes meet, so that a wrong word is answered at once
+        _check(config, model.config, model.source)  # before the processes meet, so that a mistake is reported at once
     topology = init_parallel(config.parallel)
     exits = write_initial_exits(
         config, output, topology, overwrite=overwrite, make_fit=make_fit, list_tokens=list_tokens
@@ -73,8 +72,9 @@ def write_initial_exits(
     make_fit: MakeFit | None = None,
     list_tokens: ListTokens | None = None,
 ) -> ExitHeadsConfig:
-    """`convert` within a world that exists, in silence where there is no terminal; all ranks call it. Returns what was
-    written.
+    """Does the work of `convert` in a world that exists, and returns what was written. All ranks call it.
+
+    Prints nothing where there is no terminal.
     """
     on_first_rank(topology, lambda: check_apart(output, (config.model.path, config.data.tokenizer)))
     reader, model, _ = open_model(config.model)
@@ -100,8 +100,9 @@ def write_initial_exits(
 def initial_exits_config(
     config: Config, model: ModelConfig, reader: BackboneSource, listed: ListedTokens | None = None
 ) -> ExitHeadsConfig:
-    """What conversion of this model makes, exits that say no more than what is `listed`. Raises InputError where the
-    weights are not those that the model's shape asks for, or the exits would hold nothing.
+    """Returns the config of the exits that this conversion makes, with the shortlist `listed`.
+
+    Raises InputError where the weights do not match the model's shape, or the exits would be empty.
     """
     reader.check_complete(model)
     return described_exits(
@@ -123,7 +124,10 @@ def described_exits(
     fingerprint: str,
     listed: ListedTokens | None = None,
 ) -> ExitHeadsConfig:
-    """The exits that `section` describes, of the model called `name`. Raises InputError where they can not be."""
+    """Returns the config of the exits that `section` describes, for the model called `name`.
+
+    Raises InputError where they are not possible.
+    """
     return ExitHeadsConfig(
         **described_heads(section, layers := section.layers(model.num_layers), model),
         exit_layers=layers,
@@ -138,11 +142,10 @@ def described_exits(
 
 
 def described_heads(section: ExitsSection, layers: tuple[int, ...], model: ModelConfig) -> dict[str, Any]:
-    """Keys of ExitHeadsConfig for exits after `layers`: each one's architecture, the adapters' rank, how they begin.
+    """Returns the keys of ExitHeadsConfig for exits after `layers`: architectures, the adapters' rank, initialization.
 
-    Where the section names no architecture it is `mlp`, and `norm` for a model with experts, which has no MLP that a
-    head could begin as. Raises InputError where the section names neither one architecture nor as many as exits, or
-    what can not be.
+    The default architecture is `mlp`, or `norm` for a model with experts, which has no MLP to copy. Raises InputError
+    where the section names neither one architecture nor one per exit, or an impossible one.
     """
     words: tuple[Architecture, ...] = section.architecture or ("norm" if model.num_experts else "mlp",)
     if "mlp" in words and model.num_experts:
@@ -177,7 +180,7 @@ def described_heads(section: ExitsSection, layers: tuple[int, ...], model: Model
 
 
 def check_output_vocab(section: ExitsSection, vocab_size: int) -> None:
-    """Raises InputError where exits of so large a vocabulary can have no shortlist as `section` asks for it."""
+    """Raises InputError where a vocabulary of this size does not allow the shortlist that `section` asks for."""
     asked = section.output_vocab
     if isinstance(asked, int) and not 0 <= asked < vocab_size:
         raise InputError(
@@ -192,8 +195,8 @@ def check_output_vocab(section: ExitsSection, vocab_size: int) -> None:
 
 
 def model_name(folder: Path) -> str:
-    """The model's name for people: the folder's or file's own, or org/name of a snapshot in Hugging Face's cache, or
-    the run's of an iteration.
+    """Returns the model's name for messages: that of its file or folder, org/name of a snapshot in Hugging Face's
+    cache, or that of the run for an iteration.
     """
     folder = folder.resolve()
     if folder.name == "release" or folder.name.startswith("iter_"):
@@ -206,7 +209,7 @@ def model_name(folder: Path) -> str:
 
 
 def _wants_found(reader: BackboneSource, config: Config) -> TypeGuard[LegacyReader]:
-    """Whether the exits to write are those of the checkpoint itself, EE-LLM's: none were asked for."""
+    """Whether to write the checkpoint's own exits, EE-LLM's: the job asks for no others."""
     return isinstance(reader, LegacyReader) and not config.exits.exit_layers
 
 

@@ -1,7 +1,7 @@
-"""A distributed checkpoint in torch's format (`.metadata`, `*.distcp`), written tensor by tensor and block by block.
+"""Writes a distributed checkpoint in torch's format (`.metadata`, `*.distcp`), tensor by tensor and block by block.
 
-torch's own writer wants all that a process writes in memory at once. Each process writes files of its own, and the
-first one describes the whole.
+torch's own writer needs all tensors of a process in memory at once. Each process writes its own files, and the first
+one describes the whole.
 """
 
 import io
@@ -36,7 +36,7 @@ from ee_tuning.json_file import to_json
 
 @dataclass(frozen=True)
 class Chunk:
-    """A rectangle of a tensor of the checkpoint; or, with an empty `shape`, an object."""
+    """A rectangle of a tensor of the checkpoint or, with an empty `shape`, an object."""
 
     key: str
     dtype: torch.dtype = torch.uint8
@@ -48,7 +48,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class StoredChunk:
-    """Where a chunk went."""
+    """The position of a chunk in its file."""
 
     chunk: Chunk
     file: str
@@ -57,14 +57,16 @@ class StoredChunk:
 
 
 class DistcpWriter:
-    """One process's files in `folder`, at most SHARD_BYTES each but for a single larger tensor, which gets a file of
-    its own. A context manager. Raises OSError.
+    """Writes one process's files in `folder`, each at most SHARD_BYTES, except that a larger tensor has a file of its
+    own.
+
+    A context manager. Raises OSError.
     """
 
     def __init__(self, folder: Path, rank: int, advance: Advance, *, beside_other_work: bool = False):
         self.written: list[StoredChunk] = []
         self.sums: dict[str, str] = {}
-        """sha256 by file name, of the files that are closed."""
+        """sha256 of the closed files, by file name."""
         self._folder, self._rank, self._advance, self._beside_other_work = folder, rank, advance, beside_other_work
         self._file: HashedFile | None = None
 
@@ -75,7 +77,7 @@ class DistcpWriter:
         self._close(*raised)
 
     def add_tensor(self, chunk: Chunk, blocks: Iterable[Tensor]) -> None:
-        """Appends the chunk, whose consecutive rows are `blocks`."""
+        """Appends a chunk whose consecutive rows are `blocks`."""
         file = self._room(needed := math.prod(chunk.sizes) * chunk.dtype.itemsize + ARCHIVE_BYTES)
         start = file.num_bytes
         write_tensor(file, chunk.sizes, chunk.dtype, self._counted(blocks))
@@ -83,7 +85,7 @@ class DistcpWriter:
         self.written.append(StoredChunk(chunk, self._name(), start, file.num_bytes - start))
 
     def add_object(self, key: str, content: Any) -> None:
-        """Appends what is no tensor."""
+        """Appends an object that is no tensor."""
         buffer = io.BytesIO()
         torch.save(content, buffer)
         file = self._room(buffer.tell())
@@ -97,7 +99,7 @@ class DistcpWriter:
             self._advance(block.numel() * block.itemsize)
 
     def _room(self, needed: int) -> HashedFile:
-        """The file that so many bytes go to."""
+        """Returns a file with room for `needed` bytes."""
         if self._file is not None and self._file.num_bytes + needed > SHARD_BYTES:
             self._close(None, None, None)
         if self._file is None:
@@ -116,7 +118,7 @@ class DistcpWriter:
 
 
 def write_common(folder: Path, content: dict[str, Any]) -> None:
-    """What is not in parts, and how to read it all."""
+    """Writes `common.pt`, which holds the objects that are not sharded, and `metadata.json`."""
     torch.save(content, folder / "common.pt")
     (folder / "metadata.json").write_text(
         to_json(
@@ -132,7 +134,7 @@ def write_common(folder: Path, content: dict[str, Any]) -> None:
 
 
 def write_metadata(folder: Path, written: Iterable[StoredChunk]) -> None:
-    """Describes what all processes wrote, whoever wrote it."""
+    """Writes `.metadata`, which describes the chunks of all processes."""
     tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
     for each in sorted(written, key=lambda each: (each.chunk.key, each.chunk.offsets)):

@@ -1,9 +1,9 @@
-"""The exits of an EE-LLM checkpoint: a legacy Megatron one whose layers carry exit norms, exit MLPs (`mlp.branch`),
-transformer layers (`exit_block`) and output matrices.
+"""Exits of an EE-LLM checkpoint: a legacy Megatron checkpoint with exit norms, exit MLPs (`mlp.branch`), transformer
+layers (`exit_block`) and output matrices.
 
-What its saved arguments say is followed as its code does: with `pre_exit`, exit n reads the input of layer n, so it
-sits after layer n − 1, and its exit MLP is never run. The exit temperature divides logits in its loss alone, never in
-decoding: it is noted, no weight is scaled.
+The saved arguments are interpreted as EE-LLM's code does: with `pre_exit`, exit n reads the input of layer n, so it
+sits after layer n − 1, and its exit MLP never runs. The exit temperature divides logits in EE-LLM's loss only, never in
+decoding: it is mentioned, and no weight is scaled.
 """
 
 from collections.abc import Iterator
@@ -24,8 +24,9 @@ from ee_tuning.model.config import ModelConfig
 
 
 class EELLMExits:
-    """The exits in a legacy checkpoint. Raises InputError where there are none, or of a kind that this project has no
-    head for.
+    """The exits in a legacy checkpoint.
+
+    Raises InputError where there are none, or no head of this project can represent them.
     """
 
     def __init__(self, reader: LegacyReader, config: ModelConfig, model_name: str):
@@ -64,7 +65,7 @@ class EELLMExits:
             )
 
     def tensors(self, layers: tuple[int, ...]) -> Iterator[tuple[str, Tensor]]:
-        """The artifact's tensors of the exits after `layers`, whole."""
+        """Yields the artifact's whole tensors of the exits after `layers`."""
         for head in (each for each in self.exits.heads if each.layer in layers):
             index, number = self._numbers[head.layer]
             prefix = f"decoder.layers.{number - 1}."
@@ -86,8 +87,8 @@ class EELLMExits:
         return whole[:size]
 
     def _architecture(self, arguments: dict[str, Any]) -> Architecture:
-        """EE-LLM runs an exit's MLP (of the layer's attention output, so not with pre_exit), then a layer of its own,
-        then a norm, each where it has one.
+        """Returns the architecture. EE-LLM runs an exit's MLP (on the layer's attention output, so not with pre_exit),
+        then a layer, then a norm, if it has them.
         """
         parts = (
             bool(arguments.get("use_exit_mlp")) and not arguments.get("pre_exit"),
@@ -111,7 +112,7 @@ class EELLMExits:
         return architectures[parts]
 
     def _read(self, key: str) -> list[Tensor]:
-        """Every rank's shard."""
+        """Returns the shards of all ranks."""
         shards: list[StoredTensor] = []
         for table in self.reader.checkpoint.tables:
             if key not in table:
@@ -130,7 +131,7 @@ class EELLMExits:
 
 
 def _plain(arguments: dict[str, Any], key: str) -> dict[str, Any]:
-    """A list of numbers among the arguments, or nothing."""
+    """Returns a list of numbers from the arguments, or an empty one."""
     value = arguments.get(key)
     is_plain = isinstance(value, list) and all(isinstance(number, int | float) for number in value)
     return {key: value} if is_plain else {}

@@ -1,4 +1,4 @@
-"""`exit_config.json`: what an exit-heads artifact holds, which model it is bound to, how its heads began and were
+"""`exit_config.json`: the content of an exit-heads artifact, its model, and how its heads were initialized and
 tuned.
 """
 
@@ -21,55 +21,55 @@ from ee_tuning.model.exit_spec import ExitSpec
 
 CONFIG = "exit_config.json"
 FORMAT_VERSION = 4
-"""Version 1 knew one architecture for all exits, and no `layer` and `adapter` heads; version 2 no linear maps and no
-fits; version 3 no shortlists. All are read too.
+"""Version 1 had one architecture for all exits, without `layer` and `adapter` heads; version 2 had no linear maps and
+no fits; version 3 had no shortlists. All of them can be read.
 """
 _REMEDY = "fetch or convert the exits again"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExitHeadsConfig:
-    """What an artifact holds: `exit_config.json`."""
+    """The content of `exit_config.json`."""
 
     format_version: int = FORMAT_VERSION
     exit_layers: tuple[int, ...]
-    """Backbone layers (1-based) that are followed by an exit head."""
+    """Backbone layers (1-based) followed by an exit head."""
     architecture: tuple[Architecture, ...]
-    """Each exit's head; in the file one word where all are alike."""
+    """Architecture of each exit. The file holds one word where all are alike."""
     adapter_rank: int | None = None
-    """Inner width of the `adapter` heads; None where there are none."""
+    """Inner width of the `adapter` heads; None without any."""
     output: Literal["untied", "tied"]
-    """tied: the backbone's output matrix, of which nothing is stored."""
+    """tied: the exits use the backbone's output matrix, and none is stored."""
     dtype: str
-    """What the tensors are stored in: the backbone's own."""
+    """dtype of the tensors: the backbone's own."""
     model_name: str
-    """The backbone's name, for people."""
+    """Name of the backbone, for messages."""
     model_shape: dict[str, Any]
-    """The backbone's shape, `fingerprint.model_shape`."""
+    """Shape of the backbone, from `fingerprint.model_shape`."""
     model_fingerprint: str
-    """What binds the exits to their backbone."""
+    """Fingerprint of the backbone that the exits belong to."""
     init: Literal["copy", "random", "fitted", "ee_llm"]
-    """How the heads began; fitted: copied, then fitted by least squares; ee_llm: as they stood, tuned, in an EE-LLM
-    checkpoint.
+    """Initialization of the heads. fitted: copied, then fitted by least squares; ee_llm: taken from an EE-LLM
+    checkpoint, tuned.
     """
     seed: int | None = None
-    """The seed of random initialization."""
+    """Seed of random initialization."""
     tuned: dict[str, Any] | None = None
-    """How they were tuned: steps, tokens, …; None where they were not, or not together."""
+    """Facts about the tuning: steps, tokens, …; None if the exits were not tuned, or not together."""
     origins: dict[str, Any] | None = None
-    """{"init", "seed", "tuned"} of each exit layer and, where it has one, "fitted", where exits that began or were
-    tuned apart have been put together.
+    """{"init", "seed", "tuned"} and possibly "fitted" of each exit layer, where exits of different origin were
+    merged.
     """
     adds_linear: tuple[int, ...] = ()
-    """Exits with a linear map before the tied output matrix, which a fit gave them: ExitSpec.adds_linear."""
+    """Exits with a linear map before the tied output matrix, which a fit added: ExitSpec.adds_linear."""
     fitted: dict[str, Any] | None = None
-    """What a fit was made from: {"tokens", "ridge"}; None where there was none."""
+    """Facts about the fit: {"tokens", "ridge"}; None without a fit."""
     output_vocab: dict[str, Any] | None = None
-    """What a shortlist was made from: {"size", "tokens", "share"}, the tokens of a text that were counted and the share
-    of them that is listed; None where the exits say the whole vocabulary.
+    """Facts about the shortlist: {"size", "tokens", "share"}, that is, its size, the tokens counted in a text, and the
+    share of them that is listed. None where the exits cover the whole vocabulary.
     """
     token_ids: tuple[int, ...] = ()
-    """The shortlist, increasing: it lies in a file of its own, `exit_vocab.json`."""
+    """The shortlist, increasing. Stored in a file of its own, `exit_vocab.json`."""
 
     @property
     def ties_output(self) -> bool:
@@ -78,12 +78,12 @@ class ExitHeadsConfig:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """`dtype` as torch has it."""
+        """`dtype` as a torch.dtype."""
         return getattr(torch, self.dtype)
 
     @property
     def heads(self) -> tuple[ExitSpec, ...]:
-        """Each exit by itself."""
+        """The specification of each exit."""
         return tuple(
             ExitSpec(
                 layer=layer,
@@ -97,20 +97,21 @@ class ExitHeadsConfig:
         )
 
     def tensor_shapes(self, config: ModelConfig) -> dict[str, TensorShape]:
-        """Every tensor of the artifact and its whole shape, in the order that they are stored in."""
+        """Returns every tensor of the artifact and its whole shape, in the order of storage."""
         return exit_tensor_shapes(self.heads, config)
 
 
 def exit_config_tree(exits: ExitHeadsConfig) -> dict[str, Any]:
-    """What `exit_config.json` says."""
+    """Returns the content of `exit_config.json`."""
     words = exits.architecture
     tree = {**dataclasses.asdict(exits), "architecture": words[0] if len(set(words)) == 1 else list(words)}
     return {key: value for key, value in tree.items() if key != "token_ids"}
 
 
 def read_exit_config(folder: Path) -> ExitHeadsConfig:
-    """`exit_config.json`, strictly, and the shortlist where there is one. Raises InputError on unknown or missing keys,
-    wrong values, or another format version.
+    """Reads `exit_config.json` and the shortlist, if any.
+
+    Raises InputError on unknown or missing keys, wrong values, or another format version.
     """
     path = folder / CONFIG
     try:

@@ -1,8 +1,8 @@
 """The exit-heads artifact: a small folder beside the backbone, bound to it by a fingerprint.
 
-`exit_config.json`, `exit_heads.safetensors` (or shards and their index) with whole tensors under Hugging Face's
-spelling, `manifest.json`; `exit_vocab.json` where the exits have a shortlist.
-Any TP × PP reads it by slices, and the same bytes are written whatever the layout.
+It holds `exit_config.json`, `exit_heads.safetensors` (or shards and their index) with whole tensors under Hugging
+Face's names, `manifest.json`, and `exit_vocab.json` where the exits have a shortlist. Any TP × PP reads it by slices,
+and every layout writes the same bytes.
 """
 
 import hashlib
@@ -33,16 +33,15 @@ from ee_tuning.parallel.topology import Topology
 
 STEM, CARD = "exit_heads", "README.md"
 EXIT_SHARD_BYTES = 1_000_000_000
-"""A file's largest size: small enough that the exits of a large model come in several, which processes share."""
+"""Largest size of a file: small enough that the exits of a large model have several, which processes share."""
 _REMEDY = "fetch or convert the exits again"
 
 
 class ExitHeadsReader(SafetensorsFolder):
-    """An artifact, its manifest checked: `config` and, by slices, its tensors.
+    """An artifact with a checked manifest: `config` and, by slices, its tensors.
 
-    With a topology all ranks open it together: they share the checking out and agree on what it finds. Without
-    `verifies` the manifest is not looked at. Raises InputError, naming the file, where anything is missing, altered or
-    of another format.
+    With a topology all ranks open it together, share the checking and agree on the result. Without `verifies` the
+    manifest is not read. Raises InputError, naming the file, where anything is missing, altered or of another format.
     """
 
     def __init__(self, folder: Path, topology: Topology | None = None, *, verifies: bool = True):
@@ -52,8 +51,8 @@ class ExitHeadsReader(SafetensorsFolder):
         self.config = read_exit_config(folder)
         super().__init__(folder, STEM)
         self.digest: str | None = None
-        """The sha256 of the heads' weights and their shortlist, by the sums of their files; None where the manifest is
-        not looked at.
+        """sha256 of the heads' weights and their shortlist, from the sums of their files; None if the manifest is not
+        read.
         """
         if not verifies:
             return
@@ -66,8 +65,8 @@ class ExitHeadsReader(SafetensorsFolder):
         self.digest = hashlib.sha256(to_json(sums).encode()).hexdigest()
 
     def check_complete(self, config: ModelConfig) -> None:
-        """Raises InputError where a tensor is missing, has another shape than the backbone asks for, or is no part of
-        an exit head.
+        """Raises InputError where a tensor is missing, has a shape that does not fit the backbone, or belongs to no
+        exit head.
         """
         config.check_exit_layers(self.config.exit_layers)
         expected = self.config.tensor_shapes(config)
@@ -83,12 +82,12 @@ class ExitHeadsReader(SafetensorsFolder):
 def read_exit_tensor(
     source: TensorSource, config: ModelConfig, head: ExitSpec, parameter: str, tp: int, tp_rank: int, dtype: torch.dtype
 ) -> Tensor:
-    """Rank `tp_rank`'s part of a parameter (`exit_parameter_names`) of an exit head."""
+    """Returns rank `tp_rank`'s part of a parameter (`exit_parameter_names`) of an exit head."""
     return read_shard(source, exit_shard(head, parameter, config, tp, tp_rank), dtype)
 
 
 def check_bound_to(artifact: ExitHeadsReader, fingerprint: str) -> None:
-    """Raises InputError where the artifact was made for another backbone than the one with this fingerprint."""
+    """Raises InputError where the artifact belongs to another backbone than the one with this fingerprint."""
     bound = artifact.config.model_fingerprint
     if bound != fingerprint:
         raise InputError(
@@ -99,9 +98,7 @@ def check_bound_to(artifact: ExitHeadsReader, fingerprint: str) -> None:
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """Raises InputError where `output` can not become an artifact: it exists, and is neither empty nor one that may be
-    replaced.
-    """
+    """Raises InputError where `output` exists and is neither empty nor an artifact that may be replaced."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not overwrite:
@@ -130,10 +127,10 @@ def save_exit_heads(
     overwrite: bool = False,
     shard_bytes: int = EXIT_SHARD_BYTES,
 ) -> None:
-    """Writes an artifact from whole tensors named as `exits.tensor_shapes` names them, written as they come.
+    """Writes an artifact from whole tensors named as in `exits.tensor_shapes`, as they come.
 
-    With a topology all ranks save together: `tensors` is drawn from on every rank (it may hold collectives), and each
-    tensor comes from exactly one rank. The folder is written aside and renamed. Raises InputError where `output` exists
+    With a topology all ranks save together: every rank iterates over `tensors` (which may run collectives), and each
+    tensor comes from exactly one rank. The folder is written atomically. Raises InputError where `output` exists
     (check_output) or the disk refuses.
     """
     on_first_rank(topology, lambda: check_output(output, overwrite))
@@ -161,8 +158,9 @@ def write_exit_heads(
     overwrite: bool = False,
     shard_bytes: int = EXIT_SHARD_BYTES,
 ) -> None:
-    """`save_exit_heads` from tensors that any process can make, block of rows by block: the processes share the files,
-    and a file is hashed while it is written.
+    """Like `save_exit_heads`, for tensors that any process can make, block of rows by block.
+
+    The processes share the files, and each file is hashed while it is written.
     """
     rank, world = (0, 1) if topology is None else (topology.rank, topology.world_size)
     on_first_rank(topology, lambda: check_output(output, overwrite))
@@ -186,7 +184,7 @@ def write_exit_heads(
 
 
 def check_is_artifact(folder: Path) -> None:
-    """Raises InputError where `folder` is no exit-heads artifact at all."""
+    """Raises InputError where `folder` is no exit-heads artifact."""
     if not (folder / CONFIG).is_file():
         raise InputError(
             f"--exits must be an exit-heads artifact, which holds {CONFIG}, and {folder} does not; make one with "
@@ -195,7 +193,7 @@ def check_is_artifact(folder: Path) -> None:
 
 
 def check_integrity(folder: Path, topology: Topology | None = None) -> None:
-    """Raises InputError where a file of the artifact is not what its manifest says; all ranks share the work and raise
+    """Raises InputError where a file of the artifact differs from its manifest. All ranks share the work and raise
     together.
     """
     check_manifest(folder, _REMEDY, topology)

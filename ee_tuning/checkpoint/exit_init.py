@@ -1,7 +1,6 @@
-"""The first weights of exit heads: copied from the backbone, or drawn at random. A source of tensors, as a checkpoint
-is.
+"""Initial weights of exit heads, copied from the backbone or random. A source of tensors, like a checkpoint.
 
-Each random tensor is drawn whole, on the CPU, from the seed and its name, so every layout gets the same.
+Each random tensor is generated whole, on the CPU, from the seed and its name, so every layout gets the same.
 """
 
 import hashlib
@@ -23,18 +22,19 @@ from ee_tuning.model.config import ModelConfig
 
 
 class InitialExits:
-    """The tensors of the artifact that `exits` describes, before any tuning, in the artifact's dtype.
+    """The initial tensors of the artifact that `exits` describes, in the artifact's dtype.
 
-    copy: norm <- the final norm, mlp <- the exit layer's own, layer <- the last transformer layer, output <- the final
-        output matrix; an
-    adapter's norm <- the final norm, its `down` drawn, its `up` 0, so that it adds nothing yet; a linear map changes
-    nothing. random: N(0, the model's init_std), matrices that add to the residual narrower by √(2 · layer) as the
-    reference has it, norms 1, biases 0.
-    fitted: as copy, with `maps`, by exit layer [h, h + 1] T and, last, b: they are the linear map, or folded into an
-        output matrix of the
-    exit's own, W <- W T. Of a shortlisted output matrix the listed rows are copied; the last one, any other token's, is
-    `other` [h], or the mean of those that are not listed. Reading raises InputError where the backbone holds NaN or
-    infinity, or a number that the artifact's dtype has no room for.
+    - copy: a head's norm is the final norm, an `mlp` head's MLP that of the exit layer, a `layer` head's layer the last
+      transformer layer, an output matrix the final one. An adapter's norm is the final norm, its `down` is random and
+      its `up` 0, so that it adds nothing yet. A linear map is the identity.
+    - random: N(0, the model's init_std); matrices that add to the residual are narrower by √(2 · layer), as in EE-LLM;
+      norms are 1, biases 0.
+    - fitted: like copy, with `maps` of shape [h, h + 1] by exit layer: T and, in the last column, b. They become the
+      linear map, or are folded into the exit's own output matrix, W <- W T.
+
+    A shortlisted output matrix copies the listed rows. Its last row, that of any other token, is `other` [h], or the
+    mean of the unlisted rows. Reading raises InputError where the backbone holds NaN or infinity, or a number that
+    overflows in the artifact's dtype.
     """
 
     def __init__(
@@ -54,17 +54,15 @@ class InitialExits:
         self.shapes = exits.tensor_shapes(config)
 
     def shape(self, name: str) -> TensorShape:
-        """The shape of the whole tensor."""
+        """Returns the shape of the whole tensor."""
         return self.shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
-        """The artifact's."""
+        """Returns the artifact's dtype."""
         return self.exits.torch_dtype
 
     def check_shape(self, name: str, shape: TensorShape) -> None:
-        """Raises InputError where the exits have no such tensor, or the backbone's, which it is a copy of, has another
-        shape.
-        """
+        """Raises InputError where the exits have no such tensor, or the backbone tensor to copy has another shape."""
         if self.shapes.get(name) != shape:
             raise InputError(
                 f"the exits after layers {self.exits.exit_layers} have no tensor {name} of shape {list(shape)}"
@@ -73,30 +71,30 @@ class InitialExits:
             self.reader.check_shape(source, (self.config.vocab_size, *shape[1:]) if self._is_listed(name) else shape)
 
     def full(self, name: str) -> Tensor:
-        """The whole tensor."""
+        """Returns the whole tensor."""
         return self.rows(name, 0, self.shapes[name][0])
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """[stop - start, …]. Of a copy, no other rows are read."""
+        """Returns rows [stop - start, …]. Of a copied tensor no other rows are read."""
         self.check_shape(name, self.shapes[name])
         if (source := self._source(name)) is not None:
             values = self._listed_rows[start:stop] if self._is_listed(name) else self.reader.rows(source, start, stop)
             if (fitted := self._folded.get(name)) is not None:
                 values = (
                     values.double() @ fitted.double()
-                )  # so that it hardly matters which rows are asked for together
+                )  # so that the result hardly depends on which rows are requested together
             return self._cast(source, values)
         return self._drawn(name)[start:stop]
 
     def blocks(self, name: str) -> Iterator[Tensor]:
-        """The whole tensor's rows, block by block; it is never in memory whole."""
+        """Yields the rows of the whole tensor block by block. The tensor is never in memory as a whole."""
         self.check_shape(name, self.shapes[name])
         if self._source(name) is not None or len(self.shapes[name]) == 1:
             return tensor_blocks(self, name)
         return self._drawn_blocks(name)
 
     def columns(self, name: str, start: int, stop: int) -> Tensor:
-        """[n, stop - start]. Of a copy, no other columns are read."""
+        """Returns columns [n, stop - start]. Of a copied tensor no other columns are read."""
         self.check_shape(name, self.shapes[name])
         if name in self._folded or self._is_listed(name):
             return self.full(name)[:, start:stop]
@@ -109,7 +107,9 @@ class InitialExits:
 
     @cached_property
     def _listed_rows(self) -> Tensor:  # [n + 1, h]
-        """Rows of the backbone's output matrix, and one of any other token. All exits begin with them."""
+        """Returns the listed rows of the backbone's output matrix, and one of any other token. The same for all
+        exits.
+        """
         name = exit_copy_source(f"exits.{self.exits.exit_layers[0]}.output.weight", self.config)
         assert name is not None
         is_listed = torch.zeros(self.config.vocab_size, dtype=torch.bool)
@@ -125,17 +125,17 @@ class InitialExits:
         return torch.cat((listed, other[None].to(listed.dtype)))
 
     def _cast(self, name: str, values: Tensor) -> Tensor:
-        """Values of the tensor `name` in the artifact's dtype. Raises InputError where one of them is no number in
+        """Casts the values of the tensor `name` to the artifact's dtype. Raises InputError where one is not finite in
         it.
         """
         return check_finite(self.exits.model_name, name, values.to(self.exits.torch_dtype))
 
     def _source(self, name: str) -> str | None:
-        """The backbone tensor that it is a copy of; None where it is drawn."""
+        """Returns the backbone tensor to copy, or None for a random tensor."""
         return exit_copy_source(name, self.config) if self.exits.init != "random" else None
 
     def _linear(self, layer: int, part: str) -> Tensor:
-        """A tensor of an exit's map, which the model's shape alone makes the identity."""
+        """Returns a tensor of an exit's linear map. Without a fit it is the identity."""
         width, rank = (
             self.config.hidden_size,
             next(head.linear_rank for head in self.exits.heads if head.layer == layer),
@@ -152,8 +152,8 @@ class InitialExits:
         return torch.cat(list(self._drawn_blocks(name)))
 
     def _drawn_blocks(self, name: str) -> Iterator[Tensor]:
-        """Blocks of whole numbers of 16 values, by which torch's generator goes: the same values as those of the tensor
-        drawn at once.
+        """Yields a random tensor in blocks of a multiple of 16 values: torch's generator then gives the same values as
+        at once.
         """
         if name.endswith(".weight") and len(self.shapes[name]) == 1:
             yield torch.ones(self.shapes[name], dtype=self.exits.torch_dtype)

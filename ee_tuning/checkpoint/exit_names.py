@@ -1,8 +1,7 @@
-"""The exit heads' parameters and the artifact's tensors: which is made of which, how they are cut, and what of the
-backbone they copy.
+"""Parameters of exit heads and tensors of the artifact: how they map to each other, are cut, and are initialized.
 
-Pure functions, on the same pieces as `names.py`: a `layer` head's tensors are named as the family's own layers, after
-`exits.{l}.layer.`.
+Pure functions, with the slices of `names.py`. The tensors of a `layer` head have the names of the family's own layers,
+after `exits.{l}.layer.`.
 """
 
 from collections.abc import Iterable
@@ -26,7 +25,7 @@ from ee_tuning.model.exit_spec import ExitSpec
 
 
 def exit_parameter_names(head: ExitSpec, config: ModelConfig) -> list[str]:
-    """Every parameter of an exit head."""
+    """Returns all parameters of an exit head."""
     kind = head.architecture
     names = [f"norm.{each}" for each in norm_kinds(config)] if kind != "embedding" else []
     if kind == "mlp":
@@ -40,8 +39,9 @@ def exit_parameter_names(head: ExitSpec, config: ModelConfig) -> list[str]:
 
 
 def exit_shard(head: ExitSpec, parameter: str, config: ModelConfig, tp: int, tp_rank: int) -> Shard:
-    """Rank `tp_rank`'s part of a parameter of an exit head, one of `exit_parameter_names`. Its pieces are named as in
-    the exit-heads artifact. Raises KeyError on another name.
+    """Returns rank `tp_rank`'s part of a parameter of an exit head, one of `exit_parameter_names`.
+
+    Its slices have the names of the exit-heads artifact. Raises KeyError on another name.
     """
     if parameter not in exit_parameter_names(head, config):
         raise KeyError(f"{parameter} is no parameter of an exit head `{head.architecture}` of a {config.family} model")
@@ -65,12 +65,12 @@ def exit_shard(head: ExitSpec, parameter: str, config: ModelConfig, tp: int, tp_
 
 
 def is_replicated(head: ExitSpec, parameter: str, config: ModelConfig, tp: int) -> bool:
-    """Whether every tensor-parallel rank holds the same of a parameter."""
+    """Whether all tensor-parallel ranks hold the same copy of a parameter."""
     return exit_shard(head, parameter, config, tp, 0) == exit_shard(head, parameter, config, tp, tp - 1)
 
 
 def exit_tensor_shapes(heads: Iterable[ExitSpec], config: ModelConfig) -> dict[str, TensorShape]:
-    """Every tensor of the exit-heads artifact and its whole shape, in the artifact's order."""
+    """Returns every tensor of the exit-heads artifact and its whole shape, in the artifact's order."""
     return {
         piece.name: piece.shape
         for head in heads
@@ -80,9 +80,10 @@ def exit_tensor_shapes(heads: Iterable[ExitSpec], config: ModelConfig) -> dict[s
 
 
 def exit_copy_source(name: str, config: ModelConfig) -> str | None:
-    """The backbone tensor that the artifact's tensor `name` is a copy of at copy initialization (of a shortlisted
-    output matrix, all rows but the last: some of it); None for the matrices of an adapter and the linear map before the
-    output matrix.
+    """Returns the backbone tensor that copy initialization copies to the artifact's tensor `name`, or None.
+
+    None stands for the matrices of an adapter and the linear map before the output matrix. Of a shortlisted output
+    matrix, all rows but the last are some of the copied tensor's rows.
     """
     hf_names = HF_NAMES[config.family]
     _, layer, part = name.split(".", 2)
@@ -98,7 +99,7 @@ def exit_copy_source(name: str, config: ModelConfig) -> str | None:
 
 
 def is_residual_projection(name: str, config: ModelConfig) -> bool:
-    """Whether the artifact's tensor `name` is a matrix whose output is added to the residual."""
+    """Whether the output of the artifact's matrix `name` is added to the residual."""
     hf_names = HF_NAMES[config.family]
     matrices = (hf_names.down, hf_names.expert_down.rpartition(".")[2], hf_names.attention_output, "adapter.up")
     return name.endswith(tuple(f".{matrix}.weight" for matrix in matrices))

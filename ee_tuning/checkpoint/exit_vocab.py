@@ -1,6 +1,4 @@
-"""`exit_vocab.json`: the tokens that the exits of an artifact say, where they have a shortlist; any other token is one
-class more.
-"""
+"""`exit_vocab.json`: the shortlist of an artifact's exits. Any other token is one more class."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,14 +12,15 @@ _REMEDY = "fetch or convert the exits again"
 
 
 def write_token_ids(folder: Path, token_ids: Sequence[int]) -> None:
-    """Writes the list, where it is no empty one."""
+    """Writes the list, unless it is empty."""
     if token_ids:
         (folder / VOCAB).write_text(to_json({"token_ids": list(token_ids)}) + "\n", encoding="utf-8")
 
 
 def read_token_ids(folder: Path, count: int, vocab_size: Any) -> tuple[int, ...]:
-    """Ids, increasing. Raises InputError, naming the file, where it holds other than `count` different ids below
-    `vocab_size` in order.
+    """Reads the increasing ids.
+
+    Raises InputError, naming the file, where it does not hold `count` increasing ids below `vocab_size`.
     """
     path = folder / VOCAB
     try:

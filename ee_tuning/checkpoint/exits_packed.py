@@ -1,8 +1,8 @@
-"""The exits' files of a merged Hugging Face folder: the artifact's own, byte for byte; where a `layer` head has
-experts, written anew.
+"""Files of the exits in a merged Hugging Face folder: the artifact's own bytes, or new files where a `layer` head has
+experts.
 
-transformers 5 holds a layer's experts in two tensors: so must the file, or the folder's modelling file had to know
-every family's names.
+transformers 5 holds a layer's experts in two tensors, and so must the file; otherwise the modelling file would need the
+expert names of every family.
 """
 
 import re
@@ -18,7 +18,7 @@ _LAYER = re.compile(r"(exits\.\d+\.layer\.)(.+)\.weight")
 
 
 def exit_files(artifact: ExitHeadsReader, config: ModelConfig) -> list[FileToWrite]:
-    """The files to write beside the model."""
+    """Returns the files to write beside the model."""
     parts = _parts(artifact, config)
     if all(own == [name] for name, own in parts.items()):
         return [copied_file(artifact, name) for name in sorted(artifact.weight_files())]
@@ -28,7 +28,7 @@ def exit_files(artifact: ExitHeadsReader, config: ModelConfig) -> list[FileToWri
 
 
 def _parts(artifact: ExitHeadsReader, config: ModelConfig) -> dict[str, list[str]]:
-    """Tensor in the exported file -> those of the artifact that it holds, one after the other."""
+    """Returns, per tensor of the exported file, the artifact's tensors that it holds, in order."""
     hf_names = HF_NAMES[config.family]
     places = {hf_names.router: "mlp.gate.weight"}
     for expert in range(config.num_experts or 0):

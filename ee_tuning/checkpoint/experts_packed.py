@@ -1,7 +1,7 @@
-"""Experts packed as transformers 5 holds them in memory, and saves them where told to: all of a layer's in two tensors
-of three dimensions.
+"""Packed experts: transformers 5 holds all experts of a layer in two 3-dimensional tensors, and can save them so.
 
-Seen as the tensors of single experts, which is how families name them, and how transformers saves them otherwise.
+This file presents them as tensors of single experts, which is how families name them and how transformers saves them by
+default.
 """
 
 import json
@@ -16,12 +16,12 @@ from ee_tuning.errors import InputError
 
 _PACK = re.compile(r"(?:model\.)?(layers\.\d+\.)mlp\.experts\.(gate_up_proj|down_proj)")
 _ROUTER = re.compile(r"(?:model\.)?(layers\.\d+\.)mlp\.gate\.weight")
-"""What every family is told by in this form."""
+"""The router's name, which identifies each family in this form."""
 
 
 @dataclass(frozen=True)
 class Slab:
-    """A matrix of one expert: rows `first_row`… of entry `expert` of the tensor `stored`."""
+    """The matrix of one expert: rows `first_row`… of entry `expert` of the tensor `stored`."""
 
     stored: str
     expert: int
@@ -29,15 +29,16 @@ class Slab:
     shape: TensorShape
 
     def within(self, part: TensorRange) -> TensorRange:
-        """`part` of this matrix, as a part of `stored`."""
+        """Translates a range of this matrix to a range of `stored`."""
         rows, columns = (*part, *(slice(None),) * (2 - len(part)))
         start, stop, _ = rows.indices(self.shape[0])
         return slice(self.expert, self.expert + 1), slice(self.first_row + start, self.first_row + stop), columns
 
 
 def expert_slabs(folder: SafetensorsFolder) -> dict[str, Slab]:
-    """Every packed expert's tensor; none where experts stand alone, or there are none. Raises InputError where one is
-    there twice.
+    """Returns the slabs of all packed experts, none where experts are stored singly.
+
+    Raises InputError where an expert is stored twice.
     """
     packs = {name: match for name in folder.files if (match := _PACK.fullmatch(name))}
     hf_names = _hf_names(folder) if packs else HFNames()
@@ -64,7 +65,7 @@ def expert_slabs(folder: SafetensorsFolder) -> dict[str, Slab]:
 
 
 def router_names(folder: SafetensorsFolder) -> dict[str, str]:
-    """Each router's name, where the family has one of its own, to the one that it has beside packed experts."""
+    """Maps the router names of families that have their own to the names used beside packed experts."""
     own = _hf_names(folder).router
     return {
         f"model.{match[1]}{own}.weight": name

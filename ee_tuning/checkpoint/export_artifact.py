@@ -1,6 +1,4 @@
-"""Exits are plug-and-play: take some out of an artifact, put two artifacts of one model together, add new exits to
-tuned ones.
-"""
+"""Selects exits of an artifact, merges two artifacts of one model, and adds new exits to tuned ones."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -26,7 +24,7 @@ from ee_tuning.errors import InputError
 
 @dataclass(frozen=True)
 class _ExitOrigin:
-    """Exits that come from one place."""
+    """Exits from one source."""
 
     source: ExitHeadsReader | InitialExits
     exits: ExitHeadsConfig
@@ -35,29 +33,31 @@ class _ExitOrigin:
 
 @dataclass(frozen=True, kw_only=True)
 class ExitChoice:
-    """Which exits the new artifact gets."""
+    """The exits of the new artifact."""
 
     only: tuple[int, ...] = ()
-    """Exits of exits.path to take: just these."""
+    """Exits of exits.path to keep; all others are left out."""
     drop: tuple[int, ...] = ()
-    """Exits of exits.path to leave out: all but these are taken."""
+    """Exits of exits.path to leave out; all others are kept."""
     merge: Path | None = None
-    """All exits of this artifact too."""
+    """An artifact whose exits are added."""
     add: tuple[int, ...] = ()
-    """New exits after these layers, initialized from the model."""
+    """Layers after which new exits are added, initialized from the model."""
     architecture: tuple[Architecture, ...] = ()
-    """Architectures of the new exits, one or one each; by default what all exits of exits.path have."""
+    """Architectures of the new exits, one for all or one each. The default is that of the exits of exits.path, if it is
+    one.
+    """
     adapter_rank: int | None = None
-    """The rank of new adapters: an artifact has one for all. By default that of the others, or exits.adapter_rank where
-    there are none.
+    """Rank of new adapters. An artifact has one rank; the default is that of existing adapters, or else
+    exits.adapter_rank.
     """
 
 
 def export_artifact(config: Config, output: Path, choice: ExitChoice, *, overwrite: bool = False) -> ExitHeadsConfig:
-    """Writes the artifact that `choice` makes of exits.path (and, for new exits, of the model). Returns what it holds.
+    """Writes the artifact that `choice` makes of exits.path and, for new exits, of the model. Returns its config.
 
-    Tensors are copied byte for byte, one at a time. Raises InputError where a layer is not there or there twice, the
-    artifacts do not belong together, or `output` can not be written; then nothing is left behind.
+    Tensors are copied byte for byte, one at a time. Raises InputError where a layer is missing or occurs twice, the
+    artifacts do not belong together, or `output` can not be written; nothing is left behind then.
     """
     if config.exits.path is None:
         raise InputError("export needs the exits to begin with, got none; give --exits FOLDER")
@@ -80,7 +80,7 @@ def export_artifact(config: Config, output: Path, choice: ExitChoice, *, overwri
 
 
 def origin_of(exits: ExitHeadsConfig, layer: int) -> dict[str, Any]:
-    """How one exit began and was tuned: {"init", "seed", "tuned"} and, where it was, "fitted"."""
+    """Returns how one exit was initialized and tuned: {"init", "seed", "tuned"} and possibly "fitted"."""
     if exits.origins is None:
         fitted = {} if exits.fitted is None else {"fitted": exits.fitted}
         return {"init": exits.init, "seed": exits.seed, "tuned": exits.tuned, **fitted}
@@ -123,7 +123,7 @@ def _check_belong_together(base: ExitHeadsReader, other: ExitHeadsReader) -> Non
 def _new_exits(
     config: Config, base: ExitHeadsReader, parts: list[_ExitOrigin], choice: ExitChoice, stack: ExitStack
 ) -> _ExitOrigin:
-    """Exits of the kind of `base`'s, beside those of `parts`."""
+    """Creates new exits like those of `base`, beside those of `parts`."""
     if not config.model.path:
         raise InputError("--add initializes exits from the model they are for, got none; give --model FOLDER")
     if config.exits.init == "fitted":
@@ -155,7 +155,7 @@ def _new_exits(
 
 
 def _adapter_rank(config: Config, parts: list[_ExitOrigin], choice: ExitChoice) -> int:
-    """The rank of new adapters. Raises InputError where another was asked for than the adapters that stay have."""
+    """Returns the rank of new adapters. Raises InputError where it must differ from that of existing adapters."""
     held = max(
         (head.adapter_rank for part in parts for head in part.exits.heads if head.layer in part.layers), default=0
     )

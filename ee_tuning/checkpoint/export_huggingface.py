@@ -1,9 +1,8 @@
-"""A merged Hugging Face folder: the model as Hugging Face has it, its exits beside it, and one file that makes them
-leave early.
+"""Writes a merged Hugging Face folder: the model, its exits, and one modelling file that decodes with early exits.
 
-transformers' stock class reads the folder as the plain model; with trust_remote_code=True it takes
-`modeling_early_exit.py`. A model in a Hugging Face folder keeps its files byte for byte; one in another format is
-written tensor by tensor, in Hugging Face's names.
+transformers' stock class loads the folder as the plain model; with trust_remote_code=True it loads
+`modeling_early_exit.py`. A model from a Hugging Face folder keeps its files byte for byte; one in another format is
+written tensor by tensor under Hugging Face's names.
 """
 
 import os
@@ -48,7 +47,7 @@ _COPIED_KEYS = (
 )
 """Keys of exit_config.json that config.json repeats under `early_exit`."""
 _MARKS = ("config.json", "model*.safetensors*")
-"""What tells an export of this format from another."""
+"""File patterns that identify an export of this format."""
 _TOKENIZER_FILES = {
     "tokenizer.json",
     "tokenizer_config.json",
@@ -70,13 +69,12 @@ def export_huggingface(
     overwrite: bool = False,
     special: Mapping[str, int] = MappingProxyType({}),
 ) -> None:
-    """Writes model.path, in whichever format it is, with the exits of exits.path, where given, to `output`. All ranks
-    call it, if there are several, and share the files.
+    """Writes model.path, in any format, with the exits of exits.path, if given, to `output`.
 
-    `links`: a Hugging Face folder's shards are not copied but linked (a hard link, or a relative symbolic one to
-    another disk). The tokenizer's files come from data.tokenizer, or the model's own folder; `special` are token ids
-    that config.json is to tell where the model's own does not. Raises InputError where model and exits do not belong
-    together or `output` can not be written; then nothing is left behind.
+    All ranks call it and share the files. With `links`, shards of a Hugging Face folder are linked instead of copied
+    (hard links, or relative symbolic links to another disk). The tokenizer's files come from data.tokenizer or the
+    model's folder; `special` holds token ids for config.json that the model's own config lacks. Raises InputError where
+    model and exits do not belong together or `output` can not be written; nothing is left behind then.
     """
     tokenizer = Path(config.data.tokenizer) if config.data.tokenizer else None
     on_first_rank(topology, lambda: check_target(config, output, overwrite, _MARKS))
@@ -119,12 +117,12 @@ def _files(model: ExportSource, links: bool) -> list[FileToWrite]:
 
 
 def _written(file: FileToWrite, partial: Path, output: Path, watch: NonFiniteCheck, advance: Advance) -> str:
-    """Writes a file, or links it, and returns its sha256."""
+    """Writes or links a file, and returns its sha256."""
     target = partial / file.name
     if file.link_to is not None:
         try:
             os.link(file.link_to, target)
-        except OSError:  # another disk, or one without hard links
+        except OSError:  # another disk, or a file system without hard links
             target.symlink_to(os.path.relpath(file.link_to, partial.resolve()))
     with HashedFile(None if file.link_to is not None else target) as made:
         for block in file.blocks(watch):
@@ -153,7 +151,7 @@ def _finish(
         if model.artifact:
             shutil.copyfile(MODELLING, partial / MODELLING.name)
         (partial / "README.md").write_text(export_card(model.name, described.get("early_exit")), encoding="utf-8")
-        # Last but for the manifest: what a killed export leaves has no config.json, and loads nowhere.
+        # Last, except for the manifest: an export killed before has no config.json, so nothing loads it.
         if model.files is not None and described == model.description:
             shutil.copyfile(model.source.folder / "config.json", partial / "config.json")
         else:
@@ -162,9 +160,9 @@ def _finish(
 
 
 def _described_config(model: ExportSource, special: Mapping[str, int]) -> dict[str, Any]:
-    """config.json, with what the modelling file needs to know; without exits, without what an earlier export put in.
+    """Returns config.json with the keys of the modelling file or, without exits, without those of an earlier export.
 
-    Raises InputError where the model's own names its classes in no way that there is.
+    Raises InputError where the model's own auto_map is malformed.
     """
     raw = {**model.described(), **{key: token for key, token in special.items() if model.description.get(key) is None}}
     classes = raw.get("auto_map") or {}
@@ -183,20 +181,19 @@ def _described_config(model: ExportSource, special: Mapping[str, int]) -> dict[s
     early_exit = {**{key: tree[key] for key in _COPIED_KEYS if key in tree}, **listed}
     early_exit["files"] = [file.name for file in exit_files(model.artifact, model.model)]
     own_class = f"{MODELLING.stem}.{early_exit_class(model.model)}"
-    # Who trusts the code of the exits runs no other, and needs none: transformers has a class for every family's
-    # config.
+    # Users who trust the exits' code run no other model code, and need none: transformers has a class for every family.
     others = {key: value for key, value in others.items() if key == "AutoTokenizer"}
     return {**plain, "auto_map": {**others, "AutoModelForCausalLM": own_class}, "early_exit": early_exit}
 
 
 def early_exit_class(model: ModelConfig) -> str:
-    """The class of the modelling file that the model is loaded as."""
+    """Returns the class of the modelling file that loads the model."""
     return f"EarlyExit{HUGGINGFACE_CLASSES[model.family]}"
 
 
 def _companions(model: ExportSource, tokenizer: Path | None) -> dict[str, Path]:
-    """What belongs to the model besides weights and config.json, by its name: tokenizer, generation defaults, licence,
-    code; the index of copied shards.
+    """Returns the model's files beside weights and config.json: tokenizer, generation defaults, licence, code, and the
+    index of copied shards.
     """
     folder = model.source.folder
     found = _named(folder, _belongs) if model.files else {}
@@ -221,7 +218,7 @@ def _named(folder: Path, belongs: Callable[[str], bool]) -> dict[str, Path]:
 
 
 def is_tokenizer_file(name: str) -> bool:
-    """Whether a file of that name belongs to a tokenizer as transformers saves it."""
+    """Whether a file of that name belongs to a tokenizer saved by transformers."""
     return name in _TOKENIZER_FILES or Path(name).suffix in (".model", ".jinja", ".tiktoken")
 
 
@@ -236,5 +233,5 @@ def _belongs(name: str) -> bool:
 
 
 def _is_code(name: str) -> bool:
-    """Whether a file is Python of the model's or tokenizer's own, which its configs may name."""
+    """Whether a file is Python code of the model or tokenizer, which its configs may name."""
     return Path(name).suffix == ".py" and name != MODELLING.name

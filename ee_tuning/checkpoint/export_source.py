@@ -1,6 +1,4 @@
-"""What a merged export is made of: a model in any of the formats, its description as Hugging Face has it, exits that
-are bound to it.
-"""
+"""The inputs of a merged export: a model in any format, its Hugging Face config, and the exits bound to it."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -26,28 +24,29 @@ from ee_tuning.parallel.topology import Topology
 
 @dataclass(frozen=True)
 class ExportSource:
-    """Checked: the weights are those of the shape, and the exits, where there are any, are this model's."""
+    """Checked inputs: the weights match the shape, and the exits, if any, belong to the model."""
 
     source: BackboneSource
     model: ModelConfig
     files: SafetensorsFolder | None
-    """The same, where it is a Hugging Face folder, whose files can be copied as they are."""
+    """The source again, if it is a Hugging Face folder, whose files can be copied."""
     description: dict[str, Any]
-    """config.json: the model's own where it has one, as it is."""
+    """config.json: the model's own, unchanged, if it has one."""
     artifact: ExitHeadsReader | None
     finish_check: Callable[[], None]
-    """Waits until the model's files, where it has a manifest, were compared with it, and raises InputError, on all
-    ranks, where one is
-    altered: to be called before what was written is put in place.
+    """Waits until the model's files have been compared with its manifest, if any. Call it before the output is put in
+    place.
+
+    Raises InputError, on all ranks, where a file is altered.
     """
 
     @property
     def name(self) -> str:
-        """The name that messages show."""
+        """The name for messages."""
         return model_name(self.source.folder)
 
     def described(self) -> dict[str, Any]:
-        """config.json, true to the weights: it may tie an output matrix that is another than the embedding."""
+        """Returns config.json, corrected where it ties an output matrix that differs from the embedding."""
         ties = model_config_from_hf(self.description, self.source.folder / "config.json").ties_embeddings
         return (
             self.description
@@ -57,8 +56,8 @@ class ExportSource:
 
 
 def check_target(config: Config, output: Path, overwrite: bool, marks: Sequence[str]) -> None:
-    """Raises InputError where `output` can not become an export of model.path and exits.path, as `check_replaceable` or
-    because it is one of them.
+    """Raises InputError where `output` can not become an export of model.path and exits.path: it is one of them, or
+    `check_replaceable` refuses it.
     """
     check_apart(output, (model_folder(config.model.path), config.exits.path, config.data.tokenizer))
     check_replaceable(output, overwrite, marks)
@@ -66,8 +65,9 @@ def check_target(config: Config, output: Path, overwrite: bool, marks: Sequence[
 
 @contextmanager
 def open_for_export(config: Config, topology: Topology | None) -> Iterator[ExportSource]:
-    """model.path and exits.path, for the time of the block. Raises InputError where they are not sound, or do not
-    belong together.
+    """Opens model.path and exits.path while the context is open.
+
+    Raises InputError where they are damaged or do not belong together.
     """
     with ExitStack() as stack:
         source, model, _ = open_model(config.model)

@@ -1,7 +1,7 @@
-"""The backbone's fingerprint: what binds exit heads to the model they were made for.
+"""The fingerprint of a backbone, which binds exit heads to their model.
 
-It is one for a model in every format: whole tensors under Hugging Face's names, as float32, without padding. A few rows
-of each tensor are read, so that taking it is cheap for 140 GB.
+It is the same in every format: whole tensors under Hugging Face's names, as float32, without padding. Only a few rows
+of each tensor are read, so it is cheap for 140 GB.
 """
 
 import dataclasses
@@ -50,8 +50,8 @@ _FAMILY_FIELDS = (
 
 
 def model_shape(config: ModelConfig) -> dict[str, Any]:
-    """What decides which tensors a backbone has, their shapes, and how they are used; of the family's ways, those that
-    are not Llama's.
+    """Returns the fields that determine a backbone's tensors, their shapes and their use. Fields with Llama's values
+    are left out.
     """
     fields = dataclasses.asdict(config)
     llama = {field.name: field.default for field in dataclasses.fields(config)}
@@ -62,9 +62,9 @@ def model_shape(config: ModelConfig) -> dict[str, Any]:
 
 
 def config_of_shape(shape: Mapping[str, Any], where: Path) -> ModelConfig:
-    """What `model_shape` told of a backbone, as far as its tensors' shapes go: good for no forward pass.
+    """Returns a ModelConfig with the tensor shapes that `model_shape` described. It is not enough for a forward pass.
 
-    Raises InputError, naming `where`, on what is no such description.
+    Raises InputError, naming `where`, on an invalid description.
     """
     hints = typing.get_type_hints(ModelConfig)
     fields: dict[str, Any] = {}
@@ -79,7 +79,7 @@ def config_of_shape(shape: Mapping[str, Any], where: Path) -> ModelConfig:
 
 
 def _is_kind(value: Any, hint: Any) -> bool:
-    """Whether a value from JSON is of a ModelConfig field's type."""
+    """Whether a value from JSON has the type of a ModelConfig field."""
     if typing.get_origin(hint) is Literal:
         return isinstance(value, str) and value in typing.get_args(hint)
     if typing.get_origin(hint) is tuple:
@@ -88,8 +88,8 @@ def _is_kind(value: Any, hint: Any) -> bool:
 
 
 def fingerprint(reader: TensorSource, config: ModelConfig) -> str:
-    """sha256, in hex: the shape as canonical JSON, then per tensor in sorted name its rows 0, n/3, 2n/3, n−1 as
-    little-endian float32.
+    """Returns the sha256, in hex, of the shape as canonical JSON and, per tensor sorted by name, its rows 0, n/3, 2n/3
+    and n−1 as little-endian float32.
 
     Raises InputError where a backbone tensor is missing, broken or of another shape.
     """

@@ -1,7 +1,8 @@
-"""Every way in: which of the formats a folder is in, its backbone as a source of tensors, and the model's shape.
+"""Opens a model in any format: detects the format, and gives its backbone as a source of tensors and its shape.
 
-Hugging Face folders, GGUF files, Megatron-core's distributed checkpoints, legacy Megatron's `mp_rank_XX` folders; a
-Megatron run's folder, of which the latest iteration is taken; a name on the Hugging Face hub.
+Formats are Hugging Face folders, GGUF files, Megatron-core's distributed checkpoints, and legacy Megatron's
+`mp_rank_XX` folders. A Megatron run's folder stands for its latest iteration, and a name may refer to the Hugging Face
+hub.
 """
 
 import json
@@ -41,26 +42,24 @@ FORMATS: dict[ModelFormat, str] = {
     "legacy_megatron": "legacy Megatron checkpoint (mp_rank folders)",
     "gguf": "GGUF file",
 }
-"""The names that messages show."""
+"""Names of the formats in messages."""
 
 _LATEST, COMMON = "latest_checkpointed_iteration.txt", "common.pt"
 _REMEDY = "fetch or export the model again, or, if you changed it yourself, give --no-verify"
 
 
 class BackboneSource(TensorSource, Protocol):
-    """A model's tensors under Hugging Face's names, wherever they come from. A context manager."""
+    """A model's tensors under Hugging Face's names, in any format. A context manager."""
 
     folder: Path
     manifest_verified: bool
-    """Whether a manifest is checked: the format's own checksums are then spared."""
+    """Whether a manifest is verified, so that the format's own checksums need not be."""
 
     def weight_files(self) -> set[str]:
-        """Names of the files that tensors lie in."""
+        """Returns the names of the files that hold tensors."""
 
     def check_complete(self, config: ModelConfig) -> None:
-        """Raises InputError where a backbone tensor is missing, has another shape, or one is there that would be
-        ignored.
-        """
+        """Raises InputError where a backbone tensor is missing, has another shape, or would be ignored."""
 
     def __enter__(self) -> Self: ...
     def __exit__(
@@ -69,7 +68,7 @@ class BackboneSource(TensorSource, Protocol):
 
 
 class OpenModel(NamedTuple):
-    """A backbone, ready to be read."""
+    """An opened backbone."""
 
     source: BackboneSource
     config: ModelConfig
@@ -77,10 +76,10 @@ class OpenModel(NamedTuple):
 
 
 def open_model(model: ModelSection) -> OpenModel:
-    """The backbone that model.path names, in whichever format it is. No weights are read yet, but for an output matrix
-    beside an embedding that it is said to be tied to.
+    """Opens the backbone that model.path names, in any format.
 
-    Raises InputError where it is in none, not whole, of a kind that this project can not run, or not to be trusted.
+    No weights are read yet, except an output matrix beside an embedding that it is said to be tied to. Raises
+    InputError where the format is unknown, files are missing, the model is not supported, or it is not trusted.
     """
     folder = model_folder(model.path)
     shape = Path(model.config) if model.config else None
@@ -148,8 +147,10 @@ def _megatron(reader_of: Callable[[ModelConfig], MegatronSource], config: ModelC
 
 
 def check_model(source: BackboneSource, config: ModelConfig, topology: Topology | None, *, verifies: bool) -> None:
-    """Raises InputError, on all ranks, where the weights are not those that `config` asks for, or `verifies` and the
-    folder has a manifest that one of its files does not agree with. All ranks share the reading.
+    """Raises InputError, on all ranks, where the weights do not match `config` or, with `verifies`, a file differs from
+    its manifest.
+
+    All ranks share the reading.
     """
     with background_check(source, config, topology, verifies=verifies) as finish:
         finish()
@@ -159,7 +160,7 @@ def check_model(source: BackboneSource, config: ModelConfig, topology: Topology 
 def background_check(
     source: BackboneSource, config: ModelConfig, topology: Topology | None, *, verifies: bool
 ) -> Iterator[Callable[[], None]]:
-    """`check_model`, whose reading of the files goes on behind the block; what is yielded waits for it, and raises."""
+    """Runs `check_model` in the background of the block. Yields a function that waits for it, and raises."""
     on_first_rank(topology, lambda: source.check_complete(config))
     if not verifies or not on_first_rank(topology, lambda: holds_manifest(source.folder)):
         yield lambda: None
@@ -171,7 +172,7 @@ def background_check(
 
 
 def _check_listed(source: BackboneSource) -> None:
-    """Raises InputError where weights lie in a file that the manifest does not vouch for."""
+    """Raises InputError where weights lie in a file that the manifest does not list."""
     for file in source.weight_files() - set(read_manifest(source.folder, _REMEDY)):
         raise InputError(
             f"{source.folder / MANIFEST} does not list {file}, which holds weights of the model; {_REMEDY}"
@@ -186,8 +187,9 @@ def has_weights(folder: Path) -> bool:
 
 
 def describing_file(folder: Path, shape: str | None) -> Path | None:
-    """The Hugging Face config.json that describes the model in `folder`: `shape` (model.config) where it is one, or the
-    folder's own, which this project's Megatron exports have too. None where there is none.
+    """Returns the Hugging Face config.json of the model in `folder`, or None.
+
+    It is `shape` (model.config) if that is one, or the folder's own, which this project's Megatron exports have, too.
     """
     path = Path(shape) if shape else folder / "config.json"
     try:
@@ -198,8 +200,10 @@ def describing_file(folder: Path, shape: str | None) -> Path | None:
 
 
 def model_folder(path: str, *, needs_weights: bool = True) -> Path:
-    """The folder that holds the model: `path`, the latest iteration in it, or what the hub's `org/name@revision` was
-    fetched to. A GGUF file stands for itself.
+    """Returns the folder of the model: `path`, the latest iteration in it, or the download of the hub's
+    `org/name@revision`.
+
+    A GGUF file is returned as it is.
     """
     if not path:
         raise InputError("model.path must name a model's folder, got nothing; give --model FOLDER")

@@ -1,8 +1,6 @@
-"""The backbone, read in place from a GGUF file (llama.cpp's): tensor by tensor, dequantized on the way, under Hugging
-Face's names.
+"""Reads a backbone from a GGUF file (llama.cpp): tensor by tensor, dequantized, under Hugging Face's names.
 
-The package `gguf` knows the layout and the block formats. A file that is cut short, damaged or of an unknown kind is
-refused.
+The package `gguf` parses the layout and the block formats. A truncated, damaged or unknown file is refused.
 """
 
 import functools
@@ -48,26 +46,26 @@ _ROTATED = re.compile(r"model\.layers\.\d+\.self_attn\.([qk])_proj\.(weight|bias
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether `path` is a GGUF file by its name."""
+    """Whether the name of `path` is that of a GGUF file."""
     return path.suffix == SUFFIX and path.is_file()
 
 
 def tokenizer_digest(path: Path) -> str:
-    """sha256, in hex, of the fields that make the tokenizer. Raises InputError as GgufReader does."""
+    """Returns the sha256, in hex, of the fields that define the tokenizer. Raises InputError as GgufReader does."""
     return _parsed(path, path.stat().st_mtime_ns).tokenizer_digest
 
 
 class GgufReader:
-    """Tensors of a GGUF file under Hugging Face's names; see BackboneSource. A context manager.
+    """The tensors of a GGUF file under Hugging Face's names; see BackboneSource. A context manager.
 
-    Raises InputError, naming the file, where it is no GGUF file, is not whole, or holds a model that is not supported.
+    Raises InputError, naming the file, where it is no complete GGUF file or holds an unsupported model.
     """
 
     manifest_verified = False
 
     def __init__(self, path: Path):
         self.folder = path
-        """The file: what tells a model's files apart for people, and has no manifest."""
+        """The file itself. It names the model in messages and has no manifest."""
         content = _parsed(path, path.stat().st_mtime_ns)
         self.fields: Mapping[str, Any] = content.fields
         self._tensors = {_huggingface_name(name): tensor for name, tensor in content.tensors.items()}
@@ -80,7 +78,7 @@ class GgufReader:
             rope_factors=None if factors is None else np.asarray(factors.data),
             path=path,
         )
-        """The model's config.json, as far as the file tells it."""
+        """The model's config.json, as far as the file describes it."""
         if embedding is not None:
             self.description["dtype"] = str(self.dtype("model.embed_tokens.weight")).removeprefix("torch.")
         self.config = model_config_from_hf(self.description, path)
@@ -94,26 +92,26 @@ class GgufReader:
         self.close()
 
     def close(self) -> None:
-        """Nothing: the file is mapped, not held open."""
+        """Does nothing: the file is mapped, not held open."""
 
     def names(self) -> list[str]:
-        """Every tensor there is, sorted."""
+        """Returns the names of all tensors, sorted."""
         return sorted(self._tensors)
 
     def weight_files(self) -> set[str]:
-        """The file's name: it is all there is."""
+        """Returns the file's name."""
         return {self.folder.name}
 
     def shape(self, name: str) -> TensorShape:
-        """Shape of the whole tensor."""
+        """Returns the shape of the whole tensor."""
         return self._shape_of(self._tensor(name))
 
     def dtype(self, name: str) -> torch.dtype:
-        """dtype of the values: as stored, or float32, in which quantized ones are exact."""
+        """Returns the dtype of the values: the stored one, or float32, which represents quantized values exactly."""
         return _FLOATS.get(self.stored_type(name), torch.float32)
 
     def stored_type(self, name: str) -> str:
-        """GGUF's name of how a tensor is stored. Raises InputError where that is not supported."""
+        """Returns GGUF's name of a tensor's storage type. Raises InputError where it is not supported."""
         stored: str = self._tensor(name).tensor_type.name
         if stored not in _FLOATS and stored not in _QUANTIZED:
             raise InputError(
@@ -123,9 +121,7 @@ class GgufReader:
         return stored
 
     def check_shape(self, name: str, shape: TensorShape) -> None:
-        """Raises InputError where the tensor is missing, has another shape, or is stored in a way that is not
-        supported.
-        """
+        """Raises InputError where the tensor is missing, has another shape, or an unsupported storage type."""
         self.stored_type(name)
         if self.shape(name) != shape:
             raise InputError(
@@ -134,9 +130,7 @@ class GgufReader:
             )
 
     def check_complete(self, config: ModelConfig) -> None:
-        """Raises InputError where a backbone tensor is missing, has another shape, or one is there that would be
-        ignored.
-        """
+        """Raises InputError where a backbone tensor is missing, has another shape, or would be ignored."""
         expected = backbone_tensor_shapes(config)
         for name, shape in expected.items():
             self.check_shape(name, shape)
@@ -145,19 +139,20 @@ class GgufReader:
                 raise unread(name, self.folder, config, "the file's fields")
 
     def full(self, name: str) -> Tensor:
-        """The whole tensor."""
+        """Returns the whole tensor."""
         return self.rows(name, 0, self.shape(name)[0])
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """[stop - start, …]: these rows, of `dtype`."""
+        """Returns rows [stop - start, …] in `dtype`."""
         tensor, stored = self._tensor(name), self.stored_type(name)
         order = self._stored_order(name)
         data: NDArray = tensor.data[start:stop] if order is None else tensor.data[order[start:stop]]
         return _values(data, stored, tensor.tensor_type)
 
     def columns(self, name: str, start: int, stop: int) -> Tensor:
-        """[n, stop - start]: these columns, of `dtype`. Rows are dequantized block by block: a whole matrix may take
-        gigabytes.
+        """Returns columns [n, stop - start] in `dtype`.
+
+        Rows are dequantized block by block, because a whole matrix may take gigabytes.
         """
         num_rows, width = self.shape(name)
         step = max(1, BLOCK_BYTES // (4 * width))
@@ -174,13 +169,13 @@ class GgufReader:
 
     @staticmethod
     def _shape_of(tensor: Any) -> TensorShape:
-        return tuple(
-            int(size) for size in reversed(tensor.shape)
-        )  # GGUF names the dimension that lies together in memory first
+        return tuple(int(size) for size in reversed(tensor.shape))  # GGUF lists the contiguous dimension first
 
     def _stored_order(self, name: str) -> NDArray | None:
-        """Which stored row each row is, where they differ: llama.cpp rotates neighbouring dimensions of a head
-        together, so its conversion interleaves the two halves of Llama's query and key heads.
+        """Returns the stored row of each row, or None where they are equal.
+
+        llama.cpp rotates neighbouring dimensions of a head together, so its conversion interleaves the two halves of
+        Llama's query and key heads.
         """
         match = _ROTATED.fullmatch(name)
         if match is None or self.config.family != "llama":
@@ -193,14 +188,14 @@ def _values(data: NDArray, stored: str, kind: Any) -> Tensor:
     if stored == "BF16":
         return torch.from_numpy(np.ascontiguousarray(data).view(np.int16)).view(torch.bfloat16)
     if stored in _FLOATS:
-        return torch.from_numpy(np.array(data))  # a copy: the file is mapped read-only
+        return torch.from_numpy(np.array(data))  # copied, because the file is mapped read-only
     from gguf.quants import dequantize
 
     return torch.from_numpy(dequantize(np.ascontiguousarray(data), kind))
 
 
 def _huggingface_name(name: str) -> str:
-    """Hugging Face's name of a GGUF tensor; its own where it has none."""
+    """Returns Hugging Face's name of a GGUF tensor, or its own if it has none."""
     if match := _LAYER.fullmatch(name):
         return f"model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}.{match[3]}" if match[2] in _LAYER_NAMES else name
     stem, _, kind = name.rpartition(".")
@@ -208,11 +203,11 @@ def _huggingface_name(name: str) -> str:
 
 
 class _Parsed:
-    """What a file's header tells: fields by name, and tensors by GGUF's names, whose data are mapped."""
+    """The header of a file: fields by name, and mapped tensors by GGUF's names."""
 
     def __init__(self, path: Path):
         reader = _checked_reader(path)
-        # The tokenizer's lists have hundreds of thousands of items: only what describes the model is unpacked.
+        # The tokenizer's lists have hundreds of thousands of items, so only the model's fields are unpacked.
         self.fields = {name: field.contents() for name, field in reader.fields.items() if len(field.data) <= 1}
         self.tokenizer_digest = hashlib.sha256(
             b"".join(
@@ -227,8 +222,8 @@ class _Parsed:
 
 @functools.lru_cache(maxsize=1)
 def _parsed(path: Path, mtime_ns: int) -> _Parsed:
-    """Reading a header takes a second, and a command opens its model more than once; a file that has changed is another
-    one.
+    """Cached, because parsing a header takes a second and a command opens its model more than once. A changed file is
+    parsed again.
     """
     try:
         import gguf  # noqa: F401
@@ -240,7 +235,7 @@ def _parsed(path: Path, mtime_ns: int) -> _Parsed:
         return _Parsed(path)
     except OSError as error:
         raise InputError(f"{path} can not be read: {error.strerror or error}") from error
-    except Exception as error:  # of any kind: the reader takes the file's word for sizes and types
+    except Exception as error:  # any exception: the reader trusts the file's sizes and types
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path} is no whole GGUF file: {reason}; fetch it again") from error
 
@@ -251,7 +246,7 @@ def _checked_reader(path: Path) -> Any:
     class Checked(GGUFReader):
         def _get(self, offset: int, dtype: Any, count: int = 1, *options: Any, **more: Any) -> NDArray:
             found = super()._get(offset, dtype, count, *options, **more)
-            if len(found) < int(count):  # without this, a hostile length makes it read nothing for ever
+            if len(found) < int(count):  # otherwise a hostile length would make the reader loop forever
                 raise ValueError(f"it ends at byte {len(self.data):,}, before what it says it holds")
             return found
 

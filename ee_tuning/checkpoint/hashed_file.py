@@ -1,7 +1,7 @@
-"""A file written from beginning to end, its sha256 taken on the way: reading, writing and hashing go on side by side.
+"""A file that is hashed while it is written: reading, writing and hashing run concurrently.
 
-sha256 takes 1.5 to 2 GB/s of a core, as long as everything else together; a file hashed after it was written is read
-twice.
+sha256 processes 1.5 to 2 GB/s per core, about the time of everything else together, and hashing afterwards would read
+the file twice.
 """
 
 import hashlib
@@ -18,24 +18,23 @@ from ee_tuning.checkpoint.direct_file import DirectFile
 from ee_tuning.checkpoint.tensor_blocks import as_bytes, keep_freed_blocks
 
 _MAX_QUEUED = 8
-"""Blocks that may be under way: more of them would take memory and no time off."""
+"""Blocks that may be queued. More would need memory and save no time."""
 _SMALL = 1 << 20
-"""Bytes that are gathered before they are handed on."""
+"""Bytes that are gathered before they are queued."""
 
 
 class HashedFile:
-    """A new file at `path`; with None nothing is written, and what would have been is hashed. A context manager. Raises
-    OSError.
+    """Writes and hashes a new file at `path`; with None it only hashes. A context manager. Raises OSError.
 
-    `beside_other_work`: this process computes meanwhile, with torch's threads.
+    Set `beside_other_work` if this process computes meanwhile, with torch's threads.
     """
 
     def __init__(self, path: Path | None, *, beside_other_work: bool = False):
         self.num_bytes = 0
         self._file = None if path is None else DirectFile(path)
         self._digest = hashlib.sha256()
-        # torch's own threads spin between its short jobs, on the cores that hashing and writing need: a third of the
-        # time, with two.
+        # torch's threads spin between its short jobs on the cores that hashing and writing need, which costs a third of
+        # the time on two cores.
         self._torch_threads = None if beside_other_work else torch.get_num_threads()
         if self._torch_threads:
             torch.set_num_threads(1)
@@ -68,12 +67,12 @@ class HashedFile:
 
     @property
     def sha256(self) -> str:
-        """The whole file's, in hex; known once the file is closed."""
+        """The sha256 of the whole file, in hex. Valid once the file is closed."""
         assert self._sum is not None, "close the file first"
         return self._sum
 
     def write(self, data: Tensor | bytes | bytearray | memoryview) -> int:
-        """Appends the bytes, which must not change any more; how many they are."""
+        """Appends bytes, which must not change afterwards. Returns their number."""
         view = memoryview(as_bytes(data) if isinstance(data, Tensor) else data).cast("B")
         self.num_bytes += len(view)
         if len(view) < _SMALL:
@@ -86,7 +85,7 @@ class HashedFile:
         return len(view)
 
     def flush(self) -> None:
-        """Nothing: closing does it. It is there for what wants a file."""
+        """Does nothing. Present for callers that expect a file."""
 
     def _hand_on_small(self) -> None:
         if self._small:

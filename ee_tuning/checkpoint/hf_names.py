@@ -1,6 +1,4 @@
-"""How the Hugging Face folders of each family name their tensors, and which way round they keep matrices. Data
-alone.
-"""
+"""Names of tensors in the Hugging Face folders of each family, and the orientation of their matrices. Data only."""
 
 from dataclasses import dataclass, replace
 
@@ -9,7 +7,7 @@ from ee_tuning.model.families import Family
 
 @dataclass(frozen=True, kw_only=True)
 class HFNames:
-    """Names without the `.weight` and `.bias` at their end. Those of a layer follow `layers`.{its index}."""
+    """Names without the final `.weight` or `.bias`. A layer's names follow `layers`.{its index}."""
 
     embedding: str = "model.embed_tokens"
     positions: str = ""
@@ -21,22 +19,22 @@ class HFNames:
     query: str = "self_attn.q_proj"
     key: str = "self_attn.k_proj"
     value: str = "self_attn.v_proj"
-    """Where the three are one name, that tensor holds all queries, then all keys, then all values."""
+    """If the three names are equal, that tensor holds all queries, then all keys, then all values."""
     query_norm: str = "self_attn.q_norm"
     key_norm: str = "self_attn.k_norm"
     attention_output: str = "self_attn.o_proj"
     mlp_norm: str = "post_attention_layernorm"
     gate: str = "mlp.gate_proj"
     up: str = "mlp.up_proj"
-    """The MLP's first matrix where it is not gated."""
+    """The first matrix of an MLP without a gate."""
     down: str = "mlp.down_proj"
     router: str = "mlp.gate"
     expert_gate: str = "mlp.experts.{}.gate_proj"
     expert_up: str = "mlp.experts.{}.up_proj"
     expert_down: str = "mlp.experts.{}.down_proj"
-    """The name, with a place for the expert's index."""
+    """A name with a place for the expert's index."""
     is_transposed: bool = False
-    """Whether the matrices of a layer are kept as [inputs, outputs]."""
+    """Whether matrices of a layer are stored as [inputs, outputs]."""
 
 
 _LLAMA = HFNames()

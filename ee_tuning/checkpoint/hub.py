@@ -1,7 +1,7 @@
-"""Models and tokenizers by their name on the Hugging Face hub: what is read is fetched into Hugging Face's cache, and
-nothing else.
+"""Models and tokenizers from the Hugging Face hub. Only the files that are read are downloaded, to Hugging Face's
+cache.
 
-A repository may hold a model several times over, in other formats and precisions; nobody is to wait for those.
+A repository may hold a model several times, in other formats and precisions, which would take long to download.
 """
 
 import glob
@@ -48,7 +48,7 @@ _MODEL = [
     "NOTICE*",
     "USE_POLICY*",
 ]
-"""All but the weights. Code and licences go along with an export."""
+"""All files but the weights. Exports include code and licences."""
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pth", ".pt", ".h5", ".msgpack", ".onnx")
 
 
@@ -57,31 +57,31 @@ class HubName(NamedTuple):
 
     repository: str
     revision: str | None
-    """A branch, a tag or a commit; None for the main one."""
+    """A branch, a tag or a commit; None for the main branch."""
 
     def __str__(self) -> str:
         return self.repository + (f"@{self.revision}" if self.revision else "")
 
 
 _COMMITS: dict[HubName, HubName] = {}
-"""What this process read names as: all of it is of one commit, though a branch be moved meanwhile."""
+"""Commits by the names that this process has used, so that all files are of one commit even if a branch moves."""
 
 
 def hub_name(text: str) -> HubName | None:
-    """What `text` names on the hub, where it is no path of anything that is there; None where it can be no name."""
+    """Parses a name on the hub. Returns None where `text` is an existing path or no valid name."""
     found = _NAME.fullmatch(text)
     return HubName(*found.groups()) if found and not Path(text).exists() and ".." not in text else None
 
 
 def fetch_model(name: HubName, *, needs_weights: bool) -> Path:
-    """The folder in Hugging Face's cache with the hub's model: its config.json, or all that is read of it.
+    """Returns the folder in Hugging Face's cache with the hub's model: its config.json, or all files that are read.
 
-    Raises InputError where the hub does not give it, or holds weights in no form that is read.
+    Raises InputError where the hub does not provide it, or its weights are in no supported form.
     """
     folder = _fetched(name, _MODEL if needs_weights else [*_CONFIG, _ADAPTER])
     commit = HubName(name.repository, folder.name)
     if (folder / _ADAPTER).is_file():
-        return folder  # it is refused where the model is opened
+        return folder  # refused when the model is opened
     if not (folder / "config.json").is_file():
         raise InputError(
             f"{name} on the hub must hold a config.json, and holds {_other_weights(commit)}; give the model as transformers "
@@ -89,7 +89,7 @@ def fetch_model(name: HubName, *, needs_weights: bool) -> Path:
         )
     if not needs_weights:
         return folder
-    if holds_manifest(folder):  # every file that it lists is read, to be checked
+    if holds_manifest(folder):  # the manifest's files are all read for the check
         return _with(folder, commit, list(read_manifest(folder, "fetch the model from elsewhere")))
     if (folder / _INDEX).is_file() and not (folder / _SINGLE).exists() and not _holds(commit, _SINGLE):
         return _with(folder, commit, _shards(folder / _INDEX))
@@ -102,8 +102,10 @@ def fetch_model(name: HubName, *, needs_weights: bool) -> Path:
 
 
 def fetch_tokenizer(name: HubName, *, with_code: bool) -> Path:
-    """The folder in Hugging Face's cache with the tokenizer's files, `with_code` also the repository's Python files.
-    Raises InputError.
+    """Returns the folder in Hugging Face's cache with the tokenizer's files and, `with_code`, the repository's Python
+    files.
+
+    Raises InputError where the hub does not provide it.
     """
     folder = _fetched(name, [*_CONFIG, *_TOKENIZER, *(_CODE if with_code else [])])
     if not folder.is_dir():
@@ -112,7 +114,7 @@ def fetch_tokenizer(name: HubName, *, with_code: bool) -> Path:
 
 
 def _shards(index: Path) -> list[str]:
-    """Names of the shards; whatever is wrong with the index is found by the one who reads it for tensors."""
+    """Returns the names of the shards. A broken index is reported later, when its tensors are read."""
     try:
         return sorted({str(file) for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -120,13 +122,13 @@ def _shards(index: Path) -> list[str]:
 
 
 def _with(folder: Path, commit: HubName, files: list[str]) -> Path:
-    """`folder` of `commit`, with `files` of it too."""
+    """Downloads `files` of `commit` to `folder`."""
     missing = [glob.escape(file) for file in files if not (folder / file).exists()]
     return _fetched(commit, missing, is_large=True) if missing else folder
 
 
 def _fetched(name: HubName, files: list[str], *, is_large: bool = False) -> Path:
-    """The cached snapshot, with what `files` (patterns) match. Progress is shown where it `is_large`."""
+    """Returns the cached snapshot with the files that match the patterns `files`. Shows progress if it `is_large`."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     known = _COMMITS.get(name, name)
@@ -147,7 +149,7 @@ def _fetched(name: HubName, files: list[str], *, is_large: bool = False) -> Path
         raise InputError(
             f"{name.repository} on the hub has no revision {name.revision!r}; give a branch, a tag or a commit"
         ) from error
-    except Exception as error:  # of the network, by classes of whichever library it goes through
+    except Exception as error:  # network errors, whose classes depend on the libraries underneath
         reason = " ".join(str(error.__cause__ or error).split())[:200]
         raise InputError(
             f"there is no folder {name}, and the Hugging Face hub can not be asked for it ({reason}); "
@@ -175,7 +177,7 @@ def _holds(name: HubName, file: str) -> bool:
 
     try:
         return huggingface_hub.HfApi().file_exists(name.repository, file, revision=name.revision)
-    except Exception:  # offline, for one: then it is not to be had
+    except Exception:  # offline, for example: the answer is not available
         return False
 
 

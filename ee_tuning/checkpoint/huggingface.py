@@ -1,4 +1,4 @@
-"""The backbone, read in place from a Hugging Face folder: each rank its own slices."""
+"""Reads the backbone from a Hugging Face folder. Each rank reads its own slices."""
 
 import re
 from collections.abc import Iterable
@@ -19,13 +19,13 @@ _BARE = {
     "transformer.": re.compile(r"(wte|wpe|ln_f|h\.\d+)\."),
     "model.": re.compile(r"(embed_tokens|norm|layers\.\d+)\."),
 }
-"""Tensors of a model that was saved without its output matrix, as GPT-2's published folders and embedding models are:
-what begins every other name in whole models is missing before them.
+"""Tensors of models saved without their output matrix, such as GPT-2's published folders and embedding models. Their
+names lack the prefix of whole models.
 """
 
 
 class HuggingFaceReader(SafetensorsFolder):
-    """Tensors of `model.safetensors`, or of its shards. See SafetensorsFolder."""
+    """The tensors of `model.safetensors` or its shards. See SafetensorsFolder."""
 
     def __init__(self, folder: Path):
         super().__init__(folder, "model")
@@ -39,24 +39,24 @@ class HuggingFaceReader(SafetensorsFolder):
         }
 
     def holds(self, name: str) -> bool:
-        """Whether there is a tensor of that name, as the family's whole models name it."""
+        """Whether a tensor of that name exists, with the names of the family's whole models."""
         return self.stored_name(name) in self.files
 
     def take_output_for_embedding(self, config: ModelConfig) -> None:
-        """Has the output matrix stand for the embedding that it is tied to, where it alone is stored."""
+        """Uses the output matrix as the embedding that it is tied to, if only the former is stored."""
         if not self.holds(embedding_name(config)) and self.holds(output_name(config)):
             self._stored[embedding_name(config)] = output_name(config)
 
     def stored_name(self, name: str) -> str:
-        """`name` itself, or how a model without its output matrix has it, or the pack that an expert is in."""
+        """Returns `name` as it is stored: unchanged, without a prefix, or the pack that contains an expert."""
         return self._stored.get(name, name)
 
     def names(self) -> list[str]:
-        """Every tensor there is, sorted, as the family's whole models name them, each expert alone."""
+        """Returns the names of all tensors, sorted, as in the family's whole models, with each expert on its own."""
         return sorted([*self._stored, *set(self.files).difference(self._stored.values())])
 
     def shape(self, name: str) -> TensorShape:
-        """The shape of the whole tensor."""
+        """Returns the shape of the whole tensor."""
         slab = self._slabs.get(name)
         return slab.shape if slab else super().shape(name)
 
@@ -65,9 +65,7 @@ class HuggingFaceReader(SafetensorsFolder):
         return super()._read(name, slab.within(part))[0] if slab else super()._read(name, part)
 
     def check_complete(self, config: ModelConfig) -> None:
-        """Raises InputError where a backbone tensor is missing, has another shape, or one is there that would be
-        ignored.
-        """
+        """Raises InputError where a backbone tensor is missing, has another shape, or would be ignored."""
         expected = backbone_tensor_shapes(config)
         unexpected_keys = [
             name
@@ -92,7 +90,7 @@ class HuggingFaceReader(SafetensorsFolder):
 
 
 def _whole_names(files: Iterable[str]) -> dict[str, str]:
-    """Whole models' names of tensors that lack the beginning of them, to those that they have."""
+    """Maps the names of whole models to stored names that lack the prefix."""
     return {
         prefix + name: name
         for prefix, pattern in _BARE.items()
@@ -105,9 +103,9 @@ def _whole_names(files: Iterable[str]) -> dict[str, str]:
 def read_backbone_tensor(
     reader: TensorSource, config: ModelConfig, parameter: str, tp: int, tp_rank: int, dtype: torch.dtype
 ) -> Tensor:
-    """Rank `tp_rank`'s part of a Megatron-core backbone parameter, as `dtype`, on the CPU.
+    """Returns rank `tp_rank`'s part of a Megatron-core backbone parameter, as `dtype`, on the CPU.
 
-    Raises InputError, naming file and tensor, where a tensor is missing, broken or of another shape; KeyError on an
+    Raises InputError, naming file and tensor, where a tensor is missing, broken or of another shape, and KeyError on an
     unknown parameter.
     """
     return read_shard(reader, backbone_shard(parameter, config, tp, tp_rank), dtype)

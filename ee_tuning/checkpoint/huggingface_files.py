@@ -1,4 +1,4 @@
-"""The files of a Hugging Face folder to be written: where the blocks of each come from, and how large it will be."""
+"""Files of a Hugging Face folder to be written: the source of their blocks, and their sizes."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,17 +16,19 @@ from ee_tuning.model.config import ModelConfig
 
 @dataclass(frozen=True, eq=False)
 class FileToWrite:
-    """`blocks(watch)` yields its content from beginning to end; `watch` sees the tensors pass."""
+    """A file to write. `blocks(watch)` yields its content in order; `watch` checks the tensors for non-finite
+    values.
+    """
 
     name: str
     num_bytes: int
     blocks: Callable[[NonFiniteCheck], Iterator[Tensor | bytes]]
     link_to: Path | None = None
-    """The file that it is linked to instead of being written; its blocks are then read for their sum alone."""
+    """File to link to instead of writing. The blocks are then read only for their checksum."""
 
 
 def copied_file(folder: SafetensorsFolder, name: str, *, is_linked: bool = False) -> FileToWrite:
-    """A file of a folder of safetensors, byte for byte."""
+    """Copies a safetensors file of a folder byte for byte."""
     path, file = folder.folder / name, folder.file(name)
     start = min((entry.begin for entry in file.entries.values()), default=path.stat().st_size)
 
@@ -40,22 +42,22 @@ def copied_file(folder: SafetensorsFolder, name: str, *, is_linked: bool = False
 
 
 def backbone_layout(source: TensorSource, model: ModelConfig) -> SafetensorsLayout:
-    """How a backbone that is in no Hugging Face folder lies in one: in Hugging Face's names, each tensor in the dtype
-    that it has.
+    """Returns the layout of a backbone as a Hugging Face folder: Hugging Face's names, each tensor in its stored
+    dtype.
     """
     shapes = backbone_tensor_shapes(model)
     return SafetensorsLayout("model", shapes, {name: source.dtype(name) for name in shapes})
 
 
 def backbone_files(source: TensorSource, layout: SafetensorsLayout) -> list[FileToWrite]:
-    """The files of `layout`, whose tensors are read from `source`."""
+    """Returns the files of `layout`, with tensors read from `source`."""
     return joined_files(source, layout, {name: [name] for name in layout.shapes})
 
 
 def joined_files(
     source: TensorSource, layout: SafetensorsLayout, parts: Mapping[str, Sequence[str]]
 ) -> list[FileToWrite]:
-    """The files of `layout`, each of whose tensors is made of `parts` of it from `source`, one after the other."""
+    """Returns the files of `layout`, each of whose tensors concatenates the tensors `parts` of `source`."""
 
     def blocks_of(file: str) -> Callable[[NonFiniteCheck], Iterator[Tensor | bytes]]:
         def blocks(watch: NonFiniteCheck) -> Iterator[Tensor | bytes]:

@@ -1,4 +1,4 @@
-"""`ee-tuning inspect`: what a model, in any of the formats that can be read, or an exit-heads artifact holds."""
+"""`ee-tuning inspect`: describes a model in any supported format, or an exit-heads artifact."""
 
 import dataclasses
 import math
@@ -23,10 +23,10 @@ from ee_tuning.model.exit_spec import ExitSpec
 
 
 def inspect_path(path: Path, *, as_json: bool, config: str | None = None, trust_pickle: bool = False) -> None:
-    """Prints what `path` holds, as a table or as one JSON object; `config` and `trust_pickle` as in the model section
-    of a job.
+    """Prints the facts about `path` as a table or as one JSON object. `config` and `trust_pickle` are as in the model
+    section.
 
-    Raises InputError where it is neither a model nor an exit-heads artifact, or not whole.
+    Raises InputError where it is neither a complete model nor an exit-heads artifact.
     """
     # A distributed checkpoint may hold exits beside its model.
     is_artifact = (path / CONFIG).is_file() and not (path / ".metadata").is_file()
@@ -41,10 +41,11 @@ def inspect_path(path: Path, *, as_json: bool, config: str | None = None, trust_
 
 
 def model_facts(path: Path, *, config: str | None = None, trust_pickle: bool = False) -> dict[str, Any]:
-    """A backbone: format, shape, parameters and bytes per part, fingerprint, and what one exit head would take.
+    """Returns the facts about a backbone: format, shape, parameters and bytes per part, fingerprint, and the cost of
+    one exit.
 
-    Reads no more than headers and a few rows; of a folder with no more than a config.json, that. Raises InputError
-    where the weights are not those that its shape asks for.
+    Reads only headers and a few rows, or just the config.json where nothing else exists. Raises InputError where the
+    weights do not match its shape.
     """
     folder = model_folder(str(path))
     if not has_weights(folder):
@@ -75,8 +76,7 @@ def model_facts(path: Path, *, config: str | None = None, trust_pickle: bool = F
 
 
 def artifact_facts(folder: Path) -> dict[str, Any]:
-    """An artifact: its exits, what they are bound to, how they began and were tuned, their size; every file's sha256 is
-    checked.
+    """Returns the facts about an artifact: exits, model, initialization and tuning, size. Checks every file's sha256.
 
     Raises InputError where a file is missing or altered.
     """
@@ -110,7 +110,7 @@ def artifact_facts(folder: Path) -> dict[str, Any]:
 
 
 def _described(model: ModelConfig, dtype: str) -> dict[str, Any]:
-    """What the shape tells, for weights in `dtype`."""
+    """Returns the facts that follow from the shape, for weights in `dtype`."""
     parameters, width = parameters_by_part(model), getattr(torch, dtype).itemsize
     return {
         "shape": model_shape(model),
@@ -125,7 +125,7 @@ def _described(model: ModelConfig, dtype: str) -> dict[str, Any]:
 
 
 def _rope(config: ModelConfig) -> dict[str, Any] | None:
-    """Kind, theta, and what else its kind sets; None where positions are learned."""
+    """Returns kind, theta and the kind's other fields, or None for learned positions."""
     if config.position == "learned":
         return None
     plain = dataclasses.asdict(type(config.rope)())
@@ -152,7 +152,7 @@ def _exit_head_bytes(config: ModelConfig, width: int) -> dict[str, int]:
 
 
 def _lines(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """One line a fact; what is nested is told by its path."""
+    """Returns one line per fact. Nested facts are named by their path."""
     lines = []
     for key, value in facts.items():
         name = prefix + key.replace("_", " ")

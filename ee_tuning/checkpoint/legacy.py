@@ -1,8 +1,8 @@
-"""Megatron's older checkpoints: a folder `mp_rank_XX[_YYY]` per tensor-parallel rank and pipeline stage, all of it in
-one pickle each.
+"""Megatron's legacy checkpoints: one folder `mp_rank_XX[_YYY]` per tensor-parallel rank and pipeline stage, with one
+pickle each.
 
-Two layouts of keys: Megatron-core's, and the older `language_model.encoder.layers.…`, which is renamed. Stages, and the
-parts of virtual pipelines, are laid one after the other, tensor-parallel shards merged as they are read. EE-LLM's exits
+Keys have one of two layouts: Megatron-core's, or the older `language_model.encoder.layers.…`, which is renamed. Stages
+and virtual pipeline chunks are concatenated, and tensor-parallel shards are merged while they are read. EE-LLM's exits
 are kept apart; see ee_llm.py.
 """
 
@@ -45,8 +45,10 @@ _RENAMED = tuple(
 
 
 class LegacyCheckpoint:
-    """The files of all ranks, opened. Raises InputError where one is missing or not sound, or asks for what is not on
-    the list of names (Archive), unless `is_trusted`.
+    """The opened files of all ranks.
+
+    Raises InputError where one is missing or damaged or, unless `is_trusted`, its pickle names anything outside of the
+    allow-list (Archive).
     """
 
     def __init__(self, folder: Path, *, is_trusted: bool = False):
@@ -55,9 +57,9 @@ class LegacyCheckpoint:
         self.num_ranks = 1 + max(rank for rank, _ in files)
         self.num_stages = 1 + max(stage for _, stage in files)
         self.arguments: dict[str, Any] | None = None
-        """Those that Megatron saved with the model, if it did."""
+        """The arguments that Megatron saved with the model, if any."""
         self.tables: list[dict[str, StoredTensor]] = []
-        """Per tensor-parallel rank: Megatron-core's name, with a global layer index, to tensor."""
+        """For each tensor-parallel rank: tensors by Megatron-core's names with global layer indices."""
         for rank in range(self.num_ranks):
             parts = [self._open(files, rank, stage, is_trusted) for stage in range(self.num_stages)]
             if len({len(each) for each in parts}) > 1:
@@ -67,7 +69,7 @@ class LegacyCheckpoint:
                 )
             table: dict[str, StoredTensor] = {}
             counts = {"decoder.layers": 0, "exit_output_layer": 0}
-            # The model goes through the first part of every stage before it comes to the second of any.
+            # The model runs the first chunk of every stage before the second chunk of any.
             for own in (each for turn in zip(*parts, strict=True) for each in turn):
                 for key, tensor in own.items():
                     table.setdefault(_shifted(key, counts), tensor)
@@ -78,8 +80,9 @@ class LegacyCheckpoint:
     def _open(
         self, files: dict[tuple[int, int], Path], rank: int, stage: int, is_trusted: bool
     ) -> list[dict[str, StoredTensor]]:
-        """One file's tensors under Megatron-core's names, layers numbered within the stage, or within each part that a
-        virtual pipeline gave the stage (`model0`, `model1`, …).
+        """Returns the tensors of one file under Megatron-core's names.
+
+        Layers are numbered within the stage, or within each chunk of a virtual pipeline (`model0`, `model1`, …).
         """
         path = files.get((rank, stage))
         if path is None:
@@ -119,18 +122,20 @@ class LegacyReader(MegatronSource):
         self.checkpoint, self.num_ranks = checkpoint, checkpoint.num_ranks
 
     def stored_shape(self, parameter: str, rank: int) -> TensorShape | None:
-        """The shape of rank's shard."""
+        """Returns the shape of a rank's shard."""
         tensor = self._tensor(parameter, rank)
         return tensor.shape if tensor else None
 
     def stored_dtype(self, parameter: str) -> torch.dtype:
-        """The dtype of a parameter that is there."""
+        """Returns the dtype of an existing parameter."""
         tensor = self._tensor(parameter, 0)
         assert tensor is not None
         return tensor.dtype
 
     def read(self, parameter: str, rank: int, rows: slice, columns: slice | None) -> Tensor:
-        """A rectangle. A single row is read unchecked, or a fingerprint would read all of the checkpoint."""
+        """Reads a rectangle. A single row is read without its checksum; otherwise a fingerprint would read the whole
+        checkpoint.
+        """
         tensor = self._tensor(parameter, rank)
         assert tensor is not None
         if rows.stop - rows.start > 1 and not self.manifest_verified:
@@ -141,7 +146,7 @@ class LegacyReader(MegatronSource):
         return out
 
     def weight_files(self) -> set[str]:
-        """Files that tensors lie in, by their names in the folder."""
+        """Returns the names of the files that hold tensors."""
         return {
             str(tensor.archive.path.relative_to(self.folder))
             for table in self.checkpoint.tables
@@ -149,12 +154,12 @@ class LegacyReader(MegatronSource):
         }
 
     def path(self, parameter: str, rank: int) -> Path:
-        """The file that the shard is in; the folder where there is none."""
+        """Returns the file of a shard, or the folder where there is none."""
         tensor = self._tensor(parameter, rank)
         return tensor.archive.path if tensor else self.folder
 
     def unexpected_keys(self) -> Iterator[tuple[str, Path]]:
-        """Tensors of the model that `config` does not know."""
+        """Yields the model's tensors that `config` does not explain."""
         known = {
             name for parameter in backbone_parameter_names(self.config) for name in (parameter, norm_alias(parameter))
         }
@@ -173,12 +178,12 @@ class LegacyReader(MegatronSource):
 
 
 def is_legacy(folder: Path) -> bool:
-    """Whether there are `mp_rank_XX` folders in it."""
+    """Whether the folder contains `mp_rank_XX` folders."""
     return next(folder.glob("mp_rank_*"), None) is not None
 
 
 def _find(folder: Path) -> dict[tuple[int, int], Path]:
-    """(Tensor-parallel rank, stage) -> file."""
+    """Returns the files by (tensor-parallel rank, stage)."""
     files = {}
     for path in sorted(folder.glob("mp_rank_*")):
         match = _RANK_FOLDER.fullmatch(path.name)
@@ -209,9 +214,7 @@ def _renamed(key: str) -> str:
 
 
 def _shifted(key: str, counts: dict[str, int]) -> str:
-    """The name with a layer's (or an exit's output matrix's) number counted over the stages, of which the earlier ones
-    hold `counts`.
-    """
+    """Returns the name with the global number of a layer (or an exit's output matrix); earlier stages hold `counts`."""
     match = _LAYER.match(key)
     return f"{match[1]}.{int(match[2]) + counts[match[1]]}.{match[3]}" if match else key
 

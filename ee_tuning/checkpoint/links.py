@@ -1,9 +1,9 @@
-"""Links in a model's folder: which are followed.
+"""Symbolic links in a model's folder, and which of them are followed.
 
-A file's name in an index, a manifest or a description is the name of a file of the same folder: whoever wrote it may
-not point elsewhere. A link is what the file system's owner arranged (Hugging Face's cache, weights in a store, a disk
-that was added): it is followed, wherever it leads, where the user, the folder's owner or root made it. Anybody else's,
-in a folder that many may write to, is not.
+A file name in an index, a manifest or a description refers to a file of the same folder; its author must not point
+elsewhere. A link is different: the file system's owner made it (Hugging Face's cache, a weight store, an added disk).
+It is followed if the user, the folder's owner or root made it, and not if anybody else did, in a folder that many may
+write to.
 """
 
 import os
@@ -12,13 +12,11 @@ from pathlib import Path
 from ee_tuning.errors import InputError
 
 _MOST_LINKS = 40
-"""The most links that are followed one after the other, as in the kernel."""
+"""Most links that are followed in a row, as in the kernel."""
 
 
 def check_links(folder: Path, path: Path) -> None:
-    """Raises InputError where a link on the way from `folder` to `path`, a file in it, is another's, or leads
-    nowhere.
-    """
+    """Raises InputError where a link between `folder` and the file `path` in it is broken or of an untrusted owner."""
     owners = _trusted_owners(folder)
     for step in [
         *reversed([parent for parent in path.parents if parent.is_relative_to(folder) and parent != folder]),
@@ -28,7 +26,7 @@ def check_links(folder: Path, path: Path) -> None:
 
 
 def dangling_link(path: Path) -> str | None:
-    """What to say of `path` where it is a link to nothing; None where it is none."""
+    """Returns a message where `path` is a broken link, else None."""
     try:
         if not path.is_symlink() or path.exists():
             return None
@@ -45,7 +43,7 @@ def _check_chain(folder: Path, link: Path, owners: set[int]) -> None:
                 break
             owner = link.lstat().st_uid
             target = link.parent / os.readlink(link)
-        except (OSError, ValueError) as error:  # a name that no file can have
+        except (OSError, ValueError) as error:  # an impossible file name
             raise InputError(f"{first} can not be followed: {error}") from error
         if owner not in owners:
             raise InputError(

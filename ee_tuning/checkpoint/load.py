@@ -1,7 +1,7 @@
-"""The way from a job's configuration to this stage of an early-exit model with its weights.
+"""Builds this stage of an early-exit model from a job's configuration, and loads its weights.
 
-The backbone is read in place, from whichever format it is in, the heads from their artifact.
-One data-parallel replica reads each tensor and hands it on to the others.
+The backbone is read in place, in any format, and the heads from their artifact. One data-parallel replica reads each
+tensor and broadcasts it to the others.
 """
 
 import dataclasses
@@ -37,36 +37,36 @@ from ee_tuning.parallel.topology import Topology
 
 @dataclass(frozen=True)
 class Sources:
-    """Where a stage's weights come from, and what is known of the model before any of them is read."""
+    """The sources of a stage's weights, and the configurations known before any weights are read."""
 
     config: ModelConfig
     backbone: TensorSource
     exits: ExitHeadsConfig | None
-    """What the heads are; None where there are none."""
+    """Configuration of the heads; None without exits."""
     exit_tensors: TensorSource | None
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A stage with its weights, and what is known of the whole."""
+    """A stage with its weights, and facts about the whole model."""
 
     model: EarlyExitModel
     stages: list[tuple[int, int]]
     """First and last layer, 1-based, of every stage."""
     exits: ExitHeadsConfig | None
-    """What the heads are; None where there are none."""
+    """Configuration of the heads; None without exits."""
     heads_digest: str | None = None
-    """The sha256 of their weights, as an artifact's manifest has it: ExitHeadsReader.digest."""
+    """sha256 of the heads' weights from the artifact's manifest: ExitHeadsReader.digest."""
 
 
 def load_for_tuning(
     config: Config, topology: Topology, fit: Fit | None = None, listed: ListedTokens | None = None
 ) -> LoadedModel:
-    """The layers up to the last exit and the heads, from exits.path or made as `exits` describes, of which `fit` is a
-    part where exits.init is fitted, and `listed` where they have a shortlist; all layers and the final head where
-    tuning.loss or tuning.compare_final ask for it.
+    """Loads the layers up to the last exit, and the heads from exits.path or initialized as `exits` describes.
 
-    Raises InputError where model, exits and layout do not fit each other.
+    New heads use `fit` where exits.init is fitted, and `listed` where they have a shortlist. All layers and the final
+    head are loaded where tuning.loss or tuning.compare_final need them. Raises InputError where model, exits and layout
+    do not fit each other.
     """
     reader, model_config = _open_model(config, topology)
     with reader:
@@ -75,8 +75,9 @@ def load_for_tuning(
 
 
 def load_for_fitting(config: Config, topology: Topology, listed: ListedTokens | None = None) -> LoadedModel:
-    """All layers, the final norm, and the heads as `exits` describes them, but for the map that is to be found. `exits`
-    of what is returned is the artifact to be. Raises as `load_for_tuning`.
+    """Loads all layers, the final norm, and the heads that `exits` describes without the map to be fitted.
+
+    `exits` of the result describes the artifact to be written. Raises like `load_for_tuning`.
     """
     reader, model_config = _open_model(config, topology)
     with reader:
@@ -85,7 +86,7 @@ def load_for_fitting(config: Config, topology: Topology, listed: ListedTokens | 
 
 
 def load_for_generation(config: Config, topology: Topology) -> LoadedModel:
-    """All layers, the final head, and the heads of exits.path where it is given. Raises as `load_for_tuning`."""
+    """Loads all layers, the final head, and the heads of exits.path, if given. Raises like `load_for_tuning`."""
     reader, model_config = _open_model(config, topology)
     with reader:
         exits, tensors = (
@@ -99,8 +100,8 @@ def load_for_generation(config: Config, topology: Topology) -> LoadedModel:
 
 
 def plan_fitting(config: Config, sources: Sources, topology: Topology) -> list[StagePlan]:
-    """What each stage holds while exits are fitted: no head has a map, or an output matrix of its own, for none is
-    needed. Raises as `plan_tuning`.
+    """Returns what each stage holds during a fit. Heads have no map and no output matrix then. Raises like
+    `plan_tuning`.
     """
     exits, model = sources.exits, sources.config
     assert exits is not None
@@ -127,13 +128,14 @@ def plan_fitting(config: Config, sources: Sources, topology: Topology) -> list[S
 
 
 def fitted_dtype(exits: ExitHeadsConfig) -> torch.dtype:
-    """What maps are held in on their way to the heads."""
+    """Returns the dtype of maps on their way to the heads."""
     return torch.promote_types(exits.torch_dtype, torch.float32)
 
 
 def plan_tuning(config: Config, sources: Sources, topology: Topology) -> list[StagePlan]:
-    """What each stage holds while tuning. Raises InputError where the layers do not reach for the stages, or the
-    sequence for its parts.
+    """Returns what each stage holds during tuning.
+
+    Raises InputError where there are fewer layers than stages, or the sequence can not be cut evenly.
     """
     exits = sources.exits
     assert exits is not None
@@ -161,7 +163,7 @@ def plan_tuning(config: Config, sources: Sources, topology: Topology) -> list[St
 
 
 def tuning_costs(config: Config, model: ModelConfig, exits: ExitHeadsConfig) -> list[float]:
-    """Multiply-adds per token of each layer that is built for tuning, with what hangs on it."""
+    """Returns the multiply-adds per token of each layer built for tuning, with its exit."""
     has_final_head = config.tuning.wants_final_head
     num_layers = model.num_layers if has_final_head else max(exits.exit_layers)
     return stage_costs(
@@ -170,7 +172,7 @@ def tuning_costs(config: Config, model: ModelConfig, exits: ExitHeadsConfig) -> 
 
 
 def build_stage(sources: Sources, plans: list[StagePlan], topology: Topology) -> LoadedModel:
-    """This rank's stage of `plans`, with its weights."""
+    """Builds this rank's stage of `plans`, with its weights."""
     plan, config = plans[topology.stage], sources.config
     model = EarlyExitModel(config, topology, plan)
     shard = (topology.tp, topology.tp_rank, plan.dtype)
@@ -186,7 +188,7 @@ def build_stage(sources: Sources, plans: list[StagePlan], topology: Topology) ->
 
 
 def compute_dtype(config: Config, topology: Topology) -> torch.dtype:
-    """model.dtype, or float32 on a CPU and bfloat16 on a GPU."""
+    """Returns model.dtype, or else float32 on a CPU and bfloat16 on a GPU."""
     is_cpu = topology.device.type == "cpu"
     if is_cpu and config.model.dtype == "bfloat16" and not multiplies_bfloat16():
         warn_once(
@@ -221,8 +223,8 @@ def _open_exits(
     fit: Fit | None,
     listed: ListedTokens | None = None,
 ) -> tuple[ExitHeadsConfig, TensorSource]:
-    """The artifact at exits.path, which must be bound to this model; without a path, first weights as `exits`, `fit`
-    and `listed` describe them.
+    """Opens the artifact at exits.path, which must belong to this model, or initial weights as `exits`, `fit` and
+    `listed` describe them.
     """
     if config.exits.path is None:
         model_config.check_exit_layers(config.exits.layers(model_config.num_layers))

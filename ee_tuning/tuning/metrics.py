@@ -43,9 +43,7 @@ class MetricsGatherer:
         """
         if not self._topology.is_writer:
             return
-        self._store.set(
-            self._key(self.num_posted, self._topology.stage), json.dumps(record)
-        )  # json.dumps keeps NaN
+        self._store.set(self._key(self.num_posted, self._topology.stage), json.dumps(record))  # json.dumps keeps NaN
         self.num_posted += 1
         if self._topology.is_logging_rank:
             self._expected.append(self.num_posted - 1)
