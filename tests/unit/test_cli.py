@@ -1,11 +1,11 @@
 """The command line teaches, answers at once, and says in one line what the user did wrong."""
 
+import importlib
 import os
 import shlex
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,11 +19,9 @@ COMMANDS = [command.name for command in cli.COMMANDS]
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, module: str, function: str) -> list[tuple[Any, ...]]:
-    """Puts a module in the place of a command's own, and returns the calls it receives."""
+    """Puts a recorder in the place of a command's own function, and returns the calls it receives."""
     calls: list[tuple[Any, ...]] = []
-    fake = ModuleType(module)
-    setattr(fake, function, lambda *args, **keys: calls.append((*args, keys)))
-    monkeypatch.setitem(sys.modules, module, fake)
+    monkeypatch.setattr(importlib.import_module(module), function, lambda *args, **keys: calls.append((*args, keys)))
     return calls
 
 
@@ -170,9 +168,7 @@ def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> int:
     def inspect_path(*_: Any, **__: Any) -> None:
         raise error
 
-    fake = ModuleType("ee_tuning.checkpoint.inspect")
-    fake.inspect_path = inspect_path  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, fake.__name__, fake)
+    monkeypatch.setattr(importlib.import_module("ee_tuning.checkpoint.inspect"), "inspect_path", inspect_path)
     return cli.main(["inspect", "folder"])
 
 
