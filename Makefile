@@ -4,49 +4,68 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --disable-pip-version-check
+# One stamp for each set of packages: what users need, what tests and checks need besides, what the site needs.
+INSTALLED := $(VENV)/.installed
+INSTALLED_DEV := $(VENV)/.installed-dev
+INSTALLED_DOCS := $(VENV)/.installed-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-llm test stress quality shape clean
+.PHONY: help install install-dev demo demo-llm test stress quality shape docs clean
 
 help:
-	@echo "make demo      convert, tune and decode the small model that ships with this project; runs/demo/report.json"
-	@echo "make demo-llm  the same and more with a real LLM of 135M parameters, a quarter of an hour; runs/demo-llm/report.json"
-	@echo "make test      all tests, on the CPU"
-	@echo "make stress    thousands of damaged files, two hundred kill -9, thousands of mixtures and calibrations, an hour; docs/stress.md"
-	@echo "make quality   ruff and mypy"
-	@echo "make shape     prints long files, long functions and crowded folders"
-	@echo "make install   only the set-up: everything in $(VENV)"
-	@echo "make clean     removes $(VENV) and what the tools cached; runs/ stays"
+	@echo "make demo        convert, tune and decode the small model that ships with this project; runs/demo/report.json"
+	@echo "make demo-llm    the same and more with a real LLM of 135M parameters, a quarter of an hour; runs/demo-llm/report.json"
+	@echo "make test        all tests, on the CPU"
+	@echo "make stress      thousands of damaged files, two hundred kill -9, thousands of mixtures and calibrations, an hour; docs/stress.md"
+	@echo "make quality     ruff and mypy"
+	@echo "make shape       prints long files, long functions and crowded folders"
+	@echo "make docs        builds the site of docs/ into build/site"
+	@echo "make install     only the set-up of what the commands need: everything in $(VENV)"
+	@echo "make install-dev the same, with what tests and checks need"
+	@echo "make clean       removes $(VENV) and what the tools cached; runs/ stays"
 
-install: $(STAMP)
+install: $(INSTALLED)
+
+install-dev: $(INSTALLED_DEV)
 
 # An installed torch is used as it is (the NVIDIA image has its own build); only where there is none, a pinned one comes in.
-$(STAMP): setup.py
+$(INSTALLED): setup.py
 	@if $(PYTHON) -c 'import torch' 2>/dev/null; then $(PYTHON) -m venv --system-site-packages $(VENV); else $(PYTHON) -m venv $(VENV); fi
-	@$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --disable-pip-version-check $(TORCH)
-	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]'
-	@touch $(STAMP)
+	@$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) $(TORCH)
+	$(PIP) --editable '.[gguf]'
+	@touch $@
 
-demo: $(STAMP)
+$(INSTALLED_DEV): $(INSTALLED)
+	$(PIP) --editable '.[dev]'
+	@touch $@
+
+$(INSTALLED_DOCS): $(INSTALLED)
+	$(PIP) --editable '.[docs]'
+	@touch $@
+
+demo: $(INSTALLED)
 	$(BIN)/ee-tuning demo
 
-demo-llm: $(STAMP)
+demo-llm: $(INSTALLED)
 	$(BIN)/ee-tuning demo --llm
 
-test: $(STAMP)
+test: $(INSTALLED_DEV)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-stress: $(STAMP)
+stress: $(INSTALLED_DEV)
 	$(BIN)/python tests/stress/run.py --output docs/stress.md
 
-quality: $(STAMP)
+quality: $(INSTALLED_DEV)
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
 
-shape: $(STAMP)
+shape: $(INSTALLED_DEV)
 	$(BIN)/python tools/shape.py
 
+docs: $(INSTALLED_DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 clean:
-	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build/site *.egg-info .pytest_cache .mypy_cache .ruff_cache
