@@ -1,7 +1,6 @@
-"""sha256 of every file of a folder, checked before anything in it is used: safetensors notices no flipped byte.
+"""sha256 of every file of a folder, verified before any of them is used: safetensors does not detect a flipped byte.
 
-`manifest.json` is {"files": {name: {"sha256", "bytes"}}} and is written last, so a folder without it was never
-finished.
+`manifest.json` is {"files": {name: {"sha256", "bytes"}}}. It is written last, so a folder without it is unfinished.
 """
 
 import fnmatch
@@ -20,11 +19,11 @@ from ee_tuning.parallel.topology import Topology
 
 MANIFEST = "manifest.json"
 TEMPLATES = "additional_chat_templates"
-"""The one folder within a folder: transformers keeps a tokenizer's named chat templates in it."""
+"""The only subfolder: transformers keeps a tokenizer's named chat templates in it."""
 
 
 def write_manifest(folder: Path, known: Mapping[str, str] | None = None) -> None:
-    """Lists every file that stands in `folder` now. `known` are sha256 by file name that were taken while writing."""
+    """Lists every file that is in `folder` now. `known` holds sha256 sums by file name that are known already."""
     files = {
         name: {"sha256": (known or {}).get(name) or _sha256(folder / name), "bytes": (folder / name).stat().st_size}
         for name in file_names(folder)
@@ -34,14 +33,16 @@ def write_manifest(folder: Path, known: Mapping[str, str] | None = None) -> None
 
 
 def file_names(folder: Path) -> list[str]:
-    """Names of what stands in `folder`, and of what stands in its TEMPLATES with that before them."""
+    """Returns the names of the files in `folder`, and of those in its TEMPLATES with that prefix."""
     templates = folder / TEMPLATES
     within = [f"{TEMPLATES}/{path.name}" for path in sorted(templates.iterdir())] if templates.is_dir() else []
     return sorted(path.name for path in folder.iterdir() if not within or path.name != TEMPLATES) + within
 
 
 def read_manifest(folder: Path, remedy: str) -> dict[str, dict[str, Any]]:
-    """File name -> {"sha256", "bytes"}. Raises InputError, ending with `remedy`, where it is missing or no manifest."""
+    """Reads file name -> {"sha256", "bytes"}. Raises InputError, ending with `remedy`, where the manifest is missing or
+    invalid.
+    """
     path = folder / MANIFEST
     try:
         files = read_json(path)["files"]
@@ -59,12 +60,12 @@ def read_manifest(folder: Path, remedy: str) -> dict[str, dict[str, Any]]:
 
 
 def holds_manifest(folder: Path) -> bool:
-    """Whether this project wrote the folder's `manifest.json`, as far as can be told from one that may be broken: other
-    programs have files of that name too.
+    """Whether this project wrote the folder's `manifest.json`, even if it is broken. Other programs use that name,
+    too.
     """
     try:
         tree = read_json(folder / MANIFEST)
-    except (FileNotFoundError, NotADirectoryError):  # a GGUF file stands alone
+    except (FileNotFoundError, NotADirectoryError):  # a GGUF file is no folder
         return False
     except (OSError, ValueError):
         return True
@@ -75,7 +76,7 @@ def holds_manifest(folder: Path) -> bool:
 
 
 def check_manifest(folder: Path, remedy: str, topology: Topology | None = None) -> None:
-    """Raises InputError where a file of the folder is not what its manifest says; all ranks share the work and raise
+    """Raises InputError where a file of the folder differs from its manifest. All ranks share the work and raise
     together.
     """
     with ManifestCheck(folder, remedy, topology) as check:
@@ -83,9 +84,9 @@ def check_manifest(folder: Path, remedy: str, topology: Topology | None = None) 
 
 
 class ManifestCheck:
-    """`check_manifest` behind other work: a thread hashes this rank's share of the files. A context manager.
+    """Runs `check_manifest` in the background: a thread hashes this rank's share of the files. A context manager.
 
-    What is made of the folder meanwhile must not be put in place before `finish`.
+    Output made from the folder must not be put in place before `finish`.
     """
 
     def __init__(self, folder: Path, remedy: str, topology: Topology | None = None):
@@ -103,7 +104,7 @@ class ManifestCheck:
         self._thread.shutdown()
 
     def finish(self) -> None:
-        """Waits for the check. Raises InputError, on all ranks, where a file is not what the manifest says."""
+        """Waits for the check. Raises InputError, on all ranks, where a file differs from the manifest."""
         if found := gather_lists(self._complaints.result(), self._topology):
             raise InputError(found[0])
 
@@ -118,9 +119,9 @@ class ManifestCheck:
 
 
 def check_file(path: Path, entry: dict[str, Any], remedy: str, is_left: threading.Event | None = None) -> None:
-    """Raises InputError, ending with `remedy`, where the file is not the one that the manifest's `entry` describes.
+    """Raises InputError, ending with `remedy`, where the file differs from the manifest's `entry`.
 
-    Setting `is_left` makes it return soon, the file unchecked.
+    Setting `is_left` makes it return early, without a result.
     """
     if not path.is_file():
         raise InputError(f"{path} is missing, and {MANIFEST} names it; {remedy}")
@@ -134,8 +135,10 @@ def check_file(path: Path, entry: dict[str, Any], remedy: str, is_left: threadin
 
 
 def check_replaceable(output: Path, overwrite: bool, marks: Sequence[str]) -> None:
-    """Raises InputError where `output` exists, unless it is empty, or may be replaced: it is an export of the format
-    that has files named as each of the patterns `marks`, and holds nothing that its manifest does not list.
+    """Raises InputError where `output` exists, is not empty, and may not be replaced.
+
+    It may be replaced if it is an export of the format with files that match all patterns `marks`, and holds only files
+    that its manifest lists.
     """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return

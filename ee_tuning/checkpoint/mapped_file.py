@@ -1,4 +1,4 @@
-"""A file's bytes by place: mapped, or read into a buffer."""
+"""Access to a file's bytes: by memory mapping, or by reading into a buffer."""
 
 import mmap
 from pathlib import Path
@@ -7,7 +7,7 @@ from ee_tuning.checkpoint.open_files import OpenMapping, Reopened
 
 
 class MappedFile:
-    """A file's bytes, mapped whenever they are asked for; what was taken from a mapping keeps it."""
+    """The bytes of a file, mapped on request. A mapping stays alive while memory from it is used."""
 
     def __init__(self, path: Path):
         self._file: Reopened[OpenMapping] = Reopened(path, OpenMapping)
@@ -20,14 +20,14 @@ class MappedFile:
         return self._file.now().bytes[part]
 
     def mapping(self) -> mmap.mmap:
-        """All of it."""
+        """Returns the mapping of the whole file."""
         return self._file.now().bytes
 
     def read_at(self, offset: int, into: memoryview) -> None:
-        """Fills `into` with what lies from `offset` on. Raises OSError; EOFError where the file ends before that."""
+        """Fills `into` with the bytes from `offset` on. Raises OSError, or EOFError where the file ends earlier."""
         self._file.now().read_at(offset, into)
 
 
 def map_file(path: Path) -> MappedFile:
-    """The file, mapped until nobody refers to it. Raises InputError where it can not be opened or is empty."""
+    """Opens a file for mapping. Raises InputError where it can not be opened or is empty."""
     return MappedFile(path)

@@ -1,8 +1,8 @@
 """Megatron-core's distributed checkpoints: `.metadata`, `.distcp` files, `common.pt`.
 
-Read by slices, whatever layout wrote them: each rank copies the rectangles it needs out of the mapped files. Layers,
-and the experts of each, may be stacked in one tensor (`decoder.layers.mlp.experts.experts.…`) or stand alone
-(`decoder.layers.3.mlp.experts.experts.5.…`); norms may have the local spec's names or Transformer Engine's.
+They are read by slices, whatever layout wrote them: each rank copies the rectangles it needs from the mapped files.
+Layers, and the experts of each layer, may be stacked in one tensor (`decoder.layers.mlp.experts.experts.…`) or stand
+alone (`decoder.layers.3.mlp.experts.experts.5.…`); norms may have the local spec's names or Transformer Engine's.
 """
 
 import math
@@ -27,9 +27,9 @@ from ee_tuning.model.config import ModelConfig
 from ee_tuning.notices import warn_once
 
 _BESIDE = re.compile(r"(chained_\d+\.)?(optimizer|optimizer_state)\.|exits\.\d+\.|rng_state|rerun_state_machine")
-"""Keys of what is saved with a model."""
+"""Keys of data that is saved beside a model."""
 _FURTHER_TOKENS = "mtp."
-"""Megatron's layers that predict more than one token ahead."""
+"""Megatron's layers for multi-token prediction."""
 _LAYER = re.compile(r"(decoder\.layers\.)(\d+)\.(.+)")
 _EXPERT = re.compile(r"(mlp\.experts\.)local_experts\.(\d+)\.(.+)")
 _FINAL_NORM = "decoder.final_layernorm.weight"
@@ -37,7 +37,7 @@ _FINAL_NORM = "decoder.final_layernorm.weight"
 
 @dataclass(frozen=True)
 class _ChunkOnDisk:
-    """A rectangle of a stored tensor, and the stretch of a file that it lies in."""
+    """A rectangle of a stored tensor, and its bytes in a file."""
 
     offsets: TensorShape
     sizes: TensorShape
@@ -47,8 +47,9 @@ class _ChunkOnDisk:
 
 
 class DistributedCheckpoint:
-    """The tensors of a distributed checkpoint, by rectangles. Raises InputError, naming the file, where anything in it
-    is not sound.
+    """The tensors of a distributed checkpoint, read by rectangles.
+
+    Raises InputError, naming the file, where anything in it is invalid.
     """
 
     def __init__(self, folder: Path):
@@ -77,8 +78,8 @@ class DistributedCheckpoint:
         self._items: dict[tuple[str, int], StoredTensor] = {}
 
     def rectangle(self, key: str, lower: TensorShape, upper: TensorShape, *, is_checked: bool) -> Tensor:
-        """[upper - lower]: copied out of the chunks that it meets. `is_checked`: those chunks' checksums are compared
-        first.
+        """Copies a rectangle [upper - lower] from the chunks that it overlaps. `is_checked`: their checksums are
+        verified first.
         """
         out = torch.empty([high - low for low, high in zip(lower, upper, strict=True)], dtype=self.dtypes[key])
         boxes: list[tuple[TensorShape, TensorShape]] = []
@@ -107,8 +108,8 @@ class DistributedCheckpoint:
         return out
 
     def stored_tensors(self) -> Iterator[tuple[str, str, StoredTensor]]:
-        """Every chunk of every tensor: key, file, and what lies there. Raises InputError where chunks leave a part of a
-        tensor out.
+        """Yields every chunk of every tensor: key, file, and stored data. Raises InputError where chunks do not cover a
+        tensor.
         """
         for key, chunks in self._chunks.items():
             if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(self.shapes[key]):
@@ -119,7 +120,7 @@ class DistributedCheckpoint:
                 yield key, chunk.file, self._item(key, chunk)
 
     def files(self) -> set[str]:
-        """Names of the files that tensors lie in."""
+        """Returns the names of the files that hold tensors."""
         return {chunk.file for chunks in self._chunks.values() for chunk in chunks}
 
     def _item(self, key: str, chunk: _ChunkOnDisk) -> StoredTensor:
@@ -154,7 +155,7 @@ class MegatronReader(MegatronSource):
     def __init__(self, folder: Path, config: ModelConfig):
         super().__init__(folder, config)
         self.checkpoint = DistributedCheckpoint(folder)
-        # The optimizer's states have the same names behind longer prefixes of their own.
+        # The optimizer's states have the same names behind longer prefixes.
         self._prefix = min(
             (key.removesuffix(_FINAL_NORM) for key in self.checkpoint.shapes if key.endswith(_FINAL_NORM)),
             key=len,
@@ -162,7 +163,7 @@ class MegatronReader(MegatronSource):
         )
 
     def stored_shape(self, parameter: str, rank: int) -> TensorShape | None:
-        """The shape of the whole parameter: a distributed checkpoint's tensors are whole, whatever wrote them."""
+        """Returns the shape of the whole parameter. Tensors of a distributed checkpoint are not sharded."""
         shapes = []
         for key, entry in self._places(parameter):
             shape = self.checkpoint.shapes[key]
@@ -172,15 +173,17 @@ class MegatronReader(MegatronSource):
         return (sum(shape[0] for shape in shapes), *shapes[0][1:]) if shapes and all(shapes) else None
 
     def stored_dtype(self, parameter: str) -> torch.dtype:
-        """The dtype of a parameter that is there."""
+        """Returns the dtype of an existing parameter."""
         return self.checkpoint.dtypes[self._places(parameter)[0][0]]
 
     def path(self, parameter: str, rank: int) -> Path:
-        """The description: which of the files a parameter lies in differs from row to row."""
+        """Returns the metadata file, because a parameter's rows may lie in several files."""
         return self.folder / METADATA
 
     def read(self, parameter: str, rank: int, rows: slice, columns: slice | None) -> Tensor:
-        """A rectangle. A single row is read unchecked, or a fingerprint would read all of the checkpoint."""
+        """Reads a rectangle. A single row is read without its checksum; otherwise a fingerprint would read the whole
+        checkpoint.
+        """
         parts, row = [], 0
         for key, entry in self._places(parameter):
             shape = self.checkpoint.shapes[key][len(entry) :]
@@ -200,18 +203,18 @@ class MegatronReader(MegatronSource):
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def weight_files(self) -> set[str]:
-        """Names of the files that tensors lie in."""
+        """Returns the names of the files that hold tensors."""
         return self.checkpoint.files()
 
     def unexpected_keys(self) -> Iterator[tuple[str, Path]]:
-        """Tensors that are neither the model's, as `config` knows it, nor of the optimizer, random states or exits that
-        lie beside it.
+        """Yields the tensors that neither `config` explains nor belong to optimizer, random states or exits beside the
+        model.
         """
         used: dict[str, set[tuple[int, ...]]] = {}
         for parameter in backbone_parameter_names(self.config):
             for key, entry in self._places(parameter):
                 used.setdefault(key, set()).add(entry)
-        known = {*used, *map(norm_alias, used)}  # a norm may be there under both of its names, for either layer spec
+        known = {*used, *map(norm_alias, used)}  # a norm may be stored under both of its names, for either layer spec
         for key in sorted(self.checkpoint.shapes):
             name = key.removeprefix(self._prefix)
             if name.startswith(_FURTHER_TOKENS):
@@ -229,21 +232,22 @@ class MegatronReader(MegatronSource):
                 yield f"{key} of {' × '.join(map(str, stack))} layers or experts", self.folder / METADATA
 
     def _places(self, parameter: str) -> list[tuple[str, tuple[int, ...]]]:
-        """The tensor, or tensors one below the other, that a parameter lies in, and which entry of a stack. None where
-        absent.
+        """Returns the stored tensors that a parameter consists of, one below the other, and the entry of a stack; None
+        if absent.
         """
         for name in (parameter, norm_alias(parameter)):
             for key, entry in stacked_names(name):
                 key = self._prefix + key
-                for keys in ([key], [f"{key}_w", f"{key}_v"]):  # a gated MLP's halves may stand apart
+                for keys in ([key], [f"{key}_w", f"{key}_v"]):  # the halves of a gated MLP may be stored separately
                     if all(each in self.checkpoint.shapes for each in keys):
                         return [(each, entry) for each in keys]
         return []
 
 
 def stacked_names(parameter: str) -> list[tuple[str, tuple[int, ...]]]:
-    """What stock Megatron-core may call a parameter in a distributed checkpoint, and which entry of the tensor of that
-    name it is then: of all layers and, within them, of all experts, where they are stacked.
+    """Returns the names that stock Megatron-core may use for a parameter, with its entry in the tensor of that name.
+
+    Entries count the layers and, within them, the experts, where these are stacked.
     """
     layer = _LAYER.fullmatch(parameter)
     if layer is None:

@@ -1,7 +1,6 @@
-"""Megatron's parameters, fused and sharded as a checkpoint of its own holds them, seen as whole tensors under Hugging
-Face's names.
+"""Presents Megatron's fused and sharded parameters as whole tensors under Hugging Face's names.
 
-The key maps of `names.py` read backwards: where each stretch of a Hugging Face tensor lies among the shards.
+It inverts the key maps of `names.py`: it finds each slice of a Hugging Face tensor among the stored shards.
 """
 
 from abc import ABC, abstractmethod
@@ -31,13 +30,13 @@ _FUSED_NORMS = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
-"""Names of a layer's norms in the local layer spec, and what Transformer Engine's fused modules call them."""
+"""A layer's norms: names in the local layer spec -> names in Transformer Engine's fused modules."""
 
 
 @dataclass(frozen=True)
 class StoredSlice:
-    """A piece of a Hugging Face tensor: in rank `rank`'s `parameter`, from row `row` on where it lies along the
-    parameter's rows.
+    """A slice of a Hugging Face tensor: it is stored in rank `rank`'s `parameter`, from row `row` on if it is cut by
+    rows.
     """
 
     piece: TensorSlice
@@ -50,9 +49,9 @@ class MegatronSource(ABC):
     """A backbone in a Megatron checkpoint; see TensorSource. A context manager."""
 
     num_ranks = 1
-    """Tensor-parallel shards that the stored parameters are cut into."""
+    """Number of tensor-parallel shards of the stored parameters."""
     manifest_verified = False
-    """Whether a manifest is checked: the archives' own checksums are then spared."""
+    """Whether a manifest is verified, so that the archives' own checksums need not be."""
 
     def __init__(self, folder: Path, config: ModelConfig):
         self.folder, self.config = folder, config
@@ -61,31 +60,31 @@ class MegatronSource(ABC):
 
     @abstractmethod
     def stored_shape(self, parameter: str, rank: int) -> TensorShape | None:
-        """The shape of rank's shard, None where there is none."""
+        """Returns the shape of rank's shard, or None if it is absent."""
 
     @abstractmethod
     def stored_dtype(self, parameter: str) -> torch.dtype:
-        """The dtype of a parameter that is there."""
+        """Returns the dtype of an existing parameter."""
 
     @abstractmethod
     def read(self, parameter: str, rank: int, rows: slice, columns: slice | None) -> Tensor:
-        """A rectangle of rank's shard; `columns` is None for vectors and where all are wanted."""
+        """Reads a rectangle of rank's shard. `columns` is None for vectors and for all columns."""
 
     @abstractmethod
     def path(self, parameter: str, rank: int) -> Path:
-        """The file that the shard is in, for errors."""
+        """Returns the file of the shard, for error messages."""
 
     def has_output(self) -> bool:
-        """Whether an output matrix is stored, be it a copy of the embedding."""
+        """Whether an output matrix is stored, possibly as a copy of the embedding."""
         return self.stored_shape("output_layer.weight", 0) is not None
 
     @abstractmethod
     def weight_files(self) -> set[str]:
-        """Files that tensors lie in, by their names in the folder."""
+        """Returns the names of the files that hold tensors."""
 
     @abstractmethod
     def unexpected_keys(self) -> Iterator[tuple[str, Path]]:
-        """Tensors of the model that `config` does not know, and their files."""
+        """Yields the model's tensors that `config` does not explain, and their files."""
 
     def __enter__(self) -> Self:
         return self
@@ -96,20 +95,20 @@ class MegatronSource(ABC):
         self.close()
 
     def close(self) -> None:
-        """Nothing: files are mapped, not held open."""
+        """Does nothing: files are mapped, not held open."""
         return None
 
     def names(self) -> list[str]:
-        """Every tensor there is, sorted."""
+        """Returns the names of all tensors, sorted."""
         return sorted(self._shapes)
 
     def shape(self, name: str) -> TensorShape:
-        """The shape of the whole tensor."""
+        """Returns the shape of the whole tensor."""
         self._parts(name)
         return self._shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
-        """The stored dtype; one of float64, float32, float16 and bfloat16."""
+        """Returns the stored dtype, one of float64, float32, float16 and bfloat16."""
         part = self._parts(name)[0]
         dtype = self.stored_dtype(part.parameter)
         if dtype not in DTYPES.values():
@@ -120,9 +119,7 @@ class MegatronSource(ABC):
         return dtype
 
     def check_shape(self, name: str, shape: TensorShape) -> None:
-        """Raises InputError where the tensor is missing, has another shape, or is stored as something that is no plain
-        float.
-        """
+        """Raises InputError where the tensor is missing, has another shape, or is not stored as a plain float."""
         self.dtype(name)
         if self.shape(name) != shape:
             raise InputError(
@@ -131,9 +128,7 @@ class MegatronSource(ABC):
             )
 
     def check_complete(self, config: ModelConfig) -> None:
-        """Raises InputError where a backbone tensor is missing, has another shape, or one is there that would be
-        ignored.
-        """
+        """Raises InputError where a backbone tensor is missing, has another shape, or would be ignored."""
         refuse_meaningful(self.unexpected_keys())
         for name, shape in backbone_tensor_shapes(config).items():
             self.check_shape(name, shape)
@@ -141,16 +136,16 @@ class MegatronSource(ABC):
             raise unread(key, path, config, "the shape (saved arguments, or --config)")
 
     def full(self, name: str) -> Tensor:
-        """The whole tensor, as stored."""
+        """Returns the whole tensor, as stored."""
         return self.rows(name, 0, self.shape(name)[0])
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """[stop - start, …]: these rows, as stored."""
+        """Returns rows [stop - start, …], as stored."""
         shape = self.shape(name)
         return self._rectangle(name, slice(start, stop), slice(0, shape[1]) if len(shape) > 1 else None)
 
     def columns(self, name: str, start: int, stop: int) -> Tensor:
-        """[n, stop - start]: these columns, as stored."""
+        """Returns columns [n, stop - start], as stored."""
         return self._rectangle(name, slice(0, self.shape(name)[0]), slice(start, stop))
 
     def _rectangle(self, name: str, rows: slice, columns: slice | None) -> Tensor:
@@ -186,7 +181,7 @@ class MegatronSource(ABC):
         return self._stretches[name]
 
     def _plan(self) -> dict[str, list[StoredSlice]]:
-        """Every Hugging Face tensor's stretches, in order. All shapes are checked on the way."""
+        """Returns the stored slices of every Hugging Face tensor, in order. Checks all shapes."""
         plan: dict[str, list[StoredSlice]] = {}
         for parameter in backbone_parameter_names(self.config):
             if parameter == "output_layer.weight" and self.config.ties_embeddings:
@@ -196,7 +191,7 @@ class MegatronSource(ABC):
                 row = 0
                 for piece in pieces:
                     place = (piece.name, piece.dim, piece.start)
-                    if place not in seen and piece.size:  # every rank holds what is replicated: the first one's is read
+                    if place not in seen and piece.size:  # replicated on all ranks: the first rank's copy is read
                         plan.setdefault(piece.name, []).append(StoredSlice(piece, parameter, rank, row))
                         seen.add(place)
                     row += piece.size
@@ -205,7 +200,7 @@ class MegatronSource(ABC):
         return plan
 
     def _pieces(self, parameter: str) -> list[tuple[TensorSlice, ...]]:
-        """Per rank, what its shard is made of."""
+        """Returns the slices of each rank's shard."""
         shapes = [self.stored_shape(parameter, rank) for rank in range(self.num_ranks)]
         known = []
         for rank, shape in enumerate(shapes):
@@ -227,7 +222,9 @@ class MegatronSource(ABC):
         return [shard.pieces for shard in plans]
 
     def _vocabulary(self, parameter: str, shapes: list[TensorShape]) -> list[tuple[TensorSlice, ...]]:
-        """Megatron pads the vocabulary as each run was told to, so the stored shapes say who has which rows."""
+        """Returns the vocabulary's slices per rank. Padding differs from run to run, so the stored shapes decide who
+        has which rows.
+        """
         size, width = self.config.vocab_size, self.config.hidden_size
         name = next(iter(backbone_shard(parameter, self.config, 1, 0).pieces)).name
         if sum(shape[0] for shape in shapes) < size or any(shape[1:] != (width,) for shape in shapes):
@@ -244,14 +241,12 @@ class MegatronSource(ABC):
 
 
 def norm_alias(parameter: str) -> str:
-    """The name that Transformer Engine's fused modules give a layer's norm; any other parameter's own."""
+    """Returns the name of a layer's norm in Transformer Engine's fused modules; other parameters keep their names."""
     for local, fused in _FUSED_NORMS.items():
         parameter = parameter.replace(f".{local}", f".{fused}")
     return parameter
 
 
 def is_harmless(key: str, *, ties_embeddings: bool) -> bool:
-    """Whether a key of a model that no parameter is known for may be left out: states of fused modules, buffers, a tied
-    copy.
-    """
+    """Whether a key without a parameter may be ignored: states of fused modules, buffers, a tied copy."""
     return "_extra_state" in key or key.endswith("inv_freq") or (ties_embeddings and key == "output_layer.weight")

@@ -1,7 +1,7 @@
-"""A Megatron-core distributed checkpoint of a model, with its exits beside the backbone's stock keys.
+"""Writes a model as a Megatron-core distributed checkpoint, with its exits beside the backbone's stock keys.
 
-Stock Megatron-core loads it at any TP × PP and leaves the exits alone. Tensors are described as the whole model's,
-whoever writes them, so the number of writing processes leaves no trace.
+Stock Megatron-core loads it at any TP × PP and ignores the exits. Tensors are described as whole ones, so the number of
+writing processes leaves no trace.
 """
 
 import argparse
@@ -39,17 +39,16 @@ from ee_tuning.parallel.collectives import gather_lists, on_first_rank
 from ee_tuning.parallel.topology import Topology
 
 _MARKS = (METADATA, "common.pt", "config.json")
-"""What tells an export of this format from another, and from a checkpoint of a run."""
+"""File patterns that identify an export of this format, and not a checkpoint of a run."""
 _LINEAR = re.compile(r"(.+\.linear_(?:qkv|proj|fc1|fc2))\.weight")
 
 
 def write_megatron(config: Config, output: Path, topology: Topology | None = None, *, overwrite: bool = False) -> None:
-    """Writes model.path, in whichever format it is, with the exits of exits.path, where given, to `output`:
-    `.metadata`, `*.distcp`, `common.pt` with the arguments Megatron-LM asks for, config.json, and exit_config.json. All
-    ranks, if there are several, call it and share the tensors.
+    """Writes model.path, in any format, with the exits of exits.path, if given, to `output`.
 
-    Raises InputError where model and exits do not belong together or `output` can not be written; then nothing is left
-    behind.
+    The folder holds `.metadata`, `*.distcp`, `common.pt` with the arguments for Megatron-LM, config.json and
+    exit_config.json. All ranks call it and share the tensors. Raises InputError where model and exits do not belong
+    together or `output` can not be written; nothing is left behind then.
     """
     on_first_rank(topology, lambda: check_target(config, output, overwrite, _MARKS))
     with open_for_export(config, topology) as model:
@@ -78,7 +77,7 @@ def _write(model: ExportSource, output: Path, topology: Topology | None) -> None
 
 @dataclass(frozen=True)
 class _RankReport:
-    """What a process did."""
+    """The chunks, checksums and warnings of a process."""
 
     written: list[StoredChunk]
     sums: dict[str, str]
@@ -87,24 +86,25 @@ class _RankReport:
 
 @dataclass(frozen=True, eq=False)
 class _Tensor:
-    """A tensor of the checkpoint that some process will read and write."""
+    """A tensor of the checkpoint, which some process will read and write."""
 
     chunk: Chunk
     name: str
-    """The name that messages show."""
+    """The name for messages."""
     blocks: Callable[[], Iterator[Tensor]]
 
     @property
     def num_bytes(self) -> int:
-        """The size of its data."""
+        """The size of its data in bytes."""
         return torch.Size(self.chunk.sizes).numel() * self.chunk.dtype.itemsize
 
 
 def _backbone(source: TensorSource, model: ModelConfig) -> Iterator[_Tensor]:
-    """A layer's parameter is one of `num_layers` along a new first axis, an expert's one of all experts along another,
-    as stock Megatron-core stacks them. A stock layer saves its norms as parts of the linear maps that Transformer
-    Engine fuses them into; before experts its two specs do not agree on that, and the norm gets both names. A tied
-    model saves the word embedding alone.
+    """Yields the backbone's tensors as stock Megatron-core stores them.
+
+    A layer's parameter is one of `num_layers` entries along a new first axis, an expert's one of all experts along
+    another. A stock layer saves its norms within the linear maps into which Transformer Engine fuses them; before
+    experts its two specs disagree on that, and the norm gets both names. A tied model saves the word embedding only.
     """
     for parameter in backbone_parameter_names(model):
         if parameter == "output_layer.weight" and model.ties_embeddings:
@@ -120,8 +120,8 @@ def _backbone(source: TensorSource, model: ModelConfig) -> Iterator[_Tensor]:
 
 
 def _stacked(parameter: str, model: ModelConfig) -> tuple[str, TensorShape, TensorShape]:
-    """A parameter's name in the checkpoint, how many entries it is one of, and which. Where layers differ, each stands
-    alone.
+    """Returns a parameter's name in the checkpoint, the number of stacked entries, and its entry. Layers that differ
+    stand alone.
     """
     names = stacked_names(parameter)
     key, entry = names[0 if model.dense_layers else len(names) // 2]
@@ -143,7 +143,7 @@ def _exits(artifact: ExitHeadsReader) -> Iterator[_Tensor]:
 
 
 def _add_extra_states(writer: DistcpWriter, model: ModelConfig) -> None:
-    """Transformer Engine's states, which stock layers ask for: empty."""
+    """Adds Transformer Engine's states, which stock layers expect: empty objects."""
     for parameter in backbone_parameter_names(model):
         if linear := _LINEAR.fullmatch(parameter):
             key, stack, entry = _stacked(linear[1] + "._extra_state", model)

@@ -1,5 +1,5 @@
-"""`.metadata` of a distributed checkpoint is a pickle, and torch runs whatever it holds: here it is looked through
-first.
+"""Checks the pickle `.metadata` of a distributed checkpoint before torch unpickles it, which would run any code in
+it.
 """
 
 import io
@@ -35,12 +35,12 @@ _EMPTY = {("megatron.core.dist_checkpointing.strategies.torch", name) for name i
 
 
 class _Empty:
-    """Takes the place of one of `_EMPTY`: a plain holder of attributes."""
+    """Replaces a class of `_EMPTY`: a plain holder of attributes."""
 
 
 class _NameCheckingUnpickler(
     pickle._Unpickler
-):  # the one in Python: the one in C makes room for any memo index that a pickle names
+):  # the pure Python unpickler: the one in C allocates for any memo index in a pickle
     def __init__(self, path: Path, *, passes_over: bool):
         super().__init__(io.BytesIO(path.read_bytes()))
         self._passes_over = passes_over
@@ -59,16 +59,19 @@ class _NameCheckingUnpickler(
 
 
 def check_metadata_pickle(folder: Path) -> None:
-    """Raises InputError where `.metadata` in `folder` can not be read, or asks for what no checkpoint's description
-    needs: torch, which is to read it next, imports and calls all that it asks for.
+    """Raises InputError where `.metadata` in `folder` can not be read, or names anything that no checkpoint's metadata
+    needs.
+
+    torch, which reads it next, imports and calls whatever it names.
     """
     _read(folder / METADATA, passes_over=False)
 
 
 def read_metadata_pickle(folder: Path) -> Any:
-    """The description of a distributed checkpoint (torch's `Metadata`, its fields as yet unchecked). What is plain data
-    besides, such as the path that it was written to, is passed over. Raises InputError where the file can not be read,
-    or asks for anything else.
+    """Reads the metadata of a distributed checkpoint (torch's `Metadata`, with fields still unchecked).
+
+    Other plain data, such as the path that it was written to, is skipped. Raises InputError where the file can not be
+    read or names anything else.
     """
     return _read(folder / METADATA, passes_over=True)
 
@@ -76,7 +79,7 @@ def read_metadata_pickle(folder: Path) -> Any:
 def _read(path: Path, *, passes_over: bool) -> Any:
     try:
         return _NameCheckingUnpickler(path, passes_over=passes_over).load()
-    except Exception as error:  # a pickle that is broken on purpose may raise anything
+    except Exception as error:  # a malicious pickle may raise anything
         raise InputError(
             f"{path} is not the description of a distributed checkpoint: {error}; do not load this checkpoint"
         ) from error

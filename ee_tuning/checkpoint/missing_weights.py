@@ -1,4 +1,4 @@
-"""Where weights were to be and are not: what is there instead, and what to do."""
+"""Error messages for missing weights: what is there instead, and what to do."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ from ee_tuning.foreign_content import describe_content
 
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors")
 _OTHERS = ("*.bin", "*.pth", "*.pt", "*.gguf", "*.h5", "*.msgpack", "*.ckpt", "*.npz", "*.safetensors")
-"""Patterns of files that weights are in elsewhere."""
+"""File patterns of weights in other formats."""
 _NO_WEIGHTS = ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state")
 _SAVE_ANEW = (
     "load it by transformers and save it again (AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)), which "
@@ -18,13 +18,13 @@ _SAVE_ANEW = (
 
 
 def other_weights(folder: Path) -> list[str]:
-    """Names of files in `folder` that hold weights in a form that is not read, or under a name of their own."""
+    """Returns the names of files in `folder` that hold weights in an unsupported form or under an unusual name."""
     names = {path.name for pattern in _OTHERS for path in folder.glob(pattern)}
     return sorted(name for name in names if not name.startswith((*_NO_WEIGHTS, "exit_heads", "adapter", "tokenizer")))
 
 
 def no_weights(folder: Path, stem: str) -> InputError:
-    """The error to raise where `folder` holds neither `<stem>.safetensors` nor the index of its shards."""
+    """Returns the error for a `folder` with neither `<stem>.safetensors` nor the index of its shards."""
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if reason := dangling_link(single) or dangling_link(index):
         return InputError(reason)
@@ -57,9 +57,7 @@ def no_weights(folder: Path, stem: str) -> InputError:
 
 
 def refuse_file(path: Path) -> None:
-    """Raises InputError where `path`, which was to be a model's folder, is a file or a link to nothing: what to give
-    instead.
-    """
+    """Raises InputError where `path`, which should be a model's folder, is a file or a broken link."""
     if reason := dangling_link(path):
         raise InputError(reason)
     if path.is_file():

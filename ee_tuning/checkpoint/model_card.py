@@ -1,6 +1,4 @@
-"""README.md of what is written: a short model card, as model hubs show it. Plain functions of what the folder's config
-says.
-"""
+"""README.md of outputs: a short model card as model hubs show it. Pure functions of the folder's config."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +7,7 @@ from ee_tuning.json_file import to_json
 
 
 def artifact_card(exits: Mapping[str, Any]) -> str:
-    """The card of an exit-heads artifact, from its `exit_config.json`."""
+    """Returns the card of an exit-heads artifact, from its `exit_config.json`."""
     name = " ".join(str(exits["model_name"]).split())
     layers = list(exits["exit_layers"])
     return "\n".join(
@@ -34,7 +32,7 @@ def artifact_card(exits: Mapping[str, Any]) -> str:
 
 
 def export_card(name: str, exits: Mapping[str, Any] | None) -> str:
-    """The card of a merged Hugging Face folder; without exits, of a plain one."""
+    """Returns the card of a merged Hugging Face folder, or of a plain one without exits."""
     name = " ".join(name.split())
     if exits is None:
         return "\n".join(
@@ -65,13 +63,13 @@ def export_card(name: str, exits: Mapping[str, Any] | None) -> str:
 
 
 def architecture_text(words: str | Sequence[str]) -> str:
-    """`mlp`, where all exits have one, or `norm`, `mlp` in the order of the exits."""
+    """Returns `mlp` where all exits have it, or `norm`, `mlp` in the order of the exits."""
     each = [words] if isinstance(words, str) else list(words)
     return ", ".join(f"`{word}`" for word in (each if len(set(each)) > 1 else each[:1]))
 
 
 def init_text(init: str, seed: int | None) -> str:
-    """How exits began."""
+    """Returns how the exits were initialized."""
     return {
         "copy": "copied from the model",
         "random": f"drawn at random, seed {seed}",
@@ -81,7 +79,7 @@ def init_text(init: str, seed: int | None) -> str:
 
 
 def vocab_text(listed: Mapping[str, Any] | None) -> str:
-    """What exits say, behind what their output matrix is."""
+    """Returns the exits' vocabulary, as an addition to their output matrix."""
     return (
         ""
         if listed is None
@@ -105,7 +103,7 @@ def _word(name: str) -> str:
 
 
 def _history(exits: Mapping[str, Any]) -> list[str]:
-    """How the exits began and were tuned, in one line where that is the same for all."""
+    """Returns how the exits were initialized and tuned, in one line if it is the same for all."""
     origins = exits.get("origins")
     if origins is None:
         return [_origin(exits)]

@@ -1,4 +1,4 @@
-"""How large a model is, part by part, from its shape alone: nothing of it need be there but its config.json."""
+"""Size of a model by part, from its shape alone: only its config.json is needed."""
 
 import math
 import re
@@ -10,11 +10,11 @@ _PARTS = ("embedding", "attention", "mlp", "norms", "output")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 
 Parts = dict[str, int]
-"""Numbers of parameters by part, and `all`."""
+"""Number of parameters by part, and `all`."""
 
 
 def tensor_parts(config: ModelConfig) -> dict[str, tuple[str, int | None]]:
-    """Hugging Face tensor -> the part of the model that it belongs to, and the layer (1-based) where it is in one."""
+    """Returns, per Hugging Face tensor, its part of the model and its layer (1-based), if any."""
     parts: dict[str, tuple[str, int | None]] = {}
     for parameter in backbone_parameter_names(config):
         match = _LAYER.match(parameter)
@@ -24,12 +24,12 @@ def tensor_parts(config: ModelConfig) -> dict[str, tuple[str, int | None]]:
 
 
 def parameters_by_part(config: ModelConfig) -> Parts:
-    """The whole model's parameters. A tied output matrix counts as embedding."""
+    """Returns the number of parameters by part. A tied output matrix counts as embedding."""
     return _summed(config, list(_PARTS), tensor_parts(config))
 
 
 def parameters_per_layer(config: ModelConfig) -> dict[str, Parts]:
-    """The parameters of one layer; where layers differ, of the first of each kind. Keyed by what to call it."""
+    """Returns the number of parameters of one layer, or of the first layer of each kind, by name."""
     parts = tensor_parts(config)
     by_layer: dict[int, dict[str, tuple[str, int | None]]] = {}
     for name, (part, layer) in parts.items():
@@ -43,9 +43,7 @@ def parameters_per_layer(config: ModelConfig) -> dict[str, Parts]:
 
 
 def largest_group_parameters(config: ModelConfig) -> int:
-    """The parameters of the largest group of tensors that belong together: one layer's, the embedding, or the output
-    matrix.
-    """
+    """Returns the size of the largest group of tensors used together: a layer, the embedding, or the output matrix."""
     whole = parameters_by_part(config)
     return max(whole["embedding"], whole["output"], *(layer["all"] for layer in parameters_per_layer(config).values()))
 

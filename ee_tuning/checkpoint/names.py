@@ -1,8 +1,7 @@
-"""Hugging Face's tensors and Megatron-core's parameters: which is made of which, and how a tensor-parallel rank's shard
-is cut.
+"""Maps Megatron-core's parameters to Hugging Face's tensors, and says how tensor-parallel ranks cut them.
 
-Pure functions. A shard is a list of pieces of Hugging Face tensors laid one after the other; read so, it needs no other
-bytes of the checkpoint, and the same list read backwards (`merge_shards`) gives the Hugging Face tensors.
+Pure functions. A shard is a list of slices of Hugging Face tensors, one after the other. Reading it needs no other
+bytes of the checkpoint, and the same list in reverse (`merge_shards`) gives the Hugging Face tensors.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,27 +29,27 @@ class TensorSlice:
     start: int
     stop: int
     is_transposed: bool = False
-    """Whether the parameter has the piece the other way round: columns are its rows."""
+    """Whether the parameter holds the slice transposed: columns are its rows."""
 
     @property
     def size(self) -> int:
-        """Rows or columns of it."""
+        """Number of rows or columns."""
         return self.stop - self.start
 
     @property
     def cut_dim(self) -> int:
-        """The parameter's dimension that lies along `start`..`stop`."""
+        """The parameter's dimension along `start`..`stop`."""
         return 1 - self.dim if self.is_transposed else self.dim
 
     @property
     def parameter_shape(self) -> TensorShape:
-        """The shape of the whole tensor as the parameter has it round."""
+        """The shape of the whole tensor in the parameter's orientation."""
         return self.shape[::-1] if self.is_transposed else self.shape
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A rank's part of a Megatron-core parameter: `pieces` laid one below the other, then `zero_rows` of padding."""
+    """A rank's part of a Megatron-core parameter: `pieces` one below the other, then `zero_rows` of padding."""
 
     pieces: tuple[TensorSlice, ...]
     zero_rows: int = 0
@@ -65,19 +64,17 @@ class Shard:
 
 
 def embedding_name(config: ModelConfig) -> str:
-    """The Hugging Face tensor that words are looked up in."""
+    """Returns the Hugging Face tensor of the word embedding."""
     return f"{HF_NAMES[config.family].embedding}.weight"
 
 
 def output_name(config: ModelConfig) -> str:
-    """The Hugging Face tensor of the model's own output matrix where it is not tied; some folders hold it where it is,
-    too.
-    """
+    """Returns the Hugging Face tensor of the model's own output matrix. Some folders hold it even where it is tied."""
     return f"{HF_NAMES[config.family].output}.weight"
 
 
 def backbone_tensor_shapes(config: ModelConfig) -> dict[str, TensorShape]:
-    """Every backbone tensor of the Hugging Face folder and its shape. The output matrix is absent where it is tied."""
+    """Returns every backbone tensor of the Hugging Face folder and its shape. A tied output matrix is left out."""
     return {
         piece.name: piece.shape
         for name in backbone_parameter_names(config)
@@ -86,7 +83,7 @@ def backbone_tensor_shapes(config: ModelConfig) -> dict[str, TensorShape]:
 
 
 def backbone_parameter_names(config: ModelConfig) -> list[str]:
-    """Every Megatron-core parameter of the backbone; `output_layer.weight` stands among them even where it is tied."""
+    """Returns every Megatron-core parameter of the backbone, `output_layer.weight` included even where it is tied."""
     positions = ["embedding.position_embeddings.weight"] * (config.position == "learned")
     layers = [
         f"decoder.layers.{index}.{name}"
@@ -98,8 +95,8 @@ def backbone_parameter_names(config: ModelConfig) -> list[str]:
 
 
 def backbone_shard(parameter: str, config: ModelConfig, tp: int, tp_rank: int) -> Shard:
-    """Rank `tp_rank`'s part of a Megatron-core parameter, named as in a stock GPTModel with global 0-based layer
-    indices.
+    """Returns rank `tp_rank`'s part of a Megatron-core parameter, named as in a stock GPTModel with global 0-based
+    layers.
 
     Raises KeyError on a name that is no backbone parameter of the family.
     """
@@ -124,7 +121,7 @@ def backbone_shard(parameter: str, config: ModelConfig, tp: int, tp_rank: int) -
 
 
 def merge_shards(plans: Sequence[Shard], shards: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The whole Hugging Face tensors that all ranks' shards of one parameter are cut from; the padding is left out."""
+    """Merges all ranks' shards of one parameter into whole Hugging Face tensors, without padding."""
     merged: dict[str, Tensor] = {}
     for plan, shard in zip(plans, shards, strict=True):
         assert tuple(shard.shape) == plan.shape, (tuple(shard.shape), plan)
@@ -138,23 +135,23 @@ def merge_shards(plans: Sequence[Shard], shards: Sequence[Tensor]) -> dict[str, 
 
 
 def norm_kinds(config: ModelConfig) -> tuple[str, ...]:
-    """What a norm of the family consists of."""
+    """Returns the parameters of the family's norms."""
     return ("weight", "bias") if config.norm == "layer" else ("weight",)
 
 
 def linear_kinds(has_bias: bool) -> tuple[str, ...]:
-    """What a linear map consists of."""
+    """Returns the parameters of a linear map."""
     return ("weight", "bias") if has_bias else ("weight",)
 
 
 def layer_parameter_names(config: ModelConfig, number: int) -> dict[str, None]:
-    """Every Megatron-core parameter of layer `number` (1-based), in order."""
+    """Returns every Megatron-core parameter of layer `number` (1-based), in order."""
     return _parameter_names(config, config.has_experts(number))
 
 
 @cache
 def _parameter_names(config: ModelConfig, has_experts: bool) -> dict[str, None]:
-    """Quick to search: a layer may have hundreds of experts."""
+    """Returns a dict, which is fast to search: a layer may have hundreds of experts."""
     norms, linears = norm_kinds(config), linear_kinds(config.has_linear_bias)
     kinds = {
         "input_layernorm": norms,
@@ -174,8 +171,9 @@ def _parameter_names(config: ModelConfig, has_experts: bool) -> dict[str, None]:
 
 
 def layer_shard(name: str, prefix: str, config: ModelConfig, tp: int, tp_rank: int) -> Shard:
-    """Rank `tp_rank`'s part of a layer's parameter, one of `layer_parameter_names`; `prefix` begins the names of its
-    pieces.
+    """Returns rank `tp_rank`'s part of a layer's parameter, one of `layer_parameter_names`.
+
+    `prefix` begins the names of its slices.
     """
     hf_names = HF_NAMES[config.family]
     module, _, kind = name.rpartition(".")
@@ -208,8 +206,8 @@ def layer_shard(name: str, prefix: str, config: ModelConfig, tp: int, tp_rank: i
 def mlp_shard(
     matrix: str, kind: str, prefix: str, config: ModelConfig, tp: int, tp_rank: int, *, expert: int | None = None
 ) -> Shard:
-    """The shard of the weight or bias of the first matrix, fc1, or the last, fc2, of an MLP: a layer's only one, or an
-    expert.
+    """Returns the shard of a weight or bias of an MLP's first matrix, fc1, or last one, fc2. The MLP is a layer's or an
+    expert's.
     """
     hf_names, inner = HF_NAMES[config.family], config.ffn_hidden_size
     gate, up, down = hf_names.gate, hf_names.up, hf_names.down
@@ -230,8 +228,8 @@ def mlp_shard(
 
 
 def _query_key_value(config: ModelConfig, tp: int, tp_rank: int) -> Iterator[tuple[str, int, int, int]]:
-    """(name, its rows, first, last) in Megatron-core's order, which fuses by query group: its query heads, its key
-    head, its value head.
+    """Yields (name, rows, first, last) in Megatron-core's order: per query group its query heads, its key head, its
+    value head.
     """
     hf_names, groups = HF_NAMES[config.family], config.num_query_groups
     width = groups * config.kv_channels
@@ -251,7 +249,7 @@ def _query_key_value(config: ModelConfig, tp: int, tp_rank: int) -> Iterator[tup
 
 
 def _rows(stem: str, kind: str, shape: TensorShape, start: int, stop: int, hf_names: HFNames) -> TensorSlice:
-    """Outputs `start`..`stop` of a linear map of `shape` [outputs, inputs]."""
+    """Returns outputs `start`..`stop` of a linear map of `shape` [outputs, inputs]."""
     if kind == "bias":
         return TensorSlice(f"{stem}.bias", shape[:1], 0, start, stop)
     if hf_names.is_transposed:
@@ -260,8 +258,9 @@ def _rows(stem: str, kind: str, shape: TensorShape, start: int, stop: int, hf_na
 
 
 def _columns(stem: str, kind: str, shape: TensorShape, hf_names: HFNames, tp: int, tp_rank: int) -> Shard:
-    """A rank's part of the inputs of a linear map of `shape` [outputs, inputs]. Its bias, added after the ranks' sum,
-    is whole.
+    """Returns a rank's part of the inputs of a linear map of `shape` [outputs, inputs].
+
+    Its bias is whole, since it is added after the sum over ranks.
     """
     if kind == "bias":
         return uncut(f"{stem}.bias", shape[:1])
@@ -272,12 +271,12 @@ def _columns(stem: str, kind: str, shape: TensorShape, hf_names: HFNames, tp: in
 
 
 def uncut(name: str, shape: TensorShape) -> Shard:
-    """A tensor that every rank holds all of."""
+    """Returns the shard of a tensor that every rank holds whole."""
     return Shard((TensorSlice(name, shape, 0, 0, shape[0]),))
 
 
 def vocabulary_rows(name: str, shape: TensorShape, tp: int, tp_rank: int) -> Shard:
-    """The shard of a matrix of `shape` with a row for each word of a vocabulary, padded to as many rows on every
+    """Returns the shard of a matrix of `shape` with one row per token, padded to the same number of rows on every
     rank.
     """
     size, width = shape

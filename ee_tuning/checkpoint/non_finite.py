@@ -1,7 +1,7 @@
-"""NaN and infinity in weights, which no format forbids and no checksum sees: counted as tensors pass by.
+"""Counts NaN and infinity in weights, which no format forbids and no checksum detects, while tensors are copied.
 
-What copies a whole model reports them and goes on, for the copy is to be the model; what makes exit heads of them
-refuses.
+A command that copies a whole model reports them and continues, because the copy must equal the model. A command that
+makes exit heads from them refuses.
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,20 +14,20 @@ from ee_tuning.notices import warn
 
 
 class NonFiniteCheck:
-    """How many values that are no numbers were seen in each tensor."""
+    """Number of non-finite values seen in each tensor."""
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
 
     def checked(self, name: str, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """The blocks of the tensor `name`, looked at as they pass."""
+        """Passes on the blocks of the tensor `name` and counts their non-finite values."""
         for block in blocks:
             if num := num_non_finite(block):
                 self.counts[name] = self.counts.get(name, 0) + num
             yield block
 
     def lines(self) -> list[str]:
-        """A line per tensor."""
+        """Returns one line per tensor with non-finite values."""
         return [
             f"tensor {name} holds {num:,} value{'s' * (num > 1)} that are NaN or infinite"
             for name, num in sorted(self.counts.items())
@@ -35,21 +35,21 @@ class NonFiniteCheck:
 
 
 def num_non_finite(tensor: Tensor) -> int:
-    """NaN and infinite values."""
+    """Returns the number of NaN and infinite values."""
     if not tensor.numel() or not tensor.is_floating_point() or tensor.itemsize == 1:
         return 0
-    lowest, highest = torch.aminmax(tensor)  # NaN if one is; 30 times as fast as isfinite
+    lowest, highest = torch.aminmax(tensor)  # NaN if any value is NaN; 30 times as fast as isfinite
     return 0 if lowest.isfinite() and highest.isfinite() else int(tensor.isfinite().logical_not().sum())
 
 
 def warn_non_finite(where: object, lines: Iterable[str]) -> None:
-    """Prints them to stderr, each with what the model is called."""
+    """Prints the lines to stderr, with the model's name."""
     for line in lines:
         warn(f"{where}: {line}; the copy is like it, and whatever runs it computes nonsense")
 
 
 def no_numbers(what: str, dtype: torch.dtype) -> InputError:
-    """The error to raise where `what` of a model that computes in `dtype` came out as NaN or infinity."""
+    """Returns the error for NaN or infinity in `what`, computed by a model in `dtype`."""
     name = str(dtype).removeprefix("torch.")
     remedy = (
         "give --dtype float32"
@@ -63,7 +63,7 @@ def no_numbers(what: str, dtype: torch.dtype) -> InputError:
 
 
 def check_finite(where: object, name: str, tensor: Tensor) -> Tensor:
-    """The tensor itself. Raises InputError where it holds NaN or infinity."""
+    """Returns the tensor. Raises InputError where it holds NaN or infinity."""
     if num := num_non_finite(tensor):
         raise InputError(
             f"{where}: tensor {name} holds {num:,} value{'s' * (num > 1)} that are NaN or infinite in "

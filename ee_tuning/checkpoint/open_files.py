@@ -1,7 +1,6 @@
-"""Files of models, opened when something is read from them: a few are open at a time, however many a model is cut into.
+"""Opens a model's files on demand and keeps only a few of them open, however many shards the model has.
 
-A limit of open files (`ulimit -n`) is soon reached otherwise. A file that was closed meanwhile must be the same when it
-is opened again.
+Otherwise the limit of open files (`ulimit -n`) is soon reached. A file that is opened again must be unchanged.
 """
 
 import errno
@@ -23,10 +22,10 @@ Opened = TypeVar("Opened", bound="OpenFile")
 
 
 class OpenFile:
-    """A handle to a plain file, closed when nobody refers to it. Raises OSError."""
+    """A handle of a plain file, closed when no reference is left. Raises OSError."""
 
     def __init__(self, path: Path):
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for without end
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would block forever
             raise OSError(errno.EINVAL, "it is no plain file")
         self.handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         weakref.finalize(self, os.close, self.handle)
@@ -35,7 +34,7 @@ class OpenFile:
         self.identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
     def read_at(self, offset: int, into: memoryview) -> None:
-        """Fills `into` with what lies from `offset` on. Raises OSError; EOFError where the file ends before that."""
+        """Fills `into` with the bytes from `offset` on. Raises OSError, or EOFError where the file ends earlier."""
         done = 0
         while done < len(into):  # one call reads at most 2 GB
             count = os.preadv(self.handle, [into[done:]], offset + done)
@@ -45,7 +44,7 @@ class OpenFile:
 
 
 class OpenMapping(OpenFile):
-    """The same, and its bytes mapped. Raises ValueError where there are none."""
+    """An open file and its mapped bytes. Raises ValueError where it is empty."""
 
     def __init__(self, path: Path):
         super().__init__(path)
@@ -53,9 +52,7 @@ class OpenMapping(OpenFile):
 
 
 class Reopened(Generic[Opened]):
-    """A file that is open whenever it is asked for (`now`). Raises InputError where it can not be, or is another than
-    it was.
-    """
+    """A file that `now` opens when needed. Raises InputError where that fails, or the file has changed."""
 
     def __init__(self, path: Path, kind: Callable[[Path], Opened]):
         self.path, self._kind = path, kind
@@ -64,11 +61,11 @@ class Reopened(Generic[Opened]):
         self._identity = self.now().identity
 
     def now(self) -> Opened:
-        """The file, open for as long as the caller keeps it."""
+        """Returns the open file, which stays open while the caller refers to it."""
         return cast(Opened, _recent.get(id(self), self._open))
 
     def close(self) -> None:
-        """Closes it until it is asked for again."""
+        """Closes the file until it is needed again."""
         _recent.drop(id(self))
 
     def _open(self) -> Opened:
@@ -82,14 +79,14 @@ class Reopened(Generic[Opened]):
 
 
 class _Recent:
-    """The files that were asked for last."""
+    """The most recently used files."""
 
     def __init__(self) -> None:
         self._held: OrderedDict[int, Any] = OrderedDict()
         self._lock = threading.RLock()  # a finalizer may run within `get`
 
     def get(self, key: int, opened: Callable[[], Any]) -> Any:
-        """The file of that key, which becomes the last to be closed."""
+        """Returns the file of that key, and marks it as the most recently used one."""
         with self._lock:
             file = self._held.pop(key, None) or opened()
             self._held[key] = file
@@ -98,7 +95,7 @@ class _Recent:
             return file
 
     def drop(self, key: int) -> None:
-        """Lets go of it."""
+        """Forgets the file."""
         with self._lock:
             self._held.pop(key, None)
 
@@ -107,13 +104,15 @@ _recent = _Recent()
 
 
 def _num_open() -> int:
-    """How many may be open: a small part of what the process may open, for torch and Python open files, too."""
+    """Returns how many files may be open: a small part of the process's limit, since torch and Python open files,
+    too.
+    """
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return 32 if limit == resource.RLIM_INFINITY else min(32, max(2, limit // 16))
 
 
 def unreadable(path: Path, error: Exception) -> InputError:
-    """The error to raise where a file can not be opened or read: the cause, and what helps against it."""
+    """Returns the error for a file that can not be opened or read, with cause and remedy."""
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
         return InputError(f"{path} can not be read: {error.strerror}; raise the limit (ulimit -n 4096) and begin again")
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM):

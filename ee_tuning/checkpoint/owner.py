@@ -1,10 +1,9 @@
-"""One owner for an output that takes long to write: a second job that wants the same is refused at once, and learns
-whose it is.
+"""Exclusive ownership of an output that takes long to write: a second job is refused at once, with the owner's name.
 
-The owner holds a lock file, which names its process and machine. A lock ends with its process however that ends, so a
-file that is left behind by a killed job keeps nobody out. Network file systems carry locks between machines (NFS 3 and
-later, Lustre mounted with `flock`, GPFS). Where there are no locks, a process of the same machine is looked up; one of
-another machine can not be, and is overruled with a warning.
+The owner holds a lock file that names its process and machine. The lock ends with the process in any case, so a file
+left by a killed job blocks no one. Network file systems carry locks between machines (NFS 3 and later, Lustre mounted
+with `flock`, GPFS). Without locks, a process on the same machine is looked up; one on another machine can not be, and
+is overruled with a warning.
 """
 
 import fcntl
@@ -30,7 +29,7 @@ from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology
 
 _CLOCK_TOLERANCE = 2.0
-"""Seconds that two readings of a process's start may lie apart."""
+"""Seconds by which two readings of a process's start may differ."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +39,12 @@ class Owner:
     pid: int
     host: str
     started: float
-    """When the process began, in seconds since 1970: a number alone may have passed on to another process."""
+    """Start of the process in seconds since 1970, because a process id may be reused."""
     command: str
 
     @classmethod
     def current(cls) -> "Owner":
-        """This process."""
+        """Returns this process as owner."""
         return cls(
             pid=os.getpid(),
             host=socket.gethostname(),
@@ -54,7 +53,7 @@ class Owner:
         )
 
     def is_running(self) -> bool:
-        """Whether the process runs on this machine. False for one of another machine, which can not be seen."""
+        """Whether the process runs on this machine. Always false for another machine."""
         if self.host != socket.gethostname():
             return False
         try:
@@ -69,10 +68,10 @@ class Owner:
 
 @contextmanager
 def owned(output: Path, topology: Topology | None, *, lock_file: Path | None = None) -> Iterator[None]:
-    """Makes this job the one owner of `output` while the block runs. All ranks call it; rank 0 holds `lock_file`, by
-    default a hidden file beside `output`. Folders that are made for it go again where nothing else has come into them.
+    """Makes this job the only owner of `output` while the context is open. All ranks call it.
 
-    Raises InputError, naming the owner, where another job has it, or where the disk refuses the file.
+    Rank 0 holds `lock_file`, by default a hidden file beside `output`. Folders created for it are removed if they are
+    still empty. Raises InputError, naming the owner, where another job has it, or where the disk refuses the file.
     """
     if lock_file is None:
         place = resolve_target(output)
@@ -86,17 +85,17 @@ def owned(output: Path, topology: Topology | None, *, lock_file: Path | None = N
 
 
 def _acquire(output: Path, lock_file: Path) -> tuple[int, list[Path]]:
-    """The open lock file, and the folders that were made for it, innermost first."""
+    """Locks the file. Returns it with the folders that were created for it, innermost first."""
     with os_errors_as_input_errors(output):
         made = [folder for folder in (lock_file.parent, *lock_file.parent.parents) if not folder.exists()]
         lock_file.parent.mkdir(parents=True, exist_ok=True)
         while True:
-            # For writing: NFS grants an exclusive lock to no other.
+            # Opened for writing: NFS grants an exclusive lock to no other handle.
             handle = os.open(lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             owner, is_locked = _read_owner(lock_file), _lock(handle)
             if is_locked is False or (is_locked is None and owner is not None and owner.is_running()):
                 os.close(handle)
-                if not lock_file.exists():  # given back in between
+                if not lock_file.exists():  # released in between
                     continue
                 raise InputError(
                     f"{output} is being written by {owner or 'another process'}; wait for it, stop it, or give another "
@@ -115,7 +114,7 @@ def _acquire(output: Path, lock_file: Path) -> tuple[int, list[Path]]:
 
 
 def _lock(handle: int) -> bool | None:
-    """Whether the file is locked now; False where another process has it, None on a file system without locks."""
+    """Tries to lock the file. False where another process holds the lock, None on a file system without locks."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -126,7 +125,7 @@ def _lock(handle: int) -> bool | None:
 
 
 def _read_owner(lock_file: Path) -> Owner | None:
-    """None where the file names none: its owner is about to write it, or was killed while it did."""
+    """Returns None where the file names no owner, which is about to write it or was killed before."""
     try:
         tree: dict[str, Any] = json.loads(lock_file.read_text(encoding="utf-8"))
         return Owner(
@@ -143,5 +142,5 @@ def _release(lock_file: Path, handle: int, made: list[Path]) -> None:
     for folder in made:
         try:
             folder.rmdir()
-        except OSError:  # something came into it
+        except OSError:  # other files are in it
             break

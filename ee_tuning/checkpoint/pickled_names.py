@@ -1,10 +1,9 @@
-"""Which names the pickles of checkpoints may ask for. Nothing is imported for any of them, and no code of theirs ever
-runs.
+"""The allow-list of names in pickles of checkpoints. Nothing is imported for a name, and no code of a pickle runs.
 
-What Megatron-LM saves beside a model is data: namespaces, dtypes, enumerations, signals, paths, random states,
-configurations. The few things that are looked at come as themselves; a class of Megatron's, of Transformer Engine's or
-of numpy's, and what else is only carried along, as an `Inert`. Functions, but for the few that put arrays together, are
-refused, and so is every other name.
+Megatron-LM saves data beside a model: namespaces, dtypes, enumerations, signals, paths, random states, configurations.
+The few objects that are used are built; classes of Megatron, Transformer Engine or numpy, and everything else that is
+only carried along, become an `Inert`. Functions, except the few that build arrays, are refused, and so is every other
+name.
 """
 
 import _compat_pickle
@@ -28,7 +27,7 @@ _KNOWN: dict[str, Any] = {
 DTYPES: dict[str, torch.dtype] = {
     f"torch.{name}": dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)
 }
-"""torch's own, by the names that it pickles them under."""
+"""torch's own dtypes, by their names in pickles."""
 _CARRIED = {
     *(
         f"builtins.{name}"
@@ -79,13 +78,13 @@ _CARRIED = {
     "decimal.Decimal",
 }
 _CLASS = re.compile(r"(megatron|transformer_engine|numpy)(\.\w+)*\._?[A-Z]\w*(\.[A-Z]\w*)*")
-"""A class by its spelling, wherever a package's versions keep it."""
+"""A class name, in whichever module a package's versions keep it."""
 _NUMPY = re.compile(r"numpy\.(ndarray|dtype|bool_?|str_|bytes_|(u?int|float|complex)\d+)")
 _SIGNAL = re.compile(r"signal\.(Signals|Handlers|SIG[A-Z0-9_]+)")
 
 
 class Inert:
-    """Stands for an object that nobody looks at: takes whatever the pickle gives it, and does nothing with it."""
+    """Replaces an object that is not used: accepts whatever the pickle does to it, and does nothing."""
 
     def __init__(self, *arguments: Any, **_: Any):
         self._arguments = arguments
@@ -97,7 +96,7 @@ class Inert:
         pass
 
     def append(self, _: Any) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     extend = add = append
 
@@ -109,13 +108,13 @@ class Inert:
 
 
 def plain_name(module_name: str, global_name: str) -> str:
-    """What a pickle asks for, as Python 3 calls it: torch.save still writes the names that Python 2 had."""
+    """Returns the name that a pickle asks for with Python 3's spelling; torch.save still writes Python 2's."""
     module_name, global_name = _compat_pickle.NAME_MAPPING.get((module_name, global_name), (module_name, global_name))
     return f"{_compat_pickle.IMPORT_MAPPING.get(module_name, module_name)}.{global_name}"
 
 
 def harmless(name: str) -> Any:
-    """What stands for the name that a pickle asks for (`plain_name`). Raises KeyError where it is on no list."""
+    """Returns the replacement for a name in a pickle (`plain_name`). Raises KeyError where it is on no list."""
     for table in (_KNOWN, DTYPES):
         if name in table:
             return table[name]
@@ -123,6 +122,6 @@ def harmless(name: str) -> Any:
         return Inert
     if match := _SIGNAL.fullmatch(
         name
-    ):  # Python 3.12 pickles a signal as a name of its module, those before as Signals(number)
+    ):  # Python 3.12 pickles a signal as a name of its module, earlier versions as Signals(number)
         return Inert if match[1] in ("Signals", "Handlers") else Inert(match[1])
     raise KeyError(name)

@@ -1,7 +1,6 @@
-"""One safetensors file, read by positional reads: no byte of it stays mapped or in memory, however large it is.
+"""Reads one safetensors file by positional reads, so that none of it stays mapped or in memory.
 
-The header is checked as a whole before anything is believed: the tensors it tells of must fill the file, one after the
-other.
+The header is checked first: its tensors must fill the file one after the other.
 """
 
 import itertools
@@ -22,7 +21,7 @@ from ee_tuning.foreign_content import describe_content
 from ee_tuning.json_file import parse_json
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""safetensors' names of the types a model may be stored in."""
+"""safetensors' names of the dtypes a model may be stored in."""
 _TORCH_DTYPES = {
     **DTYPES,
     "I64": torch.int64,
@@ -50,24 +49,25 @@ _REMEDY = "fetch it again"
 
 
 TensorRange = tuple[slice, ...]
-"""Which part of each dimension, from the first on."""
+"""A slice of each leading dimension."""
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A tensor of a file, as the header tells of it."""
+    """A tensor of a file, from the header."""
 
     dtype: str
-    """The dtype in safetensors' spelling."""
+    """The dtype by safetensors' name."""
     shape: TensorShape
     begin: int
-    """The place of its first byte, from the beginning of the file."""
+    """Position of the first byte in the file."""
     end: int
 
 
 class SafetensorsFile:
-    """A file, opened when it is read from. Raises InputError, naming it, where it can not be read or its header does
-    not describe it.
+    """A file, opened on demand.
+
+    Raises InputError, naming it, where it can not be read or its header does not describe it.
     """
 
     def __init__(self, path: Path):
@@ -75,7 +75,7 @@ class SafetensorsFile:
         self._file: Reopened[OpenFile] = Reopened(path, OpenFile)
         try:
             self.entries = _read_header(self._file.now().handle)
-            """Entries by name, in the order that they are stored in."""
+            """Entries by name, in the order of storage."""
         except (OSError, ValueError, KeyError, TypeError) as error:
             self.close()
             if reason := describe_content(path):
@@ -83,19 +83,18 @@ class SafetensorsFile:
             raise InputError(f"{path} is not a whole safetensors file: {_in_one_line(error)}; {_REMEDY}") from error
 
     def close(self) -> None:
-        """Gives the file back until it is read from again; harmless when done twice."""
+        """Closes the file until it is read again. May be called twice."""
         self._file.close()
 
     def read(self, name: str, part: TensorRange = ()) -> Tensor:
-        """This part of the tensor, as stored; no other bytes are read. Dimensions that `part` leaves out are whole."""
+        """Reads this part of the tensor, as stored, and no other bytes. Dimensions missing in `part` are whole."""
         entry = self.entries[name]
         if entry.dtype not in _TORCH_DTYPES:
             raise InputError(f"{self.path}: tensor {name} is stored as {entry.dtype}, which can not be read here")
         whole = [(0, size) for size in entry.shape]
         bounds = [_bounds(each, size) for each, size in zip(part, entry.shape, strict=False)] + whole[len(part) :]
         out = torch.empty([stop - start for start, stop in bounds], dtype=_TORCH_DTYPES[entry.dtype])
-        # The last dimension that is not whole, and all after it, lie in one stretch; there is one for each index before
-        # it.
+        # The last cut dimension and all after it are contiguous; there is one such run for each index before them.
         cut = max((dim for dim in range(len(bounds)) if bounds[dim] != whole[dim]), default=0)
         strides = [math.prod(entry.shape[dim + 1 :]) * out.itemsize for dim in range(len(bounds))]
         data = out.reshape(-1).view(torch.uint8).numpy().data
@@ -132,7 +131,7 @@ def _read_header(handle: int) -> dict[str, TensorEntry]:
     if not text.startswith(b"{"):
         raise ValueError("its header is no JSON object")
     tree = parse_json(text)
-    metadata = tree.pop("__metadata__", None)  # some writers say null for none
+    metadata = tree.pop("__metadata__", None)  # some writers write null for none
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its __metadata__ must map texts to texts")

@@ -1,6 +1,6 @@
-"""Where each tensor lies in a safetensors file, or in shards of one as Hugging Face cuts them, before any is written.
+"""Computes where each tensor lies in a safetensors file, or in shards cut like Hugging Face's, before any is written.
 
-It depends on names, shapes and dtypes alone, so every process knows it.
+The layout depends on names, shapes and dtypes only, so every process computes the same one.
 """
 
 import math
@@ -14,20 +14,22 @@ from ee_tuning.checkpoint.safetensors_file import DTYPES
 from ee_tuning.json_file import to_json
 
 SHARD_BYTES = 5_000_000_000
-"""A file's largest size, as Hugging Face cuts them; a single larger tensor gets a file of its own."""
+"""Largest file size, as Hugging Face cuts shards. A single larger tensor gets its own file."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class TensorLocation:
-    """Where a tensor begins."""
+    """The position of a tensor."""
 
     file: str
     offset: int
 
 
 class SafetensorsLayout:
-    """`<stem>.safetensors`, or shards and their index. `dtypes`: of every tensor, or one for all."""
+    """The layout of `<stem>.safetensors`, or of shards and their index. `dtypes` holds one per tensor, or one for
+    all.
+    """
 
     def __init__(
         self,
@@ -39,25 +41,25 @@ class SafetensorsLayout:
         self.stem, self.shapes = stem, dict(shapes)
         self.dtypes = dict.fromkeys(shapes, dtypes) if isinstance(dtypes, torch.dtype) else dict(dtypes)
         self.files = self._assign_files(shard_bytes)
-        """File -> its tensors, in their order."""
+        """File -> its tensors, in order."""
         self.headers = {file: self._header(names) for file, names in self.files.items()}
         self.places = self._assign_places()
 
     @property
     def num_bytes(self) -> int:
-        """The size of all tensors."""
+        """Size of all tensors in bytes."""
         return sum(map(self.tensor_bytes, self.shapes))
 
     def tensor_bytes(self, name: str) -> int:
-        """The size of one tensor."""
+        """Returns the size of one tensor in bytes."""
         return math.prod(self.shapes[name]) * self.dtypes[name].itemsize
 
     def file_bytes(self, file: str) -> int:
-        """The size of a whole file."""
+        """Returns the size of a whole file in bytes."""
         return len(self.headers[file]) + sum(map(self.tensor_bytes, self.files[file]))
 
     def index(self) -> tuple[str, str] | None:
-        """Name and content of the index; None where there is one file."""
+        """Returns name and content of the index, or None for a single file."""
         if len(self.files) == 1:
             return None
         index = {
@@ -91,7 +93,7 @@ class SafetensorsLayout:
             }
             start = stop
         text = to_json(tree, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # the data begins aligned
+        text += b" " * (-len(text) % 8)  # aligns the data
         return len(text).to_bytes(8, "little") + text
 
     def _assign_places(self) -> dict[str, TensorLocation]:

@@ -1,7 +1,7 @@
-"""Tensors of a folder of safetensors, one file or shards with an index, read by slices and opened when first needed.
+"""Reads tensors by slices from a folder of safetensors: one file, or shards with an index. Files are opened on demand.
 
-Nothing in the folder is trusted: what is broken, missing, doubled or names a file elsewhere is refused with the file's
-name.
+Nothing in the folder is trusted: broken, missing or duplicate tensors, and names of files elsewhere, are refused with
+the file's name.
 """
 
 from pathlib import Path
@@ -25,24 +25,24 @@ class TensorSource(Protocol):
     """Whole tensors that can be read by slices."""
 
     def shape(self, name: str) -> TensorShape:
-        """The shape of the whole tensor."""
+        """Returns the shape of the whole tensor."""
 
     def dtype(self, name: str) -> torch.dtype:
-        """The stored dtype."""
+        """Returns the stored dtype."""
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """[stop - start, …], as stored."""
+        """Returns rows [stop - start, …], as stored."""
 
     def columns(self, name: str, start: int, stop: int) -> Tensor:
-        """[n, stop - start], as stored."""
+        """Returns columns [n, stop - start], as stored."""
 
     def check_shape(self, name: str, shape: TensorShape) -> None:
         """Raises InputError where the tensor is missing or has another shape."""
 
 
 def read_shard(source: TensorSource, shard: Shard, dtype: torch.dtype) -> Tensor:
-    """The shard's tensor, contiguous, as `dtype`. Raises InputError where a tensor is missing or has another shape than
-    it should.
+    """Reads the shard as one contiguous tensor of `dtype`. Raises InputError where a tensor is missing or has a wrong
+    shape.
     """
     out = torch.empty(shard.shape, dtype=dtype)
     row = 0
@@ -64,11 +64,10 @@ def _read_piece(source: TensorSource, piece: TensorSlice) -> Tensor:
 
 
 class SafetensorsFolder:
-    """`<stem>.safetensors`, or `<stem>.safetensors.index.json` and its shards, in `folder`. A context manager; tensors
-    come on the CPU.
+    """`<stem>.safetensors`, or `<stem>.safetensors.index.json` and its shards, in `folder`. A context manager.
 
-    Raises InputError, naming file and tensor, where something is missing, broken, doubled or a link that is not to be
-    followed.
+    Tensors are read to the CPU. Raises InputError, naming file and tensor, where one is missing, broken or duplicate,
+    or a link is not trusted.
     """
 
     manifest_verified = False
@@ -78,7 +77,7 @@ class SafetensorsFolder:
         self._open: dict[str, SafetensorsFile] = {}
         single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
         self.table = single if single.exists() else index
-        """What tells which tensors there are."""
+        """The file that lists the tensors."""
         if not folder.is_dir():
             raise InputError(f"there is no folder {folder}; give the folder that holds {single.name}")
         self.files: dict[str, str] = {}
@@ -105,23 +104,23 @@ class SafetensorsFolder:
         self._open.clear()
 
     def names(self) -> list[str]:
-        """Every tensor there is, sorted."""
+        """Returns the names of all tensors, sorted."""
         return sorted(self.files)
 
     def weight_files(self) -> set[str]:
-        """Names of the files that tensors lie in."""
+        """Returns the names of the files that hold tensors."""
         return set(self.files.values())
 
     def stored_name(self, name: str) -> str:
-        """What the files call the tensor `name`."""
+        """Returns the stored name of the tensor `name`."""
         return name
 
     def shape(self, name: str) -> TensorShape:
-        """The shape of the whole tensor."""
+        """Returns the shape of the whole tensor."""
         return self._entry(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """The stored dtype; one of float64, float32, float16 and bfloat16."""
+        """Returns the stored dtype, one of float64, float32, float16 and bfloat16."""
         stored = self._entry(name).dtype
         if stored not in DTYPES:
             raise InputError(
@@ -131,21 +130,19 @@ class SafetensorsFolder:
         return DTYPES[stored]
 
     def full(self, name: str) -> Tensor:
-        """The whole tensor, as stored."""
+        """Returns the whole tensor, as stored."""
         return self._read(name, ())
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """[stop - start, …]: these rows, as stored; no other bytes are read."""
+        """Returns rows [stop - start, …], as stored. No other bytes are read."""
         return self._read(name, (slice(start, stop),))
 
     def columns(self, name: str, start: int, stop: int) -> Tensor:
-        """[n, stop - start]: these columns, as stored."""
+        """Returns columns [n, stop - start], as stored."""
         return self._read(name, (slice(None), slice(start, stop)))
 
     def check_shape(self, name: str, shape: TensorShape) -> None:
-        """Raises InputError where the tensor is missing, has another shape, or is stored as something that is no plain
-        float.
-        """
+        """Raises InputError where the tensor is missing, has another shape, or is not stored as a plain float."""
         self.dtype(name)
         if self.shape(name) != shape:
             raise InputError(
@@ -171,8 +168,8 @@ class SafetensorsFolder:
         return self.file(self.files[stored])
 
     def file(self, name: str) -> SafetensorsFile:
-        """The file of that name, opened. Raises InputError where it is missing, broken, another's link, or not as the
-        index says.
+        """Opens the file of that name. Raises InputError where it is missing, broken, an untrusted link, or differs
+        from the index.
         """
         if name not in self._open:
             path = self.folder / name
@@ -203,7 +200,7 @@ class SafetensorsFolder:
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except (OSError, ValueError):  # a name that no file can have
+    except (OSError, ValueError):  # an impossible file name
         return False
 
 

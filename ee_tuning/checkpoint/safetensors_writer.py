@@ -1,8 +1,7 @@
-"""Safetensors files written tensor by tensor, in any order and by any number of processes at once, never held in memory
-whole.
+"""Writes safetensors files tensor by tensor, in any order and by several processes at once, never all in memory.
 
-Sizes are known beforehand, so the headers are written and every tensor has its place. The bytes depend on names,
-shapes, dtype and values alone. Files get the modes that the umask leaves (safetensors' own writer makes them 0600).
+Sizes are known beforehand, so the headers are written first and every tensor has its position. The bytes depend on
+names, shapes, dtype and values only. Files get the umask's default mode (safetensors' own writer sets 0600).
 """
 
 import os
@@ -18,9 +17,9 @@ from ee_tuning.checkpoint.tensor_blocks import as_bytes
 
 
 class SafetensorsWriter:
-    """`<stem>.safetensors`, or shards and their index, in a folder that exists; not their index.
+    """Writes `<stem>.safetensors`, or shards without their index, into an existing folder.
 
-    Every process makes its own writer from the same shapes.
+    Every process creates its own writer from the same shapes.
     """
 
     def __init__(
@@ -36,14 +35,14 @@ class SafetensorsWriter:
         self.shapes = self.layout.shapes
 
     def create(self) -> None:
-        """Makes the files at their full length, headers in place. One process does, before any writes."""
+        """Creates the files at their full length, with headers. One process calls it, before any writes."""
         for file, header in self.layout.headers.items():
             with open(self.folder / file, "xb") as out:
                 out.write(header)
                 out.truncate(self.layout.file_bytes(file))
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Puts one whole tensor, cast to the writer's dtype, in its place on the disk."""
+        """Writes one whole tensor, cast to the writer's dtype, at its position."""
         place, shape = self.layout.places[name], self.shapes[name]
         assert tuple(tensor.shape) == shape, (name, tuple(tensor.shape), shape)
         data = as_bytes(tensor.detach().to("cpu", self.dtype).contiguous())

@@ -1,8 +1,7 @@
-"""A model of which only the shape is known: its config.json is there, its weights need not be. For planning and dry
-runs.
+"""A model known by its shape only, from its config.json, for planning and dry runs. Weights may be missing.
 
-Tensors have shapes and no content. Made under fake tensors they take no memory; read as shards, they prove that every
-piece of every parameter has its place.
+Its tensors have shapes and no content. Under fake tensors they need no memory; read as shards, they prove that every
+slice of every parameter has its place.
 """
 
 from pathlib import Path
@@ -21,35 +20,35 @@ from ee_tuning.model.config import ModelConfig, read_model_config
 from ee_tuning.model.exit_spec import ListedTokens
 
 DEFAULT_SEQ_LENGTH = 2048
-"""Tokens per sequence of tuning, where the model has as many positions."""
+"""Default tokens per sequence of tuning, where the model has as many positions."""
 LARGEST_AUTO = 16384
-"""Tokens that a shortlist has where its texts have not been read and are to decide: more than they mostly choose."""
+"""Size of a shortlist whose texts are to decide it but have not been read. Most texts choose fewer tokens."""
 
 
 class ShapesOnly:
-    """A source of tensors without content, as a checkpoint is one with it."""
+    """A source of tensors without content, which otherwise behaves like a checkpoint."""
 
     def __init__(self, shapes: dict[str, TensorShape], dtype: torch.dtype):
         self._shapes, self._dtype = shapes, dtype
 
     def shape(self, name: str) -> TensorShape:
-        """The shape of the whole tensor."""
+        """Returns the shape of the whole tensor."""
         return self._shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
-        """The stored dtype."""
+        """Returns the stored dtype."""
         return self._dtype
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """[stop - start, …], uninitialized."""
+        """Returns rows [stop - start, …], uninitialized."""
         return torch.empty(self._shapes[name], dtype=self._dtype)[start:stop]
 
     def columns(self, name: str, start: int, stop: int) -> Tensor:
-        """[n, stop - start], uninitialized."""
+        """Returns columns [n, stop - start], uninitialized."""
         return torch.empty(self._shapes[name], dtype=self._dtype)[:, start:stop]
 
     def check_shape(self, name: str, shape: TensorShape) -> None:
-        """Raises InputError where the model has no such tensor, or of another shape."""
+        """Raises InputError where the model has no such tensor, or one of another shape."""
         if self._shapes.get(name) != shape:
             raise InputError(
                 f"the model's config gives {name} the shape {self._shapes.get(name)}, and {shape} is asked for"
@@ -57,8 +56,8 @@ class ShapesOnly:
 
 
 def shape_sources(config: Config) -> Sources:
-    """What `load_for_tuning` reads, without content. Where weights are there, their headers are held against the
-    model's config.
+    """Returns the sources of `load_for_tuning` without content. Existing weights are compared with the model's config
+    by their headers.
 
     Raises InputError where model and exits do not fit each other.
     """
@@ -69,9 +68,7 @@ def shape_sources(config: Config) -> Sources:
 
 
 def with_seq_length(config: Config) -> Config:
-    """`config` with the number that a tuning.seq_length of 0 stands for, which the model's shape decides. Weights need
-    not be there.
-    """
+    """Replaces a tuning.seq_length of 0 by a default that depends on the model's shape. Weights may be missing."""
     if config.tuning.seq_length != 0:
         return config
     folder = model_folder(config.model.path, needs_weights=False)
@@ -115,8 +112,8 @@ def _exits_config(config: Config, model: ModelConfig) -> ExitHeadsConfig:
 
 
 def _unread_list(section: ExitsSection, model: ModelConfig) -> ListedTokens | None:
-    """A shortlist of the size that is asked for: which tokens it holds changes no shape. Where texts are to decide, of
-    LARGEST_AUTO.
+    """Returns a shortlist of the configured size, or of LARGEST_AUTO where texts decide. Its tokens do not affect any
+    shape.
     """
     check_output_vocab(section, model.vocab_size)
     size = (

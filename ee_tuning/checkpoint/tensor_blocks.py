@@ -1,4 +1,4 @@
-"""Tensors passed on in blocks of rows, so that none of them is ever in memory whole."""
+"""Tensors in blocks of rows, so that no tensor is ever in memory as a whole."""
 
 import ctypes
 from collections.abc import Iterator
@@ -11,13 +11,11 @@ from ee_tuning.checkpoint.safetensors_file import SafetensorsFile
 from ee_tuning.checkpoint.safetensors_reader import TensorSource
 
 BLOCK_BYTES = 4 << 20
-"""Large enough that a block costs its bytes and nothing else, small enough that the allocator keeps it for the next
-one.
-"""
+"""Large enough for low overhead, small enough that the allocator reuses it for the next block."""
 
 
 def tensor_blocks(source: TensorSource, name: str) -> Iterator[Tensor]:
-    """The rows of a tensor, as stored, block by block. Each block is the caller's own."""
+    """Yields the rows of a tensor, as stored, block by block. The caller owns each block."""
     rows, *width = source.shape(name)
     step = _rows_per_block(width, source.dtype(name))
     for row in range(0, rows, step):
@@ -25,7 +23,7 @@ def tensor_blocks(source: TensorSource, name: str) -> Iterator[Tensor]:
 
 
 def stored_blocks(file: SafetensorsFile, name: str) -> Iterator[Tensor]:
-    """A tensor of one file, of whichever type, block by block."""
+    """Yields a tensor of one file, of any dtype, block by block."""
     shape = file.entries[name].shape
     if not shape:
         yield file.read(name)
@@ -37,9 +35,7 @@ def stored_blocks(file: SafetensorsFile, name: str) -> Iterator[Tensor]:
 
 
 def parameter_blocks(source: TensorSource, parameter: Shard, dtype: torch.dtype) -> Iterator[Tensor]:
-    """The rows of a whole Megatron-core parameter (a shard of one) as `dtype`, block by block. Raises as
-    `read_shard`.
-    """
+    """Yields the rows of a whole Megatron-core parameter (of one shard) as `dtype`. Raises like `read_shard`."""
     for piece in parameter.pieces:
         source.check_shape(piece.name, piece.shape)
         for block in _piece_blocks(source, piece):
@@ -49,7 +45,7 @@ def parameter_blocks(source: TensorSource, parameter: Shard, dtype: torch.dtype)
 
 
 def parameter_dtype(source: TensorSource, parameter: Shard) -> torch.dtype:
-    """What a parameter is stored in: the widest type of the tensors that it is made of."""
+    """Returns the stored dtype of a parameter: the widest one of its tensors."""
     dtypes = [source.dtype(piece.name) for piece in parameter.pieces]
     widest = dtypes[0]
     for dtype in dtypes[1:]:
@@ -58,8 +54,9 @@ def parameter_dtype(source: TensorSource, parameter: Shard) -> torch.dtype:
 
 
 def keep_freed_blocks() -> None:
-    """Has malloc keep what is freed, up to 256 MB, for the next blocks, from now on: pages that the system hands out
-    anew for every block cost as much time as reading into them does. With another C library than glibc nothing changes.
+    """Makes malloc keep up to 256 MB of freed memory for the next blocks.
+
+    Fresh pages for every block cost as much time as reading into them. Without glibc this does nothing.
     """
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         trim_threshold, mmap_threshold = -1, -3
@@ -68,12 +65,12 @@ def keep_freed_blocks() -> None:
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU, in place."""
+    """Returns the bytes of a contiguous tensor on the CPU, without a copy."""
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _piece_blocks(source: TensorSource, piece: TensorSlice) -> Iterator[Tensor]:
-    """A piece lies along the parameter's rows, or is all of its columns."""
+    """Yields the blocks of a slice, which either lies along the parameter's rows or has all of its columns."""
     is_whole = piece.cut_dim == 1
     assert not is_whole or piece.size == piece.parameter_shape[1], piece
     first, last = (0, piece.parameter_shape[0]) if is_whole else (piece.start, piece.stop)

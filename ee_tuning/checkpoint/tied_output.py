@@ -1,9 +1,8 @@
-"""A config that ties the output matrix to the embedding, beside weights that hold both: which of them the model
-predicts by.
+"""Decides which output matrix a model uses whose config ties it to the embedding while its weights hold both.
 
-As transformers 5 has it, they are one where their values are equal, and two, with a warning, where not: a config that
-was left as it was when an output matrix was trained or taken over from elsewhere. Megatron's stages, too, each use the
-copy that they have loaded.
+As in transformers 5, they are one matrix if their values are equal, and otherwise two, with a warning: the config was
+not updated when an output matrix was trained or taken from elsewhere. Megatron's stages, too, each use the copy that
+they have loaded.
 """
 
 import dataclasses
@@ -19,14 +18,14 @@ _BLOCK_BYTES = 16 << 20
 
 
 def untied(config: ModelConfig) -> ModelConfig:
-    """The same with an output matrix of its own."""
+    """Returns the config with a separate output matrix."""
     return dataclasses.replace(config, ties_embeddings=False)
 
 
 def holds_another_output(source: TensorSource, config: ModelConfig) -> bool:
-    """Whether the output matrix, of a `source` that has one, is another than the embedding that `config` ties it to; a
-    warning tells so once. Reads both, up to the first difference. Raises InputError where one has another shape than
-    `config` says.
+    """Whether the output matrix of `source` differs from the embedding that `config` ties it to. Warns once if so.
+
+    Reads both, up to the first difference. Raises InputError where one has another shape than `config` says.
     """
     names = embedding_name(config), output_name(config)
     for name in names:

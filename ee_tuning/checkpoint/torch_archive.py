@@ -1,8 +1,7 @@
-"""Tensors in torch.save's file format, written as a stream: torch itself wants the whole tensor in memory, and copies
-it once more.
+"""Writes tensors in torch.save's file format as a stream. torch itself needs the whole tensor in memory, twice.
 
-A zip archive, uncompressed: `data.pkl` describes the tensor, `data/0` holds its bytes. See torch_file.py for the way
-back.
+The format is an uncompressed zip archive: `data.pkl` describes the tensor, `data/0` holds its bytes. torch_file.py
+reads it.
 """
 
 import collections
@@ -28,21 +27,21 @@ _STORAGES = {
 }
 _ZIP64 = 1 << 31
 ARCHIVE_BYTES = 4096
-"""More than an archive has besides its tensor's own bytes."""
+"""Upper bound of an archive's bytes beside its tensor's."""
 
 
 class ByteSink(Protocol):
-    """What an archive is written to, from beginning to end."""
+    """A destination of sequential writes."""
 
     def write(self, data: bytes) -> int:
-        """Appends; how many bytes."""
+        """Appends the bytes and returns their number."""
 
     def flush(self) -> None:
-        """Nothing that matters."""
+        """May do nothing."""
 
 
 def write_tensor(out: ByteSink, shape: TensorShape, dtype: torch.dtype, blocks: Iterable[Tensor]) -> None:
-    """Appends an archive of one tensor, whose consecutive rows are `blocks`."""
+    """Appends an archive of one tensor whose consecutive rows are `blocks`."""
     num_bytes = math.prod(shape) * dtype.itemsize
     with zipfile.ZipFile(cast(Any, out), "w", zipfile.ZIP_STORED) as archive:
         archive.writestr(_entry("data.pkl"), _described(shape, dtype))
@@ -57,7 +56,7 @@ def write_tensor(out: ByteSink, shape: TensorShape, dtype: torch.dtype, blocks: 
 
 
 def _entry(name: str) -> zipfile.ZipInfo:
-    return zipfile.ZipInfo(f"archive/{name}")  # of 1980: the bytes do not depend on the time of writing
+    return zipfile.ZipInfo(f"archive/{name}")  # dated 1980: the bytes must not depend on the time of writing
 
 
 class _Storage:

@@ -1,9 +1,9 @@
-"""What `torch.save` wrote, without letting its pickle do anything: tensors stay on the disk and are read by slices.
+"""Reads files of `torch.save` without running their pickle: tensors stay on disk and are read by slices.
 
-A file, or a stretch of one, is a zip archive with a pickle and a record of raw bytes per storage. The pickle is read by
-an unpickler that imports nothing and knows what may be asked for (pickled_names.py); what is only carried along (random
-states, enumerations) is never built. Records are mapped into memory, or read from the file where a stretch of it is
-wanted, so that a slice costs no more than its bytes; each has a CRC-32, which `StoredTensor.check` compares.
+A file, or a part of one, is a zip archive with a pickle and one record of raw bytes per storage. The unpickler imports
+nothing and knows an allow-list of names (pickled_names.py); objects that are only carried along (random states,
+enumerations) are not built. Records are mapped, or read from the file where only a part is needed, so that a slice
+costs no more than its bytes. Each record has a CRC-32, which `StoredTensor.check` verifies.
 """
 
 import argparse
@@ -55,7 +55,7 @@ class _Storage:
 
 
 class StoredTensor:
-    """A tensor on the disk."""
+    """A tensor on disk."""
 
     def __init__(
         self, archive: "Archive", storage: _Storage, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]
@@ -64,8 +64,8 @@ class StoredTensor:
         self.dtype = storage.dtype
 
     def mapped(self) -> Tensor:
-        """The tensor, its bytes still on the disk: to be sliced and copied from, never written to. Raises InputError
-        where it is broken.
+        """Returns the tensor with its bytes still on disk, for slicing and copying but not for writing. Raises
+        InputError where it is broken.
         """
         flat = self.archive.record(self.storage)
         try:
@@ -76,21 +76,18 @@ class StoredTensor:
             ) from error
 
     def check(self) -> None:
-        """Raises InputError where the stored bytes are not those that were written. Reads them all, once."""
+        """Raises InputError where the stored bytes do not match their checksum. Reads all of them, once."""
         self.archive.check_record(self.storage.record)
         self.release()
 
     def release(self) -> None:
-        """Lets go of what was read through the mapping: pages that were touched count as this process's memory until
-        then.
-        """
+        """Releases the mapped pages that were read, which would otherwise count as this process's memory."""
         self.archive.release_record(self.storage.record)
 
     def copy_part(self, shape: tuple[int, ...], part: tuple[slice, ...], out: Tensor) -> None:
-        """Copies a rectangle of the tensor, seen as `shape`, to `out`. Raises InputError where the file is broken.
+        """Copies a rectangle of the tensor, viewed as `shape`, to `out`. Raises InputError where the file is broken.
 
-        One stretch of the file is read into place: through the mapping, a fault for every page would cost three times
-        what its bytes do.
+        It reads one contiguous part of the file: page faults through the mapping would cost three times as much.
         """
         whole = self.mapped()
         source = whole.reshape(shape)[part]
@@ -103,10 +100,10 @@ class StoredTensor:
 
 
 class Archive:
-    """The archive in bytes `start`..`stop` of a file that is mapped as `data`; `content` is what was saved.
+    """The archive in bytes `start`..`stop` of a file that is mapped as `data`; `content` is the saved object.
 
-    Raises InputError, naming `path`, where it is broken or asks for a name that is not on the list; `is_trusted` lets
-    it ask for any.
+    Raises InputError, naming `path`, where it is broken or, unless `is_trusted`, names anything outside of the
+    allow-list.
     """
 
     def __init__(
@@ -130,11 +127,11 @@ class Archive:
         self.content = self._unpickle(is_trusted)
 
     def broken(self, reason: str) -> InputError:
-        """The error to raise: what is wrong with this file."""
+        """Returns the error for a broken file."""
         return InputError(f"{self.path} is broken: {reason}; fetch the file again")
 
     def record(self, storage: _Storage) -> Tensor:  # [n]
-        """The values of a storage, mapped."""
+        """Returns the values of a storage, mapped."""
         begin, end = self._place(f"data/{storage.record}")
         if end - begin != storage.num_elements * storage.dtype.itemsize:
             raise self.broken(
@@ -158,11 +155,11 @@ class Archive:
             raise self.broken(f"it was cut short while record {record} was read") from error
 
     def check_record(self, record: str) -> None:
-        """Raises InputError where the record's bytes do not give its CRC-32."""
+        """Raises InputError where the record's bytes do not match its CRC-32."""
         self._check(f"data/{record}")
 
     def release_record(self, record: str) -> None:
-        """Takes the record's pages out of this process's memory; they stay in the system's cache of the file."""
+        """Releases the record's pages from this process's memory. They stay in the system's cache."""
         begin, end = self._place(f"data/{record}")
         begin = begin // mmap.PAGESIZE * mmap.PAGESIZE
         self._data.mapping().madvise(mmap.MADV_DONTNEED, begin, end - begin)
@@ -180,7 +177,7 @@ class Archive:
         self._checked.add(name)
 
     def _place(self, name: str) -> tuple[int, int]:
-        """Where the bytes of an entry lie in the file."""
+        """Returns the position of an entry's bytes in the file."""
         entry = self._entries.get(name)
         if entry is None or entry.compress_type != zipfile.ZIP_STORED:
             raise self.broken(f"record {name} is missing, or compressed")
@@ -207,17 +204,15 @@ class Archive:
                 f"{self.path} holds a pickle that asks for {error}, and unpickling may run anything; do not load this file, "
                 "or, if you trust whoever wrote it, give --trust-pickle"
             ) from error
-        except Exception as error:  # a pickle that is broken on purpose may raise anything
+        except Exception as error:  # a malicious pickle may raise anything
             raise self.broken(f"its pickle can not be read ({error!r})") from error
 
 
 class _NotAllowed(pickle.UnpicklingError):
-    """Names what a pickle asked for."""
+    """Names an object that a pickle asked for and may not have."""
 
 
-class _Unpickler(
-    pickle._Unpickler
-):  # the one in Python: the one in C makes room for any memo index that a pickle names
+class _Unpickler(pickle._Unpickler):  # the pure Python unpickler: the one in C allocates for any memo index in a pickle
     def __init__(self, file: io.BytesIO, archive: Archive, is_trusted: bool):
         super().__init__(file)
         self._archive, self._is_trusted = archive, is_trusted
@@ -255,7 +250,7 @@ class _Unpickler(
     def _tensor(
         self, storage: Any, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], *_: Any
     ) -> "StoredTensor | Inert":
-        if isinstance(storage, Inert):  # within a random generator, whose tensors carry their bytes along
+        if isinstance(storage, Inert):  # within a random generator, whose tensors carry their own bytes
             return storage
         if not isinstance(storage, _Storage) or not all(
             isinstance(n, int) and n >= 0 for n in (offset, *shape, *stride)
@@ -274,13 +269,13 @@ class _Unpickler(
         dtype: torch.dtype,
         *_: Any,
     ) -> "StoredTensor | Inert":
-        """A tensor of a dtype that has no storage class of its own: torch counts such a storage in bytes."""
+        """Rebuilds a tensor of a dtype without a storage class, whose storage torch counts in bytes."""
         typed = _Storage(storage.record, dtype, storage.num_elements // dtype.itemsize)
         return self._tensor(typed, offset, shape, stride)
 
 
 class _Window(io.RawIOBase):
-    """Bytes `start`..`stop` of a mapped file, as a file of their own."""
+    """Bytes `start`..`stop` of a mapped file, as a file object."""
 
     def __init__(self, data: MappedFile, start: int, stop: int):
         self._data, self._start, self._stop, self._position = data, start, stop, 0
@@ -310,6 +305,6 @@ class _Window(io.RawIOBase):
 
 
 def saved_arguments(content: Any) -> dict[str, Any] | None:
-    """The arguments that Megatron saved within `content`; None where it holds none."""
+    """Returns the arguments that Megatron saved within `content`, or None."""
     arguments = content.get("args") if isinstance(content, dict) else None
     return vars(arguments) if isinstance(arguments, argparse.Namespace | types.SimpleNamespace) else None

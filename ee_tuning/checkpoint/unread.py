@@ -1,7 +1,6 @@
-"""Tensors of a model's files that no parameter of the model is made of: the few that are known to change nothing, and
-what others tell.
+"""Tensors of a model's files that no parameter uses: a few are known to be harmless, and others identify another model.
 
-None is passed over in silence, for leaving one out may make another model.
+None is ignored silently, because leaving one out may change the model.
 """
 
 import re
@@ -14,7 +13,7 @@ from ee_tuning.model.config import ModelConfig
 _BUFFER = re.compile(
     r"(.+\.)?rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)|transformer\.h\.\d+\.attn\.(masked_)?bias"
 )
-"""What old versions saved besides: frequencies that follow from the config, and GPT-2's causal masks."""
+"""Buffers of old versions: frequencies that follow from the config, and GPT-2's causal masks."""
 MERGE = (
     "merge it by peft (PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)) and give the folder of "
     "the merged model"
@@ -55,13 +54,14 @@ _MEANINGFUL = (
 
 
 def is_buffer(name: str) -> bool:
-    """Whether a tensor of a Hugging Face folder is one that changes nothing, whatever it holds."""
+    """Whether a tensor of a Hugging Face folder is a buffer without effect."""
     return _BUFFER.fullmatch(name) is not None
 
 
 def refuse_meaningful(names: Iterable[tuple[str, Path]]) -> None:
-    """Raises InputError where one of these tensors, each with its file, tells that the files are no plain language
-    model: what they are, and what to do. To be asked before anything else is found missing.
+    """Raises InputError where one of these tensors shows that the files are no plain language model, with advice.
+
+    Call it before anything else is reported as missing.
     """
     for name, path in names:
         for pattern, what, remedy in _MEANINGFUL:
@@ -70,7 +70,7 @@ def refuse_meaningful(names: Iterable[tuple[str, Path]]) -> None:
 
 
 def unread(name: str, path: Path, config: ModelConfig, described: str) -> InputError:
-    """The error to raise: the model has no use for a tensor. `described`: where its shape is from."""
+    """Returns the error for a tensor that the model does not use. `described` names the source of the model's shape."""
     return InputError(
         f"{path}: tensor {name} belongs to no {config.family} model with {config.num_layers} layers, and leaving it out "
         f"would change the model; {described} and weights do not belong together"

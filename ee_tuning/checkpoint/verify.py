@@ -1,5 +1,5 @@
-"""`ee-tuning verify`: every file of what this project wrote against its sha256 manifest; another's model as far as its
-format goes.
+"""`ee-tuning verify`: checks this project's files against their manifests, and other models as far as their format
+allows.
 """
 
 from pathlib import Path
@@ -14,12 +14,12 @@ _REMEDY = "fetch or make the folder again"
 
 
 def verify_folder(folder: Path, *, trust_pickle: bool = False) -> bool:
-    """Prints one line per file of an artifact, a run's checkpoint or an export; of a run folder, of all that stands in
-    it; of a model that has no manifest of ours, of its files and all of ours that stands within. False where the model
-    holds NaN or infinity. `trust_pickle` as in the model section of a job.
+    """Prints one line per checked file. Returns False where the model holds NaN or infinity.
 
-    Raises InputError, naming the file, at the first that is missing or altered, and where `folder` holds nothing that
-    can be checked.
+    It checks an artifact, a run's checkpoint or an export; in a run folder, all of these; of a model without a
+    manifest, its files and all of this project's folders inside. `trust_pickle` is as in the model section. Raises
+    InputError, naming the file, at the first one that is missing or altered, and where `folder` holds nothing that can
+    be checked.
     """
     if holds_manifest(folder):
         _check(folder)
@@ -41,7 +41,7 @@ def _check(folder: Path) -> None:
         check_file(folder / name, entry, _REMEDY)
         print(
             f"{folder / name}  whole, {entry['bytes']:,} bytes", flush=True
-        )  # a large folder takes minutes: each is told when done
+        )  # a large folder takes minutes, so each is reported when done
     for name in file_names(folder):
         if name not in files and name != MANIFEST:
             print(f"{folder / name}  not in the manifest, not checked")

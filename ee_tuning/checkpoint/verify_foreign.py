@@ -1,7 +1,7 @@
-"""`ee-tuning verify` on a model that this project did not write: no manifest tells what its bytes should be.
+"""`ee-tuning verify` for models of other projects, which have no manifest with checksums.
 
-What a format has is checked (headers, index, sizes, stored checksums, NaN, whether the tensors are the model's); what
-it has not is told.
+It checks headers, index, sizes, stored checksums, non-finite values, and whether the tensors are the model's, and
+reports what the format does not allow to check.
 """
 
 import math
@@ -27,10 +27,10 @@ from ee_tuning.json_file import read_json
 
 
 def verify_foreign(path: Path, *, trust_pickle: bool = False) -> bool:
-    """Prints a line per file, then what could not be checked. Whether all values are numbers.
+    """Prints a line per file, then what could not be checked. Returns whether all values are finite.
 
-    `trust_pickle` as in the model section of a job. Raises InputError, naming the file, at the first damage, and where
-    `path` holds no model in a format that is known.
+    `trust_pickle` is as in the model section. Raises InputError, naming the file, at the first damage, and where `path`
+    holds no model in a known format.
     """
     folder, watch = model_folder(str(path)), NonFiniteCheck()
     _check_descriptions(folder, trust_pickle)
@@ -50,7 +50,7 @@ def verify_foreign(path: Path, *, trust_pickle: bool = False) -> bool:
 
 
 def _check_descriptions(folder: Path, trust_pickle: bool) -> None:
-    """Raises InputError where the small files of a folder are damaged or hostile, whatever family the model is of."""
+    """Raises InputError where a small file of a folder is damaged or malicious, in any family."""
     if is_gguf(folder):
         return
     refuse_adapter(folder)
@@ -128,8 +128,9 @@ def _blocks(tensor: StoredTensor) -> Iterator[Tensor]:
 
 
 def _against_shape(folder: Path, trust_pickle: bool) -> list[str]:
-    """Whether the tensors are those that config.json, or the saved arguments, ask for. Raises InputError where they are
-    not.
+    """Returns a line that says whether the tensors match config.json or the saved arguments.
+
+    Raises InputError where they do not match.
     """
     try:
         source, config, _ = open_model(ModelSection(path=str(folder), trust_pickle=trust_pickle))

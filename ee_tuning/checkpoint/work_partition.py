@@ -1,5 +1,5 @@
-"""Pieces of work of known sizes, shared out so that processes end at about the same time. Every process comes to the
-same answer.
+"""Partitions work of known sizes so that processes finish at about the same time. All processes compute the same
+partition.
 """
 
 from collections.abc import Mapping
@@ -9,8 +9,8 @@ Item = TypeVar("Item")
 
 
 def share_of(sizes: Mapping[Item, int], rank: int, world: int) -> list[Item]:
-    """What `rank` of `world` does, in the order given: the largest pieces are given out first, each to whom has
-    least.
+    """Returns the share of `rank` of `world`, in the given order. The largest items go first, each to the least loaded
+    rank.
     """
     loads = [0] * world
     owner: dict[Item, int] = {}

@@ -175,7 +175,7 @@ def test_flags_reach_the_benchmark(shared, tmp_path, monkeypatch):
         "top_k=3",
         4,
     )
-    assert (harness.limit, harness.runs_code, first.ways.speculative, first.ways.fixed) == (7, True, True, (2,))
+    assert (harness.limit, harness.runs_code, first.sweep.speculative, first.sweep.fixed) == (7, True, True, (2,))
     assert [(each.problems, each.max_new_tokens, each.runs_code) for each in others] == [
         (None, 512, False),
         (Path("file"), 100, False),
