@@ -1,7 +1,7 @@
-"""What is made of the data once and kept: token ids, mapped into memory by every process of a machine.
+"""The data cache: token ids, which are made once and mapped into memory by every process of a machine.
 
-An entry is a folder named by a hash of all it depends on. One process of a machine makes it, or one of all where they
-share the disk; it is renamed into place when whole. Two runs that want the same entry at a time wait for each other at
+An entry is a folder named by a hash of its inputs. One process per machine makes it, or one process in total where all
+share the disk; it is renamed into place when complete. Two runs that need the same entry at once wait for each other at
 a lock.
 """
 
@@ -30,37 +30,35 @@ from ee_tuning.parallel.heartbeat import run_with_heartbeat
 from ee_tuning.parallel.topology import Topology
 
 FORMAT = 3
-"""Raise it when entries of before are no longer what would be made now."""
+"""Version of the entries. Raise it when the same inputs give other content."""
 DAYS_KEPT = 90
-"""An entry that no run has begun with for so long is removed when another one is made."""
+"""Days without use after which an entry is removed, when another one is made."""
 _REMEDY = f"make room, or set data.cache (or {VARIABLE}) to another folder"
-_SECONDS_TO_APPEAR = 90.0  # other machines may learn of a new folder on a shared disk late
+_SECONDS_TO_APPEAR = 90.0  # other machines may see a new folder on a shared disk late
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheEntry:
-    """Something to be kept."""
+    """An entry of the cache."""
 
     depends_on: Callable[[], dict[str, Any]]
-    """All that its content depends on, as JSON. Asked on rank 0 alone."""
+    """Returns all inputs of its content, as JSON. Called on rank 0 only."""
     make: Callable[[Path, ProgressBar], Iterator[None]]
-    """Writes it into a folder, in steps."""
+    """Writes the content into a folder, in steps."""
 
     def name(self) -> str:
-        """The name of its folder."""
+        """Returns the name of its folder."""
         canonical = to_json({"format": FORMAT, **self.depends_on()}, sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:32]
 
 
 def cache_root(given: str | None) -> Path:
-    """data.cache, or the default."""
+    """Returns data.cache, or the default."""
     return Path(given) if given else cache_folder()
 
 
 def file_stamps(files: Sequence[Path]) -> list[list[Any]]:
-    """What tells that a file is still the one it was, cheap for files of any size: path, size, and time of its last
-    change.
-    """
+    """Returns path, size and modification time of each file, which identify its content at little cost."""
     stamps = []
     for path in files:
         try:
@@ -72,11 +70,11 @@ def file_stamps(files: Sequence[Path]) -> list[list[Any]]:
 
 
 def get_or_build(entries: Sequence[CacheEntry], root: Path, topology: Topology | None) -> list[Path]:
-    """The folders of `entries`, made where they are not there yet. All ranks call it.
+    """Returns the folders of `entries`, and makes missing ones. All ranks call it.
 
     Raises InputError, the same on every rank, where the data or the disk refuse.
     """
-    # Rank 0's names for all: the files' times of change may differ where each machine has a copy of them.
+    # Rank 0's names for all ranks: modification times may differ where each machine has its own copy of the files.
     folders = [root / name for name in on_first_rank(topology, lambda: [entry.name() for entry in entries])]
     with ProgressBar("tokenizing", speaks=topology is None or topology.is_logging_rank) as progress:
         makes = topology is None or _makes(root, topology)
@@ -97,7 +95,7 @@ def _make_missing(
     for entry, folder in zip(entries, folders, strict=True):
         if folder.is_dir():
             with suppress(OSError):
-                os.utime(folder)  # when it was last of use
+                os.utime(folder)  # records the last use
             continue
         with os_errors_as_input_errors(folder, _REMEDY):
             root.mkdir(parents=True, exist_ok=True)
@@ -108,13 +106,13 @@ def _make_missing(
                 with atomic_folder(folder, None, _REMEDY) as partial:
                     yield from entry.make(partial, progress)
         finally:
-            with suppress(OSError):  # whoever waits for it looks for the folder first
+            with suppress(OSError):  # other processes that wait for the lock check for the folder first
                 _lock_file(folder).unlink()
             os.close(lock)
 
 
 def _remove_unused(root: Path) -> None:
-    """Removes the entries that no run has begun with for DAYS_KEPT."""
+    """Removes the entries that no run has used for DAYS_KEPT."""
     for folder in root.iterdir():
         with suppress(OSError):
             is_entry = re.fullmatch(r"(piped-)?[0-9a-f]{32}|piped-[0-9a-f]{8}\.partial", folder.name)
@@ -123,13 +121,13 @@ def _remove_unused(root: Path) -> None:
 
 
 def _wait_for(path: Path) -> Generator[None, None, int]:
-    """Steps to go through until the lock file `path` is ours; its handle, which holds it until it is closed or this
-    process ends.
+    """Yields until this process holds the lock file `path`. Returns the handle, which holds the lock until it is
+    closed.
     """
     while True:
         with os_errors_as_input_errors(path, _REMEDY):
-            path.touch()  # anew each time: who had it before has removed it
-        # On a disk without locks it is ours at once: at worst, two runs that start at a time make the same.
+            path.touch()  # created each time, because the former holder removed it
+        # On a disk without locks it is granted at once: at worst, two runs make the same entry.
         if (lock := try_lock(path, is_ours=True)) is not None:
             return lock
         time.sleep(0.5)
@@ -141,14 +139,14 @@ def _lock_file(folder: Path) -> Path:
 
 
 def _makes(root: Path, topology: Topology) -> bool:
-    """Whether this rank makes what is missing: rank 0, and the first of each machine that does not see rank 0's
+    """Whether this rank makes missing entries: rank 0, and the first rank of each machine that does not see rank 0's
     disk.
     """
     hosts: list[str] = [""] * topology.world_size
     dist.all_gather_object(hosts, socket.gethostname(), group=topology.world_control)
     probe = root / topology.broadcast_object(f"probe-{secrets.token_hex(4)}")
     if topology.rank == 0:
-        with suppress(OSError):  # told of where it hinders
+        with suppress(OSError):  # reported where it matters
             root.mkdir(parents=True, exist_ok=True)
             probe.touch()
     topology.barrier()
@@ -171,4 +169,4 @@ def _await(folder: Path) -> None:
             )
         time.sleep(0.5)
         with suppress(OSError):
-            os.listdir(folder.parent)  # makes a network disk look anew
+            os.listdir(folder.parent)  # makes a network disk refresh its listing

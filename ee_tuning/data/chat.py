@@ -1,10 +1,10 @@
-"""Conversations become token ids by the tokenizer's chat template, with a mark on the assistant's words.
+"""Encodes conversations by the tokenizer's chat template, and marks the tokens of the assistant's words.
 
-Few templates mark the assistant's words themselves (`{% generation %}`). For the others, each turn of the assistant is
-looked at as the model says it: as the last one, behind what the messages before it are rendered to with the generation
-prompt. Where the whole conversation begins with that very text, the turn is marked there. Templates of thinking models
-leave out of earlier turns what was thought: a turn that was changed so is in a text of its own, which ends with it and
-has the earlier turns as the model saw them.
+Few templates mark the assistant's words themselves (`{% generation %}`). For the others, each assistant turn is
+rendered as the last message, after the prompt that the template gives for the messages before it. If the whole
+conversation begins with that text, the turn is marked there. Templates of thinking models drop the thoughts of earlier
+turns: a turn that is changed in this way gets a text of its own, which ends with it and contains the earlier turns as
+the model saw them.
 """
 
 import re
@@ -22,24 +22,24 @@ ASSISTANT = "assistant"
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _THINK, _THOUGHT = "<think>", "</think>"
 _REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Keys that messages hold apart from their content what was thought in."""
+"""Keys of messages that hold thoughts, apart from the content."""
 
 Marked = tuple[list[int], list[bool]]
 """Token ids, and which of them are the assistant's words."""
 Span = tuple[int, int]
-"""First character, and the one behind the last."""
+"""First character, and the one after the last."""
 
 
 class _Turn(NamedTuple):
-    """A turn of the assistant as the model says it."""
+    """An assistant turn as the model generates it."""
 
     text: str
-    """Ends with the turn, or with what the template puts behind it."""
+    """Text that ends with the turn, or with what the template appends to it."""
     start: int
     stop: int
-    """The place behind its end-of-turn token."""
+    """Position after the end-of-turn token."""
     words: str
-    """The turn's content; empty where something was thought before it."""
+    """Content of the turn; empty if it begins with thoughts."""
 
 
 class ChatFormat:
@@ -52,11 +52,11 @@ class ChatFormat:
         self._ends = tuple(ends)
 
     def encode(self, conversation: Conversation) -> list[Marked]:
-        """The conversation as one text, or as several where a template renders earlier turns otherwise than the last.
-        An assistant's end-of-turn token is among its words; each turn of it is marked once.
+        """Encodes the conversation as one text, or several where a template renders earlier turns differently from the
+        last.
 
-        Raises InputError where there is no template, it refuses the messages, or the assistant's words can not be found
-        in what it makes.
+        The assistant's words include its end-of-turn token, and each of its turns is marked once. Raises InputError
+        where there is no template, it refuses the messages, or the assistant's words can not be found in its output.
         """
         try:
             source = self._template.source(has_tools=conversation.tools is not None)
@@ -92,7 +92,7 @@ class ChatFormat:
         return rendered
 
     def _texts(self, conversation: Conversation) -> list[tuple[str, list[Span]]]:
-        """Texts that hold each of the assistant's turns once, and where."""
+        """Returns texts that contain each assistant turn once, with the turns' spans."""
         whole: str = self._render(conversation, conversation.messages)
         found: dict[str, list[Span]] = {whole: []}
         turns = [
@@ -112,7 +112,7 @@ class ChatFormat:
         return [each for each in reversed(found.items()) if each[1]] or [(whole, [])]
 
     def _place(self, turn: _Turn, found: dict[str, list[Span]], whole: str) -> tuple[str, Span]:
-        """The text that the turn is marked in: one of `found`, or its own; and where."""
+        """Returns the text in which the turn is marked, one of `found` or its own, and its span."""
         for text in found:
             if text.startswith(turn.text[: turn.stop]):
                 return text, (turn.start, turn.stop)
@@ -123,7 +123,7 @@ class ChatFormat:
         return turn.text, (turn.start, turn.stop)
 
     def _turn(self, conversation: Conversation, index: int) -> _Turn:
-        """Turn `index` behind the messages before it."""
+        """Renders turn `index` after the messages before it."""
         message = conversation.messages[index]
         prompt = self._prompt(conversation, index)
         own: str = self._render(conversation, conversation.messages[: index + 1])
@@ -134,10 +134,10 @@ class ChatFormat:
             and (thought or "").removeprefix(_THINK).strip() in own[len(prompt) :]
         ):
             turn = own[len(prompt) :]
-            trimmed = turn.rstrip()  # nothing that follows the end-of-turn token is said by the assistant
+            trimmed = turn.rstrip()  # the assistant generates nothing after the end-of-turn token
             stop = len(prompt) + len(trimmed if trimmed.endswith(self._ends) else turn)
             return _Turn(own, len(prompt), stop, "" if thought or _reasoning(message) else words)
-        if thought is not None:  # left out even where it was thought last: R1's template
+        if thought is not None:  # some templates (R1's) drop even the last turn's thoughts
             return self._written_out(prompt, own, f"{thought}{_THOUGHT}\n\n{words}")
         start = self._start_of(words, prompt, own, self._before(conversation, index))
         if start is None:
@@ -145,11 +145,11 @@ class ChatFormat:
         return _Turn(own, start, self._behind(own, start + len(words)), words)
 
     def _prompt(self, conversation: Conversation, index: int) -> str:
-        """What the model reads before it says turn `index`."""
+        """Returns what the model reads before it generates turn `index`."""
         if index:
             prompt: str = self._render(conversation, conversation.messages[:index], add_generation_prompt=True)
             return prompt
-        first = conversation.messages[:1]  # transformers renders no empty conversation
+        first = conversation.messages[:1]  # transformers can not render an empty conversation
         own: str = self._render(conversation, first)
         header = str(self._render(conversation, first, add_generation_prompt=True)).removeprefix(own)
         if header and header in own:
@@ -165,9 +165,7 @@ class ChatFormat:
         return str(self._render(conversation, conversation.messages[:index])).rstrip() if index else ""
 
     def _start_of(self, words: str, prompt: str, own: str, before: str) -> int | None:
-        """Where `words` begin in `own`, which goes on from `before` otherwise than `prompt` does; None where they do
-        not.
-        """
+        """Returns where `words` begin in `own`, which continues `before` differently from `prompt`, or None."""
         same = next(
             (place for place, pair in enumerate(zip(prompt, own, strict=False)) if pair[0] != pair[1]),
             min(len(prompt), len(own)),
@@ -185,12 +183,14 @@ class ChatFormat:
         return _Turn(text, len(prompt), len(text), "")
 
     def _before_end(self, text: str, start: int, stop: int) -> int:
-        """Where the words end of a turn that ends at `stop`, by a token or by blank space of the template."""
+        """Returns where the words of a turn end that ends at `stop`, before its end-of-turn token or the template's
+        whitespace.
+        """
         said = text[start:stop].rstrip()
         return start + len(said) - len(next((each for each in self._ends if said.endswith(each)), ""))
 
     def _without_end(self, ids: list[int], marks: list[bool]) -> Marked:
-        """The same without a mark on special tokens at the end of the last turn."""
+        """Removes the mark from special tokens at the end of the last turn."""
         last = max((place for place, is_marked in enumerate(marks) if is_marked), default=-1)
         place = last
         while place >= 0 and marks[place] and not str(self._tokenizer.decode([ids[place]])).strip():
@@ -201,7 +201,7 @@ class ChatFormat:
         return ids, marks
 
     def _behind(self, text: str, place: int) -> int:
-        """The place behind the end-of-turn token at `place`, if there is one."""
+        """Returns the position after the end-of-turn token at `place`, if there is one."""
         end = self._end.match(text, place) if self._end else None
         return end.end() if end else place
 
@@ -211,8 +211,8 @@ def _is_cut(conversation: Conversation) -> bool:
 
 
 def is_mid_thought(prompt: str, answer: str) -> bool:
-    """Whether `answer`, which a model gave to `prompt`, ends before its thought does: no template writes such a turn as
-    it was said.
+    """Whether a model's `answer` to `prompt` ends before its thought does. No template can render such a turn
+    faithfully.
     """
     return _THOUGHT not in answer and (_THINK in answer or prompt.rstrip().endswith(_THINK))
 
@@ -222,8 +222,10 @@ def _reasoning(message: dict[str, Any]) -> str:
 
 
 def _parts(message: dict[str, Any], prompt: str) -> tuple[str | None, str]:
-    """What was thought, its opening tag included, and what was said after it. None where nothing was thought, or where
-    it stands under a key of its own while `prompt` asks for no thinking: templates may leave that out.
+    """Returns the thought with its opening tag, and the rest of the answer.
+
+    Returns None without a thought, or where the thought has a key of its own while `prompt` does not ask for thinking:
+    templates may then drop it.
     """
     content = message.get("content")
     text = content.strip() if isinstance(content, str) else ""
@@ -244,7 +246,7 @@ def _unstable(conversation: Conversation) -> InputError:
 
 
 def _tokens_within(offsets: list[tuple[int, int]], spans: list[Span]) -> list[bool]:
-    """Which tokens end within a span: one that begins before it brings at most a space along."""
+    """Marks the tokens that end within a span. A token that begins before it adds at most a space."""
     marks, index = [False] * len(offsets), 0
     for token, (first, stop) in enumerate(offsets):
         while index < len(spans) and spans[index][1] < stop:

@@ -1,6 +1,4 @@
-"""Chat templates: which one of a tokenizer's is taken, and messages rendered by it. What it refuses, or fails on, is
-told in one line.
-"""
+"""Selects a tokenizer's chat template and renders messages by it. Failures become one-line errors."""
 
 import re
 from collections.abc import Sequence
@@ -13,19 +11,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DEFAULT, TOOL_USE = "default", "tool_use"
-"""Names that templates have by convention: the one for all, and the one for chats with tools."""
+"""Conventional names of templates: the default, and the one for chats with tools."""
 _NAME = re.compile(r"[\w-]+")
 _OTHER = "give another with --chat-template (data.chat_template)"
 
 Messages = Sequence[dict[str, Any]]
-"""Messages of a chat: role and content, and what else a template reads."""
+"""Messages of a chat: role, content, and further keys for the template."""
 
 
 def read_chat_template(path: str | None) -> str | None:
-    """The template in the file `path`, or the name that `path` is where there is no such file; None for the tokenizer's
-    own.
+    """Reads the template from the file `path`. If there is no such file, `path` is a template's name; None is the
+    tokenizer's own.
 
-    Raises InputError where the file can not be read or holds no Jinja.
+    Raises InputError where the file can not be read or is not Jinja.
     """
     if path is None or (_NAME.fullmatch(path) and not Path(path).exists()):
         return path
@@ -52,15 +50,13 @@ def _is_jinja(text: str) -> bool:
 
 
 class ChatTemplate:
-    """The template that a tokenizer's chats are rendered by: `given` (what `read_chat_template` returned), or its
-    own.
-    """
+    """The chat template of a tokenizer: `given` (from `read_chat_template`), or its own."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", given: str | None) -> None:
         self._tokenizer, self._given = tokenizer, given
 
     def source(self, *, has_tools: bool = False) -> str:
-        """The Jinja text. Raises InputError where there is none, or several and none is meant."""
+        """Returns the Jinja text. Raises InputError where there is none, or several and none is selected."""
         own = self._tokenizer.chat_template
         named = {name: text for name, text in own.items() if isinstance(text, str)} if isinstance(own, dict) else {}
         if self._given is not None and _is_jinja(self._given):
@@ -89,22 +85,22 @@ class ChatTemplate:
         return own
 
     def render(self, messages: Messages, tools: list[Any] | None = None, **options: Any) -> Any:
-        """What the template makes of `messages`: a text, or what `options` ask transformers for.
+        """Renders `messages`: returns a text, or what `options` ask transformers for.
 
-        Raises InputError where there is no template, where it is no Jinja, and where it refuses the messages or fails
-        on them.
+        Raises InputError where there is no template, it is not Jinja, or it refuses the messages or fails on them.
         """
         source = self.source(has_tools=tools is not None)
         try:
             return self._tokenizer.apply_chat_template(
                 list(messages), tools=tools, chat_template=source, **{"tokenize": False, **options}
             )
-        except Exception as error:  # templates run code of their own: any error may come out of them
+        except Exception as error:  # templates run code of their own, which may raise anything
             raise InputError(self._shown(error)) from error
 
     def end_of_turn_id(self) -> int | None:
-        """The added token that closes the assistant's turns, and so ends an answer, whether or not the model's config
-        names it (Llama 3's <|eot_id|> beside <|end_of_text|>). None where the template closes them by none.
+        """The special token with which the template closes assistant turns, or None.
+
+        It ends an answer even if the model's config does not name it (Llama 3's <|eot_id|> beside <|end_of_text|>).
         """
         said = "Yes, indeed."
         try:
@@ -129,7 +125,7 @@ class ChatTemplate:
             return f"the chat template is no Jinja: {reason} (line {error.lineno}); mend it, or {_OTHER}"
         if isinstance(error, UndefinedError):
             return f"the chat template asks for what is not there: {reason}; mend it or the messages, or {_OTHER}"
-        if type(error) is TemplateError:  # what raise_exception raises
+        if type(error) is TemplateError:  # raised by raise_exception
             return f"the chat template refuses the messages: {reason}; mend or remove them, or {_OTHER}"
         return (
             f"the chat template fails on the messages: {type(error).__name__}: {reason}; mend it or them, or {_OTHER}"

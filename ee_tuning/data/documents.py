@@ -1,7 +1,6 @@
-"""Files of data, read one document after the other, in pieces that processes can share: the first step of the data's
-way.
+"""Reads data files document by document, in ranges that processes can share.
 
-A text file is one document; the others hold one a line, an element or a row (see `records.py` for what one may say).
+A text file is one document; other files have one per line, element or row (`records.py` describes their forms).
 """
 
 from collections.abc import Iterable, Iterator
@@ -21,21 +20,23 @@ _HEAD_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class FileRange:
-    """A part of a file that is read by itself."""
+    """A part of a file that is read on its own."""
 
     path: Path
     start: int
-    """First byte; of a .parquet file, its first row group."""
+    """First byte; for a .parquet file, its first row group."""
     stop: int
-    """The first place behind the last document."""
+    """Position after the last document."""
     num_bytes: int
-    """How much work it is."""
+    """Size of the work in bytes."""
     kind: FileKind
 
 
 def may_hold_records(path: Path, text_key: str) -> bool:
-    """False for a .json or a table, found in a folder, that names no key of records within its beginning. Raises
-    InputError where it can not be read.
+    """Whether a file in a folder may hold records. False for a .json file or a table whose beginning names no key of
+    records.
+
+    Raises InputError where it can not be read.
     """
     if (promised := named_format(path.name)) not in ("json", "table"):
         return True
@@ -44,9 +45,7 @@ def may_hold_records(path: Path, text_key: str) -> bool:
 
 
 def file_ranges(files: Iterable[Path]) -> list[FileRange]:
-    """`files` in pieces, in order. Raises InputError where one can not be looked at, or is of a kind that is not
-    read.
-    """
+    """Cuts `files` into ranges, in order. Raises InputError where one can not be read or has an unsupported kind."""
     ranges = []
     for path in files:
         kind = kind_of(path)
@@ -63,11 +62,10 @@ def file_ranges(files: Iterable[Path]) -> list[FileRange]:
 
 
 def read_documents(part: FileRange, text_key: str) -> Iterator[Document | LeftOut]:
-    """The documents that begin in `part`, and what it holds in their place that says nothing. `text_key` is the key of
-    a text, or its column.
+    """Yields the documents that begin in `part`, and a LeftOut for each record without content.
 
-    Raises InputError naming the file (and line, record or row) where one can not be read, is not UTF-8, or has no form
-    that is known.
+    `text_key` is the key or column of a text. Raises InputError naming the file (and line, record or row) where one can
+    not be read, is not UTF-8, or has no known form.
     """
     if part.kind.format == "text":
         text = _read_text(part)
@@ -78,10 +76,9 @@ def read_documents(part: FileRange, text_key: str) -> Iterator[Document | LeftOu
 
 
 def read_records(part: FileRange, text_key: str) -> Iterator[Record]:
-    """The records that begin in `part`, with all their keys, and their places; a text file is one, with its text under
-    `text_key`.
+    """Yields the records that begin in `part`, with all their keys and their places.
 
-    Raises InputError where the file can not be read.
+    A text file is one record with its text under `text_key`. Raises InputError where the file can not be read.
     """
     if part.kind.format == "text":
         yield {text_key: _read_text(part)}, partial(str, part.path)

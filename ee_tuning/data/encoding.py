@@ -1,4 +1,4 @@
-"""Documents become token ids: what one process does with one piece of a file."""
+"""Turns documents into token ids: the work of one process on one range of a file."""
 
 import functools
 import hashlib
@@ -29,31 +29,29 @@ from ee_tuning.json_file import to_json
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# The tokenizer's results as Python lists take some hundred bytes a token.
+# The tokenizer's results, as Python lists, take some hundred bytes per token.
 BATCH_CHARACTERS = 1_000_000
-_SMALL_VOCABULARY = 65_500  # as Megatron-core: below it, ids take 16 bits
+_SMALL_VOCABULARY = 65_500  # as in Megatron-core: below it, ids take 16 bits
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """All that token ids depend on beside the text."""
+    """All inputs of token ids beside the text."""
 
     tokenizer: str
-    """Its folder."""
+    """Folder of the tokenizer."""
     tokenizer_files: tuple[tuple[str, str], ...]
-    """Name and sha256 of each."""
+    """Name and sha256 of each file."""
     text_key: str
     chat_template: str | None
-    """The template itself; None for the tokenizer's own."""
+    """Text of the template; None for the tokenizer's own."""
     trusts_code: bool = False
     """Whether Python files in the tokenizer's folder are run."""
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Documents one after the other, each begun as the tokenizer begins any text and closed by the end-of-text
-    token.
-    """
+    """Token ids of documents, each with the tokenizer's beginning tokens and closed by the end-of-text token."""
 
     ids: NDArray[np.int32]  # [n]
     lengths: NDArray[np.int64]  # [documents], end of text included
@@ -64,8 +62,9 @@ class Tokens:
 
 
 def tokenize_range(piece: FileRange, recipe: Recipe) -> Tokens:
-    """The tokens of the documents in `piece`, those left out that nothing can be learned from. Raises InputError on a
-    document, or a tokenizer, that can not be used.
+    """Tokenizes the documents in `piece`, without those that teach nothing.
+
+    Raises InputError on an unusable document or tokenizer.
     """
     left_out = LeftOutCount()
     parts = [
@@ -83,7 +82,7 @@ def _kept(records: Iterable[Document | LeftOut], left_out: LeftOutCount) -> Iter
 
 
 def joined(parts: list[Tokens], left_out: LeftOutCount) -> Tokens:
-    """`parts` one after the other."""
+    """Concatenates `parts`."""
 
     def all_of(name: str, dtype: type[np.generic]) -> NDArray:
         return np.concatenate([np.empty(0, dtype), *(getattr(part, name) for part in parts)]).astype(dtype, copy=False)
@@ -97,10 +96,10 @@ def joined(parts: list[Tokens], left_out: LeftOutCount) -> Tokens:
 
 
 def document_hash(document: Document) -> float:
-    """A number in [0, 1] that depends on the content alone: the same on every machine, whatever the file is called."""
+    """Returns a number in [0, 1] that depends on the content only: the same on every machine, under every file name."""
     if isinstance(document, Completion) and document.as_chat:
         document = document.as_chat
-    if isinstance(document, Conversation):  # .parquet has values that JSON has not, such as times
+    if isinstance(document, Conversation):  # .parquet has values that JSON lacks, such as times
         text = to_json(document.messages, sort_keys=True, default=str)
     else:
         text = document if isinstance(document, str) else document.prompt + document.completion
@@ -108,14 +107,14 @@ def document_hash(document: Document) -> float:
 
 
 def id_type(recipe: Recipe) -> type[np.unsignedinteger] | type[np.signedinteger]:
-    """What token ids are stored as, which Megatron-core chooses so too."""
+    """Returns the dtype of stored token ids, chosen as in Megatron-core."""
     largest = max(_tools(recipe)[0].get_vocab().values(), default=0)
     return np.uint16 if largest < _SMALL_VOCABULARY else np.int32
 
 
 @functools.lru_cache(maxsize=1)
 def _tools(recipe: Recipe) -> tuple:
-    """Tokenizer, chat format, ids that begin a text, and end-of-text id, once for all pieces of a process."""
+    """Returns tokenizer, chat format, beginning ids and end-of-text id, cached per process."""
     tokenizer = load_tokenizer(recipe.tokenizer, trusts_code=recipe.trusts_code)
     return tokenizer, ChatFormat(tokenizer, recipe.chat_template), beginning_ids(tokenizer), end_of_text_id(tokenizer)
 
@@ -148,7 +147,7 @@ def _encode(documents: list[Document], recipe: Recipe, left_out: LeftOutCount) -
             lengths.append(len(words))
         hashes += [document_hash(document)] * len(
             made
-        )  # the turns of a conversation are trained on, or held out, together
+        )  # all texts of a conversation are trained on, or held out, together
     return Tokens(
         np.array(ids, np.int32),
         np.array(lengths, np.int64),
@@ -162,8 +161,8 @@ def _whole(text: list[int], end: int) -> Marked:
 
 
 def _encode_marked(document: Conversation | Completion, recipe: Recipe) -> list[Marked]:
-    """Token ids of each text that the document makes, closed by end of text, and which of them are learned. No text
-    where none is.
+    """Returns the token ids of each text of a document, closed by end of text, and which of them are labels. May return
+    no text.
     """
     tokenizer, chat, beginning, end = _tools(recipe)
     has_template = recipe.chat_template is not None or bool(tokenizer.chat_template)
@@ -178,7 +177,7 @@ def _encode_marked(document: Conversation | Completion, recipe: Recipe) -> list[
     made = []
     for words, marks in _encode_chat(conversation, chat):
         if words[-1:] != [end]:
-            # An assistant's last turn that has no token of its own at its end is ended by end of text.
+            # A last assistant turn without an end-of-turn token is closed by end of text.
             is_open = marks[-1:] == [True] and words[-1] not in tokenizer.added_tokens_decoder
             words, marks = [*words, end], [*marks, is_open and not conversation.is_cut]
         if any(marks):
@@ -187,17 +186,16 @@ def _encode_marked(document: Conversation | Completion, recipe: Recipe) -> list[
 
 
 def _holds_words(chat: Conversation) -> bool:
-    """Whether the assistant says, thinks or calls anything that is to be learned. An end of turn behind nothing is
-    not.
-    """
+    """Whether the assistant says, thinks or calls anything to be learned. A bare end of turn does not count."""
     said = [message for message in chat.messages[chat.num_given :] if message["role"] == ASSISTANT]
-    return any(message["content"].strip() or len(message) > 2 for message in said)  # role and content are always there
+    # role and content are always present
+    return any(message["content"].strip() or len(message) > 2 for message in said)
 
 
 def _encode_chat(conversation: Conversation, chat: ChatFormat) -> list[Marked]:
     made = chat.encode(conversation)
     given = conversation.messages[: conversation.num_given]
-    if any(message["role"] == ASSISTANT for message in given):  # what the assistant said in the prompt is not learned
+    if any(message["role"] == ASSISTANT for message in given):  # the assistant's words in the prompt are not learned
         num_given = sum(
             sum(marks) for _, marks in chat.encode(Conversation(given, conversation.tools, conversation.where))
         )
@@ -208,7 +206,7 @@ def _encode_chat(conversation: Conversation, chat: ChatFormat) -> list[Marked]:
 
 
 def _encode_completion(document: Completion, tokenizer: "PreTrainedTokenizerBase") -> Marked:
-    """Prompt and completion are tokenized as one text; tokens that end in the completion are learned."""
+    """Tokenizes prompt and completion as one text. Tokens that end in the completion are labels."""
     if not tokenizer.is_fast:
         raise InputError(
             "prompts with completions need a fast tokenizer (tokenizer.json), which tells the characters of each token, and "
@@ -244,8 +242,8 @@ def _num_characters(document: Document) -> int:
 
 
 def recipe_of(tokenizer: str | Path, text_key: str, chat_template: str | None, *, trusts_code: bool = False) -> Recipe:
-    """The recipe; `chat_template` is the file of one. Raises InputError where that, or the tokenizer's files, can not
-    be read.
+    """Returns the recipe. `chat_template` is a template file. Raises InputError where it or the tokenizer's files can
+    not be read.
     """
     folder = tokenizer_folder(tokenizer, trusts_code=trusts_code)
     return Recipe(

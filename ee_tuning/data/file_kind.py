@@ -1,6 +1,4 @@
-"""What a file of data is: its format by its name, where the name says it, and else by its content; how it is packed by
-its first bytes.
-"""
+"""Detects the kind of a data file: format by name or content, compression by the first bytes."""
 
 import bz2
 import gzip
@@ -35,7 +33,7 @@ _FORMATS: dict[str, Format] = {
 }
 PACKED_SUFFIXES = (".gz", ".gzip", ".zst", ".zstd", ".bz2", ".xz")
 DATA_SUFFIXES = tuple(_FORMATS)
-"""What is taken out of a folder, packed or not."""
+"""Suffixes of files that are taken from a folder, compressed or not."""
 _REFUSED = {
     ".zip": "unpack it",
     ".tar": "unpack it",
@@ -73,7 +71,7 @@ _HEAD_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class FileKind:
-    """How a file is read."""
+    """Format and compression of a file."""
 
     format: Format
     packing: str | None = None
@@ -81,12 +79,12 @@ class FileKind:
 
 
 def named_format(name: str) -> Format | None:
-    """What the suffixes of a file's name promise; None where they promise nothing."""
+    """Returns the format that a file's suffixes stand for, or None."""
     return _FORMATS.get(_inner_suffix(name))
 
 
 def kind_of(path: Path) -> FileKind:
-    """The kind of a file. Raises InputError where it can not be read, or is of a kind that is not."""
+    """Detects the kind of a file. Raises InputError where it can not be read or its kind is not supported."""
     suffix = _inner_suffix(path.name)
     if remedy := _REFUSED.get(suffix):
         raise InputError(f"{path}: {suffix} is no format that data are read from; {remedy}")
@@ -105,7 +103,7 @@ def kind_of(path: Path) -> FileKind:
 
 @contextmanager
 def opened(path: Path, packing: str | None) -> Iterator[IO[bytes]]:
-    """The file's bytes, unpacked. Raises InputError, also for the block, where they can not be read."""
+    """Opens the file and decompresses it. Raises InputError, also from within the block, where it can not be read."""
     try:
         with _openers()[packing](path) as file:
             yield file
@@ -117,9 +115,7 @@ def opened(path: Path, packing: str | None) -> Iterator[IO[bytes]]:
 
 
 def check_no_lines(text: str, path: Path) -> None:
-    """Raises InputError where a file that is called a text holds JSON lines: it would be one document, braces and
-    all.
-    """
+    """Raises InputError where a text file holds JSON lines, which would become one document with all its braces."""
     if _holds_objects(text[:_HEAD_BYTES].encode(), least=1):
         raise InputError(
             f"{path} holds JSON lines, and its name promises plain text; name it .jsonl, or write it as one "
@@ -128,7 +124,7 @@ def check_no_lines(text: str, path: Path) -> None:
 
 
 def _inner_suffix(name: str) -> str:
-    """The suffix, in small letters, that is left when those of packing are taken off."""
+    """Returns the lowercase suffix without those of compression."""
     path = Path(name.lower())
     while path.suffix in PACKED_SUFFIXES:
         path = path.with_suffix("")
@@ -170,7 +166,7 @@ def _open_zstd(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _format_of(head: bytes) -> Format:
-    """The format of a file whose name does not say it."""
+    """Detects the format of a file whose name does not say it."""
     if head.startswith(b"PAR1"):
         return "parquet"
     if _holds_objects(head, least=1):
@@ -179,13 +175,13 @@ def _format_of(head: bytes) -> Format:
 
 
 def _json_or_lines(head: bytes) -> Format:
-    """A .json file is read in pieces where it has an object a line."""
+    """Distinguishes JSON lines, which are read in ranges, from other .json files."""
     return "lines" if _holds_objects(head, least=2) else "json"
 
 
 def _holds_objects(head: bytes, least: int) -> bool:
-    """Whether the first two lines of a file that are not blank are JSON objects with keys, or `least` where there are
-    no more.
+    """Whether the first two lines that are not blank are JSON objects with keys, or `least` lines if there are no
+    more.
     """
     lines = [line for line in head.split(b"\n") if line.strip(b"\xef\xbb\xbf \t\r")]
     is_cut = len(head) >= _HEAD_BYTES

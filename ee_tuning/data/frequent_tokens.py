@@ -1,5 +1,5 @@
-"""The shortlist of exits: the tokens that training texts mostly teach, and those that must be said however rare they
-are.
+"""Chooses the shortlist of exits: the most frequent labels of training texts, and tokens that must be listed in any
+case.
 """
 
 from collections.abc import Iterator
@@ -27,29 +27,29 @@ from ee_tuning.parallel.topology import Topology
 # v vocabulary
 
 MOST_COUNTED = 20_000_000
-"""Labels that are counted, at most: the first ones in the order of training."""
+"""Most labels that are counted: the first ones in the order of training."""
 FEWEST_AUTO = 1024
-"""Tokens that a shortlist has, at least, where `auto` chooses how many."""
+"""Smallest shortlist that `auto` chooses."""
 _COUNTED_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """How often each token is a label that counts."""
+    """How often each token is a label."""
 
     counts: NDArray[np.int64]
     """[v]."""
     required: frozenset[int]
-    """Special and stop tokens, which are listed in any case."""
+    """Special and stop tokens, which are always listed."""
 
     def ordered(self) -> NDArray[np.int64]:  # [v]
-        """All ids, those first that are listed first: what is required, then by frequency, then by id."""
+        """Returns all ids in the order of listing: required ones, then by frequency, then by id."""
         ids = np.arange(len(self.counts))
         is_required = np.isin(ids, list(self.required))
         return np.lexsort((ids, -self.counts, ~is_required))
 
     def listed(self, size: int) -> ListedTokens:
-        """The first `size` of them."""
+        """Returns the first `size` of them."""
         chosen = np.sort(self.ordered()[:size])
         return ListedTokens(
             token_ids=tuple(chosen.tolist()),
@@ -59,10 +59,10 @@ class TokenCounts:
 
 
 def list_tokens(config: Config, samples: Samples, topology: Topology) -> ListedTokens | None:
-    """The shortlist that exits.output_vocab asks for, the same on all ranks; None where it asks for all tokens. All
-    ranks call it.
+    """Returns the shortlist for exits.output_vocab, the same on all ranks, or None for the whole vocabulary. All ranks
+    call it.
 
-    Raises InputError where it asks for no more than the tokens that have to be listed, or the vocabulary has no more.
+    Raises InputError where it would have no more than the required tokens, or the vocabulary is no larger.
     """
     if not config.exits.output_vocab:
         return None
@@ -103,9 +103,10 @@ def _list_tokens(config: Config, samples: Samples) -> ListedTokens | None:
 
 
 def chosen_size(config: Config, model: ModelConfig, known: TokenCounts) -> int:
-    """A power of two from FEWEST_AUTO on, or the vocabulary: the size with the smallest loss, in shares of a full pass.
-    That is what asking every exit in vain costs, and what tokens that are not listed would have saved at the middle
-    exit.
+    """Returns the size with the smallest cost: a power of two from FEWEST_AUTO on, or the vocabulary.
+
+    The cost, in shares of a full pass, is that of asking every exit in vain plus what unlisted tokens would have saved
+    at the middle exit.
     """
     layers, num_layers = config.exits.layers(model.num_layers), model.num_layers
     whole = sum(stage_costs(model, num_layers, (), 0, trains_heads=False, has_final_head=True))
@@ -121,9 +122,7 @@ def chosen_size(config: Config, model: ModelConfig, known: TokenCounts) -> int:
 
 
 def required_tokens(config: Config, folder: Path, model: ModelConfig) -> frozenset[int]:
-    """Stop tokens as generation has them, and the tokenizer's special ones. Token ids without a tokenizer know the
-    former alone.
-    """
+    """Returns stop tokens as in generation, and the tokenizer's special tokens. Without a tokenizer only the former."""
     ids = {*model.eos_token_ids, *(generation_end_token_ids(folder, model.vocab_size) or ())}
     try:
         tokenizer: Any = load_tokenizer(tokenizer_of(config), trusts_code=config.model.trust_remote_code)
@@ -140,7 +139,7 @@ def required_tokens(config: Config, folder: Path, model: ModelConfig) -> frozens
 
 
 def _labels(samples: Samples, seed: int) -> Iterator[NDArray[np.int64]]:
-    """Labels that count, of the first samples in their order, until MOST_COUNTED were."""
+    """Yields the labels of samples in training order, until MOST_COUNTED are reached."""
     order, num_before, num_here, parts = samples.order(seed), 0, 0, list[NDArray[np.int64]]()
     for position in range(order.num_distinct):
         if num_before + num_here >= MOST_COUNTED:

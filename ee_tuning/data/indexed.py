@@ -1,7 +1,7 @@
-"""Megatron's indexed files: PREFIX.bin holds token ids, PREFIX.idx where each document begins. Read by Megatron-core's
-own class, mapped into memory; written so that it reads them.
+"""Megatron's indexed files: PREFIX.bin holds token ids, PREFIX.idx the documents' positions.
 
-Beside the two, PREFIX.mask may hold a byte a token: 1 where it counts as a label. Megatron-core takes no notice of it.
+Megatron-core's own class reads them, mapped into memory, and reads those written here. An additional PREFIX.mask may
+hold one byte per token: 1 where it counts as a label. Megatron-core ignores it.
 """
 
 import struct
@@ -24,17 +24,17 @@ _SCANNED_AT_ONCE = 1 << 22
 
 @dataclass(frozen=True)
 class TokenStream:
-    """Documents one after the other."""
+    """The token ids of consecutive documents."""
 
     ids: NDArray[np.integer]
-    """[n], mapped: read where it is used."""
+    """[n], mapped: read on access."""
     starts: NDArray[np.int64]
     """[documents]: first token of each."""
     counts: NDArray[np.uint8] | None
     """[n]: 1 where a token counts as a label; None where all do."""
 
     def documents(self, first: int, stop: int) -> "TokenStream":
-        """Those from `first` up to, not including, `stop`."""
+        """Returns the documents `first` .. `stop` - 1."""
         bounds = np.append(self.starts, len(self.ids))
         part = slice(int(bounds[first]), int(bounds[stop]))
         return TokenStream(
@@ -43,12 +43,12 @@ class TokenStream:
 
 
 def with_suffix(prefix: Path, suffix: str) -> Path:
-    """PREFIX.suffix, whatever dots PREFIX has."""
+    """Returns PREFIX.suffix, also for a PREFIX with dots."""
     return prefix.with_name(prefix.name + suffix)
 
 
 def open_stream(prefix: Path) -> TokenStream:
-    """The documents of PREFIX.bin. Raises InputError where the files can not be read or do not agree."""
+    """Opens the documents of PREFIX.bin. Raises InputError where the files can not be read or are inconsistent."""
     index, data, mask = (with_suffix(prefix, suffix) for suffix in (INDEX_SUFFIX, BIN_SUFFIX, MASK_SUFFIX))
     try:
         size = data.stat().st_size
@@ -81,23 +81,24 @@ def open_stream(prefix: Path) -> TokenStream:
 
 
 def _read_index(prefix: Path) -> tuple[np.dtype, NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
-    """Type of the ids; per sequence length and place in bytes; the sequences that documents begin with, and their
+    """Returns the dtype of ids, length and byte offset per sequence, the first sequence of each document, and their
     number.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the libraries that Megatron-core does without
-        from megatron.core.datasets.indexed_dataset import IndexedDataset  # seconds: only where such files are read
+        warnings.simplefilter("ignore")  # optional libraries of Megatron-core are missing
+        # takes seconds, so only where such files are read
+        from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     try:
         _check_header(
             with_suffix(prefix, INDEX_SUFFIX)
-        )  # what Megatron-core stumbles over, it also tells of when it is collected
+        )  # if Megatron-core's class fails, it prints a second error when it is collected
         dataset = IndexedDataset(str(prefix))
         index = dataset.index
         documents = np.array(index.document_indices)
         lengths, pointers = np.array(index.sequence_lengths), np.array(index.sequence_pointers)
         dtype = np.dtype(index.dtype)
-        # Megatron-core asserts no more than that the last of them is the number of sequences.
+        # Megatron-core asserts only that the last one is the number of sequences.
         if dtype.kind not in "iu" or documents[0] != 0 or (np.diff(documents) < 0).any() or (lengths < 0).any():
             raise ValueError("its numbers make no sense")
     except (AssertionError, ValueError, IndexError, AttributeError, struct.error) as error:
@@ -110,7 +111,7 @@ def _read_index(prefix: Path) -> tuple[np.dtype, NDArray[np.int32], NDArray[np.i
 
 
 def _check_header(path: Path) -> None:
-    """Raises ValueError, or struct.error, where the index is none, or shorter than it says."""
+    """Raises ValueError, or struct.error, where this is no index, or one shorter than its header says."""
     with path.open("rb") as file:
         header = file.read(34)
     version, _, num_sequences, num_documents = struct.unpack("<QBQQ", header[len(_HEADER) :])
@@ -123,7 +124,7 @@ def _check_header(path: Path) -> None:
 
 
 def write_index(path: Path, dtype: np.dtype, lengths: NDArray[np.int64]) -> None:
-    """A .idx for documents of `lengths` tokens, each a sequence of its own."""
+    """Writes a .idx for documents of `lengths` tokens, each one sequence."""
     with path.open("wb") as file:
         file.write(_HEADER + struct.pack("<QBQQ", 1, _TYPE_CODES[dtype], len(lengths), len(lengths) + 1))
         lengths.astype(np.int32).tofile(file)
@@ -132,7 +133,9 @@ def write_index(path: Path, dtype: np.dtype, lengths: NDArray[np.int64]) -> None
 
 
 def id_range(stream: TokenStream) -> Iterator[tuple[int, int, int]]:
-    """Smallest and largest id, block after block of the file, and the block's bytes: it may be longer than memory."""
+    """Yields the smallest and largest id of each block of the file, and the block's bytes. The file may exceed
+    memory.
+    """
     for start in range(0, len(stream.ids), _SCANNED_AT_ONCE):
         block = stream.ids[start : start + _SCANNED_AT_ONCE]
         yield int(block.min()), int(block.max()), block.nbytes

@@ -1,4 +1,4 @@
-"""Files of JSON lines that a user names by a flag, such as prompts and tasks."""
+"""JSON lines files that a user names by a flag, such as prompts and tasks."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from ee_tuning.line_file import read_lines
 
 
 def read_json_lines(path: Path, flag: str) -> list[str]:
-    """`read_lines` of a file of JSON lines that the user named by `flag`. Raises InputError where that can not be
+    """Reads the lines of a JSON lines file that the user named by `flag`. Raises InputError where it can not be
     read.
     """
     try:

@@ -1,10 +1,10 @@
-"""Micro-batches of packed samples, for every replica its own, from any position on.
+"""Micro-batches of packed samples, for each replica its own, from any position on.
 
-All samples of a run stand in one endless order: epoch after epoch, each shuffled by (seed, epoch). A position is a
-place in that order. Of the next micro_batch_size × dp samples, replica r takes the r-th micro_batch_size. So the global
-batch of a step is the same set for every number of replicas and every micro-batch size, and a run goes on from its
-position, an int, under another layout without repeat or skip. Every stage and every tensor-parallel rank has a source
-of its own that yields the same: only hidden states travel between them.
+The samples of a run form one endless sequence: epoch after epoch, each shuffled by (seed, epoch). A position is an
+index into that sequence. Of the next micro_batch_size × dp samples, replica r gets the r-th micro_batch_size. So the
+global batch of a step is the same set for every number of replicas and every micro-batch size, and a run resumes from
+its position, an int, under another layout without repeating or skipping a sample. Every stage and every tensor-parallel
+rank has its own source that yields the same: only hidden states are sent between them.
 
 s sequence · b micro-batch
 """
@@ -21,29 +21,31 @@ from ee_tuning.config import TuningSection
 from ee_tuning.data.tokens import Samples
 from ee_tuning.errors import InputError
 
-VALIDATION_SEED = 0  # not the run's: losses of runs that differ in seed alone stay comparable
+VALIDATION_SEED = 0  # not the run's seed, so that losses of runs with different seeds stay comparable
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One micro-batch of one replica."""
+    """A micro-batch of one replica."""
 
     tokens: Tensor
     """[b, s] int64."""
     labels: Tensor
-    """[s, b] int64: the token after each."""
+    """[s, b] int64: the token after each one."""
     loss_mask: Tensor
-    """[s, b] float32: 1 where a label counts; 0 in rows that merely fill a validation micro-batch."""
+    """[s, b] float32: 1 where a label counts; 0 in rows that pad a validation micro-batch."""
     document_ids: Tensor | None = None
-    """[b, s] int64: grows by one where a document begins, where attention must stay within one
+    """[b, s] int64, growing by one where a document begins. Present where attention stays within documents
     (data.reset_attention_mask).
     """
     position_ids: Tensor | None = None
-    """[b, s] int64: the place of each token in its document (data.reset_position_ids)."""
+    """[b, s] int64: position of each token in its document (data.reset_position_ids)."""
 
 
 def count_microbatches(tuning: TuningSection, dp: int) -> int:
-    """Micro-batches per step of one of `dp` replicas. Raises InputError where they do not divide the global batch."""
+    """Returns the micro-batches per step of one of `dp` replicas. Raises InputError where they do not divide the global
+    batch.
+    """
     for name, size in (("micro_batch_size", tuning.micro_batch_size), ("global_batch_size", tuning.global_batch_size)):
         if size < 1:
             raise InputError(f"tuning.{name} must be at least 1, got {size}")
@@ -59,11 +61,11 @@ def count_microbatches(tuning: TuningSection, dp: int) -> int:
 
 
 class BatchSource(Iterator[Batch]):
-    """Endless training micro-batches of replica `dp_rank` among `dp`.
+    """Yields endless training micro-batches of replica `dp_rank` among `dp`.
 
-    `position` counts the samples that all replicas together have consumed: a run stopped after `step` steps stands at
-    step × global_batch_size, and goes on from there with a source made at that position, whatever its dp.
-    Raises InputError where the batch sizes do not divide.
+    `position` counts the samples that all replicas have consumed. A run stopped after `step` steps is at step ×
+    global_batch_size, and resumes with a source at that position, for any dp. Raises InputError where the batch sizes
+    do not divide.
     """
 
     def __init__(self, samples: Samples, tuning: TuningSection, *, dp: int, dp_rank: int, position: int = 0) -> None:
@@ -77,7 +79,7 @@ class BatchSource(Iterator[Batch]):
         self._dp_rank = dp_rank
 
     def __next__(self) -> Batch:
-        """The next micro-batch; the position moves on by those of all replicas."""
+        """Returns the next micro-batch, and advances the position by those of all replicas."""
         start = self.position + self._dp_rank * self._micro_batch_size
         chosen = [self._order.sample_at(start + row) for row in range(self._micro_batch_size)]
         self.position += self._micro_batch_size * self._dp
@@ -85,13 +87,13 @@ class BatchSource(Iterator[Batch]):
 
 
 def validation_batches(samples: Samples | None, tuning: TuningSection, *, dp: int, dp_rank: int) -> list[Batch]:
-    """The micro-batches of replica `dp_rank` for every validation: tuning.eval_iters of them, fewer where the samples
-    do not reach.
+    """Returns the validation micro-batches of replica `dp_rank`: tuning.eval_iters of them, or fewer if samples run
+    out.
 
-    Each replica has as many. Together they hold the first eval_iters × micro_batch_size × dp samples of a fixed order,
-    each once, so where the split is no larger, every layout judges by all of it. Rows beyond the last sample have loss
-    mask 0, even whole micro-batches of a replica: divide sums over all replicas. Empty where eval_iters is 0 or nothing
-    is held out.
+    Each replica has the same number. Together they hold the first eval_iters × micro_batch_size × dp samples of a fixed
+    order, each once, so if the split is no larger, every layout validates on all of it. Rows beyond the last sample
+    have loss mask 0, possibly whole micro-batches of a replica: divide sums over all replicas. Empty where eval_iters
+    is 0 or nothing is held out.
     """
     if tuning.eval_iters < 0:
         raise InputError(f"tuning.eval_iters must be at least 0, got {tuning.eval_iters}; 0 for no validation")
@@ -106,8 +108,9 @@ def validation_batches(samples: Samples | None, tuning: TuningSection, *, dp: in
 def batches_of_each(
     samples: Samples, chosen: Sequence[int], tuning: TuningSection, *, dp: int, dp_rank: int
 ) -> Iterator[Batch]:
-    """Micro-batches of replica `dp_rank`, as many for each: together they hold the `chosen` samples, each once, and
-    rows of loss mask 0.
+    """Returns micro-batches of replica `dp_rank`, the same number for each replica.
+
+    Together they hold the `chosen` samples, each once, and padding rows of loss mask 0.
     """
     size = tuning.micro_batch_size
     for start in range(dp_rank * size, -(-len(chosen) // (size * dp)) * size * dp, size * dp):
@@ -115,7 +118,7 @@ def batches_of_each(
 
 
 def _batch(samples: Samples, chosen: Sequence[int], micro_batch_size: int) -> Batch:
-    """The `chosen` samples, filled up to `micro_batch_size` rows with sample 0 under loss mask 0."""
+    """Builds a batch of the `chosen` samples, padded to `micro_batch_size` rows with sample 0 under loss mask 0."""
     rows = [samples.sample(index) for index in [*chosen, *[0] * (micro_batch_size - len(chosen))]]
     block, loss_mask = _stacked([row.tokens for row in rows]), _stacked([row.loss_mask for row in rows])
     loss_mask[len(chosen) :] = 0.0

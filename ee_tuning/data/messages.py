@@ -1,4 +1,4 @@
-"""Messages of a chat, as files have them, become messages with a role and a text."""
+"""Normalizes messages of a chat, as files have them, to messages with a role and a text."""
 
 import json
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from ee_tuning.errors import InputError
 
 MESSAGES = "messages"
 Where = Callable[[], str]
-"""Tells a place, such as file and line: counted only when it is asked for."""
+"""Returns a place such as file and line, which is computed only on demand."""
 _SPEAKERS = {
     "human": "user",
     "gpt": "assistant",
@@ -20,12 +20,12 @@ _SPEAKERS = {
     "function_response": "tool",
     "tool_response": "tool",
 }
-"""ShareGPT's words for roles, where they are others."""
+"""ShareGPT's names of roles that differ."""
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 def chat_messages(messages: Any, key: str, where: Where) -> list[dict[str, Any]]:
-    """`messages`, the value of `key`, with role and content, which is a text: parts of text are joined, null is empty.
+    """Returns `messages`, the value of `key`, with role and text: parts of text are joined, and null becomes empty.
 
     Raises InputError, with its place, where they are no such list, or hold more than text.
     """
@@ -38,7 +38,7 @@ def chat_messages(messages: Any, key: str, where: Where) -> list[dict[str, Any]]
         raise InputError(
             f"{where()}: {key!r} must be a list of messages, got {messages!r}"[:300] + "; mend or remove it"
         )
-    # Roles, names and calls of tools, too. Not every value of .parquet is one of JSON's.
+    # Roles, names and tool calls, too. .parquet may have values that JSON lacks.
     check_characters(json.dumps(messages, ensure_ascii=False, default=str), key, where)
     return [_message(message, key, where) for message in messages]
 
@@ -56,7 +56,7 @@ def _message(message: Any, key: str, where: Where) -> dict[str, Any]:
             ]
             + "; mend or remove it"
         )
-    # .parquet has a value for each key that any message has; templates ask whether a key is there.
+    # .parquet has a value for each key that any message has; templates test whether a key is present.
     others = {
         name: value
         for name, value in message.items()

@@ -1,5 +1,5 @@
-"""The order in which samples are consumed, without an end: a position in it, an int, is all that a checkpoint has to
-keep of the data.
+"""The endless order in which samples are consumed. A position in it, an int, is all that a checkpoint stores of the
+data.
 """
 
 import warnings
@@ -15,17 +15,17 @@ class Order(Protocol):
 
     @property
     def num_distinct(self) -> int:
-        """Positions, from 0 on, before a sample comes again."""
+        """Number of positions, from 0 on, before a sample repeats."""
 
     def sample_at(self, position: int) -> int:
-        """The index of the sample that is consumed at `position`, counted from 0 over all epochs."""
+        """Returns the index of the sample at `position`, which counts over all epochs."""
 
 
 class SampleOrder:
     """Epoch after epoch, each a permutation of all samples."""
 
     def __init__(self, num_samples: int, seed: int, part: int = 0) -> None:
-        """`part` keeps corpora of one size that are blended from having one order."""
+        """`part` makes blended corpora of equal size have different orders."""
         assert num_samples > 0
         self.num_distinct = num_samples
         self._words = [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF], [part] * (part > 0)
@@ -36,7 +36,7 @@ class SampleOrder:
         """See Order."""
         epoch, place = divmod(position, self.num_distinct)
         if epoch != self._epoch:
-            # RandomState, because NumPy promises that its streams never change: a run may resume under another version.
+            # RandomState, because NumPy guarantees its streams across versions: a run may resume under another one.
             self._permutation = np.random.RandomState([*self._words[0], epoch, *self._words[1]]).permutation(
                 self.num_distinct
             )
@@ -45,10 +45,9 @@ class SampleOrder:
 
 
 class BlendedOrder:
-    """Samples of several corpora by weight: at each position the corpus that is furthest behind its share is next, as
-    in Megatron-core.
+    """Blends samples of several corpora by weight: next is the corpus furthest behind its share, as in Megatron-core.
 
-    Each corpus has epochs and permutations of its own. Samples are numbered through the corpora.
+    Each corpus has its own epochs and permutations. Samples are numbered through the corpora.
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int) -> None:
@@ -76,10 +75,10 @@ class BlendedOrder:
         if position < len(self._corpus):
             return
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the libraries that Megatron-core does without
+            warnings.simplefilter("ignore")  # optional libraries of Megatron-core are missing
             from megatron.core.datasets import helpers_cpp
 
-        # What is chosen at a position depends on those before it alone, so a longer table begins with the shorter one.
+        # The choice at a position depends on earlier ones only, so a longer table begins with the shorter one.
         size = max(1 << 16, 2 * (position + 1))
         self._corpus, self._place = np.empty(size, dtype=np.int16), np.empty(size, dtype=np.int64)
         helpers_cpp.build_blending_indices(self._corpus, self._place, self._weights, len(self._sizes), size, False)

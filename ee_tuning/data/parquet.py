@@ -1,4 +1,4 @@
-"""Rows of .parquet and .arrow files, by pyarrow, which is wanted only where there are such files."""
+"""Rows of .parquet and .arrow files, read by pyarrow, which is needed for such files only."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,14 +11,17 @@ Row = tuple[int, dict[str, Any]]
 
 
 def row_groups(path: Path) -> list[int]:
-    """Bytes of each row group. Raises InputError where the file is no parquet, or pyarrow is missing."""
+    """Returns the size of each row group in bytes. Raises InputError where the file is no parquet, or pyarrow is
+    missing.
+    """
     with _open(path) as file:
         return [file.metadata.row_group(group).total_byte_size for group in range(file.metadata.num_row_groups)]
 
 
 def read_rows(path: Path, first_group: int, stop_group: int, columns: Sequence[str] | None) -> Iterator[Row]:
-    """The rows of some row groups of a .parquet file: those of `columns` that the file has, all where None. Raises
-    InputError where it has none of them.
+    """Yields the rows of some row groups of a .parquet file, with those of `columns` that the file has, or all.
+
+    Raises InputError where it has none of them.
     """
     with _open(path) as file:
         present = _present(path, file.schema_arrow.names, columns)
@@ -28,8 +31,9 @@ def read_rows(path: Path, first_group: int, stop_group: int, columns: Sequence[s
 
 
 def read_arrow(path: Path, columns: Sequence[str] | None) -> Iterator[Row]:
-    """The rows of an .arrow file, a stream of batches (as the library datasets writes them) or a file of them; as
-    `read_rows`.
+    """Yields the rows of an .arrow file: a stream of batches (as the library datasets writes) or a file of them.
+
+    Otherwise like `read_rows`.
     """
     pyarrow = _pyarrow(path)
     try:
@@ -53,7 +57,7 @@ def _rows(path: Path, batches: Iterator[Any], number: int) -> Iterator[Row]:
                 yield number, row
                 number += 1
     except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
-        if isinstance(error, InputError):  # of whoever takes the rows
+        if isinstance(error, InputError):  # raised by the consumer of the rows
             raise
         raise _broken(path, error) from error
 

@@ -1,6 +1,4 @@
-"""Pipes among data.paths: a pipe can be read once, by one process, so its content is copied to a file, which is read
-like others.
-"""
+"""Pipes among data.paths. A pipe can be read once, by one process, so its content is copied to a file first."""
 
 import hashlib
 import os
@@ -19,21 +17,20 @@ from ee_tuning.parallel.topology import Topology
 
 _PREFIX = "piped-"
 _given: dict[str, str] = {}
-"""Copy -> the pipe that it is of."""
+"""Copy -> its pipe."""
 
 
 def has_pipes(paths: Sequence[str]) -> bool:
-    """Whether one of `paths` is a pipe or a device, /dev/stdin for example."""
+    """Whether one of `paths` is a pipe or a device, such as /dev/stdin."""
     return any(map(_is_pipe, paths))
 
 
 @contextmanager
 def pipes_copied(data: DataSection, root: Path, topology: Topology | None) -> Iterator[DataSection]:
-    """`data` with files within `root` in place of pipes, which rank 0 reads. All ranks of `topology` call it, and end
-    the block together.
+    """Yields `data` with files within `root` instead of pipes, which rank 0 copies. All ranks of `topology` call it.
 
-    When the block ends well the files are removed; else they stay, for errors name their lines. Raises InputError where
-    a pipe can not be read or the disk refuses.
+    The files are removed if the block succeeds, on all ranks; otherwise they stay, because errors name their lines.
+    Raises InputError where a pipe can not be read or the disk refuses.
     """
     paths, valid_paths = on_first_rank(topology, lambda: (copied(data.paths, root), copied(data.valid_paths, root)))
     yield replace(data, paths=paths, valid_paths=valid_paths)
@@ -44,12 +41,14 @@ def pipes_copied(data: DataSection, root: Path, topology: Topology | None) -> It
 
 
 def copied(paths: Sequence[str], root: Path) -> tuple[str, ...]:
-    """`paths` with each pipe replaced by a file within `root`, and a device that stands for a file by that."""
+    """Returns `paths` with each pipe replaced by a file within `root`, and each device that stands for a file by that
+    file.
+    """
     return tuple(str(_copy(Path(path), root)) if _is_pipe(path) else path for path in paths)
 
 
 def as_given(text: str) -> str:
-    """`text`, in which copies have the names of their pipes."""
+    """Replaces the names of copies in `text` by those of their pipes."""
     for copy, pipe in _given.items():
         text = text.replace(copy, pipe)
     return text
@@ -76,7 +75,7 @@ def _copy(path: Path, root: Path) -> Path:
                 copy.write(block)
         os.utime(
             partial / path.name, (0, 0)
-        )  # token ids are kept under path, size and time: the same content finds them again
+        )  # token ids are cached under path, size and time, so the same content is found again
         folder = root / f"{_PREFIX}{digest.hexdigest()[:32]}"
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)

@@ -1,6 +1,4 @@
-"""`ee-tuning preprocess`: texts become PREFIX.bin and PREFIX.idx, which Megatron-core reads, and PREFIX.mask where
-there are chats.
-"""
+"""`ee-tuning preprocess`: writes texts as PREFIX.bin and PREFIX.idx for Megatron-core, and PREFIX.mask for chats."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -23,10 +21,11 @@ _IN_ORDER = (MASK_SUFFIX, BIN_SUFFIX, INDEX_SUFFIX)
 
 
 def preprocess(data: DataSection, output: Path, overwrite: bool, *, trusts_code: bool = False) -> TokenizedRange:
-    """Tokenizes what data.paths names into the prefix `output`, every document closed by end of text, in the order of
-    the files. The tokenizer's own Python files run where `trusts_code`.
+    """Tokenizes the files of data.paths into the prefix `output`, in their order, with an end-of-text token per
+    document.
 
-    Raises InputError where something given can not be used, or `output` is there already; then nothing is left behind.
+    The tokenizer's own Python files run if `trusts_code`. Raises InputError where an input can not be used, or `output`
+    exists already; nothing is left behind then.
     """
     if data.tokenizer is None:
         raise InputError("data.tokenizer must name a tokenizer's folder, got none; give --tokenizer FOLDER")
@@ -48,7 +47,7 @@ def preprocess(data: DataSection, output: Path, overwrite: bool, *, trusts_code:
     with scratch_folder(output) as folder:
         try:
             return _preprocess(replace(data, paths=copied(data.paths, folder)), output, trusts_code)
-        except InputError as error:  # the copies go with the folder
+        except InputError as error:  # the copies are removed with the folder
             raise InputError(as_given(str(error))) from error
 
 

@@ -1,6 +1,4 @@
-"""What the person who waits for token ids sees: a bar with bytes at a terminal, a line now and then elsewhere, nothing
-if it is quick.
-"""
+"""Progress of tokenizing: a bar in bytes at a terminal, a line now and then elsewhere, nothing for quick work."""
 
 import sys
 import time
@@ -13,7 +11,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class ProgressBar:
-    """Bytes done of those expected. Use it as a context; `speaks` on one process."""
+    """Bytes done and expected. A context manager; only the process with `speaks` prints."""
 
     def __init__(self, what: str, *, speaks: bool) -> None:
         self._what, self._speaks = what, speaks
@@ -30,12 +28,12 @@ class ProgressBar:
             self._bar.stop()
 
     def expect(self, num_bytes: int) -> None:
-        """So many more are to be done."""
+        """Adds to the expected bytes."""
         self._total += num_bytes
         self._show()
 
     def advance(self, num_bytes: int) -> None:
-        """So many more are done."""
+        """Adds to the bytes done."""
         self._done += num_bytes
         self._show()
 

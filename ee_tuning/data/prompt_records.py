@@ -1,7 +1,7 @@
-"""What records ask a model, their answers taken off: the prompts of `ee-tuning regenerate`.
+"""The prompts of records, without their answers, for `ee-tuning regenerate`.
 
-Every form that `records.py` reads is a prompt, with its answers or without. A chat asks for an answer at each place
-where the assistant spoke, and at its end where another spoke last.
+Every form that `records.py` reads is a prompt, with or without answers. A chat asks for an answer wherever the
+assistant spoke, and at its end if another role spoke last.
 """
 
 import json
@@ -18,7 +18,7 @@ Message = dict[str, Any]
 _TEXT, _USER = "text", "user"
 _TOOL_ROLES = ("tool", "function", "ipython")
 _ANSWER = "?"
-"""Stands for an answer, where a record is read as one that has it."""
+"""Placeholder for an answer, where a form needs one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,37 +26,37 @@ class Prompt:
     """A record without its answers."""
 
     turns: tuple[list[Message], ...] = ()
-    """Messages of a chat before each answer, those before an earlier one left out. Empty for a text."""
+    """Messages of a chat before each answer, without those before an earlier answer. Empty for a text."""
     text: str = ""
-    """What is to be continued."""
+    """The text to continue."""
     tools: list[Any] | None = None
     is_given: bool = False
-    """Whether an assistant's words among the messages are given, and not to be learned."""
+    """Whether the assistant's words among the messages are given, and not to be learned."""
     kept: dict[str, Any] = field(default_factory=dict)
-    """Keys of the record that say nothing of prompt and answer."""
+    """Keys of the record beside prompt and answer."""
 
     @property
     def num_answers(self) -> int:
-        """How many it asks for."""
+        """Number of answers that it asks for."""
         return max(1, len(self.turns))
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptFormat:
-    """How records are taken."""
+    """How records are turned into prompts."""
 
     text_key: str
     """Key of a text."""
     has_template: bool
-    """Whether instructions become chats: of the tokenizer, that it has a chat template."""
+    """Whether the tokenizer has a chat template, so that instructions become chats."""
     as_chat: bool = False
-    """Whether a text is what a user says in a chat."""
+    """Whether a text is a user's message in a chat."""
     last_turn: bool = False
-    """Whether a chat asks for its last answer alone, the earlier ones being given."""
+    """Whether a chat asks only for its last answer, and the earlier ones are given."""
 
 
 def prompt_of(record: Any, reading: PromptFormat, where: Where) -> Prompt | LeftOut:
-    """What `record` asks. Raises InputError, with its place, where it has no form that is known."""
+    """Returns the prompt of `record`. Raises InputError, with its place, where it has no known form."""
     document = _read(record, reading.text_key, where)
     if isinstance(document, LeftOut):
         return document
@@ -76,11 +76,9 @@ def prompt_of(record: Any, reading: PromptFormat, where: Where) -> Prompt | Left
 
 
 def _read(record: Any, text_key: str, where: Where) -> str | Completion | Conversation | LeftOut:
-    """`record` as `document_of` reads it with some answer. A chat goes before an instruction, that before a prompt,
-    that before a text.
-    """
+    """Reads `record` like `document_of`, with some answer. Precedence: chat, instruction, prompt, text."""
     if not isinstance(record, dict):
-        return document_of(record, text_key, where)  # which refuses it
+        return document_of(record, text_key, where)  # raises the error
     given = {key: value for key, value in record.items() if value is not None}
     form = {key: value for key, value in given.items() if key in KEYS and key != text_key}
     if any(key in form for key in (MESSAGES, *SHAREGPT)):
@@ -123,8 +121,9 @@ def _chat(chat: Conversation, reading: PromptFormat, kept: dict[str, Any]) -> Pr
 
 
 def _turns(messages: list[Message]) -> Iterator[list[Message]]:
-    """Messages before each answer. The assistant's words before a user's first are dropped, and several in a row are
-    one answer.
+    """Returns the messages before each answer.
+
+    The assistant's words before a user's first message are dropped, and several in a row are one answer.
     """
     before: list[Message] = []
     has_asked = False
@@ -140,7 +139,9 @@ def _turns(messages: list[Message]) -> Iterator[list[Message]]:
 
 
 def _kept(record: dict[str, Any], text_key: str) -> dict[str, Any]:
-    """All but keys of prompts and answers. Values that JSON has not, such as times, become texts."""
+    """Returns the record without the keys of prompts and answers. Values that JSON lacks, such as times, become
+    texts.
+    """
     names = record.keys() - {text_key, _TEXT, *KEYS}
     kept: dict[str, Any] = json.loads(json.dumps({key: record[key] for key in record if key in names}, default=str))
     return kept

@@ -1,4 +1,4 @@
-"""Records of files that hold several: lines of JSON, arrays of JSON, tables. Each comes with its place."""
+"""Records of files that hold several: JSON lines, JSON arrays, tables. Each comes with its place."""
 
 import csv
 import io
@@ -19,9 +19,7 @@ _BLANK = b"\xef\xbb\xbf \t\r\n"
 
 
 def records_of_lines(path: Path, packing: str | None, start: int, stop: int) -> Iterator[Record]:
-    """The objects of the lines that begin within bytes `start` to `stop`: a line that reaches beyond belongs to this
-    piece. A packed file is read whole.
-    """
+    """Yields the objects of the lines that begin within bytes `start` to `stop`. A compressed file is read whole."""
     with opened(path, packing) as lines:
         if start:
             lines.seek(start - 1)
@@ -37,7 +35,7 @@ def records_of_lines(path: Path, packing: str | None, start: int, stop: int) -> 
 
 
 def records_of_json(path: Path, packing: str | None) -> Iterator[Record]:
-    """The elements of an array, or values one after the other, of any number of lines each."""
+    """Yields the elements of an array, or consecutive values, each of any number of lines."""
     with opened(path, packing) as file:
         content = file.read()
     try:
@@ -69,8 +67,8 @@ def records_of_json(path: Path, packing: str | None) -> Iterator[Record]:
 
 
 def records_of_table(path: Path, packing: str | None) -> Iterator[Record]:
-    """The rows of a .csv or .tsv file, by the names of its first line."""
-    csv.field_size_limit(sys.maxsize)  # texts are longer than the 128 KiB it allows
+    """Yields the rows of a .csv or .tsv file as dictionaries, with keys from its first line."""
+    csv.field_size_limit(sys.maxsize)  # texts exceed the default of 128 KiB
     with opened(path, packing) as file:
         lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
         try:
@@ -114,7 +112,7 @@ def _parsed(line: bytes, where: Where) -> Any:
 
 
 def _place_of_line(path: Path, packing: str | None, place: int) -> str:
-    """Place of the line that begins at byte `place`, as FILE:NUMBER; counted only when an error asks for it."""
+    """Returns the place of the line that begins at byte `place`, as FILE:NUMBER. Lines are counted on demand."""
     number = 1
     with opened(path, packing) as file:
         while place > 0 and (block := file.read(min(place, 1 << 20))):

@@ -1,9 +1,8 @@
-"""What a line of JSON, a row of a table or an element of an array says: a text, a chat, or a prompt with its
-completion.
+"""The content of a JSON line, a table's row or an array's element: a text, a chat, or a prompt with its completion.
 
-The forms are those of the field's tools: `text`; `messages` as OpenAI has them; `conversations` of ShareGPT;
-`instruction`, `input` and `output` of Alpaca; `prompt` with `completion` or `response`, as texts or as two lists of
-messages. What says nothing is left out, and counted.
+The forms are those of common tools: `text`; OpenAI's `messages`; ShareGPT's `conversations`; Alpaca's `instruction`,
+`input` and `output`; `prompt` with `completion` or `response`, as texts or as two lists of messages. Records without
+content are left out, and counted.
 """
 
 import json
@@ -18,7 +17,7 @@ _COMPLETIONS = ("completion", "response")
 _ALPACA = ("instruction", "input", "output", "system", "history")
 _FINISH_REASON, _CUT = "finish_reason", "length"
 KEYS = (MESSAGES, *SHAREGPT, "prompt", *_COMPLETIONS, *_ALPACA, "tools", _FINISH_REASON)
-"""Columns that may say something beside the text's own."""
+"""Columns with content beside that of a text."""
 _FIRST_KEYS = (MESSAGES, *SHAREGPT, "prompt", "instruction")
 _FORMS = "messages, conversations, instruction with output, or prompt with completion"
 
@@ -30,51 +29,49 @@ class Conversation:
     messages: list[dict[str, Any]]
     """Each has a role and a content, which is a text."""
     tools: list[Any] | None
-    """What the assistant may call, as the chat template takes it."""
+    """Tools that the assistant may call, as the chat template takes them."""
     where: Where
-    """Its place, for errors."""
+    """Its place, for error messages."""
     num_given: int = 0
-    """So many messages at the beginning are given: the assistant's words in them are not learned."""
+    """Number of messages at the beginning that are given: the assistant's words in them are not learned."""
     is_cut: bool = False
-    """Whether the last message was cut short: that it ends there is not learned."""
+    """Whether the last message was cut off, so that its end is not learned."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A text whose end is learned alone."""
+    """A prompt and its completion, of which only the completion is learned."""
 
     prompt: str
     completion: str
     where: Where
-    """Its place, for errors."""
+    """Its place, for error messages."""
     as_chat: Conversation | None = None
-    """The same as a chat, for tokenizers that have a chat template."""
+    """The same as a chat, for tokenizers with a chat template."""
     is_cut: bool = False
-    """Whether the completion was cut short: that it ends there is not learned."""
+    """Whether the completion was cut off, so that its end is not learned."""
 
 
 Document = str | Conversation | Completion
 
 
 class LeftOut(NamedTuple):
-    """A record that nothing can be learned from."""
+    """A record that teaches nothing."""
 
     reason: str
     where: Where
 
 
 def mentions_records(head: bytes, text_key: str) -> bool:
-    """Whether the beginning of a file names a key that records have: folders hold JSON and tables of other kinds,
-    too.
-    """
+    """Whether the beginning of a file names a key of records. Folders hold other JSON files and tables, too."""
     return any(key.encode() in head for key in (text_key, *_FIRST_KEYS))
 
 
 def document_of(record: Any, text_key: str, where: Where) -> Document | LeftOut:
-    """What `record` says. `text_key` is the key of a text, which goes before other forms. A `finish_reason` of length
-    says that the last answer was cut.
+    """Parses `record`. `text_key` is the key of a text and takes precedence over other forms.
 
-    Raises InputError, with its place, where it has no form that is known.
+    A `finish_reason` of length says that the last answer was cut off. Raises InputError, with its place, where the
+    record has no known form.
     """
     document = _document_of(record, text_key, where)
     if isinstance(document, str | LeftOut) or record.get(_FINISH_REASON) != _CUT:
@@ -166,7 +163,7 @@ def _nothing_said(key: str, where: Where) -> LeftOut:
 
 def _tools(record: dict[str, Any], where: Where) -> list[Any] | None:
     tools = record.get("tools")
-    if isinstance(tools, str):  # ShareGPT's files have them as JSON within the text
+    if isinstance(tools, str):  # ShareGPT's files hold them as JSON within the text
         try:
             tools = json.loads(tools) if tools.strip() else None
         except (ValueError, RecursionError) as error:

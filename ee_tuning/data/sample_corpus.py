@@ -1,5 +1,5 @@
-"""The text every Python installation carries, its standard library: the shipped model learned from it, the demo tunes
-with it.
+"""A corpus on every machine: Python's standard library. The shipped model was trained on it, and the demo tunes with
+it.
 """
 
 import ast
@@ -12,12 +12,12 @@ SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib",
 
 
 def is_held_out(name: str) -> bool:
-    """About one file in thirty-two, by a hash of its name, so that every Python version holds out the same files."""
+    """Whether a file is held out: about one in thirty-two, by a hash of its name, the same for every Python version."""
     return hashlib.sha256(name.encode()).digest()[0] % 32 == 0
 
 
 def sample_corpus() -> tuple[dict[str, bytes], dict[str, bytes]]:
-    """(training files, held-out files) by name: the sources, tests left out, and the documentation topics among
+    """Returns (training files, held-out files) by name: sources without tests, and the documentation topics among
     them.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
@@ -31,9 +31,7 @@ def sample_corpus() -> tuple[dict[str, bytes], dict[str, bytes]]:
 
 
 def documentation_strings(files: dict[str, bytes], shortest: int = 200) -> Iterator[str]:
-    """The docstrings of at least `shortest` characters in Python sources by name, file by file in the order of their
-    names.
-    """
+    """Yields the docstrings of at least `shortest` characters in Python sources, file by file in the order of names."""
     for name in sorted(files):
         for node in ast.walk(ast.parse(files[name])):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):

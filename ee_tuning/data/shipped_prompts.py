@@ -1,7 +1,6 @@
-"""Chat prompts for those who have none: everyday questions, small programs, and Python's own documentation to put into
-other words.
+"""Built-in chat prompts: everyday questions, small programs, and Python documentation to be rephrased.
 
-The same on every machine, but for those of the documentation, which are of the running Python's version.
+They are the same on every machine, except that the documentation is the running Python's.
 """
 
 import ast
@@ -70,9 +69,7 @@ _FIRST_OF_A_FILE = 2
 
 
 def shipped_prompts(count: int) -> Iterator[str]:
-    """`count` prompts, none twice, of all kinds from the first few on. Raises InputError where there are not so
-    many.
-    """
+    """Yields `count` different prompts, with all kinds from the start. Raises InputError where there are fewer."""
     if count < 0:
         raise InputError(f"--shipped-prompts must be a number of prompts, got {count}")
     everyday = _filled(_FORMS, _TOPICS)
@@ -86,7 +83,7 @@ def shipped_prompts(count: int) -> Iterator[str]:
 
 
 def _filled(forms: str, words: str) -> Iterator[str]:
-    """Every form with every word, both of them another one each time."""
+    """Yields every combination of forms and words, with both varying from one to the next."""
     lines, items = forms.strip().split("\n"), [" ".join(word.split()) for word in words.split(";")]
     for shift in range(len(lines)):
         for place, word in enumerate(items):
@@ -94,7 +91,7 @@ def _filled(forms: str, words: str) -> Iterator[str]:
 
 
 def _of_documentation() -> Iterator[str]:
-    """Files in an order that mixes subjects; a few functions of each before more of any."""
+    """Yields files in an order that mixes subjects, a few functions of each at a time."""
     forms, others = itertools.cycle(_DOCUMENTATION_FORMS), list[tuple[str, str]]()
     training, _ = sample_corpus()
     for name in sorted(training, key=lambda name: hashlib.sha256(name.encode()).digest()):
@@ -107,7 +104,7 @@ def _of_documentation() -> Iterator[str]:
 
 
 def _documented(module: str, source: bytes) -> list[tuple[str, str]]:
-    """Name and documentation of each public function and class, where that is neither short nor long."""
+    """Yields name and documentation of each public function and class with documentation of moderate length."""
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):

@@ -1,9 +1,9 @@
-"""What data.paths names: files to tokenize and files of token ids, alone or as a blend of weighted corpora.
+"""Resolves data.paths: files to tokenize and files of token ids, as one corpus or as a blend of weighted ones.
 
-Of a folder, the files whose endings are those of data are taken, to its depth, in the order of their names, so every
-machine reads the same. Passed over are hidden files, what describes a folder (README, LICENSE, the JSON files of models
-and data sets), JSON and tables without texts, other endings, and folders that this project wrote. Files named one by
-one may have any name.
+In a folder, files with the suffixes of data are taken, recursively and in the order of their names, so every machine
+reads the same. Skipped are hidden files, descriptions of a folder (README, LICENSE, JSON files of models and data
+sets), JSON and tables without texts, other suffixes, and folders that this project wrote. Files named explicitly may
+have any name.
 """
 
 import math
@@ -22,7 +22,7 @@ from ee_tuning.errors import InputError
 
 INDEX_SUFFIX, BIN_SUFFIX = ".idx", ".bin"
 _BESIDE_DATA = (BIN_SUFFIX, ".mask")
-"""Go without a word: they belong to an .idx."""
+"""Skipped silently: they belong to an .idx."""
 _DESCRIPTIONS = re.compile(
     r"(readme|licen[cs]e|copying|notice|changelog|contributing|citation|authors|code_of_conduct|security)([._-].*)?"
     r"|(dataset_infos?|dataset_dict|state|config|generation_config|.*tokenizer.*|special_tokens_map|vocab|.*\.index"
@@ -33,7 +33,7 @@ _DESCRIPTIONS = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """What one weight stands for."""
+    """The files under one weight."""
 
     name: str
     """The name as the user wrote it."""
@@ -42,14 +42,14 @@ class Corpus:
     texts: tuple[Path, ...]
     """Files to tokenize."""
     prefixes: tuple[Path, ...]
-    """Paths of .bin and .idx, without these endings."""
+    """Paths of .bin and .idx, without these suffixes."""
     passed_over: tuple[str, ...] = ()
-    """Paths within folders that were not taken, hidden files left out."""
+    """Paths within folders that were skipped, without hidden files."""
 
 
 def find_corpora(paths: Sequence[str], key: str, text_key: str, leave_out: Iterable[Corpus] = ()) -> list[Corpus]:
-    """The corpora that `paths` (the value of config key `key`) name, each file once. `text_key` is the key of texts in
-    records.
+    """Returns the corpora of `paths` (the value of config key `key`), with each file once. `text_key` is the key of
+    texts.
 
     Files that are also in `leave_out` are dropped. Raises InputError where a path is missing, a weight is no number, or
     nothing is found.
@@ -88,7 +88,7 @@ def find_corpora(paths: Sequence[str], key: str, text_key: str, leave_out: Itera
 
 
 def _weighed(paths: Sequence[str], key: str) -> list[tuple[float | None, Sequence[str]]]:
-    """[(None, all paths)], or, where a path is a number and no file, a weight and a path for each corpus."""
+    """Returns [(None, all paths)] or, where a path is a number and no file, a weight and a path for each corpus."""
     if not any(is_number(path) and not os.path.exists(path) for path in paths):
         return [(None, paths)]
     blend: list[tuple[float | None, Sequence[str]]] = []
@@ -108,8 +108,8 @@ def _weighed(paths: Sequence[str], key: str) -> list[tuple[float | None, Sequenc
 
 
 def _expand(path: Path, key: str, text_key: str, passed_over: list[str]) -> list[Path]:
-    """The files that `path` stands for; of .bin and .idx, the .idx. Adds to `passed_over` what a folder holds beside
-    them.
+    """Returns the files that `path` stands for, an .idx for .bin and .idx. Appends the files it skips to
+    `passed_over`.
     """
     index, tokens = (Path(f"{path}{suffix}") for suffix in (INDEX_SUFFIX, BIN_SUFFIX))
     if path.suffix.lower() in (INDEX_SUFFIX, BIN_SUFFIX) and not path.is_dir():
@@ -121,7 +121,7 @@ def _expand(path: Path, key: str, text_key: str, passed_over: list[str]) -> list
                     f"{key}: {other} needs {one} beside it, which is missing; copy it there, or name another file"
                 )
         return [index]
-    if not os.path.exists(path):  # unlike Path.exists, False also where a folder above may not be entered
+    if not os.path.exists(path):  # unlike Path.exists, False also where a parent folder may not be entered
         raise InputError(
             f"{key}: {path} does not exist or can not be reached; give text files, .jsonl, .parquet, the prefix of .bin and "
             ".idx, or folders of them"
@@ -140,7 +140,7 @@ def _expand(path: Path, key: str, text_key: str, passed_over: list[str]) -> list
 
 
 def _within(folder: Path, top: Path, text_key: str, passed_over: list[str]) -> Iterator[tuple[tuple[str, ...], Path]]:
-    """Its files of data: the parts of each one's path within `top`, by which they are sorted, and the path."""
+    """Yields the data files of a folder: their parts within `top`, by which they are sorted, and their paths."""
     for path in sorted(folder.iterdir()):
         inner = path.relative_to(top)
         if path.name.startswith("."):

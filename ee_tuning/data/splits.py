@@ -1,6 +1,4 @@
-"""How the config's section `data` becomes samples of training and validation: what is found is tokenized once, kept,
-mapped and packed.
-"""
+"""Turns the config's section `data` into training and validation samples: tokenized once, cached, mapped and packed."""
 
 import dataclasses
 import json
@@ -39,13 +37,13 @@ _ID_RANGE, _FILES = "extremes.json", "files.json"
 
 @dataclass(frozen=True)
 class _Streams:
-    """What one corpus holds."""
+    """The documents of one corpus."""
 
     corpus: Corpus
     train: list[TokenStream]
     valid: list[TokenStream]
     counts: list[FileCount]
-    """What each text gave."""
+    """Counts of each text file."""
 
 
 def load_samples(
@@ -60,16 +58,14 @@ def load_samples(
     trusts_code: bool = False,
     by_document: bool = False,
 ) -> Splits:
-    """Reads, tokenizes, splits and packs what `data` names; equal on every rank. All ranks of `topology` call it (None:
-    a world of one).
+    """Reads, tokenizes, splits and packs the data of `data`, the same on every rank. All ranks of `topology` call it.
 
-    The tokenizer is data.tokenizer, or the one in `model_path`; its own Python files run where `trusts_code`. Held out
-    are data.valid_paths (files that data.paths name too are then not trained on), or else a share of the documents.
-    Raises InputError on whatever can not be
-    used: paths, weights, files, lines, the tokenizer, ids beyond `vocab_size`, `seq_length` beyond `max_positions`, a
-        split shorter than
-    one sample, and no held-out part where `needs_validation`. `by_document`: each sample is the beginning of one
-    document, of at most `seq_length` inputs.
+    The tokenizer is data.tokenizer, or the one in `model_path`; its own Python files run if `trusts_code`. Held out are
+    data.valid_paths (files that are also in data.paths are then not trained on), or else a share of the documents. With
+    `by_document`, each sample is the beginning of one document, of at most `seq_length` inputs.
+
+    Raises InputError on unusable paths, weights, files, lines or tokenizers, ids beyond `vocab_size`, `seq_length`
+    beyond `max_positions`, a split shorter than one sample, and a missing validation split where `needs_validation`.
     """
     check_data_settings(data, seq_length, max_positions, needs_validation)
     check_apart(cache_root(data.cache), (*data.paths, *data.valid_paths), "data.cache")
@@ -151,9 +147,7 @@ def _splits(
 def _entries(
     corpus: Corpus, data: DataSection, tokenizer: Path, is_split: bool, trusts_code: bool
 ) -> Iterator[CacheEntry]:
-    """What has to be known of a corpus: the tokens of its texts, and the smallest and largest of the ids that it
-    brings.
-    """
+    """Returns a corpus's cache entries: the tokens of its texts, and the range of its ids."""
     if corpus.texts:
         recipe = recipe_of(tokenizer, data.text_key, data.chat_template, trusts_code=trusts_code)
         fraction = data.valid_fraction if is_split else 0.0
@@ -200,7 +194,7 @@ def _id_stamps(files: Sequence[Path]) -> dict[str, Any]:
 def _open(
     corpus: Corpus, folders: Iterator[Path], data: DataSection, tokenizer: Path, vocab_size: int, is_split: bool
 ) -> _Streams:
-    """The documents of a corpus, whose entries are the next of `folders`."""
+    """Opens the documents of a corpus, whose entries are the next of `folders`."""
     train, valid, counts = [], [], []
     if corpus.texts:
         folder = next(folders)
@@ -232,7 +226,7 @@ def _open(
 
 
 def _bounds(num_documents: int, data: DataSection) -> tuple[int, int]:
-    """Where the training documents of .bin and .idx end, and those held out."""
+    """Returns where the training documents of .bin and .idx end, and where the held-out ones end."""
     if data.split:
         shares = _shares(data.split)
         first, stop = (round(sum(shares[:parts]) / sum(shares) * num_documents) for parts in (1, 2))
@@ -244,7 +238,7 @@ def _bounds(num_documents: int, data: DataSection) -> tuple[int, int]:
 
 
 def _shares(split: str) -> list[float]:
-    """Shares of training and validation, as Megatron-core reads its `split`."""
+    """Parses the shares of training and validation as Megatron-core parses its `split`."""
     try:
         shares = [float(share) for share in split.split(",")]
     except ValueError:
@@ -258,7 +252,7 @@ def _shares(split: str) -> list[float]:
 
 
 def check_data_settings(data: DataSection, seq_length: int, max_positions: int, needs_validation: bool) -> None:
-    """Checks what `load_samples` checks, as far as no file needs to be read. Raises InputError."""
+    """Checks what `load_samples` checks, except for files. Raises InputError."""
     if not 1 <= seq_length <= max_positions:
         raise InputError(
             f"tuning.seq_length must lie in 1..{max_positions} (the model's max_position_embeddings), got {seq_length}"
@@ -297,7 +291,7 @@ def _pack(
     what: str,
     share: str = "",
 ) -> Samples:
-    """The samples of one split: of one stream, of several, or by weight."""
+    """Packs the samples of one split: of one stream, of several, or by weight."""
     packed: list[Samples] = []
     for whole, streams in corpora:
         _check_size(whole, streams, 1 if by_document else seq_length, key, what, share)
@@ -331,7 +325,7 @@ def _samples_of(stream: TokenStream, data: DataSection, seq_length: int, by_docu
 def _check_size(
     whole: _Streams, streams: Sequence[TokenStream], seq_length: int, key: str, what: str, share: str
 ) -> None:
-    """Raises InputError where what one weight stands for makes no sample."""
+    """Raises InputError where a weighted corpus has no sample."""
     name = whole.corpus.name
     num_tokens = sum(len(each.ids) for each in streams)
     if not num_tokens and share and (whole.train or whole.valid):

@@ -1,6 +1,4 @@
-"""What was taken from which file, and what was left out or passed over: counted where files are read, said where a
-person reads it.
-"""
+"""Counts of documents, left-out records and skipped files, and the lines that report them."""
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,18 +15,18 @@ _MAX_NAMES = 8
 
 @dataclass(kw_only=True)
 class LeftOutCount:
-    """Records that nothing can be learned from, by reason."""
+    """Left-out records by reason."""
 
     reasons: dict[str, tuple[int, str]] = field(default_factory=dict)
-    """Reason -> how many, and the place of the first."""
+    """Reason -> count, and the place of the first."""
 
     def add(self, record: LeftOut) -> None:
-        """Counts one."""
+        """Counts one record."""
         count, first = self.reasons.get(record.reason) or (0, record.where())
         self.reasons[record.reason] = count + 1, first
 
     def join(self, other: Mapping[str, Sequence[Any]]) -> None:
-        """Counts those of a later piece."""
+        """Adds the counts of a later range."""
         for reason, (count, first) in other.items():
             before, earlier = self.reasons.get(reason, (0, first))
             self.reasons[reason] = before + count, earlier
@@ -41,7 +39,7 @@ class LeftOutCount:
 
 @dataclass(kw_only=True)
 class FileCount:
-    """What one file gave."""
+    """The counts of one file."""
 
     name: str
     documents: int = 0
@@ -49,7 +47,7 @@ class FileCount:
     left_out: LeftOutCount = field(default_factory=LeftOutCount)
 
     def as_tree(self) -> list[Any]:
-        """The count as plain data, for JSON."""
+        """Returns the counts as plain data, for JSON."""
         return [self.name, self.documents, self.tokens, self.left_out.reasons]
 
     @classmethod
@@ -62,7 +60,7 @@ class FileCount:
 
 
 def left_out_of(counts: Iterable[FileCount]) -> LeftOutCount:
-    """That of all files together."""
+    """Merges the counts of all files."""
     total = LeftOutCount()
     for count in counts:
         total.join(count.left_out.reasons)
@@ -70,14 +68,14 @@ def left_out_of(counts: Iterable[FileCount]) -> LeftOutCount:
 
 
 def nothing_to_learn(key: str, names: str, counts: Sequence[FileCount]) -> str:
-    """What is wrong with data of which no document is left."""
+    """Returns the message for data without any document."""
     if (left_out := left_out_of(counts)).reasons:
         return f"{key} = {names} holds nothing to learn from: {left_out}; mend these, or give other files"
     return f"{key} = {names} holds no text; give files that are not empty"
 
 
 def print_counts(counts: Sequence[FileCount]) -> None:
-    """A line for each file, of many those of the first alone, and one for what was left out. On stderr."""
+    """Prints a line per file, for the first files, and one for left-out records, to stderr."""
     for count in counts[:_MAX_FILES]:
         _print_line(f"{count.name}: {count.documents:,} documents, {count.tokens:,} tokens")
     if more := counts[_MAX_FILES:]:
@@ -89,13 +87,13 @@ def print_counts(counts: Sequence[FileCount]) -> None:
 
 
 def print_passed_over(names: Sequence[str]) -> None:
-    """A line, where a folder holds what was not taken. On stderr."""
+    """Prints a line about skipped files of folders, if any, to stderr."""
     if names:
         _print_line(f"passed over: {listed(names)}")
 
 
 def print_skipped(what: str, samples: Samples | None) -> None:
-    """A line, where parts of the stream are no samples. On stderr."""
+    """Prints a line about skipped parts of the stream, if any, to stderr."""
     if samples is not None and (num_skipped := samples.num_windows - len(samples)):
         _print_line(
             f"{num_skipped:,} of {samples.num_windows:,} {what} samples are skipped: none of their tokens is to be learned, as within "
@@ -104,7 +102,7 @@ def print_skipped(what: str, samples: Samples | None) -> None:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Some of the names, and how many more there are."""
+    """Returns some of the names, and the number of the others."""
     more = f" and {len(names) - _MAX_NAMES:,} more" if len(names) > _MAX_NAMES else ""
     return ", ".join(names[:_MAX_NAMES]) + more
 

@@ -1,6 +1,4 @@
-"""The tokenizer that belongs to a model: read from its folder, which the hub may give; code that lies there does not
-run unasked.
-"""
+"""The tokenizer of a model, from its folder or the hub. Code in that folder does not run without permission."""
 
 import hashlib
 from importlib.util import find_spec
@@ -28,23 +26,22 @@ _COMPANIONS = (
     "config.json",
 )
 TEMPLATE_FOLDER = "additional_chat_templates"
-"""Folder beside them that holds further chat templates, each by its name."""
+"""Subfolder with further chat templates, one per name."""
 _ASKS_FOR_TRUST = "trust_remote_code"
-"""What transformers' refusal to run a folder's code says."""
+"""Part of transformers' message when it refuses to run a folder's code."""
 
 
 def load_tokenizer(path: str | Path, *, trusts_code: bool = False) -> "PreTrainedTokenizerBase":
-    """The Hugging Face tokenizer in the folder or GGUF file `path`, or of that name on the hub. Python files of the
-    folder run where `trusts_code`, and not otherwise.
+    """Loads the Hugging Face tokenizer from the folder or GGUF file `path`, or from the hub.
 
-    Raises InputError where the folder is missing, has no tokenizer files, has files that transformers can not read, or
-    needs code of its own that is not trusted.
+    Python files of the folder run only if `trusts_code`. Raises InputError where the folder is missing, has no
+    tokenizer files, has files that transformers can not read, or needs untrusted code.
     """
     folder = tokenizer_folder(path, trusts_code=trusts_code)
-    import transformers  # takes seconds: only commands that tokenize should pay for it
+    import transformers  # takes seconds, so only commands that tokenize import it
 
     transformers.logging.set_verbosity_error()
-    # A GGUF file brings its tokenizer and its chat template.
+    # A GGUF file contains its tokenizer and its chat template.
     place = (
         {"pretrained_model_name_or_path": str(folder)}
         if not is_gguf(folder)
@@ -71,7 +68,7 @@ def load_tokenizer(path: str | Path, *, trusts_code: bool = False) -> "PreTraine
         raise InputError(
             f"the tokenizer in {folder} can not be read: {reason}; copy its files anew, or set data.tokenizer"
         ) from error
-    if not isinstance(tokenizer.model_max_length, int | float):  # compared with the length of each text, much later
+    if not isinstance(tokenizer.model_max_length, int | float):  # compared with the length of each text later
         raise InputError(
             f"model_max_length in {folder / 'tokenizer_config.json'} must be a number, got "
             f"{tokenizer.model_max_length!r:.60}; copy the tokenizer's files anew"
@@ -86,8 +83,8 @@ def _opened(place: dict[str, Any], trusts_code: bool) -> "PreTrainedTokenizerBas
     try:
         return transformers.AutoTokenizer.from_pretrained(**place, trust_remote_code=trusts_code)
     except StrictDataclassError:
-        # Of the model's config.json, in which transformers takes no 1 for 1.0 and no null for false; the tokenizer
-        # needs nothing of it.
+        # The model's config.json is not used: transformers' types are strict there, and the tokenizer needs nothing of
+        # it.
         return transformers.AutoTokenizer.from_pretrained(
             **place, trust_remote_code=trusts_code, config=transformers.PretrainedConfig()
         )
@@ -97,11 +94,11 @@ def _wants_sentencepiece(folder: Path) -> bool:
     path = folder / "tokenizer.model"
     return (
         path.is_file() and not (folder / "tokenizer.json").is_file() and path.read_bytes()[:1] == b"\n"
-    )  # tiktoken's are lines of text
+    )  # tiktoken's files are lines of text
 
 
 def tokenizer_digests(path: str | Path, *, trusts_code: bool = False) -> dict[str, str]:
-    """sha256 of each file that a tokenizer may be made of, trusted code included.
+    """Returns the sha256 of each file that may belong to a tokenizer, trusted code included.
 
     Raises InputError where the folder is missing or has no tokenizer files.
     """
@@ -120,14 +117,14 @@ def tokenizer_digests(path: str | Path, *, trusts_code: bool = False) -> dict[st
 
 
 def tokenizer_of(config: Config) -> str:
-    """The folder, or the name on the hub, of the tokenizer of a job: data.tokenizer, or the model's own."""
+    """Returns the folder, or the name on the hub, of a job's tokenizer: data.tokenizer, or the model's own."""
     own = config.model.path
     return config.data.tokenizer or (own if hub_name(own) else str(model_folder(own)))
 
 
 def tokenizer_folder(path: str | Path, *, trusts_code: bool = False) -> Path:
-    """The folder `path`, or what the hub's `org/name@revision` was fetched to. Raises InputError where it has no
-    tokenizer files.
+    """Returns the folder `path`, or the download of the hub's `org/name@revision`. Raises InputError without tokenizer
+    files.
     """
     folder = Path(path)
     if is_gguf(folder):
@@ -146,7 +143,7 @@ def tokenizer_folder(path: str | Path, *, trusts_code: bool = False) -> Path:
 
 
 def end_of_text_id(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """The token that ends a document. Raises InputError where the tokenizer has none."""
+    """Returns the token that ends a document. Raises InputError where the tokenizer has none."""
     if not isinstance(tokenizer.eos_token_id, int):
         raise InputError(
             f"the tokenizer in {tokenizer.name_or_path} must have an end-of-text token, got none; "
@@ -156,11 +153,11 @@ def end_of_text_id(tokenizer: "PreTrainedTokenizerBase") -> int:
 
 
 def beginning_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Token ids that the tokenizer puts before any text: most often its beginning-of-text token, or none."""
+    """Returns the token ids that the tokenizer puts before any text: usually its beginning-of-text token, or none."""
     bare, whole = (tokenizer("a", add_special_tokens=adds)["input_ids"] for adds in (False, True))
     return next((whole[:place] for place in range(len(whole)) if whole[place : place + len(bare)] == bare), [])
 
 
 def begun(ids: list[int], beginning: list[int]) -> list[int]:
-    """`ids` behind `beginning`, which is not doubled where the text spells it out already."""
+    """Puts `beginning` before `ids`, unless the text already begins with it."""
     return ids if ids[: len(beginning)] == beginning else [*beginning, *ids]

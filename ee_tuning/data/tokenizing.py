@@ -1,7 +1,6 @@
-"""Files become .bin and .idx: pieces are tokenized by processes side by side, and joined in their order, whoever was
-first.
+"""Tokenizes files into .bin and .idx: processes tokenize ranges in parallel, and the results are joined in order.
 
-Everything happens in steps of well under a minute, so that whoever waits for it can be told that it goes on.
+Everything happens in steps much shorter than a minute, so that waiting ranks can be kept alive in between.
 """
 
 import json
@@ -27,13 +26,13 @@ from ee_tuning.interrupts import end_at_once
 from ee_tuning.json_file import to_json
 
 BYTES_PER_WORKER = 4_000_000
-"""Fewer are not worth the seconds that a process takes to start."""
+"""Fewer bytes are not worth the seconds that a process takes to start."""
 _SECONDS_PER_STEP = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizedRange:
-    """What became of the files."""
+    """One written output."""
 
     num_documents: int
     num_tokens: int
@@ -43,7 +42,7 @@ class TokenizedRange:
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenized:
-    """All outputs, and what each file gave."""
+    """All outputs, and the counts of each file."""
 
     outputs: list[TokenizedRange]
     files: list[FileCount]
@@ -56,7 +55,7 @@ def check_workers(wanted: int) -> None:
 
 
 def num_workers(ranges: Sequence[FileRange], wanted: int) -> int:
-    """Processes worth starting; 0 means that this one does the work."""
+    """Returns how many processes to start; 0 means that this process does the work."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(wanted or cores, len(ranges), sum(piece.num_bytes for piece in ranges) // BYTES_PER_WORKER)
 
@@ -70,10 +69,10 @@ def tokenize_files(
     workers: int,
     progress: ProgressBar,
 ) -> Generator[None, None, Tokenized]:
-    """Writes the documents of `files` to the prefix outputs[0], those that `held_out` chooses to outputs[1].
+    """Writes the documents of `files` to the prefix outputs[0], and those that `held_out` chooses to outputs[1].
 
-    `folder` takes what is on the way. Yields now and then; returns what was written. Raises InputError where a file or
-    a document can not be used.
+    `folder` holds intermediate files. Yields between steps and returns what was written. Raises InputError where a file
+    or a document can not be used.
     """
     ranges = file_ranges(files)
     parts = [folder / f"piece-{number:06d}.npz" for number in range(len(ranges))]
@@ -110,10 +109,10 @@ def _counted(files: Sequence[Path], ranges: Sequence[FileRange], parts: Sequence
 
 
 def held_out(hashes: NDArray[np.float64], valid_fraction: float) -> NDArray[np.bool_]:
-    """Which documents are held out: those whose hash lies below `valid_fraction`.
+    """Chooses the documents to hold out: those whose hash is below `valid_fraction`.
 
-    Of two different documents or more, at least one is held out and one trained on, so that a handful of files works
-    too; of one alone, none is held out.
+    Of at least two different documents, at least one is held out and one is trained on, so that a handful of files
+    works; a single one is not held out.
     """
     if valid_fraction == 0 or len(hashes) == 0 or hashes.min() == hashes.max():
         return np.zeros(len(hashes), dtype=bool)
@@ -133,7 +132,7 @@ def _write_part(piece: FileRange, part: Path, recipe: Recipe) -> None:
 
 
 def _load(part: Path) -> np.lib.npyio.NpzFile:
-    return np.load(part)  # its arrays are read when they are asked for
+    return np.load(part)  # its arrays are read on access
 
 
 def _in_turn(ranges: Sequence[FileRange], parts: Sequence[Path], recipe: Recipe) -> Iterator[FileRange | None]:
@@ -145,7 +144,7 @@ def _in_turn(ranges: Sequence[FileRange], parts: Sequence[Path], recipe: Recipe)
 def _side_by_side(
     ranges: Sequence[FileRange], parts: Sequence[Path], recipe: Recipe, processes: int
 ) -> Iterator[FileRange | None]:
-    # Spawned, not forked: this process may have threads, of gloo or of CUDA.
+    # Spawned, not forked: this process may have threads of gloo or CUDA.
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=end_at_once) as pool:
         try:
             waiting = iter(zip(ranges, parts, strict=True))
@@ -171,7 +170,7 @@ def _side_by_side(
 
 
 class ShardWriter:
-    """One output, growing."""
+    """Writes one output, part by part."""
 
     def __init__(self, prefix: Path, dtype: np.dtype, has_mask: bool) -> None:
         self._prefix, self._dtype = prefix, dtype
@@ -181,7 +180,7 @@ class ShardWriter:
         self._largest = 0
 
     def append(self, part: np.lib.npyio.NpzFile, documents: NDArray[np.bool_]) -> None:
-        """The chosen documents of a part."""
+        """Appends the chosen documents of a part."""
         lengths = part["lengths"]
         tokens = np.repeat(documents, lengths)
         ids = part["ids"][tokens]
@@ -192,7 +191,7 @@ class ShardWriter:
             (part["counts"][tokens] if "counts" in part else np.ones(len(ids), np.uint8)).tofile(self._mask)
 
     def close(self) -> TokenizedRange:
-        """Call it last."""
+        """Closes the output. Call it last."""
         for file in (self._data, self._mask):
             if file:
                 file.close()

@@ -1,4 +1,4 @@
-"""Streams of token ids become samples of equal length.
+"""Cuts streams of token ids into samples of equal length.
 
 Sample i of a stream reads seq_length + 1 tokens from i · seq_length on: neighbours overlap by one token, so each token
 but the stream's first is a label exactly once. Windows without a label that counts, as within a long prompt, are no
@@ -23,7 +23,7 @@ _SCANNED_AT_ONCE = 1 << 24
 
 @dataclass(frozen=True, kw_only=True)
 class DocumentRules:
-    """How documents that share a sample are told apart; as in the config's section `data`."""
+    """How documents within a sample are separated, as in the config's section `data`."""
 
     reset_attention_mask: bool = False
     reset_position_ids: bool = False
@@ -31,7 +31,7 @@ class DocumentRules:
 
     @classmethod
     def of(cls, data: DataSection) -> "DocumentRules":
-        """Those of a job."""
+        """Returns the rules of a job."""
         return cls(**{field.name: getattr(data, field.name) for field in fields(cls)})
 
 
@@ -45,30 +45,30 @@ class Sample(NamedTuple):
     document_ids: NDArray[np.int64] | None
     """[s], where attention must stay within a document."""
     position_ids: NDArray[np.int64] | None
-    """[s], where positions begin anew with a document."""
+    """[s], where positions restart with each document."""
 
 
 class Samples(Protocol):
-    """What the heads learn from, or are judged by."""
+    """Samples for training or validation."""
 
     @property
     def seq_length(self) -> int:
-        """Inputs of each."""
+        """Inputs per sample."""
 
     @property
     def num_windows(self) -> int:
-        """Samples, and what is skipped because none of its labels counts."""
+        """Number of samples, and of windows skipped because none of their labels counts."""
 
     def __len__(self) -> int: ...
 
     def sample(self, index: int) -> Sample:
-        """One of them."""
+        """Returns one sample."""
 
     def order(self, seed: int) -> Order:
-        """The order in which samples are consumed."""
+        """Returns the order in which samples are consumed."""
 
     def identity(self) -> dict[str, Any]:
-        """What must not change when a run goes on from a position in their order."""
+        """Returns the facts that must not change when a run resumes at a position of the order."""
 
 
 @dataclass(frozen=True)
@@ -76,15 +76,15 @@ class PackedSamples:
     """A stream of tokens, cut into samples."""
 
     stream: NDArray[np.integer]
-    """[n] token ids of the documents, one after the other."""
+    """[n] token ids of consecutive documents."""
     seq_length: int
     counts: NDArray[np.uint8] | None = None
     """[n]: 1 where a token counts as a label; None where all do."""
     starts: NDArray[np.int64] | None = None
-    """[documents]: first token of each, in order; None where no rule asks for them."""
+    """[documents]: first token of each, in order; None where no rule needs them."""
     rules: DocumentRules = DocumentRules()
     windows: NDArray[np.int64] | None = None
-    """[samples]: which windows of the stream are samples; None where all are."""
+    """[samples]: the windows of the stream that are samples; None where all are."""
 
     @property
     def num_windows(self) -> int:
@@ -131,17 +131,17 @@ class PackedSamples:
 
 @dataclass(frozen=True)
 class DocumentSamples:
-    """Documents of a stream, each a sample of its own that ends with the document, or where it is full.
+    """Documents of a stream, each a sample that ends with the document, or where it is full.
 
-    Those without a label that counts, as far as they are read, are left out.
+    Documents without a label that counts, within that length, are left out.
     """
 
     stream: NDArray[np.integer]
-    """[n] token ids of the documents, one after the other."""
+    """[n] token ids of consecutive documents."""
     starts: NDArray[np.int64]
     """[documents]: first token of each, in order."""
     seq_length: int
-    """Inputs of a sample, at most."""
+    """Most inputs of a sample."""
     counts: NDArray[np.uint8] | None = None
     """[n]: 1 where a token counts as a label; None where all do."""
 
@@ -173,12 +173,12 @@ class DocumentSamples:
 
     @cached_property
     def _bounds(self) -> NDArray[np.int64]:  # [samples, 2]
-        """First token of each sample, and the one behind its last."""
+        """Returns the first token of each sample, and the one after its last."""
         stops = np.minimum(np.append(self.starts[1:], len(self.stream)), self.starts + self.seq_length + 1)
         bounds = np.stack((self.starts, stops), 1)[stops - self.starts > 1]
         if self.counts is None or not len(bounds):
             return bounds
-        edges = (bounds + np.array([1, 0])).ravel()  # labels are all but a sample's first token
+        edges = (bounds + np.array([1, 0])).ravel()  # labels are all tokens of a sample but its first
         return bounds[
             np.add.reduceat(self.counts, edges[:-1] if edges[-1] == len(self.stream) else edges, dtype=np.int64)[::2]
             > 0
@@ -187,7 +187,7 @@ class DocumentSamples:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Samples of several streams or corpora: by weight, or all in one order."""
+    """Samples of several streams or corpora, by weight or in one order."""
 
     parts: Sequence[Samples]
     weights: Sequence[float] | None
@@ -229,12 +229,12 @@ class Mixture:
 
 
 def learned_windows(counts: NDArray[np.uint8] | None, seq_length: int) -> NDArray[np.int64] | None:
-    """[samples]: the windows of a stream, whose `counts` are [n], that hold a label that counts; None where all do."""
+    """Returns the windows of a stream that hold a label that counts, or None where all do. `counts` has shape [n]."""
     num_windows = 0 if counts is None else max(0, len(counts) - 1) // seq_length
     if counts is None or not num_windows:
         return None
     holds, at_once = [], max(1, _SCANNED_AT_ONCE // seq_length)
-    for first in range(0, num_windows, at_once):  # the file may be longer than memory
+    for first in range(0, num_windows, at_once):  # the file may exceed memory
         labels = counts[1 + first * seq_length : 1 + min(first + at_once, num_windows) * seq_length]
         holds.append(labels.reshape(-1, seq_length).any(axis=1))
     found = np.flatnonzero(np.concatenate(holds))
@@ -243,7 +243,7 @@ def learned_windows(counts: NDArray[np.uint8] | None, seq_length: int) -> NDArra
 
 @dataclass(frozen=True, kw_only=True)
 class Splits:
-    """What the heads learn from, and what they are judged by."""
+    """Training and validation samples."""
 
     train: Samples
     valid: Samples | None
@@ -251,6 +251,6 @@ class Splits:
 
 
 def _places(begins: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """How far each token is from the last beginning at or before it, or from the first token."""
+    """Returns the distance of each token from the last beginning at or before it, or from the first token."""
     own = np.arange(len(begins))
     return own - np.maximum.accumulate(np.where(begins, own, 0))
