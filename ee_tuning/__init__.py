@@ -1,4 +1,4 @@
-"""Early-exit LLMs on Megatron-core: convert, tune and decode. `python -m ee_tuning --help` starts everything."""
+"""Early-exit LLMs on Megatron-core: convert, tune and decode. Start with `python -m ee_tuning --help`."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ __all__ = ["EarlyExitLLM", "SamplingParams", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imported when first asked for, so that `import ee_tuning` costs no torch."""
+    """Imports a name on first access, so that `import ee_tuning` does not import torch."""
     if name == "EarlyExitLLM":
         from ee_tuning.generation.llm import EarlyExitLLM
 

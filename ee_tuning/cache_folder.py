@@ -1,8 +1,7 @@
-"""The folder that keeps what later processes would otherwise make again: token ids of data, built kernels.
+"""The cache folder for results that later processes reuse: token ids of data, built kernels.
 
-$EE_TUNING_CACHE where it is set, else `.cache/ee_tuning` in the home folder. A container often runs as a user that has
-no home, or one that can not be written: a folder beside the machine's other temporary files then serves, and a warning
-says so once.
+It is $EE_TUNING_CACHE if set, else `.cache/ee_tuning` in the home folder. A container often runs as a user without a
+writable home; the cache is then a folder beside the machine's temporary files, with one warning.
 """
 
 import functools
@@ -14,14 +13,14 @@ from pathlib import Path
 
 VARIABLE = "EE_TUNING_CACHE"
 _PROBE_BYTES = 1 << 16
-"""A full disk still makes empty files."""
+"""Even on a full disk an empty file can be created."""
 
 log = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
-    """The folder, which may not exist yet where $EE_TUNING_CACHE names it; every process of a user on a machine gets
-    the same.
+    """Returns the folder, the same for every process of a user on a machine. It may not exist yet if $EE_TUNING_CACHE
+    names it.
     """
     given = os.environ.get(VARIABLE)
     return Path(given).expanduser() if given else _default_folder()
@@ -33,7 +32,7 @@ def _default_folder() -> Path:
         folder = Path.home() / ".cache" / "ee_tuning"
         check_writable(folder)
         return folder
-    except RuntimeError:  # Path.home found none
+    except RuntimeError:  # Path.home failed
         reason = "this user has no home folder"
     except OSError as error:
         reason = f"{folder} can not be written ({error.strerror})"
@@ -48,8 +47,8 @@ def _default_folder() -> Path:
 
 
 def check_writable(folder: Path) -> None:
-    """Makes the folder where it is missing, and writes and removes a small file. Raises OSError where that fails, on a
-    full disk too.
+    """Creates the folder if needed, and writes and removes a small file. Raises OSError where that fails, also on a
+    full disk.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.NamedTemporaryFile(dir=folder, prefix="probe-") as probe:
@@ -58,7 +57,7 @@ def check_writable(folder: Path) -> None:
 
 
 def is_private(folder: Path) -> bool:
-    """Whether the folder is this user's own and only this user may write to it: what lies there may be run as code."""
+    """Whether this user owns the folder and nobody else can write to it: its content may be run as code."""
     try:
         found = folder.lstat()
     except OSError:
@@ -67,8 +66,8 @@ def is_private(folder: Path) -> bool:
 
 
 def _temporary_folder() -> Path:
-    """`ee_tuning-UID` among the temporary files; a new folder of this process where another user has taken that
-    name.
+    """Returns `ee_tuning-UID` among the temporary files, or a new folder of this process where another user has taken
+    that name.
     """
     folder = Path(tempfile.gettempdir()) / f"ee_tuning-{os.getuid()}"
     try:

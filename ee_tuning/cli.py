@@ -1,7 +1,6 @@
-"""`ee-tuning COMMAND`: reads the command line and runs a row of the table in `commands`.
+"""`ee-tuning COMMAND`: parses the command line and runs a row of the table in `commands`.
 
-What the user did wrong ends in one line on stderr and exit code 2; anything else that goes wrong is a bug and keeps its
-traceback.
+A user's mistake ends in one line on stderr and exit code 2. Any other error is a bug and keeps its traceback.
 """
 
 import argparse
@@ -23,17 +22,17 @@ from ee_tuning.standard_streams import output_error_text, prepare_streams, settl
 from ee_tuning.utf8 import typed_text, use_utf8
 
 INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
+"""Exit code after Ctrl-C, as in shells."""
 SPINS = "1000"
-"""Looks that a thread takes at a barrier before it sleeps: some 25 µs. OpenMP's own 300,000 keep a core from the very
-thread that is waited for where other processes are busy; below 1,000 an idle machine decodes slower.
+"""Spins of a thread at a barrier before it sleeps, about 25 µs. OpenMP's default of 300,000 occupies a core that the
+awaited thread may need on a busy machine; below 1,000 an idle machine decodes more slowly.
 """
 _TEXTS = ("prompt", "system")
-"""Arguments that go to a model."""
+"""Arguments that are texts for a model."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argparse parser whose complaints are InputErrors, and which takes no abbreviated flags."""
+    """An argparse parser that raises InputError and accepts no abbreviated flags."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(
@@ -46,15 +45,15 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message}{hint}; see `{self.prog} --help`")
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        (file or sys.stderr).write(message)  # argparse itself passes over a stream that takes nothing
+        (file or sys.stderr).write(message)  # argparse itself ignores a stream that refuses output
 
     def flag_names(self) -> list[str]:
-        """Every flag there is."""
+        """Returns all flags."""
         return [flag for action in self._actions for flag in action.option_strings]
 
 
 def build_parser() -> _Parser:
-    """The parser of every command; the chosen one's row stands in the namespace as `command`."""
+    """Builds the parser of all commands. The namespace holds the chosen row as `command`."""
     parser = _Parser(
         prog="ee-tuning",
         description="Turn a trained LLM into an early-exit LLM: convert it, tune the exits alone, decode faster.",
@@ -75,7 +74,7 @@ def build_parser() -> _Parser:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line, read. Raises InputError on what no command knows, with the nearest flag there is."""
+    """Parses the command line. Raises InputError on unknown arguments, with the most similar flag."""
     parser = build_parser()
     args, unknown = parser.parse_known_args(argv)
     for name, value in vars(args).items():
@@ -90,8 +89,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _as_meant(name: str, value: Any) -> Any:
-    """An argument as the shell, or the locale, would have to hand it over."""
-    if isinstance(value, Path):  # --output=~/x reaches the program as it is written
+    """Returns an argument as the user meant it: paths expanded, and texts for a model decoded as UTF-8."""
+    if isinstance(value, Path):  # a shell does not expand the ~ of --output=~/x
         value = Path(expanded(str(value), f"--{name.replace('_', '-')}"))
         if name == "output" and value.name in ("", ".."):
             raise InputError(
@@ -105,7 +104,7 @@ def _as_meant(name: str, value: Any) -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code."""
+    """Runs one command and returns the exit code."""
     use_utf8()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns whenever a process forks after tokenizing
     if "OMP_WAIT_POLICY" not in os.environ:
@@ -119,14 +118,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         settle_output()
         if (
             not had_world and _world_size() == 1
-        ):  # a command that was refused half-way: the next one of this process makes its own
+        ):  # the command failed half-way; the next one of this process builds its own groups
             from ee_tuning.parallel.topology import destroy_parallel
 
             destroy_parallel()
 
 
 def _world_size() -> int:
-    """Processes of the world that this one has joined; 0 where it has joined none."""
+    """Returns the size of the joined world, or 0 if none was joined."""
     distributed = sys.modules.get("torch.distributed")
     return distributed.get_world_size() if distributed is not None and distributed.is_initialized() else 0
 
@@ -135,17 +134,17 @@ def _outcome(argv: Sequence[str]) -> int:
     try:
         try:
             code = _run(argv)
-        except SystemExit:  # of --help and --version
+        except SystemExit:  # raised by --help and --version
             sys.stdout.flush()
             raise
-        sys.stdout.flush()  # here, so that a reader who left, and a full disk, are noticed here
+        sys.stdout.flush()  # here, so that a closed pipe or a full disk is noticed here
         return code
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
         return 141
     except Exception as error:
-        if were_interrupted():  # and a library made something else of it
+        if were_interrupted():  # a library turned it into another exception
             return INTERRUPTED
         if isinstance(error, InputError):
             if isinstance(error, RendezvousError) or _speaks():
@@ -170,11 +169,11 @@ def _say(line: str) -> None:
 
 
 def _speaks() -> bool:
-    """Whether this process prints the error: of many that met it, one; rank 0 as long as they have not joined."""
+    """Whether this process prints the error: among many that failed, one; before they have joined, rank 0."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or _world_size() <= 1:
         return is_first()
     try:
         return distributed.distributed_c10d._get_default_store().add("ee_tuning/error", 1) == 1
-    except RuntimeError:  # the store's host has gone already
+    except RuntimeError:  # the host of the store has already ended
         return True

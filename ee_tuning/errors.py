@@ -1,13 +1,13 @@
-"""The error that faces users. Everything else that goes wrong is a bug of ours and keeps its traceback."""
+"""The error for users' mistakes. Any other exception is a bug and keeps its traceback."""
 
 _MAX_CHARACTERS = 1000
 
 
 class InputError(ValueError):
-    """Something the user gave can not be used. The message, one line, names the rule, the value and the remedy.
+    """An input can not be used. The message is one line with the rule, the value and the remedy.
 
-    A value may come from a hostile file: what is no plain text in it is escaped, and of a very long message the middle
-    is left out.
+    A value may come from a malicious file, so control characters are escaped, and a very long message is shortened in
+    the middle.
     """
 
     def __init__(self, message: str):

@@ -1,7 +1,7 @@
-"""Flags of the command line: each is a config key spelled out, and says what the key's own documentation says.
+"""Flags of the command line. Each stands for a config key, and its help is the documentation of that key.
 
-`FLAGS` is the one table. Values are not looked at here: they go to `load_config` as overrides, where the same rules
-hold for YAML, `--set` and flags.
+`FLAGS` is the only table. Values are not checked here: `load_config` gets them as overrides, with the same rules for
+YAML, `--set` and flags.
 """
 
 import argparse
@@ -165,13 +165,15 @@ FLAGS: dict[str, dict[str, str]] = {
         **_SAMPLING,
     },
 }
-"""Command -> flag -> config key. A flag `--no-…` sets its key to false, one that takes no value otherwise to true."""
+"""Command -> flag -> config key. A flag `--no-…` sets its key to false; another flag without a value sets it to
+true.
+"""
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "regenerate": {"generation.max_new_tokens": 1024},
     "evaluate": {"generation.max_batch_size": 1},
 }
-"""Command -> config key -> its default there, where it is another than the key's own."""
+"""Command -> config key -> default, where it differs from the key's own."""
 
 _NOT = "--no-"
 _METAVARS = {
@@ -191,7 +193,7 @@ _METAVARS = {
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """What there is to know about a config key."""
+    """The properties of a config key."""
 
     kind: Any
     """Its type, without the None of an optional key."""
@@ -199,12 +201,12 @@ class Key:
     default: Any
     doc: str
     is_verbatim: bool
-    """Whether items of the list may hold commas: one item a flag, and the flag repeats."""
+    """Whether items of the list may contain commas: then a flag gives one item, and may be repeated."""
     is_path: bool
 
 
 def add_config_flags(parser: argparse.ArgumentParser, command: str) -> None:
-    """The flags of `command`, and `--set`. What is given arrives, in its order, in the namespace's `overrides`."""
+    """Adds the flags of `command`, and `--set`. Their values arrive, in order, in the namespace's `overrides`."""
     parser.set_defaults(overrides={})
     for flag, name in FLAGS[command].items():
         key = config_keys()[name]
@@ -229,7 +231,7 @@ def add_config_flags(parser: argparse.ArgumentParser, command: str) -> None:
 
 
 class _Override(argparse.Action):
-    """Keeps the flag's value under its config key; a later one replaces an earlier one, except in lists, which grow."""
+    """Stores the flag's value under its config key. A later value replaces an earlier one, or is appended to a list."""
 
     def __init__(self, *args: Any, key: str | None, **options: Any) -> None:
         super().__init__(*args, **{**options, "default": argparse.SUPPRESS})
@@ -265,13 +267,13 @@ def _split(word: str) -> list[str]:
 
 
 def _items(value: Any) -> list[Any]:
-    """Items that an earlier flag left; what --set left is replaced."""
+    """Returns the items of earlier flags. A value of --set is replaced."""
     return value if isinstance(value, list) else []
 
 
 @functools.cache
 def config_keys() -> dict[str, Key]:
-    """Every key "section.key" of the config, with the documentation written beneath it."""
+    """Returns every key "section.key" of the config, with the documentation below it."""
     keys = {}
     for section, kind in typing.get_type_hints(Config).items():
         hints, documented = typing.get_type_hints(kind), _documented_fields(kind)
@@ -294,7 +296,9 @@ def config_keys() -> dict[str, Key]:
 
 
 def _documented_fields(kind: type) -> dict[str, str]:
-    """Field of a section -> the string beneath it. Python keeps no such strings, so the source is read."""
+    """Returns, per field of a section, the string below it. Python does not keep such strings, so the source is
+    parsed.
+    """
     found = {}
     body = next(
         node.body

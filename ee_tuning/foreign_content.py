@@ -1,9 +1,9 @@
-"""What a file holds that is not what its name promises: the cause behind `its header is broken`."""
+"""Recognizes files whose content differs from what their name says, as an explanation for a broken header."""
 
 from pathlib import Path
 
 GIT_LFS = b"version https://git-lfs.github.com"
-"""What a pointer of Git LFS begins with."""
+"""The beginning of a Git LFS pointer."""
 _BEGINNINGS = (
     (GIT_LFS, "is a pointer of Git LFS and not the file itself; run `git lfs pull` in its folder"),
     (b"GGUF", "is a GGUF file (llama.cpp's) whatever its name; give it one that ends in .gguf"),
@@ -22,9 +22,7 @@ _BEGINNINGS = (
 
 
 def describe_content(path: Path) -> str | None:
-    """What to say of the file, and what to do, where its first bytes are those of something else; None where they tell
-    nothing.
-    """
+    """Returns a description of the content, with advice, if the first bytes identify something else; None otherwise."""
     try:
         if not path.is_file():
             return None

@@ -1,4 +1,4 @@
-"""Ctrl-C ends a command quietly, whatever the libraries that it meets on their way make of it."""
+"""Makes Ctrl-C end a command quietly, even if a library turns KeyboardInterrupt into another exception."""
 
 import signal
 import threading
@@ -13,10 +13,9 @@ _last = -_SECONDS
 
 
 def end_at_once() -> None:
-    """Lets Ctrl-C end the process as it ends any other, without a traceback: while Python is still importing, or
-    already going.
+    """Makes Ctrl-C end the process without a traceback, during imports and at exit.
 
-    Where it is ignored, as for a job in a shell's background, it stays so.
+    If SIGINT is ignored, as for a background job of a shell, it stays ignored.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -24,9 +23,7 @@ def end_at_once() -> None:
 
 @contextmanager
 def interrupts_raised() -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt within the block, and is remembered. In the main thread; elsewhere nothing
-    changes.
-    """
+    """Makes Ctrl-C raise KeyboardInterrupt within the block, and records it. Works in the main thread only."""
     former = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or former not in (
         signal.SIG_DFL,
@@ -35,7 +32,7 @@ def interrupts_raised() -> Iterator[None]:
         yield
         return
     global _last
-    _last = -_SECONDS  # one that an earlier command met, in the same process, tells nothing of this one
+    _last = -_SECONDS  # a Ctrl-C during an earlier command of this process does not count
     signal.signal(signal.SIGINT, _raise)
     try:
         yield
@@ -44,8 +41,9 @@ def interrupts_raised() -> Iterator[None]:
 
 
 def were_interrupted() -> bool:
-    """Whether Ctrl-C came within the last seconds, in this command: an import that it breaks off comes out as an error
-    of any kind, now or at the next use of what was not imported.
+    """Whether Ctrl-C came within the last seconds of this command.
+
+    If it interrupts an import, an exception of any kind may follow, then or at the next use of the module.
     """
     return time.monotonic() - _last < _SECONDS
 

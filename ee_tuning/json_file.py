@@ -1,6 +1,4 @@
-"""JSON: what a stranger may have written is read whole or refused in a few words; what is written here, any reader can
-read.
-"""
+"""JSON from untrusted files, read strictly, and JSON output that every reader can parse."""
 
 import errno
 import json
@@ -13,8 +11,8 @@ from ee_tuning.foreign_content import describe_content
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds. Raises OSError where there is no plain file that can be read (a pipe would be waited for
-    without end), and ValueError as `parse_json`.
+    """Reads a JSON file. Raises OSError where it is no readable plain file (a pipe would block), and ValueError like
+    `parse_json`.
     """
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EINVAL, "it is no plain file", str(path))
@@ -27,21 +25,17 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(data: bytes) -> Any:
-    """What JSON says. Raises ValueError where it is none, is nested beyond sense, or has an object with one key
-    twice.
-    """
+    """Parses JSON. Raises ValueError where it is invalid, nested too deeply, or has an object with a duplicate key."""
     try:
         return json.loads(data.decode(), object_pairs_hook=_without_doubles)
-    except UnicodeDecodeError as error:  # its own words hold all of the data
+    except UnicodeDecodeError as error:  # the original message contains all of the data
         raise ValueError(f"byte {error.start} is not UTF-8") from error
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 
 
 def parse_strict_json(text: str) -> Any:
-    """Does what `parse_json` does, and refuses numbers that JSON has no word for (NaN, Infinity) or no float can hold
-    (1e999).
-    """
+    """Like `parse_json`, but refuses numbers that JSON does not define (NaN, Infinity) or no float can hold (1e999)."""
     tree = parse_json(text.encode(errors="surrogatepass"))
     if not _is_finite(tree):
         raise ValueError("it holds a number that is not finite")
@@ -49,9 +43,9 @@ def parse_strict_json(text: str) -> Any:
 
 
 def to_json(value: Any, **layout: Any) -> str:
-    """`value` as strict JSON (RFC 8259): a number that is not finite becomes null. `layout` is what json.dumps takes.
+    """Returns `value` as strict JSON (RFC 8259): a number that is not finite becomes null. `layout` goes to json.dumps.
 
-    Texts stay readable with ensure_ascii=False, but for one that is no Unicode (half a surrogate pair), which UTF-8 can
+    Texts stay readable with ensure_ascii=False, unless one is invalid Unicode (half a surrogate pair), which UTF-8 can
     not hold.
     """
     try:
@@ -64,7 +58,7 @@ def to_json(value: Any, **layout: Any) -> str:
 
 
 def finite(value: Any) -> Any:
-    """`value` with None in place of floats that are not finite, as deep as they lie."""
+    """Returns `value` with None instead of floats that are not finite, at any depth."""
     if isinstance(value, dict):
         return {key: finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):

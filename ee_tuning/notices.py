@@ -1,4 +1,4 @@
-"""Lines that go to whoever runs a command, on stderr: what is odd about a model, and is no reason to stop."""
+"""Warnings for the user on stderr: peculiarities of a model that are no reason to stop."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ def warn(line: str) -> None:
 
 
 def warn_once(line: str) -> None:
-    """Prints a line, once, on the first of the processes that torchrun started."""
+    """Prints a line, once, on the first process that torchrun started."""
     if line not in _shown_lines and os.environ.get("RANK", "0") == "0":
         warn(line)
     _shown_lines.add(line)

@@ -1,6 +1,4 @@
-"""Questions that libraries put to a terminal find no answer here: what stands on standard input is the user's text, not
-a yes.
-"""
+"""Suppresses questions that libraries ask at a terminal: standard input holds the user's text, not an answer."""
 
 import os
 import sys
@@ -10,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def no_questions() -> Iterator[None]:
-    """Standard input is empty, and no terminal, within the block."""
+    """Makes standard input empty, and no terminal, within the block."""
     former = sys.stdin
     with open(os.devnull, encoding="utf-8") as sys.stdin:
         try:

@@ -1,6 +1,4 @@
-"""Standard streams that are closed, full or gone: told in a line on standard error, where there is one, and never by a
-traceback.
-"""
+"""Closed, full or broken standard streams: reported in one line on standard error, if possible, without a traceback."""
 
 import errno
 import io
@@ -15,24 +13,22 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 class OutputRefused(OSError):
-    """Standard output takes no more."""
+    """Standard output accepts no more data."""
 
 
 def prepare_streams() -> None:
-    """Fills the places of streams that were closed when Python began; then standard output tells by OutputRefused what
-    it can not take, and standard error drops that.
+    """Replaces streams that were closed when Python started. Standard output then raises OutputRefused; standard error
+    drops data.
 
-    A place that stayed free would be the next opened file's: what goes to standard output would go into that. Streams
-    of others (a test's, a notebook's) are left as they are.
+    A free descriptor would be given to the next opened file, and standard output would be written into it. Streams of
+    other owners (a test's, a notebook's) are left alone.
     """
     for number, stream, flags in (
         (0, sys.stdin, os.O_WRONLY),
         (1, sys.stdout, os.O_RDONLY),
         (2, sys.stderr, os.O_WRONLY),
     ):
-        if (
-            stream is None
-        ):  # what is asked of /dev/null, opened the other way, is refused, as a closed stream refuses it
+        if stream is None:  # /dev/null opened in the other direction refuses like a closed stream
             handle = os.open(os.devnull, flags)
             if handle != number:
                 os.dup2(handle, number)
@@ -47,9 +43,7 @@ def prepare_streams() -> None:
 
 
 def output_error_text(error: OSError) -> str | None:
-    """The line for the user, where `error` is of a standard stream, or of a disk without room; None where it is a bug
-    of ours.
-    """
+    """Returns the line for an `error` of a standard stream or a full disk, or None for a bug."""
     if isinstance(error, OutputRefused):
         return f"standard output can not be written: {error.strerror}; give it a file with room, a pipe or a terminal"
     if error.errno in _NO_ROOM:
@@ -60,9 +54,7 @@ def output_error_text(error: OSError) -> str | None:
 
 
 def settle_output() -> None:
-    """Drops what standard output does not take, for good: the interpreter would try once more at its end, and tell of
-    it.
-    """
+    """Discards unwritten standard output: otherwise the interpreter would try again at exit, and print an error."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError):
@@ -86,7 +78,7 @@ class _Output(io.TextIOWrapper):
 
 
 class _Lenient(io.TextIOWrapper):
-    """A full disk under a log ends no job."""
+    """A stream that ignores write errors, so that a full disk under a log ends no job."""
 
     def write(self, text: str, /) -> int:
         with suppress(OSError):
@@ -103,7 +95,7 @@ def _refused(error: OSError) -> OSError:
 
 
 def _remade(kind: type[Stream], number: int, stream: object) -> Stream:
-    """A stream of `kind` over the bytes of `stream`, or of descriptor `number` where there is none."""
+    """Wraps the bytes of `stream`, or of descriptor `number` if it is None, in a stream of `kind`."""
     if not isinstance(stream, io.TextIOWrapper):
         return kind(
             io.BufferedWriter(io.FileIO(number, "w", closefd=False)), encoding="utf-8", errors="backslashreplace"

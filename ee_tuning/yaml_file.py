@@ -1,4 +1,4 @@
-"""YAML that a user wrote: read as it is meant, or refused in a few words."""
+"""Strict YAML for users' files."""
 
 import re
 from typing import Any
@@ -9,9 +9,7 @@ _DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 
 
 def parse_yaml(text: str) -> Any:
-    """What YAML says. Raises ValueError where it is none, is nested beyond sense, or has a mapping with one key
-    twice.
-    """
+    """Parses YAML. Raises ValueError where it is invalid, nested too deeply, or has a mapping with a duplicate key."""
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
@@ -22,7 +20,7 @@ def parse_yaml(text: str) -> Any:
 
 class _Loader(yaml.SafeLoader):
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Refuses what yaml itself passes over: it keeps a key's last value and drops the others in silence."""
+        """Refuses duplicate keys, of which yaml itself silently keeps the last value."""
         node = super().compose_mapping_node(anchor)
         seen: set[str] = set()
         for key, _ in node.value:
@@ -33,8 +31,8 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_whole_number(self, node: yaml.ScalarNode) -> int | str:
-        """All but plain decimal numbers stay text, as folders may be called: YAML 1.1 takes 010 for 8, 1:30 for 90,
-        2024_01 for 202401.
+        """Keeps all but plain decimal numbers as text, since folders may have such names: YAML 1.1 reads 010 as 8, 1:30
+        as 90, 2024_01 as 202401.
         """
         text = self.construct_scalar(node)
         return int(text) if _DECIMAL.fullmatch(text) else text

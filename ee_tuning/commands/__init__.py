@@ -1,4 +1,4 @@
-"""The table of commands. Each imports what it needs when it runs, so that `--help` answers at once."""
+"""The table of commands. Each imports its code when it runs, so that `--help` is fast."""
 
 from ee_tuning.commands import demo, evaluation, generation, models, tuning
 from ee_tuning.commands.command import Command
@@ -19,7 +19,7 @@ _ORDER = (
     "export",
     "verify",
 )
-"""The order in which `ee-tuning --help` lists them: the way a user goes."""
+"""The order of commands in `ee-tuning --help`, which follows a typical use."""
 
 _ALL = {
     command.name: command for module in (demo, models, tuning, generation, evaluation) for command in module.COMMANDS

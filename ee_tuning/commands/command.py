@@ -1,4 +1,4 @@
-"""A row of the table of commands, and what commands that run a job share."""
+"""A row of the table of commands, and functions shared by commands that run a job."""
 
 import argparse
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from ee_tuning.flags import DEFAULTS, add_config_flags
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """One row of the table."""
+    """A row of the table."""
 
     name: str
     summary: str
@@ -21,11 +21,11 @@ class Command:
     """Shown after the flags."""
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int | None]
-    """May return an exit code other than 0."""
+    """Runs the command. May return an exit code other than 0."""
 
 
 def job_of(args: argparse.Namespace, command: str = "") -> Config:
-    """The config of a command that needs a model; `command` is one with defaults of its own."""
+    """Loads the config of a command that needs a model. `command` selects its defaults."""
     config = load_config(args.config, args.overrides, DEFAULTS.get(command))
     if not config.model.path:
         raise InputError("model.path must name a model's folder, got none; give --model FOLDER or a config file")
@@ -35,8 +35,8 @@ def job_of(args: argparse.Namespace, command: str = "") -> Config:
 
 
 def add_job(parser: argparse.ArgumentParser, command: str) -> None:
-    """CONFIG, the flags of `command`, and --set."""
-    # CONFIG first: after a flag that takes several values it would be one of them
+    """Adds CONFIG, the flags of `command`, and --set."""
+    # CONFIG first: after a flag with several values it would be taken for one of them
     parser.usage = f"ee-tuning {command} [CONFIG] [flags]"
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file of the job; flags and --set overrule it")
     add_config_flags(parser, command)

@@ -1,4 +1,4 @@
-"""The whole way."""
+"""The demo."""
 
 import argparse
 from pathlib import Path
@@ -7,7 +7,7 @@ from ee_tuning.commands.command import Command
 
 
 def demo(args: argparse.Namespace) -> None:
-    """The whole way with the shipped model, or with a real LLM."""
+    """Runs all steps with the shipped model, or with a real LLM."""
     if args.llm:
         from ee_tuning.evaluation.demo_llm import demo_llm
 

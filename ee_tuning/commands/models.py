@@ -1,4 +1,4 @@
-"""Commands on models and exits as they lie on disk."""
+"""Commands on models and exits on disk."""
 
 import argparse
 from pathlib import Path
@@ -9,7 +9,7 @@ from ee_tuning.errors import InputError
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Backbone -> exit-heads artifact."""
+    """Writes an exit-heads artifact for a backbone."""
     config = job_of(args)
     from ee_tuning.evaluation.profile import with_exit_layers
 
@@ -21,7 +21,7 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def inspect(args: argparse.Namespace) -> None:
-    """What a folder holds."""
+    """Describes a model or an artifact."""
     from ee_tuning.checkpoint.inspect import inspect_path
 
     given = [path for path in (args.path, args.model) if path is not None]
@@ -31,7 +31,7 @@ def inspect(args: argparse.Namespace) -> None:
 
 
 def profile(args: argparse.Namespace) -> None:
-    """How far each layer turns the hidden states."""
+    """Measures how far each layer turns the hidden states."""
     config = job_of(args)
     from ee_tuning.evaluation.profile import profile
 
@@ -39,16 +39,14 @@ def profile(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace) -> int:
-    """Exits, or a model with its exits, in another form. 1 where a check finds the export to say something else."""
+    """Writes exits, or a model with its exits, in another form. Returns 1 where a check of the export fails."""
     from ee_tuning.evaluation.export import export
 
     return export(load_config(args.config, args.overrides), args)
 
 
 def verify(args: argparse.Namespace) -> int:
-    """What this project wrote against its checksums, another's model as far as its format goes. 1 where it holds
-    NaN.
-    """
+    """Verifies files. Returns 1 where a model holds NaN or infinity."""
     from ee_tuning.checkpoint.verify import verify_folder
 
     return 0 if verify_folder(args.path, trust_pickle=args.trust_pickle) else 1

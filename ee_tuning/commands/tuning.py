@@ -20,11 +20,11 @@ _UNUSED_BY_PLAN = (
     "tuning.resume",
     "tuning.allow_config_change",
 )
-"""Keys of tune's flags that change nothing of what a job takes."""
+"""Keys of tune's flags that do not affect the costs of a job."""
 
 
 def tune(args: argparse.Namespace) -> int:
-    """Backbone and artifact (or what to convert) -> run folder with the tuned artifact."""
+    """Tunes exits into a run folder."""
     config = job_of(args)
     if args.dry_run:
         from ee_tuning.planning.dry_run import dry_run
@@ -42,7 +42,7 @@ def tune(args: argparse.Namespace) -> int:
 
 
 def preprocess(args: argparse.Namespace) -> None:
-    """Texts -> .bin and .idx."""
+    """Tokenizes texts to .bin and .idx."""
     from ee_tuning.data.preprocess import preprocess
 
     config = load_config(args.config, args.overrides)
@@ -62,7 +62,7 @@ def _add_preprocess(parser: argparse.ArgumentParser) -> None:
 
 
 def plan(args: argparse.Namespace) -> int:
-    """What a job takes on a cluster. 1 where it does not fit."""
+    """Plans a job on a cluster. Returns 1 where it does not fit."""
     config = job_of(args)
     from ee_tuning.planning.gpus import gpu
     from ee_tuning.planning.plan import GPUS_PER_NODE, Cluster, make_plan, smallest_plan
@@ -87,7 +87,7 @@ def plan(args: argparse.Namespace) -> int:
 
 
 def _warn_unused(args: argparse.Namespace, config: Config) -> None:
-    """Names, on standard error, the keys that tuning would read and a plan does not."""
+    """Warns, on stderr, of keys that tuning would use and a plan does not."""
     given = [key for key in _UNUSED_BY_PLAN if key in args.overrides or (key == "data.paths" and config.data.paths)]
     if given:
         print(f"plan does not use {', '.join(given)}: it reads no data and writes nothing", file=sys.stderr)

@@ -1,7 +1,7 @@
-"""One YAML per job: frozen dataclasses, strict both ways, overridden by `--set section.key=value`.
+"""A job's configuration: frozen dataclasses in one YAML file, parsed strictly, with overrides `--set
+section.key=value`.
 
-The same file drives convert, tune and generate; a command reads the sections it needs. Keys are Megatron's where
-Megatron has them.
+The same file drives all commands; each reads the sections it needs. Keys have Megatron's names where Megatron has them.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ __all__ = [
 _GROUPED = re.compile(r"-?[1-9][0-9]*(_[0-9]+)+")
 """1_000."""
 _MAY_BE_INFINITE = ("generation.threshold",)
-"""Keys of whose numbers infinity is one: a threshold that nothing reaches."""
+"""Keys that may be infinite: a threshold that no confidence reaches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +65,12 @@ class Config:
 def load_config(
     path: str | Path | None, overrides: dict[str, Any] | None = None, defaults: Mapping[str, Any] | None = None
 ) -> Config:
-    """The job in the YAML file at `path` (defaults where None), with `overrides` {"section.key": value} laid over it,
-    and over `defaults` in place of those of the keys.
+    """Loads the job from the YAML file `path`, or only defaults if None. `overrides` {"section.key": value} take
+    precedence.
 
-    Values of overrides may be strings as typed at a prompt; they are read as YAML where the key is no text. Raises
-    InputError on a file that is missing or not YAML, on a section or key that is unknown or there twice, and on values
-    of another type, outside their choices, or larger than a number can be.
+    `defaults` replace the defaults of keys. Values of overrides may be strings as typed at a prompt; they are read as
+    YAML unless the key is a text. Raises InputError on a missing or invalid file, on unknown or duplicate sections and
+    keys, and on values of a wrong type, outside of their choices, or too large.
     """
     tree = _read_yaml(Path(path)) if path is not None else {}
     if isinstance(tree.get("generation"), dict):
@@ -93,12 +93,12 @@ def load_config(
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Writes the resolved job, every key spelled out, as YAML that `load_config` reads back to an equal Config."""
+    """Writes the resolved job, with every key, as YAML that `load_config` reads back to an equal Config."""
     path.write_text(yaml.safe_dump(_plain(config), sort_keys=False), encoding="utf-8")
 
 
 def replace(config: Config, **sections: Any) -> Config:
-    """`config` with keys of sections replaced: replace(config, tuning={"lr": 1e-3})."""
+    """Returns `config` with keys of sections replaced: replace(config, tuning={"lr": 1e-3})."""
     changed = {name: dataclasses.replace(getattr(config, name), **keys) for name, keys in sections.items()}
     return dataclasses.replace(config, **changed)
 
@@ -131,8 +131,8 @@ def _hint(section: str, key: str) -> Any:
 
 
 def _as_typed(value: Any, hint: Any) -> Any:
-    """A value typed at a prompt. Texts stay as they are: a folder may be called 007 or on, which YAML reads as 7 and
-    true.
+    """Parses a value typed at a prompt. Texts stay as they are: a folder may be called 007 or on, which YAML reads as 7
+    and true.
     """
     if isinstance(value, list):
         return [_as_typed(item, next(iter(typing.get_args(hint)), None)) for item in value]
@@ -172,7 +172,7 @@ def _build(kind: type, tree: Any, where: str, prefix: str) -> Any:
 
 
 def _items(value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any:
-    """A lone text is one item where items may hold commas and spaces."""
+    """A single text is one item where items may contain commas and spaces."""
     if isinstance(value, str) and metadata.get("verbatim"):
         return [value]
     return (
@@ -189,7 +189,7 @@ def _with_paths(value: Any, name: str) -> Any:
 
 
 def _convert(value: Any, hint: Any, where: str, name: str) -> Any:
-    """`value` as the type `hint` says, or InputError."""
+    """Converts `value` to the type `hint`, or raises InputError."""
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value if value is not None else {}, where, f"{name}.")
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
@@ -197,7 +197,7 @@ def _convert(value: Any, hint: Any, where: str, name: str) -> Any:
         if value is None and type(None) in arguments:
             return None
         lone = value[0] if isinstance(value, list) and len(value) == 1 else value
-        for kind in arguments:  # a word that stands for a value of a kind of its own
+        for kind in arguments:  # a word that stands for a value of a special type
             if isinstance(lone, str) and hasattr(kind, "read") and (found := kind.read(lone)) is not None:
                 return found
         return _convert(value, next(a for a in arguments if a is not type(None)), where, name)
@@ -227,7 +227,7 @@ def _convert_scalar(value: Any, hint: type, where: str, name: str) -> Any:
             raise InputError(f"{where}: {name} must be a number, got {value}, which is not finite")
         try:
             return hint(value)
-        except OverflowError as error:  # a whole number of hundreds of digits
+        except OverflowError as error:  # an integer of hundreds of digits
             raise InputError(
                 f"{where}: {name} must be a number that a float can hold, got one of {len(str(value))} digits"
             ) from error

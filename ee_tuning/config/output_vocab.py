@@ -1,15 +1,15 @@
-"""How many tokens exits say, where that is left to what they cost and how much of a text they are."""
+"""An automatic choice of the shortlist's size."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class AutoVocab:
-    """`auto`: by cost and share of a text, as `data/frequent_tokens.py` has it."""
+    """`auto`: the size is chosen by cost and by share of a text (`data/frequent_tokens.py`)."""
 
     @classmethod
     def read(cls, text: str) -> "AutoVocab | None":
-        """None where `text` is another word."""
+        """Returns None where `text` is another word."""
         return cls() if text == "auto" else None
 
     def __str__(self) -> str:

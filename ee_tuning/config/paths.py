@@ -1,4 +1,4 @@
-"""Paths as people write them: `~` and variables of the environment are expanded, lists are cut at commas."""
+"""Paths as users write them: `~` and environment variables are expanded, and lists are split at commas."""
 
 import os
 import re
@@ -9,11 +9,11 @@ from ee_tuning.errors import InputError
 from ee_tuning.utf8 import file_path
 
 PATH: Mapping[str, Any] = {"path": True}
-"""Metadata of config keys that hold a path, or several."""
+"""Metadata of config keys that hold one or several paths."""
 
 
 def is_number(text: str) -> bool:
-    """Whether it may be the weight of a blend."""
+    """Whether `text` may be the weight of a blend."""
     try:
         float(text)
     except ValueError:
@@ -22,10 +22,9 @@ def is_number(text: str) -> bool:
 
 
 def expanded(path: str, name: str) -> str:
-    """`path`, the value of `name`, with `~` and $VARIABLES replaced: no shell does so within YAML, --set or --flag=~/x.
-    A path that exists as it is written stays.
+    """Expands `~` and $VARIABLES in `path`, the value of `name`, as no shell does in YAML, --set or --flag=~/x.
 
-    Raises InputError where a variable is not set, or the home folder is not known.
+    A path that exists literally is kept. Raises InputError where a variable is not set, or the home folder is unknown.
     """
     path = file_path(path)
     if (not path.startswith("~") and "$" not in path) or os.path.lexists(path):
@@ -43,9 +42,7 @@ def expanded(path: str, name: str) -> str:
 
 
 def split_paths(text: str) -> list[str]:
-    """The paths that `text` lists between commas; itself alone where there is such a file, or such a prefix of .bin and
-    .idx.
-    """
+    """Splits `text` at commas, unless it is itself an existing file or prefix of .bin and .idx."""
     whole = os.path.expanduser(os.path.expandvars(text))
     if any(os.path.lexists(whole + suffix) for suffix in ("", ".bin", ".idx")):
         return [text]

@@ -1,4 +1,4 @@
-"""Where exits go when their number alone is given."""
+"""Automatic placement of a given number of exits."""
 
 import re
 from collections.abc import Sequence
@@ -9,8 +9,8 @@ from ee_tuning.errors import InputError
 
 @dataclass(frozen=True)
 class AutoLayers:
-    """`auto:8`: so many exits, evenly in depth. `auto:8:profile`: evenly by how far the hidden states turn from layer
-    to layer.
+    """`auto:8`: eight exits, evenly in depth. `auto:8:profile`: evenly by how far the hidden states turn from layer to
+    layer.
     """
 
     num_exits: int
@@ -18,7 +18,7 @@ class AutoLayers:
 
     @classmethod
     def read(cls, text: str) -> "AutoLayers | None":
-        """None where `text` does not begin with `auto`. Raises InputError where it does and goes on in no known way."""
+        """Returns None where `text` does not begin with `auto`. Raises InputError where it does, but is invalid."""
         if not text.startswith("auto"):
             return None
         found = re.fullmatch(r"auto:([1-9]\d{0,3})(:profile)?", text)
@@ -33,10 +33,10 @@ class AutoLayers:
 
 
 def evenly_along(path: Sequence[float], num_exits: int) -> tuple[int, ...]:
-    """`num_exits` layers that cut a way through all layers into parts of about the same length; path[l - 1] is its
-    length up to layer l's output. The last layer gets no exit, for it would save nothing, unless every layer gets one.
+    """Returns `num_exits` layers that cut the path through all layers into parts of about equal length.
 
-    Raises InputError where there are not so many layers.
+    path[l - 1] is the length up to layer l's output. The last layer gets no exit, since it would save nothing, unless
+    every layer gets one. Raises InputError where there are too few layers.
     """
     num_layers = len(path)
     if num_exits > num_layers:

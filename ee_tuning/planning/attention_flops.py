@@ -1,5 +1,6 @@
-"""Operations of torch's attention, forward and backward: torch's own counts refuse grouped queries up to release 2.12,
-and do not know the CPU's kernel.
+"""Operations of torch's attention, forward and backward.
+
+torch's own counts refuse grouped queries up to release 2.12, and do not know the CPU's kernel.
 """
 
 from typing import Any
@@ -8,12 +9,13 @@ _DENSE = tuple(
     f"aten::_scaled_dot_product_{kind}" for kind in ("flash_attention", "efficient_attention", "cudnn_attention")
 )
 _BY_ROWS = ("torch_attn::_varlen_attn", "aten::_flash_attention_")
-"""Operations for tokens laid one after the other: all rows are taken to be as long as the longest one."""
+"""Operations on concatenated sequences. All rows are counted as long as the longest one."""
 
 
 def attention_flops(name: str, arguments: dict[str, Any]) -> int | None:
-    """Multiplications and additions of the operation `name`, its `arguments` by the names of its schema; None where it
-    is none of attention's. Of causal attention, the half that is needed.
+    """Returns the multiplications and additions of the operation `name`, or None if it is not attention.
+
+    `arguments` are named as in its schema. Of causal attention only the necessary half counts.
     """
     if name.startswith(_DENSE):
         num_rows, num_heads, num_queries, width = arguments["query"].shape
@@ -24,7 +26,7 @@ def attention_flops(name: str, arguments: dict[str, Any]) -> int | None:
         num_rows, num_queries, num_keys = bounds.shape[0] - 1, arguments["max_q"], arguments["max_k"]
     else:
         return None
-    # Scores and output; backward the scores again, and the gradients of values, scores, queries and keys.
+    # Scores and output; backward recomputes the scores and computes the gradients of values, scores, queries and keys.
     num_products = 5 if "backward" in name else 2
     flops = 2 * num_products * num_rows * num_heads * num_queries * num_keys * width
     return flops // 2 if arguments.get("is_causal") else flops

@@ -1,4 +1,4 @@
-"""The fit before the first step in a dry run: the true code of one rank of every stage, on fake tensors."""
+"""Dry run of the fit before the first step: the real code on fake tensors, for one rank of every stage."""
 
 import time
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ from ee_tuning.tuning.fitting import FitPass, num_fit_tokens
 
 @dataclass(frozen=True, kw_only=True)
 class FitProfile:
-    """What one rank of a stage did while exits were fitted."""
+    """The costs of one rank of a stage during the fit."""
 
     stage: int
     rank: int
     layers: tuple[int, int]
-    """First and last."""
+    """First and last layer."""
     num_bytes: int
-    """Alive at the worst moment."""
+    """Peak bytes in use."""
     flops: int
     """Operations of one micro-batch."""
     num_micro_batches: int
@@ -33,14 +33,13 @@ class FitProfile:
     num_tokens: int
     """Tokens that all replicas read in the whole fit."""
     seconds: float
-    """What the rehearsal itself took."""
+    """Seconds that the dry run took."""
 
 
 def profile_fit(config: Config, world_size: int) -> list[FitProfile]:
-    """One rank of every stage through as many micro-batches as wait at a time for the final states; none where nothing
-    is to be fitted.
+    """Profiles one rank of every stage, with as many micro-batches as wait at a time for the final states.
 
-    model.dtype is bfloat16 where it is not given. Raises InputError as `tune` would.
+    Returns nothing where nothing is fitted. The default of model.dtype is bfloat16. Raises InputError as `tune` would.
     """
     if config.exits.path is not None or config.exits.init != "fitted":
         return []
@@ -53,7 +52,7 @@ def profile_fit(config: Config, world_size: int) -> list[FitProfile]:
 
 
 def print_fit(profiles: list[FitProfile]) -> None:
-    """A line for every stage."""
+    """Prints a line per stage."""
     for each in profiles:
         print(
             f"fitting exits, stage {each.stage}: rank {each.rank}, layers {each.layers[0]}..{each.layers[1]}; "
@@ -71,7 +70,7 @@ def _profile_rank(config: Config, sources: Sources, world_size: int, stage: int,
         plans = plan_fitting(config, sources, topology)
         loaded = build_stage(sources, plans, topology)
         fit = FitPass(loaded, tuning, topology, DryRelay)
-        tracker.peak.clear()  # of loading, which is done by parts
+        tracker.peak.clear()  # the peak of loading, which happens in parts
         chosen = [0] * (count * tuning.micro_batch_size * topology.dp)
         with tracker.during("fit"):
             fit.run(list(batches_of_each(samples, chosen, tuning, dp=topology.dp, dp_rank=topology.dp_rank)))

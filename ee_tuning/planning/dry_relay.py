@@ -1,4 +1,4 @@
-"""A relay for dry runs: what it receives was sent by nobody."""
+"""A relay for dry runs, which receives messages that were never sent."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from ee_tuning.parallel.relay import NextAction, Relay
 
 
 class DryRelay(Relay):
-    """A relay whose messages say what they have to, though nobody sent them."""
+    """A relay that fills in the expected headers itself."""
 
     def _post_receive(self) -> Any:
         transfer = super()._post_receive()

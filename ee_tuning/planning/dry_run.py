@@ -1,8 +1,7 @@
-"""`ee-tuning tune --dry-run`: the true tuning code at full world size on fake tensors, one rank of each kind of stage,
-without a GPU.
+"""`ee-tuning tune --dry-run`: runs the real tuning code at full world size on fake tensors, without a GPU.
 
-The model's config.json is enough. Whatever would break by shape, layout or type at the first step on the cluster breaks
-here.
+It runs one rank of each kind of stage, and needs only the model's config.json. Any error of shape, layout or type in
+the first step on the cluster occurs here, too.
 """
 
 import dataclasses
@@ -42,31 +41,31 @@ from ee_tuning.tuning.tuner import Tuner
 
 @dataclass(frozen=True, kw_only=True)
 class RankProfile:
-    """What one rank of a stage did in one optimizer step and one validation."""
+    """The costs of one rank of a stage in one optimizer step and one validation."""
 
     stages: tuple[int, ...]
-    """All stages of this kind; the rank is of the first of them."""
+    """All stages of this kind. The rank is of the first one."""
     rank: int
     layers: tuple[tuple[int, int], ...]
-    """First and last, of each of them."""
+    """First and last layer of each of them."""
     exits: tuple[tuple[int, ...], ...]
-    """The layers that an exit follows, of each of them."""
+    """Layers followed by an exit, of each of them."""
     memory: dict[str, int]
-    """Bytes alive at the worst moment, by what they are; the keys of MEMORY."""
+    """Bytes in use at the peak, by the keys of MEMORY."""
     layer_flops: int
-    """Operations of one micro-batch through the frozen layers."""
+    """Operations of one micro-batch in the frozen layers."""
     head_flops: int
-    """Operations of one micro-batch through the heads, forward and backward."""
+    """Operations of one micro-batch in the heads, forward and backward."""
     validation_flops: int
-    """Operations of one micro-batch through the heads, forward alone."""
+    """Operations of one micro-batch in the heads, forward only."""
     tp_bytes: int
-    """Gathered and reduced over tensor parallelism, per micro-batch; what is all-reduced counts as both."""
+    """Bytes gathered and reduced over tensor parallelism, per micro-batch. An all-reduce counts as both."""
     dp_bytes: int
-    """Gathered and reduced over replicas, per step."""
+    """Bytes gathered and reduced over replicas, per step."""
     pp_bytes: int
-    """Sent to the next stage, per micro-batch."""
+    """Bytes sent to the next stage, per micro-batch."""
     seconds: float
-    """What the rehearsal itself took."""
+    """Seconds that the dry run took."""
 
 
 MEMORY = {
@@ -80,11 +79,11 @@ MEMORY = {
     "loss": "one chunk of logits with its gradient, and what else the heads' forward and backward passes need",
     "other": "batches, counts, the update's temporaries",
 }
-"""What a rank's memory holds. `Rehearsal.memory` has these keys."""
+"""Contents of a rank's memory, the keys of `RankProfile.memory`."""
 
 
 def dry_run(config: Config, world_size: int | None) -> None:
-    """Rehearses the job and prints a line per kind of stage. Raises as `profile_ranks` does."""
+    """Profiles the job and prints a line per kind of stage. Raises like `profile_ranks`."""
     parallel = config.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     world_size = tp * pp if world_size is None else world_size
@@ -108,11 +107,11 @@ def dry_run(config: Config, world_size: int | None) -> None:
 
 
 def profile_ranks(config: Config, world_size: int) -> list[RankProfile]:
-    """One rank of each kind of stage through one optimizer step and one validation, at tensor × pipeline of `config`
-    and as many replicas as `world_size` gives.
+    """Runs one rank of each kind of stage through one optimizer step and one validation.
 
-    model.dtype is bfloat16 where it is not given, as on a GPU. Raises InputError as `tune` would where config, model,
-    exits and layout do not fit each other; whatever else it raises would have ended the first step, too.
+    The layout is tensor × pipeline of `config`, with as many replicas as `world_size` allows. The default of
+    model.dtype is bfloat16, as on a GPU. Raises InputError as `tune` would where config, model, exits and layout do not
+    fit each other; any other exception would have ended the first step, too.
     """
     check_settings(config.tuning)
     check_world_size(config.parallel, world_size)
@@ -140,8 +139,9 @@ def profile_ranks(config: Config, world_size: int) -> list[RankProfile]:
 
 
 def _shortened(config: Config, world_size: int) -> Config:
-    """The job with two micro-batches a step at the most, and one per validation: further ones do the same. With a
-    teacher, as many as let the queue of those that wait for it grow to its length.
+    """Returns the job with at most two micro-batches per step and one per validation, since further ones cost the same.
+
+    With a teacher, it keeps enough for the queue of waiting micro-batches to reach its full length.
     """
     tuning, parallel = config.tuning, config.parallel
     dp = world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
@@ -155,9 +155,9 @@ def _shortened(config: Config, world_size: int) -> Config:
 
 
 def _kind(plan: StagePlan, stage: int, num_stages: int) -> Any:
-    """Stages that agree in it do the same."""
+    """Returns a key that is equal for stages with equal costs."""
     exits = tuple(dataclasses.replace(spec, layer=spec.layer - plan.first_layer) for spec in plan.own_exits)
-    queue = stage if plan.has_final_head else None  # the earlier a stage, the longer it waits for the teacher
+    queue = stage if plan.has_final_head else None  # earlier stages wait longer for the teacher
     return plan.last_layer - plan.first_layer, exits, stage == 0, stage == num_stages - 1, queue
 
 
@@ -169,7 +169,7 @@ def _profile_rank(config: Config, sources: Sources, world_size: int, stages: lis
         tracker.reclassify("building", "weights")
         with tracker.during("other"):
             tuner = Tuner(loaded, _samples(config), config, topology)
-        tracker.peak.clear()  # of loading, which is done by parts
+        tracker.peak.clear()  # the peak of loading, which happens in parts
         for each in tuner.exits:
             tracker.reclassify("other", "optimizer", _state(each))
             each.head.register_forward_pre_hook(partial(_classify_whole_copies, tracker))
@@ -199,25 +199,25 @@ def _profile_rank(config: Config, sources: Sources, world_size: int, stages: lis
 
 
 def _state(optimizer: ExitOptimizer) -> Iterator[Tensor]:
-    """This replica's part of masters and moments, and Adam's counts."""
+    """Yields this replica's part of master weights and moments, and Adam's counts."""
     for parameter, state in optimizer.adam.state.items():
         yield from (each.to_local() if isinstance(each, DTensor) else each for each in (parameter, *state.values()))
 
 
 def _classify_whole_copies(tracker: MemoryTracker, head: nn.Module, arguments: Any) -> None:
-    # fully_shard's own hook came first: here the parameters are whole.
+    # After fully_shard's own hook, the parameters are whole.
     tracker.reclassify("loss", "heads", head.parameters())
 
 
 def _samples(config: Config) -> Splits:
-    """One sample of zeros, over and over: the data's own shape, with all that the rules for documents ask of them."""
+    """Returns one sample of zeros, repeated, with the data's shape and what the document rules need."""
     length = config.tuning.seq_length
     samples = PackedSamples(np.zeros(length + 1, dtype=np.int32), length, rules=DocumentRules.of(config.data))
     return Splits(train=samples, valid=samples if config.tuning.eval_iters else None)
 
 
 class _MeasuredForward(StageForward):
-    """The walk, telling the ledger what runs."""
+    """Reports the running phase of the stage's work to the memory tracker."""
 
     def __init__(
         self,
@@ -272,7 +272,7 @@ class _MeasuredForward(StageForward):
 
 
 class _AccountedRelay(DryRelay):
-    """A relay that tells the ledger what waits to come in."""
+    """Reports the posted receives of a relay to the memory tracker."""
 
     def __init__(self, topology: Topology, shape: tuple[int, ...], dtype: torch.dtype, tracker: MemoryTracker) -> None:
         super().__init__(topology, shape, dtype)

@@ -1,4 +1,4 @@
-"""Peak figures of GPUs as their makers document them, for plans."""
+"""Peak figures of GPUs from their makers' data sheets, for plans."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -8,26 +8,26 @@ from ee_tuning.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """One GPU and its place among others. Decimal units: 1 GB is 10⁹ bytes."""
+    """A GPU and its connections. Decimal units: 1 GB is 10⁹ bytes."""
 
     name: str
     memory: float
     """GB."""
     tflops: float
-    """10¹² bfloat16 operations a second in dense matrix products that sum in float32."""
+    """10¹² bfloat16 operations per second in dense matrix products with float32 sums."""
     bandwidth: float
     """GB/s of its memory."""
     link: float
-    """GB/s that it sends to others in its node, one way."""
+    """GB/s to other GPUs of its node, in one direction."""
     network: float
-    """GB/s that it sends to other nodes, one way."""
+    """GB/s to other nodes, in one direction."""
 
 
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        # NVIDIA's data sheets of the SXM boards. NVLink is given there both ways together (900 and 600 GB/s); networks
-        # are those of DGX machines, one adapter per GPU: 400 Gbit/s with H100 and H200, 200 Gbit/s with A100.
+        # NVIDIA's data sheets of the SXM boards. NVLink is given there in both directions together (900 and 600 GB/s);
+        # networks are those of DGX machines, one adapter per GPU: 400 Gbit/s with H100 and H200, 200 Gbit/s with A100.
         Gpu(name="h100", memory=80, tflops=989, bandwidth=3350, link=450, network=50),
         Gpu(name="h200", memory=141, tflops=989, bandwidth=4800, link=450, network=50),
         Gpu(name="a100", memory=80, tflops=312, bandwidth=2039, link=300, network=25),
@@ -40,9 +40,9 @@ GPUS = {
 
 
 def gpu(name: str, **figures: float | None) -> Gpu:
-    """The GPU called `name`, with those of `figures` (fields of Gpu) that are not None in place of its own.
+    """Returns the GPU called `name`, with its figures replaced by those of `figures` (fields of Gpu) that are not None.
 
-    Raises InputError on a name that is not in the table, or a figure that is not above 0.
+    Raises InputError on an unknown name, or a figure that is not above 0.
     """
     if name not in GPUS:
         raise InputError(

@@ -1,8 +1,6 @@
-"""Keeps account of what operations would cost while they run on fake tensors: bytes alive, floating-point operations,
-bytes sent.
+"""Tracks the costs of operations on fake tensors: bytes in use, floating-point operations, bytes sent.
 
-Nothing is computed, so nothing here is a second model of the code: the account is of the operations that the true code
-calls.
+Nothing is computed, and nothing here models the code: the tracker sees the operations that the real code calls.
 """
 
 import weakref
@@ -29,21 +27,21 @@ _READS_A_NUMBER = torch.ops.aten._local_scalar_dense.default
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Where the code reads a number, it gets 1.0, 0 or False, for there are none."""
+    """Where the code reads a value of a tensor, it gets 1.0, 0 or False."""
 
     def __init__(self) -> None:
         super().__init__()
         self.phase = "building"
-        """What runs now, in a word; the caller's to set. Memory and costs are booked under it."""
+        """The current phase, set by the caller. Memory and costs are attributed to it."""
         self.peak: Counter[str] = Counter()
-        """Bytes alive, by what they are, at the moment when most were."""
+        """Bytes in use at the peak, by category."""
         self.flops: Counter[str] = Counter()
-        """Multiplications and additions by phase, of matrix products and attention. Causal attention counts the half
-        that is needed.
+        """Multiplications and additions of matrix products and attention, by phase. Of causal attention only the
+        necessary half counts.
         """
         self.sent: Counter[tuple[str, str]] = Counter()
-        """Bytes by phase and process group: of every collective's or message's tensor, the whole where ranks have parts
-        of it; of an all-reduce twice, for it is a reduce-scatter and an all-gather.
+        """Bytes of collectives and messages by phase and process group. Where ranks hold parts of a tensor, the whole
+        counts; an all-reduce counts twice, as a reduce-scatter and an all-gather.
         """
         self._blocks: dict[int, _Block] = {}
         self._live: Counter[str] = Counter()
@@ -51,19 +49,19 @@ class MemoryTracker(TorchDispatchMode):
 
     @contextmanager
     def account(self) -> Iterator["MemoryTracker"]:
-        """While it lasts, operations are on fake tensors, and accounted for."""
+        """Tracks operations, on fake tensors, while the context is open."""
         resize = torch.UntypedStorage.resize_
 
         def resized(
             storage: Any, size: int
-        ) -> Any:  # how fully_shard takes and frees whole weights: no operation shows it
+        ) -> Any:  # fully_shard allocates and frees whole weights in this way, which no operation shows
             result = resize(storage, size)
             self._note(storage, "heads")
             return result
 
         imagine = ShardingPropagator._propagate_tensor_meta_non_cached
 
-        def imagined(propagator: Any, schema: Any) -> Any:  # DTensor asks about whole shapes by fake tensors of its own
+        def imagined(propagator: Any, schema: Any) -> Any:  # DTensor propagates whole shapes by fake tensors of its own
             self._is_paused = True
             try:
                 return imagine(propagator, schema)
@@ -80,7 +78,7 @@ class MemoryTracker(TorchDispatchMode):
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
-        """Books under `phase` while it lasts."""
+        """Attributes costs to `phase` while the context is open."""
         before, self.phase = self.phase, phase
         try:
             yield
@@ -88,7 +86,7 @@ class MemoryTracker(TorchDispatchMode):
             self.phase = before
 
     def reclassify(self, old: str, new: str, tensors: Iterable[Tensor] | None = None) -> None:
-        """What is alive of `old`, or of `tensors` alone, is `new` from now on."""
+        """Moves the memory in use of category `old`, or that of `tensors` only, to `new`."""
         keys = list(self._blocks) if tensors is None else [each.untyped_storage()._cdata for each in tensors]
         for key in keys:
             block = self._blocks[key]
@@ -100,9 +98,9 @@ class MemoryTracker(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """One operation."""
+        """Tracks one operation."""
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # it comes back as operations on what the DTensor holds
+            return NotImplemented  # it is dispatched again as operations on the DTensor's local tensor
         kwargs = kwargs or {}
         if function is _READS_A_NUMBER:
             return _a_number(args[0].dtype)
@@ -133,7 +131,7 @@ class MemoryTracker(TorchDispatchMode):
 
     def _freed(self, key: int, reference: Any) -> None:
         known = self._blocks.get(key)
-        if known is not None and known.reference is reference:  # else the address has been taken anew
+        if known is not None and known.reference is reference:  # otherwise the address has been reused
             self._live[known.kind] -= self._blocks.pop(key).size
 
     def _note_traffic(self, args: Any, rounds: int) -> None:
@@ -146,7 +144,7 @@ class MemoryTracker(TorchDispatchMode):
 
 
 class _Block(NamedTuple):
-    """Memory that is alive."""
+    """A block of memory in use."""
 
     reference: Any
     size: int

@@ -1,8 +1,7 @@
-"""What a tuning job takes: bytes on every rank, time, GPU-hours. From the operations of a dry run and the figures of a
-GPU.
+"""Costs of a tuning job: bytes per rank, time, GPU-hours. Computed from a dry run and the figures of a GPU.
 
-Memory is counted, not modelled: it is what the true code's tensors take (`dry_run.py`). Time is a formula over counted
-operations and bytes, FORMULA, with one number that is assumed: the share of its peak that a GPU reaches.
+Memory is measured, not modelled: it is that of the real code's tensors (`dry_run.py`). Time is a formula of counted
+operations and bytes, FORMULA, with one assumption: the share of its peak that a GPU reaches.
 """
 
 from dataclasses import dataclass
@@ -16,9 +15,9 @@ from ee_tuning.planning.dry_run import MEMORY, RankProfile, profile_ranks
 from ee_tuning.planning.gpus import Gpu
 
 GPUS_PER_NODE = 8
-"""GPUs in each node of a cluster that is not described."""
+"""Default number of GPUs per node."""
 RESERVED_GB = 2.0
-"""What each GPU keeps for its context, NCCL's buffers and what the allocator can not use."""
+"""Memory that each GPU needs for its context, NCCL's buffers and the allocator's losses."""
 
 FORMULA = (
     "micro-batch of stage p = (layers' + heads' operations) ÷ (efficiency × peak operations/s) + (t − 1)/t × bytes gathered and reduced "
@@ -31,7 +30,7 @@ FORMULA = (
     "relay fills once; checkpoints, loading and data are left out; where exits are fitted, + the fit's micro-batches × the slowest stage's "
     "operations ÷ (efficiency × peak operations/s)",
 )
-"""How the seconds come about."""
+"""The formula of the times."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,44 +41,44 @@ class Cluster:
     nodes: int
     gpus_per_node: int
     efficiency: float
-    """Share of the peak rate that the matrix products reach, with all that is between them."""
+    """Share of the peak rate that matrix products and the operations between them reach."""
 
     @property
     def world_size(self) -> int:
-        """GPUs, and processes."""
+        """Number of GPUs, and of processes."""
         return self.nodes * self.gpus_per_node
 
     def bandwidth(self, span: int) -> float:
-        """Bytes/s, one way, of a GPU among ranks that lie within `span` neighbouring ones."""
+        """Returns the bytes/s, in one direction, of a GPU among `span` neighbouring ranks."""
         within = self.nodes == 1 or (span <= self.gpus_per_node and self.gpus_per_node % span == 0)
         return 1e9 * (self.gpu.link if within else self.gpu.network)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageFigures:
-    """One kind of stage. Times are in seconds."""
+    """A kind of stage. Times are in seconds."""
 
     stages: tuple[int, ...]
     layers: tuple[tuple[int, int], ...]
-    """First and last, of each of them."""
+    """First and last layer of each of them."""
     exits: tuple[tuple[int, ...], ...]
-    """The exits of each of them."""
+    """Exits of each of them."""
     memory: dict[str, int]
-    """Bytes on each of its ranks at the worst moment; keys as in MEMORY."""
+    """Peak bytes on each of its ranks, by the keys of MEMORY."""
     total_bytes: int
     fits: bool
     micro_batch: float
-    """Training."""
+    """Seconds of a training micro-batch."""
     validation: float
-    """A micro-batch of it."""
+    """Seconds of a validation micro-batch."""
     update: float
     idle_share: float
-    """The share of the time that micro-batches take in which this stage waits for slower ones."""
+    """Share of the time of micro-batches in which this stage waits for slower ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TuningPlan:
-    """A job on a cluster."""
+    """The costs of a job on a cluster."""
 
     cluster: Cluster
     tensor: int
@@ -95,15 +94,17 @@ class TuningPlan:
     hours: float
     gpu_hours: float
     fit_bytes: int
-    """Bytes on a rank at the worst moment of a fit before the first step; 0 where there is none."""
+    """Peak bytes on a rank during a fit before the first step; 0 without a fit."""
     fit_seconds: float
     efficiency_of_run: float
-    """Share of the GPUs' peak rate that all counted operations take of a step, waiting and messages included."""
+    """Share of the GPUs' peak rate that all counted operations reach in a step, waiting and messages included."""
 
 
 def smallest_plan(config: Config, gpu: Gpu, efficiency: float) -> TuningPlan:
-    """The plan with the fewest GPUs that hold the job: one replica, or more where its optimizer has to be shared. Where
-    none does, the largest that was tried. Nodes have GPUS_PER_NODE GPUs. Raises InputError as `make_plan` does.
+    """Returns the plan with the fewest GPUs that can hold the job, in nodes of GPUS_PER_NODE.
+
+    That is one replica, or more where its optimizer must be shared. If none fits, returns the largest plan tried.
+    Raises InputError like `make_plan`.
     """
     tuning, parallel = config.tuning, config.parallel
     in_replica = max(1, parallel.tensor_model_parallel_size) * max(1, parallel.pipeline_model_parallel_size)
@@ -128,12 +129,12 @@ def smallest_plan(config: Config, gpu: Gpu, efficiency: float) -> TuningPlan:
 
 
 def _replica_counts(num_microbatches: int) -> list[int]:
-    """Numbers of replicas that a step's micro-batches can be shared among evenly, fewest first."""
+    """Returns the numbers of replicas that divide a step's micro-batches, fewest first."""
     return [count for count in range(1, max(1, num_microbatches) + 1) if num_microbatches % count == 0]
 
 
 def make_plan(config: Config, cluster: Cluster) -> TuningPlan:
-    """The plan of the job in `config`. Raises InputError as a dry run does, and where the cluster makes no sense."""
+    """Returns the plan of the job in `config`. Raises InputError like a dry run, and on an invalid cluster."""
     config = with_seq_length(config)
     for name, value in (("nodes", cluster.nodes), ("gpus-per-node", cluster.gpus_per_node)):
         if value < 1:
@@ -179,9 +180,7 @@ def make_plan(config: Config, cluster: Cluster) -> TuningPlan:
 
 
 def _check_batch(config: Config, world_size: int) -> None:
-    """Raises InputError where the cluster has more replicas than a step has micro-batches for, or a number that does
-    not divide them.
-    """
+    """Raises InputError where the number of replicas does not divide a step's micro-batches."""
     tuning, parallel = config.tuning, config.parallel
     check_world_size(parallel, world_size)
     dp = world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
@@ -198,7 +197,7 @@ def _check_batch(config: Config, world_size: int) -> None:
 
 
 def _room(gpu: Gpu) -> float:
-    """Bytes of a GPU that a job can use."""
+    """Returns the bytes of a GPU that a job can use."""
     return (gpu.memory - RESERVED_GB) * 1e9
 
 

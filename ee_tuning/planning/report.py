@@ -1,4 +1,4 @@
-"""`ee-tuning plan`: a plan for people, or as one JSON object."""
+"""`ee-tuning plan`: prints a plan as text or as one JSON object."""
 
 import dataclasses
 from typing import Any
@@ -10,8 +10,8 @@ from ee_tuning.planning.plan import FORMULA, RESERVED_GB, StageFigures, TuningPl
 
 
 def print_plan(config: Config, plan: TuningPlan, *, is_smallest: bool, as_json: bool) -> bool:
-    """Prints the plan of `config`; `is_smallest` where its number of GPUs was looked for. Returns whether every rank
-    fits.
+    """Prints the plan of `config` and returns whether every rank fits. `is_smallest`: the number of GPUs was searched
+    for.
     """
     if as_json:
         print(to_json(plan_tree(plan), indent=2))
@@ -31,7 +31,7 @@ def print_plan(config: Config, plan: TuningPlan, *, is_smallest: bool, as_json: 
 
 
 def plan_tree(plan: TuningPlan) -> dict[str, Any]:
-    """The plan as plain data, bytes and seconds, with what its words mean."""
+    """Returns the plan as plain data in bytes and seconds, with explanations."""
     return {
         **dataclasses.asdict(plan),
         "world_size": plan.cluster.world_size,
@@ -97,7 +97,7 @@ def _table(stages: tuple[StageFigures, ...]) -> list[str]:
 
 
 def _spans(spans: list[tuple[int, int]]) -> str:
-    """Spans of numbers, neighbours joined: [(1, 10), (11, 20), (31, 40)] -> 1-20, 31-40."""
+    """Formats spans of numbers, with adjacent ones joined: [(1, 10), (11, 20), (31, 40)] -> 1-20, 31-40."""
     joined: list[tuple[int, int]] = []
     for first, last in spans:
         if joined and joined[-1][1] + 1 == first:
