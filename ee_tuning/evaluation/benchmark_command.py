@@ -1,5 +1,5 @@
-"""`ee-tuning evaluate --lm-eval` and `--human-eval`: benchmarks of others at full depth and by each way to leave. Rank
-0 runs them.
+"""`ee-tuning evaluate --lm-eval` and `--human-eval`: runs public benchmarks at full depth and under each policy, on
+rank 0.
 """
 
 import dataclasses
@@ -33,21 +33,21 @@ from ee_tuning.parallel.topology import destroy_parallel, init_parallel
 
 HARNESS, HUMAN_EVAL = "lm_eval.json", "human_eval.json"
 BATCH = 32
-"""Requests at a time where nothing else is said."""
+"""Default number of requests decoded at a time."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """What is asked of the command beside its job."""
+    """The command's options beside its job."""
 
     output: Path
     harness: HarnessTasks | None = None
     """None for HumanEval."""
     problems: Path | None = None
-    """HumanEval's, in another file than the package's."""
+    """File of HumanEval problems that replaces the package's."""
     runs_code: bool = False
     max_new_tokens: int = human_eval.MAX_NEW_TOKENS
-    """HumanEval's; tasks of the harness have their own."""
+    """For HumanEval; the harness's tasks have their own limits."""
     batch_size: int = BATCH
     overwrites: bool = False
     sweep: PolicySweep
@@ -55,15 +55,15 @@ class Benchmark:
 
     @property
     def summary(self) -> str:
-        """The file of all figures."""
+        """The file with all figures."""
         return HUMAN_EVAL if self.harness is None else HARNESS
 
 
 def run_benchmark(config: Config, wish: Benchmark) -> None:
-    """Runs it by each way to leave, full depth first, and keeps what each scored in `wish.output`; what is there
-    already is not run again.
+    """Runs the benchmark under each policy, full depth first, and writes scores to `wish.output`.
 
-    Raises InputError, before the model is loaded, on what can not be run or written.
+    Finished policies are not run again. Raises InputError, before the model is loaded, on what can not be run or
+    written.
     """
     topology = init_parallel(config.parallel)
     on_first_rank(topology, lambda: _check(config, wish))
@@ -114,12 +114,12 @@ def _run(driver: Driver, config: Config, wish: Benchmark, points: list[Point]) -
 
 
 def _wants_run(wish: Benchmark, figures: Figures) -> bool:
-    """Whether completions are there that are to be run yet."""
+    """Whether there are completions whose programs have not been run yet."""
     return wish.harness is None and wish.runs_code and "pass@1" not in figures
 
 
 Measure = Callable[[Point, BenchmarkFolder, Figures | None], tuple[Mapping[str, Any], Mapping[str, str]]]
-"""(point, folder, what is known of the point) -> its figures, and its files by kind."""
+"""(point, folder, stored figures of the point) -> its figures, and its files by kind."""
 
 
 def _with_harness(driver: Driver, tasks: HarnessTasks) -> Measure:
@@ -146,7 +146,7 @@ def _with_human_eval(driver: Driver, wish: Benchmark) -> Measure:
     def measure(
         point: Point, folder: BenchmarkFolder, known: Figures | None
     ) -> tuple[Mapping[str, Any], Mapping[str, str]]:
-        if known is not None:  # they were completed before, and are run now
+        if known is not None:  # completed by an earlier command, and run by this one
             texts = human_eval.read_completions(folder.file("completions.jsonl", point), problems)
             return {**known, **human_eval.passed(problems, check(texts))}, {}
         made = human_eval.complete(
@@ -160,7 +160,7 @@ def _with_human_eval(driver: Driver, wish: Benchmark) -> Measure:
 
 
 def _job(llm: EarlyExitLLM, config: Config, wish: Benchmark) -> dict[str, Any]:
-    """All that the figures depend on, but for the ways to leave."""
+    """Returns everything that the figures depend on, except for the policies."""
     job = {**model_settings(llm, config), "--limit": wish.limit}
     if wish.harness is None:
         digest = hashlib.sha256(repr(human_eval.read_problems(wish.problems, wish.limit)).encode()).hexdigest()[:16]
@@ -179,7 +179,7 @@ def _job(llm: EarlyExitLLM, config: Config, wish: Benchmark) -> dict[str, Any]:
 
 
 def _print(found: Mapping[str, Figures], wish: Benchmark) -> None:
-    """A row for each way to leave: its depth, and its scores."""
+    """Prints a row for each policy: its depth, and its scores."""
     rows = {name: _cells(figures, wish.harness is None) for name, figures in found.items()}
     names = list(dict.fromkeys(column for cells in rows.values() for column in cells))
     console = Console(highlight=False)

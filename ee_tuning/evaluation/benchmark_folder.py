@@ -1,6 +1,4 @@
-"""The folder of a benchmark of others (lm-evaluation-harness, HumanEval): what each way to leave scored, kept as soon
-as it is known.
-"""
+"""The output folder of a public benchmark (lm-evaluation-harness, HumanEval), updated after each policy."""
 
 import os
 import re
@@ -15,17 +13,17 @@ from ee_tuning.evaluation.points import Point
 from ee_tuning.json_file import parse_json, read_json, to_json
 
 _OWN = re.compile(r"(results|completions)_.*|.*\.partial-[0-9a-f]{8}")
-"""What a killed job may leave before its first summary."""
+"""Files that a killed job may leave before its first summary."""
 _REMEDY = "give another --output, or --overwrite to begin anew"
 
 Figures = dict[str, Any]
 
 
 class BenchmarkFolder:
-    """The folder on rank 0, within `owned`. `summary` is the name of the file that holds the job and all figures."""
+    """The folder on rank 0, within `owned`. `summary` names the file that holds the job and all figures."""
 
     def __init__(self, folder: Path, summary: str, job: Mapping[str, Any], *, overwrites: bool):
-        """Raises InputError where `folder` holds anything else, or another job's figures, and not `overwrites`."""
+        """Raises InputError where `folder` holds anything else, or another job's figures, without `overwrites`."""
         self.folder, self.path = folder, folder / summary
         self._job: dict[str, Any] = parse_json(to_json(job).encode())
         self._points: dict[str, Any] = {}
@@ -36,7 +34,9 @@ class BenchmarkFolder:
             self._points = tree["points"]
 
     def known(self, point: Point) -> Figures | None:
-        """What is there of it already. Raises InputError where a point of this name left by other rules."""
+        """Returns the stored figures of a point, if any. Raises InputError where they belong to another policy of that
+        name.
+        """
         there: Figures | None = self._points.get(point.name)
         if there is not None and there["policy"] != point.description():
             raise InputError(
@@ -45,13 +45,14 @@ class BenchmarkFolder:
         return there
 
     def file(self, kind: str, point: Point) -> Path:
-        """The file of one way to leave."""
+        """Returns the file of one policy."""
         base, _, ending = kind.partition(".")
         return self.folder / f"{base}_{re.sub(r'[^A-Za-z0-9.-]+', '_', point.name)}.{ending}"
 
     def keep(self, point: Point, figures: Mapping[str, Any], files: Mapping[str, str]) -> Figures:
-        """Writes `files` (kind -> content), then the summary; a process killed in between leaves the point to do.
-        Returns what is kept.
+        """Writes `files` (kind -> content), then the summary, and returns the figures.
+
+        If the process is killed in between, the point counts as not done.
         """
         for kind, content in files.items():
             _write(self.file(kind, point), content)
@@ -73,7 +74,7 @@ class BenchmarkFolder:
 
 
 def check_folder(folder: Path, summary: str, *, overwrites: bool) -> None:
-    """Raises InputError where `folder` can not be written, or holds what is not of such a job. Nothing is changed."""
+    """Raises InputError where `folder` can not be written, or holds anything else than such a job. Changes nothing."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(

@@ -1,8 +1,9 @@
-"""Intervals of figures over prompts, by the bootstrap (Efron 1979): prompts are drawn with replacement, as many as
-there are, many times, and an interval holds the middle 95% of what the figure is over those draws.
+"""Confidence intervals by the bootstrap over prompts (Efron 1979).
 
-A figure is a function of sums over prompts (a ratio of two, most often). All figures of one `Resampled` see the same
-draws: a ratio of two ways to decode is of the same prompts for both, so that what is hard for both does not widen it.
+Prompts are drawn with replacement, as many as there are, many times; an interval holds the middle 95% of a figure's
+values over those draws. A figure is a function of sums over prompts, most often a ratio of two. All figures of one
+`Resampled` use the same draws: a ratio of two policies is then over the same prompts, and prompts that are hard for
+both do not widen it.
 """
 
 import math
@@ -23,7 +24,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with its interval; NaN where there is none, such as a ratio to nothing."""
+    """A figure with its interval; NaN where it is undefined, such as a ratio to zero."""
 
     value: float
     low: float
@@ -37,7 +38,7 @@ class Resampled:
     """Sums of columns over units: as measured, and over draws of the units."""
 
     def __init__(self, columns: Mapping[str, Sequence[float]], *, draws: int = DRAWS, seed: int = 0):
-        """Columns of n values each, n at least 1. The same seed and n give the same draws."""
+        """Columns have n >= 1 values each. The same seed and n give the same draws."""
         table = np.stack([np.asarray(values, dtype=np.float64) for values in columns.values()], axis=1)  # [n, columns]
         n, random = len(table), np.random.default_rng(seed)
         size = max(1, _UNITS_AT_A_TIME // n)
@@ -48,11 +49,11 @@ class Resampled:
         self._sums: dict[str, Floats] = {name: sums[:, place] for place, name in enumerate(columns)}
 
     def estimate(self, figure: Callable[[Mapping[str, Floats]], Floats]) -> Estimate:
-        """`figure` of the sums by column, [1 + b] each: the first is as measured."""
+        """Estimates `figure`, a function of sums by column, [1 + b] each, of which the first is as measured."""
         with np.errstate(all="ignore"):
             values = figure(self._sums)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of draws without any number
+            warnings.simplefilter("ignore")  # draws whose values are all NaN
             low, high = np.nanquantile(values[1:], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         value = float(values[0])
         return (

@@ -1,9 +1,9 @@
-"""`ee-tuning calibrate`: from which confidence on each exit says what the full model says, measured on text.
+"""`ee-tuning calibrate`: measures on text from which confidence on each exit agrees with the full model.
 
-Every exit and the final head read the same tokens, whole texts at once. Exits are taken from shallow to deep, each
-judged by the tokens that have not left before it; its threshold is the lowest whose tokens agree with the final head as
-often as wanted, at the lower end of the confidence interval of that share. A part of the text is held out, and tells
-what the thresholds do on tokens that they were not chosen by.
+All exits and the final head read the same tokens, whole texts at once. Exits are processed from shallow to deep, each
+on the tokens that have not left before it. An exit's threshold is the lowest one above which its tokens agree with the
+final head as often as wanted, judged by the lower end of the confidence interval. A part of the text is held out, to
+measure the thresholds on tokens that did not choose them.
 """
 
 import math
@@ -26,23 +26,23 @@ from ee_tuning.parallel.vocab import VocabShard
 
 MEASURES: tuple[Measure, ...] = get_args(Measure)
 CHUNK = 128
-"""Tokens whose logits are there at a time."""
+"""Tokens whose logits exist at a time."""
 CANDIDATES = 200
-"""Thresholds that are looked at: quantiles of the confidences."""
+"""Number of candidate thresholds: quantiles of the confidences."""
 SURENESS = 0.99
-"""The probability that the true share is not below an interval's lower end."""
+"""Confidence level of the interval's lower end."""
 
 
 @dataclass(frozen=True)
 class ExitObservations:
-    """What the exits said of the same n tokens."""
+    """What the exits predicted for the same n tokens."""
 
     confidences: dict[tuple[int, Measure], Tensor]
     """Exit layer, measure -> [n]."""
     agrees: dict[int, Tensor]
     """Exit layer -> [n] bool: whether its likeliest token is the final head's."""
     samples: Tensor
-    """[n] int64: the sample that each token is of."""
+    """[n] int64: the sample of each token."""
     num_layers: int
 
     @property
@@ -56,7 +56,7 @@ class ExitObservations:
         return len(self.samples)
 
     def only(self, chosen: Tensor) -> "ExitObservations":  # [n] bool
-        """Those of some tokens."""
+        """Returns the observations of the chosen tokens."""
         return ExitObservations(
             {key: values[chosen] for key, values in self.confidences.items()},
             {layer: values[chosen] for layer, values in self.agrees.items()},
@@ -72,29 +72,27 @@ class ExitResult:
     threshold: float | None
     """None where no threshold reaches the wanted agreement."""
     share: float
-    """The share that leaves of the tokens that come to it."""
+    """Share of tokens that leave, among those that reach the exit."""
     agreement: float
-    """The share of agreement among those that leave; where none may, of the surest ones, the most that was seen."""
+    """Share of agreement among tokens that leave; if no threshold is possible, the best agreement seen."""
     at_least: float
     """Lower end of its interval."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationResult:
-    """All exits at their thresholds on some tokens."""
+    """All exits at their thresholds, on some tokens."""
 
     exits: dict[int, ExitResult]
     mean_depth: float
-    """Layers that a token goes through."""
+    """Mean number of layers per token."""
     agreement: float
-    """The share of agreement among all tokens, those that do not leave included: they are the full model's own."""
+    """Share of agreement among all tokens. Tokens that do not leave agree, since they are the full model's."""
 
 
 @torch.no_grad()
 def read_exits(model: EarlyExitModel, samples: Iterable[Tensor]) -> ExitObservations:  # samples: [s] int64
-    """Runs samples through a model that lies on one stage, and asks every exit about every token. Raises InputError on
-    NaN.
-    """
+    """Runs samples through a model on one stage, with every exit on every token. Raises InputError on NaN."""
     last = model.config.num_layers
     known: dict[tuple[int, Measure], list[Tensor]] = {}
     agrees: dict[int, list[Tensor]] = {}
@@ -137,8 +135,8 @@ def read_exits(model: EarlyExitModel, samples: Iterable[Tensor]) -> ExitObservat
 
 
 def choose(readings: ExitObservations, measure: Measure, wanted: float) -> dict[int, float | None]:
-    """Exit layer -> the lowest confidence from which on it agrees as often as `wanted`, on the tokens that no exit
-    before it took.
+    """Chooses, per exit, the lowest confidence above which its tokens agree as often as `wanted`, without tokens of
+    earlier exits.
     """
     stays = torch.ones(readings.num_tokens, dtype=torch.bool)
     thresholds: dict[int, float | None] = {}
@@ -160,7 +158,7 @@ def choose(readings: ExitObservations, measure: Measure, wanted: float) -> dict[
 def score_thresholds(
     readings: ExitObservations, measure: Measure, thresholds: dict[int, float | None]
 ) -> CalibrationResult:
-    """What these thresholds do."""
+    """Measures the effect of these thresholds."""
     stays = torch.ones(readings.num_tokens, dtype=torch.bool)
     depth, agreed, exits = 0.0, 0, {}
     for layer in readings.exit_layers:
@@ -193,17 +191,17 @@ def score_thresholds(
 def best_measure(
     readings: ExitObservations, wanted: float, asked: Literal["best"] | Measure
 ) -> tuple[Measure, dict[int, float | None]]:
-    """(measure, thresholds): of all measures, or the one asked for, the one whose tokens leave earliest."""
+    """Returns (measure, thresholds): the measure asked for, or the one whose tokens leave earliest."""
     tried = [(measure, choose(readings, measure, wanted)) for measure in (MEASURES if asked == "best" else (asked,))]
     return min(tried, key=lambda each: score_thresholds(readings, *each).mean_depth)
 
 
 def lower_end(readings: ExitObservations, layer: int, leaves: Tensor) -> float:  # [n] bool
-    """Lower end, one-sided, at SURENESS, of the interval of the share of these tokens that an exit has right; 0 of
-    none.
+    """Returns the one-sided lower end, at SURENESS, of the interval of an exit's agreement on these tokens; 0 without
+    tokens.
 
-    The lower one of two: Wilson's (1927), for which tokens are independent, and that of a ratio whose samples are
-    (Cochran 1977, 6.3): a sample's tokens are hard or easy together.
+    It is the lower one of two: Wilson's (1927), for independent tokens, and that of a ratio over independent samples
+    (Cochran 1977, 6.3), since the tokens of a sample are hard or easy together.
     """
     counts = torch.bincount(readings.samples[leaves])
     count, z = int(counts.sum()), NormalDist().inv_cdf(SURENESS)
@@ -219,8 +217,8 @@ def lower_end(readings: ExitObservations, layer: int, leaves: Tensor) -> float: 
 def curve(
     readings: ExitObservations, layer: int, measure: Measure, num_points: int = 101
 ) -> list[tuple[float, float, float]]:
-    """(threshold, share of all tokens at or above it, their agreement), over thresholds from 0 to 1, where a token is
-    left.
+    """Returns (threshold, share of tokens at or above it, their agreement) for thresholds from 0 to 1 with any
+    tokens.
     """
     confidence, agrees = readings.confidences[layer, measure], readings.agrees[layer]
     points = []
@@ -232,7 +230,7 @@ def curve(
 
 
 def _candidates(confidence: Tensor) -> list[float]:  # [n]
-    """Thresholds worth a look, lowest first: none at which an exit leaves that is UNSURE."""
+    """Returns candidate thresholds, lowest first, none of them as low as UNSURE."""
     ordered = confidence[confidence >= 0].sort()[0]
     return (
         ordered[torch.linspace(0, len(ordered) - 1, min(CANDIDATES, len(ordered))).long()].unique().tolist()

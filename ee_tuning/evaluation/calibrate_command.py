@@ -1,5 +1,5 @@
-"""What `ee-tuning calibrate` reads, writes and prints; the measuring is in `calibrate.py`, the way by `--guarantee` in
-`guarantee_command.py`.
+"""Inputs and outputs of `ee-tuning calibrate`. `calibrate.py` measures; `guarantee_command.py` handles
+`--guarantee`.
 """
 
 import argparse
@@ -27,13 +27,11 @@ from ee_tuning.parallel.topology import Topology, destroy_parallel, init_paralle
 
 AGREEMENT, TOKENS = 0.95, 50_000
 HELD_OUT = 4
-"""One sample of so many is held out."""
+"""One of this many samples is held out."""
 
 
 def calibrate(config: Config, flags: argparse.Namespace) -> None:
-    """Measures, writes `flags.output` and the picture beside it, and prints a table. Raises InputError on what can not
-    be used.
-    """
+    """Measures, writes `flags.output` and its picture, and prints a table. Raises InputError on unusable inputs."""
     _check_flags(flags)
     check_file(flags.output)
     picture = flags.output.with_suffix(".png")
@@ -65,7 +63,7 @@ def calibrate(config: Config, flags: argparse.Namespace) -> None:
 
 
 def _check_flags(flags: argparse.Namespace) -> None:
-    """Raises InputError, before anything is read."""
+    """Raises InputError, before anything is read, on flags that do not go together."""
     if flags.task is not None and flags.guarantee is None:
         raise InputError(f"--task {flags.task} is of --guarantee, and none is given; give --guarantee 0.05 with it")
     for name in ("metric", "thresholds"):

@@ -1,6 +1,4 @@
-"""The picture of `ee-tuning calibrate`: how often each exit is right, and how many tokens it would take, by
-threshold.
-"""
+"""The picture of `ee-tuning calibrate`: agreement of each exit, and share of tokens it would take, by threshold."""
 
 from pathlib import Path
 
@@ -14,7 +12,7 @@ def draw_calibration(
     measure: str,
     output: Path,
 ) -> None:
-    """`curves` as `calibrate.curve` has them, by exit. Raises InputError where `output` can not be written."""
+    """Draws `curves`, from `calibrate.curve`, by exit. Raises InputError where `output` can not be written."""
     import matplotlib
 
     matplotlib.use("Agg")

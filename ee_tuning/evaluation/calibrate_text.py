@@ -19,7 +19,7 @@ SAMPLE_LENGTH = 512
 
 
 def samples_of(config: Config, model: ModelConfig, *, by_document: bool = False) -> Samples:
-    """All of data.valid_paths; else the documents of data.paths that tune holds out. `by_document`: see
+    """Returns data.valid_paths, or else the documents of data.paths that tune holds out. `by_document` as in
     load_samples.
     """
     data = config.data
@@ -51,11 +51,11 @@ class SampledText:
     tokens: Tensor
     """[s] int64"""
     counts: Tensor
-    """[s] bool: whether the token's successor is for the model to say; of a chat, the assistant's words alone."""
+    """[s] bool: whether the model is to predict the token's successor; in a chat, only the assistant's words."""
 
 
 def draw(samples: Samples, positions: Iterable[int]) -> Iterator[SampledText]:
-    """Those at `positions` of their first order, which has each once."""
+    """Yields the samples at `positions` of their first order, in which each occurs once."""
     order = samples.order(0)
     for position in positions:
         sample = samples.sample(order.sample_at(position))
@@ -63,6 +63,6 @@ def draw(samples: Samples, positions: Iterable[int]) -> Iterator[SampledText]:
 
 
 def read_drawn(model: EarlyExitModel, drawn: Iterable[SampledText]) -> ExitObservations:
-    """What the exits say of the tokens that count."""
+    """Runs the exits on the tokens that count."""
     drawn = list(drawn)
     return read_exits(model, [each.tokens for each in drawn]).only(torch.cat([each.counts for each in drawn]))

@@ -1,6 +1,4 @@
-"""`calibration.json` as `ee-tuning calibrate` writes it; what decoding reads of it is in
-`ee_tuning/generation/calibration.py`.
-"""
+"""Writes `calibration.json`. ee_tuning/generation/calibration.py reads it."""
 
 import json
 from collections.abc import Mapping
@@ -17,8 +15,9 @@ from ee_tuning.json_file import to_json
 def write_calibration(
     output: Path, config: Config, num_layers: int, heads_digest: str | None, measured: Mapping[str, Any]
 ) -> None:
-    """`measured`, behind what binds it to the model and its heads (LoadedModel.heads_digest). Raises InputError where
-    `output` can not be written.
+    """Writes `measured`, after fields that bind it to the model and its heads (LoadedModel.heads_digest).
+
+    Raises InputError where `output` can not be written.
     """
     tree = {
         "format_version": FORMAT_VERSION,
@@ -32,5 +31,5 @@ def write_calibration(
 
 
 def as_json(tree: object) -> str:
-    """Numbers short enough to be read."""
+    """Formats numbers with few digits."""
     return to_json(json.loads(to_json(tree), parse_float=lambda text: round(float(text), 8)), indent=1) + "\n"

@@ -1,7 +1,7 @@
-"""Runs programs that a model wrote, each in a process of its own with limits: time, memory, files, processes, network
-where it can be.
+"""Runs programs that a model wrote, each in its own process with limits on time, memory, files, processes and network.
 
-That is care, not a sandbox: run it in a container or on a machine that has nothing to lose. Nothing is run unasked.
+These limits are a precaution, not a sandbox: run it in a container or on a machine with nothing to lose. No program
+runs without the user's permission.
 """
 
 import os
@@ -19,30 +19,30 @@ from typing import Any, NamedTuple
 from ee_tuning.json_file import parse_json, to_json
 
 SECONDS = 10
-"""The time limit of a program, by the clock; the same for processor time."""
+"""Limit of a program's wall-clock time and of its processor time."""
 MEMORY = 2**30
 """Bytes of address space."""
 _PROGRAM = Path(__file__).with_name("confined_program.py")
 
 
 class ProgramResult(NamedTuple):
-    """How a program ended."""
+    """The outcome of a program."""
 
     passed: bool
     verdict: str
-    """passed, timed out, or failed and why."""
+    """passed, timed out, or failed with a reason."""
     has_no_network: bool
-    """Whether the system took the network away; else Python's sockets alone were refused."""
+    """Whether the system removed the network; otherwise only Python's sockets were refused."""
 
 
 def run_programs(programs: Sequence[str], *, seconds: int = SECONDS, memory: int = MEMORY) -> list[ProgramResult]:
-    """The outcome of each, as many at a time as there are cores."""
+    """Returns the outcome of each program. As many run at a time as there are cores."""
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         return list(pool.map(lambda program: run_program(program, seconds=seconds, memory=memory), programs))
 
 
 def run_program(program: str, *, seconds: int = SECONDS, memory: int = MEMORY) -> ProgramResult:
-    """Passed is a program that comes to its end: not one that raises, leaves, is killed or takes too long."""
+    """Runs a program. It passes if it reaches its end, and not if it raises, exits, is killed or takes too long."""
     token, (reads, writes) = secrets.token_hex(16), os.pipe()
     asked = {"program": program, "seconds": seconds, "memory": memory, "descriptor": writes, "token": token}
     try:
@@ -66,7 +66,7 @@ def run_program(program: str, *, seconds: int = SECONDS, memory: int = MEMORY) -
 
 
 def _ended_late(process: "subprocess.Popen[bytes]", asked: bytes, seconds: int) -> bool:
-    """Whether it had to be ended. All of its session is gone afterwards."""
+    """Waits for the process and returns whether it had to be ended. Its whole session is killed afterwards."""
     try:
         process.communicate(asked, timeout=seconds)
         return False

@@ -1,8 +1,7 @@
-"""Started as a program of its own, by `code_runner.py`: runs what a model wrote, within limits, and says whether it
-ended well.
+"""A script that code_runner.py starts: runs a program that a model wrote, within limits, and reports the outcome.
 
-It reads one JSON object from standard input, and writes its token to the file descriptor that it is given once the
-program has run to its end. This is no sandbox: what Python's audit hooks do not see, a hostile program can still do.
+It reads one JSON object from standard input, and writes its token to the given file descriptor when the program has
+reached its end. This is no sandbox: a malicious program can still do anything that Python's audit hooks do not see.
 """
 
 import contextlib
@@ -46,7 +45,7 @@ _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 def limit(seconds: int, memory: int) -> None:
-    """Limits processor time, bytes of address space, files and processes, for good."""
+    """Limits processor time, bytes of address space, files and processes, permanently."""
     for name, most in (
         ("RLIMIT_CPU", seconds),
         ("RLIMIT_AS", memory),
@@ -60,7 +59,7 @@ def limit(seconds: int, memory: int) -> None:
 
 
 def leave_network() -> bool:
-    """Whether this process is now in a network of its own, in which there is nothing; where the system lets it."""
+    """Moves this process to an empty network namespace. Returns whether the system allows it."""
     try:
         return ctypes.CDLL(None, use_errno=True).unshare(_NEW_USER_AND_NETWORK) == 0
     except (OSError, AttributeError):
@@ -68,14 +67,14 @@ def leave_network() -> bool:
 
 
 def refuse(event: str, arguments: tuple[Any, ...]) -> None:
-    """An audit hook (PEP 578)."""
+    """An audit hook (PEP 578) that raises on forbidden events."""
     is_write = event == "open" and isinstance(arguments[2], int) and arguments[2] & _WRITES
     if is_write or event.startswith(_REFUSED):
         raise PermissionError(f"{event} is refused")
 
 
 def reporter(descriptor: int, token: str) -> Callable[[str], None]:
-    """What says how it ended, under a name that the program is not told."""
+    """Returns a function that reports the outcome, with a token that the program does not know."""
 
     def say(outcome: str) -> None:
         os.write(descriptor, json.dumps({"token": token, "outcome": outcome[:300]}).encode())
@@ -84,7 +83,7 @@ def reporter(descriptor: int, token: str) -> Callable[[str], None]:
 
 
 def main() -> None:
-    """Runs the program of standard input."""
+    """Runs the program from standard input."""
     asked = json.load(sys.stdin)
     has_no_network = leave_network()
     limit(asked["seconds"], asked["memory"])
@@ -94,7 +93,7 @@ def main() -> None:
     sys.addaudithook(refuse)
     try:
         exec(compile(program, "<completion>", "exec"), {"__name__": "__main__"})
-    except BaseException as error:  # SystemExit, too: a program that leaves has not passed
+    except BaseException as error:  # SystemExit, too: a program that exits has not passed
         say(f"failed: {type(error).__name__}: {error}")
     else:
         say("passed")

@@ -1,4 +1,4 @@
-"""`ee-tuning demo`: the whole way with the model that ships with the project, by the commands a user would type.
+"""`ee-tuning demo`: all steps with the shipped model, by the commands a user would type.
 
 The shipped model → convert → tune at TP 2 × PP 2 on four processes → decode held-out prompts over thresholds →
 report.json and a picture.
@@ -34,14 +34,14 @@ NUM_PROMPTS, PROMPT_BYTES, NEW_TOKENS = 12, 300, 100
 
 
 def demo(output: Path) -> None:
-    """Runs the demo into the folder `output`. Raises InputError outside a checkout of the project, which carries the
+    """Runs the demo into the folder `output`. Raises InputError outside of a checkout of the project, which has the
     model.
     """
     if not JOB.is_file():
         raise InputError(f"demo must run from a checkout of the project, which carries the model; {JOB} is not there")
     started, console = time.monotonic(), Console(highlight=False)
     output.mkdir(parents=True, exist_ok=True)
-    if (output / MARK).is_file():  # a demo was here before
+    if (output / MARK).is_file():  # left by an earlier demo
         for made in ("run", "exit_heads", "converted"):
             shutil.rmtree(output / made, ignore_errors=True)
     elif any(output.iterdir()):
@@ -85,12 +85,13 @@ def demo(output: Path) -> None:
 
 
 def _write_text(folder: Path) -> list[str]:
-    """Training and held-out text as .jsonl; returns prompts, from files that neither model nor heads learned from."""
+    """Writes training and held-out text as .jsonl. Returns prompts from files unknown to both model and heads."""
     folder.mkdir(exist_ok=True)
     training, held_out = sample_corpus()
     with (folder / "train.jsonl").open("w", encoding="utf-8") as file:
         size = 0
-        for name in sorted(training, key=lambda n: n[::-1]):  # neither the alphabet's beginning alone nor one package
+        # a mixture, and not the first names of the alphabet or one package
+        for name in sorted(training, key=lambda n: n[::-1]):
             if (size := size + len(training[name])) > TRAINING_BYTES:
                 break
             file.write(to_json({"text": training[name].decode(errors="replace")}) + "\n")
@@ -166,7 +167,7 @@ def _validation_losses(metrics: Path) -> tuple[dict[str, float], dict[str, float
 
 
 def _print_summary(console: Console, report: dict[str, Any], output: Path, seconds: float) -> None:
-    """What happened, and what to type next."""
+    """Prints the results and the next commands."""
     before, after = report["exit_loss_before"], report["exit_loss_after"]
     losses = ", ".join(f"layer {layer}: {before[layer]:.2f} → {after[layer]:.2f}" for layer in before)
     console.rule("What happened", align="left")

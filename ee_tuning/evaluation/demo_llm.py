@@ -1,7 +1,7 @@
-"""`ee-tuning demo --llm`: the whole way with a real LLM, SmolLM2-135M-Instruct, by the commands a user would type.
+"""`ee-tuning demo --llm`: all steps with a real LLM, SmolLM2-135M-Instruct, by the commands a user would type.
 
-Its own answers → exits fitted and tuned on them → thresholds calibrated → quality and speed on a held-out task →
-report.json, a picture. Each step is done once: the same command, given again, goes on behind the last one that is done.
+Its own answers → exits fitted and tuned on them → calibrated thresholds → quality and speed on a held-out task →
+report.json and a picture. A finished step is not repeated: the same command continues after it.
 """
 
 import json
@@ -22,21 +22,20 @@ from ee_tuning.line_file import read_lines
 MARK = ".ee_tuning_demo_llm"
 TASK = Path(__file__).resolve().parents[2] / "examples" / "tasks" / "facts.jsonl"
 LAYERS, VOCAB = "4,24,28", 4096
-"""The first exit drafts, for what it costs; the others are right often enough to leave at."""
+"""The first exit is cheap and drafts; the others are right often enough for tokens to leave there."""
 AGREEMENTS = (0.95, 0.9)
-"""Agreement with the full model of the tokens that leave at an exit: a careful calibration, and a bold one."""
+"""Wanted agreement with the full model at an exit, of a careful calibration and a bold one."""
 NUM_ASKED = 200
-"""Questions of the task that are measured; the others are answered for the exits to learn."""
+"""Questions of the task that are measured. The model's answers to the others train the exits."""
 NUM_PROMPTS, ANSWER_TOKENS, HELD_OUT = 160, 96, 5
-"""Prompts of other kinds that the model answers for its exits; tokens of an answer; one answer of so many is held out.
-"""
+"""Further prompts that the model answers for training; tokens per answer; one answer of this many is held out."""
 DOCUMENTATION = 30_000
-"""Characters of Python's docstrings beside them."""
+"""Characters of Python's docstrings in the training data."""
 STEPS, SEQUENCE, BATCH = 36, 256, 4
 
 
 class Demo:
-    """One run of the demo into a folder."""
+    """One run of the demo in a folder."""
 
     def __init__(self, folder: Path, console: Console):
         self.folder, self.console = folder, console
@@ -49,7 +48,7 @@ class Demo:
         self.report = folder / "report.json"
 
     def steps(self) -> list[Step]:
-        """The whole way. Minutes are of two quiet cores."""
+        """All steps. The minutes are for two idle cores."""
         return [
             Step("take the model", 0.2, self.model, self._take_model),
             Step("have the model answer prompts, for its exits to learn", 3, self.answers, self._answer),
@@ -72,7 +71,7 @@ class Demo:
         run_command(self.console, ee_tuning(command, "--model", self.model, *words))
 
     def _take_model(self) -> None:
-        self.model.unlink(missing_ok=True)  # a link to a package that was removed
+        self.model.unlink(missing_ok=True)  # a link into a package that was removed
         self.model.symlink_to(smollm2(self.folder / "package", self.console).resolve())
 
     def _answer(self) -> None:
@@ -111,7 +110,7 @@ class Demo:
         )
 
     def _write_texts(self) -> None:
-        """Answers to learn, with some of Python's documentation, and answers held out."""
+        """Writes training answers with some of Python's documentation, and held-out answers."""
         answers = read_lines(self.answers)
         documentation, size = list[str](), 0
         for text in documentation_strings(sample_corpus()[0]):
@@ -183,8 +182,10 @@ class Demo:
 
 
 def demo_llm(output: Path) -> None:
-    """Runs the demo into the folder `output`. Raises InputError outside a checkout of the project, which carries the
-    task, where `output` holds something else, and where a step fails.
+    """Runs the demo into the folder `output`.
+
+    Raises InputError outside of a checkout of the project, which has the task, where `output` holds anything else, and
+    where a step fails.
     """
     if not TASK.is_file():
         raise InputError(
@@ -206,7 +207,7 @@ def demo_llm(output: Path) -> None:
 
 
 def _begin(output: Path) -> None:
-    """Makes the folder, or finds that of an earlier demo; what an earlier one made by other settings is removed."""
+    """Creates the folder, or reuses that of an earlier demo without results of other settings."""
     job = to_json(
         {
             "layers": LAYERS,

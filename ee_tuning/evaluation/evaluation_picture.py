@@ -1,6 +1,4 @@
-"""Pictures of an evaluation, as EE-Tuning's figures 5 to 9 have them: quality against speed-up, and where tokens left
-at each threshold.
-"""
+"""Pictures of an evaluation, like figures 5 to 9 of EE-Tuning: quality against speed-up, and where tokens left."""
 
 from pathlib import Path
 from typing import Any
@@ -17,11 +15,11 @@ INK, MUTED, CURVE, OTHERS = (
 )
 _MARKS = {"fixed": "s", "speculative": "D", "calibration": "^"}
 _LABEL_HEIGHTS = (8, -15, 20, -27)
-"""Points above or below a mark: neighbours take turns, so that labels of ways that do alike do not meet."""
+"""Label offsets in points: neighbours alternate, so that labels of similar policies do not overlap."""
 
 _LEGEND = {"threshold": "by threshold", "fixed": "at one exit (its layer)", "speculative": "speculative"}
 _WIDE = 3.0
-"""Speed-up from which on the axis is logarithmic: fixed exits would press all others together."""
+"""Speed-up above which the axis is logarithmic, since fixed exits would squeeze all other points together."""
 
 NAMES = {
     "exact": "exact answers, %",
@@ -33,7 +31,7 @@ NAMES = {
 
 
 def draw_evaluation(found: Evaluation, folder: Path) -> list[Path]:
-    """Two PNGs for each task; returns their paths. Raises InputError where one can not be written."""
+    """Draws two PNGs per task and returns their paths. Raises InputError where one can not be written."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -65,7 +63,7 @@ def draw_evaluation(found: Evaluation, folder: Path) -> list[Path]:
 
 
 def draw_quality(axes: Any, task: TaskResult, num_layers: int) -> None:
-    """Quality against speed-up, or against depth where nothing was timed, with intervals both ways."""
+    """Draws quality against speed-up, or against depth where nothing was timed, with intervals in both directions."""
     full, scale = task.full_depth, 1.0 if task.metric == "perplexity" else 100.0
     axes.axhspan(scale * full.metric.low, scale * full.metric.high, color=MUTED, alpha=0.12, linewidth=0)
     axes.axhline(
@@ -136,7 +134,7 @@ def draw_quality(axes: Any, task: TaskResult, num_layers: int) -> None:
 
 
 def draw_exits(axes: Any, task: TaskResult, num_layers: int) -> None:
-    """Share of the tokens that left behind each layer, a bar for each way."""
+    """Draws the share of tokens that left after each layer, one bar per policy."""
     import matplotlib
 
     points, layers = task.points, sorted(task.full_depth.exits)
@@ -155,7 +153,7 @@ def draw_exits(axes: Any, task: TaskResult, num_layers: int) -> None:
 
 
 def _across(point: PointResult, num_layers: int) -> Estimate:
-    """The x axis: speed-up, or the share of layers saved, in %."""
+    """Returns the x value: speed-up, or the share of layers saved, in %."""
     if point.speedup is not None:
         return point.speedup
     depth = point.mean_depth
@@ -163,5 +161,5 @@ def _across(point: PointResult, num_layers: int) -> Estimate:
 
 
 def _errors(estimate: Estimate, scale: float = 1.0) -> list[list[float]]:
-    # A percentile interval of few draws may lie beside the value.
+    # A percentile interval of few draws may not contain the value.
     return [[scale * max(0.0, estimate.value - estimate.low)], [scale * max(0.0, estimate.high - estimate.value)]]

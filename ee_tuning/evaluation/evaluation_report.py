@@ -1,4 +1,4 @@
-"""What `ee-tuning evaluate` leaves: evaluation.json, the pictures, one page with all of it, and a table at the
+"""Reports of `ee-tuning evaluate`: evaluation.json, pictures, one page with all of them, and a table at the
 terminal.
 """
 
@@ -39,7 +39,7 @@ depth's."""
 
 
 def write_reports(found: Evaluation, tasks: list[Task], about: dict[str, Any], folder: Path) -> list[Path]:
-    """`about` is what the figures are of: model, settings, machines. Raises InputError where the disk refuses."""
+    """Writes all reports. `about` describes model, settings and machines. Raises InputError where the disk refuses."""
     pictures = draw_evaluation(found, folder)
     tree = {
         "format_version": FORMAT_VERSION,
@@ -55,7 +55,7 @@ def write_reports(found: Evaluation, tasks: list[Task], about: dict[str, Any], f
 
 
 def print_tables(found: Evaluation) -> None:
-    """A table for each task on standard output, without intervals where the terminal is narrow."""
+    """Prints a table per task, without intervals where the terminal is narrow."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 160
@@ -87,7 +87,7 @@ def _head(task: TaskResult) -> list[str]:
 
 
 def _row(task: TaskResult, point: PointResult, num_layers: int) -> list[tuple[str, str]]:
-    """A cell for each of the head: figure, and interval."""
+    """Returns the cells of a row: figures with intervals."""
     is_full, quality = point is task.full_depth, _plain if task.metric == "perplexity" else _percent
     return [
         (point.name, ""),
@@ -117,7 +117,7 @@ def _cell(estimate: Estimate | None, shown: Any, bound: Any) -> tuple[str, str]:
 
 
 def _page(found: Evaluation, tasks: list[Task], about: dict[str, Any], pictures: list[Path]) -> str:
-    """One file: pictures are within it."""
+    """Returns the page as one file, pictures included."""
     title = f"{about['model']}: leaving early, measured"
     parts = [
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
@@ -143,7 +143,7 @@ def _table(task: TaskResult, num_layers: int) -> str:
 
 
 def _exits_table(task: TaskResult, num_layers: int) -> str:
-    """Where tokens left, the second picture in numbers."""
+    """Returns the table of where tokens left, the second picture in numbers."""
     layers = sorted(task.full_depth.exits)
     head = "".join(f"<th>{'the end' if layer == num_layers else f'layer {layer}'}</th>" for layer in layers)
     rows = "".join(
@@ -162,8 +162,8 @@ def _image(path: Path) -> str:
 
 
 def _said(found: Evaluation, task: Task) -> str:
-    """The first prompts to which some way says something else than full depth."""
-    by_item = dict[int, list[tuple[str, str, bool]]]()  # of perplexity all are the same, for nothing is said
+    """Returns the first prompts whose completions differ from full depth's under any policy."""
+    by_item = dict[int, list[tuple[str, str, bool]]]()  # nothing is generated for perplexity
     for each in found.readings:
         if each.task == task.name:
             by_item.setdefault(each.item, []).append((each.point, each.text, each.is_same is not False))

@@ -1,4 +1,4 @@
-"""`ee-tuning export`: which writer gets the job, and the check that may follow."""
+"""`ee-tuning export`: dispatches to the writers, and runs the optional check."""
 
 import argparse
 import tempfile
@@ -10,16 +10,15 @@ from ee_tuning.config import Config, ParallelSection, replace
 from ee_tuning.errors import InputError
 
 FLAGS = {"artifact": ("only", "drop", "merge", "add"), "hf": ("link", "check", "text"), "megatron": ()}
-"""Format -> the flags that only some formats take."""
+"""Format -> flags that only some formats accept."""
 NEW_EXITS = {"exits.architecture", "exits.adapter_rank", "exits.init", "exits.seed"}
-"""Keys that say what the exits of --add are; those of --exits are what they are."""
+"""Keys that describe the exits of --add. The exits of --exits are as they are."""
 
 
 def export(config: Config, flags: argparse.Namespace) -> int:
-    """Writes `flags.output` in `flags.format`; the exit code: 1 where `flags.check` finds that the export says
-    something else.
+    """Writes `flags.output` in `flags.format` and returns the exit code: 1 where `flags.check` finds a difference.
 
-    Raises InputError on flags that do not go together, and as the format's writer does.
+    Raises InputError on flags that do not go together, and like the format's writer.
     """
     from ee_tuning.parallel.topology import world_size
 
@@ -71,7 +70,7 @@ def _write_merged(config: Config, flags: argparse.Namespace, *, is_shared: bool)
     from ee_tuning.checkpoint.formats import open_model
 
     with open_model(config.model).source:
-        pass  # before the processes meet, so that a wrong word is answered at once
+        pass  # before the processes meet, so that a mistake is reported at once
     if config.data.tokenizer and flags.format == "hf":
         from ee_tuning.data.tokenizer import tokenizer_folder
 
@@ -110,8 +109,8 @@ def _write_merged(config: Config, flags: argparse.Namespace, *, is_shared: bool)
 
 @contextmanager
 def _tokenizer_of(config: Config, export_format: str) -> Iterator[Config]:
-    """`config` with a folder of tokenizer files in data.tokenizer where the model's lie in its GGUF file, for the time
-    of the block.
+    """Yields `config` with a folder of tokenizer files in data.tokenizer where the model's tokenizer is in its GGUF
+    file.
     """
     from ee_tuning.checkpoint.gguf_file import is_gguf
 
@@ -127,7 +126,7 @@ def _tokenizer_of(config: Config, export_format: str) -> Iterator[Config]:
 
 
 def _special_tokens(tokenizer: str | None, *, trusts_code: bool) -> dict[str, int]:
-    """What begins and ends a text by a tokenizer that was given: a Megatron checkpoint does not tell."""
+    """Returns the beginning and end tokens of a given tokenizer, which a Megatron checkpoint does not contain."""
     if tokenizer is None:
         return {}
     from ee_tuning.data.tokenizer import load_tokenizer
@@ -137,7 +136,7 @@ def _special_tokens(tokenizer: str | None, *, trusts_code: bool) -> dict[str, in
 
 
 def _text(path: Path | None) -> str:
-    """What an export is checked on; by default the source of argparse, which every Python has."""
+    """Returns the text of the check, by default the source of argparse, which every Python has."""
     path = path or Path(argparse.__file__)
     try:
         return path.read_text(encoding="utf-8")
@@ -146,7 +145,7 @@ def _text(path: Path | None) -> str:
 
 
 def _layers(flag: str, words: list[str]) -> tuple[int, ...]:
-    """3,6 or 3 6."""
+    """Parses 3,6 or 3 6."""
     parts = [part for word in words for part in word.split(",") if part.strip()]
     for part in parts:
         if not part.strip().isdecimal():

@@ -1,5 +1,5 @@
-"""Whether an exported Hugging Face folder says what our engine says: the largest logit difference of every exit, on
-real text.
+"""Compares an exported Hugging Face folder with this project's engine: largest logit difference per exit, on real
+text.
 """
 
 import dataclasses
@@ -24,12 +24,12 @@ MAX_TOKENS = 512
 
 
 def check_export(config: Config, output: Path, text: str, tolerance: float) -> bool:
-    """Prints a line per exit and one for the model's own head; whether all of them are within `tolerance`.
+    """Prints a line per exit and one for the final head. Returns whether all differences are within `tolerance`.
 
-    Both sides compute in model.dtype. Raises InputError where the text can not be read as tokens.
+    Both sides compute in model.dtype. Raises InputError where the text can not be tokenized.
     """
     tokenizer = load_tokenizer(tokenizer_of(config), trusts_code=config.model.trust_remote_code)
-    config = dataclasses.replace(config, parallel=ParallelSection())  # one process looks, however many the job is for
+    config = dataclasses.replace(config, parallel=ParallelSection())  # one process compares, for any layout of the job
     topology = init_parallel(config.parallel)
     loaded = load_for_generation(config, topology)
     limit = min(MAX_TOKENS, loaded.model.config.max_position_embeddings)
@@ -42,9 +42,9 @@ def check_export(config: Config, output: Path, text: str, tolerance: float) -> b
     assert ours.keys() == theirs.keys(), (ours.keys(), theirs.keys())
     is_close = True
     for layer in sorted(ours):
-        # Of what a shortlisted exit can not say, both are -inf, whose difference would be NaN.
+        # Where a shortlisted exit can not predict a token, both logits are -inf, whose difference would be NaN.
         difference = torch.where(ours[layer] == theirs[layer], 0.0, ours[layer] - theirs[layer]).abs().max().item()
-        is_within = difference <= tolerance  # false for NaN too
+        is_within = difference <= tolerance  # false for NaN, too
         name = "the model's own head" if layer == loaded.model.config.num_layers else f"exit after layer {layer}"
         print(
             f"{name}: largest logit difference {difference:.2e} over {ids.shape[1]} tokens"
@@ -70,11 +70,11 @@ def _our_logits(loaded: LoadedModel, ids: Tensor) -> dict[int, Tensor]:  # [1, s
 def _exported_logits(
     folder: Path, config: ModelConfig, ids: Tensor, dtype: torch.dtype
 ) -> dict[int, Tensor]:  # layer -> [s, v]
-    """The logits of the folder's own modelling file, run from where it lies: transformers would copy it into its cache
+    """Runs the folder's modelling file in place and returns its logits; transformers would copy the file to its cache
     first.
     """
     module = _module(folder / MODELLING.name)
-    # Grouped products, which transformers prefers for experts, refuse widths that are no multiple of 16 bytes.
+    # transformers' default for experts, grouped products, refuses widths that are no multiple of 16 bytes.
     plain = {"experts_implementation": "eager"} if config.num_experts else {}
     model = (
         getattr(module, early_exit_class(config))

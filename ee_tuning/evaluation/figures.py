@@ -1,6 +1,4 @@
-"""What an evaluation found: for each task and way to leave the metric, the speed, the depth and the agreement, with
-their intervals.
-"""
+"""The figures of an evaluation per task and policy: metric, speed, depth and agreement, with intervals."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -18,41 +16,38 @@ SumsByName = Mapping[str, Floats]
 
 @dataclass(frozen=True, kw_only=True)
 class PointResult:
-    """One way to leave on one task. Intervals are over prompts, ratios to full depth of the same prompts."""
+    """One policy on one task. Intervals are over prompts, and ratios are to full depth on the same prompts."""
 
     name: str
     kind: PointKind
     value: float | None
     """The threshold, or the layer of the fixed exit."""
     metric: Estimate
-    """Mean over prompts; of perplexity exp of the mean negative log-likelihood of a token."""
+    """Mean over prompts; for perplexity exp of the mean negative log-likelihood per token."""
     other_metrics: dict[str, Estimate]
     relative: Estimate
     """metric ÷ full depth's."""
     speedup: Estimate | None
-    """Tokens per second ÷ full depth's, the reading of prompts included; None where nothing is generated."""
+    """Tokens per second ÷ full depth's, prefill included; None where nothing is generated."""
     time_saved: Estimate | None
-    """1 - seconds for all prompts ÷ full depth's: another figure than `speedup` where completions have other lengths.
-    """
+    """1 - seconds of all prompts ÷ full depth's. Differs from `speedup` where completions have other lengths."""
     tokens_per_second: float | None
     """The speed of one replica."""
     mean_depth: Estimate
-    """Layers behind which a token left."""
+    """Mean layer after which tokens left."""
     agreement: Estimate | None
-    """Share of the tokens that the full model says, too, after the same text before them; None where nothing is
-    generated.
-    """
+    """Share of tokens that the full model predicts, too, after the same prefix; None where nothing is generated."""
     identical: Estimate | None
-    """Share of the prompts to which all that is said, or the choice, is full depth's; None of perplexity."""
+    """Share of prompts whose completion, or choice, is that of full depth; None for perplexity."""
     exits: dict[int, Estimate]
-    """Layer -> share of the tokens that left there; the number of layers for those that did not leave early."""
+    """Layer -> share of tokens that left there; the number of layers for those that did not leave early."""
     num_tokens: int
     seconds: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskResult:
-    """One task."""
+    """The figures of one task."""
 
     name: str
     metric: Metric
@@ -62,18 +57,18 @@ class TaskResult:
 
     @property
     def full_depth(self) -> PointResult:
-        """What the others are compared with."""
+        """The reference of all ratios."""
         return self.points[0]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """All tasks."""
+    """The figures of all tasks."""
 
     num_layers: int
     tasks: list[TaskResult]
     readings: list[ItemResult]
-    """Prompt by prompt."""
+    """Results by prompt."""
 
 
 def task_result(
@@ -85,7 +80,7 @@ def task_result(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> TaskResult:
-    """The figures of one task from its readings, whose points are `points`, full depth first."""
+    """Computes the figures of one task from its results under `points`, full depth first."""
     by_point = {
         point.name: sorted((each for each in readings if each.point == point.name), key=lambda each: each.item)
         for point in points
@@ -112,7 +107,7 @@ def task_result(
 
 
 def _times(by_point: Mapping[str, list[ItemResult]], draws: int, seed: int) -> Resampled | None:
-    """Tokens and seconds by group: what is timed together is drawn together."""
+    """Returns tokens and seconds by group, since prompts that were timed together must be drawn together."""
     columns: dict[str, list[float]] = {}
     for name, found in by_point.items():
         tokens, seconds = dict[str, int](), dict[str, float]()

@@ -1,8 +1,7 @@
-"""Metrics of given texts: which of several choices a model holds for likeliest, and how likely it holds an answer.
+"""Metrics of given texts: which of several choices the model finds likeliest, and how likely it finds an answer.
 
-Texts are teacher-forced: each token has the probability that the exit gives it at which its position would leave (see
-`ee_tuning/generation/scoring.py`), so speculation says what full depth says. Nothing is generated, and time says
-nothing.
+Texts are teacher-forced: each token's probability is that of the exit at which its position would leave (see
+ee_tuning/generation/scoring.py), so speculation equals full depth. Nothing is generated, and times mean nothing.
 """
 
 from collections import Counter
@@ -21,7 +20,7 @@ _ROWS = 32
 def given_readings(
     llm: EarlyExitLLM, task: Task, places: Sequence[int], jobs: Sequence[Job], points: Sequence[Point]
 ) -> list[list[ItemResult]]:
-    """A reading of each point, full depth first, for each prompt at `places` of the task, whose jobs are `jobs`."""
+    """Scores the prompts at `places` of the task, whose jobs are `jobs`, under each point, full depth first."""
     texts = [given_texts(task, task.items[place]) for place in places]
     by_point = _scored(llm, [jobs[place] for place in places], texts, points)
     return [
@@ -34,13 +33,15 @@ def given_readings(
 
 
 def given_texts(task: Task, item: TaskItem) -> tuple[str, ...]:
-    """What is asked about: the choices, or the answer; nothing where the task is to generate."""
+    """Returns the texts to score: the choices or the answer; none where the task generates."""
     return item.choices if task.metric == "choice" else item.answers if task.metric == "perplexity" else ()
 
 
 def token_pair(llm: EarlyExitLLM, job: Job, text: str) -> TokenPair:
-    """The prompt's tokens as decoding has them, and those that follow where `text` is read on with it; its own where
-    the prompt's last token would be another then. Raises InputError where both together are too long.
+    """Tokenizes the prompt as in decoding, and the text after it.
+
+    The text is tokenized together with the prompt, or alone where that would change the prompt's last token. Raises
+    InputError where both together are too long.
     """
     prompt, whole = (llm.encode(each, job.adds_special_tokens) for each in (job.prompt, job.prompt + text))
     return prompt, whole[len(prompt) :] if whole[: len(prompt)] == prompt and len(whole) > len(prompt) else llm.encode(
@@ -51,7 +52,7 @@ def token_pair(llm: EarlyExitLLM, job: Job, text: str) -> TokenPair:
 def _scored(
     llm: EarlyExitLLM, jobs: Sequence[Job], texts: Sequence[tuple[str, ...]], points: Sequence[Point]
 ) -> list[list[list[Score]]]:
-    """The score, by each point, of each text behind each prompt."""
+    """Returns the score, under each point, of each text after each prompt."""
     pairs = [token_pair(llm, job, text) for job, each in zip(jobs, texts, strict=True) for text in each]
     by_point = map(iter, score_by(llm.model, pairs, [point.policy for point in points], _ROWS))
     return [[[next(scores) for _ in each] for each in texts] for scores in by_point]
@@ -82,7 +83,7 @@ def _reading(task: Task, place: int, point: Point, scores: list[Score], full: li
 
 
 def likeliest(item: TaskItem, scores: Sequence[Score]) -> tuple[int, int]:
-    """Place of the choice of the highest log-likelihood, and of that of the highest one for each of its characters; the
+    """Returns the index of the choice with the highest log-likelihood, and of that with the highest per character; the
     first of equals.
     """
     places = range(len(item.choices))

@@ -1,16 +1,16 @@
-"""Thresholds with a guarantee: Learn-then-Test (Angelopoulos et al., arXiv 2110.01052), as CALM uses it (Schuster et
-al., 2207.07061).
+"""Thresholds with a guarantee: Learn-then-Test (Angelopoulos et al., arXiv 2110.01052), as in CALM (Schuster et al.,
+2207.07061).
 
-A document's loss is the share of its tokens at which the first exit that is sure enough does not say what the full
-model says. Wanted is the lowest threshold, one for all exits, whose expected loss is at most δ, with a probability of
-at least 1 − ε over the documents that were drawn. For each threshold of a grid that no document has a part in, from the
-highest to the lowest, the hypothesis that its expected loss is above δ is tested; the first that can not be rejected at
-level ε ends the sequence (so no correction for many tests is due), and the last before it holds. Where several measures
-of confidence are tried, each has a sequence at its share of ε.
+A document's loss is the share of its tokens at which the first confident exit differs from the full model. The goal is
+the lowest threshold, one for all exits, whose expected loss is at most δ with a probability of at least 1 − ε over the
+drawn documents. The grid of thresholds does not depend on the documents. From the highest to the lowest, the hypothesis
+that the expected loss is above δ is tested; the first that can not be rejected at level ε ends the sequence (so no
+correction for multiple tests is needed), and the last threshold before it is valid. If several measures of confidence
+are tried, each has a sequence at its share of ε.
 
-One threshold for all exits: a family with a threshold for each, by the agreement that a part of the documents shows,
-let tokens leave no earlier at the same loss where it was tried (the shipped model, heads not tuned), and takes that
-part from the test.
+One threshold serves all exits: a family with one threshold each, chosen on a part of the documents, let tokens leave no
+earlier at the same loss when it was tried (the shipped model, untuned heads), and it takes that part away from the
+test.
 """
 
 import math
@@ -29,29 +29,28 @@ GRID: tuple[float, ...] = (
     *(round(1 - 10 ** (-4 + 3 * i / 80), 6) for i in range(80)),
     *(round(0.9 - 0.005 * i, 6) for i in range(181)),
 )
-"""Thresholds, most careful first: 0.9999 … 0, close to each other near 1, where good exits' confidences are."""
+"""Thresholds, most careful first: 0.9999 … 0, dense near 1, where the confidences of good exits are."""
 
 
 @dataclass(frozen=True)
 class Trials:
-    """What every threshold of the grid does to each document, by one measure."""
+    """The effect of every threshold of the grid on each document, by one measure."""
 
     losses: Tensor
-    """[d, g] float64, in 0..1: share of the document's tokens at which an exit says something else than the full model.
-    """
+    """[d, g] float64, in 0..1: share of the document's tokens at which an exit differs from the full model."""
     depths: Tensor
-    """[d, g] float64: layers that the document's tokens go through, on average."""
+    """[d, g] float64: mean number of layers of the document's tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Proof:
-    """The outcome of the tests, by one measure."""
+    """The result of the tests, by one measure."""
 
     num_documents: int
     level: float
-    """The p-value that a threshold may have: ε, or its share where several measures were tried."""
+    """Significance level: ε, or its share where several measures were tried."""
     num_proven: int
-    """Thresholds of the grid, from its first on, that hold; 0 where none does."""
+    """Number of valid thresholds, from the grid's first on."""
     p_values: Tensor
     """[g]"""
     losses: Tensor
@@ -63,16 +62,16 @@ class Proof:
 
     @property
     def threshold(self) -> float | None:
-        """The lowest that holds; None where none does."""
+        """The lowest valid one, or None."""
         return self.grid[self.num_proven - 1] if self.num_proven else None
 
 
 def try_thresholds(readings: ExitObservations, measure: Measure) -> Trials:
-    """Each threshold of the grid on each sample of `readings`; every sample has a token there."""
+    """Applies each threshold of the grid to each sample of `readings`, which must all have a token."""
     documents = readings.samples
     lengths = documents.bincount()
-    # Differences along the grid: a token leaves at an exit from one threshold on, up to the one by which it leaves at
-    # an exit before.
+    # Differences along the grid: a token leaves at an exit for thresholds up to its confidence there, unless an earlier
+    # exit takes it.
     wrong = torch.zeros(len(lengths), len(GRID) + 1, dtype=torch.int64)
     saved = torch.zeros_like(wrong)
     falling = -torch.tensor(GRID, dtype=torch.float64)
@@ -92,9 +91,7 @@ def try_thresholds(readings: ExitObservations, measure: Measure) -> Trials:
 def prove(
     trials: Mapping[Measure, Trials], delta: float, epsilon: float, grid: tuple[float, ...] = GRID
 ) -> dict[Measure, Proof]:
-    """Which thresholds of `grid` have an expected loss of at most `delta`; that one of them has more has a probability
-    of at most `epsilon`.
-    """
+    """Tests which thresholds of `grid` have an expected loss of at most `delta`, with error probability `epsilon`."""
     proofs = {}
     for measure, each in trials.items():
         n, level = len(each.losses), epsilon / len(trials)
@@ -112,7 +109,7 @@ def prove(
 
 
 def earliest(proofs: Mapping[Measure, Proof]) -> Measure:
-    """The measure whose tokens leave earliest, at the lowest threshold that holds."""
+    """Returns the measure whose tokens leave earliest at its lowest valid threshold."""
     return min(
         proofs,
         key=lambda each: (
@@ -122,10 +119,10 @@ def earliest(proofs: Mapping[Measure, Proof]) -> Measure:
 
 
 def hoeffding_bentkus(totals: Tensor, n: int, delta: float) -> Tensor:  # [...] -> [...]
-    """p-values of "the expected loss is above `delta`", from `totals`, sums of `n` independent losses in 0..1 each
+    """Returns p-values of "the expected loss is above `delta`" from `totals`, sums of `n` independent losses in 0..1
     (float64).
 
-    The smaller one of Hoeffding's (in the form with the relative entropy) and Bentkus' bound: Bates et al., arXiv
+    The smaller one of Hoeffding's bound (in the form with the relative entropy) and Bentkus' bound: Bates et al., arXiv
     2101.02703, section 3.1.
     """
     low = (totals / n).clamp(max=delta)
@@ -140,15 +137,14 @@ def hoeffding_bentkus(totals: Tensor, n: int, delta: float) -> Tensor:  # [...] 
 
 
 def num_rejected(p_values: Tensor, level: float) -> Tensor:  # [..., g] -> [...]
-    """Fixed-sequence testing: hypotheses that are rejected before the first that is not, those behind it never looked
-    at.
-    """
+    """Counts the rejected hypotheses before the first that is not rejected (fixed-sequence testing)."""
     return (p_values <= level).long().cumprod(-1).sum(-1)
 
 
 def documents_needed(delta: float, level: float, loss: float = 0.0) -> int | None:
-    """Number of documents with a mean loss of `loss` that rejects "above `delta`" at `level`; None where none does. 0
-    is the least loss.
+    """Returns the number of documents with mean loss `loss` needed to reject "above `delta`" at `level`, or None.
+
+    The smallest number is for a loss of 0.
     """
     if loss >= delta:
         return None
@@ -156,5 +152,5 @@ def documents_needed(delta: float, level: float, loss: float = 0.0) -> int | Non
 
 
 def _relative_entropy(low: Tensor, delta: float) -> Tensor:
-    """Relative entropy of a coin of probability `low` to one of `delta`, nats."""
+    """Returns the relative entropy of a coin of probability `low` to one of `delta`, in nats."""
     return torch.xlogy(low, low / delta) + (1 - low) * (torch.log1p(-low) - math.log1p(-delta))

@@ -1,7 +1,7 @@
-"""`ee-tuning calibrate --guarantee`: what it reads, writes and prints; the tests are in `guarantee.py`.
+"""Inputs and outputs of `ee-tuning calibrate --guarantee`. `guarantee.py` runs the tests.
 
-Documents are the units, for what is drawn has to be independent: the tokens of a document are not, nor are samples cut
-from one.
+Documents are the units, because units must be independent: the tokens of a document are not, and neither are samples
+cut from one.
 """
 
 import argparse
@@ -25,7 +25,7 @@ CONFIDENCE, TOKENS = 0.95, 200_000
 
 @dataclasses.dataclass(frozen=True)
 class _GuaranteeOptions:
-    """What is to be guaranteed."""
+    """The guarantee to be proved."""
 
     delta: float
     confidence: float
@@ -37,8 +37,8 @@ class _GuaranteeOptions:
 
 
 def calibrate_with_guarantee(config: Config, flags: argparse.Namespace, loaded: LoadedModel, picture: Path) -> None:
-    """Measures, writes `flags.output` and the picture beside it, and prints a table. Raises InputError where documents
-    are too few.
+    """Measures, writes `flags.output` and its picture, and prints a table. Raises InputError where documents are too
+    few.
     """
     from ee_tuning.evaluation.guarantee_picture import draw_guarantee
 
@@ -78,7 +78,7 @@ def calibrate_with_guarantee(config: Config, flags: argparse.Namespace, loaded: 
 
 
 def _documents(samples: Samples, num_tokens: int) -> list[SampledText]:
-    """Documents until they have `num_tokens` tokens; what they say has no part in the choice."""
+    """Returns documents until they have `num_tokens` tokens. The choice does not depend on their content."""
     documents: list[SampledText] = []
     for document in draw(samples, range(samples.order(0).num_distinct)):
         if num_tokens <= 0:
@@ -106,7 +106,7 @@ def _check_number(num_documents: int, asked: _GuaranteeOptions, *, is_cut: bool)
 
 
 def _tree(asked: _GuaranteeOptions, proofs: Mapping[Measure, Proof]) -> dict[str, object]:
-    """The guarantee as the calibration file tells it: all that is needed to check the tests."""
+    """Returns the guarantee for the calibration file, with all numbers needed to check the tests."""
     first = next(iter(proofs.values()))
     tests = {
         measure: {

@@ -1,4 +1,4 @@
-"""The picture of `ee-tuning calibrate --guarantee`: what each threshold costs and saves, and how sure that is."""
+"""The picture of `ee-tuning calibrate --guarantee`: loss and savings of each threshold, and their certainty."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from ee_tuning.evaluation.guarantee import Proof
 
 @dataclass(frozen=True, kw_only=True)
 class PictureLabels:
-    """What the losses are."""
+    """Labels that describe the losses."""
 
     loss: str = "Tokens that differ from the full model's"
     of: str = "of a document, %"
@@ -21,7 +21,7 @@ class PictureLabels:
 def draw_guarantee(
     proofs: Mapping[Measure, Proof], chosen: Measure, delta: float, output: Path, words: PictureLabels = PictureLabels()
 ) -> None:
-    """Raises InputError where `output` can not be written."""
+    """Draws the picture. Raises InputError where `output` can not be written."""
     import matplotlib
 
     matplotlib.use("Agg")

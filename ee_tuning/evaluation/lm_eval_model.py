@@ -1,8 +1,7 @@
-"""The model as lm-evaluation-harness knows models (`--model ee-tuning`): log-likelihoods and completions under a
-policy.
+"""The model class for lm-evaluation-harness (`--model ee-tuning`): log-likelihoods and completions under a policy.
 
-Prompts, special tokens, windows and truncation are those of the harness's own `hf` model, so that both say the same at
-full depth.
+Prompts, special tokens, windows and truncation equal those of the harness's own `hf` model, so that both agree at full
+depth.
 """
 
 import itertools
@@ -29,9 +28,9 @@ from ee_tuning.generation.scoring import TokenPair
 
 NAME = "ee-tuning"
 MAX_NEW_TOKENS = 256
-"""Tokens of a completion where its task says nothing, as the harness's other models have it."""
+"""Default number of tokens of a completion, as in the harness's other models."""
 _BATCHES_AT_A_TIME = 16
-"""Requests between two moves of the progress bar."""
+"""Batches between two updates of the progress bar."""
 _SAMPLING = (
     "temperature",
     "top_k",
@@ -70,11 +69,11 @@ class EarlyExitLM(TemplateLM):
         max_batch_size: int | None = None,
         **options: Any,
     ) -> None:
-        """Reads model and exits where no `driver` has them; under torchrun all ranks then run the harness.
+        """Loads model and exits, unless a `driver` has them. Under torchrun all ranks then run the harness.
 
-        The policy is `given`, or what `options`, keys of the `generation` section, say. `chat_template` is a template,
-        or the name of one of the tokenizer's. `device` and `max_batch_size`, which the harness gives every model, mean
-        nothing. Raises InputError.
+        The policy is `given`, or described by `options`, keys of the `generation` section. `chat_template` is a
+        template, or the name of one of the tokenizer's. `device` and `max_batch_size`, which the harness passes to
+        every model, are ignored. Raises InputError.
         """
         super().__init__()
         if driver is None:
@@ -100,11 +99,11 @@ class EarlyExitLM(TemplateLM):
             ChatTemplate(llm.tokenizer, chat_template),
         )
         self.left: dict[str, Counter[int]] = {"loglikelihood": Counter(), "generate_until": Counter()}
-        """Kind of request -> layer -> tokens that left there."""
+        """Kind of request -> layer -> number of tokens that left there."""
 
     @property
     def eot_token_id(self) -> int:
-        """The tokenizer's end of text. Raises InputError where it has none."""
+        """The tokenizer's end-of-text token. Raises InputError where it has none."""
         if (token := self.tokenizer.eos_token_id) is None:
             raise InputError(
                 f"the tokenizer in {self.tokenizer.name_or_path} must have an end-of-text token, got none; set eos_token in "
@@ -114,31 +113,33 @@ class EarlyExitLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context."""
+        """The token before a text without context."""
         return self.eot_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
 
     @property
     def max_length(self) -> int:
-        """Positions of the model."""
+        """Number of positions of the model."""
         return self.driver.llm.model.plan.max_length
 
     @property
     def tokenizer_name(self) -> str:
-        """Under which the harness keeps prompts that it has made."""
+        """The key under which the harness caches prompts."""
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids; special tokens begin them unless the text spells them out, or `add_special_tokens` is False."""
+        """Returns token ids, with leading special tokens unless the text contains them or `add_special_tokens` is
+        False.
+        """
         ids: list[int] = self.tokenizer(string, add_special_tokens=False)["input_ids"]
         return ids if add_special_tokens is False else begun(ids, self._beginning)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The template itself, for the record of a run."""
+        """Returns the template, for the record of a run."""
         return self._template.source() if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A chat as one text, its last message left open without `add_generation_prompt`. A system message that is
-        refused is left out.
+        """Renders a chat; its last message stays open without `add_generation_prompt`. A refused system message is left
+        out.
         """
         options: dict[str, Any] = {
             "add_generation_prompt": add_generation_prompt,
@@ -155,9 +156,7 @@ class EarlyExitLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        """For each request's continuation: its log-probability, and whether it is what each exit that was used says
-        first.
-        """
+        """Returns for each continuation its log-probability, and whether it is the greedy one of the exits used."""
         scores = self._scores([(context, continuation) for _, context, continuation in requests], disable_tqdm)
         answers = [(score.logprob, score.is_greedy) for score in scores]
         for request, answer in zip(requests, answers, strict=True):
@@ -165,7 +164,7 @@ class EarlyExitLM(TemplateLM):
         return answers
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihoods of whole texts, in windows of the model's context, each token once."""
+        """Returns log-likelihoods of whole texts, in windows of the model's context, with each token counted once."""
         windows = [
             [
                 make_disjoint_window(window)
@@ -182,8 +181,8 @@ class EarlyExitLM(TemplateLM):
         return answers
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """A completion of each prompt, without the string that ended it. A request that comes again is drawn with
-        another seed.
+        """Returns a completion of each prompt, without its stop string. A repeated request is sampled with another
+        seed.
         """
         again, jobs = Counter[int](), list[Job]()
         for request in requests:
@@ -222,7 +221,7 @@ class EarlyExitLM(TemplateLM):
         return scores
 
     def _job(self, context: str, kwargs: dict[str, Any], again: int) -> Job:
-        """Raises InputError on keys that mean nothing here."""
+        """Raises InputError on unsupported keys."""
         known: dict[str, Any] = dict(normalize_gen_kwargs(kwargs, MAX_NEW_TOKENS))
         wrong = [key for key in known if key not in (*_SAMPLING, *_OF_THE_HARNESS) and known[key] != _NEUTRAL.get(key)]
         if wrong:
@@ -259,8 +258,8 @@ class EarlyExitLM(TemplateLM):
         length: Callable[[Item], int],
         disable_tqdm: bool,
     ) -> list[Result]:
-        """Results in the order of the items, which are taken longest first, so that what memory does not hold is met at
-        once.
+        """Processes items longest first, so that a lack of memory shows at once. Returns results in the order of the
+        items.
         """
         order = sorted(range(len(items)), key=lambda place: -length(items[place]))
         found: dict[int, Result] = {}
@@ -272,8 +271,8 @@ class EarlyExitLM(TemplateLM):
 
 
 def batch_rows(given: int | str | None, default: int) -> int:
-    """The harness's batch_size as a number; `auto` is the default. Raises InputError on another word, or none of at
-    least 1.
+    """Parses the harness's batch_size; `auto` is the default. Raises InputError on another word, or a number below
+    1.
     """
     words = "" if given is None else str(given)
     if not words or words.startswith("auto"):

@@ -1,6 +1,4 @@
-"""lm-evaluation-harness on an early-exit model, one way to leave after the other, and its results in its own form with
-ours beside them.
-"""
+"""Runs lm-evaluation-harness under one policy after the other, and adds figures about exits to its results."""
 
 import dataclasses
 import functools
@@ -20,31 +18,31 @@ NOTE = (
     "policy, the first token of an answer, too"
 )
 KEY = "ee_tuning"
-"""The place of what the results hold beside the harness's own."""
+"""The key of these additions."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HarnessTasks:
-    """What the harness is asked for."""
+    """Options of the harness."""
 
     names: tuple[str, ...]
     include_path: Path | None = None
-    """Folder with tasks of the user's own."""
+    """Folder with the user's own tasks."""
     limit: float | None = None
-    """Documents of each task: so many, or below 1 such a share of them."""
+    """Number of documents of each task, or, below 1, a share of them."""
     num_fewshot: int | None = None
     batch_size: int = 32
     applies_chat_template: bool = False
     chat_template: str | None = None
     """A template, or the name of one of the tokenizer's."""
     gen_kwargs: str | None = None
-    """key=value,… over those of the tasks."""
+    """key=value,… that override the tasks' own."""
     runs_code: bool = False
-    """Whether tasks may run what the model writes."""
+    """Whether tasks may run code that the model writes."""
 
 
 def check_harness(tasks: HarnessTasks) -> None:
-    """Raises InputError where the harness is not installed or what is asked for can not be."""
+    """Raises InputError where the harness is not installed or an option is not possible."""
     if missing := next((name for name in ("lm_eval", "datasets") if find_spec(name) is None), None):
         raise InputError(
             f"--lm-eval needs lm-evaluation-harness, and its package {missing} is not installed; pip install "
@@ -68,9 +66,9 @@ def check_harness(tasks: HarnessTasks) -> None:
 def run_harness(
     driver: Driver, tasks: HarnessTasks, policy: Policy, policy_described: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The harness's results, and under `ee_tuning` the policy as `policy_described` and where tokens left.
+    """Returns the harness's results and, under `ee_tuning`, the policy as `policy_described` and where tokens left.
 
-    Raises InputError where a task can not be read, or asks for what is not to be had.
+    Raises InputError where a task can not be read, or needs something unsupported.
     """
     from lm_eval.evaluator import simple_evaluate
 
@@ -79,10 +77,8 @@ def run_harness(
     model = EarlyExitLM(driver=driver, given=policy, batch_size=tasks.batch_size, chat_template=tasks.chat_template)
     manager = _manager(tasks)
     try:
-        manager.load(list(tasks.names))  # alone, so that the harness's and our own mistakes are told apart
-    except (
-        Exception
-    ) as error:  # of any kind: data sets that are not there, YAML that is none, functions of the task's own
+        manager.load(list(tasks.names))  # on its own, to distinguish the harness's mistakes from ours
+    except Exception as error:  # any exception: missing data sets, invalid YAML, functions of a task
         raise InputError(
             f"lm-evaluation-harness can not read {', '.join(tasks.names)}: {type(error).__name__}: "
             f"{' '.join(str(error).split())[:300]}"
@@ -108,21 +104,23 @@ def run_harness(
 
 
 def results_json(results: Mapping[str, Any]) -> str:
-    """Results as the harness writes them."""
+    """Returns the results in the harness's format."""
     from lm_eval.utils import handle_non_serializable
 
     return to_json(results, indent=2, default=handle_non_serializable, ensure_ascii=False) + "\n"
 
 
 def results_table(results: Mapping[str, Any]) -> str:
-    """Results as the harness prints them, groups below."""
+    """Returns the harness's tables of the results, groups below."""
     from lm_eval.utils import make_table
 
     return "\n".join(make_table(results, column) for column in ("results", "groups") if results.get(column))
 
 
 def _left(left: Mapping[str, Mapping[int, int]], num_layers: int) -> dict[str, Any]:
-    """Per kind of request: how many tokens, their mean depth in layers, and the share that left at each exit."""
+    """Returns, per kind of request, the number of tokens, their mean depth in layers, and the share that left at each
+    exit.
+    """
     figures = {}
     for kind, counts in left.items():
         if total := sum(counts.values()):
@@ -137,14 +135,14 @@ def _left(left: Mapping[str, Mapping[int, int]], num_layers: int) -> dict[str, A
 
 @functools.lru_cache(maxsize=1)
 def _manager(tasks: HarnessTasks) -> Any:
-    """The harness's, of the user's own tasks alone where they are enough: reading the YAML of all others takes
+    """Returns the harness's task manager, of the user's own tasks only if they suffice: reading all YAML files takes
     seconds.
     """
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval.api.task").setLevel(
         logging.ERROR
-    )  # else a line or two on each metric, each time that a task is read
+    )  # otherwise it prints lines on each metric whenever a task is read
     if tasks.include_path is None:
         return TaskManager()
     own = TaskManager(include_path=str(tasks.include_path), include_defaults=False)

@@ -1,4 +1,4 @@
-"""Ways to leave that are compared with full depth: the points of a curve of quality against speed."""
+"""Policies that are compared with full depth: the points of a curve of quality against speed."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,14 +12,14 @@ from ee_tuning.generation.llm import EarlyExitLLM, with_options
 from ee_tuning.generation.policy import FULL, Policy
 
 THRESHOLDS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
-"""As EE-Tuning's figures have them (arXiv 2402.00518)."""
+"""As in EE-Tuning's figures (arXiv 2402.00518)."""
 
 PointKind = Literal["full", "threshold", "fixed", "speculative", "calibration"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One way to leave."""
+    """One policy."""
 
     name: str
     kind: PointKind
@@ -28,7 +28,7 @@ class Point:
     """The threshold, or the layer of the fixed exit."""
 
     def description(self) -> str:
-        """All that its tokens depend on, in few words."""
+        """Returns everything that its tokens depend on, in few words."""
         if self.policy.thresholds:
             exits = ", ".join(
                 f"{threshold:g} at {layer}" for layer, threshold in sorted(self.policy.thresholds.items())
@@ -44,7 +44,7 @@ FULL_DEPTH = Point(name="full depth", kind="full", policy=FULL)
 
 @dataclass(frozen=True, kw_only=True)
 class PolicySweep:
-    """What a command is asked to compare with full depth, before a model is there."""
+    """The policies that a command compares with full depth, before a model is loaded."""
 
     thresholds: tuple[float, ...] = THRESHOLDS
     fixed: tuple[int, ...] = ()
@@ -73,10 +73,10 @@ def points_of(
     speculative: bool = False,
     calibrations: Sequence[str | Path] = (),
 ) -> list[Point]:
-    """Full depth, and a point for each threshold (all exits alike, by `measure`), fixed exit, calibration file, and for
+    """Returns full depth and a point per threshold (the same for all exits, by `measure`), fixed exit, calibration and
     speculation.
 
-    Raises InputError where the exits are not there, a value is out of range or given twice, or a file does not fit.
+    Raises InputError where an exit does not exist, a value is out of range or given twice, or a file does not fit.
     """
     check_thresholds(thresholds)
     if thresholds and not any(layer < llm.num_layers for layer in llm.exit_layers):
@@ -109,7 +109,7 @@ def points_of(
 
 
 def check_thresholds(thresholds: Sequence[float]) -> None:
-    """Raises InputError where one is out of range."""
+    """Raises InputError where a threshold is out of range."""
     for threshold in thresholds:
         if not 0 <= threshold <= 1:
             raise InputError(

@@ -1,8 +1,8 @@
-"""`ee-tuning profile`: how far each layer turns the hidden states of a text, and where exits go by it.
+"""`ee-tuning profile`: measures how far each layer turns the hidden states of a text, and places exits by it.
 
-The angular distance of two layers' inputs is as in arXiv 2403.17887: arccos of their cosine, over π, here averaged over
-all tokens. Layers are built, read and dropped one after the other, so a model of any size takes the memory of one
-layer.
+The angular distance of two layers' inputs is that of arXiv 2403.17887: arccos of their cosine, over π, averaged over
+all tokens here. Layers are built, read and dropped one after the other, so that a model of any size needs the memory of
+one layer.
 """
 
 import argparse
@@ -38,31 +38,31 @@ NUM_SAMPLES, SAMPLE_LENGTH = 8, 128
 
 @dataclass(frozen=True)
 class Profile:
-    """What a text's hidden states do."""
+    """Angular distances of a text's hidden states."""
 
     distances: Tensor
-    """[layers + 1, layers + 1] float64: angular distance between the inputs of two layers; the last row is the last
+    """[layers + 1, layers + 1] float64: angular distance between the inputs of two layers. The last row is the last
     layer's output.
     """
     num_tokens: int
 
     @property
     def angular_distances(self) -> list[float]:
-        """How far each layer turns its input, 0 to 1 (opposite)."""
+        """The angle by which each layer turns its input, from 0 to 1 (opposite)."""
         return self.distances.diagonal(1).tolist()
 
     @property
     def path(self) -> list[float]:
-        """Length of the way up to each layer's output: its turns, summed."""
+        """The length of the path up to each layer's output: its angles, summed."""
         return self.distances.diagonal(1).cumsum(0).tolist()
 
     def exit_layers(self, num_exits: int) -> tuple[int, ...]:
-        """Exits with about as much turning between each two. Raises InputError where there are not so many layers."""
+        """Places exits with about the same angle between them. Raises InputError where there are too few layers."""
         return evenly_along(self.path, num_exits)
 
 
 def with_exit_layers(config: Config) -> Config:
-    """`config` with auto:N:profile answered by layers. Under a launcher all ranks call it, and one looks.
+    """Replaces auto:N:profile in `config` by layers. All ranks call it, and one measures.
 
     Raises InputError where the model or the text can not be used.
     """
@@ -77,8 +77,8 @@ def with_exit_layers(config: Config) -> Config:
 
 
 def measure_profile(config: Config, topology: Topology) -> Profile:
-    """Runs exits.profile_text through the model, on rank 0 alone. All ranks call it. Raises InputError where either can
-    not be used.
+    """Runs exits.profile_text through the model, on rank 0. All ranks call it. Raises InputError where either can not
+    be used.
     """
     found: list[Profile] = []
 
@@ -109,7 +109,7 @@ def _by_layers(config: Config, topology: Topology) -> Generator[None, None, Prof
 
 
 def profile(config: Config, flags: argparse.Namespace) -> None:
-    """Prints a line per layer and where `flags.num_exits` exits go, as a table or one JSON object; draws it all to
+    """Prints a line per layer and the places of `flags.num_exits` exits, as a table or JSON, and draws them to
     `flags.output`.
     """
     from ee_tuning.evaluation.profile_picture import draw_profile
@@ -120,7 +120,7 @@ def profile(config: Config, flags: argparse.Namespace) -> None:
         raise InputError(f"profile is for one process, got {world_size()}; start it without torchrun")
     check_file(flags.output)
     check_beside(flags.output, config, (config.exits.profile_text,))
-    measured = measure_profile(config, init_parallel(ParallelSection()))  # however many processes the job is for
+    measured = measure_profile(config, init_parallel(ParallelSection()))  # a world of one, for any layout of the job
     destroy_parallel()
     layers = measured.exit_layers(flags.num_exits)
     draw_profile(measured.distances, layers, model_folder(config.model.path).name, flags.output)

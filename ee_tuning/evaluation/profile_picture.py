@@ -1,6 +1,4 @@
-"""The picture of `ee-tuning profile`: how far each layer turns the hidden states, and the distances between all of
-them.
-"""
+"""The picture of `ee-tuning profile`: the angle of each layer, and the distances between all of them."""
 
 from pathlib import Path
 
@@ -12,7 +10,7 @@ LINE, EXIT = "#2f6fde", "#c9ced9"
 
 
 def draw_profile(distances: Tensor, exit_layers: tuple[int, ...], name: str, output: Path) -> None:
-    """`distances` [layers + 1, layers + 1] as `Profile` has them. Raises InputError where `output` can not be
+    """Draws `distances` [layers + 1, layers + 1] of a `Profile`. Raises InputError where `output` can not be
     written.
     """
     import matplotlib

@@ -1,6 +1,4 @@
-"""What leaving early costs and gains: tokens, depth and speed over confidence thresholds, against the same engine at
-full depth.
-"""
+"""Costs and gains of early exits: tokens, depth and speed by threshold, against the same engine at full depth."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -16,7 +14,9 @@ from ee_tuning.model.documents import PackedDocuments
 from ee_tuning.tuning.loss import token_losses
 
 REPEATS = 3
-"""Times that a prompt is decoded each way: on a small model a completion takes no longer than a machine's hiccup."""
+"""Repetitions per prompt and policy: with a small model, a completion takes no longer than an interruption of the
+machine.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,13 +25,13 @@ class ThresholdResult:
 
     threshold: float
     speedup: float
-    """Tokens per second ÷ those of full depth, the same prompts and the same run."""
+    """Tokens per second ÷ those of full depth on the same prompts in the same run."""
     tokens_per_second: float
     agreement: float
-    """Share of tokens equal to what the full model says after the same prefix."""
+    """Share of tokens that the full model predicts after the same prefix."""
     mean_exit_layer: float
     exit_histogram: dict[int, int]
-    """Tokens by the layer they left at; the number of layers for those that did not leave early."""
+    """Tokens by the layer at which they left; the number of layers for those that did not leave early."""
 
 
 def measure_thresholds(
@@ -41,11 +41,12 @@ def measure_thresholds(
     max_new_tokens: int,
     on_prompt: Callable[[int], None] = lambda done: None,
 ) -> tuple[list[ThresholdResult], float]:
-    """A result per threshold, and full depth's tokens per second. Greedy, one prompt at a time, past the end of text.
+    """Returns a result per threshold, and full depth's tokens per second. Greedy, one prompt at a time, past end of
+    text.
 
-    Every prompt is decoded at full depth and at all thresholds before the next one, and all that several times: a slow
-    moment of the machine falls on all alike, and of a way's times the shortest counts. The first one pays for memory
-    that a longer prompt wants.
+    Every prompt is decoded at full depth and at all thresholds before the next one, several times: a slow moment of the
+    machine affects all alike, and the shortest time of a policy counts. The first repetition pays for memory that a
+    longer prompt needs.
     """
     thresholds = list(thresholds)
     options: dict[str, Any] = {
@@ -72,7 +73,7 @@ def measure_thresholds(
 
 
 def agreement(llm: EarlyExitLLM, completion: Completion) -> float:
-    """Share of a completion's tokens that the full model would have said, greedily, after the same prefix."""
+    """Returns the share of a completion's tokens that the full model predicts, greedily, after the same prefix."""
     assert llm.engine is not None
     prompt = llm.encode(completion.prompt)
     said = llm.engine.full_model_tokens(prompt + completion.token_ids[:-1])[len(prompt) - 1 :]
@@ -80,10 +81,10 @@ def agreement(llm: EarlyExitLLM, completion: Completion) -> float:
 
 
 def final_head_loss(llm: EarlyExitLLM, config: Config) -> float:
-    """The full model's own mean loss, nats per token, on what `tune` validates with: what the exits' losses come down
-    towards.
+    """Returns the full model's mean loss, in nats per token, on the validation data of `tune`: the goal of the exits'
+    losses.
 
-    In one process.
+    For a single process.
     """
     model, tuning = llm.model, config.tuning
     splits = load_samples(

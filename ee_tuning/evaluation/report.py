@@ -1,18 +1,16 @@
-"""One picture of what tuning and leaving early did: quality against speed, where tokens left, loss per exit before and
-after.
-"""
+"""One picture of a demo: quality against speed, where tokens left, and loss per exit before and after tuning."""
 
 from pathlib import Path
 from typing import Any
 
 BACKGROUND, INK, MUTED = "#ffffff", "#1f2430", "#8a90a0"
 LABEL_HEIGHTS = (8, -15, 20, -27)
-"""Points above the curve: neighbours take turns, so that labels of thresholds that do alike do not meet."""
+"""Label offsets in points: neighbours alternate, so that labels of similar thresholds do not overlap."""
 BEFORE, AFTER, CURVE = "#c9ced9", "#2f6fde", "#2f6fde"
 
 
 def draw_report(report: dict[str, Any], path: Path) -> None:
-    """Draws `report` (the contents of report.json) to a PNG of three panels."""
+    """Draws `report` (the content of report.json) as a PNG of three panels."""
     import matplotlib
 
     matplotlib.use("Agg")

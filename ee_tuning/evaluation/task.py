@@ -1,4 +1,4 @@
-"""Task files: JSON lines, each a prompt (or the messages of a chat) with the answers that are right.
+"""Task files: JSON lines, each with a prompt (or the messages of a chat) and its right answers.
 
 {"prompt": "2 + 2 =", "answer": "4"}
 {"messages": [{"role": "user", "content": "Capital of France?"}], "answers": ["Paris", "Paris, France"], "id": "fr"}
@@ -22,7 +22,7 @@ Metric = Literal["exact", "contains", "rouge-l", "choice", "perplexity"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
 _KEYS = ("prompt", "messages", "answer", "answers", "choices", "max_new_tokens", "stop", "id")
 _MISSPELT = 0.8
-"""Likeness to one of the keys from which on another key is taken for that one, misspelt."""
+"""Similarity to a key from which on another key is taken for its misspelling."""
 
 Line = dict[str, Any]
 
@@ -32,27 +32,27 @@ class TaskItem:
     """A prompt of a task."""
 
     where: str
-    """File and line, for what is said of it."""
+    """File and line, for messages."""
     id: str | int
-    """Its own, or the number of its line."""
+    """Its own id, or the number of its line."""
     prompt: str | None = None
     messages: tuple[dict[str, Any], ...] = ()
-    """Messages in place of a prompt; a chat template makes one of them."""
+    """Messages instead of a prompt, rendered by a chat template."""
     answers: tuple[str, ...] = ()
-    """Any of them is right."""
+    """Right answers."""
     choices: tuple[str, ...] = ()
-    """What might follow the prompt, where the task is to choose."""
+    """Possible continuations, where the task is to choose."""
     right: int | None = None
-    """Place of the right choice."""
+    """Index of the right choice."""
     max_new_tokens: int | None = None
-    """The limit of this line, in place of the job's."""
+    """Limit of this line, instead of the job's."""
     stop: tuple[str, ...] = ()
     """Stop strings of this line, beside the job's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Prompts, and how what is said to them is judged."""
+    """Prompts, and the metric of their completions."""
 
     name: str
     metric: Metric
@@ -60,11 +60,11 @@ class Task:
 
     @property
     def text_metric(self) -> TextMetric | None:
-        """The metric where it judges what is generated; None where the model is asked how likely given texts are."""
+        """The metric where it judges generated text; None where it judges the likelihood of given texts."""
         return None if self.metric == "choice" or self.metric == "perplexity" else self.metric
 
     def digest(self) -> str:
-        """Tells this task from others, in few characters."""
+        """A short identifier of the content."""
         fields = [
             self.metric,
             [{key: value for key, value in asdict(item).items() if key != "where"} for item in self.items],
@@ -73,10 +73,9 @@ class Task:
 
 
 def read_task(path: Path, metric: Metric, *, limit: int | None = None, name: str | None = None) -> Task:
-    """The task in a file, its first `limit` lines alone where given; `name` is the file's by default.
+    """Reads a task from a file, or only its first `limit` lines. The default of `name` is the file's name.
 
-    Raises InputError, with its place, on what can not be read, a line that is no task, and where `metric` does not fit
-    it.
+    Raises InputError, with its place, where the file can not be read, a line is no task, or `metric` does not fit it.
     """
     if metric not in METRICS:
         raise InputError(f"--metric must be one of {', '.join(METRICS)}, got {metric!r}")
@@ -106,7 +105,7 @@ def _lines(path: Path) -> Iterator[tuple[int, Line]]:
 
 
 def _item(line: Line, where: str, number: int) -> TaskItem:
-    """Raises InputError where the line is no task."""
+    """Parses a line. Raises InputError where it is no task."""
     for key in line.keys() - set(_KEYS):
         if near := difflib.get_close_matches(key, _KEYS, n=1, cutoff=_MISSPELT):
             raise InputError(f"{where}: unknown key {key!r}; did you mean {near[0]!r}?")
@@ -147,7 +146,7 @@ def _item(line: Line, where: str, number: int) -> TaskItem:
 
 
 def _answers(line: Line, choices: tuple[str, ...], where: str) -> tuple[tuple[str, ...], int | None]:
-    """(answers, place of the right choice)."""
+    """Returns (answers, index of the right choice)."""
     if "answer" in line and "answers" in line:
         raise InputError(f'{where}: a line must have "answer" or "answers", not both')
     answer = line.get("answer")

@@ -1,5 +1,5 @@
-"""`ee-tuning calibrate --guarantee DELTA --task FILE --metric M`: what it reads, writes and prints; the tests are in
-`guarantee.py`.
+"""Inputs and outputs of `ee-tuning calibrate --guarantee DELTA --task FILE --metric M`. `guarantee.py` runs the
+tests.
 """
 
 import argparse
@@ -27,8 +27,9 @@ _BOUNDED = ("exact", "contains", "rouge-l", "choice")
 
 
 def calibrate_on_task(config: Config, flags: argparse.Namespace, topology: Topology, picture: Path) -> None:
-    """Measures, writes `flags.output` and the picture beside it, and prints what holds. Raises InputError, before the
-    model is loaded, on a task, a metric or a grid that can not be used, and where prompts are too few.
+    """Measures, writes `flags.output` and its picture, and prints the result.
+
+    Raises InputError, before the model is loaded, on an unusable task, metric or grid, and where prompts are too few.
     """
     measures: tuple[Measure, ...] = MEASURES if flags.measure == "best" else (flags.measure or "max_probability",)
     confidence = CONFIDENCE if flags.confidence is None else flags.confidence
@@ -106,7 +107,7 @@ def _check_number(num_prompts: int, delta: float, confidence: float, num_measure
 def _tree(
     config: Config, task: Task, delta: float, confidence: float, proofs: Mapping[Measure, Proof], full: list[Scored]
 ) -> dict[str, object]:
-    """The guarantee as the calibration file tells it: all that is needed to check the tests."""
+    """Returns the guarantee for the calibration file, with all numbers needed to check the tests."""
     first = next(iter(proofs.values()))
     tests = {
         measure: {

@@ -1,8 +1,7 @@
-"""Thresholds against the score of a task, for a guarantee (`guarantee.py`): a prompt's loss is the drop of its score
-below full depth's.
+"""Losses of thresholds on a task, for a guarantee (`guarantee.py`): how far a prompt's score falls below full depth's.
 
 Every threshold costs a completion of each prompt. A sequence of tests ends at its first failure, so thresholds are
-tried from the most careful one on, and those behind the failure are never decoded.
+tried from the most careful one on, and those after the failure are not decoded.
 """
 
 import dataclasses
@@ -31,14 +30,14 @@ class Scored(NamedTuple):
 
     score: float
     depth: float
-    """Layers that its tokens went through, on average."""
+    """Mean number of layers of its tokens."""
 
 
 class TaskScores:
-    """Scores of a task's prompts by one way to leave after the other."""
+    """Scores a task's prompts under one policy after the other."""
 
     def __init__(self, llm: EarlyExitLLM, task: Task, chat_template: str | None = None):
-        """Raises InputError, naming its line, on a prompt that can not be used."""
+        """Raises InputError, naming its line, on an unusable prompt."""
         self.llm, self.task = llm, task
         runner = BlockRunner(
             llm, [FULL_DEPTH], Procedure(batch_size=llm.defaults.max_batch_size, chat_template=chat_template)
@@ -46,7 +45,7 @@ class TaskScores:
         self.options, self._jobs = runner.options, runner.jobs_of(task)
 
     def by(self, point: Point) -> list[Scored]:
-        """One for each prompt, on every rank."""
+        """Returns a score for each prompt, on every rank."""
         return over_replicas(range(len(self._jobs)), lambda share: self._share(point, share), self.llm.model.topology)
 
     def _share(self, point: Point, places: list[int]) -> list[Scored]:
@@ -78,10 +77,9 @@ def try_on_task(
     level: float,
     on_threshold: Callable[[float, float, float], None] = lambda threshold, loss, p_value: None,
 ) -> Trials:
-    """What the thresholds of `grid` do to each prompt, up to the first whose test fails at `level`; those behind it are
-    not tried.
+    """Applies the thresholds of `grid` to each prompt, up to the first whose test fails at `level`.
 
-    `full` is full depth's, `on_threshold` is told each threshold's mean loss and p-value.
+    `full` holds full depth's scores. `on_threshold` gets each threshold's mean loss and p-value.
     """
     losses, depths = list[list[float]](), list[list[float]]()
     for threshold in grid:

@@ -1,8 +1,7 @@
-"""Metrics of a completion against the answers that a task takes for right: each gives a prompt a score in 0..1, the
-best over its answers.
+"""Metrics of a completion against right answers: each gives a prompt a score in 0..1, the best over its answers.
 
-Texts are compared as SQuAD 1.1 does (Rajpurkar et al., arXiv 1606.05250): in lower case, without punctuation, without
-the articles a, an and the, white space as single blanks. Unlike there, punctuation is Unicode's, long dashes part
+Texts are compared as in SQuAD 1.1 (Rajpurkar et al., arXiv 1606.05250): in lower case, without punctuation, without the
+articles a, an and the, with whitespace as single blanks. Unlike there, punctuation is Unicode's, long dashes separate
 words, and a point or comma between digits is read as in numbers: 3.5 stays, 1,000 is 1000.
 """
 
@@ -24,11 +23,11 @@ _KEPT_POINT = "\uf8ff"
 _UNPARTED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
 )
-"""Letters of scripts that part no words: Thai, Lao, Burmese, Khmer, Japanese, Chinese."""
+"""Letters of scripts without spaces between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese."""
 
 
 def normalized(text: str) -> str:
-    """`text` as it is compared; what would be nothing by it ("?", "The") is compared in lower case alone."""
+    """Normalizes `text`. A text that would become empty ("?", "The") is only put into lower case."""
     lower = unicodedata.normalize("NFC", text).lower()
     words = _POINT.sub(_KEPT_POINT, _THOUSANDS.sub("", lower))
     words = _without_punctuation(words).replace(_KEPT_POINT, ".")
@@ -36,21 +35,22 @@ def normalized(text: str) -> str:
 
 
 def exact(text: str, answers: Sequence[str]) -> float:
-    """1 where the completion is an answer, both normalized."""
+    """1 where the completion equals an answer, both normalized."""
     return float(normalized(text) in map(normalized, answers))
 
 
 def contains(text: str, answers: Sequence[str]) -> float:
-    """1 where an answer stands in the completion as whole words, both normalized. Chinese, Japanese, Thai … part no
-    words: there it stands anywhere.
+    """1 where the completion contains an answer as whole words, both normalized; in Chinese, Japanese, Thai …
+    anywhere.
     """
     said = normalized(text)
     return float(any(_stands_in(normalized(answer), said) for answer in answers))
 
 
 def rouge_l() -> Score:
-    """F1 of the longest common subsequence of words (Lin 2004), by the package rouge-score, without stemming. Raises
-    InputError where it is missing.
+    """F1 of the longest common subsequence of words (Lin 2004), by the package rouge-score, without stemming.
+
+    Raises InputError where it is missing.
     """
     try:
         scorer: Any = importlib.import_module("rouge_score.rouge_scorer").RougeScorer(["rougeL"], use_stemmer=False)
@@ -62,12 +62,12 @@ def rouge_l() -> Score:
 
 
 def score_of(metric: TextMetric) -> Score:
-    """The metric's function. Raises InputError where a package that it needs is not there."""
+    """Returns the metric's function. Raises InputError where a package that it needs is missing."""
     return rouge_l() if metric == "rouge-l" else exact if metric == "exact" else contains
 
 
 def _without_punctuation(text: str) -> str:
-    """Long dashes part words, as they do in print."""
+    """Long dashes separate words, as in print."""
     kinds = ((character, unicodedata.category(character)) for character in text)
     return "".join(
         " " if kind == "Pd" and character != "-" else "" if kind[0] in "PS" else character for character, kind in kinds
@@ -85,7 +85,7 @@ def _stands_in(answer: str, text: str) -> bool:
 
 
 def _joins(left: str, right: str) -> bool:
-    """Whether two neighbours are of one word."""
+    """Whether two neighbours belong to one word."""
     return _is_of_word(left) and _is_of_word(right)
 
 
