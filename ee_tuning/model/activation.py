@@ -1,4 +1,4 @@
-"""The activations of the families."""
+"""Activation functions of the families."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,7 +10,7 @@ from ee_tuning.model.config import ModelConfig
 
 
 def activation(config: ModelConfig) -> Callable[[Tensor], Tensor]:
-    """The MLP's own."""
+    """Returns the activation of the model's MLP."""
     functions: dict[str, Callable[[Tensor], Tensor]] = {
         "silu": F.silu,
         "gelu": F.gelu,

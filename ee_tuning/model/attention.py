@@ -1,6 +1,6 @@
-"""Core attention: causal over whole sequences for tuning, ragged over a KV cache for decoding.
+"""Causal attention over whole sequences, for tuning. Decoding uses ragged attention over a KV cache.
 
-The first goes into Megatron's layer spec, because the stock one wants the CUDA random-number tracker.
+It replaces the core attention of Megatron's layer spec, because the stock one needs the CUDA random-number tracker.
 """
 
 import math
@@ -20,13 +20,13 @@ from ee_tuning.parallel.fake_tensor import is_fake
 
 
 def softmax_scale(config: ModelConfig) -> float:
-    """1/√d, times YaRN's attention factor once for the queries and once for the keys."""
+    """Returns 1/√d, times YaRN's attention factor once for the queries and once for the keys."""
     return config.rope.attention_factor**2 / math.sqrt(config.kv_channels)
 
 
 class CausalAttention(MegatronModule):
-    """q [s, b, n, d], k and v [s, b, g, d] -> [s, b, n * d]. A token sees itself and those before it, in its document
-    where told apart.
+    """q [s, b, n, d], k and v [s, b, g, d] -> [s, b, n * d]. A token attends to itself and to earlier tokens of its
+    document.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class CausalAttention(MegatronModule):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: PackedDocuments | None = None, **_: Any
     ) -> Tensor:
-        """See the class. Megatron's layers hand on what they are given as `attention_mask`."""
+        """See the class. Megatron's layers pass the documents on as `attention_mask`."""
         s, b, n, d = query.shape
         if attention_mask is not None and attention_mask.starts is not None and _has_varlen(query):
             q, k, v = (x.transpose(0, 1).reshape(b * s, -1, d) for x in (query, key, value))
@@ -55,5 +55,7 @@ class CausalAttention(MegatronModule):
 
 
 def _has_varlen(query: Tensor) -> bool:
-    """Whether the kernel that computes no masked block can take it; a dry run imagines a GPU that has it."""
+    """Whether a varlen kernel, which skips masked blocks, supports this input. A dry run assumes a GPU with such a
+    kernel.
+    """
     return flash.takes(query.dtype, query.shape[-1]) if is_fake(query) else flash.serves(query)

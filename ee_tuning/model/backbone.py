@@ -1,6 +1,6 @@
 """This stage of the frozen backbone: Megatron-core's embedding and layers, built one by one from the stock layer spec.
 
-Parameters carry the names a stock GPTModel gives them, with global layer indices, whatever the stage.
+Parameters have the names of a stock GPTModel, with global layer indices on every stage.
 """
 
 import warnings
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # of the fused libraries that are not installed
+    warnings.simplefilter("ignore")  # fused libraries are not installed
     from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.tensor_parallel.layers import RowParallelLinear
@@ -31,21 +31,20 @@ from ee_tuning.parallel.topology import Topology
 
 # s sequence · b micro-batch · h hidden · v/tp this rank's shard of the vocabulary
 
-# Megatron-core wants one queue for all of a GPU's work where a layer trains under tensor parallelism; the relay would
-# wait in it.
+# Megatron-core wants one queue for all work of a GPU that trains under tensor parallelism; the relay would wait in it.
 warnings.filterwarnings("ignore", message="When using (async grad allreduce|sequence parallelism)")
 
 
 def transformer_config(
     config: ModelConfig, topology: Topology, dtype: torch.dtype, *, cuts_sequence: bool = False
 ) -> TransformerConfig:
-    """Megatron's description of the layers. Pipelining is left out of it: stages take the layers they are given.
+    """Returns Megatron's description of the layers, without pipelining: stages build the layers they are given.
 
-    `cuts_sequence`: they take and give each tensor-parallel rank its part of the sequence (Megatron's sequence
+    `cuts_sequence`: layers take and return each tensor-parallel rank's part of the sequence (Megatron's sequence
     parallelism).
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of defaults of its own that it deprecates
+        warnings.simplefilter("ignore")  # Megatron-core deprecates some of its own defaults
         return _transformer_config(config, topology, dtype, cuts_sequence)
 
 
@@ -87,7 +86,7 @@ def _transformer_config(
 
 
 def layer_spec(config: ModelConfig, number: int) -> Any:
-    """Megatron's stock layer, with norms and a core attention of our own."""
+    """Returns the spec of Megatron's stock layer with this project's norms and core attention."""
     norm = backbone_norm(config)
     spec = get_gpt_layer_local_spec(
         num_experts=config.num_experts if config.has_experts(number) else None,
@@ -107,14 +106,14 @@ def layer_spec(config: ModelConfig, number: int) -> Any:
 def build_layer(
     config: ModelConfig, topology: Topology, number: int, dtype: torch.dtype, *, cuts_sequence: bool = False
 ) -> Any:
-    """A layer as the backbone's layer `number` (1-based) is built, its weights uninitialized. `cuts_sequence` as
+    """Builds layer `number` (1-based) like the backbone's, without weights. `cuts_sequence` as in
     `transformer_config`.
     """
     megatron = transformer_config(config, topology, dtype, cuts_sequence=cuts_sequence)
     layer = build_module(layer_spec(config, number), config=megatron, layer_number=number)
     if config.has_experts(number):
         dispatch_in_place(layer.mlp)
-    cast_parameters(layer, device=topology.device)  # Megatron-core makes routers on the CPU
+    cast_parameters(layer, device=topology.device)  # Megatron-core creates routers on the CPU
     return layer
 
 
@@ -125,8 +124,8 @@ def apply_layer(
     config: ModelConfig,  # [s, b, h], [positions, d]
     documents: PackedDocuments | None,
 ) -> Tensor:  # [s, b, h]
-    """A layer (`build_layer`) over whole sequences, causally; `documents` where they are told apart. [s/tp, b, h] where
-    it cuts them.
+    """Runs a layer (`build_layer`) causally over whole sequences, [s/tp, b, h] where it cuts them; `documents`
+    separates documents.
     """
     length = hidden.shape[0] * (layer.config.tensor_model_parallel_size if layer.config.sequence_parallel else 1)
     rotary = rotations(angles, length, documents) if config.position == "rope" else None
@@ -134,7 +133,7 @@ def apply_layer(
 
 
 class BiasedProjection(RowParallelLinear):
-    """The attention's output with a bias, in a layer whose other linear maps have none: Megatron has one word for all
+    """The attention's output projection with a bias, where other linear maps have none. Megatron has one switch for all
     of them.
     """
 
@@ -143,10 +142,10 @@ class BiasedProjection(RowParallelLinear):
 
 
 class BackboneStage(nn.Module):
-    """Layers `first_layer`..`last_layer` (1-based), after the word embedding on the first stage, before the final head
-    where asked for.
+    """Layers `first_layer`..`last_layer` (1-based), with the word embedding on the first stage and the final head on
+    request.
 
-    Frozen and in evaluation mode. Weights are uninitialized until a checkpoint's reader fills every parameter.
+    Frozen and in evaluation mode. Weights are uninitialized until a checkpoint is loaded.
     """
 
     def __init__(
@@ -164,7 +163,7 @@ class BackboneStage(nn.Module):
         cuts_sequence: bool = False,
         weights: WeightFormat = "native",
     ):
-        """`cuts_sequence`: layers take and give [s/tp, b, h], each tensor-parallel rank its part of the sequence."""
+        """`cuts_sequence`: layers take and return [s/tp, b, h], each tensor-parallel rank's part of the sequence."""
         super().__init__()
         self.config, self.dtype = config, dtype
         self.first_layer, self.last_layer = first_layer, last_layer
@@ -180,11 +179,11 @@ class BackboneStage(nn.Module):
             )
             cast_parameters(
                 self.embedding, dtype, topology.device
-            )  # Megatron-core has that of positions on the CPU, as float32
+            )  # Megatron-core creates that of positions on the CPU in float32
         layers = nn.ModuleDict()
         for number in range(first_layer, last_layer + 1):
             layers[str(number - 1)] = layer = build_layer(config, topology, number, dtype, cuts_sequence=cuts_sequence)
-            if weights != "native":  # layer by layer, so that no more than one is ever there in `dtype`
+            if weights != "native":  # layer by layer, so that only one layer at a time exists in `dtype`
                 quantize_layer(layer, weights, topology)
         self.decoder = nn.ModuleDict({"layers": layers})
         if has_final_norm:
@@ -202,17 +201,19 @@ class BackboneStage(nn.Module):
         self.eval().requires_grad_(False)
 
     def layer(self, number: int) -> Any:
-        """Megatron's TransformerLayer `number`, 1-based over the whole model."""
+        """Returns Megatron's TransformerLayer `number`, 1-based over the whole model."""
         layers = self.decoder["layers"]
         assert isinstance(layers, nn.ModuleDict)
         return layers[str(number - 1)]
 
     def final_norm(self, hidden: Tensor) -> Tensor:  # […, h] -> […, h]
-        """The norm before the model's own output matrix; only where it was asked for."""
+        """The norm before the model's own output matrix, if this stage has it."""
         return self.decoder["final_layernorm"](hidden)
 
     def embed(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:  # [b, s], [b, s] -> [s, b, h]
-        """Embeddings; first stage only. `positions`, 0, 1, … by default, count where the model has learned them."""
+        """Embeds tokens, on the first stage only. `positions`, by default 0, 1, …, matter for learned position
+        embeddings.
+        """
         if positions is None and self.config.position == "learned":
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         return self.embedding(tokens, positions)
@@ -220,7 +221,7 @@ class BackboneStage(nn.Module):
     def run_layer(
         self, number: int, hidden: Tensor, documents: PackedDocuments | None = None
     ) -> Tensor:  # [s, b, h] -> [s, b, h]
-        """One layer over whole sequences, causally, or this rank's part of them; `documents` where they are told
-        apart.
+        """Runs one layer causally over whole sequences, or this rank's part of them. `documents` separates
+        documents.
         """
         return apply_layer(self.layer(number), hidden, self.angles, self.config, documents)

@@ -1,14 +1,14 @@
-"""Parameters in another dtype or on another device."""
+"""Casts parameters to another dtype or device."""
 
 import torch
 from torch import nn
 
 
 def cast_parameters(module: nn.Module, dtype: torch.dtype | None = None, device: torch.device | None = None) -> None:
-    """`module.to` with new parameters in place of the old ones: under fake tensors, `to` can not change those that are
-    there.
+    """Like `module.to`, but replaces parameters by new ones, since `to` can not change them in place under fake
+    tensors.
 
-    Parameters that are right already stay the same objects. Buffers follow to the device and keep their dtype.
+    Parameters that already match stay the same objects. Buffers move to the device and keep their dtype.
     """
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):

@@ -1,12 +1,13 @@
-"""How matrices lie in memory while decoding."""
+"""Memory layout of matrices during decoding."""
 
 from torch import Tensor
 
 
 def column_major(weight: Tensor) -> Tensor:
-    """The same matrix [tall, wide], its columns laid one after the other, in place.
+    """Lays a matrix [tall, wide] out column by column, in place.
 
-    On a CPU torch reads a tall matrix up to twice as fast so for a row of activations; wide ones gain nothing.
+    On a CPU, torch multiplies a tall matrix by a row of activations up to twice as fast in this layout; wide matrices
+    gain nothing.
     """
     if weight.device.type == "cpu" and weight.is_contiguous():
         weight.data = weight.data.t().contiguous().t()
@@ -14,7 +15,7 @@ def column_major(weight: Tensor) -> Tensor:
 
 
 def row_major(weight: Tensor) -> Tensor:
-    """The same matrix, its rows laid one after the other, in place: as it is stored, and as the kernels read it."""
+    """Lays a matrix out row by row, in place: as it is stored, and as the kernels read it."""
     if not weight.is_contiguous():
         weight.data = weight.data.contiguous()
     return weight

@@ -1,4 +1,4 @@
-"""The backbone's shape, read from a Hugging Face config.json in its old and its new spelling."""
+"""The shape of a backbone, from a Hugging Face config.json in its old or new format."""
 
 import dataclasses
 import math
@@ -19,86 +19,86 @@ STORED_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Rotary positions. Fields that a kind does not use keep their defaults."""
+    """Rotary position embeddings. Fields that a kind does not use keep their defaults."""
 
     kind: Literal["default", "linear", "llama3", "yarn", "dynamic", "longrope"] = "default"
-    """dynamic: as default up to max_position_embeddings, past which no text goes here."""
+    """dynamic: like default up to max_position_embeddings, which is the limit here."""
     theta: float = 10000.0
     """Base of the geometric series of wavelengths."""
     factor: float = 1.0
-    """How many times longer the context became."""
+    """Factor by which the context was extended."""
     original_max_position_embeddings: int = 0
     """Context before scaling (llama3, yarn, longrope)."""
     low_freq_factor: float = 1.0
     """llama3: wavelengths longer than original ÷ this are divided by factor."""
     high_freq_factor: float = 4.0
-    """llama3: wavelengths shorter than original ÷ this are left alone."""
+    """llama3: wavelengths shorter than original ÷ this are unchanged."""
     beta_fast: float = 32.0
-    """yarn: rotations over the original context above which a dimension is left alone."""
+    """yarn: rotations over the original context above which a dimension is unchanged."""
     beta_slow: float = 1.0
-    """yarn: rotations below which it is interpolated in full."""
+    """yarn: rotations below which a dimension is fully interpolated."""
     truncate: bool = True
-    """yarn: round the ends of the ramp to whole dimensions."""
+    """yarn: whether to round the ends of the ramp to whole dimensions."""
     attention_factor: float = 1.0
-    """yarn, longrope: scale of queries and of keys alike."""
+    """yarn, longrope: scale of both queries and keys."""
     short_factor: tuple[float, ...] = ()
-    """longrope: of each pair of dimensions, how many times longer its wave is, in texts no longer than the original
-    context.
-    """
+    """longrope: factor of each pair of dimensions' wavelength, in texts within the original context."""
     long_factor: tuple[float, ...] = ()
-    """longrope: the same in longer texts, which do not occur here: `read_model_config` cuts the context."""
+    """longrope: the same for longer texts. Unused, because `read_model_config` limits the context."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder-only transformer. What a field leaves unsaid is as in Llama."""
+    """A decoder-only transformer. Defaults are Llama's."""
 
     family: Family = "llama"
-    """How its Hugging Face folder spells its tensors."""
+    """Determines the names of its tensors in a Hugging Face folder."""
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
-    """Inner width of a layer's MLP; where every layer has experts, an expert's."""
+    """Inner width of a layer's MLP; if every layer has experts, that of an expert."""
     num_attention_heads: int
     num_query_groups: int
-    """Key and value heads."""
+    """Number of key and value heads."""
     kv_channels: int
     """Width of one head."""
     vocab_size: int
-    """The number of tokens, without padding."""
+    """Number of tokens, without padding."""
     max_position_embeddings: int
     norm_epsilon: float
     rope: RopeConfig
     ties_embeddings: bool
     """Whether the output matrix is the word embedding."""
     norm: Literal["rms", "layer"] = "rms"
-    """layer: with a bias."""
+    """layer: LayerNorm with a bias."""
     position: Literal["rope", "learned"] = "rope"
-    """learned: an embedding of each position, added to the word's."""
+    """learned: an embedding per position, added to the word's."""
     activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
     is_gated: bool = True
-    """The MLP: down (activation(gate x) · up x); else down activation(up x)."""
+    """MLP: down (activation(gate x) · up x) if gated, else down activation(up x)."""
     has_linear_bias: bool = False
     """Whether every linear map of a layer has a bias."""
     has_qkv_bias: bool = False
-    """Whether queries, keys and values have one."""
+    """Whether the maps of queries, keys and values have a bias."""
     has_proj_bias: bool = False
-    """Whether the attention's output has one."""
+    """Whether the attention's output projection has a bias."""
     has_qk_norm: bool = False
-    """Each head's query and key are normed before they are rotated."""
+    """Whether each head's query and key are normed before rotation."""
     num_experts: int = 0
-    """MLPs of a layer, of which a router picks some for each token; 0 where a layer has one MLP."""
+    """Experts (MLPs) of a layer, among which a router chooses for each token; 0 for a single MLP."""
     moe_router_topk: int = 0
-    """Experts that a token is given to."""
+    """Experts per token."""
     moe_ffn_hidden_size: int = 0
     """Inner width of an expert."""
     renormalizes_router: bool = True
-    """Whether the chosen experts' weights add up to 1; else they are their shares of a softmax over all experts."""
+    """Whether the weights of the chosen experts are normalized to a sum of 1, or remain shares of a softmax over all
+    experts.
+    """
     dense_layers: tuple[int, ...] = ()
-    """Layers (1-based) of a model with experts that have one MLP instead."""
+    """Layers (1-based) with one MLP in a model with experts."""
     init_std: float = 0.02
     stored_dtype: str = "float32"
-    """What the weights are stored in."""
+    """dtype of the stored weights."""
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
 
@@ -107,7 +107,7 @@ class ModelConfig:
         return self.num_experts > 0 and layer not in self.dense_layers
 
     def padded_vocab_size(self, tp: int) -> int:
-        """The vocabulary rounded up so that every tensor-parallel rank has as many rows."""
+        """Returns the vocabulary size, rounded up so that every tensor-parallel rank has the same number of rows."""
         return padded_size(self.vocab_size, tp)
 
     def check_layout(self, tp: int, num_stages: int) -> None:
@@ -137,7 +137,7 @@ class ModelConfig:
             )
 
     def check_exit_layers(self, exit_layers: tuple[int, ...]) -> None:
-        """Raises InputError where there are none, or they lie outside the model, repeat, or are unsorted."""
+        """Raises InputError where there are none, or they lie outside of the model, repeat, or are not sorted."""
         if not exit_layers:
             raise InputError(
                 f"exits.exit_layers must name at least one layer in 1..{self.num_layers}, got none; "
@@ -154,9 +154,7 @@ class ModelConfig:
 
 
 def read_model_config(folder: Path) -> ModelConfig:
-    """The shape of the model in a Hugging Face folder. Raises InputError on what is missing or what this project can
-    not run.
-    """
+    """Reads the shape of the model in a Hugging Face folder. Raises InputError on missing or unsupported fields."""
     path = folder / "config.json"
     if not folder.is_dir():
         raise InputError(
@@ -174,7 +172,7 @@ def read_model_config(folder: Path) -> ModelConfig:
 
 
 def model_config_from_hf(raw: Any, path: Path) -> ModelConfig:
-    """The config that `read_model_config` reads, from the parsed config.json; `path` is named in errors."""
+    """Does the work of `read_model_config` on a parsed config.json. `path` is named in errors."""
     if not isinstance(raw, dict):
         raise InputError(f"{path} must hold a JSON object, got {type(raw).__name__}; fetch the model's own config.json")
     refuse_quantized(raw, path)
@@ -197,8 +195,10 @@ def model_config_from_hf(raw: Any, path: Path) -> ModelConfig:
 
 
 def _within_short_context(config: ModelConfig, path: Path) -> ModelConfig:
-    """A text that is longer than the original context has other frequencies from its first token on, with longrope: all
-    keys so far would have to be computed anew where one grows past it.
+    """Limits a longrope model to its original context.
+
+    Longer texts have other frequencies from their first token on: all earlier keys would have to be recomputed when a
+    text grows past it.
     """
     rope, positions, pairs = config.rope, config.rope.original_max_position_embeddings, config.kv_channels // 2
     if len(rope.short_factor) != pairs or any(factor <= 0 for factor in rope.short_factor):
@@ -245,10 +245,10 @@ def _from_object(raw: dict[str, Any], path: Path) -> ModelConfig:
 
 
 def _rope(raw: dict[str, Any], max_positions: int, path: Path) -> RopeConfig:
-    """transformers 5 writes rope_parameters, older ones rope_theta and rope_scaling."""
+    """Reads the rotary embedding: transformers 5 writes rope_parameters, older versions rope_theta and rope_scaling."""
     fields = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
     kind: Any = fields.get("rope_type") or fields.get("type") or "default"
-    kind = "longrope" if kind == "su" else kind  # its name before there was a paper
+    kind = "longrope" if kind == "su" else kind  # its former name
     if kind not in ("default", "linear", "llama3", "yarn", "dynamic", "longrope"):
         raise InputError(f"{path}: rope scaling must be default, linear, llama3, yarn, dynamic or longrope, got {kind}")
     theta = float(fields.get("rope_theta") or raw.get("rope_theta") or 10000.0)
@@ -300,7 +300,7 @@ def _longrope_attention_factor(fields: dict[str, Any], factor: float, original: 
 
 
 def _yarn_attention_factor(fields: dict[str, Any], factor: float, _: int) -> float:
-    """Section 3.4 of arXiv 2309.00071, with DeepSeek's two-sided form where a config gives it."""
+    """Section 3.4 of arXiv 2309.00071, with DeepSeek's two-sided form where a config has it."""
 
     def scale(mscale: float) -> float:
         return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0

@@ -1,6 +1,6 @@
-"""Several documents in one row of tokens: which tokens may see each other, and at which position each of them stands.
+"""Several documents in one row of tokens: attention within documents, and positions within documents.
 
-Every stage makes this from the micro-batch of its own loader; it never travels with the hidden states.
+Every stage derives this from its own loader's micro-batch; it is never sent with the hidden states.
 """
 
 from dataclasses import dataclass
@@ -17,28 +17,28 @@ from ee_tuning.parallel.pinned_staging import to_device
 
 @dataclass(frozen=True, kw_only=True)
 class PackedDocuments:
-    """The documents of a micro-batch, on the device that computes."""
+    """The documents of a micro-batch, on the computing device."""
 
     ids: Tensor | None
-    """[b, s] int64: grows by one where a document begins; tokens see those of their own id. None: they see all before
-    them.
+    """[b, s] int64, growing by one where a document begins; tokens attend within their id. None: they attend to all
+    earlier tokens.
     """
     positions: Tensor | None
-    """[b, s] int64: where each token stands in its document. None: where it stands in its row."""
+    """[b, s] int64: each token's position in its document. None: its position in the row."""
     starts: Tensor | None
-    """[documents + 1] int32: first token of each document, rows laid one after the other, and the number of tokens;
+    """[documents + 1] int32: first token of each document, with rows concatenated, and the number of tokens. Present
     with `ids`.
     """
     longest: int
-    """Tokens of the longest document; with `ids`."""
+    """Number of tokens of the longest document. Present with `ids`."""
 
     @classmethod
     def of(cls, ids: Tensor | None, positions: Tensor | None, device: torch.device) -> "PackedDocuments | None":
-        """The documents of the loader's tensors on the CPU; None where documents are not told apart."""
+        """Builds the documents from the loader's tensors on the CPU, or None where documents are not separated."""
         if ids is None and positions is None:
             return None
         starts, longest = None, 0
-        if ids is not None:  # here, on the CPU: on the device, `longest` would have to be waited for
+        if ids is not None:  # on the CPU: on the device, reading `longest` would wait for it
             starts, longest = _bounds(ids)
             starts = to_device(starts.int(), device)
         ids, positions = (None if each is None else to_device(each, device) for each in (ids, positions))
@@ -46,8 +46,8 @@ class PackedDocuments:
 
     @cached_property
     def mask(self) -> Tensor | None:
-        """[b, 1, s, s] bool: whether a token (row) sees another (column). One for all layers. None where all before it
-        are seen.
+        """[b, 1, s, s] bool: whether a token (row) attends to another (column). The same for all layers. None for all
+        earlier tokens.
         """
         if self.ids is None:
             return None
@@ -55,7 +55,7 @@ class PackedDocuments:
 
 
 def _bounds(ids: Tensor) -> tuple[Tensor, int]:  # [b, s] -> [documents + 1], tokens of the longest
-    if is_fake(ids):  # a document in each row: so attention takes most
+    if is_fake(ids):  # one document per row, the most expensive case of attention
         return torch.arange(0, ids.numel() + 1, ids.shape[1]), ids.shape[1]
     is_start = torch.ones_like(ids, dtype=torch.bool)
     is_start[:, 1:] = ids[:, 1:] != ids[:, :-1]
@@ -66,7 +66,7 @@ def _bounds(ids: Tensor) -> tuple[Tensor, int]:  # [b, s] -> [documents + 1], to
 def rotations(
     angles: Tensor, length: int, documents: PackedDocuments | None
 ) -> Tensor:  # [positions, d] -> [s, 1 or b, 1, d]
-    """Rotary angles of whole sequences, as Megatron's layers take them."""
+    """Returns rotary angles of whole sequences, in the form that Megatron's layers expect."""
     if documents is None or documents.positions is None:
         return angles[:length, None, None]
     return angles[documents.positions.t()][:, :, None]

@@ -1,7 +1,6 @@
-"""A stage of an early-exit model: frozen backbone layers, and the exit heads that sit on them. Exits cut the network
-into segments.
+"""One stage of an early-exit model: frozen backbone layers with their exit heads. Exits cut the network into segments.
 
-`run_layers` walks whole sequences, for tuning and evaluation; decoding walks the same layers token by token
+`run_layers` runs whole sequences, for tuning and evaluation; decoding runs the same layers token by token
 (`ragged_layer.py`).
 """
 
@@ -27,29 +26,29 @@ from ee_tuning.parallel.vocab import VocabShard
 
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
-    """What one stage holds."""
+    """The parts of one stage."""
 
     first_layer: int
     last_layer: int
     exits: tuple[ExitSpec, ...]
     """All exits of the model, on any stage."""
     token_ids: tuple[int, ...] = ()
-    """Tokens that the exits say, increasing; all where there are none."""
+    """The exits' shortlist, increasing; empty for the whole vocabulary."""
     has_final_head: bool
-    """Whether the model's own last norm and output matrix are wanted, on the last stage."""
+    """Whether the last stage holds the model's own norm and output matrix."""
     shares_output_matrix: bool = False
-    """Whether every stage with an exit holds the model's own output matrix, tied to it or not."""
+    """Whether every stage with an exit holds the model's output matrix, tied to it or not."""
     max_length: int
-    """Positions that will be computed."""
+    """Most positions that will be computed."""
     dtype: torch.dtype
     cuts_sequence: bool = False
     """Whether hidden states between layers are cut along the sequence over tensor parallelism."""
     weights: WeightFormat = "native"
-    """How the layers' matrices are held."""
+    """Storage format of the layers' matrices."""
 
     @property
     def exit_layers(self) -> tuple[int, ...]:
-        """The layers that an exit follows, on any stage."""
+        """Layers followed by an exit, on any stage."""
         return tuple(spec.layer for spec in self.exits)
 
     @property
@@ -64,7 +63,7 @@ class StagePlan:
 
 
 class EarlyExitModel(nn.Module):
-    """One stage: `backbone` (frozen) and `exit_heads`, keyed by layer. Weights are uninitialized until they are
+    """One stage: the frozen `backbone` and `exit_heads`, keyed by layer. Weights are uninitialized until they are
     loaded.
     """
 
@@ -73,7 +72,7 @@ class EarlyExitModel(nn.Module):
         self.config, self.topology, self.plan = config, topology, plan
         self.vocab = VocabShard.of(config.vocab_size, config.padded_vocab_size(topology.tp), topology)
         self.exit_vocab = exit_vocab(plan.token_ids, self.vocab, topology)
-        """What exits say."""
+        """The vocabulary of the exits."""
         has_final = plan.has_final_head and topology.is_last_stage
         self.backbone = BackboneStage(
             config,
@@ -105,25 +104,25 @@ class EarlyExitModel(nn.Module):
         )
 
     def exit_head(self, layer: int) -> ExitHead:
-        """The head after `layer`, which must be on this stage."""
+        """Returns the head after `layer`, which must be on this stage."""
         head = self.exit_heads[str(layer)]
         assert isinstance(head, ExitHead)
         return head
 
     @torch.no_grad()
     def embed(self, tokens: Tensor, documents: PackedDocuments | None = None) -> Tensor:  # [b, s] int64 -> [s, b, h]
-        """Word embeddings; first stage only."""
+        """Embeds tokens, on the first stage only."""
         hidden = self.backbone.embed(tokens, documents.positions if documents else None)
-        # Megatron-core would cut it, too, and then asks for CUDA's random numbers, for a dropout of nothing.
+        # Megatron-core would cut it, too, but asks for CUDA's random numbers for a dropout of zero.
         return local_sequence(hidden, self.topology).clone() if self.plan.cuts_sequence else hidden
 
     @torch.no_grad()
     def whole_sequence(self, x: Tensor) -> Tensor:  # [s, …] -> [s, …]
-        """Every rank's part of the sequence, one after the other, where the plan cuts it; else `x`."""
+        """Gathers all ranks' parts of the sequence if the plan cuts it, else returns `x`."""
         return gather_sequence(x.contiguous(), self.topology.tp_group) if self.plan.cuts_sequence else x
 
     def hidden_shape(self, seq_length: int, micro_batch_size: int) -> tuple[int, int, int]:
-        """[s, b, h] of what goes from layer to layer and from stage to stage, for sequences of `seq_length`."""
+        """Returns the shape [s, b, h] of hidden states between layers and stages, for sequences of `seq_length`."""
         return (
             seq_length // (self.topology.tp if self.plan.cuts_sequence else 1),
             micro_batch_size,
@@ -138,10 +137,10 @@ class EarlyExitModel(nn.Module):
         *,
         through: int | None = None,
     ) -> tuple[Tensor, dict[int, ExitInput]]:  # [s, b, h], …
-        """This stage's layers over whole sequences, those behind layer `through` left out: their output, and what each
-        exit among them takes.
+        """Runs this stage's layers up to layer `through` over whole sequences. Returns their output, and the exits'
+        inputs.
 
-        `documents` tells those apart that share a row.
+        `documents` separates documents that share a row.
         """
         inputs: dict[int, ExitInput] = {}
         last = self.plan.last_layer if through is None else min(through, self.plan.last_layer)
@@ -157,13 +156,13 @@ class EarlyExitModel(nn.Module):
 
     @torch.no_grad()
     def final_hidden(self, hidden: Tensor) -> Tensor:  # […, h] -> […, h]
-        """What the model's own output matrix is applied to; last stage only."""
+        """Returns the input of the model's own output matrix, on the last stage only."""
         return self.backbone.final_norm(hidden)
 
     def _run_layer_with_mlp_exit(
         self, number: int, hidden: Tensor, documents: PackedDocuments | None
     ) -> tuple[Tensor, ExitInput]:
-        # The post-attention residual is what enters the norm before the MLP, in every layer spec of Megatron's.
+        # The post-attention residual enters the norm before the MLP, in every layer spec of Megatron's.
         seen: list[ExitInput] = []
         hook = self.backbone.layer(number).pre_mlp_layernorm.register_forward_hook(partial(_keep, seen))
         try:

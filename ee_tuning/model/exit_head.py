@@ -1,9 +1,8 @@
-"""Exit heads: what turns the hidden states of an intermediate layer into logits.
+"""Exit heads, which turn the hidden states of an intermediate layer into logits.
 
-An exit head is the same module while tuning, where it is trained over whole sequences, and while decoding, where it
-sees a row a sequence. Tensor parallelism cuts the MLP by its inner width and the output matrix by vocabulary; norms are
-replicated. Where the sequence is cut, too, each rank has its part of the tokens but within the MLP, within attention,
-and before the output matrix.
+The same module serves tuning, over whole sequences, and decoding, with one row per sequence. Tensor parallelism cuts
+the MLP by its inner width and the output matrix by vocabulary; norms are replicated. Where the sequence is cut, too,
+each rank has its part of the tokens, except within the MLP, within attention, and before the output matrix.
 """
 
 from abc import ABC, abstractmethod
@@ -29,41 +28,41 @@ from ee_tuning.parallel.tp_autograd import reduce_from_tp
 from ee_tuning.parallel.vocab import padded_size
 
 # … any leading dimensions · h hidden · f/tp this rank's part of the MLP's inner width · v/tp its shard of the
-# vocabulary, or of what a head of a shortlist says
+# vocabulary, or of a shortlist's classes
 
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class ExitInput:
-    """What a head takes from the backbone at exit layer l: no gradient is asked of it."""
+    """Input of a head from the backbone at exit layer l. It needs no gradient."""
 
     hidden: Tensor
     """[…, h]: x_l, layer l's output; for `mlp`, layer l's normed post-attention residual."""
     residual: Tensor | None = None
     """[…, h]: for `mlp`, a_l, layer l's post-attention residual."""
     documents: PackedDocuments | None = None
-    """Which tokens of a row may see each other, where documents are told apart."""
+    """Separates documents that share a row."""
     layer_output: Tensor | None = None
-    """[…, h]: for `layer`, its own layer's output, where decoding has run it already, for every token that passed."""
+    """[…, h]: for `layer`, the output of its own layer, where decoding has already run it for every token."""
 
     def rows(self, index: list[int]) -> "ExitInput":
-        """The input of the tokens at `index` of the first dimension, in decoding."""
+        """Returns the input of the tokens at `index` of the first dimension, in decoding."""
         where = torch.tensor(index, pin_memory=self.hidden.is_cuda).to(self.hidden.device, non_blocking=True)
         return self._of_each(lambda x: x[where])
 
     def tokens(self, places: Tensor) -> "ExitInput":  # [n] int64
-        """The input of the tokens [n, h] at `places` of hidden states [s, b, h], counted row by row of b; each is taken
-        alone.
+        """Returns the input of the tokens [n, h] at `places` of hidden states [s, b, h], counted row by row of b, each
+        on its own.
         """
         return self._of_each(lambda x: x.flatten(0, 1)[places])
 
     def padded(self, count: int) -> "ExitInput":
-        """The same for `count` tokens, all zeros."""
+        """Returns an input for `count` tokens, all zeros."""
         return self._of_each(lambda x: x.new_zeros(count, x.shape[1]))
 
     def overwrite(self, other: "ExitInput") -> None:
-        """Puts those of fewer tokens in the first places."""
+        """Overwrites the first places with an input of fewer tokens."""
         for mine, theirs in (
             (self.hidden, other.hidden),
             (self.residual, other.residual),
@@ -79,13 +78,13 @@ class ExitInput:
 
 
 class ExitMLP(nn.Module):
-    """The family's MLP: W₂ (σ(gate x) · up x), or W₂ σ(W₁ x), each map with a bias where the family has one."""
+    """The family's MLP: W₂ (σ(gate x) · up x), or W₂ σ(W₁ x), with the biases of the family."""
 
     def __init__(self, config: ModelConfig, topology: Topology, *, cuts_sequence: bool, **tensor: Any):
         super().__init__()
         inner, has_bias = config.ffn_hidden_size // topology.tp, config.has_linear_bias
         self.activation, self.is_gated = activation(config), config.is_gated
-        # Where gated: rows of gate, then rows of up.
+        # If gated: rows of gate, then rows of up.
         self.fc1 = nn.Linear(config.hidden_size, (1 + self.is_gated) * inner, bias=has_bias, **tensor)
         self.fc2 = nn.Linear(inner, config.hidden_size, bias=has_bias, **tensor)
         self.group, self.cuts_sequence = topology.tp_group if topology.tp > 1 else None, cuts_sequence
@@ -108,16 +107,15 @@ class ExitMLP(nn.Module):
 
 
 class ExitHead(nn.Module, ABC):
-    """What all architectures share: the exit's place, and its output matrix. The design is EE-Tuning's (arXiv
-    2402.00518).
+    """Base of all architectures: the exit's layer and its output matrix. The design is EE-Tuning's (arXiv 2402.00518).
 
-    `tied_weight` is the backbone's frozen output matrix [v/tp, h], used where the exit ties it; `angles` [positions, d]
-    its rotations. `cuts_sequence`: it takes each rank's part of the sequence, and `project` gets all of it. Parameters
+    `tied_weight` is the backbone's frozen output matrix [v/tp, h], for tied exits; `angles` [positions, d] are its
+    rotations. `cuts_sequence`: the input is each rank's part of the sequence, and `project` gets all of it. Parameters
     are named as in `checkpoint/exit_names.py`.
     """
 
     takes_mlp_input = False
-    """Whether it reads layer l's normed post-attention residual and not its output."""
+    """Whether the head reads layer l's normed post-attention residual instead of its output."""
 
     def __init__(
         self,
@@ -136,7 +134,7 @@ class ExitHead(nn.Module, ABC):
         self._backbones = (
             tied_weight if spec.ties_output else None,
             angles,
-        )  # in a tuple, so that they are none of the head's own
+        )  # in a tuple, so that it is not registered as the head's own
         tensor: dict[str, Any] = {"dtype": dtype, "device": topology.device}
         self.build(config, topology, tensor)
         if spec.has_linear:
@@ -159,35 +157,36 @@ class ExitHead(nn.Module, ABC):
 
     @property
     def own_layer(self) -> nn.Module | None:
-        """A transformer layer of its own, which needs keys and values of its own in decoding."""
+        """The head's own transformer layer, if any, which needs its own keys and values in decoding."""
         return None
 
     @property
     def partial_gradients(self) -> tuple[str, ...]:
-        """Parameters that every tensor-parallel rank holds alike and, though it has all tokens, sees its own share of
-        the gradient of.
+        """Parameters replicated on every tensor-parallel rank of which each rank, though it has all tokens, computes a
+        share of the gradient.
         """
         return ()
 
     def build(self, config: ModelConfig, topology: Topology, tensor: dict[str, Any]) -> None:
-        """Makes the parameters between the backbone's states and the output matrix; `tensor` is their dtype and
+        """Creates the parameters between the backbone's states and the output matrix; `tensor` holds dtype and
         device.
         """
 
     @abstractmethod
     def own_hidden(self, inputs: ExitInput) -> Tensor:  # […, h]
-        """What the architecture makes of the backbone's states."""
+        """Returns the architecture's output for the backbone's states."""
 
     def final_hidden(self, inputs: ExitInput) -> Tensor:  # […, h]
-        """What the output matrix is applied to: `own_hidden`, through the linear map where there is one."""
+        """Returns the input of the output matrix: `own_hidden`, through the linear map if there is one."""
         hidden = self.own_hidden(inputs)
         mapped: Tensor = self.linear(hidden) if self.spec.has_linear else hidden
         return mapped
 
     def forward(self, inputs: ExitInput, project: Callable[[Tensor, Tensor], Result]) -> Result:
-        """`project(final hidden […, h], output weight [v/tp, h])`: logits, or a loss that never makes them.
+        """Returns `project(final hidden […, h], output weight [v/tp, h])`: logits, or a loss that never materializes
+        them.
 
-        Projecting inside forward is what `fully_shard` needs: parameters are whole only while it runs. Where the
+        Projecting within forward is what `fully_shard` needs: parameters are whole only while it runs. Where the
         sequence is cut, the gradient that `project` gives hidden states is this shard's share of it.
         """
         hidden = self.final_hidden(inputs)
@@ -217,13 +216,13 @@ class NormHead(ExitHead):
 class LinearHead(NormHead):
     """W (T Norm(x) + b), the tuned lens (arXiv 2303.08112).
 
-    Every tensor-parallel rank holds all of T, as of any map that `ExitSpec.has_linear` puts there: cutting it would
-    cost a sum over ranks.
+    Every tensor-parallel rank holds all of T, like any map of `ExitSpec.has_linear`: cutting it would cost a sum over
+    ranks.
     """
 
 
 class MLPHead(NormHead):
-    """W Norm(a + MLP(PreMLPNorm(a))), a = layer l's post-attention residual, PreMLPNorm layer l's own, frozen."""
+    """W Norm(a + MLP(PreMLPNorm(a))), with a layer l's post-attention residual and PreMLPNorm layer l's own, frozen."""
 
     takes_mlp_input = True
 
@@ -268,7 +267,7 @@ class AdapterHead(NormHead):
 
 
 class LayerHead(NormHead):
-    """W Norm(Layer(x)), Layer a transformer layer as the backbone's last one is built."""
+    """W Norm(Layer(x)), with a transformer layer like the backbone's last one."""
 
     def build(self, config: ModelConfig, topology: Topology, tensor: dict[str, Any]) -> None:
         """See ExitHead."""
@@ -282,7 +281,7 @@ class LayerHead(NormHead):
 
     @property
     def partial_gradients(self) -> tuple[str, ...]:
-        """The norms of queries and keys: each rank norms its own heads."""
+        """The norms of queries and keys, since each rank norms its own heads."""
         return tuple(name for name, _ in self.named_parameters() if "q_layernorm" in name or "k_layernorm" in name)
 
     def own_hidden(self, inputs: ExitInput) -> Tensor:  # […, h]
@@ -315,7 +314,7 @@ def build_exit_head(
     angles: Tensor,
     cuts_sequence: bool = False,
 ) -> ExitHead:
-    """The head that `spec` describes, as ExitHead takes it. Weights are uninitialized."""
+    """Builds the head that `spec` describes, with the arguments of ExitHead. Weights are uninitialized."""
     return _CLASSES[spec.architecture](
         spec, config, topology, dtype=dtype, tied_weight=tied_weight, angles=angles, cuts_sequence=cuts_sequence
     )

@@ -1,4 +1,4 @@
-"""What an exit is: where it sits, which architecture its head has, which tokens it says. Data alone."""
+"""The specification of an exit: layer, architecture, vocabulary. Data only."""
 
 from dataclasses import dataclass
 
@@ -12,9 +12,9 @@ class ListedTokens:
     token_ids: tuple[int, ...]
     """Increasing."""
     num_tokens: int
-    """Tokens of a text that were counted to choose them."""
+    """Number of tokens of a text that were counted to choose them."""
     num_listed: int
-    """Those of them that are listed."""
+    """Number of these tokens that are listed."""
 
     @property
     def record(self) -> dict[str, float]:
@@ -38,27 +38,21 @@ class ExitSpec:
     adapter_rank: int = 0
     """Inner width of an `adapter` head."""
     adds_linear: bool = False
-    """Whether a linear map stands before the output matrix that the architecture does not bring: what a least-squares
-    fit leaves of a head whose output matrix is not its own.
-    """
+    """Whether a least-squares fit added a linear map before the output matrix, which is not the head's own."""
 
     output_vocab: int = 0
-    """Tokens that the head says, with an output matrix of its own for these and any other token; 0 for the whole
-    vocabulary.
-    """
+    """Tokens in the head's own output matrix, any other token being one more class; 0 for the whole vocabulary."""
 
     def output_rows(self, vocab_size: int) -> int:
-        """Rows of its output matrix, padding left out."""
+        """Returns the rows of its output matrix, without padding."""
         return self.output_vocab + 1 if self.output_vocab else vocab_size
 
     @property
     def has_linear(self) -> bool:
-        """Whether a linear map [h, h] with a bias stands before the output matrix."""
+        """Whether a linear map [h, h] with a bias precedes the output matrix."""
         return self.adds_linear or self.architecture == "linear"
 
     @property
     def linear_rank(self) -> int:
-        """Rank of the linear map, I + B A, where it is of low rank: an `adapter`'s, a head that is to stay small; 0
-        where it is [h, h].
-        """
+        """Rank of a linear map I + B A (of an `adapter`, whose head must stay small); 0 for a full [h, h]."""
         return self.adapter_rank if self.adds_linear and self.architecture == "adapter" else 0

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # of the fused libraries that are not installed
+    warnings.simplefilter("ignore")  # fused libraries are not installed
     from megatron.core.transformer.moe import moe_utils
     from megatron.core.transformer.moe.moe_layer import MoELayer, get_default_pg_collection
     from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher
@@ -24,19 +24,19 @@ from ee_tuning.parallel.tp_autograd import copy_to_tp, reduce_from_tp
 
 if not hasattr(
     moe_utils, "te_general_gemm"
-):  # it asks whether this is None, and without Transformer Engine forgets to say so
+):  # the caller tests whether this is None, which Megatron-core forgets to set without Transformer Engine
     moe_utils.te_general_gemm = None
 
 
 def expert_fields(config: ModelConfig) -> dict[str, Any]:
-    """What Megatron's TransformerConfig says of the experts; nothing where there are none."""
+    """Returns the fields of Megatron's TransformerConfig for experts; none without experts."""
     if not config.num_experts:
         return {}
     return {
         "num_moe_experts": config.num_experts,
         "moe_router_topk": config.moe_router_topk,
         "moe_ffn_hidden_size": config.moe_ffn_hidden_size,
-        # A softmax over the chosen experts' logits is a softmax over all, renormalized.
+        # A softmax over the chosen experts' logits equals a renormalized softmax over all.
         "moe_router_pre_softmax": not config.renormalizes_router,
         "moe_router_load_balancing_type": "none",
         "moe_layer_freq": moe_layer_freq(config),
@@ -46,10 +46,12 @@ def expert_fields(config: ModelConfig) -> dict[str, Any]:
 
 
 def dispatch_in_place(mlp: MoELayer) -> None:
-    """Lets the tokens stay where they are. The stock dispatcher would gather them from every rank, though every rank
-    has them all, and compute each as many times.
+    """Keeps the tokens where they are.
+
+    The stock dispatcher would gather them from every rank, though every rank has all of them, and compute each several
+    times.
     """
-    mlp.eval()  # nothing here works otherwise while it is trained, and Megatron-core refuses to train it so
+    mlp.eval()  # training mode makes no difference here, and Megatron-core refuses it
     stock, kind = mlp.token_dispatcher, _Tokens if mlp.config.sequence_parallel else _TokensInPlace
     mlp.token_dispatcher = kind(
         stock.num_local_experts, stock.local_expert_indices, mlp.config, get_default_pg_collection()
@@ -57,14 +59,12 @@ def dispatch_in_place(mlp: MoELayer) -> None:
 
 
 class _Tokens(MoEAllGatherTokenDispatcher):
-    """The stock dispatcher. In a dry run, which has no numbers to choose by, every expert gets as many tokens."""
+    """The stock dispatcher. In a dry run, without values to choose by, every expert gets the same number of tokens."""
 
     def dispatch_postprocess(
         self, hidden_states: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:  # [t, h], [t, e]
-        """Each expert's tokens one after the other [t · k, h], how many there are of each [e], and their weights [t ·
-        k].
-        """
+        """Returns the tokens by expert [t · k, h], their number per expert [e], and their weights [t · k]."""
         if not is_fake(hidden_states):
             return super().dispatch_postprocess(hidden_states, probs)
         num_experts, chosen = probs.shape[1], probs.shape[0] * self.router_topk
@@ -79,12 +79,12 @@ class _Tokens(MoEAllGatherTokenDispatcher):
 
 
 class _TokensInPlace(_Tokens):
-    """Each rank computes its part of the chosen experts for every token; the parts are summed."""
+    """Each rank computes its part of the chosen experts for every token, and the parts are summed."""
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:  # [t, h], [t, e]
-        """The same."""
+        """Returns the tokens unchanged."""
         return copy_to_tp(hidden_states, self.tp_group), copy_to_tp(probs, self.tp_group)
 
     def token_combine(self, hidden_states: Tensor) -> Tensor:  # [t, h]
-        """The sum over the ranks."""
+        """Returns the sum over the ranks."""
         return reduce_from_tp(hidden_states, self.tp_group)

@@ -1,8 +1,6 @@
-"""What a Hugging Face family fixes about its models, and what of a config.json would be ignored and is therefore
-refused.
+"""The properties of each Hugging Face family, and config.json keys that are refused because they would be ignored.
 
-A family is data here: the keys of its config.json in Llama's spelling, its defaults, and the fields of ModelConfig that
-it sets.
+A family is data: its config.json keys under Llama's names, its defaults, and the fields of ModelConfig that it sets.
 """
 
 from pathlib import Path
@@ -47,7 +45,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "mlp_only_layers": [],
     },
 }
-"""What transformers takes where config.json is silent, as far as it is not what it takes for Llama."""
+"""Defaults of transformers for missing keys, where they differ from Llama's."""
 
 _GPT2_NAMES = {
     "hidden_size": "n_embd",
@@ -77,10 +75,10 @@ _ALLOWED: dict[str, dict[str, tuple[Any, ...]]] = {
     "mixtral": {**_LLAMA_SHAPED, **_NO_SHARED_EXPERTS, "attention_bias": (False, None)},
     "qwen3_moe": {**_LLAMA_SHAPED, **_NO_SHARED_EXPERTS},
 }
-"""Keys that change what a model computes, and the values that this project computes."""
+"""Keys that change what a model computes, and the values that this project supports."""
 
 WITH_ATTENTION_BIAS = ("llama", "qwen3", "qwen3_moe")
-"""Families whose `attention_bias` says whether queries, keys, values and the attention's output have a bias."""
+"""Families whose `attention_bias` decides about the biases of queries, keys, values and the attention's output."""
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -93,7 +91,7 @@ ACTIVATIONS = {
 
 
 def with_llama_keys(raw: dict[str, Any], path: Path) -> dict[str, Any]:
-    """A parsed config.json with its family's defaults, under the keys of Llama's. `path` is named in errors.
+    """Returns a parsed config.json with its family's defaults, under Llama's keys. `path` is named in errors.
 
     Raises InputError where the family is not supported, or a key asks for something that would be ignored.
     """
@@ -103,7 +101,7 @@ def with_llama_keys(raw: dict[str, Any], path: Path) -> dict[str, Any]:
             f"{path}: model_type must be one of {', '.join(_FIELDS)}, got {family}; other families are not supported yet"
         )
     full = {**_DEFAULTS.get(family, {}), **raw}
-    if "num_local_experts" in full:  # older versions say num_experts for some families
+    if "num_local_experts" in full:  # older versions write num_experts for some families
         full["num_local_experts"] = raw.get("num_experts", full["num_local_experts"])
         if raw.get("num_local_experts", full["num_local_experts"]) != full["num_local_experts"]:
             raise InputError(
@@ -126,7 +124,9 @@ def with_llama_keys(raw: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def family_fields(spelled: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The fields of ModelConfig that the family sets. Raises InputError where its activation is none of ours."""
+    """Returns the fields of ModelConfig that the family sets. Raises InputError where its activation is not
+    supported.
+    """
     activation = spelled.get("hidden_act") or "silu"
     if activation not in ACTIVATIONS:
         raise InputError(f"{path}: the activation must be one of {', '.join(ACTIVATIONS)}, got {activation}")
@@ -139,13 +139,12 @@ def family_fields(spelled: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _expert_fields(spelled: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The router's noise while a model is trained, and the losses that balance experts, are no part of the model:
-    nothing is trained here that they would reach.
+    """Returns the fields of experts.
+
+    The router's noise and the balancing losses apply to training the model only, so they are ignored here.
     """
     experts, topk = (positive_number(spelled, key, path) for key in ("num_local_experts", "num_experts_per_tok"))
-    asked = _DEFAULTS[
-        spelled["model_type"]
-    ]  # any other key of experts is one that transformers does not ask this family for
+    asked = _DEFAULTS[spelled["model_type"]]  # transformers does not read other keys of experts for this family
     width = positive_number(
         spelled, "moe_intermediate_size" if "moe_intermediate_size" in asked else "intermediate_size", path
     )
@@ -167,7 +166,7 @@ def _expert_fields(spelled: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _dense_layers(spelled: dict[str, Any], path: Path) -> tuple[int, ...]:
-    """The layers without experts, counted from 1."""
+    """Returns the layers without experts, counted from 1."""
     num_layers, step = (positive_number(spelled, key, path) for key in ("num_hidden_layers", "decoder_sparse_step"))
     listed = spelled["mlp_only_layers"]
     listed = [] if listed is None else listed
@@ -179,12 +178,12 @@ def _dense_layers(spelled: dict[str, Any], path: Path) -> tuple[int, ...]:
 
 
 def fixed_fields(family: Family) -> dict[str, Any]:
-    """The fields of ModelConfig in which all models of the family differ from Llama, but for the family itself."""
+    """Returns the fields of ModelConfig in which all models of the family differ from Llama, except the family."""
     return _FIELDS[family]
 
 
 def positive_number(raw: dict[str, Any], key: str, path: Path) -> int:
-    """`raw[key]`. Raises InputError where it is missing or no positive whole number."""
+    """Returns `raw[key]`. Raises InputError where it is missing or no positive integer."""
     value = raw.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise InputError(f"{path}: {key} must be a positive whole number, got {value!r}")
@@ -192,7 +191,7 @@ def positive_number(raw: dict[str, Any], key: str, path: Path) -> int:
 
 
 def _refuse_active_window(full: dict[str, Any], path: Path) -> None:
-    """A sliding window is harmless where no position lies behind it."""
+    """Raises InputError on a sliding window shorter than the context. A longer one has no effect."""
     family, layer_types = full["model_type"], full.get("layer_types")
     if family in ("mistral", "mixtral"):
         slides = full["sliding_window"] is not None

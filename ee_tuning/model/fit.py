@@ -1,5 +1,4 @@
-"""A linear map for an exit by least squares: its states z are regressed on the final ones y, and of all tokens only
-sums are kept.
+"""Least-squares fit of an exit's linear map: its states z are regressed on the final ones y, from sums over tokens.
 
 Reduced-rank regression: Izenman, Journal of Multivariate Analysis 5 (1975) 248–264.
 """
@@ -12,26 +11,26 @@ from torch import Tensor
 # n tokens · h hidden · r rank
 
 RIDGE = 1e-3
-"""λ, as a share of the mean of the diagonal of Σ z zᵀ."""
+"""λ, as a share of the mean diagonal of Σ z zᵀ."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What `exits.init: fitted` brings to copied heads."""
+    """The result of a fit, for `exits.init: fitted`."""
 
     maps: dict[int, Tensor]
-    """Map of each exit layer, [h, h + 1]: T and, last, b; or, of rank r, [h, 2r + 1]: B, Aᵀ and b of I + B A. None
-    where a checkpoint brings the heads.
+    """Map of each exit layer, [h, h + 1]: T and, in the last column, b; or, for rank r, [h, 2r + 1]: B, Aᵀ and b of I +
+    B A. Empty where a checkpoint holds the heads.
     """
     record: dict[str, float]
     """{"tokens", "ridge"}, for the artifact."""
     other: Tensor | None = None
-    """[h]: the row of "any other token" of a shortlist, for final states; None without a shortlist."""
+    """[h]: the row of a shortlist's "any other token", for final states; None without a shortlist."""
 
 
 class FitSums:
-    """Σ z' z'ᵀ and Σ z' yᵀ in float64, z' being z and a one; of their h + 1 rows those of tensor-parallel rank `rank`
-    among `size`.
+    """Σ z' z'ᵀ and Σ z' yᵀ in float64, where z' is z with a one appended. Of their h + 1 rows, tensor-parallel rank
+    `rank` of `size` holds its share.
     """
 
     def __init__(self, width: int, device: torch.device, rank: int = 0, size: int = 1):
@@ -39,35 +38,36 @@ class FitSums:
         self._sums = torch.zeros(self._rows.stop - self._rows.start, 2 * width + 1, dtype=torch.float64, device=device)
 
     def add(self, states: Tensor, final: Tensor, counts: Tensor) -> None:  # [n, h], [n, h], [n]
-        """Tokens, those of all tensor-parallel ranks, of which those count where `counts` is 1 and not 0."""
+        """Adds the tokens of all tensor-parallel ranks whose `counts` is 1 and not 0."""
         states = torch.cat((states.double(), states.new_ones(len(states), 1, dtype=torch.float64)), dim=1)
         self._sums += (states[:, self._rows] * counts[:, None]).T @ torch.cat((states, final.double()), dim=1)
 
     def whole(self) -> Tensor:  # [h + 1, 2h + 1], on the CPU
-        """All rows, zeros where they are another rank's."""
+        """Returns all rows, with zeros in those of other ranks."""
         whole = torch.zeros(self._sums.shape[1] // 2 + 1, self._sums.shape[1], dtype=torch.float64)
         whole[self._rows] = self._sums.cpu()
         return whole
 
 
 def num_columns(width: int, rank: int) -> int:
-    """Columns of a map of `Fit` for states of size `width`; rank 0 is any."""
+    """Returns the number of columns of a map of `Fit` for states of size `width`; rank 0 is full rank."""
     return 2 * rank + 1 if rank else width + 1
 
 
 def solved(sums: Tensor, *, has_bias: bool) -> Tensor:  # [h + 1, 2h + 1] float64 -> [h, h + 1] float64
-    """T and, last, b of argmin Σ ‖T z + b − y‖² + λ ‖T‖²; b is 0 without `has_bias`. NaN where the sums are not
-    finite.
+    """Returns T and, in the last column, b of argmin Σ ‖T z + b − y‖² + λ ‖T‖²; b is 0 without `has_bias`. NaN where
+    the sums are not finite.
     """
     size = sums.shape[0] - (not has_bias)
     return _solved(_ridged(sums)[:size, :size], sums[:size, sums.shape[0] :], sums.shape[0])
 
 
 def solved_of_rank(sums: Tensor, rank: int) -> Tensor:  # [h + 1, 2h + 1] float64 -> [h, 2r + 1] float64
-    """B, Aᵀ and b of argmin Σ ‖z + B A z + b − y‖² + λ ‖B A‖², B A of rank `rank`. NaN where the sums are not finite.
+    """Returns B, Aᵀ and b of argmin Σ ‖z + B A z + b − y‖² + λ ‖B A‖², with B A of rank `rank`. NaN where the sums are
+    not finite.
 
-    With C and b the solution of any rank, B has the leading eigenvectors of C (Σ (z − z̄) (z − z̄)ᵀ + λ) Cᵀ, and A is
-    Bᵀ C.
+    With C and b the full-rank solution, B has the leading eigenvectors of C (Σ (z − z̄) (z − z̄)ᵀ + λ) Cᵀ, and A is Bᵀ
+    C.
     """
     width, ridged = sums.shape[0] - 1, _ridged(sums)
     number, of_states, of_change = (

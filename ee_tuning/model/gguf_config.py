@@ -1,6 +1,6 @@
-"""A GGUF file's metadata as the Hugging Face config.json of the same model, which the rest of the package reads.
+"""Converts a GGUF file's metadata to the Hugging Face config.json of the same model, which other code reads.
 
-Keys of GGUF are documented in ggml's docs/gguf.md; a model's own begin with its architecture, such as
+Keys of GGUF are documented in ggml's docs/gguf.md; those of a model begin with its architecture, such as
 `llama.block_count`.
 """
 
@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from ee_tuning.errors import InputError
 
 _CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-"""Architecture in GGUF, which is the family's model_type too -> its class. Mistral's files say llama, whose layers it
-has.
+"""Architecture in GGUF, which is also the family's model_type -> its class. Mistral's files say llama, since its layers
+are the same.
 """
 _NUMBERS = {
     "hidden_size": "embedding_length",
@@ -25,7 +25,7 @@ _NUMBERS = {
     "max_position_embeddings": "context_length",
 }
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""What every published Llama 3.1 and later has, beside its own factor."""
+"""Fields of every published Llama 3.1 and later, beside its own factor."""
 _END_IDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 
@@ -37,9 +37,9 @@ def config_of_gguf(
     rope_factors: NDArray | None,
     path: Path,
 ) -> dict[str, Any]:
-    """The config.json of the model that `fields` describe. `rope_factors` [kv_channels / 2] is the tensor
-    `rope_freqs.weight`, by which each frequency is divided; None where there is none.
+    """Returns the config.json of the model that `fields` describe.
 
+    `rope_factors` [kv_channels / 2] is the tensor `rope_freqs.weight`, by which each frequency is divided, or None.
     Raises InputError, naming `path`, where the architecture is not supported or a field is missing.
     """
     architecture = fields.get("general.architecture")
@@ -116,7 +116,7 @@ def _rope_scaling(own: Mapping[str, Any], factors: NDArray | None, width: int, p
 
 
 def llama3_factors(scaling: Mapping[str, Any], theta: float, width: int) -> NDArray:  # [width / 2] float64
-    """The number that Llama 3.1's scaling divides each rotary frequency by, as llama.cpp's conversion writes it."""
+    """Returns the divisors of rotary frequencies for Llama 3.1's scaling, as llama.cpp's conversion writes them."""
     wavelengths = 2 * np.pi * theta ** (np.arange(0, width, 2) / width)
     original = scaling["original_max_position_embeddings"]
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]

@@ -1,4 +1,4 @@
-"""A model's shape as a Hugging Face config.json, in transformers' newer spelling: the way back from
+"""Writes a model's shape as a Hugging Face config.json in transformers' new format: the inverse of
 `read_model_config`.
 """
 
@@ -20,9 +20,9 @@ HUGGINGFACE_CLASSES: dict[Family, str] = {
 
 
 def huggingface_config(config: ModelConfig) -> dict[str, Any]:
-    """The content of config.json. What begins and ends a text is null where the config does not know it.
+    """Returns the content of config.json. Unknown beginning and end tokens are null.
 
-    Raises InputError where the family's config.json has no word for what the model is.
+    Raises InputError where the family's config.json can not express the model.
     """
     eos = config.eos_token_ids
     shared = {
@@ -94,8 +94,8 @@ def _rope(rope: RopeConfig) -> dict[str, Any]:
 
 
 def _windows(config: ModelConfig) -> dict[str, Any]:
-    """No model that this project runs has a window that is shorter than its context; what transformers takes by default
-    is one.
+    """Disables sliding windows: no supported model has a window shorter than its context, but transformers' default is
+    one.
     """
     if config.family in ("qwen2", "qwen3", "qwen3_moe"):
         return {"use_sliding_window": False, "sliding_window": None}

@@ -1,4 +1,4 @@
-"""A linear map of low rank beside the identity: what a fit leaves of an exit head that is to stay small."""
+"""A low-rank linear map beside the identity, which a fit adds to an exit head that must stay small."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class LowRankMap(nn.Module):
-    """z + B A z + b. Every tensor-parallel rank holds all of it."""
+    """z + B A z + b. Replicated on every tensor-parallel rank."""
 
     def __init__(self, width: int, rank: int, **tensor: Any):
         super().__init__()

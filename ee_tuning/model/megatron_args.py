@@ -1,6 +1,4 @@
-"""The backbone's shape from the arguments that Megatron saves with a model, or from a file that spells them out; and
-back again.
-"""
+"""Converts Megatron's saved arguments, or a file of such arguments, to a backbone's shape, and back."""
 
 import math
 from collections.abc import Mapping
@@ -36,11 +34,11 @@ _FAMILIES: dict[Family, dict[str, Any]] = {
         "position_embedding_type": "learned_absolute",
     },
 }
-"""What Megatron calls the ways of a family; absent is as Llama has it. A Mistral is a Llama to Megatron: a config.json
-tells them apart.
+"""Megatron's arguments of each family; missing ones are Llama's. To Megatron a Mistral is a Llama; a config.json
+distinguishes them.
 """
 _WITH_EXPERTS: dict[Family, Family] = {"llama": "mixtral", "qwen3": "qwen3_moe"}
-"""Families that are others with experts."""
+"""Families with experts, by the family without."""
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "rotary_percent": (1.0,),
     "rotary_interleaved": (False,),
@@ -57,7 +55,7 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
     "qk_l2_norm": (False,),
     "heterogeneous_layers_config_path": (None,),
 }
-"""Arguments that change what the layers compute, and the values that this project computes; absent is as good."""
+"""Arguments that change what the layers compute, and the supported values; a missing argument is supported."""
 _OPTIONAL = (
     "num_query_groups",
     "group_query_attention",
@@ -95,18 +93,15 @@ _ALLOWED_OF_EXPERTS: dict[str, tuple[Any, ...]] = {
     "moe_latent_size": (None,),
     "moe_use_legacy_grouped_gemm": (False,),
 }
-"""More of _ALLOWED, where there are experts. Noise, losses and dispatchers are how they are trained, not what they
-compute.
-"""
+"""More of _ALLOWED, for experts. Noise, losses and dispatchers affect training only."""
 
 
 def read_megatron_config(saved: Mapping[str, Any] | None, shape: Path | None, where: Path) -> ModelConfig:
-    """The shape of a Megatron model: the arguments `saved` with it (None where there are none), those in the file
-    `shape` laid over them.
+    """Returns the shape of a Megatron model from the arguments `saved` with it (or None), overridden by the file
+    `shape`.
 
-    `shape` is JSON or YAML under Megatron's names, or a Hugging Face config.json (a file that has a model_type), which
-    then says everything. `where` is named in errors. Raises InputError on what is missing, or what this project can not
-    run.
+    `shape` is JSON or YAML with Megatron's names, or a Hugging Face config.json (a file with a model_type), which then
+    replaces everything. `where` is named in errors. Raises InputError on missing or unsupported arguments.
     """
     if shape is None:
         if saved is None:
@@ -126,7 +121,7 @@ def read_megatron_config(saved: Mapping[str, Any] | None, shape: Path | None, wh
 
 
 def model_config_from_megatron(arguments: Mapping[str, Any], path: Path) -> ModelConfig:
-    """The config that `read_megatron_config` reads, from parsed arguments; `path` is named in errors."""
+    """Does the work of `read_megatron_config` on parsed arguments. `path` is named in errors."""
     _refuse_what_would_be_ignored(arguments, path)
     family = _family(arguments, path)
     numbers: dict[str, Any] = {key: _number(arguments, key, path) for key in _REQUIRED}
@@ -165,8 +160,8 @@ def model_config_from_megatron(arguments: Mapping[str, Any], path: Path) -> Mode
 
 
 def megatron_arguments(config: ModelConfig) -> dict[str, Any]:
-    """The shape in the words of Megatron-LM's command line, as its own checkpoints carry it: what
-    `model_config_from_megatron` reads.
+    """Returns the shape as arguments of Megatron-LM, as its checkpoints hold them: the inverse of
+    `model_config_from_megatron`.
     """
     plain = {with_experts: without for without, with_experts in _WITH_EXPERTS.items()}.get(config.family, config.family)
     return {
@@ -199,7 +194,9 @@ def megatron_arguments(config: ModelConfig) -> dict[str, Any]:
 
 
 def missing_from_megatron_args(config: ModelConfig) -> list[str]:
-    """What of a model Megatron-LM has no argument for, so that whoever runs its weights there has to see to it."""
+    """Returns the properties of a model that Megatron-LM has no argument for, so that the user of its weights must add
+    them.
+    """
     rope = config.rope
     megatron_rope = RopeConfig(
         kind="llama3",
@@ -251,7 +248,7 @@ def _family(arguments: Mapping[str, Any], path: Path) -> Family:
     ways = {key: arguments.get(key, value) for key, value in _LLAMA.items()}
     if arguments.get("use_rotary_position_embeddings"):
         ways["position_embedding_type"] = "rope"
-    ways["add_qkv_bias"] = ways["add_qkv_bias"] and not ways["add_bias_linear"]  # which has one there too
+    ways["add_qkv_bias"] = ways["add_qkv_bias"] and not ways["add_bias_linear"]  # which includes such a bias
     differing = {family: [key for key in ways if ways[key] != wanted[key]] for family, wanted in _FAMILIES.items()}
     nearest = min(differing, key=lambda family: len(differing[family]))
     for key in differing[nearest]:
@@ -300,7 +297,7 @@ def _expert_fields(arguments: Mapping[str, Any], family: Family, numbers: dict[s
 
 
 def moe_layer_freq(config: ModelConfig) -> int | list[int]:
-    """1 where every layer has experts (its checkpoints stack them then), else a 1 or a 0 for each."""
+    """Returns 1 where every layer has experts (Megatron's checkpoints stack them then), else a 1 or 0 per layer."""
     return [int(config.has_experts(layer)) for layer in range(1, config.num_layers + 1)] if config.dense_layers else 1
 
 
@@ -321,7 +318,7 @@ def _expert_arguments(config: ModelConfig) -> dict[str, Any]:
 def _activation(arguments: Mapping[str, Any]) -> Literal["silu", "gelu", "gelu_tanh"]:
     if arguments.get("swiglu", True):
         return "silu"
-    # Megatron's fusion of bias and GELU computes the approximation by tanh.
+    # Megatron's fusion of bias and GELU computes the tanh approximation.
     return "gelu_tanh" if arguments.get("openai_gelu") or arguments.get("bias_gelu_fusion") else "gelu"
 
 

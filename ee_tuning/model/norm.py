@@ -1,4 +1,4 @@
-"""The norms of the families: as a layer spec of Megatron's builds them, and as an exit head does."""
+"""The norms of the families, as a Megatron layer spec builds them and as exit heads do."""
 
 from typing import Any
 
@@ -10,26 +10,26 @@ from ee_tuning.model.config import ModelConfig
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMSNorm built as a layer spec builds its norms."""
+    """RMSNorm with the constructor of a layer spec."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object):
         super().__init__(hidden_size, eps=eps, **_tensor(config))
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm with a bias, built as a layer spec builds its norms."""
+    """LayerNorm with a bias and the constructor of a layer spec."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object):
         super().__init__(hidden_size, eps=eps, **_tensor(config))
 
 
 def backbone_norm(config: ModelConfig) -> type[RMSNorm] | type[LayerNorm]:
-    """The family's norm for a layer spec."""
+    """Returns the family's norm for a layer spec."""
     return RMSNorm if config.norm == "rms" else LayerNorm
 
 
 def exit_norm(config: ModelConfig, **tensor: Any) -> nn.RMSNorm | nn.LayerNorm:
-    """The family's norm over hidden states, for an exit head; `tensor` gives dtype and device."""
+    """Builds the family's norm over hidden states for an exit head. `tensor` holds dtype and device."""
     kind = nn.RMSNorm if config.norm == "rms" else nn.LayerNorm
     return kind(config.hidden_size, eps=config.norm_epsilon, **tensor)
 

@@ -1,4 +1,4 @@
-"""Which layers each pipeline stage gets: contiguous, by cost, exits included."""
+"""Splits the layers among pipeline stages: contiguously, by cost, exits included."""
 
 import itertools
 
@@ -8,8 +8,8 @@ from ee_tuning.model.exit_spec import ExitSpec
 
 
 def layer_cost(config: ModelConfig, layer: int, seq_length: int) -> float:
-    """Multiply-adds per token of the forward pass of `layer` (1-based) over sequences of `seq_length` tokens, of which
-    each sees half.
+    """Returns the forward multiply-adds per token of `layer` (1-based) over sequences of `seq_length` tokens. A token
+    attends to half of them on average.
     """
     queries, keys = config.kv_channels * config.num_attention_heads, config.kv_channels * config.num_query_groups
     inner = config.moe_router_topk * config.moe_ffn_hidden_size if config.has_experts(layer) else config.ffn_hidden_size
@@ -18,9 +18,10 @@ def layer_cost(config: ModelConfig, layer: int, seq_length: int) -> float:
 
 
 def exit_head_cost(config: ModelConfig, spec: ExitSpec, seq_length: int, *, trains: bool) -> float:
-    """Multiply-adds per token of one exit head, forward, and backward where it `trains`: a matrix product costs once
-    more for the gradient of its weight, and once more for that of its input. The frozen matrix of a tied exit needs the
-    latter alone, and so does what stands behind it; what the backbone gives needs none.
+    """Returns the multiply-adds per token of one exit head: forward, and backward if it `trains`.
+
+    A matrix product costs once more for the gradient of its weight, and once more for that of its input. The frozen
+    matrix of a tied exit needs only the latter, and so does everything after it; the backbone's states need none.
     """
     hidden, inner = config.hidden_size, config.ffn_hidden_size
     first, others = {
@@ -37,7 +38,7 @@ def exit_head_cost(config: ModelConfig, spec: ExitSpec, seq_length: int, *, trai
 
 
 def final_head_cost(config: ModelConfig) -> float:
-    """Multiply-adds per token of the output matrix."""
+    """Returns the multiply-adds per token of the output matrix."""
     return config.hidden_size * config.vocab_size
 
 
@@ -50,7 +51,7 @@ def stage_costs(
     trains_heads: bool,
     has_final_head: bool,
 ) -> list[float]:
-    """Cost of each of the first `num_layers` layers with what hangs on it."""
+    """Returns the cost of each of the first `num_layers` layers with its exit and heads."""
     costs = [layer_cost(config, layer, seq_length) for layer in range(1, num_layers + 1)]
     for spec in exits:
         costs[spec.layer - 1] += exit_head_cost(config, spec, seq_length, trains=trains_heads)
@@ -60,10 +61,10 @@ def stage_costs(
 
 
 def stage_layers(layout: tuple[int, ...], costs: list[float], num_stages: int) -> list[tuple[int, int]]:
-    """(first, last) layer, 1-based, of each stage: as many as `layout` says, or split by cost where it is empty.
+    """Returns the (first, last) layer, 1-based, of each stage: as in `layout`, or split by cost where it is empty.
 
-    A first stage of no layers, (1, 0), has the word embedding alone. Raises InputError where the layers can not be laid
-    out so.
+    A first stage without layers, (1, 0), has only the word embedding. Raises InputError where such a layout is
+    impossible.
     """
     if not layout:
         return split_layers(costs, num_stages)
@@ -84,7 +85,7 @@ def stage_layers(layout: tuple[int, ...], costs: list[float], num_stages: int) -
 
 
 def split_layers(costs: list[float], num_stages: int) -> list[tuple[int, int]]:
-    """(first, last) layer, 1-based, of each stage: the contiguous split whose dearest stage is cheapest.
+    """Returns the (first, last) layer, 1-based, of each stage: the contiguous split with the lowest maximum cost.
 
     Raises InputError where there are fewer layers than stages.
     """
@@ -94,7 +95,7 @@ def split_layers(costs: list[float], num_stages: int) -> list[tuple[int, int]]:
             f"use pipeline_model_parallel_size {len(costs)} or less, or a deeper exit"
         )
     low, high = max(costs), sum(costs)
-    for _ in range(60):  # bisect on what the dearest stage may cost
+    for _ in range(60):  # bisect on the maximum cost of a stage
         middle = (low + high) / 2
         low, high = (low, middle) if len(_fill(costs, middle)) <= num_stages else (middle, high)
     parts = _fill(costs, high)

@@ -1,4 +1,4 @@
-"""Checkpoints whose weights are quantized (AWQ, GPTQ, FP8, bitsandbytes, …), by what config.json says of them."""
+"""Refuses checkpoints with quantized weights (AWQ, GPTQ, FP8, bitsandbytes, …), by their config.json."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ _KEYS = ("quantization_config", "compression_config")
 
 
 def refuse_quantized(raw: dict[str, Any], path: Path) -> None:
-    """Raises InputError where a parsed config.json tells how its model is quantized. `path` is named."""
+    """Raises InputError, naming `path`, where a parsed config.json describes a quantization."""
     for key in _KEYS:
         fields = raw.get(key)
         if not fields:

@@ -1,7 +1,6 @@
-"""Frozen linear maps whose weights are held in 8 or 4 bits: int8 by torchao, NF4 (QLoRA, arXiv 2305.14314) by
-bitsandbytes.
+"""Frozen linear maps with weights in 8 or 4 bits: int8 by torchao, NF4 (QLoRA, arXiv 2305.14314) by bitsandbytes.
 
-They stand in the backbone's layers where Megatron-core has its column- and row-parallel ones, and go forward alone.
+They replace Megatron-core's column- and row-parallel maps in the backbone's layers, and have no backward pass.
 """
 
 import abc
@@ -28,12 +27,14 @@ from ee_tuning.parallel.tp_autograd import reduce_from_tp
 # s sequence · b micro-batch · i inputs of this rank · o outputs of this rank
 
 NF4_BLOCK = 64
-"""Neighbouring weights of a row that share a scale, the absolutely largest of them."""
+"""Number of neighbouring weights of a row that share a scale, their absolute maximum."""
 _LIBRARIES = {"int8": "torchao", "nf4": "bitsandbytes"}
 
 
 def check_weight_format(weights: WeightFormat, config: ModelConfig) -> None:
-    """Raises InputError where the model's weights can not be held so, or the library that does it is not installed."""
+    """Raises InputError where the model's weights can not be quantized in this way, or the library for it is not
+    installed.
+    """
     if weights == "native":
         return
     if config.num_experts:
@@ -50,7 +51,7 @@ def check_weight_format(weights: WeightFormat, config: ModelConfig) -> None:
 
 
 def quantize_layer(layer: nn.Module, weights: Literal["int8", "nf4"], topology: Topology) -> None:
-    """Puts a QuantizedLinear, its weights to be taken, in place of each linear map of a Megatron layer."""
+    """Replaces each linear map of a Megatron layer by a QuantizedLinear, whose weight is to be set by `quantize_`."""
     kind = {"int8": Int8Linear, "nf4": NF4Linear}[weights]
     for part, names in (
         (layer.self_attention, ("linear_qkv", "linear_proj")),
@@ -61,14 +62,14 @@ def quantize_layer(layer: nn.Module, weights: Literal["int8", "nf4"], topology: 
 
 
 def quantized_weights(module: nn.Module) -> Iterator[tuple[str, "QuantizedLinear"]]:
-    """What Megatron-core would call the weight, and the linear map that holds it."""
+    """Yields Megatron-core's name of the weight, and the linear map that holds it."""
     return ((f"{name}.weight", each) for name, each in module.named_modules() if isinstance(each, QuantizedLinear))
 
 
 class QuantizedLinear(nn.Module, abc.ABC):
-    """Takes the place of Megatron's `stock` map: [s, b, i] -> [s, b, o], and the bias where the caller is to add it.
+    """Replaces Megatron's `stock` map: [s, b, i] -> [s, b, o], and the bias where the caller adds it.
 
-    Where the sequence is cut, column-parallel maps take [s/tp, b, i], and row-parallel ones give [s/tp, b, o].
+    Where the sequence is cut, column-parallel maps take [s/tp, b, i], and row-parallel ones return [s/tp, b, o].
     """
 
     def __init__(self, stock: Any, topology: Topology):
@@ -76,7 +77,7 @@ class QuantizedLinear(nn.Module, abc.ABC):
         self.shape, self.dtype = tuple(stock.weight.shape), stock.weight.dtype  # [o, i]
         self.library_dtype = (
             torch.float32 if self.dtype == torch.float64 else self.dtype
-        )  # neither library knows float64
+        )  # neither library supports float64
         self.bias, self.leaves_bias = stock.bias, stock.skip_bias_add
         self.is_row_parallel, self.cuts_sequence = isinstance(stock, RowParallelLinear), stock.sequence_parallel
         self.group = topology.tp_group if topology.tp > 1 else None
@@ -97,19 +98,21 @@ class QuantizedLinear(nn.Module, abc.ABC):
     @staticmethod
     @abc.abstractmethod
     def buffers_of(outputs: int, inputs: int) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
-        """Name, shape and dtype of what holds a weight [outputs, inputs]."""
+        """Yields name, shape and dtype of the buffers for a weight [outputs, inputs]."""
 
     @abc.abstractmethod
     def quantize_(self, weight: Tensor) -> None:  # [o, i]
-        """Holds this rank's part of the weight from now on. All ranks of a tensor-parallel group call it at once."""
+        """Quantizes this rank's part of the weight into the buffers. All ranks of a tensor-parallel group call it
+        together.
+        """
 
     @abc.abstractmethod
     def product(self, x: Tensor) -> Tensor:  # [s, b, i] -> [s, b, o]
-        """The product, before sum and bias."""
+        """Returns the product, before sum and bias."""
 
 
 class Int8Linear(QuantizedLinear):
-    """A scale for each output, the same on every rank: a weight comes out alike at every tensor-parallel size."""
+    """One scale per output, the same on every rank, so that every tensor-parallel size gives the same weights."""
 
     values: Tensor
     scale: Tensor
@@ -124,7 +127,7 @@ class Int8Linear(QuantizedLinear):
         """See QuantizedLinear."""
         torchao, weight = _library("torchao.quantization"), weight.to(self.scale.device, self.library_dtype)
         scale = torchao.Int8Tensor.from_hp(weight, torchao.PerRow()).scale
-        if self.group is not None and self.is_row_parallel:  # each rank has seen a part of the inputs
+        if self.group is not None and self.is_row_parallel:  # each rank has a part of the inputs only
             dist.all_reduce(scale, dist.ReduceOp.MAX, group=self.group)
         self.scale.copy_(scale)
         self.values.copy_(torchao.Int8Tensor.from_hp(weight, torchao.PerRow(), scale=scale).qdata)
@@ -137,7 +140,7 @@ class Int8Linear(QuantizedLinear):
 
 
 class NF4Linear(QuantizedLinear):
-    """Weights in blocks of NF4_BLOCK. A weight comes out alike at every tensor-parallel size that cuts no block."""
+    """Weights in blocks of NF4_BLOCK. Every tensor-parallel size that cuts no block gives the same weights."""
 
     packed: Tensor
     scale: Tensor
@@ -151,8 +154,7 @@ class NF4Linear(QuantizedLinear):
     def quantize_(self, weight: Tensor) -> None:  # [o, i]
         """See QuantizedLinear."""
         weight = weight.to(self.scale.device, self.library_dtype)
-        # The scales are not quantized in their turn, as QLoRA has it: that wants their mean, which differs from rank to
-        # rank.
+        # Unlike in QLoRA, the scales are not quantized: that needs their mean, which differs from rank to rank.
         packed, state = _library("bitsandbytes.functional").quantize_4bit(weight, blocksize=NF4_BLOCK, quant_type="nf4")
         self.packed.copy_(packed)
         self.scale.copy_(state.absmax)
@@ -168,7 +170,7 @@ class NF4Linear(QuantizedLinear):
 
 @functools.cache
 def _library(name: str) -> ModuleType:
-    """The module, imported without the warnings of kernels that it does without."""
+    """Imports a module without its warnings about missing kernels."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,6 +1,6 @@
-"""Rotary position angles for every scaling a Llama configuration can name.
+"""Rotary position angles, for every scaling of a Llama configuration.
 
-Frequencies of our own: Megatron-core's llama3 scaling fixes three of its four numbers.
+Frequencies are computed here, because Megatron-core's llama3 scaling fixes three of its four numbers.
 """
 
 import math
@@ -14,7 +14,7 @@ from ee_tuning.model.config import ModelConfig, RopeConfig
 
 
 def inverse_frequencies(rope: RopeConfig, width: int) -> Tensor:  # [d/2], float32
-    """Radians per position of each pair of dimensions of a head `width` wide."""
+    """Returns the radians per position of each pair of dimensions, for a head of `width`."""
     frequencies = 1.0 / rope.theta ** (torch.arange(0, width, 2).float() / width)
     if rope.kind == "linear":
         return frequencies / rope.factor
@@ -28,8 +28,8 @@ def inverse_frequencies(rope: RopeConfig, width: int) -> Tensor:  # [d/2], float
 
 
 def rotary_angles(config: ModelConfig, length: int, device: torch.device) -> Tensor:  # [s, d], float32
-    """Angle of each position and dimension; the second half of the dimensions repeats the first. Zeros where positions
-    are learned.
+    """Returns the angle of each position and dimension; the second half of the dimensions repeats the first. Zeros for
+    learned positions.
     """
     if config.position == "learned":
         return torch.zeros(length, config.kv_channels, device=device)
@@ -39,7 +39,9 @@ def rotary_angles(config: ModelConfig, length: int, device: torch.device) -> Ten
 
 
 def _llama3(frequencies: Tensor, rope: RopeConfig) -> Tensor:
-    """Llama 3.1: long waves are stretched by `factor`, short ones kept, those between blended linearly in frequency."""
+    """Llama 3.1: long waves are stretched by `factor`, short ones kept, and those between blended linearly in
+    frequency.
+    """
     original, low, high = rope.original_max_position_embeddings, rope.low_freq_factor, rope.high_freq_factor
     wavelengths = 2 * math.pi / frequencies
     share_kept = ((original / wavelengths - low) / (high - low)).clamp(0, 1)
@@ -47,7 +49,7 @@ def _llama3(frequencies: Tensor, rope: RopeConfig) -> Tensor:
 
 
 def _yarn(frequencies: Tensor, rope: RopeConfig, width: int) -> Tensor:
-    """YaRN (arXiv 2309.00071, section 3.2): a ramp over dimensions from kept to interpolated by `factor`."""
+    """YaRN (arXiv 2309.00071, section 3.2): a ramp over dimensions, from kept to interpolated by `factor`."""
 
     def dimension_of(rotations: float) -> float:
         return (

@@ -1,8 +1,7 @@
-"""Hidden states cut along the sequence over tensor parallelism, Megatron's sequence parallelism (arXiv 2205.05198): by
-its own mappings.
+"""Megatron's sequence parallelism (arXiv 2205.05198): hidden states cut along the sequence over tensor-parallel ranks.
 
-Between a row-parallel and the next column-parallel map each rank has a part of the tokens; what follows is on all of
-them.
+Between a row-parallel and the next column-parallel map each rank holds a part of the tokens. Elsewhere ranks hold all
+of them.
 """
 
 # s sequence · tp tensor-parallel ranks
@@ -16,25 +15,25 @@ from torch import Tensor
 
 from ee_tuning.parallel.topology import Group, Topology
 
-# Megatron-core calls what torch has renamed, in every layer.
+# Megatron-core calls functions that torch has renamed, in every layer.
 warnings.filterwarnings(
     "ignore", message=r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
 )
 
 
 def local_sequence(x: Tensor, topology: Topology) -> Tensor:  # [s, …] -> [s/tp, …], a view
-    """This rank's tokens."""
+    """Returns this rank's tokens."""
     size = x.shape[0] // topology.tp
     return x.narrow(0, topology.tp_rank * size, size)
 
 
 def gather_sequence(part: Tensor, group: Group) -> Tensor:  # [s/tp, …] -> [s, …]
-    """All ranks' tokens. Each rank's gradient is taken for a share of the whole: they are summed, and each gets its own
-    tokens' part.
+    """Gathers all ranks' tokens. In the backward pass, the ranks' gradients are summed, and each rank gets its tokens'
+    part.
     """
     return gather_from_sequence_parallel_region(part, tensor_parallel_output_grad=True, group=group)
 
 
 def reduce_scatter_sequence(partial: Tensor, group: Group) -> Tensor:  # [s, …] -> [s/tp, …]
-    """This rank's tokens of the sum of the ranks' shares."""
+    """Sums the ranks' shares and returns this rank's tokens of the sum."""
     return reduce_scatter_to_sequence_parallel_region(partial, group=group)

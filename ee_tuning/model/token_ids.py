@@ -1,8 +1,7 @@
-"""The special tokens that a model's files name: ids that begin, end and pad texts, each looked at once, where its file
-is read.
+"""The special tokens that a model's files name, validated where a file is read.
 
-What transformers passes over is passed over, with a warning: a negative id, one past the vocabulary. No text holds such
-a token, so nothing ends by it. What is no number of a token at all is refused.
+Values that transformers ignores are ignored with a warning: a negative id, or one past the vocabulary. No text contains
+such a token, so it can not end one. Values that are no integers are refused.
 """
 
 from pathlib import Path
@@ -16,10 +15,10 @@ _GENERATION = "generation_config.json"
 
 
 def end_token_ids(raw: dict[str, Any], vocab_size: int, path: Path) -> tuple[int, ...]:
-    """Those that `eos_token_id` names in the parsed file `path`, in order and each once; none where it is null or
+    """Returns the ids of `eos_token_id` in the parsed file `path`, in order and each once; none where it is null or
     missing.
 
-    Raises InputError where it is neither a whole number nor a list of such.
+    Raises InputError where it is neither an integer nor a list of integers.
     """
     value = raw.get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
@@ -29,7 +28,7 @@ def end_token_ids(raw: dict[str, Any], vocab_size: int, path: Path) -> tuple[int
 
 
 def single_token_id(raw: dict[str, Any], key: str, vocab_size: int, path: Path) -> int | None:
-    """The one that `key` names. Raises InputError where it is no whole number."""
+    """Returns the id of `key`. Raises InputError where it is no integer."""
     value = raw.get(key)
     if value is None:
         return None
@@ -38,8 +37,9 @@ def single_token_id(raw: dict[str, Any], key: str, vocab_size: int, path: Path) 
 
 
 def generation_end_token_ids(folder: Path, vocab_size: int) -> tuple[int, ...] | None:
-    """Those of the folder's generation_config.json; None where there is no such file, or it leaves them open. Raises
-    InputError where it is no JSON object, or names a token by what is no whole number.
+    """Returns the end tokens of the folder's generation_config.json, or None without such a file or value.
+
+    Raises InputError where the file is no JSON object, or a token is no integer.
     """
     path = folder / _GENERATION
     try:
@@ -55,7 +55,7 @@ def generation_end_token_ids(folder: Path, vocab_size: int) -> tuple[int, ...] |
     for key in (
         "bos_token_id",
         "pad_token_id",
-    ):  # nothing here reads them from this file; transformers does, of what is exported
+    ):  # not used here, but transformers reads them from an export
         single_token_id(raw, key, vocab_size, path)
     return None if raw.get("eos_token_id") is None else end_token_ids(raw, vocab_size, path)
 
@@ -69,7 +69,7 @@ def _check_number(token: Any, value: Any, key: str, path: Path) -> None:
 def _is_known(token: int, key: str, vocab_size: int, path: Path) -> bool:
     if 0 <= token < vocab_size:
         return True
-    if token >= 0 or key == "eos_token_id":  # -1 is an old way of saying that there is none
+    if token >= 0 or key == "eos_token_id":  # -1 is an old way to say none
         meaning = "no text ends by it" if key == "eos_token_id" else "it is taken as not set"
         warn_once(
             f"{path}: {key} names {token}, which is no token of the vocabulary of {vocab_size}: {meaning}, as with transformers"
