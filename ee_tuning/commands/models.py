@@ -55,7 +55,7 @@ def verify(args: argparse.Namespace) -> int:
 def _add_convert(parser: argparse.ArgumentParser) -> None:
     add_job(parser, "convert")
     parser.add_argument(
-        "--output", type=Path, required=True, metavar="FOLDER", help="where the exit-heads artifact goes"
+        "--output", type=Path, required=True, metavar="FOLDER", help="folder for the exit-heads artifact"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an exit-heads artifact that is already there")
 
@@ -66,17 +66,17 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="?",
         metavar="FOLDER",
-        help="a model's folder (Hugging Face, Megatron) or one with no more than its config.json, a GGUF file, or a name "
-        "on the Hugging Face hub; or an exit-heads artifact",
+        help="a model's folder (Hugging Face, Megatron), possibly with only its config.json, a GGUF file, or a name on the "
+        "Hugging Face hub; or an exit-heads artifact",
     )
-    parser.add_argument("--model", type=Path, metavar="FOLDER", help="the same, said as other commands say it")
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="the same, by the flag of other commands")
     parser.add_argument(
-        "--config", metavar="FILE", help="shape of a Megatron checkpoint whose saved arguments lack something"
+        "--config", metavar="FILE", help="shape of a Megatron checkpoint whose saved arguments are incomplete"
     )
     parser.add_argument(
         "--trust-pickle",
         action="store_true",
-        help="unpickle whatever a Megatron checkpoint asks for; it may run anything",
+        help="unpickle a Megatron checkpoint without restrictions; it may run any code",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
 
@@ -87,7 +87,11 @@ def _add_profile(parser: argparse.ArgumentParser) -> None:
         "--num-exits", type=int, default=3, metavar="N", help="how many exits to place (default %(default)s)"
     )
     parser.add_argument(
-        "--output", type=Path, default=Path("profile.png"), metavar="FILE", help="the picture (default %(default)s)"
+        "--output",
+        type=Path,
+        default=Path("profile.png"),
+        metavar="FILE",
+        help="file for the picture (default %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
 
@@ -98,28 +102,28 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
         "--format",
         required=True,
         choices=("artifact", "hf", "megatron"),
-        help="artifact: exits alone. hf: the model with its exits, as a folder for transformers. "
-        "megatron: as a distributed checkpoint of Megatron-core",
+        help="artifact: only exits. hf: the model with its exits, as a folder for transformers. "
+        "megatron: the same as a distributed checkpoint of Megatron-core",
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where the export goes")
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="folder for the export")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an export of the same format that is already there"
     )
     for flag, text in (
-        ("--only", "artifact: of --exits, just those after these layers"),
-        ("--drop", "artifact: of --exits, all but those after these layers"),
-        ("--add", "artifact: new exits after these layers, initialized from --model as convert does"),
+        ("--only", "artifact: keep only the exits of --exits after these layers"),
+        ("--drop", "artifact: leave out the exits of --exits after these layers"),
+        ("--add", "artifact: add new exits after these layers, initialized from --model as by convert"),
     ):
         parser.add_argument(flag, nargs="+", default=[], metavar="N", help=text)
-    parser.add_argument("--merge", type=Path, metavar="FOLDER", help="artifact: all exits of this artifact too")
+    parser.add_argument("--merge", type=Path, metavar="FOLDER", help="artifact: add all exits of this artifact")
     parser.add_argument("--link", action="store_true", help="hf: link the model's weights instead of copying them")
     parser.add_argument(
         "--check",
         action="store_true",
-        help="hf: print how far the logits of every exit are from this project's; exit code 1 above the tolerance",
+        help="hf: compare the logits of every exit with this project's; exit code 1 above the tolerance",
     )
     parser.add_argument(
-        "--text", type=Path, metavar="FILE", help="hf: what to compare them on; default some Python source"
+        "--text", type=Path, metavar="FILE", help="hf: text to compare them on; default some Python source"
     )
     parser.add_argument(
         "--tolerance",
@@ -140,14 +144,14 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-pickle",
         action="store_true",
-        help="unpickle whatever a Megatron checkpoint asks for; it may run anything",
+        help="unpickle a Megatron checkpoint without restrictions; it may run any code",
     )
 
 
 COMMANDS = (
     Command(
         name="convert",
-        summary="put initialized exit heads on a model; writes an artifact beside it, the model stays as it is",
+        summary="create initialized exit heads for a model, as an artifact beside it; the model is unchanged",
         examples="""\
   ee-tuning convert --model Llama-2-7b-hf --exit-layers 8,16,24 --output exits/llama-2-7b
   ee-tuning convert --model Llama-2-7b-hf --exit-layers 8,16 --architecture adapter,mlp --exit-output tied --output exits/small
@@ -158,14 +162,14 @@ COMMANDS = (
   ee-tuning convert --model Llama-3.1-8B --exit-layers 8,16,24 --output-vocab auto --data corpus.jsonl --output exits/short
 
 The bytes written do not depend on the number of processes. Without --exit-layers, an EE-LLM checkpoint's own exits are written.
---init fitted runs the whole model over --data (--fit-tokens of it), in one process or many; without it no more is read than is copied.
+--init fitted runs the whole model over --data (--fit-tokens of it), in any number of processes. Otherwise only copied tensors are read.
 --output-vocab counts the tokens of --data.""",
         add_arguments=_add_convert,
         run=convert,
     ),
     Command(
         name="inspect",
-        summary="tell what a model folder or an exit-heads artifact holds",
+        summary="describe a model or an exit-heads artifact",
         examples="""\
   ee-tuning inspect Llama-2-7b-hf
   ee-tuning inspect --model folder_with_a_config_json --json
@@ -175,13 +179,13 @@ The bytes written do not depend on the number of processes. Without --exit-layer
     ),
     Command(
         name="profile",
-        summary="tell how far each layer turns the hidden states of a text, and where exits would go by it",
+        summary="measure how far each layer turns the hidden states of a text, and place exits by it",
         examples="""\
   ee-tuning profile --model Llama-2-7b-hf --num-exits 8
   ee-tuning profile --model Llama-2-7b-hf --text sample.txt --output pictures/llama-2-7b.png --json
 
 Runs in one process, one layer at a time.
-`convert` and `tune` place exits by it themselves with --exit-layers auto:8:profile.""",
+With --exit-layers auto:8:profile, `convert` and `tune` place exits in the same way.""",
         add_arguments=_add_profile,
         run=profile,
     ),
@@ -196,10 +200,10 @@ Runs in one process, one layer at a time.
   torchrun --nproc-per-node 4 -m ee_tuning export --format megatron --model Llama-2-7b-hf --exits exits/two --output llama-2-7b-dist
   ee-tuning export --format hf --model megatron_run/iter_0040000 --tokenizer Llama-2-7b-hf --output llama-2-7b-mine
 
-hf: transformers loads the folder as the plain model, and with trust_remote_code=True as one whose generate takes exit_threshold=0.8.
-megatron: stock Megatron-core loads the model at any tensor × pipeline size and leaves the exits alone.
-artifact: what is put together must be of one model and one kind of output; heads may differ.
---add takes --architecture for the new exits.""",
+hf: transformers loads the plain model, or, with trust_remote_code=True, a model whose generate accepts exit_threshold=0.8.
+megatron: stock Megatron-core loads the model at any tensor × pipeline size and ignores the exits.
+artifact: merged exits must belong to one model and have the same kind of output; heads may differ.
+--add uses --architecture for the new exits.""",
         add_arguments=_add_export,
         run=export,
     ),
@@ -211,10 +215,10 @@ artifact: what is put together must be of one model and one kind of output; head
   ee-tuning verify runs/llama-2-7b
   ee-tuning verify Llama-2-7b-hf
 
-One line per file; the first that is missing or altered is named and ends it with exit code 2. What this project wrote is checked against
-its sha256. Another's model is checked as far as its format goes (headers, index, sizes, a Megatron checkpoint's own checksums, NaN, whether
-the tensors are the model's), and what can not be checked is told; exit code 1 where it holds NaN or infinity.
-Commands that load exits, or a model with a manifest, check them too; --no-verify spares the reading.""",
+It prints one line per file, and stops with exit code 2 at the first that is missing or altered. This project's files have sha256 sums.
+Other models are checked as far as their format allows (headers, index, sizes, a Megatron checkpoint's checksums, NaN, whether the tensors
+are the model's), with a note of what can not be checked. The exit code is 1 where a model holds NaN or infinity.
+Commands that load exits, or a model with a manifest, verify them, too, unless --no-verify is given.""",
         add_arguments=_add_verify,
         run=verify,
     ),

@@ -99,22 +99,23 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
         "--gpu",
         default="h100",
         metavar="NAME",
-        help="whose documented peaks to take: h100, h200, a100, rtx4090 or l4 (default %(default)s)",
+        help="GPU, with the peak figures of its data sheet: h100, h200, a100, rtx4090 or l4 (default %(default)s)",
     )
     parser.add_argument(
-        "--nodes", type=int, metavar="N", help="machines; without this and --gpus-per-node, the fewest GPUs that fit"
+        "--nodes",
+        type=int,
+        metavar="N",
+        help="number of machines; without this and --gpus-per-node, the fewest GPUs that fit",
     )
-    parser.add_argument(
-        "--gpus-per-node", type=int, metavar="N", help="GPUs in each (default 8, where --nodes is given)"
-    )
+    parser.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs per machine (default 8 with --nodes)")
     for flag, text in (
         ("--gpu-memory", "GB of a GPU"),
         ("--tflops", "10¹² bfloat16 operations a second of a GPU, dense"),
         ("--bandwidth", "GB/s of a GPU's memory"),
-        ("--link", "GB/s that a GPU sends to others of its node, one way"),
-        ("--network", "GB/s that a GPU sends to other nodes, one way"),
+        ("--link", "GB/s from a GPU to others of its node, in one direction"),
+        ("--network", "GB/s from a GPU to other nodes, in one direction"),
     ):
-        parser.add_argument(flag, type=float, metavar="X", help=f"{text}, in place of the documented figure")
+        parser.add_argument(flag, type=float, metavar="X", help=f"{text}, instead of the documented figure")
     parser.add_argument(
         "--efficiency",
         type=float,
@@ -130,53 +131,56 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="tune nothing: run one rank of each kind of stage through a step on tensors without numbers, in one process, "
-        "without a GPU. The model's config.json is enough, and no data are read",
+        help="do not tune, but run one rank of each kind of stage through a step on tensors without values, in one process, "
+        "without a GPU. Needs only the model's config.json, and no data",
     )
     parser.add_argument(
-        "--world-size", type=int, metavar="N", help="with --dry-run: processes to imagine (default tensor × pipeline)"
+        "--world-size",
+        type=int,
+        metavar="N",
+        help="with --dry-run: number of simulated processes (default tensor × pipeline)",
     )
 
 
 COMMANDS = (
     Command(
         name="preprocess",
-        summary="tokenize texts once, into .bin and .idx files that Megatron-core reads too",
+        summary="tokenize texts into .bin and .idx files, which Megatron-core reads, too",
         examples="""\
   ee-tuning preprocess --data corpus.jsonl --tokenizer Llama-2-7b-hf --output corpora/mine
   ee-tuning preprocess --data chats/ more.parquet --tokenizer Qwen2.5-7B-Instruct --workers 16 --output corpora/chats
 
-Every document ends with the tokenizer's end of text. Of chats, PREFIX.mask marks the assistant's words, which are what is learned.
-tune takes texts as they are, too, and keeps their tokens: preprocess is for what other programs read, or other machines.
+Every document ends with the tokenizer's end of text. For chats, PREFIX.mask marks the assistant's words, which are the labels.
+tune also reads texts directly, and caches their tokens: use preprocess for other programs or other machines.
 A blend of both corpora is --data 0.3 corpora/mine 0.7 corpora/chats.""",
         add_arguments=_add_preprocess,
         run=preprocess,
     ),
     Command(
         name="tune",
-        summary="train the exit heads alone; the model is frozen and nothing flows backward through it",
+        summary="train the exit heads; the model is frozen and has no backward pass",
         examples="""\
   ee-tuning tune --model Llama-2-7b-hf --exits exits/llama-2-7b --data corpus.jsonl --output runs/llama-2-7b
   torchrun --nproc-per-node 8 -m ee_tuning tune job.yaml --tensor-model-parallel-size 2 --pipeline-model-parallel-size 4
   ee-tuning tune job.yaml --dry-run --world-size 128
 
-Without --exits it converts by itself from --exit-layers, --architecture, --init and --exit-output.
+Without --exits, it first converts by --exit-layers, --architecture, --init and --exit-output.
 The tuned artifact is OUTPUT/exit_heads.
-A run that was stopped or killed goes on when the same command is given again, at any layout.""",
+The same command continues a run that was stopped or killed, at any layout.""",
         add_arguments=_add_tune,
         run=tune,
     ),
     Command(
         name="plan",
-        summary="say what a tuning job takes on GPUs: memory, the split of layers, time and GPU-hours; no GPU is needed",
+        summary="plan a tuning job on GPUs: memory, split of layers, time and GPU-hours; needs no GPU",
         examples="""\
   ee-tuning plan examples/llama-2-70b/job.yaml --gpu h100 --nodes 1
   ee-tuning plan --model Llama-2-7b-hf --exit-layers 8,16,24 --micro-batch-size 1
   ee-tuning plan job.yaml --gpu a100 --nodes 2 --gpus-per-node 4 --json
   ee-tuning plan examples/llama-2-7b/card-24gb.yaml --gpu rtx4090 --gpus-per-node 1 --efficiency 0.4
 
-It takes the flags of tune. Without --nodes and --gpus-per-node it looks for the fewest GPUs that hold the job.
-Memory is counted in a dry run of the job, whose model needs no more than its config.json; time follows from a formula that is printed.
+It has the flags of tune. Without --nodes and --gpus-per-node, it finds the fewest GPUs that can hold the job.
+Memory comes from a dry run of the job, which needs only the model's config.json; time comes from a formula, which is printed.
 The exit code is 1 where the job does not fit.""",
         add_arguments=_add_plan,
         run=plan,

@@ -76,7 +76,7 @@ def get_or_build(entries: Sequence[CacheEntry], root: Path, topology: Topology |
     """
     # Rank 0's names for all ranks: modification times may differ where each machine has its own copy of the files.
     folders = [root / name for name in on_first_rank(topology, lambda: [entry.name() for entry in entries])]
-    with ProgressBar("tokenizing", speaks=topology is None or topology.is_logging_rank) as progress:
+    with ProgressBar("tokenizing", is_shown=topology is None or topology.is_logging_rank) as progress:
         makes = topology is None or _makes(root, topology)
         steps = _make_missing(entries, folders, root, progress) if makes else iter(())
         if topology is None:

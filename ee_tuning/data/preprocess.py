@@ -57,7 +57,7 @@ def _preprocess(data: DataSection, output: Path, trusts_code: bool) -> Tokenized
     files = [path for corpus in corpora for path in _texts(corpus)]
     print_passed_over([name for corpus in corpora for name in corpus.passed_over])
     recipe = recipe_of(data.tokenizer, data.text_key, data.chat_template, trusts_code=trusts_code)
-    with owned(output, None), scratch_folder(output) as folder, ProgressBar("tokenizing", speaks=True) as progress:
+    with owned(output, None), scratch_folder(output) as folder, ProgressBar("tokenizing", is_shown=True) as progress:
         steps = tokenize_files(files, recipe, folder, [folder / output.name], 0.0, data.workers, progress)
         while True:
             try:

@@ -11,11 +11,11 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class ProgressBar:
-    """Bytes done and expected. A context manager; only the process with `speaks` prints."""
+    """Bytes done and expected. A context manager; only the process with `is_shown` prints."""
 
-    def __init__(self, what: str, *, speaks: bool) -> None:
-        self._what, self._speaks = what, speaks
-        self._began = self._spoke = time.monotonic()
+    def __init__(self, what: str, *, is_shown: bool) -> None:
+        self._what, self._is_shown = what, is_shown
+        self._began = self._printed_at = time.monotonic()
         self._done = self._total = 0
         self._bar: rich.progress.Progress | None = None
         self._task: rich.progress.TaskID | None = None
@@ -39,7 +39,7 @@ class ProgressBar:
 
     def _show(self) -> None:
         now = time.monotonic()
-        if not self._speaks or now - self._began < _QUIET_SECONDS:
+        if not self._is_shown or now - self._began < _QUIET_SECONDS:
             return
         if self._bar is None:
             self._bar = self._make_bar()
@@ -47,8 +47,8 @@ class ProgressBar:
             self._bar.start()
         if not self._bar.disable and self._task is not None:
             self._bar.update(self._task, completed=self._done, total=self._total)
-        elif now - self._spoke >= _SECONDS_BETWEEN_LINES:
-            self._spoke = now
+        elif now - self._printed_at >= _SECONDS_BETWEEN_LINES:
+            self._printed_at = now
             left = int((now - self._began) * (self._total - self._done) / max(self._done, 1))
             ending = f" · {left // 60}:{left % 60:02d} left" if self._done else ""
             print(

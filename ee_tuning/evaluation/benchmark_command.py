@@ -59,45 +59,53 @@ class Benchmark:
         return HUMAN_EVAL if self.harness is None else HARNESS
 
 
-def run_benchmark(config: Config, wish: Benchmark) -> None:
-    """Runs the benchmark under each policy, full depth first, and writes scores to `wish.output`.
+def run_benchmark(config: Config, options: Benchmark) -> None:
+    """Runs the benchmark under each policy, full depth first, and writes scores to `options.output`.
 
     Finished policies are not run again. Raises InputError, before the model is loaded, on what can not be run or
     written.
     """
     topology = init_parallel(config.parallel)
-    on_first_rank(topology, lambda: _check(config, wish))
-    with owned(wish.output, topology, lock_file=wish.output / OWNER):
+    on_first_rank(topology, lambda: _check(config, options))
+    with owned(options.output, topology, lock_file=options.output / OWNER):
         llm = EarlyExitLLM.from_config(config, topology)
-        points = wish.sweep.points(llm, config.generation.measure)
+        points = options.sweep.points(llm, config.generation.measure)
         template = ChatTemplate(llm.tokenizer, read_chat_template(config.data.chat_template))
-        if wish.harness is not None and wish.harness.applies_chat_template:
-            wish = dataclasses.replace(wish, harness=dataclasses.replace(wish.harness, chat_template=template.source()))
-        drive(llm, lambda driver: _run(driver, config, wish, points))
+        if options.harness is not None and options.harness.applies_chat_template:
+            options = dataclasses.replace(
+                options, harness=dataclasses.replace(options.harness, chat_template=template.source())
+            )
+        drive(llm, lambda driver: _run(driver, config, options, points))
     destroy_parallel()
 
 
-def _check(config: Config, wish: Benchmark) -> None:
-    check_thresholds(wish.sweep.thresholds)
-    own = (wish.problems, None if wish.harness is None else wish.harness.include_path, *wish.sweep.calibrations)
+def _check(config: Config, options: Benchmark) -> None:
+    check_thresholds(options.sweep.thresholds)
+    own = (
+        options.problems,
+        None if options.harness is None else options.harness.include_path,
+        *options.sweep.calibrations,
+    )
     sources = (*own, config.model.path, config.exits.path, config.data.tokenizer, config.data.chat_template)
-    check_apart(wish.output, sources, around=True)
-    check_folder(wish.output, wish.summary, overwrites=wish.overwrites)
-    if wish.harness is None:
-        human_eval.read_problems(wish.problems, wish.limit)
+    check_apart(options.output, sources, around=True)
+    check_folder(options.output, options.summary, overwrites=options.overwrites)
+    if options.harness is None:
+        human_eval.read_problems(options.problems, options.limit)
     else:
-        lm_eval_run.check_harness(wish.harness)
-    for name, value in (("--batch-size", wish.batch_size), ("--max-new-tokens", wish.max_new_tokens)):
+        lm_eval_run.check_harness(options.harness)
+    for name, value in (("--batch-size", options.batch_size), ("--max-new-tokens", options.max_new_tokens)):
         if value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
 
 
-def _run(driver: Driver, config: Config, wish: Benchmark, points: list[Point]) -> None:
+def _run(driver: Driver, config: Config, options: Benchmark, points: list[Point]) -> None:
     """The work of rank 0."""
-    measure = _with_human_eval(driver, wish) if wish.harness is None else _with_harness(driver, wish.harness)
-    folder = BenchmarkFolder(wish.output, wish.summary, _job(driver.llm, config, wish), overwrites=wish.overwrites)
+    measure = _with_human_eval(driver, options) if options.harness is None else _with_harness(driver, options.harness)
+    folder = BenchmarkFolder(
+        options.output, options.summary, _job(driver.llm, config, options), overwrites=options.overwrites
+    )
     found = {point.name: known for point in points if (known := folder.known(point)) is not None}
-    waiting = [point for point in points if point.name not in found or _wants_run(wish, found[point.name])]
+    waiting = [point for point in points if point.name not in found or _wants_run(options, found[point.name])]
     if len(waiting) < len(points):
         print(
             f"{len(points) - len(waiting)} of {len(points)} ways to leave are in {folder.path} already",
@@ -109,13 +117,13 @@ def _run(driver: Driver, config: Config, wish: Benchmark, points: list[Point]) -
         print(f"{point.name} ({number} of {len(waiting)})", file=sys.stderr, flush=True)
         found[point.name] = folder.keep(point, *measure(point, folder, found.get(point.name)))
     found = {point.name: found[point.name] for point in points}
-    _print(found, wish)
+    _print(found, options)
     print(f"wrote {folder.path}")
 
 
-def _wants_run(wish: Benchmark, figures: Figures) -> bool:
+def _wants_run(options: Benchmark, figures: Figures) -> bool:
     """Whether there are completions whose programs have not been run yet."""
-    return wish.harness is None and wish.runs_code and "pass@1" not in figures
+    return options.harness is None and options.runs_code and "pass@1" not in figures
 
 
 Measure = Callable[[Point, BenchmarkFolder, Figures | None], tuple[Mapping[str, Any], Mapping[str, str]]]
@@ -137,11 +145,11 @@ def _with_harness(driver: Driver, tasks: HarnessTasks) -> Measure:
     return measure
 
 
-def _with_human_eval(driver: Driver, wish: Benchmark) -> Measure:
-    problems = human_eval.read_problems(wish.problems, wish.limit)
+def _with_human_eval(driver: Driver, options: Benchmark) -> Measure:
+    problems = human_eval.read_problems(options.problems, options.limit)
 
     def check(texts: list[str]) -> list[ProgramResult]:
-        return human_eval.check_completions(problems, texts) if wish.runs_code else []
+        return human_eval.check_completions(problems, texts) if options.runs_code else []
 
     def measure(
         point: Point, folder: BenchmarkFolder, known: Figures | None
@@ -150,22 +158,24 @@ def _with_human_eval(driver: Driver, wish: Benchmark) -> Measure:
             texts = human_eval.read_completions(folder.file("completions.jsonl", point), problems)
             return {**known, **human_eval.passed(problems, check(texts))}, {}
         made = human_eval.complete(
-            driver, problems, point.policy, max_new_tokens=wish.max_new_tokens, batch_size=wish.batch_size
+            driver, problems, point.policy, max_new_tokens=options.max_new_tokens, batch_size=options.batch_size
         )
         texts = [completion.text for completion in made]
-        figures = {**human_eval.depth(made), **(human_eval.passed(problems, check(texts)) if wish.runs_code else {})}
+        figures = {**human_eval.depth(made), **(human_eval.passed(problems, check(texts)) if options.runs_code else {})}
         return figures, {"completions.jsonl": human_eval.completions_jsonl(problems, texts)}
 
     return measure
 
 
-def _job(llm: EarlyExitLLM, config: Config, wish: Benchmark) -> dict[str, Any]:
+def _job(llm: EarlyExitLLM, config: Config, options: Benchmark) -> dict[str, Any]:
     """Returns everything that the figures depend on, except for the policies."""
-    job = {**model_settings(llm, config), "--limit": wish.limit}
-    if wish.harness is None:
-        digest = hashlib.sha256(repr(human_eval.read_problems(wish.problems, wish.limit)).encode()).hexdigest()[:16]
-        return {**job, "problems": digest, "max_new_tokens": wish.max_new_tokens, "stop": human_eval.STOP}
-    tasks = wish.harness
+    job = {**model_settings(llm, config), "--limit": options.limit}
+    if options.harness is None:
+        digest = hashlib.sha256(repr(human_eval.read_problems(options.problems, options.limit)).encode()).hexdigest()[
+            :16
+        ]
+        return {**job, "problems": digest, "max_new_tokens": options.max_new_tokens, "stop": human_eval.STOP}
+    tasks = options.harness
     template = None if tasks.chat_template is None else hashlib.sha256(tasks.chat_template.encode()).hexdigest()[:16]
     return {
         **job,
@@ -178,9 +188,9 @@ def _job(llm: EarlyExitLLM, config: Config, wish: Benchmark) -> dict[str, Any]:
     }
 
 
-def _print(found: Mapping[str, Figures], wish: Benchmark) -> None:
+def _print(found: Mapping[str, Figures], options: Benchmark) -> None:
     """Prints a row for each policy: its depth, and its scores."""
-    rows = {name: _cells(figures, wish.harness is None) for name, figures in found.items()}
+    rows = {name: _cells(figures, options.harness is None) for name, figures in found.items()}
     names = list(dict.fromkeys(column for cells in rows.values() for column in cells))
     console = Console(highlight=False)
     if not console.is_terminal:

@@ -117,7 +117,11 @@ def _evaluate(config: Config, options: EvaluateOptions, topology: Topology, task
     known = on_first_rank(topology, open_folder)
     num_known = len({(each.task, each.item) for readings in known.values() for each in readings})
     display = _Display(
-        sum(len(task.items) for task in tasks), len(points), num_known, options.output, speaks=topology.is_logging_rank
+        sum(len(task.items) for task in tasks),
+        len(points),
+        num_known,
+        options.output,
+        is_shown=topology.is_logging_rank,
     )
 
     def keep(block: Block, readings: list[ItemResult]) -> None:
@@ -215,13 +219,13 @@ class _Display:
     manager.
     """
 
-    def __init__(self, num_prompts: int, num_points: int, num_known: int, output: Path, *, speaks: bool) -> None:
-        self._num, self._done, self._known, self._output, self._speaks = (
+    def __init__(self, num_prompts: int, num_points: int, num_known: int, output: Path, *, is_shown: bool) -> None:
+        self._num, self._done, self._known, self._output, self._is_shown = (
             num_prompts,
             num_known,
             num_known,
             output,
-            speaks,
+            is_shown,
         )
         self._within = 0
         """Prompts measured within the current block."""
@@ -234,12 +238,12 @@ class _Display:
             TextColumn("prompts"),
             TimeRemainingColumn(),
             console=console,
-            disable=not (speaks and console.is_terminal),
+            disable=not (is_shown and console.is_terminal),
         )
         self._row = self._bar.add_task("", total=num_prompts, completed=num_known)
 
     def __enter__(self) -> "_Display":
-        if self._speaks and self._known:
+        if self._is_shown and self._known:
             left = f"{self._num - self._known} are left" if self._known < self._num else "nothing is left to measure"
             print(
                 f"{self._known} of {self._num} prompts are in {self._output / READINGS} already: {left}",
@@ -251,7 +255,7 @@ class _Display:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._bar.stop()
-        if self._speaks and kind is not None and issubclass(kind, KeyboardInterrupt):
+        if self._is_shown and kind is not None and issubclass(kind, KeyboardInterrupt):
             print(
                 f"ee-tuning: stopped; {self._done} of {self._num} prompts are kept in {self._output / READINGS}: the same command, given "
                 "again, goes on with them",
@@ -274,7 +278,7 @@ class _Display:
         self._bar.update(self._row, completed=done)
         if (
             self._bar.disable
-            and self._speaks
+            and self._is_shown
             and now - self._spoke >= max(_SECONDS_BETWEEN_LINES, (now - self._began) / 50)
         ):
             self._spoke = now

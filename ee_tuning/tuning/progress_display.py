@@ -19,7 +19,7 @@ class ProgressDisplay:
         self._log = log.open("a", encoding="utf-8")
         self._num_steps, self._first_step = num_steps, first_step
         self._began = time.monotonic()
-        self._spoke = -_SECONDS_BETWEEN_LINES
+        self._printed_at = -_SECONDS_BETWEEN_LINES
         self._skipping: set[str] = set()
         console = Console(stderr=True)
         self._bar = Progress(
@@ -59,10 +59,10 @@ class ProgressDisplay:
                 "finite, its gradient norm is above tuning.skip_grad_norm, or the step has no token to learn"
             )
         self._skipping = set(record["skipped"])
-        is_due = record["step"] == self._num_steps or time.monotonic() - self._spoke >= _SECONDS_BETWEEN_LINES
+        is_due = record["step"] == self._num_steps or time.monotonic() - self._printed_at >= _SECONDS_BETWEEN_LINES
         self._write(line)
         if self._bar.disable and is_due:
-            self._spoke = time.monotonic()
+            self._printed_at = time.monotonic()
             print(f"{line} · {self._time_left(record['step'])} left", file=sys.stderr, flush=True)
 
     def say(self, line: str) -> None:

@@ -49,9 +49,9 @@ class SaveStopPolicy:
         minutes = self._tuning.save_minutes
         return bool(minutes) and time.monotonic() - self._saved_at >= 60 * minutes
 
-    def _agreed(self, wish: NextAction) -> NextAction:
+    def _agreed(self, action: NextAction) -> NextAction:
         if self._topology.tp * self._topology.dp == 1:
-            return wish
-        agreed = torch.tensor([int(wish)])
+            return action
+        agreed = torch.tensor([int(action)])
         dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=self._topology.stage_control)
         return NextAction(int(agreed.item()))

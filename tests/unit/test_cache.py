@@ -130,7 +130,7 @@ def test_who_waits_at_a_lock_that_was_removed_waits_at_the_new_one(
     lock = tmp_path / "entry.lock"
     second, third = (
         _make_missing(
-            [CacheEntry(depends_on=dict, make=make)], [tmp_path / "entry"], tmp_path, ProgressBar("", speaks=False)
+            [CacheEntry(depends_on=dict, make=make)], [tmp_path / "entry"], tmp_path, ProgressBar("", is_shown=False)
         )
         for _ in range(2)
     )
