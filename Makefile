@@ -11,12 +11,13 @@ INSTALLED_DEV := $(VENV)/.installed-dev
 INSTALLED_DOCS := $(VENV)/.installed-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo demo-llm test stress quality shape docs clean
+.PHONY: help install install-dev demo demo-llm test test-fast stress quality shape docs clean
 
 help:
 	@echo "make demo        convert, tune and decode the small model that ships with this project; runs/demo/report.json"
 	@echo "make demo-llm    the same and more with a real LLM of 135M parameters, a quarter of an hour; runs/demo-llm/report.json"
 	@echo "make test        all tests, on the CPU"
+	@echo "make test-fast   the quick ones of tests/unit, within a minute on two cores"
 	@echo "make stress      thousands of damaged files, two hundred kill -9, thousands of mixtures and calibrations, an hour; docs/stress.md"
 	@echo "make quality     ruff and mypy"
 	@echo "make shape       prints long files, long functions and crowded folders"
@@ -52,6 +53,9 @@ demo-llm: $(INSTALLED)
 
 test: $(INSTALLED_DEV)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+test-fast: $(INSTALLED_DEV)
+	$(BIN)/python -m pytest tests/unit --numprocesses 2 --dist loadfile -m "not slow"
 
 stress: $(INSTALLED_DEV)
 	$(BIN)/python tests/stress/run.py --output docs/stress.md

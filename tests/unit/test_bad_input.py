@@ -174,6 +174,7 @@ def test_generate_refuses(shared, options, words):
     assert all(word in complaint(error) for word in words), complaint(error)
 
 
+@pytest.mark.slow
 def test_a_prompt_as_long_as_the_context_is_refused_and_one_less_answers(shared):
     """A prompt that runs past the positions the model was made for."""
     llm = EarlyExitLLM.load(shared / "model", shared / "exits")

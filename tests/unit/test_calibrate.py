@@ -27,6 +27,8 @@ from ee_tuning.evaluation.calibrate_command import calibrate
 from ee_tuning.evaluation.demo import CHECKOUT
 from ee_tuning.parallel.topology import init_parallel
 
+pytestmark = pytest.mark.slow
+
 MODEL = CHECKOUT / "examples" / "tiny-python-llama"
 SAMPLE = 100
 

@@ -185,6 +185,7 @@ def test_an_error_that_every_rank_meets_is_said_once(
     assert one_line(capsys) == "ee-tuning: error: a rule\n"
 
 
+@pytest.mark.slow
 def test_an_error_that_one_rank_meets_is_said_by_that_rank(tmp_path: Path):
     """A damaged file that only the last rank reads, and an exit code 2 that nobody explains."""
     script = (

@@ -21,6 +21,8 @@ from ee_tuning.parallel.topology import destroy_parallel, init_parallel
 from ee_tuning.planning.dry_run import profile_ranks
 from ee_tuning.tuning.tuner import Tuner
 
+pytestmark = pytest.mark.slow
+
 LLAMA_70B = {
     "model_type": "llama",
     "hidden_size": 8192,

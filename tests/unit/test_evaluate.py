@@ -68,6 +68,7 @@ def a_task() -> Task:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_readings_are_what_generate_and_the_full_model_say(llm: EarlyExitLLM, batch_size: int):
     """Text of another policy or prompt, agreement with the wrong prefix, a prompt's own limit that is not heeded, chats

@@ -15,6 +15,8 @@ from ee_tuning.parallel.topology import destroy_parallel
 from ee_tuning.planning.gpus import gpu
 from ee_tuning.planning.plan import Cluster, TuningPlan, make_plan
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted(path.parent for path in ROOT.glob("examples/*/job.yaml"))
 BODY = ROOT / "examples" / "run_under_slurm.sh"

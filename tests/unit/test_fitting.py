@@ -31,6 +31,8 @@ from ee_tuning.tuning import command
 from ee_tuning.tuning.command import convert_by_texts, load_job_samples, tune_within
 from ee_tuning.tuning.fitting import fit_exits
 
+pytestmark = pytest.mark.slow
+
 SHIPPED = Path(__file__).parents[2] / "examples" / "tiny-python-llama"
 TEXT = " ".join(f"the {number} of {number * number} and {number % 7} more" for number in range(400))
 

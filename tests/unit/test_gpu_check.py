@@ -26,6 +26,8 @@ from gpu_stages.report import LONGEST_TABLE, Report, facts_of  # noqa: E402
 from ee_tuning.config import ParallelSection  # noqa: E402
 from ee_tuning.parallel.topology import destroy_parallel, init_parallel  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 STAGES = {1: right, 2: decoding, 3: tuning, 5: layers}
 
 

@@ -202,6 +202,7 @@ def run(shared: tuple[Path, Path], output: Path, *flags: str) -> int:
     )
 
 
+@pytest.mark.slow
 def test_generate_takes_the_thresholds_that_were_proven(shared, tmp_path, capsys):
     """A file that says less than its tests, or that decoding does not take."""
     output = tmp_path / "calibration.json"
@@ -260,6 +261,7 @@ def test_what_can_not_be_guaranteed_is_refused(shared, tmp_path, capsys, flags, 
     assert words in said and said.count("ee-tuning: error") == 1 and "Traceback" not in said and not output.exists()
 
 
+@pytest.mark.slow
 def test_none_that_can_be_proven_is_said(shared, tmp_path, capsys, monkeypatch):
     """Thresholds that were not proven, written all the same."""
     trials = Trials(torch.full((100, len(GRID)), 0.5, dtype=torch.float64), torch.full((100, len(GRID)), 8.0))

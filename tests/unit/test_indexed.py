@@ -72,6 +72,7 @@ def test_megatron_core_reads_what_preprocess_writes(tmp_path: Path, tokenizer: P
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.b.bin", "a.b.idx", "again", "texts.jsonl"]
 
 
+@pytest.mark.slow
 def test_tokens_are_the_same_however_many_processes(
     tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

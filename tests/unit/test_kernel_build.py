@@ -7,6 +7,8 @@ import pytest
 
 from ee_tuning.kernel import build
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ LLAMA_70B = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "parameters"),
     [({"vocab_size": 32000}, 68_976_648_192), ({"vocab_size": 128256, "rope_theta": 500000.0}, 70_553_706_496)],

@@ -10,6 +10,8 @@ import torch.distributed as dist
 from ee_tuning import cli
 from ee_tuning.parallel.topology import destroy_parallel
 
+pytestmark = pytest.mark.slow
+
 LLAMA_70B = {
     "model_type": "llama",
     "hidden_size": 8192,

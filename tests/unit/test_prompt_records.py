@@ -166,6 +166,7 @@ def test_an_answer_that_teaches_nothing_good_is_left_out(answer: Completion, dro
     assert dialogues.ended() == [None] and dialogues.tally.left_out == 1 and reason in dialogues.tally.first_reason
 
 
+@pytest.mark.slow
 def test_shipped_prompts_are_many_and_none_is_there_twice(monkeypatch: pytest.MonkeyPatch):
     """A user without data who tunes on one question a hundred times."""
     prompts = list(shipped_prompts(1200))
