@@ -6,7 +6,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ee_tuning.parallel.topology import leave_parallel
+from ee_tuning.parallel.topology import destroy_parallel
 
 NOTEBOOK = Path(__file__).parents[2] / "examples" / "quickstart.ipynb"
 
@@ -17,12 +17,12 @@ def test_the_notebook_runs() -> None:
     cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     names: dict[str, Any] = {"__name__": "__main__"}
     if dist.is_initialized():  # left by another test
-        leave_parallel()
+        destroy_parallel()
     try:
         for number, cell in enumerate(cells, 1):
             exec(compile(cell, f"cell {number}", "exec"), names)
     finally:
-        leave_parallel()
+        destroy_parallel()
     completions = names["completions"]
     assert completions["calibrated"].mean_depth < names["llm"].num_layers == completions["full"].mean_depth
     assert completions["speculative"].text == completions["full"].text
