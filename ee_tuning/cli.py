@@ -94,7 +94,7 @@ def _as_meant(name: str, value: Any) -> Any:
         value = Path(expanded(str(value), f"--{name.replace('_', '-')}"))
         if name == "output" and value.name in ("", ".."):
             raise InputError(
-                f"--output must end in a name, for it is written beside its place first, got {value}; give {value / 'NAME'}"
+                f"--output must end in a name, because it is first written beside its destination, got {value}; give {value / 'NAME'}"
             )
     elif name == "config" and isinstance(value, str):
         value = expanded(value, "CONFIG")

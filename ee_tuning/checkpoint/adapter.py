@@ -22,7 +22,7 @@ def refuse_adapter(folder: Path) -> None:
     what = f"{folder} holds an adapter ({', '.join(found)}{_base(folder / _CONFIG)})"
     if (folder / "config.json").is_file():
         raise InputError(
-            f"{what} beside a model, and whether the weights hold it already is not told: if they do, move the adapter's "
+            f"{what} beside a model, and no file says whether the weights include it: if they do, move the adapter's "
             f"files away; if not, {MERGE}"
         )
     raise InputError(f"{what} and no model; {MERGE}")

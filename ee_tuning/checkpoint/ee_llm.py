@@ -35,7 +35,7 @@ class EELLMExits:
         numbers = arguments.get("exit_layer_nums")
         if not isinstance(numbers, list | tuple) or not numbers or not all(type(number) is int for number in numbers):
             raise InputError(
-                f"{reader.folder} holds no exits (its saved exit_layer_nums is {numbers!r}); say where to put new ones: "
+                f"{reader.folder} holds no exits (its saved exit_layer_nums is {numbers!r}); give layers for new ones: "
                 "--exit-layers 8,16"
             )
         is_before = bool(arguments.get("pre_exit"))
@@ -106,7 +106,7 @@ class EELLMExits:
                 f"{key} = {bool(arguments.get(key))}" for key in ("use_exit_mlp", "use_exit_block", "use_exit_norm")
             )
             raise InputError(
-                f"{self.reader.folder}: its exits have {found}, and no head here is built so; say where to put new ones: "
+                f"{self.reader.folder}: its exits have {found}, which no architecture here represents; give layers for new ones: "
                 "--exit-layers 8,16"
             )
         return architectures[parts]

@@ -91,7 +91,7 @@ def origin_of(exits: ExitHeadsConfig, layer: int) -> dict[str, Any]:
 def _kept(base: ExitHeadsReader, choice: ExitChoice) -> tuple[int, ...]:
     held = base.config.exit_layers
     if choice.only and choice.drop:
-        raise InputError("--only and --drop say the same thing from two sides; give one of them")
+        raise InputError("--only and --drop exclude each other; give one of them")
     for flag, layers in (("--only", choice.only), ("--drop", choice.drop)):
         for layer in layers:
             if layer not in held:
@@ -138,7 +138,7 @@ def _new_exits(
     kinds = choice.architecture or tuple(dict.fromkeys(base.config.architecture))
     if not choice.architecture and len(kinds) > 1:
         raise InputError(
-            f"--add must be told the architecture of the new exits, for those of {base.folder} differ; "
+            f"--add needs the architecture of the new exits, for those of {base.folder} differ; "
             f"for example --architecture {kinds[0]}"
         )
     section = dataclasses.replace(

@@ -53,7 +53,7 @@ def model_facts(path: Path, *, config: str | None = None, trust_pickle: bool = F
         weights = f"its weights ({others}) are in a form that is not read" if others else "weights are missing"
         return {
             "kind": "model",
-            "format": f"config.json alone: {weights}, and sizes are computed from the shape",
+            "format": f"only config.json: {weights}, and sizes are computed from the shape",
             "path": str(folder),
             "name": model_name(folder),
             **_described(model := read_model_config(folder), model.stored_dtype),

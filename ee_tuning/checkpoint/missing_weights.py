@@ -32,7 +32,7 @@ def no_weights(folder: Path, stem: str) -> InputError:
     if shards:
         return InputError(
             f"{index} is missing, and {len(shards)} shard{'s' * (len(shards) > 1)} of a model "
-            f"({shards[0]}{', …' * (len(shards) > 1)}) are there: it tells which tensor is in which; fetch it, too"
+            f"({shards[0]}{', …' * (len(shards) > 1)}) are there: the index says which shard holds a tensor; fetch it, too"
         )
     rule = f"{folder} must hold {single.name} or {index.name}, and holds neither"
     if found := other_weights(folder):

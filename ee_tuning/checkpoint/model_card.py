@@ -53,10 +53,10 @@ def export_card(name: str, exits: Mapping[str, Any] | None) -> str:
             "",
             "plain = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=False)",
             "early = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)",
-            "early.generate(**inputs, exit_threshold=0.8)  # a token leaves at the first exit that is so sure of it; without it: plain",
+            "early.generate(**inputs, exit_threshold=0.8)  # a token leaves at the first exit this confident; omit it for the plain model",
             "```",
             "",
-            "`modeling_early_exit.py` needs torch, transformers and safetensors alone.",
+            "`modeling_early_exit.py` needs only torch, transformers and safetensors.",
             "",
         ]
     )

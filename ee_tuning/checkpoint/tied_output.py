@@ -38,7 +38,7 @@ def holds_another_output(source: TensorSource, config: ModelConfig) -> bool:
         ):
             warn_once(
                 f"{getattr(source, 'folder', source)}: the config ties the output matrix to the embedding (tie_word_embeddings), and "
-                f"{names[1]} in the files is another than {names[0]}: the model is taken as untied, as transformers 5 takes it; set "
+                f"{names[1]} in the files differs from {names[0]}: the model is used as untied, as in transformers 5; set "
                 "tie_word_embeddings to false in the config to say so"
             )
             return True

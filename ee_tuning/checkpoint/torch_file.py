@@ -202,7 +202,7 @@ class Archive:
         except _NotAllowed as error:
             raise InputError(
                 f"{self.path} holds a pickle that asks for {error}, and unpickling may run anything; do not load this file, "
-                "or, if you trust whoever wrote it, give --trust-pickle"
+                "or, if you trust its author, give --trust-pickle"
             ) from error
         except Exception as error:  # a malicious pickle may raise anything
             raise self.broken(f"its pickle can not be read ({error!r})") from error

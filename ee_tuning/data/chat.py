@@ -71,7 +71,7 @@ class ChatFormat:
         texts = self._texts(conversation)
         if not self._tokenizer.is_fast:
             raise InputError(
-                "chat messages need a fast tokenizer (tokenizer.json), which tells the characters of each token, and the one "
+                "chat messages need a fast tokenizer (tokenizer.json), which maps tokens to characters, and the one "
                 f"in {self._tokenizer.name_or_path} is slow; convert it, or give texts"
             )
         return [self._tokenized(*each) for each in texts]
@@ -239,8 +239,8 @@ def _parts(message: dict[str, Any], prompt: str) -> tuple[str | None, str]:
 
 def _unstable(conversation: Conversation) -> InputError:
     return InputError(
-        f"{conversation.where()}: the assistant's words can not be found in what the chat template makes of the messages: it "
-        "renders the beginning of a conversation otherwise than the whole; set data.chat_template to a file with a template "
+        f"{conversation.where()}: the assistant's words can not be located in the output of the chat template: it "
+        "renders the beginning of a conversation differently from the whole; set data.chat_template to a file with a template "
         "that marks them by {% generation %}"
     )
 

@@ -40,7 +40,7 @@ def read_chat_template(path: str | None) -> str | None:
     if not _is_jinja(text):
         raise InputError(
             f"data.chat_template must be a file with a Jinja template, and {path} holds no {{{{ or {{%, "
-            "so that it would say the same of all messages; give another file"
+            "so it would render all messages alike; give another file"
         )
     return text
 

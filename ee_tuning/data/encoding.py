@@ -209,7 +209,7 @@ def _encode_completion(document: Completion, tokenizer: "PreTrainedTokenizerBase
     """Tokenizes prompt and completion as one text. Tokens that end in the completion are labels."""
     if not tokenizer.is_fast:
         raise InputError(
-            "prompts with completions need a fast tokenizer (tokenizer.json), which tells the characters of each token, and "
+            "prompts with completions need a fast tokenizer (tokenizer.json), which maps tokens to characters, and "
             f"the one in {tokenizer.name_or_path} is slow; convert it, or give texts"
         )
     encoded = tokenizer(

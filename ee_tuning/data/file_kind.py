@@ -94,10 +94,10 @@ def kind_of(path: Path) -> FileKind:
     with opened(path, packing) as file:
         head = file.read(_HEAD_BYTES if promised in (None, "json") else len(GIT_LFS))
     if head.startswith(GIT_LFS):
-        raise InputError(f"{path} is a pointer of Git LFS in place of the file; fetch it with `git lfs pull`")
+        raise InputError(f"{path} is a pointer of Git LFS instead of the file; fetch it with `git lfs pull`")
     found = promised or _format_of(head)
     if packing and found in ("parquet", "arrow"):
-        raise InputError(f"{path}: {found} is read unpacked alone, and this is {packing}; unpack it")
+        raise InputError(f"{path}: {found} must not be compressed, and this is {packing}; decompress it")
     return FileKind(_json_or_lines(head) if found == "json" else found, packing)
 
 

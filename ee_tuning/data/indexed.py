@@ -53,16 +53,16 @@ def open_stream(prefix: Path) -> TokenStream:
     try:
         size = data.stat().st_size
         if size == 0:
-            raise InputError(f"{data} is empty; tokenize the texts anew with `ee-tuning preprocess`, or leave it out")
+            raise InputError(f"{data} is empty; tokenize the texts again with `ee-tuning preprocess`, or leave it out")
         dtype, lengths, pointers, documents = _read_index(prefix)
         num_tokens = int(lengths.sum(dtype=np.int64))
         ends = np.cumsum(lengths, dtype=np.int64)
         in_order = np.array_equal(pointers, (ends - lengths) * dtype.itemsize)
         if num_tokens * dtype.itemsize != size or not in_order:
             raise InputError(
-                f"{index} does not agree with {data}: it tells of {num_tokens} tokens of {dtype.itemsize} bytes"
+                f"{index} does not agree with {data}: it lists {num_tokens} tokens of {dtype.itemsize} bytes"
                 f"{'' if in_order else ', not one after the other'}, and {data.name} has {size} bytes; copy the two again, or "
-                "tokenize the texts anew"
+                "tokenize the texts again"
             )
         starts = np.append(0, ends)[documents[:-1]]
         counts = None
@@ -70,8 +70,7 @@ def open_stream(prefix: Path) -> TokenStream:
             counts = np.memmap(mask, np.uint8, mode="r")
             if len(counts) != num_tokens:
                 raise InputError(
-                    f"{mask} must have a byte for each of the {num_tokens} tokens of {data}, got {len(counts)}; tokenize the "
-                    "texts anew"
+                    f"{mask} must have a byte for each of the {num_tokens} tokens of {data}, got {len(counts)}; tokenize the texts again"
                 )
         return TokenStream(np.memmap(data, dtype, mode="r"), starts, counts)
     except OSError as error:
@@ -104,8 +103,7 @@ def _read_index(prefix: Path) -> tuple[np.dtype, NDArray[np.int32], NDArray[np.i
     except (AssertionError, ValueError, IndexError, AttributeError, struct.error) as error:
         reason = " ".join(str(error).split())[:150]
         raise InputError(
-            f"{prefix}{INDEX_SUFFIX} is no index of Megatron's, or is cut short ({reason}); copy it again, or tokenize the "
-            "texts anew"
+            f"{prefix}{INDEX_SUFFIX} is no index of Megatron's, or is cut short ({reason}); copy it again, or tokenize the texts again"
         ) from error
     return dtype, lengths, pointers, documents
 

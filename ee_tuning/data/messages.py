@@ -83,7 +83,7 @@ def _text_of_part(part: Any, key: str, where: Where) -> str:
     if kind not in _TEXT_PARTS or not isinstance(text, str):
         what = repr(kind) if kind not in _TEXT_PARTS else type(text).__name__
         raise InputError(
-            f"{where()}: a content in {key!r} has a part of {what}, and text alone is learned; remove the part, or the chat"
+            f"{where()}: a content in {key!r} has a part of {what}, and only text is supported; remove the part, or the chat"
         )
     return text
 

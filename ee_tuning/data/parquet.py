@@ -96,5 +96,5 @@ def _open(path: Path) -> Any:
 
 def _broken(path: Path, error: Exception) -> InputError:
     return InputError(
-        f"{path} can not be read as {path.suffix[1:]}: {' '.join(str(error).split())[:200]}; write it anew, or leave it out"
+        f"{path} can not be read as {path.suffix[1:]}: {' '.join(str(error).split())[:200]}; write it again, or leave it out"
     )

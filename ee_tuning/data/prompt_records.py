@@ -91,7 +91,7 @@ def _read(record: Any, text_key: str, where: Where) -> str | Completion | Conver
     if text_key in given:
         return document_of({text_key: given[text_key]}, text_key, where)
     if any(key in record for key in (text_key, "prompt", "instruction", MESSAGES, *SHAREGPT)):
-        return LeftOut("null in place of a prompt", where)
+        return LeftOut("null instead of a prompt", where)
     known = ", ".join(map(repr, record)) or "none"
     raise InputError(
         f"{where()}: no messages, conversations, instruction, prompt or {text_key!r}; its keys are {known}; give the key of "

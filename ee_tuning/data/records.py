@@ -101,7 +101,7 @@ def _document_of(record: Any, text_key: str, where: Where) -> Document | LeftOut
         any(key in record for key in (text_key, MESSAGES, *SHAREGPT, *_COMPLETIONS))
         or {"instruction", "output"} <= record.keys()
     ):
-        return LeftOut("null in place of a text", where)
+        return LeftOut("null instead of a text", where)
     known = ", ".join(map(repr, record)) or "none"
     raise InputError(
         f"{where()}: no key {text_key!r}, and no {_FORMS}; its keys are {known}; set data.text_key to that of the text"

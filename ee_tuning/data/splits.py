@@ -96,7 +96,7 @@ def _load(
     corpora = find_corpora(data.paths, "data.paths", data.text_key, leave_out=valid_corpora)
     if data.split and (texts := [path for corpus in corpora for path in corpus.texts]):
         raise InputError(
-            f"data.split = {data.split} divides the documents of .bin and .idx alone, and data.paths names the text "
+            f"data.split = {data.split} divides only documents of .bin and .idx, and data.paths names the text "
             f"{texts[0]}; set data.valid_fraction instead, or preprocess the texts"
         )
     wanted = [(corpus, not data.valid_paths) for corpus in corpora]
@@ -214,7 +214,7 @@ def _open(
             next(folders),
             vocab_size,
             f"{with_suffix(prefix, BIN_SUFFIX)} holds",
-            "tokenize its texts anew with the model's tokenizer",
+            "tokenize its texts again with the model's tokenizer",
         )
         stream = open_stream(prefix)
         first, stop = _bounds(len(stream.starts), data) if is_split else (len(stream.starts),) * 2

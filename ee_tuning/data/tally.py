@@ -83,7 +83,7 @@ def print_counts(counts: Sequence[FileCount]) -> None:
             f"{len(more):,} more files: {sum(each.documents for each in more):,} documents, {sum(each.tokens for each in more):,} tokens"
         )
     if (left_out := left_out_of(counts)).reasons:
-        _print_line(f"left out, for nothing can be learned from it: {left_out}")
+        _print_line(f"left out, because it has nothing to learn: {left_out}")
 
 
 def print_passed_over(names: Sequence[str]) -> None:

@@ -66,12 +66,12 @@ def load_tokenizer(path: str | Path, *, trusts_code: bool = False) -> "PreTraine
             if content := describe_content(folder / name):
                 raise InputError(f"{folder / name} {content}") from error
         raise InputError(
-            f"the tokenizer in {folder} can not be read: {reason}; copy its files anew, or set data.tokenizer"
+            f"the tokenizer in {folder} can not be read: {reason}; copy its files again, or set data.tokenizer"
         ) from error
     if not isinstance(tokenizer.model_max_length, int | float):  # compared with the length of each text later
         raise InputError(
             f"model_max_length in {folder / 'tokenizer_config.json'} must be a number, got "
-            f"{tokenizer.model_max_length!r:.60}; copy the tokenizer's files anew"
+            f"{tokenizer.model_max_length!r:.60}; copy the tokenizer's files again"
         )
     return tokenizer
 

@@ -108,7 +108,7 @@ def _run(driver: Driver, config: Config, options: Benchmark, points: list[Point]
     waiting = [point for point in points if point.name not in found or _wants_run(options, found[point.name])]
     if len(waiting) < len(points):
         print(
-            f"{len(points) - len(waiting)} of {len(points)} ways to leave are in {folder.path} already",
+            f"{len(points) - len(waiting)} of {len(points)} policies are in {folder.path} already",
             file=sys.stderr,
             flush=True,
         )

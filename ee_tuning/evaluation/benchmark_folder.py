@@ -14,7 +14,7 @@ from ee_tuning.json_file import parse_json, read_json, to_json
 
 _OWN = re.compile(r"(results|completions)_.*|.*\.partial-[0-9a-f]{8}")
 """Files that a killed job may leave before its first summary."""
-_REMEDY = "give another --output, or --overwrite to begin anew"
+_REMEDY = "give another --output, or --overwrite to start over"
 
 Figures = dict[str, Any]
 
@@ -104,7 +104,7 @@ def _read(path: Path) -> dict[str, Any]:
             return tree
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
-    raise InputError(f"{path} is not what `ee-tuning evaluate` leaves; {_REMEDY}")
+    raise InputError(f"{path} was not written by `ee-tuning evaluate`; {_REMEDY}")
 
 
 def _write(path: Path, content: str) -> None:

@@ -49,7 +49,7 @@ def calibrate(config: Config, flags: argparse.Namespace) -> None:
         return
     if topology.world_size > topology.tp:
         raise InputError(
-            f"calibrate takes tensor-parallel processes alone, got pipeline {topology.pp} × data {topology.dp}; launch "
+            f"calibrate supports only tensor parallelism, got pipeline {topology.pp} × data {topology.dp}; launch "
             f"{topology.tp}, or change parallel.*"
         )
     loaded = load_for_generation(config, topology)
@@ -71,9 +71,7 @@ def _check_flags(flags: argparse.Namespace) -> None:
             raise InputError(f"--{name} is of --task, and none is given; give --task FILE.jsonl with it")
     for flag, is_given in (("--data", "data.valid_paths" in flags.overrides), ("--tokens", flags.tokens is not None)):
         if flags.task is not None and is_given:
-            raise InputError(
-                f"{flag} has no part in a guarantee by --task, whose prompts alone are measured; leave it out"
-            )
+            raise InputError(f"{flag} does not apply to a guarantee by --task, which measures prompts; leave it out")
     if flags.guarantee is not None and flags.agreement is not None:
         raise InputError(
             f"--agreement {flags.agreement:g} and --guarantee {flags.guarantee:g} choose thresholds each in its own way; give "

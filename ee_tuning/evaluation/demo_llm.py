@@ -198,8 +198,7 @@ def demo_llm(output: Path) -> None:
     left = [step for step in steps if not step.makes.exists()]
     console.print(
         f"SmolLM2-135M-Instruct, {len(steps)} steps into {output}; {len(left)} are left, about "
-        f"{sum(step.minutes for step in left):.0f} minutes on two quiet cores. Stopped, it goes on when the same command is "
-        "given again",
+        f"{sum(step.minutes for step in left):.0f} minutes on two quiet cores. The same command continues a stopped demo",
         soft_wrap=True,
     )
     seconds = run_steps(console, steps)

@@ -294,7 +294,6 @@ def greedy_params(llm: EarlyExitLLM) -> SamplingParams:
         here, there = getattr(params, field.name), getattr(plain, field.name)
         if here != there:
             raise InputError(
-                f"evaluate takes the likeliest token at each step, for which generation.{field.name} must be {there!r}, got "
-                f"{here!r}; leave it out"
+                f"evaluate decodes greedily, so generation.{field.name} must be {there!r}, got {here!r}; leave it out"
             )
     return plain

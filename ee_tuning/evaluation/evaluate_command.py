@@ -232,7 +232,7 @@ class _Display:
         self._began = self._spoke = time.monotonic()
         console = Console(stderr=True)
         self._bar = Progress(
-            TextColumn(f"evaluating by {num_points} ways"),
+            TextColumn(f"evaluating {num_points} policies"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("prompts"),
@@ -257,8 +257,7 @@ class _Display:
         self._bar.stop()
         if self._is_shown and kind is not None and issubclass(kind, KeyboardInterrupt):
             print(
-                f"ee-tuning: stopped; {self._done} of {self._num} prompts are kept in {self._output / READINGS}: the same command, given "
-                "again, goes on with them",
+                f"ee-tuning: stopped; {self._done} of {self._num} prompts are stored in {self._output / READINGS}: the same command continues",
                 file=sys.stderr,
                 flush=True,
             )

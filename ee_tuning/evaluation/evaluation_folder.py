@@ -15,7 +15,7 @@ from ee_tuning.evaluation.readings import ItemResult
 from ee_tuning.json_file import parse_json, to_json
 
 READINGS, FIGURES, PAGE, OWNER = "readings.jsonl", "evaluation.json", "index.html", ".owner"
-_REMEDY = "give another --output, or --overwrite to begin anew"
+_REMEDY = "give another --output, or --overwrite to start over"
 _MOST_LISTED = 3
 _BEGINNING = b'{"job": '
 
@@ -64,7 +64,7 @@ class EvaluationFolder:
 
     def keep(self, block: int, readings: list[ItemResult]) -> None:
         """Stores a block. Raises InputError where the disk refuses."""
-        with os_errors_as_input_errors(self.path, "make room; the same command goes on with the blocks that are kept"):
+        with os_errors_as_input_errors(self.path, "make room; the same command continues after the stored blocks"):
             if self._file is None:
                 self._begin()
             self._append({"block": block, "readings": [reading.tree() for reading in readings]})
@@ -141,7 +141,7 @@ def _settings_in(journal: Path) -> Settings | None:
         tree = None
     job = tree.get("job") if isinstance(tree, dict) else None
     if not isinstance(job, dict):
-        raise InputError(f"{journal} is not what `ee-tuning evaluate` leaves; {_REMEDY}")
+        raise InputError(f"{journal} was not written by `ee-tuning evaluate`; {_REMEDY}")
     return job
 
 

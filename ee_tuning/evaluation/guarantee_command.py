@@ -98,7 +98,7 @@ def _check_number(num_documents: int, asked: _GuaranteeOptions, *, is_cut: bool)
             if is_cut
             else "give more --data (a text file is one document, each line of a .jsonl file another)"
         )
-        fewer = f"; by one --measure alone, {by_one:,} would do" if by_one < needed else ""
+        fewer = f"; with only one --measure, {by_one:,} would do" if by_one < needed else ""
         raise InputError(
             f"--guarantee {asked.delta:g} with --confidence {asked.confidence:g} needs at least {needed:,} documents, even "
             f"where no exit is ever wrong, got {num_documents:,}; {remedy}{fewer}"

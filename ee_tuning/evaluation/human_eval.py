@@ -107,7 +107,7 @@ def read_completions(path: Path, problems: Sequence[Problem]) -> list[str]:
         return [texts[problem.task_id] for problem in problems]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{path}, with completions made before, can not be read: {error}; give --overwrite to make them anew"
+            f"{path}, with completions made before, can not be read: {error}; give --overwrite to make them again"
         ) from error
 
 

@@ -102,9 +102,7 @@ def points_of(
         points.append(_point(llm, "speculative", "speculative", None, policy="speculative"))
     names = [point.name for point in points]
     if double := next((name for name in names if names.count(name) > 1), None):
-        raise InputError(
-            f"each way to leave must be given once, got {double!r} twice; leave one out, or rename its file"
-        )
+        raise InputError(f"each policy must be given once, got {double!r} twice; leave one out, or rename its file")
     return points
 
 

@@ -119,7 +119,7 @@ def _item(line: Line, where: str, number: int) -> TaskItem:
     said = () if messages is None else tuple(chat_messages(messages, "messages", lambda: where))
     if messages is not None and (not said or said[-1]["role"] == "assistant"):
         raise InputError(
-            f'{where}: "messages" must end with what the model is to answer, got {"none" if not said else "an answer"}; the '
+            f'{where}: "messages" must end with a message for the model to answer, got {"none" if not said else "an answer"}; the '
             'right answer goes into "answer"'
         )
     choices = _texts(line.get("choices", []), "choices", where)
@@ -178,7 +178,7 @@ def _texts(value: Any, key: str, where: str) -> tuple[str, ...]:
 def _check_fit(item: TaskItem, metric: Metric) -> None:
     if metric == "choice" and item.right is None:
         raise InputError(
-            f'{item.where}: --metric choice needs "choices", and this line has answers alone; exact, contains, rouge-l and '
+            f'{item.where}: --metric choice needs "choices", and this line has only answers; exact, contains, rouge-l and '
             "perplexity fit it"
         )
     if metric == "perplexity" and len(item.answers) > 1:

@@ -55,8 +55,7 @@ def config_of_gguf(
     }
     if missing := [key for key in _NUMBERS.values() if not isinstance(own.get(key), int)]:
         raise InputError(
-            f"{path} must say {architecture}.{missing[0]}, a whole number, and says {own.get(missing[0])!r}; convert "
-            "the model anew"
+            f"{path} must say {architecture}.{missing[0]}, a whole number, and says {own.get(missing[0])!r}; convert the model again"
         )
     _refuse_unsupported(own, architecture, path)
     heads = own["attention.head_count"]

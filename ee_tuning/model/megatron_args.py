@@ -217,7 +217,7 @@ def missing_from_megatron_args(config: ModelConfig) -> list[str]:
     if rope.theta != round(rope.theta):
         missing.append(f"a rope_theta of {rope.theta}")
     if config.has_proj_bias:
-        missing.append("a bias of the attention alone")
+        missing.append("a bias of the attention only")
     if config.activation == "relu":
         missing.append("the activation relu")
     return missing

@@ -62,7 +62,7 @@ class Feedback:
         began = time.perf_counter()
         tensor, work = self._under_way.popleft()
         with hang_watchdog(
-            self._topology, f"what the last stage (rank {self._topology.pp_ranks[-1]}) tells of a micro-batch"
+            self._topology, f"what the last stage (rank {self._topology.pp_ranks[-1]}) sends back for a micro-batch"
         ):
             work.wait()
         self.seconds_waited += time.perf_counter() - began
@@ -75,6 +75,6 @@ class Feedback:
     def _wait_for_sends(self, max_in_flight: int) -> None:
         began = time.perf_counter()
         while len(self._under_way) > max_in_flight:
-            with hang_watchdog(self._topology, "an earlier stage to take what it is told of a micro-batch"):
+            with hang_watchdog(self._topology, "an earlier stage to receive the feedback on a micro-batch"):
                 self._under_way.popleft()[1].wait()
         self.seconds_waited += time.perf_counter() - began

@@ -81,7 +81,7 @@ class StageLink:
         if self._topology.num_in_replica == 1 or self.is_source(stage):
             return
         began, source = time.perf_counter(), self._topology.first_rank_of_stage(stage)
-        with hang_watchdog(self._topology, f"what stage {stage} (rank {source}) decides"):
+        with hang_watchdog(self._topology, f"the decision of stage {stage} (rank {source})"):
             dist.recv(decided, source, group=self._topology.replica_control)
         self.seconds_waited += time.perf_counter() - began
 

@@ -122,8 +122,7 @@ def smallest_plan(config: Config, gpu: Gpu, efficiency: float) -> TuningPlan:
             return plan
     if plan is None:
         raise InputError(
-            f"tensor × pipeline = {in_replica} processes do not fill nodes of {GPUS_PER_NODE} GPUs evenly; say the cluster by "
-            "--nodes and --gpus-per-node"
+            f"tensor × pipeline = {in_replica} processes do not fill nodes of {GPUS_PER_NODE} GPUs evenly; describe the cluster by --nodes and --gpus-per-node"
         )
     return plan
 

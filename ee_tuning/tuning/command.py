@@ -89,7 +89,7 @@ def _check_updated(tuner: Tuner, topology: Topology) -> None:
     )
     if never == trained:
         raise InputError(
-            f"{message}; {tuner.run_folder / EXIT_HEADS} is not written, for it would be what the run began with"
+            f"{message}; {tuner.run_folder / EXIT_HEADS} is not written, because it would equal the initial exits"
         )
     if topology.is_logging_rank:
         warn(message)

@@ -20,7 +20,7 @@ def check_dashboards(config: Config) -> None:
     """Raises InputError where the package of a requested dashboard is missing."""
     if config.tuning.wandb_project and importlib.util.find_spec("wandb") is None:
         raise InputError(
-            f"tuning.wandb_project wants the package wandb, which is not installed, got {config.tuning.wandb_project}; "
+            f"tuning.wandb_project needs the package wandb, which is not installed, got {config.tuning.wandb_project}; "
             "install it (pip install wandb), or leave the key out"
         )
 

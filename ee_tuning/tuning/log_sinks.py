@@ -43,7 +43,7 @@ def open_log_sinks(config: Config, topology: Topology, loaded: LoadedModel, step
 
         yield MetricsGatherer(topology, take)
         if reached < last:
-            display.say(f"stopped after step {reached}; the same command goes on from there")
+            display.say(f"stopped after step {reached}; the same command continues from there")
     file.close()
 
 

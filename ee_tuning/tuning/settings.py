@@ -88,7 +88,7 @@ def _weight(written: str, item: str) -> float:
         weight = math.nan
     if not 0 < weight < math.inf:
         raise InputError(
-            f"a weight in tuning.loss must be a number above 0, got {item!r}; leave out what is not wanted"
+            f"a weight in tuning.loss must be a number above 0, got {item!r}; leave out losses that are not wanted"
         )
     return weight
 

@@ -222,6 +222,6 @@ def test_a_folder_of_something_else_is_refused(shared, tmp_path, capsys):
         capsys, shared, tmp_path / "out", "--human-eval", str(shared / "problems.jsonl")
     )
     (tmp_path / "out" / "human_eval.json").write_text("{}")
-    assert "is not what `ee-tuning evaluate` leaves" in refusal(
+    assert "was not written by `ee-tuning evaluate`" in refusal(
         capsys, shared, tmp_path / "out", "--human-eval", str(shared / "problems.jsonl")
     )

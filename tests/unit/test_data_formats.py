@@ -210,8 +210,8 @@ def test_a_completion_alone_is_learned(tmp_path: Path, model: Path, record: dict
     [
         ({"messages": []}, "empty messages"),
         ({"text": ""}, "empty text"),
-        ({"text": None}, "null in place of a text"),
-        ({"messages": None, "id": 1}, "null in place of a text"),
+        ({"text": None}, "null instead of a text"),
+        ({"messages": None, "id": 1}, "null instead of a text"),
         ({"prompt": "x", "completion": ""}, "empty completion"),
         ({"instruction": "x", "output": ""}, "empty output"),
         ({"conversations": []}, "empty conversations"),

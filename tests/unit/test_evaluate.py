@@ -254,7 +254,7 @@ def test_the_same_command_goes_on(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--metric", "choice"], '"choices", and this line has answers alone'),
+        (["--metric", "choice"], '"choices", and this line has only answers'),
         (["--thresholds", "1.5"], "must lie in 0..1, got 1.5"),
         (["--thresholds", "none", "0.4"], "must be numbers in 0..1"),
         (["--fixed", "3"], r"one of the exits \(2, 4\), got 3"),
@@ -266,7 +266,7 @@ def test_the_same_command_goes_on(
         (["--output", "{}/mine"], "holds notes.txt"),
         (["--output", "MODEL/new"], "--output must lie apart from"),
         (["--calibration", "{}/long.jsonl"], "calibrate again"),
-        (["--set", "generation.temperature=1"], "likeliest token at each step"),
+        (["--set", "generation.temperature=1"], "evaluate decodes greedily"),
         (["--thresholds", "0.3", "0.3"], "'threshold 0.3' twice"),
     ],
 )

@@ -84,7 +84,7 @@ def test_without_locks_the_process_is_looked_up(
     if is_free:
         with owned(tmp_path / "out", None):
             pass
-        assert ("see that it is not" in capsys.readouterr().err) == (there.host == "another-machine")
+        assert ("make sure that it is not" in capsys.readouterr().err) == (there.host == "another-machine")
     else:
         with pytest.raises(InputError, match="is being written by process"), owned(tmp_path / "out", None):
             pass
