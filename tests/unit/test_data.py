@@ -322,7 +322,7 @@ def test_batch_sizes_that_do_not_divide_are_refused(micro: int, total: int, dp: 
         (
             "rows.parquet.gz",
             gzip.compress(b"PAR1", mtime=0),
-            r"rows\.parquet\.gz: parquet is read unpacked alone, and this is gzip; unpack it",
+            r"rows\.parquet\.gz: parquet must not be compressed, and this is gzip; decompress it",
         ),
         (
             "lfs.jsonl",
@@ -373,7 +373,7 @@ def test_a_file_that_can_not_be_used_is_named(
         ),
         ({"tokenizer": "nowhere"}, "there is no folder nowhere, and the Hugging Face hub can not be asked"),
         ({"tokenizer": "empty_folder"}, r"empty_folder has no tokenizer"),
-        ({"tokenizer": "broken_folder"}, r"the tokenizer in broken_folder can not be read: .*; copy its files anew"),
+        ({"tokenizer": "broken_folder"}, r"the tokenizer in broken_folder can not be read: .*; copy its files again"),
     ],
 )
 def test_settings_that_can_not_be_used_are_refused(

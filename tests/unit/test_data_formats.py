@@ -237,7 +237,7 @@ def test_what_teaches_nothing_is_left_out_and_told_and_nothing_at_all_is_refused
     )
     assert preprocess(data, tmp_path / "out", False).num_documents == 2
     told = capsys.readouterr().err
-    assert f"a.jsonl: 2 documents, 42 tokens\ndata: left out, for nothing can be learned from it: 2 × {reason}" in told
+    assert f"a.jsonl: 2 documents, 42 tokens\ndata: left out, because it has nothing to learn: 2 × {reason}" in told
     assert "(the first at " + str(tmp_path / "a.jsonl:2") in told
     for _ in range(2):  # tokenized, and from the cache
         load_samples(data, model, seq_length=8, vocab_size=300, max_positions=64)
@@ -257,7 +257,7 @@ def test_what_teaches_nothing_is_left_out_and_told_and_nothing_at_all_is_refused
     [
         (
             [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "x"}}],
-            "has a part of 'image_url', and text alone",
+            "has a part of 'image_url', and only text",
         ),
         ([{"type": "text", "text": 7}], "has a part of int"),
         ({"a": 1}, "must be a text, got dict"),

@@ -218,7 +218,7 @@ def test_the_same_command_goes_on(
 
     monkeypatch.setattr(evaluate_command.EvaluationFolder, "keep", stop)
     assert cli.main(given) == 130
-    assert "stopped; 4 of 5 prompts are kept" in capsys.readouterr().err or whole == [0, 1]
+    assert "stopped; 4 of 5 prompts are stored" in capsys.readouterr().err or whole == [0, 1]
     assert [path.name for path in output.iterdir()] == ["readings.jsonl"]
     kept = (output / "readings.jsonl").read_bytes()
     with (output / "readings.jsonl").open("ab") as file:

@@ -245,7 +245,7 @@ def test_generate_takes_the_thresholds_that_were_proven(shared, tmp_path, capsys
         (
             ["--guarantee", "0.03"],
             "needs at least 135 documents, even where no exit is ever wrong, got 100; give more --data (a text file is "
-            "one document, each line of a .jsonl file another); by one --measure alone, 99 would do",
+            "one document, each line of a .jsonl file another); with only one --measure, 99 would do",
         ),
         (
             ["--guarantee", "0.05", "--tokens", "1000"],

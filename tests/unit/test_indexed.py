@@ -311,8 +311,8 @@ def test_an_index_that_disagrees_with_its_tokens_is_refused(
             {"paths": ["a"], "split": "1,0", "needs_validation": True},
             "validation needs held-out data, got data.split = 1,0",
         ),
-        ({"paths": ["text.txt"], "split": "9,1"}, "data.split = 9,1 divides the documents of .bin and .idx"),
-        ({"paths": ["0.5", "a", "0.5", "text.txt"], "split": "9,1"}, "alone, and data.paths names the text text.txt"),
+        ({"paths": ["text.txt"], "split": "9,1"}, "data.split = 9,1 divides only documents of .bin and .idx"),
+        ({"paths": ["0.5", "a", "0.5", "text.txt"], "split": "9,1"}, ".idx, and data.paths names the text text.txt"),
         (
             {"paths": ["a"], "split": "9,1", "valid_paths": ["b"]},
             "data.split and data.valid_paths both say what is held out, got 9,1 and b",

@@ -76,7 +76,7 @@ def test_a_task_is_known_by_what_it_asks(tmp_path: Path):
         ([{"prompt": "x", "choices": ["a", "b"]}], "choice", "None"),
         ([{"prompt": "x", "choices": ["a", "b"], "answer": 2}], "choice", "counted from 0, got 2"),
         ([{"prompt": "x", "choices": ["a", "b"], "answer": True}], "choice", "got True"),
-        ([{"prompt": "x", "answer": "y"}], "choice", "exact, contains, rouge-l and perplexity fit it"),
+        ([{"prompt": "x", "answer": "y"}], "choice", "exact, contains, rouge-l and perplexity apply to it"),
         ([{"prompt": "x", "answers": ["y", "z"]}], "perplexity", "one answer, got 2"),
         ([{"prompt": "x", "answer": "y"}], "bleu", "one of exact"),
         ([{"prompt": "x", "answer": "y", "max_new_token": 3}], "exact", "did you mean 'max_new_tokens'"),

@@ -121,7 +121,7 @@ def test_the_file_is_what_generate_takes(
         (["--guarantee", "0.9"], "must be one whose score lies in 0..1"),
         (["--guarantee", "0.01", "--metric", "contains"], "needs at least 69 prompts"),
         (["--guarantee", "0.9", "--metric", "contains", "--thresholds", "1.2"], "must lie in 0..1"),
-        (["--guarantee", "0.9", "--metric", "contains", "--data", "x"], "--data has no part"),
+        (["--guarantee", "0.9", "--metric", "contains", "--data", "x"], "--data does not apply"),
         (["--guarantee", "0.9", "--metric", "contains", "--exits", ""], "needs exits before the last layer"),
         (["--guarantee", "1.5", "--metric", "contains"], "must lie between 0 and 1"),
     ],
