@@ -16,6 +16,7 @@ from ee_tuning import EarlyExitLLM
 from ee_tuning.generation.engine import Engine
 from ee_tuning.model.exit_head import ExitInput
 from ee_tuning.model.layer_run import LayerRun
+from ee_tuning.model.ragged_head import RaggedExitHead
 from ee_tuning.model.token_pass import TokenPass
 
 SAMPLED_STEPS = 32
@@ -76,7 +77,7 @@ def bare_times(llm: EarlyExitLLM, prompt_length: int, new_tokens: int, num_rows:
 
 def _one_pass(engine: Engine, num_rows: int, start: int, length: int) -> tuple[list[float], list[float]]:
     """Seconds of each segment on `length` tokens a row behind `start` others, and of each head on the last ones."""
-    runner, model, config = engine.runner, engine.model, engine.config
+    runner, model, config = engine.runner, engine.model, engine.model.config
     hidden = torch.ones(num_rows * length, config.hidden_size, dtype=model.plan.dtype)
     each = engine.cache.pool.num_blocks // num_rows
     places = [engine.cache.places(list(range(row * each, (row + 1) * each))) for row in range(num_rows)]
@@ -89,19 +90,19 @@ def _one_pass(engine: Engine, num_rows: int, start: int, length: int) -> tuple[l
         queries_per_group=config.num_attention_heads // config.num_query_groups,
     )
     segments, heads = [], []
-    for index, piece in enumerate(runner.pieces):
+    for index, segment in enumerate(runner.segments):
         began = time.perf_counter()
         hidden, inner = runner.layers_of(index, index)(hidden, tokens)
         segments.append(time.perf_counter() - began)
         began = time.perf_counter()
         taken = ExitInput(hidden)
-        if piece is not runner.pieces[-1]:
-            head = runner.exit_heads[piece.last_layer]
+        head = runner.heads[index]
+        if isinstance(head, RaggedExitHead):
             taken = head.take(hidden, inner)
             if head.layer is not None:
-                own = LayerRun([head.layer], [engine.cache.exit_head(piece.last_layer)])
+                own = LayerRun([head.layer], [engine.cache.exit_head(segment.last_layer)])
                 taken = ExitInput(hidden, layer_output=own(hidden, tokens)[0])
         asked = taken.rows(list(range(len(hidden) - num_rows, len(hidden))))
-        runner.heads[None if piece is runner.pieces[-1] else piece.last_layer].ask(asked)[1].tolist()
+        head.ask(asked)[1].tolist()
         heads.append(time.perf_counter() - began)
     return segments, heads

@@ -16,9 +16,12 @@ import torch
 from real_time import set_real_time
 
 from ee_tuning import EarlyExitLLM
+from ee_tuning.generation.cost_model import expected_costs
 from ee_tuning.generation.engine import Engine
 from ee_tuning.generation.params import SamplingParams
 from ee_tuning.generation.policy import FULL, Policy
+from ee_tuning.generation.sequence import Sequence
+from ee_tuning.generation.speculation import Speculation
 
 PROMPT = "Once upon a time there was a"
 
@@ -75,13 +78,7 @@ def _ways(llm: EarlyExitLLM, options: argparse.Namespace) -> list[tuple[str, flo
     def one_round() -> float:
         engine.add_request(ids, SamplingParams(max_tokens=60, ignore_eos=True), Policy(drafts_at=(layer,)))
         engine.step()
-        known = engine.drafting
-        (sequence,) = engine.running
-        known.begin(sequence, 1)
-        assert known.speculation is not None
-        known.speculation.worth = lambda *_: 0.0  # type: ignore[method-assign]
-        known.speculation.begin_round = lambda s, _: s.drafts.begin({layer: 0.0}, 0.0)  # type: ignore[method-assign]
-        known.max_pending, known.speculation.num_rounds = options.drafts, 0
+        engine.proposer.speculation = AlwaysDrafts(engine, layer, options.drafts)
         began, num_rounds = time.perf_counter(), 4
         for _ in range(num_rounds):
             engine.step()
@@ -116,6 +113,18 @@ def _ways(llm: EarlyExitLLM, options: argparse.Namespace) -> list[tuple[str, flo
             one_round,
         ),
     ]
+
+
+class AlwaysDrafts(Speculation):
+    """As many drafts of one exit in every round."""
+
+    def __init__(self, engine: Engine, layer: int, count: int):
+        super().__init__(expected_costs(engine.runner), engine.segments)
+        self._layer, self._count = layer, count
+
+    def begin_round(self, sequence: Sequence, num_rows: int, most: int) -> None:
+        """See Speculation."""
+        sequence.drafts.begin({self._layer: 0.0}, self._count, num_rows)
 
 
 def _bytes(llm: EarlyExitLLM) -> tuple[dict[int, int], int, int]:

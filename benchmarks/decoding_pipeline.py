@@ -26,6 +26,7 @@ from rank_processes import run_ranks
 
 from ee_tuning import EarlyExitLLM
 from ee_tuning.config import load_config
+from ee_tuning.generation import engine as engine_module
 
 PROMPTS = [
     '"""Read settings from a file."""\nimport os\n\n\ndef read_settings(path, defaults=None):\n',
@@ -189,8 +190,7 @@ def _generate(
 ) -> tuple[float, list[float], float]:
     """Seconds, the share of them that each stage was busy, and the mean layer at which tokens left."""
     prompts = (PROMPTS * -(-batch // len(PROMPTS)))[:batch]
-    if llm.engine is not None:
-        llm.engine.fill_behind = fill_behind
+    engine_module.MOST_PENDING_AT_STAGE = fill_behind
     llm.model.topology.barrier()
     waited = llm.engine.link.seconds_waited if llm.engine is not None else 0.0
     began = time.perf_counter()

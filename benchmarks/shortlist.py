@@ -29,7 +29,7 @@ from ee_tuning.data.loader import batches_of_each
 from ee_tuning.data.sample_corpus import documentation_strings, sample_corpus
 from ee_tuning.data.splits import load_samples
 from ee_tuning.evaluation.calibrate import CalibrationResult, ExitObservations, choose, read_exits, score_thresholds
-from ee_tuning.generation.costs import measure_costs
+from ee_tuning.generation.cost_model import measure_costs
 from ee_tuning.generation.llm import EarlyExitLLM
 from ee_tuning.generation.policy import Policy
 from ee_tuning.model.config import read_model_config

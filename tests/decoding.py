@@ -5,9 +5,12 @@ from typing import Any
 
 from ee_tuning.checkpoint.load import LoadedModel
 from ee_tuning.config import load_config
+from ee_tuning.generation.cost_model import Costs
 from ee_tuning.generation.engine import Engine, TokenStep
 from ee_tuning.generation.params import SamplingParams
 from ee_tuning.generation.policy import Policy, policy_of
+from ee_tuning.generation.sequence import Sequence
+from ee_tuning.generation.speculation import Speculation
 
 
 @dataclass
@@ -54,3 +57,17 @@ def run_all(engine: Engine) -> list[TokenStep]:
     while not engine.is_idle:
         steps += engine.step()
     return steps
+
+
+class FixedDrafts(Speculation):
+    """A speculation that drafts by the same thresholds in every round, whatever they bring."""
+
+    def __init__(self, engine: Engine, thresholds: dict[int, float], most: int = 16):
+        exits = [segment.exit_layer for segment in engine.segments if segment.exit_layer is not None]
+        one = (1.0, 1.0, 1.0)
+        super().__init__(Costs((one,) * len(engine.segments), dict.fromkeys(exits, one), one), engine.segments)
+        self._thresholds, self._most = thresholds, most
+
+    def begin_round(self, sequence: Sequence, num_rows: int, most: int) -> None:
+        self.num_rounds += 1
+        sequence.drafts.begin(self._thresholds if most > 0 else {}, min(most, self._most), num_rows)

@@ -194,7 +194,7 @@ def mixture(subject: Subject, seed: int) -> Counter[str]:
                 "requests": 1,
                 "aborted": sequence.finish_reason == "abort",
                 "reused": sequence.statistics.num_reused,
-                "put back": sequence.was_put_back,
+                "put back": sequence.was_preempted,
             }
         )
     assert engine.cache.pool.num_free == engine.cache.pool.num_blocks, "memory was lost"

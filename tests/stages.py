@@ -10,7 +10,7 @@ from mixtures import EOS, VOCAB
 
 from ee_tuning.checkpoint.load import load_for_generation
 from ee_tuning.config import ParallelSection, load_config
-from ee_tuning.generation.costs import Costs
+from ee_tuning.generation.cost_model import Costs
 from ee_tuning.generation.engine import Engine
 from ee_tuning.generation.params import SamplingParams
 from ee_tuning.generation.policy import FULL, Policy
@@ -86,12 +86,10 @@ def _run(
         eos_ids=(EOS,),
         cache_tokens=cache_tokens,
     )
-    engine.whole_steps.is_able = way.pp > 1
-    if policy.drafts_at:  # a speculation that has learnt that drafts never pay
+    if policy.drafts_at:  # heads so dear that drafts never pay
         costly, free = (1.0,) * 3, (1e-6,) * 3
-        costs = Costs((free,) * len(engine.pieces), dict.fromkeys(policy.drafts_at, costly), free)
-        known = engine.drafting.speculation = Speculation(costs, engine.pieces)
-        known.num_rounds, known._survey_end, known._next_plan = 1000, 0, 10**9
+        costs = Costs((free,) * len(engine.segments), dict.fromkeys(policy.drafts_at, costly), free)
+        engine.proposer.speculation = Speculation(costs, engine.segments)
     rng, num_overlaps, num_broken_off = random.Random(seed), 0, 0
     sequences: list[Sequence] = []
     came: dict[int, list[int]] = defaultdict(list)
@@ -102,8 +100,8 @@ def _run(
             sequences += engine.add_request(prompt, params, policy)
         for _ in range(rng.choice([1, 2, 5])):
             steps = engine.step()
-            num_overlaps += bool(steps) and bool(engine.whole_steps.busy)
-            assert len(engine.whole_steps._flights) <= 2 * way.pp, "more words unheard than the link lets be under way"
+            num_overlaps += bool(steps) and bool(engine.in_flight.busy)
+            assert len(engine.in_flight) <= 2 * way.pp, "more words unheard than the link lets be under way"
             for step in steps:
                 came[step.sequence.number].append(step.token_id)
             num_broken_off += _break_off(engine, sequences)
@@ -114,14 +112,14 @@ def _run(
         (s.output[:end], s.statistics.exit_layers[:end], "" if end < 99 else s.finish_reason)
         for s, end in zip(sequences, ends, strict=True)
     ]
-    return Run(said, num_overlaps, sum(s.was_put_back for s in sequences), num_broken_off)
+    return Run(said, num_overlaps, sum(s.was_preempted for s in sequences), num_broken_off)
 
 
 def _break_off(engine: Engine, sequences: list[Sequence]) -> int:
     """While they wait for a later stage, or a little later."""
     num_waiting = 0
     for place, sequence in enumerate(sequences):
-        is_waiting = sequence.number in engine.whole_steps.busy
+        is_waiting = sequence.number in engine.in_flight.busy
         if place in BROKEN_OFF and sequence.num_output >= BROKEN_OFF[place] + 5 * (not is_waiting):
             engine.abort(sequence)
             num_waiting += is_waiting

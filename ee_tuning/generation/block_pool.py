@@ -1,10 +1,10 @@
-"""Blocks of the cache: lent to sequences, shared by those that begin alike, and kept behind them as long as nobody
-wants the memory.
+"""Blocks of the KV cache: allocated to sequences, shared by sequences that begin alike, and cached after them until the
+memory is needed.
 
-A full block whose tokens have gone through every part of the network that its request uses is known by its tokens and
-all before them, and by these parts; later requests that begin so hold it too, instead of computing it. Nobody writes to
-a known block. One that nobody holds is taken for something else when memory is wanted, the one unused for longest first
-(as vLLM does, arXiv 2309.06180).
+A full block is cached once every part of the network that its request uses has computed its tokens. Its key is the hash
+of its tokens and of all tokens before them. A later request that begins so references the block instead of computing
+it. Cached blocks are never written. Unreferenced ones are evicted when memory is needed, the least recently used first
+(as in vLLM, arXiv 2309.06180).
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from ee_tuning.generation.sequence import Part
+from ee_tuning.generation.sequence import CachedPart
 from ee_tuning.model.ragged_attention import BLOCK_SIZE
 
 _HELD = 2**62
@@ -25,36 +25,32 @@ def blocks_for(num_tokens: int) -> int:
 
 
 def block_key(before: bytes, tokens: list[int]) -> bytes:
-    """What a full block is known by: its tokens and, through the key of the block `before` it, all that they follow."""
+    """The key of a full block: its tokens and, through the key of the block `before` it, all tokens before them."""
     return hashlib.blake2b(before + array("q", tokens).tobytes(), digest_size=16).digest()
 
 
 class _Content(NamedTuple):
     key: bytes
-    parts: frozenset[Part]
+    parts: frozenset[CachedPart]
 
 
 class BlockPool:
-    """Which of `num_blocks` blocks are free, and what is in them. `run` is how far apart sequences are put while there
-    is room.
-    """
+    """The state of `num_blocks` blocks. Sequences begin `run` blocks apart while there is room."""
 
     def __init__(self, num_blocks: int, run: int):
         self.num_blocks, self.run = num_blocks, run
         self.num_free = num_blocks
-        """Blocks that nobody holds, known ones included."""
+        """Blocks without a reference, cached ones included."""
         self._holders = [0] * num_blocks
         self._age = torch.zeros(num_blocks, dtype=torch.int64)
-        """0 for an empty block, _HELD for a held one, else when the last holder left it."""
+        """0 for an empty block, _HELD for a referenced one, else the time of its last release."""
         self._blocks: dict[bytes, int] = {}
         self._contents: dict[int, _Content] = {}
         self._clock = 0
 
-    def take(self, count: int, after: int | None = None) -> list[int] | None:
-        """`count` blocks, one after the other where that can be had, best right behind block `after`; None where there
-        are not so many.
-
-        What was known of them is forgotten.
+    def allocate(self, count: int, after: int | None = None) -> list[int] | None:
+        """Allocates `count` blocks, one after the other where possible, best right behind block `after`; None where too
+        few are free. Their cached content is evicted.
         """
         if count > self.num_free:
             return None
@@ -68,15 +64,15 @@ class BlockPool:
         self.num_free -= count
         return blocks
 
-    def hold(self, blocks: list[int]) -> None:
-        """One more sequence reads these known blocks."""
+    def incref(self, blocks: list[int]) -> None:
+        """Adds a reference to each of these cached blocks."""
         for block in blocks:
             self.num_free -= not self._holders[block]
             self._holders[block] += 1
             self._age[block] = _HELD
 
-    def give_back(self, blocks: list[int]) -> None:
-        """A sequence lets go of its blocks."""
+    def free(self, blocks: list[int]) -> None:
+        """Removes a reference from each of these blocks."""
         for block in reversed(blocks):  # a beginning is of use without its end, not the other way round
             assert self._holders[block], f"block {block} was free already"
             self._holders[block] -= 1
@@ -85,14 +81,14 @@ class BlockPool:
                 self._clock += 1
                 self._age[block] = self._clock if block in self._contents else 0
 
-    def find(self, key: bytes, parts: frozenset[Part]) -> int | None:
-        """The block known by `key`, if at least these parts of the network have filled it."""
+    def find(self, key: bytes, parts: frozenset[CachedPart]) -> int | None:
+        """The cached block with this key that at least these parts of the network have filled; None without one."""
         block = self._blocks.get(key)
         return block if block is not None and self._contents[block].parts >= parts else None
 
-    def make_known(self, block: int, key: bytes, parts: frozenset[Part]) -> None:
-        """These parts of the network have filled a held block. Of two alike one alone is known, which keeps its place
-        where it has all.
+    def cache(self, block: int, key: bytes, parts: frozenset[CachedPart]) -> None:
+        """Caches a referenced block that these parts of the network have filled. A cached duplicate stays where it has
+        the same parts, and is replaced otherwise.
         """
         other = self._blocks.get(key)
         if other is not None:
@@ -121,9 +117,7 @@ class BlockPool:
         return self._oldest(self._age.unfold(0, count, 1), 1, count)
 
     def _oldest(self, runs: torch.Tensor, distance: int, count: int) -> list[int] | None:
-        """Among runs of blocks that begin `distance` apart, the beginning of the one that nobody holds, and that was
-        left first.
-        """
+        """The least recently used free run of blocks, among runs that begin `distance` apart."""
         age, index = runs.amax(1).min(0)
         first = int(index) * distance
         return None if int(age) == _HELD else list(range(first, first + count))

@@ -1,37 +1,41 @@
-"""The decoding engine: requests come and go between steps, a step takes every running sequence on, and each token
-leaves the network where its own confidence lets it.
+"""The decoding engine: requests come and go between steps, and a step takes every running sequence on.
 
-A token that leaves early lacks keys and values in the deeper pieces. Its hidden state waits at their entrance (it is
-*pending* there), and runs with the next token that goes deeper, as a causal block: shallow layers never run twice, and
-the caches end up as a full pass leaves them.
-Every rank of TP × PP makes the same calls and runs this same loop over the same tokens; only the stage that owns a
-piece computes it.
+A step is `schedule`, run, `update`, as in vLLM; over pipeline stages some steps are in flight. What is different is
+that a token may leave the network at an exit. It then lacks keys and values in deeper segments: its hidden state is
+*pending* there, and runs with the next token that goes deeper, as a causal block. So shallow layers never run twice,
+and the caches end up as a full pass leaves them.
+Every rank of TP × PP makes the same calls and decides the same; only the stage that has a segment computes it.
 """
 
+import math
 import time
+from array import array
 from typing import NamedTuple
 
 import torch
 
 from ee_tuning.errors import InputError
 from ee_tuning.generation.block_pool import BLOCK_SIZE, blocks_for
-from ee_tuning.generation.drafting import Drafting
-from ee_tuning.generation.judge import Answer, Judge, Left, Question
+from ee_tuning.generation.draft_proposer import DraftProposer
+from ee_tuning.generation.in_flight import Finished, InFlightSteps
 from ee_tuning.generation.kv_cache import KVCache
+from ee_tuning.generation.model_runner import ModelRunner
 from ee_tuning.generation.params import SamplingParams
-from ee_tuning.generation.pieces import cut_pieces
 from ee_tuning.generation.policy import FULL, Policy
 from ee_tuning.generation.requests import check_request
-from ee_tuning.generation.runner import Runner
 from ee_tuning.generation.scheduler import Scheduler
-from ee_tuning.generation.sequence import Sequence
-from ee_tuning.generation.walk import PieceWalk
-from ee_tuning.generation.whole_step import WholeSteps
+from ee_tuning.generation.segments import cut_segments
+from ee_tuning.generation.sequence import NOT_KEPT, Sequence
+from ee_tuning.generation.step_plan import Answer, RowPlan
+from ee_tuning.kernel import calls
 from ee_tuning.model.early_exit import EarlyExitModel
+from ee_tuning.parallel.shortlist import Shortlist
 from ee_tuning.parallel.stage_link import StageLink
 
-FILL_BEHIND = 4
-"""Tokens of a sequence that wait at the entrance of a stage before it runs them."""
+MOST_PENDING_AT_STAGE = 4
+"""Tokens of a sequence that may be pending in front of a stage: it computes them while the stages before it go on with
+the next tokens.
+"""
 
 
 class TokenStep(NamedTuple):
@@ -75,29 +79,21 @@ class Engine:
             raise InputError(
                 f"max_length must be at most {model.plan.max_length}, the positions that the model has, got {max_length}"
             )
-        self.model, self.topology, self.config = model, model.topology, model.config
-        self.pieces = cut_pieces(stages, model.plan.exit_layers)
-        self.fill_behind = FILL_BEHIND
-        self.max_pending, self.prefill_chunk, self.num_slots, self.eos_ids = (
-            max_pending,
-            prefill_chunk,
-            num_slots,
-            eos_ids,
-        )
+        self.model, self.num_slots, self.max_pending, self.eos_ids = model, num_slots, max_pending, eos_ids
+        self.segments = cut_segments(stages, model.plan.exit_layers)
         tokens = num_slots * blocks_for(max_length) * BLOCK_SIZE if cache_tokens is None else cache_tokens
         self.cache = KVCache(
-            self.config, self.topology, num_tokens=tokens, max_length=max_length, dtype=model.plan.dtype
+            model.config, model.topology, num_tokens=tokens, max_length=max_length, dtype=model.plan.dtype
         )
-        self.link = StageLink(self.topology)
-        self.runner = Runner(model, self.pieces, self.cache, self.link)
-        self.judge = Judge(model, self.runner.heads, self.link)
-        self.whole_steps = WholeSteps(self.runner)
+        self.link = StageLink(model.topology)
+        self.runner = ModelRunner(model, self.segments, self.cache, num_slots=num_slots, max_pending=max_pending)
+        self.in_flight = InFlightSteps(self.runner, self.link)
         self.scheduler = Scheduler(
             self.cache, num_slots=num_slots, prefill_chunk=prefill_chunk, reuses_prefixes=reuses_prefixes
         )
-        self.drafting = Drafting(self.runner, max_pending, self.scheduler.reserve)
-        self.walk = PieceWalk(self.runner, self.judge, self.drafting)
+        self.proposer = DraftProposer(self.runner, max_pending)
         self.running, self.waiting = self.scheduler.running, self.scheduler.waiting
+        self._never = array("d", [math.inf] * len(self.segments))
         self._landed: list[TokenStep] = []
         """Tokens that came between two steps."""
 
@@ -108,160 +104,148 @@ class Engine:
 
     @property
     def seconds_in_heads(self) -> float:
-        """Time on this rank, waiting for the rank that has the head included."""
-        return self.walk.seconds_in_heads + self.drafting.seconds_in_heads + self.whole_steps.seconds_in_heads
+        """Seconds in the heads of this rank."""
+        return self.runner.seconds_in_heads
 
     def add_request(
         self, prompt: list[int], params: SamplingParams | None = None, policy: Policy = FULL
     ) -> list[Sequence]:
-        """Queues a prompt, once for each of its `n` completions; the next steps take them up as there is room, in
-        order.
+        """Queues a prompt, once for each of its `n` completions; the next steps admit them as there is room, in order.
 
         Raises InputError, and queues nothing, on values no sampler can use and on a prompt that can never fit.
         """
         params = params or SamplingParams()
-        check_request(prompt, params, policy, self.config, self.model.plan.exit_layers, self.cache)
-        limit = min(len(prompt) + params.max_tokens, self.cache.max_length)
-        last_piece = len(self.pieces) - 1
-        if policy.fixed_exit is not None:
-            last_piece = next(i for i, piece in enumerate(self.pieces) if piece.last_layer == policy.fixed_exit)
-        stop_ids = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else self.eos_ids)
-        own_layers = policy.asked & self.runner.head_layers.own
-        added = [
-            Sequence(
-                tokens=list(prompt),
-                params=params,
-                policy=policy,
-                limit=limit,
-                stop_ids=stop_ids,
-                last_piece=last_piece,
-                completion=i,
-                added_at=time.perf_counter(),
-                watermarks=[0] * len(self.pieces),
-                boundary=[[] for _ in self.pieces],
-                head_watermarks=dict.fromkeys(own_layers, 0),
-                head_states={layer: [] for layer in own_layers},
-            )
-            for i in range(params.n)
-        ]
+        check_request(prompt, params, policy, self.model.config, self.model.plan.exit_layers, self.cache)
+        added = [self._sequence(prompt, params, policy, number) for number in range(params.n)]
         self.waiting.extend(added)
         return added
+
+    def _sequence(self, prompt: list[int], params: SamplingParams, policy: Policy, completion: int) -> Sequence:
+        exits = [segment.exit_layer for segment in self.segments]
+        last_segment = len(exits) - 1 if policy.fixed_exit is None else exits.index(policy.fixed_exit)
+        thresholds = [policy.thresholds.get(layer, math.inf) if layer is not None else math.inf for layer in exits]
+        own = {number for number in self.runner.own_layers if exits[number] in policy.asked}
+        return Sequence(
+            tokens=list(prompt),
+            params=params,
+            policy=policy,
+            limit=min(len(prompt) + params.max_tokens, self.cache.max_length),
+            stop_ids=frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else self.eos_ids),
+            last_segment=last_segment,
+            exit_thresholds=array("d", thresholds),
+            num_computed=array("q", [0] * len(exits)),
+            num_own_computed=array("q", [0 if number in own else NOT_KEPT for number in range(len(exits))]),
+            completion=completion,
+            added_at=time.perf_counter(),
+        )
+
+    @torch.inference_mode()
+    def step(self) -> list[TokenStep]:
+        """Takes running sequences on: by a token each in most steps, by none where the prompt is still being read or a
+        later stage is waited for, by more where drafts were right.
+
+        Sequences that end with their token are out of the engine afterwards; their finish_reason says why.
+        """
+        self.scheduler.admit()
+        tokens, self._landed = self._landed, []
+        if len(self.in_flight) and self.scheduler.is_short:
+            tokens += self._update(self.in_flight.finish())
+        rows = self._plan()
+        finished = self.in_flight.start(rows)
+        finished += self.in_flight.finish_due()
+        while len(self.in_flight) and len(self.in_flight.busy) == len(self.running):
+            finished += self.in_flight.advance()  # no sequence can begin another step
+        tokens += self._update(finished)
+        self._catch_up()
+        return tokens
 
     @torch.inference_mode()
     def abort(self, sequence: Sequence, reason: str = "abort") -> None:
         """Ends a sequence and frees its memory, whether it runs or waits; one that has ended is left as it is."""
-        if sequence.number in self.whole_steps.busy:
-            landed = self._end(self._add([left for left in self._heard() if left.sequence is not sequence]))
-            self._landed += landed
+        if sequence.number in self.in_flight.busy:
+            self._landed += self._update([e for e in self.in_flight.finish() if e[0].sequence is not sequence])
         if not sequence.finish_reason:
             self._landed = [step for step in self._landed if step.sequence is not sequence]
-            self._let_go(sequence, reason)
+            self._finish(sequence, reason)
 
     @torch.inference_mode()
     def clear(self) -> None:
-        """Aborts all sequences; what they said that no step has returned yet is forgotten."""
+        """Aborts all sequences, and drops tokens that no step has returned yet."""
         for sequence in [*self.running, *self.waiting]:
             self.abort(sequence)
         self._landed.clear()
 
-    def _let_go(self, sequence: Sequence, reason: str) -> None:
-        if not self.scheduler.remove(sequence):
-            return
-        self.judge.forget(sequence)
-        sequence.finish_reason = reason
-        sequence.statistics.seconds = time.perf_counter() - sequence.added_at
-        if not self.running and not self.waiting:
-            self.link.finish()
-
-    @torch.inference_mode()
-    def step(self) -> list[TokenStep]:
-        """Takes running sequences on: a token each in most steps, none for one whose prompt is still being read or that
-        waits for a later stage, more where drafts were right.
-
-        Sequences that end with their token are out of the engine afterwards, their finish_reason says why.
-        """
-        self.scheduler.admit()
-        steps, self._landed = self._landed, []
-        if self.whole_steps.busy and self.scheduler.is_short:
-            steps += self._end(self._add(self._heard()))
-        going = self._feed()
-        left = self._take_at_once(going)
-        if left is None:
-            left = [*self._heard(), *self.walk.take(going, self.running)]
-        steps += self._end(self._add(left))
-        self._catch_up()
-        return steps
-
-    def _end(self, steps: list[TokenStep]) -> list[TokenStep]:
-        """Lets those go that end with their token."""
-        for sequence in {step.sequence.number: step.sequence for step in steps}.values():
-            if sequence.finish_reason:
-                self._let_go(sequence, sequence.finish_reason)
-        return steps
-
     @torch.inference_mode()
     def full_model_tokens(self, tokens: list[int]) -> list[int]:
-        """What the full model would say greedily after each prefix of `tokens`, from one pass over all of them. In an
-        idle engine.
+        """The greedy token of the full model after each prefix of `tokens`, from one pass. The engine has to be
+        idle.
         """
         assert self.is_idle
         (sequence,) = self.add_request(tokens, SamplingParams(max_tokens=1))
-        sequence.shares = False
+        sequence.uses_prefix_cache = False
         self.scheduler.admit()
         try:
-            sequence.num_fed = len(tokens)
-            for piece in range(len(self.pieces)):
-                output = self.runner.run(piece, [sequence])
-            (answers,) = self.walk.ask(
-                len(self.pieces) - 1, None, [Question(sequence, list(range(len(tokens))), 1)], output
-            )
+            sequence.num_scheduled = len(tokens)
+            row = RowPlan(sequence, self._never, num_asked=len(tokens), num_new=len(tokens))
+            ((_, output),) = self.in_flight.start([row]) + self.in_flight.finish()
         finally:
             self.abort(sequence)
-        return [answer.token_id for answer in answers]
+        return [answer.token_id for answer in output.answers]
 
-    def _feed(self) -> list[Sequence]:
-        """The sequences that take part in this step, their next tokens at the entrance, those that speculate with a
-        plan.
-        """
-        going = self.scheduler.feed(self.whole_steps.busy)
-        for sequence in going:
-            if sequence.speculates:
-                self.drafting.begin(sequence, len(going))
-        return going
+    def _plan(self) -> list[RowPlan]:
+        """The rows of the next step."""
+        scheduled = self.scheduler.schedule(self.in_flight.busy)
+        return [self._row(sequence, len(scheduled)) for sequence in scheduled]
 
-    def _take_at_once(self, going: list[Sequence]) -> list[Left] | None:
-        """A step in one call for each stage, or a round of drafts; None where the pieces have to be gone through one by
-        one.
+    def _row(self, sequence: Sequence, num_rows: int) -> RowPlan:
+        num_new = sequence.num_scheduled - sequence.num_computed[0]
+        if not sequence.is_all_scheduled:
+            return RowPlan(sequence, self._never, num_asked=0, num_new=num_new)
+        if sequence.num_output == 0:  # reading the prompt fills every segment, so the final head costs little more
+            return RowPlan(sequence, self._never, num_new=num_new)
+        if self._says_nothing_at_exits(sequence):
+            return RowPlan(
+                sequence, self._never, num_asked=sequence.num_drafts + 1, num_new=num_new, rides=not sequence.speculates
+            )
+        if not sequence.speculates:
+            return RowPlan(sequence, sequence.exit_thresholds, num_new=num_new)
+        row = self.proposer.plan(sequence, num_rows)
+        if row.most_drafts:
+            self.scheduler.reserve(sequence, len(sequence.tokens) + row.most_drafts)
+            assert sequence.places is not None
+            room = len(sequence.places.index) - len(sequence.tokens)
+            row.most_drafts = max(0, min(row.most_drafts, room, calls.MOST_TOKENS - 1 - sequence.num_drafts))
+        return row
 
-        Those that left go on in the next step, while later stages are with the others; whose word is heard once the
-        first stage has done something else meanwhile, or has nothing else to do.
-        """
-        busy = self.whole_steps.busy
-        if len(self.running) > len(going) + len(busy):
-            return None  # somebody's prompt is not read on in this step
-        if len(self.running) == 1 and going and going[0].speculates:
-            return self.drafting.lone_round(going[0]) if going[0].has_all_fed else None
-        left = self.whole_steps.begin(going) if going else []
-        if left is None:
-            return None
-        left += self.whole_steps.hear_due()
-        while (busy := self.whole_steps.busy) and len(busy) == len(self.running):
-            left += self.whole_steps.proceed()
-        return left
+    def _says_nothing_at_exits(self, sequence: Sequence) -> bool:
+        """Whether every token that shortlisted exits can say is a stop token that may not come yet."""
+        vocab = self.model.exit_vocab
+        if sequence.num_output >= sequence.params.min_tokens or not isinstance(vocab, Shortlist):
+            return False
+        return sequence.stop_ids >= set(vocab.token_ids.tolist())
 
-    def _heard(self) -> list[Left]:
-        """All that later stages have yet to say."""
-        left: list[Left] = []
-        while self.whole_steps.busy:
-            left += self.whole_steps.proceed()
-        return left
+    def _update(self, finished: Finished) -> list[TokenStep]:
+        """Adds the tokens of rows that a step is done with to their sequences, and ends those that end with them."""
+        steps = list[TokenStep]()
+        for row, output in finished:
+            sequence = row.sequence
+            if not output.answers:
+                continue
+            if sequence.speculates and sequence.num_output:
+                tokens = self.proposer.update(row, output)
+            else:
+                layer = self.segments[output.segment].last_layer
+                tokens = [(output.answers[0], layer)]
+            for answer, layer in tokens:
+                if not sequence.finish_reason:  # drafts behind an end are dropped
+                    steps.append(self._append(sequence, answer, layer))
+        for sequence in {step.sequence.number: step.sequence for step in steps}.values():
+            if sequence.finish_reason:
+                self._finish(sequence, sequence.finish_reason)
+        return steps
 
-    def _add(self, left: list[Left]) -> list[TokenStep]:
-        """Adds tokens to sequences for good. What was drafted behind an end is nobody's."""
-        return [self._take(*each) for each in left if not each.sequence.finish_reason]
-
-    def _take(self, sequence: Sequence, answer: Answer, layer: int) -> TokenStep:
-        """Adds a token to a sequence for good."""
+    def _append(self, sequence: Sequence, answer: Answer, layer: int) -> TokenStep:
+        """Adds a final token to a sequence."""
         if len(sequence.tokens) == sequence.num_prompt_tokens:
             sequence.statistics.seconds_to_first_token = time.perf_counter() - sequence.added_at
         sequence.tokens.append(answer.token_id)
@@ -274,24 +258,21 @@ class Engine:
             sequence, answer.token_id, layer, max(answer.confidence, 0.0), answer.logprob, answer.top_logprobs
         )
 
-    def _catch_up(self) -> None:
-        """Runs the deeper pieces for everybody once a sequence has as many tokens waiting at one as may wait there.
+    def _finish(self, sequence: Sequence, reason: str) -> None:
+        if not self.scheduler.remove(sequence):
+            return
+        self.runner.sampler.forget(sequence)
+        sequence.finish_reason = reason
+        sequence.statistics.seconds = time.perf_counter() - sequence.added_at
+        if not self.running and not self.waiting:
+            self.link.finish()
 
-        At the entrance of a stage they are not let pile up: it computes them while the stages before it go on with the
-        next tokens.
-        """
-        busy = self.whole_steps.busy
-        free = [s for s in self.running if s.number not in busy and not s.speculates]
-        for index in range(1, len(self.pieces)):
-            is_other_stage = self.pieces[index].stage > self.pieces[index - 1].stage
-            limit = min(self.fill_behind, self.max_pending) if is_other_stage else self.max_pending
-            if any(s.num_pending(index) >= limit for s in free):
-                while index < len(self.pieces):
-                    rows, last = [s for s in free if s.num_pending(index)], index
-                    while self.walk.runs_on(last, rows, self.running):
-                        last += 1
-                    for sequence in rows:
-                        sequence.statistics.num_catch_up += sequence.num_pending(index) * (last - index + 1)
-                    self.runner.run(index, rows, through=last)
-                    index = last + 1
+    def _catch_up(self) -> None:
+        """Computes what is pending of all sequences from the first segment on that too much is pending in front of."""
+        free = [s for s in self.running if s.number not in self.in_flight.busy and not s.speculates]
+        for number in range(1, len(self.segments)):
+            is_other_stage = self.segments[number].stage > self.segments[number - 1].stage
+            limit = min(MOST_PENDING_AT_STAGE, self.max_pending) if is_other_stage else self.max_pending
+            if any([s.num_pending(number) >= limit for s in free]):
+                self.in_flight.catch_up([RowPlan(s, self._never, num_asked=0, num_new=0) for s in free], number)
                 return

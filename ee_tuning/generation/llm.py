@@ -256,7 +256,7 @@ class EarlyExitLLM:
                     yield token
         finally:
             engine.clear()  # the caller may have stopped listening
-            engine.drafting.keep()
+            engine.proposer.keep()
 
     def _booked(self, writer: Writer, step: TokenStep, started: float, keeps_errors: bool) -> StreamedToken:
         """Where logits are NaN the token is the vocabulary's first, again and again: an error, raised or in the record,
@@ -358,14 +358,14 @@ class EarlyExitLLM:
                 engine is not None and engine.cache.max_length < longest
             ):  # a conversation: not a new engine, which knows nothing, each turn
                 longest = min(2 * longest, limit)
-            known = (engine.drafting.speculation, engine.drafting.memory) if engine is not None else None
+            known = (engine.proposer.speculation, engine.proposer.memory) if engine is not None else None
             self.engine = engine = None  # before the new caches are made
             self._settings = settings
             self.engine = engine = Engine(
                 self.model, self.stages, num_slots=rows, max_length=longest, eos_ids=self.stop_token_ids, **settings
             )
             # What costs and is right at which exit is as it was.
-            engine.drafting.speculation, engine.drafting.memory = known or (
+            engine.proposer.speculation, engine.proposer.memory = known or (
                 None,
                 speculation_memory(engine.runner, self.heads_digest),
             )

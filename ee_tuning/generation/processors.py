@@ -37,17 +37,6 @@ class TokenCounts:
             self.in_completion[token] += one
 
 
-def takes_likeliest(sequence: Sequence, length: int) -> bool:
-    """Whether the token after the first `length` is the likeliest by the logits as they are, and nothing more is asked
-    of it.
-
-    Once it is, it is behind every further token.
-    """
-    params = sequence.params
-    num_said = max(length - sequence.num_prompt_tokens, 0)  # a token of the prompt itself may be asked after
-    return params.takes_likeliest and num_said >= params.min_tokens
-
-
 def processed(
     logits: Tensor,  # [v]
     sequence: Sequence,

@@ -1,21 +1,23 @@
-"""One completion in the making: its tokens, where its keys and values lie, and how far each piece of the network has
-come with it.
+"""One completion in the making: its tokens, where its keys and values lie, and how many of them each segment of the
+network has computed.
 """
 
 import itertools
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-
-import torch
-from torch import Tensor
 
 from ee_tuning.generation.params import SamplingParams
 from ee_tuning.generation.policy import Policy
 from ee_tuning.generation.sampling import request_key
 from ee_tuning.model.ragged_attention import CachePlaces
 
-Part = tuple[str, int]
-"""A part of the network: a piece by its index."""
+CachedPart = tuple[str, int]
+"""A part of the network that has a KV cache: ("segment", its number), or ("head", its segment) for a head with a layer
+of its own.
+"""
+NOT_KEPT = -1
+"""The number of computed tokens of a head's own layer that this request never asks."""
 
 _numbers = itertools.count()
 
@@ -27,121 +29,128 @@ class SequenceStatistics:
     exit_layers: list[int] = field(default_factory=list)
     """Per token the layer it left at; the number of layers where it did not leave early."""
     num_catch_up: int = 0
-    """Tokens that left early and were taken deeper later, counted once for each piece of the network."""
+    """Tokens that left early and were computed deeper later, counted once for each segment."""
     num_drafted: int = 0
     """Tokens that exits drafted."""
     num_accepted: int = 0
     """Drafts that the full model agreed with."""
     num_reused: int = 0
-    """Tokens at its beginning that were not computed: another request's keys and values served."""
+    """Tokens of the prompt that the prefix cache had."""
     num_read_again: int = 0
-    """Tokens that had to be read a second time, for memory ran out and it had to wait."""
+    """Tokens that were computed a second time after preemption."""
     seconds_waiting: float = 0.0
-    """The time until there was room for it."""
+    """Seconds in the queue."""
     seconds_to_first_token: float = 0.0
-    """The time from when it was added."""
+    """Seconds from the request to the first token."""
     seconds: float = 0.0
-    """The time from when it was added until its end."""
+    """Seconds from the request to the end."""
 
 
 @dataclass
-class Drafts:
-    """A round of speculation: tokens drafted one after the other, until they are checked together."""
+class DraftRound:
+    """Tokens drafted one after the other, until one pass of the full model checks them together."""
 
-    plan: Mapping[int, float] = field(default_factory=dict)
-    """Exits that are asked -> confidence from which on they draft."""
-    rate: float = 0.0
-    """Tokens per second that it should bring."""
+    thresholds: Mapping[int, float] = field(default_factory=dict)
+    """Exits that are asked -> the confidence from which on they draft; empty where the round is plain decoding."""
+    most: int = 0
+    """Drafts at most."""
+    num_rows: int = 1
+    """Sequences that decoded side by side when it was planned."""
     layers: list[int] = field(default_factory=list)
-    """Per draft the exit it came from."""
-    said: list[tuple[int, int, int, int]] = field(default_factory=list)
-    """(drafts before it, exit, bin of its confidence, token) of whatever an exit said, drafted or not."""
-    odds: float = 1.0
-    """That all drafts are right, as far as is known."""
+    """The exit of each draft."""
+    answers: list[tuple[int, int, float, int]] = field(default_factory=list)
+    """(drafts before it, exit, confidence, token) of each answer of an exit, drafted or not."""
 
-    def begin(self, plan: Mapping[int, float], rate: float = 0.0) -> None:
-        """A new round."""
-        self.plan, self.rate, self.odds = plan, rate, 1.0
+    def begin(self, thresholds: Mapping[int, float], most: int = 0, num_rows: int = 1) -> None:
+        """Begins a new round."""
+        self.thresholds, self.most, self.num_rows = thresholds, most, num_rows
         self.layers.clear()
-        self.said.clear()
+        self.answers.clear()
 
 
 @dataclass(eq=False)
 class Sequence:
-    """A prompt and what is made of it. The tokens at its end may be drafts."""
+    """A prompt and its completion. The tokens at its end may be drafts."""
 
     tokens: list[int]
     params: SamplingParams
     policy: Policy
     limit: int
-    """Tokens that it may grow to, prompt included."""
+    """The number of tokens that it may grow to, prompt included."""
     stop_ids: frozenset[int]
     """Tokens that end it."""
-    last_piece: int
-    """The deepest piece that its tokens go through."""
+    last_segment: int
+    """The deepest segment that its tokens go through."""
+    exit_thresholds: "array[float]"
+    """[segments] float64: the confidence from which on a token leaves behind a segment; infinite where it is not asked.
+    """
+    num_computed: "array[int]"
+    """[segments] int64: tokens that have their keys and values in each segment."""
+    num_own_computed: "array[int]"
+    """[segments] int64: the same for the layer that the head behind a segment has of its own; NOT_KEPT where this
+    request never asks it.
+    """
     completion: int = 0
-    """Which of the prompt's completions it is."""
+    """The number of this completion among those of its prompt."""
     added_at: float = 0.0
     number: int = field(default_factory=lambda: next(_numbers))
-    """No other sequence's."""
-    drafts: Drafts = field(default_factory=Drafts)
-    num_fed: int = 0
-    """Tokens that have entered the first piece."""
-    watermarks: list[int] = field(default_factory=list)
-    """Per piece, how many tokens have their keys and values there."""
-    boundary: list[list[Tensor]] = field(default_factory=list, repr=False)
-    """Per piece, the hidden states [k, h] of its pending tokens, on the stage that made them."""
-    head_watermarks: dict[int, int] = field(default_factory=dict)
-    """Tokens that have keys and values at each head that has a layer of its own and may be asked about this sequence.
-    """
-    head_states: dict[int, list[Tensor]] = field(default_factory=dict, repr=False)
-    """Per such head, the states [k, h] of the tokens that lack them there, on the stage that has the head."""
+    """A number that no other sequence has."""
+    drafts: DraftRound = field(default_factory=DraftRound)
+    num_scheduled: int = 0
+    """Tokens that have entered the network."""
+    slot: int = 0
+    """Its slot in the boundary ring."""
     blocks: list[int] = field(default_factory=list)
     places: CachePlaces | None = None
     block_keys: list[bytes] = field(default_factory=list, repr=False)
-    """What its first full blocks are known by, as far as anybody asked."""
-    num_known_blocks: int = 0
-    """Blocks that others may share."""
-    shares: bool = True
-    """Whether it takes what others have computed, and they what it has."""
-    was_put_back: bool = False
-    """Whether it ran, and lost its memory to older ones."""
+    """Prefix-cache keys of its first full blocks, computed as they are needed."""
+    num_cached_blocks: int = 0
+    """Full blocks that are in the prefix cache."""
+    uses_prefix_cache: bool = True
+    was_preempted: bool = False
+    """Whether it ran, and lost its memory to older sequences."""
     finish_reason: str = ""
-    """Empty while it runs. stop: a stop token. length: its limit. abort: the caller's wish."""
+    """Empty while it runs; then "stop" (a stop token), "length" (its limit) or "abort"."""
     statistics: SequenceStatistics = field(default_factory=SequenceStatistics)
     num_prompt_tokens: int = field(init=False)
     key: int = field(init=False)
-    """The key of its draws."""
+    """The seed of its draws."""
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.tokens)
         self.key = request_key(self.params.seed, self.tokens, self.completion)
 
     @property
-    def num_to_read(self) -> int:
-        """Tokens that are read by chunks: its prompt; all but the newest where it was put back."""
+    def num_to_prefill(self) -> int:
+        """Tokens that are computed in chunks: the prompt; after preemption all tokens but the newest."""
         return max(self.num_prompt_tokens, len(self.tokens) - 1)
 
     @property
-    def is_reading(self) -> bool:
-        """Whether tokens that it has to read have not entered the network yet."""
-        return self.num_fed < self.num_to_read
+    def is_prefilling(self) -> bool:
+        """Whether tokens of the prompt have not entered the network yet."""
+        return self.num_scheduled < self.num_to_prefill
 
     @property
-    def has_all_fed(self) -> bool:
+    def is_all_scheduled(self) -> bool:
         """Whether its newest token has entered the network."""
-        return self.num_fed == len(self.tokens)
+        return self.num_scheduled == len(self.tokens)
 
     @property
-    def parts(self) -> frozenset[Part]:
+    def own_layers(self) -> list[int]:
+        """Segments whose heads have a layer of their own that this request may ask."""
+        return [segment for segment, count in enumerate(self.num_own_computed) if count != NOT_KEPT]
+
+    @property
+    def cached_parts(self) -> frozenset[CachedPart]:
         """Parts of the network that it needs keys and values in."""
-        pieces = frozenset(("piece", index) for index in range(self.last_piece + 1))
-        return pieces | {("head", layer) for layer in self.head_watermarks}
+        segments = frozenset(("segment", segment) for segment in range(self.last_segment + 1))
+        return segments | {("head", segment) for segment in self.own_layers}
 
     @property
     def num_filled(self) -> int:
-        """Tokens that have them in all of these parts, drafts left out."""
-        return min(*self.watermarks[: self.last_piece + 1], *self.head_watermarks.values(), self.num_final)
+        """Tokens that have keys and values in all of these parts, drafts left out."""
+        own = [self.num_own_computed[segment] for segment in self.own_layers]
+        return min(*self.num_computed[: self.last_segment + 1], *own, self.num_final)
 
     @property
     def num_drafts(self) -> int:
@@ -160,44 +169,45 @@ class Sequence:
 
     @property
     def num_output(self) -> int:
-        """Tokens of the completion so far."""
+        """Tokens of the completion so far, drafts left out."""
         return self.num_final - self.num_prompt_tokens
 
     @property
     def output(self) -> list[int]:
-        """The completion so far."""
+        """The completion so far, drafts left out."""
         return self.tokens[self.num_prompt_tokens : self.num_final]
 
-    def num_arrived(self, piece: int) -> int:
-        """Tokens that have reached the entrance of a piece."""
-        return self.num_fed if piece == 0 else self.watermarks[piece - 1]
-
-    def num_pending(self, piece: int) -> int:
-        """Tokens that wait at the entrance of a piece, if they ever go there."""
-        return self.num_arrived(piece) - self.watermarks[piece] if piece <= self.last_piece else 0
-
-    def crop(self, num_tokens: int) -> None:
-        """Forgets the keys and values of tokens past the first `num_tokens`. No token may be waiting between two
-        pieces.
+    def takes_likeliest(self, length: int) -> bool:
+        """Whether the token after the first `length` is the likeliest by the logits as they are, and nothing more is
+        asked for. Once it is so, it stays so for all further tokens.
         """
-        assert not any(self.boundary[piece] for piece in range(1, self.last_piece + 1)), (
-            "states of tokens that may be gone"
-        )
-        self.num_fed = min(self.num_fed, num_tokens)
-        self.watermarks = [min(mark, num_tokens) for mark in self.watermarks]
-        for layer, mark in self.head_watermarks.items():
-            self.head_watermarks[layer] = min(mark, num_tokens)
-            if self.head_states[layer]:
-                self.head_states[layer] = [torch.cat(self.head_states[layer])[: max(0, num_tokens - mark)]]
+        num_said = max(length - self.num_prompt_tokens, 0)  # a token of the prompt itself may be asked after
+        return self.params.takes_likeliest and num_said >= self.params.min_tokens
 
-    def begin_at(self, num_tokens: int) -> None:
-        """The first tokens have keys and values in all of its parts, and nothing else was computed. Drafts are
-        forgotten.
+    def num_arrived(self, segment: int) -> int:
+        """Tokens that have reached a segment."""
+        return self.num_computed[segment - 1] if segment else self.num_scheduled
+
+    def num_pending(self, segment: int) -> int:
+        """Tokens that have reached a segment and are not computed there; 0 where they never go so deep."""
+        return self.num_arrived(segment) - self.num_computed[segment] if segment <= self.last_segment else 0
+
+    def truncate(self, num_tokens: int) -> None:
+        """Forgets the keys and values of tokens past the first `num_tokens`."""
+        self.num_scheduled = min(self.num_scheduled, num_tokens)
+        for counts in (self.num_computed, self.num_own_computed):
+            for segment, count in enumerate(counts):
+                if count > num_tokens:
+                    counts[segment] = num_tokens
+
+    def reset(self, num_tokens: int) -> None:
+        """Begins anew: the first `num_tokens` have keys and values everywhere, and nothing else is computed. Drafts are
+        dropped.
         """
         del self.tokens[self.num_final :]
         self.drafts.begin({})
-        self.num_fed = num_tokens
-        self.watermarks = [num_tokens] * len(self.watermarks)
-        self.boundary = [[] for _ in self.boundary]
-        self.head_watermarks = dict.fromkeys(self.head_watermarks, num_tokens)
-        self.head_states = {layer: [] for layer in self.head_watermarks}
+        self.num_scheduled = num_tokens
+        for segment in range(len(self.num_computed)):
+            self.num_computed[segment] = num_tokens
+            if self.num_own_computed[segment] != NOT_KEPT:
+                self.num_own_computed[segment] = num_tokens

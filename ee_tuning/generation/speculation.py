@@ -1,210 +1,171 @@
-"""The exits at which tokens are drafted, from which confidence on, and when to check: chosen from what was right and
-what things cost.
+"""The exit at which tokens are drafted, from which confidence on and how many: chosen by what was right and what
+passes cost.
 
-Tokens never depend on it: they are the full model's (see `Engine`). It decides alike on every rank, for all it knows is
-the same there.
+Tokens never depend on it, for the full model checks every draft. Every rank decides alike: all that is known here is
+the same on each.
 """
 
+import math
+from array import array
 from bisect import bisect_right
-from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from ee_tuning.generation.costs import Costs
-from ee_tuning.generation.judge import Answer
-from ee_tuning.generation.pieces import Piece
+from ee_tuning.generation.cost_model import Costs
+from ee_tuning.generation.segments import Segment
 from ee_tuning.generation.sequence import Sequence
+from ee_tuning.generation.step_plan import Answer
 
 EDGES = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.995)
 """Lower edges of the bins of confidence in which it is counted how often an exit was right."""
 PRIOR = 1.0
 """Tokens' worth of the belief that a confidence is a probability."""
 MEMORY = 0.998
-"""What a count is worth after the next one."""
-FIRST_ROUNDS = 40
-"""Rounds that ask every exit, before any is given up."""
-SURVEY = 8
-"""Rounds after each plan that ask every exit, too."""
-LATEST = 512
-"""Rounds after which the plan is made anew, at most; it comes half as often each time. Then every exit is asked again
-for a while.
-"""
-NEVER = 2.0
-"""A confidence that no token has."""
+"""The weight of a count after the next one."""
+REPLAN_EVERY = 32
+"""Rounds between two plans."""
+LEAST_GAIN = 1.05
+"""A plan has to be so much faster than full depth, by what is known."""
+FIRST_CREDIT, MOST_CREDIT, CREDIT_PER_ROUND = 1.5, 8.0, 0.02
+"""Passes of the full model that may be lost on trying exits: at first, at most, and for each round that tries none."""
+NEVER_SURE = 2.0
+"""A confidence that no token has: the exit is asked, and drafts nothing."""
 
-Plan = Mapping[int, float]
-"""Exits that are asked, shallow to deep -> confidence from which on they draft."""
+
+class DraftPlan(NamedTuple):
+    """One exit drafts; none in the empty plan."""
+
+    exit_layer: int | None = None
+    threshold: float = NEVER_SURE
+    most: int = 0
+    """Drafts in a round at most."""
+    rate: float = 0.0
+    """Tokens per second and sequence that it should bring."""
 
 
 @dataclass
-class _Record:
-    """How sure an exit was of tokens that came to it, and how often it was right."""
+class ExitRecord:
+    """How confident an exit was of tokens that it was asked about, and how often it was right, by EDGES."""
 
     seen: list[float] = field(default_factory=lambda: [0.01] * len(EDGES))
     right: list[float] = field(default_factory=lambda: [0.0] * len(EDGES))
 
-    def odds(self, place: int) -> float:
-        middle = (EDGES[place] + (*EDGES[1:], 1.0)[place]) / 2
-        return (self.right[place] + PRIOR * middle) / (self.seen[place] + PRIOR)
+    def acceptance(self, threshold: float) -> tuple[float, float]:
+        """(share of tokens with at least this confidence, probability that one of them is right)."""
+        first, total = bisect_right(EDGES, threshold) - 1, sum(self.seen)
+        passed = sum(self.seen[first:])
+        return passed / total, sum(n * self._odds(first + i) for i, n in enumerate(self.seen[first:])) / passed
 
-    def add(self, place: int, was_right: bool) -> None:
+    def add(self, confidence: float, was_right: bool) -> None:
+        """Counts an answer."""
+        place = max(bisect_right(EDGES, confidence) - 1, 0)
         self.seen = [MEMORY * count for count in self.seen]
         self.right = [MEMORY * count for count in self.right]
         self.seen[place] += 1
         self.right[place] += was_right
 
+    def _odds(self, place: int) -> float:
+        middle = (EDGES[place] + (*EDGES[1:], 1.0)[place]) / 2
+        return (self.right[place] + PRIOR * middle) / (self.seen[place] + PRIOR)
+
 
 class Speculation:
-    """Shared by all requests of an engine: what one learns, all know."""
+    """The knowledge of an engine about its exits, shared by all requests."""
 
-    def __init__(self, costs: Costs, pieces: tuple[Piece, ...]):
-        self.costs, self.pieces = costs, pieces
-        self.records = {piece.exit_layer: _Record() for piece in pieces[:-1] if piece.exit_layer is not None}
+    def __init__(self, costs: Costs, segments: tuple[Segment, ...]):
+        self.costs, self.segments = costs, segments
+        self.records = {s.exit_layer: ExitRecord() for s in segments[:-1] if s.exit_layer is not None}
         self.num_rounds = 0
-        self._plans: dict[tuple[int, ...], tuple[Plan, float]] = {}
-        """Made since the last look: exits that a request lets draft -> plan, and its tokens per second and sequence."""
-        self._next_plan, self._interval, self._planned_rows = FIRST_ROUNDS, FIRST_ROUNDS, 0
-        self._survey_end = FIRST_ROUNDS
-        self._known_costs: dict[tuple[int, int], float] = {}
+        self.credit = FIRST_CREDIT
+        """Passes of the full model that may be lost on trying exits."""
+        self._plans: dict[tuple[tuple[int, ...], int], DraftPlan] = {}
+        """(exits that a request lets draft, sequences that decode side by side) -> plan."""
 
-    def recall(self, records: Mapping[int, tuple[list[float], list[float]]]) -> None:
-        """Begins with what is known of exits, (seen, right) of each by bins of confidence: no round asks all of them to
-        learn it.
-        """
-        for layer, (seen, right) in records.items():
-            self.records[layer] = _Record(seen, right)
-        self.num_rounds, self._interval = FIRST_ROUNDS, LATEST // 4
-        self._next_plan = FIRST_ROUNDS + self._interval
-
-    def begin_round(self, sequence: Sequence, num_rows: int) -> None:
-        """Says where the sequence's next tokens are drafted, `num_rows` sequences decoding beside each other; nowhere
-        if it would lose.
-        """
+    def begin_round(self, sequence: Sequence, num_rows: int, most: int) -> None:
+        """Plans the drafts of a sequence, `most` at most, while `num_rows` sequences decode side by side."""
         self.num_rounds += 1
-        if self.num_rounds > self._next_plan or (num_rows != self._planned_rows and self.num_rounds > FIRST_ROUNDS):
-            if self.num_rounds > self._next_plan:
-                self._survey_end = self.num_rounds + SURVEY - 1
-            self._interval = min(LATEST, 2 * self._interval)
-            self._next_plan, self._planned_rows = self.num_rounds + self._interval, num_rows
+        if self.num_rounds % REPLAN_EVERY == 0:
             self._plans.clear()
         exits = sequence.policy.drafts_at
-        if exits not in self._plans:
-            learns = self.num_rounds <= FIRST_ROUNDS
-            self._plans[exits] = (dict.fromkeys(exits, 0.7), 0.0) if learns else self._best_plan(num_rows, exits)
-        plan, rate = self._plans[exits]
-        is_survey = self.num_rounds <= self._survey_end
-        sequence.drafts.begin({layer: plan.get(layer, NEVER) for layer in exits if is_survey or layer in plan}, rate)
+        if (exits, num_rows) not in self._plans:
+            self._plans[exits, num_rows] = self.best_plan(num_rows, exits)
+        plan = self._plans[exits, num_rows]
+        thresholds = dict[int, float]()
+        if plan.exit_layer is not None and self.credit > 0 and most > 0:
+            thresholds[plan.exit_layer] = plan.threshold
+        others = [layer for layer in exits if layer not in thresholds]
+        if others and self.credit >= 1 + self._relative_cost_of_asking(others, num_rows):
+            thresholds |= dict.fromkeys(others, NEVER_SURE)
+        if not thresholds:
+            self.credit = min(MOST_CREDIT, self.credit + CREDIT_PER_ROUND)
+        sequence.drafts.begin(thresholds, min(plan.most, most), num_rows)
+
+    def thresholds(self, sequence: Sequence) -> "array[float]":
+        """[segments] The confidence from which on the sequence's newest token is drafted."""
+        of_round = sequence.drafts.thresholds
+        return array("d", [of_round.get(s.exit_layer, math.inf) for s in self.segments])  # type: ignore[arg-type]
+
+    def end_round(self, sequence: Sequence, answers: list[Answer], num_kept: int) -> None:
+        """Learns from the full model's check. Answers that follow a rejected draft are of no use."""
+        drafts = sequence.drafts
+        for index, exit_layer, confidence, token in drafts.answers:
+            if index <= num_kept:
+                self.records[exit_layer].add(confidence, token == answers[index].token_id)
+        if drafts.thresholds:
+            spent = self._relative_cost_of_round(sequence, len(answers) - 1)
+            self.credit = min(MOST_CREDIT, self.credit + 1 + num_kept - spent)
 
     def plain_rate(self, num_rows: int) -> float:
         """Tokens per second and sequence at full depth."""
         return 1 / self.costs.of_all(num_rows)
 
-    def threshold(self, sequence: Sequence, exit_layer: int, num_rows: int) -> float | None:
-        """The confidence from which on the newest token is drafted at an exit; None where it is not asked."""
-        wanted = sequence.drafts.plan.get(exit_layer)
-        if wanted is None or not sequence.num_drafts:
-            return wanted
-        record, worth = self.records[exit_layer], self.worth(sequence, exit_layer, num_rows)
-        enough = [edge for place, edge in enumerate(EDGES) if sequence.drafts.odds * record.odds(place) >= worth]
-        return max(wanted, enough[0]) if enough and sequence.drafts.odds >= worth else None
+    def best_plan(self, num_rows: int, exits: tuple[int, ...]) -> DraftPlan:
+        """The fastest plan for `exits` by what is known; the empty one where full depth is as fast."""
+        plain = self.plain_rate(num_rows)
+        best = DraftPlan(rate=plain * LEAST_GAIN)
+        for layer in exits:
+            for edge in EDGES:
+                for most in (1, 2, 3, 4, 6, 8, 12, 16):
+                    rate = self._rate(layer, edge, most, num_rows)
+                    if rate > best.rate:
+                        best = DraftPlan(layer, edge, most, rate)
+        return best if best.exit_layer is not None else DraftPlan(rate=plain)
 
-    def worth(self, sequence: Sequence, exit_layer: int, num_rows: int) -> float:
-        """How likely right a further draft has to be, those before it included: it brings a token then, and costs the
-        way to the exit once more, and a place in the check.
+    def _rate(self, layer: int, threshold: float, most: int, num_rows: int) -> float:
+        """Tokens per second and sequence of a plan.
+
+        A draft is made with probability p, and right with probability a: a round makes Σ pᵏ drafts and brings 1 + Σ (p
+        a)ᵏ tokens, k = 1 … most (Leviathan et al. 2023, arXiv 2211.17192, §3.1 with p = 1).
         """
-        return sequence.drafts.rate * self._cost_of_one_more(exit_layer, num_rows)
+        passes, right = self.records[layer].acceptance(threshold)
+        drafts = sum(passes**k for k in range(1, most + 1))
+        tokens = 1 + sum((passes * right) ** k for k in range(1, most + 1))
+        asked = sum(passes**k for k in range(most))
+        return tokens / self._seconds_of_round(layer, drafts, asked, num_rows)
 
-    def note(self, sequence: Sequence, exit_layer: int, answer: Answer, drafts: bool) -> None:
-        """Keeps what an exit said of the newest token."""
-        place = max(bisect_right(EDGES, answer.confidence) - 1, 0)
-        sequence.drafts.said.append((len(sequence.drafts.layers), exit_layer, place, answer.token_id))
-        if drafts:
-            sequence.drafts.layers.append(exit_layer)
-            sequence.drafts.odds *= self.records[exit_layer].odds(place)
+    def _seconds_of_round(self, layer: int, num_drafts: float, num_asked: float, num_rows: int) -> float:
+        """Seconds of a round of each of `num_rows` sequences, which draft and are checked each at its own time."""
+        costs, last = self.costs, self._segment_of(layer)
+        num_steps = 1 + num_drafts
+        shallow = sum(costs.of_segment(i, num_rows) for i in range(last + 1)) + costs.overhead
+        num_checked = max(1.0, num_rows / num_steps)  # sequences whose drafts one pass checks
+        checks = min(1.0, num_rows / num_steps)
+        num_tokens = num_checked * num_steps
+        deep = sum(costs.of_segment(i, num_tokens) for i in range(last + 1, len(self.segments)))
+        deep += costs.of_head(None, num_tokens)
+        return num_steps * (shallow + checks * deep) + num_asked * costs.of_head(layer, num_rows)
 
-    def end_round(self, sequence: Sequence, answers: list[Answer], num_kept: int) -> None:
-        """Learns from a check. What follows a rejected draft tells nothing."""
-        for index, exit_layer, place, token in sequence.drafts.said:
-            if index <= num_kept:
-                self.records[exit_layer].add(place, token == answers[index].token_id)
+    def _relative_cost_of_round(self, sequence: Sequence, num_drafts: int) -> float:
+        """The cost of a round that was, in passes of the full model."""
+        drafts, num_rows = sequence.drafts, sequence.drafts.num_rows
+        layer = drafts.layers[0] if drafts.layers else min(drafts.thresholds)
+        num_asked = sum(1 for answer in drafts.answers if answer[1] == layer)
+        others = sum(self.costs.of_head(answer[1], num_rows) for answer in drafts.answers if answer[1] != layer)
+        seconds = self._seconds_of_round(layer, num_drafts, num_asked, num_rows) + others
+        return seconds / self.costs.of_all(num_rows)
 
-    def _cost_of_one_more(self, exit_layer: int, num_rows: int) -> float:
-        key = (exit_layer, num_rows)
-        if key not in self._known_costs:
-            last = next(i for i, piece in enumerate(self.pieces) if piece.exit_layer == exit_layer)
-            passes = sum(self._costs(i, num_rows)[i <= last] for i in range(len(self.pieces)))
-            self._known_costs[key] = (
-                passes + (self.costs.of_head(exit_layer, num_rows) + self.costs.overhead) / num_rows
-            )
-        return self._known_costs[key]
+    def _relative_cost_of_asking(self, exits: list[int], num_rows: int) -> float:
+        return sum(self.costs.of_head(layer, num_rows) for layer in exits) / self.costs.of_all(num_rows)
 
-    def _costs(self, index: int, num_rows: int) -> tuple[float, float]:
-        """Seconds of a piece for a sequence: (one more token in a pass that is made anyway, a pass for its newest
-        token).
-        """
-        one = self.costs.of_piece(index, num_rows) / num_rows
-        return (self.costs.of_piece(index, num_rows + 4) - self.costs.of_piece(index, num_rows)) / 4, one
-
-    def _best_plan(self, num_rows: int, exits: tuple[int, ...]) -> tuple[Plan, float]:
-        """The plan with the highest rate that asks none but `exits`, by moving one exit's threshold at a time; the
-        empty one where none is better than full depth.
-        """
-        rates = _Rates(self, num_rows)
-        best: Plan = {}
-        rate = self.plain_rate(num_rows)
-        for plan in ({}, dict.fromkeys(exits, 0.8)):
-            for _ in range(2):
-                for layer in exits:
-                    others = {other: edge for other, edge in plan.items() if other != layer}
-                    plan = max([others, *({**others, layer: edge} for edge in EDGES)], key=rates.of)
-            if (reached := rates.of(plan)) > rate * 1.02:  # no change of mind for what is noise
-                best, rate = plan, reached
-        return best, rate
-
-
-class _Rates:
-    """Tokens per second and sequence that plans would bring, if tokens came to exits as they did so far, each for
-    itself.
-    """
-
-    def __init__(self, speculation: Speculation, num_rows: int):
-        self._costs, self._num_rows = speculation.costs, num_rows
-        self._pieces = [
-            (piece.exit_layer, speculation._costs(index, num_rows)[0]) for index, piece in enumerate(speculation.pieces)
-        ]
-        self._passed = {layer: _passed(record) for layer, record in speculation.records.items()}
-
-    def of(self, plan: Plan) -> float:
-        """A round drafts with probability r each time, so it takes L = 1 / (1 - r) tokens to its check, and brings 1 /
-        (1 - r a) of them where drafts are right with probability a.
-
-        Sequences draft each for itself: a pass is made where any of them goes on, and costs less the fewer do, but not
-        in proportion.
-        """
-        n = self._num_rows
-        reaches, leaves, right, per_token = 1.0, 0.0, 0.0, self._costs.overhead / n
-        for index, (layer, in_block) in enumerate(self._pieces):
-            is_made = 1 - (1 - reaches) ** n
-            num_together = n * reaches / is_made
-            per_token += is_made * self._costs.of_piece(index, num_together) / n + (1 - reaches) * in_block
-            if layer is not None and layer in plan:
-                share, hits = self._passed[layer][plan[layer]]
-                per_token += is_made * self._costs.of_head(layer, num_together) / n
-                leaves, right, reaches = (
-                    leaves + reaches * share,
-                    right + reaches * hits,
-                    max(reaches * (1 - share), 1e-6),
-                )
-        length = 1 / max(1 - leaves, 1 / 16)  # as many as may wait
-        return (1 / max(1 - right, 1 / 16)) / (
-            length * per_token + self._costs.of_head(None, num_together) / num_together
-        )
-
-
-def _passed(record: _Record) -> dict[float, tuple[float, float]]:
-    """Two shares by threshold: that of tokens that pass it, and of those that pass it and are right."""
-    share, hits, total, passed = 0.0, 0.0, sum(record.seen), {}
-    for place in reversed(range(len(EDGES))):
-        share += record.seen[place] / total
-        hits += record.seen[place] / total * record.odds(place)
-        passed[EDGES[place]] = (share, hits)
-    return passed
+    def _segment_of(self, layer: int) -> int:
+        return next(i for i, segment in enumerate(self.segments) if segment.exit_layer == layer)

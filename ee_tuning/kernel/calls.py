@@ -16,9 +16,6 @@ MOST_TOKENS = 32
 """The most tokens of a pass that is worth a kernel: for more, torch's matrix products are as fast."""
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 """Activations in the order that the kernels number them."""
-STAYS = -1
-"""Where a token left that has not left."""
-
 _NUMBERS: dict[torch.dtype, Number] = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "BFloat16"}
 _INTEGER, _POINTER = ctypes.c_int64, ctypes.c_void_p
 
@@ -71,21 +68,8 @@ class Head(ctypes.Structure):
     _fields_ = [*_fields(pointers="norm norm_bias output"), ("mlp", MLP), *_fields("num_ids num_rows", "token_ids")]
 
 
-class DraftRule(ctypes.Structure):
-    """When drafting ends; see drafts.h."""
-
-    _fields_ = [
-        ("wanted", ctypes.c_double),
-        ("worth", ctypes.c_double),
-        *_fields(pointers="edges odds"),
-        *_fields("num_bins"),
-        *_fields(pointers="ends"),
-        *_fields("num_ends"),
-    ]
-
-
-class Route(ctypes.Structure):
-    """The network around an exit that drafts; see drafts.h."""
+class Segment(ctypes.Structure):
+    """Layers, and the head behind them; see step.h."""
 
     _fields_ = [
         ("layers", ctypes.POINTER(Layer)),
@@ -93,63 +77,32 @@ class Route(ctypes.Structure):
         ("own", ctypes.POINTER(Layer)),
         ("head", ctypes.POINTER(Head)),
         *_fields("takes_mlp_input"),
-        ("rest", ctypes.POINTER(Layer)),
-        *_fields("num_rest"),
-        ("final_head", ctypes.POINTER(Head)),
     ]
-
-
-class Round(ctypes.Structure):
-    """A round of speculation, and what came of it; see drafts.h."""
-
-    _fields_ = [
-        *_fields("token position most num_threads num_waiting"),
-        ("sure", ctypes.c_double),
-        *_fields(pointers="places cos sin embedding waiting"),
-        *_fields("num_asked num_drafted"),
-        ("seconds_in_heads", ctypes.c_double),
-        *_fields(pointers="said checked"),
-    ]
-
-
-class Segment(ctypes.Structure):
-    """Layers, the head behind them where anybody is asked, and when a token leaves there; see step.h."""
-
-    _fields_ = [
-        ("layers", ctypes.POINTER(Layer)),
-        *_fields("num_layers"),
-        ("head", ctypes.POINTER(Head)),
-        *_fields("takes_mlp_input"),
-        ("threshold", ctypes.c_double),
-    ]
-
-
-class Waiting(ctypes.Structure):
-    """States of a sequence at the entrance of a segment; see step.h."""
-
-    _fields_ = [*_fields(pointers="states"), *_fields("count")]
 
 
 class StepRow(ctypes.Structure):
-    """The newest token of a sequence, and where it left; see step.h."""
+    """The newest tokens of a sequence, and where the last one left; see step.h."""
 
     _fields_ = [
-        *_fields("token position"),
-        *_fields(pointers="places"),
-        *_fields("num_carried segment"),
-        ("top", ctypes.c_double * 2),
+        *_fields(pointers="places num_computed num_own thresholds tokens"),
+        *_fields("num_new num_arrived slot last_segment num_asked is_active rides most_drafts"),
+        *_fields(pointers="ends"),
+        *_fields("num_ends segment num_said"),
+        *_fields(pointers="said top logits"),
+        *_fields("num_drafted"),
     ]
 
 
 class Step(ctypes.Structure):
-    """Sequences that decode side by side, and how far that went; see step.h."""
+    """A stage's part of a decoding step; see step.h."""
 
     _fields_ = [
-        *_fields("num_threads num_rows first num_segments is_fill"),
+        *_fields("num_threads num_rows num_segments first is_fill"),
         ("rows", ctypes.POINTER(StepRow)),
-        ("waiting", ctypes.POINTER(Waiting)),
-        *_fields(pointers="cos sin embedding entering"),
-        *_fields("num_run"),
+        ("segments", ctypes.POINTER(Segment)),
+        *_fields(pointers="rings"),
+        *_fields("capacity"),
+        *_fields(pointers="cos sin embedding"),
         ("seconds_in_heads", ctypes.c_double),
     ]
 
@@ -218,16 +171,9 @@ def run_head(
     return logits, top
 
 
-def run_round(
-    shape: Shape, route: Route, rule: DraftRule, round_: Round, states: Tensor
-) -> None:  # [round_.most + 1, h]
-    """Fills in what came of `round_`, and the states behind the exit."""
-    _function("run_round", states.dtype)(shape, route, rule, round_, states.data_ptr())
-
-
-def run_step(shape: Shape, segments: "ctypes.Array[Segment]", step: Step, carried: Tensor) -> None:  # [most, h]
-    """Fills in where the tokens of `step` left, and the states that have to wait there."""
-    _function("run_step", carried.dtype)(shape, segments, step, carried.shape[0], carried.data_ptr())
+def run_step(shape: Shape, step: Step, dtype: torch.dtype) -> None:
+    """Runs `step`, whose tensors are of `dtype`, and fills in what came of it."""
+    _function("run_step", dtype)(shape, step)
 
 
 _ARGUMENTS: dict[str, list[Any]] = {
@@ -241,14 +187,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
         _POINTER,
         _POINTER,
     ],
-    "run_round": [
-        ctypes.POINTER(Shape),
-        ctypes.POINTER(Route),
-        ctypes.POINTER(DraftRule),
-        ctypes.POINTER(Round),
-        _POINTER,
-    ],
-    "run_step": [ctypes.POINTER(Shape), ctypes.POINTER(Segment), ctypes.POINTER(Step), _INTEGER, _POINTER],
+    "run_step": [ctypes.POINTER(Shape), ctypes.POINTER(Step)],
     "run_head": [
         ctypes.POINTER(Shape),
         ctypes.POINTER(Head),

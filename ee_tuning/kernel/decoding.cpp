@@ -1,5 +1,4 @@
 // What Python calls (calls.py), for the NUMBER that a build is asked for: float, double, BFloat16.
-#include "drafts.h"
 #include "step.h"
 
 extern "C" {
@@ -14,11 +13,7 @@ void run_head(const Shape *s, const Head *head, int64_t t, int64_t num_threads, 
     run_head(*s, *head, t, num_threads, x, residual, logits, top);
 }
 
-void run_round(const Shape *s, const Route *route, const DraftRule *rule, Round *round, NUMBER *states) {
-    run_round(*s, *route, *rule, *round, states);
-}
-
-void run_step(const Shape *s, const Segment *segments, Step *step, int64_t most, NUMBER *carried) {
-    run_step(*s, segments, *step, most, carried);
+void run_step(const Shape *s, Step *step) {
+    run_step<NUMBER>(*s, *step);
 }
 }

@@ -35,7 +35,7 @@ template <class T> constexpr const T *NONE = nullptr;
 template <class T> const T *of(const void *p) { return static_cast<const T *>(p); }
 
 // Memory of this thread, one piece for each purpose, until the next call for it.
-enum Purpose { LAYERS, HEAD, RAISED, DRAFTS, CHECK, STEP, ASKED, LOGITS };
+enum Purpose { LAYERS, HEAD, RAISED, STEP, OWN, ASKED, LOGITS };
 template <class T, Purpose> T *scratch(int64_t size) {
     static thread_local std::vector<T> memory;
     if (int64_t(memory.size()) < size) memory.resize(size);

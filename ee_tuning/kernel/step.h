@@ -1,114 +1,273 @@
-// A step of sequences that decode side by side: their newest tokens through the segments of a stage of the network, each until a head is sure
-// enough.
+// A stage's part of a decoding step: new tokens through its segments, each row until a head is sure enough, with the
+// tokens of the rows that are still pending deeper. Model_runner.py has the same loop by torch's operators.
 //
-// t tokens · h hidden · r sequences
+// t tokens · h hidden · r rows, one for each sequence
 #pragma once
 
 #include "heads.h"
 
 struct Segment {
-    const Layer *layers;
+    const Layer *layers;  // of one array for the stage, so that segments one after the other can run as one
     int64_t num_layers;
-    const Head *head;         // behind it; null where nobody is asked
+    const Layer *own;         // the layer that the head has of its own, or null
+    const Head *head;         // behind the segment; null where there is none
     int64_t takes_mlp_input;  // whether the head takes what an `mlp` exit does
-    double threshold;         // where a token leaves; behind the network's last segment all do
-};
-
-struct Waiting {  // states at the entrance of a segment, of the tokens right before the newest one
-    const void *states;
-    int64_t count;
 };
 
 struct StepRow {
     // in
-    int64_t token, position;
-    const int64_t *places;
-    int64_t num_carried;  // tokens that come in, the newest one last; out: whose states have to wait behind the last segment that ran
-    int64_t segment;      // STAYS where the token wants to leave; out: where it did, or STAYS
+    const int64_t *places;     // of the sequence's tokens in every layer's cache, from the first one on
+    int64_t *num_computed;     // [segments] tokens with keys and values there; in and out
+    int64_t *num_own;          // [segments] the same for heads' own layers; -1 where the row never asks; in and out
+    const double *thresholds;  // [segments] confidence from which on the newest token leaves; infinite: not asked
+    const int64_t *tokens;     // the newest num_new ones, in the first stage
+    int64_t num_new, num_arrived;  // num_arrived: tokens at the entrance of the first segment, the new ones included
+    int64_t slot;                  // in the boundary ring
+    int64_t last_segment, num_asked;  // the head behind the last one is asked about the newest num_asked tokens
+    int64_t is_active, rides;         // whether it wants to leave; whether pending tokens of it go deeper with others
+    int64_t most_drafts;              // times that it may go on with a token that an exit drafted
+    const int64_t *ends;              // tokens behind which nothing is drafted
+    int64_t num_ends;
     // out
-    double top[2];  // the likeliest token and its probability
+    int64_t segment;   // where it left, or -1
+    int64_t num_said;  // answers of exits, before the last segment: of all where there is room for them, else none
+    double *said;      // [., 3] segment, token, probability
+    double *top;       // [num_asked + most_drafts, 2] likeliest token and its probability of the segment where it left
+    void *logits;      // [num_asked, v] there, or null
+    int64_t num_drafted;
 };
-const int64_t STAYS = -1;
 
 struct Step {
-    int64_t num_threads, num_rows;
-    int64_t first, num_segments;  // the segment to begin with; all of them
-    int64_t is_fill;              // whether they run though nobody wants to leave
+    int64_t num_threads, num_rows, num_segments;
+    int64_t first;    // the segment to begin with
+    int64_t is_fill;  // whether pending tokens go through all segments, wherever rows leave
     StepRow *rows;
-    const Waiting *waiting;             // [segments, r]
-    const void *cos, *sin, *embedding;  // embedding [v, h]
-    const void *entering;               // [Σ num_carried, h], or null: then one token a row comes in, and is embedded
+    const Segment *segments;
+    void *const *rings;  // [segments + 1] states in front of each segment, and behind the last one: [slots, capacity, h]; null at the end
+    int64_t capacity;
+    const void *cos, *sin, *embedding;  // embedding [v, h], null where states come from the ring
     // out
-    int64_t num_run;  // the segment behind the last one that ran
     double seconds_in_heads;
 };
 
-// Everybody's tokens in front of a segment, those that waited first: to[., h], sequence by sequence. They `came` there, or are embedded.
-// Returns how many.
-template <class T> int64_t join(const Step &step, int64_t number, int64_t h, const T *came, T *to) {
-    int64_t total = 0;
-    for (int64_t r = 0; r < step.num_rows; ++r) {
-        StepRow &row = step.rows[r];
-        const Waiting &waiting = step.waiting[number * step.num_rows + r];
-        const T *own = came ? came : of<T>(step.embedding) + row.token * h;
-        if (waiting.count) std::memcpy(to + total * h, waiting.states, waiting.count * h * sizeof(T));
-        std::memcpy(to + (total + waiting.count) * h, own, row.num_carried * h * sizeof(T));
-        if (came) came += row.num_carried * h;
-        row.num_carried += waiting.count;
-        total += row.num_carried;
-    }
-    return total;
-}
+// What a step works with: which rows still want to leave, and the tokens of the pass.
+template <class T> class StepLoop {
+    const Shape &s;
+    Step &step;
+    std::vector<int64_t> active, members;
+    std::vector<Row> pass;  // the members' tokens, in their order
+    T *joined, *hidden, *normed, *residual;
 
-// Asks a head about the newest tokens of those that are `going`, and lets them leave. They are the last ones of their sequence's.
-template <class T>
-void leave(const Shape &s, const Segment &segment, Step &step, std::vector<int64_t> &going, const T *states, const T *residual) {
-    const int64_t h = s.hidden, number = step.num_run, count = int64_t(going.size());
-    T *asked = scratch<T, ASKED>(count * 2 * h), *added = asked + count * h;
-    Real<T> *logits = scratch<Real<T>, LOGITS>(count * segment.head->num_rows);
-    std::vector<double> top(2 * count);
-    int64_t last = -1, q = 0;
-    for (int64_t r = 0; r < step.num_rows; ++r) {
-        last += step.rows[r].num_carried;
-        if (q < count && going[q] == r) {
-            std::memcpy(asked + q * h, states + last * h, h * sizeof(T));
-            std::memcpy(added + q++ * h, residual + last * h, h * sizeof(T));
+    StepRow &row(int64_t r) { return step.rows[r]; }
+    int64_t arrived(const StepRow &row, int64_t segment) {
+        return segment == step.first ? row.num_arrived : row.num_computed[segment - 1];
+    }
+    T *state(int64_t boundary, const StepRow &row, int64_t position) {
+        T *ring = static_cast<T *>(step.rings[boundary]);
+        return ring + (row.slot * step.capacity + position % step.capacity) * s.hidden;
+    }
+    bool is_asked(const StepRow &row, int64_t segment) {
+        return segment == row.last_segment ? row.num_asked > 0 : row.thresholds[segment] < INFINITY;
+    }
+    bool goes_through(int64_t r, int64_t segment, bool is_active) {
+        const StepRow &each = row(r);
+        return (is_active || each.rides) && segment <= each.last_segment && arrived(each, segment) > each.num_computed[segment];
+    }
+
+    void find_members(int64_t segment) {
+        members.clear(), pass.clear();
+        for (int64_t r = 0, a = 0; r < step.num_rows; ++r) {
+            const bool is_active = a < int64_t(active.size()) && active[a] == r;
+            a += is_active;
+            if (!goes_through(r, segment, is_active)) continue;
+            const StepRow &each = row(r);
+            members.push_back(r);
+            pass.push_back(Row{each.num_computed[segment], arrived(each, segment) - each.num_computed[segment], each.places});
         }
     }
-    run_head(s, *segment.head, count, step.num_threads, asked, added, logits, top.data());
-    std::vector<int64_t> stay;
-    for (q = 0; q < count; ++q) {
-        StepRow &row = step.rows[going[q]];
-        row.top[0] = top[2 * q], row.top[1] = top[2 * q + 1];
-        if (row.top[1] >= segment.threshold) row.segment = number;
-        else stay.push_back(going[q]);
-    }
-    going = stay;
-}
 
-// carried [most, h] takes the states that have to wait behind the last segment that ran; there may never be more on the way. Rows that left
-// before ride along.
-template <class T> void run_step(const Shape &s, const Segment *segments, Step &step, int64_t most, T *carried) {
-    const int64_t h = s.hidden;
-    T *joined = scratch<T, STEP>(3 * most * h), *normed = joined + most * h, *residual = normed + most * h;
-    std::vector<int64_t> going;
-    std::vector<Row> rows(step.num_rows);
-    for (int64_t r = 0; r < step.num_rows; ++r)
-        if (step.rows[r].segment == STAYS) going.push_back(r);
-    step.seconds_in_heads = 0;
-    for (step.num_run = step.first; step.num_run < step.num_segments && (step.is_fill || !going.empty()); ++step.num_run) {
-        const Segment &segment = segments[step.num_run];
-        const T *came = step.num_run > step.first ? carried : of<T>(step.entering);
-        const int64_t t = join(step, step.num_run, h, came, joined);
-        for (int64_t r = 0; r < step.num_rows; ++r) {
-            const StepRow &row = step.rows[r];
-            rows[r] = Row{row.position + 1 - row.num_carried, row.num_carried, row.places};
+    // The last segment that can run together with this one: nobody is asked, ends or waits in between.
+    int64_t run_end(int64_t segment) {
+        for (; segment + 1 < step.num_segments; ++segment) {
+            for (const int64_t r : active)
+                if (is_asked(row(r), segment)) return segment;
+            for (const int64_t r : members)
+                if (segment == row(r).last_segment || row(r).num_own[segment] >= 0) return segment;
+            for (int64_t r = 0; r < step.num_rows; ++r)
+                if (row(r).num_computed[segment] > row(r).num_computed[segment + 1] && segment < row(r).last_segment) return segment;
         }
-        run_layers(s, segment.layers, segment.num_layers, Pass{t, step.num_rows, step.num_threads, rows.data(), step.cos, step.sin}, joined,
-                   carried, normed, residual);
-        if (!segment.head || going.empty()) continue;
+        return segment;
+    }
+
+    void gather(int64_t segment) {
+        const int64_t h = s.hidden;
+        T *to = joined;
+        for (size_t m = 0; m < members.size(); ++m) {
+            const StepRow &each = row(members[m]);
+            for (int64_t i = 0; i < pass[m].length; ++i, to += h) {
+                const int64_t position = pass[m].start + i, fresh = position - (each.num_arrived - each.num_new);
+                const T *from = step.embedding && segment == step.first ? of<T>(step.embedding) + each.tokens[fresh] * h
+                                                                         : state(segment, each, position);
+                std::memcpy(to, from, h * sizeof(T));
+            }
+        }
+    }
+
+    // Keeps the states behind a segment of rows that go deeper, now or later, and of those whose head has a layer of its own.
+    void keep(int64_t segment) {
+        const T *from = hidden;
+        for (size_t m = 0; m < members.size(); ++m) {
+            const StepRow &each = row(members[m]);
+            const bool is_kept = segment < each.last_segment || each.num_own[segment] >= 0;
+            for (int64_t i = 0; i < pass[m].length; ++i, from += s.hidden)
+                if (is_kept) std::memcpy(state(segment + 1, each, pass[m].start + i), from, s.hidden * sizeof(T));
+        }
+    }
+
+    void run(int64_t first, int64_t last) {
+        int64_t num_layers = 0, t = 0;
+        for (int64_t i = first; i <= last; ++i) num_layers += step.segments[i].num_layers;
+        for (const Row &each : pass) t += each.length;
+        if (num_layers)
+            run_layers(s, step.segments[first].layers, num_layers, Pass{t, int64_t(pass.size()), step.num_threads, pass.data(), step.cos, step.sin},
+                       joined, hidden, normed, residual);
+        else std::memcpy(hidden, joined, t * s.hidden * sizeof(T));
+        for (size_t m = 0; m < members.size(); ++m)
+            for (int64_t i = first; i <= last; ++i) row(members[m]).num_computed[i] = pass[m].start + pass[m].length;
+    }
+
+    // What the head takes of the asked rows' newest tokens: the layer of its own runs over all that it lacks first.
+    int64_t own_states(const Segment &segment, int64_t number, const std::vector<int64_t> &asked, T *to) {
+        const int64_t h = s.hidden;
+        std::vector<Row> rows;
+        int64_t t = 0;
+        for (const int64_t r : asked) {
+            const int64_t start = row(r).num_own[number], length = row(r).num_computed[number] - start;
+            rows.push_back(Row{start, length, row(r).places});
+            t += length;
+        }
+        T *in = scratch<T, OWN>(4 * t * h), *out = in + t * h, *rest = out + t * h, *at = in;
+        for (size_t q = 0; q < asked.size(); ++q)
+            for (int64_t i = 0; i < rows[q].length; ++i, at += h)
+                std::memcpy(at, state(number + 1, row(asked[q]), rows[q].start + i), h * sizeof(T));
+        run_layers(s, segment.own, 1, Pass{t, int64_t(rows.size()), step.num_threads, rows.data(), step.cos, step.sin}, in, out, rest,
+                   rest + t * h);
+        at = out;
+        for (size_t q = 0; q < asked.size(); ++q) {
+            at += rows[q].length * h;
+            std::memcpy(to + q * h, at - h, h * sizeof(T));
+            row(asked[q]).num_own[number] += rows[q].length;
+        }
+        return int64_t(asked.size());
+    }
+
+    int64_t passed_states(const Segment &segment, int64_t number, const std::vector<int64_t> &asked, T *to, T *added) {
+        const int64_t h = s.hidden;
+        const T *states = segment.takes_mlp_input ? normed : hidden;
+        int64_t q = 0, end = 0;
+        size_t m = 0;
+        for (const int64_t r : asked) {
+            for (; members[m] != r; ++m) end += pass[m].length;
+            const int64_t count = num_states(row(r), number), first = end + pass[m].length - count;
+            std::memcpy(to + q * h, states + first * h, count * h * sizeof(T));
+            std::memcpy(added + q * h, residual + first * h, count * h * sizeof(T));
+            q += count;
+        }
+        return q;
+    }
+    int64_t num_states(const StepRow &each, int64_t number) {
+        return number == each.last_segment ? each.num_asked + each.num_drafted : 1;
+    }
+
+    void ask(int64_t number) {
+        const Segment &segment = step.segments[number];
+        std::vector<int64_t> asked, stay;
+        int64_t count = 0;
+        for (const int64_t r : active)
+            if (segment.head && is_asked(row(r), number)) asked.push_back(r), count += num_states(row(r), number);
         const double began = omp_get_wtime();
-        leave(s, segment, step, going, segment.takes_mlp_input ? normed : carried, residual);
-        step.seconds_in_heads += omp_get_wtime() - began;
+        T *states = scratch<T, ASKED>(count * 2 * s.hidden), *added = states + count * s.hidden;
+        Real<T> *logits = count ? scratch<Real<T>, LOGITS>(count * segment.head->num_rows) : nullptr;
+        std::vector<double> top(2 * count);
+        if (count) {
+            if (segment.own) own_states(segment, number, asked, states);
+            else passed_states(segment, number, asked, states, added);
+            run_head(s, *segment.head, count, step.num_threads, states, added, logits, top.data());
+            step.seconds_in_heads += omp_get_wtime() - began;
+        }
+        int64_t q = 0;
+        size_t a = 0;
+        for (const int64_t r : active) {
+            StepRow &each = row(r);
+            const bool ends = number == each.last_segment;
+            if (a == asked.size() || asked[a] != r) {
+                if (!ends) stay.push_back(r);
+                continue;
+            }
+            ++a;
+            const int64_t own = num_states(each, number);
+            const double *said = &top[2 * q];
+            if (!ends && each.said) {
+                double *to = each.said + 3 * each.num_said++;
+                to[0] = double(number), to[1] = said[0], to[2] = said[1];
+            }
+            if (ends || said[1] >= each.thresholds[number]) {
+                each.segment = number;
+                std::copy(said, said + 2 * own, each.top);
+                if (each.logits)
+                    std::memcpy(each.logits, logits + q * segment.head->num_rows, own * segment.head->num_rows * sizeof(Real<T>));
+            } else stay.push_back(r);
+            q += own;
+        }
+        active = stay;
     }
+
+  public:
+    StepLoop(const Shape &s, Step &step) : s(s), step(step) {
+        int64_t most = 0;
+        for (int64_t r = 0; r < step.num_rows; ++r) most += row(r).num_arrived - row(r).num_computed[step.num_segments - 1] + row(r).most_drafts;
+        most = std::max<int64_t>(most, 1);
+        joined = scratch<T, STEP>(4 * most * s.hidden), hidden = joined + most * s.hidden;
+        normed = hidden + most * s.hidden, residual = normed + most * s.hidden;
+        step.seconds_in_heads = 0;
+    }
+
+    void go() {
+        active.clear();
+        for (int64_t r = 0; r < step.num_rows; ++r) {
+            row(r).segment = -1;
+            if (row(r).is_active) active.push_back(r);
+        }
+        for (int64_t first = step.first; first < step.num_segments && (step.is_fill || !active.empty());) {
+            find_members(first);
+            const int64_t last = run_end(first);
+            if (!members.empty()) {
+                gather(first);
+                run(first, last);
+                keep(last);
+            }
+            ask(last);
+            first = last + 1;
+        }
+    }
+
+    // A row's own draft becomes its newest token; false where it is none, or the step is to end.
+    bool feeds_draft(StepRow &each, int64_t *token) {
+        if (each.segment < 0 || each.segment == each.last_segment || each.num_drafted == each.most_drafts) return false;
+        *token = int64_t(each.top[0]);
+        each.tokens = token, each.num_new = 1, ++each.num_arrived;
+        const bool is_end = std::find(each.ends, each.ends + each.num_ends, *token) != each.ends + each.num_ends;
+        if (++each.num_drafted == each.most_drafts || is_end) each.thresholds = never.data();
+        return true;
+    }
+    std::vector<double> never;
+};
+
+// Rows of several sequences take one step; a row alone goes on with the tokens that an exit drafts for it, until their check.
+template <class T> void run_step(const Shape &s, Step &step) {
+    StepLoop<T> loop(s, step);
+    loop.never.assign(step.num_segments, INFINITY);
+    int64_t token;
+    do loop.go();
+    while (step.num_rows == 1 && loop.feeds_draft(step.rows[0], &token));
 }

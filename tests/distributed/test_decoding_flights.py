@@ -73,7 +73,7 @@ def break_all_off_at(model: str, exits: str, pp: int) -> bool:
         sequences = [engine.add_request([i, number], SamplingParams(max_tokens=30), FULL)[0] for i in range(6)]
         for _ in range(number):
             engine.step()
-        waited |= len(engine.whole_steps.busy) > 1
+        waited |= len(engine.in_flight.busy) > 1
         if number % 2:
             engine.clear()
         for sequence in sequences:

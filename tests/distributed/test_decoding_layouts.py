@@ -82,8 +82,8 @@ def in_little_memory(loaded: LoadedModel) -> list[list[tuple[list[int], list[tup
         ]
         run_all(engine)
         told = [(s.statistics.num_reused, 0.0) for s in made] + [(s.statistics.num_read_again, 0.0) for s in made]
-        # A draft more or less, which is a matter of measured time, is a block sooner or later.
-        answers.append([(s.output, []) for s in made] if "policy" in keys else [(s.output, told) for s in made])
+        is_told = "policy" not in keys and loaded.model.topology.pp == 1
+        answers.append([(s.output, told if is_told else []) for s in made])
     return answers
 
 
@@ -104,6 +104,8 @@ def test_layouts_decode_the_same(world, subject, tp, pp):
     assert {layer for layer, _ in wanted[0][0][1]} > {2}
     reused, read_again = wanted[-3][0][1][:3], wanted[-3][0][1][3:]
     assert max(reused) > (0, 0.0) and max(read_again) > (0, 0.0)
+    if pp > 1:  # a sequence is a token further, or not, when memory runs out: other stages may be at work on it
+        wanted[-3] = [(output, []) for output, _ in wanted[-3]]
     for answer in world.run(decode_at, model, exits, tp, pp):
         assert answer == wanted
 

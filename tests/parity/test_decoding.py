@@ -120,7 +120,7 @@ def test_caches_after_catch_up_equal_a_full_pass(mlp):
     (sequence,) = engine.add_request(
         PROMPTS[0], SamplingParams(max_tokens=60), policy_for(mlp.loaded.model, threshold=0.3)
     )
-    while not (len(sequence.tokens) > 20 and sequence.watermarks[-1] == len(sequence.tokens) - 1):
+    while not (len(sequence.tokens) > 20 and sequence.num_computed[-1] == len(sequence.tokens) - 1):
         engine.step()
         assert len(sequence.tokens) < 60, "the deep layers never caught up"
     fresh.full_model_tokens(sequence.tokens[:-1])
@@ -142,7 +142,7 @@ def test_the_cache_of_a_layer_head_has_no_holes(tmp_path):
         steps += engine.step()
         assert len(sequence.tokens) < 60, "the deep layers never caught up"
     assert {2, 4} <= {step.exit_layer for step in steps}
-    n = sequence.head_watermarks[4]
+    n = sequence.num_own_computed[1]
     assert n > 20
     fresh.add_request(
         sequence.tokens[:n], SamplingParams(max_tokens=1), policy_for(own.loaded.model, policy="fixed", exit_layer=4)

@@ -6,19 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from decoding import decode, policy_for, run_all
+from decoding import FixedDrafts, decode, policy_for, run_all
 from exits import write_exits
 from plain_decoder import PlainDecoder
 from random_models import random_llama
 
 from ee_tuning.checkpoint.load import LoadedModel, load_for_generation
 from ee_tuning.config import ParallelSection, load_config
-from ee_tuning.generation import head_layers
-from ee_tuning.generation.costs import Costs
 from ee_tuning.generation.engine import Engine
+from ee_tuning.generation.native_step import NativeStage
 from ee_tuning.generation.params import SamplingParams
 from ee_tuning.generation.policy import FULL
-from ee_tuning.generation.speculation import Speculation
 from ee_tuning.parallel.topology import init_parallel
 
 PROMPTS = [[5, 17, 80, 3, 9], [7, 7, 7, 90, 12, 60, 33, 2, 51, 18, 64]]
@@ -42,25 +40,28 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedModel, PlainDec
 
 
 def counted(engine: Engine) -> list[int]:
-    """Tokens of each pass through the own layer of the head at layer 4, from now on."""
+    """Tokens of each pass through the own layer of the head at layer 4, from now on, in the loop that Python runs."""
     seen: list[int] = []
-    layer_of = engine.runner.head_layers.layer_of
+    own_layer_of = engine.runner.own_layer_of
 
-    def watched(layer: int) -> Callable[..., Any]:
+    def watched(number: int) -> Callable[..., Any]:
         def run(hidden: torch.Tensor, *rest: Any) -> Any:
             seen.append(len(hidden))
-            return layer_of(layer)(hidden, *rest)
+            return own_layer_of(number)(hidden, *rest)
 
         return run
 
-    engine.runner.head_layers.layer_of = watched  # type: ignore[assignment, method-assign]
+    engine.runner.own_layer_of = watched  # type: ignore[assignment, method-assign]
     return seen
 
 
-def test_who_does_not_ask_pays_nothing(own: tuple[LoadedModel, PlainDecoder]) -> None:
+def test_requests_that_do_not_ask_a_head_pay_nothing(
+    own: tuple[LoadedModel, PlainDecoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A head's layer run over the tokens of requests that never ask it, its states kept for them, or its answers mixed
     up beside them.
     """
+    monkeypatch.setattr(NativeStage, "serves", lambda *_: False)
     loaded, plain = own
     engine = Engine(loaded.model, loaded.stages, num_slots=2, max_length=64)
     passes = counted(engine)
@@ -76,38 +77,30 @@ def test_who_does_not_ask_pays_nothing(own: tuple[LoadedModel, PlainDecoder]) ->
     assert silent.output == plain.decode(PROMPTS[0], NEW_TOKENS, 1.1)[0]
     # Each of its tokens once at most; the prompt's and those that left before it with the first one asked behind them.
     assert 0 < sum(passes) <= len(PROMPTS[1]) + NEW_TOKENS - 1
-    assert not silent.head_states
+    assert silent.own_layers == []
 
 
-@pytest.mark.parametrize("wait", [1, 3])
-def test_states_do_not_pile_up_at_a_head_that_is_seldom_asked(
-    own: tuple[LoadedModel, PlainDecoder], wait: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("most", [1, 3])
+def test_states_do_not_pile_up_at_a_head_that_is_seldom_asked(own: tuple[LoadedModel, PlainDecoder], most: int) -> None:
     """States kept for ever; or the newest token's state used up by the time its head is asked."""
-    monkeypatch.setattr(head_layers, "LONGEST_WAIT", wait)
     loaded, plain = own
     for prompt in PROMPTS:
-        (said,) = decode(loaded, [prompt], NEW_TOKENS, threshold=0.4)
+        (said,) = decode(loaded, [prompt], NEW_TOKENS, threshold=0.4, engine={"max_pending": most})
         assert (said.tokens, said.exit_layers) == plain.decode(prompt, NEW_TOKENS, 0.4)
-    engine = Engine(loaded.model, loaded.stages, num_slots=1, max_length=64)
+    engine = Engine(loaded.model, loaded.stages, num_slots=1, max_length=64, max_pending=most)
     policy = policy_for(loaded.model, threshold=(0.0, 0.9))  # all but the first token leave at layer 2
     (sequence,) = engine.add_request(PROMPTS[0], SamplingParams(max_tokens=40), policy)
     while not engine.is_idle:
         engine.step()
-        waiting = sum(len(states) for states in sequence.head_states.get(4, []))
-        assert waiting <= wait + engine.max_pending + len(PROMPTS[0])
-    assert sequence.head_watermarks[4] > 20 - wait
+        assert sequence.num_computed[1] - sequence.num_own_computed[1] <= most
+    assert sequence.num_own_computed[1] > 20
 
 
 def test_rejected_drafts_leave_the_cache_of_a_head(own: tuple[LoadedModel, PlainDecoder]) -> None:
     """States of drafts that were wrong, kept at a head: its next answers would come from tokens that are not there."""
     loaded, plain = own
     engine, fresh = (Engine(loaded.model, loaded.stages, num_slots=1, max_length=64) for _ in range(2))
-    cheap = (1e-9,) * 3
-    engine.drafting.speculation = Speculation(
-        Costs((cheap, cheap, (1.0,) * 3), {2: cheap, 4: cheap}, cheap), engine.pieces
-    )
-    engine.drafting.speculation._best_plan = lambda rows, exits: ({4: 0.0}, 0.0)  # type: ignore[method-assign]
+    engine.proposer.speculation = FixedDrafts(engine, {4: 0.0})
     (sequence,) = engine.add_request(
         PROMPTS[1], SamplingParams(max_tokens=40), policy_for(loaded.model, policy="speculative")
     )
@@ -115,7 +108,7 @@ def test_rejected_drafts_leave_the_cache_of_a_head(own: tuple[LoadedModel, Plain
         engine.step()
     assert sequence.output == plain.decode(PROMPTS[1], 40, 1.1)[0][: sequence.num_output]
     assert sequence.statistics.num_drafted > sequence.statistics.num_accepted > 0
-    n = sequence.head_watermarks[4]
+    n = sequence.num_own_computed[1]
     assert n > 30
     fresh.add_request(
         sequence.tokens[:n], SamplingParams(max_tokens=1), policy_for(loaded.model, policy="fixed", exit_layer=4)

@@ -14,7 +14,7 @@ from recorded import ImitatedGraph, imitate_flash_attention, record_on_cpu
 
 from ee_tuning.checkpoint.load import LoadedModel, load_for_generation
 from ee_tuning.config import ParallelSection, load_config
-from ee_tuning.generation.costs import Costs
+from ee_tuning.generation.cost_model import Costs
 from ee_tuning.generation.engine import Engine
 from ee_tuning.generation.params import SamplingParams
 from ee_tuning.generation.speculation import Speculation
@@ -63,9 +63,11 @@ def said(
         **{"num_slots": len(prompts), "max_length": 80, "max_pending": 3, "prefill_chunk": 6, **options},
     )
     costs = Costs(
-        tuple((1.0,) * 3 for _ in engine.pieces), dict.fromkeys(loaded.model.plan.exit_layers, (0.01,) * 3), (0.01,) * 3
+        tuple((1.0,) * 3 for _ in engine.segments),
+        dict.fromkeys(loaded.model.plan.exit_layers, (0.01,) * 3),
+        (0.01,) * 3,
     )
-    engine.drafting.speculation = Speculation(costs, engine.pieces)  # measured ones would draft otherwise each time
+    engine.proposer.speculation = Speculation(costs, engine.segments)  # measured ones would draft otherwise each time
     answers = []
     for _ in range(2):
         sequences = [engine.add_request(prompt, params, policy_for(loaded.model, **policy))[0] for prompt in prompts]

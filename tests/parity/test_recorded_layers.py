@@ -15,7 +15,7 @@ from recorded import ImitatedGraph, imitate_flash_attention, record_on_cpu
 
 from ee_tuning.checkpoint.load import LoadedModel, load_for_generation
 from ee_tuning.config import ParallelSection, load_config
-from ee_tuning.generation.costs import measure_costs
+from ee_tuning.generation.cost_model import measure_costs
 from ee_tuning.generation.engine import Engine
 from ee_tuning.kernel import calls
 from ee_tuning.model import flash, graphs, layer_run, static_attention, static_pass
@@ -243,7 +243,7 @@ def test_costs_are_those_of_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     runner = Subject(loaded).runner
     costs = measure_costs(runner)
     assert ImitatedGraph.num_replays > 3 * 5 * 5
-    assert all(seconds > 0 for curve in (*costs.pieces, *costs.heads.values(), costs.final_head) for seconds in curve)
+    assert all(seconds > 0 for curve in (*costs.segments, *costs.heads.values(), costs.final_head) for seconds in curve)
 
 
 def test_compiled_layers_are_the_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

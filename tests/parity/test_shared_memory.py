@@ -46,7 +46,7 @@ def check(subject: Subject, sequences: list[Sequence]) -> None:
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_what_ended_serves_the_next(subject, policy):
-    """A block that is shared before all pieces have filled it, or by one whose tokens before it are others."""
+    """A block that is shared before all segments have filled it, or by one whose tokens before it are others."""
     engine = subject.engine()
     first = say(engine, subject, STEM[:40], policy)
     same = say(engine, subject, STEM[:40], policy)
@@ -78,7 +78,7 @@ def test_shallow_blocks_serve_shallow_requests_alone(subject):
     """Deep layers that read keys which a fixed exit never made."""
     fixed, full = {"policy": "fixed", "exit_layer": 2}, {"policy": "full"}
     engine = subject.engine()
-    own = engine.runner.head_layers.own  # layers of heads, filled for those alone who ask
+    own = engine.runner.own_layers  # layers of heads, filled for those alone who ask
     for policy, reused in (
         (fixed, 0),
         (full, 0),
@@ -120,8 +120,8 @@ def test_a_sequence_that_lost_its_memory_goes_on_as_if_it_had_not(subject, polic
     made = [engine.add_request([i, 2, 3], params, subject.policy(**policy))[0] for i in range(3)]
     run_all(engine)
     check(subject, made)
-    assert any(s.was_put_back and s.statistics.num_read_again for s in made)
-    assert not made[0].was_put_back, "the oldest goes on"
+    assert any(s.was_preempted and s.statistics.num_read_again for s in made)
+    assert not made[0].was_preempted, "the oldest goes on"
     assert engine.cache.pool.num_free == 6
 
 
@@ -135,18 +135,18 @@ def test_blocks_are_counted_and_the_oldest_goes_first():
     """A block with two holders that the first one's end frees; a beginning that goes before what follows it."""
     pool = BlockPool(4, run=1)
     a, b = block_key(b"", [1] * 16), block_key(b"", [2] * 16)
-    blocks = pool.take(2)
+    blocks = pool.allocate(2)
     one, two = (frozenset(("piece", i) for i in range(n)) for n in (1, 2))
-    pool.make_known(blocks[0], a, one)
-    pool.make_known(blocks[1], block_key(a, [1] * 16), one)
-    pool.hold(blocks[:1])
-    pool.give_back(blocks)
-    assert pool.num_free == 3 and pool.take(4) is None
-    pool.give_back(blocks[:1])
-    later = pool.take(1, after=blocks[1])
-    pool.make_known(later[0], b, two)
-    pool.give_back(later)
+    pool.cache(blocks[0], a, one)
+    pool.cache(blocks[1], block_key(a, [1] * 16), one)
+    pool.incref(blocks[:1])
+    pool.free(blocks)
+    assert pool.num_free == 3 and pool.allocate(4) is None
+    pool.free(blocks[:1])
+    later = pool.allocate(1, after=blocks[1])
+    pool.cache(later[0], b, two)
+    pool.free(later)
     assert pool.find(a, one) == blocks[0] and pool.find(a, two) is None and pool.find(b, one) == later[0]
-    assert pool.take(1) == [3], "an empty one is there"
-    assert pool.take(1) == [blocks[1]] and pool.find(a, one) == blocks[0]
-    assert pool.take(1) == [blocks[0]] and pool.find(a, one) is None and pool.find(b, two) == later[0]
+    assert pool.allocate(1) == [3], "an empty one is there"
+    assert pool.allocate(1) == [blocks[1]] and pool.find(a, one) == blocks[0]
+    assert pool.allocate(1) == [blocks[0]] and pool.find(a, one) is None and pool.find(b, two) == later[0]

@@ -2,22 +2,23 @@
 distribution.
 """
 
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-from decoding import policy_for, run_all
+from decoding import FixedDrafts, policy_for, run_all
 from exits import write_exits
 from plain_decoder import PlainDecoder
 from random_models import random_llama
 
 from ee_tuning.checkpoint.load import LoadedModel, load_for_generation
 from ee_tuning.config import ParallelSection, load_config
-from ee_tuning.generation.costs import Costs, measure_costs
+from ee_tuning.generation.cost_model import Costs, expected_costs, measure_costs
 from ee_tuning.generation.engine import Engine
 from ee_tuning.generation.params import SamplingParams
-from ee_tuning.generation.speculation import FIRST_ROUNDS, Speculation
+from ee_tuning.generation.speculation import CREDIT_PER_ROUND, FIRST_CREDIT, Speculation
+from ee_tuning.generation.step_plan import Answer
 from ee_tuning.parallel.topology import init_parallel
 
 PROMPTS = [[5, 17, 80, 3, 9], [41], [7, 7, 7, 90, 12, 60, 33, 2, 51, 18, 64], [99, 1, 0]]
@@ -38,14 +39,10 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedModel, PlainD
     return load(tmp_path_factory.mktemp("llama"))
 
 
-def drafting_engine(loaded: LoadedModel, plan: dict[int, float], **options: int) -> Engine:
-    """An engine whose speculation believes that exits are free and keeps to `plan`."""
+def drafting_engine(loaded: LoadedModel, thresholds: dict[int, float], **options: int) -> Engine:
+    """An engine whose exits draft by `thresholds` in every round."""
     engine = Engine(loaded.model, loaded.stages, **{"num_slots": 4, "max_length": 64, **options})
-    free, dear = (1e-9,) * 3, (1.0,) * 3
-    engine.drafting.speculation = Speculation(Costs((free, free, dear), {2: free, 4: free}, free), engine.pieces)
-    engine.drafting.speculation._plans[2, 4], engine.drafting.speculation._next_plan = (plan, 0.0), 10**9
-    engine.drafting.speculation._planned_rows = -1
-    engine.drafting.speculation._best_plan = lambda rows, exits: (plan, 0.0)  # type: ignore[method-assign]
+    engine.proposer.speculation = FixedDrafts(engine, thresholds)
     return engine
 
 
@@ -91,8 +88,8 @@ def test_caches_behind_a_check_equal_a_full_pass(llama):
     while sequence.num_output < 40 or sequence.num_drafts:
         engine.step()
     assert 0 < sequence.statistics.num_accepted < sequence.statistics.num_drafted
-    n = sequence.watermarks[-1]
-    assert sequence.watermarks == [n] * 3 and n == len(sequence.tokens) - 1
+    n = sequence.num_computed[-1]
+    assert list(sequence.num_computed) == [n] * 3 and n == len(sequence.tokens) - 1
     fresh.full_model_tokens(sequence.tokens[:-1])
     for layer in range(1, 7):
         for name in ("keys", "values"):
@@ -139,22 +136,48 @@ def test_the_distribution_is_the_full_models(tmp_path):
     assert float(((merged[0] - merged[1]) ** 2 / merged[1].clamp(min=1e-9)).sum()) < limit
 
 
+def dear_exits(engine: Engine) -> Speculation:
+    """Exits in front of a cheap rest, asked at the cost of a hundred passes."""
+    dear, cheap = (1.0,) * 3, (0.01,) * 3
+    return Speculation(Costs((dear, cheap, cheap), {2: dear, 4: dear}, cheap), engine.segments)
+
+
 def test_speculation_stops_where_it_would_lose(llama):
     """Drafts that are never right, or as dear as the full model, asked for again and again."""
     loaded, _ = llama
     engine = Engine(loaded.model, loaded.stages, num_slots=1, max_length=128)
-    dear = (1.0, 1.0, 1.0)
-    engine.drafting.speculation = Speculation(
-        Costs((dear, (0.01,) * 3, (0.01,) * 3), {2: dear, 4: dear}, (0.01,) * 3), engine.pieces
-    )
+    known = engine.proposer.speculation = dear_exits(engine)
     (sequence,) = engine.add_request(
         [5], SamplingParams(max_tokens=100, ignore_eos=True), policy_for(loaded.model, policy="speculative")
     )
     asked = 0
     while not sequence.finish_reason:
         engine.step()
-        asked += bool(sequence.drafts.plan) and engine.drafting.speculation.num_rounds > FIRST_ROUNDS
-    assert engine.drafting.speculation._plans[2, 4][0] == {} and asked <= 4
+        asked += bool(sequence.drafts.thresholds)
+    assert known.best_plan(1, (2, 4)).exit_layer is None and asked <= 2 and sequence.statistics.num_drafted == 0
+
+
+def test_speculation_loses_little_where_it_was_wrong(llama):
+    """An exit that seems cheap and right, and never is: tried for ever."""
+    loaded, _ = llama
+    engine = Engine(loaded.model, loaded.stages, num_slots=1, max_length=128)
+    cheap = (0.1, 0.1, 0.1)
+    known = engine.proposer.speculation = Speculation(
+        Costs((cheap, (1.0,) * 3, (1.0,) * 3), {2: cheap, 4: cheap}, cheap), engine.segments
+    )
+    policy = policy_for(loaded.model, policy="speculative")
+    sequence = engine._sequence([5], SamplingParams(), policy, 0)
+    lost, tried = 0.0, 0
+    for _ in range(400):
+        known.begin_round(sequence, 1, 16)
+        before = known.credit
+        if known.best_plan(1, (2, 4)).exit_layer in sequence.drafts.thresholds and sequence.drafts.most:
+            tried += 1
+            sequence.drafts.answers.append((0, 2, 0.99, 7))
+            sequence.drafts.layers.append(2)
+            known.end_round(sequence, [Answer(0.9, 8), Answer(0.9, 8)], 0)
+            lost += before - known.credit
+    assert tried and lost < FIRST_CREDIT + 400 * CREDIT_PER_ROUND + 2
 
 
 def test_speculation_goes_on_where_it_wins(llama):
@@ -163,28 +186,29 @@ def test_speculation_goes_on_where_it_wins(llama):
     engine = Engine(loaded.model, loaded.stages, num_slots=1, max_length=64)
     speculation = Speculation(
         Costs(((0.1, 0.11, 0.12),) * 2 + ((1.0, 1.1, 1.2),), {2: (0.01,) * 3, 4: (0.5,) * 3}, (0.01,) * 3),
-        engine.pieces,
+        engine.segments,
     )
     for _ in range(50):
-        speculation.records[2].add(8, True)
-        speculation.records[2].add(2, False)
-        speculation.records[4].add(5, False)
-    plan, rate = speculation._best_plan(1, (2, 4))
-    assert set(plan) == {2} and 0.3 < plan[2] <= 0.9
-    assert rate > 1.2 * speculation.plain_rate(1)
-    assert speculation._best_plan(1, (4,))[0] == {}, "a request that lets none but the dear exit draft"
-    assert speculation._best_plan(8, (2, 4))[0] == {}, (
-        "a pass that some of many sequences need is made, and costs what one of all does"
-    )
+        speculation.records[2].add(0.92, True)
+        speculation.records[2].add(0.35, False)
+        speculation.records[4].add(0.65, False)
+    plan = speculation.best_plan(1, (2, 4))
+    assert plan.exit_layer == 2 and 0.3 < plan.threshold <= 0.9 and plan.most > 1
+    assert plan.rate > 1.2 * speculation.plain_rate(1)
+    assert speculation.best_plan(1, (4,)).exit_layer is None, "a request that lets none but the dear exit draft"
+    assert speculation.best_plan(8, (2, 4)).rate < 8 * plan.rate
 
 
-def test_costs_are_measured(llama):
-    """A piece without a figure would look free."""
+def test_costs_are_expected_from_weights_and_measured(llama):
+    """A segment without a figure, which would look free; layers that cost nothing, or a head that costs all."""
     loaded, _ = llama
-    costs = measure_costs(Engine(loaded.model, loaded.stages, num_slots=1, max_length=64).runner)
-    assert len(costs.pieces) == 3 and set(costs.heads) == {2, 4}
-    assert all(
-        0 < low <= high
-        for curve in (*costs.pieces, *costs.heads.values(), costs.final_head)
-        for low, high in pairwise(curve)
+    runner = Engine(loaded.model, loaded.stages, num_slots=1, max_length=64).runner
+    expected, measured = expected_costs(runner), measure_costs(runner)
+    for costs in (expected, measured):
+        assert len(costs.segments) == 3 and set(costs.heads) == {2, 4}
+        curves = (*costs.segments, *costs.heads.values(), costs.final_head)
+        assert all(0 < curve[0] <= curve[1] <= curve[2] for curve in curves)
+    weights = sum(
+        p.numel() for n, p in loaded.model.backbone.named_parameters() if "embedding" not in n and p.dim() == 2
     )
+    assert expected.of_all(1) == pytest.approx(8 * weights, rel=0.01)

@@ -19,7 +19,7 @@ from ee_tuning.checkpoint.load import load_for_generation
 from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.data.sample_corpus import sample_corpus
 from ee_tuning.evaluation.demo import CHECKOUT
-from ee_tuning.generation.costs import Costs
+from ee_tuning.generation.cost_model import Costs
 from ee_tuning.generation.engine import Engine
 from ee_tuning.generation.params import SamplingParams
 from ee_tuning.generation.speculation import Speculation
@@ -72,7 +72,7 @@ def stress_speculation(count: int, seed: int, folder: Path) -> Report:
         half = prompts[::2] if sampling else prompts[1::2]
         full = llm.generate(half, policy="full", **options)
         assert llm.engine is not None
-        llm.engine.drafting.speculation = drafting(llm.engine)
+        llm.engine.proposer.speculation = drafting(llm.engine)
         mine = llm.generate(half, policy="speculative", **options)
         for one, other in zip(full, mine, strict=True):
             tokens += len(one.token_ids)
@@ -90,10 +90,11 @@ def stress_speculation(count: int, seed: int, folder: Path) -> Report:
 
 def drafting(engine: Engine) -> Speculation:
     """Believes that exits are free: heads that were not tuned are wrong so often that it would hardly ever draft."""
-    free, dear, last = (1e-9,) * 3, (1.0,) * 3, len(engine.pieces) - 1
+    free, dear, last = (1e-9,) * 3, (1.0,) * 3, len(engine.segments) - 1
     pieces = tuple(dear if index == last else free for index in range(last + 1))
     return Speculation(
-        Costs(pieces, {piece.exit_layer: free for piece in engine.pieces[:-1] if piece.exit_layer}, free), engine.pieces
+        Costs(pieces, {piece.exit_layer: free for piece in engine.segments[:-1] if piece.exit_layer}, free),
+        engine.segments,
     )
 
 
