@@ -34,7 +34,8 @@ from ee_tuning.data.splits import load_samples
 from ee_tuning.data.tokens import Splits
 from ee_tuning.model.config import read_model_config
 from ee_tuning.model.early_exit import EarlyExitModel
-from ee_tuning.model.exit_head import ExitHead, build_exit_head
+from ee_tuning.model.exit_head import ExitHead
+from ee_tuning.model.head_kinds import build_exit_head
 from ee_tuning.parallel.topology import init_parallel
 from ee_tuning.tuning import exit_trainer
 from ee_tuning.tuning.exit_trainer import ExitTrainer

@@ -28,10 +28,12 @@ _MODEL = {
     "--dtype": "model.dtype",
 }
 _HEADS = {"--architecture": "exits.architecture", "--adapter-rank": "exits.adapter_rank", "--init": "exits.init"}
+_DRAFTS = {"--aux-layers": "exits.aux_layers"}
 _TOKENIZER = {"--tokenizer": "data.tokenizer", "--trust-remote-code": "model.trust_remote_code"}
 _NEW_EXITS = {
     "--exit-layers": "exits.exit_layers",
     **_HEADS,
+    **_DRAFTS,
     "--exit-output": "exits.output",
     "--output-vocab": "exits.output_vocab",
     "--profile-text": "exits.profile_text",

@@ -27,6 +27,7 @@ from ee_tuning.checkpoint.owner import owned
 from ee_tuning.config import Architecture, Config, ExitsSection
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
+from ee_tuning.model.draft_spec import draft_spec
 from ee_tuning.model.exit_spec import ListedTokens
 from ee_tuning.model.fit import Fit
 from ee_tuning.parallel.collectives import on_first_rank
@@ -158,6 +159,8 @@ def described_heads(section: ExitsSection, layers: tuple[int, ...], model: Model
             f"exits.architecture must be one word or one per exit, {len(layers)} for the exits {','.join(map(str, layers))}, "
             f"got {len(words)}: {','.join(words)}"
         )
+    if "eagle3" in words:
+        return _described_drafter(section, layers, model)
     if "embedding" in words and section.output == "tied" and section.init != "fitted":
         raise InputError(
             "exits.output must be untied for the architecture embedding, got tied, which leaves nothing to tune; "
@@ -176,6 +179,25 @@ def described_heads(section: ExitsSection, layers: tuple[int, ...], model: Model
         ),
         "adapter_rank": section.adapter_rank if "adapter" in words else None,
         "seed": section.seed if section.init == "random" or "adapter" in words else None,
+    }
+
+
+def _described_drafter(section: ExitsSection, layers: tuple[int, ...], model: ModelConfig) -> dict[str, Any]:
+    if set(section.architecture) != {"eagle3"} or layers != (model.num_layers,):
+        raise InputError(
+            "exits.architecture = eagle3 must stand alone, at the end of the model, got "
+            f"{','.join(section.architecture)} after layers {','.join(map(str, layers))}; leave --exit-layers out; the layers "
+            "whose states it reads are --aux-layers"
+        )
+    if section.init == "fitted":
+        raise InputError("exits.init must be copy or random for the architecture eagle3, got fitted")
+    check_output_vocab(section, model.vocab_size)
+    return {
+        "architecture": ("eagle3",),
+        "init": section.init,
+        "adapter_rank": None,
+        "seed": section.seed,
+        "draft": draft_spec(model, section.aux_layers),
     }
 
 

@@ -13,16 +13,17 @@ import torch
 from ee_tuning.checkpoint.exit_names import exit_tensor_shapes
 from ee_tuning.checkpoint.exit_vocab import VOCAB, read_token_ids
 from ee_tuning.checkpoint.names import TensorShape
-from ee_tuning.config import Architecture
+from ee_tuning.config import Architecture, TuningSection
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import read_json
 from ee_tuning.model.config import STORED_DTYPES, ModelConfig
+from ee_tuning.model.draft_spec import DraftSpec, draft_tree, read_draft_tree
 from ee_tuning.model.exit_spec import ExitSpec
 
 CONFIG = "exit_config.json"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 """Version 1 had one architecture for all exits, without `layer` and `adapter` heads; version 2 had no linear maps and
-no fits; version 3 had no shortlists. All of them can be read.
+no fits; version 3 had no shortlists; version 4 had no `eagle3` heads. All of them can be read.
 """
 _REMEDY = "fetch or convert the exits again"
 
@@ -70,11 +71,17 @@ class ExitHeadsConfig:
     """
     token_ids: tuple[int, ...] = ()
     """The shortlist, increasing. Stored in a file of its own, `exit_vocab.json`."""
+    draft: DraftSpec | None = None
+    """Description of the `eagle3` head, or None."""
 
     @property
     def ties_output(self) -> bool:
         """Whether the exits use the backbone's output matrix."""
         return self.output == "tied"
+
+    def sends_hidden(self, tuning: TuningSection) -> bool:
+        """Whether the teacher is sent as hidden states. A drafting head is on the final head's stage."""
+        return tuning.sends_hidden(self.ties_output) or (self.draft is not None and tuning.wants_final_head)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -92,6 +99,7 @@ class ExitHeadsConfig:
                 adapter_rank=(self.adapter_rank or 0) if architecture == "adapter" else 0,
                 adds_linear=layer in self.adds_linear,
                 output_vocab=len(self.token_ids),
+                draft=self.draft,
             )
             for layer, architecture in zip(self.exit_layers, self.architecture, strict=True)
         )
@@ -105,6 +113,7 @@ def exit_config_tree(exits: ExitHeadsConfig) -> dict[str, Any]:
     """Returns the content of `exit_config.json`."""
     words = exits.architecture
     tree = {**dataclasses.asdict(exits), "architecture": words[0] if len(set(words)) == 1 else list(words)}
+    tree["draft"] = None if exits.draft is None else draft_tree(exits.draft)
     return {key: value for key, value in tree.items() if key != "token_ids"}
 
 
@@ -145,6 +154,7 @@ def _from_json(tree: dict[str, Any]) -> ExitHeadsConfig:
             "exit_layers": layers,
             "architecture": (words,) * len(layers) if isinstance(words, str) else tuple(words),
             "adds_linear": tuple(tree.get("adds_linear", ())),
+            "draft": None if tree.get("draft") is None else read_draft_tree(tree["draft"]),
         }
     )
     if (
@@ -157,6 +167,10 @@ def _from_json(tree: dict[str, Any]) -> ExitHeadsConfig:
     if len(exits.architecture) != len(layers) or not set(exits.architecture) <= set(typing.get_args(Architecture)):
         raise ValueError(
             f"architecture must be one of {', '.join(typing.get_args(Architecture))}, or one for each exit, got {words!r}"
+        )
+    if (exits.draft is not None) != ("eagle3" in exits.architecture) or (exits.draft and len(layers) > 1):
+        raise ValueError(
+            "draft must describe the head of an artifact that holds one of architecture eagle3 and no other"
         )
     rank = exits.adapter_rank
     if (rank is None) == ("adapter" in exits.architecture) or not (rank is None or (type(rank) is int and rank > 0)):

@@ -107,8 +107,8 @@ class InitialExits:
 
     @cached_property
     def _listed_rows(self) -> Tensor:  # [n + 1, h]
-        """Returns the listed rows of the backbone's output matrix, and one of any other token. The same for all
-        exits.
+        """Returns the listed rows of the backbone's output matrix and, except for a drafting head, one of any other
+        token. The same for all exits.
         """
         name = exit_copy_source(f"exits.{self.exits.exit_layers[0]}.output.weight", self.config)
         assert name is not None
@@ -122,7 +122,7 @@ class InitialExits:
             first += len(block)
         other = others / (self.config.vocab_size - len(self.exits.token_ids)) if self._other is None else self._other
         listed = torch.cat(parts)
-        return torch.cat((listed, other[None].to(listed.dtype)))
+        return listed if self.exits.draft else torch.cat((listed, other[None].to(listed.dtype)))
 
     def _cast(self, name: str, values: Tensor) -> Tensor:
         """Casts the values of the tensor `name` to the artifact's dtype. Raises InputError where one is not finite in
@@ -132,7 +132,7 @@ class InitialExits:
 
     def _source(self, name: str) -> str | None:
         """Returns the backbone tensor to copy, or None for a random tensor."""
-        return exit_copy_source(name, self.config) if self.exits.init != "random" else None
+        return exit_copy_source(name, self.config, self.exits.draft) if self.exits.init != "random" else None
 
     def _linear(self, layer: int, part: str) -> Tensor:
         """Returns a tensor of an exit's linear map. Without a fit it is the identity."""

@@ -6,6 +6,7 @@ after `exits.{l}.layer.`.
 
 from collections.abc import Iterable
 
+from ee_tuning.checkpoint.eagle3_names import draft_copy_source, draft_parameter_names, draft_shard
 from ee_tuning.checkpoint.hf_names import HF_NAMES
 from ee_tuning.checkpoint.names import (
     Shard,
@@ -21,11 +22,14 @@ from ee_tuning.checkpoint.names import (
     vocabulary_rows,
 )
 from ee_tuning.model.config import ModelConfig
+from ee_tuning.model.draft_spec import DraftSpec
 from ee_tuning.model.exit_spec import ExitSpec
 
 
 def exit_parameter_names(head: ExitSpec, config: ModelConfig) -> list[str]:
     """Returns all parameters of an exit head."""
+    if head.draft is not None:
+        return draft_parameter_names(head.draft) + ["output.weight"] * (not head.ties_output)
     kind = head.architecture
     names = [f"norm.{each}" for each in norm_kinds(config)] if kind != "embedding" else []
     if kind == "mlp":
@@ -50,6 +54,8 @@ def exit_shard(head: ExitSpec, parameter: str, config: ModelConfig, tp: int, tp_
         return vocabulary_rows(
             f"{prefix}output.weight", (head.output_rows(config.vocab_size), config.hidden_size), tp, tp_rank
         )
+    if head.draft is not None:
+        return draft_shard(head.draft, parameter, prefix, config, tp, tp_rank)
     if part == "layer":
         return layer_shard(rest, f"{prefix}layer.", config, tp, tp_rank)
     if part == "mlp":
@@ -79,11 +85,11 @@ def exit_tensor_shapes(heads: Iterable[ExitSpec], config: ModelConfig) -> dict[s
     }
 
 
-def exit_copy_source(name: str, config: ModelConfig) -> str | None:
+def exit_copy_source(name: str, config: ModelConfig, draft: DraftSpec | None = None) -> str | None:
     """Returns the backbone tensor that copy initialization copies to the artifact's tensor `name`, or None.
 
-    None stands for the matrices of an adapter and the linear map before the output matrix. Of a shortlisted output
-    matrix, all rows but the last are some of the copied tensor's rows.
+    None stands for the matrices of an adapter, the linear map before the output matrix, and most of a drafting head,
+    which `draft` describes. Of a shortlisted output matrix, all rows but the last are some of the copied tensor's rows.
     """
     hf_names = HF_NAMES[config.family]
     _, layer, part = name.split(".", 2)
@@ -93,6 +99,8 @@ def exit_copy_source(name: str, config: ModelConfig) -> str | None:
         return f"{hf_names.final_norm}.{part.rpartition('.')[2]}"
     if part == "output.weight":
         return embedding_name(config) if config.ties_embeddings else output_name(config)
+    if draft is not None:
+        return draft_copy_source(part, draft, config)
     if part.startswith("layer."):
         return f"{hf_names.layers}.{config.num_layers - 1}.{part.removeprefix('layer.')}"
     return f"{hf_names.layers}.{int(layer) - 1}.{part}"

@@ -19,6 +19,7 @@ from ee_tuning.checkpoint.names import backbone_tensor_shapes, embedding_name
 from ee_tuning.config import Architecture, ExitsSection, ModelSection
 from ee_tuning.json_file import to_json
 from ee_tuning.model.config import ModelConfig, read_model_config
+from ee_tuning.model.draft_spec import can_draft, draft_spec
 from ee_tuning.model.exit_spec import ExitSpec
 
 
@@ -139,7 +140,11 @@ def _rope(config: ModelConfig) -> dict[str, Any] | None:
 def _exit_head_bytes(config: ModelConfig, width: int) -> dict[str, int]:
     def num_parameters(architecture: Architecture, ties_output: bool) -> int:
         spec = ExitSpec(
-            layer=1, architecture=architecture, ties_output=ties_output, adapter_rank=ExitsSection.adapter_rank
+            layer=1,
+            architecture=architecture,
+            ties_output=ties_output,
+            adapter_rank=ExitsSection.adapter_rank,
+            draft=draft_spec(config, (0, 1, 2)) if architecture == "eagle3" else None,
         )
         return sum(map(math.prod, exit_tensor_shapes((spec,), config).values()))
 
@@ -147,7 +152,9 @@ def _exit_head_bytes(config: ModelConfig, width: int) -> dict[str, int]:
         f"{architecture}, {'tied' if ties_output else 'untied'}": width * num_parameters(architecture, ties_output)
         for architecture in get_args(Architecture)
         for ties_output in (False, True)
-        if not (ties_output and architecture == "embedding") and not (config.num_experts and architecture == "mlp")
+        if not (ties_output and architecture == "embedding")
+        and not (config.num_experts and architecture == "mlp")
+        and not (architecture == "eagle3" and not can_draft(config))
     }
 
 

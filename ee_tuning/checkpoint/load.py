@@ -92,6 +92,7 @@ def load_for_generation(config: Config, topology: Topology) -> LoadedModel:
         exits, tensors = (
             _open_exits(config, model_config, reader, topology, None) if config.exits.path else (None, None)
         )
+        _check_decodes(config, exits)
         sources = Sources(model_config, reader, exits, tensors)
         loaded = build_stage(sources, _plan_generation(config, sources, topology), topology)
         return dataclasses.replace(
@@ -154,7 +155,7 @@ def plan_tuning(config: Config, sources: Sources, topology: Topology) -> list[St
     return [
         dataclasses.replace(
             plan,
-            shares_output_matrix=config.tuning.sends_hidden(exits.ties_output),
+            shares_output_matrix=exits.sends_hidden(config.tuning),
             cuts_sequence=cuts_sequence,
             weights=weights,
         )
@@ -167,7 +168,13 @@ def tuning_costs(config: Config, model: ModelConfig, exits: ExitHeadsConfig) -> 
     has_final_head = config.tuning.wants_final_head
     num_layers = model.num_layers if has_final_head else max(exits.exit_layers)
     return stage_costs(
-        model, num_layers, exits.heads, config.tuning.seq_length, trains_heads=True, has_final_head=has_final_head
+        model,
+        num_layers,
+        exits.heads,
+        config.tuning.seq_length,
+        trains_heads=True,
+        has_final_head=has_final_head,
+        draft_steps=config.tuning.ttt_steps,
     )
 
 
@@ -235,6 +242,14 @@ def _open_exits(
     check_bound_to(artifact, on_first_rank(topology, lambda: fingerprint(reader, model_config)))
     artifact.check_complete(model_config)
     return artifact.config, artifact
+
+
+def _check_decodes(config: Config, exits: ExitHeadsConfig | None) -> None:
+    if exits is not None and exits.draft is not None:
+        raise InputError(
+            f"{config.exits.path} holds a drafting head of EAGLE-3, and this decoder drafts by exits alone so far; serve it by an "
+            "engine (ee-tuning export --format eagle3 or --format speculators), or leave --exits out"
+        )
 
 
 def _plan_generation(config: Config, sources: Sources, topology: Topology) -> list[StagePlan]:

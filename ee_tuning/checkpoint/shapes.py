@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ee_tuning.checkpoint.convert import check_output_vocab, described_exits
+from ee_tuning.checkpoint.exit_config import read_exit_config
 from ee_tuning.checkpoint.exit_heads import ExitHeadsConfig, ExitHeadsReader
 from ee_tuning.checkpoint.formats import has_weights, model_folder, open_model
 from ee_tuning.checkpoint.load import Sources
@@ -77,6 +78,15 @@ def with_seq_length(config: Config) -> Config:
         with source:
             return _with_default_length(config, model)
     return _with_default_length(config, read_model_config(folder))
+
+
+def with_drafts_judged(config: Config) -> Config:
+    """`config`, whose validations compare with the final head where a drafting head is tuned: what is accepted of its
+    drafts is what there is to know of it. Raises InputError where exits.path is no artifact.
+    """
+    path = config.exits.path
+    drafts = config.exits.drafts if path is None else read_exit_config(Path(path)).draft is not None
+    return replace(config, tuning={"compare_final": True}) if drafts else config
 
 
 def _with_default_length(config: Config, model: ModelConfig) -> Config:

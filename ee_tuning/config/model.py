@@ -8,7 +8,7 @@ from ee_tuning.config.paths import PATH
 from ee_tuning.config.placement import AutoLayers, evenly_along
 from ee_tuning.errors import InputError
 
-Architecture = Literal["embedding", "norm", "linear", "mlp", "layer", "adapter"]
+Architecture = Literal["embedding", "norm", "linear", "mlp", "layer", "adapter", "eagle3"]
 DType = Literal["float32", "bfloat16", "float64"]
 
 
@@ -53,7 +53,12 @@ class ExitsSection:
     """One for all exits, or one per exit; default mlp, or norm for a model with experts, which can not have mlp.
     embedding: only an output matrix. norm: final norm and output matrix. linear: a linear map between these two (tuned
     lens). mlp: a trained copy of layer l's MLP before them. layer: a whole transformer layer before them. adapter: a
-    low-rank MLP before them.
+    low-rank MLP before them. eagle3: no exit but a drafting head at the end of the model, which must be alone: a layer
+    of its own reads the states of aux_layers and the next token's embedding (EAGLE-3, arXiv 2503.01840).
+    """
+    aux_layers: tuple[int, ...] = ()
+    """Layers (1-based, increasing) whose states an `eagle3` head reads; 0 is the word embedding. Default: 2, half of the
+    layers, and all but three, as in vLLM and SGLang.
     """
     adapter_rank: int = 64
     """Inner width of `adapter` heads."""
@@ -78,6 +83,8 @@ class ExitsSection:
         """Returns `exit_layers` for a model with `num_layers` layers. Raises InputError where only running the model
         could tell.
         """
+        if self.drafts and not self.exit_layers:
+            return (num_layers,)
         if not isinstance(self.exit_layers, AutoLayers):
             return self.exit_layers
         if self.exit_layers.by_profile:
@@ -86,6 +93,11 @@ class ExitsSection:
                 f"--num-exits {self.exit_layers.num_exits}` prints"
             )
         return evenly_along(range(1, num_layers + 1), self.exit_layers.num_exits)
+
+    @property
+    def drafts(self) -> bool:
+        """Whether a drafting head is asked for, which sits behind the last layer."""
+        return "eagle3" in self.architecture
 
     def __post_init__(self) -> None:
         if isinstance(self.architecture, str):  # set from Python: a single word would be split into letters

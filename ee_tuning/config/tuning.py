@@ -40,8 +40,9 @@ class TuningSection:
     finite.
     """
     loss: tuple[str, ...] = ("cross_entropy",)
-    """Training objective of exits: cross_entropy, forward_kl and total_variation, the latter two against the final
-    head's distribution. Several are summed, with optional weights: cross_entropy=0.3,forward_kl=0.7.
+    """Training objective of exits: cross_entropy, forward_kl, total_variation and lk, all but the first against the
+    final head's distribution. Several are summed, with optional weights: cross_entropy=0.3,forward_kl=0.7. lk moves
+    from forward_kl to total_variation as more of a token's probability agrees (arXiv 2602.23881).
     """
     teacher: Literal["auto", "hidden", "top_k"] = "auto"
     """How the final head's distribution is sent to the stages: hidden (its input states; exact; every stage with exits
@@ -72,6 +73,10 @@ class TuningSection:
     """
     fit_tokens: int = 0
     """Tokens that exits.init = fitted reads, at most all of the training data. 0: 100 × (hidden size + 1)."""
+    ttt_steps: int = 3
+    """Tokens that an `eagle3` head drafts after each token of a text while it is trained (training-time test)."""
+    ttt_step_loss_decay: float = 1.0
+    """Weight of a drafted token's loss relative to the previous one's."""
     loss_chunk_tokens: int = 1024
     """Tokens whose logits exist at one time."""
     backbone_weights: WeightFormat = "native"

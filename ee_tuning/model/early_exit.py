@@ -8,15 +8,18 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ee_tuning.config import WeightFormat
 from ee_tuning.model.backbone import BackboneStage
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.documents import PackedDocuments
-from ee_tuning.model.exit_head import ExitHead, ExitInput, build_exit_head
+from ee_tuning.model.exit_head import ExitHead, ExitInput
 from ee_tuning.model.exit_spec import ExitSpec
+from ee_tuning.model.head_kinds import build_exit_head
 from ee_tuning.model.sequence_parallel import gather_sequence, local_sequence
+from ee_tuning.parallel.draft_vocab import draft_vocab
 from ee_tuning.parallel.shortlist import exit_vocab
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.vocab import VocabShard
@@ -57,6 +60,26 @@ class StagePlan:
         return tuple(spec for spec in self.exits if self.first_layer <= spec.layer <= self.last_layer)
 
     @property
+    def drafts(self) -> bool:
+        """Whether a drafting head is on this stage."""
+        return any(spec.draft is not None for spec in self.own_exits)
+
+    @property
+    def aux_layers(self) -> tuple[int, ...]:
+        """The layers whose outputs a drafting head reads, on any stage."""
+        return next((spec.draft.aux_layers for spec in self.exits if spec.draft is not None), ())
+
+    @property
+    def brought(self) -> tuple[int, ...]:
+        """Those that come with the hidden states from the stage before, which are themselves the last of its layers."""
+        return tuple(layer for layer in self.aux_layers if layer < self.first_layer - 1)
+
+    @property
+    def carried(self) -> tuple[int, ...]:
+        """Those that go on with the hidden states to the next stage."""
+        return tuple(layer for layer in self.aux_layers if layer < self.last_layer)
+
+    @property
     def ties_output(self) -> bool:
         """Whether an exit on this stage uses the backbone's frozen output matrix."""
         return any(spec.ties_output for spec in self.own_exits)
@@ -71,7 +94,8 @@ class EarlyExitModel(nn.Module):
         super().__init__()
         self.config, self.topology, self.plan = config, topology, plan
         self.vocab = VocabShard.of(config.vocab_size, config.padded_vocab_size(topology.tp), topology)
-        self.exit_vocab = exit_vocab(plan.token_ids, self.vocab, topology)
+        is_drafted = any(spec.draft is not None for spec in plan.exits)
+        self.exit_vocab = (draft_vocab if is_drafted else exit_vocab)(plan.token_ids, self.vocab, topology)
         """The vocabulary of the exits."""
         has_final = plan.has_final_head and topology.is_last_stage
         self.backbone = BackboneStage(
@@ -79,7 +103,7 @@ class EarlyExitModel(nn.Module):
             topology,
             first_layer=plan.first_layer,
             last_layer=plan.last_layer,
-            has_embedding=topology.is_first_stage,
+            has_embedding=topology.is_first_stage or plan.drafts,
             has_output=has_final or plan.ties_output or (plan.shares_output_matrix and bool(plan.own_exits)),
             has_final_norm=has_final,
             max_length=plan.max_length,
@@ -117,6 +141,16 @@ class EarlyExitModel(nn.Module):
         return local_sequence(hidden, self.topology).clone() if self.plan.cuts_sequence else hidden
 
     @torch.no_grad()
+    def embed_ahead(self, labels: Tensor, num_steps: int) -> tuple[Tensor, ...]:  # [s, b] int64 -> [s, b, h] each
+        """Embeddings of the tokens 1, 2, … `num_steps` ahead of each, `labels` being those 1 ahead; what lies past the
+        row is some token. On the stage that drafts.
+        """
+        s = labels.shape[0]
+        ahead = self.backbone.embed(F.pad(labels, (0, 0, 0, num_steps - 1)).t().contiguous())
+        steps = [ahead[step : step + s] for step in range(num_steps)]
+        return tuple(local_sequence(each, self.topology) if self.plan.cuts_sequence else each for each in steps)
+
+    @torch.no_grad()
     def whole_sequence(self, x: Tensor) -> Tensor:  # [s, …] -> [s, …]
         """Gathers all ranks' parts of the sequence if the plan cuts it, else returns `x`."""
         return gather_sequence(x.contiguous(), self.topology.tp_group) if self.plan.cuts_sequence else x
@@ -129,6 +163,11 @@ class EarlyExitModel(nn.Module):
             self.config.hidden_size,
         )
 
+    def relay_shapes(self, seq_length: int, micro_batch_size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """[1 + c, s, b, h] of what comes from the stage before and of what goes on to the next (`stage_states.py`)."""
+        shape = self.hidden_shape(seq_length, micro_batch_size)
+        return (1 + len(self.plan.brought), *shape), (1 + len(self.plan.carried), *shape)
+
     @torch.no_grad()
     def run_layers(
         self,
@@ -136,23 +175,38 @@ class EarlyExitModel(nn.Module):
         documents: PackedDocuments | None = None,
         *,
         through: int | None = None,
+        aux: dict[int, Tensor] | None = None,
     ) -> tuple[Tensor, dict[int, ExitInput]]:  # [s, b, h], …
         """Runs this stage's layers up to layer `through` over whole sequences. Returns their output, and the exits'
         inputs.
 
-        `documents` separates documents that share a row.
+        `documents` separates documents that share a row. `aux` holds the states of the layers `plan.brought`, for a
+        drafting head; those of this stage's own layers are added to it.
         """
         inputs: dict[int, ExitInput] = {}
+        aux = {} if aux is None else aux
         last = self.plan.last_layer if through is None else min(through, self.plan.last_layer)
-        for number in range(self.plan.first_layer, last + 1):
-            if str(number) not in self.exit_heads:
-                hidden = self.backbone.run_layer(number, hidden, documents)
-            elif self.exit_head(number).takes_mlp_input:
-                hidden, inputs[number] = self._run_layer_with_mlp_exit(number, hidden, documents)
-            else:
-                hidden = self.backbone.run_layer(number, hidden, documents)
-                inputs[number] = ExitInput(hidden, documents=documents)
+        for number in range(self.plan.first_layer - 1, last + 1):
+            if number >= self.plan.first_layer:
+                hidden = self._run_layer(number, hidden, documents, inputs)
+            if number in self.plan.aux_layers:
+                aux[number] = hidden
+        if self.plan.drafts and last == self.plan.last_layer:
+            states = torch.cat([aux[layer] for layer in self.plan.aux_layers], dim=-1)
+            inputs[last] = ExitInput(states, documents=documents)
         return hidden, inputs
+
+    def _run_layer(
+        self, number: int, hidden: Tensor, documents: PackedDocuments | None, inputs: dict[int, ExitInput]
+    ) -> Tensor:
+        """A layer's output; `inputs` gets what its exit takes, where it has one that reads this layer alone."""
+        if str(number) in self.exit_heads and self.exit_head(number).takes_mlp_input:
+            hidden, inputs[number] = self._run_layer_with_mlp_exit(number, hidden, documents)
+            return hidden
+        hidden = self.backbone.run_layer(number, hidden, documents)
+        if str(number) in self.exit_heads and self.exit_head(number).spec.draft is None:
+            inputs[number] = ExitInput(hidden, documents=documents)
+        return hidden
 
     @torch.no_grad()
     def final_hidden(self, hidden: Tensor) -> Tensor:  # […, h] -> […, h]

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ee_tuning.config import Architecture
 from ee_tuning.model.activation import activation
 from ee_tuning.model.backbone import apply_layer, build_layer
 from ee_tuning.model.config import ModelConfig
@@ -45,6 +44,10 @@ class ExitInput:
     """Separates documents that share a row."""
     layer_output: Tensor | None = None
     """[…, h]: for `layer`, the output of its own layer, where decoding has already run it for every token."""
+    next_embeddings: tuple[Tensor, ...] = ()
+    """[…, h] each: for `eagle3`, the embeddings of the tokens 1, 2, … ahead; its `hidden` are the states of all layers
+    that it reads.
+    """
 
     def rows(self, index: list[int]) -> "ExitInput":
         """Returns the input of the tokens at `index` of the first dimension, in decoding."""
@@ -292,29 +295,3 @@ class LayerHead(NormHead):
             if out is None
             else out
         )
-
-
-_CLASSES: dict[Architecture, type[ExitHead]] = {
-    "embedding": EmbeddingHead,
-    "norm": NormHead,
-    "linear": LinearHead,
-    "mlp": MLPHead,
-    "layer": LayerHead,
-    "adapter": AdapterHead,
-}
-
-
-def build_exit_head(
-    spec: ExitSpec,
-    config: ModelConfig,
-    topology: Topology,
-    *,
-    dtype: torch.dtype,
-    tied_weight: Tensor | None,
-    angles: Tensor,
-    cuts_sequence: bool = False,
-) -> ExitHead:
-    """Builds the head that `spec` describes, with the arguments of ExitHead. Weights are uninitialized."""
-    return _CLASSES[spec.architecture](
-        spec, config, topology, dtype=dtype, tied_weight=tied_weight, angles=angles, cuts_sequence=cuts_sequence
-    )

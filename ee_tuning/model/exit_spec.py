@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ee_tuning.config import Architecture
+from ee_tuning.model.draft_spec import DraftSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +42,16 @@ class ExitSpec:
     """Whether a least-squares fit added a linear map before the output matrix, which is not the head's own."""
 
     output_vocab: int = 0
-    """Tokens in the head's own output matrix, any other token being one more class; 0 for the whole vocabulary."""
+    """Tokens in the head's own output matrix, any other token being one more class except for `eagle3`; 0 for the whole
+    vocabulary.
+    """
+
+    draft: DraftSpec | None = None
+    """What an `eagle3` head is; None for all others."""
 
     def output_rows(self, vocab_size: int) -> int:
         """Returns the rows of its output matrix, without padding."""
-        return self.output_vocab + 1 if self.output_vocab else vocab_size
+        return self.output_vocab + (self.draft is None) if self.output_vocab else vocab_size
 
     @property
     def has_linear(self) -> bool:

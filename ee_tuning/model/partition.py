@@ -24,6 +24,8 @@ def exit_head_cost(config: ModelConfig, spec: ExitSpec, seq_length: int, *, trai
     matrix of a tied exit needs only the latter, and so does everything after it; the backbone's states need none.
     """
     hidden, inner = config.hidden_size, config.ffn_hidden_size
+    if spec.draft is not None:
+        return _draft_cost(config, spec, trains=trains)
     first, others = {
         "mlp": ((_mlp_matrices(config) - 1) * hidden * inner, hidden * inner),
         "layer": (0.0, layer_cost(config, config.num_layers, seq_length)),
@@ -35,6 +37,17 @@ def exit_head_cost(config: ModelConfig, spec: ExitSpec, seq_length: int, *, trai
         return first + others + output
     output_passes = 2 if spec.ties_output or spec.architecture == "embedding" else 3
     return 2 * first + 3 * others + output_passes * output
+
+
+def _draft_cost(config: ModelConfig, spec: ExitSpec, *, trains: bool) -> float:
+    """Of one step and the fusing before it; what is trained takes several steps, of which the caller knows."""
+    assert spec.draft is not None
+    own, hidden = spec.draft.layer_config(config), config.hidden_size
+    reads = hidden * own.kv_channels * (own.num_attention_heads + 2 * own.num_query_groups)  # of the embedding, too
+    layer = layer_cost(own, 1, 0) + reads + len(spec.draft.aux_layers) * hidden * hidden
+    return (3 if trains else 1) * layer + (2 + (not spec.ties_output) if trains else 1) * hidden * spec.output_rows(
+        config.vocab_size
+    )
 
 
 def final_head_cost(config: ModelConfig) -> float:
@@ -50,11 +63,16 @@ def stage_costs(
     *,
     trains_heads: bool,
     has_final_head: bool,
+    draft_steps: int = 1,
 ) -> list[float]:
-    """Returns the cost of each of the first `num_layers` layers with its exit and heads."""
+    """Returns the cost of each of the first `num_layers` layers with its exit and heads.
+
+    A drafting head runs `draft_steps` times.
+    """
     costs = [layer_cost(config, layer, seq_length) for layer in range(1, num_layers + 1)]
     for spec in exits:
-        costs[spec.layer - 1] += exit_head_cost(config, spec, seq_length, trains=trains_heads)
+        times = 1 if spec.draft is None else draft_steps
+        costs[spec.layer - 1] += times * exit_head_cost(config, spec, seq_length, trains=trains_heads)
     if has_final_head:
         costs[-1] += final_head_cost(config)
     return costs

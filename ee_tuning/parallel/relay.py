@@ -59,15 +59,22 @@ class Relay:
     """
 
     def __init__(
-        self, topology: Topology, shape: tuple[int, ...], dtype: torch.dtype, *, max_in_flight: int = 2
+        self,
+        topology: Topology,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        *,
+        sends: tuple[int, ...] | None = None,
+        max_in_flight: int = 2,
     ) -> None:
-        """`shape` and `dtype` describe the hidden states of one micro-batch. At most `max_in_flight` sends may be
-        unfinished.
+        """`shape` and `dtype` describe the received hidden states of one micro-batch, `sends` the shape of the sent
+        ones if it differs. At most `max_in_flight` sends may be unfinished.
         """
         assert max_in_flight >= 1, f"max_in_flight must be at least 1, got {max_in_flight}"
         self.seconds_waited = 0.0
         """Seconds that this stage has waited for other stages. On a GPU only the host's waiting counts."""
         self._topology, self._shape, self._dtype, self._max_in_flight = topology, shape, dtype, max_in_flight
+        self._sends = shape if sends is None else sends
         self._sending: deque[_Transfer] = deque()
         self._num_sent = self._num_received = 0
         self._receiving: _Transfer | None = None
@@ -102,7 +109,7 @@ class Relay:
         The caller may read `hidden` afterwards but must not write to it.
         """
         assert not self._topology.is_last_stage, "the last stage has nobody to send to"
-        assert hidden.shape == self._shape and hidden.dtype == self._dtype, (
+        assert hidden.shape == self._sends and hidden.dtype == self._dtype, (
             f"{hidden.shape} {hidden.dtype} is not what was agreed"
         )
         peer = self._topology.pp_ranks[self._topology.stage + 1]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ee_tuning.checkpoint.load import Sources, build_stage, plan_tuning
-from ee_tuning.checkpoint.shapes import shape_sources, with_seq_length
+from ee_tuning.checkpoint.shapes import shape_sources, with_drafts_judged, with_seq_length
 from ee_tuning.config import Config, replace
 from ee_tuning.data.loader import count_microbatches
 from ee_tuning.data.splits import check_data_settings
@@ -29,6 +29,7 @@ from ee_tuning.parallel.topology import Topology, check_world_size
 from ee_tuning.planning.dry_fit import print_fit, profile_fit
 from ee_tuning.planning.dry_relay import DryRelay
 from ee_tuning.planning.memory_tracker import MemoryTracker
+from ee_tuning.tuning.drafting import Drafting
 from ee_tuning.tuning.loss import ExitLoss
 from ee_tuning.tuning.microbatch_schedule import Microbatch
 from ee_tuning.tuning.optimizer import ExitOptimizer
@@ -115,7 +116,7 @@ def profile_ranks(config: Config, world_size: int) -> list[RankProfile]:
     """
     check_settings(config.tuning)
     check_world_size(config.parallel, world_size)
-    config = _shortened(with_seq_length(config), world_size)
+    config = _shortened(with_drafts_judged(with_seq_length(config)), world_size)
     parallel, sources = config.parallel, shape_sources(config)
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     sources.config.check_layout(tp, pp)
@@ -158,7 +159,8 @@ def _kind(plan: StagePlan, stage: int, num_stages: int) -> Any:
     """Returns a key that is equal for stages with equal costs."""
     exits = tuple(dataclasses.replace(spec, layer=spec.layer - plan.first_layer) for spec in plan.own_exits)
     queue = stage if plan.has_final_head else None  # earlier stages wait longer for the teacher
-    return plan.last_layer - plan.first_layer, exits, stage == 0, stage == num_stages - 1, queue
+    carries = len(plan.brought), len(plan.carried)
+    return plan.last_layer - plan.first_layer, exits, carries, stage == 0, stage == num_stages - 1, queue
 
 
 def _profile_rank(config: Config, sources: Sources, world_size: int, stages: list[int], rank: int) -> RankProfile:
@@ -228,15 +230,16 @@ class _MeasuredForward(StageForward):
         teacher_channel: TeacherChannel | None,
     ) -> None:
         tuning = config.tuning
-        shape = model.hidden_shape(tuning.seq_length, tuning.micro_batch_size)
+        receives, sends = model.relay_shapes(tuning.seq_length, tuning.micro_batch_size)
         super().__init__(
             model,
-            _AccountedRelay(topology, shape, model.plan.dtype, tracker),
+            _AccountedRelay(topology, receives, model.plan.dtype, sends, tracker),
             topology,
             tuning.loss_chunk_tokens,
             objective(tuning),
             teacher_channel,
             validates_against_teacher=tuning.compare_final,
+            drafting=Drafting.of(model, tuning),
         )
         self._tracker = tracker
         self.num_forward = self.num_trained = self.num_validated = 0
@@ -274,8 +277,15 @@ class _MeasuredForward(StageForward):
 class _AccountedRelay(DryRelay):
     """Reports the posted receives of a relay to the memory tracker."""
 
-    def __init__(self, topology: Topology, shape: tuple[int, ...], dtype: torch.dtype, tracker: MemoryTracker) -> None:
-        super().__init__(topology, shape, dtype)
+    def __init__(
+        self,
+        topology: Topology,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        sends: tuple[int, ...],
+        tracker: MemoryTracker,
+    ) -> None:
+        super().__init__(topology, shape, dtype, sends=sends)
         self._tracker = tracker
 
     def _post_receive(self) -> Any:

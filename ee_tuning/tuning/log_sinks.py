@@ -35,7 +35,7 @@ def open_log_sinks(config: Config, topology: Topology, loaded: LoadedModel, step
         def take(record: MetricsRecord) -> None:
             nonlocal reached
             reached = record["step"]
-            if record["kind"] == "validation" and loaded.exits is not None:
+            if record["kind"] == "validation" and loaded.exits is not None and loaded.exits.draft is None:
                 record = {**record, "speed_up": implied_speed_ups(record, loaded.model.config, loaded.exits.heads)}
             with os_errors_as_input_errors(folder):
                 for sink in sinks:

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from ee_tuning.parallel.shortlist import Shortlist
 from ee_tuning.parallel.vocab import VocabShard
-from ee_tuning.tuning.loss_chunk import PER_TOKEN, LossChunk
+from ee_tuning.tuning.loss_chunk import PER_TOKEN, LossChunk, shares
 from ee_tuning.tuning.objective import THRESHOLDS, Objective
 from ee_tuning.tuning.teacher import Teacher, TeacherBuffers
 
@@ -34,6 +34,10 @@ class ExitLoss(NamedTuple):
     """[len(STATISTICS)]. `weights` sums loss_mask · weight; `agreement` counts tokens that are the teacher's likeliest,
     too.
     """
+    agreement: Tensor | None = None
+    """[s · b]: whether each token is, without a gradient and with a teacher; None otherwise."""
+    drafts: Tensor | None = None
+    """Counts of drafts, where a drafting head is judged (drafting.py)."""
 
 
 def linear_loss(
@@ -65,7 +69,7 @@ def linear_loss(
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return ExitLoss(*_LinearLoss.apply(hidden, weight, inputs))
     sums = _chunked_loss(hidden, weight, inputs, False, False)
-    return ExitLoss(sums.loss, sums.statistics)
+    return ExitLoss(sums.loss, sums.statistics, sums.per_token["agreement"] if teacher is not None else None)
 
 
 def linear_cross_entropy(
@@ -182,11 +186,7 @@ def _chunked_loss(
 def _sums(per_token: dict[str, Tensor], largest: Tensor, mask: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
     confidence = per_token["confidence"]
     weights = mask * largest if objective.weighs_by_confidence else mask
-    terms = [
-        getattr(objective, name) * per_token[name]
-        for name in ("cross_entropy", "forward_kl", "total_variation")
-        if getattr(objective, name)
-    ]
+    terms = [share * per_token[name] for name, share in shares(objective, per_token).items()]
     # Each sum leaves masked tokens out whatever they hold: 0 times NaN is NaN.
     loss = torch.where(mask == 0, 0.0, weights * sum(terms[1:], terms[0])).sum()
     rows = [

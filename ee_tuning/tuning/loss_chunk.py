@@ -5,12 +5,14 @@ a teacher.
 """
 
 # v this rank's true rows of the vocabulary · n tokens of the chunk
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from ee_tuning.parallel.shortlist import Shortlist
 from ee_tuning.parallel.vocab import VocabShard
-from ee_tuning.tuning.objective import Objective
+from ee_tuning.tuning.objective import LK_RATE, Objective
 from ee_tuning.tuning.teacher import TeacherChunk, likeliest_ids, row_maxima, row_products
 
 PER_TOKEN = ("cross_entropy", "forward_kl", "total_variation", "confidence", "agreement")
@@ -86,18 +88,41 @@ class LossChunk:
 
         Call it last: it overwrites its inputs.
         """
-        gradient, teacher_chunk = self._exponentials, self._teacher_chunk
-        scale = weights / self._total
-        if teacher_chunk is not None and objective.total_variation:  # ½ p (sign - its mean)
-            share = objective.cross_entropy + objective.forward_kl
-            gradient.mul_(self._signs.sub_(self._mean_sign).mul_(objective.total_variation / 2).add_(share).mul_(scale))
+        gradient, teacher_chunk, share = self._exponentials, self._teacher_chunk, self._shares(objective)
+        scale, of_likelihood = weights / self._total, share["cross_entropy"] + share["forward_kl"]
+        if teacher_chunk is not None and _is_any(share["total_variation"]):  # ½ p (sign - its mean)
+            signs = self._signs.sub_(self._mean_sign).mul_(share["total_variation"] / 2)
+            gradient.mul_(signs.add_(of_likelihood).mul_(scale))
         else:
-            gradient.mul_(scale * (objective.cross_entropy + objective.forward_kl))
-        if teacher_chunk is not None and objective.forward_kl:  # p - t
-            gradient.sub_(teacher_chunk.probabilities.mul_(weights * objective.forward_kl))
+            gradient.mul_(scale * of_likelihood)
+        if teacher_chunk is not None and _is_any(share["forward_kl"]):  # p - t
+            gradient.sub_(teacher_chunk.probabilities.mul_(weights * share["forward_kl"]))
         if objective.cross_entropy and gradient.shape[-1]:  # p - one-hot
             gradient.scatter_add_(-1, self._column, torch.where(self._is_here, -weights * objective.cross_entropy, 0.0))
         return gradient
+
+    def _shares(self, objective: Objective) -> dict[str, Tensor | float]:  # [n, 1] or a number each
+        found = shares(objective, self.per_token)
+        columns = {name: each[:, None] if isinstance(each, Tensor) else each for name, each in found.items()}
+        return {"cross_entropy": 0.0, "forward_kl": 0.0, "total_variation": 0.0, **columns}
+
+
+def shares(objective: Objective, per_token: Mapping[str, Tensor]) -> dict[str, Tensor | float]:  # [n] or a number each
+    """How much of each of PER_TOKEN's distances is a token's loss; those that are no part of it left out."""
+    found: dict[str, Tensor | float] = {
+        name: share
+        for name in ("cross_entropy", "forward_kl", "total_variation")
+        if (share := getattr(objective, name))
+    }
+    if objective.lk:
+        of_kl = (-LK_RATE * (1 - per_token["total_variation"])).exp()
+        for name, share in (("forward_kl", of_kl), ("total_variation", 1 - of_kl)):
+            found[name] = found.get(name, 0.0) + objective.lk * share
+    return found
+
+
+def _is_any(share: Tensor | float) -> bool:
+    return isinstance(share, Tensor) or share != 0
 
 
 def _at_label(shifted: Tensor, column: Tensor, is_here: Tensor) -> Tensor:  # [n, v], [n, 1], [n, 1] -> [n, 1]

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ee_tuning.parallel.topology import Topology
+from ee_tuning.tuning.drafting import draft_metrics, is_draft_metric
 from ee_tuning.tuning.loss import STATISTICS, ExitLoss
 from ee_tuning.tuning.objective import THRESHOLDS
 
@@ -25,12 +26,15 @@ class LossSums:
 
     def __init__(self) -> None:
         self.by_layer: dict[int, Tensor] = {}
-        """[len(SUMS)] float64 each, on the device."""
+        """[len(SUMS)] float64 each, on the device, and behind them the counts of drafts where a drafting head is
+        judged.
+        """
 
     def add(self, losses: dict[int, ExitLoss]) -> None:
         """Adds the sums of a micro-batch."""
-        for layer, (loss, statistics) in losses.items():
-            values = torch.cat((loss[None], statistics)).double()
+        for layer, each in losses.items():
+            drafts = each.statistics.new_empty(0) if each.drafts is None else each.drafts
+            values = torch.cat((each.loss[None], each.statistics, drafts)).double()
             self.by_layer[layer] = self.by_layer[layer] + values if layer in self.by_layer else values
 
     def mean_metrics(self, topology: Topology, divisor: Divisor) -> dict[int, Means]:
@@ -46,11 +50,14 @@ class LossSums:
 
 
 def mean_metrics(sums: Sequence[float], divisor: Divisor) -> Means:
-    """Returns means from the SUMS of all replicas. NaN where there was no token."""
-    named = dict(zip(SUMS, sums, strict=True))
+    """Returns means from the SUMS of all replicas, and from the draft counts after them, if any. NaN where there was no
+    token.
+    """
+    named = dict(zip(SUMS, sums[: len(SUMS)], strict=True))
     found = {name: _ratio(value, named[divisor if name == "loss" else "tokens"]) for name, value in named.items()}
     nats = found["cross_entropy"]
-    return {**found, "perplexity": math.exp(nats) if nats < 700 else math.inf if nats >= 700 else math.nan}
+    perplexity = math.exp(nats) if nats < 700 else math.inf if nats >= 700 else math.nan
+    return {**found, "perplexity": perplexity, **draft_metrics(sums[len(SUMS) :])}
 
 
 def training_figures(by_layer: dict[int, Means], has_teacher: bool) -> dict[str, dict[str, float]]:
@@ -64,7 +71,7 @@ def validation_figures(by_layer: dict[int, Means], has_teacher: bool) -> dict[st
 
     These include the shares of tokens above each confidence and, with a teacher, the share that agrees with it.
     `acceptance` is the share of the exit's drafts that speculative sampling would accept: one minus the total
-    variation.
+    variation. Metrics of a drafting head are means over its steps; `draft_metrics` adds acceptance by draft position.
     """
     names = ["loss", "perplexity", "confidence", *(f"above_{threshold}" for threshold in THRESHOLDS)]
     figures: dict[str, Any] = {name: {str(layer): each[name] for layer, each in by_layer.items()} for name in names}
@@ -73,6 +80,9 @@ def validation_figures(by_layer: dict[int, Means], has_teacher: bool) -> dict[st
             name: {str(layer): each[name] for layer, each in by_layer.items()} for name in ("forward_kl", "agreement")
         }
         figures["acceptance"] = {str(layer): 1 - each["total_variation"] for layer, each in by_layer.items()}
+        for layer, each in by_layer.items():
+            for name in filter(is_draft_metric, each):
+                figures.setdefault(name, {})[str(layer)] = each[name]
     return figures
 
 

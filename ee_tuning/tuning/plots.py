@@ -21,6 +21,7 @@ PANELS = {
     ("validation", "speed_up"): "speed-up implied, at least, by threshold",
     ("validation", "agreement"): "agreement with the final head",
     ("validation", "acceptance"): "drafts that speculation would accept",
+    ("validation", "mean_acceptance_length"): "mean acceptance length of drafts",
     ("train", "grad_norm"): "gradient norm before the clip",
     ("train", "lr"): "learning rate",
     ("train", "tokens_per_second"): "tokens per second",

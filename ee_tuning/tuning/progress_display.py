@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from ee_tuning.tuning.drafting import MEAN_LENGTH
+
 _SECONDS_BETWEEN_LINES = 5.0
 
 
@@ -45,7 +47,9 @@ class ProgressDisplay:
         """Shows one record of metrics.jsonl."""
         losses = " ".join(f"{layer}: {loss:.3f}" for layer, loss in record["loss"].items())
         if record["kind"] == "validation":
-            self.say(f"step {record['step']} · validation loss of exit {losses}")
+            lengths = " ".join(f"{layer}: {length:.2f}" for layer, length in record.get(MEAN_LENGTH, {}).items())
+            told = f" · mean acceptance length {lengths}" if lengths else ""
+            self.say(f"step {record['step']} · validation loss of exit {losses}{told}")
             return
         self._bar.update(
             self._task,

@@ -6,7 +6,7 @@ from ee_tuning.config import TuningSection
 from ee_tuning.errors import InputError
 from ee_tuning.tuning.objective import Objective
 
-_TERMS = ("cross_entropy", "forward_kl", "total_variation")
+_TERMS = ("cross_entropy", "forward_kl", "total_variation", "lk")
 
 
 def check_settings(tuning: TuningSection) -> None:
@@ -26,6 +26,7 @@ def check_settings(tuning: TuningSection) -> None:
         ("save_minutes", 0),
         ("teacher_top_k", 1),
         ("fit_tokens", 0),
+        ("ttt_steps", 1),
     ):
         value = getattr(tuning, name)
         if value < least:
@@ -39,7 +40,7 @@ def check_settings(tuning: TuningSection) -> None:
         value = getattr(tuning, name)
         if not 0 <= value < 1:
             raise InputError(f"tuning.{name} must be at least 0 and below 1, got {value}")
-    for name in ("lr_warmup_fraction", "loss_weight_warmup_fraction"):
+    for name in ("lr_warmup_fraction", "loss_weight_warmup_fraction", "ttt_step_loss_decay"):
         value = getattr(tuning, name)
         if not 0 <= value <= 1:
             raise InputError(f"tuning.{name} must lie in 0..1, got {value}")

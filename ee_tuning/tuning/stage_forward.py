@@ -4,7 +4,6 @@ losses.
 No stage waits for a later one: hidden states leave before the first loss is computed.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,10 +14,12 @@ from ee_tuning.data.loader import Batch
 from ee_tuning.model.documents import PackedDocuments
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.model.exit_head import ExitInput
+from ee_tuning.model.stage_states import packed, unpacked
 from ee_tuning.parallel.pinned_staging import to_device
 from ee_tuning.parallel.relay import NextAction, Relay
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.watchdog import hang_watchdog
+from ee_tuning.tuning.drafting import Drafting, Targets
 from ee_tuning.tuning.loss import ExitLoss, linear_loss
 from ee_tuning.tuning.microbatch_schedule import Microbatch
 from ee_tuning.tuning.objective import Objective
@@ -55,10 +56,14 @@ class StageForward:
         teacher_channel: TeacherChannel | None = None,
         *,
         validates_against_teacher: bool = False,
+        drafting: Drafting | None = None,
     ) -> None:
-        """`teacher_channel` is required where `objective` or validations need a teacher."""
+        """`teacher_channel` is required where `objective` or validations need a teacher, `drafting` on the stage of a
+        drafting head.
+        """
         assert teacher_channel is not None or not (objective.wants_teacher or validates_against_teacher)
         self._model, self._relay, self._topology, self._teacher_channel = model, relay, topology, teacher_channel
+        self._drafting = drafting
         self._needs_teacher = {
             True: objective.wants_teacher,
             False: objective.wants_teacher or validates_against_teacher,
@@ -85,22 +90,24 @@ class StageForward:
             self._teacher_channel if self._needs_teacher[microbatch.is_training] else None,
         )
         documents = PackedDocuments.of(batch.document_ids, batch.position_ids, self._topology.device)
+        aux: dict[int, Tensor] = {}
         if self._topology.is_first_stage:
             hidden = self._model.embed(to_device(batch.tokens, self._topology.device), documents)
         else:
-            hidden, next_action = self._relay.receive()
+            states, next_action = self._relay.receive()
+            hidden, aux = unpacked(states, self._model.plan.brought)
         with hang_watchdog(
             self._topology,
             f"the layers of a micro-batch of step {microbatch.step} (its tensor-parallel ranks take part)",
         ):
-            hidden, exit_inputs = self._model.run_layers(hidden, documents)
+            hidden, exit_inputs = self._model.run_layers(hidden, documents, aux=aux)
         if self._topology.is_last_stage:
             return StageOutput(
                 microbatch, next_action, exit_inputs, teacher_channel.publish(hidden) if teacher_channel else None
             )
         if teacher_channel:
             teacher_channel.expect()
-        self._relay.send(hidden, next_action=next_action)
+        self._relay.send(packed(hidden, aux, self._model.plan.carried), next_action=next_action)
         return StageOutput(microbatch, next_action, exit_inputs, None)
 
     def teacher_signal(self, output: StageOutput) -> Teacher | None:
@@ -117,25 +124,34 @@ class StageForward:
 
     def train(self, output: StageOutput, teacher: Teacher | None, exits: list[ExitOptimizer]) -> dict[int, ExitLoss]:
         """Runs each exit forward and backward; gradients add up. Returns sums by exit layer."""
-        losses, project = {}, self._projection(output.microbatch.batch, teacher)
+        losses, targets = {}, self._targets(output.microbatch.batch, teacher)
         for each in exits:
             each.begin_microbatch(output.microbatch.is_last)
-            loss, statistics = each.head(output.exit_inputs[each.layer], project)
-            loss.backward()
-            losses[each.layer] = ExitLoss(loss.detach(), statistics)
+            result = self._loss(each, output, targets)
+            result.loss.backward()
+            losses[each.layer] = result._replace(loss=result.loss.detach())
         return losses
 
     @torch.no_grad()
     def evaluate(self, output: StageOutput, teacher: Teacher | None, exits: list[ExitOptimizer]) -> dict[int, ExitLoss]:
         """Runs each exit forward without a gradient. Returns sums by exit layer."""
-        project = self._projection(output.microbatch.batch, teacher)
-        return {each.layer: each.head(output.exit_inputs[each.layer], project) for each in exits}
+        targets = self._targets(output.microbatch.batch, teacher)
+        return {each.layer: self._loss(each, output, targets) for each in exits}
 
-    def _projection(self, batch: Batch, teacher: Teacher | None) -> Callable[[Tensor, Tensor], ExitLoss]:
+    def _loss(self, exit: ExitOptimizer, output: StageOutput, targets: Targets) -> ExitLoss:
+        inputs, drafting = output.exit_inputs[exit.layer], self._drafting
+        if drafting is None:
+            return exit.head(inputs, partial(self._projected_loss, targets))
+        ids = None if inputs.documents is None else inputs.documents.ids
+        project = partial(self._projected_loss, drafting.targets(targets, ids))
+        result = exit.head(drafting.inputs(inputs, targets.labels), project)
+        drafts = None if result.agreement is None else drafting.accepted(result.agreement, targets, ids)
+        return result._replace(drafts=drafts)
+
+    def _projected_loss(self, targets: Targets, hidden: Tensor, weight: Tensor) -> ExitLoss:  # …, [s, b, h], [v/tp, h]
+        return self._project(hidden, weight, targets.labels, targets.loss_mask, teacher=targets.teacher)
+
+    def _targets(self, batch: Batch, teacher: Teacher | None) -> Targets:
         # One copy to the device serves every exit.
         labels, loss_mask = (to_device(each, self._topology.device) for each in (batch.labels, batch.loss_mask))
-
-        def project(hidden: Tensor, weight: Tensor) -> ExitLoss:  # [s, b, h], [v/tp, h]
-            return self._project(hidden, weight, labels, loss_mask, teacher=teacher)
-
-        return project
+        return Targets(labels, loss_mask, teacher)

@@ -82,10 +82,12 @@ class HiddenTeacher:
         logits.sub_(largest)
         if wants_likeliest and likeliest is None:
             likeliest = likeliest_ids(logits, vocab)
-        return _WholeChunk(logits, buffers.spare, likeliest)
+        return WholeChunk(logits, buffers.spare, likeliest)
 
 
-class _WholeChunk:
+class WholeChunk:
+    """A TeacherChunk of logits [n, v] less their largest over the shards, which it overwrites."""
+
     def __init__(self, shifted: Tensor, spare: Tensor, likeliest: Tensor | None) -> None:
         self.probabilities, self.spare, self.likeliest = shifted, spare, likeliest
 

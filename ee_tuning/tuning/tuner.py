@@ -15,9 +15,11 @@ from ee_tuning.config import Config
 from ee_tuning.data.loader import BatchSource, validation_batches
 from ee_tuning.data.tokens import Splits
 from ee_tuning.json_file import to_json
+from ee_tuning.model.draft_spec import draft_tree
 from ee_tuning.parallel.collectives import gather_lists, on_first_rank
 from ee_tuning.parallel.relay import NextAction, Relay
 from ee_tuning.parallel.topology import Topology
+from ee_tuning.tuning.drafting import Drafting
 from ee_tuning.tuning.exit_trainer import ExitTrainer
 from ee_tuning.tuning.log_sinks import open_log_sinks
 from ee_tuning.tuning.metrics import METRICS, MetricsGatherer, holds_validation
@@ -97,6 +99,7 @@ class Tuner:
             objective(self.tuning),
             teacher_channel,
             validates_against_teacher=self.tuning.compare_final,
+            drafting=Drafting.of(self._model, self.tuning),
         )
         schedule = MicrobatchSchedule(self._source, self._validation, self.tuning)
         validates_first = self._validates_first(schedule)
@@ -163,7 +166,7 @@ class Tuner:
             self.topology,
             self.tuning,
             stages,
-            sends_hidden=self.tuning.sends_hidden(self.exits_config.ties_output),
+            sends_hidden=self.exits_config.sends_hidden(self.tuning),
         )
 
     def save_exit_heads(self, output: Path) -> None:
@@ -184,11 +187,8 @@ class Tuner:
         )
 
     def _relay(self) -> Relay:
-        return Relay(
-            self.topology,
-            self._model.hidden_shape(self.tuning.seq_length, self.tuning.micro_batch_size),
-            self._model.plan.dtype,
-        )
+        receives, sends = self._model.relay_shapes(self.tuning.seq_length, self.tuning.micro_batch_size)
+        return Relay(self.topology, receives, self._model.plan.dtype, sends=sends)
 
     def _advance(
         self,
@@ -234,8 +234,14 @@ class Tuner:
             "adapter_rank": exits.adapter_rank,
             "output": exits.output,
             "adds_linear": list(exits.adds_linear) or None,
-            "output_vocab": sha256(to_json(exits.token_ids).encode()).hexdigest() if exits.token_ids else None,
+            "aux_layers": None if exits.draft is None else list(exits.draft.aux_layers),
+            "draft": None if exits.draft is None else _digest(draft_tree(exits.draft)),
+            "output_vocab": _digest(exits.token_ids) if exits.token_ids else None,
             "seq_length": self.tuning.seq_length,
             "seed": self.tuning.seed,
             **self._samples.train.identity(),
         }
+
+
+def _digest(value: Any) -> str:
+    return sha256(to_json(value).encode()).hexdigest()

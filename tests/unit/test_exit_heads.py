@@ -237,7 +237,9 @@ def test_a_manifest_reads_no_file_elsewhere(artifact: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"format_version": 5},
+        {"format_version": 6},
+        {"draft": {"family": "gpt2"}},
+        {"architecture": "eagle3"},
         {"adds_linear": [2]},
         {"fitted": 3},
         {"exit_layers": [4, 2]},

@@ -130,7 +130,8 @@ def _step(config: Config, topology: Topology) -> Any:
     loaded = LoadedModel(model, [(each.first_layer, each.last_layer) for each in plans], sources.exits)
     tuner = Tuner(loaded, _samples(config, sources.config.vocab_size), config, topology)
     tuning = config.tuning
-    relay = Relay(topology, model.hidden_shape(tuning.seq_length, tuning.micro_batch_size), model.plan.dtype)
+    shape, _ = model.relay_shapes(tuning.seq_length, tuning.micro_batch_size)
+    relay = Relay(topology, shape, model.plan.dtype)
     stage_forward = StageForward(
         model, relay, topology, tuning.loss_chunk_tokens, objective(tuning), tuner.make_teacher_channel()
     )

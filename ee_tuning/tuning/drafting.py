@@ -1,0 +1,165 @@
+"""What a drafting head is compared with: each step of each token's draft with the token that the model itself says
+there (training-time test, arXiv 2503.01840).
+
+A draft begins at token t, whose successor is known; its step i speaks of the token i + 2 ahead, of which the final head
+speaks at t + 1 + i. The steps lie side by side as if they were rows of the micro-batch (`model/eagle3.py`).
+"""
+
+# s sequence · b micro-batch · h hidden · k steps · v/tp this rank's rows of what the head says · n tokens of a chunk
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ee_tuning.config import TuningSection
+from ee_tuning.model.early_exit import EarlyExitModel
+from ee_tuning.model.exit_head import ExitInput
+from ee_tuning.parallel.draft_vocab import NOT_LISTED, DraftVocab
+from ee_tuning.parallel.vocab import VocabShard
+from ee_tuning.tuning.teacher import (
+    HiddenTeacher,
+    Teacher,
+    TeacherBuffers,
+    TeacherChunk,
+    WholeChunk,
+    likeliest_ids,
+    row_maxima,
+)
+
+
+class Targets(NamedTuple):
+    """What logits [s, b] are compared with, [s, k * b] for a drafting head."""
+
+    labels: Tensor
+    """int64, tokens or, of a list, classes."""
+    loss_mask: Tensor
+    """float, any weights."""
+    teacher: Teacher | None
+
+
+class Drafting:
+    """Training and validation of this stage's drafting head: its drafts are unrolled over the whole text."""
+
+    def __init__(self, model: EarlyExitModel, num_steps: int, decay: float) -> None:
+        """`decay`: a step's weight over that of the step before."""
+        self._model, self._num_steps, self._decay = model, num_steps, decay
+
+    @classmethod
+    def of(cls, model: EarlyExitModel, tuning: TuningSection) -> "Drafting | None":
+        """Returns None on a stage without a drafting head."""
+        return cls(model, tuning.ttt_steps, tuning.ttt_step_loss_decay) if model.plan.drafts else None
+
+    def inputs(self, inputs: ExitInput, labels: Tensor) -> ExitInput:  # [s, b]
+        """Returns the head's inputs with the embeddings of the text that its drafts follow."""
+        return dataclasses.replace(inputs, next_embeddings=self._model.embed_ahead(labels, self._num_steps))
+
+    def targets(self, exit_targets: Targets, document_ids: Tensor | None) -> Targets:
+        """Returns the targets of all steps, from those of an exit [s, b]. `document_ids` [b, s] or None."""
+        counts, vocab = self.counted(exit_targets.loss_mask, document_ids), self._model.exit_vocab
+        teacher = exit_targets.teacher
+        labels = exit_targets.labels[self._places(exit_targets.labels)]
+        if isinstance(vocab, DraftVocab):  # what can not be drafted is no lesson
+            labels = vocab.classes(labels)
+            counts, labels = counts * (labels != NOT_LISTED), labels.clamp(min=0)
+        weights = self._decay ** torch.arange(self._num_steps, device=counts.device, dtype=counts.dtype)
+        if teacher is not None:
+            assert isinstance(teacher, HiddenTeacher)
+            teacher = DraftTeacher(teacher.hidden, teacher.weight, self._draftable, self._num_steps)
+        return Targets(labels.flatten(1), (counts * weights[:, None]).flatten(1), teacher)
+
+    def counted(self, loss_mask: Tensor, document_ids: Tensor | None) -> Tensor:  # [s, b] -> [s, k, b]
+        """Returns the loss mask of each step: a draft counts while it is within its row, its document and the loss
+        mask.
+        """
+        s, held = len(loss_mask), self._places(loss_mask)
+        is_within = torch.arange(s, device=held.device)[:, None] + 1 + self._steps(held) < s
+        counts = loss_mask[:, None] * loss_mask[held].cumprod(1) * is_within[:, :, None]
+        if document_ids is None:
+            return counts
+        ids = document_ids.t()
+        return counts * (ids[held] == ids[:, None])
+
+    def accepted(
+        self,
+        agreement: Tensor,  # [s · k · b]
+        exit_targets: Targets,
+        document_ids: Tensor | None,
+    ) -> Tensor:  # [2 · k]
+        """Returns the number of drafts that reach each step, and of those that are the model's own tokens up to it."""
+        counts = self.counted(exit_targets.loss_mask, document_ids)
+        held = agreement.view_as(counts).to(counts.dtype).cumprod(1)
+        return torch.stack((counts, counts * held)).sum((1, 3)).flatten()
+
+    @cached_property
+    def _draftable(self) -> Tensor:  # [n/tp, h]
+        """Rows of the model's output matrix for the head's vocabulary. Collective over the ranks of a stage."""
+        weight, vocab = self._model.backbone.output_layer.weight, self._model.exit_vocab
+        return vocab.own_rows(weight) if isinstance(vocab, DraftVocab) else weight
+
+    def _steps(self, like: Tensor) -> Tensor:
+        return torch.arange(self._num_steps, device=like.device)
+
+    def _places(self, of_tokens: Tensor) -> Tensor:  # [s, b] -> [s, k]
+        """Where the final head speaks of what a step drafts; the row's last token where that lies past it."""
+        s = len(of_tokens)
+        return (torch.arange(s, device=of_tokens.device)[:, None] + 1 + self._steps(of_tokens)).clamp(max=s - 1)
+
+
+MEAN_LENGTH, RATE = "mean_acceptance_length", "acceptance_rate_"
+
+
+def is_draft_metric(name: str) -> bool:
+    """Whether `draft_metrics` returns it."""
+    return name == MEAN_LENGTH or name.startswith(RATE)
+
+
+def draft_metrics(counts: Sequence[float]) -> dict[str, float]:
+    """Returns metrics, named as vLLM names them, from the sums of `Drafting.accepted`: the share of drafts that are
+    accepted up to each step, and the mean acceptance length, which includes the model's own token.
+    """
+    counted, accepted = counts[: len(counts) // 2], counts[len(counts) // 2 :]
+    rates = [part / total if total else math.nan for part, total in zip(accepted, counted, strict=True)]
+    return (
+        {**{f"{RATE}{step}": rate for step, rate in enumerate(rates, 1)}, MEAN_LENGTH: 1 + sum(rates)} if rates else {}
+    )
+
+
+@dataclass(frozen=True)
+class DraftTeacher:
+    """The final head as the teacher of drafts: softmax of `weight` · `hidden`, of each step at its own place. Tokens
+    count as [s, k, b].
+    """
+
+    hidden: Tensor
+    """[s, b, h], after the final norm."""
+    weight: Tensor
+    """[v/tp, h], the backbone's frozen output matrix."""
+    draftable: Tensor
+    """[n/tp, h]: its rows for what the head says; the same where that is the whole vocabulary."""
+    num_steps: int
+
+    def chunk(self, part: slice, buffers: TeacherBuffers, vocab: VocabShard, wants_likeliest: bool) -> TeacherChunk:
+        """See Teacher. Logits are made once for a place, whichever steps speak of it."""
+        s, b, _ = self.hidden.shape
+        width, stop = self.num_steps * b, min(part.stop, s * self.num_steps * b)
+        first = min(part.start // width + 1, s - 1)
+        said = self.hidden[first : (stop - 1) // width + self.num_steps + 1].flatten(0, 1)
+        index = torch.arange(part.start, stop, device=said.device)
+        place = (index // width + 1 + index // b % self.num_steps).clamp(max=s - 1)
+        rows = (place - first) * b + index % b
+        logits = buffers.probabilities.copy_((said @ self.draftable[: vocab.true_rows].t())[rows])
+        logits.sub_(vocab.max_over_shards(row_maxima(logits)))
+        likeliest = self._likeliest(said, vocab)[rows] if wants_likeliest else None
+        return WholeChunk(logits, buffers.spare, likeliest)
+
+    def _likeliest(self, said: Tensor, vocab: VocabShard) -> Tensor:  # [n, h] -> [n]
+        """Over the whole vocabulary: a token that is not listed is one that no draft is accepted against."""
+        whole = vocab.whole if isinstance(vocab, DraftVocab) else vocab
+        logits = (said @ self.weight[: whole.true_rows].t()).to(torch.promote_types(said.dtype, torch.float32))
+        ids = likeliest_ids(logits.sub_(whole.max_over_shards(row_maxima(logits))), whole)
+        return vocab.classes(ids) if isinstance(vocab, DraftVocab) else ids
