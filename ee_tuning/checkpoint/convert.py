@@ -60,7 +60,7 @@ def convert(
         config, output, topology, overwrite=overwrite, make_fit=make_fit, list_tokens=list_tokens
     )
     if topology.is_logging_rank:
-        _print_summary(config, exits, output)
+        print_summary(config, exits, output)
     destroy_parallel()
 
 
@@ -262,12 +262,14 @@ def _check(config: Config, model: ModelConfig, reader: BackboneSource) -> None:
     described_heads(config.exits, layers, model)
 
 
-def _print_summary(config: Config, exits: ExitHeadsConfig, output: Path) -> None:
+def print_summary(config: Config, exits: ExitHeadsConfig, output: Path) -> None:
+    """Prints what was written to `output`, and the next command."""
     size = sum(path.stat().st_size for path in output.iterdir())
     layers = "layer" + "s" * (len(exits.exit_layers) > 1) + " " + ", ".join(map(str, exits.exit_layers))
     print(
         f"wrote {output}: exit heads {architecture_text(exits.architecture)} after {layers} of {exits.model_name}, "
-        f"{init_text(exits.init, exits.seed)}, output {exits.output}" + vocab_text(exits.output_vocab)
+        f"{init_text(exits.init, exits.seed)}, output {exits.output}"
+        + vocab_text(exits.output_vocab, drafts=exits.draft is not None)
     )
     print(
         f"{size:,} bytes in {exits.dtype}; bound to fingerprint {exits.model_fingerprint[:16]}…; the model itself is as it was"

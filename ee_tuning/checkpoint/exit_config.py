@@ -49,9 +49,9 @@ class ExitHeadsConfig:
     """Shape of the backbone, from `fingerprint.model_shape`."""
     model_fingerprint: str
     """Fingerprint of the backbone that the exits belong to."""
-    init: Literal["copy", "random", "fitted", "ee_llm"]
+    init: Literal["copy", "random", "fitted", "ee_llm", "published"]
     """Initialization of the heads. fitted: copied, then fitted by least squares; ee_llm: taken from an EE-LLM
-    checkpoint, tuned.
+    checkpoint, tuned; published: taken from a published head of EAGLE-3.
     """
     seed: int | None = None
     """Seed of random initialization."""

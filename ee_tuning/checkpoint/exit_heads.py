@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ee_tuning.checkpoint.atomic_write import atomic_folder, check_room, os_errors_as_input_errors
 from ee_tuning.checkpoint.byte_progress import byte_progress
+from ee_tuning.checkpoint.eagle3_card import eagle3_artifact_card
 from ee_tuning.checkpoint.exit_config import CONFIG, ExitHeadsConfig, exit_config_tree, read_exit_config
 from ee_tuning.checkpoint.exit_names import exit_shard
 from ee_tuning.checkpoint.exit_vocab import VOCAB, write_token_ids
@@ -214,5 +215,5 @@ def _finish(
         tree = exit_config_tree(exits)
         write_token_ids(partial, exits.token_ids)
         (partial / CONFIG).write_text(to_json(tree, indent=2) + "\n", encoding="utf-8")
-        (partial / CARD).write_text(artifact_card(tree), encoding="utf-8")
+        (partial / CARD).write_text((eagle3_artifact_card if exits.draft else artifact_card)(tree), encoding="utf-8")
         write_manifest(partial, sums)

@@ -75,16 +75,16 @@ def init_text(init: str, seed: int | None) -> str:
         "random": f"drawn at random, seed {seed}",
         "ee_llm": "as EE-LLM tuned them",
         "fitted": "fitted to the final state by least squares",
+        "published": "as it was published",
     }[init]
 
 
-def vocab_text(listed: Mapping[str, Any] | None) -> str:
-    """Returns the exits' vocabulary, as an addition to their output matrix."""
-    return (
-        ""
-        if listed is None
-        else f", for {listed['size']:,} tokens of the vocabulary ({listed['share']:.1%} of a text) and any other"
-    )
+def vocab_text(listed: Mapping[str, Any] | None, *, drafts: bool = False) -> str:
+    """Returns the vocabulary of exits, or of a drafting head, as an addition to their output matrix."""
+    if listed is None:
+        return ""
+    share = f" ({listed['share']:.1%} of a text)" if listed["tokens"] else ""
+    return f", for {listed['size']:,} tokens of the vocabulary{share}" + ("" if drafts else " and any other")
 
 
 def _front_matter(name: str, library: str) -> list[str]:

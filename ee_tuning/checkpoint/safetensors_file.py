@@ -22,7 +22,7 @@ from ee_tuning.json_file import parse_json
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """safetensors' names of the dtypes a model may be stored in."""
-_TORCH_DTYPES = {
+TORCH_DTYPES = {
     **DTYPES,
     "I64": torch.int64,
     "I32": torch.int32,
@@ -33,8 +33,9 @@ _TORCH_DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+"""Those, and all others that are read and written."""
 _BITS = {
-    **{name: 8 * dtype.itemsize for name, dtype in _TORCH_DTYPES.items()},
+    **{name: 8 * dtype.itemsize for name, dtype in TORCH_DTYPES.items()},
     "U64": 64,
     "U32": 32,
     "U16": 16,
@@ -89,11 +90,11 @@ class SafetensorsFile:
     def read(self, name: str, part: TensorRange = ()) -> Tensor:
         """Reads this part of the tensor, as stored, and no other bytes. Dimensions missing in `part` are whole."""
         entry = self.entries[name]
-        if entry.dtype not in _TORCH_DTYPES:
+        if entry.dtype not in TORCH_DTYPES:
             raise InputError(f"{self.path}: tensor {name} is stored as {entry.dtype}, which can not be read here")
         whole = [(0, size) for size in entry.shape]
         bounds = [_bounds(each, size) for each, size in zip(part, entry.shape, strict=False)] + whole[len(part) :]
-        out = torch.empty([stop - start for start, stop in bounds], dtype=_TORCH_DTYPES[entry.dtype])
+        out = torch.empty([stop - start for start, stop in bounds], dtype=TORCH_DTYPES[entry.dtype])
         # The last cut dimension and all after it are contiguous; there is one such run for each index before them.
         cut = max((dim for dim in range(len(bounds)) if bounds[dim] != whole[dim]), default=0)
         strides = [math.prod(entry.shape[dim + 1 :]) * out.itemsize for dim in range(len(bounds))]

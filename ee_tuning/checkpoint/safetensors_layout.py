@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import torch
 
 from ee_tuning.checkpoint.names import TensorShape
-from ee_tuning.checkpoint.safetensors_file import DTYPES
+from ee_tuning.checkpoint.safetensors_file import TORCH_DTYPES
 from ee_tuning.json_file import to_json
 
 SHARD_BYTES = 5_000_000_000
 """Largest file size, as Hugging Face cuts shards. A single larger tensor gets its own file."""
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 @dataclass(frozen=True)

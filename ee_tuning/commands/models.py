@@ -11,6 +11,16 @@ from ee_tuning.errors import InputError
 def convert(args: argparse.Namespace) -> None:
     """Writes an exit-heads artifact for a backbone."""
     config = job_of(args)
+    if args.eagle3 is not None:
+        made = sorted(key for key in args.overrides if key.startswith(("exits.", "data.", "tuning.")))
+        if unused := [key for key in made if key != "exits.verify"]:
+            raise InputError(
+                f"--eagle3 takes a head as it is, and {', '.join(unused)} is of new ones; leave one of them out"
+            )
+        from ee_tuning.checkpoint.import_eagle3 import import_eagle3
+
+        import_eagle3(config, args.eagle3, args.output, overwrite=args.overwrite)
+        return
     from ee_tuning.evaluation.profile import with_exit_layers
 
     if config.exits.init == "fitted" or config.exits.output_vocab:
@@ -58,6 +68,9 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         "--output", type=Path, required=True, metavar="FOLDER", help="folder for the exit-heads artifact"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an exit-heads artifact that is already there")
+    parser.add_argument(
+        "--eagle3", type=Path, metavar="FOLDER", help="take a published EAGLE-3 head, of vLLM's layout or speculators'"
+    )
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
@@ -101,9 +114,10 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         required=True,
-        choices=("artifact", "hf", "megatron"),
+        choices=("artifact", "hf", "megatron", "eagle3", "speculators"),
         help="artifact: only exits. hf: the model with its exits, as a folder for transformers. "
-        "megatron: the same as a distributed checkpoint of Megatron-core",
+        "megatron: the same as a distributed checkpoint of Megatron-core. eagle3: a drafting head, as vLLM and SGLang load it. "
+        "speculators: the same as `vllm serve FOLDER` loads it",
     )
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="folder for the export")
     parser.add_argument(
@@ -158,6 +172,7 @@ COMMANDS = (
   torchrun --nproc-per-node 4 -m ee_tuning convert job.yaml --pipeline-model-parallel-size 4 --output exits/llama-2-7b
   ee-tuning convert --model megatron_run/iter_0040000 --exit-layers 8,16 --output exits/mine
   ee-tuning convert --model ee_llm_checkpoint --output exits/ee_llm
+  ee-tuning convert --model Llama-3.1-8B --eagle3 EAGLE3-LLaMA3.1-8B --output exits/eagle3
   ee-tuning convert --model Llama-2-7b-hf --exit-layers 8,16,24 --init fitted --data corpus.jsonl --output exits/fitted
   ee-tuning convert --model Llama-3.1-8B --exit-layers 8,16,24 --output-vocab auto --data corpus.jsonl --output exits/short
 
@@ -199,6 +214,7 @@ With --exit-layers auto:8:profile, `convert` and `tune` place exits in the same 
   ee-tuning export --format hf --model Llama-2-7b-hf --exits runs/llama-2-7b/exit_heads --output llama-2-7b-early --link --check
   torchrun --nproc-per-node 4 -m ee_tuning export --format megatron --model Llama-2-7b-hf --exits exits/two --output llama-2-7b-dist
   ee-tuning export --format hf --model megatron_run/iter_0040000 --tokenizer Llama-2-7b-hf --output llama-2-7b-mine
+  ee-tuning export --format speculators --model Llama-3.1-8B --exits runs/draft/exit_heads --output llama-3.1-8b-eagle3
 
 hf: transformers loads the plain model, or, with trust_remote_code=True, a model whose generate accepts exit_threshold=0.8.
 megatron: stock Megatron-core loads the model at any tensor × pipeline size and ignores the exits.

@@ -57,8 +57,8 @@ class ExitsSection:
     of its own reads the states of aux_layers and the next token's embedding (EAGLE-3, arXiv 2503.01840).
     """
     aux_layers: tuple[int, ...] = ()
-    """Layers (1-based, increasing) whose states an `eagle3` head reads; 0 is the word embedding. Default: 2, half of the
-    layers, and all but three, as in vLLM and SGLang.
+    """Layers (1-based, increasing) whose states an `eagle3` head reads; 0 is the word embedding. Default: 2, half of
+    the layers, and all but three, as in vLLM and SGLang.
     """
     adapter_rank: int = 64
     """Inner width of `adapter` heads."""

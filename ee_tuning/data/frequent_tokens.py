@@ -70,7 +70,7 @@ def list_tokens(config: Config, samples: Samples, topology: Topology) -> ListedT
     if topology.is_logging_rank and listed is not None:
         print(
             f"exits say {len(listed.token_ids):,} tokens of the vocabulary, {listed.record['share']:.2%} of {listed.num_tokens:,} tokens "
-            "of the training data, and any other",
+            f"of the training data{'' if config.exits.drafts else ', and any other'}",
             flush=True,
         )
     return listed
@@ -110,7 +110,8 @@ def chosen_size(config: Config, model: ModelConfig, known: TokenCounts) -> int:
     """
     layers, num_layers = config.exits.layers(model.num_layers), model.num_layers
     whole = sum(stage_costs(model, num_layers, (), 0, trains_heads=False, has_final_head=True))
-    saved = 1 - sorted(layers)[len(layers) // 2] / num_layers
+    # A token that can not be drafted takes a full pass.
+    saved = 1.0 if config.exits.drafts else 1 - sorted(layers)[len(layers) // 2] / num_layers
     order = known.ordered()
     covered = np.cumsum(known.counts[order]) / max(int(known.counts.sum()), 1)
 

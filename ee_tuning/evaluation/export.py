@@ -9,8 +9,16 @@ from pathlib import Path
 from ee_tuning.config import Config, ParallelSection, replace
 from ee_tuning.errors import InputError
 
-FLAGS = {"artifact": ("only", "drop", "merge", "add"), "hf": ("link", "check", "text"), "megatron": ()}
+FLAGS = {
+    "artifact": ("only", "drop", "merge", "add"),
+    "hf": ("link", "check", "text"),
+    "megatron": (),
+    "eagle3": (),
+    "speculators": (),
+}
 """Format -> flags that only some formats accept."""
+DRAFTERS = ("eagle3", "speculators")
+"""Formats of drafting heads only."""
 NEW_EXITS = {"exits.architecture", "exits.adapter_rank", "exits.init", "exits.seed"}
 """Keys that describe the exits of --add. The exits of --exits are as they are."""
 
@@ -35,6 +43,10 @@ def export(config: Config, flags: argparse.Namespace) -> int:
         raise InputError(
             f"--format artifact and --check are for one process, got {num_processes}; start it without torchrun"
         )
+    _check_kind(config, flags)
+    if flags.format in DRAFTERS:
+        _write_drafter(config, flags, num_processes)
+        return 0
     if flags.format == "artifact":
         from ee_tuning.checkpoint.export_artifact import ExitChoice, export_artifact
         from ee_tuning.checkpoint.owner import owned
@@ -64,6 +76,46 @@ def export(config: Config, flags: argparse.Namespace) -> int:
     from ee_tuning.evaluation.export_check import check_export
 
     return 0 if check_export(config, flags.output, text, flags.tolerance) else 1
+
+
+def _check_kind(config: Config, flags: argparse.Namespace) -> None:
+    """Raises InputError where the format is not one of the heads in exits.path, or of what is to be put beside them."""
+    from ee_tuning.checkpoint.exit_config import read_exit_config
+    from ee_tuning.checkpoint.exit_heads import check_is_artifact
+
+    if config.exits.drafts:
+        raise InputError(
+            "--add adds exits, and eagle3 is a drafting head, which stands alone; use another --architecture"
+        )
+    paths = [path for path in (config.exits.path, flags.merge) if path is not None]
+    if flags.format in DRAFTERS and config.exits.path is None:
+        raise InputError(f"--format {flags.format} writes a drafting head, got none; give --exits FOLDER")
+    for path in map(Path, paths):
+        check_is_artifact(path)
+        if (read_exit_config(path).draft is None) == (flags.format in DRAFTERS):
+            raise InputError(
+                f"--format {flags.format} is not for what {path} holds; "
+                + (
+                    "it is for a drafting head (ee-tuning tune --architecture eagle3)"
+                    if flags.format in DRAFTERS
+                    else "a drafting head of EAGLE-3 stands alone: use --format eagle3 or --format speculators"
+                )
+            )
+
+
+def _write_drafter(config: Config, flags: argparse.Namespace, num_processes: int) -> None:
+    if num_processes > 1:
+        raise InputError(f"--format {flags.format} is for one process, got {num_processes}; start it without torchrun")
+    if not config.model.path:
+        raise InputError(
+            f"--format {flags.format} describes the model that is drafted for, got none; give --model FOLDER"
+        )
+    from ee_tuning.checkpoint.export_eagle3 import export_eagle3
+    from ee_tuning.checkpoint.owner import owned
+
+    with owned(flags.output, None):
+        export_eagle3(config, flags.output, flags.format, overwrite=flags.overwrite)
+    print(f"wrote {flags.output}; its README.md says how engines load it")
 
 
 def _write_merged(config: Config, flags: argparse.Namespace, *, is_shared: bool) -> None:

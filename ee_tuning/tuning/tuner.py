@@ -171,7 +171,8 @@ class Tuner:
 
     def save_exit_heads(self, output: Path) -> None:
         """Writes the artifact of the tuned heads, in the backbone's dtype. All ranks call it."""
-        settings = ("global_batch_size", "seq_length", "lr", "min_lr", "lr_decay_style", "backbone_weights", "seed")
+        settings = ["global_batch_size", "seq_length", "lr", "min_lr", "lr_decay_style", "backbone_weights", "seed"]
+        settings += ["ttt_steps"] if self.exits_config.draft is not None else []
         tuned = {
             "steps": self.step,
             "tokens": self._source.position * self.tuning.seq_length,

@@ -1,0 +1,74 @@
+"""README.md of a drafting head of EAGLE-3: of its artifact, and of what is exported for engines."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ee_tuning.checkpoint.model_card import init_text, vocab_text
+from ee_tuning.json_file import to_json
+
+
+def eagle3_artifact_card(exits: Mapping[str, Any]) -> str:
+    """Returns the card of an artifact, from its `exit_config.json`."""
+    name = " ".join(str(exits["model_name"]).split())
+    return "\n".join(
+        [
+            *_beginning(name, exits),
+            "```bash",
+            f"ee-tuning export --format eagle3 --model {_word(name)} --exits THIS_FOLDER --output FOLDER",
+            "```",
+            "",
+            "writes it as vLLM and SGLang load it, `--format speculators` as `vllm serve FOLDER` does.",
+            "",
+            f"Bound to the model with fingerprint `{exits['model_fingerprint']}`. `ee-tuning verify` checks the files.",
+            "",
+        ]
+    )
+
+
+def eagle3_card(name: str, exits: Mapping[str, Any], layout: str, num_steps: int) -> str:
+    """Returns the card of an export in `layout`; engines are told to draft `num_steps` tokens."""
+    name = " ".join(name.split())
+    word = _word(name)
+    vllm = to_json({"method": "eagle3", "model": "THIS_FOLDER", "num_speculative_tokens": num_steps})
+    sglang = [
+        "```bash",
+        f"python -m sglang.launch_server --model-path {word} --speculative-algorithm EAGLE3 \\",
+        f"    --speculative-draft-model-path THIS_FOLDER --speculative-num-steps {num_steps} \\",
+        f"    --speculative-eagle-topk 1 --speculative-num-draft-tokens {num_steps + 1}",
+        "```",
+        "",
+    ]
+    own = ["```bash", "vllm serve THIS_FOLDER", "```", "", "The model's path or name is in config.json (`verifier`)."]
+    commands = [
+        "```bash",
+        f"vllm serve {word} --speculative-config '{vllm}'",
+        "```",
+        "",
+        *(sglang if layout == "eagle3" else [*own, ""]),
+    ]
+    return "\n".join([*_beginning(name, exits), *commands])
+
+
+def _beginning(name: str, exits: Mapping[str, Any]) -> list[str]:
+    draft, tuned = exits["draft"], exits["tuned"]
+    told = "not tuned" if tuned is None else "tuned: " + ", ".join(f"{key} {value}" for key, value in tuned.items())
+    vocabulary = vocab_text(exits.get("output_vocab"), drafts=True)
+    return [
+        "---",
+        "library_name: ee_tuning",
+        f"base_model: {to_json(name)}",
+        "tags: [eagle3, speculative-decoding, ee-tuning]",
+        "---",
+        "",
+        f"# An EAGLE-3 head for {name}",
+        "",
+        f"It drafts tokens from the states after layers {', '.join(map(str, draft['aux_layers']))} of the model, which checks them "
+        f"(arXiv 2503.01840); {exits['dtype']}{vocabulary}. The model itself is unchanged and not in this folder.",
+        "",
+        f"Initialization: {init_text(exits['init'], exits['seed'])}; {told}.",
+        "",
+    ]
+
+
+def _word(name: str) -> str:
+    return name if all(c.isalnum() or c in "-_./" for c in name) else "MODEL_FOLDER"

@@ -1,0 +1,152 @@
+"""Published folders of EAGLE-3 heads: config.json and tensor names, in the layout that vLLM's and SGLang's
+LlamaForCausalLMEagle3 read, and in that of speculators. Both ways, as plain functions.
+
+Layers are counted as vLLM counts them: layer n is the output of the first n layers. SGLang reads `eagle_config`, whose
+numbers are one less.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from ee_tuning.checkpoint.eagle3_names import LAYER
+from ee_tuning.errors import InputError
+from ee_tuning.model.config import ModelConfig, model_config_from_hf
+from ee_tuning.model.draft_spec import DraftSpec, check_aux_layers, default_aux_layers
+from ee_tuning.model.huggingface_config import huggingface_config
+
+Layout = Literal["eagle3", "speculators"]
+
+D2T, T2D, EMBEDDING, OUTPUT = "d2t", "t2d", "embed_tokens.weight", "lm_head.weight"
+"""Tensors of both layouts. d2t: what is added to a draft token's id to get the model's; t2d: which of its tokens are
+draft tokens, which engines do not read.
+"""
+_CLASSES = {"llama": "LlamaForCausalLMEagle3", "qwen3": "Eagle3Qwen3ForCausalLM"}
+_VARIANTS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+_SPECULATORS_VERSION = "0.9.0"
+_SPECULATORS_LAYER = "layers.0."
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_IDS = "eagle_aux_hidden_state_layer_ids"
+
+
+def published_name(part: str, layout: Layout) -> str:
+    """Returns the published name of the artifact's tensor `exits.{l}.{part}`."""
+    if part == "output.weight":
+        return OUTPUT
+    return part.replace(LAYER, _SPECULATORS_LAYER, 1) if layout == "speculators" and part.startswith(LAYER) else part
+
+
+def artifact_part(name: str) -> str:
+    """Returns the artifact's name, without `exits.{l}.`, of a published tensor of either layout."""
+    if name == OUTPUT:
+        return "output.weight"
+    return LAYER + name.removeprefix(_SPECULATORS_LAYER) if name.startswith(_SPECULATORS_LAYER) else name
+
+
+def published_config(
+    draft: DraftSpec, model: ModelConfig, layout: Layout, *, draft_vocab_size: int, verifier: str, num_steps: int
+) -> dict[str, Any]:
+    """Returns config.json. `draft_vocab_size` 0: the model's own output matrix says the whole vocabulary. `verifier`:
+    path or name of the model.
+    """
+    layer = {**huggingface_config(draft.layer_config(model)), "tie_word_embeddings": False}
+    shared = {_IDS: list(draft.aux_layers), **{name: getattr(draft, name) for name in _VARIANTS}}
+    if layout == "eagle3":
+        return {
+            **layer,
+            "architectures": [_CLASSES[draft.family]],
+            "draft_vocab_size": draft_vocab_size or None,
+            "target_hidden_size": model.hidden_size,
+            **shared,
+            "eagle_config": {"use_aux_hidden_state": True, _IDS: [layer - 1 for layer in draft.aux_layers]},
+        }
+    return {
+        "architectures": ["Eagle3Speculator"],
+        "dtype": layer["dtype"],
+        "speculators_model_type": "eagle3",
+        "speculators_version": _SPECULATORS_VERSION,
+        "speculators_config": {
+            "algorithm": "eagle3",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": num_steps}],
+            "verifier": {"name_or_path": verifier, "architectures": huggingface_config(model)["architectures"]},
+        },
+        "transformer_layer_config": layer,
+        "draft_vocab_size": draft_vocab_size or model.vocab_size,
+        **shared,
+    }
+
+
+def read_published_config(raw: Any, path: Path, model: ModelConfig) -> DraftSpec:
+    """Returns what the config.json of either layout describes. Raises InputError where it is none, has a layer that is
+    not supported, or belongs to another model.
+    """
+    if not isinstance(raw, dict) or not (_is_speculators(raw) or _is_eagle3(raw)):
+        raise InputError(
+            f"{path} must describe a head of EAGLE-3 (architectures with Eagle3, or speculators_model_type eagle3), and does "
+            "not; give the folder of a published head"
+        )
+    layer = raw["transformer_layer_config"] if _is_speculators(raw) else raw
+    if isinstance(layer, dict):  # a head ends no text
+        layer = {"model_type": "llama", **{key: value for key, value in layer.items() if key not in _TOKEN_IDS}}
+    own = model_config_from_hf(layer, path)
+    if own.family not in _CLASSES or own.has_qkv_bias or own.num_layers != 1:
+        raise InputError(
+            f"{path}: the head must have one layer of a llama or qwen3 without biases, got {own.num_layers} of a {own.family}"
+            f"{' with biases' if own.has_qkv_bias else ''}; such heads are not supported"
+        )
+    for key, theirs, ours in (
+        ("hidden_size", own.hidden_size, model.hidden_size),
+        ("target_hidden_size", raw.get("target_hidden_size") or model.hidden_size, model.hidden_size),
+        ("vocab_size", own.vocab_size, model.vocab_size),
+    ):
+        if theirs != ours:
+            raise InputError(
+                f"{path}: {key} must be the model's {ours}, got {theirs}; the head was made for another model, give that one"
+            )
+    draft = DraftSpec(
+        family="qwen3" if own.family == "qwen3" else "llama",
+        aux_layers=_aux_layers(raw, path, model.num_layers),
+        ffn_hidden_size=own.ffn_hidden_size,
+        num_attention_heads=own.num_attention_heads,
+        num_query_groups=own.num_query_groups,
+        kv_channels=own.kv_channels,
+        norm_epsilon=own.norm_epsilon,
+        rope=own.rope,
+        **{name: _variant(raw, name) for name in _VARIANTS},
+    )
+    return draft
+
+
+def _is_speculators(raw: dict[str, Any]) -> bool:
+    return raw.get("speculators_model_type") == "eagle3" and "transformer_layer_config" in raw
+
+
+def _is_eagle3(raw: dict[str, Any]) -> bool:
+    names = raw.get("architectures")
+    return isinstance(names, list) and any("eagle3" in str(name).lower() for name in names)
+
+
+def _variant(raw: dict[str, Any], name: str) -> bool:
+    # vLLM takes speculators' norm_before_residual for true where it is left out, speculators itself for false.
+    config = raw.get("eagle_config") or {}
+    return bool(config.get(name, raw.get(name, False)))
+
+
+def _aux_layers(raw: dict[str, Any], path: Path, num_layers: int) -> tuple[int, ...]:
+    config = raw.get("eagle_config") or {}
+    if config.get("use_aux_hidden_state") is False:
+        raise InputError(f"{path}: use_aux_hidden_state must be true, got false; such heads are not supported")
+    found = raw.get(_IDS)
+    if not found and config.get(_IDS):
+        found = [layer + 1 for layer in config[_IDS]]
+    layers = tuple(found or default_aux_layers(num_layers))
+    if not all(type(layer) is int for layer in layers):
+        raise InputError(f"{path}: {_IDS} must be layer numbers, got {found!r}")
+    try:
+        check_aux_layers(layers, num_layers)
+    except InputError as error:
+        raise InputError(
+            f"{path}: {_IDS} must be layers of the model, which has {num_layers}, in increasing order, got "
+            f"{', '.join(map(str, layers))}; the head was made for another model"
+        ) from error
+    return layers

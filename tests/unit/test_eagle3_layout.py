@@ -1,0 +1,207 @@
+"""Drafting heads on their way to engines and back: the layout that vLLM reads, speculators', and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from exits import write_exits
+from random_models import random_model
+from safetensors.torch import load_file, save_file
+
+from ee_tuning.checkpoint.exit_heads import ExitHeadsReader
+from ee_tuning.cli import main
+
+LISTED = (0, 3, 5, 20, 49, 60, 100)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "llama"
+    random_model("llama", folder)
+    return folder
+
+
+def write_head(model: Path, folder: Path, listed: tuple[int, ...] = (), **keys: Any) -> Path:
+    return write_exits(
+        model, folder, listed, **{"exit_layers": [], "architecture": "eagle3", "aux_layers": [1, 3, 5], **keys}
+    )
+
+
+def export(model: Path, head: Path, output: Path, layout: str) -> dict[str, Any]:
+    arguments = ["export", "--format", layout, "--model", str(model), "--exits", str(head), "--output", str(output)]
+    assert main(arguments) == 0
+    return json.loads((output / "config.json").read_text(encoding="utf-8"))
+
+
+def vllm_parameters(folder: Path, config: dict[str, Any]) -> dict[str, torch.Size]:
+    """The parameters that vLLM 0.33 gives a head of this config.json, by the names that it asks a file for."""
+    hidden, heads, groups, width = (
+        config[key] for key in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    )
+    inner, layer = config["intermediate_size"], "layers.0."
+    shapes: dict[str, tuple[int, ...]] = {
+        "fc.weight": (hidden, config["target_hidden_size"] * len(config["eagle_aux_hidden_state_layer_ids"])),
+        "norm.weight": (hidden,),
+        "lm_head.weight": (config["draft_vocab_size"], hidden),
+        **{
+            f"{layer}{name}.weight": (hidden,)
+            for name in ("input_layernorm", "hidden_norm", "post_attention_layernorm")
+        },
+        f"{layer}self_attn.q_proj.weight": (heads * width, 2 * hidden),
+        f"{layer}self_attn.k_proj.weight": (groups * width, 2 * hidden),
+        f"{layer}self_attn.v_proj.weight": (groups * width, 2 * hidden),
+        f"{layer}self_attn.o_proj.weight": (hidden, heads * width),
+        f"{layer}mlp.gate_proj.weight": (inner, hidden),
+        f"{layer}mlp.up_proj.weight": (inner, hidden),
+        f"{layer}mlp.down_proj.weight": (hidden, inner),
+    }
+    return {name: torch.Size(shape) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("listed", [(), LISTED], ids=["whole", "listed"])
+def test_vllm_finds_every_parameter_under_its_name(model: Path, tmp_path: Path, listed: tuple[int, ...]) -> None:
+    """A tensor that vLLM would not find, or find in another shape; an offset that leads to another token."""
+    config = export(model, write_head(model, tmp_path / "head", listed), tmp_path / "out", "eagle3")
+    assert config["architectures"] == ["LlamaForCausalLMEagle3"] and config["num_hidden_layers"] == 1
+    assert config["eagle_aux_hidden_state_layer_ids"] == [1, 3, 5] and config["vocab_size"] == 101
+    assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [0, 2, 4]  # as SGLang counts
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    renamed = {name.replace("midlayer.", "layers.0."): tensor for name, tensor in tensors.items()}
+    d2t, t2d = renamed.pop("d2t", None), renamed.pop("t2d", None)
+    assert {name: tensor.shape for name, tensor in renamed.items()} == vllm_parameters(tmp_path / "out", config)
+    if listed:
+        assert d2t is not None and t2d is not None
+        assert (d2t + torch.arange(len(d2t))).tolist() == list(listed) == t2d.nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("layout", ["eagle3", "speculators"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral"])
+def test_a_head_comes_back_as_it_was_exported(tmp_path: Path, family: str, layout: str) -> None:
+    """A name, a variant, a layer count or a row of the output matrix that one direction gets wrong."""
+    random_model(family, tmp_path / "model")
+    head = write_head(tmp_path / "model", tmp_path / "head", LISTED, init="random")
+    export(tmp_path / "model", head, tmp_path / "out", layout)
+    arguments = ["convert", "--model", str(tmp_path / "model"), "--eagle3", str(tmp_path / "out")]
+    assert main([*arguments, "--output", str(tmp_path / "back")]) == 0
+    with ExitHeadsReader(head) as one, ExitHeadsReader(tmp_path / "back") as other:
+        assert one.names() == other.names() and one.config.draft == other.config.draft
+        assert all(torch.equal(one.full(name), other.full(name)) for name in one.names())
+        assert other.config.token_ids == LISTED and other.config.init == "published"
+
+
+def test_a_tied_output_matrix_is_left_to_the_engine(model: Path, tmp_path: Path) -> None:
+    """A copy of the model's own output matrix that takes memory again, or a size that makes SGLang look for one."""
+    config = export(model, write_head(model, tmp_path / "head", output="tied"), tmp_path / "out", "eagle3")
+    assert config["draft_vocab_size"] is None
+    assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
+
+
+def test_speculators_own_class_loads_the_folder(model: Path, tmp_path: Path) -> None:
+    """A config.json that its validation refuses, or weights that it does not find."""
+    eagle3 = pytest.importorskip("speculators.models.eagle3")
+    config = export(model, write_head(model, tmp_path / "head", LISTED), tmp_path / "out", "speculators")
+    assert config["speculators_config"]["verifier"]["name_or_path"] == str(model)
+    loaded = eagle3.Eagle3DraftModel.from_pretrained(str(tmp_path / "out"))
+    with ExitHeadsReader(tmp_path / "head") as head:
+        assert torch.equal(loaded.fc.weight, head.full("exits.6.fc.weight"))
+        assert torch.equal(loaded.lm_head.weight, head.full("exits.6.output.weight"))
+        assert torch.equal(loaded.layers[0].mlp.up_proj.weight, head.full("exits.6.midlayer.mlp.up_proj.weight"))
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}), encoding="utf-8")
+
+
+def change_tensor(folder: Path, name: str, tensor: torch.Tensor | None) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {key: value for key, value in tensors.items() if key != name} | ({} if tensor is None else {name: tensor})
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("break_head", "words"),
+    [
+        (lambda folder: change_config(folder, vocab_size=99), ["vocab_size", "101", "99"]),
+        (lambda folder: change_config(folder, hidden_size=64), ["hidden_size", "48", "64"]),
+        (lambda folder: change_config(folder, target_hidden_size=64), ["target_hidden_size", "48", "64"]),
+        (lambda folder: change_config(folder, architectures=["LlamaForCausalLM"]), ["EAGLE-3"]),
+        (lambda folder: change_config(folder, eagle_aux_hidden_state_layer_ids=[2, 4, 9]), ["2, 4, 9", "6"]),
+        (lambda folder: change_config(folder, attention_bias=True), ["biases"]),
+        (lambda folder: change_config(folder, num_hidden_layers=2), ["one layer", "2"]),
+        (
+            lambda folder: change_tensor(folder, "d2t", torch.tensor([0, 2, 3, 17, 45, 55, 95])),
+            ["d2t", "token 101", "101"],
+        ),
+        (lambda folder: change_tensor(folder, "d2t", torch.tensor([-1, 2, 3, 17, 45, 55, 94])), ["d2t", "token -1"]),
+        (lambda folder: change_tensor(folder, "d2t", torch.tensor([0, 2, 3, 2, 45, 55, 94])), ["d2t", "token 5 twice"]),
+        (lambda folder: change_tensor(folder, "fc.weight", None), ["fc.weight"]),
+        (lambda folder: change_tensor(folder, "fc.weight", torch.zeros(48, 96)), ["fc.weight", "144", "96"]),
+        (lambda folder: change_tensor(folder, "surprise", torch.zeros(2)), ["surprise"]),
+        (lambda folder: change_tensor(folder, "embed_tokens.weight", torch.ones(101, 48)), ["embed_tokens", "own"]),
+        (lambda folder: (folder / "config.json").unlink(), ["config.json", "--eagle3"]),
+    ],
+)
+def test_a_head_that_does_not_fit_is_refused_in_one_line(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], break_head: Any, words: list[str]
+) -> None:
+    """A head of another model that is tuned for hours, or a traceback."""
+    export(model, write_head(model, tmp_path / "head", LISTED), tmp_path / "out", "eagle3")
+    break_head(tmp_path / "out")
+    capsys.readouterr()
+    arguments = [
+        "convert",
+        "--model",
+        str(model),
+        "--eagle3",
+        str(tmp_path / "out"),
+        "--output",
+        str(tmp_path / "back"),
+    ]
+    assert main(arguments) == 2
+    told = capsys.readouterr().err.strip()
+    assert "\n" not in told and all(word in told for word in words), told
+    assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["export", "--format", "hf", "--exits", "HEAD"], ["drafting head", "--format eagle3"]),
+        (["export", "--format", "artifact", "--exits", "EXITS", "--merge", "HEAD"], ["drafting head"]),
+        (["export", "--format", "eagle3", "--exits", "EXITS"], ["--architecture eagle3"]),
+        (["export", "--format", "speculators"], ["--exits"]),
+        (["convert", "--architecture", "eagle3", "--exit-layers", "2"], ["--exit-layers", "alone"]),
+        (["convert", "--architecture", "eagle3,mlp", "--exit-layers", "2,6"], ["alone"]),
+        (["convert", "--architecture", "eagle3", "--aux-layers", "1,3,9"], ["0..6", "9"]),
+        (["convert", "--architecture", "eagle3", "--aux-layers", "3,1"], ["1,3"]),
+        (["convert", "--eagle3", "HEAD", "--exit-layers", "2"], ["--eagle3", "exits.exit_layers"]),
+        (["convert", "--architecture", "eagle3", "--init", "fitted", "--data", "x"], ["fitted"]),
+    ],
+)
+def test_what_a_drafting_head_is_not_for_is_refused_in_one_line(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]
+) -> None:
+    """A drafting head that is merged into exits, or exported as one, and is then no head at all."""
+    places = {"HEAD": write_head(model, tmp_path / "head"), "EXITS": write_exits(model, tmp_path / "exits")}
+    given = [str(places.get(each, each)) for each in arguments]
+    capsys.readouterr()
+    assert main([*given, "--model", str(model), "--output", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr().err.strip()
+    assert "\n" not in told and all(word in told for word in words), told
+    assert not (tmp_path / "out").exists()
+
+
+def test_decoding_with_a_drafting_head_is_refused_in_one_line(model: Path, tmp_path: Path) -> None:
+    """A head that is consulted as an exit after the last layer."""
+    from ee_tuning.checkpoint.load import load_for_generation
+    from ee_tuning.config import load_config
+    from ee_tuning.errors import InputError
+    from ee_tuning.parallel.topology import init_parallel
+
+    head = write_head(model, tmp_path / "head")
+    config = load_config(None, {"model.path": str(model), "exits.path": str(head)})
+    with pytest.raises(InputError, match=r"--format eagle3 or --format speculators"):
+        load_for_generation(config, init_parallel(config.parallel))
