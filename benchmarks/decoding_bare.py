@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 
 from ee_tuning import EarlyExitLLM
+from ee_tuning.decoding.attention_metadata import AttentionMetadata
+from ee_tuning.decoding.decode_head import DecodeExitHead
+from ee_tuning.decoding.layer_stack import LayerStack
 from ee_tuning.generation.engine import Engine
 from ee_tuning.model.exit_head import ExitInput
-from ee_tuning.model.layer_run import LayerRun
-from ee_tuning.model.ragged_head import RaggedExitHead
-from ee_tuning.model.token_pass import TokenPass
 
 SAMPLED_STEPS = 32
 """Decode steps that are timed, evenly over a generation."""
@@ -80,8 +80,8 @@ def _one_pass(engine: Engine, num_rows: int, start: int, length: int) -> tuple[l
     runner, model, config = engine.runner, engine.model, engine.model.config
     hidden = torch.ones(num_rows * length, config.hidden_size, dtype=model.plan.dtype)
     each = engine.cache.pool.num_blocks // num_rows
-    places = [engine.cache.places(list(range(row * each, (row + 1) * each))) for row in range(num_rows)]
-    tokens = TokenPass(
+    places = [engine.cache.slot_mapping(list(range(row * each, (row + 1) * each))) for row in range(num_rows)]
+    tokens = AttentionMetadata(
         places,
         [start] * num_rows,
         [length] * num_rows,
@@ -97,10 +97,10 @@ def _one_pass(engine: Engine, num_rows: int, start: int, length: int) -> tuple[l
         began = time.perf_counter()
         taken = ExitInput(hidden)
         head = runner.heads[index]
-        if isinstance(head, RaggedExitHead):
+        if isinstance(head, DecodeExitHead):
             taken = head.take(hidden, inner)
             if head.layer is not None:
-                own = LayerRun([head.layer], [engine.cache.exit_head(segment.last_layer)])
+                own = LayerStack([head.layer], [engine.cache.exit_head(segment.last_layer)])
                 taken = ExitInput(hidden, layer_output=own(hidden, tokens)[0])
         asked = taken.rows(list(range(len(hidden) - num_rows, len(hidden))))
         head.ask(asked)[1].tolist()

@@ -185,7 +185,7 @@ def mixture(subject: Subject, seed: int) -> Counter[str]:
         if jobs and rng.random() < 0.02:
             engine.abort(rng.choice(jobs)[0])
         seen["steps"] += 1
-        seen["scattered"] += any(s.places is not None and s.places.first is None for s in engine.running)
+        seen["scattered"] += any(s.slot_mapping is not None and s.slot_mapping.first is None for s in engine.running)
         assert seen["steps"] < 2000, "the engine does not come to an end"
     for sequence, prompt in jobs:
         _check(subject, seed, sequence, prompt, *said[sequence.number])

@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from ee_tuning.decoding import captured_attention, graphs
 from ee_tuning.kernel import calls
-from ee_tuning.model import flash, graphs, static_attention
+from ee_tuning.model import flash
 
 
 class ImitatedGraph:
@@ -43,7 +44,7 @@ class ImitatedGraph:
 
 def record_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets engines that are made from now on decode as on a GPU."""
-    monkeypatch.setattr(graphs, "serve", lambda topology: True)
+    monkeypatch.setattr(graphs, "is_supported", lambda topology: True)
     monkeypatch.setattr(graphs, "Graph", ImitatedGraph)
     monkeypatch.setattr(calls, "kernels", lambda *_: None)
     ImitatedGraph.num_replays = 0
@@ -55,7 +56,7 @@ def imitate_flash_attention(monkeypatch: pytest.MonkeyPatch, *, version: int) ->
     promises.
     """
     monkeypatch.setattr(flash, "varlen_attention", _varlen if version == 2 else _paged)
-    way = static_attention.VarlenAttention if version == 2 else static_attention.PagedAttention
+    way = captured_attention.VarlenAttention if version == 2 else captured_attention.PagedAttention
     monkeypatch.setattr(way, "is_there", staticmethod(lambda like: True))
 
 

@@ -4,13 +4,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ee_tuning.decoding.attention_metadata import AttentionMetadata
+from ee_tuning.decoding.captured_batch import GraphCache
+from ee_tuning.decoding.eager_attention import SlotMapping
 from ee_tuning.generation.kv_cache import KVCache
 from ee_tuning.generation.sequence import Sequence
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.early_exit import EarlyExitModel
-from ee_tuning.model.ragged_attention import CachePlaces
-from ee_tuning.model.static_pass import StaticPasses
-from ee_tuning.model.token_pass import TokenPass
 
 # t tokens of a pass · h hidden · v vocabulary
 
@@ -21,29 +21,29 @@ class BatchDescriber:
     def __init__(self, tables: tuple[Tensor, Tensor], config: ModelConfig, cache: KVCache):
         self._tables, self._num_places = tables, cache.num_places
         self._per_group = config.num_attention_heads // config.num_query_groups
-        self._static = StaticPasses(
+        self._static = GraphCache(
             tables, width=config.hidden_size, num_places=cache.num_places, bytes_per_place=cache.bytes_per_token
         )
-        self._newest: TokenPass | None = None
+        self._newest: AttentionMetadata | None = None
 
-    def __call__(self, rows: list[Sequence], starts: list[int], lengths: list[int]) -> TokenPass:
+    def __call__(self, rows: list[Sequence], starts: list[int], lengths: list[int]) -> AttentionMetadata:
         """Describes a pass of `lengths` tokens of `rows` from `starts` on."""
-        places = [s.places for s in rows if s.places is not None]
+        places = [s.slot_mapping for s in rows if s.slot_mapping is not None]
         newest = self._newest
         if newest is None or starts != newest.starts or lengths != newest.lengths or not _are_same(places, newest.rows):
-            newest = self._newest = TokenPass(
+            newest = self._newest = AttentionMetadata(
                 places,
                 starts,
                 lengths,
                 self._tables,
                 queries_per_group=self._per_group,
                 num_places=self._num_places,
-                static_passes=self._static,
+                graph_cache=self._static,
             )
         return newest
 
 
-def _are_same(some: list[CachePlaces], others: list[CachePlaces]) -> bool:
+def _are_same(some: list[SlotMapping], others: list[SlotMapping]) -> bool:
     return len(some) == len(others) and all(a is b for a, b in zip(some, others, strict=True))
 
 

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import torch
 
+from ee_tuning.decoding.eager_attention import BLOCK_SIZE
 from ee_tuning.generation.sequence import CachedPart
-from ee_tuning.model.ragged_attention import BLOCK_SIZE
 
 _HELD = 2**62
 

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ee_tuning.decoding.attention_metadata import AttentionMetadata
+from ee_tuning.decoding.captured_batch import GraphCache
+from ee_tuning.decoding.decode_head import DecodeExitHead
+from ee_tuning.decoding.decode_layer import DecodeLayer
+from ee_tuning.decoding.eager_attention import BLOCK_SIZE, LayerCache, SlotMapping
+from ee_tuning.decoding.layer_stack import LayerStack
 from ee_tuning.generation.block_pool import blocks_for
 from ee_tuning.generation.model_runner import ModelRunner
 from ee_tuning.model.exit_head import ExitInput
-from ee_tuning.model.layer_run import LayerRun
-from ee_tuning.model.ragged_attention import BLOCK_SIZE, CachePlaces, LayerCache
-from ee_tuning.model.ragged_head import RaggedExitHead
-from ee_tuning.model.ragged_layer import RaggedLayer
-from ee_tuning.model.static_pass import StaticPasses
-from ee_tuning.model.token_pass import TokenPass
 
 COUNTS = (1, 4, 16)
 """Tokens of the measured passes."""
@@ -106,22 +106,22 @@ class CostProbe:
         plan, config, device = runner.model.plan, runner.config, runner.topology.device
         self._hidden = torch.ones(count, config.hidden_size, dtype=plan.dtype, device=device)
         self._num_places = blocks_for(CONTEXT + count) * BLOCK_SIZE
-        self._places = CachePlaces(index=torch.arange(self._num_places), first=0)
+        self._places = SlotMapping(index=torch.arange(self._num_places), first=0)
         shape = (self._num_places + BLOCK_SIZE, config.num_query_groups // runner.topology.tp, config.kv_channels)
         cache = LayerCache(keys=self._hidden.new_zeros(shape), values=self._hidden.new_zeros(shape))
         # Of any length of context: the engine's own tables may end before the measured tokens do.
         cos, sin = (table.new_ones(CONTEXT + count, table.shape[-1]) for table in runner.tables)
         self._tables = cos, sin
-        self._static_passes = StaticPasses(
+        self._graph_cache = GraphCache(
             self._tables,
             width=config.hidden_size,
             num_places=self._num_places,
             bytes_per_place=runner.cache.bytes_per_token,
         )
 
-        def run_of(layers: Iterable[RaggedLayer]) -> LayerRun:
+        def run_of(layers: Iterable[DecodeLayer]) -> LayerStack:
             chosen = list(layers)
-            return LayerRun(chosen, [cache] * len(chosen))
+            return LayerStack(chosen, [cache] * len(chosen))
 
         self._segments = [
             run_of(runner.layers[n] for n in range(each.first_layer, each.last_layer + 1)) for each in runner.segments
@@ -151,23 +151,23 @@ class CostProbe:
                 seconds[len(self._segments) + number] += (time.perf_counter() - passed) / times
         return seconds
 
-    def _describe(self) -> TokenPass:
+    def _describe(self) -> AttentionMetadata:
         config = self._runner.config
-        return TokenPass(
+        return AttentionMetadata(
             [self._places],
             [CONTEXT],
             [self._count],
             self._tables,
             queries_per_group=config.num_attention_heads // config.num_query_groups,
             num_places=self._num_places,
-            static_passes=self._static_passes,
+            graph_cache=self._graph_cache,
         )
 
-    def _ask(self, number: int, hidden: Tensor, exit_input: ExitInput, tokens: TokenPass) -> None:
+    def _ask(self, number: int, hidden: Tensor, exit_input: ExitInput, tokens: AttentionMetadata) -> None:
         head, taken = self._runner.heads[number], ExitInput(hidden)
         if number in self._own_layers:
             taken = ExitInput(hidden, layer_output=self._own_layers[number](hidden, tokens)[0])
-        elif isinstance(head, RaggedExitHead):
+        elif isinstance(head, DecodeExitHead):
             taken = head.take(hidden, exit_input)
         head.ask(taken)[1].tolist()  # waits for the answer
 

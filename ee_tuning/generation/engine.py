@@ -212,8 +212,8 @@ class Engine:
         row = self.proposer.plan(sequence, num_rows)
         if row.most_drafts:
             self.scheduler.reserve(sequence, len(sequence.tokens) + row.most_drafts)
-            assert sequence.places is not None
-            room = len(sequence.places.index) - len(sequence.tokens)
+            assert sequence.slot_mapping is not None
+            room = len(sequence.slot_mapping.index) - len(sequence.tokens)
             row.most_drafts = max(0, min(row.most_drafts, room, calls.MOST_TOKENS - 1 - sequence.num_drafts))
         return row
 

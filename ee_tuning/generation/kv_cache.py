@@ -10,18 +10,18 @@ from typing import Any
 
 import torch
 
+from ee_tuning.decoding import graphs
+from ee_tuning.decoding.eager_attention import BLOCK_SIZE, LayerCache, SlotMapping
 from ee_tuning.errors import InputError
 from ee_tuning.generation.block_pool import BlockPool, blocks_for
-from ee_tuning.model import graphs
 from ee_tuning.model.config import ModelConfig
-from ee_tuning.model.ragged_attention import BLOCK_SIZE, CachePlaces, LayerCache
 from ee_tuning.parallel.topology import Topology
 
 
 class KVCache:
     """Keys and values [places, g, d] of each layer of a stage, made when the layer first runs.
 
-    Where passes are padded (`StaticPasses`), a spare block lies behind the places that sequences may have.
+    Where passes are padded (`GraphCache`), a spare block lies behind the places that sequences may have.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class KVCache:
             raise _too_large(num_tokens) from error
         self.max_length = max_length
         self.num_places = self.pool.num_blocks * BLOCK_SIZE
-        spare = BLOCK_SIZE if graphs.serve(topology) else 0
+        spare = BLOCK_SIZE if graphs.is_supported(topology) else 0
         self._shape = (self.num_places + spare, config.num_query_groups // topology.tp, config.kv_channels)
         self._tensor: dict[str, Any] = {"dtype": dtype, "device": topology.device}
         self._layers: dict[tuple[str, int], LayerCache] = {}
@@ -60,11 +60,11 @@ class KVCache:
         """The cache of the layer that the exit head after layer `number` has of its own."""
         return self._of(("exit head", number))
 
-    def places(self, blocks: list[int]) -> CachePlaces:
+    def slot_mapping(self, blocks: list[int]) -> SlotMapping:
         """Where the tokens of a sequence with these blocks lie, in its order."""
         index = torch.tensor(blocks)[:, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE)
         follows = all(b == a + 1 for a, b in itertools.pairwise(blocks))
-        return CachePlaces(index=index.flatten(), first=blocks[0] * BLOCK_SIZE if follows else None)
+        return SlotMapping(index=index.flatten(), first=blocks[0] * BLOCK_SIZE if follows else None)
 
     def _of(self, owner: tuple[str, int]) -> LayerCache:
         if owner not in self._layers:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from ee_tuning.decoding.decode_head import DecodeExitHead, DecodeHead
 from ee_tuning.generation.boundary_ring import PassStates
 from ee_tuning.generation.native_step import NativeStage
 from ee_tuning.generation.sampler import SampleRequest
@@ -18,7 +19,6 @@ from ee_tuning.generation.sequence import NOT_KEPT, Sequence
 from ee_tuning.generation.stage_model import StageModel
 from ee_tuning.generation.step_plan import NOT_EXITED, Answer, ExitAnswer, RowOutput, RowPlan
 from ee_tuning.model.exit_head import ExitInput
-from ee_tuning.model.ragged_head import RaggedExitHead, RaggedHead
 from ee_tuning.parallel.shortlist import token_confidences, token_logits
 
 # t tokens of a pass · h hidden · q states that a head is asked about
@@ -205,7 +205,7 @@ class ModelRunner(StageModel):
             _collect(wanted, whole, outputs, to_sample)
 
     def _confidences(
-        self, head: RaggedHead, asked: list[RowPlan], counts: list[int], logits: Tensor, top: Tensor
+        self, head: DecodeHead, asked: list[RowPlan], counts: list[int], logits: Tensor, top: Tensor
     ) -> Tensor:  # [q, 2] float64
         """Likeliest token and confidence of each state, by the measure of its request."""
         first = 0
@@ -222,7 +222,7 @@ class ModelRunner(StageModel):
         if number in self.own_layers:
             return self._run_own(number, [row.sequence for row in asked], num_left=0, states=states)
         head = self.heads[number]
-        inputs = head.take(states.hidden, exit_input) if isinstance(head, RaggedExitHead) else ExitInput(states.hidden)
+        inputs = head.take(states.hidden, exit_input) if isinstance(head, DecodeExitHead) else ExitInput(states.hidden)
         ends, end = dict[int, int](), 0
         for sequence, length in zip(states.rows, states.lengths, strict=True):
             ends[sequence.number] = end = end + length

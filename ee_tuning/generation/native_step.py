@@ -8,11 +8,11 @@ from array import array
 import torch
 from torch import Tensor
 
+from ee_tuning.decoding.decode_head import DecodeExitHead
 from ee_tuning.generation.sampler import SampleRequest
 from ee_tuning.generation.stage_model import StageModel
 from ee_tuning.generation.step_plan import Answer, ExitAnswer, RowOutput, RowPlan
 from ee_tuning.kernel import calls
-from ee_tuning.model.ragged_head import RaggedExitHead
 from ee_tuning.parallel.shortlist import token_logits
 
 # q states that a head is asked about · v vocabulary
@@ -28,7 +28,7 @@ class NativeStage:
         self._stage, self._numbers = stage, stage.segments_of(stage.topology.stage)
         self._first = self._numbers[0]
         self._embedding = stage.embed.table
-        self._whole = {number for number, head in stage.heads.items() if head.is_whole}
+        self._whole = {number for number, head in stage.heads.items() if head.is_fully_native}
         self._segments: dict[tuple[int, frozenset[int]], ctypes.Array[calls.Segment]] = {}
         ends = range(self._numbers[0], min(self._numbers[-1] + 1, len(stage.segments) - 1) + 1)
         rings = [
@@ -93,9 +93,9 @@ class NativeStage:
 
     def _row(self, row: RowPlan, is_active: bool, first: int, buffers: "_RowBuffers") -> calls.StepRow:
         sequence, skipped = row.sequence, 8 * self._first
-        assert sequence.places is not None
+        assert sequence.slot_mapping is not None
         return calls.StepRow(
-            sequence.places.address,
+            sequence.slot_mapping.address,
             sequence.num_computed.buffer_info()[0] + skipped,
             sequence.num_own_computed.buffer_info()[0] + skipped,
             row.thresholds.buffer_info()[0] + skipped,
@@ -174,7 +174,7 @@ class NativeStage:
         head = self._stage.heads[number]
         assert head.native is not None
         segment.head.contents = head.native
-        segment.takes_mlp_input = isinstance(head, RaggedExitHead) and head.head.takes_mlp_input
+        segment.takes_mlp_input = isinstance(head, DecodeExitHead) and head.head.takes_mlp_input
         if has_own_layer:
             own = self._stage.own_layer_of(number).native
             assert own is not None

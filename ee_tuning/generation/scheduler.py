@@ -86,7 +86,7 @@ class Scheduler:
         more = self.pool.allocate(min(wanted, self.pool.num_free), after=sequence.blocks[-1]) if wanted > 0 else None
         if more:
             sequence.blocks += more
-            sequence.places = self.cache.places(sequence.blocks)
+            sequence.slot_mapping = self.cache.slot_mapping(sequence.blocks)
 
     def _allocate(self, sequence: Sequence, shared: list[int]) -> bool:
         """Allocates memory for a sequence behind the `shared` blocks; False where there is too little."""
@@ -103,7 +103,7 @@ class Scheduler:
             self.pool.free(shared)
             return False
         sequence.blocks = shared + own
-        sequence.places = self.cache.places(sequence.blocks)
+        sequence.slot_mapping = self.cache.slot_mapping(sequence.blocks)
         sequence.reset(len(shared) * BLOCK_SIZE)
         sequence.num_cached_blocks = len(shared)
         return True
@@ -119,7 +119,7 @@ class Scheduler:
                     self._preempt(max((s for s in self.running if not s.was_preempted), key=lambda s: s.number))
                 else:
                     sequence.blocks += block
-                    sequence.places = self.cache.places(sequence.blocks)
+                    sequence.slot_mapping = self.cache.slot_mapping(sequence.blocks)
 
     def _preempt(self, sequence: Sequence) -> None:
         self._release(sequence)
@@ -132,7 +132,7 @@ class Scheduler:
         self.running.remove(sequence)
         self._free_slots.append(sequence.slot)
         self.pool.free(sequence.blocks)
-        sequence.blocks, sequence.places = [], None
+        sequence.blocks, sequence.slot_mapping = [], None
 
     def _cache_blocks(self, sequence: Sequence) -> None:
         """Puts the blocks that a sequence has filled by now into the prefix cache."""

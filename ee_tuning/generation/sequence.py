@@ -7,10 +7,10 @@ from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from ee_tuning.decoding.eager_attention import SlotMapping
 from ee_tuning.generation.params import SamplingParams
 from ee_tuning.generation.policy import Policy
 from ee_tuning.generation.sampling import request_key
-from ee_tuning.model.ragged_attention import CachePlaces
 
 CachedPart = tuple[str, int]
 """A part of the network that has a KV cache: ("segment", its number), or ("head", its segment) for a head with a layer
@@ -101,7 +101,7 @@ class Sequence:
     slot: int = 0
     """Its slot in the boundary ring."""
     blocks: list[int] = field(default_factory=list)
-    places: CachePlaces | None = None
+    slot_mapping: SlotMapping | None = None
     block_keys: list[bytes] = field(default_factory=list, repr=False)
     """Prefix-cache keys of its first full blocks, computed as they are needed."""
     num_cached_blocks: int = 0

@@ -1,15 +1,15 @@
 """The layers, heads and caches of one pipeline stage, as decoding runs them."""
 
+from ee_tuning.decoding.decode_head import DecodeExitHead, DecodeFinalHead, DecodeHead
+from ee_tuning.decoding.decode_layer import DecodeLayer
+from ee_tuning.decoding.eager_attention import rotation_tables
+from ee_tuning.decoding.layer_stack import LayerStack
 from ee_tuning.generation.batch_inputs import BatchDescriber, TokenEmbedding
 from ee_tuning.generation.boundary_ring import BoundaryRing
 from ee_tuning.generation.kv_cache import KVCache
 from ee_tuning.generation.sampler import Sampler
 from ee_tuning.generation.segments import Segment
 from ee_tuning.model.early_exit import EarlyExitModel
-from ee_tuning.model.layer_run import LayerRun
-from ee_tuning.model.ragged_attention import rotation_tables
-from ee_tuning.model.ragged_head import RaggedExitHead, RaggedFinalHead, RaggedHead
-from ee_tuning.model.ragged_layer import RaggedLayer
 
 
 class StageModel:
@@ -29,15 +29,15 @@ class StageModel:
         self.segments, self.cache, self.max_pending = segments, cache, max_pending
         plan, dtype = model.plan, model.plan.dtype
         own = range(plan.first_layer, plan.last_layer + 1)
-        self.layers = {number: RaggedLayer(model.backbone.layer(number), self.config, self.topology) for number in own}
-        exit_heads = {e.layer: RaggedExitHead(model, model.exit_head(e.layer), self.topology) for e in plan.own_exits}
-        self.heads: dict[int, RaggedHead] = {}
+        self.layers = {number: DecodeLayer(model.backbone.layer(number), self.config, self.topology) for number in own}
+        exit_heads = {e.layer: DecodeExitHead(model, model.exit_head(e.layer), self.topology) for e in plan.own_exits}
+        self.heads: dict[int, DecodeHead] = {}
         """Heads of this stage by the segment that they follow."""
         for number, segment in enumerate(segments):
             if segment.exit_layer in exit_heads:
                 self.heads[number] = exit_heads[segment.exit_layer]
             elif segment.is_last and plan.has_final_head and self.topology.is_last_stage:
-                self.heads[number] = RaggedFinalHead(model)
+                self.heads[number] = DecodeFinalHead(model)
         own_layers = {spec.layer for spec in plan.exits if spec.architecture == "layer"}
         self.own_layers = frozenset(i for i, segment in enumerate(segments) if segment.exit_layer in own_layers)
         """Segments, of all stages, whose heads have a layer of their own."""
@@ -47,8 +47,8 @@ class StageModel:
         self.sampler = Sampler(model.vocab.size)
         self.describe = BatchDescriber(self.tables, self.config, cache)
         self.embed = TokenEmbedding(model)
-        self._runs: dict[tuple[int, int], LayerRun] = {}
-        self._own_runs: dict[int, LayerRun] = {}
+        self._runs: dict[tuple[int, int], LayerStack] = {}
+        self._own_runs: dict[int, LayerStack] = {}
         self.is_native = (
             self.config.position == "rope"
             and bool(self.layers)
@@ -69,19 +69,19 @@ class StageModel:
         numbers = [number for number, segment in enumerate(self.segments) if segment.stage == stage]
         return range(numbers[0], numbers[-1] + 1)
 
-    def layers_of(self, first: int, last: int) -> LayerRun:
+    def layers_of(self, first: int, last: int) -> LayerStack:
         """The layers of segments `first` to `last` of this stage, with their caches."""
         if (first, last) not in self._runs:  # a segment that no token reaches has no caches
             numbers = range(self.segments[first].first_layer, self.segments[last].last_layer + 1)
-            self._runs[first, last] = LayerRun(
+            self._runs[first, last] = LayerStack(
                 [self.layers[n] for n in numbers], [self.cache.layer(n) for n in numbers]
             )
         return self._runs[first, last]
 
-    def own_layer_of(self, number: int) -> LayerRun:
+    def own_layer_of(self, number: int) -> LayerStack:
         """The layer that the head behind segment `number` has of its own, with its cache."""
         if number not in self._own_runs:  # a head that nobody asks has no cache
             layer, exit_layer = self.heads[number].layer, self.segments[number].exit_layer
             assert layer is not None and exit_layer is not None
-            self._own_runs[number] = LayerRun([layer], [self.cache.exit_head(exit_layer)])
+            self._own_runs[number] = LayerStack([layer], [self.cache.exit_head(exit_layer)])
         return self._own_runs[number]

@@ -119,7 +119,9 @@ def fill(structure: ctypes.Structure, tensors: dict[str, Tensor | None]) -> None
         setattr(structure, name, None if tensor is None else tensor.data_ptr())
 
 
-def token_pass(starts: Sequence[int], lengths: Sequence[int], places: Sequence[int], cos: Tensor, sin: Tensor) -> Pass:
+def native_batch(
+    starts: Sequence[int], lengths: Sequence[int], places: Sequence[int], cos: Tensor, sin: Tensor
+) -> Pass:
     """`places` are addresses of each row's places, int64 from its first token on; cos and sin [positions, d]."""
     rows = (Row * len(starts))(*(Row(*row) for row in zip(starts, lengths, places, strict=True)))
     made = Pass(

@@ -1,7 +1,7 @@
 """One stage of an early-exit model: frozen backbone layers with their exit heads. Exits cut the network into segments.
 
 `run_layers` runs whole sequences, for tuning and evaluation; decoding runs the same layers token by token
-(`ragged_layer.py`).
+(`decode_layer.py`).
 """
 
 from dataclasses import dataclass

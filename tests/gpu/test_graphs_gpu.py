@@ -15,9 +15,9 @@ pytestmark = needs_gpu
 ATTEND = """
 import json, random
 import torch
-from ee_tuning.model.ragged_attention import CachePlaces, LayerCache, ragged_batch
-from ee_tuning.model.static_attention import BEST_FIRST
-from ee_tuning.model.static_pass import StaticPass
+from ee_tuning.decoding.eager_attention import SlotMapping, LayerCache, eager_batch
+from ee_tuning.decoding.captured_attention import BEST_FIRST
+from ee_tuning.decoding.captured_batch import CapturedBatch
 
 torch.manual_seed(0)
 found, rng = [], random.Random(0)
@@ -27,12 +27,12 @@ for groups, per_group in ((8, 1), (2, 4)):
     cache = LayerCache(**{name: torch.randn(101 * 16, groups, 64, device="cuda", dtype=torch.bfloat16) for name in ("keys", "values")})
     for way in [way for way in BEST_FIRST if way.is_there(tables[0])]:
         for starts, lengths in (([300], [1]), ([0, 310, 17], [1, 1, 1]), ([5, 200, 411], [3, 1, 4])):
-            rows = [CachePlaces(index=torch.tensor([b * 16 + i for b in own for i in range(16)]), first=own[0] * 16)
+            rows = [SlotMapping(index=torch.tensor([b * 16 + i for b in own for i in range(16)]), first=own[0] * 16)
                     for own in blocks[:len(starts)]]
             count = 8
-            static = StaticPass(count, way(512), tables, 4, spare_block=100)
+            static = CapturedBatch(count, way(512), tables, 4, spare_block=100)
             static.tell(rows, starts, lengths, object())
-            plain = ragged_batch(rows, starts, lengths, *tables, queries_per_group=per_group, num_places=1600)
+            plain = eager_batch(rows, starts, lengths, *tables, queries_per_group=per_group, num_places=1600)
             total = sum(lengths)
             query = torch.randn(count, groups, per_group, 64, device="cuda", dtype=torch.bfloat16)
             assert torch.equal(static.places[:total], plain.places), (static.places, plain.places)

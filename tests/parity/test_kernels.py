@@ -11,12 +11,12 @@ from random_models import FAMILIES, WITH_EXPERTS, random_model
 
 from ee_tuning.checkpoint.load import LoadedModel, load_for_generation
 from ee_tuning.config import ParallelSection, load_config
+from ee_tuning.decoding.attention_metadata import AttentionMetadata
+from ee_tuning.decoding.eager_attention import LayerCache, SlotMapping
+from ee_tuning.decoding.layer_stack import LayerStack
 from ee_tuning.generation.engine import Engine
 from ee_tuning.kernel import build, calls
 from ee_tuning.model.exit_head import ExitInput
-from ee_tuning.model.layer_run import LayerRun
-from ee_tuning.model.ragged_attention import CachePlaces, LayerCache
-from ee_tuning.model.token_pass import TokenPass
 from ee_tuning.parallel.topology import init_parallel
 
 pytestmark = pytest.mark.skipif(build._compiler() is None, reason="no C++ compiler")
@@ -63,14 +63,14 @@ class Subject:
         self.kept = [torch.randn(2, *shape, generator=draw, dtype=self.dtype) for _ in range(4)]
         index = [torch.tensor([block * 16 + i for block in blocks for i in range(16)]) for blocks in BLOCKS]
         self.rows = [
-            CachePlaces(index=places, first=int(places[0]) if i == 0 else None) for i, places in enumerate(index)
+            SlotMapping(index=places, first=int(places[0]) if i == 0 else None) for i, places in enumerate(index)
         ]
 
     def run(self, hidden: torch.Tensor, rows: list[int], starts: list[int], lengths: list[int]) -> list[torch.Tensor]:
         """What the layers give, and what they leave in their caches."""
         config = self.runner.config
         caches = [LayerCache(keys=keys.clone(), values=values.clone()) for keys, values in self.kept]
-        tokens = TokenPass(
+        tokens = AttentionMetadata(
             [self.rows[i] for i in rows],
             starts,
             lengths,
@@ -78,7 +78,7 @@ class Subject:
             num_places=PLACES,
             queries_per_group=config.num_attention_heads // config.num_query_groups,
         )
-        out, inner = LayerRun([self.runner.layers[n] for n in (1, 2, 3, 4)], caches)(hidden, tokens)
+        out, inner = LayerStack([self.runner.layers[n] for n in (1, 2, 3, 4)], caches)(hidden, tokens)
         assert inner.residual is not None
         return [out, inner.hidden, inner.residual, *(x for cache in caches for x in (cache.keys, cache.values))]
 

@@ -115,8 +115,8 @@ def test_a_step_in_one_call_is_the_step_segment_by_segment(
             )
             answers.append(told(sequence, run_all(engine)))
     assert answers[0] == answers[1] and len(answers[0]["said"]) == NEW_TOKENS
-    is_whole = architecture(loaded) not in ("adapter", "linear") and "measure" not in policy
-    assert (len(made) > NEW_TOKENS / 2) == (policy.get("policy") == "full" or is_whole)
+    is_fully_native = architecture(loaded) not in ("adapter", "linear") and "measure" not in policy
+    assert (len(made) > NEW_TOKENS / 2) == (policy.get("policy") == "full" or is_fully_native)
 
 
 @pytest.mark.parametrize(

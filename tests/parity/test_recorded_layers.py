@@ -15,16 +15,17 @@ from recorded import ImitatedGraph, imitate_flash_attention, record_on_cpu
 
 from ee_tuning.checkpoint.load import LoadedModel, load_for_generation
 from ee_tuning.config import ParallelSection, load_config
+from ee_tuning.decoding import captured_attention, captured_batch, graphs, layer_stack
+from ee_tuning.decoding.attention_metadata import AttentionMetadata
+from ee_tuning.decoding.captured_attention import CapturedAttention, GatheredAttention, PagedAttention, VarlenAttention
+from ee_tuning.decoding.captured_batch import COUNTS, GraphCache, padded_count
+from ee_tuning.decoding.eager_attention import LayerCache, SlotMapping
+from ee_tuning.decoding.layer_stack import LayerStack
 from ee_tuning.generation.cost_model import measure_costs
 from ee_tuning.generation.engine import Engine
 from ee_tuning.kernel import calls
-from ee_tuning.model import flash, graphs, layer_run, static_attention, static_pass
+from ee_tuning.model import flash
 from ee_tuning.model.exit_head import ExitInput
-from ee_tuning.model.layer_run import LayerRun
-from ee_tuning.model.ragged_attention import CachePlaces, LayerCache
-from ee_tuning.model.static_attention import GatheredAttention, PagedAttention, StaticAttention, VarlenAttention
-from ee_tuning.model.static_pass import COUNTS, StaticPasses, padded_count
-from ee_tuning.model.token_pass import TokenPass
 from ee_tuning.parallel.topology import init_parallel
 
 NUM_PLACES = 320
@@ -53,31 +54,29 @@ class Subject:
         draw = torch.Generator().manual_seed(0)
         self.kept = [torch.randn(2, *shape, generator=draw, dtype=torch.float64) for _ in range(3)]
         self.caches = [LayerCache(keys=keys.clone(), values=values.clone()) for keys, values in self.kept]
-        self.run = LayerRun([self.runner.layers[n] for n in (1, 2, 3)], self.caches)
-        self.passes = StaticPasses(
-            self.runner.tables, width=config.hidden_size, num_places=NUM_PLACES, bytes_per_place=1
-        )
+        self.run = LayerStack([self.runner.layers[n] for n in (1, 2, 3)], self.caches)
+        self.passes = GraphCache(self.runner.tables, width=config.hidden_size, num_places=NUM_PLACES, bytes_per_place=1)
 
-    def tokens(self, blocks: list[list[int]], starts: list[int], lengths: list[int]) -> TokenPass:
+    def tokens(self, blocks: list[list[int]], starts: list[int], lengths: list[int]) -> AttentionMetadata:
         config = self.runner.config
         rows = [
-            CachePlaces(
+            SlotMapping(
                 index=torch.tensor([block * 16 + i for block in own for i in range(16)]),
                 first=own[0] * 16 if own in TOGETHER else None,
             )
             for own in blocks
         ]
-        return TokenPass(
+        return AttentionMetadata(
             rows,
             starts,
             lengths,
             self.runner.tables,
             num_places=NUM_PLACES,
-            static_passes=self.passes,
+            graph_cache=self.passes,
             queries_per_group=config.num_attention_heads // config.num_query_groups,
         )
 
-    def outcome(self, hidden: torch.Tensor, tokens: TokenPass) -> list[torch.Tensor]:
+    def outcome(self, hidden: torch.Tensor, tokens: AttentionMetadata) -> list[torch.Tensor]:
         """What the layers give, and what they leave in every place that a sequence may have."""
         for cache, (keys, values) in zip(self.caches, self.kept, strict=True):
             cache.keys.copy_(keys)
@@ -124,11 +123,11 @@ def test_padded_passes_are_the_walk_over_rows(
     subject = Subject(loaded)
     for case, theirs in zip(cases, wanted, strict=True):
         tokens = subject.tokens(*case)
-        assert isinstance(tokens.static._attention, way)
+        assert isinstance(tokens.captured._attention, way)
         for one, other in zip(subject.outcome(subject.states(sum(case[2])), tokens), theirs, strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
     assert ImitatedGraph.num_replays == 2 * len(cases)
-    assert len({tokens.static.count for tokens in (subject.tokens(*case) for case in cases)}) > 4
+    assert len({tokens.captured.count for tokens in (subject.tokens(*case) for case in cases)}) > 4
 
 
 def test_what_a_run_gave_is_not_overwritten_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +152,7 @@ def test_a_pass_is_told_again_after_another_one(tmp_path: Path, monkeypatch: pyt
     one, other = subject.tokens([TOGETHER[0]], [7], [1]), subject.tokens([TOGETHER[1]], [3], [1])
     wanted = subject.outcome(subject.states(1), one)
     subject.outcome(subject.states(1), other)
-    assert one.static is other.static
+    assert one.captured is other.captured
     for mine, theirs in zip(subject.outcome(subject.states(1), one), wanted, strict=True):
         assert torch.equal(mine, theirs)
 
@@ -184,26 +183,26 @@ def test_each_pass_takes_the_best_that_suits_it(tmp_path: Path, monkeypatch: pyt
     subject = Subject(load(tmp_path))
 
     def way(blocks: list[list[int]], start: int) -> type | None:
-        static = subject.tokens(blocks, [start] * len(blocks), [1] * len(blocks)).static
-        return None if static is None else type(static._attention)
+        captured = subject.tokens(blocks, [start] * len(blocks), [1] * len(blocks)).captured
+        return None if captured is None else type(captured._attention)
 
     assert way([TOGETHER[0], TOGETHER[1]], 40) is VarlenAttention
     assert way([TOGETHER[0], SCATTERED[0]], 40) is GatheredAttention
-    monkeypatch.setattr(static_attention, "MOST_GATHERED", 2 * 64 - 1)
+    monkeypatch.setattr(captured_attention, "MOST_GATHERED", 2 * 64 - 1)
     assert way([TOGETHER[0], SCATTERED[0]], 40) is None and way([SCATTERED[0]], 40) is GatheredAttention
     got = subject.outcome(subject.states(2), subject.tokens([TOGETHER[0], SCATTERED[0]], [40, 40], [1, 1]))
     assert len(got) == 9
-    monkeypatch.setattr(static_pass, "MOST_REREAD", 3 * 44)
+    monkeypatch.setattr(captured_batch, "MOST_REREAD", 3 * 44)
     assert (
-        subject.tokens([TOGETHER[0]], [40], [4]).static is not None
-        and subject.tokens([TOGETHER[0]], [40], [5]).static is None
+        subject.tokens([TOGETHER[0]], [40], [4]).captured is not None
+        and subject.tokens([TOGETHER[0]], [40], [5]).captured is None
     )
     assert [padded_count(n) for n in (1, 3, 16, 17, 256, 257)] == [1, 4, 16, 24, 256, None]
 
 
 @pytest.mark.parametrize("way", [VarlenAttention, PagedAttention])
 @pytest.mark.parametrize("per_group", [1, 4])
-def test_flash_attention_takes_what_it_is_given(way: type[StaticAttention], per_group: int) -> None:
+def test_flash_attention_takes_what_it_is_given(way: type[CapturedAttention], per_group: int) -> None:
     """An argument that torch's own function does not know, which no stand-in would tell."""
     if way is PagedAttention and "block_table" not in flash._names():
         pytest.skip("this torch has no attention by blocks")
@@ -220,9 +219,9 @@ def test_flash_attention_takes_what_it_is_given(way: type[StaticAttention], per_
 def test_graphs_serve_a_gpu_unless_they_are_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU that tries to record, or a switch that nobody reads."""
     gpu, cpu = (SimpleNamespace(device=torch.device(name), tp=1) for name in ("cuda", "cpu"))
-    assert graphs.serve(gpu) and not graphs.serve(cpu)
+    assert graphs.is_supported(gpu) and not graphs.is_supported(cpu)
     monkeypatch.setenv(graphs.SWITCH, "0")
-    assert not graphs.serve(gpu)
+    assert not graphs.is_supported(gpu)
 
 
 def test_layers_with_experts_are_not_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,12 +255,12 @@ def test_compiled_layers_are_the_layers(tmp_path: Path, monkeypatch: pytest.Monk
     record_on_cpu(monkeypatch)
     monkeypatch.setenv(graphs.SWITCH, "fused")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    layer_run._compiled.cache_clear()
+    layer_stack._compiled.cache_clear()
     subject = Subject(loaded)
     for case, theirs in zip(cases, wanted, strict=True):
         for one, other in zip(
             subject.outcome(subject.states(sum(case[2])), subject.tokens(*case)), theirs, strict=True
         ):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
-    layer_run._compiled.cache_clear()
+    layer_stack._compiled.cache_clear()
     assert len(cases) > 3 and torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2 * 2 * 2

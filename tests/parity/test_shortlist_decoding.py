@@ -13,12 +13,12 @@ from torch import Tensor
 
 from ee_tuning.checkpoint.load import LoadedModel, load_for_generation
 from ee_tuning.config import ParallelSection, load_config
+from ee_tuning.decoding.decode_head import DecodeExitHead
 from ee_tuning.generation.engine import Engine
 from ee_tuning.generation.params import SamplingParams
 from ee_tuning.generation.policy import Policy
 from ee_tuning.generation.scoring import score
 from ee_tuning.model.exit_head import ExitInput
-from ee_tuning.model.ragged_head import RaggedExitHead
 from ee_tuning.parallel.shortlist import UNSURE
 from ee_tuning.parallel.topology import init_parallel
 
@@ -159,7 +159,7 @@ def test_a_request_that_allows_nothing_of_the_list_goes_on(norm: tuple[LoadedMod
 def test_kernel_and_torch_ask_alike(norm: tuple[LoadedModel, ListedDecoder], layer: int) -> None:
     """The compiled head has the list as a pointer, and its own rule of what is unsure."""
     model = norm[0].model
-    head = RaggedExitHead(model, model.exit_head(layer), model.topology)
+    head = DecodeExitHead(model, model.exit_head(layer), model.topology)
     if head.native is None:
         pytest.skip("no kernel here")
     confidences = []

@@ -27,6 +27,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("kernel", "config"),
     ("parallel",),
     ("model",),
+    ("decoding",),
     ("checkpoint",),
     ("data",),
     ("tuning", "generation"),

@@ -2,8 +2,8 @@
 
 A decode step moves so few numbers that Python above the matrix products would cost several times what they do: this
 walk makes some fifteen calls a layer where Megatron's own forward makes over a hundred. Tests hold it equal to that
-forward. On a CPU a kernel takes its place where there is one, on a GPU it is recorded (`layer_run.py`); as it stands it
-then serves passes of many tokens.
+forward. On a CPU a kernel takes its place where there is one, on a GPU it is recorded (`layer_stack.py`); as it stands
+it then serves passes of many tokens.
 """
 
 from typing import Any
@@ -13,22 +13,22 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from ee_tuning.decoding import graphs
+from ee_tuning.decoding.captured_batch import CapturedBatch
+from ee_tuning.decoding.decode_experts import DecodeExperts
+from ee_tuning.decoding.eager_attention import EagerBatch, LayerCache, rotate
 from ee_tuning.kernel import calls
-from ee_tuning.model import graphs
 from ee_tuning.model.activation import activation
 from ee_tuning.model.attention import softmax_scale
 from ee_tuning.model.column_major import column_major, row_major
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.exit_head import ExitInput
-from ee_tuning.model.ragged_attention import LayerCache, RaggedBatch, rotate
-from ee_tuning.model.ragged_experts import RaggedExperts
-from ee_tuning.model.static_pass import StaticPass
 from ee_tuning.parallel.topology import Topology
 
 # t tokens of a ragged batch · h hidden · g key-value heads of this rank · n/g query heads of each · d width of a head
 
 
-class RaggedLayer:
+class DecodeLayer:
     """A layer of the backbone's kind (`build_layer`), for decoding. Shares its weights."""
 
     def __init__(self, layer: Any, config: ModelConfig, topology: Topology):
@@ -38,15 +38,15 @@ class RaggedLayer:
         if self.has_layer_norm:
             self.input_norm_bias, self.mlp_norm_bias = layer.input_layernorm.bias, layer.pre_mlp_layernorm.bias
         self.is_native = topology.tp == 1 and not layer.is_moe_layer and calls.serves(attention.linear_qkv.weight)
-        self.is_recordable = not layer.is_moe_layer and graphs.serve(
+        self.is_recordable = not layer.is_moe_layer and graphs.is_supported(
             topology
         )  # experts ask the device how many tokens they got
         tall = row_major if self.is_native else column_major
         self.qkv, self.qkv_bias = tall(attention.linear_qkv.weight), attention.linear_qkv.bias
         self.proj, self.proj_bias = attention.linear_proj.weight, attention.linear_proj.bias
-        self.experts: RaggedExperts | None = None
+        self.experts: DecodeExperts | None = None
         if layer.is_moe_layer:
-            self.experts = RaggedExperts(mlp, config, topology)
+            self.experts = DecodeExperts(mlp, config, topology)
         else:
             self.fc1, self.fc1_bias = tall(mlp.linear_fc1.weight), mlp.linear_fc1.bias
             self.fc2, self.fc2_bias = mlp.linear_fc2.weight, mlp.linear_fc2.bias
@@ -95,7 +95,7 @@ class RaggedLayer:
         self,
         x: Tensor,
         cache: LayerCache,
-        batch: RaggedBatch | StaticPass,
+        batch: EagerBatch | CapturedBatch,
         *,
         keeps: bool = True,  # [t, h]
     ) -> tuple[Tensor, ExitInput]:  # [t, h], …

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ee_tuning.decoding import graphs
+from ee_tuning.decoding.captured_batch import padded_count
+from ee_tuning.decoding.decode_layer import DecodeLayer, native_shape
 from ee_tuning.kernel import calls
-from ee_tuning.model import graphs
 from ee_tuning.model.column_major import column_major, row_major
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.model.exit_head import (
@@ -23,8 +25,6 @@ from ee_tuning.model.exit_head import (
     MLPHead,
     NormHead,
 )
-from ee_tuning.model.ragged_layer import RaggedLayer, native_shape
-from ee_tuning.model.static_pass import padded_count
 from ee_tuning.parallel.shortlist import Shortlist, token_top1
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.vocab import VocabShard
@@ -33,10 +33,10 @@ from ee_tuning.parallel.vocab import VocabShard
 # shortlist's classes
 
 
-class RaggedHead(ABC):
+class DecodeHead(ABC):
     """A head on this rank. Shares its weights."""
 
-    layer: RaggedLayer | None = None
+    layer: DecodeLayer | None = None
     """The layer of its own, behind the backbone's."""
 
     def __init__(self, model: EarlyExitModel, vocab: VocabShard, norm: Any, output: Tensor, mlp: ExitMLP | None = None):
@@ -48,12 +48,12 @@ class RaggedHead(ABC):
         self.native = _native(norm, output, mlp, vocab) if is_native else None
         """The head as the kernels take it; None where they do not serve."""
         self._shape = native_shape(model.config)
-        self._is_recordable = graphs.serve(model.topology)
+        self._is_recordable = graphs.is_supported(model.topology)
         self._graphs: dict[int, tuple[ExitInput, graphs.Graph]] = {}
         """Entries by padded count: what it reads, and the graph."""
 
     @property
-    def is_whole(self) -> bool:
+    def is_fully_native(self) -> bool:
         """Whether the kernels take a token all the way from the layers before it to its answer."""
         return self.native is not None
 
@@ -94,7 +94,7 @@ class RaggedHead(ABC):
         """What the kernel takes: states, and what is added to the MLP's output where there is one."""
 
 
-class RaggedFinalHead(RaggedHead):
+class DecodeFinalHead(DecodeHead):
     """The model's own last norm and output matrix."""
 
     def __init__(self, model: EarlyExitModel):
@@ -104,15 +104,15 @@ class RaggedFinalHead(RaggedHead):
         )
 
     def logits(self, inputs: ExitInput) -> Tensor:  # [q, v/tp]
-        """See RaggedHead."""
+        """See DecodeHead."""
         return F.linear(self.model.final_hidden(inputs.hidden), self.model.backbone.output_layer.weight)
 
     def native_states(self, inputs: ExitInput) -> tuple[Tensor, Tensor | None]:  # [q, h]
-        """See RaggedHead."""
+        """See DecodeHead."""
         return inputs.hidden, None
 
 
-class RaggedExitHead(RaggedHead):
+class DecodeExitHead(DecodeHead):
     """An exit head.
 
     One with a layer of its own has a cache of its own: before it is asked about a token, it has to see all tokens
@@ -121,7 +121,7 @@ class RaggedExitHead(RaggedHead):
 
     def __init__(self, model: EarlyExitModel, head: ExitHead, topology: Topology):
         self.head = head
-        self.layer = None if head.own_layer is None else RaggedLayer(head.own_layer, head.config, topology)
+        self.layer = None if head.own_layer is None else DecodeLayer(head.own_layer, head.config, topology)
         if self._is_mapped:  # then the kernel has the output matrix alone
             super().__init__(model, model.exit_vocab, None, head.output_weight)
             for matrix in head.linear.parameters():
@@ -137,8 +137,8 @@ class RaggedExitHead(RaggedHead):
         )
 
     @property
-    def is_whole(self) -> bool:
-        """See RaggedHead. An adapter is torch's, and then its norm and output matrix the kernel's; so is a linear map
+    def is_fully_native(self) -> bool:
+        """See DecodeHead. An adapter is torch's, and then its norm and output matrix the kernel's; so is a linear map
         and all before it.
         """
         is_torchs = self._is_mapped or isinstance(self.head, AdapterHead)
@@ -153,11 +153,11 @@ class RaggedExitHead(RaggedHead):
         return inner if self.head.takes_mlp_input else ExitInput(hidden)
 
     def logits(self, inputs: ExitInput) -> Tensor:  # [q, v/tp]
-        """See RaggedHead."""
+        """See DecodeHead."""
         return self.head(inputs, F.linear)
 
     def native_states(self, inputs: ExitInput) -> tuple[Tensor, Tensor | None]:  # [q, h] each
-        """See RaggedHead."""
+        """See DecodeHead."""
         if self._is_mapped:
             return self.head.final_hidden(inputs), None
         match self.head:

@@ -1,8 +1,8 @@
-"""Passes padded to few shapes, so that what layers do with them can be recorded (`graphs.py`) and said again for other
+"""Batches padded to few shapes, so that layers can be captured as CUDA graphs (`graphs.py`) and replayed for other
 tokens.
 
-A pass is told to the device in one small copy; what all layers need of it is computed there, once for all segments of a
-step.
+One small copy to the device describes a batch; the inputs that all layers share are computed there, once for all
+segments of a step.
 """
 
 from bisect import bisect_left
@@ -10,18 +10,17 @@ from bisect import bisect_left
 import torch
 from torch import Tensor
 
-from ee_tuning.model import graphs
-from ee_tuning.model.ragged_attention import BLOCK_SIZE, CachePlaces, LayerCache
-from ee_tuning.model.static_attention import BEST_FIRST, StaticAttention
+from ee_tuning.decoding import graphs
+from ee_tuning.decoding.captured_attention import BEST_FIRST, CapturedAttention
+from ee_tuning.decoding.eager_attention import BLOCK_SIZE, LayerCache, SlotMapping
 
-# t tokens, padded · b blocks told of each one's sequence · h hidden · d width of a head
+# t tokens, padded · b blocks of each one's sequence · h hidden · d width of a head
 
 COUNTS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Tokens of a padded pass. Larger ones, prompts for the most part, keep a GPU busy without graphs."""
 MOST_REREAD = 2**29
-"""Bytes of a layer's keys and values that a pass may read more often than once, since each token of a sequence reads
-them for itself. They come from a GPU's second-level cache in about the time that the calls for a layer take without a
-graph.
+"""Bytes of a layer's keys and values that a pass may read more than once, for each token of a sequence reads them
+itself. They come from a GPU's second-level cache in about the time that the calls for a layer take without a graph.
 """
 
 
@@ -31,66 +30,66 @@ def padded_count(num_tokens: int) -> int | None:
     return COUNTS[place] if place < len(COUNTS) else None
 
 
-class StaticPass:
-    """A pass of `count` tokens. Those beyond a pass's own write to a block that no sequence has, and see the first
-    place there.
+class CapturedBatch:
+    """A batch of `count` tokens. Padding tokens write to a spare block that no sequence has, and attend to its first
+    slot.
     """
 
     def __init__(
-        self, count: int, attention: StaticAttention, tables: tuple[Tensor, Tensor], width: int, spare_block: int
+        self, count: int, attention: CapturedAttention, tables: tuple[Tensor, Tensor], width: int, spare_block: int
     ):
-        """`tables` as TokenPass has them; `width` is h."""
+        """`tables` as AttentionMetadata has them; `width` is h."""
         cos, _ = tables
         self.count, self._attention, self._tables, self._spare_block = count, attention, tables, spare_block
         self.hidden = cos.new_zeros(count, width)
-        """[t, h]: what goes into the layers."""
-        self._told = torch.zeros(count, 2 + attention.num_blocks, dtype=torch.int32, device=cos.device)
+        """[t, h]: the input of the layers."""
+        self._table = torch.zeros(count, 2 + attention.num_blocks, dtype=torch.int32, device=cos.device)
         """[t, 2 + b]: position, place, blocks."""
-        self._teller: object = None
+        self._owner: object = None
         self._graph = graphs.Graph(self._derived, cos.device)
         self.places, self.cos, self.sin, *self._prepared = self._graph.outputs
 
     @torch.inference_mode()
-    def tell(self, rows: list[CachePlaces], starts: list[int], lengths: list[int], teller: object) -> None:
-        """Makes it the pass of `teller`, a TokenPass of these numbers, if it is not already."""
-        if self._teller is teller:
+    def load(self, rows: list[SlotMapping], starts: list[int], lengths: list[int], owner: object) -> None:
+        """Loads the batch of `owner`, an AttentionMetadata of these numbers, unless it is loaded already."""
+        if self._owner is owner:
             return
-        is_cuda = self._told.is_cuda
+        is_cuda = self._table.is_cuda
         # New memory each time: the copy of the pass before may be waiting for its turn on the device.
-        host = torch.empty(self._told.shape, dtype=torch.int32, pin_memory=is_cuda)
-        told, positions, places = host.numpy(), list[int](), list[int]()
+        host = torch.empty(self._table.shape, dtype=torch.int32, pin_memory=is_cuda)
+        table, positions, places = host.numpy(), list[int](), list[int]()
         first = 0
         for row, start, length in zip(rows, starts, lengths, strict=True):
             blocks, end = row.blocks, first + length
             positions += range(start, start + length)
             places += [blocks[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in range(start, start + length)]
             shown = blocks[: self._attention.num_blocks]
-            told[first:end, 2 : 2 + len(shown)] = shown
-            told[first:end, 2 + len(shown) :] = blocks[0]  # hidden by the mask, and nobody else's
+            table[first:end, 2 : 2 + len(shown)] = shown
+            table[first:end, 2 + len(shown) :] = blocks[0]  # hidden by the mask, and of no other sequence
             first = end
-        told[:first, 0], told[:first, 1] = positions, places
-        told[first:, 0], told[first:, 1], told[first:, 2:] = 0, self._spare_block * BLOCK_SIZE, self._spare_block
-        self._told.copy_(host, non_blocking=is_cuda)
+        table[:first, 0], table[:first, 1] = positions, places
+        table[first:, 0], table[first:, 1], table[first:, 2:] = 0, self._spare_block * BLOCK_SIZE, self._spare_block
+        self._table.copy_(host, non_blocking=is_cuda)
         self._graph.replay()
-        self._teller = teller
+        self._owner = owner
 
     def attend(self, query: Tensor, cache: LayerCache, scale: float) -> Tensor:  # [t, g, n/g, d] -> [t, n * d]
         """Each token to its own sequence up to itself; the pass's keys and values are in the cache."""
         return self._attention.attend(query, cache, tuple(self._prepared), scale)
 
     def _derived(self) -> tuple[Tensor, ...]:
-        positions, blocks = self._told[:, 0], self._told[:, 2:]
+        positions, blocks = self._table[:, 0], self._table[:, 2:]
         cos, sin = (table[positions.long()][:, None, None] for table in self._tables)
-        return self._told[:, 1].long(), cos, sin, *self._attention.prepared(positions, blocks, cos.dtype)
+        return self._table[:, 1].long(), cos, sin, *self._attention.prepared(positions, blocks, cos.dtype)
 
 
-class StaticPasses:
-    """The passes over a cache of `num_places` and one more block. One for each padded count, way to attend, and length
-    that may be seen.
+class GraphCache:
+    """The captured batches over a cache of `num_places` and a spare block: one for each padded count, attention and
+    reach.
     """
 
     def __init__(self, tables: tuple[Tensor, Tensor], *, width: int, num_places: int, bytes_per_place: int):
-        """`tables` as TokenPass has them; `width` is h."""
+        """`tables` as AttentionMetadata has them; `width` is h."""
         self._tables, self._width, self._spare_block, self._bytes_per_place = (
             tables,
             width,
@@ -99,13 +98,11 @@ class StaticPasses:
         )
         self._longest = -(-len(tables[0]) // BLOCK_SIZE) * BLOCK_SIZE
         self._ways = [way for way in BEST_FIRST if way.is_there(tables[0])]
-        self._made: dict[tuple[int, type[StaticAttention], int], StaticPass] = {}
+        self._made: dict[tuple[int, type[CapturedAttention], int], CapturedBatch] = {}
 
     @torch.inference_mode()
-    def fitting(self, rows: list[CachePlaces], starts: list[int], lengths: list[int]) -> StaticPass | None:
-        """What these tokens can be told to; None where they are too many, or lie so that nothing but separate calls
-        suits.
-        """
+    def fitting(self, rows: list[SlotMapping], starts: list[int], lengths: list[int]) -> CapturedBatch | None:
+        """The captured batch for these tokens; None where they are too many, or no attention suits how they lie."""
         count, ends = (
             padded_count(sum(lengths)),
             [start + length for start, length in zip(starts, lengths, strict=True)],
@@ -118,7 +115,7 @@ class StaticPasses:
             reach = min(max(way.least_reach, 1 << (end - 1).bit_length()), self._longest)
             if way.suits(rows, count * reach, self._bytes_per_place):
                 if (count, way, reach) not in self._made:
-                    made = StaticPass(count, way(reach), self._tables, self._width, self._spare_block)
+                    made = CapturedBatch(count, way(reach), self._tables, self._width, self._spare_block)
                     self._made[count, way, reach] = made
                 return self._made[count, way, reach]
         return None

@@ -31,7 +31,7 @@ class LayerCache:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CachePlaces:
+class SlotMapping:
     """Where the tokens of a sequence lie in every layer's cache."""
 
     index: Tensor
@@ -53,7 +53,7 @@ class CachePlaces:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Row:
+class _SingleRow:
     """A row that attends alone."""
 
     first: int | None
@@ -68,7 +68,7 @@ class _Row:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Together:
+class _PaddedRows:
     """Rows that attend together, padded to one shape."""
 
     first: int
@@ -86,7 +86,7 @@ class _Together:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RaggedBatch:
+class EagerBatch:
     """Tokens of several sequences in one pass: row i brings `lengths[i]` tokens at positions `starts[i]`….
 
     Everything that all layers share is built once: the masks, and where each token goes.
@@ -102,8 +102,8 @@ class RaggedBatch:
     """[t, 1, 1, d]"""
     sin: Tensor
     """[t, 1, 1, d], negated in its first half: rotation is x · cos + swap(x) · sin."""
-    rows: tuple[_Row, ...]
-    together: _Together | None
+    rows: tuple[_SingleRow, ...]
+    together: _PaddedRows | None
     """None where rows attend one by one."""
 
     def attend(self, query: Tensor, cache: LayerCache, scale: float) -> Tensor:  # [t, g, n/g, d] -> [t, n * d]
@@ -120,8 +120,8 @@ class RaggedBatch:
         )
 
 
-def ragged_batch(
-    rows: list[CachePlaces],
+def eager_batch(
+    rows: list[SlotMapping],
     starts: list[int],
     lengths: list[int],
     cos: Tensor,
@@ -129,7 +129,7 @@ def ragged_batch(
     *,
     queries_per_group: int,
     num_places: int,
-) -> RaggedBatch:
+) -> EagerBatch:
     """Describes a pass. `cos`, `sin` [positions, d] are the tables of `rotation_tables`, on the device that
     computes.
     """
@@ -140,7 +140,7 @@ def ragged_batch(
     places = torch.cat([row.index[start : start + n] for row, start, n in zip(rows, starts, lengths, strict=True)]).to(
         device
     )
-    alone: tuple[_Row, ...] = ()
+    alone: tuple[_SingleRow, ...] = ()
     together = None
     if len(rows) > 1 and max(lengths) <= PADDED_BLOCK_LIMIT:
         together = _together(rows, starts, lengths, queries_per_group, num_places, cos)
@@ -148,7 +148,7 @@ def ragged_batch(
         alone = tuple(
             _row(row, start, n, queries_per_group, cos) for row, start, n in zip(rows, starts, lengths, strict=True)
         )
-    return RaggedBatch(
+    return EagerBatch(
         starts=tuple(starts),
         lengths=tuple(lengths),
         positions=positions,
@@ -173,24 +173,24 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((second, first), dim=-1).mul_(sin).addcmul_(x, cos)
 
 
-def _row(row: CachePlaces, start: int, length: int, queries_per_group: int, like: Tensor) -> _Row:
+def _row(row: SlotMapping, start: int, length: int, queries_per_group: int, like: Tensor) -> _SingleRow:
     end, mask = start + length, None
     if length > 1 and start > 0:
         position = torch.arange(start, end, device=like.device)
         unseen = torch.arange(end, device=like.device)[None] > position[:, None]
         mask = _added(unseen.repeat_interleave(queries_per_group, dim=0)[None, None], like.dtype)
     index = row.index[:end] if row.first is not None else row.index[:end].to(like.device)
-    return _Row(first=row.first, index=index, length=length, end=end, mask=mask)
+    return _SingleRow(first=row.first, index=index, length=length, end=end, mask=mask)
 
 
 def _together(
-    rows: list[CachePlaces],
+    rows: list[SlotMapping],
     starts: list[int],
     lengths: list[int],
     queries_per_group: int,
     num_places: int,
     like: Tensor,
-) -> _Together:
+) -> _PaddedRows:
     device, longest = like.device, max(lengths)
     end = max(start + n for start, n in zip(starts, lengths, strict=True))
     place = torch.arange(longest, device=device)[None]  # [1, longest]
@@ -204,7 +204,7 @@ def _together(
         gather = (counts.cumsum(0) - counts + within).flatten()
         scatter = (place < counts).flatten().nonzero().flatten()
     first, stride, index = _stride(rows, end, num_places) or (0, 0, _padded_index(rows, end).to(device))
-    return _Together(first=first, stride=stride, index=index, end=end, mask=mask, gather=gather, scatter=scatter)
+    return _PaddedRows(first=first, stride=stride, index=index, end=end, mask=mask, gather=gather, scatter=scatter)
 
 
 def _added(unseen: Tensor, dtype: torch.dtype) -> Tensor:
@@ -212,7 +212,7 @@ def _added(unseen: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(unseen.shape, dtype=dtype, device=unseen.device).masked_fill_(unseen, -torch.inf)
 
 
-def _stride(rows: list[CachePlaces], end: int, num_places: int) -> tuple[int, int, None] | None:
+def _stride(rows: list[SlotMapping], end: int, num_places: int) -> tuple[int, int, None] | None:
     """(first place, distance, None) where rows lie at equal distances, so that one view shows them all."""
     firsts = [row.first for row in rows if row.first is not None]
     if len(firsts) < len(rows):
@@ -222,14 +222,14 @@ def _stride(rows: list[CachePlaces], end: int, num_places: int) -> tuple[int, in
     return (firsts[0], stride, None) if even and firsts[-1] + end <= num_places else None
 
 
-def _padded_index(rows: list[CachePlaces], end: int) -> Tensor:  # [r · c]
+def _padded_index(rows: list[SlotMapping], end: int) -> Tensor:  # [r · c]
     # A shorter row is filled up with its first place, which its mask hides.
     return torch.cat(
         [part for row in rows for part in (row.index[:end], row.index[:1].expand(max(0, end - len(row.index))))]
     )
 
 
-def _attend_together(query: Tensor, cache: LayerCache, rows: _Together, num_rows: int, scale: float) -> Tensor:
+def _attend_together(query: Tensor, cache: LayerCache, rows: _PaddedRows, num_rows: int, scale: float) -> Tensor:
     _, g, per_group, d = query.shape
     keys, values = (_rows_of(x, rows, num_rows) for x in (cache.keys, cache.values))
     padded = query if rows.gather is None else query[rows.gather]
@@ -239,7 +239,7 @@ def _attend_together(query: Tensor, cache: LayerCache, rows: _Together, num_rows
     return out if rows.scatter is None else out[rows.scatter]
 
 
-def _rows_of(cached: Tensor, rows: _Together, num_rows: int) -> Tensor:  # [p, g, d] -> [r, g, c, d]
+def _rows_of(cached: Tensor, rows: _PaddedRows, num_rows: int) -> Tensor:  # [p, g, d] -> [r, g, c, d]
     _, g, d = cached.shape
     if rows.index is not None:
         return cached.index_select(0, rows.index).view(num_rows, rows.end, g, d).transpose(1, 2)
@@ -247,7 +247,7 @@ def _rows_of(cached: Tensor, rows: _Together, num_rows: int) -> Tensor:  # [p, g
     return cached.as_strided((num_rows, g, rows.end, d), (rows.stride * g * d, d, g * d, 1), offset)
 
 
-def _attend_alone(query: Tensor, cache: LayerCache, row: _Row, scale: float) -> Tensor:
+def _attend_alone(query: Tensor, cache: LayerCache, row: _SingleRow, scale: float) -> Tensor:
     t, g, per_group, d = query.shape
     if row.first is None:
         keys, values = cache.keys.index_select(0, row.index), cache.values.index_select(0, row.index)

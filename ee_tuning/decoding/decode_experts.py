@@ -1,5 +1,5 @@
 """The experts of a layer over a ragged batch, straight through the weights of Megatron's modules; see
-ragged_layer.py.
+decode_layer.py.
 """
 
 import torch
@@ -16,7 +16,7 @@ from ee_tuning.parallel.topology import Topology
 # t tokens of a ragged batch · h hidden · e experts · k of them for each token
 
 
-class RaggedExperts:
+class DecodeExperts:
     """Shares the weights of `mlp`. Every tensor-parallel rank routes all tokens alike and computes its part of each
     expert.
     """

@@ -1,8 +1,8 @@
-"""CUDA graphs: a function over tensors that stay where they are is recorded once, and is one call from then on.
+"""CUDA graphs: a function over tensors at fixed addresses is captured once, and each later call is one replay.
 
 Decoding moves so few numbers that a GPU would wait for Python between its kernels. The environment variable
-EE_TUNING_GRAPHS=0 asks for them one by one; EE_TUNING_GRAPHS=fused has torch.compile join a layer's small kernels
-before they are recorded, which takes seconds for each number of tokens.
+EE_TUNING_GRAPHS=0 turns graphs off; EE_TUNING_GRAPHS=fused has torch.compile fuse a layer's small kernels before they
+are captured, which takes seconds for each number of tokens.
 """
 
 import os
@@ -19,31 +19,29 @@ from ee_tuning.parallel.topology import Topology
 SWITCH = "EE_TUNING_GRAPHS"
 
 
-def serve(topology: Topology) -> bool:
-    """Whether what this rank decodes with can be recorded: on a GPU, and collectives within a layer are the GPU's own
-    work.
+def is_supported(topology: Topology) -> bool:
+    """Whether this rank's layers can be captured: they are on a GPU, and so are the collectives within a layer
+    (NCCL).
     """
     is_wanted = topology.device.type == "cuda" and os.environ.get(SWITCH, "1") != "0"
     return is_wanted and (topology.tp == 1 or dist.get_backend(topology.tp_group) == "nccl")
 
 
 def fuses() -> bool:
-    """Whether layers are to be compiled before they are recorded."""
+    """Whether layers are compiled before they are captured."""
     return os.environ.get(SWITCH) == "fused"
 
 
 class Graph:
-    """`function` as it was recorded, once. What it reads has to stay where it is; it also runs once beforehand,
-    whatever is there by then.
+    """A captured function. Its inputs keep their addresses. It is warmed up once before the capture, on the inputs as
+    they are then.
     """
 
     outputs: tuple[Tensor, ...]
-    """Where every replay leaves them, over those of the replay before."""
+    """The outputs of the last replay; the next one overwrites them."""
 
     def __init__(self, function: Callable[[], tuple[Tensor, ...]], device: torch.device, *, keeps: bool = True):
-        """`keeps`: outputs stay as they are until the next replay; without, until another graph's: that saves a copy of
-        them.
-        """
+        """With `keeps` outputs last until the next replay of this graph, else until any graph's, which saves a copy."""
         stream = _stream(device)
         try:
             stream.wait_stream(torch.cuda.current_stream(device))
@@ -66,7 +64,7 @@ class Graph:
             raise
 
     def replay(self) -> None:
-        """The function once more, on what its inputs are now."""
+        """Runs the function on the present values of its inputs."""
         self._graph.replay()
 
 
@@ -77,8 +75,8 @@ def _stream(device: torch.device) -> Any:
 
 @cache
 def _first_graph(device: torch.device) -> Any:
-    """A graph of next to nothing, in whose memory all others are recorded: they run one after the other, and what one
-    holds in between is room for the next. It stays: torch takes no memory up again that every graph has left.
+    """A tiny graph whose memory pool all others share: graphs run one after the other, so the working memory of one is
+    free for the next. It is never freed, for torch does not reuse a pool that every graph has left.
     """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=_stream(device), capture_error_mode="thread_local"):

@@ -12,22 +12,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ee_tuning.decoding.eager_attention import BLOCK_SIZE, LayerCache, SlotMapping
 from ee_tuning.model import flash
-from ee_tuning.model.ragged_attention import BLOCK_SIZE, CachePlaces, LayerCache
 
 try:
     from torch.nn.attention import current_flash_attention_impl
 except ImportError:
     current_flash_attention_impl = None  # type: ignore[assignment]
 
-# t tokens, padded · b blocks told of each one's sequence · c places that it may see · g key-value heads · n query heads
+# t tokens, padded · b blocks of each one's sequence · c places that it may see · g key-value heads · n query heads
 # · d width of a head
 
 MOST_GATHERED = 2**28
 """Bytes of keys and values that a layer may copy together."""
 
 
-class StaticAttention(ABC):
+class CapturedAttention(ABC):
     """Attention of tokens that see up to `reach` places each, a multiple of BLOCK_SIZE."""
 
     least_reach = 1024
@@ -38,7 +38,7 @@ class StaticAttention(ABC):
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of a token's sequence that have to be told."""
+        """The number of blocks of each sequence that `prepared` needs."""
         return self.reach // BLOCK_SIZE
 
     @staticmethod
@@ -48,7 +48,7 @@ class StaticAttention(ABC):
 
     @staticmethod
     @abstractmethod
-    def suits(rows: list[CachePlaces], num_seen: int, bytes_per_place: int) -> bool:
+    def suits(rows: list[SlotMapping], num_seen: int, bytes_per_place: int) -> bool:
         """Whether it takes sequences that lie so. All tokens together may see `num_seen` places, padding included."""
 
     @abstractmethod
@@ -62,28 +62,28 @@ class StaticAttention(ABC):
         """[t, g, n/g, d] -> [t, n * d]"""
 
 
-class PagedAttention(StaticAttention):
+class PagedAttention(CapturedAttention):
     """The kernel for sequences of any length, which finds their blocks by a table: FlashAttention 3, where the process
     has activated it.
     """
 
     @staticmethod
     def is_there(like: Tensor) -> bool:
-        """See StaticAttention."""
+        """See CapturedAttention."""
         is_active = current_flash_attention_impl is not None and current_flash_attention_impl() == "FA3"
         return is_active and flash.serves(like, "block_table")
 
     @staticmethod
-    def suits(rows: list[CachePlaces], num_seen: int, bytes_per_place: int) -> bool:
-        """See StaticAttention. Any."""
+    def suits(rows: list[SlotMapping], num_seen: int, bytes_per_place: int) -> bool:
+        """See CapturedAttention. Any."""
         return True
 
     def prepared(self, positions: Tensor, blocks: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """See StaticAttention. First query of each row, places that it sees, blocks."""
+        """See CapturedAttention. First query of each row, places that it sees, blocks."""
         return _each(positions), positions + 1, blocks.contiguous()
 
     def attend(self, query: Tensor, cache: LayerCache, prepared: tuple[Tensor, ...], scale: float) -> Tensor:
-        """See StaticAttention."""
+        """See CapturedAttention."""
         queries, seen, table = prepared
         keys, values = (x.view(-1, BLOCK_SIZE, *x.shape[1:]) for x in (cache.keys, cache.values))
         return flash.varlen_attention(
@@ -100,55 +100,55 @@ class PagedAttention(StaticAttention):
         ).flatten(1)
 
 
-class VarlenAttention(StaticAttention):
+class VarlenAttention(CapturedAttention):
     """The same kernel where each sequence's places follow one another: FlashAttention 2, which torch brings along."""
 
     @property
     def num_blocks(self) -> int:
-        """See StaticAttention. The first one says where a sequence begins."""
+        """See CapturedAttention. The first one says where a sequence begins."""
         return 1
 
     @staticmethod
     def is_there(like: Tensor) -> bool:
-        """See StaticAttention."""
+        """See CapturedAttention."""
         return flash.serves(like, "seqused_k")
 
     @staticmethod
-    def suits(rows: list[CachePlaces], num_seen: int, bytes_per_place: int) -> bool:
-        """See StaticAttention."""
+    def suits(rows: list[SlotMapping], num_seen: int, bytes_per_place: int) -> bool:
+        """See CapturedAttention."""
         return all([row.first is not None for row in rows])
 
     def prepared(self, positions: Tensor, blocks: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """See StaticAttention. First query of each row, its sequence's first place, places that it sees."""
+        """See CapturedAttention. First query of each row, its sequence's first place, places that it sees."""
         # The kernel takes a row's end from what it sees: the beginnings need no order, and the last number means
         # nothing.
         return _each(positions), F.pad(blocks[:, 0] * BLOCK_SIZE, (0, 1)), positions + 1
 
     def attend(self, query: Tensor, cache: LayerCache, prepared: tuple[Tensor, ...], scale: float) -> Tensor:
-        """See StaticAttention."""
+        """See CapturedAttention."""
         queries, firsts, seen = prepared
         return flash.varlen_attention(
             query.flatten(1, 2), cache.keys, cache.values, queries, firsts, 1, self.reach, scale=scale, seqused_k=seen
         ).flatten(1)
 
 
-class GatheredAttention(StaticAttention):
+class GatheredAttention(CapturedAttention):
     """Attention of any dtype, and blocks that lie anywhere: each token's keys and values are copied side by side."""
 
     least_reach = 64
 
     @staticmethod
     def is_there(like: Tensor) -> bool:
-        """See StaticAttention."""
+        """See CapturedAttention."""
         return True
 
     @staticmethod
-    def suits(rows: list[CachePlaces], num_seen: int, bytes_per_place: int) -> bool:
-        """See StaticAttention."""
+    def suits(rows: list[SlotMapping], num_seen: int, bytes_per_place: int) -> bool:
+        """See CapturedAttention."""
         return num_seen * bytes_per_place <= MOST_GATHERED
 
     def prepared(self, positions: Tensor, blocks: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """See StaticAttention. Places [t · c], and a mask [t, 1, 1, c] that is added to the scores."""
+        """See CapturedAttention. Places [t · c], and a mask [t, 1, 1, c] that is added to the scores."""
         within = torch.arange(BLOCK_SIZE, device=blocks.device)
         index = (blocks.long()[:, :, None] * BLOCK_SIZE + within).flatten()
         unseen = torch.arange(self.reach, device=blocks.device) > positions[:, None]
@@ -156,7 +156,7 @@ class GatheredAttention(StaticAttention):
         return index, mask[:, None, None]
 
     def attend(self, query: Tensor, cache: LayerCache, prepared: tuple[Tensor, ...], scale: float) -> Tensor:
-        """See StaticAttention."""
+        """See CapturedAttention."""
         index, mask = prepared
         count, g, _, d = query.shape
         keys, values = (
@@ -165,7 +165,7 @@ class GatheredAttention(StaticAttention):
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale).flatten(1)
 
 
-BEST_FIRST: tuple[type[StaticAttention], ...] = (PagedAttention, VarlenAttention, GatheredAttention)
+BEST_FIRST: tuple[type[CapturedAttention], ...] = (PagedAttention, VarlenAttention, GatheredAttention)
 
 
 def _each(positions: Tensor) -> Tensor:
