@@ -5,33 +5,27 @@ transformers' stock class loads the folder as the plain model; with trust_remote
 written tensor by tensor under Hugging Face's names.
 """
 
-import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ee_tuning.checkpoint.atomic_write import atomic_folder, check_room, os_errors_as_input_errors
-from ee_tuning.checkpoint.byte_progress import Advance, byte_progress
-from ee_tuning.checkpoint.exit_config import CONFIG, exit_config_tree
+from ee_tuning.checkpoint.companions import MODELLING, companions
+from ee_tuning.checkpoint.exit_config import exit_config_tree
 from ee_tuning.checkpoint.exits_packed import exit_files
 from ee_tuning.checkpoint.export_source import ExportSource, check_target, open_for_export
-from ee_tuning.checkpoint.hashed_file import HashedFile
+from ee_tuning.checkpoint.folder_writer import copy_files, write_folder
 from ee_tuning.checkpoint.huggingface_files import FileToWrite, backbone_files, backbone_layout, copied_file
-from ee_tuning.checkpoint.manifest import MANIFEST, file_names, write_manifest
 from ee_tuning.checkpoint.model_card import export_card
-from ee_tuning.checkpoint.non_finite import NonFiniteCheck, warn_non_finite
-from ee_tuning.checkpoint.work_partition import share_of
 from ee_tuning.config import Config
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import to_json
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.huggingface_config import HUGGINGFACE_CLASSES
-from ee_tuning.parallel.collectives import gather_lists, on_first_rank
+from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology
 
-MODELLING = Path(__file__).parent / "exported" / "modeling_early_exit.py"
 _COPIED_KEYS = (
     "exit_layers",
     "architecture",
@@ -48,16 +42,6 @@ _COPIED_KEYS = (
 """Keys of exit_config.json that config.json repeats under `early_exit`."""
 _MARKS = ("config.json", "model*.safetensors*")
 """File patterns that identify an export of this format."""
-_TOKENIZER_FILES = {
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "chat_template.json",
-}
 
 
 def export_huggingface(
@@ -78,31 +62,20 @@ def export_huggingface(
     """
     tokenizer = Path(config.data.tokenizer) if config.data.tokenizer else None
     on_first_rank(topology, lambda: check_target(config, output, overwrite, _MARKS))
-    rank, world = (0, 1) if topology is None else (topology.rank, topology.world_size)
     with open_for_export(config, topology) as model:
         if links and model.files is None:
             raise InputError(
                 f"--link links the weights of a Hugging Face folder, and {model.source.folder} is in another format, whose weights must be rewritten; leave --link out"
             )
         files, described = _files(model, links), _described_config(model, special)
-        with atomic_folder(output, topology) as partial:
-            on_first_rank(
-                topology,
-                lambda: check_room(
-                    output,
-                    partial,
-                    sum(file.num_bytes for file in files if file.link_to is None),
-                    "make room, choose another folder, or give --link",
-                ),
-            )
-            own = share_of({file: file.num_bytes for file in files}, rank, world)
-            watch, sums = NonFiniteCheck(), {}
-            with byte_progress("writing the model", sum(file.num_bytes for file in own), is_shown=rank == 0) as advance:
-                for file in own:
-                    sums[file.name] = _written(file, partial, output, watch, advance)
-            model.finish_check()
-            done = gather_lists([(sums, watch.lines())], topology)
-            on_first_rank(topology, lambda: _finish(model, described, partial, output, done, tokenizer))
+        write_folder(
+            model,
+            files,
+            output,
+            topology,
+            lambda partial: _complete(model, described, partial, tokenizer),
+            "make room, choose another folder, or give --link",
+        )
 
 
 def _files(model: ExportSource, links: bool) -> list[FileToWrite]:
@@ -115,47 +88,22 @@ def _files(model: ExportSource, links: bool) -> list[FileToWrite]:
     return files
 
 
-def _written(file: FileToWrite, partial: Path, output: Path, watch: NonFiniteCheck, advance: Advance) -> str:
-    """Writes or links a file, and returns its sha256."""
-    target = partial / file.name
-    if file.link_to is not None:
-        try:
-            os.link(file.link_to, target)
-        except OSError:  # another disk, or a file system without hard links
-            target.symlink_to(os.path.relpath(file.link_to, partial.resolve()))
-    with HashedFile(None if file.link_to is not None else target) as made:
-        for block in file.blocks(watch):
-            advance(made.write(block))
-    return made.sha256
-
-
-def _finish(
-    model: ExportSource,
-    described: dict[str, Any],
-    partial: Path,
-    output: Path,
-    done: list[tuple[dict[str, str], list[str]]],
-    tokenizer: Path | None,
-) -> None:
-    sums: dict[str, str] = {}
-    for own, lines in done:
-        sums |= own
-        warn_non_finite(model.source.folder, lines)
-    with os_errors_as_input_errors(output):
-        for name, path in _companions(model, tokenizer).items():
-            (partial / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, partial / name)
-        if model.files is None and (index := backbone_layout(model.source, model.model).index()):
+def _complete(model: ExportSource, described: dict[str, Any], partial: Path, tokenizer: Path | None) -> None:
+    folder = model.source.folder
+    copy_files(companions(model, tokenizer), partial)
+    if model.files is None:
+        if index := backbone_layout(model.source, model.model).index():
             (partial / index[0]).write_text(index[1], encoding="utf-8")
-        if model.artifact:
-            shutil.copyfile(MODELLING, partial / MODELLING.name)
-        (partial / "README.md").write_text(export_card(model.name, described.get("early_exit")), encoding="utf-8")
-        # Last, except for the manifest: an export killed before has no config.json, so nothing loads it.
-        if model.files is not None and described == model.description:
-            shutil.copyfile(model.source.folder / "config.json", partial / "config.json")
-        else:
-            (partial / "config.json").write_text(to_json(described, indent=2) + "\n", encoding="utf-8")
-        write_manifest(partial, sums)
+    elif not (folder / "model.safetensors").exists():
+        copy_files({path.name: path for path in folder.glob("model.safetensors.index.json")}, partial)
+    if model.artifact:
+        shutil.copyfile(MODELLING, partial / MODELLING.name)
+    (partial / "README.md").write_text(export_card(model.name, described.get("early_exit")), encoding="utf-8")
+    # Last, except for the manifest: an export killed before has no config.json, so nothing loads it.
+    if model.files is not None and described == model.description:
+        shutil.copyfile(folder / "config.json", partial / "config.json")
+    else:
+        (partial / "config.json").write_text(to_json(described, indent=2) + "\n", encoding="utf-8")
 
 
 def _described_config(model: ExportSource, special: Mapping[str, int]) -> dict[str, Any]:
@@ -188,49 +136,3 @@ def _described_config(model: ExportSource, special: Mapping[str, int]) -> dict[s
 def early_exit_class(model: ModelConfig) -> str:
     """Returns the class of the modelling file that loads the model."""
     return f"EarlyExit{HUGGINGFACE_CLASSES[model.family]}"
-
-
-def _companions(model: ExportSource, tokenizer: Path | None) -> dict[str, Path]:
-    """Returns the model's files beside weights and config.json: tokenizer, generation defaults, licence, code, and the
-    index of copied shards.
-    """
-    folder = model.source.folder
-    found = _named(folder, _belongs) if model.files else {}
-    if model.files and not (folder / "model.safetensors").exists():
-        found |= {path.name: path for path in folder.glob("model.safetensors.index.json")}
-    if tokenizer is not None:
-        own = _named(tokenizer, is_tokenizer_file)
-        if not own:
-            raise InputError(
-                f"--tokenizer must be a folder with a tokenizer's files, and {tokenizer} holds none of them"
-            )
-        found = (
-            {name: path for name, path in found.items() if not is_tokenizer_file(name)}
-            | own
-            | _named(tokenizer, _is_code)
-        )
-    return found
-
-
-def _named(folder: Path, belongs: Callable[[str], bool]) -> dict[str, Path]:
-    return {name: folder / name for name in file_names(folder) if (folder / name).is_file() and belongs(name)}
-
-
-def is_tokenizer_file(name: str) -> bool:
-    """Whether a file of that name belongs to a tokenizer saved by transformers."""
-    return name in _TOKENIZER_FILES or Path(name).suffix in (".model", ".jinja", ".tiktoken")
-
-
-def _belongs(name: str) -> bool:
-    if name in (MANIFEST, "config.json", CONFIG) or name.endswith(".index.json"):
-        return False
-    return (
-        Path(name).suffix in (".json", ".txt", ".model", ".jinja", ".tiktoken")
-        or _is_code(name)
-        or name.upper().startswith(("LICENSE", "LICENCE", "NOTICE", "USE_POLICY"))
-    )
-
-
-def _is_code(name: str) -> bool:
-    """Whether a file is Python code of the model or tokenizer, which its configs may name."""
-    return Path(name).suffix == ".py" and name != MODELLING.name
