@@ -12,7 +12,7 @@ def artifact_card(exits: Mapping[str, Any]) -> str:
     layers = list(exits["exit_layers"])
     return "\n".join(
         [
-            *_front_matter(name, "ee_tuning"),
+            *front_matter(name, "ee_tuning"),
             f"# Exit heads for {name}",
             "",
             f"{architecture_text(exits['architecture'])} heads after layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}, "
@@ -22,7 +22,7 @@ def artifact_card(exits: Mapping[str, Any]) -> str:
             *_history(exits),
             "",
             "```bash",
-            f'ee-tuning generate --model {_word(name)} --exits THIS_FOLDER --threshold 0.8 --prompt "Once upon a time"',
+            f'ee-tuning generate --model {shell_word(name)} --exits THIS_FOLDER --threshold 0.8 --prompt "Once upon a time"',
             "```",
             "",
             f"Bound to the model with fingerprint `{exits['model_fingerprint']}`. `ee-tuning verify` checks the files.",
@@ -36,11 +36,11 @@ def export_card(name: str, exits: Mapping[str, Any] | None) -> str:
     name = " ".join(name.split())
     if exits is None:
         return "\n".join(
-            [*_front_matter(name, "transformers"), f"# {name}", "", "The model's own files, tensor for tensor.", ""]
+            [*front_matter(name, "transformers"), f"# {name}", "", "The model's own files, tensor for tensor.", ""]
         )
     return "\n".join(
         [
-            *_front_matter(name, "transformers"),
+            *front_matter(name, "transformers"),
             f"# {name}, with early exits",
             "",
             f"`model*.safetensors` is {name} as it was; `exit_heads*.safetensors` holds {architecture_text(exits['architecture'])} exit "
@@ -87,19 +87,27 @@ def vocab_text(listed: Mapping[str, Any] | None, *, drafts: bool = False) -> str
     return f", for {listed['size']:,} tokens of the vocabulary{share}" + ("" if drafts else " and any other")
 
 
-def _front_matter(name: str, library: str) -> list[str]:
+def front_matter(name: str, library: str, *tags: str) -> list[str]:
+    """What a hub reads of a card: the library that loads it, the model that it is made from, tags."""
     return [
         "---",
         f"library_name: {library}",
         f"base_model: {to_json(name)}",
-        "tags: [early-exit, ee-tuning]",
+        f"tags: [{', '.join(('early-exit', 'ee-tuning', *tags))}]",
         "---",
         "",
     ]
 
 
-def _word(name: str) -> str:
+def shell_word(name: str) -> str:
+    """A model's name as a word of a command."""
     return name if all(c.isalnum() or c in "-_./" for c in name) else "MODEL_FOLDER"
+
+
+def exit_origin(layer: int, exits: Mapping[str, Any]) -> str:
+    """How one exit began and was tuned, from what `exit_config.json` says."""
+    origin = (exits.get("origins") or {}).get(str(layer))
+    return _origin(exits if origin is None else {**origin, "tuned": exits["tuned"] or origin["tuned"]})
 
 
 def _history(exits: Mapping[str, Any]) -> list[str]:
@@ -107,10 +115,7 @@ def _history(exits: Mapping[str, Any]) -> list[str]:
     origins = exits.get("origins")
     if origins is None:
         return [_origin(exits)]
-    return [
-        f"- layer {layer}: {_origin({**origin, 'tuned': exits['tuned'] or origin['tuned']})}"
-        for layer, origin in origins.items()
-    ]
+    return [f"- layer {layer}: {exit_origin(int(layer), exits)}" for layer in origins]
 
 
 def _origin(origin: Mapping[str, Any]) -> str:

@@ -114,10 +114,11 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         required=True,
-        choices=("artifact", "hf", "megatron", "eagle3", "speculators"),
+        choices=("artifact", "hf", "megatron", "draft", "pruned", "eagle3", "speculators"),
         help="artifact: only exits. hf: the model with its exits, as a folder for transformers. "
-        "megatron: the same as a distributed checkpoint of Megatron-core. eagle3: a drafting head, as vLLM and SGLang load it. "
-        "speculators: the same as `vllm serve FOLDER` loads it",
+        "megatron: the same as a distributed checkpoint of Megatron-core. draft: one exit as a plain model, to draft for the whole "
+        "model in vLLM, SGLang and other engines. pruned: the same, described as a model of its own. eagle3: a drafting head, as vLLM and "
+        "SGLang load it. speculators: the same as `vllm serve FOLDER` loads it",
     )
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="folder for the export")
     parser.add_argument(
@@ -130,21 +131,26 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     ):
         parser.add_argument(flag, nargs="+", default=[], metavar="N", help=text)
     parser.add_argument("--merge", type=Path, metavar="FOLDER", help="artifact: add all exits of this artifact")
+    parser.add_argument(
+        "--exit", type=int, metavar="N", help="draft, pruned: write the exit of --exits after this layer (required)"
+    )
     parser.add_argument("--link", action="store_true", help="hf: link the model's weights instead of copying them")
     parser.add_argument(
         "--check",
         action="store_true",
-        help="hf: compare the logits of every exit with this project's; exit code 1 above the tolerance",
+        help="hf, draft, pruned: compare the logits of every exit with this project's; exit code 1 above the tolerance",
     )
     parser.add_argument(
-        "--text", type=Path, metavar="FILE", help="hf: text to compare them on; default some Python source"
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="hf, draft, pruned: text to compare them on; default some Python source",
     )
     parser.add_argument(
         "--tolerance",
         type=float,
-        default=1e-3,
         metavar="X",
-        help="hf: largest logit difference allowed (default %(default)s)",
+        help="hf, draft, pruned: largest logit difference allowed (default 0.001, of a plain model 0.0001 in float32)",
     )
 
 
@@ -215,8 +221,11 @@ With --exit-layers auto:8:profile, `convert` and `tune` place exits in the same 
   torchrun --nproc-per-node 4 -m ee_tuning export --format megatron --model Llama-2-7b-hf --exits exits/two --output llama-2-7b-dist
   ee-tuning export --format hf --model megatron_run/iter_0040000 --tokenizer Llama-2-7b-hf --output llama-2-7b-mine
   ee-tuning export --format speculators --model Llama-3.1-8B --exits runs/draft/exit_heads --output llama-3.1-8b-eagle3
+  ee-tuning export --format draft --model Llama-2-7b-hf --exits runs/llama-2-7b/exit_heads --exit 8 --output llama-2-7b-draft --check
 
 hf: transformers loads the plain model, or, with trust_remote_code=True, a model whose generate accepts exit_threshold=0.8.
+draft, pruned: a plain folder of the first layers. Exits of architecture norm, linear, mlp and layer are such models.
+Its README.md has the commands for vLLM, SGLang, TensorRT-LLM, llama.cpp and transformers.
 megatron: stock Megatron-core loads the model at any tensor × pipeline size and ignores the exits.
 artifact: merged exits must belong to one model and have the same kind of output; heads may differ.
 --add uses --architecture for the new exits.""",

@@ -15,8 +15,12 @@ FLAGS = {
     "megatron": (),
     "eagle3": (),
     "speculators": (),
+    "draft": ("exit", "check", "text"),
+    "pruned": ("exit", "check", "text"),
 }
 """Format -> flags that only some formats accept."""
+HUGGINGFACE = ("hf", "draft", "pruned")
+"""Formats that are Hugging Face folders, with a tokenizer."""
 DRAFTERS = ("eagle3", "speculators")
 """Formats of drafting heads only."""
 NEW_EXITS = {"exits.architecture", "exits.adapter_rank", "exits.init", "exits.seed"}
@@ -31,7 +35,7 @@ def export(config: Config, flags: argparse.Namespace) -> int:
     from ee_tuning.parallel.topology import world_size
 
     for name in dict.fromkeys(name for names in FLAGS.values() for name in names):
-        if getattr(flags, name) and name not in FLAGS[flags.format]:
+        if getattr(flags, name) not in (None, False, []) and name not in FLAGS[flags.format]:
             formats = " or ".join(kind for kind, names in FLAGS.items() if name in names)
             raise InputError(
                 f"--{name} goes with --format {formats}, got --format {flags.format}; leave one of them out"
@@ -63,6 +67,8 @@ def export(config: Config, flags: argparse.Namespace) -> int:
         raise InputError(
             f"--format {flags.format} writes the model too, got none; give --model FOLDER or a config file"
         )
+    if "exit" in FLAGS[flags.format]:
+        _check_exit_layer(config, flags)
     if flags.check and not config.exits.path:
         raise InputError("--check compares exits, got none; give --exits FOLDER, or leave --check out")
     text = _text(flags.text) if flags.check else ""
@@ -73,9 +79,27 @@ def export(config: Config, flags: argparse.Namespace) -> int:
     _write_merged(config, flags, is_shared=num_processes > 1)
     if not flags.check:
         return 0
-    from ee_tuning.evaluation.export_check import check_export
+    from ee_tuning.evaluation.export_check import check_export, check_plain_exit
 
-    return 0 if check_export(config, flags.output, text, flags.tolerance) else 1
+    tolerance = () if flags.tolerance is None else (flags.tolerance,)
+    if flags.format == "hf":
+        return 0 if check_export(config, flags.output, text, *tolerance) else 1
+    return 0 if check_plain_exit(config, flags.output, flags.exit, text, *tolerance) else 1
+
+
+def _check_exit_layer(config: Config, flags: argparse.Namespace) -> None:
+    if not config.exits.path:
+        raise InputError(f"--format {flags.format} writes an exit as a model, got no exits; give --exits FOLDER")
+    from ee_tuning.checkpoint.exit_config import read_exit_config
+    from ee_tuning.checkpoint.exit_heads import check_is_artifact
+
+    check_is_artifact(Path(config.exits.path))
+    layers = read_exit_config(Path(config.exits.path)).exit_layers
+    if flags.exit not in layers:
+        raise InputError(
+            f"--format {flags.format} writes the exit after layer --exit of {config.exits.path}, which has exits after "
+            f"{', '.join(map(str, layers))}, got {'none' if flags.exit is None else flags.exit}; give --exit {layers[0]}"
+        )
 
 
 def _check_kind(config: Config, flags: argparse.Namespace) -> None:
@@ -123,7 +147,7 @@ def _write_merged(config: Config, flags: argparse.Namespace, *, is_shared: bool)
 
     with open_model(config.model).source:
         pass  # before the processes meet, so that a mistake is reported at once
-    if config.data.tokenizer and flags.format == "hf":
+    if config.data.tokenizer and flags.format in HUGGINGFACE:
         from ee_tuning.data.tokenizer import tokenizer_folder
 
         folder = tokenizer_folder(config.data.tokenizer, trusts_code=config.model.trust_remote_code)
@@ -147,6 +171,18 @@ def _write_merged(config: Config, flags: argparse.Namespace, *, is_shared: bool)
                 overwrite=flags.overwrite,
                 special=_special_tokens(config.data.tokenizer, trusts_code=config.model.trust_remote_code),
             )
+        elif flags.format in HUGGINGFACE:
+            from ee_tuning.checkpoint.export_draft import export_draft
+
+            export_draft(
+                config,
+                flags.output,
+                flags.exit,
+                topology,
+                kind=flags.format,
+                overwrite=flags.overwrite,
+                special=_special_tokens(config.data.tokenizer, trusts_code=config.model.trust_remote_code),
+            )
         else:
             from ee_tuning.checkpoint.megatron_writer import write_megatron
 
@@ -167,7 +203,7 @@ def _tokenizer_of(config: Config, export_format: str) -> Iterator[Config]:
     from ee_tuning.checkpoint.gguf_file import is_gguf
 
     tokenizer = Path(config.data.tokenizer or config.model.path)
-    if export_format != "hf" or not is_gguf(tokenizer):
+    if export_format not in HUGGINGFACE or not is_gguf(tokenizer):
         yield config
         return
     from ee_tuning.data.tokenizer import load_tokenizer

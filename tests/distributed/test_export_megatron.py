@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from world import World
 
 from ee_tuning import cli
+from ee_tuning.checkpoint.export_draft import export_draft
 from ee_tuning.checkpoint.export_huggingface import export_huggingface
 from ee_tuning.checkpoint.megatron_writer import write_megatron
 from ee_tuning.config import ParallelSection, load_config
@@ -30,6 +31,11 @@ def write(model: str, exits: str, output: str) -> None:
 def write_hf(model: str, exits: str, output: str) -> None:
     config = load_config(None, {"model.path": model, "exits.path": exits})
     export_huggingface(config, Path(output), init_parallel(ParallelSection()))
+
+
+def write_draft(model: str, exits: str, output: str) -> None:
+    config = load_config(None, {"model.path": model, "exits.path": exits})
+    export_draft(config, Path(output), 4, init_parallel(ParallelSection()))
 
 
 def stock_model(tp: int, pp: int, ties: bool) -> Any:
@@ -204,3 +210,9 @@ def test_one_process_writes_what_four_write(world: World, tmp_path: Path) -> Non
     assert all(
         (tmp_path / "hf_one" / name).read_bytes() == (tmp_path / "hf_four" / name).read_bytes() for name in names
     )
+    # And for one exit as a plain model.
+    world.run(write_draft, str(tmp_path / "one"), str(exits), str(tmp_path / "draft_four"))
+    config = load_config(None, {"model.path": str(tmp_path / "one"), "exits.path": str(exits)})
+    export_draft(config, tmp_path / "draft_one", 4)
+    for path in (tmp_path / "draft_one").iterdir():
+        assert path.read_bytes() == (tmp_path / "draft_four" / path.name).read_bytes()

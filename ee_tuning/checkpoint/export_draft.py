@@ -1,0 +1,99 @@
+"""One exit as a plain Hugging Face folder: a shallow model of the backbone's own family, which any engine runs, as a
+draft model for the whole network or on its own. No code of this project is in it.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+from ee_tuning.checkpoint.companions import companions
+from ee_tuning.checkpoint.draft_card import draft_card, pruned_card
+from ee_tuning.checkpoint.exit_config import exit_config_tree
+from ee_tuning.checkpoint.export_source import ExportSource, check_target, open_for_export
+from ee_tuning.checkpoint.folded_output import PlainExitTensors
+from ee_tuning.checkpoint.folder_writer import copy_files, write_folder
+from ee_tuning.checkpoint.huggingface_files import backbone_files, backbone_layout
+from ee_tuning.checkpoint.plain_exit import PlainExit, plain_exit
+from ee_tuning.config import Config
+from ee_tuning.errors import InputError
+from ee_tuning.json_file import to_json
+from ee_tuning.model.exit_spec import ExitSpec
+from ee_tuning.model.huggingface_config import HUGGINGFACE_CLASSES
+from ee_tuning.parallel.collectives import on_first_rank
+from ee_tuning.parallel.topology import Topology
+
+_MARKS = ("config.json", "model*.safetensors*")
+"""What tells an export of this format from another."""
+PlainFormat = Literal["draft", "pruned"]
+"""The same files; the card says what they are for."""
+
+
+def export_draft(
+    config: Config,
+    output: Path,
+    exit_layer: int,
+    topology: Topology | None = None,
+    *,
+    kind: PlainFormat = "draft",
+    overwrite: bool = False,
+    special: Mapping[str, int] = MappingProxyType({}),
+) -> None:
+    """Writes the exit of exits.path after `exit_layer`, with the layers of model.path below it, to `output`. All ranks
+    call it, if there are several, and share the files. Tensors keep their dtypes.
+
+    `special`: token ids for config.json where the model's own has none. Raises InputError where the exit is no plain
+    model, model and exits do not belong together, or `output` can not be written; then nothing is left behind.
+    """
+    tokenizer = Path(config.data.tokenizer) if config.data.tokenizer else None
+    on_first_rank(topology, lambda: check_target(config, output, overwrite, _MARKS))
+    with open_for_export(config, topology) as model:
+        assert model.artifact is not None
+        plain = plain_exit(chosen_exit(model.artifact.config.heads, exit_layer, str(config.exits.path)), model.model)
+        tensors = PlainExitTensors(plain, model.source, model.artifact)
+        layout = backbone_layout(tensors, plain.config)
+        described = plain_description(model, plain, special)
+
+        def complete(partial: Path) -> None:
+            copy_files(companions(model, tokenizer), partial)
+            if index := layout.index():
+                (partial / index[0]).write_text(index[1], encoding="utf-8")
+            assert model.artifact is not None
+            tree = exit_config_tree(model.artifact.config)
+            card = (draft_card if kind == "draft" else pruned_card)(model.name, plain, tree, model.model.num_layers)
+            (partial / "README.md").write_text(card, encoding="utf-8")
+            (partial / "config.json").write_text(to_json(described, indent=2) + "\n", encoding="utf-8")
+
+        write_folder(model, backbone_files(tensors, layout), output, topology, complete)
+
+
+def chosen_exit(heads: tuple[ExitSpec, ...], exit_layer: int, artifact: str) -> ExitSpec:
+    """The exit after `exit_layer`. Raises InputError where the artifact has none there."""
+    for head in heads:
+        if head.layer == exit_layer:
+            return head
+    raise InputError(
+        f"--exit must be a layer that an exit of {artifact} follows, got {exit_layer}; it has "
+        f"{', '.join(str(head.layer) for head in heads)}"
+    )
+
+
+def plain_description(model: ExportSource, plain: PlainExit, special: Mapping[str, int]) -> dict[str, Any]:
+    """config.json: the backbone's own, with as many layers as there are, and no class but the family's."""
+    shape, raw = plain.config, model.described()
+    family: dict[str, Any] = {
+        "architectures": [HUGGINGFACE_CLASSES[shape.family]],
+        "n_layer" if shape.family == "gpt2" else "num_hidden_layers": shape.num_layers,
+        "tie_word_embeddings": shape.ties_embeddings,
+    }
+    kinds = raw.get("layer_types")
+    if isinstance(kinds, list) and len(kinds) == model.model.num_layers:
+        family["layer_types"] = kinds[: plain.head.layer] + kinds[-1:] * (shape.num_layers - plain.head.layer)
+    if shape.family == "qwen3_moe":
+        family.update(decoder_sparse_step=1, mlp_only_layers=[layer - 1 for layer in shape.dense_layers])
+    classes = raw.get("auto_map")
+    if isinstance(classes, dict) and "AutoTokenizer" in classes:
+        family["auto_map"] = {"AutoTokenizer": classes["AutoTokenizer"]}
+    kept = {key: value for key, value in raw.items() if key not in ("early_exit", "auto_map")}
+    missing = {key: token for key, token in special.items() if kept.get(key) is None}
+    return {**kept, **missing, **family}
