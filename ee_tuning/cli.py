@@ -116,9 +116,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _outcome(sys.argv[1:] if argv is None else argv)
     finally:
         settle_output()
-        if (
-            not had_world and _world_size() == 1
-        ):  # the command failed half-way; the next one of this process builds its own groups
+        # The command failed half-way; the next one of this process builds its own groups.
+        if not had_world and _world_size() == 1:
             from ee_tuning.parallel.topology import destroy_parallel
 
             destroy_parallel()

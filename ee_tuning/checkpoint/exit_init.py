@@ -80,9 +80,8 @@ class InitialExits:
         if (source := self._source(name)) is not None:
             values = self._listed_rows[start:stop] if self._is_listed(name) else self.reader.rows(source, start, stop)
             if (fitted := self._folded.get(name)) is not None:
-                values = (
-                    values.double() @ fitted.double()
-                )  # so that the result hardly depends on which rows are requested together
+                # So that the result hardly depends on which rows are requested together.
+                values = values.double() @ fitted.double()
             return self._cast(source, values)
         return self._drawn(name)[start:stop]
 

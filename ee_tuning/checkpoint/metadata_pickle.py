@@ -38,9 +38,8 @@ class _Empty:
     """Replaces a class of `_EMPTY`: a plain holder of attributes."""
 
 
-class _NameCheckingUnpickler(
-    pickle._Unpickler
-):  # the pure Python unpickler: the one in C allocates for any memo index in a pickle
+# The pure Python unpickler: the one in C allocates for any memo index in a pickle.
+class _NameCheckingUnpickler(pickle._Unpickler):
     def __init__(self, path: Path, *, passes_over: bool):
         super().__init__(io.BytesIO(path.read_bytes()))
         self._passes_over = passes_over

@@ -39,9 +39,8 @@ def _check(folder: Path) -> None:
     files = read_manifest(folder, _REMEDY)
     for name, entry in files.items():
         check_file(folder / name, entry, _REMEDY)
-        print(
-            f"{folder / name}  whole, {entry['bytes']:,} bytes", flush=True
-        )  # a large folder takes minutes, so each is reported when done
+        # A large folder takes minutes, so each is reported when done.
+        print(f"{folder / name}  whole, {entry['bytes']:,} bytes", flush=True)
     for name in file_names(folder):
         if name not in files and name != MANIFEST:
             print(f"{folder / name}  not in the manifest, not checked")

@@ -145,9 +145,8 @@ def _encode(documents: list[Document], recipe: Recipe, left_out: LeftOutCount) -
             ids += words
             counts += marks
             lengths.append(len(words))
-        hashes += [document_hash(document)] * len(
-            made
-        )  # all texts of a conversation are trained on, or held out, together
+        # All texts of a conversation are trained on, or held out, together.
+        hashes += [document_hash(document)] * len(made)
     return Tokens(
         np.array(ids, np.int32),
         np.array(lengths, np.int64),

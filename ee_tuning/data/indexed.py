@@ -89,9 +89,8 @@ def _read_index(prefix: Path) -> tuple[np.dtype, NDArray[np.int32], NDArray[np.i
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     try:
-        _check_header(
-            with_suffix(prefix, INDEX_SUFFIX)
-        )  # if Megatron-core's class fails, it prints a second error when it is collected
+        # If Megatron-core's class fails, it prints a second error when it is collected.
+        _check_header(with_suffix(prefix, INDEX_SUFFIX))
         dataset = IndexedDataset(str(prefix))
         index = dataset.index
         documents = np.array(index.document_indices)

@@ -73,9 +73,8 @@ def _copy(path: Path, root: Path) -> Path:
             for block in _blocks(path):
                 digest.update(block)
                 copy.write(block)
-        os.utime(
-            partial / path.name, (0, 0)
-        )  # token ids are cached under path, size and time, so the same content is found again
+        # Token ids are cached under path, size and time, so the same content is found again.
+        os.utime(partial / path.name, (0, 0))
         folder = root / f"{_PREFIX}{digest.hexdigest()[:32]}"
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)

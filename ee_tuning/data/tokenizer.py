@@ -92,9 +92,8 @@ def _opened(place: dict[str, Any], trusts_code: bool) -> "PreTrainedTokenizerBas
 
 def _wants_sentencepiece(folder: Path) -> bool:
     path = folder / "tokenizer.model"
-    return (
-        path.is_file() and not (folder / "tokenizer.json").is_file() and path.read_bytes()[:1] == b"\n"
-    )  # tiktoken's files are lines of text
+    # Tiktoken's files are lines of text.
+    return path.is_file() and not (folder / "tokenizer.json").is_file() and path.read_bytes()[:1] == b"\n"
 
 
 def tokenizer_digests(path: str | Path, *, trusts_code: bool = False) -> dict[str, str]:

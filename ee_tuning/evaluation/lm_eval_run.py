@@ -140,9 +140,8 @@ def _manager(tasks: HarnessTasks) -> Any:
     """
     from lm_eval.tasks import TaskManager
 
-    logging.getLogger("lm_eval.api.task").setLevel(
-        logging.ERROR
-    )  # otherwise it prints lines on each metric whenever a task is read
+    # Otherwise it prints lines on each metric whenever a task is read.
+    logging.getLogger("lm_eval.api.task").setLevel(logging.ERROR)
     if tasks.include_path is None:
         return TaskManager()
     own = TaskManager(include_path=str(tasks.include_path), include_defaults=False)

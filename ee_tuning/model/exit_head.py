@@ -134,10 +134,11 @@ class ExitHead(nn.Module, ABC):
         super().__init__()
         self.spec, self.config, self.cuts_sequence, self._group = spec, config, cuts_sequence, topology.tp_group
         assert not spec.ties_output or tied_weight is not None
+        # In a tuple, so that it is not registered as the head's own.
         self._backbones = (
             tied_weight if spec.ties_output else None,
             angles,
-        )  # in a tuple, so that it is not registered as the head's own
+        )
         tensor: dict[str, Any] = {"dtype": dtype, "device": topology.device}
         self.build(config, topology, tensor)
         if spec.has_linear:

@@ -22,9 +22,8 @@ from ee_tuning.parallel.tp_autograd import copy_to_tp, reduce_from_tp
 
 # t tokens · h hidden · e experts
 
-if not hasattr(
-    moe_utils, "te_general_gemm"
-):  # the caller tests whether this is None, which Megatron-core forgets to set without Transformer Engine
+# The caller tests whether this is None, which Megatron-core forgets to set without Transformer Engine.
+if not hasattr(moe_utils, "te_general_gemm"):
     moe_utils.te_general_gemm = None
 
 

@@ -75,9 +75,8 @@ class QuantizedLinear(nn.Module, abc.ABC):
     def __init__(self, stock: Any, topology: Topology):
         super().__init__()
         self.shape, self.dtype = tuple(stock.weight.shape), stock.weight.dtype  # [o, i]
-        self.library_dtype = (
-            torch.float32 if self.dtype == torch.float64 else self.dtype
-        )  # neither library supports float64
+        # Neither library supports float64.
+        self.library_dtype = torch.float32 if self.dtype == torch.float64 else self.dtype
         self.bias, self.leaves_bias = stock.bias, stock.skip_bias_add
         self.is_row_parallel, self.cuts_sequence = isinstance(stock, RowParallelLinear), stock.sequence_parallel
         self.group = topology.tp_group if topology.tp > 1 else None

@@ -52,10 +52,11 @@ def generation_end_token_ids(folder: Path, vocab_size: int) -> tuple[int, ...] |
         raise InputError(f"{path} is not JSON: {error}; fetch it again, or take it away") from error
     if not isinstance(raw, dict):
         raise InputError(f"{path} must hold a JSON object, got {type(raw).__name__}; fetch it again, or take it away")
+    # Not used here, but transformers reads them from an export.
     for key in (
         "bos_token_id",
         "pad_token_id",
-    ):  # not used here, but transformers reads them from an export
+    ):
         single_token_id(raw, key, vocab_size, path)
     return None if raw.get("eos_token_id") is None else end_token_ids(raw, vocab_size, path)
 

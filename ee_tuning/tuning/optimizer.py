@@ -113,9 +113,8 @@ class ExitOptimizer:
         """
         shares = [_gradient(self.parameters[name]) for name in self._partial]
         flat = torch.cat([share.flatten() for share in shares]) if shares else None
-        if (
-            flat is None or not flat.numel()
-        ):  # one of many replicas may hold no row of a parameter; then its tensor-parallel peers hold none either
+        # One of many replicas may hold no row of a parameter; then its tensor-parallel peers hold none either.
+        if flat is None or not flat.numel():
             return
         dist.all_reduce(flat, group=topology.tp_group)
         for share, summed in zip(shares, flat.split([share.numel() for share in shares]), strict=True):
@@ -181,9 +180,8 @@ def _shard(head: ExitHead, dtype: torch.dtype, master: torch.dtype, mesh: Device
     policy = MixedPrecisionPolicy(
         param_dtype=dtype if dtype != master else None, reduce_dtype=master, cast_forward_inputs=False
     )
-    sharded = fully_shard(
-        head, mesh=mesh, mp_policy=policy, reshard_after_forward=False
-    )  # the backward pass follows at once
+    # The backward pass follows at once.
+    sharded = fully_shard(head, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     sharded.set_gradient_divide_factor(1.0)  # sums, not means
     sharded.set_force_sum_reduction_for_comms(True)  # otherwise the factor goes into an operation that gloo lacks
     return sharded

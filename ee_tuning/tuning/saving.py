@@ -157,13 +157,11 @@ def _update_latest(folder: Path, keep: int) -> None:
     """Makes `latest` name `folder`, and removes all but the last `keep` checkpoints."""
     with atomic_file(folder.parent / LATEST) as pointer:
         pointer.write_text(folder.name + "\n", encoding="utf-8")
-    for partial in folder.parent.glob(
-        "step_????????.partial-*"
-    ):  # left by a killed save, at a step where no other save may follow
+    # Left by a killed save, at a step where no other save may follow.
+    for partial in folder.parent.glob("step_????????.partial-*"):
         remove_leftovers(partial.with_name(partial.name.partition(".")[0]))
     found = sorted(folder.parent.glob("step_????????"))
     older, newer = found[: found.index(folder)], found[found.index(folder) + 1 :]
-    for each in (
-        newer + older[: max(len(older) - keep + 1, 0)]
-    ):  # newer ones: the run went on from a checkpoint before them
+    # Newer ones: the run went on from a checkpoint before them.
+    for each in newer + older[: max(len(older) - keep + 1, 0)]:
         shutil.rmtree(each, ignore_errors=True)

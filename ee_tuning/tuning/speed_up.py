@@ -21,10 +21,11 @@ def implied_speed_ups(record: MetricsRecord, config: ModelConfig, exits: tuple[E
 
 
 def _speed_up(shares: dict[str, float], config: ModelConfig, exits: tuple[ExitSpec, ...]) -> float:
+    # Number of layers saved.
     passed = [
         0.0,
         *accumulate(layer_cost(config, layer, 0) for layer in range(1, config.num_layers + 1)),
-    ]  # number of layers saved
+    ]
     full = passed[-1] + final_head_cost(config)
     cost = asked = left = 0.0
     for spec in sorted(exits, key=lambda each: each.layer):

@@ -77,9 +77,8 @@ class TeacherChannel:
         """Returns the teacher of the oldest expected micro-batch on other stages, or None on stages without exits."""
         if not self._is_student:
             return None
-        signal = self._model.whole_sequence(
-            self.feedback.take()
-        )  # over tensor parallelism: all ranks of a stage take theirs in order
+        # Over tensor parallelism: all ranks of a stage take theirs in order.
+        signal = self._model.whole_sequence(self.feedback.take())
         if self._sends_hidden:
             return HiddenTeacher(signal, self._model.backbone.output_layer.weight)
         return TopKTeacher(signal[:, 0].long(), signal[:, 1])
