@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ee_tuning.checkpoint.companions import MODELLING
 from ee_tuning.checkpoint.export_huggingface import early_exit_class
-from ee_tuning.checkpoint.load import LoadedModel, compute_dtype, load_for_generation
+from ee_tuning.checkpoint.load import LoadedModel, load_for_generation
+from ee_tuning.checkpoint.stage_plans import compute_dtype
 from ee_tuning.config import Config, ParallelSection, replace
 from ee_tuning.data.tokenizer import load_tokenizer, tokenizer_of
 from ee_tuning.errors import InputError

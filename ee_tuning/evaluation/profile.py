@@ -19,8 +19,8 @@ from ee_tuning.checkpoint.apart import check_beside
 from ee_tuning.checkpoint.atomic_write import check_file
 from ee_tuning.checkpoint.formats import BackboneSource, check_model, model_folder, open_model
 from ee_tuning.checkpoint.huggingface import read_backbone_tensor
-from ee_tuning.checkpoint.load import compute_dtype
 from ee_tuning.checkpoint.non_finite import no_numbers, num_non_finite
+from ee_tuning.checkpoint.stage_plans import compute_dtype
 from ee_tuning.config import Config, ParallelSection, replace
 from ee_tuning.config.placement import AutoLayers, evenly_along
 from ee_tuning.data.tokenizer import load_tokenizer, tokenizer_of

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ee_tuning.checkpoint.load import Sources, build_stage, plan_fitting
+from ee_tuning.checkpoint.load import Sources, build_stage
 from ee_tuning.checkpoint.shapes import shape_sources, with_seq_length
+from ee_tuning.checkpoint.stage_plans import plan_fitting
 from ee_tuning.config import Config, replace
 from ee_tuning.data.loader import batches_of_each
 from ee_tuning.data.tokens import DocumentRules, PackedSamples
@@ -67,7 +68,8 @@ def _profile_rank(config: Config, sources: Sources, world_size: int, stage: int,
         np.zeros(tuning.seq_length + 1, dtype=np.int32), tuning.seq_length, rules=DocumentRules.of(config.data)
     )
     with fake_world(config.parallel, world_size, rank) as topology, tracker.account():
-        plans = plan_fitting(config, sources, topology)
+        assert sources.exits is not None
+        plans = plan_fitting(config, sources.config, sources.exits, topology)
         loaded = build_stage(sources, plans, topology)
         fit = FitPass(loaded, tuning, topology, DryRelay)
         tracker.peak.clear()  # the peak of loading, which happens in parts

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ee_tuning.checkpoint.load import Sources, build_stage, plan_tuning
+from ee_tuning.checkpoint.load import Sources, build_stage
 from ee_tuning.checkpoint.shapes import shape_sources, with_drafts_judged, with_seq_length
+from ee_tuning.checkpoint.stage_plans import plan_tuning
 from ee_tuning.config import Config, replace
 from ee_tuning.data.loader import count_microbatches
 from ee_tuning.data.splits import check_data_settings
@@ -126,7 +127,8 @@ def profile_ranks(config: Config, world_size: int) -> list[RankProfile]:
     per_stage = world_size // pp
     kinds: dict[Any, list[int]] = {}
     with fake_world(parallel, world_size, 0) as topology:
-        plans = plan_tuning(config, sources, topology)
+        assert sources.exits is not None
+        plans = plan_tuning(config, sources.config, sources.exits, topology)
     for stage, plan in enumerate(plans):
         kinds.setdefault(_kind(plan, stage, pp), []).append(stage)
     profiles = []
@@ -166,7 +168,8 @@ def _kind(plan: StagePlan, stage: int, num_stages: int) -> Any:
 def _profile_rank(config: Config, sources: Sources, world_size: int, stages: list[int], rank: int) -> RankProfile:
     began, tracker = time.perf_counter(), MemoryTracker()
     with fake_world(config.parallel, world_size, rank) as topology, tracker.account():
-        plans = plan_tuning(config, sources, topology)
+        assert sources.exits is not None
+        plans = plan_tuning(config, sources.config, sources.exits, topology)
         loaded = build_stage(sources, plans, topology)
         tracker.reclassify("building", "weights")
         with tracker.during("other"):

@@ -10,7 +10,8 @@ from typing import Any
 
 from ee_tuning.checkpoint.exit_config import exit_config_tree
 from ee_tuning.checkpoint.exit_heads import save_exit_heads
-from ee_tuning.checkpoint.load import LoadedModel, tuning_costs
+from ee_tuning.checkpoint.load import LoadedModel
+from ee_tuning.checkpoint.stage_plans import tuning_costs
 from ee_tuning.config import Config
 from ee_tuning.data.loader import BatchSource, validation_batches
 from ee_tuning.data.tokens import Splits

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ee_tuning.checkpoint.load import LoadedModel, plan_tuning
+from ee_tuning.checkpoint.load import LoadedModel
 from ee_tuning.checkpoint.shapes import shape_sources
+from ee_tuning.checkpoint.stage_plans import plan_tuning
 from ee_tuning.config import Config, load_config
 from ee_tuning.data.tokens import DocumentRules, PackedSamples, Splits
 from ee_tuning.model.early_exit import EarlyExitModel
@@ -124,7 +125,8 @@ def _job(bench: Bench) -> dict[str, Any]:
 def _step(config: Config, topology: Topology) -> Any:
     """A call of it is an optimizer step."""
     sources = shape_sources(config)
-    plans = plan_tuning(config, sources, topology)
+    assert sources.exits is not None
+    plans = plan_tuning(config, sources.config, sources.exits, topology)
     model = EarlyExitModel(sources.config, topology, plans[topology.stage])
     _draw(model)
     loaded = LoadedModel(model, [(each.first_layer, each.last_layer) for each in plans], sources.exits)
