@@ -15,10 +15,11 @@ from ee_tuning.tuning.throughput import Throughput
 
 
 class ExitTrainer:
-    """The exits of this stage. `step` counts the optimizer steps taken."""
+    """The exits of this stage. `step` counts the optimizer steps taken; `validated_step` had the last validation."""
 
     def __init__(self, exits: list[ExitOptimizer], tuning: TuningSection, topology: Topology, step: int = 0) -> None:
         self.exits, self.step = exits, step
+        self.validated_step: int | None = None
         self._tuning, self._topology, self._sums = tuning, topology, LossSums()
         self._trained = [each for each in exits if each.trains]
         self._divisor: Divisor = "weights" if tuning.divide_by_token_weights else "tokens"
@@ -79,11 +80,12 @@ class ExitTrainer:
         """Posts the validation record of all exits."""
         for each in self.exits:
             each.reshard()
+        self.validated_step = output.microbatch.step
         mean_metrics = self._take_sums().mean_metrics(self._topology, self._divisor)
         metrics.post(
             {
                 "kind": "validation",
-                "step": output.microbatch.step,
+                "step": self.validated_step,
                 **validation_figures(mean_metrics, self._tuning.wants_final_head),
             }
         )

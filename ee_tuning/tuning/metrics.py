@@ -110,12 +110,6 @@ class MetricsFile:
         self._file.close()
 
 
-def holds_validation(path: Path, step: int) -> bool:
-    """Whether the metrics.jsonl at `path` holds the validation of `step`."""
-    lines = read_lines(path, errors="replace") if path.exists() else []
-    return any(record["kind"] == "validation" and record["step"] == step for record in map(_parsed, lines) if record)
-
-
 def _parsed(line: str) -> MetricsRecord | None:
     try:
         record = json.loads(line)

@@ -44,6 +44,8 @@ class TrainingProgress:
     """Number of optimizer steps taken."""
     position: int
     """Number of samples consumed by all replicas."""
+    validated_step: int | None
+    """The step that the last validation followed; None before the first."""
     fixed: dict[str, Any]
     """Facts about the exits and the order of the data. A resumed run must have the same."""
 
@@ -197,8 +199,10 @@ def _as_sharded(value: Tensor) -> DTensor:
 def _read_progress(folder: Path, fixed: dict[str, Any]) -> TrainingProgress:
     path = folder / PROGRESS
     try:
-        progress = TrainingProgress(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree.setdefault("validated_step", tree.get("step"))  # earlier versions did not write it
+        progress = TrainingProgress(**tree)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path} can not be read: {error}; {_REMEDY}") from error
     for key, value in fixed.items():
         if progress.fixed.get(key) != value:

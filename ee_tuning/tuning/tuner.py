@@ -23,7 +23,7 @@ from ee_tuning.parallel.topology import Topology
 from ee_tuning.tuning.drafting import Drafting
 from ee_tuning.tuning.exit_trainer import ExitTrainer
 from ee_tuning.tuning.log_sinks import open_log_sinks
-from ee_tuning.tuning.metrics import METRICS, MetricsGatherer, holds_validation
+from ee_tuning.tuning.metrics import MetricsGatherer
 from ee_tuning.tuning.microbatch_schedule import Microbatch, MicrobatchSchedule
 from ee_tuning.tuning.optimizer import ExitOptimizer
 from ee_tuning.tuning.save_stop_policy import SaveStopPolicy
@@ -75,7 +75,7 @@ class Tuner:
         if folder is None:
             return
         progress = load_checkpoint(folder, self._fixed(), self.exits, self._model.config, self.topology)
-        self._trainer.step = progress.step
+        self._trainer.step, self._trainer.validated_step = progress.step, progress.validated_step
         self._source = BatchSource(
             self._samples.train,
             self.tuning,
@@ -103,7 +103,8 @@ class Tuner:
             drafting=Drafting.of(self._model, self.tuning),
         )
         schedule = MicrobatchSchedule(self._source, self._validation, self.tuning)
-        validates_first = self._validates_first(schedule)
+        # The validation before the first step, or one that a stop left out.
+        validates_first = schedule.validates_after(self.step) and self._trainer.validated_step != self.step
         queue: deque[StageOutput] = deque()  # micro-batches that wait for their teacher signal
         saver = Saver(self.exits, self._model.config, self.tuning, self.topology)
         with open_log_sinks(self.config, self.topology, self._loaded, self.step) as metrics, StopRequest() as stop:
@@ -214,16 +215,13 @@ class Tuner:
             self._trainer.process(queue.popleft(), stage_forward, metrics, throughput)
             yield done, next_action
 
-    def _validates_first(self, schedule: MicrobatchSchedule) -> bool:
-        """Whether a validation precedes the next step: the first one, or one that a stop left out. All ranks call
-        it.
-        """
-        return schedule.validates_after(self.step) and not on_first_rank(
-            self.topology, lambda: bool(self.step) and holds_validation(self.run_folder / METRICS, self.step)
-        )
-
     def _save(self, saver: Saver, done: Microbatch, metrics: MetricsGatherer) -> None:
-        progress = TrainingProgress(step=self.step, position=done.position, fixed=self._fixed())
+        progress = TrainingProgress(
+            step=self.step,
+            position=done.position,
+            validated_step=self._trainer.validated_step,
+            fixed=self._fixed(),
+        )
         # A run that resumes here must have the records of all steps before.
         saver.save(progress, before_latest=partial(metrics.finish, metrics.num_posted))
 

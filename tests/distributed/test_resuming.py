@@ -119,7 +119,9 @@ def test_a_run_stopped_by_a_signal_goes_on_to_the_same_bits(
 
 
 def test_a_run_resumes_under_another_layout(world: World, model: Path, tmp_path: Path) -> None:
-    """Checkpoint tensors that are some layout's shards and not rectangles of whole ones."""
+    """Checkpoint tensors that are some layout's shards and not rectangles of whole ones; a validation that comes
+    twice.
+    """
     config = configure(model, tmp_path / "run", lr_decay_style="constant", lr_warmup_fraction=0.0)
     straight = job.replace(config, tuning={"run_folder": str(tmp_path / "straight")})
     assert tune(job.replace(config, tuning={"train_iters": 2})) and tune(straight)
@@ -128,6 +130,8 @@ def test_a_run_resumes_under_another_layout(world: World, model: Path, tmp_path:
     got, wanted = checkpoint(config, NUM_STEPS), checkpoint(straight, NUM_STEPS)
     for name in wanted:
         torch.testing.assert_close(got[name], wanted[name], rtol=1e-6, atol=1e-8, msg=name)
+    came, due = ([(each["kind"], each["step"]) for each in records(run)] for run in (config, straight))
+    assert came == due
 
 
 def test_older_checkpoints_go_and_a_foreign_one_is_refused(model: Path, tmp_path: Path) -> None:

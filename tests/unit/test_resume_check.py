@@ -1,5 +1,6 @@
 """The same command, given again, goes on; another job is told from it before it spoils a run."""
 
+import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from ee_tuning.config import Config, replace, save_config
 from ee_tuning.errors import InputError
 from ee_tuning.tuning import resume_check
 from ee_tuning.tuning.resume_check import CONFIG, check_resumable
+from ee_tuning.tuning.state import PROGRESS, TrainingProgress, _read_progress
 
 JOB = replace(Config(), model={"path": "m"}, exits={"exit_layers": (2, 5)}, data={"paths": ("a", "b")})
 
@@ -69,3 +71,13 @@ def test_the_keys_that_are_free_exist() -> None:
     """A key that was renamed, and is no longer free."""
     known = {f"{section.name}.{key.name}" for section in fields(Config) for key in fields(getattr(JOB, section.name))}
     assert known >= resume_check._FREE
+
+
+def test_progress_of_earlier_versions_is_read(tmp_path: Path) -> None:
+    """A run that can not go on after an update, or that validates its last step twice."""
+    tree = {"step": 3, "position": 24, "fixed": {"seed": 1}}
+    (tmp_path / PROGRESS).write_text(json.dumps(tree))
+    assert _read_progress(tmp_path, {"seed": 1}) == TrainingProgress(validated_step=3, **tree)
+    (tmp_path / PROGRESS).write_text("[]")
+    with pytest.raises(InputError, match="progress.json can not be read"):
+        _read_progress(tmp_path, {})
