@@ -179,7 +179,7 @@ def _check_fit(item: TaskItem, metric: Metric) -> None:
     if metric == "choice" and item.right is None:
         raise InputError(
             f'{item.where}: --metric choice needs "choices", and this line has only answers; exact, contains, rouge-l and '
-            "perplexity fit it"
+            "perplexity apply to it"
         )
     if metric == "perplexity" and len(item.answers) > 1:
         raise InputError(

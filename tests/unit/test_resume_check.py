@@ -79,5 +79,5 @@ def test_progress_of_earlier_versions_is_read(tmp_path: Path) -> None:
     (tmp_path / PROGRESS).write_text(json.dumps(tree))
     assert _read_progress(tmp_path, {"seed": 1}) == TrainingProgress(validated_step=3, **tree)
     (tmp_path / PROGRESS).write_text("[]")
-    with pytest.raises(InputError, match="progress.json can not be read"):
+    with pytest.raises(InputError, match=r"progress\.json can not be read"):
         _read_progress(tmp_path, {})
