@@ -409,3 +409,22 @@ def test_lessons_of_the_final_head_are_rehearsed(keys: dict[str, Any], kinds: li
         profile_ranks(job(model, 2, 3, **{**sizes, "parallel__pipeline_layout": []}, **each), 12) for each in ({}, keys)
     )
     assert max(each.layers[-1][1] for each in bare) == 4 and max(each.layers[-1][1] for each in taught) == 6
+
+
+def test_states_that_a_drafting_head_reads_are_counted_on_their_way(tmp_path: Path) -> None:
+    """A plan without what travels beside the hidden states, or with a state that travels twice."""
+    model = config_only(tmp_path / "70b")
+    keys = {"exits__architecture": ["eagle3"], "tuning__loss": ["lk"], "parallel__pipeline_layout": [20, 20, 20, 20]}
+    ranks = profile_ranks(job(model, 8, 4, tuning__micro_batch_size=1, **keys), 32)
+    states = 2048 * 8192 * 2
+    # Layers 2, 40 and 77 are read; what comes from layer 40 is what the third stage begins with.
+    assert [(each.stages, each.pp_bytes) for each in ranks] == [
+        ((0,), 2 * states),
+        ((1,), 2 * states),
+        ((2,), 3 * states),
+        ((3,), 0),
+    ]
+    assert [each.exits for each in ranks] == [((),), ((),), ((),), ((80,),)]
+    layer = 2 * 8192 * 64 * 128 * 2 + 2 * 2 * 8192 * 8 * 128 - 8192 * 64 * 128 + 3 * 8192 * 28672
+    head = (layer + 32000 * 8192) / 8 + 3 * 8192 * 8192
+    assert ranks[-1].memory["optimizer"] == pytest.approx(3 * 4 * head, rel=1e-3)
