@@ -2,6 +2,7 @@
 stages.
 """
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from ee_tuning.tuning.tuner import Tuner
 
 LISTED = ListedTokens(token_ids=(0, 3, 5, 20, 21, 22, 24, 49, *range(60, 101, 2)), num_tokens=1, num_listed=1)
 """Most of the list lies in the second half of the vocabulary."""
-LAYOUTS = [(1, 1, False), (2, 1, False), (2, 2, False), (2, 2, True), (1, 4, False)]
-"""TP, PP, and whether the sequence is cut over TP."""
+LAYOUTS = {"whole": [(2, 1, False), (2, 2, True), (1, 4, False)], "listed": [(2, 2, False)]}
+"""TP, PP, and whether the sequence is cut over TP; the rest of four processes are replicas."""
 
 
 def draft_job(model: Path, run: Path, tp: int = 1, pp: int = 1, cuts: bool = False, **tuning: Any) -> Config:
@@ -44,32 +45,26 @@ def tune_drafts(config: Config, listed: ListedTokens | None = None) -> bool:
     return tuner.run()
 
 
-@pytest.fixture(scope="module", params=[None, LISTED], ids=["whole", "listed"])
-def alone(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A run in one process, and what it says of the vocabulary."""
-    config = draft_job(model, tmp_path_factory.mktemp("alone") / "run")
-    assert tune_drafts(config, request.param)
-    return config, request.param
-
-
-@pytest.mark.parametrize(("tp", "pp", "cuts"), LAYOUTS)
-def test_every_layout_learns_as_one_process(
-    world: World, model: Path, alone: Any, tmp_path: Path, tp: int, pp: int, cuts: bool
-) -> None:
+@pytest.mark.parametrize("vocabulary", list(LAYOUTS))
+def test_every_layout_learns_as_one_process(world: World, model: Path, tmp_path: Path, vocabulary: str) -> None:
     """States of a layer that arrive as another's, a gradient that is a shard's share, a step that another rank's tokens
     are shifted into; a listed token whose row of the output matrix lies on another rank.
     """
-    wanted, listed = alone
-    config = draft_job(model, tmp_path / "run", tp, pp, cuts)
-    assert world.run(tune_drafts, config, listed) == [True] * 4
-    assert_same_records(records(config), records(wanted))
-    for one, other in zip(records(config), records(wanted), strict=True):
-        for key in ("mean_acceptance_length", "acceptance_rate_1", "acceptance_rate_3"):
-            assert one.get(key, {}) == pytest.approx(other.get(key, {}), rel=1e-9)
-    got, expected = checkpoint(config, NUM_STEPS), checkpoint(wanted, NUM_STEPS)
-    assert got.keys() == expected.keys() and "exits.6.midlayer.self_attn.q_proj.weight.exp_avg" in got
-    for name in expected:
-        torch.testing.assert_close(got[name], expected[name], rtol=1e-6, atol=1e-8, msg=name)
+    listed, wanted = LISTED if vocabulary == "listed" else None, draft_job(model, tmp_path / "alone")
+    assert tune_drafts(wanted, listed)
+    expected = checkpoint(wanted, NUM_STEPS)
+    assert "exits.6.midlayer.self_attn.q_proj.weight.exp_avg" in expected
+    for tp, pp, cuts in LAYOUTS[vocabulary]:
+        config = draft_job(model, tmp_path / f"run{tp}{pp}", tp, pp, cuts)
+        assert world.run(tune_drafts, config, listed) == [True] * 4
+        assert_same_records(records(config), records(wanted))
+        for one, other in zip(records(config), records(wanted), strict=True):
+            for key in ("mean_acceptance_length", "acceptance_rate_1", "acceptance_rate_3"):
+                assert one.get(key, {}) == pytest.approx(other.get(key, {}), rel=1e-9)
+        got = checkpoint(config, NUM_STEPS)
+        assert got.keys() == expected.keys()
+        for name in expected:
+            torch.testing.assert_close(got[name], expected[name], rtol=1e-6, atol=1e-8, msg=name)
 
 
 def test_a_resumed_run_is_the_run_never_stopped(world: World, model: Path, tmp_path: Path) -> None:
@@ -77,7 +72,7 @@ def test_a_resumed_run_is_the_run_never_stopped(world: World, model: Path, tmp_p
     whole = draft_job(model, tmp_path / "whole", 2, 2, dtype="float32")
     assert world.run(tune_drafts, whole) == [True] * 4
     stopped = draft_job(model, tmp_path / "stopped", 2, 2, dtype="float32")
-    assert world.run(tune_drafts, stopped) == [True] * 4
+    shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
     (tmp_path / "stopped/checkpoints/latest").write_text("step_00000002\n")
     assert world.run(tune_drafts, stopped) == [True] * 4
     got, wanted = checkpoint(stopped, NUM_STEPS), checkpoint(whole, NUM_STEPS)

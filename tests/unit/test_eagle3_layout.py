@@ -1,6 +1,7 @@
 """Drafting heads on their way to engines and back: the layout that vLLM reads, speculators', and what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,21 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "llama"
     random_model("llama", folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def places(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A drafting head, and exits."""
+    folder = tmp_path_factory.mktemp("places")
+    return {"HEAD": write_head(model, folder / "head"), "EXITS": write_exits(model, folder / "exits")}
+
+
+@pytest.fixture(scope="module")
+def exported(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A head of a reduced vocabulary, in vLLM's layout."""
+    folder = tmp_path_factory.mktemp("exported")
+    export(model, write_head(model, folder / "head", LISTED), folder / "out", "eagle3")
+    return folder / "out"
 
 
 def write_head(model: Path, folder: Path, listed: tuple[int, ...] = (), **keys: Any) -> Path:
@@ -145,10 +161,10 @@ def change_tensor(folder: Path, name: str, tensor: torch.Tensor | None) -> None:
     ],
 )
 def test_a_head_that_does_not_fit_is_refused_in_one_line(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], break_head: Any, words: list[str]
+    model: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], break_head: Any, words: list[str]
 ) -> None:
     """A head of another model that is tuned for hours, or a traceback."""
-    export(model, write_head(model, tmp_path / "head", LISTED), tmp_path / "out", "eagle3")
+    shutil.copytree(exported, tmp_path / "out")
     break_head(tmp_path / "out")
     capsys.readouterr()
     arguments = [
@@ -182,10 +198,14 @@ def test_a_head_that_does_not_fit_is_refused_in_one_line(
     ],
 )
 def test_what_a_drafting_head_is_not_for_is_refused_in_one_line(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]
+    model: Path,
+    places: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    words: list[str],
 ) -> None:
     """A drafting head that is merged into exits, or exported as one, and is then no head at all."""
-    places = {"HEAD": write_head(model, tmp_path / "head"), "EXITS": write_exits(model, tmp_path / "exits")}
     given = [str(places.get(each, each)) for each in arguments]
     capsys.readouterr()
     assert main([*given, "--model", str(model), "--output", str(tmp_path / "out")]) == 2
