@@ -137,7 +137,6 @@ def ours(folder: Path, options: argparse.Namespace) -> Figures:
     from ee_tuning.data.tokens import PackedSamples, Splits
     from ee_tuning.parallel.relay import Relay
     from ee_tuning.parallel.topology import init_parallel
-    from ee_tuning.tuning.settings import objective
     from ee_tuning.tuning.stage_forward import StageForward
     from ee_tuning.tuning.tuner import Tuner
 
@@ -164,13 +163,7 @@ def ours(folder: Path, options: argparse.Namespace) -> Figures:
     )
     tuner = Tuner(loaded, Splits(train=PackedSamples(stream, options.seq_length), valid=None), config, topology)
     shape = (options.seq_length, options.micro_batch_size, loaded.model.config.hidden_size)
-    stage_forward = StageForward(
-        loaded.model,
-        Relay(topology, shape, loaded.model.plan.dtype),
-        topology,
-        config.tuning.loss_chunk_tokens,
-        objective(config.tuning),
-    )
+    stage_forward = StageForward(loaded.model, Relay(topology, shape, loaded.model.plan.dtype), topology)
     return _timed(lambda: tuner.dry_step(stage_forward), options.steps, before)
 
 

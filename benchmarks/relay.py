@@ -30,7 +30,6 @@ from ee_tuning.parallel.topology import init_parallel
 from ee_tuning.tuning import exit_trainer
 from ee_tuning.tuning import tuner as tuner_module
 from ee_tuning.tuning.saving import Saver
-from ee_tuning.tuning.stage_forward import StageForward
 from ee_tuning.tuning.teacher_channel import TeacherChannel
 from ee_tuning.tuning.tuner import Tuner
 
@@ -127,8 +126,8 @@ def _timed_run(way: str, config: Config, seconds: float) -> tuple[float, float]:
         tuner = Tuner(load_for_tuning(config, topology), samples, config, topology)
         model = tuner._model
         replace(model, "run_layers", clock.timed(model.run_layers, seconds))
-        replace(StageForward, "train", clock.timed(StageForward.train, seconds))
-        replace(TeacherChannel, "teach", clock.timed(TeacherChannel.publish))
+        replace(exit_trainer.ExitTrainer, "train", clock.timed(exit_trainer.ExitTrainer.train, seconds))
+        replace(TeacherChannel, "publish", clock.timed(TeacherChannel.publish))
         replace(exit_trainer, "update_exits", clock.timed(exit_trainer.update_exits))
         replace(Saver, "save", lambda *_, **__: None)
         topology.barrier()

@@ -30,13 +30,12 @@ from ee_tuning.parallel.topology import Topology, check_world_size
 from ee_tuning.planning.dry_fit import print_fit, profile_fit
 from ee_tuning.planning.dry_relay import DryRelay
 from ee_tuning.planning.memory_tracker import MemoryTracker
-from ee_tuning.tuning.drafting import Drafting
+from ee_tuning.tuning.exit_trainer import ExitTrainer
 from ee_tuning.tuning.loss import ExitLoss
 from ee_tuning.tuning.microbatch_schedule import Microbatch
 from ee_tuning.tuning.optimizer import ExitOptimizer
-from ee_tuning.tuning.settings import check_settings, objective
+from ee_tuning.tuning.settings import check_settings
 from ee_tuning.tuning.stage_forward import StageForward, StageOutput
-from ee_tuning.tuning.teacher import Teacher
 from ee_tuning.tuning.teacher_channel import TeacherChannel
 from ee_tuning.tuning.tuner import Tuner
 
@@ -179,8 +178,9 @@ def _profile_rank(config: Config, sources: Sources, world_size: int, stages: lis
             tracker.reclassify("other", "optimizer", _state(each))
             each.head.register_forward_pre_hook(partial(_classify_whole_copies, tracker))
         with tracker.during("other"):
-            stage_forward = _MeasuredForward(loaded.model, config, topology, tracker, tuner.make_teacher_channel())
-            tuner.dry_step(stage_forward)
+            stage_forward = _MeasuredForward(loaded.model, config, topology, tracker, tuner.teacher_channel)
+            trainer = _MeasuredTrainer(tuner, loaded.model, tracker)
+            tuner.dry_step(stage_forward, trainer)
     alike = [plans[stage] for stage in stages]
 
     def sent(group: Any, phase: str) -> int:
@@ -193,10 +193,10 @@ def _profile_rank(config: Config, sources: Sources, world_size: int, stages: lis
         exits=tuple(tuple(spec.layer for spec in each.own_exits) for each in alike),
         memory={kind: tracker.peak[kind] for kind in MEMORY},
         layer_flops=tracker.flops["activations"] // stage_forward.num_forward,
-        head_flops=tracker.flops["loss"] // stage_forward.num_trained,
-        validation_flops=tracker.flops["validation"] // max(stage_forward.num_validated, 1),
+        head_flops=tracker.flops["loss"] // trainer.num_trained,
+        validation_flops=tracker.flops["validation"] // max(trainer.num_validated, 1),
         tp_bytes=sent(topology.tp_group, "activations") // stage_forward.num_forward
-        + sent(topology.tp_group, "loss") // stage_forward.num_trained,
+        + sent(topology.tp_group, "loss") // trainer.num_trained,
         dp_bytes=sent(topology.dp_group, "loss"),
         pp_bytes=sent(topology.pp_group, "activations") // stage_forward.num_forward,
         seconds=time.perf_counter() - began,
@@ -222,7 +222,7 @@ def _samples(config: Config) -> Splits:
 
 
 class _MeasuredForward(StageForward):
-    """Reports the running phase of the stage's work to the memory tracker."""
+    """Attributes the costs of forward passes to their phase."""
 
     def __init__(
         self,
@@ -238,21 +238,17 @@ class _MeasuredForward(StageForward):
             model,
             _AccountedRelay(topology, receives, model.plan.dtype, sends, tracker),
             topology,
-            tuning.loss_chunk_tokens,
-            objective(tuning),
             teacher_channel,
-            validates_against_teacher=tuning.compare_final,
-            drafting=Drafting.of(model, tuning),
         )
-        self._tracker = tracker
-        self.num_forward = self.num_trained = self.num_validated = 0
+        self._tracker, self.num_forward = tracker, 0
+        self._is_ahead = teacher_channel is not None and teacher_channel.num_ahead > 0
 
     def forward(self, microbatch: Microbatch, next_action: NextAction) -> StageOutput:
         """See StageForward."""
         self.num_forward += 1
         with self._tracker.during("activations"):
             output = super().forward(microbatch, next_action)
-        if self.num_ahead:
+        if self._is_ahead:
             kept = [
                 each
                 for inputs in output.exit_inputs.values()
@@ -262,19 +258,28 @@ class _MeasuredForward(StageForward):
             self._tracker.reclassify("activations", "queue", kept)
         return output
 
-    def train(self, output: StageOutput, teacher: Teacher | None, exits: list[ExitOptimizer]) -> dict[int, ExitLoss]:
-        """See StageForward."""
+
+class _MeasuredTrainer(ExitTrainer):
+    """Attributes the costs of losses to their phase."""
+
+    def __init__(self, tuner: Tuner, model: EarlyExitModel, tracker: MemoryTracker) -> None:
+        super().__init__(tuner.exits, model, tuner.tuning, tuner.topology, tuner.teacher_channel)
+        self._tracker = tracker
+        self.num_trained = self.num_validated = 0
+
+    def train(self, output: StageOutput) -> dict[int, ExitLoss]:
+        """See ExitTrainer."""
         self.num_trained += 1
         with self._tracker.during("loss"):
-            losses = super().train(output, teacher, exits)
+            losses = super().train(output)
         self._tracker.reclassify("loss", "gradients")
         return losses
 
-    def evaluate(self, output: StageOutput, teacher: Teacher | None, exits: list[ExitOptimizer]) -> dict[int, ExitLoss]:
-        """See StageForward."""
+    def evaluate(self, output: StageOutput) -> dict[int, ExitLoss]:
+        """See ExitTrainer."""
         self.num_validated += 1
         with self._tracker.during("validation"):
-            return super().evaluate(output, teacher, exits)
+            return super().evaluate(output)
 
 
 class _AccountedRelay(DryRelay):

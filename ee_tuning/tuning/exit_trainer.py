@@ -1,42 +1,63 @@
 """Training and validation of a stage's exits on the micro-batches that went through the stage, and their metrics."""
 
 from collections import Counter
+from functools import partial
+
+import torch
+from torch import Tensor
 
 from ee_tuning.config import TuningSection
+from ee_tuning.model.early_exit import EarlyExitModel
+from ee_tuning.parallel.pinned_staging import to_device
 from ee_tuning.parallel.relay import NextAction
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.watchdog import hang_watchdog
+from ee_tuning.tuning.drafting import Drafting, Targets
+from ee_tuning.tuning.loss import ExitLoss, linear_loss
 from ee_tuning.tuning.loss_metrics import Divisor, LossSums, training_figures, validation_figures
 from ee_tuning.tuning.metrics import MetricsGatherer
 from ee_tuning.tuning.optimizer import ExitOptimizer, update_exits
 from ee_tuning.tuning.schedule import learning_rate, loss_weight_ramp
-from ee_tuning.tuning.stage_forward import StageForward, StageOutput
+from ee_tuning.tuning.settings import objective
+from ee_tuning.tuning.stage_forward import StageOutput
+from ee_tuning.tuning.teacher import Teacher
+from ee_tuning.tuning.teacher_channel import TeacherChannel
 from ee_tuning.tuning.throughput import Throughput
 
 
 class ExitTrainer:
     """The exits of this stage. `step` counts the optimizer steps taken; `validated_step` had the last validation."""
 
-    def __init__(self, exits: list[ExitOptimizer], tuning: TuningSection, topology: Topology, step: int = 0) -> None:
-        self.exits, self.step = exits, step
+    def __init__(
+        self,
+        exits: list[ExitOptimizer],
+        model: EarlyExitModel,
+        tuning: TuningSection,
+        topology: Topology,
+        teacher_channel: TeacherChannel | None,
+    ) -> None:
+        """`teacher_channel` is required where losses or validations need a teacher."""
+        self.exits, self.step = exits, 0
         self.validated_step: int | None = None
         self._tuning, self._topology, self._sums = tuning, topology, LossSums()
+        self._teacher_channel, self._drafting = teacher_channel, Drafting.of(model, tuning)
         self._trained = [each for each in exits if each.trains]
         self._divisor: Divisor = "weights" if tuning.divide_by_token_weights else "tokens"
         self._skipped: Counter[int] = Counter()
+        self._linear_loss = partial(
+            linear_loss,
+            vocab=model.exit_vocab,
+            chunk_tokens=tuning.loss_chunk_tokens,
+            objective=objective(tuning),
+            sums_gradient=not model.plan.cuts_sequence,
+        )
 
-    def process(
-        self, output: StageOutput, stage_forward: StageForward, metrics: MetricsGatherer, throughput: Throughput
-    ) -> None:
+    def process(self, output: StageOutput, metrics: MetricsGatherer, throughput: Throughput) -> None:
         """Trains or validates the exits on one micro-batch. All ranks of the stage process the same micro-batches in
         order.
         """
-        teacher, microbatch = stage_forward.teacher_signal(output), output.microbatch
-        self._sums.add(
-            stage_forward.train(output, teacher, self._trained)
-            if microbatch.is_training
-            else stage_forward.evaluate(output, teacher, self.exits)
-        )
+        microbatch = output.microbatch
+        self._sums.add(self.train(output) if microbatch.is_training else self.evaluate(output))
         if microbatch.is_last and microbatch.is_training:
             self.end_step(output, metrics, throughput)
         elif microbatch.is_last:
@@ -89,6 +110,48 @@ class ExitTrainer:
                 **validation_figures(mean_metrics, self._tuning.wants_final_head),
             }
         )
+
+    def train(self, output: StageOutput) -> dict[int, ExitLoss]:
+        """Runs each trained exit forward and backward; gradients add up. Returns sums by exit layer."""
+        losses, targets = {}, self._targets(output)
+        for each in self._trained:
+            each.begin_microbatch(output.microbatch.is_last)
+            result = self._loss(each, output, targets)
+            result.loss.backward()
+            losses[each.layer] = result._replace(loss=result.loss.detach())
+        return losses
+
+    @torch.no_grad()
+    def evaluate(self, output: StageOutput) -> dict[int, ExitLoss]:
+        """Runs each exit forward without a gradient. Returns sums by exit layer."""
+        targets = self._targets(output)
+        return {each.layer: self._loss(each, output, targets) for each in self.exits}
+
+    def _loss(self, exit: ExitOptimizer, output: StageOutput, targets: Targets) -> ExitLoss:
+        inputs, drafting = output.exit_inputs[exit.layer], self._drafting
+        if drafting is None:
+            return exit.head(inputs, partial(self._projected_loss, targets))
+        ids = None if inputs.documents is None else inputs.documents.ids
+        project = partial(self._projected_loss, drafting.targets(targets, ids))
+        result = exit.head(drafting.inputs(inputs, targets.labels), project)
+        drafts = None if result.agreement is None else drafting.accepted(result.agreement, targets, ids)
+        return result._replace(drafts=drafts)
+
+    def _projected_loss(self, targets: Targets, hidden: Tensor, weight: Tensor) -> ExitLoss:  # …, [s, b, h], [v/tp, h]
+        return self._linear_loss(hidden, weight, targets.labels, targets.loss_mask, teacher=targets.teacher)
+
+    def _targets(self, output: StageOutput) -> Targets:
+        batch = output.microbatch.batch
+        # One copy to the device serves every exit.
+        labels, loss_mask = (to_device(each, self._topology.device) for each in (batch.labels, batch.loss_mask))
+        return Targets(labels, loss_mask, self._teacher(output))
+
+    def _teacher(self, output: StageOutput) -> Teacher | None:
+        """Returns the teacher of a micro-batch, or None where it needs none. Call it once for each, in order."""
+        channel = self._teacher_channel
+        if output.teacher is not None or channel is None or not channel.serves(output.microbatch.is_training):
+            return output.teacher
+        return channel.teacher_signal()
 
     def _take_sums(self) -> LossSums:
         sums, self._sums = self._sums, LossSums()

@@ -37,6 +37,7 @@ class TeacherChannel:
         Otherwise the likeliest tokens are sent.
         """
         self._model, self._topology, self._tuning, self._sends_hidden = model, topology, tuning, sends_hidden
+        self._serves_training = tuning.distils
         student_stages = tuple(stage for stage in stages_with_exits if stage < topology.pp - 1)
         shape, dtype = model.hidden_shape(tuning.seq_length, tuning.micro_batch_size), model.plan.dtype
         if not sends_hidden:
@@ -49,6 +50,10 @@ class TeacherChannel:
     def num_ahead(self) -> int:
         """Number of micro-batches by which the backbone is ahead of the exits: as many as the later stages hold."""
         return self._topology.pp - 1 - self._topology.stage if self._is_student else 0
+
+    def serves(self, is_training: bool) -> bool:
+        """Whether micro-batches of training, or of validations, need a teacher. All validations do."""
+        return self._serves_training or not is_training
 
     def expect(self) -> None:
         """Posts the receive of the teacher signal for a micro-batch that is about to be sent on."""

@@ -20,7 +20,6 @@ from ee_tuning.model.draft_spec import draft_tree
 from ee_tuning.parallel.collectives import gather_lists, on_first_rank
 from ee_tuning.parallel.relay import NextAction, Relay
 from ee_tuning.parallel.topology import Topology
-from ee_tuning.tuning.drafting import Drafting
 from ee_tuning.tuning.exit_trainer import ExitTrainer
 from ee_tuning.tuning.log_sinks import open_log_sinks
 from ee_tuning.tuning.metrics import MetricsGatherer
@@ -28,7 +27,7 @@ from ee_tuning.tuning.microbatch_schedule import Microbatch, MicrobatchSchedule
 from ee_tuning.tuning.optimizer import ExitOptimizer
 from ee_tuning.tuning.save_stop_policy import SaveStopPolicy
 from ee_tuning.tuning.saving import Saver
-from ee_tuning.tuning.settings import loss_weights, objective
+from ee_tuning.tuning.settings import loss_weights
 from ee_tuning.tuning.stage_forward import StageForward, StageOutput
 from ee_tuning.tuning.state import TrainingProgress, latest_checkpoint, load_checkpoint, whole_tensors
 from ee_tuning.tuning.stopping import StopRequest
@@ -45,14 +44,13 @@ class Tuner:
         self.run_folder = Path(config.tuning.run_folder)
         self._model, self._loaded = loaded.model, loaded
         weights = loss_weights(self.tuning, loaded.exits.exit_layers)
-        self._trainer = ExitTrainer(
-            [
-                ExitOptimizer(loaded.model.exit_head(spec.layer), weights[spec.layer], self.tuning, topology)
-                for spec in loaded.model.plan.own_exits
-            ],
-            self.tuning,
-            topology,
-        )
+        exits = [
+            ExitOptimizer(loaded.model.exit_head(spec.layer), weights[spec.layer], self.tuning, topology)
+            for spec in loaded.model.plan.own_exits
+        ]
+        self.teacher_channel = self._make_teacher_channel()
+        """The channel of the teacher signal; None where no loss or validation needs it."""
+        self._trainer = ExitTrainer(exits, loaded.model, self.tuning, topology, self.teacher_channel)
         self._samples = samples
         self._source = BatchSource(samples.train, self.tuning, dp=topology.dp, dp_rank=topology.dp_rank)
         self._validation = validation_batches(samples.valid, self.tuning, dp=topology.dp, dp_rank=topology.dp_rank)
@@ -91,17 +89,8 @@ class Tuner:
         """
         if self.step >= self.tuning.train_iters:
             return True
-        relay, teacher_channel = self._relay(), self.make_teacher_channel()
-        stage_forward = StageForward(
-            self._model,
-            relay,
-            self.topology,
-            self.tuning.loss_chunk_tokens,
-            objective(self.tuning),
-            teacher_channel,
-            validates_against_teacher=self.tuning.compare_final,
-            drafting=Drafting.of(self._model, self.tuning),
-        )
+        relay, teacher_channel = self._relay(), self.teacher_channel
+        stage_forward = StageForward(self._model, relay, self.topology, teacher_channel)
         schedule = MicrobatchSchedule(self._source, self._validation, self.tuning)
         # The validation before the first step, or one that a stop left out.
         validates_first = schedule.validates_after(self.step) and self._trainer.validated_step != self.step
@@ -137,14 +126,15 @@ class Tuner:
             saver.check()
         return self.step == self.tuning.train_iters
 
-    def dry_step(self, stage_forward: StageForward) -> None:
-        """Takes one optimizer step and one validation without records. For dry runs."""
+    def dry_step(self, stage_forward: StageForward, trainer: ExitTrainer | None = None) -> None:
+        """Takes one optimizer step and one validation without records, by another `trainer` if given. For dry runs."""
+        self._trainer = trainer or self._trainer
         metrics, throughput = MetricsGatherer(self.topology, lambda record: None), Throughput(1, 0.0, lambda: 0.0)
         schedule, queue = MicrobatchSchedule(self._source, self._validation, self.tuning), deque[StageOutput]()
         for microbatch in (*schedule.training(1), *schedule.validation(1)):
             deque(self._advance(stage_forward, microbatch, NextAction.NEXT, queue, metrics, throughput), maxlen=0)
         while queue:
-            self._trainer.process(queue.popleft(), stage_forward, metrics, throughput)
+            self._trainer.process(queue.popleft(), metrics, throughput)
 
     def never_updated(self) -> tuple[list[int], list[int]]:
         """Returns the trained exits of all stages that no step has updated, and all trained ones. All ranks call it."""
@@ -154,8 +144,7 @@ class Tuner:
             {layer for layer, _ in every}
         )
 
-    def make_teacher_channel(self) -> TeacherChannel | None:
-        """Creates the channel of the teacher signal, or returns None where no loss or validation needs it."""
+    def _make_teacher_channel(self) -> TeacherChannel | None:
         if not self.tuning.wants_final_head:
             return None
         stages = [
@@ -209,10 +198,10 @@ class Tuner:
         """
         queue.append(stage_forward.forward(microbatch, next_action))
         is_end = queue[-1].next_action is NextAction.END
-        while len(queue) > (0 if is_end else stage_forward.num_ahead):
+        while len(queue) > (0 if is_end or self.teacher_channel is None else self.teacher_channel.num_ahead):
             done, next_action = queue[0].microbatch, queue[0].next_action
             # Not kept in a variable: it would stay alive beside the next micro-batch's output.
-            self._trainer.process(queue.popleft(), stage_forward, metrics, throughput)
+            self._trainer.process(queue.popleft(), metrics, throughput)
             yield done, next_action
 
     def _save(self, saver: Saver, done: Microbatch, metrics: MetricsGatherer) -> None:

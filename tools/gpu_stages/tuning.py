@@ -23,7 +23,6 @@ from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.vocab import VocabShard
 from ee_tuning.planning.dry_run import profile_ranks
 from ee_tuning.tuning.loss import linear_cross_entropy
-from ee_tuning.tuning.settings import objective
 from ee_tuning.tuning.stage_forward import StageForward
 from ee_tuning.tuning.tuner import Tuner
 from gpu_stages.bench import ROOT, SHIPPED, Bench
@@ -134,10 +133,7 @@ def _step(config: Config, topology: Topology) -> Any:
     tuning = config.tuning
     shape, _ = model.relay_shapes(tuning.seq_length, tuning.micro_batch_size)
     relay = Relay(topology, shape, model.plan.dtype)
-    stage_forward = StageForward(
-        model, relay, topology, tuning.loss_chunk_tokens, objective(tuning), tuner.make_teacher_channel()
-    )
-    return partial(tuner.dry_step, stage_forward)
+    return partial(tuner.dry_step, StageForward(model, relay, topology, tuner.teacher_channel))
 
 
 @torch.no_grad()
