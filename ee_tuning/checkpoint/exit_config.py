@@ -13,7 +13,7 @@ import torch
 from ee_tuning.checkpoint.exit_names import exit_tensor_shapes
 from ee_tuning.checkpoint.exit_vocab import VOCAB, read_token_ids
 from ee_tuning.checkpoint.names import TensorShape
-from ee_tuning.config import Architecture, TuningSection
+from ee_tuning.config import Architecture, TeacherPlan, TuningSection
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import read_json
 from ee_tuning.model.config import STORED_DTYPES, ModelConfig
@@ -79,9 +79,9 @@ class ExitHeadsConfig:
         """Whether the exits use the backbone's output matrix."""
         return self.output == "tied"
 
-    def sends_hidden(self, tuning: TuningSection) -> bool:
-        """Whether the teacher is sent as hidden states. A drafting head is on the final head's stage."""
-        return tuning.sends_hidden(self.ties_output) or (self.draft is not None and tuning.wants_final_head)
+    def teacher_plan(self, tuning: TuningSection) -> TeacherPlan | None:
+        """Returns the final head's part in tuning these exits, or None where they need no teacher."""
+        return tuning.teacher_plan(ties_output=self.ties_output, drafts=self.draft is not None)
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -21,22 +21,17 @@ def plan_tuning(config: Config, model: ModelConfig, exits: ExitHeadsConfig, topo
 
     Raises InputError where there are fewer layers than stages, or the sequence can not be cut evenly.
     """
-    cuts_sequence = _cuts_sequence(config, topology)
+    cuts_sequence, teacher = _cuts_sequence(config, topology), exits.teacher_plan(config.tuning)
     costs = tuning_costs(config, model, exits)
     plans = _plans(
-        config,
-        exits,
-        costs,
-        topology,
-        has_final_head=config.tuning.wants_final_head,
-        max_length=config.tuning.seq_length,
+        config, exits, costs, topology, has_final_head=teacher is not None, max_length=config.tuning.seq_length
     )
     weights = config.tuning.backbone_weights
     check_weight_format(weights, model)
     return [
         dataclasses.replace(
             plan,
-            shares_output_matrix=exits.sends_hidden(config.tuning),
+            shares_output_matrix=teacher is not None and teacher.sends_hidden,
             cuts_sequence=cuts_sequence,
             weights=weights,
         )
@@ -82,7 +77,7 @@ def plan_generation(
 
 def tuning_costs(config: Config, model: ModelConfig, exits: ExitHeadsConfig) -> list[float]:
     """Returns the multiply-adds per token of each layer built for tuning, with its exit."""
-    has_final_head = config.tuning.wants_final_head
+    has_final_head = exits.teacher_plan(config.tuning) is not None
     num_layers = model.num_layers if has_final_head else max(exits.exit_layers)
     return stage_costs(
         model,

@@ -8,6 +8,18 @@ from ee_tuning.config.paths import PATH
 WeightFormat = Literal["native", "int8", "nf4"]
 
 
+@dataclass(frozen=True)
+class TeacherPlan:
+    """The final head as a teacher. The layers after the last exit are then built, too."""
+
+    in_training: bool
+    """Whether the loss needs its distribution. Validations always compare exits with it."""
+    sends_hidden: bool
+    """Whether its input states are sent, and not its likeliest tokens. Every stage with an exit then holds the output
+    matrix.
+    """
+
+
 @dataclass(frozen=True, kw_only=True)
 class TuningSection:
     """The tuner."""
@@ -115,16 +127,14 @@ class TuningSection:
     stop_exit_code: int = 75
     """Exit code of a run that a signal stopped early, so that its caller can start it again."""
 
-    @property
-    def distils(self) -> bool:
-        """Whether the loss needs the final head's distribution."""
-        return any(item.partition("=")[0].strip() != "cross_entropy" for item in self.loss)
+    def teacher_plan(self, *, ties_output: bool, drafts: bool = False) -> TeacherPlan | None:
+        """Returns the final head's part, or None where neither the loss nor validations need its distribution.
 
-    @property
-    def wants_final_head(self) -> bool:
-        """Whether the layers after the last exit, and the final head, are built."""
-        return self.distils or self.compare_final
-
-    def sends_hidden(self, ties_output: bool) -> bool:
-        """Whether hidden states are sent as teacher, given whether all exits are tied to the output matrix."""
-        return self.wants_final_head and (self.teacher == "hidden" or (self.teacher == "auto" and ties_output))
+        `ties_output`: all exits are tied to the output matrix. `drafts`: the only exit is a drafting head, which is on
+        the final head's stage.
+        """
+        in_training = any(item.partition("=")[0].strip() != "cross_entropy" for item in self.loss)
+        if not in_training and not self.compare_final:
+            return None
+        is_hidden = self.teacher == "hidden" or (self.teacher == "auto" and ties_output)
+        return TeacherPlan(in_training, sends_hidden=is_hidden or drafts)

@@ -148,7 +148,7 @@ def _shortened(config: Config, world_size: int) -> Config:
     tuning, parallel = config.tuning, config.parallel
     dp = world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
     count = count_microbatches(tuning, dp)
-    count = parallel.pipeline_model_parallel_size + 1 if tuning.wants_final_head else min(count, 2)
+    count = parallel.pipeline_model_parallel_size + 1 if tuning.teacher_plan(ties_output=False) else min(count, 2)
     return replace(
         config,
         model={"dtype": config.model.dtype or "bfloat16"},

@@ -80,13 +80,14 @@ class ExitTrainer:
         ):
             return
         throughput.mark(trained=True)
+        has_teacher = self._teacher_channel is not None and self._teacher_channel.serves(is_training=True)
         own, stage = throughput.report(), str(self._topology.stage)
         metrics.post(
             {
                 "kind": "train",
                 "step": self.step,
                 "lr": lr,
-                **training_figures({layer: update.mean_metrics for layer, update in updates.items()}, tuning.distils),
+                **training_figures({layer: update.mean_metrics for layer, update in updates.items()}, has_teacher),
                 "grad_norm": {str(layer): update.grad_norm for layer, update in updates.items()},
                 "skipped": {str(layer): count for layer, count in self._skipped.items()},
                 "tokens_per_second": own["tokens_per_second"],
@@ -107,7 +108,7 @@ class ExitTrainer:
             {
                 "kind": "validation",
                 "step": self.validated_step,
-                **validation_figures(mean_metrics, self._tuning.wants_final_head),
+                **validation_figures(mean_metrics, has_teacher=self._teacher_channel is not None),
             }
         )
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ee_tuning.config import TuningSection
+from ee_tuning.config import TeacherPlan, TuningSection
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.model.sequence_parallel import local_sequence
 from ee_tuning.parallel.feedback import Feedback
@@ -29,18 +29,13 @@ class TeacherChannel:
         model: EarlyExitModel,
         topology: Topology,
         tuning: TuningSection,
+        plan: TeacherPlan,
         stages_with_exits: Iterable[int],
-        *,
-        sends_hidden: bool,
     ) -> None:
-        """If `sends_hidden`, final hidden states are sent and every stage with an exit holds the output matrix.
-        Otherwise the likeliest tokens are sent.
-        """
-        self._model, self._topology, self._tuning, self._sends_hidden = model, topology, tuning, sends_hidden
-        self._serves_training = tuning.distils
+        self._model, self._topology, self._tuning, self._plan = model, topology, tuning, plan
         student_stages = tuple(stage for stage in stages_with_exits if stage < topology.pp - 1)
         shape, dtype = model.hidden_shape(tuning.seq_length, tuning.micro_batch_size), model.plan.dtype
-        if not sends_hidden:
+        if not plan.sends_hidden:
             num_tokens, k = shape[0] * shape[1], min(tuning.teacher_top_k, model.exit_vocab.size)
             shape, dtype = (num_tokens, 2, k), torch.promote_types(dtype, torch.float32)
         self.feedback = Feedback(topology, shape, dtype, student_stages)
@@ -53,7 +48,7 @@ class TeacherChannel:
 
     def serves(self, is_training: bool) -> bool:
         """Whether micro-batches of training, or of validations, need a teacher. All validations do."""
-        return self._serves_training or not is_training
+        return self._plan.in_training or not is_training
 
     def expect(self) -> None:
         """Posts the receive of the teacher signal for a micro-batch that is about to be sent on."""
@@ -63,7 +58,7 @@ class TeacherChannel:
     def publish(self, hidden: Tensor) -> Teacher:  # [s, b, h], the last layer's output
         """Computes the teacher of a micro-batch on the last stage, and sends it to the student stages."""
         hidden, weight = self._model.final_hidden(hidden), self._model.backbone.output_layer.weight
-        if self._sends_hidden:
+        if self._plan.sends_hidden:
             self.feedback.send(hidden)
             return HiddenTeacher(self._model.whole_sequence(hidden), weight)
         signal = top_k_teacher(
@@ -84,6 +79,6 @@ class TeacherChannel:
             return None
         # Over tensor parallelism: all ranks of a stage take theirs in order.
         signal = self._model.whole_sequence(self.feedback.take())
-        if self._sends_hidden:
+        if self._plan.sends_hidden:
             return HiddenTeacher(signal, self._model.backbone.output_layer.weight)
         return TopKTeacher(signal[:, 0].long(), signal[:, 1])

@@ -145,20 +145,15 @@ class Tuner:
         )
 
     def _make_teacher_channel(self) -> TeacherChannel | None:
-        if not self.tuning.wants_final_head:
+        plan = self.exits_config.teacher_plan(self.tuning)
+        if plan is None:
             return None
         stages = [
             stage
             for stage, (first, last) in enumerate(self._loaded.stages)
             if any(first <= layer <= last for layer in self.exits_config.exit_layers)
         ]
-        return TeacherChannel(
-            self._model,
-            self.topology,
-            self.tuning,
-            stages,
-            sends_hidden=self.exits_config.sends_hidden(self.tuning),
-        )
+        return TeacherChannel(self._model, self.topology, self.tuning, plan, stages)
 
     def save_exit_heads(self, output: Path) -> None:
         """Writes the artifact of the tuned heads, in the backbone's dtype. All ranks call it."""

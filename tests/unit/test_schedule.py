@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from ee_tuning.config import TuningSection
+from ee_tuning.config import TeacherPlan, TuningSection
 from ee_tuning.errors import InputError
 from ee_tuning.tuning.objective import Objective
 from ee_tuning.tuning.schedule import learning_rate, loss_weight_ramp
@@ -88,11 +88,16 @@ def test_losses_are_read_with_their_weights() -> None:
     """A cross-entropy nobody asked for in a pure distillation; a final head that is not built for the loss that needs
     it.
     """
-    assert objective(section()) == Objective() and not section().wants_final_head
+    assert objective(section()) == Objective() and section().teacher_plan(ties_output=True) is None
     mixed = section(loss=("cross_entropy=0.3", " total_variation = 2"), token_weights="confidence")
     assert objective(mixed) == Objective(cross_entropy=0.3, total_variation=2.0, weighs_by_confidence=True)
     for loss in (("forward_kl",), ("cross_entropy", "total_variation=0.1")):
-        assert section(loss=loss).wants_final_head == objective(section(loss=loss)).wants_teacher is True
+        plan = section(loss=loss).teacher_plan(ties_output=False)
+        assert plan == TeacherPlan(in_training=True, sends_hidden=False) and objective(section(loss=loss)).wants_teacher
+    compared = section(compare_final=True)
+    assert compared.teacher_plan(ties_output=True) == TeacherPlan(in_training=False, sends_hidden=True)
+    assert compared.teacher_plan(ties_output=False) == TeacherPlan(in_training=False, sends_hidden=False)
+    assert compared.teacher_plan(ties_output=False, drafts=True) == TeacherPlan(in_training=False, sends_hidden=True)
     assert objective(section(loss=("forward_kl",))).cross_entropy == 0
 
 
