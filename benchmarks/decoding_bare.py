@@ -77,7 +77,7 @@ def bare_times(llm: EarlyExitLLM, prompt_length: int, new_tokens: int, num_rows:
 
 def _one_pass(engine: Engine, num_rows: int, start: int, length: int) -> tuple[list[float], list[float]]:
     """Seconds of each segment on `length` tokens a row behind `start` others, and of each head on the last ones."""
-    runner, model, config = engine.runner, engine.model, engine.model.config
+    runner, model, config = engine.stage, engine.model, engine.model.config
     hidden = torch.ones(num_rows * length, config.hidden_size, dtype=model.plan.dtype)
     each = engine.cache.pool.num_blocks // num_rows
     places = [engine.cache.slot_mapping(list(range(row * each, (row + 1) * each))) for row in range(num_rows)]

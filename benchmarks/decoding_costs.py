@@ -119,7 +119,7 @@ class AlwaysDrafts(Speculation):
     """As many drafts of one exit in every round."""
 
     def __init__(self, engine: Engine, layer: int, count: int):
-        super().__init__(expected_costs(engine.runner), engine.segments)
+        super().__init__(expected_costs(engine.stage), engine.segments)
         self._layer, self._count = layer, count
 
     def begin_round(self, sequence: Sequence, num_rows: int, most: int) -> None:

@@ -154,7 +154,7 @@ def _print_row(config: Config, exits: Path, args: argparse.Namespace, size: int)
     prompts = [llm.tokenizer.decode(row[:64].tolist()) for row in rows[half : half + args.prompts]]
     speed_up = _speed_up(llm, prompts, policy, args)
     assert llm.engine is not None
-    costs = [measure_costs(llm.engine.runner) for _ in range(args.repeats)]
+    costs = [measure_costs(llm.engine.stage) for _ in range(args.repeats)]
     ask = min(_mean(each.of_head(layer, 1) for layer in each.heads) for each in costs)
     whole = min(each.of_all(1) for each in costs)
     print(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ee_tuning.generation.sequence import Sequence
+from ee_tuning.parallel.pinned_staging import to_device
 
 # t tokens · h hidden
 
@@ -82,7 +83,7 @@ class BoundaryRing:
         return [row.slot * self.capacity + position % self.capacity for position in range(start, stop)]
 
     def _index(self, numbers: list[int]) -> Tensor:
-        return torch.tensor(numbers, device=self._device)
+        return to_device(torch.tensor(numbers), self._device)
 
 
 def _slices(states: PassStates) -> dict[int, tuple[int, Tensor]]:

@@ -17,7 +17,7 @@ from ee_tuning.decoding.decode_layer import DecodeLayer
 from ee_tuning.decoding.eager_attention import BLOCK_SIZE, LayerCache, SlotMapping
 from ee_tuning.decoding.layer_stack import LayerStack
 from ee_tuning.generation.block_pool import blocks_for
-from ee_tuning.generation.model_runner import ModelRunner
+from ee_tuning.generation.stage_model import StageModel
 from ee_tuning.model.exit_head import ExitInput
 
 COUNTS = (1, 4, 16)
@@ -58,10 +58,10 @@ class Costs:
         return self.overhead + layers + self.of_head(None, num_tokens)
 
 
-def expected_costs(runner: ModelRunner) -> Costs:
+def expected_costs(stage: StageModel) -> Costs:
     """Costs in bytes of weights: decoding is bound by reading them. The same on every rank of any layout."""
-    config, plan = runner.config, runner.model.plan
-    per_more = SHARE_OF_ONE_MORE.get(runner.topology.device.type, SHARE_OF_ONE_MORE["cuda"])
+    config, plan = stage.config, stage.model.plan
+    per_more = SHARE_OF_ONE_MORE.get(stage.topology.device.type, SHARE_OF_ONE_MORE["cuda"])
     growth = [1 + per_more * (count - 1) for count in COUNTS]
 
     def curve(num_parameters: float) -> Curve:
@@ -71,28 +71,28 @@ def expected_costs(runner: ModelRunner) -> Costs:
     mlp = config.hidden_size * inner * (3 if config.is_gated else 2)
     heads_width = (2 * config.num_attention_heads + 2 * config.num_query_groups) * config.kv_channels
     layer, matrix = mlp + config.hidden_size * heads_width, config.hidden_size * config.vocab_size
-    listed = config.hidden_size * runner.model.exit_vocab.size
+    listed = config.hidden_size * stage.model.exit_vocab.size
     heads = {e.layer: curve(listed + {"layer": layer, "mlp": mlp}.get(e.architecture, 0)) for e in plan.exits}
-    segments = [curve(layer * (s.last_layer + 1 - s.first_layer)) for s in runner.segments]
+    segments = [curve(layer * (s.last_layer + 1 - s.first_layer)) for s in stage.segments]
     return Costs(tuple(segments), heads, curve(matrix))
 
 
-def measure_costs(runner: ModelRunner) -> Costs:
+def measure_costs(stage: StageModel) -> Costs:
     """Times the segments and heads of a model in one process, on numbers that do not matter.
 
     Segments run one after the other, as in a step: the weights of one evict those of another from a processor's cache.
     All but the last one run twice and count the mean: drafts come one after the other, and find in the cache what the
     draft before them left. The fastest of several rounds counts, for other work on a machine only ever adds.
     """
-    num_segments = len(runner.segments)
+    num_segments = len(stage.segments)
     figures = torch.zeros(2 * num_segments + 1, len(COUNTS), dtype=torch.float64)
     for column, count in enumerate(COUNTS):
-        probe = CostProbe(runner, count)
+        probe = CostProbe(stage, count)
         figures[:, column] = torch.stack([probe.run() for _ in range(REPEATS)]).amin(0)
     curves: list[Curve] = [tuple(row) for row in figures.cummax(dim=1)[0].tolist()]  # more tokens never cost less
     heads = {
         segment.exit_layer: curves[num_segments + number]
-        for number, segment in enumerate(runner.segments)
+        for number, segment in enumerate(stage.segments)
         if segment.exit_layer is not None
     }
     return Costs(tuple(curves[:num_segments]), heads, curves[2 * num_segments - 1], overhead=curves[-1][0])
@@ -101,22 +101,22 @@ def measure_costs(runner: ModelRunner) -> Costs:
 class CostProbe:
     """Passes of `count` tokens behind CONTEXT others, with a cache of their own that all layers share."""
 
-    def __init__(self, runner: ModelRunner, count: int):
-        self._runner, self._count = runner, count
-        plan, config, device = runner.model.plan, runner.config, runner.topology.device
+    def __init__(self, stage: StageModel, count: int):
+        self._stage, self._count = stage, count
+        plan, config, device = stage.model.plan, stage.config, stage.topology.device
         self._hidden = torch.ones(count, config.hidden_size, dtype=plan.dtype, device=device)
         self._num_places = blocks_for(CONTEXT + count) * BLOCK_SIZE
         self._places = SlotMapping(index=torch.arange(self._num_places), first=0)
-        shape = (self._num_places + BLOCK_SIZE, config.num_query_groups // runner.topology.tp, config.kv_channels)
+        shape = (self._num_places + BLOCK_SIZE, config.num_query_groups // stage.topology.tp, config.kv_channels)
         cache = LayerCache(keys=self._hidden.new_zeros(shape), values=self._hidden.new_zeros(shape))
         # Of any length of context: the engine's own tables may end before the measured tokens do.
-        cos, sin = (table.new_ones(CONTEXT + count, table.shape[-1]) for table in runner.tables)
+        cos, sin = (table.new_ones(CONTEXT + count, table.shape[-1]) for table in stage.tables)
         self._tables = cos, sin
         self._graph_cache = GraphCache(
             self._tables,
             width=config.hidden_size,
             num_places=self._num_places,
-            bytes_per_place=runner.cache.bytes_per_token,
+            bytes_per_place=stage.cache.bytes_per_token,
         )
 
         def run_of(layers: Iterable[DecodeLayer]) -> LayerStack:
@@ -124,15 +124,15 @@ class CostProbe:
             return LayerStack(chosen, [cache] * len(chosen))
 
         self._segments = [
-            run_of(runner.layers[n] for n in range(each.first_layer, each.last_layer + 1)) for each in runner.segments
+            run_of(stage.layers[n] for n in range(each.first_layer, each.last_layer + 1)) for each in stage.segments
         ]
         self._own_layers = {
-            number: run_of([head.layer]) for number, head in runner.heads.items() if head.layer is not None
+            number: run_of([head.layer]) for number, head in stage.heads.items() if head.layer is not None
         }
 
     def run(self) -> Tensor:  # [2 segments + 1] float64
         """Seconds of each segment, of the head behind each, and of describing the pass."""
-        runner, hidden, last = self._runner, self._hidden, len(self._segments) - 1
+        stage, hidden, last = self._stage, self._hidden, len(self._segments) - 1
         seconds = torch.zeros(2 * len(self._segments) + 1, dtype=torch.float64)
         began = time.perf_counter()
         tokens = self._describe()
@@ -145,14 +145,14 @@ class CostProbe:
                 hidden, exit_input = segment(hidden, tokens)
                 hidden[0, 0].item()  # waits for a device that computes asynchronously
                 passed = time.perf_counter()
-                if number in runner.heads:
+                if number in stage.heads:
                     self._ask(number, hidden, exit_input, tokens)
                 seconds[number] += (passed - began) / times
                 seconds[len(self._segments) + number] += (time.perf_counter() - passed) / times
         return seconds
 
     def _describe(self) -> AttentionMetadata:
-        config = self._runner.config
+        config = self._stage.config
         return AttentionMetadata(
             [self._places],
             [CONTEXT],
@@ -164,7 +164,7 @@ class CostProbe:
         )
 
     def _ask(self, number: int, hidden: Tensor, exit_input: ExitInput, tokens: AttentionMetadata) -> None:
-        head, taken = self._runner.heads[number], ExitInput(hidden)
+        head, taken = self._stage.heads[number], ExitInput(hidden)
         if number in self._own_layers:
             taken = ExitInput(hidden, layer_output=self._own_layers[number](hidden, tokens)[0])
         elif isinstance(head, DecodeExitHead):

@@ -3,18 +3,18 @@ them.
 """
 
 from ee_tuning.generation.cost_model import expected_costs, measure_costs
-from ee_tuning.generation.model_runner import ModelRunner
 from ee_tuning.generation.sequence import Sequence
 from ee_tuning.generation.speculation import Speculation
 from ee_tuning.generation.speculation_memory import SpeculationMemory
+from ee_tuning.generation.stage_model import StageModel
 from ee_tuning.generation.step_plan import Answer, RowOutput, RowPlan
 
 
 class DraftProposer:
     """Plans the drafts of an engine's sequences, each of which may have `max_pending`."""
 
-    def __init__(self, runner: ModelRunner, max_pending: int):
-        self.runner, self.max_pending = runner, max_pending
+    def __init__(self, stage: StageModel, max_pending: int):
+        self.stage, self.max_pending = stage, max_pending
         self.speculation: Speculation | None = None
         """Made by the first request that speculates."""
         self.memory: SpeculationMemory | None = None
@@ -32,13 +32,13 @@ class DraftProposer:
         is_behind_end = sequence.num_drafts and sequence.tokens[-1] in sequence.stop_ids
         if (left <= 0 and not is_survey) or is_behind_end:
             row.thresholds = sequence.exit_thresholds
-        elif num_rows == 1 and row.is_plain_greedy and self.runner.drafts_at_once:
+        elif num_rows == 1 and row.is_plain_greedy and self.stage.drafts_at_once:
             row.most_drafts = left
         return row
 
     def update(self, row: RowPlan, output: RowOutput) -> list[tuple[Answer, int]]:
         """Adds drafts to a sequence, or checks them: final tokens, each with the layer that it left at."""
-        sequence, segments = row.sequence, self.runner.segments
+        sequence, segments = row.sequence, self.stage.segments
         for segment, likeliest, confidence in output.asked:
             layer = segments[segment].exit_layer
             assert layer is not None
@@ -52,7 +52,7 @@ class DraftProposer:
     def keep(self) -> None:
         """Writes what was learnt for later processes."""
         if self.memory is not None and self.speculation is not None:
-            self.memory.keep(self.speculation, lambda: measure_costs(self.runner))
+            self.memory.keep(self.speculation, lambda: measure_costs(self.stage))
 
     def _add_draft(self, sequence: Sequence, token: int, layer: int) -> None:
         sequence.tokens.append(token)
@@ -72,13 +72,13 @@ class DraftProposer:
         del sequence.tokens[sequence.num_final :]
         sequence.truncate(len(sequence.tokens) + num_kept)
         sequence.drafts.begin({})
-        layers = [*layers[:num_kept], self.runner.config.num_layers]
+        layers = [*layers[:num_kept], self.stage.config.num_layers]
         return list(zip(answers[: num_kept + 1], layers, strict=True))
 
     def _known(self) -> Speculation:
         if self.speculation is None:
             if self.memory is not None:
-                self.speculation = self.memory.recall(self.runner.segments, lambda: expected_costs(self.runner))
+                self.speculation = self.memory.recall(self.stage.segments, lambda: expected_costs(self.stage))
             else:
-                self.speculation = Speculation(expected_costs(self.runner), self.runner.segments)
+                self.speculation = Speculation(expected_costs(self.stage), self.stage.segments)
         return self.speculation

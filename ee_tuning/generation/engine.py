@@ -26,6 +26,7 @@ from ee_tuning.generation.requests import check_request
 from ee_tuning.generation.scheduler import Scheduler
 from ee_tuning.generation.segments import cut_segments
 from ee_tuning.generation.sequence import NOT_KEPT, Sequence
+from ee_tuning.generation.stage_model import StageModel
 from ee_tuning.generation.step_plan import Answer, RowPlan
 from ee_tuning.kernel import calls
 from ee_tuning.model.early_exit import EarlyExitModel
@@ -86,12 +87,12 @@ class Engine:
             model.config, model.topology, num_tokens=tokens, max_length=max_length, dtype=model.plan.dtype
         )
         self.link = StageLink(model.topology)
-        self.runner = ModelRunner(model, self.segments, self.cache, num_slots=num_slots, max_pending=max_pending)
-        self.in_flight = InFlightSteps(self.runner, self.link)
+        self.stage = StageModel(model, self.segments, self.cache, num_slots=num_slots, max_pending=max_pending)
+        self.in_flight = InFlightSteps(ModelRunner(self.stage), self.link)
         self.scheduler = Scheduler(
             self.cache, num_slots=num_slots, prefill_chunk=prefill_chunk, reuses_prefixes=reuses_prefixes
         )
-        self.proposer = DraftProposer(self.runner, max_pending)
+        self.proposer = DraftProposer(self.stage, max_pending)
         self.running, self.waiting = self.scheduler.running, self.scheduler.waiting
         self._never = array("d", [math.inf] * len(self.segments))
         self._landed: list[TokenStep] = []
@@ -105,7 +106,7 @@ class Engine:
     @property
     def seconds_in_heads(self) -> float:
         """Seconds in the heads of this rank."""
-        return self.runner.seconds_in_heads
+        return self.stage.seconds_in_heads
 
     def add_request(
         self, prompt: list[int], params: SamplingParams | None = None, policy: Policy = FULL
@@ -124,7 +125,7 @@ class Engine:
         exits = [segment.exit_layer for segment in self.segments]
         last_segment = len(exits) - 1 if policy.fixed_exit is None else exits.index(policy.fixed_exit)
         thresholds = [policy.thresholds.get(layer, math.inf) if layer is not None else math.inf for layer in exits]
-        own = {number for number in self.runner.own_layers if exits[number] in policy.asked}
+        own = {number for number in self.stage.own_layers if exits[number] in policy.asked}
         return Sequence(
             tokens=list(prompt),
             params=params,
@@ -261,7 +262,7 @@ class Engine:
     def _finish(self, sequence: Sequence, reason: str) -> None:
         if not self.scheduler.remove(sequence):
             return
-        self.runner.sampler.forget(sequence)
+        self.stage.sampler.forget(sequence)
         sequence.finish_reason = reason
         sequence.statistics.seconds = time.perf_counter() - sequence.added_at
         if not self.running and not self.waiting:

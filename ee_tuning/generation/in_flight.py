@@ -61,7 +61,7 @@ class InFlightStep:
 
     def _run(self, stage: int) -> list[RowOutput] | None:
         """Runs a stage's part where it is this rank's, and sends states on to it where they are this rank's."""
-        runner, numbers, own = self._runner, self._runner.segments_of(stage), self._runner.topology.stage
+        runner, numbers, own = self._runner, self._runner.stage.segments_of(stage), self._runner.stage.topology.stage
         entering = None
         if stage > 0 and own == stage - 1:
             self._link.send(runner.hand_over(self._rows, numbers[0], self._states))
@@ -69,31 +69,31 @@ class InFlightStep:
             return None
         if stage > 0:
             count = sum([row.sequence.num_pending(numbers[0]) for row in self._rows])
-            entering = self._link.receive(count, runner.config.hidden_size, runner.model.plan.dtype)
-        outputs, self._states = runner.run(self._rows, numbers, entering, fills=stage > 0)
-        if runner.topology.num_in_replica > 1 and self._decides(stage):
+            entering = self._link.receive(count, runner.stage.config.hidden_size, runner.stage.model.plan.dtype)
+        outputs, self._states = runner.run(self._rows, numbers, entering, active=self._rows, fills=stage > 0)
+        if runner.stage.topology.num_in_replica > 1 and self._decides(stage):
             self._link.send_decision(torch.tensor(pack(self._rows, numbers, outputs), dtype=torch.float64), stage)
         return outputs
 
     def _agreed(self, stage: int, own: list[RowOutput] | None) -> list[RowOutput]:
         """The outputs of a stage, on every rank those of its first one."""
-        if own is not None and (self._runner.topology.num_in_replica == 1 or self._link.is_source(stage)):
+        if own is not None and (self._runner.stage.topology.num_in_replica == 1 or self._link.is_source(stage)):
             return own
         if not self._decides(stage):
             return own or [RowOutput() for _ in self._rows]
-        numbers = self._runner.segments_of(stage)
+        numbers = self._runner.stage.segments_of(stage)
         message = torch.empty(message_size(self._rows, numbers), dtype=torch.float64)
         self._link.recv_decision(message, stage)
         return unpack(self._rows, numbers, message.tolist())
 
     def _decides(self, stage: int) -> bool:
         """Whether a head of this stage is asked about any row."""
-        return message_size(self._rows, self._runner.segments_of(stage)) > 0
+        return message_size(self._rows, self._runner.stage.segments_of(stage)) > 0
 
     def _settle(self, stage: int, outputs: list[RowOutput]) -> Finished:
-        numbers = self._runner.segments_of(stage)
-        if self._runner.topology.stage != stage:
-            self._runner.follow(self._rows, numbers, outputs, fills=stage > 0)
+        numbers = self._runner.stage.segments_of(stage)
+        if self._runner.stage.topology.stage != stage:
+            self._runner.follow(self._rows, numbers, outputs, active=self._rows, fills=stage > 0)
         finished = [
             (row, output)
             for row, output in zip(self._rows, outputs, strict=True)
@@ -146,30 +146,30 @@ class InFlightSteps:
     def catch_up(self, rows: list[RowPlan], first: int) -> None:
         """Computes what is pending of `rows` from segment `first` on. None of them is in another step."""
         runner, outputs = self.runner, [RowOutput() for _ in rows]
-        for stage in range(runner.segments[first].stage, runner.topology.pp):
-            of_stage = runner.segments_of(stage)
-            numbers, own = range(max(first, of_stage[0]), of_stage[-1] + 1), runner.topology.stage
+        for stage in range(runner.stage.segments[first].stage, runner.stage.topology.pp):
+            of_stage = runner.stage.segments_of(stage)
+            numbers, own = range(max(first, of_stage[0]), of_stage[-1] + 1), runner.stage.topology.stage
             count = sum([row.sequence.num_pending(numbers[0]) for row in rows])
             crosses = numbers[0] == of_stage[0] and stage > 0 and count > 0
             if crosses and own == stage - 1:
                 self._link.send(runner.hand_over(rows, numbers[0], None))
             if own == stage:
-                width, dtype = runner.config.hidden_size, runner.model.plan.dtype
+                width, dtype = runner.stage.config.hidden_size, runner.stage.model.plan.dtype
                 entering = self._link.receive(count, width, dtype) if crosses else None
-                runner.run(rows, numbers, entering, is_catch_up=True)
+                runner.run(rows, numbers, entering, active=[], fills=True)
             else:
-                runner.follow(rows, numbers, outputs, is_catch_up=True)
+                runner.follow(rows, numbers, outputs, active=[], fills=True)
 
     def _share_of(self, rows: list[RowPlan]) -> list[RowPlan]:
         """The rows that begin a step. Where none can leave in the first stage, all rows in one step would keep one
         stage busy at a time, so as many steps as stages share them. Rows that were left out come first the next time.
         """
-        if self.runner.topology.pp == 1:
+        if self.runner.stage.topology.pp == 1:
             return rows
         held = [row for row in rows if row.sequence in self._held]
         self._held = []
         num_busy = self._num_busy_stages(rows)
-        if num_busy == 1 or message_size(rows, self.runner.segments_of(0)):
+        if num_busy == 1 or message_size(rows, self.runner.stage.segments_of(0)):
             return rows
         rows = [*held, *(row for row in rows if row not in held)]
         share = -(-(len(rows) + len(self.busy)) // num_busy)
@@ -179,7 +179,7 @@ class InFlightSteps:
     def _num_busy_stages(self, rows: list[RowPlan]) -> int:
         """Stages with layers that the rows go through."""
         last = max(row.last_segment for row in rows)
-        segments = self.runner.segments[: last + 1]
+        segments = self.runner.stage.segments[: last + 1]
         return len({segment.stage for segment in segments if segment.first_layer <= segment.last_layer})
 
     def _advance(self, step: InFlightStep) -> Finished:

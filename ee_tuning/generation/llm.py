@@ -367,7 +367,7 @@ class EarlyExitLLM:
             # What costs and is right at which exit is as it was.
             engine.proposer.speculation, engine.proposer.memory = known or (
                 None,
-                speculation_memory(engine.runner, self.heads_digest),
+                speculation_memory(engine.stage, self.heads_digest),
             )
         return engine
 

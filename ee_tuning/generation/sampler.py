@@ -21,7 +21,7 @@ class SampleRequest(NamedTuple):
     length: int
     """The number of tokens that it follows."""
     confidence: float
-    logits: Tensor
+    logits: Tensor = torch.empty(0)
     """[v], on the CPU; -inf where the head can not say a token."""
 
 

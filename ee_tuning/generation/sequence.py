@@ -138,7 +138,7 @@ class Sequence:
     @property
     def own_layers(self) -> list[int]:
         """Segments whose heads have a layer of their own that this request may ask."""
-        return [segment for segment, count in enumerate(self.num_own_computed) if count != NOT_KEPT]
+        return [segment for segment in range(len(self.num_own_computed)) if self.keeps_own(segment)]
 
     @property
     def cached_parts(self) -> frozenset[CachedPart]:
@@ -183,6 +183,10 @@ class Sequence:
         """
         num_said = max(length - self.num_prompt_tokens, 0)  # a token of the prompt itself may be asked after
         return self.params.takes_likeliest and num_said >= self.params.min_tokens
+
+    def keeps_own(self, segment: int) -> bool:
+        """Whether this request may ask the head behind a segment that has a layer of its own."""
+        return self.num_own_computed[segment] != NOT_KEPT
 
     def num_arrived(self, segment: int) -> int:
         """Tokens that have reached a segment."""

@@ -20,9 +20,9 @@ from ee_tuning.cache_folder import cache_folder
 from ee_tuning.checkpoint.atomic_write import atomic_file
 from ee_tuning.errors import InputError
 from ee_tuning.generation.cost_model import COUNTS, Costs
-from ee_tuning.generation.model_runner import ModelRunner
 from ee_tuning.generation.segments import Segment
 from ee_tuning.generation.speculation import EDGES, ExitRecord, Speculation
+from ee_tuning.generation.stage_model import StageModel
 from ee_tuning.json_file import read_json, to_json
 from ee_tuning.kernel.build import processor
 
@@ -105,21 +105,21 @@ class SpeculationMemory:
         return costs, records
 
 
-def speculation_memory(runner: ModelRunner, heads_digest: str | None) -> SpeculationMemory | None:
+def speculation_memory(stage: StageModel, heads_digest: str | None) -> SpeculationMemory | None:
     """The memory of a model with these exits; None over several ranks, which have to know the same, and for heads
     without a digest.
     """
-    if heads_digest is None or runner.topology.num_in_replica > 1:
+    if heads_digest is None or stage.topology.num_in_replica > 1:
         return None
-    device = runner.topology.device
+    device = stage.topology.device
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     key = {
         "heads": heads_digest,
-        "dtype": str(runner.model.plan.dtype),
+        "dtype": str(stage.model.plan.dtype),
         "threads": torch.get_num_threads(),
-        "kernels": runner.is_native,
+        "kernels": stage.is_native,
         "machine": hashlib.sha256(machine.encode()).hexdigest()[:16],
-        "segments": [asdict(segment) for segment in runner.segments],
+        "segments": [asdict(segment) for segment in stage.segments],
     }
     name = hashlib.sha256(to_json(key, sort_keys=True).encode()).hexdigest()[:32]
     return SpeculationMemory(cache_folder() / "speculation" / f"{name}.json", key)

@@ -30,13 +30,13 @@ for groups, per_group in ((8, 1), (2, 4)):
             rows = [SlotMapping(index=torch.tensor([b * 16 + i for b in own for i in range(16)]), first=own[0] * 16)
                     for own in blocks[:len(starts)]]
             count = 8
-            static = CapturedBatch(count, way(512), tables, 4, spare_block=100)
-            static.tell(rows, starts, lengths, object())
+            captured = CapturedBatch(count, way(512), tables, 4, spare_block=100)
+            captured.load(rows, starts, lengths, object())
             plain = eager_batch(rows, starts, lengths, *tables, queries_per_group=per_group, num_places=1600)
             total = sum(lengths)
             query = torch.randn(count, groups, per_group, 64, device="cuda", dtype=torch.bfloat16)
-            assert torch.equal(static.places[:total], plain.places), (static.places, plain.places)
-            one, other = static.attend(query, cache, 0.125)[:total], plain.attend(query[:total], cache, 0.125)
+            assert torch.equal(captured.places[:total], plain.places), (captured.places, plain.places)
+            one, other = captured.attend(query, cache, 0.125)[:total], plain.attend(query[:total], cache, 0.125)
             found.append([way.__name__, (one - other).abs().max().item(), other.abs().max().item()])
 print(json.dumps(found))
 """

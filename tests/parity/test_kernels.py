@@ -56,8 +56,8 @@ class Subject:
     """The first four layers of a model, with caches that hold something already."""
 
     def __init__(self, loaded: LoadedModel):
-        self.runner = Engine(loaded.model, loaded.stages, num_slots=1, max_length=128).runner
-        config, self.dtype = self.runner.config, loaded.model.plan.dtype
+        self.stage = Engine(loaded.model, loaded.stages, num_slots=1, max_length=128).stage
+        config, self.dtype = self.stage.config, loaded.model.plan.dtype
         draw = torch.Generator().manual_seed(0)
         shape = (PLACES, config.num_query_groups, config.kv_channels)
         self.kept = [torch.randn(2, *shape, generator=draw, dtype=self.dtype) for _ in range(4)]
@@ -68,23 +68,23 @@ class Subject:
 
     def run(self, hidden: torch.Tensor, rows: list[int], starts: list[int], lengths: list[int]) -> list[torch.Tensor]:
         """What the layers give, and what they leave in their caches."""
-        config = self.runner.config
+        config = self.stage.config
         caches = [LayerCache(keys=keys.clone(), values=values.clone()) for keys, values in self.kept]
         tokens = AttentionMetadata(
             [self.rows[i] for i in rows],
             starts,
             lengths,
-            self.runner.tables,
+            self.stage.tables,
             num_places=PLACES,
             queries_per_group=config.num_attention_heads // config.num_query_groups,
         )
-        out, inner = LayerStack([self.runner.layers[n] for n in (1, 2, 3, 4)], caches)(hidden, tokens)
+        out, inner = LayerStack([self.stage.layers[n] for n in (1, 2, 3, 4)], caches)(hidden, tokens)
         assert inner.residual is not None
         return [out, inner.hidden, inner.residual, *(x for cache in caches for x in (cache.keys, cache.values))]
 
     def states(self, count: int) -> torch.Tensor:
         return torch.randn(
-            count, self.runner.config.hidden_size, generator=torch.Generator().manual_seed(count), dtype=self.dtype
+            count, self.stage.config.hidden_size, generator=torch.Generator().manual_seed(count), dtype=self.dtype
         )
 
 
@@ -101,13 +101,13 @@ def test_layers_are_those_of_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """
     loaded = load(tmp_path, family, dtype)
     native = Subject(loaded)
-    assert native.runner.layers[1].is_native
+    assert native.stage.layers[1].is_native
     got = [
         native.run(native.states(sum(lengths)), list(range(len(starts))), starts, lengths) for starts, lengths in PASSES
     ]
     monkeypatch.setattr(calls, "kernels", lambda *_: None)
     plain = Subject(loaded)
-    assert not plain.runner.layers[1].is_native
+    assert not plain.stage.layers[1].is_native
     for given, (starts, lengths) in zip(got, PASSES, strict=True):
         wanted = plain.run(plain.states(sum(lengths)), list(range(len(starts))), starts, lengths)
         for one, other in zip(given, wanted, strict=True):
@@ -126,9 +126,9 @@ def test_heads_are_those_of_torch(
     native = Subject(loaded)
     states, residual = native.states(5), native.states(6)[:5]
     inputs = ExitInput(states, residual=residual, layer_output=residual)
-    got = {layer: head.ask(inputs) for layer, head in native.runner.heads.items()}
+    got = {layer: head.ask(inputs) for layer, head in native.stage.heads.items()}
     monkeypatch.setattr(calls, "kernels", lambda *_: None)
-    for layer, head in Subject(loaded).runner.heads.items():
+    for layer, head in Subject(loaded).stage.heads.items():
         for one, other in zip(got[layer], head.ask(inputs), strict=True):
             if (
                 dtype == "bfloat16" and other.dtype == torch.float64
@@ -176,5 +176,5 @@ def test_nan_is_no_token_of_certainty(llama: Subject) -> None:
     """A broken model's states that pass for sure of something."""
     states = llama.states(3)
     states[1, 7] = torch.nan
-    top = llama.runner.heads[len(llama.runner.segments) - 1].ask(ExitInput(states))[1]
+    top = llama.stage.heads[len(llama.stage.segments) - 1].ask(ExitInput(states))[1]
     assert top[1, 1].isnan() and not top[[0, 2]].isnan().any() and 0 <= top[1, 0] < 101

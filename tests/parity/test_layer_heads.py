@@ -42,7 +42,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedModel, PlainDec
 def counted(engine: Engine) -> list[int]:
     """Tokens of each pass through the own layer of the head at layer 4, from now on, in the loop that Python runs."""
     seen: list[int] = []
-    own_layer_of = engine.runner.own_layer_of
+    own_layer_of = engine.stage.own_layer_of
 
     def watched(number: int) -> Callable[..., Any]:
         def run(hidden: torch.Tensor, *rest: Any) -> Any:
@@ -51,7 +51,7 @@ def counted(engine: Engine) -> list[int]:
 
         return run
 
-    engine.runner.own_layer_of = watched  # type: ignore[assignment, method-assign]
+    engine.stage.own_layer_of = watched  # type: ignore[assignment, method-assign]
     return seen
 
 

@@ -48,17 +48,17 @@ class Subject:
     """Three layers of a model, with caches that hold something already, and a block behind them that is nobody's."""
 
     def __init__(self, loaded: LoadedModel):
-        self.runner = Engine(loaded.model, loaded.stages, num_slots=1, max_length=112).runner
-        config = self.runner.config
+        self.stage = Engine(loaded.model, loaded.stages, num_slots=1, max_length=112).stage
+        config = self.stage.config
         shape = (NUM_PLACES + 16, config.num_query_groups, config.kv_channels)
         draw = torch.Generator().manual_seed(0)
         self.kept = [torch.randn(2, *shape, generator=draw, dtype=torch.float64) for _ in range(3)]
         self.caches = [LayerCache(keys=keys.clone(), values=values.clone()) for keys, values in self.kept]
-        self.run = LayerStack([self.runner.layers[n] for n in (1, 2, 3)], self.caches)
-        self.passes = GraphCache(self.runner.tables, width=config.hidden_size, num_places=NUM_PLACES, bytes_per_place=1)
+        self.run = LayerStack([self.stage.layers[n] for n in (1, 2, 3)], self.caches)
+        self.passes = GraphCache(self.stage.tables, width=config.hidden_size, num_places=NUM_PLACES, bytes_per_place=1)
 
     def tokens(self, blocks: list[list[int]], starts: list[int], lengths: list[int]) -> AttentionMetadata:
-        config = self.runner.config
+        config = self.stage.config
         rows = [
             SlotMapping(
                 index=torch.tensor([block * 16 + i for block in own for i in range(16)]),
@@ -70,7 +70,7 @@ class Subject:
             rows,
             starts,
             lengths,
-            self.runner.tables,
+            self.stage.tables,
             num_places=NUM_PLACES,
             graph_cache=self.passes,
             queries_per_group=config.num_attention_heads // config.num_query_groups,
@@ -88,7 +88,7 @@ class Subject:
 
     def states(self, count: int) -> torch.Tensor:
         return torch.randn(
-            count, self.runner.config.hidden_size, generator=torch.Generator().manual_seed(count), dtype=torch.float64
+            count, self.stage.config.hidden_size, generator=torch.Generator().manual_seed(count), dtype=torch.float64
         )
 
 
@@ -168,8 +168,8 @@ def test_recorded_heads_are_the_heads(tmp_path: Path, monkeypatch: pytest.Monkey
     for count in (5, 1, 5, 7, 40, COUNTS[-1] + 1):
         states, residual = plain.states(count), plain.states(2 * count)[count:]
         inputs = ExitInput(states, residual=residual, layer_output=residual)
-        for layer, head in plain.runner.heads.items():
-            for one, other in zip(recorded.runner.heads[layer].ask(inputs), head.ask(inputs), strict=True):
+        for layer, head in plain.stage.heads.items():
+            for one, other in zip(recorded.stage.heads[layer].ask(inputs), head.ask(inputs), strict=True):
                 torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
     assert ImitatedGraph.num_replays == 3 * 5
 
@@ -228,7 +228,7 @@ def test_layers_with_experts_are_not_recorded(tmp_path: Path, monkeypatch: pytes
     """A graph that gives every token to the experts of the token it was recorded with."""
     record_on_cpu(monkeypatch)
     subject = Subject(load(tmp_path, "qwen3_moe", architecture="norm"))
-    assert [subject.runner.layers[n].is_recordable for n in (2, 3, 4)] == [
+    assert [subject.stage.layers[n].is_recordable for n in (2, 3, 4)] == [
         False,
         True,
         False,
@@ -239,8 +239,8 @@ def test_costs_are_those_of_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """Speculation that reckons with passes that nobody makes."""
     loaded = load(tmp_path)
     record_on_cpu(monkeypatch)
-    runner = Subject(loaded).runner
-    costs = measure_costs(runner)
+    stage = Subject(loaded).stage
+    costs = measure_costs(stage)
     assert ImitatedGraph.num_replays > 3 * 5 * 5
     assert all(seconds > 0 for curve in (*costs.segments, *costs.heads.values(), costs.final_head) for seconds in curve)
 

@@ -207,7 +207,9 @@ def test_scattered_blocks_are_read_in_order(subject):
     )
     while len(late.tokens) < 20:
         engine.step()
-    assert late.places is not None and late.places.first is None, "the claim is empty where blocks follow each other"
+    assert late.slot_mapping is not None and late.slot_mapping.first is None, (
+        "the claim is empty where blocks follow each other"
+    )
     run_all(engine)
     assert late.output == subject.wanted([9, 8, 7], late.params, late.policy)[0]
 

@@ -78,7 +78,7 @@ def test_shallow_blocks_serve_shallow_requests_alone(subject):
     """Deep layers that read keys which a fixed exit never made."""
     fixed, full = {"policy": "fixed", "exit_layer": 2}, {"policy": "full"}
     engine = subject.engine()
-    own = engine.runner.own_layers  # layers of heads, filled for those alone who ask
+    own = engine.stage.own_layers  # layers of heads, filled for those alone who ask
     for policy, reused in (
         (fixed, 0),
         (full, 0),

@@ -202,7 +202,7 @@ def test_speculation_goes_on_where_it_wins(llama):
 def test_costs_are_expected_from_weights_and_measured(llama):
     """A segment without a figure, which would look free; layers that cost nothing, or a head that costs all."""
     loaded, _ = llama
-    runner = Engine(loaded.model, loaded.stages, num_slots=1, max_length=64).runner
+    runner = Engine(loaded.model, loaded.stages, num_slots=1, max_length=64).stage
     expected, measured = expected_costs(runner), measure_costs(runner)
     for costs in (expected, measured):
         assert len(costs.segments) == 3 and set(costs.heads) == {2, 4}
