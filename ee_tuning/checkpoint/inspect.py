@@ -154,7 +154,7 @@ def _exit_head_bytes(config: ModelConfig, width: int) -> dict[str, int]:
         for ties_output in (False, True)
         if not (ties_output and architecture == "embedding")
         and not (config.num_experts and architecture == "mlp")
-        and not (architecture == "eagle3" and not can_draft(config))
+        and not (architecture == "eagle3" and (not can_draft(config) or config.num_layers < 2))  # it reads three states
     }
 
 

@@ -71,7 +71,7 @@ def test_loss_weights_must_fit_the_exits(weights: tuple[float, ...], message: st
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        (("kl",), "made of cross_entropy, forward_kl, total_variation, got 'kl'"),
+        (("kl",), "made of cross_entropy, forward_kl, total_variation, lk, got 'kl'"),
         (("forward_kl=x",), "a number above 0, got 'forward_kl=x'"),
         (("forward_kl=0",), "a number above 0"),
         (("forward_kl", "forward_kl=2"), "forward_kl twice"),
