@@ -47,6 +47,14 @@ def test_documented_programs_compile(source: str) -> None:
     compile(source, "documentation", "exec")
 
 
+def test_every_command_is_in_the_table() -> None:
+    """A new command that nobody finds."""
+    listed = re.findall(
+        r"^\| `ee-tuning ([a-z-]+)`", (ROOT / "docs" / "commands.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert set(listed) == {command.name for command in cli.COMMANDS}
+
+
 def test_commands_are_found() -> None:
     """A pattern that no longer matches the pages would test nothing."""
     assert len(COMMANDS) > 20 and len(PROGRAMS) >= 5
