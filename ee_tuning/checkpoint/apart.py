@@ -35,7 +35,8 @@ def check_apart(
             )
         if around and source.is_dir() and place in there.parents:
             raise InputError(
-                f"{name} must lie apart from {source}, which is read, got {output} around it: it would be overwritten; give another {name}"
+                f"{name} must lie apart from {source}, which is read, got {output} around it: it would be "
+                f"overwritten; give another {name}"
             )
 
 

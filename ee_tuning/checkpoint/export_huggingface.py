@@ -65,7 +65,8 @@ def export_huggingface(
     with open_for_export(config, topology) as model:
         if links and model.files is None:
             raise InputError(
-                f"--link links the weights of a Hugging Face folder, and {model.source.folder} is in another format, whose weights must be rewritten; leave --link out"
+                f"--link links the weights of a Hugging Face folder, and {model.source.folder} is in another format, "
+                "whose weights must be rewritten; leave --link out"
             )
         files, described = _files(model, links), _described_config(model, special)
         write_folder(

@@ -156,7 +156,8 @@ def _finish(model: ExportSource, temporary: Path, output: Path, reports: list[_R
     warn_non_finite(model.source.folder, [line for report in reports for line in report.warnings])
     for what in missing_from_megatron_args(model.model):
         warn(
-            f"{output}: Megatron-LM's arguments have no argument for {what}; config.json has it: code that runs these weights has to know"
+            f"{output}: Megatron-LM's arguments have no argument for {what}; config.json has it: code that runs "
+            "these weights has to know"
         )
     with os_errors_as_input_errors(output):
         arguments = argparse.Namespace(**megatron_arguments(model.model))

@@ -16,7 +16,8 @@ def artifact_card(exits: Mapping[str, Any]) -> str:
             f"# Exit heads for {name}",
             "",
             f"{architecture_text(exits['architecture'])} heads after layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}, "
-            f"output matrix {exits['output']}{vocab_text(exits.get('output_vocab'))}, {exits['dtype']}. They let the model stop at one of "
+            f"output matrix {exits['output']}{vocab_text(exits.get('output_vocab'))}, {exits['dtype']}. They let the "
+            "model stop at one of "
             "these layers where it is sure of the next token; the model itself is unchanged and not in this folder.",
             "",
             *_history(exits),

@@ -103,7 +103,8 @@ def _acquire(output: Path, lock_file: Path) -> tuple[int, list[Path]]:
                 )
             if is_locked is None and owner is not None and owner.host != socket.gethostname():
                 warn(
-                    f"{output} was being written by {owner}, and its file system has no locks to show whether it still is; make sure that it is not"
+                    f"{output} was being written by {owner}, and its file system has no locks to show whether it "
+                    "still is; make sure that it is not"
                 )
             if lock_file.exists() and os.path.samestat(lock_file.stat(), os.fstat(handle)):
                 os.truncate(handle, 0)

@@ -69,7 +69,8 @@ def list_tokens(config: Config, samples: Samples, topology: Topology) -> ListedT
     listed = on_first_rank(topology, lambda: _list_tokens(config, samples))
     if topology.is_logging_rank and listed is not None:
         print(
-            f"exits say {len(listed.token_ids):,} tokens of the vocabulary, {listed.record['share']:.2%} of {listed.num_tokens:,} tokens "
+            f"exits say {len(listed.token_ids):,} tokens of the vocabulary, {listed.record['share']:.2%} of "
+            f"{listed.num_tokens:,} tokens "
             f"of the training data{'' if config.exits.drafts else ', and any other'}",
             flush=True,
         )

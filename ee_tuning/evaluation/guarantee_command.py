@@ -142,7 +142,8 @@ def _print_summary(
         )
         print(
             f"no threshold can be guaranteed: no token will leave early. At {GRID[0]:g}, the highest, exits are wrong at "
-            f"{float(proof.losses[0]):.2%} of a document's tokens (p = {float(proof.p_values[0]):.2g}, and {proof.level:.2g} is needed); "
+            f"{float(proof.losses[0]):.2%} of a document's tokens (p = {float(proof.p_values[0]):.2g}, and "
+            f"{proof.level:.2g} is needed); "
             f"{remedy}"
         )
         return

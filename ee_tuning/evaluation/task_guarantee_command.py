@@ -163,7 +163,8 @@ def _print_summary(
         )
         return
     print(
-        f"guaranteed, leaving from {proof.threshold:g}: on prompts like these {task.metric} drops by at most {delta:.2%} of a prompt, in "
+        f"guaranteed, leaving from {proof.threshold:g}: on prompts like these {task.metric} drops by at most "
+        f"{delta:.2%} of a prompt, in "
         f"expectation, with confidence {confidence:g}; measured: {float(proof.losses[at]):.2%}, p = {float(proof.p_values[at]):.2g}\n"
         f"{float(proof.depths[at]):.2f} of {num_layers} layers a token"
     )

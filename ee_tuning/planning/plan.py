@@ -24,10 +24,13 @@ FORMULA = (
     "over tensor parallelism t (both, where all-reduced) ÷ bandwidth between its GPUs; no less than bytes sent to the next stage ÷ "
     "bandwidth between them",
     "step = micro-batches × the slowest stage's micro-batch + the slowest update",
-    "update of stage p = 2 × (bytes of masters and moments) ÷ memory bandwidth + (d − 1)/d × bytes of heads gathered and gradients reduced "
+    "update of stage p = 2 × (bytes of masters and moments) ÷ memory bandwidth + (d − 1)/d × bytes of heads gathered "
+    "and gradients reduced "
     "over d replicas ÷ bandwidth between them",
-    "run = steps × step + validations × eval_iters × the slowest stage's forward + (stages − 1) × the slowest stage's micro-batch, for the "
-    "relay fills once; checkpoints, loading and data are left out; where exits are fitted, + the fit's micro-batches × the slowest stage's "
+    "run = steps × step + validations × eval_iters × the slowest stage's forward + (stages − 1) × the slowest "
+    "stage's micro-batch, for the "
+    "relay fills once; checkpoints, loading and data are left out; where exits are fitted, + the fit's micro-batches "
+    "× the slowest stage's "
     "operations ÷ (efficiency × peak operations/s)",
 )
 """The formula of the times."""
@@ -122,7 +125,8 @@ def smallest_plan(config: Config, gpu: Gpu, efficiency: float) -> TuningPlan:
             return plan
     if plan is None:
         raise InputError(
-            f"tensor × pipeline = {in_replica} processes do not fill nodes of {GPUS_PER_NODE} GPUs evenly; describe the cluster by --nodes and --gpus-per-node"
+            f"tensor × pipeline = {in_replica} processes do not fill nodes of {GPUS_PER_NODE} GPUs evenly; describe "
+            "the cluster by --nodes and --gpus-per-node"
         )
     return plan
 

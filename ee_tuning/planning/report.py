@@ -46,7 +46,8 @@ def _lines(config: Config, plan: TuningPlan) -> list[str]:
     yes = "fits" if plan.fits else "DOES NOT FIT"
     weights = "" if tuning.backbone_weights == "native" else f", frozen layers in {tuning.backbone_weights}"
     return [
-        f"{config.model.path} on {cluster.nodes} × {cluster.gpus_per_node} {gpu.name}: tensor {plan.tensor} × pipeline {plan.pipeline} × "
+        f"{config.model.path} on {cluster.nodes} × {cluster.gpus_per_node} {gpu.name}: tensor {plan.tensor} × "
+        f"pipeline {plan.pipeline} × "
         f"data {plan.data}, sequences of {plan.seq_length}, micro-batch {tuning.micro_batch_size}, global batch "
         f"{tuning.global_batch_size}{weights}",
         "",
@@ -54,13 +55,15 @@ def _lines(config: Config, plan: TuningPlan) -> list[str]:
         "",
         "GB (10⁹ bytes) on each GPU at the worst moment:",
         *(f"  {kind}: {meaning}" for kind, meaning in MEMORY.items()),
-        f"{yes}: {max(each.total_bytes for each in plan.stages) / 1e9:.1f} GB at the most, of {gpu.memory:g} GB less {RESERVED_GB:g} that "
+        f"{yes}: {max(each.total_bytes for each in plan.stages) / 1e9:.1f} GB at the most, of {gpu.memory:g} GB less "
+        f"{RESERVED_GB:g} that "
         "are kept for the context, NCCL and the allocator",
         *[
             f"fitting exits before the first step: {plan.fit_bytes / 1e9:.1f} GB at the most, {_seconds(plan.fit_seconds)}"
             for _ in range(plan.fit_bytes > 0)
         ],
-        f"beside each GPU {max(each.memory['optimizer'] for each in plan.stages) / 1e9:.1f} GB of the host's memory, at the most, for the "
+        f"beside each GPU {max(each.memory['optimizer'] for each in plan.stages) / 1e9:.1f} GB of the host's memory, "
+        "at the most, for the "
         "copy that checkpoints are written from",
         "",
         f"step {_seconds(plan.step_seconds)}, {plan.tokens_per_second:,.0f} tokens/s, {plan.efficiency_of_run:.0%} of the GPUs' peak",

@@ -142,7 +142,10 @@ class _RankReport:
 def _refusal(folder: Path, error: Exception) -> str:
     reason = " ".join(str((error.strerror if isinstance(error, OSError) else None) or repr(error)).split())
     free = shutil.disk_usage(folder.parent).free // 2**20
-    return f"the checkpoint {folder} can not be written: {reason} (with {free} MiB free there); make room, and give the same command again, which continues from the former checkpoint"
+    return (
+        f"the checkpoint {folder} can not be written: {reason} (with {free} MiB free there); make room, and give the "
+        "same command again, which continues from the former checkpoint"
+    )
 
 
 def _write_metadata(partial: Path, progress: TrainingProgress, reports: list[_RankReport]) -> None:
