@@ -6,30 +6,30 @@ and every layout writes the same bytes.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ee_tuning.checkpoint.atomic_write import atomic_folder, check_room, os_errors_as_input_errors
-from ee_tuning.checkpoint.byte_progress import byte_progress
+from ee_tuning.checkpoint.atomic_write import os_errors_as_input_errors
+from ee_tuning.checkpoint.byte_progress import Advance
 from ee_tuning.checkpoint.eagle3_card import eagle3_artifact_card
 from ee_tuning.checkpoint.exit_config import CONFIG, ExitHeadsConfig, exit_config_tree, read_exit_config
 from ee_tuning.checkpoint.exit_names import exit_shard
 from ee_tuning.checkpoint.exit_vocab import VOCAB, write_token_ids
 from ee_tuning.checkpoint.hashed_file import HashedFile
-from ee_tuning.checkpoint.manifest import MANIFEST, check_manifest, read_manifest, write_manifest
+from ee_tuning.checkpoint.manifest import MANIFEST, check_manifest, read_manifest
 from ee_tuning.checkpoint.model_card import artifact_card
 from ee_tuning.checkpoint.safetensors_layout import SafetensorsLayout
 from ee_tuning.checkpoint.safetensors_reader import SafetensorsFolder, TensorSource, read_shard
 from ee_tuning.checkpoint.safetensors_writer import SafetensorsWriter
-from ee_tuning.checkpoint.work_partition import share_of
+from ee_tuning.checkpoint.shared_folder import write_shared_folder
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import to_json
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.exit_spec import ExitSpec
-from ee_tuning.parallel.collectives import gather_lists, on_first_rank
+from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology
 
 STEM, CARD = "exit_heads", "README.md"
@@ -135,18 +135,24 @@ def save_exit_heads(
     (check_output) or the disk refuses.
     """
     on_first_rank(topology, lambda: check_output(output, overwrite))
-    with atomic_folder(output, topology) as partial:
-        writer = SafetensorsWriter(partial, STEM, exits.tensor_shapes(config), exits.torch_dtype, shard_bytes)
-        on_first_rank(topology, lambda: _begin(partial, output, writer))
-        written = []
+    shapes = exits.tensor_shapes(config)
+    layout = SafetensorsLayout(STEM, shapes, exits.torch_dtype, shard_bytes)
+
+    def write(partial: Path, own: list[str], advance: Advance) -> list[str]:
+        writer, written = SafetensorsWriter(partial, STEM, shapes, exits.torch_dtype, shard_bytes), []
+        on_first_rank(topology, lambda: _create(writer, output))
         for name, tensor in tensors:
             writer.write(name, tensor)
             written.append(name)
-        everything = gather_lists(written, topology)
-        assert sorted(everything) == sorted(writer.shapes), (
-            sorted(set(everything) ^ set(writer.shapes)) or "a tensor came from two ranks"
-        )
-        on_first_rank(topology, lambda: _finish(partial, output, exits, writer.layout, {}))
+        return written
+
+    def complete(partial: Path, reports: list[list[str]]) -> dict[str, str]:
+        names = [name for written in reports for name in written]
+        assert sorted(names) == sorted(shapes), sorted(set(names) ^ set(shapes)) or "a tensor came from two ranks"
+        _complete(partial, exits, layout)
+        return {}
+
+    write_shared_folder(output, topology, {}, write, complete, num_bytes=layout.num_bytes)
 
 
 def write_exit_heads(
@@ -163,25 +169,28 @@ def write_exit_heads(
 
     The processes share the files, and each file is hashed while it is written.
     """
-    rank, world = (0, 1) if topology is None else (topology.rank, topology.world_size)
     on_first_rank(topology, lambda: check_output(output, overwrite))
     layout = SafetensorsLayout(STEM, exits.tensor_shapes(config), exits.torch_dtype, shard_bytes)
-    with atomic_folder(output, topology) as partial:
-        on_first_rank(topology, lambda: check_room(output, partial, layout.num_bytes))
-        sums, own = {}, share_of({file: layout.file_bytes(file) for file in layout.files}, rank, world)
-        with byte_progress("writing exit heads", sum(map(layout.file_bytes, own)), is_shown=rank == 0) as advance:
-            for file in own:
-                with HashedFile(partial / file) as made:
-                    advance(made.write(layout.headers[file]))
-                    for name in layout.files[file]:
-                        for block in blocks(name):
-                            advance(made.write(block.to(exits.torch_dtype).contiguous()))
-                sums[file] = made.sha256
-        everything = gather_lists([sums], topology)
-        on_first_rank(
-            topology,
-            lambda: _finish(partial, output, exits, layout, {k: v for each in everything for k, v in each.items()}),
-        )
+
+    def write(partial: Path, own: list[str], advance: Advance) -> dict[str, str]:
+        sums = {}
+        for file in own:
+            with HashedFile(partial / file) as made:
+                advance(made.write(layout.headers[file]))
+                for name in layout.files[file]:
+                    for block in blocks(name):
+                        advance(made.write(block.to(exits.torch_dtype).contiguous()))
+            sums[file] = made.sha256
+        return sums
+
+    def complete(partial: Path, reports: list[dict[str, str]]) -> dict[str, str]:
+        _complete(partial, exits, layout)
+        return {file: digest for sums in reports for file, digest in sums.items()}
+
+    sizes = {file: layout.file_bytes(file) for file in layout.files}
+    write_shared_folder(
+        output, topology, sizes, write, complete, num_bytes=layout.num_bytes, description="writing exit heads"
+    )
 
 
 def check_is_artifact(folder: Path) -> None:
@@ -200,20 +209,15 @@ def check_integrity(folder: Path, topology: Topology | None = None) -> None:
     check_manifest(folder, _REMEDY, topology)
 
 
-def _begin(partial: Path, output: Path, writer: SafetensorsWriter) -> None:
-    check_room(output, partial, writer.layout.num_bytes)
+def _create(writer: SafetensorsWriter, output: Path) -> None:
     with os_errors_as_input_errors(output):
         writer.create()
 
 
-def _finish(
-    partial: Path, output: Path, exits: ExitHeadsConfig, layout: SafetensorsLayout, sums: Mapping[str, str]
-) -> None:
-    with os_errors_as_input_errors(output):
-        if index := layout.index():
-            (partial / index[0]).write_text(index[1], encoding="utf-8")
-        tree = exit_config_tree(exits)
-        write_token_ids(partial, exits.token_ids)
-        (partial / CONFIG).write_text(to_json(tree, indent=2) + "\n", encoding="utf-8")
-        (partial / CARD).write_text((eagle3_artifact_card if exits.draft else artifact_card)(tree), encoding="utf-8")
-        write_manifest(partial, sums)
+def _complete(partial: Path, exits: ExitHeadsConfig, layout: SafetensorsLayout) -> None:
+    if index := layout.index():
+        (partial / index[0]).write_text(index[1], encoding="utf-8")
+    tree = exit_config_tree(exits)
+    write_token_ids(partial, exits.token_ids)
+    (partial / CONFIG).write_text(to_json(tree, indent=2) + "\n", encoding="utf-8")
+    (partial / CARD).write_text((eagle3_artifact_card if exits.draft else artifact_card)(tree), encoding="utf-8")

@@ -7,15 +7,13 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from ee_tuning.checkpoint.atomic_write import REMEDY, atomic_folder, check_room, os_errors_as_input_errors
-from ee_tuning.checkpoint.byte_progress import Advance, byte_progress
+from ee_tuning.checkpoint.atomic_write import REMEDY
+from ee_tuning.checkpoint.byte_progress import Advance
 from ee_tuning.checkpoint.export_source import ExportSource
 from ee_tuning.checkpoint.hashed_file import HashedFile
 from ee_tuning.checkpoint.huggingface_files import FileToWrite
-from ee_tuning.checkpoint.manifest import write_manifest
 from ee_tuning.checkpoint.non_finite import NonFiniteCheck, warn_non_finite
-from ee_tuning.checkpoint.work_partition import share_of
-from ee_tuning.parallel.collectives import gather_lists, on_first_rank
+from ee_tuning.checkpoint.shared_folder import write_shared_folder
 from ee_tuning.parallel.topology import Topology
 
 
@@ -32,18 +30,28 @@ def write_folder(
 
     Raises InputError where the disk refuses, or a file of the model is found altered.
     """
-    rank, world = (0, 1) if topology is None else (topology.rank, topology.world_size)
-    with atomic_folder(output, topology) as partial:
-        num_bytes = sum(file.num_bytes for file in files if file.link_to is None)
-        on_first_rank(topology, lambda: check_room(output, partial, num_bytes, remedy))
-        own = share_of({file: file.num_bytes for file in files}, rank, world)
-        watch, sums = NonFiniteCheck(), {}
-        with byte_progress("writing the model", sum(file.num_bytes for file in own), is_shown=rank == 0) as advance:
-            for file in own:
-                sums[file.name] = _written(file, partial, output, watch, advance)
+
+    def write(partial: Path, own: list[FileToWrite], advance: Advance) -> tuple[dict[str, str], list[str]]:
+        watch = NonFiniteCheck()
+        sums = {file.name: _written(file, partial, watch, advance) for file in own}
         model.finish_check()
-        done = gather_lists([(sums, watch.lines())], topology)
-        on_first_rank(topology, lambda: _finish(model, partial, output, done, complete))
+        return sums, watch.lines()
+
+    def finish(partial: Path, reports: list[tuple[dict[str, str], list[str]]]) -> dict[str, str]:
+        warn_non_finite(model.source.folder, [line for _, lines in reports for line in lines])
+        complete(partial)
+        return {file: digest for sums, _ in reports for file, digest in sums.items()}
+
+    write_shared_folder(
+        output,
+        topology,
+        {file: file.num_bytes for file in files},
+        write,
+        finish,
+        num_bytes=sum(file.num_bytes for file in files if file.link_to is None),
+        description="writing the model",
+        remedy=remedy,
+    )
 
 
 def copy_files(files: Mapping[str, Path], folder: Path) -> None:
@@ -53,23 +61,7 @@ def copy_files(files: Mapping[str, Path], folder: Path) -> None:
         shutil.copyfile(path, folder / name)
 
 
-def _finish(
-    model: ExportSource,
-    partial: Path,
-    output: Path,
-    done: list[tuple[dict[str, str], list[str]]],
-    complete: Callable[[Path], None],
-) -> None:
-    sums: dict[str, str] = {}
-    for own, lines in done:
-        sums |= own
-        warn_non_finite(model.source.folder, lines)
-    with os_errors_as_input_errors(output):
-        complete(partial)
-        write_manifest(partial, sums)
-
-
-def _written(file: FileToWrite, partial: Path, output: Path, watch: NonFiniteCheck, advance: Advance) -> str:
+def _written(file: FileToWrite, partial: Path, watch: NonFiniteCheck, advance: Advance) -> str:
     """Writes or links a file, and returns its sha256."""
     target = partial / file.name
     if file.link_to is not None:

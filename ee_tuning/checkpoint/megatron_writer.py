@@ -14,28 +14,26 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ee_tuning.checkpoint.atomic_write import atomic_folder, check_room, os_errors_as_input_errors
-from ee_tuning.checkpoint.byte_progress import byte_progress
+from ee_tuning.checkpoint.byte_progress import Advance
 from ee_tuning.checkpoint.distcp_writer import Chunk, DistcpWriter, StoredChunk, write_common, write_metadata
 from ee_tuning.checkpoint.exit_config import CONFIG, exit_config_tree
 from ee_tuning.checkpoint.exit_heads import ExitHeadsReader
 from ee_tuning.checkpoint.exit_vocab import write_token_ids
 from ee_tuning.checkpoint.export_source import ExportSource, check_target, open_for_export
-from ee_tuning.checkpoint.manifest import write_manifest
 from ee_tuning.checkpoint.megatron import stacked_names
 from ee_tuning.checkpoint.megatron_source import norm_alias
 from ee_tuning.checkpoint.metadata_pickle import METADATA
 from ee_tuning.checkpoint.names import TensorShape, backbone_parameter_names, backbone_shard
 from ee_tuning.checkpoint.non_finite import NonFiniteCheck, warn_non_finite
 from ee_tuning.checkpoint.safetensors_reader import TensorSource
+from ee_tuning.checkpoint.shared_folder import write_shared_folder
 from ee_tuning.checkpoint.tensor_blocks import parameter_blocks, parameter_dtype, tensor_blocks
-from ee_tuning.checkpoint.work_partition import share_of
 from ee_tuning.config import Config
 from ee_tuning.json_file import to_json
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.megatron_args import megatron_arguments, missing_from_megatron_args
 from ee_tuning.notices import warn
-from ee_tuning.parallel.collectives import gather_lists, on_first_rank
+from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology
 
 _MARKS = (METADATA, "common.pt", "config.json")
@@ -56,23 +54,28 @@ def write_megatron(config: Config, output: Path, topology: Topology | None = Non
 
 
 def _write(model: ExportSource, output: Path, topology: Topology | None) -> None:
-    rank, world = (0, 1) if topology is None else (topology.rank, topology.world_size)
-    with atomic_folder(output, topology) as temporary:
-        tensors = [*_backbone(model.source, model.model), *(_exits(model.artifact) if model.artifact else ())]
-        on_first_rank(topology, lambda: check_room(output, temporary, sum(each.num_bytes for each in tensors)))
-        own = share_of({each: each.num_bytes for each in tensors}, rank, world)
-        watch, total = NonFiniteCheck(), sum(each.num_bytes for each in own)
-        with (
-            byte_progress("writing the model", total, is_shown=rank == 0) as advance,
-            DistcpWriter(temporary, rank, advance) as writer,
-        ):
+    tensors = [*_backbone(model.source, model.model), *(_exits(model.artifact) if model.artifact else ())]
+    sizes, rank = {each: each.num_bytes for each in tensors}, 0 if topology is None else topology.rank
+
+    def write(temporary: Path, own: list[_Tensor], advance: Advance) -> _RankReport:
+        watch = NonFiniteCheck()
+        with DistcpWriter(temporary, rank, advance) as writer:
             if rank == 0:
                 _add_extra_states(writer, model.model)
             for each in own:
                 writer.add_tensor(each.chunk, watch.checked(each.name, each.blocks()))
         model.finish_check()
-        reports = gather_lists([_RankReport(writer.written, writer.sums, watch.lines())], topology)
-        on_first_rank(topology, lambda: _finish(model, temporary, output, reports))
+        return _RankReport(writer.written, writer.sums, watch.lines())
+
+    write_shared_folder(
+        output,
+        topology,
+        sizes,
+        write,
+        lambda temporary, reports: _complete(model, temporary, output, reports),
+        num_bytes=sum(sizes.values()),
+        description="writing the model",
+    )
 
 
 @dataclass(frozen=True)
@@ -152,22 +155,21 @@ def _add_extra_states(writer: DistcpWriter, model: ModelConfig) -> None:
             )
 
 
-def _finish(model: ExportSource, temporary: Path, output: Path, reports: list[_RankReport]) -> None:
+def _complete(model: ExportSource, temporary: Path, output: Path, reports: list[_RankReport]) -> dict[str, str]:
     warn_non_finite(model.source.folder, [line for report in reports for line in report.warnings])
     for what in missing_from_megatron_args(model.model):
         warn(
             f"{output}: Megatron-LM's arguments have no argument for {what}; config.json has it: code that runs "
             "these weights has to know"
         )
-    with os_errors_as_input_errors(output):
-        arguments = argparse.Namespace(**megatron_arguments(model.model))
-        write_common(temporary, {"args": arguments, "checkpoint_version": 3.0, "iteration": 0})
-        described = {key: value for key, value in model.described().items() if key not in ("early_exit", "auto_map")}
-        (temporary / "config.json").write_text(to_json(described, indent=2) + "\n", encoding="utf-8")
-        if model.artifact is not None:
-            write_token_ids(temporary, model.artifact.config.token_ids)
-            (temporary / CONFIG).write_text(
-                to_json(exit_config_tree(model.artifact.config), indent=2) + "\n", encoding="utf-8"
-            )
-        write_metadata(temporary, [each for report in reports for each in report.written])
-        write_manifest(temporary, {file: digest for report in reports for file, digest in report.sums.items()})
+    arguments = argparse.Namespace(**megatron_arguments(model.model))
+    write_common(temporary, {"args": arguments, "checkpoint_version": 3.0, "iteration": 0})
+    described = {key: value for key, value in model.described().items() if key not in ("early_exit", "auto_map")}
+    (temporary / "config.json").write_text(to_json(described, indent=2) + "\n", encoding="utf-8")
+    if model.artifact is not None:
+        write_token_ids(temporary, model.artifact.config.token_ids)
+        (temporary / CONFIG).write_text(
+            to_json(exit_config_tree(model.artifact.config), indent=2) + "\n", encoding="utf-8"
+        )
+    write_metadata(temporary, [each for report in reports for each in report.written])
+    return {file: digest for report in reports for file, digest in report.sums.items()}

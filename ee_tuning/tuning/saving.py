@@ -13,17 +13,17 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ee_tuning.checkpoint.atomic_write import atomic_file, atomic_folder, os_errors_as_input_errors, remove_leftovers
+from ee_tuning.checkpoint.atomic_write import atomic_file, remove_leftovers
+from ee_tuning.checkpoint.byte_progress import Advance
 from ee_tuning.checkpoint.distcp_writer import Chunk, DistcpWriter, StoredChunk, write_common, write_metadata
-from ee_tuning.checkpoint.manifest import write_manifest
+from ee_tuning.checkpoint.shared_folder import write_shared_folder
 from ee_tuning.config import TuningSection
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import to_json
 from ee_tuning.model.config import ModelConfig
-from ee_tuning.parallel.collectives import gather_lists, on_first_rank
+from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.pinned_staging import PinnedStaging
 from ee_tuning.parallel.topology import Topology
-from ee_tuning.parallel.watchdog import hang_watchdog
 from ee_tuning.tuning.optimizer import ExitOptimizer
 from ee_tuning.tuning.state import CHECKPOINTS, LATEST, PROGRESS, TrainingProgress, own_state
 
@@ -106,13 +106,13 @@ class Saver:
 
     def _write(self, progress: TrainingProgress, chunks: Sequence[Chunk], before_latest: Callable[[], None]) -> None:
         folder, topology = self._folder / f"step_{progress.step:08d}", self._topology
-        with atomic_folder(folder, topology) as partial:
-            own = self._write_own(partial, folder, chunks)
-            with hang_watchdog(topology, f"the other ranks to write their parts of {folder}"):
-                reports = gather_lists([own], topology)
-            if refused := [each.refusal for each in reports if each.refusal]:
-                raise InputError(refused[0])
-            on_first_rank(topology, lambda: _write_metadata(partial, progress, reports))
+
+        def write(partial: Path, own: list[Chunk], advance: Advance) -> _RankReport:
+            return self._write_own(partial, folder, chunks)
+
+        write_shared_folder(
+            folder, topology, {}, write, lambda partial, reports: _complete(partial, progress, reports), num_bytes=0
+        )
 
         def finish() -> None:
             before_latest()
@@ -148,12 +148,13 @@ def _refusal(folder: Path, error: Exception) -> str:
     )
 
 
-def _write_metadata(partial: Path, progress: TrainingProgress, reports: list[_RankReport]) -> None:
-    with os_errors_as_input_errors(partial):
-        write_common(partial, {})
-        write_metadata(partial, [each for report in reports for each in report.written])
-        (partial / PROGRESS).write_text(to_json(dataclasses.asdict(progress), indent=2) + "\n", encoding="utf-8")
-        write_manifest(partial, {file: digest for report in reports for file, digest in report.sums.items()})
+def _complete(partial: Path, progress: TrainingProgress, reports: list[_RankReport]) -> dict[str, str]:
+    if refused := [each.refusal for each in reports if each.refusal]:
+        raise InputError(refused[0])
+    write_common(partial, {})
+    write_metadata(partial, [each for report in reports for each in report.written])
+    (partial / PROGRESS).write_text(to_json(dataclasses.asdict(progress), indent=2) + "\n", encoding="utf-8")
+    return {file: digest for report in reports for file, digest in report.sums.items()}
 
 
 def _update_latest(folder: Path, keep: int) -> None:

@@ -9,7 +9,7 @@ import pytest
 from random_models import random_llama
 
 from ee_tuning import config as job
-from ee_tuning.checkpoint import exit_heads
+from ee_tuning.checkpoint import exit_heads, shared_folder
 from ee_tuning.checkpoint.convert import convert, model_name
 from ee_tuning.checkpoint.exit_heads import ExitHeadsReader
 from ee_tuning.checkpoint.hashed_file import HashedFile
@@ -85,19 +85,19 @@ def test_what_a_killed_conversion_leaves_does_not_load(
     """
     seen: list[Path] = []
     if moment == "after every tensor":
-        finish = exit_heads._finish
+        complete = exit_heads._complete
         monkeypatch.setattr(
             exit_heads,
-            "_finish",
+            "_complete",
             lambda partial, *rest: (
                 seen.append(Path(shutil.copytree(partial, tmp_path / "killed"))),
-                finish(partial, *rest),
+                complete(partial, *rest),
             ),
         )
     else:
-        write_manifest = exit_heads.write_manifest
+        write_manifest = shared_folder.write_manifest
         monkeypatch.setattr(
-            exit_heads,
+            shared_folder,
             "write_manifest",
             lambda partial, sums: (
                 seen.append(Path(shutil.copytree(partial, tmp_path / "killed"))),
