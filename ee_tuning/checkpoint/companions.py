@@ -9,7 +9,7 @@ from ee_tuning.checkpoint.manifest import MANIFEST, file_names
 from ee_tuning.errors import InputError
 
 MODELLING = Path(__file__).parent / "exported" / "modeling_early_exit.py"
-"""The modelling file of merged exports, which is no file of a model."""
+"""The modelling file of merged exports, which is not copied from a model."""
 _TOKENIZER_FILES = {
     "tokenizer.json",
     "tokenizer_config.json",
@@ -23,8 +23,9 @@ _TOKENIZER_FILES = {
 
 
 def companions(model: ExportSource, tokenizer: Path | None) -> dict[str, Path]:
-    """Returns name -> file: the files beside the weights of a Hugging Face folder, with the tokenizer's files from the
-    folder `tokenizer` if it is given. Raises InputError if that folder has none.
+    """Returns name -> file of the files beside the weights of a Hugging Face folder.
+
+    The tokenizer's files come from the folder `tokenizer`, if given. Raises InputError if that folder has none.
     """
     folder = model.source.folder
     found = _named(folder, _belongs) if model.files else {}

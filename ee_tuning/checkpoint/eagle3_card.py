@@ -1,4 +1,4 @@
-"""README.md of a drafting head of EAGLE-3: of its artifact, and of what is exported for engines."""
+"""README.md of an EAGLE-3 drafting head: of its artifact, and of its exports for engines."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -26,7 +26,7 @@ def eagle3_artifact_card(exits: Mapping[str, Any]) -> str:
 
 
 def eagle3_card(name: str, exits: Mapping[str, Any], layout: str, num_steps: int) -> str:
-    """Returns the card of an export in `layout`; engines are told to draft `num_steps` tokens."""
+    """Returns the card of an export in `layout`, with commands for engines that draft `num_steps` tokens."""
     name = " ".join(name.split())
     word = _word(name)
     vllm = to_json({"method": "eagle3", "model": "THIS_FOLDER", "num_speculative_tokens": num_steps})

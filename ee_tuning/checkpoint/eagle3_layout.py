@@ -1,8 +1,7 @@
-"""Published folders of EAGLE-3 heads: config.json and tensor names, in the layout that vLLM's and SGLang's
-LlamaForCausalLMEagle3 read, and in that of speculators. Both ways, as plain functions.
+"""Published EAGLE-3 heads: config.json and tensor names in two layouts, for reading and writing. Pure functions.
 
-Layers are counted as vLLM counts them: layer n is the output of the first n layers. SGLang reads `eagle_config`, whose
-numbers are one less.
+The layouts are that of LlamaForCausalLMEagle3 in vLLM and SGLang, and that of speculators. Layers are counted as in
+vLLM: layer n is the output of the first n layers. SGLang reads `eagle_config`, whose numbers are one less.
 """
 
 from pathlib import Path
@@ -17,8 +16,8 @@ from ee_tuning.model.huggingface_config import huggingface_config
 Layout = Literal["eagle3", "speculators"]
 
 D2T, T2D, EMBEDDING, OUTPUT = "d2t", "t2d", "embed_tokens.weight", "lm_head.weight"
-"""Tensors of both layouts. d2t: what is added to a draft token's id to get the model's; t2d: which of its tokens are
-draft tokens, which engines do not read.
+"""Tensors of both layouts. d2t: offset from a draft token's id to the model's id; t2d: which of the model's tokens are
+draft tokens, unused by engines.
 """
 _CLASSES = {"llama": "LlamaForCausalLMEagle3", "qwen3": "Eagle3Qwen3ForCausalLM"}
 _VARIANTS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
@@ -45,8 +44,8 @@ def artifact_part(name: str) -> str:
 def published_config(
     draft: DraftSpec, model: ModelConfig, layout: Layout, *, draft_vocab_size: int, verifier: str, num_steps: int
 ) -> dict[str, Any]:
-    """Returns config.json. `draft_vocab_size` 0: the model's own output matrix says the whole vocabulary. `verifier`:
-    path or name of the model.
+    """Returns config.json. `draft_vocab_size` 0 stands for the whole vocabulary. `verifier` is the path or name of the
+    model.
     """
     layer = {**huggingface_config(draft.layer_config(model)), "tie_word_embeddings": False}
     shared = {_IDS: list(draft.aux_layers), **{name: getattr(draft, name) for name in _VARIANTS}}
@@ -77,8 +76,9 @@ def published_config(
 
 
 def read_published_config(raw: Any, path: Path, model: ModelConfig) -> DraftSpec:
-    """Returns what the config.json of either layout describes. Raises InputError where it is none, has a layer that is
-    not supported, or belongs to another model.
+    """Parses the config.json of either layout.
+
+    Raises InputError where it is invalid, has an unsupported layer, or belongs to another model.
     """
     if not isinstance(raw, dict) or not (_is_speculators(raw) or _is_eagle3(raw)):
         raise InputError(
@@ -86,7 +86,7 @@ def read_published_config(raw: Any, path: Path, model: ModelConfig) -> DraftSpec
             "not; give the folder of a published head"
         )
     layer = raw["transformer_layer_config"] if _is_speculators(raw) else raw
-    if isinstance(layer, dict):  # a head ends no text
+    if isinstance(layer, dict):  # a head does not end texts
         layer = {"model_type": "llama", **{key: value for key, value in layer.items() if key not in _TOKEN_IDS}}
     own = model_config_from_hf(layer, path)
     if own.family not in _CLASSES or own.has_qkv_bias or own.num_layers != 1:
@@ -127,7 +127,7 @@ def _is_eagle3(raw: dict[str, Any]) -> bool:
 
 
 def _variant(raw: dict[str, Any], name: str) -> bool:
-    # vLLM takes speculators' norm_before_residual for true where it is left out, speculators itself for false.
+    # A missing norm_before_residual of speculators means true to vLLM, and false to speculators itself.
     config = raw.get("eagle_config") or {}
     return bool(config.get(name, raw.get(name, False)))
 

@@ -1,7 +1,7 @@
-"""The parameters of a drafting head of EAGLE-3: how they are named in a published head, and how they are cut.
+"""The parameters of an EAGLE-3 drafting head: their names in a published head, and how ranks cut them.
 
-Pure functions. Names are those of the layout that vLLM's LlamaForCausalLMEagle3 reads, but for `output`, which is
-`lm_head` there; an artifact has them after `exits.{l}.`.
+Pure functions. The names are those that vLLM's LlamaForCausalLMEagle3 reads, except for `output`, which is `lm_head`
+there; an artifact has them after `exits.{l}.`.
 """
 
 from ee_tuning.checkpoint.names import Shard, TensorSlice, mlp_shard, uncut
@@ -12,7 +12,7 @@ LAYER = "midlayer."
 
 
 def draft_parameter_names(draft: DraftSpec) -> list[str]:
-    """Every parameter of the head but for its output matrix."""
+    """Returns all parameters of the head except its output matrix."""
     norms = ["input_norm.weight"] * draft.norm_before_fc
     norms += [f"fc_norm.{index}.weight" for index in range(len(draft.aux_layers) if draft.fc_norm else 0)]
     attention = ["qkv", "o_proj", *(["q_norm", "k_norm"] if draft.family == "qwen3" else [])]
@@ -28,7 +28,9 @@ def draft_parameter_names(draft: DraftSpec) -> list[str]:
 
 
 def draft_shard(draft: DraftSpec, parameter: str, prefix: str, model: ModelConfig, tp: int, tp_rank: int) -> Shard:
-    """Rank `tp_rank`'s part of a parameter, one of `draft_parameter_names`; `prefix` begins the names of its pieces."""
+    """Returns rank `tp_rank`'s part of a parameter, one of `draft_parameter_names`; `prefix` begins the names of its
+    slices.
+    """
     own, width, num_read = draft.layer_config(model), model.hidden_size, len(draft.aux_layers)
     if parameter == "fc.weight":
         return uncut(f"{prefix}fc.weight", (width, num_read * width))
@@ -63,8 +65,10 @@ def draft_shard(draft: DraftSpec, parameter: str, prefix: str, model: ModelConfi
 
 
 def draft_copy_source(part: str, draft: DraftSpec, model: ModelConfig) -> str | None:
-    """The backbone tensor that the head's tensor `part` begins as: the last layer's MLP and its norm, where the head's
-    layer is as wide; the final norm and the output matrix are any head's. None for what is drawn.
+    """Returns the backbone tensor that initializes the head's tensor `part`, or None for a random one.
+
+    These are the last layer's MLP and its norm, if the head's layer is as wide, and the final norm and the output
+    matrix in any case.
     """
     is_alike = (
         model.is_gated and not model.has_experts(model.num_layers) and model.ffn_hidden_size == draft.ffn_hidden_size

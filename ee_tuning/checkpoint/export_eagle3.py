@@ -1,4 +1,6 @@
-"""A drafting head as a folder for engines: the layout of LlamaForCausalLMEagle3 (vLLM, SGLang), or speculators'."""
+"""Exports a drafting head as a folder for engines, in the layout of LlamaForCausalLMEagle3 (vLLM, SGLang) or of
+speculators.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -21,13 +23,13 @@ from ee_tuning.config import Config
 from ee_tuning.json_file import to_json
 
 _MARKS = ("config.json", "model*.safetensors*")
-"""Files by which an export of this format is recognized."""
+"""File patterns that identify an export of this format."""
 DEFAULT_STEPS = 3
-"""Tokens that an engine is told to draft, where the head was not tuned here."""
+"""Number of tokens for engines to draft, where the head was not tuned here."""
 
 
 def export_eagle3(config: Config, output: Path, layout: Layout, *, overwrite: bool = False) -> None:
-    """Writes the drafting head of exits.path for the model of model.path to `output`. One process.
+    """Writes the drafting head of exits.path for the model of model.path to `output`, in one process.
 
     Raises InputError where they do not belong together, or `output` can not be written; nothing is left behind then.
     """
@@ -55,13 +57,13 @@ def export_eagle3(config: Config, output: Path, layout: Layout, *, overwrite: bo
                     (partial / index[0]).write_text(index[1], encoding="utf-8")
                 card = eagle3_card(model.name, exit_config_tree(model.artifact.config), layout, _num_steps(model))
                 (partial / "README.md").write_text(card, encoding="utf-8")
-                # Last but for the manifest: what a killed export leaves loads nowhere.
+                # Last, except for the manifest: an export killed before has no config.json, so nothing loads it.
                 (partial / "config.json").write_text(to_json(described, indent=2) + "\n", encoding="utf-8")
                 write_manifest(partial, sums)
 
 
 class PublishedTensors:
-    """The tensors of an export by their published names, read from the artifact or made from its shortlist."""
+    """The tensors of an export by their published names, from the artifact or its shortlist."""
 
     def __init__(self, artifact: ExitHeadsReader, layout: Layout, vocab_size: int) -> None:
         self._artifact, self._vocab_size = artifact, vocab_size

@@ -1,6 +1,4 @@
-"""Writes a Hugging Face folder by all processes together: weights file by file, other files of the model, config.json,
-and the manifest at the end.
-"""
+"""Writes a Hugging Face folder by all processes together: weights, the model's other files, config.json, manifest."""
 
 import os
 import shutil
@@ -25,10 +23,10 @@ def write_folder(
     complete: Callable[[Path], None],
     remedy: str = REMEDY,
 ) -> None:
-    """Writes `files`, which the ranks share, into a folder that becomes `output` when it is whole. Rank 0 then calls
-    `complete` with it, which writes the rest, config.json last: what a killed export leaves loads nowhere.
+    """Writes `files`, which the ranks share, into a folder that becomes `output` when it is complete.
 
-    Raises InputError where the disk refuses, or a file of the model is found altered.
+    Rank 0 then calls `complete`, which writes the other files, config.json last, so that nothing loads a killed export.
+    Raises InputError where the disk refuses, or a file of the model is altered.
     """
 
     def write(partial: Path, own: list[FileToWrite], advance: Advance) -> tuple[dict[str, str], list[str]]:

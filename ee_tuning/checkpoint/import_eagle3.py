@@ -1,4 +1,4 @@
-"""A published head of EAGLE-3 as an exit-heads artifact, to be tuned further."""
+"""Imports a published EAGLE-3 head as an exit-heads artifact, for further tuning."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,10 +23,9 @@ from ee_tuning.model.draft_spec import DraftSpec
 
 
 def import_eagle3(config: Config, folder: Path, output: Path, *, overwrite: bool = False) -> None:
-    """Writes the head in `folder`, of either layout, for the model of model.path to `output`, in the model's dtype. One
-    process.
+    """Writes the head in `folder`, of either layout, for the model of model.path to `output`, in one process.
 
-    Raises InputError where the head is broken, of an unsupported kind or of another model.
+    The artifact has the model's dtype. Raises InputError where the head is broken, not supported or of another model.
     """
     check_output(output, overwrite)
     reader, model, _ = open_model(config.model)
@@ -65,7 +64,9 @@ class _Published:
         self.token_ids, self._order = self._read_vocabulary()
 
     def check_embedding(self, reader: BackboneSource) -> None:
-        """Raises InputError where the head brings word embeddings that are not the model's: it is to use those."""
+        """Raises InputError where the head contains word embeddings that differ from the model's, which are used
+        instead.
+        """
         if EMBEDDING not in self._head.names():
             return
         own = embedding_name(self._model)
@@ -79,7 +80,7 @@ class _Published:
                 )
 
     def tensors(self, exits: ExitHeadsConfig) -> Iterator[tuple[str, Tensor]]:
-        """Yields the artifact's tensors. Raises InputError where one is missing, has another shape, or is none of the
+        """Yields the artifact's tensors. Raises InputError where one is missing, has another shape, or is not the
         head's.
         """
         expected = exits.tensor_shapes(self._model)
@@ -97,8 +98,8 @@ class _Published:
             yield name, values[self._order] if part == "output.weight" and self._order is not None else values
 
     def _read_vocabulary(self) -> tuple[tuple[int, ...], Tensor | None]:
-        """Returns the draft tokens, increasing, and where each one's row of the output matrix is; () where they are the
-        whole vocabulary.
+        """Returns the draft tokens, increasing, and each one's row of the output matrix; () for the whole
+        vocabulary.
         """
         if D2T not in self._head.names():
             return (), None

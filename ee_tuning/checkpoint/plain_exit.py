@@ -1,7 +1,7 @@
-"""An exit as a plain model: which of the network's layers and of the head's tensors make it, under which names.
+"""Describes an exit as a plain model: its layers and tensors, and their names.
 
 A `norm` or `linear` exit after layer l is the first l layers, an `mlp` exit the same with the last layer's MLP
-replaced, a `layer` exit l + 1 layers. Pure functions.
+replaced, and a `layer` exit is l + 1 layers. Pure functions.
 """
 
 import dataclasses
@@ -29,11 +29,11 @@ class PlainExit:
     config: ModelConfig
     """The shape of that model."""
     origins: dict[str, str]
-    """Each tensor, as Hugging Face names it -> the backbone's tensor or, beginning with `exits.`, the artifact's."""
+    """Hugging Face's name of each tensor -> the backbone's tensor or, beginning with `exits.`, the artifact's."""
 
     @property
     def folded(self) -> tuple[str, ...]:
-        """Tensors that change where a linear map before the output matrix becomes part of it: that matrix and, of a
+        """Tensors that change when a linear map before the output matrix is folded into it: that matrix and, with
         LayerNorm, the norm.
         """
         if not self.head.has_linear:
@@ -44,7 +44,7 @@ class PlainExit:
 
 
 def plain_exit(head: ExitSpec, model: ModelConfig) -> PlainExit:
-    """The exit `head` of a backbone of the shape `model`. Raises InputError where no plain model computes it."""
+    """Describes the exit `head` of a backbone of shape `model`. Raises InputError where no plain model computes it."""
     if head.architecture in _NO_PLACE:
         raise InputError(
             f"an exit of architecture {head.architecture} is no plain model ({_NO_PLACE[head.architecture]}), and the exit "

@@ -1,7 +1,7 @@
-"""What a drafting head of EAGLE-3 is (arXiv 2503.01840): which layers' states it reads, and the shape of its one layer.
-Data alone.
+"""The specification of an EAGLE-3 drafting head (arXiv 2503.01840): the layers it reads, and the shape of its layer.
+Data only.
 
-The words for its variants are those of vLLM's and speculators' config.json.
+Its variants have the names of vLLM's and speculators' config.json.
 """
 
 import dataclasses
@@ -14,10 +14,10 @@ from ee_tuning.model.config import ModelConfig, RopeConfig
 
 @dataclass(frozen=True, kw_only=True)
 class DraftSpec:
-    """The head's layer is a Llama's or, with norms of queries and keys, a Qwen3's, whatever the backbone is."""
+    """The head's layer is a Llama's or, with norms of queries and keys, a Qwen3's, for any backbone."""
 
     family: Literal["llama", "qwen3"] = "llama"
-    """How its layer is built; engines choose their class by it."""
+    """The kind of its layer, by which engines choose their class."""
     aux_layers: tuple[int, ...]
     """Backbone layers (1-based, increasing) whose outputs it reads; 0 is the word embedding."""
     ffn_hidden_size: int
@@ -27,16 +27,16 @@ class DraftSpec:
     norm_epsilon: float
     rope: RopeConfig
     norm_before_residual: bool = False
-    """Whether the residual stream begins with the normed states, and not with the states themselves."""
+    """Whether the residual stream begins with the normed states, instead of the states themselves."""
     norm_before_fc: bool = False
-    """Whether the states that are read are normed together before they are fused (`input_norm`)."""
+    """Whether the states it reads are normed together before they are fused (`input_norm`)."""
     fc_norm: bool = False
-    """Whether each of them is normed by itself (EAGLE-3.1)."""
+    """Whether each of them is normed on its own (EAGLE-3.1)."""
     norm_output: bool = False
-    """Whether a step hands the normed states on to the next one (EAGLE-3.1)."""
+    """Whether a step passes the normed states to the next one (EAGLE-3.1)."""
 
     def layer_config(self, model: ModelConfig) -> ModelConfig:
-        """The shape of a model of one such layer, over the backbone's hidden size and vocabulary."""
+        """Returns the shape of a model of such layers, with the backbone's hidden size and vocabulary."""
         return dataclasses.replace(
             model,
             family=self.family,
@@ -63,18 +63,19 @@ class DraftSpec:
 
 
 def default_aux_layers(num_layers: int) -> tuple[int, ...]:
-    """A low, a middle and a high layer, as vLLM's and SGLang's models choose them: 2, half, all but three."""
+    """Returns a low, a middle and a high layer, as vLLM's and SGLang's models choose them: 2, half, all but three."""
     return (2, num_layers // 2, num_layers - 3)
 
 
 def can_draft(model: ModelConfig) -> bool:
-    """Whether engines have a drafting layer that suits the model's own."""
+    """Whether engines have a drafting layer that fits the model's own."""
     return model.position == "rope" and model.norm == "rms" and model.activation == "silu"
 
 
 def draft_spec(model: ModelConfig, aux_layers: tuple[int, ...]) -> DraftSpec:
-    """The head for `model`, its layer as wide as the model's own; `aux_layers` () are the default ones. Raises
-    InputError where there can be none.
+    """Returns the head for `model`, with a layer as wide as the model's; `aux_layers` () selects the default ones.
+
+    Raises InputError where the model can have none.
     """
     if not can_draft(model):
         raise InputError(
@@ -101,7 +102,7 @@ def draft_spec(model: ModelConfig, aux_layers: tuple[int, ...]) -> DraftSpec:
 
 
 def check_aux_layers(layers: tuple[int, ...], num_layers: int) -> None:
-    """Raises InputError where they lie outside the model, repeat, or are unsorted."""
+    """Raises InputError where the layers lie outside of the model, repeat, or are not sorted."""
     outside = [layer for layer in layers if not 0 <= layer <= num_layers]
     if outside or not layers:
         raise InputError(
@@ -117,12 +118,12 @@ def check_aux_layers(layers: tuple[int, ...], num_layers: int) -> None:
 
 
 def draft_tree(spec: DraftSpec) -> dict[str, Any]:
-    """`spec` as JSON has it."""
+    """Returns `spec` as plain data for JSON."""
     return dataclasses.asdict(spec)
 
 
 def read_draft_tree(tree: Any) -> DraftSpec:
-    """The way back from `draft_tree`. Raises ValueError, TypeError or KeyError on what it does not write."""
+    """The inverse of `draft_tree`. Raises ValueError, TypeError or KeyError on invalid data."""
     rope: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in tree["rope"].items()
     }

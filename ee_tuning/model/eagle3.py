@@ -1,9 +1,9 @@
-"""The drafting head of EAGLE-3 (arXiv 2503.01840): states of several layers, fused, and the next token's embedding go
-through one layer of its own; what comes out says the token after next, and goes through the layer again with the next
-embedding, and so on.
+"""The drafting head of EAGLE-3 (arXiv 2503.01840).
 
-Parameters lie as vLLM and speculators have them (`checkpoint/eagle3_names.py`). Tensor parallelism cuts the layer by
-heads and inner width, and the output matrix by vocabulary; what fuses, and the norms, are on every rank.
+The states of several layers are fused and, with the next token's embedding, go through the head's own layer. Its output
+predicts the token after next, and goes through the layer again with the next embedding, and so on. Parameters are laid
+out as in vLLM and speculators (`checkpoint/eagle3_names.py`). Tensor parallelism cuts the layer by heads and inner
+width, and the output matrix by vocabulary; the fusing map and the norms are replicated.
 """
 
 from collections.abc import Callable
@@ -27,14 +27,14 @@ from ee_tuning.parallel.tp_autograd import copy_to_tp, reduce_from_tp
 # n query heads, g key-value heads of this rank · d width of a head
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Queries [s, b, n, d], keys and values [s, b, g, d], not rotated yet, of all tokens -> [s, b, n * d]."""
+"""Queries [s, b, n, d], keys and values [s, b, g, d], without rotation, of all tokens -> [s, b, n * d]."""
 
 
 class Eagle3Head(ExitHead):
-    """W Norm(Layer(…)), `own_hidden` [s, k * b, h] for all steps side by side, as if they were rows of the micro-batch.
+    """W Norm(Layer(…)), with `own_hidden` [s, k * b, h] for all steps side by side, like rows of the micro-batch.
 
-    `inputs.hidden` [s, b, a * h] are the states of the layers that it reads; `inputs.next_embeddings`, [s, b, h] each,
-    for step i those of the tokens i + 1 ahead. Step i then speaks of the token i + 2 ahead.
+    `inputs.hidden` [s, b, a * h] holds the states of the layers it reads; `inputs.next_embeddings`, [s, b, h] each,
+    holds for step i the embeddings of the tokens i + 1 ahead. Step i then predicts the token i + 2 ahead.
     """
 
     def build(self, config: ModelConfig, topology: Topology, tensor: dict[str, Any]) -> None:
@@ -57,11 +57,11 @@ class Eagle3Head(ExitHead):
 
     @property
     def partial_gradients(self) -> tuple[str, ...]:
-        """The norms of queries and keys: each rank norms its own heads."""
+        """The norms of queries and keys, since each rank norms its own heads."""
         return tuple(name for name, _ in self.named_parameters() if name.endswith(("q_norm.weight", "k_norm.weight")))
 
     def fused(self, states: Tensor) -> Tensor:  # […, a * h] -> […, h]
-        """What the first step begins with."""
+        """Fuses the states: the input of the first step."""
         draft = self.spec.draft
         assert draft is not None
         if draft.norm_before_fc:
@@ -127,7 +127,7 @@ class DraftLayer(nn.Module):
         return residual + self.mlp(normed if self.cuts_sequence else self._for_shards(normed))
 
     def rotated(self, heads: Tensor, positions: Tensor) -> Tensor:  # [s, b, n, d], [s, 1 or b] int64 -> [s, b, n, d]
-        """Queries or keys, turned to where they stand."""
+        """Rotates queries or keys to their positions."""
         frequencies = inverse_frequencies(self.config.rope, self.config.kv_channels).to(heads.device)
         half = positions[:, :, None, None].float() * frequencies
         angles = torch.cat((half, half), dim=-1)
@@ -156,7 +156,7 @@ class DraftLayer(nn.Module):
 
 
 class _UnrolledText:
-    """What the steps so far left of a whole text; every call of `attend` is the next step."""
+    """The keys and values of all steps so far for a whole text. Every call of `attend` is the next step."""
 
     def __init__(self, layer: DraftLayer, documents: PackedDocuments | None) -> None:
         self._layer, self._documents = layer, documents

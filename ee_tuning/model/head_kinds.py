@@ -1,4 +1,4 @@
-"""The kinds of heads by their names. A new one is a class and a line here."""
+"""The classes of heads by architecture. A new architecture is a class and a line here."""
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ def build_exit_head(
     angles: Tensor,
     cuts_sequence: bool = False,
 ) -> ExitHead:
-    """The head that `spec` describes, as ExitHead takes it. Weights are uninitialized."""
+    """Builds the head that `spec` describes, with the arguments of ExitHead. Weights are uninitialized."""
     return _CLASSES[spec.architecture](
         spec, config, topology, dtype=dtype, tied_weight=tied_weight, angles=angles, cuts_sequence=cuts_sequence
     )

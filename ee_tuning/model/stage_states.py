@@ -1,4 +1,4 @@
-"""What goes from stage to stage: hidden states, and those of the layers so far that a drafting head reads."""
+"""The message from stage to stage: hidden states, and those of earlier layers that a drafting head reads."""
 
 # s sequence, or this rank's part of it where it is cut · b micro-batch · h hidden · c layers that are carried
 from collections.abc import Mapping, Sequence
@@ -8,11 +8,11 @@ from torch import Tensor
 
 
 def packed(hidden: Tensor, aux: Mapping[int, Tensor], layers: Sequence[int]) -> Tensor:  # [s, b, h] -> [1 + c, s, b, h]
-    """One message of both. Without `layers` nothing is copied."""
+    """Packs both into one tensor. Without `layers` nothing is copied."""
     return torch.stack([hidden, *(aux[layer] for layer in layers)]) if layers else hidden[None]
 
 
 def unpacked(states: Tensor, layers: Sequence[int]) -> tuple[Tensor, dict[int, Tensor]]:  # [1 + c, s, b, h]
-    """Hidden states [s, b, h], and those of `layers` by layer."""
+    """Returns hidden states [s, b, h], and those of `layers` by layer."""
     hidden, *aux = states
     return hidden, dict(zip(layers, aux, strict=True))

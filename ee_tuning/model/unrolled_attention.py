@@ -1,8 +1,8 @@
-"""Attention of a drafter that is unrolled over a whole text at once: every token begins a draft of its own.
+"""Attention of a drafting head that is unrolled over a whole text at once: every token begins its own draft.
 
-Step 0 is causal attention. In a later step a query sees what step 0 made of the tokens up to its own, and then its own
-draft, that is what each step so far made at its own place: as in decoding, where the drafts behind a token are
-forgotten before the next one begins (training-time test, arXiv 2503.01840).
+Step 0 is causal attention. In a later step a query attends to the keys of step 0 up to its token, and then to its own
+draft: the keys of each step so far at its own position. Decoding does the same, since the drafts after a token are
+discarded before the next one begins (training-time test, arXiv 2503.01840).
 """
 
 import torch
@@ -15,7 +15,7 @@ from ee_tuning.model.documents import PackedDocuments
 # s sequence · b micro-batch · n query heads · g key-value heads · r = n/g · d width of a head · c queries of a block
 
 BLOCK = 256
-"""Queries whose scores exist at one time."""
+"""Number of queries whose scores exist at one time."""
 
 
 def unrolled_attention(
@@ -25,9 +25,10 @@ def unrolled_attention(
     scale: float,
     documents: PackedDocuments | None,
 ) -> Tensor:  # [s, b, n * d]
-    """What each token's draft gathers from the text up to it and from its own earlier steps.
+    """Returns what each token's draft attends to: the text up to it, and its own earlier steps.
 
-    The backward pass computes the scores of a block anew: kept, they would be s · s of every head and step.
+    The backward pass recomputes the scores of each block: storing them would take s · s numbers for every head and
+    step.
     """
     s, b, n, d = query.shape
     groups = keys[0].shape[2]
@@ -59,7 +60,7 @@ def unrolled_attention(
 
 
 def _seen(first: int, last: int, ids: Tensor | None, device: torch.device) -> Tensor:
-    """[1 or b, 1, 1, c, last] bool: which tokens of the text the queries first .. last - 1 see."""
+    """[1 or b, 1, 1, c, last] bool: the tokens of the text that queries first .. last - 1 attend to."""
     place = torch.arange(last, device=device)
     seen = (place <= place[first:, None])[None]
     if ids is not None:

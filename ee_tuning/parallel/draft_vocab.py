@@ -1,7 +1,7 @@
-"""The part of the vocabulary that a drafter says: its classes are the tokens of a list, and nothing else.
+"""The vocabulary of a drafting head: its classes are the tokens of a list, and nothing else.
 
-An output matrix has a row for each of them, cut over tensor parallelism as a vocabulary is. A token that is not listed
-can not be drafted, and has no class; what a teacher says is compared among those that are listed.
+An output matrix has one row per class, cut over tensor parallelism like a vocabulary. An unlisted token has no class
+and can not be drafted; a teacher's distribution is compared among listed tokens only.
 """
 
 # v/tp this rank's rows of the model's vocabulary · n tokens in the list · n/tp this rank's rows of them · h hidden
@@ -15,34 +15,36 @@ from torch import Tensor
 from ee_tuning.parallel.vocab import VocabShard, padded_size
 
 NOT_LISTED = -1
-"""No class."""
+"""A token without a class."""
 _BLOCK = 1024
-"""Rows that travel at a time."""
+"""Rows that are sent at a time."""
 
 
 @dataclass(frozen=True, eq=False)
 class DraftVocab(VocabShard):
-    """A shard of the classes; `size` is n."""
+    """This rank's shard of the classes; `size` is n."""
 
     token_ids: Tensor
     """[n] int64, increasing."""
     whole: VocabShard
-    """This rank's part of the model's vocabulary."""
+    """This rank's shard of the model's vocabulary."""
 
     @classmethod
     def of_tokens(cls, token_ids: Sequence[int], whole: VocabShard, topology: Any) -> "DraftVocab":
-        """`token_ids` are increasing ids of the vocabulary."""
+        """Builds this rank's shard. `token_ids` must be increasing ids of the vocabulary."""
         rows = padded_size(len(token_ids), topology.tp) // topology.tp
         ids = torch.tensor(token_ids, device=topology.device)
         return cls(len(token_ids), topology.tp_rank * rows, rows, topology.tp_group, topology.tp, ids, whole)
 
     def classes(self, token_ids: Tensor) -> Tensor:  # […] int64 -> […] int64
-        """The class of each token; NOT_LISTED where it has none."""
+        """Returns the class of each token, or NOT_LISTED."""
         found = torch.searchsorted(self.token_ids, token_ids).clamp_(max=self.size - 1)
         return torch.where(self.token_ids[found] == token_ids, found, NOT_LISTED)
 
     def own_rows(self, weight: Tensor) -> Tensor:  # [v/tp, h] -> [n/tp, h]
-        """This rank's rows of the model's output matrix, wherever they lie, zeros as padding. All ranks call it."""
+        """Returns this rank's rows of the model's output matrix, from whichever rank has them, with zeros as padding.
+        All ranks call it.
+        """
         rows = weight.new_zeros(self.rows, weight.shape[1])
         for start in range(0, self.size, _BLOCK):
             local = self.token_ids[start : start + _BLOCK] - self.whole.first
@@ -56,5 +58,5 @@ class DraftVocab(VocabShard):
 
 
 def draft_vocab(token_ids: Sequence[int], whole: VocabShard, topology: Any) -> VocabShard:
-    """What a drafter says: the tokens of a list, or the whole vocabulary where there is none."""
+    """Returns the vocabulary of a drafting head: the tokens of a list, or the whole vocabulary without a list."""
     return DraftVocab.of_tokens(token_ids, whole, topology) if token_ids else whole
