@@ -20,6 +20,7 @@ from ee_tuning.config import TuningSection
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.model.exit_head import ExitInput
 from ee_tuning.parallel.draft_vocab import NOT_LISTED, DraftVocab
+from ee_tuning.parallel.fake_tensor import is_fake
 from ee_tuning.parallel.vocab import VocabShard
 from ee_tuning.tuning.teacher import (
     HiddenTeacher,
@@ -90,10 +91,13 @@ class Drafting:
         exit_targets: Targets,
         document_ids: Tensor | None,
     ) -> Tensor:  # [2 · k]
-        """Returns the number of drafts that reach each step, and of those that are the model's own tokens up to it."""
+        """Returns, of the rounds that an engine would take along the text, the number that reach each step, and of
+        those that are the model's own tokens up to it.
+        """
         counts = self.counted(exit_targets.loss_mask, document_ids)
         held = agreement.view_as(counts).to(counts.dtype).cumprod(1)
-        return torch.stack((counts, counts * held)).sum((1, 3)).flatten()
+        reached = counts * _begins_round(counts, held)[:, None]
+        return torch.stack((reached, reached * held)).sum((1, 3)).flatten()
 
     @cached_property
     def _draftable(self) -> Tensor:  # [n/tp, h]
@@ -110,6 +114,21 @@ class Drafting:
         return (torch.arange(s, device=of_tokens.device)[:, None] + 1 + self._steps(of_tokens)).clamp(max=s - 1)
 
 
+def _begins_round(counts: Tensor, held: Tensor) -> Tensor:  # [s, k, b] -> [s, b]
+    """1 where a round begins: behind the tokens that the round before it brought, its accepted drafts and the model's
+    own token. Tokens behind which nothing counts begin none.
+    """
+    begins = counts[:, 0].clamp(max=1)
+    if is_fake(begins):
+        return begins
+    begins, next_places = begins.cpu(), torch.arange(len(begins))[:, None] + 1 + (held * counts).sum(1).cpu()
+    free = torch.zeros(begins.shape[1], dtype=next_places.dtype)
+    for place, each in enumerate(begins):
+        each.mul_(free <= place)
+        free = torch.where(each > 0, next_places[place], free)
+    return begins.to(counts.device)
+
+
 MEAN_LENGTH, RATE = "mean_acceptance_length", "acceptance_rate_"
 
 
@@ -119,8 +138,8 @@ def is_draft_metric(name: str) -> bool:
 
 
 def draft_metrics(counts: Sequence[float]) -> dict[str, float]:
-    """Returns metrics, named as vLLM names them, from the sums of `Drafting.accepted`: the share of drafts that are
-    accepted up to each step, and the mean acceptance length, which includes the model's own token.
+    """Returns metrics, named and defined as vLLM's, from the sums of `Drafting.accepted`: the share of rounds whose
+    drafts are accepted up to each step, and the mean acceptance length, which includes the model's own token.
     """
     counted, accepted = counts[: len(counts) // 2], counts[len(counts) // 2 :]
     rates = [part / total if total else math.nan for part, total in zip(accepted, counted, strict=True)]

@@ -91,8 +91,10 @@ def test_each_step_learns_from_the_final_head_at_its_own_place(listed: tuple[int
 
 
 @pytest.mark.parametrize("listed", [(), LISTED], ids=["whole", "listed"])
-def test_acceptance_is_that_of_whole_drafts_against_the_whole_vocabulary(listed: tuple[int, ...]) -> None:
-    """A later step that counts though an earlier one was wrong; a token that can not be drafted and is yet accepted."""
+def test_acceptance_is_that_of_rounds_against_the_whole_vocabulary(listed: tuple[int, ...]) -> None:
+    """A later step that counts though an earlier one was wrong; a round that begins within another; a token that can
+    not be drafted and is yet accepted.
+    """
     case = Case(listed)
     with torch.no_grad():  # most drafts are what the model says, where it can be said
         for t in range(S):
@@ -104,9 +106,10 @@ def test_acceptance_is_that_of_whole_drafts_against_the_whole_vocabulary(listed:
         made = case.loss(case.drafted, Objective(cross_entropy=0.0, forward_kl=1.0), 7)
     counts = case.drafting.accepted(made.agreement, case.told, case.ids)
     counted, accepted = [0.0] * K, [0.0] * K
-    for t in range(S):
-        for b in range(B):
-            is_held = True
+    for b in range(B):
+        t = 0
+        while t < S:
+            run, is_held = 0, True
             for k in range(K):
                 if case.counts(t, k, b):
                     said = (case.matrix @ case.final[t + 1 + k, b]).argmax()
@@ -114,6 +117,8 @@ def test_acceptance_is_that_of_whole_drafts_against_the_whole_vocabulary(listed:
                     is_held = is_held and bool(said == drafted)
                     counted[k] += 1
                     accepted[k] += is_held
+                    run += is_held
+            t += run + 1
     assert counts.tolist() == [*counted, *accepted] and sum(accepted) > 3
     figures = draft_metrics(counts.tolist())
     assert figures["acceptance_rate_2"] == accepted[1] / counted[1]
