@@ -8,6 +8,7 @@ _ORDER = (
     "convert",
     "regenerate",
     "preprocess",
+    "advise",
     "tune",
     "plan",
     "calibrate",

@@ -126,6 +126,57 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
 
 
+def advise(args: argparse.Namespace) -> None:
+    """Prints what the ways to decode a model faster would take and could bring."""
+    config = job_of(args)
+    from ee_tuning.checkpoint.formats import has_weights, model_folder, open_model
+    from ee_tuning.model.config import read_model_config
+    from ee_tuning.planning.advice_text import print_advice
+    from ee_tuning.planning.advise import ways
+    from ee_tuning.planning.gpus import gpu
+
+    chosen = gpu(args.gpu, tflops=args.tflops, bandwidth=args.bandwidth)
+    if args.tokens < 1 or not 0 < args.efficiency <= 1:
+        raise InputError(
+            f"--tokens must be at least 1 and --efficiency in (0, 1], got {args.tokens} and {args.efficiency:g}"
+        )
+    folder = model_folder(config.model.path)
+    if has_weights(folder) or config.model.config:
+        opened = open_model(config.model)
+        model = opened.config
+        with opened.source:
+            pass  # its shape is all that is needed
+    else:
+        model = read_model_config(folder)
+    found = ways(model, quote(config.model.path), config.tuning.ttt_steps)
+    print_advice(
+        model, config.model.path, found, chosen, tokens=args.tokens, efficiency=args.efficiency, as_json=args.json
+    )
+
+
+def _add_advise(parser: argparse.ArgumentParser) -> None:
+    add_job(parser, "advise")
+    parser.add_argument(
+        "--gpu",
+        default="h100",
+        metavar="NAME",
+        help="GPU, with the peak figures of its data sheet: h100, h200, a100, rtx4090 or l4 (default %(default)s)",
+    )
+    parser.add_argument("--tflops", type=float, metavar="X", help="10¹² bfloat16 operations a second, in its place")
+    parser.add_argument("--bandwidth", type=float, metavar="X", help="GB/s of the memory, in its place")
+    parser.add_argument(
+        "--efficiency",
+        type=float,
+        default=0.5,
+        metavar="X",
+        help="share of its peak rate that a GPU is assumed to reach (default %(default)s)",
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=100_000_000, metavar="N", help="tokens of tuning (default %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+
+
 def _add_tune(parser: argparse.ArgumentParser) -> None:
     add_job(parser, "tune")
     parser.add_argument(
@@ -184,5 +235,17 @@ Memory comes from a dry run of the job, which needs only the model's config.json
 The exit code is 1 where the job does not fit.""",
         add_arguments=_add_plan,
         run=plan,
+    ),
+    Command(
+        name="advise",
+        summary="compare exits, draft models and EAGLE-3 for a model: memory, possible speed-up, tuning GPU-hours, commands",
+        examples="""\
+  ee-tuning advise --model Llama-2-7b-hf
+  ee-tuning advise --model examples/llama-2-70b --gpu h200 --tokens 500000000 --json
+
+It needs the model's config.json and no GPU. Everything is computed from the model's shape by formulas, which are printed; what share of
+drafts or exits is right is left open, and `tune` and `calibrate` measure it.""",
+        add_arguments=_add_advise,
+        run=advise,
     ),
 )

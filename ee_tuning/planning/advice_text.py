@@ -1,0 +1,76 @@
+"""Formats the comparison of `ee-tuning advise`, for people or as one JSON object."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from ee_tuning.json_file import to_json
+from ee_tuning.model.config import ModelConfig
+from ee_tuning.planning.advise import FORMULA, SHARES, Way, gpu_hours, read_sizes
+from ee_tuning.planning.gpus import Gpu
+
+_BYTES = 2
+"""Bytes of a parameter in an engine: bfloat16."""
+
+
+def print_advice(
+    model: ModelConfig, name: str, found: Sequence[Way], gpu: Gpu, *, tokens: int, efficiency: float, as_json: bool
+) -> None:
+    """Prints every way, with the GPU-hours of tuning on `tokens` tokens."""
+    hours = [gpu_hours(way.operations, tokens, gpu.tflops, efficiency) for way in found]
+    if as_json:
+        tree: dict[str, Any] = {
+            "model": name,
+            "pass_parameters": read_sizes(model).whole,
+            "gpu": gpu.name,
+            "tokens": tokens,
+            "efficiency": efficiency,
+            "shares": list(SHARES),
+            "ways": [
+                {**dataclasses.asdict(way), "gpu_hours": spent, "added_bytes": _BYTES * way.added}
+                for way, spent in zip(found, hours, strict=True)
+            ],
+            "formula": list(FORMULA),
+        }
+        print(to_json(tree, indent=2))
+        return
+    whole = read_sizes(model).whole
+    lines = [
+        f"{name}: a token reads {whole / 1e9:.2f}·10⁹ parameters; in bfloat16 at {gpu.bandwidth:g} GB/s ({gpu.name}) no more than "
+        f"{gpu.bandwidth * 1e9 / (_BYTES * whole):,.0f} tokens/s at batch 1",
+        "",
+        *_table(found, hours),
+        "",
+        f"speed-ups are what the shapes allow where a share {', '.join(f'{share:g}' for share in SHARES)} of the drafts is right, or of the "
+        "tokens leaves. That share has to be measured: validation tells `acceptance` while tuning, `ee-tuning calibrate` the rest",
+        f"GPU-hours: {tokens:,} tokens on {gpu.name} at {efficiency:.0%} of {gpu.tflops:g} Tflop/s (assumed)",
+        *(f"  {formula}" for formula in FORMULA),
+        "",
+    ]
+    for way in found:
+        lines += [f"{way.name}:", *(f"  {command}" for command in way.commands)]
+    print("\n".join(lines))
+
+
+def _table(found: Sequence[Way], hours: Sequence[float]) -> list[str]:
+    head = ["way", "runs in", "trained", "GB more", "step", *(f"× at {share:g}" for share in SHARES), "GPU-hours"]
+    rows = [
+        [
+            way.name,
+            way.runs_in,
+            f"{way.trained / 1e6:,.1f}M",
+            f"{_BYTES * way.added / 1e9:.2f}",
+            f"{way.step:.3f}",
+            *(f"{speed_up:.2f}" for speed_up in way.speed_ups),
+            f"{spent:,.1f}",
+        ]
+        for way, spent in zip(found, hours, strict=True)
+    ]
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    return [
+        "  ".join(
+            word.ljust(width) if i < 2 else word.rjust(width)
+            for i, (word, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in (head, *rows)
+    ]

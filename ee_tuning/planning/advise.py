@@ -1,0 +1,230 @@
+"""Compares ways to make a model decode faster: what each adds to an engine, how fast it could be, what tuning takes.
+
+Everything is computed from the model's shape by FORMULA. How often an exit is right is not computed: it is the free
+variable, measured by `tune` (validation's `acceptance`) and `calibrate`.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ee_tuning.checkpoint.exit_names import exit_tensor_shapes
+from ee_tuning.checkpoint.model_size import parameters_by_part, tensor_parts
+from ee_tuning.checkpoint.names import backbone_tensor_shapes
+from ee_tuning.checkpoint.plain_exit import plain_exit
+from ee_tuning.config import Architecture
+from ee_tuning.model.config import ModelConfig
+from ee_tuning.model.draft_spec import can_draft, draft_spec
+from ee_tuning.model.exit_spec import ExitSpec
+
+FORMULA = (
+    "pass = parameters that a token reads: layers (of experts, those it is routed to), last norm, output matrix. At small batches "
+    "the time of a GPU is the reading of weights; keys and values, launches and sampling are left out",
+    "step c = parameters that one draft reads ÷ pass; the least share of right drafts that pays",
+    "speed-up by drafts = (1 − a^(k+1)) ÷ (1 − a) ÷ (1 + k·c) with the best k of 1 to 8, each draft right with probability a where "
+    "those before it are; never below 1, for a draft is not made where it does not pay",
+    "step of a threshold = what asking all exits reads ÷ pass. Its speed-up = 1 ÷ (a × the mean over exits of what a token reads until "
+    "it leaves there ÷ pass + (1 − a) × (1 + step)), where a share a of the tokens leaves, evenly over the exits",
+    "operations of tuning a token = 2 × parameters that run + 6 × trained parameters (× unrolled steps of a drafting head); those that run: "
+    "the layers up to the last exit, or the whole pass where the final head teaches (drafts). GPU-hours = operations × tokens ÷ "
+    "(efficiency × peak operations/s) ÷ 3600",
+)
+"""How the figures are computed."""
+SHARES = (0.5, 0.7, 0.9)
+"""Probabilities of a right draft, and shares of tokens that leave, at which speed-ups are computed."""
+MAX_DRAFTS = 8
+SHORTLIST = 16_384
+"""Size of a shortlist, for vocabularies of more than twice as many tokens."""
+DRAFT_VOCAB = 32_000
+"""Size of an EAGLE-3 head's vocabulary where the model's is larger, as in published heads."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """One way to decode faster."""
+
+    name: str
+    runs_in: str
+    """The engines."""
+    trained: int
+    """Tuned parameters."""
+    added: int
+    """Parameters that the engine holds besides the model's."""
+    step: float
+    """See FORMULA."""
+    speed_ups: tuple[float, ...]
+    """At SHARES."""
+    operations: float
+    """Operations of tuning a token."""
+    commands: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters that a token reads."""
+
+    layers: tuple[int, ...]
+    """In each layer."""
+    output: int
+    """In the output matrix."""
+    layer_added: int
+    """Of a layer of an exit's own, built like the last one, all experts counted."""
+
+    @property
+    def whole(self) -> int:
+        """In a whole pass, without the last norm, which is small."""
+        return sum(self.layers) + self.output
+
+
+def ways(model: ModelConfig, name: str, ttt_steps: int) -> list[Way]:
+    """Returns every way that suits a model of that shape.
+
+    `name` stands for the model in commands; `ttt_steps` is the number of unrolled steps of a drafting head's training.
+    """
+    sizes = read_sizes(model)
+    outputs = ["tied", "untied", *(["shortlist"] if model.vocab_size > 2 * SHORTLIST else [])]
+    found = [_threshold(model, sizes, name, output) for output in outputs]
+    found += [_own_drafts(model, sizes, name), _draft_model(model, sizes, name)]
+    if can_draft(model) and model.num_layers >= 6:
+        found.append(_eagle3(model, sizes, name, ttt_steps))
+    return found
+
+
+def read_sizes(model: ModelConfig) -> Sizes:
+    """Returns what a token reads of a model: of experts, those that it is routed to."""
+    shapes, layers = backbone_tensor_shapes(model), [0.0] * model.num_layers
+    routed = model.moe_router_topk / model.num_experts if model.num_experts else 1.0
+    whole = 0
+    for tensor, (_, layer) in tensor_parts(model).items():
+        if layer is not None:
+            count = math.prod(shapes[tensor])
+            layers[layer - 1] += count * (routed if ".experts." in tensor else 1)
+            whole += count if layer == model.num_layers else 0
+    return Sizes(tuple(round(each) for each in layers), model.vocab_size * model.hidden_size, whole)
+
+
+def speed_up_by_drafts(right: float, step: float) -> float:
+    """Returns the speed-up of the best number of drafts, each right with probability `right` and `step` passes long."""
+    return max(1.0, *((1 - right ** (k + 1)) / (1 - right) / (1 + k * step) for k in range(1, MAX_DRAFTS + 1)))
+
+
+def speed_up_by_threshold(share: float, until: Sequence[float], step: float) -> float:
+    """Returns the speed-up where `share` of the tokens leave, evenly over exits until each of which they read `until`
+    passes, while the others read 1 + `step`.
+    """
+    return 1 / (share * sum(until) / len(until) + (1 - share) * (1 + step))
+
+
+def gpu_hours(operations: float, tokens: float, tflops: float, efficiency: float) -> float:
+    """Returns the GPU-hours of `tokens` tokens at so many operations each."""
+    return operations * tokens / (efficiency * tflops * 1e12) / 3600
+
+
+def _spec(model: ModelConfig, layer: int, architecture: Architecture, output: str) -> ExitSpec:
+    return ExitSpec(
+        layer=layer,
+        architecture=architecture,
+        ties_output=output == "tied",
+        output_vocab=SHORTLIST if output == "shortlist" else 0,
+    )
+
+
+def _num_parameters(heads: Iterable[ExitSpec], model: ModelConfig) -> int:
+    return sum(math.prod(shape) for shape in exit_tensor_shapes(heads, model).values())
+
+
+def _threshold(model: ModelConfig, sizes: Sizes, name: str, output: str) -> Way:
+    layers = sorted({max(1, round(model.num_layers * part / 4)) for part in (2, 3)})
+    heads = [_spec(model, layer, "norm", output) for layer in layers]
+    asked = heads[0].output_rows(model.vocab_size) * model.hidden_size
+    until = [(sum(sizes.layers[:layer]) + (index + 1) * asked) / sizes.whole for index, layer in enumerate(layers)]
+    step, trained = len(layers) * asked / sizes.whole, _num_parameters(heads, model)
+    flags = {"tied": " --exit-output tied", "untied": "", "shortlist": f" --output-vocab {SHORTLIST}"}[output]
+    told = ",".join(map(str, layers))
+    return Way(
+        name=f"threshold, norm exits after {told}, {output}",
+        runs_in="here",
+        trained=trained,
+        added=trained,
+        step=step,
+        speed_ups=tuple(speed_up_by_threshold(share, until, step) for share in SHARES),
+        operations=2 * (sum(sizes.layers[: layers[-1]])) + 6 * trained,
+        commands=(
+            f"ee-tuning tune --model {name} --exit-layers {told} --architecture norm{flags} --init fitted --data TEXTS --output runs/exits",
+            f"ee-tuning calibrate --model {name} --exits runs/exits/exit_heads --data HELD_OUT --output calibration.json",
+            f'ee-tuning generate --model {name} --exits runs/exits/exit_heads --calibration calibration.json --prompt "…"',
+        ),
+    )
+
+
+def _draft_layer(model: ModelConfig) -> int:
+    """Returns where a drafting exit goes: an eighth of the layers deep."""
+    return max(1, model.num_layers // 8)
+
+
+def _own_drafts(model: ModelConfig, sizes: Sizes, name: str) -> Way:
+    layer = _draft_layer(model)
+    head = _spec(model, layer, "layer", "untied")
+    trained = _num_parameters((head,), model)
+    step = (sum(sizes.layers[:layer]) + sizes.layers[-1] + sizes.output) / sizes.whole
+    return Way(
+        name=f"speculative, layer exit after {layer}",
+        runs_in="here",
+        trained=trained,
+        added=trained,
+        step=step,
+        speed_ups=tuple(speed_up_by_drafts(share, step) for share in SHARES),
+        operations=2 * sizes.whole + 6 * trained,
+        commands=(
+            _tune_draft(name, layer),
+            f'ee-tuning generate --model {name} --exits runs/draft/exit_heads --policy speculative --prompt "…"',
+        ),
+    )
+
+
+def _draft_model(model: ModelConfig, sizes: Sizes, name: str) -> Way:
+    own, layer = _own_drafts(model, sizes, name), _draft_layer(model)
+    plain = plain_exit(_spec(model, layer, "layer", "untied"), model)
+    speculative = '{"method": "draft_model", "model": "draft", "num_speculative_tokens": 4}'
+    return Way(
+        name=f"draft model, the same exit as {plain.config.num_layers} plain layers",
+        runs_in="vLLM, SGLang, TensorRT-LLM",
+        trained=own.trained,
+        added=parameters_by_part(plain.config)["all"],
+        step=own.step,
+        speed_ups=own.speed_ups,
+        operations=own.operations,
+        commands=(
+            _tune_draft(name, layer),
+            f"ee-tuning export --format draft --model {name} --exits runs/draft/exit_heads --exit {layer} --output draft --check",
+            f"vllm serve {name} --speculative-config '{speculative}'",
+        ),
+    )
+
+
+def _tune_draft(name: str, layer: int) -> str:
+    return f"ee-tuning tune --model {name} --exit-layers {layer} --architecture layer --loss forward_kl --data ANSWERS --output runs/draft"
+
+
+def _eagle3(model: ModelConfig, sizes: Sizes, name: str, ttt_steps: int) -> Way:
+    vocab = DRAFT_VOCAB if model.vocab_size > DRAFT_VOCAB else 0
+    spec = draft_spec(model, ())
+    head = ExitSpec(layer=model.num_layers, architecture="eagle3", ties_output=False, output_vocab=vocab, draft=spec)
+    trained = _num_parameters((head,), model)
+    fused = len(spec.aux_layers) * model.hidden_size**2
+    step = (trained - fused) / sizes.whole  # states are fused once a round, of tokens that were verified
+    flags = f" --output-vocab {vocab}" if vocab else ""
+    return Way(
+        name=f"EAGLE-3 head, {vocab or model.vocab_size:,} tokens",
+        runs_in="vLLM, SGLang, here",
+        trained=trained,
+        added=trained,
+        step=step,
+        speed_ups=tuple(speed_up_by_drafts(share, step) for share in SHARES),
+        operations=2 * sizes.whole + 6 * trained * ttt_steps,
+        commands=(
+            f"ee-tuning tune --model {name} --architecture eagle3{flags} --data ANSWERS --output runs/eagle3",
+            f"ee-tuning export --format speculators --model {name} --exits runs/eagle3/exit_heads --output eagle3",
+            "vllm serve eagle3",
+        ),
+    )

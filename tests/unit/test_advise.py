@@ -1,0 +1,99 @@
+"""What is advised is computed; its arithmetic is checked against a second way to the same numbers."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from ee_tuning import cli
+from ee_tuning.model.config import ModelConfig, read_model_config
+from ee_tuning.planning.advise import (
+    FORMULA,
+    gpu_hours,
+    read_sizes,
+    speed_up_by_drafts,
+    speed_up_by_threshold,
+    ways,
+)
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def model(name: str) -> ModelConfig:
+    return read_model_config(EXAMPLES / name)
+
+
+def test_what_a_token_reads_is_what_transformers_counts():
+    """A tied embedding read twice or never, a layer too many."""
+    import transformers
+
+    for name in ("llama-3.1-8b", "tiny-python-llama"):
+        with torch.device("meta"):
+            config = transformers.AutoConfig.from_pretrained(EXAMPLES / name)
+            stock = transformers.AutoModelForCausalLM.from_config(config)
+        layers = sum(parameter.numel() for parameter in stock.model.layers.parameters())
+        sizes = read_sizes(model(name))
+        assert sizes.whole == layers + stock.lm_head.weight.numel() and sum(sizes.layers) == layers
+
+
+def test_experts_that_are_not_asked_are_not_read():
+    """A mixture of experts that looks as slow as all its weights."""
+    import dataclasses
+
+    dense = model("llama-3.1-8b")
+    mixture = dataclasses.replace(
+        dense, family="mixtral", num_experts=8, moe_router_topk=2, moe_ffn_hidden_size=dense.ffn_hidden_size
+    )
+    router, mlp = 8 * dense.hidden_size, 3 * dense.hidden_size * dense.ffn_hidden_size
+    assert read_sizes(mixture).layers[0] == read_sizes(dense).layers[0] + mlp + router
+
+
+def test_speed_ups_are_those_of_simulated_rounds():
+    """A formula that counts the model's own token of a round twice or not at all."""
+    generator = torch.Generator().manual_seed(0)
+    for right, step, k in ((0.5, 0.1, 2), (0.8, 0.05, 8), (0.9, 0.3, 3)):
+        runs = (torch.rand(200_000, k, generator=generator) < right).cumprod(1).sum(1)
+        simulated = (1 + runs.double().mean().item()) / (1 + k * step)
+        assert simulated <= speed_up_by_drafts(right, step) + 0.01
+    best = max((1 + 0.7 + 0.49 + 0.343) / 1.3, (1 + 0.7 + 0.49) / 1.2, 1.7 / 1.1, sum(0.7**i for i in range(5)) / 1.4)
+    assert speed_up_by_drafts(0.7, 0.1) >= best
+    assert speed_up_by_drafts(0.2, 0.3) == 1.0, "no draft is made where none pays"
+    assert speed_up_by_threshold(0.5, [0.5, 0.75], 0.1) == pytest.approx(1 / (0.5 * 0.625 + 0.5 * 1.1))
+    assert gpu_hours(6e12, 3600, 1000, 0.5) == pytest.approx(6 * 2 / 1000)
+
+
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "llama-2-70b", "qwen2.5-7b", "tiny-python-llama"])
+def test_commands_that_are_told_can_be_typed(name):
+    """Advice with a flag that a command does not know."""
+    for way in ways(model(name), "MODEL", 3):
+        assert all(speed_up > 0 for speed_up in way.speed_ups) and way.step > 0 and way.operations > 0
+        for command in way.commands:
+            program, *words = shlex.split(command)
+            assert program in ("ee-tuning", "vllm")
+            if program == "ee-tuning":
+                cli.parse(words)
+
+
+def test_the_text_and_the_object_tell_the_same(capsys):
+    """A table without the formula that it comes from."""
+    words = ["advise", "--model", str(EXAMPLES / "llama-3.1-8b"), "--gpu", "a100"]
+    assert cli.main(words) == 0
+    text = capsys.readouterr().out
+    assert all(formula in text for formula in FORMULA) and "assumed" in text
+    assert cli.main([*words, "--json"]) == 0
+    tree = json.loads(capsys.readouterr().out)
+    assert [way["name"] in text for way in tree["ways"]] == [True] * 6
+    draft, eagle = tree["ways"][-2:]
+    assert draft["added_bytes"] > 4e9 and eagle["step"] < draft["step"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [(["--tokens", "0"], "--tokens"), (["--efficiency", "2"], "--efficiency"), (["--gpu", "abacus"], "--gpu")],
+)
+def test_figures_that_make_no_sense_are_refused(capsys, flags, named):
+    """Hours by division by zero."""
+    assert cli.main(["advise", "--model", str(EXAMPLES / "llama-3.1-8b"), *flags]) == 2
+    assert named in capsys.readouterr().err
