@@ -13,14 +13,16 @@ NUM_DRAFTS = 4
 """Draft tokens a round in the commands."""
 
 
-def draft_card(name: str, plain: PlainExit, exits: Mapping[str, Any], num_layers: int) -> str:
+def draft_card(
+    name: str, plain: PlainExit, exits: Mapping[str, Any], num_layers: int, *, is_nearly: bool = False
+) -> str:
     """The card of a draft for the model `name`, of `num_layers` layers; `exits` is what `exit_config.json` says."""
     name = " ".join(name.split())
     layer, word = plain.head.layer, shell_word(name)
     return _joined(
         front_matter(name, "transformers", "speculative-decoding"),
         [f"# A draft model for {name}: its exit after layer {layer}", ""],
-        _what_it_is(name, plain, num_layers),
+        _what_it_is(name, plain, num_layers, is_nearly),
         _history(layer, exits),
         [
             f"It drafts for {name} with the same tokenizer and vocabulary; what is said in the end is what {name} says. "
@@ -31,14 +33,16 @@ def draft_card(name: str, plain: PlainExit, exits: Mapping[str, Any], num_layers
     )
 
 
-def pruned_card(name: str, plain: PlainExit, exits: Mapping[str, Any], num_layers: int) -> str:
+def pruned_card(
+    name: str, plain: PlainExit, exits: Mapping[str, Any], num_layers: int, *, is_nearly: bool = False
+) -> str:
     """The card of the same folder as a model in its own right."""
     name = " ".join(name.split())
     layer = plain.head.layer
     return _joined(
         front_matter(name, "transformers", "pruned"),
         [f"# {name}, cut off after layer {layer}", ""],
-        _what_it_is(name, plain, num_layers),
+        _what_it_is(name, plain, num_layers, is_nearly),
         _history(layer, exits),
         [
             f"A model in its own right: smaller and faster than {name}, and weaker. Nothing but its last norm, output "
@@ -63,7 +67,7 @@ def pruned_card(name: str, plain: PlainExit, exits: Mapping[str, Any], num_layer
     )
 
 
-def _what_it_is(name: str, plain: PlainExit, num_layers: int) -> list[str]:
+def _what_it_is(name: str, plain: PlainExit, num_layers: int, is_nearly: bool) -> list[str]:
     head, shape = plain.head, plain.config
     made = {
         "mlp": f"the first {head.layer} layers, with the exit's MLP in the last of them",
@@ -75,7 +79,12 @@ def _what_it_is(name: str, plain: PlainExit, num_layers: int) -> list[str]:
     return [
         f"A plain `{shape.family}` of {shape.num_layers} layers, made of the {num_layers} of {name} and its "
         f"{architecture_text(head.architecture)} exit after layer {head.layer}: {made}, the exit's norm, {output}. Its logits "
-        "are the exit's. It needs no code but the engine's.",
+        + (
+            "are nearly the exit's, for the map's bias has no place of its own here. "
+            if is_nearly
+            else "are the exit's. "
+        )
+        + "It needs no code but the engine's.",
         "",
     ]
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
+from torch import Tensor
+
 from ee_tuning.checkpoint.companions import companions
 from ee_tuning.checkpoint.draft_card import draft_card, pruned_card
 from ee_tuning.checkpoint.exit_config import exit_config_tree
@@ -38,11 +40,13 @@ def export_draft(
     kind: PlainFormat = "draft",
     overwrite: bool = False,
     special: Mapping[str, int] = MappingProxyType({}),
+    constant: Tensor | None = None,
 ) -> None:
     """Writes the exit of exits.path after `exit_layer`, with the layers of model.path below it, to `output`. All ranks
     call it, if there are several, and share the files. Tensors keep their dtypes.
 
-    `special`: token ids for config.json where the model's own has none. Raises InputError where the exit is no plain
+    `special`: token ids for config.json where the model's own has none. `constant` is the u of `folded_output.py`, by
+    which a bias is folded nearly. Raises InputError where the exit is no plain
     model, model and exits do not belong together, or `output` can not be written; then nothing is left behind.
     """
     tokenizer = Path(config.data.tokenizer) if config.data.tokenizer else None
@@ -50,7 +54,7 @@ def export_draft(
     with open_for_export(config, topology) as model:
         assert model.artifact is not None
         plain = plain_exit(chosen_exit(model.artifact.config.heads, exit_layer, str(config.exits.path)), model.model)
-        tensors = PlainExitTensors(plain, model.source, model.artifact)
+        tensors = PlainExitTensors(plain, model.source, model.artifact, constant)
         layout = backbone_layout(tensors, plain.config)
         described = plain_description(model, plain, special)
 
@@ -60,7 +64,8 @@ def export_draft(
                 (partial / index[0]).write_text(index[1], encoding="utf-8")
             assert model.artifact is not None
             tree = exit_config_tree(model.artifact.config)
-            card = (draft_card if kind == "draft" else pruned_card)(model.name, plain, tree, model.model.num_layers)
+            make_card = draft_card if kind == "draft" else pruned_card
+            card = make_card(model.name, plain, tree, model.model.num_layers, is_nearly=constant is not None)
             (partial / "README.md").write_text(card, encoding="utf-8")
             (partial / "config.json").write_text(to_json(described, indent=2) + "\n", encoding="utf-8")
 

@@ -1,8 +1,9 @@
-"""The linear map of an exit as a part of its output matrix: W (T z + b) = W′ z′, computed block by block.
+"""Folds the linear map of an exit into its output matrix, W (T z + b) = W′ z′, block by block.
 
-z is what the exit's norm makes. Where that is an RMSNorm, W′ is W T, and there is no place for b. A LayerNorm without
-scale and shift gives n with Σ nᵢ = 0, so that with z′ = n + 1 the vector of ones carries a constant:
-W′ = W (T diag(γ) P + (T β + b) 1ᵀ/h), P = I − 1 1ᵀ/h, and z = γ n + β.
+z is what the exit's norm makes. Where that is an RMSNorm, W′ is W T, and b has no place, but nearly: with u from a text
+such that uᵀz is close to 1, W′ is W (T + b uᵀ). A LayerNorm without scale and shift gives n with Σ nᵢ = 0, so that with
+z′ = n + 1 the vector of ones carries a constant: W′ = W (T diag(γ) P + (T β + b) 1ᵀ/h), P = I − 1 1ᵀ/h, for
+z = γ n + β.
 """
 
 import torch
@@ -16,11 +17,18 @@ from ee_tuning.errors import InputError
 # h hidden · v vocabulary
 
 
-def folded_map(linear: Tensor, bias: Tensor, norm: tuple[Tensor, Tensor] | None) -> Tensor | None:  # -> [h, h] float64
-    """W′ = W · this, of T [h, h], b [h] and a LayerNorm's γ and β [h]; None where an RMSNorm leaves no place for b."""
+def folded_map(
+    linear: Tensor, bias: Tensor, norm: tuple[Tensor, Tensor] | None, constant: Tensor | None = None
+) -> Tensor | None:  # -> [h, h] float64
+    """Returns what W is multiplied by, from T [h, h], b [h] and a LayerNorm's γ and β [h] or, for an RMSNorm, u [h].
+
+    None where an RMSNorm leaves no place for b and u is not given.
+    """
     linear, bias = linear.double(), bias.double()
+    if norm is None and bias.any():
+        return None if constant is None else linear + torch.outer(bias, constant.double())
     if norm is None:
-        return None if bias.any() else linear
+        return linear
     scale, shift = (each.double() for each in norm)
     scaled = linear * scale
     return scaled - scaled.mean(1, keepdim=True) + ((linear @ shift + bias) / len(bias))[:, None]
@@ -29,12 +37,14 @@ def folded_map(linear: Tensor, bias: Tensor, norm: tuple[Tensor, Tensor] | None)
 class PlainExitTensors:
     """The tensors of an exit as a plain model, read by slices: a TensorSource."""
 
-    def __init__(self, plain: PlainExit, backbone: TensorSource, exits: TensorSource):
-        """Raises InputError where the exit's linear map has a bias that the family's output matrix has no place for."""
+    def __init__(
+        self, plain: PlainExit, backbone: TensorSource, exits: TensorSource, constant: Tensor | None = None
+    ) -> None:
+        """`constant` is u, for an RMSNorm. Raises InputError where it is missing and the linear map has a bias."""
         self._plain, self._backbone, self._exits = plain, backbone, exits
         self._map: Tensor | None = None
         if plain.folded:
-            self._map = self._read_map()
+            self._map = self._read_map(constant)
 
     def shape(self, name: str) -> TensorShape:
         """The shape of the whole tensor."""
@@ -71,7 +81,7 @@ class PlainExitTensors:
         origin = self._plain.origins[name]
         return (self._exits if origin.startswith("exits.") else self._backbone), origin
 
-    def _read_map(self) -> Tensor:
+    def _read_map(self, constant: Tensor | None) -> Tensor:
         head, exits = self._plain.head, self._exits
 
         def whole(part: str) -> Tensor:
@@ -79,11 +89,11 @@ class PlainExitTensors:
             return exits.rows(name, 0, exits.shape(name)[0])
 
         norm = (whole("norm.weight"), whole("norm.bias")) if self._plain.config.norm == "layer" else None
-        found = folded_map(whole("linear.weight"), whole("linear.bias"), norm)
+        found = folded_map(whole("linear.weight"), whole("linear.bias"), norm, constant)
         if found is None:
             raise InputError(
                 f"a {self._plain.config.family} has no bias behind its last norm, and the linear map of the exit after layer "
-                f"{head.layer} has one, without which it says other tokens; export an exit that has none: "
-                "--exit-output untied folds a fit without one"
+                f"{head.layer} has one, without which it says other tokens; give --fold-bias to fold it nearly, or convert with "
+                "--exit-output untied, where a fit has none"
             )
         return found

@@ -134,6 +134,11 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--exit", type=int, metavar="N", help="draft, pruned: write the exit of --exits after this layer (required)"
     )
+    parser.add_argument(
+        "--fold-bias",
+        action="store_true",
+        help="draft, pruned: fold the bias of an exit's linear map into the output matrix by a direction of --text, which is not exact",
+    )
     parser.add_argument("--link", action="store_true", help="hf: link the model's weights instead of copying them")
     parser.add_argument(
         "--check",

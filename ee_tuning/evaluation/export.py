@@ -5,9 +5,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ee_tuning.config import Config, ParallelSection, replace
 from ee_tuning.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FLAGS = {
     "artifact": ("only", "drop", "merge", "add"),
@@ -15,8 +19,8 @@ FLAGS = {
     "megatron": (),
     "eagle3": (),
     "speculators": (),
-    "draft": ("exit", "check", "text"),
-    "pruned": ("exit", "check", "text"),
+    "draft": ("exit", "fold_bias", "check", "text"),
+    "pruned": ("exit", "fold_bias", "check", "text"),
 }
 """Format -> flags that only some formats accept."""
 HUGGINGFACE = ("hf", "draft", "pruned")
@@ -38,14 +42,14 @@ def export(config: Config, flags: argparse.Namespace) -> int:
         if getattr(flags, name) not in (None, False, []) and name not in FLAGS[flags.format]:
             formats = " or ".join(kind for kind, names in FLAGS.items() if name in names)
             raise InputError(
-                f"--{name} goes with --format {formats}, got --format {flags.format}; leave one of them out"
+                f"--{name.replace('_', '-')} goes with --format {formats}, got --format {flags.format}; leave one of them out"
             )
     if (of_new := sorted(NEW_EXITS & flags.overrides.keys())) and not flags.add:
         raise InputError(f"{', '.join(of_new)} is of new exits, and none is asked for; give --add N, or leave it out")
     num_processes = world_size()
-    if num_processes > 1 and (flags.format == "artifact" or flags.check):
+    if num_processes > 1 and (flags.format == "artifact" or flags.check or flags.fold_bias):
         raise InputError(
-            f"--format artifact and --check are for one process, got {num_processes}; start it without torchrun"
+            f"--format artifact, --check and --fold-bias are for one process, got {num_processes}; start it without torchrun"
         )
     _check_kind(config, flags)
     if flags.format in DRAFTERS:
@@ -71,12 +75,17 @@ def export(config: Config, flags: argparse.Namespace) -> int:
         _check_exit_layer(config, flags)
     if flags.check and not config.exits.path:
         raise InputError("--check compares exits, got none; give --exits FOLDER, or leave --check out")
-    text = _text(flags.text) if flags.check else ""
-    if flags.check:  # before minutes of writing
+    text = _text(flags.text) if flags.check or flags.fold_bias else ""
+    if text:  # before minutes of writing
         from ee_tuning.data.tokenizer import load_tokenizer, tokenizer_of
 
         load_tokenizer(tokenizer_of(config), trusts_code=config.model.trust_remote_code)
-    _write_merged(config, flags, is_shared=num_processes > 1)
+    constant = None
+    if flags.fold_bias:
+        from ee_tuning.evaluation.constant_direction import constant_direction
+
+        constant = constant_direction(config, flags.exit, text)
+    _write_merged(config, flags, constant, is_shared=num_processes > 1)
     if not flags.check:
         return 0
     from ee_tuning.evaluation.export_check import check_export, check_plain_exit
@@ -84,7 +93,7 @@ def export(config: Config, flags: argparse.Namespace) -> int:
     tolerance = () if flags.tolerance is None else (flags.tolerance,)
     if flags.format == "hf":
         return 0 if check_export(config, flags.output, text, *tolerance) else 1
-    return 0 if check_plain_exit(config, flags.output, flags.exit, text, *tolerance) else 1
+    return 0 if check_plain_exit(config, flags.output, flags.exit, text, *tolerance, is_exact=constant is None) else 1
 
 
 def _check_exit_layer(config: Config, flags: argparse.Namespace) -> None:
@@ -142,7 +151,9 @@ def _write_drafter(config: Config, flags: argparse.Namespace, num_processes: int
     print(f"wrote {flags.output}; its README.md says how engines load it")
 
 
-def _write_merged(config: Config, flags: argparse.Namespace, *, is_shared: bool) -> None:
+def _write_merged(
+    config: Config, flags: argparse.Namespace, constant: "Tensor | None" = None, *, is_shared: bool
+) -> None:
     from ee_tuning.checkpoint.formats import open_model
 
     with open_model(config.model).source:
@@ -181,6 +192,7 @@ def _write_merged(config: Config, flags: argparse.Namespace, *, is_shared: bool)
                 topology,
                 kind=flags.format,
                 overwrite=flags.overwrite,
+                constant=constant,
                 special=_special_tokens(config.data.tokenizer, trusts_code=config.model.trust_remote_code),
             )
         else:

@@ -31,7 +31,7 @@ def check_export(config: Config, output: Path, text: str, tolerance: float = 1e-
 
     Both sides compute in model.dtype. Raises InputError where the text can not be tokenized.
     """
-    topology, loaded, ids = _load(config, text)
+    topology, loaded, ids = load_to_compare(config, text)
     ours = exit_logits(loaded, ids)
     theirs = _exported_logits(output, loaded.model.config, ids.to(topology.device), compute_dtype(config, topology))
     destroy_parallel()
@@ -43,15 +43,18 @@ def check_export(config: Config, output: Path, text: str, tolerance: float = 1e-
     return is_close
 
 
-def check_plain_exit(config: Config, output: Path, layer: int, text: str, tolerance: float = 1e-4) -> bool:
+def check_plain_exit(
+    config: Config, output: Path, layer: int, text: str, tolerance: float = 1e-4, *, is_exact: bool = True
+) -> bool:
     """Prints how far the logits of an exit's plain folder, computed by transformers, are from the exit's own. Returns
     whether they are within `tolerance`. Both sides compute in float32.
 
     A linear map folded into an output matrix of 16 bits is rounded with it: the tolerance is then at least one step of
-    that dtype at the largest logit. Raises as `check_export`.
+    that dtype at the largest logit. Where the fold is not exact, the share of equal tokens is printed instead, which
+    fails nothing. Raises as `check_export`.
     """
     config = replace(config, model={"dtype": "float32"})
-    topology, loaded, ids = _load(config, text)
+    topology, loaded, ids = load_to_compare(config, text)
     ours = exit_logits(loaded, ids)[layer]
     assert loaded.exits is not None
     head = next(head for head in loaded.exits.heads if head.layer == layer)
@@ -59,16 +62,22 @@ def check_plain_exit(config: Config, output: Path, layer: int, text: str, tolera
         tolerance = max(tolerance, torch.finfo(loaded.exits.torch_dtype).eps * ours.abs().max().item())
     theirs = _plain_logits(output, loaded.model.config, ids.to(topology.device))
     destroy_parallel()
+    if not is_exact:
+        same = (ours.argmax(-1) == theirs.argmax(-1)).double().mean().item()
+        print(
+            f"exit after layer {layer}: {same:.1%} of {ids.shape[1]} tokens are the exit's, with its bias folded nearly"
+        )
+        return True
     return _print_difference(f"exit after layer {layer}", ours, theirs, tolerance)
 
 
-def _load(config: Config, text: str) -> tuple[Topology, LoadedModel, Tensor]:
+def load_to_compare(config: Config, text: str, max_tokens: int = MAX_TOKENS) -> tuple[Topology, LoadedModel, Tensor]:
     """Loads the model in one process, for any layout of the job, and tokenizes the text."""
     tokenizer = load_tokenizer(tokenizer_of(config), trusts_code=config.model.trust_remote_code)
     config = dataclasses.replace(config, parallel=ParallelSection())
     topology = init_parallel(config.parallel)
     loaded = load_for_generation(config, topology)
-    limit = min(MAX_TOKENS, loaded.model.config.max_position_embeddings)
+    limit = min(max_tokens, loaded.model.config.max_position_embeddings)
     ids = torch.tensor([tokenizer(text)["input_ids"][:limit]])
     if ids.numel() < 2:
         raise InputError(f"the check needs a text of at least two tokens, got {ids.numel()}; give another --text")

@@ -170,11 +170,16 @@ def test_a_megatron_checkpoint_makes_the_same_draft(llama, tmp_path):
         ({"architecture": "adapter"}, ["--exit", "2"], ["adapter", "bottleneck", "layer 2"]),
         ({"architecture": "embedding"}, ["--exit", "2"], ["embedding", "no norm", "layer 2"]),
         ({"listed": range(0, 101, 3)}, ["--exit", "2"], ["101", "34", "d2t", "--output-vocab"]),
-        ({"architecture": "linear", "bias": True}, ["--exit", "2"], ["bias", "layer 2", "--exit-output untied"]),
+        (
+            {"architecture": "linear", "bias": True},
+            ["--exit", "2"],
+            ["bias", "layer 2", "--fold-bias", "--exit-output untied"],
+        ),
         ({}, ["--exit", "2", "--link"], ["--link"]),
+        ({}, ["--exit", "2", "--fold-bias", "--tokenizer", str(SHIPPED)], ["--fold-bias", "layer 2"]),
         (None, ["--exit", "2"], ["--exits"]),
     ],
-    ids=["no_such_exit", "no_exit", "adapter", "embedding", "shortlist", "bias", "link", "no_exits"],
+    ids=["no_such_exit", "no_exit", "adapter", "embedding", "shortlist", "bias", "link", "no_map", "no_exits"],
 )
 def test_an_exit_that_is_no_plain_model_is_refused(llama, tmp_path, capsys, exits, words, named):
     """A folder that loads and says something else than the exit."""
@@ -220,3 +225,18 @@ def test_a_folded_map_of_16_bits_is_within_its_rounding(tmp_path, capsys):
     export("--model", model, "--exits", exits, "--exit", 4, "--output", tmp_path / "draft", "--check")
     tensors = load_file(tmp_path / "draft" / "model.safetensors")
     assert tensors["lm_head.weight"].dtype == torch.bfloat16
+
+
+def test_a_bias_is_folded_nearly(tmp_path, capsys):
+    """A bias left out, which says other tokens; a direction of other states than the map reads."""
+    exits = write_exits(SHIPPED, tmp_path / "exits", exit_layers=[9], init="copy", architecture="linear", output="tied")
+    torch.manual_seed(0)
+    tensors = load_file(exits / "exit_heads.safetensors")
+    tensors["exits.9.linear.bias"] += 0.3 * torch.randn_like(tensors["exits.9.linear.bias"])
+    save_file(tensors, exits / "exit_heads.safetensors", metadata={"format": "pt"})
+    write_manifest(exits)
+    words = ("--model", SHIPPED, "--exits", exits, "--exit", 9, "--output", tmp_path / "draft", "--check")
+    export(*words, "--fold-bias")
+    told = capsys.readouterr().out
+    assert float(told.partition("layer 9: ")[2].partition("%")[0]) > 90, told
+    assert "nearly" in (tmp_path / "draft" / "README.md").read_text()
