@@ -66,6 +66,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--exits", type=Path, help="an artifact; default: one that is fitted here")
     parser.add_argument("--exit", type=int, default=4, help="the exit that drafts (default %(default)s)")
+    parser.add_argument("--eagle3", type=Path, help="a head as `export --format eagle3` writes it, in vLLM, too")
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=2)
@@ -84,18 +85,21 @@ def measure(options: argparse.Namespace, folder: Path) -> list[Row]:
     draft = folder / "draft"
     _run("export", "--format", "draft", "--model", model, "--exits", exits, "--exit", options.exit, "--output", draft)
     texts = prompt_texts(load_tokenizer(model), options.prompts)
-    theirs = _theirs(options, folder, model, texts, speculative_configs(draft))
+    theirs = _theirs(options, folder, model, texts, speculative_configs(draft, options.eagle3))
     plain = theirs["plain"]["tokens"]
     rows = [_row_of_vllm(name, run, plain, options) for name, run in theirs.items()]
     return rows + _ours(options, model, exits, texts, plain)
 
 
-def speculative_configs(draft: Path) -> dict[str, dict[str, Any]]:
-    """vLLM's --speculative-config of each way to draft there. A further kind of drafter is one entry more."""
-    return {
+def speculative_configs(draft: Path, eagle3: Path | None) -> dict[str, dict[str, Any]]:
+    """Returns vLLM's --speculative-config of each way to draft there. Another kind of drafter is another entry."""
+    configs: dict[str, dict[str, Any]] = {
         "draft, its exit": {"method": "draft_model", "model": str(draft), "num_speculative_tokens": NUM_DRAFTS},
         "ngram": {"method": "ngram", "num_speculative_tokens": NUM_DRAFTS, "prompt_lookup_max": 4},
     }
+    if eagle3 is not None:
+        configs["EAGLE-3"] = {"method": "eagle3", "model": str(eagle3), "num_speculative_tokens": NUM_DRAFTS}
+    return configs
 
 
 def check_version(python: Path, *, any_version: bool) -> None:
