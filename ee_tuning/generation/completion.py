@@ -72,6 +72,12 @@ class StreamedToken:
     is_last: bool
     completion: int = 0
     """Which of the prompt's completions it is part of."""
+    token_id: int = -1
+    """-1 where an error ended the completion in its place."""
+    logprob: float | None = None
+    """Its log-probability in the distribution it was chosen from, where asked for."""
+    top_logprobs: dict[int, float] | None = None
+    """The likeliest ids there with theirs, where asked for."""
 
 
 @dataclass
@@ -82,6 +88,8 @@ class Writer:
     sequence: Sequence
     completion: Completion
     stream: TextStream
+    started: float
+    """The moment, by `time.perf_counter`, that its seconds count from."""
     shows_text: bool = True
     """Whether a token comes with its text, and stop strings are looked for."""
 
@@ -90,7 +98,7 @@ class Writer:
         self.completion.finish_reason, self.completion.error = "error", error
         return StreamedToken(self.prompt_index, "", step.exit_layer, step.confidence, True, self.completion.index)
 
-    def take(self, step: TokenStep, started: float) -> StreamedToken:
+    def take(self, step: TokenStep) -> StreamedToken:
         """Books a token; sets the finish reason where the completion ends, by a stop string too."""
         done, params = self.completion, self.sequence.params
         done.token_ids.append(step.token_id)
@@ -111,7 +119,15 @@ class Writer:
         if done.finish_reason:
             shown += self.stream.flush()
             done.text, done.statistics = self.stream.text, self.sequence.statistics
-            done.seconds = time.perf_counter() - started
+            done.seconds = time.perf_counter() - self.started
         return StreamedToken(
-            self.prompt_index, shown, step.exit_layer, step.confidence, bool(done.finish_reason), done.index
+            self.prompt_index,
+            shown,
+            step.exit_layer,
+            step.confidence,
+            bool(done.finish_reason),
+            done.index,
+            step.token_id,
+            step.logprob,
+            step.top_logprobs,
         )

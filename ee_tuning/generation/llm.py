@@ -8,7 +8,6 @@ Under torchrun every rank makes the same calls with the same arguments, and ever
 """
 
 import dataclasses
-import math
 import time
 from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
@@ -16,19 +15,19 @@ from typing import Any
 
 from ee_tuning.checkpoint.formats import model_folder
 from ee_tuning.checkpoint.load import load_for_generation
-from ee_tuning.checkpoint.non_finite import no_numbers
 from ee_tuning.config import Config, GenerationSection, load_config
 from ee_tuning.config.generation import without_overruled
 from ee_tuning.data.tokenizer import beginning_ids, begun, load_tokenizer, tokenizer_of
 from ee_tuning.errors import InputError
-from ee_tuning.generation.completion import Completion, StreamedToken, Writer
-from ee_tuning.generation.engine import Engine, TokenStep
+from ee_tuning.generation.completion import Completion, StreamedToken
+from ee_tuning.generation.completion_runner import CompletionRunner
+from ee_tuning.generation.engine import Engine
 from ee_tuning.generation.job import Job
 from ee_tuning.generation.params import SamplingParams
 from ee_tuning.generation.policy import Policy, policy_of
 from ee_tuning.generation.scoring import Score, TokenPair, score, token_pairs
 from ee_tuning.generation.speculation_memory import speculation_memory
-from ee_tuning.generation.text import TextStream, special_tokens
+from ee_tuning.generation.text import special_tokens
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.model.token_ids import generation_end_token_ids
@@ -53,9 +52,10 @@ class EarlyExitLLM:
         self.model, self.stages, self.tokenizer, self.defaults = model, stages, tokenizer, defaults
         self.stop_token_ids, self.heads_digest = stop_token_ids, heads_digest
         self.engine: Engine | None = None
-        self._special = {
+        self.special = {
             token: text for token, text in special_tokens(tokenizer).items() if token < model.config.vocab_size
         }
+        """Token id -> text of each special token."""
         self._beginning = beginning_ids(tokenizer)
         self._settings: dict[str, Any] = {}
 
@@ -217,57 +217,29 @@ class EarlyExitLLM:
         """
         if not jobs:
             return
-        prompts = [self._prepared(job, keeps_errors) for job in jobs]
-        jobs = [
-            dataclasses.replace(job, params=self._with_stop_tokens(job.params)) if isinstance(ids, list) else job
-            for job, ids in zip(jobs, prompts, strict=True)
-        ]
-        engine = self._engine(
-            [(ids, job.params) for ids, job in zip(prompts, jobs, strict=True) if isinstance(ids, list)], options
-        )
-        started, writers = time.perf_counter(), {}
+        prepared = [self._prepared_or_error(job, keeps_errors) for job in jobs]
+        engine = self._engine([job for job in prepared if isinstance(job, Job)], options)
+        runner = CompletionRunner(engine, self.decode, self.special, keeps_errors=keeps_errors)
+        started = time.perf_counter()
         try:
-            for index, (job, ids) in enumerate(zip(jobs, prompts, strict=True)):
+            for index, job in enumerate(prepared):
                 try:
-                    if isinstance(ids, InputError):
-                        raise ids
-                    added = engine.add_request(ids, job.params, job.policy)
+                    if isinstance(job, InputError):
+                        raise job
+                    completions += runner.add(job, index, started=started, shows_text=shows_text)
                 except InputError as error:
                     if not keeps_errors:
                         raise
                     completions.append(
-                        Completion(prompt=job.prompt, prompt_index=index, finish_reason="error", error=str(error))
+                        Completion(
+                            prompt=jobs[index].prompt, prompt_index=index, finish_reason="error", error=str(error)
+                        )
                     )
-                    continue
-                for sequence in added:
-                    completions.append(Completion(prompt=job.prompt, prompt_index=index, index=sequence.completion))
-                    text = TextStream(self._decode, ids, special=self._special)
-                    writers[sequence.number] = Writer(
-                        index, sequence, completions[-1], text, shows_text or bool(job.params.stop)
-                    )
-            while not engine.is_idle:
-                for step in engine.step():
-                    writer = writers[step.sequence.number]
-                    if writer.completion.finish_reason:
-                        continue  # behind a stop string that the same step brought
-                    token = self._booked(writer, step, started, keeps_errors)
-                    if token.is_last:
-                        engine.abort(step.sequence, "stop")  # where a stop string ended it; otherwise it is out already
-                    yield token
+            while not runner.is_idle:
+                yield from runner.step()
         finally:
-            engine.clear()  # the caller may have stopped listening
+            runner.clear()  # the caller may have stopped listening
             engine.proposer.keep()
-
-    def _booked(self, writer: Writer, step: TokenStep, started: float, keeps_errors: bool) -> StreamedToken:
-        """Where logits are NaN the token is the vocabulary's first, again and again: an error, raised or in the record,
-        in its place.
-        """
-        if not math.isnan(step.confidence):
-            return writer.take(step, started)
-        error = no_numbers(f"the logits behind layer {step.exit_layer}", self.model.plan.dtype)
-        if not keeps_errors:
-            raise error
-        return writer.fail(step, str(error))
 
     def _options(self, options: dict[str, Any]) -> GenerationSection:
         resolved = with_options(self.defaults, options)
@@ -278,18 +250,28 @@ class EarlyExitLLM:
             raise InputError(f"generation.cache_tokens must be at least 1, got {resolved.cache_tokens}")
         return resolved
 
-    def _prepared(self, job: Job, keeps_errors: bool) -> list[int] | InputError:
+    def prepared(self, job: Job) -> Job:
+        """`job` with its token ids, and in which a stop string that is a special token is that token's id, too.
+
+        Raises InputError on values that no sampler can use, and on a prompt that is empty or too long.
+        """
+        job.params.check(self.model.config.vocab_size)
+        return dataclasses.replace(
+            job,
+            params=self._with_stop_tokens(job.params),
+            prompt_ids=job.prompt_ids or tuple(self.encode(job.prompt, job.adds_special_tokens)),
+        )
+
+    def _prepared_or_error(self, job: Job, keeps_errors: bool) -> Job | InputError:
         try:
-            job.params.check(self.model.config.vocab_size)
-            return list(job.prompt_ids) or self.encode(job.prompt, job.adds_special_tokens)
+            return self.prepared(job)
         except InputError as error:
             if not keeps_errors:
                 raise
             return error
 
     def _with_stop_tokens(self, params: SamplingParams) -> SamplingParams:
-        """`params`, in which a stop string that is a special token is that token's id, too."""
-        named = tuple(token for token, text in self._special.items() if text in params.stop)
+        named = tuple(token for token, text in self.special.items() if text in params.stop)
         return (
             dataclasses.replace(params, stop_token_ids=tuple(dict.fromkeys((*params.stop_token_ids, *named))))
             if named
@@ -332,44 +314,62 @@ class EarlyExitLLM:
             )
         return ids
 
-    def _decode(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int]) -> str:
+        """The text of token ids, special tokens left out."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def _engine(self, jobs: list[tuple[list[int], SamplingParams]], options: GenerationSection) -> Engine:
-        """An engine with room for these prompts; the last one where it has it."""
+    def _engine(self, jobs: list[Job], options: GenerationSection) -> Engine:
+        """An engine with room for these jobs; the last one where it has it."""
         limit = self.model.config.max_position_embeddings
-        longest = min(max((len(ids) + params.max_tokens for ids, params in jobs), default=limit), limit)
-        rows = max(1, min(sum(params.n for _, params in jobs), options.max_batch_size))
-        settings: dict[str, Any] = {
-            "max_pending": options.max_pending,
-            "prefill_chunk": options.prefill_chunk,
-            "cache_tokens": options.cache_tokens,
-            "reuses_prefixes": options.reuse_prefixes,
-        }
+        longest = min(max((len(job.prompt_ids) + job.params.max_tokens for job in jobs), default=limit), limit)
+        rows = max(1, min(sum(job.params.n for job in jobs), options.max_batch_size))
         engine = self.engine
         if (
             engine is None
             or not engine.is_idle
             or engine.num_slots < rows
             or engine.cache.max_length < longest
-            or self._settings != settings
+            or self._settings != engine_settings(options)
         ):
             if (
                 engine is not None and engine.cache.max_length < longest
             ):  # a conversation: not a new engine, which knows nothing, each turn
                 longest = min(2 * longest, limit)
-            known = (engine.proposer.speculation, engine.proposer.memory) if engine is not None else None
-            self.engine = engine = None  # before the new caches are made
-            self._settings = settings
-            self.engine = engine = Engine(
-                self.model, self.stages, num_slots=rows, max_length=longest, eos_ids=self.stop_token_ids, **settings
-            )
-            # What costs and is right at which exit is as it was.
-            engine.proposer.speculation, engine.proposer.memory = known or (
-                None,
-                speculation_memory(engine.stage, self.heads_digest),
-            )
+            engine = None  # before the new caches are made
+            engine = self.new_engine(options, num_slots=rows, max_length=longest)
         return engine
+
+    def new_engine(self, options: GenerationSection, *, num_slots: int, max_length: int) -> Engine:
+        """Replaces the engine by one for `num_slots` sequences of up to `max_length` tokens. Raises InputError where
+        the model has fewer positions.
+        """
+        # What costs and is right at which exit stays as it was.
+        known = (self.engine.proposer.speculation, self.engine.proposer.memory) if self.engine is not None else None
+        self.engine = None  # before the new caches are made
+        self._settings = engine_settings(options)
+        self.engine = engine = Engine(
+            self.model,
+            self.stages,
+            num_slots=num_slots,
+            max_length=max_length,
+            eos_ids=self.stop_token_ids,
+            **self._settings,
+        )
+        engine.proposer.speculation, engine.proposer.memory = known or (
+            None,
+            speculation_memory(engine.stage, self.heads_digest),
+        )
+        return engine
+
+
+def engine_settings(options: GenerationSection) -> dict[str, Any]:
+    """The keys of the section that an engine is made by."""
+    return {
+        "max_pending": options.max_pending,
+        "prefill_chunk": options.prefill_chunk,
+        "cache_tokens": options.cache_tokens,
+        "reuses_prefixes": options.reuse_prefixes,
+    }
 
 
 def with_options(defaults: GenerationSection, options: dict[str, Any]) -> GenerationSection:
