@@ -151,10 +151,12 @@ def _open_exits(
 
 
 def _check_decodes(config: Config, exits: ExitHeadsConfig | None) -> None:
-    if exits is not None and exits.draft is not None:
+    stages = config.parallel.pipeline_model_parallel_size
+    if exits is not None and exits.draft is not None and stages > 1:
         raise InputError(
-            f"{config.exits.path} holds a drafting head of EAGLE-3, and this decoder drafts by exits alone so far; serve it by an "
-            "engine (ee-tuning export --format eagle3 or --format speculators), or leave --exits out"
+            f"{config.exits.path} holds a drafting head of EAGLE-3, which this decoder runs on one pipeline stage only, got "
+            f"--pipeline-model-parallel-size {stages}; use tensor parallelism, or serve it by an engine (ee-tuning export "
+            "--format eagle3 or --format speculators)"
         )
 
 

@@ -72,9 +72,16 @@ def expected_costs(stage: StageModel) -> Costs:
     heads_width = (2 * config.num_attention_heads + 2 * config.num_query_groups) * config.kv_channels
     layer, matrix = mlp + config.hidden_size * heads_width, config.hidden_size * config.vocab_size
     listed = config.hidden_size * stage.model.exit_vocab.size
-    heads = {e.layer: curve(listed + {"layer": layer, "mlp": mlp}.get(e.architecture, 0)) for e in plan.exits}
+    of_kind = {"layer": layer, "mlp": mlp, "eagle3": layer + 4 * config.hidden_size**2}
+    heads = {e.layer: curve(listed + of_kind.get(e.architecture, 0)) for e in plan.exits}
     segments = [curve(layer * (s.last_layer + 1 - s.first_layer)) for s in stage.segments]
     return Costs(tuple(segments), heads, curve(matrix))
+
+
+def head_cost(costs: Costs, num_tokens: float) -> float:
+    """A pass of a model's drafting head, its only head but the last."""
+    (layer,) = costs.heads
+    return costs.of_head(layer, num_tokens)
 
 
 def measure_costs(stage: StageModel) -> Costs:

@@ -60,18 +60,9 @@ class DraftProposer:
         sequence.statistics.num_drafted += 1
 
     def _check(self, sequence: Sequence, answers: list[Answer]) -> list[tuple[Answer, int]]:
-        """Keeps the drafts that the full model says, too, and its own token behind them, and truncates the rest.
-
-        The full model's token is chosen as it would be without drafts, drawn with the same key: so the tokens are
-        exactly those of full depth. An exit's draw with that key is mostly the same (see `draw`).
-        """
-        drafts, layers = sequence.tokens[sequence.num_final :], list(sequence.drafts.layers)
-        num_kept = next((i for i, draft in enumerate(drafts) if answers[i].token_id != draft), len(drafts))
-        self._known().end_round(sequence, answers, num_kept)
-        sequence.statistics.num_accepted += num_kept
-        del sequence.tokens[sequence.num_final :]
-        sequence.truncate(len(sequence.tokens) + num_kept)
-        sequence.drafts.begin({})
+        layers = list(sequence.drafts.layers)
+        self._known().end_round(sequence, answers, num_agreed(sequence, answers))
+        num_kept = keep_agreed(sequence, answers)
         layers = [*layers[:num_kept], self.stage.config.num_layers]
         return list(zip(answers[: num_kept + 1], layers, strict=True))
 
@@ -82,3 +73,24 @@ class DraftProposer:
             else:
                 self.speculation = Speculation(expected_costs(self.stage), self.stage.segments)
         return self.speculation
+
+
+def num_agreed(sequence: Sequence, answers: list[Answer]) -> int:
+    """The number of drafts that the full model says, too."""
+    drafts = sequence.tokens[sequence.num_final :]
+    return next((i for i, draft in enumerate(drafts) if answers[i].token_id != draft), len(drafts))
+
+
+def keep_agreed(sequence: Sequence, answers: list[Answer]) -> int:
+    """Keeps the keys and values of drafts that the full model says, too; drops all drafts, which come back as answers.
+
+    The full model's token is chosen as it would be without drafts, drawn with the same key: so the tokens are exactly
+    those of full depth. An exit's draw with that key is mostly the same (see `draw`). Returns the number of drafts
+    kept.
+    """
+    num_kept = num_agreed(sequence, answers)
+    sequence.statistics.num_accepted += num_kept
+    del sequence.tokens[sequence.num_final :]
+    sequence.truncate(len(sequence.tokens) + num_kept)
+    sequence.drafts.begin({})
+    return num_kept

@@ -16,6 +16,9 @@ import torch
 
 from ee_tuning.errors import InputError
 from ee_tuning.generation.block_pool import BLOCK_SIZE, blocks_for
+from ee_tuning.generation.cost_model import expected_costs
+from ee_tuning.generation.draft_head import DraftHead
+from ee_tuning.generation.draft_head_proposer import MOST_DRAFTS, DraftHeadProposer
 from ee_tuning.generation.draft_proposer import DraftProposer
 from ee_tuning.generation.in_flight import Finished, InFlightSteps
 from ee_tuning.generation.kv_cache import KVCache
@@ -29,6 +32,7 @@ from ee_tuning.generation.sequence import NOT_KEPT, Sequence
 from ee_tuning.generation.stage_model import StageModel
 from ee_tuning.generation.step_plan import Answer, RowPlan
 from ee_tuning.kernel import calls
+from ee_tuning.model.eagle3 import Eagle3Head
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.parallel.shortlist import Shortlist
 from ee_tuning.parallel.stage_link import StageLink
@@ -81,18 +85,23 @@ class Engine:
                 f"max_length must be at most {model.plan.max_length}, the positions that the model has, got {max_length}"
             )
         self.model, self.num_slots, self.max_pending, self.eos_ids = model, num_slots, max_pending, eos_ids
-        self.segments = cut_segments(stages, model.plan.exit_layers)
+        drafts = [spec for spec in model.plan.exits if spec.draft is not None]
+        exit_layers = () if drafts else model.plan.exit_layers
+        self.segments = cut_segments(stages, exit_layers, model.plan.aux_layers)
         tokens = num_slots * blocks_for(max_length) * BLOCK_SIZE if cache_tokens is None else cache_tokens
         self.cache = KVCache(
             model.config, model.topology, num_tokens=tokens, max_length=max_length, dtype=model.plan.dtype
         )
         self.link = StageLink(model.topology)
         self.stage = StageModel(model, self.segments, self.cache, num_slots=num_slots, max_pending=max_pending)
-        self.in_flight = InFlightSteps(ModelRunner(self.stage), self.link)
+        self.runner = ModelRunner(self.stage)
+        self.in_flight = InFlightSteps(self.runner, self.link)
         self.scheduler = Scheduler(
             self.cache, num_slots=num_slots, prefill_chunk=prefill_chunk, reuses_prefixes=reuses_prefixes
         )
         self.proposer = DraftProposer(self.stage, max_pending)
+        self.head_proposer = self._head_proposer(num_slots, max_length) if drafts else None
+        """Drafts by the model's drafting head; None for a model without one."""
         self.running, self.waiting = self.scheduler.running, self.scheduler.waiting
         self._never = array("d", [math.inf] * len(self.segments))
         self._landed: list[TokenStep] = []
@@ -121,6 +130,14 @@ class Engine:
         self.waiting.extend(added)
         return added
 
+    def _head_proposer(self, num_slots: int, max_length: int) -> DraftHeadProposer:
+        (head,) = self.model.exit_heads.values()
+        assert isinstance(head, Eagle3Head)
+        costs, num_layers = expected_costs(self.stage), self.model.config.num_layers
+        return DraftHeadProposer(
+            DraftHead(self.stage, head, num_slots, max_length), costs, num_layers, self.max_pending
+        )
+
     def _sequence(self, prompt: list[int], params: SamplingParams, policy: Policy, completion: int) -> Sequence:
         exits = [segment.exit_layer for segment in self.segments]
         last_segment = len(exits) - 1 if policy.fixed_exit is None else exits.index(policy.fixed_exit)
@@ -138,6 +155,7 @@ class Engine:
             num_own_computed=array("q", [0 if number in own else NOT_KEPT for number in range(len(exits))]),
             completion=completion,
             added_at=time.perf_counter(),
+            uses_prefix_cache=not policy.has_draft_head,  # the head has keys and values of its own
         )
 
     @torch.inference_mode()
@@ -210,6 +228,9 @@ class Engine:
             )
         if not sequence.speculates:
             return RowPlan(sequence, sequence.exit_thresholds, num_new=num_new)
+        if sequence.policy.has_draft_head:
+            assert self.head_proposer is not None
+            return self.head_proposer.plan(sequence, num_rows)
         row = self.proposer.plan(sequence, num_rows)
         if row.most_drafts:
             self.scheduler.reserve(sequence, len(sequence.tokens) + row.most_drafts)
@@ -232,7 +253,10 @@ class Engine:
             sequence = row.sequence
             if not output.answers:
                 continue
-            if sequence.speculates and sequence.num_output:
+            if sequence.policy.has_draft_head and sequence.num_output:
+                assert self.head_proposer is not None
+                tokens = self.head_proposer.update(row, output)
+            elif sequence.speculates and sequence.num_output:
                 tokens = self.proposer.update(row, output)
             else:
                 layer = self.segments[output.segment].last_layer
@@ -243,7 +267,17 @@ class Engine:
         for sequence in {step.sequence.number: step.sequence for step in steps}.values():
             if sequence.finish_reason:
                 self._finish(sequence, sequence.finish_reason)
+        self._draft([row.sequence for row, _ in finished if row.is_read])
         return steps
+
+    def _draft(self, sequences: list[Sequence]) -> None:
+        """Drafts by the drafting head behind the tokens of a step."""
+        running = [sequence for sequence in sequences if not sequence.finish_reason]
+        if self.head_proposer is None or not running:
+            return
+        for sequence in running:
+            self.scheduler.reserve(sequence, len(sequence.tokens) + MOST_DRAFTS + 1)
+        self.head_proposer.propose(running, self.runner.read_states)
 
     def _append(self, sequence: Sequence, answer: Answer, layer: int) -> TokenStep:
         """Adds a final token to a sequence."""

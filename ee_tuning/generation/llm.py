@@ -199,7 +199,13 @@ class EarlyExitLLM:
 
     def policy(self, options: GenerationSection) -> Policy:
         """What the section's keys ask of these exits. Raises InputError where it is not to be had."""
-        return policy_of(options, self.exit_layers, self.num_layers, self.heads_digest)
+        return policy_of(
+            options,
+            self.exit_layers,
+            self.num_layers,
+            self.heads_digest,
+            has_draft_head=bool(self.model.plan.aux_layers),
+        )
 
     def run(
         self,

@@ -23,6 +23,8 @@ class ModelRunner:
         self.stage, self.heads = stage, HeadRunner(stage)
         self.native = NativeStage(stage) if stage.is_native else None
         """The stage for the CPU kernels; None where they do not serve."""
+        self.read_states: dict[int, PassStates] = {}
+        """The newest step's states behind the layers that a drafting head reads; 0 is the embedding."""
 
     def run(
         self,
@@ -120,6 +122,7 @@ class ModelRunner:
                 any([row.is_asked(number) for row in active])
                 or any([row.last_segment == number or row.sequence.keeps_own(number) for row in members])
                 or any([row.sequence.num_pending(number + 1) for row in rows])
+                or (self.stage.segments[number].is_read and any([row.is_read for row in members]))
             ):
                 return number
         return stop
@@ -135,11 +138,16 @@ class ModelRunner:
         hidden = (
             stage.embed(rows, starts, lengths) if is_embedded else stage.ring.read(first, rows, starts, stops, states)
         )
+        if first == 0 and stage.reads_embedding:
+            self.read_states[0] = PassStates(rows, starts, lengths, hidden)
         hidden, exit_input = stage.layers_of(first, last)(hidden, stage.describe(rows, starts, lengths))
         for sequence, stop in zip(rows, stops, strict=True):
             for number in range(first, last + 1):
                 sequence.num_computed[number] = stop
-        return PassStates(rows, starts, lengths, hidden), exit_input
+        states = PassStates(rows, starts, lengths, hidden)
+        if stage.segments[last].is_read:
+            self.read_states[stage.segments[last].last_layer] = states
+        return states, exit_input
 
     def _make_pending(self, boundary: int, states: PassStates, rows: list[RowPlan]) -> None:
         """Keeps the states of rows that go deeper than segment `boundary` - 1, but not in this step."""

@@ -43,6 +43,8 @@ class NativeStage:
         """Whether the kernels have all that these rows ask for, and they are no more than the kernels are good for."""
         if len(rows) > calls.MOST_TOKENS or (self._embedding is None and numbers[0] == 0):
             return False
+        if any([row.is_read for row in rows]):
+            return False
         first, most, total = numbers[0], self._stage.ring.capacity - self._stage.max_pending, 0
         for row in rows:
             sequence = row.sequence

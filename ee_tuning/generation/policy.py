@@ -21,6 +21,8 @@ class Policy:
     """Every token leaves here, those of the prompt too: deeper layers never run."""
     drafts_at: tuple[int, ...] = ()
     """Exits that may draft tokens, which the full model checks."""
+    has_draft_head: bool = False
+    """Whether the model's drafting head drafts tokens, which the full model checks."""
 
     @property
     def asked(self) -> frozenset[int]:
@@ -34,7 +36,12 @@ FULL = Policy()
 
 
 def policy_of(
-    generation: GenerationSection, exit_layers: tuple[int, ...], num_layers: int, heads_digest: str | None = None
+    generation: GenerationSection,
+    exit_layers: tuple[int, ...],
+    num_layers: int,
+    heads_digest: str | None = None,
+    *,
+    has_draft_head: bool = False,
 ) -> Policy:
     """The policy that the keys describe, for a model with these exits. Raises InputError where it asks for what is not
     there.
@@ -42,6 +49,13 @@ def policy_of(
     kind = generation.policy
     if kind == "full":
         return FULL
+    if has_draft_head:
+        if kind != "speculative":
+            raise InputError(
+                f"policy {kind} needs exits, and the artifact holds a drafting head, at which no token leaves; use --policy "
+                "speculative, or --policy full"
+            )
+        return Policy(has_draft_head=True)
     known = ", ".join(map(str, exit_layers)) or "none, give --exits"
     if kind == "fixed":
         if generation.exit_layer not in exit_layers:

@@ -71,7 +71,7 @@ class Scheduler:
         for sequence in self.running:
             if sequence.number in busy:
                 continue
-            amount = 0 if sequence.is_all_scheduled else 1  # scheduled already where the step before left it out
+            amount = len(sequence.tokens) - sequence.num_scheduled  # 0 where the step before left it out
             if sequence.is_prefilling:
                 amount = min(budget, sequence.num_to_prefill - sequence.num_scheduled)
                 budget -= amount

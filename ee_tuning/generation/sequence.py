@@ -123,7 +123,7 @@ class Sequence:
     @property
     def num_to_prefill(self) -> int:
         """Tokens that are computed in chunks: the prompt; after preemption all tokens but the newest."""
-        return max(self.num_prompt_tokens, len(self.tokens) - 1)
+        return max(self.num_prompt_tokens, self.num_final - 1)
 
     @property
     def is_prefilling(self) -> bool:
@@ -159,8 +159,8 @@ class Sequence:
 
     @property
     def speculates(self) -> bool:
-        """Whether exits draft for it."""
-        return bool(self.policy.drafts_at)
+        """Whether exits or a drafting head draft for it."""
+        return bool(self.policy.drafts_at) or self.policy.has_draft_head
 
     @property
     def num_final(self) -> int:

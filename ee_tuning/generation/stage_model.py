@@ -30,7 +30,11 @@ class StageModel:
         plan, dtype = model.plan, model.plan.dtype
         own = range(plan.first_layer, plan.last_layer + 1)
         self.layers = {number: DecodeLayer(model.backbone.layer(number), self.config, self.topology) for number in own}
-        exit_heads = {e.layer: DecodeExitHead(model, model.exit_head(e.layer), self.topology) for e in plan.own_exits}
+        exit_heads = {
+            e.layer: DecodeExitHead(model, model.exit_head(e.layer), self.topology)
+            for e in plan.own_exits
+            if not e.draft
+        }
         self.heads: dict[int, DecodeHead] = {}
         """Heads of this stage by the segment that they follow."""
         for number, segment in enumerate(segments):
@@ -41,6 +45,8 @@ class StageModel:
         own_layers = {spec.layer for spec in plan.exits if spec.architecture == "layer"}
         self.own_layers = frozenset(i for i, segment in enumerate(segments) if segment.exit_layer in own_layers)
         """Segments, of all stages, whose heads have a layer of their own."""
+        self.reads_embedding = 0 in plan.aux_layers
+        """Whether a drafting head reads the embedding."""
         self.tables = rotation_tables(model.backbone.angles[: cache.max_length], dtype)
         # A block of drafts and its newest token may come to what is pending.
         self.ring = BoundaryRing(num_slots, 2 * (max_pending + 1), self.config.hidden_size, dtype, self.topology.device)

@@ -40,6 +40,11 @@ class RowPlan:
         return self.sequence.last_segment
 
     @property
+    def is_read(self) -> bool:
+        """Whether a drafting head reads the states of its tokens."""
+        return self.sequence.policy.has_draft_head
+
+    @property
     def is_plain_greedy(self) -> bool:
         """Whether the likeliest token is taken wherever it leaves, and nothing more is asked for."""
         return self.sequence.takes_likeliest(len(self.sequence.tokens) + 1 - max(self.num_asked, 1))

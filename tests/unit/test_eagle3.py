@@ -1,12 +1,12 @@
 """The drafting head of EAGLE-3, against a drafter written down plainly, token by token, and a published one."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from plain_drafter import PlainDrafter, tensors_of
 from random_models import random_model
 from torch import Tensor
 
@@ -23,71 +23,8 @@ from ee_tuning.parallel.topology import init_parallel
 AUX = (1, 3, 5)
 
 
-@dataclasses.dataclass
-class PlainDrafter:
-    """One draft of one text: lists of vectors, one token at a time, from the layout's names alone."""
-
-    tensors: dict[str, Tensor]
-    draft: DraftSpec
-
-    def norm(self, x: Tensor, name: str) -> Tensor:
-        return (
-            x * (x.square().mean(-1, keepdim=True) + self.draft.norm_epsilon).rsqrt() * self.tensors[f"{name}.weight"]
-        )
-
-    def fused(self, states: list[Tensor]) -> Tensor:  # [h] each -> [h]
-        if self.draft.fc_norm:
-            states = [self.norm(state, f"fc_norm.{index}") for index, state in enumerate(states)]
-        joined = torch.cat(states)
-        return self.tensors["fc.weight"] @ (self.norm(joined, "input_norm") if self.draft.norm_before_fc else joined)
-
-    def turned(self, head: Tensor, position: int) -> Tensor:  # [d]
-        half = len(head) // 2
-        angles = position / self.draft.rope.theta ** (torch.arange(half).double() / half)
-        first, second = head[:half], head[half:]
-        return torch.cat((first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()))
-
-    def layer(self, state: Tensor, embedding: Tensor, position: int, cache: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """Through the layer; its keys and values [g, d] are added to `cache`."""
-        own, width = "midlayer.", self.draft.kv_channels
-        normed = self.norm(state, own + "hidden_norm")
-        residual = normed if self.draft.norm_before_residual else state
-        read = torch.cat((self.norm(embedding, own + "input_layernorm"), normed))
-        query, key, value = ((self.tensors[f"{own}self_attn.{x}_proj.weight"] @ read).view(-1, width) for x in "qkv")
-        if self.draft.family == "qwen3":
-            query, key = self.norm(query, own + "self_attn.q_norm"), self.norm(key, own + "self_attn.k_norm")
-        key = torch.stack([self.turned(each, position) for each in key])
-        cache.append((key, value))
-        heads, share = [], len(query) // len(key)
-        for index, each in enumerate(query):
-            scores = torch.stack([self.turned(each, position) @ k[index // share] for k, _ in cache]) / width**0.5
-            heads.append(scores.softmax(0) @ torch.stack([v[index // share] for _, v in cache]))
-        residual = residual + self.tensors[own + "self_attn.o_proj.weight"] @ torch.cat(heads)
-        x = self.norm(residual, own + "post_attention_layernorm")
-        gate, up = (self.tensors[f"{own}mlp.{which}_proj.weight"] @ x for which in ("gate", "up"))
-        return residual + self.tensors[own + "mlp.down_proj.weight"] @ (F.silu(gate) * up)
-
-    def drafts(self, states: list[list[Tensor]], embeddings: list[Tensor], num_steps: int) -> list[Tensor]:
-        """Logits [v] of each step behind the last of the tokens whose `states` are known; `embeddings` are those of
-        all tokens, the drafted ones too.
-        """
-        cache: list[tuple[Tensor, Tensor]] = []
-        for position, each in enumerate(states):  # the text so far
-            state = self.layer(self.fused(each), embeddings[position + 1], position, cache)
-        said = []
-        for step in range(num_steps):
-            said.append(self.tensors["output.weight"] @ self.norm(state, "norm"))
-            if step + 1 < num_steps:
-                begins = self.norm(state, "norm") if self.draft.norm_output else state
-                position = len(states) + step
-                state = self.layer(begins, embeddings[position + 1], position, cache)
-        return said
-
-
 def make_head(model_config: Any, draft: DraftSpec, seed: int = 0) -> tuple[Eagle3Head, dict[str, Tensor]]:
     """A random head, and its tensors by the layout's names."""
-    from ee_tuning.checkpoint.exit_names import exit_shard
-    from ee_tuning.checkpoint.names import merge_shards
     from ee_tuning.model.exit_spec import ExitSpec
 
     spec = ExitSpec(layer=model_config.num_layers, architecture="eagle3", ties_output=False, draft=draft)
@@ -101,13 +38,10 @@ def make_head(model_config: Any, draft: DraftSpec, seed: int = 0) -> tuple[Eagle
     )
     assert isinstance(head, Eagle3Head)
     torch.manual_seed(seed)
-    tensors: dict[str, Tensor] = {}
     with torch.no_grad():
-        for name, parameter in head.named_parameters():
+        for parameter in head.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.3 + (parameter.dim() == 1))
-            whole = merge_shards([exit_shard(spec, name, model_config, 1, 0)], [parameter])
-            tensors |= {each.split(".", 2)[2]: value for each, value in whole.items()}
-    return head, tensors
+    return head, tensors_of(head, model_config)
 
 
 VARIANTS = {

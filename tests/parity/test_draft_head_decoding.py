@@ -1,0 +1,100 @@
+"""Decoding with a drafting head: the tokens of full depth, by drafts that a drafter written down plainly makes, too."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from decoding import run_all
+from exits import write_exits
+from plain_drafter import PlainDrafter, tensors_of
+from random_models import random_llama
+
+from ee_tuning.checkpoint.load import LoadedModel, load_for_generation
+from ee_tuning.config import ParallelSection, load_config
+from ee_tuning.errors import InputError
+from ee_tuning.generation.engine import Engine
+from ee_tuning.generation.params import SamplingParams
+from ee_tuning.generation.policy import Policy, policy_of
+from ee_tuning.model.eagle3 import Eagle3Head
+from ee_tuning.parallel.topology import init_parallel
+
+PROMPTS = [[5, 17, 80, 3, 9], [41], [7, 7, 7, 90, 12, 60, 33, 2, 51, 18, 64] * 3, [99, 1, 0]]
+LISTED = tuple(range(0, 101, 2))
+DRAFTED = Policy(has_draft_head=True)
+
+
+def load(folder: Path, listed: tuple[int, ...], aux_layers: list[int]) -> LoadedModel:
+    random_llama(folder / "model", confident=True)
+    exits = write_exits(
+        folder / "model", folder / "head", listed, exit_layers=[], architecture="eagle3", aux_layers=aux_layers
+    )
+    keys = {"model.path": str(folder / "model"), "exits.path": str(exits), "model.dtype": "float64"}
+    return load_for_generation(load_config(None, keys), init_parallel(ParallelSection()))
+
+
+@pytest.fixture(scope="module", params=[(), LISTED], ids=["whole vocabulary", "listed"])
+def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    return load(tmp_path_factory.mktemp("eagle3"), request.param, [1, 3, 5])
+
+
+@pytest.mark.parametrize("options", [{}, {"prefill_chunk": 6}, {"cache_tokens": 112, "num_slots": 3}])
+@pytest.mark.parametrize(
+    "params", [{}, {"temperature": 0.8, "seed": 3, "logprobs": 2}, {"stop_token_ids": tuple(range(0, 101, 5))}]
+)
+def test_tokens_are_those_of_full_depth(loaded: LoadedModel, params: dict, options: dict) -> None:
+    """A rejected draft whose keys stay, in the model or in the head; a draft behind an end; a prompt read in parts; a
+    sequence that lost its memory and reads states anew.
+    """
+    said = []
+    for policy in (Policy(), DRAFTED):
+        engine = Engine(loaded.model, loaded.stages, **{"num_slots": 4, "max_length": 80, **options})
+        if engine.head_proposer is not None and policy is DRAFTED:
+            engine.head_proposer._right = [9.0] * 8  # so sure of itself that it drafts as many as it may
+        made = [engine.add_request(prompt, SamplingParams(max_tokens=40, **params), policy)[0] for prompt in PROMPTS]
+        run_all(engine)
+        said.append([(each.output, each.finish_reason) for each in made])
+        assert engine.cache.pool.num_free == engine.cache.pool.num_blocks
+    assert said[0] == said[1]
+    assert sum(each.statistics.num_drafted for each in made) > (0 if params.get("stop_token_ids") else 40)
+
+
+@pytest.mark.parametrize("aux_layers", [[1, 3, 5], [0, 2, 6]])
+def test_drafts_are_those_of_a_plain_drafter(tmp_path: Path, aux_layers: list[int]) -> None:
+    """States of another token or layer, an embedding one token too early, keys of rejected drafts in place of later
+    tokens', positions that do not go on.
+    """
+    loaded = load(tmp_path, (), aux_layers)
+    engine = Engine(loaded.model, loaded.stages, num_slots=1, max_length=80)
+    assert engine.head_proposer is not None
+    engine.head_proposer._right = [9.0] * 8
+    (sequence,) = engine.add_request(PROMPTS[0], SamplingParams(max_tokens=30), DRAFTED)
+    spec = loaded.model.plan.exits[0].draft
+    assert spec is not None
+    head = next(iter(loaded.model.exit_heads.values()))
+    assert isinstance(head, Eagle3Head)
+    plain = PlainDrafter(tensors_of(head, loaded.model.config), spec)
+    words, checked = loaded.model.backbone.embedding.word_embeddings.weight, 0
+    while not sequence.finish_reason:
+        engine.step()
+        if not sequence.num_drafts or sequence.finish_reason:
+            continue
+        final, drafts = sequence.tokens[: sequence.num_final], sequence.tokens[sequence.num_final :]
+        with torch.inference_mode():
+            aux: dict[int, torch.Tensor] = {}
+            hidden = loaded.model.embed(torch.tensor([final]))
+            aux[0] = hidden
+            loaded.model.run_layers(hidden, aux=aux)
+            states = [[aux[layer][place, 0] for layer in aux_layers] for place in range(len(final) - 1)]
+            embeddings = [words[token] for token in sequence.tokens]
+            wanted = [int(logits.argmax()) for logits in plain.drafts(states, embeddings, len(drafts))]
+        assert drafts == wanted
+        checked += len(drafts)
+    assert checked > 20
+
+
+def test_a_drafting_head_is_no_exit(loaded: LoadedModel) -> None:
+    """Thresholds that nothing reads."""
+    for policy, words in (("threshold", "policy threshold needs exits"), ("fixed", "policy fixed needs exits")):
+        section = load_config(None, {"generation.policy": policy}).generation
+        with pytest.raises(InputError, match=words):
+            policy_of(section, (), 6, has_draft_head=True)
