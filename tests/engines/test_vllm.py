@@ -181,6 +181,48 @@ def test_vllm_serve_over_http(made: dict[str, Any]) -> None:
     assert accepted is not None and float(accepted[1]) == made["runs"]["mlp"]["drafts"]["accepted"]
 
 
+def test_an_eagle3_head_is_accepted_as_its_validation_foretells(made: dict[str, Any]) -> None:
+    """States of other layers, a step too few, a vocabulary mapped wrongly: tokens stay, and no draft is accepted."""
+    if made["name"] == "smollm2":
+        pytest.skip("tuning a head for it takes hours on a CPU")
+    folder, tokenizer = made["folder"], load_tokenizer(made["job"]["model"])
+    plain = zip(made["texts"], made["runs"]["plain"]["tokens"], strict=True)
+    answers = [json.dumps({"prompt": text, "completion": tokenizer.decode(ids)}) for text, ids in plain]
+    (folder / "answers.jsonl").write_text("\n".join(answers) + "\n", encoding="utf-8")
+    words = ["--model", made["job"]["model"], "--architecture", "eagle3", "--loss", "lk", "--output", folder / "run"]
+    words += ["--data", folder / "text.jsonl", "--set", f"data.valid_paths=[{folder / 'answers.jsonl'}]"]
+    # One sample of all answers, each seen alone, as vLLM sees it; an end of text follows each.
+    length = sum(map(len, made["job"]["prompts"])) + (NEW_TOKENS + 1) * len(answers) - 1
+    words += ["--set", "data.reset_attention_mask=true", "--set", "data.reset_position_ids=true"]
+    words += ["--train-iters", 60, "--lr", 2e-3, "--seq-length", length, "--micro-batch-size", 1]
+    run("tune", *words, "--global-batch-size", 4, "--set", "tuning.eval_interval=60", "--set", "tuning.eval_iters=1")
+    records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().split("\n") if line]
+    rates = foretold_rates(records)
+    words = ["--model", made["job"]["model"], "--exits", folder / "run" / "exit_heads"]
+    runs = {}
+    for layout in ("eagle3", "speculators"):
+        run("export", "--format", layout, *words, "--output", folder / layout)
+        draft = {"method": "eagle3", "model": str(folder / layout), "num_speculative_tokens": len(rates)}
+        runs[layout] = {"speculative": draft}
+    for answer in engines(folder, {**made["job"], "runs": runs}).values():
+        assert answer["tokens"] == made["runs"]["plain"]["tokens"]
+        found = [count / answer["drafts"]["rounds"] for count in answer["drafts"]["by_position"]]
+        print(f"{made['name']}, EAGLE-3: length {1 + sum(found):.2f}, foretold {1 + sum(rates):.2f}")
+        assert max(abs(a - b) for a, b in zip(found, rates, strict=True)) <= 0.05, (found, rates)
+        assert rates[0] > 0.2, "else the claim is empty"
+
+
+def foretold_rates(records: list[dict[str, Any]]) -> list[float]:
+    """The acceptance rates of the last validation, step by step."""
+    last = [record for record in records if any(key.startswith("acceptance_rate_1") for key in record)][-1]
+    rates, step = [], 1
+    while f"acceptance_rate_{step}" in last:
+        value = last[f"acceptance_rate_{step}"]
+        rates.append(float(next(iter(value.values())) if isinstance(value, dict) else value))
+        step += 1
+    return rates
+
+
 @contextmanager
 def server(made: dict[str, Any], draft: dict[str, object]) -> Iterator[str]:
     """`vllm serve` on a free port, as a user starts it; the address."""
