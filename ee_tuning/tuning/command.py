@@ -70,12 +70,18 @@ def _tune_within_folder(config: Config, topology: Topology) -> bool:
         tuner.save_exit_heads(output)
         if topology.is_logging_rank:
             print(
-                f"wrote {output}\nnext: ee-tuning generate --model {quote(config.model.path)} "
-                f'--exits {quote(str(output))} --threshold 0.8 --show-exits --prompt "…"',
+                f"wrote {output}\nnext: {_next_command(config, output, drafts=tuner.exits_config.draft is not None)}",
                 flush=True,
             )
             write_plots(tuner.run_folder, f"{tuner.run_folder}: exits of {config.model.path}")
     return is_finished
+
+
+def _next_command(config: Config, output: Path, *, drafts: bool) -> str:
+    given = f"--model {quote(config.model.path)} --exits {quote(str(output))}"
+    if drafts:
+        return f"ee-tuning export --format speculators {given} --output FOLDER"
+    return f'ee-tuning generate {given} --threshold 0.8 --show-exits --prompt "…"'
 
 
 def _check_updated(tuner: Tuner, topology: Topology) -> None:
