@@ -36,13 +36,13 @@ class Meeting:
     def at_work(self, work: Callable[..., Any]) -> Callable[..., Any]:
         """`work`, which begins when all have met."""
 
-        def met(*args: Any) -> Any:
+        def met(*args: Any, **options: Any) -> Any:
             moment = self.num_done + self._stage
             _mark(self._folder, moment, self._stage).touch()
             others = [each for each in range(self._num_stages) if 0 <= moment - each < self._num_works]
             self._expect(lambda: all(_mark(self._folder, moment, each).exists() for each in others))
             self.num_done += 1
-            return work(*args)
+            return work(*args, **options)
 
         return met
 
