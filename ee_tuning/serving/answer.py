@@ -1,0 +1,108 @@
+"""Answers as OpenAI's API has them, whole or in chunks; what both kinds of completions have in common."""
+
+import secrets
+import time
+from typing import Any
+
+from ee_tuning.generation.completion import Completion, StreamedToken
+from ee_tuning.generation.job import Job
+from ee_tuning.generation.record import IMPOSSIBLE
+from ee_tuning.serving.schemas import SamplingBody
+from ee_tuning.serving.token_texts import TokenTexts
+
+Json = dict[str, Any]
+
+
+class Answer:
+    """The answer to one request: choice c is completion c mod n of prompt c div n."""
+
+    kind = ""
+    chunk_kind = ""
+    id_prefix = ""
+
+    def __init__(self, body: SamplingBody, jobs: list[Job], model_name: str, texts: TokenTexts):
+        self.jobs, self.texts = jobs, texts
+        self.n = jobs[0].params.n
+        self.id = self.id_prefix + secrets.token_hex(16)
+        self._begins = {"id": self.id, "created": int(time.time()), "model": model_name}
+        self._tells_exits = bool(body.return_exit_layers)
+        self._tells_ids = bool(body.return_token_ids)
+        options = body.stream_options
+        self._counts_at_end = bool(options is not None and options.include_usage)
+
+    def choice_of(self, place: int, completion: int) -> int:
+        """The index of the choice."""
+        return place * self.n + completion
+
+    def whole(self, completions: list[Completion]) -> Json:
+        """The answer; `completions` are in the order of choices."""
+        choices = [
+            {"index": index, **self.whole_choice(index, done), "finish_reason": done.finish_reason, **self._own(done)}
+            for index, done in enumerate(completions)
+        ]
+        return {**self._begins, "object": self.kind, "choices": choices, "usage": self.usage(completions)}
+
+    def first_chunks(self) -> list[Json]:
+        """What a stream begins with."""
+        return []
+
+    def chunk(self, place: int, token: StreamedToken) -> Json | None:
+        """What a token adds to the stream; None where it is nothing yet."""
+        index = self.choice_of(place, token.completion)
+        told = self.token_choice(index, token)
+        if not (token.text or token.is_last or self._tells_exits or self._tells_ids or token.logprob is not None):
+            return None
+        if self._tells_exits:
+            told |= {"exit_layers": [token.exit_layer], "confidences": [round(token.confidence, 6)]}
+        if self._tells_ids:
+            told["token_ids"] = [token.token_id]
+        return self.as_chunk([{"index": index, **told, "finish_reason": None}])
+
+    def last_chunk(self, place: int, completion: Completion) -> Json:
+        """The end of a choice."""
+        index = self.choice_of(place, completion.index)
+        return self.as_chunk([{"index": index, **self.end_choice(), "finish_reason": completion.finish_reason}])
+
+    def end_chunks(self, completions: list[Completion]) -> list[Json]:
+        """What a stream ends with."""
+        return [{**self.as_chunk([]), "usage": self.usage(completions)}] if self._counts_at_end else []
+
+    def as_chunk(self, choices: list[Json]) -> Json:
+        """A chunk with these choices."""
+        usage = {"usage": None} if self._counts_at_end else {}
+        return {**self._begins, "object": self.chunk_kind, "choices": choices, **usage}
+
+    def usage(self, completions: list[Completion]) -> Json:
+        """Tokens of prompts, each counted once, and of completions."""
+        prompt = sum(len(job.prompt_ids) for job in self.jobs)
+        made = sum(len(done.token_ids) for done in completions)
+        cached = sum(done.statistics.num_reused for done in completions if done.index == 0)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": made,
+            "total_tokens": prompt + made,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+    def whole_choice(self, index: int, done: Completion) -> Json:
+        """The text of a choice and its log-probabilities."""
+        raise NotImplementedError
+
+    def token_choice(self, index: int, token: StreamedToken) -> Json:
+        """The same of one token."""
+        raise NotImplementedError
+
+    def end_choice(self) -> Json:
+        """The same where nothing is left."""
+        raise NotImplementedError
+
+    def _own(self, done: Completion) -> Json:
+        told: Json = {}
+        if self._tells_exits:
+            told |= {"exit_layers": done.exit_layers, "confidences": [round(value, 6) for value in done.confidences]}
+        return told | ({"token_ids": done.token_ids} if self._tells_ids else {})
+
+
+def said(logprob: float) -> float:
+    """A log-probability in JSON, which has no word for minus infinity."""
+    return max(logprob, IMPOSSIBLE)

@@ -1,0 +1,53 @@
+"""How many tokens the KV cache of a server holds: what a share of the free memory takes, unless the job says."""
+
+import psutil
+import torch
+
+from ee_tuning.errors import InputError
+from ee_tuning.generation.block_pool import BLOCK_SIZE
+from ee_tuning.generation.llm import EarlyExitLLM
+from ee_tuning.parallel.collectives import gather_lists
+from ee_tuning.parallel.topology import Topology
+
+SHARE = {"cpu": 0.5, "cuda": 0.8}
+"""Share of the memory that is free once the model is loaded."""
+
+
+def cache_size(llm: EarlyExitLLM, topology: Topology, max_model_len: int | None) -> tuple[int, int]:
+    """(tokens in the KV cache, most tokens of one sequence), on all ranks the same.
+
+    Raises InputError where one sequence of `max_model_len` tokens does not fit.
+    """
+    config, plan, defaults = llm.model.config, llm.model.plan, llm.defaults
+    longest = config.max_position_embeddings if max_model_len is None else max_model_len
+    if longest > plan.max_length:
+        raise InputError(
+            f"--max-model-len must be at most {plan.max_length}, the positions of the model, got {longest}"
+        )
+    tokens = defaults.cache_tokens
+    if tokens is None:
+        width = config.num_query_groups // topology.tp * config.kv_channels
+        layers = max(1, plan.last_layer - plan.first_layer + 1 + len(plan.exit_layers))
+        per_token = 2 * width * layers * torch.empty(0, dtype=plan.dtype).element_size()
+        fits = int(SHARE[topology.device.type] * _free_bytes(topology) / _sharers(topology)) // per_token
+        tokens = min(min(gather_lists([fits], topology)), defaults.max_batch_size * longest)
+    tokens = tokens // BLOCK_SIZE * BLOCK_SIZE
+    if max_model_len is None:
+        longest = min(longest, tokens)
+    if tokens < max(longest, 2):
+        raise InputError(
+            f"the KV cache must hold a sequence of --max-model-len {longest} tokens, and has room for {tokens}; lower "
+            "--max-model-len, or give --cache-tokens"
+        )
+    return tokens, longest
+
+
+def _free_bytes(topology: Topology) -> int:
+    if topology.device.type == "cuda":
+        return int(torch.cuda.mem_get_info(topology.device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def _sharers(topology: Topology) -> int:
+    """Processes that share this memory."""
+    return 1 if topology.device.type == "cuda" else topology.world_size

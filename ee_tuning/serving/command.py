@@ -1,0 +1,99 @@
+"""`ee-tuning serve`: an OpenAI-compatible server. Under torchrun rank 0 serves, and the other ranks decode with it."""
+
+import asyncio
+import logging
+import signal
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from ee_tuning.config import Config, replace
+from ee_tuning.data.chat_template import ChatTemplate, read_chat_template
+from ee_tuning.errors import InputError
+from ee_tuning.generation.completion_runner import CompletionRunner
+from ee_tuning.generation.engine import Engine
+from ee_tuning.generation.llm import EarlyExitLLM
+from ee_tuning.parallel.topology import Topology, destroy_parallel, init_parallel
+from ee_tuning.serving.app import build_app
+from ee_tuning.serving.cache_size import cache_size
+from ee_tuning.serving.engine_client import EngineClient
+from ee_tuning.serving.engine_loop import EngineLoop
+from ee_tuning.serving.metrics import Metrics
+from ee_tuning.serving.request_jobs import RequestJobs
+from ee_tuning.serving.server import DrainingServer, address_of, bind, make_server, set_up_logs
+from ee_tuning.serving.settings import ServeSettings
+
+log = logging.getLogger("ee_tuning.serving")
+
+
+@dataclass(frozen=True)
+class Service:
+    """All parts of a server that has its model, on rank 0."""
+
+    server: DrainingServer
+    client: EngineClient
+    engine_loop: EngineLoop
+    jobs: RequestJobs
+
+    async def run(self, listening: socket.socket | None) -> None:
+        """Serves until a signal, or until the engine fails; its error is then in the engine loop."""
+        self.client.connect(self.engine_loop, asyncio.get_running_loop())
+        self.engine_loop.start()
+        try:
+            await self.server.serve(sockets=[listening] if listening is not None else None)
+        finally:
+            self.engine_loop.stop()
+
+
+def serve(config: Config, settings: ServeSettings) -> None:
+    """Loads the model, and serves it until a signal."""
+    settings.check()
+    topology = init_parallel(config.parallel)
+    if topology.dp > 1:
+        raise InputError(
+            f"serve takes tensor × pipeline = {topology.tp} × {topology.pp} processes, got {topology.world_size}; start a "
+            "server for each replica behind a load balancer, or change parallel.*"
+        )
+    listening = bind(settings) if topology.rank == 0 else None
+    set_up_logs()
+    llm = EarlyExitLLM.from_config(config, topology)
+    if topology.rank == 0:
+        service = make_service(llm, config, settings, topology)
+        log.info("%s serves %s", address_of(listening, settings), model_names(config, settings)[0])
+        asyncio.run(service.run(listening))
+        if service.engine_loop.error is not None:
+            raise service.engine_loop.error
+    else:
+        for ignored in (
+            signal.SIGTERM,
+            signal.SIGINT,
+        ):  # torchrun sends them to all: rank 0 drains, then stops the others
+            signal.signal(ignored, signal.SIG_IGN)
+        EngineLoop(CompletionRunner(make_engine(llm, settings, topology), llm.decode, llm.special), topology).run()
+    destroy_parallel()
+
+
+def make_service(llm: EarlyExitLLM, config: Config, settings: ServeSettings, topology: Topology) -> Service:
+    """The server of a model, not started. Other ranks call `make_engine` meanwhile."""
+    engine = make_engine(llm, settings, topology)
+    names = model_names(config, settings)
+    metrics = Metrics(names[0])
+    metrics.watch(engine)
+    jobs = RequestJobs(llm, engine, ChatTemplate(llm.tokenizer, read_chat_template(config.data.chat_template)))
+    client = EngineClient(metrics, num_slots=engine.num_slots, max_queue=settings.max_queue)
+    runner = CompletionRunner(engine, llm.decode, llm.special)
+    engine_loop = EngineLoop(runner, topology, client.deliver, client.died)
+    server = make_server(build_app(client, jobs, metrics, names, settings), client, settings)
+    return Service(server, client, engine_loop, jobs)
+
+
+def make_engine(llm: EarlyExitLLM, settings: ServeSettings, topology: Topology) -> Engine:
+    """An engine that takes all its memory's worth of requests. All ranks call it."""
+    tokens, longest = cache_size(llm, topology, settings.max_model_len)
+    options = replace(Config(generation=llm.defaults), generation={"cache_tokens": tokens}).generation
+    return llm.new_engine(options, num_slots=llm.defaults.max_batch_size, max_length=longest)
+
+
+def model_names(config: Config, settings: ServeSettings) -> tuple[str, ...]:
+    """The names of the model for clients."""
+    return settings.served_model_names or (Path(config.model.path).resolve().name or "model",)

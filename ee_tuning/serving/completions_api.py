@@ -1,0 +1,119 @@
+"""The endpoints that decode: /v1/completions and /v1/chat/completions."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from ee_tuning.errors import InputError
+from ee_tuning.generation.completion import Completion
+from ee_tuning.serving.answer import Answer, Json
+from ee_tuning.serving.api_errors import ApiError
+from ee_tuning.serving.chat_answer import ChatAnswer
+from ee_tuning.serving.engine_client import EngineClient, RunningRequest
+from ee_tuning.serving.metrics import Metrics
+from ee_tuning.serving.request_jobs import RequestJobs
+from ee_tuning.serving.responses import EventStream, StrictJson, unless_client_leaves
+from ee_tuning.serving.schemas import ChatCompletionBody, CompletionBody, SamplingBody
+from ee_tuning.serving.strict_request import StrictRoute
+from ee_tuning.serving.text_answer import TextAnswer
+from ee_tuning.serving.token_texts import TokenTexts
+
+_tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+"""Templates and long prompts take time, and a tokenizer is no object for several threads."""
+
+
+async def in_tokenizer_thread(function: Any, *args: Any) -> Any:
+    """Awaits a call that uses the tokenizer."""
+    return await asyncio.get_running_loop().run_in_executor(_tokenizing, function, *args)
+
+
+class CompletionsApi:
+    """Both endpoints for one model."""
+
+    def __init__(
+        self,
+        client: EngineClient,
+        jobs: RequestJobs,
+        metrics: Metrics,
+        model_names: tuple[str, ...],
+        request_timeout: float,
+    ):
+        self._client, self._jobs, self._metrics = client, jobs, metrics
+        self._names, self._seconds = model_names, request_timeout
+        self._texts = TokenTexts(jobs.llm.tokenizer)
+        self.router = APIRouter(route_class=StrictRoute)
+        for path, endpoint in (("/v1/completions", self.complete), ("/v1/chat/completions", self.chat)):
+            self.router.add_api_route(path, endpoint, methods=["POST"], response_class=StrictJson)
+
+    async def complete(self, body: CompletionBody, request: Request) -> Response:
+        """Continues texts."""
+        name = self.model_name(body.model)
+        _check_stream_options(body)
+        if body.echo and body.logprobs is not None:
+            raise InputError("echo with logprobs is not supported, got both; leave one out")
+        jobs, prompts = await in_tokenizer_thread(self._text_jobs, body)
+        return await self._answer(body, TextAnswer(body, jobs, name, self._texts, prompts), request)
+
+    async def chat(self, body: ChatCompletionBody, request: Request) -> Response:
+        """Answers a chat."""
+        name = self.model_name(body.model)
+        _check_stream_options(body)
+        job = await in_tokenizer_thread(self._jobs.chat_job, body)
+        return await self._answer(body, ChatAnswer(body, [job], name, self._texts), request)
+
+    def model_name(self, asked: str | None) -> str:
+        """The model that a request names. Raises ApiError where there is no such model."""
+        if asked is not None and asked not in self._names:
+            raise ApiError(
+                404,
+                f"model must be one of {', '.join(self._names)}, got {asked[:100]!r}; /v1/models lists them",
+                param="model",
+                code="model_not_found",
+            )
+        return asked or self._names[0]
+
+    def _text_jobs(self, body: CompletionBody) -> tuple[list[Any], list[str]]:
+        jobs = self._jobs.completion_jobs(body)
+        return jobs, [job.prompt or self._jobs.llm.decode(list(job.prompt_ids)) for job in jobs]
+
+    async def _answer(self, body: SamplingBody, answer: Answer, request: Request) -> Response:
+        running = self._client.submit(answer.jobs)
+        for job in answer.jobs:
+            self._metrics.count_prompt(len(job.prompt_ids), job.params.n)
+        if body.stream:
+            return EventStream(_chunks(answer, running), running.close, self._seconds)
+        try:
+            whole = await unless_client_leaves(request, _whole(answer, running), self._seconds)
+        finally:
+            running.close()
+        return StrictJson(whole)
+
+
+async def _whole(answer: Answer, running: RunningRequest) -> Json:
+    finished: dict[int, Completion] = {}
+    async for place, _, done in running.tokens():
+        if done is not None:
+            finished[answer.choice_of(place, done.index)] = done
+    return answer.whole([finished[index] for index in sorted(finished)])
+
+
+async def _chunks(answer: Answer, running: RunningRequest) -> AsyncIterator[Json]:
+    finished: list[Completion] = []
+    for chunk in answer.first_chunks():
+        yield chunk
+    async for place, token, done in running.tokens():
+        if (chunk := answer.chunk(place, token)) is not None:
+            yield chunk
+        if done is not None:
+            finished.append(done)
+            yield answer.last_chunk(place, done)
+    for chunk in answer.end_chunks(finished):
+        yield chunk
+
+
+def _check_stream_options(body: SamplingBody) -> None:
+    if body.stream_options is not None and not body.stream:
+        raise InputError("stream_options needs stream true, got it without; leave it out")

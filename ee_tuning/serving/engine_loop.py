@@ -1,0 +1,147 @@
+"""The engine's thread. It alone touches the engine: commands come by a queue, tokens leave by a callback.
+
+Under torchrun every rank of TP × PP runs the same loop. Rank 0 takes the commands, and sends them to the others before
+each step; all ranks then do the same with the same engine.
+"""
+
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ee_tuning.errors import InputError
+from ee_tuning.generation.completion import Completion, StreamedToken
+from ee_tuning.generation.completion_runner import CompletionRunner
+from ee_tuning.generation.job import Job
+from ee_tuning.parallel.topology import Topology
+
+_HEARTBEAT_SECONDS = 20.0
+"""Other ranks hear of rank 0 at least so often, or they would take it for dead."""
+
+
+@dataclass(frozen=True)
+class Add:
+    """Begins a job, whose tokens come with this index."""
+
+    index: int
+    job: Job
+
+
+@dataclass(frozen=True)
+class Abort:
+    """Ends a job."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Ends the loop."""
+
+
+Command = Add | Abort | Stop
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """A token of a job, or why it has none."""
+
+    index: int
+    token: StreamedToken | None = None
+    completion: Completion | None = None
+    """The finished record, with its last token."""
+    error: str = ""
+    """Why the engine refused the job."""
+
+
+class EngineLoop:
+    """Decodes what it is commanded to until it is stopped."""
+
+    def __init__(
+        self,
+        runner: CompletionRunner,
+        topology: Topology,
+        deliver: Callable[[list[TokenEvent]], None] = lambda events: None,
+        died: Callable[[], None] = lambda: None,
+    ):
+        """`deliver` is called with the tokens of each step, and `died` after an unexpected error, both in the thread of
+        `run`.
+        """
+        self._runner, self._topology, self._deliver, self._died = runner, topology, deliver, died
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._completions: dict[int, list[Completion]] = {}
+        self.error: BaseException | None = None
+        """Why the loop ended, if not by Stop."""
+        self._thread = threading.Thread(target=self._run_in_thread, name="engine", daemon=True)
+
+    def send(self, command: Command) -> None:
+        """Takes a command, from any thread."""
+        self._commands.put(command)
+
+    def start(self) -> None:
+        """Begins in a thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread, and what still runs."""
+        self.send(Stop())
+        self._thread.join()
+
+    def run(self) -> None:
+        """Loops until Stop comes. All ranks call it, each in one thread."""
+        if self._topology.device.type == "cuda":
+            torch.cuda.set_device(self._topology.device)  # each thread has its own current device
+        try:
+            while True:
+                commands = self._next_commands()
+                events: list[TokenEvent] = []
+                for command in commands:
+                    if isinstance(command, Stop):
+                        return
+                    self._obey(command, events)
+                if not self._runner.is_idle:
+                    events += [self._event(token) for token in self._runner.step()]
+                if events:
+                    self._deliver(events)
+        finally:
+            self._runner.clear()
+            self._runner.engine.proposer.keep()
+
+    def _run_in_thread(self) -> None:
+        try:
+            self.run()
+        except BaseException as error:
+            self.error = error
+            self._died()
+
+    def _next_commands(self) -> list[Command]:
+        """What came since the last step; waits for something where nothing runs."""
+        is_alone = self._topology.num_in_replica == 1
+        commands: list[Command] = []
+        if self._topology.rank == 0:
+            try:
+                if self._runner.is_idle:
+                    commands.append(self._commands.get(timeout=None if is_alone else _HEARTBEAT_SECONDS))
+                while True:
+                    commands.append(self._commands.get_nowait())
+            except queue.Empty:
+                pass
+        return commands if is_alone else self._topology.broadcast_object(commands)
+
+    def _obey(self, command: Add | Abort, events: list[TokenEvent]) -> None:
+        if isinstance(command, Abort):
+            self._completions.pop(command.index, None)
+            self._runner.abort(command.index)
+            return
+        try:
+            self._completions[command.index] = self._runner.add(command.job, command.index)
+        except InputError as error:
+            events.append(TokenEvent(command.index, error=str(error)))
+
+    def _event(self, token: StreamedToken) -> TokenEvent:
+        done = self._completions[token.index][token.completion] if token.is_last else None
+        if done is not None and all(each.finish_reason for each in self._completions[token.index]):
+            del self._completions[token.index]
+        return TokenEvent(token.index, token, done)

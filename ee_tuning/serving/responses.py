@@ -1,0 +1,107 @@
+"""How answers go out: strict JSON, or server-sent events, with an eye on clients that leave."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import Request, Response
+from starlette.types import Receive, Scope, Send
+
+from ee_tuning.json_file import to_json
+from ee_tuning.serving.api_errors import ApiError, error_body
+
+DONE = "[DONE]"
+
+
+class ClientLeft(Exception):
+    """The client closed its connection: nobody reads an answer."""
+
+
+class StrictJson(Response):
+    """JSON that every reader can parse."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        """The bytes of the body."""
+        return to_json(content, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+async def unless_client_leaves(request: Request, work: Awaitable[Any], seconds: float) -> Any:
+    """Awaits `work`, which is cancelled when the client leaves or the time is over; raises ClientLeft, or ApiError
+    408.
+    """
+    task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_left(request.receive))
+    try:
+        await asyncio.wait({task, leaving}, timeout=seconds or None, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientLeft if leaving.done() else _too_late(seconds)
+    finally:
+        for each in (task, leaving):
+            each.cancel()
+        await asyncio.gather(task, leaving, return_exceptions=True)
+
+
+class EventStream(Response):
+    """Server-sent events: an object a line, then [DONE]. `close` is called in any case, at once when the client
+    leaves.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, objects: AsyncIterator[Any], close: Callable[[], None], seconds: float):
+        self._objects, self._close, self._seconds = objects, close, seconds
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends the stream."""
+        sending, leaving = asyncio.ensure_future(self._send_all(send)), asyncio.ensure_future(_left(receive))
+        try:
+            await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._close()
+            for each in (sending, leaving):
+                each.cancel()
+            failure, _ = await asyncio.gather(sending, leaving, return_exceptions=True)
+        if isinstance(failure, Exception):
+            raise failure
+
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            # A reader that takes nothing stops `send`, and time goes on.
+            async with asyncio.timeout(self._seconds or None):
+                await self._send_objects(send)
+        except TimeoutError:
+            await self._send_error(send, _too_late(self._seconds))
+        except ApiError as error:
+            await self._send_error(send, error)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send_objects(self, send: Send) -> None:
+        async with aclosing(self._objects) as objects:  # type: ignore[type-var]
+            async for each in objects:
+                await _send_event(send, to_json(each, ensure_ascii=False, separators=(",", ":")))
+        await _send_event(send, DONE)
+
+    async def _send_error(self, send: Send, error: ApiError) -> None:
+        await _send_event(send, to_json(error_body(error.status_code, str(error.detail)), ensure_ascii=False))
+
+
+async def _send_event(send: Send, data: str) -> None:
+    await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _too_late(seconds: float) -> ApiError:
+    return ApiError(
+        408,
+        f"a request must end within {seconds:g} seconds (--request-timeout), and this one did not; ask for fewer tokens",
+    )

@@ -1,0 +1,104 @@
+"""The HTTP server around the app, and how it ends: the first signal drains, the second one ends at once."""
+
+import logging
+import signal
+import socket
+import sys
+import time
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from ee_tuning.errors import InputError
+from ee_tuning.serving.engine_client import EngineClient
+from ee_tuning.serving.settings import ServeSettings
+
+log = logging.getLogger("ee_tuning.serving")
+_LAST_ANSWERS_SECONDS = 2
+"""Seconds that answers have on their way out once the draining is over."""
+
+
+class DrainingServer(uvicorn.Server):
+    """Ends when the requests have, after SIGTERM or Ctrl-C: new ones get 503 meanwhile."""
+
+    def __init__(self, config: uvicorn.Config, client: EngineClient, drain_timeout: float):
+        super().__init__(config)
+        self._client, self._drain_timeout = client, drain_timeout
+        self._drain_until: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal begins to drain, and the second one ends."""
+        if self._drain_until is not None:
+            self.should_exit = self.force_exit = True
+            return
+        self._client.is_draining = True
+        self._drain_until = time.monotonic() + self._drain_timeout
+        log.info("%s: draining, %d completions to go", signal.Signals(sig).name, self._client.num_unfinished)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second; returns whether to end."""
+        drained = self._drain_until is not None and (
+            self._client.num_unfinished == 0 or time.monotonic() >= self._drain_until
+        )
+        self.should_exit = self.should_exit or drained or not self._client.is_alive
+        return await super().on_tick(counter)
+
+
+def make_server(app: Any, client: EngineClient, settings: ServeSettings) -> DrainingServer:
+    """A server that is not started yet."""
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        uds=settings.uds,
+        # root_path is the app's: uvicorn would put it before paths that a proxy has cut it off from
+        ssl_certfile=settings.ssl_certfile,
+        ssl_keyfile=settings.ssl_keyfile,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        ws="none",
+        lifespan="off",
+        timeout_graceful_shutdown=_LAST_ANSWERS_SECONDS,
+    )
+    return DrainingServer(config, client, settings.drain_timeout)
+
+
+def bind(settings: ServeSettings) -> socket.socket | None:
+    """A socket that listens at host and port; None for a Unix socket. Raises InputError where the address is taken or
+    not this machine's.
+    """
+    if settings.uds is not None:
+        return None
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listening = socket.socket(family, kind, protocol)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(2048)
+    except (OSError, UnicodeError) as error:
+        raise InputError(
+            f"--host and --port must be a free address of this machine, and {settings.host}:{settings.port} is not: "
+            f"{getattr(error, 'strerror', None) or error}; give another --port, or 0 for any free one"
+        ) from error
+    listening.set_inheritable(False)
+    return listening
+
+
+def address_of(listening: socket.socket | None, settings: ServeSettings) -> str:
+    """Where clients find the server."""
+    if listening is None:
+        return f"unix:{settings.uds}"
+    host, port = listening.getsockname()[:2]
+    scheme = "https" if settings.ssl_certfile else "http"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def set_up_logs() -> None:
+    """Lines on stderr, with the time."""
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    for name in ("uvicorn", "uvicorn.error"):
+        logging.getLogger(name).setLevel(logging.WARNING)

@@ -1,0 +1,76 @@
+"""What `ee-tuning serve` is asked beside the job: where it listens, and what it lets in."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ee_tuning.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings:
+    """The flags of `serve` that are no keys of the job."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0 for any free port."""
+    uds: str | None = None
+    """Unix domain socket, instead of host and port."""
+    root_path: str = ""
+    """Path under which a proxy shows the server."""
+    served_model_names: tuple[str, ...] = ()
+    """Names of the model for clients; by default the name of its folder."""
+    api_keys: tuple[str, ...] = ()
+    """Keys of which a client has to send one; none lets everyone in."""
+    allowed_origins: tuple[str, ...] = ()
+    """Origins of web pages that browsers let use the server (CORS)."""
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
+    max_model_len: int | None = None
+    """Most tokens of prompt and completion together."""
+    max_queue: int = 256
+    """Most completions that wait."""
+    request_timeout: float = 600.0
+    """Seconds until a request is ended; 0 for never."""
+    max_body_bytes: int = 4 << 20
+    drain_timeout: float = 30.0
+    """Seconds that running requests have after SIGTERM."""
+
+    def check(self) -> None:
+        """Raises InputError on values that can not be used."""
+        rules = {
+            "port": (0 <= self.port <= 65535, "a port in 0..65535"),
+            "max_queue": (self.max_queue >= 0, "at least 0"),
+            "request_timeout": (0 <= self.request_timeout < float("inf"), "seconds of at least 0 (0: no limit)"),
+            "drain_timeout": (0 <= self.drain_timeout < float("inf"), "seconds of at least 0"),
+            "max_body_bytes": (self.max_body_bytes >= 1, "at least 1"),
+            "max_model_len": (self.max_model_len is None or self.max_model_len >= 2, "at least 2 tokens"),
+        }
+        for name, (holds, rule) in rules.items():
+            if not holds:
+                raise InputError(f"--{name.replace('_', '-')} must be {rule}, got {getattr(self, name)}")
+        if self.root_path and (not self.root_path.startswith("/") or not self.root_path.isascii()):
+            raise InputError(f"--root-path must begin with a slash and be ASCII, got {self.root_path!r}")
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise InputError("TLS needs both --ssl-certfile and --ssl-keyfile, got one of them; give the other, too")
+        for name in ("ssl_certfile", "ssl_keyfile"):
+            file = getattr(self, name)
+            if file is not None and not Path(file).is_file():
+                raise InputError(f"--{name.replace('_', '-')} must be a file, got {file}; give an existing one")
+
+
+def read_api_keys(keys: list[str], file: Path | None) -> tuple[str, ...]:
+    """Keys given one by one, and those of a file, one a line. Raises InputError on a file without any, and on an empty
+    key.
+    """
+    if file is not None:
+        try:
+            lines = file.read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--api-key-file must be a text file, and {file} can not be read: {error}") from error
+        from_file = [line.strip() for line in lines if line.strip()]
+        if not from_file:
+            raise InputError(f"--api-key-file must hold a key on a line of its own, got {file}, which is empty")
+        keys = [*keys, *from_file]
+    if any(not key or not key.isascii() or not key.isprintable() for key in keys):
+        raise InputError("an API key must be printable ASCII characters, got another one; choose a new key")
+    return tuple(keys)
