@@ -216,7 +216,7 @@ def _eagle3(model: ModelConfig, sizes: Sizes, name: str, ttt_steps: int) -> Way:
     flags = f" --output-vocab {vocab}" if vocab else ""
     return Way(
         name=f"EAGLE-3 head, {vocab or model.vocab_size:,} tokens",
-        runs_in="vLLM, SGLang",
+        runs_in="vLLM, SGLang, here",
         trained=trained,
         added=trained,
         step=step,
