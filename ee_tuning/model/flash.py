@@ -58,7 +58,7 @@ def varlen_attention(
     seqused_k: Tensor | None = None,  # [r] int32: keys that a row sees from its beginning on
     block_table: Tensor | None = None,  # [r, blocks of one] int32
 ) -> Tensor:  # [t, n, d]
-    """As torch's `varlen_attn`. Queries of several heads share a key's where g is less than n."""
+    """Like torch's `varlen_attn`. Several query heads share a key head where g is less than n."""
     wanted: dict[str, Any] = {"scale": scale, "window_size": (-1, 0) if is_causal else (-1, -1)}
     wanted |= {name: x for name, x in (("seqused_k", seqused_k), ("block_table", block_table)) if x is not None}
     if wanted.keys() <= (names := _names()):

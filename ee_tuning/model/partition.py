@@ -40,7 +40,9 @@ def exit_head_cost(config: ModelConfig, spec: ExitSpec, seq_length: int, *, trai
 
 
 def _draft_cost(config: ModelConfig, spec: ExitSpec, *, trains: bool) -> float:
-    """Of one step and the fusing before it; what is trained takes several steps, of which the caller knows."""
+    """Returns the multiply-adds of one step and the fusing before it. The caller counts the several steps of
+    training.
+    """
     assert spec.draft is not None
     own, hidden = spec.draft.layer_config(config), config.hidden_size
     reads = hidden * own.kv_channels * (own.num_attention_heads + 2 * own.num_query_groups)  # of the embedding, too

@@ -1,4 +1,4 @@
-"""Formats the comparison of `ee-tuning advise`, for people or as one JSON object."""
+"""Prints the comparison of `ee-tuning advise` as text or as one JSON object."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ _BYTES = 2
 def print_advice(
     model: ModelConfig, name: str, found: Sequence[Way], gpu: Gpu, *, tokens: int, efficiency: float, as_json: bool
 ) -> None:
-    """Prints every way, with the GPU-hours of tuning on `tokens` tokens."""
+    """Prints every method, with the GPU-hours of tuning on `tokens` tokens."""
     hours = [gpu_hours(way.operations, tokens, gpu.tflops, efficiency) for way in found]
     if as_json:
         tree: dict[str, Any] = {

@@ -1,7 +1,8 @@
-"""Compares ways to make a model decode faster: what each adds to an engine, how fast it could be, what tuning takes.
+"""Compares methods for faster decoding of a model: what each adds to an engine, its possible speed, and the cost of
+tuning.
 
-Everything is computed from the model's shape by FORMULA. How often an exit is right is not computed: it is the free
-variable, measured by `tune` (validation's `acceptance`) and `calibrate`.
+All figures follow from the model's shape by FORMULA. How often an exit is right does not: it is the free variable,
+which `tune` (validation's `acceptance`) and `calibrate` measure.
 """
 
 import math
@@ -29,9 +30,9 @@ FORMULA = (
     "the layers up to the last exit, or the whole pass where the final head teaches (drafts). GPU-hours = operations × tokens ÷ "
     "(efficiency × peak operations/s) ÷ 3600",
 )
-"""How the figures are computed."""
+"""The formula of the figures."""
 SHARES = (0.5, 0.7, 0.9)
-"""Probabilities of a right draft, and shares of tokens that leave, at which speed-ups are computed."""
+"""Acceptance probabilities, and shares of tokens that leave, for which speed-ups are computed."""
 MAX_DRAFTS = 8
 SHORTLIST = 16_384
 """Size of a shortlist, for vocabularies of more than twice as many tokens."""
@@ -41,45 +42,45 @@ DRAFT_VOCAB = 32_000
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """One way to decode faster."""
+    """A method for faster decoding."""
 
     name: str
     runs_in: str
-    """The engines."""
+    """The engines that support it."""
     trained: int
-    """Tuned parameters."""
+    """Number of tuned parameters."""
     added: int
     """Parameters that the engine holds besides the model's."""
     step: float
     """See FORMULA."""
     speed_ups: tuple[float, ...]
-    """At SHARES."""
+    """Speed-ups at each of SHARES."""
     operations: float
-    """Operations of tuning a token."""
+    """Operations per tuned token."""
     commands: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Parameters that a token reads."""
+    """Parameters that are read per token."""
 
     layers: tuple[int, ...]
-    """In each layer."""
+    """Parameters of each layer."""
     output: int
-    """In the output matrix."""
+    """Parameters of the output matrix."""
     layer_added: int
-    """Of a layer of an exit's own, built like the last one, all experts counted."""
+    """Parameters of an exit's own layer, built like the last one, with all experts."""
 
     @property
     def whole(self) -> int:
-        """In a whole pass, without the last norm, which is small."""
+        """Parameters of a whole pass, without the last norm, which is small."""
         return sum(self.layers) + self.output
 
 
 def ways(model: ModelConfig, name: str, ttt_steps: int) -> list[Way]:
-    """Returns every way that suits a model of that shape.
+    """Returns every method that suits a model of that shape.
 
-    `name` stands for the model in commands; `ttt_steps` is the number of unrolled steps of a drafting head's training.
+    `name` stands for the model in commands; `ttt_steps` is the number of unrolled steps in a drafting head's training.
     """
     sizes = read_sizes(model)
     outputs = ["tied", "untied", *(["shortlist"] if model.vocab_size > 2 * SHORTLIST else [])]
@@ -91,7 +92,7 @@ def ways(model: ModelConfig, name: str, ttt_steps: int) -> list[Way]:
 
 
 def read_sizes(model: ModelConfig) -> Sizes:
-    """Returns what a token reads of a model: of experts, those that it is routed to."""
+    """Returns the parameters that are read per token; of experts, those that the token is routed to."""
     shapes, layers = backbone_tensor_shapes(model), [0.0] * model.num_layers
     routed = model.moe_router_topk / model.num_experts if model.num_experts else 1.0
     whole = 0
@@ -109,14 +110,15 @@ def speed_up_by_drafts(right: float, step: float) -> float:
 
 
 def speed_up_by_threshold(share: float, until: Sequence[float], step: float) -> float:
-    """Returns the speed-up where `share` of the tokens leave, evenly over exits until each of which they read `until`
-    passes, while the others read 1 + `step`.
+    """Returns the speed-up where `share` of the tokens leave, evenly over the exits.
+
+    A token that leaves at an exit reads `until` passes, and any other token 1 + `step`.
     """
     return 1 / (share * sum(until) / len(until) + (1 - share) * (1 + step))
 
 
 def gpu_hours(operations: float, tokens: float, tflops: float, efficiency: float) -> float:
-    """Returns the GPU-hours of `tokens` tokens at so many operations each."""
+    """Returns the GPU-hours of `tokens` tokens at `operations` each."""
     return operations * tokens / (efficiency * tflops * 1e12) / 3600
 
 
@@ -158,7 +160,7 @@ def _threshold(model: ModelConfig, sizes: Sizes, name: str, output: str) -> Way:
 
 
 def _draft_layer(model: ModelConfig) -> int:
-    """Returns where a drafting exit goes: an eighth of the layers deep."""
+    """Returns the layer of a drafting exit: an eighth of the depth."""
     return max(1, model.num_layers // 8)
 
 
@@ -212,7 +214,7 @@ def _eagle3(model: ModelConfig, sizes: Sizes, name: str, ttt_steps: int) -> Way:
     head = ExitSpec(layer=model.num_layers, architecture="eagle3", ties_output=False, output_vocab=vocab, draft=spec)
     trained = _num_parameters((head,), model)
     fused = len(spec.aux_layers) * model.hidden_size**2
-    step = (trained - fused) / sizes.whole  # states are fused once a round, of tokens that were verified
+    step = (trained - fused) / sizes.whole  # states are fused once per round, for verified tokens
     flags = f" --output-vocab {vocab}" if vocab else ""
     return Way(
         name=f"EAGLE-3 head, {vocab or model.vocab_size:,} tokens",

@@ -1,11 +1,11 @@
-"""What a drafting head is compared with: each step of each token's draft with the token that the model itself says
-there (training-time test, arXiv 2503.01840).
+"""Targets of a drafting head: each step of each token's draft is compared with the model's own token there
+(training-time test, arXiv 2503.01840).
 
-A draft begins at token t, whose successor is known; its step i speaks of the token i + 2 ahead, of which the final head
-speaks at t + 1 + i. The steps lie side by side as if they were rows of the micro-batch (`model/eagle3.py`).
+A draft begins at token t, whose successor is known. Its step i predicts the token i + 2 ahead, which the final head
+predicts at t + 1 + i. The steps lie side by side like rows of the micro-batch (`model/eagle3.py`).
 """
 
-# s sequence · b micro-batch · h hidden · k steps · v/tp this rank's rows of what the head says · n tokens of a chunk
+# s sequence · b micro-batch · h hidden · k steps · v/tp this rank's rows of the head's vocabulary · n tokens of a chunk
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -34,20 +34,20 @@ from ee_tuning.tuning.teacher import (
 
 
 class Targets(NamedTuple):
-    """What logits [s, b] are compared with, [s, k * b] for a drafting head."""
+    """Targets of logits [s, b], or [s, k * b] for a drafting head."""
 
     labels: Tensor
-    """int64, tokens or, of a list, classes."""
+    """int64, tokens or classes of a list."""
     loss_mask: Tensor
     """float, any weights."""
     teacher: Teacher | None
 
 
 class Drafting:
-    """Training and validation of this stage's drafting head: its drafts are unrolled over the whole text."""
+    """Training and validation of this stage's drafting head, with drafts unrolled over the whole text."""
 
     def __init__(self, model: EarlyExitModel, num_steps: int, decay: float) -> None:
-        """`decay`: a step's weight over that of the step before."""
+        """`decay` is the ratio of a step's weight to that of the step before."""
         self._model, self._num_steps, self._decay = model, num_steps, decay
 
     @classmethod
@@ -64,7 +64,7 @@ class Drafting:
         counts, vocab = self.counted(exit_targets.loss_mask, document_ids), self._model.exit_vocab
         teacher = exit_targets.teacher
         labels = exit_targets.labels[self._places(exit_targets.labels)]
-        if isinstance(vocab, DraftVocab):  # what can not be drafted is no lesson
+        if isinstance(vocab, DraftVocab):  # an unlisted token can not be drafted, so it is not trained
             labels = vocab.classes(labels)
             counts, labels = counts * (labels != NOT_LISTED), labels.clamp(min=0)
         weights = self._decay ** torch.arange(self._num_steps, device=counts.device, dtype=counts.dtype)
@@ -91,8 +91,8 @@ class Drafting:
         exit_targets: Targets,
         document_ids: Tensor | None,
     ) -> Tensor:  # [2 · k]
-        """Returns, of the rounds that an engine would take along the text, the number that reach each step, and of
-        those that are the model's own tokens up to it.
+        """Counts the rounds of an engine along the text that reach each step, and those whose drafts up to it are the
+        model's own.
         """
         counts = self.counted(exit_targets.loss_mask, document_ids)
         held = agreement.view_as(counts).to(counts.dtype).cumprod(1)
@@ -109,14 +109,18 @@ class Drafting:
         return torch.arange(self._num_steps, device=like.device)
 
     def _places(self, of_tokens: Tensor) -> Tensor:  # [s, b] -> [s, k]
-        """Where the final head speaks of what a step drafts; the row's last token where that lies past it."""
+        """Returns the positions at which the final head predicts the token of a step, limited to the row's last
+        token.
+        """
         s = len(of_tokens)
         return (torch.arange(s, device=of_tokens.device)[:, None] + 1 + self._steps(of_tokens)).clamp(max=s - 1)
 
 
 def _begins_round(counts: Tensor, held: Tensor) -> Tensor:  # [s, k, b] -> [s, b]
-    """1 where a round begins: behind the tokens that the round before it brought, its accepted drafts and the model's
-    own token. Tokens behind which nothing counts begin none.
+    """Marks with 1 where a round begins: after the tokens of the round before it, its accepted drafts and the model's
+    own.
+
+    No round begins where no later token counts.
     """
     begins = counts[:, 0].clamp(max=1)
     if is_fake(begins):
@@ -133,13 +137,15 @@ MEAN_LENGTH, RATE = "mean_acceptance_length", "acceptance_rate_"
 
 
 def is_draft_metric(name: str) -> bool:
-    """Whether `draft_metrics` returns it."""
+    """Whether `name` is a metric of `draft_metrics`."""
     return name == MEAN_LENGTH or name.startswith(RATE)
 
 
 def draft_metrics(counts: Sequence[float]) -> dict[str, float]:
-    """Returns metrics, named and defined as vLLM's, from the sums of `Drafting.accepted`: the share of rounds whose
-    drafts are accepted up to each step, and the mean acceptance length, which includes the model's own token.
+    """Returns metrics, named and defined as in vLLM, from the sums of `Drafting.accepted`.
+
+    They are the share of rounds whose drafts are accepted up to each step, and the mean acceptance length, which
+    includes the model's own token.
     """
     counted, accepted = counts[: len(counts) // 2], counts[len(counts) // 2 :]
     rates = [part / total if total else math.nan for part, total in zip(accepted, counted, strict=True)]
@@ -150,8 +156,8 @@ def draft_metrics(counts: Sequence[float]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class DraftTeacher:
-    """The final head as the teacher of drafts: softmax of `weight` · `hidden`, of each step at its own place. Tokens
-    count as [s, k, b].
+    """The final head as teacher of drafts: softmax of `weight` · `hidden` at each step's position. Tokens are in the
+    order of [s, k, b].
     """
 
     hidden: Tensor
@@ -159,7 +165,7 @@ class DraftTeacher:
     weight: Tensor
     """[v/tp, h], the backbone's frozen output matrix."""
     draftable: Tensor
-    """[n/tp, h]: its rows for what the head says; the same where that is the whole vocabulary."""
+    """[n/tp, h]: the rows of `weight` for the head's vocabulary; the same matrix for the whole vocabulary."""
     num_steps: int
 
     def chunk(self, part: slice, buffers: TeacherBuffers, vocab: VocabShard, wants_likeliest: bool) -> TeacherChunk:
@@ -177,7 +183,7 @@ class DraftTeacher:
         return WholeChunk(logits, buffers.spare, likeliest)
 
     def _likeliest(self, said: Tensor, vocab: VocabShard) -> Tensor:  # [n, h] -> [n]
-        """Over the whole vocabulary: a token that is not listed is one that no draft is accepted against."""
+        """Returns the likeliest token of the whole vocabulary. No draft is accepted where it is not listed."""
         whole = vocab.whole if isinstance(vocab, DraftVocab) else vocab
         logits = (said @ self.weight[: whole.true_rows].t()).to(torch.promote_types(said.dtype, torch.float32))
         ids = likeliest_ids(logits.sub_(whole.max_over_shards(row_maxima(logits))), whole)
