@@ -23,9 +23,7 @@ from ee_tuning.serving.settings import ServeSettings
 
 _PAGE = Path(__file__).parent / "page"
 _TYPES = {"page.html": "text/html", "page.js": "text/javascript", "page.css": "text/css"}
-_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'"
-)
+_POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'"
 """The page loads nothing from elsewhere, and runs no text as a script."""
 
 

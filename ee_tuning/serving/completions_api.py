@@ -102,16 +102,16 @@ async def _whole(answer: Answer, running: RunningRequest) -> Json:
 
 async def _chunks(answer: Answer, running: RunningRequest) -> AsyncIterator[Json]:
     finished: list[Completion] = []
-    for chunk in answer.first_chunks():
-        yield chunk
+    for first in answer.first_chunks():
+        yield first
     async for place, token, done in running.tokens():
         if (chunk := answer.chunk(place, token)) is not None:
             yield chunk
         if done is not None:
             finished.append(done)
             yield answer.last_chunk(place, done)
-    for chunk in answer.end_chunks(finished):
-        yield chunk
+    for last in answer.end_chunks(finished):
+        yield last
 
 
 def _check_stream_options(body: SamplingBody) -> None:

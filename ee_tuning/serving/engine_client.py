@@ -2,7 +2,8 @@
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 from ee_tuning.generation.completion import Completion, StreamedToken
 from ee_tuning.generation.job import Job
@@ -107,7 +108,7 @@ class EngineClient:
         for request in set(self._requests.values()):
             request.put(TokenEvent(-1, error=_DIED))
 
-    def _call_in_loop(self, function, *args) -> None:  # type: ignore[no-untyped-def]
+    def _call_in_loop(self, function: Callable[..., None], *args: Any) -> None:
         if self._event_loop is not None and not self._event_loop.is_closed():
             self._event_loop.call_soon_threadsafe(function, *args)
 

@@ -1,6 +1,7 @@
 """The endpoints that tell: models, exits, tokens, health, version, metrics."""
 
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import APIRouter, Response
@@ -15,6 +16,8 @@ from ee_tuning.serving.request_jobs import RequestJobs
 from ee_tuning.serving.responses import StrictJson
 from ee_tuning.serving.schemas import DetokenizeBody, TokenizeBody
 from ee_tuning.serving.strict_request import StrictRoute
+
+Endpoint = Callable[..., Awaitable[Response]]
 
 
 class InformationApi:
@@ -31,7 +34,7 @@ class InformationApi:
         self._client, self._jobs, self._metrics, self._completions = client, jobs, metrics, completions
         self._names, self._created = model_names, int(time.time())
         self.router = APIRouter(route_class=StrictRoute)
-        gets = {
+        gets: dict[str, Endpoint] = {
             "/health": self.health,
             "/ping": self.health,
             "/ready": self.ready,
@@ -43,7 +46,11 @@ class InformationApi:
         }
         for path, endpoint in gets.items():
             self.router.add_api_route(path, endpoint, methods=["GET"], response_class=StrictJson)
-        posts = {"/tokenize": self.tokenize, "/detokenize": self.detokenize, "/v1/embeddings": self.embeddings}
+        posts: dict[str, Endpoint] = {
+            "/tokenize": self.tokenize,
+            "/detokenize": self.detokenize,
+            "/v1/embeddings": self.embeddings,
+        }
         for path, endpoint in posts.items():
             self.router.add_api_route(path, endpoint, methods=["POST"], response_class=StrictJson)
 
@@ -96,6 +103,7 @@ class InformationApi:
                 "exit_layers": list(llm.exit_layers),
                 "policies": ["full", "threshold", "fixed", "speculative"] if llm.exit_layers else ["full"],
                 "measures": ["max_probability", "margin", "entropy"],
+                "has_chat_template": self._jobs.has_chat_template,
                 "default": {
                     "policy": defaults.policy,
                     "exit_thresholds": {str(layer): value for layer, value in thresholds.items()},

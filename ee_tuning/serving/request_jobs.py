@@ -47,6 +47,15 @@ class RequestJobs:
         """Most tokens of prompt and completion together."""
         return self.engine.cache.max_length
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether chats can be answered."""
+        try:
+            self.template.source()
+        except InputError:
+            return False
+        return True
+
     def completion_jobs(self, body: CompletionBody) -> list[Job]:
         """A job for each prompt. Raises InputError on values that can not be used."""
         prompts = body.prompt if isinstance(body.prompt, list) else [body.prompt]

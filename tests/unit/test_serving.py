@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import urllib.request
 from collections.abc import Iterator
 from typing import Any
@@ -236,6 +237,17 @@ def test_a_key_is_needed(server):
     with pytest.raises(openai.AuthenticationError, match="API keys"):
         openai.OpenAI(base_url=f"{server.url}/v1", api_key="secre", max_retries=0).models.list()
     assert urllib.request.urlopen(f"{server.url}/health", timeout=30).status == 200
+
+
+def test_the_page_needs_nothing_from_elsewhere(server):
+    """A page without its script, an element that the script looks for in vain, code of another server."""
+    parts = {name: urllib.request.urlopen(f"{server.url}/{name}", timeout=30) for name in ("", "page.js", "page.css")}
+    assert [part.headers.get_content_type() for part in parts.values()] == ["text/html", "text/javascript", "text/css"]
+    assert "default-src 'none'" in parts[""].headers["Content-Security-Policy"]
+    html, script, style = (part.read().decode() for part in parts.values())
+    for name in re.findall(r'\bat\("([\w-]+)"\)', script):
+        assert f'id="{name}"' in html
+    assert "//" not in html + style and "http" not in script
 
 
 def test_embeddings_are_refused_plainly(client):
