@@ -17,6 +17,7 @@ from ee_tuning.serving.completions_api import CompletionsApi
 from ee_tuning.serving.engine_client import EngineClient
 from ee_tuning.serving.information_api import InformationApi
 from ee_tuning.serving.metrics import Metrics
+from ee_tuning.serving.openapi import tell_true_errors
 from ee_tuning.serving.request_jobs import RequestJobs
 from ee_tuning.serving.responses import ClientLeft, StrictJson
 from ee_tuning.serving.settings import ServeSettings
@@ -47,6 +48,7 @@ def build_app(
         (Exception, _failed),
     ):
         app.add_exception_handler(kind, handler)
+    tell_true_errors(app)
     if settings.allowed_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.allowed_origins), allow_methods=["*"], allow_headers=["*"]
@@ -85,7 +87,8 @@ async def _http_error(request: Request, error: Exception) -> Response:
 async def _invalid(request: Request, error: Exception) -> Response:
     """The first thing that is wrong with a body."""
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
+    errors = error.errors()
+    first = errors[0]
     context, place = first.get("ctx", {}), [str(part) for part in first["loc"] if part != "body"]
     if first["type"] == "refused":
         return StrictJson(error_body(400, context["message"], context["param"]), 400)
@@ -96,6 +99,8 @@ async def _invalid(request: Request, error: Exception) -> Response:
     if not place:
         return StrictJson(error_body(400, "a body must be a JSON object, got none; send one"), 400)
     reason, given = first["msg"][:1].lower() + first["msg"][1:], first.get("input")
+    if len({each["type"] for each in errors if each["loc"][:2] == first["loc"][:2]}) > 1:  # of a choice of types
+        reason = "its type is none of those that it may have"
     got = "" if first["type"] == "missing" or isinstance(given, dict) else f", got {given!r:.60}"
     message = f"{place[0]} can not be used: {reason}{got}; /docs lists types"
     return StrictJson(error_body(400, message, place[0]), 400)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from exits import write_exits
-from served import MODEL, Served, served
+from served import MODEL, Served, config_of, served
 
 from ee_tuning import SamplingParams
 from ee_tuning.generation.completion import Completion
@@ -22,7 +22,7 @@ openai = pytest.importorskip("openai")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("serving")
     exits = write_exits(MODEL, folder / "heads", exit_layers=[4, 8], init="copy")
-    with served(exits, folder, {"api_keys": ("secret", "other")}) as running:
+    with served(config_of(exits, folder), api_keys=("secret", "other")) as running:
         yield running
 
 
@@ -248,6 +248,17 @@ def test_the_page_needs_nothing_from_elsewhere(server):
     for name in re.findall(r'\bat\("([\w-]+)"\)', script):
         assert f'id="{name}"' in html
     assert "//" not in html + style and "http" not in script
+
+
+def test_the_openapi_is_true(server):
+    """A document with errors that never come, or without a parameter that is taken."""
+    request = urllib.request.Request(f"{server.url}/openapi.json", headers={"Authorization": "Bearer secret"})
+    document = json.load(urllib.request.urlopen(request, timeout=30))
+    answers = document["paths"]["/v1/completions"]["post"]["responses"]
+    assert {"200", "400", "401", "413", "429", "503"} <= set(answers) and "422" not in answers
+    body = document["components"]["schemas"]["CompletionBody"]
+    assert {"prompt", "exit_threshold", "policy", "logit_bias"} <= set(body["properties"])
+    assert body["additionalProperties"] is False and "HTTPValidationError" not in json.dumps(document)
 
 
 def test_embeddings_are_refused_plainly(client):

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from exits import write_exits
-from served import MODEL, Served, served
+from served import MODEL, Served, config_of, served
 
 from ee_tuning.errors import InputError
 from ee_tuning.serving.settings import ServeSettings, read_api_keys
@@ -24,7 +24,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("serving")
     exits = write_exits(MODEL, folder / "heads", exit_layers=[4, 8], init="copy")
     settings = {"max_body_bytes": 20_000, "max_queue": 2, "request_timeout": 4.0}
-    with served(exits, folder, settings) as running:
+    with served(config_of(exits, folder), **settings) as running:
         yield running
 
 

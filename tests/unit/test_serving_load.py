@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from exits import write_exits
-from served import MODEL, Served, served
+from served import MODEL, Served, config_of, served
 
 from ee_tuning import SamplingParams
 from ee_tuning.config.generation import GenerationSection
@@ -31,7 +31,8 @@ POLICIES: tuple[dict[str, Any], ...] = (
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("serving")
     exits = write_exits(MODEL, folder / "heads", exit_layers=[4, 8], init="copy")
-    with served(exits, folder, max_batch_size=8, cache_tokens=4096) as running:
+    small = {"generation.max_batch_size": 8, "generation.cache_tokens": 4096}
+    with served(config_of(exits, folder, **small)) as running:
         yield running
 
 
