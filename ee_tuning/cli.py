@@ -6,6 +6,7 @@ A user's mistake ends in one line on stderr and exit code 2. Any other error is 
 import argparse
 import difflib
 import os
+import platform
 import re
 import sys
 from collections.abc import Sequence
@@ -17,10 +18,12 @@ from ee_tuning.commands import COMMANDS
 from ee_tuning.config.paths import expanded
 from ee_tuning.errors import InputError
 from ee_tuning.interrupts import interrupts_raised, were_interrupted
-from ee_tuning.parallel.launcher import RendezvousError, is_first
+from ee_tuning.parallel.launcher import RendezvousError, adopt_slurm_step, is_first
 from ee_tuning.standard_streams import output_error_text, prepare_streams, settle_output
 from ee_tuning.utf8 import typed_text, use_utf8
 
+LOST_RANK = 1
+"""Exit code of a rank that lost another one: no mistake of the user's, and no bug."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as in shells."""
 SPINS = "1000"
@@ -110,6 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read once, when torch loads its OpenMP
     prepare_streams()
+    adopt_slurm_step()
     had_world = _world_size() > 0
     try:
         with interrupts_raised():
@@ -152,7 +156,19 @@ def _outcome(argv: Sequence[str]) -> int:
         if isinstance(error, OSError) and (line := output_error_text(error)) is not None:
             _say(line)
             return 2
+        if (line := _lost_rank_text(error)) is not None:
+            _say(line)
+            return LOST_RANK
         raise
+
+
+def _lost_rank_text(error: Exception) -> str | None:
+    """Returns one line where this rank lost another one, else None. Each rank prints its own."""
+    watchdog = sys.modules.get("ee_tuning.parallel.watchdog")
+    lost = None if watchdog is None else watchdog.lost_rank_text(error)
+    if lost is None:
+        return None
+    return f"{lost} (on {platform.node()}); the rank that failed first reports why; the same command goes on from what was saved"
 
 
 def _run(argv: Sequence[str]) -> int:

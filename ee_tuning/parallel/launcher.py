@@ -1,6 +1,7 @@
-"""The place of this process, as its launcher (torchrun, a Slurm script, a notebook) set it in the environment."""
+"""The place of this process, as its launcher (torchrun, srun, a notebook) set it in the environment."""
 
 import os
+import re
 from typing import NamedTuple
 
 from ee_tuning.errors import InputError
@@ -15,6 +16,38 @@ class LaunchedRank(NamedTuple):
 
 class RendezvousError(InputError):
     """This process could not join the others. Only this rank knows why, so it reports the error itself."""
+
+
+def adopt_slurm_step() -> None:
+    """Sets what torchrun would set, where `srun` started this process as one of several and no launcher stands between.
+
+    Variables that are set already stay. Only a step of several tasks counts: a batch script and an interactive shell
+    are steps of one, and what they start is a single process.
+    """
+    tasks = _value("SLURM_STEP_NUM_TASKS")
+    if _value("RANK") or not _value("SLURM_PROCID") or not tasks.isdigit() or int(tasks) < 2:
+        return
+    job = _value("SLURM_JOB_ID")
+    described = {
+        "RANK": _value("SLURM_PROCID"),
+        "WORLD_SIZE": tasks,
+        "LOCAL_RANK": _value("SLURM_LOCALID"),
+        "MASTER_ADDR": first_host(_value("SLURM_STEP_NODELIST")),
+        # Alike for all ranks, different for jobs that share a node, and below the ports that Linux gives out by itself.
+        "MASTER_PORT": str(15000 + (int(job) if job.isdigit() else 0) % 15000),
+    }
+    # LOCAL_WORLD_SIZE stays unset: with --gpus-per-task each process sees its own GPU alone, and a count of processes
+    # above the count of visible GPUs would be read as sharing one.
+    os.environ.pop("WORLD_SIZE", None)  # alone, of a shell
+    for name, value in described.items():
+        if value and not _value(name):
+            os.environ[name] = value
+
+
+def first_host(nodes: str) -> str:
+    """Returns the first host of Slurm's short form of a list: `gpu007` of `gpu[007-009,12],login`."""
+    each_first = re.sub(r"\[(\d+)[^\]]*\]", r"\1", nodes)
+    return each_first.partition(",")[0]
 
 
 def launched_rank() -> LaunchedRank | None:

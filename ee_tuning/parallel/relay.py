@@ -114,14 +114,9 @@ class Relay:
         )
         peer = self._topology.pp_ranks[self._topology.stage + 1]
         header, hidden = torch.tensor([self._num_sent, int(next_action)]), hidden.detach().contiguous()
-        self._sending.append(
-            _Transfer(
-                header,
-                hidden,
-                dist.isend(header, peer, group=self._topology.pp_control),
-                isend(hidden, peer, self._topology.pp_group),
-            )
-        )
+        with hang_watchdog(self._topology, self._taken(self._num_sent + 1)):
+            header_work = dist.isend(header, peer, group=self._topology.pp_control)
+            self._sending.append(_Transfer(header, hidden, header_work, isend(hidden, peer, self._topology.pp_group)))
         self._num_sent += 1
         self._wait_for_sends(self._max_in_flight)
 
@@ -130,12 +125,10 @@ class Relay:
         self._wait_for_sends(0)
 
     def _wait_for_sends(self, max_in_flight: int) -> None:
-        began, stage = time.perf_counter(), self._topology.stage + 1
+        began = time.perf_counter()
         while len(self._sending) > max_in_flight:
             index = self._num_sent - len(self._sending) + 1
-            with hang_watchdog(
-                self._topology, f"stage {stage} (rank {self._topology.pp_ranks[stage]}) to take micro-batch {index}"
-            ):
+            with hang_watchdog(self._topology, self._taken(index)):
                 self._sending.popleft().wait()
         self.seconds_waited += time.perf_counter() - began
 
@@ -144,9 +137,10 @@ class Relay:
         peer = self._topology.pp_ranks[self._topology.stage - 1]
         header = torch.empty(2, dtype=torch.int64)
         hidden = torch.empty(self._shape, dtype=self._dtype, device=self._topology.device)
-        return _Transfer(
-            header,
-            hidden,
-            dist.irecv(header, peer, group=self._topology.pp_control),
-            irecv(hidden, peer, self._topology.pp_group),
-        )
+        with hang_watchdog(self._topology, f"a connection to stage {self._topology.stage - 1} (rank {peer})"):
+            header_work = dist.irecv(header, peer, group=self._topology.pp_control)
+            return _Transfer(header, hidden, header_work, irecv(hidden, peer, self._topology.pp_group))
+
+    def _taken(self, index: int) -> str:
+        stage = self._topology.stage + 1
+        return f"stage {stage} (rank {self._topology.pp_ranks[stage]}) to take micro-batch {index}"

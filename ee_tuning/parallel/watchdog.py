@@ -1,5 +1,6 @@
 """Reports what a process waits for when the wait is long or fails. Otherwise a hang would be silent."""
 
+import re
 import sys
 import threading
 import time
@@ -23,6 +24,15 @@ class _Wait:
     next_report_after: float
 
 
+class LostRankError(RuntimeError):
+    """The process group gave up on another rank. The text is one line and names this rank and what it awaited."""
+
+
+_LOST = re.compile(
+    "connection|closed by peer|timed? ?out|broken pipe|unreachable|no route|remote process", re.IGNORECASE
+)
+
+
 _active_waits: dict[int, _Wait] = {}
 """The current waits of this process, by thread."""
 _watcher: threading.Thread | None = None
@@ -32,7 +42,7 @@ _watcher: threading.Thread | None = None
 def hang_watchdog(topology: Topology, what: str) -> Iterator[None]:
     """Wraps a wait for other ranks, described by `what`.
 
-    If the process group gives up, by timeout or because a rank is gone, the RuntimeError names this rank and `what`.
+    If the process group gives up, by timeout or because a rank is gone, LostRankError names this rank and `what`.
     """
     rank_name = f"rank {topology.rank} (stage {topology.stage}, tensor {topology.tp_rank}, replica {topology.dp_rank})"
     wait = _active_waits[threading.get_ident()] = _Wait(rank_name, what, time.monotonic(), REPORT_AFTER_SECONDS)
@@ -40,14 +50,34 @@ def hang_watchdog(topology: Topology, what: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):  # gloo raises plain RuntimeErrors
+        if not _is_of_the_group(error):
             raise
         waited = time.monotonic() - wait.since
-        raise RuntimeError(
-            f"{rank_name} waited {waited:.0f} s for {what}, in vain: {str(error).partition(chr(10))[0]}"
-        ) from error
+        raise LostRankError(f"{rank_name} waited {waited:.0f} s for {what}, in vain: {_first_line(error)}") from error
     finally:
         _active_waits.pop(threading.get_ident(), None)
+
+
+def lost_rank_text(error: BaseException) -> str | None:
+    """Returns one line where `error` says that another rank is gone, hangs or can not be reached, else None."""
+    if not _is_of_the_group(error) or not _LOST.search(str(error)):
+        return None
+    if isinstance(error, LostRankError):
+        return str(error)
+    return f"rank {dist.get_rank() if dist.is_initialized() else 0} lost another rank: {_first_line(error)}"
+
+
+def _is_of_the_group(error: BaseException) -> bool:
+    # gloo raises plain RuntimeErrors
+    return isinstance(error, LostRankError | dist.DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error)
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    """Without the place in gloo's sources and its advice."""
+    line, _, _ = str(error).partition("\n")
+    return re.sub(r"^\[[^\]]*gloo[^\]]*\] ", "", line).partition(" This is typically")[0]
 
 
 def _start_watching() -> None:

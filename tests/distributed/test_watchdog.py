@@ -1,6 +1,7 @@
 """A rank that waits long says for whom, and one that gave up does, too; layouts leave no process groups behind."""
 
 import io
+import platform
 import time
 from contextlib import redirect_stderr
 from datetime import timedelta
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from world import World
 
+from ee_tuning import cli
 from ee_tuning.config import ParallelSection
 from ee_tuning.errors import InputError
 from ee_tuning.parallel import watchdog
@@ -109,3 +111,50 @@ def test_layouts_leave_no_groups_behind(world: World) -> None:
     """A group kept for every layout: threads that wake a hundred times a second, hundreds of them in the end."""
     for counts in world.run(groups_after_layouts):
         assert counts[0] == counts[1] == counts[2] <= 20, counts
+
+
+GLOO = (
+    "[/__w/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error [10.0.0.2]:114: Connection reset by peer"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (
+            RuntimeError(f"{GLOO}. This is typically caused by a worker"),
+            "Read error [10.0.0.2]:114: Connection reset by",
+        ),
+        (
+            dist.DistNetworkError("recvValueWithTimeout failed: Connection timed out\nframes"),
+            "failed: Connection timed out",
+        ),
+        (RuntimeError("[enforce fail at gloo/algorithm.h:3] 4 vs 8"), None),
+        (dist.DistBackendError("CUDA error: an illegal memory access"), None),
+        (RuntimeError("shapes differ after a connection"), None),
+        (ValueError("Connection reset by peer, says gloo"), None),
+    ],
+)
+def test_a_lost_rank_is_told_from_a_bug(error: Exception, text: str | None) -> None:
+    """A page of traceback from each of 128 ranks because one node died; a bug of ours that loses its traceback."""
+    told = watchdog.lost_rank_text(error)
+    assert (told is None) == (text is None)
+    if text is not None:
+        assert text in str(told) and "\n" not in str(told) and "typically" not in str(told)
+
+
+def test_a_lost_rank_ends_in_one_line_of_each_rank(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line that says neither which rank, nor on which machine, nor for what it waited."""
+
+    def lose(argv: Any) -> int:
+        with hang_watchdog(PLACE, "micro-batch 3 from stage 1 (rank 3)"):
+            raise RuntimeError(GLOO)
+
+    monkeypatch.setattr(cli, "_run", lose)
+    assert cli.main(["tune"]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and platform.node() in said
+    for words in ("rank 5 (stage 2, tensor 1", "for micro-batch 3 from stage 1 (rank 3)", "[10.0.0.2]:114: Connection"):
+        assert words in said

@@ -22,12 +22,12 @@ EXAMPLES = sorted(path.parent for path in ROOT.glob("examples/*/job.yaml"))
 BODY = ROOT / "examples" / "run_under_slurm.sh"
 
 SLURM = {
-    "srun": """while [[ $1 == --* ]]; do shift; done
+    "srun": """while [[ $1 == --* ]]; do echo "$1" >> "$TOLD/srun"; shift; done
 highest=0
 for rank in 0 1; do SLURM_PROCID=$rank SLURM_LOCALID=$rank SLURM_NTASKS=2 "$@"; code=$?; (( code > highest )) && highest=$code; done
 exit $highest""",
-    "scontrol": 'if [[ $1 == show ]]; then printf "%s\\n" first second; else echo "$@" >> "$TOLD/scontrol"; fi',
-    "python": 'echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT $*" >> "$TOLD/python"; exit $((RANK ? LAST : 0))',
+    "scontrol": 'if [[ $1 == show ]]; then echo "SlurmdTimeout           = 600 sec"; else echo "$@" >> "$TOLD/scontrol"; fi',
+    "python": 'echo "$SLURM_PROCID $*" >> "$TOLD/python"; exit $((SLURM_PROCID ? LAST : 0))',
 }
 """Slurm's commands as far as the scripts need them, on two processes, and a `python` that tells what it was asked."""
 
@@ -109,8 +109,11 @@ def test_a_job_comes_again_where_its_run_says_so(tmp_path: Path, last: int, come
     flags = ["--output", "else where"]
     done = subprocess.run(["bash", ROOT / "examples/llama-2-7b/slurm.sh", *flags], env=environment, cwd=ROOT)
     told = {path.name: path.read_text().splitlines() for path in (tmp_path / "told").iterdir()}
-    asked = f"2 first 29500 -m ee_tuning tune examples/llama-2-7b/job.yaml {' '.join(flags)}"
-    assert done.returncode == last and told["python"] == [f"0 0 {asked}", f"1 1 {asked}"]
+    asked = f"-m ee_tuning tune examples/llama-2-7b/job.yaml {' '.join(flags)}"
+    assert done.returncode == last and told["python"] == [f"0 {asked}", f"1 {asked}"]
+    assert "--wait=720" in told["srun"], (
+        "a node that died is missed after SlurmdTimeout, and the job must live until then"
+    )
     assert told.get("scontrol") == (["requeue 17"] if comes_again else None)
 
 
