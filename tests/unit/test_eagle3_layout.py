@@ -212,16 +212,3 @@ def test_what_a_drafting_head_is_not_for_is_refused_in_one_line(
     told = capsys.readouterr().err.strip()
     assert "\n" not in told and all(word in told for word in words), told
     assert not (tmp_path / "out").exists()
-
-
-def test_decoding_with_a_drafting_head_is_refused_in_one_line(model: Path, tmp_path: Path) -> None:
-    """A head that is consulted as an exit after the last layer."""
-    from ee_tuning.checkpoint.load import load_for_generation
-    from ee_tuning.config import load_config
-    from ee_tuning.errors import InputError
-    from ee_tuning.parallel.topology import init_parallel
-
-    head = write_head(model, tmp_path / "head")
-    config = load_config(None, {"model.path": str(model), "exits.path": str(head)})
-    with pytest.raises(InputError, match=r"--format eagle3 or --format speculators"):
-        load_for_generation(config, init_parallel(config.parallel))
