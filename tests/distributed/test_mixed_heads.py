@@ -16,7 +16,7 @@ from ee_tuning.checkpoint.exit_heads import ExitHeadsReader
 from ee_tuning.config import Architecture, Config
 
 LAYERS = (1, 2, 3, 4, 5, 6)
-KINDS: tuple[Architecture, ...] = get_args(Architecture)
+KINDS: tuple[Architecture, ...] = tuple(kind for kind in get_args(Architecture) if kind != "eagle3")
 NUM_STEPS = 20
 
 
