@@ -35,12 +35,12 @@ class Service:
     engine_loop: EngineLoop
     jobs: RequestJobs
 
-    async def run(self, listening: socket.socket | None) -> None:
+    async def run(self, listening: socket.socket) -> None:
         """Serves until a signal, or until the engine fails; its error is then in the engine loop."""
         self.client.connect(self.engine_loop, asyncio.get_running_loop())
         self.engine_loop.start()
         try:
-            await self.server.serve(sockets=[listening] if listening is not None else None)
+            await self.server.serve(sockets=[listening])
         finally:
             self.engine_loop.stop()
 
@@ -57,10 +57,14 @@ def serve(config: Config, settings: ServeSettings) -> None:
     listening = bind(settings) if topology.rank == 0 else None
     set_up_logs()
     llm = EarlyExitLLM.from_config(config, topology)
-    if topology.rank == 0:
+    if listening is not None:
         service = make_service(llm, config, settings, topology)
         log.info("%s serves %s", address_of(listening, settings), model_names(config, settings)[0])
-        asyncio.run(service.run(listening))
+        try:
+            asyncio.run(service.run(listening))
+        finally:
+            if settings.uds is not None:
+                Path(settings.uds).unlink(missing_ok=True)
         if service.engine_loop.error is not None:
             raise service.engine_loop.error
     else:

@@ -1,8 +1,12 @@
 """The HTTP server around the app, and how it ends: the first signal drains, the second one ends at once."""
 
+import contextlib
+import errno
 import logging
+import os
 import signal
 import socket
+import stat
 import sys
 import time
 from types import FrameType
@@ -15,6 +19,8 @@ from ee_tuning.serving.engine_client import EngineClient
 from ee_tuning.serving.settings import ServeSettings
 
 log = logging.getLogger("ee_tuning.serving")
+_BACKLOG = 2048
+"""Connections that wait to be accepted."""
 _LAST_ANSWERS_SECONDS = 2
 """Seconds that answers have on their way out once the draining is over."""
 
@@ -51,7 +57,6 @@ def make_server(app: Any, client: EngineClient, settings: ServeSettings) -> Drai
         app,
         host=settings.host,
         port=settings.port,
-        uds=settings.uds,
         # root_path is the app's: uvicorn would put it before paths that a proxy has cut it off from
         ssl_certfile=settings.ssl_certfile,
         ssl_keyfile=settings.ssl_keyfile,
@@ -65,32 +70,51 @@ def make_server(app: Any, client: EngineClient, settings: ServeSettings) -> Drai
     return DrainingServer(config, client, settings.drain_timeout)
 
 
-def bind(settings: ServeSettings) -> socket.socket | None:
-    """A socket that listens at host and port; None for a Unix socket. Raises InputError where the address is taken or
-    not this machine's.
-    """
-    if settings.uds is not None:
-        return None
+def bind(settings: ServeSettings) -> socket.socket:
+    """A socket that listens. Raises InputError where the address is taken or not this machine's."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listening = socket.socket(family, kind, protocol)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
-        listening.listen(2048)
+        return _unix_socket(settings.uds) if settings.uds is not None else _tcp_socket(settings.host, settings.port)
     except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        if settings.uds is not None:
+            raise InputError(
+                f"--uds must be a path for a new socket, and {settings.uds} is not: {reason}; give another path"
+            ) from error
         raise InputError(
             f"--host and --port must be a free address of this machine, and {settings.host}:{settings.port} is not: "
-            f"{getattr(error, 'strerror', None) or error}; give another --port, or 0 for any free one"
+            f"{reason}; give another --port, or 0 for any free one"
         ) from error
-    listening.set_inheritable(False)
+
+
+def _tcp_socket(host: str, port: int) -> socket.socket:
+    family, kind, protocol, _, address = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    listening = socket.socket(family, kind, protocol)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listening.bind(address)
+    listening.listen(_BACKLOG)
     return listening
 
 
-def address_of(listening: socket.socket | None, settings: ServeSettings) -> str:
+def _unix_socket(path: str) -> socket.socket:
+    """A socket that this user alone may use. One that an ended server left there is replaced."""
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    with contextlib.suppress(FileNotFoundError):
+        if stat.S_ISSOCK(os.stat(path).st_mode) and listening.connect_ex(path) == errno.ECONNREFUSED:
+            os.unlink(path)
+    former = os.umask(0o177)
+    try:
+        listening.bind(path)
+    finally:
+        os.umask(former)
+    listening.listen(_BACKLOG)
+    return listening
+
+
+def address_of(listening: socket.socket, settings: ServeSettings) -> str:
     """Where clients find the server."""
-    if listening is None:
+    if settings.uds is not None:
         return f"unix:{settings.uds}"
     host, port = listening.getsockname()[:2]
     scheme = "https" if settings.ssl_certfile else "http"

@@ -66,7 +66,9 @@ def read_api_keys(keys: list[str], file: Path | None) -> tuple[str, ...]:
         try:
             lines = file.read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--api-key-file must be a text file, and {file} can not be read: {error}") from error
+            raise InputError(
+                f"--api-key-file must be a text file, and {file} can not be read: {error}; name another"
+            ) from error
         from_file = [line.strip() for line in lines if line.strip()]
         if not from_file:
             raise InputError(f"--api-key-file must hold a key on a line of its own, got {file}, which is empty")

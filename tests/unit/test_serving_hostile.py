@@ -224,3 +224,23 @@ def test_keys_come_from_a_file(tmp_path):
         read_api_keys(["é"], None)
     with pytest.raises(InputError, match="can not be read"):
         read_api_keys([], Path(tmp_path / "none"))
+
+
+def test_a_unix_socket_is_this_users_alone(tmp_path):
+    """A socket that all users of the machine may write to; a server that can not start where another was killed."""
+    from ee_tuning.serving.server import bind
+
+    settings = ServeSettings(uds=str(tmp_path / "server.sock"))
+    first = bind(settings)
+    assert (tmp_path / "server.sock").stat().st_mode & 0o777 == 0o600
+    with pytest.raises(InputError, match="--uds must be a path for a new socket"):
+        bind(settings)
+    first.close()
+    bind(settings).close()
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="Address already in use"):
+        bind(ServeSettings(uds=str(tmp_path / "file")))
+    taken = bind(ServeSettings(port=0))
+    with pytest.raises(InputError, match="give another --port"):
+        bind(ServeSettings(port=taken.getsockname()[1]))
+    taken.close()
