@@ -11,7 +11,7 @@ INSTALLED_DEV := $(VENV)/.installed-dev
 INSTALLED_DOCS := $(VENV)/.installed-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo demo-llm test test-fast test-engines stress quality shape docs clean
+.PHONY: help install install-dev demo demo-llm test test-fast test-engines test-slurm test-nodes stress quality shape docs clean
 
 help:
 	@echo "make demo        convert, tune and decode the small model that ships with this project; runs/demo/report.json"
@@ -19,6 +19,8 @@ help:
 	@echo "make test        all tests, on the CPU"
 	@echo "make test-fast   the quick ones of tests/unit, within a minute on two cores"
 	@echo "make test-engines exits as drafts in the real vLLM, on the CPU: 3 GB to install, a quarter of an hour; docs/engines.md"
+	@echo "make test-slurm  the examples' scripts on a Slurm of two nodes, which it starts on this machine; as root, on Debian"
+	@echo "make test-nodes  torchrun over two nodes in network namespaces, with cut cables; as root"
 	@echo "make stress      thousands of damaged files, two hundred kill -9, thousands of mixtures and calibrations, an hour; docs/stress.md"
 	@echo "make quality     ruff and mypy"
 	@echo "make shape       prints long files, long functions and crowded folders"
@@ -72,6 +74,13 @@ $(ENGINES_STAMP):
 
 test-engines: $(INSTALLED_DEV) $(ENGINES_STAMP)
 	EE_TUNING_ENGINES=$(CURDIR)/$(ENGINES)/bin/python $(BIN)/python -m pytest -s tests/engines
+
+test-slurm: $(INSTALLED_DEV)
+	@command -v slurmctld >/dev/null || (apt-get update && apt-get install --yes --no-install-recommends slurmctld slurmd slurm-client munge iproute2)
+	EE_TUNING_CLUSTER=1 $(BIN)/python -m pytest tests/cluster/test_slurm.py
+
+test-nodes: $(INSTALLED_DEV)
+	EE_TUNING_CLUSTER=1 $(BIN)/python -m pytest tests/cluster/test_two_nodes.py
 
 stress: $(INSTALLED_DEV)
 	$(BIN)/python tests/stress/run.py --output docs/stress.md
