@@ -22,9 +22,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["ee_tuning", "ee_tuning.*"]),
     # Exported ones are copied into exports, not imported; kernels are built on the machine that decodes.
-    package_data={
-        "ee_tuning": ["py.typed", "checkpoint/exported/*.py", "kernel/*.cpp", "kernel/*.h", "serving/page/*"]
-    },
+    package_data={"ee_tuning": ["py.typed", "export/exported/*.py", "kernel/*.cpp", "kernel/*.h", "serving/page/*"]},
     install_requires=[
         "torch>=2.10.0a0",  # older ones have holes in weights_only loading; a0 lets the builds of the NVIDIA image in
         "megatron-core>=0.16.1,<0.20",

@@ -212,8 +212,8 @@ def run_job(job: str, output: str, results: str) -> None:
     import threading
 
     from ee_tuning.checkpoint.convert import write_initial_exits
-    from ee_tuning.checkpoint.export_huggingface import export_huggingface
-    from ee_tuning.checkpoint.megatron_writer import write_megatron
+    from ee_tuning.export.export_huggingface import export_huggingface
+    from ee_tuning.export.megatron_writer import write_megatron
     from ee_tuning.parallel.topology import destroy_parallel, init_parallel
 
     work = Path(output).parent

@@ -16,7 +16,7 @@ from ee_tuning import EarlyExitLLM
 from ee_tuning.decoding.attention_metadata import AttentionMetadata
 from ee_tuning.decoding.decode_head import DecodeExitHead
 from ee_tuning.decoding.layer_stack import LayerStack
-from ee_tuning.generation.engine import Engine
+from ee_tuning.engine.engine import Engine
 from ee_tuning.model.exit_head import ExitInput
 
 SAMPLED_STEPS = 32

@@ -34,9 +34,9 @@ import torch
 
 from ee_tuning.config import ParallelSection
 from ee_tuning.decoding import graphs
-from ee_tuning.generation.engine import Engine, TokenStep
-from ee_tuning.generation.params import SamplingParams
-from ee_tuning.generation.policy import FULL, Policy
+from ee_tuning.engine.engine import Engine, TokenStep
+from ee_tuning.engine.params import SamplingParams
+from ee_tuning.engine.policy import FULL, Policy
 from ee_tuning.model.config import ModelConfig, RopeConfig
 from ee_tuning.model.early_exit import EarlyExitModel, StagePlan
 from ee_tuning.model.exit_spec import ExitSpec

@@ -26,7 +26,7 @@ from rank_processes import run_ranks
 
 from ee_tuning import EarlyExitLLM
 from ee_tuning.config import load_config
-from ee_tuning.generation import engine as engine_module
+from ee_tuning.engine import engine as engine_module
 
 PROMPTS = [
     '"""Read settings from a file."""\nimport os\n\n\ndef read_settings(path, defaults=None):\n',

@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from ee_tuning import EarlyExitLLM, cli
-from ee_tuning.checkpoint.draft_card import NUM_DRAFTS, TRIED
 from ee_tuning.data.sample_corpus import documentation_strings, sample_corpus
 from ee_tuning.data.shipped_prompts import shipped_prompts
 from ee_tuning.data.tokenizer import load_tokenizer
 from ee_tuning.errors import InputError
+from ee_tuning.export.draft_card import NUM_DRAFTS, TRIED
 from ee_tuning.model.config import read_model_config
 
 BATCHES = (1, 8)

@@ -28,10 +28,10 @@ from ee_tuning.data.frequent_tokens import list_tokens
 from ee_tuning.data.loader import batches_of_each
 from ee_tuning.data.sample_corpus import documentation_strings, sample_corpus
 from ee_tuning.data.splits import load_samples
+from ee_tuning.engine.cost_model import measure_costs
+from ee_tuning.engine.policy import Policy
 from ee_tuning.evaluation.calibrate import CalibrationResult, ExitObservations, choose, read_exits, score_thresholds
-from ee_tuning.generation.cost_model import measure_costs
 from ee_tuning.generation.llm import EarlyExitLLM
-from ee_tuning.generation.policy import Policy
 from ee_tuning.model.config import read_model_config
 from ee_tuning.model.fit import Fit
 from ee_tuning.model.partition import final_head_cost, stage_costs

@@ -5,12 +5,12 @@ from typing import Any
 
 from ee_tuning.checkpoint.load import LoadedModel
 from ee_tuning.config import load_config
-from ee_tuning.generation.cost_model import Costs
-from ee_tuning.generation.engine import Engine, TokenStep
-from ee_tuning.generation.params import SamplingParams
-from ee_tuning.generation.policy import Policy, policy_of
-from ee_tuning.generation.sequence import Sequence
-from ee_tuning.generation.speculation import Speculation
+from ee_tuning.engine.cost_model import Costs
+from ee_tuning.engine.engine import Engine, TokenStep
+from ee_tuning.engine.params import SamplingParams
+from ee_tuning.engine.policy import Policy, policy_of
+from ee_tuning.engine.sequence import Sequence
+from ee_tuning.engine.speculation import Speculation
 
 
 @dataclass

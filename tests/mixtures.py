@@ -24,11 +24,11 @@ from transformers import (
 
 from ee_tuning.checkpoint.load import load_for_generation
 from ee_tuning.config import ParallelSection, load_config
-from ee_tuning.generation.engine import Engine
-from ee_tuning.generation.params import SamplingParams
-from ee_tuning.generation.policy import Policy
-from ee_tuning.generation.sampling import draw, draw_key, request_key
-from ee_tuning.generation.sequence import Sequence
+from ee_tuning.engine.engine import Engine
+from ee_tuning.engine.params import SamplingParams
+from ee_tuning.engine.policy import Policy
+from ee_tuning.engine.sampling import draw, draw_key, request_key
+from ee_tuning.engine.sequence import Sequence
 from ee_tuning.parallel.topology import init_parallel
 
 VOCAB, LAYERS, EOS = 101, 6, 100

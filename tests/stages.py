@@ -10,12 +10,12 @@ from mixtures import EOS, VOCAB
 
 from ee_tuning.checkpoint.load import load_for_generation
 from ee_tuning.config import ParallelSection, load_config
-from ee_tuning.generation.cost_model import Costs
-from ee_tuning.generation.engine import Engine
-from ee_tuning.generation.params import SamplingParams
-from ee_tuning.generation.policy import FULL, Policy
-from ee_tuning.generation.sequence import Sequence
-from ee_tuning.generation.speculation import Speculation
+from ee_tuning.engine.cost_model import Costs
+from ee_tuning.engine.engine import Engine
+from ee_tuning.engine.params import SamplingParams
+from ee_tuning.engine.policy import FULL, Policy
+from ee_tuning.engine.sequence import Sequence
+from ee_tuning.engine.speculation import Speculation
 from ee_tuning.kernel import calls
 from ee_tuning.parallel.topology import Topology, init_parallel
 

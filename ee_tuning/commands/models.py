@@ -17,7 +17,7 @@ def convert(args: argparse.Namespace) -> None:
             raise InputError(
                 f"--eagle3 takes a head as it is, and {', '.join(unused)} is of new ones; leave one of them out"
             )
-        from ee_tuning.checkpoint.import_eagle3 import import_eagle3
+        from ee_tuning.export.import_eagle3 import import_eagle3
 
         import_eagle3(config, args.eagle3, args.output, overwrite=args.overwrite)
         return
@@ -50,7 +50,7 @@ def profile(args: argparse.Namespace) -> None:
 
 def export(args: argparse.Namespace) -> int:
     """Writes exits, or a model with its exits, in another form. Returns 1 where a check of the export fails."""
-    from ee_tuning.evaluation.export import export
+    from ee_tuning.export.command import export
 
     return export(load_config(args.config, args.overrides), args)
 

@@ -21,6 +21,8 @@ from typing import NamedTuple
 
 from ee_tuning.config import GenerationSection
 from ee_tuning.data.chat_template import ChatTemplate
+from ee_tuning.engine.params import SamplingParams
+from ee_tuning.engine.policy import FULL
 from ee_tuning.errors import InputError
 from ee_tuning.evaluation.figures import Evaluation, task_result
 from ee_tuning.evaluation.given import given_readings, given_texts, token_pair
@@ -31,8 +33,6 @@ from ee_tuning.evaluation.text_metrics import Score, score_of
 from ee_tuning.generation.chat import stop_ids_of
 from ee_tuning.generation.completion import Completion
 from ee_tuning.generation.llm import EarlyExitLLM, Job, params_of, with_options
-from ee_tuning.generation.params import SamplingParams
-from ee_tuning.generation.policy import FULL
 from ee_tuning.generation.replicas import over_replicas
 
 BLOCK = 8

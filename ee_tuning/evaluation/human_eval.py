@@ -12,13 +12,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ee_tuning.engine.params import SamplingParams
+from ee_tuning.engine.policy import Policy
 from ee_tuning.errors import InputError
 from ee_tuning.evaluation.code_runner import ProgramResult, run_programs
 from ee_tuning.evaluation.driver import Driver
 from ee_tuning.generation.completion import Completion
 from ee_tuning.generation.job import Job
-from ee_tuning.generation.params import SamplingParams
-from ee_tuning.generation.policy import Policy
 from ee_tuning.json_file import parse_json, to_json
 
 STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")

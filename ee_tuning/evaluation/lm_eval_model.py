@@ -18,12 +18,12 @@ from tqdm import tqdm
 
 from ee_tuning.data.chat_template import ChatTemplate
 from ee_tuning.data.tokenizer import beginning_ids, begun
+from ee_tuning.engine.params import SamplingParams
+from ee_tuning.engine.policy import Policy
 from ee_tuning.errors import InputError
 from ee_tuning.evaluation.driver import Driver, TextScore
 from ee_tuning.generation.job import Job
 from ee_tuning.generation.llm import EarlyExitLLM, with_options
-from ee_tuning.generation.params import SamplingParams
-from ee_tuning.generation.policy import Policy
 from ee_tuning.generation.scoring import TokenPair
 
 NAME = "ee-tuning"

@@ -8,9 +8,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ee_tuning.engine.policy import Policy
 from ee_tuning.errors import InputError
 from ee_tuning.evaluation.driver import Driver
-from ee_tuning.generation.policy import Policy
 from ee_tuning.json_file import to_json
 
 NOTE = (

@@ -4,8 +4,8 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 
-from ee_tuning.generation.engine import TokenStep
-from ee_tuning.generation.sequence import Sequence, SequenceStatistics
+from ee_tuning.engine.engine import TokenStep
+from ee_tuning.engine.sequence import Sequence, SequenceStatistics
 from ee_tuning.generation.text import TextStream
 
 

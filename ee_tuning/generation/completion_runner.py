@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 
 from ee_tuning.checkpoint.non_finite import no_numbers
+from ee_tuning.engine.engine import Engine, TokenStep
 from ee_tuning.generation.completion import Completion, StreamedToken, Writer
-from ee_tuning.generation.engine import Engine, TokenStep
 from ee_tuning.generation.job import Job
 from ee_tuning.generation.text import TextStream
 

@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from ee_tuning.generation.params import SamplingParams
-from ee_tuning.generation.policy import Policy
+from ee_tuning.engine.params import SamplingParams
+from ee_tuning.engine.policy import Policy
 
 
 @dataclasses.dataclass(frozen=True)

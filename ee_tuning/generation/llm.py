@@ -18,15 +18,15 @@ from ee_tuning.checkpoint.load import load_for_generation
 from ee_tuning.config import Config, GenerationSection, load_config
 from ee_tuning.config.generation import without_overruled
 from ee_tuning.data.tokenizer import beginning_ids, begun, load_tokenizer, tokenizer_of
+from ee_tuning.engine.engine import Engine
+from ee_tuning.engine.params import SamplingParams
+from ee_tuning.engine.policy import Policy, policy_of
+from ee_tuning.engine.speculation_memory import speculation_memory
 from ee_tuning.errors import InputError
 from ee_tuning.generation.completion import Completion, StreamedToken
 from ee_tuning.generation.completion_runner import CompletionRunner
-from ee_tuning.generation.engine import Engine
 from ee_tuning.generation.job import Job
-from ee_tuning.generation.params import SamplingParams
-from ee_tuning.generation.policy import Policy, policy_of
 from ee_tuning.generation.scoring import Score, TokenPair, score, token_pairs
-from ee_tuning.generation.speculation_memory import speculation_memory
 from ee_tuning.generation.text import special_tokens
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.early_exit import EarlyExitModel

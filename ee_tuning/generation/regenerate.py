@@ -24,6 +24,8 @@ from ee_tuning.data.shipped_prompts import shipped_prompts
 from ee_tuning.data.sources import find_corpora
 from ee_tuning.data.tally import print_passed_over
 from ee_tuning.data.tokenizer import load_tokenizer, tokenizer_of
+from ee_tuning.engine.params import SamplingParams
+from ee_tuning.engine.policy import FULL
 from ee_tuning.errors import InputError
 from ee_tuning.generation.chat import stop_ids_of
 from ee_tuning.generation.completion import Completion
@@ -32,8 +34,6 @@ from ee_tuning.generation.dialogues import MARK, Dialogue, Dialogues
 from ee_tuning.generation.llm import EarlyExitLLM, Job, params_of
 from ee_tuning.generation.many import closed_at_the_end, model_settings
 from ee_tuning.generation.output_file import Form, Key, OutputFile, Settings, check_output, is_stream, owned_output
-from ee_tuning.generation.params import SamplingParams
-from ee_tuning.generation.policy import FULL
 from ee_tuning.json_file import to_json
 from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology, destroy_parallel, init_parallel

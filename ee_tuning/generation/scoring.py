@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ee_tuning.checkpoint.non_finite import no_numbers
 from ee_tuning.config.generation import Measure
+from ee_tuning.engine.policy import Policy
 from ee_tuning.errors import InputError
-from ee_tuning.generation.policy import Policy
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.model.exit_head import ExitInput
 from ee_tuning.parallel.shortlist import token_confidences, token_log_probabilities, token_top1

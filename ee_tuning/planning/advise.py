@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from ee_tuning.checkpoint.exit_names import exit_tensor_shapes
 from ee_tuning.checkpoint.model_size import parameters_by_part, tensor_parts
 from ee_tuning.checkpoint.names import backbone_tensor_shapes
-from ee_tuning.checkpoint.plain_exit import plain_exit
 from ee_tuning.config import Architecture
+from ee_tuning.export.plain_exit import plain_exit
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.draft_spec import can_draft, draft_spec
 from ee_tuning.model.exit_spec import ExitSpec

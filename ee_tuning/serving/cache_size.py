@@ -3,8 +3,8 @@
 import psutil
 import torch
 
+from ee_tuning.engine.block_pool import BLOCK_SIZE
 from ee_tuning.errors import InputError
-from ee_tuning.generation.block_pool import BLOCK_SIZE
 from ee_tuning.generation.llm import EarlyExitLLM
 from ee_tuning.parallel.collectives import gather_lists
 from ee_tuning.parallel.topology import Topology

@@ -6,13 +6,13 @@ from typing import Any
 
 from ee_tuning.data.chat_template import ChatTemplate
 from ee_tuning.data.messages import chat_messages
+from ee_tuning.engine.engine import Engine
+from ee_tuning.engine.params import SamplingParams
+from ee_tuning.engine.policy import FULL, Policy
+from ee_tuning.engine.requests import check_request
 from ee_tuning.errors import InputError
-from ee_tuning.generation.engine import Engine
 from ee_tuning.generation.job import Job
 from ee_tuning.generation.llm import EarlyExitLLM, params_of, with_options
-from ee_tuning.generation.params import SamplingParams
-from ee_tuning.generation.policy import FULL, Policy
-from ee_tuning.generation.requests import check_request
 from ee_tuning.serving.schemas import ChatCompletionBody, CompletionBody, SamplingBody
 
 COMPLETION_TOKENS = 16

@@ -9,9 +9,9 @@ from stages import POLICIES, Run, Way, run_at
 
 from ee_tuning.checkpoint.load import load_for_generation
 from ee_tuning.config import ParallelSection, load_config
-from ee_tuning.generation.engine import Engine
-from ee_tuning.generation.params import SamplingParams
-from ee_tuning.generation.policy import FULL, Policy
+from ee_tuning.engine.engine import Engine
+from ee_tuning.engine.params import SamplingParams
+from ee_tuning.engine.policy import FULL, Policy
 from ee_tuning.parallel.topology import init_parallel
 
 

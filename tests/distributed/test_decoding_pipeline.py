@@ -11,9 +11,9 @@ from random_models import random_llama
 from ee_tuning import EarlyExitLLM
 from ee_tuning.checkpoint.load import load_for_generation
 from ee_tuning.config import ParallelSection, load_config
-from ee_tuning.generation.engine import Engine
-from ee_tuning.generation.params import SamplingParams
-from ee_tuning.generation.policy import FULL, Policy
+from ee_tuning.engine.engine import Engine
+from ee_tuning.engine.params import SamplingParams
+from ee_tuning.engine.policy import FULL, Policy
 from ee_tuning.parallel.topology import init_parallel
 
 SHIPPED = Path(__file__).parents[2] / "examples" / "tiny-python-llama"

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from world import World
 
 from ee_tuning import cli
-from ee_tuning.checkpoint.export_draft import export_draft
-from ee_tuning.checkpoint.export_huggingface import export_huggingface
-from ee_tuning.checkpoint.megatron_writer import write_megatron
 from ee_tuning.config import ParallelSection, load_config
+from ee_tuning.export.export_draft import export_draft
+from ee_tuning.export.export_huggingface import export_huggingface
+from ee_tuning.export.megatron_writer import write_megatron
 from ee_tuning.parallel.topology import init_parallel
 
 TOKENS = [[5, 17, 80, 3, 9, 41, 7], [99, 1, 0, 64, 18, 51, 2]]

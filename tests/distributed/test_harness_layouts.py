@@ -10,11 +10,11 @@ from harness_tasks import write_tasks
 from random_models import random_llama
 
 from ee_tuning.config import ParallelSection, load_config
+from ee_tuning.engine.policy import FULL, Policy
 from ee_tuning.errors import InputError
 from ee_tuning.evaluation.driver import Driver, drive
 from ee_tuning.evaluation.lm_eval_run import HarnessTasks, run_harness
 from ee_tuning.generation.llm import EarlyExitLLM
-from ee_tuning.generation.policy import FULL, Policy
 from ee_tuning.parallel.topology import init_parallel
 
 POLICIES = {"full": FULL, "threshold": Policy(thresholds={2: 0.3, 4: 0.5})}

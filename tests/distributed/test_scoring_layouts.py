@@ -6,7 +6,7 @@ from random_models import random_llama
 
 from ee_tuning.checkpoint.load import load_for_generation
 from ee_tuning.config import ParallelSection, load_config
-from ee_tuning.generation.policy import policy_of
+from ee_tuning.engine.policy import policy_of
 from ee_tuning.generation.scoring import score, score_by
 from ee_tuning.parallel.topology import init_parallel
 

@@ -17,8 +17,8 @@ from random_models import random_llama
 
 from ee_tuning.checkpoint.load import LoadedModel, load_for_generation
 from ee_tuning.config import ParallelSection, load_config
-from ee_tuning.generation.engine import Engine
-from ee_tuning.generation.params import SamplingParams
+from ee_tuning.engine.engine import Engine
+from ee_tuning.engine.params import SamplingParams
 from ee_tuning.parallel.topology import init_parallel
 
 NEW_TOKENS = 24

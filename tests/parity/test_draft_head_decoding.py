@@ -11,10 +11,10 @@ from random_models import random_llama
 
 from ee_tuning.checkpoint.load import LoadedModel, load_for_generation
 from ee_tuning.config import ParallelSection, load_config
+from ee_tuning.engine.engine import Engine
+from ee_tuning.engine.params import SamplingParams
+from ee_tuning.engine.policy import Policy, policy_of
 from ee_tuning.errors import InputError
-from ee_tuning.generation.engine import Engine
-from ee_tuning.generation.params import SamplingParams
-from ee_tuning.generation.policy import Policy, policy_of
 from ee_tuning.model.eagle3 import Eagle3Head
 from ee_tuning.parallel.topology import init_parallel
 

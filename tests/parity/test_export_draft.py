@@ -12,12 +12,12 @@ from random_models import WITH_EXPERTS, random_llama, random_model
 from safetensors.torch import load_file, save_file
 
 from ee_tuning import cli
-from ee_tuning.checkpoint import export_draft
-from ee_tuning.checkpoint.draft_card import TRIED
 from ee_tuning.checkpoint.load import load_for_generation
 from ee_tuning.checkpoint.manifest import write_manifest
 from ee_tuning.config import ParallelSection, load_config
-from ee_tuning.evaluation.export_check import exit_logits
+from ee_tuning.export import export_draft
+from ee_tuning.export.check import exit_logits
+from ee_tuning.export.draft_card import TRIED
 from ee_tuning.parallel.topology import init_parallel
 
 SHIPPED = Path(__file__).parents[2] / "examples" / "tiny-python-llama"

@@ -415,7 +415,7 @@ def test_check_compares_every_exit_and_finds_a_difference(tmp_path, capsys, monk
         "exit after layer 9",
         "the model's own head",
     ]
-    from ee_tuning.checkpoint import export_huggingface
+    from ee_tuning.export import export_huggingface
 
     wrong = tmp_path / "modeling_early_exit.py"
     wrong.write_text(

@@ -14,9 +14,9 @@ from random_models import FAMILIES, WITH_EXPERTS, random_model
 
 from ee_tuning.checkpoint.inspect import model_facts
 from ee_tuning.checkpoint.load import load_for_generation
-from ee_tuning.checkpoint.megatron_writer import write_megatron
 from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.errors import InputError
+from ee_tuning.export.megatron_writer import write_megatron
 from ee_tuning.kernel import calls
 from ee_tuning.model.config import model_config_from_hf, read_model_config
 from ee_tuning.model.huggingface_config import huggingface_config

@@ -14,7 +14,7 @@ from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.decoding.attention_metadata import AttentionMetadata
 from ee_tuning.decoding.eager_attention import LayerCache, SlotMapping
 from ee_tuning.decoding.layer_stack import LayerStack
-from ee_tuning.generation.engine import Engine
+from ee_tuning.engine.engine import Engine
 from ee_tuning.kernel import build, calls
 from ee_tuning.model.exit_head import ExitInput
 from ee_tuning.parallel.topology import init_parallel

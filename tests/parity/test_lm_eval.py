@@ -13,11 +13,11 @@ from exits import write_exits
 from harness_tasks import write_tasks
 from random_models import random_llama
 
+from ee_tuning.engine.policy import FULL, Policy
 from ee_tuning.errors import InputError
 from ee_tuning.evaluation.driver import Driver
 from ee_tuning.evaluation.lm_eval_run import HarnessTasks, check_harness, results_json, results_table, run_harness
 from ee_tuning.generation.llm import EarlyExitLLM
-from ee_tuning.generation.policy import FULL, Policy
 from ee_tuning.json_file import parse_json
 
 pytest.importorskip("lm_eval", reason="pip install 'ee_tuning[eval]'")  # brings datasets

@@ -15,11 +15,11 @@ from random_models import random_llama
 
 from ee_tuning.checkpoint.load import LoadedModel, load_for_generation
 from ee_tuning.config import ParallelSection, load_config
-from ee_tuning.generation.engine import Engine, TokenStep
-from ee_tuning.generation.native_step import NativeStage
-from ee_tuning.generation.params import SamplingParams
-from ee_tuning.generation.sequence import Sequence
-from ee_tuning.generation.step_plan import RowOutput, RowPlan
+from ee_tuning.engine.engine import Engine, TokenStep
+from ee_tuning.engine.native_step import NativeStage
+from ee_tuning.engine.params import SamplingParams
+from ee_tuning.engine.sequence import Sequence
+from ee_tuning.engine.step_plan import RowOutput, RowPlan
 from ee_tuning.kernel import build
 from ee_tuning.parallel.topology import init_parallel
 

@@ -14,10 +14,10 @@ from recorded import ImitatedGraph, imitate_flash_attention, record_on_cpu
 
 from ee_tuning.checkpoint.load import LoadedModel, load_for_generation
 from ee_tuning.config import ParallelSection, load_config
-from ee_tuning.generation.cost_model import Costs
-from ee_tuning.generation.engine import Engine
-from ee_tuning.generation.params import SamplingParams
-from ee_tuning.generation.speculation import Speculation
+from ee_tuning.engine.cost_model import Costs
+from ee_tuning.engine.engine import Engine
+from ee_tuning.engine.params import SamplingParams
+from ee_tuning.engine.speculation import Speculation
 from ee_tuning.kernel import calls
 from ee_tuning.parallel.topology import init_parallel
 

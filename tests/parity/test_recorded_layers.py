@@ -21,8 +21,8 @@ from ee_tuning.decoding.captured_attention import CapturedAttention, GatheredAtt
 from ee_tuning.decoding.captured_batch import COUNTS, GraphCache, padded_count
 from ee_tuning.decoding.eager_attention import LayerCache, SlotMapping
 from ee_tuning.decoding.layer_stack import LayerStack
-from ee_tuning.generation.cost_model import measure_costs
-from ee_tuning.generation.engine import Engine
+from ee_tuning.engine.cost_model import measure_costs
+from ee_tuning.engine.engine import Engine
 from ee_tuning.kernel import calls
 from ee_tuning.model import flash
 from ee_tuning.model.exit_head import ExitInput

@@ -13,9 +13,9 @@ from random_models import random_model
 
 from ee_tuning.checkpoint.load import load_for_generation
 from ee_tuning.config import ParallelSection, load_config
+from ee_tuning.engine.policy import policy_of
 from ee_tuning.errors import InputError
 from ee_tuning.generation import scoring
-from ee_tuning.generation.policy import policy_of
 from ee_tuning.generation.scoring import Score, score, score_by, token_pairs
 from ee_tuning.parallel.topology import init_parallel
 

@@ -8,10 +8,10 @@ import pytest
 from decoding import run_all
 from mixtures import STEMS, Subject
 
-from ee_tuning.generation.block_pool import BlockPool, block_key
-from ee_tuning.generation.engine import Engine
-from ee_tuning.generation.params import SamplingParams
-from ee_tuning.generation.sequence import Sequence
+from ee_tuning.engine.block_pool import BlockPool, block_key
+from ee_tuning.engine.engine import Engine
+from ee_tuning.engine.params import SamplingParams
+from ee_tuning.engine.sequence import Sequence
 
 POLICIES: list[dict[str, Any]] = [
     {"policy": "full"},

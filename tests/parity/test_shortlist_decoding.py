@@ -14,9 +14,9 @@ from torch import Tensor
 from ee_tuning.checkpoint.load import LoadedModel, load_for_generation
 from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.decoding.decode_head import DecodeExitHead
-from ee_tuning.generation.engine import Engine
-from ee_tuning.generation.params import SamplingParams
-from ee_tuning.generation.policy import Policy
+from ee_tuning.engine.engine import Engine
+from ee_tuning.engine.params import SamplingParams
+from ee_tuning.engine.policy import Policy
 from ee_tuning.generation.scoring import score
 from ee_tuning.model.exit_head import ExitInput
 from ee_tuning.parallel.shortlist import UNSURE

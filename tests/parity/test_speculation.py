@@ -14,11 +14,11 @@ from random_models import random_llama
 
 from ee_tuning.checkpoint.load import LoadedModel, load_for_generation
 from ee_tuning.config import ParallelSection, load_config
-from ee_tuning.generation.cost_model import Costs, expected_costs, measure_costs
-from ee_tuning.generation.engine import Engine
-from ee_tuning.generation.params import SamplingParams
-from ee_tuning.generation.speculation import CREDIT_PER_ROUND, FIRST_CREDIT, Speculation
-from ee_tuning.generation.step_plan import Answer
+from ee_tuning.engine.cost_model import Costs, expected_costs, measure_costs
+from ee_tuning.engine.engine import Engine
+from ee_tuning.engine.params import SamplingParams
+from ee_tuning.engine.speculation import CREDIT_PER_ROUND, FIRST_CREDIT, Speculation
+from ee_tuning.engine.step_plan import Answer
 from ee_tuning.parallel.topology import init_parallel
 
 PROMPTS = [[5, 17, 80, 3, 9], [41], [7, 7, 7, 90, 12, 60, 33, 2, 51, 18, 64], [99, 1, 0]]

@@ -30,7 +30,9 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("decoding",),
     ("checkpoint",),
     ("data",),
+    ("engine",),
     ("tuning", "generation"),
+    ("export",),
     ("evaluation", "planning"),
     ("serving",),
     ("flags",),
@@ -45,7 +47,7 @@ level.
 MEGATRON = ("parallel/", "model/", "data/", "checkpoint/megatron", "tuning/state.py")
 """Where megatron.core may be imported: few places, for it changes."""
 
-TORCH_ALONE = ("checkpoint/names.py", "tuning/loss.py", "generation/sampling.py")
+TORCH_ALONE = ("checkpoint/names.py", "tuning/loss.py", "engine/sampling.py")
 """Mathematics that is read, tested and reused without the rest."""
 
 

@@ -19,11 +19,11 @@ from tuning_jobs import configure, make_samples
 
 from ee_tuning import config as job
 from ee_tuning.checkpoint.exit_heads import ExitHeadsReader
-from ee_tuning.checkpoint.export_artifact import ExitChoice, export_artifact
 from ee_tuning.checkpoint.load import load_for_generation
 from ee_tuning.config import Config, ParallelSection, load_config
 from ee_tuning.data.loader import validation_batches
 from ee_tuning.errors import InputError
+from ee_tuning.export.export_artifact import ExitChoice, export_artifact
 from ee_tuning.model.config import read_model_config
 from ee_tuning.model.fit import RIDGE, FitSums, solved_of_rank
 from ee_tuning.parallel.topology import init_parallel

@@ -20,12 +20,12 @@ from ee_tuning.checkpoint.fingerprint import fingerprint
 from ee_tuning.checkpoint.formats import OpenModel, model_folder, open_model
 from ee_tuning.checkpoint.load import load_for_generation
 from ee_tuning.checkpoint.mapped_file import map_file
-from ee_tuning.checkpoint.megatron_writer import write_megatron
 from ee_tuning.checkpoint.names import backbone_tensor_shapes
 from ee_tuning.checkpoint.torch_file import Archive
 from ee_tuning.checkpoint.verify import verify_folder
 from ee_tuning.config import ModelSection, ParallelSection, load_config
 from ee_tuning.errors import InputError
+from ee_tuning.export.megatron_writer import write_megatron
 from ee_tuning.generation.llm import EarlyExitLLM
 from ee_tuning.model.config import model_config_from_hf, read_model_config
 from ee_tuning.model.huggingface_config import huggingface_config

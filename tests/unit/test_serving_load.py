@@ -12,7 +12,7 @@ from served import MODEL, Served, config_of, served
 
 from ee_tuning import SamplingParams
 from ee_tuning.config.generation import GenerationSection
-from ee_tuning.generation.policy import Policy
+from ee_tuning.engine.policy import Policy
 
 pytest.importorskip("fastapi", reason="pip install 'ee_tuning[serve]'")
 pytestmark = pytest.mark.slow

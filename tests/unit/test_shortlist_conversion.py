@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ee_tuning.checkpoint.exit_heads import ExitHeadsReader, read_exit_config
-from ee_tuning.checkpoint.export_artifact import ExitChoice, export_artifact
 from ee_tuning.config import Config, load_config
 from ee_tuning.data.frequent_tokens import TokenCounts, chosen_size
 from ee_tuning.errors import InputError
+from ee_tuning.export.export_artifact import ExitChoice, export_artifact
 from ee_tuning.model.config import read_model_config
 from ee_tuning.model.fit import RIDGE
 from ee_tuning.parallel.topology import init_parallel

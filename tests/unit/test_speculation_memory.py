@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from ee_tuning.generation.cost_model import Costs
-from ee_tuning.generation.segments import Segment, cut_segments
-from ee_tuning.generation.speculation import EDGES, Speculation
-from ee_tuning.generation.speculation_memory import DAYS_COSTS_LAST, SpeculationMemory
+from ee_tuning.engine.cost_model import Costs
+from ee_tuning.engine.segments import Segment, cut_segments
+from ee_tuning.engine.speculation import EDGES, Speculation
+from ee_tuning.engine.speculation_memory import DAYS_COSTS_LAST, SpeculationMemory
 
 SEGMENTS = cut_segments([(1, 12)], (2, 6))
 COSTS = Costs(((1.0, 1.5, 3.0),) * 3, {2: (0.1, 0.2, 0.3), 6: (0.1, 0.2, 0.3)}, (0.2, 0.3, 0.4), overhead=0.05)

@@ -13,15 +13,15 @@ from random_models import random_llama, random_model
 from safetensors.torch import load_file, save_file
 
 from ee_tuning import notices
-from ee_tuning.checkpoint.export_huggingface import export_huggingface
 from ee_tuning.checkpoint.fingerprint import fingerprint
 from ee_tuning.checkpoint.formats import OpenModel, open_model
 from ee_tuning.checkpoint.inspect import model_facts
 from ee_tuning.checkpoint.megatron import MegatronReader
-from ee_tuning.checkpoint.megatron_writer import write_megatron
 from ee_tuning.checkpoint.verify import verify_folder
 from ee_tuning.config import ModelSection, load_config
 from ee_tuning.errors import InputError
+from ee_tuning.export.export_huggingface import export_huggingface
+from ee_tuning.export.megatron_writer import write_megatron
 from ee_tuning.model.config import read_model_config
 
 

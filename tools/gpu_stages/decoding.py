@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ee_tuning.generation.policy import FULL, Policy
+from ee_tuning.engine.policy import FULL, Policy
 from ee_tuning.model.early_exit import EarlyExitModel
 from gpu_stages.bench import ROOT, Bench
 from gpu_stages.checks import Check, Finding, at_least

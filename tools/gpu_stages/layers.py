@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ee_tuning.generation.policy import FULL
+from ee_tuning.engine.policy import FULL
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.planning.attention_flops import attention_flops
 from ee_tuning.planning.gpus import GPUS, Gpu

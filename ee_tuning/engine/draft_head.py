@@ -1,0 +1,134 @@
+"""The drafting head of EAGLE-3 (arXiv 2503.01840) in decoding: drafts of several sequences, one token after the other.
+
+The head reads the states of some layers for tokens that the model has checked, each with the embedding of the token
+that follows it, and then its own output. Its keys and values lie in a cache of its own; those of drafts are overwritten
+by those of checked tokens.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ee_tuning.engine.boundary_ring import PassStates
+from ee_tuning.engine.sequence import Sequence
+from ee_tuning.engine.stage_model import StageModel
+from ee_tuning.model.eagle3 import Eagle3Head
+from ee_tuning.parallel.draft_vocab import DraftVocab
+from ee_tuning.parallel.vocab import top1
+
+# t tokens of several sequences, one sequence after the other · a layers that are read · h hidden
+# n query heads, g key-value heads of this rank · d width of a head
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftInput:
+    """Checked tokens of a sequence that the head has not read yet."""
+
+    sequence: Sequence
+    start: int
+    """The position of the first one. The tokens behind each of them are known."""
+    states: Tensor
+    """[tokens, a * h]"""
+    num_drafts: int
+    """Drafts that are wanted behind them."""
+
+
+class DraftHead:
+    """The head on this rank. Shares its weights."""
+
+    def __init__(self, stage: StageModel, head: Eagle3Head, num_slots: int, max_length: int):
+        self._stage, self._head, self._max_length = stage, head, max_length
+        self._vocab = stage.model.exit_vocab
+        groups, width = head.midlayer.num_groups, head.midlayer.config.kv_channels
+        shape = (num_slots, max_length, groups, width)
+        dtype, device = stage.model.plan.dtype, stage.topology.device
+        self._keys, self._values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+
+    def states_of(self, sequence: Sequence, passes: dict[int, PassStates]) -> tuple[int, Tensor]:
+        """(position of the first token, [tokens, a * h]): the states that a step left of a sequence, by layer."""
+        parts, start = list[Tensor](), 0
+        assert self._head.spec.draft is not None
+        for layer in self._head.spec.draft.aux_layers:
+            states = passes[layer]
+            place = next(i for i, row in enumerate(states.rows) if row is sequence)
+            first, start = sum(states.lengths[:place]), states.starts[place]
+            parts.append(states.hidden[first : first + states.lengths[place]])
+        return start, torch.cat(parts, dim=-1)
+
+    def draft(self, inputs: list[DraftInput]) -> list[list[int]]:
+        """Reads the tokens of each input and returns its drafts, the likeliest token each time. All tensor-parallel
+        ranks return the same.
+        """
+        drafts: list[list[int]] = [[] for _ in inputs]
+        rows, lengths = [each.sequence for each in inputs], [each.states.shape[0] for each in inputs]
+        starts = [each.start for each in inputs]
+        state = self._head.fused(torch.cat([each.states for each in inputs]))
+        tokens = [
+            t
+            for each, n in zip(inputs, lengths, strict=True)
+            for t in each.sequence.tokens[each.start + 1 : each.start + 1 + n]
+        ]
+        for step in range(1 + max(each.num_drafts for each in inputs)):
+            state = self._through_layer(state, tokens, rows, starts, lengths)
+            wanted = [i for i, each in enumerate(inputs) if each.sequence in rows and each.num_drafts > step]
+            if not wanted:
+                break
+            ends = torch.tensor(lengths).cumsum(0) - 1
+            kept = [i for i, row in enumerate(rows) if any(inputs[w].sequence is row for w in wanted)]
+            state = state[ends[kept].to(state.device)]
+            normed = self._head.norm(state)
+            tokens = self._likeliest(normed)
+            for each, token in zip(wanted, tokens, strict=True):
+                drafts[each].append(token)
+            assert self._head.spec.draft is not None
+            state = normed if self._head.spec.draft.norm_output else state
+            starts = [starts[i] + lengths[i] for i in kept]
+            rows, lengths = [rows[i] for i in kept], [1] * len(kept)
+        return drafts
+
+    def _through_layer(
+        self, state: Tensor, tokens: list[int], rows: list[Sequence], starts: list[int], lengths: list[int]
+    ) -> Tensor:  # [t, h]
+        """One pass through the head's layer: token i has `state` i and is followed by `tokens` i."""
+        ids = torch.tensor([tokens], device=state.device)
+        embedding = self._stage.model.backbone.embed(ids)  # [t, 1, h]
+        positions = torch.tensor(
+            [p for start, length in zip(starts, lengths, strict=True) for p in range(start, start + length)],
+            device=state.device,
+        )[:, None]
+        layer = self._head.midlayer
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # [t, 1, n, d], [t, 1, g, d] -> [t, 1, n * d]
+            query, key = layer.rotated(query, positions), layer.rotated(key, positions)
+            parts, first = [], 0
+            for row, start, length in zip(rows, starts, lengths, strict=True):
+                own, stop = slice(first, first + length), start + length
+                keys, values = self._keys[row.slot], self._values[row.slot]
+                keys[start:stop], values[start:stop] = key[own, 0], value[own, 0]
+                parts.append(_attend(query[own, 0], keys[:stop], values[:stop], start, layer.scale))
+                first += length
+            return torch.cat(parts)[:, None]
+
+        output: Tensor = layer(state[:, None], embedding, attend)
+        return output[:, 0]
+
+    def _likeliest(self, normed: Tensor) -> list[int]:  # [rows, h]
+        ids = top1(F.linear(normed, self._head.output_weight), self._vocab).token_ids
+        if isinstance(self._vocab, DraftVocab):
+            ids = self._vocab.token_ids[ids]
+        tokens: list[int] = ids.tolist()
+        return tokens
+
+
+def _attend(query: Tensor, keys: Tensor, values: Tensor, start: int, scale: float) -> Tensor:
+    """[m, n, d], [m + start, g, d] -> [m, n * d]: token i sees the first start + i + 1 keys."""
+    m, n, d = query.shape
+    mask = None
+    if m > 1:
+        place = torch.arange(keys.shape[0], device=query.device)
+        mask = place <= start + torch.arange(m, device=query.device)[:, None]
+    q, k, v = (x.transpose(0, 1)[None] for x in (query, keys, values))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=keys.shape[1] != n)
+    return out[0].transpose(0, 1).reshape(m, n * d)

@@ -1,0 +1,86 @@
+"""Speculative decoding with a drafting head: it drafts behind each check, and one pass of the model checks all
+drafts.
+"""
+
+from ee_tuning.engine.boundary_ring import PassStates
+from ee_tuning.engine.cost_model import Costs, head_cost
+from ee_tuning.engine.draft_head import DraftHead, DraftInput
+from ee_tuning.engine.draft_proposer import keep_agreed
+from ee_tuning.engine.sequence import Sequence
+from ee_tuning.engine.step_plan import Answer, RowOutput, RowPlan
+
+MOST_DRAFTS = 8
+"""Drafts of a round at most."""
+MEMORY, PRIOR = 0.98, 0.7
+"""The weight of a count after the next one; the belief in the first draft that nothing is known of."""
+TRY_EVERY = 16
+"""Rounds without drafts before one is drafted again, to see whether the text has become easier."""
+
+
+class DraftHeadProposer:
+    """Plans the drafts of an engine's sequences, each of which may have `max_pending`."""
+
+    def __init__(self, head: DraftHead, costs: Costs, num_layers: int, max_pending: int):
+        self._head, self._costs, self._num_layers, self._max_pending = head, costs, num_layers, max_pending
+        self._seen, self._right = [1.0] * MOST_DRAFTS, [PRIOR] * MOST_DRAFTS
+        self._num_rounds = 0
+
+    def plan(self, sequence: Sequence, num_rows: int) -> RowPlan:
+        """The row of a sequence whose newest token and its drafts are scheduled."""
+        num_new = sequence.num_scheduled - sequence.num_computed[0]
+        sequence.drafts.num_rows = num_rows
+        return RowPlan(
+            sequence, sequence.exit_thresholds, num_asked=sequence.num_drafts + 1, num_new=num_new, rides=False
+        )
+
+    def update(self, row: RowPlan, output: RowOutput) -> list[tuple[Answer, int]]:
+        """Checks the drafts of a sequence: final tokens, each with the layer that it left at."""
+        num_kept = keep_agreed(row.sequence, output.answers)
+        for place in range(min(num_kept + 1, len(output.answers) - 1)):
+            self._seen[place] = MEMORY * self._seen[place] + 1
+            self._right[place] = MEMORY * self._right[place] + (place < num_kept)
+        return [(answer, self._num_layers) for answer in output.answers[: num_kept + 1]]
+
+    def propose(self, sequences: list[Sequence], passes: dict[int, PassStates]) -> None:
+        """Reads what a step computed of `sequences`, and adds drafts to those that decode. Their newest tokens are
+        final.
+        """
+        inputs = []
+        for sequence in sequences:
+            start, states = self._head.states_of(sequence, passes)
+            # States of rejected drafts are of no use, and the newest token's are not computed yet.
+            known = states[: len(sequence.tokens) - 1 - start]
+            is_decoding = start + len(known) == len(sequence.tokens) - 1 and sequence.num_output > 0
+            inputs.append(
+                DraftInput(
+                    sequence=sequence,
+                    start=start,
+                    states=known,
+                    num_drafts=self._length(sequence) if is_decoding else 0,
+                )
+            )
+        if not inputs:
+            return
+        for each, drafts in zip(inputs, self._head.draft(inputs), strict=True):
+            for token in drafts:
+                if each.sequence.tokens[-1] in each.sequence.stop_ids and each.sequence.num_drafts:
+                    break  # nothing is drafted behind an end
+                each.sequence.tokens.append(token)
+                each.sequence.drafts.layers.append(self._num_layers)
+                each.sequence.statistics.num_drafted += 1
+
+    def _length(self, sequence: Sequence) -> int:
+        """The number of drafts that brings most tokens per second, by what was right so far."""
+        assert sequence.slot_mapping is not None
+        room = len(sequence.slot_mapping.index) - len(sequence.tokens)
+        most = min(MOST_DRAFTS, self._max_pending, sequence.limit - len(sequence.tokens) - 1, room)
+        num_rows, costs = sequence.drafts.num_rows, self._costs
+        best, best_rate, expected, share = 0, 1 / costs.of_all(num_rows), 1.0, 1.0
+        for count in range(1, most + 1):
+            share *= self._right[count - 1] / self._seen[count - 1]
+            expected += share
+            rate = expected / (costs.of_all(num_rows * (count + 1)) + (count + 1) * head_cost(costs, num_rows))
+            if rate > best_rate:
+                best, best_rate = count, rate
+        self._num_rounds += 1
+        return best or max(0, min(most, int(self._num_rounds % TRY_EVERY == 0)))

@@ -1,0 +1,96 @@
+"""Speculative decoding with a model's own exits: the plan of each round, its drafts, and what the check leaves of
+them.
+"""
+
+from ee_tuning.engine.cost_model import expected_costs, measure_costs
+from ee_tuning.engine.sequence import Sequence
+from ee_tuning.engine.speculation import Speculation
+from ee_tuning.engine.speculation_memory import SpeculationMemory
+from ee_tuning.engine.stage_model import StageModel
+from ee_tuning.engine.step_plan import Answer, RowOutput, RowPlan
+
+
+class DraftProposer:
+    """Plans the drafts of an engine's sequences, each of which may have `max_pending`."""
+
+    def __init__(self, stage: StageModel, max_pending: int):
+        self.stage, self.max_pending = stage, max_pending
+        self.speculation: Speculation | None = None
+        """Made by the first request that speculates."""
+        self.memory: SpeculationMemory | None = None
+        """The file of what earlier processes learnt."""
+
+    def plan(self, sequence: Sequence, num_rows: int) -> RowPlan:
+        """The row of a sequence whose newest token is scheduled, while `num_rows` sequences decode side by side."""
+        known = self._known()
+        room = min(self.max_pending, sequence.limit - sequence.num_final - 1)
+        if not sequence.num_drafts:
+            known.begin_round(sequence, num_rows, room)
+        row = RowPlan(sequence, known.thresholds(sequence), num_asked=sequence.num_drafts + 1, rides=False)
+        left = min(sequence.drafts.most, room) - sequence.num_drafts
+        is_survey = not sequence.num_drafts and sequence.drafts.thresholds
+        is_behind_end = sequence.num_drafts and sequence.tokens[-1] in sequence.stop_ids
+        if (left <= 0 and not is_survey) or is_behind_end:
+            row.thresholds = sequence.exit_thresholds
+        elif num_rows == 1 and row.is_plain_greedy and self.stage.drafts_at_once:
+            row.most_drafts = left
+        return row
+
+    def update(self, row: RowPlan, output: RowOutput) -> list[tuple[Answer, int]]:
+        """Adds drafts to a sequence, or checks them: final tokens, each with the layer that it left at."""
+        sequence, segments = row.sequence, self.stage.segments
+        for segment, likeliest, confidence in output.asked:
+            layer = segments[segment].exit_layer
+            assert layer is not None
+            # The answer has the token that was drawn, where tokens are drawn.
+            token = output.answers[0].token_id if segment == output.segment else likeliest
+            sequence.drafts.answers.append((sequence.num_drafts, layer, confidence, token))
+            if confidence >= row.thresholds[segment]:
+                self._add_draft(sequence, token, layer)
+        return self._check(sequence, output.answers) if output.segment == row.last_segment else []
+
+    def keep(self) -> None:
+        """Writes what was learnt for later processes."""
+        if self.memory is not None and self.speculation is not None:
+            self.memory.keep(self.speculation, lambda: measure_costs(self.stage))
+
+    def _add_draft(self, sequence: Sequence, token: int, layer: int) -> None:
+        sequence.tokens.append(token)
+        sequence.drafts.layers.append(layer)
+        sequence.statistics.num_drafted += 1
+
+    def _check(self, sequence: Sequence, answers: list[Answer]) -> list[tuple[Answer, int]]:
+        layers = list(sequence.drafts.layers)
+        self._known().end_round(sequence, answers, num_agreed(sequence, answers))
+        num_kept = keep_agreed(sequence, answers)
+        layers = [*layers[:num_kept], self.stage.config.num_layers]
+        return list(zip(answers[: num_kept + 1], layers, strict=True))
+
+    def _known(self) -> Speculation:
+        if self.speculation is None:
+            if self.memory is not None:
+                self.speculation = self.memory.recall(self.stage.segments, lambda: expected_costs(self.stage))
+            else:
+                self.speculation = Speculation(expected_costs(self.stage), self.stage.segments)
+        return self.speculation
+
+
+def num_agreed(sequence: Sequence, answers: list[Answer]) -> int:
+    """The number of drafts that the full model says, too."""
+    drafts = sequence.tokens[sequence.num_final :]
+    return next((i for i, draft in enumerate(drafts) if answers[i].token_id != draft), len(drafts))
+
+
+def keep_agreed(sequence: Sequence, answers: list[Answer]) -> int:
+    """Keeps the keys and values of drafts that the full model says, too; drops all drafts, which come back as answers.
+
+    The full model's token is chosen as it would be without drafts, drawn with the same key: so the tokens are exactly
+    those of full depth. An exit's draw with that key is mostly the same (see `draw`). Returns the number of drafts
+    kept.
+    """
+    num_kept = num_agreed(sequence, answers)
+    sequence.statistics.num_accepted += num_kept
+    del sequence.tokens[sequence.num_final :]
+    sequence.truncate(len(sequence.tokens) + num_kept)
+    sequence.drafts.begin({})
+    return num_kept

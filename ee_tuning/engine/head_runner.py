@@ -1,0 +1,171 @@
+"""Asks the heads of a stage about the rows of a pass, and runs the layers that heads have of their own.
+
+The layer of a `layer` head needs the keys and values of all earlier tokens. They are computed when the head is asked,
+as one causal block, and only for requests that may ask it: a head that no request asks costs nothing.
+"""
+
+import itertools
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ee_tuning.decoding.decode_head import DecodeExitHead, DecodeHead
+from ee_tuning.engine.boundary_ring import PassStates
+from ee_tuning.engine.sampler import SampleRequest
+from ee_tuning.engine.sequence import Sequence
+from ee_tuning.engine.stage_model import StageModel
+from ee_tuning.engine.step_plan import Answer, ExitAnswer, RowOutput, RowPlan
+from ee_tuning.model.exit_head import ExitInput
+from ee_tuning.parallel.shortlist import token_confidences, token_logits
+
+# h hidden · q states that a head is asked about
+
+
+class ToSample(NamedTuple):
+    """An answer that needs the sampler."""
+
+    output: RowOutput
+    request: SampleRequest
+
+
+class HeadRunner:
+    """The heads of one stage."""
+
+    def __init__(self, stage: StageModel):
+        self.stage = stage
+
+    def ask(
+        self,
+        number: int,
+        asked: list[RowPlan],
+        states: PassStates,
+        exit_input: ExitInput,
+        outputs: dict[RowPlan, RowOutput],
+    ) -> list[ToSample]:
+        """Asks the head behind segment `number` about the newest tokens of rows, and lets rows leave where it is sure.
+
+        Returns the answers that are still to be sampled, in the order of the rows.
+        """
+        with self._timed():
+            head = self.stage.heads[number]
+            counts = [row.num_asked if number == row.last_segment else 1 for row in asked]
+            logits, top = head.ask(self._input(number, asked, counts, states, exit_input))
+            found = _confidences(head, asked, counts, logits, top).tolist()
+            places, requests, first = list[int](), list[ToSample](), 0
+            for row, count in zip(asked, counts, strict=True):
+                own, output = found[first : first + count], outputs[row]
+                is_last = number == row.last_segment
+                if row.sequence.speculates and not is_last:
+                    output.asked.append(ExitAnswer(number, int(own[0][0]), own[0][1]))
+                if is_last or own[0][1] >= row.thresholds[number]:
+                    output.segment = number
+                    if row.is_plain_greedy:
+                        output.answers = [Answer(confidence, int(token)) for token, confidence in own]
+                    else:
+                        places += range(first, first + count)
+                        requests += _requests(row, output, [confidence for _, confidence in own])
+                first += count
+            if not places:
+                return []
+            scores = token_logits(logits[places], head.vocab).cpu()  # a collective: the same rows on every rank
+            return [
+                ToSample(each.output, each.request._replace(logits=row))
+                for each, row in zip(requests, scores, strict=True)
+            ]
+
+    def sample(self, answers: list[ToSample]) -> None:
+        """Chooses the tokens of all rows of a step that take more than the likeliest one."""
+        chosen = self.stage.sampler.sample([each.request for each in answers])
+        for each, answer in zip(answers, chosen, strict=True):
+            each.output.answers.append(answer)
+
+    def keep(self, number: int, states: PassStates, asked: list[RowPlan]) -> None:
+        """Keeps states of tokens that the head behind segment `number` was not asked about, for the layer of its
+        own.
+        """
+        if number in self.stage.own_layers:
+            answered = [row.sequence for row in asked]
+            kept = [s for s in states.rows if s.keeps_own(number) and s not in answered]
+            self._bound(number, kept, states)
+            self.stage.ring.write(number + 1, states, kept)
+
+    def bound_all(self, numbers: range, rows: list[Sequence]) -> None:
+        """Runs the own layers of heads over tokens that they lack, where too many are pending in the boundary ring."""
+        for number in self.stage.own_layers.intersection(numbers):
+            self._bound(number, [s for s in rows if s.keeps_own(number)], None)
+
+    def follow(self, number: int, rows: list[Sequence], asked: list[Sequence]) -> None:
+        """Counts the tokens that a head's own layer computed on another stage, as `ask` and `keep` did there."""
+        for sequence in [s for s in rows if s.keeps_own(number)]:
+            if sequence in asked:
+                sequence.num_own_computed[number] = sequence.num_computed[number]
+            elif self._is_late(sequence, number):
+                sequence.num_own_computed[number] = sequence.num_computed[number] - 1
+
+    def _bound(self, number: int, rows: list[Sequence], states: PassStates | None) -> None:
+        # The newest token may be asked about yet.
+        if late := [s for s in rows if self._is_late(s, number)]:
+            self._run_own(number, late, num_left=1, states=states)
+
+    def _is_late(self, sequence: Sequence, number: int) -> bool:
+        # A prompt's tokens are computed at once, so that other requests can share them.
+        most = 1 if sequence.num_scheduled <= sequence.num_to_prefill else self.stage.max_pending
+        return sequence.num_computed[number] - sequence.num_own_computed[number] > most
+
+    def _input(
+        self, number: int, asked: list[RowPlan], counts: list[int], states: PassStates, exit_input: ExitInput
+    ) -> ExitInput:  # [q, h]
+        """The input of the head behind segment `number` for the newest `counts` tokens of each row."""
+        if number in self.stage.own_layers:
+            return self._run_own(number, [row.sequence for row in asked], num_left=0, states=states)
+        head, hidden = self.stage.heads[number], states.hidden
+        inputs = head.take(hidden, exit_input) if isinstance(head, DecodeExitHead) else ExitInput(hidden)
+        stops = dict(zip((s.number for s in states.rows), itertools.accumulate(states.lengths), strict=True))
+        ends = [stops[row.sequence.number] for row in asked]
+        places = [place for end, count in zip(ends, counts, strict=True) for place in range(end - count, end)]
+        return inputs if places == list(range(hidden.shape[0])) else inputs.rows(places)
+
+    def _run_own(
+        self, number: int, rows: list[Sequence], *, num_left: int, states: PassStates | None
+    ) -> ExitInput:  # [rows, h]
+        """Runs a head's own layer over all tokens that it lacks but the newest `num_left`; the output of the last
+        one.
+        """
+        starts = [s.num_own_computed[number] for s in rows]
+        stops = [s.num_computed[number] - num_left for s in rows]
+        lengths = [stop - start for start, stop in zip(starts, stops, strict=True)]
+        hidden = self.stage.ring.read(number + 1, rows, starts, stops, states)
+        for sequence, stop in zip(rows, stops, strict=True):
+            sequence.num_own_computed[number] = stop
+        batch = self.stage.describe(rows, starts, lengths)
+        made = ExitInput(hidden, layer_output=self.stage.own_layer_of(number)(hidden, batch)[0])
+        return made if max(lengths) == 1 else made.rows([end - 1 for end in itertools.accumulate(lengths)])
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.stage.seconds_in_heads += time.perf_counter() - began
+
+
+def _confidences(
+    head: DecodeHead, asked: list[RowPlan], counts: list[int], logits: Tensor, top: Tensor
+) -> Tensor:  # [q, 2] float64
+    """The likeliest token of each state, and the confidence by the measure of its request."""
+    first = 0
+    for row, count in zip(asked, counts, strict=True):
+        if (measure := row.sequence.policy.measure) != "max_probability":
+            top[first : first + count, 1] = token_confidences(logits[first : first + count], head.vocab, measure)
+        first += count
+    return top
+
+
+def _requests(row: RowPlan, output: RowOutput, confidences: list[float]) -> list[ToSample]:
+    """The requests of a row's states, whose logits are not known yet. The last one follows all its tokens."""
+    first = len(row.sequence.tokens) + 1 - len(confidences)
+    return [
+        ToSample(output, SampleRequest(row.sequence, first + i, confidence)) for i, confidence in enumerate(confidences)
+    ]

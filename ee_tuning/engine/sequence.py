@@ -1,0 +1,217 @@
+"""One completion in the making: its tokens, where its keys and values lie, and how many of them each segment of the
+network has computed.
+"""
+
+import itertools
+from array import array
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ee_tuning.decoding.eager_attention import SlotMapping
+from ee_tuning.engine.params import SamplingParams
+from ee_tuning.engine.policy import Policy
+from ee_tuning.engine.sampling import request_key
+
+CachedPart = tuple[str, int]
+"""A part of the network that has a KV cache: ("segment", its number), or ("head", its segment) for a head with a layer
+of its own.
+"""
+NOT_KEPT = -1
+"""The number of computed tokens of a head's own layer that this request never asks."""
+
+_numbers = itertools.count()
+
+
+@dataclass(kw_only=True)
+class SequenceStatistics:
+    """What a completion took."""
+
+    exit_layers: list[int] = field(default_factory=list)
+    """Per token the layer it left at; the number of layers where it did not leave early."""
+    num_catch_up: int = 0
+    """Tokens that left early and were computed deeper later, counted once for each segment."""
+    num_drafted: int = 0
+    """Tokens that exits drafted."""
+    num_accepted: int = 0
+    """Drafts that the full model agreed with."""
+    num_reused: int = 0
+    """Tokens of the prompt that the prefix cache had."""
+    num_read_again: int = 0
+    """Tokens that were computed a second time after preemption."""
+    seconds_waiting: float = 0.0
+    """Seconds in the queue."""
+    seconds_to_first_token: float = 0.0
+    """Seconds from the request to the first token."""
+    seconds: float = 0.0
+    """Seconds from the request to the end."""
+
+
+@dataclass
+class DraftRound:
+    """Tokens drafted one after the other, until one pass of the full model checks them together."""
+
+    thresholds: Mapping[int, float] = field(default_factory=dict)
+    """Exits that are asked -> the confidence from which on they draft; empty where the round is plain decoding."""
+    most: int = 0
+    """Drafts at most."""
+    num_rows: int = 1
+    """Sequences that decoded side by side when it was planned."""
+    layers: list[int] = field(default_factory=list)
+    """The exit of each draft."""
+    answers: list[tuple[int, int, float, int]] = field(default_factory=list)
+    """(drafts before it, exit, confidence, token) of each answer of an exit, drafted or not."""
+
+    def begin(self, thresholds: Mapping[int, float], most: int = 0, num_rows: int = 1) -> None:
+        """Begins a new round."""
+        self.thresholds, self.most, self.num_rows = thresholds, most, num_rows
+        self.layers.clear()
+        self.answers.clear()
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A prompt and its completion. The tokens at its end may be drafts."""
+
+    tokens: list[int]
+    params: SamplingParams
+    policy: Policy
+    limit: int
+    """The number of tokens that it may grow to, prompt included."""
+    stop_ids: frozenset[int]
+    """Tokens that end it."""
+    last_segment: int
+    """The deepest segment that its tokens go through."""
+    exit_thresholds: "array[float]"
+    """[segments] float64: the confidence from which on a token leaves behind a segment; infinite where it is not asked.
+    """
+    num_computed: "array[int]"
+    """[segments] int64: tokens that have their keys and values in each segment."""
+    num_own_computed: "array[int]"
+    """[segments] int64: the same for the layer that the head behind a segment has of its own; NOT_KEPT where this
+    request never asks it.
+    """
+    completion: int = 0
+    """The number of this completion among those of its prompt."""
+    added_at: float = 0.0
+    number: int = field(default_factory=lambda: next(_numbers))
+    """A number that no other sequence has."""
+    drafts: DraftRound = field(default_factory=DraftRound)
+    num_scheduled: int = 0
+    """Tokens that have entered the network."""
+    slot: int = 0
+    """Its slot in the boundary ring."""
+    blocks: list[int] = field(default_factory=list)
+    slot_mapping: SlotMapping | None = None
+    block_keys: list[bytes] = field(default_factory=list, repr=False)
+    """Prefix-cache keys of its first full blocks, computed as they are needed."""
+    num_cached_blocks: int = 0
+    """Full blocks that are in the prefix cache."""
+    uses_prefix_cache: bool = True
+    was_preempted: bool = False
+    """Whether it ran, and lost its memory to older sequences."""
+    finish_reason: str = ""
+    """Empty while it runs; then "stop" (a stop token), "length" (its limit) or "abort"."""
+    statistics: SequenceStatistics = field(default_factory=SequenceStatistics)
+    num_prompt_tokens: int = field(init=False)
+    key: int = field(init=False)
+    """The seed of its draws."""
+
+    def __post_init__(self) -> None:
+        self.num_prompt_tokens = len(self.tokens)
+        self.key = request_key(self.params.seed, self.tokens, self.completion)
+
+    @property
+    def num_to_prefill(self) -> int:
+        """Tokens that are computed in chunks: the prompt; after preemption all tokens but the newest."""
+        return max(self.num_prompt_tokens, self.num_final - 1)
+
+    @property
+    def is_prefilling(self) -> bool:
+        """Whether tokens of the prompt have not entered the network yet."""
+        return self.num_scheduled < self.num_to_prefill
+
+    @property
+    def is_all_scheduled(self) -> bool:
+        """Whether its newest token has entered the network."""
+        return self.num_scheduled == len(self.tokens)
+
+    @property
+    def own_layers(self) -> list[int]:
+        """Segments whose heads have a layer of their own that this request may ask."""
+        return [segment for segment in range(len(self.num_own_computed)) if self.keeps_own(segment)]
+
+    @property
+    def cached_parts(self) -> frozenset[CachedPart]:
+        """Parts of the network that it needs keys and values in."""
+        segments = frozenset(("segment", segment) for segment in range(self.last_segment + 1))
+        return segments | {("head", segment) for segment in self.own_layers}
+
+    @property
+    def num_filled(self) -> int:
+        """Tokens that have keys and values in all of these parts, drafts left out."""
+        own = [self.num_own_computed[segment] for segment in self.own_layers]
+        return min(*self.num_computed[: self.last_segment + 1], *own, self.num_final)
+
+    @property
+    def num_drafts(self) -> int:
+        """Tokens at the end that the full model has not checked."""
+        return len(self.drafts.layers)
+
+    @property
+    def speculates(self) -> bool:
+        """Whether exits or a drafting head draft for it."""
+        return bool(self.policy.drafts_at) or self.policy.has_draft_head
+
+    @property
+    def num_final(self) -> int:
+        """Tokens that are no drafts, prompt included."""
+        return len(self.tokens) - self.num_drafts
+
+    @property
+    def num_output(self) -> int:
+        """Tokens of the completion so far, drafts left out."""
+        return self.num_final - self.num_prompt_tokens
+
+    @property
+    def output(self) -> list[int]:
+        """The completion so far, drafts left out."""
+        return self.tokens[self.num_prompt_tokens : self.num_final]
+
+    def takes_likeliest(self, length: int) -> bool:
+        """Whether the token after the first `length` is the likeliest by the logits as they are, and nothing more is
+        asked for. Once it is so, it stays so for all further tokens.
+        """
+        num_said = max(length - self.num_prompt_tokens, 0)  # a token of the prompt itself may be asked after
+        return self.params.takes_likeliest and num_said >= self.params.min_tokens
+
+    def keeps_own(self, segment: int) -> bool:
+        """Whether this request may ask the head behind a segment that has a layer of its own."""
+        return self.num_own_computed[segment] != NOT_KEPT
+
+    def num_arrived(self, segment: int) -> int:
+        """Tokens that have reached a segment."""
+        return self.num_computed[segment - 1] if segment else self.num_scheduled
+
+    def num_pending(self, segment: int) -> int:
+        """Tokens that have reached a segment and are not computed there; 0 where they never go so deep."""
+        return self.num_arrived(segment) - self.num_computed[segment] if segment <= self.last_segment else 0
+
+    def truncate(self, num_tokens: int) -> None:
+        """Forgets the keys and values of tokens past the first `num_tokens`."""
+        self.num_scheduled = min(self.num_scheduled, num_tokens)
+        for counts in (self.num_computed, self.num_own_computed):
+            for segment, count in enumerate(counts):
+                if count > num_tokens:
+                    counts[segment] = num_tokens
+
+    def reset(self, num_tokens: int) -> None:
+        """Begins anew: the first `num_tokens` have keys and values everywhere, and nothing else is computed. Drafts are
+        dropped.
+        """
+        del self.tokens[self.num_final :]
+        self.drafts.begin({})
+        self.num_scheduled = num_tokens
+        for segment in range(len(self.num_computed)):
+            self.num_computed[segment] = num_tokens
+            if self.num_own_computed[segment] != NOT_KEPT:
+                self.num_own_computed[segment] = num_tokens

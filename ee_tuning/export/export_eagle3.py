@@ -1,0 +1,127 @@
+"""Exports a drafting head as a folder for engines, in the layout of LlamaForCausalLMEagle3 (vLLM, SGLang) or of
+speculators.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ee_tuning.checkpoint.atomic_write import atomic_folder, check_room, os_errors_as_input_errors
+from ee_tuning.checkpoint.eagle3_card import eagle3_card
+from ee_tuning.checkpoint.exit_config import exit_config_tree
+from ee_tuning.checkpoint.exit_heads import ExitHeadsReader
+from ee_tuning.checkpoint.hashed_file import HashedFile
+from ee_tuning.checkpoint.manifest import write_manifest
+from ee_tuning.checkpoint.names import TensorShape
+from ee_tuning.checkpoint.safetensors_layout import SafetensorsLayout
+from ee_tuning.checkpoint.tensor_blocks import tensor_blocks
+from ee_tuning.config import Config
+from ee_tuning.export.eagle3_layout import D2T, T2D, Layout, published_config, published_name
+from ee_tuning.export.export_source import ExportSource, check_target, open_for_export
+from ee_tuning.json_file import to_json
+
+_MARKS = ("config.json", "model*.safetensors*")
+"""File patterns that identify an export of this format."""
+DEFAULT_STEPS = 3
+"""Number of tokens for engines to draft, where the head was not tuned here."""
+
+
+def export_eagle3(config: Config, output: Path, layout: Layout, *, overwrite: bool = False) -> None:
+    """Writes the drafting head of exits.path for the model of model.path to `output`, in one process.
+
+    Raises InputError where they do not belong together, or `output` can not be written; nothing is left behind then.
+    """
+    check_target(config, output, overwrite, _MARKS)
+    with open_for_export(config, None) as model:
+        assert model.artifact is not None and model.artifact.config.draft is not None
+        tensors, described = (
+            PublishedTensors(model.artifact, layout, model.model.vocab_size),
+            _config(config, model, layout),
+        )
+        files = SafetensorsLayout("model", tensors.shapes, {name: tensors.dtype(name) for name in tensors.shapes})
+        with atomic_folder(output, None) as partial:
+            check_room(output, partial, files.num_bytes)
+            sums = {}
+            for file, names in files.files.items():
+                with HashedFile(partial / file) as made:
+                    made.write(files.headers[file])
+                    for name in names:
+                        for block in tensor_blocks(tensors, name):
+                            made.write(block.contiguous())
+                sums[file] = made.sha256
+            model.finish_check()
+            with os_errors_as_input_errors(output):
+                if index := files.index():
+                    (partial / index[0]).write_text(index[1], encoding="utf-8")
+                card = eagle3_card(model.name, exit_config_tree(model.artifact.config), layout, _num_steps(model))
+                (partial / "README.md").write_text(card, encoding="utf-8")
+                # Last, except for the manifest: an export killed before has no config.json, so nothing loads it.
+                (partial / "config.json").write_text(to_json(described, indent=2) + "\n", encoding="utf-8")
+                write_manifest(partial, sums)
+
+
+class PublishedTensors:
+    """The tensors of an export by their published names, from the artifact or its shortlist."""
+
+    def __init__(self, artifact: ExitHeadsReader, layout: Layout, vocab_size: int) -> None:
+        self._artifact, self._vocab_size = artifact, vocab_size
+        self._ids = torch.tensor(artifact.config.token_ids, dtype=torch.int64)
+        self._sources = {published_name(name.split(".", 2)[2], layout): name for name in artifact.names()}
+        made = {D2T: (len(self._ids),), T2D: (vocab_size,)} if len(self._ids) else {}
+        self.shapes: dict[str, TensorShape] = {
+            **{name: artifact.shape(source) for name, source in self._sources.items()},
+            **made,
+        }
+
+    def shape(self, name: str) -> TensorShape:
+        """See TensorSource."""
+        return self.shapes[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """See TensorSource."""
+        if name in (D2T, T2D):
+            return torch.int64 if name == D2T else torch.bool
+        return self._artifact.dtype(self._sources[name])
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """See TensorSource."""
+        if name == D2T:
+            return (self._ids - torch.arange(len(self._ids)))[start:stop]
+        if name == T2D:
+            return torch.zeros(self._vocab_size, dtype=torch.bool).index_fill_(0, self._ids, True)[start:stop]
+        return self._artifact.rows(self._sources[name], start, stop)
+
+    def columns(self, name: str, start: int, stop: int) -> Tensor:
+        """See TensorSource."""
+        return self._artifact.columns(self._sources[name], start, stop)
+
+    def check_shape(self, name: str, shape: TensorShape) -> None:
+        """See TensorSource."""
+        assert self.shapes[name] == shape
+
+
+def _config(config: Config, model: ExportSource, layout: Layout) -> dict[str, Any]:
+    assert model.artifact is not None
+    exits = model.artifact.config
+    assert exits.draft is not None
+    size = 0 if exits.ties_output else len(exits.token_ids) or model.model.vocab_size
+    path = Path(config.model.path)
+    described = published_config(
+        exits.draft,
+        model.model,
+        layout,
+        draft_vocab_size=size,
+        verifier=str(path.resolve()) if path.exists() else config.model.path,
+        num_steps=_num_steps(model),
+    )
+    for tree in (described, described.get("transformer_layer_config", {})):
+        if "dtype" in tree:
+            tree["dtype"] = exits.dtype
+    return described
+
+
+def _num_steps(model: ExportSource) -> int:
+    assert model.artifact is not None
+    return (model.artifact.config.tuned or {}).get("ttt_steps", DEFAULT_STEPS)

@@ -1,0 +1,134 @@
+"""Imports a published EAGLE-3 head as an exit-heads artifact, for further tuning."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ee_tuning.checkpoint.convert import model_name, print_summary
+from ee_tuning.checkpoint.exit_config import ExitHeadsConfig
+from ee_tuning.checkpoint.exit_heads import check_output, save_exit_heads
+from ee_tuning.checkpoint.fingerprint import fingerprint, model_shape
+from ee_tuning.checkpoint.formats import BackboneSource, open_model
+from ee_tuning.checkpoint.names import embedding_name
+from ee_tuning.checkpoint.safetensors_reader import SafetensorsFolder
+from ee_tuning.checkpoint.tensor_blocks import tensor_blocks
+from ee_tuning.config import Config
+from ee_tuning.errors import InputError
+from ee_tuning.export.eagle3_layout import D2T, EMBEDDING, OUTPUT, T2D, artifact_part, read_published_config
+from ee_tuning.json_file import read_json
+from ee_tuning.model.config import ModelConfig
+from ee_tuning.model.draft_spec import DraftSpec
+
+
+def import_eagle3(config: Config, folder: Path, output: Path, *, overwrite: bool = False) -> None:
+    """Writes the head in `folder`, of either layout, for the model of model.path to `output`, in one process.
+
+    The artifact has the model's dtype. Raises InputError where the head is broken, not supported or of another model.
+    """
+    check_output(output, overwrite)
+    reader, model, _ = open_model(config.model)
+    with reader:
+        reader.check_complete(model)
+        draft = read_published_config(_read(folder / "config.json"), folder / "config.json", model)
+        with SafetensorsFolder(folder, "model") as head:
+            published = _Published(head, draft, model)
+            published.check_embedding(reader)
+            exits = ExitHeadsConfig(
+                exit_layers=(model.num_layers,),
+                architecture=("eagle3",),
+                output="untied" if published.has_output else "tied",
+                dtype=str(reader.dtype(embedding_name(model))).removeprefix("torch."),
+                model_name=model_name(reader.folder),
+                model_shape=model_shape(model),
+                model_fingerprint=fingerprint(reader, model),
+                init="published",
+                output_vocab={"size": len(published.token_ids), "tokens": 0, "share": 0.0}
+                if published.token_ids
+                else None,
+                token_ids=published.token_ids,
+                draft=draft,
+            )
+            save_exit_heads(output, exits, model, published.tensors(exits), overwrite=overwrite)
+    print_summary(config, exits, output)
+
+
+class _Published:
+    """The tensors of a published head, by the artifact's names."""
+
+    def __init__(self, head: SafetensorsFolder, draft: DraftSpec, model: ModelConfig) -> None:
+        self._head, self._model = head, model
+        self._names = {artifact_part(name): name for name in head.names() if name not in (D2T, T2D, EMBEDDING)}
+        self.has_output = OUTPUT in head.names()
+        self.token_ids, self._order = self._read_vocabulary()
+
+    def check_embedding(self, reader: BackboneSource) -> None:
+        """Raises InputError where the head contains word embeddings that differ from the model's, which are used
+        instead.
+        """
+        if EMBEDDING not in self._head.names():
+            return
+        own = embedding_name(self._model)
+        self._head.check_shape(EMBEDDING, (self._model.vocab_size, self._model.hidden_size))
+        for one, other in zip(tensor_blocks(self._head, EMBEDDING), tensor_blocks(reader, own), strict=False):
+            same = min(len(one), len(other))
+            if not torch.allclose(one[:same].float(), other[:same].float(), rtol=1e-2, atol=1e-6):
+                raise InputError(
+                    f"{self._head.folder}: {EMBEDDING} must be the model's own word embedding, and is another; heads with "
+                    "embeddings of their own are not supported"
+                )
+
+    def tensors(self, exits: ExitHeadsConfig) -> Iterator[tuple[str, Tensor]]:
+        """Yields the artifact's tensors. Raises InputError where one is missing, has another shape, or is not the
+        head's.
+        """
+        expected = exits.tensor_shapes(self._model)
+        prefix = f"exits.{self._model.num_layers}."
+        for part, name in self._names.items():
+            if prefix + part not in expected:
+                raise InputError(
+                    f"{self._head.folder}: tensor {name} is no part of a head of EAGLE-3 as its config.json describes it"
+                )
+        for name, shape in expected.items():
+            part = name.removeprefix(prefix)
+            source = self._names.get(part, part)
+            self._head.check_shape(source, shape)
+            values = self._head.full(source)
+            yield name, values[self._order] if part == "output.weight" and self._order is not None else values
+
+    def _read_vocabulary(self) -> tuple[tuple[int, ...], Tensor | None]:
+        """Returns the draft tokens, increasing, and each one's row of the output matrix; () for the whole
+        vocabulary.
+        """
+        if D2T not in self._head.names():
+            return (), None
+        if not self.has_output:
+            raise InputError(f"{self._head.folder} holds {D2T} and no {OUTPUT}, whose rows it describes")
+        offsets = self._head.full(D2T)
+        if offsets.dim() != 1 or offsets.dtype not in (torch.int64, torch.int32):
+            raise InputError(
+                f"{self._head.folder}: {D2T} must be a row of whole numbers, got {list(offsets.shape)} of {offsets.dtype}"
+            )
+        ids, order = (offsets.long() + torch.arange(len(offsets))).sort()
+        wrong = ids[(ids < 0) | (ids >= self._model.vocab_size)]
+        if len(wrong) or (ids.diff() == 0).any():
+            what = f"token {int(wrong[0])}" if len(wrong) else f"token {int(ids[1:][ids.diff() == 0][0])} twice"
+            raise InputError(
+                f"{self._head.folder}: {D2T} must map each draft token to another one of the model's "
+                f"{self._model.vocab_size}, and maps one to {what}; the head is broken or of another model"
+            )
+        if len(ids) == self._model.vocab_size:
+            return (), order
+        return tuple(ids.tolist()), order
+
+
+def _read(path: Path) -> object:
+    try:
+        return read_json(path)
+    except OSError as error:
+        raise InputError(
+            f"--eagle3 must be a folder with a head's config.json, and {path} can not be read: {error.strerror}"
+        ) from error
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}") from error
