@@ -439,7 +439,7 @@ def test_a_killed_export_leaves_nothing_that_loads(llama, tmp_path, place):
     """Half a folder under the name that was asked for, taken for a whole one."""
     script = (
         "import os, sys\nfrom pathlib import Path\nfrom ee_tuning import cli\n"
-        "from ee_tuning.checkpoint import folder_writer as writer\n"
+        "from ee_tuning.export import folder_writer as writer\n"
         "def dying(does):\n    def dies(first, *more, **keys):\n"
         "        if Path(getattr(first, 'name', first)).name.startswith(sys.argv[1]):\n            os._exit(9)\n"
         "        return does(first, *more, **keys)\n    return dies\n"
