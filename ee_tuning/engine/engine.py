@@ -169,6 +169,7 @@ class Engine:
         tokens, self._landed = self._landed, []
         if len(self.in_flight) and self.scheduler.is_short:
             tokens += self._update(self.in_flight.finish())
+            self._catch_up()  # or tokens of a sequence that begins its next step at once would become too many
         rows = self._plan()
         finished = self.in_flight.start(rows)
         finished += self.in_flight.finish_due()
@@ -183,6 +184,7 @@ class Engine:
         """Ends a sequence and frees its memory, whether it runs or waits; one that has ended is left as it is."""
         if sequence.number in self.in_flight.busy:
             self._landed += self._update([e for e in self.in_flight.finish() if e[0].sequence is not sequence])
+            self._catch_up()
         if not sequence.finish_reason:
             self._landed = [step for step in self._landed if step.sequence is not sequence]
             self._finish(sequence, reason)

@@ -76,7 +76,7 @@ class ModelRunner:
 
     def hand_over(self, rows: list[RowPlan], boundary: int, states: PassStates | None) -> Tensor:  # [t, h]
         """The states of pending tokens of `rows` in front of the next stage's first segment."""
-        sequences = [row.sequence for row in rows]
+        sequences = [row.sequence for row in rows if row.sequence.num_pending(boundary)]
         starts = [s.num_computed[boundary] for s in sequences]
         stops = [s.num_arrived(boundary) for s in sequences]
         return self.stage.ring.read(boundary, sequences, starts, stops, states)

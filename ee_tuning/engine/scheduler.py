@@ -71,7 +71,10 @@ class Scheduler:
         for sequence in self.running:
             if sequence.number in busy:
                 continue
-            amount = len(sequence.tokens) - sequence.num_scheduled  # 0 where the step before left it out
+            if sequence.num_scheduled > sequence.num_computed[0]:  # the step before left it out
+                scheduled.append(sequence)
+                continue
+            amount = len(sequence.tokens) - sequence.num_scheduled
             if sequence.is_prefilling:
                 amount = min(budget, sequence.num_to_prefill - sequence.num_scheduled)
                 budget -= amount

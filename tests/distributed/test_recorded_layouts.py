@@ -27,5 +27,7 @@ def test_recorded_layouts_decode_the_same(world: Any, tmp_path: Path, tp: int, p
     random_llama(tmp_path / "model", confident=True)
     model, exits = str(tmp_path / "model"), str(write_exits(tmp_path / "model", tmp_path / "exits"))
     wanted = decode_at(model, exits, 1, 1)
+    if pp > 1:  # see test_decoding_layouts.py
+        wanted[-3] = [(output, []) for output, _ in wanted[-3]]
     for answer, num_replays in world.run(recorded_at, model, exits, tp, pp):
         assert answer == wanted and num_replays > 1000

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from decoding import policy_for
+from decoding import FixedDrafts, policy_for
 from exits import write_exits
 from mixtures import Subject, mixture
 from random_models import random_llama
@@ -18,10 +18,8 @@ from ee_tuning import EarlyExitLLM
 from ee_tuning.checkpoint.load import load_for_generation
 from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.data.sample_corpus import sample_corpus
-from ee_tuning.engine.cost_model import Costs
 from ee_tuning.engine.engine import Engine
 from ee_tuning.engine.params import SamplingParams
-from ee_tuning.engine.speculation import Speculation
 from ee_tuning.evaluation.demo import CHECKOUT
 from ee_tuning.parallel.topology import init_parallel
 
@@ -72,7 +70,7 @@ def stress_speculation(count: int, seed: int, folder: Path) -> Report:
         half = prompts[::2] if sampling else prompts[1::2]
         full = llm.generate(half, policy="full", **options)
         assert llm.engine is not None
-        llm.engine.proposer.speculation = drafting(llm.engine)
+        llm.engine.proposer.speculation = FixedDrafts(llm.engine, {3: 0.5})  # whatever heads that were not tuned bring
         mine = llm.generate(half, policy="speculative", **options)
         for one, other in zip(full, mine, strict=True):
             tokens += len(one.token_ids)
@@ -86,16 +84,6 @@ def stress_speculation(count: int, seed: int, folder: Path) -> Report:
         f"full depth; {drafted} were drafted and {accepted} of them right, by heads that were not tuned."
     )
     return report
-
-
-def drafting(engine: Engine) -> Speculation:
-    """Believes that exits are free: heads that were not tuned are wrong so often that it would hardly ever draft."""
-    free, dear, last = (1e-9,) * 3, (1.0,) * 3, len(engine.segments) - 1
-    pieces = tuple(dear if index == last else free for index in range(last + 1))
-    return Speculation(
-        Costs(pieces, {piece.exit_layer: free for piece in engine.segments[:-1] if piece.exit_layer}, free),
-        engine.segments,
-    )
 
 
 def held_out_prompts(count: int) -> list[str]:
@@ -131,7 +119,7 @@ def stress_growth(count: int, seed: int, folder: Path) -> Report:
                     made += len(engine.step())
             grown = resident_bytes() - before
         kept = {
-            "boundary, counts": len(engine.judge._counts) + len(engine.running) + len(engine.waiting),
+            "boundary, counts": len(engine.stage.sampler._counts) + len(engine.running) + len(engine.waiting),
             "cache beyond the formula": sum(
                 each.keys.nbytes + each.values.nbytes for each in engine.cache._layers.values()
             )
