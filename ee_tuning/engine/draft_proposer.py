@@ -2,7 +2,7 @@
 them.
 """
 
-from ee_tuning.engine.cost_model import expected_costs, measure_costs
+from ee_tuning.engine.cost_model import expected_costs
 from ee_tuning.engine.sequence import Sequence
 from ee_tuning.engine.speculation import Speculation
 from ee_tuning.engine.speculation_memory import SpeculationMemory
@@ -52,7 +52,7 @@ class DraftProposer:
     def keep(self) -> None:
         """Writes what was learnt for later processes."""
         if self.memory is not None and self.speculation is not None:
-            self.memory.keep(self.speculation, lambda: measure_costs(self.stage))
+            self.memory.keep(self.speculation)
 
     def _add_draft(self, sequence: Sequence, token: int, layer: int) -> None:
         sequence.tokens.append(token)

@@ -22,8 +22,12 @@ PRIOR = 1.0
 """Tokens' worth of the belief that a confidence is a probability."""
 MEMORY = 0.998
 """The weight of a count after the next one."""
-REPLAN_EVERY = 32
-"""Rounds between two plans."""
+FIRST_INTERVAL, MOST_INTERVAL = 32, 512
+"""Rounds between two plans: so many at first, then twice as many each time, and at most. A plan takes milliseconds."""
+LENGTHS = (1, 2, 3, 5, 8, 16)
+"""Numbers of drafts that a plan chooses among."""
+SURVEY_EVERY = 8
+"""One of so many rounds may ask exits that the plan does not use."""
 LEAST_GAIN = 1.05
 """A plan has to be so much faster than full depth, by what is known."""
 FIRST_CREDIT, MOST_CREDIT, CREDIT_PER_ROUND = 1.5, 8.0, 0.02
@@ -78,14 +82,17 @@ class Speculation:
         self.num_rounds = 0
         self.credit = FIRST_CREDIT
         """Passes of the full model that may be lost on trying exits."""
+        self._interval = self._next_plan = FIRST_INTERVAL
         self._plans: dict[tuple[tuple[int, ...], int], DraftPlan] = {}
         """(exits that a request lets draft, sequences that decode side by side) -> plan."""
 
     def begin_round(self, sequence: Sequence, num_rows: int, most: int) -> None:
         """Plans the drafts of a sequence, `most` at most, while `num_rows` sequences decode side by side."""
         self.num_rounds += 1
-        if self.num_rounds % REPLAN_EVERY == 0:
+        if self.num_rounds >= self._next_plan:
             self._plans.clear()
+            self._interval = min(2 * self._interval, MOST_INTERVAL)
+            self._next_plan = self.num_rounds + self._interval
         exits = sequence.policy.drafts_at
         if (exits, num_rows) not in self._plans:
             self._plans[exits, num_rows] = self.best_plan(num_rows, exits)
@@ -94,7 +101,11 @@ class Speculation:
         if plan.exit_layer is not None and self.credit > 0 and most > 0:
             thresholds[plan.exit_layer] = plan.threshold
         others = [layer for layer in exits if layer not in thresholds]
-        if others and self.credit >= 1 + self._relative_cost_of_asking(others, num_rows):
+        if (
+            others
+            and self.num_rounds % SURVEY_EVERY == 0
+            and self.credit >= 1 + self._relative_cost_of_asking(others, num_rows)
+        ):
             thresholds |= dict.fromkeys(others, NEVER_SURE)
         if not thresholds:
             self.credit = min(MOST_CREDIT, self.credit + CREDIT_PER_ROUND)
@@ -124,30 +135,37 @@ class Speculation:
         plain = self.plain_rate(num_rows)
         best = DraftPlan(rate=plain * LEAST_GAIN)
         for layer in exits:
+            shallow = self._seconds_to(layer, num_rows)
             for edge in EDGES:
-                for most in (1, 2, 3, 4, 6, 8, 12, 16):
-                    rate = self._rate(layer, edge, most, num_rows)
+                passes, right = self.records[layer].acceptance(edge)
+                for most in LENGTHS:
+                    rate = self._rate(layer, passes, right, most, num_rows, shallow)
                     if rate > best.rate:
                         best = DraftPlan(layer, edge, most, rate)
         return best if best.exit_layer is not None else DraftPlan(rate=plain)
 
-    def _rate(self, layer: int, threshold: float, most: int, num_rows: int) -> float:
+    def _rate(self, layer: int, passes: float, right: float, most: int, num_rows: int, shallow: float) -> float:
         """Tokens per second and sequence of a plan.
 
-        A draft is made with probability p, and right with probability a: a round makes Σ pᵏ drafts and brings 1 + Σ (p
-        a)ᵏ tokens, k = 1 … most (Leviathan et al. 2023, arXiv 2211.17192, §3.1 with p = 1).
+        A draft is made with probability p (`passes`), and right with probability a (`right`): a round makes Σ pᵏ drafts
+        and brings 1 + Σ (p a)ᵏ tokens, k = 1 … most (Leviathan et al. 2023, arXiv 2211.17192, §3.1 with p = 1).
         """
-        passes, right = self.records[layer].acceptance(threshold)
         drafts = sum(passes**k for k in range(1, most + 1))
         tokens = 1 + sum((passes * right) ** k for k in range(1, most + 1))
         asked = sum(passes**k for k in range(most))
-        return tokens / self._seconds_of_round(layer, drafts, asked, num_rows)
+        return tokens / self._seconds_of_round(layer, drafts, asked, num_rows, shallow)
 
-    def _seconds_of_round(self, layer: int, num_drafts: float, num_asked: float, num_rows: int) -> float:
+    def _seconds_to(self, layer: int, num_rows: int) -> float:
+        """Seconds of a pass as deep as an exit."""
+        segments = range(self._segment_of(layer) + 1)
+        return sum(self.costs.of_segment(i, num_rows) for i in segments) + self.costs.overhead
+
+    def _seconds_of_round(
+        self, layer: int, num_drafts: float, num_asked: float, num_rows: int, shallow: float
+    ) -> float:
         """Seconds of a round of each of `num_rows` sequences, which draft and are checked each at its own time."""
         costs, last = self.costs, self._segment_of(layer)
         num_steps = 1 + num_drafts
-        shallow = sum(costs.of_segment(i, num_rows) for i in range(last + 1)) + costs.overhead
         num_checked = max(1.0, num_rows / num_steps)  # sequences whose drafts one pass checks
         checks = min(1.0, num_rows / num_steps)
         num_tokens = num_checked * num_steps
@@ -161,7 +179,8 @@ class Speculation:
         layer = drafts.layers[0] if drafts.layers else min(drafts.thresholds)
         num_asked = sum(1 for answer in drafts.answers if answer[1] == layer)
         others = sum(self.costs.of_head(answer[1], num_rows) for answer in drafts.answers if answer[1] != layer)
-        seconds = self._seconds_of_round(layer, num_drafts, num_asked, num_rows) + others
+        shallow = self._seconds_to(layer, num_rows)
+        seconds = self._seconds_of_round(layer, num_drafts, num_asked, num_rows, shallow) + others
         return seconds / self.costs.of_all(num_rows)
 
     def _relative_cost_of_asking(self, exits: list[int], num_rows: int) -> float:

@@ -1,5 +1,4 @@
-"""What speculation learnt of an artifact's exits on a machine, kept for later processes: what passes cost, and how
-often exits were right.
+"""How often an artifact's exits were right, kept for later processes.
 
 A file in the cache folder for each artifact, number type, number of threads and machine. Without it, a process has to
 try its exits before it knows where to draft: most of a short one's life. Tokens never depend on it.
@@ -8,7 +7,6 @@ try its exits before it knows where to draft: most of a short one's life. Tokens
 import hashlib
 import logging
 import math
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +16,7 @@ import torch
 
 from ee_tuning.cache_folder import cache_folder
 from ee_tuning.checkpoint.atomic_write import atomic_file
-from ee_tuning.engine.cost_model import COUNTS, Costs
+from ee_tuning.engine.cost_model import Costs
 from ee_tuning.engine.segments import Segment
 from ee_tuning.engine.speculation import EDGES, ExitRecord, Speculation
 from ee_tuning.engine.stage_model import StageModel
@@ -26,12 +24,10 @@ from ee_tuning.errors import InputError
 from ee_tuning.json_file import read_json, to_json
 from ee_tuning.kernel.build import processor
 
-FORMAT = 2
+FORMAT = 3
 """Raise it when what is kept means something else than before."""
-DAYS_COSTS_LAST = 7
-"""Older ones are measured anew: a machine may have become another, or have been busy then."""
-ROUNDS_BETWEEN = 40
-"""Rounds that are worth another write."""
+FEWEST_ROUNDS = 40
+"""Rounds that are worth a write; then twice as many as at the last one."""
 
 log = logging.getLogger(__name__)
 
@@ -43,39 +39,32 @@ class SpeculationMemory:
         """`key` is all that the figures depend on, as JSON has it."""
         self.path, self._key = path, key
         self._rounds_kept = 0
-        self._has_recent_costs = False
 
     def recall(self, segments: tuple[Segment, ...], expect: Callable[[], Costs]) -> Speculation:
         """Speculation that knows what is kept; without a file fit for use one that knows nothing but expected costs."""
         try:
             tree = read_json(self.path)
-            self._has_recent_costs = time.time() - self.path.stat().st_mtime < DAYS_COSTS_LAST * 86400
-            costs, records = self._read(tree, segments)
+            records = self._read(tree, segments)
         except FileNotFoundError:
             return Speculation(expect(), segments)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            self._has_recent_costs = False
             log.warning(
                 "%s is not what speculation kept there, and is made anew: %s",
                 self.path,
                 str(error).replace("\n", " ")[:200],
             )
             return Speculation(expect(), segments)
-        speculation = Speculation(costs, segments)
+        speculation = Speculation(expect(), segments)
         speculation.records.update(records)
         return speculation
 
-    def keep(self, speculation: Speculation, measure: Callable[[], Costs]) -> None:
-        """Writes what is known, where enough of it is new; costs are measured where the last ones are old, for later
-        processes. A folder that can not be written is no error of decoding.
-        """
-        if speculation.num_rounds < self._rounds_kept + ROUNDS_BETWEEN:
+    def keep(self, speculation: Speculation) -> None:
+        """Writes what is known, where enough of it is new. A folder that can not be written is no error of decoding."""
+        if speculation.num_rounds < max(FEWEST_ROUNDS, 2 * self._rounds_kept):
             return
         self._rounds_kept = speculation.num_rounds
-        if not self._has_recent_costs:
-            speculation.costs, self._has_recent_costs = measure(), True
         records = {str(layer): asdict(record) for layer, record in speculation.records.items()}
-        tree = {"format": FORMAT, "key": self._key, "costs": asdict(speculation.costs), "records": records}
+        tree = {"format": FORMAT, "key": self._key, "records": records}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             with atomic_file(self.path) as partial:
@@ -83,26 +72,18 @@ class SpeculationMemory:
         except (OSError, InputError) as error:
             log.info("what speculation learnt is not kept: %s", error)
 
-    def _read(self, tree: Any, segments: tuple[Segment, ...]) -> tuple[Costs, dict[int, ExitRecord]]:
+    def _read(self, tree: Any, segments: tuple[Segment, ...]) -> dict[int, ExitRecord]:
         if tree["format"] != FORMAT or tree["key"] != self._key:
             raise ValueError("it is of another format, model or machine")
         layers = [each.exit_layer for each in segments[:-1] if each.exit_layer is not None]
-        told, records = tree["costs"], {}
-        costs = Costs(
-            tuple(_numbers(curve, len(COUNTS)) for curve in told["segments"]),
-            {layer: _numbers(told["heads"][str(layer)], len(COUNTS)) for layer in layers},
-            _numbers(told["final_head"], len(COUNTS)),
-            _numbers([told["overhead"]], 1)[0],
-        )
-        if len(costs.segments) != len(segments) or costs.of_all(1) <= 0:
-            raise ValueError("it is of another number of segments")
+        records = {}
         for layer in layers:
             record = tree["records"][str(layer)]
             seen, right = (list(_numbers(record[name], len(EDGES))) for name in ("seen", "right"))
             records[layer] = ExitRecord(seen, right)
             if any(more > count for count, more in zip(seen, right, strict=True)):
                 raise ValueError("an exit was right more often than it was asked")
-        return costs, records
+        return records
 
 
 def speculation_memory(stage: StageModel, heads_digest: str | None) -> SpeculationMemory | None:
