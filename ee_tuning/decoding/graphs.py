@@ -41,7 +41,9 @@ class Graph:
     """The outputs of the last replay; the next one overwrites them."""
 
     def __init__(self, function: Callable[[], tuple[Tensor, ...]], device: torch.device, *, keeps: bool = True):
-        """With `keeps` outputs last until the next replay of this graph, else until any graph's, which saves a copy."""
+        """Captures `function`. Outputs last until the next replay: of this graph with `keeps`, else of any, which saves a
+        copy.
+        """
         stream = _stream(device)
         try:
             stream.wait_stream(torch.cuda.current_stream(device))

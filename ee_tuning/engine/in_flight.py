@@ -110,7 +110,7 @@ class InFlightSteps:
     def __init__(self, runner: ModelRunner, link: StageLink):
         self.runner, self._link = runner, link
         self._steps: deque[InFlightStep] = deque()
-        """In the order in which they went on to the stage that they wait for: its decisions come in that order."""
+        """Steps, ordered as they reached the stage that they wait for: its decisions come in that order."""
         self._held: list[Sequence] = []
         """Sequences that a step left out."""
         self._clock = 0

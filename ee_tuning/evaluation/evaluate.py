@@ -51,7 +51,7 @@ class Procedure:
     repeats: int = 1
     """Number of times that a group is decoded under each policy; the shortest time counts."""
     chat_template: str | None = None
-    """From `read_chat_template`; None for the tokenizer's own."""
+    """The template that `read_chat_template` returned; None for the tokenizer's own."""
     seed: int = 0
     """Seed of the order of the policies, and of the intervals."""
 

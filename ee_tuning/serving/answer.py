@@ -2,6 +2,7 @@
 
 import secrets
 import time
+from abc import ABC, abstractmethod
 from typing import Any
 
 from ee_tuning.generation.completion import Completion, StreamedToken
@@ -13,7 +14,7 @@ from ee_tuning.serving.token_texts import TokenTexts
 Json = dict[str, Any]
 
 
-class Answer:
+class Answer(ABC):
     """The answer to one request: choice c is completion c mod n of prompt c div n."""
 
     kind = ""
@@ -84,17 +85,17 @@ class Answer:
             "prompt_tokens_details": {"cached_tokens": cached},
         }
 
+    @abstractmethod
     def whole_choice(self, index: int, done: Completion) -> Json:
         """The text of a choice and its log-probabilities."""
-        raise NotImplementedError
 
+    @abstractmethod
     def token_choice(self, index: int, token: StreamedToken) -> Json:
-        """The same of one token."""
-        raise NotImplementedError
+        """The text of one token and its log-probabilities."""
 
+    @abstractmethod
     def end_choice(self) -> Json:
-        """The same where nothing is left."""
-        raise NotImplementedError
+        """The empty text that ends a choice."""
 
     def _own(self, done: Completion) -> Json:
         told: Json = {}

@@ -125,7 +125,7 @@ class FitPass:
         self._is_student, self._chunk_tokens = topology.stage in student_stages, tuning.loss_chunk_tokens
         has_list = bool(self._exits.token_ids) and topology.is_last_stage
         self.other = OtherFit(self._model, self._exits.token_ids, topology) if has_list else None
-        """On the last stage: the fit of the shortlist's row of "any other token"."""
+        """The fit of the shortlist's row of "any other token", on the last stage."""
         self.sums = {
             spec.layer: FitSums(self._model.config.hidden_size, topology.device, topology.tp_rank, topology.tp)
             for spec in self._model.plan.own_exits

@@ -28,7 +28,7 @@ class MicrobatchSchedule:
     """All optimizer steps, with validations where they are due. Endless: the caller stops."""
 
     def __init__(self, source: BatchSource, validation: list[Batch], tuning: TuningSection) -> None:
-        """Without batches in `validation` there are no validations."""
+        """Plans the run; `validation` without batches plans no validations."""
         self._source, self._validation, self._tuning = source, validation, tuning
 
     def after(self, step: int, *, validates_first: bool) -> Iterator[Microbatch]:
