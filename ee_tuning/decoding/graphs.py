@@ -41,8 +41,8 @@ class Graph:
     """The outputs of the last replay; the next one overwrites them."""
 
     def __init__(self, function: Callable[[], tuple[Tensor, ...]], device: torch.device, *, keeps: bool = True):
-        """Captures `function`. Outputs last until the next replay: of this graph with `keeps`, else of any, which saves a
-        copy.
+        """Captures `function`. Outputs last until the next replay: of this graph with `keeps`, else of any, which saves
+        a copy.
         """
         stream = _stream(device)
         try:
