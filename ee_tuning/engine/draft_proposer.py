@@ -76,13 +76,14 @@ class DraftProposer:
 
 
 def num_agreed(sequence: Sequence, answers: list[Answer]) -> int:
-    """The number of drafts that the full model says, too."""
+    """The number of drafts, from the first one on, that equal the full model's tokens."""
     drafts = sequence.tokens[sequence.num_final :]
     return next((i for i, draft in enumerate(drafts) if answers[i].token_id != draft), len(drafts))
 
 
 def keep_agreed(sequence: Sequence, answers: list[Answer]) -> int:
-    """Keeps the keys and values of drafts that the full model says, too; drops all drafts, which come back as answers.
+    """Keeps the keys and values of drafts that equal the full model's tokens; drops all drafts from the sequence, for
+    the answers hold them.
 
     The full model's token is chosen as it would be without drafts, drawn with the same key: so the tokens are exactly
     those of full depth. An exit's draw with that key is mostly the same (see `draw`). Returns the number of drafts

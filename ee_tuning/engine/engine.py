@@ -85,9 +85,7 @@ class Engine:
                 f"max_length must be at most {model.plan.max_length}, the positions that the model has, got {max_length}"
             )
         self.model, self.num_slots, self.max_pending, self.eos_ids = model, num_slots, max_pending, eos_ids
-        drafts = [spec for spec in model.plan.exits if spec.draft is not None]
-        exit_layers = () if drafts else model.plan.exit_layers
-        self.segments = cut_segments(stages, exit_layers, model.plan.aux_layers)
+        self.segments = cut_segments(stages, model.plan.exit_layers, model.plan.aux_layers)
         tokens = num_slots * blocks_for(max_length) * BLOCK_SIZE if cache_tokens is None else cache_tokens
         self.cache = KVCache(
             model.config, model.topology, num_tokens=tokens, max_length=max_length, dtype=model.plan.dtype
@@ -100,7 +98,7 @@ class Engine:
             self.cache, num_slots=num_slots, prefill_chunk=prefill_chunk, reuses_prefixes=reuses_prefixes
         )
         self.proposer = DraftProposer(self.stage, max_pending)
-        self.head_proposer = self._head_proposer(num_slots, max_length) if drafts else None
+        self.head_proposer = self._head_proposer(num_slots, max_length) if model.plan.drafts else None
         """Drafts by the model's drafting head; None for a model without one."""
         self.running, self.waiting = self.scheduler.running, self.scheduler.waiting
         self._never = array("d", [math.inf] * len(self.segments))
@@ -224,16 +222,13 @@ class Engine:
             return RowPlan(sequence, self._never, num_asked=0, num_new=num_new)
         if sequence.num_output == 0:  # reading the prompt fills every segment, so the final head costs little more
             return RowPlan(sequence, self._never, num_new=num_new)
-        if self._says_nothing_at_exits(sequence):
+        if self._allows_nothing_at_exits(sequence):
             return RowPlan(
                 sequence, self._never, num_asked=sequence.num_drafts + 1, num_new=num_new, rides=not sequence.speculates
             )
         if not sequence.speculates:
             return RowPlan(sequence, sequence.exit_thresholds, num_new=num_new)
-        if sequence.policy.has_draft_head:
-            assert self.head_proposer is not None
-            return self.head_proposer.plan(sequence, num_rows)
-        row = self.proposer.plan(sequence, num_rows)
+        row = self._proposer_of(sequence).plan(sequence, num_rows)
         if row.most_drafts:
             self.scheduler.reserve(sequence, len(sequence.tokens) + row.most_drafts)
             assert sequence.slot_mapping is not None
@@ -241,7 +236,14 @@ class Engine:
             row.most_drafts = max(0, min(row.most_drafts, room, calls.MOST_TOKENS - 1 - sequence.num_drafts))
         return row
 
-    def _says_nothing_at_exits(self, sequence: Sequence) -> bool:
+    def _proposer_of(self, sequence: Sequence) -> DraftProposer | DraftHeadProposer:
+        """The proposer of a sequence that speculates."""
+        if not sequence.policy.has_draft_head:
+            return self.proposer
+        assert self.head_proposer is not None
+        return self.head_proposer
+
+    def _allows_nothing_at_exits(self, sequence: Sequence) -> bool:
         """Whether every token that shortlisted exits can say is a stop token that may not come yet."""
         vocab = self.model.exit_vocab
         if sequence.num_output >= sequence.params.min_tokens or not isinstance(vocab, Shortlist):
@@ -255,11 +257,8 @@ class Engine:
             sequence = row.sequence
             if not output.answers:
                 continue
-            if sequence.policy.has_draft_head and sequence.num_output:
-                assert self.head_proposer is not None
-                tokens = self.head_proposer.update(row, output)
-            elif sequence.speculates and sequence.num_output:
-                tokens = self.proposer.update(row, output)
+            if sequence.speculates and sequence.num_output:
+                tokens = self._proposer_of(sequence).update(row, output)
             else:
                 layer = self.segments[output.segment].last_layer
                 tokens = [(output.answers[0], layer)]

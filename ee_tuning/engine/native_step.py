@@ -68,8 +68,8 @@ class NativeStage:
         own = frozenset(number for row in rows for number in row.sequence.own_layers)
         segments, shape = self._segments_to(max(row.last_segment for row in rows), own)
         buffers = [_RowBuffers(row, row in going, len(numbers), self._logits_shape) for row in rows]
-        told = (calls.StepRow * len(rows))(
-            *[self._row(row, row in going, numbers[0], own) for row, own in zip(rows, buffers, strict=True)]
+        native_rows = (calls.StepRow * len(rows))(
+            *[self._row(row, row in going, numbers[0], buffer) for row, buffer in zip(rows, buffers, strict=True)]
         )
         embeds = numbers[0] == 0 and self._embedding is not None
         step = calls.Step(
@@ -78,7 +78,7 @@ class NativeStage:
             len(segments),
             numbers[0] - self._first,
             fills,
-            told,
+            native_rows,
             segments,
             ctypes.addressof(self._rings),
             stage.ring.capacity,
@@ -87,8 +87,8 @@ class NativeStage:
         )
         calls.run_step(shape, step, stage.model.plan.dtype)
         stage.seconds_in_heads += step.seconds_in_heads
-        outputs = [self._output(row, each, b) for row, each, b in zip(rows, told, buffers, strict=True)]
-        for row, each in zip(rows, told, strict=True):
+        outputs = [self._output(row, each, b) for row, each, b in zip(rows, native_rows, buffers, strict=True)]
+        for row, each in zip(rows, native_rows, strict=True):
             row.sequence.num_scheduled += each.num_drafted
         self._sample(rows, outputs, buffers)
         return outputs
@@ -114,24 +114,24 @@ class NativeStage:
             len(buffers.ends),
             -1,
             0,
-            buffers.said.buffer_info()[0] if buffers.said else None,
+            buffers.exit_answers.buffer_info()[0] if buffers.exit_answers else None,
             buffers.top.buffer_info()[0],
             None if buffers.logits is None else buffers.logits.data_ptr(),
             0,
         )
 
-    def _output(self, row: RowPlan, told: calls.StepRow, buffers: "_RowBuffers") -> RowOutput:
-        if told.segment < 0 and not told.num_said:
+    def _output(self, row: RowPlan, native: calls.StepRow, buffers: "_RowBuffers") -> RowOutput:
+        if native.segment < 0 and not native.num_exit_answers:
             return RowOutput()
-        said = buffers.said
+        values = buffers.exit_answers
         asked = [
-            ExitAnswer(self._first + int(said[3 * i]), int(said[3 * i + 1]), said[3 * i + 2])
-            for i in range(told.num_said)
+            ExitAnswer(self._first + int(values[3 * i]), int(values[3 * i + 1]), values[3 * i + 2])
+            for i in range(native.num_exit_answers)
         ]
-        if told.segment < 0:
+        if native.segment < 0:
             return RowOutput(asked=asked)
-        number, top = self._first + told.segment, buffers.top
-        count = row.num_asked + told.num_drafted if number == row.last_segment else 1
+        number, top = self._first + native.segment, buffers.top
+        count = row.num_asked + native.num_drafted if number == row.last_segment else 1
         answers = [Answer(top[2 * i + 1], int(top[2 * i])) for i in range(count)]
         return RowOutput(number, answers, asked)
 
@@ -193,7 +193,7 @@ class _RowBuffers:
         self.ends = array("q", sequence.stop_ids if row.most_drafts else ())
         self.top = array("d", bytes(16 * max(most, 1)))
         has_drafts = is_active and sequence.speculates
-        self.said = array("d", bytes(24 * num_segments * (row.most_drafts + 1) if has_drafts else 0))
+        self.exit_answers = array("d", bytes(24 * num_segments * (row.most_drafts + 1) if has_drafts else 0))
         self.logits: Tensor | None = None
         if is_active and row.num_asked and not row.is_plain_greedy:
             width, dtype = logits_shape

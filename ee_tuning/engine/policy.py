@@ -11,7 +11,7 @@ from ee_tuning.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """When the tokens of one request leave. Without anything said, never: the full model."""
+    """When the tokens of one request leave: by default never, as in the full model."""
 
     thresholds: Mapping[int, float] = field(default_factory=dict)
     """Exits that are asked -> confidence at which a token leaves there for good."""

@@ -109,7 +109,8 @@ class Speculation:
             thresholds |= dict.fromkeys(others, NEVER_SURE)
         if not thresholds:
             self.credit = min(MOST_CREDIT, self.credit + CREDIT_PER_ROUND)
-        sequence.drafts.begin(thresholds, min(plan.most, most), num_rows)
+        drafts = min(plan.most, most) if plan.exit_layer in thresholds else 0
+        sequence.drafts.begin(thresholds, drafts, num_rows)
 
     def thresholds(self, sequence: Sequence) -> "array[float]":
         """[segments] The confidence from which on the sequence's newest token is drafted."""

@@ -14,7 +14,7 @@ def message_size(rows: list[RowPlan], numbers: range) -> int:
 
 
 def pack(rows: list[RowPlan], numbers: range, outputs: list[RowOutput]) -> list[float]:
-    """The message of a stage: for each row its exit segment, answers, and what its exits said where they may draft."""
+    """The message of a stage: for each row its exit segment, answers, and the answers of exits that may draft."""
     values = list[float]()
     for row, output in zip(rows, outputs, strict=True):
         if not (size := _row_size(row, numbers)):

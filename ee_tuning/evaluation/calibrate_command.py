@@ -54,7 +54,9 @@ def calibrate(config: Config, flags: argparse.Namespace) -> None:
         )
     loaded = load_for_generation(config, topology)
     if not any(layer < loaded.model.config.num_layers for layer in loaded.model.plan.exit_layers):
-        raise InputError("calibrate needs exits before the last layer, got none; give --exits FOLDER")
+        raise InputError(
+            "calibrate needs exits before the last layer, got none; give --exits FOLDER, of exits and not of a drafting head"
+        )
     if flags.guarantee is not None:
         calibrate_with_guarantee(config, flags, loaded, picture)
     else:

@@ -38,7 +38,9 @@ def calibrate_on_task(config: Config, flags: argparse.Namespace, topology: Topol
     _check_number(len(task.items), flags.guarantee, confidence, len(measures))
     llm = EarlyExitLLM.from_config(config, topology)
     if not any(layer < llm.num_layers for layer in llm.exit_layers):
-        raise InputError("calibrate needs exits before the last layer, got none; give --exits FOLDER")
+        raise InputError(
+            "calibrate needs exits before the last layer, got none; give --exits FOLDER, of exits and not of a drafting head"
+        )
     scores = TaskScores(llm, task, read_chat_template(config.data.chat_template))
     full, level = scores.by(FULL_DEPTH), (1 - confidence) / len(measures)
 

@@ -87,8 +87,8 @@ class StepRow(ctypes.Structure):
         *_fields(pointers="places num_computed num_own thresholds tokens"),
         *_fields("num_new num_arrived slot last_segment num_asked is_active rides most_drafts"),
         *_fields(pointers="ends"),
-        *_fields("num_ends segment num_said"),
-        *_fields(pointers="said top logits"),
+        *_fields("num_ends segment num_exit_answers"),
+        *_fields(pointers="exit_answers top logits"),
         *_fields("num_drafted"),
     ]
 

@@ -1,5 +1,5 @@
 // A stage's part of a decoding step: new tokens through its segments, each row until a head is sure enough, with the
-// tokens of the rows that are still pending deeper. Model_runner.py has the same loop by torch's operators.
+// tokens of the rows that are still pending deeper. model_runner.py has the same loop by torch's operators.
 //
 // t tokens · h hidden · r rows, one for each sequence
 #pragma once
@@ -30,8 +30,8 @@ struct StepRow {
     int64_t num_ends;
     // out
     int64_t segment;   // where it left, or -1
-    int64_t num_said;  // answers of exits, before the last segment: of all where there is room for them, else none
-    double *said;      // [., 3] segment, token, probability
+    int64_t num_exit_answers;  // answers of exits, before the last segment: of all where there is room for them, else none
+    double *exit_answers;  // [., 3] segment, token, probability
     double *top;       // [num_asked + most_drafts, 2] likeliest token and its probability of the segment where it left
     void *logits;      // [num_asked, v] there, or null
     int64_t num_drafted;
@@ -206,14 +206,14 @@ template <class T> class StepLoop {
             }
             ++a;
             const int64_t own = num_states(each, number);
-            const double *said = &top[2 * q];
-            if (!ends && each.said) {
-                double *to = each.said + 3 * each.num_said++;
-                to[0] = double(number), to[1] = said[0], to[2] = said[1];
+            const double *answer = &top[2 * q];
+            if (!ends && each.exit_answers) {
+                double *to = each.exit_answers + 3 * each.num_exit_answers++;
+                to[0] = double(number), to[1] = answer[0], to[2] = answer[1];
             }
-            if (ends || said[1] >= each.thresholds[number]) {
+            if (ends || answer[1] >= each.thresholds[number]) {
                 each.segment = number;
-                std::copy(said, said + 2 * own, each.top);
+                std::copy(answer, answer + 2 * own, each.top);
                 if (each.logits)
                     std::memcpy(each.logits, logits + q * segment.head->num_rows, own * segment.head->num_rows * sizeof(Real<T>));
             } else stay.push_back(r);

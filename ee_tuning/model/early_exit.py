@@ -51,8 +51,8 @@ class StagePlan:
 
     @property
     def exit_layers(self) -> tuple[int, ...]:
-        """Layers followed by an exit, on any stage."""
-        return tuple(spec.layer for spec in self.exits)
+        """Layers followed by an exit, on any stage. At a drafting head no token leaves, so it is none."""
+        return tuple(spec.layer for spec in self.exits if spec.draft is None)
 
     @property
     def own_exits(self) -> tuple[ExitSpec, ...]:
