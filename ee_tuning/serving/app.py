@@ -98,9 +98,11 @@ async def _invalid(request: Request, error: Exception) -> Response:
         return StrictJson(error_body(415, message), 415)
     if not place:
         return StrictJson(error_body(400, "a body must be a JSON object, got none; send one"), 400)
-    reason, given = first["msg"][:1].lower() + first["msg"][1:], first.get("input")
-    if len({each["type"] for each in errors if each["loc"][:2] == first["loc"][:2]}) > 1:  # of a choice of types
-        reason = "its type is none of those that it may have"
+    given, of_field = first.get("input"), [each for each in errors if each["loc"][:2] == first["loc"][:2]]
+    # Where a field may have several types, each of them has an error.
+    reasons = dict.fromkeys(each["msg"].removeprefix("Input should be ").partition(", unable")[0] for each in of_field)
+    reason = " or ".join(reasons)
+    reason = f"it must be {reason}" if reason != first["msg"] else reason[:1].lower() + reason[1:]
     got = "" if first["type"] == "missing" or isinstance(given, dict) else f", got {given!r:.60}"
     message = f"{place[0]} can not be used: {reason}{got}; /docs lists types"
     return StrictJson(error_body(400, message, place[0]), 400)

@@ -212,6 +212,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "too long": ({"prompt": "x" * 2000}, "shorter than", ""),
     "exit": ({"extra_body": {"exit_layer": 5}}, "one of the exits (4, 8)", ""),
     "threshold": ({"extra_body": {"exit_threshold": [0.1, 0.2, 0.3]}}, "exit_threshold must be one number", ""),
+    "threshold of no type": (
+        {"extra_body": {"exit_threshold": "high"}},
+        "exit_threshold can not be used: it must be a valid number or a valid list, got 'high'",
+        "exit_threshold",
+    ),
     "tools": ({"extra_body": {"tools": [{"type": "function"}]}}, "tools is not supported", "tools"),
     "bias": ({"logit_bias": {"x": 1}}, "logit_bias must have token ids", ""),
     "empty": ({"prompt": []}, "prompt must hold 1..", ""),
