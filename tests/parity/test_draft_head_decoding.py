@@ -11,6 +11,7 @@ from random_models import random_llama
 
 from ee_tuning.checkpoint.load import LoadedModel, load_for_generation
 from ee_tuning.config import ParallelSection, load_config
+from ee_tuning.engine import draft_head_proposer
 from ee_tuning.engine.engine import Engine
 from ee_tuning.engine.params import SamplingParams
 from ee_tuning.engine.policy import Policy, policy_of
@@ -32,6 +33,12 @@ def load(folder: Path, listed: tuple[int, ...], aux_layers: list[int]) -> Loaded
     return load_for_generation(load_config(None, keys), init_parallel(ParallelSection()))
 
 
+@pytest.fixture(autouse=True)
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A random head drafts as many tokens as it may: it believes that they are right."""
+    monkeypatch.setattr(draft_head_proposer, "PRIOR", 9.0)
+
+
 @pytest.fixture(scope="module", params=[(), LISTED], ids=["whole vocabulary", "listed"])
 def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     return load(tmp_path_factory.mktemp("eagle3"), request.param, [1, 3, 5])
@@ -48,8 +55,6 @@ def test_tokens_are_those_of_full_depth(loaded: LoadedModel, params: dict, optio
     said = []
     for policy in (Policy(), DRAFTED):
         engine = Engine(loaded.model, loaded.stages, **{"num_slots": 4, "max_length": 80, **options})
-        if engine.head_proposer is not None and policy is DRAFTED:
-            engine.head_proposer._right = [9.0] * 8  # so sure of itself that it drafts as many as it may
         made = [engine.add_request(prompt, SamplingParams(max_tokens=40, **params), policy)[0] for prompt in PROMPTS]
         run_all(engine)
         said.append([(each.output, each.finish_reason) for each in made])
@@ -65,8 +70,6 @@ def test_drafts_are_those_of_a_plain_drafter(tmp_path: Path, aux_layers: list[in
     """
     loaded = load(tmp_path, (), aux_layers)
     engine = Engine(loaded.model, loaded.stages, num_slots=1, max_length=80)
-    assert engine.head_proposer is not None
-    engine.head_proposer._right = [9.0] * 8
     (sequence,) = engine.add_request(PROMPTS[0], SamplingParams(max_tokens=30), DRAFTED)
     spec = loaded.model.plan.exits[0].draft
     assert spec is not None

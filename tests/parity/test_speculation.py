@@ -165,8 +165,7 @@ def test_speculation_loses_little_where_it_was_wrong(llama):
     known = engine.proposer.speculation = Speculation(
         Costs((cheap, (1.0,) * 3, (1.0,) * 3), {2: cheap, 4: cheap}, cheap), engine.segments
     )
-    policy = policy_for(loaded.model, policy="speculative")
-    sequence = engine._sequence([5], SamplingParams(), policy, 0)
+    (sequence,) = engine.add_request([5], SamplingParams(), policy_for(loaded.model, policy="speculative"))
     lost, tried = 0.0, 0
     for _ in range(400):
         known.begin_round(sequence, 1, 16)
