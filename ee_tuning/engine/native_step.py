@@ -4,6 +4,7 @@ would cost more than a shallow one.
 
 import ctypes
 from array import array
+from collections.abc import Set
 
 import torch
 from torch import Tensor
@@ -38,12 +39,18 @@ class NativeStage:
         self._rings = (ctypes.c_void_p * len(rings))(*rings)
         widest = max((head.native.num_rows for head in stage.heads.values() if head.native is not None), default=1)
         self._logits_shape = (widest, torch.promote_types(stage.model.plan.dtype, torch.float32))
+        self._embedding_address = None if self._embedding is None else self._embedding.data_ptr()
+        # Of one step after the other: what does not change is filled in once.
+        self._rows, self._step = (calls.StepRow * calls.MOST_TOKENS)(), calls.Step()
+        self._step.rows, self._step.rings = self._rows, ctypes.addressof(self._rings)
+        self._step.capacity = stage.ring.capacity
+        self._step.cos, self._step.sin = (table.data_ptr() for table in stage.tables)
 
     def serves(self, rows: list[RowPlan], active: list[RowPlan], numbers: range) -> bool:
         """Whether the kernels have all that these rows ask for, and they are no more than the kernels are good for."""
         if len(rows) > calls.MOST_TOKENS or (self._embedding is None and numbers[0] == 0):
             return False
-        if any([row.is_read for row in rows]):
+        if self._stage.model.plan.aux_layers and any([row.is_read for row in rows]):
             return False
         first, most, total = numbers[0], self._stage.ring.capacity - self._stage.max_pending, 0
         for row in rows:
@@ -64,87 +71,62 @@ class NativeStage:
 
     def run(self, rows: list[RowPlan], active: list[RowPlan], numbers: range, fills: bool) -> list[RowOutput]:
         """See `ModelRunner.run`: states come from the boundary ring, and go there."""
-        stage, going = self._stage, {*active}
-        own = frozenset(number for row in rows for number in row.sequence.own_layers)
-        segments, shape = self._segments_to(max(row.last_segment for row in rows), own)
-        buffers = [_RowBuffers(row, row in going, len(numbers), self._logits_shape) for row in rows]
-        native_rows = (calls.StepRow * len(rows))(
-            *[self._row(row, row in going, numbers[0], buffer) for row, buffer in zip(rows, buffers, strict=True)]
-        )
-        embeds = numbers[0] == 0 and self._embedding is not None
-        step = calls.Step(
-            torch.get_num_threads(),
-            len(rows),
-            len(segments),
-            numbers[0] - self._first,
-            fills,
-            native_rows,
-            segments,
-            ctypes.addressof(self._rings),
-            stage.ring.capacity,
-            *(table.data_ptr() for table in stage.tables),
-            self._embedding.data_ptr() if embeds and self._embedding is not None else None,
-        )
-        calls.run_step(shape, step, stage.model.plan.dtype)
-        stage.seconds_in_heads += step.seconds_in_heads
-        outputs = [self._output(row, each, b) for row, each, b in zip(rows, native_rows, buffers, strict=True)]
-        for row, each in zip(rows, native_rows, strict=True):
-            row.sequence.num_scheduled += each.num_drafted
-        self._sample(rows, outputs, buffers)
+        going = {*active}
+        own = frozenset([number for row in rows if row.sequence.own_layers for number in row.sequence.own_layers])
+        segments, shape = self._segments_to(max([row.last_segment for row in rows]), own)
+        memory = _StepMemory(rows, going, len(numbers), self._logits_shape)
+        for place, row in enumerate(rows):
+            self._fill_row(self._rows[place], row, row in going, numbers[0], memory, place)
+        step = self._step
+        step.num_threads, step.num_rows, step.num_segments = torch.get_num_threads(), len(rows), len(segments)
+        step.first, step.is_fill, step.segments = numbers[0] - self._first, fills, segments
+        step.embedding = self._embedding_address if numbers[0] == 0 else None
+        calls.run_step(shape, step, self._stage.model.plan.dtype)
+        self._stage.seconds_in_heads += step.seconds_in_heads
+        outputs = [self._output(row, self._rows[place], memory, place) for place, row in enumerate(rows)]
+        if memory.logits is not None:
+            self._sample(rows, outputs, memory)
         return outputs
 
-    def _row(self, row: RowPlan, is_active: bool, first: int, buffers: "_RowBuffers") -> calls.StepRow:
+    def _fill_row(
+        self, native: calls.StepRow, row: RowPlan, is_active: bool, first: int, memory: "_StepMemory", place: int
+    ) -> None:
         sequence, skipped = row.sequence, 8 * self._first
         assert sequence.slot_mapping is not None
-        return calls.StepRow(
-            sequence.slot_mapping.address,
-            sequence.num_computed.buffer_info()[0] + skipped,
-            sequence.num_own_computed.buffer_info()[0] + skipped,
-            row.thresholds.buffer_info()[0] + skipped,
-            buffers.tokens.buffer_info()[0],
-            len(buffers.tokens),
-            sequence.num_arrived(first),
-            sequence.slot,
-            row.last_segment - self._first,
-            row.num_asked,
-            is_active,
-            row.rides,
-            row.most_drafts,
-            buffers.ends.buffer_info()[0] if buffers.ends else None,
-            len(buffers.ends),
-            -1,
-            0,
-            buffers.exit_answers.buffer_info()[0] if buffers.exit_answers else None,
-            buffers.top.buffer_info()[0],
-            None if buffers.logits is None else buffers.logits.data_ptr(),
-            0,
-        )
+        native.places = sequence.slot_mapping.address
+        native.num_computed = sequence.num_computed.buffer_info()[0] + skipped
+        native.num_own = sequence.num_own_computed.buffer_info()[0] + skipped
+        native.thresholds = row.thresholds.buffer_info()[0] + skipped
+        native.tokens, native.num_new = memory.tokens_of(place)
+        native.num_arrived, native.slot = sequence.num_arrived(first), sequence.slot
+        native.last_segment, native.num_asked = row.last_segment - self._first, row.num_asked
+        native.is_active, native.rides, native.most_drafts = is_active, row.rides, row.most_drafts
+        native.ends, native.num_ends = memory.ends_of(place)
+        native.num_exit_answers = native.num_drafted = 0
+        native.exit_answers, native.top = memory.exit_answers_of(place), memory.top_of(place)
+        native.logits = memory.logits_of(place)
 
-    def _output(self, row: RowPlan, native: calls.StepRow, buffers: "_RowBuffers") -> RowOutput:
-        if native.segment < 0 and not native.num_exit_answers:
-            return RowOutput()
-        values = buffers.exit_answers
-        asked = [
-            ExitAnswer(self._first + int(values[3 * i]), int(values[3 * i + 1]), values[3 * i + 2])
-            for i in range(native.num_exit_answers)
-        ]
-        if native.segment < 0:
+    def _output(self, row: RowPlan, native: calls.StepRow, memory: "_StepMemory", place: int) -> RowOutput:
+        num_drafted, segment, num_asked = native.num_drafted, native.segment, native.num_exit_answers
+        row.sequence.num_scheduled += num_drafted
+        asked = memory.read_exit_answers(place, num_asked, self._first) if num_asked else []
+        if segment < 0:
             return RowOutput(asked=asked)
-        number, top = self._first + native.segment, buffers.top
-        count = row.num_asked + native.num_drafted if number == row.last_segment else 1
-        answers = [Answer(top[2 * i + 1], int(top[2 * i])) for i in range(count)]
-        return RowOutput(number, answers, asked)
+        number = self._first + segment
+        count = row.num_asked + num_drafted if number == row.last_segment else 1
+        return RowOutput(number, memory.read_answers(place, count), asked)
 
-    def _sample(self, rows: list[RowPlan], outputs: list[RowOutput], buffers: list["_RowBuffers"]) -> None:
+    def _sample(self, rows: list[RowPlan], outputs: list[RowOutput], memory: "_StepMemory") -> None:
         """Chooses the tokens of rows that take more than the likeliest one."""
         requests, places = list[SampleRequest](), list[tuple[RowOutput, int]]()
-        for row, output, own in zip(rows, outputs, buffers, strict=True):
-            if own.logits is None or not output.answers:
+        for place, (row, output) in enumerate(zip(rows, outputs, strict=True)):
+            if not memory.logits_of(place) or not output.answers:
                 continue
             head, count = self._stage.heads[output.segment], len(output.answers)
             assert head.native is not None
-            flat: Tensor = own.logits[: count * head.native.num_rows].view(count, -1)
-            for i, scores in enumerate(token_logits(flat, head.vocab)):
+            for i, scores in enumerate(
+                token_logits(memory.read_logits(place, count, head.native.num_rows), head.vocab)
+            ):
                 length = len(row.sequence.tokens) + 1 - count + i
                 requests.append(SampleRequest(row.sequence, length, output.answers[i].confidence, scores))
                 places.append((output, i))
@@ -183,18 +165,80 @@ class NativeStage:
             segment.own = own
 
 
-class _RowBuffers:
-    """Memory that the kernels read and write for a row, alive during a call."""
+class _StepMemory:
+    """Memory that the kernels read and write for the rows of a step: one array of a kind for all rows."""
 
-    def __init__(self, row: RowPlan, is_active: bool, num_segments: int, logits_shape: tuple[int, torch.dtype]):
+    def __init__(
+        self, rows: list[RowPlan], going: Set[RowPlan], num_segments: int, logits_shape: tuple[int, torch.dtype]
+    ):
         """`logits_shape` is (rows of the widest head, number type)."""
-        sequence, most = row.sequence, row.num_asked + row.most_drafts
-        self.tokens = array("q", sequence.tokens[sequence.num_computed[0] : sequence.num_scheduled])
-        self.ends = array("q", sequence.stop_ids if row.most_drafts else ())
-        self.top = array("d", bytes(16 * max(most, 1)))
-        has_drafts = is_active and sequence.speculates
-        self.exit_answers = array("d", bytes(24 * num_segments * (row.most_drafts + 1) if has_drafts else 0))
+        tokens, ends, num_answers = list[int](), list[int](), 0
+        self._tokens_at, self._ends_at, self._answers_at = [0], [0], [0]
+        self._width, self._sampled, num_drafting = logits_shape[0], list[bool](), 0
+        self._drafting_at: list[int | None] = []
+        self._drafting_size = 3 * num_segments
+        for row in rows:
+            sequence, is_active = row.sequence, row in going
+            tokens += sequence.tokens[sequence.num_computed[0] : sequence.num_scheduled]
+            ends += sequence.stop_ids if row.most_drafts else ()
+            num_answers += max(row.num_asked + row.most_drafts, 1)
+            self._tokens_at.append(len(tokens))
+            self._ends_at.append(len(ends))
+            self._answers_at.append(num_answers)
+            self._sampled.append(is_active and row.num_asked > 0 and not row.is_plain_greedy)
+            has_drafts = is_active and sequence.speculates
+            self._drafting_at.append(num_drafting * self._drafting_size if has_drafts else None)
+            num_drafting += row.most_drafts + 1 if has_drafts else 0
+        self._tokens, self._ends = array("q", tokens), array("q", ends)
+        self._top = array("d", bytes(16 * num_answers))
+        self._exit_answers = array("d", bytes(8 * num_drafting * self._drafting_size))
+        self._addresses = [x.buffer_info()[0] for x in (self._tokens, self._ends, self._top, self._exit_answers)]
         self.logits: Tensor | None = None
-        if is_active and row.num_asked and not row.is_plain_greedy:
-            width, dtype = logits_shape
-            self.logits = torch.empty(most * width, dtype=dtype)
+        """[answers of all rows, rows of the widest head], flat; None where every row takes the likeliest token."""
+        if any(self._sampled):
+            self.logits = torch.empty(num_answers * self._width, dtype=logits_shape[1])
+
+    def tokens_of(self, place: int) -> tuple[int, int]:
+        """(address, number) of a row's new tokens."""
+        first, stop = self._tokens_at[place : place + 2]
+        return self._addresses[0] + 8 * first, stop - first
+
+    def ends_of(self, place: int) -> tuple[int, int]:
+        """(address, number) of the tokens behind which a row drafts nothing."""
+        first, stop = self._ends_at[place : place + 2]
+        return self._addresses[1] + 8 * first, stop - first
+
+    def top_of(self, place: int) -> int:
+        """The address of a row's answers."""
+        return self._addresses[2] + 16 * self._answers_at[place]
+
+    def exit_answers_of(self, place: int) -> int | None:
+        """The address of the answers of exits; None for a row that does not speculate."""
+        at = self._drafting_at[place]
+        return None if at is None else self._addresses[3] + 8 * at
+
+    def logits_of(self, place: int) -> int | None:
+        """The address of a row's logits; None where it takes the likeliest token."""
+        if self.logits is None or not self._sampled[place]:
+            return None
+        return self.logits.data_ptr() + self._answers_at[place] * self._width * self.logits.itemsize
+
+    def read_answers(self, place: int, count: int) -> list[Answer]:
+        """The first `count` answers of a row."""
+        first, top = 2 * self._answers_at[place], self._top
+        return [Answer(top[at + 1], int(top[at])) for at in range(first, first + 2 * count, 2)]
+
+    def read_exit_answers(self, place: int, count: int, first_segment: int) -> list[ExitAnswer]:
+        """The first `count` answers of exits about a row's tokens."""
+        first, values = self._drafting_at[place], self._exit_answers
+        assert first is not None
+        return [
+            ExitAnswer(first_segment + int(values[at]), int(values[at + 1]), values[at + 2])
+            for at in range(first, first + 3 * count, 3)
+        ]
+
+    def read_logits(self, place: int, count: int, width: int) -> Tensor:  # [count, width]
+        """The logits of a row's answers, by a head of `width` rows."""
+        assert self.logits is not None
+        first = self._answers_at[place] * self._width
+        return self.logits[first : first + count * width].view(count, width)
