@@ -36,6 +36,10 @@ class GenerationSection:
     """
     exit_layer: int | None = None
     """The exit of the policy `fixed`."""
+    prompt_lookup: bool = True
+    """Whether the policy `speculative` also drafts what followed the newest tokens earlier in the text, where it
+    repeats itself. Exits draft elsewhere.
+    """
     max_new_tokens: int = 100
     """Most tokens of a completion."""
     min_new_tokens: int = 0

@@ -1,8 +1,11 @@
-"""Speculative decoding with a model's own exits: the plan of each round, its drafts, and what the check leaves of
-them.
+"""Speculative decoding with a model's own exits and with repeated text: the plan of each round, its drafts, and what
+the check leaves of them.
 """
 
+from collections.abc import Callable
+
 from ee_tuning.engine.cost_model import expected_costs
+from ee_tuning.engine.prompt_lookup import MOST_DRAFTS, PromptLookup
 from ee_tuning.engine.sequence import Sequence
 from ee_tuning.engine.speculation import Speculation
 from ee_tuning.engine.speculation_memory import SpeculationMemory
@@ -22,6 +25,12 @@ class DraftProposer:
 
     def plan(self, sequence: Sequence, num_rows: int) -> RowPlan:
         """The row of a sequence whose newest token is scheduled, while `num_rows` sequences decode side by side."""
+        if sequence.drafts.are_complete:
+            sequence.drafts.num_rows = num_rows
+            num_new = sequence.num_scheduled - sequence.num_computed[0]
+            return RowPlan(
+                sequence, sequence.exit_thresholds, num_asked=sequence.num_drafts + 1, num_new=num_new, rides=False
+            )
         known = self._known()
         room = min(self.max_pending, sequence.limit - sequence.num_final - 1)
         if not sequence.num_drafts:
@@ -49,10 +58,35 @@ class DraftProposer:
                 self._add_draft(sequence, token, layer)
         return self._check(sequence, output.answers) if output.segment == row.last_segment else []
 
+    def look_up(self, sequences: list[Sequence], room_of: Callable[[Sequence, int], int]) -> None:
+        """Adds drafts to sequences whose text repeats itself, where they bring more than exits. All tokens of the
+        sequences are final. `room_of` tells how many more tokens there is memory for, up to a number.
+        """
+        for sequence in sequences:
+            lookup = sequence.lookup = sequence.lookup or PromptLookup()
+            lookup.read(sequence.tokens, len(sequence.tokens), sequence.num_prompt_tokens, self._known().matches)
+            count = self._num_looked_up(sequence, lookup) if lookup.length else 0
+            count = min(count, room_of(sequence, count)) if count else 0
+            for token in lookup.drafts(sequence.tokens, count) if count > 0 else ():
+                if sequence.num_drafts and sequence.tokens[-1] in sequence.stop_ids:
+                    break  # nothing is drafted behind an end
+                self._add_draft(sequence, token, self.stage.config.num_layers)
+            sequence.drafts.are_complete = sequence.num_drafts > 0
+
     def keep(self) -> None:
         """Writes what was learnt for later processes."""
         if self.memory is not None and self.speculation is not None:
             self.memory.keep(self.speculation)
+
+    def _num_looked_up(self, sequence: Sequence, lookup: PromptLookup) -> int:
+        known, num_rows = self._known(), sequence.drafts.num_rows
+        most = min(MOST_DRAFTS, self.max_pending, sequence.limit - len(sequence.tokens) - 1)
+        return known.matches.best_count(
+            lookup.length,
+            most,
+            lambda count: known.costs.of_all(num_rows * (count + 1)),
+            known.rate(num_rows, sequence.policy.drafts_at),
+        )
 
     def _add_draft(self, sequence: Sequence, token: int, layer: int) -> None:
         sequence.tokens.append(token)

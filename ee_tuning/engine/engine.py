@@ -230,9 +230,7 @@ class Engine:
             return RowPlan(sequence, sequence.exit_thresholds, num_new=num_new)
         row = self._proposer_of(sequence).plan(sequence, num_rows)
         if row.most_drafts:
-            self.scheduler.reserve(sequence, len(sequence.tokens) + row.most_drafts)
-            assert sequence.slot_mapping is not None
-            room = len(sequence.slot_mapping.index) - len(sequence.tokens)
+            room = self._room(sequence, row.most_drafts)
             row.most_drafts = max(0, min(row.most_drafts, room, calls.MOST_TOKENS - 1 - sequence.num_drafts))
         return row
 
@@ -268,17 +266,25 @@ class Engine:
         for sequence in {step.sequence.number: step.sequence for step in steps}.values():
             if sequence.finish_reason:
                 self._finish(sequence, sequence.finish_reason)
-        self._draft([row.sequence for row, _ in finished if row.is_read])
+        self._draft([row.sequence for row, _ in finished if row.sequence.speculates and not row.sequence.finish_reason])
         return steps
 
     def _draft(self, sequences: list[Sequence]) -> None:
-        """Drafts by the drafting head behind the tokens of a step."""
-        running = [sequence for sequence in sequences if not sequence.finish_reason]
-        if self.head_proposer is None or not running:
-            return
-        for sequence in running:
-            self.scheduler.reserve(sequence, len(sequence.tokens) + MOST_DRAFTS + 1)
-        self.head_proposer.propose(running, self.runner.read_states)
+        """Drafts behind the tokens of a step: by the drafting head, and by prompt lookup."""
+        read = [sequence for sequence in sequences if sequence.policy.has_draft_head]
+        if self.head_proposer is not None and read:
+            for sequence in read:
+                self._room(sequence, MOST_DRAFTS + 1)
+            self.head_proposer.propose(read, self.runner.read_states)
+        looking = [s for s in sequences if s.policy.looks_up and s.num_output and not s.num_drafts]
+        if looking:
+            self.proposer.look_up(looking, self._room)
+
+    def _room(self, sequence: Sequence, count: int) -> int:
+        """The number of further tokens that a running sequence has memory for, after reserving it for `count`."""
+        self.scheduler.reserve(sequence, len(sequence.tokens) + count)
+        assert sequence.slot_mapping is not None
+        return len(sequence.slot_mapping.index) - len(sequence.tokens)
 
     def _append(self, sequence: Sequence, answer: Answer, layer: int) -> TokenStep:
         """Adds a final token to a sequence."""

@@ -21,6 +21,8 @@ class Policy:
     """Every token leaves here, those of the prompt too: deeper layers never run."""
     drafts_at: tuple[int, ...] = ()
     """Exits that may draft tokens, which the full model checks."""
+    looks_up: bool = False
+    """Whether repeated text drafts tokens too (`prompt_lookup.py`)."""
     has_draft_head: bool = False
     """Whether the model's drafting head drafts tokens, which the full model checks."""
 
@@ -68,7 +70,7 @@ def policy_of(
     # A layer that is the last one anyway is no way to leave early.
     early = tuple(layer for layer in exit_layers if layer < num_layers)
     if kind == "speculative":
-        return Policy(drafts_at=early)
+        return Policy(drafts_at=early, looks_up=generation.prompt_lookup)
     if generation.calibration is not None:
         calibration = read_calibration(generation.calibration, exit_layers, num_layers, heads_digest)
         return Policy(thresholds=calibration.used, measure=calibration.measure)

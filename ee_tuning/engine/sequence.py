@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from ee_tuning.decoding.eager_attention import SlotMapping
 from ee_tuning.engine.params import SamplingParams
 from ee_tuning.engine.policy import Policy
+from ee_tuning.engine.prompt_lookup import PromptLookup
 from ee_tuning.engine.sampling import request_key
 
 CachedPart = tuple[str, int]
@@ -31,7 +32,7 @@ class SequenceStatistics:
     num_catch_up: int = 0
     """Tokens that left early and were computed deeper later, counted once for each segment."""
     num_drafted: int = 0
-    """Tokens that exits drafted."""
+    """Tokens that exits, repeated text or a drafting head drafted."""
     num_accepted: int = 0
     """Drafts that the full model agreed with."""
     num_reused: int = 0
@@ -56,14 +57,16 @@ class DraftRound:
     """Drafts at most."""
     num_rows: int = 1
     """Sequences that decoded side by side when it was planned."""
+    are_complete: bool = False
+    """Whether all drafts were made before the round: nothing but their check is to be done."""
     layers: list[int] = field(default_factory=list)
     """The exit of each draft."""
     answers: list[tuple[int, int, float, int]] = field(default_factory=list)
     """(drafts before it, exit, confidence, token) of each answer of an exit, drafted or not."""
 
-    def begin(self, thresholds: Mapping[int, float], most: int = 0, num_rows: int = 1) -> None:
+    def begin(self, thresholds: Mapping[int, float], most: int = 0) -> None:
         """Begins a new round."""
-        self.thresholds, self.most, self.num_rows = thresholds, most, num_rows
+        self.thresholds, self.most, self.are_complete = thresholds, most, False
         self.layers.clear()
         self.answers.clear()
 
@@ -98,6 +101,8 @@ class Sequence:
     drafts: DraftRound = field(default_factory=DraftRound)
     num_scheduled: int = 0
     """Tokens that have entered the network."""
+    lookup: PromptLookup | None = None
+    """Its n-grams, for a policy that looks up."""
     slot: int = 0
     """Its slot in the boundary ring."""
     blocks: list[int] = field(default_factory=list)
@@ -159,8 +164,8 @@ class Sequence:
 
     @property
     def speculates(self) -> bool:
-        """Whether exits or a drafting head draft for it."""
-        return bool(self.policy.drafts_at) or self.policy.has_draft_head
+        """Whether exits, repeated text or a drafting head draft for it."""
+        return bool(self.policy.drafts_at) or self.policy.looks_up or self.policy.has_draft_head
 
     @property
     def num_final(self) -> int:

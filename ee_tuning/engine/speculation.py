@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ee_tuning.engine.cost_model import Costs
+from ee_tuning.engine.prompt_lookup import MatchRecord
 from ee_tuning.engine.segments import Segment
 from ee_tuning.engine.sequence import Sequence
 from ee_tuning.engine.step_plan import Answer
@@ -74,11 +75,12 @@ class ExitRecord:
 
 
 class Speculation:
-    """The knowledge of an engine about its exits, shared by all requests."""
+    """The knowledge of an engine about its exits and about repeated text, shared by all requests."""
 
     def __init__(self, costs: Costs, segments: tuple[Segment, ...]):
         self.costs, self.segments = costs, segments
         self.records = {s.exit_layer: ExitRecord() for s in segments[:-1] if s.exit_layer is not None}
+        self.matches = MatchRecord()
         self.num_rounds = 0
         self.credit = FIRST_CREDIT
         """Passes of the full model that may be lost on trying exits."""
@@ -93,10 +95,7 @@ class Speculation:
             self._plans.clear()
             self._interval = min(2 * self._interval, MOST_INTERVAL)
             self._next_plan = self.num_rounds + self._interval
-        exits = sequence.policy.drafts_at
-        if (exits, num_rows) not in self._plans:
-            self._plans[exits, num_rows] = self.best_plan(num_rows, exits)
-        plan = self._plans[exits, num_rows]
+        exits, plan = sequence.policy.drafts_at, self._plan(num_rows, sequence.policy.drafts_at)
         thresholds = dict[int, float]()
         if plan.exit_layer is not None and self.credit > 0 and most > 0:
             thresholds[plan.exit_layer] = plan.threshold
@@ -110,7 +109,8 @@ class Speculation:
         if not thresholds:
             self.credit = min(MOST_CREDIT, self.credit + CREDIT_PER_ROUND)
         drafts = min(plan.most, most) if plan.exit_layer in thresholds else 0
-        sequence.drafts.begin(thresholds, drafts, num_rows)
+        sequence.drafts.begin(thresholds, drafts)
+        sequence.drafts.num_rows = num_rows
 
     def thresholds(self, sequence: Sequence) -> "array[float]":
         """[segments] The confidence from which on the sequence's newest token is drafted."""
@@ -130,6 +130,15 @@ class Speculation:
     def plain_rate(self, num_rows: int) -> float:
         """Tokens per second and sequence at full depth."""
         return 1 / self.costs.of_all(num_rows)
+
+    def rate(self, num_rows: int, exits: tuple[int, ...]) -> float:
+        """Tokens per second and sequence by the plan for `exits`."""
+        return self._plan(num_rows, exits).rate
+
+    def _plan(self, num_rows: int, exits: tuple[int, ...]) -> DraftPlan:
+        if (exits, num_rows) not in self._plans:
+            self._plans[exits, num_rows] = self.best_plan(num_rows, exits)
+        return self._plans[exits, num_rows]
 
     def best_plan(self, num_rows: int, exits: tuple[int, ...]) -> DraftPlan:
         """The fastest plan for `exits` by what is known; the empty one where full depth is as fast."""

@@ -1,4 +1,4 @@
-"""How often an artifact's exits were right, kept for later processes.
+"""How often an artifact's exits and repeated text were right, kept for later processes.
 
 A file in the cache folder for each artifact, number type, number of threads and machine. Without it, a process has to
 try its exits before it knows where to draft: most of a short one's life. Tokens never depend on it.
@@ -17,6 +17,7 @@ import torch
 from ee_tuning.cache_folder import cache_folder
 from ee_tuning.checkpoint.atomic_write import atomic_file
 from ee_tuning.engine.cost_model import Costs
+from ee_tuning.engine.prompt_lookup import MOST_LENGTH, MatchRecord
 from ee_tuning.engine.segments import Segment
 from ee_tuning.engine.speculation import EDGES, ExitRecord, Speculation
 from ee_tuning.engine.stage_model import StageModel
@@ -24,7 +25,7 @@ from ee_tuning.errors import InputError
 from ee_tuning.json_file import read_json, to_json
 from ee_tuning.kernel.build import processor
 
-FORMAT = 3
+FORMAT = 4
 """Raise it when what is kept means something else than before."""
 FEWEST_ROUNDS = 40
 """Rounds that are worth a write; then twice as many as at the last one."""
@@ -44,7 +45,7 @@ class SpeculationMemory:
         """Speculation that knows what is kept; without a file fit for use one that knows nothing but expected costs."""
         try:
             tree = read_json(self.path)
-            records = self._read(tree, segments)
+            records, matches = self._read(tree, segments)
         except FileNotFoundError:
             return Speculation(expect(), segments)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -56,6 +57,7 @@ class SpeculationMemory:
             return Speculation(expect(), segments)
         speculation = Speculation(expect(), segments)
         speculation.records.update(records)
+        speculation.matches = matches
         return speculation
 
     def keep(self, speculation: Speculation) -> None:
@@ -64,7 +66,7 @@ class SpeculationMemory:
             return
         self._rounds_kept = speculation.num_rounds
         records = {str(layer): asdict(record) for layer, record in speculation.records.items()}
-        tree = {"format": FORMAT, "key": self._key, "records": records}
+        tree = {"format": FORMAT, "key": self._key, "records": records, "matches": asdict(speculation.matches)}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             with atomic_file(self.path) as partial:
@@ -72,18 +74,12 @@ class SpeculationMemory:
         except (OSError, InputError) as error:
             log.info("what speculation learnt is not kept: %s", error)
 
-    def _read(self, tree: Any, segments: tuple[Segment, ...]) -> dict[int, ExitRecord]:
+    def _read(self, tree: Any, segments: tuple[Segment, ...]) -> tuple[dict[int, ExitRecord], MatchRecord]:
         if tree["format"] != FORMAT or tree["key"] != self._key:
             raise ValueError("it is of another format, model or machine")
         layers = [each.exit_layer for each in segments[:-1] if each.exit_layer is not None]
-        records = {}
-        for layer in layers:
-            record = tree["records"][str(layer)]
-            seen, right = (list(_numbers(record[name], len(EDGES))) for name in ("seen", "right"))
-            records[layer] = ExitRecord(seen, right)
-            if any(more > count for count, more in zip(seen, right, strict=True)):
-                raise ValueError("an exit was right more often than it was asked")
-        return records
+        records = {layer: ExitRecord(*_counts(tree["records"][str(layer)], len(EDGES))) for layer in layers}
+        return records, MatchRecord(*_counts(tree["matches"], MOST_LENGTH + 1))
 
 
 def speculation_memory(stage: StageModel, heads_digest: str | None) -> SpeculationMemory | None:
@@ -104,6 +100,14 @@ def speculation_memory(stage: StageModel, heads_digest: str | None) -> Speculati
     }
     name = hashlib.sha256(to_json(key, sort_keys=True).encode()).hexdigest()[:32]
     return SpeculationMemory(cache_folder() / "speculation" / f"{name}.json", key)
+
+
+def _counts(given: Any, size: int) -> tuple[list[float], list[float]]:
+    """What was seen, and what of it was right."""
+    seen, right = (list(_numbers(given[name], size)) for name in ("seen", "right"))
+    if any(more > count for count, more in zip(seen, right, strict=True)):
+        raise ValueError("drafts were right more often than they were looked at")
+    return seen, right
 
 
 def _numbers(given: Any, count: int) -> tuple[float, ...]:

@@ -24,7 +24,7 @@ POLICIES = [
     Policy(fixed_exit=2),
     Policy(fixed_exit=4),
     Policy(drafts_at=(2, 4)),
-    Policy(drafts_at=(2,)),
+    Policy(drafts_at=(2,), looks_up=True),
     FULL,
 ]
 BROKEN_OFF = {0: 3, 2: 0, 7: 5, 12: 2, 17: 4, 21: 3}

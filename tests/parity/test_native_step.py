@@ -76,7 +76,9 @@ def drafted_both_ways(loaded: LoadedModel, thresholds: dict[int, float], ends: d
             engine = engine_for(loaded)
             known = engine.proposer.speculation = FixedDrafts(engine, thresholds)
             params = SamplingParams(max_tokens=NEW_TOKENS, **ends)
-            (sequence,) = engine.add_request(PROMPT, params, policy_for(loaded.model, policy="speculative"))
+            (sequence,) = engine.add_request(
+                PROMPT, params, policy_for(loaded.model, policy="speculative", prompt_lookup=False)
+            )
             answers.append({**told(sequence, run_all(engine)), "records": known.records})
     return answers
 

@@ -75,6 +75,32 @@ def test_tokens_are_those_of_full_depth(llama, plan, params):
     assert 0 < kept < drafted, "the claim is empty where all drafts are right, or none"
 
 
+@pytest.mark.parametrize("architecture", ["mlp", "layer"])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_repeated_text_drafts(tmp_path, architecture, temperature):
+    """Drafts that are checked against the wrong tokens, or keys of rejected ones that stay; a head with a layer of its
+    own that misses the tokens of a check. Exits draft nothing here, so all that is accepted was looked up.
+    """
+    random_llama(tmp_path / "model", confident=True)
+    exits = write_exits(tmp_path / "model", tmp_path / "exits", architecture=architecture, init="copy")
+    keys = {"model.path": str(tmp_path / "model"), "exits.path": str(exits), "model.dtype": "float64"}
+    loaded = load_for_generation(load_config(None, keys), init_parallel(ParallelSection()))
+    params = SamplingParams(max_tokens=60, temperature=temperature, seed=5, logit_bias={7: 100, 8: 100, 9: 99})
+    prompts = [prompt * 3 for prompt in PROMPTS]
+    plain = Engine(loaded.model, loaded.stages, num_slots=4, max_length=128)
+    wanted = [plain.add_request(prompt, params)[0] for prompt in prompts]
+    run_all(plain)
+    engine = drafting_engine(loaded, {4: 2.0}, max_length=128)
+    policy = policy_for(loaded.model, policy="speculative")
+    made = [engine.add_request(prompt, params, policy)[0] for prompt in prompts]
+    run_all(engine)
+    assert [each.output for each in made] == [each.output for each in wanted]
+    kept, drafted = (sum(getattr(s.statistics, name) for s in made) for name in ("num_accepted", "num_drafted"))
+    assert 20 < kept < drafted
+    without = policy_for(loaded.model, policy="speculative", prompt_lookup=False)
+    assert not without.looks_up and policy.looks_up
+
+
 def test_caches_behind_a_check_equal_a_full_pass(llama):
     """Keys of rejected drafts that are taken for those of the tokens in their place."""
     loaded, _ = llama
@@ -83,7 +109,7 @@ def test_caches_behind_a_check_equal_a_full_pass(llama):
         Engine(loaded.model, loaded.stages, num_slots=1, max_length=64),
     )
     (sequence,) = engine.add_request(
-        PROMPTS[0], SamplingParams(max_tokens=50), policy_for(loaded.model, policy="speculative")
+        PROMPTS[0], SamplingParams(max_tokens=50), policy_for(loaded.model, policy="speculative", prompt_lookup=False)
     )
     while sequence.num_output < 40 or sequence.num_drafts:
         engine.step()
@@ -148,7 +174,9 @@ def test_speculation_stops_where_it_would_lose(llama):
     engine = Engine(loaded.model, loaded.stages, num_slots=1, max_length=128)
     known = engine.proposer.speculation = dear_exits(engine)
     (sequence,) = engine.add_request(
-        [5], SamplingParams(max_tokens=100, ignore_eos=True), policy_for(loaded.model, policy="speculative")
+        [5],
+        SamplingParams(max_tokens=100, ignore_eos=True),
+        policy_for(loaded.model, policy="speculative", prompt_lookup=False),
     )
     asked = 0
     while not sequence.finish_reason:
@@ -165,7 +193,9 @@ def test_speculation_loses_little_where_it_was_wrong(llama):
     known = engine.proposer.speculation = Speculation(
         Costs((cheap, (1.0,) * 3, (1.0,) * 3), {2: cheap, 4: cheap}, cheap), engine.segments
     )
-    (sequence,) = engine.add_request([5], SamplingParams(), policy_for(loaded.model, policy="speculative"))
+    (sequence,) = engine.add_request(
+        [5], SamplingParams(), policy_for(loaded.model, policy="speculative", prompt_lookup=False)
+    )
     lost, tried = 0.0, 0
     for _ in range(400):
         known.begin_round(sequence, 1, 16)

@@ -1,0 +1,89 @@
+"""Drafts by prompt lookup: where the newest tokens stand earlier in the text, the tokens behind them there are drafted.
+
+It is transformers' `prompt_lookup_num_tokens` and vLLM's method `ngram`. Here the number of drafts follows from how
+often matches of that length went on alike, which is counted for every token whether it was drafted or not.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+SHORT, LONG = 3, 8
+"""Tokens of the n-grams that are looked up."""
+MOST_LENGTH = 32
+"""Longer matches count as of this length."""
+MOST_DRAFTS = 12
+"""Drafts of a round at most."""
+PRIOR = 4.0
+"""Tokens' worth of the belief that a match of n tokens goes on alike with probability n / (n + 3)."""
+MEMORY = 0.995
+"""The weight of a count after the next one of the same length."""
+LEAST_GAIN = 1.05
+"""Drafts have to be so much faster than none, by what is known."""
+
+
+@dataclass
+class MatchRecord:
+    """How often the token behind a match was the one that stood there earlier, by the length of the match."""
+
+    seen: list[float] = field(default_factory=lambda: [PRIOR] * (MOST_LENGTH + 1))
+    right: list[float] = field(default_factory=lambda: [PRIOR * n / (n + 3) for n in range(MOST_LENGTH + 1)])
+
+    def add(self, length: int, was_right: bool) -> None:
+        """Counts a token behind a match of `length` tokens."""
+        place = min(length, MOST_LENGTH)
+        self.seen[place] = MEMORY * self.seen[place] + 1
+        self.right[place] = MEMORY * self.right[place] + was_right
+
+    def odds(self, length: int) -> float:
+        """The probability that the token behind a match of `length` tokens is the one that stood there earlier."""
+        place = min(length, MOST_LENGTH)
+        return self.right[place] / self.seen[place]
+
+    def best_count(self, length: int, most: int, seconds: Callable[[int], float], rate: float) -> int:
+        """The number of drafts, `most` at most, behind a match of `length` tokens that brings most tokens per second;
+        0 where none is faster than `rate`. `seconds` tells how long a pass with so many drafts takes.
+        """
+        best, best_rate, expected, share = 0, LEAST_GAIN * rate, 1.0, 1.0
+        for count in range(1, most + 1):
+            share *= self.odds(length + count - 1)
+            expected += share
+            if expected > best_rate * seconds(count):
+                best, best_rate = count, expected / seconds(count)
+        return best
+
+
+class PromptLookup:
+    """The n-grams of one sequence, and the place that its newest tokens match."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        """Tokens that match; 0 where none do."""
+        self._start = 0
+        """The position of the token that followed them."""
+        self._num_read = 0
+        self._behind: tuple[dict[tuple[int, ...], int], ...] = ({}, {})
+        """n-gram -> the position behind its newest occurrence, for SHORT and LONG."""
+
+    def read(self, tokens: list[int], stop: int, num_prompt_tokens: int, record: MatchRecord) -> None:
+        """Reads tokens up to position `stop`, and counts those behind a match that are no prompt's in `record`."""
+        for position in range(self._num_read, stop):
+            goes_on = self.length > 0 and tokens[self._start] == tokens[position]
+            if self.length and position >= num_prompt_tokens:
+                record.add(self.length, goes_on)
+            self.length, self._start = (self.length + 1, self._start + 1) if goes_on else (0, 0)
+            for size, behind in zip((SHORT, LONG), self._behind, strict=True):
+                if position + 1 >= size:
+                    gram = tuple(tokens[position + 1 - size : position + 1])
+                    if self.length < size and gram in behind:
+                        self.length, self._start = size, behind[gram]
+                    behind[gram] = position + 1
+        self._num_read = max(stop, self._num_read)
+
+    def drafts(self, tokens: list[int], count: int) -> list[int]:
+        """The `count` tokens that stood behind the match. They may run over into themselves, as where a text goes in
+        circles.
+        """
+        known = tokens[self._start : self._start + count]
+        while len(known) < count:
+            known.append(known[len(known) - (len(tokens) - self._start)])
+        return known
