@@ -173,7 +173,7 @@ def described_heads(section: ExitsSection, layers: tuple[int, ...], model: Model
     adds_linear = section.init == "fitted" and section.output == "tied"
     return {
         "architecture": each,
-        "init": section.init,
+        "init": "copy" if section.init == "auto" else section.init,
         "adds_linear": tuple(
             layer for layer, word in zip(layers, each, strict=True) if adds_linear and word != "linear"
         ),
@@ -194,7 +194,7 @@ def _described_drafter(section: ExitsSection, layers: tuple[int, ...], model: Mo
     check_output_vocab(section, model.vocab_size)
     return {
         "architecture": ("eagle3",),
-        "init": section.init,
+        "init": "copy" if section.init == "auto" else section.init,
         "adapter_rank": None,
         "seed": section.seed,
         "draft": draft_spec(model, section.aux_layers),

@@ -62,10 +62,11 @@ class ExitsSection:
     """
     adapter_rank: int = 64
     """Inner width of `adapter` heads."""
-    init: Literal["copy", "random", "fitted"] = "copy"
+    init: Literal["auto", "copy", "random", "fitted"] = "auto"
     """copy: from the backbone's own norm, MLP or last layer, and output matrix. random: like the model's
     initialization. fitted: copied, with a linear map before the output matrix, fitted by least squares to the final
-    states of texts (data.paths); an exit with an output matrix of its own absorbs the map.
+    states of texts (data.paths); an exit with an output matrix of its own absorbs the map. auto: fitted where `tune`
+    makes exits; copied where `convert` does, and for a drafting head.
     """
     output: Literal["untied", "tied"] = "untied"
     """untied: each exit trains its own output matrix. tied: the backbone's frozen one."""
@@ -93,6 +94,13 @@ class ExitsSection:
                 f"--num-exits {self.exit_layers.num_exits}` prints"
             )
         return evenly_along(range(1, num_layers + 1), self.exit_layers.num_exits)
+
+    @property
+    def init_of_tune(self) -> Literal["copy", "random", "fitted"]:
+        """`init` of heads that `tune` makes: auto is fitted for exits, because it always has texts."""
+        if self.init == "auto":
+            return "fitted" if self.exit_layers and not self.drafts else "copy"
+        return self.init
 
     @property
     def drafts(self) -> bool:
