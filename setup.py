@@ -68,6 +68,7 @@ setup(
             "uvicorn>=0.30",
             "prometheus-client",
             "openai",
+            "tenacity",  # lm-eval's clients of servers
         ],
     },
     entry_points={

@@ -21,12 +21,12 @@ from ee_tuning.engine.policy import Policy
 from ee_tuning.errors import InputError
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.model.exit_head import ExitInput
-from ee_tuning.parallel.shortlist import token_confidences, token_log_probabilities, token_top1
+from ee_tuning.parallel.shortlist import token_confidences, token_likeliest, token_log_probabilities, token_top1
 from ee_tuning.parallel.stage_link import StageLink
 from ee_tuning.parallel.vocab import VocabShard
 
 # s sequence · b rows of a pass · p policies · h hidden · v/tp this rank's shard of the vocabulary · n positions that
-# are scored
+# are scored · k likeliest tokens that are told
 
 CHUNK = 128
 """Positions whose logits are there at a time."""
@@ -50,6 +50,8 @@ class Score:
     """Whether each token was the likeliest one where it was looked up."""
     exit_layers: list[int]
     """The layer that each token's distribution is of; the number of layers where its position did not leave early."""
+    top_logprobs: list[dict[int, float]] = dataclasses.field(default_factory=list)
+    """The likeliest ids at each token with their log-probabilities, where asked for."""
 
     @property
     def logprob(self) -> float:
@@ -116,25 +118,28 @@ def score(model: EarlyExitModel, pairs: Sequence[TokenPair], policy: Policy, max
 
 
 def score_by(
-    model: EarlyExitModel, pairs: Sequence[TokenPair], policies: Sequence[Policy], max_rows: int
+    model: EarlyExitModel, pairs: Sequence[TokenPair], policies: Sequence[Policy], max_rows: int, num_top: int = 0
 ) -> list[list[Score]]:
-    """What `score` returns, for each of the policies: layers are run, and exits asked, once for all of them."""
+    """What `score` returns, for each of the policies: layers are run, and exits asked, once for all of them. With the
+    `num_top` likeliest tokens at each position.
+    """
+    num_top = min(num_top, model.config.vocab_size)
     ends = list(itertools.accumulate((len(continuation) for _, continuation in pairs), initial=0))
-    answers = torch.zeros(len(policies), ends[-1], 3, dtype=torch.float64)
-    scorer, batches = _Scorer(model, policies), list(_batches(_rows(pairs, ends), max_rows))
+    answers = torch.zeros(len(policies), ends[-1], 3 + 2 * num_top, dtype=torch.float64)
+    scorer, batches = _Scorer(model, policies, num_top), list(_batches(_rows(pairs, ends), max_rows))
     with torch.inference_mode():
         for batch in batches:
             scorer.read(batch, answers)
         scorer.link.finish()
     if model.topology.pp > 1:  # each answer is of one stage, zero on the others
         dist.all_reduce(answers, group=model.topology.pp_control)
-    layers, logprobs, _ = answers.unbind(-1)
+    layers, logprobs = answers[..., 0], answers[..., 1]
     if bool((broken := logprobs.isnan()).any()):
         raise no_numbers(f"the logits behind layer {int(layers[broken][0])}", model.plan.dtype)
     return [_scores(pairs, found) for found in answers]
 
 
-def _scores(pairs: Sequence[TokenPair], answers: Tensor) -> list[Score]:  # [tokens, 3]
+def _scores(pairs: Sequence[TokenPair], answers: Tensor) -> list[Score]:  # [tokens, 3 + 2 k]
     lengths = [len(continuation) for _, continuation in pairs]
     return [
         Score(
@@ -142,9 +147,17 @@ def _scores(pairs: Sequence[TokenPair], answers: Tensor) -> list[Score]:  # [tok
             logprobs=found[:, 1].tolist(),
             is_greedy=found[:, 2].bool().tolist(),
             exit_layers=found[:, 0].int().tolist(),
+            top_logprobs=_top_logprobs(found[:, 3:]),
         )
         for (_, continuation), found in zip(pairs, answers.split(lengths), strict=True)
     ]
+
+
+def _top_logprobs(found: Tensor) -> list[dict[int, float]]:  # [tokens, 2 k]: ids, then their log-probabilities
+    if not found.shape[1]:
+        return []
+    ids, logprobs = found.chunk(2, dim=1)
+    return [dict(zip(*each, strict=True)) for each in zip(ids.long().tolist(), logprobs.tolist(), strict=True)]
 
 
 def _rows(pairs: Sequence[TokenPair], ends: list[int]) -> list[_Row]:
@@ -171,8 +184,9 @@ def _batches(rows: list[_Row], max_rows: int) -> Iterator[list[_Row]]:
 class _Scorer:
     """Passes through this stage."""
 
-    def __init__(self, model: EarlyExitModel, policies: Sequence[Policy]):
+    def __init__(self, model: EarlyExitModel, policies: Sequence[Policy], num_top: int):
         self.model, self.policies, self.topology, self.link = model, policies, model.topology, StageLink(model.topology)
+        self._num_top = num_top
         plan, last = model.plan, model.config.num_layers
         self._through = max(last if policy.fixed_exit is None else policy.fixed_exit for policy in policies)
         """No layer behind this one is needed."""
@@ -209,7 +223,7 @@ class _Scorer:
             hidden = self.link.receive(length * len(rows), width, dtype).view(length, len(rows), width)
             stays = self.link.receive(len(places), len(self.policies), dtype).T > 0
         hidden, inputs = self.model.run_layers(hidden, through=self._through)
-        found = torch.zeros(len(self.policies), len(places), 3, dtype=torch.float64, device=device)
+        found = torch.zeros(len(self.policies), len(places), answers.shape[-1], dtype=torch.float64, device=device)
         self._ask(hidden, inputs, places, labels, stays, found)
         answers[:, torch.tensor([place for row in rows for place in row.answers])] = found.cpu()
         if self.model.plan.last_layer < self._through:
@@ -224,7 +238,7 @@ class _Scorer:
         labels: Tensor,
         stays: Tensor,
         found: Tensor,
-    ) -> None:  # [n], [n], [p, n] bool, [p, n, 3]
+    ) -> None:  # [n], [n], [p, n] bool, [p, n, 3 + 2 k]
         """Asks the exits of this stage, shallow to deep, about the positions that have not left by all policies; those
         that leave are taken out of `stays`.
         """
@@ -252,7 +266,8 @@ class _Scorer:
     ) -> None:  # …, [m], [m, 2 + …], …
         """Writes what a policy has by this layer."""
         found[policy, where, 0] = layer
-        found[policy, where, 1:] = told[:, :2]
+        found[policy, where, 1:3] = told[:, :2]
+        found[policy, where, 3:] = told[:, told.shape[1] - 2 * self._num_top :]
         stays[policy, where] = False
 
     def _ask_exit(
@@ -275,15 +290,19 @@ class _Scorer:
         vocab: VocabShard,  # [n, h], [rows of `vocab`, h]
         labels: Tensor,
         measures: Sequence[Measure],
-    ) -> Tensor:  # [n] -> [n, 2 + measures]
-        """The label's log-probability, whether it is the likeliest token, and the confidence by each measure;
-        float64.
+    ) -> Tensor:  # [n] -> [n, 2 + measures + 2 k]
+        """The label's log-probability, whether it is the likeliest token, the confidence by each measure, the likeliest
+        ids and their log-probabilities; float64.
         """
-        told = torch.zeros(len(labels), 2 + len(measures), dtype=torch.float64, device=hidden.device)
+        width = 2 + len(measures) + 2 * self._num_top
+        told = torch.zeros(len(labels), width, dtype=torch.float64, device=hidden.device)
         for part, states, wanted in zip(told.split(CHUNK), hidden.split(CHUNK), labels.split(CHUNK), strict=True):
             logits = F.linear(states, weight)
             part[:, 0] = token_log_probabilities(logits, wanted, vocab)
             part[:, 1] = token_top1(logits, vocab).token_ids == wanted
             for column, measure in enumerate(measures, 2):
                 part[:, column] = token_confidences(logits, vocab, measure)
+            if self._num_top:
+                ids, logprobs = token_likeliest(logits, vocab, self._num_top)
+                part[:, 2 + len(measures) :] = torch.cat((ids.double(), logprobs.double()), dim=1)
         return told

@@ -24,6 +24,7 @@ from ee_tuning.parallel.vocab import (
     confidences,
     gather_logits,
     log_probabilities_of,
+    log_sum_exp,
     padded_size,
     top1,
 )
@@ -190,6 +191,18 @@ def token_logits(
     whole = gathered.new_full((*gathered.shape[:-1], vocab.whole.size), -torch.inf)
     whole[..., vocab.token_ids] = gathered[..., :-1]
     return whole
+
+
+def token_likeliest(
+    logits: Tensor,  # [t, rows of `vocab`]
+    vocab: VocabShard,
+    count: int,
+) -> tuple[Tensor, Tensor]:  # [t, count] int64; [t, count], float32 (float64 for float64 logits)
+    """The likeliest tokens and their log-probabilities, the same bits as `token_log_probabilities`; -inf for tokens
+    that a shortlist lacks.
+    """
+    largest, ids = at_least_float32(token_logits(logits, vocab)).topk(count)
+    return ids, largest - log_sum_exp(logits, vocab)[:, None]
 
 
 def _merged(

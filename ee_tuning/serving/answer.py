@@ -8,6 +8,7 @@ from typing import Any
 from ee_tuning.generation.completion import Completion, StreamedToken
 from ee_tuning.generation.job import Job
 from ee_tuning.generation.record import IMPOSSIBLE
+from ee_tuning.generation.scoring import Score
 from ee_tuning.serving.schemas import SamplingBody
 from ee_tuning.serving.token_texts import TokenTexts
 
@@ -45,6 +46,10 @@ class Answer(ABC):
 
     def first_chunks(self) -> list[Json]:
         """What a stream begins with."""
+        return []
+
+    def take_prompt(self, place: int, score: Score) -> list[Json]:
+        """Takes the log-probabilities of a prompt; returns what they add to a stream."""
         return []
 
     def chunk(self, place: int, token: StreamedToken) -> Json | None:

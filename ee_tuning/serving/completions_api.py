@@ -52,17 +52,19 @@ class CompletionsApi:
         """Continues texts."""
         name = self.model_name(body.model)
         _check_stream_options(body)
-        if body.echo and body.logprobs is not None:
-            raise InputError("echo with logprobs is not supported, got both; leave one out")
         jobs, prompts = await in_tokenizer_thread(self._text_jobs, body)
-        return await self._answer(body, TextAnswer(body, jobs, name, self._texts, prompts), request)
+        completes = body.max_tokens != 0
+        num_top = (body.logprobs or 0) if body.echo and (body.logprobs is not None or not completes) else None
+        running = self._client.submit(jobs, num_top, completes)
+        return await self._answer(body, TextAnswer(body, jobs, name, self._texts, prompts), running, request)
 
     async def chat(self, body: ChatCompletionBody, request: Request) -> Response:
         """Answers a chat."""
         name = self.model_name(body.model)
         _check_stream_options(body)
         job = await in_tokenizer_thread(self._jobs.chat_job, body)
-        return await self._answer(body, ChatAnswer(body, [job], name, self._texts), request)
+        running = self._client.submit([job])
+        return await self._answer(body, ChatAnswer(body, [job], name, self._texts), running, request)
 
     def model_name(self, asked: str | None) -> str:
         """The model that a request names. Raises ApiError where there is no such model."""
@@ -79,8 +81,7 @@ class CompletionsApi:
         jobs = self._jobs.completion_jobs(body)
         return jobs, [job.prompt or self._jobs.llm.decode(list(job.prompt_ids)) for job in jobs]
 
-    async def _answer(self, body: SamplingBody, answer: Answer, request: Request) -> Response:
-        running = self._client.submit(answer.jobs)
+    async def _answer(self, body: SamplingBody, answer: Answer, running: RunningRequest, request: Request) -> Response:
         for job in answer.jobs:
             self._metrics.count_prompt(len(job.prompt_ids), job.params.n)
         if body.stream:
@@ -94,8 +95,10 @@ class CompletionsApi:
 
 async def _whole(answer: Answer, running: RunningRequest) -> Json:
     finished: dict[int, Completion] = {}
-    async for place, _, done in running.tokens():
-        if done is not None:
+    async for place, event in running.events():
+        if event.score is not None:
+            answer.take_prompt(place, event.score)
+        if (done := event.completion) is not None:
             finished[answer.choice_of(place, done.index)] = done
     return answer.whole([finished[index] for index in sorted(finished)])
 
@@ -104,12 +107,15 @@ async def _chunks(answer: Answer, running: RunningRequest) -> AsyncIterator[Json
     finished: list[Completion] = []
     for first in answer.first_chunks():
         yield first
-    async for place, token, done in running.tokens():
-        if (chunk := answer.chunk(place, token)) is not None:
-            yield chunk
-        if done is not None:
-            finished.append(done)
-            yield answer.last_chunk(place, done)
+    async for place, event in running.events():
+        if event.score is not None:
+            for chunk in answer.take_prompt(place, event.score):
+                yield chunk
+        if event.token is not None and (told := answer.chunk(place, event.token)) is not None:
+            yield told
+        if event.completion is not None:
+            finished.append(event.completion)
+            yield answer.last_chunk(place, event.completion)
     for last in answer.end_chunks(finished):
         yield last
 

@@ -5,7 +5,6 @@ import itertools
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from ee_tuning.generation.completion import Completion, StreamedToken
 from ee_tuning.generation.job import Job
 from ee_tuning.serving.api_errors import ApiError
 from ee_tuning.serving.engine_loop import Abort, Add, EngineLoop, TokenEvent
@@ -46,8 +45,10 @@ class EngineClient:
         """Ends all requests, called in the engine's thread."""
         self._call_in_loop(self._fail_all)
 
-    def submit(self, jobs: list[Job]) -> "RunningRequest":
-        """Begins a request. Raises ApiError where there is no room in the queue, or no engine."""
+    def submit(self, jobs: list[Job], num_top: int | None = None, completes: bool = True) -> "RunningRequest":
+        """Begins a request; `num_top` and `completes` are those of Add. Raises ApiError where there is no room in the
+        queue, or no engine.
+        """
         count, room = sum(job.params.n for job in jobs), self.num_slots + self.max_queue
         if self.is_draining:
             raise ApiError(503, "the server is shutting down and takes no new requests; ask another one", retry_after=5)
@@ -74,7 +75,7 @@ class EngineClient:
             index = next(self._numbers)
             request.places[index] = place
             self._requests[index] = request
-            self._engine.send(Add(index, job))
+            self._engine.send(Add(index, job, num_top, completes))
         return request
 
     def finish(self, request: "RunningRequest") -> None:
@@ -123,6 +124,7 @@ class RunningRequest:
         self.num_unfinished_of = [job.params.n for job in jobs]
         """Completions of each job that run or wait."""
         self.num_unfinished = sum(self.num_unfinished_of)
+        self._num_unread = self.num_unfinished
         self._client = client
         self._events: asyncio.Queue[TokenEvent] = asyncio.Queue()
 
@@ -130,21 +132,20 @@ class RunningRequest:
         """Takes a token."""
         self._events.put_nowait(event)
 
-    async def tokens(self) -> AsyncIterator[tuple[int, StreamedToken, Completion | None]]:
-        """(place of the job, token, the finished record with its last token), until all completions are there.
+    async def events(self) -> AsyncIterator[tuple[int, TokenEvent]]:
+        """(place of the job, what came of it), until all completions are there.
 
         Raises ApiError where one fails.
         """
-        left = self.num_unfinished
-        while left:
+        while self._num_unread:
             event = await self._events.get()
-            if event.token is None:
+            if event.error:
                 raise ApiError(500 if event.error == _DIED else 400, event.error)
             if event.completion is not None:
-                left -= 1
+                self._num_unread -= 1
                 if event.completion.error:
                     raise ApiError(500, event.completion.error)
-            yield self.places[event.index], event.token, event.completion
+            yield self.places[event.index], event
 
     def close(self) -> None:
         """Aborts what has not ended."""

@@ -15,6 +15,8 @@ from ee_tuning.errors import InputError
 from ee_tuning.generation.completion import Completion, StreamedToken
 from ee_tuning.generation.completion_runner import CompletionRunner
 from ee_tuning.generation.job import Job
+from ee_tuning.generation.prompt_scorer import PromptScorer
+from ee_tuning.generation.scoring import Score
 from ee_tuning.parallel.topology import Topology
 
 _HEARTBEAT_SECONDS = 20.0
@@ -27,6 +29,10 @@ class Add:
 
     index: int
     job: Job
+    num_top: int | None = None
+    """Its prompt is scored first, with so many likeliest tokens at each place; None where it is not."""
+    completes: bool = True
+    """Whether the prompt is continued; its score is all that is wanted otherwise."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +52,14 @@ Command = Add | Abort | Stop
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """A token of a job, or why it has none."""
+    """A token of a job, the score of its prompt, or why it has none."""
 
     index: int
     token: StreamedToken | None = None
     completion: Completion | None = None
-    """The finished record, with its last token."""
+    """The finished record, with its last token, or alone where there is none."""
+    score: Score | None = None
+    """What follows the first token of the prompt; before the first token of the completion."""
     error: str = ""
     """Why the engine refused the job."""
 
@@ -72,6 +80,9 @@ class EngineLoop:
         self._runner, self._topology, self._deliver, self._died = runner, topology, deliver, died
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._completions: dict[int, list[Completion]] = {}
+        engine = runner.engine
+        self._scorer = PromptScorer(engine.model, max_rows=engine.num_slots, max_tokens=engine.scheduler.prefill_chunk)
+        self._to_score: dict[int, Add] = {}
         self.error: BaseException | None = None
         """Why the loop ended, if not by Stop."""
         self._thread = threading.Thread(target=self._run_in_thread, name="engine", daemon=True)
@@ -101,6 +112,8 @@ class EngineLoop:
                     if isinstance(command, Stop):
                         return
                     self._obey(command, events)
+                if not self._scorer.is_idle:
+                    self._score(events)
                 if not self._runner.is_idle:
                     events += [self._event(token) for token in self._runner.step()]
                 if events:
@@ -122,7 +135,7 @@ class EngineLoop:
         commands: list[Command] = []
         if self._topology.rank == 0:
             try:
-                if self._runner.is_idle:
+                if self._runner.is_idle and self._scorer.is_idle:
                     commands.append(self._commands.get(timeout=None if is_alone else _HEARTBEAT_SECONDS))
                 while True:
                     commands.append(self._commands.get_nowait())
@@ -133,12 +146,37 @@ class EngineLoop:
     def _obey(self, command: Add | Abort, events: list[TokenEvent]) -> None:
         if isinstance(command, Abort):
             self._completions.pop(command.index, None)
+            self._to_score.pop(command.index, None)
+            self._scorer.abort(command.index)
             self._runner.abort(command.index)
+        elif command.num_top is None:
+            self._begin(command, events)
+        else:
+            job = command.job
+            self._to_score[command.index] = command
+            self._scorer.add(command.index, job.prompt_ids, job.policy, command.num_top)
+
+    def _begin(self, command: Add, events: list[TokenEvent]) -> None:
+        index, job = command.index, command.job
+        if not command.completes:
+            for number in range(job.params.n):
+                done = Completion(prompt=job.prompt, prompt_index=index, index=number, finish_reason="length")
+                events.append(TokenEvent(index, completion=done))
             return
         try:
-            self._completions[command.index] = self._runner.add(command.job, command.index)
+            self._completions[index] = self._runner.add(job, index)
         except InputError as error:
-            events.append(TokenEvent(command.index, error=str(error)))
+            events.append(TokenEvent(index, error=str(error)))
+
+    def _score(self, events: list[TokenEvent]) -> None:
+        """Scores prompts of one pass, and begins what is asked behind them."""
+        for index, found in self._scorer.step():
+            command = self._to_score.pop(index)
+            if isinstance(found, InputError):
+                events.append(TokenEvent(index, error=str(found)))
+            else:
+                events.append(TokenEvent(index, score=found))
+                self._begin(command, events)
 
     def _event(self, token: StreamedToken) -> TokenEvent:
         done = self._completions[token.index][token.completion] if token.is_last else None

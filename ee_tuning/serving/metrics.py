@@ -91,6 +91,8 @@ class Metrics:
         """Counts a finished completion."""
         statistics, label = completion.statistics, self._label
         self.success.labels(**label, finished_reason=completion.finish_reason).inc()
+        if not completion.token_ids:  # the prompt was scored alone, or failed
+            return
         self.prefix_hits.labels(**label).inc(statistics.num_reused)
         self.draft_tokens.labels(**label).inc(statistics.num_drafted)
         self.accepted_tokens.labels(**label).inc(statistics.num_accepted)

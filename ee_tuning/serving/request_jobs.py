@@ -71,6 +71,9 @@ class RequestJobs:
             if not text and not ids and isinstance(prompt, list):
                 raise InputError("a prompt must hold at least one token, got an empty list; give text or token ids")
             limit = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+            limit = limit or int(
+                bool(body.echo)
+            )  # with none, an echo alone is an answer: room for one token is checked
             jobs.append(self._job(Job(text, self._params(body, limit, logprobs), policy, adds, ids)))
         return jobs
 

@@ -29,7 +29,7 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "include_stop_str_in_output": ((None, False), "stop strings are left out of the text; append it yourself"),
     "modalities": ((None, ["text"]), "this server answers in text; leave it out"),
     "priority": ((None, 0), "requests are served in the order in which they come; leave it out"),
-    "prompt_logprobs": ((None,), "score texts with EarlyExitLLM.score; leave it out"),
+    "prompt_logprobs": ((None,), "ask /v1/completions for echo and logprobs"),
     "reasoning_effort": ((None,), "give what the chat template takes in chat_template_kwargs"),
     "response_format": ((None, {"type": "text"}), "structured output is not supported; leave it out"),
     "skip_special_tokens": ((None, True), "special tokens are left out of the text; ask for return_token_ids"),
@@ -122,7 +122,10 @@ class CompletionBody(SamplingBody):
     prompt: str | TokenIds | list[str] | list[TokenIds] = Field(
         description="text, token ids, or a list of either; token ids are taken as they are"
     )
-    echo: bool | None = Field(default=None, description="whether the text begins with the prompt")
+    echo: bool | None = Field(
+        default=None,
+        description="whether the text begins with the prompt, and logprobs with those of the prompt; max_tokens may be 0",
+    )
     logprobs: Whole | None = Field(default=None, description="likeliest tokens told at each place, at most 20")
     add_special_tokens: bool | None = Field(
         default=None, description="whether a text begins as the tokenizer begins texts (default true)"

@@ -2,8 +2,10 @@
 
 from ee_tuning.generation.completion import Completion, StreamedToken
 from ee_tuning.generation.job import Job
+from ee_tuning.generation.scoring import Score
 from ee_tuning.serving.answer import Answer, Json, said
 from ee_tuning.serving.schemas import CompletionBody
+from ee_tuning.serving.text_offsets import TextOffsets
 from ee_tuning.serving.token_texts import TokenTexts
 
 
@@ -17,25 +19,37 @@ class TextAnswer(Answer):
         """`prompts` are the texts that an echo repeats."""
         super().__init__(body, jobs, model_name, texts)
         self._prompts = prompts if body.echo else [""] * len(jobs)
-        self._offsets: dict[int, int] = {}
-        """Choice -> characters before its next token."""
+        self._tells_logprobs = body.logprobs is not None
+        self._awaits_scores = bool(body.echo) and (self._tells_logprobs or body.max_tokens == 0)
+        self._offsets = [TextOffsets(self._prompts[place]) for place in range(len(jobs)) for _ in range(self.n)]
+        self._of_prompts: dict[int, Json] = {}
+        """Place of a job -> what its choices tell of the prompt beside its text."""
 
     def first_chunks(self) -> list[Json]:
-        """The prompts, where they are to be echoed."""
-        count = len(self.jobs) * self.n
-        told = [(index, self._prompts[index // self.n]) for index in range(count)]
-        return [
-            self.as_chunk([{"index": index, "text": prompt, "logprobs": None, "finish_reason": None}])
-            for index, prompt in told
-            if prompt
-        ]
+        """The prompts, where they are to be echoed without their log-probabilities."""
+        if self._awaits_scores:
+            return []
+        return [chunk for place in range(len(self.jobs)) for chunk in self._prompt_chunks(place)]
+
+    def take_prompt(self, place: int, score: Score) -> list[Json]:
+        """Takes the log-probabilities of a prompt; the chunks of its echo."""
+        told: Json = {}
+        if self._tells_logprobs:
+            told["logprobs"] = self._prompt_logprobs(place, score)
+        if self._tells_exits:
+            told["prompt_exit_layers"] = [None, *score.exit_layers]
+        self._of_prompts[place] = told
+        return self._prompt_chunks(place)
 
     def whole_choice(self, index: int, done: Completion) -> Json:
         """The text of a choice and its log-probabilities."""
-        logprobs = None
+        place, logprobs = index // self.n, None
         if done.logprobs:
             logprobs = self._logprobs(index, done.token_ids, done.logprobs, done.top_logprobs)
-        return {"text": self._prompts[index // self.n] + done.text, "logprobs": logprobs}
+        of_prompt = self._of_prompts.get(place, {})
+        if before := of_prompt.get("logprobs"):
+            logprobs = {name: before[name] + (logprobs[name] if logprobs else []) for name in before}
+        return {**of_prompt, "text": self._prompts[place] + done.text, "logprobs": logprobs}
 
     def token_choice(self, index: int, token: StreamedToken) -> Json:
         """The same of one token."""
@@ -48,18 +62,37 @@ class TextAnswer(Answer):
         """The same where nothing is left."""
         return {"text": "", "logprobs": None}
 
-    def _logprobs(self, index: int, ids: list[int], chosen: list[float], tops: list[dict[int, float]]) -> Json:
-        texts, offsets = [self.texts.text(token) for token in ids], []
-        at = self._offsets.get(index, len(self._prompts[index // self.n]))
-        for text in texts:
-            offsets.append(at)
-            at += len(text)
-        self._offsets[index] = at
+    def _prompt_chunks(self, place: int) -> list[Json]:
+        told = {"text": self._prompts[place], "logprobs": None, **self._of_prompts.get(place, {})}
+        if not any(told.values()):
+            return []
+        indices = range(place * self.n, (place + 1) * self.n)
+        return [self.as_chunk([{"index": index, **told, "finish_reason": None}]) for index in indices]
+
+    def _prompt_logprobs(self, place: int, score: Score) -> Json:
+        """Nothing comes before the first token, so it has no log-probability."""
+        ids = list(self.jobs[place].prompt_ids)
+        for choice in range(place * self.n, (place + 1) * self.n):
+            offsets = [self._offsets[choice].next(self.texts.bytes_of(token)) for token in ids]
+        tops = score.top_logprobs or [{}] * len(score.logprobs)
         return {
-            "tokens": texts,
-            "token_logprobs": list(map(said, chosen)),
-            "top_logprobs": [
-                {self.texts.text(token): said(value) for token, value in reversed(top.items())} for top in tops
-            ],
+            "tokens": [self.texts.text(token) for token in ids],
+            "token_logprobs": [None, *map(said, score.logprobs)],
+            "top_logprobs": [None, *map(self._top, score.token_ids, score.logprobs, tops)],
             "text_offset": offsets,
         }
+
+    def _logprobs(self, index: int, ids: list[int], chosen: list[float], tops: list[dict[int, float]]) -> Json:
+        return {
+            "tokens": [self.texts.text(token) for token in ids],
+            "token_logprobs": list(map(said, chosen)),
+            "top_logprobs": list(map(self._top, ids, chosen, tops)),
+            "text_offset": [self._offsets[index].next(self.texts.bytes_of(token)) for token in ids],
+        }
+
+    def _top(self, chosen: int, logprob: float, top: dict[int, float]) -> Json:
+        """The likeliest tokens by their texts, and the one that is there. Of tokens with one text the likeliest
+        counts.
+        """
+        told = {self.texts.text(chosen): said(logprob)}
+        return told | {self.texts.text(token): said(value) for token, value in reversed(top.items())}

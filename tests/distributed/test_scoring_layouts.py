@@ -7,7 +7,7 @@ from random_models import random_llama
 from ee_tuning.checkpoint.load import load_for_generation
 from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.engine.policy import policy_of
-from ee_tuning.generation.scoring import score, score_by
+from ee_tuning.generation.scoring import Score, score, score_by
 from ee_tuning.parallel.topology import init_parallel
 
 PAIRS = [
@@ -27,10 +27,17 @@ POLICIES = (
 )
 
 
-def scores_at(model: str, exits: str, tp: int, pp: int) -> list[list[tuple[list[float], list[bool], list[int]]]]:
-    """Per policy (each alone, then all from one pass) and pair the log-probabilities, which tokens were the likeliest,
-    and the exits.
-    """
+Told = tuple[list[float], list[bool], list[int], list[list[tuple[int, float]]]]
+
+
+def told(each: Score) -> Told:
+    """The log-probabilities, which tokens were the likeliest, the exits, and the likeliest tokens."""
+    top = [[(token, round(value, 8)) for token, value in one.items()] for one in each.top_logprobs]
+    return [round(value, 8) for value in each.logprobs], each.is_greedy, each.exit_layers, top
+
+
+def scores_at(model: str, exits: str, tp: int, pp: int) -> list[list[Told]]:
+    """Per policy (each alone, then all from one pass, with the likeliest tokens) and pair what is told."""
     topology = init_parallel(ParallelSection(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp))
     loaded = load_for_generation(
         load_config(None, {"model.path": model, "exits.path": exits, "model.dtype": "float64"}), topology
@@ -45,8 +52,8 @@ def scores_at(model: str, exits: str, tp: int, pp: int) -> list[list[tuple[list[
     ]
     alone = [score(loaded.model, PAIRS, policy, max_rows=2) for policy in policies]
     return [
-        [([round(value, 8) for value in each.logprobs], each.is_greedy, each.exit_layers) for each in scores]
-        for scores in (*alone, *score_by(loaded.model, PAIRS, policies, max_rows=2))
+        [told(each) for each in scores]
+        for scores in (*alone, *score_by(loaded.model, PAIRS, policies, max_rows=2, num_top=3))
     ]
 
 
@@ -61,6 +68,6 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 def test_layouts_score_the_same(world, subject, tp, pp):
     """A label on another shard, a stage that asks about positions that left before it, an answer added up twice."""
     wanted = scores_at(*subject, 1, 1)
-    assert {layer for _, _, left in wanted[3] for layer in left} == {2, 4, 6}
+    assert {layer for _, _, left, _ in wanted[3] for layer in left} == {2, 4, 6}
     for answer in world.run(scores_at, *subject, tp, pp):
         assert answer == wanted

@@ -25,11 +25,13 @@ BODIES: tuple[dict[str, Any], ...] = (
     {"prompt": "x = ", "exit_layer": 4, "seed": 3, "stop": "e"},
     {"prompt": "import ", "policy": "speculative", "seed": 4},
     {"prompt": "y" * 2000},  # refused
+    {"prompt": "def f(", "echo": True, "logprobs": 1, "policy": "full", "seed": 5},
+    {"prompt": "def g(a, b", "echo": True, "logprobs": 1, "exit_threshold": 0.4, "max_tokens": 0},
 )
 SIZES = {"parallel.tensor_model_parallel_size": 2, "parallel.pipeline_model_parallel_size": 2}
 
 
-def answers_of_rank(exits: str, folder: str) -> list[str]:
+def answers_of_rank(exits: str, folder: str) -> list[Any]:
     """What clients of rank 0 get; on the other ranks nothing, once rank 0 stops them."""
     from ee_tuning.serving.command import make_engine
     from ee_tuning.serving.engine_loop import EngineLoop
@@ -46,15 +48,16 @@ def answers_of_rank(exits: str, folder: str) -> list[str]:
         return _ask_all(server.url)
 
 
-def _ask_all(url: str) -> list[str]:
-    made = [""] * len(BODIES)
+def _ask_all(url: str) -> list[Any]:
+    made: list[Any] = [""] * len(BODIES)
 
     def ask(place: int) -> None:
         body = json.dumps({"max_tokens": 16, "temperature": 0.9, **BODIES[place]}).encode()
         request = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
         try:
             with urllib.request.urlopen(request, timeout=120) as answer:
-                made[place] = json.load(answer)["choices"][0]["text"]
+                choice = json.load(answer)["choices"][0]
+                made[place] = choice["logprobs"]["token_logprobs"][1:] if "echo" in BODIES[place] else choice["text"]
         except urllib.error.HTTPError as error:
             made[place] = str(error.code)
 
@@ -84,4 +87,9 @@ def test_all_ranks_decode_what_rank_0_is_asked(world: Any, tmp_path: Path):
         stop = (body["stop"],) if "stop" in body else ()
         params = SamplingParams(max_tokens=16, temperature=0.9, seed=body["seed"], stop=stop)
         wanted.append(llm.generate([body["prompt"]], params, **option)[0].text)
-    assert first == [*wanted, "400"]
+    assert first[:5] == [*wanted, "400"]
+    for place, option, told in zip((5, 6), options, first[5:], strict=False):
+        ids = llm.encode(BODIES[place]["prompt"])
+        (score,) = llm.score([(ids[:1], ids[1:])], **option)
+        assert told[: len(ids) - 1] == pytest.approx(score.logprobs, abs=1e-9)
+        assert len(told) == len(ids) - 1 + BODIES[place].get("max_tokens", 16)

@@ -134,6 +134,21 @@ def test_one_pass_scores_by_all_policies(each_kind):
         assert [x.logprob for x in told] == pytest.approx([x.logprob for x in each], abs=1e-9)
 
 
+def test_the_likeliest_tokens_are_told(each_kind):
+    """Likeliest tokens of the final head where an exit has the position; one that equals its own log-probability
+    almost.
+    """
+    policy = policy_of(load_config(None, {"generation.threshold": "0.6"}).generation, (2, 4), 6)
+    for told, (context, continuation) in zip(score_by(each_kind.model, PAIRS, [policy], 3, 4)[0], PAIRS, strict=True):
+        logits = each_kind.plain.logits([*context, *continuation][:-1])
+        for at, (token, layer, top) in enumerate(
+            zip(continuation, told.exit_layers, told.top_logprobs, strict=True), len(context) - 1
+        ):
+            values, ids = logits[layer][at].log_softmax(-1).topk(4)
+            assert list(top) == ids.tolist() and list(top.values()) == pytest.approx(values.tolist(), abs=2e-4)
+            assert token not in top or top[token] == told.logprobs[at - len(context) + 1]
+
+
 def test_a_greedy_continuation_is_greedy_at_each_exit(mlp):
     """`is_greedy` of the final head's token where an exit is asked: accuracy of single-token answers is then the full
     model's.
