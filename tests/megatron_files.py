@@ -4,7 +4,7 @@ hand.
 
 import argparse
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +64,7 @@ def save_stock_model(
     if not has_fused_names:
         for layer in stock.decoder.layers:
             layer.submodules_config.sharded_state_dict_keys_map.clear()
-    with HuggingFaceReader(Path(model)) as reader, torch.no_grad():
-        for name, parameter in stock_parameters(stock):
-            if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
-                whole = reader.full("lm_head.weight" if name.startswith("output") else "model.embed_tokens.weight")
-                parameter.copy_(padded(whole).chunk(tp)[topology.tp_rank])
-            else:
-                parameter.copy_(read_shard(reader, backbone_shard(name, config, tp, topology.tp_rank), torch.float32))
+    fill(stock_parameters(stock), model, config, topology)
     if topology.rank == 0:
         Path(folder).mkdir(parents=True)
     torch.distributed.barrier()
@@ -83,6 +77,18 @@ def save_stock_model(
         "opt_param_scheduler": {"max_lr": 1e-4},
     }
     dist_checkpointing.save(state, folder)
+
+
+def fill(parameters: Iterable[tuple[str, Tensor]], model: str, config: ModelConfig, topology: Topology) -> None:
+    """Copies the weights of the Hugging Face folder `model` into a GPTModel's parameters."""
+    tp, rank = topology.tp, topology.tp_rank
+    with HuggingFaceReader(Path(model)) as reader, torch.no_grad():
+        for name, parameter in parameters:
+            if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+                whole = reader.full("lm_head.weight" if name.startswith("output") else "model.embed_tokens.weight")
+                parameter.copy_(padded(whole).chunk(tp)[rank])
+            else:
+                parameter.copy_(read_shard(reader, backbone_shard(name, config, tp, rank), torch.float32))
 
 
 def stock_model(config: ModelConfig, topology: Topology, padded_vocab_size: int) -> Any:

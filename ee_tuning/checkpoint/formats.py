@@ -20,7 +20,7 @@ from ee_tuning.checkpoint.legacy import LegacyCheckpoint, LegacyReader, is_legac
 from ee_tuning.checkpoint.links import dangling_link
 from ee_tuning.checkpoint.manifest import MANIFEST, ManifestCheck, holds_manifest, read_manifest
 from ee_tuning.checkpoint.mapped_file import map_file
-from ee_tuning.checkpoint.megatron import MegatronReader
+from ee_tuning.checkpoint.megatron import DistributedCheckpoint, MegatronReader
 from ee_tuning.checkpoint.megatron_source import MegatronSource
 from ee_tuning.checkpoint.metadata_pickle import METADATA
 from ee_tuning.checkpoint.missing_weights import refuse_file
@@ -92,16 +92,7 @@ def open_model(model: ModelSection) -> OpenModel:
         gguf = GgufReader(folder)
         return OpenModel(gguf, gguf.config, "gguf")
     if (folder / METADATA).is_file():
-        shape = shape or describing_file(folder, None)
-        common = folder / COMMON
-        saved = (
-            saved_arguments(Archive(common, map_file(common), is_trusted=model.trust_pickle).content)
-            if common.is_file()
-            else None
-        )
-        return _megatron(
-            lambda config: MegatronReader(folder, config), read_megatron_config(saved, shape, common), "megatron"
-        )
+        return _distributed(folder, shape or describing_file(folder, None), is_trusted=model.trust_pickle)
     if next(folder.glob("*.distcp"), None):
         raise InputError(
             f"{folder / METADATA} is missing, which describes the *.distcp files beside it; fetch the whole checkpoint again"
@@ -134,6 +125,21 @@ def _huggingface(folder: Path) -> OpenModel:
         ):
             config = untied(config)
     return OpenModel(reader, config, "huggingface")
+
+
+def _distributed(folder: Path, shape: Path | None, *, is_trusted: bool) -> OpenModel:
+    """Opens a distributed checkpoint. Its arguments are in common.pt (`torch_dist`) or among its tensors (`torch_dcp`,
+    `fsdp_dtensor`).
+    """
+    common = folder / COMMON
+    if common.is_file():
+        saved = saved_arguments(Archive(common, map_file(common), is_trusted=is_trusted).content)
+        checkpoint = DistributedCheckpoint(folder)
+    else:
+        checkpoint = DistributedCheckpoint(folder)
+        saved = saved_arguments({"args": checkpoint.saved_object("args", is_trusted=is_trusted)})
+    config = read_megatron_config(saved, shape, common if common.is_file() else folder)
+    return _megatron(lambda config: MegatronReader(checkpoint, config), config, "megatron")
 
 
 def _megatron(reader_of: Callable[[ModelConfig], MegatronSource], config: ModelConfig, kind: ModelFormat) -> OpenModel:

@@ -2,7 +2,9 @@
 
 They are read by slices, whatever layout wrote them: each rank copies the rectangles it needs from the mapped files.
 Layers, and the experts of each layer, may be stacked in one tensor (`decoder.layers.mlp.experts.experts.…`) or stand
-alone (`decoder.layers.3.mlp.experts.experts.5.…`); norms may have the local spec's names or Transformer Engine's.
+alone (`decoder.layers.3.mlp.experts.experts.5.…`); norms may have the local spec's names or Transformer Engine's. The
+formats `torch_dcp` and `fsdp_dtensor` have the same files without `common.pt`: names begin with `model.`, and the
+arguments lie among the tensors.
 """
 
 import math
@@ -16,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from ee_tuning.checkpoint.hybrid_layers import FINAL_NORM as HYBRID_FINAL_NORM
+from ee_tuning.checkpoint.hybrid_layers import HybridLayers
 from ee_tuning.checkpoint.links import check_links
 from ee_tuning.checkpoint.mapped_file import MappedFile, map_file
 from ee_tuning.checkpoint.megatron_source import MegatronSource, is_harmless, norm_alias
@@ -70,6 +74,9 @@ class DistributedCheckpoint:
                 if isinstance(entry, TensorStorageMetadata):
                     self.shapes[key], self.dtypes[key] = tuple(entry.size), entry.properties.dtype
                     self._chunks[key] = [_chunk(chunk, places[key, tuple(chunk.offsets)]) for chunk in entry.chunks]
+            self._objects = {
+                index.fqn: _place(info) for index, info in metadata.storage_data.items() if index.offset is None
+            }
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"{folder / METADATA} does not describe a distributed checkpoint: {error!r}; fetch it again"
@@ -123,18 +130,26 @@ class DistributedCheckpoint:
         """Returns the names of the files that hold tensors."""
         return {chunk.file for chunks in self._chunks.values() for chunk in chunks}
 
+    def saved_object(self, key: str, *, is_trusted: bool) -> Any:
+        """Returns what was saved as `key` and is no tensor, or None. `is_trusted` as in `Archive`."""
+        if key not in self._objects:
+            return None
+        file, start, length = self._objects[key]
+        return Archive(self.folder / file, self._file(key, file), start, start + length, is_trusted=is_trusted).content
+
+    def _file(self, key: str, file: str) -> MappedFile:
+        if file not in self._files:
+            if Path(file).name != file or file in ("", ".."):
+                raise InputError(f"{self.folder / METADATA}: {key} must be in a file of this very folder, got {file!r}")
+            check_links(self.folder, self.folder / file)
+            self._files[file] = map_file(self.folder / file)
+        return self._files[file]
+
     def _item(self, key: str, chunk: _ChunkOnDisk) -> StoredTensor:
         place = (chunk.file, chunk.start)
         if place not in self._items:
-            path = self.folder / chunk.file
-            if chunk.file not in self._files:
-                if Path(chunk.file).name != chunk.file or chunk.file in ("", ".."):
-                    raise InputError(
-                        f"{self.folder / METADATA}: {key} must be in a file of this very folder, got {chunk.file!r}"
-                    )
-                check_links(self.folder, path)
-                self._files[chunk.file] = map_file(path)
-            archive = Archive(path, self._files[chunk.file], chunk.start, chunk.start + chunk.length)
+            mapped = self._file(key, chunk.file)
+            archive = Archive(self.folder / chunk.file, mapped, chunk.start, chunk.start + chunk.length)
             stored = archive.content
             if (
                 not isinstance(stored, StoredTensor)
@@ -150,17 +165,26 @@ class DistributedCheckpoint:
 
 
 class MegatronReader(MegatronSource):
-    """A backbone in a distributed checkpoint of a stock GPTModel; see TensorSource."""
+    """A backbone in a distributed checkpoint of a stock GPTModel or HybridModel; see TensorSource."""
 
-    def __init__(self, folder: Path, config: ModelConfig):
-        super().__init__(folder, config)
-        self.checkpoint = DistributedCheckpoint(folder)
+    def __init__(self, checkpoint: DistributedCheckpoint, config: ModelConfig):
+        super().__init__(checkpoint.folder, config)
+        self.checkpoint = checkpoint
         # The optimizer's states have the same names behind longer prefixes.
-        self._prefix = min(
-            (key.removesuffix(_FINAL_NORM) for key in self.checkpoint.shapes if key.endswith(_FINAL_NORM)),
-            key=len,
-            default="",
+        self._prefix, norm = min(
+            (
+                (key.removesuffix(norm), norm)
+                for key in checkpoint.shapes
+                for norm in (_FINAL_NORM, HYBRID_FINAL_NORM)
+                if key.endswith(norm)
+            ),
+            key=lambda found: len(found[0]),
+            default=("", _FINAL_NORM),
         )
+        self._hybrid: HybridLayers | None = None
+        if norm == HYBRID_FINAL_NORM:
+            own = [key.removeprefix(self._prefix) for key in checkpoint.shapes if key.startswith(self._prefix)]
+            self._hybrid = HybridLayers(own, self.folder / METADATA)
 
     def stored_shape(self, parameter: str, rank: int) -> TensorShape | None:
         """Returns the shape of the whole parameter. Tensors of a distributed checkpoint are not sharded."""
@@ -235,7 +259,8 @@ class MegatronReader(MegatronSource):
         """Returns the stored tensors that a parameter consists of, one below the other, and the entry of a stack; None
         if absent.
         """
-        for name in (parameter, norm_alias(parameter)):
+        stored = self._hybrid.name(parameter) if self._hybrid else parameter
+        for name in (stored, norm_alias(stored)):
             for key, entry in stacked_names(name):
                 key = self._prefix + key
                 for keys in ([key], [f"{key}_w", f"{key}_v"]):  # the halves of a gated MLP may be stored separately
@@ -258,6 +283,8 @@ def stacked_names(parameter: str) -> list[tuple[str, tuple[int, ...]]]:
         names = [
             (f"{expert[1]}experts.{expert[3]}", (int(expert[2]),)),
             (f"{expert[1]}experts.{expert[2]}.{expert[3]}", ()),
+            (f"{expert[1]}{expert[3]}{expert[2]}", ()),
+            (name, ()),
         ]
     return [
         *((f"{layer[1]}{layer[2]}.{each}", entry) for each, entry in names),
@@ -266,14 +293,20 @@ def stacked_names(parameter: str) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def _chunk(chunk: Any, info: Any) -> _ChunkOnDisk:
+    offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
+    file, start, length = _place(info)
+    if len(offsets) != len(sizes) or not all(isinstance(n, int) and n >= 0 for n in (*offsets, *sizes)):
+        raise ValueError("a chunk of a negative size")
+    return _ChunkOnDisk(offsets, sizes, file, start, length)
+
+
+def _place(info: Any) -> tuple[str, int, int]:
+    """Returns file, first byte and length."""
     if getattr(info, "transform_descriptors", None):
         raise ValueError(f"it was written with {info.transform_descriptors}, which is not supported")
-    offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
-    if len(offsets) != len(sizes) or not all(
-        isinstance(n, int) and n >= 0 for n in (*offsets, *sizes, info.offset, info.length)
-    ):
+    if not all(isinstance(n, int) and n >= 0 for n in (info.offset, info.length)):
         raise ValueError("a chunk of a negative size")
-    return _ChunkOnDisk(offsets, sizes, str(info.relative_path), info.offset, info.length)
+    return str(info.relative_path), info.offset, info.length
 
 
 def _slices(low: TensorShape, high: TensorShape, origin: TensorShape) -> tuple[slice, ...]:

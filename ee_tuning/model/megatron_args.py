@@ -1,6 +1,7 @@
 """Converts Megatron's saved arguments, or a file of such arguments, to a backbone's shape, and back."""
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -122,6 +123,7 @@ def read_megatron_config(saved: Mapping[str, Any] | None, shape: Path | None, wh
 
 def model_config_from_megatron(arguments: Mapping[str, Any], path: Path) -> ModelConfig:
     """Does the work of `read_megatron_config` on parsed arguments. `path` is named in errors."""
+    arguments = _of_blocks(arguments, path)
     _refuse_what_would_be_ignored(arguments, path)
     family = _family(arguments, path)
     numbers: dict[str, Any] = {key: _number(arguments, key, path) for key in _REQUIRED}
@@ -233,6 +235,25 @@ def _read(shape: Path) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise InputError(f"{shape} must hold keys such as num_layers, got {type(fields).__name__}")
     return fields
+
+
+def _of_blocks(arguments: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+    """Returns a HybridModel's arguments, which count attention and MLP as layers of their own, as a GPTModel's, which
+    count blocks of both.
+    """
+    pattern = arguments.get("hybrid_layer_pattern") or arguments.get("hybrid_override_pattern")
+    if not pattern:
+        return arguments
+    layers = re.sub(r"[|\[\]]", "", str(pattern).partition("/")[0])  # cuts into stages, groups; of further tokens
+    if not re.fullmatch(r"(\*[-E])+", layers):
+        raise InputError(
+            f"{path}: hybrid_layer_pattern = {pattern} is not supported (must be attention and MLP in turn, *-*-…, or *E*E… "
+            "with experts)"
+        )
+    mlps = layers[1::2]
+    frequency = [int(kind == "E") for kind in mlps]
+    experts = {"moe_layer_freq": frequency if "-" in mlps else 1} if "E" in mlps else {"num_experts": None}
+    return {**arguments, "num_layers": len(mlps), **experts}
 
 
 def _refuse_what_would_be_ignored(arguments: Mapping[str, Any], path: Path) -> None:
