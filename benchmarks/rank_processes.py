@@ -14,9 +14,7 @@ def run_ranks(world_size: int, work: Callable[..., Any], *args: Any) -> list[Any
     """What `work(*args)` returns on each of `world_size` new processes with one thread each, by rank. `work` lays out
     the parallelism.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     spawn = multiprocessing.get_context("spawn")
     answers = spawn.Queue()
     ranks = [
@@ -28,6 +26,13 @@ def run_ranks(world_size: int, work: Callable[..., Any], *args: Any) -> list[Any
     for each in ranks:
         each.join()
     return [results[rank] for rank in range(world_size)]
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _run(rank: int, world_size: int, port: int, answers: Any, work: Callable[..., Any], args: tuple[Any, ...]) -> None:

@@ -203,6 +203,7 @@ COMMANDS = (
 Pass the file to generate and chat with --calibration.
 Without --data, the text is what tune holds out of the job's data.paths. An exit that can not reach the agreement is reported and not used.
 Every fourth sample is held out, to measure the thresholds on tokens that did not choose them.
+Under torchrun, processes beyond tensor parallelism are replicas, which share the text.
 --guarantee tests on documents (a text file is one, and so is each line of a .jsonl file) and gives all exits one threshold:
 P(expected share of tokens that differ <= DELTA) >= X over the drawn documents. Some hundreds of documents are needed.
 --task tests on prompts and their scores: P(expected drop below full depth's <= DELTA) >= X.""",
@@ -219,7 +220,8 @@ P(expected share of tokens that differ <= DELTA) >= X over the drawn documents. 
   ee-tuning generate job.yaml --policy speculative --prompts prompts.jsonl --output completions.jsonl
 
 Each completion has a record with its text, tokens and exits, in the order of the prompts. For a prompt that fails, the record holds the
-reason, and the exit code is 2. With --output, the same command continues a job that was stopped or killed.""",
+reason, and the exit code is 2. With --output, the same command continues a job that was stopped or killed.
+Under torchrun, processes beyond tensor × pipeline are replicas, which share the prompts.""",
         add_arguments=_add_generate,
         run=generate,
     ),
@@ -233,7 +235,8 @@ reason, and the exit code is 2. With --output, the same command continues a job 
 
 It reads the same files as tune, with answers or without. All answers of a conversation are generated anew, each after the new ones before
 it; a prompt or a text is continued. Records keep their other keys and their order; `tune --data answers.jsonl` learns only the answers.
-A prompt that is too long, or that the chat template refuses, is reported and left out. All layers run, without exits.""",
+A prompt that is too long, or that the chat template refuses, is reported and left out. All layers run, without exits.
+Under torchrun, processes beyond tensor × pipeline are replicas, which share the prompts.""",
         add_arguments=_add_regenerate,
         run=regenerate,
     ),

@@ -7,7 +7,7 @@ measure the thresholds on tokens that did not choose them.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Literal, get_args
@@ -131,6 +131,17 @@ def read_exits(model: EarlyExitModel, samples: Iterable[Tensor]) -> ExitObservat
         {layer: torch.cat(values) for layer, values in agrees.items()},
         torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)),
         last,
+    )
+
+
+def joined(parts: Sequence[ExitObservations]) -> ExitObservations:
+    """Observations of several samples, one part each, as those of one text."""
+    first = parts[0]
+    return ExitObservations(
+        {key: torch.cat([each.confidences[key] for each in parts]) for key in first.confidences},
+        {layer: torch.cat([each.agrees[layer] for each in parts]) for layer in first.agrees},
+        torch.arange(len(parts)).repeat_interleave(torch.tensor([each.num_tokens for each in parts])),
+        first.num_layers,
     )
 
 

@@ -47,10 +47,10 @@ def calibrate(config: Config, flags: argparse.Namespace) -> None:
         _print_written(flags.output, picture, topology)
         destroy_parallel()
         return
-    if topology.world_size > topology.tp:
+    if topology.pp > 1:
         raise InputError(
-            f"calibrate supports only tensor parallelism, got pipeline {topology.pp} × data {topology.dp}; launch "
-            f"{topology.tp}, or change parallel.*"
+            f"calibrate reads texts without pipeline stages, got pipeline {topology.pp}; leave "
+            "--pipeline-model-parallel-size out: processes beyond tensor parallelism are replicas, which share the text"
         )
     loaded = load_for_generation(config, topology)
     if not any(layer < loaded.model.config.num_layers for layer in loaded.model.plan.exit_layers):

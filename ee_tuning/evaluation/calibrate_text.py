@@ -11,7 +11,8 @@ from ee_tuning.data.splits import load_samples
 from ee_tuning.data.tokenizer import tokenizer_of
 from ee_tuning.data.tokens import Samples
 from ee_tuning.errors import InputError
-from ee_tuning.evaluation.calibrate import ExitObservations, read_exits
+from ee_tuning.evaluation.calibrate import ExitObservations, joined, read_exits
+from ee_tuning.generation.replicas import over_replicas
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.early_exit import EarlyExitModel
 
@@ -63,6 +64,10 @@ def draw(samples: Samples, positions: Iterable[int]) -> Iterator[SampledText]:
 
 
 def read_drawn(model: EarlyExitModel, drawn: Iterable[SampledText]) -> ExitObservations:
-    """Runs the exits on the tokens that count."""
-    drawn = list(drawn)
-    return read_exits(model, [each.tokens for each in drawn]).only(torch.cat([each.counts for each in drawn]))
+    """Runs the exits on the tokens that count. Replicas share the samples; all ranks call it, and know all."""
+
+    def read(share: list[SampledText]) -> list[ExitObservations]:
+        readings = read_exits(model, [each.tokens for each in share]).only(torch.cat([each.counts for each in share]))
+        return [readings.only(readings.samples == place) for place in range(len(share))]
+
+    return joined(over_replicas(list(drawn), read, model.topology, work=lambda each: len(each.tokens)))

@@ -1,4 +1,7 @@
-"""`ee-tuning generate`: prompts to completions at a terminal or as JSON lines. Under torchrun the first rank prints."""
+"""`ee-tuning generate`: prompts to completions at a terminal or as JSON lines.
+
+Under torchrun the first rank prints, and processes beyond tensor × pipeline are replicas, which share the prompts.
+"""
 
 import sys
 from collections import Counter
@@ -15,6 +18,7 @@ from ee_tuning.generation.llm import EarlyExitLLM, Job
 from ee_tuning.generation.many import deliver
 from ee_tuning.generation.output_file import check_output, owned_output
 from ee_tuning.generation.prompts import Line, read_prompts, requests_of
+from ee_tuning.generation.replicas import over_replicas
 from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology, destroy_parallel, init_parallel
 
@@ -38,11 +42,6 @@ def generate(
     exit code is 2. Records go to `output`, if given: see output_file.py.
     """
     topology = init_parallel(config.parallel)
-    if topology.dp > 1:
-        raise InputError(
-            f"generate takes tensor × pipeline = {topology.tp} × {topology.pp} processes, got {topology.world_size}; "
-            f"launch {topology.num_in_replica}, or change parallel.*"
-        )
     if output is not None:
         check_beside(output, config, (prompts_file, config.generation.calibration))
         on_first_rank(topology, lambda: check_output(output, overwrite))
@@ -70,13 +69,8 @@ def _generate(
     llm = EarlyExitLLM.from_config(config, topology)
     options, requests = requests_of(llm, prompts, lines)
     if output is None and not as_json and prompts_file is None:
-        completions: list[Completion] = []
         jobs = [request.job for request in requests if request.job is not None]
-        if topology.is_logging_rank:
-            _print_text(llm, jobs, options, completions, show_exits)
-        else:
-            for _ in llm.run(jobs, completions, options):
-                pass
+        completions = _show_text(llm, jobs, options, show_exits)
         num_failed = 0
     else:
         completions, num_failed = deliver(llm, config, requests, options, output, overwrite)
@@ -122,36 +116,53 @@ def _read_standard_input() -> str:
         ) from error
 
 
-def _print_text(
-    llm: EarlyExitLLM, jobs: list[Job], options: GenerationSection, completions: list[Completion], show_exits: bool
-) -> None:
+Parts = dict[int, list[tuple[str, int]]]
+"""Which of a prompt's completions -> its pieces of text with the layers that they left at."""
+
+
+def _show_text(llm: EarlyExitLLM, jobs: list[Job], options: GenerationSection, show_exits: bool) -> list[Completion]:
     """One completion streams as it is made; several come whole, one after the other. A pipe gets the completions alone,
     as they are.
     """
-    out = Console(highlight=False, soft_wrap=True)
+    topology = llm.model.topology
+    out = Console(highlight=False, soft_wrap=True, quiet=not topology.is_logging_rank)
     colours = colours_of(llm) if show_exits else {}
 
     def show(text: str, style: str = "") -> None:
+        if not topology.is_logging_rank:
+            return
         if out.is_terminal:
             out.print(Text(text, style=style), end="")
         elif style != "dim":
             sys.stdout.write(text)  # rich would turn tabs into spaces
         sys.stdout.flush()
 
-    shown: dict[tuple[int, int], list[tuple[str, int]]] = {}
-    streams = len(jobs) == 1 and jobs[0].params.n == 1
-    if streams:
+    if len(jobs) == 1 and jobs[0].params.n == 1:  # every replica makes it
+        completions: list[Completion] = []
         show(jobs[0].prompt, "dim")
-    for token in llm.run(jobs, completions, options):
-        shown.setdefault((token.index, token.completion), []).append((token.text, token.exit_layer))
-        if streams:
+        for token in llm.run(jobs, completions, options):
             show(token.text, colours.get(token.exit_layer, ""))
-    for (index, _), parts in sorted(shown.items()):
-        if not streams:
-            show(jobs[index].prompt, "dim")
-            for text, layer in parts:
-                show(text, colours.get(layer, ""))
         show("\n")
+        return completions
+    made = over_replicas(jobs, lambda share: _made_of(llm, share, options), topology)
+    for job, (_, parts) in zip(jobs, made, strict=True):
+        for _, pieces in sorted(parts.items()):
+            show(job.prompt, "dim")
+            for text, layer in pieces:
+                show(text, colours.get(layer, ""))
+            show("\n")
+    return [completion for of_job, _ in made for completion in of_job]
+
+
+def _made_of(llm: EarlyExitLLM, jobs: list[Job], options: GenerationSection) -> list[tuple[list[Completion], Parts]]:
+    """The completions of each job, and their text in pieces."""
+    made: list[tuple[list[Completion], Parts]] = [([], {}) for _ in jobs]
+    completions: list[Completion] = []
+    for token in llm.run(jobs, completions, options):
+        made[token.index][1].setdefault(token.completion, []).append((token.text, token.exit_layer))
+    for completion in completions:
+        made[completion.prompt_index][0].append(completion)
+    return made
 
 
 def _print_summary(llm: EarlyExitLLM, completions: list[Completion], colours: dict[int, str]) -> None:
@@ -181,9 +192,11 @@ def _print_summary(llm: EarlyExitLLM, completions: list[Completion], colours: di
         summary.append(f"; {caught_up} taken deeper later")
     if reused := sum(c.statistics.num_reused for c in completions):
         summary.append(f"; {reused} tokens of prompts were known from others")
+    num_replicas = llm.model.topology.dp
+    of_each = f" on each of {num_replicas} replicas" if num_replicas > 1 else ""
     if llm.engine is not None:
         summary.append(
             f"; {llm.engine.seconds_in_heads / seconds:.0%} of the time in heads; "
-            f"KV cache {llm.engine.cache.num_bytes / 1e6:.1f} MB"
+            f"KV cache {llm.engine.cache.num_bytes / 1e6:.1f} MB{of_each}"
         )
     console.print(summary, soft_wrap=True)

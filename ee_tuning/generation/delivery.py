@@ -92,9 +92,9 @@ class Progress:
         self._num, self._done_before, self._done, self._tokens = num_completions, num_done, num_done, 0
         self._began = self._spoke = time.monotonic()
 
-    def token(self) -> None:
-        """Counts one."""
-        self._tokens += 1
+    def tokens(self, count: int) -> None:
+        """Counts tokens."""
+        self._tokens += count
 
     def completion(self) -> None:
         """Counts one, and tells, the longer it lasts the less often."""

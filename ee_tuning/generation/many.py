@@ -23,6 +23,7 @@ from ee_tuning.generation.llm import EarlyExitLLM
 from ee_tuning.generation.output_file import Key, OutputFile, Settings, is_standard_output, is_stream
 from ee_tuning.generation.prompts import ENGINE_KEYS, Request
 from ee_tuning.generation.record import as_record
+from ee_tuning.generation.shared_decoding import decode_shared
 from ee_tuning.json_file import to_json
 from ee_tuning.parallel.collectives import on_first_rank
 
@@ -41,8 +42,8 @@ def deliver(
     """Completes the requests that have a job and delivers a record for each completion, or error: to `output`, or
     standard output.
 
-    Returns the completions that were made here, and how many requests could not be done. All ranks call it; rank 0
-    delivers.
+    Returns the completions that were made now, on rank 0, and how many requests could not be done, on all ranks. All
+    ranks call it; rank 0 delivers what all replicas make.
     """
     topology, counts = llm.model.topology, [request.num_completions for request in requests]
     opened: list[Delivery] = []
@@ -126,35 +127,31 @@ def _decode(
         for place, request in enumerate(requests)
         if request.job is None
     ]
-    _fail(delivery, requests, refused)
-    completions, made = list[Completion](), dict[Key, Completion]()
-    jobs = [job for place in places if (job := requests[place].job) is not None]
-    for token in llm.run(jobs, completions, options, keeps_errors=len(requests) > 1, shows_text=False):
-        if not made:  # all are there before the first token
-            for completion in completions:
-                completion.prompt_index = places[completion.prompt_index]
-            made = {(c.prompt_index, c.index): c for c in completions}
-            _fail(delivery, requests, completions)
-        progress.token()
-        if token.is_last and delivery is not None:
-            completion = made[places[token.index], token.completion]
-            deliver = delivery.fail if completion.error else delivery.write
-            deliver(as_record(completion, requests[places[token.index]].kept))
-            progress.completion()
-    if not made:  # nor any token: all of them are errors
-        for completion in completions:
-            completion.prompt_index = places[completion.prompt_index]
-        _fail(delivery, requests, completions)
-    if delivery is not None:
-        delivery.finish()
-    return completions, len(refused) + sum(bool(completion.error) for completion in completions)
-
-
-def _fail(delivery: Delivery | None, requests: list[Request], completions: list[Completion]) -> None:
-    """Delivers those that are errors."""
-    for completion in completions:
-        if completion.error and delivery is not None:
+    for completion in refused:
+        if delivery is not None:
             delivery.fail(as_record(completion, requests[completion.prompt_index].kept))
+    completions: list[Completion] = []
+
+    def take(number: int, completion: Completion) -> None:
+        assert delivery is not None
+        completion.prompt_index = places[number]
+        completions.append(completion)
+        record = as_record(completion, requests[completion.prompt_index].kept)
+        if completion.error:
+            delivery.fail(record)
+        else:
+            delivery.write(record)
+            progress.completion()
+
+    jobs = [job for place in places if (job := requests[place].job) is not None]
+    decode_shared(llm, jobs, options, take, progress.tokens, keeps_errors=len(requests) > 1)
+
+    def finish() -> int:
+        assert delivery is not None
+        delivery.finish()
+        return len(refused) + sum(bool(completion.error) for completion in completions)
+
+    return completions, on_first_rank(llm.model.topology, finish)
 
 
 @contextmanager

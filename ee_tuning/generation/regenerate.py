@@ -34,14 +34,15 @@ from ee_tuning.generation.dialogues import MARK, Dialogue, Dialogues
 from ee_tuning.generation.llm import EarlyExitLLM, Job, params_of
 from ee_tuning.generation.many import closed_at_the_end, model_settings
 from ee_tuning.generation.output_file import Form, Key, OutputFile, Settings, check_output, is_stream, owned_output
+from ee_tuning.generation.shared_decoding import decode_shared
 from ee_tuning.json_file import to_json
 from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology, destroy_parallel, init_parallel
 
 FORM = Form("regenerate", under=MARK)
 _BATCHES_AT_A_TIME, _BATCHES_OF_LONG = 64, 8
-"""Batches of dialogues under way: where all have one answer, which is kept at once; where some have several, which a
-kill loses.
+"""Batches of dialogues under way on each replica: where all have one answer, which is kept at once; where some have
+several, which a kill loses.
 """
 
 
@@ -86,7 +87,7 @@ def regenerate(config: Config, wish: Wish) -> None:
     prompt can be answered. A prompt alone that can not be is left out.
     """
     topology = init_parallel(config.parallel)
-    _check(config, topology.dp, topology.num_in_replica)
+    _check(config)
     # Exits are not asked; nor are log-probabilities.
     config = replace(config, exits={"path": None}, generation={"policy": "full", "calibration": None, "logprobs": None})
     read = _Prompts()
@@ -117,12 +118,7 @@ def _regenerate(config: Config, topology: Topology, wish: Wish, read: _Prompts) 
         _answer(llm, config, wish, options, read, opened[0] if opened else None)
 
 
-def _check(config: Config, num_replicas: int, num_in_replica: int) -> None:
-    if num_replicas > 1:
-        raise InputError(
-            f"regenerate takes tensor × pipeline = {num_in_replica} processes, got {num_in_replica * num_replicas}; launch "
-            f"{num_in_replica}, or change parallel.*"
-        )
+def _check(config: Config) -> None:
     generation = config.generation
     if generation.n > 1 and generation.temperature == 0:
         raise InputError(
@@ -223,7 +219,9 @@ def _answer(
     dialogues = Dialogues(
         coming,
         template,
-        at_a_time=options.max_batch_size * (_BATCHES_OF_LONG if is_long else _BATCHES_AT_A_TIME),
+        at_a_time=llm.model.topology.dp
+        * options.max_batch_size
+        * (_BATCHES_OF_LONG if is_long else _BATCHES_AT_A_TIME),
         drops_cut=wish.drops_cut,
         wheres=read.wheres,
     )
@@ -252,6 +250,10 @@ def _decode(
                 output.write(record)
             progress.completion()
 
+    def take(number: int, completion: Completion) -> None:
+        dialogues.take(number, completion)
+        write_ended()
+
     continued = dataclasses.replace(params_of(options), n=1)
     said = dataclasses.replace(continued, stop_token_ids=ends_of_turn)
     while questions := on_first_rank(llm.model.topology, dialogues.next_round):
@@ -264,15 +266,7 @@ def _decode(
             )
             for each in questions
         ]
-        completions: list[Completion] = []  # one for each job, in their order
-        for token in llm.run(jobs, completions, options, keeps_errors=True, shows_text=False):
-            progress.token()
-            if token.is_last and output is not None:
-                dialogues.take(token.index, completions[token.index])
-                write_ended()
-        for number, completion in enumerate(completions if output is not None else ()):
-            if completion.error:
-                dialogues.take(number, completion)
+        decode_shared(llm, jobs, options, take, progress.tokens)
         write_ended()
     write_ended()
 

@@ -7,6 +7,7 @@ A replica's ranks, tensor × pipeline, decode together and know the same results
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from ee_tuning.checkpoint.work_partition import share_of
 from ee_tuning.errors import InputError
 from ee_tuning.parallel.collectives import gather_lists
 from ee_tuning.parallel.topology import Topology
@@ -16,16 +17,27 @@ Result = TypeVar("Result")
 
 
 def over_replicas(
-    items: Sequence[Item], action: Callable[[list[Item]], list[Result]], topology: Topology
+    items: Sequence[Item],
+    action: Callable[[list[Item]], list[Result]],
+    topology: Topology,
+    *,
+    work: Callable[[Item], int] | None = None,
 ) -> list[Result]:
     """What `action` makes of the items, one result each, in their order, on every rank. All ranks call it with the same
     items.
 
-    Replica r is given items r, r + dp, … ; one that is given none does nothing. Where `action` fails on one rank all
+    Replica r is given items r, r + dp, … , or, by the `work` of each item, a share that costs about as much as others';
+    one that is given none does nothing. Where `action` fails on one rank all
     raise: its InputError, or else its own exception there and a RuntimeError on the others.
     """
     results, failure = list[Result](), None
-    share = list(items[topology.dp_rank :: topology.dp])
+    shares = [
+        list(range(len(items)))[replica :: topology.dp]
+        if work is None
+        else share_of({place: work(item) for place, item in enumerate(items)}, replica, topology.dp)
+        for replica in range(topology.dp)
+    ]
+    share = [items[place] for place in shares[topology.dp_rank]]
     try:
         results = action(share) if share else []
         assert len(results) == len(share), (len(results), len(share))
@@ -49,4 +61,7 @@ def over_replicas(
         if reason is not None:
             raise failure if failure is not None else InputError(reason) if refused else RuntimeError(reason)
     parts = {replica: made for replica, made, _, _ in answers if made is not None}
-    return [parts[place % topology.dp][place // topology.dp] for place in range(len(items))]
+    found = {
+        place: made for replica, places in enumerate(shares) for place, made in zip(places, parts[replica], strict=True)
+    }
+    return [found[place] for place in range(len(items))]

@@ -5,6 +5,7 @@ import math
 from fractions import Fraction
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -169,7 +170,8 @@ def test_tokens_that_count_alone_are_judged(monkeypatch):
         ),
     )
     drawn = list(calibrate_text.draw(samples, range(3)))
-    readings = calibrate_text.read_drawn(None, drawn)
+    alone = SimpleNamespace(topology=SimpleNamespace(dp=1, dp_rank=0, world_size=1))
+    readings = calibrate_text.read_drawn(alone, drawn)
     assert sorted(readings.confidences[2, "margin"].tolist()) == [1, 4, 5, 7]
     assert readings.samples.bincount().sort()[0].tolist() == [1, 1, 2]
 
