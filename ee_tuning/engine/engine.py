@@ -19,6 +19,7 @@ from ee_tuning.engine.cost_model import expected_costs
 from ee_tuning.engine.draft_head import DraftHead
 from ee_tuning.engine.draft_head_proposer import MOST_DRAFTS, DraftHeadProposer
 from ee_tuning.engine.draft_proposer import DraftProposer
+from ee_tuning.engine.grammar import Grammars, GrammarState
 from ee_tuning.engine.in_flight import Finished, InFlightSteps
 from ee_tuning.engine.kv_cache import KVCache
 from ee_tuning.engine.model_runner import ModelRunner
@@ -64,7 +65,7 @@ class Engine:
     """Decodes up to `num_slots` sequences at a time, of up to `max_length` tokens each.
 
     stages[p] is stage p's (first, last) layer. `cache_tokens` bounds the tokens of all sequences together; by default
-    all can be longest. Raises InputError where the model has fewer positions.
+    all can be longest. Structured output needs `grammars`. Raises InputError where the model has fewer positions.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Engine:
         cache_tokens: int | None = None,
         eos_ids: tuple[int, ...] = (),
         reuses_prefixes: bool = True,
+        grammars: Grammars | None = None,
     ):
         if max_length > model.plan.max_length:
             raise InputError(
@@ -90,6 +92,7 @@ class Engine:
         self.cache = KVCache(
             model.config, model.topology, num_tokens=tokens, max_length=max_length, dtype=model.plan.dtype
         )
+        self.grammars = grammars
         self.link = StageLink(model.topology)
         self.stage = StageModel(model, self.segments, self.cache, num_slots=num_slots, max_pending=max_pending)
         self.runner = ModelRunner(self.stage)
@@ -138,6 +141,7 @@ class Engine:
 
     def _sequence(self, prompt: list[int], params: SamplingParams, policy: Policy, completion: int) -> Sequence:
         exits = [segment.exit_layer for segment in self.segments]
+        stop_ids = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else self.eos_ids)
         last_segment = len(exits) - 1 if policy.fixed_exit is None else exits.index(policy.fixed_exit)
         thresholds = [policy.thresholds.get(layer, math.inf) if layer is not None else math.inf for layer in exits]
         own = {number for number in self.stage.own_layers if exits[number] in policy.asked}
@@ -146,7 +150,7 @@ class Engine:
             params=params,
             policy=policy,
             limit=min(len(prompt) + params.max_tokens, self.cache.max_length),
-            stop_ids=frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else self.eos_ids),
+            stop_ids=stop_ids,
             last_segment=last_segment,
             exit_thresholds=array("d", thresholds),
             num_computed=array("q", [0] * len(exits)),
@@ -154,7 +158,17 @@ class Engine:
             completion=completion,
             added_at=time.perf_counter(),
             uses_prefix_cache=not policy.has_draft_head,  # the head has keys and values of its own
+            grammar=self._grammar(len(prompt), params, stop_ids),
         )
+
+    def _grammar(self, num_prompt_tokens: int, params: SamplingParams, stop_ids: frozenset[int]) -> GrammarState | None:
+        if params.structured_output is None:
+            return None
+        if self.grammars is None:
+            raise InputError(
+                "structured_output needs the model's tokenizer, and this engine has none; give it grammars"
+            )
+        return self.grammars.begin(params.structured_output, num_prompt_tokens, stop_ids)
 
     @torch.inference_mode()
     def step(self) -> list[TokenStep]:
@@ -242,11 +256,17 @@ class Engine:
         return self.head_proposer
 
     def _allows_nothing_at_exits(self, sequence: Sequence) -> bool:
-        """Whether every token that shortlisted exits can say is a stop token that may not come yet."""
-        vocab = self.model.exit_vocab
-        if sequence.num_output >= sequence.params.min_tokens or not isinstance(vocab, Shortlist):
+        """Whether every token that shortlisted exits can say is a stop token that may not come yet, or outside of the
+        form.
+        """
+        vocab, waits = self.model.exit_vocab, sequence.num_output < sequence.params.min_tokens
+        if not isinstance(vocab, Shortlist) or (not waits and sequence.grammar is None):
             return False
-        return sequence.stop_ids >= set(vocab.token_ids.tolist())
+        said = vocab.token_ids.cpu()
+        if waits:
+            said = said[~torch.isin(said, torch.tensor(sorted(sequence.stop_ids)))]
+        allowed = sequence.grammar.allowed(sequence.tokens, len(sequence.tokens)) if sequence.grammar else None
+        return not len(said) or (allowed is not None and not bool(allowed[said].any()))
 
     def _update(self, finished: Finished) -> list[TokenStep]:
         """Adds the tokens of rows that a step is done with to their sequences, and ends those that end with them."""
@@ -292,7 +312,8 @@ class Engine:
             sequence.statistics.seconds_to_first_token = time.perf_counter() - sequence.added_at
         sequence.tokens.append(answer.token_id)
         sequence.statistics.exit_layers.append(layer)
-        if answer.token_id in sequence.stop_ids and sequence.num_output > sequence.params.min_tokens:
+        is_stop = answer.token_id in sequence.stop_ids and sequence.num_output > sequence.params.min_tokens
+        if is_stop or (sequence.grammar is not None and sequence.grammar.ends_with(sequence.tokens)):
             sequence.finish_reason = "stop"
         elif len(sequence.tokens) >= sequence.limit:
             sequence.finish_reason = "length"

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from ee_tuning.engine.structured_output import StructuredOutput, structured_output_of
 from ee_tuning.errors import InputError
 
 
@@ -48,6 +49,11 @@ class SamplingParams:
     """Tokens that end the completion, beside the model's own end of text."""
     ignore_eos: bool = False
     """Whether the model's own end of text ends nothing."""
+    structured_output: StructuredOutput | None = None
+    """The form that the completion has; an object with its fields will do, too. It ends where nothing may follow."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "structured_output", structured_output_of(self.structured_output))
 
     @property
     def is_greedy(self) -> bool:
@@ -59,7 +65,8 @@ class SamplingParams:
         """Whether the likeliest token by the logits as they are is taken, and no log-probability wanted, once
         `min_tokens` are there.
         """
-        return self.is_greedy and self.logprobs is None and not self.has_penalties and not self.logit_bias
+        is_changed = self.has_penalties or self.logit_bias or self.structured_output is not None
+        return self.is_greedy and self.logprobs is None and not is_changed
 
     @property
     def has_penalties(self) -> bool:

@@ -58,6 +58,17 @@ def processed(
     return scores
 
 
+def within(
+    scores: Tensor,  # [v], processed
+    allowed: Tensor,  # [v] bool, not all False
+) -> Tensor:  # [v]
+    """The scores of allowed tokens. Those that the head can not say are all alike: "any other token" of a shortlist
+    says nothing of one among them.
+    """
+    kept = scores.masked_fill(~allowed, -torch.inf)
+    return kept.new_zeros(kept.shape).masked_fill(~allowed, -torch.inf) if kept.isneginf().all() else kept
+
+
 def log_probabilities(
     scores: Tensor,  # [..., v], processed
     params: SamplingParams,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ee_tuning.engine.params import SamplingParams
-from ee_tuning.engine.processors import TokenCounts, log_probabilities, processed
+from ee_tuning.engine.processors import TokenCounts, log_probabilities, processed, within
 from ee_tuning.engine.sampling import draw, draw_key
 from ee_tuning.engine.sequence import Sequence
 from ee_tuning.engine.step_plan import Answer
@@ -26,7 +26,7 @@ class SampleRequest(NamedTuple):
 
 
 class Sampler:
-    """Applies penalties, bias, temperature and the rest, and draws."""
+    """Applies penalties, bias, grammars, temperature and the rest, and draws."""
 
     def __init__(self, vocab_size: int):
         self._vocab_size = vocab_size
@@ -60,7 +60,10 @@ class Sampler:
                 counts = self._counts[sequence.number] = TokenCounts(self._vocab_size, sequence.num_prompt_tokens)
             counts.move_to(sequence.tokens, request.length)
         scores = processed(request.logits, sequence, request.length, counts)
-        return request.logits.to(scores.dtype) if scores.isneginf().all() else scores
+        if scores.isneginf().all():
+            scores = request.logits.to(scores.dtype)
+        allowed = sequence.grammar.allowed(sequence.tokens, request.length) if sequence.grammar is not None else None
+        return scores if allowed is None else within(scores, allowed)
 
 
 def _sample_alike(requests: list[SampleRequest], scores: Tensor) -> list[Answer]:  # [n, v]

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ee_tuning.decoding.eager_attention import SlotMapping
+from ee_tuning.engine.grammar import GrammarState
 from ee_tuning.engine.params import SamplingParams
 from ee_tuning.engine.policy import Policy
 from ee_tuning.engine.prompt_lookup import PromptLookup
@@ -112,6 +113,8 @@ class Sequence:
     num_cached_blocks: int = 0
     """Full blocks that are in the prefix cache."""
     uses_prefix_cache: bool = True
+    grammar: GrammarState | None = field(default=None, repr=False)
+    """How far the completion has come in the form that it has to have."""
     was_preempted: bool = False
     """Whether it ran, and lost its memory to older sequences."""
     finish_reason: str = ""

@@ -109,10 +109,12 @@ class Writer:
             done.top_logprobs.append(step.top_logprobs)
         is_last_of_sequence = len(done.token_ids) == self.sequence.num_output
         ends = self.sequence.finish_reason if is_last_of_sequence else ""
+        # A form ends with a token of the text.
+        is_left_out = ends == "stop" and step.token_id in self.sequence.stop_ids
         shown = ""
-        if ends != "stop" and not self.shows_text:
+        if not is_left_out and not self.shows_text:
             self.stream.hold(step.token_id)
-        elif ends != "stop":
+        elif not is_left_out:
             self.stream.stop = params.stop if len(done.token_ids) >= params.min_tokens else ()
             shown = self.stream.push(step.token_id)
         done.finish_reason = "stop" if self.stream.has_stopped else ends

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from ee_tuning.checkpoint.non_finite import no_numbers
 from ee_tuning.engine.engine import Engine, TokenStep
+from ee_tuning.errors import InputError
 from ee_tuning.generation.completion import Completion, StreamedToken, Writer
 from ee_tuning.generation.job import Job
 from ee_tuning.generation.text import TextStream
@@ -82,9 +83,13 @@ class CompletionRunner:
 
     def _booked(self, writer: Writer, step: TokenStep) -> StreamedToken:
         """Where logits are NaN the token is the vocabulary's first, again and again: an error in its place."""
-        if not math.isnan(step.confidence):
+        grammar = step.sequence.grammar
+        if math.isnan(step.confidence):
+            error = no_numbers(f"the logits behind layer {step.exit_layer}", self.engine.model.plan.dtype)
+        elif grammar is not None and grammar.error:
+            error = InputError(grammar.error)
+        else:
             return writer.take(step)
-        error = no_numbers(f"the logits behind layer {step.exit_layer}", self.engine.model.plan.dtype)
         if not self._keeps_errors:
             raise error
         return writer.fail(step, str(error))

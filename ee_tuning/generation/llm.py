@@ -19,6 +19,7 @@ from ee_tuning.config import Config, GenerationSection, load_config
 from ee_tuning.config.generation import without_overruled
 from ee_tuning.data.tokenizer import beginning_ids, begun, load_tokenizer, tokenizer_of
 from ee_tuning.engine.engine import Engine
+from ee_tuning.engine.grammar import Grammars
 from ee_tuning.engine.params import SamplingParams
 from ee_tuning.engine.policy import Policy, policy_of
 from ee_tuning.engine.speculation_memory import speculation_memory
@@ -51,6 +52,7 @@ class EarlyExitLLM:
         """`heads_digest` tells a calibration made for these exit heads from others; see LoadedModel."""
         self.model, self.stages, self.tokenizer, self.defaults = model, stages, tokenizer, defaults
         self.stop_token_ids, self.heads_digest = stop_token_ids, heads_digest
+        self.grammars = Grammars(tokenizer, model.config.vocab_size, stop_token_ids)
         self.engine: Engine | None = None
         self.special = {
             token: text for token, text in special_tokens(tokenizer).items() if token < model.config.vocab_size
@@ -180,8 +182,11 @@ class EarlyExitLLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         **options: Any,
     ) -> tuple[GenerationSection, list[Job]]:
-        """The `generation` section that `options` make, and what is to be done."""
+        """The `generation` section that `options` make, and what is to be done. `structured_output` is an option,
+        too.
+        """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        form = options.pop("structured_output", None)
         given = options.get("policy")
         if not isinstance(given, str | None):
             del options["policy"]
@@ -190,6 +195,8 @@ class EarlyExitLLM:
             given = self.policy(resolved)
         policies = list(given) if isinstance(given, Sequence) else [given] * len(prompts)
         listed = list(params) if isinstance(params, Sequence) else [params or params_of(resolved)] * len(prompts)
+        if form is not None:
+            listed = [dataclasses.replace(each, structured_output=form) for each in listed]
         for name, values in (("params", listed), ("policy", policies)):
             if len(values) != len(prompts):
                 raise InputError(
@@ -259,9 +266,12 @@ class EarlyExitLLM:
     def prepared(self, job: Job) -> Job:
         """`job` with its token ids, and in which a stop string that is a special token is that token's id, too.
 
-        Raises InputError on values that no sampler can use, and on a prompt that is empty or too long.
+        Raises InputError on values that no sampler can use, on a form that is none, and on a prompt that is empty or
+        too long.
         """
         job.params.check(self.model.config.vocab_size)
+        if job.params.structured_output is not None:
+            self.grammars.compile(job.params.structured_output)
         return dataclasses.replace(
             job,
             params=self._with_stop_tokens(job.params),
@@ -360,6 +370,7 @@ class EarlyExitLLM:
             num_slots=num_slots,
             max_length=max_length,
             eos_ids=self.stop_token_ids,
+            grammars=self.grammars,
             **self._settings,
         )
         engine.proposer.speculation, engine.proposer.memory = known or (

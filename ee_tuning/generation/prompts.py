@@ -15,9 +15,11 @@ from ee_tuning.generation.record import RECORD_KEYS
 from ee_tuning.json_file import parse_strict_json
 
 Line = dict[str, Any]
-"""`prompt`, keys of the `generation` section and `logit_bias` for this one, and others, which its record keeps."""
+"""`prompt`, keys of the `generation` section, `logit_bias` and `structured_output` for this one, and others, which its
+record keeps.
+"""
 
-_WISHES = frozenset(field.name for field in dataclasses.fields(GenerationSection)) | {"logit_bias"}
+_WISHES = frozenset(field.name for field in dataclasses.fields(GenerationSection)) | {"logit_bias", "structured_output"}
 _MISSPELT = 0.75
 """Likeness to a key of the generation section from which on another key is taken for that one, misspelt: max_tokens,
 treshold.
@@ -101,7 +103,7 @@ def job_of(llm: EarlyExitLLM, line: Line) -> Job:
     """A line's job: its own keys, the run's for the others. Raises InputError on a key or value that can not be
     used.
     """
-    keys = {key: value for key, value in line.items() if key not in ("prompt", "logit_bias")}
+    keys = {key: value for key, value in line.items() if key not in ("prompt", "logit_bias", "structured_output")}
     if misplaced := ENGINE_KEYS & keys.keys():
         raise InputError(
             f"{min(misplaced)} is of the whole run, not of a prompt; give it with --set generation.{min(misplaced)}=…"
@@ -112,5 +114,6 @@ def job_of(llm: EarlyExitLLM, line: Line) -> Job:
         bias = {int(token): float(value) for token, value in biases.items()}
     except (AttributeError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"logit_bias must be an object of token ids and numbers, got {biases!r:.60}") from error
-    params = dataclasses.replace(params_of(generation), logit_bias=bias)
+    form = line.get("structured_output")
+    params = dataclasses.replace(params_of(generation), logit_bias=bias, structured_output=form)
     return Job(line["prompt"], params, llm.policy(generation))

@@ -1,0 +1,188 @@
+"""Structured output as masks over the vocabulary: which tokens may follow, so that the completion has its form.
+
+The grammars are llguidance's (https://github.com/guidance-ai/llguidance). A state follows the tokens of one sequence,
+drafts included, and goes back where drafts are rejected.
+"""
+
+import threading
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ee_tuning.engine.structured_output import StructuredOutput
+from ee_tuning.errors import InputError
+from ee_tuning.json_file import to_json
+
+if TYPE_CHECKING:
+    import llguidance
+
+# v vocabulary
+
+MOST_COMPILED = 128
+"""Grammars that are kept compiled."""
+WHITESPACE = r" |\n {0,24}"
+"""Between the tokens of JSON, if any: room to indent, and no room to go on for ever."""
+_MISSING = "structured output needs the package llguidance, which is not installed; pip install 'ee_tuning[structured]'"
+
+
+class GrammarState:
+    """How far the completion of one sequence has come in its grammar."""
+
+    def __init__(
+        self, matcher: "llguidance.LLMatcher", end_id: int, num_prompt_tokens: int, stop_ids: frozenset[int], size: int
+    ):
+        """`matcher` has taken no token, and says by `end_id` that the text may end. The sequence's `stop_ids` may come
+        then. `size` is v.
+        """
+        self._begin, self._matcher, self._end_id = matcher, matcher.deep_copy(), end_id
+        self._num_prompt_tokens, self._stop_ids, self._size = num_prompt_tokens, sorted(stop_ids), size
+        self._has_ended = False
+        """Whether nothing may follow. The matcher would say so later, too, but some only once a mask was computed, as
+        not every rank does.
+        """
+        self._taken: list[int] = []
+        """The tokens of the completion that the matcher has."""
+        self._allowed: Tensor | None = None
+        """The mask behind them, once it is computed."""
+        self.error = ""
+        """Why the completion does not have its form, although it ended by itself."""
+
+    def allowed(self, tokens: list[int], length: int) -> Tensor | None:  # [v] bool
+        """The tokens that may follow the first `length` of `tokens`; None where nothing can be said, behind a draft
+        that is not allowed or at the end.
+        """
+        if not self._move_to(tokens, length):
+            return None
+        if self._allowed is None:
+            self._allowed = self._compute_mask()
+        return self._allowed if bool(self._allowed.any()) else None
+
+    def ends_with(self, tokens: list[int]) -> bool:
+        """Whether the newest of `tokens` is the last one: nothing may follow it, or it is not allowed."""
+        if self._move_to(tokens, len(tokens)):
+            return self._has_ended
+        if tokens[-1] not in self._stop_ids:
+            self.error = (
+                f"structured_output is too complex to follow behind {len(tokens) - 1 - self._num_prompt_tokens} tokens; "
+                "simplify it"
+            )
+        return True
+
+    def _move_to(self, tokens: list[int], length: int) -> bool:
+        """Takes the first `length` tokens; False where one of them is not allowed, and those before it are taken."""
+        wanted, kept = tokens[self._num_prompt_tokens : length], len(self._taken)
+        while self._taken[:kept] != wanted[:kept] or kept > len(wanted):
+            kept -= 1
+        if kept < len(self._taken):
+            self._matcher.rollback(len(self._taken) - kept)
+            del self._taken[kept:]
+            self._allowed, self._has_ended = None, False
+        if kept < len(wanted):
+            # A matcher that meets a token that is not allowed would be of no use from then on.
+            count = self._matcher.try_consume_tokens(wanted[kept:])
+            self._taken += wanted[kept : kept + count]
+            self._allowed, self._has_ended = None, self._matcher.is_stopped()
+        return len(self._taken) == len(wanted)
+
+    def _compute_mask(self) -> Tensor:  # [v] bool
+        mask = torch.zeros(self._size, dtype=torch.bool)
+        accepts = self._matcher.is_accepting()
+        if not self._has_ended:
+            bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+            found = np.unpackbits(bits, bitorder="little")[: self._size].astype(bool)
+            mask[: len(found)] = torch.from_numpy(found)
+            mask[self._end_id] = False
+            if self._matcher.is_error():
+                return self._start_again()
+        if accepts:
+            mask[self._stop_ids] = True
+        return mask
+
+    def _start_again(self) -> Tensor:  # [v] bool
+        """Where a limit of the library ends it: all tokens, and the state of ranks that computed no mask."""
+        self._matcher = self._begin.deep_copy()
+        self._matcher.try_consume_tokens(self._taken)
+        return torch.ones(self._size, dtype=torch.bool)
+
+
+class Grammars:
+    """The compiled grammars of one tokenizer. Any thread may use it."""
+
+    def __init__(self, tokenizer: Any, vocab_size: int, end_ids: tuple[int, ...]):
+        """`tokenizer` is one of transformers; `end_ids` are the model's own ends of text."""
+        self._tokenizer, self._size, self._end_ids = tokenizer, vocab_size, end_ids
+        self._lock = threading.Lock()
+        self._vocabulary: llguidance.LLTokenizer | None = None
+        self._compiled: OrderedDict[StructuredOutput, llguidance.LLMatcher] = OrderedDict()
+
+    def begin(self, form: StructuredOutput, num_prompt_tokens: int, stop_ids: frozenset[int]) -> GrammarState:
+        """The state of a completion in front of its first token. Raises InputError like `compile`."""
+        matcher = self.compile(form)
+        assert self._vocabulary is not None
+        return GrammarState(matcher, self._vocabulary.eos_token, num_prompt_tokens, stop_ids, self._size)
+
+    def compile(self, form: StructuredOutput) -> "llguidance.LLMatcher":
+        """The matcher of a form, at its beginning; not to be changed. Raises InputError where the form is none, or the
+        library is missing.
+        """
+        with self._lock:
+            if form not in self._compiled:
+                self._compiled[form] = self._compile(form)
+                if len(self._compiled) > MOST_COMPILED:
+                    self._compiled.popitem(last=False)
+            self._compiled.move_to_end(form)
+            return self._compiled[form]
+
+    def _compile(self, form: StructuredOutput) -> "llguidance.LLMatcher":
+        try:
+            import llguidance
+        except ImportError as error:
+            raise InputError(_MISSING) from error
+        if self._vocabulary is None:
+            self._vocabulary = self._read_vocabulary()
+        try:
+            matcher = llguidance.LLMatcher(self._vocabulary, _as_grammar(form), log_level=0)
+        except (ValueError, RuntimeError) as error:
+            raise _refusal(form, str(error)) from error
+        if matcher.is_error():
+            raise _refusal(form, matcher.get_error())
+        return matcher
+
+    def _read_vocabulary(self) -> "llguidance.LLTokenizer":
+        import llguidance
+
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        own = getattr(self._tokenizer, "eos_token_id", None)
+        end = own if isinstance(own, int) else next(iter(self._end_ids), None)
+        try:
+            size = max(self._size, len(self._tokenizer))
+            return llguidance.LLTokenizer(backend.to_str(), n_vocab=size, eos_token=end)  # type: ignore[union-attr]
+        except (AttributeError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"structured output needs a tokenizer with a tokenizer.json of bytes, and {self._tokenizer.name_or_path} has "
+                f"none that llguidance can read: {_one_line(str(error))}; use --tokenizer with another"
+            ) from error
+
+
+def _as_grammar(form: StructuredOutput) -> str:
+    """llguidance's text of a form. Raises ValueError where it is none."""
+    from llguidance import LLMatcher, grammar_from
+
+    if form.regex is not None:
+        return LLMatcher.grammar_from_regex(form.regex)
+    if form.choice is not None:
+        return grammar_from("choice", to_json(form.choice))
+    if form.grammar is not None:
+        return grammar_from("grammar", form.grammar)
+    return LLMatcher.grammar_from_json_schema(form.schema, defaults={"whitespace_pattern": WHITESPACE})
+
+
+def _refusal(form: StructuredOutput, reason: str) -> InputError:
+    return InputError(f"{form.name} of structured_output can not be used: {_one_line(reason)}; mend or simplify it")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:200].rstrip(" .;:")

@@ -1,0 +1,94 @@
+"""The form that a completion has to have. The names and meanings are those of vLLM's `structured_outputs`."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ee_tuning.errors import InputError
+from ee_tuning.json_file import parse_strict_json, to_json
+
+MOST_CHARACTERS = 1 << 20
+"""Of a schema, an expression or a grammar; larger ones would take minutes to compile."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StructuredOutput:
+    """One of: a JSON schema, any JSON object, a regular expression, some texts, a grammar. Raises InputError on another
+    number of them than one, and on values of another type.
+    """
+
+    json: str | Mapping[str, Any] | None = None
+    """JSON that satisfies this schema, given as an object or as its text."""
+    json_object: bool | None = None
+    """Whether any JSON object will do."""
+    regex: str | None = None
+    """A text that the expression matches as a whole (Rust's syntax, without look-around)."""
+    choice: tuple[str, ...] | None = None
+    """One of these texts."""
+    grammar: str | None = None
+    """A text of the language of a grammar: llguidance's variant of Lark, or GBNF."""
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in vars(self).items() if value is not None and value is not False}
+        if len(given) != 1:
+            raise InputError(
+                f"structured_output must have one of {', '.join(_NAMES)}, got {' and '.join(given) or 'none'}; give one"
+            )
+        ((name, value),) = given.items()
+        if name == "choice":
+            if isinstance(value, str) or not all(isinstance(text, str) and text for text in value) or not value:
+                raise InputError(f"choice must be a list of texts that are not empty, got {value!r:.80}; mend it")
+            object.__setattr__(self, "choice", tuple(value))
+        elif name == "json":
+            object.__setattr__(self, "json", _schema_text(value))
+        elif name == "json_object":
+            if value is not True:
+                raise InputError(f"json_object must be true or false, got {value!r:.80}; mend it")
+        elif not isinstance(value, str) or not value:
+            raise InputError(f"{name} must be a text that is not empty, got {value!r:.80}; mend it")
+        if len(str(getattr(self, name))) > MOST_CHARACTERS:
+            raise InputError(f"{name} must have at most {MOST_CHARACTERS} characters, got more; simplify it")
+
+    @property
+    def name(self) -> str:
+        """The field that is given."""
+        return next(name for name in _NAMES if getattr(self, name) not in (None, False))
+
+    @property
+    def schema(self) -> str:
+        """The JSON schema as text; only where `name` is json or json_object."""
+        return self.json if isinstance(self.json, str) else '{"type":"object"}'
+
+
+_NAMES = tuple(field.name for field in dataclasses.fields(StructuredOutput))
+
+
+def structured_output_of(given: Any) -> StructuredOutput | None:
+    """From an object with the fields' names; None where there is none. Raises InputError on other names."""
+    if given is None or isinstance(given, StructuredOutput):
+        return given
+    if not isinstance(given, Mapping):
+        raise InputError(
+            f"structured_output must be an object with one of {', '.join(_NAMES)}, got {given!r:.80}; mend it"
+        )
+    if unknown := [name for name in given if name not in _NAMES]:
+        raise InputError(f"structured_output has one of {', '.join(_NAMES)}, got {unknown[0]!r:.80}; mend it")
+    return StructuredOutput(**given)
+
+
+def _schema_text(schema: Any) -> str:
+    """As one text, so that equal schemas are compiled once. The order of properties is kept, for it is theirs in the
+    answer.
+    """
+    if isinstance(schema, str):
+        try:
+            schema = parse_strict_json(schema)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"json must be a JSON schema, got {schema!r:.60}: {error}"[:300] + "; mend it") from error
+    if not isinstance(schema, Mapping | bool):
+        raise InputError(f"json must be a JSON schema, an object, got {schema!r:.80}; mend it")
+    try:
+        return to_json(schema, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"json must be a JSON schema, got one that is no JSON: {error}"[:300] + "; mend it") from error
