@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ee_tuning.checkpoint.direct_file import DirectFile
-from ee_tuning.checkpoint.tensor_blocks import as_bytes, keep_freed_blocks
+from ee_tuning.checkpoint.tensor_blocks import as_bytes
 
 _MAX_QUEUED = 8
 """Blocks that may be queued. More would need memory and save no time."""
@@ -38,7 +38,6 @@ class HashedFile:
         self._torch_threads = None if beside_other_work else torch.get_num_threads()
         if self._torch_threads:
             torch.set_num_threads(1)
-            keep_freed_blocks()
         self._threads = (ThreadPoolExecutor(1), ThreadPoolExecutor(1))
         self._under_way: deque[Future[None]] = deque()
         self._small = bytearray()

@@ -1,4 +1,5 @@
-"""Reads one safetensors file by positional reads, so that none of it stays mapped or in memory.
+"""Reads one safetensors file by positional reads, so that none of it stays mapped or in memory. The library maps
+files, and a mapped file that is cut short ends the process by SIGBUS.
 
 The header is checked first: its tensors must fill the file one after the other.
 """

@@ -1,6 +1,5 @@
 """Tensors in blocks of rows, so that no tensor is ever in memory as a whole."""
 
-import ctypes
 from collections.abc import Iterator
 
 import torch
@@ -51,17 +50,6 @@ def parameter_dtype(source: TensorSource, parameter: Shard) -> torch.dtype:
     for dtype in dtypes[1:]:
         widest = torch.promote_types(widest, dtype)
     return widest
-
-
-def keep_freed_blocks() -> None:
-    """Makes malloc keep up to 256 MB of freed memory for the next blocks.
-
-    Fresh pages for every block cost as much time as reading into them. Without glibc this does nothing.
-    """
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
-        trim_threshold, mmap_threshold = -1, -3
-        mallopt(mmap_threshold, 32 << 20)
-        mallopt(trim_threshold, 256 << 20)
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

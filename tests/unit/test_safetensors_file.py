@@ -4,6 +4,9 @@ refused.
 
 import json
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -103,3 +106,29 @@ def test_a_header_that_does_not_describe_the_file_is_refused(tmp_path: Path, hea
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(12))
     with pytest.raises(InputError, match=r"a\.safetensors is not a whole safetensors file"):
         SafetensorsFile(path)
+
+
+BY_THE_LIBRARY = """
+import os, sys
+from safetensors import safe_open
+part = safe_open(sys.argv[1], "numpy").get_slice("matrix")
+os.truncate(sys.argv[1], 4096)
+part[8000:8001]
+"""
+
+
+def test_a_file_that_is_cut_short_meanwhile_is_an_error(tmp_path: Path) -> None:
+    """A copy that goes on, a disk that is full: the library maps the file, and the process dies without a word, which
+    is why it does not read here.
+    """
+    path = tmp_path / "a.safetensors"
+    save_file({"matrix": torch.ones(8192, 64)}, path)
+    whole = path.read_bytes()
+    library = subprocess.run([sys.executable, "-c", BY_THE_LIBRARY, str(path)], check=False)
+    assert library.returncode == -signal.SIGBUS
+    path.write_bytes(whole)
+    file = SafetensorsFile(path)
+    assert file.read("matrix", (slice(0, 1),)).sum() == 64
+    os.truncate(path, 4096)
+    with pytest.raises(InputError, match="cut short while it was read, in tensor matrix; fetch it again"):
+        file.read("matrix", (slice(8000, 8001),))
