@@ -23,7 +23,6 @@ from ee_tuning.checkpoint.huggingface import read_backbone_tensor
 from ee_tuning.checkpoint.safetensors_reader import TensorSource
 from ee_tuning.checkpoint.stage_plans import plan_fitting, plan_generation, plan_tuning
 from ee_tuning.config import Config
-from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.early_exit import EarlyExitModel, StagePlan
 from ee_tuning.model.exit_spec import ListedTokens
@@ -92,7 +91,6 @@ def load_for_generation(config: Config, topology: Topology) -> LoadedModel:
         exits, tensors = (
             _open_exits(config, model_config, reader, topology, None) if config.exits.path else (None, None)
         )
-        _check_decodes(config, exits)
         plans = plan_generation(config, model_config, exits, topology)
         loaded = build_stage(Sources(model_config, reader, exits, tensors), plans, topology)
         return dataclasses.replace(
@@ -148,16 +146,6 @@ def _open_exits(
     check_bound_to(artifact, on_first_rank(topology, lambda: fingerprint(reader, model_config)))
     artifact.check_complete(model_config)
     return artifact.config, artifact
-
-
-def _check_decodes(config: Config, exits: ExitHeadsConfig | None) -> None:
-    stages = config.parallel.pipeline_model_parallel_size
-    if exits is not None and exits.draft is not None and stages > 1:
-        raise InputError(
-            f"{config.exits.path} holds a drafting head of EAGLE-3, which this decoder runs on one pipeline stage only, got "
-            f"--pipeline-model-parallel-size {stages}; use tensor parallelism, or serve it by an engine (ee-tuning export "
-            "--format eagle3 or --format speculators)"
-        )
 
 
 def _fill(parameter: nn.Parameter, read: Callable[[], Tensor], topology: Topology) -> None:

@@ -5,6 +5,7 @@ that follows it, and then its own output. Its keys and values lie in a cache of 
 by those of checked tokens.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +47,7 @@ class DraftHead:
         dtype, device = stage.model.plan.dtype, stage.topology.device
         self._keys, self._values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
 
-    def states_of(self, sequence: Sequence, passes: dict[int, PassStates]) -> tuple[int, Tensor]:
+    def states_of(self, sequence: Sequence, passes: Mapping[int, PassStates]) -> tuple[int, Tensor]:
         """(position of the first token, [tokens, a * h]): the states that a step left of a sequence, by layer."""
         parts, start = list[Tensor](), 0
         assert self._head.spec.draft is not None

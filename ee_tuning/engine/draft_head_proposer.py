@@ -2,12 +2,15 @@
 drafts.
 """
 
-from ee_tuning.engine.boundary_ring import PassStates
+import torch
+
 from ee_tuning.engine.cost_model import Costs, head_cost
 from ee_tuning.engine.draft_head import DraftHead, DraftInput
 from ee_tuning.engine.draft_proposer import keep_agreed
 from ee_tuning.engine.sequence import Sequence
+from ee_tuning.engine.stage_model import StageModel
 from ee_tuning.engine.step_plan import Answer, RowOutput, RowPlan
+from ee_tuning.parallel.stage_link import StageLink
 
 MOST_DRAFTS = 8
 """Drafts of a round at most."""
@@ -18,10 +21,14 @@ TRY_EVERY = 16
 
 
 class DraftHeadProposer:
-    """Plans the drafts of an engine's sequences, each of which may have `max_pending`."""
+    """Plans the drafts of an engine's sequences, each of which may have `max_pending`. All ranks plan the same; those
+    of the last stage have the `head`, and send its drafts to the others over `link`.
+    """
 
-    def __init__(self, head: DraftHead, costs: Costs, num_layers: int, max_pending: int):
-        self._head, self._costs, self._num_layers, self._max_pending = head, costs, num_layers, max_pending
+    def __init__(self, head: DraftHead | None, link: StageLink, costs: Costs, stage: StageModel):
+        self._head, self._link, self._costs = head, link, costs
+        self._num_layers, self._max_pending = stage.config.num_layers, stage.max_pending
+        self._last_stage = stage.topology.pp - 1
         self._seen, self._right = [1.0] * MOST_DRAFTS, [PRIOR] * MOST_DRAFTS
         self._num_rounds = 0
 
@@ -41,33 +48,39 @@ class DraftHeadProposer:
             self._right[place] = MEMORY * self._right[place] + (place < num_kept)
         return [(answer, self._num_layers) for answer in output.answers[: num_kept + 1]]
 
-    def propose(self, sequences: list[Sequence], passes: dict[int, PassStates]) -> None:
-        """Reads what a step computed of `sequences`, and adds drafts to those that decode. Their newest tokens are
-        final.
+    def propose(self, read: list[tuple[Sequence, RowOutput]]) -> None:
+        """Reads what steps computed of sequences whose newest tokens are final, and adds drafts to those that
+        decode.
         """
-        inputs = []
-        for sequence in sequences:
-            start, states = self._head.states_of(sequence, passes)
-            # States of rejected drafts are of no use, and the newest token's are not computed yet.
-            known = states[: len(sequence.tokens) - 1 - start]
-            is_decoding = start + len(known) == len(sequence.tokens) - 1 and sequence.num_output > 0
-            inputs.append(
-                DraftInput(
-                    sequence=sequence,
-                    start=start,
-                    states=known,
-                    num_drafts=self._length(sequence) if is_decoding else 0,
-                )
-            )
-        if not inputs:
+        counts = [self._length(sequence) if _decodes(sequence) else 0 for sequence, _ in read]
+        if not read:
             return
-        for each, drafts in zip(inputs, self._head.draft(inputs), strict=True):
-            for token in drafts:
-                if each.sequence.tokens[-1] in each.sequence.stop_ids and each.sequence.num_drafts:
-                    break  # nothing is drafted behind an end
-                each.sequence.tokens.append(token)
-                each.sequence.drafts.layers.append(self._num_layers)
-                each.sequence.statistics.num_drafted += 1
+        tokens = torch.empty(sum(counts), dtype=torch.int64)
+        if self._head is not None:
+            inputs = [
+                self._input(self._head, sequence, output, count)
+                for (sequence, output), count in zip(read, counts, strict=True)
+            ]
+            tokens = torch.tensor([token for drafts in self._head.draft(inputs) for token in drafts], dtype=torch.int64)
+        if len(tokens) and self._last_stage > 0:
+            self._link.broadcast(tokens, self._last_stage)
+        drafts = iter(tokens.tolist())
+        for (sequence, _), count in zip(read, counts, strict=True):
+            self._add(sequence, [next(drafts) for _ in range(count)])
+
+    def _input(self, head: DraftHead, sequence: Sequence, output: RowOutput, num_drafts: int) -> DraftInput:
+        start, states = head.states_of(sequence, output.read_states)
+        # States of rejected drafts are of no use, and the newest token's are not computed yet.
+        known = states[: len(sequence.tokens) - 1 - start]
+        return DraftInput(sequence=sequence, start=start, states=known, num_drafts=num_drafts)
+
+    def _add(self, sequence: Sequence, drafts: list[int]) -> None:
+        for token in drafts:
+            if sequence.tokens[-1] in sequence.stop_ids and sequence.num_drafts:
+                break  # nothing is drafted behind an end
+            sequence.tokens.append(token)
+            sequence.drafts.layers.append(self._num_layers)
+            sequence.statistics.num_drafted += 1
 
     def _length(self, sequence: Sequence) -> int:
         """The number of drafts that brings most tokens per second, by what was right so far."""
@@ -84,3 +97,8 @@ class DraftHeadProposer:
                 best, best_rate = count, rate
         self._num_rounds += 1
         return best or max(0, min(most, int(self._num_rounds % TRY_EVERY == 0)))
+
+
+def _decodes(sequence: Sequence) -> bool:
+    """Whether all tokens but the newest are computed."""
+    return sequence.num_output > 0 and sequence.num_computed[-1] == len(sequence.tokens) - 1

@@ -30,7 +30,7 @@ from ee_tuning.engine.scheduler import Scheduler
 from ee_tuning.engine.segments import cut_segments
 from ee_tuning.engine.sequence import NOT_KEPT, Sequence
 from ee_tuning.engine.stage_model import StageModel
-from ee_tuning.engine.step_plan import Answer, RowPlan
+from ee_tuning.engine.step_plan import Answer, RowOutput, RowPlan
 from ee_tuning.errors import InputError
 from ee_tuning.kernel import calls
 from ee_tuning.model.eagle3 import Eagle3Head
@@ -101,7 +101,7 @@ class Engine:
             self.cache, num_slots=num_slots, prefill_chunk=prefill_chunk, reuses_prefixes=reuses_prefixes
         )
         self.proposer = DraftProposer(self.stage, max_pending)
-        self.head_proposer = self._head_proposer(num_slots, max_length) if model.plan.drafts else None
+        self.head_proposer = self._head_proposer(num_slots, max_length) if model.plan.aux_layers else None
         """Drafts by the model's drafting head; None for a model without one."""
         self.running, self.waiting = self.scheduler.running, self.scheduler.waiting
         self._never = array("d", [math.inf] * len(self.segments))
@@ -132,12 +132,12 @@ class Engine:
         return added
 
     def _head_proposer(self, num_slots: int, max_length: int) -> DraftHeadProposer:
-        (head,) = self.model.exit_heads.values()
-        assert isinstance(head, Eagle3Head)
-        costs, num_layers = expected_costs(self.stage), self.model.config.num_layers
-        return DraftHeadProposer(
-            DraftHead(self.stage, head, num_slots, max_length), costs, num_layers, self.max_pending
-        )
+        head = None
+        if self.model.plan.drafts:
+            (trained,) = self.model.exit_heads.values()
+            assert isinstance(trained, Eagle3Head)
+            head = DraftHead(self.stage, trained, num_slots, max_length)
+        return DraftHeadProposer(head, self.link, expected_costs(self.stage), self.stage)
 
     def _sequence(self, prompt: list[int], params: SamplingParams, policy: Policy, completion: int) -> Sequence:
         exits = [segment.exit_layer for segment in self.segments]
@@ -286,17 +286,17 @@ class Engine:
         for sequence in {step.sequence.number: step.sequence for step in steps}.values():
             if sequence.finish_reason:
                 self._finish(sequence, sequence.finish_reason)
-        self._draft([row.sequence for row, _ in finished if row.sequence.speculates and not row.sequence.finish_reason])
+        self._draft([(r.sequence, o) for r, o in finished if r.sequence.speculates and not r.sequence.finish_reason])
         return steps
 
-    def _draft(self, sequences: list[Sequence]) -> None:
+    def _draft(self, finished: list[tuple[Sequence, RowOutput]]) -> None:
         """Drafts behind the tokens of a step: by the drafting head, and by prompt lookup."""
-        read = [sequence for sequence in sequences if sequence.policy.has_draft_head]
+        read = [(sequence, output) for sequence, output in finished if sequence.policy.has_draft_head]
         if self.head_proposer is not None and read:
-            for sequence in read:
+            for sequence, _ in read:
                 self._room(sequence, MOST_DRAFTS + 1)
-            self.head_proposer.propose(read, self.runner.read_states)
-        looking = [s for s in sequences if s.policy.looks_up and s.num_output and not s.num_drafts]
+            self.head_proposer.propose(read)
+        looking = [s for s, _ in finished if s.policy.looks_up and s.num_output and not s.num_drafts]
         if looking:
             self.proposer.look_up(looking, self._room)
 

@@ -62,15 +62,21 @@ class InFlightStep:
     def _run(self, stage: int) -> list[RowOutput] | None:
         """Runs a stage's part where it is this rank's, and sends states on to it where they are this rank's."""
         runner, numbers, own = self._runner, self._runner.stage.segments_of(stage), self._runner.stage.topology.stage
-        entering = None
+        message = None
         if stage > 0 and own == stage - 1:
             self._link.send(runner.hand_over(self._rows, numbers[0], self._states))
         if own != stage:
             return None
         if stage > 0:
             count = sum([row.sequence.num_pending(numbers[0]) for row in self._rows])
-            entering = self._link.receive(count, runner.stage.config.hidden_size, runner.stage.model.plan.dtype)
+            plan, width = runner.stage.model.plan, runner.stage.config.hidden_size
+            if any([row.is_read for row in self._rows]):
+                width *= 1 + len(plan.brought)
+            message = self._link.receive(count, width, plan.dtype)
+        entering = runner.take_over(self._rows, numbers[0], message)
         outputs, self._states = runner.run(self._rows, numbers, entering, active=self._rows, fills=stage > 0)
+        for output in outputs if runner.stage.model.plan.drafts else ():
+            output.read_states = runner.read_states
         if runner.stage.topology.num_in_replica > 1 and self._decides(stage):
             self._link.send_decision(torch.tensor(pack(self._rows, numbers, outputs), dtype=torch.float64), stage)
         return outputs
@@ -84,7 +90,10 @@ class InFlightStep:
         numbers = self._runner.stage.segments_of(stage)
         message = torch.empty(message_size(self._rows, numbers), dtype=torch.float64)
         self._link.recv_decision(message, stage)
-        return unpack(self._rows, numbers, message.tolist())
+        outputs = unpack(self._rows, numbers, message.tolist())
+        for output, mine in zip(outputs, own or (), strict=False):
+            output.read_states = mine.read_states
+        return outputs
 
     def _decides(self, stage: int) -> bool:
         """Whether a head of this stage is asked about any row."""

@@ -3,6 +3,7 @@
 Where the CPU kernels serve, one call of them runs the same loop (`native_step.py`).
 """
 
+import torch
 from torch import Tensor
 
 from ee_tuning.engine.boundary_ring import PassStates
@@ -24,7 +25,7 @@ class ModelRunner:
         self.native = NativeStage(stage) if stage.is_native else None
         """The stage for the CPU kernels; None where they do not serve."""
         self.read_states: dict[int, PassStates] = {}
-        """The newest step's states behind the layers that a drafting head reads; 0 is the embedding."""
+        """The newest step's states behind the layers that a drafting head reads, up to here; 0 is the embedding."""
 
     def run(
         self,
@@ -74,12 +75,31 @@ class ModelRunner:
             going = [row for row in going if segment_of[row].segment != number and number < row.last_segment]
         _count_catch_up(rows, active, outputs, numbers, before)
 
-    def hand_over(self, rows: list[RowPlan], boundary: int, states: PassStates | None) -> Tensor:  # [t, h]
-        """The states of pending tokens of `rows` in front of the next stage's first segment."""
+    def hand_over(self, rows: list[RowPlan], boundary: int, states: PassStates | None) -> Tensor:  # [t, (1 + a) h]
+        """The states of pending tokens of `rows` in front of the next stage's first segment; beside them, where a
+        drafting head reads any row, those that go on to it from a earlier layers.
+        """
         sequences = [row.sequence for row in rows if row.sequence.num_pending(boundary)]
         starts = [s.num_computed[boundary] for s in sequences]
         stops = [s.num_arrived(boundary) for s in sequences]
-        return self.stage.ring.read(boundary, sequences, starts, stops, states)
+        hidden = self.stage.ring.read(boundary, sequences, starts, stops, states)
+        if not any([row.is_read for row in rows]):
+            return hidden
+        return torch.cat([hidden, *(self.read_states[n].hidden for n in self.stage.model.plan.carried)], dim=-1)
+
+    def take_over(self, rows: list[RowPlan], first: int, message: Tensor | None) -> Tensor | None:  # [t, h]
+        """Takes what the stage before handed over, and returns the states in front of segment `first`; begins the
+        states that a drafting head reads of a step.
+        """
+        self.read_states, plan = {}, self.stage.model.plan
+        if message is None or not any([row.is_read for row in rows]):
+            return message
+        entering, *brought = message.split(self.stage.config.hidden_size, dim=-1)
+        read = dict(zip(plan.brought, brought, strict=True))
+        if plan.first_layer - 1 in plan.aux_layers:
+            read[plan.first_layer - 1] = entering
+        self.read_states = {layer: self._entering(rows, first, states) for layer, states in read.items()}
+        return entering.contiguous()
 
     def _run_segments(
         self, rows: list[RowPlan], active: list[RowPlan], numbers: range, states: PassStates | None, fills: bool

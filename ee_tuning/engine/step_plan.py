@@ -4,9 +4,11 @@ case.
 
 import math
 from array import array
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from ee_tuning.engine.boundary_ring import PassStates
 from ee_tuning.engine.sequence import Sequence
 
 NOT_EXITED = -1
@@ -83,3 +85,5 @@ class RowOutput:
     """About the newest tokens, `num_asked` of them behind the last segment, else one."""
     asked: list[ExitAnswer] = field(default_factory=list)
     """For rows that speculate: answers of exits before the last segment, in the order in which they came."""
+    read_states: Mapping[int, PassStates] = field(default_factory=dict)
+    """On the stage of a drafting head: the step's states behind the layers that it reads; 0 is the embedding."""

@@ -20,6 +20,9 @@ from ee_tuning.parallel.watchdog import hang_watchdog
 
 # t tokens · h hidden
 
+_BESIDE = 1
+"""The tag of messages that overtake decisions under way."""
+
 
 class StageLink:
     """This rank's end. For each kind of message, `max_in_flight` may be in flight to each receiver."""
@@ -53,27 +56,28 @@ class StageLink:
         return hidden
 
     def broadcast(self, decided: Tensor, stage: int) -> None:
-        """Overwrites `decided` on every rank with the value on the first rank of `stage`.
+        """Overwrites `decided` on every rank with the value on the first rank of `stage`, beside decisions of that
+        stage that are under way.
 
         `decided` lies on the CPU and has one shape on all ranks. The source must not write to it afterwards.
         """
-        self.send_decision(decided, stage)
-        self.recv_decision(decided, stage)
+        self.send_decision(decided, stage, tag=_BESIDE)
+        self.recv_decision(decided, stage, tag=_BESIDE)
 
     def is_source(self, stage: int) -> bool:
         """Whether this rank sends the decisions of `stage`."""
         return self._topology.rank == self._topology.first_rank_of_stage(stage)
 
-    def send_decision(self, decided: Tensor, stage: int) -> None:
+    def send_decision(self, decided: Tensor, stage: int, tag: int = 0) -> None:
         """The sending half of `broadcast`. Only the first rank of `stage` sends; elsewhere this does nothing."""
         if self._topology.num_in_replica == 1 or not self.is_source(stage):
             return
         began, group = time.perf_counter(), self._topology.replica_control
         others = [rank for rank in dist.get_process_group_ranks(group) if rank != self._topology.rank]
-        self._decisions.keep(decided, [dist.isend(decided, rank, group=group) for rank in others])
+        self._decisions.keep(decided, [dist.isend(decided, rank, group=group, tag=tag) for rank in others])
         self.seconds_waited += time.perf_counter() - began
 
-    def recv_decision(self, decided: Tensor, stage: int) -> None:
+    def recv_decision(self, decided: Tensor, stage: int, tag: int = 0) -> None:
         """The receiving half of `broadcast`. Does nothing on the first rank of `stage`.
 
         Decisions of a stage arrive in the order in which they were sent.
@@ -82,7 +86,7 @@ class StageLink:
             return
         began, source = time.perf_counter(), self._topology.first_rank_of_stage(stage)
         with hang_watchdog(self._topology, f"the decision of stage {stage} (rank {source})"):
-            dist.recv(decided, source, group=self._topology.replica_control)
+            dist.recv(decided, source, group=self._topology.replica_control, tag=tag)
         self.seconds_waited += time.perf_counter() - began
 
     def finish(self) -> None:
