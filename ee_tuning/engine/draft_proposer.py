@@ -124,7 +124,8 @@ def keep_agreed(sequence: Sequence, answers: list[Answer]) -> int:
     kept.
     """
     num_kept = num_agreed(sequence, answers)
-    sequence.statistics.num_accepted += num_kept
+    if sequence.num_drafts:
+        sequence.statistics.count_check(num_kept)
     del sequence.tokens[sequence.num_final :]
     sequence.truncate(len(sequence.tokens) + num_kept)
     sequence.drafts.begin({})

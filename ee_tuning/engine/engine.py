@@ -119,16 +119,18 @@ class Engine:
         return self.stage.seconds_in_heads
 
     def add_request(
-        self, prompt: list[int], params: SamplingParams | None = None, policy: Policy = FULL
+        self, prompt: list[int], params: SamplingParams | None = None, policy: Policy = FULL, priority: int = 0
     ) -> list[Sequence]:
-        """Queues a prompt, once for each of its `n` completions; the next steps admit them as there is room, in order.
+        """Queues a prompt, once for each of its `n` completions; the next steps admit them as there is room, in order,
+        those with a lower `priority` first.
 
         Raises InputError, and queues nothing, on values no sampler can use and on a prompt that can never fit.
         """
         params = params or SamplingParams()
         check_request(prompt, params, policy, self.model.config, self.model.plan.exit_layers, self.cache)
-        added = [self._sequence(prompt, params, policy, number) for number in range(params.n)]
-        self.waiting.extend(added)
+        added = [self._sequence(prompt, params, policy, number, priority) for number in range(params.n)]
+        for sequence in added:
+            self.scheduler.enqueue(sequence)
         return added
 
     def _head_proposer(self, num_slots: int, max_length: int) -> DraftHeadProposer:
@@ -139,7 +141,9 @@ class Engine:
             head = DraftHead(self.stage, trained, num_slots, max_length)
         return DraftHeadProposer(head, self.link, expected_costs(self.stage), self.stage)
 
-    def _sequence(self, prompt: list[int], params: SamplingParams, policy: Policy, completion: int) -> Sequence:
+    def _sequence(
+        self, prompt: list[int], params: SamplingParams, policy: Policy, completion: int, priority: int
+    ) -> Sequence:
         exits = [segment.exit_layer for segment in self.segments]
         stop_ids = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else self.eos_ids)
         last_segment = len(exits) - 1 if policy.fixed_exit is None else exits.index(policy.fixed_exit)
@@ -156,6 +160,7 @@ class Engine:
             num_computed=array("q", [0] * len(exits)),
             num_own_computed=array("q", [0 if number in own else NOT_KEPT for number in range(len(exits))]),
             completion=completion,
+            priority=priority,
             added_at=time.perf_counter(),
             uses_prefix_cache=not policy.has_draft_head,  # the head has keys and values of its own
             grammar=self._grammar(len(prompt), params, stop_ids),

@@ -1,8 +1,8 @@
 """The scheduler: admits sequences as there is memory, and chooses the tokens that each step computes.
 
-A sequence takes memory as it grows. Where none is left the youngest is preempted: it goes to the front of the queue,
-and its tokens are computed again later; its next ones are the same. It is admitted again when all memory that it may
-ever need is free, so no sequence is preempted twice.
+A sequence takes memory as it grows. Where none is left the youngest of the least urgent is preempted: it goes to the
+front of the queue, and its tokens are computed again later; its next ones are the same. It is admitted again when all
+memory that it may ever need is free, so no sequence is preempted twice.
 """
 
 import time
@@ -27,6 +27,14 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self._free_slots = list(range(num_slots - 1, -1, -1))
 
+    def enqueue(self, sequence: Sequence) -> None:
+        """Queues a sequence behind those that came before it, and before those of a higher number of priority."""
+        place = len(self.waiting)
+        # What has been preempted keeps its place at the front.
+        while place and self.waiting[place - 1].rank > sequence.rank and not self.waiting[place - 1].was_preempted:
+            place -= 1
+        self.waiting.insert(place, sequence)
+
     def remove(self, sequence: Sequence) -> bool:
         """Removes a sequence and frees its memory; False where it is neither running nor waiting."""
         if sequence in self.waiting:
@@ -38,7 +46,7 @@ class Scheduler:
         return True
 
     def admit(self) -> None:
-        """Admits waiting sequences, first come first served, while there is memory for the tokens that they have."""
+        """Admits waiting sequences, in the order of the queue, while there is memory for the tokens that they have."""
         for sequence in self.running:
             if sequence.num_scheduled >= (sequence.num_cached_blocks + 1) * BLOCK_SIZE:
                 self._cache_blocks(sequence)
@@ -112,14 +120,14 @@ class Scheduler:
         return True
 
     def _grow(self) -> None:
-        """Allocates memory for the next tokens of running sequences, older ones first."""
+        """Allocates memory for the next tokens of running sequences, those of lower rank first."""
         if not any([s.num_scheduled == len(s.blocks) * BLOCK_SIZE for s in self.running]):
             return
-        for sequence in sorted(self.running, key=lambda s: s.number):
+        for sequence in sorted(self.running, key=lambda s: s.rank):
             while sequence.blocks and sequence.num_scheduled == len(sequence.blocks) * BLOCK_SIZE:
                 block = self.pool.allocate(1, after=sequence.blocks[-1])
                 if block is None:
-                    self._preempt(max((s for s in self.running if not s.was_preempted), key=lambda s: s.number))
+                    self._preempt(max((s for s in self.running if not s.was_preempted), key=lambda s: s.rank))
                 else:
                     sequence.blocks += block
                     sequence.slot_mapping = self.cache.slot_mapping(sequence.blocks)

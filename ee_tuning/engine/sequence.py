@@ -36,6 +36,10 @@ class SequenceStatistics:
     """Tokens that exits, repeated text or a drafting head drafted."""
     num_accepted: int = 0
     """Drafts that the full model agreed with."""
+    num_accepted_at: list[int] = field(default_factory=list)
+    """The same by their place among the drafts that one pass checked; as long as the most that were accepted."""
+    num_checks: int = 0
+    """Passes of the full model that checked drafts."""
     num_reused: int = 0
     """Tokens of the prompt that the prefix cache had."""
     num_read_again: int = 0
@@ -46,6 +50,14 @@ class SequenceStatistics:
     """Seconds from the request to the first token."""
     seconds: float = 0.0
     """Seconds from the request to the end."""
+
+    def count_check(self, num_kept: int) -> None:
+        """Counts a pass that checked drafts and kept so many of them."""
+        self.num_checks += 1
+        self.num_accepted += num_kept
+        self.num_accepted_at += [0] * (num_kept - len(self.num_accepted_at))
+        for place in range(num_kept):
+            self.num_accepted_at[place] += 1
 
 
 @dataclass
@@ -96,6 +108,8 @@ class Sequence:
     """
     completion: int = 0
     """The number of this completion among those of its prompt."""
+    priority: int = 0
+    """Sequences of a lower number are admitted before others, and keep their memory longer."""
     added_at: float = 0.0
     number: int = field(default_factory=lambda: next(_numbers))
     """A number that no other sequence has."""
@@ -127,6 +141,11 @@ class Sequence:
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.tokens)
         self.key = request_key(self.params.seed, self.tokens, self.completion)
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Its place in the order in which sequences get memory, the first one least."""
+        return self.priority, self.number
 
     @property
     def num_to_prefill(self) -> int:

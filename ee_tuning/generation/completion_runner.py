@@ -48,7 +48,7 @@ class CompletionRunner:
         ids = list(job.prompt_ids)
         started = time.perf_counter() if started is None else started
         completions = []
-        for sequence in self.engine.add_request(ids, job.params, job.policy):
+        for sequence in self.engine.add_request(ids, job.params, job.policy, job.priority):
             completion = Completion(prompt=job.prompt, prompt_index=index, index=sequence.completion)
             text = TextStream(self._decode, ids, special=self._special)
             self._writers[sequence.number] = Writer(

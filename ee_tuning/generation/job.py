@@ -17,3 +17,5 @@ class Job:
     """Whether the tokenizer puts those before the prompt that it puts before any text."""
     prompt_ids: tuple[int, ...] = ()
     """Its token ids, where they are made already, as they are; by default the tokenizer makes them."""
+    priority: int = 0
+    """Jobs of a lower number are begun before others that wait."""

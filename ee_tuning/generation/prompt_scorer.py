@@ -14,6 +14,7 @@ class _Prompt:
     token_ids: tuple[int, ...]
     policy: Policy
     num_top: int
+    priority: int
 
 
 class PromptScorer:
@@ -31,9 +32,10 @@ class PromptScorer:
         """Whether nothing waits."""
         return not self._waiting
 
-    def add(self, index: int, token_ids: tuple[int, ...], policy: Policy, num_top: int) -> None:
-        """Queues a prompt, whose score comes back with `index`."""
-        self._waiting.append(_Prompt(index, token_ids, policy, num_top))
+    def add(self, index: int, token_ids: tuple[int, ...], policy: Policy, num_top: int, priority: int = 0) -> None:
+        """Queues a prompt, whose score comes back with `index`, before those of a higher number of `priority`."""
+        self._waiting.append(_Prompt(index, token_ids, policy, num_top, priority))
+        self._waiting.sort(key=lambda prompt: prompt.priority)
 
     def abort(self, index: int) -> None:
         """Removes a prompt, if it still waits."""

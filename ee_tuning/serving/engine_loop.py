@@ -154,7 +154,7 @@ class EngineLoop:
         else:
             job = command.job
             self._to_score[command.index] = command
-            self._scorer.add(command.index, job.prompt_ids, job.policy, command.num_top)
+            self._scorer.add(command.index, job.prompt_ids, job.policy, command.num_top, job.priority)
 
     def _begin(self, command: Add, events: list[TokenEvent]) -> None:
         index, job = command.index, command.job

@@ -31,6 +31,12 @@ class Metrics:
         self.prefix_hits = self._counter("prefix_cache_hits", "Tokens of prompts that the prefix cache had.")
         self.draft_tokens = self._counter("spec_decode_num_draft_tokens", "Drafted tokens.")
         self.accepted_tokens = self._counter("spec_decode_num_accepted_tokens", "Drafted tokens that were accepted.")
+        self.accepted_at = self._counter(
+            "spec_decode_num_accepted_tokens_per_pos",
+            "Drafted tokens that were accepted, by their place among the drafts of a pass.",
+            "position",
+        )
+        self.drafts = self._counter("spec_decode_num_drafts", "Passes that checked drafted tokens.")
         self.catch_up_tokens = self._counter(
             "catch_up_tokens", "Tokens that left early and were computed deeper later, once for each segment."
         )
@@ -96,6 +102,9 @@ class Metrics:
         self.prefix_hits.labels(**label).inc(statistics.num_reused)
         self.draft_tokens.labels(**label).inc(statistics.num_drafted)
         self.accepted_tokens.labels(**label).inc(statistics.num_accepted)
+        self.drafts.labels(**label).inc(statistics.num_checks)
+        for position, count in enumerate(statistics.num_accepted_at):
+            self.accepted_at.labels(**label, position=str(position)).inc(count)
         self.catch_up_tokens.labels(**label).inc(statistics.num_catch_up)
         first, waiting = statistics.seconds_to_first_token, statistics.seconds_waiting
         self.time_to_first.labels(**label).observe(first)

@@ -74,7 +74,9 @@ class RequestJobs:
             limit = limit or int(
                 bool(body.echo)
             )  # with none, an echo alone is an answer: room for one token is checked
-            jobs.append(self._job(Job(text, self._params(body, limit, logprobs), policy, adds, ids)))
+            jobs.append(
+                self._job(Job(text, self._params(body, limit, logprobs), policy, adds, ids, body.priority or 0))
+            )
         return jobs
 
     def chat_job(self, body: ChatCompletionBody) -> Job:
@@ -98,7 +100,7 @@ class RequestJobs:
         if self._end_of_turn is not None and not params.ignore_eos:
             ids = tuple(dict.fromkeys((*params.stop_token_ids, self._end_of_turn)))
             params = dataclasses.replace(params, stop_token_ids=ids)
-        return self._job(Job(text, params, self._policy(body), adds_special_tokens=False))
+        return self._job(Job(text, params, self._policy(body), False, priority=body.priority or 0))
 
     def chat_prompt(
         self,

@@ -28,7 +28,6 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "functions": ((None, []), "tools are not supported; leave it out"),
     "include_stop_str_in_output": ((None, False), "stop strings are left out of the text; append it yourself"),
     "modalities": ((None, ["text"]), "this server answers in text; leave it out"),
-    "priority": ((None, 0), "requests are served in the order in which they come; leave it out"),
     "prompt_logprobs": ((None,), "ask /v1/completions for echo and logprobs"),
     "reasoning_effort": ((None,), "give what the chat template takes in chat_template_kwargs"),
     "response_format": ((None, {"type": "text"}), "structured output is not supported; leave it out"),
@@ -100,6 +99,9 @@ class SamplingBody(Body):
     stop: str | list[str] | None = None
     stop_token_ids: TokenIds | None = None
     ignore_eos: bool | None = None
+    priority: Whole | None = Field(
+        default=None, description="of requests that wait, lower ones begin first (default 0)"
+    )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     policy: Literal["full", "threshold", "fixed", "speculative"] | None = Field(

@@ -195,6 +195,31 @@ def test_requests_wait_for_memory_or_hear_what_would_fit(subject):
     assert [s.output for s in made] == [subject.wanted([i, 5], made[0].params, FULL)[0] for i in range(3)]
 
 
+def test_lower_numbers_of_priority_come_first(subject):
+    """Requests in the order in which they came, whatever they ask; one that is begun again and again by others."""
+    engine, ended = subject.engine(num_slots=1), []
+    params, priorities = SamplingParams(max_tokens=4, ignore_eos=True), [0, 5, -1, 5, 0]
+    made = [engine.add_request([place, 5], params, priority=each)[0] for place, each in enumerate(priorities)]
+    while not engine.is_idle:
+        ended += [made.index(step.sequence) for step in engine.step() if step.sequence.finish_reason]
+    assert ended == [2, 0, 4, 1, 3]
+    assert made[1].output == subject.wanted([1, 5], params, FULL)[0]
+
+
+def test_the_least_urgent_gives_its_memory(subject):
+    """An urgent request that waits for one that came before it, or loses its memory to it."""
+    engine = subject.engine(num_slots=2, cache_tokens=64)
+    params = SamplingParams(max_tokens=44, ignore_eos=True)
+    (late,) = engine.add_request([1, 5], params, priority=1)
+    engine.step()
+    (urgent,) = engine.add_request([2, 5], params)
+    while not engine.is_idle:
+        engine.step()
+        assert not urgent.was_preempted
+    assert late.was_preempted
+    assert [each.output for each in (late, urgent)] == [subject.wanted([i, 5], params, FULL)[0] for i in (1, 2)]
+
+
 def test_scattered_blocks_are_read_in_order(subject):
     """Blocks that do not follow each other, read as if they did."""
     engine = subject.engine(num_slots=4, cache_tokens=96)

@@ -73,6 +73,9 @@ def test_tokens_are_those_of_full_depth(llama, plan, params):
         assert [p for _, p in said[mine.number]] == pytest.approx([p for _, p in expected[theirs.number]], abs=1e-9)
     drafted, kept = (sum(getattr(s.statistics, name) for s in made) for name in ("num_drafted", "num_accepted"))
     assert 0 < kept < drafted, "the claim is empty where all drafts are right, or none"
+    for told in (s.statistics for s in made):
+        assert sum(told.num_accepted_at) == told.num_accepted and told.num_checks <= told.num_drafted
+        assert sorted(told.num_accepted_at, reverse=True) == told.num_accepted_at  # one is kept only behind another
 
 
 @pytest.mark.parametrize("architecture", ["mlp", "layer"])

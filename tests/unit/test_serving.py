@@ -294,6 +294,32 @@ def test_metrics_add_up(server, client):
     assert after[f"ee_tuning:num_requests_running{label}"] == 0
 
 
+def test_accepted_drafts_are_counted_by_position():
+    """A position that is counted from another number than in vLLM, or not at all."""
+    from ee_tuning.serving.metrics import Metrics
+
+    metrics, done = Metrics("m"), Completion(prompt="a", token_ids=[1] * 6, finish_reason="stop")
+    done.statistics.num_drafted = 7
+    for num_kept in (3, 0, 1):
+        done.statistics.count_check(num_kept)
+    metrics.count_completion(done)
+    told = metrics.text().decode()
+    for name, value in (("num_drafts", 3), ("num_draft_tokens", 7), ("num_accepted_tokens", 4)):
+        assert f'ee_tuning:spec_decode_{name}_total{{model_name="m"}} {value}.0' in told
+    for position, value in (("0", 2), ("1", 1), ("2", 1)):
+        name = "ee_tuning:spec_decode_num_accepted_tokens_per_pos_total"
+        assert f'{name}{{model_name="m",position="{position}"}} {value}.0' in told
+
+
+def test_a_request_may_have_a_priority(server, client):
+    """A priority that is refused, or read as another number."""
+    from ee_tuning.serving.schemas import CompletionBody
+
+    made = server.service.jobs.completion_jobs(CompletionBody(prompt=["a", "b"], priority=-3))
+    assert [job.priority for job in made] == [-3, -3]
+    client.completions.create(model="tiny-python-llama", prompt="a", max_tokens=1, extra_body={"priority": 2})
+
+
 def _metrics(client: Any) -> dict[str, float]:
     text = client.with_options(base_url=str(client.base_url).removesuffix("v1/")).get("/metrics", cast_to=str)
     lines = [line.rpartition(" ") for line in text.split("\n") if line and not line.startswith("#")]
