@@ -21,7 +21,7 @@ help:
 	@echo "make test-engines exits as drafts in the real vLLM, on the CPU: 3 GB to install, a quarter of an hour; docs/engines.md"
 	@echo "make test-slurm  the examples' scripts on a Slurm of two nodes, which it starts on this machine; as root, on Debian"
 	@echo "make test-nodes  torchrun over two nodes in network namespaces, with cut cables; as root"
-	@echo "make stress      thousands of damaged files, two hundred kill -9, thousands of mixtures and calibrations, an hour; docs/stress.md"
+	@echo "make stress      thousands of damaged files, two hundred kill -9, thousands of mixtures and calibrations, a server under load, over an hour; docs/stress.md"
 	@echo "make quality     ruff and mypy"
 	@echo "make shape       prints long files, long functions and crowded folders"
 	@echo "make docs        builds the site of docs/ into build/site"
@@ -83,6 +83,7 @@ test-nodes: $(INSTALLED_DEV)
 	EE_TUNING_CLUSTER=1 $(BIN)/python -m pytest tests/cluster/test_two_nodes.py
 
 stress: $(INSTALLED_DEV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'schemathesis>=4.32,<5'
 	$(BIN)/python tests/stress/run.py --output docs/stress.md
 
 quality: $(INSTALLED_DEV)

@@ -17,7 +17,7 @@ from ee_tuning.serving.completions_api import CompletionsApi
 from ee_tuning.serving.engine_client import EngineClient
 from ee_tuning.serving.information_api import InformationApi
 from ee_tuning.serving.metrics import Metrics
-from ee_tuning.serving.openapi import tell_true_errors
+from ee_tuning.serving.openapi import tell_true_answers
 from ee_tuning.serving.request_jobs import RequestJobs
 from ee_tuning.serving.responses import ClientLeft, StrictJson
 from ee_tuning.serving.settings import ServeSettings
@@ -48,7 +48,7 @@ def build_app(
         (Exception, _failed),
     ):
         app.add_exception_handler(kind, handler)
-    tell_true_errors(app)
+    tell_true_answers(app)
     if settings.allowed_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.allowed_origins), allow_methods=["*"], allow_headers=["*"]

@@ -1,8 +1,10 @@
-"""The OpenAPI document: what the framework derives, with the errors as they are."""
+"""The OpenAPI document: what the framework derives, with answers and errors as they are."""
 
 from typing import Any
 
 from fastapi import FastAPI
+
+from ee_tuning.serving.answer_schemas import answer_content
 
 _ERROR = {
     "type": "object",
@@ -20,6 +22,8 @@ _ERROR = {
         }
     },
 }
+NEVER_ANSWERED = ("/v1/embeddings",)
+"""Endpoints that always refuse."""
 _STATUSES = {
     "400": "The request can not be done.",
     "401": "The API key is missing.",
@@ -33,8 +37,8 @@ _STATUSES = {
 }
 
 
-def tell_true_errors(app: FastAPI) -> None:
-    """Replaces the framework's 422, which never comes, by the errors that do."""
+def tell_true_answers(app: FastAPI) -> None:
+    """Tells what an answer holds, and replaces the framework's 422, which never comes, by the errors that do."""
     derive = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -44,9 +48,13 @@ def tell_true_errors(app: FastAPI) -> None:
             for name in ("HTTPValidationError", "ValidationError"):
                 document["components"]["schemas"].pop(name, None)
             content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
-            for operations in document["paths"].values():
+            for path, operations in document["paths"].items():
                 for operation in operations.values():
                     operation["responses"].pop("422", None)
+                    if path in NEVER_ANSWERED:
+                        del operation["responses"]["200"]
+                    else:
+                        operation["responses"]["200"]["content"] = answer_content(path)
                     for status, description in _STATUSES.items():
                         operation["responses"][status] = {"description": description, "content": content}
             app.openapi_schema = document

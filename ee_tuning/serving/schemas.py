@@ -42,6 +42,11 @@ Whole = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 TokenIds = list[Whole]
 
 
+def _between(least: float, most: float | None = None) -> Any:
+    """A range for the OpenAPI document; the engine refuses what is outside, with its reason."""
+    return {"minimum": least} if most is None else {"minimum": least, "maximum": most}
+
+
 class Body(BaseModel):
     """What all bodies have in common."""
 
@@ -84,18 +89,20 @@ class SamplingBody(Body):
     """Parameters of both kinds of completions."""
 
     model: str | None = Field(default=None, description="one of /v1/models; the server's model by default")
-    n: Whole | None = Field(default=None, description="completions of each prompt (default 1)")
-    temperature: float | None = Field(default=None, description="0 is greedy")
-    top_p: float | None = None
-    top_k: Whole | None = Field(default=None, description="0 or -1 for all")
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
+    n: Whole | None = Field(
+        default=None, description="completions of each prompt (default 1)", json_schema_extra=_between(1, 1024)
+    )
+    temperature: float | None = Field(default=None, description="0 is greedy", json_schema_extra=_between(0, 100))
+    top_p: float | None = Field(default=None, json_schema_extra={"exclusiveMinimum": 0, "maximum": 1})
+    top_k: Whole | None = Field(default=None, description="0 or -1 for all", json_schema_extra=_between(-1))
+    min_p: float | None = Field(default=None, json_schema_extra=_between(0, 1))
+    repetition_penalty: float | None = Field(default=None, json_schema_extra=_between(0.01, 100))
+    presence_penalty: float | None = Field(default=None, json_schema_extra=_between(-100, 100))
+    frequency_penalty: float | None = Field(default=None, json_schema_extra=_between(-100, 100))
     logit_bias: dict[str, float] | None = Field(default=None, description="token id: what is added to its logit")
     seed: Whole | None = Field(default=None, description="the same seed gives the same tokens; drawn by default")
-    max_tokens: Whole | None = None
-    min_tokens: Whole | None = None
+    max_tokens: Whole | None = Field(default=None, json_schema_extra=_between(0))
+    min_tokens: Whole | None = Field(default=None, json_schema_extra=_between(0))
     stop: str | list[str] | None = None
     stop_token_ids: TokenIds | None = None
     ignore_eos: bool | None = None
@@ -128,7 +135,9 @@ class CompletionBody(SamplingBody):
         default=None,
         description="whether the text begins with the prompt, and logprobs with those of the prompt; max_tokens may be 0",
     )
-    logprobs: Whole | None = Field(default=None, description="likeliest tokens told at each place, at most 20")
+    logprobs: Whole | None = Field(
+        default=None, description="likeliest tokens told at each place, at most 20", json_schema_extra=_between(0, 20)
+    )
     add_special_tokens: bool | None = Field(
         default=None, description="whether a text begins as the tokenizer begins texts (default true)"
     )
@@ -138,9 +147,13 @@ class ChatCompletionBody(SamplingBody):
     """POST /v1/chat/completions."""
 
     messages: list[dict[str, Any]]
-    max_completion_tokens: Whole | None = Field(default=None, description="the newer name of max_tokens")
+    max_completion_tokens: Whole | None = Field(
+        default=None, description="the newer name of max_tokens", json_schema_extra=_between(1)
+    )
     logprobs: bool | None = None
-    top_logprobs: Whole | None = Field(default=None, description="likeliest tokens told at each place, at most 20")
+    top_logprobs: Whole | None = Field(
+        default=None, description="likeliest tokens told at each place, at most 20", json_schema_extra=_between(0, 20)
+    )
     chat_template_kwargs: dict[str, Any] | None = Field(default=None, description="variables of the chat template")
     add_generation_prompt: bool | None = Field(default=None, description="whether an answer is begun (default true)")
     continue_final_message: bool | None = Field(

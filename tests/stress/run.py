@@ -26,6 +26,8 @@ COUNTS = {
     "speculation": 200,
     "growth": 10_000,
     "calibrations": 1000,
+    "requests": 1000,
+    "load": 600,
 }
 
 
@@ -48,6 +50,7 @@ def main() -> int:
     from kills import stress_saves, stress_tuning
     from nursery import Nursery
     from safetensors_stress import stress_safetensors
+    from serving_stress import stress_load, stress_requests
     from stages_stress import stress_stages
 
     torch.set_num_threads(1)
@@ -98,6 +101,13 @@ def main() -> int:
             "calibrations of a kind",
             lambda n, folder: stress_calibrations(n, seed, folder),
         ),
+        _Part(
+            "Requests of the server's OpenAPI",
+            options["requests"],
+            "requests at least",
+            lambda n, folder: stress_requests(n, seed, folder),
+        ),
+        _Part("Load on the server", options["load"], "seconds of load", lambda n, folder: stress_load(n, seed, folder)),
     ]
     stories = [story for name, story in zip(COUNTS, stories, strict=True) if name in options["only"]]
     for story in stories:
