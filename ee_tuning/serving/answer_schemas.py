@@ -4,7 +4,10 @@ from typing import Any
 
 Schema = dict[str, Any]
 
-_TEXT, _WHOLE, _NUMBER, _TRUTH = ({"type": name} for name in ("string", "integer", "number", "boolean"))
+_TEXT: Schema = {"type": "string"}
+_WHOLE: Schema = {"type": "integer"}
+_NUMBER: Schema = {"type": "number"}
+_TRUTH: Schema = {"type": "boolean"}
 
 
 def _list(items: Schema) -> Schema:
@@ -30,7 +33,7 @@ _TEXT_LOGPROBS = _object(
 _TOKEN = {"token": _TEXT, "logprob": _NUMBER, "bytes": _list(_WHOLE)}
 _CHAT_LOGPROBS = _object(content=_list(_object(**_TOKEN, top_logprobs=_list(_object(**_TOKEN)))))
 _OF_EXITS = {"exit_layers": _list(_WHOLE), "confidences": _list(_NUMBER), "token_ids": _list(_WHOLE)}
-_CHOICE = {"index": _WHOLE, "finish_reason": {"enum": ["stop", "length"]}}
+_CHOICE: dict[str, Schema] = {"index": _WHOLE, "finish_reason": {"enum": ["stop", "length"]}}
 _USAGE = _object(
     prompt_tokens=_WHOLE,
     completion_tokens=_WHOLE,
