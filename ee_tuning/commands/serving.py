@@ -29,6 +29,7 @@ def serve(args: argparse.Namespace) -> None:
             "root_path",
             "ssl_certfile",
             "ssl_keyfile",
+            "tool_call_parser",
             "max_model_len",
             "max_queue",
             "request_timeout",
@@ -60,6 +61,11 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME",
         help="names of the model for clients (default: the name of its folder)",
+    )
+    parser.add_argument(
+        "--tool-call-parser",
+        metavar="NAME",
+        help="how the model writes calls of tools: hermes (Hermes, Qwen), llama3_json (Llama 3); needed for tool_choice auto",
     )
     parser.add_argument(
         "--max-model-len",

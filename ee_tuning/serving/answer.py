@@ -39,7 +39,12 @@ class Answer(ABC):
     def whole(self, completions: list[Completion]) -> Json:
         """The answer; `completions` are in the order of choices."""
         choices = [
-            {"index": index, **self.whole_choice(index, done), "finish_reason": done.finish_reason, **self._own(done)}
+            {
+                "index": index,
+                **self.whole_choice(index, done),
+                "finish_reason": self.finish_reason(index, done),
+                **self._own(done),
+            }
             for index, done in enumerate(completions)
         ]
         return {**self._begins, "object": self.kind, "choices": choices, "usage": self.usage(completions)}
@@ -67,7 +72,15 @@ class Answer(ABC):
     def last_chunk(self, place: int, completion: Completion) -> Json:
         """The end of a choice."""
         index = self.choice_of(place, completion.index)
-        return self.as_chunk([{"index": index, **self.end_choice(), "finish_reason": completion.finish_reason}])
+        reason = self.finish_reason(index, completion)
+        return self.as_chunk([{"index": index, **self.end_choice(), "finish_reason": reason}])
+
+    def take(self, place: int, token: StreamedToken) -> None:  # noqa: B027
+        """Takes a token of a whole answer, before `whole`."""
+
+    def finish_reason(self, index: int, completion: Completion) -> str:
+        """Why a choice ends."""
+        return completion.finish_reason
 
     def end_chunks(self, completions: list[Completion]) -> list[Json]:
         """What a stream ends with."""

@@ -63,8 +63,10 @@ class CompletionsApi:
         name = self.model_name(body.model)
         _check_stream_options(body)
         job = await in_tokenizer_thread(self._jobs.chat_job, body)
+        use = self._jobs.tool_use(body)
         running = self._client.submit([job])
-        return await self._answer(body, ChatAnswer(body, [job], name, self._texts), running, request)
+        answer = ChatAnswer(body, [job], name, self._texts, use, self._jobs.llm.special)
+        return await self._answer(body, answer, running, request)
 
     def model_name(self, asked: str | None) -> str:
         """The model that a request names. Raises ApiError where there is no such model."""
@@ -98,6 +100,8 @@ async def _whole(answer: Answer, running: RunningRequest) -> Json:
     async for place, event in running.events():
         if event.score is not None:
             answer.take_prompt(place, event.score)
+        if event.token is not None:
+            answer.take(place, event.token)
         if (done := event.completion) is not None:
             finished[answer.choice_of(place, done.index)] = done
     return answer.whole([finished[index] for index in sorted(finished)])

@@ -13,7 +13,9 @@ from ee_tuning.engine.requests import check_request
 from ee_tuning.errors import InputError
 from ee_tuning.generation.job import Job
 from ee_tuning.generation.llm import EarlyExitLLM, params_of, with_options
+from ee_tuning.serving.answer_form import answer_form
 from ee_tuning.serving.schemas import ChatCompletionBody, CompletionBody, SamplingBody
+from ee_tuning.serving.tool_calls import ToolUse, for_template, form_with_calls, tool_use
 
 COMPLETION_TOKENS = 16
 """max_tokens of /v1/completions by default, as OpenAI has it; a chat may fill the context."""
@@ -30,9 +32,11 @@ _OWN = frozenset(
 class RequestJobs:
     """Makes jobs for one model and one engine."""
 
-    def __init__(self, llm: EarlyExitLLM, engine: Engine, template: ChatTemplate):
-        """Raises InputError where the job's own policy is not to be had with these exits."""
-        self.llm, self.template = llm, template
+    def __init__(self, llm: EarlyExitLLM, engine: Engine, template: ChatTemplate, tool_call_parser: str | None = None):
+        """`tool_call_parser` says how the model writes calls of tools. Raises InputError where the job's own policy is
+        not to be had with these exits.
+        """
+        self.llm, self.template, self.tool_call_parser = llm, template, tool_call_parser
         self.engine = engine
         generation = llm.defaults
         if not llm.exit_layers and generation.policy == "threshold":  # the default where nothing is said
@@ -90,17 +94,25 @@ class RequestJobs:
             raise InputError(f"top_logprobs needs logprobs true, got {body.top_logprobs} without it; set logprobs, too")
         limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         logprobs = _bounded_logprobs("top_logprobs", body.top_logprobs or 0) if body.logprobs else None
+        use = self.tool_use(body)
         text = self.chat_prompt(
             body.messages,
             adds_generation_prompt=body.add_generation_prompt,
             continues=bool(body.continue_final_message),
             variables=body.chat_template_kwargs,
+            tools=[] if body.tool_choice == "none" else body.tools,
         )
         params = self._params(body, self.max_model_len if limit is None else limit, logprobs)
+        form = form_with_calls(use, params.structured_output, self.llm.special)
+        params = dataclasses.replace(params, structured_output=form)
         if self._end_of_turn is not None and not params.ignore_eos:
             ids = tuple(dict.fromkeys((*params.stop_token_ids, self._end_of_turn)))
             params = dataclasses.replace(params, stop_token_ids=ids)
         return self._job(Job(text, params, self._policy(body), False, priority=body.priority or 0))
+
+    def tool_use(self, body: ChatCompletionBody) -> ToolUse | None:
+        """What a chat asks of tools. Raises InputError on values that can not be used."""
+        return tool_use(body.tools, body.tool_choice, body.parallel_tool_calls, self.tool_call_parser)
 
     def chat_prompt(
         self,
@@ -109,6 +121,7 @@ class RequestJobs:
         adds_generation_prompt: bool | None,
         continues: bool,
         variables: dict[str, Any] | None,
+        tools: list[dict[str, Any]] | None = None,
     ) -> str:
         """The text of a chat. Raises InputError where the template refuses it."""
         if not messages:
@@ -120,7 +133,8 @@ class RequestJobs:
         if taken := _OWN & set(variables or {}):
             raise InputError(f"chat_template_kwargs must be variables of the template, got {min(taken)}; leave it out")
         return self.template.render(
-            chat_messages(messages, "messages", lambda: "the request"),
+            for_template(chat_messages(messages, "messages", lambda: "the request")),
+            tools or None,
             add_generation_prompt=not continues if adds_generation_prompt is None else adds_generation_prompt,
             continue_final_message=continues,
             **(variables or {}),
@@ -152,6 +166,7 @@ class RequestJobs:
             own["stop_token_ids"] = tuple(body.stop_token_ids)
         if body.logit_bias is not None:
             own["logit_bias"] = _biases(body.logit_bias)
+        own["structured_output"] = answer_form(body.response_format, body.structured_outputs)
         seed = secrets.randbits(62) if body.seed is None else body.seed
         return dataclasses.replace(params_of(self.defaults), max_tokens=max_tokens, logprobs=logprobs, seed=seed, **own)
 

@@ -11,7 +11,6 @@ from ee_tuning.config.generation import Measure
 IGNORED = frozenset(
     {
         "metadata",
-        "parallel_tool_calls",
         "prompt_cache_key",
         "safety_identifier",
         "service_tier",
@@ -24,17 +23,20 @@ IGNORED = frozenset(
 UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "audio": ((None,), "this server answers in text; leave it out"),
     "best_of": ((None, 1), "ask for n completions and choose among them"),
-    "function_call": ((None, "none"), "tools are not supported; leave it out"),
-    "functions": ((None, []), "tools are not supported; leave it out"),
+    "function_call": ((None, "none"), "give tool_choice, its newer form"),
+    "functions": ((None, []), "give tools, their newer form"),
+    "guided_choice": ((None,), 'give structured_outputs {"choice": …}'),
+    "guided_grammar": ((None,), 'give structured_outputs {"grammar": …}'),
+    "guided_json": ((None,), 'give structured_outputs {"json": …}'),
+    "guided_regex": ((None,), 'give structured_outputs {"regex": …}'),
     "include_stop_str_in_output": ((None, False), "stop strings are left out of the text; append it yourself"),
     "modalities": ((None, ["text"]), "this server answers in text; leave it out"),
     "prompt_logprobs": ((None,), "ask /v1/completions for echo and logprobs"),
     "reasoning_effort": ((None,), "give what the chat template takes in chat_template_kwargs"),
-    "response_format": ((None, {"type": "text"}), "structured output is not supported; leave it out"),
     "skip_special_tokens": ((None, True), "special tokens are left out of the text; ask for return_token_ids"),
     "suffix": ((None, ""), "texts are continued, not filled in; leave it out"),
-    "tool_choice": ((None, "none"), "tools are not supported; leave it out"),
-    "tools": ((None, []), "tools are not supported; leave it out"),
+    "tool_choice": ((None, "none"), "tools are for chats; ask /v1/chat/completions"),
+    "tools": ((None, []), "tools are for chats; ask /v1/chat/completions"),
 }
 """Parameters that are refused, except with these values, which ask for nothing."""
 
@@ -109,6 +111,12 @@ class SamplingBody(Body):
     priority: Whole | None = Field(
         default=None, description="of requests that wait, lower ones begin first (default 0)"
     )
+    response_format: dict[str, Any] | None = Field(
+        default=None, description="the answer's form: type text, json_object, or json_schema with its schema"
+    )
+    structured_outputs: dict[str, Any] | None = Field(
+        default=None, description="the answer's form, as vLLM has it: one of json, json_object, regex, choice, grammar"
+    )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     policy: Literal["full", "threshold", "fixed", "speculative"] | None = Field(
@@ -153,6 +161,13 @@ class ChatCompletionBody(SamplingBody):
     logprobs: bool | None = None
     top_logprobs: Whole | None = Field(
         default=None, description="likeliest tokens told at each place, at most 20", json_schema_extra=_between(0, 20)
+    )
+    tools: list[dict[str, Any]] | None = Field(default=None, description="functions that the answer may call")
+    tool_choice: str | dict[str, Any] | None = Field(
+        default=None, description="none, auto (the default with tools), required, or the function to call"
+    )
+    parallel_tool_calls: bool | None = Field(
+        default=None, description="whether an answer may have several calls (default true)"
     )
     chat_template_kwargs: dict[str, Any] | None = Field(default=None, description="variables of the chat template")
     add_generation_prompt: bool | None = Field(default=None, description="whether an answer is begun (default true)")

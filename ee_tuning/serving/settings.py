@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ee_tuning.errors import InputError
+from ee_tuning.serving.tool_formats import FORMATS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,8 @@ class ServeSettings:
     """Origins of web pages that browsers let use the server (CORS)."""
     ssl_certfile: str | None = None
     ssl_keyfile: str | None = None
+    tool_call_parser: str | None = None
+    """How the model writes calls of tools, a name of `tool_formats.FORMATS`; None where it writes none."""
     max_model_len: int | None = None
     """Most tokens of prompt and completion together."""
     max_queue: int = 256
@@ -48,6 +51,10 @@ class ServeSettings:
         for name, (holds, rule) in rules.items():
             if not holds:
                 raise InputError(f"--{name.replace('_', '-')} must be {rule}, got {getattr(self, name)}")
+        if self.tool_call_parser not in (None, *FORMATS):
+            raise InputError(
+                f"--tool-call-parser must be one of {', '.join(FORMATS)}, got {self.tool_call_parser}; name one of them"
+            )
         if self.root_path and (not self.root_path.startswith("/") or not self.root_path.isascii()):
             raise InputError(f"--root-path must begin with a slash and be ASCII, got {self.root_path!r}")
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):

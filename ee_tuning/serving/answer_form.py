@@ -1,0 +1,37 @@
+"""`response_format` and `structured_outputs` of a request as the engine takes them."""
+
+from typing import Any
+
+from ee_tuning.engine.structured_output import StructuredOutput, structured_output_of
+from ee_tuning.errors import InputError
+
+_KINDS = ("text", "json_object", "json_schema")
+
+
+def answer_form(response_format: dict[str, Any] | None, structured_outputs: dict[str, Any] | None) -> Any:
+    """The StructuredOutput that a request asks for, or None. Raises InputError on values of no use, and on both."""
+    of_format = _of_format(response_format)
+    try:
+        own = structured_output_of(structured_outputs)
+    except InputError as error:
+        raise InputError(str(error).replace("structured_output ", "structured_outputs ", 1)) from error
+    if of_format is not None and own is not None:
+        raise InputError("response_format and structured_outputs both give the answer's form, got both; give one")
+    return of_format or own
+
+
+def _of_format(given: dict[str, Any] | None) -> StructuredOutput | None:
+    kind = None if given is None else given.get("type")
+    if given is None or kind == "text":
+        return None
+    if kind not in _KINDS:
+        raise InputError(f"response_format must have a type of {', '.join(_KINDS)}, got {kind!r:.80}; mend it")
+    if kind == "json_object":
+        return StructuredOutput(json_object=True)
+    named = given.get("json_schema")
+    schema = named.get("schema") if isinstance(named, dict) else None
+    if not isinstance(schema, dict):
+        raise InputError(
+            f'response_format must have {{"json_schema": {{"schema": …}}}}, got {named!r:.80}; give a schema'
+        )
+    return StructuredOutput(json=schema)
