@@ -4,6 +4,7 @@ The grammars are llguidance's (https://github.com/guidance-ai/llguidance). A sta
 drafts included, and goes back where drafts are rejected.
 """
 
+import re
 import threading
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 
 MOST_COMPILED = 128
 """Grammars that are kept compiled."""
-WHITESPACE = r" |\n {0,24}"
-"""Between the tokens of JSON, if any: room to indent, and no room to go on for ever."""
+_LISTING = re.compile(r"\n +\d+ \|")
+"""Where an error of the library goes on with lines of the grammar."""
 _MISSING = "structured output needs the package llguidance, which is not installed; pip install 'ee_tuning[structured]'"
 
 
@@ -177,7 +178,7 @@ def _as_grammar(form: StructuredOutput) -> str:
         return grammar_from("choice", to_json(form.choice))
     if form.grammar is not None:
         return grammar_from("grammar", form.grammar)
-    return LLMatcher.grammar_from_json_schema(form.schema, defaults={"whitespace_pattern": WHITESPACE})
+    return LLMatcher.grammar_from_json_schema(form.schema)
 
 
 def _refusal(form: StructuredOutput, reason: str) -> InputError:
@@ -185,4 +186,5 @@ def _refusal(form: StructuredOutput, reason: str) -> InputError:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())[:200].rstrip(" .;:")
+    reason = _LISTING.split(text, maxsplit=1)[0]
+    return " ".join(reason.split())[:200].rstrip(" .;:")

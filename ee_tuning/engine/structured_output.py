@@ -10,6 +10,8 @@ from ee_tuning.json_file import parse_strict_json, to_json
 
 MOST_CHARACTERS = 1 << 20
 """Of a schema, an expression or a grammar; larger ones would take minutes to compile."""
+WHITE_SPACE = r" |\n {0,24}"
+"""Between the tokens of JSON, if any: room to indent, and no room to go on for ever."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +59,22 @@ class StructuredOutput:
 
     @property
     def schema(self) -> str:
-        """The JSON schema as text; only where `name` is json or json_object."""
-        return self.json if isinstance(self.json, str) else '{"type":"object"}'
+        """The JSON schema as llguidance takes it; only where `name` is json or json_object."""
+        return bounded_schema(parse_strict_json(self.json) if isinstance(self.json, str) else {"type": "object"})
 
 
 _NAMES = tuple(field.name for field in dataclasses.fields(StructuredOutput))
+
+
+def bounded_schema(schema: Mapping[str, Any] | bool) -> str:
+    """The text of a schema that bounds white space, unless it says something of that itself (`x-guidance`:
+    https://github.com/guidance-ai/llguidance/blob/main/docs/json_schema.md).
+    """
+    if isinstance(schema, bool):
+        return to_json(schema)
+    own = schema.get("x-guidance", {})
+    options = {"whitespace_pattern": WHITE_SPACE, **own} if isinstance(own, Mapping) else own
+    return to_json({**schema, "x-guidance": options}, ensure_ascii=False)
 
 
 def structured_output_of(given: Any) -> StructuredOutput | None:

@@ -20,6 +20,15 @@ def answer_form(response_format: dict[str, Any] | None, structured_outputs: dict
     return of_format or own
 
 
+def by_request_names(message: str, *, is_call: bool, has_format: bool) -> str:
+    """A form's name in a message, by the name that a request has for it."""
+    if is_call:
+        return message.replace("grammar of structured_output", "parameters of tools", 1)
+    if has_format:
+        return message.replace("json of structured_output", "the schema of response_format", 1)
+    return message.replace("of structured_output ", "of structured_outputs ", 1)
+
+
 def _of_format(given: dict[str, Any] | None) -> StructuredOutput | None:
     kind = None if given is None else given.get("type")
     if given is None or kind == "text":

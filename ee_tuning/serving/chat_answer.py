@@ -73,6 +73,13 @@ class ChatAnswer(Answer):
         delta = _merged(self._deltas(token)) if self._readers else {"content": token.text} if token.text else {}
         return {"delta": delta, "logprobs": logprobs}
 
+    def chunk(self, place: int, token: StreamedToken) -> Json | None:
+        """What a token adds to the stream; None where it is a part of a call's frame."""
+        made = super().chunk(place, token)
+        if made is None or not self._readers or self._tells_exits or self._tells_ids or token.logprob is not None:
+            return made
+        return made if made["choices"][0]["delta"] else None
+
     def finish_reason(self, index: int, completion: Completion) -> str:
         """Calls are a reason, unless the request names the function, as OpenAI has it."""
         if completion.finish_reason == "stop" and self._use is not None and not self._use.is_named:

@@ -13,7 +13,7 @@ from ee_tuning.engine.requests import check_request
 from ee_tuning.errors import InputError
 from ee_tuning.generation.job import Job
 from ee_tuning.generation.llm import EarlyExitLLM, params_of, with_options
-from ee_tuning.serving.answer_form import answer_form
+from ee_tuning.serving.answer_form import answer_form, by_request_names
 from ee_tuning.serving.schemas import ChatCompletionBody, CompletionBody, SamplingBody
 from ee_tuning.serving.tool_calls import ToolUse, for_template, form_with_calls, tool_use
 
@@ -108,7 +108,14 @@ class RequestJobs:
         if self._end_of_turn is not None and not params.ignore_eos:
             ids = tuple(dict.fromkeys((*params.stop_token_ids, self._end_of_turn)))
             params = dataclasses.replace(params, stop_token_ids=ids)
-        return self._job(Job(text, params, self._policy(body), False, priority=body.priority or 0))
+        try:
+            return self._job(
+                Job(text, params, self._policy(body), adds_special_tokens=False, priority=body.priority or 0)
+            )
+        except InputError as error:
+            raise InputError(
+                by_request_names(str(error), is_call=use is not None, has_format=body.response_format is not None)
+            ) from error
 
     def tool_use(self, body: ChatCompletionBody) -> ToolUse | None:
         """What a chat asks of tools. Raises InputError on values that can not be used."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ee_tuning.engine.structured_output import StructuredOutput
+from ee_tuning.engine.structured_output import StructuredOutput, bounded_schema
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import to_json
 from ee_tuning.serving.tool_formats import FORMATS, ToolFormat
@@ -105,6 +105,11 @@ def form_with_calls(
         raise InputError(
             f"{answer.name} can not be the answer's form where a call may be it; leave it or tool_choice out"
         )
+    if answer is not None and not use.form.begin:
+        raise InputError(
+            f"response_format can not be told from calls of the form {use.form.name}; leave it or tools out, or ask for "
+            'tool_choice "none" or "required"'
+        )
     calls = _grammar_of_calls(use, special)
     whole = "start: calls" if answer is None else f"start: calls | answer\nanswer: %json {answer.schema}"
     return StructuredOutput(grammar=f"{whole}\n{calls}")
@@ -123,7 +128,7 @@ def _grammar_of_calls(use: ToolUse, special: Mapping[int, str]) -> str:
         head = f'{{"name": {to_json(function["name"])}, "{form.arguments}": '
         schema = function.get("parameters") or _NO_PARAMETERS
         rules += [f'call_{i}: {to_json(head, ensure_ascii=False)} arguments_{i} "}}"']
-        rules += [f"arguments_{i}: %json {to_json(schema, ensure_ascii=False)}"]
+        rules += [f"arguments_{i}: %json {bounded_schema(schema)}"]
     return "\n".join(rules)
 
 

@@ -206,6 +206,41 @@ def test_a_state_goes_back_and_forth(llm):
                 tokens.append(int(rng.choice(one.nonzero()[:, 0].tolist())))
 
 
+def test_a_form_that_is_too_much_for_its_library_is_an_error(llm, monkeypatch):
+    """An answer without its form that looks as if it had it; ranks that computed no mask and go on."""
+
+    class Limited:
+        """A matcher whose masks fail behind three tokens."""
+
+        def __init__(self, inner: Any):
+            self._inner, self._has_failed = inner, False
+            self._count = 0
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._inner, name)
+
+        def deep_copy(self) -> "Limited":
+            return Limited(self._inner.deep_copy())
+
+        def try_consume_tokens(self, tokens: list[int]) -> int:
+            count: int = self._inner.try_consume_tokens(tokens)
+            self._count += count
+            return count
+
+        def compute_bitmask(self) -> bytes:
+            self._has_failed = self._count >= 3
+            return bytes(self._inner.compute_bitmask())
+
+        def is_error(self) -> bool:
+            return self._has_failed
+
+    form = StructuredOutput(regex="[0-9]{40}")
+    compiled = llm.grammars.compile(form)
+    monkeypatch.setattr(llm.grammars, "compile", lambda form: Limited(compiled))
+    with pytest.raises(InputError, match=r"too complex to follow behind \d+ tokens; simplify it"):
+        llm.generate("x", SamplingParams(max_tokens=40, structured_output=form), policy="full")
+
+
 REFUSED: dict[str, tuple[Any, str]] = {
     "none": ({}, "must have one of json, json_object, regex, choice, grammar, got none"),
     "two": ({"regex": "a", "choice": ["b"]}, "got regex and choice; give one"),
