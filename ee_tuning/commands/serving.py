@@ -7,10 +7,10 @@ from pathlib import Path
 from ee_tuning.commands.command import Command, add_job, job_of
 from ee_tuning.errors import InputError
 
-_NEEDED = ("fastapi", "uvicorn", "prometheus_client")
+_NEEDED = ("fastapi", "uvicorn", "prometheus_client", "aiohttp")
 
 
-def serve(args: argparse.Namespace) -> None:
+def serve(args: argparse.Namespace) -> int:
     """Serves a model."""
     config = job_of(args, "serve")
     if missing := [name for name in _NEEDED if find_spec(name) is None]:
@@ -35,6 +35,7 @@ def serve(args: argparse.Namespace) -> None:
             "request_timeout",
             "max_body_bytes",
             "drain_timeout",
+            "data_parallel_size",
         )
         if getattr(args, name) is not None
     }
@@ -44,7 +45,12 @@ def serve(args: argparse.Namespace) -> None:
         allowed_origins=tuple(args.allowed_origins),
         **given,
     )
+    if settings.data_parallel_size > 1:
+        from ee_tuning.serving.replicated import serve_replicas
+
+        return serve_replicas(config, settings)
     serve(config, settings)
+    return 0
 
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:
@@ -72,6 +78,12 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="most tokens of prompt and completion together (default: the model's context, or what fits the KV cache)",
+    )
+    parser.add_argument(
+        "--data-parallel-size",
+        type=int,
+        metavar="N",
+        help="replicas of the model behind the port, each in processes of its own, on GPUs or a share of the cores (default 1)",
     )
     _add_access(parser)
     _add_limits(parser)
@@ -125,6 +137,7 @@ COMMANDS = (
   ee-tuning serve --model Llama-2-7b-chat-hf --exits runs/llama-2-7b/exit_heads --threshold 0.8
   ee-tuning serve --model Qwen3-8B --exits runs/qwen3-8b/exit_heads --policy speculative --host 0.0.0.0 --api-key-file keys.txt
   torchrun --nproc-per-node 4 -m ee_tuning serve --model Llama-2-7b-chat-hf --exits runs/llama-2-7b/exit_heads --tensor-model-parallel-size 4
+  ee-tuning serve --model Qwen3-8B --exits runs/qwen3-8b/exit_heads --data-parallel-size 4
 
 Flags of decoding are the defaults of requests, which may set policy, exit_threshold, exit_layer and exit_measure of their own. A page
 at / shows where tokens leave; /docs lists the endpoints. SIGTERM lets running requests end. See docs/serving.md.""",

@@ -39,6 +39,14 @@ def build_app(
     app.include_router(InformationApi(client, jobs, metrics, completions, model_names).router)
     for path, name in (("/", "page.html"), ("/page.js", "page.js"), ("/page.css", "page.css")):
         app.add_api_route(path, _file(name), methods=["GET"], include_in_schema=False)
+    add_error_handlers(app)
+    tell_true_answers(app)
+    add_access(app, settings)
+    return app
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Lets every error be answered in OpenAI's form."""
     for kind, handler in (
         (InputError, _refused),
         (ApiError, _api_error),
@@ -48,13 +56,15 @@ def build_app(
         (Exception, _failed),
     ):
         app.add_exception_handler(kind, handler)
-    tell_true_answers(app)
+
+
+def add_access(app: FastAPI, settings: ServeSettings) -> None:
+    """Lets requests in by API keys and, from browsers, by their pages' origins."""
     if settings.allowed_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.allowed_origins), allow_methods=["*"], allow_headers=["*"]
         )
     app.add_middleware(Access, api_keys=settings.api_keys)
-    return app
 
 
 def _file(name: str) -> Any:

@@ -13,8 +13,11 @@ SHARE = {"cpu": 0.5, "cuda": 0.8}
 """Share of the memory that is free once the model is loaded."""
 
 
-def cache_size(llm: EarlyExitLLM, topology: Topology, max_model_len: int | None) -> tuple[int, int]:
-    """(tokens in the KV cache, most tokens of one sequence), on all ranks the same.
+def cache_size(
+    llm: EarlyExitLLM, topology: Topology, max_model_len: int | None, num_replicas: int = 1
+) -> tuple[int, int]:
+    """(tokens in the KV cache, most tokens of one sequence), on all ranks the same. `num_replicas` servers share the
+    machine's memory.
 
     Raises InputError where one sequence of `max_model_len` tokens does not fit.
     """
@@ -29,7 +32,7 @@ def cache_size(llm: EarlyExitLLM, topology: Topology, max_model_len: int | None)
         width = config.num_query_groups // topology.tp * config.kv_channels
         layers = max(1, plan.last_layer - plan.first_layer + 1 + len(plan.exit_layers))
         per_token = 2 * width * layers * torch.empty(0, dtype=plan.dtype).element_size()
-        fits = int(SHARE[topology.device.type] * _free_bytes(topology) / _sharers(topology)) // per_token
+        fits = int(SHARE[topology.device.type] * _free_bytes(topology) / _sharers(topology, num_replicas)) // per_token
         tokens = min(min(gather_lists([fits], topology)), defaults.max_batch_size * longest)
     tokens = tokens // BLOCK_SIZE * BLOCK_SIZE
     if max_model_len is None:
@@ -48,6 +51,6 @@ def _free_bytes(topology: Topology) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _sharers(topology: Topology) -> int:
+def _sharers(topology: Topology, num_replicas: int) -> int:
     """Processes that share this memory."""
-    return 1 if topology.device.type == "cuda" else topology.world_size
+    return 1 if topology.device.type == "cuda" else topology.world_size * num_replicas

@@ -51,8 +51,8 @@ def serve(config: Config, settings: ServeSettings) -> None:
     topology = init_parallel(config.parallel)
     if topology.dp > 1:
         raise InputError(
-            f"serve takes tensor × pipeline = {topology.tp} × {topology.pp} processes, got {topology.world_size}; start a "
-            "server for each replica behind a load balancer, or change parallel.*"
+            f"serve takes tensor × pipeline = {topology.tp} × {topology.pp} processes, got {topology.world_size}; launch "
+            f"{topology.num_in_replica}, or, without torchrun, give --data-parallel-size {topology.dp}"
         )
     listening = bind(settings) if topology.rank == 0 else None
     set_up_logs()
@@ -94,7 +94,7 @@ def make_service(llm: EarlyExitLLM, config: Config, settings: ServeSettings, top
 
 def make_engine(llm: EarlyExitLLM, settings: ServeSettings, topology: Topology) -> Engine:
     """An engine that takes all its memory's worth of requests. All ranks call it."""
-    tokens, longest = cache_size(llm, topology, settings.max_model_len)
+    tokens, longest = cache_size(llm, topology, settings.max_model_len, settings.data_parallel_size)
     options = replace(Config(generation=llm.defaults), generation={"cache_tokens": tokens}).generation
     return llm.new_engine(options, num_slots=llm.defaults.max_batch_size, max_length=longest)
 

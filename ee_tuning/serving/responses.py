@@ -32,7 +32,7 @@ async def unless_client_leaves(request: Request, work: Awaitable[Any], seconds: 
     """Awaits `work`, which is cancelled when the client leaves or the time is over; raises ClientLeft, or ApiError
     408.
     """
-    task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_left(request.receive))
+    task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(left(request.receive))
     try:
         await asyncio.wait({task, leaving}, timeout=seconds or None, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
@@ -58,7 +58,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the stream."""
-        sending, leaving = asyncio.ensure_future(self._send_all(send)), asyncio.ensure_future(_left(receive))
+        sending, leaving = asyncio.ensure_future(self._send_all(send)), asyncio.ensure_future(left(receive))
         try:
             await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -95,7 +95,8 @@ async def _send_event(send: Send, data: str) -> None:
     await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
 
 
-async def _left(receive: Receive) -> None:
+async def left(receive: Receive) -> None:
+    """Waits until the client has closed its connection."""
     while (await receive())["type"] != "http.disconnect":
         pass
 

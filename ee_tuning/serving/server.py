@@ -10,12 +10,11 @@ import stat
 import sys
 import time
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import uvicorn
 
 from ee_tuning.errors import InputError
-from ee_tuning.serving.engine_client import EngineClient
 from ee_tuning.serving.settings import ServeSettings
 
 log = logging.getLogger("ee_tuning.serving")
@@ -25,10 +24,22 @@ _LAST_ANSWERS_SECONDS = 2
 """Seconds that answers have on their way out once the draining is over."""
 
 
+class Requests(Protocol):
+    """The requests that a server has taken."""
+
+    num_unfinished: int
+    is_draining: bool
+    """Whether no new one is taken."""
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether they can be answered."""
+
+
 class DrainingServer(uvicorn.Server):
     """Ends when the requests have, after SIGTERM or Ctrl-C: new ones get 503 meanwhile."""
 
-    def __init__(self, config: uvicorn.Config, client: EngineClient, drain_timeout: float):
+    def __init__(self, config: uvicorn.Config, client: Requests, drain_timeout: float):
         super().__init__(config)
         self._client, self._drain_timeout = client, drain_timeout
         self._drain_until: float | None = None
@@ -51,7 +62,7 @@ class DrainingServer(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def make_server(app: Any, client: EngineClient, settings: ServeSettings) -> DrainingServer:
+def make_server(app: Any, client: Requests, settings: ServeSettings) -> DrainingServer:
     """A server that is not started yet."""
     config = uvicorn.Config(
         app,

@@ -37,6 +37,8 @@ class ServeSettings:
     max_body_bytes: int = 4 << 20
     drain_timeout: float = 30.0
     """Seconds that running requests have after SIGTERM."""
+    data_parallel_size: int = 1
+    """Replicas of the model, which share this machine's memory."""
 
     def check(self) -> None:
         """Raises InputError on values that can not be used."""
@@ -45,6 +47,7 @@ class ServeSettings:
             "max_queue": (self.max_queue >= 0, "at least 0"),
             "request_timeout": (0 <= self.request_timeout < float("inf"), "seconds of at least 0 (0: no limit)"),
             "drain_timeout": (0 <= self.drain_timeout < float("inf"), "seconds of at least 0"),
+            "data_parallel_size": (1 <= self.data_parallel_size <= 1024, "a number of replicas in 1..1024"),
             "max_body_bytes": (self.max_body_bytes >= 1, "at least 1"),
             "max_model_len": (self.max_model_len is None or self.max_model_len >= 2, "at least 2 tokens"),
         }
