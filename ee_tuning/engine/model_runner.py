@@ -51,8 +51,10 @@ class ModelRunner:
         if self.native is not None and self.native.serves(rows, active, numbers):
             if states is not None:
                 self.stage.ring.write(numbers[0], states, states.rows)
+            starts = self._starts_of_read(rows, numbers)
             outputs, states = self.native.run(rows, active, numbers, fills), None
             self.heads.bound_all(numbers, [row.sequence for row in rows])
+            self._read_ring(rows, starts)
         else:
             outputs, states = self._run_segments(rows, active, numbers, states, fills)
         _count_catch_up(rows, active, outputs, numbers, before)
@@ -168,6 +170,23 @@ class ModelRunner:
         if stage.segments[last].is_read:
             self.read_states[stage.segments[last].last_layer] = states
         return states, exit_input
+
+    def _starts_of_read(self, rows: list[RowPlan], numbers: range) -> dict[int, list[int]]:
+        """The first token that each row computes in segments behind which a drafting head reads."""
+        if not any([row.is_read for row in rows]):
+            return {}
+        read = [number for number in numbers if self.stage.segments[number].is_read]
+        return {number: [row.sequence.num_computed[number] for row in rows] for number in read}
+
+    def _read_ring(self, rows: list[RowPlan], starts: dict[int, list[int]]) -> None:
+        """Takes the states that a drafting head reads from the boundary ring."""
+        for number, firsts in starts.items():
+            sequences = [row.sequence for row in rows]
+            stops = [s.num_computed[number] for s in sequences]
+            hidden = self.stage.ring.read(number + 1, sequences, firsts, stops, None)
+            lengths = [stop - first for first, stop in zip(firsts, stops, strict=True)]
+            layer = self.stage.segments[number].last_layer
+            self.read_states[layer] = PassStates(sequences, firsts, lengths, hidden)
 
     def _make_pending(self, boundary: int, states: PassStates, rows: list[RowPlan]) -> None:
         """Keeps the states of rows that go deeper than segment `boundary` - 1, but not in this step."""

@@ -40,6 +40,8 @@ class NativeStage:
         widest = max((head.native.num_rows for head in stage.heads.values() if head.native is not None), default=1)
         self._logits_shape = (widest, torch.promote_types(stage.model.plan.dtype, torch.float32))
         self._embedding_address = None if self._embedding is None else self._embedding.data_ptr()
+        self._keeps_read = not {0, stage.config.num_layers} & {*stage.model.plan.aux_layers}
+        """Whether the boundary ring has the states behind all layers that a drafting head reads."""
         # Of one step after the other: what does not change is filled in once.
         self._rows, self._step = (calls.StepRow * calls.MOST_TOKENS)(), calls.Step()
         self._step.rows, self._step.rings = self._rows, ctypes.addressof(self._rings)
@@ -50,7 +52,7 @@ class NativeStage:
         """Whether the kernels have all that these rows ask for, and they are no more than the kernels are good for."""
         if len(rows) > calls.MOST_TOKENS or (self._embedding is None and numbers[0] == 0):
             return False
-        if self._stage.model.plan.aux_layers and any([row.is_read for row in rows]):
+        if not self._keeps_read and any([row.is_read for row in rows]):
             return False
         first, most, total = numbers[0], self._stage.ring.capacity - self._stage.max_pending, 0
         for row in rows:
@@ -80,6 +82,7 @@ class NativeStage:
         step = self._step
         step.num_threads, step.num_rows, step.num_segments = torch.get_num_threads(), len(rows), len(segments)
         step.first, step.is_fill, step.segments = numbers[0] - self._first, fills, segments
+        step.reads = any([row.is_read for row in rows])
         step.embedding = self._embedding_address if numbers[0] == 0 else None
         calls.run_step(shape, step, self._stage.model.plan.dtype)
         self._stage.seconds_in_heads += step.seconds_in_heads
@@ -148,6 +151,7 @@ class NativeStage:
                 segment.num_layers = cut.last_layer + 1 - cut.first_layer
                 segment.layers = ctypes.pointer(run.native[first]) if segment.num_layers else None
                 first += segment.num_layers
+                segment.is_read = cut.is_read
                 if number in self._whole:
                     self._fill_head(segment, number, number in own)
             self._segments[stop, own] = made

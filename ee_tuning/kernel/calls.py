@@ -76,7 +76,7 @@ class Segment(ctypes.Structure):
         *_fields("num_layers"),
         ("own", ctypes.POINTER(Layer)),
         ("head", ctypes.POINTER(Head)),
-        *_fields("takes_mlp_input"),
+        *_fields("takes_mlp_input is_read"),
     ]
 
 
@@ -97,7 +97,7 @@ class Step(ctypes.Structure):
     """A stage's part of a decoding step; see step.h."""
 
     _fields_ = [
-        *_fields("num_threads num_rows num_segments first is_fill"),
+        *_fields("num_threads num_rows num_segments first is_fill reads"),
         ("rows", ctypes.POINTER(StepRow)),
         ("segments", ctypes.POINTER(Segment)),
         *_fields(pointers="rings"),

@@ -12,6 +12,7 @@ struct Segment {
     const Layer *own;         // the layer that the head has of its own, or null
     const Head *head;         // behind the segment; null where there is none
     int64_t takes_mlp_input;  // whether the head takes what an `mlp` exit does
+    int64_t is_read;          // whether a drafting head reads the states behind it, from the ring
 };
 
 struct StepRow {
@@ -41,6 +42,7 @@ struct Step {
     int64_t num_threads, num_rows, num_segments;
     int64_t first;    // the segment to begin with
     int64_t is_fill;  // whether pending tokens go through all segments, wherever rows leave
+    int64_t reads;    // whether a drafting head reads states of any row
     StepRow *rows;
     const Segment *segments;
     void *const *rings;  // [segments + 1] states in front of each segment, and behind the last one: [slots, capacity, h]; null at the end
@@ -86,9 +88,10 @@ template <class T> class StepLoop {
         }
     }
 
-    // The last segment that can run together with this one: nobody is asked, ends or waits in between.
+    // The last segment that can run together with this one: no row is asked, read, ends or is pending in between.
     int64_t run_end(int64_t segment) {
         for (; segment + 1 < step.num_segments; ++segment) {
+            if (step.reads && step.segments[segment].is_read) return segment;
             for (const int64_t r : active)
                 if (is_asked(row(r), segment)) return segment;
             for (const int64_t r : members)
