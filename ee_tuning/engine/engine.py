@@ -19,6 +19,7 @@ from ee_tuning.engine.cost_model import expected_costs
 from ee_tuning.engine.draft_head import DraftHead
 from ee_tuning.engine.draft_head_proposer import MOST_DRAFTS, DraftHeadProposer
 from ee_tuning.engine.draft_proposer import DraftProposer
+from ee_tuning.engine.form_drafts import fit_drafts
 from ee_tuning.engine.grammar import Grammars, GrammarState
 from ee_tuning.engine.in_flight import Finished, InFlightSteps
 from ee_tuning.engine.kv_cache import KVCache
@@ -246,12 +247,19 @@ class Engine:
                 sequence, self._never, num_asked=sequence.num_drafts + 1, num_new=num_new, rides=not sequence.speculates
             )
         if not sequence.speculates:
-            return RowPlan(sequence, sequence.exit_thresholds, num_new=num_new)
+            return RowPlan(sequence, self._thresholds(sequence), num_new=num_new)
         row = self._proposer_of(sequence).plan(sequence, num_rows)
         if row.most_drafts:
             room = self._room(sequence, row.most_drafts)
             row.most_drafts = max(0, min(row.most_drafts, room, calls.MOST_TOKENS - 1 - sequence.num_drafts))
         return row
+
+    def _thresholds(self, sequence: Sequence) -> "array[float]":
+        """Those of a sequence's policy; where its form leaves one token alone, the first exit knows it, too."""
+        given, grammar = sequence.exit_thresholds, sequence.grammar
+        if grammar is None or not sequence.policy.thresholds or not grammar.is_forced(sequence.tokens):
+            return given
+        return array("d", [-math.inf if value < math.inf else value for value in given])
 
     def _proposer_of(self, sequence: Sequence) -> DraftProposer | DraftHeadProposer:
         """The proposer of a sequence that speculates."""
@@ -304,6 +312,8 @@ class Engine:
         looking = [s for s, _ in finished if s.policy.looks_up and s.num_output and not s.num_drafts]
         if looking:
             self.proposer.look_up(looking, self._room)
+        for sequence in sequences:
+            fit_drafts(sequence, self.max_pending, self.model.config.num_layers, self._room)
 
     def _room(self, sequence: Sequence, count: int) -> int:
         """The number of further tokens that a running sequence has memory for, after reserving it for `count`."""

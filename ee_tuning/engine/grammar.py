@@ -61,6 +61,22 @@ class GrammarState:
             self._allowed = self._compute_mask()
         return self._allowed if bool(self._allowed.any()) else None
 
+    def num_allowed(self, tokens: list[int]) -> int:
+        """The number of `tokens`, from the first on, that are of the prompt or allowed."""
+        self._move_to(tokens, len(tokens))
+        return self._num_prompt_tokens + len(self._taken)
+
+    def forced(self, tokens: list[int]) -> list[int]:
+        """Tokens that have to follow `tokens`, as far as there is no choice."""
+        if not self._move_to(tokens, len(tokens)) or self._has_ended:
+            return []
+        return list(self._matcher.compute_ff_tokens())
+
+    def is_forced(self, tokens: list[int]) -> bool:
+        """Whether one token alone may follow `tokens`."""
+        allowed = self.allowed(tokens, len(tokens))
+        return allowed is not None and int(allowed.sum()) == 1
+
     def ends_with(self, tokens: list[int]) -> bool:
         """Whether the newest of `tokens` is the last one: nothing may follow it, or it is not allowed."""
         if self._move_to(tokens, len(tokens)):

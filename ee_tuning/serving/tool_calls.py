@@ -36,6 +36,11 @@ class ToolUse:
         """The functions' names."""
         return frozenset(tool["function"]["name"] for tool in self.tools)
 
+    @property
+    def is_strict(self) -> bool:
+        """Whether a call has to satisfy its function's parameters."""
+        return self.is_required or any(tool["function"].get("strict") is True for tool in self.tools)
+
 
 def tool_use(
     tools: list[dict[str, Any]] | None, choice: Any, is_parallel: bool | None, parser: str | None
@@ -95,11 +100,12 @@ def _is_function(value: Any) -> bool:
 def form_with_calls(
     use: ToolUse | None, answer: StructuredOutput | None, special: Mapping[int, str]
 ) -> StructuredOutput | None:
-    """The form of an answer: calls alone where one is required; otherwise `answer`, or calls in its place.
+    """The form of an answer: calls alone where one is required; otherwise `answer`, or calls in its place; text beside
+    calls where a function is strict.
 
     `special` are tokens that are no text. Raises InputError where both are asked for and can not be told apart.
     """
-    if use is None or (answer is None and not use.is_required):
+    if use is None or (answer is None and not use.is_strict):
         return answer
     if answer is not None and (use.is_required or answer.name not in ("json", "json_object")):
         raise InputError(
@@ -110,9 +116,23 @@ def form_with_calls(
             f"response_format can not be told from calls of the form {use.form.name}; leave it or tools out, or ask for "
             'tool_choice "none" or "required"'
         )
-    calls = _grammar_of_calls(use, special)
-    whole = "start: calls" if answer is None else f"start: calls | answer\nanswer: %json {answer.schema}"
-    return StructuredOutput(grammar=f"{whole}\n{calls}")
+    if answer is not None:
+        whole = f"start: calls | answer\nanswer: %json {answer.schema}"
+    else:
+        whole = "start: calls" if use.is_required else _text_and_calls(use, special)
+    return StructuredOutput(grammar=f"{whole}\n{_grammar_of_calls(use, special)}")
+
+
+def _text_and_calls(use: ToolUse, special: Mapping[int, str]) -> str:
+    """Rules for any text in which calls, once begun, are those of the functions."""
+    form, text = use.form, "TEXT: /(.|\\n)+/"
+    if not form.begin:
+        return "start: (TEXT | calls)?\nTEXT: /[^{](.|\\n)*/"
+    if form.begin in special.values():
+        return f"start: TEXT? (call TEXT?){'*' if use.is_parallel else '?'}\n{text}"
+    # A lazy rule ends with the mark, and from there on nothing but the call may follow.
+    whole = "start: (head rest)* TEXT?" if use.is_parallel else "start: head rest | TEXT?"
+    return f"{whole}\n{text}\nhead[lazy]: /(.|\\n)*/ {to_json(form.begin)}"
 
 
 def _grammar_of_calls(use: ToolUse, special: Mapping[int, str]) -> str:
@@ -122,11 +142,12 @@ def _grammar_of_calls(use: ToolUse, special: Mapping[int, str]) -> str:
     more = f" ({to_json(form.separator, ensure_ascii=False)} call)*" if use.is_parallel else ""
     line = ' "\\n" ' if form.begin else " "
     choices = " | ".join(f"call_{i}" for i in range(len(use.tools)))
-    rules += [f"calls: call{more}", f"call: {begin}{line}({choices}){line}{end}"]
+    rules += [f"calls: call{more}", f"call: {begin} rest", f"rest: {line}({choices}){line}{end}"]
     for i, tool in enumerate(use.tools):
         function = tool["function"]
         head = f'{{"name": {to_json(function["name"])}, "{form.arguments}": '
-        schema = function.get("parameters") or _NO_PARAMETERS
+        is_free = not use.is_required and function.get("strict") is not True
+        schema = {"type": "object"} if is_free else function.get("parameters") or _NO_PARAMETERS
         rules += [f'call_{i}: {to_json(head, ensure_ascii=False)} arguments_{i} "}}"']
         rules += [f"arguments_{i}: %json {bounded_schema(schema)}"]
     return "\n".join(rules)

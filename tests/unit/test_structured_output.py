@@ -1,6 +1,7 @@
 """Answers have the form that was asked for, wherever their tokens leave, and are full depth's where they have to be."""
 
 import math
+import pickle
 import random
 import re
 import sys
@@ -283,6 +284,7 @@ def test_a_line_has_a_form_of_its_own(llm):
     """A wish of one prompt that is kept in its record as if it were the user's own key, or that all prompts get."""
     job = job_of(llm, {"prompt": "x", "structured_output": {"choice": ["b", "a"]}, "max_new_tokens": 5})
     assert job.params.structured_output == StructuredOutput(choice=("b", "a")) and job.params.max_tokens == 5
+    assert pickle.loads(pickle.dumps(job)) == job  # as a server's ranks get it
     assert job_of(llm, {"prompt": "x"}).params.structured_output is None
     with pytest.raises(InputError, match="give one"):
         job_of(llm, {"prompt": "x", "structured_output": {}})
@@ -327,3 +329,34 @@ def test_tokenizers_of_all_kinds_are_read(tmp_path):
                     assert not allowed[len(tokenizer) :].any() and not allowed[tokenizer.bos_token_id]
                     tokens.append(rng.choice(allowed.nonzero()[:, 0].tolist()))
                 check(tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def test_tokens_without_a_choice_leave_at_the_first_exit(llm):
+    """A token that goes through all layers for nothing; one that leaves where the request asks no exit."""
+    form = {"regex": "(yes|no), of course[.!]"}
+    for way in ("full", "threshold"):
+        params = SamplingParams(max_tokens=40, structured_output=form)
+        (made,) = llm.generate("x", params, **{**WAYS[way], "threshold": [1.0]})
+        first = len(made.text) - len(", of course.")
+        assert set(made.exit_layers[first:-1]) == {2 if way == "threshold" else llm.num_layers}
+
+
+def test_tokens_without_a_choice_are_drafted(llm):
+    """Known tokens that are computed one after the other, and more of them than there is memory or a limit for."""
+    form = {"regex": "(yes|no), of course, as was said before[.!]"}
+    for count in (100, 20, 8):
+        params = SamplingParams(max_tokens=count, structured_output=form)
+        (full,) = llm.generate("x", params, policy="full")
+        (made,) = llm.generate("x", params, policy="speculative", max_pending=7)
+        assert (made.token_ids, made.finish_reason) == (full.token_ids, full.finish_reason)
+        assert made.statistics.num_accepted == made.statistics.num_drafted >= min(count, 40) - 6 - count // 8
+
+
+def test_repeated_text_is_drafted_within_the_form(llm):
+    """Drafts that the form forbids are checked for nothing, or kept."""
+    text = '{"name": "ab", "size": 5, "kind": "a", "parts": [true, true, true, true]} ' * 3
+    for seed in range(4):
+        params = SamplingParams(max_tokens=LONG, temperature=0.7, seed=seed, structured_output={"json": SCHEMA})
+        (full,) = llm.generate(text, params, policy="full")
+        (made,) = llm.generate(text, params, policy="speculative")
+        assert made.token_ids == full.token_ids

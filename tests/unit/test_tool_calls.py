@@ -26,7 +26,9 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     },
     "f_2": {"type": "object", "properties": {"x": {"const": None}}, "required": ["x"], "additionalProperties": False},
 }
-TOOLS = [{"type": "function", "function": {"name": name, "parameters": each}} for name, each in SCHEMAS.items()]
+TOOLS: list[Any] = [
+    {"type": "function", "function": {"name": name, "parameters": each}} for name, each in SCHEMAS.items()
+]
 
 
 @pytest.mark.parametrize("marks", [(), ("<tool_call>", "</tool_call>")], ids=["text", "tokens"])
@@ -57,6 +59,44 @@ def test_whatever_the_grammar_allows_is_read_as_valid_calls(tmp_path, parser, ma
             jsonschema.validate(json.loads(arguments), SCHEMAS[name])
         seen |= {*calls, len(calls)}
     assert {"f.1", "f_2", 1} < seen
+
+
+def call(name: str, arguments: Any, key: str = "arguments") -> str:
+    return f'{{"name": "{name}", "{key}": {json.dumps(arguments)}}}'
+
+
+A, B, WRONG, OTHER = call("f.1", {"x": [1]}), call("f_2", {"x": None}), call("f_2", {"x": 1}), call("g", {})
+FREE = call("f.1", {"y": 2})
+STRICT: dict[str, tuple[str, bool | None, bool]] = {
+    "": ("hermes", None, True),
+    "1 < 2 <tool": ("hermes", None, True),
+    f"So:\n<tool_call>\n{B}\n</tool_call>\nand<tool_call>\n{FREE}\n</tool_call>.": ("hermes", None, True),
+    f"<tool_call>\n{WRONG}\n</tool_call>": ("hermes", None, False),
+    f"So: <tool_call>\n{OTHER}\n</tool_call>": ("hermes", None, False),
+    f"1 <tool_call>\n{B}\n</tool_call>": ("hermes", False, True),
+    f"2 <tool_call>\n{B}\n</tool_call><tool_call>\n{B}\n</tool_call>": ("hermes", False, False),
+    f"1 {WRONG}": ("llama3_json", None, True),
+    call("f_2", {"x": None}, "parameters"): ("llama3_json", None, True),
+    call("f_2", {"x": 1}, "parameters"): ("llama3_json", None, False),
+}
+
+
+@pytest.mark.parametrize("text", STRICT)
+@pytest.mark.parametrize("marks", [(), ("<tool_call>", "</tool_call>")], ids=["text", "tokens"])
+def test_a_strict_function_is_called_strictly_beside_text(tmp_path, text, marks):
+    """A function whose parameters are held where it has to be called, and not where the model may call it; text that
+    is refused; a second call where one is allowed.
+    """
+    parser, is_parallel, is_valid = STRICT[text]
+    tokenizer = write_byte_tokenizer(tmp_path, *marks)
+    strict = {"type": "function", "function": {**TOOLS[1]["function"], "strict": True}}
+    use = tool_use([TOOLS[0], strict], None, is_parallel, parser)
+    form = form_with_calls(use, None, dict(enumerate(marks, VOCABULARY)))
+    assert form is not None
+    state = Grammars(tokenizer, VOCABULARY + len(marks), (END,)).begin(form, 0, frozenset((END,)))
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    allowed = state.allowed(ids, len(ids))
+    assert is_valid == (state.num_allowed(ids) == len(ids) and (state.ends_with(ids) or bool(allowed[END])))
 
 
 def test_a_form_that_looks_like_a_call_is_refused():

@@ -1,0 +1,42 @@
+"""Drafts and a form: tokens that the form leaves no choice of are drafted, and drafts that it forbids are dropped.
+
+The full model's check would drop them, too, and the tokens do not depend on either.
+"""
+
+from collections.abc import Callable
+
+from ee_tuning.engine.sequence import Sequence
+
+MOST_FORCED = 15
+"""Tokens without a choice that are drafted at once."""
+
+
+def fit_drafts(sequence: Sequence, max_pending: int, num_layers: int, room_of: Callable[[Sequence, int], int]) -> None:
+    """Makes the drafts behind the final tokens of a sequence fit its form, where no exit drafts at the moment.
+
+    It may have `max_pending`; `room_of` tells how many more tokens there is memory for, up to a number.
+    """
+    grammar, drafts = sequence.grammar, sequence.drafts
+    if grammar is None or not sequence.num_output:
+        return
+    by_head = sequence.policy.has_draft_head
+    if sequence.num_drafts and not (by_head or drafts.are_complete):
+        return  # exits draft within the form
+    kept = max(grammar.num_allowed(sequence.tokens), sequence.num_final)
+    _drop_from(sequence, kept)
+    if by_head:
+        return
+    forced = grammar.forced(sequence.tokens)[: min(max_pending, MOST_FORCED, sequence.limit - sequence.num_final - 1)]
+    more = forced[: max_pending - sequence.num_drafts]
+    for token in more[: room_of(sequence, len(more))] if more else ():
+        sequence.tokens.append(token)
+        drafts.layers.append(num_layers)
+        sequence.statistics.num_drafted += 1
+    drafts.are_complete = sequence.num_drafts > 0
+
+
+def _drop_from(sequence: Sequence, length: int) -> None:
+    count = len(sequence.tokens) - length
+    if count > 0:
+        del sequence.tokens[length:], sequence.drafts.layers[len(sequence.drafts.layers) - count :]
+        sequence.statistics.num_drafted -= count
