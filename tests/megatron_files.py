@@ -6,7 +6,7 @@ import argparse
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron_arguments import other_arguments
@@ -51,10 +51,16 @@ def saved_arguments(config: ModelConfig, **changes: Any) -> argparse.Namespace:
 
 
 def save_stock_model(
-    model: str, folder: str, tp: int, pp: int, metadata: dict[str, Any] | None, has_fused_names: bool
+    model: str,
+    folder: str,
+    tp: int,
+    pp: int,
+    metadata: dict[str, Any] | None,
+    has_fused_names: bool,
+    place: Literal["usual", "among tensors", "nowhere"] = "usual",
 ) -> None:
     """Every rank of a world: a stock GPTModel with the weights of the Hugging Face folder `model`, saved by
-    Megatron-core.
+    Megatron-core. `place`: where its arguments are; since 0.19 they usually lie among the tensors.
     """
     from megatron.core import dist_checkpointing
 
@@ -76,7 +82,17 @@ def save_stock_model(
         "iteration": 100,
         "opt_param_scheduler": {"max_lr": 1e-4},
     }
+    if place == "nowhere":
+        del state["args"]
+    if place == "among tensors":
+        state["common_state"] = dist_checkpointing.ShardedObject(
+            "common_state", dict(state), (1,), (0,), replica_id=topology.rank
+        )
+        del state["common_state"].data["model"]
     dist_checkpointing.save(state, folder)
+    if place == "among tensors":
+        torch.distributed.barrier()
+        (Path(folder) / "common.pt").unlink(missing_ok=True)
 
 
 def fill(parameters: Iterable[tuple[str, Tensor]], model: str, config: ModelConfig, topology: Topology) -> None:

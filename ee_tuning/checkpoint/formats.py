@@ -128,16 +128,14 @@ def _huggingface(folder: Path) -> OpenModel:
 
 
 def _distributed(folder: Path, shape: Path | None, *, is_trusted: bool) -> OpenModel:
-    """Opens a distributed checkpoint. Its arguments are in common.pt (`torch_dist`) or among its tensors (`torch_dcp`,
-    `fsdp_dtensor`).
-    """
+    """Opens a distributed checkpoint. Its arguments are in common.pt or among its tensors."""
     common = folder / COMMON
     if common.is_file():
         saved = saved_arguments(Archive(common, map_file(common), is_trusted=is_trusted).content)
         checkpoint = DistributedCheckpoint(folder)
     else:
         checkpoint = DistributedCheckpoint(folder)
-        saved = saved_arguments({"args": checkpoint.saved_object("args", is_trusted=is_trusted)})
+        saved = checkpoint.arguments(is_trusted=is_trusted)
     config = read_megatron_config(saved, shape, common if common.is_file() else folder)
     return _megatron(lambda config: MegatronReader(checkpoint, config), config, "megatron")
 

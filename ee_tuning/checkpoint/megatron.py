@@ -3,8 +3,8 @@
 They are read by slices, whatever layout wrote them: each rank copies the rectangles it needs from the mapped files.
 Layers, and the experts of each layer, may be stacked in one tensor (`decoder.layers.mlp.experts.experts.…`) or stand
 alone (`decoder.layers.3.mlp.experts.experts.5.…`); norms may have the local spec's names or Transformer Engine's. The
-formats `torch_dcp` and `fsdp_dtensor` have the same files without `common.pt`: names begin with `model.`, and the
-arguments lie among the tensors.
+formats `torch_dcp` and `fsdp_dtensor` have the same files without `common.pt`, and names that begin with `model.`; nor
+has `torch_dist` a `common.pt` since Megatron-core 0.19. What it held lies among the tensors.
 """
 
 import math
@@ -25,7 +25,7 @@ from ee_tuning.checkpoint.mapped_file import MappedFile, map_file
 from ee_tuning.checkpoint.megatron_source import MegatronSource, is_harmless, norm_alias
 from ee_tuning.checkpoint.metadata_pickle import METADATA, read_metadata_pickle
 from ee_tuning.checkpoint.names import TensorShape, backbone_parameter_names
-from ee_tuning.checkpoint.torch_file import Archive, StoredTensor
+from ee_tuning.checkpoint.torch_file import Archive, StoredTensor, saved_arguments
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.notices import warn_once
@@ -36,6 +36,8 @@ _FURTHER_TOKENS = "mtp."
 """Megatron's layers for multi-token prediction."""
 _LAYER = re.compile(r"(decoder\.layers\.)(\d+)\.(.+)")
 _EXPERT = re.compile(r"(mlp\.experts\.)local_experts\.(\d+)\.(.+)")
+_COMMON_STATE = "common_state/shard_0_1"
+"""The key of what is no tensor in a checkpoint of Megatron-core 0.19."""
 _FINAL_NORM = "decoder.final_layernorm.weight"
 
 
@@ -130,12 +132,16 @@ class DistributedCheckpoint:
         """Returns the names of the files that hold tensors."""
         return {chunk.file for chunks in self._chunks.values() for chunk in chunks}
 
-    def saved_object(self, key: str, *, is_trusted: bool) -> Any:
-        """Returns what was saved as `key` and is no tensor, or None. `is_trusted` as in `Archive`."""
-        if key not in self._objects:
-            return None
-        file, start, length = self._objects[key]
-        return Archive(self.folder / file, self._file(key, file), start, start + length, is_trusted=is_trusted).content
+    def arguments(self, *, is_trusted: bool) -> dict[str, Any] | None:
+        """Returns the arguments that were saved among the tensors, or None. `is_trusted` as in `Archive`."""
+        for key in filter(self._objects.__contains__, (_COMMON_STATE, "args")):
+            file, start, length = self._objects[key]
+            mapped = self._file(key, file)
+            saved = Archive(self.folder / file, mapped, start, start + length, is_trusted=is_trusted).content
+            if key == _COMMON_STATE:  # an object of one shard
+                return saved_arguments(saved[0]) if isinstance(saved, list) and saved else None
+            return saved_arguments({"args": saved})
+        return None
 
     def _file(self, key: str, file: str) -> MappedFile:
         if file not in self._files:

@@ -257,8 +257,8 @@ def test_a_shape_that_is_another_models_is_refused(
 
 def test_the_shape_can_be_given(shared: Path, tmp_path: Path) -> None:
     """A checkpoint without saved arguments that can not be used at all; a misspelt key that is passed over."""
-    folder = Path(shutil.copytree(shared / "megatron", tmp_path / "megatron"))
-    (folder / "common.pt").unlink()
+    folder = tmp_path / "megatron"
+    save_stock_model(str(shared / "hf"), str(folder), 1, 1, None, True, "nowhere")
     assert "--config" in refusal(lambda: opened(folder))
     shape = opened(shared / "hf").config
     written = tmp_path / "shape.yaml"

@@ -1,4 +1,4 @@
-"""What newer releases of Megatron-core write, from one process: HybridModel, torch_dcp and fsdp_dtensor."""
+"""What newer releases of Megatron-core write, from one process: HybridModel, fsdp_dtensor, and no common.pt."""
 
 import argparse
 import os
@@ -11,6 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from dcp_files import save, save_fsdp_dtensor
 from hybrid_files import save_hybrid_model
+from megatron_files import save_stock_model
 from random_models import random_llama
 
 from ee_tuning.checkpoint.fingerprint import fingerprint
@@ -43,7 +44,12 @@ def refusal(action: Callable[[], Any]) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("writer", [write_hybrid, save_fsdp_dtensor])
+def write_without_common(model: str, folder: str) -> None:
+    save_stock_model(model, folder, 1, 1, None, True, "among tensors")
+    assert not (Path(folder) / "common.pt").exists()
+
+
+@pytest.mark.parametrize("writer", [write_hybrid, save_fsdp_dtensor, write_without_common])
 @pytest.mark.parametrize("is_tied", [False, True])
 def test_the_same_model(tmp_path: Path, writer: Callable[[str, str], None], is_tied: bool) -> None:
     """Attention and MLP of different blocks together; halves of a gated MLP in the wrong order; moments for weights."""
