@@ -4,6 +4,7 @@ Parameters have the names of a stock GPTModel, with global layer indices on ever
 """
 
 import warnings
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # fused libraries are not installed
+    from megatron.core import __version__ as megatron_version
     from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.tensor_parallel.layers import RowParallelLinear
@@ -75,6 +77,7 @@ def _transformer_config(
         bf16=dtype == torch.bfloat16,
         perform_initialization=False,
         use_cpu_initialization=topology.device.type == "cpu",
+        transformer_impl="local",
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
@@ -101,6 +104,12 @@ def layer_spec(config: ModelConfig, number: int) -> Any:
     if config.has_qk_norm:
         attention.q_layernorm = attention.k_layernorm = norm
     return spec
+
+
+def layers_in_words() -> str:
+    """Returns, for a log, what layers of the backbone and of exit heads are built from."""
+    unused = " (Transformer Engine is installed, and not used)" if find_spec("transformer_engine") else ""
+    return f"Megatron-core {megatron_version}, local layer spec{unused}"
 
 
 def build_layer(

@@ -4,9 +4,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from ee_tuning.checkpoint.atomic_write import os_errors_as_input_errors
 from ee_tuning.checkpoint.load import LoadedModel
 from ee_tuning.config import Config
+from ee_tuning.model.backbone import layers_in_words
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.tuning.dashboards import tensorboard, weights_and_biases
 from ee_tuning.tuning.metrics import METRICS, MetricsFile, MetricsGatherer, MetricsRecord
@@ -29,6 +32,8 @@ def open_log_sinks(config: Config, topology: Topology, loaded: LoadedModel, step
         tensorboard(folder, step) as events,
         weights_and_biases(config) as online,
     ):
+        layout = f"tensor {topology.tp} × pipeline {topology.pp} × replicas {topology.dp}"
+        display.say(f"{layers_in_words()} · torch {torch.__version__} on {topology.device.type} · {layout}")
         sinks: list[Sink] = [file.write, display.show, *events, *online]
         reached = step
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -106,3 +107,10 @@ def test_weights_and_biases_is_refused_where_it_is_missing(monkeypatch: pytest.M
     with pytest.raises(InputError, match="pip install wandb"):
         check_dashboards(replace(Config(), tuning={"wandb_project": "exits"}))
     check_dashboards(Config())
+
+
+def test_the_log_begins_with_what_computes(run: Path) -> None:
+    """A figure in an old log that nobody can say the version, the kind of layers or the layout of."""
+    first = (run / "log.txt").read_text().split("\n")[0]
+    assert f"Megatron-core {version('megatron-core')}, local layer spec" in first
+    assert f"torch {version('torch')} on cpu · tensor 1 × pipeline 1 × replicas 1" in first
