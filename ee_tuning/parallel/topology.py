@@ -22,6 +22,9 @@ from ee_tuning.parallel.device import collective_backend, prepare_device
 from ee_tuning.parallel.launcher import RendezvousError, check_address, launched_rank
 from ee_tuning.parallel.process_groups import Group, destroy_groups, destroy_world, one_group_for_same_ranks, own_group
 
+_SHARES_STORE = "TORCHELASTIC_USE_AGENT_STORE"
+"""`True` where torchrun says that the workers meet at its own store."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
@@ -117,8 +120,9 @@ def init_parallel(parallel: ParallelSection) -> Topology:
     if not dist.is_initialized():
         _join_world(timedelta(minutes=parallel.distributed_timeout_minutes))
     topology = build_topology(parallel, device)
-    if topology.is_logging_rank and (warning := connection_warning(topology)):
-        print(f"ee-tuning: warning: {warning}", file=sys.stderr, flush=True)
+    if topology.is_logging_rank:
+        for warning in filter(None, (connection_warning(topology), restart_warning())):
+            print(f"ee-tuning: warning: {warning}", file=sys.stderr, flush=True)
     return topology
 
 
@@ -144,6 +148,22 @@ def connection_warning(topology: Topology) -> str | None:
     return (
         "CUDA_DEVICE_MAX_CONNECTIONS=1 puts all of a GPU's work in one queue, where a receive posted ahead holds up the layers behind "
         "it; unset it"
+    )
+
+
+def restart_warning() -> str | None:
+    """Returns a one-line warning where torchrun shall restart workers on several nodes and could not take a node back,
+    or None.
+
+    The first node publishes its store's address in the first round alone (torch 2.13 and 2.14), so that a torchrun that
+    joins a later one waits for it in vain.
+    """
+    restarts, nodes = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"), os.environ.get("GROUP_WORLD_SIZE", "1")
+    if os.environ.get(_SHARES_STORE) != "True" or restarts == "0" or nodes == "1":
+        return None
+    return (
+        f"torchrun restarts workers ({restarts} times) but can not take back a node that is lost; start it on every node with "
+        "--rdzv-backend c10d and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment"
     )
 
 
@@ -174,10 +194,9 @@ def _join_world(timeout: timedelta) -> None:
     check_address(place)
     try:
         store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
-        # torchrun's store outlives its workers: without a prefix, restarted workers would read the addresses of former
-        # ones.
-        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        dist.init_process_group(collective_backend(), store=store, rank=rank, world_size=world_size, timeout=timeout)
+        dist.init_process_group(
+            collective_backend(), store=store_of_this_attempt(store), rank=rank, world_size=world_size, timeout=timeout
+        )
     except dist.DistError as error:  # nothing listens there, another program has the port, or a process is missing
         reason, _, _ = str(error).partition("\n")
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -185,6 +204,18 @@ def _join_world(timeout: timedelta) -> None:
             f"{place.world_size} processes must meet at {where} (MASTER_ADDR, MASTER_PORT), and rank {place.rank} could not: "
             f"{reason[:300]}; see that all were started, and that the port is free"
         ) from error
+
+
+def store_of_this_attempt(store: dist.Store) -> dist.Store:
+    """Separates the attempts that share torchrun's store, which outlives its workers: restarted ones would read the
+    addresses of former ones.
+
+    A store that the workers make themselves is new with each attempt. It must have no prefix: each torchrun counts its
+    own restarts, and one that takes the place of a dead one begins at 0.
+    """
+    if os.environ.get(_SHARES_STORE) != "True":
+        return store
+    return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def build_topology(parallel: ParallelSection, device: torch.device) -> Topology:

@@ -8,7 +8,13 @@ import torch.distributed as dist
 
 from ee_tuning.config import ParallelSection
 from ee_tuning.errors import InputError
-from ee_tuning.parallel.topology import connection_warning, destroy_parallel, init_parallel
+from ee_tuning.parallel.topology import (
+    connection_warning,
+    destroy_parallel,
+    init_parallel,
+    restart_warning,
+    store_of_this_attempt,
+)
 
 
 @pytest.fixture
@@ -68,3 +74,33 @@ def test_a_world_of_one_needs_no_address(no_world: None, monkeypatch: pytest.Mon
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="MASTER_ADDR"):
         init_parallel(ParallelSection(tensor_model_parallel_size=2))
+
+
+@pytest.mark.parametrize(
+    ("shares", "restarts", "nodes", "warns"),
+    [("True", "2", "2", True), ("False", "2", "2", False), ("True", "0", "2", False), ("True", "2", "1", False)],
+)
+def test_restarts_that_torchrun_can_not_carry_out_are_warned_of(
+    monkeypatch: pytest.MonkeyPatch, shares: str, restarts: str, nodes: str, warns: bool
+) -> None:
+    """--max-restarts over nodes, relied on for days: the first lost node ends the run, since torchrun's own store is
+    announced once.
+    """
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", shares)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+    monkeypatch.setenv("GROUP_WORLD_SIZE", nodes)
+    warning = restart_warning()
+    assert (warning is not None) == warns
+    assert warning is None or ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in warning and "\n" not in warning)
+
+
+def test_a_store_of_the_workers_own_has_no_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node that takes a lost one's place counts its restarts from 0: under prefixes by that count its workers and the
+    others would wait for each other.
+    """
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    for shares, wanted in (("True", "attempt_1/"), ("False", "")):
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", shares)
+        store = dist.HashStore()
+        store_of_this_attempt(store).set("key", "value")
+        assert store.check([f"{wanted}key"])
