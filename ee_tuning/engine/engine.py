@@ -183,7 +183,7 @@ class Engine:
 
         Sequences that end with their token are out of the engine afterwards; their finish_reason says why.
         """
-        self.scheduler.admit()
+        self.scheduler.admit(self.in_flight.busy)
         tokens, self._landed = self._landed, []
         if len(self.in_flight) and self.scheduler.is_short:
             tokens += self._update(self.in_flight.finish())
@@ -312,7 +312,7 @@ class Engine:
         looking = [s for s, _ in finished if s.policy.looks_up and s.num_output and not s.num_drafts]
         if looking:
             self.proposer.look_up(looking, self._room)
-        for sequence in sequences:
+        for sequence, _ in finished:
             fit_drafts(sequence, self.max_pending, self.model.config.num_layers, self._room)
 
     def _room(self, sequence: Sequence, count: int) -> int:

@@ -45,9 +45,14 @@ class Scheduler:
             return False
         return True
 
-    def admit(self) -> None:
-        """Admits waiting sequences, in the order of the queue, while there is memory for the tokens that they have."""
+    def admit(self, busy: Set[int] = frozenset()) -> None:
+        """Admits waiting sequences in their order, while there is memory for the tokens that they have.
+
+        Sequences whose numbers are in `busy` are in a step already: how much of them is computed, not all ranks know.
+        """
         for sequence in self.running:
+            if sequence.number in busy:
+                continue
             if sequence.num_scheduled >= (sequence.num_cached_blocks + 1) * BLOCK_SIZE:
                 self._cache_blocks(sequence)
         while self.waiting and len(self.running) < self.num_slots:

@@ -97,3 +97,13 @@ def test_steps_under_way_land_before_memory_is_taken_back(world, subject):
     for run in world.run(run_at, *subject, Way(pp=4), POLICIES["thresholds"], 80, 3):
         assert run.said == wanted.said
         assert run.num_overlaps and run.num_put_back
+
+
+def test_ranks_share_the_same_blocks(world, subject):
+    """A block that the last stage has filled in a step whose end the others do not know yet: it alone finds it in its
+    prefix cache, admits a request with fewer tokens to compute, and expects other states than are sent.
+    """
+    given = Way(pp=4, layout=(2, 2, 1, 1)), FULL, 80, 672606251
+    wanted = run_at(*subject, Way(), *given[1:])
+    for run in world.run(run_at, *subject, *given):
+        assert run.said == wanted.said
