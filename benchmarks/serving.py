@@ -3,8 +3,9 @@ prompts in one call of EarlyExitLLM.
 
     python benchmarks/serving.py --model examples/tiny-python-llama --exits runs/demo/exit_heads
 
-Every client asks for one stream after the other. Both take turns, and the best of the rounds counts. A table as
-docs/benchmarks.md has it.
+Every client asks for one stream after the other. Both take turns, and the best of the rounds counts. The last columns
+are the processor's time for a token, by all threads of the process: with OMP_NUM_THREADS=1 it is the same on a busy
+machine. A table as docs/benchmarks.md has it.
 """
 
 import argparse
@@ -15,11 +16,14 @@ import re
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+
+import psutil
 
 from ee_tuning import EarlyExitLLM, SamplingParams
 
@@ -35,6 +39,8 @@ class Reading(NamedTuple):
     """Median seconds between tokens."""
     rate: float
     """Tokens a second, of all clients."""
+    cpu: float
+    """Seconds of the processor a token."""
 
 
 def main() -> None:
@@ -50,28 +56,29 @@ def main() -> None:
     llm = EarlyExitLLM.load(options.model, options.exits)
     print(
         "| clients | first token, ms: offline | served | between tokens, ms: offline | served | tokens/s: offline | served | "
-        "ratio |\n|---|---|---|---|---|---|---|---|"
+        "ratio | CPU, µs/token: offline | served |\n|---|---|---|---|---|---|---|---|---|---|"
     )
-    with served(options) as address:
+    with served(options) as (address, server):
         for count in options.clients:
             rounds = []
             for number in range(options.rounds + 1):  # the first one warms up
                 prompts = [PROMPT.format(f"{number}_{client}") for client in range(count)]
-                rounds.append((offline(llm, prompts, options), asyncio.run(online(address, prompts, options))))
+                rounds.append((offline(llm, prompts, options), online(address, server, prompts, options)))
             alone, there = ([pair[side] for pair in rounds[1:]] for side in (0, 1))
             rates = max(each.rate for each in alone), max(each.rate for each in there)
             cells = [count]
             for name in ("first", "between"):
                 cells += [f"{1e3 * min(getattr(each, name) for each in side):.1f}" for side in (alone, there)]
             print(
-                f"| {' | '.join(map(str, cells))} | {rates[0]:.0f} | {rates[1]:.0f} | {rates[1] / rates[0]:.2f} |",
+                f"| {' | '.join(map(str, cells))} | {rates[0]:.0f} | {rates[1]:.0f} | {rates[1] / rates[0]:.2f} "
+                f"| {1e6 * min(each.cpu for each in alone):.0f} | {1e6 * min(each.cpu for each in there):.0f} |",
                 flush=True,
             )
 
 
 @contextmanager
-def served(options: argparse.Namespace) -> Iterator[str]:
-    """The address of a server in a process of its own."""
+def served(options: argparse.Namespace) -> Iterator[tuple[str, psutil.Process]]:
+    """The address of a server, and its process."""
     command = [sys.executable, "-m", "ee_tuning", "serve", "--model", str(options.model), "--exits", str(options.exits)]
     with subprocess.Popen(
         [*command, "--threshold", str(options.threshold), "--port", "0"], stderr=subprocess.PIPE, encoding="utf-8"
@@ -80,7 +87,9 @@ def served(options: argparse.Namespace) -> Iterator[str]:
         try:
             for line in process.stderr:
                 if found := re.search(r"http://(\S+) serves", line):
-                    yield found[1]
+                    # A log that nobody reads would stop the server.
+                    threading.Thread(target=lambda: [None for _ in process.stderr or ()], daemon=True).start()
+                    yield found[1], psutil.Process(process.pid)
                     break
         finally:
             process.terminate()
@@ -88,17 +97,27 @@ def served(options: argparse.Namespace) -> Iterator[str]:
 
 def offline(llm: EarlyExitLLM, prompts: list[str], options: argparse.Namespace) -> Reading:
     """All prompts in one call."""
-    began, times = time.perf_counter(), [list[float]() for _ in prompts]
+    began, spent, times = time.perf_counter(), _cpu(psutil.Process()), [list[float]() for _ in prompts]
     params = SamplingParams(max_tokens=options.tokens, ignore_eos=True)
     for token in llm.stream(prompts, None, params, policy="threshold", threshold=options.threshold):
         times[token.index].append(time.perf_counter())
-    return _reading(began, times)
+    return _reading(began, times, _cpu(psutil.Process()) - spent)
 
 
-async def online(address: str, prompts: list[str], options: argparse.Namespace) -> Reading:
+def online(address: str, server: psutil.Process, prompts: list[str], options: argparse.Namespace) -> Reading:
     """A stream for each prompt."""
-    began = time.perf_counter()
-    return _reading(began, await asyncio.gather(*(_stream(address, prompt, options.tokens) for prompt in prompts)))
+
+    async def streams() -> list[list[float]]:
+        return await asyncio.gather(*(_stream(address, prompt, options.tokens) for prompt in prompts))
+
+    began, spent = time.perf_counter(), _cpu(server)
+    times = asyncio.run(streams())
+    return _reading(began, times, _cpu(server) - spent)
+
+
+def _cpu(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
 async def _stream(address: str, prompt: str, max_tokens: int) -> list[float]:
@@ -116,13 +135,14 @@ async def _stream(address: str, prompt: str, max_tokens: int) -> list[float]:
     return times
 
 
-def _reading(began: float, times: list[list[float]]) -> Reading:
+def _reading(began: float, times: list[list[float]], cpu: float) -> Reading:
     gaps = [late - early for each in times for early, late in itertools.pairwise(each)]
     last = max(each[-1] for each in times)
     return Reading(
         statistics.median(each[0] - began for each in times),
         statistics.median(gaps),
         sum(map(len, times)) / (last - began),
+        cpu / sum(map(len, times)),
     )
 
 

@@ -1,6 +1,7 @@
 """JSON from untrusted files, read strictly, and JSON output that every reader can parse."""
 
 import errno
+import functools
 import json
 import math
 import stat
@@ -48,13 +49,20 @@ def to_json(value: Any, **layout: Any) -> str:
     Texts stay readable with ensure_ascii=False, unless one is invalid Unicode (half a surrogate pair), which UTF-8 can
     not hold.
     """
+    encoder = _encoder(tuple(layout.items()))
     try:
-        text = json.dumps(value, allow_nan=False, **layout)
+        text = encoder.encode(value)
     except ValueError:
-        text = json.dumps(finite(value), allow_nan=False, **layout)
+        text = encoder.encode(finite(value))
     if layout.get("ensure_ascii", True) or _is_unicode(text):
         return text
     return to_json(value, **{**layout, "ensure_ascii": True})
+
+
+@functools.lru_cache(16)
+def _encoder(layout: tuple[tuple[str, Any], ...]) -> json.JSONEncoder:
+    # json.dumps makes one for each call, which takes longer than a chunk of a stream.
+    return json.JSONEncoder(allow_nan=False, **dict(layout))
 
 
 def finite(value: Any) -> Any:

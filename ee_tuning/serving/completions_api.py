@@ -97,31 +97,33 @@ class CompletionsApi:
 
 async def _whole(answer: Answer, running: RunningRequest) -> Json:
     finished: dict[int, Completion] = {}
-    async for place, event in running.events():
-        if event.score is not None:
-            answer.take_prompt(place, event.score)
-        if event.token is not None:
-            answer.take(place, event.token)
-        if (done := event.completion) is not None:
-            finished[answer.choice_of(place, done.index)] = done
+    async for events in running.events():
+        for place, event in events:
+            if event.score is not None:
+                answer.take_prompt(place, event.score)
+            if event.token is not None:
+                answer.take(place, event.token)
+            if (done := event.completion) is not None:
+                finished[answer.choice_of(place, done.index)] = done
     return answer.whole([finished[index] for index in sorted(finished)])
 
 
-async def _chunks(answer: Answer, running: RunningRequest) -> AsyncIterator[Json]:
+async def _chunks(answer: Answer, running: RunningRequest) -> AsyncIterator[list[Json]]:
+    """Chunks, those that can be sent together in one list: where the event loop is behind the engine, it catches up."""
     finished: list[Completion] = []
-    for first in answer.first_chunks():
-        yield first
-    async for place, event in running.events():
-        if event.score is not None:
-            for chunk in answer.take_prompt(place, event.score):
-                yield chunk
-        if event.token is not None and (told := answer.chunk(place, event.token)) is not None:
-            yield told
-        if event.completion is not None:
-            finished.append(event.completion)
-            yield answer.last_chunk(place, event.completion)
-    for last in answer.end_chunks(finished):
-        yield last
+    yield answer.first_chunks()
+    async for events in running.events():
+        chunks: list[Json] = []
+        for place, event in events:
+            if event.score is not None:
+                chunks += answer.take_prompt(place, event.score)
+            if event.token is not None and (told := answer.chunk(place, event.token)) is not None:
+                chunks.append(told)
+            if event.completion is not None:
+                finished.append(event.completion)
+                chunks.append(answer.last_chunk(place, event.completion))
+        yield chunks
+    yield answer.end_chunks(finished)
 
 
 def _check_stream_options(body: SamplingBody) -> None:

@@ -132,20 +132,33 @@ class RunningRequest:
         """Takes a token."""
         self._events.put_nowait(event)
 
-    async def events(self) -> AsyncIterator[tuple[int, TokenEvent]]:
-        """(place of the job, what came of it), until all completions are there.
+    async def events(self) -> AsyncIterator[list[tuple[int, TokenEvent]]]:
+        """(place of the job, what came of it), all that is there at a time, until all completions are.
 
-        Raises ApiError where one fails.
+        Raises ApiError where one fails, behind what came before.
         """
         while self._num_unread:
-            event = await self._events.get()
-            if event.error:
-                raise ApiError(500 if event.error == _DIED else 400, event.error)
-            if event.completion is not None:
-                self._num_unread -= 1
-                if event.completion.error:
-                    raise ApiError(500, event.completion.error)
-            yield self.places[event.index], event
+            events, found = [await self._events.get()], list[tuple[int, TokenEvent]]()
+            while not self._events.empty():
+                events.append(self._events.get_nowait())
+            failure = None
+            for event in events:
+                failure = self._failure(event)
+                if failure is not None:
+                    break
+                self._num_unread -= event.completion is not None
+                found.append((self.places[event.index], event))
+            if found:
+                yield found
+            if failure is not None:
+                raise failure
+
+    def _failure(self, event: TokenEvent) -> ApiError | None:
+        if event.error:
+            return ApiError(500 if event.error == _DIED else 400, event.error)
+        if event.completion is not None and event.completion.error:
+            return ApiError(500, event.completion.error)
+        return None
 
     def close(self) -> None:
         """Aborts what has not ended."""

@@ -67,9 +67,9 @@ class Metrics:
 
     def count_prompt(self, num_tokens: int, n: int) -> None:
         """Counts a prompt of a request."""
-        self.prompt_tokens.labels(**self._label).inc(num_tokens)
-        self.prefix_queries.labels(**self._label).inc(num_tokens * n)
-        self.request_prompt_tokens.labels(**self._label).observe(num_tokens)
+        self.prompt_tokens.inc(num_tokens)
+        self.prefix_queries.inc(num_tokens * n)
+        self.request_prompt_tokens.observe(num_tokens)
 
     def count_tokens(self, tokens: list[StreamedToken]) -> None:
         """Counts the tokens of a step."""
@@ -79,11 +79,11 @@ class Metrics:
             key = (token.index, token.completion)
             before = self._last_token.pop(key, None)
             if before is not None:
-                self.inter_token.labels(**self._label).observe(now - before)
+                self.inter_token.observe(now - before)
             if not token.is_last:
                 self._last_token[key] = now
-        self.generation_tokens.labels(**self._label).inc(len(tokens))
-        self.depth.labels(**self._label).inc(sum(layer * count for layer, count in by_layer.items()))
+        self.generation_tokens.inc(len(tokens))
+        self.depth.inc(sum(layer * count for layer, count in by_layer.items()))
         for layer, count in by_layer.items():
             self.exit_tokens.labels(**self._label, exit_layer=str(layer)).inc(count)
 
@@ -99,35 +99,33 @@ class Metrics:
         self.success.labels(**label, finished_reason=completion.finish_reason).inc()
         if not completion.token_ids:  # the prompt was scored alone, or failed
             return
-        self.prefix_hits.labels(**label).inc(statistics.num_reused)
-        self.draft_tokens.labels(**label).inc(statistics.num_drafted)
-        self.accepted_tokens.labels(**label).inc(statistics.num_accepted)
-        self.drafts.labels(**label).inc(statistics.num_checks)
+        self.prefix_hits.inc(statistics.num_reused)
+        self.draft_tokens.inc(statistics.num_drafted)
+        self.accepted_tokens.inc(statistics.num_accepted)
+        self.drafts.inc(statistics.num_checks)
         for position, count in enumerate(statistics.num_accepted_at):
             self.accepted_at.labels(**label, position=str(position)).inc(count)
-        self.catch_up_tokens.labels(**label).inc(statistics.num_catch_up)
+        self.catch_up_tokens.inc(statistics.num_catch_up)
         first, waiting = statistics.seconds_to_first_token, statistics.seconds_waiting
-        self.time_to_first.labels(**label).observe(first)
-        self.queue_time.labels(**label).observe(waiting)
-        self.prefill_time.labels(**label).observe(max(0.0, first - waiting))
-        self.decode_time.labels(**label).observe(max(0.0, completion.seconds - first))
-        self.end_to_end.labels(**label).observe(completion.seconds)
-        self.request_generation_tokens.labels(**label).observe(len(completion.token_ids))
+        self.time_to_first.observe(first)
+        self.queue_time.observe(waiting)
+        self.prefill_time.observe(max(0.0, first - waiting))
+        self.decode_time.observe(max(0.0, completion.seconds - first))
+        self.end_to_end.observe(completion.seconds)
+        self.request_generation_tokens.observe(len(completion.token_ids))
 
     def text(self) -> bytes:
         """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
     def _counter(self, name: str, doc: str, *labels: str) -> Counter:
+        """A counter; one without further labels is that of this model, and shown as 0 before the first one."""
         counter = Counter(_PREFIX + name, doc, ("model_name", *labels), registry=self.registry)
-        if not labels:
-            counter.labels(**self._label)  # shown as 0 before the first one
-        return counter
+        return counter if labels else counter.labels(**self._label)
 
     def _histogram(self, name: str, doc: str, buckets: tuple[float, ...]) -> Histogram:
         histogram = Histogram(_PREFIX + name, doc, ("model_name",), registry=self.registry, buckets=buckets)
-        histogram.labels(**self._label)
-        return histogram
+        return histogram.labels(**self._label)
 
 
 class _EngineCollector(Collector):

@@ -12,6 +12,7 @@ from ee_tuning.json_file import to_json
 from ee_tuning.serving.api_errors import ApiError, error_body
 
 DONE = "[DONE]"
+_COMPACT: dict[str, Any] = {"ensure_ascii": False, "separators": (",", ":")}
 
 
 class ClientLeft(Exception):
@@ -25,7 +26,7 @@ class StrictJson(Response):
 
     def render(self, content: Any) -> bytes:
         """The bytes of the body."""
-        return to_json(content, ensure_ascii=False, separators=(",", ":")).encode()
+        return to_json(content, **_COMPACT).encode()
 
 
 async def unless_client_leaves(request: Request, work: Awaitable[Any], seconds: float) -> Any:
@@ -45,13 +46,13 @@ async def unless_client_leaves(request: Request, work: Awaitable[Any], seconds: 
 
 
 class EventStream(Response):
-    """Server-sent events: an object a line, then [DONE]. `close` is called in any case, at once when the client
-    leaves.
+    """Server-sent events: an object a line, then [DONE]; each list of objects is sent at once. `close` is called in any
+    case, at once when the client leaves.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, objects: AsyncIterator[Any], close: Callable[[], None], seconds: float):
+    def __init__(self, objects: AsyncIterator[list[Any]], close: Callable[[], None], seconds: float):
         self._objects, self._close, self._seconds = objects, close, seconds
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
@@ -83,16 +84,18 @@ class EventStream(Response):
 
     async def _send_objects(self, send: Send) -> None:
         async with aclosing(self._objects) as objects:  # type: ignore[type-var]
-            async for each in objects:
-                await _send_event(send, to_json(each, ensure_ascii=False, separators=(",", ":")))
-        await _send_event(send, DONE)
+            async for together in objects:
+                if together:
+                    await _send_events(send, [to_json(each, **_COMPACT) for each in together])
+        await _send_events(send, [DONE])
 
     async def _send_error(self, send: Send, error: ApiError) -> None:
-        await _send_event(send, to_json(error_body(error.status_code, str(error.detail)), ensure_ascii=False))
+        await _send_events(send, [to_json(error_body(error.status_code, str(error.detail)), **_COMPACT)])
 
 
-async def _send_event(send: Send, data: str) -> None:
-    await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
+async def _send_events(send: Send, told: list[str]) -> None:
+    body = "".join([f"data: {data}\n\n" for data in told]).encode()
+    await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
 async def left(receive: Receive) -> None:

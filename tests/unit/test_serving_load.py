@@ -66,6 +66,6 @@ def test_an_answer_that_is_there_at_once_is_not_lost():
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         assert client.num_unfinished == 0
-        return [event.completion.text async for _, event in running.events()]
+        return [event.completion.text async for events in running.events() for _, event in events]
 
     assert asyncio.run(asyncio.wait_for(ask(), 5)) == ["b"]
