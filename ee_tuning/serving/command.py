@@ -22,6 +22,7 @@ from ee_tuning.serving.metrics import Metrics
 from ee_tuning.serving.request_jobs import RequestJobs
 from ee_tuning.serving.server import DrainingServer, address_of, bind, make_server, set_up_logs
 from ee_tuning.serving.settings import ServeSettings
+from ee_tuning.serving.tracing import Tracing, open_tracing
 
 log = logging.getLogger("ee_tuning.serving")
 
@@ -34,6 +35,7 @@ class Service:
     client: EngineClient
     engine_loop: EngineLoop
     jobs: RequestJobs
+    tracing: Tracing | None = None
 
     async def run(self, listening: socket.socket) -> None:
         """Serves until a signal, or until the engine fails; its error is then in the engine loop."""
@@ -43,11 +45,15 @@ class Service:
             await self.server.serve(sockets=[listening])
         finally:
             self.engine_loop.stop()
+            if self.tracing is not None:
+                self.tracing.close()
 
 
 def serve(config: Config, settings: ServeSettings) -> None:
     """Loads the model, and serves it until a signal."""
     settings.check()
+    if settings.otlp_traces_endpoint is not None:
+        open_tracing(settings.otlp_traces_endpoint, "").close()  # refused before the model is loaded
     topology = init_parallel(config.parallel)
     if topology.dp > 1:
         raise InputError(
@@ -88,8 +94,10 @@ def make_service(llm: EarlyExitLLM, config: Config, settings: ServeSettings, top
     client = EngineClient(metrics, num_slots=engine.num_slots, max_queue=settings.max_queue)
     runner = CompletionRunner(engine, llm.decode, llm.special)
     engine_loop = EngineLoop(runner, topology, client.deliver, client.died)
-    server = make_server(build_app(client, jobs, metrics, names, settings), client, settings)
-    return Service(server, client, engine_loop, jobs)
+    endpoint = settings.otlp_traces_endpoint
+    tracing = None if endpoint is None else open_tracing(endpoint, names[0])
+    server = make_server(build_app(client, jobs, metrics, names, settings, tracing), client, settings)
+    return Service(server, client, engine_loop, jobs, tracing)
 
 
 def make_engine(llm: EarlyExitLLM, settings: ServeSettings, topology: Topology) -> Engine:

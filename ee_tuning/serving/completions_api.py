@@ -1,6 +1,7 @@
 """The endpoints that decode: /v1/completions and /v1/chat/completions."""
 
 import asyncio
+import functools
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -20,6 +21,7 @@ from ee_tuning.serving.schemas import ChatCompletionBody, CompletionBody, Sampli
 from ee_tuning.serving.strict_request import StrictRoute
 from ee_tuning.serving.text_answer import TextAnswer
 from ee_tuning.serving.token_texts import TokenTexts
+from ee_tuning.serving.tracing import TracedRequest, Tracing
 
 _tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
 """Templates and long prompts take time, and a tokenizer is no object for several threads."""
@@ -40,9 +42,10 @@ class CompletionsApi:
         metrics: Metrics,
         model_names: tuple[str, ...],
         request_timeout: float,
+        tracing: Tracing | None = None,
     ):
         self._client, self._jobs, self._metrics = client, jobs, metrics
-        self._names, self._seconds = model_names, request_timeout
+        self._names, self._seconds, self._tracing = model_names, request_timeout, tracing
         self._texts = TokenTexts(jobs.llm.tokenizer)
         self.router = APIRouter(route_class=StrictRoute)
         for path, endpoint in (("/v1/completions", self.complete), ("/v1/chat/completions", self.chat)):
@@ -86,6 +89,10 @@ class CompletionsApi:
     async def _answer(self, body: SamplingBody, answer: Answer, running: RunningRequest, request: Request) -> Response:
         for job in answer.jobs:
             self._metrics.count_prompt(len(job.prompt_ids), job.params.n)
+        if self._tracing is not None:
+            state = request.state
+            traced = TracedRequest(state.request_id, state.began, request.headers, answer.jobs)
+            running.at_close = functools.partial(self._tracing.end_request, traced)
         if body.stream:
             return EventStream(_chunks(answer, running), running.close, self._seconds)
         try:

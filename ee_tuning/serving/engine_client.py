@@ -5,6 +5,7 @@ import itertools
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+from ee_tuning.generation.completion import Completion
 from ee_tuning.generation.job import Job
 from ee_tuning.serving.api_errors import ApiError
 from ee_tuning.serving.engine_loop import Abort, Add, EngineLoop, TokenEvent
@@ -97,6 +98,7 @@ class EngineClient:
                 continue  # it was aborted meanwhile
             if event.completion is not None:
                 self._metrics.count_completion(event.completion)
+                request.completions.append(event.completion)
                 place = request.places[event.index]
                 request.num_unfinished_of[place] -= 1
                 request.num_unfinished -= 1
@@ -124,6 +126,10 @@ class RunningRequest:
         self.num_unfinished_of = [job.params.n for job in jobs]
         """Completions of each job that run or wait."""
         self.num_unfinished = sum(self.num_unfinished_of)
+        self.completions: list[Completion] = []
+        """Those that have ended."""
+        self.at_close: Callable[[list[Completion]], None] | None = None
+        """Called once with what has ended when the request is closed."""
         self._num_unread = self.num_unfinished
         self._client = client
         self._events: asyncio.Queue[TokenEvent] = asyncio.Queue()
@@ -163,3 +169,6 @@ class RunningRequest:
     def close(self) -> None:
         """Aborts what has not ended."""
         self._client.finish(self)
+        at_close, self.at_close = self.at_close, None
+        if at_close is not None:
+            at_close(self.completions)

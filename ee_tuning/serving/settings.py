@@ -39,6 +39,8 @@ class ServeSettings:
     """Seconds that running requests have after SIGTERM."""
     data_parallel_size: int = 1
     """Replicas of the model, which share this machine's memory."""
+    otlp_traces_endpoint: str | None = None
+    """URL of a collector of OpenTelemetry traces."""
 
     def check(self) -> None:
         """Raises InputError on values that can not be used."""
