@@ -84,15 +84,19 @@ def served(options: argparse.Namespace) -> Iterator[tuple[str, psutil.Process]]:
         [*command, "--threshold", str(options.threshold), "--port", "0"], stderr=subprocess.PIPE, encoding="utf-8"
     ) as process:
         assert process.stderr is not None
+        stderr = process.stderr
+        # A log that nobody reads would stop the server.
+        reader = threading.Thread(target=lambda: [None for _ in stderr])
         try:
-            for line in process.stderr:
+            for line in stderr:
                 if found := re.search(r"http://(\S+) serves", line):
-                    # A log that nobody reads would stop the server.
-                    threading.Thread(target=lambda: [None for _ in process.stderr or ()], daemon=True).start()
+                    reader.start()
                     yield found[1], psutil.Process(process.pid)
                     break
         finally:
             process.terminate()
+            if reader.ident is not None:
+                reader.join()
 
 
 def offline(llm: EarlyExitLLM, prompts: list[str], options: argparse.Namespace) -> Reading:

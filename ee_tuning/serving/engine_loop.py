@@ -18,9 +18,10 @@ from ee_tuning.generation.job import Job
 from ee_tuning.generation.prompt_scorer import PromptScorer
 from ee_tuning.generation.scoring import Score
 from ee_tuning.parallel.topology import Topology
+from ee_tuning.parallel.watchdog import hang_watchdog
 
-_HEARTBEAT_SECONDS = 20.0
-"""Other ranks hear of rank 0 at least so often, or they would take it for dead."""
+_HEARTBEAT_SECONDS = 5.0
+"""Ranks hear of each other at least so often: one that is dead is missed while nothing is decoded, too."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,12 @@ class EngineLoop:
                     commands.append(self._commands.get_nowait())
             except queue.Empty:
                 pass
-        return commands if is_alone else self._topology.broadcast_object(commands)
+        if is_alone:
+            return commands
+        others = ", ".join(map(str, range(1, self._topology.num_in_replica)))
+        with hang_watchdog(self._topology, f"commands from rank 0 to rank {others}"):
+            received: list[Command] = self._topology.broadcast_object(commands)
+        return received
 
     def _obey(self, command: Add | Abort, events: list[TokenEvent]) -> None:
         if isinstance(command, Abort):

@@ -112,13 +112,16 @@ def _server(exits: Path) -> Iterator[tuple[str, psutil.Process]]:
     command += ["--dtype", "float64", "--max-batch-size", str(SLOTS), "--cache-tokens", "8192"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, encoding="utf-8") as process:
         assert process.stderr is not None
+        stderr = process.stderr
         try:
-            address = next(found[1] for line in process.stderr if (found := re.search(r"(http://\S+) serves", line)))
+            address = next(found[1] for line in stderr if (found := re.search(r"(http://\S+) serves", line)))
             # A log that nobody reads would stop the server.
-            threading.Thread(target=lambda: [None for _ in process.stderr or ()], daemon=True).start()
+            reader = threading.Thread(target=lambda: [None for _ in stderr])
+            reader.start()
             yield address, psutil.Process(process.pid)
         finally:
             process.terminate()
+        reader.join()
 
 
 @dataclass
