@@ -1,10 +1,13 @@
 """`response_format` and `structured_outputs` of a request as the engine takes them."""
 
+import re
 from typing import Any
 
 from ee_tuning.engine.structured_output import StructuredOutput, structured_output_of
 from ee_tuning.errors import InputError
 
+_PLACE = re.compile(r"at \d+\(\d+\): failed to compile JSON schema: ")
+"""A place in a grammar that the client has not written."""
 _KINDS = ("text", "json_object", "json_schema")
 
 
@@ -23,7 +26,7 @@ def answer_form(response_format: dict[str, Any] | None, structured_outputs: dict
 def by_request_names(message: str, *, is_call: bool, has_format: bool) -> str:
     """A form's name in a message, by the name that a request has for it."""
     if is_call:
-        return message.replace("grammar of structured_output", "parameters of tools", 1)
+        return _PLACE.sub("", message.replace("grammar of structured_output", "parameters of tools", 1))
     if has_format:
         return message.replace("json of structured_output", "the schema of response_format", 1)
     return message.replace("of structured_output ", "of structured_outputs ", 1)

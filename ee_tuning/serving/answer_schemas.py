@@ -34,6 +34,7 @@ _TOKEN = {"token": _TEXT, "logprob": _NUMBER, "bytes": _list(_WHOLE)}
 _CHAT_LOGPROBS = _object(content=_list(_object(**_TOKEN, top_logprobs=_list(_object(**_TOKEN)))))
 _OF_EXITS = {"exit_layers": _list(_WHOLE), "confidences": _list(_NUMBER), "token_ids": _list(_WHOLE)}
 _CHOICE: dict[str, Schema] = {"index": _WHOLE, "finish_reason": {"enum": ["stop", "length"]}}
+_CALL = _object(id=_TEXT, type=_TEXT, function=_object(name=_TEXT, arguments=_TEXT))
 _USAGE = _object(
     prompt_tokens=_WHOLE,
     completion_tokens=_WHOLE,
@@ -63,8 +64,11 @@ _ANSWERS: dict[str, Schema] = {
     "/v1/chat/completions": _completion(
         _object(
             _OF_EXITS,
-            **_CHOICE,
-            message=_object(role=_TEXT, content=_TEXT, refusal={"type": "null"}),
+            index=_WHOLE,
+            finish_reason={"enum": ["stop", "length", "tool_calls"]},
+            message=_object(
+                {"tool_calls": _list(_CALL)}, role=_TEXT, content=_or_null(_TEXT), refusal={"type": "null"}
+            ),
             logprobs=_or_null(_CHAT_LOGPROBS),
         )
     ),

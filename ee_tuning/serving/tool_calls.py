@@ -120,7 +120,8 @@ def form_with_calls(
         whole = f"start: calls | answer\nanswer: %json {answer.schema}"
     else:
         whole = "start: calls" if use.is_required else _text_and_calls(use, special)
-    return StructuredOutput(grammar=f"{whole}\n{_grammar_of_calls(use, special)}")
+    rules = _grammar_of_calls(use, special, frees_others=answer is None and not use.is_required)
+    return StructuredOutput(grammar=f"{whole}\n{rules}")
 
 
 def _text_and_calls(use: ToolUse, special: Mapping[int, str]) -> str:
@@ -135,8 +136,10 @@ def _text_and_calls(use: ToolUse, special: Mapping[int, str]) -> str:
     return f"{whole}\n{text}\nhead[lazy]: /(.|\\n)*/ {to_json(form.begin)}"
 
 
-def _grammar_of_calls(use: ToolUse, special: Mapping[int, str]) -> str:
-    """Rules for `calls`, in llguidance's Lark: https://github.com/guidance-ai/llguidance/blob/main/docs/toolcalls.md"""
+def _grammar_of_calls(use: ToolUse, special: Mapping[int, str], *, frees_others: bool) -> str:
+    """Rules for `calls`, in llguidance's Lark (https://github.com/guidance-ai/llguidance/blob/main/docs/toolcalls.md).
+    With `frees_others` functions that are not strict take any object.
+    """
     form, rules = use.form, list[str]()
     begin, end = (_said(mark, special) for mark in (form.begin, form.end))
     more = f" ({to_json(form.separator, ensure_ascii=False)} call)*" if use.is_parallel else ""
@@ -146,7 +149,7 @@ def _grammar_of_calls(use: ToolUse, special: Mapping[int, str]) -> str:
     for i, tool in enumerate(use.tools):
         function = tool["function"]
         head = f'{{"name": {to_json(function["name"])}, "{form.arguments}": '
-        is_free = not use.is_required and function.get("strict") is not True
+        is_free = frees_others and function.get("strict") is not True
         schema = {"type": "object"} if is_free else function.get("parameters") or _NO_PARAMETERS
         rules += [f'call_{i}: {to_json(head, ensure_ascii=False)} arguments_{i} "}}"']
         rules += [f"arguments_{i}: %json {bounded_schema(schema)}"]
