@@ -17,6 +17,7 @@ pytest.importorskip("jsonschema")
 
 from byte_tokenizer import END, write_byte_tokenizer
 from decoding import FixedDrafts, policy_for, run_all
+from exits import write_exits
 from formed import CHOICE, FORMS, SCHEMA, open_model, write_model
 
 from ee_tuning import EarlyExitLLM, SamplingParams
@@ -360,3 +361,15 @@ def test_repeated_text_is_drafted_within_the_form(llm):
         (full,) = llm.generate(text, params, policy="full")
         (made,) = llm.generate(text, params, policy="speculative")
         assert made.token_ids == full.token_ids
+
+
+def test_a_drafting_head_is_checked_within_the_form(tmp_path):
+    """Drafts of a head that knows no form, which spoil the state or are checked for nothing."""
+    model, _ = write_model(tmp_path)
+    listed = sorted(write_byte_tokenizer(tmp_path / "ids")("12x", add_special_tokens=False)["input_ids"])
+    keys: dict[str, Any] = {"exit_layers": [], "architecture": "eagle3", "aux_layers": [1, 3, 5]}
+    llm = open_model(model, write_exits(model, tmp_path / "head", listed, **keys))
+    params = SamplingParams(max_tokens=60, temperature=1.0, n=6, structured_output={"regex": "[12]{50}"})
+    full, made = (llm.generate("x", params, policy=policy) for policy in ("full", "speculative"))
+    assert [answer.token_ids for answer in made] == [answer.token_ids for answer in full]
+    assert 5 < sum(a.statistics.num_accepted for a in made) < sum(a.statistics.num_drafted for a in made)
