@@ -21,6 +21,14 @@ _UNUSED_BY_PLAN = (
     "tuning.allow_config_change",
 )
 """Keys of tune's flags that do not affect the costs of a job."""
+_FIGURES = {
+    "memory": "gpu_memory",
+    "tflops": "tflops",
+    "bandwidth": "bandwidth",
+    "link": "link",
+    "network": "network",
+}
+"""Figure of a GPU -> name of its flag."""
 
 
 def tune(args: argparse.Namespace) -> int:
@@ -66,26 +74,49 @@ def _add_preprocess(parser: argparse.ArgumentParser) -> None:
 def plan(args: argparse.Namespace) -> int:
     """Plans a job on a cluster. Returns 1 where it does not fit."""
     config = job_of(args)
+    _warn_unused(args, config)
+    if args.cluster is not None:
+        return _plan_layouts(args, config)
     from ee_tuning.planning.gpus import gpu
-    from ee_tuning.planning.plan import GPUS_PER_NODE, Cluster, make_plan, smallest_plan
+    from ee_tuning.planning.plan import EFFICIENCY, GPUS_PER_NODE, Cluster, make_plan, smallest_plan
     from ee_tuning.planning.report import print_plan
 
-    _warn_unused(args, config)
-    chosen = gpu(
-        args.gpu,
-        memory=args.gpu_memory,
-        tflops=args.tflops,
-        bandwidth=args.bandwidth,
-        link=args.link,
-        network=args.network,
-    )
+    chosen = gpu(args.gpu or "h100", **{name: getattr(args, flag) for name, flag in _FIGURES.items()})
+    efficiency = EFFICIENCY if args.efficiency is None else args.efficiency
     if is_smallest := args.nodes is None and args.gpus_per_node is None:
-        found = smallest_plan(config, chosen, args.efficiency)
+        found = smallest_plan(config, chosen, efficiency)
     else:
         nodes = 1 if args.nodes is None else args.nodes
         per_node = GPUS_PER_NODE if args.gpus_per_node is None else args.gpus_per_node
-        found = make_plan(config, Cluster(gpu=chosen, nodes=nodes, gpus_per_node=per_node, efficiency=args.efficiency))
+        found = make_plan(config, Cluster(gpu=chosen, nodes=nodes, gpus_per_node=per_node, efficiency=efficiency))
     return 0 if print_plan(config, found, is_smallest=is_smallest, as_json=args.json) else 1
+
+
+def _plan_layouts(args: argparse.Namespace, config: Config) -> int:
+    """Chooses the layout of a cluster. Returns 1 where none fits."""
+    for name in ("gpu", "nodes", "gpus_per_node", *_FIGURES.values(), "efficiency"):
+        if getattr(args, name) is not None:
+            raise InputError(
+                f"--{name.replace('_', '-')} is of the cluster, which --cluster {args.cluster} describes; leave one of them out"
+            )
+    from ee_tuning.planning.cluster_file import read_cluster
+    from ee_tuning.planning.layouts import Layout, layouts
+    from ee_tuning.planning.layouts_text import print_layouts
+
+    def tell(layout: Layout) -> None:
+        if sys.stderr.isatty():
+            print(f"\rplanned tensor {layout.tensor} × pipeline {layout.pipeline} \033[K", end="", file=sys.stderr)
+
+    parallel = config.parallel
+    given = {
+        size: getattr(parallel, f"{size}_model_parallel_size")
+        for size in ("tensor", "pipeline")
+        if f"parallel.{size}_model_parallel_size" in args.overrides
+    }
+    found = layouts(config, read_cluster(args.cluster), **given, on_layout=tell)
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr)
+    return 0 if print_layouts(config, found, as_json=args.json) else 1
 
 
 def _warn_unused(args: argparse.Namespace, config: Config) -> None:
@@ -99,9 +130,15 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     add_job(parser, "plan")
     parser.add_argument(
         "--gpu",
-        default="h100",
         metavar="NAME",
-        help="GPU, with the peak figures of its data sheet: h100, h200, a100, rtx4090 or l4 (default %(default)s)",
+        help="GPU, with the peak figures of its data sheet: h100, h200, a100, rtx4090 or l4 (default h100)",
+    )
+    parser.add_argument(
+        "--cluster",
+        type=Path,
+        metavar="FILE",
+        help="YAML file of the machines (gpu, nodes, gpus_per_node; memory, tflops, bandwidth, link, network, efficiency in place of "
+        "documented figures): choose tensor × pipeline × data for them",
     )
     parser.add_argument(
         "--nodes",
@@ -121,9 +158,8 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--efficiency",
         type=float,
-        default=0.5,
         metavar="X",
-        help="share of its peak rate that a GPU is assumed to reach (default %(default)s)",
+        help="share of its peak rate that a GPU is assumed to reach (default 0.5)",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
 
@@ -230,9 +266,11 @@ The same command continues a run that was stopped or killed, at any layout.""",
   ee-tuning plan examples/llama-2-70b/job.yaml --gpu h100 --nodes 1
   ee-tuning plan --model Llama-2-7b-hf --exit-layers 8,16,24 --micro-batch-size 1
   ee-tuning plan job.yaml --gpu a100 --nodes 2 --gpus-per-node 4 --json
+  ee-tuning plan examples/llama-2-70b/job.yaml --cluster examples/cluster.yaml
   ee-tuning plan examples/llama-2-7b/card-24gb.yaml --gpu rtx4090 --gpus-per-node 1 --efficiency 0.4
 
 It has the flags of tune. Without --nodes and --gpus-per-node, it finds the fewest GPUs that can hold the job.
+--cluster plans every tensor × pipeline × data of the machines in a file, prints them, and chooses the fastest that fits.
 Memory comes from a dry run of the job, which needs only the model's config.json; time comes from a formula, which is printed.
 The exit code is 1 where the job does not fit.""",
         add_arguments=_add_plan,

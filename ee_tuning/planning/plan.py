@@ -14,6 +14,8 @@ from ee_tuning.planning.dry_fit import FitProfile, profile_fit
 from ee_tuning.planning.dry_run import MEMORY, RankProfile, profile_ranks
 from ee_tuning.planning.gpus import Gpu
 
+EFFICIENCY = 0.5
+"""Default share of its peak rate that a GPU is assumed to reach."""
 GPUS_PER_NODE = 8
 """Default number of GPUs per node."""
 RESERVED_GB = 2.0
@@ -74,6 +76,8 @@ class StageFigures:
     """Seconds of a training micro-batch."""
     validation: float
     """Seconds of a validation micro-batch."""
+    message_share: float
+    """Share of a training micro-batch that goes to messages of tensor parallelism."""
     update: float
     idle_share: float
     """Share of the time of micro-batches in which this stage waits for slower ones."""
@@ -217,6 +221,7 @@ def _figures(each: RankProfile, cluster: Cluster, tp: int, dp: int, slowest: flo
         fits=total <= _room(cluster.gpu),
         micro_batch=own,
         validation=_micro_batch(each, cluster, tp, dp, trains=False),
+        message_share=_tensor_messages(each, cluster, tp) / own,
         update=2 * each.memory["optimizer"] / (cluster.gpu.bandwidth * 1e9) + replicas,
         idle_share=1 - own / slowest,
     )
@@ -231,5 +236,9 @@ def _fit_seconds(fit: list[FitProfile], cluster: Cluster) -> float:
 def _micro_batch(each: RankProfile, cluster: Cluster, tp: int, dp: int, *, trains: bool) -> float:
     flops = each.layer_flops + (each.head_flops if trains else each.validation_flops)
     computing = flops / (cluster.efficiency * cluster.gpu.tflops * 1e12)
-    summing = (tp - 1) / tp * each.tp_bytes / cluster.bandwidth(tp)
-    return max(computing + summing, each.pp_bytes / cluster.bandwidth(cluster.world_size))
+    return max(computing + _tensor_messages(each, cluster, tp), each.pp_bytes / cluster.bandwidth(cluster.world_size))
+
+
+def _tensor_messages(each: RankProfile, cluster: Cluster, tp: int) -> float:
+    """Returns the seconds of a micro-batch's messages between the shards of its layers."""
+    return (tp - 1) / tp * each.tp_bytes / cluster.bandwidth(tp)

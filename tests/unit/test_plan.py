@@ -280,3 +280,63 @@ def test_a_job_that_was_refused_leaves_no_world_behind(
     assert cli.main(["tune", *job, "--data", str(tmp_path / "none.jsonl"), "--output", str(tmp_path / "run")]) == 2
     assert not dist.is_initialized() and "must hold model.safetensors" in capsys.readouterr().err
     assert cli.main(["plan", *job]) == 0
+
+
+def layouts(model: Path, capsys: pytest.CaptureFixture[str], file: Path, *flags: str) -> tuple[int, dict[str, Any]]:
+    own = ["--exit-layers", "4", "--architecture", "norm", "--exit-output", "tied", "--train-iters", "100"]
+    code = cli.main(["plan", "--model", str(model), *own, "--cluster", str(file), *flags])
+    shown = capsys.readouterr().out
+    return code, json.loads(shown) if "--json" in flags else shown
+
+
+def test_a_cluster_gets_the_fastest_layout_that_fits(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A layout that is not the fastest, or does not fit; one that is passed over without a reason."""
+    cluster = tmp_path / "cluster.yaml"
+    cluster.write_text("gpu: a100\nnodes: 2\ngpus_per_node: 2\nmemory: 8.5\nlink: 3\nefficiency: 0.4\n")
+    code, told = layouts(model, capsys, cluster, "--json")
+    found = {(each["tensor"], each["pipeline"], each["data"]): each for each in told["layouts"]}
+    assert set(found) == {(1, 1, 4), (1, 2, 2), (1, 4, 1), (2, 1, 2), (2, 2, 1)}  # tensor parallelism stays in a node
+    assert "frozen layers alone take 7 GB" in found[1, 1, 4]["refusal"]
+    fitting = [each for each in told["layouts"] if each["fits"]]
+    chosen, plan_of_it = told["chosen"], told["chosen"]["plan"]
+    assert (
+        code == 0
+        and len(fitting) == 3
+        and not found[1, 2, 2]["fits"]
+        and chosen["hours"] == min(each["hours"] for each in fitting)
+    )
+    assert chosen["tensor"] == 1  # at 3 GB/s between the GPUs of a node
+    assert (plan_of_it["pipeline"], plan_of_it["data"]) == (chosen["pipeline"], chosen["data"])
+    sizes = ("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2")
+    code, shown = layouts(model, capsys, cluster, *sizes)
+    assert code == 0 and "chosen: tensor 2 × pipeline 2 × data 1\n  the only layout that fits" in shown
+    room = found[2, 1, 2]["bytes"] / 1e9 - 0.01
+    cluster.write_text(f"gpu: a100\ngpus_per_node: 2\nmemory: {room + 2:.3f}\n")
+    code, shown = layouts(model, capsys, cluster, "--tensor-model-parallel-size", "2")
+    assert code == 1 and "none fits; nearest is tensor 2 × pipeline 1 × data 1" in shown
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "says"),
+    [
+        ("gpu: h100\n", (), "must say gpus_per_node"),
+        ("gpu: h100\ngpus_per_node: 8\ngpus: 3\n", (), "unknown key gpus"),
+        ("gpu: h100\ngpus_per_node: 0\n", (), "gpus_per_node of"),
+        ("gpu: h100\ngpus_per_node: 8\nlink: fast\n", (), "must be a number above 0, got 'fast'"),
+        ("gpu: h900\ngpus_per_node: 8\n", (), "must be one of h100"),
+        ("gpu: h100\ngpu: h200\ngpus_per_node: 8\n", (), "stands in it twice"),
+        ("- 1\n", (), "must hold keys with values"),
+        ("gpu: h100\ngpus_per_node: 8\n", ("--nodes", "2"), "--nodes is of the cluster"),
+        ("gpu: h100\ngpus_per_node: 1\nmemory: 3\n", (), "no layout of 1 GPUs suits this job"),
+    ],
+)
+def test_what_is_no_cluster_is_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, flags: tuple[str, ...], says: str
+) -> None:
+    """A misspelt figure that is ignored, and a cluster rented by the plan of another."""
+    cluster = tmp_path / "cluster.yaml"
+    cluster.write_text(text)
+    code = cli.main(["plan", "--model", str(model), "--exit-layers", "4", "--cluster", str(cluster), *flags])
+    assert code == 2 and says in capsys.readouterr().err

@@ -1,0 +1,93 @@
+"""The layout, tensor × pipeline × data, that a cluster should have for a job: each one is planned, and the fastest that
+fits is chosen.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ee_tuning.checkpoint.model_size import parameters_by_part
+from ee_tuning.checkpoint.shapes import shape_sources
+from ee_tuning.config import Config, replace
+from ee_tuning.errors import InputError
+from ee_tuning.planning.plan import RESERVED_GB, Cluster, TuningPlan, make_plan
+
+_BYTES = {"native": 2.0, "int8": 1.0, "nf4": 0.5}
+"""Bytes of a frozen parameter, at least."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """One way to lay a job out on a cluster."""
+
+    tensor: int
+    pipeline: int
+    data: int
+    plan: TuningPlan | None
+    """None where it can not be planned, or needs no plan to be seen not to fit."""
+    refusal: str = ""
+    """Why there is no plan."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether it can run."""
+        return self.plan is not None and self.plan.fits
+
+
+def layouts(
+    config: Config,
+    cluster: Cluster,
+    *,
+    tensor: int | None = None,
+    pipeline: int | None = None,
+    on_layout: Callable[[Layout], None] = lambda layout: None,
+) -> list[Layout]:
+    """All layouts of the cluster's GPUs, those that fit first, by their hours; with these sizes of `tensor` and
+    `pipeline` alone, where given.
+
+    Tensor parallelism stays within a node: across nodes its messages, two a layer, would take longer than the layers.
+    `on_layout` is called after each. Raises InputError where the job can not be planned at all.
+    """
+    sources = shape_sources(config)
+    model, parts = sources.config, parameters_by_part(sources.config)
+    depth = max(sources.exits.exit_layers, default=0) / model.num_layers if sources.exits else 0.0
+    in_layers = parts["all"] - parts["embedding"] - parts["output"]
+    least = (
+        _BYTES.get(config.tuning.backbone_weights, 0.5) * depth * in_layers
+    )  # those behind the last exit may be left out
+    found = []
+    for tp in _divisors(cluster.gpus_per_node) if tensor is None else [tensor]:
+        for pp in _divisors(cluster.world_size // tp) if pipeline is None else [pipeline]:
+            if tp * pp > cluster.world_size or pp > model.num_layers:
+                continue
+            found.append(_planned(config, cluster, tp, pp, least))
+            on_layout(found[-1])
+    if not any(each.plan for each in found) and found:
+        raise InputError(
+            f"no layout of {cluster.world_size} GPUs suits this job; the first, because {found[0].refusal}"
+        )
+    return sorted(found, key=lambda each: (not each.fits, each.plan is None, each.plan.hours if each.plan else 0))
+
+
+def _planned(config: Config, cluster: Cluster, tp: int, pp: int, least: float) -> Layout:
+    sizes: dict[str, Any] = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+    if pp != config.parallel.pipeline_model_parallel_size:
+        sizes["pipeline_layout"] = ()  # the job's, of another number of stages
+    data = cluster.world_size // (tp * pp)
+    room = (cluster.gpu.memory - RESERVED_GB) * 1e9
+    if least / (tp * pp) > room:
+        refusal = f"frozen layers alone take {least / (tp * pp) / 1e9:.0f} GB of each GPU's {room / 1e9:.0f}"
+        return Layout(tensor=tp, pipeline=pp, data=data, plan=None, refusal=refusal)
+    tuning = config.tuning
+    if tuning.micro_batch_size > 0 and tuning.global_batch_size % (tuning.micro_batch_size * data):
+        refusal = f"{data} replicas have no equal shares of a global batch of {tuning.global_batch_size}, {tuning.micro_batch_size} at a time"
+        return Layout(tensor=tp, pipeline=pp, data=data, plan=None, refusal=refusal)
+    try:
+        plan = make_plan(replace(config, parallel=sizes), cluster)
+    except InputError as error:
+        return Layout(tensor=tp, pipeline=pp, data=data, plan=None, refusal=str(error))
+    return Layout(tensor=tp, pipeline=pp, data=data, plan=plan)
+
+
+def _divisors(number: int) -> list[int]:
+    return [each for each in range(1, number + 1) if number % each == 0]
