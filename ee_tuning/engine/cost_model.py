@@ -25,8 +25,12 @@ COUNTS = (1, 4, 16)
 REPEATS = 5
 CONTEXT = 64
 """Tokens before them."""
-SHARE_OF_ONE_MORE = {"cpu": 0.2, "cuda": 0.01}
-"""The expected cost of one more token in a pass, as a share of a pass of one token."""
+SHARE_OF_ONE_MORE = {"cache": 0.2, "cpu": 0.1, "cuda": 0.01}
+"""The expected cost of one more token in a pass, as a share of a pass of one token, by where the weights lie: in a
+processor's cache, where they are read faster, in its memory, or on a GPU.
+"""
+CACHE_BYTES = 64 << 20
+"""A model of fewer bytes lies in the cache. One number, since every rank has to plan alike."""
 
 Curve = tuple[float, ...]
 """Seconds, or numbers in proportion to them, at each of COUNTS."""
@@ -61,21 +65,28 @@ class Costs:
 def expected_costs(stage: StageModel) -> Costs:
     """Costs in bytes of weights: decoding is bound by reading them. The same on every rank of any layout."""
     config, plan = stage.config, stage.model.plan
-    per_more = SHARE_OF_ONE_MORE.get(stage.topology.device.type, SHARE_OF_ONE_MORE["cuda"])
-    growth = [1 + per_more * (count - 1) for count in COUNTS]
-
-    def curve(num_parameters: float) -> Curve:
-        return tuple(num_parameters * plan.dtype.itemsize * factor for factor in growth)
-
     inner = config.moe_router_topk * config.moe_ffn_hidden_size if config.num_experts else config.ffn_hidden_size
     mlp = config.hidden_size * inner * (3 if config.is_gated else 2)
     heads_width = (2 * config.num_attention_heads + 2 * config.num_query_groups) * config.kv_channels
     layer, matrix = mlp + config.hidden_size * heads_width, config.hidden_size * config.vocab_size
+    num_bytes = (config.num_layers * layer + matrix) * plan.dtype.itemsize
+    growth = [1 + share_of_one_more(stage.topology.device.type, num_bytes) * (count - 1) for count in COUNTS]
+
+    def curve(num_parameters: float) -> Curve:
+        return tuple(num_parameters * plan.dtype.itemsize * factor for factor in growth)
+
     listed = config.hidden_size * stage.model.exit_vocab.size
     of_kind = {"layer": layer, "mlp": mlp, "eagle3": layer + 4 * config.hidden_size**2}
     heads = {e.layer: curve(listed + of_kind.get(e.architecture, 0)) for e in plan.exits}
     segments = [curve(layer * (s.last_layer + 1 - s.first_layer)) for s in stage.segments]
     return Costs(tuple(segments), heads, curve(matrix))
+
+
+def share_of_one_more(device: str, num_bytes: int) -> float:
+    """The expected cost of one more token in a pass of a model of so many bytes, as a share of a pass of one token."""
+    if device != "cpu":
+        return SHARE_OF_ONE_MORE["cuda"]
+    return SHARE_OF_ONE_MORE["cache" if num_bytes < CACHE_BYTES else "cpu"]
 
 
 def head_cost(costs: Costs, num_tokens: float) -> float:
