@@ -42,8 +42,9 @@ class DraftHeadProposer:
 
     def update(self, row: RowPlan, output: RowOutput) -> list[tuple[Answer, int]]:
         """Checks the drafts of a sequence: final tokens, each with the layer that it left at."""
+        were_looked_up = row.sequence.drafts.are_complete
         num_kept = keep_agreed(row.sequence, output.answers)
-        for place in range(min(num_kept + 1, len(output.answers) - 1)):
+        for place in range(0 if were_looked_up else min(num_kept + 1, len(output.answers) - 1)):
             self._seen[place] = MEMORY * self._seen[place] + 1
             self._right[place] = MEMORY * self._right[place] + (place < num_kept)
         return [(answer, self._num_layers) for answer in output.answers[: num_kept + 1]]
@@ -71,7 +72,7 @@ class DraftHeadProposer:
     def _input(self, head: DraftHead, sequence: Sequence, output: RowOutput, num_drafts: int) -> DraftInput:
         start, states = head.states_of(sequence, output.read_states)
         # States of rejected drafts are of no use, and the newest token's are not computed yet.
-        known = states[: len(sequence.tokens) - 1 - start]
+        known = states[: sequence.num_final - 1 - start]
         return DraftInput(sequence=sequence, start=start, states=known, num_drafts=num_drafts)
 
     def _add(self, sequence: Sequence, drafts: list[int]) -> None:
@@ -82,8 +83,20 @@ class DraftHeadProposer:
             sequence.drafts.layers.append(self._num_layers)
             sequence.statistics.num_drafted += 1
 
+    def rate(self, sequence: Sequence) -> float:
+        """Tokens per second and sequence with the head's drafts."""
+        return self._best(sequence)[1]
+
     def _length(self, sequence: Sequence) -> int:
-        """The number of drafts that brings most tokens per second, by what was right so far."""
+        """The number of drafts; one at times where none seem to pay."""
+        best, _, most = self._best(sequence)
+        self._num_rounds += 1
+        return best or max(0, min(most, int(self._num_rounds % TRY_EVERY == 0)))
+
+    def _best(self, sequence: Sequence) -> tuple[int, float, int]:
+        """The number of drafts that brings most tokens per second by what was right so far, how many it brings, and the
+        number of drafts that there is room for.
+        """
         assert sequence.slot_mapping is not None
         room = len(sequence.slot_mapping.index) - len(sequence.tokens)
         most = min(MOST_DRAFTS, self._max_pending, sequence.limit - len(sequence.tokens) - 1, room)
@@ -95,8 +108,7 @@ class DraftHeadProposer:
             rate = expected / (costs.of_all(num_rows * (count + 1)) + (count + 1) * head_cost(costs, num_rows))
             if rate > best_rate:
                 best, best_rate = count, rate
-        self._num_rounds += 1
-        return best or max(0, min(most, int(self._num_rounds % TRY_EVERY == 0)))
+        return best, best_rate, most
 
 
 def _decodes(sequence: Sequence) -> bool:

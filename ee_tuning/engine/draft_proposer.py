@@ -58,14 +58,20 @@ class DraftProposer:
                 self._add_draft(sequence, token, layer)
         return self._check(sequence, output.answers) if output.segment == row.last_segment else []
 
-    def look_up(self, sequences: list[Sequence], room_of: Callable[[Sequence, int], int]) -> None:
-        """Adds drafts to sequences whose text repeats itself, where they bring more than exits. All tokens of the
-        sequences are final. `room_of` tells how many more tokens there is memory for, up to a number.
+    def look_up(
+        self,
+        sequences: list[Sequence],
+        room_of: Callable[[Sequence, int], int],
+        rate_of: Callable[[Sequence], float] | None = None,
+    ) -> None:
+        """Adds drafts to sequences whose text repeats itself, where they bring more than exits do, or more tokens per
+        second than `rate_of` says. All tokens of the sequences are final. `room_of` says how many more tokens there is
+        memory for, up to a number.
         """
         for sequence in sequences:
             lookup = sequence.lookup = sequence.lookup or PromptLookup()
             lookup.read(sequence.tokens, len(sequence.tokens), sequence.num_prompt_tokens, self._known().matches)
-            count = self._num_looked_up(sequence, lookup) if lookup.length else 0
+            count = self._num_looked_up(sequence, lookup, rate_of) if lookup.length else 0
             count = min(count, room_of(sequence, count)) if count else 0
             for token in lookup.drafts(sequence.tokens, count) if count > 0 else ():
                 if sequence.num_drafts and sequence.tokens[-1] in sequence.stop_ids:
@@ -78,14 +84,17 @@ class DraftProposer:
         if self.memory is not None and self.speculation is not None:
             self.memory.keep(self.speculation)
 
-    def _num_looked_up(self, sequence: Sequence, lookup: PromptLookup) -> int:
+    def _num_looked_up(
+        self, sequence: Sequence, lookup: PromptLookup, rate_of: Callable[[Sequence], float] | None
+    ) -> int:
         known, num_rows = self._known(), sequence.drafts.num_rows
+        rate = rate_of(sequence) if rate_of else known.rate(num_rows, sequence.policy.drafts_at)
         most = min(MOST_DRAFTS, self.max_pending, sequence.limit - len(sequence.tokens) - 1)
         return known.matches.best_count(
             lookup.length,
             most,
             lambda count: known.costs.of_all(num_rows * (count + 1)),
-            known.rate(num_rows, sequence.policy.drafts_at),
+            rate,
         )
 
     def _add_draft(self, sequence: Sequence, token: int, layer: int) -> None:

@@ -304,14 +304,14 @@ class Engine:
 
     def _draft(self, finished: list[tuple[Sequence, RowOutput]]) -> None:
         """Drafts behind the tokens of a step: by the drafting head, and by prompt lookup."""
-        read = [(sequence, output) for sequence, output in finished if sequence.policy.has_draft_head]
-        if self.head_proposer is not None and read:
+        head, read = self.head_proposer, [each for each in finished if each[0].policy.has_draft_head]
+        looking = [s for s, _ in finished if s.policy.looks_up and s.num_output and not s.num_drafts]
+        self.proposer.look_up([s for s in looking if not s.policy.has_draft_head], self._room)
+        if head is not None and read:
             for sequence, _ in read:
                 self._room(sequence, MOST_DRAFTS + 1)
-            self.head_proposer.propose(read)
-        looking = [s for s, _ in finished if s.policy.looks_up and s.num_output and not s.num_drafts]
-        if looking:
-            self.proposer.look_up(looking, self._room)
+            self.proposer.look_up([s for s in looking if s.policy.has_draft_head], self._room, head.rate)
+            head.propose(read)
         for sequence, _ in finished:
             fit_drafts(sequence, self.max_pending, self.model.config.num_layers, self._room)
 

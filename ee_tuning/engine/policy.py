@@ -57,7 +57,7 @@ def policy_of(
                 f"policy {kind} needs exits, and the artifact holds a drafting head, at which no token leaves; use --policy "
                 "speculative, or --policy full"
             )
-        return Policy(has_draft_head=True)
+        return Policy(has_draft_head=True, looks_up=generation.prompt_lookup)
     known = ", ".join(map(str, exit_layers)) or "none, give --exits"
     if kind == "fixed":
         if generation.exit_layer not in exit_layers:

@@ -31,7 +31,7 @@ def drafted_at(model: str, head: str, tp: int, pp: int) -> list[tuple[list[int],
     config = load_config(None, keys)
     loaded = load_for_generation(config, init_parallel(config.parallel))
     params = SamplingParams(max_tokens=30, logit_bias=dict.fromkeys(SAID, 50.0))
-    policies = [Policy(has_draft_head=True), Policy(has_draft_head=True), FULL]
+    policies = [Policy(has_draft_head=True), Policy(has_draft_head=True, looks_up=True), FULL]
     made = []
     for num_slots in (1, 3):
         engine = Engine(loaded.model, loaded.stages, num_slots=num_slots, max_length=64, prefill_chunk=6)
