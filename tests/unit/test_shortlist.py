@@ -9,7 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ee_tuning.parallel.shortlist import UNSURE, Shortlist, token_confidences, token_logits, token_top1
+from ee_tuning.parallel.shortlist import (
+    UNSURE,
+    Shortlist,
+    token_confidences,
+    token_likeliest,
+    token_log_probabilities,
+    token_logits,
+    token_top1,
+)
 from ee_tuning.parallel.vocab import VocabShard
 from ee_tuning.tuning.loss import STATISTICS, ExitLoss, linear_loss
 from ee_tuning.tuning.objective import Objective
@@ -167,6 +175,16 @@ def test_heads_say_listed_tokens_and_are_sure_of_none_where_another_is_likelier(
         and torch.equal(whole[:, list(IDS)], logits[:, :-1])
         and whole.isneginf().sum() == 200 * (V - OTHER)
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_likeliest_tokens_have_the_log_probabilities_that_they_have_alone(dtype: torch.dtype) -> None:
+    """A token that is the likeliest, but not by its own log-probability: harnesses compare both for equality."""
+    logits = torch.randn(50, OTHER + 1, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(dtype)
+    ids, logprobs = token_likeliest(logits, VOCAB, OTHER + 1)
+    assert (ids[:, 0] == token_top1(logits, VOCAB).token_ids).all() and logprobs[:, -1].isneginf().all()
+    for place in range(OTHER):
+        assert torch.equal(logprobs[:, place], token_log_probabilities(logits, ids[:, place], VOCAB))
 
 
 def test_a_head_that_is_no_number_stays_none() -> None:
