@@ -75,8 +75,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         "--prompts",
         type=Path,
         metavar="FILE",
-        help='JSON lines: {"prompt": TEXT}, with optional keys of the generation section for this prompt, and others, such '
-        "as id, which are copied to its records",
+        help='JSON lines: {"prompt": TEXT}, with optional keys of the generation section, logit_bias and '
+        "structured_output for this prompt, and others, such as id, which are copied to its records",
     )
     parser.add_argument(
         "--output",

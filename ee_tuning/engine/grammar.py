@@ -105,15 +105,16 @@ class GrammarState:
         return len(self._taken) == len(wanted)
 
     def _compute_mask(self) -> Tensor:  # [v] bool
-        mask = torch.zeros(self._size, dtype=torch.bool)
         accepts = self._matcher.is_accepting()
-        if not self._has_ended:
+        if self._has_ended:
+            mask = torch.zeros(self._size, dtype=torch.bool)
+        else:
             bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-            found = np.unpackbits(bits, bitorder="little")[: self._size].astype(bool)
-            mask[: len(found)] = torch.from_numpy(found)
-            mask[self._end_id] = False
+            mask = torch.from_numpy(np.unpackbits(bits, count=self._size, bitorder="little").view(np.bool_))
             if self._matcher.is_error():
                 return self._start_again()
+            if self._end_id < self._size:
+                mask[self._end_id] = False
         if accepts:
             mask[self._stop_ids] = True
         return mask
@@ -146,12 +147,14 @@ class Grammars:
         library is missing.
         """
         with self._lock:
-            if form not in self._compiled:
-                self._compiled[form] = self._compile(form)
-                if len(self._compiled) > MOST_COMPILED:
-                    self._compiled.popitem(last=False)
+            known = self._compiled.get(form)
+        made = known or self._compile(form)  # without the lock, which the decoding thread takes, too
+        with self._lock:
+            self._compiled[form] = made
             self._compiled.move_to_end(form)
-            return self._compiled[form]
+            if len(self._compiled) > MOST_COMPILED:
+                self._compiled.popitem(last=False)
+        return made
 
     def _compile(self, form: StructuredOutput) -> "llguidance.LLMatcher":
         try:

@@ -65,8 +65,8 @@ def within(
     """The scores of allowed tokens. Those that the head can not say are all alike: "any other token" of a shortlist
     says nothing of one among them.
     """
-    kept = scores.masked_fill(~allowed, -torch.inf)
-    return kept.new_zeros(kept.shape).masked_fill(~allowed, -torch.inf) if kept.isneginf().all() else kept
+    kept = torch.where(allowed, scores, -torch.inf)
+    return torch.where(allowed, 0.0, kept) if kept.amax() == -torch.inf else kept
 
 
 def log_probabilities(
