@@ -128,6 +128,7 @@ def random_schema(rng: random.Random, depth: int = 2) -> dict[str, Any]:
     return {"type": kind}
 
 
+@pytest.mark.slow
 def test_answers_satisfy_random_schemas(client):
     """A constraint that the mask does not hold, at an exit or in a draft."""
     rng = random.Random(11)
@@ -167,6 +168,7 @@ CHOICES: dict[str, tuple[dict[str, Any], set[str], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("case", CHOICES)
 def test_a_call_that_is_required_is_made(client, case, way):
@@ -236,6 +238,7 @@ def test_functions_and_their_results_are_in_the_prompt(server, client):
         assert answer.choices[0].message.tool_calls is None
 
 
+@pytest.mark.slow
 def test_an_answer_is_a_call_or_has_its_form(client):
     """A form that a call has to have, too, or an answer that is neither."""
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": FIND}}
