@@ -86,4 +86,4 @@ class RowOutput:
     asked: list[ExitAnswer] = field(default_factory=list)
     """For rows that speculate: answers of exits before the last segment, in the order in which they came."""
     read_states: Mapping[int, PassStates] = field(default_factory=dict)
-    """On the stage of a drafting head: the step's states behind the layers that it reads; 0 is the embedding."""
+    """The step's states behind the layers that a drafting head reads, on the stage of the head; 0 is the embedding."""

@@ -9,9 +9,9 @@ from ee_tuning.errors import InputError
 from ee_tuning.json_file import parse_strict_json, to_json
 
 MOST_CHARACTERS = 1 << 20
-"""Of a schema, an expression or a grammar; larger ones would take minutes to compile."""
+"""The characters of a schema, an expression or a grammar, at most; larger ones would take minutes to compile."""
 WHITE_SPACE = r" |\n {0,24}"
-"""Between the tokens of JSON, if any: room to indent, and no room to go on for ever."""
+"""White space between the tokens of JSON, if any: room to indent, and no room to go on for ever."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,9 @@ def bounded_schema(schema: Mapping[str, Any] | bool) -> str:
 
 
 def structured_output_of(given: Any) -> StructuredOutput | None:
-    """From an object with the fields' names; None where there is none. Raises InputError on other names."""
+    """The form that an object with the fields' names describes; None where none is given. Raises InputError on other
+    names.
+    """
     if given is None or isinstance(given, StructuredOutput):
         return given
     if not isinstance(given, Mapping):
@@ -91,7 +93,7 @@ def structured_output_of(given: Any) -> StructuredOutput | None:
 
 
 def _schema_text(schema: Any) -> str:
-    """As one text, so that equal schemas are compiled once. The order of properties is kept, for it is theirs in the
+    """The schema as one text, so that equal schemas are compiled once. The order of properties is kept, for it is theirs in the
     answer.
     """
     if isinstance(schema, str):
