@@ -76,9 +76,8 @@ class Reports(Generic[Item]):
 
     def _meet_until_the_end(self) -> None:
         try:
-            with hang_watchdog(self._topology, "the reports of the other replicas"):
-                while self._meet():
-                    self._wakes.wait(_SECONDS_BETWEEN_MEETINGS)
+            while self._meet():
+                self._wakes.wait(_SECONDS_BETWEEN_MEETINGS)
         except Exception as error:  # raised in the thread that decodes
             self._failure = error
 
@@ -91,9 +90,10 @@ class Reports(Generic[Item]):
         answers: list[tuple[list[Item], bool, str | None, bool]] = [
             ([], False, None, False)
         ] * self._topology.world_size
-        dist.all_gather_object(
-            answers, (items, is_over, text, isinstance(failure, InputError)), group=self._topology.save_control
-        )
+        with hang_watchdog(self._topology, "the reports of the other ranks"):
+            dist.all_gather_object(
+                answers, (items, is_over, text, isinstance(failure, InputError)), group=self._topology.save_control
+            )
         for _, _, reason, is_refusal in answers:
             if reason is not None:
                 self._failure = failure or (InputError(reason) if is_refusal else RuntimeError(reason))
