@@ -37,7 +37,7 @@ FORMATS = {
     "hermes": ToolFormat("hermes", "<tool_call>", "</tool_call>", "\n", "arguments"),
     "llama3_json": ToolFormat("llama3_json", "", "", "; ", "parameters", ("<|python_tag|>",)),
 }
-"""By their names for --tool-call-parser, which are vLLM's."""
+"""The formats by their names for --tool-call-parser, which are vLLM's."""
 
 
 class Delta(NamedTuple):
