@@ -93,8 +93,8 @@ def structured_output_of(given: Any) -> StructuredOutput | None:
 
 
 def _schema_text(schema: Any) -> str:
-    """The schema as one text, so that equal schemas are compiled once. The order of properties is kept, for it is theirs
-    in the answer.
+    """The schema as one text, so that equal schemas are compiled once. The order of properties is kept: it is theirs in
+    the answer.
     """
     if isinstance(schema, str):
         try:
