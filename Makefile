@@ -11,7 +11,7 @@ INSTALLED_DEV := $(VENV)/.installed-dev
 INSTALLED_DOCS := $(VENV)/.installed-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo demo-llm test test-fast test-engines test-slurm test-nodes image-test stress quality shape docs clean
+.PHONY: help install install-dev demo demo-llm test test-fast test-engines test-slurm test-nodes test-versions image-test stress quality shape docs clean
 
 help:
 	@echo "make demo        convert, tune and decode the small model that ships with this project; runs/demo/report.json"
@@ -21,6 +21,7 @@ help:
 	@echo "make test-engines exits as drafts in the real vLLM, on the CPU: 3 GB to install, a quarter of an hour; docs/engines.md"
 	@echo "make test-slurm  the examples' scripts on a Slurm of two nodes, which it starts on this machine; as root, on Debian"
 	@echo "make test-nodes  torchrun over two nodes in network namespaces, with cut cables; as root"
+	@echo "make test-versions the fast tests under other versions of torch, transformers and Megatron-core: gigabytes, hours; docs/versions.md"
 	@echo "make image-test  builds the Dockerfile without Docker and tries the image without a network; as root, on Debian, 5 GB"
 	@echo "make stress      thousands of damaged files, two hundred kill -9, thousands of mixtures and calibrations, a server under load, over an hour; docs/stress.md"
 	@echo "make quality     ruff and mypy"
@@ -82,6 +83,9 @@ test-slurm: $(INSTALLED_DEV)
 
 test-nodes: $(INSTALLED_DEV)
 	EE_TUNING_CLUSTER=1 $(BIN)/python -m pytest tests/cluster/test_two_nodes.py
+
+test-versions:
+	$(PYTHON) tools/try_versions.py
 
 image-test:
 	@command -v buildah >/dev/null && command -v debootstrap >/dev/null || (apt-get update && apt-get install --yes --no-install-recommends buildah debootstrap)

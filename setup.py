@@ -26,7 +26,7 @@ setup(
     install_requires=[
         "torch>=2.10.0a0",  # older ones have holes in weights_only loading; a0 lets the builds of the NVIDIA image in
         "megatron-core>=0.16.1,<0.20",
-        "transformers>=5,<6",
+        "transformers>=5.18,<6",  # older ones can not read every tokenizer in a GGUF file
         "safetensors",
         "huggingface_hub",
         "pyyaml",

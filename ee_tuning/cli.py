@@ -26,6 +26,11 @@ LOST_RANK = 1
 """Exit code of a rank that lost another one: no mistake of the user's, and no bug."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as in shells."""
+NO_TRITON = (
+    "Megatron-core 0.19, which pip takes on Python 3.12 and later, imports triton without asking pip for it, and "
+    "torch's build for CPUs does not bring it; pip install triton"
+)
+"""What a user of that build reads instead of a traceback."""
 SPINS = "1000"
 """Spins of a thread at a barrier before it sleeps, about 25 µs. OpenMP's default of 300,000 occupies a core that the
 awaited thread may need on a busy machine; below 1,000 an idle machine decodes more slowly.
@@ -155,6 +160,10 @@ def _outcome(argv: Sequence[str]) -> int:
             return 2
         if isinstance(error, OSError) and (line := output_error_text(error)) is not None:
             _say(line)
+            return 2
+        if isinstance(error, ModuleNotFoundError) and error.name == "triton":
+            if is_first():
+                _say(NO_TRITON)
             return 2
         if (line := _lost_rank_text(error)) is not None:
             _say(line)

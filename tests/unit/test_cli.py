@@ -240,3 +240,19 @@ def test_python_m_is_the_same_command():
     done = subprocess.run([sys.executable, "-m", "ee_tuning"], capture_output=True, text=True)
     assert done.returncode == 2
     assert all(name in done.stderr for name in COMMANDS)
+
+
+def test_a_missing_triton_is_named_with_its_remedy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A traceback through Megatron-core for a package that its newer releases import and do not declare."""
+
+    def run(argv: object) -> int:
+        raise ModuleNotFoundError("No module named 'triton'", name="triton")
+
+    monkeypatch.setattr(cli, "_run", run)
+    assert cli.main([]) == 2
+    assert "pip install triton" in one_line(capsys)
+    monkeypatch.setattr(cli, "_run", lambda argv: importlib.import_module("no_such_module"))
+    with pytest.raises(ModuleNotFoundError):
+        cli.main([])
