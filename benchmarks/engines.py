@@ -67,6 +67,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--exits", type=Path, help="an artifact; default: one that is fitted here")
     parser.add_argument("--exit", type=int, default=4, help="the exit that drafts (default %(default)s)")
     parser.add_argument("--eagle3", type=Path, help="a head as `export --format eagle3` writes it, in vLLM, too")
+    parser.add_argument("--head", type=Path, help="the same head as an artifact, for this engine")
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=2)
@@ -88,7 +89,10 @@ def measure(options: argparse.Namespace, folder: Path) -> list[Row]:
     theirs = _theirs(options, folder, model, texts, speculative_configs(draft, options.eagle3))
     plain = theirs["plain"]["tokens"]
     rows = [_row_of_vllm(name, run, plain, options) for name, run in theirs.items()]
-    return rows + _ours(options, model, exits, texts, plain)
+    rows += _ours(options, (model, exits), texts, plain)
+    if options.head is not None:
+        rows += _ours(options, (model, options.head), texts, plain, {"EAGLE-3": {"policy": "speculative"}})
+    return rows
 
 
 def speculative_configs(draft: Path, eagle3: Path | None) -> dict[str, dict[str, Any]]:
@@ -191,9 +195,15 @@ def _row_of_vllm(name: str, run: dict[str, Any], plain: list[list[int]], options
     )
 
 
-def _ours(options: argparse.Namespace, model: Path, exits: Path, texts: list[str], plain: list[list[int]]) -> list[Row]:
-    llm = EarlyExitLLM.load(model, exits, dtype="float32")
-    ways: dict[str, dict[str, Any]] = {
+def _ours(
+    options: argparse.Namespace,
+    loaded: tuple[Path, Path],
+    texts: list[str],
+    plain: list[list[int]],
+    ways: dict[str, dict[str, Any]] | None = None,
+) -> list[Row]:
+    llm = EarlyExitLLM.load(*loaded, dtype="float32")
+    ways = ways or {
         "full depth": {"policy": "full"},
         f"threshold {options.threshold:g}": {"policy": "threshold", "threshold": options.threshold},
         "speculative": {"policy": "speculative"},
