@@ -18,7 +18,7 @@ from ee_tuning.checkpoint.exit_config import ExitHeadsConfig
 from ee_tuning.checkpoint.exit_heads import check_output, save_exit_heads, write_exit_heads
 from ee_tuning.checkpoint.exit_init import InitialExits
 from ee_tuning.checkpoint.fingerprint import fingerprint, model_shape
-from ee_tuning.checkpoint.formats import BackboneSource, check_model, open_model
+from ee_tuning.checkpoint.formats import BackboneSource, OpenModel, check_model, open_model
 from ee_tuning.checkpoint.gguf_file import is_gguf
 from ee_tuning.checkpoint.legacy import LegacyReader
 from ee_tuning.checkpoint.model_card import architecture_text, init_text, vocab_text
@@ -52,13 +52,11 @@ def convert(
     `make_fit` is required where exits.init is fitted, `list_tokens` where exits.output_vocab asks for a shortlist.
     Raises InputError where the model, the exits, the layout or `output` can not be used; nothing is left behind then.
     """
-    model = open_model(config.model)
-    with model.source:
-        _check(config, model.config, model.source)  # before the processes meet, so that a mistake is reported at once
-    topology = init_parallel(config.parallel)
-    exits = write_initial_exits(
-        config, output, topology, overwrite=overwrite, make_fit=make_fit, list_tokens=list_tokens
-    )
+    opened = open_model(config.model)
+    with opened.source:
+        _check(config, opened.config, opened.source)  # before the processes meet, so that a mistake is reported at once
+        topology = init_parallel(config.parallel)
+        exits = _write(config, opened, output, topology, overwrite, make_fit, list_tokens)
     if topology.is_logging_rank:
         print_summary(config, exits, output)
     destroy_parallel()
@@ -77,10 +75,24 @@ def write_initial_exits(
 
     Prints nothing where there is no terminal.
     """
+    opened = open_model(config.model)
+    with opened.source:
+        _check(config, opened.config, opened.source)
+        return _write(config, opened, output, topology, overwrite, make_fit, list_tokens)
+
+
+def _write(
+    config: Config,
+    opened: OpenModel,
+    output: Path,
+    topology: Topology,
+    overwrite: bool,
+    make_fit: MakeFit | None,
+    list_tokens: ListTokens | None,
+) -> ExitHeadsConfig:
+    reader, model = opened.source, opened.config
     on_first_rank(topology, lambda: check_apart(output, (config.model.path, config.data.tokenizer)))
-    reader, model, _ = open_model(config.model)
-    with reader, owned(output, topology):
-        _check(config, model, reader)
+    with owned(output, topology):
         on_first_rank(topology, lambda: check_output(output, overwrite))
         check_model(reader, model, topology, verifies=config.exits.verify)
         if _wants_found(reader, config):
