@@ -136,6 +136,12 @@ def _distributed(folder: Path, shape: Path | None, *, is_trusted: bool) -> OpenM
     else:
         checkpoint = DistributedCheckpoint(folder)
         saved = checkpoint.arguments(is_trusted=is_trusted)
+        if saved is None and shape is None:
+            raise InputError(
+                f"{common} is missing, in which Megatron-core before 0.19 keeps a model's arguments, and the tensors hold none; "
+                "fetch the whole checkpoint again, or give the model's shape: --config FILE, a Hugging Face config.json, or "
+                "YAML with Megatron's names (num_layers, hidden_size, …)"
+            )
     config = read_megatron_config(saved, shape, common if common.is_file() else folder)
     return _megatron(lambda config: MegatronReader(checkpoint, config), config, "megatron")
 
