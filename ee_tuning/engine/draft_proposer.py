@@ -11,6 +11,7 @@ from ee_tuning.engine.speculation import Speculation
 from ee_tuning.engine.speculation_memory import SpeculationMemory
 from ee_tuning.engine.stage_model import StageModel
 from ee_tuning.engine.step_plan import Answer, RowOutput, RowPlan
+from ee_tuning.kernel import calls
 
 
 class DraftProposer:
@@ -90,6 +91,8 @@ class DraftProposer:
         known, num_rows = self._known(), sequence.drafts.num_rows
         rate = rate_of(sequence) if rate_of else known.rate(num_rows, sequence.policy.drafts_at)
         most = min(MOST_DRAFTS, self.max_pending, sequence.limit - len(sequence.tokens) - 1)
+        if self.stage.drafts_at_once:  # a pass of more tokens would not be the kernels'
+            most = min(most, calls.MOST_TOKENS // num_rows - 1)
         return known.matches.best_count(
             lookup.length,
             most,
