@@ -9,7 +9,7 @@ from ee_tuning.engine.draft_head import DraftHead, DraftInput
 from ee_tuning.engine.draft_proposer import keep_agreed
 from ee_tuning.engine.sequence import Sequence
 from ee_tuning.engine.stage_model import StageModel
-from ee_tuning.engine.step_plan import Answer, RowOutput, RowPlan
+from ee_tuning.engine.step_plan import Answer, RowOutput, RowPlan, plan_of_check
 from ee_tuning.parallel.stage_link import StageLink
 
 MOST_DRAFTS = 8
@@ -34,11 +34,7 @@ class DraftHeadProposer:
 
     def plan(self, sequence: Sequence, num_rows: int) -> RowPlan:
         """The row of a sequence whose newest token and its drafts are scheduled."""
-        num_new = sequence.num_scheduled - sequence.num_computed[0]
-        sequence.drafts.num_rows = num_rows
-        return RowPlan(
-            sequence, sequence.exit_thresholds, num_asked=sequence.num_drafts + 1, num_new=num_new, rides=False
-        )
+        return plan_of_check(sequence, num_rows)
 
     def update(self, row: RowPlan, output: RowOutput) -> list[tuple[Answer, int]]:
         """Checks the drafts of a sequence: final tokens, each with the layer that it left at."""
@@ -67,21 +63,13 @@ class DraftHeadProposer:
             self._link.broadcast(tokens, self._last_stage)
         drafts = iter(tokens.tolist())
         for (sequence, _), count in zip(read, counts, strict=True):
-            self._add(sequence, [next(drafts) for _ in range(count)])
+            sequence.add_drafts([next(drafts) for _ in range(count)], self._num_layers)
 
     def _input(self, head: DraftHead, sequence: Sequence, output: RowOutput, num_drafts: int) -> DraftInput:
         start, states = head.states_of(sequence, output.read_states)
         # States of rejected drafts are of no use, and the newest token's are not computed yet.
         known = states[: sequence.num_final - 1 - start]
         return DraftInput(sequence=sequence, start=start, states=known, num_drafts=num_drafts)
-
-    def _add(self, sequence: Sequence, drafts: list[int]) -> None:
-        for token in drafts:
-            if sequence.tokens[-1] in sequence.stop_ids and sequence.num_drafts:
-                break  # nothing is drafted behind an end
-            sequence.tokens.append(token)
-            sequence.drafts.layers.append(self._num_layers)
-            sequence.statistics.num_drafted += 1
 
     def rate(self, sequence: Sequence) -> float:
         """Tokens per second and sequence with the head's drafts."""

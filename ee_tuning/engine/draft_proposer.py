@@ -10,7 +10,7 @@ from ee_tuning.engine.sequence import Sequence
 from ee_tuning.engine.speculation import Speculation
 from ee_tuning.engine.speculation_memory import SpeculationMemory
 from ee_tuning.engine.stage_model import StageModel
-from ee_tuning.engine.step_plan import Answer, RowOutput, RowPlan
+from ee_tuning.engine.step_plan import Answer, RowOutput, RowPlan, plan_of_check
 from ee_tuning.kernel import calls
 
 
@@ -27,11 +27,7 @@ class DraftProposer:
     def plan(self, sequence: Sequence, num_rows: int) -> RowPlan:
         """The row of a sequence whose newest token is scheduled, while `num_rows` sequences decode side by side."""
         if sequence.drafts.are_complete:
-            sequence.drafts.num_rows = num_rows
-            num_new = sequence.num_scheduled - sequence.num_computed[0]
-            return RowPlan(
-                sequence, sequence.exit_thresholds, num_asked=sequence.num_drafts + 1, num_new=num_new, rides=False
-            )
+            return plan_of_check(sequence, num_rows)
         known = self._known()
         room = min(self.max_pending, sequence.limit - sequence.num_final - 1)
         if not sequence.num_drafts:
@@ -56,7 +52,7 @@ class DraftProposer:
             token = output.answers[0].token_id if segment == output.segment else likeliest
             sequence.drafts.answers.append((sequence.num_drafts, layer, confidence, token))
             if confidence >= row.thresholds[segment]:
-                self._add_draft(sequence, token, layer)
+                sequence.add_drafts([token], layer)
         return self._check(sequence, output.answers) if output.segment == row.last_segment else []
 
     def look_up(
@@ -65,19 +61,19 @@ class DraftProposer:
         room_of: Callable[[Sequence, int], int],
         rate_of: Callable[[Sequence], float] | None = None,
     ) -> None:
-        """Adds drafts to sequences whose text repeats itself, where they bring more than exits do, or more tokens per
-        second than `rate_of` says. All tokens of the sequences are final. `room_of` says how many more tokens there is
-        memory for, up to a number.
+        """Reads the tokens of sequences, all of which are final, and adds drafts where text repeats itself and they
+        bring more than exits do, or more tokens per second than `rate_of` says. `room_of` says how many more tokens
+        there is memory for, up to a number.
         """
         for sequence in sequences:
             lookup = sequence.lookup = sequence.lookup or PromptLookup()
-            lookup.read(sequence.tokens, len(sequence.tokens), sequence.num_prompt_tokens, self._known().matches)
-            count = self._num_looked_up(sequence, lookup, rate_of) if lookup.length else 0
-            count = min(count, room_of(sequence, count)) if count else 0
-            for token in lookup.drafts(sequence.tokens, count) if count > 0 else ():
-                if sequence.num_drafts and sequence.tokens[-1] in sequence.stop_ids:
-                    break  # nothing is drafted behind an end
-                self._add_draft(sequence, token, self.stage.config.num_layers)
+            stop = min(sequence.num_scheduled + 1, len(sequence.tokens))  # a prompt is read along with its chunks
+            lookup.read(sequence.tokens, stop, sequence.num_prompt_tokens, self._known().matches)
+            if not sequence.num_output or not lookup.length:
+                continue
+            count = self._num_looked_up(sequence, lookup, rate_of)
+            count = max(0, min(count, room_of(sequence, count))) if count else 0
+            sequence.add_drafts(lookup.drafts(sequence.tokens, count), self.stage.config.num_layers)
             sequence.drafts.are_complete = sequence.num_drafts > 0
 
     def keep(self) -> None:
@@ -99,11 +95,6 @@ class DraftProposer:
             lambda count: known.costs.of_all(num_rows * (count + 1)),
             rate,
         )
-
-    def _add_draft(self, sequence: Sequence, token: int, layer: int) -> None:
-        sequence.tokens.append(token)
-        sequence.drafts.layers.append(layer)
-        sequence.statistics.num_drafted += 1
 
     def _check(self, sequence: Sequence, answers: list[Answer]) -> list[tuple[Answer, int]]:
         layers = list(sequence.drafts.layers)

@@ -305,7 +305,7 @@ class Engine:
     def _draft(self, finished: list[tuple[Sequence, RowOutput]]) -> None:
         """Drafts behind the tokens of a step: by the drafting head, and by prompt lookup."""
         head, read = self.head_proposer, [each for each in finished if each[0].policy.has_draft_head]
-        looking = [s for s, _ in finished if s.policy.looks_up and s.num_output and not s.num_drafts]
+        looking = [s for s, _ in finished if s.policy.looks_up and not s.num_drafts]
         self.proposer.look_up([s for s in looking if not s.policy.has_draft_head], self._room)
         if head is not None and read:
             for sequence, _ in read:

@@ -26,12 +26,9 @@ def fit_drafts(sequence: Sequence, max_pending: int, num_layers: int, room_of: C
     _drop_from(sequence, kept)
     if by_head:
         return
-    forced = grammar.forced(sequence.tokens)[: min(max_pending, MOST_FORCED, sequence.limit - sequence.num_final - 1)]
-    more = forced[: max_pending - sequence.num_drafts]
-    for token in more[: room_of(sequence, len(more))] if more else ():
-        sequence.tokens.append(token)
-        drafts.layers.append(num_layers)
-        sequence.statistics.num_drafted += 1
+    most = min(MOST_FORCED, max_pending - sequence.num_drafts, sequence.limit - len(sequence.tokens) - 1)
+    if forced := grammar.forced(sequence.tokens)[: max(0, most)]:
+        sequence.add_drafts(forced[: max(0, room_of(sequence, len(forced)))], num_layers)
     drafts.are_complete = sequence.num_drafts > 0
 
 

@@ -69,10 +69,7 @@ class InFlightStep:
             return None
         if stage > 0:
             count = sum([row.sequence.num_pending(numbers[0]) for row in self._rows])
-            plan, width = runner.stage.model.plan, runner.stage.config.hidden_size
-            if any([row.is_read for row in self._rows]):
-                width *= 1 + len(plan.brought)
-            message = self._link.receive(count, width, plan.dtype)
+            message = self._link.receive(count, runner.width_of_message(self._rows), runner.stage.model.plan.dtype)
         entering = runner.take_over(self._rows, numbers[0], message)
         outputs, self._states = runner.run(self._rows, numbers, entering, active=self._rows, fills=stage > 0)
         for output in outputs if runner.stage.model.plan.drafts else ():

@@ -89,6 +89,11 @@ class ModelRunner:
             return hidden
         return torch.cat([hidden, *(self.read_states[n].hidden for n in self.stage.model.plan.carried)], dim=-1)
 
+    def width_of_message(self, rows: list[RowPlan]) -> int:
+        """The width of what the stage before hands over."""
+        is_read = any([row.is_read for row in rows])
+        return self.stage.config.hidden_size * (1 + is_read * len(self.stage.model.plan.brought))
+
     def take_over(self, rows: list[RowPlan], first: int, message: Tensor | None) -> Tensor | None:  # [t, h]
         """Takes what the stage before handed over, and returns the states in front of segment `first`; begins the
         states that a drafting head reads of a step.

@@ -4,7 +4,7 @@ network has computed.
 
 import itertools
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ee_tuning.decoding.eager_attention import SlotMapping
@@ -73,7 +73,7 @@ class DraftRound:
     are_complete: bool = False
     """Whether all drafts were made before the round: nothing but their check is to be done."""
     layers: list[int] = field(default_factory=list)
-    """The exit of each draft."""
+    """The exit of each draft; the number of layers for a draft that no exit made."""
     answers: list[tuple[int, int, float, int]] = field(default_factory=list)
     """(drafts before it, exit, confidence, token) of each answer of an exit, drafted or not."""
 
@@ -222,6 +222,15 @@ class Sequence:
     def num_pending(self, segment: int) -> int:
         """Tokens that have reached a segment and are not computed there; 0 where they never go so deep."""
         return self.num_arrived(segment) - self.num_computed[segment] if segment <= self.last_segment else 0
+
+    def add_drafts(self, tokens: Iterable[int], layer: int) -> None:
+        """Adds drafts that `layer` made. Nothing is drafted behind a draft that would end the sequence."""
+        for token in tokens:
+            if self.num_drafts and self.tokens[-1] in self.stop_ids:
+                return
+            self.tokens.append(token)
+            self.drafts.layers.append(layer)
+            self.statistics.num_drafted += 1
 
     def truncate(self, num_tokens: int) -> None:
         """Forgets the keys and values of tokens past the first `num_tokens`."""

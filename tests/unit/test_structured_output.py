@@ -376,3 +376,22 @@ def test_a_drafting_head_is_checked_within_the_form(tmp_path):
     full, made = (llm.generate("x", params, policy=policy) for policy in ("full", "speculative"))
     assert [answer.token_ids for answer in made] == [answer.token_ids for answer in full]
     assert 5 < sum(a.statistics.num_accepted for a in made) < sum(a.statistics.num_drafted for a in made)
+
+
+def test_drafts_of_both_kinds_end_at_the_limit(llm):
+    """Repeated text that drafts up to the longest length, and tokens without a choice that are drafted behind it, at
+    positions that the model has not.
+    """
+    form, prompt = {"regex": "(abcabcab){60}"}, "abcabcab" * 3
+    policy = policy_for(llm.model, policy="speculative")
+    for longest in range(61, 76, 4):
+        made = {}
+        for name, each in (("speculative", policy), ("full", FULL)):
+            engine = Engine(llm.model, llm.stages, num_slots=1, max_length=longest, grammars=grammars_of(llm))
+            params = SamplingParams(max_tokens=100, structured_output=form)
+            (sequence,) = engine.add_request(llm.encode(prompt), params, each)
+            while not sequence.finish_reason:
+                engine.step()
+                assert len(sequence.tokens) <= longest
+            made[name] = sequence.output
+        assert made["speculative"] == made["full"] and len(llm.encode(prompt)) + len(made["full"]) == longest
