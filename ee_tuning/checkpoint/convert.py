@@ -185,7 +185,7 @@ def described_heads(section: ExitsSection, layers: tuple[int, ...], model: Model
     adds_linear = section.init == "fitted" and section.output == "tied"
     return {
         "architecture": each,
-        "init": "copy" if section.init == "auto" else section.init,
+        "init": section.init_of_convert,
         "adds_linear": tuple(
             layer for layer, word in zip(layers, each, strict=True) if adds_linear and word != "linear"
         ),
@@ -206,7 +206,7 @@ def _described_drafter(section: ExitsSection, layers: tuple[int, ...], model: Mo
     check_output_vocab(section, model.vocab_size)
     return {
         "architecture": ("eagle3",),
-        "init": "copy" if section.init == "auto" else section.init,
+        "init": section.init_of_convert,
         "adapter_rank": None,
         "seed": section.seed,
         "draft": draft_spec(model, section.aux_layers),

@@ -68,6 +68,14 @@ def shape_sources(config: Config) -> Sources:
     return Sources(model, backbone, exits, ShapesOnly(exits.tensor_shapes(model), exits.torch_dtype))
 
 
+def as_tuned(config: Config) -> Config:
+    """`config` with what `tune` decides where the job does not: the sequence length, the initialization of new exits,
+    and validations against the final head. Raises InputError where exits.path is no artifact.
+    """
+    config = with_drafts_judged(with_seq_length(config))
+    return config if config.exits.path else replace(config, exits={"init": config.exits.init_of_tune})
+
+
 def with_seq_length(config: Config) -> Config:
     """Replaces a tuning.seq_length of 0 by a default that depends on the model's shape. Weights may be missing."""
     if config.tuning.seq_length != 0:

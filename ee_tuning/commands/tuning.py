@@ -6,7 +6,7 @@ from pathlib import Path
 from shlex import quote
 
 from ee_tuning.commands.command import Command, add_job, job_of
-from ee_tuning.config import Config, load_config, replace
+from ee_tuning.config import Config, load_config
 from ee_tuning.errors import InputError
 
 _UNUSED_BY_PLAN = (
@@ -34,8 +34,6 @@ _FIGURES = {
 def tune(args: argparse.Namespace) -> int:
     """Tunes exits into a run folder."""
     config = job_of(args)
-    if config.exits.path is None:
-        config = replace(config, exits={"init": config.exits.init_of_tune})
     if args.dry_run:
         from ee_tuning.planning.dry_run import dry_run
 

@@ -103,6 +103,11 @@ class ExitsSection:
         return self.init
 
     @property
+    def init_of_convert(self) -> Literal["copy", "random", "fitted"]:
+        """`init` of heads that `convert` makes: auto is copy, because it reads no texts unless asked to."""
+        return "copy" if self.init == "auto" else self.init
+
+    @property
     def drafts(self) -> bool:
         """Whether a drafting head is asked for, which sits behind the last layer."""
         return "eagle3" in self.architecture

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ee_tuning.checkpoint.load import Sources, build_stage
-from ee_tuning.checkpoint.shapes import shape_sources, with_seq_length
+from ee_tuning.checkpoint.shapes import as_tuned, shape_sources
 from ee_tuning.checkpoint.stage_plans import plan_fitting
 from ee_tuning.config import Config, replace
 from ee_tuning.data.loader import batches_of_each
@@ -42,9 +42,10 @@ def profile_fit(config: Config, world_size: int) -> list[FitProfile]:
 
     Returns nothing where nothing is fitted. The default of model.dtype is bfloat16. Raises InputError as `tune` would.
     """
+    config = as_tuned(config)
     if config.exits.path is not None or config.exits.init != "fitted":
         return []
-    config = replace(with_seq_length(config), model={"dtype": config.model.dtype or "bfloat16"})
+    config = replace(config, model={"dtype": config.model.dtype or "bfloat16"})
     sources, num_stages = shape_sources(config), config.parallel.pipeline_model_parallel_size
     return [
         _profile_rank(config, sources, world_size, stage, stage * world_size // num_stages)

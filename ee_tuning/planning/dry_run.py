@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ee_tuning.checkpoint.load import Sources, build_stage
-from ee_tuning.checkpoint.shapes import shape_sources, with_drafts_judged, with_seq_length
+from ee_tuning.checkpoint.shapes import as_tuned, shape_sources
 from ee_tuning.checkpoint.stage_plans import plan_tuning
 from ee_tuning.config import Config, replace
 from ee_tuning.data.loader import count_microbatches
@@ -116,7 +116,7 @@ def profile_ranks(config: Config, world_size: int) -> list[RankProfile]:
     """
     check_settings(config.tuning)
     check_world_size(config.parallel, world_size)
-    config = _shortened(with_drafts_judged(with_seq_length(config)), world_size)
+    config = _shortened(as_tuned(config), world_size)
     parallel, sources = config.parallel, shape_sources(config)
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     sources.config.check_layout(tp, pp)

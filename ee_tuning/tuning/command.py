@@ -9,7 +9,7 @@ from shlex import quote
 from ee_tuning.checkpoint.convert import convert
 from ee_tuning.checkpoint.formats import open_model
 from ee_tuning.checkpoint.load import load_for_tuning
-from ee_tuning.checkpoint.shapes import with_drafts_judged, with_seq_length
+from ee_tuning.checkpoint.shapes import as_tuned, with_seq_length
 from ee_tuning.config import Config, replace
 from ee_tuning.data.frequent_tokens import list_tokens
 from ee_tuning.data.loader import count_microbatches
@@ -48,7 +48,7 @@ def tune_within(config: Config, topology: Topology) -> bool:
     check_settings(config.tuning)
     count_microbatches(config.tuning, topology.dp)
     check_dashboards(config)
-    config = with_drafts_judged(with_seq_length(config))
+    config = as_tuned(config)
     with owned_run_folder(config, topology):
         return _tune_within_folder(config, topology)
 

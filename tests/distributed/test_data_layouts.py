@@ -52,7 +52,7 @@ def data_job(corpora: Path, run: Path, cache: Path, *, tp: int = 1, pp: int = 1,
     config = configure(corpora / "model", run, tp=tp, pp=pp, save_interval=2, eval_iters=1000, eval_interval=4)
     return job.replace(
         config,
-        exits={"output": "tied"},
+        exits={"output": "tied", "init": "copy"},
         data={
             "paths": ("1", str(corpora / "texts"), "2", str(corpora / "chats.jsonl")),
             "chat_template": str(corpora / "template"),

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tuning_jobs import configure, make_samples
 
 from ee_tuning import config as job
+from ee_tuning.checkpoint.convert import convert
 from ee_tuning.checkpoint.exit_heads import ExitHeadsReader
 from ee_tuning.checkpoint.load import load_for_generation
 from ee_tuning.config import Config, ParallelSection, load_config
@@ -168,6 +169,22 @@ def test_tuning_that_fits_by_itself_is_tuning_of_what_convert_by_texts(
         for folder in (tmp_path / "run", tmp_path / "other")
     ]
     assert told[0] == told[1] and told[0]["fitted"]["tokens"] >= 1000
+
+
+def test_tune_fits_by_default_and_convert_copies(model: Path, tmp_path: Path) -> None:
+    """A default that the command line has and the library has not; a conversion that runs the model unasked; a
+    drafting head that is to be fitted.
+    """
+    config = job.replace(fitted_job(model, tmp_path), exits={"init": "auto"})
+    assert tune_within(config, init_parallel(config.parallel))
+    tuned = json.loads((tmp_path / "run" / "exit_heads" / "exit_config.json").read_text())
+    assert tuned["init"] == "fitted" and tuned["fitted"]["tokens"] >= 1000
+    assert load_config(tmp_path / "run" / "config.yaml").exits.init == "fitted"
+    convert(config, tmp_path / "converted")
+    converted = json.loads((tmp_path / "converted" / "exit_config.json").read_text())
+    assert converted["init"] == "copy" and converted["fitted"] is None
+    drafter = job.replace(config, exits={"exit_layers": (), "architecture": ("eagle3",)}).exits
+    assert drafter.init_of_tune == "copy"
 
 
 def test_a_run_that_goes_on_fits_no_more(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,8 @@ def test_time_follows_from_the_operations_counted(model: Path, capsys: pytest.Ca
     code, told = plan(
         model,
         capsys,
+        "--init",
+        "copy",
         "--tensor-model-parallel-size",
         "2",
         "--pipeline-model-parallel-size",
@@ -105,14 +107,16 @@ def test_a_fit_before_the_first_step_is_counted(model: Path, capsys: pytest.Capt
         "--set",
         "tuning.micro_batch_size=1",
     )
-    _, copied = plan(model, capsys, *flags)
-    _, told = plan(model, capsys, *flags, "--init", "fitted", "--fit-tokens", "819200")
+    _, copied = plan(model, capsys, *flags, "--init", "copy")
+    _, told = plan(model, capsys, *flags, "--fit-tokens", "819200")
+    _, asked = plan(model, capsys, *flags, "--init", "fitted", "--fit-tokens", "819200")
+    assert asked["fit_bytes"] == told["fit_bytes"], "tune fits where nothing else is said"
     layer, sums = 2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672, 8 * 8193 * (2 * 8192 + 1)
     assert (copied["fit_bytes"], copied["fit_seconds"]) == (0, 0)
     assert 2 * 4 * layer + 2 * sums < told["fit_bytes"] < 2 * 5 * layer + 4 * sums
     flops = 819200 * (2 * 4 * (layer + 2048 * 8192 / 2) + 2 * 2 * 8193 * (2 * 8192 + 1))
     assert told["fit_seconds"] == pytest.approx(flops / (0.5 * 989e12), rel=0.1)
-    cli.main(["tune", "--model", str(model), "--exit-layers", "4", "--init", "fitted", "--dry-run"])
+    cli.main(["tune", "--model", str(model), "--exit-layers", "4", "--dry-run"])
     assert "fitting exits, stage 0: rank 0, layers 1..8" in capsys.readouterr().out
 
 
@@ -283,8 +287,8 @@ def test_a_job_that_was_refused_leaves_no_world_behind(
 
 
 def layouts(model: Path, capsys: pytest.CaptureFixture[str], file: Path, *flags: str) -> tuple[int, dict[str, Any]]:
-    own = ["--exit-layers", "4", "--architecture", "norm", "--exit-output", "tied", "--train-iters", "100"]
-    code = cli.main(["plan", "--model", str(model), *own, "--cluster", str(file), *flags])
+    heads = ["--exit-layers", "4", "--architecture", "norm", "--init", "copy", "--exit-output", "tied"]
+    code = cli.main(["plan", "--model", str(model), *heads, "--train-iters", "100", "--cluster", str(file), *flags])
     shown = capsys.readouterr().out
     return code, json.loads(shown) if "--json" in flags else shown
 
