@@ -4,7 +4,6 @@ A replica is a whole server, so what may be asked and how it is answered is deci
 server has once: access, bounds of bodies, health, metrics.
 """
 
-import asyncio
 from typing import Any
 
 import aiohttp
@@ -16,7 +15,7 @@ from ee_tuning.serving.api_errors import ApiError, error_body
 from ee_tuning.serving.app import add_access, add_error_handlers
 from ee_tuning.serving.metrics import CONTENT_TYPE
 from ee_tuning.serving.replica_set import Lease, ReplicaSet
-from ee_tuning.serving.responses import StrictJson, left, unless_client_leaves
+from ee_tuning.serving.responses import StrictJson, send_until_left, unless_client_leaves
 from ee_tuning.serving.routing import Asked, asked_of
 from ee_tuning.serving.settings import ServeSettings
 from ee_tuning.serving.strict_request import StrictRequest
@@ -132,17 +131,11 @@ class _PassedOn(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends it."""
-        sending, leaving = asyncio.ensure_future(self._send_all(send)), asyncio.ensure_future(left(receive))
-        try:
-            await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            self._answer.close()
-            self._lease.close()
-            for each in (sending, leaving):
-                each.cancel()
-            failure, _ = await asyncio.gather(sending, leaving, return_exceptions=True)
-        if isinstance(failure, Exception):
-            raise failure
+        await send_until_left(self._send_all(send), receive, self._close)
+
+    def _close(self) -> None:
+        self._answer.close()
+        self._lease.close()
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})

@@ -1,7 +1,7 @@
 """How answers go out: strict JSON, or server-sent events, with an eye on clients that leave."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any
 
@@ -33,7 +33,7 @@ async def unless_client_leaves(request: Request, work: Awaitable[Any], seconds: 
     """Awaits `work`, which is cancelled when the client leaves or the time is over; raises ClientLeft, or ApiError
     408.
     """
-    task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(left(request.receive))
+    task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_left(request.receive))
     try:
         await asyncio.wait({task, leaving}, timeout=seconds or None, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
@@ -59,16 +59,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the stream."""
-        sending, leaving = asyncio.ensure_future(self._send_all(send)), asyncio.ensure_future(left(receive))
-        try:
-            await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            self._close()
-            for each in (sending, leaving):
-                each.cancel()
-            failure, _ = await asyncio.gather(sending, leaving, return_exceptions=True)
-        if isinstance(failure, Exception):
-            raise failure
+        await send_until_left(self._send_all(send), receive, self._close)
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
@@ -98,7 +89,21 @@ async def _send_events(send: Send, told: list[str]) -> None:
     await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
-async def left(receive: Receive) -> None:
+async def send_until_left(sending: Coroutine[Any, Any, None], receive: Receive, close: Callable[[], None]) -> None:
+    """Runs `sending` to its end, or until the client leaves, and calls `close` in any case."""
+    sent, leaving = asyncio.ensure_future(sending), asyncio.ensure_future(_left(receive))
+    try:
+        await asyncio.wait({sent, leaving}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        close()
+        for each in (sent, leaving):
+            each.cancel()
+        failure, _ = await asyncio.gather(sent, leaving, return_exceptions=True)
+    if isinstance(failure, Exception):
+        raise failure
+
+
+async def _left(receive: Receive) -> None:
     """Waits until the client has closed its connection."""
     while (await receive())["type"] != "http.disconnect":
         pass

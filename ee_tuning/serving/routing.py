@@ -7,8 +7,8 @@ from collections import OrderedDict
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
-READ_FOR_ONE_MADE = 8
-_CHARACTERS_OF_TOKEN = 4
+from ee_tuning.generation.job import CHARACTERS_OF_TOKEN, READ_FOR_ONE_MADE
+
 _BLOCK = 128
 """Characters of a beginning that are compared as one."""
 _MOST_BLOCKS = 64
@@ -44,7 +44,7 @@ def asked_of(body: Any) -> Asked:
     tokens = next((each for each in most if each is not None), _DEFAULT_TOKENS[kind])
     characters = sum(map(len, prompts))
     made = tokens * (_count(body.get("n")) or 1) * len(prompts)
-    return Asked(prompts[0] if prompts else "", characters / _CHARACTERS_OF_TOKEN / READ_FOR_ONE_MADE, made)
+    return Asked(prompts[0] if prompts else "", characters / CHARACTERS_OF_TOKEN / READ_FOR_ONE_MADE, made)
 
 
 def _message_text(message: Any) -> str:
@@ -65,7 +65,7 @@ def _prompts(prompt: Any) -> list[str]:
 
 def _ids_text(ids: list[Any]) -> str:
     """Token ids as about as many characters as their text has."""
-    return "".join(f"{token:>{_CHARACTERS_OF_TOKEN}}" if isinstance(token, int) else "?" for token in ids)
+    return "".join(f"{token:>{CHARACTERS_OF_TOKEN}}" if isinstance(token, int) else "?" for token in ids)
 
 
 def _count(value: Any) -> int | None:
@@ -91,7 +91,7 @@ class Router:
             readers = self._known.get(hashes[count - 1], set()).intersection(alive)
             if readers:
                 reader = min(readers, key=lambda replica: (self.loads[replica], self._turn[replica]))
-                saved = count * _BLOCK / _CHARACTERS_OF_TOKEN / READ_FOR_ONE_MADE
+                saved = count * _BLOCK / CHARACTERS_OF_TOKEN / READ_FOR_ONE_MADE
                 if self.loads[reader] - self.loads[chosen] <= saved + _SLACK:
                     chosen = reader
                 break
