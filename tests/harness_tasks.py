@@ -1,7 +1,11 @@
-"""Tasks for lm-evaluation-harness that need no network: YAML and data in a folder."""
+"""Tasks for lm-evaluation-harness that need no network: YAML and data in a folder, beside a model of bytes."""
 
 import json
 from pathlib import Path
+
+from byte_tokenizer import write_byte_tokenizer
+from exits import write_exits
+from random_models import random_llama
 
 WORDS = (
     "the quick brown fox",
@@ -13,6 +17,16 @@ WORDS = (
     "has ever been",
     "before noon",
 )
+
+
+def write_subject(folder: Path, num_documents: int = 6) -> Path:
+    """A random model of bytes in model/, its exits in exits/ and the tasks in tasks/ of `folder`."""
+    bytes_and_end = {"vocab_size": 257, "eos_token_id": 256, "bos_token_id": 256}
+    random_llama(folder / "model", **bytes_and_end, max_position_embeddings=96, confident=True)
+    write_byte_tokenizer(folder / "model")
+    write_exits(folder / "model", folder / "exits")
+    write_tasks(folder / "tasks", num_documents)
+    return folder
 
 
 def write_tasks(folder: Path, num_documents: int = 6) -> Path:

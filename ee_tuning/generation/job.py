@@ -5,6 +5,11 @@ import dataclasses
 from ee_tuning.engine.params import SamplingParams
 from ee_tuning.engine.policy import Policy
 
+READ_FOR_ONE_MADE = 8
+"""Tokens of a prompt that cost about as much as one token of a completion, where work is shared out."""
+CHARACTERS_OF_TOKEN = 4
+"""Characters of a text that count as a token there."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:

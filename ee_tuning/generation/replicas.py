@@ -10,6 +10,7 @@ from typing import TypeVar
 from ee_tuning.checkpoint.work_partition import share_of
 from ee_tuning.errors import InputError
 from ee_tuning.parallel.collectives import gather_lists
+from ee_tuning.parallel.reports import failure_of_rank
 from ee_tuning.parallel.topology import Topology
 
 Item = TypeVar("Item")
@@ -27,8 +28,8 @@ def over_replicas(
     items.
 
     Replica r is given items r, r + dp, … , or, by the `work` of each item, a share that costs about as much as others';
-    one that is given none does nothing. Where `action` fails on one rank all
-    raise: its InputError, or else its own exception there and a RuntimeError on the others.
+    one that is given none does nothing. Where `action` fails on one rank all raise: its InputError, or else its own
+    exception there and a RuntimeError on the others.
     """
     results, failure = list[Result](), None
     shares = [
@@ -48,13 +49,7 @@ def over_replicas(
             raise failure
         return results
     is_refusal = isinstance(failure, InputError)
-    told = (
-        None
-        if failure is None
-        else str(failure)
-        if is_refusal
-        else f"rank {topology.rank} failed: {type(failure).__name__}: {failure}"
-    )
+    told = None if failure is None else failure_of_rank(failure, topology.rank)
     speaks = topology.stage == 0 and topology.tp_rank == 0
     answers = gather_lists([(topology.dp_rank, results if speaks else None, told, is_refusal)], topology)
     for _, _, reason, refused in answers:

@@ -8,13 +8,9 @@ from typing import NamedTuple
 from ee_tuning.checkpoint.work_partition import share_of
 from ee_tuning.config import GenerationSection
 from ee_tuning.generation.completion import Completion
-from ee_tuning.generation.job import Job
+from ee_tuning.generation.job import CHARACTERS_OF_TOKEN, READ_FOR_ONE_MADE, Job
 from ee_tuning.generation.llm import EarlyExitLLM
 from ee_tuning.parallel.reports import Reports
-
-_READ_FOR_ONE_MADE = 8
-"""Tokens of a prompt that cost about as much as one token of a completion."""
-_CHARACTERS_OF_TOKEN = 4
 
 
 class _Made(NamedTuple):
@@ -28,8 +24,8 @@ class _Made(NamedTuple):
 
 def work_of(job: Job) -> int:
     """An estimate of what a job costs, from the lengths of its prompt and, at most, of its completions."""
-    read = len(job.prompt_ids) or len(job.prompt) // _CHARACTERS_OF_TOKEN
-    return 1 + read + _READ_FOR_ONE_MADE * job.params.n * job.params.max_tokens
+    read = len(job.prompt_ids) or len(job.prompt) // CHARACTERS_OF_TOKEN
+    return 1 + read + READ_FOR_ONE_MADE * job.params.n * job.params.max_tokens
 
 
 def decode_shared(

@@ -86,7 +86,7 @@ class Reports(Generic[Item]):
         with self._lock:
             items, self._items = self._items, []
             failure, is_over = self._own_failure, self._is_over
-        text = None if failure is None else _named(failure, self._topology.rank)
+        text = None if failure is None else failure_of_rank(failure, self._topology.rank)
         answers: list[tuple[list[Item], bool, str | None, bool]] = [
             ([], False, None, False)
         ] * self._topology.world_size
@@ -112,7 +112,8 @@ class Reports(Generic[Item]):
                 self._own_failure = error
 
 
-def _named(failure: Exception, rank: int) -> str:
+def failure_of_rank(failure: Exception, rank: int) -> str:
+    """What the other ranks are told of a failure: an InputError's own words, else the rank and the exception."""
     if isinstance(failure, InputError):
         return str(failure)
     return f"rank {rank} failed: {type(failure).__name__}: {failure}"

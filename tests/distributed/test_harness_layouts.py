@@ -4,10 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from byte_tokenizer import write_byte_tokenizer
-from exits import write_exits
-from harness_tasks import write_tasks
-from random_models import random_llama
+from harness_tasks import write_subject
 
 from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.engine.policy import FULL, Policy
@@ -22,14 +19,7 @@ POLICIES = {"full": FULL, "threshold": Policy(thresholds={2: 0.3, 4: 0.5})}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("harness")
-    random_llama(
-        folder / "model", vocab_size=257, eos_token_id=256, bos_token_id=256, max_position_embeddings=96, confident=True
-    )
-    write_byte_tokenizer(folder / "model")
-    write_exits(folder / "model", folder / "exits")
-    write_tasks(folder / "tasks", num_documents=4)
-    return folder
+    return write_subject(tmp_path_factory.mktemp("harness"), num_documents=4)
 
 
 def llm_at(folder: Path, tp: int, pp: int) -> EarlyExitLLM:

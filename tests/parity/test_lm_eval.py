@@ -9,9 +9,7 @@ from typing import Any
 import pytest
 import torch
 from byte_tokenizer import write_byte_tokenizer
-from exits import write_exits
-from harness_tasks import write_tasks
-from random_models import random_llama
+from harness_tasks import write_subject, write_tasks
 
 from ee_tuning.engine.policy import FULL, Policy
 from ee_tuning.errors import InputError
@@ -33,14 +31,10 @@ TEMPLATE = (
 def folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch_module: pytest.MonkeyPatch) -> Path:
     folder = tmp_path_factory.mktemp("harness")
     monkeypatch_module.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
-    random_llama(
-        folder / "model", vocab_size=257, eos_token_id=256, bos_token_id=256, max_position_embeddings=96, confident=True
-    )
+    write_subject(folder)
     tokenizer = write_byte_tokenizer(folder / "model")
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder / "model")
-    write_exits(folder / "model", folder / "exits")
-    write_tasks(folder / "tasks")
     return folder
 
 

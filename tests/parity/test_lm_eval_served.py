@@ -4,10 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from byte_tokenizer import write_byte_tokenizer
-from exits import write_exits
-from harness_tasks import write_tasks
-from random_models import random_llama
+from harness_tasks import write_subject
 from served import Served, served
 
 from ee_tuning.config import load_config
@@ -22,14 +19,7 @@ TASKS = ("ours_choice", "ours_text", "ours_rolling")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("harness")
-    random_llama(
-        folder / "model", vocab_size=257, eos_token_id=256, bos_token_id=256, max_position_embeddings=96, confident=True
-    )
-    write_byte_tokenizer(folder / "model")
-    write_exits(folder / "model", folder / "exits")
-    write_tasks(folder / "tasks")
-    return folder
+    return write_subject(tmp_path_factory.mktemp("harness"))
 
 
 def figures(model: Any, folder: Path) -> dict[str, float]:
