@@ -83,7 +83,7 @@ setup(
     entry_points={
         "console_scripts": ["ee-tuning = ee_tuning.__main__:main"],
         # Read by releases of lm-evaluation-harness behind 0.4.13; `ee-tuning evaluate --lm-eval` needs no entry.
-        "lm_eval.models": ["ee-tuning = ee_tuning.evaluation.lm_eval_model:EarlyExitLM"],
+        "lm_eval.models": ["ee-tuning = ee_tuning.public_benchmarks.lm_eval_model:EarlyExitLM"],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

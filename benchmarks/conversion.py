@@ -25,12 +25,12 @@ from typing import Any
 
 import torch
 
-from ee_tuning.checkpoint.hashed_file import HashedFile
-from ee_tuning.checkpoint.inspect import model_facts
+from ee_tuning.artifact.inspect import model_facts
 from ee_tuning.checkpoint.names import backbone_tensor_shapes
-from ee_tuning.checkpoint.safetensors_layout import SafetensorsLayout
 from ee_tuning.config import load_config
 from ee_tuning.model.config import read_model_config
+from ee_tuning.storage.hashed_file import HashedFile
+from ee_tuning.storage.safetensors_layout import SafetensorsLayout
 
 SHAPE = {
     "model_type": "llama",
@@ -211,7 +211,7 @@ def run_job(job: str, output: str, results: str) -> None:
     """In each process of a run: the job, and what it took."""
     import threading
 
-    from ee_tuning.checkpoint.convert import write_initial_exits
+    from ee_tuning.artifact.convert import write_initial_exits
     from ee_tuning.export.export_huggingface import export_huggingface
     from ee_tuning.export.megatron_writer import write_megatron
     from ee_tuning.parallel.topology import destroy_parallel, init_parallel

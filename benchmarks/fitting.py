@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ee_tuning.checkpoint.convert import write_initial_exits
-from ee_tuning.checkpoint.load import load_for_generation
-from ee_tuning.checkpoint.shapes import with_seq_length
+from ee_tuning.artifact.convert import write_initial_exits
+from ee_tuning.artifact.load import load_for_generation
+from ee_tuning.artifact.shapes import with_seq_length
 from ee_tuning.config import Config, load_config, replace
 from ee_tuning.data.loader import validation_batches
 from ee_tuning.data.sample_corpus import documentation_strings, sample_corpus

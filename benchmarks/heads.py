@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, get_args
 
-from ee_tuning.checkpoint.exit_names import exit_tensor_shapes
+from ee_tuning.artifact.exit_names import exit_tensor_shapes
 from ee_tuning.config import Architecture, Config, load_config
 from ee_tuning.data.sample_corpus import sample_corpus
 from ee_tuning.evaluation.quality import final_head_loss

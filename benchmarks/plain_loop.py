@@ -132,7 +132,7 @@ def ours(folder: Path, options: argparse.Namespace) -> Figures:
     import torch
 
     torch.set_num_threads(options.threads)
-    from ee_tuning.checkpoint.load import load_for_tuning
+    from ee_tuning.artifact.load import load_for_tuning
     from ee_tuning.config import load_config
     from ee_tuning.data.tokens import PackedSamples, Splits
     from ee_tuning.parallel.relay import Relay

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ee_tuning.checkpoint.load import load_for_generation
+from ee_tuning.artifact.load import load_for_generation
 from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.engine.engine import Engine
 from ee_tuning.engine.params import SamplingParams

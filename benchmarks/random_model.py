@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ee_tuning.checkpoint.convert import write_initial_exits
+from ee_tuning.artifact.convert import write_initial_exits
 from ee_tuning.config import load_config
 from ee_tuning.data.tokenizer import TOKENIZER_FILES
 from ee_tuning.parallel.topology import init_parallel

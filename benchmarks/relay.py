@@ -23,7 +23,7 @@ from random_model import SHIPPED_MODEL
 from rank_processes import run_ranks
 from working_time import Clock, DrainingWork
 
-from ee_tuning.checkpoint.load import load_for_tuning
+from ee_tuning.artifact.load import load_for_tuning
 from ee_tuning.config import Config, load_config
 from ee_tuning.data.tokens import PackedSamples, Splits
 from ee_tuning.parallel.topology import init_parallel

@@ -21,7 +21,7 @@ import numpy as np
 from random_model import SHIPPED_MODEL, write_random_model
 from rank_processes import run_ranks
 
-from ee_tuning.checkpoint.load import load_for_tuning
+from ee_tuning.artifact.load import load_for_tuning
 from ee_tuning.config import Config, load_config
 from ee_tuning.data.tokens import PackedSamples, Splits
 from ee_tuning.parallel.topology import init_parallel

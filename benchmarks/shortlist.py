@@ -21,8 +21,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ee_tuning.checkpoint.convert import write_initial_exits
-from ee_tuning.checkpoint.load import load_for_fitting
+from ee_tuning.artifact.convert import write_initial_exits
+from ee_tuning.artifact.load import load_for_fitting
+from ee_tuning.calibration.calibrate import CalibrationResult, ExitObservations, choose, read_exits, score_thresholds
 from ee_tuning.config import Config, load_config, replace
 from ee_tuning.data.frequent_tokens import list_tokens
 from ee_tuning.data.loader import batches_of_each
@@ -30,7 +31,6 @@ from ee_tuning.data.sample_corpus import documentation_strings, sample_corpus
 from ee_tuning.data.splits import load_samples
 from ee_tuning.engine.cost_model import measure_costs
 from ee_tuning.engine.policy import Policy
-from ee_tuning.evaluation.calibrate import CalibrationResult, ExitObservations, choose, read_exits, score_thresholds
 from ee_tuning.generation.llm import EarlyExitLLM
 from ee_tuning.model.config import read_model_config
 from ee_tuning.model.fit import Fit

@@ -27,7 +27,7 @@ from unittest import mock
 import torch
 from random_model import EXIT_LAYERS, SHIPPED_MODEL, num_parameters, write_random_model
 
-from ee_tuning.checkpoint.load import load_for_tuning
+from ee_tuning.artifact.load import load_for_tuning
 from ee_tuning.config import Config, load_config
 from ee_tuning.data.loader import BatchSource
 from ee_tuning.data.splits import load_samples

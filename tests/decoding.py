@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from ee_tuning.checkpoint.load import LoadedModel
+from ee_tuning.artifact.load import LoadedModel
 from ee_tuning.config import load_config
 from ee_tuning.engine.cost_model import Costs
 from ee_tuning.engine.engine import Engine, TokenStep

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ee_tuning.checkpoint.convert import write_initial_exits
+from ee_tuning.artifact.convert import write_initial_exits
 from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.model.exit_spec import ListedTokens
 from ee_tuning.parallel.topology import init_parallel

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ee_tuning.checkpoint.exit_names import exit_shard
+from ee_tuning.artifact.exit_names import exit_shard
 from ee_tuning.checkpoint.names import merge_shards
 from ee_tuning.model.draft_spec import DraftSpec
 from ee_tuning.model.eagle3 import Eagle3Head

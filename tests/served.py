@@ -10,7 +10,7 @@ from typing import Any
 
 from ee_tuning import EarlyExitLLM
 from ee_tuning.config import Config, load_config
-from ee_tuning.evaluation.demo import CHECKOUT
+from ee_tuning.demo.demo import CHECKOUT
 from ee_tuning.parallel.topology import Topology, init_parallel
 from ee_tuning.serving.settings import ServeSettings
 

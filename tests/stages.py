@@ -8,7 +8,7 @@ from unittest import mock
 
 from mixtures import EOS, VOCAB
 
-from ee_tuning.checkpoint.load import load_for_generation
+from ee_tuning.artifact.load import load_for_generation
 from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.engine.cost_model import Costs
 from ee_tuning.engine.engine import Engine

@@ -10,7 +10,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from ee_tuning import config as job
-from ee_tuning.checkpoint.load import load_for_tuning
+from ee_tuning.artifact.load import load_for_tuning
 from ee_tuning.config import Config
 from ee_tuning.data.tokens import PackedSamples, Splits
 from ee_tuning.parallel.topology import init_parallel

@@ -9,10 +9,10 @@ import re
 from dataclasses import dataclass
 
 from ee_tuning.checkpoint.hf_names import HF_NAMES, HFNames
-from ee_tuning.checkpoint.names import TensorShape
-from ee_tuning.checkpoint.safetensors_file import TensorRange
-from ee_tuning.checkpoint.safetensors_reader import SafetensorsFolder
 from ee_tuning.errors import InputError
+from ee_tuning.storage.safetensors_file import TensorRange
+from ee_tuning.storage.safetensors_reader import SafetensorsFolder
+from ee_tuning.storage.tensor_slice import TensorShape
 
 _PACK = re.compile(r"(?:model\.)?(layers\.\d+\.)mlp\.experts\.(gate_up_proj|down_proj)")
 _ROUTER = re.compile(r"(?:model\.)?(layers\.\d+\.)mlp\.gate\.weight")

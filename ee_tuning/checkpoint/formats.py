@@ -17,23 +17,23 @@ from ee_tuning.checkpoint.gguf_file import SUFFIX, GgufReader, is_gguf
 from ee_tuning.checkpoint.hub import fetch_model, hub_name
 from ee_tuning.checkpoint.huggingface import HuggingFaceReader
 from ee_tuning.checkpoint.legacy import LegacyCheckpoint, LegacyReader, is_legacy
-from ee_tuning.checkpoint.links import dangling_link
-from ee_tuning.checkpoint.manifest import MANIFEST, ManifestCheck, holds_manifest, read_manifest
-from ee_tuning.checkpoint.mapped_file import map_file
 from ee_tuning.checkpoint.megatron import DistributedCheckpoint, MegatronReader
 from ee_tuning.checkpoint.megatron_source import MegatronSource
-from ee_tuning.checkpoint.metadata_pickle import METADATA
-from ee_tuning.checkpoint.missing_weights import refuse_file
 from ee_tuning.checkpoint.names import embedding_name, output_name
-from ee_tuning.checkpoint.safetensors_reader import TensorSource
 from ee_tuning.checkpoint.tied_output import holds_another_output, untied
-from ee_tuning.checkpoint.torch_file import Archive, saved_arguments
 from ee_tuning.config import ModelSection
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig, read_model_config
 from ee_tuning.model.megatron_args import read_megatron_config
 from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology
+from ee_tuning.storage.links import dangling_link
+from ee_tuning.storage.manifest import MANIFEST, ManifestCheck, holds_manifest, read_manifest
+from ee_tuning.storage.mapped_file import map_file
+from ee_tuning.storage.metadata_pickle import METADATA
+from ee_tuning.storage.missing_weights import refuse_file
+from ee_tuning.storage.safetensors_reader import TensorSource
+from ee_tuning.storage.torch_file import Archive, saved_arguments
 
 ModelFormat = Literal["huggingface", "megatron", "legacy_megatron", "gguf"]
 FORMATS: dict[ModelFormat, str] = {

@@ -16,12 +16,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ee_tuning.checkpoint.names import TensorShape, backbone_tensor_shapes
-from ee_tuning.checkpoint.tensor_blocks import BLOCK_BYTES
+from ee_tuning.checkpoint.names import backbone_tensor_shapes
 from ee_tuning.checkpoint.unread import unread
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig, model_config_from_hf
 from ee_tuning.model.gguf_config import config_of_gguf
+from ee_tuning.storage.tensor_blocks import BLOCK_BYTES
+from ee_tuning.storage.tensor_slice import TensorShape
 
 SUFFIX = ".gguf"
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -10,8 +10,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from ee_tuning.checkpoint.manifest import MANIFEST, holds_manifest, read_manifest
 from ee_tuning.errors import InputError
+from ee_tuning.storage.manifest import MANIFEST, holds_manifest, read_manifest
 
 _NAME = re.compile(r"((?:\w[\w.-]*/)?\w[\w.-]*)(?:@(\w[\w./-]*))?")
 _CONFIG = ["config.json"]

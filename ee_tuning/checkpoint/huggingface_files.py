@@ -7,11 +7,11 @@ from pathlib import Path
 from torch import Tensor
 
 from ee_tuning.checkpoint.names import backbone_tensor_shapes
-from ee_tuning.checkpoint.non_finite import NonFiniteCheck
-from ee_tuning.checkpoint.safetensors_layout import SafetensorsLayout
-from ee_tuning.checkpoint.safetensors_reader import SafetensorsFolder, TensorSource
-from ee_tuning.checkpoint.tensor_blocks import stored_blocks, tensor_blocks
 from ee_tuning.model.config import ModelConfig
+from ee_tuning.storage.non_finite import NonFiniteCheck
+from ee_tuning.storage.safetensors_layout import SafetensorsLayout
+from ee_tuning.storage.safetensors_reader import SafetensorsFolder, TensorSource
+from ee_tuning.storage.tensor_blocks import stored_blocks, tensor_blocks
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ee_tuning.checkpoint.links import check_links
-from ee_tuning.checkpoint.mapped_file import map_file
 from ee_tuning.checkpoint.megatron_source import MegatronSource, is_harmless, norm_alias
-from ee_tuning.checkpoint.names import TensorShape, backbone_parameter_names
-from ee_tuning.checkpoint.torch_file import Archive, StoredTensor, saved_arguments
+from ee_tuning.checkpoint.names import backbone_parameter_names
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
+from ee_tuning.storage.links import check_links
+from ee_tuning.storage.mapped_file import map_file
+from ee_tuning.storage.tensor_slice import TensorShape
+from ee_tuning.storage.torch_file import Archive, StoredTensor, saved_arguments
 
 _RANK_FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
 _FILES = ("model_optim_rng.pt", "model_rng.pt")

@@ -20,15 +20,16 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ee_tuning.checkpoint.hybrid_layers import FINAL_NORM as HYBRID_FINAL_NORM
 from ee_tuning.checkpoint.hybrid_layers import HybridLayers
-from ee_tuning.checkpoint.links import check_links
-from ee_tuning.checkpoint.mapped_file import MappedFile, map_file
 from ee_tuning.checkpoint.megatron_source import MegatronSource, is_harmless, norm_alias
-from ee_tuning.checkpoint.metadata_pickle import METADATA, read_metadata_pickle
-from ee_tuning.checkpoint.names import TensorShape, backbone_parameter_names
-from ee_tuning.checkpoint.torch_file import Archive, StoredTensor, saved_arguments
+from ee_tuning.checkpoint.names import backbone_parameter_names
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.notices import warn_once
+from ee_tuning.storage.links import check_links
+from ee_tuning.storage.mapped_file import MappedFile, map_file
+from ee_tuning.storage.metadata_pickle import METADATA, read_metadata_pickle
+from ee_tuning.storage.tensor_slice import TensorShape
+from ee_tuning.storage.torch_file import Archive, StoredTensor, saved_arguments
 
 _BESIDE = re.compile(r"(chained_\d+\.)?(optimizer|optimizer_state)\.|exits\.\d+\.|rng_state|rerun_state_machine")
 """Keys of data that is saved beside a model."""

@@ -5,7 +5,6 @@ bytes of the checkpoint, and the same list in reverse (`merge_shards`) gives the
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -14,53 +13,7 @@ from torch import Tensor
 from ee_tuning.checkpoint.hf_names import HF_NAMES, HFNames
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.parallel.vocab import padded_size
-
-TensorShape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class TensorSlice:
-    """Rows (`dim` 0) or columns (`dim` 1) `start`..`stop` of the Hugging Face tensor `name`."""
-
-    name: str
-    shape: TensorShape
-    """The shape of the whole tensor."""
-    dim: int
-    start: int
-    stop: int
-    is_transposed: bool = False
-    """Whether the parameter holds the slice transposed: columns are its rows."""
-
-    @property
-    def size(self) -> int:
-        """Number of rows or columns."""
-        return self.stop - self.start
-
-    @property
-    def cut_dim(self) -> int:
-        """The parameter's dimension along `start`..`stop`."""
-        return 1 - self.dim if self.is_transposed else self.dim
-
-    @property
-    def parameter_shape(self) -> TensorShape:
-        """The shape of the whole tensor in the parameter's orientation."""
-        return self.shape[::-1] if self.is_transposed else self.shape
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A rank's part of a Megatron-core parameter: `pieces` one below the other, then `zero_rows` of padding."""
-
-    pieces: tuple[TensorSlice, ...]
-    zero_rows: int = 0
-
-    @property
-    def shape(self) -> TensorShape:
-        """The shape of this rank's parameter."""
-        first = self.pieces[0]
-        if first.cut_dim == 1:
-            return (first.parameter_shape[0], first.size)
-        return (sum(p.size for p in self.pieces) + self.zero_rows, *first.parameter_shape[1:])
+from ee_tuning.storage.tensor_slice import Shard, TensorShape, TensorSlice
 
 
 def embedding_name(config: ModelConfig) -> str:

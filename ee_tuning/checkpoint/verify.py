@@ -6,9 +6,9 @@ from pathlib import Path
 
 from ee_tuning.checkpoint.formats import has_weights
 from ee_tuning.checkpoint.gguf_file import is_gguf
-from ee_tuning.checkpoint.manifest import MANIFEST, check_file, file_names, holds_manifest, read_manifest
 from ee_tuning.checkpoint.verify_foreign import verify_foreign
 from ee_tuning.errors import InputError
+from ee_tuning.storage.manifest import MANIFEST, check_file, file_names, holds_manifest, read_manifest
 
 _REMEDY = "fetch or make the folder again"
 

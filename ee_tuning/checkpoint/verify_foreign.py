@@ -14,16 +14,16 @@ from ee_tuning.checkpoint.adapter import refuse_adapter
 from ee_tuning.checkpoint.formats import COMMON, model_folder, open_model
 from ee_tuning.checkpoint.gguf_file import GgufReader, is_gguf
 from ee_tuning.checkpoint.legacy import LegacyCheckpoint, is_legacy
-from ee_tuning.checkpoint.mapped_file import map_file
 from ee_tuning.checkpoint.megatron import DistributedCheckpoint
-from ee_tuning.checkpoint.metadata_pickle import METADATA
-from ee_tuning.checkpoint.non_finite import NonFiniteCheck
-from ee_tuning.checkpoint.safetensors_reader import SafetensorsFolder
-from ee_tuning.checkpoint.tensor_blocks import BLOCK_BYTES, stored_blocks
-from ee_tuning.checkpoint.torch_file import Archive, StoredTensor, saved_arguments
 from ee_tuning.config import ModelSection
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import read_json
+from ee_tuning.storage.mapped_file import map_file
+from ee_tuning.storage.metadata_pickle import METADATA
+from ee_tuning.storage.non_finite import NonFiniteCheck
+from ee_tuning.storage.safetensors_reader import SafetensorsFolder
+from ee_tuning.storage.tensor_blocks import BLOCK_BYTES, stored_blocks
+from ee_tuning.storage.torch_file import Archive, StoredTensor, saved_arguments
 
 
 def verify_foreign(path: Path, *, trust_pickle: bool = False) -> bool:

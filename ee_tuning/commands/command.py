@@ -4,10 +4,10 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ee_tuning.checkpoint.apart import check_apart
 from ee_tuning.config import Config, load_config
 from ee_tuning.errors import InputError
 from ee_tuning.flags import DEFAULTS, add_config_flags
+from ee_tuning.storage.apart import check_apart
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,11 +9,11 @@ from ee_tuning.commands.command import Command
 def demo(args: argparse.Namespace) -> None:
     """Runs all steps with the shipped model, or with a real LLM."""
     if args.llm:
-        from ee_tuning.evaluation.demo_llm import demo_llm
+        from ee_tuning.demo.demo_llm import demo_llm
 
         demo_llm(args.output or Path("runs/demo-llm"))
         return
-    from ee_tuning.evaluation.demo import demo
+    from ee_tuning.demo.demo import demo
 
     demo(args.output or Path("runs/demo"))
 

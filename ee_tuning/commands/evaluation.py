@@ -62,9 +62,9 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def _benchmark(args: argparse.Namespace, config: Config) -> None:
-    from ee_tuning.evaluation.benchmark_command import BATCH, Benchmark, run_benchmark
-    from ee_tuning.evaluation.human_eval import MAX_NEW_TOKENS
-    from ee_tuning.evaluation.lm_eval_run import HarnessTasks
+    from ee_tuning.public_benchmarks.benchmark_command import BATCH, Benchmark, run_benchmark
+    from ee_tuning.public_benchmarks.human_eval import MAX_NEW_TOKENS
+    from ee_tuning.public_benchmarks.lm_eval_run import HarnessTasks
 
     batch_size, harness = BATCH if args.batch_size is None else args.batch_size, None
     if args.lm_eval:

@@ -53,7 +53,7 @@ def regenerate(args: argparse.Namespace) -> None:
 def calibrate(args: argparse.Namespace) -> None:
     """Chooses a threshold for each exit on a text."""
     config = job_of(args)
-    from ee_tuning.evaluation.calibrate_command import calibrate
+    from ee_tuning.calibration.calibrate_command import calibrate
 
     calibrate(config, args)
 

@@ -26,13 +26,13 @@ def convert(args: argparse.Namespace) -> None:
     if config.exits.init == "fitted" or config.exits.output_vocab:
         from ee_tuning.tuning.command import convert_by_texts as convert
     else:
-        from ee_tuning.checkpoint.convert import convert
+        from ee_tuning.artifact.convert import convert
     convert(with_exit_layers(config), args.output, overwrite=args.overwrite)
 
 
 def inspect(args: argparse.Namespace) -> None:
     """Describes a model or an artifact."""
-    from ee_tuning.checkpoint.inspect import inspect_path
+    from ee_tuning.artifact.inspect import inspect_path
 
     given = [path for path in (args.path, args.model) if path is not None]
     if len(given) != 1:

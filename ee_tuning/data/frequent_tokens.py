@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ee_tuning.checkpoint.convert import check_output_vocab
+from ee_tuning.artifact.convert import check_output_vocab
 from ee_tuning.checkpoint.formats import open_model
 from ee_tuning.config import Config
 from ee_tuning.data.tokenizer import load_tokenizer, tokenizer_of

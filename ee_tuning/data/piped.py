@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from ee_tuning.checkpoint.atomic_write import os_errors_as_input_errors
 from ee_tuning.config import DataSection
 from ee_tuning.errors import InputError
 from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology
+from ee_tuning.storage.atomic_write import os_errors_as_input_errors
 
 _PREFIX = "piped-"
 _given: dict[str, str] = {}

@@ -3,9 +3,6 @@
 from dataclasses import replace
 from pathlib import Path
 
-from ee_tuning.checkpoint.apart import check_apart
-from ee_tuning.checkpoint.atomic_write import move_into_place, scratch_folder
-from ee_tuning.checkpoint.owner import owned
 from ee_tuning.config import DataSection
 from ee_tuning.data.encoding import recipe_of
 from ee_tuning.data.indexed import BIN_SUFFIX, INDEX_SUFFIX, MASK_SUFFIX, with_suffix
@@ -15,6 +12,9 @@ from ee_tuning.data.sources import Corpus, find_corpora
 from ee_tuning.data.tally import nothing_to_learn, print_counts, print_passed_over
 from ee_tuning.data.tokenizing import Tokenized, TokenizedRange, check_workers, tokenize_files
 from ee_tuning.errors import InputError
+from ee_tuning.storage.apart import check_apart
+from ee_tuning.storage.atomic_write import move_into_place, scratch_folder
+from ee_tuning.storage.owner import owned
 
 _IN_ORDER = (MASK_SUFFIX, BIN_SUFFIX, INDEX_SUFFIX)
 """The index comes last: without it, the others are no dataset."""

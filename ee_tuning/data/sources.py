@@ -13,12 +13,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ee_tuning.checkpoint.apart import is_ours
 from ee_tuning.config.paths import is_number
 from ee_tuning.data.documents import may_hold_records
 from ee_tuning.data.file_kind import DATA_SUFFIXES, named_format
 from ee_tuning.data.tally import listed
 from ee_tuning.errors import InputError
+from ee_tuning.storage.apart import is_ours
 
 INDEX_SUFFIX, BIN_SUFFIX = ".idx", ".bin"
 _BESIDE_DATA = (BIN_SUFFIX, ".mask")

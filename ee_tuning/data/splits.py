@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ee_tuning.checkpoint.apart import check_apart
 from ee_tuning.config import DataSection
 from ee_tuning.data.cache import CacheEntry, cache_root, file_stamps, get_or_build
 from ee_tuning.data.encoding import recipe_of
@@ -30,6 +29,7 @@ from ee_tuning.data.tokens import (
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import to_json
 from ee_tuning.parallel.topology import Topology
+from ee_tuning.storage.apart import check_apart
 
 _TRAIN, _VALID = "train", "valid"
 _ID_RANGE, _FILES = "extremes.json", "files.json"

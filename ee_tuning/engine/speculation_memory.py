@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from ee_tuning.cache_folder import cache_folder
-from ee_tuning.checkpoint.atomic_write import atomic_file
 from ee_tuning.engine.cost_model import Costs
 from ee_tuning.engine.prompt_lookup import MOST_LENGTH, MatchRecord
 from ee_tuning.engine.segments import Segment
@@ -24,6 +23,7 @@ from ee_tuning.engine.stage_model import StageModel
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import read_json, to_json
 from ee_tuning.kernel.build import processor
+from ee_tuning.storage.atomic_write import atomic_file
 
 FORMAT = 4
 """Raise it when what is kept means something else than before."""

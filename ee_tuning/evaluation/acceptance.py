@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ee_tuning.checkpoint.load import LoadedModel
+from ee_tuning.artifact.load import LoadedModel
 from ee_tuning.parallel.shortlist import token_logits
 
 # s sequence

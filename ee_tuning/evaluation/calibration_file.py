@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ee_tuning.checkpoint.atomic_write import atomic_file
 from ee_tuning.checkpoint.formats import model_folder
 from ee_tuning.config import Config
 from ee_tuning.engine.calibration import FORMAT_VERSION
 from ee_tuning.json_file import to_json
+from ee_tuning.storage.atomic_write import atomic_file
 
 
 def write_calibration(

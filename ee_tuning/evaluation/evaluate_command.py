@@ -15,9 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ee_tuning import __version__
-from ee_tuning.checkpoint.apart import check_apart
 from ee_tuning.checkpoint.formats import model_folder
-from ee_tuning.checkpoint.owner import owned
 from ee_tuning.config import Config
 from ee_tuning.data.chat_template import ChatTemplate, read_chat_template
 from ee_tuning.errors import InputError
@@ -34,6 +32,8 @@ from ee_tuning.generation.many import model_settings
 from ee_tuning.line_file import read_lines
 from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology, destroy_parallel, init_parallel
+from ee_tuning.storage.apart import check_apart
+from ee_tuning.storage.owner import owned
 
 _SECONDS_BETWEEN_LINES = 10.0
 

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ee_tuning.checkpoint.atomic_write import os_errors_as_input_errors
 from ee_tuning.errors import InputError
 from ee_tuning.evaluation.readings import ItemResult
 from ee_tuning.json_file import parse_json, to_json
+from ee_tuning.storage.atomic_write import os_errors_as_input_errors
 
 READINGS, FIGURES, PAGE, OWNER = "readings.jsonl", "evaluation.json", "index.html", ".owner"
 _REMEDY = "give another --output, or --overwrite to start over"

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from ee_tuning.checkpoint.atomic_write import atomic_file
 from ee_tuning.evaluation.bootstrap import Estimate
 from ee_tuning.evaluation.figures import Evaluation, PointResult, TaskResult
+from ee_tuning.storage.atomic_write import atomic_file
 
 INK, MUTED, CURVE, OTHERS = (
     "#1f2430",

@@ -11,7 +11,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ee_tuning.checkpoint.atomic_write import atomic_file
 from ee_tuning.evaluation.bootstrap import DRAWS, LEVEL, Estimate
 from ee_tuning.evaluation.calibration_file import as_json
 from ee_tuning.evaluation.evaluation_folder import FIGURES, PAGE
@@ -19,6 +18,7 @@ from ee_tuning.evaluation.evaluation_picture import draw_evaluation
 from ee_tuning.evaluation.figures import Evaluation, PointResult, TaskResult
 from ee_tuning.evaluation.task import Task
 from ee_tuning.json_file import to_json
+from ee_tuning.storage.atomic_write import atomic_file
 
 FORMAT_VERSION = 1
 _EXAMPLES, _EXAMPLE_LENGTH = 8, 300

@@ -15,12 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ee_tuning.checkpoint.apart import check_beside
-from ee_tuning.checkpoint.atomic_write import check_file
+from ee_tuning.artifact.stage_plans import compute_dtype
 from ee_tuning.checkpoint.formats import BackboneSource, check_model, model_folder, open_model
 from ee_tuning.checkpoint.huggingface import read_backbone_tensor
-from ee_tuning.checkpoint.non_finite import no_numbers, num_non_finite
-from ee_tuning.checkpoint.stage_plans import compute_dtype
 from ee_tuning.config import Config, ParallelSection, replace
 from ee_tuning.config.placement import AutoLayers, evenly_along
 from ee_tuning.data.tokenizer import load_tokenizer, tokenizer_of
@@ -30,6 +27,9 @@ from ee_tuning.model.backbone import BackboneStage
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.parallel.heartbeat import run_with_heartbeat
 from ee_tuning.parallel.topology import Topology, destroy_parallel, init_parallel, world_size
+from ee_tuning.storage.apart import check_beside
+from ee_tuning.storage.atomic_write import check_file
+from ee_tuning.storage.non_finite import no_numbers, num_non_finite
 
 # b samples · s tokens of a sample · h hidden
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ee_tuning.checkpoint.atomic_write import atomic_file
+from ee_tuning.storage.atomic_write import atomic_file
 
 LINE, EXIT = "#2f6fde", "#c9ced9"
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
-from ee_tuning.checkpoint.load import LoadedModel, load_for_generation
-from ee_tuning.checkpoint.stage_plans import compute_dtype
+from ee_tuning.artifact.load import LoadedModel, load_for_generation
+from ee_tuning.artifact.stage_plans import compute_dtype
 from ee_tuning.config import Config, ParallelSection, replace
 from ee_tuning.data.tokenizer import load_tokenizer, tokenizer_of
 from ee_tuning.errors import InputError

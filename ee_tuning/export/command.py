@@ -56,8 +56,8 @@ def export(config: Config, flags: argparse.Namespace) -> int:
         _write_drafter(config, flags, num_processes)
         return 0
     if flags.format == "artifact":
-        from ee_tuning.checkpoint.owner import owned
         from ee_tuning.export.export_artifact import ExitChoice, export_artifact
+        from ee_tuning.storage.owner import owned
 
         layers = {name: _layers(name, getattr(flags, name)) for name in ("only", "drop", "add")}
         architecture = config.exits.architecture if "exits.architecture" in flags.overrides else ()
@@ -99,8 +99,8 @@ def export(config: Config, flags: argparse.Namespace) -> int:
 def _check_exit_layer(config: Config, flags: argparse.Namespace) -> None:
     if not config.exits.path:
         raise InputError(f"--format {flags.format} writes an exit as a model, got no exits; give --exits FOLDER")
-    from ee_tuning.checkpoint.exit_config import read_exit_config
-    from ee_tuning.checkpoint.exit_heads import check_is_artifact
+    from ee_tuning.artifact.exit_config import read_exit_config
+    from ee_tuning.artifact.exit_heads import check_is_artifact
 
     check_is_artifact(Path(config.exits.path))
     layers = read_exit_config(Path(config.exits.path)).exit_layers
@@ -113,8 +113,8 @@ def _check_exit_layer(config: Config, flags: argparse.Namespace) -> None:
 
 def _check_kind(config: Config, flags: argparse.Namespace) -> None:
     """Raises InputError where the format is not one of the heads in exits.path, or of what is to be put beside them."""
-    from ee_tuning.checkpoint.exit_config import read_exit_config
-    from ee_tuning.checkpoint.exit_heads import check_is_artifact
+    from ee_tuning.artifact.exit_config import read_exit_config
+    from ee_tuning.artifact.exit_heads import check_is_artifact
 
     if config.exits.drafts:
         raise InputError(
@@ -143,8 +143,8 @@ def _write_drafter(config: Config, flags: argparse.Namespace, num_processes: int
         raise InputError(
             f"--format {flags.format} describes the model that is drafted for, got none; give --model FOLDER"
         )
-    from ee_tuning.checkpoint.owner import owned
     from ee_tuning.export.export_eagle3 import export_eagle3
+    from ee_tuning.storage.owner import owned
 
     with owned(flags.output, None):
         export_eagle3(config, flags.output, flags.format, overwrite=flags.overwrite)
@@ -168,7 +168,7 @@ def _write_merged(
         from ee_tuning.parallel.topology import init_parallel
 
         topology = init_parallel(ParallelSection())
-    from ee_tuning.checkpoint.owner import owned
+    from ee_tuning.storage.owner import owned
 
     with owned(flags.output, topology), _tokenizer_of(config, flags.format) as config:
         if flags.format == "hf":

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from ee_tuning.checkpoint.exit_config import CONFIG
-from ee_tuning.checkpoint.manifest import MANIFEST, file_names
+from ee_tuning.artifact.exit_config import CONFIG
 from ee_tuning.errors import InputError
 from ee_tuning.export.export_source import ExportSource
+from ee_tuning.storage.manifest import MANIFEST, file_names
 
 MODELLING = Path(__file__).parent / "exported" / "modeling_early_exit.py"
 """The modelling file of merged exports, which is not copied from a model."""

@@ -7,7 +7,7 @@ vLLM: layer n is the output of the first n layers. SGLang reads `eagle_config`, 
 from pathlib import Path
 from typing import Any, Literal
 
-from ee_tuning.checkpoint.eagle3_names import LAYER
+from ee_tuning.artifact.eagle3_names import LAYER
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig, model_config_from_hf
 from ee_tuning.model.draft_spec import DraftSpec, check_aux_layers, default_aux_layers

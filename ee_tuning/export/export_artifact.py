@@ -10,16 +10,16 @@ from typing import Any
 
 from torch import Tensor
 
-from ee_tuning.checkpoint.apart import check_apart
-from ee_tuning.checkpoint.convert import described_heads
-from ee_tuning.checkpoint.exit_config import ExitHeadsConfig
-from ee_tuning.checkpoint.exit_heads import ExitHeadsReader, check_bound_to, write_exit_heads
-from ee_tuning.checkpoint.exit_init import InitialExits
+from ee_tuning.artifact.convert import described_heads
+from ee_tuning.artifact.exit_config import ExitHeadsConfig
+from ee_tuning.artifact.exit_heads import ExitHeadsReader, check_bound_to, write_exit_heads
+from ee_tuning.artifact.exit_init import InitialExits
 from ee_tuning.checkpoint.fingerprint import config_of_shape, fingerprint
 from ee_tuning.checkpoint.formats import check_model, open_model
-from ee_tuning.checkpoint.tensor_blocks import tensor_blocks
 from ee_tuning.config import Architecture, Config
 from ee_tuning.errors import InputError
+from ee_tuning.storage.apart import check_apart
+from ee_tuning.storage.tensor_blocks import tensor_blocks
 
 
 @dataclass(frozen=True)

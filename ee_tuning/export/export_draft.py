@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from ee_tuning.checkpoint.exit_config import exit_config_tree
+from ee_tuning.artifact.exit_config import exit_config_tree
 from ee_tuning.checkpoint.huggingface_files import backbone_files, backbone_layout
 from ee_tuning.config import Config
 from ee_tuning.errors import InputError

@@ -8,19 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ee_tuning.checkpoint.atomic_write import atomic_folder, check_room, os_errors_as_input_errors
-from ee_tuning.checkpoint.eagle3_card import eagle3_card
-from ee_tuning.checkpoint.exit_config import exit_config_tree
-from ee_tuning.checkpoint.exit_heads import ExitHeadsReader
-from ee_tuning.checkpoint.hashed_file import HashedFile
-from ee_tuning.checkpoint.manifest import write_manifest
-from ee_tuning.checkpoint.names import TensorShape
-from ee_tuning.checkpoint.safetensors_layout import SafetensorsLayout
-from ee_tuning.checkpoint.tensor_blocks import tensor_blocks
+from ee_tuning.artifact.eagle3_card import eagle3_card
+from ee_tuning.artifact.exit_config import exit_config_tree
+from ee_tuning.artifact.exit_heads import ExitHeadsReader
 from ee_tuning.config import Config
 from ee_tuning.export.eagle3_layout import D2T, T2D, Layout, published_config, published_name
 from ee_tuning.export.export_source import ExportSource, check_target, open_for_export
 from ee_tuning.json_file import to_json
+from ee_tuning.storage.atomic_write import atomic_folder, check_room, os_errors_as_input_errors
+from ee_tuning.storage.hashed_file import HashedFile
+from ee_tuning.storage.manifest import write_manifest
+from ee_tuning.storage.safetensors_layout import SafetensorsLayout
+from ee_tuning.storage.tensor_blocks import tensor_blocks
+from ee_tuning.storage.tensor_slice import TensorShape
 
 _MARKS = ("config.json", "model*.safetensors*")
 """File patterns that identify an export of this format."""

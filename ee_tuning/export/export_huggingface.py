@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ee_tuning.checkpoint.exit_config import exit_config_tree
+from ee_tuning.artifact.exit_config import exit_config_tree
 from ee_tuning.checkpoint.huggingface_files import FileToWrite, backbone_files, backbone_layout, copied_file
 from ee_tuning.checkpoint.model_card import export_card
 from ee_tuning.config import Config

@@ -7,19 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ee_tuning.checkpoint.apart import check_apart
-from ee_tuning.checkpoint.convert import model_name
-from ee_tuning.checkpoint.exit_heads import ExitHeadsReader, check_bound_to
+from ee_tuning.artifact.convert import model_name
+from ee_tuning.artifact.exit_heads import ExitHeadsReader, check_bound_to
 from ee_tuning.checkpoint.fingerprint import fingerprint
 from ee_tuning.checkpoint.formats import BackboneSource, background_check, describing_file, model_folder, open_model
 from ee_tuning.checkpoint.gguf_file import GgufReader
-from ee_tuning.checkpoint.manifest import check_replaceable
-from ee_tuning.checkpoint.safetensors_reader import SafetensorsFolder
 from ee_tuning.config import Config
 from ee_tuning.model.config import ModelConfig, model_config_from_hf
 from ee_tuning.model.huggingface_config import huggingface_config
 from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology
+from ee_tuning.storage.apart import check_apart
+from ee_tuning.storage.manifest import check_replaceable
+from ee_tuning.storage.safetensors_reader import SafetensorsFolder
 
 
 @dataclass(frozen=True)

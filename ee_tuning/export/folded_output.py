@@ -9,10 +9,10 @@ that with z′ = n + 1 the vector of ones carries a constant: W′ = W (T diag(�
 import torch
 from torch import Tensor
 
-from ee_tuning.checkpoint.names import TensorShape
-from ee_tuning.checkpoint.safetensors_reader import TensorSource
 from ee_tuning.errors import InputError
 from ee_tuning.export.plain_exit import PlainExit
+from ee_tuning.storage.safetensors_reader import TensorSource
+from ee_tuning.storage.tensor_slice import TensorShape
 
 # h hidden · v vocabulary
 

@@ -5,14 +5,14 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from ee_tuning.checkpoint.atomic_write import REMEDY
-from ee_tuning.checkpoint.byte_progress import Advance
-from ee_tuning.checkpoint.hashed_file import HashedFile
 from ee_tuning.checkpoint.huggingface_files import FileToWrite
-from ee_tuning.checkpoint.non_finite import NonFiniteCheck, warn_non_finite
-from ee_tuning.checkpoint.shared_folder import write_shared_folder
 from ee_tuning.export.export_source import ExportSource
 from ee_tuning.parallel.topology import Topology
+from ee_tuning.storage.atomic_write import REMEDY
+from ee_tuning.storage.byte_progress import Advance
+from ee_tuning.storage.hashed_file import HashedFile
+from ee_tuning.storage.non_finite import NonFiniteCheck, warn_non_finite
+from ee_tuning.storage.shared_folder import write_shared_folder
 
 
 def write_folder(

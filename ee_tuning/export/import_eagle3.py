@@ -6,20 +6,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ee_tuning.checkpoint.convert import model_name, print_summary
-from ee_tuning.checkpoint.exit_config import ExitHeadsConfig
-from ee_tuning.checkpoint.exit_heads import check_output, save_exit_heads
+from ee_tuning.artifact.convert import model_name, print_summary
+from ee_tuning.artifact.exit_config import ExitHeadsConfig
+from ee_tuning.artifact.exit_heads import check_output, save_exit_heads
 from ee_tuning.checkpoint.fingerprint import fingerprint, model_shape
 from ee_tuning.checkpoint.formats import BackboneSource, open_model
 from ee_tuning.checkpoint.names import embedding_name
-from ee_tuning.checkpoint.safetensors_reader import SafetensorsFolder
-from ee_tuning.checkpoint.tensor_blocks import tensor_blocks
 from ee_tuning.config import Config
 from ee_tuning.errors import InputError
 from ee_tuning.export.eagle3_layout import D2T, EMBEDDING, OUTPUT, T2D, artifact_part, read_published_config
 from ee_tuning.json_file import read_json
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.draft_spec import DraftSpec
+from ee_tuning.storage.safetensors_reader import SafetensorsFolder
+from ee_tuning.storage.tensor_blocks import tensor_blocks
 
 
 def import_eagle3(config: Config, folder: Path, output: Path, *, overwrite: bool = False) -> None:

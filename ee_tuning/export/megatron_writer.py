@@ -14,19 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ee_tuning.checkpoint.byte_progress import Advance
-from ee_tuning.checkpoint.distcp_writer import Chunk, DistcpWriter, StoredChunk, write_common, write_metadata
-from ee_tuning.checkpoint.exit_config import CONFIG, exit_config_tree
-from ee_tuning.checkpoint.exit_heads import ExitHeadsReader
-from ee_tuning.checkpoint.exit_vocab import write_token_ids
+from ee_tuning.artifact.exit_config import CONFIG, exit_config_tree
+from ee_tuning.artifact.exit_heads import ExitHeadsReader
+from ee_tuning.artifact.exit_vocab import write_token_ids
 from ee_tuning.checkpoint.megatron import stacked_names
 from ee_tuning.checkpoint.megatron_source import norm_alias
-from ee_tuning.checkpoint.metadata_pickle import METADATA
-from ee_tuning.checkpoint.names import TensorShape, backbone_parameter_names, backbone_shard
-from ee_tuning.checkpoint.non_finite import NonFiniteCheck, warn_non_finite
-from ee_tuning.checkpoint.safetensors_reader import TensorSource
-from ee_tuning.checkpoint.shared_folder import write_shared_folder
-from ee_tuning.checkpoint.tensor_blocks import parameter_blocks, parameter_dtype, tensor_blocks
+from ee_tuning.checkpoint.names import backbone_parameter_names, backbone_shard
 from ee_tuning.config import Config
 from ee_tuning.export.export_source import ExportSource, check_target, open_for_export
 from ee_tuning.json_file import to_json
@@ -35,6 +28,14 @@ from ee_tuning.model.megatron_args import megatron_arguments, missing_from_megat
 from ee_tuning.notices import warn
 from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology
+from ee_tuning.storage.byte_progress import Advance
+from ee_tuning.storage.distcp_writer import Chunk, DistcpWriter, StoredChunk, write_common, write_metadata
+from ee_tuning.storage.metadata_pickle import METADATA
+from ee_tuning.storage.non_finite import NonFiniteCheck, warn_non_finite
+from ee_tuning.storage.safetensors_reader import TensorSource
+from ee_tuning.storage.shared_folder import write_shared_folder
+from ee_tuning.storage.tensor_blocks import parameter_blocks, parameter_dtype, tensor_blocks
+from ee_tuning.storage.tensor_slice import TensorShape
 
 _MARKS = (METADATA, "common.pt", "config.json")
 """File patterns that identify an export of this format, and not a checkpoint of a run."""

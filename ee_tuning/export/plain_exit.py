@@ -7,7 +7,7 @@ replaced, and a `layer` exit is l + 1 layers. Pure functions.
 import dataclasses
 from dataclasses import dataclass
 
-from ee_tuning.checkpoint.exit_names import exit_copy_source, exit_tensor_shapes
+from ee_tuning.artifact.exit_names import exit_copy_source, exit_tensor_shapes
 from ee_tuning.checkpoint.hf_names import HF_NAMES
 from ee_tuning.checkpoint.names import backbone_tensor_shapes, embedding_name, norm_kinds, output_name
 from ee_tuning.errors import InputError

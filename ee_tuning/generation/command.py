@@ -10,7 +10,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from ee_tuning.checkpoint.apart import check_beside
 from ee_tuning.config import Config, GenerationSection
 from ee_tuning.errors import InputError
 from ee_tuning.generation.completion import Completion
@@ -21,6 +20,7 @@ from ee_tuning.generation.prompts import Line, read_prompts, requests_of
 from ee_tuning.generation.replicas import over_replicas
 from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology, destroy_parallel, init_parallel
+from ee_tuning.storage.apart import check_beside
 
 EXIT_COLOURS = ("bright_green", "green", "cyan", "bright_blue", "blue", "magenta", "bright_magenta", "yellow")
 """Colours of exits, shallow to deep; tokens that did not leave early keep the terminal's colour."""

@@ -7,12 +7,12 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 
-from ee_tuning.checkpoint.non_finite import no_numbers
 from ee_tuning.engine.engine import Engine, TokenStep
 from ee_tuning.errors import InputError
 from ee_tuning.generation.completion import Completion, StreamedToken, Writer
 from ee_tuning.generation.job import Job
 from ee_tuning.generation.text import TextStream
+from ee_tuning.storage.non_finite import no_numbers
 
 
 class CompletionRunner:

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ee_tuning.checkpoint.atomic_write import atomic_file, check_file
-from ee_tuning.checkpoint.owner import owned
 from ee_tuning.errors import InputError
 from ee_tuning.generation.record import Record
 from ee_tuning.json_file import parse_json, to_json
 from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology
+from ee_tuning.storage.atomic_write import atomic_file, check_file
+from ee_tuning.storage.owner import owned
 
 Settings = dict[str, Any]
 """All that completions depend on."""

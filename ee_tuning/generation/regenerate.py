@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from ee_tuning.checkpoint.apart import check_beside
 from ee_tuning.config import Config, GenerationSection, replace
 from ee_tuning.data.chat_template import ChatTemplate, read_chat_template
 from ee_tuning.data.documents import file_ranges, read_records
@@ -38,6 +37,7 @@ from ee_tuning.generation.shared_decoding import decode_shared
 from ee_tuning.json_file import to_json
 from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology, destroy_parallel, init_parallel
+from ee_tuning.storage.apart import check_beside
 
 FORM = Form("regenerate", under=MARK)
 _BATCHES_AT_A_TIME, _BATCHES_OF_LONG = 64, 8

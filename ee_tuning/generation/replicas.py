@@ -7,11 +7,11 @@ A replica's ranks, tensor × pipeline, decode together and know the same results
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from ee_tuning.checkpoint.work_partition import share_of
 from ee_tuning.errors import InputError
 from ee_tuning.parallel.collectives import gather_lists
 from ee_tuning.parallel.reports import failure_of_rank
 from ee_tuning.parallel.topology import Topology
+from ee_tuning.storage.work_partition import share_of
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -5,12 +5,12 @@ made.
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from ee_tuning.checkpoint.work_partition import share_of
 from ee_tuning.config import GenerationSection
 from ee_tuning.generation.completion import Completion
 from ee_tuning.generation.job import CHARACTERS_OF_TOKEN, READ_FOR_ONE_MADE, Job
 from ee_tuning.generation.llm import EarlyExitLLM
 from ee_tuning.parallel.reports import Reports
+from ee_tuning.storage.work_partition import share_of
 
 
 class _Made(NamedTuple):

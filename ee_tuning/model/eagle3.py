@@ -2,7 +2,7 @@
 
 The states of several layers are fused and, with the next token's embedding, go through the head's own layer. Its output
 predicts the token after next, and goes through the layer again with the next embedding, and so on. Parameters are laid
-out as in vLLM and speculators (`checkpoint/eagle3_names.py`). Tensor parallelism cuts the layer by heads and inner
+out as in vLLM and speculators (`artifact/eagle3_names.py`). Tensor parallelism cuts the layer by heads and inner
 width, and the output matrix by vocabulary; the fusing map and the norms are replicated.
 """
 

@@ -114,7 +114,7 @@ class ExitHead(nn.Module, ABC):
 
     `tied_weight` is the backbone's frozen output matrix [v/tp, h], for tied exits; `angles` [positions, d] are its
     rotations. `cuts_sequence`: the input is each rank's part of the sequence, and `project` gets all of it. Parameters
-    are named as in `checkpoint/exit_names.py`.
+    are named as in `artifact/exit_names.py`.
     """
 
     takes_mlp_input = False

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ee_tuning.checkpoint.exit_names import exit_tensor_shapes
+from ee_tuning.artifact.exit_names import exit_tensor_shapes
 from ee_tuning.checkpoint.model_size import parameters_by_part, tensor_parts
 from ee_tuning.checkpoint.names import backbone_tensor_shapes
 from ee_tuning.config import Architecture

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ee_tuning.checkpoint.load import Sources, build_stage
-from ee_tuning.checkpoint.shapes import as_tuned, shape_sources
-from ee_tuning.checkpoint.stage_plans import plan_fitting
+from ee_tuning.artifact.load import Sources, build_stage
+from ee_tuning.artifact.shapes import as_tuned, shape_sources
+from ee_tuning.artifact.stage_plans import plan_fitting
 from ee_tuning.config import Config, replace
 from ee_tuning.data.loader import batches_of_each
 from ee_tuning.data.tokens import DocumentRules, PackedSamples

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ee_tuning.checkpoint.load import Sources, build_stage
-from ee_tuning.checkpoint.shapes import as_tuned, shape_sources
-from ee_tuning.checkpoint.stage_plans import plan_tuning
+from ee_tuning.artifact.load import Sources, build_stage
+from ee_tuning.artifact.shapes import as_tuned, shape_sources
+from ee_tuning.artifact.stage_plans import plan_tuning
 from ee_tuning.config import Config, replace
 from ee_tuning.data.loader import count_microbatches
 from ee_tuning.data.splits import check_data_settings

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ee_tuning.artifact.shapes import shape_sources
 from ee_tuning.checkpoint.model_size import parameters_by_part
-from ee_tuning.checkpoint.shapes import shape_sources
 from ee_tuning.config import Config, replace
 from ee_tuning.errors import InputError
 from ee_tuning.planning.plan import RESERVED_GB, Cluster, TuningPlan, make_plan

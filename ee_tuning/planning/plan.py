@@ -6,7 +6,7 @@ operations and bytes, FORMULA, with one assumption: the share of its peak that a
 
 from dataclasses import dataclass
 
-from ee_tuning.checkpoint.shapes import with_seq_length
+from ee_tuning.artifact.shapes import with_seq_length
 from ee_tuning.config import Config
 from ee_tuning.errors import InputError
 from ee_tuning.parallel.topology import check_world_size

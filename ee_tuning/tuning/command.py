@@ -6,10 +6,10 @@ Run `ee-tuning tune job.yaml` in one process, or `torchrun --nproc-per-node N -m
 from pathlib import Path
 from shlex import quote
 
-from ee_tuning.checkpoint.convert import convert
+from ee_tuning.artifact.convert import convert
+from ee_tuning.artifact.load import load_for_tuning
+from ee_tuning.artifact.shapes import as_tuned, with_seq_length
 from ee_tuning.checkpoint.formats import open_model
-from ee_tuning.checkpoint.load import load_for_tuning
-from ee_tuning.checkpoint.shapes import as_tuned, with_seq_length
 from ee_tuning.config import Config, replace
 from ee_tuning.data.frequent_tokens import list_tokens
 from ee_tuning.data.loader import count_microbatches

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ee_tuning.checkpoint.atomic_write import atomic_file
 from ee_tuning.config import Config
 from ee_tuning.errors import InputError
 from ee_tuning.questions import no_questions
+from ee_tuning.storage.atomic_write import atomic_file
 from ee_tuning.tuning.metrics import MetricsRecord
 
 WANDB_ID = "wandb_id"

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ee_tuning.checkpoint.load import LoadedModel, fitted_dtype, load_for_fitting
+from ee_tuning.artifact.load import LoadedModel, fitted_dtype, load_for_fitting
 from ee_tuning.config import Config, TuningSection
 from ee_tuning.data.loader import Batch, batches_of_each
 from ee_tuning.data.tokens import Samples

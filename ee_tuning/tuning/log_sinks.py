@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from ee_tuning.checkpoint.atomic_write import os_errors_as_input_errors
-from ee_tuning.checkpoint.load import LoadedModel
+from ee_tuning.artifact.load import LoadedModel
 from ee_tuning.config import Config
 from ee_tuning.model.backbone import layers_in_words
 from ee_tuning.parallel.topology import Topology
+from ee_tuning.storage.atomic_write import os_errors_as_input_errors
 from ee_tuning.tuning.dashboards import tensorboard, weights_and_biases
 from ee_tuning.tuning.metrics import METRICS, MetricsFile, MetricsGatherer, MetricsRecord
 from ee_tuning.tuning.progress_display import ProgressDisplay

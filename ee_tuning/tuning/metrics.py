@@ -14,10 +14,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ee_tuning.checkpoint.atomic_write import atomic_file
 from ee_tuning.json_file import to_json
 from ee_tuning.line_file import read_lines
 from ee_tuning.parallel.topology import Topology
+from ee_tuning.storage.atomic_write import atomic_file
 
 METRICS = "metrics.jsonl"
 MetricsRecord = dict[str, Any]

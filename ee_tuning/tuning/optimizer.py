@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from ee_tuning.checkpoint.exit_names import is_replicated
+from ee_tuning.artifact.exit_names import is_replicated
 from ee_tuning.config import TuningSection
 from ee_tuning.model.cast import cast_parameters
 from ee_tuning.model.exit_head import ExitHead

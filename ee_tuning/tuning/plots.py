@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ee_tuning.checkpoint.atomic_write import atomic_file
 from ee_tuning.line_file import read_lines
+from ee_tuning.storage.atomic_write import atomic_file
 from ee_tuning.tuning.metrics import METRICS, MetricsRecord
 
 PNG, HTML = "plots.png", "plots.html"

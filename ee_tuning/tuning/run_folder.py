@@ -5,14 +5,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ee_tuning.checkpoint.apart import check_apart
-from ee_tuning.checkpoint.atomic_write import atomic_file, os_errors_as_input_errors
-from ee_tuning.checkpoint.exit_heads import check_output
-from ee_tuning.checkpoint.owner import owned
+from ee_tuning.artifact.exit_heads import check_output
 from ee_tuning.config import Config, save_config
 from ee_tuning.errors import InputError
 from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology
+from ee_tuning.storage.apart import check_apart
+from ee_tuning.storage.atomic_write import atomic_file, os_errors_as_input_errors
+from ee_tuning.storage.owner import owned
 from ee_tuning.tuning.resume_check import CONFIG, check_resumable
 from ee_tuning.tuning.state import latest_checkpoint
 

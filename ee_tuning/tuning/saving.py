@@ -13,10 +13,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ee_tuning.checkpoint.atomic_write import atomic_file, remove_leftovers
-from ee_tuning.checkpoint.byte_progress import Advance
-from ee_tuning.checkpoint.distcp_writer import Chunk, DistcpWriter, StoredChunk, write_common, write_metadata
-from ee_tuning.checkpoint.shared_folder import write_shared_folder
 from ee_tuning.config import TuningSection
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import to_json
@@ -24,6 +20,10 @@ from ee_tuning.model.config import ModelConfig
 from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.pinned_staging import PinnedStaging
 from ee_tuning.parallel.topology import Topology
+from ee_tuning.storage.atomic_write import atomic_file, remove_leftovers
+from ee_tuning.storage.byte_progress import Advance
+from ee_tuning.storage.distcp_writer import Chunk, DistcpWriter, StoredChunk, write_common, write_metadata
+from ee_tuning.storage.shared_folder import write_shared_folder
 from ee_tuning.tuning.optimizer import ExitOptimizer
 from ee_tuning.tuning.state import CHECKPOINTS, LATEST, PROGRESS, TrainingProgress, own_state
 

@@ -22,14 +22,15 @@ with warnings.catch_warnings():
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing import ShardedTensor
 
-from ee_tuning.checkpoint.exit_names import exit_shard, is_replicated
-from ee_tuning.checkpoint.manifest import check_file, read_manifest
-from ee_tuning.checkpoint.metadata_pickle import check_metadata_pickle
-from ee_tuning.checkpoint.names import Shard, merge_shards
+from ee_tuning.artifact.exit_names import exit_shard, is_replicated
+from ee_tuning.checkpoint.names import merge_shards
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology
+from ee_tuning.storage.manifest import check_file, read_manifest
+from ee_tuning.storage.metadata_pickle import check_metadata_pickle
+from ee_tuning.storage.tensor_slice import Shard
 from ee_tuning.tuning.optimizer import ExitOptimizer
 
 CHECKPOINTS, LATEST, PROGRESS = "checkpoints", "latest", "progress.json"

@@ -8,10 +8,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from ee_tuning.checkpoint.exit_config import exit_config_tree
-from ee_tuning.checkpoint.exit_heads import save_exit_heads
-from ee_tuning.checkpoint.load import LoadedModel
-from ee_tuning.checkpoint.stage_plans import tuning_costs
+from ee_tuning.artifact.exit_config import exit_config_tree
+from ee_tuning.artifact.exit_heads import save_exit_heads
+from ee_tuning.artifact.load import LoadedModel
+from ee_tuning.artifact.stage_plans import tuning_costs
 from ee_tuning.config import Config
 from ee_tuning.data.loader import BatchSource, validation_batches
 from ee_tuning.data.tokens import Splits

@@ -7,8 +7,8 @@ from random_models import random_llama
 from world import World
 
 from ee_tuning import config as job
-from ee_tuning.checkpoint.convert import convert, write_initial_exits
-from ee_tuning.checkpoint.exit_heads import ExitHeadsReader
+from ee_tuning.artifact.convert import convert, write_initial_exits
+from ee_tuning.artifact.exit_heads import ExitHeadsReader
 from ee_tuning.config import Config
 from ee_tuning.errors import InputError
 from ee_tuning.parallel.topology import init_parallel

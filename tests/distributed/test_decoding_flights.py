@@ -7,7 +7,7 @@ from exits import write_exits
 from random_models import random_llama
 from stages import POLICIES, Run, Way, run_at
 
-from ee_tuning.checkpoint.load import load_for_generation
+from ee_tuning.artifact.load import load_for_generation
 from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.engine.engine import Engine
 from ee_tuning.engine.params import SamplingParams

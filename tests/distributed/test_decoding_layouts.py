@@ -8,12 +8,12 @@ from decoding import decode, policy_for, run_all
 from exits import write_exits
 from random_models import random_llama
 
-from ee_tuning.checkpoint.load import LoadedModel, load_for_generation
+from ee_tuning.artifact.load import LoadedModel, load_for_generation
+from ee_tuning.calibration.calibrate import read_exits
 from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.engine.engine import Engine
 from ee_tuning.engine.params import SamplingParams
 from ee_tuning.engine.policy import Policy
-from ee_tuning.evaluation.calibrate import read_exits
 from ee_tuning.parallel.topology import init_parallel
 
 PROMPTS = [[5, 17, 80, 3, 9], [41], [7, 7, 7, 90, 12, 60, 33, 2, 51, 18, 64]]

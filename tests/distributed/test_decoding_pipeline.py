@@ -9,7 +9,7 @@ from mixtures import EOS, VOCAB
 from random_models import random_llama
 
 from ee_tuning import EarlyExitLLM
-from ee_tuning.checkpoint.load import load_for_generation
+from ee_tuning.artifact.load import load_for_generation
 from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.engine.engine import Engine
 from ee_tuning.engine.params import SamplingParams

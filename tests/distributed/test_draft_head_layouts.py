@@ -7,7 +7,7 @@ from decoding import run_all
 from exits import write_exits
 from random_models import random_llama
 
-from ee_tuning.checkpoint.load import load_for_generation
+from ee_tuning.artifact.load import load_for_generation
 from ee_tuning.config import load_config
 from ee_tuning.engine.engine import Engine
 from ee_tuning.engine.params import SamplingParams

@@ -13,7 +13,7 @@ from tuning_jobs import NUM_STEPS, checkpoint, configure, make_samples, records
 from world import World
 
 from ee_tuning import config as job
-from ee_tuning.checkpoint.load import load_for_tuning
+from ee_tuning.artifact.load import load_for_tuning
 from ee_tuning.config import Config
 from ee_tuning.model.exit_spec import ListedTokens
 from ee_tuning.parallel.topology import init_parallel

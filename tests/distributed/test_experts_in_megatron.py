@@ -12,9 +12,9 @@ from random_models import WITH_EXPERTS, random_model
 from test_ways_in import differing
 from world import World
 
+from ee_tuning.artifact.inspect import model_facts
 from ee_tuning.checkpoint.formats import open_model
 from ee_tuning.checkpoint.huggingface import HuggingFaceReader, read_backbone_tensor
-from ee_tuning.checkpoint.inspect import model_facts
 from ee_tuning.config import ModelSection, ParallelSection, load_config
 from ee_tuning.export.megatron_writer import write_megatron
 from ee_tuning.model.config import read_model_config

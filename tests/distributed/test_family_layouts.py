@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from ee_tuning import config as job
-from ee_tuning.checkpoint.load import load_for_generation, load_for_tuning
+from ee_tuning.artifact.load import load_for_generation, load_for_tuning
 from ee_tuning.config import Config, ParallelSection, load_config
 from ee_tuning.data.tokens import PackedSamples, Splits
 from ee_tuning.parallel.topology import init_parallel

@@ -10,10 +10,10 @@ from byte_tokenizer import END, VOCABULARY, write_byte_tokenizer
 from exits import write_exits
 from random_models import random_llama
 
+from ee_tuning.calibration import calibrate_command
+from ee_tuning.calibration.calibrate_command import calibrate
 from ee_tuning.config import load_config
 from ee_tuning.errors import InputError
-from ee_tuning.evaluation import calibrate_command
-from ee_tuning.evaluation.calibrate_command import calibrate
 from ee_tuning.generation import command
 from ee_tuning.generation.command import generate
 from ee_tuning.generation.completion import StreamedToken

@@ -12,7 +12,7 @@ from tuning_jobs import checkpoint, configure, make_tuner, records, tune
 from world import World
 
 from ee_tuning import config as job
-from ee_tuning.checkpoint.exit_heads import ExitHeadsReader
+from ee_tuning.artifact.exit_heads import ExitHeadsReader
 from ee_tuning.config import Architecture, Config
 
 LAYERS = (1, 2, 3, 4, 5, 6)

@@ -9,7 +9,7 @@ from random_models import random_llama
 from test_ways_in import differing
 from world import World
 
-from ee_tuning.checkpoint.inspect import model_facts
+from ee_tuning.artifact.inspect import model_facts
 
 
 @pytest.fixture(scope="module")

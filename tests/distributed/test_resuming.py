@@ -15,10 +15,10 @@ from tuning_jobs import NUM_STEPS, checkpoint, configure, make_tuner, records, t
 from world import World
 
 from ee_tuning import config as job
-from ee_tuning.checkpoint.manifest import write_manifest
 from ee_tuning.config import Config
 from ee_tuning.errors import InputError
 from ee_tuning.parallel.relay import NextAction
+from ee_tuning.storage.manifest import write_manifest
 from ee_tuning.tuning.microbatch_schedule import Microbatch
 from ee_tuning.tuning.save_stop_policy import SaveStopPolicy
 from ee_tuning.tuning.saving import Saver

@@ -4,7 +4,7 @@ import pytest
 from exits import write_exits
 from random_models import random_llama
 
-from ee_tuning.checkpoint.load import load_for_generation
+from ee_tuning.artifact.load import load_for_generation
 from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.engine.policy import policy_of
 from ee_tuning.generation.scoring import Score, score, score_by

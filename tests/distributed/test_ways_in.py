@@ -8,9 +8,9 @@ from megatron_files import save_stock_model
 from random_models import random_llama
 from world import World
 
+from ee_tuning.artifact.inspect import model_facts
+from ee_tuning.artifact.load import load_for_generation
 from ee_tuning.checkpoint.formats import open_model
-from ee_tuning.checkpoint.inspect import model_facts
-from ee_tuning.checkpoint.load import load_for_generation
 from ee_tuning.config import ModelSection, ParallelSection, load_config
 from ee_tuning.parallel.topology import init_parallel
 

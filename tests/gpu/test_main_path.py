@@ -27,7 +27,7 @@ import json, sys
 from pathlib import Path
 import torch
 import torch.nn.functional as F
-from ee_tuning.checkpoint.load import load_for_generation
+from ee_tuning.artifact.load import load_for_generation
 from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.parallel.topology import init_parallel
 from decoding import decode

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from random_models import random_llama
 
-from ee_tuning.checkpoint.load import load_for_generation
+from ee_tuning.artifact.load import load_for_generation
 from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.parallel.topology import init_parallel
 

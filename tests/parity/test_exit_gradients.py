@@ -13,8 +13,8 @@ from plain_decoder import PlainDecoder
 from random_models import FAMILIES, WITH_EXPERTS, random_model
 from torch import Tensor
 
-from ee_tuning.checkpoint.exit_names import exit_shard
-from ee_tuning.checkpoint.load import load_for_tuning
+from ee_tuning.artifact.exit_names import exit_shard
+from ee_tuning.artifact.load import load_for_tuning
 from ee_tuning.checkpoint.names import merge_shards
 from ee_tuning.config import Architecture, ParallelSection, load_config
 from ee_tuning.parallel.topology import init_parallel

@@ -12,13 +12,13 @@ from random_models import WITH_EXPERTS, random_llama, random_model
 from safetensors.torch import load_file, save_file
 
 from ee_tuning import cli
-from ee_tuning.checkpoint.load import load_for_generation
-from ee_tuning.checkpoint.manifest import write_manifest
+from ee_tuning.artifact.load import load_for_generation
 from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.export import export_draft
 from ee_tuning.export.check import exit_logits
 from ee_tuning.export.draft_card import TRIED
 from ee_tuning.parallel.topology import init_parallel
+from ee_tuning.storage.manifest import write_manifest
 
 SHIPPED = Path(__file__).parents[2] / "examples" / "tiny-python-llama"
 IDS = torch.tensor([[5, 17, 80, 3, 9, 41, 7, 7, 90, 12, 60, 33, 2, 51, 18, 64, 99, 1, 0, 44]])

@@ -17,7 +17,7 @@ from random_models import random_llama, random_model
 from safetensors.torch import load_file
 
 from ee_tuning import cli
-from ee_tuning.checkpoint.load import load_for_generation
+from ee_tuning.artifact.load import load_for_generation
 from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.parallel.topology import init_parallel
 

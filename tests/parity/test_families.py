@@ -12,8 +12,8 @@ from exits import write_exits
 from plain_decoder import PlainDecoder
 from random_models import FAMILIES, WITH_EXPERTS, random_model
 
-from ee_tuning.checkpoint.inspect import model_facts
-from ee_tuning.checkpoint.load import load_for_generation
+from ee_tuning.artifact.inspect import model_facts
+from ee_tuning.artifact.load import load_for_generation
 from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.errors import InputError
 from ee_tuning.export.megatron_writer import write_megatron

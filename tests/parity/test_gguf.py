@@ -11,9 +11,9 @@ from gguf_files import Kind, write_gguf
 from random_models import random_model
 
 from ee_tuning import cli
+from ee_tuning.artifact.inspect import model_facts
+from ee_tuning.artifact.load import load_for_generation
 from ee_tuning.checkpoint.formats import open_model
-from ee_tuning.checkpoint.inspect import model_facts
-from ee_tuning.checkpoint.load import load_for_generation
 from ee_tuning.config import ModelSection, ParallelSection, load_config
 from ee_tuning.model.gguf_config import llama3_factors
 from ee_tuning.parallel.topology import init_parallel

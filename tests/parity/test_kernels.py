@@ -9,7 +9,7 @@ import torch
 from exits import write_exits
 from random_models import FAMILIES, WITH_EXPERTS, random_model
 
-from ee_tuning.checkpoint.load import LoadedModel, load_for_generation
+from ee_tuning.artifact.load import LoadedModel, load_for_generation
 from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.decoding.attention_metadata import AttentionMetadata
 from ee_tuning.decoding.eager_attention import LayerCache, SlotMapping

@@ -13,10 +13,16 @@ from harness_tasks import write_subject, write_tasks
 
 from ee_tuning.engine.policy import FULL, Policy
 from ee_tuning.errors import InputError
-from ee_tuning.evaluation.driver import Driver
-from ee_tuning.evaluation.lm_eval_run import HarnessTasks, check_harness, results_json, results_table, run_harness
 from ee_tuning.generation.llm import EarlyExitLLM
 from ee_tuning.json_file import parse_json
+from ee_tuning.public_benchmarks.driver import Driver
+from ee_tuning.public_benchmarks.lm_eval_run import (
+    HarnessTasks,
+    check_harness,
+    results_json,
+    results_table,
+    run_harness,
+)
 
 pytest.importorskip("lm_eval", reason="pip install 'ee_tuning[eval]'")  # brings datasets
 
@@ -98,7 +104,7 @@ def test_requests_are_answered_as_the_harness_answers_them(llm, theirs):
     """
     from lm_eval.api.instance import Instance
 
-    from ee_tuning.evaluation.lm_eval_model import EarlyExitLM
+    from ee_tuning.public_benchmarks.lm_eval_model import EarlyExitLM
 
     model = EarlyExitLM(driver=Driver(llm), given=FULL, batch_size=3)
     pairs = [("the quick ", "brown"), ("", "fox"), ("x" * 200, " jumps"), ("a", "b"), ("a", "c")]
@@ -158,7 +164,7 @@ def test_repeated_samples_differ(llm):
     """`repeats` of a task that samples: the same completion five times, a pass@5 that is pass@1."""
     from lm_eval.api.instance import Instance
 
-    from ee_tuning.evaluation.lm_eval_model import EarlyExitLM
+    from ee_tuning.public_benchmarks.lm_eval_model import EarlyExitLM
 
     model = EarlyExitLM(driver=Driver(llm), given=FULL)
     request = Instance("generate_until", {}, ("ab", {"do_sample": True, "temperature": 1.5, "max_gen_toks": 8}), 0)
@@ -202,7 +208,7 @@ def test_keys_of_generation_that_mean_nothing_are_refused(llm):
     """Beam search asked for, greedy decoding reported."""
     from lm_eval.api.instance import Instance
 
-    from ee_tuning.evaluation.lm_eval_model import EarlyExitLM
+    from ee_tuning.public_benchmarks.lm_eval_model import EarlyExitLM
 
     model = EarlyExitLM(driver=Driver(llm), given=FULL)
     with pytest.raises(InputError, match="got num_beams"):
@@ -213,7 +219,7 @@ def test_the_harness_finds_the_model_by_name(folder):
     """`lm_eval --model ee-tuning --model_args …` that ignores the threshold."""
     from lm_eval.api.registry import get_model
 
-    import ee_tuning.evaluation.lm_eval_model  # noqa: F401
+    import ee_tuning.public_benchmarks.lm_eval_model  # noqa: F401
 
     model = get_model("ee-tuning").create_from_arg_string(
         f"model={folder / 'model'},exits={folder / 'exits'},threshold=0.4,dtype=float32",

@@ -8,8 +8,8 @@ from harness_tasks import write_subject
 from served import Served, served
 
 from ee_tuning.config import load_config
-from ee_tuning.evaluation.driver import Driver
-from ee_tuning.evaluation.lm_eval_model import EarlyExitLM
+from ee_tuning.public_benchmarks.driver import Driver
+from ee_tuning.public_benchmarks.lm_eval_model import EarlyExitLM
 
 for package in ("lm_eval", "fastapi", "tenacity", "aiohttp"):
     pytest.importorskip(package, reason="pip install 'ee_tuning[serve]' 'lm-eval[api]'")

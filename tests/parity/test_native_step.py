@@ -13,7 +13,7 @@ from decoding import FixedDrafts, policy_for, run_all
 from exits import write_exits
 from random_models import random_llama
 
-from ee_tuning.checkpoint.load import LoadedModel, load_for_generation
+from ee_tuning.artifact.load import LoadedModel, load_for_generation
 from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.engine.engine import Engine, TokenStep
 from ee_tuning.engine.native_step import NativeStage

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ee_tuning import cli
-from ee_tuning.checkpoint.exit_heads import read_exit_config
+from ee_tuning.artifact.exit_heads import read_exit_config
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny-python-llama"
 

@@ -12,7 +12,7 @@ from mixtures import Subject, mixture
 from random_models import random_model
 from recorded import ImitatedGraph, imitate_flash_attention, record_on_cpu
 
-from ee_tuning.checkpoint.load import LoadedModel, load_for_generation
+from ee_tuning.artifact.load import LoadedModel, load_for_generation
 from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.engine.cost_model import Costs
 from ee_tuning.engine.engine import Engine

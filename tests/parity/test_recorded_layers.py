@@ -13,7 +13,7 @@ from exits import write_exits
 from random_models import FAMILIES, WITH_EXPERTS, random_model
 from recorded import ImitatedGraph, imitate_flash_attention, record_on_cpu
 
-from ee_tuning.checkpoint.load import LoadedModel, load_for_generation
+from ee_tuning.artifact.load import LoadedModel, load_for_generation
 from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.decoding import captured_attention, captured_batch, graphs, layer_stack
 from ee_tuning.decoding.attention_metadata import AttentionMetadata

@@ -11,7 +11,7 @@ from exits import write_exits
 from plain_decoder import PlainDecoder, confidence
 from random_models import random_model
 
-from ee_tuning.checkpoint.load import load_for_generation
+from ee_tuning.artifact.load import load_for_generation
 from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.engine.policy import policy_of
 from ee_tuning.errors import InputError

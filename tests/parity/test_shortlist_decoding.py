@@ -11,7 +11,7 @@ from plain_decoder import PlainDecoder, confidence
 from random_models import random_llama
 from torch import Tensor
 
-from ee_tuning.checkpoint.load import LoadedModel, load_for_generation
+from ee_tuning.artifact.load import LoadedModel, load_for_generation
 from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.decoding.decode_head import DecodeExitHead
 from ee_tuning.engine.engine import Engine

@@ -12,7 +12,7 @@ from exits import write_exits
 from plain_decoder import PlainDecoder
 from random_models import random_llama
 
-from ee_tuning.checkpoint.load import LoadedModel, load_for_generation
+from ee_tuning.artifact.load import LoadedModel, load_for_generation
 from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.engine.cost_model import Costs, expected_costs, measure_costs
 from ee_tuning.engine.engine import Engine

@@ -10,12 +10,12 @@ import torch
 from decoding_stress import MODEL, Report, held_out_prompts
 from exits import write_exits
 
-from ee_tuning.checkpoint.load import load_for_generation
+from ee_tuning.artifact.load import load_for_generation
+from ee_tuning.calibration.calibrate import MEASURES, ExitObservations, read_exits
+from ee_tuning.calibration.guarantee import Trials, earliest, prove, try_thresholds
 from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.config.generation import Measure
 from ee_tuning.data.tokenizer import load_tokenizer
-from ee_tuning.evaluation.calibrate import MEASURES, ExitObservations, read_exits
-from ee_tuning.evaluation.guarantee import Trials, earliest, prove, try_thresholds
 from ee_tuning.parallel.topology import init_parallel
 
 EPSILON = 0.05

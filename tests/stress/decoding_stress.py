@@ -15,12 +15,12 @@ from mixtures import Subject, mixture
 from random_models import random_llama
 
 from ee_tuning import EarlyExitLLM
-from ee_tuning.checkpoint.load import load_for_generation
+from ee_tuning.artifact.load import load_for_generation
 from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.data.sample_corpus import sample_corpus
+from ee_tuning.demo.demo import CHECKOUT
 from ee_tuning.engine.engine import Engine
 from ee_tuning.engine.params import SamplingParams
-from ee_tuning.evaluation.demo import CHECKOUT
 from ee_tuning.parallel.topology import init_parallel
 
 MODEL = CHECKOUT / "examples" / "tiny-python-llama"

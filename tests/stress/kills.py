@@ -21,12 +21,12 @@ from tuning_jobs import NUM_STEPS, checkpoint, configure, make_tuner, records
 
 from ee_tuning import cli
 from ee_tuning import config as job
-from ee_tuning.checkpoint.exit_config import read_exit_config
+from ee_tuning.artifact.exit_config import read_exit_config
 from ee_tuning.checkpoint.megatron import DistributedCheckpoint
-from ee_tuning.checkpoint.safetensors_reader import SafetensorsFolder
 from ee_tuning.checkpoint.verify import verify_folder
 from ee_tuning.config import Config
 from ee_tuning.errors import InputError
+from ee_tuning.storage.safetensors_reader import SafetensorsFolder
 from ee_tuning.tuning.metrics import METRICS
 
 _LONGEST = 120.0  # seconds that a job of these may take on a busy machine

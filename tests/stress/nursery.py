@@ -18,13 +18,13 @@ _TESTS = Path(__file__).parents[1]
 _PATHS = [str(path) for path in (_TESTS.parent, _TESTS, _TESTS / "distributed", _TESTS / "stress")]
 _IMPORTED = [
     "ee_tuning.cli",
-    "ee_tuning.checkpoint.convert",
+    "ee_tuning.artifact.convert",
     "ee_tuning.export.export_artifact",
     "ee_tuning.export.export_huggingface",
     "ee_tuning.export.megatron_writer",
     "ee_tuning.export.command",
     "ee_tuning.tuning.tuner",
-    "ee_tuning.checkpoint.load",
+    "ee_tuning.artifact.load",
     "tuning_jobs",
     "safetensors_stress",
 ]

@@ -14,14 +14,14 @@ from random_models import random_llama
 from safetensors_damage import INDEX_MUTATIONS, SHARD_MUTATIONS, UNKNOWABLE
 
 from ee_tuning import cli
-from ee_tuning.checkpoint.convert import write_initial_exits
-from ee_tuning.checkpoint.exit_heads import ExitHeadsReader, save_exit_heads
+from ee_tuning.artifact.convert import write_initial_exits
+from ee_tuning.artifact.exit_heads import ExitHeadsReader, save_exit_heads
 from ee_tuning.checkpoint.fingerprint import config_of_shape, fingerprint
 from ee_tuning.checkpoint.formats import check_model, open_model
-from ee_tuning.checkpoint.manifest import write_manifest
 from ee_tuning.checkpoint.names import backbone_tensor_shapes
 from ee_tuning.config import ModelSection, ParallelSection, load_config
 from ee_tuning.parallel.topology import init_parallel
+from ee_tuning.storage.manifest import write_manifest
 
 _SHARES = {
     "model in one file": 10,

@@ -8,7 +8,7 @@ from exits import write_exits
 from random_models import random_llama
 
 from ee_tuning import cli
-from ee_tuning.checkpoint.load import load_for_generation
+from ee_tuning.artifact.load import load_for_generation
 from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.evaluation.acceptance import acceptance, agreement
 from ee_tuning.parallel.topology import init_parallel

@@ -8,8 +8,8 @@ from exits import write_exits
 from random_models import random_llama
 
 from ee_tuning import cli
-from ee_tuning.checkpoint.apart import check_apart, is_ours
 from ee_tuning.errors import InputError
+from ee_tuning.storage.apart import check_apart, is_ours
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from ee_tuning.checkpoint import atomic_write
-from ee_tuning.checkpoint.atomic_write import atomic_file, atomic_folder, check_file, exchange, remove_leftovers
-from ee_tuning.checkpoint.owner import owned
 from ee_tuning.errors import InputError
+from ee_tuning.storage import atomic_write
+from ee_tuning.storage.atomic_write import atomic_file, atomic_folder, check_file, exchange, remove_leftovers
+from ee_tuning.storage.owner import owned
 from ee_tuning.tuning.metrics import MetricsFile
 
 

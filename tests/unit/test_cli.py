@@ -125,7 +125,7 @@ def test_generate_takes_prompts_and_stops(monkeypatch: pytest.MonkeyPatch):
 
 def test_convert_passes_where_to_write(monkeypatch: pytest.MonkeyPatch):
     """An output that may replace what is there only when asked to."""
-    calls = stand_in(monkeypatch, "ee_tuning.checkpoint.convert", "convert")
+    calls = stand_in(monkeypatch, "ee_tuning.artifact.convert", "convert")
     assert cli.main(["convert", "--model", "m", "--exit-layers", "3", "6", "--output", "out"]) == 0
     config, output, keys = calls[0]
     assert (config.exits.exit_layers, output, keys) == ((3, 6), Path("out"), {"overwrite": False})
@@ -168,7 +168,7 @@ def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> int:
     def inspect_path(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(importlib.import_module("ee_tuning.checkpoint.inspect"), "inspect_path", inspect_path)
+    monkeypatch.setattr(importlib.import_module("ee_tuning.artifact.inspect"), "inspect_path", inspect_path)
     return cli.main(["inspect", "folder"])
 
 
@@ -193,7 +193,7 @@ def test_an_error_that_one_rank_meets_is_said_by_that_rank(tmp_path: Path):
         "def inspect_path(path, as_json, **_):\n"
         "    dist.init_process_group('gloo', init_method='file://' + sys.argv[1], rank=int(os.environ['RANK']), world_size=2)\n"
         "    dist.barrier()\n    if os.environ['RANK'] == '1' or sys.argv[2] == 'all':\n        raise InputError('damaged')\n"
-        "sys.modules['ee_tuning.checkpoint.inspect'] = fake = types.ModuleType('fake')\nfake.inspect_path = inspect_path\n"
+        "sys.modules['ee_tuning.artifact.inspect'] = fake = types.ModuleType('fake')\nfake.inspect_path = inspect_path\n"
         "sys.exit(cli.main(['inspect', 'folder']))\n"
     )
     for who, codes in (("last", [0, 2]), ("all", [2, 2])):
@@ -223,7 +223,7 @@ def test_a_reader_who_leaves_is_no_error():
     """`ee-tuning … | head -1` that ends in a traceback."""
     script = (
         "import sys, types\nfrom ee_tuning import cli\ndef inspect_path(path, as_json, **_):\n    print('x' * 10_000_000)\n"
-        "sys.modules['ee_tuning.checkpoint.inspect'] = fake = types.ModuleType('fake')\nfake.inspect_path = inspect_path\n"
+        "sys.modules['ee_tuning.artifact.inspect'] = fake = types.ModuleType('fake')\nfake.inspect_path = inspect_path\n"
         "sys.exit(cli.main(['inspect', 'folder']))\n"
     )
     writer = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)

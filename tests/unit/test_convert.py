@@ -9,13 +9,14 @@ import pytest
 from random_models import random_llama
 
 from ee_tuning import config as job
-from ee_tuning.checkpoint import exit_heads, shared_folder
-from ee_tuning.checkpoint.convert import convert, model_name
-from ee_tuning.checkpoint.exit_heads import ExitHeadsReader
-from ee_tuning.checkpoint.hashed_file import HashedFile
-from ee_tuning.checkpoint.inspect import artifact_facts, inspect_path, model_facts
+from ee_tuning.artifact import exit_heads
+from ee_tuning.artifact.convert import convert, model_name
+from ee_tuning.artifact.exit_heads import ExitHeadsReader
+from ee_tuning.artifact.inspect import artifact_facts, inspect_path, model_facts
 from ee_tuning.config import Config
 from ee_tuning.errors import InputError
+from ee_tuning.storage import shared_folder
+from ee_tuning.storage.hashed_file import HashedFile
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from ee_tuning.demo import demo_llm, demo_model
+from ee_tuning.demo.demo_report import print_summary
+from ee_tuning.demo.demo_steps import Step, run_steps
 from ee_tuning.errors import InputError
-from ee_tuning.evaluation import demo_llm, demo_model
-from ee_tuning.evaluation.demo_report import print_summary
-from ee_tuning.evaluation.demo_steps import Step, run_steps
 
 
 def console() -> Console:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ee_tuning import notices
-from ee_tuning.checkpoint.stage_plans import compute_dtype
+from ee_tuning.artifact.stage_plans import compute_dtype
 from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.parallel.device import collective_backend
 from ee_tuning.parallel.pinned_staging import to_device

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ee_tuning.checkpoint import direct_file
-from ee_tuning.checkpoint.direct_file import DirectFile
+from ee_tuning.storage import direct_file
+from ee_tuning.storage.direct_file import DirectFile
 
 STAGE = 8192
 

@@ -12,7 +12,7 @@ from random_models import random_model
 from torch.distributed.tensor import DTensor
 
 from ee_tuning import cli
-from ee_tuning.checkpoint.load import load_for_tuning
+from ee_tuning.artifact.load import load_for_tuning
 from ee_tuning.config import Config, load_config
 from ee_tuning.data.tokens import PackedSamples, Splits
 from ee_tuning.errors import InputError

@@ -11,7 +11,7 @@ from exits import write_exits
 from random_models import random_model
 from safetensors.torch import load_file, save_file
 
-from ee_tuning.checkpoint.exit_heads import ExitHeadsReader
+from ee_tuning.artifact.exit_heads import ExitHeadsReader
 from ee_tuning.cli import main
 
 LISTED = (0, 3, 5, 20, 49, 60, 100)

@@ -8,8 +8,8 @@ import torch
 from megatron_files import save_legacy
 from random_models import random_llama
 
-from ee_tuning.checkpoint.convert import write_initial_exits
-from ee_tuning.checkpoint.exit_heads import ExitHeadsReader
+from ee_tuning.artifact.convert import write_initial_exits
+from ee_tuning.artifact.exit_heads import ExitHeadsReader
 from ee_tuning.checkpoint.fingerprint import fingerprint
 from ee_tuning.checkpoint.formats import open_model
 from ee_tuning.config import ModelSection, ParallelSection, load_config

@@ -9,7 +9,7 @@ from exits import write_exits
 from random_models import random_llama
 from torch import Tensor
 
-from ee_tuning.checkpoint.load import load_for_generation
+from ee_tuning.artifact.load import load_for_generation
 from ee_tuning.config import ParallelSection, load_config
 from ee_tuning.model.exit_head import ExitHead
 from ee_tuning.parallel.topology import init_parallel

@@ -15,9 +15,9 @@ from random_models import random_llama
 from safetensors.torch import load_file, save_file
 
 from ee_tuning import config as job
-from ee_tuning.checkpoint import exit_init
-from ee_tuning.checkpoint.convert import initial_exits_config
-from ee_tuning.checkpoint.exit_heads import (
+from ee_tuning.artifact import exit_init
+from ee_tuning.artifact.convert import initial_exits_config
+from ee_tuning.artifact.exit_heads import (
     CONFIG,
     ExitHeadsConfig,
     ExitHeadsReader,
@@ -26,7 +26,7 @@ from ee_tuning.checkpoint.exit_heads import (
     read_exit_tensor,
     save_exit_heads,
 )
-from ee_tuning.checkpoint.exit_init import InitialExits
+from ee_tuning.artifact.exit_init import InitialExits
 from ee_tuning.checkpoint.huggingface import HuggingFaceReader
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import read_model_config

@@ -9,8 +9,8 @@ from random_models import random_llama, random_model
 from safetensors.torch import load_file
 
 from ee_tuning import cli
-from ee_tuning.checkpoint.exit_heads import ExitHeadsReader, read_exit_config
-from ee_tuning.checkpoint.manifest import write_manifest
+from ee_tuning.artifact.exit_heads import ExitHeadsReader, read_exit_config
+from ee_tuning.storage.manifest import write_manifest
 
 
 @pytest.fixture(scope="module")

@@ -12,15 +12,15 @@ import torch
 from megatron_files import save_legacy, save_stock_model
 from random_models import random_llama
 
-from ee_tuning.checkpoint import links, open_files
+from ee_tuning.artifact.inspect import model_facts
 from ee_tuning.checkpoint.fingerprint import fingerprint
 from ee_tuning.checkpoint.formats import OpenModel, open_model
-from ee_tuning.checkpoint.inspect import model_facts
 from ee_tuning.checkpoint.verify import verify_folder
 from ee_tuning.config import ModelSection
 from ee_tuning.data.tokenizer import load_tokenizer
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import read_model_config
+from ee_tuning.storage import links, open_files
 
 INDEX = "model.safetensors.index.json"
 

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from tuning_jobs import configure, make_samples
 
 from ee_tuning import config as job
-from ee_tuning.checkpoint.convert import convert
-from ee_tuning.checkpoint.exit_heads import ExitHeadsReader
-from ee_tuning.checkpoint.load import load_for_generation
+from ee_tuning.artifact.convert import convert
+from ee_tuning.artifact.exit_heads import ExitHeadsReader
+from ee_tuning.artifact.load import load_for_generation
 from ee_tuning.config import Config, ParallelSection, load_config
 from ee_tuning.data.loader import validation_batches
 from ee_tuning.errors import InputError

@@ -14,11 +14,9 @@ from exits import write_exits
 from torch import Tensor
 
 from ee_tuning import EarlyExitLLM, cli
-from ee_tuning.data.tokens import DocumentSamples
-from ee_tuning.evaluation import calibrate_text
-from ee_tuning.evaluation.calibrate import MEASURES, ExitObservations, score_thresholds
-from ee_tuning.evaluation.demo import CHECKOUT
-from ee_tuning.evaluation.guarantee import (
+from ee_tuning.calibration import calibrate_text
+from ee_tuning.calibration.calibrate import MEASURES, ExitObservations, score_thresholds
+from ee_tuning.calibration.guarantee import (
     GRID,
     Trials,
     documents_needed,
@@ -28,6 +26,8 @@ from ee_tuning.evaluation.guarantee import (
     prove,
     try_thresholds,
 )
+from ee_tuning.data.tokens import DocumentSamples
+from ee_tuning.demo.demo import CHECKOUT
 from ee_tuning.json_file import to_json
 
 MODEL = CHECKOUT / "examples" / "tiny-python-llama"
@@ -269,7 +269,7 @@ def test_none_that_can_be_proven_is_said(shared, tmp_path, capsys, monkeypatch):
     trials = Trials(torch.full((100, len(GRID)), 0.5, dtype=torch.float64), torch.full((100, len(GRID)), 8.0))
     output = tmp_path / "none.json"
     assert prove({"margin": trials}, 0.3, 0.05)["margin"].threshold is None
-    monkeypatch.setattr("ee_tuning.evaluation.guarantee_command.try_thresholds", lambda *_: trials)
+    monkeypatch.setattr("ee_tuning.calibration.guarantee_command.try_thresholds", lambda *_: trials)
     assert run(shared, output, "--guarantee", "0.3", "--measure", "margin") == 0
     said = capsys.readouterr().out
     assert (

@@ -19,10 +19,10 @@ from random_models import random_llama
 from ee_tuning.checkpoint import hub as hub_module
 from ee_tuning.checkpoint.formats import model_folder, open_model
 from ee_tuning.checkpoint.hub import hub_name
-from ee_tuning.checkpoint.manifest import write_manifest
 from ee_tuning.config import ModelSection, load_config
 from ee_tuning.data.tokenizer import load_tokenizer, tokenizer_of
 from ee_tuning.errors import InputError
+from ee_tuning.storage.manifest import write_manifest
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 BALLAST = (

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from ee_tuning.errors import InputError
-from ee_tuning.evaluation.code_runner import run_program, run_programs
-from ee_tuning.evaluation.human_eval import (
+from ee_tuning.generation.completion import Completion
+from ee_tuning.public_benchmarks.code_runner import run_program, run_programs
+from ee_tuning.public_benchmarks.human_eval import (
     Problem,
     check_completions,
     completions_jsonl,
@@ -20,7 +21,6 @@ from ee_tuning.evaluation.human_eval import (
     read_completions,
     read_problems,
 )
-from ee_tuning.generation.completion import Completion
 
 ADD = {
     "task_id": "ours/add",

@@ -12,7 +12,7 @@ from ee_tuning.json_file import parse_json, parse_strict_json, to_json
 ROOT = Path(__file__).parents[2]
 
 OTHERS = {
-    "evaluation/confined_program.py": "a program of its own, which may import nothing of the package; texts alone",
+    "public_benchmarks/confined_program.py": "a program of its own, which may import nothing of the package; texts alone",
     "tuning/metrics.py": "a message from rank to rank, on which NaN stays NaN",
     "data/messages.py": "a text that is looked through, and not written",
     "data/prompt_records.py": "a copy in plain types, as JSON would give it back",

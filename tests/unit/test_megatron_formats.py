@@ -15,13 +15,10 @@ import yaml
 from megatron_files import save_legacy, save_stock_model
 from random_models import random_llama
 
-from ee_tuning.checkpoint import distcp_writer
+from ee_tuning.artifact.load import load_for_generation
 from ee_tuning.checkpoint.fingerprint import fingerprint
 from ee_tuning.checkpoint.formats import OpenModel, model_folder, open_model
-from ee_tuning.checkpoint.load import load_for_generation
-from ee_tuning.checkpoint.mapped_file import map_file
 from ee_tuning.checkpoint.names import backbone_tensor_shapes
-from ee_tuning.checkpoint.torch_file import Archive
 from ee_tuning.checkpoint.verify import verify_folder
 from ee_tuning.config import ModelSection, ParallelSection, load_config
 from ee_tuning.errors import InputError
@@ -31,6 +28,9 @@ from ee_tuning.model.config import model_config_from_hf, read_model_config
 from ee_tuning.model.huggingface_config import huggingface_config
 from ee_tuning.model.megatron_args import model_config_from_megatron
 from ee_tuning.parallel.topology import init_parallel
+from ee_tuning.storage import distcp_writer
+from ee_tuning.storage.mapped_file import map_file
+from ee_tuning.storage.torch_file import Archive
 
 
 class Hostile:

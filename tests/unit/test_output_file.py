@@ -10,8 +10,8 @@ import pytest
 
 from ee_tuning import cli
 from ee_tuning.config import ParallelSection
+from ee_tuning.demo.demo import CHECKOUT
 from ee_tuning.errors import InputError
-from ee_tuning.evaluation.demo import CHECKOUT
 from ee_tuning.generation import delivery
 from ee_tuning.generation.completion import Completion
 from ee_tuning.generation.delivery import InOrder
@@ -153,7 +153,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path, monkeypatch: 
         out.write(record(1))
     monkeypatch.undo()
     out.write(record(1))
-    monkeypatch.setattr("ee_tuning.checkpoint.atomic_write._sync", refuse)
+    monkeypatch.setattr("ee_tuning.storage.atomic_write._sync", refuse)
     with pytest.raises(InputError, match=r"No space left on device; .*2 completions are kept"):
         out.finish()
     out.close()

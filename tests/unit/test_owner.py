@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from ee_tuning import cli
-from ee_tuning.checkpoint import owner
-from ee_tuning.checkpoint.owner import Owner, owned
 from ee_tuning.errors import InputError
+from ee_tuning.storage import owner
+from ee_tuning.storage.owner import Owner, owned
 
 MODEL = Path(__file__).parents[2] / "examples/tiny-python-llama"
 

@@ -14,11 +14,11 @@ import torch.distributed.checkpoint as dcp
 from megatron.core import safe_globals
 from megatron_arguments import other_arguments
 
-from ee_tuning.checkpoint.mapped_file import map_file
-from ee_tuning.checkpoint.metadata_pickle import check_metadata_pickle, read_metadata_pickle
-from ee_tuning.checkpoint.pickled_names import Inert, harmless, plain_name
-from ee_tuning.checkpoint.torch_file import Archive, StoredTensor
 from ee_tuning.errors import InputError
+from ee_tuning.storage.mapped_file import map_file
+from ee_tuning.storage.metadata_pickle import check_metadata_pickle, read_metadata_pickle
+from ee_tuning.storage.pickled_names import Inert, harmless, plain_name
+from ee_tuning.storage.torch_file import Archive, StoredTensor
 
 
 def content(folder: Path, what: Any) -> Any:

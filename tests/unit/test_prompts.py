@@ -19,8 +19,8 @@ from random_models import random_llama
 
 from ee_tuning import EarlyExitLLM, SamplingParams, cli
 from ee_tuning.config import Config, load_config
+from ee_tuning.demo.demo import CHECKOUT
 from ee_tuning.errors import InputError
-from ee_tuning.evaluation.demo import CHECKOUT
 from ee_tuning.generation import chat as chat_module
 from ee_tuning.generation.completion import StreamedToken
 from ee_tuning.generation.prompts import read_prompts

@@ -9,7 +9,7 @@ import torch
 from random_models import random_llama, random_model
 from torch import Tensor
 
-from ee_tuning.checkpoint.load import LoadedModel, load_for_tuning
+from ee_tuning.artifact.load import LoadedModel, load_for_tuning
 from ee_tuning.config import Config, load_config
 from ee_tuning.errors import InputError
 from ee_tuning.model.quantized_linear import QuantizedLinear, quantized_weights

@@ -15,8 +15,8 @@ from ee_tuning.config import load_config
 from ee_tuning.data.documents import file_ranges
 from ee_tuning.data.encoding import recipe_of, tokenize_range
 from ee_tuning.data.tokenizer import load_tokenizer
+from ee_tuning.demo.demo import CHECKOUT
 from ee_tuning.errors import InputError
-from ee_tuning.evaluation.demo import CHECKOUT
 from ee_tuning.generation import delivery
 from ee_tuning.generation.llm import Job
 from ee_tuning.generation.regenerate import Wish, regenerate

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ee_tuning.checkpoint.safetensors_file import SafetensorsFile
 from ee_tuning.errors import InputError
+from ee_tuning.storage.safetensors_file import SafetensorsFile
 
 TENSORS = {
     "cube": torch.randn(3, 5, 7),

@@ -12,7 +12,7 @@ from exits import write_exits
 from served import MODEL
 
 from ee_tuning import EarlyExitLLM, cli
-from ee_tuning.evaluation.demo import CHECKOUT
+from ee_tuning.demo.demo import CHECKOUT
 
 MANIFEST = CHECKOUT / "examples" / "kubernetes" / "serve.yaml"
 

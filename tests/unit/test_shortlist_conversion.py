@@ -14,7 +14,7 @@ from random_models import random_llama
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ee_tuning.checkpoint.exit_heads import ExitHeadsReader, read_exit_config
+from ee_tuning.artifact.exit_heads import ExitHeadsReader, read_exit_config
 from ee_tuning.config import Config, load_config
 from ee_tuning.data.frequent_tokens import TokenCounts, chosen_size
 from ee_tuning.errors import InputError

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from ee_tuning import cli
-from ee_tuning.checkpoint.atomic_write import os_errors_as_input_errors
 from ee_tuning.errors import InputError
 from ee_tuning.interrupts import interrupts_raised, were_interrupted
 from ee_tuning.standard_streams import OutputRefused
+from ee_tuning.storage.atomic_write import os_errors_as_input_errors
 
 PROGRAM, RESULTS = f"{sys.executable} -m ee_tuning", f'{sys.executable} -c "$QUICK"'
 QUICK = """import sys, types
@@ -24,7 +24,7 @@ def inspect_path(path, as_json, **_):
     for _ in range(3):
         print('x' * 40000)
         print('y', file=sys.stderr)
-sys.modules['ee_tuning.checkpoint.inspect'] = fake = types.ModuleType('fake')
+sys.modules['ee_tuning.artifact.inspect'] = fake = types.ModuleType('fake')
 fake.inspect_path = inspect_path
 sys.exit(cli.main(['inspect', 'folder']))
 """
@@ -78,7 +78,7 @@ def test_a_full_disk_anywhere_is_one_line_and_a_bug_is_not(
     """A traceback of a library that writes; an error of standard output told as one of the folder that is being
     written.
     """
-    fake = ModuleType("ee_tuning.checkpoint.inspect")
+    fake = ModuleType("ee_tuning.artifact.inspect")
     monkeypatch.setitem(sys.modules, fake.__name__, fake)
     raised: list[BaseException] = []
 
@@ -106,7 +106,7 @@ def test_an_interrupt_stays_one_whatever_a_library_makes_of_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], becomes: Exception | None
 ):
     """Ctrl-C while transformers is imported, which comes out as a model that can not be read."""
-    fake = ModuleType("ee_tuning.checkpoint.inspect")
+    fake = ModuleType("ee_tuning.artifact.inspect")
     monkeypatch.setitem(sys.modules, fake.__name__, fake)
 
     def inspect_path(*_: Any, **__: Any) -> None:

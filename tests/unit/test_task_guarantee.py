@@ -13,9 +13,9 @@ from exits import write_exits
 from random_models import random_llama
 
 from ee_tuning import EarlyExitLLM, cli
-from ee_tuning.evaluation import task_losses
-from ee_tuning.evaluation.guarantee import prove
-from ee_tuning.evaluation.task_losses import GRID, Scored, try_on_task
+from ee_tuning.calibration import task_losses
+from ee_tuning.calibration.guarantee import prove
+from ee_tuning.calibration.task_losses import GRID, Scored, try_on_task
 from ee_tuning.evaluation.text_metrics import contains
 
 

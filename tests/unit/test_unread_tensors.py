@@ -13,9 +13,9 @@ from random_models import random_llama, random_model
 from safetensors.torch import load_file, save_file
 
 from ee_tuning import notices
+from ee_tuning.artifact.inspect import model_facts
 from ee_tuning.checkpoint.fingerprint import fingerprint
 from ee_tuning.checkpoint.formats import OpenModel, open_model
-from ee_tuning.checkpoint.inspect import model_facts
 from ee_tuning.checkpoint.megatron import MegatronReader
 from ee_tuning.checkpoint.verify import verify_folder
 from ee_tuning.config import ModelSection, load_config
@@ -91,7 +91,7 @@ def test_an_output_matrix_of_its_own_is_the_one_that_speaks(
 def greedy(folder: Path, prompt: list[int]) -> list[int]:
     from decoding import decode
 
-    from ee_tuning.checkpoint.load import load_for_generation
+    from ee_tuning.artifact.load import load_for_generation
     from ee_tuning.config import ParallelSection
     from ee_tuning.parallel.topology import init_parallel
 

@@ -16,13 +16,13 @@ from random_models import random_llama
 from safetensors.torch import load_file, save_file
 
 from ee_tuning.checkpoint.formats import check_model, open_model
-from ee_tuning.checkpoint.manifest import holds_manifest, read_manifest
-from ee_tuning.checkpoint.mapped_file import map_file
-from ee_tuning.checkpoint.metadata_pickle import read_metadata_pickle
-from ee_tuning.checkpoint.torch_file import Archive
 from ee_tuning.config import ModelSection
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import parse_json
+from ee_tuning.storage.manifest import holds_manifest, read_manifest
+from ee_tuning.storage.mapped_file import map_file
+from ee_tuning.storage.metadata_pickle import read_metadata_pickle
+from ee_tuning.storage.torch_file import Archive
 
 
 @pytest.fixture(scope="module")

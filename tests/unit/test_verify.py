@@ -11,9 +11,9 @@ import torch
 from random_models import random_llama
 
 from ee_tuning import cli
-from ee_tuning.checkpoint.exit_heads import ExitHeadsReader
-from ee_tuning.checkpoint.manifest import write_manifest
+from ee_tuning.artifact.exit_heads import ExitHeadsReader
 from ee_tuning.flags import FLAGS
+from ee_tuning.storage.manifest import write_manifest
 
 
 @pytest.fixture

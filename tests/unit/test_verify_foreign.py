@@ -173,7 +173,7 @@ def test_heads_are_not_made_of_what_is_no_number(model: Path, capsys: pytest.Cap
 
 def test_many_values_are_counted_in_every_dtype(model: Path) -> None:
     """A sum that overflows taken for an infinite value; a half that is never looked at."""
-    from ee_tuning.checkpoint.non_finite import num_non_finite
+    from ee_tuning.storage.non_finite import num_non_finite
 
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         x = torch.full((300, 7), torch.finfo(dtype).max, dtype=dtype)

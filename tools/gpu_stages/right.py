@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ee_tuning.checkpoint.convert import write_initial_exits
+from ee_tuning.artifact.convert import write_initial_exits
 from ee_tuning.config import Config, ParallelSection, load_config
 from ee_tuning.parallel.topology import init_parallel
 from ee_tuning.tuning.command import tune_within

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ee_tuning.checkpoint.load import LoadedModel
-from ee_tuning.checkpoint.shapes import shape_sources
-from ee_tuning.checkpoint.stage_plans import plan_tuning
+from ee_tuning.artifact.load import LoadedModel
+from ee_tuning.artifact.shapes import shape_sources
+from ee_tuning.artifact.stage_plans import plan_tuning
 from ee_tuning.config import Config, load_config
 from ee_tuning.data.tokens import DocumentRules, PackedSamples, Splits
 from ee_tuning.model.early_exit import EarlyExitModel

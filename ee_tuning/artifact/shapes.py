@@ -1,0 +1,145 @@
+"""A model known by its shape only, from its config.json, for planning and dry runs. Weights may be missing.
+
+Its tensors have shapes and no content. Under fake tensors they need no memory; read as shards, they prove that every
+slice of every parameter has its place.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ee_tuning.artifact.convert import check_output_vocab, described_exits
+from ee_tuning.artifact.exit_config import read_exit_config
+from ee_tuning.artifact.exit_heads import ExitHeadsConfig, ExitHeadsReader
+from ee_tuning.artifact.load import Sources
+from ee_tuning.checkpoint.formats import has_weights, model_folder, open_model
+from ee_tuning.checkpoint.names import backbone_tensor_shapes
+from ee_tuning.config import Config, ExitsSection, replace
+from ee_tuning.errors import InputError
+from ee_tuning.model.config import ModelConfig, read_model_config
+from ee_tuning.model.exit_spec import ListedTokens
+from ee_tuning.storage.tensor_slice import TensorShape
+
+DEFAULT_SEQ_LENGTH = 2048
+"""Default tokens per sequence of tuning, where the model has as many positions."""
+LARGEST_AUTO = 16384
+"""Size of a shortlist whose texts are to decide it but have not been read. Most texts choose fewer tokens."""
+
+
+class ShapesOnly:
+    """A source of tensors without content, which otherwise behaves like a checkpoint."""
+
+    def __init__(self, shapes: dict[str, TensorShape], dtype: torch.dtype):
+        self._shapes, self._dtype = shapes, dtype
+
+    def shape(self, name: str) -> TensorShape:
+        """Returns the shape of the whole tensor."""
+        return self._shapes[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Returns the stored dtype."""
+        return self._dtype
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Returns rows [stop - start, …], uninitialized."""
+        return torch.empty(self._shapes[name], dtype=self._dtype)[start:stop]
+
+    def columns(self, name: str, start: int, stop: int) -> Tensor:
+        """Returns columns [n, stop - start], uninitialized."""
+        return torch.empty(self._shapes[name], dtype=self._dtype)[:, start:stop]
+
+    def check_shape(self, name: str, shape: TensorShape) -> None:
+        """Raises InputError where the model has no such tensor, or one of another shape."""
+        if self._shapes.get(name) != shape:
+            raise InputError(
+                f"the model's config gives {name} the shape {self._shapes.get(name)}, and {shape} is asked for"
+            )
+
+
+def shape_sources(config: Config) -> Sources:
+    """Returns the sources of `load_for_tuning` without content. Existing weights are compared with the model's config
+    by their headers.
+
+    Raises InputError where model and exits do not fit each other.
+    """
+    model = _model_config(config)
+    exits = _exits_config(config, model)
+    backbone = ShapesOnly(backbone_tensor_shapes(model), getattr(torch, model.stored_dtype))
+    return Sources(model, backbone, exits, ShapesOnly(exits.tensor_shapes(model), exits.torch_dtype))
+
+
+def as_tuned(config: Config) -> Config:
+    """`config` with what `tune` decides where the job does not: the sequence length, the initialization of new exits,
+    and validations against the final head. Raises InputError where exits.path is no artifact.
+    """
+    config = with_drafts_judged(with_seq_length(config))
+    return config if config.exits.path else replace(config, exits={"init": config.exits.init_of_tune})
+
+
+def with_seq_length(config: Config) -> Config:
+    """Replaces a tuning.seq_length of 0 by a default that depends on the model's shape. Weights may be missing."""
+    if config.tuning.seq_length != 0:
+        return config
+    folder = model_folder(config.model.path, needs_weights=False)
+    if has_weights(folder):
+        source, model, _ = open_model(config.model)
+        with source:
+            return _with_default_length(config, model)
+    return _with_default_length(config, read_model_config(folder))
+
+
+def with_drafts_judged(config: Config) -> Config:
+    """`config`, whose validations compare with the final head where a drafting head is tuned: what is accepted of its
+    drafts is what there is to know of it. Raises InputError where exits.path is no artifact.
+    """
+    path = config.exits.path
+    drafts = config.exits.drafts if path is None else read_exit_config(Path(path)).draft is not None
+    return replace(config, tuning={"compare_final": True}) if drafts else config
+
+
+def _with_default_length(config: Config, model: ModelConfig) -> Config:
+    return replace(config, tuning={"seq_length": min(DEFAULT_SEQ_LENGTH, model.max_position_embeddings)})
+
+
+def _model_config(config: Config) -> ModelConfig:
+    folder = model_folder(config.model.path, needs_weights=False)
+    if not has_weights(folder):
+        return read_model_config(folder)
+    source, model, _ = open_model(config.model)
+    with source:
+        source.check_complete(model)
+    return model
+
+
+def _exits_config(config: Config, model: ModelConfig) -> ExitHeadsConfig:
+    section = config.exits
+    if section.path is not None:
+        artifact = ExitHeadsReader(Path(section.path), verifies=False)
+        with artifact:
+            artifact.check_complete(model)
+        return artifact.config
+    model.check_exit_layers(section.layers(model.num_layers))
+    return described_exits(
+        section,
+        model,
+        name=Path(config.model.path).name,
+        dtype=getattr(torch, model.stored_dtype),
+        fingerprint="",
+        listed=_unread_list(section, model),
+    )
+
+
+def _unread_list(section: ExitsSection, model: ModelConfig) -> ListedTokens | None:
+    """Returns a shortlist of the configured size, or of LARGEST_AUTO where texts decide. Its tokens do not affect any
+    shape.
+    """
+    check_output_vocab(section, model.vocab_size)
+    size = (
+        section.output_vocab
+        if isinstance(section.output_vocab, int)
+        else LARGEST_AUTO
+        if model.vocab_size > LARGEST_AUTO
+        else 0
+    )
+    return ListedTokens(token_ids=tuple(range(size)), num_tokens=0, num_listed=0) if size else None

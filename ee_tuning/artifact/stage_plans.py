@@ -1,0 +1,134 @@
+"""Plans of the pipeline stages: which layers, exits and output matrices each stage holds. Nothing is read here."""
+
+import dataclasses
+
+import torch
+
+from ee_tuning.artifact.exit_config import ExitHeadsConfig
+from ee_tuning.config import Config
+from ee_tuning.errors import InputError
+from ee_tuning.model.config import ModelConfig
+from ee_tuning.model.early_exit import StagePlan
+from ee_tuning.model.partition import stage_costs, stage_layers
+from ee_tuning.model.quantized_linear import check_weight_format
+from ee_tuning.notices import warn_once
+from ee_tuning.parallel.device import multiplies_bfloat16
+from ee_tuning.parallel.topology import Topology
+
+
+def plan_tuning(config: Config, model: ModelConfig, exits: ExitHeadsConfig, topology: Topology) -> list[StagePlan]:
+    """Returns what each stage holds during tuning.
+
+    Raises InputError where there are fewer layers than stages, or the sequence can not be cut evenly.
+    """
+    cuts_sequence, teacher = _cuts_sequence(config, topology), exits.teacher_plan(config.tuning)
+    costs = tuning_costs(config, model, exits)
+    plans = _plans(
+        config, exits, costs, topology, has_final_head=teacher is not None, max_length=config.tuning.seq_length
+    )
+    weights = config.tuning.backbone_weights
+    check_weight_format(weights, model)
+    return [
+        dataclasses.replace(
+            plan,
+            shares_output_matrix=teacher is not None and teacher.sends_hidden,
+            cuts_sequence=cuts_sequence,
+            weights=weights,
+        )
+        for plan in plans
+    ]
+
+
+def plan_fitting(config: Config, model: ModelConfig, exits: ExitHeadsConfig, topology: Topology) -> list[StagePlan]:
+    """Returns what each stage holds during a fit. Heads have no map and no output matrix then. Raises like
+    `plan_tuning`.
+    """
+    cuts_sequence = _cuts_sequence(config, topology)
+    check_weight_format(config.tuning.backbone_weights, model)
+    heads = tuple(
+        dataclasses.replace(
+            head,
+            ties_output=True,
+            adds_linear=False,
+            output_vocab=0,
+            architecture="norm" if head.architecture == "linear" else head.architecture,
+        )
+        for head in exits.heads
+    )
+    costs = stage_costs(model, model.num_layers, (), config.tuning.seq_length, trains_heads=False, has_final_head=False)
+    plans = _plans(config, exits, costs, topology, has_final_head=True, max_length=config.tuning.seq_length)
+    return [
+        dataclasses.replace(
+            plan, exits=heads, token_ids=(), cuts_sequence=cuts_sequence, weights=config.tuning.backbone_weights
+        )
+        for plan in plans
+    ]
+
+
+def plan_generation(
+    config: Config, model: ModelConfig, exits: ExitHeadsConfig | None, topology: Topology
+) -> list[StagePlan]:
+    """Returns what each stage holds during decoding. Raises like `plan_tuning`."""
+    costs = stage_costs(
+        model, model.num_layers, exits.heads if exits else (), 0, trains_heads=False, has_final_head=True
+    )
+    return _plans(config, exits, costs, topology, has_final_head=True, max_length=model.max_position_embeddings)
+
+
+def tuning_costs(config: Config, model: ModelConfig, exits: ExitHeadsConfig) -> list[float]:
+    """Returns the multiply-adds per token of each layer built for tuning, with its exit."""
+    has_final_head = exits.teacher_plan(config.tuning) is not None
+    num_layers = model.num_layers if has_final_head else max(exits.exit_layers)
+    return stage_costs(
+        model,
+        num_layers,
+        exits.heads,
+        config.tuning.seq_length,
+        trains_heads=True,
+        has_final_head=has_final_head,
+        draft_steps=config.tuning.ttt_steps,
+    )
+
+
+def compute_dtype(config: Config, topology: Topology) -> torch.dtype:
+    """Returns model.dtype, or else float32 on a CPU and bfloat16 on a GPU."""
+    is_cpu = topology.device.type == "cpu"
+    if is_cpu and config.model.dtype == "bfloat16" and not multiplies_bfloat16():
+        warn_once(
+            "this processor has no instructions for bfloat16: tuning and the reading of prompts take 2 to 11 times as long as in "
+            "float32; leave --dtype away where memory allows (decoding token by token is no slower)"
+        )
+    return getattr(torch, config.model.dtype or ("float32" if is_cpu else "bfloat16"))
+
+
+def _cuts_sequence(config: Config, topology: Topology) -> bool:
+    cuts_sequence = config.parallel.sequence_parallel and topology.tp > 1
+    if cuts_sequence and config.tuning.seq_length % topology.tp:
+        raise InputError(
+            f"parallel.sequence_parallel cuts the sequence into tensor_model_parallel_size = {topology.tp} equal parts, but "
+            f"tuning.seq_length is {config.tuning.seq_length}; set it to a multiple of {topology.tp}, or leave it whole"
+        )
+    return cuts_sequence
+
+
+def _plans(
+    config: Config,
+    exits: ExitHeadsConfig | None,
+    costs: list[float],
+    topology: Topology,
+    *,
+    has_final_head: bool,
+    max_length: int,
+) -> list[StagePlan]:
+    return [
+        StagePlan(
+            first_layer=first,
+            last_layer=last,
+            exits=exits.heads if exits else (),
+            token_ids=exits.token_ids if exits else (),
+            has_final_head=has_final_head,
+            max_length=max_length,
+            dtype=compute_dtype(config, topology),
+        )
+        for first, last in stage_layers(config.parallel.pipeline_layout, costs, topology.pp)
+    ]
