@@ -6,7 +6,6 @@ for that too; scattered blocks serve where there is not.
 """
 
 import itertools
-from typing import Any
 
 import torch
 
@@ -15,6 +14,7 @@ from ee_tuning.decoding.eager_attention import BLOCK_SIZE, LayerCache, SlotMappi
 from ee_tuning.engine.block_pool import BlockPool, blocks_for
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
+from ee_tuning.parallel.device import zeros_on_demand
 from ee_tuning.parallel.topology import Topology
 
 
@@ -36,14 +36,14 @@ class KVCache:
         self.num_places = self.pool.num_blocks * BLOCK_SIZE
         spare = BLOCK_SIZE if graphs.is_supported(topology) else 0
         self._shape = (self.num_places + spare, config.num_query_groups // topology.tp, config.kv_channels)
-        self._tensor: dict[str, Any] = {"dtype": dtype, "device": topology.device}
+        self._dtype, self._device = dtype, topology.device
         self._layers: dict[tuple[str, int], LayerCache] = {}
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes of one token in one layer of this rank: keys and values of its heads."""
         _, groups, width = self._shape
-        return 2 * groups * width * self._tensor["dtype"].itemsize
+        return 2 * groups * width * self._dtype.itemsize
 
     @property
     def num_bytes(self) -> int:
@@ -70,8 +70,8 @@ class KVCache:
         if owner not in self._layers:
             # Zeros, not empty: a masked place is multiplied by weight 0, which a stray NaN would survive.
             try:
-                keys, values = torch.zeros(self._shape, **self._tensor), torch.zeros(self._shape, **self._tensor)
-            except RuntimeError as error:  # out of memory is one of its kind, on every device
+                keys, values = (zeros_on_demand(self._shape, self._dtype, self._device) for _ in range(2))
+            except (RuntimeError, OSError, OverflowError) as error:  # out of memory, as torch and the system put it
                 raise _too_large(
                     self.num_places, f", {self.bytes_per_token * self.num_places / 1e9:,.1f} GB in each layer"
                 ) from error

@@ -4,6 +4,8 @@ The patches are applied once, before a model is built, and only where CUDA is ab
 """
 
 import functools
+import math
+import mmap
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +39,19 @@ def multiplies_bfloat16() -> bool:
     return capabilities.get("architecture") != "x86_64" or bool(
         capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     )
+
+
+def zeros_on_demand(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Returns zeros whose memory, on a CPU, is taken page by page when it is first written to.
+
+    torch.zeros writes all of it at once: seconds for a cache of gigabytes, most of which is never used. Raises
+    RuntimeError or OSError where there is no room for so much.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    numbers = math.prod(shape)
+    pages = mmap.mmap(-1, max(1, numbers * dtype.itemsize), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype, count=numbers).view(shape)
 
 
 @functools.cache

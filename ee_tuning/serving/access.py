@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ee_tuning.json_file import to_json
 from ee_tuning.serving.api_errors import error_body
-from ee_tuning.serving.responses import StrictJson
+from ee_tuning.serving.responses import ErrorJson
 
 log = logging.getLogger("ee_tuning.serving")
 
@@ -55,7 +55,8 @@ class Access:
             if path not in _OPEN:
                 seconds = round(time.perf_counter() - began, 4)
                 line = {"id": request_id, "method": scope["method"], "path": path[:200], "status": status}
-                log.info(to_json({**line, "seconds": seconds}))
+                error = scope["state"].get("error")
+                log.info(to_json({**line, "seconds": seconds, **({"error": error[:300]} if error else {})}))
 
     def _knows(self, headers: Headers) -> bool:
         scheme, _, key = headers.get("authorization", "").partition(" ")
@@ -64,6 +65,6 @@ class Access:
         return any([hmac.compare_digest(given, known) for known in self._keys])
 
 
-def _unknown() -> StrictJson:
+def _unknown() -> ErrorJson:
     message = "a request must bring one of the server's API keys, and this one did not; send Authorization: Bearer KEY"
-    return StrictJson(error_body(401, message, code="invalid_api_key"), 401, headers={"WWW-Authenticate": "Bearer"})
+    return ErrorJson(error_body(401, message, code="invalid_api_key"), 401, headers={"WWW-Authenticate": "Bearer"})

@@ -31,6 +31,8 @@ class Answer(ABC):
         self._tells_ids = bool(body.return_token_ids)
         options = body.stream_options
         self._counts_at_end = bool(options is not None and options.include_usage)
+        self._counts_always = self._counts_at_end and bool(options is not None and options.continuous_usage_stats)
+        self._num_streamed = 0
 
     def choice_of(self, place: int, completion: int) -> int:
         """The index of the choice."""
@@ -60,6 +62,7 @@ class Answer(ABC):
     def chunk(self, place: int, token: StreamedToken) -> Json | None:
         """What a token adds to the stream; None where it is nothing yet."""
         index = self.choice_of(place, token.completion)
+        self._num_streamed += 1
         told = self.token_choice(index, token)
         if not (token.text or token.is_last or self._tells_exits or self._tells_ids or token.logprob is not None):
             return None
@@ -88,20 +91,19 @@ class Answer(ABC):
 
     def as_chunk(self, choices: list[Json]) -> Json:
         """A chunk with these choices."""
-        usage = {"usage": None} if self._counts_at_end else {}
+        so_far = self._counted(self._num_streamed) if self._counts_always else None
+        usage = {"usage": so_far} if self._counts_at_end else {}
         return {**self._begins, "object": self.chunk_kind, "choices": choices, **usage}
 
     def usage(self, completions: list[Completion]) -> Json:
         """Tokens of prompts, each counted once, and of completions."""
-        prompt = sum(len(job.prompt_ids) for job in self.jobs)
-        made = sum(len(done.token_ids) for done in completions)
         cached = sum(done.statistics.num_reused for done in completions if done.index == 0)
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": made,
-            "total_tokens": prompt + made,
-            "prompt_tokens_details": {"cached_tokens": cached},
-        }
+        made = sum(len(done.token_ids) for done in completions)
+        return {**self._counted(made), "prompt_tokens_details": {"cached_tokens": cached}}
+
+    def _counted(self, made: int) -> Json:
+        prompt = sum(len(job.prompt_ids) for job in self.jobs)
+        return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
 
     @abstractmethod
     def whole_choice(self, index: int, done: Completion) -> Json:

@@ -19,7 +19,7 @@ from ee_tuning.serving.information_api import InformationApi
 from ee_tuning.serving.metrics import Metrics
 from ee_tuning.serving.openapi import tell_true_answers
 from ee_tuning.serving.request_jobs import RequestJobs
-from ee_tuning.serving.responses import ClientLeft, StrictJson
+from ee_tuning.serving.responses import ClientLeft, ErrorJson
 from ee_tuning.serving.settings import ServeSettings
 from ee_tuning.serving.tracing import Tracing
 
@@ -82,12 +82,12 @@ def _file(name: str) -> Any:
 
 
 async def _refused(_: Request, error: Exception) -> Response:
-    return StrictJson(error_body(400, str(error)), 400)
+    return ErrorJson(error_body(400, str(error)), 400)
 
 
 async def _api_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return StrictJson(error.body, error.status_code, headers=dict(error.headers or {}))
+    return ErrorJson(error.body, error.status_code, headers=dict(error.headers or {}))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -97,7 +97,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     if error.status_code in (404, 405):
         what = f"{request.method} {request.url.path[:100]}"
         message = f"an endpoint must be one of those that /docs lists, and there is no {what}; see /docs"
-    return StrictJson(error_body(error.status_code, message), error.status_code, headers=dict(error.headers or {}))
+    return ErrorJson(error_body(error.status_code, message), error.status_code, headers=dict(error.headers or {}))
 
 
 async def _invalid(request: Request, error: Exception) -> Response:
@@ -107,13 +107,13 @@ async def _invalid(request: Request, error: Exception) -> Response:
     first = errors[0]
     context, place = first.get("ctx", {}), [str(part) for part in first["loc"] if part != "body"]
     if first["type"] == "refused":
-        return StrictJson(error_body(400, context["message"], context["param"]), 400)
+        return ErrorJson(error_body(400, context["message"], context["param"]), 400)
     kind = request.headers.get("content-type", "")
     if not place and "json" not in kind.lower():
         message = f"a body must be JSON with Content-Type: application/json, got {kind[:60]!r}; send that header"
-        return StrictJson(error_body(415, message), 415)
+        return ErrorJson(error_body(415, message), 415)
     if not place:
-        return StrictJson(error_body(400, "a body must be a JSON object, got none; send one"), 400)
+        return ErrorJson(error_body(400, "a body must be a JSON object, got none; send one"), 400)
     given, of_field = first.get("input"), [each for each in errors if each["loc"][:2] == first["loc"][:2]]
     # Where a field may have several types, each of them has an error.
     reasons = dict.fromkeys(each["msg"].removeprefix("Input should be ").partition(", unable")[0] for each in of_field)
@@ -121,7 +121,7 @@ async def _invalid(request: Request, error: Exception) -> Response:
     reason = f"it must be {reason}" if reason != first["msg"] else reason[:1].lower() + reason[1:]
     got = "" if first["type"] == "missing" or isinstance(given, dict) else f", got {given!r:.60}"
     message = f"{place[0]} can not be used: {reason}{got}; /docs lists types"
-    return StrictJson(error_body(400, message, place[0]), 400)
+    return ErrorJson(error_body(400, message, place[0]), 400)
 
 
 async def _left(_: Request, __: Exception) -> Response:
@@ -129,4 +129,4 @@ async def _left(_: Request, __: Exception) -> Response:
 
 
 async def _failed(_: Request, __: Exception) -> Response:
-    return StrictJson(error_body(500, "the server failed; its log says why"), 500)
+    return ErrorJson(error_body(500, "the server failed; its log says why"), 500)

@@ -10,6 +10,7 @@ from pathlib import Path
 from ee_tuning.config import Config, replace
 from ee_tuning.data.chat_template import ChatTemplate, read_chat_template
 from ee_tuning.engine.engine import Engine
+from ee_tuning.engine.params import SamplingParams
 from ee_tuning.errors import InputError
 from ee_tuning.generation.completion_runner import CompletionRunner
 from ee_tuning.generation.llm import EarlyExitLLM
@@ -104,7 +105,16 @@ def make_engine(llm: EarlyExitLLM, settings: ServeSettings, topology: Topology) 
     """An engine that takes all its memory's worth of requests. All ranks call it."""
     tokens, longest = cache_size(llm, topology, settings.max_model_len, settings.data_parallel_size)
     options = replace(Config(generation=llm.defaults), generation={"cache_tokens": tokens}).generation
-    return llm.new_engine(options, num_slots=llm.defaults.max_batch_size, max_length=longest)
+    engine = llm.new_engine(options, num_slots=llm.defaults.max_batch_size, max_length=longest)
+    _warm_up(engine)
+    return engine
+
+
+def _warm_up(engine: Engine) -> None:
+    """Runs two tokens through all layers: memory and kernels are there before the first request, or the start fails."""
+    engine.add_request([0], SamplingParams(max_tokens=2, ignore_eos=True))
+    while not engine.is_idle:
+        engine.step()
 
 
 def model_names(config: Config, settings: ServeSettings) -> tuple[str, ...]:

@@ -29,6 +29,19 @@ class StrictJson(Response):
         return to_json(content, **_COMPACT).encode()
 
 
+class ErrorJson(StrictJson):
+    """An error in OpenAI's form. Its message stands in the request's line in the log, too."""
+
+    def __init__(self, body: dict[str, Any], status: int, headers: dict[str, str] | None = None):
+        self._message = body["error"]["message"]
+        super().__init__(body, status, headers)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends the error."""
+        scope.setdefault("state", {})["error"] = self._message
+        await super().__call__(scope, receive, send)
+
+
 async def unless_client_leaves(request: Request, work: Awaitable[Any], seconds: float) -> Any:
     """Awaits `work`, which is cancelled when the client leaves or the time is over; raises ClientLeft, or ApiError
     408.

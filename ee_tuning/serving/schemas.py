@@ -83,7 +83,9 @@ class StreamOptions(Body):
 
     include_usage: bool | None = None
     """Whether a last chunk counts the tokens."""
-    continuous_usage_stats: Literal[False] | None = None
+    continuous_usage_stats: bool | None = Field(
+        default=None, description="whether every chunk counts the tokens so far; with include_usage, as in vLLM"
+    )
     include_obfuscation: bool | None = Field(default=None, description="accepted; streams are never padded")
 
 

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -89,6 +90,20 @@ def test_a_config_holds_finite_numbers(name: str, value: Any):
 @pytest.mark.parametrize("num_tokens", [10**12, 2**63, HUGE])
 def test_a_cache_that_no_memory_holds_is_refused(num_tokens: int):
     """A MemoryError, in hundreds of lines, for a number with three zeros too many."""
+    with pytest.raises(InputError, match=r"does not fit the memory; lower generation\.cache_tokens"):
+        _cache(num_tokens)
+
+
+def test_a_cache_takes_memory_as_tokens_fill_it():
+    """A server that wrote zeros over half of the machine's memory, 10 GB, within its first request: seven seconds."""
+    before = psutil.Process().memory_info().rss
+    layer = _cache(2**24).layer(1)
+    layer.keys[12345], layer.values[-1] = 1.0, 2.0
+    assert layer.keys.nbytes == 2**29 and psutil.Process().memory_info().rss < before + 2**26
+    assert layer.keys[12344:12347, 0, 0].tolist() == [0, 1, 0] and layer.values[-1, 1, 3] == 2
+
+
+def _cache(num_tokens: int) -> KVCache:
     config = ModelConfig(
         num_layers=1,
         hidden_size=8,
@@ -102,9 +117,10 @@ def test_a_cache_that_no_memory_holds_is_refused(num_tokens: int):
         norm_epsilon=1e-6,
         rope=RopeConfig(),
     )
-    with pytest.raises(InputError, match=r"does not fit the memory; lower generation\.cache_tokens"):
-        topology = init_parallel(load_config(None).parallel)
-        KVCache(config, topology, num_tokens=num_tokens, max_length=64, dtype=torch.float32)
+    topology = init_parallel(load_config(None).parallel)
+    cache = KVCache(config, topology, num_tokens=num_tokens, max_length=64, dtype=torch.float32)
+    cache.layer(1)
+    return cache
 
 
 def test_a_bias_of_hundreds_of_digits_refuses_its_line_alone():

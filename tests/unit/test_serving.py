@@ -116,6 +116,25 @@ def test_a_chat_is_rendered_by_the_template_and_streams_as_it_answers_whole(serv
     assert "".join(c.choices[0].delta.content or "" for c in chunks[:-1]) == wanted.text
     assert chunks[-1].choices == [] and chunks[-1].usage.total_tokens == whole.usage.total_tokens
     assert all(chunk.usage is None for chunk in chunks[:-1])
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    counts = [c.usage for c in client.chat.completions.create(**asked, stream=True, stream_options=options)]
+    assert {count.prompt_tokens for count in counts} == {len(prompt)}
+    made = [count.completion_tokens for count in counts]
+    assert made[0] == 0 and made == sorted(made) and made[-1] == whole.usage.completion_tokens
+
+
+def test_memory_is_there_before_the_first_request(server):
+    """A server that is ready, and whose first client waits until each layer has its memory."""
+    engine = server.service.engine_loop._runner.engine
+    assert len(engine.cache._layers) >= server.reference.model.config.num_layers
+
+
+def test_the_log_says_why_a_request_was_refused(server, client, caplog):
+    """A load generator shows the status of refused requests alone, and the server's log had no more."""
+    with caplog.at_level("INFO", logger="ee_tuning.serving"), pytest.raises(openai.BadRequestError):
+        client.completions.create(model="tiny-python-llama", prompt="x", temperature=-1.0)
+    lines = [json.loads(record.message) for record in caplog.records if '"status": 400' in record.message]
+    assert len(lines) == 1 and lines[0]["error"].startswith("temperature must be")
 
 
 def _rendered(server: Served, prompt: str, params: SamplingParams) -> Completion:
