@@ -11,7 +11,7 @@ INSTALLED_DEV := $(VENV)/.installed-dev
 INSTALLED_DOCS := $(VENV)/.installed-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo demo-llm test test-fast test-engines test-slurm test-nodes test-versions image-test stress quality shape docs clean
+.PHONY: help install install-dev demo demo-llm test test-fast test-engines test-browser test-slurm test-nodes test-versions image-test stress quality shape docs clean
 
 help:
 	@echo "make demo        convert, tune and decode the small model that ships with this project; runs/demo/report.json"
@@ -19,6 +19,7 @@ help:
 	@echo "make test        all tests, on the CPU"
 	@echo "make test-fast   the quick ones of tests/unit, within a minute on two cores"
 	@echo "make test-engines exits as drafts in the real vLLM, on the CPU: 3 GB to install, a quarter of an hour; docs/engines.md"
+	@echo "make test-browser the server's page in a real Chromium, by Playwright; pictures of it in build/page"
 	@echo "make test-slurm  the examples' scripts on a Slurm of two nodes, which it starts on this machine; as root, on Debian"
 	@echo "make test-nodes  torchrun over two nodes in network namespaces, with cut cables; as root"
 	@echo "make test-versions the fast tests under other versions of torch, transformers and Megatron-core: gigabytes, hours; docs/versions.md"
@@ -76,6 +77,12 @@ $(ENGINES_STAMP):
 
 test-engines: $(INSTALLED_DEV) $(ENGINES_STAMP)
 	EE_TUNING_ENGINES=$(CURDIR)/$(ENGINES)/bin/python $(BIN)/python -m pytest -s tests/engines
+
+test-browser: $(INSTALLED_DEV)
+	@command -v chromium >/dev/null || (apt-get update && apt-get install --yes --no-install-recommends chromium)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'playwright>=1.50,<2'
+	mkdir -p build/page
+	PAGE_PICTURES=$(CURDIR)/build/page $(BIN)/python -m pytest tests/browser
 
 test-slurm: $(INSTALLED_DEV)
 	@command -v slurmctld >/dev/null || (apt-get update && apt-get install --yes --no-install-recommends slurmctld slurmd slurm-client munge iproute2)

@@ -3,6 +3,7 @@
 
 const at = (id) => document.getElementById(id);
 const model = { name: "", layers: 0, exits: [], hasTemplate: false };
+const WAITING = "waiting…";
 let stopping = null;
 
 const headers = () => {
@@ -85,15 +86,13 @@ async function show(name, policy) {
   const text = at(name), figures = at(`${name}-figures`);
   const layers = [];
   text.replaceChildren();
-  figures.textContent = "waiting…";
-  let began = 0;
+  figures.textContent = WAITING;
+  const began = performance.now();
   const answer = await asked(path, { method: "POST", body: JSON.stringify(body), signal: stopping.signal });
   for await (const event of events(answer)) {
     if (event.error) throw new Error(event.error.message);
     const choice = event.choices[0];
     if (!choice?.exit_layers) continue;
-    const now = performance.now();
-    began ||= now;
     const [layer] = choice.exit_layers;
     layers.push(layer);
     const said = choice.text ?? choice.delta?.content ?? "";
@@ -106,10 +105,10 @@ async function show(name, policy) {
       text.append(token);
       text.scrollTop = text.scrollHeight;
     }
-    const seconds = (now - began) / 1000;
-    const speed = layers.length > 1 && seconds ? `${((layers.length - 1) / seconds).toFixed(1)} tokens/s` : "…";
+    const seconds = (performance.now() - began) / 1000; // from the request on: a burst of chunks has no speed of its own
+    const speed = `${seconds.toFixed(1)} s · ${(layers.length / seconds).toFixed(1)} tokens/s`;
     const depth = layers.reduce((sum, each) => sum + each, 0) / layers.length;
-    figures.textContent = `${layers.length} tokens · ${speed} · mean depth ${depth.toFixed(1)} of ${model.layers}`;
+    figures.textContent = `${layers.length} tokens in ${speed} · mean depth ${depth.toFixed(1)} of ${model.layers}`;
   }
 }
 
@@ -123,10 +122,13 @@ async function run() {
     if (!model.name) await load();
     const isThreshold = at("policy").value === "threshold";
     const early = isThreshold ? { exit_threshold: Number(at("threshold").value) } : { policy: "speculative" };
+    for (const id of ["early", "full"]) at(id).replaceChildren();
+    at("full-figures").textContent = "–";
     await show("early", model.exits.length ? early : { policy: "full" });
     await show("full", { policy: "full" }); // one after the other: neither slows the other down
   } catch (error) {
     if (error.name !== "AbortError") complain(error);
+    for (const id of ["early-figures", "full-figures"]) if (at(id).textContent === WAITING) at(id).textContent = "–";
   } finally {
     stopping = null;
     at("run").disabled = false;
