@@ -27,6 +27,7 @@ COUNTS = {
     "growth": 10_000,
     "calibrations": 1000,
     "requests": 1000,
+    "connections": 10_000,
     "load": 600,
 }
 
@@ -50,7 +51,7 @@ def main() -> int:
     from kills import stress_saves, stress_tuning
     from nursery import Nursery
     from safetensors_stress import stress_safetensors
-    from serving_stress import stress_load, stress_requests
+    from serving_stress import stress_connections, stress_load, stress_requests
     from stages_stress import stress_stages
 
     torch.set_num_threads(1)
@@ -106,6 +107,12 @@ def main() -> int:
             options["requests"],
             "requests at least",
             lambda n, folder: stress_requests(n, seed, folder),
+        ),
+        _Part(
+            "Idle connections to the server",
+            options["connections"],
+            "connections",
+            lambda n, folder: stress_connections(n, seed, folder),
         ),
         _Part("Load on the server", options["load"], "seconds of load", lambda n, folder: stress_load(n, seed, folder)),
     ]

@@ -4,6 +4,8 @@ own OpenAPI.
 
 import asyncio
 import re
+import resource
+import socket
 import statistics
 import subprocess
 import sys
@@ -69,6 +71,31 @@ def stress_requests(count: int, seed: int, folder: Path) -> Report:
         report.failures.append(f"{sent} requests were sent, and {count} should have been")
     told = ", ".join(f"{number} × {status}" for status, number in sorted(by_status.items()))
     report.told = f"{sent} requests to all endpoints, half of the bodies against the rules: {told}; 0 × 5xx wanted."
+    return report
+
+
+def stress_connections(count: int, seed: int, folder: Path) -> Report:
+    """So many connections at once that say nothing, and requests beside them."""
+    report, held = Report(), list[socket.socket]()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    with _server(write_exits(MODEL, folder / "heads", exit_layers=[4, 8], init="copy")) as (url, process):
+        host, _, port = url.removeprefix("http://").rpartition(":")
+        before = process.memory_info().rss
+        while len(held) < count:
+            held.append(socket.create_connection((host, int(port)), timeout=60))
+        began = time.monotonic()
+        body = b'{"prompt": "def f(", "max_tokens": 8, "temperature": 0}'
+        request = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            status = answer.status
+        seconds, grown = time.monotonic() - began, process.memory_info().rss - before
+        for connection in held:
+            connection.close()
+        report.failures += [] if status == 200 else [f"a request beside {count} connections got {status}"]
+    report.told = (
+        f"{count} open connections; a completion of 8 tokens beside them took {seconds:.2f} s; the server grew by "
+        f"{grown / 2**20:.0f} MB."
+    )
     return report
 
 

@@ -5,6 +5,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -148,6 +149,32 @@ def test_a_client_that_leaves_frees_its_memory(server, streams):
     wait_until_idle(server)
     pool = server.service.jobs.engine.cache.pool
     assert pool.num_free == pool.num_blocks
+
+
+def test_connections_that_say_nothing_or_half_hold_no_one_up(server):
+    """A server with a thread for each connection, and one that waits for the end of a request that never ends."""
+    with ExitStack() as held:
+        for index in range(300):
+            connection = held.enter_context(_connected(server))
+            connection.sendall((b"", b"POST /v1/completions HTT", post(completion())[:-10])[index % 3])
+        assert talk(server, post(completion(max_tokens=2))).split()[1] == b"200"
+        for connection in (_connected(server) for _ in range(3)):
+            connection.sendall(post(completion(n=2)))
+            connection.shutdown(socket.SHUT_WR)  # what has to be taken for a client that left
+            held.enter_context(connection)
+        wait_until_idle(server)
+    assert talk(server, post(completion(max_tokens=1))).split()[1] == b"200"
+
+
+def test_a_flood_of_headers_is_refused(server):
+    """Memory for headers that never end."""
+    flood = b"".join(b"X-%d: %s\r\n" % (index, b"a" * 200) for index in range(2000))
+    try:
+        answer = talk(server, b"GET /health HTTP/1.1\r\nHost: x\r\n" + flood)
+    except ConnectionError:  # closed before all of it was read
+        answer = b""
+    assert answer == b"" or answer.split()[1] in (b"400", b"431")
+    assert talk(server, post(completion(max_tokens=1))).split()[1] == b"200"
 
 
 def test_more_than_the_queue_holds_gets_429(server):
