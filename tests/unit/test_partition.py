@@ -69,6 +69,7 @@ def test_modelled_costs_are_what_the_code_does(architecture: str, output: str, t
                 "exits.architecture": architecture,
                 "exits.output": output,
                 "exits.adapter_rank": 64,
+                "exits.init": "copy",
                 "tuning.seq_length": 256,
                 "tuning.micro_batch_size": 2,
                 "tuning.global_batch_size": 2,
