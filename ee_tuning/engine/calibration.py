@@ -1,4 +1,4 @@
-"""`calibration.json`: from which confidence on each exit is to be believed, as `ee-tuning calibrate` measured it."""
+"""Reads `calibration.json`: the threshold of each exit, as measured by `ee-tuning calibrate`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ FORMAT_VERSION = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """What decoding takes of it."""
+    """The content of the file that decoding uses."""
 
     thresholds: dict[int, float | None]
     """Exit layer -> confidence from which on a token may leave there; None where none is high enough."""

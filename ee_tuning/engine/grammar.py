@@ -1,4 +1,4 @@
-"""Structured output as masks over the vocabulary: which tokens may follow, so that the completion has its form.
+"""Structured output as masks over the vocabulary: the tokens with which the completion keeps its form.
 
 The grammars are llguidance's (https://github.com/guidance-ai/llguidance). A state follows the tokens of one sequence,
 drafts included, and goes back where drafts are rejected.
@@ -25,35 +25,34 @@ if TYPE_CHECKING:
 MOST_COMPILED = 128
 """Grammars that are kept compiled."""
 _LISTING = re.compile(r"\n +\d+ \|")
-"""Where an error of the library goes on with lines of the grammar."""
+"""Start of the grammar's lines within an error of the library."""
 _MISSING = "structured output needs the package llguidance, which is not installed; pip install 'ee_tuning[structured]'"
 
 
 class GrammarState:
-    """How far the completion of one sequence has come in its grammar."""
+    """The position of one sequence's completion in its grammar."""
 
     def __init__(
         self, matcher: "llguidance.LLMatcher", end_id: int, num_prompt_tokens: int, stop_ids: frozenset[int], size: int
     ):
-        """`matcher` has taken no token, and says by `end_id` that the text may end. The sequence's `stop_ids` may come
-        then. `size` is v.
+        """`matcher` has consumed no token, and allows `end_id` where the text may end; the sequence's `stop_ids` are
+        allowed there. `size` is v.
         """
         self._begin, self._matcher, self._end_id = matcher, matcher.deep_copy(), end_id
         self._num_prompt_tokens, self._stop_ids, self._size = num_prompt_tokens, sorted(stop_ids), size
         self._has_ended = False
-        """Whether nothing may follow. The matcher would say so later, too, but some only once a mask was computed, as
-        not every rank does.
+        """Whether no token may follow. Some matchers know it only after a mask was computed, which not every rank does.
         """
         self._taken: list[int] = []
-        """The tokens of the completion that the matcher has."""
+        """The tokens of the completion that the matcher has consumed."""
         self._allowed: Tensor | None = None
-        """The mask behind them, once it is computed."""
+        """The mask after them, if it was computed."""
         self.error = ""
-        """Why the completion does not have its form, although it ended by itself."""
+        """The reason where the completion ended by itself without its form."""
 
     def allowed(self, tokens: list[int], length: int) -> Tensor | None:  # [v] bool
-        """The tokens that may follow the first `length` of `tokens`; None where nothing can be said, behind a draft
-        that is not allowed or at the end.
+        """The tokens that may follow the first `length` of `tokens`; None after a draft that is not allowed, and at the
+        end.
         """
         if not self._move_to(tokens, length):
             return None
@@ -62,23 +61,23 @@ class GrammarState:
         return self._allowed if bool(self._allowed.any()) else None
 
     def num_allowed(self, tokens: list[int]) -> int:
-        """The number of `tokens`, from the first on, that are of the prompt or allowed."""
+        """The length of the longest beginning of `tokens` that the prompt and the grammar allow."""
         self._move_to(tokens, len(tokens))
         return self._num_prompt_tokens + len(self._taken)
 
     def forced(self, tokens: list[int]) -> list[int]:
-        """Tokens that have to follow `tokens`, as far as there is no choice."""
+        """The only possible continuation of `tokens`, up to the first choice."""
         if not self._move_to(tokens, len(tokens)) or self._has_ended:
             return []
         return list(self._matcher.compute_ff_tokens())
 
     def is_forced(self, tokens: list[int]) -> bool:
-        """Whether one token alone may follow `tokens`."""
+        """Whether exactly one token may follow `tokens`."""
         allowed = self.allowed(tokens, len(tokens))
         return allowed is not None and int(allowed.sum()) == 1
 
     def ends_with(self, tokens: list[int]) -> bool:
-        """Whether the newest of `tokens` is the last one: nothing may follow it, or it is not allowed."""
+        """Whether the completion ends with the newest of `tokens`: no token may follow it, or it is not allowed."""
         if self._move_to(tokens, len(tokens)):
             return self._has_ended
         if tokens[-1] not in self._stop_ids:
@@ -89,7 +88,7 @@ class GrammarState:
         return True
 
     def _move_to(self, tokens: list[int], length: int) -> bool:
-        """Takes the first `length` tokens; False where one of them is not allowed, and those before it are taken."""
+        """Moves to the first `length` tokens. Returns False where one is not allowed, and stops before it."""
         wanted, kept = tokens[self._num_prompt_tokens : length], len(self._taken)
         while self._taken[:kept] != wanted[:kept] or kept > len(wanted):
             kept -= 1
@@ -120,7 +119,7 @@ class GrammarState:
         return mask
 
     def _start_again(self) -> Tensor:  # [v] bool
-        """Where a limit of the library ends it: all tokens, and the state of ranks that computed no mask."""
+        """Returns a mask of all tokens, since the library hit a limit, and resets the matcher."""
         self._matcher = self._begin.deep_copy()
         self._matcher.try_consume_tokens(self._taken)
         return torch.ones(self._size, dtype=torch.bool)
@@ -143,8 +142,8 @@ class Grammars:
         return GrammarState(matcher, self._vocabulary.eos_token, num_prompt_tokens, stop_ids, self._size)
 
     def compile(self, form: StructuredOutput) -> "llguidance.LLMatcher":
-        """The matcher of a form, at its beginning; not to be changed. Raises InputError where the form is none, or the
-        library is missing.
+        """The matcher of a form, at its beginning; copy it before use. Raises InputError where the form is invalid, or
+        the library is missing.
         """
         with self._lock:
             known = self._compiled.get(form)
@@ -188,7 +187,7 @@ class Grammars:
 
 
 def _as_grammar(form: StructuredOutput) -> str:
-    """llguidance's text of a form. Raises ValueError where it is none."""
+    """Returns a form as a grammar of llguidance. Raises ValueError where it is invalid."""
     from llguidance import LLMatcher, grammar_from
 
     if form.regex is not None:

@@ -1,4 +1,4 @@
-"""Memory of the decoder: keys and values in blocks of places, lent to sequences and taken back.
+"""The KV cache: keys and values in blocks of places, allocated to sequences.
 
 A block is the same one in every layer and segment. Blocks one after the other are views that attention reads without
 copying, so a sequence gets a run of them where there is one, at equal distances from its neighbours where there is room
@@ -61,7 +61,7 @@ class KVCache:
         return self._of(("exit head", number))
 
     def slot_mapping(self, blocks: list[int]) -> SlotMapping:
-        """Where the tokens of a sequence with these blocks lie, in its order."""
+        """Returns the places of a sequence's tokens, in their order."""
         index = torch.tensor(blocks)[:, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE)
         follows = all(b == a + 1 for a, b in itertools.pairwise(blocks))
         return SlotMapping(index=index.flatten(), first=blocks[0] * BLOCK_SIZE if follows else None)

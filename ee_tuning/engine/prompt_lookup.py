@@ -12,18 +12,18 @@ SHORT, LONG = 3, 8
 MOST_LENGTH = 32
 """Longer matches count as of this length."""
 MOST_DRAFTS = 12
-"""Drafts of a round at most."""
+"""Most drafts of a round."""
 PRIOR = 4.0
-"""Tokens' worth of the belief that a match of n tokens goes on alike with probability n / (n + 3)."""
+"""Weight, in tokens, of the prior that a match of n tokens continues with probability n / (n + 3)."""
 MEMORY = 0.995
 """The weight of a count after the next one of the same length."""
 LEAST_GAIN = 1.05
-"""Drafts have to be so much faster than none, by what is known."""
+"""Smallest expected speed-up over no drafts."""
 
 
 @dataclass
 class MatchRecord:
-    """How often the token behind a match was the one that stood there earlier, by the length of the match."""
+    """Counts, by the length of a match, of tokens after it and of those equal to the earlier one."""
 
     seen: list[float] = field(default_factory=lambda: [PRIOR] * (MOST_LENGTH + 1))
     right: list[float] = field(default_factory=lambda: [PRIOR * n / (n + 3) for n in range(MOST_LENGTH + 1)])

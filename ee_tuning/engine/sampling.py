@@ -23,7 +23,7 @@ def probabilities(
     top_p: float = 1.0,  # 1 for all
     min_p: float = 0.0,  # 0 for all
 ) -> Tensor:  # as scores, float32 (float64 for float64); tokens left out have exactly 0
-    """What is drawn from: the softmax of `warped`."""
+    """Returns the distribution to sample from: the softmax of `warped`."""
     return warped(scores, temperature, top_k, top_p, min_p).softmax(-1)
 
 
@@ -44,7 +44,7 @@ def warped(scores: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.
 
 
 def request_key(seed: int, prompt: list[int], completion: int = 0) -> int:
-    """What the draws of a request hang on: its seed, its prompt, and which of its completions it is."""
+    """Returns the seed of a completion's draws, from the request's seed, its prompt and the completion's number."""
     return _digest(f"{seed}:{prompt}:{completion}")
 
 

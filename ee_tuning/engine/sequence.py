@@ -1,5 +1,5 @@
-"""One completion in the making: its tokens, where its keys and values lie, and how many of them each segment of the
-network has computed.
+"""The state of one completion: its tokens, the blocks of its keys and values, and the number of tokens that each
+segment of the network has computed.
 """
 
 import itertools
@@ -26,7 +26,7 @@ _numbers = itertools.count()
 
 @dataclass(kw_only=True)
 class SequenceStatistics:
-    """What a completion took."""
+    """Counts and times of a completion."""
 
     exit_layers: list[int] = field(default_factory=list)
     """Per token the layer it left at; the number of layers where it did not leave early."""
@@ -67,11 +67,11 @@ class DraftRound:
     thresholds: Mapping[int, float] = field(default_factory=dict)
     """Exits that are asked -> the confidence from which on they draft; empty where the round is plain decoding."""
     most: int = 0
-    """Drafts at most."""
+    """Most drafts."""
     num_rows: int = 1
     """Sequences that decoded side by side when it was planned."""
     are_complete: bool = False
-    """Whether all drafts were made before the round: nothing but their check is to be done."""
+    """Whether all drafts were made before the round, so that only their check is left."""
     layers: list[int] = field(default_factory=list)
     """The exit of each draft; the number of layers for a draft that no exit made."""
     answers: list[tuple[int, int, float, int]] = field(default_factory=list)
@@ -117,9 +117,9 @@ class Sequence:
     num_scheduled: int = 0
     """Tokens that have entered the network."""
     lookup: PromptLookup | None = None
-    """Its n-grams, for a policy that looks up."""
+    """Its n-grams, for a policy with prompt lookup."""
     slot: int = 0
-    """Its slot in the boundary ring."""
+    """Slot in the boundary ring."""
     blocks: list[int] = field(default_factory=list)
     slot_mapping: SlotMapping | None = None
     block_keys: list[bytes] = field(default_factory=list, repr=False)
@@ -128,7 +128,7 @@ class Sequence:
     """Full blocks that are in the prefix cache."""
     uses_prefix_cache: bool = True
     grammar: GrammarState | None = field(default=None, repr=False)
-    """How far the completion has come in the form that it has to have."""
+    """Position of the completion in its structured output's grammar."""
     was_preempted: bool = False
     """Whether it ran, and lost its memory to older sequences."""
     finish_reason: str = ""
@@ -136,7 +136,7 @@ class Sequence:
     statistics: SequenceStatistics = field(default_factory=SequenceStatistics)
     num_prompt_tokens: int = field(init=False)
     key: int = field(init=False)
-    """The seed of its draws."""
+    """Seed of its sampling."""
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.tokens)
@@ -144,7 +144,7 @@ class Sequence:
 
     @property
     def rank(self) -> tuple[int, int]:
-        """Its place in the order in which sequences get memory, the first one least."""
+        """Key of the order in which sequences get memory, smallest first."""
         return self.priority, self.number
 
     @property
@@ -241,9 +241,7 @@ class Sequence:
                     counts[segment] = num_tokens
 
     def reset(self, num_tokens: int) -> None:
-        """Begins anew: the first `num_tokens` have keys and values everywhere, and nothing else is computed. Drafts are
-        dropped.
-        """
+        """Starts over with keys and values of the first `num_tokens` in all segments. Drafts are dropped."""
         del self.tokens[self.num_final :]
         self.drafts.begin({})
         self.num_scheduled = num_tokens

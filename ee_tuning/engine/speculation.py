@@ -1,8 +1,6 @@
-"""The exit at which tokens are drafted, from which confidence on and how many: chosen by what was right and what
-passes cost.
+"""Chooses the exit that drafts, its threshold, and the number of drafts, from acceptance rates and costs of passes.
 
-Tokens never depend on it, for the full model checks every draft. Every rank decides alike: all that is known here is
-the same on each.
+Tokens do not depend on it, since the full model checks every draft. All ranks have the same records and decide alike.
 """
 
 import math
@@ -18,39 +16,39 @@ from ee_tuning.engine.sequence import Sequence
 from ee_tuning.engine.step_plan import Answer
 
 EDGES = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.995)
-"""Lower edges of the bins of confidence in which it is counted how often an exit was right."""
+"""Lower edges of the bins of confidence in which right answers of an exit are counted."""
 PRIOR = 1.0
-"""Tokens' worth of the belief that a confidence is a probability."""
+"""Weight, in tokens, of the prior that a confidence is a probability."""
 MEMORY = 0.998
 """The weight of a count after the next one."""
 FIRST_INTERVAL, MOST_INTERVAL = 32, 512
-"""Rounds between two plans: so many at first, then twice as many each time, and at most. A plan takes milliseconds."""
+"""Rounds before the second plan, which double each time, and their maximum. A plan takes milliseconds."""
 LENGTHS = (1, 2, 3, 5, 8, 16)
-"""Numbers of drafts that a plan chooses among."""
+"""Numbers of drafts that a plan can have."""
 SURVEY_EVERY = 8
-"""One of so many rounds may ask exits that the plan does not use."""
+"""One round in this many may ask exits that the plan does not use."""
 LEAST_GAIN = 1.05
-"""A plan has to be so much faster than full depth, by what is known."""
+"""Smallest expected speed-up of a plan over full depth."""
 FIRST_CREDIT, MOST_CREDIT, CREDIT_PER_ROUND = 1.5, 8.0, 0.02
 """Passes of the full model that may be lost on trying exits: at first, at most, and for each round that tries none."""
 NEVER_SURE = 2.0
-"""A confidence that no token has: the exit is asked, and drafts nothing."""
+"""A threshold that no confidence reaches: the exit is asked, and drafts nothing."""
 
 
 class DraftPlan(NamedTuple):
-    """One exit drafts; none in the empty plan."""
+    """The drafting exit, or none."""
 
     exit_layer: int | None = None
     threshold: float = NEVER_SURE
     most: int = 0
-    """Drafts in a round at most."""
+    """Most drafts of a round."""
     rate: float = 0.0
-    """Tokens per second and sequence that it should bring."""
+    """Expected tokens per second and sequence."""
 
 
 @dataclass
 class ExitRecord:
-    """How confident an exit was of tokens that it was asked about, and how often it was right, by EDGES."""
+    """Counts of an exit's answers, and of right ones, by confidence (EDGES)."""
 
     seen: list[float] = field(default_factory=lambda: [0.01] * len(EDGES))
     right: list[float] = field(default_factory=lambda: [0.0] * len(EDGES))
@@ -75,7 +73,7 @@ class ExitRecord:
 
 
 class Speculation:
-    """The knowledge of an engine about its exits and about repeated text, shared by all requests."""
+    """An engine's records of its exits and of repeated text, shared by all requests."""
 
     def __init__(self, costs: Costs, segments: tuple[Segment, ...]):
         self.costs, self.segments = costs, segments

@@ -1,7 +1,7 @@
-"""How often an artifact's exits and repeated text were right, kept for later processes.
+"""Stores how often an artifact's exits and repeated text were right, for later processes.
 
-A file in the cache folder for each artifact, number type, number of threads and machine. Without it, a process has to
-try its exits before it knows where to draft: most of a short one's life. Tokens never depend on it.
+The cache folder has a file for each artifact, dtype, number of threads and machine. Without it, a process has to try
+its exits before it knows where to draft, which a short one never finishes. Tokens do not depend on it.
 """
 
 import hashlib
@@ -26,9 +26,9 @@ from ee_tuning.kernel.build import processor
 from ee_tuning.storage.atomic_write import atomic_file
 
 FORMAT = 4
-"""Raise it when what is kept means something else than before."""
+"""Version of the file. Raise it when the meaning of its content changes."""
 FEWEST_ROUNDS = 40
-"""Rounds that are worth a write; then twice as many as at the last one."""
+"""Rounds before the first write. Each later write needs twice as many as the one before."""
 
 log = logging.getLogger(__name__)
 
@@ -37,12 +37,12 @@ class SpeculationMemory:
     """The file of an engine's exits."""
 
     def __init__(self, path: Path, key: dict[str, Any]):
-        """`key` is all that the figures depend on, as JSON has it."""
+        """`key` holds everything that the figures depend on, as plain data."""
         self.path, self._key = path, key
         self._rounds_kept = 0
 
     def recall(self, segments: tuple[Segment, ...], expect: Callable[[], Costs]) -> Speculation:
-        """Speculation that knows what is kept; without a file fit for use one that knows nothing but expected costs."""
+        """Returns a Speculation with the stored records, or without any where there is no usable file."""
         try:
             tree = read_json(self.path)
             records, matches = self._read(tree, segments)
@@ -61,7 +61,7 @@ class SpeculationMemory:
         return speculation
 
     def keep(self, speculation: Speculation) -> None:
-        """Writes what is known, where enough of it is new. A folder that can not be written is no error of decoding."""
+        """Stores the records, if enough of them are new. A folder that can not be written is only logged."""
         if speculation.num_rounds < max(FEWEST_ROUNDS, 2 * self._rounds_kept):
             return
         self._rounds_kept = speculation.num_rounds
@@ -83,8 +83,8 @@ class SpeculationMemory:
 
 
 def speculation_memory(stage: StageModel, heads_digest: str | None) -> SpeculationMemory | None:
-    """The memory of a model with these exits; None over several ranks, which have to know the same, and for heads
-    without a digest.
+    """Returns the memory of a model with these exits; None for several ranks, whose records must be equal, and for
+    heads without a digest.
     """
     if heads_digest is None or stage.topology.num_in_replica > 1:
         return None
@@ -103,7 +103,7 @@ def speculation_memory(stage: StageModel, heads_digest: str | None) -> Speculati
 
 
 def _counts(given: Any, size: int) -> tuple[list[float], list[float]]:
-    """What was seen, and what of it was right."""
+    """Parses the counts of seen and of right tokens."""
     seen, right = (list(_numbers(given[name], size)) for name in ("seen", "right"))
     if any(more > count for count, more in zip(seen, right, strict=True)):
         raise ValueError("drafts were right more often than they were looked at")

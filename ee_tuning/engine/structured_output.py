@@ -1,4 +1,4 @@
-"""The form that a completion has to have. The names and meanings are those of vLLM's `structured_outputs`."""
+"""The required form of a completion. Names and meanings are those of vLLM's `structured_outputs`."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,25 +9,25 @@ from ee_tuning.errors import InputError
 from ee_tuning.json_file import parse_strict_json, to_json
 
 MOST_CHARACTERS = 1 << 20
-"""The characters of a schema, an expression or a grammar, at most; larger ones would take minutes to compile."""
+"""Most characters of a schema, expression or grammar. Larger ones would take minutes to compile."""
 WHITE_SPACE = r" |\n {0,24}"
-"""White space between the tokens of JSON, if any: room to indent, and no room to go on for ever."""
+"""White space between the tokens of JSON: enough to indent, bounded so that it ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StructuredOutput:
-    """One of: a JSON schema, any JSON object, a regular expression, some texts, a grammar. Raises InputError on another
-    number of them than one, and on values of another type.
+    """A JSON schema, any JSON object, a regular expression, a choice of texts, or a grammar. Raises InputError unless
+    exactly one is given, and on values of a wrong type.
     """
 
     json: str | Mapping[str, Any] | None = None
     """JSON that satisfies this schema, given as an object or as its text."""
     json_object: bool | None = None
-    """Whether any JSON object will do."""
+    """Whether any JSON object is allowed."""
     regex: str | None = None
     """A text that the expression matches as a whole (Rust's syntax, without look-around)."""
     choice: tuple[str, ...] | None = None
-    """One of these texts."""
+    """The allowed texts."""
     grammar: str | None = None
     """A text of the language of a grammar: llguidance's variant of Lark, or GBNF."""
 
@@ -54,7 +54,7 @@ class StructuredOutput:
 
     @property
     def name(self) -> str:
-        """The field that is given."""
+        """Name of the given field."""
         return next(name for name in _NAMES if getattr(self, name) not in (None, False))
 
     @property

@@ -1,4 +1,4 @@
-"""What every request passes first: an id for it, the API key, a line in the log."""
+"""Middleware of all requests: their id, the API key, and a line in the log."""
 
 import hmac
 import logging
@@ -27,7 +27,7 @@ class Access:
         self._app, self._keys = app, tuple(key.encode() for key in api_keys)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Lets a request through, or answers 401."""
+        """Passes the request to the app, or answers 401."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

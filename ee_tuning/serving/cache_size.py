@@ -1,4 +1,4 @@
-"""How many tokens the KV cache of a server holds: what a share of the free memory takes, unless the job says."""
+"""Size of a server's KV cache in tokens: a share of the free memory, unless the job sets it."""
 
 import psutil
 import torch
@@ -16,8 +16,8 @@ SHARE = {"cpu": 0.5, "cuda": 0.8}
 def cache_size(
     llm: EarlyExitLLM, topology: Topology, max_model_len: int | None, num_replicas: int = 1
 ) -> tuple[int, int]:
-    """(tokens in the KV cache, most tokens of one sequence), on all ranks the same. `num_replicas` servers share the
-    machine's memory.
+    """Returns the tokens of the KV cache and the most tokens of one sequence, the same on all ranks. `num_replicas`
+    servers share the machine's memory.
 
     Raises InputError where one sequence of `max_model_len` tokens does not fit.
     """
@@ -52,5 +52,5 @@ def _free_bytes(topology: Topology) -> int:
 
 
 def _sharers(topology: Topology, num_replicas: int) -> int:
-    """Processes that share this memory."""
+    """Returns the number of processes that share this memory."""
     return 1 if topology.device.type == "cuda" else topology.world_size * num_replicas

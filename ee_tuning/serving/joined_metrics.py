@@ -1,4 +1,4 @@
-"""Metrics of several replicas as those of one server, each sample with the label `engine`."""
+"""Joins the metrics of several replicas; each sample gets the label `engine`."""
 
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -8,7 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 
 class _Families:
-    """What `generate_latest` reads from a registry."""
+    """A registry of given families, for `generate_latest`."""
 
     def __init__(self, families: Iterable[Metric]):
         self._families = families
@@ -18,7 +18,7 @@ class _Families:
 
 
 def joined_metrics(texts: Mapping[int, str], alive: Mapping[int, bool]) -> bytes:
-    """Replica -> its metrics, in Prometheus' text format; and whether each replica is there."""
+    """Joins `texts`, the metrics of each replica in Prometheus' text format, and adds which replicas are alive."""
     families: dict[str, Metric] = {}
     for engine, text in sorted(texts.items()):
         for family in text_string_to_metric_families(text):

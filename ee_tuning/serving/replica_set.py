@@ -1,4 +1,4 @@
-"""The replicas behind a front: which of them live, what each has to do, and who gets the next request."""
+"""The replicas behind a front: which are alive, their loads, and the choice of one for each request."""
 
 import asyncio
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ class Replica:
     def __init__(self, index: int, path: str):
         self.index, self.path = index, path
         self.why_dead: str | None = None
-        """None while it lives."""
+        """Reason of its failure; None while it is alive."""
         self._session: aiohttp.ClientSession | None = None
 
     @property
@@ -44,7 +44,7 @@ class Replica:
         return self._session
 
     async def metrics(self) -> str | None:
-        """Its metrics; None where it does not answer."""
+        """Returns its metrics, or None where it does not answer."""
         with suppress(aiohttp.ClientError, TimeoutError):
             async with asyncio.timeout(_METRICS_SECONDS), self.session.get("http://replica/metrics") as answer:
                 return await answer.text()
@@ -57,24 +57,24 @@ class Replica:
 
 
 class ReplicaSet:
-    """All replicas of a server. All methods are called in the event loop's thread."""
+    """The replicas of a server. All methods are called in the event loop's thread."""
 
     def __init__(self, replicas: Sequence[Replica]):
         self.replicas = replicas
         self.router = Router(len(replicas))
         self.num_unfinished = 0
-        """Requests on the way to replicas, or back."""
+        """Number of unfinished requests."""
         self.is_draining = False
-        """Whether no new request is taken, because the server is about to end."""
+        """Whether the server is about to end and refuses new requests."""
 
     @property
     def alive(self) -> list[Replica]:
-        """Those that take requests."""
+        """Replicas that take requests."""
         return [replica for replica in self.replicas if replica.is_alive]
 
     @property
     def is_alive(self) -> bool:
-        """Whether there is a replica to ask."""
+        """Whether any replica takes requests."""
         return bool(self.alive)
 
     def lease(self, asked: Asked) -> "Lease":
@@ -88,8 +88,8 @@ class ReplicaSet:
         """The metrics of all replicas that answer, in Prometheus' text format."""
         asked = self.alive
         texts = await asyncio.gather(*(replica.metrics() for replica in asked))
-        told = {replica.index: text for replica, text in zip(asked, texts, strict=True) if text is not None}
-        return joined_metrics(told, {replica.index: replica.is_alive for replica in self.replicas})
+        texts_by_index = {replica.index: text for replica, text in zip(asked, texts, strict=True) if text is not None}
+        return joined_metrics(texts_by_index, {replica.index: replica.is_alive for replica in self.replicas})
 
 
 class Lease:
@@ -102,20 +102,20 @@ class Lease:
         replicas.router.loads[replica.index] += asked.read + asked.made
 
     def progress(self, num_tokens: int) -> None:
-        """Counts what has come of the answer: the prompts are read, and about so many tokens are made."""
+        """Reduces the load: the prompts are computed, and about `num_tokens` tokens are generated."""
         made = min(float(num_tokens), self._making)
         self._set.router.loads[self.replica.index] -= self._reading + made
         self._reading, self._making = 0.0, self._making - made
 
     def close(self) -> None:
-        """Takes what is left of it off the load."""
+        """Removes the rest of the request from the load."""
         if self._is_open:
             self._is_open = False
             self._set.num_unfinished -= 1
             self.progress(int(self._making) + 1)
 
     def failure(self) -> ApiError:
-        """What a client gets where the replica has not answered to the end."""
+        """Returns the error for a client whose answer the replica did not finish."""
         if self._set.is_draining:
             return ApiError(503, "the server is shutting down, and the request was not done in time; ask another one")
         return ApiError(500, f"replica {self.replica.index} has failed; send the request again, another one takes it")

@@ -1,4 +1,4 @@
-"""How answers go out: strict JSON, or server-sent events, with an eye on clients that leave."""
+"""Responses as strict JSON or as server-sent events, which stop when the client leaves."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
@@ -16,11 +16,11 @@ _COMPACT: dict[str, Any] = {"ensure_ascii": False, "separators": (",", ":")}
 
 
 class ClientLeft(Exception):
-    """The client closed its connection: nobody reads an answer."""
+    """The client closed its connection."""
 
 
 class StrictJson(Response):
-    """JSON that every reader can parse."""
+    """JSON without NaN or infinity."""
 
     media_type = "application/json"
 
@@ -43,9 +43,7 @@ class ErrorJson(StrictJson):
 
 
 async def unless_client_leaves(request: Request, work: Awaitable[Any], seconds: float) -> Any:
-    """Awaits `work`, which is cancelled when the client leaves or the time is over; raises ClientLeft, or ApiError
-    408.
-    """
+    """Awaits `work`. Cancels it when the client leaves or the time is over, and raises ClientLeft or ApiError 408."""
     task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_left(request.receive))
     try:
         await asyncio.wait({task, leaving}, timeout=seconds or None, return_when=asyncio.FIRST_COMPLETED)

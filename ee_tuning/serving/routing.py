@@ -1,6 +1,6 @@
-"""Which replica gets a request: the one with the least left to do, or one that has computed the prompt's beginning.
+"""Chooses the replica of a request: the least loaded one, or one that has computed the prompt's beginning.
 
-Work is counted in tokens to make; a token of a prompt costs an eighth of one.
+Work is counted in tokens to generate; a prompt token counts as an eighth of one.
 """
 
 from collections import OrderedDict
@@ -10,29 +10,31 @@ from typing import Any, NamedTuple
 from ee_tuning.generation.job import CHARACTERS_OF_TOKEN, READ_FOR_ONE_MADE
 
 _BLOCK = 128
-"""Characters of a beginning that are compared as one."""
+"""Characters that are compared as one block."""
 _MOST_BLOCKS = 64
 _REMEMBERED = 1 << 16
-"""Beginnings that are remembered, those used last."""
+"""Number of remembered beginnings, the most recently used ones."""
 _SLACK = 64
-"""Tokens by which the load may differ before a beginning counts for nothing beyond what its reading costs."""
+"""Difference of loads, beyond the cost of computing a beginning, up to which a replica with that beginning is
+preferred.
+"""
 _DEFAULT_TOKENS = {"completion": 16, "chat": 256}
-"""Tokens of an answer whose request does not bound it; a chat's may be as long as the context, and seldom is."""
+"""Assumed tokens of an answer without a limit. A chat's may be as long as the context, and seldom is."""
 
 
 class Asked(NamedTuple):
-    """What a request's body says of its work."""
+    """The work of a request, estimated from its body."""
 
     prompt: str
     """The first prompt, or the messages, as one text."""
     read: float
     """Work of reading the prompts."""
     made: float
-    """Work of making the answers, at most."""
+    """Most work of generating the answers."""
 
 
 def asked_of(body: Any) -> Asked:
-    """Reads a body, which may be anything that JSON can say: its replica refuses what is wrong with it."""
+    """Estimates the work of a body, which may be any JSON. Its replica refuses invalid ones."""
     if not isinstance(body, dict):
         return Asked("", 0, 0)
     messages = body.get("messages")
@@ -64,7 +66,7 @@ def _prompts(prompt: Any) -> list[str]:
 
 
 def _ids_text(ids: list[Any]) -> str:
-    """Token ids as about as many characters as their text has."""
+    """Writes token ids with about as many characters as their text has."""
     return "".join(f"{token:>{CHARACTERS_OF_TOKEN}}" if isinstance(token, int) else "?" for token in ids)
 
 
@@ -73,18 +75,18 @@ def _count(value: Any) -> int | None:
 
 
 class Router:
-    """Loads of replicas, and what each has read lately."""
+    """Loads of replicas, and the prompts that each has computed lately."""
 
     def __init__(self, num_replicas: int):
         self.loads = [0.0] * num_replicas
-        """Work that each replica has left."""
+        """Unfinished work of each replica."""
         self._known: OrderedDict[int, set[int]] = OrderedDict()
-        """Hash of a beginning -> replicas that have read it."""
+        """Hash of a beginning -> replicas that have computed it."""
         self._turn = [0] * num_replicas
         self._num_chosen = 0
 
     def choose(self, prompt: str, alive: Collection[int]) -> int:
-        """The replica for a prompt, one of those `alive`, which is remembered to have read it then."""
+        """Chooses one of the replicas `alive` for a prompt, and remembers that it computes the prompt."""
         hashes = _hashes(prompt)
         chosen = min(alive, key=lambda replica: (self.loads[replica], self._turn[replica]))
         for count in range(len(hashes), 0, -1):

@@ -1,19 +1,19 @@
-"""Where tokens begin in a text, in characters."""
+"""Offsets of tokens in a text, in characters."""
 
 _MOST_SKIPPED = 8
-"""Bytes between two tokens that the text of neither has."""
+"""Most bytes between two tokens that belong to neither."""
 
 
 class TextOffsets:
-    """The places of tokens, one after the other, of a text that begins with `known`."""
+    """Offsets of consecutive tokens of a text that begins with `known`."""
 
     def __init__(self, known: str):
         self._known = known.encode("utf-8", errors="replace")
         self._at_byte = self._at_character = 0
 
     def next(self, token: bytes) -> int:
-        """The place of the next token, whose bytes these are. A token that the known text leaves out, as a beginning of
-        text, takes no room in it.
+        """Returns the offset of the next token, which has these bytes. A token that is not in the known text, such as a
+        beginning of text, has length 0.
         """
         if self._at_byte < len(self._known):
             # Tokenizers that write words with a space before them show a token alone without it.

@@ -1,4 +1,4 @@
-"""Functions that a chat may call: what a request says of them, and the form of an answer that has to call one."""
+"""Functions that a chat may call: the request's tools, and the form of answers with calls."""
 
 import json
 import re
@@ -22,7 +22,7 @@ class ToolUse:
     """The functions that an answer may call."""
 
     tools: tuple[dict[str, Any], ...]
-    """As the request and the chat template have them."""
+    """The request's tools, unchanged."""
     form: ToolFormat
     is_required: bool = False
     """Whether the answer is a call."""
@@ -45,9 +45,9 @@ class ToolUse:
 def tool_use(
     tools: list[dict[str, Any]] | None, choice: Any, is_parallel: bool | None, parser: str | None
 ) -> ToolUse | None:
-    """What a request asks of tools; None where it calls none. `parser` is a name of FORMATS.
+    """Returns the tool use of a request; None without calls. `parser` is a name of FORMATS.
 
-    Raises InputError on tools and choices that are none, and where calls would not be read for want of a parser.
+    Raises InputError on invalid tools and choices, and where calls could not be parsed.
     """
     if not tools:
         if choice not in (None, "none"):
@@ -100,10 +100,10 @@ def _is_function(value: Any) -> bool:
 def form_with_calls(
     use: ToolUse | None, answer: StructuredOutput | None, special: Mapping[int, str]
 ) -> StructuredOutput | None:
-    """The form of an answer: calls alone where one is required; otherwise `answer`, or calls in its place; text beside
-    calls where a function is strict.
+    """Returns the form of an answer: only calls where one is required; otherwise `answer` or calls; text and calls
+    where a function is strict.
 
-    `special` are tokens that are no text. Raises InputError where both are asked for and can not be told apart.
+    `special` holds the special tokens. Raises InputError where `answer` and calls can not be told apart.
     """
     if use is None or (answer is None and not use.is_strict):
         return answer
@@ -157,7 +157,7 @@ def _grammar_of_calls(use: ToolUse, special: Mapping[int, str], *, frees_others:
 
 
 def _said(mark: str, special: Mapping[int, str]) -> str:
-    """A mark in a grammar: the token where it is one that is no text."""
+    """Returns a mark for a grammar: a token, if the mark is a special one."""
     token = next((token for token, text in special.items() if text == mark), None)
     if token is not None:
         return f"<[{token}]>"
@@ -165,9 +165,10 @@ def _said(mark: str, special: Mapping[int, str]) -> str:
 
 
 def for_template(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages in which the arguments of calls are objects, as chat templates take them; a client sends their text.
+    """Returns the messages with the arguments of calls as objects, as chat templates expect. A client sends them as
+    text.
 
-    Raises InputError on calls that are none.
+    Raises InputError on invalid calls.
     """
     made = []
     for message in messages:

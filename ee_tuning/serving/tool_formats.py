@@ -1,4 +1,4 @@
-"""Tool calls as models write them, read while their text comes.
+"""Parses tool calls from a model's text as it is generated.
 
 Hermes and Qwen write `<tool_call>\\n{"name": …, "arguments": {…}}\\n</tool_call>` for each call, anywhere in an answer;
 Llama 3 writes `{"name": …, "parameters": {…}}` as its whole answer, several with semicolons between them.
@@ -14,7 +14,7 @@ _ARGUMENTS = ("arguments", "parameters")
 
 @dataclass(frozen=True)
 class ToolFormat:
-    """How calls are written."""
+    """A format of calls."""
 
     name: str
     begin: str
@@ -25,11 +25,11 @@ class ToolFormat:
     arguments: str
     """The key of the arguments."""
     dropped: tuple[str, ...] = ()
-    """Tokens that may stand before the first call, and mean nothing."""
+    """Tokens before the first call that are ignored."""
 
     @property
     def marks(self) -> tuple[str, ...]:
-        """Texts that tell calls from text."""
+        """Texts that mark calls."""
         return (self.begin, self.end, *self.dropped)
 
 
@@ -52,24 +52,24 @@ class Delta(NamedTuple):
 
 
 class ToolCallReader:
-    """Reads one answer. Whole or in parts, its deltas make the same message."""
+    """Parses one answer, given whole or in parts. Its deltas add up to the same message."""
 
     def __init__(self, form: ToolFormat, known: frozenset[str]):
         """`known` are names of functions. Where calls have no marks, an object of another name is text."""
         self._form, self._known = form, known
         self._held = ""
-        """Text that may yet begin a call, or be white space in front of one."""
+        """Text that may begin a call, or be white space before one."""
         self._object: _CallObject | None = None
         self._is_plain = False
-        """Whether the answer is text, since it did not begin as a call."""
+        """Whether the answer is text, because it did not begin as a call."""
         self.num_calls = 0
 
     def push(self, text: str) -> list[Delta]:
-        """What `text` adds to the answer."""
+        """Parses more text, and returns its deltas."""
         return list(self._read(text))
 
     def finish(self) -> list[Delta]:
-        """What was held back, at the end of the answer."""
+        """Ends the answer, and returns the deltas of held-back text."""
         deltas = list(self._end_of_object()) if self._object is not None else []
         held, self._held = self._held, ""
         if held and (held.strip() or not self.num_calls):
@@ -87,12 +87,12 @@ class ToolCallReader:
             else:
                 count = self._object.take(text)
                 text = text[count:]
-                yield from self._told()
+                yield from self._call_deltas()
                 if self._object.is_done or self._object.is_broken:
                     yield from self._end_of_object()
 
     def _find_call(self) -> Iterator[Delta]:
-        """Says what is in front of the next call; the object of a call that begins is to be read from `_held` on."""
+        """Yields the text before the next call. If a call begins, its object starts in `_held`."""
         if not self._form.begin:
             yield from self._find_bare_call()
             return
@@ -128,8 +128,8 @@ class ToolCallReader:
             held, self._held = self._held, ""
             yield Delta(held)
 
-    def _told(self) -> Iterator[Delta]:
-        """What the object of a call adds."""
+    def _call_deltas(self) -> Iterator[Delta]:
+        """Yields the deltas of a call's object."""
         call = self._object
         assert call is not None
         if call.name is None or not call.has_arguments or (not self._form.begin and call.name not in self._known):

@@ -22,18 +22,18 @@ _SECONDS_TO_EXPORT = 5
 
 @dataclass(frozen=True)
 class TracedRequest:
-    """What a span tells of a request."""
+    """The content of a request's span."""
 
     id: str
     began: int
-    """The moment of its arrival, in nanoseconds of `time.time_ns`."""
+    """Time of arrival, by `time.time_ns`."""
     headers: Mapping[str, str]
-    """Those of HTTP, of which `traceparent` and `tracestate` name the span that it is part of."""
+    """HTTP headers; `traceparent` and `tracestate` name the parent span."""
     jobs: list[Job]
 
 
 class Tracing:
-    """Spans on their way to a collector, sent by a thread of the SDK's."""
+    """Sends spans to a collector, by a thread of the SDK."""
 
     def __init__(self, exporter: Any, model_name: str):
         """`exporter` is a SpanExporter of the SDK."""
@@ -49,7 +49,7 @@ class Tracing:
         self._model_name = model_name
 
     def end_request(self, request: TracedRequest, completions: list[Completion]) -> None:
-        """Makes the span of a request that has ended with these completions, all of them unless it was aborted."""
+        """Creates the span of a finished request. An aborted one lacks completions."""
         from opentelemetry.trace import SpanKind, Status, StatusCode
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -65,12 +65,14 @@ class Tracing:
         span.end()
 
     def close(self) -> None:
-        """Sends what is left."""
+        """Sends the remaining spans."""
         self._provider.shutdown()
 
 
 def open_tracing(endpoint: str, model_name: str) -> Tracing:
-    """Traces to the collector at a URL. Raises InputError where the extra `otel` is missing, or the URL is none."""
+    """Opens tracing to the collector at a URL. Raises InputError where the extra `otel` is missing, or the URL is
+    invalid.
+    """
     protocol = os.environ.get(_PROTOCOL, "http/protobuf")
     if protocol not in _EXPORTERS:
         raise InputError(f"{_PROTOCOL} must be one of {', '.join(_EXPORTERS)}, got {protocol!r}; unset it")
