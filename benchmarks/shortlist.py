@@ -24,6 +24,7 @@ from torch import Tensor
 from ee_tuning.artifact.convert import write_initial_exits
 from ee_tuning.artifact.load import load_for_fitting
 from ee_tuning.calibration.calibrate import CalibrationResult, ExitObservations, choose, read_exits, score_thresholds
+from ee_tuning.checkpoint.formats import read_shape
 from ee_tuning.config import Config, load_config, replace
 from ee_tuning.data.frequent_tokens import list_tokens
 from ee_tuning.data.loader import batches_of_each
@@ -75,8 +76,9 @@ def _write_all(config: Config, folder: Path, sizes: list[int]) -> None:
         init_parallel(config.parallel),
         {size: replace(config, exits={"output_vocab": size}) for size in sizes},
     )
-    samples = load_job_samples(config, topology).train
-    lists = {size: list_tokens(job, samples, topology) for size, job in jobs.items()}
+    model = read_shape(config.model)
+    samples = load_job_samples(config, model, topology).train
+    lists = {size: list_tokens(job, model, samples, topology) for size, job in jobs.items()}
     loaded = load_for_fitting(config, topology)
     fit, taken = (
         FitPass(loaded, config.tuning, topology),

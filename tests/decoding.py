@@ -3,6 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch.nn.functional as F
+from torch import Tensor
+
 from ee_tuning.artifact.load import LoadedModel
 from ee_tuning.config import load_config
 from ee_tuning.engine.cost_model import Costs
@@ -11,6 +14,8 @@ from ee_tuning.engine.params import SamplingParams
 from ee_tuning.engine.policy import Policy, policy_of
 from ee_tuning.engine.sequence import Sequence
 from ee_tuning.engine.speculation import Speculation
+from ee_tuning.model.documents import PackedDocuments
+from ee_tuning.model.early_exit import EarlyExitModel
 
 
 @dataclass
@@ -20,6 +25,12 @@ class Said:
     tokens: list[int] = field(default_factory=list)
     exit_layers: list[int] = field(default_factory=list)
     confidences: list[float] = field(default_factory=list)
+
+
+def full_logits(model: EarlyExitModel, tokens: Tensor, documents: PackedDocuments | None = None) -> Tensor:
+    """The logits [b, s, v] of the final head at every position of `tokens` [b, s]."""
+    hidden, _ = model.run_layers(model.embed(tokens, documents), documents)
+    return F.linear(model.final_hidden(hidden), model.backbone.output_layer.weight).transpose(0, 1)
 
 
 def policy_for(model: Any, **keys: Any) -> Policy:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ee_tuning.checkpoint.model_card import init_text, vocab_text
+from ee_tuning.checkpoint.model_card import origin_text, shell_word, vocab_text
 from ee_tuning.json_file import to_json
 
 
@@ -14,7 +14,7 @@ def eagle3_artifact_card(exits: Mapping[str, Any]) -> str:
         [
             *_beginning(name, exits),
             "```bash",
-            f"ee-tuning export --format eagle3 --model {_word(name)} --exits THIS_FOLDER --output FOLDER",
+            f"ee-tuning export --format eagle3 --model {shell_word(name)} --exits THIS_FOLDER --output FOLDER",
             "```",
             "",
             "writes it as vLLM and SGLang load it, `--format speculators` as `vllm serve FOLDER` does.",
@@ -28,7 +28,7 @@ def eagle3_artifact_card(exits: Mapping[str, Any]) -> str:
 def eagle3_card(name: str, exits: Mapping[str, Any], layout: str, num_steps: int) -> str:
     """Returns the card of an export in `layout`, with commands for engines that draft `num_steps` tokens."""
     name = " ".join(name.split())
-    word = _word(name)
+    word = shell_word(name)
     vllm = to_json({"method": "eagle3", "model": "THIS_FOLDER", "num_speculative_tokens": num_steps})
     sglang = [
         "```bash",
@@ -50,8 +50,6 @@ def eagle3_card(name: str, exits: Mapping[str, Any], layout: str, num_steps: int
 
 
 def _beginning(name: str, exits: Mapping[str, Any]) -> list[str]:
-    draft, tuned = exits["draft"], exits["tuned"]
-    told = "not tuned" if tuned is None else "tuned: " + ", ".join(f"{key} {value}" for key, value in tuned.items())
     vocabulary = vocab_text(exits.get("output_vocab"), drafts=True)
     return [
         "---",
@@ -62,13 +60,9 @@ def _beginning(name: str, exits: Mapping[str, Any]) -> list[str]:
         "",
         f"# An EAGLE-3 head for {name}",
         "",
-        f"It drafts tokens from the states after layers {', '.join(map(str, draft['aux_layers']))} of the model, which checks them "
+        f"It drafts tokens from the states after layers {', '.join(map(str, exits['draft']['aux_layers']))} of the model, which checks them "
         f"(arXiv 2503.01840); {exits['dtype']}{vocabulary}. The model itself is unchanged and not in this folder.",
         "",
-        f"Initialization: {init_text(exits['init'], exits['seed'])}; {told}.",
+        origin_text(exits),
         "",
     ]
-
-
-def _word(name: str) -> str:
-    return name if all(c.isalnum() or c in "-_./" for c in name) else "MODEL_FOLDER"

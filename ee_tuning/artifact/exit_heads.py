@@ -23,8 +23,8 @@ from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.exit_spec import ExitSpec
 from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology
+from ee_tuning.progress import Advance
 from ee_tuning.storage.atomic_write import os_errors_as_input_errors
-from ee_tuning.storage.byte_progress import Advance
 from ee_tuning.storage.hashed_file import HashedFile
 from ee_tuning.storage.manifest import MANIFEST, check_manifest, read_manifest
 from ee_tuning.storage.safetensors_layout import SafetensorsLayout

@@ -13,7 +13,7 @@ from ee_tuning.artifact.convert import check_output_vocab, described_exits
 from ee_tuning.artifact.exit_config import read_exit_config
 from ee_tuning.artifact.exit_heads import ExitHeadsConfig, ExitHeadsReader
 from ee_tuning.artifact.load import Sources
-from ee_tuning.checkpoint.formats import has_weights, model_folder, open_model
+from ee_tuning.checkpoint.formats import has_weights, model_folder, open_model, read_shape
 from ee_tuning.checkpoint.names import backbone_tensor_shapes
 from ee_tuning.config import Config, ExitsSection, replace
 from ee_tuning.errors import InputError
@@ -69,24 +69,22 @@ def shape_sources(config: Config) -> Sources:
     return Sources(model, backbone, exits, ShapesOnly(exits.tensor_shapes(model), exits.torch_dtype))
 
 
-def as_tuned(config: Config) -> Config:
+def as_tuned(config: Config, model: ModelConfig | None = None) -> Config:
     """`config` with what `tune` decides where the job does not: the sequence length, the initialization of new exits,
     and validations against the final head. Raises InputError where exits.path is no artifact.
     """
-    config = with_drafts_judged(with_seq_length(config))
+    config = with_drafts_judged(with_seq_length(config, model))
     return config if config.exits.path else replace(config, exits={"init": config.exits.init_of_tune})
 
 
-def with_seq_length(config: Config) -> Config:
-    """Replaces a tuning.seq_length of 0 by a default that depends on the model's shape. Weights may be missing."""
+def with_seq_length(config: Config, model: ModelConfig | None = None) -> Config:
+    """Replaces a tuning.seq_length of 0 by a default that depends on the model's shape, which is read unless `model`
+    gives it. Weights may be missing.
+    """
     if config.tuning.seq_length != 0:
         return config
-    folder = model_folder(config.model.path, needs_weights=False)
-    if has_weights(folder):
-        source, model, _ = open_model(config.model)
-        with source:
-            return _with_default_length(config, model)
-    return _with_default_length(config, read_model_config(folder))
+    model = model or read_shape(config.model, needs_weights=False)
+    return replace(config, tuning={"seq_length": min(DEFAULT_SEQ_LENGTH, model.max_position_embeddings)})
 
 
 def with_drafts_judged(config: Config) -> Config:
@@ -96,10 +94,6 @@ def with_drafts_judged(config: Config) -> Config:
     path = config.exits.path
     drafts = config.exits.drafts if path is None else read_exit_config(Path(path)).draft is not None
     return replace(config, tuning={"compare_final": True}) if drafts else config
-
-
-def _with_default_length(config: Config, model: ModelConfig) -> Config:
-    return replace(config, tuning={"seq_length": min(DEFAULT_SEQ_LENGTH, model.max_position_embeddings)})
 
 
 def _model_config(config: Config) -> ModelConfig:

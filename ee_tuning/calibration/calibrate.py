@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ee_tuning.config.generation import Measure
+from ee_tuning.errors import InputError
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.parallel.shortlist import UNSURE, token_confidences, token_top1
 from ee_tuning.parallel.vocab import VocabShard
@@ -88,6 +89,14 @@ class CalibrationResult:
     """Mean number of layers per token."""
     agreement: float
     """Share of agreement among all tokens. Tokens that do not leave agree, since they are the full model's."""
+
+
+def check_has_exits(exit_layers: Sequence[int], num_layers: int) -> None:
+    """Raises InputError where no exit lies before the last layer."""
+    if not any(layer < num_layers for layer in exit_layers):
+        raise InputError(
+            "calibrate needs exits before the last layer, got none; give --exits FOLDER, of exits and not of a drafting head"
+        )
 
 
 @torch.no_grad()

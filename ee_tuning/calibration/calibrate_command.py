@@ -12,6 +12,7 @@ from ee_tuning.calibration.calibrate import (
     CalibrationResult,
     ExitObservations,
     best_measure,
+    check_has_exits,
     curve,
     score_thresholds,
 )
@@ -53,10 +54,7 @@ def calibrate(config: Config, flags: argparse.Namespace) -> None:
             "--pipeline-model-parallel-size out: processes beyond tensor parallelism are replicas, which share the text"
         )
     loaded = load_for_generation(config, topology)
-    if not any(layer < loaded.model.config.num_layers for layer in loaded.model.plan.exit_layers):
-        raise InputError(
-            "calibrate needs exits before the last layer, got none; give --exits FOLDER, of exits and not of a drafting head"
-        )
+    check_has_exits(loaded.model.plan.exit_layers, loaded.model.config.num_layers)
     if flags.guarantee is not None:
         calibrate_with_guarantee(config, flags, loaded, picture)
     else:

@@ -33,6 +33,28 @@ GRID: tuple[float, ...] = (
 
 
 @dataclass(frozen=True)
+class Guarantee:
+    """The guarantee to be proved: an expected loss of at most `delta`, with probability `confidence`."""
+
+    delta: float
+    confidence: float
+    measures: tuple[Measure, ...]
+    """Measures to try."""
+
+    @property
+    def epsilon(self) -> float:
+        """Error probability of all tests together."""
+        return 1 - self.confidence
+
+    @property
+    def num_needed(self) -> int:
+        """Fewest documents, even where no exit is ever wrong."""
+        needed = documents_needed(self.delta, self.epsilon / len(self.measures))
+        assert needed is not None
+        return needed
+
+
+@dataclass(frozen=True)
 class Trials:
     """The effect of every threshold of the grid on each document, by one measure."""
 
@@ -116,6 +138,36 @@ def earliest(proofs: Mapping[Measure, Proof]) -> Measure:
             float(proofs[each].depths[proofs[each].num_proven - 1]) if proofs[each].num_proven else math.inf
         ),
     )
+
+
+def guarantee_tree(asked: Guarantee, proofs: Mapping[Measure, Proof]) -> dict[str, object]:
+    """Returns the guarantee for a calibration file, with all numbers needed to check the tests."""
+    first = next(iter(proofs.values()))
+    tests = {
+        measure: {
+            "num_proven": proof.num_proven,
+            "losses": proof.losses.tolist(),
+            "mean_depths": proof.depths.tolist(),
+            "p_values": proof.p_values.tolist(),
+        }
+        for measure, proof in proofs.items()
+    }
+    return {
+        "delta": asked.delta,
+        "confidence": asked.confidence,
+        "epsilon": asked.epsilon,
+        "level": first.level,
+        "grid": first.grid,
+        "tests": tests,
+    }
+
+
+def remedy_text(asked: Guarantee, proof: Proof, units: str) -> str:
+    """Returns the advice where no threshold is proven."""
+    needed = documents_needed(asked.delta, proof.level, float(proof.losses[0]))
+    if needed is None:
+        return "tune the heads longer, or raise --guarantee"
+    return f"about {needed:,} {units} would do for the first"
 
 
 def hoeffding_bentkus(totals: Tensor, n: int, delta: float) -> Tensor:  # [...] -> [...]

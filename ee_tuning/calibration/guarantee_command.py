@@ -7,33 +7,28 @@ cut from one.
 import argparse
 import dataclasses
 import math
-from collections.abc import Mapping
 from pathlib import Path
 
 from ee_tuning.artifact.load import LoadedModel
 from ee_tuning.calibration.calibrate import MEASURES, CalibrationResult, score_thresholds
 from ee_tuning.calibration.calibrate_text import SampledText, draw, read_drawn, samples_of
-from ee_tuning.calibration.guarantee import GRID, Proof, documents_needed, earliest, prove, try_thresholds
+from ee_tuning.calibration.guarantee import (
+    GRID,
+    Guarantee,
+    Proof,
+    documents_needed,
+    earliest,
+    guarantee_tree,
+    prove,
+    remedy_text,
+    try_thresholds,
+)
 from ee_tuning.config import Config
-from ee_tuning.config.generation import Measure
 from ee_tuning.data.tokens import Samples
 from ee_tuning.errors import InputError
 from ee_tuning.evaluation.calibration_file import write_calibration
 
 CONFIDENCE, TOKENS = 0.95, 200_000
-
-
-@dataclasses.dataclass(frozen=True)
-class _GuaranteeOptions:
-    """The guarantee to be proved."""
-
-    delta: float
-    confidence: float
-    measures: tuple[Measure, ...]
-
-    @property
-    def epsilon(self) -> float:
-        return 1 - self.confidence
 
 
 def calibrate_with_guarantee(config: Config, flags: argparse.Namespace, loaded: LoadedModel, picture: Path) -> None:
@@ -42,7 +37,7 @@ def calibrate_with_guarantee(config: Config, flags: argparse.Namespace, loaded: 
     """
     from ee_tuning.calibration.guarantee_picture import draw_guarantee
 
-    asked = _GuaranteeOptions(
+    asked = Guarantee(
         flags.guarantee,
         CONFIDENCE if flags.confidence is None else flags.confidence,
         MEASURES if flags.measure in (None, "best") else (flags.measure,),
@@ -69,7 +64,11 @@ def calibrate_with_guarantee(config: Config, flags: argparse.Namespace, loaded: 
             "thresholds": thresholds,
             "tokens": readings.num_tokens,
             "found": dataclasses.asdict(found),
-            "guarantee": _tree(asked, proofs),
+            "guarantee": {
+                **guarantee_tree(asked, proofs),
+                "documents": proofs[measure].num_documents,
+                "loss": "share of a document's tokens that differ from the full model's",
+            },
         },
     )
     draw_guarantee(proofs, measure, asked.delta, picture)
@@ -88,10 +87,9 @@ def _documents(samples: Samples, num_tokens: int) -> list[SampledText]:
     return documents
 
 
-def _check_number(num_documents: int, asked: _GuaranteeOptions, *, is_cut: bool) -> None:
-    level = asked.epsilon / len(asked.measures)
-    needed, by_one = documents_needed(asked.delta, level), documents_needed(asked.delta, asked.epsilon)
-    assert needed is not None and by_one is not None
+def _check_number(num_documents: int, asked: Guarantee, *, is_cut: bool) -> None:
+    needed, by_one = asked.num_needed, documents_needed(asked.delta, asked.epsilon)
+    assert by_one is not None
     if num_documents < needed:
         remedy = (
             "raise --tokens"
@@ -105,46 +103,15 @@ def _check_number(num_documents: int, asked: _GuaranteeOptions, *, is_cut: bool)
         )
 
 
-def _tree(asked: _GuaranteeOptions, proofs: Mapping[Measure, Proof]) -> dict[str, object]:
-    """Returns the guarantee for the calibration file, with all numbers needed to check the tests."""
-    first = next(iter(proofs.values()))
-    tests = {
-        measure: {
-            "num_proven": proof.num_proven,
-            "losses": proof.losses.tolist(),
-            "mean_depths": proof.depths.tolist(),
-            "p_values": proof.p_values.tolist(),
-        }
-        for measure, proof in proofs.items()
-    }
-    return {
-        "delta": asked.delta,
-        "confidence": asked.confidence,
-        "epsilon": asked.epsilon,
-        "documents": first.num_documents,
-        "loss": "share of a document's tokens that differ from the full model's",
-        "level": first.level,
-        "grid": GRID,
-        "tests": tests,
-    }
-
-
 def _print_summary(
-    asked: _GuaranteeOptions, measure: str, proof: Proof, num_tokens: int, found: CalibrationResult, num_layers: int
+    asked: Guarantee, measure: str, proof: Proof, num_tokens: int, found: CalibrationResult, num_layers: int
 ) -> None:
     print(f"{len(GRID)} thresholds tested on {proof.num_documents:,} documents, {num_tokens:,} tokens")
     if proof.threshold is None:
-        needed = documents_needed(asked.delta, proof.level, float(proof.losses[0]))
-        remedy = (
-            "tune the heads longer, or raise --guarantee"
-            if needed is None
-            else f"about {needed:,} documents would do for the first"
-        )
         print(
             f"no threshold can be guaranteed: no token will leave early. At {GRID[0]:g}, the highest, exits are wrong at "
             f"{float(proof.losses[0]):.2%} of a document's tokens (p = {float(proof.p_values[0]):.2g}, and "
-            f"{proof.level:.2g} is needed); "
-            f"{remedy}"
+            f"{proof.level:.2g} is needed); {remedy_text(asked, proof, 'documents')}"
         )
         return
     name, at = f"leaves from {measure}", proof.num_proven - 1

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ee_tuning.calibration.guarantee import Proof
 from ee_tuning.config.generation import Measure
-from ee_tuning.storage.atomic_write import atomic_file
+from ee_tuning.pictures import MUTED, picture, shade
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,38 +22,20 @@ def draw_guarantee(
     proofs: Mapping[Measure, Proof], chosen: Measure, delta: float, output: Path, words: PictureLabels = PictureLabels()
 ) -> None:
     """Draws the picture. Raises InputError where `output` can not be written."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (loss, doubt) = plt.subplots(1, 2, figsize=(11, 4.4), constrained_layout=True)
-    shades = matplotlib.colormaps["viridis"]
-    for i, (measure, proof) in enumerate(proofs.items()):
-        colour, at = shades(0.85 * i / max(len(proofs) - 1, 1)), proof.num_proven - 1
-        label = f"{measure}, " + ("none proven" if proof.threshold is None else f"down to {proof.threshold:.3f}")
-        loss.plot(proof.depths, 100 * proof.losses, color=colour, linewidth=2 if measure == chosen else 1, label=label)
-        doubt.plot(
-            proof.depths,
-            proof.p_values.clamp(min=1e-6),
-            color=colour,
-            linewidth=2 if measure == chosen else 1,
-            label=label,
-        )
-        if at >= 0:
-            loss.plot(proof.depths[at], 100 * proof.losses[at], "o", color=colour)
-            doubt.plot(proof.depths[at], proof.p_values[at].clamp(min=1e-6), "o", color=colour)
     first = next(iter(proofs.values()))
-    loss.axhline(100 * delta, color="#8a90a0", linewidth=1, linestyle="--")
-    doubt.axhline(first.level, color="#8a90a0", linewidth=1, linestyle="--")
-    loss.set(title=words.loss, xlabel="layers a token", ylabel=words.of)
-    doubt.set(title="p-value of each threshold", xlabel="layers a token", yscale="log", ylim=(1e-6, 2))
-    for axes in (loss, doubt):
-        axes.invert_xaxis()
-    loss.legend(frameon=False)
-    figure.suptitle(
-        f"{first.num_documents:,} {words.units}; points: the lowest thresholds that hold; dashed: the guarantee, and its level"
-    )
-    with atomic_file(output) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
-    plt.close(figure)
+    title = f"{first.num_documents:,} {words.units}; points: the lowest thresholds that hold; dashed: the guarantee, and its level"
+    with picture(output, columns=2, size=(11, 4.4), title=title) as (loss, doubt):
+        for place, (measure, proof) in enumerate(proofs.items()):
+            look = {"color": shade("viridis", place, len(proofs)), "linewidth": 2 if measure == chosen else 1}
+            label = f"{measure}, " + ("none proven" if proof.threshold is None else f"down to {proof.threshold:.3f}")
+            last = slice(max(proof.num_proven - 1, 0), proof.num_proven)  # empty where none is proven
+            for axes, values in ((loss, 100 * proof.losses), (doubt, proof.p_values.clamp(min=1e-6))):
+                axes.plot(proof.depths, values, label=label, **look)
+                axes.plot(proof.depths[last], values[last], "o", color=look["color"])
+        loss.axhline(100 * delta, color=MUTED, linewidth=1, linestyle="--")
+        doubt.axhline(first.level, color=MUTED, linewidth=1, linestyle="--")
+        loss.set(title=words.loss, xlabel="layers a token", ylabel=words.of)
+        doubt.set(title="p-value of each threshold", xlabel="layers a token", yscale="log", ylim=(1e-6, 2))
+        for axes in (loss, doubt):
+            axes.invert_xaxis()
+        loss.legend(frameon=False)

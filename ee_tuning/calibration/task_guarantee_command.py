@@ -3,12 +3,11 @@ tests.
 """
 
 import argparse
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from ee_tuning.calibration.calibrate import MEASURES
-from ee_tuning.calibration.guarantee import Proof, documents_needed, earliest, prove
+from ee_tuning.calibration.calibrate import MEASURES, check_has_exits
+from ee_tuning.calibration.guarantee import Guarantee, Proof, earliest, guarantee_tree, prove, remedy_text
 from ee_tuning.calibration.guarantee_picture import PictureLabels, draw_guarantee
 from ee_tuning.calibration.task_losses import GRID, Scored, TaskScores, try_on_task
 from ee_tuning.config import Config
@@ -19,6 +18,7 @@ from ee_tuning.evaluation.calibration_file import write_calibration
 from ee_tuning.evaluation.points import FULL_DEPTH, check_thresholds
 from ee_tuning.evaluation.task import Task, read_task
 from ee_tuning.generation.llm import EarlyExitLLM
+from ee_tuning.notices import say
 from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology
 
@@ -31,34 +31,30 @@ def calibrate_on_task(config: Config, flags: argparse.Namespace, topology: Topol
 
     Raises InputError, before the model is loaded, on an unusable task, metric or grid, and where prompts are too few.
     """
-    measures: tuple[Measure, ...] = MEASURES if flags.measure == "best" else (flags.measure or "max_probability",)
-    confidence = CONFIDENCE if flags.confidence is None else flags.confidence
+    asked = Guarantee(
+        flags.guarantee,
+        CONFIDENCE if flags.confidence is None else flags.confidence,
+        MEASURES if flags.measure == "best" else (flags.measure or "max_probability",),
+    )
     grid = tuple(sorted(flags.thresholds, reverse=True)) if flags.thresholds else GRID
     task: Task = on_first_rank(topology, lambda: _read(flags, grid))
-    _check_number(len(task.items), flags.guarantee, confidence, len(measures))
+    _check_number(len(task.items), asked)
     llm = EarlyExitLLM.from_config(config, topology)
-    if not any(layer < llm.num_layers for layer in llm.exit_layers):
-        raise InputError(
-            "calibrate needs exits before the last layer, got none; give --exits FOLDER, of exits and not of a drafting head"
-        )
+    check_has_exits(llm.exit_layers, llm.num_layers)
     scores = TaskScores(llm, task, read_chat_template(config.data.chat_template))
-    full, level = scores.by(FULL_DEPTH), (1 - confidence) / len(measures)
+    full, level = scores.by(FULL_DEPTH), asked.epsilon / len(asked.measures)
 
     def progress_line(threshold: float, loss: float, p_value: float) -> None:
         if topology.is_logging_rank:
-            print(
-                f"threshold {threshold:g}: {task.metric} drops by {loss:.2%} of a prompt, p = {p_value:.2g}",
-                file=sys.stderr,
-                flush=True,
-            )
+            say(f"threshold {threshold:g}: {task.metric} drops by {loss:.2%} of a prompt, p = {p_value:.2g}")
 
     proofs = prove(
         {
-            measure: try_on_task(scores, full, measure, grid, flags.guarantee, level, progress_line)
-            for measure in measures
+            measure: try_on_task(scores, full, measure, grid, asked.delta, level, progress_line)
+            for measure in asked.measures
         },
-        flags.guarantee,
-        1 - confidence,
+        asked.delta,
+        asked.epsilon,
         grid,
     )
     measure = earliest(proofs)
@@ -73,17 +69,17 @@ def calibrate_on_task(config: Config, flags: argparse.Namespace, topology: Topol
         {
             "measure": measure,
             "thresholds": dict.fromkeys(early, proofs[measure].threshold),
-            "guarantee": _tree(config, task, flags.guarantee, confidence, proofs, full),
+            "guarantee": _tree(config, task, asked, proofs, full),
         },
     )
     draw_guarantee(
         proofs,
         measure,
-        flags.guarantee,
+        asked.delta,
         picture,
         PictureLabels(loss=f"Drop of {task.metric} below full depth's", of="of a prompt, %", units="prompts"),
     )
-    _print_summary(task, flags.guarantee, confidence, measure, proofs[measure], full, llm.num_layers)
+    _print_summary(task, asked, measure, proofs[measure], full, llm.num_layers)
 
 
 def _read(flags: argparse.Namespace, grid: tuple[float, ...]) -> Task:
@@ -97,34 +93,21 @@ def _read(flags: argparse.Namespace, grid: tuple[float, ...]) -> Task:
     return read_task(flags.task, flags.metric)
 
 
-def _check_number(num_prompts: int, delta: float, confidence: float, num_measures: int) -> None:
-    needed = documents_needed(delta, (1 - confidence) / num_measures)
-    if needed is not None and num_prompts < needed:
+def _check_number(num_prompts: int, asked: Guarantee) -> None:
+    if num_prompts < asked.num_needed:
         raise InputError(
-            f"--guarantee {delta:g} with --confidence {confidence:g} needs at least {needed:,} prompts, even where no score "
-            f"ever drops, got {num_prompts:,}; give a task with more"
+            f"--guarantee {asked.delta:g} with --confidence {asked.confidence:g} needs at least {asked.num_needed:,} prompts, "
+            f"even where no score ever drops, got {num_prompts:,}; give a task with more"
         )
 
 
 def _tree(
-    config: Config, task: Task, delta: float, confidence: float, proofs: Mapping[Measure, Proof], full: list[Scored]
+    config: Config, task: Task, asked: Guarantee, proofs: Mapping[Measure, Proof], full: list[Scored]
 ) -> dict[str, object]:
-    """Returns the guarantee for the calibration file, with all numbers needed to check the tests."""
-    first = next(iter(proofs.values()))
-    tests = {
-        measure: {
-            "num_proven": proof.num_proven,
-            "losses": proof.losses.tolist(),
-            "mean_depths": proof.depths.tolist(),
-            "p_values": proof.p_values.tolist(),
-        }
-        for measure, proof in proofs.items()
-    }
+    """Returns the guarantee for the calibration file."""
     return {
-        "delta": delta,
-        "confidence": confidence,
-        "epsilon": 1 - confidence,
-        "prompts": first.num_documents,
+        **guarantee_tree(asked, proofs),
+        "prompts": len(task.items),
         "loss": f"max(0, full depth's {task.metric} - {task.metric}) of a prompt",
         "full_depth": _mean(full),
         "task": {
@@ -134,9 +117,6 @@ def _tree(
             "max_new_tokens": config.generation.max_new_tokens,
             "stop": config.generation.stop,
         },
-        "level": first.level,
-        "grid": first.grid,
-        "tests": tests,
     }
 
 
@@ -145,7 +125,7 @@ def _mean(scored: list[Scored]) -> float:
 
 
 def _print_summary(
-    task: Task, delta: float, confidence: float, measure: str, proof: Proof, full: list[Scored], num_layers: int
+    task: Task, asked: Guarantee, measure: str, proof: Proof, full: list[Scored], num_layers: int
 ) -> None:
     tried, at = len(proof.losses), proof.num_proven - 1
     print(
@@ -153,20 +133,15 @@ def _print_summary(
         f"{task.metric}: {_mean(full):.1%}"
     )
     if proof.threshold is None:
-        needed = documents_needed(delta, proof.level, float(proof.losses[0]))
-        remedy = (
-            "tune the heads longer, or raise --guarantee"
-            if needed is None
-            else f"about {needed:,} prompts would do for the first"
-        )
         print(
             f"no threshold can be guaranteed: no token will leave early. At {proof.grid[0]:g}, the highest, {task.metric} drops by "
-            f"{float(proof.losses[0]):.2%} of a prompt (p = {float(proof.p_values[0]):.2g}, and {proof.level:.2g} is needed); {remedy}"
+            f"{float(proof.losses[0]):.2%} of a prompt (p = {float(proof.p_values[0]):.2g}, and {proof.level:.2g} is needed); "
+            f"{remedy_text(asked, proof, 'prompts')}"
         )
         return
     print(
         f"guaranteed, leaving from {proof.threshold:g}: on prompts like these {task.metric} drops by at most "
-        f"{delta:.2%} of a prompt, in "
-        f"expectation, with confidence {confidence:g}; measured: {float(proof.losses[at]):.2%}, p = {float(proof.p_values[at]):.2g}\n"
+        f"{asked.delta:.2%} of a prompt, in "
+        f"expectation, with confidence {asked.confidence:g}; measured: {float(proof.losses[at]):.2%}, p = {float(proof.p_values[at]):.2g}\n"
         f"{float(proof.depths[at]):.2f} of {num_layers} layers a token"
     )

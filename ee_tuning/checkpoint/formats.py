@@ -9,7 +9,6 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Literal, NamedTuple, Protocol, Self
 
 from ee_tuning.checkpoint.adapter import refuse_adapter
@@ -62,9 +61,7 @@ class BackboneSource(TensorSource, Protocol):
         """Raises InputError where a backbone tensor is missing, has another shape, or would be ignored."""
 
     def __enter__(self) -> Self: ...
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
 
 
 class OpenModel(NamedTuple):
@@ -112,6 +109,20 @@ def open_model(model: ModelSection) -> OpenModel:
             "config.json; leave --config out"
         )
     return _huggingface(folder)
+
+
+def read_shape(model: ModelSection, *, needs_weights: bool = True) -> ModelConfig:
+    """Returns the shape of the model. Without `needs_weights`, a folder may hold its config.json alone.
+
+    Raises like `open_model`.
+    """
+    if not needs_weights and not model.config:
+        folder = model_folder(model.path, needs_weights=False)
+        if not has_weights(folder):
+            return read_model_config(folder)
+    opened = open_model(model)
+    with opened.source:
+        return opened.config
 
 
 def _huggingface(folder: Path) -> OpenModel:

@@ -89,7 +89,7 @@ def vocab_text(listed: Mapping[str, Any] | None, *, drafts: bool = False) -> str
 
 
 def front_matter(name: str, library: str, *tags: str) -> list[str]:
-    """What a hub reads of a card: the library that loads it, the model that it is made from, tags."""
+    """Returns the lines for hubs: the library that loads the folder, the model from which it was made, and tags."""
     return [
         "---",
         f"library_name: {library}",
@@ -106,20 +106,21 @@ def shell_word(name: str) -> str:
 
 
 def exit_origin(layer: int, exits: Mapping[str, Any]) -> str:
-    """How one exit began and was tuned, from what `exit_config.json` says."""
+    """Returns how one exit was initialized and tuned, from the content of `exit_config.json`."""
     origin = (exits.get("origins") or {}).get(str(layer))
-    return _origin(exits if origin is None else {**origin, "tuned": exits["tuned"] or origin["tuned"]})
+    return origin_text(exits if origin is None else {**origin, "tuned": exits["tuned"] or origin["tuned"]})
 
 
 def _history(exits: Mapping[str, Any]) -> list[str]:
     """Returns how the exits were initialized and tuned, in one line if it is the same for all."""
     origins = exits.get("origins")
     if origins is None:
-        return [_origin(exits)]
+        return [origin_text(exits)]
     return [f"- layer {layer}: {exit_origin(int(layer), exits)}" for layer in origins]
 
 
-def _origin(origin: Mapping[str, Any]) -> str:
+def origin_text(origin: Mapping[str, Any]) -> str:
+    """Returns how exits with these keys of `exit_config.json` were initialized and tuned."""
     began, tuned = init_text(origin["init"], origin["seed"]), origin["tuned"]
     if tuned is None:
         return f"Initialization: {began}; not tuned."

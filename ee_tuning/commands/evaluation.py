@@ -146,6 +146,25 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         "unfinished evaluation",
     )
     parser.add_argument("--overwrite", action="store_true", help="start over in the folder of an evaluation")
+    _add_policies(parser)
+    parser.add_argument("--limit", type=int, metavar="N", help="measure only the first N prompts of each task")
+    parser.add_argument(
+        "--block",
+        type=int,
+        metavar="N",
+        help="prompts measured under all policies before they are stored (default 8, or a batch on each replica)",
+    )
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=1,
+        metavar="N",
+        help="decode each prompt N times under each policy; the shortest time counts (default %(default)s)",
+    )
+    _add_benchmarks(parser)
+
+
+def _add_policies(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--thresholds",
         nargs="+",
@@ -171,21 +190,6 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a calibration file to measure; repeatable",
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="measure only the first N prompts of each task")
-    parser.add_argument(
-        "--block",
-        type=int,
-        metavar="N",
-        help="prompts measured under all policies before they are stored (default 8, or a batch on each replica)",
-    )
-    parser.add_argument(
-        "--repeats",
-        type=int,
-        default=1,
-        metavar="N",
-        help="decode each prompt N times under each policy; the shortest time counts (default %(default)s)",
-    )
-    _add_benchmarks(parser)
 
 
 def _add_benchmarks(parser: argparse.ArgumentParser) -> None:

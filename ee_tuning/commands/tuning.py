@@ -8,6 +8,7 @@ from shlex import quote
 from ee_tuning.commands.command import Command, add_job, job_of
 from ee_tuning.config import Config, load_config
 from ee_tuning.errors import InputError
+from ee_tuning.notices import say
 
 _UNUSED_BY_PLAN = (
     "data.paths",
@@ -121,7 +122,7 @@ def _warn_unused(args: argparse.Namespace, config: Config) -> None:
     """Warns, on stderr, of keys that tuning would use and a plan does not."""
     given = [key for key in _UNUSED_BY_PLAN if key in args.overrides or (key == "data.paths" and config.data.paths)]
     if given:
-        print(f"plan does not use {', '.join(given)}: it reads no data and writes nothing", file=sys.stderr)
+        say(f"plan does not use {', '.join(given)}: it reads no data and writes nothing")
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
@@ -165,8 +166,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 def advise(args: argparse.Namespace) -> None:
     """Prints what the ways to decode a model faster would take and could bring."""
     config = job_of(args)
-    from ee_tuning.checkpoint.formats import has_weights, model_folder, open_model
-    from ee_tuning.model.config import read_model_config
+    from ee_tuning.checkpoint.formats import read_shape
     from ee_tuning.planning.advice_text import print_advice
     from ee_tuning.planning.advise import ways
     from ee_tuning.planning.gpus import gpu
@@ -176,14 +176,7 @@ def advise(args: argparse.Namespace) -> None:
         raise InputError(
             f"--tokens must be at least 1 and --efficiency in (0, 1], got {args.tokens} and {args.efficiency:g}"
         )
-    folder = model_folder(config.model.path)
-    if has_weights(folder) or config.model.config:
-        opened = open_model(config.model)
-        model = opened.config
-        with opened.source:
-            pass  # its shape is all that is needed
-    else:
-        model = read_model_config(folder)
+    model = read_shape(config.model, needs_weights=False)
     found = ways(model, quote(config.model.path), config.tuning.ttt_steps)
     print_advice(
         model, config.model.path, found, chosen, tokens=args.tokens, efficiency=args.efficiency, as_json=args.json

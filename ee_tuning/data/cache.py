@@ -21,12 +21,12 @@ from typing import Any
 import torch.distributed as dist
 
 from ee_tuning.cache_folder import VARIABLE, cache_folder
-from ee_tuning.data.progress_bar import ProgressBar
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import to_json
 from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.heartbeat import run_with_heartbeat
 from ee_tuning.parallel.topology import Topology
+from ee_tuning.progress import ByteProgress
 from ee_tuning.storage.atomic_write import atomic_folder, os_errors_as_input_errors, try_lock
 
 FORMAT = 3
@@ -43,7 +43,7 @@ class CacheEntry:
 
     depends_on: Callable[[], dict[str, Any]]
     """Returns all inputs of its content, as JSON. Called on rank 0 only."""
-    make: Callable[[Path, ProgressBar], Iterator[None]]
+    make: Callable[[Path, ByteProgress], Iterator[None]]
     """Writes the content into a folder, in steps."""
 
     def name(self) -> str:
@@ -76,7 +76,7 @@ def get_or_build(entries: Sequence[CacheEntry], root: Path, topology: Topology |
     """
     # Rank 0's names for all ranks: modification times may differ where each machine has its own copy of the files.
     folders = [root / name for name in on_first_rank(topology, lambda: [entry.name() for entry in entries])]
-    with ProgressBar("tokenizing", is_shown=topology is None or topology.is_logging_rank) as progress:
+    with ByteProgress("tokenizing", is_shown=topology is None or topology.is_logging_rank) as progress:
         makes = topology is None or _makes(root, topology)
         steps = _make_missing(entries, folders, root, progress) if makes else iter(())
         if topology is None:
@@ -90,7 +90,7 @@ def get_or_build(entries: Sequence[CacheEntry], root: Path, topology: Topology |
 
 
 def _make_missing(
-    entries: Sequence[CacheEntry], folders: Sequence[Path], root: Path, progress: ProgressBar
+    entries: Sequence[CacheEntry], folders: Sequence[Path], root: Path, progress: ByteProgress
 ) -> Iterator[None]:
     for entry, folder in zip(entries, folders, strict=True):
         if folder.is_dir():

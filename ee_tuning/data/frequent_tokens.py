@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ee_tuning.artifact.convert import check_output_vocab
-from ee_tuning.checkpoint.formats import open_model
+from ee_tuning.checkpoint.formats import model_folder
 from ee_tuning.config import Config
 from ee_tuning.data.tokenizer import load_tokenizer, tokenizer_of
 from ee_tuning.data.tokens import Samples
@@ -58,7 +58,7 @@ class TokenCounts:
         )
 
 
-def list_tokens(config: Config, samples: Samples, topology: Topology) -> ListedTokens | None:
+def list_tokens(config: Config, model: ModelConfig, samples: Samples, topology: Topology) -> ListedTokens | None:
     """Returns the shortlist for exits.output_vocab, the same on all ranks, or None for the whole vocabulary. All ranks
     call it.
 
@@ -66,7 +66,7 @@ def list_tokens(config: Config, samples: Samples, topology: Topology) -> ListedT
     """
     if not config.exits.output_vocab:
         return None
-    listed = on_first_rank(topology, lambda: _list_tokens(config, samples))
+    listed = on_first_rank(topology, lambda: _list_tokens(config, model, samples))
     if topology.is_logging_rank and listed is not None:
         print(
             f"exits say {len(listed.token_ids):,} tokens of the vocabulary, {listed.record['share']:.2%} of "
@@ -77,15 +77,12 @@ def list_tokens(config: Config, samples: Samples, topology: Topology) -> ListedT
     return listed
 
 
-def _list_tokens(config: Config, samples: Samples) -> ListedTokens | None:
-    source, model, _ = open_model(config.model)
-    with source:
-        folder = source.folder
+def _list_tokens(config: Config, model: ModelConfig, samples: Samples) -> ListedTokens | None:
     check_output_vocab(config.exits, model.vocab_size)
     counts = np.zeros(model.vocab_size, dtype=np.int64)
     for labels in _labels(samples, config.tuning.seed):
         counts += np.bincount(labels, minlength=model.vocab_size)
-    known = TokenCounts(counts, required_tokens(config, folder, model))
+    known = TokenCounts(counts, required_tokens(config, model_folder(config.model.path), model))
     size = config.exits.output_vocab
     if not isinstance(size, int):
         size = chosen_size(config, model, known)

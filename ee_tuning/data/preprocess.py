@@ -7,11 +7,11 @@ from ee_tuning.config import DataSection
 from ee_tuning.data.encoding import recipe_of
 from ee_tuning.data.indexed import BIN_SUFFIX, INDEX_SUFFIX, MASK_SUFFIX, with_suffix
 from ee_tuning.data.piped import as_given, copied, has_pipes
-from ee_tuning.data.progress_bar import ProgressBar
 from ee_tuning.data.sources import Corpus, find_corpora
 from ee_tuning.data.tally import nothing_to_learn, print_counts, print_passed_over
 from ee_tuning.data.tokenizing import Tokenized, TokenizedRange, check_workers, tokenize_files
 from ee_tuning.errors import InputError
+from ee_tuning.progress import ByteProgress
 from ee_tuning.storage.apart import check_apart
 from ee_tuning.storage.atomic_write import move_into_place, scratch_folder
 from ee_tuning.storage.owner import owned
@@ -57,7 +57,7 @@ def _preprocess(data: DataSection, output: Path, trusts_code: bool) -> Tokenized
     files = [path for corpus in corpora for path in _texts(corpus)]
     print_passed_over([name for corpus in corpora for name in corpus.passed_over])
     recipe = recipe_of(data.tokenizer, data.text_key, data.chat_template, trusts_code=trusts_code)
-    with owned(output, None), scratch_folder(output) as folder, ProgressBar("tokenizing", is_shown=True) as progress:
+    with owned(output, None), scratch_folder(output) as folder, ByteProgress("tokenizing", is_shown=True) as progress:
         steps = tokenize_files(files, recipe, folder, [folder / output.name], 0.0, data.workers, progress)
         while True:
             try:

@@ -13,7 +13,6 @@ from ee_tuning.data.cache import CacheEntry, cache_root, file_stamps, get_or_bui
 from ee_tuning.data.encoding import recipe_of
 from ee_tuning.data.indexed import BIN_SUFFIX, INDEX_SUFFIX, TokenStream, id_range, open_stream, with_suffix
 from ee_tuning.data.piped import pipes_copied
-from ee_tuning.data.progress_bar import ProgressBar
 from ee_tuning.data.sources import Corpus, find_corpora
 from ee_tuning.data.tally import FileCount, nothing_to_learn, print_counts, print_passed_over, print_skipped
 from ee_tuning.data.tokenizing import check_workers, tokenize_files
@@ -29,6 +28,7 @@ from ee_tuning.data.tokens import (
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import to_json
 from ee_tuning.parallel.topology import Topology
+from ee_tuning.progress import ByteProgress
 from ee_tuning.storage.apart import check_apart
 
 _TRAIN, _VALID = "train", "valid"
@@ -152,7 +152,7 @@ def _entries(
         recipe = recipe_of(tokenizer, data.text_key, data.chat_template, trusts_code=trusts_code)
         fraction = data.valid_fraction if is_split else 0.0
 
-        def tokenize(folder: Path, progress: ProgressBar) -> Iterator[None]:
+        def tokenize(folder: Path, progress: ByteProgress) -> Iterator[None]:
             outputs = (folder / _TRAIN, folder / _VALID)
             tokenized = yield from tokenize_files(
                 corpus.texts, recipe, folder, outputs, fraction, data.workers, progress
@@ -173,7 +173,7 @@ def _entries(
         )
     for prefix in corpus.prefixes:
 
-        def scan(folder: Path, progress: ProgressBar, prefix: Path = prefix) -> Iterator[None]:
+        def scan(folder: Path, progress: ByteProgress, prefix: Path = prefix) -> Iterator[None]:
             stream = open_stream(prefix)
             progress.expect(stream.ids.nbytes)
             smallest, largest = 0, 0

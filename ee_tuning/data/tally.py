@@ -1,6 +1,5 @@
 """Counts of documents, left-out records and skipped files, and the lines that report them."""
 
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from ee_tuning.data.piped import as_given
 from ee_tuning.data.records import LeftOut
 from ee_tuning.data.tokens import Samples
+from ee_tuning.notices import say
 
 _MAX_FILES = 20
 _MAX_NAMES = 8
@@ -108,4 +108,4 @@ def listed(names: Sequence[str]) -> str:
 
 
 def _print_line(line: str) -> None:
-    print(f"data: {as_given(line)}", file=sys.stderr, flush=True)
+    say(f"data: {as_given(line)}")

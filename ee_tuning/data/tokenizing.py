@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from ee_tuning.data.documents import FileRange, file_ranges
 from ee_tuning.data.encoding import Recipe, id_type, tokenize_range
 from ee_tuning.data.indexed import BIN_SUFFIX, INDEX_SUFFIX, MASK_SUFFIX, with_suffix, write_index
-from ee_tuning.data.progress_bar import ProgressBar
 from ee_tuning.data.tally import FileCount
 from ee_tuning.errors import InputError
 from ee_tuning.interrupts import end_at_once
 from ee_tuning.json_file import to_json
+from ee_tuning.progress import ByteProgress
 
 BYTES_PER_WORKER = 4_000_000
 """Fewer bytes are not worth the seconds that a process takes to start."""
@@ -67,7 +67,7 @@ def tokenize_files(
     outputs: Sequence[Path],
     valid_fraction: float,
     workers: int,
-    progress: ProgressBar,
+    progress: ByteProgress,
 ) -> Generator[None, None, Tokenized]:
     """Writes the documents of `files` to the prefix outputs[0], and those that `held_out` chooses to outputs[1].
 

@@ -4,9 +4,7 @@ The shipped model → convert → tune at TP 2 × PP 2 on four processes → dec
 report.json and a picture.
 """
 
-import json
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,13 +14,12 @@ from rich.progress import Progress
 
 from ee_tuning.config import load_config, replace, save_config
 from ee_tuning.data.sample_corpus import sample_corpus
-from ee_tuning.demo.demo_steps import ee_tuning, run_command
-from ee_tuning.demo.report import draw_report
+from ee_tuning.demo.demo_steps import Flag, ee_tuning, run_command, under_torchrun
+from ee_tuning.demo.report import draw_report, validation_losses
 from ee_tuning.errors import InputError
 from ee_tuning.evaluation.quality import ThresholdResult, final_head_loss, measure_thresholds
 from ee_tuning.generation.llm import EarlyExitLLM
 from ee_tuning.json_file import to_json
-from ee_tuning.line_file import read_lines
 from ee_tuning.parallel.topology import destroy_parallel
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -53,29 +50,10 @@ def demo(output: Path) -> None:
     prompts = _write_text(output / "text")
     job = _write_job(output)
     console.rule("1 of 3: convert", align="left")
-    run_command(console, ee_tuning("convert", job, "--output", output / "converted"))
+    run_command(console, ee_tuning("convert", job, output=output / "converted"))
     console.rule("2 of 3: tune the exit heads, tensor parallel 2 × pipeline parallel 2", align="left")
-    run_command(
-        console,
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "4",
-            "-m",
-            "ee_tuning",
-            "tune",
-            str(job),
-            "--exits",
-            str(output / "converted"),
-            "--tensor-model-parallel-size",
-            "2",
-            "--pipeline-model-parallel-size",
-            "2",
-        ],
-    )
+    layout: dict[str, Flag] = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
+    run_command(console, under_torchrun(4, ee_tuning("tune", job, exits=output / "converted", **layout)))
     shutil.copytree(output / "run" / "exit_heads", output / "exit_heads")
     console.rule("3 of 3: decode held-out code at each threshold", align="left")
     report = _measure(job, output, prompts)
@@ -130,7 +108,7 @@ def _measure(job: Path, output: Path, prompts: list[str]) -> dict[str, Any]:
         results, full_rate = measure_thresholds(
             llm, prompts, THRESHOLDS, NEW_TOKENS, on_prompt=lambda done: progress.update(task, completed=done)
         )
-    before, after = _validation_losses(output / "run" / "metrics.jsonl")
+    before, after = validation_losses(output / "run" / "metrics.jsonl")
     sample = llm.generate(prompts[:1], policy="threshold", threshold=0.8, max_new_tokens=NEW_TOKENS)[0]
     final_loss = final_head_loss(llm, config)
     destroy_parallel()
@@ -158,12 +136,6 @@ def _row(result: ThresholdResult) -> dict[str, Any]:
         "tokens_per_second": round(result.tokens_per_second, 2),
         "exit_histogram": {str(layer): count for layer, count in result.exit_histogram.items()},
     }
-
-
-def _validation_losses(metrics: Path) -> tuple[dict[str, float], dict[str, float]]:
-    records = [json.loads(line) for line in read_lines(metrics)]
-    losses = [record["loss"] for record in records if record["kind"] == "validation"]
-    return losses[0], losses[-1]
 
 
 def _print_summary(console: Console, report: dict[str, Any], output: Path, seconds: float) -> None:

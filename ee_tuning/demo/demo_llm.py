@@ -14,7 +14,7 @@ from rich.console import Console
 from ee_tuning.data.sample_corpus import documentation_strings, sample_corpus
 from ee_tuning.demo.demo_model import smollm2
 from ee_tuning.demo.demo_report import print_summary, write_report
-from ee_tuning.demo.demo_steps import Step, ee_tuning, run_command, run_steps
+from ee_tuning.demo.demo_steps import Flag, Step, ee_tuning, run_command, run_steps
 from ee_tuning.errors import InputError
 from ee_tuning.json_file import to_json
 from ee_tuning.line_file import read_lines
@@ -48,7 +48,7 @@ class Demo:
         self.report = folder / "report.json"
 
     def steps(self) -> list[Step]:
-        """All steps. The minutes are for two idle cores."""
+        """Lists all steps. Minutes are for two idle cores."""
         return [
             Step("take the model", 0.2, self.model, self._take_model),
             Step("have the model answer prompts, for its exits to learn", 3, self.answers, self._answer),
@@ -67,8 +67,8 @@ class Demo:
             Step("report", 0.5, self.report, lambda: write_report(self.folder, self.calibrations[0])),
         ]
 
-    def _run(self, command: str, *words: str | Path) -> None:
-        run_command(self.console, ee_tuning(command, "--model", self.model, *words))
+    def _run(self, command: str, **flags: Flag) -> None:
+        run_command(self.console, ee_tuning(command, model=self.model, **flags))
 
     def _take_model(self) -> None:
         self.model.unlink(missing_ok=True)  # a link into a package that was removed
@@ -79,34 +79,23 @@ class Demo:
         self.questions.write_text("\n".join(read_lines(TASK)[NUM_ASKED:]) + "\n", encoding="utf-8")
         self._run(
             "regenerate",
-            "--data",
-            self.questions,
-            "--shipped-prompts",
-            str(NUM_PROMPTS),
-            "--max-new-tokens",
-            str(ANSWER_TOKENS),
-            "--output",
-            self.answers,
+            data=self.questions,
+            shipped_prompts=NUM_PROMPTS,
+            max_new_tokens=ANSWER_TOKENS,
+            output=self.answers,
         )
 
     def _convert(self) -> None:
         self._write_texts()
         self._run(
             "convert",
-            "--exit-layers",
-            LAYERS,
-            "--architecture",
-            "norm",
-            "--output-vocab",
-            str(VOCAB),
-            "--init",
-            "fitted",
-            "--data",
-            self.train,
-            "--seq-length",
-            str(SEQUENCE),
-            "--output",
-            self.converted,
+            exit_layers=LAYERS,
+            architecture="norm",
+            output_vocab=VOCAB,
+            init="fitted",
+            data=self.train,
+            seq_length=SEQUENCE,
+            output=self.converted,
         )
 
     def _write_texts(self) -> None:
@@ -124,60 +113,38 @@ class Demo:
     def _tune(self) -> None:
         self._run(
             "tune",
-            "--exits",
-            self.converted,
-            "--data",
-            self.train,
-            "--set",
-            f"data.valid_paths={self.held_out}",
-            "--seq-length",
-            str(SEQUENCE),
-            "--micro-batch-size",
-            str(BATCH),
-            "--global-batch-size",
-            str(BATCH),
-            "--train-iters",
-            str(STEPS),
-            "--lr",
-            "3e-4",
-            "--set",
-            "tuning.eval_interval=0",
-            "--output",
-            self.tuned.parent,
+            exits=self.converted,
+            data=self.train,
+            seq_length=SEQUENCE,
+            micro_batch_size=BATCH,
+            global_batch_size=BATCH,
+            train_iters=STEPS,
+            lr="3e-4",
+            set=[f"data.valid_paths={self.held_out}", "tuning.eval_interval=0"],
+            output=self.tuned.parent,
         )
 
     def _calibrate(self, agreement: float, file: Path) -> None:
         self._run(
             "calibrate",
-            "--exits",
-            self.tuned,
-            "--data",
-            self.held_out,
-            "--agreement",
-            str(agreement),
-            "--measure",
-            "max_probability",
-            "--output",
-            file,
+            exits=self.tuned,
+            data=self.held_out,
+            agreement=agreement,
+            measure="max_probability",
+            output=file,
         )
 
     def _evaluate(self) -> None:
         self._run(
             "evaluate",
-            "--exits",
-            self.tuned,
-            "--task",
-            TASK,
-            "--metric",
-            "contains",
-            "--limit",
-            str(NUM_ASKED),
-            "--thresholds",
-            "none",
-            *(word for file in self.calibrations for word in ("--calibration", file)),
-            "--speculative",
-            "--output",
-            self.evaluation.parent,
+            exits=self.tuned,
+            task=TASK,
+            metric="contains",
+            limit=NUM_ASKED,
+            thresholds="none",
+            calibration=[*self.calibrations],
+            speculative=True,
+            output=self.evaluation.parent,
         )
 
 

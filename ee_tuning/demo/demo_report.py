@@ -10,14 +10,13 @@ from rich.text import Text
 
 from ee_tuning.config import load_config
 from ee_tuning.data.chat_template import ChatTemplate
-from ee_tuning.demo.report import draw_report
+from ee_tuning.demo.report import draw_report, validation_losses
 from ee_tuning.evaluation.quality import final_head_loss
 from ee_tuning.generation.chat import stop_ids_of
 from ee_tuning.generation.command import exit_colours
 from ee_tuning.generation.completion import Completion
 from ee_tuning.generation.llm import EarlyExitLLM
 from ee_tuning.json_file import to_json
-from ee_tuning.line_file import read_lines
 from ee_tuning.parallel.topology import destroy_parallel
 
 QUESTION = "What is the most important thing to know about rainbows?"
@@ -32,7 +31,7 @@ def write_report(folder: Path, calibration: Path) -> None:
         {"exits.path": str(folder / "run" / "exit_heads"), "generation.calibration": str(calibration)},
     )
     llm = EarlyExitLLM.from_config(config)
-    before, after = _validation_losses(folder / "run" / "metrics.jsonl")
+    before, after = validation_losses(folder / "run" / "metrics.jsonl")
     sample, parts = _answered(llm)
     evaluation = json.loads((folder / "evaluation" / "evaluation.json").read_text(encoding="utf-8"))
     task = evaluation["tasks"][0]
@@ -88,12 +87,6 @@ def _row(point: dict[str, Any]) -> dict[str, Any]:
         **{name: point[key]["value"] for name, key in columns.items()},
         "exit_histogram": {layer: each["value"] for layer, each in point["exits"].items()},
     }
-
-
-def _validation_losses(metrics: Path) -> tuple[dict[str, float], dict[str, float]]:
-    records = [json.loads(line) for line in read_lines(metrics)]
-    losses = [record["loss"] for record in records if record["kind"] == "validation"]
-    return losses[0], losses[-1]
 
 
 def print_summary(console: Console, report: dict[str, Any], folder: Path, seconds: float) -> None:

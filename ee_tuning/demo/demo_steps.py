@@ -61,6 +61,20 @@ def run_command(console: Console, command: list[str]) -> None:
         raise InputError(f"the demo's command ended with exit code {done.returncode}, see above: {text}")
 
 
-def ee_tuning(*words: str | Path) -> list[str]:
-    """Returns the command line of one of this program's commands."""
-    return [sys.executable, "-m", "ee_tuning", *map(str, words)]
+Flag = str | int | float | Path | list[str | Path] | bool
+"""Value of a flag: a list repeats the flag, and True stands for a flag without a value."""
+
+
+def ee_tuning(command: str, *words: str | Path, **flags: Flag) -> list[str]:
+    """Returns the command line of one of this program's commands. A flag's dashes are underscores in `flags`."""
+    line = [sys.executable, "-m", "ee_tuning", command, *map(str, words)]
+    for name, value in flags.items():
+        for each in value if isinstance(value, list) else [value]:
+            line += [f"--{name.replace('_', '-')}", *([] if each is True else [str(each)])]
+    return line
+
+
+def under_torchrun(num_processes: int, command: list[str]) -> list[str]:
+    """Returns a Python command line that torchrun starts in several processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
+    return [command[0], *launcher, *command[1:]]

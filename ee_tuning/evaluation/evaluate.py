@@ -32,7 +32,8 @@ from ee_tuning.evaluation.task import Task, TaskItem
 from ee_tuning.evaluation.text_metrics import Score, score_of
 from ee_tuning.generation.chat import stop_ids_of
 from ee_tuning.generation.completion import Completion
-from ee_tuning.generation.llm import EarlyExitLLM, Job, params_of, with_options
+from ee_tuning.generation.llm import EarlyExitLLM, Job
+from ee_tuning.generation.options import params_of, with_options
 from ee_tuning.generation.replicas import over_replicas
 
 BLOCK = 8

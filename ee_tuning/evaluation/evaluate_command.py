@@ -4,15 +4,13 @@ import dataclasses
 import hashlib
 import os
 import platform
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 
 from ee_tuning import __version__
 from ee_tuning.checkpoint.formats import model_folder
@@ -30,12 +28,12 @@ from ee_tuning.evaluation.text_metrics import score_of
 from ee_tuning.generation.llm import EarlyExitLLM
 from ee_tuning.generation.many import model_settings
 from ee_tuning.line_file import read_lines
+from ee_tuning.notices import say
 from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology, destroy_parallel, init_parallel
+from ee_tuning.progress import ProgressLines, progress_bar
 from ee_tuning.storage.apart import check_apart
 from ee_tuning.storage.owner import owned
-
-_SECONDS_BETWEEN_LINES = 10.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -220,47 +218,27 @@ class _Display:
     """
 
     def __init__(self, num_prompts: int, num_points: int, num_known: int, output: Path, *, is_shown: bool) -> None:
-        self._num, self._done, self._known, self._output, self._is_shown = (
-            num_prompts,
-            num_known,
-            num_known,
-            output,
-            is_shown,
-        )
+        self._num, self._done, self._known, self._output = num_prompts, num_known, num_known, output
+        self._is_shown = is_shown
         self._within = 0
         """Prompts measured within the current block."""
-        self._began = self._spoke = time.monotonic()
-        console = Console(stderr=True)
-        self._bar = Progress(
-            TextColumn(f"evaluating {num_points} policies"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("prompts"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not (is_shown and console.is_terminal),
-        )
+        self._lines = ProgressLines(num_known)
+        policies = TextColumn(f"evaluating {num_points} policies")
+        self._bar = progress_bar(policies, BarColumn(), MofNCompleteColumn(), TextColumn("prompts"), is_shown=is_shown)
         self._row = self._bar.add_task("", total=num_prompts, completed=num_known)
 
     def __enter__(self) -> "_Display":
         if self._is_shown and self._known:
             left = f"{self._num - self._known} are left" if self._known < self._num else "nothing is left to measure"
-            print(
-                f"{self._known} of {self._num} prompts are in {self._output / READINGS} already: {left}",
-                file=sys.stderr,
-                flush=True,
-            )
+            say(f"{self._known} of {self._num} prompts are in {self._output / READINGS} already: {left}")
         self._bar.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._bar.stop()
         if self._is_shown and kind is not None and issubclass(kind, KeyboardInterrupt):
-            print(
-                f"ee-tuning: stopped; {self._done} of {self._num} prompts are stored in {self._output / READINGS}: the same command continues",
-                file=sys.stderr,
-                flush=True,
-            )
+            stored = f"{self._done} of {self._num} prompts are stored in {self._output / READINGS}"
+            say(f"ee-tuning: stopped; {stored}: the same command continues")
 
     def count(self, num_prompts: int) -> None:
         """Adds prompts of a block that is not stored yet."""
@@ -273,13 +251,7 @@ class _Display:
         self._show()
 
     def _show(self) -> None:
-        done, now = min(self._done + self._within, self._num), time.monotonic()
+        done = min(self._done + self._within, self._num)
         self._bar.update(self._row, completed=done)
-        if (
-            self._bar.disable
-            and self._is_shown
-            and now - self._spoke >= max(_SECONDS_BETWEEN_LINES, (now - self._began) / 50)
-        ):
-            self._spoke = now
-            left = round((now - self._began) * (self._num - done) / (done - self._known))
-            print(f"{done:,} of {self._num:,} prompts · {left // 60}:{left % 60:02d} left", file=sys.stderr, flush=True)
+        if self._bar.disable and self._is_shown:
+            self._lines.show(f"{done:,} of {self._num:,} prompts", done, self._num)

@@ -4,19 +4,19 @@
 for each completely measured block of prompts. The same command continues after the last complete block.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ee_tuning.differences import differences_text
 from ee_tuning.errors import InputError
 from ee_tuning.evaluation.readings import ItemResult
 from ee_tuning.json_file import parse_json, to_json
+from ee_tuning.storage.apart import check_folder_writable
 from ee_tuning.storage.atomic_write import os_errors_as_input_errors
 
 READINGS, FIGURES, PAGE, OWNER = "readings.jsonl", "evaluation.json", "index.html", ".owner"
 _REMEDY = "give another --output, or --overwrite to start over"
-_MOST_LISTED = 3
 _BEGINNING = b'{"job": '
 
 Settings = dict[str, Any]
@@ -25,12 +25,7 @@ Settings = dict[str, Any]
 
 def check_folder(folder: Path, overwrites: bool) -> None:
     """Raises InputError where `folder` can not be written, or holds no evaluation. Changes nothing."""
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(
-            f"--output must name a folder that can be written, got {folder}, and {existing} is "
-            f"{'write-protected' if existing.is_dir() else 'no folder'}; choose another"
-        )
+    check_folder_writable(folder)
     journal = folder / READINGS
     if not folder.is_dir() or (journal.exists() and overwrites):
         return
@@ -116,13 +111,10 @@ class EvaluationFolder:
                 self._end += len(line)
 
     def _check_same(self, there: Settings) -> None:
-        pairs = {key: (there.get(key), self.settings.get(key)) for key in {**there, **self.settings}}
-        differing = [f"{key} ({_shown(a)} there, {_shown(b)} here)" for key, (a, b) in pairs.items() if a != b]
-        if differing:
-            more = f" and {len(differing) - _MOST_LISTED} more" if len(differing) > _MOST_LISTED else ""
+        if differences := differences_text(there, self.settings):
             raise InputError(
-                f"{self.path.parent} holds an evaluation of another job, which differs in "
-                f"{', '.join(differing[:_MOST_LISTED])}{more}; to go on give that job, else {_REMEDY}"
+                f"{self.path.parent} holds an evaluation of another job, which differs in {differences}; to go on give that job, "
+                f"else {_REMEDY}"
             )
 
 
@@ -143,8 +135,3 @@ def _settings_in(journal: Path) -> Settings | None:
     if not isinstance(job, dict):
         raise InputError(f"{journal} was not written by `ee-tuning evaluate`; {_REMEDY}")
     return job
-
-
-def _shown(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:37]}…"

@@ -7,7 +7,6 @@
 
 import difflib
 import hashlib
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,7 +15,7 @@ from ee_tuning.data.json_lines import read_json_lines
 from ee_tuning.data.messages import chat_messages
 from ee_tuning.errors import InputError
 from ee_tuning.evaluation.text_metrics import TextMetric
-from ee_tuning.json_file import parse_strict_json, to_json
+from ee_tuning.json_file import to_json
 
 Metric = Literal["exact", "contains", "rouge-l", "choice", "perplexity"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
@@ -80,7 +79,7 @@ def read_task(path: Path, metric: Metric, *, limit: int | None = None, name: str
     if metric not in METRICS:
         raise InputError(f"--metric must be one of {', '.join(METRICS)}, got {metric!r}")
     items = list[TaskItem]()
-    for number, line in _lines(path):
+    for number, line in read_json_lines(path, "--task"):
         if limit is not None and len(items) >= limit:
             break
         items.append(_item(line, f"{path}:{number}", number))
@@ -89,19 +88,6 @@ def read_task(path: Path, metric: Metric, *, limit: int | None = None, name: str
     for item in items:
         _check_fit(item, metric)
     return Task(name=name or path.stem, metric=metric, items=tuple(items))
-
-
-def _lines(path: Path) -> Iterator[tuple[int, Line]]:
-    for number, text in enumerate(read_json_lines(path, "--task"), 1):
-        if not text.strip():
-            continue
-        try:
-            line = parse_strict_json(text)
-        except ValueError as error:
-            raise InputError(f"{path}:{number}: a line must be a JSON object, got {text[:60]!r}: {error}") from error
-        if not isinstance(line, dict):
-            raise InputError(f"{path}:{number}: a line must be a JSON object, got {text[:60]!r}")
-        yield number, line
 
 
 def _item(line: Line, where: str, number: int) -> TaskItem:

@@ -36,36 +36,13 @@ def export(config: Config, flags: argparse.Namespace) -> int:
 
     Raises InputError on flags that do not go together, and like the format's writer.
     """
-    from ee_tuning.parallel.topology import world_size
-
-    for name in dict.fromkeys(name for names in FLAGS.values() for name in names):
-        if getattr(flags, name) not in (None, False, []) and name not in FLAGS[flags.format]:
-            formats = " or ".join(kind for kind, names in FLAGS.items() if name in names)
-            raise InputError(
-                f"--{name.replace('_', '-')} goes with --format {formats}, got --format {flags.format}; leave one of them out"
-            )
-    if (of_new := sorted(NEW_EXITS & flags.overrides.keys())) and not flags.add:
-        raise InputError(f"{', '.join(of_new)} is of new exits, and none is asked for; give --add N, or leave it out")
-    num_processes = world_size()
-    if num_processes > 1 and (flags.format == "artifact" or flags.check or flags.fold_bias):
-        raise InputError(
-            f"--format artifact, --check and --fold-bias are for one process, got {num_processes}; start it without torchrun"
-        )
+    _check_flags(flags)
     _check_kind(config, flags)
     if flags.format in DRAFTERS:
-        _write_drafter(config, flags, num_processes)
+        _write_drafter(config, flags)
         return 0
     if flags.format == "artifact":
-        from ee_tuning.export.export_artifact import ExitChoice, export_artifact
-        from ee_tuning.storage.owner import owned
-
-        layers = {name: _layers(name, getattr(flags, name)) for name in ("only", "drop", "add")}
-        architecture = config.exits.architecture if "exits.architecture" in flags.overrides else ()
-        adapter_rank = config.exits.adapter_rank if "exits.adapter_rank" in flags.overrides else None
-        choice = ExitChoice(**layers, merge=flags.merge, architecture=architecture, adapter_rank=adapter_rank)
-        with owned(flags.output, None):
-            export_artifact(config, flags.output, choice, overwrite=flags.overwrite)
-        print(f"wrote {flags.output}")
+        _write_artifact(config, flags)
         return 0
     if not config.model.path:
         raise InputError(
@@ -85,15 +62,41 @@ def export(config: Config, flags: argparse.Namespace) -> int:
         from ee_tuning.export.constant_direction import constant_direction
 
         constant = constant_direction(config, flags.exit, text)
-    _write_merged(config, flags, constant, is_shared=num_processes > 1)
-    if not flags.check:
-        return 0
+    from ee_tuning.parallel.topology import world_size
+
+    _write_merged(config, flags, constant, is_shared=world_size() > 1)
+    return 0 if not flags.check or _is_equal(config, flags, text, is_exact=constant is None) else 1
+
+
+def _check_flags(flags: argparse.Namespace) -> None:
+    """Raises InputError on flags that do not go together."""
+    for name in dict.fromkeys(name for names in FLAGS.values() for name in names):
+        if getattr(flags, name) not in (None, False, []) and name not in FLAGS[flags.format]:
+            formats = " or ".join(kind for kind, names in FLAGS.items() if name in names)
+            raise InputError(
+                f"--{name.replace('_', '-')} goes with --format {formats}, got --format {flags.format}; leave one of them out"
+            )
+    if (of_new := sorted(NEW_EXITS & flags.overrides.keys())) and not flags.add:
+        raise InputError(f"{', '.join(of_new)} is of new exits, and none is asked for; give --add N, or leave it out")
+    if flags.format == "artifact" or flags.check or flags.fold_bias:
+        _check_one_process("--format artifact, --check and --fold-bias are")
+
+
+def _check_one_process(what: str) -> None:
+    from ee_tuning.parallel.topology import world_size
+
+    if (num_processes := world_size()) > 1:
+        raise InputError(f"{what} for one process, got {num_processes}; start it without torchrun")
+
+
+def _is_equal(config: Config, flags: argparse.Namespace, text: str, *, is_exact: bool) -> bool:
+    """Runs the check of an export, and prints what it finds."""
     from ee_tuning.export.check import check_export, check_plain_exit
 
     tolerance = () if flags.tolerance is None else (flags.tolerance,)
     if flags.format == "hf":
-        return 0 if check_export(config, flags.output, text, *tolerance) else 1
-    return 0 if check_plain_exit(config, flags.output, flags.exit, text, *tolerance, is_exact=constant is None) else 1
+        return check_export(config, flags.output, text, *tolerance)
+    return check_plain_exit(config, flags.output, flags.exit, text, *tolerance, is_exact=is_exact)
 
 
 def _check_exit_layer(config: Config, flags: argparse.Namespace) -> None:
@@ -136,9 +139,21 @@ def _check_kind(config: Config, flags: argparse.Namespace) -> None:
             )
 
 
-def _write_drafter(config: Config, flags: argparse.Namespace, num_processes: int) -> None:
-    if num_processes > 1:
-        raise InputError(f"--format {flags.format} is for one process, got {num_processes}; start it without torchrun")
+def _write_artifact(config: Config, flags: argparse.Namespace) -> None:
+    from ee_tuning.export.export_artifact import ExitChoice, export_artifact
+    from ee_tuning.storage.owner import owned
+
+    layers = {name: _layers(name, getattr(flags, name)) for name in ("only", "drop", "add")}
+    architecture = config.exits.architecture if "exits.architecture" in flags.overrides else ()
+    adapter_rank = config.exits.adapter_rank if "exits.adapter_rank" in flags.overrides else None
+    choice = ExitChoice(**layers, merge=flags.merge, architecture=architecture, adapter_rank=adapter_rank)
+    with owned(flags.output, None):
+        export_artifact(config, flags.output, choice, overwrite=flags.overwrite)
+    print(f"wrote {flags.output}")
+
+
+def _write_drafter(config: Config, flags: argparse.Namespace) -> None:
+    _check_one_process(f"--format {flags.format} is")
     if not config.model.path:
         raise InputError(
             f"--format {flags.format} describes the model that is drafted for, got none; give --model FOLDER"

@@ -8,8 +8,8 @@ from pathlib import Path
 from ee_tuning.checkpoint.huggingface_files import FileToWrite
 from ee_tuning.export.export_source import ExportSource
 from ee_tuning.parallel.topology import Topology
+from ee_tuning.progress import Advance
 from ee_tuning.storage.atomic_write import REMEDY
-from ee_tuning.storage.byte_progress import Advance
 from ee_tuning.storage.hashed_file import HashedFile
 from ee_tuning.storage.non_finite import NonFiniteCheck, warn_non_finite
 from ee_tuning.storage.shared_folder import write_shared_folder

@@ -28,7 +28,7 @@ from ee_tuning.model.megatron_args import megatron_arguments, missing_from_megat
 from ee_tuning.notices import warn
 from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology
-from ee_tuning.storage.byte_progress import Advance
+from ee_tuning.progress import Advance
 from ee_tuning.storage.distcp_writer import Chunk, DistcpWriter, StoredChunk, write_common, write_metadata
 from ee_tuning.storage.metadata_pickle import METADATA
 from ee_tuning.storage.non_finite import NonFiniteCheck, warn_non_finite

@@ -1,6 +1,4 @@
-"""`ee-tuning chat`: a conversation at a terminal, in the words of the model's chat template, answers streamed as they
-are made.
-"""
+"""`ee-tuning chat`: a conversation at a terminal by the model's chat template, with streamed answers."""
 
 import signal
 import sys
@@ -23,26 +21,26 @@ from ee_tuning.parallel.topology import destroy_parallel, init_parallel
 HELP = "Empty line or Ctrl-D: leave. Ctrl-C: end an answer; twice, or where nothing is being said: leave. /reset: forget what was said."
 
 Message = dict[str, str]
-"""role and content, as chat templates take them."""
+"""Role and content, as in chat templates."""
 
 
 class Talk(NamedTuple):
-    """Who answers, and how it looks."""
+    """The model, and the console where its answers appear."""
 
     llm: EarlyExitLLM
     template: ChatTemplate
     console: Console
     colours: dict[int, str]
     stop_token_ids: tuple[int, ...]
-    """What ends an answer beside the model's end of text."""
+    """Tokens that end an answer, beside the model's end of text."""
 
 
 def chat(
     config: Config, *, system: str | None = None, show_exits: bool = False, ask: Callable[[], str] | None = None
 ) -> None:
-    """Reads what the user says, a line at a time, and answers, until an empty line or the end of input.
+    """Reads the user's messages, one per line, and answers them, until an empty line or the end of input.
 
-    Ctrl-C ends an answer, of which stays what was said so far; another one, or one where the user is asked, ends the
+    Ctrl-C ends an answer, whose beginning stays in the conversation. A second one, or one at the prompt, ends the
     conversation. Raises InputError where the tokenizer has no chat template, or one that refuses what every
     conversation begins with, and under a launcher of several processes.
     """
@@ -98,8 +96,8 @@ def _check_template(template: ChatTemplate, beginning: list[Message]) -> None:
 
 
 def answer(talk: Talk, messages: list[Message]) -> str | None:
-    """What the model says to `messages`, streamed to the console; where Ctrl-C ended it, what was said so far, and None
-    before the first word.
+    """Streams the model's answer to `messages` to the console and returns it: its beginning where Ctrl-C ended it, None
+    if that was before the first word.
     """
     prompt = talk.template.render(messages, add_generation_prompt=True)
     completions: list[Completion] = []
@@ -118,7 +116,7 @@ def answer(talk: Talk, messages: list[Message]) -> str | None:
 
 @contextmanager
 def _interrupted() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C was pressed within the block. A second one raises KeyboardInterrupt."""
+    """Yields a function that returns whether Ctrl-C was pressed. A second Ctrl-C raises KeyboardInterrupt."""
     pressed: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:

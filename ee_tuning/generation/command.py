@@ -18,6 +18,7 @@ from ee_tuning.generation.many import deliver
 from ee_tuning.generation.output_file import check_output, owned_output
 from ee_tuning.generation.prompts import Line, read_prompts, requests_of
 from ee_tuning.generation.replicas import over_replicas
+from ee_tuning.notices import say
 from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology, destroy_parallel, init_parallel
 from ee_tuning.storage.apart import check_beside
@@ -38,8 +39,8 @@ def generate(
 ) -> int:
     """Loads the model and its exits, completes the prompts together, and prints them. The prompt `-` is standard input.
 
-    Those of `prompts_file`, a line each, bring wishes of their own; a line that can not be done gets its error, and the
-    exit code is 2. Records go to `output`, if given: see output_file.py.
+    Lines of `prompts_file` may have options of their own; a line that fails gets its error, and the exit code is 2.
+    Records are written to `output`, if given: see output_file.py.
     """
     topology = init_parallel(config.parallel)
     if output is not None:
@@ -75,11 +76,9 @@ def _generate(
     else:
         completions, num_failed = deliver(llm, config, requests, options, output, overwrite)
         if num_failed and topology.is_logging_rank:
-            print(
+            say(
                 f"ee-tuning: {num_failed} of {len(requests)} prompts could not be done; "
-                f"{'their records' if output is None else output} tell{'' if output is None else 's'} why",
-                file=sys.stderr,
-                flush=True,
+                f"{'their records' if output is None else output} tell{'' if output is None else 's'} why"
             )
     if topology.is_logging_rank and completions and not as_json:
         _print_summary(llm, completions, colours_of(llm) if show_exits else {})
@@ -117,12 +116,12 @@ def _read_standard_input() -> str:
 
 
 Parts = dict[int, list[tuple[str, int]]]
-"""Which of a prompt's completions -> its pieces of text with the layers that they left at."""
+"""Number of a completion -> its pieces of text with the layers at which they left."""
 
 
 def _show_text(llm: EarlyExitLLM, jobs: list[Job], options: GenerationSection, show_exits: bool) -> list[Completion]:
-    """One completion streams as it is made; several come whole, one after the other. A pipe gets the completions alone,
-    as they are.
+    """Prints completions: a single one as it is generated, several one after the other. A pipe gets no more than their
+    text.
     """
     topology = llm.model.topology
     out = Console(highlight=False, soft_wrap=True, quiet=not topology.is_logging_rank)

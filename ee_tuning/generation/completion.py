@@ -1,4 +1,4 @@
-"""What was made of a prompt, and how it is put together token by token."""
+"""A completion, and its assembly token by token."""
 
 import time
 from collections import Counter
@@ -11,32 +11,32 @@ from ee_tuning.generation.text import TextStream
 
 @dataclass(kw_only=True)
 class Completion:
-    """What was made of one prompt."""
+    """The completion of a prompt, or one of several."""
 
     prompt: str
     prompt_index: int = 0
-    """Which of the prompts."""
+    """The prompt's place among the prompts."""
     index: int = 0
-    """Which of the prompt's completions it is."""
+    """Its number among the prompt's completions."""
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     exit_layers: list[int] = field(default_factory=list)
-    """Per token the layer it left at; the number of layers where it did not leave early."""
+    """The layer at which each token left; the number of layers where it did not leave early."""
     confidences: list[float] = field(default_factory=list)
-    """Per token the confidence where it left."""
+    """The confidence of each token where it left."""
     logprobs: list[float] = field(default_factory=list)
-    """Per token its log-probability in the distribution it was chosen from, where asked for."""
+    """The log-probability of each token in the distribution it was drawn from, if requested."""
     top_logprobs: list[dict[int, float]] = field(default_factory=list)
-    """Per token the likeliest ids there with theirs, where asked for."""
+    """The likeliest ids at each token with their log-probabilities, if requested."""
     finish_reason: str = ""
     """stop: end of text, a stop token or a stop string. length: max_new_tokens or the end of the context. error: see
     `error`.
     """
     error: str = ""
-    """Why there is no completion."""
+    """The reason where there is no completion."""
     statistics: SequenceStatistics = field(default_factory=SequenceStatistics, repr=False)
     seconds: float = 0.0
-    """The time from the call until this completion's end."""
+    """Seconds from the call to the end of this completion."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -66,40 +66,40 @@ class StreamedToken:
     index: int
     """The prompt's place among the prompts."""
     text: str
-    """What can be shown now: nothing while a character is incomplete or a stop string may be beginning."""
+    """Text that can be shown now: none while a character is incomplete or a stop string may be beginning."""
     exit_layer: int
     confidence: float
     is_last: bool
     completion: int = 0
-    """Which of the prompt's completions it is part of."""
+    """Number of its completion among the prompt's."""
     token_id: int = -1
     """-1 where an error ended the completion in its place."""
     logprob: float | None = None
-    """Its log-probability in the distribution it was chosen from, where asked for."""
+    """Its log-probability in the distribution it was drawn from, if requested."""
     top_logprobs: dict[int, float] | None = None
-    """The likeliest ids there with theirs, where asked for."""
+    """The likeliest ids in its place with their log-probabilities, if requested."""
 
 
 @dataclass
 class Writer:
-    """Puts a completion together."""
+    """Assembles a completion from the tokens of its sequence."""
 
     prompt_index: int
     sequence: Sequence
     completion: Completion
     stream: TextStream
     started: float
-    """The moment, by `time.perf_counter`, that its seconds count from."""
+    """Start of its seconds, by `time.perf_counter`."""
     shows_text: bool = True
-    """Whether a token comes with its text, and stop strings are looked for."""
+    """Whether each token gets its text, and stop strings are searched."""
 
     def fail(self, step: TokenStep, error: str) -> StreamedToken:
-        """Ends the completion by an error, without the token of this step."""
+        """Ends the completion with an error. The token of this step is dropped."""
         self.completion.finish_reason, self.completion.error = "error", error
         return StreamedToken(self.prompt_index, "", step.exit_layer, step.confidence, True, self.completion.index)
 
     def take(self, step: TokenStep) -> StreamedToken:
-        """Books a token; sets the finish reason where the completion ends, by a stop string too."""
+        """Adds a token, and sets the finish reason where the completion ends, also by a stop string."""
         done, params = self.completion, self.sequence.params
         done.token_ids.append(step.token_id)
         done.exit_layers.append(step.exit_layer)

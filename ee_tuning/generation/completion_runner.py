@@ -1,6 +1,6 @@
-"""Completions in the making on an engine: jobs come and go between steps, and a step gives tokens with their text.
+"""Runs completions on an engine: jobs join and leave between steps, and a step returns tokens with their text.
 
-`EarlyExitLLM.run` adds all its jobs at once; the server adds and aborts jobs as clients come and go.
+`EarlyExitLLM.run` adds all its jobs at once; the server adds and aborts jobs as requests arrive and end.
 """
 
 import math
@@ -40,9 +40,9 @@ class CompletionRunner:
         return self.engine.is_idle
 
     def add(self, job: Job, index: int, *, started: float | None = None, shows_text: bool = True) -> list[Completion]:
-        """Queues the `n` completions of a job whose `prompt_ids` are known, and returns their records, which grow.
+        """Queues the `n` completions of a job with `prompt_ids`, and returns them; each step extends them.
 
-        `index` comes back with each token. `started` is the moment that their seconds count from (now by default).
+        Each token is returned with `index`. Seconds are counted from `started`, by default now.
         Raises InputError, and queues nothing, where the engine refuses the request.
         """
         ids = list(job.prompt_ids)
@@ -58,7 +58,7 @@ class CompletionRunner:
         return completions
 
     def step(self) -> Iterator[StreamedToken]:
-        """Takes all completions on by one step of the engine, and yields their new tokens."""
+        """Runs one step of the engine, and yields the new tokens of all completions."""
         for step in self.engine.step():
             writer = self._writers.get(step.sequence.number)
             if writer is None:
@@ -70,7 +70,7 @@ class CompletionRunner:
             yield token
 
     def abort(self, index: int) -> None:
-        """Ends the completions of a job and frees their memory. No token of them comes any more."""
+        """Ends the completions of a job and frees their memory. No further token of them is yielded."""
         for number, writer in list(self._writers.items()):
             if writer.prompt_index == index:
                 del self._writers[number]
@@ -82,7 +82,7 @@ class CompletionRunner:
         self.engine.clear()
 
     def _booked(self, writer: Writer, step: TokenStep) -> StreamedToken:
-        """Where logits are NaN the token is the vocabulary's first, again and again: an error in its place."""
+        """Adds the token, or an error where its logits are NaN, which draw the vocabulary's first token."""
         grammar = step.sequence.grammar
         if math.isnan(step.confidence):
             error = no_numbers(f"the logits behind layer {step.exit_layer}", self.engine.model.plan.dtype)

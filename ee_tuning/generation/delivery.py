@@ -1,9 +1,6 @@
-"""Where records of completions go while more are made: to a stream, in the prompts' order, or into a file
-(output_file.py).
-"""
+"""Delivery of records as they are made: to a stream, in the prompts' order, or into a file (output_file.py)."""
 
 import sys
-import time
 from contextlib import suppress
 from typing import Protocol, TextIO
 
@@ -11,8 +8,7 @@ from ee_tuning.errors import InputError
 from ee_tuning.generation.output_file import Key
 from ee_tuning.generation.record import Record
 from ee_tuning.json_file import to_json
-
-_SECONDS_BETWEEN_LINES = 10.0
+from ee_tuning.progress import ProgressLines
 
 
 class Delivery(Protocol):
@@ -23,20 +19,20 @@ class Delivery(Protocol):
         """Completions that an earlier process delivered."""
 
     def write(self, record: Record) -> None:
-        """Takes a completion. Raises InputError or OSError where it can not be written."""
+        """Delivers a completion. Raises InputError or OSError where it can not be written."""
 
     def fail(self, record: Record) -> None:
-        """Takes the one record of a prompt that can not be done."""
+        """Delivers the one record of a prompt that can not be completed."""
 
     def finish(self) -> None:
-        """All are there."""
+        """Completes the output. Called after the last record."""
 
     def close(self) -> None:
-        """Ends it, all being there or not."""
+        """Closes the output, complete or not."""
 
 
 class InOrder:
-    """Writes each record as soon as all before it are there."""
+    """Writes each record as soon as all records before it are written."""
 
     done: frozenset[Key] = frozenset()
 
@@ -45,10 +41,10 @@ class InOrder:
         self._stream, self._left = stream, list(counts)
         self._held: list[dict[int, Record]] = [{} for _ in counts]
         self._first = 0
-        """The first prompt that lacks one."""
+        """The first prompt that lacks a completion."""
 
     def write(self, record: Record) -> None:
-        """Takes a completion."""
+        """Writes a completion, or keeps it until its turn."""
         place = record["prompt_index"]
         self._held[place][record.get("index", 0)] = record
         self._left[place] -= 1
@@ -57,15 +53,15 @@ class InOrder:
             self._first += 1
 
     def fail(self, record: Record) -> None:
-        """Takes the one record of a prompt that can not be done."""
+        """Delivers the one record of a prompt that can not be completed."""
         self._left[record["prompt_index"]] = 1
         self.write(record)
 
     def finish(self) -> None:
-        """Nothing is left to do."""
+        """Does nothing: every record is written."""
 
     def close(self) -> None:
-        """Writes what is done behind a prompt that is not."""
+        """Writes the finished records that wait for an unfinished one."""
         with suppress(OSError, InputError):  # of a stream that took no more, and said so before
             for place in range(self._first, len(self._held)):
                 self._print(place)
@@ -85,27 +81,19 @@ class InOrder:
         self._held[place].clear()
 
 
-class Progress:
-    """Tells on stderr how far a long job is: a line now and then, none of a short one."""
+class CompletionProgress:
+    """Progress of a long job on standard error."""
 
     def __init__(self, num_completions: int, num_done: int):
-        self._num, self._done_before, self._done, self._tokens = num_completions, num_done, num_done, 0
-        self._began = self._spoke = time.monotonic()
+        self._num, self._done, self._tokens = num_completions, num_done, 0
+        self._lines = ProgressLines(num_done)
 
     def tokens(self, count: int) -> None:
         """Counts tokens."""
         self._tokens += count
 
     def completion(self) -> None:
-        """Counts one, and tells, the longer it lasts the less often."""
+        """Counts a completion."""
         self._done += 1
-        now = time.monotonic()
-        if now - self._spoke >= max(_SECONDS_BETWEEN_LINES, (now - self._began) / 50):
-            self._spoke, seconds = now, now - self._began
-            left = round(seconds * (self._num - self._done) / (self._done - self._done_before))
-            print(
-                f"{self._done:,} of {self._num:,} completions · {self._tokens / seconds:,.1f} tokens/s · "
-                f"{left // 60}:{left % 60:02d} left",
-                file=sys.stderr,
-                flush=True,
-            )
+        rate = self._tokens / max(self._lines.seconds, 1e-9)
+        self._lines.show(f"{self._done:,} of {self._num:,} completions · {rate:,.1f} tokens/s", self._done, self._num)

@@ -1,9 +1,6 @@
-"""Prompts on the way to their answers, in rounds: each round asks for the next answer of every dialogue that is not
-over.
-"""
+"""Answers prompts in rounds: each round asks for the next answer of every unfinished dialogue."""
 
 import itertools
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -15,37 +12,38 @@ from ee_tuning.data.prompt_records import Message, Prompt
 from ee_tuning.errors import InputError
 from ee_tuning.generation.completion import Completion
 from ee_tuning.generation.record import Record
+from ee_tuning.notices import say
 
 MARK = "regenerated"
 """Key of a record for its place among the prompts and for the job that made it."""
 CUT = "length"
-_MOST_TOLD = 10
+_MOST_PRINTED = 10
 
 
 class Question(NamedTuple):
-    """What the model is to continue."""
+    """A text for the model to continue."""
 
     text: str
     is_rendered: bool
     """Whether a chat template made it, special tokens included."""
     sample: int
-    """Which of the prompt's answers it is for."""
+    """Number of the answer among the prompt's."""
 
 
 @dataclass(eq=False)
 class Dialogue:
-    """A prompt and one set of answers to it, as far as they go."""
+    """A prompt and one set of answers to it, possibly unfinished."""
 
     prompt: Prompt
     place: int
     """Place of the prompt in the input."""
     index: int
-    """Which set of the prompt's."""
+    """Number of the set among the prompt's."""
     answers: list[str] = field(default_factory=list)
     finish_reason: str = ""
-    """Why the last answer ended."""
+    """Finish reason of the last answer."""
     is_over: bool = False
-    """Whether all answers are there, or none can follow."""
+    """Whether it has all its answers, or can get no more."""
 
     @property
     def messages(self) -> list[Message]:
@@ -54,14 +52,14 @@ class Dialogue:
         return [message for turn, answer in pairs for message in (*turn, {"role": ASSISTANT, "content": answer})]
 
     def question(self, template: ChatTemplate) -> Question:
-        """What comes next. Raises InputError where the template refuses it."""
+        """The next question. Raises InputError where the template refuses it."""
         if not self.prompt.turns:
             return Question(self.prompt.text, False, self.index)
         messages = [*self.messages, *self.prompt.turns[len(self.answers)]]
         return Question(template.render(messages, self.prompt.tools, add_generation_prompt=True), True, self.index)
 
     def record(self) -> Record:
-        """The dialogue as a line of data, of which `tune` learns the answers alone."""
+        """The dialogue as a line of data. `tune` learns only its answers."""
         body: dict[str, Any] = {"messages": self.messages}
         if not self.prompt.turns:
             body = {"prompt": self.prompt.text, "completion": self.answers[0]}
@@ -80,20 +78,20 @@ class Dialogue:
 
 @dataclass(kw_only=True)
 class Tally:
-    """What became of the dialogues of this process."""
+    """Counts of this process's dialogues."""
 
     answered: int = 0
     cut: int = 0
-    """How many of these end with an answer that is cut short."""
+    """Number of answered dialogues whose last answer is cut."""
     shortened: int = 0
-    """How many of these lack later answers."""
+    """Number of answered dialogues that lack later answers."""
     left_out: int = 0
     first_reason: str = ""
-    """Why the first was left out, and where it stands."""
+    """Place and reason of the first dialogue that was left out."""
 
 
 class Dialogues:
-    """All of a job, a few at a time."""
+    """All dialogues of a job, processed a few at a time."""
 
     def __init__(
         self,
@@ -104,8 +102,8 @@ class Dialogues:
         drops_cut: bool,
         wheres: Sequence[Where],
     ):
-        """`at_a_time` dialogues are finished before others begin. With `drops_cut` an answer that is cut ends its
-        dialogue unsaid. `wheres` tell, by place, where prompts stand.
+        """`at_a_time` dialogues are finished before others begin. With `drops_cut` a cut answer is dropped and ends its
+        dialogue. `wheres` holds the places of the prompts in their files.
         """
         self.tally = Tally()
         self._coming: Iterator[Dialogue] = iter(dialogues)
@@ -115,7 +113,7 @@ class Dialogues:
         self._told: tuple[str, Where] | None = None
 
     def next_round(self) -> list[Question]:
-        """What is asked next; empty where all dialogues are over."""
+        """Returns the next questions, or none where all dialogues are over."""
         questions: list[Question] = []
         while not questions:
             dialogues = [each for each, _ in self._asked if not each.is_over] or list(
@@ -133,7 +131,7 @@ class Dialogues:
         return questions
 
     def take(self, number: int, completion: Completion) -> None:
-        """The answer to question `number` of the round; an error may come twice."""
+        """Takes the answer to question `number` of the round. An error may come twice."""
         dialogue, question = self._asked[number]
         if dialogue.is_over:
             return
@@ -167,7 +165,7 @@ class Dialogues:
         self._ended.append(dialogue.record())
 
     def _break_off(self, dialogue: Dialogue, reason: str) -> None:
-        """Ends a dialogue that has no further answer: the answers that it has are kept."""
+        """Ends a dialogue without a further answer. Its earlier answers are kept."""
         if dialogue.answers:
             self._end(dialogue)
             return
@@ -176,14 +174,14 @@ class Dialogues:
         self._ended.append(None)
 
     def leave_out(self, reason: str, where: Where) -> None:
-        """Counts what gives no record, once for several samples of a prompt, and tells the first few, on stderr."""
+        """Counts a prompt without a record once, however many samples it has, and prints the first few to stderr."""
         if self._told == (reason, where):
             return
         self._told = reason, where
         self.tally.left_out += 1
-        if self.tally.left_out > _MOST_TOLD:
+        if self.tally.left_out > _MOST_PRINTED:
             return
         told = f"{where()}: {reason}"
         self.tally.first_reason = self.tally.first_reason or told
-        more = " (others are counted at the end)" if self.tally.left_out == _MOST_TOLD else ""
-        print(f"left out {told}{more}", file=sys.stderr, flush=True)
+        more = " (others are counted at the end)" if self.tally.left_out == _MOST_PRINTED else ""
+        say(f"left out {told}{more}")

@@ -1,4 +1,4 @@
-"""What one prompt is to become."""
+"""A prompt with its sampling parameters and policy."""
 
 import dataclasses
 
@@ -6,21 +6,21 @@ from ee_tuning.engine.params import SamplingParams
 from ee_tuning.engine.policy import Policy
 
 READ_FOR_ONE_MADE = 8
-"""Tokens of a prompt that cost about as much as one token of a completion, where work is shared out."""
+"""Number of prompt tokens that cost about as much as one completion token, for sharing work."""
 CHARACTERS_OF_TOKEN = 4
-"""Characters of a text that count as a token there."""
+"""Characters that count as one token in such estimates."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A prompt and what is asked of its completions."""
+    """A prompt to complete."""
 
     prompt: str
     params: SamplingParams
     policy: Policy
     adds_special_tokens: bool = True
-    """Whether the tokenizer puts those before the prompt that it puts before any text."""
+    """Whether the tokenizer's beginning tokens are put before the prompt."""
     prompt_ids: tuple[int, ...] = ()
-    """Its token ids, where they are made already, as they are; by default the tokenizer makes them."""
+    """Its token ids, if known; otherwise it is tokenized."""
     priority: int = 0
-    """Jobs of a lower number are begun before others that wait."""
+    """Waiting jobs of a lower number begin first."""

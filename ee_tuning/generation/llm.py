@@ -16,7 +16,6 @@ from typing import Any
 from ee_tuning.artifact.load import load_for_generation
 from ee_tuning.checkpoint.formats import model_folder
 from ee_tuning.config import Config, GenerationSection, load_config
-from ee_tuning.config.generation import without_overruled
 from ee_tuning.data.tokenizer import beginning_ids, begun, load_tokenizer, tokenizer_of
 from ee_tuning.engine.engine import Engine
 from ee_tuning.engine.grammar import Grammars
@@ -27,6 +26,7 @@ from ee_tuning.errors import InputError
 from ee_tuning.generation.completion import Completion, StreamedToken
 from ee_tuning.generation.completion_runner import CompletionRunner
 from ee_tuning.generation.job import Job
+from ee_tuning.generation.options import checked_options, engine_settings, params_of
 from ee_tuning.generation.scoring import Score, TokenPair, score, token_pairs
 from ee_tuning.generation.text import special_tokens
 from ee_tuning.model.config import ModelConfig
@@ -125,7 +125,7 @@ class EarlyExitLLM:
         prompt that is empty or too long.
         """
         completions: list[Completion] = []
-        resolved, jobs = self._jobs_of(prompts, params, **options)
+        resolved, jobs = self.jobs(prompts, params, **options)
         for _ in self.run(jobs, completions, resolved, shows_text=False):
             pass
         return completions
@@ -142,7 +142,7 @@ class EarlyExitLLM:
         A prompt that a chat template made has its special tokens already: not `adds_special_tokens`.
         """
         own: list[Completion] = [] if completions is None else completions
-        resolved, jobs = self._jobs_of(prompts, params, **options)
+        resolved, jobs = self.jobs(prompts, params, **options)
         yield from self.run(jobs, own, resolved)
 
     def score(self, pairs: Iterable[tuple[str, str] | TokenPair], **options: Any) -> list[Score]:
@@ -153,7 +153,7 @@ class EarlyExitLLM:
         on pairs and options that can not be used, and while completions are streamed.
         """
         given = options.pop("policy") if isinstance(options.get("policy"), Policy) else None
-        resolved = self._options(options)
+        resolved = checked_options(self.defaults, options)
         if self.engine is not None and not self.engine.is_idle:
             raise InputError(
                 "score must wait until all completions of a stream are there; read it to its end, or close it"
@@ -165,32 +165,23 @@ class EarlyExitLLM:
             resolved.max_batch_size,
         )
 
-    def _jobs_of(
-        self,
-        prompts: str | Iterable[str],
-        params: SamplingParams | Sequence[SamplingParams] | None,
-        *,
-        adds_special_tokens: bool = True,
-        **options: Any,
-    ) -> tuple[GenerationSection, list[Job]]:
-        resolved, jobs = self.jobs(prompts, params, **options)
-        return resolved, [dataclasses.replace(job, adds_special_tokens=adds_special_tokens) for job in jobs]
-
     def jobs(
         self,
         prompts: str | Iterable[str],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        adds_special_tokens: bool = True,
         **options: Any,
     ) -> tuple[GenerationSection, list[Job]]:
-        """The `generation` section that `options` make, and what is to be done. `structured_output` is an option,
-        too.
+        """Returns the `generation` section that `options` make, and the jobs of the prompts. `structured_output` is an
+        option, too.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         form = options.pop("structured_output", None)
         given = options.get("policy")
         if not isinstance(given, str | None):
             del options["policy"]
-        resolved = self._options(options)
+        resolved = checked_options(self.defaults, options)
         if given is None or isinstance(given, str):
             given = self.policy(resolved)
         policies = list(given) if isinstance(given, Sequence) else [given] * len(prompts)
@@ -202,10 +193,11 @@ class EarlyExitLLM:
                 raise InputError(
                     f"{name} must be one for all prompts or one for each of the {len(prompts)}, got {len(values)}"
                 )
-        return resolved, [Job(*job) for job in zip(prompts, listed, policies, strict=True)]
+        jobs = zip(prompts, listed, policies, strict=True)
+        return resolved, [Job(*job, adds_special_tokens=adds_special_tokens) for job in jobs]
 
     def policy(self, options: GenerationSection) -> Policy:
-        """What the section's keys ask of these exits. Raises InputError where it is not to be had."""
+        """The policy that the section's keys describe. Raises InputError where these exits do not allow it."""
         return policy_of(
             options,
             self.exit_layers,
@@ -225,8 +217,8 @@ class EarlyExitLLM:
     ) -> Generator[StreamedToken, None, None]:
         """Decodes `jobs`, appends a record for each completion to `completions`, and yields tokens as they come.
 
-        With `keeps_errors` a job that can not be done gets a record with its `error`, and the others go on. Without
-        `shows_text` tokens come without their text, which is made once, for the record.
+        With `keeps_errors` a job that fails gets a record with its `error`, and the others continue. Without
+        `shows_text` tokens have no text, and a completion is decoded once, at its end.
         """
         if not jobs:
             return
@@ -254,19 +246,10 @@ class EarlyExitLLM:
             runner.clear()  # the caller may have stopped listening
             engine.proposer.keep()
 
-    def _options(self, options: dict[str, Any]) -> GenerationSection:
-        resolved = with_options(self.defaults, options)
-        for name in ("max_pending", "prefill_chunk", "max_batch_size"):
-            if getattr(resolved, name) < 1:
-                raise InputError(f"generation.{name} must be at least 1, got {getattr(resolved, name)}")
-        if resolved.cache_tokens is not None and resolved.cache_tokens < 1:
-            raise InputError(f"generation.cache_tokens must be at least 1, got {resolved.cache_tokens}")
-        return resolved
-
     def prepared(self, job: Job) -> Job:
-        """`job` with its token ids, and in which a stop string that is a special token is that token's id, too.
+        """`job` with its token ids. A stop string that is a special token also becomes a stop token.
 
-        Raises InputError on values that no sampler can use, on a form that is none, and on a prompt that is empty or
+        Raises InputError on unusable sampling parameters, an invalid structured output, and a prompt that is empty or
         too long.
         """
         job.params.check(self.model.config.vocab_size)
@@ -295,8 +278,8 @@ class EarlyExitLLM:
         )
 
     def encode(self, prompt: str, adds_special_tokens: bool = True) -> list[int]:
-        """Token ids of a prompt, which the tokenizer begins and does not end; the beginning-of-text token for an empty
-        one.
+        """Token ids of a prompt, with the tokenizer's beginning tokens and without its end. An empty prompt is the
+        beginning-of-text token.
 
         Raises InputError where there are none, or too many.
         """
@@ -332,11 +315,11 @@ class EarlyExitLLM:
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        """The text of token ids, special tokens left out."""
+        """The text of token ids, without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def _engine(self, jobs: list[Job], options: GenerationSection) -> Engine:
-        """An engine with room for these jobs; the last one where it has it."""
+        """An engine with room for these jobs: the current one, if it has room, or a new one."""
         limit = self.model.config.max_position_embeddings
         longest = min(max((len(job.prompt_ids) + job.params.max_tokens for job in jobs), default=limit), limit)
         rows = max(1, min(sum(job.params.n for job in jobs), options.max_batch_size))
@@ -350,7 +333,7 @@ class EarlyExitLLM:
         ):
             if (
                 engine is not None and engine.cache.max_length < longest
-            ):  # a conversation: not a new engine, which knows nothing, each turn
+            ):  # a conversation, which would otherwise need a new engine, with an empty cache, each turn
                 longest = min(2 * longest, limit)
             engine = None  # before the new caches are made
             engine = self.new_engine(options, num_slots=rows, max_length=longest)
@@ -360,7 +343,7 @@ class EarlyExitLLM:
         """Replaces the engine by one for `num_slots` sequences of up to `max_length` tokens. Raises InputError where
         the model has fewer positions.
         """
-        # What costs and is right at which exit stays as it was.
+        # Measured costs and acceptance rates of the exits are kept.
         known = (self.engine.proposer.speculation, self.engine.proposer.memory) if self.engine is not None else None
         self.engine = None  # before the new caches are made
         self._settings = engine_settings(options)
@@ -380,42 +363,11 @@ class EarlyExitLLM:
         return engine
 
 
-def engine_settings(options: GenerationSection) -> dict[str, Any]:
-    """The keys of the section that an engine is made by."""
-    return {
-        "max_pending": options.max_pending,
-        "prefill_chunk": options.prefill_chunk,
-        "cache_tokens": options.cache_tokens,
-        "reuses_prefixes": options.reuse_prefixes,
-    }
-
-
-def with_options(defaults: GenerationSection, options: dict[str, Any]) -> GenerationSection:
-    """`defaults`, but for the keys in `options`. A threshold or measure of its own overrules a calibration file among
-    the defaults.
-    """
-    given = load_config(None, {f"generation.{key}": value for key, value in options.items()}).generation
-    kept = without_overruled(vars(defaults), options)
-    return GenerationSection(**{**kept, **{key: getattr(given, key) for key in options}})
-
-
-def params_of(generation: GenerationSection) -> SamplingParams:
-    """The section's keys of sampling. Values are looked at when a request is added."""
-    same = {field.name for field in dataclasses.fields(SamplingParams)} & {
-        field.name for field in dataclasses.fields(GenerationSection)
-    }
-    return SamplingParams(
-        max_tokens=generation.max_new_tokens,
-        min_tokens=generation.min_new_tokens,
-        **{name: getattr(generation, name) for name in same},
-    )
-
-
 def _stop_token_ids(folder: Path, config: ModelConfig, tokenizer: Any) -> tuple[int, ...]:
-    """Tokens that end a completion: generation_config.json's where it names any, as transformers has it, else
-    config.json's.
+    """Tokens that end a completion: those of generation_config.json, if it names any, or of config.json, as in
+    transformers.
 
-    A Megatron checkpoint names none: then the tokenizer's end of text.
+    A Megatron checkpoint names none; the tokenizer's end of text is used.
     """
     named = generation_end_token_ids(folder, config.vocab_size)
     if named is not None or config.eos_token_ids:

@@ -1,5 +1,5 @@
-"""Many prompts to records: each is delivered as soon as it is made, and what an earlier process delivered is not made
-again.
+"""Completes many prompts: each record is delivered as soon as it is finished, and records of an earlier process are
+kept.
 """
 
 import dataclasses
@@ -18,17 +18,18 @@ from ee_tuning.checkpoint.formats import open_model
 from ee_tuning.config import Config, GenerationSection
 from ee_tuning.errors import InputError
 from ee_tuning.generation.completion import Completion
-from ee_tuning.generation.delivery import Delivery, InOrder, Progress
+from ee_tuning.generation.delivery import CompletionProgress, Delivery, InOrder
 from ee_tuning.generation.llm import EarlyExitLLM
 from ee_tuning.generation.output_file import Key, OutputFile, Settings, is_standard_output, is_stream
 from ee_tuning.generation.prompts import ENGINE_KEYS, Request
 from ee_tuning.generation.record import as_record
 from ee_tuning.generation.shared_decoding import decode_shared
 from ee_tuning.json_file import to_json
+from ee_tuning.notices import say
 from ee_tuning.parallel.collectives import on_first_rank
 
 STOPPED_BY_TERM = 143
-"""Exit code of a process that SIGTERM ended, as shells have it."""
+"""A shell's exit code for a process that SIGTERM ended."""
 
 
 def deliver(
@@ -68,11 +69,11 @@ def deliver(
     if done:
         _tell(delivery, f"{len(done)} of {sum(counts)} completions are in {output}.partial already")
     with closed_at_the_end(delivery, sum(counts)):
-        return _decode(llm, requests, options, done, delivery, Progress(sum(counts), len(done)))
+        return _decode(llm, requests, options, done, delivery, CompletionProgress(sum(counts), len(done)))
 
 
 def settings_of(llm: EarlyExitLLM, config: Config, requests: list[Request], options: GenerationSection) -> Settings:
-    """All that the completions depend on, as JSON can hold it."""
+    """Returns everything that the completions depend on, as plain data."""
     free = ENGINE_KEYS | {"calibration"}  # what a calibration says is in the policies of the requests
     digest = hashlib.sha256()
     for request in requests:
@@ -86,7 +87,7 @@ def settings_of(llm: EarlyExitLLM, config: Config, requests: list[Request], opti
 
 
 def model_settings(llm: EarlyExitLLM, config: Config) -> Settings:
-    """What completions depend on beside what is asked: the model, its exits, its tokenizer."""
+    """Returns everything that completions depend on beside the requests: the model, its exits, its tokenizer."""
     reader, model, _ = open_model(config.model)
     with reader:
         backbone = fingerprint(reader, model)
@@ -114,9 +115,9 @@ def _decode(
     options: GenerationSection,
     done: frozenset[Key],
     delivery: Delivery | None,
-    progress: Progress,
+    progress: CompletionProgress,
 ) -> tuple[list[Completion], int]:
-    """Does what `deliver` does, but for the completions in `done`."""
+    """Does the work of `deliver`, except for the completions in `done`."""
     places = [
         place
         for place, request in enumerate(requests)
@@ -156,17 +157,15 @@ def _decode(
 
 @contextmanager
 def closed_at_the_end(delivery: Delivery | None, num_completions: int) -> Iterator[None]:
-    """Closes `delivery`, and tells what is kept of a job that Ctrl-C or SIGTERM stops."""
+    """Closes `delivery`, and prints how much of a job is kept that Ctrl-C or SIGTERM stops."""
     try:
         with _term_raises():
             yield
     except (KeyboardInterrupt, SystemExit):
         if isinstance(delivery, OutputFile):
-            print(
+            say(
                 f"ee-tuning: stopped; {len(delivery.done)} of {num_completions} completions are kept in {delivery.journal}: the same "
-                "command, given again, goes on with them",
-                file=sys.stderr,
-                flush=True,
+                "command, given again, goes on with them"
             )
         raise
     finally:
@@ -193,4 +192,4 @@ def _term_raises() -> Iterator[None]:
 
 def _tell(delivery: Delivery | None, text: str) -> None:
     if delivery is not None:
-        print(text, file=sys.stderr, flush=True)
+        say(text)

@@ -1,10 +1,10 @@
-"""`--output FILE` of commands that complete: records that outlive whatever stops the command, and a FILE that is there
-once it is whole.
+"""`--output FILE` of commands that complete prompts: finished records survive an interruption, and FILE appears when it
+is complete.
 
-A completion goes, as soon as it is ready, into the journal FILE.partial: a first line with the job's settings, then
-records as FILE has them, in the order in which they were ready. Once all are there they become FILE, in the prompts'
-order, at one stroke. The same command, given again, goes on with the journal; of a whole FILE the `job` of its records
-tells whether it is that command's.
+Each completion is appended, as soon as it is finished, to the journal FILE.partial: a first line with the job's
+settings, then records in the order in which they were finished. When all are there, FILE is written atomically, in the
+prompts' order. The same command continues the journal. The `job` of the records in a complete FILE identifies the
+command that wrote them.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ee_tuning.differences import differences_text
 from ee_tuning.errors import InputError
 from ee_tuning.generation.record import Record
 from ee_tuning.json_file import parse_json, to_json
@@ -25,29 +26,28 @@ from ee_tuning.storage.atomic_write import atomic_file, check_file
 from ee_tuning.storage.owner import owned
 
 Settings = dict[str, Any]
-"""All that completions depend on."""
+"""Everything that completions depend on."""
 Key = tuple[int, int]
-"""A completion: place of its prompt, and which of the prompt's it is."""
+"""A completion: the place of its prompt, and its number among the prompt's completions."""
 
 _REMEDY = "give another --output, or --overwrite to begin anew"
-_MOST_TOLD = 3
 
 
 @dataclass(frozen=True)
 class Form:
-    """What a command's records look like."""
+    """The form of a command's records."""
 
     command: str
     under: str | None = None
-    """Key of an object that holds `prompt_index`, `index` and `job`; None where they stand in the record itself."""
+    """Key of the object with `prompt_index`, `index` and `job`; None where the record itself has them."""
 
     def marks(self, record: Record) -> Record:
-        """The object that holds them; an empty one where there is none."""
+        """The object with these keys, or an empty one."""
         marks = record if self.under is None else record.get(self.under)
         return marks if isinstance(marks, dict) else {}
 
     def marked(self, record: Record, job: str) -> Record:
-        """`record` with its job."""
+        """`record` with the key `job`."""
         return (
             {**record, "job": job} if self.under is None else {**record, self.under: {**record[self.under], "job": job}}
         )
@@ -57,9 +57,9 @@ GENERATED = Form("generate")
 
 
 def check_output(path: Path, overwrites: bool, form: Form = GENERATED) -> None:
-    """Raises InputError where `path` can not be written, or holds what the command did not write. Nothing is changed.
+    """Raises InputError where `path` can not be written, or was written by another command. Changes nothing.
 
-    Cheap: it spares the loading of a model whose completions would have no place.
+    A cheap check before a model is loaded.
     """
     check_file(path)
     if is_stream(path):
@@ -75,19 +75,19 @@ def is_standard_output(path: Path) -> bool:
 
 
 def is_stream(path: Path) -> bool:
-    """Whether `path` is nothing that could be replaced: a pipe, a terminal, a name of standard output."""
+    """Whether `path` can not be replaced as a file: a pipe, a terminal, a name of standard output."""
     return is_standard_output(path) or (path.exists() and not stat.S_ISREG(path.stat().st_mode))
 
 
 def journal_of(path: Path) -> Path:
-    """Where completions are on the way to `path`."""
+    """The journal of `path`."""
     return Path(f"{os.path.realpath(path)}.partial")  # a link stays, and what it names is written
 
 
 @contextmanager
 def owned_output(path: Path | None, topology: Topology) -> Iterator[None]:
-    """Makes this job the one owner of FILE while the block runs, where it is no stream; all ranks call it. Raises
-    InputError, naming the owner, where another job is.
+    """Makes this job the only owner of FILE while the block runs, unless FILE is a stream. All ranks call it. Raises
+    InputError, naming the owner, where another job has it.
     """
     if path is None or on_first_rank(topology, lambda: is_stream(path)):
         yield
@@ -97,29 +97,29 @@ def owned_output(path: Path | None, topology: Topology) -> Iterator[None]:
 
 
 class OutputFile:
-    """FILE and its journal, of one job, in one process, within `owned_output`."""
+    """FILE and its journal, for one job in one process, within `owned_output`."""
 
     def __init__(
         self, path: Path, settings: Settings, num_prompts: int | None, overwrites: bool, form: Form = GENERATED
     ):
-        """Finds what is there of the job already. Raises InputError where it is another job's.
+        """Reads the job's earlier records. Raises InputError where they are another job's.
 
-        `num_prompts` is how many a whole FILE tells of; None where some may be left out.
+        A complete FILE has records of `num_prompts` prompts; None where some may be left out.
         """
         self.path, self.journal, self._form = path, journal_of(path), form
         self.is_whole = False
-        """Whether FILE is there, and of this very job."""
+        """Whether FILE is complete, and this job's."""
         self.num_errors = 0
-        """Where it is whole, of how many prompts it tells that they could not be done."""
+        """Number of prompts with an error in a complete FILE."""
         self._settings = parse_json(to_json(settings).encode())
         self._job = hashlib.sha256(to_json(self._settings, sort_keys=True).encode()).hexdigest()[:16]
         self._file: BinaryIO | None = None
         self._lines: dict[Key, tuple[int, int]] = {}
-        """Offset and length, in the journal, of each completion that is there."""
+        """Offset and length of each completion in the journal."""
         self._errors: dict[Key, bytes] = {}
-        """Lines of prompts that could not be done. They are not kept: whether they can be is asked anew."""
+        """Lines of prompts that failed. They are not kept in the journal, so the next command tries them again."""
         self._end = 0
-        """Where the next one goes; 0 where the journal has no first line yet."""
+        """Offset of the next line; 0 where the journal has no first line yet."""
         if self.journal.exists():
             self._file = self.journal.open("r+b", buffering=0)
             if not overwrites:
@@ -129,11 +129,11 @@ class OutputFile:
 
     @property
     def done(self) -> frozenset[Key]:
-        """The completions that are kept."""
+        """The completions in the journal."""
         return frozenset(self._lines)
 
     def write(self, record: Record) -> None:
-        """Keeps a completion. Raises InputError where the disk refuses."""
+        """Appends a completion to the journal. Raises InputError where the disk refuses."""
         key = self._key(record)
         if key in self._lines:
             return
@@ -143,12 +143,12 @@ class OutputFile:
             self._lines[key] = (self._end, self._append(self._line(record)))
 
     def fail(self, record: Record) -> None:
-        """Takes the record of a prompt that could not be done."""
+        """Keeps the record of a prompt that failed for FILE."""
         self._errors[record["prompt_index"], 0] = self._line(record)
 
     def finish(self) -> None:
-        """Makes FILE of all that is there. Raises InputError where the disk refuses, and where no completion could be
-        made.
+        """Writes FILE from all records. Raises InputError where the disk refuses, or every prompt failed and FILE
+        exists.
         """
         if not self._lines and self.path.exists():
             first = parse_json(self._errors[min(self._errors)])["error"]
@@ -163,7 +163,7 @@ class OutputFile:
             self.journal.unlink()
 
     def close(self) -> None:
-        """Lets go of the journal, which stays as it is."""
+        """Closes the journal."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -176,7 +176,7 @@ class OutputFile:
         self._append((to_json({"job": self._settings}, ensure_ascii=False) + "\n").encode())
 
     def _append(self, line: bytes) -> int:
-        """The length of `line`, which is in the file then, as a kill leaves it."""
+        """Appends `line`, which survives a kill afterwards, and returns its length."""
         assert self._file is not None
         self._file.seek(self._end)
         rest = memoryview(line)
@@ -198,7 +198,7 @@ class OutputFile:
         return os.pread(self._file.fileno(), length, offset)
 
     def _read_journal(self) -> None:
-        """Takes up what is kept, but for a last line that was cut off. Raises InputError where it is another job's."""
+        """Reads the journal without a last line that was cut off. Raises InputError where it is another job's."""
         assert self._file is not None
         with _opened(self.journal) as file:
             for number, line in enumerate(file, 1):
@@ -217,16 +217,11 @@ class OutputFile:
     def _check_same(self, there: Any) -> None:
         if not isinstance(there, dict):
             raise InputError(f"{self.journal} is not what `ee-tuning {self._form.command} --output` leaves; {_REMEDY}")
-        differing = [key for key in {**there, **self._settings} if there.get(key) != self._settings.get(key)]
-        named = [
-            f"{key} ({_told(there.get(key))} there, {_told(self._settings.get(key))} here)"
-            for key in differing
-            if key != "prompts"
-        ]
-        if differing:
+        named = differences_text({**there, "prompts": None}, {**self._settings, "prompts": None})
+        if named or there.get("prompts") != self._settings.get("prompts"):
             raise InputError(
-                f"{self.journal} holds completions of another job, which differs in "
-                f"{', '.join(named[:_MOST_TOLD]) or 'its prompts'}; to go on give that job, else {_REMEDY}"
+                f"{self.journal} holds completions of another job, which differs in {named or 'its prompts'}; to go on give "
+                f"that job, else {_REMEDY}"
             )
 
     def _read_whole(self, num_prompts: int | None) -> None:
@@ -277,7 +272,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def _check_ours(path: Path, line: bytes, form: Form) -> Record:
-    """The record in a line of a FILE; nothing, in an empty file, is taken for ours."""
+    """Returns the record in a line of FILE, and an empty one for an empty FILE. Raises InputError on any other file."""
     record = _parsed(line) if line else form.marked({form.under: {}} if form.under else {}, "")
     if record is None or not isinstance(form.marks(record).get("job"), str):
         raise InputError(
@@ -292,8 +287,3 @@ def _parsed(line: bytes) -> Record | None:
     except ValueError:
         return None
     return tree if isinstance(tree, dict) else None
-
-
-def _told(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 20 else f"{text[:16]}…"

@@ -18,33 +18,31 @@ class _Prompt:
 
 
 class PromptScorer:
-    """Prompts that wait for their log-probabilities. Every rank of a replica makes the same calls."""
+    """A queue of prompts to score. Every rank of a replica makes the same calls."""
 
     def __init__(self, model: EarlyExitModel, *, max_rows: int, max_tokens: int):
-        """A pass has at most `max_rows` prompts and `max_tokens` tokens, padding included, or one prompt that is
-        longer.
-        """
+        """A pass has at most `max_rows` prompts and `max_tokens` tokens, padding included, or one longer prompt."""
         self._model, self._max_rows, self._max_tokens = model, max_rows, max_tokens
         self._waiting: list[_Prompt] = []
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing waits."""
+        """Whether the queue is empty."""
         return not self._waiting
 
     def add(self, index: int, token_ids: tuple[int, ...], policy: Policy, num_top: int, priority: int = 0) -> None:
-        """Queues a prompt, whose score comes back with `index`, before those of a higher number of `priority`."""
+        """Queues a prompt; its score is returned with `index`. Prompts of a lower `priority` come first."""
         self._waiting.append(_Prompt(index, token_ids, policy, num_top, priority))
         self._waiting.sort(key=lambda prompt: prompt.priority)
 
     def abort(self, index: int) -> None:
-        """Removes a prompt, if it still waits."""
+        """Removes a prompt from the queue."""
         self._waiting = [prompt for prompt in self._waiting if prompt.index != index]
 
     def step(self) -> list[tuple[int, Score | InputError]]:
-        """Scores the oldest prompt, and others that ask for the same and fit in the pass.
+        """Scores the first prompt, and others with the same policy that fit in the pass.
 
-        Returns the index of each with what follows its first token; an error where logits are not finite.
+        Returns the index of each with the score of its tokens after the first, or an error where logits are not finite.
         """
         batch = self._next_batch()
         pairs = [(list(prompt.token_ids[:1]), list(prompt.token_ids[1:])) for prompt in batch]

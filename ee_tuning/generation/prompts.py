@@ -1,6 +1,4 @@
-"""Prompts from a file: a JSON object a line, with wishes of its own beside the prompt, and keys that its record
-keeps.
-"""
+"""Prompts from a file of JSON lines: a prompt, options for it, and other keys, which its record keeps."""
 
 import dataclasses
 import difflib
@@ -10,38 +8,33 @@ from typing import Any
 from ee_tuning.config import GenerationSection
 from ee_tuning.data.json_lines import read_json_lines
 from ee_tuning.errors import InputError
-from ee_tuning.generation.llm import EarlyExitLLM, Job, params_of, with_options
+from ee_tuning.generation.llm import EarlyExitLLM, Job
+from ee_tuning.generation.options import params_of, with_options
 from ee_tuning.generation.record import RECORD_KEYS
-from ee_tuning.json_file import parse_strict_json
 
 Line = dict[str, Any]
-"""`prompt`, keys of the `generation` section, `logit_bias` and `structured_output` for this one, and others, which its
-record keeps.
+"""`prompt`; keys of the `generation` section, `logit_bias` and `structured_output` for it; other keys, which its record
+keeps.
 """
 
-_WISHES = frozenset(field.name for field in dataclasses.fields(GenerationSection)) | {"logit_bias", "structured_output"}
+_OPTIONS = frozenset(field.name for field in dataclasses.fields(GenerationSection)) | {
+    "logit_bias",
+    "structured_output",
+}
 _MISSPELT = 0.75
-"""Likeness to a key of the generation section from which on another key is taken for that one, misspelt: max_tokens,
-treshold.
-"""
+"""Similarity from which on an unknown key counts as a misspelt key of the generation section, such as treshold."""
 
 ENGINE_KEYS = frozenset({"max_pending", "prefill_chunk", "max_batch_size", "reuse_prefixes", "cache_tokens"})
-"""Keys of the whole run, not of a prompt."""
+"""Keys that apply to the whole run and not to one prompt."""
 
 
 def read_prompts(path: Path) -> list[Line]:
     """The lines of a file. Raises InputError where it can not be read or a line is no object with a `prompt`."""
     lines = []
-    for number, line in enumerate(read_json_lines(path, "--prompts"), 1):
-        if not line.strip():
-            continue
-        try:
-            value = parse_strict_json(line)
-        except ValueError as error:
-            raise InputError(f"line {number} of {path} must be a JSON object, got {line[:60]!r}: {error}") from error
-        if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
-            raise InputError(f'line {number} of {path} must be an object with a text "prompt", got {line[:60]!r}')
-        lines.append(value)
+    for number, line in read_json_lines(path, "--prompts"):
+        if not isinstance(line.get("prompt"), str):
+            raise InputError(f'{path}:{number}: a line must have a text "prompt", got {line.get("prompt")!r:.60}')
+        lines.append(line)
     if not lines:
         raise InputError(f"--prompts must name a file with a prompt, got {path}, which is empty")
     return lines
@@ -49,25 +42,25 @@ def read_prompts(path: Path) -> list[Line]:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A prompt, and what is to be done with it."""
+    """A prompt with its job."""
 
     prompt: str
     job: Job | None
-    """None where its line asks for what can not be."""
+    """None where its line is invalid."""
     error: str = ""
-    """Why there is no job."""
+    """The reason where there is no job."""
     kept: Line = dataclasses.field(default_factory=dict)
-    """What its record keeps of its line."""
+    """Keys of the line that its record keeps."""
 
     @property
     def num_completions(self) -> int:
-        """Records that come of it, if it can be done; one otherwise."""
+        """Number of its records: one where it has no job."""
         return 1 if self.job is None else max(1, self.job.params.n)
 
 
 def requests_of(llm: EarlyExitLLM, prompts: list[str], lines: list[Line]) -> tuple[GenerationSection, list[Request]]:
-    """(the options of all, a request for each prompt and then for each line, in their order). Raises InputError on
-    options of no use.
+    """Returns the options of all, and a request for each prompt, then for each line. Raises InputError on unusable
+    options.
     """
     options, jobs = llm.jobs(prompts)
     params_of(options).check(llm.model.config.vocab_size)
@@ -75,7 +68,7 @@ def requests_of(llm: EarlyExitLLM, prompts: list[str], lines: list[Line]) -> tup
 
 
 def _request_of(llm: EarlyExitLLM, line: Line) -> Request:
-    kept = {key: value for key, value in line.items() if key != "prompt" and key not in _WISHES}
+    kept = {key: value for key, value in line.items() if key != "prompt" and key not in _OPTIONS}
     try:
         for key in kept:
             _check_kept(key)
@@ -89,7 +82,7 @@ def _request_of(llm: EarlyExitLLM, line: Line) -> Request:
 
 
 def _check_kept(key: str) -> None:
-    if near := difflib.get_close_matches(key, _WISHES, n=1, cutoff=_MISSPELT):
+    if near := difflib.get_close_matches(key, _OPTIONS, n=1, cutoff=_MISSPELT):
         raise InputError(
             f"unknown key {key}; did you mean generation.{near[0]}? A key that its record is to keep needs another name"
         )

@@ -1,4 +1,4 @@
-"""A completion as a JSON object: what `generate --json` and `--output` write of it."""
+"""A completion as the JSON object that `generate --json` and `--output` write."""
 
 import math
 from typing import Any
@@ -25,15 +25,13 @@ RECORD_KEYS = frozenset(
         "job",
     }
 )
-"""Keys of the record itself. `job` stands in files alone: what was asked, in few characters (see output_file.py)."""
+"""Keys of the record itself. Only records in files have `job`, a digest of the job's settings (see output_file.py)."""
 IMPOSSIBLE = -9999.0
-"""Stands for a log-probability of minus infinity, which JSON has no word for; OpenAI's API says that a token is very
-unlikely so.
-"""
+"""Stands for a log-probability of minus infinity, which JSON can not express, as in OpenAI's API."""
 
 
 def as_record(completion: Completion, kept: Record) -> Record:
-    """`completion`, with what is `kept` of its prompt's line before it."""
+    """Returns the record of `completion`, after the keys `kept` from its prompt's line."""
     begins = {**kept, "prompt": completion.prompt, "prompt_index": completion.prompt_index}
     if completion.error:
         return {**begins, "error": completion.error}

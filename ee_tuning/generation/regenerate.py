@@ -1,11 +1,8 @@
-"""`ee-tuning regenerate`: the full model answers prompts, and what it says is data that exits learn it by. Rank 0 reads
-and writes.
-"""
+"""`ee-tuning regenerate`: the full model answers prompts, as data for tuning its exits. Rank 0 reads and writes."""
 
 import dataclasses
 import hashlib
 import itertools
-import sys
 import tempfile
 from collections.abc import Iterator
 from functools import partial
@@ -28,51 +25,53 @@ from ee_tuning.engine.policy import FULL
 from ee_tuning.errors import InputError
 from ee_tuning.generation.chat import stop_ids_of
 from ee_tuning.generation.completion import Completion
-from ee_tuning.generation.delivery import Progress
+from ee_tuning.generation.delivery import CompletionProgress
 from ee_tuning.generation.dialogues import MARK, Dialogue, Dialogues
-from ee_tuning.generation.llm import EarlyExitLLM, Job, params_of
+from ee_tuning.generation.llm import EarlyExitLLM, Job
 from ee_tuning.generation.many import closed_at_the_end, model_settings
+from ee_tuning.generation.options import params_of
 from ee_tuning.generation.output_file import Form, Key, OutputFile, Settings, check_output, is_stream, owned_output
 from ee_tuning.generation.shared_decoding import decode_shared
 from ee_tuning.json_file import to_json
+from ee_tuning.notices import say
 from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology, destroy_parallel, init_parallel
 from ee_tuning.storage.apart import check_beside
 
 FORM = Form("regenerate", under=MARK)
 _BATCHES_AT_A_TIME, _BATCHES_OF_LONG = 64, 8
-"""Batches of dialogues under way on each replica: where all have one answer, which is kept at once; where some have
-several, which a kill loses.
+"""Batches of dialogues at a time on each replica: where each has one answer, which is stored at once, and where some
+have several, which a kill loses.
 """
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Wish:
-    """What is asked of the command beside its job."""
+    """The command's options beside its job."""
 
     output: Path
     overwrites: bool = False
     num_shipped: int = 0
-    """So many of the prompts that come with the package, beside those of data.paths."""
+    """Number of the package's own prompts to answer, beside those of data.paths."""
     limit: int | None = None
-    """Prompts at most."""
+    """Most prompts."""
     as_chat: bool = False
-    """Whether texts are asked as a user's message; see `PromptFormat`."""
+    """Whether a text is a user's message; see `PromptFormat`."""
     last_turn: bool = False
-    """Whether the last answer of a chat is made alone; see `PromptFormat`."""
+    """Whether only the last answer of a chat is generated; see `PromptFormat`."""
     drops_cut: bool = False
 
 
 @dataclasses.dataclass
 class _Prompts:
-    """What was read, on rank 0."""
+    """The prompts that rank 0 read."""
 
     prompts: list[Prompt] = dataclasses.field(default_factory=list)
     wheres: list[Where] = dataclasses.field(default_factory=list)
     left_out: list[LeftOut] = dataclasses.field(default_factory=list)
 
     def digest(self) -> str:
-        """Digest of all that answers depend on, and of what is kept beside them."""
+        """Digest of everything in the prompts, kept keys included."""
         digest = hashlib.sha256()
         for prompt in self.prompts:
             digest.update((to_json(dataclasses.asdict(prompt), sort_keys=True, default=str) + "\n").encode())
@@ -80,8 +79,8 @@ class _Prompts:
 
 
 def regenerate(config: Config, wish: Wish) -> None:
-    """Answers the prompts by the full model, in their order, into `wish.output`; what was answered before a stop is not
-    asked again.
+    """Writes the full model's answers to the prompts, in their order, to `wish.output`. Answers of an interrupted
+    command are kept.
 
     Raises InputError, before the model is loaded, on files, options and an output that can not be used, and where no
     prompt can be answered. A prompt alone that can not be is left out.
@@ -110,10 +109,7 @@ def _regenerate(config: Config, topology: Topology, wish: Wish, read: _Prompts) 
 
     if on_first_rank(topology, open_output):
         if topology.is_logging_rank:
-            print(
-                f"{wish.output} has the answers of this job already: nothing is left to do; --overwrite makes it anew",
-                file=sys.stderr,
-            )
+            say(f"{wish.output} has the answers of this job already: nothing is left to do; --overwrite makes it anew")
     else:
         _answer(llm, config, wish, options, read, opened[0] if opened else None)
 
@@ -188,7 +184,7 @@ def _prompts(
 
 
 def _settings(llm: EarlyExitLLM, config: Config, wish: Wish, params: SamplingParams, read: _Prompts) -> Settings:
-    """All that the output depends on."""
+    """Returns everything that the output depends on."""
     is_chat = any(prompt.turns for prompt in read.prompts)
     template = ChatTemplate(llm.tokenizer, read_chat_template(config.data.chat_template)).source() if is_chat else ""
     return {
@@ -207,7 +203,7 @@ def _answer(
     done = output.done if output is not None else frozenset[Key]()
     num_all = len(read.prompts) * options.n
     if done:
-        print(f"{len(done)} of {num_all} answers are in {wish.output}.partial already", file=sys.stderr, flush=True)
+        say(f"{len(done)} of {num_all} answers are in {wish.output}.partial already")
     coming = (
         Dialogue(prompt, place, index)
         for place, prompt in enumerate(read.prompts)
@@ -228,7 +224,7 @@ def _answer(
     for record in read.left_out:
         dialogues.leave_out(*record)
     with closed_at_the_end(output, num_all):
-        _decode(llm, options, dialogues, stop_ids_of(llm, template), output, Progress(num_all, len(done)))
+        _decode(llm, options, dialogues, stop_ids_of(llm, template), output, CompletionProgress(num_all, len(done)))
         on_first_rank(llm.model.topology, lambda: _finish(wish, dialogues, output, len(done)))
 
 
@@ -238,7 +234,7 @@ def _decode(
     dialogues: Dialogues,
     ends_of_turn: tuple[int, ...],
     output: OutputFile | None,
-    progress: Progress,
+    progress: CompletionProgress,
 ) -> None:
     """`ends_of_turn` are stop tokens of chats."""
 
@@ -297,7 +293,4 @@ def _finish(wish: Wish, dialogues: Dialogues, output: OutputFile | None, num_don
         f"without their later turns: {tally.shortened:,}" if tally.shortened else "",
         f"prompts left out: {tally.left_out:,}" if tally.left_out else "",
     ]
-    print(
-        "; ".join([f"wrote {wish.output}, records: {tally.answered + num_done:,}", *filter(None, notes)]),
-        file=sys.stderr,
-    )
+    say("; ".join([f"wrote {wish.output}, records: {tally.answered + num_done:,}", *filter(None, notes)]))

@@ -26,10 +26,10 @@ from ee_tuning.parallel.vocab import VocabShard
 from ee_tuning.storage.non_finite import no_numbers
 
 # s sequence · b rows of a pass · p policies · h hidden · v/tp this rank's shard of the vocabulary · n positions that
-# are scored · k likeliest tokens that are told
+# are scored · k likeliest tokens that are returned
 
 CHUNK = 128
-"""Positions whose logits are there at a time."""
+"""Positions whose logits exist at a time."""
 PASS_TOKENS = 2048
 """Tokens of a pass, padding included; more where one row has more."""
 
@@ -71,8 +71,7 @@ class _Row:
 
 
 def token_pairs(model: EarlyExitModel, encode: Encode, pairs: Iterable[tuple[str, str] | TokenPair]) -> list[TokenPair]:
-    """Token ids of each pair. Contexts are cut from the left, as lm-evaluation-harness does, to what the model has
-    positions for.
+    """Token ids of each pair. Contexts are cut from the left to the model's positions, as in lm-evaluation-harness.
 
     Raises InputError where either part is empty, a continuation alone is too long, or a token is not of the vocabulary.
     """
@@ -80,8 +79,8 @@ def token_pairs(model: EarlyExitModel, encode: Encode, pairs: Iterable[tuple[str
 
 
 def _encoded(encode: Encode, context: str | list[int], continuation: str | list[int]) -> TokenPair:
-    """Both texts are read as one and cut where the tokens of the first end; spaces there go to the second, as
-    tokenizers want them.
+    """Tokenizes both texts as one, and cuts at the end of the first. Spaces there belong to the second, as tokenizers
+    expect.
     """
     if not (isinstance(context, str) and isinstance(continuation, str)):
         return list(context), list(continuation)  # type: ignore[arg-type]
@@ -109,8 +108,7 @@ def _checked(model: EarlyExitModel, context: list[int], continuation: list[int])
 
 
 def score(model: EarlyExitModel, pairs: Sequence[TokenPair], policy: Policy, max_rows: int) -> list[Score]:
-    """A score for each of `pairs` (`token_pairs`), passes of at most `max_rows` rows. All ranks of the replica call it
-    alike.
+    """Scores each of `pairs` (`token_pairs`), in passes of at most `max_rows` rows. All ranks of the replica call it.
 
     Raises InputError, on all ranks, where logits are not finite.
     """
@@ -120,7 +118,7 @@ def score(model: EarlyExitModel, pairs: Sequence[TokenPair], policy: Policy, max
 def score_by(
     model: EarlyExitModel, pairs: Sequence[TokenPair], policies: Sequence[Policy], max_rows: int, num_top: int = 0
 ) -> list[list[Score]]:
-    """What `score` returns, for each of the policies: layers are run, and exits asked, once for all of them. With the
+    """Scores the pairs under each policy, like `score`. Layers and exits run once for all policies. Scores include the
     `num_top` likeliest tokens at each position.
     """
     num_top = min(num_top, model.config.vocab_size)

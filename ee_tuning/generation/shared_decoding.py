@@ -1,6 +1,4 @@
-"""Jobs decoded by all replicas of a model (data parallelism), each its share; rank 0 takes completions as they are
-made.
-"""
+"""Decodes jobs on all replicas of a model (data parallelism). Rank 0 receives completions as they are finished."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -14,7 +12,7 @@ from ee_tuning.storage.work_partition import share_of
 
 
 class _Made(NamedTuple):
-    """What a replica tells of its work."""
+    """A report of a replica to rank 0."""
 
     num_tokens: int
     """Tokens since its last report."""
@@ -23,7 +21,7 @@ class _Made(NamedTuple):
 
 
 def work_of(job: Job) -> int:
-    """An estimate of what a job costs, from the lengths of its prompt and, at most, of its completions."""
+    """Estimates the cost of a job from the length of its prompt and the longest possible completions."""
     read = len(job.prompt_ids) or len(job.prompt) // CHARACTERS_OF_TOKEN
     return 1 + read + READ_FOR_ONE_MADE * job.params.n * job.params.max_tokens
 
@@ -37,18 +35,18 @@ def decode_shared(
     *,
     keeps_errors: bool = True,
 ) -> None:
-    """Decodes the jobs, and calls `take` on rank 0 with each finished completion, or error, and its job's place, once,
-    about as soon as it is there. All ranks call it with the same jobs; it ends when all are done.
+    """Decodes the jobs, and calls `take` on rank 0 once for each completion or error, with its job's place, soon after
+    it is finished. All ranks call it with the same jobs, and return when all jobs are done.
 
-    `keeps_errors` as in `EarlyExitLLM.run`. Where it fails on one rank all raise; see Reports.
+    `keeps_errors` as in `EarlyExitLLM.run`. If one rank fails, all raise; see Reports.
     """
     topology = llm.model.topology
     share = share_of({place: work_of(job) for place, job in enumerate(jobs)}, topology.dp_rank, topology.dp)
-    speaks = topology.stage == 0 and topology.tp_rank == 0  # of a replica's ranks, which know the same
-    num_tokens, told = 0, set[tuple[int, int]]()
+    reports_tokens = topology.stage == 0 and topology.tp_rank == 0  # all ranks of a replica have the same tokens
+    num_tokens, reported = 0, set[tuple[int, int]]()
     completions: list[Completion] = []
     known: dict[tuple[int, int], Completion] = {}
-    """Place in the share, and which of the job's -> completion."""
+    """Place of the job in the share, and number of the completion -> completion."""
 
     def take_made(made: _Made) -> None:
         count_tokens(made.num_tokens)
@@ -56,26 +54,26 @@ def decode_shared(
 
     with Reports(topology, take_made) as reports:
 
-        def tell(key: tuple[int, int]) -> None:
+        def report(key: tuple[int, int]) -> None:
             nonlocal num_tokens
-            if speaks and key not in told:
-                told.add(key)
+            if reports_tokens and key not in reported:
+                reported.add(key)
                 reports.put(_Made(num_tokens, share[key[0]], known[key]))
                 num_tokens = 0
 
-        def tell_errors() -> None:
+        def report_errors() -> None:
             known.update({(each.prompt_index, each.index): each for each in completions})
             for key, completion in known.items():
                 if completion.error:
-                    tell(key)
+                    report(key)
 
         own = [jobs[place] for place in share]
         for token in llm.run(own, completions, options, keeps_errors=keeps_errors, shows_text=False):
             reports.check()
             num_tokens += 1
             if not known:  # all are there before the first token
-                tell_errors()
+                report_errors()
             if token.is_last:
-                tell((token.index, token.completion))
+                report((token.index, token.completion))
         if not known:  # nor was there a token
-            tell_errors()
+            report_errors()

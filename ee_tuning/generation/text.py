@@ -1,5 +1,5 @@
-"""Token ids to text while they come: characters are held until whole, and stop strings are cut before anyone sees
-them.
+"""Decodes token ids as they are generated: text is held back while a character is incomplete or may begin a stop
+string.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,8 +22,8 @@ def special_tokens(tokenizer: Any) -> dict[int, str]:
 class TextStream:
     """The text of one completion of the prompt `prompt_ids`.
 
-    `decode(ids)` is the tokenizer's, and leaves out `special` (`special_tokens`). A stop string that holds the text of
-    one of them is looked for in the text as it would be with them.
+    `decode(ids)` is the tokenizer's, and omits the tokens in `special` (`special_tokens`). A stop string with the text
+    of such a token is searched in the text with special tokens.
     """
 
     def __init__(
@@ -34,16 +34,16 @@ class TextStream:
         special: Mapping[int, str] = MappingProxyType({}),
     ):
         self.text = ""
-        """The text without the prompt, and without the stop string where one was met."""
+        """The text without the prompt, and without the stop string that ended it."""
         self.has_stopped = False
         self._decode, self.stop, self._special = decode, stop, special
         self._left_out: list[tuple[int, str]] = []
-        """Special tokens of the completion: where in `text` each would stand, and its own text."""
+        """Special tokens of the completion: position in `text`, and text."""
         self._holds_special: dict[str, bool] = {}
         self._ids, told = _last_tokens(prompt_ids, decode)
         self._settled = 0
-        """Ids before this one have their text in `_before` for good: decoding restarts here, so that length costs
-        nothing.
+        """Number of ids whose text is final and in `_before`. Only later ids are decoded again, so a long text costs no
+        more.
         """
         self._before = ""
         self._prompt_length = len(told)
@@ -62,7 +62,7 @@ class TextStream:
         return self._show(is_last=False)
 
     def hold(self, token_id: int) -> None:
-        """Adds a token whose text is wanted no sooner than `flush`; for all tokens of a completion or none."""
+        """Adds a token that is decoded by `flush`. Used for all tokens of a completion or for none."""
         self._ids.append(token_id)
 
     def flush(self) -> str:
@@ -91,7 +91,7 @@ class TextStream:
         return shown
 
     def _find(self, stop: str) -> int:
-        """Where `stop` begins in `text`; -1 where it is not there."""
+        """Position of `stop` in `text`, or -1."""
         start = max(0, self._shown - len(stop))
         if not self._is_marked(stop):
             return self.text.find(stop, start)
@@ -100,7 +100,7 @@ class TextStream:
         return places[at] if at >= 0 else -1
 
     def _beginning(self, stop: str) -> int:
-        """How many of the last characters of `text` may be the beginning of `stop`."""
+        """Number of characters at the end of `text` that may begin `stop`."""
         if not self._is_marked(stop):
             return _overlap(self.text, stop)
         said, places = self._with_special(max(0, len(self.text) - len(stop)))
@@ -113,7 +113,7 @@ class TextStream:
         return self._holds_special[stop]
 
     def _with_special(self, start: int) -> tuple[str, list[int]]:
-        """`text` from `start` on with its special tokens, and for each character its place in `text`."""
+        """`text` from `start` on with special tokens, and the position of each of its characters in `text`."""
         said, places = "", list[int]()
         for place, mark in [*((place, mark) for place, mark in self._left_out if place >= start), (len(self.text), "")]:
             said += self.text[start:place] + mark

@@ -113,7 +113,7 @@ class Reports(Generic[Item]):
 
 
 def failure_of_rank(failure: Exception, rank: int) -> str:
-    """What the other ranks are told of a failure: an InputError's own words, else the rank and the exception."""
+    """Returns the message of a failure for other ranks: that of an InputError, or the rank and the exception."""
     if isinstance(failure, InputError):
         return str(failure)
     return f"rank {rank} failed: {type(failure).__name__}: {failure}"

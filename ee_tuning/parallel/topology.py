@@ -5,7 +5,6 @@ Ranks are ordered as Megatron orders them: tensor parallelism fastest, then data
 
 import gc
 import os
-import sys
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ee_tuning.config import ParallelSection
 from ee_tuning.errors import InputError
+from ee_tuning.notices import warn
 from ee_tuning.parallel.device import collective_backend, prepare_device
 from ee_tuning.parallel.launcher import RendezvousError, check_address, launched_rank
 from ee_tuning.parallel.process_groups import Group, destroy_groups, destroy_world, one_group_for_same_ranks, own_group
@@ -122,7 +122,7 @@ def init_parallel(parallel: ParallelSection) -> Topology:
     topology = build_topology(parallel, device)
     if topology.is_logging_rank:
         for warning in filter(None, (connection_warning(topology), restart_warning())):
-            print(f"ee-tuning: warning: {warning}", file=sys.stderr, flush=True)
+            warn(warning)
     return topology
 
 

@@ -1,7 +1,6 @@
 """Reports what a process waits for when the wait is long or fails. Otherwise a hang would be silent."""
 
 import re
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
+from ee_tuning.notices import say
 from ee_tuning.parallel.topology import Topology
 
 REPORT_AFTER_SECONDS = 60.0
@@ -91,7 +91,7 @@ def _watch() -> None:
     while True:
         time.sleep(1.0)
         for line in _due_reports(time.monotonic()):
-            print(line, file=sys.stderr, flush=True)
+            say(line)
 
 
 def _due_reports(now: float) -> list[str]:

@@ -8,6 +8,7 @@ from ee_tuning.json_file import to_json
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.planning.advise import FORMULA, SHARES, Way, gpu_hours, read_sizes
 from ee_tuning.planning.gpus import Gpu
+from ee_tuning.text_table import table_lines
 
 _BYTES = 2
 """Bytes of a parameter in an engine: bfloat16."""
@@ -66,11 +67,4 @@ def _table(found: Sequence[Way], hours: Sequence[float]) -> list[str]:
         ]
         for way, spent in zip(found, hours, strict=True)
     ]
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    return [
-        "  ".join(
-            word.ljust(width) if i < 2 else word.rjust(width)
-            for i, (word, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in (head, *rows)
-    ]
+    return table_lines(head, rows, num_left=2)

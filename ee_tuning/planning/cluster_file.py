@@ -33,7 +33,7 @@ _FIGURES = ("memory", "tflops", "bandwidth", "link", "network")
 
 
 def read_cluster(path: Path) -> Cluster:
-    """Reads the YAML file. Raises InputError on a file that is none, unknown or missing keys, and values of no use."""
+    """Reads the YAML file. Raises InputError on invalid YAML, unknown or missing keys, and unusable values."""
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -24,7 +24,7 @@ class Layout:
     pipeline: int
     data: int
     plan: TuningPlan | None
-    """None where it can not be planned, or needs no plan to be seen not to fit."""
+    """None where the job has no such layout, or obviously does not fit."""
     refusal: str = ""
     """Why there is no plan."""
 

@@ -7,6 +7,7 @@ from ee_tuning.json_file import to_json
 from ee_tuning.planning.layouts import Layout
 from ee_tuning.planning.plan import TuningPlan
 from ee_tuning.planning.report import plan_tree, print_plan
+from ee_tuning.text_table import table_lines
 
 _REFUSAL_CHARACTERS = 110
 _SHOWN = 24
@@ -92,9 +93,7 @@ def _most_bytes(plan: TuningPlan) -> int:
 def _table(found: list[Layout]) -> list[str]:
     head = ["tensor", "pipeline", "data", "GB", "", "ms/micro-batch", "messages", "idle", "update", "step, s", "hours"]
     shown = [each for each in found if each.plan is not None][:_SHOWN]
-    rows = [_row(each) for each in shown]
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = ["  ".join(word.rjust(width) for word, width in zip(row, widths, strict=True)) for row in (head, *rows)]
+    lines = table_lines(head, [_row(each) for each in shown])
     for each in found:
         if each.plan is None:
             lines.append(f"{each.tensor} × {each.pipeline} × {each.data}: {each.refusal[:_REFUSAL_CHARACTERS]}")

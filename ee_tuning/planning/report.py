@@ -7,6 +7,7 @@ from ee_tuning.config import Config
 from ee_tuning.json_file import to_json
 from ee_tuning.planning.dry_run import MEMORY
 from ee_tuning.planning.plan import FORMULA, RESERVED_GB, StageFigures, TuningPlan
+from ee_tuning.text_table import table_lines
 
 
 def print_plan(config: Config, plan: TuningPlan, *, is_smallest: bool, as_json: bool) -> bool:
@@ -89,14 +90,7 @@ def _table(stages: tuple[StageFigures, ...]) -> list[str]:
         ]
         for each in stages
     ]
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    return [
-        "  ".join(
-            word.ljust(width) if i < 3 else word.rjust(width)
-            for i, (word, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in (head, *rows)
-    ]
+    return table_lines(head, rows, num_left=3)
 
 
 def _spans(spans: list[tuple[int, int]]) -> str:

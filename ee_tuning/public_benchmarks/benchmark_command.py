@@ -4,7 +4,6 @@ rank 0.
 
 import dataclasses
 import hashlib
-import sys
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +20,7 @@ from ee_tuning.evaluation.points import Point, PolicySweep, check_thresholds
 from ee_tuning.generation.llm import EarlyExitLLM
 from ee_tuning.generation.many import model_settings
 from ee_tuning.json_file import parse_json
+from ee_tuning.notices import say
 from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import destroy_parallel, init_parallel
 from ee_tuning.public_benchmarks import human_eval, lm_eval_run
@@ -107,14 +107,10 @@ def _run(driver: Driver, config: Config, options: Benchmark, points: list[Point]
     found = {point.name: known for point in points if (known := folder.known(point)) is not None}
     waiting = [point for point in points if point.name not in found or _wants_run(options, found[point.name])]
     if len(waiting) < len(points):
-        print(
-            f"{len(points) - len(waiting)} of {len(points)} policies are in {folder.path} already",
-            file=sys.stderr,
-            flush=True,
-        )
+        say(f"{len(points) - len(waiting)} of {len(points)} policies are in {folder.path} already")
     driver.expect([point.policy for point in waiting])
     for number, point in enumerate(waiting, 1):
-        print(f"{point.name} ({number} of {len(waiting)})", file=sys.stderr, flush=True)
+        say(f"{point.name} ({number} of {len(waiting)})")
         found[point.name] = folder.keep(point, *measure(point, folder, found.get(point.name)))
     found = {point.name: found[point.name] for point in points}
     _print(found, options)

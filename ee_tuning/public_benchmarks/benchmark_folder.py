@@ -1,15 +1,16 @@
 """The output folder of a public benchmark (lm-evaluation-harness, HumanEval), updated after each policy."""
 
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ee_tuning.differences import differences_text
 from ee_tuning.errors import InputError
 from ee_tuning.evaluation.evaluation_folder import OWNER
 from ee_tuning.evaluation.points import Point
 from ee_tuning.json_file import parse_json, read_json, to_json
+from ee_tuning.storage.apart import check_folder_writable
 from ee_tuning.storage.atomic_write import atomic_file
 
 _OWN = re.compile(r"(results|completions)_.*|.*\.partial-[0-9a-f]{8}")
@@ -62,12 +63,7 @@ class BenchmarkFolder:
         return kept
 
     def _check_same(self, there: Mapping[str, Any]) -> None:
-        names = [name for name in {**there, **self._job} if there.get(name) != self._job.get(name)]
-        if names:
-            differences = ", ".join(
-                f"{name} ({str(there.get(name))[:40]} there, {str(self._job.get(name))[:40]} here)"
-                for name in names[:3]
-            )
+        if differences := differences_text(there, self._job):
             raise InputError(
                 f"{self.folder} holds another job's figures, which differs in {differences}; to go on give that job, else {_REMEDY}"
             )
@@ -75,12 +71,7 @@ class BenchmarkFolder:
 
 def check_folder(folder: Path, summary: str, *, overwrites: bool) -> None:
     """Raises InputError where `folder` can not be written, or holds anything else than such a job. Changes nothing."""
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(
-            f"--output must name a folder that can be written, got {folder}, and {existing} is "
-            f"{'write-protected' if existing.is_dir() else 'no folder'}; choose another"
-        )
+    check_folder_writable(folder)
     if not folder.is_dir():
         return
     others = sorted(path.name for path in folder.iterdir() if path.name != OWNER)

@@ -22,7 +22,8 @@ from ee_tuning.engine.params import SamplingParams
 from ee_tuning.engine.policy import Policy
 from ee_tuning.errors import InputError
 from ee_tuning.generation.job import Job
-from ee_tuning.generation.llm import EarlyExitLLM, with_options
+from ee_tuning.generation.llm import EarlyExitLLM
+from ee_tuning.generation.options import with_options
 from ee_tuning.generation.scoring import TokenPair
 from ee_tuning.public_benchmarks.driver import Driver, TextScore
 

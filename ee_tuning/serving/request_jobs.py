@@ -12,7 +12,8 @@ from ee_tuning.engine.policy import FULL, Policy
 from ee_tuning.engine.requests import check_request
 from ee_tuning.errors import InputError
 from ee_tuning.generation.job import Job
-from ee_tuning.generation.llm import EarlyExitLLM, params_of, with_options
+from ee_tuning.generation.llm import EarlyExitLLM
+from ee_tuning.generation.options import params_of, with_options
 from ee_tuning.serving.answer_form import answer_form, by_request_names
 from ee_tuning.serving.schemas import ChatCompletionBody, CompletionBody, SamplingBody
 from ee_tuning.serving.tool_calls import ToolUse, for_template, form_with_calls, tool_use

@@ -1,5 +1,6 @@
-"""Keeps outputs away from inputs: otherwise a command would later read its own output, or overwrite its input."""
+"""Checks the places of outputs: writable, and apart from inputs, which they would overwrite or become."""
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -47,6 +48,16 @@ def check_beside(output: Path, config: Config, sources: Iterable[str | Path | No
     check_apart(
         output, (*sources, config.model.path, config.exits.path, config.data.tokenizer, config.data.chat_template)
     )
+
+
+def check_folder_writable(folder: Path, name: str = "--output") -> None:
+    """Raises InputError where `folder`, the value of `name`, can not be written. Changes nothing."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(
+            f"{name} must be a folder that can be written, got {folder}, and {existing} is "
+            f"{'write-protected' if existing.is_dir() else 'a file'}; choose another"
+        )
 
 
 def is_ours(folder: Path) -> bool:

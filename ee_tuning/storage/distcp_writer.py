@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from ee_tuning.json_file import to_json
-from ee_tuning.storage.byte_progress import Advance
+from ee_tuning.progress import Advance
 from ee_tuning.storage.hashed_file import HashedFile
 from ee_tuning.storage.metadata_pickle import METADATA
 from ee_tuning.storage.safetensors_layout import SHARD_BYTES

@@ -11,8 +11,8 @@ from typing import TypeVar
 from ee_tuning.parallel.collectives import gather_lists, on_first_rank
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.watchdog import hang_watchdog
+from ee_tuning.progress import Advance, byte_progress
 from ee_tuning.storage.atomic_write import REMEDY, atomic_folder, check_room, os_errors_as_input_errors
-from ee_tuning.storage.byte_progress import Advance, byte_progress
 from ee_tuning.storage.manifest import write_manifest
 from ee_tuning.storage.work_partition import share_of
 

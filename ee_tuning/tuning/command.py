@@ -9,7 +9,7 @@ from shlex import quote
 from ee_tuning.artifact.convert import convert
 from ee_tuning.artifact.load import load_for_tuning
 from ee_tuning.artifact.shapes import as_tuned, with_seq_length
-from ee_tuning.checkpoint.formats import open_model
+from ee_tuning.checkpoint.formats import read_shape
 from ee_tuning.config import Config, replace
 from ee_tuning.data.frequent_tokens import list_tokens
 from ee_tuning.data.loader import count_microbatches
@@ -17,6 +17,7 @@ from ee_tuning.data.splits import load_samples
 from ee_tuning.data.tokenizer import tokenizer_of
 from ee_tuning.data.tokens import Samples, Splits
 from ee_tuning.errors import InputError
+from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.exit_spec import ListedTokens
 from ee_tuning.model.fit import Fit
 from ee_tuning.notices import warn
@@ -48,16 +49,18 @@ def tune_within(config: Config, topology: Topology) -> bool:
     check_settings(config.tuning)
     count_microbatches(config.tuning, topology.dp)
     check_dashboards(config)
-    config = as_tuned(config)
+    model = read_shape(config.model)
+    config = as_tuned(config, model)
     with owned_run_folder(config, topology):
-        return _tune_within_folder(config, topology)
+        return _tune_within_folder(config, model, topology)
 
 
-def _tune_within_folder(config: Config, topology: Topology) -> bool:
+def _tune_within_folder(config: Config, model: ModelConfig, topology: Topology) -> bool:
     check_run_folder(config, topology)
-    samples = load_job_samples(config, topology)
-    listed = None if config.exits.path else list_tokens(config, samples.train, topology)
-    loaded = load_for_tuning(config, topology, _fit(config, samples.train, topology, listed), listed)
+    samples = load_job_samples(config, model, topology)
+    listed = None if config.exits.path else list_tokens(config, model, samples.train, topology)
+    fit = _fit(config, samples.train, topology, model.hidden_size, listed)
+    loaded = load_for_tuning(config, topology, fit, listed)
     tuner = Tuner(loaded, samples, config, topology)
     if config.tuning.resume:
         tuner.resume()
@@ -101,14 +104,13 @@ def _check_updated(tuner: Tuner, topology: Topology) -> None:
         warn(message)
 
 
-def _fit(config: Config, samples: Samples, topology: Topology, listed: ListedTokens | None) -> Fit | None:
+def _fit(config: Config, samples: Samples, topology: Topology, width: int, listed: ListedTokens | None) -> Fit | None:
     """Fits the exits, or returns None where `exits.init` does not ask for it.
 
     A run that continues from a checkpoint gets a Fit without maps, since the checkpoint holds the heads.
     """
     if config.exits.path is not None or config.exits.init != "fitted":
         return None
-    width = _width(config)
     if (
         config.tuning.resume
         and on_first_rank(topology, lambda: latest_checkpoint(Path(config.tuning.run_folder))) is not None
@@ -122,7 +124,8 @@ def convert_by_texts(config: Config, output: Path, *, overwrite: bool = False) -
 
     The texts are those that `tune` would train on. Raises InputError like both commands.
     """
-    config = with_seq_length(config)
+    model = read_shape(config.model)
+    config = with_seq_length(config, model)
     check_settings(config.tuning)
     is_fitted, has_list = config.exits.init == "fitted", bool(config.exits.output_vocab)
     if not config.data.paths:
@@ -135,7 +138,7 @@ def convert_by_texts(config: Config, output: Path, *, overwrite: bool = False) -
     if config.tuning.micro_batch_size < 1:
         raise InputError(f"tuning.micro_batch_size must be at least 1, got {config.tuning.micro_batch_size}")
 
-    texts = _Texts(config)
+    texts = _Texts(config, model)
     convert(
         config,
         output,
@@ -148,42 +151,33 @@ def convert_by_texts(config: Config, output: Path, *, overwrite: bool = False) -
 class _Texts:
     """The texts of a job, as a conversion uses them. The list comes first, because the fit needs it."""
 
-    def __init__(self, config: Config):
-        self._config = config
+    def __init__(self, config: Config, model: ModelConfig):
+        self._config, self._model = config, model
         self._samples: Samples | None = None
         self._listed: ListedTokens | None = None
 
     def list(self, topology: Topology) -> ListedTokens | None:
         """See `list_tokens`."""
-        self._listed = list_tokens(self._config, self._read(topology), topology)
+        self._listed = list_tokens(self._config, self._model, self._read(topology), topology)
         return self._listed
 
     def fit(self, topology: Topology) -> Fit:
         """See `fit_exits`."""
-        return fit_exits(self._config, self._read(topology), topology, _width(self._config), self._listed)
+        width = self._model.hidden_size
+        return fit_exits(self._config, self._read(topology), topology, width, self._listed)
 
     def _read(self, topology: Topology) -> Samples:
         if self._samples is None:
-            self._samples = load_job_samples(
-                replace(self._config, tuning={"eval_iters": 0}), topology
-            ).train  # a conversion validates nothing
+            config = replace(self._config, tuning={"eval_iters": 0})  # a conversion validates nothing
+            self._samples = load_job_samples(config, self._model, topology).train
         return self._samples
 
 
-def _width(config: Config) -> int:
-    source, model, _ = open_model(config.model)
-    with source:
-        return model.hidden_size
-
-
-def load_job_samples(config: Config, topology: Topology) -> Splits:
-    """Loads the training and validation samples of a job. All ranks call it.
+def load_job_samples(config: Config, model: ModelConfig, topology: Topology) -> Splits:
+    """Loads the training and validation samples of a job for `model`. All ranks call it.
 
     Raises InputError where its texts can not be used.
     """
-    source, model, _ = open_model(config.model)
-    with source:
-        pass
     return load_samples(
         config.data,
         tokenizer_of(config),

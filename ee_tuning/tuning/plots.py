@@ -2,12 +2,12 @@
 
 import base64
 import html
-import io
 import json
 from pathlib import Path
 from typing import Any
 
 from ee_tuning.line_file import read_lines
+from ee_tuning.pictures import picture
 from ee_tuning.storage.atomic_write import atomic_file
 from ee_tuning.tuning.metrics import METRICS, MetricsRecord
 
@@ -43,32 +43,16 @@ def write_plots(folder: Path, title: str) -> None:
     ]
     if not panels:
         return
-    picture = _draw(records, panels, title)
-    with atomic_file(folder / PNG) as partial:
-        partial.write_bytes(picture)
-    with atomic_file(folder / HTML) as partial:
-        partial.write_text(_page(records, picture, title), encoding="utf-8")
-
-
-def _draw(records: list[MetricsRecord], panels: list[tuple[str, str]], title: str) -> bytes:
-    import matplotlib  # imported here, so that ranks that draw nothing do not load it
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     num_rows = -(-len(panels) // _COLUMNS)
-    figure, axes = plt.subplots(
-        num_rows, _COLUMNS, figsize=(5 * _COLUMNS, 3.2 * num_rows), layout="constrained", squeeze=False
-    )
-    for ax, panel in zip(axes.flat, panels, strict=False):
-        _panel(ax, records, *panel)
-    for ax in axes.flat[len(panels) :]:
-        ax.set_axis_off()
-    figure.suptitle(title)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    plt.close(figure)
-    return buffer.getvalue()
+    with picture(
+        folder / PNG, rows=num_rows, columns=_COLUMNS, size=(5 * _COLUMNS, 3.2 * num_rows), title=title
+    ) as axes:
+        for place, panel in zip(axes, panels, strict=False):
+            _panel(place, records, *panel)
+        for place in axes[len(panels) :]:
+            place.set_axis_off()
+    with atomic_file(folder / HTML) as partial:
+        partial.write_text(_page(records, (folder / PNG).read_bytes(), title), encoding="utf-8")
 
 
 def _panel(ax: Any, records: list[MetricsRecord], kind: str, key: str) -> None:
@@ -91,8 +75,8 @@ def _panel(ax: Any, records: list[MetricsRecord], kind: str, key: str) -> None:
         ax.legend(fontsize=7, ncols=2)
 
 
-def _page(records: list[MetricsRecord], picture: bytes, title: str) -> str:
-    image = base64.b64encode(picture).decode()
+def _page(records: list[MetricsRecord], png: bytes, title: str) -> str:
+    image = base64.b64encode(png).decode()
     return (
         f"<!doctype html>\n<meta charset=utf-8>\n<title>{html.escape(title)}</title>\n"
         "<style>body{font-family:sans-serif;margin:2em}td,th{padding:.2em .8em;text-align:right}img{max-width:100%}</style>\n"

@@ -1,13 +1,13 @@
 """Progress of a run for the user: a bar at a terminal, a line now and then elsewhere, and every line in log.txt."""
 
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 
+from ee_tuning.notices import say
+from ee_tuning.progress import progress_bar, time_left
 from ee_tuning.tuning.drafting import MEAN_LENGTH
 
 _SECONDS_BETWEEN_LINES = 5.0
@@ -23,15 +23,8 @@ class ProgressDisplay:
         self._began = time.monotonic()
         self._printed_at = -_SECONDS_BETWEEN_LINES
         self._skipping: set[str] = set()
-        console = Console(stderr=True)
-        self._bar = Progress(
-            TextColumn("tuning"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TextColumn("{task.description}"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
+        self._bar = progress_bar(
+            TextColumn("tuning"), BarColumn(), TaskProgressColumn(), TextColumn("{task.description}")
         )
         self._task = self._bar.add_task("", total=num_steps, completed=first_step)
 
@@ -67,20 +60,17 @@ class ProgressDisplay:
         self._write(line)
         if self._bar.disable and is_due:
             self._printed_at = time.monotonic()
-            print(f"{line} · {self._time_left(record['step'])} left", file=sys.stderr, flush=True)
+            seconds, first = time.monotonic() - self._began, self._first_step
+            say(f"{line} · {time_left(seconds, record['step'] - first, self._num_steps - first)} left")
 
     def say(self, line: str) -> None:
         """Writes a line to the log and shows it."""
         self._write(line)
         if self._bar.disable:
-            print(line, file=sys.stderr, flush=True)
+            say(line)
         else:
             self._bar.console.print(line, highlight=False)
 
     def _write(self, line: str) -> None:
         self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
         self._log.flush()
-
-    def _time_left(self, step: int) -> str:
-        seconds = (time.monotonic() - self._began) / max(step - self._first_step, 1) * (self._num_steps - step)
-        return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -1,6 +1,5 @@
 """The folder of a run. It is checked before anything is loaded, and written only when the run can begin."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +9,7 @@ from ee_tuning.config import Config, save_config
 from ee_tuning.errors import InputError
 from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology
-from ee_tuning.storage.apart import check_apart
+from ee_tuning.storage.apart import check_apart, check_folder_writable
 from ee_tuning.storage.atomic_write import atomic_file, os_errors_as_input_errors
 from ee_tuning.storage.owner import owned
 from ee_tuning.tuning.resume_check import CONFIG, check_resumable
@@ -84,13 +83,4 @@ def _check_place(config: Config, folder: Path) -> None:
     data = config.data
     check_apart(folder, (config.model.path, config.exits.path, data.tokenizer), "tuning.run_folder (--output)")
     check_apart(folder, (*data.paths, *data.valid_paths), "tuning.run_folder (--output)", around=True)
-    _check_writable(folder)
-
-
-def _check_writable(folder: Path) -> None:
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(
-            f"tuning.run_folder must be a folder that can be written, got {folder}, and {existing} is "
-            f"{'write-protected' if existing.is_dir() else 'a file'}; choose another"
-        )
+    check_folder_writable(folder, "tuning.run_folder")

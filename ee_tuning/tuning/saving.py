@@ -20,8 +20,8 @@ from ee_tuning.model.config import ModelConfig
 from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.pinned_staging import PinnedStaging
 from ee_tuning.parallel.topology import Topology
+from ee_tuning.progress import Advance
 from ee_tuning.storage.atomic_write import atomic_file, remove_leftovers
-from ee_tuning.storage.byte_progress import Advance
 from ee_tuning.storage.distcp_writer import Chunk, DistcpWriter, StoredChunk, write_common, write_metadata
 from ee_tuning.storage.shared_folder import write_shared_folder
 from ee_tuning.tuning.optimizer import ExitOptimizer

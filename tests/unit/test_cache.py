@@ -13,9 +13,9 @@ from byte_tokenizer import VOCABULARY, write_byte_tokenizer
 from ee_tuning.config import DataSection
 from ee_tuning.data import splits
 from ee_tuning.data.cache import CacheEntry, _make_missing, get_or_build
-from ee_tuning.data.progress_bar import ProgressBar
 from ee_tuning.data.tokens import PackedSamples
 from ee_tuning.errors import InputError
+from ee_tuning.progress import ByteProgress
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_two_runs_that_begin_at_a_time_make_an_entry_once(tmp_path: Path) -> Non
     """The second run removes what the first is writing, or tokenizes a terabyte along with it."""
     made, meet = [], threading.Barrier(2)
 
-    def make(folder: Path, progress: ProgressBar) -> Iterator[None]:
+    def make(folder: Path, progress: ByteProgress) -> Iterator[None]:
         made.append(folder)
         for step in range(3):
             time.sleep(0.02)
@@ -123,14 +123,14 @@ def test_who_waits_at_a_lock_that_was_removed_waits_at_the_new_one(
     monkeypatch.setattr("time.sleep", lambda _: None)
     made = []
 
-    def make(folder: Path, progress: ProgressBar) -> Iterator[None]:
+    def make(folder: Path, progress: ByteProgress) -> Iterator[None]:
         made.append(folder)
         yield
 
     lock = tmp_path / "entry.lock"
     second, third = (
         _make_missing(
-            [CacheEntry(depends_on=dict, make=make)], [tmp_path / "entry"], tmp_path, ProgressBar("", is_shown=False)
+            [CacheEntry(depends_on=dict, make=make)], [tmp_path / "entry"], tmp_path, ByteProgress("", is_shown=False)
         )
         for _ in range(2)
     )

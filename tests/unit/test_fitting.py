@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from byte_tokenizer import write_byte_tokenizer
-from exits import write_exits
+from exits import loaded_with, write_exits
 from random_models import random_llama
 from safetensors.torch import load_file, save_file
 from tuning_jobs import configure, make_samples
@@ -21,6 +21,7 @@ from ee_tuning import config as job
 from ee_tuning.artifact.convert import convert
 from ee_tuning.artifact.exit_heads import ExitHeadsReader
 from ee_tuning.artifact.load import load_for_generation
+from ee_tuning.checkpoint.formats import read_shape
 from ee_tuning.config import Config, ParallelSection, load_config
 from ee_tuning.data.loader import validation_batches
 from ee_tuning.errors import InputError
@@ -118,13 +119,9 @@ def test_a_tied_head_keeps_the_map_and_an_untied_one_folds_it(model: Path, tmp_p
         f"exits.{layer}.{name}" for layer in (2, 5) for name in ("norm.weight", "linear.weight", "linear.bias")
     }
     assert set(folded) == {f"exits.{layer}.{name}" for layer in (2, 5) for name in ("norm.weight", "output.weight")}
-    topology = init_parallel(ParallelSection())
-    maps = fit_exits(
-        fitted_job(model, tmp_path, **{"exits.output": "untied"}),
-        load_job_samples(fitted_job(model, tmp_path), topology).train,
-        topology,
-        48,
-    ).maps
+    topology, job_config = init_parallel(ParallelSection()), fitted_job(model, tmp_path, **{"exits.output": "untied"})
+    samples = load_job_samples(job_config, read_shape(job_config.model), topology).train
+    maps = fit_exits(job_config, samples, topology, 48).maps
     config = load_config(None, {"model.path": str(model), "exits.path": str(tied), "model.dtype": "float64"})
     stage = load_for_generation(config, topology).model
     with torch.no_grad():
@@ -248,7 +245,8 @@ def test_fitted_exits_of_the_shipped_model_are_better_than_copied_ones(tmp_path:
     stage = load_for_generation(job.replace(config, exits={"path": str(tmp_path / "exits")}), topology).model
     losses: dict[int, list[float]] = {3: [0, 0], 6: [0, 0], 9: [0, 0]}
     with torch.inference_mode():
-        for batch in validation_batches(load_job_samples(config, topology).valid, config.tuning, dp=1, dp_rank=0):
+        samples = load_job_samples(config, read_shape(config.model), topology).valid
+        for batch in validation_batches(samples, config.tuning, dp=1, dp_rank=0):
             _, inputs = stage.run_layers(stage.embed(batch.tokens))
             for layer, (copied, fitted) in losses.items():
                 head = stage.exit_head(layer)
@@ -332,10 +330,7 @@ def test_a_tied_adapter_that_is_fitted_stays_small(model: Path, tmp_path: Path) 
         if "2.linear." in name
     }
     assert shapes == {"down.weight": (4, 48), "up.weight": (48, 4), "bias": (48,)}
-    stage = load_for_generation(
-        load_config(None, {"model.path": str(model), "exits.path": str(tmp_path / "exits")}),
-        init_parallel(ParallelSection()),
-    ).model
+    stage = loaded_with(model, tmp_path / "exits").model
     with torch.no_grad():
         _, inputs = stage.run_layers(stage.embed(torch.tensor([[5, 17, 80, 3]])))
         for layer in (2, 5):

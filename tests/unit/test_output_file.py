@@ -22,18 +22,7 @@ from ee_tuning.parallel.topology import init_parallel
 
 MODEL = CHECKOUT / "examples" / "tiny-python-llama"
 JOB = {"model": "abc", "temperature": 0.5, "prompts": "1f"}
-COMMAND = [
-    "generate",
-    "--model",
-    str(MODEL),
-    "--policy",
-    "full",
-    "--max-new-tokens",
-    "6",
-    "--ignore-eos",
-    "--max-batch-size",
-    "2",
-]
+COMMAND = f"generate --model {MODEL} --policy full --max-new-tokens 6 --ignore-eos --max-batch-size 2".split()
 LINES = [
     {"prompt": "def f(", "id": "first", "max_new_tokens": 12},
     {"prompt": "x", "temperature": -1, "id": 7},
@@ -210,23 +199,23 @@ def test_the_same_command_goes_on(
         (None, 3, 0),
     ]
     assert lines(whole)[4]["meta"] == {"of": [1, None]} and "temperature" in lines(whole)[1]["error"]
-    told, kept = delivery.Progress.completion, []
+    told, kept = delivery.CompletionProgress.completion, []
 
-    def stop(progress: delivery.Progress) -> None:
+    def stop(progress: delivery.CompletionProgress) -> None:
         told(progress)
         kept.append(progress)
         if len(kept) == 2:
             raise ends_by(143)
 
     command = [*COMMAND, "--prompts", str(prompts), "--output", str(stopped)]
-    monkeypatch.setattr(delivery.Progress, "completion", stop)
+    monkeypatch.setattr(delivery.CompletionProgress, "completion", stop)
     if ends_by is SystemExit:
         with pytest.raises(SystemExit):
             cli.main(command)
     else:
         assert cli.main(command) == 130
     assert f"2 of 5 completions are kept in {stopped}.partial" in capsys.readouterr().err and not stopped.exists()
-    monkeypatch.setattr(delivery.Progress, "completion", told)
+    monkeypatch.setattr(delivery.CompletionProgress, "completion", told)
     assert cli.main(command) == 2
     assert texts(lines(stopped)) == texts(lines(whole)) and not Path(f"{stopped}.partial").exists()
     before = stopped.read_bytes()

@@ -43,19 +43,10 @@ LINES: list[dict[str, Any]] = [
 def command(tmp_path: Path) -> list[str]:
     (tmp_path / "template.jinja").write_text(TEMPLATE)
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, LINES)))
-    return [
-        "regenerate",
-        "--model",
-        str(MODEL),
-        "--data",
-        str(tmp_path / "prompts.jsonl"),
-        "--max-new-tokens",
-        "5",
-        "--max-batch-size",
-        "2",
-        "--chat-template",
-        str(tmp_path / "template.jinja"),
-    ]
+    return (
+        f"regenerate --model {MODEL} --data {tmp_path / 'prompts.jsonl'} --max-new-tokens 5 --max-batch-size 2 "
+        f"--chat-template {tmp_path / 'template.jinja'}"
+    ).split()
 
 
 def records_of(path: Path) -> list[dict[str, Any]]:
@@ -144,18 +135,18 @@ def test_the_same_command_goes_on(
         (4, 1),
     ]
     assert len({text for record in records_of(whole)[2:4] for text in said(record)}) == 2
-    told, kept = delivery.Progress.completion, []
+    told, kept = delivery.CompletionProgress.completion, []
 
-    def stop(progress: delivery.Progress) -> None:
+    def stop(progress: delivery.CompletionProgress) -> None:
         told(progress)
         kept.append(progress)
         if len(kept) == 5:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(delivery.Progress, "completion", stop)
+    monkeypatch.setattr(delivery.CompletionProgress, "completion", stop)
     assert cli.main([*drawn, "--output", str(stopped)]) == 130
     assert "completions are kept in" in capsys.readouterr().err and not stopped.exists()
-    monkeypatch.setattr(delivery.Progress, "completion", told)
+    monkeypatch.setattr(delivery.CompletionProgress, "completion", told)
     assert cli.main([*drawn, "--output", str(stopped), "--temperature", "0.8"]) == 2
     assert "differs in temperature (0.9 there, 0.8 here)" in capsys.readouterr().err
     assert cli.main([*drawn, "--output", str(stopped)]) == 0

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ee_tuning.artifact.exit_heads import ExitHeadsReader, read_exit_config
+from ee_tuning.checkpoint.formats import read_shape
 from ee_tuning.config import Config, load_config
 from ee_tuning.data.frequent_tokens import TokenCounts, chosen_size
 from ee_tuning.errors import InputError
@@ -69,7 +70,7 @@ def test_the_list_is_the_most_frequent_tokens_and_those_that_end_texts(
     config = listed_job(folder, tmp_path)
     convert_by_texts(config, tmp_path / "exits")
     exits, tensors = read_exit_config(tmp_path / "exits"), load_file(tmp_path / "exits" / "exit_heads.safetensors")
-    samples = load_job_samples(config, init_parallel(config.parallel)).train
+    samples = load_job_samples(config, read_shape(config.model), init_parallel(config.parallel)).train
     counts = Counter(np.concatenate([samples.sample(i).tokens[1:] for i in range(len(samples))]).tolist())
     frequent = sorted(counts, key=lambda token: (-counts[token], token))
     wanted = sorted({256, *[token for token in frequent if token != 256][: SIZE - 1]})
@@ -106,7 +107,7 @@ def test_a_fit_takes_the_listed_rows_and_a_row_of_the_others(model: tuple[Path, 
 
 def weighted_row(config: Config, reference: object, ids: tuple[int, ...], num_tokens: int) -> Tensor:
     """By hand, from transformers' final states."""
-    samples = load_job_samples(config, init_parallel(config.parallel)).train
+    samples = load_job_samples(config, read_shape(config.model), init_parallel(config.parallel)).train
     order, chosen, others = samples.order(config.tuning.seed), [], [token for token in range(257) if token not in ids]
     while sum(samples.sample(i).loss_mask.sum() for i in chosen) < num_tokens:
         chosen.append(order.sample_at(len(chosen)))
