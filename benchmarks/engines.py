@@ -6,9 +6,10 @@ threshold, speculative.
     python benchmarks/engines.py --engines .venv-engines/bin/python --model FOLDER --exits runs/it/exit_heads --exit 4
 
 Float32, greedy, the same number of new tokens for every prompt: chats and code in equal parts, batch 1 and 8, prompts
-read anew by each. Without --exits it makes its own: a `layer` exit after --exit and a `norm` exit after four fifths of
-the layers, fitted to documentation strings. Engines run one after the other, each the fastest of --repeats; rates are
-set against plain vLLM's.
+read anew by each. No prompt is one that `regenerate --shipped-prompts` asks, and the code is that of held-out files, so
+that heads which were tuned on such answers have not seen them. Without --exits it makes its own: a `layer` exit after
+--exit and a `norm` exit after four fifths of the layers, fitted to documentation strings. Engines run one after the
+other, each the fastest of --repeats; rates are set against plain vLLM's.
 """
 
 import argparse
@@ -18,13 +19,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ee_tuning import EarlyExitLLM, cli
 from ee_tuning.data.sample_corpus import documentation_strings, sample_corpus
-from ee_tuning.data.shipped_prompts import shipped_prompts
 from ee_tuning.data.tokenizer import load_tokenizer
 from ee_tuning.errors import InputError
 from ee_tuning.export.draft_card import NUM_DRAFTS, TRIED
@@ -33,6 +34,16 @@ from ee_tuning.model.config import read_model_config
 BATCHES = (1, 8)
 VERSION = TRIED["vLLM"].partition(" ")[0]
 RUNS = Path(__file__).parent / "vllm_runs.py"
+CHATS = (
+    "What is the difference between a virus and a bacterium?",
+    "Plan a weekend in Lisbon for two people who like to walk.",
+    "My laptop does not turn on. What should I try?",
+    "Rewrite this sentence so that it is polite: Send me the report now.",
+    "Why is the sky blue during the day and red in the evening?",
+    "Write a function in Python that checks whether two words are anagrams, and explain it.",
+    "What are the advantages and disadvantages of renting a flat?",
+    "Tell me a story about a lost umbrella.",
+)
 
 
 @dataclass(frozen=True)
@@ -68,6 +79,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--exit", type=int, default=4, help="the exit that drafts (default %(default)s)")
     parser.add_argument("--eagle3", type=Path, help="a head as `export --format eagle3` writes it, in vLLM, too")
     parser.add_argument("--head", type=Path, help="the same head as an artifact, for this engine")
+    parser.add_argument(
+        "--drafts",
+        type=int,
+        nargs="+",
+        default=[3],
+        help="tokens that EAGLE-3 drafts in vLLM (default 3); each is a row",
+    )
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=2)
@@ -86,7 +104,8 @@ def measure(options: argparse.Namespace, folder: Path) -> list[Row]:
     draft = folder / "draft"
     _run("export", "--format", "draft", "--model", model, "--exits", exits, "--exit", options.exit, "--output", draft)
     texts = prompt_texts(load_tokenizer(model), options.prompts)
-    theirs = _theirs(options, folder, model, texts, speculative_configs(draft, options.eagle3))
+    configs = speculative_configs(draft, options.eagle3, options.drafts)
+    theirs = _theirs(options, folder, model, texts, configs)
     plain = theirs["plain"]["tokens"]
     rows = [_row_of_vllm(name, run, plain, options) for name, run in theirs.items()]
     rows += _ours(options, (model, exits), texts, plain)
@@ -95,14 +114,18 @@ def measure(options: argparse.Namespace, folder: Path) -> list[Row]:
     return rows
 
 
-def speculative_configs(draft: Path, eagle3: Path | None) -> dict[str, dict[str, Any]]:
+def speculative_configs(draft: Path, eagle3: Path | None, counts: Sequence[int] = (3,)) -> dict[str, dict[str, Any]]:
     """Returns vLLM's --speculative-config of each way to draft there. Another kind of drafter is another entry."""
     configs: dict[str, dict[str, Any]] = {
         "draft, its exit": {"method": "draft_model", "model": str(draft), "num_speculative_tokens": NUM_DRAFTS},
         "ngram": {"method": "ngram", "num_speculative_tokens": NUM_DRAFTS, "prompt_lookup_max": 4},
     }
-    if eagle3 is not None:
-        configs["EAGLE-3"] = {"method": "eagle3", "model": str(eagle3), "num_speculative_tokens": NUM_DRAFTS}
+    for count in counts if eagle3 is not None else ():
+        configs[f"EAGLE-3, {count} drafts"] = {
+            "method": "eagle3",
+            "model": str(eagle3),
+            "num_speculative_tokens": count,
+        }
     return configs
 
 
@@ -121,7 +144,7 @@ def check_version(python: Path, *, any_version: bool) -> None:
 
 def prompt_texts(tokenizer: Any, count: int) -> list[str]:
     """Chats by the model's template, and the beginnings of functions, in equal parts."""
-    chats = list(shipped_prompts(count - count // 2))
+    chats = list(CHATS[: count - count // 2])
     if tokenizer.chat_template:
         turns = [[{"role": "user", "content": chat}] for chat in chats]
         chats = [tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False) for turn in turns]

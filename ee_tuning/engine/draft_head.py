@@ -71,7 +71,7 @@ class DraftHead:
             for each, n in zip(inputs, lengths, strict=True)
             for t in each.sequence.tokens[each.start + 1 : each.start + 1 + n]
         ]
-        for step in range(1 + max(each.num_drafts for each in inputs)):
+        for step in range(max(1, *(each.num_drafts for each in inputs))):
             state = self._through_layer(state, tokens, rows, starts, lengths)
             wanted = [i for i, each in enumerate(inputs) if each.sequence in rows and each.num_drafts > step]
             if not wanted:

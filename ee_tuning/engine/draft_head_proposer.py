@@ -93,7 +93,7 @@ class DraftHeadProposer:
         for count in range(1, most + 1):
             share *= self._right[count - 1] / self._seen[count - 1]
             expected += share
-            rate = expected / (costs.of_all(num_rows * (count + 1)) + (count + 1) * head_cost(costs, num_rows))
+            rate = expected / (costs.of_all(num_rows * (count + 1)) + count * head_cost(costs, num_rows))
             if rate > best_rate:
                 best, best_rate = count, rate
         return best, best_rate, most

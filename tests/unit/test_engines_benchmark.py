@@ -40,5 +40,6 @@ def test_no_python_at_all_is_refused(tmp_path: Path) -> None:
 
 def test_every_way_to_draft_has_a_config(tmp_path: Path) -> None:
     """A head that is given and not run."""
-    assert "EAGLE-3" in engines.speculative_configs(tmp_path / "draft", tmp_path / "eagle3")
+    configs = engines.speculative_configs(tmp_path / "draft", tmp_path / "eagle3", [2, 4])
+    assert [configs[f"EAGLE-3, {count} drafts"]["num_speculative_tokens"] for count in (2, 4)] == [2, 4]
     assert engines.speculative_configs(tmp_path, None)["ngram"]["num_speculative_tokens"] == engines.NUM_DRAFTS
