@@ -106,6 +106,7 @@ FLAGS: dict[str, dict[str, str]] = {
     "plan": {**_MODEL, **_EXITS, **_NEW_EXITS, **_TUNING, **_TUNING_LAYOUT},
     "advise": {key: _MODEL[key] for key in ("--model", "--config", "--trust-pickle")},
     "profile": {**_MODEL, "--no-verify": "exits.verify", "--text": "exits.profile_text", **_TOKENIZER},
+    "prune": {**_MODEL, **_EXITS, "--data": "data.valid_paths", **_TOKENIZER, **_PARALLEL},
     "export": {**_MODEL, **_EXITS, **_TOKENIZER, **_HEADS, "--seed": "exits.seed"},
     "calibrate": {
         **_MODEL,

@@ -1,6 +1,6 @@
 """The table of commands. Each imports its code when it runs, so that `--help` is fast."""
 
-from ee_tuning.commands import demo, evaluation, generation, models, serving, tuning
+from ee_tuning.commands import demo, evaluation, generation, models, pruning, serving, tuning
 from ee_tuning.commands.command import Command
 
 _ORDER = (
@@ -18,6 +18,7 @@ _ORDER = (
     "serve",
     "inspect",
     "profile",
+    "prune",
     "export",
     "verify",
 )
@@ -25,7 +26,7 @@ _ORDER = (
 
 _ALL = {
     command.name: command
-    for module in (demo, models, tuning, generation, serving, evaluation)
+    for module in (demo, models, pruning, tuning, generation, serving, evaluation)
     for command in module.COMMANDS
 }
 assert set(_ORDER) == set(_ALL), set(_ORDER) ^ set(_ALL)

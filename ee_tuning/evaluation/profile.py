@@ -1,39 +1,30 @@
 """`ee-tuning profile`: measures how far each layer turns the hidden states of a text, and places exits by it.
 
 The angular distance of two layers' inputs is that of arXiv 2403.17887: arccos of their cosine, over π, averaged over
-all tokens here. Layers are built, read and dropped one after the other, so that a model of any size needs the memory of
-one layer.
+all tokens here. One layer is in memory at a time (`layer_stream.py`).
 """
 
 import argparse
-import math
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ee_tuning.artifact.stage_plans import compute_dtype
-from ee_tuning.checkpoint.formats import BackboneSource, check_model, model_folder, open_model
-from ee_tuning.checkpoint.huggingface import read_backbone_tensor
+from ee_tuning.checkpoint.formats import check_model, model_folder, open_model
 from ee_tuning.config import Config, ParallelSection, replace
 from ee_tuning.config.placement import AutoLayers, evenly_along
-from ee_tuning.data.tokenizer import load_tokenizer, tokenizer_of
 from ee_tuning.errors import InputError
+from ee_tuning.evaluation.layer_stream import LayerStream, angular_distances, text_ids
 from ee_tuning.json_file import to_json
-from ee_tuning.model.backbone import BackboneStage
-from ee_tuning.model.config import ModelConfig
 from ee_tuning.parallel.heartbeat import run_with_heartbeat
 from ee_tuning.parallel.topology import Topology, destroy_parallel, init_parallel, world_size
 from ee_tuning.storage.apart import check_beside
 from ee_tuning.storage.atomic_write import check_file
-from ee_tuning.storage.non_finite import no_numbers, num_non_finite
 
 # b samples · s tokens of a sample · h hidden
 
-NUM_SAMPLES, SAMPLE_LENGTH = 8, 128
+NUM_SAMPLES = 8
 
 
 @dataclass(frozen=True)
@@ -89,23 +80,17 @@ def measure_profile(config: Config, topology: Topology) -> Profile:
     return topology.broadcast_object(found)[0]
 
 
-@torch.no_grad()
 def _by_layers(config: Config, topology: Topology) -> Generator[None, None, Profile]:
     reader, model, _ = open_model(config.model)
     with reader:
         check_model(reader, model, None, verifies=False)
-        ids = _sample_ids(config, model)
-        dtype = compute_dtype(config, topology)
-        states = [torch.empty(0)]
+        ids = text_ids(config, model, NUM_SAMPLES)
+        stream = LayerStream(reader, model, topology, compute_dtype(config, topology), ids.shape[1])
+        states = [stream.embedded(ids)]  # [s, b, h]
         for number in range(1, model.num_layers + 1):
-            stage = _one_layer(number, reader, model, topology, dtype, ids.shape[1])
-            if number == 1:
-                states = [stage.embed(ids.to(topology.device))]  # [s, b, h]
-            states.append(stage.run_layer(number, states[-1]))
-            if num_non_finite(states[-1]):
-                raise no_numbers(f"the hidden states behind layer {number}", dtype)
+            states.append(stream.layer(number)(states[-1]))
             yield
-        return Profile(_distances(states), ids.numel())
+        return Profile(angular_distances(states), ids.numel())
 
 
 def profile(config: Config, flags: argparse.Namespace) -> None:
@@ -143,61 +128,3 @@ def profile(config: Config, flags: argparse.Namespace) -> None:
         print(f"{number:5}  {turn:18.4f}  {done / whole:20.1%}" + "  exit" * (number in layers))
     print(f"angular distances, 1 is opposite, mean over {measured.num_tokens:,} tokens; wrote {flags.output}")
     print(f"as auto:{flags.num_exits}:profile has it: --exit-layers {','.join(map(str, layers))}")
-
-
-def _one_layer(
-    number: int, reader: BackboneSource, model: ModelConfig, topology: Topology, dtype: torch.dtype, length: int
-) -> BackboneStage:
-    stage = BackboneStage(
-        model,
-        topology,
-        first_layer=number,
-        last_layer=number,
-        has_embedding=number == 1,
-        has_output=False,
-        has_final_norm=False,
-        max_length=length,
-        dtype=dtype,
-    )
-    read = partial(read_backbone_tensor, reader, model, tp=1, tp_rank=0, dtype=dtype)
-    for name, parameter in stage.named_parameters():
-        parameter.copy_(read(name))
-    return stage
-
-
-def _sample_ids(config: Config, model: ModelConfig) -> Tensor:  # [b, s] int64
-    tokenizer = load_tokenizer(tokenizer_of(config), trusts_code=config.model.trust_remote_code)
-    path = Path(config.exits.profile_text or argparse.__file__)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(
-            f"exits.profile_text (--text) must be a text file; {path} can not be read: {error.strerror}"
-        ) from error
-    except ValueError as error:
-        raise InputError(
-            f"exits.profile_text (--text) must be a text file in UTF-8, got {path}: {error}; unpack it where it is packed, "
-            "else convert it (iconv -t utf-8)"
-        ) from error
-    length = min(SAMPLE_LENGTH, model.max_position_embeddings)
-    ids = torch.tensor(tokenizer(text)["input_ids"][: NUM_SAMPLES * length])
-    if len(ids) < length:
-        raise InputError(
-            f"exits.profile_text must have at least {length} tokens, and {path} has {len(ids)}; give a longer one"
-        )
-    if int(ids.max()) >= model.vocab_size:
-        raise InputError(
-            f"the tokenizer makes token {int(ids.max())}, and the model's vocabulary ends at {model.vocab_size - 1}; "
-            "give its own --tokenizer"
-        )
-    return ids[: len(ids) // length * length].view(-1, length)
-
-
-def _distances(states: list[Tensor]) -> Tensor:  # [layers + 1] of [s, b, h] -> [layers + 1, layers + 1]
-    unit = [torch.nn.functional.normalize(each.flatten(0, 1).float(), dim=-1) for each in states]
-    found = torch.zeros(len(unit), len(unit), dtype=torch.float64)
-    for i, one in enumerate(unit):
-        for j in range(i):
-            cosine = (one * unit[j]).sum(-1).clamp(-1, 1)
-            found[i, j] = found[j, i] = (cosine.arccos() / math.pi).double().mean()
-    return found

@@ -1,17 +1,17 @@
 """`ee-tuning export`: dispatches to the writers, and runs the optional check."""
 
 import argparse
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ee_tuning.config import Config, ParallelSection, replace
+from ee_tuning.config import Config, ParallelSection
 from ee_tuning.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ee_tuning.parallel.topology import Topology
 
 FLAGS = {
     "artifact": ("only", "drop", "merge", "add"),
@@ -173,47 +173,18 @@ def _write_merged(
 
     with open_model(config.model).source:
         pass  # before the processes meet, so that a mistake is reported at once
-    if config.data.tokenizer and flags.format in HUGGINGFACE:
-        from ee_tuning.data.tokenizer import tokenizer_folder
+    from ee_tuning.export.tokenizer_files import with_tokenizer_files
 
-        folder = tokenizer_folder(config.data.tokenizer, trusts_code=config.model.trust_remote_code)
-        config = replace(config, data={"tokenizer": str(folder)})
-    topology = None
-    if is_shared:
-        from ee_tuning.parallel.topology import init_parallel
+    with with_tokenizer_files(config) if flags.format in HUGGINGFACE else nullcontext(config) as config:
+        topology = None
+        if is_shared:
+            from ee_tuning.parallel.topology import init_parallel
 
-        topology = init_parallel(ParallelSection())
-    from ee_tuning.storage.owner import owned
+            topology = init_parallel(ParallelSection())
+        from ee_tuning.storage.owner import owned
 
-    with owned(flags.output, topology), _tokenizer_of(config, flags.format) as config:
-        if flags.format == "hf":
-            from ee_tuning.export.export_huggingface import export_huggingface
-
-            export_huggingface(
-                config,
-                flags.output,
-                topology,
-                links=flags.link,
-                overwrite=flags.overwrite,
-                special=_special_tokens(config.data.tokenizer, trusts_code=config.model.trust_remote_code),
-            )
-        elif flags.format in HUGGINGFACE:
-            from ee_tuning.export.export_draft import export_draft
-
-            export_draft(
-                config,
-                flags.output,
-                flags.exit,
-                topology,
-                kind=flags.format,
-                overwrite=flags.overwrite,
-                constant=constant,
-                special=_special_tokens(config.data.tokenizer, trusts_code=config.model.trust_remote_code),
-            )
-        else:
-            from ee_tuning.export.megatron_writer import write_megatron
-
-            write_megatron(config, flags.output, topology, overwrite=flags.overwrite)
+        with owned(flags.output, topology):
+            _write_format(config, flags, topology, constant)
     if topology is None or topology.is_logging_rank:
         print(f"wrote {flags.output}", flush=True)
     if is_shared:
@@ -222,32 +193,23 @@ def _write_merged(
         destroy_parallel()
 
 
-@contextmanager
-def _tokenizer_of(config: Config, export_format: str) -> Iterator[Config]:
-    """Yields `config` with a folder of tokenizer files in data.tokenizer where the model's tokenizer is in its GGUF
-    file.
-    """
-    from ee_tuning.checkpoint.gguf_file import is_gguf
+def _write_format(
+    config: Config, flags: argparse.Namespace, topology: "Topology | None", constant: "Tensor | None"
+) -> None:
+    if flags.format == "megatron":
+        from ee_tuning.export.megatron_writer import write_megatron
 
-    tokenizer = Path(config.data.tokenizer or config.model.path)
-    if export_format not in HUGGINGFACE or not is_gguf(tokenizer):
-        yield config
-        return
-    from ee_tuning.data.tokenizer import load_tokenizer
+        return write_megatron(config, flags.output, topology, overwrite=flags.overwrite)
+    from ee_tuning.export.tokenizer_files import special_tokens
 
-    with tempfile.TemporaryDirectory(prefix="ee_tuning-") as folder:
-        load_tokenizer(tokenizer, trusts_code=config.model.trust_remote_code).save_pretrained(folder)
-        yield replace(config, data={"tokenizer": folder})
+    shared: dict[str, Any] = {"overwrite": flags.overwrite, "special": special_tokens(config)}
+    if flags.format == "hf":
+        from ee_tuning.export.export_huggingface import export_huggingface
 
+        return export_huggingface(config, flags.output, topology, links=flags.link, **shared)
+    from ee_tuning.export.export_draft import export_draft
 
-def _special_tokens(tokenizer: str | None, *, trusts_code: bool) -> dict[str, int]:
-    """Returns the beginning and end tokens of a given tokenizer, which a Megatron checkpoint does not contain."""
-    if tokenizer is None:
-        return {}
-    from ee_tuning.data.tokenizer import load_tokenizer
-
-    loaded = load_tokenizer(tokenizer, trusts_code=trusts_code)
-    return {key: token for key in ("bos_token_id", "eos_token_id") if isinstance(token := getattr(loaded, key), int)}
+    export_draft(config, flags.output, flags.exit, topology, kind=flags.format, constant=constant, **shared)
 
 
 def _text(path: Path | None) -> str:

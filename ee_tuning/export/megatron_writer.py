@@ -37,7 +37,7 @@ from ee_tuning.storage.shared_folder import write_shared_folder
 from ee_tuning.storage.tensor_blocks import parameter_blocks, parameter_dtype, tensor_blocks
 from ee_tuning.storage.tensor_slice import TensorShape
 
-_MARKS = (METADATA, "common.pt", "config.json")
+MARKS = (METADATA, "common.pt", "config.json")
 """File patterns that identify an export of this format, and not a checkpoint of a run."""
 _LINEAR = re.compile(r"(.+\.linear_(?:qkv|proj|fc1|fc2))\.weight")
 
@@ -49,12 +49,15 @@ def write_megatron(config: Config, output: Path, topology: Topology | None = Non
     exit_config.json. All ranks call it and share the tensors. Raises InputError where model and exits do not belong
     together or `output` can not be written; nothing is left behind then.
     """
-    on_first_rank(topology, lambda: check_target(config, output, overwrite, _MARKS))
+    on_first_rank(topology, lambda: check_target(config, output, overwrite, MARKS))
     with open_for_export(config, topology) as model:
-        _write(model, output, topology)
+        write_megatron_folder(model, output, topology)
 
 
-def _write(model: ExportSource, output: Path, topology: Topology | None) -> None:
+def write_megatron_folder(
+    model: ExportSource, output: Path, topology: Topology | None, *, card: str | None = None
+) -> None:
+    """Does the work of `write_megatron` for an opened model, with `card` as README.md."""
     tensors = [*_backbone(model.source, model.model), *(_exits(model.artifact) if model.artifact else ())]
     sizes, rank = {each: each.num_bytes for each in tensors}, 0 if topology is None else topology.rank
 
@@ -73,7 +76,7 @@ def _write(model: ExportSource, output: Path, topology: Topology | None) -> None
         topology,
         sizes,
         write,
-        lambda temporary, reports: _complete(model, temporary, output, reports),
+        lambda temporary, reports: _complete(model, temporary, output, reports, card),
         num_bytes=sum(sizes.values()),
         description="writing the model",
     )
@@ -156,7 +159,9 @@ def _add_extra_states(writer: DistcpWriter, model: ModelConfig) -> None:
             )
 
 
-def _complete(model: ExportSource, temporary: Path, output: Path, reports: list[_RankReport]) -> dict[str, str]:
+def _complete(
+    model: ExportSource, temporary: Path, output: Path, reports: list[_RankReport], card: str | None
+) -> dict[str, str]:
     warn_non_finite(model.source.folder, [line for report in reports for line in report.warnings])
     for what in missing_from_megatron_args(model.model):
         warn(
@@ -172,5 +177,7 @@ def _complete(model: ExportSource, temporary: Path, output: Path, reports: list[
         (temporary / CONFIG).write_text(
             to_json(exit_config_tree(model.artifact.config), indent=2) + "\n", encoding="utf-8"
         )
+    if card is not None:
+        (temporary / "README.md").write_text(card, encoding="utf-8")
     write_metadata(temporary, [each for report in reports for each in report.written])
     return {file: digest for report in reports for file, digest in report.sums.items()}

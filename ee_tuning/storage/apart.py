@@ -41,13 +41,12 @@ def check_apart(
             )
 
 
-def check_beside(output: Path, config: Config, sources: Iterable[str | Path | None]) -> None:
+def check_beside(output: Path, config: Config, sources: Iterable[str | Path | None], name: str = "--output") -> None:
     """Like `check_apart`, for a file that a job in `config` makes: apart from `sources`, the model, the exits and the
     tokenizer.
     """
-    check_apart(
-        output, (*sources, config.model.path, config.exits.path, config.data.tokenizer, config.data.chat_template)
-    )
+    inputs = (config.model.path, config.exits.path, config.data.tokenizer, config.data.chat_template)
+    check_apart(output, (*sources, *inputs), name)
 
 
 def check_folder_writable(folder: Path, name: str = "--output") -> None:

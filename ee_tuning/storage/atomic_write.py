@@ -123,14 +123,16 @@ def resolve_target(output: Path) -> Path:
     return place
 
 
-def check_file(output: Path) -> None:
-    """Raises InputError where no file can be written at `output`. A cheap check before long work."""
+def check_file(output: Path, name: str = "--output") -> None:
+    """Raises InputError where no file can be written at `output`, the value of `name`. A cheap check before long
+    work.
+    """
     if output.is_dir():
-        raise InputError(f"--output must name a file, got the folder {output}")
+        raise InputError(f"{name} must name a file, got the folder {output}")
     parent = next(folder for folder in output.absolute().parents if os.path.lexists(folder))
     if not parent.is_dir() or not (os.access(parent, os.W_OK | os.X_OK) or output.exists()):
         raise InputError(
-            f"--output must name a file that can be written, got {output}, and {parent} is no folder that can be written to"
+            f"{name} must name a file that can be written, got {output}, and {parent} is no folder that can be written to"
         )
 
 

@@ -86,6 +86,16 @@ COMMANDS = {
     "regenerate in the model": ["regenerate", "--model=model", "--data=text.txt", "--output=model/answers.jsonl"],
     "profile in the model": ["profile", "--model=model", "--output=model/profile.png"],
     "profile": ["profile", "--model=model", "--text=text.txt", "--output=text.txt"],
+    "prune in the model": ["prune", "--model=model", "--drop=3", "--output=model/pruned"],
+    "prune in the exits": [
+        "prune",
+        "--model=model",
+        "--exits=exits",
+        "--drop=3",
+        "--output=pruned",
+        "--exits-output=exits/pruned",
+    ],
+    "prune drawn as the text": ["prune", "--model=model", "--data=text.txt", "--drop=3", "--picture=text.txt"],
 }
 
 

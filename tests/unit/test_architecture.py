@@ -39,7 +39,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("tuning", "generation"),
     ("export",),
     ("evaluation", "planning"),
-    ("calibration", "public_benchmarks", "demo"),
+    ("calibration", "public_benchmarks", "demo", "pruning"),
     ("serving",),
     ("flags",),
     ("commands",),
