@@ -81,6 +81,12 @@ _SAMPLING = {
     "--stop": "generation.stop",
 }
 
+_BOTH_HEADS = {
+    "--contrast-layers": "generation.contrast_layers",
+    "--fuse-layer": "generation.fuse_layer",
+    "--fuse-weight": "generation.fuse_weight",
+}
+
 FLAGS: dict[str, dict[str, str]] = {
     "convert": {
         **_MODEL,
@@ -136,6 +142,7 @@ FLAGS: dict[str, dict[str, str]] = {
         **_EXITS,
         **_TOKENIZER,
         **_POLICY,
+        **_BOTH_HEADS,
         **_SAMPLING,
         "--min-new-tokens": "generation.min_new_tokens",
         "--n": "generation.n",
@@ -165,6 +172,7 @@ FLAGS: dict[str, dict[str, str]] = {
         **_TOKENIZER,
         "--chat-template": "data.chat_template",
         **_POLICY,
+        **_BOTH_HEADS,
         **_SAMPLING,
     },
     "serve": {
@@ -173,6 +181,7 @@ FLAGS: dict[str, dict[str, str]] = {
         **_TOKENIZER,
         "--chat-template": "data.chat_template",
         **_POLICY,
+        **_BOTH_HEADS,
         "--temperature": "generation.temperature",
         "--top-k": "generation.top_k",
         "--top-p": "generation.top_p",

@@ -60,6 +60,21 @@ class GenerationSection:
     """Subtracted from the logits of tokens that are in the completion."""
     frequency_penalty: float = 0.0
     """Subtracted from a token's logit for each time it is in the completion."""
+    contrast_layers: tuple[int, ...] = ()
+    """Exits that the final head's logits are contrasted with (DoLa, arXiv 2309.03883): a token is chosen by how much
+    likelier the final head finds it than the exit. Of several, the exit that differs most at the token. Tokens that
+    leave early are their exit's.
+    """
+    contrast_alpha: float = 0.1
+    """Share of the likeliest token's probability that the final head has to give a token for contrast_layers to choose
+    it.
+    """
+    fuse_layer: int | None = None
+    """Exit whose log-probabilities are mixed with the final head's, with the weight fuse_weight. Tokens that leave
+    early are their exit's.
+    """
+    fuse_weight: float = 0.5
+    """Weight of fuse_layer's log-probabilities, 0 to 1; the final head's have the rest."""
     logprobs: int | None = None
     """Return this many likeliest tokens with their log-probabilities, and each chosen token's, in the distribution it
     was chosen from.

@@ -128,7 +128,7 @@ class Engine:
         Raises InputError, and queues nothing, on values no sampler can use and on a prompt that can never fit.
         """
         params = params or SamplingParams()
-        check_request(prompt, params, policy, self.model.config, self.model.plan.exit_layers, self.cache)
+        check_request(prompt, params, policy, self.model.config, self.model.plan, self.cache)
         added = [self._sequence(prompt, params, policy, number, priority) for number in range(params.n)]
         for sequence in added:
             self.scheduler.enqueue(sequence)
@@ -163,6 +163,7 @@ class Engine:
             completion=completion,
             priority=priority,
             added_at=time.perf_counter(),
+            heard_segments=tuple(exits.index(layer) for layer in params.fusion.layers),
             uses_prefix_cache=not policy.has_draft_head,  # the head has keys and values of its own
             grammar=self._grammar(len(prompt), params, stop_ids),
         )

@@ -10,16 +10,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ee_tuning.decoding.decode_head import DecodeExitHead, DecodeHead
 from ee_tuning.engine.boundary_ring import PassStates
+from ee_tuning.engine.exit_fusion import fused_logits
 from ee_tuning.engine.sampler import SampleRequest
 from ee_tuning.engine.sequence import Sequence
 from ee_tuning.engine.stage_model import StageModel
 from ee_tuning.engine.step_plan import Answer, ExitAnswer, RowOutput, RowPlan
 from ee_tuning.model.exit_head import ExitInput
 from ee_tuning.parallel.shortlist import token_confidences, token_logits
+from ee_tuning.parallel.vocab import at_least_float32
 
 # h hidden · q states that a head is asked about
 
@@ -72,9 +75,56 @@ class HeadRunner:
                 return []
             scores = token_logits(logits[places], head.vocab).cpu()  # a collective: the same rows on every rank
             return [
-                ToSample(each.output, each.request._replace(logits=row))
+                ToSample(each.output, each.request._replace(logits=_with_exits(each.request, number, row)))
                 for each, row in zip(requests, scores, strict=True)
             ]
+
+    def hear(self, number: int, rows: list[RowPlan], states: PassStates, exit_input: ExitInput) -> None:
+        """Keeps what the exit behind segment `number` says about tokens of `rows` that the final head is asked about,
+        now or, drafts, later.
+        """
+        if not rows:
+            return
+        with self._timed():
+            lengths = {s.number: length for s, length in zip(states.rows, states.lengths, strict=True)}
+            counts = [min(row.num_asked, lengths[row.sequence.number]) for row in rows]
+            head = self.stage.heads[number]
+            logits, _ = head.ask(self._input(number, rows, counts, states, exit_input))
+            said = at_least_float32(token_logits(logits, head.vocab)).cpu().split(counts)
+            for row, own in zip(rows, said, strict=True):
+                row.sequence.hear(number, row.sequence.num_computed[number], own.clone())
+
+    def num_heard(self, rows: list[RowPlan], stage: int) -> int:
+        """Returns how many logits [v] of exits on earlier stages `stage` gets for `rows`."""
+        return sum(len(self._heard_keys(row, stage)) for row in rows)
+
+    def heard_message(self, rows: list[RowPlan], stage: int) -> Tensor:  # [num_heard, v]
+        """Returns them, on the stage before. Of a row that has left there is none, and what is sent is never read."""
+        none = torch.zeros(self.stage.model.vocab.size, dtype=self.heard_dtype)
+        said = [row.sequence.heard.get(key, none) for row in rows for key in self._heard_keys(row, stage)]
+        return torch.stack(said).to(self.stage.topology.device)
+
+    def take_heard(self, rows: list[RowPlan], stage: int, message: Tensor) -> None:  # [num_heard, v]
+        """Keeps what the stage before has sent."""
+        said = iter(message.cpu())
+        for row in rows:
+            for segment, place in self._heard_keys(row, stage):
+                row.sequence.hear(segment, place + 1, next(said)[None])
+
+    @property
+    def heard_dtype(self) -> torch.dtype:
+        """The type of logits that are kept."""
+        return torch.promote_types(self.stage.model.plan.dtype, torch.float32)
+
+    def _heard_keys(self, row: RowPlan, stage: int) -> list[tuple[int, int]]:
+        """The segments of stages before `stage`, and the places of the tokens that the final head is asked about."""
+        stop = row.sequence.num_scheduled
+        return [
+            (segment, place)
+            for segment in row.sequence.heard_segments
+            if self.stage.segments[segment].stage < stage
+            for place in range(stop - row.num_asked, stop)
+        ]
 
     def sample(self, answers: list[ToSample]) -> None:
         """Chooses the tokens of all rows of a step that take more than the likeliest one."""
@@ -161,6 +211,15 @@ def _confidences(
             top[first : first + count, 1] = token_confidences(logits[first : first + count], head.vocab, measure)
         first += count
     return top
+
+
+def _with_exits(request: SampleRequest, number: int, logits: Tensor) -> Tensor:  # [v] -> [v]
+    """The logits behind segment `number` that a token is chosen by: those of the final head with what exits said."""
+    sequence = request.sequence
+    if not sequence.heard_segments or number != sequence.last_segment:
+        return logits
+    said = [sequence.heard[segment, request.length - 1] for segment in sequence.heard_segments]
+    return fused_logits(logits, torch.stack(said), sequence.params.fusion)
 
 
 def _requests(row: RowPlan, output: RowOutput, confidences: list[float]) -> list[ToSample]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from ee_tuning.engine.exit_fusion import ExitFusion
 from ee_tuning.engine.structured_output import StructuredOutput, structured_output_of
 from ee_tuning.errors import InputError
 
@@ -51,6 +52,8 @@ class SamplingParams:
     """Whether the model's own end of text ends nothing."""
     structured_output: StructuredOutput | None = None
     """The form that the completion has; an object with its fields will do, too. It ends where nothing may follow."""
+    fusion: ExitFusion = field(default_factory=ExitFusion)
+    """How exits change the logits of the final head; by default not at all."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "structured_output", structured_output_of(self.structured_output))
@@ -65,7 +68,7 @@ class SamplingParams:
         """Whether the likeliest token by the logits as they are is taken, and no log-probability wanted, once
         `min_tokens` are there.
         """
-        is_changed = self.has_penalties or self.logit_bias or self.structured_output is not None
+        is_changed = self.has_penalties or self.logit_bias or self.structured_output is not None or self.fusion.layers
         return self.is_greedy and self.logprobs is None and not is_changed
 
     @property

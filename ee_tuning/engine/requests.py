@@ -5,6 +5,7 @@ from ee_tuning.engine.params import SamplingParams
 from ee_tuning.engine.policy import Policy
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
+from ee_tuning.model.early_exit import StagePlan
 
 
 def check_request(
@@ -12,11 +13,12 @@ def check_request(
     params: SamplingParams,
     policy: Policy,
     config: ModelConfig,
-    exit_layers: tuple[int, ...],
+    plan: StagePlan,
     cache: KVCache,
 ) -> None:
     """Raises InputError on values no sampler can use, exits that are not there, and a prompt that can never fit."""
     params.check(config.vocab_size)
+    params.fusion.check(plan.exits, policy)
     if not prompt:
         raise InputError("a prompt must hold at least one token, got an empty one")
     wrong = [token for token in prompt if not 0 <= token < config.vocab_size]
@@ -34,5 +36,5 @@ def check_request(
             f"prompt and max_tokens together must fit the cache of {cache.num_places} tokens, got {len(prompt)} + "
             f"{params.max_tokens}; at most {max(0, cache.num_places - len(prompt))} new tokens fit behind this prompt"
         )
-    if unknown := policy.asked - set(exit_layers):
-        raise InputError(f"exits must be among {', '.join(map(str, exit_layers)) or 'none'}, got {min(unknown)}")
+    if unknown := policy.asked - set(plan.exit_layers):
+        raise InputError(f"exits must be among {', '.join(map(str, plan.exit_layers)) or 'none'}, got {min(unknown)}")

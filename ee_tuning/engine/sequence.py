@@ -7,6 +7,8 @@ from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from ee_tuning.decoding.eager_attention import SlotMapping
 from ee_tuning.engine.grammar import GrammarState
 from ee_tuning.engine.params import SamplingParams
@@ -127,6 +129,10 @@ class Sequence:
     num_cached_blocks: int = 0
     """Full blocks that are in the prefix cache."""
     uses_prefix_cache: bool = True
+    heard_segments: tuple[int, ...] = ()
+    """Segments behind which an exit is heard about tokens that the final head is asked about (`exit_fusion.py`)."""
+    heard: dict[tuple[int, int], Tensor] = field(default_factory=dict, repr=False)
+    """(segment, place of a token) -> what the exit behind the segment says there: logits [v], on the CPU."""
     grammar: GrammarState | None = field(default=None, repr=False)
     """Position of the completion in its structured output's grammar."""
     was_preempted: bool = False
@@ -222,6 +228,12 @@ class Sequence:
     def num_pending(self, segment: int) -> int:
         """Tokens that have reached a segment and are not computed there; 0 where they never go so deep."""
         return self.num_arrived(segment) - self.num_computed[segment] if segment <= self.last_segment else 0
+
+    def hear(self, segment: int, stop: int, logits: Tensor) -> None:  # [n, v]
+        """Keeps what an exit says about the n tokens before place `stop`; forgets what the final head has answered."""
+        self.heard = {key: value for key, value in self.heard.items() if key[1] >= self.num_final - 1}
+        for place, said in enumerate(logits, stop - len(logits)):
+            self.heard[segment, place] = said
 
     def add_drafts(self, tokens: Iterable[int], layer: int) -> None:
         """Adds drafts that `layer` made. Nothing is drafted behind a draft that would end the sequence."""

@@ -51,6 +51,10 @@ class RowPlan:
         """Whether the likeliest token is taken wherever it leaves, and nothing more is asked for."""
         return self.sequence.takes_likeliest(len(self.sequence.tokens) + 1 - max(self.num_asked, 1))
 
+    def is_heard(self, segment: int) -> bool:
+        """Whether the final head's answer depends on the exit behind a segment."""
+        return self.num_asked > 0 and segment in self.sequence.heard_segments
+
     def is_asked(self, segment: int) -> bool:
         """Whether the head behind a segment is asked, if the row comes so far."""
         return self.num_asked > 0 if segment == self.last_segment else self.thresholds[segment] < math.inf

@@ -284,6 +284,11 @@ def greedy_params(llm: EarlyExitLLM) -> SamplingParams:
     Raises InputError where they are not.
     """
     params = params_of(llm.defaults)
+    if params.fusion.layers:
+        raise InputError(
+            "evaluate compares policies with the full model's own head, and contrast_layers and fuse_layer change what it says; "
+            "leave them out"
+        )
     plain = SamplingParams(
         max_tokens=params.max_tokens,
         stop=params.stop,

@@ -253,6 +253,7 @@ class EarlyExitLLM:
         too long.
         """
         job.params.check(self.model.config.vocab_size)
+        job.params.fusion.check(self.model.plan.exits, job.policy)
         if job.params.structured_output is not None:
             self.grammars.compile(job.params.structured_output)
         return dataclasses.replace(

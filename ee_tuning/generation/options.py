@@ -5,6 +5,7 @@ from typing import Any
 
 from ee_tuning.config import GenerationSection, load_config
 from ee_tuning.config.generation import without_overruled
+from ee_tuning.engine.exit_fusion import ExitFusion
 from ee_tuning.engine.params import SamplingParams
 from ee_tuning.errors import InputError
 
@@ -46,5 +47,6 @@ def params_of(generation: GenerationSection) -> SamplingParams:
     return SamplingParams(
         max_tokens=generation.max_new_tokens,
         min_tokens=generation.min_new_tokens,
+        fusion=ExitFusion.of(generation),
         **{name: getattr(generation, name) for name in same},
     )

@@ -21,6 +21,7 @@ from ee_tuning.serving.tool_calls import ToolUse, for_template, form_with_calls,
 COMPLETION_TOKENS = 16
 """max_tokens of /v1/completions by default, as OpenAI has it; a chat may fill the context."""
 MOST_LOGPROBS = 20
+_BOTH_HEADS = ("contrast_layers", "contrast_alpha", "fuse_layer", "fuse_weight")
 MOST_PROMPTS = 2048
 _OWN = frozenset(
     {"tools", "documents", "chat_template", "tokenize", "padding", "truncation", "max_length", "tokenizer_kwargs"}
@@ -152,9 +153,8 @@ class RequestJobs:
         """`job` with its token ids. Raises InputError where the engine would refuse it."""
         job = self.llm.prepared(job)
         engine = self.engine
-        check_request(
-            list(job.prompt_ids), job.params, job.policy, self.llm.model.config, self.llm.exit_layers, engine.cache
-        )
+        model = self.llm.model
+        check_request(list(job.prompt_ids), job.params, job.policy, model.config, model.plan, engine.cache)
         return job
 
     def _params(self, body: SamplingBody, max_tokens: int, logprobs: int | None) -> SamplingParams:
@@ -176,7 +176,9 @@ class RequestJobs:
             own["logit_bias"] = _biases(body.logit_bias)
         own["structured_output"] = answer_form(body.response_format, body.structured_outputs)
         seed = secrets.randbits(62) if body.seed is None else body.seed
-        return dataclasses.replace(params_of(self.defaults), max_tokens=max_tokens, logprobs=logprobs, seed=seed, **own)
+        both_heads = {name: value for name in _BOTH_HEADS if (value := getattr(body, name)) is not None}
+        defaults = with_options(self.defaults, both_heads) if both_heads else self.defaults
+        return dataclasses.replace(params_of(defaults), max_tokens=max_tokens, logprobs=logprobs, seed=seed, **own)
 
     def _policy(self, body: SamplingBody) -> Policy:
         given: dict[str, Any] = {

@@ -129,6 +129,20 @@ class SamplingBody(Body):
     )
     exit_layer: Whole | None = Field(default=None, description="the exit of the policy fixed")
     exit_measure: Measure | None = Field(default=None, description="measure of confidence")
+    contrast_layers: TokenIds | None = Field(
+        default=None, description="exits that the final head's logits are contrasted with (DoLa)"
+    )
+    contrast_alpha: float | None = Field(
+        default=None,
+        description="share of the likeliest token's probability below which contrast chooses none (default 0.1)",
+        json_schema_extra=_between(0, 1),
+    )
+    fuse_layer: Whole | None = Field(
+        default=None, description="the exit whose log-probabilities are mixed with the final head's"
+    )
+    fuse_weight: float | None = Field(
+        default=None, description="the weight of that exit (default 0.5)", json_schema_extra=_between(0, 1)
+    )
     return_exit_layers: bool | None = Field(
         default=None, description="whether choices tell the layer that each token left at, and its confidence"
     )

@@ -12,6 +12,7 @@ from exits import write_exits
 from served import MODEL, Served, config_of, served
 
 from ee_tuning import SamplingParams
+from ee_tuning.engine.exit_fusion import ExitFusion
 from ee_tuning.generation.completion import Completion
 
 pytest.importorskip("fastapi", reason="pip install 'ee_tuning[serve]'")
@@ -24,6 +25,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     exits = write_exits(MODEL, folder / "heads", exit_layers=[4, 8], init="copy")
     with served(config_of(exits, folder), api_keys=("secret", "other")) as running:
         yield running
+
+
+FUSED: dict[str, dict[str, Any]] = {
+    "contrast": {"contrast_layers": (8, 4), "contrast_alpha": 0.2},
+    "fuse": {"fuse_layer": 8, "fuse_weight": 0.7},
+}
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +100,19 @@ def _of_stream(chunks: Any) -> list[dict[str, Any]]:
             if choice.finish_reason:
                 so_far["finish_reason"] = choice.finish_reason
     return [made[index] for index in sorted(made)]
+
+
+@pytest.mark.parametrize("way", FUSED)
+def test_both_heads_are_heard(server, client, way):
+    """A parameter that is read and lost, or that changes the requests after it."""
+    prompt = {"model": "tiny-python-llama", "prompt": "def main(", "max_tokens": 16, "temperature": 0.0}
+    said = [
+        client.completions.create(**prompt, extra_body={"policy": "full", **extra}).choices[0].text
+        for extra in ({}, FUSED[way], {})
+    ]
+    fused = {"max_tokens": 16, "fusion": ExitFusion(**FUSED[way])}
+    plain, wanted = (reference(server, "def main(", each, policy="full") for each in ({"max_tokens": 16}, fused))
+    assert said == [plain[0].text, wanted[0].text, plain[0].text] and plain[0].text != wanted[0].text
 
 
 def test_a_chat_is_rendered_by_the_template_and_streams_as_it_answers_whole(server, client):
@@ -235,6 +255,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "too long": ({"prompt": "x" * 2000}, "shorter than", ""),
     "exit": ({"extra_body": {"exit_layer": 5}}, "one of the exits (4, 8)", ""),
     "threshold": ({"extra_body": {"exit_threshold": [0.1, 0.2, 0.3]}}, "exit_threshold must be one number", ""),
+    "no such exit": (
+        {"extra_body": {"policy": "full", "contrast_layers": [5]}},
+        "contrast_layers must name exits (4, 8",
+        "",
+    ),
+    "never asked": ({"extra_body": {"exit_layer": 4, "fuse_layer": 8}}, "the policy fixed never asks", ""),
     "threshold of no type": (
         {"extra_body": {"exit_threshold": "high"}},
         "exit_threshold can not be used: it must be a valid number or a valid list, got 'high'",
