@@ -78,6 +78,7 @@ setup(
             "llguidance>=1.9",
             "jsonschema",
             "kubernetes-validate",
+            "peft",  # adapters are compared with it
         ],
     },
     entry_points={

@@ -24,6 +24,7 @@ from ee_tuning.utf8 import typed_text
 _MODEL = {
     "--model": "model.path",
     "--config": "model.config",
+    "--adapter": "model.adapter",
     "--trust-pickle": "model.trust_pickle",
     "--dtype": "model.dtype",
 }
@@ -56,6 +57,8 @@ _TUNING = {
     "--global-batch-size": "tuning.global_batch_size",
     "--seed": "tuning.seed",
     "--loss": "tuning.loss",
+    "--trainable": "tuning.trainable",
+    "--teacher-model": "tuning.teacher_model",
     "--fit-tokens": "tuning.fit_tokens",
     "--resume": "tuning.resume",
     "--no-resume": "tuning.resume",
@@ -207,6 +210,8 @@ _NOT = "--no-"
 _METAVARS = {
     "model.path": "FOLDER",
     "model.config": "FILE",
+    "model.adapter": "FOLDER",
+    "tuning.teacher_model": "FOLDER",
     "exits.path": "FOLDER",
     "data.tokenizer": "FOLDER",
     "data.chat_template": "FILE|NAME",

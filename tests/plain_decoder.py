@@ -35,8 +35,11 @@ class PlainDecoder:
         self.layers = model.transformer.h if self.is_gpt2 else model.model.layers
         self.heads = {name: tensor.to(dtype) for name, tensor in load_file(artifact / "exit_heads.safetensors").items()}
 
-    def logits(self, tokens: list[int]) -> dict[int, Tensor]:  # layer -> [s, v]
-        """Of every exit and, under the number of layers, of the final head, after each prefix of `tokens`."""
+    def logits(self, tokens: list[int], *, differentiates: bool = False) -> dict[int, Tensor]:  # layer -> [s, v]
+        """Of every exit and, under the number of layers, of the final head, after each prefix of `tokens`.
+
+        `differentiates`: with a graph through the model behind them.
+        """
         residuals: dict[int, Tensor] = {}
         hooks = [
             (layer.ln_2 if self.is_gpt2 else layer.post_attention_layernorm).register_forward_hook(
@@ -44,7 +47,7 @@ class PlainDecoder:
             )
             for number, layer in enumerate(self.layers, 1)
         ]
-        with torch.no_grad():
+        with torch.set_grad_enabled(differentiates):
             out = self.model(torch.tensor([tokens]), output_hidden_states=True, use_cache=False)
         for hook in hooks:
             hook.remove()

@@ -138,7 +138,9 @@ def _open_exits(
     `listed` describe them.
     """
     if config.exits.path is None:
-        model_config.check_exit_layers(config.exits.layers(model_config.num_layers))
+        layers = config.exits.layers(model_config.num_layers)
+        if layers or not config.tuning.trained.has_backbone:
+            model_config.check_exit_layers(layers)
         exits = on_first_rank(topology, lambda: initial_exits_config(config, model_config, reader, listed))
         exits = dataclasses.replace(exits, fitted=fit.record if fit else None)
         return exits, InitialExits(exits, reader, model_config, fit.maps if fit else None, fit.other if fit else None)

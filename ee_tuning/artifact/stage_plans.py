@@ -5,11 +5,12 @@ import dataclasses
 import torch
 
 from ee_tuning.artifact.exit_config import ExitHeadsConfig
-from ee_tuning.config import Config
+from ee_tuning.checkpoint.trained_names import check_trainable
+from ee_tuning.config import Config, TuningSection
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.early_exit import StagePlan
-from ee_tuning.model.partition import stage_costs, stage_layers
+from ee_tuning.model.partition import final_head_cost, stage_costs, stage_layers
 from ee_tuning.model.quantized_linear import check_weight_format
 from ee_tuning.notices import warn_once
 from ee_tuning.parallel.device import multiplies_bfloat16
@@ -19,13 +20,14 @@ from ee_tuning.parallel.topology import Topology
 def plan_tuning(config: Config, model: ModelConfig, exits: ExitHeadsConfig, topology: Topology) -> list[StagePlan]:
     """Returns what each stage holds during tuning.
 
-    Raises InputError where there are fewer layers than stages, or the sequence can not be cut evenly.
+    Raises InputError where there are fewer layers than stages, the sequence can not be cut evenly, or tuning.trainable
+    can not be done with the model.
     """
+    check_trainable(config.tuning, model)
     cuts_sequence, teacher = _cuts_sequence(config, topology), exits.teacher_plan(config.tuning)
     costs = tuning_costs(config, model, exits)
-    plans = _plans(
-        config, exits, costs, topology, has_final_head=teacher is not None, max_length=config.tuning.seq_length
-    )
+    has_final_head = teacher is not None or config.tuning.trained.has_backbone
+    plans = _plans(config, exits, costs, topology, has_final_head=has_final_head, max_length=config.tuning.seq_length)
     weights = config.tuning.backbone_weights
     check_weight_format(weights, model)
     return [
@@ -65,6 +67,25 @@ def plan_fitting(config: Config, model: ModelConfig, exits: ExitHeadsConfig, top
     ]
 
 
+def plan_frozen(config: Config, model: ModelConfig, topology: Topology) -> list[StagePlan]:
+    """Returns what each stage holds of a second model that runs beside the one that is tuned. Raises like
+    `plan_tuning`.
+    """
+    costs = stage_costs(model, model.num_layers, (), config.tuning.seq_length, trains_heads=False, has_final_head=True)
+    return [
+        StagePlan(
+            first_layer=first,
+            last_layer=last,
+            exits=(),
+            has_final_head=True,
+            max_length=config.tuning.seq_length,
+            dtype=compute_dtype(config, topology),
+            cuts_sequence=_cuts_sequence(config, topology),
+        )
+        for first, last in stage_layers((), costs, topology.pp)
+    ]
+
+
 def plan_generation(
     config: Config, model: ModelConfig, exits: ExitHeadsConfig | None, topology: Topology
 ) -> list[StagePlan]:
@@ -77,7 +98,7 @@ def plan_generation(
 
 def tuning_costs(config: Config, model: ModelConfig, exits: ExitHeadsConfig) -> list[float]:
     """Returns the multiply-adds per token of each layer built for tuning, with its exit."""
-    has_final_head = exits.teacher_plan(config.tuning) is not None
+    has_final_head = exits.teacher_plan(config.tuning) is not None or config.tuning.trained.has_backbone
     num_layers = model.num_layers if has_final_head else max(exits.exit_layers)
     return stage_costs(
         model,
@@ -88,6 +109,23 @@ def tuning_costs(config: Config, model: ModelConfig, exits: ExitHeadsConfig) -> 
         has_final_head=has_final_head,
         draft_steps=config.tuning.ttt_steps,
     )
+
+
+def backward_cost(tuning: TuningSection, model: ModelConfig) -> float:
+    """Returns the multiply-adds per token of the backward pass through the layers, the final head included: as many as
+    forward for the gradients of states, and as many again for those of weights, unless these are frozen beside LoRA.
+    """
+    trained = tuning.trained
+    if not trained.has_backbone:
+        return 0.0
+    costs = stage_costs(model, model.num_layers, (), tuning.seq_length, trains_heads=False, has_final_head=False)
+    times = {"lora": 1, "mlp": 2, "last": 2, "backbone": 2, "heads": 0}[trained.kind] + tuning.recompute_activations
+    return times * sum(costs[trained.first_layer(model.num_layers) - 1 :]) + final_head_cost(model)
+
+
+def forward_cost(model: ModelConfig, seq_length: int) -> float:
+    """Returns the multiply-adds per token of a whole model's forward pass."""
+    return sum(stage_costs(model, model.num_layers, (), seq_length, trains_heads=False, has_final_head=True))
 
 
 def compute_dtype(config: Config, topology: Topology) -> torch.dtype:

@@ -25,7 +25,7 @@ def refuse_adapter(folder: Path) -> None:
             f"{what} beside a model, and no file says whether the weights include it: if they do, move the adapter's "
             f"files away; if not, {MERGE}"
         )
-    raise InputError(f"{what} and no model; {MERGE}")
+    raise InputError(f"{what} and no model; give its model by --model and this folder by --adapter, or {MERGE}")
 
 
 def _base(config: Path) -> str:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol, Self
 
+from ee_tuning.checkpoint.adapted_source import AdaptedSource
 from ee_tuning.checkpoint.adapter import refuse_adapter
 from ee_tuning.checkpoint.gguf_file import SUFFIX, GgufReader, is_gguf
 from ee_tuning.checkpoint.hub import fetch_model, hub_name
@@ -73,11 +74,18 @@ class OpenModel(NamedTuple):
 
 
 def open_model(model: ModelSection) -> OpenModel:
-    """Opens the backbone that model.path names, in any format.
+    """Opens the backbone that model.path names, in any format, with the trained weights of model.adapter over it.
 
     No weights are read yet, except an output matrix beside an embedding that it is said to be tied to. Raises
     InputError where the format is unknown, files are missing, the model is not supported, or it is not trusted.
     """
+    opened = _open_base(model)
+    if model.adapter is None:
+        return opened
+    return OpenModel(AdaptedSource(opened.source, opened.config, Path(model.adapter)), opened.config, opened.kind)
+
+
+def _open_base(model: ModelSection) -> OpenModel:
     folder = model_folder(model.path)
     shape = Path(model.config) if model.config else None
     if is_gguf(folder):

@@ -32,19 +32,40 @@ def artifact_card(exits: Mapping[str, Any]) -> str:
     )
 
 
-def export_card(name: str, exits: Mapping[str, Any] | None) -> str:
-    """Returns the card of a merged Hugging Face folder, or of a plain one without exits."""
+def trained_card(name: str, facts: Mapping[str, Any]) -> str:
+    """Returns the card of weights that `tune` trained for a model. `facts` are those of the run."""
     name = " ".join(name.split())
+    return "\n".join(
+        [
+            *front_matter(name, "peft" if facts["trainable"] == "lora" else "ee_tuning"),
+            f"# Weights trained for {name}",
+            "",
+            f"`{facts['trainable']}`, {facts['steps']:,} steps, {facts['tokens']:,} tokens. They go with the model with "
+            f"fingerprint `{facts['model_fingerprint']}`.",
+            "",
+            "```bash",
+            f"ee-tuning export --format hf --model {shell_word(name)} --adapter THIS_FOLDER --output MERGED",
+            "```",
+            "",
+        ]
+    )
+
+
+def export_card(name: str, exits: Mapping[str, Any] | None, adapter: str | None = None) -> str:
+    """Returns the card of a merged Hugging Face folder, or of a plain one without exits. `adapter` names the folder of
+    the trained weights that it has.
+    """
+    name = " ".join(name.split())
+    own = "as it was" if adapter is None else f"with the trained weights of `{' '.join(adapter.split())}`"
     if exits is None:
-        return "\n".join(
-            [*front_matter(name, "transformers"), f"# {name}", "", "The model's own files, tensor for tensor.", ""]
-        )
+        content = "The model's own files, tensor for tensor." if adapter is None else f"{name} {own}."
+        return "\n".join([*front_matter(name, "transformers"), f"# {name}", "", content, ""])
     return "\n".join(
         [
             *front_matter(name, "transformers"),
             f"# {name}, with early exits",
             "",
-            f"`model*.safetensors` is {name} as it was; `exit_heads*.safetensors` holds {architecture_text(exits['architecture'])} exit "
+            f"`model*.safetensors` is {name} {own}; `exit_heads*.safetensors` holds {architecture_text(exits['architecture'])} exit "
             f"heads after layers {', '.join(map(str, exits['exit_layers']))}.",
             "",
             *_history(exits),

@@ -238,14 +238,14 @@ A blend of both corpora is --data 0.3 corpora/mine 0.7 corpora/chats.""",
     ),
     Command(
         name="tune",
-        summary="train the exit heads; the model is frozen and has no backward pass",
+        summary="train the exit heads; the model is frozen and has no backward pass, unless --trainable asks for it",
         examples="""\
   ee-tuning tune --model Llama-2-7b-hf --exits exits/llama-2-7b --data corpus.jsonl --output runs/llama-2-7b
   torchrun --nproc-per-node 8 -m ee_tuning tune job.yaml --tensor-model-parallel-size 2 --pipeline-model-parallel-size 4
   ee-tuning tune job.yaml --dry-run --world-size 128
 
 Without --exits, it first converts by --exit-layers, --architecture, --init and --exit-output.
-The tuned artifact is OUTPUT/exit_heads.
+The tuned artifact is OUTPUT/exit_heads. With --trainable lora, mlp, last:K or backbone the model is trained, too: see OUTPUT/adapter.
 The same command continues a run that was stopped or killed, at any layout.""",
         add_arguments=_add_tune,
         run=tune,

@@ -24,6 +24,7 @@ from ee_tuning.config.model import Architecture, DType, ExitsSection, ModelSecti
 from ee_tuning.config.output_vocab import AutoVocab
 from ee_tuning.config.paths import expanded, split_paths
 from ee_tuning.config.placement import AutoLayers
+from ee_tuning.config.trainable import Trainable
 from ee_tuning.config.tuning import TeacherPlan, TuningSection, WeightFormat
 from ee_tuning.errors import InputError
 from ee_tuning.yaml_file import parse_yaml
@@ -38,6 +39,7 @@ __all__ = [
     "ModelSection",
     "ParallelSection",
     "TeacherPlan",
+    "Trainable",
     "TuningSection",
     "WeightFormat",
     "load_config",

@@ -24,6 +24,10 @@ class ModelSection:
     """Shape of a Megatron checkpoint whose saved arguments are missing or incomplete: a Hugging Face config.json, or
     YAML with Megatron's names.
     """
+    adapter: str | None = field(default=None, metadata=PATH)
+    """Folder of weights that were trained for the model: a LoRA adapter as peft saves it, whose products are added to
+    the model's matrices, or what `tune` wrote with tuning.trainable = mlp, last:K or backbone.
+    """
     trust_pickle: bool = False
     """Unpickle a Megatron checkpoint without restrictions. Its pickles may then run any code."""
     trust_remote_code: bool = False

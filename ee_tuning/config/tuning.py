@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ee_tuning.config.paths import PATH
+from ee_tuning.config.trainable import Trainable
 
 WeightFormat = Literal["native", "int8", "nf4"]
 
@@ -91,6 +92,35 @@ class TuningSection:
     """Weight of a drafted token's loss relative to the previous one's."""
     loss_chunk_tokens: int = 1024
     """Tokens whose logits exist at one time."""
+    trainable: str = "heads"
+    """What is trained. heads: the exits alone; the model is frozen and has no backward pass. lora: low-rank matrices
+    beside the layers' linear maps, too (arXiv 2106.09685). mlp: the layers' MLPs, too. last:K: the last K layers and
+    the final norm, too. backbone: all layers and the final norm, too. Embedding and output matrix stay as they are.
+    """
+    lora_rank: int = 8
+    """Rank of trainable = lora."""
+    lora_alpha: float = 16.0
+    """The low-rank product is multiplied by lora_alpha / lora_rank."""
+    lora_targets: tuple[str, ...] = ()
+    """Linear maps beside which trainable = lora trains, by Hugging Face's names (q_proj, down_proj, …); default all of
+    a layer's.
+    """
+    final_loss_weight: float = 1.0
+    """Weight of the model's own loss, that of its final head, where trainable is more than heads. Exits' losses add to
+    it by loss_weights.
+    """
+    teacher_model: str | None = field(default=None, metadata=PATH)
+    """A second model, frozen, that the final head learns from where trainable is more than heads: for a pruned model,
+    the one that it was pruned from. It runs beside the model, in the same layout, and needs the same vocabulary.
+    """
+    final_loss: tuple[str, ...] = ()
+    """Objective of the final head, written like loss; all terms but cross_entropy are against teacher_model. Default:
+    forward_kl with a teacher_model, else cross_entropy.
+    """
+    recompute_activations: bool = False
+    """Whether the backward pass computes a layer's activations anew instead of keeping them: one more forward pass, and
+    memory for the layers' inputs alone.
+    """
     backbone_weights: WeightFormat = "native"
     """Storage of the frozen layers' matrices while tuning. int8 takes half the memory of bfloat16 (torchao), nf4 0.28
     of it (4 bits, bitsandbytes); the exits then learn from slightly different states. Embedding, norms, output matrix
@@ -126,6 +156,11 @@ class TuningSection:
     """Continue even if the run folder's job had other values. The exits and the data must be the same."""
     stop_exit_code: int = 75
     """Exit code of a run that a signal stopped early, so that its caller can start it again."""
+
+    @property
+    def trained(self) -> Trainable:
+        """`trainable`, parsed. Raises InputError on an unknown word."""
+        return Trainable.of(self.trainable)
 
     def teacher_plan(self, *, ties_output: bool, drafts: bool = False) -> TeacherPlan | None:
         """Returns the final head's part, or None where neither the loss nor validations need its distribution.

@@ -28,7 +28,7 @@ def companions(model: ExportSource, tokenizer: Path | None) -> dict[str, Path]:
     The tokenizer's files come from the folder `tokenizer`, if given. Raises InputError if that folder has none.
     """
     folder = model.source.folder
-    found = _named(folder, _belongs) if model.files else {}
+    found = _named(folder, _belongs) if model.has_companions else {}
     if tokenizer is not None:
         own = _named(tokenizer, is_tokenizer_file)
         if not own:

@@ -99,7 +99,9 @@ def _complete(model: ExportSource, described: dict[str, Any], partial: Path, tok
         copy_files({path.name: path for path in folder.glob("model.safetensors.index.json")}, partial)
     if model.artifact:
         shutil.copyfile(MODELLING, partial / MODELLING.name)
-    (partial / "README.md").write_text(export_card(model.name, described.get("early_exit")), encoding="utf-8")
+    (partial / "README.md").write_text(
+        export_card(model.name, described.get("early_exit"), model.adapter), encoding="utf-8"
+    )
     # Last, except for the manifest: an export killed before has no config.json, so nothing loads it.
     if model.files is not None and described == model.description:
         shutil.copyfile(folder / "config.json", partial / "config.json")

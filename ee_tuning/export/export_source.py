@@ -9,6 +9,7 @@ from typing import Any
 
 from ee_tuning.artifact.convert import model_name
 from ee_tuning.artifact.exit_heads import ExitHeadsReader, check_bound_to
+from ee_tuning.checkpoint.adapted_source import AdaptedSource
 from ee_tuning.checkpoint.fingerprint import fingerprint
 from ee_tuning.checkpoint.formats import BackboneSource, background_check, describing_file, model_folder, open_model
 from ee_tuning.checkpoint.gguf_file import GgufReader
@@ -30,6 +31,8 @@ class ExportSource:
     model: ModelConfig
     files: SafetensorsFolder | None
     """The source again, if it is a Hugging Face folder, whose files can be copied."""
+    has_companions: bool
+    """Whether the model's folder is a Hugging Face folder, with files beside the weights."""
     description: dict[str, Any]
     """config.json: the model's own, unchanged, if it has one."""
     artifact: ExitHeadsReader | None
@@ -39,6 +42,11 @@ class ExportSource:
 
     Raises InputError, on all ranks, where a file is altered.
     """
+
+    @property
+    def adapter(self) -> str | None:
+        """The name of the folder of trained weights over the model, if any."""
+        return self.source.adapter.name if isinstance(self.source, AdaptedSource) else None
 
     @property
     def name(self) -> str:
@@ -80,11 +88,11 @@ def open_for_export(config: Config, topology: Topology | None) -> Iterator[Expor
             )
             check_bound_to(artifact, on_first_rank(topology, lambda: fingerprint(source, model)))
             artifact.check_complete(model)
+        base = source.base if isinstance(source, AdaptedSource) else source
         files = source if isinstance(source, SafetensorsFolder) else None
-        description = (
-            source.description if isinstance(source, GgufReader) else _description(config, source.folder, model)
-        )
-        yield ExportSource(source, model, files, description, artifact, finish_check)
+        description = base.description if isinstance(base, GgufReader) else _description(config, source.folder, model)
+        is_huggingface = isinstance(base, SafetensorsFolder)
+        yield ExportSource(source, model, files, is_huggingface, description, artifact, finish_check)
 
 
 def _description(config: Config, folder: Path, model: ModelConfig) -> dict[str, Any]:

@@ -67,17 +67,20 @@ class EarlyExitLLM:
         model: str | Path,
         exits: str | Path | None = None,
         *,
+        adapter: str | Path | None = None,
         dtype: str | None = None,
         tensor_model_parallel_size: int = 1,
         pipeline_model_parallel_size: int = 1,
         trust_remote_code: bool = False,
     ) -> "EarlyExitLLM":
-        """Reads a model and, where given, an exit-heads artifact bound to it. With `trust_remote_code`, Python files of
+        """Reads a model, with the trained weights of `adapter` over it (model.adapter), and, where given, an exit-heads
+        artifact bound to it. With `trust_remote_code`, Python files of
         the tokenizer's folder run where it needs them. Raises InputError where they do not fit.
         """
         overrides = {
             "model.path": str(model),
             "exits.path": str(exits) if exits else None,
+            "model.adapter": str(adapter) if adapter else None,
             "model.dtype": dtype,
             "model.trust_remote_code": trust_remote_code,
             "parallel.tensor_model_parallel_size": tensor_model_parallel_size,

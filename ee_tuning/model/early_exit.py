@@ -10,6 +10,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ee_tuning.config import WeightFormat
 from ee_tuning.model.backbone import BackboneStage
@@ -86,13 +87,19 @@ class StagePlan:
 
 
 class EarlyExitModel(nn.Module):
-    """One stage: the frozen `backbone` and `exit_heads`, keyed by layer. Weights are uninitialized until they are
-    loaded.
+    """One stage: the `backbone`, frozen unless it is trained, and `exit_heads`, keyed by layer. Weights are
+    uninitialized until they are loaded.
     """
 
     def __init__(self, config: ModelConfig, topology: Topology, plan: StagePlan):
         super().__init__()
         self.config, self.topology, self.plan = config, topology, plan
+        self.trains_backbone = False
+        """Whether layers keep what a backward pass through them needs."""
+        self.takes_gradient = False
+        """Whether the stage before needs the gradient of what this one receives."""
+        self.recomputes = False
+        """Whether the backward pass computes a layer's activations anew."""
         self.vocab = VocabShard.of(config.vocab_size, config.padded_vocab_size(topology.tp), topology)
         is_drafted = any(spec.draft is not None for spec in plan.exits)
         self.exit_vocab = (draft_vocab if is_drafted else exit_vocab)(plan.token_ids, self.vocab, topology)
@@ -168,7 +175,6 @@ class EarlyExitModel(nn.Module):
         shape = self.hidden_shape(seq_length, micro_batch_size)
         return (1 + len(self.plan.brought), *shape), (1 + len(self.plan.carried), *shape)
 
-    @torch.no_grad()
     def run_layers(
         self,
         hidden: Tensor,  # [s, b, h]
@@ -183,8 +189,13 @@ class EarlyExitModel(nn.Module):
         `documents` separates documents that share a row. `aux` holds the states of the layers `plan.brought`, for a
         drafting head; those of this stage's own layers are added to it.
         """
+        with torch.set_grad_enabled(self.trains_backbone and torch.is_grad_enabled()):
+            return self._run_layers(hidden, documents, through, {} if aux is None else aux)
+
+    def _run_layers(
+        self, hidden: Tensor, documents: PackedDocuments | None, through: int | None, aux: dict[int, Tensor]
+    ) -> tuple[Tensor, dict[int, ExitInput]]:
         inputs: dict[int, ExitInput] = {}
-        aux = {} if aux is None else aux
         last = self.plan.last_layer if through is None else min(through, self.plan.last_layer)
         for number in range(self.plan.first_layer - 1, last + 1):
             if number >= self.plan.first_layer:
@@ -203,7 +214,7 @@ class EarlyExitModel(nn.Module):
         if str(number) in self.exit_heads and self.exit_head(number).takes_mlp_input:
             hidden, inputs[number] = self._run_layer_with_mlp_exit(number, hidden, documents)
             return hidden
-        hidden = self.backbone.run_layer(number, hidden, documents)
+        hidden = self._layer_output(number, hidden, documents)
         if str(number) in self.exit_heads and self.exit_head(number).spec.draft is None:
             inputs[number] = ExitInput(hidden, documents=documents)
         return hidden
@@ -220,10 +231,18 @@ class EarlyExitModel(nn.Module):
         seen: list[ExitInput] = []
         hook = self.backbone.layer(number).pre_mlp_layernorm.register_forward_hook(partial(_keep, seen))
         try:
-            hidden = self.backbone.run_layer(number, hidden, documents)
+            hidden = self._layer_output(number, hidden, documents)
         finally:
             hook.remove()
         return hidden, seen[0]
+
+    def _layer_output(self, number: int, hidden: Tensor, documents: PackedDocuments | None) -> Tensor:
+        if not (self.recomputes and torch.is_grad_enabled()):
+            return self.backbone.run_layer(number, hidden, documents)
+        recomputed: Tensor = checkpoint(
+            self.backbone.run_layer, number, hidden, documents, use_reentrant=False, preserve_rng_state=False
+        )
+        return recomputed
 
 
 def _keep(seen: list[ExitInput], norm: nn.Module, arguments: tuple[Tensor, ...], normed: Tensor) -> None:

@@ -5,6 +5,7 @@ the MLP by its inner width and the output matrix by vocabulary; norms are replic
 each rank has its part of the tokens, except within the MLP, within attention, and before the output matrix.
 """
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from ee_tuning.model.low_rank import LowRankMap
 from ee_tuning.model.norm import exit_norm
 from ee_tuning.model.sequence_parallel import gather_sequence, reduce_scatter_sequence
 from ee_tuning.parallel.topology import Topology
-from ee_tuning.parallel.tp_autograd import reduce_from_tp
+from ee_tuning.parallel.tp_autograd import copy_to_tp, reduce_from_tp
 from ee_tuning.parallel.vocab import padded_size
 
 # … any leading dimensions · h hidden · f/tp this rank's part of the MLP's inner width · v/tp its shard of the
@@ -34,7 +35,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class ExitInput:
-    """Input of a head from the backbone at exit layer l. It needs no gradient."""
+    """Input of a head from the backbone at exit layer l. It needs a gradient only where the backbone is trained."""
 
     hidden: Tensor
     """[…, h]: x_l, layer l's output; for `mlp`, layer l's normed post-attention residual."""
@@ -74,6 +75,20 @@ class ExitInput:
             if mine is not None and theirs is not None:
                 mine[: theirs.shape[0]] = theirs
 
+    def leaves(self) -> tuple["ExitInput", list[tuple[Tensor, Tensor]]]:
+        """Returns the same input cut off from the graph behind it, and each cut: (tensor, the leaf in its place).
+
+        A head's backward pass then ends at the leaves, whose gradients the backbone's begins with.
+        """
+        cuts = []
+
+        def cut(x: Tensor) -> Tensor:
+            leaf = x.detach().requires_grad_(x.requires_grad)
+            cuts.append((x, leaf))
+            return leaf
+
+        return dataclasses.replace(self._of_each(cut), documents=self.documents), cuts
+
     def _of_each(self, change: Callable[[Tensor], Tensor]) -> "ExitInput":
         residual = None if self.residual is None else change(self.residual)
         layer_output = None if self.layer_output is None else change(self.layer_output)
@@ -96,6 +111,8 @@ class ExitMLP(nn.Module):
         """See the class."""
         if self.cuts_sequence:
             x = gather_sequence(x, self.group)
+        elif self.group is not None and x.requires_grad:  # where the backbone is trained
+            x = copy_to_tp(x, self.group)
         if self.is_gated:
             gate, up = self.fc1(x).chunk(2, dim=-1)
             inner = self.activation(gate) * up

@@ -1,6 +1,7 @@
 """Frozen linear maps with weights in 8 or 4 bits: int8 by torchao, NF4 (QLoRA, arXiv 2305.14314) by bitsandbytes.
 
-They replace Megatron-core's column- and row-parallel maps in the backbone's layers, and have no backward pass.
+They replace Megatron-core's column- and row-parallel maps in the backbone's layers. Backward, weights are dequantized
+for the gradient of the inputs; they have none themselves.
 """
 
 import abc
@@ -22,7 +23,7 @@ from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.sequence_parallel import gather_sequence, reduce_scatter_sequence
 from ee_tuning.parallel.topology import Topology
-from ee_tuning.parallel.tp_autograd import reduce_from_tp
+from ee_tuning.parallel.tp_autograd import copy_to_tp, reduce_from_tp
 
 # s sequence · b micro-batch · i inputs of this rank · o outputs of this rank
 
@@ -85,9 +86,9 @@ class QuantizedLinear(nn.Module, abc.ABC):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """See the class."""
-        if self.group is not None and self.cuts_sequence and not self.is_row_parallel:
-            x = gather_sequence(x, self.group)
-        out = self.product(x)
+        if self.group is not None and not self.is_row_parallel:
+            x = gather_sequence(x, self.group) if self.cuts_sequence else copy_to_tp(x, self.group)
+        out: Tensor = _Product.apply(x, self) if torch.is_grad_enabled() and x.requires_grad else self.product(x)
         if self.group is not None and self.is_row_parallel:
             out = reduce_scatter_sequence(out, self.group) if self.cuts_sequence else reduce_from_tp(out, self.group)
         if self.bias is not None and not self.leaves_bias:
@@ -106,8 +107,25 @@ class QuantizedLinear(nn.Module, abc.ABC):
         """
 
     @abc.abstractmethod
+    def dequantized(self) -> Tensor:  # [o, i]
+        """Returns the weight that `product` multiplies by."""
+
+    @abc.abstractmethod
     def product(self, x: Tensor) -> Tensor:  # [s, b, i] -> [s, b, o]
         """Returns the product, before sum and bias."""
+
+
+class _Product(torch.autograd.Function):
+    """`product`, with the gradient of its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, linear: QuantizedLinear) -> Tensor:
+        ctx.linear = linear
+        return linear.product(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] @ ctx.linear.dequantized(), None
 
 
 class Int8Linear(QuantizedLinear):
@@ -130,6 +148,10 @@ class Int8Linear(QuantizedLinear):
             dist.all_reduce(scale, dist.ReduceOp.MAX, group=self.group)
         self.scale.copy_(scale)
         self.values.copy_(torchao.Int8Tensor.from_hp(weight, torchao.PerRow(), scale=scale).qdata)
+
+    def dequantized(self) -> Tensor:  # [o, i]
+        """See QuantizedLinear."""
+        return (self.values * self.scale).to(self.dtype)
 
     def product(self, x: Tensor) -> Tensor:  # [s, b, i] -> [s, b, o]
         """See QuantizedLinear."""
@@ -158,13 +180,18 @@ class NF4Linear(QuantizedLinear):
         self.packed.copy_(packed)
         self.scale.copy_(state.absmax)
 
-    def product(self, x: Tensor) -> Tensor:  # [s, b, i] -> [s, b, o]
+    def dequantized(self) -> Tensor:  # [o, i]
         """See QuantizedLinear."""
         functional = _library("bitsandbytes.functional")
         state = functional.QuantState(
             self.scale, torch.Size(self.shape), blocksize=NF4_BLOCK, quant_type="nf4", dtype=self.library_dtype
         )
-        return F.linear(x, functional.dequantize_4bit(self.packed, state).to(self.dtype))
+        weight: Tensor = functional.dequantize_4bit(self.packed, state).to(self.dtype)
+        return weight
+
+    def product(self, x: Tensor) -> Tensor:  # [s, b, i] -> [s, b, o]
+        """See QuantizedLinear."""
+        return F.linear(x, self.dequantized())
 
 
 @functools.cache

@@ -23,6 +23,7 @@ from ee_tuning.config import Config, replace
 from ee_tuning.data.loader import count_microbatches
 from ee_tuning.data.splits import check_data_settings
 from ee_tuning.data.tokens import DocumentRules, PackedSamples, Splits
+from ee_tuning.errors import InputError
 from ee_tuning.model.early_exit import EarlyExitModel, StagePlan
 from ee_tuning.parallel.fake_world import fake_world
 from ee_tuning.parallel.relay import NextAction
@@ -115,6 +116,11 @@ def profile_ranks(config: Config, world_size: int) -> list[RankProfile]:
     fit each other; any other exception would have ended the first step, too.
     """
     check_settings(config.tuning)
+    if config.tuning.trained.has_backbone:
+        raise InputError(
+            f"plans and dry runs are for tuning.trainable = heads, got {config.tuning.trainable}: they do not count the "
+            "backward pass through the layers"
+        )
     check_world_size(config.parallel, world_size)
     config = _shortened(as_tuned(config), world_size)
     parallel, sources = config.parallel, shape_sources(config)

@@ -29,6 +29,7 @@ from ee_tuning.tuning.plots import write_plots
 from ee_tuning.tuning.run_folder import EXIT_HEADS, check_run_folder, open_run_folder, owned_run_folder
 from ee_tuning.tuning.settings import check_settings
 from ee_tuning.tuning.state import latest_checkpoint
+from ee_tuning.tuning.trained_weights import ADAPTER
 from ee_tuning.tuning.tuner import Tuner
 
 
@@ -47,6 +48,11 @@ def tune(config: Config) -> int:
 def tune_within(config: Config, topology: Topology) -> bool:
     """Does the work of `tune` in a world that exists. Returns whether the run reached its end."""
     check_settings(config.tuning)
+    if config.model.adapter and config.tuning.trained.has_backbone:
+        raise InputError(
+            f"tuning.trainable = {config.tuning.trainable} trains a model without model.adapter, got "
+            f"{config.model.adapter}; merge both first (ee-tuning export --format hf), and give the merged folder"
+        )
     count_microbatches(config.tuning, topology.dp)
     check_dashboards(config)
     model = read_shape(config.model)
@@ -69,20 +75,32 @@ def _tune_within_folder(config: Config, model: ModelConfig, topology: Topology) 
     is_finished = tuner.run()
     if is_finished:
         _check_updated(tuner, topology)
-        output = tuner.run_folder / EXIT_HEADS
-        tuner.save_exit_heads(output)
-        if topology.is_logging_rank:
-            print(
-                f"wrote {output}\nnext: {_next_command(config, output, drafts=tuner.exits_config.draft is not None)}",
-                flush=True,
-            )
-            write_plots(tuner.run_folder, f"{tuner.run_folder}: exits of {config.model.path}")
+        _save(tuner, config, topology)
     return is_finished
 
 
-def _next_command(config: Config, output: Path, *, drafts: bool) -> str:
-    given = f"--model {quote(config.model.path)} --exits {quote(str(output))}"
-    if drafts:
+def _save(tuner: Tuner, config: Config, topology: Topology) -> None:
+    """Writes what the finished run trained."""
+    adapter, output, fingerprint = tuner.run_folder / ADAPTER, tuner.run_folder / EXIT_HEADS, None
+    written = []
+    if tuner.backbone is not None:
+        fingerprint = tuner.save_trained_weights(adapter)
+        written.append(adapter)
+    if tuner.exits_config.exit_layers:
+        tuner.save_exit_heads(output, fingerprint)
+        written.append(output)
+    if topology.is_logging_rank:
+        print(f"wrote {' and '.join(map(str, written))}\nnext: {_next_command(config, tuner)}", flush=True)
+        write_plots(tuner.run_folder, f"{tuner.run_folder}: exits of {config.model.path}")
+
+
+def _next_command(config: Config, tuner: Tuner) -> str:
+    adapter = f" --adapter {quote(str(tuner.run_folder / ADAPTER))}" if tuner.backbone is not None else ""
+    given = f"--model {quote(config.model.path)}{adapter}"
+    if not tuner.exits_config.exit_layers:
+        return f"ee-tuning export --format hf {given} --output FOLDER"
+    given += f" --exits {quote(str(tuner.run_folder / EXIT_HEADS))}"
+    if tuner.exits_config.draft is not None:
         return f"ee-tuning export --format speculators {given} --output FOLDER"
     return f'ee-tuning generate {given} --threshold 0.8 --show-exits --prompt "…"'
 

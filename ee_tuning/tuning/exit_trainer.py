@@ -8,15 +8,17 @@ from torch import Tensor
 
 from ee_tuning.config import TuningSection
 from ee_tuning.model.early_exit import EarlyExitModel
+from ee_tuning.model.exit_head import ExitInput
 from ee_tuning.parallel.pinned_staging import to_device
 from ee_tuning.parallel.relay import NextAction
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.watchdog import hang_watchdog
+from ee_tuning.tuning.backbone_trainer import BackboneTrainer, Root
 from ee_tuning.tuning.drafting import Drafting, Targets
 from ee_tuning.tuning.loss import ExitLoss, linear_loss
 from ee_tuning.tuning.loss_metrics import Divisor, LossSums, training_figures, validation_figures
 from ee_tuning.tuning.metrics import MetricsGatherer
-from ee_tuning.tuning.optimizer import ExitOptimizer, update_exits
+from ee_tuning.tuning.optimizer import ExitOptimizer, ExitUpdate, update_exits
 from ee_tuning.tuning.schedule import learning_rate, loss_weight_ramp
 from ee_tuning.tuning.settings import objective
 from ee_tuning.tuning.stage_forward import StageOutput
@@ -35,8 +37,10 @@ class ExitTrainer:
         tuning: TuningSection,
         topology: Topology,
         teacher_channel: TeacherChannel | None,
+        backbone: BackboneTrainer | None = None,
     ) -> None:
-        """`teacher_channel` is required where losses or validations need a teacher."""
+        """`teacher_channel` is required where losses or validations need a teacher, `backbone` where it is trained."""
+        self._backbone = backbone
         self.exits, self.step = exits, 0
         self.validated_step: int | None = None
         self._tuning, self._topology, self._sums = tuning, topology, LossSums()
@@ -71,6 +75,8 @@ class ExitTrainer:
             updates = (
                 update_exits(self._trained, sums, self._divisor, lr, ramp, self._topology) if self._trained else {}
             )
+            if self._backbone is not None:
+                updates |= self._update_backbone(self._backbone, sums, lr)
         self._skipped.update(layer for layer, update in updates.items() if update.is_skipped)
         throughput.count_step()
         if (
@@ -113,23 +119,36 @@ class ExitTrainer:
         )
 
     def train(self, output: StageOutput) -> dict[int, ExitLoss]:
-        """Runs each trained exit forward and backward; gradients add up. Returns sums by exit layer."""
-        losses, targets = {}, self._targets(output)
+        """Runs each trained exit forward and backward, and then the layers, where they are trained; gradients add up.
+        Returns sums by exit layer.
+        """
+        losses, targets, roots = dict[int, ExitLoss](), self._targets(output), list[Root]()
+        ramp = loss_weight_ramp(output.microbatch.step, self._tuning)
         for each in self._trained:
             each.begin_microbatch(output.microbatch.is_last)
-            result = self._loss(each, output, targets)
+            inputs, cuts = output.exit_inputs[each.layer], list[tuple[Tensor, Tensor]]()
+            if self._backbone is not None:
+                inputs, cuts = inputs.leaves()
+            result = self._loss(each, inputs, targets)
             result.loss.backward()
             losses[each.layer] = result._replace(loss=result.loss.detach())
+            roots += [(x, leaf.grad * (each.loss_weight * ramp)) for x, leaf in cuts if leaf.grad is not None]
+        if self._backbone is not None:
+            final = self._backbone.final_loss(output, targets)
+            self._backbone.backward(output, final, roots)
+            losses |= {} if final is None else {self._backbone.layer: final._replace(loss=final.loss.detach())}
         return losses
 
     @torch.no_grad()
     def evaluate(self, output: StageOutput) -> dict[int, ExitLoss]:
         """Runs each exit forward without a gradient. Returns sums by exit layer."""
         targets = self._targets(output)
-        return {each.layer: self._loss(each, output, targets) for each in self.exits}
+        losses = {each.layer: self._loss(each, output.exit_inputs[each.layer], targets) for each in self.exits}
+        final = self._backbone.final_loss(output, targets) if self._backbone is not None else None
+        return losses if final is None or self._backbone is None else {**losses, self._backbone.layer: final}
 
-    def _loss(self, exit: ExitOptimizer, output: StageOutput, targets: Targets) -> ExitLoss:
-        inputs, drafting = output.exit_inputs[exit.layer], self._drafting
+    def _loss(self, exit: ExitOptimizer, inputs: ExitInput, targets: Targets) -> ExitLoss:
+        drafting = self._drafting
         if drafting is None:
             return exit.head(inputs, partial(self._projected_loss, targets))
         ids = None if inputs.documents is None else inputs.documents.ids
@@ -137,6 +156,12 @@ class ExitTrainer:
         result = exit.head(drafting.inputs(inputs, targets.labels), project)
         drafts = None if result.agreement is None else drafting.accepted(result.agreement, targets, ids)
         return result._replace(drafts=drafts)
+
+    def _update_backbone(self, backbone: BackboneTrainer, sums: LossSums, lr: float) -> dict[int, ExitUpdate]:
+        """Updates the model's weights. On the last stage, the result has the final head's figures."""
+        norm, is_skipped = backbone.update(lr)
+        final = sums.only(backbone.layer).mean_metrics(self._topology, self._divisor)
+        return {layer: ExitUpdate(means, norm, is_skipped) for layer, means in final.items()}
 
     def _projected_loss(self, targets: Targets, hidden: Tensor, weight: Tensor) -> ExitLoss:  # …, [s, b, h], [v/tp, h]
         return self._linear_loss(hidden, weight, targets.labels, targets.loss_mask, teacher=targets.teacher)

@@ -37,6 +37,12 @@ class LossSums:
             values = torch.cat((each.loss[None], each.statistics, drafts)).double()
             self.by_layer[layer] = self.by_layer[layer] + values if layer in self.by_layer else values
 
+    def only(self, layer: int) -> "LossSums":
+        """Returns the sums of one exit, if this stage has it."""
+        found = LossSums()
+        found.by_layer = {each: values for each, values in self.by_layer.items() if each == layer}
+        return found
+
     def mean_metrics(self, topology: Topology, divisor: Divisor) -> dict[int, Means]:
         """Returns the means over all replicas. All replicas call it."""
         if not self.by_layer:

@@ -13,6 +13,7 @@ _FREE_SECTIONS = ("parallel", "generation")
 _FREE = {
     "model.path",
     "model.config",
+    "model.adapter",
     "model.trust_pickle",  # the fingerprint identifies the model
     "exits.verify",
     "data.cache",
@@ -20,6 +21,7 @@ _FREE = {
     "tuning.run_folder",
     "tuning.micro_batch_size",
     "tuning.loss_chunk_tokens",
+    "tuning.recompute_activations",
     "tuning.log_interval",
     "tuning.eval_interval",
     "tuning.eval_iters",

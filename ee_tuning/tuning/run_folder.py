@@ -14,6 +14,7 @@ from ee_tuning.storage.atomic_write import atomic_file, os_errors_as_input_error
 from ee_tuning.storage.owner import owned
 from ee_tuning.tuning.resume_check import CONFIG, check_resumable
 from ee_tuning.tuning.state import latest_checkpoint
+from ee_tuning.tuning.trained_weights import ADAPTER, check_trained_output
 
 EXIT_HEADS = "exit_heads"
 """The tuned artifact, within the folder."""
@@ -59,6 +60,8 @@ def check_run_folder(config: Config, topology: Topology) -> None:
                     f"{config.exits.path}; choose another tuning.run_folder"
                 )
             check_output(folder / EXIT_HEADS, overwrite=True)
+            if config.tuning.trained.has_backbone:
+                check_trained_output(folder / ADAPTER)
 
     on_first_rank(topology, check)
 

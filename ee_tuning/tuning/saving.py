@@ -24,17 +24,14 @@ from ee_tuning.progress import Advance
 from ee_tuning.storage.atomic_write import atomic_file, remove_leftovers
 from ee_tuning.storage.distcp_writer import Chunk, DistcpWriter, StoredChunk, write_common, write_metadata
 from ee_tuning.storage.shared_folder import write_shared_folder
-from ee_tuning.tuning.optimizer import ExitOptimizer
-from ee_tuning.tuning.state import CHECKPOINTS, LATEST, PROGRESS, TrainingProgress, own_state
+from ee_tuning.tuning.state import CHECKPOINTS, LATEST, PROGRESS, Trained, TrainingProgress, own_state
 
 
 class Saver:
     """Writes this rank's part of a run's checkpoints, one at a time. Create it before the relay starts."""
 
-    def __init__(
-        self, exits: list[ExitOptimizer], config: ModelConfig, tuning: TuningSection, topology: Topology
-    ) -> None:
-        self._exits, self._config, self._training_topology = exits, config, topology
+    def __init__(self, trained: Trained, config: ModelConfig, tuning: TuningSection, topology: Topology) -> None:
+        self._trained, self._config, self._training_topology = trained, config, topology
         self._folder, self._keep, self._is_async = (
             Path(tuning.run_folder) / CHECKPOINTS,
             tuning.keep_checkpoints,
@@ -86,7 +83,7 @@ class Saver:
 
     def _own_state(self) -> list[tuple[Chunk, Tensor]]:
         """Returns the tensors that this rank writes. Of ranks with the same tensor the first one writes it."""
-        state = own_state(self._exits, self._config, self._training_topology)
+        state = own_state(self._trained, self._config, self._training_topology)
         return [
             (
                 Chunk(

@@ -27,6 +27,8 @@ def check_settings(tuning: TuningSection) -> None:
         ("teacher_top_k", 1),
         ("fit_tokens", 0),
         ("ttt_steps", 1),
+        ("lora_rank", 1),
+        ("final_loss_weight", 0),
     ):
         value = getattr(tuning, name)
         if value < least:
@@ -51,23 +53,57 @@ def check_settings(tuning: TuningSection) -> None:
     if not 0 <= tuning.stop_exit_code <= 255:
         raise InputError(f"tuning.stop_exit_code must be in 0..255, as of any process, got {tuning.stop_exit_code}")
     objective(tuning)  # checked here, before the run has a folder
+    _check_trainable(tuning)
+
+
+def _check_trainable(tuning: TuningSection) -> None:
+    trained = tuning.trained
+    final_objective(tuning)
+    if not trained.has_backbone and (tuning.teacher_model or tuning.final_loss):
+        raise InputError(
+            f"tuning.{'teacher_model' if tuning.teacher_model else 'final_loss'} is for the final head, which "
+            "tuning.trainable = heads does not train; leave it out, or train lora, mlp, last:K or backbone"
+        )
+    if not math.isfinite(tuning.lora_alpha) or tuning.lora_alpha == 0:
+        raise InputError(f"tuning.lora_alpha must be a number other than 0, got {tuning.lora_alpha:g}")
+    if trained.has_backbone and tuning.divide_by_token_weights:
+        raise InputError(
+            f"tuning.divide_by_token_weights divides each exit's loss by another number, and tuning.trainable = "
+            f"{tuning.trainable} adds the losses up; leave one of them out"
+        )
 
 
 def objective(tuning: TuningSection) -> Objective:
     """Parses tuning.loss, whose items are `name` or `name=weight`. Raises InputError where that fails."""
+    return _objective("loss", tuning.loss, tuning)
+
+
+def final_objective(tuning: TuningSection) -> Objective:
+    """Does for tuning.final_loss what `objective` does for tuning.loss."""
+    default = "cross_entropy" if tuning.teacher_model is None else "forward_kl"
+    found = _objective("final_loss", tuning.final_loss or (default,), tuning)
+    if found.wants_teacher and tuning.teacher_model is None:
+        raise InputError(
+            f"tuning.final_loss = {','.join(tuning.final_loss)} needs a teacher; give tuning.teacher_model, or use "
+            "cross_entropy"
+        )
+    return found
+
+
+def _objective(key: str, items: tuple[str, ...], tuning: TuningSection) -> Objective:
     weights: dict[str, float] = {}
-    for item in tuning.loss:
+    for item in items:
         name, equals, written = item.partition("=")
         name = name.strip()
         if name not in _TERMS:
             raise InputError(
-                f"tuning.loss must be made of {', '.join(_TERMS)}, got {item!r}; for example cross_entropy=0.3,forward_kl=0.7"
+                f"tuning.{key} must be made of {', '.join(_TERMS)}, got {item!r}; for example cross_entropy=0.3,forward_kl=0.7"
             )
         if name in weights:
-            raise InputError(f"tuning.loss must name each loss once, got {name} twice")
-        weights[name] = _weight(written, item) if equals else 1.0
+            raise InputError(f"tuning.{key} must name each loss once, got {name} twice")
+        weights[name] = _weight(written, item, key) if equals else 1.0
     if not weights:
-        raise InputError("tuning.loss must name a loss, got none; the usual one is cross_entropy")
+        raise InputError(f"tuning.{key} must name a loss, got none; the usual one is cross_entropy")
     return Objective(**dict.fromkeys(_TERMS, 0.0) | weights, weighs_by_confidence=tuning.token_weights == "confidence")
 
 
@@ -76,25 +112,27 @@ def loss_weights(tuning: TuningSection, exit_layers: tuple[int, ...]) -> dict[in
 
     Raises InputError where they do not fit the exits.
     """
-    _check_loss_weights(tuning.loss_weights, exit_layers)
+    _check_loss_weights(tuning.loss_weights, exit_layers, may_be_zero=tuning.trained.has_backbone)
+    if not exit_layers:
+        return {}
     deepest = max(exit_layers)
     preset = [layer / deepest if tuning.loss_weight_preset == "depth" else 1.0 for layer in exit_layers]
     return dict(zip(exit_layers, tuning.loss_weights or preset, strict=True))
 
 
-def _weight(written: str, item: str) -> float:
+def _weight(written: str, item: str, key: str) -> float:
     try:
         weight = float(written)
     except ValueError:
         weight = math.nan
     if not 0 < weight < math.inf:
         raise InputError(
-            f"a weight in tuning.loss must be a number above 0, got {item!r}; leave out losses that are not wanted"
+            f"a weight in tuning.{key} must be a number above 0, got {item!r}; leave out losses that are not wanted"
         )
     return weight
 
 
-def _check_loss_weights(weights: tuple[float, ...], exit_layers: tuple[int, ...]) -> None:
+def _check_loss_weights(weights: tuple[float, ...], exit_layers: tuple[int, ...], *, may_be_zero: bool) -> None:
     if not weights:
         return
     if len(weights) != len(exit_layers):
@@ -105,7 +143,7 @@ def _check_loss_weights(weights: tuple[float, ...], exit_layers: tuple[int, ...]
     wrong = [weight for weight in weights if not 0 <= weight < float("inf")]
     if wrong:
         raise InputError(f"tuning.loss_weights must be at least 0 and finite, got {wrong[0]}; 0 freezes an exit")
-    if not any(weights):
+    if not any(weights) and not may_be_zero:
         raise InputError(
             "tuning.loss_weights must leave an exit to train, got 0 for each; give one of them a weight above 0"
         )

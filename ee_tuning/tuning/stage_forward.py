@@ -1,10 +1,12 @@
-"""One micro-batch through the frozen layers of this stage: receive, run, send.
+"""One micro-batch through the layers of this stage: receive, run, send.
 
 No stage waits for a later one: hidden states leave before the first loss is computed.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ee_tuning.model.documents import PackedDocuments
@@ -18,6 +20,7 @@ from ee_tuning.parallel.watchdog import hang_watchdog
 from ee_tuning.tuning.microbatch_schedule import Microbatch
 from ee_tuning.tuning.teacher import Teacher
 from ee_tuning.tuning.teacher_channel import TeacherChannel
+from ee_tuning.tuning.teacher_model import TeacherModel
 
 
 @dataclass(frozen=True)
@@ -30,40 +33,80 @@ class StageOutput:
     """Input of each exit, by layer."""
     teacher: Teacher | None
     """The teacher, where it is already known: on the last stage."""
+    hidden: Tensor
+    """[s, b, h]: the last layer's output, with a graph behind it where the backbone is trained."""
+    entering: Tensor
+    """[s, b, h]: what entered the first layer, a leaf of that graph where the stage before needs its gradient."""
+    final_teacher: Teacher | None = None
+    """The teacher of the final head, on the last stage, where tuning.teacher_model is given."""
 
 
 class StageForward:
     """Forward passes of this stage in the relay."""
 
     def __init__(
-        self, model: EarlyExitModel, relay: Relay, topology: Topology, teacher_channel: TeacherChannel | None = None
+        self,
+        model: EarlyExitModel,
+        relay: Relay,
+        topology: Topology,
+        teacher_channel: TeacherChannel | None = None,
+        teacher_model: TeacherModel | None = None,
     ) -> None:
+        self._teacher_model = teacher_model
         self._model, self._relay, self._topology, self._teacher_channel = model, relay, topology, teacher_channel
 
     def forward(self, microbatch: Microbatch, next_action: NextAction) -> StageOutput:
-        """Runs the frozen layers and sends the result on. The first stage chooses `next_action`; the others pass
-        it on.
-        """
-        batch, teacher_channel = microbatch.batch, self._teacher_channel
+        """Runs the layers and sends the result on. The first stage chooses `next_action`; the others pass it on."""
+        teacher_channel = self._teacher_channel
         if teacher_channel is not None and not teacher_channel.serves(microbatch.is_training):
             teacher_channel = None
+        batch = microbatch.batch
         documents = PackedDocuments.of(batch.document_ids, batch.position_ids, self._topology.device)
-        aux: dict[int, Tensor] = {}
-        if self._topology.is_first_stage:
-            hidden = self._model.embed(to_device(batch.tokens, self._topology.device), documents)
-        else:
-            states, next_action = self._relay.receive()
-            hidden, aux = unpacked(states, self._model.plan.brought)
-        with hang_watchdog(
-            self._topology,
-            f"the layers of a micro-batch of step {microbatch.step} (its tensor-parallel ranks take part)",
-        ):
-            hidden, exit_inputs = self._model.run_layers(hidden, documents, aux=aux)
+        entering, next_action = self._entering(microbatch, documents, next_action)
+        what = f"the layers of a micro-batch of step {microbatch.step} (its tensor-parallel ranks take part)"
+        with hang_watchdog(self._topology, what):
+            with torch.set_grad_enabled(microbatch.is_training):
+                hidden, exit_inputs = self._model.run_layers(entering.hidden, documents, aux=entering.aux)
+            taught = None
+            if self._teacher_model is not None and entering.teacher_hidden is not None:
+                taught = self._teacher_model.forward(entering.teacher_hidden, documents)
+        output = StageOutput(microbatch, next_action, exit_inputs, None, hidden, entering.hidden)
         if self._topology.is_last_stage:
-            return StageOutput(
-                microbatch, next_action, exit_inputs, teacher_channel.publish(hidden) if teacher_channel else None
+            return replace(
+                output,
+                teacher=teacher_channel.publish(hidden) if teacher_channel else None,
+                final_teacher=self._teacher_model.distribution(taught)
+                if self._teacher_model and taught is not None
+                else None,
             )
         if teacher_channel:
             teacher_channel.expect()
-        self._relay.send(packed(hidden, aux, self._model.plan.carried), next_action=next_action)
-        return StageOutput(microbatch, next_action, exit_inputs, None)
+        states = packed(hidden, entering.aux, self._model.plan.carried)
+        self._relay.send(states if taught is None else torch.cat([states, taught[None]], -1), next_action=next_action)
+        return output
+
+    def _entering(
+        self, microbatch: Microbatch, documents: PackedDocuments | None, next_action: NextAction
+    ) -> tuple["_Entering", NextAction]:
+        model, teacher = self._model, self._teacher_model
+        if self._topology.is_first_stage:
+            tokens = to_device(microbatch.batch.tokens, self._topology.device)
+            taught = None if teacher is None else teacher.embed(tokens, documents)
+            return _Entering(model.embed(tokens, documents), {}, taught), next_action
+        states, next_action = self._relay.receive()
+        taught = None
+        if teacher is not None:
+            own, other = states.split([states.shape[-1] - teacher.width, teacher.width], dim=-1)
+            states, taught = own.contiguous(), other[0].contiguous()
+        hidden, aux = unpacked(states, model.plan.brought)
+        hidden.requires_grad_(model.takes_gradient and microbatch.is_training)
+        return _Entering(hidden, aux, taught), next_action
+
+
+class _Entering(NamedTuple):
+    """What enters this stage's layers."""
+
+    hidden: Tensor
+    aux: dict[int, Tensor]
+    teacher_hidden: Tensor | None
+    """[s, b, ht]: the same of the teacher model."""

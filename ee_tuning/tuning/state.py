@@ -1,4 +1,5 @@
-"""The content of a run's checkpoint: master weights, Adam's moments and update counts of every exit, and the progress.
+"""The content of a run's checkpoint: master weights, Adam's moments and update counts of every exit, and of the model
+where it is trained, and the progress.
 
 `checkpoints/step_00000100/` is in Megatron-core's distributed format, with tensors under Hugging Face's names, beside
 `progress.json` and a sha256 manifest. Every rank writes and reads only its own rectangles of those tensors, so a run
@@ -31,10 +32,22 @@ from ee_tuning.parallel.topology import Topology
 from ee_tuning.storage.manifest import check_file, read_manifest
 from ee_tuning.storage.metadata_pickle import check_metadata_pickle
 from ee_tuning.storage.tensor_slice import Shard
+from ee_tuning.tuning.backbone_optimizer import BackboneOptimizer
 from ee_tuning.tuning.optimizer import ExitOptimizer
+from ee_tuning.tuning.trained_rows import TrainedRows
 
 CHECKPOINTS, LATEST, PROGRESS = "checkpoints", "latest", "progress.json"
+_BACKBONE_COUNT = "backbone.num_updates"
 _REMEDY = "write the name of another folder of checkpoints/ into checkpoints/latest, or start a new run"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What this stage trains."""
+
+    exits: list[ExitOptimizer]
+    backbone: BackboneOptimizer | None
+    """None where the model is frozen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +77,9 @@ def latest_checkpoint(run_folder: Path) -> Path | None:
 
 
 def load_checkpoint(
-    folder: Path, fixed: dict[str, Any], exits: list[ExitOptimizer], config: ModelConfig, topology: Topology
+    folder: Path, fixed: dict[str, Any], trained: Trained, config: ModelConfig, topology: Topology
 ) -> TrainingProgress:
-    """Loads a checkpoint into the exits' master weights and optimizers. All ranks call it.
+    """Loads a checkpoint into the master weights and optimizers. All ranks call it.
 
     Raises InputError where a file is missing or altered, or the checkpoint's facts differ from `fixed`.
     """
@@ -78,16 +91,18 @@ def load_checkpoint(
         return _read_progress(folder, fixed)
 
     progress = on_first_rank(topology, checked)
-    state = own_state(exits, config, topology)
+    state = own_state(trained, config, topology)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # Megatron-core calls functions that torch has renamed
         loaded = dist_checkpointing.load(dict(state), str(folder))
     with torch.no_grad():
-        for key, target in _tensors(exits, config, topology).items():
+        for key, target in _tensors(trained, config, topology).items():
             target.data.copy_(loaded[key])
-    for each in exits:
+    for each in trained.exits:
         for parameter in each.parameters.values():
             each.adam.state[parameter]["step"].copy_(loaded[_count_key(each.layer)].squeeze(0))
+    if trained.backbone is not None:
+        trained.backbone.restore(loaded[_BACKBONE_COUNT])
     return progress
 
 
@@ -98,14 +113,25 @@ def whole_tensors(exits: list[ExitOptimizer], config: ModelConfig, topology: Top
     """
     for each in exits:
         for name, parameter in each.parameters.items():
-            shard = _as_sharded(parameter.detach()).full_tensor().contiguous()
-            shards = [shard]
-            if topology.tp > 1:
-                shards = [torch.empty_like(shard) for _ in range(topology.tp)]
-                dist.all_gather(shards, shard, group=topology.tp_group)
-            if topology.is_writer:
-                plans = [exit_shard(each.head.spec, name, config, topology.tp, rank) for rank in range(topology.tp)]
-                yield from merge_shards(plans, shards).items()
+            shard = _as_sharded(parameter.detach()).full_tensor()
+            plans = [exit_shard(each.head.spec, name, config, topology.tp, rank) for rank in range(topology.tp)]
+            yield from _merged(plans, shard, topology)
+
+
+def whole_backbone_tensors(backbone: BackboneOptimizer, topology: Topology) -> Iterator[tuple[str, Tensor]]:
+    """Does for the model's trained tensors, or LoRA's, what `whole_tensors` does for exits."""
+    for plan, shard in backbone.whole_masters():
+        yield from _merged([plan(rank) for rank in range(topology.tp)], shard, topology)
+
+
+def _merged(plans: list[Shard], shard: Tensor, topology: Topology) -> Iterator[tuple[str, Tensor]]:
+    shard = shard.contiguous()
+    shards = [shard]
+    if topology.tp > 1:
+        shards = [torch.empty_like(shard) for _ in range(topology.tp)]
+        dist.all_gather(shards, shard, group=topology.tp_group)
+    if topology.is_writer:
+        yield from merge_shards(plans, shards).items()
 
 
 @dataclass(frozen=True)
@@ -136,56 +162,59 @@ def _rectangles(plan: Shard, first_row: int, num_rows: int) -> Iterator[_Rectang
         row += size
 
 
-def _tensors(exits: list[ExitOptimizer], config: ModelConfig, topology: Topology) -> dict[Any, ShardedTensor]:
+def _exit_rows(each: ExitOptimizer, config: ModelConfig, topology: Topology) -> Iterator[TrainedRows]:
+    """Yields this rank's rows of an exit's parameters, as views."""
+    for name, parameter in each.parameters.items():
+        moments = each.adam.state[parameter]
+        kinds = {"master": parameter, "exp_avg": moments["exp_avg"], "exp_avg_sq": moments["exp_avg_sq"]}
+        chunk = -(-parameter.shape[0] // topology.dp)  # fully_shard cuts rows as torch.chunk does
+        yield TrainedRows(
+            plan=exit_shard(each.head.spec, name, config, topology.tp, topology.tp_rank),
+            first_row=topology.dp_rank * chunk,
+            tensors={kind: _as_sharded(value.detach()).to_local() for kind, value in kinds.items()},
+            is_replicated=is_replicated(each.head.spec, name, config, topology.tp),
+        )
+
+
+def _tensors(trained: Trained, config: ModelConfig, topology: Topology) -> dict[Any, ShardedTensor]:
     """Returns this rank's part of all master weights and moments, as views, keyed by tensor name, kind and offset."""
     tensors = {}
-    for each in exits:
-        for name, parameter in each.parameters.items():
-            plan = exit_shard(each.head.spec, name, config, topology.tp, topology.tp_rank)
-            chunk = -(-parameter.shape[0] // topology.dp)  # fully_shard cuts rows as torch.chunk does
-            replica_id = topology.tp_rank if is_replicated(each.head.spec, name, config, topology.tp) else 0
-            moments = each.adam.state[parameter]
-            for kind, value in (
-                ("master", parameter),
-                ("exp_avg", moments["exp_avg"]),
-                ("exp_avg_sq", moments["exp_avg_sq"]),
-            ):
-                local = _as_sharded(value.detach()).to_local()
-                for part in _rectangles(plan, topology.dp_rank * chunk, local.shape[0]):
-                    data = local[part.rows]
-                    tensors[f"{part.name}.{kind}@{part.offset}"] = ShardedTensor(
-                        f"{part.name}.{kind}",
-                        data,
-                        data.dtype,
-                        tuple(data.shape),
-                        part.shape,
-                        part.offset,
-                        axis_fragmentations=None,
-                        replica_id=replica_id,
-                    )
+    rows = [own for each in trained.exits for own in _exit_rows(each, config, topology)]
+    for own in [*rows, *(trained.backbone.rows() if trained.backbone else ())]:
+        for kind, value in own.tensors.items():
+            local = value.detach()
+            for part in _rectangles(own.plan, own.first_row, local.shape[0]):
+                data = local[part.rows]
+                tensors[f"{part.name}.{kind}@{part.offset}"] = ShardedTensor(
+                    f"{part.name}.{kind}",
+                    data,
+                    data.dtype,
+                    tuple(data.shape),
+                    part.shape,
+                    part.offset,
+                    axis_fragmentations=None,
+                    replica_id=topology.tp_rank if own.is_replicated else 0,
+                )
     return tensors
 
 
-def own_state(exits: list[ExitOptimizer], config: ModelConfig, topology: Topology) -> dict[str, ShardedTensor]:
+def own_state(trained: Trained, config: ModelConfig, topology: Topology) -> dict[str, ShardedTensor]:
     """Returns this rank's part of a checkpoint: views, and copies of counts.
 
     Of ranks that hold the same tensor, one has `replica_id` 0.
     """
-    state = _tensors(exits, config, topology)
-    for each in exits:
+    state = _tensors(trained, config, topology)
+    for each in trained.exits:
         count = next(iter(each.adam.state.values()))["step"].reshape(1).clone()
-        key = _count_key(each.layer)
-        state[key] = ShardedTensor(
-            key,
-            count,
-            count.dtype,
-            (1,),
-            (1,),
-            (0,),
-            axis_fragmentations=None,
-            replica_id=topology.tp_rank * topology.dp + topology.dp_rank,
-        )
+        replica_id = topology.tp_rank * topology.dp + topology.dp_rank
+        state[_count_key(each.layer)] = _count(_count_key(each.layer), count, replica_id)
+    if trained.backbone is not None:  # the same on every rank of every stage
+        state[_BACKBONE_COUNT] = _count(_BACKBONE_COUNT, trained.backbone.num_updates.clone(), topology.rank)
     return state
+
+
+def _count(key: str, count: Tensor, replica_id: int) -> ShardedTensor:
+    return ShardedTensor(key, count, count.dtype, (1,), (1,), (0,), axis_fragmentations=None, replica_id=replica_id)
 
 
 def _count_key(layer: int) -> str:

@@ -37,6 +37,22 @@ def test_every_layout_learns_from_the_same_weights(world: World, wide: Path, tmp
         torch.testing.assert_close(tensors[name], wanted[name], rtol=1e-6, atol=1e-8, msg=name)
 
 
+@pytest.mark.parametrize(("weights", "cuts"), [("int8", False), ("nf4", True)])
+def test_lora_beside_them_learns_the_same_at_every_layout(
+    world: World, wide: Path, tmp_path: Path, weights: str, cuts: bool
+) -> None:
+    """QLoRA whose gradient is a rank's share of it."""
+    keys = {"exits": (2,), "backbone_weights": weights, "trainable": "lora", "train_iters": 2}
+    one, laid_out = (configure(wide, tmp_path / f"{tp}", tp=tp, pp=tp, **keys) for tp in (1, 2))
+    laid_out = job.replace(laid_out, parallel={"sequence_parallel": cuts})
+    assert tune(one) and world.run(tune, laid_out) == [True] * 4
+    for got, wanted in zip(*map(records, (laid_out, one)), strict=True):
+        assert got["loss"] == pytest.approx(wanted["loss"], rel=1e-9)
+    tensors, wanted = (checkpoint(each, 2) for each in (laid_out, one))
+    for name in wanted:
+        torch.testing.assert_close(tensors[name], wanted[name], rtol=1e-6, atol=1e-8, msg=name)
+
+
 def test_replicas_get_what_the_first_one_rounded_and_may_cut_the_sequence(
     world: World, wide: Path, tmp_path: Path
 ) -> None:

@@ -201,6 +201,18 @@ def test_a_prompt_as_long_as_the_context_is_refused_and_one_less_answers(shared)
         ({"tuning.loss_weights": [1.0]}, ["loss_weights", "2"]),
         ({"tuning.lr": -1}, ["lr", "-1"]),
         ({"tuning.train_iters": 0}, ["train_iters", "0"]),
+        ({"tuning.trainable": "everything"}, ["tuning.trainable", "last:K", "everything"]),
+        ({"tuning.trainable": "last:0"}, ["tuning.trainable", "last:0"]),
+        ({"tuning.trainable": "last:7"}, ["last:7", "6 layers"]),
+        ({"tuning.trainable": "lora", "tuning.lora_targets": ["query"]}, ["lora_targets", "q_proj", "query", "none"]),
+        ({"tuning.trainable": "lora", "tuning.lora_rank": 0}, ["lora_rank", "0"]),
+        ({"tuning.trainable": "mlp", "tuning.backbone_weights": "int8"}, ["quantizes", "native"]),
+        ({"tuning.trainable": "mlp", "tuning.divide_by_token_weights": True}, ["divide_by_token_weights"]),
+        ({"tuning.trainable": "mlp", "tuning.final_loss": ["forward_kl"]}, ["final_loss", "teacher_model"]),
+        ({"tuning.teacher_model": "/no/such/model"}, ["teacher_model", "trainable"]),
+        ({"tuning.trainable": "mlp", "tuning.teacher_model": "/no/such/model"}, ["/no/such/model"]),
+        ({"tuning.trainable": "mlp", "model.adapter": "/no/such/adapter"}, ["model.adapter", "/no/such/adapter"]),
+        ({"model.adapter": "/no/such/adapter"}, ["model.adapter", "adapter_config.json"]),
     ],
 )
 def test_tune_refuses(shared, tmp_path, overrides, words):
@@ -213,6 +225,23 @@ def test_tune_refuses(shared, tmp_path, overrides, words):
     with pytest.raises(InputError) as error:
         tune_within(config, init_parallel(config.parallel))
     assert all(word in complaint(error) for word in words), complaint(error)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("case", ["size", "tokens"])
+def test_a_teacher_of_another_vocabulary_is_refused(shared, tmp_path, case):
+    """A student that learns to say other words."""
+    teacher = tmp_path / "teacher"
+    random_llama(teacher, vocab_size=256 if case == "size" else 257)
+    if case == "tokens":
+        tree = json.loads((shared / "model" / "tokenizer.json").read_text())
+        tree["model"]["vocab"] = {token: 255 - index for token, index in tree["model"]["vocab"].items()}
+        (teacher / "tokenizer.json").write_text(json.dumps(tree))
+    overrides = {"tuning.trainable": "mlp", "tuning.teacher_model": str(teacher)}
+    config = tuning_job(shared, tmp_path / "run", **overrides)
+    with pytest.raises(InputError) as error:
+        tune_within(config, init_parallel(config.parallel))
+    assert all(word in complaint(error) for word in ("vocabulary", "teacher_model", str(teacher)))
     assert not (tmp_path / "run").exists()
 
 

@@ -75,6 +75,17 @@ def test_every_product_is_within_the_rounding_of_its_weights(weights: str, model
         assert error.mean() > bound.mean() / 100, "nothing was rounded"
 
 
+@pytest.mark.parametrize("weights", FORMATS)
+def test_the_gradient_of_inputs_is_that_of_the_dequantized_weights(weights: str, model: Path) -> None:
+    """LoRA below a quantized map that learns nothing, or from the weights transposed."""
+    for name, linear in quantized_weights(load(job(model, weights)).model.backbone):
+        x = torch.randn(5, 1, linear.shape[1], generator=torch.Generator().manual_seed(0)).requires_grad_()
+        out, _ = linear(x)
+        torch.testing.assert_close(out, x @ linear.dequantized().t(), rtol=1e-4, atol=1e-4, msg=name)
+        [gradient] = torch.autograd.grad(out.square().sum(), x)
+        torch.testing.assert_close(gradient, 2 * out @ linear.dequantized(), rtol=1e-4, atol=1e-4, msg=name)
+
+
 @pytest.mark.parametrize(("weights", "most"), [("int8", 0.03), ("nf4", 0.35)])
 def test_hidden_states_stay_close(weights: str, most: float, model: Path) -> None:
     """A map that was left out. Rounding a normal weight moves it by 0.8% (int8, rows of 128) and 9% (NF4) of its size,

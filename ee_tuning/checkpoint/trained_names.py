@@ -1,0 +1,94 @@
+"""Parameters of a model that tuning.trainable trains beside the exits, and their names in files. Pure functions."""
+
+from ee_tuning.checkpoint.lora_names import has_targets, lora_shard
+from ee_tuning.checkpoint.names import backbone_shard, layer_parameter_names, norm_kinds
+from ee_tuning.config import TuningSection
+from ee_tuning.errors import InputError
+from ee_tuning.model.config import ModelConfig
+from ee_tuning.model.lora import FUSED, TARGETS
+from ee_tuning.storage.tensor_slice import Shard, TensorShape
+
+
+def check_trainable(tuning: TuningSection, config: ModelConfig) -> None:
+    """Raises InputError where tuning.trainable can not be done with this model."""
+    trained, word = tuning.trained, f"tuning.trainable = {tuning.trainable}"
+    if not trained.has_backbone:
+        return
+    if config.num_experts:
+        raise InputError(f"{word} is for models without experts, and this one has {config.num_experts}; use heads")
+    if tuning.backbone_weights != "native" and trained.kind != "lora":
+        raise InputError(
+            f"{word} can not train weights that tuning.backbone_weights = {tuning.backbone_weights} quantizes; set it to "
+            "native, or train lora beside them"
+        )
+    if trained.num_last > config.num_layers:
+        raise InputError(f"{word} asks for more than the model's {config.num_layers} layers; give at most that many")
+    if trained.kind == "lora":
+        lora_targets(tuning, config)
+
+
+def lora_targets(tuning: TuningSection, config: ModelConfig) -> tuple[str, ...]:
+    """Returns the linear maps beside which LoRA trains. Raises InputError where the model has none of that name."""
+    if not has_targets(config):
+        raise InputError(
+            f"tuning.trainable = lora is for models with {', '.join(TARGETS[:3])}, …, and a {config.family} has fused or "
+            "transposed matrices; use mlp, last:K or backbone"
+        )
+    possible = tuple(target for target in TARGETS if config.is_gated or target != "gate_proj")
+    unknown = [target for target in tuning.lora_targets if target not in possible]
+    if unknown:
+        raise InputError(
+            f"tuning.lora_targets must be linear maps of the model ({', '.join(possible)}), got {unknown[0]}, which matches "
+            "none"
+        )
+    return tuple(target for target in possible if target in tuning.lora_targets or not tuning.lora_targets)
+
+
+def trained_parameters(tuning: TuningSection, config: ModelConfig) -> list[str]:
+    """Returns Megatron-core's names of what is trained beside the exits, over all layers; LoRA's matrices are named
+    after the linear map beside which they are.
+    """
+    trained, layers = tuning.trained, range(1, config.num_layers + 1)
+    if trained.kind == "lora":
+        targets = lora_targets(tuning, config)
+        return [
+            f"decoder.layers.{layer - 1}.{path}.lora.{target}.{matrix}"
+            for layer in layers
+            for path, names in FUSED.items()
+            for target in names
+            if target in targets
+            for matrix in ("lora_A", "lora_B")
+        ]
+    own = [
+        f"decoder.layers.{layer - 1}.{name}"
+        for layer in layers
+        for name in layer_parameter_names(config, layer)
+        if trained.has_backbone and trained.trains(layer, name, config.num_layers)
+    ]
+    has_norm = trained.kind in ("last", "backbone")
+    return own + [f"decoder.final_layernorm.{kind}" for kind in norm_kinds(config) if has_norm]
+
+
+def trained_shard(parameter: str, tuning: TuningSection, config: ModelConfig, tp: int, tp_rank: int) -> Shard:
+    """Returns rank `tp_rank`'s part of one of `trained_parameters`, in slices of the stored tensors: the model's, under
+    Hugging Face's names, or LoRA's, under peft's.
+    """
+    if ".lora." in parameter:
+        return lora_shard(parameter, config, tuning.lora_rank, tp, tp_rank)
+    return backbone_shard(parameter, config, tp, tp_rank)
+
+
+def trained_shapes(tuning: TuningSection, config: ModelConfig) -> dict[str, TensorShape]:
+    """Returns every stored tensor that is trained, and its whole shape."""
+    return {
+        piece.name: piece.shape
+        for name in trained_parameters(tuning, config)
+        for piece in trained_shard(name, tuning, config, 1, 0).pieces
+    }
+
+
+def has_partial_gradient(parameter: str, *, is_replicated: bool, cuts_sequence: bool) -> bool:
+    """Whether each tensor-parallel rank computes a share of the gradient of a replicated parameter: of its own tokens
+    where the sequence is cut, of its own heads for norms of queries and keys.
+    """
+    return is_replicated and (cuts_sequence or "q_layernorm" in parameter or "k_layernorm" in parameter)

@@ -1,0 +1,202 @@
+"""AdamW for weights of the model itself, or of LoRA's matrices beside them, over all stages.
+
+Unlike the exits, these weights have one gradient norm over all stages. Each replica keeps the rows of master weights
+and moments that are its own share (ZeRO 1, arXiv 1910.02054): gradients are summed over the replicas, each updates its
+rows, and all gather the result. Master weights, sums of gradients and moments are float32 (float64 for a float64
+backbone).
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ee_tuning.config import TuningSection
+from ee_tuning.parallel.topology import Topology
+from ee_tuning.storage.tensor_slice import Shard
+from ee_tuning.tuning.trained_rows import TrainedRows
+
+_BUCKET = 2**24
+"""Numbers that one collective sums, at least, where there are as many."""
+
+
+@dataclass(frozen=True)
+class TrainedParameter:
+    """One parameter on this rank."""
+
+    parameter: nn.Parameter
+    plan: Callable[[int], Shard]
+    """Tensor-parallel rank -> its part of the stored tensors."""
+    is_replicated: bool
+    """Whether all tensor-parallel ranks hold the same copy."""
+    is_partial: bool
+    """Whether each of them computes a share of its gradient."""
+
+
+class BackboneOptimizer:
+    """The trained weights of this stage, which may have none, and their AdamW."""
+
+    def __init__(self, trained: dict[str, TrainedParameter], tuning: TuningSection, topology: Topology):
+        self._trained, self._topology, self._clip = trained, topology, tuning.clip_grad
+        self._largest_norm = tuning.skip_grad_norm or math.inf
+        self.num_updates = torch.zeros(1, device=topology.device)
+        """[1]: updates, those of former runs included. Skipped steps do not count."""
+        self._gradients: dict[str, Tensor] = {}
+        self._masters: dict[str, nn.Parameter] = {}
+        for name, each in trained.items():
+            each.parameter.requires_grad_()
+            each.parameter.register_post_accumulate_grad_hook(partial(self._accumulate, name))
+            rows = each.parameter.detach()[self._own_rows(each.parameter)]
+            master = torch.promote_types(rows.dtype, torch.float32)
+            self._masters[name] = nn.Parameter(rows.to(master, copy=True))
+        decayed = [p for p in self._masters.values() if p.dim() > 1]
+        others = [p for p in self._masters.values() if p.dim() <= 1]
+        groups = [{"params": decayed, "weight_decay": tuning.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        self._adam = (
+            torch.optim.AdamW(
+                [group for group in groups if group["params"]],
+                lr=tuning.lr,
+                eps=tuning.adam_eps,
+                betas=(tuning.adam_beta1, tuning.adam_beta2),
+                fused=True,
+            )
+            if trained
+            else None
+        )
+        for parameter in self._masters.values():  # now, so that a checkpoint always has the same tensors
+            assert self._adam is not None
+            self._adam.state[parameter] = {
+                "step": torch.zeros((), device=topology.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+    def update(self, num_tokens: float, lr: float) -> tuple[float, bool]:
+        """Divides the gradients' sums by the tokens of the global batch, clips, and steps, unless the gradient is
+        implausible or of no token. All ranks of all stages call it together.
+
+        `num_tokens` are this replica's. Returns the gradient's norm before clipping, and whether the step was left out.
+        """
+        for name, each in self._trained.items():
+            self._gradients.setdefault(name, torch.zeros_like(each.parameter, dtype=self._masters[name].dtype))
+        topology = self._topology
+        if topology.tp > 1:
+            partial_sums = [self._gradients[name] for name, each in self._trained.items() if each.is_partial]
+            _sum_in_buckets(partial_sums, topology.tp_group)
+        if topology.dp > 1:
+            _sum_in_buckets([self._gradients[name] for name in self._trained], topology.dp_group)
+        own = {name: self._gradients[name][self._own_rows(each.parameter)] for name, each in self._trained.items()}
+        square_sum, total = self._over_all_ranks(own, num_tokens)
+        norm = math.sqrt(square_sum) / total if total and square_sum >= 0 else math.nan
+        is_skipped = not (math.isfinite(norm) and norm <= self._largest_norm)
+        if not is_skipped:
+            scale = min(1.0, self._clip / (norm + 1e-6)) / total if self._clip else 1 / total
+            self._step(own, scale, lr)
+        self._gradients.clear()
+        return norm, is_skipped
+
+    def rows(self) -> Iterator[TrainedRows]:
+        """Yields this rank's rows of what a checkpoint holds, as views."""
+        topology = self._topology
+        for name, each in self._trained.items():
+            assert self._adam is not None
+            master, part = self._masters[name], self._own_rows(each.parameter)
+            moments = self._adam.state[master]
+            yield TrainedRows(
+                plan=each.plan(topology.tp_rank),
+                first_row=part.start,
+                tensors={"master": master, "exp_avg": moments["exp_avg"], "exp_avg_sq": moments["exp_avg_sq"]},
+                is_replicated=each.is_replicated,
+            )
+
+    def restore(self, num_updates: Tensor) -> None:
+        """Continues from master weights and moments that were overwritten through `rows`."""
+        self.num_updates.copy_(num_updates)
+        for master in self._masters.values():
+            assert self._adam is not None
+            self._adam.state[master]["step"].copy_(num_updates.squeeze(0))
+        self._publish()
+
+    def whole_masters(self) -> Iterator[tuple[Callable[[int], Shard], Tensor]]:
+        """Yields (plan, this tensor-parallel rank's whole part) of each parameter. Replicas iterate together."""
+        for name, each in self._trained.items():
+            yield each.plan, self._gathered(each.parameter, self._masters[name].detach())
+
+    def _accumulate(self, name: str, parameter: Tensor) -> None:
+        gradient = parameter.grad
+        assert gradient is not None
+        master = self._masters[name].dtype
+        if name in self._gradients:
+            self._gradients[name].add_(gradient)
+        else:
+            self._gradients[name] = gradient.to(master, copy=gradient.dtype != master)
+        parameter.grad = None
+
+    def _over_all_ranks(self, own: dict[str, Tensor], num_tokens: float) -> tuple[float, float]:
+        """Returns the squared norm of the whole gradient's sum, and the tokens of the global batch."""
+        topology = self._topology
+        counted = [
+            gradient.square().sum(dtype=torch.float64)
+            for name, gradient in own.items()
+            if topology.tp_rank == 0 or not self._trained[name].is_replicated
+        ]
+        square = torch.stack(counted).sum().item() if counted else 0.0
+        is_counter = topology.is_first_stage and topology.tp_rank == 0
+        values = torch.tensor([square, num_tokens if is_counter else 0.0], dtype=torch.float64)
+        if topology.world_size > 1:
+            dist.all_reduce(values, group=topology.world_control)
+        square_sum, total = values.tolist()
+        return square_sum, total
+
+    def _step(self, own: dict[str, Tensor], scale: float, lr: float) -> None:
+        self.num_updates += 1
+        if self._adam is None:
+            return
+        for name, gradient in own.items():
+            self._masters[name].grad = gradient * scale
+        for group in self._adam.param_groups:
+            group["lr"] = lr
+        self._adam.step()
+        self._adam.zero_grad()
+        self._publish()
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        """Copies master weights to the weights that compute, on all replicas."""
+        for name, each in self._trained.items():
+            each.parameter.copy_(self._gathered(each.parameter, self._masters[name].to(each.parameter.dtype)))
+
+    def _own_rows(self, parameter: Tensor) -> slice:
+        rows, topology = parameter.shape[0], self._topology
+        chunk = -(-rows // topology.dp)
+        return slice(min(rows, topology.dp_rank * chunk), min(rows, (topology.dp_rank + 1) * chunk))
+
+    def _gathered(self, parameter: Tensor, own: Tensor) -> Tensor:
+        """Gathers rows over the replicas."""
+        dp = self._topology.dp
+        if dp == 1:
+            return own
+        chunk = -(-parameter.shape[0] // dp)
+        padded = own.new_zeros(chunk, *own.shape[1:])
+        padded[: own.shape[0]] = own
+        parts = [torch.empty_like(padded) for _ in range(dp)]
+        dist.all_gather(parts, padded, group=self._topology.dp_group)
+        return torch.cat(parts)[: parameter.shape[0]]
+
+
+def _sum_in_buckets(tensors: list[Tensor], group: object) -> None:
+    """Sums each tensor over the group, in place, several at a time."""
+    bucket: list[Tensor] = []
+    for index, tensor in enumerate(tensors):
+        bucket.append(tensor)
+        if index + 1 < len(tensors) and sum(each.numel() for each in bucket) < _BUCKET:
+            continue
+        flat = torch.cat([each.flatten() for each in bucket])
+        dist.all_reduce(flat, group=group)
+        for each, summed in zip(bucket, flat.split([each.numel() for each in bucket]), strict=True):
+            each.copy_(summed.view_as(each))
+        bucket = []

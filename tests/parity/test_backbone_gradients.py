@@ -1,0 +1,120 @@
+"""Where the model is trained, every gradient is what autograd finds in transformers' model with the same losses."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from exits import write_exits
+from plain_decoder import PlainDecoder
+from random_models import random_model
+from torch import Tensor
+
+from ee_tuning.artifact.load import load_for_tuning
+from ee_tuning.checkpoint.names import merge_shards
+from ee_tuning.checkpoint.trained_names import trained_shapes
+from ee_tuning.config import Config, ParallelSection, load_config
+from ee_tuning.data.loader import Batch
+from ee_tuning.parallel.relay import NextAction
+from ee_tuning.parallel.topology import init_parallel
+from ee_tuning.tuning.backbone_trainer import BackboneTrainer
+from ee_tuning.tuning.exit_trainer import ExitTrainer
+from ee_tuning.tuning.microbatch_schedule import Microbatch
+from ee_tuning.tuning.optimizer import ExitOptimizer
+from ee_tuning.tuning.stage_forward import StageForward
+
+TOKENS = [5, 17, 80, 3, 9, 77, 0, 41, 12, 60]
+LABELS = torch.tensor(TOKENS[1:] + TOKENS[:1])
+WEIGHTS = {2: 0.5, 4: 2.0}
+FINAL_WEIGHT = 0.75
+
+
+def configure(folder: Path, **tuning: object) -> Config:
+    keys = {
+        "model.path": str(folder / "model"),
+        "exits.path": str(folder / "exits"),
+        "model.dtype": "float32",
+        "tuning.seq_length": len(TOKENS),
+        "tuning.loss_weights": list(WEIGHTS.values()),
+        "tuning.final_loss_weight": FINAL_WEIGHT,
+        "tuning.loss_chunk_tokens": 4,
+    }
+    return load_config(None, keys | {f"tuning.{key}": value for key, value in tuning.items()})
+
+
+def gradients(config: Config) -> tuple[dict[str, Tensor], BackboneTrainer]:
+    """Of every tensor of the model that is trained, under its stored name, from one micro-batch. LoRA's second matrices
+    are not zero.
+    """
+    topology = init_parallel(ParallelSection())
+    model = load_for_tuning(config, topology).model
+    backbone = BackboneTrainer(model, config.tuning, topology, 1.0)
+    for name, each in backbone.optimizer._trained.items():
+        if name.endswith("lora_B"):
+            draw = torch.Generator().manual_seed(len(name))
+            each.parameter.data.copy_(0.1 * torch.randn(each.parameter.shape, generator=draw))
+    exits = [ExitOptimizer(model.exit_head(layer), WEIGHTS[layer], config.tuning, topology) for layer in (2, 4)]
+    trainer = ExitTrainer(exits, model, config.tuning, topology, None, backbone)
+    batch = Batch(tokens=torch.tensor([TOKENS]), labels=LABELS[:, None], loss_mask=torch.ones(len(TOKENS), 1))
+    microbatch = Microbatch(batch=batch, is_training=True, step=1, is_last=True, position=1, ends_step=True)
+    trainer.train(StageForward(model, Any, topology).forward(microbatch, NextAction.END))
+    found = {}
+    for name, gradient in backbone.optimizer._gradients.items():
+        found |= merge_shards([backbone.optimizer._trained[name].plan(0)], [gradient])
+    return found, backbone
+
+
+def reference_loss(model: Any, exits: Path) -> Tensor:
+    said = PlainDecoder(model, exits, tuple(WEIGHTS), torch.float32).logits(TOKENS, differentiates=True)
+    weights = {**WEIGHTS, 6: FINAL_WEIGHT}
+    return sum(weights[layer] * F.cross_entropy(said[layer], LABELS, reduction="sum") for layer in said)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize(
+    ("family", "trainable"),
+    [("llama", "backbone"), ("qwen2", "last:3"), ("qwen3", "backbone"), ("gpt2", "backbone"), ("llama", "mlp")],
+)
+def test_gradients_equal_autograd_through_transformers(
+    tmp_path: Path, family: str, trainable: str, recomputes: bool
+) -> None:
+    """An exit's gradient that does not reach the layers before it, or reaches them twice or unweighted; a matrix whose
+    gradient is in Megatron's order.
+    """
+    reference = random_model(family, tmp_path / "model")
+    write_exits(tmp_path / "model", tmp_path / "exits", architecture=["mlp", "layer"])
+    config = configure(tmp_path, trainable=trainable, recompute_activations=recomputes)
+    found, backbone = gradients(config)
+    assert found.keys() == trained_shapes(config.tuning, backbone._model.config).keys() and found
+    reference_loss(reference, tmp_path / "exits").backward()
+    wanted = dict(reference.named_parameters())
+    for name, gradient in found.items():
+        limit = 1e-5 * wanted[name].grad.abs().max().item()
+        message = partial("{}: {}".format, name)
+        torch.testing.assert_close(gradient, wanted[name].grad, rtol=1e-5, atol=limit, msg=message)
+
+
+@pytest.mark.parametrize("targets", [(), ("q_proj", "v_proj"), ("k_proj", "up_proj", "down_proj")])
+def test_lora_equals_low_rank_maps_beside_the_maps_of_transformers(tmp_path: Path, targets: tuple[str, ...]) -> None:
+    """Products in the place of another head or matrix, of Megatron's fused maps; a scale that counts twice."""
+    reference = random_model("llama", tmp_path / "model").requires_grad_(False)
+    write_exits(tmp_path / "model", tmp_path / "exits", architecture=["mlp", "norm"])
+    found, backbone = gradients(configure(tmp_path, trainable="lora", lora_rank=3, lora_alpha=6, lora_targets=targets))
+    pairs = {}
+    for _, each in backbone.optimizer._trained.items():
+        pairs |= merge_shards([each.plan(0)], [each.parameter.detach()])
+    assert pairs.keys() == found.keys() and len(pairs) == 6 * 2 * (len(targets) or 7)
+    leaves = {name: pair.clone().requires_grad_() for name, pair in pairs.items()}
+    for name, a in leaves.items():
+        if ".lora_A." in name:
+            module = reference.get_submodule(name.removeprefix("base_model.model.").partition(".lora_A")[0])
+            b = leaves[name.replace("lora_A", "lora_B")]
+            module.register_forward_hook(lambda _, x, y, a=a, b=b: y + 2 * (x[0] @ a.t() @ b.t()))
+    reference_loss(reference, tmp_path / "exits").backward()
+    for name, gradient in found.items():
+        wanted = leaves[name].grad
+        assert wanted is not None
+        limit = 1e-5 * wanted.abs().max().item()
+        torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=limit, msg=partial("{}: {}".format, name))
