@@ -6,7 +6,6 @@ model with an adapter is that of the merged folder.
 
 import math
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol, Self
 
 import torch
@@ -43,9 +42,7 @@ class _Base(TensorSource, Protocol):
 
     def weight_files(self) -> set[str]: ...
     def check_complete(self, config: ModelConfig) -> None: ...
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, *error: object) -> None: ...
 
 
 class AdaptedSource:
@@ -127,11 +124,9 @@ class AdaptedSource:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._weights.close()
-        self.base.__exit__(kind, error, trace)
+        self.base.__exit__(*error)
 
 
 def _lora_scale(path: Path) -> float:

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any, Self
 
 from ee_tuning.checkpoint.formats import BackboneSource
@@ -50,9 +49,7 @@ class PrunedBackbone(RenamedTensors):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, *error: object) -> None: ...
 
 
 def pruned_source(model: ExportSource, dropped: Sequence[int], special: dict[str, int]) -> ExportSource:
