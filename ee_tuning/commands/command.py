@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from ee_tuning.config import Config, load_config
 from ee_tuning.errors import InputError
@@ -32,6 +33,17 @@ def job_of(args: argparse.Namespace, command: str = "") -> Config:
     if args.config is not None and getattr(args, "output", None) is not None:
         check_apart(args.output, (args.config,))
     return config
+
+
+def add_profile(parser: argparse.ArgumentParser) -> None:
+    """Adds --profile."""
+    parser.add_argument(
+        "--profile",
+        type=Path,
+        metavar="FOLDER",
+        help="measure where the time goes: print milliseconds a step by part (attention, heads, loss, waiting, …), and write them to "
+        "FOLDER with a trace of some steps for chrome://tracing or ui.perfetto.dev",
+    )
 
 
 def add_job(parser: argparse.ArgumentParser, command: str) -> None:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ee_tuning.commands.command import Command, add_job, job_of
+from ee_tuning.commands.command import Command, add_job, add_profile, job_of
 from ee_tuning.errors import InputError
 
 
@@ -26,6 +26,7 @@ def generate(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
         as_json=args.json,
         show_exits=args.show_exits,
+        profile=args.profile,
     )
 
 
@@ -71,6 +72,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt", action="append", metavar="TEXT", help="text to continue; repeatable; - reads standard input"
     )
+    add_profile(parser)
     parser.add_argument(
         "--prompts",
         type=Path,

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from shlex import quote
 
-from ee_tuning.commands.command import Command, add_job, job_of
+from ee_tuning.commands.command import Command, add_job, add_profile, job_of
 from ee_tuning.config import Config, load_config
 from ee_tuning.errors import InputError
 from ee_tuning.notices import say
@@ -47,7 +47,7 @@ def tune(args: argparse.Namespace) -> int:
     from ee_tuning.evaluation.profile import with_exit_layers
     from ee_tuning.tuning.command import tune
 
-    return tune(with_exit_layers(config))
+    return tune(with_exit_layers(config), args.profile)
 
 
 def preprocess(args: argparse.Namespace) -> None:
@@ -220,6 +220,7 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="with --dry-run: number of simulated processes (default tensor × pipeline)",
     )
+    add_profile(parser)
 
 
 COMMANDS = (

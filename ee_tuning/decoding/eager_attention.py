@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ee_tuning.parallel.time_parts import part
+
 # t tokens of a ragged batch · r rows (sequences) of it · g key-value heads · n query heads · d width of a head
 # p places of a cache · c places that a row sees
 
@@ -106,6 +108,7 @@ class EagerBatch:
     together: _PaddedRows | None
     """None where rows attend one by one."""
 
+    @part("attention")
     def attend(self, query: Tensor, cache: LayerCache, scale: float) -> Tensor:  # [t, g, n/g, d] -> [t, n * d]
         """Each token to its own sequence up to itself; the pass's keys and values are in the cache.
 

@@ -17,6 +17,7 @@ from ee_tuning.decoding.decode_layer import DecodeLayer
 from ee_tuning.decoding.eager_attention import LayerCache
 from ee_tuning.kernel import calls
 from ee_tuning.model.exit_head import ExitInput
+from ee_tuning.parallel.time_parts import part
 
 # t tokens of a pass · h hidden
 
@@ -35,6 +36,7 @@ class LayerStack:
         self._run_layer = _compiled() if self._is_recordable and graphs.fuses() else DecodeLayer.__call__
         self._graphs: dict[CapturedBatch, graphs.Graph] = {}
 
+    @part("layers, the rest")
     def __call__(self, hidden: Tensor, tokens: AttentionMetadata) -> tuple[Tensor, ExitInput]:  # [t, h] -> [t, h], …
         """Returns the last layer's output and the input of an `mlp` exit behind it, for use before the next call."""
         if self.native is not None and tokens.num_tokens <= calls.MOST_TOKENS:

@@ -22,6 +22,7 @@ from ee_tuning.engine.stage_model import StageModel
 from ee_tuning.engine.step_plan import Answer, ExitAnswer, RowOutput, RowPlan
 from ee_tuning.model.exit_head import ExitInput
 from ee_tuning.parallel.shortlist import token_confidences, token_logits
+from ee_tuning.parallel.time_parts import part
 from ee_tuning.parallel.vocab import at_least_float32
 
 # h hidden · q states that a head is asked about
@@ -40,6 +41,7 @@ class HeadRunner:
     def __init__(self, stage: StageModel):
         self.stage = stage
 
+    @part("heads")
     def ask(
         self,
         number: int,

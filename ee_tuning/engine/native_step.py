@@ -15,6 +15,7 @@ from ee_tuning.engine.stage_model import StageModel
 from ee_tuning.engine.step_plan import Answer, ExitAnswer, RowOutput, RowPlan
 from ee_tuning.kernel import calls
 from ee_tuning.parallel.shortlist import token_logits
+from ee_tuning.parallel.time_parts import part
 
 # q states that a head is asked about · v vocabulary
 
@@ -71,6 +72,7 @@ class NativeStage:
         stop = min(numbers[-1], row.last_segment) + 1
         return all([n in self._whole for n in range(numbers[0], stop) if row.is_asked(n) and n in self._stage.heads])
 
+    @part("layers and heads (CPU kernels)")
     def run(self, rows: list[RowPlan], active: list[RowPlan], numbers: range, fills: bool) -> list[RowOutput]:
         """See `ModelRunner.run`: states come from the boundary ring, and go there."""
         going = {*active}

@@ -10,6 +10,7 @@ from ee_tuning.engine.processors import TokenCounts, log_probabilities, processe
 from ee_tuning.engine.sampling import draw, draw_key
 from ee_tuning.engine.sequence import Sequence
 from ee_tuning.engine.step_plan import Answer
+from ee_tuning.parallel.time_parts import part
 
 # v vocabulary
 
@@ -36,6 +37,7 @@ class Sampler:
         """Frees the token counts of a sequence that has ended."""
         self._counts.pop(sequence.number, None)
 
+    @part("sampling")
     def sample(self, requests: list[SampleRequest]) -> list[Answer]:
         """The answer to each request. Requests that are sampled alike are drawn together."""
         groups: dict[tuple[float | None, ...], list[int]] = {}

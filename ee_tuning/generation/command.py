@@ -20,6 +20,7 @@ from ee_tuning.generation.prompts import Line, read_prompts, requests_of
 from ee_tuning.generation.replicas import over_replicas
 from ee_tuning.notices import say
 from ee_tuning.parallel.collectives import on_first_rank
+from ee_tuning.parallel.time_report import check_profile_folder, time_report
 from ee_tuning.parallel.topology import Topology, destroy_parallel, init_parallel
 from ee_tuning.storage.apart import check_beside
 
@@ -36,19 +37,31 @@ def generate(
     overwrite: bool = False,
     as_json: bool = False,
     show_exits: bool = False,
+    profile: Path | None = None,
 ) -> int:
     """Loads the model and its exits, completes the prompts together, and prints them. The prompt `-` is standard input.
 
     Lines of `prompts_file` may have options of their own; a line that fails gets its error, and the exit code is 2.
-    Records are written to `output`, if given: see output_file.py.
+    Records are written to `output`, if given: see output_file.py. With `profile` the decoding is measured, and a report
+    of the time by part is written to this folder.
     """
     topology = init_parallel(config.parallel)
+    if profile is not None:
+        on_first_rank(topology, lambda: check_profile_folder(profile))
     if output is not None:
         check_beside(output, config, (prompts_file, config.generation.calibration))
         on_first_rank(topology, lambda: check_output(output, overwrite))
     with owned_output(output, topology):
         code = _generate(
-            config, topology, prompts, prompts_file, output, overwrite=overwrite, as_json=as_json, show_exits=show_exits
+            config,
+            topology,
+            prompts,
+            prompts_file,
+            output,
+            overwrite=overwrite,
+            as_json=as_json,
+            show_exits=show_exits,
+            profile=profile,
         )
     destroy_parallel()
     return code
@@ -64,22 +77,24 @@ def _generate(
     overwrite: bool,
     as_json: bool,
     show_exits: bool,
+    profile: Path | None,
 ) -> int:
     # All ranks share one standard input, and a pipe of prompts can be read once: the first rank reads them.
     prompts, lines = on_first_rank(topology, lambda: _read(prompts, prompts_file))
     llm = EarlyExitLLM.from_config(config, topology)
     options, requests = requests_of(llm, prompts, lines)
-    if output is None and not as_json and prompts_file is None:
-        jobs = [request.job for request in requests if request.job is not None]
-        completions = _show_text(llm, jobs, options, show_exits)
-        num_failed = 0
-    else:
-        completions, num_failed = deliver(llm, config, requests, options, output, overwrite)
-        if num_failed and topology.is_logging_rank:
-            say(
-                f"ee-tuning: {num_failed} of {len(requests)} prompts could not be done; "
-                f"{'their records' if output is None else output} tell{'' if output is None else 's'} why"
-            )
+    num_failed = 0
+    with time_report(profile, topology, {}):
+        if output is None and not as_json and prompts_file is None:
+            jobs = [request.job for request in requests if request.job is not None]
+            completions = _show_text(llm, jobs, options, show_exits)
+        else:
+            completions, num_failed = deliver(llm, config, requests, options, output, overwrite)
+    if num_failed and topology.is_logging_rank:
+        say(
+            f"ee-tuning: {num_failed} of {len(requests)} prompts could not be done; "
+            f"{'their records' if output is None else output} tell{'' if output is None else 's'} why"
+        )
     if topology.is_logging_rank and completions and not as_json:
         _print_summary(llm, completions, colours_of(llm) if show_exits else {})
     return 2 if num_failed or any(c.error for c in completions) else 0

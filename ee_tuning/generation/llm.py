@@ -32,6 +32,7 @@ from ee_tuning.generation.text import special_tokens
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.model.token_ids import generation_end_token_ids
+from ee_tuning.parallel.time_parts import count_step
 from ee_tuning.parallel.topology import Topology, init_parallel
 
 __all__ = ["Completion", "EarlyExitLLM", "Job", "StreamedToken"]
@@ -245,6 +246,7 @@ class EarlyExitLLM:
                     )
             while not runner.is_idle:
                 yield from runner.step()
+                count_step()
         finally:
             runner.clear()  # the caller may have stopped listening
             engine.proposer.keep()

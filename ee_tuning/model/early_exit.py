@@ -22,6 +22,7 @@ from ee_tuning.model.head_kinds import build_exit_head
 from ee_tuning.model.sequence_parallel import gather_sequence, local_sequence
 from ee_tuning.parallel.draft_vocab import draft_vocab
 from ee_tuning.parallel.shortlist import exit_vocab
+from ee_tuning.parallel.time_parts import part
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.vocab import VocabShard
 
@@ -141,6 +142,7 @@ class EarlyExitModel(nn.Module):
         return head
 
     @torch.no_grad()
+    @part("embedding")
     def embed(self, tokens: Tensor, documents: PackedDocuments | None = None) -> Tensor:  # [b, s] int64 -> [s, b, h]
         """Embeds tokens, on the first stage only."""
         hidden = self.backbone.embed(tokens, documents.positions if documents else None)
@@ -175,6 +177,7 @@ class EarlyExitModel(nn.Module):
         shape = self.hidden_shape(seq_length, micro_batch_size)
         return (1 + len(self.plan.brought), *shape), (1 + len(self.plan.carried), *shape)
 
+    @part("layers, the rest")
     def run_layers(
         self,
         hidden: Tensor,  # [s, b, h]
@@ -247,3 +250,9 @@ class EarlyExitModel(nn.Module):
 
 def _keep(seen: list[ExitInput], norm: nn.Module, arguments: tuple[Tensor, ...], normed: Tensor) -> None:
     seen.append(ExitInput(normed, residual=arguments[0]))
+
+
+def layer_parts(model: EarlyExitModel) -> dict[str, list[nn.Module]]:
+    """Returns the modules of this stage's layers by the name of their part in a report of the time."""
+    layers = [model.backbone.layer(number) for number in range(model.plan.first_layer, model.plan.last_layer + 1)]
+    return {"attention": [layer.self_attention for layer in layers], "MLP": [layer.mlp for layer in layers]}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ee_tuning.parallel.p2p import irecv, isend
+from ee_tuning.parallel.time_parts import part
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.watchdog import hang_watchdog
 
@@ -57,6 +58,7 @@ class Feedback:
         tensor = torch.empty(self._shape, dtype=self._dtype, device=self._topology.device)
         self._under_way.append((tensor, irecv(tensor, self._topology.pp_ranks[-1], self._topology.feedback_group)))
 
+    @part("waiting")
     def take(self) -> Tensor:
         """Waits for the oldest expected tensor and returns it. The caller may keep it."""
         began = time.perf_counter()
@@ -72,6 +74,7 @@ class Feedback:
         """Waits on the last stage until all sends have finished."""
         self._wait_for_sends(0)
 
+    @part("waiting")
     def _wait_for_sends(self, max_in_flight: int) -> None:
         began = time.perf_counter()
         while len(self._under_way) > max_in_flight:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ee_tuning.parallel.p2p import irecv, isend
 from ee_tuning.parallel.process_groups import own_group
+from ee_tuning.parallel.time_parts import part
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.watchdog import hang_watchdog
 
@@ -49,6 +50,7 @@ class GradientRelay:
             self._sending.append((gradient, isend(gradient, peer, self._group)))
         self._wait_for_sends(self._max_in_flight)
 
+    @part("waiting")
     def receive(self) -> Tensor:
         """Receives the gradient of what this stage sent for the oldest micro-batch whose gradient is missing."""
         began, peer = time.perf_counter(), self._topology.pp_ranks[self._topology.stage + 1]
@@ -62,6 +64,7 @@ class GradientRelay:
         """Waits until all sends have finished."""
         self._wait_for_sends(0)
 
+    @part("waiting")
     def _wait_for_sends(self, max_in_flight: int) -> None:
         began = time.perf_counter()
         while len(self._sending) > max_in_flight:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ee_tuning.parallel.p2p import irecv, isend
+from ee_tuning.parallel.time_parts import part
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.watchdog import hang_watchdog
 
@@ -80,6 +81,7 @@ class Relay:
         self._receiving: _Transfer | None = None
         self._more_to_come = not topology.is_first_stage
 
+    @part("waiting")
     def receive(self) -> Received:
         """Receives the next micro-batch from the previous stage.
 
@@ -124,6 +126,7 @@ class Relay:
         """Waits until all sends have finished."""
         self._wait_for_sends(0)
 
+    @part("waiting")
     def _wait_for_sends(self, max_in_flight: int) -> None:
         began = time.perf_counter()
         while len(self._sending) > max_in_flight:

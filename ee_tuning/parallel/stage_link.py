@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ee_tuning.parallel.p2p import irecv, isend
+from ee_tuning.parallel.time_parts import part
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.watchdog import hang_watchdog
 
@@ -36,6 +37,7 @@ class StageLink:
         # As many steps are in flight as there are stages, and each may wait as long again behind older ones.
         self._decisions = _Outbox(max(max_in_flight, 2 * topology.pp))
 
+    @part("waiting")
     def send(self, hidden: Tensor) -> None:  # [t, h]
         """Sends hidden states to the next stage. The caller may read them afterwards but must not write to them."""
         began = time.perf_counter()
@@ -43,6 +45,7 @@ class StageLink:
         self._hidden.keep(hidden, [isend(hidden, peer, self._topology.pp_group)])
         self.seconds_waited += time.perf_counter() - began
 
+    @part("waiting")
     def receive(self, num_tokens: int, width: int, dtype: torch.dtype) -> Tensor:  # [t, h]
         """Receives the oldest pending hidden states of the previous stage."""
         began = time.perf_counter()

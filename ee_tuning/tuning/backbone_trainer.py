@@ -24,6 +24,7 @@ from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.model.lora import Lora, add_lora
 from ee_tuning.model.sequence_parallel import gather_sequence
 from ee_tuning.parallel.gradient_relay import GradientRelay
+from ee_tuning.parallel.time_parts import part
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.watchdog import hang_watchdog
 from ee_tuning.tuning.backbone_optimizer import BackboneOptimizer, TrainedParameter
@@ -60,6 +61,7 @@ class BackboneTrainer:
         is_free = not is_training or is_last
         return 0 if is_free else self._topology.pp - 1 - self._topology.stage
 
+    @part("final head and loss")
     def final_loss(self, output: StageOutput, targets: Targets) -> ExitLoss | None:
         """Returns the loss of the model's own head, on the last stage."""
         if not self._topology.is_last_stage:
@@ -79,6 +81,7 @@ class BackboneTrainer:
                 sums_gradient=not cuts_sequence,
             )
 
+    @part("layers, backward")
     def backward(self, output: StageOutput, loss: ExitLoss | None, exits: Sequence[Root]) -> None:
         """Runs the layers backward from the final head's `loss`, the `exits`' gradients, and the next stage's, which
         it receives; sends the gradient to the stage before.
@@ -96,6 +99,7 @@ class BackboneTrainer:
             gradient = output.entering.grad
             self.relay.send(torch.zeros_like(output.entering) if gradient is None else gradient)
 
+    @part("optimizer")
     def update(self, lr: float) -> tuple[float, bool]:
         """Takes one optimizer step. See BackboneOptimizer."""
         num_tokens, self._num_tokens = self._num_tokens, 0.0

@@ -18,10 +18,12 @@ from ee_tuning.data.tokenizer import tokenizer_of
 from ee_tuning.data.tokens import Samples, Splits
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
+from ee_tuning.model.early_exit import layer_parts
 from ee_tuning.model.exit_spec import ListedTokens
 from ee_tuning.model.fit import Fit
 from ee_tuning.notices import warn
 from ee_tuning.parallel.collectives import on_first_rank
+from ee_tuning.parallel.time_report import check_profile_folder, time_report
 from ee_tuning.parallel.topology import Topology, destroy_parallel, init_parallel
 from ee_tuning.tuning.dashboards import check_dashboards
 from ee_tuning.tuning.fitting import fit_exits, fit_record, fit_samples
@@ -33,19 +35,23 @@ from ee_tuning.tuning.trained_weights import ADAPTER
 from ee_tuning.tuning.tuner import Tuner
 
 
-def tune(config: Config) -> int:
+def tune(config: Config, profile: Path | None = None) -> int:
     """Tunes the exits of `config` into its run folder and returns the exit code.
 
     The code is 0, or tuning.stop_exit_code where a signal stopped the run early. Raises InputError where an input can
     not be used.
+
+    With `profile` the training is measured, and a report of the time by part is written to this folder.
     """
     topology = init_parallel(config.parallel)
-    is_finished = tune_within(config, topology)
+    if profile is not None:
+        on_first_rank(topology, lambda: check_profile_folder(profile))
+    is_finished = tune_within(config, topology, profile)
     destroy_parallel()
     return 0 if is_finished else config.tuning.stop_exit_code
 
 
-def tune_within(config: Config, topology: Topology) -> bool:
+def tune_within(config: Config, topology: Topology, profile: Path | None = None) -> bool:
     """Does the work of `tune` in a world that exists. Returns whether the run reached its end."""
     check_settings(config.tuning)
     if config.model.adapter and config.tuning.trained.has_backbone:
@@ -58,10 +64,10 @@ def tune_within(config: Config, topology: Topology) -> bool:
     model = read_shape(config.model)
     config = as_tuned(config, model)
     with owned_run_folder(config, topology):
-        return _tune_within_folder(config, model, topology)
+        return _tune_within_folder(config, model, topology, profile)
 
 
-def _tune_within_folder(config: Config, model: ModelConfig, topology: Topology) -> bool:
+def _tune_within_folder(config: Config, model: ModelConfig, topology: Topology, profile: Path | None) -> bool:
     check_run_folder(config, topology)
     samples = load_job_samples(config, model, topology)
     listed = None if config.exits.path else list_tokens(config, model, samples.train, topology)
@@ -72,7 +78,8 @@ def _tune_within_folder(config: Config, model: ModelConfig, topology: Topology) 
         tuner.resume()
     # only now: a refused job leaves nothing behind, and a good run keeps its config.yaml
     open_run_folder(config, topology)
-    is_finished = tuner.run()
+    with time_report(profile, topology, layer_parts(loaded.model)):
+        is_finished = tuner.run()
     if is_finished:
         _check_updated(tuner, topology)
         _save(tuner, config, topology)

@@ -11,6 +11,7 @@ from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.model.exit_head import ExitInput
 from ee_tuning.parallel.pinned_staging import to_device
 from ee_tuning.parallel.relay import NextAction
+from ee_tuning.parallel.time_parts import part
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.parallel.watchdog import hang_watchdog
 from ee_tuning.tuning.backbone_trainer import BackboneTrainer, Root
@@ -118,6 +119,7 @@ class ExitTrainer:
             }
         )
 
+    @part("exit heads, backward")
     def train(self, output: StageOutput) -> dict[int, ExitLoss]:
         """Runs each trained exit forward and backward, and then the layers, where they are trained; gradients add up.
         Returns sums by exit layer.
@@ -147,6 +149,7 @@ class ExitTrainer:
         final = self._backbone.final_loss(output, targets) if self._backbone is not None else None
         return losses if final is None or self._backbone is None else {**losses, self._backbone.layer: final}
 
+    @part("exit heads")
     def _loss(self, exit: ExitOptimizer, inputs: ExitInput, targets: Targets) -> ExitLoss:
         drafting = self._drafting
         if drafting is None:

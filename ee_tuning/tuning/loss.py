@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ee_tuning.parallel.shortlist import Shortlist
+from ee_tuning.parallel.time_parts import part
 from ee_tuning.parallel.vocab import VocabShard
 from ee_tuning.tuning.loss_chunk import PER_TOKEN, LossChunk, shares
 from ee_tuning.tuning.objective import THRESHOLDS, Objective
@@ -40,6 +41,7 @@ class ExitLoss(NamedTuple):
     """Counts of drafts, where a drafting head is judged (drafting.py)."""
 
 
+@part("loss and output matrices")
 def linear_loss(
     hidden: Tensor,  # [s, b, h]
     weight: Tensor,  # [v/tp, h], of hidden's dtype

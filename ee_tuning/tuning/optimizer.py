@@ -20,6 +20,7 @@ from ee_tuning.artifact.exit_names import is_replicated
 from ee_tuning.config import TuningSection
 from ee_tuning.model.cast import cast_parameters
 from ee_tuning.model.exit_head import ExitHead
+from ee_tuning.parallel.time_parts import part
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.tuning.loss_metrics import SUMS, Divisor, LossSums, Means, mean_metrics
 
@@ -149,6 +150,7 @@ class ExitOptimizer:
         return norm, is_believed
 
 
+@part("optimizer")
 def update_exits(
     exits: list[ExitOptimizer], sums: LossSums, divisor: Divisor, lr: float, ramp: float, topology: Topology
 ) -> dict[int, ExitUpdate]:

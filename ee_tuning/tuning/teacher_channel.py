@@ -14,6 +14,7 @@ from ee_tuning.config import TeacherPlan, TuningSection
 from ee_tuning.model.early_exit import EarlyExitModel
 from ee_tuning.model.sequence_parallel import local_sequence
 from ee_tuning.parallel.feedback import Feedback
+from ee_tuning.parallel.time_parts import part
 from ee_tuning.parallel.topology import Topology
 from ee_tuning.tuning.teacher import HiddenTeacher, Teacher, TopKTeacher, top_k_teacher
 
@@ -55,6 +56,7 @@ class TeacherChannel:
         if self._is_student:
             self.feedback.expect()
 
+    @part("teacher")
     def publish(self, hidden: Tensor) -> Teacher:  # [s, b, h], the last layer's output
         """Computes the teacher of a micro-batch on the last stage, and sends it to the student stages."""
         hidden, weight = self._model.final_hidden(hidden), self._model.backbone.output_layer.weight
