@@ -119,7 +119,9 @@ def backward_cost(tuning: TuningSection, model: ModelConfig) -> float:
     if not trained.has_backbone:
         return 0.0
     costs = stage_costs(model, model.num_layers, (), tuning.seq_length, trains_heads=False, has_final_head=False)
-    times = {"lora": 1, "mlp": 2, "last": 2, "backbone": 2, "heads": 0}[trained.kind] + tuning.recompute_activations
+    times = {"lora": 1, "mlp": 2, "last": 2, "half": 2, "backbone": 2, "heads": 0}[
+        trained.kind
+    ] + tuning.recompute_activations
     return times * sum(costs[trained.first_layer(model.num_layers) - 1 :]) + final_head_cost(model)
 
 

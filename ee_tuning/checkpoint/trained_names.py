@@ -1,12 +1,14 @@
 """Parameters of a model that tuning.trainable trains beside the exits, and their names in files. Pure functions."""
 
+import random
+
 from ee_tuning.checkpoint.lora_names import has_targets, lora_shard
 from ee_tuning.checkpoint.names import backbone_shard, layer_parameter_names, norm_kinds
 from ee_tuning.config import TuningSection
 from ee_tuning.errors import InputError
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.model.lora import FUSED, TARGETS
-from ee_tuning.storage.tensor_slice import Shard, TensorShape
+from ee_tuning.storage.tensor_slice import Shard, TensorShape, TensorSlice
 
 
 def check_trainable(tuning: TuningSection, config: ModelConfig) -> None:
@@ -65,7 +67,7 @@ def trained_parameters(tuning: TuningSection, config: ModelConfig) -> list[str]:
         for name in layer_parameter_names(config, layer)
         if trained.has_backbone and trained.trains(layer, name, config.num_layers)
     ]
-    has_norm = trained.kind in ("last", "backbone")
+    has_norm = trained.kind in ("last", "half", "backbone")
     return own + [f"decoder.final_layernorm.{kind}" for kind in norm_kinds(config) if has_norm]
 
 
@@ -85,6 +87,32 @@ def trained_shapes(tuning: TuningSection, config: ModelConfig) -> dict[str, Tens
         for name in trained_parameters(tuning, config)
         for piece in trained_shard(name, tuning, config, 1, 0).pieces
     }
+
+
+def half_of(config: ModelConfig, seed: int, choice: int) -> frozenset[str]:
+    """Returns the stored tensors that are trained while the `choice`-th half is: of each layer two of the four matrices
+    of attention and one of two norms; of its three MLP matrices two in every other layer and one in the rest (HFT,
+    arXiv 2404.18466, chooses within these categories, too). A bias goes with its matrix. The final norm is always
+    trained.
+    """
+    draw, layers = random.Random(f"{seed}/{choice}"), range(1, config.num_layers + 1)
+    chosen = {piece.name for kind in norm_kinds(config) for piece in _pieces(f"decoder.final_layernorm.{kind}", config)}
+    rounds_up = set(draw.sample(layers, config.num_layers // 2))
+    for layer in layers:
+        stems: dict[str, dict[str, list[str]]] = {"attention": {}, "mlp": {}, "norm": {}}
+        for name in layer_parameter_names(config, layer):
+            category = "norm" if "layernorm" in name else "mlp" if name.startswith("mlp.") else "attention"
+            for piece in _pieces(f"decoder.layers.{layer - 1}.{name}", config):
+                held = stems[category].setdefault(piece.name.rpartition(".")[0], [])
+                held += [] if piece.name in held else [piece.name]
+        for own in stems.values():
+            count = (len(own) + (layer in rounds_up)) // 2
+            chosen.update(name for stem in draw.sample(sorted(own), count) for name in own[stem])
+    return frozenset(chosen)
+
+
+def _pieces(parameter: str, config: ModelConfig) -> tuple[TensorSlice, ...]:
+    return backbone_shard(parameter, config, 1, 0).pieces
 
 
 def has_partial_gradient(parameter: str, *, is_replicated: bool, cuts_sequence: bool) -> bool:

@@ -26,7 +26,7 @@ class ModelSection:
     """
     adapter: str | None = field(default=None, metadata=PATH)
     """Folder of weights that were trained for the model: a LoRA adapter as peft saves it, whose products are added to
-    the model's matrices, or what `tune` wrote with tuning.trainable = mlp, last:K or backbone.
+    the model's matrices, or what `tune` wrote with tuning.trainable = mlp, last:K, half or backbone.
     """
     trust_pickle: bool = False
     """Unpickle a Megatron checkpoint without restrictions. Its pickles may then run any code."""

@@ -5,8 +5,8 @@ from typing import Literal
 
 from ee_tuning.errors import InputError
 
-Kind = Literal["heads", "lora", "mlp", "last", "backbone"]
-_WORDS: dict[str, Kind] = {"heads": "heads", "lora": "lora", "mlp": "mlp", "backbone": "backbone"}
+Kind = Literal["heads", "lora", "mlp", "last", "half", "backbone"]
+_WORDS: dict[str, Kind] = {"heads": "heads", "lora": "lora", "mlp": "mlp", "half": "half", "backbone": "backbone"}
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Trainable:
             return Trainable("last", int(number))
         if text not in _WORDS:
             raise InputError(
-                f"tuning.trainable must be heads, lora, mlp, last:K (as in last:4) or backbone, got {text!r}"
+                f"tuning.trainable must be heads, lora, mlp, last:K (as in last:4), half or backbone, got {text!r}"
             )
         return Trainable(_WORDS[text])
 
@@ -44,4 +44,4 @@ class Trainable:
         """Whether parameter `name` of a layer is one of the model's own that are trained."""
         if self.kind == "mlp":
             return name.startswith("mlp.")
-        return self.kind == "backbone" or (self.kind == "last" and layer >= self.first_layer(num_layers))
+        return self.kind in ("half", "backbone") or (self.kind == "last" and layer >= self.first_layer(num_layers))

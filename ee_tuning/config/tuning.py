@@ -95,8 +95,11 @@ class TuningSection:
     trainable: str = "heads"
     """What is trained. heads: the exits alone; the model is frozen and has no backward pass. lora: low-rank matrices
     beside the layers' linear maps, too (arXiv 2106.09685). mlp: the layers' MLPs, too. last:K: the last K layers and
-    the final norm, too. backbone: all layers and the final norm, too. Embedding and output matrix stay as they are.
+    the final norm, too. backbone: all layers and the final norm, too. half: of these, half of the matrices of each
+    kind, the others frozen (HFT, arXiv 2404.18466). Embedding and output matrix stay as they are.
     """
+    half_steps: int = 0
+    """Optimizer steps after which trainable = half chooses another half; 0: one half for the whole run."""
     lora_rank: int = 8
     """Rank of trainable = lora."""
     lora_alpha: float = 16.0

@@ -46,6 +46,8 @@ class BackboneOptimizer:
         self.num_updates = torch.zeros(1, device=topology.device)
         """[1]: updates, those of former runs included. Skipped steps do not count."""
         self._gradients: dict[str, Tensor] = {}
+        self._frozen: dict[str, Tensor] = {}
+        """Parameter -> which of this replica's rows are frozen at present, [rows] bool, if any is."""
         self._masters: dict[str, nn.Parameter] = {}
         for name, each in trained.items():
             each.parameter.requires_grad_()
@@ -75,21 +77,40 @@ class BackboneOptimizer:
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
 
+    def choose(self, names: frozenset[str]) -> None:
+        """Trains the stored tensors `names` from now on, and freezes the others, with their moments."""
+        self._frozen.clear()
+        for name, each in self._trained.items():
+            plan, own = each.plan(self._topology.tp_rank), self._own_rows(each.parameter)
+            is_frozen = torch.zeros(each.parameter.shape[0], dtype=torch.bool, device=each.parameter.device)
+            row = 0
+            for piece in plan.pieces:
+                size = is_frozen.shape[0] if piece.cut_dim == 1 else piece.size
+                is_frozen[row : row + size] = piece.name not in names
+                row += size
+            each.parameter.requires_grad_(not bool(is_frozen.all()))
+            if bool(is_frozen.any()):
+                self._frozen[name] = is_frozen[own]
+
     def update(self, num_tokens: float, lr: float) -> tuple[float, bool]:
         """Divides the gradients' sums by the tokens of the global batch, clips, and steps, unless the gradient is
         implausible or of no token. All ranks of all stages call it together.
 
         `num_tokens` are this replica's. Returns the gradient's norm before clipping, and whether the step was left out.
         """
-        for name, each in self._trained.items():
+        active = {name: each for name, each in self._trained.items() if each.parameter.requires_grad}
+        for name, each in active.items():
             self._gradients.setdefault(name, torch.zeros_like(each.parameter, dtype=self._masters[name].dtype))
         topology = self._topology
         if topology.tp > 1:
-            partial_sums = [self._gradients[name] for name, each in self._trained.items() if each.is_partial]
+            partial_sums = [self._gradients[name] for name, each in active.items() if each.is_partial]
             _sum_in_buckets(partial_sums, topology.tp_group)
         if topology.dp > 1:
-            _sum_in_buckets([self._gradients[name] for name in self._trained], topology.dp_group)
-        own = {name: self._gradients[name][self._own_rows(each.parameter)] for name, each in self._trained.items()}
+            _sum_in_buckets([self._gradients[name] for name in active], topology.dp_group)
+        own = {name: self._gradients[name][self._own_rows(each.parameter)] for name, each in active.items()}
+        for name, is_frozen in self._frozen.items():
+            if name in own:
+                own[name][is_frozen] = 0.0
         square_sum, total = self._over_all_ranks(own, num_tokens)
         norm = math.sqrt(square_sum) / total if total and square_sum >= 0 else math.nan
         is_skipped = not (math.isfinite(norm) and norm <= self._largest_norm)
@@ -160,7 +181,17 @@ class BackboneOptimizer:
             self._masters[name].grad = gradient * scale
         for group in self._adam.param_groups:
             group["lr"] = lr
+        kept = [
+            (tensor, is_frozen, tensor[is_frozen])
+            for name, is_frozen in self._frozen.items()
+            if name in own
+            for tensor in self._state(name)
+        ]
         self._adam.step()
+        for tensor, is_frozen, rows in kept:
+            tensor[is_frozen] = rows
+        for state in self._adam.state.values():  # as many for weights that were frozen meanwhile
+            state["step"].copy_(self.num_updates.squeeze(0))
         self._adam.zero_grad()
         self._publish()
 
@@ -169,6 +200,11 @@ class BackboneOptimizer:
         """Copies master weights to the weights that compute, on all replicas."""
         for name, each in self._trained.items():
             each.parameter.copy_(self._gathered(each.parameter, self._masters[name].to(each.parameter.dtype)))
+
+    def _state(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        assert self._adam is not None
+        moments = self._adam.state[self._masters[name]]
+        return self._masters[name].detach(), moments["exp_avg"], moments["exp_avg_sq"]
 
     def _own_rows(self, parameter: Tensor) -> slice:
         rows, topology = parameter.shape[0], self._topology

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ee_tuning.checkpoint.trained_names import (
+    half_of,
     has_partial_gradient,
     lora_targets,
     trained_parameters,
@@ -54,7 +55,18 @@ class BackboneTrainer:
         model.takes_gradient = self._sends
         shape = model.hidden_shape(tuning.seq_length, tuning.micro_batch_size)
         self.relay = GradientRelay(topology, shape, plan.dtype, minutes=timeout_minutes)
+        self._choice: int | None = None
         self._num_tokens, self._objective = 0.0, final_objective(tuning)
+
+    def begin(self, step: int) -> None:
+        """Prepares optimizer step `step`, before its first forward pass: chooses the half that it trains."""
+        tuning = self._tuning
+        if tuning.trained.kind != "half":
+            return
+        choice = (step - 1) // tuning.half_steps if tuning.half_steps else 0
+        if choice != self._choice:
+            self._choice = choice
+            self.optimizer.choose(half_of(self._model.config, tuning.seed, choice))
 
     def num_ahead(self, is_training: bool, is_last: bool) -> int:
         """Returns the number of micro-batches whose backward pass is put off behind this one's forward pass."""

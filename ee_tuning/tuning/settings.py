@@ -28,6 +28,7 @@ def check_settings(tuning: TuningSection) -> None:
         ("fit_tokens", 0),
         ("ttt_steps", 1),
         ("lora_rank", 1),
+        ("half_steps", 0),
         ("final_loss_weight", 0),
     ):
         value = getattr(tuning, name)

@@ -252,6 +252,8 @@ class Tuner:
 
         Yields each finished micro-batch and the action after it.
         """
+        if self.backbone is not None and microbatch.is_training:
+            self.backbone.begin(microbatch.step)
         queue.append(stage_forward.forward(microbatch, next_action))
         is_end = queue[-1].next_action is NextAction.END
         while len(queue) > (0 if is_end else self._num_ahead(microbatch)):

@@ -12,6 +12,7 @@ from tuning_jobs import configure, make_tuner
 from ee_tuning.artifact.load import load_for_generation
 from ee_tuning.checkpoint.fingerprint import fingerprint
 from ee_tuning.checkpoint.formats import open_model
+from ee_tuning.checkpoint.trained_names import half_of
 from ee_tuning.config import Config, ModelSection, ParallelSection, replace
 from ee_tuning.errors import InputError
 from ee_tuning.export.export_huggingface import export_huggingface
@@ -106,6 +107,32 @@ def test_peft_loads_and_merges_the_adapter(model: Path, trained: Config, tmp_pat
     with open_model(adapted(trained)).source as source:
         for name, whole in merged.items():
             torch.testing.assert_close(source.rows(name, 0, len(whole)), whole, rtol=1e-6, atol=1e-7, msg=name)
+
+
+def test_half_of_each_kind_is_trained_and_the_rest_keeps_its_bits(model: Path, tmp_path: Path) -> None:
+    """A half that is drawn over all matrices at once; frozen rows of a fused matrix that moments move; a step that
+    trains the former half.
+    """
+    config = configure(
+        model, tmp_path / "run", dtype="float32", trainable="half", half_steps=1, train_iters=1, eval_iters=0
+    )
+    tuner = make_tuner(config)
+    shape, seed = tuner._model.config, config.tuning.seed
+    first, second = (half_of(shape, seed, choice) for choice in (0, 1))
+    assert first != second and first == half_of(shape, seed, 0)
+    for chosen in (first, second):
+        layers = [{name for name in chosen if f"layers.{layer}." in name} for layer in range(6)]
+        assert [sum(".self_attn." in name for name in each) for each in layers] == [2] * 6
+        assert [sum("norm" in name for name in each) for each in layers] == [1] * 6
+        assert sorted(sum(".mlp." in name for name in each) for each in layers) == [1, 1, 1, 2, 2, 2]
+    own = load_file(model / "model.safetensors")
+    for steps, trained in ((1, first), (2, first | second)):
+        tuner = make_tuner(replace(config, tuning={"train_iters": steps}))
+        tuner.resume()
+        assert tuner.run()
+        tuner.save_trained_weights(tmp_path / f"after{steps}")
+        found = load_file(tmp_path / f"after{steps}" / "trained.safetensors")
+        assert {name for name in found if not torch.equal(found[name], own[name])} == trained
 
 
 @pytest.mark.parametrize(
