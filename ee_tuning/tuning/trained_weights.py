@@ -21,7 +21,7 @@ from ee_tuning.json_file import to_json
 from ee_tuning.model.config import ModelConfig
 from ee_tuning.parallel.collectives import on_first_rank
 from ee_tuning.parallel.topology import Topology
-from ee_tuning.storage.byte_progress import Advance
+from ee_tuning.progress import Advance
 from ee_tuning.storage.manifest import MANIFEST
 from ee_tuning.storage.safetensors_layout import SafetensorsLayout
 from ee_tuning.storage.safetensors_writer import SafetensorsWriter
